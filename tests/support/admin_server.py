@@ -41,6 +41,7 @@ from imdsproxy.app.watching import Watching
 from imdsproxy.cli.admin_client import AdminClient
 from imdsproxy.config.changes import SettingChange, SettingsReload
 from imdsproxy.controller.http import serve
+from imdsproxy.core.documents.respond import Answer
 from imdsproxy.core.endpoints import Endpoint, LeftOut, LeftOutCode
 from imdsproxy.core.hoststate import NamespaceRef, ObservedHost
 from imdsproxy.core.inventory import Inventory
@@ -64,7 +65,7 @@ from imdsproxy.errors import Problem
 from imdsproxy.host.clock import SystemClock
 from imdsproxy.host.servers import open_unix_socket
 from imdsproxy.listeners.loop import ListenerLoop, ListenerReport
-from imdsproxy.serving.http import Answer, Send, send_answer
+from imdsproxy.serving.http import Send, send_answer
 from imdsproxy.serving.resolver_app import GuestRequest
 from imdsproxy.serving.store import DiskFiles, PasswordStore
 from imdsproxy.sources.sqlite.source import SqliteSource

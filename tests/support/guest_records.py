@@ -10,12 +10,7 @@ from ipaddress import ip_address, ip_network
 from typing import cast
 
 from imdsproxy.core.compiled import Blob, CompiledRecord, compile_instance, parse_compiled
-from imdsproxy.core.documents.respond import (
-    DocumentRequest,
-    DocumentResponse,
-    DocumentTree,
-    respond,
-)
+from imdsproxy.core.documents.respond import Answer, DocumentTree, respond
 from imdsproxy.core.model import (
     Instance,
     InstanceId,
@@ -96,10 +91,12 @@ class Guest:
         self.tree = DocumentTree(parse_compiled(self.content))
         self.password: bytes | None = None
 
-    def ask(self, path: str | bytes, method: str = "GET", body: bytes = b"") -> DocumentResponse:
+    def ask(self, path: str | bytes, method: str = "GET", body: bytes = b"") -> Answer:
         raw = path if isinstance(path, bytes) else path.encode()
         return respond(
-            DocumentRequest(method, raw, body),
+            method,
+            raw,
+            body,
             self.tree,
             random_seed=lambda: SEED,
             password=lambda: self.password,
@@ -128,5 +125,5 @@ class Guest:
         return self.ask(path, method).status
 
 
-def header(response: DocumentResponse, name: bytes) -> bytes | None:
+def header(response: Answer, name: bytes) -> bytes | None:
     return dict(response.headers).get(name)

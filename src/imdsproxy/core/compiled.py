@@ -15,17 +15,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Final, NotRequired, TypedDict, cast
+from typing import Final, TypedDict, cast
 
 from imdsproxy.core.model import (
-    Dialect,
     Instance,
     InstanceId,
     IpAddress,
     Network,
     NetworkId,
     Port,
-    SshKey,
 )
 from imdsproxy.errors import RecordCorrupt
 
@@ -60,81 +58,34 @@ class Blob:
     offset: int
     length: int
 
+    def __len__(self) -> int:
+        """In bytes."""
+        return self.length
 
-@dataclass(frozen=True, slots=True)
-class DocumentAddress:
+
+class DocumentAddress(TypedDict):
     """One address of a port as text, with what its subnet says.
 
-    Attributes:
-        ip: IPv4 or IPv6, never a link-local one.
-        cidr: The subnet that holds it; `None` when no subnet of the network does.
+    `ip` is IPv4 or IPv6, never a link-local one; `cidr` is the subnet that holds it, `None` when no subnet of the
+    network does.
     """
 
-    ip: str
-    cidr: str | None
-    gateway: str | None
-    dns: tuple[str, ...]
-
-    @property
-    def is_ipv6(self) -> bool:
-        """Of the two families."""
-        return ":" in self.ip
-
-
-@dataclass(frozen=True, slots=True)
-class DocumentPort:
-    """A port with what its network says; `mtu` in bytes."""
-
-    network: str
-    mac: str | None
-    mtu: int | None
-    addresses: tuple[DocumentAddress, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class DocumentRecord:
-    """A compiled record, read again.
-
-    Attributes:
-        revision: Empty where the record is of another format: its documents are right, but not to be cached.
-        region: As the settings say; `None` where they do not.
-        user_data: Where it lies in the content; `None` when there is none.
-        vendor_data: Its bytes; `None` when there is none.
-    """
-
-    revision: str
-    id: InstanceId
-    uuid: str
-    ec2_id: str
-    name: str
-    hostname: str
-    project: str | None
-    availability_zone: str | None
-    region: str | None
-    instance_type: str | None
-    dialects: frozenset[Dialect]
-    ssh_keys: tuple[SshKey, ...]
-    tags: tuple[tuple[str, str], ...]
-    ports: tuple[DocumentPort, ...]
-    user_data: Blob | None
-    vendor_data: bytes | None
-
-
-class _AddressHead(TypedDict):
     ip: str
     cidr: str | None
     gateway: str | None
     dns: list[str]
 
 
-class _PortHead(TypedDict):
+class DocumentPort(TypedDict):
+    """A port with what its network says; `mtu` in bytes."""
+
     network: str
     mac: str | None
     mtu: int | None
-    addresses: list[_AddressHead]
+    addresses: list[DocumentAddress]
 
 
-class _Head(TypedDict):
+class _Described(TypedDict):
     revision: str
     format: int
     id: str
@@ -144,14 +95,28 @@ class _Head(TypedDict):
     hostname: str
     project: str | None
     availability_zone: str | None
-    region: NotRequired[str | None]
+    region: str | None
     instance_type: str | None
     dialects: list[str]
-    ssh_keys: list[list[str]]
-    tags: list[list[str]]
-    ports: list[_PortHead]
+    ssh_keys: list[tuple[str, str]]
+    tags: list[tuple[str, str]]
+    ports: list[DocumentPort]
+
+
+class _Head(_Described):
     vendor_data: list[int | str] | None
     user_data: list[int | str] | None
+
+
+class DocumentRecord(_Described):
+    """A compiled record, read again: its first line, and its data.
+
+    `revision` is empty where the record is of another format: its documents are right, but not to be cached. `region`
+    is as the settings say. `vendor_data` is bytes, `user_data` where it lies in the content.
+    """
+
+    vendor_data: bytes | None
+    user_data: Blob | None
 
 
 def compile_instance(
@@ -179,7 +144,7 @@ def compile_instance(
         "dialects": sorted(instance.dialects),
         "ssh_keys": [[key.name, key.key] for key in instance.ssh_keys],
         "tags": instance.tags,
-        "ports": [_port_head(port, networks.get(port.network)) for port in instance.ports],
+        "ports": [_describe_port(port, networks.get(port.network)) for port in instance.ports],
         "vendor_data": _describe(instance.vendor_data),
         "user_data": _describe(user_data),
     }
@@ -208,20 +173,20 @@ def _digest(data: bytes | memoryview) -> str:
     return blake2b(data, digest_size=8).hexdigest()
 
 
-def _port_head(port: Port, network: Network | None) -> _PortHead:
+def _describe_port(port: Port, network: Network | None) -> DocumentPort:
     return {
         "network": port.network,
         "mac": port.mac,
         "mtu": None if network is None else network.mtu,
         "addresses": [
-            _address_head(address, network)
+            _describe_address(address, network)
             for address in port.addresses
             if not address.is_link_local
         ],
     }
 
 
-def _address_head(address: IpAddress, network: Network | None) -> _AddressHead:
+def _describe_address(address: IpAddress, network: Network | None) -> DocumentAddress:
     for subnet in () if network is None else network.subnets:
         if address in subnet.cidr:
             return {
@@ -246,45 +211,6 @@ def parse_compiled(content: bytes) -> DocumentRecord:
         RecordCorrupt: The content is cut short, has bytes too many, fails a checksum, or is of a format that lacks
             what this one needs.
     """
-    head = _parse_head(content)
-    try:
-        return _parse_record(head, content)
-    except KeyError as error:
-        raise RecordCorrupt(
-            f"compiled record is of format {head['format']}, not {FORMAT}"
-        ) from error
-
-
-def _parse_record(head: _Head, content: bytes) -> DocumentRecord:
-    offset = content.index(b"\n") + 1
-    vendor = _locate(content, head["vendor_data"], offset)
-    user = _locate(content, head["user_data"], offset + (vendor.length if vendor else 0))
-    end = offset + sum(blob.length for blob in (vendor, user) if blob is not None)
-    if end != len(content):
-        raise RecordCorrupt(f"compiled record has {len(content)} bytes where {end} are due")
-    return DocumentRecord(
-        revision=head["revision"] if head["format"] == FORMAT else "",
-        id=InstanceId(head["id"]),
-        uuid=head["uuid"],
-        ec2_id=head["ec2_id"],
-        name=head["name"],
-        hostname=head["hostname"],
-        project=head["project"],
-        availability_zone=head["availability_zone"],
-        region=head.get("region"),
-        instance_type=head["instance_type"],
-        dialects=frozenset(Dialect(word) for word in head["dialects"]),
-        ssh_keys=tuple(SshKey(name, key) for name, key in head["ssh_keys"]),
-        tags=tuple((name, value) for name, value in head["tags"]),
-        ports=tuple(_parse_port(port) for port in head["ports"]),
-        user_data=user,
-        vendor_data=(
-            None if vendor is None else content[vendor.offset : vendor.offset + vendor.length]
-        ),
-    )
-
-
-def _parse_head(content: bytes) -> _Head:
     end = content.find(b"\n") + 1
     if not end or not content.startswith(_HEAD_START):
         raise RecordCorrupt("compiled record has no head")
@@ -292,7 +218,24 @@ def _parse_head(content: bytes) -> _Head:
     if _digest(memoryview(content)[_HEAD_REST:end]).encode("ascii") != revision:
         raise RecordCorrupt("compiled record's head fails its checksum")
     # The checksum has just shown that `compile_instance` wrote this line.
-    return cast("_Head", json.loads(content[:end]))
+    head = cast("_Head", {"region": None, **json.loads(content[:end])})
+    if not _Head.__required_keys__ <= head.keys():
+        raise RecordCorrupt(f"compiled record is of format {head['format']}, not {FORMAT}")
+    vendor = _locate(content, head["vendor_data"], end)
+    start, end = end, end + (0 if vendor is None else vendor.length)
+    user = _locate(content, head["user_data"], end)
+    end += 0 if user is None else user.length
+    if end != len(content):
+        raise RecordCorrupt(f"compiled record has {len(content)} bytes where {end} are due")
+    return cast(
+        "DocumentRecord",
+        {
+            **head,
+            "revision": head["revision"] if head["format"] == FORMAT else "",
+            "vendor_data": None if vendor is None else content[start : start + vendor.length],
+            "user_data": user,
+        },
+    )
 
 
 def _locate(content: bytes, described: list[int | str] | None, offset: int) -> Blob | None:
@@ -303,17 +246,3 @@ def _locate(content: bytes, described: list[int | str] | None, offset: int) -> B
     if _digest(memoryview(content)[offset : offset + blob.length]) != digest:
         raise RecordCorrupt(f"compiled record's data at byte {offset} fails its checksum")
     return blob
-
-
-def _parse_port(head: _PortHead) -> DocumentPort:
-    return DocumentPort(
-        network=head["network"],
-        mac=head["mac"],
-        mtu=head["mtu"],
-        addresses=tuple(
-            DocumentAddress(
-                address["ip"], address["cidr"], address["gateway"], tuple(address["dns"])
-            )
-            for address in head["addresses"]
-        ),
-    )

@@ -6,38 +6,26 @@ import asyncio
 import os
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
-from typing import Final, cast
+from typing import BinaryIO, Final, TypeAlias, cast
 
 import structlog
 
 from imdsproxy.core.compiled import Blob
 from imdsproxy.core.documents.respond import (
     SEED_LENGTH,
-    DocumentRequest,
-    DocumentResponse,
+    Answer,
     Header,
+    refusal,
     respond,
+    retry_later,
 )
 from imdsproxy.core.model import ID_PATTERN, InstanceId
 from imdsproxy.core.wire import HEADER_INSTANCE, HEADER_REVISION, PROBE_INSTANCE
 from imdsproxy.errors import HostRefused, PrivilegeMissing, RecordCorrupt
-from imdsproxy.serving.http import (
-    LIVENESS_PATH,
-    Answer,
-    AsgiApp,
-    BodyTooLarge,
-    FilePart,
-    Receive,
-    Scope,
-    Send,
-    Unfinished,
-    read_body,
-    refusal,
-    retry_later,
-    send_answer,
-)
-from imdsproxy.serving.store import LoadedRecord, PasswordStore, RecordReader
+from imdsproxy.serving.http import LIVENESS_PATH, Receive, Scope, Send, read_body, send_answer
+from imdsproxy.serving.store import PasswordStore, RecordReader
 
 _LIFETIME: Final = (b"cache-control", b"max-age=3600")
 """Between here and HAProxy's cache, whose key holds the revision; HAProxy takes it away again."""
@@ -49,9 +37,12 @@ _BODILESS: Final = frozenset({"GET", "HEAD"})
 _REPLACED_AT_MOST: Final = 3
 _NOTED_AT_MOST: Final = 1024
 
+_Found: TypeAlias = "tuple[Answer, BinaryIO | None]"
+"""An answer, and the file that its body lies in where it is not in memory."""
+
 
 class DocumentService:
-    """Answers for every instance that has a compiled record.
+    """The ASGI application that answers for every instance that HAProxy names and that has a compiled record.
 
     Args:
         records: Where the records are read.
@@ -72,120 +63,86 @@ class DocumentService:
         self._noted: dict[InstanceId, str] = {}
         self._log = structlog.get_logger()
 
-    async def answer(
-        self, instance_id: InstanceId, request: DocumentRequest, *, revision: str | None = None
-    ) -> Answer:
-        """The answer to the instance.
-
-        A record that is missing, damaged or unreadable is 503 and never 404: the sender of the request knows
-        that the instance exists. It is logged once until it is well again.
-
-        Args:
-            instance_id: Who asks.
-            request: What it asks.
-            revision: The record's revision as the data plane knows it. While the one on disk is another, the
-                answer is right, but not marked for HAProxy's cache. `None`: never marked.
-        """
-        try:
-            for _ in range(_REPLACED_AT_MOST):
-                loaded = self._load(instance_id, revision)
-                if loaded is None:
-                    self._note(instance_id, "its compiled record is missing")
-                    return retry_later()
-                answer = await self._answer(instance_id, loaded, request, revision)
-                if answer is not None:
-                    self._noted.pop(instance_id, None)
-                    return answer
-        except (RecordCorrupt, HostRefused, PrivilegeMissing) as error:
-            self._note(instance_id, str(error))
-        return retry_later()
-
-    def _load(self, instance_id: InstanceId, revision: str | None) -> LoadedRecord | None:
-        loaded = self._records.load(instance_id)
-        if loaded is None or revision is None or loaded.tree.record.revision == revision:
-            return loaded
-        # A file's inode, size and time can be the same after two quick changes; its revision cannot.
-        return self._records.load(instance_id, fresh=True)
-
-    async def _answer(
-        self,
-        instance_id: InstanceId,
-        loaded: LoadedRecord,
-        request: DocumentRequest,
-        revision: str | None,
-    ) -> Answer | None:
-        """The answer; `None` when the record has been replaced meanwhile."""
-        response = respond(
-            request,
-            loaded.tree,
-            random_seed=self._random_seed,
-            password=partial(self._passwords.read, instance_id),
-        )
-        if response.new_password is not None:
-            kept = await asyncio.to_thread(self._passwords.keep, instance_id, response.new_password)
-            if not kept:
-                return refusal(409)
-        body = self._body(loaded, response)
-        if body is None:
-            return None
-        headers = response.headers
-        if response.cacheable and revision and loaded.tree.record.revision == revision:
-            headers = (*headers, _LIFETIME)
-        return Answer(response.status, headers, body)
-
-    def _body(self, loaded: LoadedRecord, response: DocumentResponse) -> bytes | FilePart | None:
-        if not isinstance(response.body, Blob):
-            return response.body
-        blob = response.body
-        if loaded.content is not None:
-            return loaded.content[blob.offset : blob.offset + blob.length]
-        file = self._records.open_content(loaded)
-        return None if file is None else FilePart(file, blob.offset, blob.length)
-
-    def _note(self, instance_id: InstanceId, reason: str) -> None:
-        if self._noted.get(instance_id) == reason:
-            return
-        if len(self._noted) >= _NOTED_AT_MOST:
-            self._noted.clear()
-        self._noted[instance_id] = reason
-        self._log.warning("an instance gets no documents", instance=instance_id, reason=reason)
-
-
-def documents_app(service: DocumentService) -> AsgiApp:
-    """The application that answers for the instances that HAProxy names in its headers."""
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
         if scope["type"] != "http":
             raise ValueError(f"the document server does not speak {scope['type']}")
         try:
-            answer = await _answer(service, scope, receive)
+            found = await self._answer(scope, receive)
         except Exception:  # noqa: BLE001 - logged; a fault of ours is answered like one that goes away
             # A 500 ends boots: cloud-init's OpenStack source comes again only on 503.
-            structlog.get_logger().exception("a request failed", path=repr(scope["raw_path"]))
-            answer = retry_later()
-        if answer is not None:
-            await send_answer(answer, send)
+            self._log.exception("a request failed", path=repr(scope["raw_path"]))
+            found = retry_later(), None
+        if found is not None:
+            answer, file = found
+            await send_answer(answer, send, file)
 
-    return app
+    async def _answer(self, scope: Scope, receive: Receive) -> _Found | None:
+        """The answer to the instance; `None` for a client that went away.
 
+        A record that is missing, damaged or unreadable is 503 and never 404: the sender of the request knows
+        that the instance exists. It is logged once until it is well again.
+        """
+        headers = cast("Iterable[Header]", scope["headers"])
+        path, method = cast("bytes", scope["raw_path"]), cast("str", scope["method"])
+        instances = [value for name, value in headers if name == _INSTANCE_HEADER]
+        if not instances and path == LIVENESS_PATH:
+            return refusal(200), None
+        if len(instances) != 1 or not _INSTANCE_ID.fullmatch(instances[0]):
+            return refusal(400), None
+        body = b"" if method in _BODILESS else await read_body(receive)
+        if not isinstance(body, bytes):
+            return None if body is None else (body, None)
+        instance = InstanceId(instances[0].decode("ascii"))
+        revisions = (value.decode("latin-1") for name, value in headers if name == _REVISION_HEADER)
+        revision = next(revisions, None)
+        try:
+            for _ in range(_REPLACED_AT_MOST):
+                found = await self._look_up(instance, revision, method, path, body)
+                if found is not None:
+                    return found
+        except (RecordCorrupt, HostRefused, PrivilegeMissing) as error:
+            self._note(instance, str(error))
+        return retry_later(), None
 
-async def _answer(service: DocumentService, scope: Scope, receive: Receive) -> Answer | None:
-    headers = cast("Iterable[Header]", scope["headers"])
-    path = cast("bytes", scope["raw_path"])
-    instances = [value for name, value in headers if name == _INSTANCE_HEADER]
-    if not instances and path == LIVENESS_PATH:
-        return refusal(200)
-    if len(instances) != 1 or not _INSTANCE_ID.fullmatch(instances[0]):
-        return refusal(400)
-    method = cast("str", scope["method"])
-    body = b"" if method in _BODILESS else await read_body(receive)
-    if isinstance(body, BodyTooLarge):
-        return refusal(413)
-    if isinstance(body, Unfinished):
-        return None
-    revisions = (value.decode("latin-1") for name, value in headers if name == _REVISION_HEADER)
-    return await service.answer(
-        InstanceId(instances[0].decode("ascii")),
-        DocumentRequest(method, path, body),
-        revision=next(revisions, None),
-    )
+    async def _look_up(
+        self, instance: InstanceId, revision: str | None, method: str, path: bytes, body: bytes
+    ) -> _Found | None:
+        """The answer; `None` when the record has been replaced meanwhile.
+
+        While the record on disk is of another revision than the data plane knows, the answer is right, but not marked
+        for HAProxy's cache.
+        """
+        loaded = self._records.load(instance)
+        if loaded is not None and revision not in (None, loaded.tree.record["revision"]):
+            # A file's inode, size and time can be the same after two quick changes; its revision cannot.
+            loaded = self._records.load(instance, fresh=True)
+        if loaded is None:
+            self._note(instance, "its compiled record is missing")
+            return retry_later(), None
+        password = partial(self._passwords.read, instance)
+        answer = respond(
+            method, path, body, loaded.tree, random_seed=self._random_seed, password=password
+        )
+        new = answer.new_password
+        if new is not None and not await asyncio.to_thread(self._passwords.keep, instance, new):
+            return refusal(409), None
+        file = None
+        if isinstance(part := answer.body, Blob):
+            if loaded.content is not None:
+                data = loaded.content[part.offset : part.offset + part.length]
+                answer = replace(answer, body=data)
+            elif (file := self._records.open_content(loaded)) is None:
+                return None
+        self._noted.pop(instance, None)
+        if answer.cacheable and revision and loaded.tree.record["revision"] == revision:
+            answer = replace(answer, headers=(*answer.headers, _LIFETIME))
+        return answer, file
+
+    def _note(self, instance: InstanceId, reason: str) -> None:
+        if self._noted.get(instance) == reason:
+            return
+        if len(self._noted) >= _NOTED_AT_MOST:
+            self._noted.clear()
+        self._noted[instance] = reason
+        self._log.warning("an instance gets no documents", instance=instance, reason=reason)

@@ -8,15 +8,14 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, MutableMapping
-from dataclasses import dataclass
 from typing import Any, BinaryIO, Final, TypeAlias, cast
 
 from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from imdsproxy.core.documents.respond import Header
-from imdsproxy.core.wire import RETRY_AFTER_S
+from imdsproxy.core.compiled import Blob
+from imdsproxy.core.documents.respond import Answer, refusal
 
 Scope: TypeAlias = Mapping[str, object]
 Message: TypeAlias = MutableMapping[str, object]
@@ -43,62 +42,21 @@ _LINGER_S: Final = 1.0
 _DRAIN_POLL_S: Final = 0.02
 
 
-class BodyTooLarge:
-    """The body is longer than the limit."""
+async def read_body(receive: Receive, limit: int = BODY_LIMIT) -> bytes | Answer | None:
+    """The request's whole body, however it is framed; at most `limit` bytes of it are ever held.
 
-
-class Unfinished:
-    """The client went away before its body was complete."""
-
-
-@dataclass(frozen=True, slots=True)
-class FilePart:
-    """A piece of an open file; the sender closes it."""
-
-    file: BinaryIO
-    offset: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What goes out; header names are in lower case, Content-Length is among them."""
-
-    status: int
-    headers: tuple[Header, ...]
-    body: bytes | FilePart = b""
-
-
-def refusal(status: int, *headers: Header, text: str = "") -> Answer:
-    """An answer without a document.
-
-    Args:
-        status: Its status.
-        headers: Beside those of the body.
-        text: One line for people; without it there is no body.
+    413 where it is longer, `None` where the client went away before it was complete.
     """
-    kind = ((b"content-type", b"text/plain"),) if text else ()
-    body = text.encode("ascii")
-    return Answer(status, (*headers, *kind, (b"content-length", b"%d" % len(body))), body)
-
-
-def retry_later() -> Answer:
-    """503 that makes a client come again: what it asked for is there, but cannot be had now."""
-    return refusal(503, (b"retry-after", b"%d" % RETRY_AFTER_S))
-
-
-async def read_body(receive: Receive, limit: int = BODY_LIMIT) -> bytes | BodyTooLarge | Unfinished:
-    """The request's whole body, however it is framed; at most `limit` bytes of it are ever held."""
     parts: list[bytes] = []
     length = 0
     while True:
         message = await receive()
         if message["type"] != "http.request":
-            return Unfinished()
+            return None
         part = cast("bytes", message.get("body", b""))
         length += len(part)
         if length > limit:
-            return BodyTooLarge()
+            return refusal(413)
         parts.append(part)
         if not message.get("more_body", False):
             return b"".join(parts)
@@ -124,27 +82,37 @@ async def _until_gone(receive: Receive) -> None:
         pass
 
 
-async def send_answer(answer: Answer, send: Send) -> None:
-    """Send an answer; of a file only so much is in memory as the client has not yet taken."""
-    start: Message = {
+async def send_answer(answer: Answer, send: Send, file: BinaryIO | None = None) -> None:
+    """Send an answer; of a file only so much is in memory as the client has not yet taken.
+
+    Args:
+        answer: What to send.
+        send: Takes ASGI's messages.
+        file: What an answer's `Blob` is of; it is closed.
+    """
+    head: Message = {
         "type": "http.response.start",
         "status": answer.status,
         "headers": list(answer.headers),
     }
     if isinstance(answer.body, bytes):
-        await send(start)
+        await send(head)
         await send({"type": "http.response.body", "body": answer.body})
-        return
-    with answer.body.file as file:
-        await send(start)
-        file.seek(answer.body.offset)
-        left = answer.body.length
-        while left:
-            chunk = file.read(min(left, _CHUNK))
-            if not chunk:
-                raise EOFError(f"a compiled record ends {left} bytes early")
-            left -= len(chunk)
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+    elif file is not None:
+        with file:
+            await send(head)
+            await _send_part(file, answer.body, send)
+
+
+async def _send_part(file: BinaryIO, part: Blob, send: Send) -> None:
+    file.seek(part.offset)
+    left = part.length
+    while left:
+        chunk = file.read(min(left, _CHUNK))
+        if not chunk:
+            raise EOFError(f"a compiled record ends {left} bytes early")
+        left -= len(chunk)
+        await send({"type": "http.response.body", "body": chunk, "more_body": True})
     await send({"type": "http.response.body", "body": b""})
 
 

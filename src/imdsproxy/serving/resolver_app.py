@@ -18,7 +18,7 @@ from typing import Final, TypeAlias, cast
 import httpcore
 import structlog
 
-from imdsproxy.core.documents.respond import Header
+from imdsproxy.core.documents.respond import Answer, Header, refusal, retry_later
 from imdsproxy.core.identity import Denial
 from imdsproxy.core.model import NetworkId
 from imdsproxy.core.model import Scope as IdScope
@@ -40,16 +40,11 @@ from imdsproxy.core.wire import (
 )
 from imdsproxy.serving.http import (
     LIVENESS_PATH,
-    Answer,
     AsgiApp,
-    BodyTooLarge,
     Receive,
     Scope,
     Send,
-    Unfinished,
     read_body,
-    refusal,
-    retry_later,
     send_answer,
     while_there,
 )
@@ -102,9 +97,9 @@ def resolver_app(resolver: Resolver, forward: Forward) -> AsgiApp:
             await send_answer(refusal(200 if scope["raw_path"] == LIVENESS_PATH else 400), send)
             return
         body = await read_body(receive)
-        if isinstance(body, BodyTooLarge):
-            await _refuse(request, refusal(413), send)
-        elif not isinstance(body, Unfinished):
+        if isinstance(body, Answer):
+            await _refuse(request, body, send)
+        elif body is not None:
             # HAProxy may have answered 503 by then, and a POST that is sent all the same would arrive twice.
             await while_there(receive, answer(replace(request, body=body), send))
 

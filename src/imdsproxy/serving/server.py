@@ -42,7 +42,7 @@ from imdsproxy.host.process import (
 )
 from imdsproxy.host.refusal import host_refused
 from imdsproxy.host.servers import open_unix_socket
-from imdsproxy.serving.documents import DocumentService, documents_app
+from imdsproxy.serving.documents import DocumentService
 from imdsproxy.serving.http import LIVENESS_PATH, HttpListener
 from imdsproxy.serving.pidfile import PidFile, read_pids
 from imdsproxy.serving.store import PasswordStore, RecordReader
@@ -440,7 +440,7 @@ class DocumentServer:
         over = asyncio.Event()
         loop.add_signal_handler(signal.SIGTERM, over.set)
         records = RecordReader(self.records, capacity=_CACHE_BYTES)
-        http = HttpListener(documents_app(DocumentService(records, PasswordStore(self.passwords))))
+        http = HttpListener(DocumentService(records, PasswordStore(self.passwords)))
         await http.open(worker.listener)
         succession = loop.create_task(self._end_when_replaced(worker, over))
         await over.wait()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,7 +129,7 @@ class LoadedRecord:
     @property
     def cost(self) -> int:
         """Roughly the bytes of memory that it takes."""
-        vendor_data = self.tree.record.vendor_data or b""
+        vendor_data = self.tree.record["vendor_data"] or b""
         return _TREE_COST + len(vendor_data) + len(self.content or b"")
 
 
@@ -145,7 +144,7 @@ class RecordReader:
     def __init__(self, directory: Path, *, capacity: int) -> None:
         self._directory = directory
         self._capacity = capacity
-        self._loaded: OrderedDict[InstanceId, LoadedRecord] = OrderedDict()
+        self._loaded: dict[InstanceId, LoadedRecord] = {}
         self._spent = 0
 
     def load(self, instance_id: InstanceId, *, fresh: bool = False) -> LoadedRecord | None:
@@ -160,15 +159,16 @@ class RecordReader:
             HostRefused: It cannot be read.
             PrivilegeMissing: This process may not read it.
         """
-        held = self._loaded.get(instance_id)
-        if held is not None and not fresh and self._still_holds(held):
-            self._loaded.move_to_end(instance_id)
-            return held
-        self._drop(instance_id)
-        read = self._read(instance_id)
-        if read is not None:
-            self._keep(instance_id, read)
-        return read
+        held = self._loaded.pop(instance_id, None)
+        self._spent -= 0 if held is None else held.cost
+        if held is None or fresh or not self._still_holds(held):
+            held = self._read(instance_id)
+        if held is not None:
+            self._loaded[instance_id] = held
+            self._spent += held.cost
+            while self._spent > self._capacity and len(self._loaded) > 1:
+                self._spent -= self._loaded.pop(next(iter(self._loaded))).cost
+        return held
 
     def open_content(self, loaded: LoadedRecord) -> BinaryIO | None:
         """The record's file, to read pieces of; `None` when it has been replaced since it was loaded.
@@ -177,13 +177,9 @@ class RecordReader:
             HostRefused: It cannot be read.
             PrivilegeMissing: This process may not read it.
         """
-        try:
-            file = loaded.path.open("rb")
-        except FileNotFoundError:
+        file = _open(loaded.path)
+        if file is None:
             return None
-        except OSError as error:
-            action = f"read the compiled record {loaded.path}"
-            raise host_refused(action, error, denied=_DENIED) from error
         if _signature(os.fstat(file.fileno())) != loaded.signature:
             file.close()
             return None
@@ -198,30 +194,25 @@ class RecordReader:
 
     def _read(self, instance_id: InstanceId) -> LoadedRecord | None:
         path = self._directory / compiled_path(instance_id)
-        try:
-            with path.open("rb", buffering=0) as file:
-                signature = _signature(os.fstat(file.fileno()))
-                content = file.readall()
-        except FileNotFoundError:
+        file = _open(path)
+        if file is None:
             return None
-        except OSError as error:
-            action = f"read the compiled record {path}"
-            raise host_refused(action, error, denied=_DENIED) from error
+        with file:
+            signature = _signature(os.fstat(file.fileno()))
+            content = file.read()
         record = parse_compiled(content)
         kept = content if len(content) <= _KEPT_CONTENT else None
         return LoadedRecord(path, DocumentTree(record), kept, signature)
 
-    def _keep(self, instance_id: InstanceId, loaded: LoadedRecord) -> None:
-        self._loaded[instance_id] = loaded
-        self._spent += loaded.cost
-        while self._spent > self._capacity and len(self._loaded) > 1:
-            _, oldest = self._loaded.popitem(last=False)
-            self._spent -= oldest.cost
 
-    def _drop(self, instance_id: InstanceId) -> None:
-        held = self._loaded.pop(instance_id, None)
-        if held is not None:
-            self._spent -= held.cost
+def _open(path: Path) -> BinaryIO | None:
+    try:
+        return path.open("rb")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        action = f"read the compiled record {path}"
+        raise host_refused(action, error, denied=_DENIED) from error
 
 
 def _signature(status: os.stat_result) -> _Signature:

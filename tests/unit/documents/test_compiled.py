@@ -5,54 +5,77 @@ from dataclasses import replace
 
 import pytest
 
-from imdsproxy.core.compiled import Blob, compile_instance, compiled_path, parse_compiled
-from imdsproxy.core.model import Dialect, InstanceId, NetworkId, Port
+from imdsproxy.core.compiled import (
+    Blob,
+    DocumentRecord,
+    compile_instance,
+    compiled_path,
+    parse_compiled,
+)
+from imdsproxy.core.model import Dialect, Instance, InstanceId, NetworkId, Port
 from imdsproxy.errors import RecordCorrupt
-from support.guest_records import BLUE, GUEST, NETWORKS, compiled, guest, port, with_head
+from support.guest_records import BARE, BLUE, GUEST, NETWORKS, compiled, guest, port, with_head
 
 
-def test_a_record_comes_back_as_it_went_in() -> None:
-    instance = guest(vendor_data=b"#cloud-config\n{}", dialects=frozenset({Dialect.NOCLOUD}))
-    record = parse_compiled(compiled(instance).content)
-    names = "id uuid ec2_id name hostname project availability_zone instance_type ssh_keys tags"
-    for name in [*names.split(), "dialects", "vendor_data"]:
-        assert getattr(record, name) == getattr(instance, name), name
+def read(instance: Instance) -> DocumentRecord:
+    return parse_compiled(compiled(instance).content)
 
 
-def test_user_data_lies_raw_in_the_content() -> None:
+def test_a_record_has_the_instance_and_what_its_networks_say() -> None:
+    ports = (
+        port(),
+        # One in no subnet, and a link-local one, which is not for documents.
+        port(None, ["192.0.2.9", "fe80::1"], network=BARE),
+        Port(NetworkId("gone"), None, port().addresses),
+    )
     data = bytes(range(256)) * 3
-    content = compiled(guest(user_data=data, vendor_data=b"{}\n\n")).content
-    blob = parse_compiled(content).user_data
-    assert blob == Blob(len(content) - len(data), len(data))
-    assert content.endswith(data)
-
-
-def test_no_user_data_is_not_empty_user_data() -> None:
-    assert parse_compiled(compiled(guest(user_data=None)).content).user_data is None
-    empty = parse_compiled(compiled(guest(user_data=b"")).content).user_data
-    assert empty is not None
-    assert empty.length == 0
-
-
-def test_what_the_network_says_is_copied_in() -> None:
-    record = parse_compiled(compiled(GUEST).content)
-    (found,) = record.ports
-    assert found.mtu == 1450
-    assert [(one.ip, one.cidr, one.gateway, one.dns) for one in found.addresses] == [
-        ("10.0.0.5", "10.0.0.0/24", "10.0.0.1", ("10.0.0.2",)),
-        ("2001:db8::5", "2001:db8::/64", "2001:db8::1", ()),
-    ]
-
-
-def test_a_port_of_an_unknown_network_keeps_its_addresses() -> None:
-    lost = Port(NetworkId("gone"), None, port().addresses)
-    record = parse_compiled(compile_instance(guest(ports=(lost,)), NETWORKS).content)
-    assert [address.ip for address in record.ports[0].addresses] == ["10.0.0.5", "2001:db8::5"]
-    assert record.ports[0].mtu is None
-    # One in no subnet has none, and a link-local one is not for documents.
-    ports = (port(addresses=["192.0.2.9", "fe80::1"]),)
-    (address,) = parse_compiled(compiled(guest(ports=ports)).content).ports[0].addresses
-    assert (address.ip, address.cidr) == ("192.0.2.9", None)
+    instance = guest(vendor_data=b"{}\n\n", user_data=data, ports=ports)
+    record = compile_instance(instance, NETWORKS, "red-1")
+    nothing: dict[str, object] = {"cidr": None, "gateway": None, "dns": []}
+    v4 = {"cidr": "10.0.0.0/24", "gateway": "10.0.0.1", "dns": ["10.0.0.2"]}
+    v6 = {"cidr": "2001:db8::/64", "gateway": "2001:db8::1", "dns": []}
+    gone = [{"ip": "10.0.0.5", **nothing}, {"ip": "2001:db8::5", **nothing}]
+    assert parse_compiled(record.content) == {
+        "revision": record.revision,
+        "format": 2,
+        "id": GUEST.id,
+        "uuid": GUEST.uuid,
+        "ec2_id": GUEST.ec2_id,
+        "name": "web",
+        "hostname": "web.example.org",
+        "project": "p1",
+        "availability_zone": "eu-north-1b",
+        "region": "red-1",
+        "instance_type": "m1.small",
+        "dialects": sorted(Dialect),
+        "ssh_keys": [["alice", "ssh-ed25519 AAAAC3 alice@example.org"]],
+        "tags": [["role", "web"], ["tier", "1"]],
+        "ports": [
+            {
+                "network": "blue",
+                "mac": "fa:16:3e:00:00:01",
+                "mtu": 1450,
+                "addresses": [{"ip": "10.0.0.5", **v4}, {"ip": "2001:db8::5", **v6}],
+            },
+            {
+                "network": "bare",
+                "mac": None,
+                "mtu": None,
+                "addresses": [{"ip": "192.0.2.9", **nothing}],
+            },
+            {"network": "gone", "mac": None, "mtu": None, "addresses": gone},
+        ],
+        "vendor_data": b"{}\n\n",
+        "user_data": Blob(len(record.content) - len(data), len(data)),
+    }
+    assert record.content.endswith(b"{}\n\n" + data)
+    assert len(record.revision) == 16
+    assert int(record.revision, 16) >= 0
+    # No data is not empty data.
+    assert read(guest(user_data=None))["user_data"] is None
+    assert read(guest(user_data=b""))["user_data"] == Blob(
+        len(compiled(guest(user_data=b"")).content), 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -72,48 +95,33 @@ def test_every_change_of_the_instance_changes_the_revision(change: dict[str, obj
     assert other.revision != compiled(GUEST).revision
 
 
-def test_the_record_says_its_own_revision() -> None:
-    record = compiled(GUEST)
-    assert parse_compiled(record.content).revision == record.revision
-    assert len(record.revision) == 16
-    assert int(record.revision, 16) >= 0
-
-
-@pytest.mark.parametrize("position", range(0, 900, 7))
-def test_a_flipped_bit_is_found(position: int) -> None:
-    content = bytearray(compiled(guest(vendor_data=b"#!/bin/sh\n", user_data=b"x" * 300)).content)
-    content[position % len(content)] ^= 0x10
-    with pytest.raises(RecordCorrupt):
-        parse_compiled(bytes(content))
-
-
-@pytest.mark.parametrize("missing", [1, 10, 21, 300, 10_000])
-def test_a_cut_record_is_found(missing: int) -> None:
-    with pytest.raises(RecordCorrupt):
-        parse_compiled(compiled(GUEST).content[:-missing])
-
-
-@pytest.mark.parametrize("instance", [GUEST, guest(user_data=None), guest(user_data=b"")])
-def test_bytes_too_many_are_found(instance: object) -> None:
-    with pytest.raises(RecordCorrupt, match="bytes where"):
-        parse_compiled(compiled(instance).content + b"\n")  # type: ignore[arg-type] # instances all
+def test_a_record_that_was_changed_cut_or_lengthened_is_refused() -> None:
+    whole = compiled(guest(vendor_data=b"#!/bin/sh\n", user_data=b"x" * 300)).content
+    flipped = [bytearray(whole) for _ in range(0, len(whole), 7)]
+    for number, content in enumerate(flipped):
+        content[number * 7] ^= 0x10
+    cut = [whole[:-missing] for missing in (1, 10, 21, 300, 10_000)]
+    longer = [compiled(guest(user_data=data)).content + b"\n" for data in (b"a", b"", None)]
+    for wrong in (*map(bytes, flipped), *cut, *longer):
+        with pytest.raises(RecordCorrupt):
+            parse_compiled(wrong)
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
+    ("old", "new", "revision"),
     [
-        (b'format":2,', b'format":99,"more":1,'),
-        (b'format":2,', b'format":1,'),
-        (b'"region":null,', b""),
+        (b'format":2,', b'format":99,"more":1,', False),
+        (b'format":2,', b'format":1,', False),
+        (b'"region":null,', b"", True),
     ],
 )
-def test_a_record_of_another_format_is_read_without_a_revision(old: bytes, new: bytes) -> None:
-    record = parse_compiled(with_head(old, new))
-    here = parse_compiled(compiled(GUEST).content)
-    assert replace(record, revision="", user_data=None) == replace(
-        here, revision="", user_data=None
-    )
-    assert bool(record.revision) is (old == b'"region":null,')
+def test_a_record_of_another_format_is_read_without_a_revision(
+    old: bytes, new: bytes, *, revision: bool
+) -> None:
+    record, here = parse_compiled(with_head(old, new)), read(GUEST)
+    assert bool(record["revision"]) is revision
+    for name in ("id", "hostname", "ports", "tags", "vendor_data"):
+        assert record[name] == here[name]
 
 
 def test_a_format_that_lacks_what_is_needed_is_refused_by_its_number() -> None:

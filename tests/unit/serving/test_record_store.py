@@ -125,7 +125,7 @@ def test_long_user_data_is_not_held_in_memory(tmp_path: Path) -> None:
     assert loaded is not None
     assert loaded.content is None
     assert loaded.cost < 100_000
-    blob = loaded.tree.record.user_data
+    blob = loaded.tree.record["user_data"]
     assert blob is not None
     file = reader.open_content(loaded)
     assert file is not None

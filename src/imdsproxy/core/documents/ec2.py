@@ -13,20 +13,13 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Final
 
 from imdsproxy.core.compiled import DocumentPort, DocumentRecord
-from imdsproxy.core.documents.tree import (
-    Data,
-    Directory,
-    Leaf,
-    Node,
-    directory,
-    encode_text,
-    listing,
-)
+from imdsproxy.core.documents.network import is_ipv6, ports_with_mac
+from imdsproxy.core.documents.tree import BINARY, Node, directory, encode_text, listing
 from imdsproxy.core.model import Dialect, Instance, Upstream
 from imdsproxy.errors import Problem, quoted
 
@@ -73,43 +66,32 @@ _LETTERED_ZONE: Final = re.compile(r"(.*\d)-?[a-z]")
 _ROOT_DEVICE: Final = b"vda"
 """Where virtio disks are; Nova has its name from the hypervisor (`nova/block_device.py`, `instance_block_mapping`)."""
 
-_TAG_KEY: Final = re.compile(r"[A-Za-z0-9+\-=.,_:@]+")
-_RESERVED_TAG_KEYS: Final = frozenset({".", "..", "_index"})
+_TAG_KEY: Final = re.compile(r"(?!(?:\.{1,2}|_index)\Z)[A-Za-z0-9+\-=.,_:@]+")
+"""EC2 permits letters, digits and `+-=.,_:@` in a key, and not `.`, `..` or `_index`."""
+
 _UNLISTABLE: Final = re.compile(r"[=/\s\x00-\x1f\x7f]+")
 
 
 def ec2_generation(version: str) -> str | None:
     """The oldest version with the same documents; `None` for a version that there is not."""
-    if version == LATEST:
-        return _GENERATIONS[EC2_VERSIONS[-1]]
-    return _GENERATIONS.get(version)
+    version = EC2_VERSIONS[-1] if version == LATEST else version
+    return max(one for one in _SINCE if one <= version) if version in EC2_VERSIONS else None
 
 
-def ec2_directory(record: DocumentRecord, version: str) -> Directory:
+def ec2_directory(record: DocumentRecord, version: str) -> Node:
     """Everything below `/VERSION` (one of `EC2_VERSIONS`)."""
-    meta_data: dict[str, Node] = {}
-    for since, name, make in _CATEGORIES:
-        if since <= version and (node := make(record)) is not None:
-            meta_data[name] = node
-    children: dict[str, Node] = {"meta-data": directory(meta_data)}
-    if record.user_data is not None:
-        children["user-data"] = Data(record.user_data)
+    meta_data = {
+        name: node
+        for since, name, make in _CATEGORIES
+        if since <= version and (node := make(record)) is not None
+    }
+    children = {"meta-data": directory(meta_data)}
+    if record["user_data"] is not None:
+        children["user-data"] = Node(record["user_data"], BINARY)
     if version >= _DYNAMIC_SINCE:
         children["dynamic"] = directory({"instance-identity": directory({})})
     # Without slashes, as EC2 lists these.
-    return Directory(children, listing(sorted(children)))
-
-
-def permitted_tags(tags: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """The tags that are served under `tags/instance`.
-
-    EC2 permits letters, digits and `+-=.,_:@` in such a key, and not `.`, `..` or `_index`.
-    """
-    return {
-        name: value
-        for name, value in tags
-        if _TAG_KEY.fullmatch(name) and name not in _RESERVED_TAG_KEYS
-    }
+    return Node(listing(sorted(children)), children=children)
 
 
 def is_listed_tag(name: str) -> bool:
@@ -140,34 +122,47 @@ def unique_names(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(result)
 
 
-def _text(value: str | None) -> Leaf | None:
-    return Leaf(encode_text(value)) if value else None
+def named_keys(record: DocumentRecord) -> dict[str, str]:
+    """The record's ssh keys, by the names that documents have for them."""
+    names = unique_names(name for name, _ in record["ssh_keys"])
+    return dict(zip(names, (key.strip() for _, key in record["ssh_keys"]), strict=True))
 
 
-def _addresses(record: DocumentRecord, *, ipv6: bool) -> list[str]:
-    return [a.ip for port in record.ports for a in port.addresses if a.is_ipv6 is ipv6]
+def _text(value: str | None) -> Node | None:
+    return Node(encode_text(value)) if value else None
 
 
-def _first(values: Iterable[str | None]) -> Leaf | None:
-    return _text(next((value for value in values if value), None))
+def _first(values: Iterable[str | None]) -> Node | None:
+    return _text(next(filter(None, values), None))
 
 
-def _public_keys(record: DocumentRecord) -> Directory | None:
-    if not record.ssh_keys:
-        return None
-    names = unique_names(key.name for key in record.ssh_keys)
-    return Directory(
-        {
-            str(index): directory({"openssh-key": Leaf(encode_text(key.key.strip()))})
-            for index, key in enumerate(record.ssh_keys)
-        },
-        listing(f"{index}={name}" for index, name in enumerate(names)),
-    )
+def _lines(values: Iterable[str]) -> Node | None:
+    return _text("\n".join(values))
 
 
-def _placement(record: DocumentRecord, *, with_region: bool = False) -> Directory | None:
-    zone = record.availability_zone
-    region = record.region or _region_of(zone) if with_region else None
+def _some(children: Mapping[str, Node | None]) -> Node | None:
+    present = {name: node for name, node in children.items() if node is not None}
+    return directory(present) if present else None
+
+
+def _first_address(record: DocumentRecord, *, ipv6: bool) -> Node | None:
+    addresses = (one for port in record["ports"] for one in port["addresses"])
+    return _first(one["ip"] for one in addresses if is_ipv6(one) is ipv6)
+
+
+def _public_keys(record: DocumentRecord) -> Node | None:
+    keys = named_keys(record)
+    children = {
+        str(index): directory({"openssh-key": Node(encode_text(key))})
+        for index, key in enumerate(keys.values())
+    }
+    lines = listing(f"{index}={name}" for index, name in enumerate(keys))
+    return Node(lines, children=children) if keys else None
+
+
+def _placement(record: DocumentRecord, *, with_region: bool = False) -> Node | None:
+    zone = record["availability_zone"]
+    region = record["region"] or _region_of(zone) if with_region else None
     return _some({"availability-zone": _text(zone), "region": _text(region)})
 
 
@@ -177,77 +172,60 @@ def _region_of(zone: str | None) -> str | None:
     return zone if match is None else match[1]
 
 
-def _tags(record: DocumentRecord) -> Directory | None:
-    tags = permitted_tags(record.tags)
-    listed = sorted(filter(is_listed_tag, tags))
-    if not listed:
-        return None
-    leaves = {name: Leaf(encode_text(value)) for name, value in tags.items()}
-    return directory({"instance": Directory(leaves, listing(listed))})
+def _tags(record: DocumentRecord) -> Node | None:
+    leaves = {
+        name: Node(encode_text(value)) for name, value in record["tags"] if _TAG_KEY.fullmatch(name)
+    }
+    listed = sorted(filter(is_listed_tag, leaves))
+    return directory({"instance": Node(listing(listed), children=leaves)}) if listed else None
 
 
-def _network(record: DocumentRecord) -> Directory | None:
-    macs: dict[str, Node] = {}
-    for number, port in enumerate(record.ports):
-        if port.mac is not None and port.mac not in macs:
-            macs[port.mac] = _interface(record, port, number)
-    if not macs:
-        return None
-    return directory({"interfaces": directory({"macs": directory(macs)})})
+def _network(record: DocumentRecord) -> Node | None:
+    macs = {mac: _interface(record, port, n) for n, port, mac in ports_with_mac(record)}
+    return directory({"interfaces": directory({"macs": directory(macs)})}) if macs else None
 
 
-def _interface(record: DocumentRecord, port: DocumentPort, number: int) -> Directory:
-    v4 = [address for address in port.addresses if not address.is_ipv6]
-    v6 = [address for address in port.addresses if address.is_ipv6]
-    v4_subnets = dict.fromkeys(address.cidr for address in v4 if address.cidr)
-    v6_subnets = dict.fromkeys(address.cidr for address in v6 if address.cidr)
+def _interface(record: DocumentRecord, port: DocumentPort, number: int) -> Node:
+    v4 = [one for one in port["addresses"] if not is_ipv6(one)]
+    v6 = [one for one in port["addresses"] if is_ipv6(one)]
     leaves = {
         "device-number": _text(str(number)),
-        "ipv6s": _lines(address.ip for address in v6),
-        "local-hostname": _text(record.hostname),
-        "local-ipv4s": _lines(address.ip for address in v4),
-        "mac": _text(port.mac),
-        "owner-id": _text(record.project),
-        "subnet-ipv4-cidr-block": _first(v4_subnets),
-        "subnet-ipv6-cidr-blocks": _lines(v6_subnets),
+        "ipv6s": _lines(one["ip"] for one in v6),
+        "local-hostname": _text(record["hostname"]),
+        "local-ipv4s": _lines(one["ip"] for one in v4),
+        "mac": _text(port["mac"]),
+        "owner-id": _text(record["project"]),
+        "subnet-ipv4-cidr-block": _first(one["cidr"] for one in v4),
+        "subnet-ipv6-cidr-blocks": _lines(dict.fromkeys(one["cidr"] for one in v6 if one["cidr"])),
     }
     return _some(leaves) or directory({})
-
-
-def _lines(values: Iterable[str]) -> Leaf | None:
-    return _text("\n".join(values))
-
-
-def _some(children: dict[str, Leaf | None]) -> Directory | None:
-    present = {name: node for name, node in children.items() if node is not None}
-    return directory(present) if present else None
 
 
 _DYNAMIC_SINCE: Final = "2009-04-04"
 
 _BLOCK_DEVICES: Final = directory(
-    {"ami": Leaf(_ROOT_DEVICE), "root": Leaf(b"/dev/" + _ROOT_DEVICE)}
+    {"ami": Node(_ROOT_DEVICE), "root": Node(b"/dev/" + _ROOT_DEVICE)}
 )
 
 _CATEGORIES: Final[tuple[tuple[str, str, Callable[[DocumentRecord], Node | None]], ...]] = (
     ("1.0", "ami-id", lambda _: _text(_NO_IMAGE)),
     ("1.0", "ami-launch-index", lambda _: _text("0")),
     ("1.0", "ami-manifest-path", lambda _: _text("(unknown)")),
-    ("1.0", "hostname", lambda record: _text(record.hostname)),
-    ("1.0", "instance-id", lambda record: _text(record.ec2_id)),
-    ("1.0", "local-ipv4", lambda record: _first(_addresses(record, ipv6=False))),
+    ("1.0", "hostname", lambda record: _text(record["hostname"])),
+    ("1.0", "instance-id", lambda record: _text(record["ec2_id"])),
+    ("1.0", "local-ipv4", lambda record: _first_address(record, ipv6=False)),
     ("1.0", "public-keys", _public_keys),
-    ("1.0", "reservation-id", lambda record: _text(f"r-{uuid.UUID(record.uuid).hex[:17]}")),
+    ("1.0", "reservation-id", lambda record: _text(f"r-{uuid.UUID(record['uuid']).hex[:17]}")),
     ("1.0", "security-groups", lambda _: _text("default")),
-    ("2007-01-19", "local-hostname", lambda record: _text(record.hostname)),
-    ("2007-08-29", "instance-type", lambda record: _text(record.instance_type)),
+    ("2007-01-19", "local-hostname", lambda record: _text(record["hostname"])),
+    ("2007-08-29", "instance-type", lambda record: _text(record["instance_type"])),
     ("2007-12-15", "block-device-mapping", lambda _: _BLOCK_DEVICES),
     ("2008-02-01", "placement", _placement),
     ("2008-09-01", "instance-action", lambda _: _text("none")),
-    ("2011-01-01", "mac", lambda record: _first(port.mac for port in record.ports)),
+    ("2011-01-01", "mac", lambda record: _first(port["mac"] for port in record["ports"])),
     ("2011-01-01", "network", _network),
     ("2020-10-27", "placement", lambda record: _placement(record, with_region=True)),
-    ("2021-01-03", "ipv6", lambda record: _first(_addresses(record, ipv6=True))),
+    ("2021-01-03", "ipv6", lambda record: _first_address(record, ipv6=True)),
     ("2021-03-23", "tags", _tags),
 )
 
@@ -255,19 +233,7 @@ EC2_CATEGORIES: Final = tuple(dict.fromkeys(name for _, name, _ in _CATEGORIES))
 """All that `meta-data` can have."""
 
 
-def _generations() -> dict[str, str]:
-    starts = {since for since, _, _ in _CATEGORIES} | {_DYNAMIC_SINCE}
-    generations: dict[str, str] = {}
-    start = EC2_VERSIONS[0]
-    for version in EC2_VERSIONS:
-        if version in starts:
-            start = version
-        generations[version] = start
-    return generations
-
-
-_GENERATIONS: Final = _generations()
-
+_SINCE: Final = {since for since, _, _ in _CATEGORIES} | {_DYNAMIC_SINCE}
 
 _SHOWN: Final = 20
 _TAG_HINT: Final = (
@@ -279,44 +245,35 @@ def warn_of_names(instance: Instance) -> tuple[Problem, ...]:
     """A warning for each ssh key that guests see under another name, and each tag that EC2's documents lack."""
     if instance.upstream is Upstream.NOVA:
         return ()
-    names = tuple(key.name for key in instance.ssh_keys)
-    if _are_kept(names, tuple(name for name, _ in instance.tags)):
-        return ()
-    return (*_warn_of_keys(instance), *_warn_of_tags(instance))
+    tags = instance.tags if Dialect.EC2 in instance.dialects else ()
+    found = _find_changed(
+        tuple(key.name for key in instance.ssh_keys), tuple(name for name, _ in tags)
+    )
+    return tuple(
+        Problem(f"instances.{instance.id}.{field}", why, hint) for field, why, hint in found
+    )
 
 
 @lru_cache(1024)
-def _are_kept(keys: tuple[str, ...], tags: tuple[str, ...]) -> bool:
-    """Whether guests see all of these names as they are: many instances have the same ones."""
-    permitted = permitted_tags((name, "") for name in tags)
-    kept = all(name in permitted and is_listed_tag(name) for name in tags)
-    return kept and unique_names(keys) == keys
-
-
-def _warn_of_keys(instance: Instance) -> Iterator[Problem]:
-    names = [key.name for key in instance.ssh_keys]
-    for name, seen in zip(names, unique_names(names), strict=True):
-        if name != seen:
-            yield Problem(
-                f"instances.{instance.id}.ssh_keys[{quoted(name)}]",
-                f"guests see this key as {quoted(seen)}",
-                "names in documents have no blanks, = or /, and each is there once",
-            )
-
-
-def _warn_of_tags(instance: Instance) -> Iterator[Problem]:
-    if Dialect.EC2 not in instance.dialects:
-        return
-    permitted = permitted_tags(instance.tags)
-    for name, _ in instance.tags:
-        if name in permitted and is_listed_tag(name):
-            continue
-        field = f"instances.{instance.id}.tags[{quoted(name)}]"
-        if name in permitted:
+def _find_changed(keys: tuple[str, ...], tags: tuple[str, ...]) -> tuple[tuple[str, str, str], ...]:
+    """Which of these names guests do not see as they are, why, and a hint: many instances have the same ones."""
+    found = [
+        (
+            f"ssh_keys[{quoted(name)}]",
+            f"guests see this key as {quoted(seen)}",
+            "names in documents have no blanks, = or /, and each is there once",
+        )
+        for name, seen in zip(keys, unique_names(keys), strict=True)
+        if name != seen
+    ]
+    for name in tags:
+        field = f"tags[{quoted(name)}]"
+        if not _TAG_KEY.fullmatch(name):
+            found.append((field, "EC2's tags/instance does not have this tag", _TAG_HINT))
+        elif not is_listed_tag(name):
             reason = "EC2's tags/instance does not list this tag"
-            yield Problem(field, reason, "clients take a name with = for an ssh key")
-        else:
-            yield Problem(field, "EC2's tags/instance does not have this tag", _TAG_HINT)
+            found.append((field, reason, "clients take a name with = for an ssh key"))
+    return tuple(found)
 
 
 def list_warnings(warnings: Iterable[Problem]) -> tuple[str, ...]:

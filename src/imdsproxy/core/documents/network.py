@@ -20,12 +20,19 @@ _ANYWHERE: Final = ("0.0.0.0", "::")  # noqa: S104 - a route's destination, not 
 """By `is_ipv6`."""
 
 
-def _ports(record: DocumentRecord) -> Iterator[tuple[int, DocumentPort, str]]:
+def is_ipv6(address: DocumentAddress) -> bool:
+    """Of the two families."""
+    return ":" in address["ip"]
+
+
+def ports_with_mac(record: DocumentRecord) -> Iterator[tuple[int, DocumentPort, str]]:
+    """The ports that have a MAC of their own, with their number and the MAC."""
     seen: set[str] = set()
-    for number, port in enumerate(record.ports):
-        if port.mac is not None and port.mac not in seen:
-            seen.add(port.mac)
-            yield number, port, port.mac
+    for number, port in enumerate(record["ports"]):
+        mac = port["mac"]
+        if mac is not None and mac not in seen:
+            seen.add(mac)
+            yield number, port, mac
 
 
 def render_network_data(record: DocumentRecord) -> dict[str, JsonValue] | None:
@@ -37,23 +44,23 @@ def render_network_data(record: DocumentRecord) -> dict[str, JsonValue] | None:
     links: list[JsonValue] = []
     networks: list[JsonValue] = []
     services: list[JsonValue] = []
-    for number, port, mac in _ports(record):
+    for number, port, mac in ports_with_mac(record):
         link = f"interface{number}"
         links.append(
             {
                 "id": link,
-                "vif_id": str(uuid.uuid5(uuid.UUID(record.uuid), mac)),
+                "vif_id": str(uuid.uuid5(uuid.UUID(record["uuid"]), mac)),
                 "type": "phy",
-                "mtu": port.mtu,
+                "mtu": port["mtu"],
                 "ethernet_mac_address": mac,
             }
         )
         for network in _networks(port):
             entry: dict[str, JsonValue] = {"id": f"network{len(networks)}", "link": link}
-            networks.append(entry | {"network_id": port.network} | network)
+            networks.append(entry | {"network_id": port["network"]} | network)
         services.extend(
             service
-            for address in port.addresses
+            for address in port["addresses"]
             for service in _dns(address)
             if service not in services
         )
@@ -65,33 +72,33 @@ def render_network_data(record: DocumentRecord) -> dict[str, JsonValue] | None:
 def _networks(port: DocumentPort) -> Iterator[dict[str, JsonValue]]:
     asked: set[bool] = set()
     routed: set[bool] = set()
-    for address in port.addresses:
-        ipv6 = address.is_ipv6
-        if address.cidr is None:
+    for address in port["addresses"]:
+        ipv6 = is_ipv6(address)
+        if address["cidr"] is None:
             if ipv6 not in asked:
                 yield {"type": "ipv6_slaac" if ipv6 else "ipv4_dhcp"}
             asked.add(ipv6)
             continue
         routes: list[JsonValue] = []
-        if address.gateway is not None and ipv6 not in routed:
+        if address["gateway"] is not None and ipv6 not in routed:
             routed.add(ipv6)
             everything = _ANYWHERE[ipv6]
             routes.append(
-                {"network": everything, "netmask": everything, "gateway": address.gateway}
+                {"network": everything, "netmask": everything, "gateway": address["gateway"]}
             )
         yield {
             "type": "ipv6" if ipv6 else "ipv4",
-            "ip_address": address.ip,
-            "netmask": _netmask(address.cidr),
+            "ip_address": address["ip"],
+            "netmask": _netmask(address["cidr"]),
             "routes": routes,
             "services": _dns(address),
         }
-    if not port.addresses:
+    if not port["addresses"]:
         yield {"type": "ipv4_dhcp"}
 
 
 def _dns(address: DocumentAddress) -> list[JsonValue]:
-    return [{"type": "dns", "address": server} for server in address.dns]
+    return [{"type": "dns", "address": server} for server in address["dns"]]
 
 
 @lru_cache(maxsize=4096)
@@ -106,7 +113,7 @@ def render_network_config(record: DocumentRecord) -> dict[str, JsonValue] | None
     first one's by its metric.
     """
     ethernets: dict[str, JsonValue] = {}
-    for number, port, mac in _ports(record):
+    for number, port, mac in ports_with_mac(record):
         ethernets[f"interface{number}"] = _ethernet(port, mac, metric=100 * (number + 1))
     if not ethernets:
         return None
@@ -114,21 +121,21 @@ def render_network_config(record: DocumentRecord) -> dict[str, JsonValue] | None
 
 
 def _ethernet(port: DocumentPort, mac: str, *, metric: int) -> dict[str, JsonValue]:
-    known = [address for address in port.addresses if address.cidr is not None]
-    unknown = {address.is_ipv6 for address in port.addresses if address.cidr is None}
+    known = [address for address in port["addresses"] if address["cidr"] is not None]
+    unknown = {is_ipv6(address) for address in port["addresses"] if address["cidr"] is None}
     result: dict[str, JsonValue] = {"match": {"macaddress": mac}}
-    if port.mtu is not None:
-        result["mtu"] = port.mtu
-    result["dhcp4"] = False in unknown or not port.addresses
+    if port["mtu"] is not None:
+        result["mtu"] = port["mtu"]
+    result["dhcp4"] = False in unknown or not port["addresses"]
     result["dhcp6"] = True in unknown
     if known:
-        result["addresses"] = [f"{a.ip}/{str(a.cidr).rpartition('/')[2]}" for a in known]
-    gateways = {a.is_ipv6: a.gateway for a in reversed(known) if a.gateway is not None}
+        result["addresses"] = [f"{a['ip']}/{str(a['cidr']).rpartition('/')[2]}" for a in known]
+    gateways = {is_ipv6(a): a["gateway"] for a in reversed(known) if a["gateway"] is not None}
     if gateways:
         result["routes"] = [
             {"to": f"{_ANYWHERE[ipv6]}/0", "via": gateway, "metric": metric}
             for ipv6, gateway in sorted(gateways.items())
         ]
-    if servers := dict.fromkeys(server for a in known for server in a.dns):
+    if servers := dict.fromkeys(server for a in known for server in a["dns"]):
         result["nameservers"] = {"addresses": list(servers)}
     return result

@@ -10,18 +10,9 @@ import re
 from typing import Final
 
 from imdsproxy.core.compiled import DocumentRecord
-from imdsproxy.core.documents.ec2 import unique_names
+from imdsproxy.core.documents.ec2 import named_keys
 from imdsproxy.core.documents.network import render_network_config
-from imdsproxy.core.documents.tree import (
-    BINARY,
-    Data,
-    Directory,
-    JsonValue,
-    Leaf,
-    Node,
-    listing,
-    vendor_text,
-)
+from imdsproxy.core.documents.tree import BINARY, JsonValue, Node, listing, vendor_text
 
 NOCLOUD_ROOT: Final = "nocloud"
 """The first name of the tree's paths."""
@@ -34,34 +25,29 @@ _UNPRINTABLE: Final = re.compile(
 """All but YAML 1.2 §5.1's printable characters less the line ends and the byte order mark."""
 
 
-def nocloud_directory(record: DocumentRecord) -> Directory:
+def nocloud_directory(record: DocumentRecord, _version: str = "") -> Node:
     """Everything below `/nocloud`."""
     network = render_network_config(record)
-    children: dict[str, Node] = {
-        "meta-data": Leaf(_meta_data(record), _YAML),
-        "user-data": Leaf(b"", BINARY) if record.user_data is None else Data(record.user_data),
-        "vendor-data": Leaf(vendor_text(record.vendor_data), BINARY),
-        "network-config": Leaf(b"" if network is None else render_yaml(network), _YAML),
+    children = {
+        "meta-data": Node(_meta_data(record), _YAML),
+        "user-data": Node(record["user_data"] or b"", BINARY),
+        "vendor-data": Node(vendor_text(record["vendor_data"]), BINARY),
+        "network-config": Node(b"" if network is None else render_yaml(network), _YAML),
     }
-    return Directory(children, listing(children))
+    return Node(listing(children), children=children)
 
 
 def _meta_data(record: DocumentRecord) -> bytes:
-    document: dict[str, JsonValue] = {
-        "instance-id": record.uuid,
-        "local-hostname": record.hostname,
+    optional: dict[str, JsonValue] = {
+        "availability-zone": record["availability_zone"],
+        "instance-type": record["instance_type"],
+        "public-keys": {**named_keys(record)},
+        "tags": {**dict(record["tags"])},
     }
-    if record.availability_zone:
-        document["availability-zone"] = record.availability_zone
-    if record.instance_type:
-        document["instance-type"] = record.instance_type
-    if record.ssh_keys:
-        names = unique_names(key.name for key in record.ssh_keys)
-        keys = [key.key.strip() for key in record.ssh_keys]
-        document["public-keys"] = dict(zip(names, keys, strict=True))
-    if record.tags:
-        document["tags"] = dict(record.tags)
-    return render_yaml(document)
+    given: dict[str, JsonValue] = {name: value for name, value in optional.items() if value}
+    return render_yaml(
+        {"instance-id": record["uuid"], "local-hostname": record["hostname"], **given}
+    )
 
 
 def render_yaml(document: dict[str, JsonValue]) -> bytes:

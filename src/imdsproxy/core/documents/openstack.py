@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from typing import Final
 
 from imdsproxy.core.compiled import DocumentRecord
-from imdsproxy.core.documents.ec2 import LATEST, unique_names
+from imdsproxy.core.documents.ec2 import LATEST, named_keys
 from imdsproxy.core.documents.network import render_network_data
 from imdsproxy.core.documents.tree import (
-    JSON,
-    Data,
-    Directory,
+    BINARY,
     JsonValue,
-    Leaf,
+    Kind,
     Node,
-    Password,
-    Seeded,
+    json_document,
     listing,
     vendor_object,
 )
@@ -47,9 +43,8 @@ OPENSTACK_VERSIONS: Final = (
 """Oldest first; `latest` is the last of them."""
 
 
-def openstack_listing() -> bytes:
-    """What `/openstack` says."""
-    return listing((*OPENSTACK_VERSIONS, LATEST))
+OPENSTACK_LISTING: Final = Node(listing((*OPENSTACK_VERSIONS, LATEST)))
+"""What `/openstack` says."""
 
 
 def openstack_version(version: str) -> str | None:
@@ -59,51 +54,42 @@ def openstack_version(version: str) -> str | None:
     return version if version in OPENSTACK_VERSIONS else None
 
 
-def openstack_directory(record: DocumentRecord, version: str) -> Directory:
+def openstack_directory(record: DocumentRecord, version: str) -> Node:
     """Everything below `/openstack/VERSION` (one of `OPENSTACK_VERSIONS`), in Nova's order."""
-    children: dict[str, Node] = {"meta_data.json": _meta_data(record, version)}
-    if record.user_data is not None:
-        children["user_data"] = Data(record.user_data)
-    if version >= _GRIZZLY:
-        children["password"] = Password()
-    vendor = vendor_object(record.vendor_data)
-    if version >= _HAVANA:
-        children["vendor_data.json"] = _json(vendor)
-    if version >= _LIBERTY and (network := render_network_data(record)) is not None:
-        children["network_data.json"] = _json(network)
-    if version >= _NEWTON_TWO:
+    vendor = vendor_object(record["vendor_data"])
+    network = render_network_data(record)
+    user_data = record["user_data"]
+    files = (
+        (_FOLSOM, "meta_data.json", _meta_data(record, version)),
+        (_FOLSOM, "user_data", None if user_data is None else Node(user_data, BINARY)),
+        (_GRIZZLY, "password", Node(b"", kind=Kind.POSTED)),
+        (_HAVANA, "vendor_data.json", json_document(vendor)),
+        (_LIBERTY, "network_data.json", None if network is None else json_document(network)),
         # Under `static`, where Nova has it too, cloud-init does not run it a second time.
-        children["vendor_data2.json"] = _json({"static": vendor})
-    return Directory(children, listing(children))
-
-
-def _json(value: JsonValue) -> Leaf:
-    return Leaf(json.dumps(value).encode("ascii"), JSON)
+        (_NEWTON_TWO, "vendor_data2.json", json_document({"static": vendor})),
+    )
+    children = {name: node for since, name, node in files if node is not None and version >= since}
+    return Node(listing(children), children=children)
 
 
 def _meta_data(record: DocumentRecord, version: str) -> Node:
-    document: dict[str, JsonValue] = {"uuid": record.uuid}
-    if record.tags:
-        document["meta"] = dict(record.tags)
-    if record.ssh_keys:
-        names = unique_names(key.name for key in record.ssh_keys)
-        keys = [key.key.strip() for key in record.ssh_keys]
-        document["public_keys"] = dict(zip(names, keys, strict=True))
-        document["keys"] = [
-            {"name": name, "type": "ssh", "data": key}
-            for name, key in zip(names, keys, strict=True)
-        ]
-    document["hostname"] = record.hostname
-    document["name"] = record.name
-    document["launch_index"] = 0
-    document["availability_zone"] = record.availability_zone
-    if version >= _LIBERTY:
-        document["project_id"] = record.project
-    if version >= _NEWTON_ONE:
-        document["devices"] = []
-    if version >= _VICTORIA:
-        document["dedicated_cpus"] = []
-    body = json.dumps(document).encode("ascii")
-    if version < _GRIZZLY:
-        return Leaf(body, JSON)
-    return Seeded(body[:-1] + b', "random_seed": "', b'"}')
+    keys = named_keys(record)
+    described: list[JsonValue] = [
+        {"name": name, "type": "ssh", "data": key} for name, key in keys.items()
+    ]
+    fields: tuple[tuple[str, str, JsonValue], ...] = (
+        (_FOLSOM, "hostname", record["hostname"]),
+        (_FOLSOM, "name", record["name"]),
+        (_FOLSOM, "launch_index", 0),
+        (_FOLSOM, "availability_zone", record["availability_zone"]),
+        (_LIBERTY, "project_id", record["project"]),
+        (_NEWTON_ONE, "devices", []),
+        (_VICTORIA, "dedicated_cpus", []),
+    )
+    document: dict[str, JsonValue] = {"uuid": record["uuid"]}
+    if record["tags"]:
+        document["meta"] = {**dict(record["tags"])}
+    if keys:
+        document |= {"public_keys": {**keys}, "keys": described}
+    document |= {name: value for since, name, value in fields if version >= since}
+    return json_document(document, Kind.SEEDED if version >= _GRIZZLY else Kind.FIXED)

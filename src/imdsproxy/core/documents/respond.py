@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Final, TypeAlias, assert_never
+from typing import Final, TypeAlias, cast
 
 from imdsproxy.core.compiled import Blob, DocumentRecord
 from imdsproxy.core.documents.ec2 import (
@@ -17,26 +17,13 @@ from imdsproxy.core.documents.ec2 import (
 )
 from imdsproxy.core.documents.nocloud import NOCLOUD_ROOT, nocloud_directory
 from imdsproxy.core.documents.openstack import (
+    OPENSTACK_LISTING,
     openstack_directory,
-    openstack_listing,
     openstack_version,
 )
-from imdsproxy.core.documents.tree import (
-    BINARY,
-    JSON,
-    TEXT,
-    BadPath,
-    Data,
-    Directory,
-    Leaf,
-    Node,
-    Password,
-    Seeded,
-    find_node,
-    listing,
-    parse_path,
-)
+from imdsproxy.core.documents.tree import TEXT, Kind, Node, find_node, listing, parse_path
 from imdsproxy.core.model import Dialect
+from imdsproxy.core.wire import RETRY_AFTER_S
 
 SEED_LENGTH: Final = 512
 """Bytes of `random_seed`, as Nova gives them."""
@@ -50,17 +37,8 @@ _OPENSTACK_ROOT: Final = "openstack"
 
 
 @dataclass(frozen=True, slots=True)
-class DocumentRequest:
-    """What a guest asks. `path` is as it came, without the query (which no document looks at)."""
-
-    method: str
-    path: bytes
-    body: bytes = b""
-
-
-@dataclass(frozen=True, slots=True)
-class DocumentResponse:
-    """The response.
+class Answer:
+    """What goes out.
 
     Attributes:
         headers: With lower-case names; Content-Length is among them, also for HEAD.
@@ -72,9 +50,27 @@ class DocumentResponse:
 
     status: int
     headers: tuple[Header, ...]
-    body: bytes | Blob
+    body: bytes | Blob = b""
     cacheable: bool = False
     new_password: bytes | None = None
+
+
+def refusal(status: int, *headers: Header, text: str = "") -> Answer:
+    """An answer without a document.
+
+    Args:
+        status: Its status.
+        headers: Beside those of the body.
+        text: One line for people; without it there is no body.
+    """
+    kind = ((b"content-type", b"text/plain"),) if text else ()
+    body = text.encode("ascii")
+    return Answer(status, (*headers, *kind, (b"content-length", b"%d" % len(body))), body)
+
+
+def retry_later() -> Answer:
+    """503 that makes a client come again: what it asked for is there, but cannot be had now."""
+    return refusal(503, (b"retry-after", b"%d" % RETRY_AFTER_S))
 
 
 class DocumentTree:
@@ -84,143 +80,100 @@ class DocumentTree:
 
     def __init__(self, record: DocumentRecord) -> None:
         self.record = record
-        self._built: dict[tuple[str, str], Directory] = {}
-        self._root = _root(record)
+        self._built: dict[tuple[Dialect, str], Node] = {}
+        self._root = _root(record["dialects"])
 
     def find(self, names: tuple[str, ...]) -> Node | None:
         """What a path's names lead to; `None` when there is nothing."""
-        if not names or self._root is None:
-            return self._root
-        first, rest = names[0], names[1:]
-        if first == _OPENSTACK_ROOT:
-            return self._find_openstack(rest)
-        if first == NOCLOUD_ROOT:
-            return self._find_below(Dialect.NOCLOUD, "", rest)
-        version = ec2_generation(first)
-        return None if version is None else self._find_below(Dialect.EC2, version, rest)
-
-    def _find_openstack(self, names: tuple[str, ...]) -> Node | None:
-        if Dialect.OPENSTACK not in self.record.dialects:
-            return None
         if not names:
-            return _OPENSTACK_LISTING
-        version = openstack_version(names[0])
-        return None if version is None else self._find_below(Dialect.OPENSTACK, version, names[1:])
+            return self._root
+        (first, *rest), version = names, ""
+        if first == _OPENSTACK_ROOT:
+            if not rest:
+                return OPENSTACK_LISTING if Dialect.OPENSTACK in self.record["dialects"] else None
+            version, *rest = rest
+            return self._find(Dialect.OPENSTACK, openstack_version(version), rest)
+        if first == NOCLOUD_ROOT:
+            return self._find(Dialect.NOCLOUD, "", rest)
+        return self._find(Dialect.EC2, ec2_generation(first), rest)
 
-    def _find_below(self, dialect: Dialect, version: str, names: tuple[str, ...]) -> Node | None:
-        if dialect not in self.record.dialects:
+    def _find(self, dialect: Dialect, version: str | None, names: list[str]) -> Node | None:
+        if version is None or dialect not in self.record["dialects"]:
             return None
-        key = (dialect, version)
-        top = self._built.get(key)
+        top = self._built.get((dialect, version))
         if top is None:
-            top = self._built[key] = _build(self.record, dialect, version)
+            top = self._built[dialect, version] = _DIRECTORIES[dialect](self.record, version)
         return find_node(top, names)
 
 
-def _build(record: DocumentRecord, dialect: Dialect, version: str) -> Directory:
-    match dialect:
-        case Dialect.EC2:
-            return ec2_directory(record, version)
-        case Dialect.OPENSTACK:
-            return openstack_directory(record, version)
-        case Dialect.NOCLOUD:
-            return nocloud_directory(record)
-    assert_never(dialect)
+_DIRECTORIES: Final[Mapping[Dialect, Callable[[DocumentRecord, str], Node]]] = {
+    Dialect.EC2: ec2_directory,
+    Dialect.OPENSTACK: openstack_directory,
+    Dialect.NOCLOUD: nocloud_directory,
+}
 
 
-_OPENSTACK_LISTING: Final = Leaf(openstack_listing())
-
-
-def _root(record: DocumentRecord) -> Leaf | None:
+def _root(dialects: Collection[str]) -> Node | None:
     """What `/` says: EC2's versions, as EC2 and Nova have it; without EC2, the roots that there are."""
-    if Dialect.EC2 in record.dialects:
-        return Leaf(listing((*EC2_VERSIONS, LATEST)))
-    names = []
-    if Dialect.NOCLOUD in record.dialects:
-        names.append(f"{NOCLOUD_ROOT}/")
-    if Dialect.OPENSTACK in record.dialects:
-        names.append(f"{_OPENSTACK_ROOT}/")
-    return Leaf(listing(names)) if names else None
+    if Dialect.EC2 in dialects:
+        return Node(listing((*EC2_VERSIONS, LATEST)))
+    roots = {Dialect.NOCLOUD: NOCLOUD_ROOT, Dialect.OPENSTACK: _OPENSTACK_ROOT}
+    names = [f"{root}/" for dialect, root in roots.items() if dialect in dialects]
+    return Node(listing(names)) if names else None
 
 
 def respond(
-    request: DocumentRequest,
+    method: str,
+    path: bytes,
+    body: bytes,
     tree: DocumentTree,
     *,
     random_seed: Callable[[], bytes],
     password: Callable[[], bytes | None],
-) -> DocumentResponse:
+) -> Answer:
     """Answer one request of the guest that `tree` is of.
 
     A path that leads nowhere is 404 whatever the method (a token request among them, whose body clients use
     as a token if there is one): errors have no body. Nothing is ever redirected.
 
     Args:
-        request: What the guest asks.
-        tree: Its documents.
+        method: What the guest asks.
+        path: As it came, without the query (which no document looks at).
+        body: Of the request.
+        tree: The guest's documents.
         random_seed: Gives `SEED_LENGTH` fresh bytes; called only where they are needed.
         password: Gives the instance's password as it is now; called only where it is needed.
     """
-    names = parse_path(request.path)
-    if isinstance(names, BadPath):
-        return _error(400)
-    node = None if names is None else tree.find(names)
+    names = parse_path(path)
+    if isinstance(names, int):
+        return refusal(names)
+    node = tree.find(names)
     if node is None:
-        return _error(404)
-    if isinstance(node, Password) and request.method == "POST":
-        return _post_password(request.body, password())
-    if request.method not in {"GET", "HEAD"}:
-        allowed = b"GET, HEAD, POST" if isinstance(node, Password) else b"GET, HEAD"
-        return _error(405, (b"allow", allowed))
-    response = _get(node, random_seed, password)
-    if request.method == "HEAD":
-        return DocumentResponse(response.status, response.headers, b"", response.cacheable)
-    return response
+        return refusal(404)
+    if node.kind is Kind.POSTED and method == "POST":
+        return _post_password(body, password())
+    if method not in {"GET", "HEAD"}:
+        posted = b", POST" if node.kind is Kind.POSTED else b""
+        return refusal(405, (b"allow", b"GET, HEAD" + posted))
+    found = node.body
+    if node.kind is Kind.POSTED:
+        found = password() or b""
+    elif node.kind is Kind.SEEDED:
+        seed = b64encode(random_seed())
+        found = b'%b, "random_seed": "%b"}' % (cast("bytes", found)[:-1], seed)
+    headers = (b"content-type", node.content_type), (b"content-length", b"%d" % len(found))
+    return Answer(200, headers, b"" if method == "HEAD" else found, node.kind is Kind.FIXED)
 
 
-def _get(
-    node: Node, random_seed: Callable[[], bytes], password: Callable[[], bytes | None]
-) -> DocumentResponse:
-    match node:
-        case Leaf(body, content_type):
-            return _ok(body, content_type, cacheable=True)
-        case Directory():
-            return _ok(node.listing, TEXT, cacheable=True)
-        case Seeded(before, after):
-            body = b"".join((before, b64encode(random_seed()), after))
-            return _ok(body, JSON, cacheable=False)
-        case Data(blob):
-            headers = _headers(BINARY, blob.length)
-            return DocumentResponse(200, headers, blob, cacheable=True)
-        case Password():
-            return _ok(password() or b"", TEXT, cacheable=False)
-    assert_never(node)
-
-
-def _post_password(body: bytes, present: bytes | None) -> DocumentResponse:
+def _post_password(body: bytes, present: bytes | None) -> Answer:
     if present is not None:
-        return _error(409)
+        return refusal(409)
     if len(body) > PASSWORD_LIMIT:
-        return _error(400)
-    return DocumentResponse(200, _headers(TEXT, 0), b"", new_password=body or None)
+        return refusal(400)
+    headers = (b"content-type", TEXT), (b"content-length", b"0")
+    return Answer(200, headers, new_password=body or None)
 
 
-def _ok(body: bytes, content_type: bytes, *, cacheable: bool) -> DocumentResponse:
-    return DocumentResponse(200, _headers(content_type, len(body)), body, cacheable)
-
-
-def _headers(content_type: bytes, length: int) -> tuple[Header, ...]:
-    return (b"content-type", content_type), (b"content-length", b"%d" % length)
-
-
-def _error(status: int, *headers: Header) -> DocumentResponse:
-    return DocumentResponse(status, (*headers, (b"content-length", b"0")), b"")
-
-
-_Names: TypeAlias = "Mapping[str, _Names | None]"
-
-_ANYTHING: Final = None
-_NOTHING: Final[_Names] = {}
 _OF_NOVA: Final = (
     "ancestor-ami-ids",
     "kernel-id",
@@ -231,37 +184,29 @@ _OF_NOVA: Final = (
 )
 """`nova/api/metadata/base.py`, `get_ec2_metadata`: what ours have not."""
 
-_TREE: Final[_Names] = {
-    "latest": {
-        "meta-data": dict.fromkeys((*EC2_CATEGORIES, *_OF_NOVA), _ANYTHING),
-        "user-data": _NOTHING,
-        "dynamic": {"instance-identity": _ANYTHING},
-    },
-    "openstack": {
-        "content": _ANYTHING,
-        "latest": dict.fromkeys(
-            (
-                "meta_data.json",
-                "network_data.json",
-                "password",
-                "user_data",
-                "vendor_data.json",
-                "vendor_data2.json",
-            ),
-            _NOTHING,
-        ),
-    },
-    "nocloud": dict.fromkeys(("meta-data", "network-config", "user-data", "vendor-data"), _NOTHING),
-}
+_OPENSTACK_FILES: Final = (
+    "meta_data.json",
+    "network_data.json",
+    "password",
+    "user_data",
+    "vendor_data.json",
+    "vendor_data2.json",
+)
+_NOCLOUD_FILES: Final = ("meta-data", "network-config", "user-data", "vendor-data")
+_WITH_MORE_BENEATH: Final = (
+    *(f"latest/meta-data/{name}/" for name in (*EC2_CATEGORIES, *_OF_NOVA)),
+    "latest/dynamic/instance-identity/",
+    "openstack/content/",
+)
+_SERVED: Final = (
+    *_WITH_MORE_BENEATH,
+    "latest/user-data/",
+    *(f"openstack/latest/{name}/" for name in _OPENSTACK_FILES),
+    *(f"nocloud/{name}/" for name in _NOCLOUD_FILES),
+)
 
 
 def can_be_served(path: str) -> bool:
     """Whether there can be a document at a plain path (`core.path_rules`), or beneath it."""
-    names: _Names | None = _TREE
-    for name in filter(None, path.split("/")):
-        if names is _ANYTHING:
-            return True
-        if name not in names:
-            return False
-        names = names[name]
-    return True
+    plain = "".join(f"{name}/" for name in filter(None, path.split("/")))
+    return plain.startswith(_WITH_MORE_BENEATH) or any(one.startswith(plain) for one in _SERVED)

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Final, TypeAlias, cast
 from urllib.parse import unquote_to_bytes
 
@@ -26,51 +27,28 @@ _VENDOR_MEMBER: Final = "cloud-init"
 _BROKEN_ESCAPE: Final = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 
 
-@dataclass(frozen=True, slots=True)
-class Leaf:
-    """A document whose bytes are known."""
+class Kind(Enum):
+    """What every answer of a document has."""
 
-    body: bytes
-    content_type: bytes = TEXT
-
-
-@dataclass(frozen=True, slots=True)
-class Data:
-    """A document that is a piece of the record's content, sent as it is."""
-
-    blob: Blob
+    FIXED = "the same, as long as the record does not change"
+    SEEDED = "a JSON object to which fresh `random_seed` is added"
+    POSTED = "what the guest has posted there"
 
 
 @dataclass(frozen=True, slots=True)
-class Seeded:
-    """A JSON document that has fresh base64 between `before` and `after` in every answer."""
+class Node:
+    """A document, or a directory.
 
-    before: bytes
-    after: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Password:
-    """The place where a guest leaves its encrypted password and reads it again."""
-
-
-@dataclass(frozen=True, slots=True)
-class Directory:
-    """Children by the name a path gives them, and the text that lists them.
-
-    The two differ: `public-keys` lists `0=name` for the child `0`.
+    Attributes:
+        body: The bytes, or where they lie in the record's content. Of a directory the text that lists it, which may
+            differ from its children's names: `public-keys` lists `0=name` for the child `0`.
+        children: Of a directory, by the name that a path gives them.
     """
 
-    children: Mapping[str, Node]
-    listing: bytes
-
-
-Node: TypeAlias = Directory | Leaf | Data | Seeded | Password
-
-
-@dataclass(frozen=True, slots=True)
-class BadPath:
-    """A path with a percent sign that begins no escape (RFC 3986 §2.1)."""
+    body: bytes | Blob
+    content_type: bytes = TEXT
+    children: Mapping[str, Node] | None = None
+    kind: Kind = Kind.FIXED
 
 
 def encode_text(text: str) -> bytes:
@@ -83,27 +61,30 @@ def listing(names: Iterable[str]) -> bytes:
     return encode_text("\n".join(names))
 
 
-def directory(children: Mapping[str, Node]) -> Directory:
+def directory(children: Mapping[str, Node]) -> Node:
     """A directory that lists its children in name order, directories among them with a slash."""
-    return Directory(
-        children,
-        listing(
-            f"{name}/" if isinstance(child, Directory) else name
-            for name, child in sorted(children.items())
-        ),
+    names = (
+        name if child.children is None else f"{name}/" for name, child in sorted(children.items())
     )
+    return Node(listing(names), children=children)
 
 
-def parse_path(path: bytes) -> tuple[str, ...] | BadPath | None:
-    """A request's path as names; `None` when it leads nowhere.
+def json_document(value: JsonValue, kind: Kind = Kind.FIXED) -> Node:
+    """A document in JSON."""
+    return Node(json.dumps(value).encode("ascii"), JSON, kind=kind)
 
+
+def parse_path(path: bytes) -> tuple[str, ...] | int:
+    """A request's path as names, or the status of the answer to one that has none.
+
+    400 for a percent sign that begins no escape (RFC 3986 §2.1), 404 for a path that leads out of its tree.
     Slashes collapse, also at the end, and escapes are undone. Dot segments are resolved (RFC 3986 §5.2.4)
     as far as the first name, which they never take away: it says whose tree this is, and rules are made for it.
     """
     if b"%" not in path and b"/." not in path:
         return tuple(filter(None, path.decode("utf-8", "surrogateescape").split("/")))
     if _BROKEN_ESCAPE.search(path):
-        return BadPath()
+        return 400
     names: list[str] = []
     for raw in path.split(b"/"):
         name = unquote_to_bytes(raw).decode("utf-8", "surrogateescape")
@@ -114,7 +95,7 @@ def parse_path(path: bytes) -> tuple[str, ...] | BadPath | None:
         elif len(names) > 1:
             names.pop()
         else:
-            return None
+            return 404
     return tuple(names)
 
 
@@ -122,9 +103,7 @@ def find_node(root: Node, names: Iterable[str]) -> Node | None:
     """What lies at the end of the names below `root`; `None` when nothing does."""
     node: Node | None = root
     for name in names:
-        if not isinstance(node, Directory):
-            return None
-        node = node.children.get(name)
+        node = None if node is None or node.children is None else node.children.get(name)
     return node
 
 
