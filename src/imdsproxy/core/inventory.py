@@ -21,7 +21,7 @@ The rules, in the order in which they apply:
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -64,16 +64,10 @@ def address_keys(instance: Instance) -> frozenset[AddressKey]:
     return frozenset(keys)
 
 
-def _counted(versions: Iterable[Instance]) -> tuple[Counter[NetworkId], frozenset[NetworkId]]:
-    """How many ports with a MAC there are in each network, and the networks of ports that claim nothing."""
-    macs: Counter[NetworkId] = Counter()
-    idle: set[NetworkId] = set()
-    for port in (port for version in versions for port in version.ports):
-        if port.mac is not None:
-            macs[port.network] += 1
-        elif not port.addresses:
-            idle.add(port.network)
-    return macs, frozenset(idle)
+def _idle(versions: Iterable[Instance]) -> set[NetworkId]:
+    """The networks of ports that claim nothing."""
+    ports = (port for version in versions for port in version.ports)
+    return {port.network for port in ports if port.mac is None and not port.addresses}
 
 
 @dataclass(slots=True)
@@ -115,8 +109,7 @@ class Inventory:
         self._instances = PackedInstances()
         self._instance_conflicts: dict[InstanceId, tuple[Instance, ...]] = {}
         self._addresses = Claims()
-        self._macs: Counter[NetworkId] = Counter()
-        self._idle: dict[NetworkId, set[InstanceId]] = {}
+        self._idle: defaultdict[NetworkId, set[InstanceId]] = defaultdict(set)
 
     # What is in force
 
@@ -147,8 +140,12 @@ class Inventory:
 
     def owner(self, key: AddressKey) -> InstanceId | Conflict | None:
         """Whose address it is; a `Conflict` where that is contested, `None` if no record claims it."""
+        return self._judge(key, self._addresses.owner(key))
+
+    def _judge(
+        self, key: AddressKey, claimant: InstanceId | frozenset[InstanceId] | None
+    ) -> InstanceId | Conflict | None:
         network, address = key
-        claimant = self._addresses.owner(key)
         if claimant is None or not self.knows(network):
             return None
         if network in self._network_conflicts:
@@ -169,16 +166,7 @@ class Inventory:
         It may go on while others observe: what comes or goes meanwhile is perhaps not in it.
         """
         for key, claimant in self._addresses.items():
-            owner: InstanceId | Conflict | None
-            if (
-                isinstance(claimant, str)
-                and claimant in self._instances
-                and key[0] in self._networks
-                and key[0] not in self._network_conflicts
-            ):
-                owner = claimant
-            else:
-                owner = self.owner(key)
+            owner = self._judge(key, claimant)
             if owner is not None:
                 yield key, owner
 
@@ -192,7 +180,16 @@ class Inventory:
 
     def carries_macs(self, network: NetworkId) -> bool:
         """Whether any port in the network has a MAC."""
-        return network in self._macs
+        versions = (
+            version
+            for instance in self._addresses.within(network)
+            for version in self._versions(instance)
+        )
+        return any(
+            port.network == network and port.mac is not None
+            for version in versions
+            for port in version.ports
+        )
 
     def knows(self, network: NetworkId) -> bool:
         """Some source tells of the network, be it in conflict, or vouches for it."""
@@ -364,10 +361,12 @@ class Inventory:
         _put(self._instance_conflicts, instance_id, after if len(after) > 1 else None)
         keys = _union(map(address_keys, before)), _union(map(address_keys, after))
         self._addresses.replace(instance_id, *keys)
-        self._index(instance_id, before, after)
+        for network in _idle(before):
+            self._idle[network].discard(instance_id)
+        for network in _idle(after):
+            self._idle[network].add(instance_id)
         change.instances.add(instance_id)
-        for some in keys:
-            change.addresses |= some
+        change.addresses |= keys[0] | keys[1]
 
     def _add_instance(
         self, instance_id: InstanceId, packed: PackedInstances, change: _Change
@@ -378,10 +377,9 @@ class Inventory:
         for network, mac, numbers in packed.ports(instance_id):
             found = numbers
             if mac is not None:
-                self._macs[network] += 1
                 found = [*numbers, to_number(link_local_of(mac))]
             elif not numbers:
-                self._idle.setdefault(network, set()).add(instance_id)
+                self._idle[network].add(instance_id)
             for number in found:
                 self._addresses.add(instance_id, network, number)
                 change.addresses.add((network, from_number(number)))
@@ -394,22 +392,6 @@ class Inventory:
             if instance_id in report.instances
         ]
         return [(name, report) for name, report in having if not report.defers] or having
-
-    def _index(
-        self, instance_id: InstanceId, before: tuple[Instance, ...], after: tuple[Instance, ...]
-    ) -> None:
-        macs_before, idle_before = _counted(before)
-        macs_after, idle_after = _counted(after)
-        for network in macs_before.keys() | macs_after.keys():
-            self._macs[network] += macs_after[network] - macs_before[network]
-            if not self._macs[network]:
-                del self._macs[network]
-        for network in idle_after - idle_before:
-            self._idle.setdefault(network, set()).add(instance_id)
-        for network in idle_before - idle_after:
-            self._idle[network].discard(instance_id)
-            if not self._idle[network]:
-                del self._idle[network]
 
     def _versions(self, instance: InstanceId) -> tuple[Instance, ...]:
         found = self._instances.get(instance)

@@ -73,14 +73,6 @@ class Clash(Generic[Record]):
     addresses: tuple[AddressKey, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class _Wish(Generic[Record]):
-    """What an id has in force if no address stands against it, and the entries that repeat the id."""
-
-    entry: Entry[Record]
-    rivals: tuple[Entry[Record], ...] = ()
-
-
 class InForce(Generic[Record]):
     """The entries of all files of one kind, and those in force.
 
@@ -103,7 +95,6 @@ class InForce(Generic[Record]):
         self._claims = claims
         self._where = where
         self._files: dict[str, tuple[Entry[Record], ...]] = {}
-        self._bad: dict[str, tuple[Entry[Record], ...]] = {}
         self._entries: dict[str, tuple[Entry[Record], ...]] = {}
         self._held: dict[str, Entry[Record]] = {}
         self._held_by_file: dict[str, set[str]] = {}
@@ -125,8 +116,8 @@ class InForce(Generic[Record]):
 
     def prime(self, entry: Entry[Record]) -> None:
         """Take as in force what a process before had, until `replace_file` is called for its file."""
-        if entry.id not in self._held and self._clash(entry, self._claimed(entry), {}, {}) is None:
-            self._hold(entry.id, entry)
+        if entry.id not in self._held and self._clash(entry, {}) is None:
+            self._hold(entry)
 
     def has(self, file: str) -> bool:
         """Whether records of this file are in force."""
@@ -158,30 +149,28 @@ class InForce(Generic[Record]):
         # Also those held without an entry, while it was unclear.
         self._touched |= self._held_by_file.get(file, set())
         _store(self._files, file, tuple(entries))
-        _store(self._bad, file, tuple(entry for entry in entries if entry.problems))
 
     def settle(self) -> dict[str, Record | None]:
         """What has changed since the last time: the new record, or `None` for one that is gone."""
         before = {key: self._held.get(key) for key in self._touched | self._clashes.keys()}
         self._touched.clear()
         self.moved = False
-        self._decide(set(before))
+        self._decide(before)
         while self._give_second_chance():
             pass
         self._freed.clear()
         changes: dict[str, Record | None] = {}
         for key, old in before.items():
             new = self._held.get(key)
-            old_record = None if old is None else old.record
-            new_record = None if new is None else new.record
-            if old_record is not new_record and old_record != new_record:
-                changes[key] = new_record
+            record = None if new is None else new.record
+            if record != (None if old is None else old.record):
+                changes[key] = record
         return changes
 
     def problems(self) -> Iterator[Problem]:
         """Every entry that is refused, with the reasons."""
-        for file in sorted(self._bad):
-            for entry in self._bad[file]:
+        for file in sorted(self._files):
+            for entry in self._files[file]:
                 for problem in entry.problems:
                     yield self._noted(problem, entry)
         for key in sorted(self._clashes):
@@ -217,95 +206,76 @@ class InForce(Generic[Record]):
     def _put(self, key: str, entries: list[Entry[Record]]) -> None:
         _store(self._entries, key, tuple(sorted(entries, key=lambda entry: entry.order)))
 
-    def _wish(self, key: str) -> _Wish[Record] | None:
+    def _wish(self, key: str) -> tuple[Entry[Record] | None, list[Entry[Record]]]:
+        """What an id has in force if no address stands against it, and the good entries that repeat the id."""
         entries = self._entries.get(key, ())
-        good = tuple(entry for entry in entries if entry.record is not None)
+        good = [entry for entry in entries if entry.record is not None]
         held = self._held.get(key)
-        if held is None:
-            return _Wish(good[0], good[1:]) if good else None
-        own = [entry for entry in entries if entry.file == held.file]
-        if not own:
-            if good:
-                return _Wish(good[0], good[1:])
-            return _Wish(held) if entries or held.file in self._unclear else None
-        same = next((entry for entry in own if entry.record == held.record), None)
-        chosen = same or next((entry for entry in own if entry.record is not None), None)
-        rivals = tuple(entry for entry in good if entry is not chosen)
-        if chosen is None:
-            return _Wish(held, rivals)
-        # The record in force is kept, not its equal: others have it already.
-        return _Wish(replace(chosen, record=held.record) if same else chosen, rivals)
+        own = [entry for entry in entries if held is not None and entry.file == held.file]
+        same = next((one for one in own if held is not None and one.record == held.record), None)
+        chosen = same or next((one for one in own or good if one.record is not None), None)
+        rivals = [entry for entry in good if entry is not chosen]
+        if held is not None:
+            if same is not None:
+                # The record in force is kept, not its equal: others have it already.
+                chosen = replace(same, record=held.record)
+            elif chosen is None and (entries or held.file in self._unclear):
+                chosen = held
+        return chosen, rivals
 
-    def _decide(self, keys: set[str]) -> None:
-        """Put in force what `keys` wish for, all together, as far as addresses allow."""
-        wishes = {key: self._wish(key) for key in keys}
+    def _decide(self, before: Mapping[str, Entry[Record] | None]) -> None:
+        """Put in force what these ids wish for, all together, as far as addresses allow."""
+        wishes = {key: self._wish(key) for key in before}
+        for key in before:
+            self._release(key)
         fallen: dict[str, Clash[Record]] = {}
         while True:
-            clashes = self._contest(wishes, fallen)
+            settled = {key: before[key] if key in fallen else wishes[key][0] for key in before}
+            clashes = self._contest(before, settled)
             # Who falls back claims its old addresses again, which another may have taken meanwhile.
-            fall = {key: clash for key, clash in clashes.items() if key in self._held}
+            fall = {key: clash for key, clash in clashes.items() if before[key] is not None}
             if not fall:
                 break
             fallen.update(fall)
-        refused = {**clashes, **fallen}
-        after: dict[str, Entry[Record]] = {}
-        for key, wish in wishes.items():
-            held = self._held.get(key)
-            if key in refused:
-                if held is not None:
-                    after[key] = held
-            elif wish is not None:
-                after[key] = wish.entry
-            self._note(key, wish, refused.get(key))
-        for key in keys:
-            self._release(key)
-        for key, entry in after.items():
-            self._hold(key, entry)
+        for key, entry in settled.items():
+            if entry is not None and key not in clashes:
+                self._hold(entry)
+            self._note(key, wishes[key], clashes.get(key) or fallen.get(key))
 
     def _contest(
-        self, wishes: Mapping[str, _Wish[Record] | None], fallen: Mapping[str, Clash[Record]]
+        self,
+        before: Mapping[str, Entry[Record] | None],
+        after: Mapping[str, Entry[Record] | None],
     ) -> dict[str, Clash[Record]]:
         """Who loses an address, going through the changed records by their order."""
         taken: dict[AddressKey, Entry[Record]] = {}
         changed: list[Entry[Record]] = []
-        for key, wish in wishes.items():
-            held = self._held.get(key)
-            if key in fallen and held is not None:
-                taken.update((address, held) for address in self._claimed(held))
-            elif wish is not None and (held is None or wish.entry.record is not held.record):
-                changed.append(wish.entry)
-            elif wish is not None:
-                taken.update((address, wish.entry) for address in self._claimed(wish.entry))
-        for entry in changed:
-            held = self._held.get(entry.id)
-            if held is not None:
-                kept = set(self._claimed(held)).intersection(self._claimed(entry))
-                taken.update((address, entry) for address in kept)
+        for key, entry in after.items():
+            held = before[key]
+            if entry is None:
+                continue
+            kept = set(self._claimed(entry))
+            if held is None or entry.record is not held.record:
+                changed.append(entry)
+                kept &= set(() if held is None else self._claimed(held))
+            taken.update(dict.fromkeys(kept, entry))
         clashes: dict[str, Clash[Record]] = {}
         for entry in sorted(changed, key=lambda each: each.order):
-            claimed = tuple(self._claimed(entry))
-            clash = self._clash(entry, claimed, taken, wishes)
+            clash = self._clash(entry, taken)
             if clash is None:
-                taken.update((address, entry) for address in claimed)
+                taken.update(dict.fromkeys(self._claimed(entry), entry))
             else:
                 clashes[entry.id] = clash
         return clashes
 
     def _clash(
-        self,
-        entry: Entry[Record],
-        claimed: Iterable[AddressKey],
-        taken: Mapping[AddressKey, Entry[Record]],
-        moving: Mapping[str, object],
+        self, entry: Entry[Record], taken: Mapping[AddressKey, Entry[Record]]
     ) -> Clash[Record] | None:
-        """What stands against an entry: `taken`, and what is held by those that are not `moving`."""
+        """What stands against an entry: `taken`, and what is held."""
         against: dict[str, tuple[Entry[Record], list[AddressKey]]] = {}
-        for address in claimed:
-            other = taken.get(address)
-            if other is None:
-                holder = self._holders.get(address[0], {}).get(to_number(address[1]))
-                if holder is not None and holder not in moving:
-                    other = self._held[holder]
+        for address in self._claimed(entry):
+            holder = self._holders.get(address[0], {}).get(to_number(address[1]))
+            other = taken.get(address) or (None if holder is None else self._held[holder])
             if other is not None and other.id != entry.id:
                 against.setdefault(other.id, (other, []))[1].append(address)
         first = next(iter(against.values()), None)
@@ -313,25 +283,26 @@ class InForce(Generic[Record]):
 
     def _give_second_chance(self) -> bool:
         """Put in force who was refused for the sake of one that fell back itself; say if any."""
-        waiting = [
-            clash.entry
-            for clashes in self._clashes.values()
-            for clash in clashes
-            if clash.addresses
-        ]
+        clashes = (clash for each in self._clashes.values() for clash in each if clash.addresses)
         moved = False
-        for entry in sorted(waiting, key=lambda each: each.order):
-            if self._clash(entry, self._claimed(entry), {}, {}) is None:
+        for entry in sorted((clash.entry for clash in clashes), key=lambda each: each.order):
+            if self._clash(entry, {}) is None:
                 self._release(entry.id)
-                self._hold(entry.id, entry)
+                self._hold(entry)
                 self._note(entry.id, self._wish(entry.id), None)
                 moved = True
         return moved
 
-    def _note(self, key: str, wish: _Wish[Record] | None, refused: Clash[Record] | None) -> None:
+    def _note(
+        self,
+        key: str,
+        wish: tuple[Entry[Record] | None, list[Entry[Record]]],
+        refused: Clash[Record] | None,
+    ) -> None:
+        entry, rivals = wish
         found = [] if refused is None else [refused]
-        if wish is not None:
-            found += [Clash(rival, wish.entry) for rival in wish.rivals]
+        if entry is not None:
+            found += [Clash(rival, entry) for rival in rivals]
         _store(self._clashes, key, tuple(found))
 
     def _claimed(self, entry: Entry[Record]) -> Iterable[AddressKey]:
@@ -352,7 +323,8 @@ class InForce(Generic[Record]):
             if not holders:
                 self._holders.pop(network, None)
 
-    def _hold(self, key: str, entry: Entry[Record]) -> None:
+    def _hold(self, entry: Entry[Record]) -> None:
+        key = entry.id
         self._held[key] = entry
         self._held_by_file.setdefault(entry.file, set()).add(key)
         for network, address in self._claimed(entry):
