@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.model import UnixBind
-from imdsproxy.core.haproxy.names import AUDIT_LONGEST
 from imdsproxy.core.haproxy.request_log import (
+    AUDIT_LONGEST,
     AnsweredBy,
     AuditLines,
     Watched,

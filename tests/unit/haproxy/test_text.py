@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imdsproxy.core import haproxy
-from imdsproxy.core.haproxy.text import Form, Option, Text, UnquotableWord, Word, quote
+from imdsproxy.core.haproxy.text import (
+    Form,
+    Option,
+    Text,
+    UnquotableWord,
+    Value,
+    Word,
+    blocks_of,
+    quote,
+)
 
 
 def _unquote(text: str) -> str:
@@ -118,11 +127,29 @@ def test_an_empty_condition_takes_its_if_with_it() -> None:
 def test_lines_that_are_finished_are_not_filled_again() -> None:
     form = Form({"network": Word("<user>"), "user": Word("root")})
     inner = form.fill("bind name <network>")
-    assert form.section("frontend x", inner, "<inner>", inner=inner).lines == (
+    assert form.section("frontend x", "<inner>", inner=inner).lines == (
         "frontend x",
         "  bind name <user>",
-        "  bind name <user>",
     )
+
+
+def test_a_block_is_written_where_it_is_named_with_its_argument_and_its_flags() -> None:
+    text = """
+check:
+    [nova] deny if <argument>
+    <last>
+last:
+    allow
+[nova] frontend a
+    <check(guest)>
+frontend b
+    <check(guest)>
+"""
+    values: dict[str, Value] = {**blocks_of(text), "guest": Form().fill("{ src }")}
+    nothing, section = Form({**values, "nova": False}).sections(text)
+    assert (nothing.lines, section.lines) == ((), ("frontend b", "  allow"))
+    section, _ = Form({**values, "nova": True}).sections(text)
+    assert section.lines == ("frontend a", "  deny if { src }", "  allow")
 
 
 def test_no_template_of_a_rule_is_an_f_string() -> None:

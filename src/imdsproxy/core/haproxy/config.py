@@ -9,24 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from imdsproxy.core.haproxy.backends import documents_backend, resolver_backend
-from imdsproxy.core.haproxy.counting import STICK_COUNTERS, counting_tables
-from imdsproxy.core.haproxy.frontends import (
-    LOOK_UP,
-    agents_frontend,
-    found_frontend,
-    guests_frontend,
-    unverified_frontend,
-)
-from imdsproxy.core.haproxy.limits import limit_sections
+from imdsproxy.core.haproxy.backends import BACKENDS, names_of_backends
+from imdsproxy.core.haproxy.counting import COUNTING_TABLES
+from imdsproxy.core.haproxy.frontends import FRONTENDS, names_of_frontends
+from imdsproxy.core.haproxy.limits import LIMIT_RULES
 from imdsproxy.core.haproxy.model import DataplaneSpec
-from imdsproxy.core.haproxy.names import CHECKED, SAMPLED, form_of
-from imdsproxy.core.haproxy.nova import nova_backends, nova_counters
-from imdsproxy.core.haproxy.request_log import log_rings
-from imdsproxy.core.haproxy.text import Form, Text, Word, render
-from imdsproxy.core.wire import PROBE_INSTANCE, PROBE_PATH
+from imdsproxy.core.haproxy.names import form_of
+from imdsproxy.core.haproxy.nova import names_of_nova, nova_backends
+from imdsproxy.core.haproxy.request_log import LOG_RULES
+from imdsproxy.core.haproxy.text import Form, Text, render
 
-_GLOBAL: Final = """
+_FIRST: Final = """
+global
     nbthread <nbthread>
     maxconn <maxconn>
     # HAProxy makes room for connections, binds and pipes (two descriptors each), not for namespaces; we use no pipes.
@@ -45,9 +39,8 @@ _GLOBAL: Final = """
     <user>
     <group>
     chroot <jail>
-"""
 
-_DEFAULTS: Final = """
+defaults
     mode http
     timeout connect 2s
     timeout client 30s
@@ -68,6 +61,7 @@ _DEFAULTS: Final = """
 """
 
 _CACHE: Final = """
+[cache] cache documents
     total-max-size <cache_mb>
     # HAProxy refuses an object size above half of the cache.
     max-object-size <largest_cached>
@@ -75,6 +69,7 @@ _CACHE: Final = """
 """
 
 _PROBE: Final = """
+frontend probe
     bind unix@<probe> name probe mode 600 proto h1
     [!documents] http-request return status 200 content-type text/plain string ok
     [documents] http-request return status 200 content-type text/plain string ok unless { path <probe_path> }
@@ -84,12 +79,12 @@ _PROBE: Final = """
 """
 
 _EXPORTER: Final = """
+[exporter] frontend exporter
     bind <listen> name exporter proto h1 maxconn 16
     # All listeners of 5,000 networks are 8 MB and 0.3 s of the only thread.
     http-request set-query 'scope=global&scope=frontend&scope=backend'
     http-request use-service prometheus-exporter if { path /metrics }
-    http-request return status 404
-"""
+    http-request return status 404"""
 
 
 def render_config(spec: DataplaneSpec) -> str:
@@ -98,43 +93,14 @@ def render_config(spec: DataplaneSpec) -> str:
     Raises:
         UnquotableWord: A name or path holds a control character.
     """
-    return render(_sections(spec, form_of(spec)))
+    form = form_of(spec)
+    names = names_of_frontends(spec) | names_of_backends(spec, form) | names_of_nova(spec, form)
+    return render(_sections(spec, Form({**form.values, **names})))
 
 
 def _sections(spec: DataplaneSpec, form: Form) -> Iterator[Text]:
-    yield form.section(
-        "global", _GLOBAL, stick_counters=STICK_COUNTERS, nova_counters=nova_counters(spec, form)
-    )
-    yield form.section("defaults", _DEFAULTS)
-    if spec.limits.fair:
-        yield from limit_sections(form)
-    if spec.limits.cache_mb:
-        yield form.section("cache documents", _CACHE)
-    yield from log_rings(spec, form)
-    if spec.binds:
-        yield guests_frontend(spec, form)
-    if spec.unverified:
-        yield unverified_frontend(spec, form)
-    if spec.unix is not None:
-        yield agents_frontend(spec, spec.unix, form)
-    if not spec.binds and spec.unix is None:
-        # HAProxy knows a map only by a rule that uses it, and records come before listeners: without this, none could
-        # be taken in.
-        yield form.section("backend records", LOOK_UP)
-    yield found_frontend(spec, form)
-    for kind in ("", CHECKED, *((SAMPLED,) if spec.count_reads else ())):
-        yield documents_backend(spec, form, kind)
-    yield resolver_backend(spec, form)
-    # For an address that two instances claim: never a guess.
-    yield form.section("backend conflict", "http-request return status 503 hdr Retry-After 5")
-    yield form.section(
-        "frontend probe",
-        _PROBE,
-        documents=bool(spec.paths.documents),
-        probe_path=Word(PROBE_PATH),
-        probe_instance=Word(PROBE_INSTANCE),
-    )
+    for text in (_FIRST, LIMIT_RULES, _CACHE, LOG_RULES, FRONTENDS, BACKENDS, _PROBE):
+        yield from form.sections(text)
     yield from nova_backends(spec, form)
-    yield from counting_tables(form)
-    if spec.exporter is not None:
-        yield form.section("frontend exporter", _EXPORTER, listen=Word(spec.exporter))
+    for text in (COUNTING_TABLES, _EXPORTER):
+        yield from form.sections(text)

@@ -11,14 +11,13 @@ What a guest chooses, path and client, is cut and encoded before it becomes a ke
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import unquote_to_bytes
 
-from imdsproxy.core.haproxy.model import DataplaneSpec
 from imdsproxy.core.haproxy.runtime import parse_table
-from imdsproxy.core.haproxy.text import Form, Text, raw
+from imdsproxy.core.haproxy.text import Value
 
 GUESTS_TABLE: Final = "without-token"
 READERS_TABLE: Final = "without-token-readers"
@@ -39,25 +38,30 @@ _LONGEST_ID: Final = 64
 _LONGEST_PATH: Final = 48
 _LONGEST_CLIENT: Final = 64
 
-READ_OPERATOR: Final = """
+COUNTING_RULES: Final = """
+read_operator:
+    # Where requests come from the controller: an operator's among them is no read of the guest's.
     http-request set-var(txn.by_operator) bool(true) if { req.fhdr(<header_operator>) -m found }
-"""
-"""Where requests come from the controller: an operator's among them is no read of the guest's."""
-
-# Where one in so many is counted, the throw comes first: it is all that most requests pay for.
-_SAMPLE: Final = """
-    http-request set-var(txn.needs_check) str(sampled)
-        if <chosen> !<needs_check> !<good_token> <known> <reads> !<in_other_trees> <by_guest>
-"""
-
-_COUNT_SAMPLED: Final = """
-    http-request set-var(txn.instance) <counted_instance>
-    <track>
-    http-request sc-inc-gpc(<kind>,3)
-    http-request sc-inc-gpc(<kind>,4)
-"""
-
-_COUNT_IN_PASSING: Final = """
+sample_reads:
+    # In a frontend, once it is known what there is to check of a request: which of the rest are counted.
+    # Where one in so many is counted, the throw comes first: it is all that most requests pay for.
+    [counts_reads] http-request set-var(txn.needs_check) str(sampled)
+        if <by_chance> !<needs_check> !<good_token> <known> <reads> !<in_other_trees>
+    # `answer_plain` has thrown before, and left these.
+    [samples_left] http-request set-var(txn.needs_check) str(sampled)
+        if <has_short_document> !<needs_check> !<good_token> <known> <reads> !<in_other_trees>
+sample_found:
+    # The same in the resolver's frontend, where operators are among the guests.
+    [counts_reads] http-request set-var(txn.needs_check) str(sampled)
+        if <by_chance> !<needs_check> !<good_token> <known> <reads> !<in_other_trees> !{ var(txn.by_operator) -m found }
+count_sampled:
+    # First in the backend of what was chosen by `sample_reads`, which is all counted. The argument is the instance.
+    http-request set-var(txn.instance) <argument>
+    <track(always)>
+    http-request sc-inc-gpc(<read_counter>,3)
+    http-request sc-inc-gpc(<read_counter>,4)
+count_in_passing:
+    # In a checked backend, after tokens are checked and `txn.token_missing` is set where one is required.
     [counts_reads] http-request set-var(txn.count_read) bool(true)
         if <by_chance> !<good_token> <reads> <known> !<in_other_trees>
     [counts_reads] http-request set-var(txn.count_read) bool(true)
@@ -68,34 +72,41 @@ _COUNT_IN_PASSING: Final = """
     http-request unset-var(txn.count_read) if { var(txn.by_operator) -m found }
     http-request set-var(txn.instance) <instance> if <count_read>
     http-request set-var(txn.instance) <instance_of_nova> if <count_read> <of_nova>
-    <track>
-    [counts_reads] http-request sc-inc-gpc(<kind>,3) if !<token_missing>
-    [counts_reads] http-request sc-inc-gpc(<kind>,4) if !<token_missing>
+    <track(count_read)>
+    [counts_reads] http-request sc-inc-gpc(<read_counter>,3) if !<token_missing>
+    [counts_reads] http-request sc-inc-gpc(<read_counter>,4) if !<token_missing>
     http-request sc-inc-gpc(2,3) if <token_missing>
     http-request sc-inc-gpc(2,4) if <token_missing>
-"""
-
-# Find or make the entries of a request; that of its reader if the guest is looked at closely.
-_TRACK: Final = """
-    http-request track-sc3 var(sess.network),concat(|,txn.instance) table without-token if <condition>
+track:
+    # Find or make the entries of a request; that of its reader if the guest is looked at closely.
+    http-request track-sc3 var(sess.network),concat(|,txn.instance) table without-token if <argument>
     # What is not tracked is not counted, nor is its rate below anything.
     http-request set-var-fmt(txn.reader)
-        %[var(sess.network)]|%[var(txn.instance)]|%[<branch>,url_enc]|%[<client>,url_enc]
+        %[var(sess.network)]|%[var(txn.instance)]|%[path,field(2,/,3),bytes(0,<longest_path>),url_enc]|%[req.fhdr(user-agent),bytes(0,<longest_client>),url_enc]
         if { sc_gpc_rate(3,3) lt <close_looks> }
     http-request track-sc4 var(txn.reader) table without-token-readers
     http-request sc-inc-gpc(3,3) if { var(txn.reader) -m found }
 """
 
-_TABLES: Final = (
-    (
-        "backend without-token",
-        "stick-table type string len <guest> size 50k expire <kept_s>s store gpc(4),gpc_rate(4,1h)",
-    ),
-    (
-        "backend without-token-readers",
-        "stick-table type string len <reader> size 10k expire <kept_s>s store gpc(3)",
-    ),
-)
+COUNTING_TABLES: Final = """
+# Full, a table forgets who was seen longest ago; and all of it with the worker.
+backend without-token
+    stick-table type string len <guest_key> size 50k expire <reads_kept_s>s store gpc(4),gpc_rate(4,1h)
+backend without-token-readers
+    stick-table type string len <reader_key> size 10k expire <reads_kept_s>s store gpc(3)
+"""
+
+_GUEST_KEY: Final = 2 * _LONGEST_ID + 1
+NAMES: Final[Mapping[str, Value]] = {
+    "longest_path": _LONGEST_PATH,
+    "longest_client": _LONGEST_CLIENT,
+    "close_looks": CLOSE_LOOKS,
+    "guest_key": _GUEST_KEY,
+    # A letter that is encoded takes three.
+    "reader_key": _GUEST_KEY + 3 * (_LONGEST_PATH + _LONGEST_CLIENT) + 2,
+    "reads_kept_s": _KEPT_S,
+}
+"""What templates of this module name."""
 
 _ODD: Final = re.compile(rb"[^\w/.+:;#()-]")
 
@@ -125,64 +136,9 @@ class CountedRow:
         return CountedRow(self.key, reads, refused, age_s)
 
 
-def counting_tables(form: Form) -> tuple[Text, ...]:
-    """Where HAProxy counts: full, it forgets who was seen longest ago; and all of it with the worker."""
-    guest = 2 * _LONGEST_ID + 1
-    # A letter that is encoded takes three.
-    reader = guest + 3 * (_LONGEST_PATH + _LONGEST_CLIENT) + 2
-    return tuple(
-        form.section(header, table, guest=guest, reader=reader, kept_s=_KEPT_S)
-        for header, table in _TABLES
-    )
-
-
-def sample_reads(spec: DataplaneSpec, form: Form, *, found: bool = False) -> Text:
-    """In a frontend, once it is known what there is to check of a request: which of the rest are counted.
-
-    Args:
-        spec: What is to be built.
-        form: Its values.
-        found: It is the resolver's frontend, where operators are among the guests.
-    """
-    if not spec.count_reads:
-        return Text()
-    chosen = [form.values["by_chance"]]
-    if spec.count_reads > 1 and not (spec.nova or found):
-        # `backends.answer_plain` has thrown before, and left these.
-        chosen.append(form.values["has_short_document"])
-    by_guest = raw("!{ var(txn.by_operator) -m found }" if found else "")
-    return form.fill(*(form.fill(_SAMPLE, chosen=one, by_guest=by_guest) for one in chosen))
-
-
-def count_sampled(spec: DataplaneSpec, form: Form, *, nova: bool) -> Text:
-    """First in the backend of what `sample_reads` has chosen, which is all counted; its record is of Nova, or not."""
-    return form.fill(
-        _COUNT_SAMPLED,
-        counted_instance=form.values["instance_of_nova" if nova else "instance"],
-        track=_track(form, None),
-        kind=_kind(spec.count_reads),
-    )
-
-
-def count_in_passing(spec: DataplaneSpec, form: Form) -> Text:
-    """In a checked backend, after tokens are checked and `txn.token_missing` is set where one is required."""
-    return form.fill(
-        _COUNT_IN_PASSING, track=_track(form, "count_read"), kind=_kind(spec.count_reads)
-    )
-
-
-def _kind(one_in: int) -> int:
+def read_counter(one_in: int) -> int:
+    """The counter of an entry that a read goes to, where one in so many is counted."""
     return _ONE_BY_ONE if one_in == 1 else _BY_CHANCE
-
-
-def _track(form: Form, condition: str | None) -> Text:
-    return form.fill(
-        _TRACK,
-        condition=Text() if condition is None else form.values[condition],
-        branch=raw(f"path,field(2,/,3),bytes(0,{_LONGEST_PATH})"),
-        client=raw(f"req.fhdr(user-agent),bytes(0,{_LONGEST_CLIENT})"),
-        close_looks=CLOSE_LOOKS,
-    )
 
 
 def parse_guests(text: str) -> list[CountedRow]:

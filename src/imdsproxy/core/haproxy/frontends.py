@@ -6,68 +6,13 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import Final
 
-from imdsproxy.core.haproxy.access_rules import (
-    NOTE_CHECKS,
-    READ_FORWARDING,
-    READ_POLICY,
-    REFUSE_FORWARDED_TOKEN,
-    SHOW_TOKEN_LIFE,
-    SKIP_CHECKS,
-)
-from imdsproxy.core.haproxy.backends import answer_plain, answer_short, ask_the_cache
-from imdsproxy.core.haproxy.counting import READ_OPERATOR, sample_reads
-from imdsproxy.core.haproxy.limits import (
-    COUNT_CONNECTIONS,
-    COUNT_NEWCOMERS,
-    SHARE_BY_CONNECTION,
-    SHARE_BY_REQUEST,
-    SHARE_OF_FOUND,
-)
 from imdsproxy.core.haproxy.model import Bind, DataplaneSpec, UnixBind
-from imdsproxy.core.haproxy.nova import use_nova
-from imdsproxy.core.haproxy.request_log import NOTE_GOOD_TOKEN, log_rules
-from imdsproxy.core.haproxy.text import Form, Option, Text, Word, quote, raw
+from imdsproxy.core.haproxy.text import Option, Text, Value, Word, quote, raw
 from imdsproxy.core.model import ID_PATTERN, IpAddress
 
 AGENTS: Final = "agents"
 """The frontend's name and the bind's."""
 
-# The guest's address is a property of the connection; what that means is looked up for each request.
-# As text: an address would be spelled anew for each request.
-_PEER: Final = """
-    tcp-request connection set-var(sess.address) src,concat()
-    tcp-request connection set-var(sess.network) so_name
-"""
-
-LOOK_UP: Final = (
-    """
-    http-request set-var(txn.record) var(sess.key),map_str(<overlay_map>)
-    http-request set-var(txn.record) var(sess.key),map_str(<base_map>) if !{ var(txn.record) -m found }
-"""
-    + READ_POLICY
-)
-
-_READ_FOUND: Final = (
-    """
-    # No second line in the audit log: here it is known who asks.
-    [audited] http-after-response set-header <header_logged> yes
-    http-request set-var(txn.record) req.fhdr(<header_record>)
-    http-request set-var(sess.address) req.fhdr(<header_address>)
-    http-request set-var(sess.network) req.fhdr(<header_network>)
-"""
-    + READ_POLICY
-    + READ_FORWARDING
-    + READ_OPERATOR
-    + SHARE_OF_FOUND
-    + """
-    http-request set-var(sess.from_resolver) bool(true)
-"""
-)
-
-# Neutron's agent protocol, as its proxies speak it (neutron/agent/metadata/driver_base.py). A proxy in a namespace
-# names its network or router in one header, and the guest's address in `X-Forwarded-For`. Both are believed, because
-# only processes with access to the socket can send them; but a guest's own header that a proxy let through shows as a
-# second one, and such a request is refused.
 _OCTET: Final = "(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 _QUAD: Final = rf"(?:{_OCTET}\.){{3}}{_OCTET}"
 _MAPPED: Final = (
@@ -77,11 +22,73 @@ _MAPPED: Final = (
 _IPV4: Final = f"^(?:{_QUAD}|{_MAPPED})$"
 _IPV6: Final = f"^[0-9A-Fa-f:]+(?:{_QUAD})?$"
 
-_UNIX_BIND: Final = (
-    "bind unix@<path> name agents mode <mode> uid <uid> gid <gid> proto h1 maxconn <maxconn>"
-)
+FRONTENDS: Final = """
+peer:
+    # The guest's address is a property of the connection; what that means is looked up for each request.
+    # As text: an address would be spelled anew for each request.
+    tcp-request connection set-var(sess.address) src,concat()
+    tcp-request connection set-var(sess.network) so_name
+look_up:
+    http-request set-var(txn.record) var(sess.key),map_str(<overlay_map>)
+    http-request set-var(txn.record) var(sess.key),map_str(<base_map>) if !{ var(txn.record) -m found }
+    <read_policy>
+answer:
+    # From `txn.record` to the backend that answers.
+    # In front of Nova most requests have nothing to do with the cache, and its filter would cost each of them a tenth.
+    # Elsewhere all have, and a hit that first chose a backend takes a third more instructions.
+    <note_checks>
+    [!nova] <skip_checks>
+    [!nova] <show_token_life>
+    <note_good_token>
+    <sample_reads>
+    # Nova reads a body by its Content-Length, and HAProxy cannot add one.
+    [nova] use_backend resolver if { req.fhdr(transfer-encoding) -m found } <of_nova>
+    [nova] <use_nova>
+    # An endpoint set that is not in this configuration yet, or not any more.
+    [nova] use_backend resolver if <of_nova>
+    [!nova] <answer_short>
+    [!nova] <ask_the_cache(unless_checked)>
+    <choose_documents>
+    default_backend resolver
+choose_documents:
+    [counts_reads] use_backend documents.sampled if <is_sampled>
+    use_backend documents.checked if <needs_check> <known>
+    use_backend documents if <known>
+    use_backend conflict if <in_conflict>
 
-_AGENT_RULES: Final = """
+[guests] frontend guests
+    # Where guests connect; a connection is one guest's.
+    <binds>
+    <peer>
+    tcp-request connection set-var(sess.key) so_name,concat(/,sess.address)
+    <count_connections>
+    <log_rules(log_format)>
+    <look_up>
+    <share_by_connection>
+    <answer_plain>
+    <answer>
+
+[gated] frontend unverified
+    # Connections that the kernel has not let through to `guests`: the resolver looks up whose each address is now.
+    <unverified_binds>
+    <peer>
+    tcp-request connection set-var(sess.unverified) src_port
+    <count_newcomers>
+    <log_rules(log_format)>
+    # The next request comes verified, if it may.
+    option httpclose
+    default_backend resolver
+
+[agents] frontend agents
+    # Neutron's agent protocol, as its proxies speak it (neutron/agent/metadata/driver_base.py). A proxy in a namespace
+    # names its network or router in one header, and the guest's address in `X-Forwarded-For`. Both are believed,
+    # because only processes with access to the socket can send them; but a guest's own header that a proxy let through
+    # shows as a second one, and such a request is refused.
+    #
+    # From headers to `sess.network`, `sess.address`, `sess.router` and `sess.key`, or 400; 503 above a network's
+    # share.
+    bind unix@<agents_path> name agents mode <mode> uid <uid> gid <gid> proto h1 maxconn <maxconn_of_agents>
+    <log_rules(log_format_of_headers)>
     [audited] http-request set-var(txn.refused) str(unix-listener)
     # A connection may carry requests of several guests: nothing of the one before may remain.
     http-request unset-var(sess.network)
@@ -110,8 +117,7 @@ _AGENT_RULES: Final = """
         if { var(txn.ipv6) -m found } { var(txn.peer) -m beg 2002: }
     http-request set-var(sess.address) var(txn.ipv6) if { var(txn.ipv6) -m sub : }
     # Neutron's proxies add theirs: with two, one is the guest's.
-"""
-_AGENTS_ADDRESS: Final = """
+    <refuse_forwarded_token(forwarded_twice)>
     http-request deny status 400 content-type text/plain
         string 'exactly one X-Forwarded-For with one address is needed' unless { var(sess.address) -m found }
     http-request set-var(sess.key) var(sess.network),concat(/,sess.address)
@@ -124,112 +130,67 @@ _AGENTS_ADDRESS: Final = """
     http-request return status 503 hdr Retry-After <retry_after_s>
         if { sc1_conn_cur gt <maxconn_per_network> } or { sc1_conn_cur gt <eighth> } { fe_conn gt <nearly_full> }
     [audited] http-request unset-var(txn.refused)
-"""
-"""From headers to `sess.network`, `sess.address`, `sess.router` and `sess.key`, or 400; 503 above a network's share."""
+    <look_up>
+    <share_by_request>
+    <answer_plain>
+    <answer>
 
-_CHOOSE_DOCUMENTS: Final = """
-    [counts_reads] use_backend documents.sampled if <is_sampled>
-    use_backend documents.checked if <needs_check> <known>
-    use_backend documents if <known>
-    use_backend conflict if <in_conflict>
-"""
+[unbound] backend records
+    # HAProxy knows a map only by a rule that uses it, and records come before listeners: without this, none could
+    # be taken in.
+    <look_up>
 
-
-def guests_frontend(spec: DataplaneSpec, form: Form) -> Text:
-    """Where guests connect; a connection is one guest's."""
-    return form.section(
-        "frontend guests",
-        _binds(spec.binds, spec),
-        _PEER,
-        "tcp-request connection set-var(sess.key) so_name,concat(/,sess.address)",
-        COUNT_CONNECTIONS,
-        log_rules(spec, form),
-        LOOK_UP,
-        SHARE_BY_CONNECTION,
-        answer_plain(spec, form),
-        _answer(spec, form),
-    )
-
-
-def unverified_frontend(spec: DataplaneSpec, form: Form) -> Text:
-    """Connections that the kernel has not let through to `guests`: the resolver looks up whose each address is now."""
-    return form.section(
-        "frontend unverified",
-        _binds(spec.unverified, spec),
-        _PEER,
-        "tcp-request connection set-var(sess.unverified) src_port",
-        COUNT_NEWCOMERS,
-        log_rules(spec, form),
-        # The next request comes verified, if it may.
-        "option httpclose",
-        "default_backend resolver",
-    )
-
-
-def agents_frontend(spec: DataplaneSpec, bind: UnixBind, form: Form) -> Text:
-    """The listener `unix`, where Neutron's proxies connect; each request names its guest."""
-    return form.section(
-        "frontend agents",
-        _UNIX_BIND,
-        log_rules(spec, form, headers=True),
-        _AGENT_RULES,
-        REFUSE_FORWARDED_TOKEN,
-        _AGENTS_ADDRESS,
-        LOOK_UP,
-        SHARE_BY_REQUEST,
-        answer_plain(spec, form),
-        _answer(spec, form),
-        path=Word(bind.path),
-        mode=Word(bind.mode),
-        uid=bind.user,
-        gid=bind.group,
-        maxconn=bind.maxconn,
-        eighth=max(1, spec.limits.maxconn_per_network // 8),
-        nearly_full=bind.maxconn * 3 // 4,
-        id_pattern=Word(ID_PATTERN),
-        ipv4=Word(_IPV4),
-        ipv6=Word(_IPV6),
-        forwarded=raw("{ req.fhdr_cnt(x-forwarded-for) gt 1 }"),
-    )
-
-
-def found_frontend(spec: DataplaneSpec, form: Form) -> Text:
-    """Where the resolver hands in requests of guests that it has just found; only we can open it."""
-    return form.section(
-        "frontend found",
-        "bind unix@<found> name found mode 600 proto h1",
-        log_rules(spec, form, headers=True) if spec.audit else "",
-        _READ_FOUND,
-        _answer(spec, form, found=True),
-    )
-
-
-def _answer(spec: DataplaneSpec, form: Form, *, found: bool = False) -> Text:
-    """From `txn.record` to the backend that answers."""
+frontend found
+    # Where the resolver hands in requests of guests that it has just found; only we can open it.
+    bind unix@<found> name found mode 600 proto h1
+    [audited] <log_rules(log_format_of_headers)>
+    # No second line in the audit log: here it is known who asks.
+    [audited] http-after-response set-header <header_logged> yes
+    http-request set-var(txn.record) req.fhdr(<header_record>)
+    http-request set-var(sess.address) req.fhdr(<header_address>)
+    http-request set-var(sess.network) req.fhdr(<header_network>)
+    <read_policy>
+    <read_forwarding>
+    <read_operator>
+    <track_by_request>
+    <count_request>
+    http-request set-var(sess.from_resolver) bool(true)
+    <note_checks>
+    [!nova] <skip_checks>
+    [!nova] <show_token_life>
+    <note_good_token>
+    <sample_found>
+    [nova] <use_nova>
     # What comes from the resolver does not go back to it.
-    default = "default_backend conflict" if found else "default_backend resolver"
-    if spec.nova:
-        return form.fill(
-            NOTE_CHECKS,
-            NOTE_GOOD_TOKEN,
-            sample_reads(spec, form, found=found),
-            use_nova(spec, form, found=found),
-            _CHOOSE_DOCUMENTS,
-            default,
-        )
-    # In front of Nova most requests have nothing to do with the cache, and its filter would cost each of them
-    # a tenth. Elsewhere all have, and a hit that first chose a backend takes a third more instructions.
-    return form.fill(
-        NOTE_CHECKS,
-        SKIP_CHECKS,
-        SHOW_TOKEN_LIFE,
-        NOTE_GOOD_TOKEN,
-        sample_reads(spec, form, found=found),
-        "" if found else answer_short(spec, form),
-        ask_the_cache(form, checked_elsewhere=True),
-        _CHOOSE_DOCUMENTS,
-        default,
-    )
+    [nova] use_backend conflict if <of_nova>
+    [!nova] <ask_the_cache(unless_checked)>
+    <choose_documents>
+    default_backend conflict
+"""
+
+
+def names_of_frontends(spec: DataplaneSpec) -> dict[str, Value]:
+    """What `FRONTENDS` names beside what every template may."""
+    bind = spec.unix or UnixBind("", "", 0, 0)
+    return {
+        "guests": bool(spec.binds),
+        "binds": _bind_lines(spec.binds, spec),
+        "gated": bool(spec.unverified),
+        "unverified_binds": _bind_lines(spec.unverified, spec),
+        "unbound": not spec.binds and spec.unix is None,
+        "agents": spec.unix is not None,
+        "agents_path": Word(bind.path),
+        "mode": Word(bind.mode),
+        "uid": bind.user,
+        "gid": bind.group,
+        "maxconn_of_agents": bind.maxconn,
+        "eighth": max(1, spec.limits.maxconn_per_network // 8),
+        "nearly_full": bind.maxconn * 3 // 4,
+        "id_pattern": Word(ID_PATTERN),
+        "ipv4": Word(_IPV4),
+        "ipv6": Word(_IPV6),
+        "forwarded_twice": raw("{ req.fhdr_cnt(x-forwarded-for) gt 1 }"),
+    }
 
 
 @lru_cache(maxsize=64)
@@ -238,7 +199,7 @@ def _host(address: IpAddress) -> str:
     return f"[{address}]" if address.version == 6 else str(address)  # noqa: PLR2004 - IP version
 
 
-def _binds(binds: Iterable[Bind], spec: DataplaneSpec) -> Text:
+def _bind_lines(binds: Iterable[Bind], spec: DataplaneSpec) -> Text:
     # Not by a template: there may be 20,000, and each is a few microseconds of every change of a network.
     end = f"proto h1 maxconn {spec.limits.maxconn_per_network}"
     return Text(tuple(f"{_bind(bind)} {end}" for bind in sorted(binds, key=_bind_order)))

@@ -19,7 +19,7 @@ from typing import Final
 
 from imdsproxy.core.haproxy.model import Limits
 from imdsproxy.core.haproxy.runtime import parse_table
-from imdsproxy.core.haproxy.text import Form, Text, Value
+from imdsproxy.core.haproxy.text import Value
 
 COUNTERS: Final = "fairness"
 """The table's name, and that of the peers that carry it over a reload."""
@@ -37,7 +37,9 @@ _LONGEST_WINDOW_S: Final = 3600
 _BURST_S: Final = 10
 """Seconds in which a burst that a policy allows may come."""
 
-COUNT_CONNECTIONS: Final = """
+LIMIT_RULES: Final = """
+count_connections:
+    # For a frontend whose connections are one guest's each; `sess.key` is there.
     [fair] tcp-request connection set-var(sess.record) var(sess.key),map_str(<overlay_map>)
     [fair] tcp-request connection set-var(sess.record) var(sess.key),map_str(<base_map>)
         if !{ var(sess.record) -m found }
@@ -58,61 +60,40 @@ COUNT_CONNECTIONS: Final = """
     [fair] tcp-request connection set-var(sess.excess) sc2_conn_cur,sub(sess.connection_limit)
         if { var(sess.connection_limit) -m found } { sc2_conn_cur,sub(sess.connection_limit) -m int gt 0 }
     [fair] tcp-request connection reject if { var(sess.excess) -m int gt <surplus> }
-"""
-"""For a frontend whose connections are one guest's each; `sess.key` is there."""
-
-COUNT_NEWCOMERS: Final = """
+count_newcomers:
+    # For a frontend whose guests' addresses are not believed: one share for all of a network.
     [fair] tcp-request connection set-var(sess.newcomer_key) str(/),concat(,sess.network)
     [fair] tcp-request connection track-sc2 var(sess.newcomer_key) table fairness
     [fair] tcp-request connection reject if { sc2_conn_cur gt <newcomers> }
-"""
-"""For a frontend whose guests' addresses are not believed: one share for all of a network."""
-
-# Of a stream the first that tracks counts, before its session's.
-_TRACK_BY_REQUEST: Final = """
+track_by_request:
+    # Of a stream the first that tracks counts, before its session's.
     [fair] [nova] http-request track-sc2 <instance_of_nova> table fairness if <of_nova>
     [fair] http-request track-sc2 <instance> table fairness if <known>
-"""
-
-# `tarpit` answers after `timeout tarpit`: guests that ask again at once cost their neighbours more than by the answers.
-_COUNT_REQUEST: Final = """
-    # The number first: it is all that most requests are asked. A newcomer's are those of a whole network.
+count_request:
+    # `tarpit` answers after `timeout tarpit`: guests that ask again at once cost their neighbours more than by the
+    # answers. The number first: it is all that most requests are asked. A newcomer's are those of a whole network.
     [fair] http-request tarpit status 503 hdr Retry-After <retry_after_s>
         if { sc2_gpc0_rate ge <requests_in_window> } <known> !<has_own_limits>
     [fair] http-request sc-inc-gpc0(2)
-"""
-
-SHARE_BY_CONNECTION: Final = (
-    """
+share_by_connection:
+    # Refuse what is over the limits, count the rest: after the look-up, before anything that costs time.
+    # This one is for frontends with `count_connections`.
     [fair] [nova] http-request track-sc2 <instance_of_nova> table fairness if <newcomer> <of_nova>
     [fair] http-request track-sc2 <instance> table fairness if <newcomer> <known>
     [fair] http-request tarpit status 503 hdr Retry-After <retry_after_s> if { var(sess.excess) -m found }
-"""
-    + _COUNT_REQUEST
-)
-"""Refuse what is over the limits, count the rest: after the look-up, before anything that costs time.
-
-This one is for frontends with `COUNT_CONNECTIONS`.
-"""
-
-SHARE_BY_REQUEST: Final = (
-    _TRACK_BY_REQUEST
-    + """
+    <count_request>
+share_by_request:
+    # The same where a connection carries requests of several guests.
+    <track_by_request>
     # As many requests may be open as other instances may have connections; the request itself is open too.
     [fair] http-request set-var(txn.policy_connections) <policy_connections>,add(0) if <has_policy>
     [fair] http-request tarpit status 503 hdr Retry-After <retry_after_s>
         if { var(txn.policy_connections) -m found } { sc2_conn_cur,sub(txn.policy_connections) -m int gt 0 }
     [fair] http-request tarpit status 503 hdr Retry-After <retry_after_s>
         if { sc2_conn_cur gt <connections> } !{ var(txn.policy_connections) -m found } <known>
-"""
-    + _COUNT_REQUEST
-)
-"""The same where a connection carries requests of several guests."""
-
-SHARE_OF_FOUND: Final = _TRACK_BY_REQUEST + _COUNT_REQUEST
-"""The same for what the resolver hands in."""
-
-POLICY_SHARE: Final = """
+    <count_request>
+policy_share:
+    # The same where the policy has limits of its own: in checked backends, which get all of these.
     [fair] [nova] http-request track-sc0 <instance_of_nova> table fairness-by-policy if <has_own_limits> <of_nova>
     [fair] http-request track-sc0 <instance> table fairness-by-policy if <has_own_limits> <known>
     # A field that is empty sets no variable.
@@ -129,20 +110,14 @@ POLICY_SHARE: Final = """
         if { var(txn.policy_burst) -m found } { sc0_gpc1_rate,sub(txn.policy_burst) -m int ge 0 }
     [fair] http-request sc-inc-gpc0(0)
     [fair] http-request sc-inc-gpc1(0)
-"""
-"""The same where the policy has limits of its own: in checked backends, which get all of these."""
-
-_PEERS: Final = """
+[fair] peers fairness
     # The worker connects to the path that is bound here, from inside its jail: there a link leads back.
     bind unix@<loopback>/fairness.sock <user> mode 600
     server imdsproxy
-"""
-
-# A window reaches back by its own length.
-_TABLE: Final = """
+[fair] backend fairness
+    # A window reaches back by its own length.
     stick-table type string len 72 size 100k expire <kept_s>s store conn_cur,gpc0_rate(<window_s>s) peers fairness
-"""
-_TABLE_BY_POLICY: Final = """
+[fair] backend fairness-by-policy
     stick-table type string len 72 size 100k expire <kept_s>s
         store gpt0,gpc0_rate(<window_s>s),gpc1_rate(<burst_s>s) peers fairness
 """
@@ -187,15 +162,6 @@ def names_of_limits(limits: Limits) -> dict[str, Value]:
         "kept_s": 2 * window_s + 60,
         "requests_in_window": most_in_window(limits.requests_per_s, limits.burst),
     }
-
-
-def limit_sections(form: Form) -> tuple[Text, ...]:
-    """The tables, and the peers that take them over a reload."""
-    return (
-        form.section("peers fairness", _PEERS),
-        form.section("backend fairness", _TABLE),
-        form.section("backend fairness-by-policy", _TABLE_BY_POLICY),
-    )
 
 
 def most_in_window(requests_per_s: int, burst: int) -> int:

@@ -8,9 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 from imdsproxy.core.model import IpAddress, NetworkId
+
+CHECKED: Final = ".checked"
+"""How a backend's name ends that checks a request (`access_rules`) before it does what the other one does."""
+
+SAMPLED: Final = ".sampled"
+"""How a backend's name ends that counts a read (`counting`) before it does what the other one does."""
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -11,9 +11,15 @@ from typing import Final
 from imdsproxy.core import policy_word as layout
 from imdsproxy.core import wire
 from imdsproxy.core.documents.tree import TEXT
-from imdsproxy.core.haproxy.limits import names_of_limits
+from imdsproxy.core.haproxy import counting
+from imdsproxy.core.haproxy.access_rules import ACCESS_RULES
+from imdsproxy.core.haproxy.backends import BACKENDS
+from imdsproxy.core.haproxy.frontends import FRONTENDS
+from imdsproxy.core.haproxy.limits import LIMIT_RULES, names_of_limits
 from imdsproxy.core.haproxy.model import DataplaneSpec, Limits, Paths, count_namespaces
-from imdsproxy.core.haproxy.text import Form, Option, Value, Word, raw
+from imdsproxy.core.haproxy.nova import NOVA_RULES
+from imdsproxy.core.haproxy.request_log import LOG_RULES, names_of_log
+from imdsproxy.core.haproxy.text import Block, Form, Option, Value, Word, blocks_of, raw
 from imdsproxy.core.path_rules import TOKEN_PATH, WITHIN_OTHER_TREES
 from imdsproxy.core.policy import LONGEST_BOOT_S
 from imdsproxy.core.policy_word import POLICY_WORD, Field, Letter
@@ -23,6 +29,8 @@ from imdsproxy.core.wire import (
     MAP_CONFLICT,
     MAP_NOVA,
     NEXT_TO_MARK,
+    PROBE_INSTANCE,
+    PROBE_PATH,
     RETRY_AFTER_S,
     UNLIMITED,
     WITHHELD,
@@ -45,21 +53,14 @@ GUEST_HEADERS: Final = (
 TOKEN_HEADERS: Final = ("x-aws-ec2-metadata-token", "x-aws-ec2-metadata-token-ttl-seconds")
 """What goes on to our own processes beside; Nova has nothing to do with tokens."""
 
-CHECKED: Final = ".checked"
-"""How a backend's name ends that checks a request (`access_rules`) before it does what the other one does."""
-
-SAMPLED: Final = ".sampled"
-"""How a backend's name ends that counts a read (`counting`) before it does what the other one does."""
-
-AUDIT_LONGEST: Final = 4096
-"""Bytes of a line. HAProxy's copy of a request line has 1,024, of which escapes can make twice as many; of
-`User-Agent` 200 are kept, which can become 1,200. So a line is never cut off."""
-
 _SHORT_PER_MB: Final = 256
 """Short documents for each MiB of the cache: with its key an entry is below 1 kB."""
 
 _LONGEST_SHORT: Final = 256
 """Bytes of a short document. HAProxy writes a value letter by letter, at 30 instructions each."""
+
+_LARGEST_HEAD: Final = 15_000
+"""Bytes of what of a request's head goes to the resolver. A buffer has 16,384, and some are HAProxy's own."""
 
 _FORWARDING_HEADERS: Final = (
     r"(?im)^(?:forwarded|via|origin|referer|sec-fetch-[^:]*|x-forwarded(?!-for:)[^:]*):"
@@ -154,6 +155,9 @@ _VALUES: Final[dict[str, Value]] = {
     "mac": raw(
         "concat(|,sess.network),concat(|,txn.instance),concat(|,txn.epoch),hmac(sha256,txn.key),ub64enc"
     ),
+    "without_token": Block("!{ req.fhdr(<token_header>) -m found }"),
+    "short_document": Block("path,concat(|,txn.record),map_str(<short>)"),
+    "always": raw(""),
     # Texts, numbers.
     "token_header": raw(TOKEN_HEADERS[0]),
     "ttl_header": raw(TOKEN_HEADERS[1]),
@@ -164,7 +168,9 @@ _VALUES: Final[dict[str, Value]] = {
     "current_key": raw(CURRENT),
     "text_plain": Word(TEXT.decode("ascii")),
     "longest_short": _LONGEST_SHORT,
-    "audit_longest": AUDIT_LONGEST,
+    "probe_path": Word(PROBE_PATH),
+    "probe_instance": Word(PROBE_INSTANCE),
+    "largest_head": _LARGEST_HEAD,
     "retry_after_s": RETRY_AFTER_S,
     "longest_ttl_s": TTL_LIMIT_S,
     "longest_boot_s": LONGEST_BOOT_S,
@@ -203,13 +209,23 @@ def _conditions() -> dict[str, Value]:
     return {name: raw(f"{{ {condition} }}") for _, name, condition in acls}
 
 
-CONSTANTS: Final[dict[str, Value]] = _VALUES | _headers() | _policy() | _conditions()
-"""What is the same in every configuration."""
-
-
-def milliseconds(seconds: float) -> Word:
-    """A time as HAProxy takes it."""
-    return Word(f"{round(seconds * 1000)}ms")
+CONSTANTS: Final[dict[str, Value]] = {
+    **blocks_of(
+        ACCESS_RULES,
+        LIMIT_RULES,
+        counting.COUNTING_RULES,
+        LOG_RULES,
+        NOVA_RULES,
+        FRONTENDS,
+        BACKENDS,
+    ),
+    **_VALUES,
+    **counting.NAMES,
+    **_headers(),
+    **_policy(),
+    **_conditions(),
+}
+"""What is the same in every configuration: the blocks of all templates, conditions and other values."""
 
 
 def _fields_of(record: Limits | Paths) -> dict[str, Value]:
@@ -224,15 +240,16 @@ def form_of(spec: DataplaneSpec) -> Form:
     """What templates may name: `CONSTANTS`, the fields of `Limits` and `Paths`, and what is made of them."""
     limits = spec.limits
     namespaces = count_namespaces((*spec.binds, *spec.unverified))
+    by_chance = f"{{ rand({spec.count_reads}) 0 }}" if spec.count_reads > 1 else ""
     return Form(
         CONSTANTS
         | _fields_of(limits)
         | _fields_of(spec.paths)
         | names_of_limits(limits)
+        | names_of_log(spec)
         | {
             "nova": bool(spec.nova),
             "cache": limits.cache_mb > 0,
-            "audited": spec.audit > 0,
             "counts_reads": spec.count_reads > 0,
             # In front of Nova most requests have nothing to do with documents of ours.
             "keeps_short": limits.cache_mb > 0 and not spec.nova,
@@ -242,9 +259,19 @@ def form_of(spec: DataplaneSpec) -> Form:
             "pipes": (namespaces + 1) // 2,
             "user": Option("user", spec.user),
             "group": Option("group", spec.group),
-            # `POLICY_SHARE` has something to count of a request.
+            # `policy_share` has something to count of a request.
             "without_own_limits": raw(f"!{CONSTANTS['has_own_limits']}" if limits.fair else ""),
-            # One in so many requests: chance has chosen this one.
-            "by_chance": raw(f"{{ rand({spec.count_reads}) 0 }}" if spec.count_reads > 1 else ""),
+            # Of reads without a token one in so many is counted, and chance has chosen this one.
+            "by_chance": raw(by_chance),
+            "unless_by_chance": raw(f"!{by_chance}" if spec.count_reads else ""),
+            "unless_checked": raw(f"!{CONSTANTS['needs_check']}"),
+            "unless_sampled": raw(f"!{CONSTANTS['needs_check']}" if spec.count_reads else ""),
+            "counts_all": spec.count_reads == 1,
+            "samples_left": spec.count_reads > 1 and not spec.nova,
+            "read_counter": counting.read_counter(spec.count_reads),
+            "stick_counters": counting.STICK_COUNTERS,
+            "documents": bool(spec.paths.documents),
+            "exporter": spec.exporter is not None,
+            "listen": Word(spec.exporter or ""),
         }
     )

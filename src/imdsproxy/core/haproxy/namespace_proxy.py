@@ -11,7 +11,6 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from imdsproxy.core.haproxy.access_rules import REFUSE_FORWARDED_TOKEN
 from imdsproxy.core.haproxy.names import CONSTANTS
 from imdsproxy.core.haproxy.text import Form, Option, Word, render
 from imdsproxy.errors import RequestRefused
@@ -70,7 +69,7 @@ _LISTEN: Final = """
     [!dual_stack] bind 0.0.0.0:<port> proto h1
     # A tunnel, as that of an upgrade.
     http-request return status 405 hdr Allow <allow_methods> if METH_CONNECT
-    <refuse_forwarded>
+    <refuse_forwarded_token(forwarded_for)>
     # The guest's own header is replaced below; a receiver's `refuse_forwarded` looks at this one.
     http-request set-header X-Forwarded-By guest if <forwarded_for>
     http-request del-header <forgeable> -m reg
@@ -147,12 +146,11 @@ def render_namespace_proxy(spec: NamespaceProxySpec) -> str:
             "upstream": Word(f"unix@{spec.upstream}"),
         }
     )
-    refuse_forwarded = form.fill(REFUSE_FORWARDED_TOKEN, forwarded=form.values["forwarded_for"])
     return render(
         (
             form.section("global", _GLOBAL),
             form.section("defaults", _DEFAULTS),
-            form.section("listen metadata", _LISTEN, refuse_forwarded=refuse_forwarded),
+            form.section("listen metadata", _LISTEN),
         )
     )
 

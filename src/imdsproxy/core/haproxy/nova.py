@@ -16,8 +16,9 @@ import re
 from collections.abc import Iterator
 from typing import Final
 
-from imdsproxy.core.haproxy.access_rules import first_rules
 from imdsproxy.core.haproxy.model import (
+    CHECKED,
+    SAMPLED,
     DataplaneSpec,
     HealthCheck,
     NovaBackend,
@@ -25,7 +26,6 @@ from imdsproxy.core.haproxy.model import (
     NovaTimes,
     NovaTls,
 )
-from imdsproxy.core.haproxy.names import CHECKED, SAMPLED, milliseconds
 from imdsproxy.core.haproxy.text import Form, Option, Text, Value, Word, raw
 from imdsproxy.core.wire import MAP_NOVA
 
@@ -40,31 +40,26 @@ _BEYOND_LOOPBACK_S: Final = 1.0
 """How much longer a request may take that goes through the loopback: that one's own time is over first."""
 
 
-ORIGIN_FORM: Final = """
+NOVA_RULES: Final = """
+origin_form:
     # The absolute form of a target becomes the origin form (RFC 9112 section 3.2); nothing else of it is touched.
     http-request set-uri %[pathq] unless { url_beg / } or { url -m str * }
-"""
-
-ALL_METHODS: Final = """
+all_methods:
     # Nova takes every method that is known.
     http-request return status 405 hdr Allow <allow_methods> if !{ method <methods> }
+http_checks:
+    option httpchk
+    http-check send meth GET uri / ver HTTP/1.1 hdr host <host>
+    # A proxy in front of Nova may keep `/` to itself: with any answer but 5xx, it is there.
+    http-check expect ! rstatus ^5
+    timeout check <check_ms>
+use_nova:
+    # Which backend takes a request whose record is of Nova. What is most often so comes first.
+    <use_for_reads>
+    <use_for_others>
 """
 
-_USE_FIRST: Final = """
-    # Nova reads a body by its Content-Length, and HAProxy cannot add one.
-    use_backend resolver if { req.fhdr(transfer-encoding) -m found } <of_nova>
-"""
-
-_USE_LAST: Final = """
-    # An endpoint set that is not in this configuration yet, or not any more.
-    [found] use_backend conflict if <of_nova>
-    [!found] use_backend resolver if <of_nova>
-"""
-
-_USE_FOR_READS: Final = """
-    use_backend nova.<set> if <of_set> <repeatable> !<needs_check>
-"""
-
+_USE_FOR_READS: Final = "use_backend nova.<set> if <of_set> <repeatable> !<needs_check>"
 _USE_FOR_OTHERS: Final = """
     [counts_reads] use_backend nova.<set>.sampled if <is_sampled> <of_set>
     use_backend nova.<set>.checked if <of_set> <repeatable>
@@ -72,10 +67,15 @@ _USE_FOR_OTHERS: Final = """
     use_backend nova.<set>.once if <of_set>
 """
 
-# The same text is no reload; a renewed certificate has to be one.
-_CERTIFICATES: Final = "description <certificates>"
-
-_SEND: Final = """
+_BACKEND: Final = """
+backend nova.<set><once_name><kind>
+    [checked] <check>
+    [sampled] <count_sampled(instance_of_nova)>
+    # The same text is no reload; a renewed certificate has to be one.
+    description <certificates>
+    # What may be repeated came here by its method.
+    [once] <all_methods>
+    <origin_form>
     # As for the document server.
     http-request return status 400 if { req.fhdr(content-length) -m len 19: }
     [once] http-request return status 413 if { req.fhdr(content-length) -m int gt <body_bytes> }
@@ -107,28 +107,21 @@ _SEND: Final = """
     [once] http-reuse never
     [once] option http-server-close
     [once] option http-pretend-keepalive
+    [http_check] <http_checks>
+    <servers>
 """
 
-_HTTP_CHECK: Final = """
-    option httpchk
-    http-check send meth GET uri / ver HTTP/1.1 hdr host <host>
-    # A proxy in front of Nova may keep `/` to itself: with any answer but 5xx, it is there.
-    http-check expect ! rstatus ^5
-    timeout check <check_ms>
-"""
-
-_SERVER: Final = "server <name> <address> <tls> <sni> <check>"
+_SERVER: Final = "server <name> <address> <tls> <sni> <health>"
 
 _TLS: Final = """
     [verify] ssl sni str(<tls_name>) alpn http/1.1 verify required ca-file <ca> verifyhost <tls_name> <client>
     [!verify] ssl sni str(<tls_name>) alpn http/1.1 verify none <client>
 """
 
-_CHECKED: Final = """
-    check inter <pace> fastinter <soon> downinter <down> fall 2 rise 1 observe layer4 on-error fastinter
-"""
+_CHECKED: Final = "check inter <pace> fastinter <soon> downinter <down> fall 2 rise 1 observe layer4 on-error fastinter"
 
 _LOOPBACK: Final = """
+listen <listener>
     # The master binds the socket, as root; the worker that connects to it is another user.
     bind <socket> <user> mode 600 proto h1
     [next] http-request set-header x-instance-id-signature %[req.fhdr(x-imdsproxy-next-signature)]
@@ -142,6 +135,8 @@ _LOOPBACK: Final = """
     errorfile 503 <silence>
     errorfile 504 <silence>
     http-reuse safe
+    [http_check] <http_checks>
+    <servers>
 """
 
 
@@ -168,28 +163,14 @@ def set_of_backend(backend: str) -> str | None:
     return name if nova == "nova" and "." not in name else None
 
 
-def nova_counters(spec: DataplaneSpec, form: Form) -> Text:
-    """For `global`: every counter begins at 0, so that it can be read before anything was counted."""
-    template = "set-var <refused> int(0)"
-    return form.fill(*(form.fill(template, **_names(one)) for one in spec.nova))
-
-
-def use_nova(spec: DataplaneSpec, form: Form, *, found: bool) -> Text:
-    """Which backend takes a request whose record is of Nova; what is most often so comes first.
-
-    Args:
-        spec: What is to be built.
-        form: Its values.
-        found: It is the resolver's frontend: nothing goes back to it.
-    """
+def names_of_nova(spec: DataplaneSpec, form: Form) -> dict[str, Value]:
+    """What `USE_NOVA` names, and the counters for `global`: they begin at 0, so they can be read before a count."""
     names = [_names(backend) for backend in spec.nova]
-    return form.fill(
-        "" if found else _USE_FIRST,
-        *(form.fill(_USE_FOR_READS, **one) for one in names),
-        *(form.fill(_USE_FOR_OTHERS, **one) for one in names),
-        _USE_LAST,
-        found=found,
-    )
+    return {
+        "nova_counters": form.each("set-var <refused> int(0)", names),
+        "use_for_reads": form.each(_USE_FOR_READS, names),
+        "use_for_others": form.each(_USE_FOR_OTHERS, names),
+    }
 
 
 def nova_backends(spec: DataplaneSpec, form: Form) -> Iterator[Text]:
@@ -203,10 +184,10 @@ def nova_backends(spec: DataplaneSpec, form: Form) -> Iterator[Text]:
         )
         mixed = len({server.slot for server in backend.servers}) > 1
         for kind, once in kinds:
-            yield _backend(spec, named, backend, kind, once=once, mixed=mixed)
+            yield from _backend(spec, named, backend, kind, once=once, mixed=mixed)
         if mixed or backend.loopback:
             for server in backend.servers:
-                yield _loopback(spec, named, backend, server, used=mixed)
+                yield from _loopback(spec, named, backend, server, used=mixed)
 
 
 def _names(backend: NovaBackend) -> dict[str, Value]:
@@ -231,15 +212,19 @@ def _names_of_servers(backend: NovaBackend, times: NovaTimes) -> dict[str, Value
         "verify": tls.verify,
         "ca": Word(tls.ca),
         "client": Option("crt", tls.client),
-        "connect_ms": milliseconds(times.connect_s),
-        "server_ms": milliseconds(times.response_s),
-        "loopback_ms": milliseconds(times.response_s + _BEYOND_LOOPBACK_S),
-        "check_ms": milliseconds(min(_CHECK_S, times.response_s)),
-        "pace": milliseconds(times.check_interval_s),
-        "soon": milliseconds(min(times.check_interval_s, 0.5)),
-        "down": milliseconds(min(times.check_interval_s, 2.0)),
+        "connect_ms": _ms(times.connect_s),
+        "server_ms": _ms(times.response_s),
+        "loopback_ms": _ms(times.response_s + _BEYOND_LOOPBACK_S),
+        "check_ms": _ms(min(_CHECK_S, times.response_s)),
+        "pace": _ms(times.check_interval_s),
+        "soon": _ms(min(times.check_interval_s, 0.5)),
+        "down": _ms(min(times.check_interval_s, 2.0)),
         "retries": _RETRIES,
     }
+
+
+def _ms(seconds: float) -> Word:
+    return Word(f"{round(seconds * 1000)}ms")
 
 
 def _loopback_name(backend: NovaBackend, server: NovaServer) -> str:
@@ -254,32 +239,28 @@ def _socket(directory: str, backend: NovaBackend, server: NovaServer) -> str:
 
 def _backend(
     spec: DataplaneSpec, form: Form, backend: NovaBackend, kind: str, *, once: bool, mixed: bool
-) -> Text:
+) -> Iterator[Text]:
     first = not once and not kind
     inside = spec.paths.loopback_inside
     servers = [
-        _server(form, backend, server, spec.nova_times.check, address=_socket(inside, backend, server),
-                track=_loopback_name(backend, server))
+        str(_server(form, backend, server, spec.nova_times.check, address=_socket(inside, backend, server),
+                    track=_loopback_name(backend, server)))
         if mixed
-        else _server(form, backend, server, spec.nova_times.check, track=None if first else f"nova.{backend.name}")
+        else str(_server(form, backend, server, spec.nova_times.check, track=None if first else f"nova.{backend.name}"))
         for server in backend.servers
     ]  # fmt: skip
-    return form.section(
-        "backend nova.<set><once_name><kind>",
-        first_rules(spec, form, kind, nova=True),
-        _CERTIFICATES,
-        # What may be repeated came here by its method.
-        ALL_METHODS if once else "",
-        ORIGIN_FORM,
-        _SEND,
-        _HTTP_CHECK if first and not mixed and spec.nova_times.check == "http" else "",
-        *servers,
+    return form.sections(
+        _BACKEND,
+        checked=kind == CHECKED,
+        sampled=kind == SAMPLED,
         once_name=raw(".once" if once else ""),
         kind=raw(kind),
         once=once,
         mixed=mixed,
         next=not mixed and bool(backend.servers and backend.servers[0].slot),
         server_ms=form.values["loopback_ms" if mixed else "server_ms"],
+        http_check=first and not mixed and spec.nova_times.check == "http",
+        servers=Text(tuple(servers)),
     )
 
 
@@ -302,23 +283,22 @@ def _server(
         address=Word(address or server.authority),
         tls=form.fill(_TLS if tls else ""),
         sni=Option("check-sni", tls.name if tls and checks else None),
-        check=form.fill(_CHECKED) if checks else Option("track", tracked),
+        health=form.fill(_CHECKED) if checks else Option("track", tracked),
     )
 
 
 def _loopback(
     spec: DataplaneSpec, form: Form, backend: NovaBackend, server: NovaServer, *, used: bool
-) -> Text:
+) -> Iterator[Text]:
     """One endpoint behind a socket of our own, which takes the signature that it wants.
 
     One that is not `used` is there for workers that still have the configuration before: the sockets are the same.
     """
     check = spec.nova_times.check if used else "off"
-    return form.section(
-        "listen <listener>",
+    return form.sections(
         _LOOPBACK,
-        _HTTP_CHECK if check == "http" else "",
-        _server(form, backend, server, check),
+        http_check=check == "http",
+        servers=_server(form, backend, server, check),
         listener=Word(_loopback_name(backend, server)),
         socket=Word(_socket(spec.paths.loopback, backend, server)),
         next=bool(server.slot),

@@ -23,22 +23,48 @@ from __future__ import annotations
 import json
 import re
 import string
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from http import HTTPStatus
 from typing import Any, Final
 
-from imdsproxy.core.haproxy.model import DataplaneSpec
-from imdsproxy.core.haproxy.names import CHECKED, SAMPLED
-from imdsproxy.core.haproxy.text import Form, Text, Word, raw
+from imdsproxy.core.haproxy.model import CHECKED, SAMPLED, DataplaneSpec
+from imdsproxy.core.haproxy.text import Value, Word, raw
 from imdsproxy.core.tokens import TTL_LIMIT_S
 
-WATCH_RING: Final = "watched"
-_WATCH_RING: Final = "format raw\nmaxlen <audit_longest>\nsize 262144"
-"""The oldest lines are overwritten first."""
+AUDIT_LONGEST: Final = 4096
+"""Bytes of a line. HAProxy's copy of a request line has 1,024, of which escapes can make twice as many; of
+`User-Agent` 200 are kept, which can become 1,200. So a line is never cut off."""
 
-_AUDIT_RING: Final = """
+WATCH_RING: Final = "watched"
+LOG_RULES: Final = """
+log_rules:
+    # For a frontend of guests, before its other rules; nothing where no lines are wanted. The argument is the format.
+    [logs] [watched] log ring@watched len <audit_longest> format raw local0
+    [logs] [audited] log ring@audit len <audit_longest> format raw <sample> local0
+    [logs] log-format <argument>
+    # A connection without a byte is no request.
+    [logs] option dontlognull
+    [logs] [audited] capture request header User-Agent len 200
+    [logs] [!audited] http-request set-var(txn.watched) path
+    # In a sample, these few requests may be missing: another level would undo the silence.
+    [logs] [logs_all] log <audit_last> len <audit_longest> format raw <sample> local0 notice
+    [logs] [logs_all] http-after-response set-log-level notice if { stopping } !{ var(txn.logged) -m found }
+    [logs] [samples] http-request set-log-level silent unless <by_audit_chance>
+note_good_token:
+    # After `note_checks`: a token that was good before goes to no checked backend.
+    [audited] http-request set-var(txn.auth) str(yes) if { var(txn.seconds_left) -m int gt 0 }
+hide_logged:
+    # For the resolver's backend: no second line where a request has come back, and been answered.
+    [audited] http-response set-log-level silent if { res.fhdr(<header_logged>) -m found }
+    [audited] http-response set-var(txn.logged) bool(true) if { res.fhdr(<header_logged>) -m found }
+    [audited] http-response del-header <header_logged>
+[watched] ring watched
+    # The oldest lines are overwritten first.
+    format raw
+    maxlen <audit_longest>
+    size 262144
+[audited] ring audit
     format raw
     maxlen <audit_longest>
     # Some 15,000 lines: what may come while the controller writes to a slow disk, or is started anew.
@@ -48,32 +74,6 @@ _AUDIT_RING: Final = """
     timeout server 1h
     server controller unix@<audit>
 """
-
-_RULES: Final = """
-    [watched] log ring@watched len <audit_longest> format raw local0
-    [audited] log ring@audit len <audit_longest> format raw <sample> local0
-    log-format <log_format>
-    # A connection without a byte is no request.
-    option dontlognull
-    [audited] capture request header User-Agent len 200
-    [!audited] http-request set-var(txn.watched) path
-    # In a sample, these few requests may be missing: another level would undo the silence.
-    [logs_all] log <audit_last> len <audit_longest> format raw <sample> local0 notice
-    [logs_all] http-after-response set-log-level notice if { stopping } !{ var(txn.logged) -m found }
-    [samples] http-request set-log-level silent unless <by_audit_chance>
-"""
-
-NOTE_GOOD_TOKEN: Final = """
-    [audited] http-request set-var(txn.auth) str(yes) if { var(txn.seconds_left) -m int gt 0 }
-"""
-"""After `access_rules.NOTE_CHECKS`: a token that was good before goes to no checked backend."""
-
-HIDE_LOGGED: Final = """
-    [audited] http-response set-log-level silent if { res.fhdr(<header_logged>) -m found }
-    [audited] http-response set-var(txn.logged) bool(true) if { res.fhdr(<header_logged>) -m found }
-    [audited] http-response del-header <header_logged>
-"""
-"""For the resolver's backend: no second line where a request has come back, and been answered."""
 
 _CACHE: Final = "<CACHE>"
 _FRONTENDS: Final = ("guests", "agents")
@@ -87,35 +87,22 @@ _ROUGHLY_S: Final = 100_000
 _LEFT_OUT: Final = re.compile(rb"(\d+) events? dropped")
 
 
-def log_rings(spec: DataplaneSpec, form: Form) -> Iterator[Text]:
-    """Where lines are kept until they are read."""
-    if spec.watched:
-        yield form.section("ring watched", _WATCH_RING)
-    if spec.audit:
-        yield form.section("ring audit", _AUDIT_RING)
-
-
-def log_rules(spec: DataplaneSpec, form: Form, *, headers: bool = False) -> Text:
-    """For a frontend of guests, before its other rules; nothing where no lines are wanted.
-
-    Args:
-        spec: What is to be built.
-        form: Its values.
-        headers: Network and address come in headers, and may be anything.
-    """
-    if not spec.audit and not spec.watched:
-        return Text()
+def names_of_log(spec: DataplaneSpec) -> dict[str, Value]:
+    """What the templates of this module name."""
     # While requests are watched they have other lines as well, so that silence is no way to drop some.
     sampled = spec.audit > 1 and spec.watched
-    return form.fill(
-        _RULES,
-        log_format=Word(_format(spec, headers=headers)),
-        watched=spec.watched,
-        sample=raw(f"sample 1:{spec.audit}" if sampled else ""),
-        logs_all=spec.audit == 1 or sampled,
-        samples=spec.audit > 1 and not spec.watched,
-        by_audit_chance=raw(f"{{ rand({spec.audit}) 0 }}"),
-    )
+    return {
+        "watched": spec.watched,
+        "audited": spec.audit > 0,
+        "logs": spec.watched or spec.audit > 0,
+        "log_format": Word(_format(spec, headers=False)),
+        "log_format_of_headers": Word(_format(spec, headers=True)),
+        "sample": raw(f"sample 1:{spec.audit}" if sampled else ""),
+        "logs_all": spec.audit == 1 or sampled,
+        "samples": spec.audit > 1 and not spec.watched,
+        "by_audit_chance": raw(f"{{ rand({spec.audit}) 0 }}"),
+        "audit_longest": AUDIT_LONGEST,
+    }
 
 
 def _format(spec: DataplaneSpec, *, headers: bool) -> str:

@@ -1,6 +1,6 @@
 """HAProxy's configuration as text: rules as HAProxy's manual has them, and `<name>` where a value goes (ADR 45).
 
-A template holds one rule a line. Four things are added to HAProxy's language:
+A template holds one rule a line. These things are added to HAProxy's language:
 
 - `<name>` stands for a value, which quotes itself. A plain string is no value. An empty one takes the space before it
   with it, and an `if` that has no condition left goes too.
@@ -8,13 +8,15 @@ A template holds one rule a line. Four things are added to HAProxy's language:
   a value of `None` isn't there either.
 - A line that is indented further than the first one continues the line before.
 - `#` begins a comment, which isn't written.
+- A section with `:` behind its name is a block: its lines are written where another template names it, `<name>`, or
+  `<name(value)>` where the block has an `<argument>`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Final, TypeAlias
@@ -23,7 +25,8 @@ BANNER: Final = "# made by imdsproxy; changes are overwritten; content"
 
 _BARE: Final = re.compile(r"[A-Za-z0-9_./:@%,|!=<>+*?^~(){}\[\]-]+")
 _FORBIDDEN: Final = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
-_NAME: Final = re.compile(r"( ?)<([a-z][a-z0-9_]*)>")
+_NAME: Final = re.compile(r"( ?)<([a-z][a-z0-9_]*)(?:\(([a-z][a-z0-9_]*)\))?>")
+_HEADER: Final = re.compile(r"^([^\s#].*)\n", re.MULTILINE)
 _FLAG: Final = re.compile(r"\[(!?)([a-z][a-z0-9_]*)\] +")
 
 
@@ -83,14 +86,21 @@ def raw(text: str) -> Text:
     return Text((text,) if text else ())
 
 
-Value: TypeAlias = Word | Option | Text | int | None
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Lines of a template that others name; `<argument>` in it is the value in parentheses behind its name."""
+
+    template: str
+
+
+Value: TypeAlias = Word | Option | Text | Block | int | None
 
 
 @dataclass(frozen=True, slots=True)
 class _Line:
     flags: tuple[tuple[str, bool], ...]
     parts: tuple[str, ...]
-    """Text, then a space or nothing, a name, text, and so on."""
+    """Text, then a space or nothing, a name, its argument, text, and so on."""
 
 
 @lru_cache(maxsize=512)
@@ -124,42 +134,73 @@ class Form:
 
     values: Mapping[str, Value] = field(default_factory=dict)
 
-    def fill(self, *templates: str | Text, **more: Value) -> Text:
-        """The lines of templates, and of texts that are finished.
+    def fill(self, template: str, **more: Value) -> Text:
+        """The lines of a template.
 
         Args:
-            templates: What is to be written, in this order.
-            more: Values of these templates alone.
+            template: What is to be written.
+            more: Values of this template alone.
 
         Raises:
             UnquotableWord: A value holds a control character.
             KeyError: A template names a value that isn't there.
             TypeError: A value is a plain string.
         """
-        values = {**self.values, **more} if more else self.values
-        lines: list[str] = []
-        for template in templates:
-            if isinstance(template, Text):
-                lines += template.lines
-                continue
-            for line in _parse(template):
-                if all(bool(values[flag]) is wanted for flag, wanted in line.flags):
-                    lines += _fill_line(line.parts, values)
-        return Text(tuple(lines))
+        return Text(tuple(_fill(template, {**self.values, **more} if more else self.values)))
 
-    def section(self, header: str, *templates: str | Text, **more: Value) -> Text:
-        """A section of the file: its header line, and lines below it as of `fill`."""
-        body = self.fill(*templates, **more)
-        return Text((str(self.fill(header, **more)), *(f"  {line}" for line in body.lines)))
+    def each(self, template: str, rows: Iterable[Mapping[str, Value]], **more: Value) -> Text:
+        """A template filled once for each of `rows`."""
+        filled = (self.fill(template, **row, **more) for row in rows)
+        return Text(tuple(line for text in filled for line in text.lines))
+
+    def section(self, header: str, template: str, **more: Value) -> Text:
+        """A section of the file: its header line, and lines below it as of `fill`; nothing where the header is none."""
+        head = self.fill(header, **more).lines
+        return Text((*head, *(f"  {line}" for line in self.fill(template, **more).lines if head)))
+
+    def sections(self, text: str, **more: Value) -> Iterator[Text]:
+        """The sections of a text, without its blocks (`split_sections`)."""
+        for header, template in split_sections(text).items():
+            if not header.endswith(":"):
+                yield self.section(header, template, **more)
+
+
+@lru_cache(maxsize=64)
+def split_sections(text: str) -> Mapping[str, str]:
+    """What is below each line that isn't indented: the header of a section, or `NAME:` of a block."""
+    _, *parts = _HEADER.split(text)
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def blocks_of(*texts: str) -> dict[str, Block]:
+    """The blocks of texts, by their names."""
+    return {
+        header.removesuffix(":"): Block(template)
+        for text in texts
+        for header, template in split_sections(text).items()
+        if header.endswith(":")
+    }
+
+
+def _fill(template: str, values: Mapping[str, Value]) -> list[str]:
+    lines: list[str] = []
+    for line in _parse(template):
+        if all(bool(values[flag]) is wanted for flag, wanted in line.flags):
+            lines += _fill_line(line.parts, values)
+    return lines
 
 
 def _fill_line(parts: tuple[str, ...], values: Mapping[str, Value]) -> Iterable[str]:
     line = parts[0]
-    for space, name, rest in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
+    for space, name, argument, rest in zip(*(parts[at::4] for at in range(1, 5)), strict=True):
         value = values[name]
         if value is None:
             return ()
-        text = _write(name, value)
+        if isinstance(value, Block):
+            inner = {**values, "argument": values[argument]} if argument else values
+            text = "\n".join(_fill(value.template, inner))
+        else:
+            text = _write(name, value)
         line += f"{space if text else ''}{text}{rest}"
     return [one for one in line.removesuffix(" if").split("\n") if one]
 
@@ -172,6 +213,6 @@ def _write(name: str, value: object) -> str:
 
 def render(sections: Iterable[Text]) -> str:
     """A whole file, its first line a banner with the hash of the rest."""
-    body = "\n".join(f"{section}\n" for section in sections)
+    body = "\n".join(f"{section}\n" for section in sections if section.lines)
     digest = hashlib.blake2b(body.encode(), digest_size=8).hexdigest()
     return f"{BANNER} {digest}\n\n{body}"
