@@ -77,7 +77,13 @@ async def test_work_inside_sees_the_namespace_and_the_process_stays_outside(
     inside = await thread.inside(name, lambda ref: (ref, _inode("/proc/thread-self/ns/net")))
 
     assert inside is not None
-    assert inside[0].inode == inside[1] != outside
+    ref, inode = inside
+    assert ref is not None
+    assert ref.inode == inode != outside
+    assert await thread.inside(None, lambda ref: (ref, _inode("/proc/thread-self/ns/net"))) == (
+        None,
+        outside,
+    )
     assert await thread.run(lambda: _inode("/proc/thread-self/ns/net")) == outside
     assert _inode("/proc/self/ns/net") == outside
 
@@ -87,8 +93,8 @@ async def test_the_thread_comes_home_from_work_that_fails(
 ) -> None:
     name = lab.namespace("blue")
 
-    def fail(ref: NamespaceRef) -> None:
-        raise ValueError(ref.name)
+    def fail(ref: NamespaceRef | None) -> None:
+        raise ValueError(ref)
 
     with pytest.raises(ValueError, match=name):
         await thread.inside(name, fail)

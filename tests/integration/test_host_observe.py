@@ -31,10 +31,9 @@ from imdsproxy.host.netlink import find_link, list_links, neighbour_mac
 from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.listeners.apply import apply_ops
 from imdsproxy.listeners.binds import plan_binds, plan_links
-from imdsproxy.listeners.endpoints import ListenerPlan
 from imdsproxy.listeners.host import apply_links, haproxy_name
 from imdsproxy.listeners.observe import HostObserver
-from imdsproxy.listeners.plan import plan_listeners
+from imdsproxy.listeners.plan import ListenerPlan, plan_listeners
 from support.hostlab import HostLab, create_namespace
 from support.lab import NETNS, until
 

@@ -24,15 +24,13 @@ from imdsproxy.errors import HostRefused
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.listeners.observe import HostObserver
-from imdsproxy.listeners.watch import EventKind, HostWatch, NamespaceWatch, WatchPace
+from imdsproxy.listeners.watch import EventKind, HostWatch, NamespaceWatch
 from support.hostlab import HostLab, create_namespace
 from support.patience import patience
 
 pytestmark = pytest.mark.root
 
 BLUE = NetworkId("blue")
-SLOW = WatchPace(audits_per_s=0, recheck_s=1000)
-"""Nothing but events."""
 
 
 @dataclass(slots=True)
@@ -71,7 +69,11 @@ class _Watched:
 
 @asynccontextmanager
 async def _watching(
-    lab: HostLab, listeners: Mapping[str, Listener], pace: WatchPace = SLOW
+    lab: HostLab,
+    listeners: Mapping[str, Listener],
+    audits_per_s: float = 0,
+    every_s: float = 0.5,
+    rechecks: int = 300,
 ) -> AsyncIterator[_Watched]:
     thread = NamespaceThread(NamespaceDirectory())
     observer = HostObserver(thread, lab.naming)
@@ -82,7 +84,10 @@ async def _watching(
         events.put_nowait((kind, networks))
 
     try:
-        async with HostWatch(thread, observer, lab.naming, touch, pace) as watch:
+        watching = HostWatch(
+            observer, touch, lambda: audits_per_s, every_s=every_s, rechecks=rechecks
+        )
+        async with watching as watch:
             running = asyncio.create_task(watch.run())
             watched = _Watched(watch, observer, networks, events, running)
             await watched.expect()
@@ -132,8 +137,7 @@ async def test_a_device_and_an_address_of_the_host_are_events_of_their_network(
 async def test_the_audit_finds_a_foreign_listener_that_no_event_told_of(lab: HostLab) -> None:
     name = lab.namespace("blue")
     lab.address(name, "169.254.169.254/32", "lo")
-    pace = WatchPace(audits_per_s=20, recheck_s=1000)
-    async with _watching(lab, {"blue": NamespaceListener(name)}, pace) as watched:
+    async with _watching(lab, {"blue": NamespaceListener(name)}, 20) as watched:
         await watched.quiet()
         server = await asyncio.to_thread(lab.serve, name, "169.254.169.254", reuse_port=True)
 
@@ -152,8 +156,7 @@ async def test_the_audit_finds_a_foreign_listener_on_the_hosts_own_interface(
 ) -> None:
     device = lab.device("d")
     lab.address(None, "fe80::a9fe:a9fe/64", device, "nodad")
-    pace = WatchPace(audits_per_s=20, recheck_s=1000)
-    async with _watching(lab, {"blue": InterfaceListener(device)}, pace) as watched:
+    async with _watching(lab, {"blue": InterfaceListener(device)}, 20) as watched:
         await watched.quiet()
         await asyncio.to_thread(lab.serve, None, "fe80::a9fe:a9fe", device=device)
         assert await watched.networks_of(EventKind.AUDIT) == {BLUE}
@@ -163,8 +166,7 @@ async def test_a_network_that_is_left_out_is_looked_at_every_second(lab: HostLab
     name = lab.namespace("blue")
     lab.address(name, "169.254.169.254/32", "lo")
     server = lab.serve(name, "169.254.169.254")
-    pace = WatchPace(audits_per_s=0)
-    async with _watching(lab, {"blue": NamespaceListener(name)}, pace) as watched:
+    async with _watching(lab, {"blue": NamespaceListener(name)}) as watched:
         await watched.expect(BLUE)
         server.stop()
         assert await watched.networks_of(EventKind.AUDIT) == {BLUE}
@@ -173,8 +175,7 @@ async def test_a_network_that_is_left_out_is_looked_at_every_second(lab: HostLab
 async def test_more_left_out_networks_than_fit_are_looked_at_in_turn(lab: HostLab) -> None:
     names = [lab.namespace(f"n{number}") for number in range(5)]
     listeners = {name: NamespaceListener(name) for name in names}
-    pace = WatchPace(audits_per_s=0, recheck_s=0.05, rechecks=2)
-    async with _watching(lab, listeners, pace) as watched:
+    async with _watching(lab, listeners, every_s=0.05, rechecks=2) as watched:
         await watched.quiet()
         # As if it were known that there are none of them.
         watched.watch.expect(watched.networks, ObservedHost(), left_out=watched.networks)
@@ -187,8 +188,7 @@ async def test_a_watch_whose_look_fails_says_so_instead_of_falling_silent(
     lab: HostLab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = lab.namespace("blue")
-    pace = WatchPace(audits_per_s=50)
-    async with _watching(lab, {"blue": NamespaceListener(name)}, pace) as watched:
+    async with _watching(lab, {"blue": NamespaceListener(name)}, 20) as watched:
         monkeypatch.setattr(watched.observer, "observe", None)
         with pytest.raises(TypeError):
             async with asyncio.timeout(patience()):
@@ -199,8 +199,8 @@ async def test_a_look_that_the_host_refuses_is_an_event_for_whoever_can_tell_of_
     lab: HostLab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = lab.namespace("blue")
-    pace = WatchPace(audits_per_s=50)
-    async with _watching(lab, {"blue": NamespaceListener(name)}, pace) as watched:
+    lab.address(name, "169.254.169.254/32", "lo")
+    async with _watching(lab, {"blue": NamespaceListener(name)}, 20) as watched:
         await watched.quiet()
 
         async def refuse(*_given: object) -> ObservedHost:
@@ -222,7 +222,7 @@ async def test_a_namespace_that_is_not_heard_is_looked_at_properly(
 
     monkeypatch.setattr("imdsproxy.listeners.watch.assign_nsid", refuse)
     name = lab.namespace("blue")
-    async with _watching(lab, {"blue": NamespaceListener(name)}, WatchPace()) as watched:
+    async with _watching(lab, {"blue": NamespaceListener(name)}, 20) as watched:
         await watched.quiet()
         await asyncio.to_thread(lab.address, name, "169.254.169.254/32", "lo")
         assert await watched.networks_of(EventKind.AUDIT) == {BLUE}
@@ -232,7 +232,7 @@ async def test_a_namespace_that_is_not_heard_is_looked_at_properly(
 async def test_an_idle_watch_costs_next_to_nothing(lab: HostLab) -> None:
     names = [lab.namespace(f"n{number}") for number in range(5)]
     listeners = {name: NamespaceListener(name) for name in names}
-    async with _watching(lab, listeners, WatchPace()) as watched:
+    async with _watching(lab, listeners, 20) as watched:
         await watched.quiet()
         # Threads of the test's own run now and then: of several looks the cheapest counts.
         costs = []

@@ -55,7 +55,9 @@ def observe_bridge(bridge: str, rules: str, naming: Naming) -> dict[str, str] | 
             return None
         return {
             port.name: guard or rules_for(port.name, rules)
-            for port, guard in sorted(port_guards(channel, device.index).items())
+            for port, guard in sorted(
+                port_guards(channel, device.index), key=lambda one: one[0].name
+            )
             if port.kind in _GUEST_KINDS and not naming.is_link(port.name)
         }
 

@@ -85,13 +85,9 @@ class _Tables:
     async def _close_some(self, places: Iterator[tuple[str | None, str]]) -> None:
         with contextlib.closing(NamespaceThread(self.thread.directory)) as thread:
             for namespace, table in places:
-                drop = partial(self._drop, table)
-                if namespace is None:
-                    await thread.run(drop)
-                else:
-                    await thread.inside(namespace, drop)
+                await thread.inside(namespace, partial(self._drop, table))
 
-    def _drop(self, table: str, _: NamespaceRef | None = None) -> None:
+    def _drop(self, table: str, _: NamespaceRef | None) -> None:
         batch = Batch(table, self.family)
         batch.drop_table()
         try:
@@ -102,14 +98,11 @@ class _Tables:
                 raise host_refused(f"remove table {self.family_name} {table}", error) from error
 
     def _at(self, namespace: NamespaceRef | None, work: Callable[[], T]) -> T:
-        if namespace is None:
-            return work()
+        name = None if namespace is None else namespace.name
         # A name may lead to another namespace by now.
-        found = self.thread.enter(
-            namespace.name, lambda ref: (work(),) if ref == namespace else None
-        )
+        found = self.thread.enter(name, lambda ref: (work(),) if ref == namespace else None)
         if found is None:
-            raise TableGone(f"namespace {namespace.name} is gone")
+            raise TableGone(f"namespace {name} is gone")
         return found[0]
 
     def _attempt(

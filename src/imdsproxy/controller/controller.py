@@ -59,7 +59,6 @@ from imdsproxy.host.socket_file import SocketFiles
 from imdsproxy.listeners.host import SystemHost
 from imdsproxy.listeners.loop import ExporterPort, ListenerLoop
 from imdsproxy.listeners.settle import KeptNetworks
-from imdsproxy.listeners.watch import HostWatch, WatchPace
 from imdsproxy.nova.upstream import NovaUpstream
 from imdsproxy.serving.resolver import Resolver
 from imdsproxy.serving.store import DiskFiles, PasswordStore
@@ -106,7 +105,7 @@ class Controller:
         config: Path | None,
         environment: Mapping[str, str],
     ) -> None:
-        settings, naming, thread = holder.settings, host.naming, host.thread
+        settings, naming = holder.settings, host.naming
         self.holder, self.layout, self.clock, self.notifier = holder, layout, clock, notifier
         self.nova, self.host = nova, host
         self.started_at, self.started = clock.now().timestamp(), clock.monotonic()
@@ -161,9 +160,7 @@ class Controller:
             clock,
             self._spec,
             descriptor_limit(),
-            lambda networks, observed, left_out, pids: self.watch.expect(
-                networks, observed, left_out=left_out, our_pids=pids
-            ),
+            lambda: holder.settings.host.audit_per_second,
             ExporterPort(try_tcp_listen),
             self.mac_filters,
             self.hop_limits,
@@ -173,8 +170,7 @@ class Controller:
             ),
         )
         self.touch = self.listeners.touch
-        pace = WatchPace(audits_per_s=max(0.01, float(settings.host.audit_per_second)))
-        self.watch = HostWatch(thread, host.observer, naming, self.touch, pace)
+        self.watch = self.listeners.watch
         self.watchdog = HaproxyWatchdog(self.haproxy, self._compare_again, self.touch)
         self.companion = build_companion(settings, layout, config, environment)
         account = partial(find_account, settings.documents.user, settings.documents.group)

@@ -53,14 +53,6 @@ class ObservedDevice:
     mac: str = ""
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class BridgePort:
-    """A port of a bridge; `kind` as a device's."""
-
-    name: str
-    kind: str = ""
-
-
 class AddressState(StrEnum):
     """Whether an address can be bound."""
 
@@ -172,16 +164,16 @@ class BindTrial:
 
 @dataclass(frozen=True, slots=True)
 class ObservedNamespace:
-    """The observed state of one namespace; the host's own when `ref` is `None` and there is no problem.
+    """The observed state of one namespace; the host's own when `ref` is `None` and there is a device.
 
     Attributes:
-        devices: By name. In the host's own namespace perhaps only those that were asked for.
+        ref: Also `None` of a name of ours without a namespace behind it, whose maker was killed.
+        devices: By name.
         addresses: Where the metadata addresses are.
-        default_routes: (family, device) of every default route in the main table.
+        default_routes: (family, device) of every default route in the main table; only of namespaces of ours.
         sockets: Who listens on a metadata address and the metadata port, ours included.
         trials: One for each (family, device) that was of interest.
         problem: Why it could not be looked at; everything else is empty then.
-        ports: Those of each bridge that is listened on, by its name; in the order of their names.
         own_metadata: By what it shows that the host reads metadata of its own at the same address;
             empty when nothing shows it.
     """
@@ -193,7 +185,6 @@ class ObservedNamespace:
     sockets: tuple[ListeningSocket, ...] = ()
     trials: tuple[BindTrial, ...] = ()
     problem: str = ""
-    ports: Mapping[str, tuple[BridgePort, ...]] = field(default_factory=dict)
     own_metadata: str = ""
 
 
@@ -202,116 +193,21 @@ class ObservedHost:
     """The host as it was seen.
 
     Attributes:
-        root: The namespace that the daemon runs in.
+        root: The namespace that the daemon runs in; without devices where a part did not look at it.
         namespaces: By name, those that were looked at and are there.
-        half_made: Names in our form in `/run/netns` without a namespace behind them.
-        asked_namespaces: Every name that was looked for; `None` when the whole directory was.
-        asked_devices: Every device of `root` that was looked for; `None` when all were.
+        asked: Every name that was looked for; `None` when the whole directory was.
     """
 
     root: ObservedNamespace = field(default_factory=lambda: ObservedNamespace(None))
     namespaces: Mapping[str, ObservedNamespace] = field(default_factory=dict)
-    half_made: frozenset[str] = frozenset()
-    asked_namespaces: frozenset[str] | None = None
-    asked_devices: frozenset[str] | None = None
+    asked: frozenset[str] | None = None
 
 
 def merge_observed(before: ObservedHost, part: ObservedHost) -> ObservedHost:
-    """Replace in `before` everything that `part` asked for."""
-    return ObservedHost(
-        root=_merge_root(before, part),
-        namespaces=_merge_namespaces(before, part),
-        half_made=part.half_made | _unasked(before.half_made, part.asked_namespaces),
-        asked_namespaces=_widest(before.asked_namespaces, part.asked_namespaces),
-        asked_devices=_widest(before.asked_devices, part.asked_devices),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class ChangedPlaces:
-    """Places in which a part differs from what was known.
-
-    Attributes:
-        namespaces: Names.
-        devices: Of the host's own namespace.
-        sockets: Who listens in the host's own namespace has changed.
-    """
-
-    namespaces: frozenset[str] = frozenset()
-    devices: frozenset[str] = frozenset()
-    sockets: bool = False
-
-    def __bool__(self) -> bool:
-        return bool(self.namespaces or self.devices or self.sockets)
-
-
-def changed_places(before: ObservedHost, part: ObservedHost) -> ChangedPlaces:
-    """Compare what a part asked for with what was known; our own sockets may come and go."""
-    asked = part.asked_namespaces
+    """Replace in `before` everything that `part` looked for."""
+    asked = part.asked
     if asked is None:
-        asked = frozenset(before.namespaces) | frozenset(part.namespaces)
-    namespaces = (
-        name
-        for name in asked
-        if _telling(before.namespaces.get(name)) != _telling(part.namespaces.get(name))
-    )
-    devices = part.asked_devices
-    if devices is None:
-        devices = frozenset(before.root.devices) | frozenset(part.root.devices)
-    changed = frozenset(
-        name for name in devices if _of_device(before.root, name) != _of_device(part.root, name)
-    )
-    sockets = bool(devices) and _foreign_in(before.root) != _foreign_in(part.root)
-    return ChangedPlaces(frozenset(namespaces), changed, sockets)
-
-
-def _foreign_in(seen: ObservedNamespace) -> frozenset[ListeningSocket]:
-    return frozenset(one for one in seen.sockets if not one.ours)
-
-
-def _telling(seen: ObservedNamespace | None) -> object:
-    if seen is None:
-        return None
-    rest = (seen.ref, seen.devices, seen.addresses, seen.default_routes, seen.trials, seen.problem)
-    return (*rest, _foreign_in(seen))
-
-
-def _of_device(seen: ObservedNamespace, name: str) -> object:
-    addresses = tuple(one for one in seen.addresses if one.device == name)
-    trials = tuple(one for one in seen.trials if one.device == name)
-    return seen.devices.get(name), addresses, trials, seen.ports.get(name, ())
-
-
-def _widest(one: frozenset[str] | None, other: frozenset[str] | None) -> frozenset[str] | None:
-    return None if one is None or other is None else one | other
-
-
-def _unasked(names: frozenset[str], asked: frozenset[str] | None) -> frozenset[str]:
-    return frozenset() if asked is None else names - asked
-
-
-def _merge_namespaces(before: ObservedHost, part: ObservedHost) -> dict[str, ObservedNamespace]:
-    kept = _unasked(frozenset(before.namespaces), part.asked_namespaces)
-    return {name: before.namespaces[name] for name in sorted(kept)} | dict(part.namespaces)
-
-
-def _merge_root(before: ObservedHost, part: ObservedHost) -> ObservedNamespace:
-    asked = part.asked_devices
-    if asked is None:
-        return part.root
-    if not asked:
-        return before.root
-    old, new = before.root, part.root
-    devices = {name: device for name, device in old.devices.items() if name not in asked}
-    return ObservedNamespace(
-        ref=None,
-        devices=devices | dict(new.devices),
-        addresses=tuple(a for a in old.addresses if a.device not in asked) + new.addresses,
-        default_routes=new.default_routes,
-        sockets=new.sockets,
-        trials=tuple(t for t in old.trials if t.device not in asked) + new.trials,
-        problem=new.problem,
-        ports={name: them for name, them in old.ports.items() if name not in asked}
-        | dict(new.ports),
-        own_metadata=new.own_metadata,
-    )
+        return part
+    kept = {name: seen for name, seen in before.namespaces.items() if name not in asked}
+    root = part.root if part.root.devices else before.root
+    return ObservedHost(root, {**kept, **part.namespaces})

@@ -224,18 +224,27 @@ class NamespaceThread:
         """Do blocking work in the thread, in the process's own namespace."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
-    async def inside(self, name: str, work: Callable[[NamespaceRef], T]) -> T | None:
-        """Do blocking work inside a namespace; `None` when there is none of that name."""
+    async def inside(self, name: str | None, work: Callable[[NamespaceRef | None], T]) -> T | None:
+        """Do blocking work inside a namespace; see `enter`."""
         return await self.run(lambda: self.enter(name, work))
 
-    def enter(self, name: str, work: Callable[[NamespaceRef], T]) -> T | None:
+    def enter(self, name: str | None, work: Callable[[NamespaceRef | None], T]) -> T | None:
         """The same for code that runs in this thread already (given to `run`).
+
+        Args:
+            name: `None` for the namespace that the process started in.
+            work: Called with the namespace, `None` for the process's own.
+
+        Returns:
+            What `work` returns; `None` where there is no namespace of that name.
 
         Raises:
             HostRefused: The kernel refused, or the thread is ending: looks at namespaces must not delay that.
         """
         if self._closed:
             raise HostRefused("the namespace thread is ending")
+        if name is None:
+            return work(None)
         opened = self.directory.open(name)
         if opened is None:
             return None

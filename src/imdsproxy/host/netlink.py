@@ -10,14 +10,13 @@ from __future__ import annotations
 import errno
 import socket
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
 from imdsproxy.core.hoststate import (
     AddressState,
-    BridgePort,
     Family,
     ObservedAddress,
     ObservedDevice,
@@ -114,50 +113,31 @@ def parse_link(payload: bytes) -> ObservedDevice:
     )
 
 
-def _link_question(index: int = 0) -> bytes:
-    return _IFINFO.pack(0, 0, index, 0, 0) + integer(_IFLA_EXT_MASK, _SKIP_STATISTICS)
+_LINK_QUESTION: Final = _IFINFO.pack(0, 0, 0, 0, 0) + integer(_IFLA_EXT_MASK, _SKIP_STATISTICS)
 
 
 def list_links(channel: NetlinkSocket) -> list[ObservedDevice]:
     """Every device, in the order of their indexes."""
-    return list(map(parse_link, channel.dump(RTM_GETLINK, _link_question())))
+    return list(map(parse_link, channel.dump(RTM_GETLINK, _LINK_QUESTION)))
 
 
-def bridge_ports(channel: NetlinkSocket, index: int) -> tuple[BridgePort, ...]:
-    """The ports of the bridge of an index, in the order of their names."""
-    return tuple(sorted(BridgePort(one.name, one.kind) for one, _ in _ports(channel, index)))
-
-
-def _ports(channel: NetlinkSocket, index: int) -> Iterator[tuple[ObservedDevice, bytes]]:
-    for message in channel.dump(RTM_GETLINK, _link_question() + integer(_IFLA_MASTER, index)):
+def port_guards(channel: NetlinkSocket, index: int) -> list[tuple[ObservedDevice, str]]:
+    """Each port of a bridge, and in words the flag by which the bridge learns no MAC there; empty for none."""
+    guards: list[tuple[ObservedDevice, str]] = []
+    for message in channel.dump(RTM_GETLINK, _LINK_QUESTION + integer(_IFLA_MASTER, index)):
         port = parse_link(message)
-        if port.master == index:
-            yield port, message
-
-
-def port_guards(channel: NetlinkSocket, index: int) -> dict[BridgePort, str]:
-    """The flag of each port of a bridge by which the bridge learns no MAC there, in words; empty where none is set."""
-    guards: dict[BridgePort, str] = {}
-    for port, message in _ports(channel, index):
+        if port.master != index:
+            continue
         info = parse_attributes(message, _IFINFO.size).get(_IFLA_LINKINFO, b"")
         flags = parse_attributes(parse_attributes(info).get(_INFO_SLAVE_DATA, b""))
         learns = "" if number(flags.get(_BRPORT_LEARNING, b"\1")) else "learning off"
-        guard = "locked" if number(flags.get(_BRPORT_LOCKED)) else learns
-        guards[BridgePort(port.name, port.kind)] = guard
+        guards.append((port, "locked" if number(flags.get(_BRPORT_LOCKED)) else learns))
     return guards
 
 
 def find_link(channel: NetlinkSocket, name: str) -> ObservedDevice | None:
     """The device of a name (up to 15 bytes); `None` when there is none."""
-    return _find_link(channel, _link_question() + text(_IFLA_IFNAME, name))
-
-
-def find_link_by_index(channel: NetlinkSocket, index: int) -> ObservedDevice | None:
-    """The device of an index; `None` when there is none."""
-    return _find_link(channel, _link_question(index))
-
-
-def _find_link(channel: NetlinkSocket, question: bytes) -> ObservedDevice | None:
+    question = _LINK_QUESTION + text(_IFLA_IFNAME, name)
     found = channel.find(RTM_GETLINK, question, errno.ENODEV, errno.ENOENT, errno.ERANGE)
     return None if found is None else parse_link(found)
 
@@ -185,11 +165,11 @@ def address_index(payload: bytes) -> int:
 
 
 def metadata_addresses(
-    channel: NetlinkSocket, devices: Iterable[ObservedDevice], *, index: int = 0
+    channel: NetlinkSocket, devices: Iterable[ObservedDevice]
 ) -> list[ObservedAddress]:
-    """The metadata addresses on one device (by index) or on all."""
+    """The metadata addresses on all devices."""
     names = {one.index: one.name for one in devices}
-    answers = channel.dump(RTM_GETADDR, _IFADDR.pack(0, 0, 0, 0, index))
+    answers = channel.dump(RTM_GETADDR, _IFADDR.pack(0, 0, 0, 0, 0))
     parsed = (parse_address(one, names) for one in answers)
     return [one for one in parsed if one is not None]
 

@@ -6,10 +6,11 @@ import contextlib
 import errno
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final, assert_never
+from typing import Final, TypeVar, assert_never
 
 from imdsproxy.core.endpoints import LOOPBACK
-from imdsproxy.core.model import NetworkId
+from imdsproxy.core.hoststate import Family, NamespaceRef, ObservedDevice
+from imdsproxy.core.model import IpAddress
 from imdsproxy.errors import DataplaneError
 from imdsproxy.host.namespaces import NamespaceThread
 from imdsproxy.host.netlink import (
@@ -23,19 +24,19 @@ from imdsproxy.host.netlink import (
 )
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.host.refusal import host_refused
-from imdsproxy.listeners.ops import (
+from imdsproxy.listeners.plan import (
     AddAddress,
-    AddDefaultRoute,
-    CreateNamespace,
-    CreateVeth,
+    AttachBridge,
     DeleteLink,
     DeleteNamespace,
     HostOp,
     OpFailure,
     RemoveAddress,
-    SetLink,
 )
 
+T = TypeVar("T")
+
+_PREFIXES: Final = {Family.IPV4: 32, Family.IPV6: 64}
 _CONF: Final = Path("/proc/sys/net")
 _SETTINGS: Final = {
     # What a guest sends must not give us routes or addresses, nor make a router of us.
@@ -52,109 +53,134 @@ _SETTINGS: Final = {
 
 
 async def apply_ops(thread: NamespaceThread, ops: tuple[HostOp, ...]) -> tuple[OpFailure, ...]:
-    """Carry out ops in order; one that fails never stops those of other networks.
+    """Carry out ops in order; one that fails never stops the others.
 
     Args:
         thread: Where namespaces are entered.
         ops: What to do.
 
     Returns:
-        Those that failed. Ops that build upon one of them are not tried.
+        Those that failed.
     """
     return await thread.run(lambda: tuple(_apply(thread, ops))) if ops else ()
 
 
 def _apply(thread: NamespaceThread, ops: tuple[HostOp, ...]) -> Iterator[OpFailure]:
-    broken: set[NetworkId] = set()
     for op in ops:
-        if op.network in broken:
-            continue
         refused: DataplaneError
         try:
             _do(thread, op)
         except DataplaneError as error:
             refused = error
         except OSError as error:
-            refused = host_refused(_action(op), error, hint=_hint(op, error))
+            hint = ""
+            if error.errno == errno.EROFS:
+                hint = "/proc/sys must be writable (ProtectKernelTunables=no in the unit)"
+            refused = host_refused(op.action.format(op), error, hint=hint)
         else:
             continue
         yield OpFailure(op, refused.message, refused.hint)
-        if isinstance(op, CreateNamespace | CreateVeth):
-            broken.add(op.network)
 
 
 def _do(thread: NamespaceThread, op: HostOp) -> None:
     match op:
-        case CreateNamespace():
-            thread.create_now(op.namespace)
-            _at(thread, op.namespace, lambda channel: _prepare(channel, op.alias))
-        case DeleteNamespace():
-            thread.directory.delete(op.namespace)
-        case CreateVeth():
-            _create_veth(thread, op)
-        case DeleteLink():
-            _at(thread, None, lambda channel: _change(channel, op))
-        case RemoveAddress():
-            _at(thread, op.namespace, lambda channel: _change(channel, op), must_exist=False)
-        case SetLink() | AddAddress() | AddDefaultRoute():
-            _at(thread, op.namespace, lambda channel: _change(channel, op))
-        case _ as never:
+        case AttachBridge():
+            _attach(thread, op)
+        case AddAddress(_, name, device, address, mark):
+            _at(thread, name, lambda channel: _add(channel, name, device, address, mark))
+        case RemoveAddress(name, device, address, prefix):
+            with _unless(errno.ENOENT, errno.ENODEV, errno.EADDRNOTAVAIL):
+                _at(
+                    thread,
+                    name,
+                    lambda channel: remove_address(
+                        channel, _find(channel, device).index, address, prefix
+                    ),
+                )
+        case DeleteNamespace(name):
+            thread.directory.delete(name)
+        case DeleteLink(name):
+            with _unless(errno.ENODEV):
+                _at(thread, None, lambda channel: delete_link(channel, _find(channel, name).index))
+        case never:
             assert_never(never)
 
 
-def _at(
-    thread: NamespaceThread,
-    namespace: str | None,
-    work: Callable[[NetlinkSocket], None],
-    *,
-    must_exist: bool = True,
-) -> None:
-    def with_channel() -> bool:
+def _at(thread: NamespaceThread, namespace: str | None, work: Callable[[NetlinkSocket], T]) -> T:
+    def with_channel(_: NamespaceRef | None) -> tuple[T]:
         with NetlinkSocket() as channel:
-            work(channel)
-        return True
+            return (work(channel),)
 
-    if namespace is None:
-        with_channel()
-    elif thread.enter(namespace, lambda _: with_channel()) is None and must_exist:
+    done = thread.enter(namespace, with_channel)
+    if done is None:
         raise NetlinkRefused(errno.ENOENT, f"no namespace {namespace}")
+    return done[0]
 
 
-def _create_veth(thread: NamespaceThread, op: CreateVeth) -> None:
-    opened = thread.directory.open(op.namespace)
-    if opened is None:
-        raise NetlinkRefused(errno.ENOENT, f"no namespace {op.namespace}")
-    try:
-        with NetlinkSocket() as channel:
-            bridge = _index(channel, op.bridge)
-            if find_link(channel, op.link) is None:
-                create_veth(
-                    channel,
-                    link=op.link,
-                    master=bridge,
-                    mtu=op.mtu,
-                    peer=op.inner,
-                    peer_namespace=opened.descriptor,
-                )
-            # The kernel takes no alias for a link that is being made.
-            set_link(channel, _index(channel, op.link), up=True, master=bridge, alias=op.alias)
-    finally:
-        opened.close()
-    _at(
-        thread,
-        op.namespace,
-        lambda channel: set_link(channel, _index(channel, op.inner), up=True, alias=op.alias),
-    )
-
-
-def _index(channel: NetlinkSocket, device: str) -> int:
+def _find(channel: NetlinkSocket, device: str) -> ObservedDevice:
     found = find_link(channel, device)
     if found is None:
         raise NetlinkRefused(errno.ENODEV, device)
-    return found.index
+    return found
 
 
-def _prepare(channel: NetlinkSocket, alias: str) -> None:
+def _add(
+    channel: NetlinkSocket, namespace: str | None, device: str, address: IpAddress, mark: int
+) -> None:
+    family = Family(address.version)
+    try:
+        with _unless(errno.EEXIST):
+            index = _find(channel, device).index
+            add_address(channel, index, address, _PREFIXES[family], protocol=mark)
+    except NetlinkRefused as error:
+        hint = ""
+        if family is Family.IPV6 and error.errno == errno.EACCES:
+            hint = f"IPv6 is switched off there: sysctl net.ipv6.conf.{device}.disable_ipv6=0"
+        where = f" in namespace {namespace}" if namespace else ""
+        raise host_refused(f"add {address} on device {device}{where}", error, hint=hint) from error
+
+
+def _attach(thread: NamespaceThread, op: AttachBridge) -> None:
+    naming, alias = op.naming, op.naming.alias(op.network)
+    name, link, inner = naming.namespace(op.network), naming.link(op.network), naming.inner_device
+
+    def connect(outside: NetlinkSocket, descriptor: int) -> None:
+        bridge = _find(outside, op.bridge).index
+        present = find_link(outside, link)
+        if present is not None and inside is None:
+            delete_link(outside, present.index)
+            present = None
+        if present is None:
+            create_veth(
+                outside,
+                link=link,
+                master=bridge,
+                mtu=op.mtu,
+                peer=inner,
+                peer_namespace=descriptor,
+            )
+        _set_up(outside, link, alias, op.mtu, bridge)
+
+    def furnish(channel: NetlinkSocket) -> None:
+        _set_up(channel, inner, alias, op.mtu)
+        for family in Family:
+            _add(channel, name, inner, family.metadata_address, naming.protocol)
+            add_default_route(channel, _find(channel, inner).index, family)
+
+    thread.create_now(name)
+    inside = _at(thread, name, lambda channel: _prepare(channel, inner, alias))
+    opened = thread.directory.open(name)
+    if opened is None:
+        raise NetlinkRefused(errno.ENOENT, f"no namespace {name}")
+    try:
+        with NetlinkSocket() as channel:
+            connect(channel, opened.descriptor)
+    finally:
+        opened.close()
+    _at(thread, name, furnish)
+
+
+def _prepare(channel: NetlinkSocket, inner: str, alias: str) -> ObservedDevice | None:
     # These files are those of the namespace that the calling thread is in.
     for setting, value in _SETTINGS.items():
         for which in ("all", "default"):
@@ -162,33 +188,21 @@ def _prepare(channel: NetlinkSocket, alias: str) -> None:
             if path.exists():  # not on a host that was started without IPv6
                 path.write_text(value)
     # The alias comes last: a namespace that has it is complete.
-    set_link(channel, _index(channel, LOOPBACK), up=True, alias=alias)
+    _set_up(channel, LOOPBACK, alias)
+    return find_link(channel, inner)
 
 
-def _change(
-    channel: NetlinkSocket, op: DeleteLink | SetLink | AddAddress | RemoveAddress | AddDefaultRoute
+def _set_up(
+    channel: NetlinkSocket,
+    device: str,
+    alias: str,
+    mtu: int | None = None,
+    master: int | None = None,
 ) -> None:
-    name = op.link if isinstance(op, DeleteLink) else op.device
-    found = find_link(channel, name)
-    if found is None:
-        if isinstance(op, DeleteLink | RemoveAddress):
-            return
-        raise NetlinkRefused(errno.ENODEV, name)
-    index = found.index
-    match op:
-        case DeleteLink():
-            delete_link(channel, index)
-        case SetLink():
-            master = None if op.bridge is None else _index(channel, op.bridge)
-            set_link(channel, index, up=op.up or None, mtu=op.mtu, master=master)
-        case AddAddress():
-            with _unless(errno.EEXIST):
-                add_address(channel, index, op.address, op.prefix, protocol=op.protocol)
-        case RemoveAddress():
-            with _unless(errno.EADDRNOTAVAIL, errno.ENODEV):
-                remove_address(channel, index, op.address, op.prefix)
-        case AddDefaultRoute():
-            add_default_route(channel, index, op.family)
+    found = _find(channel, device)
+    # The kernel takes no alias for a link that is being made, and reports one that is set again.
+    new = None if found.alias == alias else alias
+    set_link(channel, found.index, up=True, mtu=mtu, master=master, alias=new)
 
 
 @contextlib.contextmanager
@@ -199,19 +213,3 @@ def _unless(*done: int) -> Iterator[None]:
     except NetlinkRefused as error:
         if error.errno not in done:
             raise
-
-
-def _action(op: HostOp) -> str:
-    """An op's action, for an error's message."""
-    action = op.action.format(op)
-    if isinstance(op, SetLink | AddAddress | RemoveAddress | AddDefaultRoute) and op.namespace:
-        return f"{action} in namespace {op.namespace}"
-    return action
-
-
-def _hint(op: HostOp, error: OSError) -> str:
-    if isinstance(op, AddAddress) and op.address.version == 6 and error.errno == errno.EACCES:  # noqa: PLR2004 - the version of IPv6
-        return f"IPv6 is switched off there: sysctl net.ipv6.conf.{op.device}.disable_ipv6=0"
-    if isinstance(op, CreateNamespace) and error.errno == errno.EROFS:
-        return "/proc/sys must be writable (ProtectKernelTunables=no in the unit)"
-    return ""

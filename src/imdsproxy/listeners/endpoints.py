@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from ipaddress import IPv4Address
+from typing import Final
 
 from imdsproxy.core.endpoints import LOOPBACK, Endpoint, Foreign, LeftOut, LeftOutCode
 from imdsproxy.core.hoststate import (
@@ -13,50 +14,11 @@ from imdsproxy.core.hoststate import (
     Effect,
     Family,
     ListeningSocket,
-    ObservedAddress,
     ObservedNamespace,
 )
 from imdsproxy.core.model import METADATA_PORT, Network, NetworkId
-from imdsproxy.listeners.ops import HostOp
 
 _NO_ADDRESS = frozenset({LeftOutCode.ADDRESS_MISSING, LeftOutCode.ADDRESS_ON_LOOPBACK})
-
-
-@dataclass(frozen=True, slots=True)
-class ListenerPlan:
-    """What to do for a network, or for all of them in the order of their ids.
-
-    Attributes:
-        endpoints: What to bind.
-        left_out: What cannot be bound, with reasons; `PENDING` ones come right by `ops`.
-        foreign: Who else listens at those addresses and what that does.
-        ops: What to do on the host, in this order: removals first.
-    """
-
-    endpoints: tuple[Endpoint, ...] = ()
-    left_out: tuple[LeftOut, ...] = ()
-    foreign: tuple[Foreign, ...] = ()
-    ops: tuple[HostOp, ...] = ()
-
-    def __add__(self, other: ListenerPlan) -> ListenerPlan:
-        return ListenerPlan(
-            self.endpoints + other.endpoints,
-            self.left_out + other.left_out,
-            self.foreign + other.foreign,
-            self.ops + other.ops,
-        )
-
-
-def leave_out(
-    network: NetworkId,
-    code: LeftOutCode,
-    reason: str,
-    hint: str = "",
-    *,
-    family: Family | None = None,
-) -> ListenerPlan:
-    """A part that only says why there is nothing."""
-    return ListenerPlan(left_out=(LeftOut(network, family, code, reason, hint),))
 
 
 def listen(
@@ -66,7 +28,7 @@ def listen(
     *,
     device: str | None,
     managed: bool,
-) -> ListenerPlan:
+) -> Iterator[Endpoint | LeftOut | Foreign]:
     """Endpoints for one family in a namespace that was observed.
 
     IPv4 is bound to `device` if one is given and to every device else. IPv6 is always bound to a
@@ -79,133 +41,90 @@ def listen(
         device: The device that the listener names, if it does.
         managed: We put the address there ourselves, so a missing one is pending.
     """
-    carriers = _carriers(seen, family, device)
-    if not carriers:
-        return _missing(network, seen, family, device, managed=managed)
-    unusable = [one for one in carriers if one.state is not AddressState.USABLE]
+    carriers = [one for one in seen.addresses if one.address == family.metadata_address]
+    on_loopback = any(one.device == LOOPBACK for one in carriers)
+    if family is Family.IPV6:
+        reachable = (one for one in carriers if one.device != LOOPBACK)
+        carriers = [one for one in reachable if device in (None, one.device)]
     usable = [one for one in carriers if one.state is AddressState.USABLE]
     if not usable:
-        return _not_usable(network, family, unusable[0])
-    if family is Family.IPV4:
-        return _bind(network, seen, family, device)
-    part = ListenerPlan()
-    for carrier in dict.fromkeys(one.device for one in usable):
-        part += _bind(network, seen, family, carrier)
+        where = f"on device {device}" if device else "on any device"
+        if carriers:
+            code, text, hint = _UNUSABLE[carriers[0].state]
+            where = carriers[0].device
+        elif managed:
+            code, text, hint = LeftOutCode.PENDING, "{} is being added {}", ""
+        elif on_loopback:
+            code, text, hint = _ON_LOOPBACK
+        else:
+            code, text, hint = _MISSING
+        yield LeftOut(network, family, code, text.format(family.metadata_address, where), hint)
+        return
+    devices = [device] if family is Family.IPV4 else dict.fromkeys(one.device for one in usable)
+    found = [one for name in devices for one in _bind(network, seen, family, name)]
     # One device that serves is a listener that serves: sockets on the others are still reported.
-    if part.endpoints:
-        return ListenerPlan(part.endpoints, foreign=part.foreign)
-    return ListenerPlan(left_out=part.left_out[:1], foreign=part.foreign)
+    left_out = [one for one in found if isinstance(one, LeftOut)]
+    served = any(isinstance(one, Endpoint) for one in found)
+    yield from () if served else left_out[:1]
+    yield from (one for one in found if not isinstance(one, LeftOut))
 
 
-def _carriers(seen: ObservedNamespace, family: Family, device: str | None) -> list[ObservedAddress]:
-    found = [one for one in seen.addresses if one.address == family.metadata_address]
-    if family is Family.IPV4:
-        return found
-    return [one for one in found if one.device != LOOPBACK and device in (None, one.device)]
-
-
-def _missing(
-    network: NetworkId,
-    seen: ObservedNamespace,
-    family: Family,
-    device: str | None,
-    *,
-    managed: bool,
-) -> ListenerPlan:
-    address = family.metadata_address
-    where = f"on device {device}" if device else "on any device"
-    if managed:
-        reason = f"{address} is being added {where}"
-        return leave_out(network, LeftOutCode.PENDING, reason, family=family)
-    if any(one.address == address and one.device == LOOPBACK for one in seen.addresses):
-        return leave_out(
-            network,
-            LeftOutCode.ADDRESS_ON_LOOPBACK,
-            f"{address} is on lo, where no guest can reach it",
-            "put it on the device that leads to the guests, with nodad",
-            family=family,
-        )
-    return leave_out(
-        network,
-        LeftOutCode.ADDRESS_MISSING,
-        f"{address} is not {where}",
-        "add it, or name a device and set manage_addresses",
-        family=family,
-    )
-
-
-def _not_usable(network: NetworkId, family: Family, address: ObservedAddress) -> ListenerPlan:
-    if address.state is AddressState.DUPLICATE:
-        return leave_out(
-            network,
-            LeftOutCode.ADDRESS_DUPLICATE,
-            f"{address.address} on {address.device} is also used by another host of the link",
-            "take it away there, then add it here again, with nodad",
-            family=family,
-        )
-    return leave_out(
-        network,
+_UNUSABLE: Final = {
+    AddressState.DUPLICATE: (
+        LeftOutCode.ADDRESS_DUPLICATE,
+        "{} on {} is also used by another host of the link",
+        "take it away there, then add it here again, with nodad",
+    ),
+    AddressState.TENTATIVE: (
         LeftOutCode.ADDRESS_TENTATIVE,
-        f"{address.address} on {address.device} is still tentative",
+        "{} on {} is still tentative",
         "add it with nodad",
-        family=family,
-    )
+    ),
+}
+_ON_LOOPBACK: Final = (
+    LeftOutCode.ADDRESS_ON_LOOPBACK,
+    "{} is on lo, where no guest can reach it",
+    "put it on the device that leads to the guests, with nodad",
+)
+_MISSING: Final = (
+    LeftOutCode.ADDRESS_MISSING,
+    "{} is not {}",
+    "add it, or name a device and set manage_addresses",
+)
 
 
 def _bind(
     network: NetworkId, seen: ObservedNamespace, family: Family, device: str | None
-) -> ListenerPlan:
-    foreign = tuple(_foreign(network, seen, family, device))
-    error = next(
-        (one.error for one in seen.trials if (one.family, one.device) == (family, device)), 0
-    )
+) -> Iterator[Endpoint | LeftOut | Foreign]:
+    address = family.metadata_address
+    others = [
+        Foreign(network, family, effect, one)
+        for one in seen.sockets
+        if not one.ours and (effect := effect_of(one, family, device)) is not None
+    ]
+    tried = (one.error for one in seen.trials if (one.family, one.device) == (family, device))
+    error = next(tried, 0)
     if error == errno.EADDRINUSE:
-        return _busy(network, family, foreign)
-    if error:
+        others = [replace(one, effect=Effect.BLOCKS) for one in others]
+        sockets = tuple(one.socket for one in others)
+        reason = f"{address} port {METADATA_PORT} is in use by {owners_of(sockets)}"
+        hint = "stop it; the listener comes back within a second"
+        yield LeftOut(network, family, LeftOutCode.PORT_BUSY, reason, hint, sockets)
+    elif error:
         name = errno.errorcode.get(error, str(error))
-        reason = f"the kernel refuses to bind {family.metadata_address}: {name}"
-        left = leave_out(network, LeftOutCode.BIND_REFUSED, reason, family=family)
-        return ListenerPlan(left_out=left.left_out, foreign=foreign)
-    bound_to = seen.devices.get(device) if device is not None else None
-    endpoint = Endpoint(
-        network=network,
-        address=family.metadata_address,
-        port=METADATA_PORT,
-        device=device,
-        namespace=seen.ref,
-        device_index=0 if bound_to is None else bound_to.index,
-    )
-    return ListenerPlan(endpoints=(endpoint,), foreign=foreign)
-
-
-def _busy(network: NetworkId, family: Family, foreign: tuple[Foreign, ...]) -> ListenerPlan:
-    blocking = tuple(Foreign(one.network, one.family, Effect.BLOCKS, one.socket) for one in foreign)
-    left = LeftOut(
-        network,
-        family,
-        LeftOutCode.PORT_BUSY,
-        f"{family.metadata_address} port {METADATA_PORT} is in use by {owners_of(one.socket for one in blocking)}",
-        "stop it; the listener comes back within a second",
-        tuple(one.socket for one in blocking),
-    )
-    return ListenerPlan(left_out=(left,), foreign=blocking)
+        reason = f"the kernel refuses to bind {address}: {name}"
+        yield LeftOut(network, family, LeftOutCode.BIND_REFUSED, reason)
+    else:
+        bound_to = seen.devices.get(device) if device is not None else None
+        index = 0 if bound_to is None else bound_to.index
+        yield Endpoint(network, address, METADATA_PORT, device, seen.ref, index)
+    yield from others
 
 
 def owners_of(sockets: Iterable[ListeningSocket]) -> str:
     """The programs that hold the sockets, with their pids."""
     names = sorted({f"{who.command} (pid {who.pid})" for one in sockets for who in one.owners})
     return " and ".join(names) or "a program that cannot be seen from here"
-
-
-def _foreign(
-    network: NetworkId, seen: ObservedNamespace, family: Family, device: str | None
-) -> Iterator[Foreign]:
-    for one in seen.sockets:
-        if one.ours:
-            continue
-        effect = effect_of(one, family, device)
-        if effect is not None:
-            yield Foreign(network, family, effect, one)
 
 
 def effect_of(other: ListeningSocket, family: Family, device: str | None) -> Effect | None:
@@ -216,19 +135,16 @@ def effect_of(other: ListeningSocket, family: Family, device: str | None) -> Eff
     (inet_lhash2_lookup leaves its scores alone for SO_REUSEPORT). Whether a socket has SO_REUSEPORT
     at all cannot be read: the trial bind says so.
     """
-    if not _covers(other, family):
+    address = other.address
+    if not address.is_unspecified:
+        covers = address == family.metadata_address
+    elif isinstance(address, IPv4Address):
+        covers = family is Family.IPV4
+    else:
+        covers = family is Family.IPV6 or not other.v6_only
+    if not covers or (device is not None and other.device not in (None, device)):
         return None
-    if device is not None and other.device not in (None, device):
-        return None
-    return Effect.YIELDS if other.address.is_unspecified else Effect.SHARES
-
-
-def _covers(other: ListeningSocket, family: Family) -> bool:
-    if not other.address.is_unspecified:
-        return other.address == family.metadata_address
-    if isinstance(other.address, IPv4Address):
-        return family is Family.IPV4
-    return family is Family.IPV6 or not other.v6_only
+    return Effect.YIELDS if address.is_unspecified else Effect.SHARES
 
 
 def find_degraded(

@@ -21,9 +21,15 @@ from imdsproxy.host.process import run_program
 from imdsproxy.host.refusal import host_refused
 from imdsproxy.listeners.apply import apply_ops
 from imdsproxy.listeners.nft_scripts import Diversion, render_arp_guard, render_diversions
-from imdsproxy.listeners.observe import HostObserver, place_of
-from imdsproxy.listeners.ops import AddAddress, HostOp, OpFailure, RemoveAddress
-from imdsproxy.listeners.plan import ManagedPlace
+from imdsproxy.listeners.observe import HostObserver
+from imdsproxy.listeners.plan import (
+    AddAddress,
+    HostOp,
+    ManagedPlace,
+    OpFailure,
+    RemoveAddress,
+    place_of,
+)
 
 HAPROXY_NETNS: Final = Path("/var/run/netns")
 """Where HAProxy looks (compiled in: `src/namespace.c`)."""
@@ -149,8 +155,6 @@ class SystemHost:
     async def neighbour(self, network: Network, address: IpAddress) -> MacAddress | None:
         """The MAC that the kernel has for an address behind a network's listener, if it has one."""
         place = place_of(network, self.naming)
-        if place.namespace is None:
-            return await self.thread.run(lambda: _ask(address, place.device))
         return await self.thread.inside(place.namespace, lambda _: _ask(address, place.device))
 
 

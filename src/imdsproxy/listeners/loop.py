@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -24,7 +24,6 @@ from imdsproxy.core.haproxy.model import (
     DataplaneSpec,
 )
 from imdsproxy.core.hostnames import Naming
-from imdsproxy.core.hoststate import ObservedHost
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Network, NetworkId
 from imdsproxy.core.timing import Backoff
@@ -36,6 +35,7 @@ from imdsproxy.listeners.binds import compute_maxconn, networks_of, plan_binds, 
 from imdsproxy.listeners.endpoints import find_degraded
 from imdsproxy.listeners.host import SystemHost, haproxy_name
 from imdsproxy.listeners.settle import HostSettler, KeptNetworks
+from imdsproxy.listeners.watch import HostWatch
 from imdsproxy.unix_listener.listener import UnixListener, bound_path
 
 _BIND: Final = re.compile(r"^\s*bind (\S+) name exporter\b", re.MULTILINE)
@@ -64,8 +64,7 @@ class ListenerLoop:
     Attributes:
         settings: HAProxy's configuration as the settings have it, without binds; `maxconn` 0 to have it computed.
         descriptors: How many HAProxy may open, -1 for no limit.
-        expect: Called after each round with what matters from now on: networks, the host as seen, networks to look
-            at again and again, HAProxy's pids.
+        audits_per_s: Networks that are compared with the kernel each second without an event.
     """
 
     inventory: Inventory
@@ -76,9 +75,7 @@ class ListenerLoop:
     clock: Clock
     settings: Callable[[], DataplaneSpec]
     descriptors: int
-    expect: Callable[
-        [Mapping[NetworkId, Network], ObservedHost, Iterable[NetworkId], Collection[int]], None
-    ]
+    audits_per_s: Callable[[], float]
     exporter: ExporterPort
     mac_filters: MacFilters
     hop_limits: HopLimits
@@ -92,6 +89,7 @@ class ListenerLoop:
     rounds: int = 0
     seconds: float = 0.0
     settler: HostSettler = field(init=False)
+    watch: HostWatch = field(init=False)
     _listening: MacFilterPlan = field(default_factory=MacFilterPlan)
     _degraded: frozenset[LeftOut] = frozenset()
     _reasons: set[str] = field(default_factory=set)
@@ -99,6 +97,7 @@ class ListenerLoop:
 
     def __post_init__(self) -> None:
         self.settler = HostSettler(self.host, self.naming, self.inventory, self.kept, self._pids)
+        self.watch = HostWatch(self.host.observer, self.touch, self.audits_per_s)
 
     def touch(self, reason: str, networks: Iterable[NetworkId] | None = None) -> int:
         """Look at the host again; the ticket says when what was found is in force.
@@ -233,7 +232,7 @@ class ListenerLoop:
         problems = (*problems, *own, *self.mac_filters.problems, *self.hop_limits.problems)
         if self.settler.known is not None:
             left_out = {one.network for one in plan.left_out if one.code.silent}
-            self.expect(networks, self.settler.known, left_out, self._pids())
+            self.watch.expect(networks, self.settler.known, left_out, self._pids())
         self.rounds += 1
         self.seconds += self.clock.monotonic() - began
         before, known = self.report, self._degraded

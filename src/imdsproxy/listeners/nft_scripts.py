@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from imdsproxy.core.hostnames import Naming
-from imdsproxy.core.hoststate import BridgePort, ObservedHost
+from imdsproxy.core.hoststate import ObservedDevice, ObservedHost
 from imdsproxy.core.model import (
     METADATA_IPV4,
     METADATA_IPV6,
@@ -42,7 +42,7 @@ _NAME: Final = re.compile(r"[A-Za-z0-9._:@+-]+")
 """Names that nft(8) takes literally; no hypervisor uses others."""
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class Diversion:
     """Of one bridge.
 
@@ -54,26 +54,29 @@ class Diversion:
 
     link: str
     mac: MacAddress
-    ports: tuple[BridgePort, ...]
+    ports: tuple[ObservedDevice, ...]
 
 
 def plan_diversions(
     networks: Mapping[NetworkId, Network], observed: ObservedHost, naming: Naming
 ) -> tuple[Diversion, ...]:
     """A diversion for each bridge that has our veth and another port."""
-    found: list[Diversion] = []
+    ports: dict[int, list[ObservedDevice]] = {}
+    for device in observed.root.devices.values():
+        ports.setdefault(device.master, []).append(device)
+    found: dict[str, Diversion] = {}
     for network in networks.values():
-        listener = network.listener
-        if not isinstance(listener, BridgeListener):
+        if not isinstance(network.listener, BridgeListener):
             continue
+        link = naming.link(network.id)
         inside = observed.namespaces.get(naming.namespace(network.id))
         veth = inside.devices.get(naming.inner_device) if inside is not None else None
-        link = naming.link(network.id)
-        ports = observed.root.ports.get(listener.bridge, ())
-        others = tuple(one for one in ports if one.name != link and _NAME.fullmatch(one.name))
+        bridge = observed.root.devices.get(network.listener.bridge)
+        given = () if bridge is None else ports.get(bridge.index, ())
+        others = tuple(one for one in given if one.name != link and _NAME.fullmatch(one.name))
         if veth is not None and veth.mac and others:
-            found.append(Diversion(link, MacAddress(veth.mac), others))
-    return tuple(sorted(found))
+            found[link] = Diversion(link, MacAddress(veth.mac), others)
+    return tuple(found[link] for link in sorted(found))
 
 
 def render_diversions(table: str, diversions: Iterable[Diversion]) -> str:

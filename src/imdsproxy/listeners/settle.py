@@ -14,14 +14,19 @@ import structlog
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hoststate import ObservedHost, merge_observed
 from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import Network, NetworkId
+from imdsproxy.core.model import InterfaceListener, NamespaceListener, Network, NetworkId
 from imdsproxy.core.records import Refused, parse_network, render_record
 from imdsproxy.errors import HostRefused, Problem
-from imdsproxy.listeners.endpoints import ListenerPlan
 from imdsproxy.listeners.host import SystemHost
 from imdsproxy.listeners.nft_scripts import answering_devices, plan_diversions
-from imdsproxy.listeners.ops import OpFailure
-from imdsproxy.listeners.plan import PlanMemo, explain_pending, plan_listeners, without_removed
+from imdsproxy.listeners.plan import (
+    ListenerPlan,
+    OpFailure,
+    PlanMemo,
+    explain_pending,
+    plan_listeners,
+    without_removed,
+)
 
 _HOST_ROUNDS = 4
 """Namespace, link, address: each is planned when the one before it has been seen."""
@@ -124,6 +129,9 @@ class HostSettler:
         elif dirty:
             both = (networks.get(one) for one in dirty), (self._networks.get(one) for one in dirty)
             some = {network for group in both for network in group if network is not None}
+            if any(not isinstance(one.listener, NamespaceListener) for one in some):
+                # The host's own namespace is looked at as a whole.
+                some |= {n for n in networks.values() if isinstance(n.listener, InterfaceListener)}
             part = await self.host.observe(some, pids, everything=False)
             seen = merge_observed(known, part)
         else:

@@ -2,7 +2,7 @@
 
 Three sources: namespaces that come and go, devices and addresses (in the host's own namespace and in those that HAProxy
 listens in), and a paced audit of what no event reports, above all other programs' listening sockets. The audit checks
-one network after the other, and those that are not served every second.
+one network after the other, and those that are not served each time.
 """
 
 from __future__ import annotations
@@ -13,40 +13,33 @@ import errno
 import functools
 import os
 import select
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import Final, Self, TypeVar
 
-from imdsproxy.core.hostnames import Naming
-from imdsproxy.core.hoststate import NamespaceRef, ObservedHost, changed_places
+from imdsproxy.core.hoststate import NamespaceRef, ObservedHost, merge_observed
 from imdsproxy.core.model import Network, NetworkId
 from imdsproxy.errors import DataplaneError
 from imdsproxy.host.events import LinkChange, Stream, watch_links
-from imdsproxy.host.inotify import (
-    ENTRIES,
-    IN_DELETE,
-    IN_IGNORED,
-    IN_MOVED_FROM,
-    IN_Q_OVERFLOW,
-    IN_UNMOUNT,
-    ITSELF,
-    Inotify,
-)
-from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
+from imdsproxy.host.inotify import ENTRIES, IN_DELETE, IN_MOVED_FROM, ITSELF, Inotify
+from imdsproxy.host.namespaces import NamespaceDirectory
 from imdsproxy.host.netlink import assign_nsid
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.host.refusal import host_refused
-from imdsproxy.listeners.observe import HostObserver, Peek, place_of
+from imdsproxy.listeners.observe import HostObserver, Peek
+from imdsproxy.listeners.plan import place_of, plan_network
 
 T = TypeVar("T")
 
-_RESCAN_DELAY_S: Final = 0.5
-_AUDIT_INTERVAL_S: Final = 0.5
-"""The audit looks at as many networks as are due, so often."""
-
 _AT_ONCE: Final = 64
 """Namespaces looked at in one go: the thread is free for others every 20 ms."""
+
+_SETTLE_S: Final = 0.01
+"""A namespace is made in several steps, each an event."""
+
+_SHARE: Final = 20
+"""Scans take at most this part of the time, however many mounts there are."""
 
 
 class EventKind(StrEnum):
@@ -64,59 +57,36 @@ class EventKind(StrEnum):
     """Events were lost, or a look failed: look at everything."""
 
 
-@dataclass(frozen=True, slots=True)
-class WatchPace:
-    """How often to check what no event reports.
-
-    Attributes:
-        audits_per_s: Networks checked in turn each second, none of them more often than every
-            half second; one takes 0.1 ms. 0 for none.
-        recheck_s: Seconds between two checks of networks that are not served.
-        rechecks: At most so many of them each time, in turn.
-    """
-
-    audits_per_s: float = 20.0
-    recheck_s: float = 0.8
-    rechecks: int = 500
-
-
-@dataclass(slots=True)
-class _Places:
-    """Which networks listen where."""
-
-    namespaces: dict[str, set[NetworkId]] = field(default_factory=dict)
-    devices: dict[str, set[NetworkId]] = field(default_factory=dict)
-    interfaces: set[NetworkId] = field(default_factory=set)
-
-
 class HostWatch:
     """Watches the host as long as its context is entered. An asynchronous context manager.
 
     It reports nothing until `expect` was called.
 
     Args:
-        thread: Where namespaces are entered.
         observer: Looks, for the audit.
-        naming: How our own objects are named.
         touch: Called with a kind of event and the networks whose listener it concerns; `None` for all.
-        pace: How often to look.
+        audits_per_s: Networks checked in turn each second; one takes 0.1 ms. 0 for none.
+        every_s: Seconds between two checks of networks that are not served.
+        rechecks: At most so many of them each time, in turn.
     """
 
     def __init__(
         self,
-        thread: NamespaceThread,
         observer: HostObserver,
-        naming: Naming,
         touch: Callable[[str, Collection[NetworkId] | None], object],
-        pace: WatchPace | None = None,
+        audits_per_s: Callable[[], float],
+        *,
+        every_s: float = 0.5,
+        rechecks: int = 300,
     ) -> None:
-        self._thread = thread
         self._observer = observer
-        self._naming = naming
         self._touch = touch
-        self._pace = pace or WatchPace()
+        self._audits_per_s = audits_per_s
+        self._every_s = every_s
+        self._rechecks = rechecks
         self._networks: dict[NetworkId, Network] = {}
-        self._places = _Places()
+        self._namespaces: dict[str, set[NetworkId]] = {}
+        self._devices: dict[str, set[NetworkId]] = {}
         self._observed = ObservedHost()
         self._left_out: tuple[NetworkId, ...] = ()
         self._our_pids: frozenset[int] = frozenset()
@@ -124,8 +94,7 @@ class HostWatch:
         self._wanted_ids = asyncio.Event()
         self._closing = contextlib.AsyncExitStack()
         self._peeked: dict[str | None, Peek | None] = {}
-        self._turn = 0
-        self._recheck_turn = 0
+        self._turns: Counter[str] = Counter()
 
     def namespace_of_id(self, nsid: int) -> NamespaceRef | None:
         """The namespace that has an id, as its events carry it."""
@@ -139,7 +108,6 @@ class HostWatch:
         self,
         networks: Mapping[NetworkId, Network],
         observed: ObservedHost,
-        *,
         left_out: Iterable[NetworkId] = (),
         our_pids: Collection[int] = (),
     ) -> None:
@@ -148,27 +116,32 @@ class HostWatch:
         Args:
             networks: All of them.
             observed: The host as it is known.
-            left_out: Networks to check every second.
+            left_out: Those of the networks to check every second.
             our_pids: HAProxy's master and workers.
         """
         if networks != self._networks:
             self._networks = dict(networks)
-            self._places = _places(networks.values(), self._naming)
-            self._peeked = {
-                name: one for name, one in self._peeked.items() if name in self._places.namespaces
-            }
+            self._namespaces, self._devices = {}, {}
+            for network in networks.values():
+                place = place_of(network, self._observer.naming)
+                if place.namespace is not None:
+                    self._namespaces.setdefault(place.namespace, set()).add(network.id)
+                for device in place.host_devices:
+                    self._devices.setdefault(device, set()).add(network.id)
+            gone = self._peeked.keys() - self._namespaces.keys()
+            for name in gone:
+                del self._peeked[name]
             self._wanted_ids.set()
         self._observed = observed
         self._left_out = tuple(sorted(set(left_out)))
         self._our_pids = frozenset(our_pids)
 
     async def __aenter__(self) -> Self:
-        self._namespace_watch = await self._closing.enter_async_context(
-            NamespaceWatch(self._thread.directory)
-        )
+        directory = self._observer.thread.directory
+        self._namespace_watch = await self._closing.enter_async_context(NamespaceWatch(directory))
         self._link_watch = await self._closing.enter_async_context(watch_links())
-        works = (self._follow_namespaces, self._follow_links, self._give_ids)
-        self._tasks = [asyncio.create_task(w()) for w in (*works, self._audit, self._recheck)]
+        works = (self._follow_namespaces, self._follow_links, self._give_ids, self._audit)
+        self._tasks = [asyncio.create_task(work()) for work in works]
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -183,50 +156,37 @@ class HostWatch:
 
     def _publish(self, kind: EventKind, networks: Collection[NetworkId]) -> None:
         if networks:
-            self._touch(kind, frozenset(networks))
-
-    def _publish_all(self) -> None:
-        if self._networks:
-            self._touch(EventKind.OVERFLOW, None)
+            self._touch(kind, None if kind is EventKind.OVERFLOW else frozenset(networks))
 
     async def _follow_namespaces(self) -> None:
         async for ref, came in self._namespace_watch:
-            networks = self._places.namespaces.get(ref.name, ())
-            if not came:
-                self._nsids = {i: one for i, one in self._nsids.items() if one != ref}
-                self._publish(EventKind.NAMESPACE_WENT, networks)
-                continue
-            if networks:
+            networks = self._namespaces.get(ref.name, ())
+            if came and networks:
                 self._wanted_ids.set()
-            self._publish(EventKind.NAMESPACE_CAME, networks)
+            elif not came:
+                self._nsids = {i: one for i, one in self._nsids.items() if one != ref}
+            kind = EventKind.NAMESPACE_CAME if came else EventKind.NAMESPACE_WENT
+            self._publish(kind, networks)
 
     async def _follow_links(self) -> None:
         async for change in self._link_watch:
             if change.overflow:
-                self._publish_all()
-            else:
-                self._publish(EventKind.LINK, self._concerned(change))
+                self._publish(EventKind.OVERFLOW, self._networks)
+            elif change.nsid is None:
+                names = (change.device, *self._joined_or_left(change))
+                networks = (self._devices.get(name, set()) for name in names)
+                self._publish(EventKind.LINK, set().union(*networks))
+            elif (ref := self._nsids.get(change.nsid)) is not None:
+                self._publish(EventKind.LINK, self._namespaces.get(ref.name, ()))
 
-    def _concerned(self, change: LinkChange) -> frozenset[NetworkId]:
-        if change.nsid is None:
-            return frozenset(self._places.devices.get(change.device, ())) | self._plugged(change)
-        ref = self._nsids.get(change.nsid)
-        if ref is None:
-            return frozenset()
-        return frozenset(self._places.namespaces.get(ref.name, ()))
-
-    def _plugged(self, change: LinkChange) -> frozenset[NetworkId]:
-        """The networks of a bridge that a device became a port of, or is a port of no longer."""
-        if change.master is None:
-            return frozenset()
-        root = self._observed.root
-        concerned: set[NetworkId] = set()
-        for bridge, ports in root.ports.items():
-            device = root.devices.get(bridge)
-            is_port = device is not None and device.index == change.master
-            if is_port is not any(one.name == change.device for one in ports):
-                concerned |= self._places.devices.get(bridge, set())
-        return frozenset(concerned)
+    def _joined_or_left(self, change: LinkChange) -> list[str]:
+        """The bridges that a device became a port of, and that it is a port of no longer."""
+        devices = self._observed.root.devices
+        known = devices[change.device].master if change.device in devices else 0
+        if change.master in (None, known):
+            return []
+        bridges = (devices[name] for name in self._devices if name in devices)
+        return [one.name for one in bridges if one.index in (known, change.master)]
 
     async def _give_ids(self) -> None:
         """Give an id to each namespace that HAProxy listens in, so that its events are received."""
@@ -235,123 +195,82 @@ class HostWatch:
             self._wanted_ids.clear()
             if not self._link_watch.hears_all:
                 continue
-            have = set(self._nsids.values())
-            current = self._namespace_watch.current
-            missing = [
-                ref
-                for name in self._places.namespaces
-                if (ref := current.get(name)) and ref not in have
-            ]
-            for some in _batches(missing, _AT_ONCE):
-                given = await self._thread.run(functools.partial(self._assign, some))
+            have, current = set(self._nsids.values()), self._namespace_watch.current
+            wanted = (current.get(name) for name in self._namespaces)
+            missing = [ref for ref in wanted if ref is not None and ref not in have]
+            for some in _batches(missing):
+                given = await self._observer.thread.run(functools.partial(self._assign, some))
                 self._nsids.update(given)
+                ids = (self._namespaces.get(ref.name, ()) for ref in given.values())
                 # What happened before the id was given was not reported.
-                await self._look(self._listening_in(ref.name for ref in given.values()))
+                await self._look([self._networks[one] for some in ids for one in some])
 
     def _assign(self, refs: Iterable[NamespaceRef]) -> dict[int, NamespaceRef]:
         given: dict[int, NamespaceRef] = {}
         with NetlinkSocket() as channel:
             for ref in refs:
-                opened = self._thread.directory.open(ref.name)
+                opened = self._observer.thread.directory.open(ref.name)
                 if opened is None:
                     continue
-                try:
+                # Without an id no events then; the audit looks at it properly every time.
+                with contextlib.closing(opened), contextlib.suppress(NetlinkRefused):
                     given[assign_nsid(channel, opened.descriptor)] = opened.ref
-                except NetlinkRefused:
-                    # No events then; the audit looks at it properly every time.
-                    continue
-                finally:
-                    opened.close()
         return given
 
     async def _audit(self) -> None:
-        """Look at some networks after the others, for ever."""
-        pace = self._pace.audits_per_s
-        while pace > 0:
-            interval = max(_AUDIT_INTERVAL_S, 1 / pace)
-            await asyncio.sleep(interval)
-            ids = list(self._networks)
-            count = min(len(ids), round(pace * interval))
-            turn = [ids[(self._turn + number) % len(ids)] for number in range(count)]
-            self._turn += count
-            await self._audit_some([self._networks[one] for one in turn])
+        """Look at some networks after the others, and at those that are not served, for ever."""
+        due = 0.0
+        while True:
+            await asyncio.sleep(self._every_s)
+            due = min(due + self._audits_per_s() * self._every_s, len(self._networks))
+            await self._peek(self._next("audit", tuple(self._networks), int(due)))
+            due -= int(due)
+            for some in _batches(self._next("recheck", self._left_out, self._rechecks)):
+                await self._look(some)
 
-    async def _audit_some(self, networks: list[Network]) -> None:
+    def _next(self, which: str, ids: Sequence[NetworkId], count: int) -> list[Network]:
+        turn = [ids[(self._turns[which] + n) % len(ids)] for n in range(min(count, len(ids)))]
+        self._turns[which] += len(turn)
+        return [self._networks[one] for one in turn]
+
+    async def _peek(self, networks: list[Network]) -> None:
         # Devices and addresses are reported where a namespace has an id. Listening sockets are not:
         # where they differ from the last proper look, it is time for another one.
         heard = {None, *(ref.name for ref in self._nsids.values())}
-        places = {one.id: place_of(one, self._naming).namespace for one in networks}
+        places = {one.id: place_of(one, self._observer.naming).namespace for one in networks}
         seen = await self._observer.peek(set(places.values()))
         stale = [
             one
             for one in networks
             if (place := places[one.id]) not in heard
-            or seen[place] not in (_known_sockets(self._observed, place), self._peeked.get(place))
+            or place not in self._peeked
+            or seen[place] != self._peeked[place]
         ]
         if stale and await self._look(stale):
             self._peeked.update({places[one.id]: seen[places[one.id]] for one in stale})
 
-    async def _recheck(self) -> None:
-        """Look at networks that are not served, again and again."""
-        while True:
-            await asyncio.sleep(self._pace.recheck_s)
-            ids = [one for one in self._left_out if one in self._networks]
-            start = self._recheck_turn % max(len(ids), 1)
-            turn = (ids[start:] + ids[:start])[: self._pace.rechecks]
-            self._recheck_turn = start + len(turn)
-            for some in _batches([self._networks[one] for one in turn], _AT_ONCE):
-                await self._look(some)
-
-    async def _look(self, networks: list[Network]) -> bool:
-        """Look properly, and report differences; false when that was not possible."""
+    async def _look(self, networks: Sequence[Network]) -> bool:
+        """Look properly, and report networks whose plan is another one now; false when that was not possible."""
         try:
             part = await self._observer.observe(networks, self._our_pids)
         except DataplaneError:
             # The listener loop, which acts on the event, looks too, reports the error and tries again.
-            self._publish_all()
+            self._publish(EventKind.OVERFLOW, self._networks)
             return False
-        changed = changed_places(self._observed, part)
-        if not changed:
-            return True
-        concerned: set[NetworkId] = set()
-        for name in changed.namespaces:
-            concerned |= self._places.namespaces.get(name, set())
-        for name in changed.devices:
-            concerned |= self._places.devices.get(name, set())
-        if changed.sockets:
-            concerned |= self._places.interfaces
-        self._publish(EventKind.AUDIT, concerned)
+        now = merge_observed(self._observed, part)
+        changed = [n.id for n in networks if self._facts(n, now) != self._facts(n, self._observed)]
+        self._publish(EventKind.AUDIT, changed)
         return True
 
-    def _listening_in(self, names: Iterable[str]) -> list[Network]:
-        ids = sorted({one for name in names for one in self._places.namespaces.get(name, ())})
-        return [self._networks[one] for one in ids]
+    def _facts(self, network: Network, host: ObservedHost) -> object:
+        naming = self._observer.naming
+        seen = host.namespaces.get(place_of(network, naming).namespace or "")
+        # MAC filters are on all devices of a namespace.
+        return tuple(plan_network(network, host, naming)), None if seen is None else seen.devices
 
 
-def _known_sockets(observed: ObservedHost, place: str | None) -> Peek | None:
-    """The peek that is expected when nothing has changed since the last proper look."""
-    seen = observed.root if place is None else observed.namespaces.get(place)
-    if seen is None or seen.problem:
-        return None
-    return 0 if seen.ref is None else seen.ref.inode, frozenset(one.inode for one in seen.sockets)
-
-
-def _batches(things: list[T], size: int) -> Iterator[list[T]]:
-    for start in range(0, len(things), size):
-        yield things[start : start + size]
-
-
-def _places(networks: Iterable[Network], naming: Naming) -> _Places:
-    places = _Places()
-    for network in networks:
-        place = place_of(network, naming)
-        if place.namespace is not None:
-            places.namespaces.setdefault(place.namespace, set()).add(network.id)
-        else:
-            places.interfaces.add(network.id)
-        for device in place.host_devices:
-            places.devices.setdefault(device, set()).add(network.id)
-    return places
+def _batches(things: Sequence[T]) -> list[Sequence[T]]:
+    return [things[start : start + _AT_ONCE] for start in range(0, len(things), _AT_ONCE)]
 
 
 class NamespaceWatch(Stream[tuple[NamespaceRef, bool]]):
@@ -360,28 +279,24 @@ class NamespaceWatch(Stream[tuple[NamespaceRef, bool]]):
     Each item is a namespace, and whether its name leads to it now or does not any more: its sockets may keep it alive.
     The directory need not exist yet.
 
-    inotify reports names, but IN_CREATE comes before the mount that makes the name a namespace, and inotify does not
-    report mounts. `/proc/self/mountinfo` does, by POLLPRI, without saying which: names that are still pending are tried
-    again, and a scan of the whole directory, at most every half second, finds what no event reported (a mount upon an
-    existing name, an overflow of the queue).
+    A namespace is a mount, or a symbolic link to one. `/proc/self/mountinfo` reports mounts, by POLLPRI, and inotify
+    names, both without what there is now: each event leads to a scan of the whole directory.
 
     Args:
         directory: What to watch.
+
+    Attributes:
+        current: Every usable namespace by name, as of the last scan.
     """
 
     def __init__(self, directory: NamespaceDirectory) -> None:
         super().__init__()
         self._directory = directory
-        self._current: dict[str, NamespaceRef] = {}
-        self._pending: set[str] = set()
-        self._rescan: asyncio.TimerHandle | None = None
-        self._watched: tuple[int, int] | None = None
+        self.current: dict[str, NamespaceRef] = {}
+        self._removed: set[str] = set()
+        self._due: asyncio.TimerHandle | None = None
+        self._earliest = 0.0
         self._watch = -1
-
-    @property
-    def current(self) -> Mapping[str, NamespaceRef]:
-        """Every usable namespace by name, as of now."""
-        return self._current
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -397,15 +312,14 @@ class NamespaceWatch(Stream[tuple[NamespaceRef, bool]]):
             hint = "raise fs.inotify.max_user_instances" if error.errno == errno.EMFILE else ""
             raise host_refused("watch the network namespaces", error, hint=hint) from error
         self._follow()
-        self._current = self._directory.namespaces()
-        self._pending = set(self._directory.names()) - self._current.keys()
+        self.current = self._directory.namespaces()
         self._loop.add_reader(self._epoll.fileno(), self.attempt, self._take)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._loop.remove_reader(self._epoll.fileno())
-        if self._rescan is not None:
-            self._rescan.cancel()
+        if self._due is not None:
+            self._due.cancel()
         self._epoll.close()
         os.close(self._mounts)
         self._inotify.close()
@@ -414,65 +328,44 @@ class NamespaceWatch(Stream[tuple[NamespaceRef, bool]]):
         # asyncio's own epoll has looked at ours to learn that it is ready, and with that the mount
         # event is used up: being called at all is the event.
         self._epoll.poll(0)
-        for watch, mask, name in self._inotify.read():
-            if mask & IN_Q_OVERFLOW or watch != self._watch or mask & ITSELF:
-                self._look()
-            elif mask & (IN_UNMOUNT | IN_IGNORED):
-                self._watched = None
-                self._look()
-            else:
-                self._entry(name, replaced=bool(mask & (IN_DELETE | IN_MOVED_FROM)))
-        for name in sorted(self._pending):
-            self._entry(name)
-        if self._rescan is None:
-            self._rescan = self._loop.call_later(_RESCAN_DELAY_S, self._look_later)
+        self._drain()
+        if self._due is None:
+            when = max(self._loop.time() + _SETTLE_S, self._earliest)
+            self._due = self._loop.call_at(when, self.attempt, self._scan)
 
-    def _entry(self, name: str, *, replaced: bool = False) -> None:
-        """Check what a name leads to now, and report a change.
+    def _drain(self) -> None:
+        gone = IN_DELETE | IN_MOVED_FROM
+        self._removed.update(name for _, mask, name in self._inotify.read() if mask & gone)
 
-        Args:
-            name: In the directory.
-            replaced: It has been removed since it was last looked at. When it leads to a namespace
-                all the same, that is another one, though the kernel may have used the inode again.
-        """
-        before, now = self._current.get(name), self._directory.identity(name)
-        if now is None and os.path.lexists(self._directory.path / name):
-            self._pending.add(name)
-        else:
-            self._pending.discard(name)
-        if before == now and not (replaced and now is not None):
-            return
-        if before is not None:
-            del self._current[name]
-            self.put((before, False))
-        if now is not None:
-            self._current[name] = now
-            self.put((now, True))
-
-    def _look_later(self) -> None:
-        self._rescan = None
-        self.attempt(self._look)
-
-    def _look(self) -> None:
-        """Look at the whole directory."""
+    def _scan(self) -> None:
+        """Look at the whole directory, and report what has changed."""
+        self._due = None
+        began = self._loop.time()
         self._follow()
-        for name in sorted({*self._directory.names(), *self._current, *self._pending}):
-            self._entry(name)
+        self._drain()
+        before, now = self.current, self._directory.namespaces()
+        self.current = now
+        # A name that was removed leads to another namespace now, though the kernel may have used the inode again.
+        replaced, self._removed = self._removed, set()
+        for name, ref in before.items():
+            if now.get(name) != ref or name in replaced:
+                self.put((ref, False))
+        for name, ref in now.items():
+            if before.get(name) != ref or name in replaced:
+                self.put((ref, True))
+        ended = self._loop.time()
+        self._earliest = ended + _SHARE * (ended - began)
 
     def _follow(self) -> None:
         """Put the inotify watch on the directory, or on its nearest parent that exists."""
         for place in (self._directory.path, *self._directory.path.parents):
             try:
-                status = place.stat()
-                if (status.st_dev, status.st_ino) == self._watched:
-                    return
                 watch = self._inotify.add(place, ENTRIES | ITSELF)
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except OSError as error:
                 raise host_refused(f"watch {place}", error) from error
-            if self._watched is not None and self._watch != watch:
+            if watch != self._watch:
                 self._inotify.remove(self._watch)
-            self._watched = (status.st_dev, status.st_ino)
             self._watch = watch
             return

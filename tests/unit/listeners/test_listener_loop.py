@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from unittest.mock import Mock
 
 from structlog.testing import capture_logs
 
@@ -38,8 +39,8 @@ from imdsproxy.host.clock import SystemClock
 from imdsproxy.listeners.host import SystemHost
 from imdsproxy.listeners.loop import ExporterPort, ListenerLoop
 from imdsproxy.listeners.nft_scripts import Diversion
-from imdsproxy.listeners.ops import HostOp, OpFailure
-from imdsproxy.listeners.plan import ManagedPlace
+from imdsproxy.listeners.observe import HostObserver
+from imdsproxy.listeners.plan import HostOp, ManagedPlace, OpFailure
 from imdsproxy.listeners.settle import KeptNetworks
 from imdsproxy.unix_listener.listener import UnixListener
 from imdsproxy.unix_listener.settings import UnixListenerSettings
@@ -50,6 +51,8 @@ from support.fake_mac_filters import no_hop_limits, no_mac_filters
 @dataclass
 class FakeHost(SystemHost):
     """Namespaces by name; looked at as the real one is, whole or in part."""
+
+    observer: HostObserver = field(default_factory=lambda: HostObserver(Mock(), Naming()))
 
     namespaces: dict[str, ObservedNamespace] = field(default_factory=dict)
     asked: list[tuple[bool, frozenset[NetworkId]]] = field(default_factory=list)
@@ -79,8 +82,7 @@ class FakeHost(SystemHost):
         seen = {name: self.namespaces[name] for name in sorted(names) if name in self.namespaces}
         return ObservedHost(
             namespaces=seen,
-            asked_namespaces=None if everything else frozenset(names),
-            asked_devices=None if everything else frozenset(),
+            asked=None if everything else frozenset(names),
         )
 
     async def apply(self, ops: Iterable[HostOp]) -> tuple[OpFailure, ...]:
@@ -110,7 +112,6 @@ class Rig:
     loop: ListenerLoop
     layout: Layout
     fake: FakeHaproxy
-    expected: list[frozenset[NetworkId]]
     taken: list[str | None]
 
     def say(self, *names: str, in_sync: bool = True) -> None:
@@ -147,7 +148,6 @@ async def _rig(directory: Path, *, agents: str | None = None) -> AsyncIterator[R
     fake, _, haproxy = control_fake(layout, script, judged=layout.config)
     host = FakeHost()
     inventory = Inventory(["a"])
-    expected: list[frozenset[NetworkId]] = []
     taken: list[str | None] = [None]
     path = directory / "agents" / (agents or "metadata_proxy")
     wanted = UnixListenerSettings(enabled=agents is not None, path=path)
@@ -161,7 +161,7 @@ async def _rig(directory: Path, *, agents: str | None = None) -> AsyncIterator[R
         SystemClock(),
         lambda: spec,
         -1,
-        lambda networks, _observed, _left_out, _pids: expected.append(frozenset(networks)),
+        lambda: 0,
         ExporterPort(lambda _host, _port: taken[0]),
         no_mac_filters(inventory),
         no_hop_limits(),
@@ -176,7 +176,7 @@ async def _rig(directory: Path, *, agents: str | None = None) -> AsyncIterator[R
     await loop.first_round()
     task = asyncio.create_task(loop.run())
     try:
-        yield Rig(host, inventory, loop, layout, fake, expected, taken)
+        yield Rig(host, inventory, loop, layout, fake, taken)
     finally:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -191,7 +191,6 @@ async def test_a_missing_namespace_leaves_out_its_network_and_no_other(tmp_path:
         await rig.settle("networks changed", "red", "blue")
         assert rig.bound() == {"red"}
         assert rig.host.links == {"red@7": "red"}
-        assert rig.expected[-1] == {"red", "blue"}
         assert rig.left_out() == {"blue": LeftOutCode.NAMESPACE_MISSING}
         rig.host.make("blue", 8)
         await rig.settle("namespace-came", "blue")

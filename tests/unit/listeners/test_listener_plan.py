@@ -24,7 +24,6 @@ from imdsproxy.core.hoststate import (
     ObservedHost,
     ObservedNamespace,
     SocketOwner,
-    changed_places,
     merge_observed,
 )
 from imdsproxy.core.model import (
@@ -37,18 +36,19 @@ from imdsproxy.core.model import (
     Network,
     NetworkId,
 )
-from imdsproxy.listeners.endpoints import ListenerPlan
-from imdsproxy.listeners.ops import (
+from imdsproxy.listeners.plan import (
     AddAddress,
-    AddDefaultRoute,
-    CreateNamespace,
-    CreateVeth,
+    AttachBridge,
     DeleteLink,
     DeleteNamespace,
+    ListenerPlan,
     OpFailure,
+    PlanMemo,
     RemoveAddress,
+    explain_pending,
+    plan_listeners,
+    without_removed,
 )
-from imdsproxy.listeners.plan import PlanMemo, explain_pending, plan_listeners, without_removed
 
 NAMING = Naming()
 BLUE = NetworkId("blue")
@@ -220,8 +220,8 @@ def test_managed_addresses_are_added_and_pending_meanwhile() -> None:
     bare = replace(FULL, addresses=())
     plan = _plan(NamespaceListener("ns-blue", "tap0", manage_addresses=True), bare)
     assert plan.ops == (
-        AddAddress(BLUE, "ns-blue", "tap0", METADATA_IPV4, 32, NAMING.protocol),
-        AddAddress(BLUE, "ns-blue", "tap0", METADATA_IPV6, 64, NAMING.protocol),
+        AddAddress(BLUE, "ns-blue", "tap0", METADATA_IPV4, NAMING.protocol),
+        AddAddress(BLUE, "ns-blue", "tap0", METADATA_IPV6, NAMING.protocol),
     )
     assert _codes(plan) == [
         (Family.IPV4, LeftOutCode.PENDING),
@@ -394,17 +394,46 @@ def _bridged(**changes: object) -> ObservedHost:
 NETWORKS = _networks({"blue": BridgeListener("br0")})
 
 
-def test_a_bridge_gets_a_namespace_a_veth_addresses_and_routes() -> None:
+ATTACH = AttachBridge(BLUE, "br0", 1400, NAMING)
+
+
+def test_a_bridge_without_a_namespace_is_pending_until_it_is_attached() -> None:
     plan = plan_listeners(NETWORKS, _root(BRIDGE))
-    assert plan.ops == (
-        CreateNamespace(BLUE, OUR_NS, ALIAS),
-        CreateVeth(BLUE, OUR_LINK, "br0", OUR_NS, INNER, 1400, ALIAS),
-        AddAddress(BLUE, OUR_NS, INNER, METADATA_IPV4, 32, NAMING.protocol),
-        AddAddress(BLUE, OUR_NS, INNER, METADATA_IPV6, 64, NAMING.protocol),
-        AddDefaultRoute(BLUE, OUR_NS, INNER, Family.IPV4),
-        AddDefaultRoute(BLUE, OUR_NS, INNER, Family.IPV6),
-    )
+    assert plan.ops == (ATTACH,)
     assert _codes(plan) == [(None, LeftOutCode.PENDING)]
+
+
+def _device(which: str, **changes: object) -> ObservedHost:
+    host = _bridged()
+    root, inside = host.root, host.namespaces[OUR_NS]
+    seen = root if which == OUR_LINK else inside
+    changed = replace(seen.devices[which], **changes)  # type: ignore[arg-type]  # one field at a time
+    devices = {**seen.devices, changed.name: changed}
+    if seen is inside:
+        return _bridged(devices=devices)
+    if changed.name != which:
+        del devices[which]
+    return replace(host, root=replace(root, devices=devices))
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        _device("lo", up=False),
+        *(_device(name, up=False) for name in (OUR_LINK, INNER)),
+        *(_device(name, mtu=1500) for name in (OUR_LINK, INNER)),
+        _device(OUR_LINK, alias=""),
+        _device(OUR_LINK, master=0),
+        _device(OUR_LINK, name="other"),
+        _bridged(addresses=(replace(V4, device=INNER),)),
+        _bridged(default_routes=frozenset({(Family.IPV4, INNER), (Family.IPV6, "lo")})),
+        _bridged(devices={"lo": replace(LO, alias=ALIAS)}),
+        _host(ObservedNamespace(NamespaceRef(OUR_NS, 9), {"lo": LO}), root=_root(BRIDGE).root),
+        replace(_root(BRIDGE), namespaces={OUR_NS: ObservedNamespace(None)}),
+    ],
+)
+def test_a_bridge_that_lacks_something_is_attached_again(host: ObservedHost) -> None:
+    assert plan_listeners(NETWORKS, host).ops == (ATTACH,)
 
 
 def test_a_bridge_that_has_everything_is_served_and_left_alone() -> None:
@@ -423,19 +452,13 @@ def test_everything_of_a_bridge_goes_with_its_network() -> None:
 
 
 def test_what_was_half_made_goes_unless_it_is_wanted() -> None:
-    host = replace(_root(BRIDGE), half_made=frozenset((OUR_NS, "somebody-s")))
+    half_made = {OUR_NS: ObservedNamespace(None), "another-s": ObservedNamespace(None)}
+    host = replace(_root(BRIDGE), namespaces=half_made)
     assert plan_listeners({}, host).ops == (DeleteNamespace(OUR_NS),)
-    ops = plan_listeners(NETWORKS, host).ops
-    assert not any(isinstance(one, DeleteNamespace) for one in ops)
 
 
-def test_an_unmarked_veth_of_ours_is_marked_if_wanted_and_swept_if_not() -> None:
-    host = _bridged()
-    link = replace(host.root.devices[OUR_LINK], alias="")
-    root = replace(host.root, devices={"br0": BRIDGE, OUR_LINK: link})
-    host = replace(host, root=root)
-    assert [type(one) for one in plan_listeners(NETWORKS, host).ops] == [CreateVeth]
-    assert DeleteLink(OUR_LINK) in plan_listeners({}, host).ops
+def test_an_unmarked_veth_of_ours_is_swept() -> None:
+    assert DeleteLink(OUR_LINK) in plan_listeners({}, _device(OUR_LINK, alias="")).ops
 
 
 def test_what_is_pending_because_of_a_failure_is_told_by_the_failure() -> None:
@@ -554,28 +577,24 @@ def test_one_daemons_names_are_not_anothers() -> None:
     assert mine.owner_of("") is None
 
 
-def _part(
-    *namespaces: ObservedNamespace, asked: set[str], devices: set[str] | None = None
-) -> ObservedHost:
-    return replace(
-        _host(*namespaces),
-        asked_namespaces=frozenset(asked),
-        asked_devices=frozenset(devices or ()),
-    )
+def _part(*namespaces: ObservedNamespace, asked: set[str]) -> ObservedHost:
+    return replace(_host(*namespaces), asked=frozenset(asked))
 
 
 def test_a_part_replaces_what_it_asked_for_and_leaves_the_rest() -> None:
     red = replace(FULL, ref=NamespaceRef("ns-red", 78))
-    before = _host(FULL, red, root=ObservedNamespace(None, {"tap0": TAP}, (V4,)))
+    before = _host(FULL, red, root=_root(TAP, addresses=(V4,)).root)
     remade = replace(FULL, ref=NamespaceRef("ns-blue", 79))
     after = merge_observed(before, _part(remade, asked={"ns-blue"}))
     assert after.namespaces == {"ns-blue": remade, "ns-red": red}
     assert after.root == before.root
 
-    after = merge_observed(after, _part(asked={"ns-blue"}, devices={"tap0"}))
+    part = replace(_part(asked={"ns-blue"}), root=_root(LO).root)
+    after = merge_observed(after, part)
     assert after.namespaces == {"ns-red": red}
-    assert after.root.devices == {}
-    assert after.root.addresses == ()
+    assert after.root == part.root
+
+    assert merge_observed(after, ObservedHost()) == ObservedHost()
 
 
 @pytest.mark.parametrize(
@@ -584,7 +603,7 @@ def test_a_part_replaces_what_it_asked_for_and_leaves_the_rest() -> None:
         _bridged(),
         _host(replace(FULL, addresses=MARKED)),
         _root(TAP, addresses=MARKED),
-        replace(_root(BRIDGE), half_made=frozenset((OUR_NS,))),
+        replace(_root(BRIDGE), namespaces={OUR_NS: ObservedNamespace(None)}),
     ],
 )
 def test_what_has_been_removed_is_not_removed_again(host: ObservedHost) -> None:
@@ -601,7 +620,7 @@ def test_what_is_not_removed_stays_as_it_was_known() -> None:
     after = without_removed(host, [RemoveAddress("ns-red", "tap0", METADATA_IPV4, 32)])
     assert after.namespaces["ns-blue"] is FULL
     assert [one.address for one in after.namespaces["ns-red"].addresses] == [METADATA_IPV6]
-    assert without_removed(host, [AddAddress(BLUE, None, "x", METADATA_IPV4, 32, 1)]) is host
+    assert without_removed(host, [AddAddress(BLUE, None, "x", METADATA_IPV4, 1)]) == host
 
 
 def test_a_plan_with_a_memo_is_the_plan_without_it() -> None:
@@ -627,29 +646,6 @@ def test_a_plan_with_a_memo_is_the_plan_without_it() -> None:
     for some, seen in steps:
         assert plan_listeners(some, seen, memo=memo) == plan_listeners(some, seen)
     assert memo.keys() == {"b"}
-
-
-def test_a_complete_look_replaces_everything() -> None:
-    before = replace(_host(FULL), half_made=frozenset(("x",)))
-    assert merge_observed(before, ObservedHost()) == ObservedHost()
-
-
-def test_a_part_says_where_something_has_changed() -> None:
-    before = _host(FULL)
-    assert not changed_places(before, _part(FULL, asked={"ns-blue"}))
-    busy = replace(FULL, sockets=(_socket("0.0.0.0"),))
-    assert changed_places(before, _part(busy, asked={"ns-blue"})).namespaces == {"ns-blue"}
-    assert changed_places(before, _part(asked={"ns-blue"})).namespaces == {"ns-blue"}
-    assert not changed_places(before, _part(asked=set()))
-    with_tap = replace(
-        _part(asked=set(), devices={"tap0"}), root=ObservedNamespace(None, {"tap0": TAP})
-    )
-    assert changed_places(before, with_tap).devices == {"tap0"}
-
-
-def test_our_own_sockets_that_come_and_go_are_no_change() -> None:
-    ours = replace(FULL, sockets=(_socket("169.254.169.254", ours=True),))
-    assert not changed_places(_host(FULL), _part(ours, asked={"ns-blue"}))
 
 
 def test_only_what_no_event_tells_of_is_looked_at_again_and_again() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hoststate import (
-    BridgePort,
     NamespaceRef,
     ObservedDevice,
     ObservedHost,
@@ -32,8 +33,8 @@ _NAMING = Naming("imds")
 _BLUE = NetworkId("blue")
 _LINK = _NAMING.link(_BLUE)
 _MAC = MacAddress("02:00:00:00:00:01")
-_TAP = BridgePort("tap0", "tun")
-_UPLINK = BridgePort("eno1")
+_TAP = ObservedDevice("tap0", 11, up=True, mtu=1500, kind="tun", master=9)
+_UPLINK = replace(_TAP, name="eno1", kind="")
 _DIVERSION = Diversion(_LINK, _MAC, (_UPLINK, _TAP))
 
 
@@ -41,22 +42,24 @@ def _networks(listener: Listener | None = None) -> dict[NetworkId, Network]:
     return {_BLUE: Network(_BLUE, listener or BridgeListener("br0"))}
 
 
-def _observed(*ports: BridgePort, mac: str = _MAC) -> ObservedHost:
+def _observed(*ports: ObservedDevice, mac: str = _MAC) -> ObservedHost:
     veth = ObservedDevice(_NAMING.inner_device, 2, up=True, mtu=1500, mac=mac)
     name = _NAMING.namespace(_BLUE)
     inside = ObservedNamespace(NamespaceRef(name, 1), {_NAMING.inner_device: veth})
-    root = ObservedNamespace(None, ports={"br0": ports})
+    bridge = ObservedDevice("br0", 9, up=True, mtu=1500, kind="bridge")
+    other = replace(_TAP, name="tap9", master=8)
+    root = ObservedNamespace(None, {one.name: one for one in (bridge, other, *ports)})
     return ObservedHost(root, {name: inside})
 
 
 def test_frames_of_every_port_of_a_bridge_but_our_own_go_to_our_veth() -> None:
-    seen = _observed(_UPLINK, BridgePort(_LINK, "veth"), _TAP)
+    seen = _observed(_UPLINK, replace(_TAP, name=_LINK, kind="veth"), _TAP)
     assert plan_diversions(_networks(), seen, _NAMING) == (_DIVERSION,)
 
 
 @pytest.mark.parametrize(
     "seen",
-    [ObservedHost(), _observed(), _observed(_TAP, mac=""), _observed(BridgePort('a"*', "tun"))],
+    [ObservedHost(), _observed(), _observed(_TAP, mac=""), _observed(replace(_TAP, name='a"*'))],
     ids=["no namespace yet", "no port", "no MAC", "only a name that nft would not take literally"],
 )
 def test_nothing_is_diverted_without_a_namespace_a_mac_and_a_port(seen: ObservedHost) -> None:

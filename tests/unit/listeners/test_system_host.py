@@ -14,10 +14,10 @@ from imdsproxy.errors import HostRefused
 from imdsproxy.host.namespaces import NamespaceThread
 from imdsproxy.listeners.host import NftTable, SystemHost
 from imdsproxy.listeners.observe import HostObserver
-from imdsproxy.listeners.ops import AddAddress, HostOp, OpFailure, RemoveAddress
+from imdsproxy.listeners.plan import AddAddress, HostOp, OpFailure, RemoveAddress
 
-_ADD = AddAddress(NetworkId("red"), "red", "eth0", METADATA_IPV4, 32, 200)
-_ROOT = AddAddress(NetworkId("blue"), None, "virbr0", METADATA_IPV4, 32, 200)
+_ADD = AddAddress(NetworkId("red"), "red", "eth0", METADATA_IPV4, 200)
+_ROOT = AddAddress(NetworkId("blue"), None, "virbr0", METADATA_IPV4, 200)
 _REMOVE = RemoveAddress("red", "eth0", METADATA_IPV4, 32)
 
 
