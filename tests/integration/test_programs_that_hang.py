@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.app.companion import SpawnCompanion
+from imdsproxy.app.companion import Companion
 from imdsproxy.cli.admin_client import AdminClient
 from imdsproxy.cli.main import main
 from imdsproxy.dataplane.launch import SpawnLauncher
@@ -134,12 +134,11 @@ async def test_a_document_server_that_does_not_come_up_is_not_left_beside_the_ne
 ) -> None:
     monkeypatch.setattr("imdsproxy.app.companion._START_DEADLINE_S", 0.5)
     log, pid_file = tmp_path / "documents.log", tmp_path / "documents.pid"
-    companion = SpawnCompanion([str(hanging)], log, pid_file, {})
+    companion = Companion(pid_file, log, [str(hanging)], {})
     with pytest.raises(HostRefused, match="wrote no pid file"):
-        await companion.start()
+        await companion.ensure()
     nothing_is_left(hanging)
-    assert companion.child is not None
-    await companion.wait(companion.child.pid)
+    await companion.wait(started(hanging)[0])
 
 
 def test_stop_leaves_the_data_plane_of_a_controller_that_hangs_and_says_what_to_do(

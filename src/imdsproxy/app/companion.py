@@ -10,7 +10,7 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 import structlog
 
@@ -40,39 +40,35 @@ _LOOK_EVERY_S: Final = 1.5
 _STOP_GRACE_S: Final = 10.0
 
 
-class CompanionLauncher(Protocol):
-    """How the document server comes up and goes down on this host."""
-
-    async def start(self) -> None:
-        """Have it started; `HostRefused` says why not."""
-        ...
-
-    async def wait(self, pid: int) -> None:
-        """Return when this one has ended."""
-        await wait_gone(pid)
-
-    async def stop(self) -> None:
-        """Have it ended, for good."""
-        ...
-
-
 @dataclass(slots=True)
 class Companion:
-    """Watches the document server's parent process.
+    """Starts the document server's parent process, watches it and ends it.
+
+    Args:
+        pid_file: Lists its processes.
+        log: What a process of its own session writes to.
+        arguments: The command line of that.
+        environment: All that it has.
+        unit: The systemd unit that is started in place of that.
+        needed: Off where no instance has documents of ours, as in front of Nova alone.
 
     Attributes:
         restarts: How often it, or one of its workers, was started again.
-
-    Args:
-        read: Its processes that run, as in its pid file.
-        needed: Off where no instance has documents of ours, as in front of Nova alone.
     """
 
-    launcher: CompanionLauncher
-    read: Callable[[], DocumentProcesses]
+    pid_file: Path
+    log: Path
+    arguments: Sequence[str]
+    environment: Mapping[str, str]
+    unit: str | None = None
     needed: bool = True
     failure: Problem | None = None
     restarts: int = 0
+    _child: ProcessHandle | None = None
+
+    def read(self) -> DocumentProcesses:
+        """Its processes that run."""
+        return read_pids(self.pid_file)
 
     async def ensure(self) -> int | None:
         """Its pid, once it runs and answers; `None` where it is not needed, and ended if it ran.
@@ -83,21 +79,66 @@ class Companion:
         pid = self.read().parent
         if not self.needed:
             if pid is not None:
-                await self.launcher.stop()
+                await self.stop()
             return None
-        if pid is None:
-            await self.launcher.start()
+        child, offset = None, 0
+        if pid is None and self.unit is not None:
+            # Without it, each restart since the unit's last rest would make systemd wait longer. A unit that was
+            # never started has nothing to forget, and systemd refuses.
+            await run_program("systemctl", "reset-failed", self.unit, deadline_s=UNIT_S)
+            await self._control_unit("start", self.unit)
+        elif pid is None:
+            child, offset = spawn_logged(self.arguments, self.log, self.environment)
+            self._child = child
+        return await self._wait_for_workers(child, offset)
+
+    async def _wait_for_workers(self, child: ProcessHandle | None, offset: int) -> int:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + _START_DEADLINE_S
         while True:
             found = self.read()
             if found.parent is not None and found.workers:
                 return found.parent
+            if child is not None and not child.alive():
+                status = await child.wait()
+                words = self.log.read_bytes()[offset:].decode("utf-8", "replace").strip()[-1000:]
+                raise HostRefused(f"the document server ended with {status}: {words}")
             if loop.time() > deadline:
+                if child is not None and found.parent is None:
+                    # The next try would start another one beside it.
+                    child.kill_group()
+                    raise HostRefused("the document server wrote no pid file")
                 raise HostRefused(
                     f"the document server did not answer within {_START_DEADLINE_S:g} s"
                 )
             await asyncio.sleep(_POLL_S)
+
+    async def wait(self, pid: int) -> None:
+        """Return when this one has ended."""
+        if self._child is not None and self._child.pid == pid:
+            # A child of ours leaves a zombie until it is waited for.
+            await self._child.wait()
+            self._child.close()
+            self._child = None
+        else:
+            await wait_gone(pid)
+
+    async def stop(self) -> None:
+        """End it for good.
+
+        Raises:
+            DataplaneError: It does not end.
+        """
+        if self.unit is not None:
+            await self._control_unit("stop", self.unit)
+        else:
+            # In a thread: it waits, and workers whose parent was killed are its business too.
+            await asyncio.to_thread(stop_documents, self.pid_file, timeout_s=_STOP_GRACE_S)
+
+    async def _control_unit(self, verb: str, unit: str) -> None:
+        status, words = await run_program("systemctl", verb, unit, deadline_s=UNIT_S)
+        if status != 0:
+            raise HostRefused(f"systemctl {verb} {unit}: {words}", hint=f"journalctl -u {unit}")
 
     async def run(self) -> None:
         """Keep it running until cancelled; or see that it does not, where it is not needed."""
@@ -129,7 +170,7 @@ class Companion:
 
     async def _watch(self, pid: int) -> None:
         """Return when it has ended, counting its workers' restarts; it is ended when it makes no progress."""
-        ended = asyncio.ensure_future(self.launcher.wait(pid))
+        ended = asyncio.ensure_future(self.wait(pid))
         doubt, restarts, rests = Doubt(), self.read().restarts, read_rests(pid)
         try:
             while not (await asyncio.wait([ended], timeout=_LOOK_EVERY_S))[0]:
@@ -146,77 +187,6 @@ class Companion:
             await ended
         finally:
             ended.cancel()
-
-
-@dataclass(slots=True)
-class SpawnCompanion(CompanionLauncher):
-    """A process of its own session, writing to its own log file."""
-
-    arguments: Sequence[str]
-    log: Path
-    pid_file: Path
-    environment: Mapping[str, str]
-    child: ProcessHandle | None = None
-
-    async def start(self) -> None:
-        """See `CompanionLauncher.start`."""
-        child, offset = spawn_logged(self.arguments, self.log, self.environment)
-        self.child = child
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + _START_DEADLINE_S
-        while read_pids(self.pid_file).parent is None:
-            if not child.alive():
-                status = await child.wait()
-                words = self.log.read_bytes()[offset:].decode("utf-8", "replace").strip()[-1000:]
-                raise HostRefused(f"the document server ended with {status}: {words}")
-            if loop.time() > deadline:
-                # The next try would start another one beside it.
-                child.kill_group()
-                raise HostRefused("the document server wrote no pid file")
-            await asyncio.sleep(_POLL_S)
-
-    async def wait(self, pid: int) -> None:
-        """See `CompanionLauncher.wait`."""
-        if self.child is not None and self.child.pid == pid:
-            # A child of ours leaves a zombie until it is waited for.
-            await self.child.wait()
-            self.child.close()
-            self.child = None
-            return
-        await wait_gone(pid)
-
-    async def stop(self) -> None:
-        """See `CompanionLauncher.stop`."""
-        # In a thread: it waits, and workers whose parent was killed are its business too.
-        await asyncio.to_thread(stop_documents, self.pid_file, timeout_s=_STOP_GRACE_S)
-
-
-@dataclass(slots=True)
-class UnitCompanion(CompanionLauncher):
-    """A systemd unit."""
-
-    unit: str
-
-    async def start(self) -> None:
-        """See `CompanionLauncher.start`."""
-        # Without it, each restart since the unit's last rest would make systemd wait longer. A unit that was
-        # never started has nothing to forget, and systemd refuses.
-        await self._systemctl("reset-failed")
-        await self._expect("start")
-
-    async def stop(self) -> None:
-        """See `CompanionLauncher.stop`."""
-        await self._expect("stop")
-
-    async def _expect(self, verb: str) -> None:
-        status, words = await self._systemctl(verb)
-        if status != 0:
-            raise HostRefused(
-                f"systemctl {verb} {self.unit}: {words}", hint=f"journalctl -u {self.unit}"
-            )
-
-    async def _systemctl(self, verb: str) -> tuple[int, str]:
-        return await run_program("systemctl", verb, self.unit, deadline_s=UNIT_S)
 
 
 _EVERY_S: Final = 2.0
@@ -264,17 +234,14 @@ class DocumentProbe:
             return
         found = await self._ask()
         self._failures = 0 if found is None else self._failures + 1
-        if found is not None and self.problem is None and self._failures < _FAILURES:
+        if found is None:
+            if self.problem not in (None, _UNASKED):
+                structlog.get_logger().info("documents are answered again")
+        elif self.problem is None and self._failures < _FAILURES:
             return
-        if found is not None and found != self.problem:
+        elif found != self.problem:
             structlog.get_logger().error("no documents", reason=found.reason, hint=found.hint)
-        elif found is None and self._failed:
-            structlog.get_logger().info("documents are answered again")
         self.problem = found
-
-    @property
-    def _failed(self) -> bool:
-        return self.problem is not None and self.problem is not _UNASKED
 
     async def _ask(self) -> Problem | None:
         try:

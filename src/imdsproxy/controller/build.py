@@ -13,7 +13,7 @@ from random import SystemRandom
 from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.anti_spoofing.kernel import KernelHopLimits, KernelMacFilters, TableJournal
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
-from imdsproxy.app.companion import Companion, CompanionLauncher, SpawnCompanion, UnitCompanion
+from imdsproxy.app.companion import Companion
 from imdsproxy.config.schema import Settings, Supervisor
 from imdsproxy.core.haproxy.model import DataplaneSpec, Limits
 from imdsproxy.core.hostnames import Naming
@@ -32,7 +32,6 @@ from imdsproxy.host.sockets import SocketOwners
 from imdsproxy.listeners.host import SystemHost
 from imdsproxy.listeners.observe import HostObserver
 from imdsproxy.nova.upstream import NovaUpstream
-from imdsproxy.serving.pidfile import read_pids
 from imdsproxy.sources.api import Source
 from imdsproxy.sources.libvirt.client import SystemLibvirt
 from imdsproxy.sources.libvirt.source import LibvirtSource
@@ -216,19 +215,19 @@ def build_companion(
     settings: Settings, layout: Layout, config: Path | None, environment: Mapping[str, str]
 ) -> Companion:
     """What starts the document server, and watches it."""
-    pid_file = layout.documents_pid
-    launcher: CompanionLauncher
-    if under_systemd(settings.documents.supervisor, settings.documents.unit):
-        launcher = UnitCompanion(settings.documents.unit)
-    else:
-        option = () if config is None else ("--config", str(config.resolve()))
-        command = (sys.executable, "-m", "imdsproxy", *option, "documents")
-        # The settings in our environment, and where programs and modules are.
-        known = {
-            name: value
-            for name, value in environment.items()
-            if name.startswith("IMDSPROXY_") or name == "PYTHONPATH"
-        }
-        known |= {"PATH": os.defpath, "LANG": "C.UTF-8"}
-        launcher = SpawnCompanion(command, layout.documents_log, pid_file, known)
-    return Companion(launcher, partial(read_pids, pid_file), needed=settings.documents.enabled)
+    documents = settings.documents
+    option = () if config is None else ("--config", str(config.resolve()))
+    # The settings in our environment, and where programs and modules are.
+    known = {
+        name: value
+        for name, value in environment.items()
+        if name.startswith("IMDSPROXY_") or name == "PYTHONPATH"
+    }
+    return Companion(
+        layout.documents_pid,
+        layout.documents_log,
+        (sys.executable, "-m", "imdsproxy", *option, "documents"),
+        known | {"PATH": os.defpath, "LANG": "C.UTF-8"},
+        documents.unit if under_systemd(documents.supervisor, documents.unit) else None,
+        needed=documents.enabled,
+    )

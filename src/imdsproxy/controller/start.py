@@ -162,7 +162,7 @@ async def _live(
         if controller.with_data_plane:
             # Who starts again what has ended is to be gone before it ends; the admin API may take its time.
             await asyncio.wait(tasks)
-            await end_processes(controller.haproxy.launcher, controller.companion.launcher)
+            await end_processes(controller.haproxy.launcher, controller.companion)
         # After HAProxy: while that runs, a request may be on its way on each connection that it keeps.
         resolving.cancel()
         if controller.with_data_plane:
@@ -213,7 +213,7 @@ async def _start_data_plane(controller: Controller) -> None:
     except DataplaneError:
         if found is None:
             # A document server that cannot be reached is not left behind.
-            await controller.companion.launcher.stop()
+            await controller.companion.stop()
         raise
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
-from imdsproxy.app.companion import CompanionLauncher
+from imdsproxy.app.companion import Companion
 from imdsproxy.config.schema import Settings
 from imdsproxy.controller.build import (
     build_companion,
@@ -27,7 +27,7 @@ from imdsproxy.listeners.plan import plan_listeners
 from imdsproxy.unix_listener.listener import sweep_unix_socket
 
 
-async def end_processes(haproxy: Launcher, documents: CompanionLauncher) -> None:
+async def end_processes(haproxy: Launcher, documents: Companion) -> None:
     """End both; the one that keeps connections to the other first.
 
     Raises:
@@ -68,7 +68,7 @@ async def stop_data_plane(settings: Settings, environment: Mapping[str, str]) ->
     master = MasterClient(layout.master_socket)
     try:
         launcher = build_launcher(settings, layout, settings.haproxy.binary, master)
-        await end_processes(launcher, companion.launcher)
+        await end_processes(launcher, companion)
         await sweep_host(host, *build_filters(layout, host, Inventory(), SystemClock()))
     finally:
         host.thread.close()

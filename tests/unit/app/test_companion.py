@@ -1,29 +1,36 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field, replace
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
 from imdsproxy.app.companion import Companion
 from imdsproxy.errors import HostRefused
+from imdsproxy.host.process import ProcessHandle
 from imdsproxy.serving.pidfile import DocumentProcesses
 
 _PID = 2**22 + 1
 """No process can have it: what is taken for hung is killed."""
 
 
-@dataclass(slots=True)
-class Launcher:
+class Rig(Companion):
     """A document server that is a number, and what was done to it."""
 
-    pid: int | None = None
-    done: list[str] = field(default_factory=list)
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    __slots__ = ("counts", "done", "ended", "pid", "refuses")
 
-    async def start(self) -> None:
-        self.done.append("start")
-        self.pid = _PID
+    def __init__(self, pid: int | None = None, *, needed: bool = True) -> None:
+        super().__init__(Path("pid"), Path("log"), (), {}, needed=needed)
+        self.pid = pid
+        self.done: list[str] = []
+        self.ended = asyncio.Event()
+        self.counts: Iterator[int] = iter(())
+        self.refuses = False
+
+    def read(self) -> DocumentProcesses:
+        return DocumentProcesses(self.pid, (8,), next(self.counts, 0))
 
     async def wait(self, pid: int) -> None:
         await self.ended.wait()
@@ -35,75 +42,69 @@ class Launcher:
         self.pid = None
 
 
-def _companion(launcher: Launcher, *, needed: bool = True) -> Companion:
-    return Companion(launcher, lambda: DocumentProcesses(launcher.pid, (8,)), needed=needed)
+@pytest.fixture(autouse=True)
+def spawned(monkeypatch: pytest.MonkeyPatch) -> list[Rig]:
+    """Whom a spawned document server is of: the last rig in the list."""
+    rigs: list[Rig] = []
 
-
-async def test_what_is_not_there_is_started_and_what_is_there_is_adopted() -> None:
-    launcher = Launcher()
-    assert await _companion(launcher).ensure() == _PID
-    assert await _companion(launcher).ensure() == _PID
-    assert launcher.done == ["start"]
-
-
-async def test_what_has_ended_is_started_again() -> None:
-    launcher = Launcher()
-    companion = _companion(launcher)
-    async with asyncio.TaskGroup() as group:
-        task = group.create_task(companion.run())
-        async with asyncio.timeout(30):
-            while not launcher.done:
-                await asyncio.sleep(0)
-            launcher.pid = None
-            launcher.ended.set()
-            while companion.restarts == 0:
-                await asyncio.sleep(0)
-        task.cancel()
-    assert launcher.done == ["start", f"{_PID} ended", "start"]
-
-
-async def test_its_workers_restarts_are_counted_also_when_it_begins_to_count_anew(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("imdsproxy.app.companion._LOOK_EVERY_S", 0)
-    launcher, counts = Launcher(pid=_PID), iter([1, 1, 1, 3, 3, 0, 1])
-    seen = DocumentProcesses(_PID, (8,))
-
-    def read() -> DocumentProcesses:
-        nonlocal seen
-        seen = replace(seen, restarts=next(counts, seen.restarts))
-        return seen
-
-    companion = Companion(launcher, read)
-    async with asyncio.TaskGroup() as group:
-        task = group.create_task(companion.run())
-        async with asyncio.timeout(30):
-            while companion.restarts < 3:
-                await asyncio.sleep(0)
-            await asyncio.sleep(0)
-        task.cancel()
-    assert companion.restarts == 3
-    assert launcher.done == []
-
-
-async def test_where_it_is_not_needed_it_does_not_run() -> None:
-    launcher = Launcher()
-    companion = _companion(launcher, needed=False)
-    assert await companion.ensure() is None
-    await companion.run()
-    assert launcher.done == []
-
-
-async def test_where_it_is_not_needed_any_more_it_is_ended() -> None:
-    launcher = Launcher(pid=_PID)
-    await _companion(launcher, needed=False).ensure()
-    assert launcher.done == ["stop"]
-
-
-async def test_a_failure_to_start_is_told() -> None:
-    class Refusing(Launcher):
-        async def start(self) -> None:
+    def spawn(*_: object) -> tuple[ProcessHandle | None, int]:
+        rigs[-1].done.append("start")
+        if rigs[-1].refuses:
             raise HostRefused("no")
+        rigs[-1].pid = _PID
+        return None, 0
 
+    monkeypatch.setattr("imdsproxy.app.companion.spawn_logged", spawn)
+    monkeypatch.setattr("imdsproxy.app.companion._LOOK_EVERY_S", 0)
+    return rigs
+
+
+@contextlib.asynccontextmanager
+async def _running(rig: Rig) -> AsyncIterator[None]:
+    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+        task = group.create_task(rig.run())
+        yield
+        task.cancel()
+
+
+async def test_what_is_not_there_is_started_and_what_is_there_is_adopted(
+    spawned: list[Rig],
+) -> None:
+    rig = Rig()
+    spawned.append(rig)
+    assert await rig.ensure() == await rig.ensure() == _PID
+    assert rig.done == ["start"]
+    rig.pid, rig.refuses = None, True
     with pytest.raises(HostRefused, match="no"):
-        await _companion(Refusing()).ensure()
+        await rig.ensure()
+
+
+async def test_what_has_ended_is_started_again(spawned: list[Rig]) -> None:
+    rig = Rig()
+    spawned.append(rig)
+    async with _running(rig):
+        while not rig.done:
+            await asyncio.sleep(0)
+        rig.pid = None
+        rig.ended.set()
+        while rig.restarts == 0:
+            await asyncio.sleep(0)
+    assert rig.done == ["start", f"{_PID} ended", "start"]
+
+
+async def test_its_workers_restarts_are_counted_also_when_it_begins_to_count_anew() -> None:
+    rig, seen = Rig(_PID), iter([1, 1, 1, 3, 3, 0])
+    rig.counts = (next(seen, 1) for _ in iter(int, 1))
+    async with _running(rig):
+        while rig.restarts < 3:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    assert rig.restarts == 3
+    assert rig.done == []
+
+
+async def test_where_it_is_not_needed_it_does_not_run_and_is_ended() -> None:
+    rig = Rig(_PID, needed=False)
+    assert await rig.ensure() is None
+    await rig.run()
+    assert rig.done == ["stop"]
