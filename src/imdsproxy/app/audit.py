@@ -53,41 +53,30 @@ _IDENTIFIER: Final = "imdsproxy-audit"
 _PER_SECOND: Final = 300
 """The journal takes 10,000 lines in 30 seconds from a unit; beyond that it leaves out what else we say as well."""
 
-_NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
-_NO_PLACE: Final = frozenset({errno.ENOENT, errno.ENOTDIR})
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What became of lines.
-
-    Attributes:
-        rest: Those that are still to be written.
-        left_out: How many are not to be: the journal would not take them.
-    """
-
-    rest: bytes = b""
-    left_out: int = 0
-
 
 @dataclass(slots=True)
 class FileSink:
-    """A file that is begun anew when it was renamed or removed."""
+    """A file that is begun anew when it was renamed or removed.
+
+    Attributes:
+        left_out: Lines that were not to be written.
+    """
 
     path: Path
+    left_out: int = 0
     _descriptor: int = -1
 
-    def write(self, lines: bytes) -> Written:
-        """Write whole lines; with none, only try that they could be written.
+    def write(self, lines: bytearray) -> None:
+        """Write whole lines, and take them out; with none, only try that they could be written.
 
         The file is there with mode 0640 before the first line is.
 
         Raises:
-            OSError: None of them could.
+            OSError: What is left in `lines` could not be written: all of them.
         """
         self._follow()
         before = os.fstat(self._descriptor).st_size
-        left = memoryview(lines)
+        left = memoryview(bytes(lines))
         try:
             while left:
                 left = left[os.write(self._descriptor, left) :]
@@ -96,19 +85,7 @@ class FileSink:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._descriptor, before)
             raise
-        return Written()
-
-    def hint(self, error: OSError) -> str:
-        """Who must do what, so that lines can be written."""
-        if error.errno in _NO_ROOM:
-            return f"free space for {self.path.parent}"
-        if error.errno in _NO_PLACE:
-            return f"make the directory {self.path.parent}"
-        if error.errno == errno.ELOOP:
-            return "name the file itself in audit.destination: links are not followed"
-        return (
-            f"have {self.path} be a file that root may write, or name another in audit.destination"
-        )
+        lines.clear()
 
     def close(self) -> None:
         """Let go of it."""
@@ -125,6 +102,12 @@ class FileSink:
         self._descriptor = open_log(self.path)
 
 
+def _open_datagrams() -> socket.socket:
+    channel = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    channel.settimeout(1)
+    return channel
+
+
 @dataclass(slots=True)
 class JournalSink:
     """Systemd's journal, by its own protocol; no more lines a second than leave room for our messages.
@@ -135,60 +118,56 @@ class JournalSink:
     address: Path = _JOURNAL_SOCKET
     clock: Callable[[], float] = time.monotonic
     per_second: int = _PER_SECOND
-    _channel: socket.socket | None = None
+    left_out: int = 0
+    _channel: socket.socket = field(default_factory=_open_datagrams)
     _second: int = 0
     _written: int = 0
-    _left_out: int = 0
+    _skipped: int = 0
 
-    def write(self, lines: bytes) -> Written:
-        """As `FileSink.write`."""
+    def write(self, lines: bytearray) -> None:
+        """As `FileSink.write`; those before the one that fails are written, or left out."""
         if not lines:
-            self._reach()
-        left_out, waiting = 0, lines.splitlines(keepends=True)
-        for number, line in enumerate(waiting):
-            try:
-                left_out += not self._take(line.rstrip())
-            except OSError:
-                if number == 0:
-                    raise
-                return Written(b"".join(waiting[number:]), left_out)
-        return Written(left_out=left_out)
-
-    def hint(self, error: OSError) -> str:
-        """As `FileSink.hint`."""
-        del error
-        return "start systemd-journald, or name a file in audit.destination"
+            with _open_datagrams() as probe:
+                probe.connect(os.fspath(self.address))
+        while lines:
+            end = lines.index(b"\n")
+            self._take(bytes(lines[:end]))
+            del lines[: end + 1]
 
     def close(self) -> None:
         """Let go of it."""
-        if self._channel is not None:
-            self._channel.close()
-            self._channel = None
+        self._channel.close()
 
-    def _take(self, line: bytes) -> bool:
+    def _take(self, line: bytes) -> None:
         second = int(self.clock())
         if second != self._second:
-            if self._left_out:
-                self._send(left_out_line(self._left_out, time.time()))
-            self._second, self._written, self._left_out = second, 0, 0
-        if self._written >= self.per_second:
-            self._left_out += 1
-            return False
-        self._send(line)
-        self._written += 1
-        return True
-
-    def _reach(self) -> None:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
-            channel.connect(os.fspath(self.address))
+            if self._skipped:
+                self._send(left_out_line(self._skipped, time.time()))
+            self._second, self._written, self._skipped = second, 0, 0
+        if self._written < self.per_second:
+            self._send(line)
+            self._written += 1
+        else:
+            self._skipped += 1
+            self.left_out += 1
 
     def _send(self, line: bytes) -> None:
-        if self._channel is None:
-            channel = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-            channel.settimeout(1)
-            self._channel = channel
         entry = b"PRIORITY=6\nSYSLOG_IDENTIFIER=%s\nMESSAGE=%s\n" % (_IDENTIFIER.encode(), line)
         self._channel.sendto(entry, os.fspath(self.address))
+
+
+def advise(destination: str, error: OSError) -> str:
+    """Who must do what, so that lines can be written."""
+    if destination == _JOURNAL:
+        return "start systemd-journald, or name a file in audit.destination"
+    directory = Path(destination).parent
+    room, place = f"free space for {directory}", f"make the directory {directory}"
+    link = "name the file itself in audit.destination: links are not followed"
+    advice = {errno.ENOSPC: room, errno.EDQUOT: room, errno.ENOENT: place, errno.ENOTDIR: place}
+    other = (
+        f"have {destination} be a file that root may write, or name another in audit.destination"
+    )
+    return {**advice, errno.ELOOP: link}.get(error.errno or 0, other)
 
 
 @dataclass(slots=True)
@@ -312,8 +291,11 @@ class Audit:
                     # A part of a line. Were it left there, its end would look like that of the connection.
                     whole = len(chunk)
                     begun += chunk
-                _skip(worker.socket, whole)
-                await self._pause(_SHORT_S if len(chunk) >= _MUCH else _PAUSE_S)
+                while whole:
+                    whole -= len(worker.socket.recv(whole))
+                with contextlib.suppress(TimeoutError):
+                    pause_s = _SHORT_S if len(chunk) >= _MUCH else _PAUSE_S
+                    await asyncio.wait_for(self._ended.wait(), pause_s)
 
     async def _look(self, worker: _Worker) -> bytes:
         """What has come and is still there; empty when the worker has hung up, or this controller ends."""
@@ -333,69 +315,60 @@ class Audit:
             finally:
                 loop.remove_reader(worker.socket)
 
-    async def _pause(self, seconds: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._ended.wait(), seconds)
-
     async def _write(self, raw: bytes) -> None:
         """Keep trying: meanwhile lines wait with HAProxy, or are left out there and counted."""
         lines = read_audit(raw, time.time())
-        rest = lines.text
+        rest = bytearray(lines.text)
         async with self._lock:
             while True:
                 destination = self.settings().destination
                 self._begun = self.clock()
                 try:
-                    written = await _aside(partial(self._write_now, destination, rest))
+                    await _aside(partial(self._write_now, destination, rest))
                 except OSError as error:
                     self._fail(destination, error)
                     await asyncio.sleep(_AGAIN_S)
                     continue
                 finally:
                     self._begun = None
-                self._failure = None
-                self.left_out += written.left_out
-                self.written -= written.left_out
-                rest = written.rest
-                if not rest:
-                    break
+                break
+            self._failure = None
         self.written += lines.requests
         self.left_out += lines.left_out
 
-    def _write_now(self, destination: str, lines: bytes) -> Written:
+    def _write_now(self, destination: str, lines: bytearray) -> None:
         if self._sink is None or self._named != destination:
             if self._sink is not None:
                 self._sink.close()
             self._named = destination
             self._sink = JournalSink() if destination == _JOURNAL else FileSink(Path(destination))
-        return self._sink.write(lines)
+        try:
+            self._sink.write(lines)
+        finally:
+            left_out, self._sink.left_out = self._sink.left_out, 0
+            self.left_out += left_out
+            self.written -= left_out
 
     def _fail(self, destination: str, error: OSError) -> None:
-        hint = "" if self._sink is None else self._sink.hint(error)
-        failure = Problem(_FIELD, f"{destination}: {error.strerror or error}", hint)
+        reason, hint = f"{destination}: {error.strerror or error}", advise(destination, error)
+        failure = Problem(_FIELD, reason, hint)
         if failure != self._failure:
-            structlog.get_logger().warning(
-                "audit log not written", reason=failure.reason, hint=failure.hint
-            )
+            structlog.get_logger().warning("audit log not written", reason=reason, hint=hint)
         self._failure = failure
 
 
-def _skip(worker: socket.socket, size: int) -> None:
-    """Take out what has been written."""
-    while size:
-        size -= len(worker.recv(size))
-
-
-async def _aside(work: Callable[[], Written]) -> Written:
+async def _aside(work: Callable[[], None]) -> None:
     """In a thread that is not waited for at the end: on a disk that hangs it may not come back."""
-    written: Future[Written] = Future()
+    written: Future[None] = Future()
     written.set_running_or_notify_cancel()
 
     def run() -> None:
         try:
-            written.set_result(work())
+            work()
         except BaseException as error:  # noqa: BLE001 - raised where it is waited for
             written.set_exception(error)
+        else:
+            written.set_result(None)
 
     threading.Thread(target=run, name="audit", daemon=True).start()
-    return await asyncio.wrap_future(written)
+    await asyncio.wrap_future(written)

@@ -20,7 +20,7 @@ from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.policy import PolicyBook
 from imdsproxy.core.token_report import TokenLedger, TokenReport, open_trees
 from imdsproxy.dataplane.haproxy import Haproxy
-from imdsproxy.dataplane.master import MasterClient, WorkerEnded
+from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.errors import RuntimeUnavailable
 from imdsproxy.host.clock import Clock
 
@@ -53,21 +53,18 @@ class TokenCounting:
     async def refresh(self) -> None:
         """Read all workers' tables once; what cannot be read is read the next time."""
         async with self._lock:
+            tables = (f"show table {GUESTS_TABLE}", f"show table {READERS_TABLE}")
             try:
-                workers = (await self.master.read_processes()).workers
+                answers = await self.master.ask_workers(*tables)
             except RuntimeUnavailable as error:
                 structlog.get_logger().debug("token counts cannot be read", reason=error.message)
                 return
-            self.ledger.keep_workers(workers)
-            for worker in workers:
-                try:
-                    guests = await self.master.send(worker, f"show table {GUESTS_TABLE}")
-                    readers = await self.master.send(worker, f"show table {READERS_TABLE}")
-                except (WorkerEnded, RuntimeUnavailable):
-                    # It ends: what it counted since the last look is lost.
-                    continue
-                now = self.clock.now().timestamp()
-                self.ledger.add(worker, parse_guests(guests), parse_readers(readers), now)
+            now = self.clock.now().timestamp()
+            self.ledger.keep_workers(answers)
+            for worker, found in answers.items():
+                if found:
+                    guests, readers = found
+                    self.ledger.add(worker, parse_guests(guests), parse_readers(readers), now)
 
     async def report(self, inventory: Inventory, policies: Callable[[], PolicyBook]) -> TokenReport:
         """Who still reads without session tokens, and which trees required tokens leave open."""

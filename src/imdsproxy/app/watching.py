@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from imdsproxy.core.haproxy.request_log import WATCH_RING, Watched, WatchReport, parse_events
-from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import RuntimeUnavailable
 
 if TYPE_CHECKING:
@@ -89,20 +88,15 @@ class Watching:
     async def _look(self) -> None:
         """Take what each worker's ring has beside what it had before."""
         try:
-            # Also those of a reload that the controller did not order.
-            workers = (await self.haproxy.master.read_processes()).workers
+            answers = await self.haproxy.master.ask_workers(f"show events {WATCH_RING}")
         except RuntimeUnavailable as error:
             structlog.get_logger().warning("requests cannot be watched", reason=error.message)
             return
-        for gone in self._rings.keys() - set(workers):
+        for gone in self._rings.keys() - answers.keys():
             del self._rings[gone]
-        for worker in workers:
-            try:
-                events = await self.haproxy.master.send(worker, f"show events {WATCH_RING}")
-            except (WorkerEnded, RuntimeUnavailable):
-                # It ends, or HAProxy does: the next look shows which.
-                continue
-            self._take(worker, tuple(parse_events(events)))
+        for worker, events in answers.items():
+            for text in events:
+                self._take(worker, tuple(parse_events(text)))
 
     def _take(self, worker: int, ring: tuple[Watched, ...]) -> None:
         before = self._rings.get(worker, ())

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
+from http import HTTPStatus
 from typing import Final, TypeAlias
 
 from imdsproxy.core.haproxy.counting import CountedRow
 from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import Dialect, Instance, InstanceId, NetworkId, Upstream
-from imdsproxy.core.path_rules import PathWord, find_rule
+from imdsproxy.core.model import Dialect, InstanceId, NetworkId, Upstream
+from imdsproxy.core.path_rules import PathWord
 from imdsproxy.core.plan import policy_place
-from imdsproxy.core.policy import Policy, PolicyBook, TokenMode
+from imdsproxy.core.policy import OperatorOverride, Policy, PolicyBook, render_policy_word
+from imdsproxy.core.policy_report import decide_read
 
 _GUESTS_KEPT: Final = 50_000
 _READERS_KEPT: Final = 10_000
@@ -20,7 +23,7 @@ _KEPT_S: Final = 7 * 86_400
 _OPEN_TREES_SHOWN: Final = 100
 _EC2: Final = "/latest"
 _TREES: Final = {Dialect.EC2: _EC2, Dialect.OPENSTACK: "/openstack", Dialect.NOCLOUD: "/nocloud"}
-_NOVA_TREES: Final = {_TREES[Dialect.EC2], _TREES[Dialect.OPENSTACK]}
+_NOVA_TREES: Final = frozenset({_TREES[Dialect.EC2], _TREES[Dialect.OPENSTACK]})
 
 _Key: TypeAlias = tuple[str, ...]
 
@@ -117,28 +120,22 @@ class _Sums:
             was = before.get(key)
             if was is None or row.reads < was.reads or row.refused < was.refused:
                 # The entry is new, or was forgotten and made anew.
-                more = (row.reads, row.refused)
-            else:
-                more = (row.reads - was.reads, row.refused - was.refused)
+                was = CountedRow(key, 0, 0, 0)
+            more = (row.reads - was.reads, row.refused - was.refused)
             if more != (0, 0):
                 reads, refused, last = self.totals.get(key, (0, 0, 0.0))
                 last = max(last, now - row.age_s)
                 self.totals[key] = (reads + more[0], refused + more[1], last)
                 grown.append((key, *more))
-        self._forget(now)
+        for key in sorted(self.totals, key=lambda key: self.totals[key][2]):
+            if len(self.totals) <= self.kept and self.totals[key][2] >= now - _KEPT_S:
+                break
+            del self.totals[key]
         return grown
 
     def drop_others(self, workers: Collection[int]) -> None:
         for worker in self._before.keys() - set(workers):
             del self._before[worker]
-
-    def _forget(self, now: float) -> None:
-        by_age = sorted(self.totals, key=lambda key: self.totals[key][2])
-        beyond = max(0, len(by_age) - self.kept)
-        for number, key in enumerate(by_age):
-            if number >= beyond and self.totals[key][2] >= now - _KEPT_S:
-                break
-            del self.totals[key]
 
 
 @dataclass(slots=True)
@@ -196,27 +193,18 @@ class TokenLedger:
 
 def open_trees(inventory: Inventory, book: PolicyBook) -> list[OpenTree]:
     """Where user-data is had without a token although another tree keeps it (`open_user_data`)."""
-    return [
-        OpenTree(network, instance.id, tree)
-        for _, instance in sorted(inventory.instances.items())
-        for network, project in sorted({(port.network, port.project) for port in instance.ports}, key=str)
-        for tree in _open_trees_of(inventory, book, instance, network, project)
-    ]  # fmt: skip
-
-
-def _open_trees_of(
-    inventory: Inventory,
-    book: PolicyBook,
-    instance: Instance,
-    network: NetworkId,
-    project: str | None,
-) -> Iterable[str]:
-    nova = instance.upstream is Upstream.NOVA
-    if not nova and instance.user_data is None:
-        return ()
-    place = policy_place(inventory, network, project or instance.project, instance)
-    served = _NOVA_TREES if nova else {_TREES[dialect] for dialect in instance.dialects}
-    return open_user_data(book.fold(place).policy, served).trees
+    found: list[OpenTree] = []
+    for _, instance in sorted(inventory.instances.items()):
+        nova = instance.upstream is Upstream.NOVA
+        if not nova and instance.user_data is None:
+            continue
+        served = _NOVA_TREES if nova else frozenset(_TREES[one] for one in instance.dialects)
+        ports = sorted({(port.network, port.project) for port in instance.ports}, key=str)
+        for network, project in ports:
+            place = policy_place(inventory, network, project or instance.project, instance)
+            trees = open_user_data(book.fold(place).policy, served).trees
+            found += [OpenTree(network, instance.id, tree) for tree in trees]
+    return found
 
 
 USER_DATA: Final[Mapping[str, str]] = {
@@ -225,8 +213,6 @@ USER_DATA: Final[Mapping[str, str]] = {
     "/nocloud": "/nocloud/user-data",
 }
 """Where each tree has it."""
-
-_MODES: Final = {_EC2: "tokens", "/openstack": "openstack_tokens", "/nocloud": "nocloud_tokens"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +228,8 @@ class OpenUserData:
     trees: tuple[str, ...]
 
 
-def open_user_data(policy: Policy, served: Collection[str] = tuple(USER_DATA)) -> OpenUserData:
+@lru_cache(1024)
+def open_user_data(policy: Policy, served: frozenset[str] = frozenset(USER_DATA)) -> OpenUserData:
     """What a policy leaves open; no `trees` where it keeps user-data nowhere, or everywhere.
 
     Who denies a tree as a whole has it turned off, and keeps nothing by that. Sealed user-data does not count: after
@@ -254,26 +241,13 @@ def open_user_data(policy: Policy, served: Collection[str] = tuple(USER_DATA)) -
     """
     if not policy.endpoint or policy.seal_user_data:
         return OpenUserData(denied=(), trees=())
-    needs_token = _EC2 in served and _state(policy, _EC2) is PathWord.REQUIRED
-    denied = tuple(
-        path
-        for tree, path in USER_DATA.items()
-        if tree in served and (path, PathWord.DENY) in policy.paths
-    )
-    trees = tuple(_open(policy, served)) if needs_token or denied else ()
+    word = render_policy_word(policy, OperatorOverride(), None)
+    paths = {tree: path for tree, path in USER_DATA.items() if tree in served}
+    status = {
+        tree: decide_read(word, 0, path, token=False, paths=policy.paths).status
+        for tree, path in paths.items()
+    }
+    denied = tuple(path for path in paths.values() if (path, PathWord.DENY) in policy.paths)
+    keeps = status.get(_EC2) == HTTPStatus.UNAUTHORIZED or denied
+    trees = tuple(tree for tree in paths if keeps and status[tree] is None)
     return OpenUserData(denied, trees)
-
-
-def _open(policy: Policy, served: Collection[str]) -> Iterator[str]:
-    for tree in USER_DATA:
-        if tree in served and _state(policy, tree) is PathWord.OPTIONAL:
-            yield tree
-
-
-def _state(policy: Policy, tree: str) -> PathWord:
-    """Whether a tree's user-data is denied, takes a token, or does not."""
-    rule = find_rule(policy.paths, USER_DATA[tree])
-    if rule is not None and rule[1] is not PathWord.ALLOW:
-        return rule[1]
-    required = getattr(policy, _MODES[tree]) is TokenMode.REQUIRED
-    return PathWord.REQUIRED if required else PathWord.OPTIONAL

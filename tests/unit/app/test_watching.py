@@ -12,7 +12,7 @@ from imdsproxy.app import watching as module
 from imdsproxy.app.watching import Watching
 from imdsproxy.core.haproxy.runtime import Processes
 from imdsproxy.dataplane.haproxy import Haproxy
-from imdsproxy.dataplane.master import WorkerEnded
+from imdsproxy.dataplane.master import MasterClient, WorkerEnded
 from imdsproxy.errors import RuntimeUnavailable
 
 
@@ -27,6 +27,7 @@ class FakeMaster:
     rings: dict[int, list[str]] = field(default_factory=lambda: {1: []})
     ended: set[int] = field(default_factory=set)
     away: bool = False
+    ask_workers = MasterClient.ask_workers
 
     async def read_processes(self) -> Processes:
         if self.away:
