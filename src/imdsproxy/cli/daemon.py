@@ -114,24 +114,23 @@ def reload(
 
 def _show_reload(output: Output, done: Shape) -> None:
     """What changed, and what still needs a restart."""
-    waiting = set(done["restart_needed"])
+    how = {"reload": "[green]by a reload[/]", "restart": "[yellow]at the next restart[/]"}
+    waiting = dict.fromkeys(done["restart_needed"], "restart")
     rows = (
         {
-            "SETTING": clean(change["path"]),
-            "BEFORE": clean(change["before"]),
-            "NOW": clean(change["after"]),
-            "TAKEN OVER": "[yellow]at the next restart[/]"
-            if change["path"] in waiting
-            else f"[green]{'by a reload' if change['change'] == 'reload' else 'at once'}[/]",
+            "SETTING": clean(one["path"]),
+            "BEFORE": clean(one["before"]),
+            "NOW": clean(one["after"]),
+            "TAKEN OVER": how.get(waiting.get(one["path"], one["change"]), "[green]at once[/]"),
         }
-        for change in done["changes"]
+        for one in done["changes"]
     )
     output.table(rows, empty="no setting has changed", keep=("SETTING",))
     if done["haproxy_reloaded"]:
         output.styled("HAProxy was reloaded.")
     if done["pending"]:
-        output.styled("[yellow]HAProxy has not taken it over:[/]")
-    output.styled(*(f"  {clean(reason)}" for reason in done["pending"]))
+        pending = (f"  {clean(reason)}" for reason in done["pending"])
+        output.styled("[yellow]HAProxy has not taken it over:[/]", *pending)
 
 
 @options.command

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Annotated, Any, Final
@@ -15,7 +15,14 @@ import typer
 from imdsproxy.cli import options
 from imdsproxy.cli.admin_client import path_to
 from imdsproxy.cli.options import NO, argument, complete_instances, complete_networks, flag, switch
-from imdsproxy.cli.output import Output, Shape, clean, read_bytes_shape, spell_status, spell_time
+from imdsproxy.cli.output import (
+    Output,
+    Shape,
+    clean_all,
+    read_bytes_shape,
+    spell_status,
+    spell_time,
+)
 from imdsproxy.cli.record_io import show_written
 from imdsproxy.errors import RequestRefused
 
@@ -109,10 +116,10 @@ def explain(
         run.output.json(answer)
     elif not explained:
         run.output.text(f"instance {instance} has no address: no network serves it yet")
-    for number, each in enumerate(() if run.output.as_json else explained):
-        if number:
-            run.output.text("")
-        run.output.facts(_explanation(each))
+    else:
+        for number, each in enumerate(clean_all(explained)):
+            run.output.styled(*([""] if number else []))
+            run.output.facts(dict(_explanation(each)))
     if not explained or not all(map(_is_served, explained)):
         raise typer.Exit(NO)
 
@@ -123,70 +130,58 @@ def _is_served(explained: Shape) -> bool:
     return explained["verdict"] == _FOUND and not refused
 
 
-def _explanation(shape: Shape) -> dict[str, str]:
+def _explanation(shape: Shape) -> Iterator[tuple[str, str]]:
     colour = "green" if shape["verdict"] == _FOUND else "red"
-    facts = {
-        "guest": f"{clean(shape['address'])} in network {clean(shape['network'])}",
-        "verdict": f"[{colour}]{clean(shape['verdict'])}[/], {_outcome(shape)}",
-    }
-    probe = shape["probe"]
-    if probe is not None:
-        status = probe["status"]
-        colour = "red" if status >= HTTPStatus.BAD_REQUEST else "green"
-        facts["probe"] = f"GET {clean(probe['path'])}: [{colour}]{spell_status(status)}[/]"
-    if shape["instance"] is not None:
-        how = _HOW.get(shape["how"]) or clean(shape["how"])
-        facts["instance"] = f"{clean(shape['instance'])} ({clean(shape['instance_name'])})"
-        facts["known"] = f"{how}, from source {clean(shape['source'])}"
-        if "upstream" not in shape["policy"]:
-            facts["revision"] = clean(shape["revision"] or "not compiled yet")
-        facts["in HAProxy"] = clean(shape["installed"] or "not there")
-    if shape["claimants"]:
-        facts["claimed by"] = "\n".join(
-            f"{clean(one['instance'])} (source {clean(one['source'])})"
-            for one in shape["claimants"]
-        )
-    facts |= {clean(name): clean(value) for name, value in shape["policy"].items()}
-    facts |= dict(_rules(shape["rules"]))
-    decision = shape["decision"]
-    if decision is not None:
-        without, with_one = (
-            _decided(decision[key], shape["rules"]) for key in ("without_token", "with_token")
-        )
-        facts["policy"] = (
-            f"to GET {clean(decision['path'])}:\n"
-            f"without a token: {without}\nwith a good one: {with_one}"
-        )
-    if shape["why"]:
-        steps = enumerate(shape["why"], 1)
-        facts["why"] = "\n".join(f"{number}. {clean(step)}" for number, step in steps)
-    return facts
-
-
-def _outcome(shape: Shape) -> str:
+    outcome = f"its documents are answered {shape['answer']}"
     if shape["answer"] is None:
-        return "its requests are sent to Nova"
-    if shape["verdict"] == "left-out":
-        return "no listener serves it"
-    return f"its documents are answered {shape['answer']}"
+        outcome = "its requests are sent to Nova"
+    elif shape["verdict"] == "left-out":
+        outcome = "no listener serves it"
+    yield "guest", f"{shape['address']} in network {shape['network']}"
+    yield "verdict", f"[{colour}]{shape['verdict']}[/], {outcome}"
+    if (probe := shape["probe"]) is not None:
+        colour = "red" if probe["status"] >= HTTPStatus.BAD_REQUEST else "green"
+        yield "probe", f"GET {probe['path']}: [{colour}]{spell_status(probe['status'])}[/]"
+    if shape["instance"] is not None:
+        how = _HOW.get(shape["how"], shape["how"])
+        yield "instance", f"{shape['instance']} ({shape['instance_name']})"
+        yield "known", f"{how}, from source {shape['source']}"
+        if "upstream" not in shape["policy"]:
+            yield "revision", shape["revision"] or "not compiled yet"
+        yield "in HAProxy", shape["installed"] or "not there"
+    if claimants := [f"{one['instance']} (source {one['source']})" for one in shape["claimants"]]:
+        yield "claimed by", "\n".join(claimants)
+    yield from shape["policy"].items()
+    if (policy := shape["rules"]) is not None:
+        yield from _policy(policy)
+    if (decision := shape["decision"]) is not None:
+        origins = {rule["name"]: f", {rule['origin']}" for rule in policy["rules"]}
+        without, given = (
+            _decided(decision[key], origins) for key in ("without_token", "with_token")
+        )
+        answers = f"without a token: {without}\nwith a good one: {given}"
+        yield "policy", f"to GET {decision['path']}:\n{answers}"
+    if steps := [f"{number}. {step}" for number, step in enumerate(shape["why"], 1)]:
+        yield "why", "\n".join(steps)
 
 
-def _rules(shape: Shape | None) -> Iterator[tuple[str, str]]:
-    if shape is None:
-        return
-    rules = shape["rules"]
+def _policy(policy: Shape) -> Iterator[tuple[str, str]]:
+    rules = policy["rules"]
     width = max((len(rule["name"]) for rule in rules), default=0)
-    yield (
-        "may",
-        "\n".join(
-            f"{clean(rule['name']):{width}}  {clean(_value(rule['value']))} "
-            f"[dim]({clean(rule['origin'])})[/]"
-            for rule in rules
-        ),
+    lines = (
+        f"{rule['name']:{width}}  {_value(rule['value'])} [dim]({rule['origin']})[/]"
+        for rule in rules
     )
-    yield "boot", clean(_boot(shape))
-    if shape["token_epoch"]:
-        yield "tokens", f"revoked {clean(shape['token_epoch'])} times"
+    yield "may", "\n".join(lines)
+    ends, reopened = policy["boot_ends_at"], policy["reopened_at"]
+    boot = "finished: no source has its creation time"
+    if ends is not None:
+        boot = f"{'finished at' if policy['boot_over'] else 'until'} {spell_time(ends, zone=True)}"
+        if reopened is not None:
+            boot += f", opened again at {spell_time(reopened, zone=True)}"
+    yield "boot", boot
+    if policy["token_epoch"]:
+        yield "tokens", f"revoked {policy['token_epoch']} times"
 
 
 def _value(value: Any) -> str:  # noqa: ANN401 - JSON
@@ -195,29 +190,17 @@ def _value(value: Any) -> str:  # noqa: ANN401 - JSON
         return "as set in the section limits of the settings"
     if isinstance(value, bool):
         return "on" if value else "off"
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if isinstance(value, list):
         return " ".join(map(str, value)) or "none"
     return str(value)
 
 
-def _boot(shape: Shape) -> str:
-    ends, reopened = shape["boot_ends_at"], shape["reopened_at"]
-    if ends is None:
-        return "finished: no source has its creation time"
-    text = f"{'finished at' if shape['boot_over'] else 'until'} {spell_time(ends, zone=True)}"
-    return (
-        text if reopened is None else f"{text}, opened again at {spell_time(reopened, zone=True)}"
-    )
-
-
-def _decided(decided: Shape, shape: Shape) -> str:
+def _decided(decided: Shape, origins: Mapping[str, str]) -> str:
     """What is answered, by which rule, and which scope set it."""
     if decided["status"] is None:
         return "[green]it passes[/]"
-    rules = shape["rules"]
-    origin = next((rule["origin"] for rule in rules if rule["name"] == decided["rule"]), None)
-    by = clean(decided["rule"]) + ("" if origin is None else f", {clean(origin)}")
-    return f"[red]{decided['status']}[/], {clean(decided['why'])} [dim]({by})[/]"
+    by = decided["rule"] + origins.get(decided["rule"], "")
+    return f"[red]{decided['status']}[/], {decided['why']} [dim]({by})[/]"
 
 
 @options.command
@@ -285,7 +268,8 @@ def rotate(run: options.Invocation) -> None:
 @options.command
 def report(run: options.Invocation) -> None:
     """Name guests and clients that still read without tokens, and what required tokens leave open."""
-    run.output.answer(run.daemon().get("/v1/token-report"), _show_report)
+    answer = run.daemon().get("/v1/token-report")
+    run.output.answer(answer, lambda output, _: _show_report(output, clean_all(answer)))
 
 
 def _show_report(output: Output, report: Shape) -> None:
@@ -299,50 +283,47 @@ def _show_report(output: Output, report: Shape) -> None:
         right=("READS", "REFUSED"),
         spare=("LAST",),
     )
+    trees = report["open_trees"][:_TREES_SHOWN]
+    more = report["open_tree_count"] - len(trees)
+    lines = []
     if guests:
-        output.styled(
+        lines.append(
             f"[dim]since {since}; READS and REFUSED are the guest's, its clients are samples[/]"
         )
     if one_in == 0:
-        output.styled(
+        lines += (
             "[yellow]warning:[/] only refused reads are counted, and no others",
             "[dim]hint:[/] tokens.count_reads: sampled, then imdsproxy reload, and come back after a while",
         )
     elif one_in > 1:
-        output.styled(
+        lines.append(
             f"[dim]READS is about: one read in {one_in} is counted, by chance. Frequent readers are seen, "
             "rare ones may not be: tokens.count_reads: all counts each[/]"
         )
-    trees = report["open_trees"][:_TREES_SHOWN]
-    for one in trees:
-        output.styled(
-            f"[yellow]warning:[/] {clean(one['tree'])} gives instance {clean(one['instance'])} in "
-            f"{clean(one['network'])} the user-data that another tree denies, or gives for a token only"
-        )
-    more = report["open_tree_count"] - len(trees)
+    lines += (
+        f"[yellow]warning:[/] {one['tree']} gives instance {one['instance']} in {one['network']} "
+        "the user-data that another tree denies, or gives for a token only"
+        for one in trees
+    )
     if more > 0:
-        output.styled(f"[yellow]warning:[/] so do {more} more")
+        lines.append(f"[yellow]warning:[/] so do {more} more")
     if trees:
-        output.styled(
+        lines.append(
             "[dim]hint:[/] policy: openstack_tokens, nocloud_tokens or seal_user_data lock it after the boot, "
             "and paths at once"
         )
+    output.styled(*lines)
 
 
 def _rows(guest: Shape, about: str) -> Iterator[dict[str, str]]:
     reads = guest["reads"]
-    row = {
-        "NETWORK": clean(guest["network"]),
-        "INSTANCE": clean(guest["instance"]),
+    of_guest = {
+        "NETWORK": guest["network"],
+        "INSTANCE": guest["instance"],
         "READS": f"{about if reads else ''}{reads}",
         "REFUSED": str(guest["refused"]),
     }
-    readers = guest["readers"]
-    if not readers:
-        yield row | {"LAST": spell_time(guest["last_at"]), "PATH": "-", "CLIENT": "-"}
-    for reader in readers:
-        yield row | {
-            "LAST": spell_time(reader["last_at"]),
-            "PATH": f"/{clean(reader['path'])}",
-            "CLIENT": clean(reader["client"]) or "-",
-        }
+    for one in guest["readers"] or [{**guest, "path": None, "client": None}]:
+        path = "-" if one["path"] is None else f"/{one['path']}"
+        last = spell_time(one["last_at"])
+        yield of_guest | {"LAST": last, "PATH": path, "CLIENT": one["client"] or "-"}

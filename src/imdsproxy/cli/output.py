@@ -157,6 +157,7 @@ class Output:
         keep: Collection[str] = (),
         right: Collection[str] = (),
         spare: Collection[str] = (),
+        apart: bool = False,
     ) -> None:
         """Rows under headings; the cells may hold markup.
 
@@ -166,11 +167,13 @@ class Output:
             keep: Columns whose cells are never broken.
             right: Columns of numbers.
             spare: Columns that are dropped, the last first, while the terminal is too narrow for all.
+            apart: Print an empty line before the rows.
         """
         filled = list(rows)
         if not filled:
             self.styled(*([f"[dim]{empty}[/]"] if empty else []))
             return
+        self.styled(*([""] if apart else []))
         console = _console(sys.stdout)
         shown = list(filled[0])
         table = _table(filled, shown, keep, right)
@@ -242,6 +245,20 @@ def clean(text: object) -> str:
     from rich.markup import escape  # noqa: PLC0415 - `--help` need not load it
 
     return escape(_printable(str(text)))
+
+
+def clean_all(value: Any) -> Any:  # noqa: ANN401 - JSON
+    """`clean`, for every text in an answer of the daemon's."""
+    if isinstance(value, dict):
+        return {clean(name): clean_all(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [clean_all(one) for one in value]
+    return clean(value) if isinstance(value, str) else value
+
+
+def red_unless_zero(number: int) -> str:
+    """A count of what is wrong."""
+    return f"[red]{number}[/]" if number else "0"
 
 
 def _printable(text: str) -> str:

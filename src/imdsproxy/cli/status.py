@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
 from typing import Annotated, Final
 
 import typer
 
 from imdsproxy.cli import options
 from imdsproxy.cli.options import NO, NOT_IN_FORCE, switch
-from imdsproxy.cli.output import MOST_SHOWN, Output, Shape, clean, count_more, first_lines
+from imdsproxy.cli.output import (
+    MOST_SHOWN,
+    Output,
+    Shape,
+    clean_all,
+    count_more,
+    first_lines,
+    red_unless_zero,
+)
 
-_DAY_S: Final = 86_400
-_HOUR_S: Final = 3600
-_MINUTE_S: Final = 60
+_UNITS: Final = (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1))
 
 
 @options.command
@@ -26,7 +32,7 @@ def status(
 ) -> None:
     """Networks, instances, sources, HAProxy, and everything that is wrong."""
     report = run.daemon().get("/v1/status")
-    run.output.answer(report, _show_status)
+    run.output.answer(report, lambda output, _: _show_status(output, clean_all(report)))
     readiness = report["readiness"]
     if check and not readiness["ready"]:
         raise typer.Exit(NO)
@@ -35,193 +41,132 @@ def status(
 
 
 def _show_status(output: Output, report: Shape) -> None:
-    output.facts(_facts(report))
-    _show_sources(output, report)
-    _show_nova(output, report)
-    _show_busiest(output, report)
-    _show_left_out(output, report)
-    _show_problems(output, report)
-
-
-def _facts(report: Shape) -> dict[str, str | None]:
-    readiness = report["readiness"]
-    reasons = [clean(reason) for reason in readiness["reasons"]]
-    degraded = [f"[yellow]{clean(one)}[/]" for one in readiness["degraded"]]
-    if not readiness["ready"]:
-        state = "[red]not ready[/]"
-    else:
-        state = "[yellow]ready, degraded[/]" if degraded else "[green]ready[/]"
-    networks, serving = report["networks"], report["serving"]
-    colour = "green" if networks == serving else "red"
-    unmatched = ", ".join(map(clean, report["policy_for_nobody"]))
-    steps = [
-        f"{clean(one['what'])}: {one['done']:,} of {one['of']:,}"
-        if one["of"]
-        else clean(one["what"])
-        for one in report.get("progress", ())
-    ]
-    return {
-        "imdsproxy": f"{clean(report['version'])}, up {_duration(report['uptime_s'])}, "
-        f"pid {report['controller']}",
-        "state": "\n".join([state, *first_lines(reasons), *first_lines(degraded)]),
-        "networks": f"{networks}, [{colour}]{serving} serving[/]",
-        "instances": f"{report['instances']} with {report['addresses']} addresses",
-        "haproxy": _haproxy(report["haproxy"]),
-        "documents": _documents(report["documents"]),
-        "unix listener": _unix_listener(report["unix_listener"]),
-        "macs": _macs(report["macs"]),
-        "policy": f"[yellow]for names that are not known[/]: {unmatched}" if unmatched else None,
-        "audit log": _audit(report["audit"]),
-        "last plan": _plan(report["last_plan"]),
-        "under way": "\n".join(steps) or None,
-    }
-
-
-def _haproxy(haproxy: Shape) -> str:
-    if haproxy["master"] is None:
-        return f"[red]not running[/] {clean(haproxy['problem'])}".rstrip()
-    pids = f"master {haproxy['master']}, worker {haproxy['worker'] or '[red]none[/]'}"
-    old = haproxy["old_workers"]
-    draining = f", draining {' '.join(str(pid) for pid in old)}" if old else ""
-    lines = [f"{clean(haproxy['version'])}, {pids}{draining}"]
-    reload = haproxy["last_reload"]
-    if reload is not None:
-        result = "[green]ok[/]" if reload["ok"] else f"[red]{clean(reload['result'])}[/]"
-        how = f"{result}, {reload['took_s'] * 1000:.0f} ms"
-        lines.append(f"reload {reload['number']} ({clean(reload['reason'])}): {how}")
-    if haproxy["problem"]:
-        lines.append(f"[red]{clean(haproxy['problem'])}[/]")
-    return "\n".join(lines)
-
-
-def _documents(documents: Shape) -> str:
-    pids = documents["pids"]
-    if not documents["needed"]:
-        return "off: all documents are Nova's"
-    if not pids:
-        return f"[red]not running[/] {clean(documents['problem'])}".rstrip()
-    workers = " ".join(str(pid) for pid in pids[1:])
-    problem = f"\n[red]{clean(documents['problem'])}[/]" if documents["problem"] else ""
-    return f"parent {pids[0]}, workers {workers or '[red]none[/]'}{problem}"
-
-
-def _unix_listener(unix: Shape | None) -> str | None:
-    if unix is None:
-        return None
-    path = clean(unix["path"])
-    if not unix["serving"]:
-        return f"{path}, [red]left out[/] {clean(unix['problem'])}".rstrip()
-    line = f"{path}, mode {clean(unix['mode'])} {unix['user']}:{unix['group']}, [green]serving[/]"
-    taken = unix["taken_from"]
-    return f"{line}, taken over from {clean(taken)}" if taken else line
-
-
-def _macs(macs: Shape) -> str | None:
-    if not macs["gates"] and not macs["refused"]:
-        return None
-    lines = [
-        f"checked in {macs['gates']} networks, {macs['pairs']} pairs, {macs['learned']} by MAC alone"
-    ]
-    if macs["refused"]:
-        lines.append(f"[red]cannot be checked in {macs['refused']}[/]")
-    if macs["mismatches"]:
-        counts = macs["mismatches"].items()
-        most = ", ".join(f"{clean(network)} {count}" for network, count in counts)
-        lines.append(f"[yellow]refused for another MAC[/]: {most}")
-    return "\n".join(lines)
-
-
-def _audit(audit: Shape | None) -> str | None:
-    if audit is None:
-        return None
-    line = f"{clean(audit['mode'])}, to {clean(audit['destination'])}, {audit['written']} lines"
-    if audit["left_out"]:
-        line += f", [yellow]{audit['left_out']} left out[/]"
-    problem = f"\n[red]not written[/] {clean(audit['problem'])}" if audit["problem"] else ""
-    return line + problem
-
-
-def _plan(plan: Shape | None) -> str | None:
-    if plan is None:
-        return None
-    failed = [f"[red]{clean(one)}[/]" for one in plan["failed"]]
-    reasons = ", ".join(map(clean, plan["reasons"]))
-    head = f"{plan['operations']} operations in {plan['took_s'] * 1000:.0f} ms"
-    return "\n".join([f"{head}: {reasons}" if reasons else head, *failed])
-
-
-def _show_sources(output: Output, report: Shape) -> None:
+    output.facts({name: "\n".join(lines) or None for name, lines in _facts(report)})
     output.text("")
     output.table(
         (
             {
-                "SOURCE": clean(source["name"]),
-                "STATE": _source_state(source),
-                "NETWORKS": str(source["networks"]),
-                "INSTANCES": str(source["instances"]),
-                "REFUSED": _count(len(source["problems"])),
+                "SOURCE": one["name"],
+                "STATE": _source_state(one),
+                "NETWORKS": str(one["networks"]),
+                "INSTANCES": str(one["instances"]),
+                "REFUSED": red_unless_zero(len(one["problems"])),
             }
-            for source in report["sources"]
+            for one in report["sources"]
         ),
         empty="no sources",
         keep=("SOURCE",),
         right=("NETWORKS", "INSTANCES", "REFUSED"),
     )
-
-
-def _show_nova(output: Output, report: Shape) -> None:
-    rows = [
+    nova = (
         {
-            "NOVA": clean(one["endpoint"]),
-            "SET": clean(one["endpoint_set"]),
-            "STATE": "[green]up[/]"
-            if one["up"]
-            else f"[red]down[/] {clean(one['reason'])}".rstrip(),
+            "NOVA": one["endpoint"],
+            "SET": one["endpoint_set"],
+            "STATE": "[green]up[/]" if one["up"] else f"[red]down[/] {one['reason']}".rstrip(),
             "REQUESTS": str(one["requests"]),
-            "FAILED": _count(one["failures"]),
+            "FAILED": red_unless_zero(one["failures"]),
         }
         for one in report["nova"]
-    ]
-    _show_rows(output, rows, keep=("NOVA",), right=("REQUESTS", "FAILED"))
-
-
-def _show_busiest(output: Output, report: Shape) -> None:
-    rows = [
+    )
+    output.table(nova, apart=True, keep=("NOVA",), right=("REQUESTS", "FAILED"))
+    busiest = (
         {
-            "ASKS FOR MOST": clean(one["instance"] or f"unknown guests of {one['network']}"),
+            "ASKS FOR MOST": one["instance"] or f"unknown guests of {one['network']}",
             "REQUESTS": str(one["requests"]),
             "CONNECTIONS": str(one["connections"]),
             "": "[red]limited[/]" if one["limited"] else "",
         }
         for one in report["busiest"]
-    ]
-    _show_rows(output, rows, keep=("ASKS FOR MOST",), right=("REQUESTS", "CONNECTIONS"))
-
-
-def _show_left_out(output: Output, report: Shape) -> None:
-    rows = [
+    )
+    numbers = ("REQUESTS", "CONNECTIONS")
+    output.table(busiest, apart=True, keep=("ASKS FOR MOST",), right=numbers)
+    left_out = (
         {
-            "NOT SERVED": clean(one["network"]),
-            "CODE": f"[red]{clean(one['code'])}[/]",
-            "REASON": clean(one["reason"])
-            + (f"\n[dim]{clean(one['hint'])}[/]" if one["hint"] else ""),
+            "NOT SERVED": one["network"],
+            "CODE": f"[red]{one['code']}[/]",
+            "REASON": one["reason"] + (f"\n[dim]{one['hint']}[/]" if one["hint"] else ""),
         }
-        for one in report["left_out"]
-    ]
-    _show_rows(output, rows[:MOST_SHOWN], keep=("NOT SERVED", "CODE"))
-    output.styled(*count_more(len(rows)))
+        for one in report["left_out"][:MOST_SHOWN]
+    )
+    output.table(left_out, apart=True, keep=("NOT SERVED", "CODE"))
+    output.styled(*count_more(len(report["left_out"])))
+    _show_problems(output, report)
 
 
-def _show_rows(
-    output: Output,
-    rows: Sequence[Mapping[str, str]],
-    keep: Sequence[str],
-    right: Sequence[str] = (),
-) -> None:
-    """A table with a blank line before it; nothing without rows."""
-    if rows:
-        output.text("")
-        output.table(rows, keep=keep, right=right)
+def _facts(report: Shape) -> Iterator[tuple[str, list[str]]]:
+    """Names and lines; without lines the fact is not shown."""
+    up = spell_duration(report["uptime_s"])
+    yield "imdsproxy", [f"{report['version']}, up {up}, pid {report['controller']}"]
+    yield "state", list(_state(report["readiness"]))
+    colour = "green" if report["networks"] == report["serving"] else "red"
+    yield "networks", [f"{report['networks']}, [{colour}]{report['serving']} serving[/]"]
+    yield "instances", [f"{report['instances']} with {report['addresses']} addresses"]
+    yield "haproxy", list(_haproxy(report["haproxy"]))
+    yield "documents", list(_documents(report["documents"]))
+    if (unix := report["unix_listener"]) is not None:
+        line = f"{unix['path']}, [red]left out[/] {unix['problem']}".rstrip()
+        if unix["serving"]:
+            owner = f"mode {unix['mode']} {unix['user']}:{unix['group']}"
+            taken = f", taken over from {unix['taken_from']}" if unix["taken_from"] else ""
+            line = f"{unix['path']}, {owner}, [green]serving[/]{taken}"
+        yield "unix listener", [line]
+    yield "macs", list(_macs(report["macs"]))
+    if unmatched := ", ".join(report["policy_for_nobody"]):
+        yield "policy", [f"[yellow]for names that are not known[/]: {unmatched}"]
+    if (audit := report["audit"]) is not None:
+        left_out = f", [yellow]{audit['left_out']} left out[/]" if audit["left_out"] else ""
+        problem = [f"[red]not written[/] {audit['problem']}"] if audit["problem"] else []
+        line = f"{audit['mode']}, to {audit['destination']}, {audit['written']} lines{left_out}"
+        yield "audit log", [line, *problem]
+    if (plan := report["last_plan"]) is not None:
+        reasons = ": " + ", ".join(plan["reasons"]) if plan["reasons"] else ""
+        line = f"{plan['operations']} operations in {plan['took_s'] * 1000:.0f} ms{reasons}"
+        yield "last plan", [line, *(f"[red]{one}[/]" for one in plan["failed"])]
+    steps = ((one, f": {one['done']:,} of {one['of']:,}") for one in report.get("progress", ()))
+    yield "under way", [one["what"] + (share if one["of"] else "") for one, share in steps]
+
+
+def _state(readiness: Shape) -> Iterator[str]:
+    degraded = [f"[yellow]{one}[/]" for one in readiness["degraded"]]
+    ready = "[yellow]ready, degraded[/]" if degraded else "[green]ready[/]"
+    yield ready if readiness["ready"] else "[red]not ready[/]"
+    yield from (*first_lines(readiness["reasons"]), *first_lines(degraded))
+
+
+def _haproxy(haproxy: Shape) -> Iterator[str]:
+    if haproxy["master"] is None:
+        yield f"[red]not running[/] {haproxy['problem']}".rstrip()
+        return
+    old = " ".join(map(str, haproxy["old_workers"]))
+    pids = f"master {haproxy['master']}, worker {haproxy['worker'] or '[red]none[/]'}"
+    yield f"{haproxy['version']}, {pids}" + (f", draining {old}" if old else "")
+    if (last := haproxy["last_reload"]) is not None:
+        result = "[green]ok[/]" if last["ok"] else f"[red]{last['result']}[/]"
+        how = f"{result}, {last['took_s'] * 1000:.0f} ms"
+        yield f"reload {last['number']} ({last['reason']}): {how}"
+    if haproxy["problem"]:
+        yield f"[red]{haproxy['problem']}[/]"
+
+
+def _documents(documents: Shape) -> Iterator[str]:
+    parent, *workers = documents["pids"] or [None]
+    if not documents["needed"]:
+        yield "off: all documents are Nova's"
+    elif parent is None:
+        yield f"[red]not running[/] {documents['problem']}".rstrip()
+    else:
+        yield f"parent {parent}, workers {' '.join(map(str, workers)) or '[red]none[/]'}"
+        yield from [f"[red]{documents['problem']}[/]"] if documents["problem"] else []
+
+
+def _macs(macs: Shape) -> Iterator[str]:
+    if macs["gates"] or macs["refused"]:
+        pairs = f"{macs['pairs']} pairs, {macs['learned']} by MAC alone"
+        yield f"checked in {macs['gates']} networks, {pairs}"
+        if macs["refused"]:
+            yield f"[red]cannot be checked in {macs['refused']}[/]"
+        if most := ", ".join(f"{name} {count}" for name, count in macs["mismatches"].items()):
+            yield f"[yellow]refused for another MAC[/]: {most}"
 
 
 def _show_problems(output: Output, report: Shape) -> None:
@@ -232,21 +177,17 @@ def _show_problems(output: Output, report: Shape) -> None:
             for one in report["conflicts"]
         ]
     )
-    warnings = [f"  {clean(one)}" for one in report.get("warnings", ())]
-    if warnings:
-        output.text("")
-        output.styled("[bold yellow]names that guests see otherwise, or not at all[/]", *warnings)
+    if warnings := report.get("warnings"):
+        output.styled("", "[bold yellow]names that guests see otherwise, or not at all[/]")
+        output.styled(*(f"  {one}" for one in warnings))
     if count := sum(map(len, groups)):
-        output.text("")
-        output.styled(
-            f"[bold red]{count:,} problem{'s' if count > 1 else ''}[/]",
-            *(f"  {clean(line)}" for group in groups for line in first_lines(group)),
-        )
+        output.styled("", f"[bold red]{count:,} problem{'s' if count > 1 else ''}[/]")
+        output.styled(*(f"  {line}" for group in groups for line in first_lines(group)))
 
 
 def _claimants(conflict: Shape) -> str:
     return ", ".join(
-        f"{one['instance']} ({one['source']})" if one["instance"] else str(one["source"])
+        f"{one['instance']} ({one['source']})" if one["instance"] else one["source"]
         for one in conflict["claimants"]
     )
 
@@ -259,20 +200,15 @@ def _problem(problem: Shape) -> str:
 
 def _source_state(source: Shape) -> str:
     if source["stale_s"]:
-        return f"[red]silent for {_duration(source['stale_s'])}[/]"
+        return f"[red]silent for {spell_duration(source['stale_s'])}[/]"
     return "[green]in sync[/]" if source["in_sync"] else "[yellow]not in sync[/]"
 
 
-def _count(number: int) -> str:
-    return f"[red]{number}[/]" if number else "0"
-
-
-def _duration(seconds: float) -> str:
-    whole = int(seconds)
-    if whole >= _DAY_S:
-        return f"{whole // _DAY_S} d {whole % _DAY_S // _HOUR_S} h"
-    if whole >= _HOUR_S:
-        return f"{whole // _HOUR_S} h {whole % _HOUR_S // _MINUTE_S} min"
-    if whole >= _MINUTE_S:
-        return f"{whole // _MINUTE_S} min {whole % _MINUTE_S} s"
-    return f"{whole} s"
+def spell_duration(seconds: float) -> str:
+    """The two largest units: `1 d 2 h`, `12 s`."""
+    left, found = int(seconds), list[str]()
+    for unit, length in _UNITS:
+        count, left = divmod(left, length)
+        if count or found or unit == "s":
+            found.append(f"{count} {unit}")
+    return " ".join(found[:2])
