@@ -30,10 +30,9 @@ UUID = "ac7e3c7e-1111-4222-8333-444455556666"
 def network(
     listener: Listener | None = None, cidr: str = "10.0.0.0/24", gateway: str | None = "10.0.0.1"
 ) -> Network:
-    subnets = (Subnet(ip_network(cidr), None if gateway is None else ip_address(gateway)),)
-    return Network(
-        NetworkId("lan"), listener or BridgeListener("br0"), subnets=subnets if cidr else ()
-    )
+    via = None if gateway is None else ip_address(gateway)
+    subnets = (Subnet(ip_network(cidr), via),) if cidr else ()
+    return Network(NetworkId("lan"), listener or BridgeListener("br0"), subnets=subnets)
 
 
 def nic(of: Network | None = None, *, mac: MacAddress | None = MAC, here: bool = False) -> Nic:

@@ -12,8 +12,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from ipaddress import IPv4Address
-from typing import Final, TypeAlias, assert_never
+from typing import Final, assert_never
 
 from imdsproxy.core.documents.nocloud import NOCLOUD_ROOT
 from imdsproxy.core.model import (
@@ -30,45 +29,17 @@ from imdsproxy.core.model import (
 
 
 @dataclass(frozen=True, slots=True)
-class NoRoute:
-    """None is needed: what guests send to their gateway is answered on the device."""
-
-    device: str
-
-
-@dataclass(frozen=True, slots=True)
-class OnLink:
-    """The address is a neighbour on the link and must be announced to guests, by DHCP or by hand.
+class Route:
+    """How a guest of a network reaches 169.254.169.254.
 
     Attributes:
-        gateway: The guests' own default gateway: clients that receive option 121 ignore option 3
-            (RFC 3442), so it has to be in there too. `None` where there is none.
-        gateway_unknown: The network's record names no subnet. With a gateway, perhaps nothing is needed.
-        any_gateway: It need not be this host.
+        advice: For people, with `{where}` for what the hypervisor's way to announce a route is.
+        announced: DHCP option 121 as dnsmasq writes it, pairs of destination and gateway, 0.0.0.0 for on-link; empty
+            where nothing is to be announced.
     """
 
-    device: str
-    gateway: IPv4Address | None
-    gateway_unknown: bool = False
-    any_gateway: bool = False
-
-    @property
-    def classless_routes(self) -> str:
-        """DHCP option 121 as dnsmasq writes it: pairs of destination and gateway, 0.0.0.0 for on-link."""
-        routes = [f"{METADATA_IPV4}/32,0.0.0.0"]
-        if self.gateway is not None:
-            routes.append(f"0.0.0.0/0,{self.gateway}")
-        return ",".join(routes)
-
-
-@dataclass(frozen=True, slots=True)
-class ForeignNamespace:
-    """The namespace's owner leads guests there (Neutron's DHCP announces the route)."""
-
-    namespace: str
-
-
-Route: TypeAlias = NoRoute | OnLink | ForeignNamespace
+    advice: str
+    announced: str = ""
 
 
 class Target(StrEnum):
@@ -142,13 +113,13 @@ class DetectionHints:
     """What a guest must see of itself.
 
     Attributes:
-        dialect: Which documents it then asks for.
+        asks: What then happens.
         system: Fields of SMBIOS type 1 by QEMU's names, without the UUID.
         kernel: The same as one word of the kernel command line, which wins over SMBIOS.
         environment: The same as variables of process 1, where there is such a way.
     """
 
-    dialect: Dialect
+    asks: str
     system: Mapping[str, str]
     kernel: str
     environment: Mapping[str, str]
@@ -157,20 +128,25 @@ class DetectionHints:
 HINTS: Final[Mapping[Dialect, DetectionHints]] = {
     # As Nova itself makes its guests' (`nova/virt/libvirt/driver.py`); Ohai looks at the manufacturer.
     Dialect.OPENSTACK: DetectionHints(
-        Dialect.OPENSTACK,
+        "cloud-init takes OpenStack; cloudbase-init and Ignition ask the same documents.",
         {"manufacturer": "OpenStack Foundation", "product": "OpenStack Nova"},
         "ds=OpenStack",
         {"product_name": "OpenStack Nova"},
     ),
     Dialect.NOCLOUD: DetectionHints(
-        Dialect.NOCLOUD,
+        "cloud-init takes NoCloud, from the address in the serial number.",
         {"serial": f"ds=nocloud;s={_URL}/{NOCLOUD_ROOT}/"},
         f"ds=nocloud;s={_URL}/{NOCLOUD_ROOT}/",
         {},
     ),
     # Not Amazon's own sign, a UUID that begins with ec2: cloud-init then insists on session tokens. This
     # vendor's is the one sign of EC2 that asks for none and is a field of type 1, which all targets can set.
-    Dialect.EC2: DetectionHints(Dialect.EC2, {"manufacturer": "e24cloud"}, "ds=Ec2", {}),
+    Dialect.EC2: DetectionHints(
+        "cloud-init takes Ec2, without session tokens.",
+        {"manufacturer": "e24cloud"},
+        "ds=Ec2",
+        {},
+    ),
 }
 
 IMDS_WORDS: Final = " ".join(
@@ -222,18 +198,30 @@ def plan_route(network: Network, host_has: Callable[[IpAddress], bool]) -> Route
     subnet = next(
         (one for one in network.subnets if one.cidr.version == METADATA_IPV4.version), None
     )
-    gateway = None if subnet is None else subnet.gateway
-    via = gateway if isinstance(gateway, IPv4Address) else None
+    via = None if subnet is None else subnet.gateway
     match network.listener:
-        case InterfaceListener(device):
-            if via is not None and host_has(via):
-                return NoRoute(device)
-            return OnLink(device, via, gateway_unknown=subnet is None)
-        case BridgeListener(bridge):
-            if via is not None:
-                # `listeners.nft_scripts` leads there what is for the gateway, whichever host that is.
-                return NoRoute(bridge)
-            return OnLink(bridge, None, gateway_unknown=subnet is None, any_gateway=True)
         case NamespaceListener(namespace):
-            return ForeignNamespace(namespace)
-    assert_never(network.listener)
+            return Route(
+                f"the owner of the namespace {namespace} leads guests to {METADATA_IPV4} (Neutron's DHCP server "
+                "announces the route)."
+            )
+        case BridgeListener(device):
+            # `listeners.nft_scripts` leads there what is for the gateway, whichever host that is.
+            answered, unless = via is not None, "guests have a gateway"
+        case InterfaceListener(device):
+            answered, unless = via is not None and host_has(via), "the guests' gateway is this host"
+        case _ as never:
+            assert_never(never)
+    if answered:
+        return Route(
+            f"no route is needed; what guests send to their gateway for {METADATA_IPV4} is answered on {device}."
+        )
+    # Clients that receive option 121 ignore option 3 (RFC 3442), so the default gateway has to be in there too.
+    announced = f"{METADATA_IPV4}/32,0.0.0.0" + ("" if via is None else f",0.0.0.0/0,{via}")
+    if subnet is not None:
+        return Route(f"no gateway leads there, {device} itself answers. {{where}}", announced)
+    return Route(
+        f"nothing, if {unless}; its record names no subnet. Else {device} itself answers. {{where}} If guests have a "
+        "gateway, add 0.0.0.0/0,GATEWAY: clients that receive option 121 ignore the other one.",
+        announced,
+    )

@@ -5,21 +5,18 @@ from __future__ import annotations
 import shlex
 import textwrap
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
-from typing import Final, assert_never
+from typing import Final
 
 from imdsproxy.core.model import Dialect
 from imdsproxy.core.snippets import (
     HINTS,
     IMDS_WORDS,
     DetectionHints,
-    ForeignNamespace,
     Guest,
     Nic,
-    NoRoute,
-    OnLink,
     Part,
     Snippet,
     Target,
@@ -29,7 +26,6 @@ from imdsproxy.core.snippets import (
 _WIDTH: Final = 96
 _DHCP: Final = "The network's DHCP server must announce it; with dnsmasq (other servers: option 121, static routes):"
 _INCUS_MACHINE: Final = "a virtual machine, before its first start."
-_DNSMASQ: Final = "http://libvirt.org/schemas/network/dnsmasq/1.0"
 _EXTRA_KEY: Final = "io.systemd.stub.kernel-cmdline-extra"
 _EXTRA: Final = f"{_EXTRA_KEY}={IMDS_WORDS}"
 """An SMBIOS OEM string (type 11) that systemd-stub adds to the kernel command line of a unified image."""
@@ -38,12 +34,6 @@ _IMDS_PLACE: Final = (
     "Only for images with systemd 261 or later whose kernel is a unified image: systemd-imdsd asks as "
     "well. With any other boot loader put what follows kernel-cmdline-extra= on the kernel command line."
 )
-
-_ASKS: Final = {
-    Dialect.OPENSTACK: "cloud-init takes OpenStack; cloudbase-init and Ignition ask the same documents.",
-    Dialect.NOCLOUD: "cloud-init takes NoCloud, from the address in the serial number.",
-    Dialect.EC2: "cloud-init takes Ec2, without session tokens.",
-}
 
 
 def _quote(text: str) -> str:
@@ -56,64 +46,6 @@ def _quote(text: str) -> str:
 def _shown_uuid(guest: Guest) -> dict[str, str]:
     """The UUID to show; none where cloud-init would take it for Amazon's."""
     return {} if looks_like_amazon(guest.uuid) else {"uuid": guest.uuid}
-
-
-def _uuid_note(guest: Guest) -> Iterator[Part]:
-    if looks_like_amazon(guest.uuid):
-        yield Part(
-            "note",
-            f"The record's UUID {guest.uuid} is missing on purpose: cloud-init would take the machine "
-            "for one of Amazon's.",
-        )
-
-
-def _route_part(nic: Nic, option: str | None, where: str) -> Part:
-    """The way to 169.254.169.254.
-
-    Args:
-        nic: Whose network it is.
-        option: The lines that announce the route, as the target writes them.
-        where: The place where they go.
-    """
-    match nic.route:
-        case NoRoute(device):
-            return Part(
-                "route",
-                f"Network {nic.network}: no route is needed; what guests send to their gateway for "
-                f"169.254.169.254 is answered on {device}.",
-            )
-        case OnLink(device=device, gateway_unknown=unknown, any_gateway=any_gateway):
-            text = (
-                f"Network {nic.network}: no gateway leads there, {device} itself answers. {where}"
-            )
-            if unknown:
-                which = (
-                    "guests have a gateway" if any_gateway else "the guests' gateway is this host"
-                )
-                text = (
-                    f"Network {nic.network}: nothing, if {which}; its record names "
-                    f"no subnet. Else {device} itself answers. {where} If guests have a gateway, add "
-                    "0.0.0.0/0,GATEWAY: clients that receive option 121 ignore the other one."
-                )
-            return Part("route", text, option or "")
-        case ForeignNamespace(namespace):
-            return Part(
-                "route",
-                f"Network {nic.network}: the owner of the namespace {namespace} leads guests to "
-                "169.254.169.254 (Neutron's DHCP server announces the route).",
-            )
-    assert_never(nic.route)
-
-
-def _dnsmasq_option(nic: Nic) -> str | None:
-    """Option 121 in dnsmasq's configuration."""
-    if isinstance(nic.route, OnLink):
-        return f"dhcp-option=121,{nic.route.classless_routes}"
-    return None
-
-
-def _dnsmasq_route(nic: Nic) -> Part:
-    return _route_part(nic, _dnsmasq_option(nic), _DHCP)
 
 
 def smbios_argument(kind: int, fields: Mapping[str, str]) -> str:
@@ -129,11 +61,10 @@ def _smbios(kind: int, fields: Mapping[str, str]) -> str:
 def _qemu_identity(guest: Guest, hints: DetectionHints) -> Iterator[Part]:
     yield Part(
         "SMBIOS",
-        f"on QEMU's command line. {_ASKS[hints.dialect]} With -kernel, also put '{hints.kernel}' into -append "
+        f"on QEMU's command line. {hints.asks} With -kernel, also put '{hints.kernel}' into -append "
         "where the firmware shows no SMBIOS.",
         _smbios(1, {**hints.system, **_shown_uuid(guest)}),
     )
-    yield from _uuid_note(guest)
 
 
 def _qemu_nic(_guest: Guest, number: int, nic: Nic) -> str:
@@ -147,10 +78,6 @@ def _qemu_nic(_guest: Guest, number: int, nic: Nic) -> str:
     return f"-netdev {_quote(backend)} \\\n-device {_quote(device)}"
 
 
-def _qemu_imds(_guest: Guest) -> Iterator[Part]:
-    yield Part("systemd-imdsd", _IMDS_PLACE, _smbios(11, {"value": _EXTRA}))
-
-
 def _libvirt_identity(guest: Guest, hints: DetectionHints) -> Iterator[Part]:
     imds = _wants_imds(guest)
     lines = ["<sysinfo type='smbios'>", "  <system>"]
@@ -160,12 +87,11 @@ def _libvirt_identity(guest: Guest, hints: DetectionHints) -> Iterator[Part]:
         lines += ["  <oemStrings>", _entry(_EXTRA), "  </oemStrings>"]
     yield Part(
         "SMBIOS",
-        f"with virsh edit {guest.name}, into <domain>. {_ASKS[hints.dialect]}"
+        f"with virsh edit {guest.name}, into <domain>. {hints.asks}"
         + (f" The oemStrings are for systemd-imdsd. {_IMDS_PLACE}" if imds else ""),
         "\n".join([*lines, "</sysinfo>"]),
     )
     yield Part("SMBIOS", "into the <os> that is there already.", "<smbios mode='sysinfo'/>")
-    yield from _uuid_note(guest)
     for uuid in _shown_uuid(guest).values():
         yield Part(
             "SMBIOS",
@@ -184,19 +110,6 @@ def _libvirt_nic(_guest: Guest, _number: int, nic: Nic) -> str:
     return "\n".join([*lines, "  <model type='virtio'/>", "</interface>"])
 
 
-def _libvirt_route(nic: Nic) -> Part:
-    option = _dnsmasq_option(nic)
-    return _route_part(
-        nic,
-        option
-        and f"<dnsmasq:options xmlns:dnsmasq='{_DNSMASQ}'>\n"
-        f"  <dnsmasq:option value='{option}'/>\n"
-        "</dnsmasq:options>",
-        "If libvirt serves DHCP there: with virsh net-edit, into <network>; then net-destroy and net-start. "
-        "Any other DHCP server: option 121, static routes, with the same values.",
-    )
-
-
 def _entry(value: str, attribute: str = "") -> str:
     return f"    <entry{attribute}>{escape(value, quote=False)}</entry>"
 
@@ -206,11 +119,10 @@ def _proxmox_identity(guest: Guest, hints: DetectionHints) -> Iterator[Part]:
     fields += [f"uuid={uuid}" for uuid in _shown_uuid(guest).values()]
     yield Part(
         "SMBIOS",
-        f"on the Proxmox VE host, VMID being the machine's number. {_ASKS[hints.dialect]} It must have no "
+        f"on the Proxmox VE host, VMID being the machine's number. {hints.asks} It must have no "
         "cloud-init drive: that would win.",
         f"qm set VMID --smbios1 {_quote(','.join(('base64=1', *fields)))}",
     )
-    yield from _uuid_note(guest)
 
 
 def _proxmox_nic(_guest: Guest, number: int, nic: Nic) -> str:
@@ -219,16 +131,11 @@ def _proxmox_nic(_guest: Guest, number: int, nic: Nic) -> str:
     return f"qm set VMID --net{number} {_quote(device)}"
 
 
-def _proxmox_imds(_guest: Guest) -> Iterator[Part]:
-    oem = _smbios(11, {"value": _EXTRA})
-    yield Part("systemd-imdsd", _IMDS_PLACE, f"qm set VMID --args {_quote(oem)}")
-
-
 def _incus_identity(guest: Guest, hints: DetectionHints) -> Iterator[Part]:
     configure = f"incus config set {_quote(guest.name)}"
     yield Part(
         "SMBIOS",
-        f"{_INCUS_MACHINE} {_ASKS[hints.dialect]} Incus has to permit raw.qemu, and gives the UUID itself.",
+        f"{_INCUS_MACHINE} {hints.asks} Incus has to permit raw.qemu, and gives the UUID itself.",
         f"{configure} raw.qemu {_quote(_smbios(1, hints.system))}",
     )
     if hints.environment:
@@ -250,23 +157,6 @@ def _incus_nic(guest: Guest, number: int, nic: Nic) -> str:
     return f"{device} parent={_quote(nic.bridge or 'BRIDGE')}{mac}"
 
 
-def _incus_route(nic: Nic) -> Part:
-    if nic.bridge is None:
-        return _dnsmasq_route(nic)
-    routes = nic.route.classless_routes if isinstance(nic.route, OnLink) else None
-    return _route_part(
-        nic,
-        routes and f"incus network set {_quote(nic.bridge)} ipv4.dhcp.routes {routes}",
-        "If it is one of Incus' own networks with DHCP, this announces the route; for another its DHCP "
-        "server must, by option 121.",
-    )
-
-
-def _incus_imds(guest: Guest) -> Iterator[Part]:
-    setting = f"incus config set {_quote(guest.name)} smbios11.{_EXTRA_KEY} {_quote(IMDS_WORDS)}"
-    yield Part("systemd-imdsd", f"{_INCUS_MACHINE} {_IMDS_PLACE}", setting)
-
-
 @dataclass(frozen=True, slots=True)
 class _Writer:
     """One hypervisor's syntax.
@@ -275,32 +165,53 @@ class _Writer:
         identity: What the guest sees of the machine.
         nic: The lines that plug in the guest's NIC of that number.
         nic_place: Where they go.
-        route: The way to 169.254.169.254.
-        imds: What systemd-imdsd reads, where it is not part of the identity.
+        announce: How a route is announced, with `{bridge}` and `{routes}`.
+        announce_place: Where that goes.
+        imds: What systemd-imdsd reads, where it is not part of the identity; with `{name}`.
+        imds_place: Where that goes.
     """
 
     identity: Callable[[Guest, DetectionHints], Iterator[Part]]
     nic: Callable[[Guest, int, Nic], str]
     nic_place: str = ""
-    route: Callable[[Nic], Part] = _dnsmasq_route
-    imds: Callable[[Guest], Iterable[Part]] = lambda _: ()
+    announce: str = "dhcp-option=121,{routes}"
+    announce_place: str = _DHCP
+    imds: str = ""
+    imds_place: str = _IMDS_PLACE
 
 
 _WRITERS: Final[Mapping[Target, _Writer]] = {
     # Arguments of qemu-system-* (`-smbios` in qemu(1)).
-    Target.QEMU: _Writer(_qemu_identity, _qemu_nic, "on QEMU's command line. ", imds=_qemu_imds),
+    Target.QEMU: _Writer(
+        _qemu_identity, _qemu_nic, "on QEMU's command line. ", imds=_smbios(11, {"value": _EXTRA})
+    ),
     # Pieces of XML (https://libvirt.org/formatdomain.html#smbios-system-information, formatnetwork.html).
     Target.LIBVIRT: _Writer(
         _libvirt_identity,
         _libvirt_nic,
         "into <devices>, or like this where it is already. ",
-        _libvirt_route,
+        "<dnsmasq:options xmlns:dnsmasq='http://libvirt.org/schemas/network/dnsmasq/1.0'>\n"
+        "  <dnsmasq:option value='dhcp-option=121,{routes}'/>\n"
+        "</dnsmasq:options>",
+        "If libvirt serves DHCP there: with virsh net-edit, into <network>; then net-destroy and net-start. "
+        "Any other DHCP server: option 121, static routes, with the same values.",
     ),
     # `qm set` (smbios1 in qm.conf(5); its values are base64, and it replaces the whole entry).
-    Target.PROXMOX: _Writer(_proxmox_identity, _proxmox_nic, imds=_proxmox_imds),
+    Target.PROXMOX: _Writer(
+        _proxmox_identity,
+        _proxmox_nic,
+        imds=f"qm set VMID --args {_quote(_smbios(11, {'value': _EXTRA}))}",
+    ),
     # Virtual machines by `raw.qemu`, containers by process 1 (their DMI is the host's, and not looked at).
     Target.INCUS: _Writer(
-        _incus_identity, _incus_nic, "both kinds. ", _incus_route, imds=_incus_imds
+        _incus_identity,
+        _incus_nic,
+        "both kinds. ",
+        "incus network set {bridge} ipv4.dhcp.routes {routes}",
+        "If it is one of Incus' own networks with DHCP, this announces the route; for another its DHCP "
+        "server must, by option 121.",
+        f"incus config set {{name}} smbios11.{_EXTRA_KEY} {_quote(IMDS_WORDS)}",
+        f"{_INCUS_MACHINE} {_IMDS_PLACE}",
     ),
 }
 
@@ -310,24 +221,40 @@ def _wants_imds(guest: Guest) -> bool:
     return Dialect.EC2 in guest.dialects
 
 
-def _nic_place(nic: Nic) -> str:
-    if nic.mac is None:
-        return f"Network {nic.network}: the record has no MAC, so any will do."
-    return f"Network {nic.network}: the guest is known by this MAC."
+def _nic_part(writer: _Writer, guest: Guest, number: int, nic: Nic) -> Part:
+    known = (
+        "the record has no MAC, so any will do."
+        if nic.mac is None
+        else "the guest is known by this MAC."
+    )
+    place = f"{writer.nic_place}Network {nic.network}: {known}"
+    return Part("network card", place, writer.nic(guest, number, nic))
+
+
+def _route_part(writer: _Writer, nic: Nic) -> Part:
+    # Incus has no network of its own where there is no bridge.
+    writer = (
+        _WRITERS[Target.QEMU] if nic.bridge is None and "{bridge}" in writer.announce else writer
+    )
+    advice = nic.route.advice.replace("{where}", writer.announce_place)
+    text = writer.announce.format(bridge=_quote(nic.bridge or ""), routes=nic.route.announced)
+    return Part("route", f"Network {nic.network}: {advice}", text if nic.route.announced else "")
 
 
 def render_snippet(guest: Guest, target: Target, dialect: Dialect) -> Snippet:
     """Everything that makes `guest` ask for the documents of `dialect`, which its record must have."""
     writer = _WRITERS[target]
     parts = list(writer.identity(guest, HINTS[dialect]))
-    for number, nic in enumerate(guest.nics):
-        place = f"{writer.nic_place}{_nic_place(nic)}"
-        parts.append(Part("network card", place, writer.nic(guest, number, nic)))
+    if target is not Target.INCUS and looks_like_amazon(guest.uuid):
+        note = f"The record's UUID {guest.uuid} is missing on purpose: cloud-init would take the machine for one of"
+        parts.append(Part("note", f"{note} Amazon's."))
+    parts += [_nic_part(writer, guest, number, nic) for number, nic in enumerate(guest.nics)]
     # Two NICs of one network need its route once: the first's.
     networks = {nic.network: nic for nic in reversed(guest.nics)}
-    parts += map(writer.route, reversed(networks.values()))
-    if _wants_imds(guest):
-        parts += writer.imds(guest)
+    parts += [_route_part(writer, nic) for nic in reversed(networks.values())]
+    if writer.imds and _wants_imds(guest):
+        imds = writer.imds.format(name=_quote(guest.name))
+        parts.append(Part("systemd-imdsd", writer.imds_place, imds))
     return Snippet(target, dialect, tuple(parts))
 
 
