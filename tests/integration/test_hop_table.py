@@ -11,7 +11,7 @@ from typing import Final
 
 import pytest
 
-from imdsproxy.anti_spoofing.kernel import HopPlace, KernelHopLimits
+from imdsproxy.anti_spoofing.kernel import KernelHopLimits
 from imdsproxy.core.hoststate import NamespaceRef
 from imdsproxy.core.wire import ANSWER_DSCP, NEXT_TO_MARK, VERIFIED_PORT
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
@@ -108,15 +108,12 @@ async def test_what_others_send_is_left_alone(rig: Rig) -> None:
 
 
 async def test_it_is_there_once_and_gone_when_it_is_taken_away(rig: Rig) -> None:
-    places: list[HopPlace] = [rig.place]
     for _ in range(2):
-        assert await rig.kernel.open(places) == {rig.place: None}
-        assert await rig.kernel.present([rig.place.name]) == {rig.place}
+        assert await rig.kernel.open([rig.place]) == {rig.place: None}
+        assert await rig.kernel.restore([rig.place.name, "imdst-none"]) == {rig.place}
     for _ in range(2):
-        await rig.kernel.close(
-            [(one, rig.kernel.table) for one in (rig.place.name, "imdst-nobody")]
-        )
-        assert await rig.kernel.present([rig.place.name, "imdst-nobody"]) == frozenset()
+        names = (rig.place.name, "imdst-none")
+        await rig.kernel.close([(one, rig.kernel.table) for one in names])
     assert rig.sent(_METADATA[0], 80, (1,)) == [(64, 1)]
 
 

@@ -14,7 +14,7 @@ from typing import Final
 
 import pytest
 
-from imdsproxy.anti_spoofing.kernel import KernelMacFilters, Opened, TableGone
+from imdsproxy.anti_spoofing.kernel import KernelMacFilters, TableGone
 from imdsproxy.anti_spoofing.plan import ANY_MAC, MacFilter
 from imdsproxy.core.model import METADATA_IPV4, IpAddress, MacAddress, NetworkId
 from imdsproxy.core.wire import ANSWER_DSCP, VERIFIED_PORT
@@ -80,12 +80,9 @@ class Rig:
 
     async def have(self, pairs: dict[IpAddress, MacAddress]) -> None:
         """A mac_filter that lets these through."""
-        (opened,) = (await self.kernel.open([self.mac_filter])).values()
-        assert isinstance(opened, Opened)
-        assert opened.fresh
-        assert await self.kernel.fill(
-            [(self.mac_filter, pairs)], busy={self.mac_filter.network}
-        ) == {self.mac_filter.network: None}
+        name = self.mac_filter.network
+        assert await self.kernel.open([self.mac_filter]) == {name: None}
+        assert await self.kernel.fill([(self.mac_filter, {}, pairs)], busy={name}) == {name: None}
 
     def connect(self) -> socket.socket:
         made = inside(self.guest, socket.socket)
@@ -267,7 +264,7 @@ async def test_a_filter_that_is_there_is_kept_as_it_is_also_with_thousands_of_pa
     with rig.connect() as connection:
         assert _ask(connection) == b"v"
         (opened,) = (await rig.kernel.open([rig.mac_filter])).values()
-        assert opened == Opened(pairs, fresh=False)
+        assert opened == pairs
         assert _ask(connection) == b"v"
 
 

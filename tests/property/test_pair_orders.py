@@ -7,14 +7,12 @@ import contextlib
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
-from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imdsproxy.anti_spoofing.kernel import TableJournal
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.anti_spoofing.plan import ANY_MAC, Pairs, plan_pair
 from imdsproxy.app.compiler import CompiledIndex, RecordCompiler
@@ -40,7 +38,7 @@ from imdsproxy.core.observation import Observation
 from imdsproxy.core.plan import record_key
 from imdsproxy.host.clock import SystemClock
 from imdsproxy.serving.store import DiskFiles
-from support.fake_mac_filters import FakeMacFilters, no_hop_limits
+from support.fake_mac_filters import FakeMacFilters, MemoryJournal, no_hop_limits
 
 _NET = NetworkId("n")
 _ADDRESSES = [ip_address(text) for text in ("10.0.0.1", "10.0.0.2", "2001:db8::1")]
@@ -84,7 +82,7 @@ class World:
             self.kernel,
             self.inventory,
             Naming(),
-            TableJournal(Path("/nonexistent/gates.json"), lambda _path, _data: None, "netdev"),
+            MemoryJournal(),
             SystemClock(),
         )
         applier = SimpleNamespace(apply=self.apply, state=MapState(base=self.map))

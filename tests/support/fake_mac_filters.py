@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.anti_spoofing.kernel import (
+    FilterChange,
     HopPlace,
     KernelHopLimits,
     KernelMacFilters,
-    Opened,
     TableGone,
     TableJournal,
 )
@@ -44,8 +44,10 @@ class FakeMacFilters(KernelMacFilters):
     busy: list[frozenset[NetworkId]] = field(default_factory=list)
     _filters: dict[NetworkId, MacFilter] = field(default_factory=dict)
 
-    async def open(self, filters: Iterable[MacFilter]) -> dict[NetworkId, Opened | DataplaneError]:
-        found: dict[NetworkId, Opened | DataplaneError] = {}
+    async def open(
+        self, filters: Iterable[MacFilter]
+    ) -> dict[NetworkId, PairMap | DataplaneError | None]:
+        found: dict[NetworkId, PairMap | DataplaneError | None] = {}
         for one in filters:
             await asyncio.sleep(0)
             if self.refuse:
@@ -56,22 +58,25 @@ class FakeMacFilters(KernelMacFilters):
                 self.log.append(f"open {one.network}")
                 self.tables[one.network] = {}
                 self._filters[one.network] = one
-            found[one.network] = Opened(dict(self.tables[one.network]), fresh=not same)
+            found[one.network] = dict(self.tables[one.network]) if same else None
             self.watch()
         return found
 
     async def fill(
-        self, filters: Iterable[tuple[MacFilter, PairMap]], *, busy: Collection[NetworkId]
+        self, changes: Iterable[FilterChange], *, busy: Collection[NetworkId]
     ) -> dict[NetworkId, DataplaneError | None]:
         self.busy.append(frozenset(busy))
         found: dict[NetworkId, DataplaneError | None] = {}
-        for one, pairs in filters:
+        for one, gone, come in changes:
             await asyncio.sleep(0)
             if one.network not in self.tables:
                 found[one.network] = HostRefused("it is gone")
                 continue
             self.log.append(f"fill {one.network}")
-            self.tables[one.network].update(pairs)
+            table = self.tables[one.network]
+            for address, mac in gone.items():
+                assert table.pop(address, mac) == mac
+            table.update(come)
             found[one.network] = None
             self.watch()
         return found
@@ -104,7 +109,7 @@ class FakeMacFilters(KernelMacFilters):
         self.bound.append((address, port, mac))
         return True
 
-    async def close(self, places: Collection[tuple[str | None, str]]) -> None:
+    async def close(self, places: Collection[Sequence[str | None]]) -> None:
         names = {table for _, table in places}
         for network in [one for one, it in self._filters.items() if it.table in names]:
             self.lose(network)
@@ -131,32 +136,41 @@ class FakeHopLimits(KernelHopLimits):
 
     table: str = "td-hops"
     there: set[HopPlace] = field(default_factory=set)
+    known: set[HopPlace] = field(default_factory=set)
     refuses: set[HopPlace] = field(default_factory=set)
 
     async def open(self, places: Iterable[HopPlace]) -> dict[HopPlace, DataplaneError | None]:
         given = set(places)
+        self.known |= given
         self.there |= given - self.refuses
         return {one: HostRefused("no") if one in self.refuses else None for one in given}
 
-    async def present(self, names: Collection[str | None]) -> frozenset[HopPlace]:
-        return frozenset(one for one in self.there if (one and one.name) in names)
+    async def restore(self, names: Collection[str | None]) -> frozenset[HopPlace]:
+        self.there = {one for one in self.known if (one and one.name) in names} - self.refuses
+        return frozenset(self.there)
 
-    async def close(self, places: Collection[tuple[str | None, str]]) -> None:
+    async def close(self, places: Collection[Sequence[str | None]]) -> None:
         names = {name for name, _ in places}
         self.there = {one for one in self.there if (one and one.name) not in names}
 
 
-def _journal() -> TableJournal:
-    return TableJournal(Path("/nonexistent/journal.json"), lambda _path, _data: None, "netdev")
+class MemoryJournal(TableJournal):
+    """A journal of a process that has no disk."""
+
+    def __init__(self) -> None:
+        super().__init__(Path("/nonexistent/journal.json"), {})
+
+    def store(self, places: Mapping[NetworkId, Sequence[str | None]]) -> None:
+        self._places = {name: list(some) for name, some in places.items()}
 
 
 def no_mac_filters(inventory: Inventory | None = None) -> MacFilters:
     """Filters of a host that has none yet."""
     return MacFilters(
-        FakeMacFilters(), inventory or Inventory(), Naming(), _journal(), SystemClock()
+        FakeMacFilters(), inventory or Inventory(), Naming(), MemoryJournal(), SystemClock()
     )
 
 
 def no_hop_limits() -> HopLimits:
     """Hop limits of a host that has none yet."""
-    return HopLimits(FakeHopLimits(), _journal())
+    return HopLimits(FakeHopLimits(), MemoryJournal())

@@ -67,13 +67,13 @@ class HopLimits:
         return bool(self._limited)
 
     async def preload(self) -> None:
-        """Rely on what an earlier process left, as far as it is there.
+        """Rely on what an earlier process left, as far as it can be had.
 
         Raises:
             HostRefused: Our journal cannot be read.
         """
         places = self.journal.load()
-        self._open = await self.kernel.present({name for some in places.values() for name in some})
+        self._open = await self.kernel.restore({name for some in places.values() for name in some})
         there = set(map(_name, self._open))
         self._armed = frozenset(network for network, some in places.items() if there >= set(some))
         # HAProxy may have records that rely on it until all of them have been checked.

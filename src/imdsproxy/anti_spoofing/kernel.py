@@ -28,6 +28,7 @@ from imdsproxy.core.hoststate import Family, NamespaceRef
 from imdsproxy.core.model import METADATA_PORT, IpAddress, MacAddress, NetworkId
 from imdsproxy.core.wire import VERIFIED_PORT
 from imdsproxy.errors import DataplaneError, HostRefused
+from imdsproxy.host.files import write_atomic
 from imdsproxy.host.namespaces import NamespaceThread
 from imdsproxy.host.netlink import correct_neighbours
 from imdsproxy.host.nftables import INET, NETDEV, Batch, NetfilterSocket, commit
@@ -35,10 +36,14 @@ from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.host.refusal import host_refused
 from imdsproxy.host.sockets import SOCK_DIAG, end_connections, list_connections, try_bind
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 HopPlace: TypeAlias = NamespaceRef | None
 """A namespace that answers are sent from; `None` is the host's own."""
+
+FilterChange: TypeAlias = tuple[MacFilter, PairMap, PairMap]
+"""A filter, the pairs to remove from it, and those to add."""
 
 _CLOSERS: Final = 32
 _HOPS_COMMENT: Final = "imdsproxy hops 1"
@@ -54,7 +59,7 @@ _HOPS_HINT: Final = (
 )
 
 
-class TableGone(Exception):
+class TableGone(HostRefused):
     """A table, or its namespace, was removed by another program."""
 
 
@@ -67,12 +72,14 @@ class _Tables:
 
     family: int
     family_name: str
+    hint: str
+    need: str = ""
 
     def __init__(self, thread: NamespaceThread) -> None:
         self.thread = thread
 
-    async def close(self, places: Collection[tuple[str | None, str]]) -> None:
-        """Remove tables of these names (namespace or `None` for the host's own, table).
+    async def close(self, places: Collection[Sequence[str | None]]) -> None:
+        """Remove tables (namespace or `None` for the host's own, name).
 
         Raises:
             HostRefused: The kernel refuses.
@@ -82,10 +89,10 @@ class _Tables:
         count = min(len(places), _CLOSERS)
         await asyncio.gather(*(self._close_some(work) for _ in range(count)))
 
-    async def _close_some(self, places: Iterator[tuple[str | None, str]]) -> None:
+    async def _close_some(self, places: Iterator[Sequence[str | None]]) -> None:
         with contextlib.closing(NamespaceThread(self.thread.directory)) as thread:
             for namespace, table in places:
-                await thread.inside(namespace, partial(self._drop, table))
+                await thread.inside(namespace, partial(self._drop, table or ""))
 
     def _drop(self, table: str, _: NamespaceRef | None) -> None:
         batch = Batch(table, self.family)
@@ -97,39 +104,30 @@ class _Tables:
             if error.errno not in _NO_TABLES:
                 raise host_refused(f"remove table {self.family_name} {table}", error) from error
 
-    def _at(self, namespace: NamespaceRef | None, work: Callable[[], T]) -> T:
+    def _at(self, namespace: NamespaceRef | None, action: str, work: Callable[[], T]) -> T:
         name = None if namespace is None else namespace.name
-        # A name may lead to another namespace by now.
-        found = self.thread.enter(name, lambda ref: (work(),) if ref == namespace else None)
+        try:
+            # A name may lead to another namespace by now.
+            found = self.thread.enter(name, lambda ref: (work(),) if ref == namespace else None)
+        except OSError as error:
+            need = self.need if error.errno in _NO_TABLES else ""
+            raise host_refused(action, error, hint=f"{need}{self.hint}") from error
         if found is None:
-            raise TableGone(f"namespace {name} is gone")
+            raise TableGone(f"cannot {action}: namespace {name} is gone", hint=self.hint)
         return found[0]
 
-    def _attempt(
-        self, namespace: NamespaceRef | None, work: Callable[[], T], action: str, hint: str
-    ) -> T | DataplaneError:
-        try:
-            return self._at(namespace, work)
-        except DataplaneError as error:
-            return error
-        except TableGone as error:
-            return HostRefused(f"cannot {action}: {error}", hint=hint)
-        except OSError as error:
-            need = f"{_MACS_NEED}; " if self.family == NETDEV and error.errno in _NO_TABLES else ""
-            return host_refused(action, error, hint=f"{need}{hint}")
+    async def _attempt(
+        self, work: Mapping[K, tuple[NamespaceRef | None, str, Callable[[], T]]]
+    ) -> dict[K, T | DataplaneError]:
+        def attempt(one: tuple[NamespaceRef | None, str, Callable[[], T]]) -> T | DataplaneError:
+            try:
+                return self._at(*one)
+            except DataplaneError as error:
+                return error
 
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """A MAC filter that exists.
-
-    Attributes:
-        pairs: Those that it lets through; a filter from before keeps its own.
-        fresh: It was created just now.
-    """
-
-    pairs: PairMap
-    fresh: bool
+        if not work:
+            return {}
+        return await self.thread.run(lambda: {key: attempt(one) for key, one in work.items()})
 
 
 class KernelMacFilters(_Tables):
@@ -137,34 +135,39 @@ class KernelMacFilters(_Tables):
 
     family = NETDEV
     family_name = "netdev"
+    hint = _MACS_HINT
+    need = f"{_MACS_NEED}; "
 
-    async def open(self, filters: Iterable[MacFilter]) -> dict[NetworkId, Opened | DataplaneError]:
-        """Create these filters, empty; one that is as it should be stays as it is."""
-        return await self._attempt_all((one, partial(_open, one)) for one in filters)
+    async def open(
+        self, filters: Iterable[MacFilter]
+    ) -> dict[NetworkId, PairMap | DataplaneError | None]:
+        """Create these filters, empty; one that is as it should be stays as it is.
 
-    async def fill(
-        self, filters: Iterable[tuple[MacFilter, PairMap]], *, busy: Collection[NetworkId]
-    ) -> dict[NetworkId, DataplaneError | None]:
-        """Add pairs to new filters.
-
-        Args:
-            filters: The pairs of each.
-            busy: Networks that HAProxy listened in before: connections that are open there go on as they began.
+        Returns:
+            For each network the pairs that its filter has from before; `None` where it was created just now.
         """
-        return await self._attempt_all(
-            (one, partial(_fill, one, pairs, busy=one.network in busy)) for one, pairs in filters
+        return await self._attempt(
+            {one.network: (one.namespace, _action(one), partial(_open, one)) for one in filters}
         )
 
-    async def _attempt_all(
-        self, work: Iterable[tuple[MacFilter, Callable[[], T]]]
-    ) -> dict[NetworkId, T | DataplaneError]:
-        given = tuple(work)
-        if not given:
-            return {}
-        return await self.thread.run(
-            lambda: {
-                one.network: self._attempt(one.namespace, do, _action(one), _MACS_HINT)
-                for one, do in given
+    async def fill(
+        self, changes: Iterable[FilterChange], *, busy: Collection[NetworkId]
+    ) -> dict[NetworkId, DataplaneError | None]:
+        """Change the pairs of many filters.
+
+        Args:
+            changes: Of each filter.
+            busy: Networks that HAProxy listened in before there was a filter: connections that are open there go on
+                as they began.
+        """
+        return await self._attempt(
+            {
+                one.network: (
+                    one.namespace,
+                    _action(one),
+                    partial(_fill, one, gone, come, busy=one.network in busy),
+                )
+                for one, gone, come in changes
             }
         )
 
@@ -175,7 +178,7 @@ class KernelMacFilters(_Tables):
             TableGone: There is no such filter.
             HostRefused: The kernel refuses.
         """
-        await self._change(one, lambda: _withdraw(one, pairs))
+        await self._change(one, partial(_fill, one, pairs, {}))
 
     async def grant(self, one: MacFilter, pairs: PairMap) -> None:
         """Add pairs.
@@ -184,7 +187,16 @@ class KernelMacFilters(_Tables):
             TableGone: There is no such filter.
             HostRefused: The kernel refuses.
         """
-        await self._change(one, lambda: _add(one, pairs))
+
+        def add() -> None:
+            _fill(one, {}, pairs)
+            # Where another guest had the address, the kernel would look for that one, for up to a minute.
+            macs = {address: mac for address, mac in pairs.items() if mac != ANY_MAC}
+            with NetlinkSocket() as route:
+                for _, index in one.devices:
+                    correct_neighbours(route, index, macs)
+
+        await self._change(one, add)
 
     async def bind_answers(
         self, one: MacFilter, address: IpAddress, port: int, mac: MacAddress
@@ -224,22 +236,21 @@ class KernelMacFilters(_Tables):
             with NetfilterSocket() as channel:
                 return channel.value(one.table, f"from{address.version}", flow_of(address, port))
 
-        try:
+        found = None
+        with contextlib.suppress(TableGone):
             found = await self._change(one, ask)
-        except TableGone:
-            return None
         return None if found is None else MacAddress(found.hex(":"))
 
     async def _change(self, one: MacFilter, work: Callable[[], T]) -> T:
         def change() -> T:
             try:
-                return self._at(one.namespace, work)
+                return work()
             except NetlinkRefused as error:
                 if error.errno == errno.ENOENT:
-                    raise TableGone(f"its table {one.table} is gone") from error
-                raise host_refused(_action(one), error, hint=_MACS_HINT) from error
+                    raise TableGone(f"cannot {_action(one)}: its table is gone") from error
+                raise
 
-        return await self.thread.run(change)
+        return await self.thread.run(lambda: self._at(one.namespace, _action(one), change))
 
 
 class KernelHopLimits(_Tables):
@@ -252,6 +263,7 @@ class KernelHopLimits(_Tables):
 
     family = INET
     family_name = "inet"
+    hint = _HOPS_HINT
 
     def __init__(self, thread: NamespaceThread, table: str) -> None:
         super().__init__(thread)
@@ -259,35 +271,21 @@ class KernelHopLimits(_Tables):
 
     async def open(self, places: Iterable[HopPlace]) -> dict[HopPlace, DataplaneError | None]:
         """Create the rule; one that is as it should be stays as it is."""
-        given = tuple(places)
-        action = "limit the hops of answers"
-        return await self.thread.run(
-            lambda: {one: self._attempt(one, self._open, action, _HOPS_HINT) for one in given}
+
+        def create() -> None:
+            with NetfilterSocket() as channel:
+                _ensure(channel, Batch(self.table, INET), _HOPS_COMMENT, fill_hop_limit)
+
+        return await self._attempt(
+            {one: (one, "limit the hops of answers", create) for one in places}
         )
 
-    def _open(self) -> None:
-        with NetfilterSocket() as channel:
-            _ensure(channel, Batch(self.table, INET), _HOPS_COMMENT, fill_hop_limit)
-
-    async def present(self, names: Collection[str | None]) -> frozenset[HopPlace]:
-        """Which of these namespaces (`None`: the host's own) have the rule."""
-        if not names:
-            return frozenset()
-
-        def look() -> frozenset[HopPlace]:
-            identity = self.thread.directory.identity
-            found = {None if name is None else identity(name) for name in names}
-            places = found if None in names else found - {None}
-            return frozenset(one for one in places if self._is_there(one))
-
-        return await self.thread.run(look)
-
-    def _is_there(self, place: HopPlace) -> bool:
-        def comment() -> str | None:
-            with NetfilterSocket() as channel:
-                return channel.comment(self.table, INET)
-
-        return self._attempt(place, comment, "look at the hop limits", "") == _HOPS_COMMENT
+    async def restore(self, names: Collection[str | None]) -> frozenset[HopPlace]:
+        """Create the rule in namespaces of these names (`None`: the host's own); where it is then."""
+        identity = self.thread.directory.identity
+        found = {None if name is None else identity(name) for name in names}
+        results = await self.open(found if None in names else found - {None})
+        return frozenset(place for place, error in results.items() if error is None)
 
 
 def _ensure(
@@ -310,44 +308,46 @@ def _action(one: MacFilter) -> str:
     return f"check MACs of network {one.network}"
 
 
-def _open(one: MacFilter) -> Opened:
+def _open(one: MacFilter) -> PairMap | None:
     def fill(batch: Batch) -> None:
-        _try_port(one)
+        # HAProxy would refuse the whole configuration.
+        for name, index in one.devices:
+            for family in Family:
+                if try_bind(family, name, index, VERIFIED_PORT) == errno.EADDRINUSE:
+                    raise HostRefused(
+                        f"cannot {_action(one)}: another program has port {VERIFIED_PORT}",
+                        hint=f"ss -tlnp sport = :{VERIFIED_PORT} shows it, in its namespace; {_MACS_HINT}",
+                    )
         fill_mac_filter(batch, [name for name, _ in one.devices])
 
     devices = ",".join(f"{name}={index}" for name, index in one.devices)
     with NetfilterSocket() as channel:
-        fresh = _ensure(
-            channel, Batch(one.table), f"imdsproxy {FORMAT} {one.network} {devices}", fill
-        )
-        sets = () if fresh else SETS
-        return Opened(
-            dict(pair_of(name, key) for name in sets for key in channel.elements(one.table, name)),
-            fresh=fresh,
+        comment = f"imdsproxy {FORMAT} {one.network} {devices}"
+        if _ensure(channel, Batch(one.table), comment, fill):
+            return None
+        return dict(
+            pair_of(name, key) for name in SETS for key in channel.elements(one.table, name)
         )
 
 
-def _try_port(one: MacFilter) -> None:
-    # HAProxy would refuse the whole configuration.
-    for name, index in one.devices:
-        for family in Family:
-            if try_bind(family, name, index, VERIFIED_PORT) == errno.EADDRINUSE:
-                raise HostRefused(
-                    f"cannot {_action(one)}: another program has port {VERIFIED_PORT}",
-                    hint=f"ss -tlnp sport = :{VERIFIED_PORT} shows it, in its namespace; {_MACS_HINT}",
-                )
-
-
-def _fill(one: MacFilter, pairs: PairMap, *, busy: bool) -> None:
+def _fill(one: MacFilter, gone: PairMap, come: PairMap, *, busy: bool = False) -> None:
     batch = Batch(one.table)
     if busy:
         with NetlinkSocket(SOCK_DIAG) as diagnosis:
-            for open_one in list_connections(diagnosis, METADATA_PORT):
-                flow = flow_of(open_one.peer, open_one.port)
-                batch.add_elements(f"open{open_one.peer.version}", [flow])
-    _put(batch, pairs)
+            for connection in list_connections(diagnosis, METADATA_PORT):
+                flow = flow_of(connection.peer, connection.port)
+                batch.add_elements(f"open{connection.peer.version}", [flow])
+    for name, keys in _elements(gone).items():
+        # Adding them first: the kernel refuses to remove an element that is not there.
+        batch.add_elements(name, keys)
+        batch.remove_elements(name, keys)
+    for name, keys in _elements(come).items():
+        batch.add_elements(name, keys)
     if batch.changes:
         commit(batch)
+    if gone:
+        # Their answers are dropped now, and nothing may be sent again to the next guest that has the address.
+        end_connections(VERIFIED_PORT, frozenset(gone))
 
 
 def _elements(pairs: PairMap) -> dict[str, list[bytes]]:
@@ -357,47 +357,11 @@ def _elements(pairs: PairMap) -> dict[str, list[bytes]]:
     return sets
 
 
-def _put(batch: Batch, pairs: PairMap) -> None:
-    for name, keys in _elements(pairs).items():
-        batch.add_elements(name, keys)
-
-
-def _add(one: MacFilter, pairs: PairMap) -> None:
-    batch = Batch(one.table)
-    _put(batch, pairs)
-    commit(batch)
-    # Where another guest had the address, the kernel would look for that one, for up to a minute.
-    macs: Mapping[IpAddress, MacAddress] = {
-        address: mac for address, mac in pairs.items() if mac != ANY_MAC
-    }
-    with NetlinkSocket() as route:
-        for _, index in one.devices:
-            correct_neighbours(route, index, macs)
-
-
-def _withdraw(one: MacFilter, pairs: PairMap) -> None:
-    batch = Batch(one.table)
-    for name, keys in _elements(pairs).items():
-        # Adding them first: the kernel refuses to remove an element that is not there.
-        batch.add_elements(name, keys)
-        batch.remove_elements(name, keys)
-    commit(batch)
-    # Their answers are dropped now, and nothing may be sent again to the next guest that has the address.
-    end_connections(VERIFIED_PORT, frozenset(pairs))
-
-
 @dataclass(slots=True)
 class TableJournal:
-    """A JSON file, read once: `{network: [namespace or null, …]}`.
-
-    Attributes:
-        write: Replaces the file as a whole.
-        family: Of nftables, for the hint that shows what is left.
-    """
+    """A JSON file, read once: `{network: [namespace or null, …]}`."""
 
     path: Path
-    write: Callable[[Path, bytes], None]
-    family: str
     _places: dict[NetworkId, list[str | None]] | None = None
 
     def load(self) -> dict[NetworkId, list[str | None]]:
@@ -414,7 +378,7 @@ class TableJournal:
             except (OSError, ValueError) as error:
                 raise HostRefused(
                     f"cannot read {self.path}: {error}",
-                    hint=f"remove it; nft list tables {self.family} shows what is left",
+                    hint="remove it; nft list tables shows what is left",
                 ) from error
             self._places = {NetworkId(name): list(places) for name, places in found.items()}
         return self._places
@@ -427,5 +391,5 @@ class TableJournal:
         """
         wanted = {name: list(places[name]) for name in sorted(places)}
         if wanted != self._places:
-            self.write(self.path, json.dumps(wanted).encode())
+            write_atomic(self.path, json.dumps(wanted).encode(), mode=0o600)
             self._places = wanted

@@ -14,7 +14,7 @@ from typing import Final, TypeVar
 
 import structlog
 
-from imdsproxy.anti_spoofing.kernel import KernelMacFilters, Opened, TableGone, TableJournal
+from imdsproxy.anti_spoofing.kernel import KernelMacFilters, TableGone, TableJournal
 from imdsproxy.anti_spoofing.plan import (
     ANY_MAC,
     MacFilter,
@@ -65,10 +65,9 @@ class MacFilters:
     _full: set[NetworkId] = field(default_factory=set)
     _granted: PackedPairs = field(default_factory=PackedPairs)
     _known: bool = False
-    _complete: bool = True
     _settled: bool = False
     _busy: set[NetworkId] = field(default_factory=set)
-    _differing: dict[NetworkId, PairMap] = field(default_factory=dict)
+    _found: dict[NetworkId, PairMap] = field(default_factory=dict)
     _lingering: dict[AddressKey, float] = field(default_factory=dict)
     _suspect: set[NetworkId] = field(default_factory=set)
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -129,24 +128,30 @@ class MacFilters:
         # Before HAProxy is: a record that comes meanwhile must not rely on a filter that is not there.
         self._plain |= plan.plain_networks
         async with self._lock:
-            new = [
-                mac_filter
-                for name, mac_filter in plan.filters.items()
-                if self._open.get(name) != mac_filter or name in self._suspect
-            ]
+            new = {
+                name: one
+                for name, one in plan.filters.items()
+                if self._open.get(name) != one or name in self._suspect
+            }
             if new:
-                self.journal.store({**self.journal.load(), **dict(map(_place, new))})
-            self._full -= {mac_filter.network for mac_filter in new} - self._suspect
-            opened = await self.kernel.open(new)
+                places = {name: _place(one) for name, one in new.items()}
+                self.journal.store({**self.journal.load(), **places})
+            self._full -= new.keys() - self._suspect
+            opened = await self.kernel.open(new.values())
             self._suspect -= opened.keys()
-            before = dict(self.refused)
-            self.refused = {name: self.refused[name] for name in self.refused if name in opened}
-            for mac_filter in new:
-                self._opened(mac_filter, opened[mac_filter.network])
-            for name in self.refused.keys() - before.keys():
+            before = self.refused.keys()
+            self.refused = {name: self.refused[name] for name in before & opened.keys()}
+            for name, result in opened.items():
+                self._opened(new[name], result)
+            for name in self.refused.keys() - before:
                 structlog.get_logger().error(
                     "no MAC filter", network=name, reason=self.refused[name].reason
                 )
+            self._devices = {
+                (one.namespace, index): name
+                for name, one in self._open.items()
+                for _, index in one.devices
+            }
         return plan.without(self.refused)
 
     def _checkable(self, network: NetworkId) -> bool:
@@ -157,33 +162,23 @@ class MacFilters:
         kept = {} if self.inventory.in_sync else self.journal.load()
         return network in self._open or network in kept
 
-    def _opened(self, mac_filter: MacFilter, result: Opened | DataplaneError) -> None:
-        if isinstance(result, DataplaneError):
-            self._refuse(mac_filter.network, result)
+    def _opened(self, mac_filter: MacFilter, found: PairMap | DataplaneError | None) -> None:
+        name = mac_filter.network
+        if isinstance(found, DataplaneError):
+            self._refuse(name, found)
             return
-        self.refused.pop(mac_filter.network, None)
-        self._forget(mac_filter.network)
-        self._open[mac_filter.network] = mac_filter
-        self._devices.update(
-            {(mac_filter.namespace, index): mac_filter.network for _, index in mac_filter.devices}
-        )
-        if result.fresh:
-            self._full.discard(mac_filter.network)
+        self.refused.pop(name, None)
+        self._open[name] = mac_filter
+        if found is None:
+            self._full.discard(name)
             return
-        self._full.add(mac_filter.network)
-        if not self._known:
-            self._granted[mac_filter.network] = dict(result.pairs)
-        elif not self._complete:
-            preloaded = self._granted.get(mac_filter.network, {})
-            self._granted[mac_filter.network] = {**result.pairs, **preloaded}
-        if result.pairs != self._granted.get(mac_filter.network, {}):
-            self._differing[mac_filter.network] = result.pairs
-
-    def _forget(self, network: NetworkId) -> None:
-        mac_filter = self._open.pop(network, None)
-        if mac_filter is not None:
-            for _, index in mac_filter.devices:
-                self._devices.pop((mac_filter.namespace, index), None)
+        self._full.add(name)
+        granted = self._granted.get(name, {})
+        # What an earlier process granted counts until all sources are in sync.
+        if not self._known or not self.inventory.in_sync:
+            granted = self._granted[name] = {**found, **granted}
+        if found != granted:
+            self._found[name] = found
 
     async def settle(self, plan: MacFilterPlan, *, sweep: bool) -> None:
         """HAProxy listens: fill what was created, remove what is no longer needed.
@@ -197,19 +192,20 @@ class MacFilters:
         """
         before = self.plan
         async with self._lock:
-            empty = [
-                mac_filter for name, mac_filter in plan.filters.items() if name not in self._full
+            empty = plan.filters.keys() - self._full
+            found: dict[NetworkId, PairMap] = {**self._found, **{name: {} for name in empty}}
+            changes = [
+                (plan.filters[name], *self._differences(name, pairs))
+                for name, pairs in found.items()
+                if name in plan.filters
             ]
-            filled = await self.kernel.fill(
-                ((mac_filter, self._granted.get(mac_filter.network, {})) for mac_filter in empty),
-                busy=self._busy,
-            )
+            self._found = {}
+            filled = await self.kernel.fill(changes, busy=self._busy & empty)
             for network, error in filled.items():
                 if error is None:
                     self._full.add(network)
                 else:
                     self._refuse(network, error)
-            await self._reconcile()
             self.plan = plan
             self._plain = plan.plain_networks
             gone = self.journal.load().keys() - plan.filters.keys() if sweep else set()
@@ -217,25 +213,21 @@ class MacFilters:
             await self._close(gone)
         first, self._settled = not self._settled, True
         changed = before.plain_networks ^ plan.plain_networks
-        changed |= filled.keys()
+        changed |= empty
         # At first all records are looked at anyway.
         if changed and not first:
             self.on_change(frozenset(changed))
 
-    async def _reconcile(self) -> None:
-        """Correct filters that an earlier process filled, before a HAProxy that was started again."""
-        while self._differing:
-            name, found = self._differing.popitem()
-            mac_filter, wanted = self._open.get(name), self._granted.get(name, {})
-            if mac_filter is None or name not in self._full:
-                continue
-            gone = {address: mac for address, mac in found.items() if wanted.get(address) != mac}
-            come = {address: mac for address, mac in wanted.items() if found.get(address) != mac}
-            await self._do(mac_filter, gone, self.kernel.withdraw)
-            await self._do(mac_filter, come, self.kernel.grant)
+    def _differences(self, network: NetworkId, found: PairMap) -> tuple[PairMap, PairMap]:
+        """What has to go of the pairs in a filter, and what is missing."""
+        wanted = self._granted.get(network, {})
+        gone = {address: mac for address, mac in found.items() if wanted.get(address) != mac}
+        come = {address: mac for address, mac in wanted.items() if found.get(address) != mac}
+        return gone, come
 
     def _refuse(self, network: NetworkId, error: DataplaneError) -> None:
-        self._forget(network)
+        self._open.pop(network, None)
+        self._full.discard(network)
         self.refused[network] = Problem(f"networks.{network}", error.message, error.hint)
 
     async def close_all(self) -> None:
@@ -247,22 +239,20 @@ class MacFilters:
         if not networks:
             return
         places = self.journal.load()
-        gone = (places[one] for one in networks if one in places)
-        await self.kernel.close([(namespace, str(table)) for namespace, table in gone])
+        await self.kernel.close([places[one] for one in networks if one in places])
         for name in networks:
-            self._forget(name)
+            self._open.pop(name, None)
             self._full.discard(name)
         self.journal.store({name: place for name, place in places.items() if name not in networks})
 
     # For the record loop
 
-    def preload(self, pairs: Pairs, *, complete: bool) -> None:
-        """Add pairs before HAProxy runs; `complete` when there are no others."""
-        self._complete = complete
+    def preload(self, pairs: Pairs) -> None:
+        """Add pairs before HAProxy runs."""
+        self._known = True
         some = _by_network((key, mac) for key, mac in pairs.items() if mac is not None)
         for network, coming in some.items():
             self._granted[network] = {**self._granted.get(network, {}), **coming}
-        self._known = True
 
     def withheld(self, pairs: Pairs) -> frozenset[AddressKey]:
         """Addresses that HAProxy must not know yet: MACs are not checked where they are."""
@@ -322,9 +312,8 @@ class MacFilters:
             gone = {one: mac for one, mac in granted.items() if one in addresses}
             for address in addresses:
                 self._lingering.pop((network, address), None)
-            if gone and network in self._full:
-                await self._do(self._open[network], gone, self.kernel.withdraw)
             if gone:
+                await self._change(network, gone, self.kernel.withdraw)
                 self._granted[network] = {
                     one: mac for one, mac in granted.items() if one not in gone
                 }
@@ -336,6 +325,7 @@ class MacFilters:
             HostRefused: The kernel refuses.
         """
         async with self._lock:
+            self._known = True
             for network, some in _by_network(pairs.items()).items():
                 granted = self._granted.get(network, {})
                 come = {
@@ -343,11 +333,9 @@ class MacFilters:
                     for address, mac in some.items()
                     if mac is not None and granted.get(address) != mac
                 }
-                if come and network in self._full:
-                    await self._do(self._open[network], come, self.kernel.grant)
                 if come:
+                    await self._change(network, come, self.kernel.grant)
                     self._granted[network] = {**granted, **come}
-            self._known = True
 
     async def sender(self, key: AddressKey, port: int) -> MacAddress | None:
         """The MAC that an unverified connection came from; `None` where that is not known.
@@ -374,30 +362,28 @@ class MacFilters:
             self._missing(network)
             return False
 
-    async def _do(
+    async def _change(
         self,
-        mac_filter: MacFilter,
+        network: NetworkId,
         pairs: PairMap,
         work: Callable[[MacFilter, PairMap], Awaitable[None]],
     ) -> None:
-        try:
-            if pairs:
-                await work(mac_filter, pairs)
-        except TableGone:
-            # Without its filter all requests go to the resolver; a new filter gets what is granted by then.
-            self._missing(mac_filter.network)
+        if network in self._full:
+            try:
+                await work(self._open[network], pairs)
+            except TableGone:
+                # Without its filter all requests go to the resolver; a new filter gets what is granted by then.
+                self._missing(network)
 
     def _missing(self, network: NetworkId) -> None:
         structlog.get_logger().warning("MAC filter is gone", network=network)
-        self._forget(network)
+        self._open.pop(network, None)
         self._full.discard(network)
         self.on_missing(network)
 
     def lost(self, table: str) -> None:
         """A table of this name (empty: any) was removed, perhaps by us: check the filters of that name."""
-        for name in [
-            name for name, mac_filter in self._open.items() if table in ("", mac_filter.table)
-        ]:
+        for name in [name for name, one in self._open.items() if table in ("", one.table)]:
             self._suspect.add(name)
             self.on_missing(name)
 
@@ -412,13 +398,14 @@ class MacFilters:
 
     def network_at(self, namespace: NamespaceRef | None, index: int) -> NetworkId | None:
         """The network whose guests use a device."""
-        return self._devices.get((namespace, index))
+        network = self._devices.get((namespace, index))
+        return network if network in self._open else None
 
 
-def _place(mac_filter: MacFilter) -> tuple[NetworkId, list[str | None]]:
+def _place(mac_filter: MacFilter) -> list[str | None]:
     """A network's entry in the journal: namespace and table."""
     namespace = mac_filter.namespace
-    return mac_filter.network, [None if namespace is None else namespace.name, mac_filter.table]
+    return [None if namespace is None else namespace.name, mac_filter.table]
 
 
 _Mac = TypeVar("_Mac", MacAddress, MacAddress | None)

@@ -214,8 +214,7 @@ class RecordLoop:
             return False
         async for part in self._parts(key for key, _ in self.inventory.addresses()):
             pairs = plan_pairs(self.inventory, part, self.learned)
-            self.mac_filters.preload(pairs, complete=True)
-        self.mac_filters.preload({}, complete=True)
+            self.mac_filters.preload(pairs)
         self.resync()
         structlog.get_logger().info(
             "records are those of the last run", records=len(self.applier.state.base)
@@ -254,7 +253,7 @@ class RecordLoop:
         packed, values, last = PackedMap(), dict[str, str](), ""
         async for keys in self._every_part(compiling):
             found = plan_pairs(self.inventory, keys, self.learned)
-            self.mac_filters.preload(found, complete=whole)
+            self.mac_filters.preload(found)
             planned = self._plan(keys)
             sets.update(planned.sets)
             self.hop_limits.restrict(planned.values)
@@ -264,7 +263,7 @@ class RecordLoop:
             if last != before and not self.learned:
                 done = [key for key in values if not key.startswith(last)]
                 packed.extend(sorted((key, values.pop(key)) for key in done))
-        self.mac_filters.preload({}, complete=whole)
+        self.mac_filters.preload({})
         if self.sets is not None:
             self.sets.preload(sets)
         packed.extend(sorted(values.items()))

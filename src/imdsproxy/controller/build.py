@@ -113,12 +113,10 @@ def build_filters(
     layout: Layout, host: SystemHost, inventory: Inventory, clock: Clock
 ) -> tuple[MacFilters, HopLimits]:
     """The MAC filters and hop limits of this host."""
-    write = partial(write_atomic, mode=0o600)
-    gates = TableJournal(layout.gates_journal, write, "netdev")
+    gates = TableJournal(layout.gates_journal)
     mac_filters = MacFilters(KernelMacFilters(host.thread), inventory, host.naming, gates, clock)
-    hops = TableJournal(layout.hops_journal, write, "inet")
     kernel = KernelHopLimits(host.thread, f"{host.naming.prefix}-hops")
-    return mac_filters, HopLimits(kernel, hops)
+    return mac_filters, HopLimits(kernel, TableJournal(layout.hops_journal))
 
 
 def build_spec(settings: Settings, layout: Layout, nova: NovaUpstream) -> DataplaneSpec:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from imdsproxy.core.endpoints import Endpoint
 from imdsproxy.core.hoststate import NamespaceRef
 from imdsproxy.core.model import NetworkId
 from imdsproxy.core.wire import hop_limit_of, withhold_token
-from imdsproxy.host.files import write_atomic
 from support.fake_mac_filters import FakeHopLimits
 
 _RED, _GREY = NetworkId("red"), NetworkId("grey")
@@ -42,8 +40,7 @@ class _Case:
 
 def _case(directory: Path, kernel: FakeHopLimits | None = None) -> _Case:
     kernel = kernel or FakeHopLimits()
-    journal = TableJournal(directory / "hops.json", partial(write_atomic, mode=0o600), "inet")
-    hops = HopLimits(kernel, journal)
+    hops = HopLimits(kernel, TableJournal(directory / "hops.json"))
     case = _Case(hops, kernel)
     hops.on_change, hops.on_need = case.changed.append, case.needed.append
     return case
@@ -127,12 +124,15 @@ async def test_nobody_listens_where_records_count_on_a_rule_that_cannot_be_had(
     assert await case.hops.open([_endpoint(_RED, _OTHER)]) == frozenset()
 
 
-async def test_what_an_earlier_process_left_is_believed_if_it_is_there(tmp_path: Path) -> None:
+async def test_what_an_earlier_process_left_is_relied_on_where_it_can_be_had(
+    tmp_path: Path,
+) -> None:
     kernel = FakeHopLimits()
     first = _case(tmp_path, kernel)
     first.records(red=_LIMITED, grey=_LIMITED)
     await first.hops.open([_endpoint(_RED, _ONE), _endpoint(_GREY, None)])
-    kernel.there.discard(None)
+    kernel.there.clear()
+    kernel.refuses.add(None)
     second = _case(tmp_path, kernel)
     await second.hops.preload()
     assert second.records(complete=False, red=_LIMITED, grey=_LIMITED) == {

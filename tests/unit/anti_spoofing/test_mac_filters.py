@@ -37,11 +37,7 @@ class Rig:
             self.kernel,
             self.inventory,
             Naming(),
-            TableJournal(
-                directory / "gates.json",
-                lambda path, data: (path.write_bytes(data), None)[1],
-                "netdev",
-            ),
+            TableJournal(directory / "gates.json"),
             self.clock,
             self.changed.append,
             self.missing.append,
@@ -83,7 +79,7 @@ def _one(mac: MacAddress | None, at: AddressKey = _KEY) -> dict[AddressKey, MacA
 async def test_a_filter_is_created_before_haproxy_listens_and_filled_after(tmp_path: Path) -> None:
     rig = Rig(tmp_path)
     rig.say(_MAC)
-    rig.filters.preload(_one(_MAC), complete=True)
+    rig.filters.preload(_one(_MAC))
     await rig.round()
     assert rig.kernel.log == ["open n1", "fill n1"]
     assert rig.kernel.tables == {_N1: {_KEY[1]: _MAC}}
@@ -160,14 +156,14 @@ async def test_one_that_has_to_start_haproxy_lets_through_what_it_knows(tmp_path
     await first.round()
     second = Rig(tmp_path, first.kernel)
     second.say(_OTHER)
-    second.filters.preload(_one(_OTHER), complete=True)
+    second.filters.preload(_one(_OTHER))
     await second.round()
     assert first.kernel.tables == {_N1: {_KEY[1]: _OTHER}}
     # Until all sources are in sync, pairs from before stay.
     third = Rig(tmp_path, first.kernel)
     first.kernel.tables[_N1][kept[1]] = _OTHER
     third.say(_MAC, in_sync=False)
-    third.filters.preload(_one(_MAC), complete=False)
+    third.filters.preload(_one(_MAC))
     await third.round(sweep=False)
     assert first.kernel.tables == {_N1: {_KEY[1]: _MAC, kept[1]: _OTHER}}
 
