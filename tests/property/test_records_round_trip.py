@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from imdsproxy.config.strict_yaml import Decoded, decode_yaml
 from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.records import (
+    Findings,
     Refused,
     parse_instance,
     parse_network,
@@ -73,7 +74,7 @@ _records = st.dictionaries(_keys, _values, max_size=6) | _values
 @example({"id": "n", "subnets": [{"cidr": "10.0.0.0/\u0662"}]})
 def test_whatever_is_written_is_a_record_or_told_problems(record: object) -> None:
     for found in (
-        parse_instance(record, read_file=lambda _name: b"x"),
+        parse_instance(record, (), Findings(read_file=lambda _field: b"x")),
         parse_network(record),
     ):
         if isinstance(found, Refused):
@@ -99,7 +100,7 @@ _odd = st.text(st.sampled_from("\t\n\0 :-?[]{}&*!|>'\"%@`#,0x~.<=\ufeff\x85\u202
 def test_whatever_text_there_is_yaml_and_json_are_told_apart_from_garbage(text: str) -> None:
     for decoded in (decode_yaml(text), decode_json(text)):
         if isinstance(decoded, Decoded):
-            parse_records(decoded.value, line_of=decoded.line_of, faults=decoded.faults)
+            parse_records(decoded.value, Findings(line_of=decoded.line_of), decoded.faults)
 
 
 _json_values = st.recursive(

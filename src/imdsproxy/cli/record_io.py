@@ -175,7 +175,7 @@ def read_record_file(path: Path, note: Note) -> Records:
 
     name = "standard input" if path == STDIN else str(path)
     note(f"reading {name}", 0, 0)
-    records, _ = decode_records(
+    records = decode_records(
         read_bytes(path),
         file=name,
         read_file=payload_reader(Path.cwd() if path == STDIN else path.parent),

@@ -15,8 +15,9 @@ from imdsproxy.core.model import (
 from imdsproxy.core.records import (
     MAX_PAYLOAD,
     Fault,
+    Field,
+    Findings,
     Refused,
-    Unreadable,
     parse_instance,
     parse_network,
     parse_records,
@@ -178,16 +179,16 @@ def test_user_data_is_kept_byte_for_byte(user_data: object, wanted: bytes) -> No
 
 
 def test_user_data_from_a_file_is_read_by_the_reader_that_is_passed_in() -> None:
-    files: dict[str, bytes | Unreadable] = {
-        "web.gz": b"\x00\xff",
-        "big": bytes(MAX_PAYLOAD + 1),
-        "gone": Unreadable("there is no gone"),
-    }
+    files = {"web.gz": b"\x00\xff", "big": bytes(MAX_PAYLOAD + 1)}
+
+    def read_file(field: Field) -> bytes:
+        if field.value not in files:
+            raise field.error(f"there is no {field.value}")
+        return files[field.value]
 
     def parse(name: str, **more: object) -> Instance | Refused:
-        return parse_instance(
-            INSTANCE | more | {"user_data_file": name}, read_file=files.__getitem__
-        )
+        findings = Findings(read_file=read_file)
+        return parse_instance(INSTANCE | more | {"user_data_file": name}, (), findings)
 
     found = parse("web.gz")
     assert isinstance(found, Instance)
@@ -326,9 +327,11 @@ def test_a_record_that_is_no_mapping_is_refused(record: object) -> None:
 def test_lines_are_looked_up_by_path() -> None:
     found = parse_instance(
         INSTANCE | {"ports": [{"network": "n", "addresses": ["x"]}]},
-        file="web.yaml",
-        path=("instances", 3),
-        line_of=lambda path: 17 if path == ("instances", 3, "ports", 0, "addresses", 0) else None,
+        ("instances", 3),
+        Findings(
+            "web.yaml",
+            lambda path: 17 if path == ("instances", 3, "ports", 0, "addresses", 0) else None,
+        ),
     )
     assert isinstance(found, Refused)
     assert str(found.problems[0]).startswith("web.yaml:17: instances[3].ports[0].addresses[0]: ")
@@ -377,7 +380,7 @@ def test_a_document_with_a_problem_of_its_own_has_no_records(
 def test_a_fault_refuses_the_record_that_it_is_in_or_else_the_document() -> None:
     document = {"instances": [INSTANCE, INSTANCE | {"id": "j", "tags": {"a": "b"}}]}
     fault = Fault(("instances", 1, "tags", "a"), "is there twice", line=9)
-    records = parse_records(document, file="f", faults=[fault])
+    records = parse_records(document, Findings("f"), [fault])
     assert [each.id for _path, each in records.instances] == ["i-1"]
     assert str(records.all_problems[0]) == "f:9: instances[1].tags.a: is there twice"
     records = parse_records(document, faults=[Fault(("instances",), "is there twice")])

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from imdsproxy.config.strict_yaml import Undecodable, decode_yaml
-from imdsproxy.core.records import LineOf, Records, Refused, parse_records
+from imdsproxy.core.records import Findings, LineOf, Records, Refused, parse_records
 from imdsproxy.core.timing import Progress
 from imdsproxy.errors import Problem
 from imdsproxy.sources.file import contents as file_contents
 from imdsproxy.sources.file.contents import read_contents
 from imdsproxy.sources.file.directory import Directory
-from imdsproxy.sources.file.record_file import decode_records
+from imdsproxy.sources.file.record_file import decode_records, read_records
 from imdsproxy.sources.file.source import FileSource
 from support.patience import patience
 from support.source_runs import DEADLINE_S, Heard
@@ -54,7 +54,7 @@ def test_a_large_file_is_read_by_another_process_and_just_the_same(
         here = read_contents(large, Progress())
     assert len(here.instances) == _COUNT + 1
     assert here.nameless["instances"]
-    monkeypatch.delattr(file_contents, "decode_records")
+    monkeypatch.delattr(file_contents, "read_records")
     assert read_contents(large, Progress()) == here
 
 
@@ -100,7 +100,7 @@ def _decode_as_one_tree(data: bytes) -> tuple[Records, LineOf]:
         problem = Problem("file", decoded.reason, decoded.hint, "x.yaml", decoded.line)
         return Records(problems=(problem,)), lambda _path: None
     line_of, faults = decoded.line_of, decoded.faults
-    return parse_records(decoded.value, file="x.yaml", line_of=line_of, faults=faults), line_of
+    return parse_records(decoded.value, Findings("x.yaml", line_of), faults), line_of
 
 
 @pytest.mark.parametrize("name", _DOCUMENTS)
@@ -118,18 +118,13 @@ def test_records_taken_one_by_one_are_those_of_the_whole_document(name: str) -> 
     ) -> None:
         found.append(record if isinstance(record, Refused) else (record, line(place)))
 
-    rest, line_of = decode_records(data, file="x.yaml", take=take)
-    assert rest.problems == whole.problems
-    assert decode_records(data, file="x.yaml")[0] == whole
-    if whole.problems:
-        return
-    for place, record in rest.found:
-        take(place, record, line_of, 1)
-    assert sorted(map(repr, found)) == sorted(map(repr, wanted))
+    assert read_records(data, file="x.yaml", take=take) == whole.problems
+    assert decode_records(data, file="x.yaml") == whole
+    assert whole.problems or sorted(map(repr, found)) == sorted(map(repr, wanted))
 
 
-@pytest.mark.parametrize("taken", ["taken one by one", ""])
-def test_a_large_yaml_file_is_decoded_without_its_whole_tree(taken: str) -> None:
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_large_yaml_file_is_decoded_without_its_whole_tree(*, taken: bool) -> None:
     count = 3_000
     listed = "".join(
         f"- {{id: i{number}, name: a, tags: {{some: tag}}}}\n" for number in range(count)
@@ -143,19 +138,16 @@ def test_a_large_yaml_file_is_decoded_without_its_whole_tree(taken: str) -> None
 
     tracemalloc.start()
     try:
-        records, _ = decode_records(
-            data,
-            file="x.yaml",
-            take=take if taken else None,
-            note=lambda done, of: steps.append((done, of)),
-        )
+        if taken:
+            assert not read_records(data, file="x.yaml", take=take)
+        else:
+            records = decode_records(data, file="x.yaml", note=lambda *step: steps.append(step))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     # The whole tree takes 100 times the text, and 9 kB a record.
     assert peak < (10 * len(data) if taken else count * 3_000)
     if taken:
-        assert not records.instances
         assert len(shares) == count + 1
         assert shares == sorted(shares)
         assert shares[-1] > 0.99

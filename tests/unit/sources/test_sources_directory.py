@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.core.records import MAX_PAYLOAD, Unreadable
+from imdsproxy.core.records import MAX_PAYLOAD, Findings, Refused, parse_instance
 from imdsproxy.sources.api import Origin
 from imdsproxy.sources.file.directory import Directory, Reading
 from imdsproxy.sources.file.record_file import payload_reader
@@ -361,8 +361,9 @@ def test_a_payload_that_is_missing_large_or_no_file_is_reported(tmp_path: Path) 
     os.mkfifo(tmp_path / "fifo")
     with (tmp_path / "large").open("wb") as stream:
         stream.truncate(MAX_PAYLOAD + 1)
-    read = payload_reader(tmp_path)
+    findings = Findings(read_file=payload_reader(tmp_path))
     for name in ("missing", "fifo", ".", "large", "large/x", "x" * 300):
-        found = read(name)
-        assert isinstance(found, Unreadable), name
-        assert found.reason
+        found = parse_instance({"id": "a", "name": "a", "user_data_file": name}, (), findings)
+        assert isinstance(found, Refused), name
+        assert found.problems[-1].field == "user_data_file"
+        assert str(tmp_path) in found.problems[-1].reason

@@ -64,7 +64,7 @@ def read_record_files(directory: Path) -> Iterator[tuple[Path, Records | OSError
         except OSError as error:
             yield path, error
             continue
-        yield path, decode_records(data, file=str(path), read_file=payload_reader(directory))[0]
+        yield path, decode_records(data, file=str(path), read_file=payload_reader(directory))
 
 
 def check_networks(on: Subject) -> list[Finding]:

@@ -10,34 +10,30 @@ What keys there are, and what each takes, is in the tables `NETWORK`, `INSTANCE`
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, TypeAlias, TypedDict, TypeVar, Unpack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, TypeVar
 
 from imdsproxy.core.model import ID_PATTERN, Instance, Network
-from imdsproxy.core.records.fields import (
+from imdsproxy.core.records.instance import INSTANCE
+from imdsproxy.core.records.network import NETWORK, POLICY
+from imdsproxy.core.records.schema import (
     MAX_PAYLOAD,
     Fault,
     Field,
     Findings,
+    Json,
     LineOf,
     Path,
     ReadFile,
     Refused,
-    Unreadable,
+    Table,
     render_path,
 )
-from imdsproxy.core.records.instance import INSTANCE
-from imdsproxy.core.records.network import NETWORK, POLICY
-from imdsproxy.core.records.schema import Json, Table
 from imdsproxy.errors import Problem
 
 _TABLES: Final[Mapping[str, Table[Any]]] = {"networks": NETWORK, "instances": INSTANCE}
 LISTS: Final = tuple(_TABLES)
-
-_NOTED: Final = 500
-Note: TypeAlias = Callable[[int, int], None]
-"""Takes how much is done, of how much."""
 
 _Record = TypeVar("_Record", bound="Network | Instance")
 
@@ -53,6 +49,16 @@ class Records:
 
     found: tuple[tuple[Path, Network | Instance | Refused], ...] = ()
     problems: tuple[Problem, ...] = ()
+
+    @classmethod
+    def of(
+        cls, found: Iterable[tuple[Path, Network | Instance | Refused]], problems: Sequence[Problem]
+    ) -> Records:
+        """Records as they were read, unless there are problems of the document itself."""
+        if problems:
+            return cls(problems=tuple(problems))
+        # Stable, and `networks` comes after `instances` in the alphabet.
+        return cls(tuple(sorted(found, key=lambda one: str(one[0][0]), reverse=True)))
 
     @property
     def networks(self) -> tuple[tuple[Path, Network], ...]:
@@ -70,71 +76,9 @@ class Records:
         refused = (one for _, one in self.found if isinstance(one, Refused))
         return (*self.problems, *(problem for one in refused for problem in one.problems))
 
-    def with_listed(self, listed: Sequence[tuple[Path, Network | Instance | Refused]]) -> Records:
-        """With those of `parse_listed` before its own, unless the document itself has problems."""
-        if self.problems or not listed:
-            return self
-        # Stable, and `networks` comes after `instances` in the alphabet.
-        found = sorted((*listed, *self.found), key=lambda one: str(one[0][0]), reverse=True)
-        return Records(tuple(found))
-
-
-class Reading(TypedDict, total=False):
-    """How records are read, as `Findings` has it.
-
-    Attributes:
-        file: The file they come from, for the problems.
-        line_of: Where their parts stand in that file.
-        read_file: Reads what `user_data_file` names; without it the key is refused.
-    """
-
-    file: str | None
-    line_of: LineOf | None
-    read_file: ReadFile | None
-
-
-def parse_network(
-    record: object, *, path: Path = (), **reading: Unpack[Reading]
-) -> Network | Refused:
-    """A network, or everything that is wrong with its record.
-
-    Args:
-        record: The mapping, as YAML or JSON gives it.
-        path: Where the record stands in its document, as `("networks", 3)`.
-        reading: See `Reading`.
-    """
-    return _parse(NETWORK, record, path, Findings(**reading))
-
-
-def parse_instance(
-    record: object, *, path: Path = (), **reading: Unpack[Reading]
-) -> Instance | Refused:
-    """An instance, or everything that is wrong with its record; arguments as of `parse_network`."""
-    return _parse(INSTANCE, record, path, Findings(**reading))
-
-
-def parse_listed(
-    path: Path, value: object, *, faults: Sequence[Fault] = (), **reading: Unpack[Reading]
-) -> Network | Instance | Refused:
-    """One record of a document, as `parse_records` parses each.
-
-    Args:
-        path: Its list and its place there.
-        value: The mapping.
-        faults: Those inside this record.
-        reading: See `Reading`.
-    """
-    record: Network | Instance | Refused
-    record = _parse(_TABLES[str(path[0])], value, path, Findings(**reading), faults)
-    return record
-
 
 def _parse(
-    table: Table[_Record],
-    record: object,
-    path: Path,
-    findings: Findings,
-    faults: Sequence[Fault] = (),
+    table: Table[_Record], record: object, path: Path, findings: Findings, faults: Iterable[Fault]
 ) -> _Record | Refused:
     for fault in faults:
         findings.add(fault)
@@ -146,6 +90,36 @@ def _parse(
     return parsed
 
 
+def parse_network(
+    record: object, path: Path = (), findings: Findings | None = None
+) -> Network | Refused:
+    """A network, or everything that is wrong with its record; arguments as of `parse_listed`."""
+    return _parse(NETWORK, record, path, findings or Findings(), ())
+
+
+def parse_instance(
+    record: object, path: Path = (), findings: Findings | None = None
+) -> Instance | Refused:
+    """An instance, or everything that is wrong with its record; arguments as of `parse_listed`."""
+    return _parse(INSTANCE, record, path, findings or Findings(), ())
+
+
+def parse_listed(
+    path: Path, record: object, findings: Findings | None = None, faults: Iterable[Fault] = ()
+) -> Network | Instance | Refused:
+    """One record of a document.
+
+    Args:
+        path: Its list and its place there, as `("networks", 3)`.
+        record: The mapping, as YAML or JSON gives it.
+        findings: Without problems yet.
+        faults: Those that the decoder found inside this record.
+    """
+    parsed: Network | Instance | Refused
+    parsed = _parse(_TABLES[str(path[0])], record, path, findings or Findings(), faults)
+    return parsed
+
+
 def render_record(record: Network | Instance) -> dict[str, Json]:
     """The mapping of either, fit for JSON, which `parse_network` and `parse_instance` take back unchanged.
 
@@ -154,41 +128,38 @@ def render_record(record: Network | Instance) -> dict[str, Json]:
     return NETWORK.render(record) if isinstance(record, Network) else INSTANCE.render(record)
 
 
-def parse_records(
-    document: object,
-    *,
-    faults: Iterable[Fault] = (),
-    note: Note | None = None,
-    **reading: Unpack[Reading],
-) -> Records:
-    """Every record of a document `{networks: [...], instances: [...]}`; an empty one is fine.
+def parse_each(
+    document: object, findings: Findings, faults: Iterable[Fault] = ()
+) -> Iterator[tuple[Path, Network | Instance | Refused, float]]:
+    """Each record of a document `{networks: [...], instances: [...]}`, and the share of its list that is parsed.
 
     Duplicate ids and addresses are not looked for: what is in force is the caller's to know.
 
     Args:
         document: The mapping, as YAML or JSON gives it; `None` for an empty file.
+        findings: Where problems of the document itself are noted. With one, none of its records counts.
         faults: What the decoder found; one inside a record refuses that record, another the
             document.
-        note: Given now and then how many records of a list were checked, of how many.
-        reading: See `Reading`.
     """
-    findings = Findings(**reading)
     by_record: dict[Path, list[Fault]] = {}
     for fault in faults:
         by_record.setdefault(fault.path[:2], []).append(fault)
     root = Field({} if document is None else document, (), findings)
     lists = root.read(lambda field: field.mapping(LISTS)) or {}
-    found: list[tuple[Path, Any]] = []
     for name in LISTS:
         items = (lists[name].read(Field.items) if name in lists else None) or []
         for done, item in enumerate(items, 1):
-            if note is not None and done % _NOTED == 0:
-                note(done, len(items))
             own = by_record.pop(item.path, ())
-            record = _parse(_TABLES[name], item.value, item.path, Findings(**reading), own)
-            found.append((item.path, record))
+            reading = replace(findings, problems=[])
+            yield item.path, parse_listed(item.path, item.value, reading, own), done / len(items)
     for fault in (fault for left in by_record.values() for fault in left):
         findings.add(fault)
-    if findings.problems:
-        return Records(problems=tuple(findings.problems))
-    return Records(tuple(found))
+
+
+def parse_records(
+    document: object, findings: Findings | None = None, faults: Iterable[Fault] = ()
+) -> Records:
+    """Every record of a document; arguments as of `parse_each`."""
+    findings = findings or Findings()
+    found = [(path, record) for path, record, _ in parse_each(document, findings, faults)]
+    return Records.of(found, findings.problems)

@@ -3,36 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from imdsproxy.core.model import Dialect, Instance, Port, SshKey, Upstream
-from imdsproxy.core.records.fields import Field, Findings
+from imdsproxy.core.records import values
 from imdsproxy.core.records.network import POLICY
-from imdsproxy.core.records.schema import (
-    SWITCH,
-    TEXT,
-    Json,
-    Key,
-    Kind,
-    Table,
-    choice_of,
-    list_of,
-)
-from imdsproxy.core.records.values import (
-    GUEST_ADDRESS,
-    HOSTNAME,
-    INSTANCE_ID,
-    MAC,
-    MOMENT,
-    NETWORK_ID,
-    PROJECT_ID,
-    USER_DATA,
-    USER_DATA_FILE,
-    VENDOR_DATA,
-    hostname_of,
-)
+from imdsproxy.core.records.schema import Fault, Field, Json, Key, Kind, Table, list_of
 from imdsproxy.errors import quoted
 
 _SSH_KEY_LINE: Final = re.compile(
@@ -49,38 +27,24 @@ PORT: Final = Table(
     "PortRecord",
     Port,
     "An instance's place in a network.",
-    Key("network", NETWORK_ID, "The network's id.", required=True),
-    Key("mac", MAC, "The MAC. Without addresses the guest is known by it alone."),
-    Key("addresses", list_of(GUEST_ADDRESS), "IPv4 and IPv6 addresses."),
-    Key("project", PROJECT_ID, "The port's own, where it is another one than the instance's."),
+    Key("network", values.NETWORK_ID, "The network's id.", required=True),
+    Key("mac", values.MAC, "The MAC. Without addresses the guest is known by it alone."),
+    Key("addresses", list_of(values.GUEST_ADDRESS), "IPv4 and IPv6 addresses."),
+    Key(
+        "project", values.PROJECT_ID, "The port's own, where it is another one than the instance's."
+    ),
 )
 
 
-def _parse_ports(field: Field) -> tuple[Port, ...]:
-    ports: list[Port] = []
+def _refuse_repeated(ports: Sequence[tuple[Field, Port]]) -> None:
     seen: set[tuple[object, object]] = set()
-    for item in field.items():
-        port = item.read(PORT.parse)
-        if port is None:
-            continue
-        ports.append(port)
-        for value in filter(None, (port.mac, *port.addresses)):
-            if (port.network, value) in seen:
+    for field, port in ports:
+        addresses = ((("addresses", index), one) for index, one in enumerate(port.addresses))
+        for place, value in ((("mac",), port.mac), *addresses):
+            if value is not None and (port.network, value) in seen:
                 reason = f"{value} is there twice in network {port.network}"
-                _last_place(item, value).refuse(reason)
+                field.findings.add(Fault((*field.path, *place), reason))
             seen.add((port.network, value))
-    return tuple(ports)
-
-
-def _last_place(port: Field, value: object) -> Field:
-    if isinstance(value, str):
-        return port.child("mac", value)
-    addresses = reversed(port.child("addresses", port.value["addresses"]).items())
-    return next(
-        one
-        for one in addresses
-        if Field(one.value, (), Findings()).read(GUEST_ADDRESS.parse) == value
-    )
 
 
 def _parse_key(field: Field) -> str:
@@ -96,8 +60,8 @@ _SSH_KEY: Final = Table(
     "SshKeyRecord",
     SshKey,
     "A public key under a name.",
-    Key("name", Kind(_parse_key_name, TEXT.schema), required=True),
-    Key("key", Kind(_parse_key, TEXT.schema), required=True),
+    Key("name", Kind(_parse_key_name, values.TEXT.schema), required=True),
+    Key("key", Kind(_parse_key, values.TEXT.schema), required=True),
 )
 
 
@@ -107,19 +71,23 @@ def _parse_ssh_keys(field: Field) -> tuple[SshKey, ...]:
     A key given as a bare line is named by its comment (`key-N` without one; `-2`, `-3` … is added
     to a name that is taken).
     """
-    found: list[tuple[int, str | SshKey]] = []
+    found: list[tuple[int, SshKey]] = []
     named: set[str] = set()
     for index, item in enumerate(field.items()):
-        bare = isinstance(item.value, str)
-        key: str | SshKey | None = item.read(_parse_key) if bare else item.read(_SSH_KEY.parse)
-        if isinstance(key, SshKey):
-            if key.name in named:
-                item.child("name", key.name).refuse(f"the name {quoted(key.name)} is there twice")
+        if isinstance(item.value, str):
+            line = item.read(_parse_key)
+            key = None if line is None else SshKey("", line)
+        else:
+            key = item.read(_SSH_KEY.parse)
+        if key is None:
+            continue
+        if key.name in named:
+            item.child("name", key.name).refuse(f"the name {quoted(key.name)} is there twice")
+        if key.name:
             named.add(key.name)
-        if key is not None:
-            found.append((index, key))
+        found.append((index, key))
     return tuple(
-        key if isinstance(key, SshKey) else SshKey(_derived(key, index, named), key)
+        key if key.name else SshKey(_derived(key.key, index, named), key.key)
         for index, key in found
     )
 
@@ -163,19 +131,15 @@ class _Dialects:
     nocloud: bool = True
 
 
-_DIALECTS: Final = Table(
+_DIALECTS: Final[Table[Any]] = Table(
     "DialectsRecord",
     _Dialects,
     "Which trees of documents the instance has; all are on unless false.",
-    Key("ec2", SWITCH, "Serve the EC2 documents."),
-    Key("openstack", SWITCH, "Serve the OpenStack documents."),
-    Key("nocloud", SWITCH, "Serve the NoCloud documents."),
+    Key("ec2", values.SWITCH, "Serve the EC2 documents."),
+    Key("openstack", values.SWITCH, "Serve the OpenStack documents."),
+    Key("nocloud", values.SWITCH, "Serve the NoCloud documents."),
+    make=lambda **on: frozenset(one for one in Dialect if on.get(one.value, True)),
 )
-
-
-def _parse_dialects(field: Field) -> frozenset[Dialect]:
-    chosen = _DIALECTS.parse(field)
-    return frozenset(dialect for dialect in Dialect if getattr(chosen, dialect.value, True))
 
 
 def _render_dialects(dialects: frozenset[Dialect]) -> dict[str, Json]:
@@ -186,16 +150,16 @@ _OF_NOVA: Final = ("id", "name", "hostname", "project", "ports", "upstream", "po
 """What a record may have beside Nova, which has all else of its instances itself."""
 
 
-def _check_instance(entries: Mapping[str, Field], values: dict[str, Any]) -> None:
-    if values.keys() >= {"id", "name"}:
-        values.setdefault("hostname", hostname_of(values["name"], values["id"]))
+def _check_instance(entries: Mapping[str, Field], record: dict[str, Any]) -> None:
+    if record.keys() >= {"id", "name"}:
+        record.setdefault("hostname", values.hostname_of(record["name"], record["id"]))
     named = entries.get("user_data_file")
     if named is not None and "user_data" in entries:
         named.refuse("stands beside user_data", "one of the two")
-    if values.get("upstream") is not Upstream.NOVA:
+    if record.get("upstream") is not Upstream.NOVA:
         return
-    if "project" in values:
-        values["project"] = entries["project"].read(PROJECT_ID.parse)
+    if "project" in record:
+        record["project"] = entries["project"].read(values.PROJECT_ID.parse)
     elif "project" not in entries:
         entries["upstream"].refuse("needs project", "Nova has to know whose instance it is")
     for key in entries.keys() - set(_OF_NOVA):
@@ -206,45 +170,45 @@ INSTANCE: Final = Table(
     "InstanceRecord",
     Instance,
     "An instance.",
-    Key("id", INSTANCE_ID, required=True),
-    Key("name", TEXT, "A name for people.", required=True),
-    Key("hostname", HOSTNAME, "Host name shown to the guest. Derived from the name by default."),
-    Key("project", TEXT, "The project that owns it."),
-    Key("availability_zone", TEXT, "Availability zone shown to the guest."),
-    Key("instance_type", TEXT, "Instance type shown to the guest."),
+    Key("id", values.INSTANCE_ID, required=True),
+    Key("name", values.TEXT, "A name for people.", required=True),
     Key(
-        "ports",
-        Kind(_parse_ports, render=list_of(PORT.kind).render, item=PORT.kind),
-        "Its places in networks.",
+        "hostname",
+        values.HOSTNAME,
+        "Host name shown to the guest. Derived from the name by default.",
     ),
+    Key("project", values.TEXT, "The project that owns it."),
+    Key("availability_zone", values.TEXT, "Availability zone shown to the guest."),
+    Key("instance_type", values.TEXT, "Instance type shown to the guest."),
+    Key("ports", list_of(PORT.kind, _refuse_repeated), "Its places in networks."),
     Key("ssh_keys", SSH_KEYS, "Public keys, each under a name or as in a .pub file."),
     Key(
         "tags",
         Kind(_parse_tags, {"type": "object", "additionalProperties": {"type": "string"}}, dict),
     ),
-    Key("user_data", USER_DATA, "At most 16 MiB."),
+    Key("user_data", values.USER_DATA, "At most 16 MiB."),
     Key(
         "user_data_file",
-        USER_DATA_FILE,
+        values.USER_DATA_FILE,
         "A file with the user data, relative to the record file.",
         attribute="user_data",
         only_in_files=True,
     ),
     Key(
         "vendor_data",
-        VENDOR_DATA,
+        values.VENDOR_DATA,
         "Vendor data of NoCloud and OpenStack; a mapping is kept as JSON.",
     ),
     Key(
         "dialects",
-        Kind(_parse_dialects, render=_render_dialects, tables=(_DIALECTS,)),
+        Kind(_DIALECTS.parse, render=_render_dialects, tables=(_DIALECTS,)),
         "Which trees of documents it has.",
     ),
-    Key("upstream", choice_of(Upstream), "Who has its documents; `nova` needs `project`."),
+    Key("upstream", values.choice_of(Upstream), "Who has its documents; `nova` needs `project`."),
     Key("policy", POLICY.kind, "Wins over its network's."),
     Key(
         "created_at",
-        MOMENT,
+        values.MOMENT,
         "When it was made or built anew: Unix time, or text of RFC 3339 with its zone. Without it the store notes when "
         "it was first put. The boot grace counts from it.",
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -23,18 +23,8 @@ from imdsproxy.core.path_rules import (
     sort_paths,
 )
 from imdsproxy.core.policy import NO_RULES, RULES, PolicyRules, Rule, TokenMode
-from imdsproxy.core.records.fields import Field
-from imdsproxy.core.records.schema import (
-    SWITCH,
-    TEXT,
-    Key,
-    Kind,
-    Table,
-    choice_of,
-    list_of,
-    number_between,
-)
-from imdsproxy.core.records.values import ADDRESS, CIDR, DEVICE, NAMESPACE, NETWORK_ID
+from imdsproxy.core.records import values
+from imdsproxy.core.records.schema import Field, Key, Kind, Table, list_of
 
 MTU_BOUNDS: Final = (68, 65535)
 _MODES: Final = tuple(mode.value for mode in TokenMode)
@@ -65,9 +55,9 @@ def _parse_word(field: Field, path: str) -> PathWord:
     return PathWord(field.one_of(_WORDS))
 
 
-_MODE: Final = choice_of(TokenMode)
+_MODE: Final = values.choice_of(TokenMode)
 _RULE_KINDS: Final[dict[type[object], Kind]] = {
-    bool: SWITCH,
+    bool: values.SWITCH,
     TokenMode: Kind(_parse_mode, _MODE.schema, _MODE.render),
     tuple: Kind(
         _parse_paths,
@@ -82,7 +72,7 @@ _RULE_KINDS: Final[dict[type[object], Kind]] = {
 
 
 def _key(rule: Rule) -> Key:
-    kind = _RULE_KINDS[rule.kind] if rule.bounds is None else number_between(*rule.bounds)
+    kind = _RULE_KINDS[rule.kind] if rule.bounds is None else values.number_between(*rule.bounds)
     return Key(rule.name, kind, rule.help)
 
 
@@ -96,8 +86,8 @@ POLICY: Final = Table(
 )
 
 
-def _check_namespace(entries: Mapping[str, Field], values: dict[str, Any]) -> None:
-    if values.get("manage_addresses") and "device" not in entries:
+def _check_namespace(entries: Mapping[str, Field], found: dict[str, Any]) -> None:
+    if found.get("manage_addresses") and "device" not in entries:
         entries["manage_addresses"].refuse(
             "needs device", "name the device that is to carry the metadata addresses"
         )
@@ -108,11 +98,13 @@ _LISTENERS: Final[dict[type[Listener], Table[Any]]] = {
         "NamespaceListenerRecord",
         NamespaceListener,
         "An existing network namespace.",
-        Key("namespace", NAMESPACE, "Reached through this network namespace.", required=True),
-        Key("device", DEVICE, "The namespace's device that guests are behind."),
+        Key(
+            "namespace", values.NAMESPACE, "Reached through this network namespace.", required=True
+        ),
+        Key("device", values.DEVICE, "The namespace's device that guests are behind."),
         Key(
             "manage_addresses",
-            SWITCH,
+            values.SWITCH,
             "Put the metadata addresses on the device, or leave that to others.",
         ),
         check=_check_namespace,
@@ -123,7 +115,7 @@ _LISTENERS: Final[dict[type[Listener], Table[Any]]] = {
         "A host interface.",
         Key(
             "interface",
-            DEVICE,
+            values.DEVICE,
             "Reached through this interface of the host.",
             "device",
             required=True,
@@ -133,7 +125,7 @@ _LISTENERS: Final[dict[type[Listener], Table[Any]]] = {
         "BridgeListenerRecord",
         BridgeListener,
         "A bridge of the host.",
-        Key("bridge", DEVICE, "Reached through this bridge of the host.", required=True),
+        Key("bridge", values.DEVICE, "Reached through this bridge of the host.", required=True),
     ),
 }
 _KINDS: Final = {table.names[0]: table for table in _LISTENERS.values()}
@@ -153,8 +145,8 @@ def _parse_listener(field: Field) -> Listener | None:
     return listener
 
 
-def _check_subnet(entries: Mapping[str, Field], values: dict[str, Any]) -> None:
-    gateway, cidr = values.get("gateway"), values.get("cidr")
+def _check_subnet(entries: Mapping[str, Field], found: dict[str, Any]) -> None:
+    gateway, cidr = found.get("gateway"), found.get("cidr")
     if gateway is not None and cidr is not None and gateway.version != cidr.version:
         entries["gateway"].refuse(
             f"{gateway} is IPv{gateway.version}", f"IPv{cidr.version}, as {cidr}"
@@ -165,26 +157,23 @@ _SUBNET: Final = Table(
     "SubnetRecord",
     Subnet,
     "An address range of a network.",
-    Key("cidr", CIDR, required=True),
-    Key("gateway", ADDRESS),
-    Key("dns", list_of(ADDRESS)),
+    Key("cidr", values.CIDR, required=True),
+    Key("gateway", values.ADDRESS),
+    Key("dns", list_of(values.ADDRESS)),
     check=_check_subnet,
 )
 
 
-def _parse_subnets(field: Field) -> tuple[Subnet, ...]:
-    subnets: dict[object, Subnet] = {}
-    for item in field.items():
-        subnet = item.read(_SUBNET.parse)
-        if subnet is not None:
-            if subnet.cidr in subnets:
-                item.refuse(f"{subnet.cidr} is there twice")
-            subnets[subnet.cidr] = subnet
-    return tuple(subnets.values())
+def _refuse_repeated(subnets: Sequence[tuple[Field, Subnet]]) -> None:
+    seen: set[object] = set()
+    for field, subnet in subnets:
+        if subnet.cidr in seen:
+            field.refuse(f"{subnet.cidr} is there twice")
+        seen.add(subnet.cidr)
 
 
-def _check_network(entries: Mapping[str, Field], values: dict[str, Any]) -> None:
-    if values.get("mac_check") and values.get("scope") is Scope.ROUTER:
+def _check_network(entries: Mapping[str, Field], found: dict[str, Any]) -> None:
+    if found.get("mac_check") and found.get("scope") is Scope.ROUTER:
         entries["mac_check"].refuse(
             "does not go with scope router", "a router hides the MACs of the guests behind it"
         )
@@ -194,9 +183,9 @@ NETWORK: Final = Table(
     "NetworkRecord",
     Network,
     "A network.",
-    Key("id", NETWORK_ID, required=True),
-    Key("name", TEXT, "A name for people."),
-    Key("project", TEXT, "The project that owns it."),
+    Key("id", values.NETWORK_ID, required=True),
+    Key("name", values.TEXT, "A name for people."),
+    Key("project", values.TEXT, "The project that owns it."),
     Key(
         "listener",
         Kind(
@@ -207,20 +196,16 @@ NETWORK: Final = Table(
         "How guests are reached.",
         required=True,
     ),
-    Key(
-        "subnets",
-        Kind(_parse_subnets, render=list_of(_SUBNET.kind).render, item=_SUBNET.kind),
-        "Address ranges of guests.",
-    ),
-    Key("mtu", number_between(*MTU_BOUNDS), "MTU shown to guests, in bytes."),
+    Key("subnets", list_of(_SUBNET.kind, _refuse_repeated), "Address ranges of guests."),
+    Key("mtu", values.number_between(*MTU_BOUNDS), "MTU shown to guests, in bytes."),
     Key(
         "scope",
-        choice_of(Scope),
+        values.choice_of(Scope),
         "What the id stands for: a network, or a router with several networks behind it.",
     ),
     Key(
         "mac_check",
-        SWITCH,
+        values.SWITCH,
         "Believe an address only together with its MAC. Off where guests are behind a router.",
     ),
     Key("policy", POLICY.kind, "For the guests that are reached through it."),

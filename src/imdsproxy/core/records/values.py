@@ -7,13 +7,14 @@ import json
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from enum import StrEnum
 from functools import partial
-from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
-from typing import Final
+from ipaddress import IPv4Address, ip_address, ip_network
+from typing import Any, Final
 
 from imdsproxy.core.model import (
     ID_PATTERN,
@@ -22,9 +23,9 @@ from imdsproxy.core.model import (
     IpAddress,
     IpNetwork,
     MacAddress,
+    StoredBytes,
 )
-from imdsproxy.core.records.fields import MAX_PAYLOAD, Field, Unreadable
-from imdsproxy.core.records.schema import Json, Key, Kind, Table
+from imdsproxy.core.records.schema import MAX_PAYLOAD, MAX_TEXT, Field, Json, Key, Kind, Table
 from imdsproxy.errors import quoted
 
 _ID_WANTED: Final = "1 to 64 of A-Z a-z 0-9 . _ - that begin with a letter or digit"
@@ -37,6 +38,19 @@ _LABEL: Final = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _HOSTNAME: Final = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(?:\.{_LABEL})*")
 _NOT_IN_HOSTNAME: Final = re.compile(r"[^A-Za-z0-9._-]+")
 _BROADCAST: Final = IPv4Address("255.255.255.255")
+
+
+def choice_of(words: type[StrEnum]) -> Kind:
+    """One of some words."""
+    listed = [word.value for word in words]
+    schema: dict[str, Json] = {"type": "string", "enum": [*listed]}
+    return Kind(lambda field: words(field.one_of(listed)), schema, lambda word: str(word.value))
+
+
+def number_between(lowest: int, highest: int) -> Kind:
+    """A whole number within bounds."""
+    schema: dict[str, Json] = {"type": "integer", "minimum": lowest, "maximum": highest}
+    return Kind(lambda field: field.whole_number(lowest, highest), schema)
 
 
 def _matching(pattern: str, wanted: str, *, shared: bool = False) -> Kind:
@@ -56,6 +70,8 @@ def _matching(pattern: str, wanted: str, *, shared: bool = False) -> Kind:
     return Kind(parse, {"type": "string", "pattern": pattern})
 
 
+SWITCH: Final = Kind(Field.boolean, {"type": "boolean"})
+TEXT: Final = Kind(Field.text, {"type": "string", "minLength": 1, "maxLength": MAX_TEXT})
 INSTANCE_ID: Final = _matching(ID_PATTERN, _ID_WANTED)
 NETWORK_ID: Final = _matching(ID_PATTERN, _ID_WANTED, shared=True)
 PROJECT_ID: Final = NETWORK_ID
@@ -91,10 +107,25 @@ def parse_address(field: Field) -> IpAddress:
     except ValueError:
         hint = "without the prefix length" if "/" in text else "10.0.0.5 or 2001:db8::5"
         raise field.error(f"{quoted(text)} is not an IP address", hint) from None
-    fault = _fault(address)
-    if fault is not None:
-        raise field.error(f"{quoted(text)} is {fault[0]}", fault[1])
+    for found, what, hint in _faults(address):
+        if found:
+            raise field.error(f"{quoted(text)} is {what}", hint)
     return address
+
+
+def _faults(address: IpAddress) -> Iterator[tuple[bool, str, str]]:
+    """Whether it is something that no host has, what, and what would be right."""
+    yield address.is_unspecified, "the unspecified address", ""
+    yield address.is_loopback, "a loopback address", "no packet from it ever reaches a listener"
+    yield address.is_multicast, "a multicast address", "no guest sends from it"
+    if isinstance(address, IPv4Address):
+        yield address == _BROADCAST or address.packed[0] == 0, "not a host's address", ""
+        return
+    mapped, number = address.ipv4_mapped, int(address)
+    yield address.scope_id is not None, "scoped", f"write {str(address).partition('%')[0]}"
+    yield mapped is not None, "an IPv4-mapped address", f"write {mapped}"
+    # HAProxy spells ::/96 with dots (inet_ntop) and Python with colons: the map would never match.
+    yield number >> 32 == 0, "an IPv4-compatible address (RFC 4291 retired them)", ""
 
 
 def parse_guest_address(field: Field) -> IpAddress:
@@ -103,29 +134,6 @@ def parse_guest_address(field: Field) -> IpAddress:
     if address in (METADATA_IPV4, METADATA_IPV6):
         raise field.error(f"{address} is the metadata service's own address", "the guest's address")
     return address
-
-
-def _fault(address: IpAddress) -> tuple[str, str] | None:
-    if address.is_unspecified:
-        return "the unspecified address", ""
-    if address.is_loopback:
-        return "a loopback address", "no packet from it ever reaches a listener"
-    if address.is_multicast:
-        return "a multicast address", "no guest sends from it"
-    if isinstance(address, IPv6Address):
-        return _ipv6_fault(address)
-    none = address == _BROADCAST or address.packed[0] == 0
-    return ("not a host's address", "") if none else None
-
-
-def _ipv6_fault(address: IPv6Address) -> tuple[str, str] | None:
-    if address.scope_id is not None:
-        return "scoped", f"write {IPv6Address(int(address))}"
-    if address.ipv4_mapped is not None:
-        return "an IPv4-mapped address", f"write {address.ipv4_mapped}"
-    # HAProxy spells ::/96 with dots (inet_ntop) and Python with colons: the map would never match.
-    compatible = int(address) >> 32 == 0
-    return ("an IPv4-compatible address (RFC 4291 retired them)", "") if compatible else None
 
 
 def parse_cidr(field: Field) -> IpNetwork:
@@ -221,33 +229,29 @@ def _decode_base64(field: Field) -> bytes:
     raise field.error("is not base64 (RFC 4648 §4)", "A-Z a-z 0-9 + / and = at the end")
 
 
-_BASE64: Final = Table(
+_BASE64: Final[Table[Any]] = Table(
     "Base64",
     _Base64,
     "Bytes that are no UTF-8 text.",
     Key("base64", Kind(_decode_base64, {"type": "string"}), required=True),
+    make=lambda base64: base64,
 )
 
 
 def _parse_user_data(field: Field) -> bytes | None:
-    if isinstance(field.value, bytes):
-        return _bounded(field, field.value)
-    if isinstance(field.value, str):
-        return _bounded(field, _encode(field, field.value))
+    if isinstance(field.value, bytes | str):
+        return _encode(field, field.value)
     if not isinstance(field.value, Mapping):
         raise field.error("expected text, bytes or {base64: …}", "put numbers in quotes")
     found = _BASE64.parse(field)
-    return None if found is None else _bounded(field, found.base64)
+    return None if found is None else _encode(field, found)
 
 
 def _parse_user_data_file(field: Field) -> bytes:
-    name = field.text(longest=4096)
+    field.text(longest=4096)
     if field.findings.read_file is None:
         raise field.error("files are not read here", "send the bytes as user_data")
-    found = field.findings.read_file(name)
-    if isinstance(found, Unreadable):
-        raise field.error(found.reason, found.hint)
-    return _bounded(field, found)
+    return _encode(field, field.findings.read_file(field))
 
 
 def _parse_vendor_data(field: Field) -> bytes | None:
@@ -257,28 +261,25 @@ def _parse_vendor_data(field: Field) -> bytes | None:
         _check_json(field)
         if len(field.findings.problems) > known:
             return None
-        return _bounded(field, json.dumps(value, ensure_ascii=False).encode())
-    if isinstance(value, str):
-        return _bounded(field, _encode(field, value))
+        return _encode(field, json.dumps(value, ensure_ascii=False))
     if isinstance(value, bytes):
         with suppress(UnicodeDecodeError):
-            return _bounded(field, value.decode().encode())
+            value = value.decode()
+    if isinstance(value, str):
+        return _encode(field, value)
     hint = "binary data and bare numbers do not go here"
     raise field.error("expected text or a mapping", hint)
 
 
-def _bounded(field: Field, payload: bytes) -> bytes:
-    if len(payload) > MAX_PAYLOAD:
-        raise field.error(f"has {len(payload)} bytes", f"at most {MAX_PAYLOAD} (16 MiB)")
-    return payload
-
-
-def _encode(field: Field, text: str) -> bytes:
+def _encode(field: Field, payload: str | bytes) -> bytes:
     try:
-        return text.encode()
+        data = payload.encode() if isinstance(payload, str) else payload
     except UnicodeEncodeError:
         hint = "bytes go as !!binary or {base64: …}"
         raise field.error("holds half of a surrogate pair", hint) from None
+    if len(data) > MAX_PAYLOAD:
+        raise field.error(f"has {len(data)} bytes", f"at most {MAX_PAYLOAD} (16 MiB)")
+    return data
 
 
 def _check_json(field: Field, depth: int = 0) -> None:
@@ -303,16 +304,16 @@ def _check_json(field: Field, depth: int = 0) -> None:
         raise field.error("JSON cannot carry bytes", "write text")
 
 
-def _render_user_data(payload: object) -> Json:
-    # May be `StoredBytes`, which are fetched now.
-    raw = bytes(payload)  # type: ignore[call-overload] # as above
+def render_payload(payload: bytes | StoredBytes) -> Json:
+    """User data as text, or `{"base64": …}` where it is no UTF-8; stored bytes are fetched now."""
+    raw = bytes(payload)
     try:
-        return str(raw.decode())
+        return raw.decode()
     except UnicodeDecodeError:
         return {"base64": base64.b64encode(raw).decode()}
 
 
-USER_DATA: Final = Kind(_parse_user_data, {"type": "string"}, _render_user_data, (_BASE64,))
+USER_DATA: Final = Kind(_parse_user_data, {"type": "string"}, render_payload, (_BASE64,))
 USER_DATA_FILE: Final = Kind(_parse_user_data_file, {"type": "string"})
 VENDOR_DATA: Final = Kind(
     _parse_vendor_data,

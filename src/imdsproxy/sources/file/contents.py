@@ -15,20 +15,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any, Final, TypeAlias
+from typing import IO, Any, Final, TypeAlias, cast
 
 import structlog
 
 from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.packed import PackedInstance
-from imdsproxy.core.records import LineOf, Refused, Unreadable
+from imdsproxy.core.records import Field, LineOf, Refused
 from imdsproxy.core.records import Path as PathInFile
 from imdsproxy.core.timing import Progress
 from imdsproxy.errors import Problem
-from imdsproxy.sources.file.record_file import decode_records, payload_reader
+from imdsproxy.sources.file.record_file import payload_reader, read_records
 from imdsproxy.sources.in_force import Entry, claim_places
 
 Signature: TypeAlias = "tuple[int, ...] | None"
+
+_Send: TypeAlias = "Callable[[FileContents, float], None]"
+"""Takes some records, and the share of the file that is read."""
 
 _LARGEST: Final = 512 * 1024 * 1024
 _APART: Final = 1024 * 1024
@@ -61,51 +64,38 @@ class FileContents:
 
 def read_contents(path: Path, progress: Progress) -> FileContents:
     """Read a file; blocks for as long as that takes. `progress` shows how far a large one is."""
+    networks: list[Entry[Network]] = []
+    instances: list[Entry[PackedInstance]] = []
+
+    def keep(part: FileContents, _share: float) -> None:
+        networks.extend(part.networks)
+        instances.extend(part.instances)
+
     signature = signature_of(path)
-    if signature is None or not _APART <= signature[1] <= _LARGEST:
-        return _read(path)
-    log = structlog.get_logger().bind(file=str(path), bytes=signature[1])
-    log.info("reading a large record file")
-    step = f"reading {path}, percent"
-
-    def note(share: float) -> None:
-        progress.note(step, int(share * 100), 100)
-
-    note(0)
-    command = [sys.executable, "-P", "-c", _CHILD, str(path)]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
-        try:
-            contents = None if process.stdout is None else _receive(process.stdout, note)
-        except (EOFError, pickle.UnpicklingError):
-            contents = None
-        except BaseException:
-            process.kill()
-            raise
-        finally:
-            progress.end(step)
-    if contents is None:
-        reason = f"the process that read it ended with status {process.returncode}"
-        hint = "split the file, or look for a lack of memory (dmesg)"
-        return FileContents(problems=(Problem("file", reason, hint, str(path)),))
-    log.info("read", networks=len(contents.networks), instances=len(contents.instances))
+    apart = signature is not None and _APART <= signature[1] <= _LARGEST
+    contents = _read_apart(path, keep, progress) if apart else _read(path, keep)
+    if not contents.problems:
+        contents.networks, contents.instances = networks, instances
     return contents
 
 
-def _read(path: Path, send: Callable[[FileContents, float], None] | None = None) -> FileContents:
-    """Read a file here; `send` takes away some records at a time, with the share of the file that is read."""
+def _read(path: Path, send: _Send) -> FileContents:
+    """Read a file here; what is not `send` its records, some at a time."""
     contents = FileContents()
     read = payload_reader(path.parent)
 
-    def read_payload(payload: str) -> bytes | Unreadable:
-        contents.payloads[path.parent / payload] = signature_of(path.parent / payload)
-        return read(payload)
+    def read_payload(field: Field) -> bytes:
+        payload = path.parent / field.value
+        contents.payloads[payload] = signature_of(payload)
+        return read(field)
 
     def take(
         place: PathInFile, record: Network | Instance | Refused, line_of: LineOf, share: float
     ) -> None:
         _add(contents, path.name, place, record, line_of)
-        if send is not None and len(contents.networks) + len(contents.instances) >= _TOGETHER:
-            send(contents, share)
+        if len(contents.networks) + len(contents.instances) >= _TOGETHER:
+            send(FileContents(contents.networks, contents.instances), share)
+            contents.networks, contents.instances = [], []
 
     try:
         data = _read_regular(path)
@@ -114,15 +104,50 @@ def _read(path: Path, send: Callable[[FileContents, float], None] | None = None)
         contents.problems = (Problem("file", reason, "mend or remove it", str(path)),)
         return contents
     contents.blank = not data.strip()
-    records, line_of = decode_records(data, file=str(path), read_file=read_payload, take=take)
-    contents.problems = records.problems
-    for place, record in records.found:
-        take(place, record, line_of, 1)
-    if contents.problems:
-        return FileContents(
-            payloads=contents.payloads, problems=contents.problems, blank=contents.blank
-        )
+    contents.problems = read_records(data, file=str(path), take=take, read_file=read_payload)
+    send(FileContents(contents.networks, contents.instances), 1)
+    return replace(contents, networks=[], instances=[])
+
+
+def _read_apart(path: Path, keep: _Send, progress: Progress) -> FileContents:
+    log = structlog.get_logger().bind(file=str(path))
+    log.info("reading a large record file")
+    step = f"reading {path}, percent"
+    progress.note(step, 0, 100)
+    command = [sys.executable, "-P", "-c", _CHILD, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
+        stream = cast("IO[bytes]", process.stdout)
+        try:
+            while (part := pickle.load(stream))[1] is not None:  # noqa: S301 - our own process wrote it
+                progress.note(step, int(part[1] * 100), 100)
+                keep(*part)
+        except (EOFError, pickle.UnpicklingError):
+            part = None
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            progress.end(step)
+    if part is None:
+        reason = f"the process that read it ended with status {process.returncode}"
+        hint = "split the file, or look for a lack of memory (dmesg)"
+        return FileContents(problems=(Problem("file", reason, hint, str(path)),))
+    log.info("read")
+    contents: FileContents = part[0]
     return contents
+
+
+def send_contents(path: str) -> None:
+    """Write what a file holds to standard output, for the process that started this one.
+
+    In parts, so that neither process has more of it in memory than it must, and the reader's other threads go on.
+    """
+
+    def send(*part: object) -> None:
+        pickle.dump(part, sys.stdout.buffer)
+        sys.stdout.buffer.flush()
+
+    send(_read(Path(path), send), None)
 
 
 def _add(
@@ -165,37 +190,6 @@ def _share(offsets: tuple[int | None, ...]) -> tuple[int | None, ...]:
 
 def _position(path: tuple[str | int, ...]) -> int:
     return path[1] if len(path) > 1 and isinstance(path[1], int) else 0
-
-
-def send_contents(path: str) -> None:
-    """Write what a file holds to standard output, for the process that started this one.
-
-    In parts, so that neither process has more of it in memory than it must, and the reader's other threads go on.
-    """
-    stream = sys.stdout.buffer
-
-    def send(contents: FileContents, share: float) -> None:
-        pickle.dump((share, contents.networks, contents.instances), stream)
-        stream.flush()
-        contents.networks, contents.instances = [], []
-
-    contents = _read(Path(path), send)
-    send(contents, 1)
-    pickle.dump(None, stream)
-    pickle.dump(contents, stream)
-
-
-def _receive(stream: IO[bytes], note: Callable[[float], None]) -> FileContents:
-    networks: list[Entry[Network]] = []
-    instances: list[Entry[PackedInstance]] = []
-    while part := pickle.load(stream):  # noqa: S301 - our own process wrote it
-        note(part[0])
-        networks += part[1]
-        instances += (replace(one, offsets=_share(one.offsets)) for one in part[2])
-    contents: FileContents = pickle.load(stream)  # noqa: S301 - as above
-    if not contents.problems:
-        contents.networks, contents.instances = networks, instances
-    return contents
 
 
 def signature_of(path: Path) -> Signature:

@@ -18,20 +18,23 @@ from imdsproxy.core.records import (
     LISTS,
     MAX_PAYLOAD,
     Fault,
+    Field,
+    Findings,
     LineOf,
-    Note,
     Path,
     ReadFile,
     Records,
     Refused,
-    Unreadable,
+    parse_each,
     parse_listed,
-    parse_records,
 )
 from imdsproxy.errors import Problem
 
 _T = TypeVar("_T")
 _NOTED: Final = 500
+
+Note: TypeAlias = "Callable[[int, int], None]"
+"""Takes how much is done, of how much."""
 
 _DEEPEST: Final = 100
 _TOO_DEEP: Final = f"nested deeper than {_DEEPEST} levels"
@@ -51,52 +54,34 @@ SUFFIXES = (".yaml", ".yml", ".json")
 
 
 TakeRecord: TypeAlias = "Callable[[Path, Network | Instance | Refused, LineOf, float], None]"
-"""Takes a record, its path in the file, and how much of the file has been read, from 0 to 1."""
+"""Takes a record, its path in the file, where its parts stand, and how much of the file is read, from 0 to 1."""
 
 
-def decode_records(
-    data: bytes,
-    *,
-    file: str,
-    read_file: ReadFile | None = None,
-    note: Note | None = None,
-    take: TakeRecord | None = None,
-) -> tuple[Records, LineOf]:
-    """The records of a file, and where each part of it stands.
+def read_records(
+    data: bytes, *, file: str, take: TakeRecord, read_file: ReadFile | None = None
+) -> tuple[Problem, ...]:
+    """Read the records of a file one by one.
 
     Args:
         data: The file's bytes: UTF-8, JSON where `file` ends so, else YAML.
         file: Its name, for the problems.
+        take: Given each record. What it got holds only if the file itself has no problems.
         read_file: Reads what `user_data_file` names (`payload_reader`); without it the key is refused.
-        note: Given the number of records that were checked, of how many; of a YAML file the latter is estimated.
-        take: Given the records of a YAML file one by one, as far as they can be; the others are returned. What it
-            got holds only if the file itself has no problems.
+
+    Returns:
+        What is wrong with the file itself.
     """
-    found: list[tuple[Path, Network | Instance | Refused]] = []
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         reason = f"is not UTF-8: byte {data[error.start]:#04x}"
-        return _undecodable(
-            Undecodable(reason, "save it as UTF-8; binary goes as !!binary", line), file
-        )
+        hint = "save it as UTF-8; binary goes as !!binary"
+        return (Problem("file", reason, hint, file, line),)
 
     def take_item(path: Path, item: Decoded, share: float) -> None:
-        record = parse_listed(
-            path,
-            item.value,
-            read_file=read_file,
-            file=file,
-            line_of=item.line_of,
-            faults=item.faults,
-        )
-        if take is not None:
-            take(path, record, item.line_of, share)
-            return
-        found.append((path, record))
-        if note is not None and len(found) % _NOTED == 0:
-            note(len(found), max(len(found), round(len(found) / share)))
+        findings = Findings(file, item.line_of, read_file)
+        take(path, parse_listed(path, item.value, findings, item.faults), item.line_of, share)
 
     # YAML record by record: the tree of a large file is 60 times its size.
     decoded = (
@@ -105,21 +90,30 @@ def decode_records(
         else decode_yaml(text, lists=LISTS, take=take_item)
     )
     if isinstance(decoded, Undecodable):
-        return _undecodable(decoded, file)
-    records = parse_records(
-        decoded.value,
-        read_file=read_file,
-        file=file,
-        line_of=decoded.line_of,
-        faults=decoded.faults,
-        note=note,
-    )
-    return records.with_listed(found), decoded.line_of
+        return (Problem("file", decoded.reason, decoded.hint, file, decoded.line),)
+    findings = Findings(file, decoded.line_of, read_file)
+    for path, record, share in parse_each(decoded.value, findings, decoded.faults):
+        take(path, record, decoded.line_of, share)
+    return tuple(findings.problems)
 
 
-def _undecodable(fault: Undecodable, file: str) -> tuple[Records, LineOf]:
-    problem = Problem("file", fault.reason, fault.hint, file, fault.line)
-    return Records(problems=(problem,)), lambda _path: None
+def decode_records(
+    data: bytes, *, file: str, read_file: ReadFile | None = None, note: Note | None = None
+) -> Records:
+    """All records of a file; arguments as of `read_records`.
+
+    `note` is given now and then how many records were checked, and an estimate of how many there are.
+    """
+    found: list[tuple[Path, Network | Instance | Refused]] = []
+
+    def take(
+        path: Path, record: Network | Instance | Refused, _line_of: LineOf, share: float
+    ) -> None:
+        found.append((path, record))
+        if note is not None and len(found) % _NOTED == 0:
+            note(len(found), max(len(found), round(len(found) / share)))
+
+    return Records.of(found, read_records(data, file=file, take=take, read_file=read_file))
 
 
 def decode_json(text: str) -> Decoded | Undecodable:
@@ -210,20 +204,20 @@ class _Places:
 def payload_reader(directory: pathlib.Path) -> ReadFile:
     """Reads files named by records; a relative name is looked up in `directory`."""
 
-    def read(name: str) -> bytes | Unreadable:
-        path = directory / name
+    def read(field: Field) -> bytes:
+        path = directory / field.value
         try:
             # Asked first: opening a FIFO would wait for ever, and reading a device would never end.
             if not path.is_file():
-                return Unreadable(_missing(path), "an absolute path, or one beside the record file")
+                hint = "an absolute path, or one beside the record file"
+                none = f"{path} is no regular file" if path.exists() else f"there is no file {path}"
+                raise field.error(none, hint)
             if path.stat().st_size > MAX_PAYLOAD:
-                return Unreadable(f"{path} is larger than {MAX_PAYLOAD} bytes", "at most 16 MiB")
-            return path.read_bytes()
+                raise field.error(f"{path} is larger than {MAX_PAYLOAD} bytes", "at most 16 MiB")
+            data: bytes = path.read_bytes()
         except OSError as error:
-            return Unreadable(f"{path} cannot be read: {error.strerror}", "mend its permissions")
+            reason = f"{path} cannot be read: {error.strerror}"
+            raise field.error(reason, "mend its permissions") from error
+        return data
 
     return read
-
-
-def _missing(path: pathlib.Path) -> str:
-    return f"{path} is no regular file" if path.exists() else f"there is no file {path}"

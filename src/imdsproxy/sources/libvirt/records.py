@@ -10,7 +10,7 @@ from typing import Final
 from imdsproxy.core.inventory import address_keys
 from imdsproxy.core.model import ID_PATTERN, Instance, InstanceId, Network, NetworkId
 from imdsproxy.core.observation import RecordSet
-from imdsproxy.core.records import Json, Path, Refused, parse_instance, parse_network
+from imdsproxy.core.records import Findings, Json, Path, Refused, parse_instance, parse_network
 from imdsproxy.errors import Problem
 from imdsproxy.sources.in_force import Entry, InForce
 from imdsproxy.sources.libvirt.xml import (
@@ -66,7 +66,7 @@ def describe_network(network: LibvirtNetwork) -> Network | Refused:
         subnets.append(subnet)
     if subnets:
         record["subnets"] = subnets
-    return parse_network(record, file=network.place, path=("network",))
+    return parse_network(record, ("network",), Findings(network.place))
 
 
 class LibvirtKnown:
@@ -190,7 +190,7 @@ class LibvirtKnown:
         if not domain.marked and (self._selection.marked_only or not ports):
             return None
         record: dict[str, Json] = {"id": domain.uuid, "name": domain.name, "ports": ports}
-        parsed = parse_instance({**record, **domain.keys}, file=domain.place, path=("instance",))
+        parsed = parse_instance({**record, **domain.keys}, ("instance",), Findings(domain.place))
         if not domain.problems:
             return parsed
         more = parsed.problems if isinstance(parsed, Refused) else ()

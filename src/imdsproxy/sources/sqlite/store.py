@@ -22,8 +22,15 @@ from imdsproxy.core.inventory import address_keys
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId, StoredBytes, digest_of
 from imdsproxy.core.observation import AddressKey, RecordSet
 from imdsproxy.core.packed import FORMAT, PackedInstances
+from imdsproxy.core.records import (
+    Findings,
+    Records,
+    Refused,
+    parse_listed,
+    parse_records,
+    render_record,
+)
 from imdsproxy.core.records import Path as RecordPath
-from imdsproxy.core.records import Records, Refused, parse_listed, parse_records, render_record
 from imdsproxy.core.timing import Progress
 from imdsproxy.errors import Problem, SourceRefused, SourceUnavailable
 from imdsproxy.host.files import open_locked
@@ -223,7 +230,7 @@ class Store:
             record = text
         if isinstance(record, dict) and user_data is not None:
             record["user_data"] = user_data
-        found = parse_listed((kind, key), record, file=str(self._path))
+        found = parse_listed((kind, key), record, Findings(str(self._path)))
         if isinstance(found, Refused):
             return self._quarantined(kind, key, found.problems)
         if found.id != key:
@@ -438,7 +445,7 @@ def read_store(path: Path) -> Records:
             ]
     except (sqlite3.Error, ValueError, TypeError) as error:
         raise SourceUnavailable(f"cannot read {path}: {error}") from error
-    return parse_records({"networks": networks, "instances": instances}, file=str(path))
+    return parse_records({"networks": networks, "instances": instances}, Findings(str(path)))
 
 
 def _takes(instance: Instance, freed: Mapping[tuple[str, str], InstanceId]) -> bool:
