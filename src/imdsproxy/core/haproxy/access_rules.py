@@ -15,7 +15,7 @@ from typing import Final
 ACCESS_RULES: Final = r"""
 read_policy:
     # From the record as the map has it to `txn.policy`, where it has one, and `txn.record` without it.
-    http-request set-var(txn.policy) var(txn.record),field(1,|) if { var(txn.record) -m beg <policy_mark> }
+    http-request set-var(txn.policy) var(txn.record),field(1,|) if { var(txn.record) -m beg <policy_word> }
     http-request set-var(txn.record) var(txn.record),field(2,|,0) if <has_policy>
 note_checks:
     # Whether there is anything to check of a request, after the look-up: then a checked backend answers it.
@@ -101,13 +101,13 @@ check:
     http-request return status 403 if <token_route> <forwarded_for> !<by_proxy>
     http-request return status 400 if <token_route> !{ req.fhdr_cnt(<ttl_header>) 1 }
     http-request return status 400 if <token_route> !{ req.fhdr(<ttl_header>) -m reg '^[0-9]{1,5}$' }
-    http-request return status 400 if <token_route> !{ req.fhdr(<ttl_header>) -m int 1:<longest_ttl_s> }
+    http-request return status 400 if <token_route> !{ req.fhdr(<ttl_header>) -m int 1:<ttl_limit_s> }
     http-request set-var(txn.instance) <instance> if <token_route>
     http-request set-var(txn.instance) <instance_of_nova> if <token_route> <of_nova>
     http-request set-var(txn.epoch) <policy_epoch> if <token_route> <has_policy>
     http-request set-var(txn.ttl) req.fhdr(<ttl_header>),add(0) if <token_route>
     http-request set-var(txn.until) date,add(txn.ttl) if <token_route>
-    http-request set-var(txn.kid) str(<current_key>),map_str(<token_keys>) if <token_route>
+    http-request set-var(txn.kid) str(<current>),map_str(<token_keys>) if <token_route>
     http-request set-var(txn.key) var(txn.kid),map_str(<token_keys>) if <token_route>
     http-request set-var(txn.token_head) var(txn.kid),concat(.,txn.until) if <token_route>
     http-request set-var(txn.mac) var(txn.token_head),<mac> if <token_route>
@@ -124,7 +124,7 @@ check:
     http-request return status 503 hdr Retry-After <retry_after_s>
         if <token_route> { var(txn.hop_limit) -m int <withheld> }
     http-request set-var(txn.hop_limit) int(<next_to_mark>)
-        if <token_route> { var(txn.hop_limit) -m int <answer_mark> }
+        if <token_route> { var(txn.hop_limit) -m int <answer_dscp> }
     # The low two bits of the byte are not the DSCP's.
     http-request set-fc-tos var(txn.hop_limit),mul(4) if <token_route> <limited_hops>
     http-request set-var(sess.token_given) var(txn.mac) if <token_route> <limited_hops>

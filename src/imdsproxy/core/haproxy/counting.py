@@ -11,13 +11,12 @@ What a guest chooses, path and client, is cut and encoded before it becomes a ke
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import unquote_to_bytes
 
 from imdsproxy.core.haproxy.runtime import parse_table
-from imdsproxy.core.haproxy.text import Value
 
 GUESTS_TABLE: Final = "without-token"
 READERS_TABLE: Final = "without-token-readers"
@@ -33,10 +32,14 @@ STICK_COUNTERS: Final = 5
 # The counters of an entry. A read that was chosen by chance stands for `ONE_IN`, so that sums stay right when settings
 # change; HAProxy 3.0 could add that at once, but takes no `sc-add-gpc` for a number above 2 of what it tracks.
 _ONE_BY_ONE, _BY_CHANCE, _REFUSED = range(3)
-_KEPT_S: Final = 7 * 86_400
-_LONGEST_ID: Final = 64
-_LONGEST_PATH: Final = 48
-_LONGEST_CLIENT: Final = 64
+READS_KEPT_S: Final = 7 * 86_400
+LONGEST_PATH: Final = 48
+LONGEST_CLIENT: Final = 64
+GUEST_KEY: Final = 2 * 64 + 1
+"""Letters of a network's id, an instance's, and what is between them."""
+
+READER_KEY: Final = GUEST_KEY + 3 * (LONGEST_PATH + LONGEST_CLIENT) + 2
+"""The same, and a path and a client's name, of which each encoded letter takes three."""
 
 COUNTING_RULES: Final = """
 read_operator:
@@ -95,18 +98,6 @@ backend without-token
 backend without-token-readers
     stick-table type string len <reader_key> size 10k expire <reads_kept_s>s store gpc(3)
 """
-
-_GUEST_KEY: Final = 2 * _LONGEST_ID + 1
-NAMES: Final[Mapping[str, Value]] = {
-    "longest_path": _LONGEST_PATH,
-    "longest_client": _LONGEST_CLIENT,
-    "close_looks": CLOSE_LOOKS,
-    "guest_key": _GUEST_KEY,
-    # A letter that is encoded takes three.
-    "reader_key": _GUEST_KEY + 3 * (_LONGEST_PATH + _LONGEST_CLIENT) + 2,
-    "reads_kept_s": _KEPT_S,
-}
-"""What templates of this module name."""
 
 _ODD: Final = re.compile(rb"[^\w/.+:;#()-]")
 
@@ -170,4 +161,4 @@ def _entries(
         names = tuple(key.split("|"))
         if len(names) == parts and "exp" in numbers:
             counts = (numbers.get("gpc0", 0), numbers.get("gpc1", 0), numbers.get("gpc2", 0))
-            yield names, counts, max(0.0, _KEPT_S - numbers["exp"] / 1000)
+            yield names, counts, max(0.0, READS_KEPT_S - numbers["exp"] / 1000)

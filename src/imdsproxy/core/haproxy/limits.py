@@ -45,9 +45,9 @@ count_connections:
         if !{ var(sess.record) -m found }
     # The first that tracks counts; of the record's kinds the rarest come first.
     [fair] [nova] tcp-request connection track-sc2 var(sess.record),field(3,|) table fairness
-        if { var(sess.record) -m beg <nova_mark> }
+        if { var(sess.record) -m beg <map_nova> }
     [fair] [nova] tcp-request connection track-sc2 var(sess.record),field(4,|) table fairness
-        if <connection_has_policy> { var(sess.record) -m sub |<nova_mark> }
+        if <connection_has_policy> { var(sess.record) -m sub |<map_nova> }
     [fair] tcp-request connection track-sc2 var(sess.record),field(2,|) table fairness if <connection_has_policy>
     [fair] tcp-request connection track-sc2 var(sess.record),field(1,|) table fairness if <connection_known>
     [fair] tcp-request connection set-var(sess.newcomer) bool(true) if !<connection_known>

@@ -6,10 +6,11 @@ The places of fields in records and in the policy word are here and nowhere else
 from __future__ import annotations
 
 from dataclasses import fields
+from types import ModuleType
 from typing import Final
 
+from imdsproxy.core import path_rules, policy, tokens, wire
 from imdsproxy.core import policy_word as layout
-from imdsproxy.core import wire
 from imdsproxy.core.documents.tree import TEXT
 from imdsproxy.core.haproxy import counting
 from imdsproxy.core.haproxy.access_rules import ACCESS_RULES
@@ -20,37 +21,17 @@ from imdsproxy.core.haproxy.model import DataplaneSpec, Limits, Paths, count_nam
 from imdsproxy.core.haproxy.nova import NOVA_RULES
 from imdsproxy.core.haproxy.request_log import LOG_RULES, names_of_log
 from imdsproxy.core.haproxy.text import Block, Form, Option, Value, Word, blocks_of, raw
-from imdsproxy.core.path_rules import TOKEN_PATH, WITHIN_OTHER_TREES
-from imdsproxy.core.policy import LONGEST_BOOT_S
+from imdsproxy.core.path_rules import WITHIN_OTHER_TREES
 from imdsproxy.core.policy_word import POLICY_WORD, Field, Letter
-from imdsproxy.core.tokens import CURRENT, TOKEN_PATTERN, TTL_LIMIT_S
-from imdsproxy.core.wire import (
-    ANSWER_DSCP,
-    MAP_CONFLICT,
-    MAP_NOVA,
-    NEXT_TO_MARK,
-    PROBE_INSTANCE,
-    PROBE_PATH,
-    RETRY_AFTER_S,
-    UNLIMITED,
-    WITHHELD,
+
+_METHODS: Final = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
+
+_GUEST_HEADERS: Final = (
+    "accept|content-length|content-type|host|if-[a-z-]+|range|transfer-encoding|user-agent"
 )
+"""What of a guest's headers goes on, as a pattern of lower-case names; all else is deleted."""
 
-METHODS: Final = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
-
-GUEST_HEADERS: Final = (
-    "accept",
-    "content-length",
-    "content-type",
-    "host",
-    "if-[a-z-]+",
-    "range",
-    "transfer-encoding",
-    "user-agent",
-)
-"""What of a guest's headers goes on, as regular expressions on lower-case names; all else is deleted."""
-
-TOKEN_HEADERS: Final = ("x-aws-ec2-metadata-token", "x-aws-ec2-metadata-token-ttl-seconds")
+_TOKEN_HEADERS: Final = ("x-aws-ec2-metadata-token", "x-aws-ec2-metadata-token-ttl-seconds")
 """What goes on to our own processes beside; Nova has nothing to do with tokens."""
 
 _SHORT_PER_MB: Final = 256
@@ -70,8 +51,8 @@ _OWN_HOST: Final = r"(?i)^(?:169\.254\.169\.254|\[fe80::a9fe:a9fe(?:%[^\]]*)?\])
 _CONDITIONS: Final = """
     # The record, without the policy word.
     acl known               var(txn.record) -m sub |
-    acl of_nova             var(txn.record) -m beg <nova_mark>
-    acl in_conflict         var(txn.record) -m str <conflict_mark>
+    acl of_nova             var(txn.record) -m beg <map_nova>
+    acl in_conflict         var(txn.record) -m str <map_conflict>
 
     # The policy word.
     acl has_policy          var(txn.policy) -m found
@@ -82,7 +63,7 @@ _CONDITIONS: Final = """
 
     # The record of a connection.
     acl connection_known    var(sess.record) -m sub |
-    acl connection_has_policy var(sess.record) -m beg <policy_mark>
+    acl connection_has_policy var(sess.record) -m beg <policy_word>
     acl newcomer            var(sess.newcomer) -m found
 
     # The request.
@@ -115,7 +96,7 @@ _CONDITIONS: Final = """
     acl token_missing       var(txn.token_missing) -m found
     acl token_route         var(txn.token_route) -m found
     acl latest_token_path   var(txn.path) -m str <token_path> <token_path>/
-    acl limited_hops        var(txn.hop_limit) -m int lt <unlimited_hops>
+    acl limited_hops        var(txn.hop_limit) -m int lt <unlimited>
     acl count_read          var(txn.count_read) -m found
     acl rewritten           var(txn.original_target) -m found
     acl has_short_document  var(txn.short_document) -m found
@@ -123,15 +104,19 @@ _CONDITIONS: Final = """
 """Written into rules as anonymous conditions, `{ … }`."""
 
 
-def _all_but(kept: tuple[str, ...]) -> Word:
-    return Word(f"^(?!(?:{'|'.join(kept)})$)")
+def _constants(*modules: ModuleType) -> dict[str, Value]:
+    """`header_network` for `core.wire.HEADER_NETWORK`: numbers and texts of one line."""
+    return {
+        name.lower(): Word(value) if isinstance(value, str) else value
+        for module in modules
+        for name, value in vars(module).items()
+        if name.isupper() and isinstance(value, str | int) and "\n" not in str(value)
+    }
 
 
 _VALUES: Final[dict[str, Value]] = {
+    **_constants(wire, tokens, path_rules, policy, layout, counting),
     # Records, and the policy word before them.
-    "nova_mark": raw(MAP_NOVA),
-    "conflict_mark": raw(MAP_CONFLICT),
-    "policy_mark": raw(POLICY_WORD),
     "instance": raw("var(txn.record),field(1,|)"),
     "instance_of_nova": raw("var(txn.record),field(3,|)"),
     "revision": raw("var(txn.record),field(2,|)"),
@@ -142,13 +127,14 @@ _VALUES: Final[dict[str, Value]] = {
     # Patterns and expressions.
     "forwarding_headers": Word(_FORWARDING_HEADERS),
     "own_host_pattern": Word(_OWN_HOST),
-    "other_than_guest_headers": _all_but(GUEST_HEADERS),
-    "other_than_guest_and_token_headers": _all_but((*GUEST_HEADERS, *TOKEN_HEADERS)),
+    "other_than_guest_headers": Word(f"^(?!(?:{_GUEST_HEADERS})$)"),
+    "other_than_guest_and_token_headers": Word(
+        f"^(?!(?:{_GUEST_HEADERS}|{'|'.join(_TOKEN_HEADERS)})$)"
+    ),
     # The path without escapes, doubled slashes and dot segments that lead to the same place.
     "canonical_path": Word(
         r'path,url_dec,regsub("/(?:\.?/)*(?:\.$)?",/,g),regsub("^/ec2(?=/|$)","")'
     ),
-    "token_pattern": Word(TOKEN_PATTERN),
     # All that a good token depends on, beside itself, its end and its key.
     "token_context": raw("var(txn.record),concat(|,txn.policy),concat(|,sess.network)"),
     # Of `KID.EXPIRY`, for whom a token is (`core.tokens`).
@@ -159,26 +145,15 @@ _VALUES: Final[dict[str, Value]] = {
     "short_document": Block("path,concat(|,txn.record),map_str(<short>)"),
     "always": raw(""),
     # Texts, numbers.
-    "token_header": raw(TOKEN_HEADERS[0]),
-    "ttl_header": raw(TOKEN_HEADERS[1]),
-    "methods": raw(" ".join(METHODS)),
-    "allow_methods": Word(", ".join(METHODS)),
-    "token_path": raw(TOKEN_PATH),
+    "token_header": raw(_TOKEN_HEADERS[0]),
+    "ttl_header": raw(_TOKEN_HEADERS[1]),
+    "methods": raw(" ".join(_METHODS)),
+    "allow_methods": Word(", ".join(_METHODS)),
     "other_trees": raw(" ".join(WITHIN_OTHER_TREES)),
-    "current_key": raw(CURRENT),
     "text_plain": Word(TEXT.decode("ascii")),
     "longest_short": _LONGEST_SHORT,
-    "probe_path": Word(PROBE_PATH),
-    "probe_instance": Word(PROBE_INSTANCE),
     "largest_head": _LARGEST_HEAD,
-    "retry_after_s": RETRY_AFTER_S,
-    "longest_ttl_s": TTL_LIMIT_S,
-    "longest_boot_s": LONGEST_BOOT_S,
-    "unlimited_hops": UNLIMITED,
-    "withheld": WITHHELD,
-    "next_to_mark": NEXT_TO_MARK,
-    "answer_mark": ANSWER_DSCP,
-    "answer_tos": ANSWER_DSCP << 2,
+    "answer_tos": wire.ANSWER_DSCP << 2,
 }
 
 
@@ -193,15 +168,6 @@ def _policy() -> dict[str, Value]:
                 condition = f"{{ {part.sample} -m str -- {letter} }}"
                 names[f"policy_{name.lower()}_{state}"] = raw(condition)
     return names
-
-
-def _headers() -> dict[str, Value]:
-    """`header_network` for `core.wire.HEADER_NETWORK`."""
-    return {
-        name.lower(): raw(header)
-        for name, header in vars(wire).items()
-        if name.startswith("HEADER_")
-    }
 
 
 def _conditions() -> dict[str, Value]:
@@ -220,8 +186,6 @@ CONSTANTS: Final[dict[str, Value]] = {
         BACKENDS,
     ),
     **_VALUES,
-    **counting.NAMES,
-    **_headers(),
     **_policy(),
     **_conditions(),
 }
@@ -269,7 +233,6 @@ def form_of(spec: DataplaneSpec) -> Form:
             "counts_all": spec.count_reads == 1,
             "samples_left": spec.count_reads > 1 and not spec.nova,
             "read_counter": counting.read_counter(spec.count_reads),
-            "stick_counters": counting.STICK_COUNTERS,
             "documents": bool(spec.paths.documents),
             "exporter": spec.exporter is not None,
             "listen": Word(spec.exporter or ""),

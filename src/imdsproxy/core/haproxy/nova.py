@@ -20,13 +20,12 @@ from imdsproxy.core.haproxy.model import (
     CHECKED,
     SAMPLED,
     DataplaneSpec,
-    HealthCheck,
     NovaBackend,
     NovaServer,
     NovaTimes,
     NovaTls,
 )
-from imdsproxy.core.haproxy.text import Form, Option, Text, Value, Word, raw
+from imdsproxy.core.haproxy.text import Block, Form, Option, Text, Value, Word, raw
 from imdsproxy.core.wire import MAP_NOVA
 
 _LOOPBACK_SOCKET: Final = re.compile(r"\bhop-[0-9a-f]{16}\.sock\b")
@@ -111,17 +110,22 @@ backend nova.<set><once_name><kind>
     <servers>
 """
 
-_SERVER: Final = "server <name> <address> <tls> <sni> <health>"
+_SERVERS: Final = """
+    # The loopback to it, which checks it; or itself, checked here or by the first of the backends.
+    [mixed] server <name> <inside> <track_loopback>
+    [checking] server <name> <authority> <tls> <check_sni> <checks>
+    [tracking] server <name> <authority> <tls> <track_first>
+"""
 
 _TLS: Final = """
     [verify] ssl sni str(<tls_name>) alpn http/1.1 verify required ca-file <ca> verifyhost <tls_name> <client>
     [!verify] ssl sni str(<tls_name>) alpn http/1.1 verify none <client>
 """
 
-_CHECKED: Final = "check inter <pace> fastinter <soon> downinter <down> fall 2 rise 1 observe layer4 on-error fastinter"
+_CHECKS: Final = "check inter <pace> fastinter <soon> downinter <down> fall 2 rise 1 observe layer4 on-error fastinter"
 
 _LOOPBACK: Final = """
-listen <listener>
+listen <loopback_name>
     # The master binds the socket, as root; the worker that connects to it is another user.
     bind <socket> <user> mode 600 proto h1
     [next] http-request set-header x-instance-id-signature %[req.fhdr(x-imdsproxy-next-signature)]
@@ -136,7 +140,7 @@ listen <listener>
     errorfile 504 <silence>
     http-reuse safe
     [http_check] <http_checks>
-    <servers>
+    server <name> <authority> <tls> <check_sni> <checks>
 """
 
 
@@ -178,16 +182,35 @@ def nova_backends(spec: DataplaneSpec, form: Form) -> Iterator[Text]:
     kinds = [(kind, once) for kind in ("", CHECKED) for once in (False, True)]
     if spec.count_reads:
         kinds.append((SAMPLED, False))
+    checked, by_http = spec.nova_times.check != "off", spec.nova_times.check == "http"
     for backend in spec.nova:
         named = Form(
             {**form.values, **_names(backend), **_names_of_servers(backend, spec.nova_times)}
         )
         mixed = len({server.slot for server in backend.servers}) > 1
+        servers = [_server_names(spec, backend, one, checked=checked) for one in backend.servers]
         for kind, once in kinds:
-            yield from _backend(spec, named, backend, kind, once=once, mixed=mixed)
-        if mixed or backend.loopback:
-            for server in backend.servers:
-                yield from _loopback(spec, named, backend, server, used=mixed)
+            checking = not (once or kind or mixed)
+            flags: dict[str, Value] = {
+                "mixed": mixed, "checking": checking, "tracking": not checking and not mixed,
+            }  # fmt: skip
+            yield from named.sections(
+                _BACKEND,
+                **flags,
+                checked=kind == CHECKED,
+                sampled=kind == SAMPLED,
+                once_name=raw(".once" if once else ""),
+                kind=raw(kind),
+                once=once,
+                next=not mixed and bool(backend.servers and backend.servers[0].slot),
+                server_ms=named.values["loopback_ms" if mixed else "server_ms"],
+                http_check=checking and by_http,
+                servers=named.each(_SERVERS, servers, **flags),
+            )
+        # One that is not used is there for workers that still have the configuration before: the sockets are the same.
+        for server in servers if mixed or backend.loopback else ():
+            unused: dict[str, Value] = {} if mixed else {"checks": raw(""), "check_sni": raw("")}
+            yield from named.sections(_LOOPBACK, **server, **unused, http_check=mixed and by_http)
 
 
 def _names(backend: NovaBackend) -> dict[str, Value]:
@@ -206,7 +229,11 @@ def _names(backend: NovaBackend) -> dict[str, Value]:
 
 def _names_of_servers(backend: NovaBackend, times: NovaTimes) -> dict[str, Value]:
     tls = backend.tls or NovaTls("")
+    checked = times.check != "off"
     return {
+        "tls": Block(_TLS if backend.tls else ""),
+        "check_sni": Option("check-sni", tls.name if backend.tls and checked else None),
+        "checks": Block(_CHECKS if checked else ""),
         "certificates": Word(f"certificates {tls.contents}") if tls.contents else None,
         "tls_name": Word(tls.name),
         "verify": tls.verify,
@@ -227,79 +254,19 @@ def _ms(seconds: float) -> Word:
     return Word(f"{round(seconds * 1000)}ms")
 
 
-def _loopback_name(backend: NovaBackend, server: NovaServer) -> str:
-    return f"nova.{backend.name}.hop.{server.name}"
-
-
-def _socket(directory: str, backend: NovaBackend, server: NovaServer) -> str:
+def _server_names(
+    spec: DataplaneSpec, backend: NovaBackend, server: NovaServer, *, checked: bool
+) -> dict[str, Value]:
     # HAProxy takes paths of 97 characters, and set and address alone may have 65.
-    name = hashlib.sha256(f"{backend.name} {server.name}".encode()).hexdigest()[:16]
-    return f"unix@{directory}/hop-{name}.sock"
-
-
-def _backend(
-    spec: DataplaneSpec, form: Form, backend: NovaBackend, kind: str, *, once: bool, mixed: bool
-) -> Iterator[Text]:
-    first = not once and not kind
-    inside = spec.paths.loopback_inside
-    servers = [
-        str(_server(form, backend, server, spec.nova_times.check, address=_socket(inside, backend, server),
-                    track=_loopback_name(backend, server)))
-        if mixed
-        else str(_server(form, backend, server, spec.nova_times.check, track=None if first else f"nova.{backend.name}"))
-        for server in backend.servers
-    ]  # fmt: skip
-    return form.sections(
-        _BACKEND,
-        checked=kind == CHECKED,
-        sampled=kind == SAMPLED,
-        once_name=raw(".once" if once else ""),
-        kind=raw(kind),
-        once=once,
-        mixed=mixed,
-        next=not mixed and bool(backend.servers and backend.servers[0].slot),
-        server_ms=form.values["loopback_ms" if mixed else "server_ms"],
-        http_check=first and not mixed and spec.nova_times.check == "http",
-        servers=Text(tuple(servers)),
-    )
-
-
-def _server(
-    form: Form,
-    backend: NovaBackend,
-    server: NovaServer,
-    check: HealthCheck,
-    *,
-    track: str | None = None,
-    address: str = "",
-) -> Text:
-    """An endpoint, or the loopback to it at `address`; checked here, or by the backend whose name is `track`."""
-    checks = track is None and check != "off"
-    tracked = f"{track}/{server.name}" if track and check != "off" else None
-    tls = None if address else backend.tls
-    return form.fill(
-        _SERVER,
-        name=Word(server.name),
-        address=Word(address or server.authority),
-        tls=form.fill(_TLS if tls else ""),
-        sni=Option("check-sni", tls.name if tls and checks else None),
-        health=form.fill(_CHECKED) if checks else Option("track", tracked),
-    )
-
-
-def _loopback(
-    spec: DataplaneSpec, form: Form, backend: NovaBackend, server: NovaServer, *, used: bool
-) -> Iterator[Text]:
-    """One endpoint behind a socket of our own, which takes the signature that it wants.
-
-    One that is not `used` is there for workers that still have the configuration before: the sockets are the same.
-    """
-    check = spec.nova_times.check if used else "off"
-    return form.sections(
-        _LOOPBACK,
-        http_check=check == "http",
-        servers=_server(form, backend, server, check),
-        listener=Word(_loopback_name(backend, server)),
-        socket=Word(_socket(spec.paths.loopback, backend, server)),
-        next=bool(server.slot),
-    )
+    digest = hashlib.sha256(f"{backend.name} {server.name}".encode()).hexdigest()[:16]
+    loopback = f"nova.{backend.name}.hop.{server.name}"
+    return {
+        "name": Word(server.name),
+        "authority": Word(server.authority),
+        "next": bool(server.slot),
+        "loopback_name": Word(loopback),
+        "socket": Word(f"unix@{spec.paths.loopback}/hop-{digest}.sock"),
+        "inside": Word(f"unix@{spec.paths.loopback_inside}/hop-{digest}.sock"),
+        "track_loopback": Option("track", f"{loopback}/{server.name}" if checked else None),
+        "track_first": Option("track", f"nova.{backend.name}/{server.name}" if checked else None),
+    }
