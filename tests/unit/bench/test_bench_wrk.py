@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.wrk import Load, parse_wrk, wrk_command
+from bench.wrk import parse_wrk
 
 _REPORT = """Running 2s test @ http://169.254.169.254/latest/meta-data/instance-id
   1 threads and 64 connections
@@ -45,14 +45,3 @@ def test_a_run_of_more_than_a_minute_is_read_in_seconds() -> None:
 
 def test_what_is_no_report_is_none() -> None:
     assert parse_wrk("unable to connect to 169.254.169.254:80 Connection refused\n") is None
-
-
-def test_the_load_runs_in_the_network_and_on_its_own_processor() -> None:
-    argv = wrk_command("imdsb-0", "http://h/", Load(cpu=1, seconds=1.4, headers=("A: b",)))
-    assert argv[:6] == ["nsenter", "--net=/run/netns/imdsb-0", "--", "taskset", "-c", "1"]
-    assert argv[6:] == ["wrk", "-t1", "-c64", "-d1s", "--latency", "-H", "A: b", "http://h/"]
-
-
-def test_a_load_of_less_than_its_least_second_is_interrupted() -> None:
-    argv = wrk_command("imdsb-0", "http://h/", Load(seconds=0.4))
-    assert argv[3:7] == ["timeout", "--signal=INT", "0.4", "wrk"]

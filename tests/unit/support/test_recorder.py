@@ -17,9 +17,6 @@ from support.recorder import (
     Answer,
     Recorder,
     Stage,
-    close_without_a_byte,
-    garbage,
-    half,
     reply,
     reset,
     signature_of,
@@ -78,16 +75,6 @@ def test_chunks_and_trailers_are_kept(recorder: Recorder) -> None:
     assert seen.trailers == (b"X-Instance-ID: x", b"Y:z")
 
 
-def test_connections_are_told_apart_and_kept(recorder: Recorder) -> None:
-    for _ in range(2):
-        with _connect(recorder) as connection:
-            for _ in range(3):
-                connection.send(_GET)
-                connection.read()
-    assert [one.connection for one in recorder.requests] == [1, 1, 1, 2, 2, 2]
-    assert recorder.connections == 2
-
-
 def test_half_a_request_is_a_fragment(recorder: Recorder) -> None:
     with _connect(recorder) as connection:
         connection.send(b"GET / HT")
@@ -123,15 +110,6 @@ def test_answers_are_sent_as_written(recorder: Recorder) -> None:
         assert connection.read().body == b"/a%2Fb?c"
 
 
-def test_half_an_answer_ends_where_it_is_cut(recorder: Recorder) -> None:
-    whole = reply(b"a" * 1000)
-    recorder.answer(half(whole), half(whole, of=10), close_without_a_byte(), garbage(b"\0hello"))
-    assert _sent(recorder, _GET) == whole.data[: len(whole.data) // 2]
-    assert _sent(recorder, _GET) == b"HTTP/1.1 2"
-    assert _sent(recorder, _GET) == b""
-    assert _sent(recorder, _GET) == b"\0hello"
-
-
 @pytest.mark.parametrize("at", list(Stage))
 def test_it_resets_before_or_after_it_has_read_the_body(recorder: Recorder, at: Stage) -> None:
     recorder.answer(reset(at=at))
@@ -141,22 +119,6 @@ def test_it_resets_before_or_after_it_has_read_the_body(recorder: Recorder, at: 
             connection.socket.recv(1)
     assert len(recorder.heads) == 1
     assert len(recorder.requests) == (1 if at is Stage.REQUEST else 0)
-
-
-def test_it_refuses_connections_and_takes_them_again_at_the_same_port(recorder: Recorder) -> None:
-    with _connect(recorder) as before:
-        until(lambda: recorder.connections == 1)
-        port = recorder.port
-        recorder.refuse()
-        with pytest.raises(ConnectionRefusedError):
-            _connect(recorder)
-        before.send(_GET)
-        assert before.read().status == 200
-    recorder.listen()
-    assert recorder.port == port
-    with _connect(recorder) as after:
-        after.send(_GET)
-        assert after.read().status == 200
 
 
 def _signed(secret: str, *more: str, accept: str = "*/*") -> bytes:
@@ -186,12 +148,6 @@ def test_two_instances_or_signatures_in_one_request_are_no_signature() -> None:
         assert connection.read().status == 403
         connection.send(_signed("one", f"x-instance-id-signature: {good}"))
         assert connection.read().status == 403
-
-
-def test_a_signature_is_hmac_sha256_in_hexadecimal_digits() -> None:
-    assert signature_of("key", "The quick brown fox jumps over the lazy dog") == (
-        "f7bc83f430538424b13298e6aa6fb143ef4d59a14946175997479dbc2d1a3cd8"
-    )
 
 
 def test_it_speaks_tls_and_asks_clients_for_a_certificate(tmp_path: Path) -> None:
