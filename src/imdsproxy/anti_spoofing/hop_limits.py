@@ -7,8 +7,7 @@ removes it where it is no longer needed.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import structlog
@@ -54,7 +53,6 @@ class HopLimits:
     _armed: frozenset[NetworkId] = _NONE
     _promised: frozenset[NetworkId] = _NONE
     _open: frozenset[HopPlace] = frozenset()
-    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def problems(self) -> tuple[Problem, ...]:
@@ -153,12 +151,6 @@ class HopLimits:
             self._armed, self._open, self.refused = _NONE, frozenset(), {}
             return _NONE
         places = plan_places(endpoints, needed)
-        async with self._lock:
-            return await self._ensure(places)
-
-    async def _ensure(
-        self, places: Mapping[NetworkId, frozenset[HopPlace]]
-    ) -> frozenset[NetworkId]:
         wanted = frozenset(place for some in places.values() for place in some)
         missing = wanted - self._open
         if missing:
@@ -205,34 +197,20 @@ class HopLimits:
         await self._close(set())
 
     async def _close(self, needed: set[NetworkId]) -> None:
-        async with self._lock:
-            places = self.journal.load()
-            kept = {network: some for network, some in places.items() if network in needed}
-            gone = {name for some in places.values() for name in some}
-            gone -= {name for some in kept.values() for name in some}
-            await self.kernel.close([(name, self.kernel.table) for name in gone])
-            self._open = frozenset(one for one in self._open if _name(one) not in gone)
-            self._armed &= kept.keys()
-            self.journal.store(kept)
+        places = self.journal.load()
+        kept = {network: some for network, some in places.items() if network in needed}
+        gone = {name for some in places.values() for name in some}
+        gone -= {name for some in kept.values() for name in some}
+        await self.kernel.close([(name, self.kernel.table) for name in gone])
+        self._open = frozenset(one for one in self._open if _name(one) not in gone)
+        self._armed &= kept.keys()
+        self.journal.store(kept)
 
-    async def lost(self, table: str) -> None:
-        """A table of this name (empty: any) was removed, perhaps by us: create it again."""
-        if table not in ("", self.kernel.table) or not self._open:
-            return
-        async with self._lock:
-            results = await self.kernel.open(self._open)
-            gone = {place for place, error in results.items() if error is not None}
-            if not gone:
-                return
-            self._open -= gone
-            names = set(map(_name, gone))
-            hit = frozenset(
-                network
-                for network, some in self.journal.load().items()
-                if not names.isdisjoint(some)
-            )
-            self._arm(self._armed - hit)
-        self.on_need(hit)
+    def lost(self, table: str) -> None:
+        """A table of this name (empty: any) was removed, perhaps by us: look at all of ours."""
+        if table in ("", self.kernel.table) and self._open:
+            self._open = frozenset()
+            self.on_need(self._armed)
 
 
 def _name(place: HopPlace) -> str | None:

@@ -96,7 +96,7 @@ class Launcher(Protocol):
     async def kill(self, processes: Processes) -> None:
         """End the master and its workers at once, whatever state they are in."""
         # The master first: it would take a dead worker for a failure of its own and write about it.
-        for pid in (processes.master, *processes.workers):
+        for pid in processes.pids:
             handle = open_process(pid)
             if handle is not None:
                 handle.kill(signal.SIGKILL)
@@ -218,7 +218,7 @@ class SpawnLauncher(Launcher):
             await self.end_lost()
             return
         # The master passes SIGTERM on to its workers and ends when they have.
-        for pid in (processes.master, *processes.workers):
+        for pid in processes.pids:
             handle = open_process(pid)
             if handle is not None:
                 await handle.stop(_STOP_GRACE_S)

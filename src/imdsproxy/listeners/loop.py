@@ -255,7 +255,7 @@ class ListenerLoop:
 
     def _pids(self) -> tuple[int, ...]:
         processes = self.haproxy.processes
-        return () if processes is None else (processes.master, *processes.workers)
+        return () if processes is None else processes.pids
 
     async def _apply_again(
         self, endpoints: tuple[Endpoint, ...], reasons: tuple[str, ...]

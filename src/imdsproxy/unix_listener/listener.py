@@ -28,7 +28,6 @@ from imdsproxy.host.socket_file import FileIdentity, give_socket, identify_file,
 from imdsproxy.unix_listener.plan import (
     Takeovers,
     deduce_socket_mode,
-    explain_pause,
     judge_socket,
     name_owners,
 )
@@ -69,41 +68,42 @@ class UnixListener:
     _signature: FileIdentity | None = None
     _refused: tuple[UnixBind, Problem] | None = None
     _backoff: Backoff = field(default_factory=lambda: Backoff(5.0, 60.0))
-    _again_at: float = field(default=0.0)
+    _again_at: float = 0.0
 
     async def choose(self) -> None:
         """Look at the host and decide; `bind`, `problem` and `rebind` are as of now afterwards."""
-        settings = self.settings()
         self.rebind, self._taking = False, None
-        if not settings.enabled:
-            self._decide(None, None)
-            return
+        settings, bind, problem = self.settings(), None, None
         try:
-            _apply_directory(settings)
-            wanted = plan_unix_bind(settings)
-            if self._waits(wanted):
-                return
-            seen = await self._look(settings.path)
+            if settings.enabled:
+                bind, problem = await self._choose(settings)
         except DataplaneError as error:
             reason = f"{error.message}: the unix listener is left out"
-            self._decide(None, Problem("unix_listener", reason, error.hint))
-            return
+            problem = Problem("unix_listener", reason, error.hint)
+        self._decide(bind, problem)
+
+    async def _choose(
+        self, settings: UnixListenerSettings
+    ) -> tuple[UnixBind | None, Problem | None]:
+        wanted, now = _prepare(settings), self.clock.monotonic()
+        # Each try of what HAProxy refused costs a worker.
+        if self._refused is not None and self._refused[0] == wanted and now < self._again_at:
+            return None, self._refused[1]
+        has = bound_path(self.haproxy.in_force() or "") == wanted.path
+        seen = await self._look(settings.path)
         if seen is None:
             # HAProxy is just being started, so whose socket it is can't be known: as it was, then.
-            bound = bound_path(self.haproxy.in_force() or "")
-            self._decide(wanted if bound == wanted.path else None, self.problem)
-            return
-        taking = settings.take_over and seen.state is SocketState.FOREIGN
-        problem = None if taking else judge_socket(wanted.path, seen)
-        if taking and self._takeovers.pause_left_s(self.clock.monotonic()):
-            problem = explain_pause(wanted.path, seen, self._takeovers.pause_s)
-        self._decide(wanted if problem is None else None, problem)
-        if problem is None:
-            self._taking = seen if taking else None
-            # For the configuration that it has, HAProxy would do nothing.
-            runs = taking and self.haproxy.processes is not None
-            has = runs and bound_path(self.haproxy.in_force() or "") == wanted.path
-            self.rebind = seen.orphaned or has
+            return wanted if has else None, self.problem
+        pause_s = self._takeovers.pause_s if self._takeovers.pause_left_s(now) else 0.0
+        problem = judge_socket(wanted.path, seen, take_over=settings.take_over, pause_s=pause_s)
+        if problem is not None:
+            return None, problem
+        if seen.state is SocketState.FOREIGN:
+            self._taking = seen
+        # For the configuration that it has, HAProxy would do nothing.
+        runs = self._taking is not None and self.haproxy.processes is not None
+        self.rebind = seen.orphaned or (runs and has)
+        return wanted, None
 
     def blame(self, error: DataplaneError) -> bool:
         """Disable it when HAProxy refused a configuration because of it; whether that was so, or may be."""
@@ -135,7 +135,13 @@ class UnixListener:
             before: The path that the configuration of before had bound.
         """
         bind = self.bind
-        self._note_taking()
+        if self._taking is not None and bind is not None:
+            self._takeovers.note(self.clock.monotonic())
+            self.taken_over += 1
+            self.taken_from, self._taking = name_owners(self._taking), None
+            structlog.get_logger().info(
+                "unix listener taken over", path=bind.path, taken_from=self.taken_from
+            )
         try:
             if before is not None and (bind is None or before != bind.path):
                 await self._withdraw(Path(before))
@@ -155,29 +161,9 @@ class UnixListener:
             self.serving, self._signature = False, None
         self.bind, self.problem = bind, problem
 
-    def _note_taking(self) -> None:
-        if self._taking is None or self.bind is None:
-            return
-        self._takeovers.note(self.clock.monotonic())
-        self.taken_over += 1
-        self.taken_from, self._taking = name_owners(self._taking), None
-        structlog.get_logger().info(
-            "unix listener taken over", path=self.bind.path, taken_from=self.taken_from
-        )
-
-    def _waits(self, wanted: UnixBind) -> bool:
-        """Whether a bind that HAProxy refused has to wait: each try costs a worker."""
-        if self._refused is None or self._refused[0] != wanted:
-            self._refused = None
-            return False
-        if self.clock.monotonic() >= self._again_at:
-            return False
-        self._decide(None, self._refused[1])
-        return True
-
     async def _look(self, path: Path) -> SeenSocket | None:
         processes = self.haproxy.processes
-        seen = self.look(path, () if processes is None else (processes.master, *processes.workers))
+        seen = self.look(path, () if processes is None else processes.pids)
         if seen.state is not SocketState.FOREIGN or processes is None:
             return seen
         # It may be a HAProxy that was started a moment ago, by us or by systemd.
@@ -186,7 +172,7 @@ class UnixListener:
                 processes = await self.haproxy.master.read_processes()
             except RuntimeUnavailable:
                 return None
-        return self.look(path, (processes.master, *processes.workers))
+        return self.look(path, processes.pids)
 
     async def _confirm(self, bind: UnixBind) -> None:
         path = Path(bind.path)
@@ -208,25 +194,31 @@ class UnixListener:
             remove_file(path, file)
 
 
-def plan_unix_bind(settings: UnixListenerSettings) -> UnixBind:
-    """The socket that HAProxy is to bind.
+def _prepare(settings: UnixListenerSettings) -> UnixBind:
+    """The socket that HAProxy is to bind; its directory is made where it is missing.
 
     Raises:
         HostRefused: An account of the settings does not exist, or there is no directory.
     """
     directory = settings.path.parent
+    user = None if settings.user is None else user_id(settings.user)
+    group = None if settings.group is None else group_id(settings.group)
+    if not directory.is_dir():
+        # One that is there is Neutron's and left alone.
+        mode = int(settings.directory_mode, 8)
+        ensure_directory(directory, mode=mode, owner=(user or 0, group or 0))
     with refusing(f"look at {directory}"):
         status = directory.stat()
-    owner = status.st_uid if settings.user is None else user_id(settings.user)
-    group = status.st_gid if settings.group is None else group_id(settings.group)
+    user = status.st_uid if user is None else user
+    group = status.st_gid if group is None else group
     mode = deduce_socket_mode(
         settings.mode,
-        owner=owner,
+        owner=user,
         group=group,
         proxy_user=_id(settings.proxy_user, user_id),
         proxy_group=_id(settings.proxy_group, group_id),
     )
-    return UnixBind(str(settings.path), f"{mode:04o}", owner, group, settings.maxconn)
+    return UnixBind(str(settings.path), f"{mode:04o}", user, group, settings.maxconn)
 
 
 def bound_path(config: str) -> str | None:
@@ -256,15 +248,6 @@ def sweep_unix_socket(config: Path, look: SocketLook) -> None:
     file = identify_file(path)
     if file is not None and look(path, ()).state is SocketState.STALE:
         remove_file(path, file)
-
-
-def _apply_directory(settings: UnixListenerSettings) -> None:
-    """Make the socket's directory where it is missing; one that is there is Neutron's and left alone."""
-    directory = settings.path.parent
-    if not directory.is_dir():
-        user = 0 if settings.user is None else user_id(settings.user)
-        group = 0 if settings.group is None else group_id(settings.group)
-        ensure_directory(directory, mode=int(settings.directory_mode, 8), owner=(user, group))
 
 
 def _id(account: str | None, look_up: Callable[[str], int]) -> int | None:

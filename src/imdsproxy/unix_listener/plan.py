@@ -13,7 +13,7 @@ never comes up: each taking is a reload of HAProxy, and a fight helps no guest.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, assert_never
+from typing import Final
 
 from imdsproxy.core.hoststate import SeenSocket, SocketState
 from imdsproxy.errors import Problem
@@ -32,41 +32,37 @@ def name_owners(seen: SeenSocket) -> str:
     return who or "another process"
 
 
-def judge_socket(path: str, seen: SeenSocket) -> Problem | None:
-    """Why HAProxy may not bind at the path; `None` when it may."""
-    match seen.state:
-        case SocketState.MISSING | SocketState.STALE | SocketState.OURS:
-            return None
-        case SocketState.FOREIGN:
-            return Problem(
-                "unix_listener.path",
-                f"{name_owners(seen)} listens on {path}: the unix listener is left out",
-                "end it, and the socket is taken within a second; where it has to run on, as OVN's agent has, set "
-                "unix_listener.take_over",
-            )
-        case SocketState.OCCUPIED:
-            return Problem(
-                "unix_listener.path",
-                f"{path} is there and is no socket: the unix listener is left out",
-                "move it away, or choose another path",
-            )
-        case _ as never:
-            assert_never(never)
-
-
-def explain_pause(path: str, seen: SeenSocket, pause_s: float) -> Problem:
-    """Why the path is left to a living process for a while, although it is to be taken.
+def judge_socket(
+    path: str, seen: SeenSocket, *, take_over: bool = False, pause_s: float = 0.0
+) -> Problem | None:
+    """Why HAProxy may not bind at the path; `None` when it may.
 
     Args:
         path: Of the socket.
-        seen: Its owner.
-        pause_s: Seconds from the last takeover to the next.
+        seen: What is there.
+        take_over: It may be taken from a running process.
+        pause_s: Seconds from the last takeover to the next, while that one is still to come.
     """
+    if seen.state is SocketState.OCCUPIED:
+        return Problem(
+            "unix_listener.path",
+            f"{path} is there and is no socket: the unix listener is left out",
+            "move it away, or choose another path",
+        )
+    if seen.state is not SocketState.FOREIGN or (take_over and not pause_s):
+        return None
+    if take_over:
+        return Problem(
+            "unix_listener.take_over",
+            f"{name_owners(seen)} listens on {path}, and took it back each time: it is left alone until {pause_s:g} s "
+            "after the last time",
+            "two want one path: end what restarts it, or set unix_listener.take_over: false",
+        )
     return Problem(
+        "unix_listener.path",
+        f"{name_owners(seen)} listens on {path}: the unix listener is left out",
+        "end it, and the socket is taken within a second; where it has to run on, as OVN's agent has, set "
         "unix_listener.take_over",
-        f"{name_owners(seen)} listens on {path}, and took it back each time: it is left alone until {pause_s:g} s "
-        "after the last time",
-        "two want one path: end what restarts it, or set unix_listener.take_over: false",
     )
 
 

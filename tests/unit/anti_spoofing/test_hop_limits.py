@@ -167,12 +167,16 @@ async def test_a_rule_that_somebody_took_away_is_there_again_or_counted_on_no_mo
     await case.hops.open([_endpoint(_RED, _ONE)])
     case.records(red=_LIMITED)
     case.kernel.there.clear()
-    await case.hops.lost("another")
-    assert not case.kernel.there
-    await case.hops.lost("td-hops")
+    case.needed.clear()
+    case.hops.lost("another")
+    assert not case.needed
+    case.hops.lost("td-hops")
+    assert case.needed == [frozenset({_RED})]
+    await case.hops.open([_endpoint(_RED, _ONE)])
     assert case.kernel.there == {_ONE}
     case.kernel.refuses.add(_ONE)
-    await case.hops.lost("")
+    case.hops.lost("")
+    assert await case.hops.open([_endpoint(_RED, _ONE)]) == {_RED}
     assert case.records(red=_LIMITED) == {"red/10.0.0.5": _WITHHELD}
 
 

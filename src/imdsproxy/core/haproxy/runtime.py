@@ -33,6 +33,11 @@ class Processes:
         """Every process that may still answer a guest."""
         return (*(() if self.worker is None else (self.worker,)), *self.draining)
 
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """All of them, the master first."""
+        return (self.master, *self.workers)
+
 
 @dataclass(frozen=True, slots=True)
 class Load:
