@@ -6,8 +6,10 @@ Readiness is what guests get, not what processes run.
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -31,7 +33,8 @@ from imdsproxy.host.process import (
     run_program,
     spawn_logged,
 )
-from imdsproxy.serving.pidfile import DocumentProcesses, read_pids, stop_documents
+from imdsproxy.host.refusal import refusing
+from imdsproxy.serving.pidfile import DocumentProcesses, read_pids
 from imdsproxy.serving.store import DiskFiles
 
 _START_DEADLINE_S: Final = 15.0
@@ -131,9 +134,21 @@ class Companion:
         """
         if self.unit is not None:
             await self._control_unit("stop", self.unit)
-        else:
-            # In a thread: it waits, and workers whose parent was killed are its business too.
-            await asyncio.to_thread(stop_documents, self.pid_file, timeout_s=_STOP_GRACE_S)
+            return
+        loop, number = asyncio.get_running_loop(), signal.SIGTERM
+        deadline, running = loop.time() + _STOP_GRACE_S, self.read()
+        # Workers whose parent was killed, too.
+        _signal(running.workers if running.parent is None else (running.parent,), number)
+        while left := self.read().pids:
+            if loop.time() >= deadline and number is signal.SIGKILL:
+                raise HostRefused(
+                    f"the document server's processes {', '.join(map(str, left))} do not end",
+                    hint="a disk or a file system that hangs keeps them: see dmesg",
+                )
+            if loop.time() >= deadline:
+                number, deadline = signal.SIGKILL, deadline + _STOP_GRACE_S
+                _signal(left, number)
+            await asyncio.sleep(_POLL_S)
 
     async def _control_unit(self, verb: str, unit: str) -> None:
         status, words = await run_program("systemctl", verb, unit, deadline_s=UNIT_S)
@@ -143,7 +158,6 @@ class Companion:
     async def run(self) -> None:
         """Keep it running until cancelled; or see that it does not, where it is not needed."""
         backoff = Backoff(0.1, 5.0)
-        first = True
         while True:
             try:
                 pid = await self.ensure()
@@ -162,10 +176,8 @@ class Companion:
             backoff.succeed()
             if pid is None:
                 return
-            if not first:
-                self.restarts += 1
-            first = False
             await self._watch(pid)
+            self.restarts += 1
             structlog.get_logger().error("document server ended", pid=pid)
 
     async def _watch(self, pid: int) -> None:
@@ -187,6 +199,12 @@ class Companion:
             await ended
         finally:
             ended.cancel()
+
+
+def _signal(pids: Iterable[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with refusing(f"stop the document server's process {pid}"), suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 _EVERY_S: Final = 2.0

@@ -191,7 +191,7 @@ class DocumentServer:
             os.closerange(3, _DESCRIPTORS)
             self.pid_file.with_suffix(".handover").unlink(missing_ok=True)
         self._predecessors = [one for one in map(open_process, before.workers) if one is not None]
-        self._lock = PidFile.claim(self.pid_file)
+        self._lock = PidFile(self.pid_file)
         self._parent = open_process(os.getpid())
         self._make_directories()
         self._workers = [self._bind(path, path.with_suffix(".new")) for path in self.sockets]

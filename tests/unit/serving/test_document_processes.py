@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -8,103 +9,95 @@ from pathlib import Path
 
 import pytest
 
+from imdsproxy.app.companion import Companion
 from imdsproxy.errors import HostRefused
-from imdsproxy.serving.pidfile import PidFile, read_pids, stop_documents
+from imdsproxy.serving.pidfile import PidFile, read_pids
 from imdsproxy.serving.server import restart_delay
+
+_SLEEPS = "import time; print(flush=True); time.sleep(60)"
+_IGNORES = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {_SLEEPS}"
+
+
+@pytest.fixture(params=[_SLEEPS])
+def sleeper(request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-c", str(request.param)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process
+        process.kill()
 
 
 @pytest.fixture
-def sleeper() -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    yield process
-    process.kill()
-    process.wait()
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "documents.pid"
 
 
-def test_the_file_says_who_lives(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
-    path = tmp_path / "documents.pid"
-    file = PidFile.claim(path)
-    file.write((os.getpid(), sleeper.pid))
-    assert read_pids(path).pids == (os.getpid(), sleeper.pid)
+def test_the_file_says_who_lives(path: Path, sleeper: subprocess.Popen[bytes]) -> None:
+    file = PidFile(path)
+    file.write((os.getpid(), sleeper.pid), 3)
+    assert (read_pids(path).pids, read_pids(path).restarts) == ((os.getpid(), sleeper.pid), 3)
+    with pytest.raises(HostRefused, match=f"pid {os.getpid()}"):
+        PidFile(path)
     sleeper.kill()
     sleeper.wait()
     assert read_pids(path).pids == (os.getpid(),)
     file.release()
     assert read_pids(path).pids == ()
+    PidFile(path).release()
 
 
-def test_a_pid_that_was_given_to_another_process_is_not_ours(tmp_path: Path) -> None:
-    path = tmp_path / "documents.pid"
-    path.write_text(f"{os.getpid()} 1\n{os.getpid()} 2\nnonsense\n\n")
+@pytest.mark.parametrize("text", [None, f"{os.getpid()} 1\n{os.getpid()} 2\nnonsense\n\n"])
+def test_without_a_file_or_by_a_pid_of_another_process_none_is_ours(
+    path: Path, text: str | None
+) -> None:
+    if text is not None:
+        path.write_text(text)
     assert read_pids(path).pids == ()
 
 
-def test_no_file_is_nobody(tmp_path: Path) -> None:
-    assert read_pids(tmp_path / "documents.pid").pids == ()
-    assert not stop_documents(tmp_path / "documents.pid")
-
-
-def test_a_second_claim_is_refused_and_names_the_first(tmp_path: Path) -> None:
-    path = tmp_path / "documents.pid"
-    file = PidFile.claim(path)
-    file.write((os.getpid(),))
-    with pytest.raises(HostRefused, match=f"pid {os.getpid()}"):
-        PidFile.claim(path)
-    file.release()
-    PidFile.claim(path).release()
-
-
-def test_a_claim_in_a_missing_directory_is_refused(tmp_path: Path) -> None:
+def test_a_lock_in_a_missing_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(HostRefused):
-        PidFile.claim(tmp_path / "nothing" / "documents.pid")
+        PidFile(tmp_path / "nothing" / "documents.pid")
 
 
-def test_workers_without_a_parent_are_stopped_too(
-    tmp_path: Path, sleeper: subprocess.Popen[bytes]
+@pytest.mark.parametrize("parent", [True, False])
+@pytest.mark.parametrize(
+    ("sleeper", "ended"), [(_SLEEPS, -15), (_IGNORES, -9)], indirect=["sleeper"]
+)
+def test_processes_are_asked_to_end_and_then_killed(
+    path: Path,
+    sleeper: subprocess.Popen[bytes],
+    ended: int,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    parent: bool,
 ) -> None:
-    path = tmp_path / "documents.pid"
-    file = PidFile.claim(path)
-    file.write((os.getpid(), sleeper.pid))
-    text = path.read_text().split("\n", 1)[1]
-    path.write_text(f"{os.getpid()} 1\n{text}")
-    assert stop_documents(path)
-    assert sleeper.wait() == -15
+    monkeypatch.setattr("imdsproxy.app.companion._STOP_GRACE_S", 0.5)
+    companion = Companion(path, path, (), {})
+    asyncio.run(companion.stop())
+    file = PidFile(path)
+    file.write((sleeper.pid,) if parent else (os.getpid(), sleeper.pid))
+    if not parent:
+        # Killed, and its number another process's by now.
+        path.write_text(f"{os.getpid()} 1\n" + path.read_text().split("\n", 1)[1])
+    asyncio.run(companion.stop())
+    assert sleeper.wait() == ended
     file.release()
-
-
-def test_a_process_that_ignores_the_request_to_end_is_killed(tmp_path: Path) -> None:
-    stubborn = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)",
-        ],
-        stdout=subprocess.PIPE,
-    )
-    assert stubborn.stdout is not None
-    with stubborn, stubborn.stdout:
-        stubborn.stdout.readline()
-        path = tmp_path / "documents.pid"
-        file = PidFile.claim(path)
-        file.write((stubborn.pid,))
-        assert stop_documents(path, timeout_s=0.2)
-        assert stubborn.wait() == -9
-        file.release()
 
 
 def test_a_process_that_cannot_be_ended_is_named(
-    tmp_path: Path, sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+    path: Path, sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As one that waits for a disk.
-    monkeypatch.setattr("imdsproxy.serving.pidfile.os.kill", lambda _pid, _number: None)
-    path = tmp_path / "documents.pid"
-    file = PidFile.claim(path)
+    monkeypatch.setattr("imdsproxy.app.companion._STOP_GRACE_S", 0.05)
+    file = PidFile(path)
     file.write((sleeper.pid,))
-    ticks = iter(range(100))
-    with pytest.raises(HostRefused, match=str(sleeper.pid)):
-        stop_documents(path, timeout_s=5, monotonic=lambda: next(ticks), sleep=lambda _s: None)
+    with monkeypatch.context() as patch:
+        # As one that waits for a disk.
+        patch.setattr("imdsproxy.app.companion.os.kill", lambda _pid, _number: None)
+        with pytest.raises(HostRefused, match=str(sleeper.pid)):
+            asyncio.run(Companion(path, path, (), {}).stop())
     file.release()
-    monkeypatch.undo()
 
 
 def test_the_first_death_costs_no_time_and_further_ones_ever_more_up_to_a_bound() -> None:
