@@ -19,11 +19,11 @@ import pytest
 from imdsproxy.core.compiled import compiled_path
 from imdsproxy.host.files import MAX_LOG_BYTES
 from imdsproxy.host.process import read_rests
-from imdsproxy.serving.store import apply_record
 from support.document_server import DEADLINE_S, Server, ask, connect, pss_kib, wait_for
 from support.guest import Lost
-from support.guest_records import GUEST, compiled, guest
+from support.guest_records import GUEST, guest
 from support.patience import patience
+from support.record_files import write_record
 
 PASSWORD = "/openstack/latest/password"
 INSTANCE = f"X-Imdsproxy-Instance: {GUEST.id}"
@@ -39,7 +39,7 @@ def make() -> Iterator[Callable[..., Server]]:
 
     def build(**keywords: object) -> Server:
         servers.append(Server(directory, **keywords))  # type: ignore[arg-type] # each test names real options
-        apply_record(servers[-1].records, GUEST.id, compiled(GUEST))
+        write_record(servers[-1].records, GUEST)
         return servers[-1]
 
     yield build
@@ -141,7 +141,7 @@ def test_a_chunked_password_is_kept_and_read_by_the_other_worker(server: Server)
 
 def test_16_mib_of_binary_user_data_are_exact_and_not_held(server: Server) -> None:
     data = os.urandom(16 << 20)
-    apply_record(server.records, GUEST.id, compiled(guest(user_data=data)))
+    write_record(server.records, guest(user_data=data))
     assert ask(server.sockets[0], "/latest/user-data").body == data
     worker = server.running.workers[0]
     before = pss_kib(worker)
@@ -153,7 +153,7 @@ def test_16_mib_of_binary_user_data_are_exact_and_not_held(server: Server) -> No
 
 def test_a_client_that_reads_slowly_or_leaves_holds_up_nobody(server: Server) -> None:
     data = os.urandom(16 << 20)
-    apply_record(server.records, GUEST.id, compiled(guest(user_data=data)))
+    write_record(server.records, guest(user_data=data))
     slow = [connect(server.sockets[0]) for _ in range(8)]
     worker = server.running.workers[0]
     ask(server.sockets[0], "/latest/user-data")
@@ -311,7 +311,7 @@ def test_a_request_that_has_begun_is_finished_after_sigterm(make: Callable[..., 
     server = make()
     parent = server.start()
     data = os.urandom(16 << 20)
-    apply_record(server.records, GUEST.id, compiled(guest(user_data=data)))
+    write_record(server.records, guest(user_data=data))
     with connect(server.sockets[0]) as connection:
         connection.send(USER_DATA)
         assert connection.socket.recv(1, socket.MSG_PEEK)
@@ -460,7 +460,7 @@ def test_as_root_the_workers_are_unprivileged_and_can_keep_passwords(
 ) -> None:
     server = make(user="nobody")
     nobody = pwd.getpwnam("nobody")
-    apply_record(server.records, GUEST.id, compiled(guest(hostname="x")), group=nobody.pw_gid)
+    write_record(server.records, guest(hostname="x"), group=nobody.pw_gid)
     server.start()
     for pid in server.running.workers:
         status = Path(f"/proc/{pid}/status").read_text()

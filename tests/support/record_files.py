@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from imdsproxy.core.compiled import CompiledRecord, compiled_path
-from imdsproxy.core.model import InstanceId
+from imdsproxy.core.model import Instance, InstanceId
 from imdsproxy.errors import HostRefused
-from imdsproxy.serving.store import DiskFiles
+from imdsproxy.serving.store import DiskFiles, PasswordStore
+from support.guest_records import compiled
+
+
+def write_record(
+    directory: Path, instance: Instance, *, group: int | None = None
+) -> CompiledRecord:
+    """Have the instance's record below the directory."""
+    record = compiled(instance)
+    DiskFiles(directory, PasswordStore(directory / "passwords"), group).apply(instance.id, record)
+    return record
 
 
 @dataclass(slots=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import json
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias, TypeVar
 
 import structlog
 
@@ -21,7 +21,7 @@ from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId, Upstr
 from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.packed import FORMAT as PACKED_FORMAT
 from imdsproxy.errors import ImdsproxyError, Problem, SourceError
-from imdsproxy.serving.store import DiskFiles
+from imdsproxy.serving.store import DiskFiles, read_signature
 from imdsproxy.sources.sqlite_file import open_store, store_failures
 
 COMPILER: Final = f"{__version__} {COMPILED_FORMAT} {PACKED_FORMAT} ".encode()
@@ -40,8 +40,10 @@ CREATE TABLE compiled (
 _TOGETHER: Final = 1000
 """Rows that are written at once: some milliseconds. What a killed controller has not written is compiled again."""
 
-_MOST_VARIABLES: Final = 500
-"""Of one statement; SQLite takes 999 at least."""
+_T = TypeVar("_T")
+
+Row: TypeAlias = tuple[bytes, str, str]
+"""What a record was compiled of, its revision, and the file's signature then."""
 
 
 @dataclass(slots=True)
@@ -58,34 +60,17 @@ class CompiledIndex:
     path: Path
     _connection: sqlite3.Connection | None = None
     _broken: bool = False
-    _unsaved: dict[InstanceId, tuple[bytes, str, str] | None] = field(default_factory=dict)
+    _unsaved: dict[InstanceId, Row | None] = field(default_factory=dict)
 
-    def find(self, instances: Iterable[InstanceId]) -> Mapping[InstanceId, tuple[bytes, str, str]]:
-        """What they were compiled of, their revision, and the file's signature then."""
-        found: dict[InstanceId, tuple[bytes, str, str]] = {}
-        wanted = list(instances)
-        if self._broken:
-            return found
-        try:
-            with store_failures(self.path):
-                connection = self._open()
-                for start in range(0, len(wanted), _MOST_VARIABLES):
-                    some = wanted[start : start + _MOST_VARIABLES]
-                    marks = ",".join("?" * len(some))
-                    query = f"SELECT * FROM compiled WHERE instance IN ({marks})"  # noqa: S608 - question marks
-                    for instance, *row in connection.execute(query, some):
-                        found[InstanceId(instance)] = row[0], row[1], row[2]
-        except SourceError as error:
-            self._give_up(error)
-        # What is not written yet is newer.
-        for one in self._unsaved.keys() & set(wanted):
-            found.pop(one, None)
-            row = self._unsaved[one]
-            if row is not None:
-                found[one] = row
-        return found
+    def find(self, instances: Iterable[InstanceId]) -> Mapping[InstanceId, Row]:
+        """The rows of these."""
+        self.save()
+        wanted = json.dumps(list(instances))
+        query = "SELECT compiled.* FROM json_each(?) JOIN compiled ON instance = value"
+        rows = self._use(lambda connection: connection.execute(query, [wanted]).fetchall())
+        return {InstanceId(instance): (row[0], row[1], row[2]) for instance, *row in rows or ()}
 
-    def note(self, instance: InstanceId, row: tuple[bytes, str, str] | None) -> None:
+    def note(self, instance: InstanceId, row: Row | None) -> None:
         """Have this row, or none."""
         self._unsaved[instance] = row
         if len(self._unsaved) >= _TOGETHER:
@@ -94,23 +79,17 @@ class CompiledIndex:
     def save(self) -> None:
         """Write what is not written yet. What fails here costs a start its time, and nothing else."""
         unsaved, self._unsaved = self._unsaved, {}
-        if not unsaved or self._broken:
-            return
-        try:
-            with store_failures(self.path):
-                connection = self._open()
-                connection.execute("BEGIN IMMEDIATE")
-                connection.executemany(
-                    "DELETE FROM compiled WHERE instance = ?",
-                    [(one,) for one, row in unsaved.items() if row is None],
-                )
-                connection.executemany(
-                    "INSERT OR REPLACE INTO compiled VALUES (?, ?, ?, ?)",
-                    [(one, *row) for one, row in unsaved.items() if row is not None],
-                )
-                connection.execute("COMMIT")
-        except SourceError as error:
-            self._give_up(error)
+
+        def write(connection: sqlite3.Connection) -> None:
+            connection.execute("BEGIN IMMEDIATE")
+            gone = [(one,) for one in unsaved]
+            connection.executemany("DELETE FROM compiled WHERE instance = ?", gone)
+            rows = [(one, *row) for one, row in unsaved.items() if row is not None]
+            connection.executemany("INSERT INTO compiled VALUES (?, ?, ?, ?)", rows)
+            connection.execute("COMMIT")
+
+        if unsaved:
+            self._use(write)
 
     def close(self) -> None:
         """Let go of the file until it is needed again, and of the memory that SQLite has for it."""
@@ -119,23 +98,25 @@ class CompiledIndex:
             self._connection.close()
             self._connection = None
 
-    def _open(self) -> sqlite3.Connection:
-        if self._connection is None:
-            self._connection = open_store(self.path, _SCHEMA)
-            self._connection.execute("PRAGMA synchronous = OFF")
-        return self._connection
-
-    def _give_up(self, error: SourceError) -> None:
-        self._broken = True
-        structlog.get_logger().warning(
-            "the next start compiles all records", reason=error.message, file=str(self.path)
-        )
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-        # Where it cannot be removed it is damaged still, and the next start gives up as well.
-        with contextlib.suppress(OSError):
-            self.path.unlink()
+    def _use(self, work: Callable[[sqlite3.Connection], _T]) -> _T | None:
+        if self._broken:
+            return None
+        try:
+            with store_failures(self.path):
+                if self._connection is None:
+                    self._connection = open_store(self.path, _SCHEMA)
+                    self._connection.execute("PRAGMA synchronous = OFF")
+                return work(self._connection)
+        except SourceError as error:
+            self._broken = True
+            structlog.get_logger().warning(
+                "the next start compiles all records", reason=error.message, file=str(self.path)
+            )
+            self.close()
+            # Where it cannot be removed it is damaged still, and the next start gives up as well.
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+            return None
 
 
 @dataclass(slots=True)
@@ -249,12 +230,8 @@ class RecordCompiler:
         }
 
     def _signature(self, instance: InstanceId) -> str:
-        path = f"{self.files.directory}/{compiled_path(instance)}"
-        try:
-            status = os.stat(path)  # noqa: PTH116 - a start asks for all records
-        except OSError:
-            return ""
-        return f"{status.st_mtime_ns} {status.st_ino} {status.st_size}"
+        found = read_signature(f"{self.files.directory}/{compiled_path(instance)}")
+        return " ".join(map(str, found or ()))
 
     def _compile(
         self, known: Instance, compiled_of: bytes, revision: str | None, *, starting: bool
@@ -268,8 +245,7 @@ class RecordCompiler:
                 if self.revisions.get(instance) == revision and instance not in self.failures:
                     return
                 self.files.apply(instance, record)
-                row = compiled_of, revision, self._signature(instance)
-                self.index.note(instance, row)
+                self.index.note(instance, (compiled_of, revision, self._signature(instance)))
             elif self.revisions.get(instance) == revision:
                 self.failures.pop(instance, None)
                 return

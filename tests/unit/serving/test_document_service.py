@@ -15,8 +15,9 @@ from imdsproxy.core.documents.respond import Answer, Header, refusal
 from imdsproxy.core.model import Instance
 from imdsproxy.serving.documents import DocumentService
 from imdsproxy.serving.http import BODY_LIMIT, read_body, send_answer
-from imdsproxy.serving.store import PasswordStore, RecordReader, apply_record, remove_record
+from imdsproxy.serving.store import PasswordStore, RecordReader
 from support.guest_records import GUEST, SEED, compiled, guest, with_head
+from support.record_files import write_record
 
 META_DATA: Final = "/openstack/latest/meta_data.json"
 PASSWORD: Final = "/openstack/latest/password"
@@ -65,9 +66,7 @@ class Serving:
 
     def write(self, instance: Instance = GUEST) -> str:
         """Put the instance's record there; its revision."""
-        record = compiled(instance)
-        apply_record(self.records, instance.id, record)
-        return record.revision
+        return write_record(self.records, instance).revision
 
     async def ask(
         self,
@@ -159,7 +158,7 @@ async def test_a_missing_record_is_503_and_logged_once_until_it_comes_back(
         assert [(one["log_level"], one["instance"]) for one in events] == [("warning", GUEST.id)]
         serving.write()
         assert (await serving.ask(ID)).status == 200
-        remove_record(serving.records, GUEST.id)
+        serving.file.unlink()
         await serving.ask("/")
     assert len(events) == 2
 
