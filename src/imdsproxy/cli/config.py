@@ -184,42 +184,35 @@ def _report(imported: Imported, written: Collection[Path]) -> Iterator[str]:
     groups: dict[str, list[str]] = {"taken over": [], "by hand": [], "no equivalent": []}
     for one in imported.reported:
         becomes = f"{one.becomes}. " if one.becomes else ""
-        groups[one.fate.value].append(f"  {_place(one.written)}: {becomes}{one.why}")
-    yield from _titled("taken over", groups["taken over"])
+        groups[one.fate.value].append(f"{_place(one.written)}: {becomes}{one.why}")
     if imported.ovn is not None:
-        yield (
-            f"  unix_listener.take_over: true, since {_place(imported.ovn)} says that the agent is OVN's. It listens "
+        groups["taken over"].append(
+            f"unix_listener.take_over: true, since {_place(imported.ovn)} says that the agent is OVN's. It listens "
             "on the socket and makes the networks' namespaces, so it has to run on: imdsproxy takes the path from it "
             "as soon as it starts, and each time that the agent starts. How to look first, and the way back: "
             "docs/openstack.md"
         )
-    yield "to be done by hand"
-    yield "  sources.neutron: add where Neutron's API is; the last lines of the settings say how"
+    first = ["sources.neutron: add where Neutron's API is; the last lines of the settings say how"]
     if imported.secret_file not in written:
         at = imported.secret_from
         expanded = "" if imported.secret == at.value else ", with what $ stands for in its place"
-        yield (
-            f"  {imported.secret_file}: put the value of {at.name} ({at.file}:{at.line}) there"
+        first.append(
+            f"{imported.secret_file}: put the value of {at.name} ({at.file}:{at.line}) there"
             f"{expanded}, with mode 0600; --secret-file writes it"
         )
-    yield from groups["by hand"]
-    yield from _titled("no equivalent", groups["no equivalent"])
-    overridden = [
-        f"  {_place(one.written)}: {one.by.file}:{one.by.line} wins" for one in imported.overridden
+    groups["by hand"][:0] = first
+    groups["without effect"] = [
+        f"{_place(one)}: {by.file}:{by.line} wins" for one, by in imported.overridden
     ]
-    yield from _titled("without effect", overridden)
-    doubtful = [
-        f"  {_place(one.written)}: there is no such option; did you mean {one.near}?"
-        for one in imported.doubtful
+    groups["ignored by Neutron too"] = [
+        f"{_place(one)}: there is no such option; did you mean {near}?"
+        for one, near in imported.doubtful
     ]
-    yield from _titled("ignored by Neutron too", doubtful)
+    for title, lines in groups.items():
+        shown = "to be done by hand" if title == "by hand" else title
+        yield from [shown, *(f"  {line}" for line in lines)] if lines else []
     yield f"{imported.others} other options are of no concern to imdsproxy"
-    for path in written:
-        yield f"written: {path}"
-
-
-def _titled(title: str, lines: list[str]) -> list[str]:
-    return [title, *lines] if lines else []
+    yield from (f"written: {path}" for path in written)
 
 
 def _place(written: IniOption) -> str:
@@ -238,10 +231,8 @@ def _shape(imported: Imported) -> dict[str, Any]:
             }
             for one in imported.reported
         ],
-        "overridden": [
-            {**_where(lost.written), "by": _where(lost.by)} for lost in imported.overridden
-        ],
-        "doubtful": [{**_where(one.written), "near": one.near} for one in imported.doubtful],
+        "overridden": [{**_where(one), "by": _where(by)} for one, by in imported.overridden],
+        "doubtful": [{**_where(one), "near": near} for one, near in imported.doubtful],
         "ovn": None if imported.ovn is None else _where(imported.ovn),
         "others": imported.others,
         "secret_file": str(imported.secret_file),

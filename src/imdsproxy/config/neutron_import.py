@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from pydantic import ValidationError
 
@@ -91,8 +91,7 @@ class Given:
     server_name: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Reported:
+class Reported(NamedTuple):
     """What became of one option that the files have."""
 
     option: NeutronOption
@@ -107,22 +106,6 @@ class Reported:
 
 
 @dataclass(frozen=True, slots=True)
-class Overridden:
-    """A value without effect, since another one of the same option was read later."""
-
-    written: IniOption
-    by: IniOption
-
-
-@dataclass(frozen=True, slots=True)
-class Doubtful:
-    """An unknown option with a name like that of a known one: Neutron ignores it too."""
-
-    written: IniOption
-    near: str
-
-
-@dataclass(frozen=True, slots=True)
 class Imported:
     """What is to be written, and what is to be reported.
 
@@ -134,6 +117,8 @@ class Imported:
         secret_file: As it was given.
         host: Neutron's `host`, if there is one.
         ovn: What shows that the agent is OVN's, if it is: its database, or any option of a file of its name.
+        overridden: Values without effect, each with the one of the same option that was read later.
+        doubtful: Unknown options, which Neutron ignores too, each with the known name that is like theirs.
         others: How many options the files have that are of no concern.
     """
 
@@ -145,8 +130,8 @@ class Imported:
     host: str | None
     ovn: IniOption | None
     reported: tuple[Reported, ...]
-    overridden: tuple[Overridden, ...]
-    doubtful: tuple[Doubtful, ...]
+    overridden: tuple[tuple[IniOption, IniOption], ...]
+    doubtful: tuple[tuple[IniOption, str], ...]
     others: int
 
     @property
@@ -424,16 +409,16 @@ def _report(reading: _Reading) -> Iterator[Reported]:
         yield Reported(option, written, fate, why)
 
 
-def _overridden(reading: _Reading) -> Iterator[Overridden]:
+def _overridden(reading: _Reading) -> Iterator[tuple[IniOption, IniOption]]:
     for option in NEUTRON_OPTIONS:
         chosen = find_option(files := reading.of(option), option.names)
         for one in (one for file in files for one in file):
             same = (one.section, one.name) in option.names
             if chosen and same and _expanded(files, one) != _expanded(files, chosen):
-                yield Overridden(one, chosen)
+                yield one, chosen
 
 
-def _doubtful(reading: _Reading) -> Iterator[Doubtful]:
+def _doubtful(reading: _Reading) -> Iterator[tuple[IniOption, str]]:
     known = [name for section, name in _OPTIONS if section == "DEFAULT"]
     for one in reading.each:
         name = one.name.replace("-", "_")
@@ -441,7 +426,7 @@ def _doubtful(reading: _Reading) -> Iterator[Doubtful]:
             continue
         near = difflib.get_close_matches(name, known, n=1, cutoff=_LIKE)
         if near and one.section == "DEFAULT":
-            yield Doubtful(one, near[0])
+            yield one, near[0]
 
 
 def _expand(files: _Files, written: IniOption) -> str:

@@ -140,7 +140,7 @@ def test_a_later_file_wins_and_what_it_wins_over_is_reported(tmp_path: Path) -> 
 
     endpoints = _settings(imported, tmp_path).nova.endpoint_sets["default"].endpoints
     assert [one.url.host for one in endpoints] == ["c"]
-    lost = [(one.written.file, one.written.line, one.by.line) for one in imported.overridden]
+    lost = [(one.file, one.line, by.line) for one, by in imported.overridden]
     assert lost == [("a.ini", 3, 3), ("b.ini", 2, 3)]
     one = next(one for one in imported.reported if one.option.name == "nova_metadata_host")
     assert one.why.startswith("Of old, for `nova_metadata_host`.")
@@ -202,7 +202,7 @@ def test_neutrons_host_is_offered_for_the_list_of_ports(tmp_path: Path) -> None:
 def test_an_option_that_looks_like_another_is_doubtful() -> None:
     imported = _import(f"{_SECRET}nova_metadata_prot = 1\nmetadata-workers = 2\nl3_x = 3\n")
 
-    assert [(one.written.name, one.near) for one in imported.doubtful] == [
+    assert [(one.name, near) for one, near in imported.doubtful] == [
         ("nova_metadata_prot", "nova_metadata_port"),
         ("metadata-workers", "metadata_workers"),
     ]
