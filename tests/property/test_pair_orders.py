@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
+from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
@@ -16,7 +17,9 @@ from hypothesis import strategies as st
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.anti_spoofing.plan import ANY_MAC, Pairs, plan_pair
 from imdsproxy.app.compiler import CompiledIndex, RecordCompiler
+from imdsproxy.app.kept_maps import KeptMaps
 from imdsproxy.app.record_loop import RecordLoop
+from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.core.endpoints import Endpoint
 from imdsproxy.core.haproxy.maps import MapState
 from imdsproxy.core.hostnames import Naming
@@ -36,6 +39,7 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.core.observation import Observation
 from imdsproxy.core.plan import record_key
+from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.host.clock import SystemClock
 from imdsproxy.serving.store import DiskFiles
 from support.fake_mac_filters import FakeMacFilters, MemoryJournal, no_hop_limits
@@ -108,6 +112,10 @@ class World:
             lambda _keys: None,
             self.filters,
             no_hop_limits(),
+            RuleSets(
+                cast("RecordApplier", self), Path("none"), lambda _path, _data: None, SystemClock()
+            ),
+            cast("KeptMaps", nothing),
         )
 
     async def apply(self, wanted: Mapping[str, str | None]) -> int:

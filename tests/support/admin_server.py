@@ -32,9 +32,11 @@ from imdsproxy.admin.reports import (
 from imdsproxy.admin.services import Services
 from imdsproxy.admin.tokens import TokenService
 from imdsproxy.app.compiler import CompiledIndex, RecordCompiler
+from imdsproxy.app.kept_maps import KeptMaps
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.policy_store import OverrideFile, PolicyStore
 from imdsproxy.app.record_loop import RecordLoop
+from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.app.tickets import Tickets
 from imdsproxy.app.token_keys import TokenKeys
 from imdsproxy.app.watching import Watching
@@ -305,6 +307,8 @@ async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous gen
         lambda _: None,
         mac_filters,
         no_hop_limits(),
+        RuleSets(applier, layout.path_rules_map, _write, clock),
+        KeptMaps(layout.kept_maps, (), _write),
         policies=policy_store.book,
     )
     store = SqliteSource(layout.state / "store.sqlite", now=clock.now().timestamp)

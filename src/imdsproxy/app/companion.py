@@ -16,6 +16,7 @@ from typing import Final
 
 import structlog
 
+from imdsproxy.app.tickets import report_failure
 from imdsproxy.core.compiled import compile_instance, compiled_path
 from imdsproxy.core.model import Instance
 from imdsproxy.core.timing import Backoff
@@ -162,13 +163,8 @@ class Companion:
             try:
                 pid = await self.ensure()
             except DataplaneError as error:
-                self.failure = Problem("documents", error.message, error.hint)
-                delay = backoff.fail()
-                structlog.get_logger().error(
-                    "document server not started",
-                    code=error.code,
-                    error=error.message,
-                    retry_in_s=delay,
+                self.failure, delay = report_failure(
+                    "documents", "document server not started", error, backoff
                 )
                 await asyncio.sleep(delay)
                 continue

@@ -7,6 +7,7 @@ is planned at once. Observations that come while it works are taken together in 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
@@ -20,7 +21,7 @@ from imdsproxy.anti_spoofing.plan import plan_pairs
 from imdsproxy.app.compiler import COMPILER, Compiling, RecordCompiler
 from imdsproxy.app.kept_maps import KeptMaps
 from imdsproxy.app.rule_sets import RuleSets
-from imdsproxy.app.tickets import Tickets
+from imdsproxy.app.tickets import Tickets, report_failure
 from imdsproxy.core.haproxy.maps import PackedMap
 from imdsproxy.core.identity import Learned
 from imdsproxy.core.inventory import Inventory
@@ -67,19 +68,10 @@ class _Work:
     networks: set[NetworkId] = field(default_factory=set)
     everything: bool = False
 
-    def add(self, affected: Affected) -> None:
-        self.networks |= affected.networks
-        self.instances |= affected.instances
-        self.addresses |= affected.addresses
-
-    def merge(self, other: _Work) -> None:
+    def add(self, other: Affected | _Work) -> None:
+        self.networks |= other.networks
         self.instances |= other.instances
         self.addresses |= other.addresses
-        self.networks |= other.networks
-        self.everything |= other.everything
-
-    def __bool__(self) -> bool:
-        return bool(self.instances or self.addresses or self.networks or self.everything)
 
 
 @dataclass(slots=True)
@@ -121,10 +113,10 @@ class RecordLoop:
     on_applied: Callable[[Iterable[AddressKey] | None], None]
     mac_filters: MacFilters
     hop_limits: HopLimits
+    sets: RuleSets
+    kept: KeptMaps
     routing: Callable[[], NovaRouting] = NovaRouting
     policies: Callable[[], PolicyBook] = PolicyBook
-    sets: RuleSets | None = None
-    kept: KeptMaps | None = None
     learned: dict[AddressKey, Learned] = field(default_factory=dict)
     tickets: Tickets = field(default_factory=Tickets)
     failure: Problem | None = None
@@ -208,9 +200,9 @@ class RecordLoop:
 
         Whether that is done. All records are compared later, as after HAProxy was adopted.
         """
-        if self.kept is None or not self.inventory.in_sync:
-            return False
-        if not self.kept.restore(self._made_of) or not self.applier.load():
+        if not (
+            self.inventory.in_sync and self.kept.restore(self._made_of) and self.applier.load()
+        ):
             return False
         async for part in self._parts(key for key, _ in self.inventory.addresses()):
             pairs = plan_pairs(self.inventory, part, self.learned)
@@ -229,7 +221,7 @@ class RecordLoop:
         failures = self.failure or self.compiler.failures
         # Of addresses that lookups have found, and of hop limits that are not there yet, no record is made at a start.
         others = self.learned or self.withheld or self.hop_limits.in_use
-        if self.kept is not None and settled and not (failures or others):
+        if settled and not (failures or others):
             made_of = self._made_of()
             if made_of is not None:
                 self.kept.save(made_of)
@@ -264,8 +256,7 @@ class RecordLoop:
                 done = [key for key in values if not key.startswith(last)]
                 packed.extend(sorted((key, values.pop(key)) for key in done))
         self.mac_filters.preload({})
-        if self.sets is not None:
-            self.sets.preload(sets)
+        self.sets.preload(sets)
         packed.extend(sorted(values.items()))
         if whole:
             self._remove_all(compiling.unneeded)
@@ -277,7 +268,7 @@ class RecordLoop:
         found = set(self.inventory.instances)
         if self.inventory.in_sync:
             # Left over from an earlier controller.
-            found.update(one for one in self.compiler.files.instances() if one not in found)
+            found.update(self.compiler.files.instances())
         return found
 
     def _unowned(self, keys: Iterable[AddressKey]) -> Iterator[AddressKey]:
@@ -315,7 +306,6 @@ class RecordLoop:
 
     async def run(self) -> None:
         """Work until cancelled; what fails is kept and tried again, ever more slowly."""
-        log = structlog.get_logger()
         backoff = Backoff(0.2, _RETRY_LAST_S)
         while True:
             await self._wake.wait()
@@ -326,14 +316,17 @@ class RecordLoop:
             try:
                 await self._round(work)
             except DataplaneError as error:
-                self._work.merge(work)
+                self._work.add(work)
+                self._work.everything |= work.everything
                 self._since = since
-                self.failure = Problem("records", error.message, error.hint)
-                delay = backoff.fail()
-                log.error(  # noqa: TRY400 - expected, and logged in full
-                    "records not applied", code=error.code, error=error.message, retry_in_s=delay
+                self.failure, delay = report_failure(
+                    "records", "records not applied", error, backoff
                 )
-                await self._wait_for_retry(delay)
+                # New work may be just what helps, so it does not wait for the old.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(delay):
+                        await self._wake.wait()
+                self._wake.set()
                 continue
             backoff.succeed()
             self.failure = None
@@ -346,14 +339,6 @@ class RecordLoop:
                 release_memory()
             if self.compiler.failures:
                 self._retry_failed_later()
-
-    async def _wait_for_retry(self, delay: float) -> None:
-        # New work may be just what helps, so it does not wait for the old.
-        try:
-            async with asyncio.timeout(delay):
-                await self._wake.wait()
-        except TimeoutError:
-            self._wake.set()
 
     def _retry_failed_later(self) -> None:
         def again() -> None:
@@ -368,24 +353,27 @@ class RecordLoop:
             work.everything = True
             compiling = Compiling(work.instances | self._everybody())
             keys = set(self._unowned(work.addresses))
+            parts = self._every_part(compiling, keys)
         else:
             compiling = Compiling(set(work.instances), keys=set())
             await self._compile_rest(compiling)
             keys = work.addresses | (compiling.keys or set())
-            keys |= {key for key, entry in self.learned.items() if entry.instance in work.instances}
-            self._drop_learned(compiling)
             # A router's record says what those may read that are behind it, and no instance has a port in a router.
-            keys |= {key for key in self.learned if key[0] in work.networks}
+            keys |= {
+                key
+                for key, entry in self.learned.items()
+                if entry.instance in work.instances or key[0] in work.networks
+            }
             # An address behind a router stands and falls with the one in its network.
             keys |= {key for key, entry in self.learned.items() if entry.via in keys}
+            self._drop_learned(compiling)
+            parts = self._parts(keys)
         # Nothing is swept before the sources have reported everything once.
         sweeping = full and (self.inventory.in_sync or self._swept)
-        parts = self._every_part(compiling, keys) if full else self._parts(keys)
         plan = await self._plan_round(parts, full=full)
         if sweeping:
             await self._plan_sweep(plan)
-        if self.sets is not None:
-            await self.sets.ensure(plan.sets, sweep=sweeping)
+        await self.sets.ensure(plan.sets, sweep=sweeping)
         # The present owner of an address is not let through any more when it becomes another's.
         await self.mac_filters.withdraw(plan.pairs)
         await self.applier.apply(plan.wanted)
@@ -448,27 +436,15 @@ class RecordLoop:
 
     def planned(self, key: AddressKey) -> MapRecord | Conflict | None:
         """What the data plane is to know of an address now."""
-        record = plan_record(
-            self.inventory,
-            key,
-            self.compiler.revisions,
-            self.learned,
-            self.routing(),
-            policies=self.policies(),
-        )
+        known = (self.inventory, key, self.compiler.revisions, self.learned, self.routing())
+        record = plan_record(*known, policies=self.policies())
         if record is None or isinstance(record, Conflict) or not record.policy:
             return record
         return replace(record, policy=self.hop_limits.effective(key[0], record.policy))
 
     def _plan(self, keys: Iterable[AddressKey]) -> PlannedRecords:
-        return plan_records(
-            self.inventory,
-            keys,
-            self.compiler.revisions,
-            self.learned,
-            self.routing(),
-            policies=self.policies(),
-        )
+        known = (self.inventory, keys, self.compiler.revisions, self.learned, self.routing())
+        return plan_records(*known, policies=self.policies())
 
     def _remove_all(self, instances: Iterable[InstanceId]) -> None:
         for instance in instances:

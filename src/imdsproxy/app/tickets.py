@@ -1,9 +1,14 @@
-"""Waiting until everything that was reported up to now is in force."""
+"""Waiting until everything that was reported up to now is in force, and what is reported when it cannot be."""
 
 from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+
+import structlog
+
+from imdsproxy.core.timing import Backoff
+from imdsproxy.errors import DataplaneError, Problem
 
 
 @dataclass(slots=True)
@@ -39,3 +44,12 @@ class Tickets:
         """Return once all work up to this number is in force."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._done >= number)
+
+
+def report_failure(
+    field: str, event: str, error: DataplaneError, backoff: Backoff
+) -> tuple[Problem, float]:
+    """Log that work failed which is tried again; the problem to report, and the seconds until then."""
+    delay = backoff.fail()
+    structlog.get_logger().error(event, code=error.code, error=error.message, retry_in_s=delay)
+    return Problem(field, error.message, error.hint), delay

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import structlog
-
+from imdsproxy.app.tickets import report_failure
 from imdsproxy.core.timing import Backoff
 from imdsproxy.core.tokens import (
     KEY_BYTES,
@@ -98,13 +97,8 @@ class TokenKeys:
                 await applier.apply_table(self.map_path, render_key_map(self.keys), self.write_map)
             except DataplaneError as error:
                 self._changed.set()
-                self.failure = Problem("tokens.key_file", error.message, error.hint)
-                delay = backoff.fail()
-                structlog.get_logger().error(
-                    "token keys not applied",
-                    code=error.code,
-                    error=error.message,
-                    retry_in_s=delay,
+                self.failure, delay = report_failure(
+                    "tokens.key_file", "token keys not applied", error, backoff
                 )
                 await asyncio.sleep(delay)
                 continue

@@ -9,6 +9,7 @@ from typing import Final
 
 import structlog
 
+from imdsproxy.app.tickets import report_failure
 from imdsproxy.core.haproxy.runtime import Load, Processes
 from imdsproxy.core.timing import Backoff
 from imdsproxy.dataplane.haproxy import PROBE_DEADLINE_S, Haproxy
@@ -30,6 +31,9 @@ class HaproxyWatchdog:
     Args:
         on_return: HAProxy came back, or turned out to run with a worker that we did not ask for.
         on_trouble: It does not start with the configuration on disk: look at the host again.
+
+    Attributes:
+        answering: The last probe was answered, or had to wait because HAProxy is full.
     """
 
     haproxy: Haproxy
@@ -38,14 +42,9 @@ class HaproxyWatchdog:
     read_stat: Callable[[int], ProcessStat | None] = read_stat
     failure: Problem | None = None
     restarts: int = 0
-    _answering: bool = field(default=True)
+    answering: bool = True
     _doubt: Doubt = field(default_factory=Doubt)
     _reached: int = 0
-
-    @property
-    def answering(self) -> bool:
-        """The last probe was answered, or had to wait because HAProxy is full."""
-        return self._answering
 
     async def run(self) -> None:
         """Watch until cancelled.
@@ -66,10 +65,7 @@ class HaproxyWatchdog:
                 await asyncio.sleep(_RESTART_FIRST_S)
                 continue
             await self.haproxy.launcher.wait(processes.master)
-            if (
-                self.haproxy.processes is not None
-                and self.haproxy.processes.master != processes.master
-            ):
+            if self._master() not in (None, processes.master):
                 continue
             structlog.get_logger().error("haproxy ended", master=processes.master)
             await self._bring_back(backoff)
@@ -78,11 +74,7 @@ class HaproxyWatchdog:
         try:
             await self.haproxy.restart("haproxy ended")
         except DataplaneError as error:
-            self.failure = Problem("haproxy", error.message, error.hint)
-            delay = backoff.fail()
-            structlog.get_logger().error(
-                "haproxy not started", code=error.code, error=error.message, retry_in_s=delay
-            )
+            self.failure, delay = report_failure("haproxy", "haproxy not started", error, backoff)
             self._give_up_where_nothing_is_left()
             self.on_trouble("haproxy did not start")
             await asyncio.sleep(delay)
@@ -90,7 +82,7 @@ class HaproxyWatchdog:
         backoff.succeed()
         self.restarts += 1
         self.failure = None
-        structlog.get_logger().info("haproxy started again", master=self._pid())
+        structlog.get_logger().info("haproxy started again", master=self._master())
         self.on_return("haproxy started again")
 
     def _give_up_where_nothing_is_left(self) -> None:
@@ -102,7 +94,7 @@ class HaproxyWatchdog:
                 hint="find out who did: a clean-up of /run, tmpfiles.d, another unit's RuntimeDirectory=",
             )
 
-    def _pid(self) -> int | None:
+    def _master(self) -> int | None:
         return None if self.haproxy.processes is None else self.haproxy.processes.master
 
     async def _watch_worker(self) -> None:
@@ -114,22 +106,17 @@ class HaproxyWatchdog:
                 # It is being started or reloaded; that has a deadline of its own.
                 continue
             answered, full = await self._probe(before)
-            self._answering = answered or full is not None
+            self.answering = answered or full is not None
             self._report_full(full)
-            if self._answering:
-                doubt = Doubt()
             if answered:
                 await self._look_for_strangers(before)
-            if self._answering:
-                continue
-            if self.haproxy.processes is not before or before.worker is None:
+            if self.answering or self.haproxy.processes is not before or before.worker is None:
                 doubt = Doubt()
                 continue
             doubt = doubt.after_silence(before.worker, self.read_stat(before.worker))
-            if not doubt.hung:
-                continue
-            doubt = Doubt()
-            await self._end_hung(before)
+            if doubt.hung:
+                doubt = Doubt()
+                await self._end_hung(before)
 
     async def _probe(self, processes: Processes) -> tuple[bool, Load | None]:
         """Whether the worker answers a probe; if not, its load where it is full.
@@ -160,7 +147,7 @@ class HaproxyWatchdog:
         before = self.haproxy.full
         if load is None:
             self.haproxy.full = None
-            if before is not None and self._answering:
+            if before is not None and self.answering:
                 structlog.get_logger().info("haproxy has room again")
             return
         self.haproxy.full = found = Problem(

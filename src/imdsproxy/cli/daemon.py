@@ -164,7 +164,7 @@ def stop(
 def _stop_orphaned_data_plane(run: options.Invocation, asked: Path) -> None:
     import asyncio  # noqa: PLC0415 - `--help` need not load it
 
-    from imdsproxy.controller.stop import stop_data_plane  # noqa: PLC0415 - as above
+    from imdsproxy.controller.start import stop_data_plane  # noqa: PLC0415 - as above
     from imdsproxy.host.socket_file import find_socket_holder  # noqa: PLC0415 - as above
 
     settings = run.settings

@@ -144,10 +144,10 @@ class Controller:
             self._wake,
             self.mac_filters,
             self.hop_limits,
-            lambda: nova.routing,
-            self.policy_store.book,
             sets,
             KeptMaps(layout.kept_maps, (layout.base_map, layout.overlay_map, sets.path), write),
+            lambda: nova.routing,
+            self.policy_store.book,
             progress=progress,
         )
         self.watching = Watching(self.haproxy, self._apply_watching, partial(_owner_of, inventory))

@@ -19,25 +19,36 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from imdsproxy.anti_spoofing.hop_limits import HopLimits
+from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.config.changes import SettingsHolder, refuse_dropped
 from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
-from imdsproxy.controller.build import build_host, prepare_directories
+from imdsproxy.controller.build import (
+    build_companion,
+    build_filters,
+    build_host,
+    build_launcher,
+    prepare_directories,
+)
 from imdsproxy.controller.controller import Controller
 from imdsproxy.controller.health import HealthServer
 from imdsproxy.controller.reload import hang_up
-from imdsproxy.controller.stop import end_processes, sweep_host
+from imdsproxy.core.inventory import Inventory
 from imdsproxy.dataplane.launch import read_program
 from imdsproxy.dataplane.layout import Layout
-from imdsproxy.errors import DataplaneError, ImdsproxyError
+from imdsproxy.dataplane.master import MasterClient
+from imdsproxy.errors import DataplaneError, HostRefused, ImdsproxyError, Problem
 from imdsproxy.host.account import owner_of
 from imdsproxy.host.clock import Clock, SystemClock
-from imdsproxy.host.files import hold_directory, limit_log
+from imdsproxy.host.files import hold_directory, limit_log, remove_file
 from imdsproxy.host.logs import open_logging
 from imdsproxy.host.notify import Heartbeat, ServiceNotifier, is_journal
 from imdsproxy.host.process import leave_no_dumps, raise_descriptor_limit, release_memory
 from imdsproxy.host.servers import open_datagram_socket, open_sole_socket, open_tcp_socket
 from imdsproxy.host.socket_file import SocketFiles
+from imdsproxy.listeners.host import SystemHost
+from imdsproxy.listeners.plan import plan_listeners
 from imdsproxy.nova.upstream import NovaUpstream
 from imdsproxy.unix_listener.listener import sweep_unix_socket
 
@@ -162,7 +173,8 @@ async def _live(
         if controller.with_data_plane:
             # Who starts again what has ended is to be gone before it ends; the admin API may take its time.
             await asyncio.wait(tasks)
-            await end_processes(controller.haproxy.launcher, controller.companion)
+            await controller.haproxy.launcher.stop()
+            await controller.companion.stop()
         # After HAProxy: while that runs, a request may be on its way on each connection that it keeps.
         resolving.cancel()
         if controller.with_data_plane:
@@ -294,3 +306,45 @@ def run(load: Callable[[], Loaded], *, config: Path | None, environment: Mapping
         while isinstance(first, BaseExceptionGroup):
             first = first.exceptions[0]
         raise first from group
+
+
+async def sweep_host(host: SystemHost, mac_filters: MacFilters, hop_limits: HopLimits) -> None:
+    """Remove every MAC filter, rule, namespace, link and address of ours, once they are no longer needed.
+
+    Raises:
+        DataplaneError: The host refuses.
+    """
+    await mac_filters.close_all()
+    await hop_limits.close_all()
+    observed = await host.observe((), (), everything=True)
+    plan = plan_listeners({}, observed, host.naming, managed=host.managed())
+    failures = await host.apply(plan.ops)
+    host.apply_links({})
+    await host.apply_arp_guard(frozenset())
+    await host.apply_diversions(())
+    if failures:
+        problems = [Problem("host", one.reason, one.hint) for one in failures]
+        raise HostRefused("not everything of ours could be taken away", problems=problems)
+
+
+async def stop_data_plane(settings: Settings, environment: Mapping[str, str]) -> None:
+    """End the data plane without a controller, which may be dead.
+
+    Raises:
+        DataplaneError: A process does not end, or the host refuses.
+    """
+    layout = Layout.of(settings)
+    host = build_host(settings, layout)
+    companion = build_companion(settings, layout, None, environment)
+    master = MasterClient(layout.master_socket)
+    try:
+        launcher = build_launcher(settings, layout, settings.haproxy.binary, master)
+        await launcher.stop()
+        await companion.stop()
+        await sweep_host(host, *build_filters(layout, host, Inventory(), SystemClock()))
+    finally:
+        host.thread.close()
+    sockets = (layout.master_socket, layout.probe_socket, layout.resolver_socket)
+    for path in (*sockets, settings.admin_socket):
+        remove_file(path, f"remove {path}")
+    sweep_unix_socket(layout.config, SocketFiles().observe)

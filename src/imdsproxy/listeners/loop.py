@@ -17,7 +17,7 @@ import structlog
 from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.anti_spoofing.plan import MacFilterPlan
-from imdsproxy.app.tickets import Tickets
+from imdsproxy.app.tickets import Tickets, report_failure
 from imdsproxy.core.endpoints import Endpoint, Foreign, LeftOut, LeftOutCode
 from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.model import (
@@ -174,7 +174,6 @@ class ListenerLoop:
 
     async def run(self) -> None:
         """Work until cancelled; what fails is tried again, ever more slowly."""
-        log = structlog.get_logger()
         backoff, delay = Backoff(0.2, 5.0), 0.0
         while True:
             await self._wait(delay)
@@ -185,10 +184,8 @@ class ListenerLoop:
             try:
                 await self._round(reasons)
             except DataplaneError as error:
-                self.failure = Problem("listeners", error.message, error.hint)
-                delay = backoff.fail()
-                log.error(  # noqa: TRY400 - expected, and logged in full
-                    "listeners not applied", code=error.code, error=error.message, retry_in_s=delay
+                self.failure, delay = report_failure(
+                    "listeners", "listeners not applied", error, backoff
                 )
             else:
                 backoff.succeed()

@@ -81,6 +81,8 @@ class Rig:
             lambda keys: self.applied.append(None if keys is None else set(keys)),
             no_mac_filters(self.inventory),
             no_hop_limits(),
+            RuleSets(self.applier, directory / "path-rules.map", self._write, SystemClock()),
+            KeptMaps(directory / "maps", (self.base, self.overlay), self._write),
         )
 
     @staticmethod
@@ -535,8 +537,6 @@ _CLOSED = PolicyRules(endpoint=False)
 def _start(directory: Path, *instances: Instance, network: Network = _NETWORK) -> Rig:
     """A loop that keeps its maps, and sources that have reported."""
     rig = Rig(directory)
-    maps = (rig.base, rig.overlay)
-    rig.loop.kept = KeptMaps(directory / "maps", maps, Rig._write)
     records = {one.id: one for one in instances or (_WEB, _DB)}
     for source in ("a", "b"):
         of_a = records if source == "a" else {}
@@ -659,7 +659,6 @@ async def test_a_start_makes_the_maps_anew_after_a_stop_in_the_middle_of_a_round
     tmp_path: Path,
 ) -> None:
     async with _rig(tmp_path) as rig:
-        rig.loop.kept = KeptMaps(tmp_path / "maps", (rig.base, rig.overlay), Rig._write)
         await rig.say(source="b")
         await rig.say(_WEB, _DB)
         moved = _instance("web", "10.0.0.7")

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.app.namespace_proxy import proxy
 from imdsproxy.app.namespace_proxy.proxy import (
     Launch,
     claim_file,
@@ -27,7 +26,6 @@ from imdsproxy.app.namespace_proxy.proxy import (
 )
 from imdsproxy.errors import HaproxyMissing, HostRefused
 from imdsproxy.host.account import group_name, user_name
-from imdsproxy.host.files import open_locked
 
 
 def test_haproxy_is_found_on_the_path_or_where_an_agent_leaves_no_path(
@@ -228,20 +226,6 @@ def test_a_file_that_cannot_be_written_is_reported_and_leaves_nothing(tmp_path: 
     with pytest.raises(HostRefused, match=r"cannot write .*a\.conf: Is a directory"):
         claim_file(tmp_path / "a.conf", b"")
     assert {path.name for path in tmp_path.iterdir()} == {"file", "a.conf"}
-
-
-def test_a_file_for_which_there_is_no_room_leaves_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(path: Path, flags: int) -> int | None:
-        if path.suffix == ".tmp":
-            raise OSError(errno.ENOSPC, "no room")
-        return open_locked(path, flags)
-
-    monkeypatch.setattr(proxy, "open_locked", refuse)
-    with pytest.raises(HostRefused, match="No space left"):
-        claim_file(tmp_path / "a.conf", b"text")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_that_cannot_be_completed_is_as_it_was(

@@ -20,6 +20,7 @@ from imdsproxy.errors import (
     PrivilegeMissing,
     RequestRefused,
 )
+from imdsproxy.host.files import write_atomic
 
 UUID: Final = "8f6a1e0c-3b52-4c1d-9a57-0d2f4b6c8e10"
 PID: Final = 4711
@@ -229,8 +230,10 @@ def test_a_haproxy_that_does_not_run_is_reported_in_its_words_and_leaves_no_pid(
 def test_a_haproxy_whose_pid_cannot_be_written_is_ended(
     tmp_path: Path, haproxy: FakeHaproxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise HostRefused("cannot write")
+    def refuse(path: Path, data: bytes, *, mode: int) -> None:
+        if path.name == "p":
+            raise HostRefused("cannot write")
+        write_atomic(path, data, mode=mode)
 
     monkeypatch.setattr(proxy, "write_atomic", refuse)
     with pytest.raises(HostRefused, match="cannot write"):
