@@ -21,9 +21,7 @@ IN_CREATE: Final = 0x100
 IN_DELETE: Final = 0x200
 IN_DELETE_SELF: Final = 0x400
 IN_MOVE_SELF: Final = 0x800
-IN_UNMOUNT: Final = 0x2000
 IN_Q_OVERFLOW: Final = 0x4000
-IN_IGNORED: Final = 0x8000
 
 ENTRIES: Final = IN_MOVED_FROM | IN_MOVED_TO | IN_CREATE | IN_DELETE
 """Names in a directory come and go."""

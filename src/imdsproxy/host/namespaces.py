@@ -8,6 +8,7 @@ thread that enters, works and comes back (`NamespaceThread`).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -22,7 +23,7 @@ from typing import Final, TypeVar
 from imdsproxy.core.hoststate import NamespaceRef
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.files import remove_file
-from imdsproxy.host.refusal import host_refused
+from imdsproxy.host.refusal import host_refused, refusing
 
 DEFAULT_DIRECTORY: Final = Path("/run/netns")
 
@@ -32,6 +33,7 @@ _MS_REC: Final = 0x4000
 _MS_SHARED: Final = 0x100000
 _MNT_DETACH: Final = 2
 _SELF: Final = "/proc/thread-self/ns/net"
+_MISSING: Final = (FileNotFoundError, NotADirectoryError)
 
 T = TypeVar("T")
 
@@ -95,7 +97,8 @@ class NamespaceDirectory:
         # namespace says the same as fstatfs's magic (0x6e736673) without a foreign call.
         self._device = Path("/proc/self/ns/net").stat().st_dev
 
-    def _file(self, name: str) -> str:
+    def file(self, name: str) -> str:
+        """The path of a name."""
         if name in ("", ".", "..") or "/" in name or "\0" in name:
             raise HostRefused(f"not the name of a network namespace: {name!r}")
         return f"{self._base}/{name}"
@@ -103,8 +106,8 @@ class NamespaceDirectory:
     def identity(self, name: str) -> NamespaceRef | None:
         """Name and inode of a namespace; `None` when there is none, or its mount is to come."""
         try:
-            status = os.stat(self._file(name))  # noqa: PTH116 - of every namespace: a Path costs more than the look
-        except (FileNotFoundError, NotADirectoryError):
+            status = os.stat(self.file(name))  # noqa: PTH116 - of every namespace: a Path costs more than the look
+        except _MISSING:
             return None
         except OSError as error:
             raise host_refused(f"look at namespace {name}", error) from error
@@ -114,12 +117,9 @@ class NamespaceDirectory:
 
     def names(self) -> list[str]:
         """Every name in the directory, usable or not, sorted; empty when there is no directory."""
-        try:
+        with refusing(f"list {self.path}"), contextlib.suppress(*_MISSING):
             return sorted(os.listdir(self.path))  # noqa: PTH208 - names are wanted, not paths
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        except OSError as error:
-            raise host_refused(f"list {self.path}", error) from error
+        return []
 
     def namespaces(self) -> dict[str, NamespaceRef]:
         """The usable namespaces by name."""
@@ -128,17 +128,13 @@ class NamespaceDirectory:
 
     def open(self, name: str) -> OpenNamespace | None:
         """Hold a namespace open; `None` when there is none of that name."""
-        try:
-            descriptor = os.open(self._file(name), os.O_RDONLY | os.O_CLOEXEC)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise host_refused(f"open namespace {name}", error) from error
-        status = os.fstat(descriptor)
-        if status.st_dev != self._device:
+        with refusing(f"open namespace {name}"), contextlib.suppress(*_MISSING):
+            descriptor = os.open(self.file(name), os.O_RDONLY | os.O_CLOEXEC)
+            status = os.fstat(descriptor)
+            if status.st_dev == self._device:
+                return OpenNamespace(NamespaceRef(name, status.st_ino), descriptor)
             os.close(descriptor)
-            return None
-        return OpenNamespace(NamespaceRef(name, status.st_ino), descriptor)
+        return None
 
     def delete(self, name: str) -> bool:
         """Unmount and remove a name, as `ip netns del`; false when there was none.
@@ -149,14 +145,15 @@ class NamespaceDirectory:
             HostRefused: The kernel refused.
             PrivilegeMissing: CAP_SYS_ADMIN is needed.
         """
-        path = Path(self._file(name))
-        try:
-            _checked(_libc.umount2(os.fsencode(path), ctypes.c_int(_MNT_DETACH)))
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # EINVAL: not a mount point, only a file is left
-                raise host_refused(f"unmount namespace {name}", error) from error
+        path = Path(self.file(name))
+        with refusing(f"unmount namespace {name}"):
+            try:
+                _checked(_libc.umount2(os.fsencode(path), ctypes.c_int(_MNT_DETACH)))
+            except FileNotFoundError:
+                return False
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # EINVAL: not a mount point, only a file is left
+                    raise
         return remove_file(path, f"remove namespace {name}")
 
     def prepare(self) -> None:
@@ -169,37 +166,20 @@ class NamespaceDirectory:
             HostRefused: The kernel refused.
             PrivilegeMissing: CAP_SYS_ADMIN is needed.
         """
-        try:
+        with refusing(f"make {self.path} a shared mount"):
             self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
             descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-                self._share()
+                try:
+                    _mount("", self.path, _MS_SHARED | _MS_REC)
+                except OSError as error:
+                    if error.errno != errno.EINVAL:
+                        raise
+                    _mount(str(self.path), self.path, _MS_BIND | _MS_REC)
+                    _mount("", self.path, _MS_SHARED | _MS_REC)
             finally:
                 os.close(descriptor)
-        except OSError as error:
-            raise host_refused(f"make {self.path} a shared mount", error) from error
-
-    def _share(self) -> None:
-        try:
-            _mount("", self.path, _MS_SHARED | _MS_REC)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            _mount(str(self.path), self.path, _MS_BIND | _MS_REC)
-            _mount("", self.path, _MS_SHARED | _MS_REC)
-
-    def _create_here(self, name: str) -> NamespaceRef:
-        """Make and mount a namespace; the calling thread is inside of it afterwards."""
-        path = Path(self._file(name))
-        os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0))
-        try:
-            unshare_network()
-            _mount(_SELF, path, _MS_BIND)
-        except OSError:
-            path.unlink()
-            raise
-        return NamespaceRef(name, path.stat().st_ino)
 
 
 class NamespaceThread:
@@ -248,38 +228,39 @@ class NamespaceThread:
         opened = self.directory.open(name)
         if opened is None:
             return None
-        try:
-            try:
+        with contextlib.closing(opened):
+            with refusing(f"enter namespace {name}"):
                 _setns(opened.descriptor)
-            except OSError as error:
-                raise host_refused(f"enter namespace {name}", error) from error
             try:
                 return work(opened.ref)
             finally:
                 self._come_home()
-        finally:
-            opened.close()
 
     def create_now(self, name: str) -> NamespaceRef:
-        """The same for code that runs in this thread already."""
+        """Make a namespace of this name unless there is one; for code that runs in this thread already.
+
+        Raises:
+            HostRefused: The kernel refused.
+            PrivilegeMissing: CAP_SYS_ADMIN is needed.
+        """
         present = self.directory.identity(name)
         if present is not None:
             return present
-        try:
-            self.directory.prepare()
-            try:
-                return self.directory._create_here(name)  # noqa: SLF001 - the other half of this class
-            except FileExistsError:
-                return self._replace_half_made(name)
-            finally:
-                self._come_home()
-        except OSError as error:
-            raise host_refused(f"create namespace {name}", error) from error
-
-    def _replace_half_made(self, name: str) -> NamespaceRef:
         # A file without a mount: what is left when its maker was killed between the two steps.
         self.directory.delete(name)
-        return self.directory._create_here(name)  # noqa: SLF001 - the other half of this class
+        self.directory.prepare()
+        path = Path(self.directory.file(name))
+        with refusing(f"create namespace {name}"):
+            path.touch(mode=0, exist_ok=False)
+            try:
+                unshare_network()
+                _mount(_SELF, path, _MS_BIND)
+            except OSError:
+                path.unlink()
+                raise
+            finally:
+                self._come_home()
+            return NamespaceRef(name, path.stat().st_ino)
 
     def _come_home(self) -> None:
         try:

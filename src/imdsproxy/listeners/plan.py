@@ -18,8 +18,9 @@ Linux bridge hands packets on with their checksum state, and every guest NIC kno
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import ClassVar, TypeAlias, assert_never
 
 from imdsproxy.core.endpoints import ENSLAVING, LOOPBACK, Endpoint, Foreign, LeftOut, LeftOutCode
@@ -131,26 +132,33 @@ class Place:
     Attributes:
         namespace: By name; `None` for the host's own.
         device: In that namespace; `None` for all.
-        host_devices: The devices of the host's own namespace that it depends on; a bridge first.
-        manages: The metadata addresses on `device` are our business.
+        bridge: The bridge that a namespace of ours is attached to, and the name of the link that does it.
+        managed: The metadata addresses on the device are our business.
     """
 
     namespace: str | None
     device: str | None
-    host_devices: tuple[str, ...] = ()
-    manages: bool = False
+    bridge: tuple[str, str] | None = None
+    managed: bool = True
+
+    @property
+    def host_devices(self) -> tuple[str, ...]:
+        """The devices of the host's own namespace that it depends on."""
+        if self.namespace is None and self.device is not None:
+            return (self.device,)
+        return self.bridge or ()
 
 
 def place_of(network: Network, naming: Naming) -> Place:
     """The place of a network's listener."""
     match network.listener:
         case NamespaceListener(namespace, device, manage):
-            return Place(namespace, device, manages=manage and device is not None)
+            return Place(namespace, device, managed=manage and device is not None)
         case InterfaceListener(device):
-            return Place(None, device, (device,), manages=True)
+            return Place(None, device)
         case BridgeListener(bridge):
-            inside, link = naming.namespace(network.id), naming.link(network.id)
-            return Place(inside, naming.inner_device, (bridge, link))
+            link = naming.link(network.id)
+            return Place(naming.namespace(network.id), naming.inner_device, (bridge, link))
         case never:
             assert_never(never)
 
@@ -172,7 +180,7 @@ def plan_listeners(
     sweep: bool = True,
     managed: Collection[ManagedPlace] | None = None,
     memo: PlanMemo | None = None,
-    first: Callable[[], Mapping[NetworkId, Network]] = dict,
+    first: Mapping[NetworkId, Network] = MappingProxyType({}),
 ) -> ListenerPlan:
     """Plan the listeners of all networks at once.
 
@@ -184,13 +192,11 @@ def plan_listeners(
         managed: Where we have put addresses, by our own journal; only there are they removed again. The
             mark on an address is one of 128 and may be another daemon's too. `None`: anywhere.
         memo: Empty at first and then the same one again: most of a plan is that of before.
-        first: Gives the networks that HAProxy is configured for: they keep a listener that another one claims too.
+        first: The networks that HAProxy is configured for: they keep a listener that another one claims too.
     """
     naming = naming or Naming()
     memo = {} if memo is None else memo
-    shared = find_shared(networks.values(), observed, {})
-    if shared:
-        shared = find_shared(networks.values(), observed, first())
+    shared = find_shared(networks.values(), observed, first)
     planned: list[Planned] = []
     for network_id in sorted(networks):
         if network_id in shared:
@@ -221,15 +227,11 @@ def explain_pending(plan: ListenerPlan, failures: Iterable[OpFailure]) -> Listen
     given = tuple(failures)
 
     def explain(left: LeftOut) -> LeftOut:
-        if left.code is not LeftOutCode.PENDING:
-            return left
-        for failure in given:
+        for failure in given if left.code is LeftOutCode.PENDING else ():
             op = failure.op
-            other = isinstance(op, AddAddress) and left.family not in (
-                None,
-                Family(op.address.version),
-            )
-            if op.network == left.network and not other:
+            # A bridge is attached in steps: a failure explains all that is still pending.
+            version = op.address.version if isinstance(op, AddAddress) else left.family
+            if op.network == left.network and left.family in (None, version):
                 code = LeftOutCode.HOST_REFUSED
                 return replace(left, code=code, reason=failure.reason, hint=failure.hint)
         return left
@@ -255,147 +257,102 @@ def _plan_again(
 
 def plan_network(network: Network, observed: ObservedHost, naming: Naming) -> Iterator[Planned]:
     """Endpoints of one network, or why it has none and what is to be done first."""
-    match network.listener:
-        case NamespaceListener() as listener:
-            return _plan_namespace(network.id, listener, observed, naming)
-        case InterfaceListener(device):
-            return _plan_interface(network.id, device, observed.root, naming)
-        case BridgeListener(bridge):
-            return _plan_bridge(network.id, bridge, observed, naming)
-        case never:
-            assert_never(never)
-
-
-def _plan_namespace(
-    network: NetworkId, listener: NamespaceListener, observed: ObservedHost, naming: Naming
-) -> Iterator[Planned]:
-    name, device = listener.namespace, listener.device
-    seen = observed.namespaces.get(name)
-    if seen is None or not (seen.ref or seen.problem):
-        code, reason = LeftOutCode.NAMESPACE_MISSING, f"there is no network namespace {name}"
-        hint = "it is noticed within a second once it is made"
-        yield LeftOut(network, None, code, reason, hint)
-        return
-    refused = None
-    if seen.problem:
-        refused = LeftOut(network, None, LeftOutCode.NAMESPACE_UNUSABLE, seen.problem)
-    elif device is not None:
-        refused = _check_device(network, seen, device, f" in namespace {name}")
-    if refused is not None:
-        yield refused
-        return
-    managed = device is not None and listener.manage_addresses
-    if device is not None and managed:
-        yield from _want_addresses(network, name, seen, device, naming)
-    for family in Family:
-        yield from listen(network, seen, family, device=device, managed=managed)
-
-
-def _plan_interface(
-    network: NetworkId, device: str, root: ObservedNamespace, naming: Naming
-) -> Iterator[Planned]:
-    seen = replace(root, addresses=tuple(a for a in root.addresses if a.device == device))
-    has_it = METADATA_IPV4 in _addresses_on(root, device)
-    refused = _check_device(network, root, device, "")
-    if refused is None and root.own_metadata and not has_it:
-        refused = LeftOut(
-            network,
-            None,
-            LeftOutCode.HOST_METADATA,
-            f"with {METADATA_IPV4} on {device} this host would not reach metadata of its own any more, "
-            f"and it seems to have some: {root.own_metadata}",
-            f"if {device} is a bridge, name it as a bridge (--bridge {device}): that leaves the host alone; "
-            f"if the host needs none: ip address add {METADATA_IPV4}/32 dev {device}",
+    place, root = place_of(network, naming), observed.root
+    seen = root if place.namespace is None else observed.namespaces.get(place.namespace, _NOTHING)
+    if place.bridge is None:
+        refusal = _refuse_place(place, seen)
+    else:
+        refusal = _refuse_bridge(place.bridge[0], root) or _refuse_names(
+            place, seen, root, naming.alias(network.id)
         )
-    if refused is not None:
-        yield refused
+    if refusal is not None:
+        yield LeftOut(network.id, None, *refusal)
         return
-    yield from _want_addresses(network, None, seen, device, naming)
+    yield from _lacks(network.id, place, seen, root, naming)
+    if place.bridge is not None and place.device not in seen.devices:
+        reason = f"namespace {place.namespace} is being made"
+        yield LeftOut(network.id, None, LeftOutCode.PENDING, reason)
+        return
+    if place.namespace is None:
+        here = tuple(one for one in root.addresses if one.device == place.device)
+        seen = replace(root, addresses=here)
     for family in Family:
-        yield from listen(network, seen, family, device=device, managed=True)
+        yield from listen(network.id, seen, family, device=place.device, managed=place.managed)
 
 
-def _check_device(
-    network: NetworkId, seen: ObservedNamespace, name: str, where: str
-) -> LeftOut | None:
+_NOTHING = ObservedNamespace(None)
+
+Refusal: TypeAlias = tuple[LeftOutCode, str, str]
+"""Why a network is not served, and a hint (see `LeftOut`)."""
+
+
+def _refuse_place(place: Place, seen: ObservedNamespace) -> Refusal | None:
+    where = f" in namespace {place.namespace}" if place.namespace else ""
+    if seen.problem:
+        return LeftOutCode.NAMESPACE_UNUSABLE, seen.problem, ""
+    if place.namespace is not None and seen.ref is None:
+        hint = "it is noticed within a second once it is made"
+        reason = f"there is no network namespace {place.namespace}"
+        return LeftOutCode.NAMESPACE_MISSING, reason, hint
+    name = place.device
+    if name is None:
+        return None
     device = seen.devices.get(name)
     if device is None:
-        code, reason = LeftOutCode.DEVICE_MISSING, f"there is no device {name}{where}"
-        return LeftOut(
-            network, None, code, reason, "it is noticed within a second once it is there"
-        )
+        hint = "it is noticed within a second once it is there"
+        return LeftOutCode.DEVICE_MISSING, f"there is no device {name}{where}", hint
     if not device.up:
-        code, reason = LeftOutCode.DEVICE_DOWN, f"device {name}{where} is down"
-        return LeftOut(network, None, code, reason, f"ip link set {name} up")
+        return LeftOutCode.DEVICE_DOWN, f"device {name}{where} is down", f"ip link set {name} up"
+    return _refuse_owner(device, seen, where)
+
+
+def _refuse_owner(device: ObservedDevice, seen: ObservedNamespace, where: str) -> Refusal | None:
+    """Why packets to a device, or of this host by it, belong to something else."""
+    name = device.name
     for master in seen.devices.values():
         if master.index == device.master and master.kind in ENSLAVING:
             reason = f"device {name}{where} belongs to {master.kind} {master.name}, which takes its packets"
-            hint = f"name {master.name} in its place"
-            return LeftOut(network, None, LeftOutCode.DEVICE_ENSLAVED, reason, hint)
+            return LeftOutCode.DEVICE_ENSLAVED, reason, f"name {master.name} in its place"
+    if seen.own_metadata and METADATA_IPV4 not in _addresses_on(seen, name):
+        reason = (
+            f"with {METADATA_IPV4} on {name} this host would not reach metadata of its own any more, "
+            f"and it seems to have some: {seen.own_metadata}"
+        )
+        hint = (
+            f"if {name} is a bridge, name it as a bridge (--bridge {name}): that leaves the host alone; "
+            f"if the host needs none: ip address add {METADATA_IPV4}/32 dev {name}"
+        )
+        return LeftOutCode.HOST_METADATA, reason, hint
     return None
 
 
-def _want_addresses(
-    network: NetworkId, namespace: str | None, seen: ObservedNamespace, device: str, naming: Naming
-) -> Iterator[AddAddress]:
-    present = _addresses_on(seen, device)
-    for family in Family:
-        if (address := family.metadata_address) not in present:
-            yield AddAddress(network, namespace, device, address, naming.protocol)
-
-
-def _addresses_on(seen: ObservedNamespace, device: str) -> set[IpAddress]:
-    return {one.address for one in seen.addresses if one.device == device}
-
-
-def _plan_bridge(
-    network: NetworkId, name: str, observed: ObservedHost, naming: Naming
-) -> Iterator[Planned]:
-    bridge, inner = observed.root.devices.get(name), naming.inner_device
-    seen = observed.namespaces.get(naming.namespace(network))
-    link = observed.root.devices.get(naming.link(network))
-    refused = _check_bridge(network, name, bridge) or _check_ours(network, seen, link, naming)
-    if refused is not None or bridge is None:
-        yield from () if refused is None else (refused,)
-        return
-    if not _is_attached(bridge, link, seen, naming):
-        yield AttachBridge(network, name, bridge.mtu, naming)
-    if seen is None or inner not in seen.devices:
-        reason = f"namespace {naming.namespace(network)} is being made"
-        yield LeftOut(network, None, LeftOutCode.PENDING, reason)
-        return
-    for family in Family:
-        yield from listen(network, seen, family, device=inner, managed=True)
-
-
-def _check_bridge(network: NetworkId, name: str, bridge: ObservedDevice | None) -> LeftOut | None:
+def _refuse_bridge(name: str, root: ObservedNamespace) -> Refusal | None:
+    bridge = root.devices.get(name)
     if bridge is None:
-        hint, reason = "create it; it is noticed within a second", f"there is no bridge {name}"
-        return LeftOut(network, None, LeftOutCode.DEVICE_MISSING, reason, hint)
+        hint = "create it; it is noticed within a second"
+        return LeftOutCode.DEVICE_MISSING, f"there is no bridge {name}", hint
     if bridge.kind != "bridge":
         what = f"a device of kind {bridge.kind}" if bridge.kind else "a plain device"
-        reason = f"{name} is {what}, not a Linux bridge"
         hint = "use an interface listener, or a namespace for an Open vSwitch bridge"
-        return LeftOut(network, None, LeftOutCode.NOT_A_BRIDGE, reason, hint)
+        return LeftOutCode.NOT_A_BRIDGE, f"{name} is {what}, not a Linux bridge", hint
     if not bridge.up:
-        hint, reason = f"ip link set {name} up", f"bridge {name} is down"
-        return LeftOut(network, None, LeftOutCode.DEVICE_DOWN, reason, hint)
+        return LeftOutCode.DEVICE_DOWN, f"bridge {name} is down", f"ip link set {name} up"
     return None
 
 
-def _check_ours(
-    network: NetworkId, seen: ObservedNamespace | None, link: ObservedDevice | None, naming: Naming
-) -> LeftOut | None:
-    alias, code = naming.alias(network), LeftOutCode.NAME_TAKEN
+def _refuse_names(
+    place: Place, seen: ObservedNamespace, root: ObservedNamespace, alias: str
+) -> Refusal | None:
+    """Why what has the name of our link or namespace is not ours."""
+    link = None if place.bridge is None else root.devices.get(place.bridge[1])
     if link is not None and link.alias != alias and not _is_unmarked_veth(link):
         reason = f"a link {link.name} that is not ours is there"
-        return LeftOut(network, None, code, reason, f"ip link del {link.name}")
-    if seen is not None and seen.problem:
-        return LeftOut(network, None, LeftOutCode.NAMESPACE_UNUSABLE, seen.problem)
-    if seen is not None and _alias_of(seen) != alias and not _is_unmarked(seen):
-        name = naming.namespace(network)
-        reason = f"a namespace {name} that is not ours is there"
-        return LeftOut(network, None, code, reason, f"ip netns del {name}")
+        return LeftOutCode.NAME_TAKEN, reason, f"ip link del {link.name}"
+    if seen.problem:
+        return LeftOutCode.NAMESPACE_UNUSABLE, seen.problem, ""
+    if _alias_of(seen) != alias and not _is_unmarked(seen):
+        reason = f"a namespace {place.namespace} that is not ours is there"
+        return LeftOutCode.NAME_TAKEN, reason, f"ip netns del {place.namespace}"
     return None
 
 
@@ -415,25 +372,43 @@ def _alias_of(seen: ObservedNamespace) -> str:
     return loopback.alias if loopback is not None else ""
 
 
-def _is_attached(
-    bridge: ObservedDevice,
-    link: ObservedDevice | None,
-    seen: ObservedNamespace | None,
+def _addresses_on(seen: ObservedNamespace, device: str | None) -> set[IpAddress]:
+    return {one.address for one in seen.addresses if one.device == device}
+
+
+def _lacks(
+    network: NetworkId,
+    place: Place,
+    seen: ObservedNamespace,
+    root: ObservedNamespace,
     naming: Naming,
+) -> Iterator[AttachBridge | AddAddress]:
+    """What is to be done for a listener that nothing refuses."""
+    if place.bridge is not None:
+        bridge, link = (root.devices.get(name) for name in place.bridge)
+        if bridge is not None and not _is_attached(bridge, link, seen, naming.inner_device):
+            yield AttachBridge(network, bridge.name, bridge.mtu, naming)
+    elif place.managed and place.device is not None:
+        present = _addresses_on(seen, place.device)
+        for address in (one.metadata_address for one in Family):
+            if address not in present:
+                yield AddAddress(network, place.namespace, place.device, address, naming.protocol)
+
+
+def _is_attached(
+    bridge: ObservedDevice, link: ObservedDevice | None, seen: ObservedNamespace, inner: str
 ) -> bool:
     """Whether a bridge's listener has all that `AttachBridge` makes."""
-    loopback, inside = (
-        None if seen is None else seen.devices.get(name) for name in (LOOPBACK, naming.inner_device)
-    )
-    if seen is None or link is None or inside is None or loopback is None:
+    inside, loopback = seen.devices.get(inner), seen.devices.get(LOOPBACK)
+    if link is None or inside is None or loopback is None:
         return False
-    routes = {family for family, device in seen.default_routes if device == inside.name}
+    routes = {family for family, device in seen.default_routes if device == inner}
     return (
         loopback.up
         and bool(loopback.alias and link.alias)
         and link.master == bridge.index
         and all(one.up and one.mtu == bridge.mtu for one in (link, inside))
-        and len(_addresses_on(seen, inside.name)) == len(routes) == len(Family)
+        and len(_addresses_on(seen, inner)) == len(routes) == len(Family)
     )
 
 
@@ -506,7 +481,7 @@ def plan_sweep(
         marked = naming.owner_of(device.alias) is not None or _is_unmarked_veth(device)
         if naming.is_link(name) and marked and name not in links:
             yield DeleteLink(name)
-    wanted = {(one.namespace, one.device) for one in places if one.manages}
+    wanted = {(one.namespace, one.device) for one in places if one.managed and one.bridge is None}
     for place, seen in ((None, observed.root), *observed.namespaces.items()):
         # What is in a namespace of ours goes with it.
         if place is not None and naming.is_namespace(place):

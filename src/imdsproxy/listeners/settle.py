@@ -87,7 +87,7 @@ class HostSettler:
                 sweep=self.inventory.in_sync,
                 managed=self.host.managed(),
                 memo=self._memo,
-                first=self.kept.load,
+                first=self.kept.load(),
             )
             if not plan.ops or failures:
                 break

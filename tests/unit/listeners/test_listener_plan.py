@@ -340,7 +340,7 @@ def test_of_two_networks_with_one_listener_the_one_in_force_keeps_it(
     in_force = {NetworkId(first): networks[NetworkId(first)]}
     second = "b" if first == "a" else "a"
 
-    plan = plan_listeners(networks, host, first=lambda: in_force)
+    plan = plan_listeners(networks, host, first=in_force)
 
     assert plan.endpoints == plan_listeners(in_force, host).endpoints
     assert plan.ops == plan_listeners(in_force, host).ops
@@ -359,7 +359,7 @@ def test_of_two_new_networks_with_one_listener_the_first_by_id_has_it() -> None:
 def test_a_network_that_moves_to_another_ones_listener_does_not_take_it() -> None:
     networks = _networks({"a": NamespaceListener("ns-blue"), "b": NamespaceListener("ns-blue")})
     in_force = _networks({"a": NamespaceListener("ns-red"), "b": NamespaceListener("ns-blue")})
-    plan = plan_listeners(networks, _host(FULL), first=lambda: in_force)
+    plan = plan_listeners(networks, _host(FULL), first=in_force)
     assert {one.network for one in plan.endpoints} == {"b"}
 
 
