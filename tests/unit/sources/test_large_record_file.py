@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import sys
-import time
 import tracemalloc
 from typing import TYPE_CHECKING
 
@@ -19,7 +18,6 @@ from imdsproxy.core.timing import Progress
 from imdsproxy.errors import Problem
 from imdsproxy.sources.file import contents as file_contents
 from imdsproxy.sources.file.contents import read_contents
-from imdsproxy.sources.file.directory import Directory
 from imdsproxy.sources.file.record_file import decode_records, read_records
 from imdsproxy.sources.file.source import FileSource
 from support.patience import patience
@@ -52,7 +50,7 @@ def test_a_large_file_is_read_by_another_process_and_just_the_same(
     with monkeypatch.context() as patched:
         patched.setattr(file_contents, "_APART", sys.maxsize)
         here = read_contents(large, Progress())
-    assert len(here.instances) == _COUNT + 1
+    assert len(here.entries["instances"]) == _COUNT + 1
     assert here.nameless["instances"]
     monkeypatch.delattr(file_contents, "read_records")
     assert read_contents(large, Progress()) == here
@@ -178,7 +176,7 @@ def test_progress_is_shown_while_a_large_file_is_read(large: Path) -> None:
 
 def test_progress_is_shown_while_many_records_are_compared(large: Path) -> None:
     progress = _Seen()
-    Directory(large.parent, clock=time.monotonic, progress=progress).read()
+    FileSource(large.parent, progress=progress).read()
     compared = [one for one in progress.seen if one.startswith("comparing the addresses")]
     assert len(compared) >= _COUNT // 1000
     assert len(set(compared)) == len(compared)

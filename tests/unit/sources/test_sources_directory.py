@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+from imdsproxy.core.model import Instance, InstanceId
 from imdsproxy.core.records import MAX_PAYLOAD, Findings, Refused, parse_instance
 from imdsproxy.sources.api import Origin
-from imdsproxy.sources.file.directory import Directory, Reading
 from imdsproxy.sources.file.record_file import payload_reader
+from imdsproxy.sources.file.source import FileSource
 
+WEB = InstanceId("web")
 NETWORK = "networks:\n- id: n\n  listener: {bridge: br0}\n"
 
 
@@ -36,7 +39,7 @@ class Bench:
 
     def restart(self) -> None:
         """A new process reads the directory."""
-        self.directory = Directory(self.path, clock=lambda: self.now, last_good=self.kept)
+        self.source = FileSource(self.path, clock=lambda: self.now, last_good=self.kept)
 
     def write(self, name: str, text: str | bytes) -> Path:
         path = self.path / name
@@ -45,30 +48,39 @@ class Bench:
         beside.rename(path)
         return path
 
-    def read(self, *changed: Path) -> Reading:
-        return self.directory.read(changed)
+    def read(self, *changed: Path) -> dict[InstanceId, Instance | None]:
+        """The instances that came, changed or went."""
+        found = self.source.read(changed)
+        return {**found.instances, **dict.fromkeys(found.instances_removed)}
 
-    def settled(self) -> Reading:
+    def settle(self) -> None:
         """Read until it does not ask to look again; what was found on the way is in force."""
-        reading = self.read()
-        while reading.again_s is not None:
-            self.now += reading.again_s
-            reading = self.read()
-        return reading
+        self.read()
+        while self.source.again_s is not None:
+            self.now += self.source.again_s
+            self.read()
+
+    @property
+    def lines(self) -> list[str]:
+        return [str(problem) for problem in self.source.problems]
+
+    @property
+    def instances(self) -> Mapping[InstanceId, Instance]:
+        return self.source.everything().instances
 
     @property
     def names(self) -> set[str]:
-        return set(self.directory.instances)
+        return set(self.instances)
+
+    @property
+    def networks(self) -> set[str]:
+        return set(self.source.everything().networks)
 
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
     (tmp_path / "records").mkdir()
     return Bench(tmp_path / "records")
-
-
-def reported(reading: Reading) -> list[str]:
-    return [str(problem) for problem in reading.problems]
 
 
 def test_yaml_and_json_files_are_read_and_others_are_not(bench: Bench) -> None:
@@ -78,10 +90,10 @@ def test_yaml_and_json_files_are_read_and_others_are_not(bench: Bench) -> None:
     for name in ("4.yaml~", ".5.yaml", ".#6.yaml", "#7.yaml#", "8.txt", "9.yaml.swp", "4913"):
         bench.write(name, "no: [record")
     (bench.path / "directory.d").mkdir()
-    reading = bench.read()
-    assert not reading.problems
+    bench.read()
+    assert not bench.source.problems
     assert bench.names == {"a", "b"}
-    assert bench.directory.networks.keys() == {"n"}
+    assert bench.networks == {"n"}
 
 
 def test_only_a_file_that_changed_is_read_again(
@@ -101,7 +113,7 @@ def test_only_a_file_that_changed_is_read_again(
     bench.write("3.json", instances(record("i3", "10.0.0.33")))
     reading = bench.read()
     assert [name for name in opened if name.endswith(".json")] == ["3.json"]
-    assert reading.instances.keys() == {"i3"}
+    assert reading.keys() == {"i3"}
 
 
 def test_a_file_with_an_event_is_read_though_it_looks_the_same(bench: Bench) -> None:
@@ -111,7 +123,7 @@ def test_a_file_with_an_event_is_read_though_it_looks_the_same(bench: Bench) -> 
     path.write_text(instances(record("a", "10.0.0.6")))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     reading = bench.read(path)
-    assert reading.instances.keys() == {"a"}
+    assert reading.keys() == {"a"}
 
 
 @pytest.mark.parametrize(
@@ -132,11 +144,12 @@ def test_a_file_that_cannot_be_read_keeps_all_its_records(
     path = bench.write("x.yaml", text)
     reading = bench.read()
     assert bench.names == {"a", "b"}
-    assert not reading.instances
-    assert any(line.startswith(f"{path}{place}") for line in reported(reading)), reported(reading)
+    assert not reading
+    assert any(line.startswith(f"{path}{place}") for line in bench.lines), bench.lines
     bench.write("x.yaml", instances(record("b", "10.0.0.6")))
-    assert bench.read().instances == {"a": None}
-    assert not bench.read().problems
+    assert bench.read() == {"a": None}
+    bench.read()
+    assert not bench.lines
 
 
 def test_bad_records_are_refused_one_by_one_with_file_line_and_field(bench: Bench) -> None:
@@ -174,10 +187,10 @@ instances:
 - {id: good, name: again}
 """,
     )
-    reading = bench.read()
+    bench.read()
     assert bench.names == {"good"}
-    assert bench.directory.networks.keys() == {"n"}
-    lines = reported(reading)
+    assert bench.networks == {"n"}
+    lines = bench.lines
     for wanted in (
         f"{path}:7: networks[1].subnets[0].cidr: ",
         f"{path}:13: instances[1].name: is there twice",
@@ -200,7 +213,8 @@ def test_a_refused_newcomer_is_reported_with_file_line_and_field_of_both(bench: 
         "instances:\n- id: b\n  name: b\n  ports:\n  - network: n\n    addresses:\n"
         "    - 10.0.0.4\n    - 10.0.0.5\n",
     )
-    (line,) = reported(bench.read())
+    bench.read()
+    (line,) = bench.lines
     assert line.startswith(
         f"{path}:8: instances[0].ports[0].addresses[1]: 10.0.0.5 in network n belongs to instance a"
         f" ({holder}:2)"
@@ -211,58 +225,62 @@ def test_a_refused_newcomer_is_reported_with_file_line_and_field_of_both(bench: 
 def test_a_payload_file_is_followed(bench: Bench, tmp_path: Path) -> None:
     payload = tmp_path / "user-data"
     bench.write("x.json", instances(record("a", "10.0.0.5", user_data_file="../user-data")))
-    assert "there is no file" in reported(bench.read())[0]
+    bench.read()
+    assert "there is no file" in bench.lines[0]
     payload.write_bytes(b"\x1f\x8b")
     bench.read()
-    assert bench.directory.instances["a"].open().user_data == b"\x1f\x8b"
+    assert bench.instances[InstanceId("a")].user_data == b"\x1f\x8b"
     payload.unlink()
-    reading = bench.read()
-    assert "there is no file" in reported(reading)[0]
-    assert bench.directory.instances["a"].open().user_data == b"\x1f\x8b"
+    bench.read()
+    assert "there is no file" in bench.lines[0]
+    assert bench.instances[InstanceId("a")].user_data == b"\x1f\x8b"
     payload.write_bytes(b"new")
-    assert bench.read().instances.keys() == {"a"}
-    assert bench.directory.instances["a"].open().user_data == b"new"
+    assert bench.read().keys() == {"a"}
+    assert bench.instances[InstanceId("a")].user_data == b"new"
 
 
 def test_a_file_that_is_gone_for_a_moment_only_keeps_its_records(bench: Bench) -> None:
     path = bench.write("x.json", instances(record("a", "10.0.0.5")))
     bench.read()
     path.rename(path.with_name("x.json~"))
-    reading = bench.read()
-    assert reading.again_s is not None
+    bench.read()
+    assert bench.source.again_s is not None
     assert bench.names == {"a"}
     bench.write("x.json", instances(record("a", "10.0.0.5"), record("b", "10.0.0.6")))
-    assert bench.read().instances.keys() == {"b"}
+    assert bench.read().keys() == {"b"}
 
 
 def test_a_blank_file_keeps_its_records_and_is_a_problem_after_a_moment(bench: Bench) -> None:
     path = bench.write("x.json", instances(record("a", "10.0.0.5")))
     bench.read()
     path.write_bytes(b"")
-    assert bench.read().again_s is not None
+    bench.read()
+    assert bench.source.again_s is not None
     assert bench.names == {"a"}
     path.write_text(instances(record("a", "10.0.0.6")))
-    assert bench.read().instances.keys() == {"a"}
+    assert bench.read().keys() == {"a"}
     path.write_bytes(b"")
-    reading = bench.settled()
-    (problem,) = reading.problems
+    bench.settle()
+    (problem,) = bench.source.problems
     assert (problem.file, problem.reason) == (
         str(path),
         "is blank: the records that it had stay in force",
     )
     assert bench.names == {"a"}
-    bench.directory.keep()
+    bench.source.keep()
     bench.restart()
-    assert len(bench.read().problems) == 1
+    bench.read()
+    assert len(bench.lines) == 1
     assert bench.names == {"a"}
     path.write_text("{}")
-    bench.settled()
+    bench.settle()
     assert not bench.names
 
 
 def test_a_blank_file_that_never_had_records_is_no_problem(bench: Bench) -> None:
     bench.write("x.yaml", " \n")
-    assert not bench.settled().problems
+    bench.settle()
+    assert not bench.lines
 
 
 def test_what_is_no_regular_file_is_reported_and_never_waited_for(bench: Bench) -> None:
@@ -270,7 +288,8 @@ def test_what_is_no_regular_file_is_reported_and_never_waited_for(bench: Bench) 
     (bench.path / "directory.yaml").mkdir()
     (bench.path / "dangling.yaml").symlink_to(bench.path / "nowhere")
     bench.write("x.json", instances(record("a", "10.0.0.5")))
-    lines = reported(bench.settled())
+    bench.settle()
+    lines = bench.lines
     assert bench.names == {"a"}
     assert len(lines) == 2
     assert all("cannot be read" in line for line in lines)
@@ -282,28 +301,29 @@ def test_what_was_in_force_stays_over_a_restart_with_broken_files(bench: Bench) 
     bench.write("x.json", instances(record("a", "10.0.0.5", user_data=payload)))
     bench.write("y.json", instances(record("b", "10.0.0.6"), record("c", "10.0.0.7")))
     bench.read()
-    assert bench.directory.keep() is None
-    before = bench.directory.instances
+    assert bench.source.keep() is None
+    before = bench.instances
     bench.write("n.yaml", "networks: [")
     bench.write("x.json", b"\xff")
     bench.write("y.json", instances(record("b", "10.0.0.999"), record("c", "10.0.0.8")))
     bench.restart()
     reading = bench.read()
-    assert len(reported(reading)) == 3
-    assert bench.directory.networks.keys() == {"n"}
-    assert bench.directory.instances["a"] == before["a"]
-    assert bench.directory.instances["b"] == before["b"]
-    assert bench.directory.instances["c"] != before["c"]
-    assert reading.instances.keys() == {"c"}
+    assert len(bench.lines) == 3
+    assert bench.networks == {"n"}
+    assert bench.instances[InstanceId("a")] == before[InstanceId("a")]
+    assert bench.instances[InstanceId("b")] == before[InstanceId("b")]
+    assert bench.instances[InstanceId("c")] != before[InstanceId("c")]
+    assert reading.keys() == {"c"}
 
 
 def test_a_directory_that_is_gone_at_a_restart_leaves_what_was_in_force(bench: Bench) -> None:
     bench.write("x.json", instances(record("a", "10.0.0.5")))
     bench.read()
-    assert bench.directory.keep() is None
+    assert bench.source.keep() is None
     bench.path.rename(bench.path.with_name("away"))
     bench.restart()
-    assert not bench.read().readable
+    bench.read()
+    assert not bench.source.readable
     assert bench.names == {"a"}
 
 
@@ -311,10 +331,10 @@ def test_a_memory_that_is_damaged_is_reported_and_does_without(bench: Bench) -> 
     bench.kept.write_bytes(b"no database " * 1000)
     bench.write("x.json", instances(record("a", "10.0.0.5")))
     bench.read()
-    assert "not kept over a restart" in str(bench.directory.keep())
+    assert "not kept over a restart" in str(bench.source.keep())
     assert bench.names == {"a"}
     bench.kept.unlink()
-    assert bench.directory.keep() is None
+    assert bench.source.keep() is None
 
 
 def test_what_went_while_stopped_is_gone_and_who_had_an_address_has_it_after_a_restart(
@@ -323,12 +343,12 @@ def test_what_went_while_stopped_is_gone_and_who_had_an_address_has_it_after_a_r
     gone = bench.write("x.json", instances(record("a", "10.0.0.5")))
     bench.write("y.json", instances(record("b", "10.0.0.6"), record("c", "10.0.0.7")))
     bench.read()
-    bench.directory.keep()
+    bench.source.keep()
     gone.unlink()
     bench.write("y.json", instances(record("c", "10.0.0.7")))
     bench.write("a.json", instances(record("d", "10.0.0.7")))
     bench.restart()
-    assert bench.read().instances == {"a": None, "b": None}
+    assert bench.read() == {"a": None, "b": None}
     assert bench.names == {"c"}
 
 
@@ -348,9 +368,9 @@ instances:
       - network: beyond
 """,
     )
-    assert bench.directory.origin_of_port("web", 0) is None
+    assert bench.source.origin_of_port(WEB, 0) is None
     bench.read()
-    assert [bench.directory.origin_of_port("web", number) for number in range(3)] == [
+    assert [bench.source.origin_of_port(WEB, number) for number in range(3)] == [
         Origin("instances[1].ports[0].network", str(path), 9),
         Origin("instances[1].ports[1].network", str(path), 4),
         None,

@@ -70,7 +70,7 @@ async def test_a_file_overwritten_in_place_a_hundred_times_never_loses_its_recor
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Half a second by default: on a busy machine the one who writes may be held up for longer.
-    monkeypatch.setattr("imdsproxy.sources.file.directory._EMPTY_S", 30.0)
+    monkeypatch.setattr("imdsproxy.sources.file.source._EMPTY_S", 30.0)
     path = directory / "x.json"
     write(path, record("a", "0"), *(record(f"i{n}") for n in range(50)))
     async with running(FileSource(directory)) as heard:

@@ -21,7 +21,7 @@ import structlog
 
 from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.packed import PackedInstance
-from imdsproxy.core.records import Field, LineOf, Refused
+from imdsproxy.core.records import LISTS, Field, LineOf, Refused
 from imdsproxy.core.records import Path as PathInFile
 from imdsproxy.core.timing import Progress
 from imdsproxy.errors import Problem
@@ -29,9 +29,6 @@ from imdsproxy.sources.file.record_file import payload_reader, read_records
 from imdsproxy.sources.in_force import Entry, claim_places
 
 Signature: TypeAlias = "tuple[int, ...] | None"
-
-_Send: TypeAlias = "Callable[[FileContents, float], None]"
-"""Takes some records, and the share of the file that is read."""
 
 _LARGEST: Final = 512 * 1024 * 1024
 _APART: Final = 1024 * 1024
@@ -41,9 +38,20 @@ _TOGETHER: Final = 200
 _CHILD: Final = f"import sys; from {__name__} import send_contents; send_contents(sys.argv[1])"
 
 
+Entries: TypeAlias = "dict[str, list[Entry[Any]]]"
+"""By kind (`networks` or `instances`), in the file's order; an instance's record is a `PackedInstance`."""
+
+_Send: TypeAlias = "Callable[[Entries, float], None]"
+"""Takes some records, and the share of the file that is read."""
+
+
+def _no_entries() -> Entries:
+    return {kind: [] for kind in LISTS}
+
+
 @dataclass(slots=True)
 class FileContents:
-    """A file's records in order.
+    """What a file holds.
 
     Attributes:
         payloads: The files that its records name, with their state when they were read.
@@ -52,35 +60,31 @@ class FileContents:
         nameless: What is wrong with records whose id cannot be read, by kind.
     """
 
-    networks: list[Entry[Network]] = field(default_factory=list)
-    instances: list[Entry[PackedInstance]] = field(default_factory=list)
+    entries: Entries = field(default_factory=_no_entries)
     payloads: dict[Path, Signature] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
     blank: bool = False
     nameless: dict[str, tuple[Problem, ...]] = field(
-        default_factory=lambda: {"networks": (), "instances": ()}
+        default_factory=lambda: dict.fromkeys(LISTS, ())
     )
 
 
 def read_contents(path: Path, progress: Progress) -> FileContents:
     """Read a file; blocks for as long as that takes. `progress` shows how far a large one is."""
-    networks: list[Entry[Network]] = []
-    instances: list[Entry[PackedInstance]] = []
+    found = _no_entries()
 
-    def keep(part: FileContents, _share: float) -> None:
-        networks.extend(part.networks)
-        instances.extend(part.instances)
+    def keep(entries: Entries, _share: float) -> None:
+        for kind, more in entries.items():
+            found[kind] += more
 
     signature = signature_of(path)
     apart = signature is not None and _APART <= signature[1] <= _LARGEST
     contents = _read_apart(path, keep, progress) if apart else _read(path, keep)
-    if not contents.problems:
-        contents.networks, contents.instances = networks, instances
-    return contents
+    return contents if contents.problems else replace(contents, entries=found)
 
 
 def _read(path: Path, send: _Send) -> FileContents:
-    """Read a file here; what is not `send` its records, some at a time."""
+    """Read a file here; `send` is given its records, some at a time."""
     contents = FileContents()
     read = payload_reader(path.parent)
 
@@ -92,10 +96,14 @@ def _read(path: Path, send: _Send) -> FileContents:
     def take(
         place: PathInFile, record: Network | Instance | Refused, line_of: LineOf, share: float
     ) -> None:
-        _add(contents, path.name, place, record, line_of)
-        if len(contents.networks) + len(contents.instances) >= _TOGETHER:
-            send(FileContents(contents.networks, contents.instances), share)
-            contents.networks, contents.instances = [], []
+        kind = str(place[0])
+        if isinstance(record, Refused) and record.id is None:
+            contents.nameless[kind] += record.problems
+            return
+        contents.entries[kind].append(_entry(record, path.name, place, line_of))
+        if sum(map(len, contents.entries.values())) >= _TOGETHER:
+            send(contents.entries, share)
+            contents.entries = _no_entries()
 
     try:
         data = _read_regular(path)
@@ -105,8 +113,29 @@ def _read(path: Path, send: _Send) -> FileContents:
         return contents
     contents.blank = not data.strip()
     contents.problems = read_records(data, file=str(path), take=take, read_file=read_payload)
-    send(FileContents(contents.networks, contents.instances), 1)
-    return replace(contents, networks=[], instances=[])
+    send(contents.entries, 1)
+    return replace(contents, entries=_no_entries())
+
+
+def _entry(
+    record: Network | Instance | Refused, file: str, place: PathInFile, line_of: LineOf
+) -> Entry[Any]:
+    position = int(place[1])
+    if isinstance(record, Refused):
+        return Entry(str(record.id), file, position, problems=record.problems)
+    line = line_of(place)
+    if isinstance(record, Network):
+        return Entry(record.id, file, position, line, record)
+    lines = (line_of((*place, *part)) for _, part in claim_places(record))
+    offsets = tuple(None if one is None else one - (line or 0) for one in lines)
+    return Entry(
+        record.id, file, position, line, PackedInstance.of(record), offsets=_share(offsets)
+    )
+
+
+@lru_cache
+def _share(offsets: tuple[int | None, ...]) -> tuple[int | None, ...]:
+    return offsets
 
 
 def _read_apart(path: Path, keep: _Send, progress: Progress) -> FileContents:
@@ -132,7 +161,7 @@ def _read_apart(path: Path, keep: _Send, progress: Progress) -> FileContents:
         reason = f"the process that read it ended with status {process.returncode}"
         hint = "split the file, or look for a lack of memory (dmesg)"
         return FileContents(problems=(Problem("file", reason, hint, str(path)),))
-    log.info("read")
+    log.info("read a large record file")
     contents: FileContents = part[0]
     return contents
 
@@ -148,48 +177,6 @@ def send_contents(path: str) -> None:
         sys.stdout.buffer.flush()
 
     send(_read(Path(path), send), None)
-
-
-def _add(
-    contents: FileContents,
-    name: str,
-    place: PathInFile,
-    record: Network | Instance | Refused,
-    line_of: LineOf,
-) -> None:
-    kind, position = str(place[0]), _position(place)
-    if isinstance(record, Refused):
-        if record.id is None:
-            contents.nameless[kind] += record.problems
-        else:
-            refused: Entry[Any] = Entry(record.id, name, position, problems=record.problems)
-            (contents.networks if kind == "networks" else contents.instances).append(refused)
-    elif isinstance(record, Network):
-        entry = Entry(record.id, name, position, line_of(place), record)
-        contents.networks.append(entry)
-    else:
-        first = line_of(place) or 0
-        lines = (line_of((*place, *part)) for _, part in claim_places(record))
-        offsets = tuple(None if one is None else one - first for one in lines)
-        contents.instances.append(
-            Entry(
-                record.id,
-                name,
-                position,
-                line_of(place),
-                PackedInstance.of(record),
-                offsets=_share(offsets),
-            )
-        )
-
-
-@lru_cache
-def _share(offsets: tuple[int | None, ...]) -> tuple[int | None, ...]:
-    return offsets
-
-
-def _position(path: tuple[str | int, ...]) -> int:
-    return path[1] if len(path) > 1 and isinstance(path[1], int) else 0
 
 
 def signature_of(path: Path) -> Signature:

@@ -3,26 +3,78 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import sqlite3
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeAlias
 
-from imdsproxy.core.model import InstanceId, Network, NetworkId
-from imdsproxy.core.observation import RecordSet
+from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
+from imdsproxy.core.observation import AddressKey, RecordSet
 from imdsproxy.core.packed import PackedInstance, PackedInstances
+from imdsproxy.core.records import Path as PathInFile
+from imdsproxy.core.records import parse_instance, parse_network, render_record
 from imdsproxy.core.timing import Progress
 from imdsproxy.errors import Problem
-from imdsproxy.host.inotify import Watch
+from imdsproxy.host.inotify import Place, Watch, place_of
 from imdsproxy.sources.api import Origin, Publish, Reports, publish_in_pieces
-from imdsproxy.sources.file.directory import Directory, Reading
+from imdsproxy.sources.file.contents import FileContents, Signature, read_contents, signature_of
+from imdsproxy.sources.file.record_file import SUFFIXES
+from imdsproxy.sources.in_force import Entry, InForce, Record, claim_places
+from imdsproxy.sources.sqlite_file import SideCache
 
 _UNWATCHED_S: Final = 1.0
 """How often to look where inotify cannot be used."""
 
+_GONE_S: Final = 0.05
+"""Some editors move the old file away before they write the new one."""
+
+_EMPTY_S: Final = 0.5
+"""A writer that does not rename truncates the file first."""
+
+_SCHEMA: Final = """
+CREATE TABLE last_good (
+    kind TEXT NOT NULL,
+    id TEXT NOT NULL,
+    file TEXT NOT NULL,
+    record TEXT NOT NULL,
+    user_data BLOB,
+    PRIMARY KEY (kind, id)
+) STRICT
+"""
+
+LastGood: TypeAlias = "SideCache[tuple[str, str], Entry[Any]]"
+"""By kind (`networks` or `instances`) and id. Of an entry in force, the file and the record are kept."""
+
+_SETTLING: Final = "comparing the addresses of records"
+_NOTED: Final = 1000
+
+
+@dataclass(slots=True)
+class _File:
+    """What is known of a record file.
+
+    Attributes:
+        signature: Its state when it was last read.
+        payloads: The files that its records name, with their state when they were read.
+        problems: What is wrong with it as a whole, or with records whose id cannot be read.
+        doubtful_since: When it was first seen gone or empty, until that is believed.
+    """
+
+    signature: Signature = None
+    payloads: dict[Path, Signature] = field(default_factory=dict)
+    problems: tuple[Problem, ...] = ()
+    doubtful_since: float | None = None
+
 
 class FileSource:
     """A directory of record files, watched. Bad records are refused one by one; see `in_force`.
+
+    The files are `*.yaml`, `*.yml` and `*.json`; hidden ones are not looked at.
 
     Args:
         directory: Where the files are; it need not exist yet.
@@ -30,6 +82,11 @@ class FileSource:
             file is broken then; `None` to do without.
         clock: Monotonic seconds.
         progress: Where reading a large file says how far it is.
+
+    Attributes:
+        problems: Everything that was wrong in the directory when it was read last.
+        readable: The directory could be listed then; if not, all stays as it was.
+        again_s: Look again after so many seconds, even without an event.
     """
 
     name: Final = "file"
@@ -42,18 +99,49 @@ class FileSource:
         clock: Callable[[], float] = time.monotonic,
         progress: Progress | None = None,
     ) -> None:
+        self.problems: tuple[Problem, ...] = ()
+        self.readable = False
+        self.again_s: float | None = None
         self._path = directory.absolute()
-        self._directory = Directory(
-            self._path,
-            clock=clock,
-            last_good=last_good,
-            progress=progress,
-        )
+        self._progress = progress or Progress()
+        self._clock = clock
         self._reports = Reports(self.name)
+        self._files: dict[str, _File] = {}
+        self._instances: InForce[PackedInstance] = InForce(
+            self._claims, partial(self._where, "instances")
+        )
+        self._kinds: dict[str, InForce[Any]] = {
+            "networks": InForce(lambda _network: (), partial(self._where, "networks")),
+            "instances": self._instances,
+        }
+        self._opened = 0
+        self._last_good: LastGood | None = None
+        if last_good is not None:
+            lost = "records in force are not kept"
+            self._last_good = SideCache(last_good, _SCHEMA, _write, "last-good", lost)
+        self._begun = False
+        self._places: frozenset[Place] = frozenset()
+        self._relevant: frozenset[Path] = frozenset()
+
+    def everything(self) -> RecordSet:
+        """All in force."""
+        return _records(**{kind: one.records for kind, one in self._kinds.items()})
 
     def origin_of_port(self, instance: InstanceId, number: int) -> Origin | None:
-        """Where an instance's port was written."""
-        return self._directory.origin_of_port(instance, number)
+        """Where a port of a record in force was written; the line is that of the port's first claim."""
+        entry = self._instances.entry_of(instance)
+        if entry is None or entry.record is None:
+            return None
+        record = entry.record.open()
+        if number >= len(record.ports):
+            return None
+        field = f"instances[{entry.position}].ports[{number}].network"
+        line = entry.line
+        for index, (_, part) in enumerate(claim_places(record)):
+            if part[1] == number and index < len(entry.lines):
+                line = entry.lines[index]
+                break
+        return Origin(field, str(self._path / entry.file), line)
 
     async def run(self, publish: Publish) -> None:
         """Report the directory's records, and every change of them, until cancelled.
@@ -66,55 +154,189 @@ class FileSource:
         try:
             while True:
                 # In a thread: ten thousand records take seconds, and guests are waiting.
-                reading = await asyncio.to_thread(self._directory.read, changed)
+                changes = await asyncio.to_thread(self.read, changed)
                 unwatched = None
-                if watch is None or watch.places != reading.places:
+                watched = watch is not None and watch.places == self._places
+                if not watched:
                     if watch is not None:
                         watch.close()
-                    watch, unwatched = _watch(reading)
-                    await self._report(publish, reading, unwatched, unkept)
-                    if watch is not None:
-                        # What changed before it began to watch is seen now.
-                        changed = frozenset()
-                        continue
-                else:
-                    await self._report(publish, reading, unkept)
+                    watch, unwatched = _watch(self._places)
+                await self._report(publish, changes, unwatched, unkept)
+                # These may be all there is, and are not needed any more.
+                changes = RecordSet()
+                changed = frozenset()
+                if not watched and watch is not None:
+                    # What changed before it began to watch is seen now.
+                    continue
                 # Afterwards: guests do not wait for what only a restart needs.
-                unkept = await asyncio.to_thread(self._directory.keep)
-                await self._report(publish, reading.without_changes(), unwatched, unkept)
-                # What it has changed is not needed any more, and may be all there is.
-                reading = reading.without_changes()
-                changed = await self._wait(watch, reading)
+                unkept = await asyncio.to_thread(self.keep)
+                await self._report(publish, changes, unwatched, unkept)
+                changed = await self._wait(watch)
         finally:
             if watch is not None:
                 watch.close()
 
-    async def _wait(self, watch: Watch | None, reading: Reading) -> frozenset[Path]:
+    async def _wait(self, watch: Watch | None) -> frozenset[Path]:
         if watch is None:
-            await asyncio.sleep(_UNWATCHED_S if reading.again_s is None else reading.again_s)
+            await asyncio.sleep(_UNWATCHED_S if self.again_s is None else self.again_s)
             return frozenset()
         while True:
-            changed = await watch.changes(reading.again_s)
+            changed = await watch.changes(self.again_s)
             if not changed or any(
-                path.parent == self._path or path in reading.relevant for path in changed
+                path.parent == self._path or path in self._relevant for path in changed
             ):
                 return changed
 
-    async def _report(self, publish: Publish, reading: Reading, *own: Problem | None) -> None:
-        directory, changes = self._directory, _records(reading.networks, reading.instances)
+    async def _report(self, publish: Publish, changes: RecordSet, *own: Problem | None) -> None:
         observation = self._reports.next(
             changes,
-            lambda: changes if reading.whole else _records(directory.networks, directory.instances),
-            in_sync=reading.readable,
-            problems=(*(problem for problem in own if problem is not None), *reading.problems),
+            self.everything,
+            in_sync=self.readable,
+            problems=(*(problem for problem in own if problem is not None), *self.problems),
         )
         if observation is None:
             return
-        if observation.full or not reading.moved:
+        if observation.full or not self._instances.moved:
             await publish_in_pieces(publish, observation)
         else:
             # An address moves among the records: that is published at once.
             publish(observation)
+
+    def read(self, changed: Collection[Path] = ()) -> RecordSet:
+        """Read what has changed since the last time, and what that changes in force; blocks for as long as it takes.
+
+        Args:
+            changed: Files that are read again though they look the same: two writes within one tick of
+                the file system's clock do.
+        """
+        if not self._begun:
+            self._begun = True
+            self._prime()
+        unreadable: list[Problem] = []
+        try:
+            found = dict(self._list())
+        except OSError as error:
+            reason = f"cannot be listed: {error.strerror}"
+            hint = "make it, or correct the setting; it is read as soon as it is there"
+            unreadable.append(Problem("directory", reason, hint, str(self._path)))
+        else:
+            for name in sorted(self._files.keys() | found.keys()):
+                self._look(name, found.get(name), changed)
+        self.readable = not unreadable
+        return self._settle(unreadable)
+
+    def keep(self) -> Problem | None:
+        """Keep what is in force for after a restart; why that cannot be, if so. Blocks."""
+        if self._last_good is None:
+            return None
+        self._last_good.save()
+        return self._last_good.problem
+
+    def _prime(self) -> None:
+        if self._last_good is None:
+            return
+        for file, record in self._last_good.load(lambda stored: tuple(_read(stored))) or ():
+            kind = "networks" if isinstance(record, Network) else "instances"
+            self._kinds[kind].prime(Entry(record.id, file, 0, record=record))
+            # So that it is looked for, and what is from it goes if it is not there.
+            self._files.setdefault(file, _File())
+
+    def _list(self) -> Iterator[tuple[str, Path]]:
+        with os.scandir(self._path) as entries:
+            for entry in entries:
+                if entry.name.endswith(SUFFIXES) and not entry.name.startswith("."):
+                    yield entry.name, Path(entry.path)
+
+    def _look(self, name: str, path: Path | None, changed: Collection[Path]) -> None:
+        file = self._files.setdefault(name, _File())
+        signature = None if path is None else signature_of(path)
+        if path is None or signature is None:
+            if self._believe(file, _GONE_S):
+                del self._files[name]
+                self._replace(name, FileContents())
+            return
+        if (
+            signature == file.signature
+            and path not in changed
+            and not file.payloads.keys() & set(changed)
+            and all(signature_of(each) == state for each, state in file.payloads.items())
+        ):
+            file.doubtful_since = None
+            return
+        if signature[1] == 0 and file.signature and not self._believe(file, _EMPTY_S):
+            return
+        file.doubtful_since = None
+        file.signature = signature
+        self._read_file(name, path, file)
+
+    def _believe(self, file: _File, after_s: float) -> bool:
+        """Whether a file that had records has been gone or empty for long enough."""
+        if file.signature is None:
+            return True
+        if file.doubtful_since is None:
+            file.doubtful_since = self._clock()
+        return self._clock() - file.doubtful_since >= after_s
+
+    def _read_file(self, name: str, path: Path, file: _File) -> None:
+        contents = read_contents(path, self._progress)
+        if contents.blank and any(one.has(name) for one in self._kinds.values()):
+            # A write that failed, most likely: to remove all records, people remove the file.
+            reason = "is blank: the records that it had stay in force"
+            hint = "restore it, write `instances: []`, or remove it"
+            file.problems = (Problem("file", reason, hint, str(path)),)
+            return
+        if contents.payloads or not contents.problems:
+            file.payloads = contents.payloads
+        file.problems = contents.problems
+        if not contents.problems:
+            file.problems = self._replace(name, contents)
+
+    def _replace(self, name: str, contents: FileContents) -> tuple[Problem, ...]:
+        """Hand on what a file holds now; gives the problems of records without a readable id."""
+        for kind, in_force in self._kinds.items():
+            unclear = bool(contents.nameless[kind])
+            in_force.replace_file(name, contents.entries[kind], unclear=unclear)
+        return tuple(problem for each in contents.nameless.values() for problem in each)
+
+    def _settle(self, unreadable: Sequence[Problem]) -> RecordSet:
+        changes = {kind: in_force.settle() for kind, in_force in self._kinds.items()}
+        self._progress.end(_SETTLING)
+        if self._last_good is not None:
+            for kind, changed in changes.items():
+                entry_of = self._kinds[kind].entry_of
+                self._last_good.keep({(kind, key): entry_of(key) for key in changed})
+        files = [self._files[name] for name in sorted(self._files)]
+        self.problems = (
+            *unreadable,
+            *(problem for file in files for problem in file.problems),
+            *(one for in_force in self._kinds.values() for one in in_force.problems()),
+        )
+        doubtful = any(file.doubtful_since is not None for file in files)
+        self.again_s = _GONE_S if doubtful else None
+        self._find_places({path for file in files for path in file.payloads})
+        return _records(**changes)
+
+    def _find_places(self, payloads: Iterable[Path]) -> None:
+        """Which directories to watch, and which paths in them matter beside everything in the directory itself."""
+        # In the parent it shows when the directory itself is made, removed or replaced.
+        wanted = {self._path, self._path.parent, *(path.parent for path in payloads)}
+        for path in (self._path / name for name in self._files):
+            if path.is_symlink():
+                wanted.add(path.resolve().parent)
+        self._places = frozenset(place_of(path) for path in wanted)
+        self._relevant = frozenset(
+            each for path in (self._path, *payloads) for each in (path, *path.parents)
+        )
+
+    def _claims(self, instance: PackedInstance) -> list[AddressKey]:
+        # A start waits for the records as long as it sees progress, and this takes seconds for very many of them.
+        self._opened += 1
+        if self._opened % _NOTED == 0:
+            self._progress.note(_SETTLING, self._opened, 0)
+        return [address for address, _part in claim_places(instance.open())]
+
+    def _where(self, kind: str, entry: Entry[Record]) -> tuple[PathInFile, str]:
+        return (kind, entry.position), str(self._path / entry.file)
 
 
 def _records(
@@ -132,12 +354,43 @@ def _records(
     )
 
 
-def _watch(reading: Reading) -> tuple[Watch | None, Problem | None]:
+def _watch(places: frozenset[Place]) -> tuple[Watch | None, Problem | None]:
     try:
-        return Watch(reading.places), None
+        return Watch(places), None
     except OSError as error:
         return None, Problem(
             "directory",
             f"cannot be watched ({error}); it is looked at every {_UNWATCHED_S:.0f} s",
             "raise fs.inotify.max_user_watches and fs.inotify.max_user_instances",
         )
+
+
+def _read(connection: sqlite3.Connection) -> Iterator[tuple[str, Network | PackedInstance]]:
+    rows = connection.execute("SELECT kind, file, record, user_data FROM last_good")
+    for kind, file, text, user_data in rows:
+        try:
+            mapping = json.loads(text)
+        except ValueError:
+            continue
+        record = parse_network(mapping) if kind == "networks" else parse_instance(mapping)
+        if isinstance(record, Network):
+            yield file, record
+        elif isinstance(record, Instance):
+            yield file, PackedInstance.of(replace(record, user_data=user_data))
+
+
+def _write(connection: sqlite3.Connection, key: tuple[str, str], kept: Entry[Any] | None) -> None:
+    if kept is None or kept.record is None:
+        connection.execute("DELETE FROM last_good WHERE kind = ? AND id = ?", key)
+        return
+    record: Network | Instance
+    if isinstance(kept.record, PackedInstance):
+        instance = kept.record.open()
+        record, user_data = replace(instance, user_data=None), instance.user_data
+    else:
+        record, user_data = kept.record, None
+    connection.execute(
+        "INSERT OR REPLACE INTO last_good (kind, id, file, record, user_data)"
+        " VALUES (?, ?, ?, ?, ?)",
+        (*key, kept.file, json.dumps(render_record(record)), user_data),
+    )
