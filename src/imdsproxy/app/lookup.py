@@ -35,7 +35,6 @@ from imdsproxy.core.model import (
     IpAddress,
     MacAddress,
     Network,
-    NetworkId,
     Scope,
 )
 from imdsproxy.core.observation import AddressKey, Conflict
@@ -242,42 +241,41 @@ class Lookup:
     async def _learn(self, key: AddressKey, instance: Instance, mac: MacAddress | None) -> None:
         for excess in () if mac is None else excess_learned(self.records.learned, key, mac):
             self.records.forget(excess)
-        learned = self._learned(key, instance, mac)
-        granted = mac is None or self.mac_filters.granted(key) == mac
-        if not (granted and self._renew(key, learned)):
-            await self.records.tickets.wait(self.records.learn(key, learned))
+        ticket = self._note_learned(key, instance, mac)
+        if ticket is None and mac is not None and self.mac_filters.granted(key) != mac:
+            ticket = self.records.touch(key)
+        if ticket is not None:
+            await self.records.tickets.wait(ticket)
 
-    def _learned(self, key: AddressKey, instance: Instance, mac: MacAddress | None) -> Learned:
+    def _note_learned(
+        self, key: AddressKey, instance: Instance, mac: MacAddress | None
+    ) -> int | None:
+        """Note whose the address is; the ticket, or `None` where only the time of what was learned is renewed."""
         until = math.inf
         if mac is None or not self.is_followed(key):
             until = self.clock.monotonic() + self.learned_ttl_s()
-        return Learned(instance.id, until, mac=mac)
-
-    def _renew(self, key: AddressKey, learned: Learned) -> bool:
-        """Renew the time of what was learned before; false where that was something else."""
-        before = self.records.learned.get(key)
-        if before is None or replace(before, until=learned.until) != learned:
-            return False
+        learned, before = Learned(instance.id, until, mac=mac), self.records.learned.get(key)
+        if before is None or replace(before, until=until) != learned:
+            return self.records.learn(key, learned)
         self.records.learned[key] = learned
-        return True
+        return None
 
     async def _resolve(
         self, key: AddressKey, identity: Identity, mac: MacAddress | None
     ) -> Outcome:
-        match identity:
-            case Found(instance=instance, port=port, how=how):
-                if how is How.NEIGHBOUR:
-                    await self._learn(key, instance, mac)
-                elif port.mac is not None and self._is_unguarded(key[0]):
-                    return Denial.UNAVAILABLE
-                return self.known(instance, key)
-            case _:
-                # Unknown now, it was found a moment ago: the guest is to ask again.
-                return deny(identity, in_sync=False)
-
-    def _is_unguarded(self, network: NetworkId) -> bool:
-        """Whether MACs are to be checked there and are not yet."""
-        return checks_macs(self.inventory, network) and self.mac_filters.is_plain(network)
+        if not isinstance(identity, Found):
+            # Unknown now, it was found a moment ago: the guest is to ask again.
+            return deny(identity, in_sync=False)
+        if identity.how is How.NEIGHBOUR:
+            await self._learn(key, identity.instance, mac)
+        elif (
+            identity.port.mac is not None
+            and checks_macs(self.inventory, key[0])
+            and self.mac_filters.is_plain(key[0])
+        ):
+            # MACs are to be checked there and are not yet.
+            return Denial.UNAVAILABLE
+        return self.known(identity.instance, key)
 
     async def _found(self, key: AddressKey, scope: Scope, found: PortFound) -> Outcome:
         if scope is Scope.NETWORK:
@@ -315,16 +313,16 @@ class Lookup:
             )
             return None
 
-    async def review(self) -> None:
-        """Ask again for every learned address whose time is over; forget what is no longer so."""
-        self.follow_routes()
-        now = self.clock.monotonic()
-        for key in [key for key, entry in self.records.learned.items() if entry.until <= now]:
-            self._review(key, await self.neighbour(key))
+    async def review(self, *, everything: bool = False) -> None:
+        """Ask again for every learned address whose time is over; forget what is no longer so.
 
-    async def review_all(self) -> None:
-        """Ask again for every address that was learned from the neighbour table: changes of it were lost."""
-        for key in [key for key, entry in self.records.learned.items() if entry.via is None]:
+        Args:
+            everything: Ask for all of them: changes of the neighbour table were lost.
+        """
+        self.follow_routes()
+        now = math.inf if everything else self.clock.monotonic()
+        learned = self.records.learned.items()
+        for key in [key for key, one in learned if one.via is None and one.until <= now]:
             self._review(key, await self.neighbour(key))
 
     def on_neighbour(self, key: AddressKey, mac: MacAddress | None) -> None:
@@ -334,12 +332,10 @@ class Lookup:
 
     def _review(self, key: AddressKey, mac: MacAddress | None) -> None:
         identity = identify(self.inventory, *key, neighbour_mac=mac)
-        if mac is None or not (isinstance(identity, Found) and identity.how is How.NEIGHBOUR):
+        if mac is not None and isinstance(identity, Found) and identity.how is How.NEIGHBOUR:
+            self._note_learned(key, identity.instance, mac)
+        else:
             self.records.forget(key)
-            return
-        learned = self._learned(key, identity.instance, mac)
-        if not self._renew(key, learned):
-            self.records.learn(key, learned)
 
     def recall(self) -> None:
         """What an earlier controller had learned, by the pairs that it left."""

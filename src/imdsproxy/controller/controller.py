@@ -273,7 +273,7 @@ class Controller:
         ) as changes:
             async for change in changes:
                 if change is None:
-                    await self.lookup.review_all()
+                    await self.lookup.review(everything=True)
                     await asyncio.sleep(_PAUSE_S)
                 elif (key := self._learned_key(change)) is not None:
                     self.lookup.on_neighbour(key, change.mac)

@@ -8,12 +8,11 @@ What comes back goes to the guest byte for byte.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from typing import Final, TypeAlias, cast
+from weakref import WeakValueDictionary
 
 import httpcore
 import structlog
@@ -190,8 +189,9 @@ class FoundForwarder:
     timeout_s: float
     per_network: int = 16
     _pool: httpcore.AsyncConnectionPool = field(init=False)
-    _shares: dict[str, asyncio.Semaphore] = field(default_factory=dict)
-    _askers: Counter[str] = field(default_factory=Counter)
+    _shares: WeakValueDictionary[str, asyncio.Semaphore] = field(
+        default_factory=WeakValueDictionary
+    )
 
     def __post_init__(self) -> None:
         # Kept connections would stay with a worker that drains after a reload; a miss is rare.
@@ -199,21 +199,10 @@ class FoundForwarder:
             uds=self.socket, max_connections=256, max_keepalive_connections=0, retries=0
         )
 
-    @contextlib.asynccontextmanager
-    async def _share(self, network: str) -> AsyncIterator[None]:
-        share = self._shares.setdefault(network, asyncio.Semaphore(self.per_network))
-        self._askers[network] += 1
-        try:
-            async with share:
-                yield
-        finally:
-            self._askers[network] -= 1
-            if not self._askers[network]:
-                del self._askers[network], self._shares[network]
-
     async def forward(self, record: MapRecord, request: GuestRequest, send: Send) -> None:
         """Send the request; then pass head and body on as they come."""
-        async with self._share("" if request.by_operator else request.key[0]):
+        network = "" if request.by_operator else request.key[0]
+        async with self._shares.setdefault(network, asyncio.Semaphore(self.per_network)):
             await self._forward(record, request, send)
 
     async def _forward(self, record: MapRecord, request: GuestRequest, send: Send) -> None:
