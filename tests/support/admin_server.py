@@ -120,6 +120,9 @@ class Listeners:
     def settler(self) -> Listeners:
         return self
 
+    def render(self) -> str:
+        return "global\n  maxconn 200\n"
+
     async def look_at(self, networks: Iterable[Network]) -> ObservedHost:
         del networks
         return self.now
@@ -327,10 +330,8 @@ async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous gen
         ),
         TokenService(records, policy_store, lambda: tuple(unapplied)),
         watching,
-        records.progress,
         lambda: server.report(),  # noqa: PLW0108 - made below
         lambda: server.count_tokens(),  # noqa: PLW0108 - as above
-        lambda: "global\n  maxconn 200\n",
         lambda allowed: server.reload(allowed),  # noqa: PLW0108 - as above
         lambda data_plane: server.end(data_plane),  # noqa: PLW0108 - as above
     )

@@ -18,7 +18,7 @@ def subject(
 ) -> Subject:
     """Settings as a file has them, and what a daemon reports."""
     parsed = Settings.model_validate(settings or {})
-    return Subject(parsed, Loaded(parsed, {}), status=status)
+    return Subject(parsed, Loaded(parsed, ()), status=status)
 
 
 def summarise(found: list[Finding]) -> list[tuple[int, bool, str]]:

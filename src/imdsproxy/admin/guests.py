@@ -113,7 +113,13 @@ class GuestService:
         """
         if not self._may_know(key[0]):
             raise NotFound(f"there is no network {key[0]}", hint="imdsproxy network list")
-        outcome = await self._look(key)
+        owner, inventory = await self._owner(key), self.lookup.inventory
+        outcome: Outcome
+        if isinstance(owner.identity, Found):
+            # Its MAC need not be checked.
+            outcome = self.lookup.known(owner.identity.instance, key)
+        else:
+            outcome = owner.denial or deny(owner.identity, in_sync=inventory.in_sync)
         if isinstance(outcome, Denial):
             text = MISMATCH_TEXT if outcome is Denial.MISMATCH else ""
             again = (("retry-after", "5"),) if outcome is Denial.CONFLICT else ()
@@ -127,25 +133,6 @@ class GuestService:
 
     def _may_know(self, network: NetworkId) -> bool:
         return self.lookup.inventory.knows(network) or self.lookup.source is not None
-
-    def _scopes(self, network: NetworkId) -> tuple[Scope, ...]:
-        declared = self.lookup.inventory.networks.get(network)
-        # Of an id that no record has, only a request says whether it is a router's.
-        return (Scope.NETWORK, Scope.ROUTER) if declared is None else (declared.scope,)
-
-    async def _look(self, key: AddressKey) -> Outcome:
-        """As for a request, except that a known guest need not have its MAC checked; an unknown one is not held."""
-        identity = await self.lookup.identify(key)
-        if isinstance(identity, Found):
-            return self.lookup.known(identity.instance, key)
-        if not isinstance(identity, Unknown):
-            return deny(identity, in_sync=self.lookup.inventory.in_sync)
-        outcome: Outcome = Denial.UNKNOWN
-        for scope in self._scopes(key[0]):
-            outcome = await self.lookup.look(key, scope)
-            if outcome is not Denial.UNKNOWN:
-                break
-        return outcome
 
     async def explain_instance(
         self, instance: InstanceId, path: str | None = None, *, probe: bool = False
@@ -220,20 +207,20 @@ class GuestService:
         identity = await lookup.identify(key)
         if source is None or not isinstance(identity, Unknown):
             return _Owner(identity, key)
-        for scope in self._scopes(key[0]):
+        declared = lookup.inventory.networks.get(key[0])
+        # Of an id that no record has, only a request says whether it is a router's.
+        scopes = (Scope.NETWORK, Scope.ROUTER) if declared is None else (declared.scope,)
+        for scope in scopes:
             match await lookup.ask(key, scope):
-                case PortFound() if scope is Scope.NETWORK:
-                    return _Owner(await lookup.identify(key), key)
                 case PortFound(network=network):
                     # Puts it in force, as a request would.
                     await lookup.look(key, scope)
+                    if scope is Scope.NETWORK:
+                        return _Owner(await lookup.identify(key), key)
                     at = (network, key[1])
                     return _Owner(identify(lookup.inventory, *at), at)
                 case PortAmbiguous(count=count):
-                    why = (
-                        f"{count} ports of {source.name} have it there; whose guest asks is not "
-                        "guessed"
-                    )
+                    why = f"{count} ports of {source.name} have it there; whose guest asks is not guessed"
                     return _Owner(identity, key, why)
                 case LookUpUnavailable(reason=reason):
                     why = f"nothing is known of it, and {source.name} cannot be asked: {reason}"
@@ -243,7 +230,7 @@ class GuestService:
                 case _ as never:
                     assert_never(never)
         why = f"{source.name} was asked and has no port that may get metadata"
-        if key[0] not in lookup.inventory.networks and not _UUID.fullmatch(key[0]):
+        if declared is None and not _UUID.fullmatch(key[0]):
             why += f"; it knows networks and routers by their ids, and {key[0]} is no UUID"
         return _Owner(identity, key, why)
 

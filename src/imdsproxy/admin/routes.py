@@ -118,7 +118,7 @@ async def show_status(services: _Uses) -> StatusReport:
 @router.get("/progress")
 async def show_progress(services: _Uses) -> list[Step]:
     """Long work that is under way; for a client that waits for its answer."""
-    return list(services.progress.steps)
+    return list(services.records.records.progress.steps)
 
 
 @router.get("/explain")
@@ -184,7 +184,7 @@ async def token_report(services: _Uses) -> TokenReport:
 @router.get("/haproxy-configuration", response_class=PlainTextResponse)
 async def render(services: _Uses) -> str:
     """HAProxy's configuration as it would be written now; nothing is touched."""
-    return services.render()
+    return services.records.listeners.render()
 
 
 @router.post("/reload")

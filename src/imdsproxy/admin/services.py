@@ -12,7 +12,6 @@ from imdsproxy.admin.reports import StatusReport
 from imdsproxy.admin.tokens import TokenService
 from imdsproxy.app.watching import Watching
 from imdsproxy.config.changes import SettingsReload
-from imdsproxy.core.timing import Progress
 from imdsproxy.core.token_report import TokenReport
 
 
@@ -22,8 +21,6 @@ class Services:
 
     Attributes:
         status: Everything at one moment.
-        progress: Long work that is under way.
-        render: HAProxy's configuration as it would be written now.
         reload: Reads the settings again, with `True` also where settings were dropped; returns once guests are
             answered by them, or says in `pending` why they are not yet.
         end: Ends the controller after the call is answered, and with `True` the data plane too.
@@ -34,9 +31,7 @@ class Services:
     guests: GuestService
     tokens: TokenService
     watching: Watching
-    progress: Progress
     status: Callable[[], Awaitable[StatusReport]]
     token_report: Callable[[], Awaitable[TokenReport]]
-    render: Callable[[], str]
     reload: Callable[[bool], Awaitable[SettingsReload]]
     end: Callable[[bool], None]

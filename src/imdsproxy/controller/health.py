@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _ROUTES: Final = ("/livez", "/readyz", "/metrics")
 _END: Final = b"\r\n\r\n"
+_ACCEPT: Final = re.compile(r"^accept:\s*(.*?)\s*$", re.IGNORECASE | re.MULTILINE)
 _HEAD_S: Final = 5.0
 _HEAD_BYTES: Final = 16 * 1024
 _REPORT_S: Final = 5.0
@@ -75,71 +77,55 @@ class HealthServer:
                         head = (await reader.readuntil(_END)).decode("latin-1")
                     except asyncio.LimitOverrunError:
                         head = ""
-                method, _, rest = head.partition(" ")
-                answer = await self._answer(method, rest.partition(" ")[0], _accept(head))
-                end = answer.index(_END) + len(_END) if method == "HEAD" else None
+                answer = await self._answer(head)
+                end = answer.index(_END) + len(_END) if head.startswith("HEAD ") else None
                 writer.write(answer[:end])
                 async with asyncio.timeout(_HEAD_S):
                     await writer.drain()
             finally:
                 writer.close()
 
-    async def _answer(self, method: str, target: str, accept: str) -> bytes:
+    async def _answer(self, head: str) -> bytes:
+        method, target, *_ = f"{head}  ".split(" ", 2)
         path = target.partition("?")[0]
-        refusal = _refuse(method, path)
-        if refusal is not None:
-            return refusal
+        if not path:
+            return _reply(HTTPStatus.BAD_REQUEST, {"code": "bad-request"})
+        if method not in {"GET", "HEAD"}:
+            # RFC 9110 §15.5.6 wants the header.
+            refusal = {"code": "method-not-allowed", "allowed": ["GET", "HEAD"]}
+            return _reply(HTTPStatus.METHOD_NOT_ALLOWED, refusal, header="Allow: GET, HEAD\r\n")
+        if path not in _ROUTES:
+            return _reply(HTTPStatus.NOT_FOUND, {"code": "not-found", "routes": _ROUTES})
         if path == "/livez":
-            ok = self._alive()
-            status = HTTPStatus.OK if ok else HTTPStatus.SERVICE_UNAVAILABLE
-            return _reply(status, {"alive": ok})
-        if self.reports is None:
-            return _unready("the controller is starting")
-        report = asyncio.run_coroutine_threadsafe(
-            self._report(self.reports, path, accept), self._controller
-        )
-        try:
-            async with asyncio.timeout(_REPORT_S):
-                return await asyncio.wrap_future(report)
-        except TimeoutError:
-            return _unready("the controller's event loop does not answer")
+            alive = self._alive()
+            status = HTTPStatus.OK if alive else HTTPStatus.SERVICE_UNAVAILABLE
+            return _reply(status, {"alive": alive})
+        reason = "the controller is starting"
+        if self.reports is not None:
+            accept = _ACCEPT.search(head)
+            report = self._report(self.reports, path, "" if accept is None else accept[1])
+            waiting = asyncio.run_coroutine_threadsafe(report, self._controller)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_REPORT_S):
+                    return await asyncio.wrap_future(waiting)
+            reason = "the controller's event loop does not answer"
+        return _readiness(reason)
 
     async def _report(self, reports: Metrics, path: str, accept: str) -> bytes:
         """Runs in the controller's loop."""
         if path == "/metrics":
             content_type, text = reports.expose(accept)
             return _reply(HTTPStatus.OK, text, content_type)
-        ready = reports.status.readiness()
-        if not ready.ready:
-            return _unready(*ready.reasons, degraded=ready.degraded)
-        body = {"ready": True, "reasons": ready.reasons, "degraded": ready.degraded}
+        found = reports.status.readiness()
+        return _readiness(*found.reasons, ready=found.ready, degraded=found.degraded)
+
+
+def _readiness(*reasons: str, ready: bool = False, degraded: tuple[str, ...] = ()) -> bytes:
+    body = {"ready": ready, "reasons": reasons, "degraded": degraded}
+    if ready:
         return _reply(HTTPStatus.OK, body)
-
-
-def _refuse(method: str, path: str) -> bytes | None:
-    if not path:
-        return _reply(HTTPStatus.BAD_REQUEST, {"code": "bad-request"})
-    if method not in {"GET", "HEAD"}:
-        # RFC 9110 §15.5.6 wants the header.
-        body = {"code": "method-not-allowed", "allowed": ["GET", "HEAD"]}
-        return _reply(HTTPStatus.METHOD_NOT_ALLOWED, body, header="Allow: GET, HEAD\r\n")
-    if path not in _ROUTES:
-        return _reply(HTTPStatus.NOT_FOUND, {"code": "not-found", "routes": _ROUTES})
-    return None
-
-
-def _unready(*reasons: str, degraded: tuple[str, ...] = ()) -> bytes:
-    body = {"ready": False, "reasons": reasons, "degraded": degraded}
     header = f"Retry-After: {RETRY_AFTER_S}\r\n"
     return _reply(HTTPStatus.SERVICE_UNAVAILABLE, body, header=header)
-
-
-def _accept(head: str) -> str:
-    for line in head.split("\r\n"):
-        name, _, value = line.partition(":")
-        if name.lower() == "accept":
-            return value.strip()
-    return ""
 
 
 def _reply(

@@ -49,10 +49,8 @@ def build_apps(controller: Controller) -> tuple[Services, Metrics, AnyAsgiApp]:
         GuestService(one.lookup, listeners, forward, passwords, needed, status.documents_problem),
         TokenService(records, one.policy_store, status.unapplied),
         one.watching,
-        records.progress,
         status.report,
         partial(one.counting.report, inventory, records.policies),
-        listeners.render,
         partial(reload_settings, one, status.own_problems),
         one.end,
     )

@@ -13,7 +13,7 @@ _OTHER = Settings(haproxy=HaproxySettings(maxconn_per_network=77))
 
 
 def _holder(after: Settings) -> SettingsHolder:
-    return SettingsHolder(Loaded(Settings(), {}), lambda: Loaded(after, {}))
+    return SettingsHolder(Loaded(Settings(), ()), lambda: Loaded(after, ()))
 
 
 def _nothing(_: Settings) -> None:
