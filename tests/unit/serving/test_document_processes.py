@@ -47,7 +47,9 @@ def test_the_file_says_who_lives(path: Path, sleeper: subprocess.Popen[bytes]) -
     PidFile(path).release()
 
 
-@pytest.mark.parametrize("text", [None, f"{os.getpid()} 1\n{os.getpid()} 2\nnonsense\n\n"])
+@pytest.mark.parametrize(
+    "text", [None, f"{os.getpid()} 1\n{os.getpid()} 2\nnonsense\n\n"], ids=["none", "other"]
+)
 def test_without_a_file_or_by_a_pid_of_another_process_none_is_ours(
     path: Path, text: str | None
 ) -> None:
