@@ -6,8 +6,10 @@ import http.client
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
@@ -99,20 +101,21 @@ def _find_subject(
 
 def _find_guest(daemon: AdminClient, network: str, address: str) -> _Subject:
     guest = daemon.get("/v1/explain", {"network": network, "address": address})
-    instance = None if guest["instance"] is None else str(guest["instance"])
     cards = tuple(
-        Card(str(one["network"]), str(one["mac"]), frozenset(one["seen"]))
-        for one in guest.get("cards", ())
+        Card(one["network"], one["mac"], frozenset(one["seen"])) for one in guest.get("cards", ())
     )
     around = Surroundings(
         macs=machine_macs(frozenset(mac for card in cards for mac in (card.mac, *card.seen))),
         cards=cards,
-        instance=instance,
-        verdict=str(guest["verdict"]),
-        why=tuple(str(one) for one in guest["why"]),
+        instance=guest["instance"],
+        verdict=guest["verdict"],
+        why=tuple(guest["why"]),
     )
-    name = f"{address} in network {network}" + (f" ({instance})" if instance else "")
-    return _Subject(name, DaemonFetch(daemon, network, address), around, direct=False)
+    name = f"{address} in network {network}" + (
+        f" ({guest['instance']})" if guest["instance"] else ""
+    )
+    fetch = partial(_ask_daemon, daemon, network, address)
+    return _Subject(name, fetch, around, direct=False)
 
 
 def _served(crawled: Crawl) -> list[str]:
@@ -137,32 +140,28 @@ def _show(output: Output, subject: _Subject, crawled: Crawl, findings: Sequence[
 
 
 def _head(finding: Finding) -> str:
-    severity = finding.severity.value
-    return f"[{_COLOURS[severity]}]{severity}[/] [bold]{finding.code}[/]"
+    return f"[{_COLOURS[finding.severity]}]{finding.severity.value}[/] [bold]{finding.code}[/]"
 
 
 def _facts(finding: Finding) -> Mapping[str, str]:
-    facts = {"seen": clean(finding.what)}
-    if finding.paths:
-        shown = [clean(path) for path in finding.paths[:_PATHS_SHOWN]]
-        more = len(finding.paths) - len(shown)
-        facts["at"] = "\n".join([*shown, f"and {more} more"] if more else shown)
-    if finding.clients:
-        facts["breaks"] = "\n".join(clean(one) for one in finding.clients)
-    facts["change"] = clean(finding.change)
-    return facts
+    more = len(finding.paths) - _PATHS_SHOWN
+    facts = {
+        "seen": [finding.what],
+        "at": [*finding.paths[:_PATHS_SHOWN], *([f"and {more} more"] if more > 0 else ())],
+        "breaks": finding.clients,
+        "change": [finding.change],
+    }
+    return {name: "\n".join(map(clean, lines)) for name, lines in facts.items() if lines}
 
 
 def _summarise(findings: Sequence[Finding]) -> str:
-    counts = {name: sum(one.severity.value == name for one in findings) for name in _COLOURS}
-    if not any(counts.values()):
-        return "[green]nothing found[/]"
+    counts = Counter(one.severity.value for one in findings)
     shown = [
-        f"[{_COLOURS[name]}]{count} {name}{'' if count == 1 else 's'}[/]"
-        for name, count in counts.items()
-        if count
+        f"[{colour}]{counts[name]} {name}{'' if counts[name] == 1 else 's'}[/]"
+        for name, colour in _COLOURS.items()
+        if counts[name]
     ]
-    return ", ".join(shown)
+    return ", ".join(shown) or "[green]nothing found[/]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,8 +211,10 @@ class HttpFetch:
         connection.endheaders()
         response = connection.getresponse()
         took = self.clock() - began
-        framing = _framing(response)
-        cut = False
+        length, cut = response.length, False
+        framing: Framing | None = Framing.UNTIL_CLOSE if length is None else Framing.LENGTH
+        if response.chunked or response.status in _BODILESS:
+            framing = Framing.CHUNKED if response.chunked else None
         try:
             body = response.read(_MOST_BYTES)
         except http.client.IncompleteRead as error:
@@ -225,7 +226,8 @@ class HttpFetch:
             first_byte_s=took,
             framing=framing,
             version="1.0" if response.version == _HTTP_1_0 else "1.1",
-            cut=cut or _is_short(response, body),
+            # `read` with a limit does not complain of a body that ends too early.
+            cut=cut or (length is not None and len(body) < min(length, _MOST_BYTES)),
         )
 
     def _host_header(self) -> str:
@@ -235,34 +237,13 @@ class HttpFetch:
         return name if self.port == (443 if self.tls else 80) else f"{name}:{self.port}"
 
 
-def _framing(response: http.client.HTTPResponse) -> Framing | None:
-    if response.chunked:
-        return Framing.CHUNKED
-    if response.status in _BODILESS:
-        return None
-    return Framing.UNTIL_CLOSE if response.length is None else Framing.LENGTH
-
-
-def _is_short(response: http.client.HTTPResponse, body: bytes) -> bool:
-    """`read` with a limit does not complain of a body that ends too early."""
-    length = response.headers.get("content-length", "")
-    return not response.chunked and length.isdecimal() and len(body) < min(int(length), _MOST_BYTES)
-
-
-@dataclass(frozen=True, slots=True)
-class DaemonFetch:
-    """Asks the daemon what it would answer the guest at an address; nothing goes over a network."""
-
-    daemon: AdminClient
-    network: str
-    address: str
-
-    def __call__(self, ask: Ask) -> Answered:
-        """One question."""
-        query = {"network": self.network, "address": self.address, "path": ask.path}
-        document = self.daemon.get("/v1/documents", query)
-        headers = tuple((name.lower(), value) for name, value in document["headers"])
-        return Answer(document["status"], headers, read_bytes_shape(document["body"]))
+def _ask_daemon(daemon: AdminClient, network: str, address: str, ask: Ask) -> Answered:
+    """What the daemon would answer the guest at an address; nothing goes over a network."""
+    document = daemon.get(
+        "/v1/documents", {"network": network, "address": address, "path": ask.path}
+    )
+    headers = tuple((name.lower(), value) for name, value in document["headers"])
+    return Answer(document["status"], headers, read_bytes_shape(document["body"]))
 
 
 def parse_url(url: str, headers: Sequence[str] = ()) -> HttpFetch:
@@ -324,13 +305,15 @@ def look_around(root: Path = Path("/")) -> Surroundings:
     pairs = [one.partition("=") for one in _text(root / "proc/1/environ").split("\0")]
     shown = root / "sys/class/dmi/id"
     dmi = {name: _text(shown / name).strip() for name in _DMI}
+    # `datasource_list: [ OpenStack, None ]`
+    listed = _SOURCES.search(_text(root / "run/cloud-init/cloud.cfg"))
     return Surroundings(
         macs=frozenset(_macs(root / "sys/class/net")),
         dmi={name: value for name, value in dmi.items() if value},
         dmi_complete=all(
             os.access(shown / name, os.R_OK) for name in _DMI if (shown / name).exists()
         ),
-        sources=_sources(_text(root / "run/cloud-init/cloud.cfg")),
+        sources=None if listed is None else tuple(re.findall(r"\w[\w-]*", listed[1])),
         kernel=first if container else _text(root / "proc/cmdline"),
         environment={name: value for name, _, value in pairs if name},
         container=container,
@@ -347,11 +330,8 @@ def machine_macs(known: frozenset[str], root: Path = Path("/")) -> frozenset[str
         known: In lower case.
         root: What stands for `/`.
     """
-    commands = (
-        _text(process / "cmdline")
-        for process in (root / "proc").iterdir()
-        if process.name.isdigit()
-    )
+    processes = (one for one in (root / "proc").iterdir() if one.name.isdigit())
+    commands = (_text(process / "cmdline") for process in processes)
     machines = (
         {mac.lower() for mac in _QEMU_MAC.findall(command)}
         for command in commands
@@ -362,12 +342,6 @@ def machine_macs(known: frozenset[str], root: Path = Path("/")) -> frozenset[str
         return None
     taps = set(_macs(root / "sys/class/net"))
     return frozenset(found | {mac for mac in known if f"fe{mac[2:]}" in taps})
-
-
-def _sources(result: str) -> tuple[str, ...] | None:
-    """What `ds-identify` has written: `datasource_list: [ OpenStack, None ]`."""
-    found = _SOURCES.search(result)
-    return None if found is None else tuple(re.findall(r"\w[\w-]*", found[1]))
 
 
 def _macs(devices: Path) -> list[str]:

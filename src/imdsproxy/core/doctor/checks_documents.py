@@ -16,7 +16,7 @@ from imdsproxy.core.doctor.crawl import (
     Crawl,
     json_of,
 )
-from imdsproxy.core.doctor.finding import Finding, Severity, Surroundings, found, seen
+from imdsproxy.core.doctor.finding import Finding, Severity, Surroundings, found, seen, with_status
 from imdsproxy.core.model import Dialect
 from imdsproxy.core.snippets import looks_like_amazon
 
@@ -60,40 +60,28 @@ _HEADERS: Final = (
 
 def asked_by(around: Surroundings) -> frozenset[Dialect]:
     """Whose documents cloud-init asks for on such a machine, without a seed and without configuration."""
-    named = _named(around.kernel)
-    names = (named,) if named is not None else around.sources
+    words = (word.partition("=") for word in around.kernel.split())
+    named = [value.partition(";")[0] for key, equals, value in words if equals and key in _DS_KEYS]
+    names = named[-1:] or around.sources
     if names is not None:
         wanted = {one.lower().removesuffix("-net") for one in names}
         return frozenset(one for one in Dialect if one.value in wanted)
     dmi: Mapping[str, str] = around.dmi or {}
     shown = {} if around.container else dmi
+    vendor, product = shown.get("sys_vendor"), shown.get("product_name")
+    tag, serial = shown.get("chassis_asset_tag", ""), shown.get("product_serial", "")
     signs = {
         Dialect.OPENSTACK: around.environment.get("product_name") == "OpenStack Nova"
-        or shown.get("product_name") in _OPENSTACK_NAMES
-        or shown.get("chassis_asset_tag") in _OPENSTACK_TAGS,
+        or product in _OPENSTACK_NAMES
+        or tag in _OPENSTACK_TAGS,
         Dialect.NOCLOUD: " ds=nocloud" in f" {dmi.get('product_serial', '')}",
-        Dialect.EC2: _is_ec2(shown),
+        Dialect.EC2: looks_like_amazon(shown.get("product_uuid", ""))
+        or serial.endswith(".brightbox.com")
+        or tag.endswith(".zstack.io")
+        or vendor == "e24cloud"
+        or (vendor, product) == _OUTSCALE,
     }
     return frozenset(dialect for dialect, sign in signs.items() if sign)
-
-
-def _named(kernel: str) -> str | None:
-    named = None
-    for word in kernel.split():
-        key, equals, value = word.partition("=")
-        if equals and key in _DS_KEYS:
-            named = value.partition(";")[0]
-    return named
-
-
-def _is_ec2(dmi: Mapping[str, str]) -> bool:
-    return (
-        looks_like_amazon(dmi.get("product_uuid", ""))
-        or dmi.get("product_serial", "").endswith(".brightbox.com")
-        or dmi.get("chassis_asset_tag", "").endswith(".zstack.io")
-        or dmi.get("sys_vendor") == "e24cloud"
-        or (dmi.get("sys_vendor"), dmi.get("product_name")) == _OUTSCALE
-    )
 
 
 def check_gate(crawl: Crawl, around: Surroundings) -> Iterator[Finding]:
@@ -136,22 +124,16 @@ def check_openstack(crawl: Crawl) -> Iterator[Finding]:
     path = f"/openstack/{crawl.version}/meta_data.json"
     yield from _meta_data(crawl.answer(path), path)
     names = ("vendor_data.json", "vendor_data2.json", "network_data.json")
-    others = {
-        name: crawl.good(name) for name in (f"/openstack/{crawl.version}/{one}" for one in names)
-    }
+    others = (f"/openstack/{crawl.version}/{one}" for one in names)
     yield from seen(
-        "json-unreadable", (one for one, it in others.items() if it and json_of(it) is None)
+        "json-unreadable", crawl.where(lambda one: one.ok and json_of(one) is None, others)
     )
-    gone = (
-        f"{ask.path} ({answer.status})"
-        for ask, answer in crawl.answers()
-        if ask.path.startswith("/openstack/content/") and not answer.ok
-    )
-    yield from seen("content-unreadable", gone)
+    bad = crawl.where(lambda one: not one.ok)
+    gone = {one: bad[one] for one in bad if one.startswith("/openstack/content/")}
+    yield from seen("content-unreadable", with_status(gone))
     password = "/openstack/2013-04-04/password"  # noqa: S105 - a path
-    answer = crawl.answer(password)
-    if answer is not None and not answer.ok:
-        yield found("password", password, status=answer.status)
+    if password in bad:
+        yield found("password", password, status=bad[password].status)
 
 
 def _meta_data(answer: Answer | None, path: str) -> Iterator[Finding]:
@@ -257,14 +239,10 @@ def check_nocloud(crawl: Crawl) -> Iterator[Finding]:
     """All four files are there, and meta-data has an instance id."""
     if not crawl.serves(Dialect.NOCLOUD):
         return
-    answers = {name: crawl.answer(f"/nocloud/{name}") for name in NOCLOUD_FILES}
-    gone = {name: one.status for name, one in answers.items() if one is not None and not one.ok}
-    yield from seen(
-        "nocloud-missing",
-        (f"/nocloud/{name} ({status})" for name, status in gone.items()),
-        severity=Severity.ERROR if "user-data" in gone else None,
-    )
-    meta_data = answers["meta-data"]
+    gone = crawl.where(lambda one: not one.ok, (f"/nocloud/{name}" for name in NOCLOUD_FILES))
+    severity = Severity.ERROR if "/nocloud/user-data" in gone else None
+    yield from seen("nocloud-missing", with_status(gone), severity=severity)
+    meta_data = crawl.answer("/nocloud/meta-data")
     if meta_data is not None and not _ID.search(meta_data.text):
         yield found("nocloud-instance-id", "/nocloud/meta-data")
 

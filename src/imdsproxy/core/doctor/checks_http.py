@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Final
 
 from imdsproxy.core.doctor.crawl import (
@@ -16,7 +16,7 @@ from imdsproxy.core.doctor.crawl import (
     Framing,
     Unanswered,
 )
-from imdsproxy.core.doctor.finding import TEXTS, Finding, Severity, clients_of, found, seen
+from imdsproxy.core.doctor.finding import TEXTS, Finding, Severity, found, seen, with_status
 from imdsproxy.core.model import Dialect
 
 _FINE_S: Final = 0.3
@@ -27,7 +27,7 @@ _NOT_FOUND: Final = 404
 _UNAUTHORIZED: Final = (401, 403)
 _SERVER_ERROR: Final = 500
 _OLD: Final = "2009-04-04"
-_TAG: Final = re.compile(r"[A-Za-z0-9+\-=.,_:@]+")
+_TAG: Final = re.compile(r"(?!(?:\.|\.\.|_index)$)[A-Za-z0-9+\-=.,_:@]+")
 _TAGS: Final = "/tags/instance/"
 _KEYS: Final = "/public-keys/"
 
@@ -36,22 +36,18 @@ def check_transport(crawl: Crawl) -> Iterator[Finding]:
     """Whether answers come at all, in time, whole, and in a form that every client reads."""
     yield from _unanswered(crawl)
     yield from _slow(crawl)
-    answers = list(crawl.answers())
-
-    def where(fault: Callable[[Answer], bool]) -> list[str]:
-        return [ask.path for ask, answer in answers if fault(answer)]
-
-    old = where(lambda one: one.version == "1.0")
-    closed = where(lambda one: one.framing is Framing.UNTIL_CLOSE)
+    old = crawl.where(lambda one: one.version == "1.0")
+    closed = crawl.where(lambda one: one.framing is Framing.UNTIL_CLOSE)
     how = "HTTP/1.0" if old else "no length: the connection's end is the body's"
     yield from seen("close-delimited", closed or old, how=how)
-    yield from seen("cut-off", where(lambda one: one.cut))
-    yield from seen("redirect", where(lambda one: one.status in _REDIRECTS))
+    yield from seen("cut-off", crawl.where(lambda one: one.cut))
+    yield from seen("redirect", crawl.where(lambda one: one.status in _REDIRECTS))
     listed = {path for children in crawl.listed.values() for path in children}
-    broken = where(lambda one: one.status >= _SERVER_ERROR)
+    broken = crawl.where(lambda one: one.status >= _SERVER_ERROR)
     yield from seen("server-error", (path for path in broken if path not in listed))
-    size = max((len(one.body) for _, one in answers), default=0) / _LARGE
-    yield from seen("large", where(lambda one: len(one.body) > _LARGE), size=size)
+    large = crawl.where(lambda one: len(one.body) > _LARGE)
+    size = max((len(one.body) for one in large.values()), default=0) / _LARGE
+    yield from seen("large", large, size=size)
 
 
 def _unanswered(crawl: Crawl) -> Iterator[Finding]:
@@ -68,9 +64,7 @@ def _unanswered(crawl: Crawl) -> Iterator[Finding]:
             "no-answer",
             *(path for path, _ in silent),
             severity=Severity.WARNING if odd else None,
-            clients=clients_of("no-answer", "timed-out")
-            if any(one.timed_out for _, one in silent)
-            else None,
+            case="timed-out" if any(one.timed_out for _, one in silent) else "",
             count=len(silent),
             all=len(crawl.asked),
             why=silent[0][1].why,
@@ -78,11 +72,8 @@ def _unanswered(crawl: Crawl) -> Iterator[Finding]:
 
 
 def _slow(crawl: Crawl) -> Iterator[Finding]:
-    times = {
-        ask.path: answer.first_byte_s
-        for ask, answer in crawl.answers()
-        if answer.first_byte_s is not None and answer.first_byte_s > _FINE_S
-    }
+    slow = crawl.where(lambda one: (one.first_byte_s or 0) > _FINE_S)
+    times = {path: answer.first_byte_s or 0 for path, answer in slow.items()}
     worst = max(times.values(), default=0.0)
     late = [name for seconds, name in TEXTS["slow"]["timeouts"] if seconds < worst]
     yield from seen(
@@ -101,38 +92,31 @@ def check_listings(crawl: Crawl) -> Iterator[Finding]:
     if crawl.base is None:
         return
     children = [child for children in crawl.listed.values() for child in children]
-    answers = {child: crawl.answer(child) for child in children}
-    gone = (f"{child} ({one.status})" for child, one in answers.items() if one and not one.ok)
-    yield from seen("listed-missing", gone)
-    yield from seen(
-        "listing-newline", (one for one in crawl.listed if _ends_in_newline(crawl, one))
-    )
     leaves = (one for one in children if not one.endswith("/") and _KEYS not in one)
-    yield from seen("leaf-newline", (one for one in leaves if _ends_in_newline(crawl, one)))
+    tags = [
+        (path, one) for path in crawl.listed if path.endswith(_TAGS) for one in crawl.listed[path]
+    ]
+    yield from seen("listed-missing", with_status(crawl.where(lambda one: not one.ok, children)))
+    yield from seen("listing-newline", crawl.where(_ends_in_newline, crawl.listed))
+    yield from seen("leaf-newline", crawl.where(_ends_in_newline, leaves))
     yield from seen("empty-directory", (one for one, names in crawl.listed.items() if not names))
-    yield from seen("tag-characters", _bad_tags(crawl))
+    yield from seen(
+        "tag-characters", (tag for path, tag in tags if not _TAG.fullmatch(tag, len(path)))
+    )
     yield from _keys(crawl)
     yield from _spellings(crawl, crawl.base)
     yield from _region(crawl)
     yield from _versions(crawl)
 
 
-def _ends_in_newline(crawl: Crawl, path: str) -> bool:
-    answer = crawl.good(path)
-    return answer is not None and answer.body.endswith(b"\n")
-
-
-def _bad_tags(crawl: Crawl) -> Iterator[str]:
-    for path, children in crawl.listed.items():
-        for child in children if path.endswith(_TAGS) else ():
-            tag = child.removeprefix(path)
-            if not _TAG.fullmatch(tag) or tag in {".", "..", "_index"}:
-                yield child
+def _ends_in_newline(answer: Answer) -> bool:
+    return answer.ok and answer.body.endswith(b"\n")
 
 
 def _keys(crawl: Crawl) -> Iterator[Finding]:
-    paths = [path for path in crawl.listed if path.endswith(_KEYS)]
-    where = paths or [f"/{_OLD}/meta-data/public-keys"]
+    where = [one for one in crawl.listed if one.endswith(_KEYS)] or [
+        f"/{_OLD}/meta-data/public-keys"
+    ]
     listing = crawl.good(where[0])
     if listing is None or not listing.body.strip():
         return
@@ -147,36 +131,32 @@ def _keys(crawl: Crawl) -> Iterator[Finding]:
 def _spellings(crawl: Crawl, base: str) -> Iterator[Finding]:
     zone = f"{base}/meta-data/placement/availability-zone"
     for code, path, spelling, clients in (
-        ("trailing-slash", f"{base}/user-data", f"{base}/user-data/", "Facter, Ohai"),
-        ("trailing-slash", f"{base}/meta-data/", f"{base}/meta-data", "AsyncAws, google-auth and others"),
-        ("trailing-slash", zone, f"{zone}/", "botocore and the AWS CLI, which then know no region"),
+        ("trailing-slash", f"{base}/user-data", f"{base}/user-data/", ["Facter, Ohai"]),
+        ("trailing-slash", f"{base}/meta-data/", f"{base}/meta-data", ["AsyncAws, google-auth and others"]),
+        ("trailing-slash", zone, f"{zone}/", ["botocore and the AWS CLI, which then know no region"]),
         ("double-slash", f"{base}/meta-data/instance-id", f"{base}//meta-data/instance-id", None),
     ):  # fmt: skip
         one, other = crawl.good(path), crawl.answer(spelling)
         if one and other and other.body != one.body:
-            named = None if clients is None else [clients]
-            yield found(code, spelling, clients=named, status=other.status)
+            yield found(code, spelling, clients=clients, status=other.status)
 
 
 def _region(crawl: Crawl) -> Iterator[Finding]:
-    path = f"{crawl.base}/meta-data/placement/region"
-    zone, region = (
-        crawl.good(f"{crawl.base}/meta-data/placement/availability-zone"),
-        crawl.good(path),
-    )
+    placement = f"{crawl.base}/meta-data/placement"
+    zone, region = crawl.good(f"{placement}/availability-zone"), crawl.good(f"{placement}/region")
     if zone and region and zone.text[:-1] != region.text:
-        yield found("region-of-zone", path, region=region.text, derived=zone.text[:-1])
+        yield found(
+            "region-of-zone", f"{placement}/region", region=region.text, derived=zone.text[:-1]
+        )
 
 
 def _versions(crawl: Crawl) -> Iterator[Finding]:
     root = crawl.answer("/")
-    if root is None:
-        return
-    if not root.ok or _OLD not in root.text.split():
+    if root and not (root.ok and _OLD in root.text.split()):
         yield found("root-versions", "/", old=_OLD, status=root.status)
     path = f"/{_OLD}/meta-data/instance-id"
     old = crawl.answer(path)
-    if old is not None and not old.ok:
+    if old and not old.ok:
         yield found("old-version-missing", path, old=_OLD, status=old.status)
 
 
@@ -197,7 +177,7 @@ def check_tokens(crawl: Crawl) -> Iterator[Finding]:
         ("/computeMetadata/", "Google's", "google-auth, gcp-metadata"),
         ("/metadata/instance", "Azure's", "Azure SDKs"),
     ):
-        there = (ask.path for ask, one in crawl.answers() if ask.path.startswith(prefix) and one.ok)
+        there = (path for path in crawl.where(lambda one: one.ok) if path.startswith(prefix))
         yield from seen("foreign-cloud", there, clients=[clients], cloud=cloud)
 
 
@@ -214,7 +194,6 @@ def _granted(answer: Answer) -> Iterator[Finding]:
 
 def _refused(answer: Answer) -> Iterator[Finding]:
     if answer.status != _NOT_FOUND:
-        clients = clients_of("token-refused", str(answer.status))
-        yield found("token-refused", TOKEN.path, clients=clients, status=answer.status)
+        yield found("token-refused", TOKEN.path, case=str(answer.status), status=answer.status)
     elif "\n" in answer.text.strip("\n") or answer.body.endswith(b"\n"):
         yield found("token-error-body", TOKEN.path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import islice
@@ -23,9 +23,19 @@ CLOUD_INIT_OPENSTACK: Final = (
 )
 """The versions that cloud-init knows (`cloudinit/sources/helpers/openstack.py`), oldest first."""
 
-_CLOUD_INIT_EC2: Final = ("2021-03-23", "2018-09-24", "2016-09-02")
-_OLD_EC2: Final = "2009-04-04"
-_LATEST: Final = "latest"
+_OPENSTACK: Final = """
+    {version}/meta_data.json {version}/user_data {version}/network_data.json
+    latest/meta_data.json latest/user_data latest/network_data.json
+    {version}/vendor_data.json {version}/vendor_data2.json
+    2013-04-04/meta_data.json 2013-04-04/password 2012-08-10/meta_data.json
+"""
+_EC2: Final = """
+    /2021-03-23/meta-data/instance-id /2018-09-24/meta-data/instance-id /2016-09-02/meta-data/instance-id
+    /2009-04-04/meta-data/instance-id /2009-04-04/meta-data/local-hostname /2009-04-04/meta-data/public-keys
+    /2009-04-04/user-data {base}/user-data {base}/user-data/ {base}/meta-data {base}//meta-data/instance-id
+    {base}/dynamic/instance-identity {base}/meta-data/instance-id/x
+"""
+"""Beside what is listed: cloud-init's versions, those of EC2's look-alikes, and other ways to write a path."""
 
 NOCLOUD_FILES: Final = ("network-config", "meta-data", "user-data", "vendor-data")
 """In the order in which cloud-init reads them."""
@@ -166,6 +176,15 @@ class Crawl:
             if isinstance(answered, Answer):
                 yield ask, answered
 
+    def where(
+        self, fault: Callable[[Answer], bool], paths: Iterable[str] | None = None
+    ) -> dict[str, Answer]:
+        """The paths, of these or of all, whose answer has a fault."""
+        answers = [(ask.path, answer) for ask, answer in self.answers()]
+        if paths is not None:
+            answers = [(path, one) for path in paths if (one := self.answer(path)) is not None]
+        return {path: answer for path, answer in answers if fault(answer)}
+
     def serves(self, dialect: Dialect) -> bool:
         """Whether a dialect's documents are there."""
         match dialect:
@@ -189,13 +208,11 @@ class Crawl:
                 self.given_up = answered.why if isinstance(answered, Unanswered) else ""
         return None if self.given_up else self.answer(ask)
 
-    def get(self, *paths: str) -> Answer | None:
-        """Ask for paths one after the other; the last one's answer."""
-        return [self.ask(Ask(path)) for path in paths][-1] if paths else None
-
-    def get_ec2(self, *paths: str) -> Answer | None:
-        """The same of EC2's paths, with a token where they need one."""
-        return [self.ask(Ask(path, headers=self.token)) for path in paths][-1]
+    def get(self, *paths: str, token: bool = False) -> Answer | None:
+        """Ask for paths one after the other, with a token if EC2's need one; the last one's answer."""
+        headers = self.token if token else ()
+        answers = [self.ask(Ask(path, headers=headers)) for path in paths]
+        return answers[-1] if answers else None
 
 
 def crawl(fetch: Callable[[Ask], Answered], *, direct: bool) -> Crawl:
@@ -222,18 +239,8 @@ def _openstack(found: Crawl) -> None:
     if listing is None or not listing.ok:
         return
     there = listing.text.split()
-    known = [one for one in reversed(CLOUD_INIT_OPENSTACK) if one in there]
-    found.version = known[0] if known else _LATEST
-    for version in dict.fromkeys((found.version, _LATEST)):
-        for name in ("meta_data.json", "user_data", "network_data.json"):
-            found.get(f"/openstack/{version}/{name}")
-    found.get(
-        *(
-            f"/openstack/{found.version}/{name}"
-            for name in ("vendor_data.json", "vendor_data2.json")
-        )
-    )
-    for path in ("2013-04-04/meta_data.json", "2013-04-04/password", "2012-08-10/meta_data.json"):
+    found.version = next((one for one in reversed(CLOUD_INIT_OPENSTACK) if one in there), "latest")
+    for path in _OPENSTACK.format(version=found.version).split():
         found.get(f"/openstack/{path}")
     found.get(*_contents(found))
 
@@ -247,50 +254,38 @@ def _contents(found: Crawl) -> Iterator[str]:
 
 
 def _ec2(found: Crawl) -> None:
-    _enter_ec2(found)
-    if found.base is None:
-        return
-    base, old = f"{found.base}/meta-data/", f"/{_OLD_EC2}/meta-data"
-    _list(found, base, 0)
-    found.get_ec2(*(f"/{one}/meta-data/instance-id" for one in (*_CLOUD_INIT_EC2, _OLD_EC2)))
-    found.get_ec2(f"{old}/local-hostname", f"{old}/public-keys", f"/{_OLD_EC2}/user-data")
-    for path in ("/user-data", "/user-data/", "/meta-data", "//meta-data/instance-id"):
-        found.get_ec2(f"{found.base}{path}")
-    found.get_ec2(f"{found.base}/dynamic/instance-identity", f"{found.base}{ODD_LEAF}")
-    zone = f"{base}placement/availability-zone"
-    if found.answer(zone) is not None:
-        found.get_ec2(f"{zone}/")
-
-
-def _enter_ec2(found: Crawl) -> None:
-    """Find the tree, and whether it takes a token to see it."""
-    for version in (_LATEST, _OLD_EC2):
+    """Find the tree, and whether it takes a token to see it; then everything below it."""
+    for version in ("latest", "2009-04-04"):
         path = f"/{version}/meta-data/"
         listing = found.get(path)
         token = found.answer(TOKEN)
         if listing is not None and listing.status in {401, 403} and token is not None and token.ok:
             found.token = ((TOKEN_HEADER, token.text.strip()),)
-            listing = found.get_ec2(path)
+            listing = found.get(path, token=True)
         if listing is not None and listing.ok:
             found.base = f"/{version}"
-            return
+            break
+    else:
+        return
+    _list(found, f"{found.base}/meta-data/", 0)
+    found.get(*_EC2.format(base=found.base).split(), token=True)
+    zone = f"{found.base}/meta-data/placement/availability-zone"
+    if found.answer(zone) is not None:
+        found.get(f"{zone}/", token=True)
 
 
 def _list(found: Crawl, directory: str, depth: int) -> None:
     """A directory and everything below it, as os-collect-config reads it."""
-    listing = found.get_ec2(directory)
+    listing = found.get(directory, token=True)
     if listing is None or not listing.ok or depth > _DEEPEST:
         return
-    children = tuple(_children(directory, listing.text))
-    found.listed[directory] = children
-    for child in children:
+    found.listed[directory] = tuple(_children(directory, listing.text))
+    for child in found.listed[directory]:
         # No credentials are read for a check.
-        if child.endswith("/iam/"):
-            continue
-        if child.endswith("/"):
+        if child.endswith("/") and not child.endswith("/iam/"):
             _list(found, child, depth + 1)
-        else:
-            found.get_ec2(child)
+        elif not child.endswith("/"):
+            found.get(child, token=True)
 
 
 def json_of(answer: Answer | None) -> object:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from importlib.resources import files
 from typing import Any, Final
+
+from imdsproxy.core.doctor.crawl import Answer
 
 
 class Severity(StrEnum):
@@ -48,17 +50,12 @@ TEXTS: Final[Mapping[str, Mapping[str, Any]]] = tomllib.loads(
 )
 
 
-def clients_of(code: str, case: str) -> Sequence[str] | None:
-    """The clients that a case of a finding breaks, where they are others than usual."""
-    clients: Mapping[str, Sequence[str]] = TEXTS[code]["clients_of"]
-    return clients.get(case)
-
-
 def found(
     code: str,
     *paths: str,
     severity: Severity | None = None,
     clients: Iterable[str] | None = None,
+    case: str = "",
     **values: Any,  # noqa: ANN401 - what a text shows
 ) -> Finding:
     """A finding with the texts of its code.
@@ -68,15 +65,17 @@ def found(
         paths: Where it was seen.
         severity: In the place of the code's own.
         clients: The same.
+        case: The clients of this case of `clients_of`, where it is one.
         values: What stands in braces in the texts.
     """
     text = TEXTS[code]
+    usual = text.get("clients_of", {}).get(case, text.get("clients", ()))
     return Finding(
         code,
         severity or Severity(text["severity"]),
         text["what"].format(**values),
         text["change"].format(**values),
-        tuple(text.get("clients", ()) if clients is None else clients),
+        tuple(usual if clients is None else clients),
         tuple(dict.fromkeys(paths)),
     )
 
@@ -85,6 +84,11 @@ def seen(code: str, paths: Iterable[str], **values: Any) -> Iterator[Finding]:  
     """A finding, if there is a path where it was seen."""
     if where := tuple(paths):
         yield found(code, *where, **values)
+
+
+def with_status(answers: Mapping[str, Answer]) -> list[str]:
+    """Paths with the status of their answers."""
+    return [f"{path} ({answer.status})" for path, answer in answers.items()]
 
 
 @dataclass(frozen=True, slots=True)
