@@ -173,7 +173,7 @@ class _Protocol(HttpToolsProtocol):
 
 
 class HttpListener:
-    """Serves one application on any number of sockets within the running loop."""
+    """Serves one application on a socket within the running loop."""
 
     def __init__(self, app: AsgiApp) -> None:
         self._config = Config(
@@ -191,14 +191,12 @@ class HttpListener:
         )
         self._config.load()
         self._state = ServerState()
-        self._servers: list[asyncio.Server] = []
+        self._server: asyncio.Server | None = None
 
     async def open(self, listener: socket.socket) -> None:
         """Accept connections of a listening socket; it is closed by `close`."""
         loop = asyncio.get_running_loop()
-        self._servers.append(
-            await loop.create_server(self._protocol, sock=listener, backlog=_BACKLOG)
-        )
+        self._server = await loop.create_server(self._protocol, sock=listener, backlog=_BACKLOG)
 
     def _protocol(self) -> _Protocol:
         return _Protocol(config=self._config, server_state=self._state, app_state={})
@@ -210,14 +208,12 @@ class HttpListener:
         answer, which also asks the client to close, before idle ones are closed from here.
         """
         loop = asyncio.get_running_loop()
-        for server in self._servers:
-            for listener in server.sockets:
+        if self._server is not None:
+            for listener in self._server.sockets:
                 loop.remove_reader(listener.fileno())
-        # asyncio loses a connection whose server is closed in the turn of the loop in which it was accepted.
-        await asyncio.sleep(0)
-        for server in self._servers:
-            server.close()
-        self._servers.clear()
+            # asyncio loses a connection whose server is closed in the turn of the loop in which it was accepted.
+            await asyncio.sleep(0)
+            self._server.close()
         self._state.default_headers = [(b"connection", b"close")]
         deadline = loop.time() + grace_s
         # A connection that has just been accepted is among those known only after a turn of the loop.

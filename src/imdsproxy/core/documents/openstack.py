@@ -17,31 +17,23 @@ from imdsproxy.core.documents.tree import (
     vendor_object,
 )
 
-_FOLSOM: Final = "2012-08-10"
-_GRIZZLY: Final = "2013-04-04"
-_HAVANA: Final = "2013-10-17"
-_LIBERTY: Final = "2015-10-15"
-_NEWTON_ONE: Final = "2016-06-30"
-_NEWTON_TWO: Final = "2016-10-06"
-_OCATA: Final = "2017-02-22"
-_ROCKY: Final = "2018-08-27"
-_VICTORIA: Final = "2020-10-14"
-_EPOXY: Final = "2025-04-04"
-
 OPENSTACK_VERSIONS: Final = (
-    _FOLSOM,
-    _GRIZZLY,
-    _HAVANA,
-    _LIBERTY,
-    _NEWTON_ONE,
-    _NEWTON_TWO,
-    _OCATA,
-    _ROCKY,
-    _VICTORIA,
-    _EPOXY,
+    "2012-08-10",
+    "2013-04-04",
+    "2013-10-17",
+    "2015-10-15",
+    "2016-06-30",
+    "2016-10-06",
+    "2017-02-22",
+    "2018-08-27",
+    "2020-10-14",
+    "2025-04-04",
 )
 """Oldest first; `latest` is the last of them."""
 
+_FOLSOM, _GRIZZLY, _HAVANA, _LIBERTY, _NEWTON_ONE, _NEWTON_TWO, *_, _VICTORIA, _ = (
+    OPENSTACK_VERSIONS
+)
 
 OPENSTACK_LISTING: Final = Node(listing((*OPENSTACK_VERSIONS, LATEST)))
 """What `/openstack` says."""
