@@ -17,7 +17,6 @@ from typing import Final
 import structlog
 
 from imdsproxy.app.tickets import report_failure
-from imdsproxy.app.tickets import report_failure
 from imdsproxy.core.compiled import compile_instance, compiled_path
 from imdsproxy.core.model import Instance
 from imdsproxy.core.timing import Backoff
