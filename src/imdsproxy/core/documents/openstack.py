@@ -31,9 +31,8 @@ OPENSTACK_VERSIONS: Final = (
 )
 """Oldest first; `latest` is the last of them."""
 
-_FOLSOM, _GRIZZLY, _HAVANA, _LIBERTY, _NEWTON_ONE, _NEWTON_TWO, *_, _VICTORIA, _ = (
-    OPENSTACK_VERSIONS
-)
+_FOLSOM, _GRIZZLY, _HAVANA, _LIBERTY, _NEWTON_ONE, _NEWTON_TWO, *_ = OPENSTACK_VERSIONS
+_VICTORIA: Final = OPENSTACK_VERSIONS[-2]
 
 OPENSTACK_LISTING: Final = Node(listing((*OPENSTACK_VERSIONS, LATEST)))
 """What `/openstack` says."""
