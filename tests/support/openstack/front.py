@@ -7,7 +7,7 @@ import json
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
@@ -22,10 +22,6 @@ FrontKind = Literal["network", "router", "ovn"]
 _END_S: Final = 10.0
 
 
-class FrontRefused(Exception):
-    """Neutron does not write such a configuration."""
-
-
 @dataclass(slots=True)
 class FrontWriter:
     """A process with Neutron's code in it: importing that takes seconds, a configuration does not."""
@@ -33,54 +29,33 @@ class FrontWriter:
     place: Place
     process: subprocess.Popen[str] | None = field(default=None, init=False)
 
-    def config(
-        self,
-        kind: FrontKind,
-        resource_id: str,
-        *,
-        socket: Path,
-        bind_address: str = "169.254.169.254",
-        port: int = 80,
-        bind_address_v6: str | None = None,
-        bind_interface: str | None = None,
-        user: str = "root",
-        group: str = "root",
-        state_path: Path | None = None,
-        pid_file: Path | None = None,
-        rate_limits: Mapping[str, object] | None = None,
-    ) -> str:
+    def config(self, kind: FrontKind, resource_id: str, *, socket: Path, **options: object) -> str:
         """The text of a configuration file, unmodified.
 
         Args:
             kind: `network` as the DHCP agent, `router` as the L3 agent, `ovn` as OVN's metadata agent.
+            resource_id: The network's or router's.
             socket: Where the metadata agent is.
-            bind_address, port: 169.254.169.254 and 80 in networks. The L3 agent takes `::` (or 0.0.0.0 without
-                IPv6) and 9697.
-            user, group: As whom HAProxy runs; names or numbers.
-            state_path, pid_file: The lab's directory, and a file in it, if not given.
-            rate_limits: Options of [metadata_rate_limiting].
-
-        Raises:
-            FrontRefused: Neutron does not know the user or group.
+            options: `bind_address` and `port` (the L3 agent takes `::`, or 0.0.0.0 without IPv6, and 9697),
+                `bind_address_v6`, `bind_interface`; `user` and `group` as whom HAProxy runs; `state_path`, `pid_file`.
         """
         wanted = {
             "kind": kind,
             "resource_id": resource_id,
-            "socket": str(socket),
-            "bind_address": bind_address,
-            "port": port,
-            "bind_address_v6": bind_address_v6,
-            "bind_interface": bind_interface,
-            "user": user,
-            "group": group,
-            "state_path": str(state_path or self.place.path),
-            "pid_file": str(pid_file or self.place.path / f"{resource_id}.pid"),
-            "rate_limits": dict(rate_limits or {}),
+            "socket": socket,
+            "bind_address": "169.254.169.254",
+            "port": 80,
+            "bind_address_v6": None,
+            "bind_interface": None,
+            "user": "root",
+            "group": "root",
+            "state_path": self.place.path,
+            "pid_file": self.place.path / f"{resource_id}.pid",
+            **options,
         }
-        said = self._ask(json.dumps(wanted))
-        if not isinstance(said, str):
-            raise FrontRefused(said)
-        return said
+        text = self._ask(json.dumps(wanted, default=str))
+        assert isinstance(text, str), text
+        return text
 
     def close(self) -> None:
         if self.process is not None:
@@ -129,7 +104,7 @@ class Fronts:
             socket=self.socket,
             state_path=self.state,
             pid_file=pid_file,
-            **options,  # type: ignore[arg-type]  # as `FrontWriter.config`
+            **options,
         )
         file.write_text(config)
         program = shutil.which("haproxy", path="/usr/sbin:/usr/bin")

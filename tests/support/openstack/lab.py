@@ -18,7 +18,7 @@ from support.openstack.front import FrontWriter
 from support.openstack.install import environments
 from support.openstack.neutron_rest import Answer, NeutronRest, Refused, ask
 from support.openstack.processes import Place, agent_server, neutron_server, nova_server
-from support.openstack.servers import Server, ends_with_us, free_port
+from support.openstack.servers import Server, free_port
 from support.openstack.settings import render_clouds
 from support.openstack.table import INSTANCES, Instance, Lookup, Port, Seed, lookups_of
 from support.openstack.template import fill
@@ -191,14 +191,12 @@ class OpenStack:
         *,
         secret: str | None = None,
         cache_s: int = _NOVA_CACHE_S,
-        keep_alive: bool = False,
     ) -> Iterator[Nova]:
         """One more metadata API on the same databases.
 
         Args:
             secret: Another than the first one's.
             cache_s: For how long it keeps an instance's documents; 0 is not at all.
-            keep_alive: Its connections serve more than one request.
         """
         with contextlib.ExitStack() as stack:
             nova = _nova(
@@ -208,7 +206,6 @@ class OpenStack:
                 neutron_url=self.neutron_url,
                 secret=self.secret if secret is None else secret,
                 cache_s=cache_s,
-                keep_alive=keep_alive,
             )
             nova.server.start()
             yield nova
@@ -231,61 +228,60 @@ class OpenStack:
 
 
 @contextlib.contextmanager
-def open_openstack(*, nova_cache_s: int = _NOVA_CACHE_S) -> Iterator[OpenStack]:
-    """A lab of its own, in a directory of its own; everything of it has ended afterwards.
+def open_openstack(
+    directory: Path | None = None, *, nova_cache_s: int = _NOVA_CACHE_S
+) -> Iterator[OpenStack]:
+    """A lab of its own; all of its servers have ended afterwards.
 
     The first of a checkout installs Nova and Neutron, which needs the network and a minute; others take seconds.
+
+    Args:
+        directory: Where it lives, and finds what another has left there; by default a new one, which goes at the end.
+        nova_cache_s: For how long Nova keeps an instance's documents.
     """
     with contextlib.ExitStack() as stack:
         installed = environments()
         stack.callback(installed.made.release)
-        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="imdst-openstack-"))
-        place = Place(
-            Path(directory),
-            installed,
-            prefix=tuple(ends_with_us()),
-            keep=(installed.made.lock,),
+        if directory is None:
+            made = stack.enter_context(tempfile.TemporaryDirectory(prefix="imdst-openstack-"))
+            directory = Path(made)
+        place = Place(directory, installed)
+        seed = fill(place)
+        secret = secrets.token_hex(16)
+        holder = stack.enter_context(free_port())
+        port = holder.getsockname()[1]
+        neutron_url = f"http://127.0.0.1:{port}"
+        neutron = neutron_server(place, port=port)
+        stack.callback(neutron.stop)
+        neutron.launch()
+        nova = _nova(
+            place, stack, name="nova", neutron_url=neutron_url, secret=secret, cache_s=nova_cache_s
         )
-        yield start_openstack(place, stack, secret=secrets.token_hex(16), cache_s=nova_cache_s)
-
-
-def start_openstack(
-    place: Place, stack: contextlib.ExitStack, *, secret: str, cache_s: int
-) -> OpenStack:
-    """Starts a lab in its directory; the stack ends it."""
-    seed = fill(place)
-    holder = stack.enter_context(free_port())
-    port = holder.getsockname()[1]
-    neutron_url = f"http://127.0.0.1:{port}"
-    neutron = neutron_server(place, port=port)
-    stack.callback(neutron.stop)
-    neutron.launch()
-    nova = _nova(place, stack, name="nova", neutron_url=neutron_url, secret=secret, cache_s=cache_s)
-    nova.server.launch()
-    neutron.wait_up()
-    nova.server.wait_up()
-    agent = agent_server(place, nova_port=int(nova.url.rpartition(":")[2]), secret=secret)
-    stack.callback(agent.stop)
-    secret_file = place.path / "secret"
-    secret_file.write_text(secret)
-    secret_file.chmod(0o600)
-    front = FrontWriter(place)
-    stack.callback(front.close)
-    clouds = place.path / "clouds.yaml"
-    clouds.write_text(render_clouds(neutron_url=neutron_url))
-    return OpenStack(
-        place=place,
-        seed=seed,
-        nova=nova,
-        neutron=neutron,
-        neutron_url=neutron_url,
-        rest=NeutronRest(neutron_url),
-        lookups=lookups_of(seed),
-        agent=agent,
-        secret_file=secret_file,
-        clouds_yaml=clouds,
-        front=front,
-    )
+        nova.server.launch()
+        neutron.wait_up()
+        nova.server.wait_up()
+        agent = agent_server(place, nova_port=int(nova.url.rpartition(":")[2]), secret=secret)
+        stack.callback(agent.stop)
+        front = FrontWriter(place)
+        stack.callback(front.close)
+        secret_file, clouds = place.path / "secret", place.path / "clouds.yaml"
+        secret_file.write_text(secret)
+        clouds.write_text(render_clouds(neutron_url=neutron_url))
+        for file in (secret_file, clouds):
+            file.chmod(0o600)
+        yield OpenStack(
+            place=place,
+            seed=seed,
+            nova=nova,
+            neutron=neutron,
+            neutron_url=neutron_url,
+            rest=NeutronRest(neutron_url),
+            lookups=lookups_of(seed),
+            agent=agent,
+            secret_file=secret_file,
+            clouds_yaml=clouds,
+            front=front,
+        )
 
 
 def _nova(
@@ -296,13 +292,12 @@ def _nova(
     neutron_url: str,
     secret: str,
     cache_s: int,
-    keep_alive: bool = False,
 ) -> Nova:
     holder = stack.enter_context(free_port())
     port = holder.getsockname()[1]
     neutron_port = int(neutron_url.rpartition(":")[2])
     place.write_nova(name, neutron_port=neutron_port, secret=secret, cache_s=cache_s)
-    server = nova_server(place, name, port=port, keep_alive=keep_alive)
+    server = nova_server(place, name, port=port)
     stack.callback(server.stop)
     return Nova(server, f"http://127.0.0.1:{port}", secret)
 

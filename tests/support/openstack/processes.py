@@ -12,7 +12,7 @@ from typing import Final
 from imdsproxy.host.socket_file import find_socket_holder
 from support.openstack.install import INSIDE, Environments, run
 from support.openstack.neutron_rest import ask
-from support.openstack.servers import Server
+from support.openstack.servers import Server, ends_with_us
 from support.openstack.settings import VENDOR_DATA, render_agent, render_neutron, render_nova
 
 _AGENT: Final = "metadata_agent.py"
@@ -23,17 +23,10 @@ _ON_THREADS: Final = {"OS_NOVA_DISABLE_EVENTLET_PATCHING": "1"}
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a lab lives; its servers run in this directory and find their databases by it.
-
-    Attributes:
-        prefix: Put before the command lines of servers (see `ends_with_us`).
-        keep: Descriptors that its servers inherit.
-    """
+    """Where a lab lives; its servers run in this directory and find their databases by it."""
 
     path: Path
     environments: Environments
-    prefix: tuple[str, ...] = ()
-    keep: tuple[int, ...] = ()
 
     @property
     def etc(self) -> Path:
@@ -70,21 +63,15 @@ class Place:
         return run(argv, cwd=self.path, environment=_ON_THREADS, stdin=stdin)
 
 
-def nova_server(place: Place, name: str, *, port: int, keep_alive: bool = False) -> Server:
-    """The metadata API whose settings `write_nova` has written under the same name.
-
-    Args:
-        keep_alive: Its connections serve more than one request; as devstack runs it, they don't.
-    """
+def nova_server(place: Place, name: str, *, port: int) -> Server:
+    """The metadata API whose settings `write_nova` has written under the same name."""
     environment = {
         "OS_NOVA_CONFIG_DIR": str(place.etc),
         # The first must be the one for paste.
         "OS_NOVA_CONFIG_FILES": f"api-paste.ini;{name}.conf",
     }
     module = ("--module", "nova.wsgi.metadata:application")
-    return _wsgi(
-        place, name, "nova", module, environment, port=port, ready="/", keep_alive=keep_alive
-    )
+    return _wsgi(place, name, "nova", module, environment, port=port, ready="/")
 
 
 def neutron_server(place: Place, *, port: int) -> Server:
@@ -107,12 +94,12 @@ def agent_server(place: Place, *, nova_port: int, secret: str) -> Server:
     words = (python, script, place.etc / "neutron.conf", settings)
     return Server(
         name="agent",
-        argv=[*place.prefix, *map(str, words)],
+        argv=[*ends_with_us(), *map(str, words)],
         cwd=place.path,
         environment={},
         log=place.log / "agent.log",
         is_up=lambda: _agent_listens(place.agent_socket),
-        keep=place.keep,
+        keep=(place.environments.made.lock,),
     )
 
 
@@ -131,18 +118,12 @@ def _wsgi(
     *,
     port: int,
     ready: str,
-    keep_alive: bool = False,
 ) -> Server:
-    # As devstack runs them, unless connections are to be kept.
-    protocol = (
-        ("--http11-socket", f"127.0.0.1:{port}", "--add-header", "Connection: Keep-Alive")
-        if keep_alive
-        else ("--http-socket", f"127.0.0.1:{port}", "--add-header", "Connection: close")
-    )
     argv: Sequence[str] = (
-        *place.prefix,
+        *ends_with_us(),
         str(place.environments.uwsgi(package)),
-        *protocol,
+        # As devstack runs them.
+        *("--http-socket", f"127.0.0.1:{port}", "--add-header", "Connection: close"),
         *("--virtualenv", str(place.environments.python(package).parents[1])),
         *(*module, "--need-app"),
         *("--processes", "1", "--threads", str(_THREADS), "--buffer-size", "65535"),
@@ -156,7 +137,7 @@ def _wsgi(
         environment=environment,
         log=place.log / f"{name}.log",
         is_up=lambda: _answers(url, ready),
-        keep=place.keep,
+        keep=(place.environments.made.lock,),
     )
 
 

@@ -93,15 +93,11 @@ class Seed:
 
     Attributes:
         networks, routers: Name to id.
-        subnets: `<network>-v4` and `<network>-v6` to id.
-        floating_address: Of blue-1.
     """
 
     networks: Mapping[str, str]
     routers: Mapping[str, str]
-    subnets: Mapping[str, str]
     ports: tuple[Port, ...]
-    floating_address: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -340,8 +336,6 @@ def _row(
 _ANY: Final = Seed(
     networks={plan.name: "" for plan in NETWORKS},
     routers={plan.name: "" for plan in ROUTERS},
-    subnets={},
     ports=(),
-    floating_address="",
 )
 LOOKUP_NAMES: Final = tuple(row.name for row in lookups_of(_ANY))

@@ -13,7 +13,7 @@ from typing import Any, Final
 from support.openstack.install import INSIDE, Environments, Made, made_once, stamp_of
 from support.openstack.neutron_rest import NeutronRest
 from support.openstack.processes import Place, neutron_server
-from support.openstack.servers import ends_with_us, free_port
+from support.openstack.servers import free_port
 from support.openstack.table import (
     BLUE,
     INSTANCES,
@@ -41,34 +41,21 @@ def _template(environments: Environments) -> Made:
 
 
 def fill(place: Place) -> Seed:
-    """Makes a lab's directory what a lab begins with."""
+    """Makes a lab's directory what a lab begins with, where there is none; with the ids that Neutron chose."""
     place.prepare()
-    made = _template(place.environments)
-    try:
-        return _copy(made, place)
-    finally:
-        made.release()
-
-
-def _copy(made: Made, place: Place) -> Seed:
-    """Puts the databases into a lab's directory.
-
-    Returns:
-        With the ids that Neutron chose when they were made.
-    """
-    shutil.rmtree(place.path / "db", ignore_errors=True)
-    shutil.copytree(made.path / "db", place.path / "db")
-    shutil.copy(made.path / _SEED, place.path)
-    return read_seed(place)
-
-
-def read_seed(place: Place) -> Seed:
-    """What was sown in the databases of a lab's directory."""
+    if not (place.path / _SEED).exists():
+        made = _template(place.environments)
+        try:
+            shutil.rmtree(place.path / "db")
+            shutil.copytree(made.path / "db", place.path / "db")
+            shutil.copy(made.path / _SEED, place.path)
+        finally:
+            made.release()
     return _parse(json.loads((place.path / _SEED).read_text()))
 
 
 def _make(path: Path, environments: Environments) -> None:
-    place = Place(path, environments, prefix=tuple(ends_with_us()))
+    place = Place(path, environments)
     place.prepare()
     with free_port() as holder, ThreadPoolExecutor() as pool:
         port = holder.getsockname()[1]
@@ -94,19 +81,13 @@ def _sow(rest: NeutronRest) -> Seed:
     rest.list("security_group")
     groups = {"web": rest.create("security_group", name="web", project_id=BLUE)["id"]}
     ports = tuple(_sow_port(rest, plan, networks, subnets, groups) for plan in PORTS)
-    floating = rest.create(
+    rest.create(
         "floatingip",
         floating_network_id=networks["net-ext"],
         port_id=ports[0].id,
         project_id=BLUE,
     )
-    return Seed(
-        networks=networks,
-        routers=routers,
-        subnets=subnets,
-        ports=ports,
-        floating_address=floating["floating_ip_address"],
-    )
+    return Seed(networks=networks, routers=routers, ports=ports)
 
 
 def _sow_networks(rest: NeutronRest) -> tuple[dict[str, str], dict[str, str]]:
@@ -210,10 +191,4 @@ def _parse(shape: dict[str, Any]) -> Seed:
         Port(id=one["id"], network_id=one["network_id"], device_id=one["device_id"], plan=plan)
         for one, plan in zip(shape["ports"], PORTS, strict=True)
     )
-    return Seed(
-        networks=shape["networks"],
-        routers=shape["routers"],
-        subnets=shape["subnets"],
-        ports=ports,
-        floating_address=shape["floating_address"],
-    )
+    return Seed(networks=shape["networks"], routers=shape["routers"], ports=ports)

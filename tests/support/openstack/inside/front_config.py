@@ -2,8 +2,7 @@
 
 Each line of standard input is a JSON object, and is answered by a line with the text as JSON: kind (`network`,
 `router`, `ovn`), resource_id, socket, bind_address, port, bind_address_v6 and bind_interface (or null), user, group,
-state_path, pid_file, rate_limits (options of [metadata_rate_limiting]). Whom Neutron does not know as user or group
-is answered by an object with `refused`.
+state_path, pid_file.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from typing import Any
 
 from neutron.agent.metadata import driver
 from neutron.agent.ovn.metadata import driver as ovn_driver
-from neutron.common import metadata
 from neutron.conf.agent.metadata import config
 from oslo_config import cfg
 from oslo_log import log
@@ -28,17 +26,11 @@ def main() -> None:
     config.register_meta_conf_opts(config.METADATA_HAPROXY_OPTS, group=config.HAPROXY_GROUP)
     cfg.CONF([])
     for line in sys.stdin:
-        try:
-            said: object = render(json.loads(line))
-        except metadata.InvalidUserOrGroupException as error:
-            said = {"refused": str(error)}
-        sys.stdout.write(json.dumps(said) + "\n")
+        sys.stdout.write(json.dumps(render(json.loads(line))) + "\n")
         sys.stdout.flush()
 
 
 def render(wanted: dict[str, Any]) -> str:
-    for name, value in wanted["rate_limits"].items():
-        cfg.CONF.set_override(name, value, group=config.RATE_LIMITING_GROUP)
     ovn = wanted["kind"] == "ovn"
     configurator = (ovn_driver if ovn else driver).HaproxyConfigurator
     made = configurator(
@@ -56,8 +48,6 @@ def render(wanted: dict[str, Any]) -> str:
         host_v6=wanted["bind_address_v6"],
         bind_interface=wanted["bind_interface"],
     )
-    for name in wanted["rate_limits"]:
-        cfg.CONF.clear_override(name, group=config.RATE_LIMITING_GROUP)
     text: str = made.haproxy_cfg
     return text
 
