@@ -6,7 +6,6 @@ Which request is answered how is in `support.access_table` and test_access_rules
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 import signal
@@ -61,55 +60,6 @@ def test_every_guest_gets_a_token_over_both_families_and_reads_its_own_with_it(
             assert re.fullmatch(TOKEN_PATTERN.strip("^$"), reply.text)
         assert [_status(guest, USER_DATA, one) for one in ("", tokens[1].text)] == [401, 200]
         assert [_status(guest, one) for one in (_HOSTNAME, META)] == [403, 200]
-
-
-def test_the_most_specific_scope_that_sets_a_path_decides(world: World) -> None:
-    red = world.red
-    _record(world, {}, project="acme")
-    scopes: dict[str, dict[str, Any]] = {}
-
-    def answers(scope: str, name: str | None, paths: Mapping[str, str]) -> list[int]:
-        scopes[scope] = {"paths": paths} if name is None else {name: {"paths": paths}}
-        _settings(world, scopes)
-        assert _status(world.guests["green"], _HOSTNAME) == 403
-        return [_status(red, one) for one in (USER_DATA, _HOSTNAME, META)]
-
-    assert answers("host", None, {"/": "deny", USER_DATA: "required"}) == [401, 403, 403]
-    # It sets all beneath, so the host's rule for user-data is none any more.
-    assert answers("networks", "red", {"/latest": "allow"}) == [200, 200, 403]
-    assert answers("projects", "acme", {_HOSTNAME: "deny"}) == [200, 403, 403]
-    own_rules = {"/": "optional", USER_DATA: "deny"}
-    assert answers("instances", "red-5", own_rules) == [403, 200, 200]
-    query = {"network": "red", "address": "10.0.0.5", "path": USER_DATA}
-    shown = json.dumps(world.daemon.admin.get("/v1/explain", query))
-    assert '{"name": "paths./latest/user-data", "value": "deny", "origin": "instance"}' in shown
-    assert '"rule": "paths./latest/user-data"' in shown
-    printed = world.daemon.command(
-        "explain", "--network", "red", "--from", "10.0.0.5", "--path", "/1.0//user-data"
-    ).out
-    assert "/latest/user-data and what is beneath it is denied" in " ".join(printed.split())
-    assert "(paths./latest/user-data, instance)" in " ".join(printed.split())
-
-
-def test_a_change_is_seen_by_a_connection_that_is_open_and_takes_no_reload(world: World) -> None:
-    headers = with_token(take_token(world.red))
-    pids = world.settled()
-    with world.red.connect() as connection:
-
-        def statuses() -> list[int]:
-            targets = (USER_DATA, _HOSTNAME, USER_DATA)
-            return [connection.request(one, headers=headers).status for one in targets]
-
-        # A token that was good on the connection opens nothing that is denied.
-        assert statuses() == [200] * 3
-        for _ in range(3):
-            _record(world, {"paths": {USER_DATA: "deny"}})
-            assert statuses() == [403, 200, 403]
-            _record(world, {"paths": {_HOSTNAME: "deny"}})
-            assert statuses() == [200, 403, 200]
-        _record(world, {})
-        assert statuses() == [200] * 3
-    assert world.settled() == pids
 
 
 def test_rules_and_tokens_outlive_reloads_and_every_death(world: World) -> None:
@@ -170,35 +120,3 @@ def test_a_guest_that_haproxy_does_not_know_yet_is_held_to_the_same(world: World
     token = take_token(guest)
     assert _status(guest, USER_DATA, token) == 200
     assert _status(newcomer(), USER_DATA, token) == 401
-
-
-def test_keys_can_be_replaced_and_old_tokens_go_on(world: World) -> None:
-    before = take_token(world.red)
-    path = world.daemon.state / "token-keys"
-    old = path.read_text()
-    path.write_text(f"{'A' * 43}=\n{old}")
-    _settings(world, {})
-    after = take_token(world.red)
-    assert before.split(".")[0] != after.split(".")[0]
-    assert [_status(world.red, USER_DATA, one) for one in (before, after)] == [200, 200]
-    path.write_text(f"{'A' * 43}=\n")
-    _settings(world, {})
-    assert [_status(world.red, USER_DATA, one) for one in (before, after)] == [401, 200]
-    world.daemon.kill_controller()
-    world.daemon.start()
-    assert _status(world.red, USER_DATA, after) == 200
-
-
-def test_keys_that_cannot_be_used_change_nothing(world: World) -> None:
-    token = take_token(world.red)
-    path = world.daemon.state / "token-keys"
-    kept = path.read_text()
-    try:
-        path.write_text("nonsense\n")
-        refused = world.daemon.command("reload")
-        assert refused.status != 0
-        assert "line 1" in refused.err
-        assert "nonsense" not in refused.err
-        assert _status(world.red, USER_DATA, token) == 200
-    finally:
-        path.write_text(kept)

@@ -8,13 +8,12 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import pytest
-import yaml
 
 from support.access_table import META, USER_DATA
-from support.daemon import Daemon, instance
+from support.daemon import instance
 from support.guest import (
     IPV4,
     IPV6,
@@ -33,20 +32,15 @@ pytestmark = pytest.mark.root
 _LISTEN: Final = ("127.0.0.1", 9465)
 _SETTINGS: Final[dict[str, Any]] = {
     "resolver": {"hold_s": 1.0},
-    "sources": {"file": {"enabled": True, "directory": "{directory}/records"}},
     "tokens": {"count_reads": "all"},
     "metrics": {"listen": f"{_LISTEN[0]}:{_LISTEN[1]}", "haproxy_listen": None},
 }
 
 
-def _prepare(daemon: Daemon) -> None:
-    (daemon.directory / "records").mkdir()
-
-
 @pytest.fixture(scope="module")
 def shared_world() -> Iterator[World]:
     """One of its own: that an instance was reopened or its tokens revoked stays, whatever its record is."""
-    with open_world(_SETTINGS, prepare=_prepare) as world:
+    with open_world(_SETTINGS) as world:
         yield world
 
 
@@ -98,82 +92,6 @@ def test_records_are_in_force_by_scope_at_once_and_settings_over_those_of_the_sa
     _network_says(world, "red", {})
     assert statuses() == [200, 200, 200]
     assert world.settled() == pids
-
-
-def test_settings_for_somebody_whom_nobody_tells_of_are_named_by_status(world: World) -> None:
-    """A name that is mistyped protects nobody, and nothing else would say so."""
-    optional = {"tokens": "optional"}
-    _instance_says(world, world.red, {}, project="payments")
-    _settings(
-        world,
-        {
-            "networks": {"red": optional, "rad": optional},
-            "projects": {"payments": optional, "payment": optional},
-            "instances": {"red-5": optional, "red-55": optional},
-        },
-    )
-    named = ["policy.networks.rad", "policy.projects.payment", "policy.instances.red-55"]
-    assert world.daemon.status()["policy_for_nobody"] == named
-    assert named[2] in world.daemon.command("status").out
-    _settings(world, {})
-    assert world.daemon.status()["policy_for_nobody"] == []
-
-
-def test_a_record_files_policy_is_in_force_and_a_bad_one_is_told_with_its_line(
-    world: World,
-) -> None:
-    path = world.daemon.directory / "records" / "guests.yaml"
-    guest = world.lab.guest("green", 7)
-    record = instance("green-7", "green", 7)
-
-    def write(policy: str) -> None:
-        body = yaml.safe_dump([dict(record)], sort_keys=False)
-        beside = path.with_suffix(".tmp")
-        beside.write_text(f"instances:\n{body}  policy:\n    tokens: {policy}\n")
-        beside.rename(path)
-
-    try:
-        write("required")
-        until(lambda: _bare(guest) == 401, within_s=5)
-        write("sometimes")
-        line = path.read_text().count("\n")
-
-        def told() -> bool:
-            problems = json.dumps(world.daemon.status())
-            return f'"line": {line}' in problems and "policy.tokens" in problems
-
-        until(told, within_s=5)
-        assert _bare(guest) == 401
-        write("off")
-        until(lambda: _bare(guest) == 200, within_s=5)
-    finally:
-        path.unlink()
-        until(lambda: world.daemon.command("instance", "show", "green-7").status != 0, within_s=5)
-
-
-def test_the_boot_is_counted_from_when_the_store_was_first_told(world: World) -> None:
-    guest = world.lab.guest("red", 8)
-    began = int(time.time())
-    record = instance("red-8", "red", 8, fields={"policy": {"openstack_tokens": "required"}})
-    world.daemon.put(instances=[record])
-    made = _created_at(world, "red-8")
-    assert began <= made <= time.time()
-    assert _bare(guest, META) == 200
-    # Told again and again, it has not been made again.
-    grace = {"openstack_tokens": "required", "boot_grace_s": 1}
-    until(lambda: time.time() > made + 2, within_s=5)
-    world.daemon.put(instances=[{**record, "policy": grace}])
-    assert _created_at(world, "red-8") == made
-    assert _bare(guest, META) == 401
-    world.daemon.remove_instance("red-8")
-    world.daemon.put(instances=[record])
-    assert _created_at(world, "red-8") > made
-    assert _bare(guest, META) == 200
-
-
-def _created_at(world: World, name: str) -> int:
-    shape = cast("Mapping[str, Any]", world.daemon.admin.get(f"/v1/instances/{name}"))
-    return int(shape["record"]["created_at"])
 
 
 # Tokens and boots
@@ -385,15 +303,6 @@ def test_what_is_refused_where_a_token_is_required_is_counted_each_time(world: W
     assert "warning: /nocloud gives instance blue-5 in blue the user-data" in shown
     _settings(world, {})
     assert _report(world)["open_trees"] == []
-
-
-def test_an_operators_look_is_no_read_of_the_counted(world: World) -> None:
-    before = _counts(world, "green")
-    told = world.daemon.command("get", "--network", "green", "--from", "10.0.0.5", USER_DATA)
-    assert told.status == 0, told
-    assert _counts(world, "green") == before
-    world.guests["green"].ask(USER_DATA)
-    assert _counts(world, "green") == (before[0] + 1, before[1])
 
 
 def test_sums_grow_over_reloads_and_a_worker_that_drains_is_asked_too(world: World) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Final, TypeAlias
 
 from imdsproxy.core.path_rules import PathRules, PathWord
@@ -76,174 +77,89 @@ class Read:
         return render_policy_word(self.policy, override, created), override.epoch
 
 
-_Answers: TypeAlias = Mapping[str, tuple[str, ...]]
-"""`STATUS-WITHOUT STATUS-WITH [RULE]`, and which targets are answered so."""
-
 _REQUIRED: Final = TokenMode.REQUIRED
 _DENY, _ALLOW = PathWord.DENY, PathWord.ALLOW
 _PATH_OPTIONAL, _PATH_REQUIRED = PathWord.OPTIONAL, PathWord.REQUIRED
-_SPELLINGS: Final = (
-    USER_DATA,
-    f"{USER_DATA}?x=/openstack/",
-    f"{USER_DATA}/",
-    "//latest/./user-data/.",
-    "/ec2/latest/user-data",
-    "/%6catest/user%2Ddata",
-    "/1.0/user-data/x",
-    "/2009-04-04/user-data",
-    "//ec2//x/user%2ddata",
+_SPELT: Final = (
+    f"{USER_DATA} {USER_DATA}?x=/openstack/ {USER_DATA}/ //latest/./user-data/. /ec2/latest/user-data "
+    "/%6catest/user%2Ddata /1.0/user-data/x /2009-04-04/user-data //ec2//x/user%2ddata"
 )
-_HIDDEN: Final = ("/a/../b", "/..", "/a/%2e%2e/b", "/a%00", "/a%", "/a%4", "/a%zz")
-_PASSES: Final = "200 200"
+_HIDDEN: Final = "/a/../b /.. /a/%2e%2e/b /a%00 /a% /a%4 /a%zz"
+_OLD: Final = ("of unknown age",)
+_AFTER: Final = (*_OLD, "in the second after its boot", "made eight days ahead")
+_SEALED_AT: Final = (*_OLD, "made eight days ahead", "reopened long ago")
+_BOOTING: Final = ("in the last second of its boot", "reopened now")
+_NEW: Final = ("made now",)
+_SEALED: Final = (
+    Policy(seal_user_data=True),
+    Policy(tokens=TokenMode.OFF, seal_user_data=True),
+    Policy(seal_user_data=True, paths=((USER_DATA, _ALLOW), ("/openstack", _PATH_OPTIONAL))),
+    Policy(seal_user_data=True, paths=(("/", _PATH_OPTIONAL),)),
+)
+_LOCKED_STACK, _LOCKED_NOCLOUD = (
+    Policy(openstack_tokens=_REQUIRED),
+    Policy(nocloud_tokens=_REQUIRED),
+)
+_OTHERS: Final = Policy(paths=(("/openstack", _PATH_REQUIRED), (NOCLOUD, _PATH_REQUIRED)))
+_EVERYTHING: Final = Policy(paths=(("/", _PATH_REQUIRED),))
+_META_DATA: Final = "/latest/meta-data"
 
-
-def _rows() -> Iterator[tuple[Policy, str, _Answers]]:
-    old = "of unknown age"
-    yield (
-        Policy(),
-        old,
-        {
-            _PASSES: ("/", "/x/../y", "/%zz", *_SPELLINGS, META, NOCLOUD),
-            "405 405 tokens": (TOKEN, f"{TOKEN}?x"),
-            "200 405 tokens": (f"/{TOKEN}",),
-        },
-    )
-    yield (
-        Policy(endpoint=False),
-        old,
-        {"403 403 endpoint": ("/", TOKEN, USER_DATA, META, "/nonsense", *_HIDDEN)},
-    )
-    # Tokens
-
-    off = Policy(tokens=TokenMode.OFF)
-    yield off, old, {_PASSES: (*_SPELLINGS, *_HIDDEN), "404 404 tokens": (TOKEN,)}
-    required = Policy(tokens=_REQUIRED)
-    yield (
-        required,
-        old,
-        {
-            "401 200 tokens": ("/", "/ec2", "/nonsense", _HOSTNAME, *_SPELLINGS),
-            _PASSES: (META, NOCLOUD),
-            "400 400 path": _HIDDEN,
-            "405 405 tokens": (TOKEN, f"/{TOKEN}", f"/ec2{TOKEN}/"),
-            "404 404 tokens": ("/2021-01-03/api/token",),
-        },
-    )
-    yield Policy(hop_limit=1), old, {"400 400 path": _HIDDEN, _PASSES: _SPELLINGS}
-    yield Policy(), "with revoked tokens", {"400 400 path": _HIDDEN, _PASSES: _SPELLINGS}
-    trees = (
-        (Policy(openstack_tokens=_REQUIRED), "openstack_tokens", (META, "//openstack", "/openstack?x")),
-        (Policy(nocloud_tokens=_REQUIRED), "nocloud_tokens", (NOCLOUD, "/%6eocloud/user-data")),
-    )  # fmt: skip
-    for tree, rule, paths in trees:
-        for clock in (old, "in the second after its boot", "made eight days ahead"):
-            yield tree, clock, {f"401 200 {rule}": paths, _PASSES: (USER_DATA,)}
-        for clock in ("in the last second of its boot", "reopened now"):
-            yield tree, clock, {_PASSES: paths}
+_ROWS: Final[tuple[tuple[Policy, Sequence[str], Mapping[str, str]], ...]] = (
+    # Policy, clocks, and by `STATUS-WITHOUT STATUS-WITH [RULE]` the targets that are answered so.
+    (Policy(), _OLD, {
+        "200 200": f"/ /x/../y /%zz {_SPELT} {META} {NOCLOUD}",
+        "405 405 tokens": f"{TOKEN} {TOKEN}?x", "200 405 tokens": f"/{TOKEN}"}),
+    (Policy(endpoint=False), _OLD, {"403 403 endpoint": f"/ {TOKEN} {USER_DATA} {META} /nonsense {_HIDDEN}"}),
+    (Policy(tokens=TokenMode.OFF), _OLD, {"200 200": f"{_SPELT} {_HIDDEN}", "404 404 tokens": TOKEN}),
+    (Policy(tokens=_REQUIRED), _OLD, {
+        "401 200 tokens": f"/ /ec2 /nonsense {_HOSTNAME} {_SPELT}",
+        "200 200": f"{META} {NOCLOUD}",
+        "400 400 path": _HIDDEN,
+        "405 405 tokens": f"{TOKEN} /{TOKEN} /ec2{TOKEN}/", "404 404 tokens": "/2021-01-03/api/token"}),
+    (Policy(hop_limit=1), _OLD, {"400 400 path": _HIDDEN, "200 200": _SPELT}),
+    (Policy(), ("with revoked tokens",), {"400 400 path": _HIDDEN, "200 200": _SPELT}),
+    (_LOCKED_STACK, _AFTER, {
+        "401 200 openstack_tokens": f"{META} //openstack /openstack?x", "200 200": USER_DATA}),
+    (_LOCKED_STACK, _BOOTING, {"200 200": f"{META} //openstack /openstack?x"}),
+    (_LOCKED_NOCLOUD, _AFTER, {
+        "401 200 nocloud_tokens": f"{NOCLOUD} /%6eocloud/user-data", "200 200": USER_DATA}),
+    (_LOCKED_NOCLOUD, _BOOTING, {"200 200": f"{NOCLOUD} /%6eocloud/user-data"}),
     # Sealed user-data
-
-    for sealed in (
-        Policy(seal_user_data=True),
-        Policy(tokens=TokenMode.OFF, seal_user_data=True),
-        Policy(seal_user_data=True, paths=((USER_DATA, _ALLOW), ("/openstack", _PATH_OPTIONAL))),
-        Policy(seal_user_data=True, paths=(("/", _PATH_OPTIONAL),)),
-    ):
-        for clock in (old, "made eight days ahead", "reopened long ago"):
-            yield sealed, clock, {
-                "403 403 seal_user_data": (
-                    *_SPELLINGS, "/openstack/latest/user_data", NOCLOUD, "/openstack/x/user_data/",
-                ),
-                _PASSES: (_HOSTNAME, META, "/openstack/latest/user_datas"),
-            }  # fmt: skip
-        yield sealed, "made now", {_PASSES: (*_SPELLINGS, "/openstack/latest/user_data", NOCLOUD)}
+    *((one, _SEALED_AT, {
+        "403 403 seal_user_data": f"{_SPELT} /openstack/latest/user_data {NOCLOUD} /openstack/x/user_data/",
+        "200 200": f"{_HOSTNAME} {META} /openstack/latest/user_datas"}) for one in _SEALED),
+    *((one, _NEW, {"200 200": f"{_SPELT} /openstack/latest/user_data {NOCLOUD}"}) for one in _SEALED),
     # Paths
-
-    rule = f"paths.{USER_DATA}"
-    for tokens in (TokenMode.OPTIONAL, TokenMode.OFF):
-        denied = Policy(tokens=tokens, paths=((USER_DATA, _DENY),))
-        yield (
-            denied,
-            old,
-            {
-                f"403 403 {rule}": _SPELLINGS,
-                _PASSES: ("/latest/user-datas", _HOSTNAME, META, NOCLOUD),
-            },
-        )
-    yield (
-        Policy(paths=(("/latest/meta-data", _PATH_REQUIRED),)),
-        old,
-        {
-            "401 200 paths./latest/meta-data": (
-                "/latest/meta-data",
-                "/latest/meta-data/",
-                _HOSTNAME,
-            ),
-            _PASSES: (USER_DATA, META),
-        },
-    )
-    yield (
-        Policy(tokens=TokenMode.OFF, paths=((_HOSTNAME, _PATH_REQUIRED),)),
-        old,
-        {
-            f"401 200 paths.{_HOSTNAME}": (_HOSTNAME,),
-            _PASSES: (USER_DATA,),
-        },
-    )
-    yield (
-        Policy(tokens=_REQUIRED, paths=(("/latest/meta-data", _PATH_OPTIONAL),)),
-        old,
-        {
-            _PASSES: (_HOSTNAME,),
-            "401 200 tokens": (USER_DATA,),
-        },
-    )
-    yield (
-        Policy(paths=(("/", _DENY), ("/latest/meta-data", _ALLOW))),
-        old,
-        {
-            _PASSES: (_HOSTNAME,),
-            "403 403 paths./": ("/", USER_DATA, META, "/ec2"),
-            # No rule is for where tokens are given.
-            "405 405 tokens": (TOKEN,),
-        },
-    )
-    yield (
-        Policy(tokens=_REQUIRED, paths=(("/", _DENY), ("/latest", _ALLOW))),
-        old,
-        {
-            "401 200 tokens": (USER_DATA,),
-            "403 403 paths./": (META,),
-        },
-    )
-    others = Policy(paths=(("/openstack", _PATH_REQUIRED), (NOCLOUD, _PATH_REQUIRED)))
-    yield others, "made now", {_PASSES: (META, NOCLOUD)}
-    yield (
-        others,
-        old,
-        {
-            "401 200 paths./openstack": (META,),
-            f"401 200 paths.{NOCLOUD}": (NOCLOUD,),
-            _PASSES: (USER_DATA, "/nocloud/meta-data"),
-        },
-    )
-    everything = Policy(paths=(("/", _PATH_REQUIRED),))
-    yield everything, "made now", {_PASSES: (META,), "401 200 paths./": (USER_DATA,)}
-    yield everything, old, {"401 200 paths./": (META, USER_DATA)}
-    yield (
-        Policy(openstack_tokens=_REQUIRED, paths=((META, _PATH_OPTIONAL),)),
-        old,
-        {
-            _PASSES: (META,),
-            "401 200 openstack_tokens": ("/openstack",),
-        },
-    )
+    *((Policy(tokens=tokens, paths=((USER_DATA, _DENY),)), _OLD, {
+        f"403 403 paths.{USER_DATA}": _SPELT, "200 200": f"/latest/user-datas {_HOSTNAME} {META} {NOCLOUD}"})
+      for tokens in (TokenMode.OPTIONAL, TokenMode.OFF)),
+    (Policy(paths=((_META_DATA, _PATH_REQUIRED),)), _OLD, {
+        f"401 200 paths.{_META_DATA}": f"{_META_DATA} {_META_DATA}/ {_HOSTNAME}", "200 200": f"{USER_DATA} {META}"}),
+    (Policy(tokens=TokenMode.OFF, paths=((_HOSTNAME, _PATH_REQUIRED),)), _OLD, {
+        f"401 200 paths.{_HOSTNAME}": _HOSTNAME, "200 200": USER_DATA}),
+    (Policy(tokens=_REQUIRED, paths=((_META_DATA, _PATH_OPTIONAL),)), _OLD, {
+        "200 200": _HOSTNAME, "401 200 tokens": USER_DATA}),
+    # No rule is for where tokens are given.
+    (Policy(paths=(("/", _DENY), (_META_DATA, _ALLOW))), _OLD, {
+        "200 200": _HOSTNAME, "403 403 paths./": f"/ {USER_DATA} {META} /ec2", "405 405 tokens": TOKEN}),
+    (Policy(tokens=_REQUIRED, paths=(("/", _DENY), ("/latest", _ALLOW))), _OLD, {
+        "401 200 tokens": USER_DATA, "403 403 paths./": META}),
+    (_OTHERS, _NEW, {"200 200": f"{META} {NOCLOUD}"}),
+    (_OTHERS, _OLD, {
+        "401 200 paths./openstack": META, f"401 200 paths.{NOCLOUD}": NOCLOUD,
+        "200 200": f"{USER_DATA} /nocloud/meta-data"}),
+    (_EVERYTHING, _NEW, {"200 200": META, "401 200 paths./": USER_DATA}),
+    (_EVERYTHING, _OLD, {"401 200 paths./": f"{META} {USER_DATA}"}),
+    (Policy(openstack_tokens=_REQUIRED, paths=((META, _PATH_OPTIONAL),)), _OLD, {
+        "200 200": META, "401 200 openstack_tokens": "/openstack"}),
+)  # fmt: skip
 
 
 def _reads() -> Iterator[Read]:
-    for policy, clock, answers in _rows():
-        for answer, targets in answers.items():
+    for policy, clocks, answers in _ROWS:
+        for clock, (answer, targets) in product(clocks, answers.items()):
             without, with_token, *rule = answer.split()
-            for target in targets:
+            for target in targets.split():
                 yield Read(policy, clock, target, int(without), int(with_token), "".join(rule))
 
 
