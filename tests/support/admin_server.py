@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 from fastapi import FastAPI
@@ -18,17 +19,9 @@ from structlog.testing import capture_logs
 
 from imdsproxy.admin.api import admin_app
 from imdsproxy.admin.guests import GuestService
-from imdsproxy.admin.record_reports import RecordReports, report_left_out
+from imdsproxy.admin.record_reports import RecordReports
 from imdsproxy.admin.records import RecordService
-from imdsproxy.admin.reports import (
-    DocumentsReport,
-    HaproxyReport,
-    PlanReport,
-    Readiness,
-    ReloadReport,
-    SourceReport,
-    StatusReport,
-)
+from imdsproxy.admin.reports import StatusReport
 from imdsproxy.admin.services import Services
 from imdsproxy.admin.tokens import TokenService
 from imdsproxy.app.compiler import CompiledIndex, RecordCompiler
@@ -71,18 +64,11 @@ from imdsproxy.serving.http import Send, send_answer
 from imdsproxy.serving.resolver_app import GuestRequest
 from imdsproxy.serving.store import DiskFiles, PasswordStore
 from imdsproxy.sources.sqlite.source import SqliteSource
+from support.fake_controller import fake_controller, fake_status
 from support.fake_haproxy import FakeHaproxy, FakeLauncher
 from support.fake_mac_filters import no_hop_limits, no_mac_filters
 
 NOW = 1_760_093_784
-
-FILE_PROBLEM = Problem(
-    "instances[3].ports[0].mac",
-    "52:54:00 is not acceptable",
-    hint="six octets",
-    file="/etc/imdsproxy/records/web.yaml",
-    line=41,
-)
 
 
 class _StillClock(SystemClock):
@@ -213,39 +199,23 @@ class AdminServer:
             raise self.failure
 
     async def report(self) -> StatusReport:
+        """Of this server's records and networks, and else of the usual parts."""
         self._fail()
-        left_out = tuple(map(report_left_out, self.listeners.degraded()))
-        reasons = tuple(f"network {one.network} is left out" for one in left_out)
-        usual = StatusReport(
-            version="1.2.3",
-            controller=4711,
-            started_at=1_760_000_000.0,
-            uptime_s=93_784.0,
-            readiness=Readiness(not reasons, reasons),
-            networks=len(self.networks),
-            serving=len(self.networks) - len(left_out),
-            instances=len(self.instances),
-            addresses=self.inventory.address_count,
-            left_out=left_out,
-            sources=(
-                SourceReport("sqlite", True, len(self.networks), len(self.instances)),
-                SourceReport("file", in_sync=False, stale_s=12.0, problems=(FILE_PROBLEM,)),
-            ),
-            conflicts=self.inventory.conflicts(),
-            haproxy=HaproxyReport(
-                version="3.0.11",
-                master=100,
-                worker=102,
-                old_workers=(101,),
-                reloads=7,
-                last_reload=ReloadReport(
-                    7, 1_760_093_000.0, "network-added", ok=True, took_s=0.045
-                ),
-            ),
-            documents=DocumentsReport((200, 201, 202)),
-            last_plan=PlanReport(1_760_093_780.0, 3, ("instance web-1 changed",), took_s=0.002),
+        sources = [SimpleNamespace(name=name) for name in self.inventory.sources]
+        one = fake_controller(
+            inventory=self.inventory,
+            records=self.records,
+            sources=SimpleNamespace(all=sources, look_up=None),
         )
-        return replace(usual, **self.status)
+        one.listeners.degraded, one.listeners.report.problems = self.listeners.degraded, ()
+        one.listeners.unix.settings = lambda: SimpleNamespace(enabled=False)
+        one.audit.settings, one.audit.problem = lambda: SimpleNamespace(one_in=0), None
+        one.mac_filters = SimpleNamespace(
+            plan=SimpleNamespace(filters=()), refused=(), pair_count=0
+        )
+        one.policy_store.for_nobody = lambda _: ()
+        one.listeners.serving = len(self.networks) - len(self.listeners.left_out)
+        return replace(await fake_status(one).report(), **self.status)
 
     async def reload(self, allow_dropped: bool) -> SettingsReload:  # noqa: FBT001 - as `Services.reload`
         self._fail()

@@ -78,7 +78,7 @@ def _listeners() -> SimpleNamespace:
 def _dataplane() -> dict[str, object]:
     return {
         "haproxy": SimpleNamespace(
-            processes=Processes(100, None, (7,), 8),
+            processes=Processes(100, 102, (101,), 8),
             last_reload=LastReload(8, 6.0, "networks changed", "rejected", "no such file", 0.5),
             reload_counts=Counter(ok=7, failed=1),
             seconds_spent=0.5,
@@ -117,7 +117,7 @@ def fake_controller(**changed: object) -> Any:  # noqa: ANN401 - as much of a co
     parts = {
         "started_at": 1_760_000_000.0,
         "started": 5.0,
-        "clock": SimpleNamespace(monotonic=lambda: 65.0),
+        "clock": SimpleNamespace(monotonic=lambda: 93_789.0),
         "holder": SimpleNamespace(settings=settings, problems=()),
         "inventory": _inventory(),
         "listeners": _listeners(),

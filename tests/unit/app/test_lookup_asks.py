@@ -311,34 +311,31 @@ async def test_a_guest_whom_no_listener_reaches_is_told_of_as_left_out() -> None
     assert told.why[0].endswith(", which is left out: an agent listens there")
 
 
-async def test_a_guest_that_is_found_is_explained_with_the_age_of_its_confirmation() -> None:
+@pytest.mark.parametrize(
+    ("confirmed", "step"),
+    [
+        (Confirmation("p-1", 3.4, stale=False), "confirmed 3 s ago"),
+        (
+            Confirmation("p-1", 90, stale=True),
+            "confirmed 90 s ago; stale since, because neutron does not answer",
+        ),
+    ],
+)
+async def test_a_guest_that_is_found_is_explained_with_the_age_of_its_confirmation(
+    confirmed: Confirmation, step: str
+) -> None:
     rig = _rig()
     rig.answer(_FOUND)
-    rig.source.confirmed = Confirmation("p-1", 3.4, stale=False)
-    told = await rig.explain()
-    assert (told.verdict, told.answer, told.instance, told.source) == (
-        "found",
-        None,
-        "web",
-        "neutron",
-    )
-    assert told.why == (
+    rig.source.confirmed = confirmed
+    found = await rig.explain()
+    assert (found.verdict, found.answer, found.instance) == ("found", None, "web")
+    assert (found.source, found.how) == ("neutron", "address")
+    assert found.why == (
         "no source tells how net is reached: its guests come through the unix listener",
         "instance web has 10.0.0.5, known by address",
-        "it is port p-1 of neutron, confirmed 3 s ago",
+        f"it is port p-1 of neutron, {step}",
     )
-    assert told.policy == {"upstream": "nova", "endpoint set": "default", "project": "blue"}
-
-
-async def test_one_that_neutron_cannot_confirm_is_said_to_be_stale() -> None:
-    rig = _rig()
-    rig.publish(_WEB)
-    rig.source.confirmed = Confirmation("p-1", 90, stale=True)
-    told = await rig.explain()
-    assert told.verdict == "found"
-    assert told.why[-1] == (
-        "it is port p-1 of neutron, confirmed 90 s ago; stale since, because neutron does not answer"
-    )
+    assert found.policy == {"upstream": "nova", "endpoint set": "default", "project": "blue"}
 
 
 def _origins(told: PolicyInForce | None) -> dict[str, tuple[object, str]]:
@@ -395,33 +392,45 @@ async def test_a_guest_behind_a_router_is_explained_by_the_router() -> None:
     assert told.policy["project"] == "blue"
 
 
+_UUID: Final = NetworkId("8f6a1e0c-3b52-4c1d-9a57-0d2f4b6c8e10")
+_MISSING: Final = "neutron was asked and has no port that may get metadata"
+_MAY_COME: Final = "requests are held for a while, then answered 404"
+
+
 @pytest.mark.parametrize(
-    ("answer", "status", "words"),
+    ("network", "answer", "status", "why"),
     [
-        (PortMissing(), 404, "has no port that may get metadata"),
+        (_UUID, PortMissing(), 404, (_MISSING, _MAY_COME)),
         (
+            _NET,
+            PortMissing(),
+            404,
+            (
+                f"{_MISSING}; it knows networks and routers by their ids, and net is no UUID",
+                _MAY_COME,
+            ),
+        ),
+        (
+            _NET,
             PortAmbiguous(2),
             404,
-            "2 ports of neutron have it there; whose guest asks is not guessed",
+            ("2 ports of neutron have it there; whose guest asks is not guessed", _MAY_COME),
         ),
-        (LookUpUnavailable("refused"), 503, "neutron cannot be asked: refused"),
+        (
+            _NET,
+            LookUpUnavailable("refused"),
+            503,
+            ("nothing is known of it, and neutron cannot be asked: refused",),
+        ),
     ],
 )
-async def test_who_is_not_found_is_explained(answer: object, status: int, words: str) -> None:
+async def test_a_guest_that_is_not_found_is_explained(
+    network: NetworkId, answer: object, status: int, why: tuple[str, ...]
+) -> None:
     rig = _rig()
     rig.answer(answer)
-    told = await rig.explain()
-    assert (told.verdict, told.answer) == ("unknown", status)
-    assert any(words in step for step in told.why)
-
-
-async def test_who_gives_a_name_for_a_network_is_told_that_an_id_is_needed() -> None:
-    rig = _rig()
-    rig.answer(PortMissing())
-    named = await rig.explain(NetworkId("net-blue"), _ADDRESS)
-    by_id = await rig.explain(NetworkId("8f6a1e0c-3b52-4c1d-9a57-0d2f4b6c8e10"), _ADDRESS)
-    assert any("net-blue is no UUID" in step for step in named.why)
-    assert not any("UUID" in step for step in by_id.why)
+    found = await rig.explain(network)
+    assert (found.verdict, found.answer, found.why[1:]) == ("unknown", status, why)
 
 
 async def test_without_anybody_to_ask_an_unknown_network_is_none() -> None:

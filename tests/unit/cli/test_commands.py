@@ -246,14 +246,18 @@ def test_status_shows_what_is_wrong(filled: Cli) -> None:
     # Foreign text can't steer the terminal.
     filled.server.leave_out("blue", "evil\x1b[2J [red]nginx[/red] (pid 7) has port 80", "stop it")
     filled.claim_twice()
+    wrong = Problem("instances[3].ports[0].mac", "is odd", file="/etc/web.yaml", line=41)
+    silent = SourceReport("file", in_sync=True, stale_s=12.0, problems=(wrong,))
+    filled.server.status["sources"] = (silent,)
+    filled.server.status["readiness"] = Readiness(ready=False)
     ran = filled("status")
     assert (ran.status, filled("status", "--check").status) == (0, 1)
     for text in (
         "not ready",
         "1, 0 serving",
         "master 100, worker 102, draining 101",
-        "reload 7 (network-added): ok, 45 ms",
-        "parent 200, workers 201 202",
+        "reload 8 (networks changed): no such file, 500 ms",
+        "parent 1, workers 2 3",
         "up 1 d 2 h",
         "silent for 12 s",
         "\\x1b[2J [red]nginx[/red] (pid 7) has port 80",
@@ -264,9 +268,7 @@ def test_status_shows_what_is_wrong(filled: Cli) -> None:
     ):
         assert text in ran.out
     assert "\x1b" not in ran.out
-    shape = filled("status", "--json").json
-    assert shape["controller"] == 4711
-    assert shape["haproxy"] == filled.server.client.get("/v1/status")["haproxy"]
+    assert filled("status", "--json").json["haproxy"]["old_workers"] == [101]
 
 
 def test_status_lists_some_of_what_is_wrong_and_counts_the_rest(filled: Cli) -> None:
@@ -281,9 +283,8 @@ def test_status_lists_some_of_what_is_wrong_and_counts_the_rest(filled: Cli) -> 
     assert "and 1,010 more: --json has all" in ran.out
     assert "address blue/10.0.0.5: claimed by" in ran.out
     assert filled("status", "--json").out.count("is empty") == 1_030
-    assert ran.out.count("is not there") == 20
-    assert ran.out.count("is left out") == 20
-    assert ran.out.count("and 980 more: --json has all") == 2
+    assert ran.out.count("is not there") == 2 * 20
+    assert "and 980 more: --json has all" in ran.out
 
 
 _PATH = "/var/lib/neutron/metadata_proxy"

@@ -1,3 +1,5 @@
+"""`/livez`, `/readyz` and `/metrics` over a socket, from a thread of their own."""
+
 from __future__ import annotations
 
 import asyncio
@@ -5,15 +7,11 @@ import contextlib
 import http.client
 import json
 import socket
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
-from typing import cast
+from typing import Final, cast
 
 import pytest
-from prometheus_client import Gauge
-from prometheus_client.exposition import choose_encoder
-from prometheus_client.registry import CollectorRegistry
 
 from imdsproxy.admin.record_reports import LeftOut
 from imdsproxy.admin.reports import Readiness
@@ -21,91 +19,105 @@ from imdsproxy.controller.health import HealthServer
 from imdsproxy.controller.metrics import Metrics
 from imdsproxy.controller.status import list_degraded
 from imdsproxy.core.model import NetworkId
+from support.fake_controller import fake_controller, fake_metrics
 
-
-@dataclass
-class Answer:
-    status: int = 0
-    headers: dict[str, str] = field(default_factory=dict)
-    body: bytes = b""
-
-
-def _metrics(accept: str) -> tuple[str, bytes]:
-    registry = CollectorRegistry()
-    Gauge("imdsproxy_build_info", "x", ("version",), registry=registry).labels("1.2.3").set(1)
-    encode, content_type = choose_encoder(accept)
-    return content_type, encode(registry)
+_NOT_READY: Final = Readiness(False, ("source file is not in sync", "the probe failed"))
+_OPENMETRICS: Final = "application/openmetrics-text; version=1.0.0"
 
 
 @contextlib.contextmanager
-def _server(
-    *,
-    alive: bool = True,
-    readiness: Readiness | None = Readiness(ready=True),  # noqa: B008 - frozen
-) -> Iterator[int]:
+def _server(readiness: Readiness | None = None, *, alive: bool = True) -> Iterator[int]:
     """A server of which the controller's loop is the test's; without readiness it is starting."""
     listener = socket.create_server(("127.0.0.1", 0))
     with HealthServer(listener, alive=lambda: alive) as server:
         if readiness is not None:
+            metrics = fake_metrics(fake_controller())
             status = SimpleNamespace(readiness=lambda: readiness)
-            server.reports = cast("Metrics", SimpleNamespace(status=status, expose=_metrics))
+            server.reports = cast("Metrics", SimpleNamespace(status=status, expose=metrics.expose))
         yield listener.getsockname()[1]
 
 
-def _fetch(port: int, method: str, path: str, accept: str) -> Answer:
+def _fetch(
+    port: int, method: str, path: str, accept: str = ""
+) -> tuple[int, dict[str, str], bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     try:
         connection.request(method, path, headers={"Accept": accept} if accept else {})
         reply = connection.getresponse()
         headers = {name.lower(): value for name, value in reply.getheaders()}
-        return Answer(reply.status, headers, reply.read())
+        return reply.status, headers, reply.read()
     finally:
         connection.close()
 
 
-async def _ask(
-    path: str,
+def _body(*reasons: str, ready: bool = False, degraded: Sequence[str] = ()) -> dict[str, object]:
+    return {"ready": ready, "reasons": list(reasons), "degraded": list(degraded)}
+
+
+@pytest.mark.parametrize(
+    ("line", "readiness", "alive", "status", "body"),
+    [
+        ("GET /livez", _NOT_READY, True, 200, {"alive": True}),
+        ("GET /livez", _NOT_READY, False, 503, {"alive": False}),
+        ("GET /livez", None, True, 200, {"alive": True}),
+        ("GET /readyz", None, True, 503, _body("the controller is starting")),
+        ("GET /metrics", None, True, 503, _body("the controller is starting")),
+        ("GET /readyz", Readiness(ready=True), True, 200, _body(ready=True)),
+        ("GET /readyz?verbose", _NOT_READY, True, 503, _body(*_NOT_READY.reasons)),
+        (
+            "GET /readyz",
+            Readiness(ready=True, degraded=("no audit log",)),
+            True,
+            200,
+            _body(ready=True, degraded=["no audit log"]),
+        ),
+        *((f"GET {path}", None, True, 404, None) for path in ("/", "/metrics/", "/v1/status")),
+        *((f"POST {path}", None, True, 405, None) for path in ("/livez", "/metrics", "/other")),
+        ("HEAD /livez", None, True, 200, None),
+    ],
+)
+async def test_each_question_has_its_answer(
+    line: str,
+    readiness: Readiness | None,
+    status: int,
+    body: object,
     *,
-    method: str = "GET",
-    accept: str = "",
-    alive: bool = True,
-    readiness: Readiness | None = Readiness(ready=True),  # noqa: B008 - frozen
-) -> Answer:
-    with _server(alive=alive, readiness=readiness) as port:
-        return await asyncio.to_thread(_fetch, port, method, path, accept)
+    alive: bool,
+) -> None:
+    method, path = line.split()
+    with _server(readiness, alive=alive) as port:
+        found, headers, text = await asyncio.to_thread(_fetch, port, method, path)
+    assert found == status
+    assert body is None or json.loads(text) == body
+    assert headers.get("allow") == ("GET, HEAD" if status == 405 else None)
+    assert (headers.get("retry-after") == "1") == (status == 503 and path != "/livez")
+    assert int(headers["content-length"]) > 0
+    assert (text == b"") == (method == "HEAD")
 
 
-async def test_a_living_controller_is_200_also_while_it_is_not_ready() -> None:
-    answer = await _ask("/livez", readiness=Readiness(ready=False))
-
-    assert (answer.status, json.loads(answer.body)) == (200, {"alive": True})
-
-
-async def test_a_stuck_controller_is_503() -> None:
-    assert (await _ask("/livez", alive=False)).status == 503
-
-
-async def test_a_controller_that_starts_is_alive_and_not_ready() -> None:
-    assert (await _ask("/livez", readiness=None)).status == 200
-    answer = await _ask("/readyz", readiness=None)
-    assert answer.status == 503
-    assert json.loads(answer.body)["reasons"] == ["the controller is starting"]
-    assert (await _ask("/metrics", readiness=None)).status == 503
+@pytest.mark.parametrize(
+    ("accept", "kind"), [("", "text/plain"), (_OPENMETRICS, _OPENMETRICS[:29])]
+)
+async def test_metrics_come_as_the_client_wants_them(accept: str, kind: str) -> None:
+    with _server(_NOT_READY) as port:
+        _, headers, text = await asyncio.to_thread(_fetch, port, "GET", "/metrics", accept)
+    assert headers["content-type"].startswith(kind)
+    assert b"imdsproxy_ready 0.0" in text
+    assert text.rstrip().endswith(b"# EOF") == bool(accept)
 
 
 async def test_while_the_controllers_loop_is_stuck_the_answers_are_503() -> None:
-    with _server(alive=False) as port:
+    with _server(_NOT_READY, alive=False) as port:
         # Not awaited: this is the loop.
-        assert _fetch(port, "GET", "/livez", "").status == 503
-        answer = _fetch(port, "GET", "/readyz", "")
-    assert answer.status == 503
-    assert json.loads(answer.body)["reasons"] == ["the controller's event loop does not answer"]
+        assert _fetch(port, "GET", "/livez")[0] == 503
+        status, _, text = _fetch(port, "GET", "/readyz")
+    assert (status, json.loads(text)) == (503, _body("the controller's event loop does not answer"))
 
 
-async def test_who_sends_no_request_holds_up_nobody() -> None:
+async def test_a_client_that_sends_no_request_delays_no_other() -> None:
     with _server() as port:
         idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(20)]
-        assert (await asyncio.to_thread(_fetch, port, "GET", "/livez", "")).status == 200
+        assert (await asyncio.to_thread(_fetch, port, "GET", "/livez"))[0] == 200
         for connection in idle:
             connection.close()
 
@@ -117,65 +129,6 @@ async def test_what_is_no_request_is_400(request_bytes: bytes) -> None:
         writer.write(request_bytes)
         assert (await reader.readline()).startswith(b"HTTP/1.1 400 ")
         writer.close()
-
-
-async def test_ready_is_200() -> None:
-    answer = await _ask("/readyz")
-
-    assert answer.status == 200
-    assert json.loads(answer.body) == {"ready": True, "reasons": [], "degraded": []}
-
-
-async def test_not_ready_is_503_with_every_reason() -> None:
-    reasons = ("source file is not in sync", "the probe through HAProxy failed")
-
-    answer = await _ask("/readyz", readiness=Readiness(False, reasons))
-
-    assert answer.status == 503
-    assert json.loads(answer.body) == {"ready": False, "reasons": list(reasons), "degraded": []}
-    assert answer.headers["retry-after"] == "1"
-
-
-async def test_what_no_guest_notices_is_told_and_ready_all_the_same() -> None:
-    answer = await _ask("/readyz", readiness=Readiness(ready=True, degraded=("no audit log",)))
-
-    assert answer.status == 200
-    assert json.loads(answer.body)["degraded"] == ["no audit log"]
-
-
-async def test_metrics_come_in_prometheus_text() -> None:
-    answer = await _ask("/metrics")
-
-    assert answer.status == 200
-    assert answer.headers["content-type"].startswith("text/plain")
-    assert b'imdsproxy_build_info{version="1.2.3"} 1.0' in answer.body
-
-
-async def test_metrics_come_as_openmetrics_to_who_asks_for_it() -> None:
-    answer = await _ask("/metrics", accept="application/openmetrics-text; version=1.0.0")
-
-    assert answer.headers["content-type"].startswith("application/openmetrics-text")
-    assert answer.body.rstrip().endswith(b"# EOF")
-
-
-@pytest.mark.parametrize("path", ["/", "/metrics/", "/v1/status", "/latest/meta-data/"])
-async def test_there_is_nothing_else(path: str) -> None:
-    assert (await _ask(path)).status == 404
-
-
-@pytest.mark.parametrize("path", ["/livez", "/metrics", "/other"])
-async def test_nothing_can_be_written(path: str) -> None:
-    answer = await _ask(path, method="POST")
-
-    assert answer.status == 405
-    assert answer.headers["allow"] == "GET, HEAD"
-
-
-async def test_head_has_the_length_and_no_body() -> None:
-    answer = await _ask("/livez", method="HEAD")
-
-    assert answer.body == b""
-    assert int(answer.headers["content-length"]) > 0
 
 
 def test_many_degraded_networks_are_counted_and_the_first_are_named() -> None:

@@ -19,7 +19,7 @@ async def _report(controller: object) -> dict[str, Any]:
 async def test_every_part_is_in_the_report() -> None:
     report = await _report(fake_controller())
     expected = {
-        "uptime_s": 60.0,
+        "uptime_s": 93_784.0,
         "networks": 3,
         "serving": 2,
         "instances": 3,
@@ -59,8 +59,8 @@ async def test_every_part_is_in_the_report() -> None:
     assert report["haproxy"] == {
         "version": "3.0.11",
         "master": 100,
-        "worker": None,
-        "old_workers": (7,),
+        "worker": 102,
+        "old_workers": (101,),
         "reloads": 8,
         "last_reload": {
             "number": 8,
