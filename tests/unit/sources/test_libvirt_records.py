@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from ipaddress import ip_address, ip_network
 
 import pytest
@@ -10,7 +9,6 @@ from imdsproxy.core.model import (
     BridgeListener,
     Dialect,
     Instance,
-    InstanceId,
     Network,
     NetworkId,
     SshKey,
@@ -276,27 +274,6 @@ def test_an_interface_is_a_port_where_its_network_is_chosen_and_its_guest_reache
 def test_marked_domains_only_where_that_is_chosen() -> None:
     domains = [web(element("")), web("", ("network=default", "52:54:00:00:00:06"), name="plain")]
     assert the_instance(known(domains, selection=Selection(marked_only=True))).name == "web"
-
-
-def test_a_static_host_that_changes_changes_its_domains_record() -> None:
-    found = known([web()])
-    changes = update(found, [], [NAT.replace("192.168.122.5", "192.168.122.50")])
-    ((changed, record),) = changes.instances.items()
-    assert record == replace(
-        the_instance(found), ports=(port("default", "192.168.122.50", mac=MAC),)
-    )
-    assert changed == uuid_of("web")
-    assert not changes.networks
-    assert not update(found, [web()], [NAT.replace("192.168.122.5", "192.168.122.50")])
-
-
-def test_what_is_gone_from_everything_is_gone() -> None:
-    found = known([web()])
-    changes = found.update({}, [], everything=True)
-    assert changes == RecordSet(
-        networks_removed=[NetworkId("default")], instances_removed=[InstanceId(uuid_of("web"))]
-    )
-    assert not found.instances
 
 
 def test_xml_that_cannot_be_parsed_is_reported_and_affects_nothing_else() -> None:
