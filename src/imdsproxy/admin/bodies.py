@@ -25,9 +25,7 @@ from imdsproxy.core.records import (
     NETWORK,
     Records,
     Refused,
-    parse_instance,
     parse_listed,
-    parse_network,
     parse_records,
     render_record,
 )
@@ -188,14 +186,11 @@ async def read_json(request: Request) -> object:
     return _decode(raw) if size <= _INLINE else await asyncio.to_thread(_decode, raw)
 
 
-def read_network(body: object) -> Network:
-    """The network of a body; `RequestRefused` with every field that is wrong."""
-    return _good("network", parse_network(body))
-
-
-def read_instance(body: object) -> Instance:
-    """The instance of a body; `RequestRefused` with every field that is wrong."""
-    return _good("instance", parse_instance(body))
+def accept(kind: str, parsed: _T | Refused) -> _T:
+    """The record of a body; `RequestRefused` with every field that is wrong."""
+    if isinstance(parsed, Refused):
+        raise RequestRefused(f"the {kind} is not acceptable", problems=parsed.problems)
+    return parsed
 
 
 async def read_records(body: object) -> Records:
@@ -318,12 +313,6 @@ def merge_patch(target: object, patch: object) -> object:
         else:
             merged[key] = merge_patch(merged.get(key), value)
     return merged
-
-
-def _good(what: str, parsed: _T | Refused) -> _T:
-    if isinstance(parsed, Refused):
-        raise RequestRefused(f"the {what} is not acceptable", problems=parsed.problems)
-    return parsed
 
 
 def _decode(raw: bytes) -> object:

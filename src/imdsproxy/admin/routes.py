@@ -24,12 +24,11 @@ from imdsproxy.admin.bodies import (
     PasswordBody,
     RecordResponse,
     RecordsBody,
+    accept,
     merge_patch,
     name_networks,
-    read_instance,
     read_json,
     read_lines,
-    read_network,
     read_records,
     refuse_unclearable,
     refuse_unlike,
@@ -42,7 +41,7 @@ from imdsproxy.config.changes import SettingsReload
 from imdsproxy.core.addresses import normalise_address
 from imdsproxy.core.haproxy.request_log import WatchReport
 from imdsproxy.core.model import Instance, InstanceId, IpAddress, NetworkId
-from imdsproxy.core.records import INSTANCE, NETWORK, render_record
+from imdsproxy.core.records import INSTANCE, NETWORK, parse_instance, parse_network, render_record
 from imdsproxy.core.timing import Step
 from imdsproxy.core.token_report import TokenReport
 from imdsproxy.errors import NotFound, Problem, RequestRefused
@@ -232,7 +231,7 @@ async def list_networks(services: _Uses) -> JSONResponse:
 )
 async def add_network(request: Request, services: _Uses) -> Written:
     """Add a network; refused when there is one of this id."""
-    network = read_network(await read_json(request))
+    network = accept("network", parse_network(await read_json(request)))
     return await services.records.put([network], [], create=True)
 
 
@@ -246,7 +245,7 @@ async def show_network(network: _Network, services: _Uses) -> JSONResponse:
 async def put_network(network: str, request: Request, services: _Uses) -> Written:
     """Add a network, or replace its whole record."""
     body = refuse_unlike(await read_json(request), network)
-    return await services.records.put([read_network(body)], [])
+    return await services.records.put([accept("network", parse_network(body))], [])
 
 
 @router.patch("/networks/{network}", openapi_extra=_takes(NetworkRecord))
@@ -257,7 +256,7 @@ async def patch_network(network: _Network, request: Request, services: _Uses) ->
     async with services.records.patching:
         known = services.reports.network(network)["record"]
         body = merge_patch(render_record(known), patch)
-        return await services.records.put([read_network(body)], [])
+        return await services.records.put([accept("network", parse_network(body))], [])
 
 
 @router.delete("/networks/{network}")
@@ -283,7 +282,9 @@ async def list_instances(
 )
 async def add_instance(request: Request, services: _Uses) -> Written:
     """Add an instance; refused when there is one of this id."""
-    instance = read_instance(name_networks(await read_json(request), services.reports))
+    instance = accept(
+        "instance", parse_instance(name_networks(await read_json(request), services.reports))
+    )
     return await services.records.put([], [instance], create=True)
 
 
@@ -297,7 +298,7 @@ async def show_instance(instance: _Instance, services: _Uses) -> JSONResponse:
 async def put_instance(instance: str, request: Request, services: _Uses) -> Written:
     """Add an instance, or replace its whole record."""
     body = refuse_unlike(name_networks(await read_json(request), services.reports), instance)
-    return await services.records.put([], [read_instance(body)])
+    return await services.records.put([], [accept("instance", parse_instance(body))])
 
 
 @router.patch("/instances/{instance}", openapi_extra=_takes(InstanceRecord))
@@ -314,7 +315,7 @@ async def patch_instance(instance: _Instance, request: Request, services: _Uses)
     async with services.records.patching:
         known = services.reports.instance(instance)["record"]
         body = merge_patch(render_record(known), patch)
-        changed = read_instance(body)
+        changed = accept("instance", parse_instance(body))
         # A password is no part of the record, which may be another source's.
         unchanged = clears_password and patch.keys() == {"id"}
         written = Written(instances=1) if unchanged else await services.records.put([], [changed])
@@ -362,8 +363,7 @@ async def put_records(
         instances: Collection[Instance] = packed.values()
     else:
         records = await read_records(await read_json(request))
-        networks = [network for _, network in records.networks]
-        instances = [instance for _, instance in records.instances]
+        networks, instances = records.networks, records.instances
     return await services.records.put(networks, instances, create=create, bulk=True)
 
 

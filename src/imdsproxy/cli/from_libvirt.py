@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from imdsproxy.errors import RequestRefused
@@ -31,30 +30,6 @@ def import_domain(daemon: AdminClient, uri: str, name: str, network: str | None)
         raise RequestRefused(
             f"the metadata of domain {domain.name} is not acceptable", problems=domain.problems
         )
-    _check_interfaces(domain, network)
-    records = [shape["record"] for shape in daemon.get("/v1/networks")]
-    ids = {record["id"] for record in records}
-    by_device = {
-        device: record["id"]
-        for record in records
-        for kind, device in record["listener"].items()
-        if kind in {"interface", "bridge"}
-    }
-    ports: list[Json] = []
-    for interface in domain.interfaces:
-        plugged = networks.get(interface.network or "")
-        device = interface.bridge if plugged is None else plugged.bridge
-        where = network or by_device.get(device or "")
-        if where is None:
-            where = _namesake(domain, interface, device, ids)
-        port: dict[str, Json] = {"network": where, "mac": interface.mac}
-        hosts = () if plugged is None else plugged.hosts
-        addresses: list[Json] = [at for mac, at in hosts if mac == interface.mac.lower()]
-        ports.append(port | {"addresses": addresses} if addresses else port)
-    return {"id": domain.uuid, "name": domain.name, **domain.keys, "ports": ports}
-
-
-def _check_interfaces(domain: Domain, network: str | None) -> None:
     if not domain.interfaces:
         raise RequestRefused(
             f"domain {domain.name} has no network card on a bridge of this host",
@@ -65,19 +40,36 @@ def _check_interfaces(domain: Domain, network: str | None) -> None:
             f"domain {domain.name} has {len(domain.interfaces)} network cards, and --network is one",
             hint="leave it out, or name each card with --port network=NET,mac=MAC",
         )
+    records = [shape["record"] for shape in daemon.get("/v1/networks")]
+    by_id = {record["id"]: record["id"] for record in records}
+    by_device = {
+        device: record["id"]
+        for record in records
+        for kind, device in record["listener"].items()
+        if kind in {"interface", "bridge"}
+    }
+    ports: list[Json] = []
+    for interface in domain.interfaces:
+        plugged = networks.get(interface.network or "")
+        device = interface.bridge if plugged is None else plugged.bridge
+        where = network or by_device.get(device) or by_id.get(interface.network)
+        if where is None:
+            raise _unknown_network(domain, interface, device)
+        port: dict[str, Json] = {"network": where, "mac": interface.mac}
+        hosts = () if plugged is None else plugged.hosts
+        addresses: list[Json] = [at for mac, at in hosts if mac == interface.mac.lower()]
+        ports.append(port | {"addresses": addresses} if addresses else port)
+    return {"id": domain.uuid, "name": domain.name, **domain.keys, "ports": ports}
 
 
-def _namesake(
-    domain: Domain, interface: DomainInterface, device: str | None, ids: Collection[str]
-) -> str:
-    """The network whose id is libvirt's name of the interface's network."""
-    if interface.network is not None and interface.network in ids:
-        return interface.network
+def _unknown_network(
+    domain: Domain, interface: DomainInterface, device: str | None
+) -> RequestRefused:
     hint = "--network NET says where"
     if device is not None:
         hint = f"`imdsproxy network add --bridge {device}` makes one; --network NET says where else"
     where = device or interface.network
-    raise RequestRefused(
+    return RequestRefused(
         f"no network is reached through {where}, where {domain.name} has its card {interface.mac}",
         hint=hint,
     )

@@ -6,7 +6,6 @@ Most keys have a flag of their own name and kind, also those of mappings inside 
 
 from __future__ import annotations
 
-import base64
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Annotated, Any, Final, cast
 
 from imdsproxy.cli.options import complete_networks, flag, switch
 from imdsproxy.core.path_rules import PathWord
-from imdsproxy.core.records import Json
+from imdsproxy.core.records import Json, render_payload
 from imdsproxy.core.records.network import LISTENER_KEYS
 from imdsproxy.core.records.schema import Key, Table
 from imdsproxy.errors import Problem, RequestRefused
@@ -123,17 +122,8 @@ def _check_listener(kinds: Mapping[str, Json], *, changing: bool) -> Json:
 
 
 def _subnets_of(texts: Sequence[str]) -> Json:
-    subnets: list[Json] = []
-    for text in texts:
-        cidr, *rest = text.split(",")
-        found = _values(rest, "--subnet", ("gateway", "dns"))
-        subnet: dict[str, Json] = {"cidr": cidr}
-        if found["gateway"]:
-            subnet["gateway"] = found["gateway"][-1]
-        if found["dns"]:
-            subnet["dns"] = [*found["dns"]]
-        subnets.append(subnet)
-    return subnets
+    split = (text.split(",") for text in texts)
+    return [{"cidr": cidr, **_parts("--subnet", rest, {"dns": "dns"})} for cidr, *rest in split]
 
 
 def _ports_of(
@@ -144,33 +134,33 @@ def _ports_of(
 ) -> Json:
     ports: list[Json] = []
     if network is not None:
-        ports.append(_port(network, mac, addresses or ()))
+        port: dict[str, Json] = {"network": network, "mac": mac, "addresses": [*(addresses or ())]}
+        ports.append({key: value for key, value in port.items() if value})
     elif mac is not None or addresses:
         raise _usage("ports", "--mac and --address need a --network", "--network NET")
     for text in more or ():
-        found = _values(text.split(","), "--port", ("network", "mac", "address"))
-        if not found["network"]:
+        port = _parts("--port", text.split(","), {"address": "addresses"})
+        if "network" not in port:
             raise _usage("ports", f"{text} has no network", "--port network=NET,mac=…,address=…")
-        last_mac = found["mac"][-1] if found["mac"] else None
-        ports.append(_port(found["network"][-1], last_mac, found["address"]))
+        ports.append(port)
     return ports
 
 
-def _port(network: str, mac: str | None, addresses: Sequence[str]) -> dict[str, Json]:
-    port: dict[str, Json] = {"network": network}
-    if mac is not None:
-        port["mac"] = mac
-    return {**port, "addresses": list(addresses)} if addresses else port
+_PARTS: Final = {"--subnet": ("gateway", "dns"), "--port": ("network", "mac", "address")}
 
 
-def _values(texts: Sequence[str], flag: str, known: Sequence[str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {name: [] for name in known}
+def _parts(flag: str, texts: Sequence[str], lists: Mapping[str, str]) -> dict[str, Json]:
+    """What a flag's parts `NAME=VALUE` give; some go into lists under other names, of others the last one counts."""
+    found: dict[str, Json] = {}
     for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals or key not in known:
-            words = ",".join(f"{name}=…" for name in known)
+        name, equals, value = text.partition("=")
+        if not equals or name not in _PARTS[flag]:
+            words = ",".join(f"{name}=…" for name in _PARTS[flag])
             raise _usage(flag.strip("-"), f"{text} is not understood", f"{flag} …,{words}")
-        found[key].append(value)
+        if name in lists:
+            cast("list[Json]", found.setdefault(lists[name], [])).append(value)
+        else:
+            found[name] = value
     return found
 
 
@@ -193,11 +183,7 @@ def _ssh_keys_of(given: Sequence[str]) -> Json:
 
 
 def _payload_of(path: Path) -> Json:
-    raw = read_bytes(path)
-    try:
-        return raw.decode()
-    except UnicodeDecodeError:
-        return {"base64": base64.b64encode(raw).decode()}
+    return render_payload(read_bytes(path))
 
 
 def _text_of(path: Path) -> Json:
@@ -231,10 +217,6 @@ def _usage(field: str, reason: str, hint: str) -> RequestRefused:
     return RequestRefused(f"{field}: {reason}", hint=hint, problems=[problem])
 
 
-def _one(name: str, metavar: str, text: str) -> object:
-    return Annotated[str | None, flag(name, metavar, text)]
-
-
 def _many(name: str, metavar: str, text: str) -> object:
     return Annotated[list[str] | None, flag(name, metavar, f"{text}; may be repeated.")]
 
@@ -259,7 +241,7 @@ _SPECIAL: Final[Mapping[str, tuple[Callable[..., Json], Mapping[str, object]]]] 
             "network": network_flag(
                 "The network of its port, by id or name; with --mac and --address it replaces all ports."
             ),
-            "mac": _one("--mac", "MAC", "The port's MAC."),
+            "mac": Annotated[str | None, flag("--mac", "MAC", "The port's MAC.")],
             "address": _many("--address", "ADDRESS", "An address of the port"),
             "port": _many("--port", "network=NET[,mac=M][,address=A]...", "A further port"),
         },

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
-from itertools import chain
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -15,7 +14,7 @@ from imdsproxy.cli.admin_client import AdminClient
 from imdsproxy.cli.options import NOT_IN_FORCE
 from imdsproxy.cli.output import MOST_SHOWN, Note, Output, Shape, clean, count_more
 from imdsproxy.cli.record_flags import STDIN, read_bytes
-from imdsproxy.core.model import Network
+from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.records import Records, Refused, parse_network, render_record
 from imdsproxy.errors import AdminError, RequestRefused
 
@@ -192,16 +191,15 @@ def read_record_file(path: Path, note: Note) -> Records:
 
 def render_lines(records: Records, note: Note) -> Iterator[bytes]:
     """The body of a bulk request: a record a line, some thousand bytes at a time."""
-    lines: list[str] = []
-    networks = ({"network": render_record(network)} for _, network in records.networks)
-    instances = ({"instance": render_record(instance)} for _, instance in records.instances)
-    of = len(records.networks) + len(records.instances)
-    for done, record in enumerate(chain(networks, instances), 1):
-        lines.append(f"{json.dumps(record)}\n")
-        if len(lines) == _LINES or done == of:
-            note("sending records", done, of)
-            yield "".join(lines).encode()
-            lines.clear()
+    found: list[Network | Instance] = [*records.networks, *records.instances]
+    for begin in range(0, len(found), _LINES):
+        part = found[begin : begin + _LINES]
+        kinds = ("network" if isinstance(one, Network) else "instance" for one in part)
+        lines = (
+            json.dumps({kind: render_record(one)}) for kind, one in zip(kinds, part, strict=True)
+        )
+        note("sending records", begin + len(part), len(found))
+        yield "".join(f"{line}\n" for line in lines).encode()
 
 
 def read_record(kind: str, parse: Callable[[object], _T | Refused], record: Shape) -> _T:

@@ -351,8 +351,8 @@ def test_good_records_stand_beside_bad_ones() -> None:
         (("instances", 1), "y"),
         (("instances", 2), None),
     ]
-    assert [one.id for _, one in records.networks] == ["blue"]
-    assert [one.id for _, one in records.instances] == ["i-1"]
+    assert [one.id for one in records.networks] == ["blue"]
+    assert [one.id for one in records.instances] == ["i-1"]
     assert [problem.field for problem in records.all_problems] == [
         "networks[1].listener",
         "instances[1].name",
@@ -381,7 +381,7 @@ def test_a_fault_refuses_the_record_that_it_is_in_or_else_the_document() -> None
     document = {"instances": [INSTANCE, INSTANCE | {"id": "j", "tags": {"a": "b"}}]}
     fault = Fault(("instances", 1, "tags", "a"), "is there twice", line=9)
     records = parse_records(document, Findings("f"), [fault])
-    assert [each.id for _path, each in records.instances] == ["i-1"]
+    assert [each.id for each in records.instances] == ["i-1"]
     assert str(records.all_problems[0]) == "f:9: instances[1].tags.a: is there twice"
     records = parse_records(document, faults=[Fault(("instances",), "is there twice")])
     assert not records.found

@@ -523,8 +523,8 @@ def _write(path: Path, data: bytes) -> None:
 def _read(path: Path) -> dict[str, tuple[bool, int | None]]:
     records = read_store(path)
     assert records.all_problems == ()
-    assert [one.id for _, one in records.networks] == ["n1"]
-    return {one.id: (one.user_data is not None, one.created_at) for _, one in records.instances}
+    assert [one.id for one in records.networks] == ["n1"]
+    return {one.id: (one.user_data is not None, one.created_at) for one in records.instances}
 
 
 _HELD = {"web": (True, _BORN), "mail": (False, _BORN)}
@@ -544,7 +544,7 @@ def test_one_that_is_not_open_is_read_and_nothing_is_changed(tmp_path: Path) -> 
 
 
 def test_none_is_empty_and_what_is_no_store_is_an_error(tmp_path: Path) -> None:
-    assert read_store(tmp_path / "none.sqlite").instances == ()
+    assert read_store(tmp_path / "none.sqlite").instances == []
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "other.sqlite").write_bytes(b"hello" * 100)
     with pytest.raises(SourceUnavailable, match=r"other\.sqlite"):

@@ -77,8 +77,8 @@ def check_instances(on: Subject) -> list[Finding]:
     networks: dict[NetworkId, Network] = {}
     instances: dict[InstanceId, Instance] = {}
     for records in given:
-        networks |= {one.id: one for _, one in records.networks}
-        instances |= {one.id: one for _, one in records.instances}
+        networks |= {one.id: one for one in records.networks}
+        instances |= {one.id: one for one in records.instances}
     inventory = Inventory([source])
     inventory.observe(Observation(source, networks=networks, instances=instances))
     trees = open_trees(inventory, on.settings.policy.book())

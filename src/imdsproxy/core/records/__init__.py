@@ -30,6 +30,7 @@ from imdsproxy.core.records.schema import (
     Table,
     render_path,
 )
+from imdsproxy.core.records.values import render_payload
 from imdsproxy.errors import Problem
 
 _TABLES: Final[Mapping[str, Table[Any]]] = {"networks": NETWORK, "instances": INSTANCE}
@@ -61,14 +62,14 @@ class Records:
         return cls(tuple(sorted(found, key=lambda one: str(one[0][0]), reverse=True)))
 
     @property
-    def networks(self) -> tuple[tuple[Path, Network], ...]:
+    def networks(self) -> list[Network]:
         """The good ones."""
-        return tuple((path, one) for path, one in self.found if isinstance(one, Network))
+        return [one for _, one in self.found if isinstance(one, Network)]
 
     @property
-    def instances(self) -> tuple[tuple[Path, Instance], ...]:
+    def instances(self) -> list[Instance]:
         """The good ones."""
-        return tuple((path, one) for path, one in self.found if isinstance(one, Instance))
+        return [one for _, one in self.found if isinstance(one, Instance)]
 
     @property
     def all_problems(self) -> tuple[Problem, ...]:

@@ -17,7 +17,7 @@ from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
 from imdsproxy.core.observation import AddressKey, RecordSet
 from imdsproxy.core.packed import PackedInstance, PackedInstances
 from imdsproxy.core.records import Path as PathInFile
-from imdsproxy.core.records import parse_instance, parse_network, render_record
+from imdsproxy.core.records import parse_listed, render_record
 from imdsproxy.core.timing import Progress
 from imdsproxy.errors import Problem
 from imdsproxy.host.inotify import Place, Watch, place_of
@@ -372,25 +372,21 @@ def _read(connection: sqlite3.Connection) -> Iterator[tuple[str, Network | Packe
             mapping = json.loads(text)
         except ValueError:
             continue
-        record = parse_network(mapping) if kind == "networks" else parse_instance(mapping)
+        record = parse_listed((kind,), mapping)
         if isinstance(record, Network):
             yield file, record
         elif isinstance(record, Instance):
-            yield file, PackedInstance.of(replace(record, user_data=user_data))
+            # Earlier versions kept it apart.
+            apart = record if user_data is None else replace(record, user_data=user_data)
+            yield file, PackedInstance.of(apart)
 
 
 def _write(connection: sqlite3.Connection, key: tuple[str, str], kept: Entry[Any] | None) -> None:
     if kept is None or kept.record is None:
         connection.execute("DELETE FROM last_good WHERE kind = ? AND id = ?", key)
         return
-    record: Network | Instance
-    if isinstance(kept.record, PackedInstance):
-        instance = kept.record.open()
-        record, user_data = replace(instance, user_data=None), instance.user_data
-    else:
-        record, user_data = kept.record, None
+    record = kept.record.open() if isinstance(kept.record, PackedInstance) else kept.record
     connection.execute(
-        "INSERT OR REPLACE INTO last_good (kind, id, file, record, user_data)"
-        " VALUES (?, ?, ?, ?, ?)",
-        (*key, kept.file, json.dumps(render_record(record)), user_data),
+        "INSERT OR REPLACE INTO last_good (kind, id, file, record) VALUES (?, ?, ?, ?)",
+        (*key, kept.file, json.dumps(render_record(record))),
     )

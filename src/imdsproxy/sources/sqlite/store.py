@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 from imdsproxy.core.inventory import address_keys
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId, StoredBytes, digest_of
-from imdsproxy.core.observation import AddressKey, RecordSet
+from imdsproxy.core.observation import RecordSet
 from imdsproxy.core.packed import FORMAT, PackedInstances
 from imdsproxy.core.records import (
     Findings,
@@ -34,7 +34,7 @@ from imdsproxy.core.records import Path as RecordPath
 from imdsproxy.core.timing import Progress
 from imdsproxy.errors import Problem, SourceRefused, SourceUnavailable
 from imdsproxy.host.files import open_locked
-from imdsproxy.sources.in_force import taken_address, taken_id
+from imdsproxy.sources.in_force import claim_places, taken_address, taken_id
 from imdsproxy.sources.sqlite_file import open_store, store_failures
 
 _VERSION_1: Final = """
@@ -383,7 +383,7 @@ class Store:
             {(port.network, instance.id) for port in instance.ports},
         )
         problems = []
-        for key in sorted(address_keys(instance), key=_sortable):
+        for key, _ in claim_places(instance):
             place = key[0], str(key[1])
             if not self._put_row(
                 "INSERT OR IGNORE INTO addresses VALUES (?, ?, ?)", *place, instance.id
@@ -481,8 +481,3 @@ def _repeated(kind: str, records: Collection[Network | Instance]) -> Iterator[Pr
 
 def _dump(record: Network | Instance) -> str:
     return json.dumps(render_record(record), ensure_ascii=False, separators=(",", ":"))
-
-
-def _sortable(key: AddressKey) -> tuple[str, int, int]:
-    network, address = key
-    return network, address.version, int(address)
