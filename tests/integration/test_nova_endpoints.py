@@ -342,19 +342,6 @@ def test_each_nova_gets_the_signature_of_its_own_secret(rotating: NovaWorld) -> 
             assert sorted(one.headers) == sorted(expected.items())
 
 
-def test_requests_go_over_to_the_nova_with_the_other_secret_when_one_dies(
-    rotating: NovaWorld,
-) -> None:
-    first, second = rotating.novas
-    for victim, heir in ((first, second), (second, first)):
-        until(lambda: _both_asked(rotating), what="both Novas' being up")
-        rotating.forget()
-        victim.kill()
-        assert {rotating.red.ask("/openstack").status for _ in range(8)} == {200}
-        assert len(heir.requests) == 8
-        victim.listen()
-
-
 def _both_asked(world: NovaWorld) -> bool:
     assert _answered(world)
     return all(nova.requests for nova in world.novas)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -192,12 +191,6 @@ def test_a_guest_notices_that_an_answer_is_not_whole(
         assert len(one.novas[0].heads) == 1
 
 
-def test_an_answer_in_chunks_that_is_not_whole_is_noticed(one: NovaWorld) -> None:
-    one.novas[0].answer(half(reply(b"a" * 1000, chunked=True)))
-    with pytest.raises(Lost):
-        one.red.ask("/openstack")
-
-
 # Two of them
 
 
@@ -280,19 +273,6 @@ def test_a_get_survives_that_its_nova_dies_while_it_works(both: NovaWorld) -> No
             victim.kill()
             assert {one.result().body for one in asked} == {b"from the heir"}
         victim.listen()
-
-
-def test_a_post_whose_nova_dies_while_it_works_is_not_sent_to_the_other(both: NovaWorld) -> None:
-    for nova in both.novas:
-        nova.always(hang())
-    answers: list[Reply] = []
-    asking = threading.Thread(target=lambda: answers.append(_post(both.red)))
-    asking.start()
-    until(lambda: any(nova.requests for nova in both.novas), what="a request in progress")
-    next(nova for nova in both.novas if nova.requests).kill()
-    asking.join()
-    assert _come_again(answers[0])
-    assert _heads(both) == 1
 
 
 def test_nobody_loses_a_get_while_novas_die_and_come_back(both: NovaWorld) -> None:

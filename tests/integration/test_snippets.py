@@ -317,12 +317,3 @@ def test_a_guest_with_a_foreign_gateway_is_told_the_neighbour_and_that_gateway(
         (_METADATA, _ON_LINK),
         (IPv4Network("0.0.0.0/0"), IPv4Address("10.0.0.1")),
     ]
-
-
-@pytest.mark.root
-def test_a_guest_of_an_isolated_network_is_told_the_neighbour_alone(
-    lab: HostLab, tmp_path: Path
-) -> None:
-    options = _offered(lab, network(gateway=None), tmp_path)
-
-    assert classless_routes(options[121]) == [(_METADATA, _ON_LINK)]

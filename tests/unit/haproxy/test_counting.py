@@ -8,10 +8,7 @@ import pytest
 
 from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.counting import (
-    GUESTS_TABLE,
     ONE_IN,
-    READERS_TABLE,
-    STICK_COUNTERS,
     CountedRow,
     parse_guests,
     parse_readers,
@@ -58,30 +55,7 @@ def _sections(one_in: int) -> dict[str, list[tuple[str, ...]]]:
     return read_sections(render_config(replace(SPEC, count_reads=one_in)))
 
 
-def test_tables_are_bounded_and_rules_use_them_by_their_names() -> None:
-    sections = _sections(ONE_IN)
-    assert "size 50k" in " ".join(sections[f"backend {GUESTS_TABLE}"][0])
-    assert "size 10k" in " ".join(sections[f"backend {READERS_TABLE}"][0])
-    for kind in ("checked", "sampled"):
-        tracked = [
-            line for line in sections[f"backend documents.{kind}"] if line[1].startswith("track-sc")
-        ]
-        assert [line[line.index("table") + 1] for line in tracked] == [GUESTS_TABLE, READERS_TABLE]
-        assert all(int(line[1][-1]) < STICK_COUNTERS for line in tracked)
-
-
 @pytest.mark.parametrize("one_in", [0, 1, ONE_IN])
 def test_no_rule_is_longer_than_haproxy_takes(one_in: int) -> None:
     lines = [line for lines in _sections(one_in).values() for line in lines]
     assert max(map(len, lines)) <= 64
-
-
-def test_what_is_not_chosen_pays_for_no_more_than_the_throw() -> None:
-    first, _ = _samples(ONE_IN)
-    assert first[3:8] == ("if", "{", f"rand({ONE_IN})", "0", "}")
-    assert _samples(0) == []
-
-
-def _samples(one_in: int) -> list[tuple[str, ...]]:
-    rules = _sections(one_in)["frontend guests"]
-    return [rule for rule in rules if rule[1:3] == ("set-var(txn.needs_check)", "str(sampled)")]

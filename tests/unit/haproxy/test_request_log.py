@@ -50,21 +50,6 @@ def test_there_are_no_rules_where_it_is_off() -> None:
     assert "ring@audit" not in render_config(replace(AUDITED, audit=0, watched=True))
 
 
-def test_a_sample_is_silent_but_for_one_of_so_many() -> None:
-    silent = ("http-request", "set-log-level", "silent", "unless", "{", "rand(7)", "0", "}")
-    assert silent in _rules(audit=7)
-    assert not [rule for rule in _rules(audit=1) if "silent" in rule]
-
-
-def test_who_watches_sees_all_while_a_sample_is_audited() -> None:
-    rules = _rules(audit=7, watched=True)
-    assert not [rule for rule in rules if "silent" in rule]
-    logs = [" ".join(rule) for rule in rules if rule[0] == "log"]
-    assert [("sample 1:7" in log) for log in logs] == [False, True, True]
-    assert logs[0].startswith("log ring@watched")
-    assert len([rule for rule in rules if rule[0] == "log-format"]) == 1
-
-
 @pytest.mark.parametrize("headers", [False, True])
 def test_whatever_a_guest_sends_is_escaped(*, headers: bool) -> None:
     pattern = r"%(\S{7})?\[(?:capture|req|var\(txn.watched" + (r"|var\(sess)" if headers else ")")
@@ -80,27 +65,6 @@ def test_the_longest_line_has_room() -> None:
     ring = dict(words[:2] for words in _rules("ring audit") if len(words) == 2)
     assert int(ring["maxlen"]) == AUDIT_LONGEST
     assert f"len {AUDIT_LONGEST} " in _text()
-
-
-def test_refusals_are_marked_only_where_lines_are_written() -> None:
-    rules = _rules("backend documents.checked")
-    marks = [rule[2] for rule in rules if rule[1] == "set-var(txn.refused)"]
-    assert marks == [
-        "str(endpoint)",
-        "str(path)",
-        "str(token)",
-        "str(forwarded)",
-        "str(token-request)",
-        "str(no-key)",
-        "str(no-path-rules)",
-        "str(path-denied)",
-        "str(token-required)",
-        "str(path-required)",
-        "str(forwarded)",
-        "str(sealed)",
-    ]
-    unmarked = [rule for rule in rules if not re.search(r"txn\.(refused|auth)\b", rule[1])]
-    assert unmarked == _rules("backend documents.checked", audit=0)
 
 
 def test_each_refusal_of_a_checked_backend_comes_after_a_mark_and_others_after_none() -> None:

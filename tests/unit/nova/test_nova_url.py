@@ -75,15 +75,6 @@ def test_what_is_no_place_of_an_api_is_refused_with_the_reason(text: str, why: s
         parse_nova_url(text)
 
 
-def test_a_host_is_an_address_or_a_name() -> None:
-    found = {
-        host: parse_nova_url(f"http://{host}").address is not None
-        for host in ("[::1]", "1.2.3.4", "a.4")
-    }
-    assert found == {"[::1]": True, "1.2.3.4": True, "a.4": False}
-    assert parse_nova_url("http://[::1]:80").authority == "[::1]:80"
-
-
 @given(
     st.sampled_from(["http", "https"]),
     st.ip_addresses().map(lambda one: f"[{one}]" if one.version == 6 else str(one))
