@@ -16,7 +16,7 @@ from typing import Final
 from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6
 from imdsproxy.host.namespaces import DEFAULT_DIRECTORY, NamespaceDirectory, NamespaceThread
 from imdsproxy.host.netlink import add_address, find_link, set_link
-from imdsproxy.host.nlmessages import CREATE, REPLACE, NetlinkSocket, attribute, integer, text
+from imdsproxy.host.nlmessages import CREATE, REPLACE, NetlinkSocket, pack_attributes
 
 __all__ = ["DEVICE", "GUESTS", "PLUGGED", "PREFIX", "Lab", "guest", "network_name"]
 
@@ -132,19 +132,17 @@ def _furnish(*, ipv6: bool) -> None:
 
 def _prefer_source(channel: NetlinkSocket, source: IPv4Address) -> None:
     """Whoever asks the metadata address without choosing a source is the first guest."""
-    payload = (
-        _RTMSG.pack(socket.AF_INET, 32, 0, 0, _LOCAL, _KERNEL, _HOST, 2, 0)
-        + attribute(_RTA_DST, METADATA_IPV4.packed)
-        + integer(_RTA_OIF, _LOOPBACK)
-        + attribute(_RTA_PREFSRC, source.packed)
+    payload = _RTMSG.pack(socket.AF_INET, 32, 0, 0, _LOCAL, _KERNEL, _HOST, 2, 0)
+    payload += pack_attributes(
+        {_RTA_DST: METADATA_IPV4.packed, _RTA_OIF: _LOOPBACK, _RTA_PREFSRC: source.packed}
     )
     channel.change(_RTM_NEWROUTE, payload, CREATE | REPLACE)
 
 
 def _add_device(channel: NetlinkSocket) -> None:
     """A veth pair, both ends here: the kernel's smallest device that takes a link-local address."""
-    kind = attribute(18, text(1, "veth"))
-    channel.change(_RTM_NEWLINK, _IFINFO.pack(0, 0, 0, 1, 1) + text(3, DEVICE) + kind, CREATE)
+    kind = pack_attributes({3: DEVICE, 18: {1: "veth"}})
+    channel.change(_RTM_NEWLINK, _IFINFO.pack(0, 0, 0, 1, 1) + kind, CREATE)
     link = find_link(channel, DEVICE)
     if link is not None:
         address: IPv6Address = METADATA_IPV6

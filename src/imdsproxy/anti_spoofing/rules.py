@@ -66,7 +66,7 @@ from imdsproxy.core.hoststate import Family
 from imdsproxy.core.model import METADATA_PORT, IpAddress, MacAddress
 from imdsproxy.core.wire import ANSWER_DSCP, VERIFIED_PORT
 from imdsproxy.host import nftables as nft
-from imdsproxy.host.nftables import LINK, NETWORK, TRANSPORT, Batch, Change, Hook, Verdict
+from imdsproxy.host.nftables import LINK, NETWORK, TRANSPORT, Batch, Change
 
 FORMAT: Final = 2
 """In each table's comment: a table of another format is replaced."""
@@ -94,8 +94,8 @@ _IS_TCP: Final = nft.meta(nft.L4_PROTOCOL) + nft.compare(_TCP)
 _BEGINS: Final = (
     _IS_TCP + nft.payload(TRANSPORT, _FLAGS, 1) + nft.bitwise(b"\x17") + nft.compare(b"\x02")
 )
-_DROP: Final = nft.verdict(Verdict.DROP)
-_RETURN: Final = nft.verdict(Verdict.RETURN)
+_DROP: Final = nft.verdict(nft.DROP)
+_RETURN: Final = nft.verdict(nft.RETURN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,8 +178,8 @@ _LAYOUTS: Final = (
 
 def fill_mac_filter(batch: Batch, devices: Sequence[str]) -> None:
     """Put chains, rules and empty sets into a table that is new."""
-    batch.make_base_chain("ingress", Hook.INGRESS, _BEFORE_OTHERS, devices)
-    batch.make_base_chain("egress", Hook.EGRESS, _AFTER_OTHERS, devices)
+    batch.make_base_chain("ingress", nft.INGRESS, _BEFORE_OTHERS, devices)
+    batch.make_base_chain("egress", nft.EGRESS, _AFTER_OTHERS, devices)
     batch.changes += _filter_rules()
 
 
@@ -196,8 +196,8 @@ def _filter_rules() -> tuple[Change, ...]:
             batch.make_chain(layout.name(chain))
         is_ours = nft.meta(nft.PROTOCOL) + nft.compare(layout.ethertype)
         metadata = nft.compare(layout.metadata)
-        inward = nft.verdict(Verdict.JUMP, layout.name("in"))
-        outward = nft.verdict(Verdict.JUMP, layout.name("out"))
+        inward = nft.verdict(nft.JUMP, layout.name("in"))
+        outward = nft.verdict(nft.JUMP, layout.name("out"))
         batch.make_rule("ingress", is_ours, layout.load(layout.target), metadata, inward)
         batch.make_rule("egress", is_ours, layout.load(layout.source), metadata, outward)
         _inward(batch, layout)
@@ -222,7 +222,7 @@ def _inward(batch: Batch, layout: _Layout) -> None:
     pair = source + nft.payload(LINK, _SADDR_MAC, _MAC_BYTES, into=words)
     flow = source + nft.payload(TRANSPORT, _SPORT, 2, into=words)
     port = _IS_TCP + nft.payload(TRANSPORT, _DPORT, 2)
-    passed = nft.verdict(Verdict.GOTO, name("pass"))
+    passed = nft.verdict(nft.GOTO, name("pass"))
     sender = flow + nft.payload(LINK, _SADDR_MAC, _MAC_BYTES, into=words + 1)
     for chain, *rule in (
         ("in", layout.fragment, _DROP),
@@ -252,7 +252,7 @@ def _outward(batch: Batch, layout: _Layout) -> None:
     to = nft.store(LINK, _DADDR_MAC, _MAC_BYTES, register=words + 1)
     answer = nft.rewrite(_SPORT, _GUESTS, checksum=_CHECKSUM) + _RETURN
     for chain, *rule in (
-        ("out", port, nft.compare(_VERIFIED), nft.verdict(Verdict.GOTO, name("back"))),
+        ("out", port, nft.compare(_VERIFIED), nft.verdict(nft.GOTO, name("back"))),
         ("out", port, nft.compare(_GUESTS, differs=True), _RETURN),
         ("out", _IS_TCP, flow, nft.lookup(name("from"), into=words + 1), to),
         ("out", dscp, nft.compare(marked, differs=True), _RETURN),
@@ -268,12 +268,12 @@ def _outward(batch: Batch, layout: _Layout) -> None:
 
 def fill_hop_limit(batch: Batch) -> None:
     """Put chains and rules into a table that is new."""
-    batch.make_base_chain("output", Hook.OUTPUT, _BEFORE_OTHERS)
+    batch.make_base_chain("output", nft.OUTPUT, _BEFORE_OTHERS)
     for layout in _LAYOUTS:
         chain, source = layout.name("limit"), layout.load(layout.source)
         is_ours = nft.meta(nft.FAMILY) + nft.compare(bytes((layout.protocol,))) + _IS_TCP
         from_metadata = source + nft.compare(layout.metadata)
-        jump = nft.verdict(Verdict.JUMP, chain)
+        jump = nft.verdict(nft.JUMP, chain)
         batch.make_chain(chain)
         for port in (_GUESTS, _VERIFIED):
             sent_by = nft.payload(TRANSPORT, _SPORT, 2) + nft.compare(port)

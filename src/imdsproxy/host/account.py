@@ -8,7 +8,6 @@ import pwd
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -77,20 +76,26 @@ def find_account(user: str | None, group: str | None) -> Account | None:
         return None
     uid, gid = os.geteuid(), os.getegid()
     if user is not None:
-        instead = "name another in documents.user (null keeps the present account)"
-        find_user = partial(pwd.getpwnam, user)
-        entry = _look_up("user", f"{user!r} on this host", instead, find_user)
+        entry = _find_user(user, "name another in documents.user (null keeps the present account)")
         uid, gid = entry.pw_uid, entry.pw_gid
     if group is not None:
-        instead = "name another in documents.group (null is the user's own)"
-        find_group = partial(grp.getgrnam, group)
-        gid = _look_up("group", f"{group!r} on this host", instead, find_group).gr_gid
+        gid = _find_group(group, "name another in documents.group (null is the user's own)").gr_gid
     return Account(uid, gid)
 
 
-def _look_up(kind: str, word: str, instead: str, find: Callable[[], T]) -> T:
+def _find_user(word: str, instead: str) -> pwd.struct_passwd:
+    return _look_up("user", word, instead, pwd.getpwuid, pwd.getpwnam)
+
+
+def _find_group(word: str, instead: str) -> grp.struct_group:
+    return _look_up("group", word, instead, grp.getgrgid, grp.getgrnam)
+
+
+def _look_up(
+    kind: str, word: str, instead: str, by_id: Callable[[int], T], by_name: Callable[[str], T]
+) -> T:
     try:
-        return find()
+        return by_id(int(word)) if word.isdecimal() else by_name(word)
     except (KeyError, OverflowError) as error:
         hint = f"create it, or {instead}"
         raise HostRefused(f"there is no {kind} {word}", hint=hint) from error
@@ -98,12 +103,12 @@ def _look_up(kind: str, word: str, instead: str, find: Callable[[], T]) -> T:
 
 def user_id(name: str) -> int:
     """The uid of an account; `HostRefused` when there is none."""
-    return _look_up("user", name, "change the setting", lambda: pwd.getpwnam(name).pw_uid)
+    return _find_user(name, "change the setting").pw_uid
 
 
 def group_id(name: str) -> int:
     """The gid of a group; `HostRefused` when there is none."""
-    return _look_up("group", name, "change the setting", lambda: grp.getgrnam(name).gr_gid)
+    return _find_group(name, "change the setting").gr_gid
 
 
 def owner_of(user: str | None, group: str | None) -> tuple[int, int]:
@@ -113,13 +118,9 @@ def owner_of(user: str | None, group: str | None) -> tuple[int, int]:
 
 def user_name(word: str) -> str:
     """The name of an account, given by name or by uid; `HostRefused` when there is none."""
-    by_id = word.isdecimal()
-    find = (lambda: pwd.getpwuid(int(word))) if by_id else (lambda: pwd.getpwnam(word))
-    return _look_up("user", word, "name another one", find).pw_name
+    return _find_user(word, "name another one").pw_name
 
 
 def group_name(word: str) -> str:
     """The name of a group, given by name or by gid; `HostRefused` when there is none."""
-    by_id = word.isdecimal()
-    find = (lambda: grp.getgrgid(int(word))) if by_id else (lambda: grp.getgrnam(word))
-    return _look_up("group", word, "name another one", find).gr_name
+    return _find_group(word, "name another one").gr_name

@@ -101,19 +101,18 @@ def _processors(clock: Clock, *, text: bool, colours: bool) -> list[Processor]:
         structlog.processors.UnicodeDecoder(),
         _clip,
     ]
-    if text:
-        renderer = structlog.dev.ConsoleRenderer(
-            colors=colours,
-            timestamp_key="time",
-            exception_formatter=structlog.dev.plain_traceback,
-        )
-        return [*shared, structlog.processors.format_exc_info, renderer]
-    return [
-        *shared,
-        structlog.processors.format_exc_info,
+    renderer: list[Processor] = [
         structlog.processors.EventRenamer("message"),
         structlog.processors.JSONRenderer(ensure_ascii=False, default=str),
     ]
+    if text:
+        plain = structlog.dev.plain_traceback
+        renderer = [
+            structlog.dev.ConsoleRenderer(
+                colors=colours, timestamp_key="time", exception_formatter=plain
+            )
+        ]
+    return [*shared, structlog.processors.format_exc_info, *renderer]
 
 
 def _add_priority(_logger: WrappedLogger, method: str, line: str) -> str:

@@ -29,12 +29,12 @@ from imdsproxy.host.nlmessages import (
     REPLACE,
     NetlinkRefused,
     NetlinkSocket,
+    Value,
     attribute,
-    integer,
     number,
+    pack_attributes,
     parse_attributes,
     string,
-    text,
 )
 
 # Types of messages and attributes, and flags, as in linux/{rtnetlink,if_link,if_addr,neighbour,net_namespace}.h.
@@ -113,7 +113,9 @@ def parse_link(payload: bytes) -> ObservedDevice:
     )
 
 
-_LINK_QUESTION: Final = _IFINFO.pack(0, 0, 0, 0, 0) + integer(_IFLA_EXT_MASK, _SKIP_STATISTICS)
+_LINK_QUESTION: Final = _IFINFO.pack(0, 0, 0, 0, 0) + pack_attributes(
+    {_IFLA_EXT_MASK: _SKIP_STATISTICS}
+)
 
 
 def list_links(channel: NetlinkSocket) -> list[ObservedDevice]:
@@ -124,7 +126,9 @@ def list_links(channel: NetlinkSocket) -> list[ObservedDevice]:
 def port_guards(channel: NetlinkSocket, index: int) -> list[tuple[ObservedDevice, str]]:
     """Each port of a bridge, and in words the flag by which the bridge learns no MAC there; empty for none."""
     guards: list[tuple[ObservedDevice, str]] = []
-    for message in channel.dump(RTM_GETLINK, _LINK_QUESTION + integer(_IFLA_MASTER, index)):
+    for message in channel.dump(
+        RTM_GETLINK, _LINK_QUESTION + pack_attributes({_IFLA_MASTER: index})
+    ):
         port = parse_link(message)
         if port.master != index:
             continue
@@ -137,7 +141,7 @@ def port_guards(channel: NetlinkSocket, index: int) -> list[tuple[ObservedDevice
 
 def find_link(channel: NetlinkSocket, name: str) -> ObservedDevice | None:
     """The device of a name (up to 15 bytes); `None` when there is none."""
-    question = _LINK_QUESTION + text(_IFLA_IFNAME, name)
+    question = _LINK_QUESTION + pack_attributes({_IFLA_IFNAME: name})
     found = channel.find(RTM_GETLINK, question, errno.ENODEV, errno.ENOENT, errno.ERANGE)
     return None if found is None else parse_link(found)
 
@@ -258,8 +262,8 @@ def correct_neighbours(
             continue
         if found.mac not in (None, mac):
             entry = _NDMSG.pack(_family_of(address), index, _NUD_STALE, 0, 0)
-            entry += attribute(_NDA_DST, address.packed)
-            entry += attribute(_NDA_LLADDR, bytes.fromhex(mac.replace(":", "")))
+            lladdr = bytes.fromhex(mac.replace(":", ""))
+            entry += pack_attributes({_NDA_DST: address.packed, _NDA_LLADDR: lladdr})
             channel.change(RTM_NEWNEIGH, entry, REPLACE)
 
 
@@ -312,21 +316,16 @@ def create_veth(
         peer: Name of the other end; it comes down, and is set up from inside.
         peer_namespace: Open descriptor of its namespace.
     """
-    other = (
-        _IFINFO.pack(0, 0, 0, 0, 0)
-        + text(_IFLA_IFNAME, peer)
-        + integer(_IFLA_MTU, mtu)
-        + integer(_IFLA_NET_NS_FD, peer_namespace)
-    )
-    data = attribute(_INFO_DATA | NESTED, attribute(_VETH_PEER | NESTED, other))
-    payload = (
-        _IFINFO.pack(0, 0, 0, _IFF_UP, _IFF_UP)
-        + text(_IFLA_IFNAME, link)
-        + integer(_IFLA_MTU, mtu)
-        + integer(_IFLA_MASTER, master)
-        + attribute(_IFLA_LINKINFO | NESTED, text(_INFO_KIND, "veth") + data)
-    )
-    channel.change(RTM_NEWLINK, payload, CREATE | EXCL)
+    far = {_IFLA_IFNAME: peer, _IFLA_MTU: mtu, _IFLA_NET_NS_FD: peer_namespace}
+    other = attribute(_VETH_PEER | NESTED, bytes(_IFINFO.size) + pack_attributes(far))
+    near: dict[int, Value] = {
+        _IFLA_IFNAME: link,
+        _IFLA_MTU: mtu,
+        _IFLA_MASTER: master,
+        _IFLA_LINKINFO: {_INFO_KIND: "veth", _INFO_DATA | NESTED: other},
+    }
+    up = _IFINFO.pack(0, 0, 0, _IFF_UP, _IFF_UP)
+    channel.change(RTM_NEWLINK, up + pack_attributes(near), CREATE | EXCL)
 
 
 def set_link(
@@ -339,15 +338,9 @@ def set_link(
     alias: str | None = None,
 ) -> None:
     """Change what is given and leave the rest."""
-    flags = _IFF_UP if up else 0
-    payload = _IFINFO.pack(0, 0, index, flags, 0 if up is None else _IFF_UP)
-    if master is not None:
-        payload += integer(_IFLA_MASTER, master)
-    if mtu is not None:
-        payload += integer(_IFLA_MTU, mtu)
-    if alias is not None:
-        payload += text(_IFLA_IFALIAS, alias)
-    channel.change(RTM_NEWLINK, payload)
+    given: dict[int, Value] = {_IFLA_MASTER: master, _IFLA_MTU: mtu, _IFLA_IFALIAS: alias}
+    flags = (_IFF_UP if up else 0, 0 if up is None else _IFF_UP)
+    channel.change(RTM_NEWLINK, _IFINFO.pack(0, 0, index, *flags) + pack_attributes(given))
 
 
 def delete_link(channel: NetlinkSocket, index: int) -> None:
@@ -364,12 +357,9 @@ def add_address(
     """
     # The kernel derives an IPv6 address's scope from its bits.
     flags = _IFA_F_NODAD if isinstance(address, IPv6Address) else 0
-    payload = (
-        _IFADDR.pack(_family_of(address), prefix, flags, _SCOPE_UNIVERSE, index)
-        + attribute(_IFA_LOCAL, address.packed)
-        + attribute(_IFA_ADDRESS, address.packed)
-        + attribute(_IFA_PROTO, bytes((protocol,)))
-    )
+    payload = _IFADDR.pack(_family_of(address), prefix, flags, _SCOPE_UNIVERSE, index)
+    packed, mark = address.packed, bytes((protocol,))
+    payload += pack_attributes({_IFA_LOCAL: packed, _IFA_ADDRESS: packed, _IFA_PROTO: mark})
     channel.change(RTM_NEWADDR, payload, CREATE | EXCL)
 
 
@@ -384,14 +374,14 @@ def add_default_route(channel: NetlinkSocket, index: int, family: Family) -> Non
     scope = _SCOPE_LINK if family is Family.IPV4 else _SCOPE_UNIVERSE
     kind = _family_of(family.metadata_address)
     route = _RTMSG.pack(kind, 0, 0, 0, _TABLE_MAIN, _PROTO_STATIC, scope, _UNICAST, 0)
-    channel.change(RTM_NEWROUTE, route + integer(_RTA_OIF, index), CREATE | REPLACE)
+    channel.change(RTM_NEWROUTE, route + pack_attributes({_RTA_OIF: index}), CREATE | REPLACE)
 
 
 def assign_nsid(channel: NetlinkSocket, descriptor: int) -> int:
     """The number by which `channel`'s namespace knows another; given to it if it has none yet."""
-    named = b"\0\0\0\0" + integer(_NETNSA_FD, descriptor)
+    named = b"\0\0\0\0" + pack_attributes({_NETNSA_FD: descriptor})
     try:
-        channel.change(RTM_NEWNSID, named + integer(_NETNSA_NSID, 0xFFFFFFFF))
+        channel.change(RTM_NEWNSID, named + pack_attributes({_NETNSA_NSID: 0xFFFFFFFF}))
     except NetlinkRefused as error:
         if error.errno != errno.EEXIST:
             raise

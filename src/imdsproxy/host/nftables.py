@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from enum import IntEnum
 from typing import Final, TypeAlias
 
 from imdsproxy.host.nlmessages import (
@@ -17,12 +16,13 @@ from imdsproxy.host.nlmessages import (
     CREATE,
     NESTED,
     NetlinkSocket,
+    Value,
     attribute,
+    pack_attributes,
     pack_message,
     parse_attributes,
     parse_list,
     string,
-    text,
 )
 
 NETFILTER: Final = 12
@@ -52,49 +52,22 @@ _REGISTER: Final = 8
 LINK, NETWORK, TRANSPORT = 0, 1, 2
 PROTOCOL, FAMILY, L4_PROTOCOL = 1, 15, 16
 
-Value: TypeAlias = "int | str | bytes | Mapping[int, Value] | Sequence[Value]"
-"""Of an attribute: a number, a name, bytes as they are, attributes by their numbers, or a list."""
+INGRESS, EGRESS, OUTPUT = 0, 1, 3
+"""Hooks of base chains: the first two of family `netdev`, the last of `inet`."""
+
+DROP, ACCEPT, JUMP, GOTO, RETURN = 0, 1, -3, -4, -5
+"""Verdicts of rules."""
 
 Change: TypeAlias = tuple[int, int, bytes]
 """Type and flags of a message, and its attributes behind the table's name."""
 
 
-class Hook(IntEnum):
-    """The hook of a base chain: the first two of family `netdev`, the last of `inet`."""
-
-    INGRESS = 0
-    EGRESS = 1
-    OUTPUT = 3
-
-
-class Verdict(IntEnum):
-    """The verdict of a rule."""
-
-    DROP = 0
-    ACCEPT = 1
-    JUMP = -3
-    GOTO = -4
-    RETURN = -5
-
-
-def _pack(kind: int, value: Value) -> bytes:
-    if isinstance(value, int):
-        return attribute(kind, struct.pack(">I", value & 0xFFFFFFFF))
-    if isinstance(value, str):
-        return text(kind, value)
-    if isinstance(value, bytes):
-        return attribute(kind, value)
-    if isinstance(value, Mapping):
-        return attribute(kind | NESTED, _pack_all(value))
-    return attribute(kind | NESTED, b"".join(_pack(1, one) for one in value))
-
-
-def _pack_all(values: Mapping[int, Value]) -> bytes:
-    return b"".join(_pack(kind, value) for kind, value in values.items())
+def _pack(values: Mapping[int, Value]) -> bytes:
+    return pack_attributes(values, ">I")
 
 
 def _expression(name: str, values: Mapping[int, Value]) -> bytes:
-    return _pack(1, {1: name, 2: values})
+    return _pack({1: {1: name, 2: values}})
 
 
 def meta(key: int) -> bytes:
@@ -133,21 +106,21 @@ def store(
     base: int, offset: int, length: int, *, checksum: int | None = None, register: int = 0
 ) -> bytes:
     """Write a register over bytes of a header, and mend the checksum at `checksum` in it."""
-    mended = {} if checksum is None else {6: 1, 7: checksum}
+    mends = None if checksum is None else 1
     where = {5: _REGISTER + register, 2: base, 3: offset, 4: length}
-    return _expression("payload", {**where, **mended})
+    return _expression("payload", {**where, 6: mends, 7: checksum})
 
 
 def lookup(name: str, *, into: int | None = None) -> bytes:
     """Go on only where what the registers hold is in a set; a map's value goes into a register."""
-    value = {} if into is None else {3: _REGISTER + into}
-    return _expression("lookup", {1: name, 2: _REGISTER, **value})
+    value = None if into is None else _REGISTER + into
+    return _expression("lookup", {1: name, 2: _REGISTER, 3: value})
 
 
 def remember(name: str, *, value: int | None = None, delete: bool = False) -> bytes:
     """Add the registers' content to a set, or remove it; a map's value is in a register."""
-    data = {} if value is None else {5: _REGISTER + value}
-    return _expression("dynset", {1: name, 3: 2 if delete else 1, 4: _REGISTER, **data})
+    data = None if value is None else _REGISTER + value
+    return _expression("dynset", {1: name, 3: 2 if delete else 1, 4: _REGISTER, 5: data})
 
 
 def rewrite(offset: int, value: bytes, *, checksum: int) -> bytes:
@@ -163,10 +136,9 @@ def present6(header: int) -> bytes:
     return load + compare(b"\x01")
 
 
-def verdict(what: Verdict, chain: str = "") -> bytes:
+def verdict(what: int, chain: str = "") -> bytes:
     """End a rule."""
-    target: dict[int, Value] = {2: chain} if chain else {}
-    return _expression("immediate", {1: 0, 2: {2: {1: what, **target}}})
+    return _expression("immediate", {1: 0, 2: {2: {1: what, 2: chain or None}}})
 
 
 class Batch:
@@ -182,11 +154,11 @@ class Batch:
         self.changes: list[Change] = []
 
     def _add(self, kind: int, flags: int, values: Mapping[int, Value]) -> None:
-        self.changes.append((kind, flags, _pack_all(values)))
+        self.changes.append((kind, flags, _pack(values)))
 
     def make_table(self, comment: str = "") -> None:
         """Make it; one that is there stays. The comment (NFTA_TABLE_USERDATA) is kept with it."""
-        self._add(_NEWTABLE, CREATE, {6: comment.encode()} if comment else {})
+        self._add(_NEWTABLE, CREATE, {6: comment.encode() or None})
 
     def drop_table(self) -> None:
         """Remove it with all that is in it."""
@@ -218,32 +190,26 @@ class Batch:
         for one in types:
             packed = packed << 6 | one
         flags = 0x10 * bool(timeout_ms) | 0x20 * dynamic | 0x08 * (value is not None)
-        number = len(self.changes) + 1
-        values: dict[int, Value] = {2: name, 10: number, 3: flags, 4: packed, 5: length}
-        if value is not None:
-            values[6], values[7] = value
-        if timeout_ms:
-            values[11] = struct.pack(">Q", timeout_ms)
-        if size:
-            values[9] = {1: size}
-        self._add(_NEWSET, CREATE, values)
+        kind, bytes_ = value or (None, None)
+        timeout = struct.pack(">Q", timeout_ms) if timeout_ms else None
+        values: dict[int, Value] = {2: name, 10: len(self.changes) + 1, 3: flags}
+        values |= {4: packed, 5: length, 6: kind, 7: bytes_, 11: timeout}
+        self._add(_NEWSET, CREATE, {**values, 9: {1: size} if size else None})
 
     def make_chain(self, name: str) -> None:
         """Make a chain that others lead to."""
         self._add(_NEWCHAIN, CREATE, {3: name})
 
     def make_base_chain(
-        self, name: str, hook: Hook, priority: int, devices: Sequence[str] = ()
+        self, name: str, hook: int, priority: int, devices: Sequence[str] = ()
     ) -> None:
         """Make a chain that every packet goes through: of these devices, in family `netdev`."""
-        where: dict[int, Value] = {1: hook, 2: priority}
-        if devices:
-            where[4] = devices
-        self._add(_NEWCHAIN, CREATE, {3: name, 4: where, 5: Verdict.ACCEPT, 7: "filter"})
+        where = {1: hook, 2: priority, 4: devices or None}
+        self._add(_NEWCHAIN, CREATE, {3: name, 4: where, 5: ACCEPT, 7: "filter"})
 
     def make_rule(self, chain: str, *expressions: bytes) -> None:
         """Append a rule."""
-        values = text(2, chain) + attribute(4 | NESTED, b"".join(expressions))
+        values = _pack({2: chain}) + attribute(4 | NESTED, b"".join(expressions))
         self.changes.append((_NEWRULE, CREATE | _APPEND, values))
 
     def add_elements(self, name: str, keys: Sequence[bytes]) -> None:
@@ -276,7 +242,7 @@ class NetfilterSocket(NetlinkSocket):
         Raises:
             NetlinkRefused: With the first error; nothing of the part has been done. Use another socket then.
         """
-        head = _NFGEN.pack(batch.family, 0, 0) + text(1, batch.table)
+        head = _NFGEN.pack(batch.family, 0, 0) + _pack({1: batch.table})
         fence = _NFGEN.pack(0, 0, _SUBSYSTEM >> 8)
         for part in _parts(batch.changes):
             first = self._sequence + 1
@@ -291,19 +257,19 @@ class NetfilterSocket(NetlinkSocket):
 
     def comment(self, table: str, family: int = NETDEV) -> str | None:
         """The comment of a table; `None` where there is none of that name."""
-        found = self._find(_GETTABLE, text(1, table), family)
+        found = self._find(_GETTABLE, _pack({1: table}), family)
         return None if found is None else string(found.get(6))
 
     def elements(self, table: str, name: str) -> Iterator[bytes]:
         """The keys in a set."""
-        question = _NFGEN.pack(NETDEV, 0, 0) + text(1, table) + text(2, name)
+        question = _NFGEN.pack(NETDEV, 0, 0) + _pack({1: table, 2: name})
         for answer in self.dump(_SUBSYSTEM | _GETSETELEM, question):
             for element in parse_list(parse_attributes(answer, _NFGEN.size).get(3, b"")):
                 yield parse_attributes(parse_attributes(element).get(1, b"")).get(1, b"")
 
     def value(self, table: str, name: str, key: bytes) -> bytes | None:
         """The value of a key in a map."""
-        wanted = _pack_all({1: table, 2: name, 3: [{1: {1: key}}]})
+        wanted = _pack({1: table, 2: name, 3: [{1: {1: key}}]})
         found = self._find(_GETSETELEM, wanted, NETDEV)
         if found is None:
             return None

@@ -12,8 +12,8 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Iterator
-from typing import Final, Self
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final, Self, TypeAlias
 
 REQUEST: Final = 0x1
 ACK: Final = 0x4
@@ -41,6 +41,12 @@ _RECEIVE_BYTES: Final = 32 * 1024  # as much as the kernel packs into one datagr
 _DUMP_TRIES: Final = 5
 
 
+Value: TypeAlias = "int | str | bytes | Mapping[int, Value] | Sequence[Value] | None"
+"""Of an attribute: a number, a NUL-terminated string, bytes as they are, attributes by their types, or a list of
+attributes of type 1; with `None` there is no attribute.
+"""
+
+
 class NetlinkRefused(OSError):
     """The kernel's error answer, with its own words where it gave some."""
 
@@ -59,14 +65,28 @@ def attribute(kind: int, value: bytes) -> bytes:
     return _ATTRIBUTE.pack(length, kind) + value + b"\0" * (_padded(length) - length)
 
 
-def integer(kind: int, value: int) -> bytes:
-    """An attribute that holds an unsigned 32-bit number."""
-    return attribute(kind, struct.pack("=I", value))
+def pack_attributes(values: Mapping[int, Value], number: str = "=I") -> bytes:
+    """Attributes by their types.
+
+    Args:
+        values: Of each.
+        number: How `struct` packs numbers, which have four bytes.
+    """
+    return b"".join(_pack_value(kind, value, number) for kind, value in values.items())
 
 
-def text(kind: int, value: str) -> bytes:
-    """An attribute that holds a NUL-terminated string."""
-    return attribute(kind, value.encode() + b"\0")
+def _pack_value(kind: int, value: Value, number: str) -> bytes:
+    if value is None:
+        return b""
+    if isinstance(value, int):
+        return attribute(kind, struct.pack(number, value & 0xFFFFFFFF))
+    if isinstance(value, str):
+        return attribute(kind, value.encode() + b"\0")
+    if isinstance(value, bytes):
+        return attribute(kind, value)
+    if isinstance(value, Mapping):
+        return attribute(kind | NESTED, pack_attributes(value, number))
+    return attribute(kind | NESTED, b"".join(_pack_value(1, one, number) for one in value))
 
 
 def number(value: bytes | None) -> int:

@@ -1,8 +1,7 @@
 """Processes that outlive us: started detached, known again by /proc, waited for and ended by pidfd.
 
-A pid alone says nothing: another process may have it since it was written down. A
-process is known by its pid *and* its start time, and acted on through a pidfd, which never changes
-its meaning. Also: programs that are run for their answer, and limits of our own process.
+A pid alone says nothing: another process may have it since it was written down. A process is held by a pidfd, which
+never changes its meaning. Also: programs that are run for their answer, and limits of our own process.
 """
 
 from __future__ import annotations
@@ -12,7 +11,9 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import resource
+import select
 import signal
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from typing import Final
 
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.files import limit_log, open_log
-from imdsproxy.host.refusal import host_refused
+from imdsproxy.host.refusal import host_refused, refusing
 
 PROC: Final = Path("/proc")
 
@@ -59,19 +60,22 @@ class ProcessStat:
         return self.state in {"T", "t"}
 
 
+def _read(pid: int, name: str, proc: Path) -> str:
+    """A file of a process; empty where there is none, or we may not look."""
+    try:
+        return os.fsdecode((proc / str(pid) / name).read_bytes())
+    except OSError:
+        return ""
+
+
 def read_stat(pid: int, proc: Path = PROC) -> ProcessStat | None:
     """The state of a process; `None` when we can see none, or a zombie that only waits to be reaped."""
-    try:
-        text = (proc / str(pid) / "stat").read_text(errors="replace")
-    except OSError:
-        return None
     # The name, in parentheses, may hold blanks and parentheses itself.
-    fields = text.rpartition(")")[2].split()
-    if fields[0] in {"Z", "X"}:
+    fields = _read(pid, "stat", proc).rpartition(")")[2].split()
+    if not fields or fields[0] in {"Z", "X"}:
         return None
-    return ProcessStat(
-        fields[0], int(fields[1]), int(fields[11]) + int(fields[12]), int(fields[19])
-    )
+    ticks = int(fields[11]) + int(fields[12])
+    return ProcessStat(fields[0], int(fields[1]), ticks, int(fields[19]))
 
 
 def read_rests(pid: int, proc: Path = PROC) -> int | None:
@@ -79,29 +83,20 @@ def read_rests(pid: int, proc: Path = PROC) -> int | None:
 
     One that hangs, or is stopped, does not any more. `None` when there is none.
     """
-    try:
-        lines = (proc / str(pid) / "status").read_text(errors="replace").splitlines()
-    except OSError:
-        return None
-    rests = (line.split()[1] for line in lines if line.startswith("voluntary_ctxt_switches:"))
-    return int(next(rests, "0"))
+    found = re.search(
+        r"^voluntary_ctxt_switches:\s*(\d+)", _read(pid, "status", proc), re.MULTILINE
+    )
+    return None if found is None else int(found[1])
 
 
 def command_name(pid: int, proc: Path = PROC) -> str:
     """The short name of a process; `?` where there is none, or we may not look."""
-    try:
-        return (proc / str(pid) / "comm").read_text(errors="replace").rstrip("\n")
-    except OSError:
-        return "?"
+    return _read(pid, "comm", proc).rstrip("\n") or "?"
 
 
 def read_arguments(pid: int, proc: Path = PROC) -> tuple[str, ...]:
     """The command line of a process, its program first; nothing where there is none, or we may not look."""
-    try:
-        command = (proc / str(pid) / "cmdline").read_bytes()
-    except OSError:
-        return ()
-    return tuple(os.fsdecode(one) for one in command.split(b"\0")[:-1])
+    return tuple(_read(pid, "cmdline", proc).split("\0")[:-1])
 
 
 def open_sockets(pid: int, proc: Path = PROC) -> Iterator[tuple[int, str]]:
@@ -123,16 +118,16 @@ class ProcessHandle:
         pid: Its pid.
     """
 
-    def __init__(self, pid: int, started: int, descriptor: int) -> None:
+    def __init__(self, pid: int, descriptor: int) -> None:
         self.pid = pid
-        self._started = started
         self._descriptor = descriptor
         self._status: int | None = None
 
     def alive(self) -> bool:
         """Whether it has not ended yet; a zombie has."""
-        now = read_stat(self.pid)
-        return now is not None and now.started == self._started
+        ended = select.poll()
+        ended.register(self._descriptor, select.POLLIN)
+        return not ended.poll(0)
 
     async def wait(self) -> int | None:
         """Wait until it has ended, without polling.
@@ -176,7 +171,7 @@ class ProcessHandle:
         return True
 
     def kill_group(self) -> None:
-        """End one that `spawn_detached` started, with all of its process group."""
+        """End one that `spawn_logged` started, with all of its process group."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
@@ -213,12 +208,11 @@ def open_process(pid: int) -> ProcessHandle | None:
         if error.errno in (errno.ESRCH, errno.EINVAL, errno.ENOENT):
             return None
         raise host_refused(f"open process {pid}", error) from error
-    # Looked at after the pidfd is held: what is seen is who is held.
-    stat = read_stat(pid)
-    if stat is None:
-        os.close(descriptor)
-        return None
-    return ProcessHandle(pid, stat.started, descriptor)
+    handle = ProcessHandle(pid, descriptor)
+    if handle.alive():
+        return handle
+    handle.close()
+    return None
 
 
 def find_processes(program: str, arguments: AbstractSet[str]) -> list[ProcessHandle]:
@@ -235,48 +229,36 @@ def find_processes(program: str, arguments: AbstractSet[str]) -> list[ProcessHan
 def spawn_logged(
     arguments: Sequence[str], log: Path, environment: Mapping[str, str]
 ) -> tuple[ProcessHandle, int]:
-    """Start a process whose output goes to the end of a log (`spawn_detached`); also where in the log that begins.
+    """Start a process in a session of its own, that our end and our terminal's do not touch.
+
+    Args:
+        arguments: The program's path and its arguments; no shell is involved.
+        log: Its standard output and error go to the end of this file.
+        environment: All of its environment.
+
+    Returns:
+        The process, and where in the log its output begins.
 
     Raises:
         HostRefused: It could not be started.
         OSError: The log cannot be opened.
     """
     limit_log(log)
-    offset = log.stat().st_size if log.exists() else 0
-    with os.fdopen(open_log(log), "ab") as sink:
-        return spawn_detached(arguments, output=sink.fileno(), environment=environment), offset
-
-
-def spawn_detached(
-    arguments: Sequence[str], *, output: int, environment: Mapping[str, str]
-) -> ProcessHandle:
-    """Start a process in a session of its own, that our end and our terminal's do not touch.
-
-    Args:
-        arguments: The program's path and its arguments; no shell is involved.
-        output: Open descriptor for its standard output and error.
-        environment: All of its environment.
-
-    Raises:
-        HostRefused: It could not be started.
-    """
-    try:
+    with os.fdopen(open_log(log), "ab") as sink, refusing(f"start {arguments[0]}"):
+        offset = sink.tell()
         child = subprocess.Popen(
             list(arguments),
             stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
+            stdout=sink,
+            stderr=sink,
             env=dict(environment),
             cwd="/",
             start_new_session=True,
         )
-    except OSError as error:
-        raise host_refused(f"start {arguments[0]}", error) from error
-    descriptor = os.pidfd_open(child.pid)
-    stat = read_stat(child.pid)
+        descriptor = os.pidfd_open(child.pid)
     # It is ours to reap, by `ProcessHandle.wait`: Popen would warn of it when it is collected.
     child.returncode = 0
-    return ProcessHandle(child.pid, 0 if stat is None else stat.started, descriptor)
+    return ProcessHandle(child.pid, descriptor), offset
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,8 @@ from imdsproxy.host.nlmessages import (
     NetlinkRefused,
     NetlinkSocket,
     attribute,
-    integer,
     iter_messages,
+    pack_attributes,
     parse_attributes,
 )
 
@@ -44,7 +44,7 @@ def test_nonsense_is_neither_an_error_nor_endless(data: bytes) -> None:
 
 @given(st.binary(max_size=200), st.integers(0, 199))
 def test_an_attribute_that_is_cut_short_ends_the_list(value: bytes, length: int) -> None:
-    data = integer(1, 7) + attribute(2, value)
+    data = pack_attributes({1: 7}) + attribute(2, value)
     found = parse_attributes(data[: min(8 + length, len(data) - 1)])
     assert found.pop(1) == struct.pack("=I", 7)
     # A cut in the padding loses nothing of the value.
@@ -78,7 +78,7 @@ def _address(family: int, packed: bytes, flags: int = 0, *more: bytes) -> bytes:
     ],
 )
 def test_an_address_says_whether_it_can_be_bound(flags: int, state: AddressState) -> None:
-    payload = _address(socket.AF_INET6, METADATA_IPV6.packed, flags, integer(8, flags))
+    payload = _address(socket.AF_INET6, METADATA_IPV6.packed, flags, pack_attributes({8: flags}))
     assert parse_address(payload, {3: "eth0"}) == ObservedAddress(
         "eth0", METADATA_IPV6, 64, state, 0
     )

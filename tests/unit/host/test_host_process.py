@@ -20,8 +20,9 @@ from imdsproxy.host.process import (
     read_arguments,
     read_rests,
     read_stat,
-    spawn_detached,
+    spawn_logged,
 )
+from support.lab import until
 
 _SLEEP = "import time; print('up', flush=True); time.sleep(600)"
 _STUBBORN = (
@@ -31,28 +32,22 @@ _STUBBORN = (
 
 
 class _Spawner:
-    def __init__(self) -> None:
+    def __init__(self, log: Path) -> None:
         self.handles: list[ProcessHandle] = []
+        self.log = log
 
     def __call__(self, code: str, *arguments: str) -> tuple[ProcessHandle, bytes]:
         """Start Python code; its handle and the first line of what it printed."""
-        reading, writing = os.pipe()
-        try:
-            handle = spawn_detached(
-                (sys.executable, "-c", code, *arguments),
-                output=writing,
-                environment={"WORD": "one"},
-            )
-        finally:
-            os.close(writing)
+        command = (sys.executable, "-c", code, *arguments)
+        handle, offset = spawn_logged(command, self.log, {"WORD": "one"})
         self.handles.append(handle)
-        with os.fdopen(reading, "rb") as output:
-            return handle, output.readline()
+        until(lambda: b"\n" in self.log.read_bytes()[offset:], what="a line")
+        return handle, self.log.read_bytes()[offset:].splitlines(keepends=True)[0]
 
 
 @pytest.fixture
-def spawn() -> Iterator[_Spawner]:
-    spawner = _Spawner()
+def spawn(tmp_path: Path) -> Iterator[_Spawner]:
+    spawner = _Spawner(tmp_path / "log")
     yield spawner
     for handle in spawner.handles:
         if handle._descriptor >= 0:
@@ -84,9 +79,9 @@ def test_a_detached_process_has_a_session_and_an_environment_of_its_own(spawn: _
     assert line == b"True one /\n"
 
 
-def test_a_program_that_is_missing_is_refused_by_name() -> None:
+def test_a_program_that_is_missing_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(HostRefused, match=r"cannot start /no/such: .*ENOENT"):
-        spawn_detached(("/no/such",), output=1, environment={})
+        spawn_logged(("/no/such",), tmp_path / "log", {})
 
 
 async def test_waiting_gives_the_exit_status_to_everybody_who_waits(spawn: _Spawner) -> None:
