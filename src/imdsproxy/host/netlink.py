@@ -316,7 +316,7 @@ def create_veth(
         peer: Name of the other end; it comes down, and is set up from inside.
         peer_namespace: Open descriptor of its namespace.
     """
-    far = {_IFLA_IFNAME: peer, _IFLA_MTU: mtu, _IFLA_NET_NS_FD: peer_namespace}
+    far: dict[int, Value] = {_IFLA_IFNAME: peer, _IFLA_MTU: mtu, _IFLA_NET_NS_FD: peer_namespace}
     other = attribute(_VETH_PEER | NESTED, bytes(_IFINFO.size) + pack_attributes(far))
     near: dict[int, Value] = {
         _IFLA_IFNAME: link,
