@@ -136,13 +136,13 @@ class RecordLoop:
         if self._work.everything:
             if self._work.addresses:
                 self._work.addresses -= affected.addresses
-            affected = replace(affected, addresses=frozenset(self._unowned(affected.addresses)))
+            affected.addresses = set(self._unowned(affected.addresses))
         self._work.add(affected)
         if len(self._work.addresses) > _MANY and not self._work.everything:
             self._work.everything = True
             self._work.addresses = set(self._unowned(self._work.addresses))
         if affected.networks or affected.in_sync:
-            self.on_networks(affected.networks)
+            self.on_networks(frozenset(affected.networks))
         if self.inventory.in_sync:
             self.in_sync.set()
         else:

@@ -82,15 +82,6 @@ class _Report:
     defers: bool = False
 
 
-@dataclass(slots=True)
-class _Change:
-    """`Affected` while it is being found."""
-
-    networks: set[NetworkId] = field(default_factory=set)
-    instances: set[InstanceId] = field(default_factory=set)
-    addresses: set[AddressKey] = field(default_factory=set)
-
-
 class Inventory:
     """The sources' records, merged and indexed.
 
@@ -274,42 +265,33 @@ class Inventory:
         in_sync = self.in_sync
         report = self._report(observation.source)
         report.defers = observation.defers
-        networks = _changes(
-            report.networks,
-            observation.networks,
-            set(report.networks) - set(observation.networks)
-            if observation.full
-            else observation.networks_removed,
-        )
+        networks, instances = observation.networks, observation.instances
+        networks_gone: Iterable[NetworkId] = observation.networks_removed
         gone: Iterable[InstanceId] = observation.instances_removed
         if observation.full:
-            gone = [one for one in report.instances if one not in observation.instances]
-        change = _Change()
+            networks_gone = [one for one in report.networks if one not in networks]
+            gone = [one for one in report.instances if one not in instances]
+        change = Affected()
         for instance_id in gone:
-            if instance_id in report.instances and instance_id not in observation.instances:
+            if instance_id in report.instances and instance_id not in instances:
                 del report.instances[instance_id]
                 self._set_instance(instance_id, change)
-        for instance_id in observation.instances:
-            if report.instances.take(instance_id, observation.instances):
+        for instance_id in instances:
+            if report.instances.take(instance_id, instances):
                 self._set_instance(instance_id, change)
+        for network_id in networks_gone:
+            self._set_network(report, network_id, networks.get(network_id), change)
         for network_id, network in networks.items():
             self._set_network(report, network_id, network, change)
         self._imply(report, observation.implied_networks, change)
         report.problems = observation.problems
         report.in_sync = observation.in_sync
-        return self._affected(change, in_sync_before=in_sync)
-
-    def _affected(self, change: _Change, *, in_sync_before: bool) -> Affected:
-        for network in change.networks:
-            for instance in self.instances_in(network) - change.instances:
-                change.instances.add(instance)
-                change.addresses |= self.addresses_of(instance)
-        return Affected(
-            frozenset(change.networks),
-            frozenset(change.instances),
-            frozenset(change.addresses),
-            self.in_sync != in_sync_before,
-        )
+        for network_id in change.networks:
+            for instance_id in self.instances_in(network_id) - change.instances:
+                change.instances.add(instance_id)
+                change.addresses |= self.addresses_of(instance_id)
+        change.in_sync = self.in_sync != in_sync
+        return change
 
     def _report(self, source: SourceName) -> _Report:
         if source not in self._reports:
@@ -317,9 +299,7 @@ class Inventory:
             self._reports = dict(sorted(self._reports.items()))
         return self._reports[source]
 
-    def _imply(self, report: _Report, implied: frozenset[NetworkId], change: _Change) -> None:
-        if report.implied == implied:
-            return
+    def _imply(self, report: _Report, implied: frozenset[NetworkId], change: Affected) -> None:
         differing = report.implied ^ implied
         before = {network for network in differing if self.knows(network)}
         report.implied = implied
@@ -329,22 +309,21 @@ class Inventory:
                     change.addresses |= self.addresses_of(instance)
 
     def _set_network(
-        self, report: _Report, network_id: NetworkId, network: Network | None, change: _Change
+        self, report: _Report, network_id: NetworkId, network: Network | None, change: Affected
     ) -> None:
+        if report.networks.get(network_id) == network:
+            return
         _put(report.networks, network_id, network)
         versions = distinct(r.networks.get(network_id) for r in self._reports.values())
-        conflicting = len(versions) > 1
+        conflicting = {network_id} if len(versions) > 1 else set()
         in_force = agreed(versions)
-        before = (self._networks.get(network_id), network_id in self._network_conflicts)
-        if before == (in_force, conflicting):
-            return
-        _put(self._networks, network_id, in_force)
-        (self._network_conflicts.add if conflicting else self._network_conflicts.discard)(
-            network_id
-        )
-        change.networks.add(network_id)
+        before = self._networks.get(network_id), self._network_conflicts & {network_id}
+        if before != (in_force, conflicting):
+            _put(self._networks, network_id, in_force)
+            self._network_conflicts = self._network_conflicts - {network_id} | conflicting
+            change.networks.add(network_id)
 
-    def _set_instance(self, instance_id: InstanceId, change: _Change) -> None:
+    def _set_instance(self, instance_id: InstanceId, change: Affected) -> None:
         before = self._versions(instance_id)
         counting = [report.instances for _, report in self._counting(instance_id)]
         if not before and len(counting) == 1:
@@ -369,7 +348,7 @@ class Inventory:
         change.addresses |= keys[0] | keys[1]
 
     def _add_instance(
-        self, instance_id: InstanceId, packed: PackedInstances, change: _Change
+        self, instance_id: InstanceId, packed: PackedInstances, change: Affected
     ) -> None:
         """Take a new one that one source has, as at a start all are: a third of the work of `_set_instance`."""
         self._instances.take(instance_id, packed)
@@ -414,20 +393,6 @@ class Inventory:
             for source in self.sources_of_instance(instance)
         )
         return Conflict(ConflictKind.ADDRESS, f"{network}/{address}", tuple(sorted(claimants)))
-
-
-def _changes(
-    has: dict[NetworkId, Network], sees: Mapping[NetworkId, Network], removed: Iterable[NetworkId]
-) -> dict[NetworkId, Network | None]:
-    """What a source's new report changes: the new record, or `None` for one that went."""
-    changes: dict[NetworkId, Network | None] = {key: None for key in removed if key in has}
-    for key, record in sees.items():
-        known = has.get(key)
-        if known is record or known == record:
-            changes.pop(key, None)
-        else:
-            changes[key] = record
-    return changes
 
 
 def _put(mapping: MutableMapping[_K, _V], key: _K, value: _V | None) -> None:

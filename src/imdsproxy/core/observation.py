@@ -75,7 +75,7 @@ class RecordSet:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Affected:
     """Whose state may have changed; what is not named here has not.
 
@@ -86,9 +86,9 @@ class Affected:
         in_sync: `Inventory.in_sync` changed.
     """
 
-    networks: frozenset[NetworkId] = frozenset()
-    instances: frozenset[InstanceId] = frozenset()
-    addresses: frozenset[AddressKey] = frozenset()
+    networks: set[NetworkId] = field(default_factory=set)
+    instances: set[InstanceId] = field(default_factory=set)
+    addresses: set[AddressKey] = field(default_factory=set)
     in_sync: bool = False
 
     def __bool__(self) -> bool:
