@@ -12,27 +12,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, PlainTextResponse
 
-from imdsproxy.admin.bodies import (
-    PASSWORD,
-    DocumentBody,
-    DocumentView,
-    InstanceRecord,
-    InstanceSummary,
-    InstanceView,
-    NetworkRecord,
-    NetworkView,
-    PasswordBody,
-    RecordResponse,
-    RecordsBody,
-    accept,
-    merge_patch,
-    name_networks,
-    read_json,
-    read_lines,
-    read_records,
-    refuse_unclearable,
-    refuse_unlike,
-)
+from imdsproxy.admin import bodies
 from imdsproxy.admin.record_reports import Report
 from imdsproxy.admin.records import Written
 from imdsproxy.admin.reports import Explanation, GuardChange, KeyRotation, StatusReport
@@ -151,12 +131,14 @@ async def get_document(
     address: _Address,
     path: Annotated[str, Query(description="As the guest would write it, with its query.")],
     services: _Uses,
-) -> DocumentView:
+) -> bodies.DocumentView:
     """The answer that this guest gets to `GET path`."""
     _refuse_relative(path)
     answer = await services.guests.get((network, _ip(address)), path)
-    body = DocumentBody.of(answer.body)
-    return DocumentView(status=answer.status, headers=[*map(list, answer.headers)], body=body)
+    body = bodies.DocumentBody.of(answer.body)
+    return bodies.DocumentView(
+        status=answer.status, headers=[*map(list, answer.headers)], body=body
+    )
 
 
 @router.get("/watch")
@@ -218,7 +200,7 @@ async def rotate_token_keys(services: _Uses) -> KeyRotation:
     return await services.tokens.rotate()
 
 
-@router.get("/networks", responses={200: {"model": list[NetworkView]}})
+@router.get("/networks", responses={200: {"model": list[bodies.NetworkView]}})
 async def list_networks(services: _Uses) -> JSONResponse:
     """Every network, by id."""
     return await _listed(services.reports.networks())
@@ -227,36 +209,36 @@ async def list_networks(services: _Uses) -> JSONResponse:
 @router.post(
     "/networks",
     status_code=201,
-    openapi_extra=_takes(NetworkRecord),
+    openapi_extra=_takes(bodies.NetworkRecord),
 )
 async def add_network(request: Request, services: _Uses) -> Written:
     """Add a network; refused when there is one of this id."""
-    network = accept("network", parse_network(await read_json(request)))
+    network = bodies.accept("network", parse_network(await bodies.read_json(request)))
     return await services.records.put([network], [], create=True)
 
 
-@router.get("/networks/{network}", responses={200: {"model": NetworkView}})
+@router.get("/networks/{network}", responses={200: {"model": bodies.NetworkView}})
 async def show_network(network: _Network, services: _Uses) -> JSONResponse:
     """One network."""
-    return RecordResponse(services.reports.network(network))
+    return bodies.RecordResponse(services.reports.network(network))
 
 
-@router.put("/networks/{network}", openapi_extra=_takes(NetworkRecord))
+@router.put("/networks/{network}", openapi_extra=_takes(bodies.NetworkRecord))
 async def put_network(network: str, request: Request, services: _Uses) -> Written:
     """Add a network, or replace its whole record."""
-    body = refuse_unlike(await read_json(request), network)
-    return await services.records.put([accept("network", parse_network(body))], [])
+    body = bodies.refuse_unlike(await bodies.read_json(request), network)
+    return await services.records.put([bodies.accept("network", parse_network(body))], [])
 
 
-@router.patch("/networks/{network}", openapi_extra=_takes(NetworkRecord))
+@router.patch("/networks/{network}", openapi_extra=_takes(bodies.NetworkRecord))
 async def patch_network(network: _Network, request: Request, services: _Uses) -> Written:
     """Change some keys of a network (RFC 7396: null takes a key away)."""
-    patch = refuse_unlike(await read_json(request), network)
-    refuse_unclearable(patch, NETWORK)
+    patch = bodies.refuse_unlike(await bodies.read_json(request), network)
+    bodies.refuse_unclearable(patch, NETWORK)
     async with services.records.patching:
         known = services.reports.network(network)["record"]
-        body = merge_patch(render_record(known), patch)
-        return await services.records.put([accept("network", parse_network(body))], [])
+        body = bodies.merge_patch(render_record(known), patch)
+        return await services.records.put([bodies.accept("network", parse_network(body))], [])
 
 
 @router.delete("/networks/{network}")
@@ -265,7 +247,7 @@ async def remove_network(network: _Network, services: _Uses) -> Written:
     return await services.records.remove_network(network)
 
 
-@router.get("/instances", responses={200: {"model": list[InstanceSummary]}})
+@router.get("/instances", responses={200: {"model": list[bodies.InstanceSummary]}})
 async def list_instances(
     services: _Uses,
     network: Annotated[str | None, Query(description="Only those with a port in it.")] = None,
@@ -278,44 +260,49 @@ async def list_instances(
 @router.post(
     "/instances",
     status_code=201,
-    openapi_extra=_takes(InstanceRecord),
+    openapi_extra=_takes(bodies.InstanceRecord),
 )
 async def add_instance(request: Request, services: _Uses) -> Written:
     """Add an instance; refused when there is one of this id."""
-    instance = accept(
-        "instance", parse_instance(name_networks(await read_json(request), services.reports))
+    instance = bodies.accept(
+        "instance",
+        parse_instance(bodies.name_networks(await bodies.read_json(request), services.reports)),
     )
     return await services.records.put([], [instance], create=True)
 
 
-@router.get("/instances/{instance}", responses={200: {"model": InstanceView}})
+@router.get("/instances/{instance}", responses={200: {"model": bodies.InstanceView}})
 async def show_instance(instance: _Instance, services: _Uses) -> JSONResponse:
     """One instance, payloads included."""
-    return RecordResponse(services.reports.instance(instance))
+    return bodies.RecordResponse(services.reports.instance(instance))
 
 
-@router.put("/instances/{instance}", openapi_extra=_takes(InstanceRecord))
+@router.put("/instances/{instance}", openapi_extra=_takes(bodies.InstanceRecord))
 async def put_instance(instance: str, request: Request, services: _Uses) -> Written:
     """Add an instance, or replace its whole record."""
-    body = refuse_unlike(name_networks(await read_json(request), services.reports), instance)
-    return await services.records.put([], [accept("instance", parse_instance(body))])
+    body = bodies.refuse_unlike(
+        bodies.name_networks(await bodies.read_json(request), services.reports), instance
+    )
+    return await services.records.put([], [bodies.accept("instance", parse_instance(body))])
 
 
-@router.patch("/instances/{instance}", openapi_extra=_takes(InstanceRecord))
+@router.patch("/instances/{instance}", openapi_extra=_takes(bodies.InstanceRecord))
 async def patch_instance(instance: _Instance, request: Request, services: _Uses) -> Written:
     """Change some keys of an instance (RFC 7396: null takes a key away, lists are replaced).
 
     `password: null` forgets the password that its guest posted.
     """
-    patch = refuse_unlike(name_networks(await read_json(request), services.reports), instance)
-    refuse_unclearable(patch, INSTANCE, PASSWORD)
-    clears_password = patch.get(PASSWORD, "") is None
+    patch = bodies.refuse_unlike(
+        bodies.name_networks(await bodies.read_json(request), services.reports), instance
+    )
+    bodies.refuse_unclearable(patch, INSTANCE, bodies.PASSWORD)
+    clears_password = patch.get(bodies.PASSWORD, "") is None
     if clears_password:
-        del patch[PASSWORD]
+        del patch[bodies.PASSWORD]
     async with services.records.patching:
         known = services.reports.instance(instance)["record"]
-        body = merge_patch(render_record(known), patch)
-        changed = accept("instance", parse_instance(body))
+        body = bodies.merge_patch(render_record(known), patch)
+        changed = bodies.accept("instance", parse_instance(body))
         # A password is no part of the record, which may be another source's.
         unchanged = clears_password and patch.keys() == {"id"}
         written = Written(instances=1) if unchanged else await services.records.put([], [changed])
@@ -325,12 +312,12 @@ async def patch_instance(instance: _Instance, request: Request, services: _Uses)
 
 
 @router.get("/instances/{instance}/password", response_model_exclude_unset=True)
-async def show_password(instance: _Instance, services: _Uses) -> PasswordBody:
+async def show_password(instance: _Instance, services: _Uses) -> bodies.PasswordBody:
     """The password that its guest posted, as it was posted: encrypted with the instance's key."""
     password = await services.guests.read_password(instance)
     if password is None:
         raise _no_password(instance)
-    return PasswordBody(instance=instance, password=DocumentBody.of(password))
+    return bodies.PasswordBody(instance=instance, password=bodies.DocumentBody.of(password))
 
 
 @router.delete("/instances/{instance}/password")
@@ -347,7 +334,7 @@ async def remove_instance(instance: _Instance, services: _Uses) -> Written:
     return await services.records.remove_instance(instance)
 
 
-@router.post("/records", openapi_extra=_takes(RecordsBody))
+@router.post("/records", openapi_extra=_takes(bodies.RecordsBody))
 async def put_records(
     request: Request,
     services: _Uses,
@@ -359,10 +346,10 @@ async def put_records(
     any length. It is answered when all of it is in force, which may take minutes: `/v1/progress` says how far it is.
     """
     if request.headers.get("content-type") == "application/x-ndjson":
-        networks, packed = await read_lines(request)
+        networks, packed = await bodies.read_lines(request)
         instances: Collection[Instance] = packed.values()
     else:
-        records = await read_records(await read_json(request))
+        records = await bodies.read_records(await bodies.read_json(request))
         networks, instances = records.networks, records.instances
     return await services.records.put(networks, instances, create=create, bulk=True)
 
@@ -376,7 +363,7 @@ def _no_password(instance: InstanceId) -> NotFound:
 
 async def _listed(reports: list[Report]) -> JSONResponse:
     """A list rendered in a thread: the loop has guests waiting in the resolver."""
-    return await asyncio.to_thread(RecordResponse, reports)
+    return await asyncio.to_thread(bodies.RecordResponse, reports)
 
 
 def _ip(text: str) -> IpAddress:

@@ -1,24 +1,29 @@
-"""The requests that `imdsproxy watch` shows: read from HAProxy's workers, and kept for a moment."""
+"""What HAProxy's workers have seen: requests for `imdsproxy watch`, and counts of reads without session tokens."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import structlog
 
+from imdsproxy.core.haproxy.counting import GUESTS_TABLE, READERS_TABLE, parse_guests, parse_readers
 from imdsproxy.core.haproxy.request_log import WATCH_RING, Watched, WatchReport, parse_events
+from imdsproxy.core.inventory import Inventory
+from imdsproxy.core.policy import PolicyBook
+from imdsproxy.core.token_report import TokenLedger, TokenReport, open_trees
+from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.errors import RuntimeUnavailable
-
-if TYPE_CHECKING:
-    from imdsproxy.dataplane.haproxy import Haproxy
+from imdsproxy.host.clock import Clock
 
 _KEPT: Final = 5000
 """Requests that are kept for watchers who ask a little later."""
 
+_BEFORE_RELOAD_S: Final = 0.5
 _IDLE_S: Final = 5.0
 """So long after the last read watching ends: the watcher may have been killed."""
 
@@ -114,3 +119,55 @@ class Watching:
         if request.instance is not None or not request.network:
             return request
         return replace(request, instance=self.owner_of(request.network, request.address))
+
+
+@dataclass(slots=True)
+class TokenCounting:
+    """Adds up what workers have counted: for a report, and before a reload ends a worker.
+
+    Args:
+        haproxy: Whose workers are asked, draining ones too.
+        clock: Of this host.
+        one_in: Of so many reads that are not refused one is counted now; 0 for none.
+
+    Attributes:
+        ledger: The sums; they begin with this controller.
+    """
+
+    haproxy: Haproxy
+    clock: Clock
+    one_in: Callable[[], int]
+    ledger: TokenLedger = field(init=False)
+    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def __post_init__(self) -> None:
+        self.ledger = TokenLedger(self.clock.now().timestamp())
+        self.haproxy.before_reload.append(self._look_before_reload)
+
+    async def _look_before_reload(self) -> None:
+        """As `refresh`; a worker that hangs must not keep it from being replaced."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_BEFORE_RELOAD_S):
+                await self.refresh()
+
+    async def refresh(self) -> None:
+        """Read all workers' tables once; what cannot be read is read the next time."""
+        async with self._lock:
+            tables = (f"show table {GUESTS_TABLE}", f"show table {READERS_TABLE}")
+            try:
+                answers = await self.haproxy.master.ask_workers(*tables)
+            except RuntimeUnavailable as error:
+                structlog.get_logger().debug("token counts cannot be read", reason=error.message)
+                return
+            now = self.clock.now().timestamp()
+            self.ledger.keep_workers(answers)
+            for worker, found in answers.items():
+                if found:
+                    guests, readers = found
+                    self.ledger.add(worker, parse_guests(guests), parse_readers(readers), now)
+
+    async def report(self, inventory: Inventory, policies: Callable[[], PolicyBook]) -> TokenReport:
+        """Who still reads without session tokens, and which trees required tokens leave open."""
+        await self.refresh()
+        report = self.ledger.report(open_trees(inventory, policies()))
+        return replace(report, one_in=self.one_in())

@@ -87,9 +87,7 @@ class Output:
 
     def styled(self, *lines: str) -> None:
         """Lines with rich's markup; what is foreign in them goes through `clean` first."""
-        console = _console(sys.stdout)
-        for line in lines:
-            console.print(line, soft_wrap=not sys.stdout.isatty())
+        _print_lines(sys.stdout, lines)
 
     def facts(self, facts: Mapping[str, str | None]) -> None:
         """Names and values, a line each, without those that are `None`; the values may hold markup."""
@@ -117,21 +115,15 @@ class Output:
         if not sys.stderr.isatty():
             yield _Lines()
             return
-        from rich.progress import (  # noqa: PLC0415 - `--help` need not load it
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-        )
+        from rich import progress  # noqa: PLC0415 - `--help` need not load it
 
         columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
         )
-        with Progress(*columns, console=_console(sys.stderr), transient=True) as bar:
+        with progress.Progress(*columns, console=_console(sys.stderr), transient=True) as bar:
             task = bar.add_task("")
 
             def note(what: str, done: int, of: int) -> None:
@@ -174,14 +166,13 @@ class Output:
             self.styled(*([f"[dim]{empty}[/]"] if empty else []))
             return
         self.styled(*([""] if apart else []))
-        console = _console(sys.stdout)
-        shown = list(filled[0])
-        table = _table(filled, shown, keep, right)
-        for title in [one for one in reversed(shown) if one in spare]:
-            if console.measure(table).maximum < console.width:
-                break
-            shown.remove(title)
+        shown, console = list(filled[0]), _console(sys.stdout)
+        dropped = [title for title in shown if title in spare]
+        while True:
             table = _table(filled, shown, keep, right)
+            if not dropped or console.measure(table).maximum < console.width:
+                break
+            shown.remove(dropped.pop())
         _print_table(table)
 
     def error(self, error: ImdsproxyError) -> None:
@@ -207,9 +198,7 @@ class Output:
 
         if is_journal(sys.stderr, os.environ):
             lines = [f"<3>{line}" for line in lines]
-        console = _console(sys.stderr)
-        for line in lines:
-            console.print(line, soft_wrap=not sys.stderr.isatty())
+        _print_lines(sys.stderr, lines)
 
 
 def first_lines(lines: Sequence[str]) -> list[str]:
@@ -230,9 +219,8 @@ def spell_status(status: int) -> str:
 
 def spell_time(at: float, *, zone: bool = False) -> str:
     """A moment in local time, with its zone where it is asked for."""
-    return (
-        f"{datetime.fromtimestamp(at, UTC).astimezone():%Y-%m-%d %H:%M:%S{' %Z' if zone else ''}}"
-    )
+    local = datetime.fromtimestamp(at, UTC).astimezone()
+    return f"{local:%Y-%m-%d %H:%M:%S{' %Z' if zone else ''}}"
 
 
 def read_bytes_shape(shape: Mapping[str, str]) -> bytes:
@@ -298,6 +286,12 @@ def _table(
     for row in rows:
         table.add_row(*(row[title] for title in shown))
     return table
+
+
+def _print_lines(stream: TextIO, lines: Iterable[str]) -> None:
+    console = _console(stream)
+    for line in lines:
+        console.print(line, soft_wrap=not stream.isatty())
 
 
 def _print_table(table: Table) -> None:

@@ -25,9 +25,8 @@ from imdsproxy.app.policy_store import OverrideFile, PolicyStore
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.app.token_keys import TokenKeys
-from imdsproxy.app.token_report import open_counting
 from imdsproxy.app.watchdog import HaproxyWatchdog
-from imdsproxy.app.watching import Watching
+from imdsproxy.app.watching import TokenCounting, Watching
 from imdsproxy.config.changes import SettingsHolder
 from imdsproxy.controller.build import (
     build_companion,
@@ -189,7 +188,7 @@ class Controller:
             self.lookup.look, lambda: holder.settings.resolver, clock.monotonic
         )
         self.audit = Audit(lambda: holder.settings.audit, self._keep_worker)
-        self.counting = open_counting(self.haproxy, clock, lambda: holder.settings.tokens.one_in)
+        self.counting = TokenCounting(self.haproxy, clock, lambda: holder.settings.tokens.one_in)
 
     def _trust_changed(self, networks: frozenset[NetworkId]) -> None:
         """Guests of these networks are trusted by another rule than before."""

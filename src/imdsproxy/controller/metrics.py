@@ -11,17 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import (
-    Annotated,
-    Any,
-    Final,
-    Literal,
-    TypeAlias,
-    TypeVar,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar, get_args, get_type_hints
 
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric as Family
@@ -406,8 +396,8 @@ class Metrics(Collector):
 
 def _metrics() -> Iterator[Metric]:
     for name, read in vars(Metrics).items():
-        hint: Any = get_type_hints(read, include_extras=True).get("return") if callable(read) else 0
-        if get_origin(hint) is Annotated:
+        hint: Any = callable(read) and get_type_hints(read, include_extras=True).get("return")
+        if hasattr(hint, "__metadata__"):
             kind, *labels = hint.__metadata__
             text = " ".join((read.__doc__ or "").split())
             yield Metric(f"imdsproxy_{name}", kind, text, tuple(labels), read)

@@ -8,29 +8,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from imdsproxy import __version__
+from imdsproxy.admin import reports
 from imdsproxy.admin.record_reports import LeftOut, report_left_out
-from imdsproxy.admin.reports import (
-    AuditReport,
-    DocumentsReport,
-    HaproxyReport,
-    MacsReport,
-    PlanReport,
-    Readiness,
-    ReloadReport,
-    SourceReport,
-    StatusReport,
-    UnixListenerReport,
-)
 from imdsproxy.controller.controller import Controller
 from imdsproxy.core.documents.ec2 import list_warnings
-from imdsproxy.core.haproxy.limits import (
-    COUNTERS,
-    POLICY_COUNTERS,
-    Asker,
-    busiest,
-    most_in_window,
-    refused_lately,
-)
+from imdsproxy.core.haproxy import limits
 from imdsproxy.core.haproxy.runtime import Processes
 from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import DataplaneError, Problem
@@ -48,7 +30,7 @@ class Status:
     one: Controller
     nova: NovaWatch
 
-    def readiness(self) -> Readiness:
+    def readiness(self) -> reports.Readiness:
         """In sync, last plan applied, a probe through HAProxy answered, and all networks served; else why not."""
         one = self.one
         sources = one.inventory.sources.items()
@@ -62,14 +44,14 @@ class Status:
         degraded += map(str, self._unnoticed())
         if one.holder.settings.metrics.degraded == "not-ready":
             reasons += degraded
-        return Readiness(not reasons, tuple(reasons), tuple(degraded))
+        return reports.Readiness(not reasons, tuple(reasons), tuple(degraded))
 
-    async def report(self) -> StatusReport:
+    async def report(self) -> reports.StatusReport:
         """Everything at one moment."""
         one, inventory = self.one, self.one.inventory
         plan, warnings = one.listeners.report, one.records.compiler.warnings.values()
         await self.nova.refresh()
-        return StatusReport(
+        return reports.StatusReport(
             version=__version__,
             controller=os.getpid(),
             started_at=one.started_at,
@@ -84,10 +66,10 @@ class Status:
             conflicts=inventory.conflicts(),
             problems=self.own_problems() + self._unnoticed(),
             haproxy=self._haproxy(),
-            documents=DocumentsReport(
+            documents=reports.DocumentsReport(
                 one.companion.read().pids, _reason(self.documents_problem()), one.companion.needed
             ),
-            last_plan=PlanReport(
+            last_plan=reports.PlanReport(
                 plan.at, plan.operations, plan.reasons, tuple(map(str, plan.problems)), plan.seconds
             ),
             nova=self.nova.endpoints,
@@ -100,48 +82,48 @@ class Status:
             progress=one.records.progress.steps,
         )
 
-    async def _busiest(self) -> tuple[Asker, ...]:
+    async def _busiest(self) -> tuple[limits.Asker, ...]:
         """Instances that are limited now, as HAProxy's worker counts them; none while HAProxy cannot be asked."""
-        limits, haproxy = self.one.holder.settings.limits, self.one.haproxy
-        if not limits.enabled or haproxy.processes is None or haproxy.processes.worker is None:
+        allowed, haproxy = self.one.holder.settings.limits, self.one.haproxy
+        if not allowed.enabled or haproxy.processes is None or haproxy.processes.worker is None:
             return ()
-        most, worker = most_in_window(limits.requests_per_s, limits.burst), haproxy.processes.worker
-        now = self.one.clock.now().timestamp()
+        worker, now = haproxy.processes.worker, self.one.clock.now().timestamp()
+        most = limits.most_in_window(allowed.requests_per_s, allowed.burst)
         try:
-            own = await haproxy.master.send(worker, f"show table {POLICY_COUNTERS}")
+            own = await haproxy.master.send(worker, f"show table {limits.POLICY_COUNTERS}")
             wanted = (
                 f"data.gpc0_rate ge {max(1, most // _WORTH_A_LOOK)}",
-                f"data.conn_cur ge {max(2, limits.connections // _WORTH_A_LOOK)}",
+                f"data.conn_cur ge {max(2, allowed.connections // _WORTH_A_LOOK)}",
                 # Limits of a policy may be as small as one likes.
-                *(f"key {key}" for key in refused_lately(own, now)),
+                *(f"key {key}" for key in limits.refused_lately(own, now)),
             )
-            usual = [
-                await haproxy.master.send(worker, f"show table {COUNTERS} {each}")
-                for each in wanted
-            ]
+            commands = (f"show table {limits.COUNTERS} {each}" for each in wanted)
+            usual = [await haproxy.master.send(worker, command) for command in commands]
         except (DataplaneError, WorkerEnded):
             # The watchdog handles that, and the same report has HAProxy's state.
             return ()
-        table = "\n".join(usual)
-        return tuple(busiest(table, own, requests=most, connections=limits.connections, now=now))
+        found = limits.busiest(
+            "\n".join(usual), own, requests=most, connections=allowed.connections, now=now
+        )
+        return tuple(found)
 
     def _unnoticed(self) -> tuple[Problem, ...]:
         """What is wrong and no guest notices."""
         return (*_only(self.one.audit.problem), *self.one.holder.problems)
 
-    def _audit(self) -> AuditReport | None:
+    def _audit(self) -> reports.AuditReport | None:
         audit = self.one.audit
         settings, problem = audit.settings(), _reason(audit.problem)
         if not settings.one_in:
             return None
-        return AuditReport(
+        return reports.AuditReport(
             settings.mode, settings.destination, audit.written, audit.left_out, problem
         )
 
-    def macs(self) -> MacsReport:
+    def macs(self) -> reports.MacsReport:
         """What is made of guests' MACs."""
         filters, learned = self.one.mac_filters, self.one.records.learned.values()
-        return MacsReport(
+        return reports.MacsReport(
             gates=len(filters.plan.filters),
             refused=len(filters.refused),
             pairs=filters.pair_count,
@@ -149,7 +131,7 @@ class Status:
             mismatches=dict(self.one.resolver.counts.mismatched.most_common(_SHOWN)),
         )
 
-    def _source(self, name: str, in_sync: bool) -> SourceReport:  # noqa: FBT001 - as the inventory has it
+    def _source(self, name: str, in_sync: bool) -> reports.SourceReport:  # noqa: FBT001 - as the inventory has it
         """A source with the records that it refuses, and its ports in networks that no source has."""
         inventory, sources = self.one.inventory, self.one.sources
         source = next(each for each in sources.all if each.name == name)
@@ -166,7 +148,7 @@ class Status:
         # Others are in sync only while they can be read.
         stale_s = asked.figures.stale_s if asked is not None and asked is source else 0.0
         counts = inventory.record_counts(name)
-        return SourceReport(name, in_sync, *counts, stale_s, tuple(found))
+        return reports.SourceReport(name, in_sync, *counts, stale_s, tuple(found))
 
     def own_problems(self) -> tuple[Problem, ...]:
         """What is wrong and belongs to no source, network or instance."""
@@ -201,13 +183,13 @@ class Status:
             *one.listeners.report.problems,
         )
 
-    def unix_listener(self) -> UnixListenerReport | None:
+    def unix_listener(self) -> reports.UnixListenerReport | None:
         """The socket for Neutron's proxies; `None` where it is off."""
         unix = self.one.listeners.unix
         settings, bind = unix.settings(), unix.bind
         if not settings.enabled:
             return None
-        return UnixListenerReport(
+        return reports.UnixListenerReport(
             path=str(settings.path),
             serving=unix.serving,
             mode="" if bind is None else bind.mode,
@@ -218,13 +200,13 @@ class Status:
             taken_from=unix.taken_from,
         )
 
-    def _haproxy(self) -> HaproxyReport:
+    def _haproxy(self) -> reports.HaproxyReport:
         haproxy, problem = self.one.haproxy, _reason(self.one.watchdog.failure)
         processes, last = haproxy.processes or Processes(0, None), haproxy.last_reload
         reload = (
             None
             if last is None
-            else ReloadReport(
+            else reports.ReloadReport(
                 last.number,
                 last.at,
                 last.reason,
@@ -233,7 +215,7 @@ class Status:
                 last.seconds,
             )
         )
-        return HaproxyReport(
+        return reports.HaproxyReport(
             self.one.haproxy_version,
             processes.master or None,
             processes.worker,
