@@ -1,13 +1,18 @@
-"""Who an unknown address is, with the neighbour table as it may be."""
+"""Who an unknown address is, by records, the neighbour table and a source that can be asked; how it is explained."""
 
 from __future__ import annotations
 
-import asyncio
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv6Address
+from types import SimpleNamespace
+from typing import Any, Final
 
 import pytest
 
+from imdsproxy.admin.guests import GuestService
+from imdsproxy.admin.reports import Explanation
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.anti_spoofing.plan import LEARNED_PER_MAC, plan_pair
 from imdsproxy.app.lookup import Lookup
@@ -23,44 +28,59 @@ from imdsproxy.core.model import (
     Network,
     NetworkId,
     Port,
+    Scope,
+    Upstream,
 )
-from imdsproxy.core.observation import AddressKey, Observation
-from imdsproxy.core.wire import EmbeddedRecord
-from imdsproxy.errors import HostRefused
-from imdsproxy.serving.resolver import Outcome
+from imdsproxy.core.nova import EndpointSet, NovaRouting
+from imdsproxy.core.observation import AddressKey, Conflict, Observation
+from imdsproxy.core.plan import plan_record
+from imdsproxy.core.policy import OperatorOverride, PolicyBook, PolicyRules, TokenMode
+from imdsproxy.core.policy_report import DEFAULT_ORIGIN, PolicyInForce
+from imdsproxy.core.wire import MapRecord
+from imdsproxy.errors import HostRefused, Problem
+from imdsproxy.sources.api import (
+    Confirmation,
+    LookUp,
+    LookUpUnavailable,
+    PortAmbiguous,
+    PortFound,
+    PortMissing,
+)
+from support.fake_look_ups import FakeLookUps
 from support.hand_clock import HandClock
 
-_RED = NetworkId("red")
-_REVISION = "0123456789abcdef"
-_WEB = EmbeddedRecord(InstanceId("web"), _REVISION)
-_MAC = MacAddress("02:00:00:00:00:05")
-_PRIVATE: AddressKey = (_RED, IPv6Address("fe80::1234"))
+_NET: Final = NetworkId("net")
+_ROUTER: Final = NetworkId("router")
+_ADDRESS: Final = IPv4Address("10.0.0.5")
+_EUI64: Final = IPv6Address("fe80::f816:3eff:fe00:5")
+_ASKED: Final[AddressKey] = (_NET, _ADDRESS)
+_PRIVATE: Final[AddressKey] = (_NET, IPv6Address("fe80::1234"))
+_BEHIND: Final[AddressKey] = (_ROUTER, _ADDRESS)
+_MAC: Final = MacAddress("fa:16:3e:00:00:05")
+_OTHER: Final = MacAddress("fa:16:3e:00:00:99")
+_FOUND: Final = PortFound(_NET, InstanceId("web"))
 
 
-class _Neighbours:
-    def __init__(self) -> None:
-        self.mac: MacAddress | None = None
-        self.broken = False
-        self.asked = 0
-
-    async def neighbour(self, network: Network, address: IpAddress) -> MacAddress | None:
-        del network, address
-        self.asked += 1
-        if self.broken:
-            raise HostRefused("no such namespace")
-        return self.mac
+def _instance(name: str = "web", mac: MacAddress | None = _MAC, *addresses: IpAddress) -> Instance:
+    ports = (Port(_NET, mac, addresses),)
+    nova = Upstream.NOVA
+    return Instance(InstanceId(name), name, name, project="blue", ports=ports, upstream=nova)
 
 
-class _Pairs(MacFilters):
-    """Filters that follow the records at once."""
+_WEB: Final = _instance("web", _MAC, _ADDRESS)
+_BARE: Final = _instance()
+_NO_MAC: Final = _instance("web", None, _ADDRESS)
+
+
+class _Filters(MacFilters):
+    """MAC filters that follow the records at once."""
 
     def __init__(self, rig: Rig) -> None:
         self.rig = rig
-        self.up = True
-        self.plain = False
-        self.told: list[tuple[AddressKey, int, MacAddress]] = []
-        self.senders: dict[tuple[AddressKey, int], MacAddress] = {}
-        self.on_tell: Callable[[], None] = lambda: None
+        self.up, self.plain = True, False
+        self.bound: list[tuple[AddressKey, int, MacAddress]] = []
+        self.senders: dict[int, MacAddress] = {}
+        self.on_bind: Callable[[], None] = lambda: None
 
     def is_plain(self, network: NetworkId) -> bool:
         del network
@@ -77,21 +97,31 @@ class _Pairs(MacFilters):
         return iter(())
 
     async def sender(self, key: AddressKey, port: int) -> MacAddress | None:
-        return self.senders.get((key, port))
+        del key
+        return self.senders.get(port)
 
     async def bind_answers(self, key: AddressKey, port: int, mac: MacAddress) -> bool:
-        self.told.append((key, port, mac))
-        self.on_tell()
+        self.bound.append((key, port, mac))
+        self.on_bind()
         return True
 
 
+@dataclass
 class _Records:
     """As much of the record loop as a look-up uses; everything is in force at once."""
 
-    def __init__(self) -> None:
-        self.learned: dict[AddressKey, Learned] = {}
-        self.tickets = Tickets()
-        self.owner = "web"
+    inventory: Inventory
+    routing: NovaRouting = field(
+        default_factory=lambda: NovaRouting((EndpointSet("default", b"secret"),))
+    )
+    learned: dict[AddressKey, Learned] = field(default_factory=dict)
+    tickets: Tickets = field(default_factory=Tickets)
+    compiler: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(revisions={}))
+    applier: None = None
+    book: PolicyBook = field(default_factory=PolicyBook)
+
+    def policies(self) -> PolicyBook:
+        return self.book
 
     def learn(self, key: AddressKey, learned: Learned) -> int:
         self.learned[key] = learned
@@ -105,221 +135,470 @@ class _Records:
         del key
         return 0
 
-    def planned(self, key: AddressKey) -> EmbeddedRecord:
-        del key
-        return EmbeddedRecord(InstanceId(self.owner), _REVISION)
+    def planned(self, key: AddressKey) -> MapRecord | Conflict | None:
+        return plan_record(self.inventory, key, self.compiler.revisions, self.learned, self.routing)
 
 
 class Rig:
-    def __init__(self, *instances: Instance, in_sync: bool = True, mac_check: bool = False) -> None:
-        self.mac_check = mac_check
-        self.pairs = _Pairs(self)
-        self.inventory = Inventory(["a"])
-        self.clock = HandClock()
-        self.neighbours = _Neighbours()
-        self.records = _Records()
-        self.say(*instances, in_sync=in_sync)
+    """A look-up over records, a neighbour table and a source that can be asked.
+
+    Attributes:
+        mac: What the neighbour table has for every address.
+        asked: How often it was asked for.
+        broken: It cannot be read.
+    """
+
+    def __init__(
+        self,
+        *instances: Instance,
+        listed: Scope | None = None,
+        mac_check: bool = True,
+        in_sync: bool = True,
+    ) -> None:
+        self.mac: MacAddress | None = None
+        self.asked, self.broken = 0, False
+        self.inventory = Inventory(["neutron", "file"])
+        self.source = _PublishingLookUps(self)
+        self.records, self.filters, self.clock = (
+            _Records(self.inventory),
+            _Filters(self),
+            HandClock(),
+        )
         self.lookup = Lookup(
             self.inventory,
             self.records,  # type: ignore[arg-type]  # the part that is used
-            self.neighbours.neighbour,
+            self._neighbour,
             self.clock,
             lambda: 30.0,
-            self.pairs,
+            self.filters,
+            self.source,
         )
+        networks = {}
+        if listed is not None:
+            name = _NET if listed is Scope.NETWORK else _ROUTER
+            listener = NamespaceListener("ns")
+            networks = {name: Network(name, listener, scope=listed, mac_check=mac_check)}
+        self.inventory.observe(Observation("file", full=True, networks=networks))
+        self.publish(*instances, in_sync=in_sync)
+        self.unix = SimpleNamespace(serving=True, problem=None)
 
-    def say(self, *instances: Instance, in_sync: bool = True) -> None:
-        network = Network(_RED, NamespaceListener("red"), mac_check=self.mac_check)
+    async def _neighbour(self, network: Network, address: IpAddress) -> MacAddress | None:
+        del network, address
+        self.asked += 1
+        if self.broken:
+            raise HostRefused("no such namespace")
+        return self.mac
+
+    def answer(
+        self, answer: LookUp, address: IpAddress = _ADDRESS, scope: Scope = Scope.NETWORK
+    ) -> None:
+        network = _NET if scope is Scope.NETWORK else _ROUTER
+        self.source.answers[scope, network, address] = answer
+
+    def publish(self, *instances: Instance, source: str = "neutron", in_sync: bool = True) -> None:
+        known = {each.id: each for each in instances}
+        implied = frozenset({_NET})
         self.inventory.observe(
             Observation(
-                "a",
-                full=True,
-                networks={_RED: network},
-                instances={one.id: one for one in instances},
-                in_sync=in_sync,
+                source, full=True, instances=known, implied_networks=implied, in_sync=in_sync
             )
         )
 
+    async def look(
+        self, key: AddressKey = _ASKED, scope: Scope | None = None, port: int | None = None
+    ) -> str:
+        """By which instance's record, or why by none."""
+        outcome = await self.lookup.look(key, scope, port)
+        return outcome if isinstance(outcome, Denial) else outcome.instance
 
-def _web(mac: MacAddress | None = _MAC, name: str = "web") -> Instance:
-    port = Port(_RED, mac, (IPv4Address("10.0.0.5"),))
-    return Instance(InstanceId(name), name, name, ports=(port,))
+    async def explain(self, key: AddressKey = _ASKED) -> Explanation:
+        parts: Any = SimpleNamespace(
+            report=SimpleNamespace(endpoints=()),
+            degraded=tuple,
+            unix=self.unix,
+            haproxy=SimpleNamespace(processes=None),
+        )
+        service = GuestService(self.lookup, parts, parts, parts, documents_needed=True)
+        return await service.explain(key)
 
 
-_ASKED: AddressKey = (_RED, IPv4Address("10.0.0.5"))
-_OTHER = MacAddress("02:00:00:00:00:99")
+class _PublishingLookUps(FakeLookUps):
+    """Publishes what it finds before it gives it."""
+
+    def __init__(self, rig: Rig) -> None:
+        super().__init__()
+        self._rig = rig
+        self.silent = False
+
+    async def look_up(self, scope: Scope, network: NetworkId, address: IpAddress) -> LookUp:
+        answer = await super().look_up(scope, network, address)
+        if isinstance(answer, PortFound) and not self.silent:
+            self._rig.publish(_WEB)
+        return answer
 
 
-def _bare(mac: MacAddress = _MAC, name: str = "web") -> Instance:
-    return Instance(InstanceId(name), name, name, ports=(Port(_RED, mac),))
-
-
-_ALONE, _BARE, _NO_MAC = (_web(),), (_bare(),), (_web(None),)
-_TWO = (_web(), _bare(name="db"))
+_LEARNED: Final = Learned(InstanceId("web"), 130.0, mac=_MAC)
 
 
 @pytest.mark.parametrize(
-    ("instances", "neighbour", "key", "expected"),
+    ("instances", "mac", "key", "expected"),
     [
         # By the record, without a look at the neighbour table.
-        (_ALONE, _OTHER, _ASKED, _WEB),
-        (_ALONE, _MAC, (_RED, IPv4Address("10.0.0.99")), Denial.UNKNOWN),
-        (_ALONE, _MAC, (NetworkId("blue"), IPv4Address("10.0.0.5")), Denial.UNKNOWN),
+        ((_WEB,), _OTHER, _ASKED, "web"),
+        ((_WEB,), _MAC, (_NET, IPv4Address("10.0.0.99")), Denial.UNKNOWN),
+        ((_WEB,), _MAC, (NetworkId("blue"), _ADDRESS), Denial.UNKNOWN),
         # A private link-local address is known by its MAC.
-        (_ALONE, _MAC, _PRIVATE, _WEB),
-        (_ALONE, _OTHER, _PRIVATE, Denial.UNKNOWN),
-        (_ALONE, None, _PRIVATE, Denial.UNKNOWN),
-        (_TWO, _MAC, _PRIVATE, Denial.CONFLICT),
+        ((_WEB,), _MAC, _PRIVATE, "web"),
+        ((_WEB,), _OTHER, _PRIVATE, Denial.UNKNOWN),
+        ((_WEB,), None, _PRIVATE, Denial.UNKNOWN),
+        ((_WEB, _instance("db")), _MAC, _PRIVATE, Denial.CONFLICT),
         (None, None, _PRIVATE, Denial.UNAVAILABLE),
     ],
 )
 async def test_an_address_is_known_by_its_record_or_else_by_its_mac(
     instances: tuple[Instance, ...] | None,
-    neighbour: MacAddress | None,
+    mac: MacAddress | None,
     key: AddressKey,
-    expected: Outcome,
+    expected: str,
 ) -> None:
-    rig = Rig(*(instances or ()), in_sync=instances is not None)
-    rig.neighbours.mac = neighbour
-    assert await rig.lookup.look(key) == expected
-    assert rig.neighbours.asked == (1 if key == _PRIVATE else 0)
-    learned = {_PRIVATE: Learned(InstanceId("web"), 130.0, mac=_MAC)}
-    assert rig.records.learned == (learned if (key, expected) == (_PRIVATE, _WEB) else {})
+    rig = Rig(
+        *(instances or ()), listed=Scope.NETWORK, mac_check=False, in_sync=instances is not None
+    )
+    rig.mac, rig.lookup.source = mac, None
+    assert await rig.look(key) == expected
+    assert rig.asked == (key == _PRIVATE)
+    learned = (key, expected) == (_PRIVATE, "web")
+    assert rig.records.learned == ({_PRIVATE: _LEARNED} if learned else {})
+    rig.broken = True
+    rig.records.learned.clear()
+    if learned:
+        assert await rig.look(key) == Denial.UNKNOWN
 
 
 @pytest.mark.parametrize(
-    ("instances", "neighbour", "sender", "expected"),
+    ("instance", "mac", "sender", "expected"),
     [
-        (_ALONE, _MAC, None, _WEB),
-        (_ALONE, _OTHER, None, Denial.MISMATCH),
-        (_ALONE, None, None, Denial.MISMATCH),
+        (_WEB, _MAC, None, "web"),
+        (_WEB, _OTHER, None, Denial.MISMATCH),
+        (_WEB, None, None, Denial.MISMATCH),
         # The MAC that the connection came from counts, and not the neighbour table's.
-        (_ALONE, _OTHER, _MAC, _WEB),
+        (_WEB, _OTHER, _MAC, "web"),
         # By its MAC alone, at whatever address.
-        (_BARE, _MAC, None, _WEB),
+        (_BARE, _MAC, None, "web"),
         # Without a MAC in its record it is believed with any.
-        (_NO_MAC, _OTHER, None, _WEB),
+        (_NO_MAC, _OTHER, None, "web"),
     ],
 )
 async def test_an_unverified_address_is_known_with_its_mac_and_no_other_reads_the_answer(
-    instances: tuple[Instance, ...],
-    neighbour: MacAddress | None,
-    sender: MacAddress | None,
-    expected: Outcome,
+    instance: Instance, mac: MacAddress | None, sender: MacAddress | None, expected: str
 ) -> None:
-    rig = Rig(*instances, mac_check=True)
-    rig.neighbours.mac = neighbour
+    rig = Rig(instance, listed=Scope.NETWORK)
+    rig.mac = mac
     if sender is not None:
-        rig.pairs.senders[_ASKED, 4711] = sender
-    assert await rig.lookup.look(_ASKED, None, 4711) == expected
-    bound = expected == _WEB and instances is not _NO_MAC
-    assert rig.pairs.told == ([(_ASKED, 4711, _MAC)] if bound else [])
-    learned = {_ASKED: Learned(InstanceId("web"), 130.0, mac=_MAC)}
-    assert rig.records.learned == (learned if instances is _BARE else {})
+        rig.filters.senders[4711] = sender
+    assert await rig.look(port=4711) == expected
+    bound = expected == "web" and instance is not _NO_MAC
+    assert rig.filters.bound == ([(_ASKED, 4711, _MAC)] if bound else [])
+    assert rig.records.learned == ({_ASKED: _LEARNED} if instance is _BARE else {})
 
 
-async def test_a_table_that_cannot_be_read_makes_none_known() -> None:
-    rig = Rig(_web())
-    rig.neighbours.broken = True
-    assert await rig.lookup.look(_PRIVATE) == Denial.UNKNOWN
-
-
-async def test_what_was_learned_is_looked_at_again_when_its_time_is_over() -> None:
-    rig = Rig(_web())
-    rig.neighbours.mac = _MAC
-    await rig.lookup.look(_PRIVATE)
-    asked = rig.neighbours.asked
+@pytest.mark.parametrize(
+    ("mac", "gone", "expected"),
+    [
+        (_MAC, False, {_PRIVATE: replace(_LEARNED, until=161.0)}),
+        (_OTHER, False, {}),
+        (None, False, {}),
+        (_MAC, True, {}),
+    ],
+)
+async def test_what_was_learned_is_looked_at_again_when_its_time_is_over(
+    mac: MacAddress | None, expected: dict[AddressKey, Learned], *, gone: bool
+) -> None:
+    rig = Rig(_WEB, listed=Scope.NETWORK, mac_check=False)
+    rig.mac = _MAC
+    await rig.look(_PRIVATE)
+    asked, rig.mac = rig.asked, mac
+    if gone:
+        rig.publish()
     await rig.lookup.review()
-    assert rig.neighbours.asked == asked
+    assert (rig.asked, rig.records.learned) == (asked, {_PRIVATE: _LEARNED})
     rig.clock.time = 131
     await rig.lookup.review()
-    assert rig.records.learned == {_PRIVATE: Learned(InstanceId("web"), 161.0, mac=_MAC)}
+    assert rig.records.learned == expected
 
 
-@pytest.mark.parametrize("change", ["another-mac", "no-mac", "instance-gone"])
-async def test_what_is_no_longer_so_is_forgotten(change: str) -> None:
-    rig = Rig(_web())
-    rig.neighbours.mac = _MAC
-    await rig.lookup.look(_PRIVATE)
-    if change == "another-mac":
-        rig.neighbours.mac = MacAddress("02:00:00:00:00:77")
-    elif change == "no-mac":
-        rig.neighbours.mac = None
-    else:
-        rig.say()
-    rig.clock.time = 131
+async def test_what_the_kernel_reports_needs_no_second_look_and_is_followed() -> None:
+    rig = Rig(_BARE, _instance("db", _OTHER), listed=Scope.NETWORK)
+    rig.lookup.is_followed = lambda _: True
+    rig.mac = _MAC
+    await rig.look(port=1)
+    asked, rig.clock.time = rig.asked, 1e9
     await rig.lookup.review()
-    assert rig.records.learned == {}
-
-
-async def test_a_ticket_waits_for_its_number() -> None:
-    tickets = Tickets()
-    first, second = tickets.take(), tickets.take()
-    waiting = asyncio.create_task(tickets.wait(second))
-    await tickets.close(first)
-    await asyncio.sleep(0)
-    assert not waiting.done()
-    await tickets.close(second)
-    await waiting
-    await tickets.wait(first)
+    assert (rig.asked, rig.records.learned[_ASKED].instance) == (asked, "web")
+    rig.lookup.on_neighbour(_ASKED, _OTHER)
+    assert rig.records.learned == {_ASKED: Learned(InstanceId("db"), math.inf, mac=_OTHER)}
+    # Changes were lost: all are asked for.
+    await rig.lookup.review(everything=True)
+    assert rig.records.learned[_ASKED].instance == "web"
+    # Of an address that was not learned a change is of no account.
+    for mac in (None, _MAC):
+        rig.lookup.on_neighbour(_ASKED, mac)
+        assert rig.records.learned == {}
 
 
 async def test_an_address_that_another_takes_meanwhile_never_gives_that_one_s_record() -> None:
-    rig = Rig(_bare(), mac_check=True)
-    rig.neighbours.mac = _MAC
-
-    def take() -> None:
-        rig.records.owner = "thief"
-
-    rig.pairs.on_tell = take
-    assert await rig.lookup.look(_ASKED, None, 4711) == Denial.UNAVAILABLE
-
-
-async def test_what_is_told_of_needs_no_second_look() -> None:
-    rig = Rig(_bare(), mac_check=True)
-    rig.lookup.is_followed = lambda _: True
-    rig.neighbours.mac = _MAC
-    await rig.lookup.look(_ASKED, None, 4711)
-    asked = rig.neighbours.asked
-    rig.clock.time = 1e9
-    await rig.lookup.review()
-    assert rig.neighbours.asked == asked
-    assert _ASKED in rig.records.learned
+    rig = Rig(_BARE, listed=Scope.NETWORK)
+    rig.mac = _MAC
+    thief = _instance("thief", _OTHER, _ADDRESS)
+    rig.filters.on_bind = lambda: rig.publish(thief)
+    assert await rig.look(port=4711) == Denial.MISMATCH
+    # Nor is it answered while it has no record that is in force.
+    rig.publish(_BARE)
+    rig.filters.on_bind = lambda: setattr(rig.records, "routing", NovaRouting())
+    assert await rig.look(port=4711) == Denial.UNAVAILABLE
 
 
-async def test_without_a_gate_nobody_with_a_mac_is_answered() -> None:
-    rig = Rig(_web(), mac_check=True)
-    rig.neighbours.mac = _MAC
-    rig.pairs.up = False
-    assert await rig.lookup.look(_ASKED, None, 4711) == Denial.UNAVAILABLE
-    # Nor where HAProxy listens as if nobody looked at MACs.
-    rig.pairs.plain = True
-    assert await rig.lookup.look(_ASKED) == Denial.UNAVAILABLE
-
-
-async def test_a_verified_guest_is_known_whatever_the_neighbour_table_has_by_now() -> None:
-    rig = Rig(_web(), mac_check=True)
-    rig.neighbours.mac = _OTHER
-    assert await rig.lookup.look(_ASKED) == _WEB
-
-
-async def test_an_address_follows_its_lease() -> None:
-    rig = Rig(_bare(), _bare(_OTHER, "db"), mac_check=True)
-    rig.neighbours.mac = _MAC
-    await rig.lookup.look(_ASKED, None, 1)
-    rig.lookup.on_neighbour(_ASKED, _OTHER)
-    assert rig.records.learned[_ASKED] == Learned(InstanceId("db"), 130.0, mac=_OTHER)
-    rig.lookup.on_neighbour(_ASKED, None)
-    assert rig.records.learned == {}
-    # Nobody is known there: what is told of it is of no account.
-    rig.lookup.on_neighbour(_ASKED, _MAC)
-    assert rig.records.learned == {}
+async def test_without_a_mac_filter_none_with_a_mac_is_answered() -> None:
+    rig = Rig(_WEB, listed=Scope.NETWORK)
+    rig.mac = _OTHER
+    # Verified, whatever the neighbour table has by now.
+    assert await rig.look() == "web"
+    rig.mac, rig.filters.up = _MAC, False
+    assert await rig.look(port=4711) == Denial.UNAVAILABLE
+    # Nor where HAProxy listens as if no network checked MACs.
+    rig.filters.plain = True
+    assert await rig.look() == Denial.UNAVAILABLE
 
 
 async def test_one_mac_has_so_many_addresses_and_the_oldest_goes() -> None:
-    rig = Rig(_bare(), mac_check=True)
-    rig.neighbours.mac = _MAC
-    keys = [(_RED, IPv4Address(f"10.0.1.{number}")) for number in range(LEARNED_PER_MAC + 1)]
+    rig = Rig(_BARE, listed=Scope.NETWORK)
+    rig.mac = _MAC
+    keys = [(_NET, IPv4Address(f"10.0.1.{number}")) for number in range(LEARNED_PER_MAC + 1)]
     for key in keys:
-        assert await rig.lookup.look(key, None, 1) == _WEB
+        assert await rig.look(key, port=1) == "web"
     assert list(rig.records.learned) == keys[1:]
+
+
+def test_what_was_learned_before_a_restart_is_looked_for_among_addresses_without_an_owner() -> None:
+    rig = Rig(_WEB, _instance("db", _OTHER), listed=Scope.NETWORK)
+    asked: list[AddressKey] = []
+
+    def granted(key: AddressKey) -> MacAddress:
+        asked.append(key)
+        return _OTHER
+
+    keys = [_ASKED, (_NET, _EUI64), _PRIVATE]
+    filters = SimpleNamespace(keys=lambda: iter(keys), granted=granted)
+    rig.lookup.mac_filters = filters  # type: ignore[assignment]  # the part that is used
+    rig.lookup.recall()
+    assert asked == [_PRIVATE]
+    assert rig.records.learned == {_PRIVATE: Learned(InstanceId("db"), 100.0, mac=_OTHER)}
+
+
+# A source that can be asked
+
+
+async def test_an_address_that_no_source_has_reported_is_asked_for_and_a_known_one_is_not() -> None:
+    rig = Rig()
+    rig.answer(_FOUND)
+    assert await rig.look() == await rig.look() == "web"
+    assert rig.source.asked == [(Scope.NETWORK, *_ASKED)]
+    assert rig.records.learned == {}
+    rig.records.routing = NovaRouting()
+    assert await rig.look() == Denial.UNAVAILABLE
+
+
+@pytest.mark.parametrize("in_sync", [True, False])
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (PortMissing(), Denial.UNKNOWN),
+        (PortAmbiguous(2), Denial.UNKNOWN),
+        (LookUpUnavailable("down"), Denial.UNAVAILABLE),
+        # Found, and gone again: it is to be asked for once more.
+        (_FOUND, Denial.UNAVAILABLE),
+    ],
+)
+async def test_what_is_not_found_is_404_once_all_other_sources_have_reported(
+    answer: LookUp, expected: Denial, *, in_sync: bool
+) -> None:
+    rig = Rig()
+    rig.source.silent = True
+    rig.answer(answer)
+    rig.inventory.observe(Observation("file", in_sync=in_sync))
+    assert await rig.look() == (expected if in_sync else Denial.UNAVAILABLE)
+
+
+async def test_an_address_that_another_source_claims_too_is_contested() -> None:
+    rig = Rig()
+    rig.answer(_FOUND)
+    rig.answer(_FOUND, scope=Scope.ROUTER)
+    rig.publish(_instance("other", _OTHER, _ADDRESS), source="file")
+    rig.publish(_WEB)
+    assert await rig.look() == Denial.CONFLICT
+    assert await rig.look(_BEHIND, Scope.ROUTER) == Denial.CONFLICT
+
+
+@pytest.mark.parametrize("listed", [None, Scope.ROUTER])
+async def test_behind_a_router_an_address_is_known_as_long_as_the_source_knows_the_route(
+    listed: Scope | None,
+) -> None:
+    rig = Rig(listed=listed)
+    rig.answer(_FOUND, scope=Scope.ROUTER)
+    assert await rig.look(_BEHIND, Scope.ROUTER if listed is None else None) == "web"
+    behind = {_BEHIND: Learned(InstanceId("web"), math.inf, via=_ASKED)}
+    await rig.lookup.review()
+    assert rig.records.learned == behind
+    # After a restart, too.
+    rig.records.learned.clear()
+    rig.lookup.follow_routes()
+    assert rig.records.learned == behind
+    rig.source.routed[_BEHIND] = PortFound(_NET, InstanceId("db"))
+    rig.lookup.follow_routes()
+    assert rig.records.learned[_BEHIND].instance == "db"
+    rig.source.routed.clear()
+    await rig.lookup.review()
+    assert rig.records.learned == {}
+
+
+async def test_a_networks_record_says_what_it_is_not_the_request() -> None:
+    rig = Rig(listed=Scope.NETWORK)
+    rig.answer(_FOUND)
+    assert await rig.look(scope=Scope.ROUTER) == "web"
+    assert rig.source.asked == [(Scope.NETWORK, *_ASKED)]
+
+
+async def test_a_private_address_is_asked_for_by_the_mac_of_the_neighbour_table() -> None:
+    rig = Rig(listed=Scope.NETWORK)
+    rig.answer(_FOUND, _EUI64)
+    assert await rig.look(_PRIVATE) == Denial.UNKNOWN
+    assert rig.source.asked == []
+    rig.mac = _MAC
+    assert await rig.look(_PRIVATE) == "web"
+    assert rig.source.asked == [(Scope.NETWORK, _NET, _EUI64)]
+    assert rig.records.learned == {_PRIVATE: _LEARNED}
+
+
+# Explained
+
+_UNLISTED: Final = "no source tells how net is reached: its guests come through the unix listener"
+
+
+async def test_a_guest_is_explained_with_its_listener_and_the_age_of_its_confirmation() -> None:
+    rig = Rig()
+    rig.answer(_FOUND)
+    rig.source.confirmed = Confirmation("p-1", 3.4, stale=False)
+    told = await rig.explain()
+    assert (told.verdict, told.answer, told.instance, told.source) == (
+        "found",
+        None,
+        "web",
+        "neutron",
+    )
+    assert told.why == (
+        _UNLISTED,
+        "instance web has 10.0.0.5, known by address",
+        "it is port p-1 of neutron, confirmed 3 s ago",
+    )
+    assert told.policy == {"upstream": "nova", "endpoint set": "default", "project": "blue"}
+    rig.source.confirmed = Confirmation("p-1", 90, stale=True)
+    assert (await rig.explain()).why[-1] == (
+        "it is port p-1 of neutron, confirmed 90 s ago; stale since, because neutron does not answer"
+    )
+    rig.unix.serving = False
+    told = await rig.explain()
+    assert (told.verdict, told.answer, told.instance) == ("left-out", 503, "web")
+    assert told.why[0] == f"{_UNLISTED}, which is off"
+    rig.unix.problem = Problem("unix_listener.path", "an agent listens there")
+    told = await rig.explain()
+    assert told.why[0] == f"{_UNLISTED}, which is left out: an agent listens there"
+
+
+async def test_a_guest_behind_a_router_is_explained_by_the_router() -> None:
+    rig = Rig()
+    rig.answer(_FOUND, scope=Scope.ROUTER)
+    told = await rig.explain(_BEHIND)
+    assert (told.verdict, told.network, told.how) == ("found", "router", "router")
+    assert "router router leads to network net" in told.why
+    assert told.policy["project"] == "blue"
+
+
+_NAMED: Final = "net is no UUID"
+
+
+@pytest.mark.parametrize(
+    ("network", "answer", "status", "words"),
+    [
+        ("net", PortMissing(), 404, "has no port that may get metadata; it knows networks"),
+        ("net", PortMissing(), 404, f"by their ids, and {_NAMED}"),
+        (
+            "8f6a1e0c-3b52-4c1d-9a57-0d2f4b6c8e10",
+            PortMissing(),
+            404,
+            "neutron was asked and has no port that may get metadata",
+        ),
+        (
+            "net",
+            PortAmbiguous(2),
+            404,
+            "2 ports of neutron have it there; whose guest asks is not guessed",
+        ),
+        ("net", LookUpUnavailable("refused"), 503, "neutron cannot be asked: refused"),
+    ],
+)
+async def test_who_is_not_found_is_explained(
+    network: str, answer: LookUp, status: int, words: str
+) -> None:
+    rig = Rig()
+    rig.answer(answer)
+    told = await rig.explain((NetworkId(network), _ADDRESS))
+    assert (told.verdict, told.answer) == ("unknown", status)
+    (step,) = [step for step in told.why if words in step]
+    assert (_NAMED in step) == (network == "net" and isinstance(answer, PortMissing))
+
+
+async def test_without_a_source_to_ask_an_unknown_network_is_none() -> None:
+    rig = Rig()
+    rig.lookup.source = None
+    told = await rig.explain((NetworkId("blue"), _ADDRESS))
+    assert (told.verdict, told.answer) == ("no-network", 404)
+
+
+def _origins(told: PolicyInForce | None) -> dict[str, tuple[object, str]]:
+    assert told is not None
+    return {one.name: (one.value, one.origin) for one in told.rules if one.origin != DEFAULT_ORIGIN}
+
+
+async def test_each_rule_is_told_with_the_scope_that_set_it_and_what_operators_did() -> None:
+    rig = Rig(_WEB)
+    rig.records.book = PolicyBook(
+        host=PolicyRules(tokens=TokenMode.REQUIRED, hop_limit=1, boot_grace_s=60),
+        networks={_NET: PolicyRules(seal_user_data=True), _ROUTER: PolicyRules(hop_limit=2)},
+        projects={
+            "blue": PolicyRules(tokens=TokenMode.OPTIONAL),
+            "red": PolicyRules(endpoint=False),
+        },
+        instances={"web": PolicyRules(refuse_forwarded=True)},
+        overrides={"web": OperatorOverride(2, 41)},
+    )
+    expected: dict[str, tuple[object, str]] = {
+        "tokens": ("optional", "project"),
+        "hop_limit": (1, "host"),
+        "boot_grace_s": (60, "host"),
+        "seal_user_data": (True, "network"),
+        "refuse_forwarded": (True, "instance"),
+    }
+    rules = (await rig.explain()).rules
+    assert _origins(rules) == expected
+    assert rules is not None
+    assert (rules.token_epoch, rules.reopened_at) == (2, 41)
+    assert (rules.boot_ends_at, rules.boot_over) == (101, False)
+    # The same by its MAC alone, which is nowhere noted.
+    declared = Rig(_WEB, listed=Scope.NETWORK)
+    declared.records.book, declared.mac = rig.records.book, _MAC
+    assert _origins((await declared.explain(_PRIVATE)).rules) == expected
+    # Behind a router it is the router's policy that counts.
+    rig.answer(_FOUND, scope=Scope.ROUTER)
+    del expected["seal_user_data"]
+    assert _origins((await rig.explain(_BEHIND)).rules) == {**expected, "hop_limit": (2, "network")}
+    assert (await rig.explain((_NET, IPv4Address("10.0.0.9")))).rules is None
