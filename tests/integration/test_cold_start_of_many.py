@@ -19,7 +19,7 @@ from imdsproxy.errors import HostRefused
 from imdsproxy.host.namespaces import DEFAULT_DIRECTORY, NamespaceDirectory, NamespaceThread
 from imdsproxy.host.netlink import add_address, set_link
 from imdsproxy.host.nlmessages import NetlinkSocket
-from imdsproxy.listeners.binds import compute_maxconn
+from imdsproxy.listeners.endpoints import compute_maxconn
 from support.patience import patience
 
 pytestmark = pytest.mark.root

@@ -30,7 +30,7 @@ from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.netlink import find_link, list_links, neighbour_mac
 from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.listeners.apply import apply_ops
-from imdsproxy.listeners.binds import plan_binds, plan_links
+from imdsproxy.listeners.endpoints import plan_binds, plan_links
 from imdsproxy.listeners.host import apply_links, haproxy_name
 from imdsproxy.listeners.observe import HostObserver
 from imdsproxy.listeners.plan import ListenerPlan, plan_listeners

@@ -30,7 +30,7 @@ from imdsproxy.core.policy_report import PolicyInForce, decide_read, report_poli
 from imdsproxy.core.wire import HEADER_LOGGED, MISMATCH_TEXT, NovaRecord, hide_signatures
 from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import NotFound, Problem, RuntimeUnavailable
-from imdsproxy.listeners.binds import networks_of
+from imdsproxy.listeners.endpoints import networks_of
 from imdsproxy.listeners.loop import ListenerLoop
 from imdsproxy.serving.resolver import Outcome
 from imdsproxy.serving.resolver_app import CollectedAnswer, Forward, GuestRequest

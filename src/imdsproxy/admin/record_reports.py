@@ -11,7 +11,7 @@ from imdsproxy.core import endpoints
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId, Upstream
 from imdsproxy.errors import NotFound, RequestRefused
-from imdsproxy.listeners.binds import networks_of
+from imdsproxy.listeners.endpoints import networks_of
 from imdsproxy.listeners.loop import ListenerLoop
 
 _Id = TypeVar("_Id", NetworkId, InstanceId)

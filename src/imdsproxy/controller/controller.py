@@ -104,7 +104,7 @@ class Controller:
         config: Path | None,
         environment: Mapping[str, str],
     ) -> None:
-        settings, naming = holder.settings, host.naming
+        settings = holder.settings
         self.holder, self.layout, self.clock, self.notifier = holder, layout, clock, notifier
         self.nova, self.host = nova, host
         self.started_at, self.started = clock.now().timestamp(), clock.monotonic()
@@ -155,7 +155,6 @@ class Controller:
             host,
             self.haproxy,
             layout,
-            naming,
             clock,
             self._spec,
             descriptor_limit(),

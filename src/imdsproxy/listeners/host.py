@@ -69,7 +69,7 @@ class SystemHost:
         )
 
     async def observe(
-        self, networks: Iterable[Network], our_pids: Collection[int], *, everything: bool
+        self, networks: Iterable[Network], our_pids: Collection[int], *, everything: bool = False
     ) -> ObservedHost:
         """Look at what these networks' listeners need; with `everything`, at the whole host.
 
@@ -85,20 +85,11 @@ class SystemHost:
         """Do these things; returns what the host refused, the others are done all the same."""
         given = tuple(ops)
         # Before anything is done: what a killed process has added is known to the next one.
-        known = (
-            self.managed()
-            if any(isinstance(o, AddAddress | RemoveAddress) for o in given)
-            else None
-        )
         added = {(one.namespace, one.device) for one in given if isinstance(one, AddAddress)}
-        if known is not None and added - known:
-            known |= added
-            self._write(known)
+        self._note(added, set())
         failures = await apply_ops(self.thread, given)
         done = set(given) - {one.op for one in failures}
-        removed = {(one.namespace, one.device) for one in done if isinstance(one, RemoveAddress)}
-        if known is not None and removed & known:
-            self._write(known - removed)
+        self._note(set(), {(o.namespace, o.device) for o in done if isinstance(o, RemoveAddress)})
         return failures
 
     def managed(self) -> frozenset[ManagedPlace]:
@@ -118,9 +109,12 @@ class SystemHost:
             ) from error
         return frozenset((place[0], place[1]) for place in places)
 
-    def _write(self, places: frozenset[ManagedPlace]) -> None:
-        listed = sorted(places, key=lambda place: (place[0] or "", place[1]))
-        write_atomic(self._journal, json.dumps(listed).encode(), mode=0o600)
+    def _note(self, added: set[ManagedPlace], removed: set[ManagedPlace]) -> None:
+        known = self.managed() if added or removed else frozenset()
+        places = (known | added) - removed
+        if places != known:
+            listed = sorted(places, key=lambda place: (place[0] or "", place[1]))
+            write_atomic(self._journal, json.dumps(listed).encode(), mode=0o600)
 
     def apply_links(self, links: Mapping[str, str]) -> None:
         """Create exactly these symbolic links, by which HAProxy opens namespaces.

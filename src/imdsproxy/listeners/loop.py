@@ -23,7 +23,6 @@ from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.model import (
     DataplaneSpec,
 )
-from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Network, NetworkId
 from imdsproxy.core.timing import Backoff
@@ -31,8 +30,13 @@ from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.errors import ConfigRejected, DataplaneError, Problem, ReloadFailed
 from imdsproxy.host.clock import Clock
-from imdsproxy.listeners.binds import compute_maxconn, networks_of, plan_binds, plan_links
-from imdsproxy.listeners.endpoints import find_degraded
+from imdsproxy.listeners.endpoints import (
+    compute_maxconn,
+    find_degraded,
+    networks_of,
+    plan_binds,
+    plan_links,
+)
 from imdsproxy.listeners.host import SystemHost, haproxy_name
 from imdsproxy.listeners.settle import HostSettler, KeptNetworks
 from imdsproxy.listeners.watch import HostWatch
@@ -71,7 +75,6 @@ class ListenerLoop:
     host: SystemHost
     haproxy: Haproxy
     layout: Layout
-    naming: Naming
     clock: Clock
     settings: Callable[[], DataplaneSpec]
     descriptors: int
@@ -96,7 +99,7 @@ class ListenerLoop:
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
-        self.settler = HostSettler(self.host, self.naming, self.inventory, self.kept, self._pids)
+        self.settler = HostSettler(self.host, self.inventory, self.kept, self._pids)
         self.watch = HostWatch(self.host.observer, self.touch, self.audits_per_s)
 
     def touch(self, reason: str, networks: Iterable[NetworkId] | None = None) -> int:
@@ -211,17 +214,24 @@ class ListenerLoop:
     async def _round(self, reasons: tuple[str, ...]) -> None:
         began = self.clock.monotonic()
         networks = self._networks()
-        plan, problems, operations = await self.settler.settle(networks)
-        await self.unix.choose()
-        try:
-            endpoints = await self._apply(plan.endpoints, reasons)
-        except (ConfigRejected, ReloadFailed):
-            # Something went away between looking and loading: look again, once, before giving up.
-            self.settler.touch(None)
-            plan, problems, more = await self.settler.settle(networks)
-            operations += more
-            await self.unix.choose()
-            endpoints = await self._apply_again(plan.endpoints, reasons)
+        operations = 0
+        for attempt in range(3):
+            if attempt < 2:  # noqa: PLR2004 - the third is the same without the unix listener
+                plan, problems, more = await self.settler.settle(networks)
+                operations += more
+                await self.unix.choose()
+            try:
+                endpoints = await self._apply(plan.endpoints, reasons)
+                break
+            except (ConfigRejected, ReloadFailed) as error:
+                if attempt == 0:
+                    # Something went away between looking and loading: look again, once, before giving up.
+                    self.settler.touch(None)
+                elif attempt == 1 and not self.unix.blame(error):
+                    raise
+                elif attempt > 1:
+                    self.unix.acquit()
+                    raise
         # Without those that another network keeps from their listener: that one has it in the next round too.
         shared = {one.network for one in plan.left_out if one.code is LeftOutCode.LISTENER_SHARED}
         self.kept.keep({key: one for key, one in networks.items() if key not in shared})
@@ -253,20 +263,6 @@ class ListenerLoop:
     def _pids(self) -> tuple[int, ...]:
         processes = self.haproxy.processes
         return () if processes is None else processes.pids
-
-    async def _apply_again(
-        self, endpoints: tuple[Endpoint, ...], reasons: tuple[str, ...]
-    ) -> tuple[Endpoint, ...]:
-        try:
-            return await self._apply(endpoints, reasons)
-        except (ConfigRejected, ReloadFailed) as error:
-            if not self.unix.blame(error):
-                raise
-            try:
-                return await self._apply(endpoints, reasons)
-            except (ConfigRejected, ReloadFailed):
-                self.unix.acquit()
-                raise
 
     async def _apply(
         self, endpoints: tuple[Endpoint, ...], reasons: tuple[str, ...]

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import structlog
 
-from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hoststate import ObservedHost, merge_observed
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import InterfaceListener, NamespaceListener, Network, NetworkId
@@ -44,7 +43,6 @@ class HostSettler:
     """
 
     host: SystemHost
-    naming: Naming
     inventory: Inventory
     kept: KeptNetworks
     pids: Callable[[], tuple[int, ...]]
@@ -52,7 +50,7 @@ class HostSettler:
     known: ObservedHost | None = None
     operations: Counter[str] = field(default_factory=Counter)
     _memo: PlanMemo = field(default_factory=dict)
-    _networks: dict[NetworkId, Network] = field(default_factory=dict)
+    _networks: Mapping[NetworkId, Network] = field(default_factory=dict)
     _dirty: set[NetworkId] = field(default_factory=set)
 
     def touch(self, networks: Iterable[NetworkId] | None) -> None:
@@ -73,17 +71,17 @@ class HostSettler:
         Raises:
             HostRefused: The host's own namespace cannot be looked at, or our journal cannot be read.
         """
-        problems, observed = await self._guard_and_observe(networks)
+        # First of all: from the moment that an address is there, the host answers for it. A look changes nothing.
+        devices = answering_devices(networks.values())
+        guarding = _problems_of(self.host.apply_arp_guard(devices))
+        problems, self.seen = await asyncio.gather(guarding, self._observe(networks))
         failures: tuple[OpFailure, ...] = ()
         operations = 0
-        for turn in range(_HOST_ROUNDS):
-            if turn:
-                observed = await self._observe(networks)
-            self.seen = observed
+        for _ in range(_HOST_ROUNDS):
             plan = plan_listeners(
                 networks,
-                observed,
-                self.naming,
+                self.seen,
+                self.host.naming,
                 sweep=self.inventory.in_sync,
                 managed=self.host.managed(),
                 memo=self._memo,
@@ -94,46 +92,31 @@ class HostSettler:
             operations += len(plan.ops)
             self._dirty.update(one.network for one in plan.left_out)
             failures = await self.host.apply(plan.ops)
-            if not failures and self.known is observed:
+            if not failures and self.known is self.seen:
                 # The place of a network that is gone is not looked at again.
-                self.known = without_removed(observed, plan.ops)
+                self.known = without_removed(self.seen, plan.ops)
             self.operations["failed"] += len(failures)
             self.operations["ok"] += len(plan.ops) - len(failures)
+            self.seen = await self._observe(networks)
         problems += tuple(Problem("host", one.reason, one.hint) for one in failures)
-        diversions = plan_diversions(networks, observed, self.naming)
+        diversions = plan_diversions(networks, self.seen, self.host.naming)
         problems += await _problems_of(self.host.apply_diversions(diversions))
         return explain_pending(plan, failures), problems, operations
 
-    async def _guard_and_observe(
-        self, networks: Mapping[NetworkId, Network]
-    ) -> tuple[tuple[Problem, ...], ObservedHost]:
-        """Both at once: a look changes nothing, and nft takes its time."""
-        # First of all: from the moment that an address is there, the host answers for it.
-        devices = answering_devices(networks.values())
-        guarding = asyncio.create_task(_problems_of(self.host.apply_arp_guard(devices)))
-        try:
-            observed = await self._observe(networks)
-            return await guarding, observed
-        finally:
-            guarding.cancel()
-
     async def _observe(self, networks: Mapping[NetworkId, Network]) -> ObservedHost:
         """Look at all of the host, or at what may have changed and lay it over what was known."""
-        pids = self.pids()
         dirty, self._dirty = self._dirty, set()
         known = self.known
         if known is None:
             # In place while we look: who asks for all of it meanwhile takes it away again.
             known = self.known = ObservedHost()
-            seen = await self.host.observe(networks.values(), pids, everything=True)
+            seen = await self.host.observe(networks.values(), self.pids(), everything=True)
         elif dirty:
-            both = (networks.get(one) for one in dirty), (self._networks.get(one) for one in dirty)
-            some = {network for group in both for network in group if network is not None}
+            some = {by[one] for by in (networks, self._networks) for one in dirty if one in by}
             if any(not isinstance(one.listener, NamespaceListener) for one in some):
                 # The host's own namespace is looked at as a whole.
                 some |= {n for n in networks.values() if isinstance(n.listener, InterfaceListener)}
-            part = await self.host.observe(some, pids, everything=False)
-            seen = merge_observed(known, part)
+            seen = merge_observed(known, await self.host.observe(some, self.pids()))
         else:
             return known
         if self.known is known:
@@ -143,8 +126,7 @@ class HostSettler:
 
     async def look_at(self, networks: Iterable[Network]) -> ObservedHost:
         """The host as the last round saw it, but for the places of these networks, which are looked at now."""
-        part = await self.host.observe(networks, self.pids(), everything=False)
-        return merge_observed(self.seen, part)
+        return merge_observed(self.seen, await self.host.observe(networks, self.pids()))
 
 
 async def _problems_of(work: Coroutine[object, object, None]) -> tuple[Problem, ...]:

@@ -27,7 +27,7 @@ from imdsproxy.core.observation import AddressKey, Conflict, Observation
 from imdsproxy.core.plan import plan_record, plan_records, record_key
 from imdsproxy.core.wire import EmbeddedRecord, NovaRecord, render_map_value
 from imdsproxy.errors import HostRefused
-from imdsproxy.listeners.binds import (
+from imdsproxy.listeners.endpoints import (
     compute_maxconn,
     link_name,
     networks_of,

@@ -52,6 +52,7 @@ from support.fake_mac_filters import no_hop_limits, no_mac_filters
 class FakeHost(SystemHost):
     """Namespaces by name; looked at as the real one is, whole or in part."""
 
+    naming: Naming = field(default_factory=Naming)
     observer: HostObserver = field(default_factory=lambda: HostObserver(Mock(), Naming()))
 
     namespaces: dict[str, ObservedNamespace] = field(default_factory=dict)
@@ -71,7 +72,7 @@ class FakeHost(SystemHost):
         )
 
     async def observe(
-        self, networks: Iterable[Network], our_pids: Collection[int], *, everything: bool
+        self, networks: Iterable[Network], our_pids: Collection[int], *, everything: bool = False
     ) -> ObservedHost:
         del our_pids
         given = list(networks)
@@ -157,7 +158,6 @@ async def _rig(directory: Path, *, agents: str | None = None) -> AsyncIterator[R
         host,
         haproxy,
         layout,
-        Naming(),
         SystemClock(),
         lambda: spec,
         -1,
