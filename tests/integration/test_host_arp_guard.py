@@ -54,7 +54,7 @@ def test_only_the_device_of_an_interface_listener_answers(
     def guard(*devices: str) -> None:
         """As a fresh process does."""
         table = NftTable("", "", str(program))
-        asyncio.run(table.apply(render_arp_guard("imdst", frozenset(devices)), empty=not devices))
+        asyncio.run(table.apply(render_arp_guard("imdst", frozenset(devices))))
 
     assert [_is_answered(lab, guest) for guest in guests] == [True, True]
     guard("tap0")

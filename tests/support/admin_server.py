@@ -103,7 +103,7 @@ class Listeners:
         return tuple(self.left_out.values())
 
     @property
-    def settler(self) -> Listeners:
+    def host(self) -> Listeners:
         return self
 
     def render(self) -> str:

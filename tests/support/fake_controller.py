@@ -63,7 +63,6 @@ def _listeners() -> SimpleNamespace:
         ),
         rounds=9,
         seconds=0.25,
-        settler=SimpleNamespace(operations={"ok": 20}),
         unix=SimpleNamespace(
             settings=lambda: SimpleNamespace(enabled=True, path=path),
             bind=SimpleNamespace(mode="0644", user=1, group=2),
@@ -121,6 +120,7 @@ def fake_controller(**changed: object) -> Any:  # noqa: ANN401 - as much of a co
         "holder": SimpleNamespace(settings=settings, problems=()),
         "inventory": _inventory(),
         "listeners": _listeners(),
+        "host": SimpleNamespace(operations={"ok": 20}),
         "records": SimpleNamespace(
             rounds=Durations(Counter({0.005: 9, 0.1: 1}), 0.125),
             compiler=SimpleNamespace(warnings={}, failures={}, revisions={}),

@@ -141,13 +141,11 @@ class RecordService:
             return
         known = self.inventory.networks
         every = {**known, **{one.id: one for one in networks}}
-        shared = find_shared(every.values(), self.listeners.settler.seen, known)
+        shared = find_shared(every.values(), self.listeners.host.seen, known)
         if shared:
             # A namespace that was seen may be gone, and its inode another's by now.
             involved = [every[one] for one in shared.keys() | shared.values()]
-            shared = find_shared(
-                every.values(), await self.listeners.settler.look_at(involved), known
-            )
+            shared = find_shared(every.values(), await self.listeners.host.look_at(involved), known)
         problems = [
             Problem(
                 f"{prefix.format('networks', place)}listener",

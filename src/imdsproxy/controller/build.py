@@ -99,13 +99,8 @@ def build_host(settings: Settings, layout: Layout) -> SystemHost:
     """The host; close its thread at the end."""
     naming = Naming(settings.host.name_prefix)
     thread = NamespaceThread(NamespaceDirectory(settings.paths.netns_dir))
-    return SystemHost(
-        thread,
-        naming,
-        observer=HostObserver(thread, naming, SocketOwners(config=layout.config)),
-        links=layout.namespace_links,
-        journal=layout.managed_journal,
-    )
+    observer = HostObserver(thread, naming, SocketOwners(config=layout.config))
+    return SystemHost(observer, links=layout.namespace_links, journal=layout.managed_journal)
 
 
 def build_filters(

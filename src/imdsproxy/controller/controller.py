@@ -55,9 +55,8 @@ from imdsproxy.host.notify import ServiceNotifier, kept_sockets
 from imdsproxy.host.process import descriptor_limit
 from imdsproxy.host.servers import try_tcp_listen
 from imdsproxy.host.socket_file import SocketFiles
-from imdsproxy.listeners.host import SystemHost
-from imdsproxy.listeners.loop import ExporterPort, ListenerLoop
-from imdsproxy.listeners.settle import KeptNetworks
+from imdsproxy.listeners.host import KeptNetworks, SystemHost
+from imdsproxy.listeners.loop import ListenerLoop
 from imdsproxy.nova.upstream import NovaUpstream
 from imdsproxy.serving.resolver import Resolver
 from imdsproxy.serving.store import DiskFiles, PasswordStore
@@ -159,7 +158,7 @@ class Controller:
             self._spec,
             descriptor_limit(),
             lambda: holder.settings.host.audit_per_second,
-            ExporterPort(try_tcp_listen),
+            try_tcp_listen,
             self.mac_filters,
             self.hop_limits,
             kept=KeptNetworks(layout.networks, write),

@@ -266,7 +266,7 @@ class Metrics(Collector):
 
     def plan_operations(self) -> Annotated[By, "counter", "result"]:
         """Operations of plans by result: ok or failed (failed ones are tried again)."""
-        return self.one.listeners.settler.operations
+        return self.one.host.operations
 
     def convergence_seconds(self) -> Annotated[Durations, "histogram"]:
         """Time from a source's observation until every worker of HAProxy has confirmed it."""

@@ -38,7 +38,7 @@ from imdsproxy.core.inventory import Inventory
 from imdsproxy.dataplane.launch import read_program
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient
-from imdsproxy.errors import DataplaneError, HostRefused, ImdsproxyError, Problem
+from imdsproxy.errors import DataplaneError, HostRefused, ImdsproxyError
 from imdsproxy.host.account import owner_of
 from imdsproxy.host.clock import Clock, SystemClock
 from imdsproxy.host.files import hold_directory, limit_log, remove_file
@@ -48,7 +48,6 @@ from imdsproxy.host.process import leave_no_dumps, raise_descriptor_limit, relea
 from imdsproxy.host.servers import open_datagram_socket, open_sole_socket, open_tcp_socket
 from imdsproxy.host.socket_file import SocketFiles
 from imdsproxy.listeners.host import SystemHost
-from imdsproxy.listeners.plan import plan_listeners
 from imdsproxy.nova.upstream import NovaUpstream
 from imdsproxy.unix_listener.listener import sweep_unix_socket
 
@@ -316,14 +315,10 @@ async def sweep_host(host: SystemHost, mac_filters: MacFilters, hop_limits: HopL
     """
     await mac_filters.close_all()
     await hop_limits.close_all()
-    observed = await host.observe((), (), everything=True)
-    plan = plan_listeners({}, observed, host.naming, managed=host.managed())
-    failures = await host.apply(plan.ops)
+    host.touch(None)
+    _, problems, _ = await host.settle({}, {})
     host.apply_links({})
-    await host.apply_arp_guard(frozenset())
-    await host.apply_diversions(())
-    if failures:
-        problems = [Problem("host", one.reason, one.hint) for one in failures]
+    if problems:
         raise HostRefused("not everything of ours could be taken away", problems=problems)
 
 

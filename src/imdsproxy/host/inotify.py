@@ -65,10 +65,6 @@ class Inotify:
         name = os.fsencode(path)
         return _checked(_libc.inotify_add_watch(self.descriptor, name, ctypes.c_uint32(mask)))
 
-    def remove(self, watch: int) -> None:
-        """End a watch; one that has ended by itself is no error."""
-        _libc.inotify_rm_watch(self.descriptor, watch)
-
     def read(self) -> Iterator[tuple[int, int, str]]:
         """Watch, mask and name in the directory (empty for itself) of each event so far."""
         with contextlib.suppress(BlockingIOError):

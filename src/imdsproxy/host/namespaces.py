@@ -33,7 +33,7 @@ _MS_REC: Final = 0x4000
 _MS_SHARED: Final = 0x100000
 _MNT_DETACH: Final = 2
 _SELF: Final = "/proc/thread-self/ns/net"
-_MISSING: Final = (FileNotFoundError, NotADirectoryError)
+MISSING: Final = (FileNotFoundError, NotADirectoryError)
 
 T = TypeVar("T")
 
@@ -107,7 +107,7 @@ class NamespaceDirectory:
         """Name and inode of a namespace; `None` when there is none, or its mount is to come."""
         try:
             status = os.stat(self.file(name))  # noqa: PTH116 - of every namespace: a Path costs more than the look
-        except _MISSING:
+        except MISSING:
             return None
         except OSError as error:
             raise host_refused(f"look at namespace {name}", error) from error
@@ -117,7 +117,7 @@ class NamespaceDirectory:
 
     def names(self) -> list[str]:
         """Every name in the directory, usable or not, sorted; empty when there is no directory."""
-        with refusing(f"list {self.path}"), contextlib.suppress(*_MISSING):
+        with refusing(f"list {self.path}"), contextlib.suppress(*MISSING):
             return sorted(os.listdir(self.path))  # noqa: PTH208 - names are wanted, not paths
         return []
 
@@ -128,7 +128,7 @@ class NamespaceDirectory:
 
     def open(self, name: str) -> OpenNamespace | None:
         """Hold a namespace open; `None` when there is none of that name."""
-        with refusing(f"open namespace {name}"), contextlib.suppress(*_MISSING):
+        with refusing(f"open namespace {name}"), contextlib.suppress(*MISSING):
             descriptor = os.open(self.file(name), os.O_RDONLY | os.O_CLOEXEC)
             status = os.fstat(descriptor)
             if status.st_dev == self._device:

@@ -37,19 +37,13 @@ from imdsproxy.listeners.plan import (
 T = TypeVar("T")
 
 _PREFIXES: Final = {Family.IPV4: 32, Family.IPV6: 64}
-_CONF: Final = Path("/proc/sys/net")
-_SETTINGS: Final = {
+_SWITCHED_OFF: Final = (
     # What a guest sends must not give us routes or addresses, nor make a router of us.
-    "ipv4/conf/{}/accept_redirects": "0",
-    "ipv4/conf/{}/forwarding": "0",
-    "ipv6/conf/{}/accept_ra": "0",
-    "ipv6/conf/{}/accept_redirects": "0",
-    "ipv6/conf/{}/forwarding": "0",
+    *("ipv4/conf/{}/accept_redirects", "ipv4/conf/{}/forwarding"),
+    *("ipv6/conf/{}/accept_ra", "ipv6/conf/{}/accept_redirects", "ipv6/conf/{}/forwarding"),
     # A new namespace takes these from the host. Every guest is to be answered, whatever its subnet.
-    "ipv4/conf/{}/rp_filter": "0",
-    "ipv4/conf/{}/arp_filter": "0",
-    "ipv4/conf/{}/arp_ignore": "0",
-}
+    *("ipv4/conf/{}/rp_filter", "ipv4/conf/{}/arp_filter", "ipv4/conf/{}/arp_ignore"),
+)
 
 
 async def apply_ops(thread: NamespaceThread, ops: tuple[HostOp, ...]) -> tuple[OpFailure, ...]:
@@ -144,49 +138,42 @@ def _attach(thread: NamespaceThread, op: AttachBridge) -> None:
     naming, alias = op.naming, op.naming.alias(op.network)
     name, link, inner = naming.namespace(op.network), naming.link(op.network), naming.inner_device
 
-    def connect(outside: NetlinkSocket, descriptor: int) -> None:
-        bridge = _find(outside, op.bridge).index
-        present = find_link(outside, link)
-        if present is not None and inside is None:
-            delete_link(outside, present.index)
-            present = None
-        if present is None:
-            create_veth(
-                outside,
-                link=link,
-                master=bridge,
-                mtu=op.mtu,
-                peer=inner,
-                peer_namespace=descriptor,
-            )
-        _set_up(outside, link, alias, op.mtu, bridge)
-
     def furnish(channel: NetlinkSocket) -> None:
-        _set_up(channel, inner, alias, op.mtu)
+        index = _set_up(channel, inner, alias, op.mtu)
         for family in Family:
             _add(channel, name, inner, family.metadata_address, naming.protocol)
-            add_default_route(channel, _find(channel, inner).index, family)
+            add_default_route(channel, index, family)
 
     thread.create_now(name)
     inside = _at(thread, name, lambda channel: _prepare(channel, inner, alias))
     opened = thread.directory.open(name)
     if opened is None:
         raise NetlinkRefused(errno.ENOENT, f"no namespace {name}")
-    try:
-        with NetlinkSocket() as channel:
-            connect(channel, opened.descriptor)
-    finally:
-        opened.close()
+    with contextlib.closing(opened), NetlinkSocket() as channel:
+        bridge = _find(channel, op.bridge).index
+        outside = find_link(channel, link)
+        if outside is not None and inside is None:
+            delete_link(channel, outside.index)
+        if outside is None or inside is None:
+            create_veth(
+                channel,
+                link=link,
+                master=bridge,
+                mtu=op.mtu,
+                peer=inner,
+                peer_namespace=opened.descriptor,
+            )
+        _set_up(channel, link, alias, op.mtu, bridge)
     _at(thread, name, furnish)
 
 
 def _prepare(channel: NetlinkSocket, inner: str, alias: str) -> ObservedDevice | None:
     # These files are those of the namespace that the calling thread is in.
-    for setting, value in _SETTINGS.items():
+    for setting in _SWITCHED_OFF:
         for which in ("all", "default"):
-            path = _CONF / setting.format(which)
+            path = Path("/proc/sys/net", setting.format(which))
             if path.exists():  # not on a host that was started without IPv6
-                path.write_text(value)
+                path.write_text("0")
     # The alias comes last: a namespace that has it is complete.
     _set_up(channel, LOOPBACK, alias)
     return find_link(channel, inner)
@@ -198,11 +185,12 @@ def _set_up(
     alias: str,
     mtu: int | None = None,
     master: int | None = None,
-) -> None:
+) -> int:
     found = _find(channel, device)
     # The kernel takes no alias for a link that is being made, and reports one that is set again.
     new = None if found.alias == alias else alias
     set_link(channel, found.index, up=True, mtu=mtu, master=master, alias=new)
+    return found.index
 
 
 @contextlib.contextmanager

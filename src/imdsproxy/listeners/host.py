@@ -1,38 +1,62 @@
-"""The host as loops and look-up use it: observer, host ops, nft(8), links, neighbour tables and a journal."""
+"""The host as loops and look-up use it: look, plan, act, with links, nft(8), neighbour tables and journals."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.core.hostnames import Naming
-from imdsproxy.core.hoststate import ObservedHost
-from imdsproxy.core.model import IpAddress, MacAddress, Network
-from imdsproxy.errors import HostRefused
+import structlog
+
+from imdsproxy.core.hoststate import ObservedHost, merge_observed
+from imdsproxy.core.model import (
+    InterfaceListener,
+    IpAddress,
+    MacAddress,
+    NamespaceListener,
+    Network,
+    NetworkId,
+)
+from imdsproxy.core.records import Refused, parse_network, render_record
+from imdsproxy.errors import HostRefused, Problem
 from imdsproxy.host.files import write_atomic
-from imdsproxy.host.namespaces import NamespaceThread
 from imdsproxy.host.netlink import find_link, neighbour_mac
 from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.host.process import run_program
 from imdsproxy.host.refusal import host_refused
 from imdsproxy.listeners.apply import apply_ops
-from imdsproxy.listeners.nft_scripts import Diversion, render_arp_guard, render_diversions
+from imdsproxy.listeners.nft_scripts import (
+    Diversion,
+    answering_devices,
+    plan_diversions,
+    render_arp_guard,
+    render_diversions,
+)
 from imdsproxy.listeners.observe import HostObserver
 from imdsproxy.listeners.plan import (
     AddAddress,
     HostOp,
+    ListenerPlan,
     ManagedPlace,
     OpFailure,
+    PlanMemo,
     RemoveAddress,
+    explain_pending,
     place_of,
+    plan_listeners,
+    without_removed,
 )
 
 HAPROXY_NETNS: Final = Path("/var/run/netns")
 """Where HAProxy looks (compiled in: `src/namespace.c`)."""
+
+_HOST_ROUNDS: Final = 4
+"""What one step makes is planned with when it has been seen."""
 
 _NFT_DEADLINE_S: Final = 30.0
 
@@ -43,22 +67,24 @@ class SystemHost:
     Args:
         links: The directory of symbolic links to namespaces, for HAProxy.
         journal: Where we have added addresses: `[[namespace or null, device], …]` as JSON.
+
+    Attributes:
+        seen: The host as of the last round.
+        known: The same, `None` when all of it has to be looked at again.
+        operations: Ops so far, by `ok` and `failed`.
     """
 
-    def __init__(
-        self,
-        thread: NamespaceThread,
-        naming: Naming,
-        *,
-        observer: HostObserver,
-        links: Path,
-        journal: Path,
-    ) -> None:
-        self.observer = observer
-        self.thread = thread
-        self.naming = naming
+    def __init__(self, observer: HostObserver, *, links: Path, journal: Path) -> None:
+        self.observer, self.thread, self.naming = observer, observer.thread, observer.naming
+        self.seen = ObservedHost()
+        self.known: ObservedHost | None = None
+        self.operations: Counter[str] = Counter()
         self._links = links
         self._journal = journal
+        self._memo: PlanMemo = {}
+        self._networks: Mapping[NetworkId, Network] = {}
+        self._dirty: set[NetworkId] = set()
+        self._pids: Collection[int] = ()
         self._arp_guard = NftTable(
             "cannot keep the host from answering ARP for 169.254.169.254 on other devices",
             "until then guests of other networks may reach the wrong one: nft list tables arp",
@@ -68,8 +94,94 @@ class SystemHost:
             "until then guests of bridges need a route, by DHCP option 121",
         )
 
+    def touch(self, networks: Iterable[NetworkId] | None) -> None:
+        """Look at these networks' places again in the next round; `None` for the whole host."""
+        if networks is None:
+            self.known = None
+        else:
+            self._dirty.update(networks)
+
+    async def settle(
+        self,
+        networks: Mapping[NetworkId, Network],
+        in_force: Mapping[NetworkId, Network],
+        our_pids: Collection[int] = (),
+        *,
+        sweep: bool = True,
+    ) -> tuple[ListenerPlan, tuple[Problem, ...], int]:
+        """Observe and act until there is nothing more to do on the host.
+
+        Args:
+            networks: All that are to be listened for.
+            in_force: Those that HAProxy is configured for.
+            our_pids: HAProxy's master and workers.
+            sweep: Also remove what belongs to no network.
+
+        Returns:
+            What to bind, what the host refused, and how many ops there were.
+
+        Raises:
+            HostRefused: The host's own namespace cannot be looked at, or our journal cannot be read.
+        """
+        self._pids = our_pids
+        # First of all: from the moment that an address is there, the host answers for it. A look changes nothing.
+        guarding = _problems_of(self.apply_arp_guard(answering_devices(networks.values())))
+        problems, self.seen = await asyncio.gather(guarding, self._observe(networks))
+        failures: tuple[OpFailure, ...] = ()
+        operations = 0
+        for _ in range(_HOST_ROUNDS):
+            plan = plan_listeners(
+                networks,
+                self.seen,
+                self.naming,
+                sweep=sweep,
+                managed=self.managed(),
+                memo=self._memo,
+                first=in_force,
+            )
+            if not plan.ops or failures:
+                break
+            operations += len(plan.ops)
+            self._dirty.update(one.network for one in plan.left_out)
+            failures = await self.apply(plan.ops)
+            if not failures and self.known is self.seen:
+                # The place of a network that is gone is not looked at again.
+                self.known = without_removed(self.seen, plan.ops)
+            self.operations["failed"] += len(failures)
+            self.operations["ok"] += len(plan.ops) - len(failures)
+            self.seen = await self._observe(networks)
+        problems += tuple(Problem("host", one.reason, one.hint) for one in failures)
+        diversions = plan_diversions(networks, self.seen, self.naming)
+        problems += await _problems_of(self.apply_diversions(diversions))
+        return explain_pending(plan, failures), problems, operations
+
+    async def _observe(self, networks: Mapping[NetworkId, Network]) -> ObservedHost:
+        """Look at all of the host, or at what may have changed and lay it over what was known."""
+        dirty, self._dirty = self._dirty, set()
+        known = self.known
+        if known is None:
+            # In place while we look: who asks for all of it meanwhile takes it away again.
+            known = self.known = ObservedHost()
+            seen = await self.observe(networks.values(), everything=True)
+        elif dirty:
+            some = {by[one] for by in (networks, self._networks) for one in dirty if one in by}
+            if any(not isinstance(one.listener, NamespaceListener) for one in some):
+                # The host's own namespace is looked at as a whole.
+                some |= {n for n in networks.values() if isinstance(n.listener, InterfaceListener)}
+            seen = merge_observed(known, await self.observe(some))
+        else:
+            return known
+        if self.known is known:
+            self.known = seen
+        self._networks = dict(networks)
+        return seen
+
+    async def look_at(self, networks: Iterable[Network]) -> ObservedHost:
+        """The host as the last round saw it, but for the places of these networks, which are looked at now."""
+        return merge_observed(self.seen, await self.observe(networks))
+
     async def observe(
-        self, networks: Iterable[Network], our_pids: Collection[int], *, everything: bool = False
+        self, networks: Iterable[Network], *, everything: bool = False
     ) -> ObservedHost:
         """Look at what these networks' listeners need; with `everything`, at the whole host.
 
@@ -78,7 +190,7 @@ class SystemHost:
         """
         managed = self.managed() if everything else None
         return await self.observer.observe(
-            networks, our_pids, everything=everything, managed=managed
+            networks, self._pids, everything=everything, managed=managed
         )
 
     async def apply(self, ops: Iterable[HostOp]) -> tuple[OpFailure, ...]:
@@ -135,7 +247,7 @@ class SystemHost:
             HostRefused: It cannot be kept from answering elsewhere.
         """
         script = render_arp_guard(self.naming.prefix, devices)
-        await self._arp_guard.apply(script, empty=not devices)
+        await self._arp_guard.apply(script)
 
     async def apply_diversions(self, diversions: tuple[Diversion, ...]) -> None:
         """Redirect frames for the metadata address to our veths on these bridges, and on no others.
@@ -144,7 +256,7 @@ class SystemHost:
             HostRefused: They still go to the guests' gateways.
         """
         script = render_diversions(self.naming.prefix, diversions)
-        await self._diverter.apply(script, empty=not diversions)
+        await self._diverter.apply(script)
 
     async def neighbour(self, network: Network, address: IpAddress) -> MacAddress | None:
         """The MAC that the kernel has for an address behind a network's listener, if it has one."""
@@ -158,6 +270,14 @@ def _ask(address: IpAddress, device: str | None) -> MacAddress | None:
         if device is not None and link is None:
             return None
         return neighbour_mac(channel, address, index=0 if link is None else link.index)
+
+
+async def _problems_of(work: Coroutine[object, object, None]) -> tuple[Problem, ...]:
+    try:
+        await work
+    except HostRefused as error:
+        return (Problem("host", error.message, error.hint),)
+    return ()
 
 
 @dataclass(slots=True)
@@ -176,17 +296,16 @@ class NftTable:
     program: str = "nft"
     applied: str | None = None
 
-    async def apply(self, script: str, *, empty: bool) -> None:
+    async def apply(self, script: str) -> None:
         """Run a script that replaces the table, if another one was run last.
 
         Args:
-            script: For nft(8).
-            empty: It only removes the table.
+            script: For nft(8); without a block it only removes the table.
 
         Raises:
             HostRefused: nft is not installed, refuses, or hangs.
         """
-        wanted = "" if empty else script
+        wanted = script if "{" in script else ""
         if wanted == self.applied:
             return
         try:
@@ -211,7 +330,7 @@ def haproxy_name(directory: Path) -> str:
 
     HAProxy hands a listening socket over to its next worker by the names of its namespace and device. When
     one of them was deleted and made again under its name, that would be the dead one's socket; a link with
-    another name (`listeners.binds.link_name`) makes it open a new one. HAProxy opens `/var/run/netns/NAME` and
+    another name (`listeners.endpoints.link_name`) makes it open a new one. HAProxy opens `/var/run/netns/NAME` and
     refuses no slash in NAME, so the links are in a directory of ours, out of sight of `ip netns`:
     `bind … namespace ../imdsproxy/netns/blue@4026532317`.
     """
@@ -243,3 +362,57 @@ def apply_links(directory: Path, links: Mapping[str, str]) -> None:
                 os.replace(temporary, f"{base}/{name}")  # noqa: PTH105 - as above
     except OSError as error:
         raise host_refused(f"link namespaces in {directory}", error) from error
+
+
+@dataclass(slots=True)
+class KeptNetworks:
+    """The file, and what it held when this process first asked."""
+
+    path: Path
+    write: Callable[[Path, bytes], None]
+    _networks: Mapping[NetworkId, Network] | None = None
+    _written: Mapping[NetworkId, Network] = field(default_factory=dict)
+
+    def beside(
+        self, known: Mapping[NetworkId, Network], *, in_sync: bool
+    ) -> dict[NetworkId, Network]:
+        """The networks to listen for: those of the sources, and until all are in sync, also those that were kept."""
+        if in_sync:
+            return dict(known)
+        return {**self.load(), **known}
+
+    def keep(self, networks: Mapping[NetworkId, Network]) -> None:
+        """Note what HAProxy is configured for now.
+
+        Only the next process needs it, so a failure is only logged.
+        """
+        self._networks = dict(networks)
+        if networks == self._written:
+            return
+        text = json.dumps([render_record(networks[one]) for one in sorted(networks)])
+        try:
+            self.write(self.path, text.encode())
+        except HostRefused as error:
+            structlog.get_logger().warning(
+                "networks not kept", code=error.code, error=error.message, hint=error.hint
+            )
+            return
+        self._written = self._networks
+
+    def load(self) -> Mapping[NetworkId, Network]:
+        """The networks that HAProxy is configured for."""
+        if self._networks is None:
+            self._networks = _read(self.path)
+        return self._networks
+
+
+def _read(path: Path) -> dict[NetworkId, Network]:
+    try:
+        records = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        structlog.get_logger().warning("kept networks not read", path=str(path), error=str(error))
+        return {}
+    parsed = [parse_network(one) for one in records] if isinstance(records, list) else []
+    return {one.id: one for one in parsed if not isinstance(one, Refused)}

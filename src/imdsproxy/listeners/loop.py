@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -20,9 +20,7 @@ from imdsproxy.anti_spoofing.plan import MacFilterPlan
 from imdsproxy.app.tickets import Tickets, report_failure
 from imdsproxy.core.endpoints import Endpoint, Foreign, LeftOut, LeftOutCode
 from imdsproxy.core.haproxy.config import render_config
-from imdsproxy.core.haproxy.model import (
-    DataplaneSpec,
-)
+from imdsproxy.core.haproxy.model import DataplaneSpec
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Network, NetworkId
 from imdsproxy.core.timing import Backoff
@@ -37,8 +35,8 @@ from imdsproxy.listeners.endpoints import (
     plan_binds,
     plan_links,
 )
-from imdsproxy.listeners.host import SystemHost, haproxy_name
-from imdsproxy.listeners.settle import HostSettler, KeptNetworks
+from imdsproxy.listeners.host import KeptNetworks, SystemHost, haproxy_name
+from imdsproxy.listeners.plan import ListenerPlan
 from imdsproxy.listeners.watch import HostWatch
 from imdsproxy.unix_listener.listener import UnixListener, bound_path
 
@@ -79,7 +77,7 @@ class ListenerLoop:
     settings: Callable[[], DataplaneSpec]
     descriptors: int
     audits_per_s: Callable[[], float]
-    exporter: ExporterPort
+    try_port: Callable[[str, int], str | None]
     mac_filters: MacFilters
     hop_limits: HopLimits
     kept: KeptNetworks
@@ -91,7 +89,6 @@ class ListenerLoop:
     unexported: Problem | None = None
     rounds: int = 0
     seconds: float = 0.0
-    settler: HostSettler = field(init=False)
     watch: HostWatch = field(init=False)
     _listening: MacFilterPlan = field(default_factory=MacFilterPlan)
     _degraded: frozenset[LeftOut] = frozenset()
@@ -99,7 +96,6 @@ class ListenerLoop:
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
-        self.settler = HostSettler(self.host, self.inventory, self.kept, self._pids)
         self.watch = HostWatch(self.host.observer, self.touch, self.audits_per_s)
 
     def touch(self, reason: str, networks: Iterable[NetworkId] | None = None) -> int:
@@ -109,7 +105,7 @@ class ListenerLoop:
             reason: For the log and `status`.
             networks: Whose listeners to look at; `None` looks at the whole host.
         """
-        self.settler.touch(networks)
+        self.host.touch(networks)
         self._reasons.add(reason)
         self._wake.set()
         return self.tickets.take()
@@ -134,7 +130,9 @@ class ListenerLoop:
             HostRefused: The limit on open files is too low for them.
         """
         settings = self.settings()
-        exporter, self.unexported = self.exporter.choose(settings.exporter)
+        # Where none runs, nothing of ours has the exporter's port any more; another program may.
+        config = "" if self.haproxy.processes is None else self.haproxy.in_force() or ""
+        exporter, self.unexported = choose_exporter(settings.exporter, config, self.try_port)
         links = haproxy_name(self.layout.namespace_links)
         listening = self._listening
         binds = plan_binds((*listening.plain, *listening.verified), links)
@@ -163,7 +161,7 @@ class ListenerLoop:
         Raises:
             HostRefused: The host's own namespace cannot be looked at.
         """
-        await self.settler.settle(self._networks())
+        await self._settle(self._networks())
 
     async def first_round(self) -> None:
         """Bring HAProxy up, or its configuration up to date.
@@ -171,8 +169,6 @@ class ListenerLoop:
         Raises:
             DataplaneError: HAProxy or the host does not let us.
         """
-        if self.haproxy.processes is not None:
-            self.exporter.adopt(self.haproxy.in_force() or "")
         await self._round(("start",))
 
     async def run(self) -> None:
@@ -209,7 +205,7 @@ class ListenerLoop:
             async with asyncio.timeout(patience):
                 await self._wake.wait()
         except TimeoutError:
-            self.settler.touch(one.network for one in self.report.left_out)
+            self.host.touch(one.network for one in self.report.left_out)
 
     async def _round(self, reasons: tuple[str, ...]) -> None:
         began = self.clock.monotonic()
@@ -217,7 +213,7 @@ class ListenerLoop:
         operations = 0
         for attempt in range(3):
             if attempt < 2:  # noqa: PLR2004 - the third is the same without the unix listener
-                plan, problems, more = await self.settler.settle(networks)
+                plan, problems, more = await self._settle(networks)
                 operations += more
                 await self.unix.choose()
             try:
@@ -226,7 +222,7 @@ class ListenerLoop:
             except (ConfigRejected, ReloadFailed) as error:
                 if attempt == 0:
                     # Something went away between looking and loading: look again, once, before giving up.
-                    self.settler.touch(None)
+                    self.host.touch(None)
                 elif attempt == 1 and not self.unix.blame(error):
                     raise
                 elif attempt > 1:
@@ -237,9 +233,9 @@ class ListenerLoop:
         self.kept.keep({key: one for key, one in networks.items() if key not in shared})
         own = (one for one in (self.unexported, self.unix.problem) if one is not None)
         problems = (*problems, *own, *self.mac_filters.problems, *self.hop_limits.problems)
-        if self.settler.known is not None:
+        if self.host.known is not None:
             left_out = {one.network for one in plan.left_out if one.code.silent}
-            self.watch.expect(networks, self.settler.known, left_out, self._pids())
+            self.watch.expect(networks, self.host.known, left_out, self._pids())
         self.rounds += 1
         self.seconds += self.clock.monotonic() - began
         before, known = self.report, self._degraded
@@ -255,6 +251,13 @@ class ListenerLoop:
         )
         self._degraded = frozenset(self.degraded())
         self._log_new(before, known)
+
+    async def _settle(
+        self, networks: Mapping[NetworkId, Network]
+    ) -> tuple[ListenerPlan, tuple[Problem, ...], int]:
+        return await self.host.settle(
+            networks, self.kept.load(), self._pids(), sweep=self.inventory.in_sync
+        )
 
     def _networks(self) -> dict[NetworkId, Network]:
         """Networks to listen in; until all sources are in sync, also the networks of before."""
@@ -273,14 +276,11 @@ class ListenerLoop:
         self._listening = await self.mac_filters.open(
             self._networks(),
             endpoints,
-            self.settler.seen,
+            self.host.seen,
             running=self.haproxy.processes is not None,
         )
         # The old worker does not look at the links any more, the next one needs all of its own.
         self.host.apply_links(plan_links(self._listening.binds))
-        if self.haproxy.processes is None:
-            # Nothing of ours has the exporter's port any more; another program may.
-            self.exporter.in_force = None
         before = bound_path(self.haproxy.in_force() or "")
         spec = self.spec()
         if self.unix.rebind:
@@ -288,7 +288,6 @@ class ListenerLoop:
         changed = await self.haproxy.apply(spec, ", ".join(reasons))
         await self.mac_filters.settle(self._listening, sweep=self.inventory.in_sync)
         await self.hop_limits.sweep()
-        self.exporter.in_force = spec.exporter
         await self.unix.settle(before)
         if changed and self.haproxy.last_reload is not None:
             done = self.haproxy.last_reload
@@ -307,58 +306,42 @@ class ListenerLoop:
         for left in sorted(self._degraded - known, key=lambda one: one.network):
             # Those that come by themselves are no trouble; foreign listeners have their own line.
             if left.code not in {LeftOutCode.PENDING, LeftOutCode.FOREIGN_LISTENER}:
-                log.warning(
-                    "listener left out",
-                    network=left.network,
-                    code=left.code.value,
-                    reason=left.reason,
-                    hint=left.hint,
-                )
+                why = {"code": left.code.value, "reason": left.reason, "hint": left.hint}
+                log.warning("listener left out", network=left.network, **why)
         for foreign in self.report.foreign:
             if foreign not in before.foreign:
+                owners = foreign.socket.owners
                 log.warning(
                     "foreign listener",
                     network=foreign.network,
                     effect=foreign.effect.value,
-                    pids=[owner.pid for owner in foreign.socket.owners],
-                    programs=[owner.command for owner in foreign.socket.owners],
+                    pids=[owner.pid for owner in owners],
+                    programs=[owner.command for owner in owners],
                 )
-        for problem in self.report.problems:
-            if problem not in before.problems:
-                log.error(
-                    "host refused", field=problem.field, reason=problem.reason, hint=problem.hint
-                )
+        for one in self.report.problems:
+            if one not in before.problems:
+                log.error("host refused", field=one.field, reason=one.reason, hint=one.hint)
 
 
-@dataclass(slots=True)
-class ExporterPort:
-    """Whether the exporter's address can be bound.
+def choose_exporter(
+    wanted: str | None, config: str, trial: Callable[[str, int], str | None]
+) -> tuple[str | None, Problem | None]:
+    """The exporter's address to bind, and why a wanted one is not bound.
 
     Args:
+        wanted: By the settings.
+        config: Of the HAProxy that runs: what it has bound cannot be tried.
         trial: Binds an address and port and lets go again; why that is refused, `None` if it is not.
-
-    Attributes:
-        in_force: What the running HAProxy has bound; it cannot be tried.
     """
-
-    trial: Callable[[str, int], str | None]
-    in_force: str | None = None
-
-    def adopt(self, config: str) -> None:
-        """Take over what a HAProxy that runs already was configured with."""
-        found = _BIND.search(config)
-        self.in_force = None if found is None else found[1]
-
-    def choose(self, wanted: str | None) -> tuple[str | None, Problem | None]:
-        """The address to bind, and why a wanted one is not bound."""
-        if wanted is None or wanted == self.in_force:
-            return wanted, None
-        host, _, port = wanted.rpartition(":")
-        refused = self.trial(host.strip("[]"), int(port))
-        if refused is None:
-            return wanted, None
-        return None, Problem(
-            "metrics.haproxy_listen",
-            f"HAProxy's exporter is left out: {refused}",
-            "free the port, or choose another; guests are served all the same",
-        )
+    bound = _BIND.search(config)
+    if wanted is None or (bound is not None and wanted == bound[1]):
+        return wanted, None
+    host, _, port = wanted.rpartition(":")
+    refused = trial(host.strip("[]"), int(port))
+    if refused is None:
+        return wanted, None
+    return None, Problem(
+        "metrics.haproxy_listen",
+        f"HAProxy's exporter is left out: {refused}",
+        "free the port, or choose another; guests are served all the same",
+    )

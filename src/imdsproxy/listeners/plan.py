@@ -500,23 +500,18 @@ def without_removed(observed: ObservedHost, ops: Iterable[HostOp]) -> ObservedHo
         observed: The host that the plan was made from.
         ops: Those that were done; any but removals are of no account here.
     """
-    namespaces, root = dict(observed.namespaces), observed.root
-    for op in ops:
-        match op:
-            case DeleteNamespace(name):
-                namespaces.pop(name, None)
-            case DeleteLink(name):
-                devices = {key: one for key, one in root.devices.items() if key != name}
-                root = replace(root, devices=devices)
-            case RemoveAddress(None):
-                root = _without_address(root, op)
-            case RemoveAddress(name) if name in namespaces:
-                namespaces[name] = _without_address(namespaces[name], op)
-    return replace(observed, root=root, namespaces=namespaces)
+    gone = frozenset(ops)
 
+    def strip(place: str | None, seen: ObservedNamespace) -> ObservedNamespace:
+        kept = tuple(
+            one
+            for one in seen.addresses
+            if RemoveAddress(place, one.device, one.address, one.prefix) not in gone
+        )
+        return seen if len(kept) == len(seen.addresses) else replace(seen, addresses=kept)
 
-def _without_address(seen: ObservedNamespace, op: RemoveAddress) -> ObservedNamespace:
-    gone = (op.device, op.address)
-    return replace(
-        seen, addresses=tuple(a for a in seen.addresses if (a.device, a.address) != gone)
-    )
+    root = strip(None, observed.root)
+    devices = {name: one for name, one in root.devices.items() if DeleteLink(name) not in gone}
+    given = observed.namespaces.items()
+    kept = {name: strip(name, seen) for name, seen in given if DeleteNamespace(name) not in gone}
+    return replace(observed, root=replace(root, devices=devices), namespaces=kept)

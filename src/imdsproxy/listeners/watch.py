@@ -23,10 +23,10 @@ from imdsproxy.core.model import Network, NetworkId
 from imdsproxy.errors import DataplaneError
 from imdsproxy.host.events import LinkChange, Stream, watch_links
 from imdsproxy.host.inotify import ENTRIES, IN_DELETE, IN_MOVED_FROM, ITSELF, Inotify
-from imdsproxy.host.namespaces import NamespaceDirectory
+from imdsproxy.host.namespaces import MISSING, NamespaceDirectory
 from imdsproxy.host.netlink import assign_nsid
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
-from imdsproxy.host.refusal import host_refused
+from imdsproxy.host.refusal import host_refused, refusing
 from imdsproxy.listeners.observe import HostObserver, Peek
 from imdsproxy.listeners.plan import place_of, plan_network
 
@@ -296,7 +296,6 @@ class NamespaceWatch(Stream[tuple[NamespaceRef, bool]]):
         self._removed: set[str] = set()
         self._due: asyncio.TimerHandle | None = None
         self._earliest = 0.0
-        self._watch = -1
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -357,15 +356,8 @@ class NamespaceWatch(Stream[tuple[NamespaceRef, bool]]):
         self._earliest = ended + _SHARE * (ended - began)
 
     def _follow(self) -> None:
-        """Put the inotify watch on the directory, or on its nearest parent that exists."""
+        """Watch the directory, or its nearest parent that exists, by inotify; a second time changes nothing."""
         for place in (self._directory.path, *self._directory.path.parents):
-            try:
-                watch = self._inotify.add(place, ENTRIES | ITSELF)
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-            except OSError as error:
-                raise host_refused(f"watch {place}", error) from error
-            if watch != self._watch:
-                self._inotify.remove(self._watch)
-            self._watch = watch
-            return
+            with refusing(f"watch {place}"), contextlib.suppress(*MISSING):
+                self._inotify.add(place, ENTRIES | ITSELF)
+                return

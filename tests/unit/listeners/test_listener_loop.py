@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -36,33 +36,30 @@ from imdsproxy.core.observation import Observation
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.clock import SystemClock
-from imdsproxy.listeners.host import SystemHost
-from imdsproxy.listeners.loop import ExporterPort, ListenerLoop
+from imdsproxy.listeners.host import KeptNetworks, SystemHost
+from imdsproxy.listeners.loop import ListenerLoop, choose_exporter
 from imdsproxy.listeners.nft_scripts import Diversion
 from imdsproxy.listeners.observe import HostObserver
 from imdsproxy.listeners.plan import HostOp, ManagedPlace, OpFailure
-from imdsproxy.listeners.settle import KeptNetworks
 from imdsproxy.unix_listener.listener import UnixListener
 from imdsproxy.unix_listener.settings import UnixListenerSettings
 from support.fake_haproxy import FakeHaproxy, control_fake, write_file
 from support.fake_mac_filters import no_hop_limits, no_mac_filters
 
 
-@dataclass
 class FakeHost(SystemHost):
     """Namespaces by name; looked at as the real one is, whole or in part."""
 
-    naming: Naming = field(default_factory=Naming)
-    observer: HostObserver = field(default_factory=lambda: HostObserver(Mock(), Naming()))
-
-    namespaces: dict[str, ObservedNamespace] = field(default_factory=dict)
-    asked: list[tuple[bool, frozenset[NetworkId]]] = field(default_factory=list)
-    links: dict[str, str] = field(default_factory=dict)
-    refusal: str = ""
-    done: list[HostOp] = field(default_factory=list)
-    answering: frozenset[str] | None = None
-    diverted: list[tuple[Diversion, ...]] = field(default_factory=list)
-    unguarded: str = ""
+    def __init__(self) -> None:
+        nowhere = Path("/nowhere")
+        super().__init__(HostObserver(Mock(), Naming()), links=nowhere, journal=nowhere)
+        self.namespaces: dict[str, ObservedNamespace] = {}
+        self.asked: list[tuple[bool, frozenset[NetworkId]]] = []
+        self.links: dict[str, str] = {}
+        self.refusal = ""
+        self.done: list[HostOp] = []
+        self.answering: frozenset[str] | None = None
+        self.unguarded = ""
 
     def make(self, name: str, inode: int) -> None:
         self.namespaces[name] = ObservedNamespace(
@@ -72,9 +69,8 @@ class FakeHost(SystemHost):
         )
 
     async def observe(
-        self, networks: Iterable[Network], our_pids: Collection[int], *, everything: bool = False
+        self, networks: Iterable[Network], *, everything: bool = False
     ) -> ObservedHost:
-        del our_pids
         given = list(networks)
         self.asked.append((everything, frozenset(one.id for one in given)))
         names = {
@@ -100,7 +96,7 @@ class FakeHost(SystemHost):
             raise HostRefused(self.unguarded)
 
     async def apply_diversions(self, diversions: tuple[Diversion, ...]) -> None:
-        self.diverted.append(diversions)
+        del diversions
 
     def apply_links(self, links: Mapping[str, str]) -> None:
         self.links = dict(links)
@@ -162,7 +158,7 @@ async def _rig(directory: Path, *, agents: str | None = None) -> AsyncIterator[R
         lambda: spec,
         -1,
         lambda: 0,
-        ExporterPort(lambda _host, _port: taken[0]),
+        lambda _host, _port: taken[0],
         no_mac_filters(inventory),
         no_hop_limits(),
         kept=KeptNetworks(directory / "networks.json", write_file),
@@ -268,7 +264,7 @@ async def test_what_the_host_refuses_is_told_and_tried_again(tmp_path: Path) -> 
         await rig.settle("networks changed", "red")
         assert {problem.reason for problem in rig.loop.report.problems} == {"no permission"}
         assert rig.left_out() == {"red": LeftOutCode.HOST_REFUSED}
-        assert rig.loop.settler.operations["failed"] >= 1
+        assert rig.host.operations["failed"] >= 1
         tried = len(rig.host.done)
         rig.host.refusal = ""
         async with asyncio.timeout(30):
@@ -297,16 +293,18 @@ async def test_an_exporter_whose_port_is_taken_costs_no_guest_anything(tmp_path:
 
 
 def test_what_a_running_haproxy_has_bound_is_not_tried() -> None:
-    port = ExporterPort(lambda host, number: f"{host} {number} is taken")
-    assert port.choose(None) == (None, None)
-    assert port.choose("127.0.0.1:9466")[0] is None
-    port.adopt("frontend exporter\n  bind [::1]:9466 name exporter proto h1\n")
-    assert port.choose("[::1]:9466") == ("[::1]:9466", None)
-    problem = port.choose("[::1]:9467")[1]
+    def refuse(host: str, port: int) -> str:
+        return f"{host} {port} is taken"
+
+    config = "frontend exporter\n  bind [::1]:9466 name exporter proto h1\n"
+    assert choose_exporter(None, config, refuse) == (None, None)
+    assert choose_exporter("[::1]:9466", config, refuse) == ("[::1]:9466", None)
+    chosen, problem = choose_exporter("[::1]:9467", config, refuse)
+    assert chosen is None
     assert problem is not None
     assert "::1 9467 is taken" in problem.reason
-    port.adopt("")
-    assert port.in_force is None
+    assert choose_exporter("[::1]:9466", "", refuse)[0] is None
+    assert choose_exporter("[::1]:9467", config, lambda _host, _port: None)[0] == "[::1]:9467"
 
 
 async def test_the_host_answers_arp_only_where_a_network_listens_on_its_device(
