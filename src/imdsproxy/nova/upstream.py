@@ -62,7 +62,7 @@ class NovaUpstream:
     routing: NovaRouting = field(default_factory=NovaRouting)
     problems: tuple[Problem, ...] = ()
     _settings: NovaSettings = field(default_factory=NovaSettings)
-    _contents: Mapping[str, str] = field(default_factory=dict)
+    _tls: Mapping[str, NovaTls | None] = field(default_factory=dict)
     _addresses: dict[str, tuple[IpAddress, ...]] = field(default_factory=dict)
 
     def read(self, settings: NovaSettings) -> bool:
@@ -72,14 +72,10 @@ class NovaUpstream:
             SecretUnreadable: A secret is missing or empty; what was in force stays.
             ConfigUnreadable: Another file is missing.
         """
-        routing = NovaRouting(
-            tuple(_endpoint_set(name, one) for name, one in settings.endpoint_sets.items())
-        )
-        files = {name: _read_files(name, one) for name, one in settings.endpoint_sets.items()}
-        for name, (_, joined) in files.items():
-            if joined is not None:
-                write_atomic(self._joined(name), joined, mode=0o600)
-        self._contents = {name: contents for name, (contents, _) in files.items()}
+        sets = settings.endpoint_sets
+        routing = NovaRouting(tuple(_endpoint_set(name, one) for name, one in sets.items()))
+        files = {name: _read_files(name, one) for name, one in sets.items()}
+        self._tls = {name: self._read_tls(name, one, *files[name]) for name, one in sets.items()}
         changed = routing != self.routing
         self.routing, self._settings = routing, settings
         return changed
@@ -111,18 +107,18 @@ class NovaUpstream:
         A name that cannot be looked up keeps the addresses that it had.
         """
         before = dict(self._addresses)
-        problems: list[Problem] = []
-        for name, one in self._settings.endpoint_sets.items():
-            for number, endpoint in enumerate(one.endpoints):
-                where = f"nova.endpoint_sets.{name}.endpoints[{number}].url"
-                problem = await self._look_up(endpoint.url, where)
-                problems += [] if problem is None else [problem]
+        looked_up = [
+            await self._look_up(endpoint.url, f"nova.endpoint_sets.{name}.endpoints[{number}].url")
+            for name, one in self._settings.endpoint_sets.items()
+            for number, endpoint in enumerate(one.endpoints)
+        ]
+        problems = tuple(problem for problem in looked_up if problem is not None)
         for problem in problems:
             if problem not in self.problems:
                 structlog.get_logger().warning(
                     "nova endpoint not found", field=problem.field, reason=problem.reason
                 )
-        self.problems = tuple(problems)
+        self.problems = problems
         return before != self._addresses
 
     async def follow(self, on_change: Callable[[], object]) -> None:
@@ -158,30 +154,29 @@ class NovaUpstream:
             for address in addresses:
                 server = NovaServer(address, port, int(endpoint.secret == "next"))  # noqa: S105 - which one, not what
                 servers.setdefault((address, port), server)
-        first = one.endpoints[0].url
-        tls = None
-        if first.scheme == "https":
-            tls = NovaTls(
-                one.server_name or first.host,
-                "@system-ca" if one.ca_file is None else str(one.ca_file),
-                one.verify,
-                self._client(name, one),
-                self._contents[name],
-            )
-        host = one.host or first.authority
+        host = one.host or one.endpoints[0].url.authority
         # From the first step of a replacement to the last, so that no step takes away what a worker still uses.
         loopback = one.next_secret_file is not None and len(servers) > 1
-        return NovaBackend(name, tuple(servers.values()), host, tls, loopback)
+        return NovaBackend(name, tuple(servers.values()), host, self._tls[name], loopback)
 
-    def _client(self, name: str, one: EndpointSetSettings) -> str | None:
-        if one.client_cert_file is None:
+    def _read_tls(
+        self, name: str, one: EndpointSetSettings, contents: str, joined: bytes | None
+    ) -> NovaTls | None:
+        """How a set is spoken to; HAProxy takes our certificate and its key out of one file."""
+        client = one.client_cert_file
+        if joined is not None:
+            client = self.directory / f"nova-{name}.pem"
+            write_atomic(client, joined, mode=0o600)
+        first = one.endpoints[0].url
+        if first.scheme == "http":
             return None
-        if one.client_key_file is None:
-            return str(one.client_cert_file)
-        return str(self._joined(name))
-
-    def _joined(self, name: str) -> Path:
-        return self.directory / f"nova-{name}.pem"
+        return NovaTls(
+            one.server_name or first.host,
+            "@system-ca" if one.ca_file is None else str(one.ca_file),
+            one.verify,
+            None if client is None else str(client),
+            contents,
+        )
 
 
 def _read_files(name: str, one: EndpointSetSettings) -> tuple[str, bytes | None]:
@@ -241,21 +236,8 @@ def _read_file(path: Path, where: str) -> bytes:
         ) from error
 
 
-_COLUMNS: Final = frozenset(
-    [
-        "pxname",
-        "svname",
-        "type",
-        "status",
-        "last_chk",
-        "check_status",
-        "stot",
-        "hrsp_2xx",
-        "econ",
-        "eresp",
-        "hrsp_5xx",
-    ]
-)
+_TEXTS: Final = ("pxname", "svname", "type", "status", "last_chk", "check_status")
+_COLUMNS: Final = frozenset((*_TEXTS, "stot", "hrsp_2xx", "econ", "eresp"))
 _SERVER: Final = "2"
 
 
@@ -344,9 +326,8 @@ class NovaWatch:
                 continue
             good[name] += _number(row, "hrsp_2xx")
             # A set has a backend for each way in which its requests are looked at and sent again.
-            report = _endpoint(name, row)
-            before_it = found.get((name, report.endpoint))
-            found[name, report.endpoint] = report if before_it is None else _sum(before_it, report)
+            endpoint = row["svname"]
+            found[name, endpoint] = _endpoint(name, row, found.get((name, endpoint)))
         self.endpoints = tuple(found.values())
         well = self._good.add(worker, good)
         for name in names:
@@ -367,22 +348,25 @@ class NovaWatch:
         return {one.endpoint_set for one in self.endpoints} - answering
 
 
-def _endpoint(name: str, row: Mapping[str, str]) -> NovaEndpointReport:
+def _endpoint(
+    name: str, row: Mapping[str, str], before: NovaEndpointReport | None
+) -> NovaEndpointReport:
+    """An endpoint, with what the backends before have counted of it."""
+    requests, failures = _number(row, "stot"), _number(row, "econ") + _number(row, "eresp")
+    if before is not None:
+        return replace(
+            before, requests=before.requests + requests, failures=before.failures + failures
+        )
     status = row["status"]
     reason = " ".join(word for word in (row["check_status"].lstrip("* "), row["last_chk"]) if word)
     return NovaEndpointReport(
-        endpoint_set=name,
-        endpoint=row["svname"],
-        up=status.startswith(("UP", "no check")),
-        reason="" if status.startswith("UP") else reason,
-        requests=_number(row, "stot"),
-        failures=_number(row, "econ") + _number(row, "eresp"),
+        name,
+        row["svname"],
+        status.startswith(("UP", "no check")),
+        "" if status.startswith("UP") else reason,
+        requests,
+        failures,
     )
-
-
-def _sum(one: NovaEndpointReport, other: NovaEndpointReport) -> NovaEndpointReport:
-    requests, failures = one.requests + other.requests, one.failures + other.failures
-    return replace(one, requests=requests, failures=failures)
 
 
 def _refused(name: str) -> Problem:
