@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Final
 
-from imdsproxy.core.doctor import Answer, Answered, Ask, Framing
+from imdsproxy.core.doctor.crawl import Answer, Answered, Ask, Framing
 
 
 @dataclass(frozen=True)

@@ -18,20 +18,9 @@ from urllib.parse import quote, unquote, urlsplit
 from imdsproxy.cli.admin_client import AdminClient
 from imdsproxy.cli.options import Invocation
 from imdsproxy.cli.output import Output, clean, read_bytes_shape
-from imdsproxy.core.doctor import (
-    Answer,
-    Answered,
-    Ask,
-    Card,
-    Crawl,
-    Finding,
-    Framing,
-    Severity,
-    Surroundings,
-    Unanswered,
-    crawl,
-    examine,
-)
+from imdsproxy.core.doctor import examine
+from imdsproxy.core.doctor.crawl import Answer, Answered, Ask, Crawl, Framing, Unanswered, crawl
+from imdsproxy.core.doctor.finding import Card, Finding, Severity, Surroundings
 from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, Dialect
 from imdsproxy.errors import RequestRefused
 

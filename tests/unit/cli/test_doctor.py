@@ -18,8 +18,7 @@ from imdsproxy.cli.doctor_run import (
     parse_url,
 )
 from imdsproxy.cli.main import main
-from imdsproxy.core.doctor import Answer, Ask, Framing, Unanswered
-from imdsproxy.core.doctor.crawl import TOKEN
+from imdsproxy.core.doctor.crawl import TOKEN, Answer, Ask, Framing, Unanswered
 from imdsproxy.errors import RequestRefused
 from support.cli import Cli
 from support.metadata_server import GOOD, MetadataServer, Reply, metadata_server

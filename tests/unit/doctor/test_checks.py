@@ -12,18 +12,9 @@ from typing import Any
 
 import pytest
 
-from imdsproxy.core.doctor import (
-    Answer,
-    Answered,
-    Ask,
-    Card,
-    Finding,
-    Severity,
-    Surroundings,
-    Unanswered,
-    crawl,
-    examine,
-)
+from imdsproxy.core.doctor import examine
+from imdsproxy.core.doctor.crawl import Answer, Answered, Ask, Unanswered, crawl
+from imdsproxy.core.doctor.finding import Card, Finding, Severity, Surroundings
 from support.demonstration import REPOSITORY
 from support.metadata_server import GOOD, MetadataServer, Reply
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from imdsproxy.core.doctor import Answer, Answered, Ask, Unanswered, crawl
-from imdsproxy.core.doctor.crawl import GOOGLE, TOKEN
+from imdsproxy.core.doctor.crawl import GOOGLE, TOKEN, Answer, Answered, Ask, Unanswered, crawl
 from imdsproxy.core.model import Dialect
 from support.metadata_server import MetadataServer, Reply
 

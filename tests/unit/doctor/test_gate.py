@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from imdsproxy.core.doctor import Surroundings, crawl
 from imdsproxy.core.doctor.checks_documents import check_gate
+from imdsproxy.core.doctor.crawl import crawl
+from imdsproxy.core.doctor.finding import Surroundings
 from support.metadata_server import MetadataServer
 
 PLAIN = Surroundings(dmi={"sys_vendor": "QEMU", "product_name": "Standard PC"})

@@ -9,23 +9,8 @@ from __future__ import annotations
 from typing import Final
 
 from imdsproxy.core.doctor import checks_documents, checks_http
-from imdsproxy.core.doctor.crawl import Answer, Answered, Ask, Crawl, Framing, Unanswered, crawl
-from imdsproxy.core.doctor.finding import Card, Finding, Severity, Surroundings, found
-
-__all__ = [
-    "Answer",
-    "Answered",
-    "Ask",
-    "Card",
-    "Crawl",
-    "Finding",
-    "Framing",
-    "Severity",
-    "Surroundings",
-    "Unanswered",
-    "crawl",
-    "examine",
-]
+from imdsproxy.core.doctor.crawl import Crawl
+from imdsproxy.core.doctor.finding import Finding, Severity, Surroundings, found
 
 _FORBIDDEN: Final = 403
 _OTHER_MAC: Final = "the guest has another MAC than the record that has its address"

@@ -137,23 +137,21 @@ class MapState:
 
 def plan_changes(present: Mapping[str, str], wanted: Mapping[str, str | None]) -> MapChanges:
     """The changes that turn `present` into one that agrees with `wanted` on `wanted`'s keys."""
-    removed: list[str] = []
-    replaced: list[tuple[str, str]] = []
-    added: list[tuple[str, str]] = []
-    for key, value in sorted(wanted.items(), key=lambda item: item[0]):
-        before = present.get(key)
-        if before == value:
-            continue
-        if value is None:
-            removed.append(key)
-        elif before is None:
-            added.append((key, value))
-        else:
-            replaced.append((key, value))
+    differing = [
+        (key, present.get(key), value)
+        for key, value in sorted(wanted.items(), key=lambda item: item[0])
+        if present.get(key) != value
+    ]
+    added = [(key, value) for key, old, value in differing if old is None and value is not None]
     # Tombstones count as removals: nothing may be added while something is still to go.
-    going = [(key, value) for key, value in added if value == MAP_TOMBSTONE]
-    coming = [(key, value) for key, value in added if value != MAP_TOMBSTONE]
-    return MapChanges(tuple(removed), tuple(replaced), (*going, *coming))
+    added.sort(key=lambda entry: entry[1] != MAP_TOMBSTONE)
+    return MapChanges(
+        tuple(key for key, _, value in differing if value is None),
+        tuple(
+            (key, value) for key, old, value in differing if old is not None and value is not None
+        ),
+        tuple(added),
+    )
 
 
 def render_map(entries: Mapping[str, str], generation: str) -> str:
@@ -167,35 +165,25 @@ def render_map(entries: Mapping[str, str], generation: str) -> str:
 
 def parse_map(text: str) -> tuple[str | None, dict[str, str]]:
     """The generation (or `None` where the file has none) and the entries; lines without a value are left out."""
-    generation: str | None = None
     entries: dict[str, str] = {}
-    for line in text.splitlines():
-        key, separator, value = line.partition(" ")
-        if not separator or line.startswith("#"):
-            continue
-        if key == GENERATION_KEY:
-            generation = value
-        else:
-            entries.setdefault(key, value)
-    return generation, entries
+    for key, value in _entries(text.splitlines()):
+        entries.setdefault(key, value)
+    return entries.pop(GENERATION_KEY, None), entries
 
 
 def parse_base_map(lines: Iterable[str]) -> tuple[str | None, PackedMap]:
     """`parse_map` for a file without doubles that may have hundreds of thousands of entries."""
-    generation: str | None = None
+    # A blank comes before whatever a key consists of, so lines in order are keys in order.
+    ordered = sorted(lines)
+    generation = next((value for key, value in _entries(ordered) if key == GENERATION_KEY), None)
+    return generation, PackedMap(one for one in _entries(ordered) if one[0] != GENERATION_KEY)
 
-    def entries() -> Iterator[tuple[str, str]]:
-        nonlocal generation
-        # A blank comes before whatever a key consists of, so lines in order are keys in order.
-        for line in sorted(lines):
-            key, separator, value = line.rstrip("\n").partition(" ")
-            if key == GENERATION_KEY:
-                generation = value
-            elif separator and not line.startswith("#"):
-                yield key, value
 
-    packed = PackedMap(entries())
-    return generation, packed
+def _entries(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
+    for line in lines:
+        key, separator, value = line.rstrip("\n").partition(" ")
+        if separator and not line.startswith("#"):
+            yield key, value
 
 
 def split_payload(entries: Iterable[tuple[str, str]], limit: int) -> list[str]:
