@@ -13,46 +13,44 @@ import pytest
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.account import Account, find_account, find_closed
 
-
-def test_nothing_named_changes_nothing() -> None:
-    assert find_account(None, None) is None
+_USER, _GROUP = pwd.getpwnam("nobody"), grp.getgrnam("root").gr_gid
 
 
-def test_without_root_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert find_account("nobody", "nogroup") is None
+@pytest.mark.parametrize(
+    ("root", "user", "group", "found"),
+    [
+        (True, None, None, None),
+        (False, "nobody", "nogroup", None),
+        (True, "nobody", None, Account(_USER.pw_uid, _USER.pw_gid)),
+        (True, "nobody", "root", Account(_USER.pw_uid, _GROUP)),
+        (True, None, "root", Account(0, _GROUP)),
+    ],
+)
+def test_root_takes_the_account_that_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+    user: str | None,
+    group: str | None,
+    found: Account | None,
+    *,
+    root: bool,
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0 if root else 1000)
+    assert find_account(user, group) == found
 
 
-@pytest.fixture
-def as_root(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("user", "group"), [("imdst-none", None), (None, "imdst-none")])
+def test_a_name_that_does_not_exist_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, user: str | None, group: str | None
+) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-
-
-@pytest.mark.usefixtures("as_root")
-def test_a_user_brings_its_group() -> None:
-    nobody = pwd.getpwnam("nobody")
-    assert find_account("nobody", None) == Account(nobody.pw_uid, nobody.pw_gid)
-
-
-@pytest.mark.usefixtures("as_root")
-def test_a_group_may_be_named_with_or_without_a_user() -> None:
-    nobody, root = pwd.getpwnam("nobody"), grp.getgrnam("root")
-    assert find_account("nobody", "root") == Account(nobody.pw_uid, root.gr_gid)
-    assert find_account(None, "root") == Account(0, root.gr_gid)
-
-
-@pytest.mark.usefixtures("as_root")
-@pytest.mark.parametrize(("user", "group"), [("imdsproxy-none", None), (None, "imdsproxy-none")])
-def test_a_name_that_there_is_not_is_told(user: str | None, group: str | None) -> None:
-    with pytest.raises(HostRefused, match="imdsproxy-none") as refused:
+    with pytest.raises(HostRefused, match="imdst-none") as refused:
         find_account(user, group)
     assert "create it" in refused.value.hint
 
 
 @pytest.mark.root
 def test_the_first_directory_that_an_account_cannot_enter_is_found() -> None:
-    nobody = pwd.getpwnam("nobody")
-    account = Account(nobody.pw_uid, nobody.pw_gid)
+    account = Account(_USER.pw_uid, _USER.pw_gid)
     # Not below pytest's own directory, which is closed to others.
     with tempfile.TemporaryDirectory(prefix="imdst-") as name:
         top = Path(name)
@@ -64,7 +62,7 @@ def test_the_first_directory_that_an_account_cannot_enter_is_found() -> None:
         closed.chmod(0o700)
         assert find_closed(account, inner) == closed
         assert find_closed(None, inner) is None
-        os.chown(closed, nobody.pw_uid, -1)
+        os.chown(closed, account.user, -1)
         assert find_closed(account, inner) is None
 
 
@@ -73,12 +71,7 @@ def test_without_the_right_to_take_an_account_nothing_is_found() -> None:
     script = (
         "from pathlib import Path\n"
         "from imdsproxy.host.account import Account, find_closed\n"
-        "print(find_closed(Account(65534, 65534), Path('/root')))"
+        "assert find_closed(Account(65534, 65534), Path('/root')) is None"
     )
-    done = subprocess.run(
-        ("/usr/bin/setpriv", "--bounding-set=-setuid,-setgid", sys.executable, "-c", script),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout == "None\n"
+    without = ("/usr/bin/setpriv", "--bounding-set=-setuid,-setgid")
+    subprocess.run((*without, sys.executable, "-c", script), check=True)

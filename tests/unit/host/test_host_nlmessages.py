@@ -33,6 +33,7 @@ def test_attributes_come_back_as_they_were_put_in(values: dict[int, bytes]) -> N
     data = b"".join(attribute(kind, value) for kind, value in values.items())
     assert len(data) % 4 == 0
     assert parse_attributes(data) == values
+    assert parse_attributes(attribute(0x8000 | 0x12, b"x")) == {0x12: b"x"}
     assert parse_attributes(b"head" + data, 4) == values
 
 
@@ -51,11 +52,7 @@ def test_an_attribute_that_is_cut_short_ends_the_list(value: bytes, length: int)
     assert set(found.values()) <= {value}
 
 
-def test_flags_in_an_attributes_type_are_not_part_of_it() -> None:
-    assert parse_attributes(attribute(0x8000 | 0x12, b"x")) == {0x12: b"x"}
-
-
-def test_messages_are_told_apart() -> None:
+def test_messages_are_separated() -> None:
     first = _HEADER.pack(17, 16, 2, 5, 0) + b"a" + b"\0\0\0"
     second = _HEADER.pack(20, 3, 0, 5, 0) + b"done"
     assert list(iter_messages(first + second)) == [(16, 2, 5, b"a"), (3, 0, 5, b"done")]
@@ -85,23 +82,22 @@ def test_an_address_says_whether_it_can_be_bound(flags: int, state: AddressState
     assert address_index(payload) == 3
 
 
-def test_an_address_says_who_added_it() -> None:
-    payload = _address(socket.AF_INET, METADATA_IPV4.packed, 0, attribute(11, b"\xa9"))
-    seen = parse_address(payload, {})
-    assert seen is not None
-    assert (seen.protocol, seen.device) == (0xA9, "3")
-
-
-def test_a_local_address_counts_and_its_peer_does_not() -> None:
-    own = attribute(2, METADATA_IPV4.packed)
-    assert parse_address(_address(socket.AF_INET, bytes(4), 0, own), {}) is not None
-    other = attribute(2, bytes(4))
-    peer = METADATA_IPV4.packed
-    assert parse_address(_address(socket.AF_INET, peer, 0, other), {}) is None
-
-
-def test_any_other_address_is_of_no_interest() -> None:
-    assert parse_address(_address(socket.AF_INET, b"\x0a\0\0\1"), {}) is None
+@pytest.mark.parametrize(
+    ("packed", "more", "found"),
+    [
+        # Who added it.
+        (METADATA_IPV4.packed, attribute(11, b"\xa9"), (0xA9, "3")),
+        # Its own address counts, and its peer's does not.
+        (bytes(4), attribute(2, METADATA_IPV4.packed), (0, "3")),
+        (METADATA_IPV4.packed, attribute(2, bytes(4)), None),
+        (b"\x0a\0\0\1", b"", None),
+    ],
+)
+def test_an_address_is_read_with_its_origin_where_it_is_the_metadata_address(
+    packed: bytes, more: bytes, found: tuple[int, str] | None
+) -> None:
+    seen = parse_address(_address(socket.AF_INET, packed, 0, more), {})
+    assert (None if seen is None else (seen.protocol, seen.device)) == found
 
 
 def test_the_kernel_is_asked_for_links() -> None:
@@ -113,12 +109,16 @@ def test_the_kernel_is_asked_for_links() -> None:
         assert find_link(channel, "imdst-nowhere") is None
 
 
-def test_the_kernels_own_words_are_kept() -> None:
+@pytest.mark.parametrize(
+    ("kind", "payload"),
+    [
+        # A link with neither an index nor a name.
+        (16, struct.pack("=BxHiII", 0, 0, 0, 0, 0)),
+        (20, struct.pack("=BBBBI", socket.AF_INET, 32, 0, 0, 1)),
+    ],
+)
+def test_a_refusal_has_the_kernels_errno_and_words(kind: int, payload: bytes) -> None:
     with NetlinkSocket() as channel, pytest.raises(NetlinkRefused) as refused:
-        # A link that is nobody's: neither an index nor a name.
-        channel.change(16, struct.pack("=BxHiII", 0, 0, 0, 0, 0))
+        channel.change(kind, payload)
     assert refused.value.errno in (errno.EINVAL, errno.ENODEV, errno.EPERM)
-    with NetlinkSocket() as channel, pytest.raises(NetlinkRefused) as refused:
-        channel.change(20, struct.pack("=BBBBI", socket.AF_INET, 32, 0, 0, 1))
-    assert refused.value.errno is not None
     assert str(refused.value)

@@ -3,24 +3,16 @@ from __future__ import annotations
 import io
 import json
 import logging
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import pytest
 import structlog
 
-from imdsproxy.host.logs import open_logging
+from imdsproxy.host.logs import LogFormat, LogLevel, open_logging
+from support.hand_clock import HandClock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-
-class _FixedClock:
-    def monotonic(self) -> float:
-        return 0.0
-
-    def now(self) -> datetime:
-        return datetime(2026, 1, 2, 3, 4, 5, 678900, tzinfo=UTC)
 
 
 class _Terminal(io.StringIO):
@@ -38,105 +30,76 @@ def _logging_as_before() -> Iterator[None]:
     root.setLevel(level)
 
 
+def _open(
+    level: LogLevel = "info",
+    form: LogFormat = "json",
+    *,
+    terminal: bool = False,
+    colours: bool = False,
+    journal: bool = False,
+) -> io.StringIO:
+    stream = _Terminal() if terminal else io.StringIO()
+    open_logging(level, form, stream, clock=HandClock(), colours=colours, journal=journal)
+    return stream
+
+
+def _lines(stream: io.StringIO) -> list[dict[str, object]]:
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
 def test_a_line_is_json_where_there_is_no_terminal() -> None:
-    stream = io.StringIO()
-    open_logging("info", "auto", stream, clock=_FixedClock())
-
+    stream = _open(form="auto")
     structlog.get_logger().info("network served", network="n1", took_s=0.5)
-
-    assert json.loads(stream.getvalue()) == {
-        "message": "network served",
-        "network": "n1",
-        "took_s": 0.5,
-        "level": "info",
-        "time": "2026-01-02T03:04:05.678Z",
-    }
+    (line,) = _lines(stream)
+    assert line.pop("time") == HandClock().now().isoformat(timespec="milliseconds").replace(
+        "+00:00", "Z"
+    )
+    assert line == {"message": "network served", "network": "n1", "took_s": 0.5, "level": "info"}
 
 
-def test_a_line_is_text_on_a_terminal_without_colours_unless_asked() -> None:
-    stream = _Terminal()
-    open_logging("info", "auto", stream, clock=_FixedClock())
-
+@pytest.mark.parametrize("colours", [False, True])
+def test_a_line_is_text_on_a_terminal_with_colours_where_asked(*, colours: bool) -> None:
+    stream = _open(form="auto", terminal=True, colours=colours)
     structlog.get_logger().warning("listener left out", network="n1")
-
     line = stream.getvalue()
     assert "listener left out" in line
-    assert "network=n1" in line
-    assert "\x1b[" not in line
+    assert ("network=n1" in line) is not colours
+    assert ("\x1b[" in line) is colours
 
 
-def test_colours_are_written_when_asked_for() -> None:
-    stream = _Terminal()
-    open_logging("info", "text", stream, clock=_FixedClock(), colours=True)
-
-    structlog.get_logger().warning("x")
-
-    assert "\x1b[" in stream.getvalue()
-
-
-def test_less_important_messages_are_left_out_until_the_level_changes() -> None:
-    stream = io.StringIO()
-    open_logging("warning", "json", stream, clock=_FixedClock())
+def test_a_level_and_libraries_are_as_logging_was_opened_last() -> None:
+    _open()
+    stream = _open("warning")
     structlog.get_logger().info("unheard")
-    open_logging("info", "json", stream, clock=_FixedClock())
-    structlog.get_logger().info("heard")
-
-    assert [json.loads(line)["message"] for line in stream.getvalue().splitlines()] == ["heard"]
-
-
-def test_what_libraries_log_comes_once_however_often_logging_is_opened() -> None:
-    stream = io.StringIO()
-    open_logging("info", "json", stream, clock=_FixedClock())
-    open_logging("info", "json", stream, clock=_FixedClock())
-
     logging.getLogger("uvicorn.error").error("socket %s", "gone")
     logging.getLogger("uvicorn.error").info("chatter")
-
-    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
-    assert [(line["message"], line["logger"], line["level"]) for line in lines] == [
+    assert [(line["message"], line["logger"], line["level"]) for line in _lines(stream)] == [
         ("socket gone", "uvicorn.error", "error")
     ]
 
 
-def test_an_exception_is_part_of_the_line() -> None:
-    stream = io.StringIO()
-    open_logging("info", "json", stream, clock=_FixedClock())
-
-    structlog.get_logger().error("task ended", exc_info=ValueError("told"))
-
-    (line,) = stream.getvalue().splitlines()
-    assert "ValueError: told" in json.loads(line)["exception"]
+def test_an_exception_is_part_of_the_line_and_foreign_text_is_clipped() -> None:
+    stream = _open()
+    structlog.get_logger().error("task ended", exc_info=ValueError("reason"), output="x" * 100_000)
+    (line,) = _lines(stream)
+    assert "ValueError: reason" in str(line["exception"])
+    assert len(stream.getvalue()) < 10_000
 
 
 @pytest.mark.parametrize(
     ("method", "priority"), [("debug", 7), ("info", 6), ("warning", 4), ("error", 3)]
 )
 def test_a_line_for_the_journal_begins_with_its_priority(method: str, priority: int) -> None:
-    stream = io.StringIO()
-    open_logging("debug", "json", stream, clock=_FixedClock(), journal=True)
-
+    stream = _open("debug", journal=True)
     getattr(structlog.get_logger(), method)("x")
-
     prefix, line = stream.getvalue().split(">", 1)
     assert prefix == f"<{priority}"
     assert json.loads(line)["message"] == "x"
 
 
 def test_each_line_of_text_for_the_journal_begins_with_its_priority() -> None:
-    stream = io.StringIO()
-    open_logging("info", "text", stream, clock=_FixedClock(), journal=True)
-
+    stream = _open(form="text", journal=True)
     logging.getLogger("asyncio").error("task ended", exc_info=ValueError("reason"))
-
     lines = stream.getvalue().splitlines()
     assert len(lines) > 1
     assert all(line.startswith("<3>") for line in lines)
-
-
-def test_foreign_text_is_clipped() -> None:
-    stream = io.StringIO()
-    open_logging("info", "json", stream, clock=_FixedClock())
-
-    structlog.get_logger().info("tool spoke", output="x" * 100_000)
-
-    assert len(stream.getvalue()) < 10_000
