@@ -15,7 +15,7 @@ from typing import Final
 
 import pytest
 
-from support.daemon import Daemon, alive, instance
+from support.daemon import Daemon, Pids, alive, instance
 from support.guest import IPV4, IPV6, Guest, Load, Lost
 from support.lab import NETNS, SERVER, batch, until
 from support.patience import patience
@@ -33,9 +33,15 @@ def _status_of(pid: int) -> dict[str, str]:
     return {line.partition(":")[0]: line.partition(":")[2].strip() for line in lines}
 
 
-def test_the_worker_has_no_privileges_and_is_locked_in(world: World) -> None:
+def test_no_process_that_answers_guests_has_privileges_and_haproxys_is_locked_in(
+    world: World,
+) -> None:
     world.reload()
     worker = world.settled().worker
+    documents = world.pids().document_workers
+    for pid in documents:
+        assert "0" not in _status_of(pid)["Uid"].split()
+        assert int(_status_of(pid)["CapEff"], 16) == 0
     status = _status_of(worker)
     account = pwd.getpwnam("haproxy")
     assert set(status["Uid"].split()) == {str(account.pw_uid)}
@@ -51,15 +57,6 @@ def test_the_worker_has_no_privileges_and_is_locked_in(world: World) -> None:
         else:
             assert entry.is_socket() or entry.is_dir(), entry
             assert entry.is_socket() or entry.stat().st_mode & 0o022 == 0, entry
-
-
-def test_the_document_workers_have_no_privileges(world: World) -> None:
-    workers = world.pids().document_workers
-    assert len(workers) == 2
-    for pid in workers:
-        status = _status_of(pid)
-        assert "0" not in status["Uid"].split()
-        assert int(status["CapEff"], 16) == 0
 
 
 def test_twenty_reloads_lose_no_request(world: World) -> None:
@@ -88,8 +85,8 @@ def test_a_change_that_haproxy_need_not_know_reloads_nothing(world: World) -> No
     assert world.daemon.status()["haproxy"]["reloads"] == before
 
 
-def _ended(pid: int) -> bool:
-    return not alive(pid)
+def _have_ended(pids: Pids) -> bool:
+    return not alive(pids.worker) and not alive(pids.master)
 
 
 def _back_within(world: World, seconds: float) -> float:
@@ -105,30 +102,22 @@ def _everybody_reads(world: World) -> bool:
         return False
 
 
-@pytest.mark.parametrize("which", ["worker", "both"])
-def test_a_killed_haproxy_is_started_again(world: World, which: str) -> None:
-    before = world.settled()
-    for pid in {"master": [before.master], "worker": [before.worker]}.get(
-        which, [before.worker, before.master]
-    ):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    until(lambda: not alive(before.worker) and not alive(before.master), what="its end")
-    _back_within(world, 2)
-    until(lambda: world.has_other_master(before.master), within_s=2)
-    # And it knows what is told from now on.
-    world.daemon.put(instances=[{**instance("red-5", "red"), "user_data": "after"}])
-    assert world.red.ask(_TARGET).text == "after"
-
-
 def test_a_haproxy_killed_again_and_again_comes_back_each_time(world: World) -> None:
     before = len(world.daemon.log_entries())
-    for _ in range(6):
-        master = world.settled().master
-        os.kill(master, signal.SIGKILL)
-        until(partial(_ended, master), what="its end")
+    for number in range(6):
+        pids = world.settled()
+        master = pids.master
+        for pid in ((master,), (pids.worker,), (pids.worker, master))[number % 3]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        until(partial(_have_ended, pids), what="its end")
         _back_within(world, 3)
         until(partial(world.has_other_master, master), within_s=2)
+        # And it knows what is reported from now on.
+        text = f"after {number}"
+        world.daemon.put(instances=[{**instance("red-5", "red"), "user_data": text}])
+        assert world.red.ask(_TARGET).text == text
+        world.heal()
         # Its new sockets are nobody else's, whenever somebody looked.
         world.lab.furnish(f"look{master}")
         until(lambda: not world.daemon.left_out(), within_s=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import pytest
@@ -81,26 +81,26 @@ def _is_refused(world: World) -> None:
     assert _answers(world) == (403, 401)
 
 
-@pytest.mark.parametrize("text", ["", "# nothing here\n", "{}\n"])
-def test_a_settings_file_that_was_emptied_is_refused_and_the_settings_before_stay(
-    world: World, text: str
-) -> None:
-    world.daemon.config.write_text(text)
-    _hang_up(world)
-    _is_refused(world)
-
-
-def test_a_settings_file_that_was_cut_before_its_policy_is_refused(world: World) -> None:
-    text = world.daemon.config.read_text()
-    world.daemon.config.write_text(text[: text.index("policy:")])
-    _hang_up(world)
-    _is_refused(world)
-
-
-def test_a_settings_file_that_lost_its_last_deny_is_refused(world: World) -> None:
-    settings = yaml.safe_load(world.daemon.config.read_text())
+def _without_its_deny(text: str) -> str:
+    settings = yaml.safe_load(text)
     del settings["policy"]["host"]
-    world.daemon.config.write_text(yaml.safe_dump(settings))
+    return yaml.safe_dump(settings)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda _: "",
+        lambda _: "# nothing here\n",
+        lambda _: "{}\n",
+        lambda text: text[: text.index("policy:")],
+        _without_its_deny,
+    ],
+)
+def test_a_settings_file_that_lost_its_policy_is_refused_and_the_settings_before_stay(
+    world: World, change: Callable[[str], str]
+) -> None:
+    world.daemon.config.write_text(change(world.daemon.config.read_text()))
     _hang_up(world)
     _is_refused(world)
 

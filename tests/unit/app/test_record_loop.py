@@ -245,15 +245,6 @@ async def test_what_is_forgotten_is_unknown_again(tmp_path: Path) -> None:
         assert rig.told("fe80::1234") is None
 
 
-async def test_a_fresh_start_compiles_everything_into_one_map(tmp_path: Path) -> None:
-    rig = Rig(tmp_path)
-    web, db = _instance("web", "10.0.0.5"), _instance("db", "10.0.0.6")
-    rig.inventory.observe(
-        Observation("a", full=True, networks={_RED: _NETWORK}, instances={web.id: web, db.id: db})
-    )
-    assert await rig.loop.compile_all() == {"red/10.0.0.5": _value(web), "red/10.0.0.6": _value(db)}
-
-
 async def test_a_start_compiles_only_what_is_not_on_disk_as_it_should_be(tmp_path: Path) -> None:
     web, db = _instance("web", "10.0.0.5"), _instance("db", "10.0.0.6")
 
@@ -583,34 +574,17 @@ async def test_a_start_with_the_maps_of_the_last_run_knows_which_macs_are_right(
     assert rig.loop.mac_filters.differing(right) == {}
 
 
-_REPORTED: dict[str, tuple[Instance, ...]] = {
-    "address": (_instance("web", "10.0.0.7"), _DB),
-    "document": (replace(_WEB, hostname="other"), _DB),
-    "user-data": (replace(_WEB, user_data=b"#!"), _DB),
-    "policy": (replace(_WEB, policy=_CLOSED), _DB),
-    "id": (replace(_WEB, id=InstanceId("wab")), _DB),
-    "one less": (_WEB,),
-}
+def _with(
+    *instances: Instance, network: Network = _NETWORK, change: Callable[[Rig], object] = id
+) -> Callable[[Path], Rig]:
+    """A start with these records, changed."""
 
+    def start(directory: Path) -> Rig:
+        rig = _start(directory, *instances, network=network)
+        change(rig)
+        return rig
 
-@pytest.mark.parametrize("change", _REPORTED)
-async def test_a_start_makes_the_maps_anew_where_records_have_changed(
-    tmp_path: Path, change: str
-) -> None:
-    await _run_once(_start(tmp_path))
-    assert not await _start(tmp_path, *_REPORTED[change]).loop.reuse_maps()
-
-
-def _set_policy(rig: Rig) -> None:
-    rig.loop.policies = lambda: PolicyBook(host=_CLOSED)
-
-
-def _set_region(rig: Rig) -> None:
-    rig.loop.compiler.region = lambda: "eu"
-
-
-def _set_nova(rig: Rig) -> None:
-    rig.loop.routing = lambda: NovaRouting((EndpointSet("default", b"secret"),))
+    return start
 
 
 def _edit_map(rig: Rig) -> None:
@@ -618,41 +592,45 @@ def _edit_map(rig: Rig) -> None:
     kept.write_text(kept.read_text().replace("web|", "wax|"))
 
 
-def _remove_map(rig: Rig) -> None:
-    (rig.base.parent / "maps" / rig.base.name).unlink()
+def _set_nova(rig: Rig) -> None:
+    rig.loop.routing = lambda: NovaRouting((EndpointSet("default", b"secret"),))
 
 
-def _lose_sync(rig: Rig) -> None:
-    rig.loop.observe(Observation("b", networks={_RED: _NETWORK}, in_sync=False))
+_LOST = Observation("b", networks={_RED: _NETWORK}, in_sync=False)
+_IN_CONFLICT = _with(_WEB, _DB, _instance("more", "10.0.0.6"))
+_ANEW: dict[str, tuple[Callable[[Path], Rig], Callable[[Path], Rig]]] = {
+    "address": (_start, _with(_instance("web", "10.0.0.7"), _DB)),
+    "document": (_start, _with(replace(_WEB, hostname="other"), _DB)),
+    "user-data": (_start, _with(replace(_WEB, user_data=b"#!"), _DB)),
+    "policy": (_start, _with(replace(_WEB, policy=_CLOSED), _DB)),
+    "id": (_start, _with(replace(_WEB, id=InstanceId("wab")), _DB)),
+    "one less": (_start, _with(_WEB)),
+    "network": (_start, _with(network=replace(_NETWORK, policy=_CLOSED))),
+    "host's policy": (
+        _start,
+        _with(change=lambda rig: setattr(rig.loop, "policies", lambda: PolicyBook(host=_CLOSED))),
+    ),
+    "region": (
+        _start,
+        _with(change=lambda rig: setattr(rig.loop.compiler, "region", lambda: "eu")),
+    ),
+    "map edited": (_start, _with(change=_edit_map)),
+    "map removed": (_start, _with(change=lambda rig: (rig.base.parent / "maps/base.map").unlink())),
+    "not in sync": (_start, _with(change=lambda rig: rig.loop.observe(_LOST))),
+    "nova, with its signatures": (_with(change=_set_nova), _with(change=_set_nova)),
+    "a record not written": (_with(change=lambda rig: rig.files.refuse.add(_WEB.id)), _start),
+    "a conflict": (_IN_CONFLICT, _IN_CONFLICT),
+}
 
 
-@pytest.mark.parametrize(
-    "change",
-    [_set_policy, _set_region, _set_nova, _edit_map, _remove_map, _lose_sync],
-    ids=lambda one: one.__name__,
-)
-async def test_a_start_makes_the_maps_anew_where_anything_else_has_changed(
-    tmp_path: Path, change: Callable[[Rig], None]
+@pytest.mark.parametrize("case", _ANEW)
+async def test_a_start_makes_the_maps_anew_where_anything_is_not_as_it_was(
+    tmp_path: Path, case: str
 ) -> None:
-    await _run_once(_start(tmp_path))
-    rig = _start(tmp_path)
-    change(rig)
-    assert not await rig.loop.reuse_maps()
-
-
-async def test_a_start_makes_the_maps_anew_where_a_network_has_changed(tmp_path: Path) -> None:
-    await _run_once(_start(tmp_path))
-    rig = _start(tmp_path, network=replace(_NETWORK, policy=_CLOSED))
-    assert not await rig.loop.reuse_maps()
-
-
-async def test_a_start_makes_the_maps_anew_after_a_run_with_a_record_that_was_not_written(
-    tmp_path: Path,
-) -> None:
-    last = _start(tmp_path)
-    last.files.refuse.add(_WEB.id)
-    await _run_once(last)
-    assert not await _start(tmp_path).loop.reuse_maps()
+    first, second = _ANEW[case]
+    await _run_once(first(tmp_path))
+    assert not await second(tmp_path).loop.reuse_maps()
+    assert "nova" not in case or not (tmp_path / "maps").exists()
 
 
 async def test_a_start_makes_the_maps_anew_after_a_stop_in_the_middle_of_a_round(
@@ -681,16 +659,3 @@ async def test_a_stop_goes_on_where_the_maps_cannot_be_kept(
     monkeypatch.setattr(kept_maps, "write_atomic", refuse)
     await _run_once(_start(tmp_path))
     assert not await _start(tmp_path).loop.reuse_maps()
-
-
-async def test_a_start_makes_the_maps_anew_where_records_conflict(tmp_path: Path) -> None:
-    records = (_WEB, _DB, _instance("more", "10.0.0.6"))
-    await _run_once(_start(tmp_path, *records))
-    assert not await _start(tmp_path, *records).loop.reuse_maps()
-
-
-async def test_no_signature_for_nova_is_kept(tmp_path: Path) -> None:
-    rig = _start(tmp_path)
-    _set_nova(rig)
-    await _run_once(rig)
-    assert not (tmp_path / "maps").exists()

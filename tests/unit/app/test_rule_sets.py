@@ -35,7 +35,6 @@ def _record(rules: PathRules) -> str:
 class Rig:
     directory: Path
     clock: HandClock = field(default_factory=HandClock)
-    full: bool = False
 
     def __post_init__(self) -> None:
         self.path = self.directory / "path-rules.map"
@@ -53,8 +52,6 @@ class Rig:
         return sets
 
     def write(self, path: Path, data: bytes) -> None:
-        if self.full:
-            raise HostRefused("the disk is full")
         path.write_bytes(data)
 
     def on_disk(self) -> Mapping[str, str]:
@@ -146,17 +143,6 @@ async def test_a_worker_that_may_have_missed_it_is_told_again(tmp_path: Path) ->
         with pytest.raises(RuntimeUnavailable):
             await rig.sets.ensure(_sets(_ONE), sweep=False)
         rig.haproxy.stop_answering_after = None
-        await rig.sets.ensure(_sets(_ONE), sweep=False)
-        rig.have(_ONE)
-
-
-async def test_a_disk_that_is_full_has_nobody_told(tmp_path: Path) -> None:
-    async with _rig(tmp_path) as rig:
-        rig.full = True
-        with pytest.raises(HostRefused):
-            await rig.sets.ensure(_sets(_ONE), sweep=False)
-        assert rig.haproxy.commands == []
-        rig.full = False
         await rig.sets.ensure(_sets(_ONE), sweep=False)
         rig.have(_ONE)
 

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.core.haproxy.model import Bind, DataplaneSpec
+from imdsproxy.core.haproxy.config import render_config
+from imdsproxy.core.haproxy.model import Bind, DataplaneSpec, Limits
 from imdsproxy.core.model import NetworkId
 from imdsproxy.dataplane.haproxy import Haproxy
+from imdsproxy.dataplane.launch import SpawnLauncher, find_alerts
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.dataplane.records import RecordApplier
@@ -51,28 +53,18 @@ async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
     await fake.close()
 
 
-async def test_the_first_configuration_starts_haproxy(rig: Rig) -> None:
+async def test_the_first_configuration_starts_haproxy_which_is_the_check(rig: Rig) -> None:
+    assert not await rig.haproxy.adopt()
     assert not rig.haproxy.starting.is_set()
-    assert await rig.apply("red")
-    assert rig.haproxy.starting.is_set()
-    assert rig.launcher.started == 1
-    assert rig.haproxy.processes is not None
-    assert "name red" in rig.layout.config.read_text()
-    assert rig.layout.last_good.read_text() == rig.layout.config.read_text()
-    assert rig.haproxy.last_reload is not None
-    assert rig.haproxy.last_reload.result == "started"
-
-
-async def test_where_nothing_runs_the_start_is_the_check(rig: Rig) -> None:
     rig.judge(_REFUSES)
     assert await rig.apply("red")
+    assert rig.haproxy.starting.is_set()
     assert not rig.layout.candidate.exists()
-
-
-async def test_the_same_configuration_again_does_nothing(rig: Rig) -> None:
-    await rig.apply("red")
+    assert "name red" in rig.layout.config.read_text()
+    assert rig.haproxy.last_reload is not None
+    assert rig.haproxy.last_reload.result == "started"
     assert not await rig.apply("red")
-    assert rig.fake.reloads == 0
+    assert (rig.launcher.started, rig.fake.reloads) == (1, 0)
 
 
 async def test_another_configuration_is_a_reload_with_known_workers(rig: Rig) -> None:
@@ -144,10 +136,6 @@ async def test_a_master_that_runs_already_is_adopted_with_its_configuration(rig:
     assert rig.fake.reloads == 0
 
 
-async def test_without_a_master_there_is_nothing_to_adopt(rig: Rig) -> None:
-    assert not await rig.haproxy.adopt()
-
-
 async def test_a_master_whose_records_are_lost_is_ended(rig: Rig) -> None:
     await rig.haproxy.end_stray()
     assert rig.launcher.killed == []
@@ -187,3 +175,51 @@ async def test_a_probe_says_whether_the_worker_answers(
     assert await rig.haproxy.probe() is alive
     server.close()
     await server.wait_closed()
+
+
+@pytest.mark.parametrize("maxconn", [7890, None])
+def test_the_master_gets_the_connections_of_its_configuration(
+    tmp_path: Path, maxconn: int | None
+) -> None:
+    layout = Layout(tmp_path, tmp_path)
+    if maxconn is not None:
+        limits = Limits(maxconn=maxconn, maxconn_per_network=50)
+        spec = DataplaneSpec(binds=(), paths=layout.haproxy_paths(), limits=limits)
+        layout.config.write_text(render_config(spec))
+    words = SpawnLauncher("haproxy", layout, MasterClient(layout.master_socket)).arguments()
+    # Without a configuration there is room for thousands of namespaces.
+    assert words[words.index("-n") + 1] == str(maxconn or 4096)
+
+
+_UNIT = "imdsproxy-haproxy.service"
+_STARTING = f"Starting {_UNIT} - imdsproxy: HAProxy, answering every guest...\n"
+
+
+@pytest.mark.parametrize(
+    ("journal", "alerts"),
+    [
+        (
+            (
+                f"{_STARTING}[ALERT]    (10) : config : an older reason\n{_STARTING}"
+                "[NOTICE]   (20) : New worker (21) forked\n"
+                "[ALERT]    (21) : Binding for frontend exporter: cannot bind\n"
+                "[ALERT]    (20) : Binding for frontend exporter: cannot bind\n"
+                "[ALERT]    (20) : [haproxy.main()] Some protocols failed to start"
+            ),
+            (
+                "Binding for frontend exporter: cannot bind; "
+                "[haproxy.main()] Some protocols failed to start"
+            ),
+        ),
+        # The last start has written nothing yet.
+        (f"{_STARTING}[ALERT]    (10) : the reason\n{_STARTING}", "the reason"),
+        (f"{_STARTING}[ALERT] (10) : Starting frontend guests: no", "Starting frontend guests: no"),
+        ("", ""),
+        ("-- No entries --", ""),
+        (f"{_STARTING}[NOTICE] (1) : x", ""),
+    ],
+)
+def test_the_alerts_of_the_last_start_are_found_in_the_journal_without_pids_and_once(
+    journal: str, alerts: str
+) -> None:
+    assert find_alerts(journal, _UNIT) == alerts

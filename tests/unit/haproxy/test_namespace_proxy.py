@@ -102,21 +102,12 @@ def test_a_proxy_is_for_a_network_or_a_router() -> None:
     assert parse_resource(None, _UUID) == ("X-Neutron-Router-ID", _UUID)
 
 
-def test_an_id_stays_as_it_is_written() -> None:
-    assert parse_uuid(_UUID.upper()) == _UUID.upper()
-
-
 @pytest.mark.parametrize(
     "text", ["", "blue", "../../etc/passwd", _UUID + "\n", _UUID[:-1], _UUID.replace("-", ""), "8" * 36]
 )  # fmt: skip
 def test_what_is_no_uuid_is_refused(text: str) -> None:
     with pytest.raises(RequestRefused, match="is no UUID"):
         parse_uuid(text)
-
-
-@pytest.mark.parametrize(("given", "port"), [("80", 80), (9697, 9697), ("65535", 65535), ("1", 1)])
-def test_a_port(given: str | int, port: int) -> None:
-    assert parse_port(given) == port
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,6 @@ from imdsproxy.app.namespace_proxy.proxy import (
     try_to_bind,
 )
 from imdsproxy.errors import HaproxyMissing, HostRefused
-from imdsproxy.host.account import group_name, user_name
 
 
 def test_haproxy_is_found_on_the_path_or_where_an_agent_leaves_no_path(
@@ -50,20 +49,6 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
     lock = os.open(tmp_path, os.O_RDONLY)
     yield Launch(str(program), tmp_path / "u.conf", lock, alone=False)
     os.close(lock)
-
-
-def test_haproxy_is_run_apart_and_waited_for_until_all_that_write_for_it_let_go(
-    launch: Launch,
-) -> None:
-    script = f"""#!/bin/sh
-    readlink /proc/self/fd/{launch.lock} >&2
-    (sleep 0.3; pwd >&2; umask >&2; grep Groups /proc/self/status >&2; cat >&2) &
-    exit 3
-    """
-    Path(launch.program).write_text(script)
-    status, errors = launch.run(alone=True)
-    assert status == 3
-    assert errors.split() == [str(launch.config.parent), "/", "0027", "Groups:"]
 
 
 def test_a_haproxy_that_hangs_or_cannot_be_run_is_reported(launch: Launch) -> None:
@@ -109,19 +94,6 @@ def test_a_port_in_use_is_reported_however_it_was_bound() -> None:
                 with pytest.raises(HostRefused, match=f"port {port}: Address already in use"):
                     try_to_bind(port, dual_stack=dual_stack)
         try_to_bind(port, dual_stack=True)
-
-
-def test_accounts_are_known_by_name_and_by_id() -> None:
-    assert user_name("0") == user_name("root") == "root"
-    assert group_name("0") == group_name("root") == "root"
-
-
-@pytest.mark.parametrize("word", ["nobody-of-that-name", "4294967290", "9" * 30, "-1", ""])
-def test_an_account_that_is_not_there_is_reported(word: str) -> None:
-    with pytest.raises(HostRefused, match=f"there is no user {word}"):
-        user_name(word)
-    with pytest.raises(HostRefused, match=f"there is no group {word}"):
-        group_name(word)
 
 
 def test_the_program_loads_nothing_of_the_daemon() -> None:

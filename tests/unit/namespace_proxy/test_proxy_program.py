@@ -90,16 +90,6 @@ def handler(state: Path, **more: Any) -> NetworkMetadataProxyHandler:  # noqa: A
 # The handler
 
 
-def test_the_places_are_those_of_the_old_program(tmp_path: Path, config: Path) -> None:
-    assert NetworkMetadataProxyHandler.get_config_path("/srv") == Path("/srv/ns-metadata-proxy")
-    found = NetworkMetadataProxyHandler(None, UUID, None, 9697, None, None, tmp_path)
-    assert found.config_file == config
-    assert found.upstream == tmp_path / "metadata_proxy"
-    plain = NetworkMetadataProxyHandler(UUID, None)
-    assert plain.config_file == Path(f"/var/lib/neutron/ns-metadata-proxy/{UUID}.conf")
-    assert plain.port == 9697
-
-
 @pytest.mark.parametrize(
     ("own", "user", "group", "expected"),
     [
@@ -159,11 +149,6 @@ def test_a_path_that_cannot_be_used_is_refused(members: Mapping[str, str], what:
         NetworkMetadataProxyHandler(UUID, None, **given).prepare()
 
 
-def test_a_socket_without_a_directory_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(HostRefused, match=r"there is no directory .*none for the metadata socket"):
-        handler(tmp_path, unix_socket_path=tmp_path / "none" / "s").run_proxy()
-
-
 # The daemon
 
 
@@ -181,11 +166,6 @@ def test_a_daemon_is_haproxys_own_and_its_pid_is_written(
     assert pid_file.read_text() == f"{PID}\n"
     assert stat.S_IMODE(pid_file.stat().st_mode) == 0o644
     assert not own.exists()
-
-
-def test_without_a_pid_file_none_is_written(tmp_path: Path) -> None:
-    daemon(tmp_path).start()
-    assert [path.name for path in tmp_path.iterdir()] == ["ns-metadata-proxy"]
 
 
 @pytest.mark.parametrize("text", ["", "999\n", "garbage", "-1", "9" * 60, "1\n2\n"])
@@ -239,14 +219,6 @@ def test_a_haproxy_whose_pid_cannot_be_written_is_ended(
     with pytest.raises(HostRefused, match="cannot write"):
         daemon(tmp_path, tmp_path / "p").start()
     assert haproxy.done[-1] == (PID, 15)
-
-
-def test_a_pid_file_without_a_directory_is_refused_before_anything_is_done(
-    tmp_path: Path, haproxy: FakeHaproxy
-) -> None:
-    with pytest.raises(HostRefused, match="for the pid file"):
-        daemon(tmp_path, tmp_path / "none" / "p").start()
-    assert haproxy.done == []
 
 
 # The command
@@ -321,18 +293,3 @@ def test_help_is_0(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["--help"], ["cleanup", "-h"]):
         assert main(words) == 0
         assert "--state-path DIR" in capsys.readouterr().out
-
-
-def test_cleaning_up_takes_what_a_dead_proxy_left_and_refuses_a_living_one(
-    tmp_path: Path, haproxy: FakeHaproxy, config: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pid_file = tmp_path / "p"
-    daemon(tmp_path, pid_file).start()
-    words = ("cleanup", UUID, "--state-path", tmp_path, "--pid-file", pid_file)
-    status, errors = command(capsys, *words)
-    assert (status, f"the proxy runs (pid {PID})" in errors) == (71, True)
-    haproxy.living = set()
-    for _ in range(2):
-        assert command(capsys, *words) == (0, "")
-        assert not pid_file.exists()
-        assert list(config.parent.iterdir()) == []
