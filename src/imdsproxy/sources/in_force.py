@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Generic, TypeVar
 
-from imdsproxy.core.addresses import link_local_of, to_number
-from imdsproxy.core.model import Instance, Network, NetworkId
+from imdsproxy.core.addresses import link_local_of
+from imdsproxy.core.claims import Claims
+from imdsproxy.core.model import Instance, InstanceId, Network
 from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.packed import PackedInstance
 from imdsproxy.core.records import Path, render_path
@@ -98,9 +100,8 @@ class InForce(Generic[Record]):
         self._entries: dict[str, tuple[Entry[Record], ...]] = {}
         self._held: dict[str, Entry[Record]] = {}
         self._held_by_file: dict[str, set[str]] = {}
-        # By number, which takes a third of the memory.
-        self._holders: dict[NetworkId, dict[int, str]] = {}
-        self._freed: dict[tuple[NetworkId, int], str] = {}
+        self._holders = Claims()
+        self._freed: dict[AddressKey, str] = {}
         self.moved = False
         self._touched: set[str] = set()
         self._clashes: dict[str, tuple[Clash[Record], ...]] = {}
@@ -116,7 +117,7 @@ class InForce(Generic[Record]):
 
     def prime(self, entry: Entry[Record]) -> None:
         """Take as in force what a process before had, until `replace_file` is called for its file."""
-        if entry.id not in self._held and self._clash(entry, {}) is None:
+        if entry.id not in self._held and self._clash(entry, self._claimed(entry), {}) is None:
             self._hold(entry)
 
     def has(self, file: str) -> bool:
@@ -254,28 +255,35 @@ class InForce(Generic[Record]):
             held = before[key]
             if entry is None:
                 continue
-            kept = set(self._claimed(entry))
-            if held is None or entry.record is not held.record:
+            if held is None:
                 changed.append(entry)
-                kept &= set(() if held is None else self._claimed(held))
+                continue
+            kept = self._claimed(entry)
+            if entry.record is not held.record:
+                changed.append(entry)
+                kept = set(kept).intersection(self._claimed(held))
             taken.update(dict.fromkeys(kept, entry))
         clashes: dict[str, Clash[Record]] = {}
         for entry in sorted(changed, key=lambda each: each.order):
-            clash = self._clash(entry, taken)
+            claimed = tuple(self._claimed(entry))
+            clash = self._clash(entry, claimed, taken)
             if clash is None:
-                taken.update(dict.fromkeys(self._claimed(entry), entry))
+                taken.update(dict.fromkeys(claimed, entry))
             else:
                 clashes[entry.id] = clash
         return clashes
 
     def _clash(
-        self, entry: Entry[Record], taken: Mapping[AddressKey, Entry[Record]]
+        self,
+        entry: Entry[Record],
+        claimed: Iterable[AddressKey],
+        taken: Mapping[AddressKey, Entry[Record]],
     ) -> Clash[Record] | None:
         """What stands against an entry: `taken`, and what is held."""
         against: dict[str, tuple[Entry[Record], list[AddressKey]]] = {}
-        for address in self._claimed(entry):
-            holder = self._holders.get(address[0], {}).get(to_number(address[1]))
-            other = taken.get(address) or (None if holder is None else self._held[holder])
+        for address in claimed:
+            holder = self._holders.owner(address)
+            other = taken.get(address) or (self._held[holder] if isinstance(holder, str) else None)
             if other is not None and other.id != entry.id:
                 against.setdefault(other.id, (other, []))[1].append(address)
         first = next(iter(against.values()), None)
@@ -286,7 +294,7 @@ class InForce(Generic[Record]):
         clashes = (clash for each in self._clashes.values() for clash in each if clash.addresses)
         moved = False
         for entry in sorted((clash.entry for clash in clashes), key=lambda each: each.order):
-            if self._clash(entry, {}) is None:
+            if self._clash(entry, self._claimed(entry), {}) is None:
                 self._release(entry.id)
                 self._hold(entry)
                 self._note(entry.id, self._wish(entry.id), None)
@@ -316,21 +324,17 @@ class InForce(Generic[Record]):
         beside.discard(key)
         if not beside:
             del self._held_by_file[held.file]
-        for network, address in self._claimed(held):
-            holders = self._holders.get(network, {})
-            holders.pop(to_number(address), None)
-            self._freed[network, to_number(address)] = key
-            if not holders:
-                self._holders.pop(network, None)
+        addresses = frozenset(self._claimed(held))
+        self._holders.replace(InstanceId(key), addresses, frozenset())
+        self._freed.update(dict.fromkeys(addresses, key))
 
     def _hold(self, entry: Entry[Record]) -> None:
         key = entry.id
         self._held[key] = entry
         self._held_by_file.setdefault(entry.file, set()).add(key)
-        for network, address in self._claimed(entry):
-            number = to_number(address)
-            self._holders.setdefault(network, {})[number] = key
-            self.moved = self.moved or self._freed.get((network, number), key) != key
+        addresses = frozenset(self._claimed(entry))
+        self._holders.replace(InstanceId(key), frozenset(), addresses)
+        self.moved = self.moved or any(self._freed.get(each, key) != key for each in addresses)
 
 
 _Key = TypeVar("_Key")
@@ -375,7 +379,12 @@ def taken_address(
         lines: The lines of its claims, in the order of `claim_places`.
     """
     network, shown = address
-    part, line = _claim(instance, address, lines)
+    parts = (
+        (part, line)
+        for (claimed, part), line in zip_longest(claim_places(instance), lines)
+        if claimed == address
+    )
+    part, line = next(parts, ((), None))
     what = f"{shown} in network {network}"
     if part and part[-1] == "mac":
         what = f"the MAC's link-local address {what}"
@@ -387,15 +396,6 @@ def taken_address(
         file,
         line,
     )
-
-
-def _claim(
-    instance: Instance, address: AddressKey, lines: tuple[int | None, ...]
-) -> tuple[Path, int | None]:
-    for number, (claimed, part) in enumerate(claim_places(instance)):
-        if claimed == address:
-            return part, lines[number] if number < len(lines) else None
-    return (), None
 
 
 def taken_id(
