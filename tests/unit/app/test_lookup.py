@@ -447,7 +447,7 @@ async def test_behind_a_router_an_address_is_known_as_long_as_the_source_knows_t
     rig.answer(_FOUND, scope=Scope.ROUTER)
     assert await rig.look(_BEHIND, Scope.ROUTER if listed is None else None) == "web"
     behind = {_BEHIND: Learned(InstanceId("web"), math.inf, via=_ASKED)}
-    await rig.lookup.review()
+    await rig.lookup.review(everything=True)
     assert rig.records.learned == behind
     # After a restart, too.
     rig.records.learned.clear()

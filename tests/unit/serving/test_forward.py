@@ -64,43 +64,35 @@ def _request(method: str = "GET", target: bytes = b"/a", body: bytes = b"") -> G
     return GuestRequest(_key("red"), method, target, headers, body)
 
 
-@pytest.mark.parametrize("target", [b"/a?", b"/a%2fb/../c//d?x=%3F", b"/?a#", b"*"])
-async def test_the_target_is_sent_byte_for_byte(tmp_path: Path, target: bytes) -> None:
+_SENT = [
+    b"host: 169.254.169.254",
+    b"accept: */*",
+    b"x-imdsproxy-record: " + render_map_value(_RECORD).encode(),
+    b"x-imdsproxy-network: red",
+    b"x-imdsproxy-address: 10.0.0.5",
+    b"x-imdsproxy-forwarded: by",
+]
+
+
+@pytest.mark.parametrize(
+    ("request_", "more"),
+    [(_request(target=target), []) for target in (b"/a?", b"/a%2fb/../c//d?x=%3F", b"/?a#", b"*")]
+    + [
+        (_request("POST", body=b"pass"), [b"content-length: 4"]),
+        (_request("POST"), [b"content-length: 0"]),
+        (replace(_request(), by_operator=True), [b"x-imdsproxy-operator: yes"]),
+    ],
+)
+async def test_the_target_is_sent_byte_for_byte_and_our_headers_are_ours(
+    tmp_path: Path, request_: GuestRequest, more: list[bytes]
+) -> None:
     async with _peer(tmp_path) as (peer, forwarder):
-        await forwarder.forward(_RECORD, _request(target=target), CollectedAnswer().take)
-        assert peer.seen.split(b"\r\n")[0] == b"GET " + target + b" HTTP/1.1"
-
-
-async def test_our_headers_are_ours_and_the_body_has_its_length(tmp_path: Path) -> None:
-    async with _peer(tmp_path) as (peer, forwarder):
-        await forwarder.forward(_RECORD, _request("POST", body=b"pass"), CollectedAnswer().take)
-        head, _, body = peer.seen.partition(b"\r\n\r\n")
-        lines = sorted(line.lower() for line in head.split(b"\r\n")[1:])
-        assert lines == sorted(
-            [
-                b"host: 169.254.169.254",
-                b"accept: */*",
-                b"x-imdsproxy-record: " + render_map_value(_RECORD).encode(),
-                b"x-imdsproxy-network: red",
-                b"x-imdsproxy-address: 10.0.0.5",
-                b"x-imdsproxy-forwarded: by",
-                b"content-length: 4",
-            ]
-        )
-        assert body == b"pass"
-
-
-async def test_an_operator_s_request_is_marked_once(tmp_path: Path) -> None:
-    async with _peer(tmp_path) as (peer, forwarder):
-        request = replace(_request(), by_operator=True)
-        await forwarder.forward(_RECORD, request, CollectedAnswer().take)
-        assert peer.seen.count(b"x-imdsproxy-operator") == 1
-
-
-async def test_a_post_without_a_body_says_so(tmp_path: Path) -> None:
-    async with _peer(tmp_path) as (peer, forwarder):
-        await forwarder.forward(_RECORD, _request("POST"), CollectedAnswer().take)
-        assert b"content-length: 0" in peer.seen.lower()
+        await forwarder.forward(_RECORD, request_, CollectedAnswer().take)
+    head, _, body = peer.seen.partition(b"\r\n\r\n")
+    first, *lines = head.split(b"\r\n")
+    assert first == b"%b %b HTTP/1.1" % (request_.method.encode(), request_.target)
+    assert sorted(line.lower() for line in lines) == sorted([*_SENT, *more])
+    assert body == request_.body
 
 
 async def test_the_answer_is_passed_on_as_it_is(tmp_path: Path) -> None:
@@ -121,23 +113,19 @@ async def test_the_answer_is_passed_on_as_it_is(tmp_path: Path) -> None:
         assert answer.body == b"\x1f\x8b\xff"
 
 
-@pytest.mark.parametrize("answer", [b"", b"nonsense\r\n\r\n"])
-async def test_no_answer_or_none_that_can_be_read_is_503(tmp_path: Path, answer: bytes) -> None:
-    async with _peer(tmp_path) as (peer, forwarder):
-        peer.answer = answer
-        got = CollectedAnswer()
-        with capture_logs() as logs:
-            await forwarder.forward(_RECORD, _request(), got.take)
-        assert got.status == 503
-        assert (b"retry-after", b"1") in got.headers
-        assert [entry["event"] for entry in logs] == ["request not handed to haproxy"]
-
-
-async def test_nobody_behind_the_socket_is_503(tmp_path: Path) -> None:
+@pytest.mark.parametrize("answer", [b"", b"nonsense\r\n\r\n", None])
+async def test_no_answer_or_none_that_can_be_read_is_503(
+    tmp_path: Path, answer: bytes | None
+) -> None:
     got = CollectedAnswer()
-    with capture_logs():
-        await FoundForwarder(str(tmp_path / "none"), 1.0).forward(_RECORD, _request(), got.take)
+    async with _peer(tmp_path) as (peer, forwarder):
+        peer.answer = answer or b""
+        asked = forwarder if answer is not None else FoundForwarder(str(tmp_path / "none"), 1.0)
+        with capture_logs() as logs:
+            await asked.forward(_RECORD, _request(), got.take)
     assert got.status == 503
+    assert (b"retry-after", b"1") in got.headers
+    assert [entry["event"] for entry in logs] == ["request not handed to haproxy"]
 
 
 async def test_an_answer_that_breaks_off_is_not_made_to_look_whole(tmp_path: Path) -> None:

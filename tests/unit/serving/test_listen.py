@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import stat
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import cast
+from typing import TypeAlias, cast
 
 import pytest
 
@@ -38,102 +40,102 @@ def answering(begun: asyncio.Event | None = None, gate: asyncio.Event | None = N
     return app
 
 
-def test_a_socket_has_its_mode_and_group_and_leaves_no_other_name(tmp_path: Path) -> None:
+def test_a_socket_has_its_mode_and_group_and_takes_the_old_ones_place(tmp_path: Path) -> None:
     path = tmp_path / "x.sock"
-    with open_unix_socket(path, mode=0o620, owner=(-1, os.getegid())):
-        assert stat.S_IMODE(path.stat().st_mode) == 0o620
-        assert path.stat().st_gid == os.getegid()
+    with (
+        open_unix_socket(path, mode=0o600) as old,
+        open_unix_socket(path, mode=0o620, owner=(-1, os.getegid())) as new,
+        socket.socket(socket.AF_UNIX) as client,
+    ):
+        assert (stat.S_IMODE(path.stat().st_mode), path.stat().st_gid) == (0o620, os.getegid())
         assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_new_socket_takes_the_old_ones_place(tmp_path: Path) -> None:
-    path = tmp_path / "x.sock"
-    with open_unix_socket(path, mode=0o600) as old, open_unix_socket(path, mode=0o600) as new:
-        with socket.socket(socket.AF_UNIX) as client:
-            client.connect(str(path))
-            accepted, _ = new.accept()
-            accepted.close()
+        client.connect(str(path))
+        new.accept()[0].close()
         with pytest.raises(BlockingIOError):
             old.accept()
 
 
-def test_a_long_path_is_refused_with_a_hint_and_nothing_is_left(tmp_path: Path) -> None:
+def test_a_path_that_is_too_long_or_missing_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
     with pytest.raises(HostRefused, match="cannot listen on") as refused:
         open_unix_socket(tmp_path / ("x" * 120), mode=0o600)
     assert "shorter" in refused.value.hint
+    with pytest.raises(HostRefused, match="ENOENT"):
+        open_unix_socket(tmp_path / "nothing" / "x.sock", mode=0o600)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_directory_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(HostRefused, match="ENOENT"):
-        open_unix_socket(tmp_path / "nothing" / "x.sock", mode=0o600)
+Connect: TypeAlias = Callable[[], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
 
 
-async def connect(path: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    return await asyncio.open_unix_connection(path)
+@contextlib.asynccontextmanager
+async def listening(directory: Path, app: AsgiApp) -> AsyncIterator[tuple[HttpListener, Connect]]:
+    """A listener, and what connects to it."""
+    listener, path, writers = HttpListener(app), directory / "x.sock", list[asyncio.StreamWriter]()
+    await listener.open(open_unix_socket(path, mode=0o600))
+
+    async def connect() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_unix_connection(path)
+        writers.append(writer)
+        return reader, writer
+
+    async with asyncio.timeout(60):
+        yield listener, connect
+        for writer in writers:
+            writer.close()
+        await listener.close(grace_s=5)
 
 
 async def test_a_request_that_has_begun_is_finished_before_the_end(tmp_path: Path) -> None:
     begun, gate = asyncio.Event(), asyncio.Event()
-    listener = HttpListener(answering(begun, gate))
-    await listener.open(open_unix_socket(tmp_path / "x.sock", mode=0o600))
-    reader, writer = await connect(tmp_path / "x.sock")
-    writer.write(ASK)
-    await begun.wait()
-    closing = asyncio.create_task(listener.close(grace_s=20))
-    await asyncio.sleep(0)
-    gate.set()
-    assert (await reader.read()).endswith(b"\r\n\r\nok")
-    await closing
-    writer.close()
+    async with listening(tmp_path, answering(begun, gate)) as (listener, connect):
+        reader, writer = await connect()
+        writer.write(ASK)
+        await begun.wait()
+        closing = asyncio.create_task(listener.close(grace_s=20))
+        await asyncio.sleep(0)
+        gate.set()
+        assert (await reader.read()).endswith(b"\r\n\r\nok")
+        await closing
 
 
 async def test_a_request_on_its_way_at_the_end_is_answered_and_the_connection_closed(
     tmp_path: Path,
 ) -> None:
-    listener = HttpListener(answering())
-    await listener.open(open_unix_socket(tmp_path / "x.sock", mode=0o600))
-    reader, writer = await connect(tmp_path / "x.sock")
-    closing = asyncio.create_task(listener.close(grace_s=20))
-    await asyncio.sleep(0)
-    writer.write(ASK)
-    answer = await reader.read()
-    assert b"connection: close" in answer
-    assert answer.endswith(b"ok")
-    await closing
-    writer.close()
+    async with listening(tmp_path, answering()) as (listener, connect):
+        reader, writer = await connect()
+        closing = asyncio.create_task(listener.close(grace_s=20))
+        await asyncio.sleep(0)
+        writer.write(ASK)
+        answer = await reader.read()
+        assert b"connection: close" in answer
+        assert answer.endswith(b"ok")
+        await closing
 
 
 async def test_a_connection_that_is_accepted_in_the_turn_of_the_end_is_answered(
     tmp_path: Path,
 ) -> None:
-    listener = HttpListener(answering())
-    await listener.open(open_unix_socket(tmp_path / "x.sock", mode=0o600))
-    with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(10)
-        client.connect(str(tmp_path / "x.sock"))
-        client.sendall(ASK)
-        # In this turn of the loop it is accepted; its task comes after the one that ends all.
-        await asyncio.sleep(0)
-        await asyncio.create_task(listener.close(grace_s=20))
-        assert client.recv(4096).endswith(b"ok")
+    async with listening(tmp_path, answering()) as (listener, _):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(10)
+            client.connect(str(tmp_path / "x.sock"))
+            client.sendall(ASK)
+            # In this turn of the loop it is accepted; its task comes after the one that ends all.
+            await asyncio.sleep(0)
+            await asyncio.create_task(listener.close(grace_s=20))
+            assert client.recv(4096).endswith(b"ok")
 
 
 async def test_idle_connections_and_endless_requests_do_not_hold_up_the_end(tmp_path: Path) -> None:
     begun = asyncio.Event()
-    listener = HttpListener(answering(begun, asyncio.Event()))
-    await listener.open(open_unix_socket(tmp_path / "x.sock", mode=0o600))
-    idle_reader, idle = await connect(tmp_path / "x.sock")
-    _, endless = await connect(tmp_path / "x.sock")
-    endless.write(ASK)
-    await begun.wait()
-    async with asyncio.timeout(30):
+    async with listening(tmp_path, answering(begun, asyncio.Event())) as (listener, connect):
+        idle, _ = await connect()
+        _, endless = await connect()
+        endless.write(ASK)
+        await begun.wait()
         await listener.close(grace_s=0.5)
-        assert await idle_reader.read() == b""
-    idle.close()
-    endless.close()
-    tasks = list(listener._state.tasks)
-    assert await asyncio.gather(*tasks, return_exceptions=True) is not None
+        assert await idle.read() == b""
+        await asyncio.gather(*listener._state.tasks, return_exceptions=True)
 
 
 class Sink(asyncio.Transport):
@@ -170,23 +172,18 @@ def test_an_answers_parts_are_sent_in_one_piece() -> None:
 
 
 async def test_a_client_that_waits_for_100_continue_gets_it(tmp_path: Path) -> None:
-    async def app(_scope: Scope, receive: Receive, send: Send) -> None:
-        body = await read_body(receive)
-        assert isinstance(body, bytes)
-        await send(
-            {"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"3")]}
-        )
-        await send({"type": "http.response.body", "body": body})
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await read_body(receive)
+        await answering()(scope, receive, send)
 
-    listener = HttpListener(app)
-    await listener.open(open_unix_socket(tmp_path / "x.sock", mode=0o600))
-    reader, writer = await connect(tmp_path / "x.sock")
-    writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nExpect: 100-continue\r\n\r\n")
-    assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
-    writer.write(b"abc")
-    assert (await reader.readuntil(b"abc")).startswith(b"HTTP/1.1 200 OK")
-    writer.close()
-    await listener.close(grace_s=5)
+    async with listening(tmp_path, app) as (_, connect):
+        reader, writer = await connect()
+        writer.write(
+            b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nExpect: 100-continue\r\n\r\n"
+        )
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        writer.write(b"abc")
+        assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200 OK")
 
 
 async def test_what_comes_behind_a_body_is_no_header(tmp_path: Path) -> None:
@@ -199,20 +196,15 @@ async def test_what_comes_behind_a_body_is_no_header(tmp_path: Path) -> None:
         seen.append((before, list(cast("list[object]", scope["headers"]))))
         await answering()(scope, receive, send)
 
-    listener = HttpListener(app)
-    await listener.open(open_unix_socket(tmp_path / "x.sock", mode=0o600))
-    reader, writer = await connect(tmp_path / "x.sock")
-    head, body = (
-        b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nX: 1\r\n\r\n",
-        b"1\r\na\r\n0\r\nX: 2\r\n\r\n",
-    )
-    writer.write(head + body)
-    await reader.readuntil(b"ok")
-    writer.write(head)
-    await asyncio.sleep(0)
-    writer.write(body)
-    await reader.readuntil(b"ok")
+    head = b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nX: 1\r\n\r\n"
+    body = b"1\r\na\r\n0\r\nX: 2\r\n\r\n"
+    async with listening(tmp_path, app) as (_, connect):
+        reader, writer = await connect()
+        writer.write(head + body)
+        await reader.readuntil(b"ok")
+        writer.write(head)
+        await asyncio.sleep(0)
+        writer.write(body)
+        await reader.readuntil(b"ok")
     headers = [(b"transfer-encoding", b"chunked"), (b"x", b"1")]
     assert seen == [(headers, headers)] * 2
-    writer.close()
-    await listener.close(grace_s=5)
