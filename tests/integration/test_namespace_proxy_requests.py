@@ -10,8 +10,8 @@ from ipaddress import ip_address
 import pytest
 
 from support.forgeries import ENCODED_PATHS, FORGERIES, IDENTITY_HEADERS, EncodedPath, Forgery
-from support.guest import IPV4, IPV6, Guest, Lost, Reply
-from support.lab import ip, until
+from support.guest import IPV4, IPV6, Lost, Reply
+from support.lab import until
 from support.namespace_proxy import NETWORK, Place, open_place
 from support.recorder import (
     Answer,
@@ -22,7 +22,6 @@ from support.recorder import (
     half,
     reply,
     reset,
-    slow,
 )
 
 pytestmark = pytest.mark.root
@@ -232,17 +231,6 @@ def test_an_agent_that_does_not_answer_is_503_and_asked_once(
     assert len(place.recorder.requests) == 1
 
 
-def test_an_answer_that_ends_too_early_is_not_taken_for_a_whole_one(place: Place) -> None:
-    place.recorder.answer(half(reply(_BINARY)))
-    with pytest.raises(Lost):
-        place.guest.ask("/")
-
-
-def test_a_slow_answer_is_waited_for(place: Place) -> None:
-    place.recorder.answer(slow(reply(b"abcdef"), pieces=4, pause_s=0.3))
-    assert place.guest.ask("/").body == b"abcdef"
-
-
 def test_no_tunnel_leads_past_the_rules(place: Place) -> None:
     refused = place.guest.raw(b"CONNECT 127.0.0.1:80 HTTP/1.1\r\nHost: 127.0.0.1:80\r\n\r\n")
     assert (refused.status, refused.headers["allow"][:9]) == (405, "GET, HEAD")
@@ -264,11 +252,3 @@ def test_ipv4_alone_is_served_where_devices_get_no_ipv6() -> None:
         place.guest.ask("/")
         assert identity(place.recorder.only()) == ours()
         assert not place.guest.reaches(to=IPV6)
-
-
-def test_a_router_proxy_listens_at_the_port_that_requests_are_redirected_to() -> None:
-    with open_place() as place:
-        place.run(f"--router-id={NETWORK}", "--state-path", str(place.state))
-        listening = ip("netns", "exec", place.network, "ss", "-Hltn")
-        assert "*:9697" in listening
-        assert isinstance(place.guest, Guest)

@@ -7,7 +7,6 @@ import contextlib
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
-from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
@@ -112,9 +111,7 @@ class World:
             lambda _keys: None,
             self.filters,
             no_hop_limits(),
-            RuleSets(
-                cast("RecordApplier", self), Path("none"), lambda _path, _data: None, SystemClock()
-            ),
+            RuleSets(cast("RecordApplier", self), SystemClock()),
             cast("KeptMaps", nothing),
         )
 

@@ -54,7 +54,6 @@ from imdsproxy.core.token_report import TokenReport
 from imdsproxy.core.wire import MapRecord
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.layout import Layout
-from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import Problem
 from imdsproxy.host.clock import SystemClock
@@ -249,15 +248,9 @@ async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous gen
         made.mkdir(exist_ok=True)
     numbers = itertools.count()
     clock, inventory = _StillClock(), Inventory(["sqlite", "file"])
-    master = MasterClient(layout.master_socket, deadline_s=2)
-    applier = RecordApplier(master, layout.base_map, layout.overlay_map, _write)
-    keys = TokenKeys(
-        layout.token_keys,
-        layout.token_keys_map,
-        _write,
-        lambda count: bytes([next(numbers)]) * count,
-    )
-    policy_store = PolicyStore(keys, OverrideFile(layout.guards, _write))
+    applier = RecordApplier(layout)
+    keys = TokenKeys(layout, lambda count: bytes([next(numbers)]) * count)
+    policy_store = PolicyStore(keys, OverrideFile(layout.guards))
     keys.read(None)
     keys.write_map()
     applier.write_all({})
@@ -265,8 +258,8 @@ async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous gen
         layout.master_socket, (layout.base_map, layout.overlay_map, layout.token_keys_map)
     )
     await fake.start()
-    launcher = FakeLauncher(fake, master)
-    haproxy = Haproxy("haproxy", layout, launcher, master, applier, _write, clock)
+    launcher = FakeLauncher(fake, applier.master)
+    haproxy = Haproxy("haproxy", launcher, applier, clock)
     await haproxy.adopt()
     passwords = PasswordStore(layout.passwords)
     mac_filters = no_mac_filters(inventory)
@@ -280,8 +273,8 @@ async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous gen
         lambda _: None,
         mac_filters,
         no_hop_limits(),
-        RuleSets(applier, layout.path_rules_map, _write, clock),
-        KeptMaps(layout.kept_maps, (), _write),
+        RuleSets(applier, clock),
+        KeptMaps(layout),
         policies=policy_store.book,
     )
     store = SqliteSource(layout.state / "store.sqlite", now=clock.now().timestamp)

@@ -182,20 +182,14 @@ def control_fake(
         script: What runs as `haproxy -c`.
         judged: As of `FakeLauncher`.
     """
-    master = MasterClient(layout.master_socket, deadline_s=2)
     fake = FakeHaproxy(layout.master_socket, (layout.base_map, layout.overlay_map))
-    records = RecordApplier(master, layout.base_map, layout.overlay_map, write_file)
+    records = RecordApplier(layout)
     records.write_all({})
     program = layout.runtime / "haproxy"
     program.write_text(script)
     program.chmod(0o755)
-    launcher = FakeLauncher(fake, master, judged=judged)
-    clock = SystemClock()
-    return (
-        fake,
-        launcher,
-        Haproxy(str(program), layout, launcher, master, records, write_file, clock),
-    )
+    launcher = FakeLauncher(fake, records.master, judged=judged)
+    return fake, launcher, Haproxy(str(program), launcher, records, SystemClock())
 
 
 def _run(worker: FakeWorker, command: str, payload: str) -> str:  # noqa: PLR0911 - a flat choice of commands

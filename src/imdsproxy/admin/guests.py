@@ -345,7 +345,7 @@ class GuestService:
         if haproxy.processes is None or (worker := haproxy.processes.worker) is None:
             return None
         try:
-            for path in (applier.overlay_path, applier.base_path):
+            for path in (applier.layout.overlay_map, applier.layout.base_map):
                 value = await haproxy.master.read_entry(worker, str(path), record_key(key))
                 if value is not None:
                     return hide_signatures(value)

@@ -10,7 +10,7 @@ from typing import Final
 
 import structlog
 
-from imdsproxy.dataplane.records import Writer
+from imdsproxy.dataplane.layout import Layout
 from imdsproxy.errors import DataplaneError
 from imdsproxy.host.files import ensure_directory, write_atomic
 
@@ -22,25 +22,25 @@ class KeptMaps:
     """Copies of the maps, with a digest of them and of everything that they were made of.
 
     Without the copies, or where the digest differs, a start makes all records: they may be deleted at any time.
-
-    Args:
-        directory: Of the copies.
-        maps: The maps that HAProxy reads.
-        write: Replaces one of these.
     """
 
-    directory: Path
-    maps: tuple[Path, ...]
-    write: Writer
+    layout: Layout
+
+    @property
+    def _copies(self) -> dict[Path, Path]:
+        """Each map that HAProxy reads, and its copy."""
+        layout = self.layout
+        maps = (layout.base_map, layout.overlay_map, layout.path_rules_map)
+        return {path: layout.kept_maps / path.name for path in maps}
 
     def save(self, made_of: bytes) -> None:
         """Copy the maps. What fails here costs the next start its time, and nothing else."""
         try:
-            ensure_directory(self.directory, mode=0o700)
-            texts = [path.read_bytes() for path in self.maps]
-            for path, text in zip(self.maps, texts, strict=True):
-                write_atomic(self.directory / path.name, text, mode=0o600)
-            write_atomic(self.directory / _STAMP, _digest(made_of, texts), mode=0o600)
+            ensure_directory(self.layout.kept_maps, mode=0o700)
+            texts = [path.read_bytes() for path in self._copies]
+            for copy, text in zip(self._copies.values(), texts, strict=True):
+                write_atomic(copy, text, mode=0o600)
+            write_atomic(self.layout.kept_maps / _STAMP, _digest(made_of, texts), mode=0o600)
         except (OSError, DataplaneError) as error:
             structlog.get_logger().warning("the next start makes all records", reason=str(error))
 
@@ -54,15 +54,15 @@ class KeptMaps:
             HostRefused: A map cannot be written.
         """
         try:
-            stamp = (self.directory / _STAMP).read_bytes()
-            texts = [(self.directory / path.name).read_bytes() for path in self.maps]
+            stamp = (self.layout.kept_maps / _STAMP).read_bytes()
+            texts = [copy.read_bytes() for copy in self._copies.values()]
         except OSError:
             return False
         now = made_of()
         if now is None or stamp != _digest(now, texts):
             return False
-        for path, text in zip(self.maps, texts, strict=True):
-            self.write(path, text)
+        for path, text in zip(self._copies, texts, strict=True):
+            write_atomic(path, text)
         return True
 
 

@@ -16,8 +16,8 @@ from imdsproxy.config.schema import Settings
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.policy import OperatorOverride, PolicyBook
-from imdsproxy.dataplane.records import Writer
 from imdsproxy.errors import HostRefused
+from imdsproxy.host.files import write_atomic
 
 _FORMAT: Final = 1
 
@@ -32,7 +32,6 @@ class OverrideFile:
     """
 
     path: Path
-    write: Writer
     overrides: Mapping[str, OperatorOverride] = field(default_factory=dict)
 
     def load(self) -> None:
@@ -66,7 +65,8 @@ class OverrideFile:
         overrides = {**self.overrides, instance: override}
         shown = {name: [one.epoch, one.reopened_at] for name, one in sorted(overrides.items())}
         text = json.dumps({"format": _FORMAT, "instances": shown}, indent=1)
-        self.write(self.path, text.encode())
+        # A revocation that a power cut takes back would make tokens good again.
+        write_atomic(self.path, text.encode(), mode=0o600, durable=True)
         self.overrides = overrides
         return override
 
@@ -130,6 +130,17 @@ class PolicyStore:
         records, self._book = book != self._book, book
         return records, keys
 
+    def open(self, settings: Settings) -> None:
+        """Read all of it, with the keys where HAProxy finds them; the first one is made where there is none.
+
+        Raises:
+            SecretUnreadable: The keys cannot be used.
+            HostRefused: A file cannot be written, or what operators did cannot be read.
+        """
+        self.read(settings)
+        self.overrides.load()
+        self.keys.write_map()
+
     def for_nobody(self, inventory: Inventory) -> tuple[str, ...]:
         """Sections of settings for a network, project or instance that no source has.
 
@@ -140,18 +151,20 @@ class PolicyStore:
         if book.projects:
             for instance in inventory.instances.values():
                 projects |= {instance.project, *(port.project for port in instance.ports)}
-        return (
-            *(
-                f"policy.networks.{one}"
-                for one in book.networks
-                if not inventory.knows(NetworkId(one))
+        scopes = (
+            ("networks", book.networks, lambda one: inventory.knows(NetworkId(one))),
+            ("projects", book.projects, projects.__contains__),
+            (
+                "instances",
+                book.instances,
+                lambda one: bool(inventory.sources_of_instance(InstanceId(one))),
             ),
-            *(f"policy.projects.{one}" for one in book.projects if one not in projects),
-            *(
-                f"policy.instances.{one}"
-                for one in book.instances
-                if not inventory.sources_of_instance(InstanceId(one))
-            ),
+        )
+        return tuple(
+            f"policy.{kind}.{one}"
+            for kind, names, known in scopes
+            for one in names
+            if not known(one)
         )
 
     def book(self) -> PolicyBook:

@@ -14,9 +14,10 @@ from typing import Final, TypeAlias
 from imdsproxy.core.haproxy.maps import parse_map
 from imdsproxy.core.path_rules import PathRules, group_sets, render_set
 from imdsproxy.core.policy import rule_set_of
-from imdsproxy.dataplane.records import RecordApplier, Writer
+from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.clock import Clock
+from imdsproxy.host.files import write_atomic
 
 _KEPT_S: Final = 60.0
 """Longer than any request takes from its look-up to its answer."""
@@ -29,17 +30,19 @@ class RuleSets:
     """Which sets HAProxy knows.
 
     Args:
-        path: The map that HAProxy reads when it loads.
-        write: Replaces it.
+        applier: Brings them to the workers.
     """
 
     applier: RecordApplier
-    path: Path
-    write: Writer
     clock: Clock
     _sets: dict[str, _Entries] = field(default_factory=dict)
     _needed_at: dict[str, float] = field(default_factory=dict)
     _told: bool = False
+
+    @property
+    def path(self) -> Path:
+        """The map that HAProxy reads when it loads."""
+        return self.applier.layout.path_rules_map
 
     def load(self) -> None:
         """Take over what an earlier controller left, and have the file there: HAProxy does not load without.
@@ -51,7 +54,7 @@ class RuleSets:
             _, entries = parse_map(self.path.read_text())
         except FileNotFoundError:
             entries = {}
-            self.write(self.path, b"")
+            write_atomic(self.path, b"")
         except (OSError, UnicodeDecodeError) as error:
             raise HostRefused(f"cannot read {self.path}: {error}") from error
         self._sets = dict(group_sets(entries))
@@ -107,7 +110,7 @@ class RuleSets:
 
     def _write(self, sets: Mapping[str, _Entries]) -> None:
         lines = [f"{key} {value}\n" for one in sets.values() for key, value in one.items()]
-        self.write(self.path, "".join(lines).encode())
+        write_atomic(self.path, "".join(lines).encode())
 
 
 def _entries_of(wanted: Mapping[str, PathRules]) -> dict[str, _Entries]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from random import SystemRandom
+from typing import Final
 
 from imdsproxy.app.tickets import report_failure
 from imdsproxy.core.timing import Backoff
@@ -18,9 +21,12 @@ from imdsproxy.core.tokens import (
     render_token_keys,
     rotate_token_keys,
 )
-from imdsproxy.dataplane.records import RecordApplier, Writer
+from imdsproxy.dataplane.layout import Layout
+from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import DataplaneError, Problem, SecretUnreadable
-from imdsproxy.host.files import read_secret
+from imdsproxy.host.files import read_secret, write_atomic
+
+_write: Final = partial(write_atomic, mode=0o600, durable=True)
 
 
 @dataclass(slots=True)
@@ -28,19 +34,15 @@ class TokenKeys:
     """The keys in force.
 
     Args:
-        default: Where they are while settings name no other file; made where it is missing.
-        map_path: What HAProxy reads when it loads.
-        write: Writes a file that only root can read.
+        layout: Where they are while settings name no other file; made where it is missing.
         random: So many random bytes.
 
     Attributes:
         failure: Why a worker may not know the keys in force.
     """
 
-    default: Path
-    map_path: Path
-    write: Writer
-    random: Callable[[int], bytes]
+    layout: Layout
+    random: Callable[[int], bytes] = field(default=SystemRandom().randbytes, repr=False)
     keys: tuple[TokenKey, ...] = field(default=(), repr=False)
     failure: Problem | None = None
     _path: Path | None = None
@@ -55,9 +57,9 @@ class TokenKeys:
                 stays.
             HostRefused: The first key cannot be written.
         """
-        path = configured or self.default
+        path = configured or self.layout.token_keys
         if configured is None and not path.exists():
-            self.write(path, render_token_keys((TokenKey(self.random(KEY_BYTES)),)).encode())
+            _write(path, render_token_keys((TokenKey(self.random(KEY_BYTES)),)).encode())
         keys = read_token_keys(path)
         changed = keys != self.keys
         self.keys, self._path = keys, path
@@ -73,7 +75,7 @@ class TokenKeys:
         """
         entries = render_key_map(self.keys)
         text = "".join(f"{name} {value}\n" for name, value in entries.items())
-        self.write(self.map_path, text.encode())
+        _write(self.layout.token_keys_map, text.encode())
 
     def send(self) -> None:
         """Let `run` send the keys to every worker; `confirmed` waits for it."""
@@ -94,7 +96,9 @@ class TokenKeys:
             await self._changed.wait()
             self._changed.clear()
             try:
-                await applier.apply_table(self.map_path, render_key_map(self.keys), self.write_map)
+                await applier.apply_table(
+                    self.layout.token_keys_map, render_key_map(self.keys), self.write_map
+                )
             except DataplaneError as error:
                 self._changed.set()
                 self.failure, delay = report_failure(
@@ -110,12 +114,12 @@ class TokenKeys:
     @property
     def shared(self) -> Path | None:
         """The file that settings name, since other hosts have it too; `None` where it is this host's own."""
-        return None if self._path == self.default else self._path
+        return None if self._path == self.layout.token_keys else self._path
 
     @property
     def path(self) -> Path:
         """Where they are."""
-        return self._path or self.default
+        return self._path or self.layout.token_keys
 
     def rotate(self) -> TokenKey:
         """Put a fresh key in the file; tokens of those before it are good as long as they would be. Then `send`.
@@ -128,7 +132,7 @@ class TokenKeys:
         """
         fresh = TokenKey(self.random(KEY_BYTES))
         keys = rotate_token_keys(read_token_keys(self.path), fresh)
-        self.write(self.path, render_token_keys(keys).encode())
+        _write(self.path, render_token_keys(keys).encode())
         self.keys = keys
         return fresh
 

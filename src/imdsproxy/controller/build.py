@@ -86,10 +86,10 @@ def prepare_directories(settings: Settings, layout: Layout) -> None:
     write_atomic(layout.silence, b"", mode=0o644)
 
 
-def build_launcher(
-    settings: Settings, layout: Layout, program: str, master: MasterClient
-) -> Launcher:
+def build_launcher(settings: Settings, layout: Layout, program: str) -> Launcher:
     """How HAProxy's master comes up and goes down here."""
+    # One of its own: what it asks until HAProxy answers is not counted.
+    master = MasterClient(layout.master_socket)
     if under_systemd(settings.haproxy.supervisor, settings.haproxy.unit):
         return SystemdLauncher(settings.haproxy.unit, layout, master)
     return SpawnLauncher(program, layout, master)

@@ -11,7 +11,6 @@ from dataclasses import replace
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
-from random import SystemRandom
 from typing import Final
 
 import structlog
@@ -44,13 +43,11 @@ from imdsproxy.core.timing import Progress
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.launch import HaproxyProgram
 from imdsproxy.dataplane.layout import Layout
-from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.account import find_account, group_id
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.events import NeighbourChange, watch_neighbours, watch_tables
-from imdsproxy.host.files import write_atomic
 from imdsproxy.host.notify import ServiceNotifier, kept_sockets
 from imdsproxy.host.process import descriptor_limit
 from imdsproxy.host.servers import try_tcp_listen
@@ -111,12 +108,11 @@ class Controller:
         self.with_data_plane = False
         self.kept = kept_sockets(environment, KEPT_WORKERS, os.getpid())
         self.background: set[asyncio.Task[None]] = set()
-        write = partial(write_atomic, mode=0o640)
-        self.policy_store = _open_policy_store(holder, layout)
-        master = MasterClient(layout.master_socket)
-        applier = RecordApplier(master, layout.base_map, layout.overlay_map, write)
-        launcher = build_launcher(settings, layout, program.path, master)
-        self.haproxy = Haproxy(program.path, layout, launcher, master, applier, write, clock)
+        self.policy_store = PolicyStore(TokenKeys(layout), OverrideFile(layout.guards))
+        self.policy_store.open(settings)
+        applier = RecordApplier(layout)
+        launcher = build_launcher(settings, layout, program.path)
+        self.haproxy = Haproxy(program.path, launcher, applier, clock)
         self.haproxy_version = str(program.version)
         progress, group = Progress(), settings.documents.group
         files = DiskFiles(
@@ -131,7 +127,7 @@ class Controller:
         self.mac_filters.on_missing = lambda one: self.touch("MAC filter is gone", (one,))
         self.hop_limits.on_need = lambda networks: self.touch("hop limits", networks)
         index = CompiledIndex(layout.compiled_index)
-        sets = RuleSets(applier, layout.path_rules_map, write, clock)
+        sets = RuleSets(applier, clock)
         sets.load()
         self.records = RecordLoop(
             inventory,
@@ -143,7 +139,7 @@ class Controller:
             self.mac_filters,
             self.hop_limits,
             sets,
-            KeptMaps(layout.kept_maps, (layout.base_map, layout.overlay_map, sets.path), write),
+            KeptMaps(layout),
             lambda: nova.routing,
             self.policy_store.book,
             progress=progress,
@@ -161,7 +157,7 @@ class Controller:
             try_tcp_listen,
             self.mac_filters,
             self.hop_limits,
-            kept=KeptNetworks(layout.networks, write),
+            kept=KeptNetworks(layout.networks),
             unix=UnixListener(
                 lambda: holder.settings.unix_listener, self.haproxy, SocketFiles().observe, clock
             ),
@@ -304,23 +300,6 @@ class Controller:
             if self.listeners.unix.changed():
                 self.touch("unix socket changed", ())
             await self.lookup.review()
-
-
-def _open_policy_store(holder: SettingsHolder, layout: Layout) -> PolicyStore:
-    """What guests may read, with the keys where HAProxy finds them; the first one is made where there is none.
-
-    Raises:
-        SecretUnreadable: The keys cannot be used.
-        HostRefused: A file cannot be written, or what operators did cannot be read.
-    """
-    # A revocation that a power cut takes back would make tokens good again.
-    write = partial(write_atomic, mode=0o600, durable=True)
-    keys = TokenKeys(layout.token_keys, layout.token_keys_map, write, SystemRandom().randbytes)
-    store = PolicyStore(keys, OverrideFile(layout.guards, write))
-    store.read(holder.settings)
-    store.overrides.load()
-    keys.write_map()
-    return store
 
 
 def _owner_of(inventory: Inventory, network: str, address: str) -> str | None:

@@ -37,7 +37,6 @@ from imdsproxy.controller.reload import hang_up
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.dataplane.launch import read_program
 from imdsproxy.dataplane.layout import Layout
-from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.errors import DataplaneError, HostRefused, ImdsproxyError
 from imdsproxy.host.account import owner_of
 from imdsproxy.host.clock import Clock, SystemClock
@@ -137,6 +136,7 @@ async def _live(
             await _start_data_plane(controller)
         finally:
             controller.served.set()
+            controller.haproxy.starting.set()
         tasks += [
             group.create_task(work, name=getattr(work, "__qualname__", None))
             for work in controller.work()
@@ -191,13 +191,7 @@ async def _count(metrics: Metrics, log: Path) -> None:
 
 async def _load_http(controller: Controller) -> None:
     """In a thread, beside a HAProxy that reads its files; nothing that comes before is to share our processor."""
-    there = (controller.haproxy.starting, controller.served)
-    waiting = [asyncio.ensure_future(one.wait()) for one in there]
-    try:
-        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for one in waiting:
-            one.cancel()
+    await controller.haproxy.starting.wait()
     await asyncio.to_thread(importlib.import_module, "imdsproxy.controller.http")
 
 
@@ -331,9 +325,8 @@ async def stop_data_plane(settings: Settings, environment: Mapping[str, str]) ->
     layout = Layout.of(settings)
     host = build_host(settings, layout)
     companion = build_companion(settings, layout, None, environment)
-    master = MasterClient(layout.master_socket)
     try:
-        launcher = build_launcher(settings, layout, settings.haproxy.binary, master)
+        launcher = build_launcher(settings, layout, settings.haproxy.binary)
         await launcher.stop()
         await companion.stop()
         await sweep_host(host, *build_filters(layout, host, Inventory(), SystemClock()))

@@ -18,7 +18,7 @@ from imdsproxy.core.wire import PROBE_PATH
 from imdsproxy.dataplane.launch import Launcher
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient, exchange
-from imdsproxy.dataplane.records import RecordApplier, Writer
+from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import (
     ConfigRejected,
     HostRefused,
@@ -27,7 +27,7 @@ from imdsproxy.errors import (
     RuntimeUnavailable,
 )
 from imdsproxy.host.clock import Clock
-from imdsproxy.host.files import ensure_directory
+from imdsproxy.host.files import ensure_directory, write_atomic
 from imdsproxy.host.process import run_program
 from imdsproxy.host.refusal import host_refused
 
@@ -59,18 +59,17 @@ class Haproxy:
     Attributes:
         full: Why guests wait, while HAProxy has all the connections that it may have.
         before_reload: Reads something of the workers that will then be gone; raises nothing.
-        starting: Set once a start has begun; while HAProxy reads its files, the processor has time for others.
+        starting: Set once a start has begun, or none is needed: HAProxy reads its files, and the processor has time.
 
     Every start and reload happens under the records' lock, so that a new worker's maps are the files'.
     """
 
     program: str
-    layout: Layout
     launcher: Launcher
-    master: MasterClient
     records: RecordApplier
-    write: Writer
     clock: Clock
+    layout: Layout = field(init=False)
+    master: MasterClient = field(init=False)
     processes: Processes | None = None
     full: Problem | None = None
     starting: asyncio.Event = field(default_factory=asyncio.Event)
@@ -78,6 +77,9 @@ class Haproxy:
     reload_counts: Counter[str] = field(default_factory=Counter)
     seconds_spent: float = 0.0
     before_reload: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.layout, self.master = self.records.layout, self.records.master
 
     async def adopt(self) -> bool:
         """Take over a master that runs already; whether there is one, and the maps that it was started with.
@@ -119,12 +121,12 @@ class Haproxy:
         if self.processes is not None:
             await self._check(spec, text, reason)
         async with self.records.lock:
-            self.write(self.layout.config, text.encode())
+            write_atomic(self.layout.config, text.encode())
             if self.processes is None:
                 await self._start(reason, began)
             else:
                 await self._reload(reason, began)
-            self.write(self.layout.last_good, text.encode())
+            write_atomic(self.layout.last_good, text.encode())
         _sweep_sockets(self.layout.jail, text)
         return True
 
@@ -188,14 +190,14 @@ class Haproxy:
         # The content of records is not checked.
         paths = replace(spec.paths, base_map=str(self.layout.empty_map))
         candidate = render_config(replace(spec, paths=paths))
-        self.write(self.layout.candidate, candidate.encode())
+        write_atomic(self.layout.candidate, candidate.encode())
         candidate_file = str(self.layout.candidate)
         status, words = await run_program(
             self.program, "-c", "-f", candidate_file, deadline_s=_CHECK_DEADLINE_S
         )
         if status == 0:
             return
-        self.write(self.layout.rejected, text.encode())
+        write_atomic(self.layout.rejected, text.encode())
         message = parse_failure(words)
         self._note(reason, "rejected", message)
         raise ConfigRejected(f"HAProxy refuses the configuration: {message}")
@@ -207,7 +209,7 @@ class Haproxy:
         except ConfigRejected as error:
             self.processes = None
             with contextlib.suppress(FileNotFoundError):
-                self.write(self.layout.rejected, self.layout.config.read_bytes())
+                write_atomic(self.layout.rejected, self.layout.config.read_bytes())
             self._note(reason, "failed", error.message)
             raise
         self.records.known.clear()
@@ -226,8 +228,8 @@ class Haproxy:
             return
         # What the master reads at its next start must be what the worker in force runs with.
         with contextlib.suppress(FileNotFoundError):
-            self.write(self.layout.rejected, self.layout.config.read_bytes())
-            self.write(self.layout.config, self.layout.last_good.read_bytes())
+            write_atomic(self.layout.rejected, self.layout.config.read_bytes())
+            write_atomic(self.layout.config, self.layout.last_good.read_bytes())
         message = parse_failure(outcome.log)
         self._note(reason, "failed", message, seconds=seconds)
         raise ReloadFailed(f"HAProxy could not reload: {message}")

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
 
 from imdsproxy.core.haproxy.maps import (
     COMPACT_ABOVE,
@@ -21,15 +20,13 @@ from imdsproxy.core.haproxy.maps import (
 )
 from imdsproxy.core.haproxy.runtime import Processes
 from imdsproxy.core.wire import MAP_TOMBSTONE
+from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient, WorkerEnded
 from imdsproxy.errors import HostRefused
+from imdsproxy.host.files import write_atomic
 
 _SWAP_ABOVE = 256
 """Changes beyond which replacing the overlay at once is cheaper than command after command."""
-
-
-Writer: TypeAlias = Callable[[Path, bytes], None]
-"""Replaces a file by exactly these bytes, or leaves it and raises `HostRefused`."""
 
 
 @dataclass(slots=True)
@@ -45,16 +42,17 @@ class RecordApplier:
         tables: What `apply_table` last got, by file: a worker that we know nothing of gets it as well.
     """
 
-    master: MasterClient
-    base_path: Path
-    overlay_path: Path
-    write: Writer
+    layout: Layout
     state: MapState = field(default_factory=MapState)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     known: set[int] = field(default_factory=set)
     compact_above: int = COMPACT_ABOVE
     behind: bool = False
     tables: dict[Path, Mapping[str, str]] = field(default_factory=dict, repr=False)
+    master: MasterClient = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.master = MasterClient(self.layout.master_socket)
 
     def load(self) -> bool:
         """Read the files that an earlier controller left; whether there were any that belong together.
@@ -63,14 +61,14 @@ class RecordApplier:
             HostRefused: A file is there and cannot be read.
         """
         try:
-            with self.base_path.open() as file:
+            with self.layout.base_map.open() as file:
                 generation, base = parse_base_map(file)
-            overlay_generation, overlay = parse_map(self.overlay_path.read_text())
+            overlay_generation, overlay = parse_map(self.layout.overlay_map.read_text())
         except FileNotFoundError:
             return False
         except (OSError, UnicodeDecodeError) as error:
             raise HostRefused(
-                f"cannot read the record maps in {self.base_path.parent}: {error}"
+                f"cannot read the record maps in {self.layout.runtime}: {error}"
             ) from error
         if generation is None:
             return False
@@ -86,8 +84,8 @@ class RecordApplier:
             HostRefused: A file cannot be written; the old ones are still there.
         """
         generation = str(int(self.state.generation) + 1)
-        self.write(self.base_path, render_map(records, generation).encode())
-        self.write(self.overlay_path, render_map({}, generation).encode())
+        write_atomic(self.layout.base_map, render_map(records, generation).encode())
+        write_atomic(self.layout.overlay_map, render_map({}, generation).encode())
         packed = records if isinstance(records, PackedMap) else PackedMap(sorted(records.items()))
         self.state = MapState(generation, packed, {})
 
@@ -130,7 +128,9 @@ class RecordApplier:
             if len(overlay) > self.compact_above:
                 await self._compact(overlay)
             else:
-                self.write(self.overlay_path, render_map(overlay, self.state.generation).encode())
+                write_atomic(
+                    self.layout.overlay_map, render_map(overlay, self.state.generation).encode()
+                )
                 self.state.overlay = overlay
                 await self._send_changes(changes)
             self.behind = False
@@ -158,7 +158,7 @@ class RecordApplier:
         processes = await self.master.read_processes()
         fresh = await self._greet(processes, skip=self.known)
         workers = [pid for pid in processes.workers if pid in self.known and pid not in fresh]
-        path = str(self.overlay_path)
+        path = str(self.layout.overlay_map)
         if len(changes) > _SWAP_ABOVE:
             for worker in workers:
                 await self._unless_ended(worker, self._swap_overlay(worker, self.state))
@@ -189,7 +189,7 @@ class RecordApplier:
         # Records refer to what is in there.
         for path, table in self.tables.items():
             await self.master.send_swap(worker, str(path), list(table.items()))
-        base = str(self.base_path)
+        base = str(self.layout.base_map)
         if await self.master.read_entry(worker, base, GENERATION_KEY) != self.state.generation:
             await self._swap_base(worker)
         await self._swap_overlay(worker, self.state)
@@ -197,11 +197,11 @@ class RecordApplier:
 
     async def _swap_base(self, worker: int) -> None:
         entries = [(GENERATION_KEY, self.state.generation), *self.state.base.items()]
-        await self.master.send_swap(worker, str(self.base_path), entries)
+        await self.master.send_swap(worker, str(self.layout.base_map), entries)
 
     async def _swap_overlay(self, worker: int, state: MapState) -> None:
         entries = [(GENERATION_KEY, state.generation), *state.overlay.items()]
-        await self.master.send_swap(worker, str(self.overlay_path), entries)
+        await self.master.send_swap(worker, str(self.layout.overlay_map), entries)
 
     async def _compact(self, overlay: dict[str, str]) -> None:
         """Fold the overlay into a new base; guests see the old state or the new one, nothing between.
@@ -229,7 +229,7 @@ class RecordApplier:
         await self._greet(processes, skip=self.known)
 
     async def _compact_worker(self, worker: int, full: MapState, changes: MapChanges) -> None:
-        base = str(self.base_path)
+        base = str(self.layout.base_map)
         await self._swap_overlay(worker, full)
         if len(changes) > len(full.base) // 2:
             await self._swap_base(worker)

@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
+from collections.abc import Collection, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -369,7 +369,6 @@ class KeptNetworks:
     """The file, and what it held when this process first asked."""
 
     path: Path
-    write: Callable[[Path, bytes], None]
     _networks: Mapping[NetworkId, Network] | None = None
     _written: Mapping[NetworkId, Network] = field(default_factory=dict)
 
@@ -391,7 +390,7 @@ class KeptNetworks:
             return
         text = json.dumps([render_record(networks[one]) for one in sorted(networks)])
         try:
-            self.write(self.path, text.encode())
+            write_atomic(self.path, text.encode())
         except HostRefused as error:
             structlog.get_logger().warning(
                 "networks not kept", code=error.code, error=error.message, hint=error.hint

@@ -30,7 +30,9 @@ def _epoch(server: AdminServer, address: str) -> str:
     """In the policy that HAProxy's worker has for the address."""
     applier = server.records.applier
     (worker,) = server.haproxy.workers
-    found = worker.lookup(applier.overlay_path, applier.base_path, f"blue/{address}") or ""
+    found = (
+        worker.lookup(applier.layout.overlay_map, applier.layout.base_map, f"blue/{address}") or ""
+    )
     return found.partition("|")[0].split(":")[1] if found.startswith("+") else "0"
 
 

@@ -11,27 +11,23 @@ from imdsproxy.app.policy_store import OverrideFile
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.errors import HostRefused
+from support.full_disk import full_disk
 
 _WEB = InstanceId("web")
 
 
-def _open(directory: Path, *, full: bool = False) -> OverrideFile:
-    def write(path: Path, data: bytes) -> None:
-        if full:
-            raise HostRefused("the disk is full")
-        path.write_bytes(data)
-
-    file = OverrideFile(directory / "guards.json", write)
+def _open(directory: Path) -> OverrideFile:
+    file = OverrideFile(directory / "guards.json")
     file.load()
     return file
 
 
 def test_what_cannot_be_written_has_not_happened(tmp_path: Path) -> None:
     assert _open(tmp_path).revoke(_WEB) == OperatorOverride(1, 0)
-    file = _open(tmp_path, full=True)
-    with pytest.raises(HostRefused, match="full"):
+    file = _open(tmp_path)
+    with full_disk(), pytest.raises(HostRefused, match="No space"):
         file.revoke(_WEB)
-    with pytest.raises(HostRefused, match="full"):
+    with full_disk(), pytest.raises(HostRefused, match="No space"):
         file.reopen(_WEB, 1)
     assert file.overrides == _open(tmp_path).overrides == {_WEB: OperatorOverride(1, 0)}
 

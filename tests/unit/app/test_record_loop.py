@@ -44,7 +44,7 @@ from imdsproxy.core.policy import (
     TokenMode,
     rule_set_of,
 )
-from imdsproxy.dataplane.master import MasterClient
+from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import RuntimeUnavailable
 from imdsproxy.host.clock import SystemClock
@@ -61,17 +61,18 @@ _OLD = InstanceId("old")
 
 class Rig:
     def __init__(self, directory: Path) -> None:
-        self.base = directory / "base.map"
-        self.overlay = directory / "overlay.map"
-        self.haproxy = FakeHaproxy(directory / "m.sock", (self.base, self.overlay))
+        layout = Layout(directory, directory)
+        self.base, self.overlay = layout.base_map, layout.overlay_map
+        self.haproxy = FakeHaproxy(layout.master_socket, (self.base, self.overlay))
         passwords = PasswordStore(directory / "passwords")
         self.files = LoggedFiles(directory / "documents", passwords, None)
         self.applied: list[set[AddressKey] | None] = []
         self.networks: list[frozenset[NetworkId]] = []
         self.inventory = Inventory(["a", "b"])
         index = CompiledIndex(directory / "compiled.sqlite")
-        master = MasterClient(directory / "m.sock", deadline_s=2)
-        self.applier = RecordApplier(master, self.base, self.overlay, self._write)
+        self.applier = RecordApplier(layout)
+        self.sets = RuleSets(self.applier, SystemClock())
+        self.sets.load()
         self.loop = RecordLoop(
             self.inventory,
             self.applier,
@@ -81,13 +82,9 @@ class Rig:
             lambda keys: self.applied.append(None if keys is None else set(keys)),
             no_mac_filters(self.inventory),
             no_hop_limits(),
-            RuleSets(self.applier, directory / "path-rules.map", self._write, SystemClock()),
-            KeptMaps(directory / "maps", (self.base, self.overlay), self._write),
+            self.sets,
+            KeptMaps(layout),
         )
-
-    @staticmethod
-    def _write(path: Path, data: bytes) -> None:
-        path.write_bytes(data)
 
     async def say(self, *instances: Instance, source: str = "a", in_sync: bool = True) -> None:
         """A source tells all that it has, and that is in force."""

@@ -13,7 +13,7 @@ from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.core.haproxy.maps import parse_map
 from imdsproxy.core.path_rules import PathRules, PathWord, render_set, set_id
 from imdsproxy.core.policy import OperatorOverride, Policy, render_policy_word
-from imdsproxy.dataplane.master import MasterClient
+from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import HostRefused, RuntimeUnavailable
 from support.fake_haproxy import FakeHaproxy
@@ -37,22 +37,19 @@ class Rig:
     clock: HandClock = field(default_factory=HandClock)
 
     def __post_init__(self) -> None:
-        self.path = self.directory / "path-rules.map"
-        base, overlay = self.directory / "base.map", self.directory / "overlay.map"
-        socket = self.directory / "m.sock"
-        self.applier = RecordApplier(MasterClient(socket, deadline_s=2), base, overlay, self.write)
+        layout = Layout(self.directory, self.directory)
+        self.path = layout.path_rules_map
+        self.applier = RecordApplier(layout)
         self.applier.write_all({})
-        self.haproxy = FakeHaproxy(socket, (base, overlay, self.path))
+        maps = (layout.base_map, layout.overlay_map, self.path)
+        self.haproxy = FakeHaproxy(layout.master_socket, maps)
         self.sets = self.begun()
 
     def begun(self) -> RuleSets:
         """As a controller has it that starts now."""
-        sets = RuleSets(self.applier, self.path, self.write, self.clock)
+        sets = RuleSets(self.applier, self.clock)
         sets.load()
         return sets
-
-    def write(self, path: Path, data: bytes) -> None:
-        path.write_bytes(data)
 
     def on_disk(self) -> Mapping[str, str]:
         return parse_map(self.path.read_text())[1]

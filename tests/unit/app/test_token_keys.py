@@ -14,8 +14,11 @@ import pytest
 
 from imdsproxy.app.token_keys import TokenKeys
 from imdsproxy.core.tokens import TokenKey, parse_token_keys, render_key_map, render_token_keys
+from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import HostRefused, RuntimeUnavailable, SecretUnreadable
+from imdsproxy.host.files import write_atomic
+from support.full_disk import full_disk
 
 
 @dataclass
@@ -23,25 +26,14 @@ class Rig:
     """Keys over a directory, with bytes that are known for random ones."""
 
     directory: Path
-    full: bool = False
     numbers: count[int] = field(default_factory=lambda: count(1))
 
     def __post_init__(self) -> None:
-        self.keys = TokenKeys(
-            self.directory / "token-keys",
-            self.directory / "token-keys.map",
-            self.write,
-            lambda size: next(self.numbers).to_bytes(size, "big"),
-        )
-
-    def write(self, path: Path, data: bytes) -> None:
-        if self.full:
-            raise HostRefused("the disk is full")
-        path.write_bytes(data)
-        path.chmod(0o600)
+        layout = Layout(self.directory, self.directory)
+        self.keys = TokenKeys(layout, lambda size: next(self.numbers).to_bytes(size, "big"))
 
     def put(self, path: Path, *keys: TokenKey) -> Path:
-        self.write(path, render_token_keys(keys).encode())
+        write_atomic(path, render_token_keys(keys).encode(), mode=0o600)
         return path
 
     def on_disk(self) -> tuple[TokenKey, ...]:
@@ -108,8 +100,7 @@ def test_rotation_puts_a_fresh_key_first_and_keeps_the_two_that_the_file_has(rig
 
 def test_rotation_that_cannot_be_written_changes_nothing(rig: Rig) -> None:
     rig.keys.read(None)
-    rig.full = True
-    with pytest.raises(HostRefused):
+    with full_disk(), pytest.raises(HostRefused):
         rig.keys.rotate()
     assert rig.keys.keys == rig.on_disk() == (_key(1),)
 

@@ -21,6 +21,7 @@ from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import ConfigRejected, HostRefused, ReloadFailed
 from imdsproxy.host.clock import SystemClock
 from support.fake_haproxy import FakeHaproxy, FakeLauncher, control_fake
+from support.full_disk import full_disk
 
 _ACCEPTS = "#!/bin/sh\nexit 0\n"
 _REFUSES = "#!/bin/sh\necho '[NOTICE] hello' >&2\necho '[ALERT] unknown keyword' >&2\nexit 1\n"
@@ -118,18 +119,8 @@ async def test_a_start_that_fails_says_why_and_is_tried_again(rig: Rig) -> None:
 
 async def test_a_master_that_runs_already_is_adopted_with_its_configuration(rig: Rig) -> None:
     await rig.apply("red")
-    master = MasterClient(rig.layout.master_socket)
-    records = RecordApplier(master, rig.layout.base_map, rig.layout.overlay_map, rig.haproxy.write)
-    assert records.load()
-    successor = Haproxy(
-        rig.haproxy.program,
-        rig.layout,
-        rig.launcher,
-        master,
-        records,
-        rig.haproxy.write,
-        SystemClock(),
-    )
+    records = RecordApplier(rig.layout)
+    successor = Haproxy(rig.haproxy.program, rig.launcher, records, SystemClock())
     assert await successor.adopt()
     assert not await successor.apply(rig.spec("red"), "start")
     assert rig.launcher.started == 1
@@ -146,13 +137,7 @@ async def test_a_master_whose_records_are_lost_is_ended(rig: Rig) -> None:
 
 async def test_a_disk_that_takes_nothing_leaves_the_file_in_force(rig: Rig) -> None:
     await rig.apply("red")
-
-    def refuse(path: Path, data: bytes) -> None:
-        del data
-        raise HostRefused(f"cannot write {path}: no space left")
-
-    rig.haproxy.write = refuse
-    with pytest.raises(HostRefused):
+    with full_disk(), pytest.raises(HostRefused):
         await rig.apply("blue")
     assert "name red" in rig.layout.config.read_text()
     assert rig.fake.reloads == 0

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imdsproxy.core.haproxy.maps import parse_map, render_map
-from imdsproxy.dataplane.master import MasterClient
+from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import HostRefused, RuntimeUnavailable
 from support.fake_haproxy import FakeHaproxy
+from support.full_disk import full_disk
 
 _KEYS = [f"n/{number}" for number in range(8)]
 _VALUES = ["a|1", "a|2", "b|1", "!"]
@@ -26,23 +27,10 @@ class Rig:
     """An applier, a fake HAProxy and the files between them."""
 
     def __init__(self, directory: Path, *, compact_above: int = 1024) -> None:
-        self.base = directory / "base.map"
-        self.overlay = directory / "overlay.map"
-        self.socket = directory / "m.sock"
-        self.full = False
-        self.applier = self.applier_now(compact_above)
-        self.haproxy = FakeHaproxy(self.socket, (self.base, self.overlay))
-
-    def applier_now(self, compact_above: int = 1024) -> RecordApplier:
-        master = MasterClient(self.socket, deadline_s=2)
-        return RecordApplier(
-            master, self.base, self.overlay, self.write, compact_above=compact_above
-        )
-
-    def write(self, path: Path, data: bytes) -> None:
-        if self.full:
-            raise HostRefused("the disk is full")
-        path.write_bytes(data)
+        self.layout = Layout(directory, directory)
+        self.base, self.overlay = self.layout.base_map, self.layout.overlay_map
+        self.applier = RecordApplier(self.layout, compact_above=compact_above)
+        self.haproxy = FakeHaproxy(self.layout.master_socket, (self.base, self.overlay))
 
     async def start(self, records: dict[str, str]) -> None:
         self.applier.write_all(records)
@@ -111,12 +99,10 @@ async def test_a_worker_with_an_older_base_gets_the_whole_base(rig: Rig) -> None
 
 async def test_a_full_disk_changes_nothing_anywhere(rig: Rig) -> None:
     await rig.start({"n/1": "a|1"})
-    rig.full = True
-    with pytest.raises(HostRefused):
+    with full_disk(), pytest.raises(HostRefused):
         await rig.applier.apply({"n/1": None, "n/2": "b|1"})
     assert rig.answers("n/1") == {"a|1"}
     assert rig.answers("n/2") == {None}
-    rig.full = False
     await rig.applier.apply({"n/1": None, "n/2": "b|1"})
     assert rig.answers("n/1") == {None}
     assert rig.answers("n/2") == {"b|1"}
@@ -125,7 +111,7 @@ async def test_a_full_disk_changes_nothing_anywhere(rig: Rig) -> None:
 async def test_files_of_an_earlier_controller_are_taken_over(rig: Rig) -> None:
     await rig.start({"n/1": "a|1"})
     await rig.applier.apply({"n/2": "b|1", "n/1": None})
-    successor = rig.applier_now()
+    successor = RecordApplier(rig.layout)
     assert successor.load()
     assert successor.state.effective() == {"n/2": "b|1"}
 

@@ -43,7 +43,7 @@ from imdsproxy.listeners.observe import HostObserver
 from imdsproxy.listeners.plan import HostOp, ManagedPlace, OpFailure
 from imdsproxy.unix_listener.listener import UnixListener
 from imdsproxy.unix_listener.settings import UnixListenerSettings
-from support.fake_haproxy import FakeHaproxy, control_fake, write_file
+from support.fake_haproxy import FakeHaproxy, control_fake
 from support.fake_mac_filters import no_hop_limits, no_mac_filters
 
 
@@ -161,7 +161,7 @@ async def _rig(directory: Path, *, agents: str | None = None) -> AsyncIterator[R
         lambda _host, _port: taken[0],
         no_mac_filters(inventory),
         no_hop_limits(),
-        kept=KeptNetworks(directory / "networks.json", write_file),
+        kept=KeptNetworks(directory / "networks.json"),
         unix=UnixListener(
             lambda: wanted,
             haproxy,

@@ -516,10 +516,6 @@ def _fill(path: Path) -> Store:
     return store
 
 
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
-
-
 def _read(path: Path) -> dict[str, tuple[bool, int | None]]:
     records = read_store(path)
     assert records.all_problems == ()
@@ -557,7 +553,7 @@ def test_what_was_sealed_stays_so_where_the_store_and_the_state_are_copied_to(
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
     _fill(here / "store.sqlite").close()
-    guards = OverrideFile(here / "guards.json", _write)
+    guards = OverrideFile(here / "guards.json")
     guards.revoke(WEB.id)
     guards.reopen(WEB.id, _BORN + 50)
     shutil.copytree(here, there)
