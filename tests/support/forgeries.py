@@ -214,118 +214,77 @@ _SMUGGLED: Final = request(*_OTHERS, target=b"/smuggled")
 _SENT: Final = Seen("POST", PASSWORD, body=_BODY)
 
 
+_CHUNKS: Final = b"Transfer-Encoding: chunked"
+_LENGTH: Final = b"Content-Length: 10"
+_BEYOND: Final = b"\r\n".join(_OTHERS) + b"\r\n\r\n"
+_TWO: Final = (Seen(), Seen(target=b"/smuggled"))
+_LONG: Final = b"Content-Length: %d" % len(_SMUGGLED)
+
+
 def _framing() -> Iterator[Forgery]:
     """Bodies whose length two programs might read differently."""
-    chunked = b"Transfer-Encoding: chunked"
-    length = b"Content-Length: 10"
-    yield Forgery("a body", _post(length, *_OTHERS, body=_BODY), (_SENT,))
-    yield Forgery("a body in chunks", _post(chunked, *_OTHERS, body=_CHUNKED + b"\r\n"), (_SENT,))
-    yield Forgery(
-        "trailers",
-        _post(chunked, b"Trailer: X-Instance-ID, X-Tenant-ID", b"TE: trailers",
-              body=_CHUNKED + b"\r\n".join(_OTHERS) + b"\r\n\r\n"),
-        (_SENT,),
-    )  # fmt: skip
-    yield Forgery(
-        "trailers that nobody announced",
-        _post(chunked, body=_CHUNKED + b"\r\n".join(_OTHERS) + b"\r\nX_Instance_ID: x\r\n\r\n"),
-        (_SENT,),
-    )
-    for name, value in IDENTITY_HEADERS.items():
-        line = f"{name}: {value}\r\n\r\n".encode()
-        yield Forgery(f"{name} in a trailer", _post(chunked, body=_CHUNKED + line), (_SENT,))
-    yield Forgery(
-        "trailers of a GET",
-        request(chunked, body=_CHUNKED + b"\r\n".join(_OTHERS) + b"\r\n\r\n"),
-        (Seen(body=_BODY),),
-    )
-    yield Forgery(
-        "trailers of nothing",
-        request(chunked, body=b"0\r\n" + b"\r\n".join(_OTHERS) + b"\r\n\r\n"),
-    )
-    yield Forgery(
-        "chunk extensions",
-        _post(chunked, body=b"a;x-instance-id=" + b"b" * 36 + b"\r\na password\r\n0;a=b\r\n\r\n"),
-        (_SENT,),
-    )
-    yield Forgery("chunks in upper case", _post(chunked.upper(), body=_CHUNKED + b"\r\n"), (_SENT,))
-    yield Forgery("a length that is said twice", _post(length, length, body=_BODY), (_SENT,))
-    yield Forgery("a length with zeros", _post(b"Content-Length: 0010", body=_BODY), (_SENT,))
-    yield Forgery(
-        "an underscored coding", _post(length, b"Transfer_Encoding: chunked", body=_BODY), (_SENT,)
-    )
-    yield Forgery(
-        "an underscored length",
-        request(b"Content_Length: %d" % len(_SMUGGLED), body=_SMUGGLED),
-        (Seen(), Seen(target=b"/smuggled")),
-    )
-    yield Forgery(
-        "a request within a body",
-        _post(b"Content-Length: %d" % len(_SMUGGLED), body=_SMUGGLED),
-        (Seen("POST", PASSWORD, body=_SMUGGLED),),
-    )
-    yield Forgery(
-        "a request behind another",
-        request() + _SMUGGLED,
-        (Seen(), Seen(target=b"/smuggled")),
-    )
-    yield Forgery(
-        "a body of a GET",
-        request(b"Content-Length: %d" % len(_SMUGGLED), body=_SMUGGLED),
-        (Seen(body=_SMUGGLED),),
-    )
-    yield Forgery(
-        "a length and chunks",
-        _post(b"Content-Length: 4", chunked, body=_CHUNKED + b"\r\n" + _SMUGGLED),
-        (_SENT,),
-    )
-    yield Forgery(
-        "chunks and a length",
-        _post(chunked, b"Content-Length: %d" % (len(_SMUGGLED) + 22), body=_CHUNKED + b"\r\n" + _SMUGGLED),
-        (_SENT,),
-    )  # fmt: skip
-    for name, size in {"a size of words": b"zz", "a negative size": b"-1", "a size with a sign": b"+a",
-                       "a hexadecimal size": b"0xa", "an endless size": b"f" * 17}.items():  # fmt: skip
-        yield Forgery(
-            f"{name} of a chunk", _post(chunked, body=size + b"\r\na password\r\n0\r\n\r\n"), ()
-        )
+    for name, data in (
+        ("a body", _post(_LENGTH, *_OTHERS, body=_BODY)),
+        ("a body in chunks", _post(_CHUNKS, *_OTHERS, body=_CHUNKED + b"\r\n")),
+        ("trailers", _post(_CHUNKS, b"Trailer: X-Instance-ID, X-Tenant-ID", b"TE: trailers", body=_CHUNKED + _BEYOND)),
+        ("trailers that nobody announced", _post(_CHUNKS, body=_CHUNKED + _BEYOND[:-2] + b"X_Instance_ID: x\r\n\r\n")),
+        *((f"{name} in a trailer", _post(_CHUNKS, body=_CHUNKED + f"{name}: {value}\r\n\r\n".encode()))
+          for name, value in IDENTITY_HEADERS.items()),
+        ("chunk extensions",
+         _post(_CHUNKS, body=b"a;x-instance-id=" + b"b" * 36 + b"\r\na password\r\n0;a=b\r\n\r\n")),
+        ("chunks in upper case", _post(_CHUNKS.upper(), body=_CHUNKED + b"\r\n")),
+        ("a length that is said twice", _post(_LENGTH, _LENGTH, body=_BODY)),
+        ("a length with zeros", _post(b"Content-Length: 0010", body=_BODY)),
+        ("an underscored coding", _post(_LENGTH, b"Transfer_Encoding: chunked", body=_BODY)),
+        ("a length and chunks", _post(b"Content-Length: 4", _CHUNKS, body=_CHUNKED + b"\r\n" + _SMUGGLED)),
+        ("chunks and a length",
+         _post(_CHUNKS, b"Content-Length: %d" % (len(_SMUGGLED) + 22), body=_CHUNKED + b"\r\n" + _SMUGGLED)),
+    ):  # fmt: skip
+        yield Forgery(name, data, (_SENT,))
+    for name, data, seen in (
+        ("trailers of a GET", request(_CHUNKS, body=_CHUNKED + _BEYOND), (Seen(body=_BODY),)),
+        ("trailers of nothing", request(_CHUNKS, body=b"0\r\n" + _BEYOND), (Seen(),)),
+        ("an underscored length", request(_LONG.replace(b"-", b"_"), body=_SMUGGLED), _TWO),
+        ("a request within a body", _post(_LONG, body=_SMUGGLED), (Seen("POST", PASSWORD, body=_SMUGGLED),)),
+        ("a request behind another", request() + _SMUGGLED, _TWO),
+        ("a body of a GET", request(_LONG, body=_SMUGGLED), (Seen(body=_SMUGGLED),)),
+        *((f"{name} of a chunk", _post(_CHUNKS, body=size + b"\r\na password\r\n0\r\n\r\n"), ())
+          for name, size in (("a size of words", b"zz"), ("a negative size", b"-1"), ("a size with a sign", b"+a"),
+                             ("a hexadecimal size", b"0xa"), ("an endless size", b"f" * 17))),
+    ):  # fmt: skip
+        yield Forgery(name, data, seen)
 
 
 def _switches() -> Iterator[Forgery]:
     """Requests to speak another protocol, or to wait."""
-    yield Forgery(
-        "an upgrade to h2c",
-        request(b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: AAMAAABkAAQAAP__"),
-    )  # fmt: skip
-    yield Forgery(
-        "an upgrade to WebSocket",
-        request(b"Connection: Upgrade", b"Upgrade: websocket", b"Sec-WebSocket-Version: 13",
-                b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="),
-    )  # fmt: skip
-    yield Forgery("an upgrade to TLS", request(b"Connection: Upgrade", b"Upgrade: TLS/1.2"))
-    yield Forgery("TE", request(b"TE: trailers, deflate", b"Connection: TE"))
-    yield Forgery("keep-alive", request(b"Keep-Alive: timeout=1000", b"Connection: keep-alive"))
-    yield Forgery(
-        "an expectation with its body",
-        _post(b"Expect: 100-continue", b"Content-Length: 10", body=_BODY),
-        (_SENT,),
-    )
-    yield Forgery("an expectation without a body", request(b"Expect: 100-continue"))
-    yield Forgery("an unknown expectation", request(b"Expect: x-instance-id"))
-    yield Forgery(
-        "the preface of HTTP/2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0", ()
-    )
-    yield Forgery("CONNECT", b"CONNECT 127.0.0.1:80 HTTP/1.1\r\nHost: 127.0.0.1:80\r\n\r\n", ())
-    yield Forgery("TRACE", request(*_OTHERS, method=b"TRACE"), ())
-    yield Forgery("a method in lower case", request(method=b"get"), ())
-    yield Forgery("HTTP/0.9", b"GET " + TARGET + b"\r\n\r\n", ())
+    upgrade = b"Connection: Upgrade"
+    for name, data in (
+        ("an upgrade to h2c",
+         request(upgrade + b", HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: AAMAAABkAAQAAP__")),
+        ("an upgrade to WebSocket", request(upgrade, b"Upgrade: websocket", b"Sec-WebSocket-Version: 13",
+                                            b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==")),
+        ("an upgrade to TLS", request(upgrade, b"Upgrade: TLS/1.2")),
+        ("TE", request(b"TE: trailers, deflate", b"Connection: TE")),
+        ("keep-alive", request(b"Keep-Alive: timeout=1000", b"Connection: keep-alive")),
+        ("an expectation without a body", request(b"Expect: 100-continue")),
+        ("an unknown expectation", request(b"Expect: x-instance-id")),
+        ("HTTP/1.2", b"GET " + TARGET + b" HTTP/1.2\r\nHost: x\r\n\r\n"),
+    ):  # fmt: skip
+        yield Forgery(name, data)
+    for name, data in (
+        ("the preface of HTTP/2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"),
+        ("CONNECT", b"CONNECT 127.0.0.1:80 HTTP/1.1\r\nHost: 127.0.0.1:80\r\n\r\n"),
+        ("TRACE", request(*_OTHERS, method=b"TRACE")),
+        ("a method in lower case", request(method=b"get")),
+        ("HTTP/0.9", b"GET " + TARGET + b"\r\n\r\n"),
+    ):
+        yield Forgery(name, data, ())
+    expected = _post(b"Expect: 100-continue", _LENGTH, body=_BODY)
+    yield Forgery("an expectation with its body", expected, (_SENT,))
     # HAProxy speaks to a server as old as the guest does, and says itself that it keeps connections.
     kept = (Seen(headers=((b"connection", b"keep-alive"),)),)
-    yield Forgery("HTTP/1.0", b"GET " + TARGET + b" HTTP/1.0\r\n\r\n", kept)
-    yield Forgery(
-        "HTTP/1.0 with a Host", b"GET " + TARGET + b" HTTP/1.0\r\nHost: nova:8775\r\n\r\n", kept
-    )
-    yield Forgery("HTTP/1.2", b"GET " + TARGET + b" HTTP/1.2\r\nHost: x\r\n\r\n")
+    for name, host in (("HTTP/1.0", b""), ("HTTP/1.0 with a Host", b"Host: nova:8775\r\n")):
+        yield Forgery(name, b"GET " + TARGET + b" HTTP/1.0\r\n" + host + b"\r\n", kept)
 
 
 def _hosts() -> Iterator[Forgery]:
