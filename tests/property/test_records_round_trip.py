@@ -40,8 +40,8 @@ def test_a_rendered_document_is_read_by_the_file_source(
     assert isinstance(decoded, Decoded)
     assert decoded.value == json.loads(text)
     records = parse_records(decoded.value)
-    assert [each for each in records.instances] == [instance]
-    assert [each for each in records.networks] == [network]
+    assert records.instances == [instance]
+    assert records.networks == [network]
 
 
 _values = st.recursive(

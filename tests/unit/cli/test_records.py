@@ -144,19 +144,6 @@ def test_set_changes_only_what_is_given(filled: Cli, monkeypatch: pytest.MonkeyP
     assert filled.network().listener == BridgeListener("br0"), "it is replaced as a whole"
 
 
-def test_a_name_stands_for_an_id_where_one_alone_has_it(filled: Cli) -> None:
-    filled("network", "set", "blue", "--name", "Blue")
-    filled("instance", "set", "web-1", "--name", "front")
-    assert filled("instance", "set", "front", "--tag", "a=b").status == 0
-    assert filled("instance", "add", "web-2", "-n", "Blue", "--name", "front").status == 0
-    refused = filled("instance", "remove", "front")
-    assert refused.status == 64
-    assert refused.err == "imdsproxy: 2 have the name front\nhint: use an id: web-1, web-2\n"
-    assert filled("instance", "add", "front", "--network", "blue").status == 0
-    assert filled("instance", "remove", "front").status == 0
-    assert set(filled.server.instances) == {"web-1", "web-2"}
-
-
 @pytest.mark.parametrize(
     "clear", ["instance set web-1 --clear password", "instance password web-1 --clear"]
 )

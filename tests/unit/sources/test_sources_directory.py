@@ -90,7 +90,8 @@ def test_yaml_and_json_files_are_read_and_others_are_not(bench: Bench) -> None:
     for name in ("4.yaml~", ".5.yaml", ".#6.yaml", "#7.yaml#", "8.txt", "9.yaml.swp", "4913"):
         bench.write(name, "no: [record")
     (bench.path / "directory.d").mkdir()
-    bench.read()
+    bench.write("blank.yaml", " \n")
+    bench.settle()
     assert not bench.source.problems
     assert bench.names == {"a", "b"}
     assert bench.networks == {"n"}
@@ -275,12 +276,6 @@ def test_a_blank_file_keeps_its_records_and_is_a_problem_after_a_moment(bench: B
     path.write_text("{}")
     bench.settle()
     assert not bench.names
-
-
-def test_a_blank_file_that_never_had_records_is_no_problem(bench: Bench) -> None:
-    bench.write("x.yaml", " \n")
-    bench.settle()
-    assert not bench.lines
 
 
 def test_what_is_no_regular_file_is_reported_and_never_waited_for(bench: Bench) -> None:

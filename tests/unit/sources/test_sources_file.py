@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,10 @@ def data_of(heard: Heard) -> dict[str, object]:
     return {key: each.user_data for key, each in heard.inventory.instances.items()}
 
 
+def has(name: str, text: str, heard: Heard) -> bool:
+    return data_of(heard) == {name: text.encode()}
+
+
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     path = tmp_path / "etc" / "records"
@@ -57,13 +63,9 @@ async def test_files_that_come_change_and_go_are_reported(directory: Path) -> No
         await heard.until(lambda each: data_of(each) == {"a": b"2", "b": b"1"})
         overwrite(directory / "x.json", record("b", "3"))
         await heard.until(lambda each: data_of(each) == {"b": b"3"})
-        _remove(directory / "x.json")
+        await asyncio.to_thread((directory / "x.json").unlink)
         await heard.until(lambda each: not data_of(each))
         assert all(each.in_sync for each in heard.observations)
-
-
-def _remove(path: Path) -> None:
-    path.unlink()
 
 
 async def test_a_file_overwritten_in_place_a_hundred_times_never_loses_its_records(
@@ -88,13 +90,9 @@ async def test_a_change_is_reported_within_a_tenth_of_a_second(directory: Path) 
             text = str(turn)
             begin = time.monotonic()
             write(directory / "x.json", record("a", text))
-            await _until_data_is(heard, text)
+            await heard.until(partial(has, "a", text))
             took.append(time.monotonic() - begin)
     assert sorted(took)[len(took) // 2] < 0.1 * patience(), took
-
-
-async def _until_data_is(heard: Heard, text: str) -> None:
-    await heard.until(lambda each: data_of(each) == {"a": text.encode()})
 
 
 async def test_a_payload_in_another_directory_is_watched(directory: Path, tmp_path: Path) -> None:
@@ -106,14 +104,9 @@ async def test_a_payload_in_another_directory_is_watched(directory: Path, tmp_pa
         payload.write_bytes(b"one")
         await heard.until(lambda each: data_of(each) == {"a": b"one"})
         assert not heard.last.problems
-        _replace(payload, b"two")
+        await asyncio.to_thread(payload.with_suffix(".new").write_bytes, b"two")
+        await asyncio.to_thread(payload.with_suffix(".new").rename, payload)
         await heard.until(lambda each: data_of(each) == {"a": b"two"})
-
-
-def _replace(path: Path, data: bytes) -> None:
-    beside = path.with_suffix(".new")
-    beside.write_bytes(data)
-    beside.rename(path)
 
 
 async def test_a_directory_that_comes_late_or_goes_and_is_made_again_is_followed(
@@ -129,39 +122,15 @@ async def test_a_directory_that_comes_late_or_goes_and_is_made_again_is_followed
             await heard.until(lambda each: not each.last.in_sync)
             # What was in force stays.
             assert data_of(heard) == before
-            _make_with(directory, record("a", text))
-            await _until_data_is(heard, text)
+            await asyncio.to_thread(directory.mkdir, parents=True)
+            write(directory / "x.json", record("a", text))
+            await heard.until(partial(has, "a", text))
             assert heard.last.in_sync
             assert not heard.last.problems
             write(directory / "x.json", record("a", f"{text}.1"))
-            await _until_data_is(heard, f"{text}.1")
+            await heard.until(partial(has, "a", f"{text}.1"))
             shutil.rmtree(directory)
         assert [each.full for each in heard.observations].count(True) == 1
-
-
-def _make_with(directory: Path, *records: object) -> None:
-    directory.mkdir(parents=True)
-    write(directory / "x.json", *records)
-
-
-async def test_a_restart_with_a_broken_file_reports_what_was_in_force(
-    directory: Path, tmp_path: Path
-) -> None:
-    kept = tmp_path / "state" / "last-good.sqlite"
-    write(directory / "x.json", record("a", "1"))
-    async with running(FileSource(directory, last_good=kept)) as heard:
-        write(directory / "x.json", record("a", "2"))
-        await heard.until(lambda each: data_of(each) == {"a": b"2"})
-        (directory / "x.json").write_text("[")
-        await heard.until(lambda each: each.last.problems)
-    async with running(FileSource(directory, last_good=kept)) as again:
-        assert again.last.full
-        assert data_of(again) == {"a": b"2"}
-        assert again.last.problems
-    shutil.rmtree(directory)
-    async with running(FileSource(directory, last_good=kept)) as third:
-        assert not third.last.in_sync
-        assert data_of(third) == {"a": b"2"}
 
 
 async def test_a_memory_that_cannot_be_kept_is_reported(directory: Path, tmp_path: Path) -> None:
@@ -180,15 +149,11 @@ async def test_a_directory_replaced_by_another_is_followed(directory: Path) -> N
     write(directory / "x.json", record("a", "1"))
     write(other / "x.json", record("a", "2"))
     async with running(FileSource(directory)) as heard:
-        _swap(directory, other)
+        await asyncio.to_thread(directory.rename, directory.with_name("old"))
+        await asyncio.to_thread(other.rename, directory)
         await heard.until(lambda each: data_of(each) == {"a": b"2"})
         write(directory / "x.json", record("a", "3"))
         await heard.until(lambda each: data_of(each) == {"a": b"3"})
-
-
-def _swap(directory: Path, other: Path) -> None:
-    directory.rename(directory.with_name("old"))
-    other.rename(directory)
 
 
 async def test_files_behind_a_symbolic_link_that_is_turned_are_read_again(directory: Path) -> None:
@@ -201,12 +166,8 @@ async def test_files_behind_a_symbolic_link_that_is_turned_are_read_again(direct
     async with running(FileSource(directory)) as heard:
         assert data_of(heard) == {"a": b"1"}
         (directory / "..data.new").symlink_to("..2")
-        _rename(directory / "..data.new", directory / "..data")
+        await asyncio.to_thread((directory / "..data.new").rename, directory / "..data")
         await heard.until(lambda each: data_of(each) == {"a": b"2"})
-
-
-def _rename(path: Path, target: Path) -> None:
-    path.rename(target)
 
 
 async def test_without_inotify_the_directory_is_looked_at_from_time_to_time(
@@ -249,22 +210,16 @@ async def test_a_change_just_before_watching_begins_is_seen(
         await heard.until(lambda each: data_of(each) == {"a": b"1"})
 
 
-def _descriptors() -> set[str]:
-    names = set()
-    for entry in Path("/proc/self/fd").iterdir():
-        try:
-            names.add(f"{entry.name}:{entry.readlink()}")
-        except OSError:
-            continue
-    return {name for name in names if "inotify" in name}
-
-
 async def test_a_cancelled_source_leaves_no_inotify_behind(directory: Path) -> None:
-    before = _descriptors()
+    def count() -> int:
+        links = map(os.path.realpath, Path("/proc/self/fd").iterdir())
+        return sum("inotify" in str(link) for link in links)
+
+    before = count()
     async with running(FileSource(directory)):
-        assert _descriptors() != before
+        assert count() > before
     async with asyncio.timeout(30):
-        while _descriptors() - before:
+        while count() > before:
             await asyncio.sleep(0.01)
 
 
