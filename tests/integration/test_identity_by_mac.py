@@ -105,28 +105,6 @@ def test_a_guest_s_every_ipv6_address_is_known_by_its_mac(world: World) -> None:
             assert (reply.status, reply.body) == (200, user_data_of("bare"))
 
 
-def test_a_record_that_comes_while_its_guest_waits_is_answered(world: World) -> None:
-    guest = world.lab.guest("red", 100)
-    with guest.connect() as connection:
-        connection.send(f"GET {_TARGET} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-        world.daemon.put(instances=[by_mac(guest, "late")])
-        reply = connection.read()
-    assert (reply.status, reply.body) == (200, user_data_of("late"))
-
-
-def test_an_address_follows_its_lease_at_the_first_request(world: World) -> None:
-    first, second = world.lab.guest("red", 102), world.lab.guest("red", 103)
-    world.daemon.put(instances=[by_mac(first, "first"), by_mac(second, "second")])
-    without_address(first)
-    without_address(second)
-    for _ in range(3):
-        for guest, name in ((first, "first"), (second, "second")):
-            with_address(guest, "10.0.0.90")
-            reads(guest, name, source="10.0.0.90")
-            reads(guest, name, source="10.0.0.90")
-            batch(guest.namespace, ["address del 10.0.0.90/24 dev eth0"])
-
-
 def test_an_address_that_leaves_its_guest_is_forgotten_by_an_event(world: World) -> None:
     guest = world.lab.guest("red", 104)
     world.daemon.put(instances=[by_mac(guest, "bare")])
@@ -328,15 +306,6 @@ def test_without_a_controller_known_guests_go_on_and_impostors_do_not(world: Wor
     reads(bare, "bare")
     assert macs(world)["learned"] == 1
     world.all_right()
-
-
-def test_a_kept_connection_outlives_the_controller(world: World) -> None:
-    with world.red.connect() as kept:
-        assert own(world.red, kept.request(_TARGET)) is None
-        world.daemon.kill_controller()
-        assert own(world.red, kept.request(_TARGET)) is None
-        world.daemon.start()
-        assert own(world.red, kept.request(_TARGET)) is None
 
 
 def test_a_network_that_went_while_nobody_looked_leaves_no_table(world: World) -> None:

@@ -5,29 +5,24 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Final, Self
+from typing import Final
 
 import pytest
 
 from support.agent_socket import AgentWorld, open_agents, squat
-from support.daemon import alive, instance
-from support.guest import Guest, Load, Lost, Reply
-from support.lab import RecordMapping, Server, record, until, within
+from support.daemon import alive
+from support.guest import Guest, Load, Reply
+from support.lab import RecordMapping, Server, record, until
 from support.openstack.front import open_fronts
 from support.recorder import Answer, Received, reply
-from support.world import own
 
 pytestmark = pytest.mark.root
 
 _WITHIN_S: Final = 3.0
 """A look a second, and two reloads."""
 
-_FIRST_PAUSE_S: Final = 15.0
 _INSTANCE: Final = "00000009-0000-4000-8000-000000000000"
 _TAKEN: Final = "imdsproxy_unix_listener_taken_over_total"
 
@@ -40,7 +35,7 @@ def shared() -> Iterator[AgentWorld]:
 
 @pytest.fixture
 def world(shared: AgentWorld) -> Iterator[AgentWorld]:
-    """A daemon that was just started: nobody has fought with it."""
+    """A daemon that was just started."""
     _restart(shared)
     yield shared
     shared.heal()
@@ -65,20 +60,6 @@ def _taken(world: AgentWorld, times: int) -> None:
     until(lambda: world.report()["taken_over"] == times, within_s=_WITHIN_S)
     assert world.metric(_TAKEN) == times
     assert world.metric("imdsproxy_unix_listener_serving") == 1
-
-
-def _check(world: AgentWorld) -> str:
-    """What `imdsproxy check` says on the host."""
-    daemon = world.daemon
-    words = (*within(world.lab.host), *daemon.program, "--config", str(daemon.config), "check")
-    return subprocess.run(words, capture_output=True, check=False).stdout.decode()
-
-
-def _reload(world: AgentWorld) -> None:
-    """A network comes and goes."""
-    world.daemon.put([world.lab.namespace_network("more")])
-    world.daemon.remove_network("more")
-    world.lab.delete_namespace("more")
 
 
 def _told_of(world: AgentWorld, agent: Server) -> list[str]:
@@ -113,41 +94,7 @@ def test_a_living_agent_loses_its_place_once_it_is_to_be_taken_over(
         world.lab.delete_namespace("away")
 
 
-def test_a_daemon_that_starts_takes_it_over(world: AgentWorld) -> None:
-    world.daemon.stop()
-    with _agent(world) as agent:
-        world.daemon.start()
-        _taken(world, 1)
-        assert _told_of(world, agent) == ["unix listener taken over"]
-        assert alive(agent.pid)
-
-
-def test_who_has_the_path_is_told_apart_from_who_only_listens_still(world: AgentWorld) -> None:
-    world.take_over(enabled=False)
-    with _agent(world) as agent:
-        world.daemon.configure(world.settings)
-        checked = _check(world)
-        assert f"(pid {agent.pid}) listens at {world.path}" in checked
-        assert "imdsproxy takes the path over as it starts" in checked
-        world.take_over()
-        _taken(world, 1)
-        assert f"imdsproxy's HAProxy listens at {world.path}" in _check(world)
-
-
-# The agent is started again
-
-
-def test_an_agent_that_is_started_again_is_replaced_again(world: AgentWorld) -> None:
-    with _agent(world):
-        _taken(world, 1)
-    with _agent(world) as agent:
-        _taken(world, 2)
-        for _ in range(2):
-            _reload(world)
-        assert world.socket.serves()
-        assert world.report()["taken_over"] == 2
-        assert _told_of(world, agent) == ["unix listener taken over"]
-        assert world.problem() == ""
+# HAProxy and the agent are started again
 
 
 def test_a_haproxy_that_ends_while_the_agent_lives_has_the_path_again(world: AgentWorld) -> None:
@@ -158,46 +105,6 @@ def test_a_haproxy_that_ends_while_the_agent_lives_has_the_path_again(world: Age
         until(lambda: world.daemon.status()["haproxy"]["master"] not in (None, master))
         world.wait_serving()
         assert world.report()["taken_over"] == 1
-
-
-@dataclass(slots=True)
-class _Hammer:
-    """One connection after another, none of which is tried twice."""
-
-    world: AgentWorld
-    answers: Counter[bool] = field(default_factory=Counter)
-    lost: list[str] = field(default_factory=list)
-    _ended: threading.Event = field(default_factory=threading.Event)
-    _thread: threading.Thread = field(init=False)
-
-    def __enter__(self) -> Self:
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._ended.is_set():
-            try:
-                body = self.world.socket.lines().body
-                self.answers[body != b"foreign"] += 1
-            except Lost as error:
-                self.lost.append(str(error))
-
-
-def test_whoever_connects_while_it_is_taken_finds_the_one_or_the_other(world: AgentWorld) -> None:
-    world.daemon.kill_controller()
-    with _agent(world), _Hammer(world) as hammer:
-        until(lambda: hammer.answers[False] > 100)
-        world.daemon.start()
-        _taken(world, 1)
-        until(lambda: hammer.answers[True] > 100)
-    # HAProxy listens a few microseconds after it has the path; a proxy tries again then.
-    assert [one for one in hammer.lost if "Connection refused" not in one] == []
-    assert len(hammer.lost) <= 1
 
 
 # Guests behind the agent's own proxy
@@ -257,36 +164,6 @@ def test_no_guest_loses_a_request_while_the_agent_is_started_again_and_again(
                 until(lambda ours=ours: answers[_INSTANCE] > ours + 20)  # type: ignore[misc]  # as above
             load.wait_answers(20)
     assert load.report.lost == []
-
-
-# It is not fought for
-
-
-def test_who_takes_it_back_each_time_keeps_it_for_a_while(world: AgentWorld) -> None:
-    for times in (1, 2, 3):
-        with _agent(world):
-            _taken(world, times)
-    network = world.lab.namespace_network("beside")
-    guest = world.lab.guest("beside")
-    with _agent(world) as agent:
-        told = f"(pid {agent.pid}) listens on {world.path}, and took it back each time"
-        until(lambda: told in world.problem(), within_s=_WITHIN_S, what="the problem")
-        assert world.report()["serving"] is False
-        assert world.metric("imdsproxy_unix_listener_serving") == 0
-        until(lambda: any(told in one for one in world.daemon.status()["readiness"]["reasons"]))
-        assert told in " ".join(world.daemon.command("status").out.split())
-        # Whatever else there is to do meanwhile is done.
-        world.daemon.put([network], [instance("beside-5", "beside")])
-        assert own(guest, guest.ask("/latest/user-data")) is None
-        assert world.socket.ask().body == b"foreign"
-        until(world.socket.serves, within_s=_FIRST_PAUSE_S + _WITHIN_S, what="our own service")
-        _taken(world, 4)
-        assert alive(agent.pid)
-        assert _told_of(world, agent) == ["host refused", "unix listener taken over"]
-    world.daemon.remove_instance("beside-5")
-    world.daemon.remove_network("beside")
-    world.lab.remove_guest(guest)
-    world.lab.delete_namespace("beside")
 
 
 # Going back
