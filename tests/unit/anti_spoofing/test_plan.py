@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import pytest
+
 from imdsproxy.anti_spoofing.plan import (
     ANY_MAC,
     LEARNED_PER_MAC,
@@ -67,18 +69,20 @@ def _plan(*endpoints: Endpoint, network: Network | None = None, macs: bool = Tru
     return plan_mac_filters(networks, endpoints, _HOST, _NAMING, lambda _: macs)
 
 
-def test_a_network_without_macs_has_no_filter() -> None:
-    plan = _plan(_IPV4, _IPV6, macs=False)
+@pytest.mark.parametrize(
+    ("network", "macs"),
+    [
+        (Network(_RED, NamespaceListener("red")), False),
+        (Network(_RED, NamespaceListener("red"), mac_check=False), True),
+        (Network(_RED, NamespaceListener("red"), scope=Scope.ROUTER), True),
+        # One that is only kept is checked as it was.
+        (Network(_GREY, NamespaceListener("grey")), True),
+    ],
+)
+def test_a_network_without_macs_or_checks_has_no_filter(network: Network, *, macs: bool) -> None:
+    plan = _plan(_IPV4, _IPV6, network=network, macs=macs)
     assert plan == MacFilterPlan(plain=(_IPV4, _IPV6))
     assert plan.plain_networks == {_RED}
-
-
-def test_nor_has_one_that_does_not_check_them() -> None:
-    for one in (
-        Network(_RED, NamespaceListener("red"), mac_check=False),
-        Network(_RED, NamespaceListener("red"), scope=Scope.ROUTER),
-    ):
-        assert _plan(_IPV4, network=one) == MacFilterPlan(plain=(_IPV4,))
 
 
 def test_a_filter_is_on_every_device_whose_packets_bring_a_mac_to_the_host() -> None:
@@ -94,6 +98,7 @@ def test_a_filter_is_on_every_device_whose_packets_bring_a_mac_to_the_host() -> 
     ]
     assert {one.port for one in plan.verified} == {VERIFIED_PORT}
     assert plan.binds == (*plan.verified, *plan.unverified)
+    assert plan.without({_RED}) == MacFilterPlan(unverified=(_IPV4, _IPV6))
 
 
 def test_an_interface_of_the_host_has_its_filter_there() -> None:
@@ -102,16 +107,6 @@ def test_an_interface_of_the_host_has_its_filter_there() -> None:
     plan = _plan(endpoint, network=network)
     assert plan.filters[_GREY].namespace is None
     assert plan.filters[_GREY].devices == (("virbr0", 9),)
-
-
-def test_without_its_filter_no_guest_is_verified() -> None:
-    plan = _plan(_IPV4, _IPV6).without({_RED})
-    assert plan == MacFilterPlan(unverified=(_IPV4, _IPV6))
-
-
-def test_a_network_that_is_only_kept_is_checked_as_it_was() -> None:
-    plan = plan_mac_filters({}, [_IPV4], _HOST, _NAMING, lambda _: True)
-    assert plan.plain == (_IPV4,)
 
 
 MAC = MacAddress("52:54:00:12:34:56")
@@ -125,25 +120,28 @@ def _inventory(*instances: object, mac_check: bool = True) -> Inventory:
     return made
 
 
-def test_every_address_of_a_port_goes_with_its_mac() -> None:
-    inventory = _inventory(instance("a", "10.0.0.5", "2001:db8::5", mac=MAC))
-    keys = [key("n1", each) for each in ("10.0.0.5", "2001:db8::5", LINK_LOCAL)]
-    assert plan_pairs(inventory, keys, {}) == dict.fromkeys(keys, MAC)
-
-
-def test_an_address_that_nobody_has_has_no_pair() -> None:
-    inventory = _inventory(instance("a", "10.0.0.5", mac=MAC))
-    assert plan_pair(inventory, key("n1", "10.0.0.6"), {}) is None
-
-
-def test_a_port_without_a_mac_goes_with_any_and_a_contested_address_with_none() -> None:
-    inventory = _inventory(
-        instance("a", "10.0.0.5"),
-        instance("b", "10.0.0.6", mac=MAC),
-        instance("c", "10.0.0.6", mac=OTHER),
-    )
-    assert plan_pair(inventory, key("n1", "10.0.0.5"), {}) == ANY_MAC
-    assert plan_pair(inventory, key("n1", "10.0.0.6"), {}) is None
+@pytest.mark.parametrize(
+    ("address", "mac"),
+    [
+        *((one, MAC) for one in ("10.0.0.5", "2001:db8::5", LINK_LOCAL)),
+        ("10.0.0.6", ANY_MAC),
+        # Contested, and nobody's.
+        ("10.0.0.7", None),
+        ("10.0.0.99", None),
+    ],
+)
+def test_an_address_goes_with_the_mac_of_its_only_owner(
+    address: str, mac: MacAddress | None
+) -> None:
+    records = [
+        instance("a", "10.0.0.5", "2001:db8::5", mac=MAC),
+        instance("b", "10.0.0.6"),
+        instance("c", "10.0.0.7", mac=MacAddress("52:54:00:00:00:02")),
+        instance("d", "10.0.0.7", mac=OTHER),
+    ]
+    asked = key("n1", address)
+    assert plan_pairs(_inventory(*records), [asked], {}) == {asked: mac}
+    assert plan_pair(_inventory(*records, mac_check=False), asked, {}) is None
 
 
 def test_what_was_learned_goes_with_the_mac_it_was_learned_by_while_that_holds() -> None:
@@ -154,12 +152,6 @@ def test_what_was_learned_goes_with_the_mac_it_was_learned_by_while_that_holds()
     # What a record says comes first.
     claimed = _inventory(instance("a", mac=MAC), instance("b", "10.0.0.77", mac=OTHER))
     assert plan_pair(claimed, asked, learned) == OTHER
-
-
-def test_a_network_that_checks_no_macs_has_no_pairs() -> None:
-    inventory = _inventory(instance("a", "10.0.0.5", mac=MAC), mac_check=False)
-    asked = key("n1", "10.0.0.5")
-    assert plan_pairs(inventory, [asked], {}) == {asked: None}
 
 
 def test_the_oldest_learned_addresses_of_a_mac_make_room() -> None:
