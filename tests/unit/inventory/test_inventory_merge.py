@@ -80,17 +80,6 @@ def test_two_versions_of_an_instance_contest_every_address_of_either() -> None:
     assert InstanceId("a") not in inventory.instances
 
 
-def test_a_conflict_ends_when_one_source_gives_way() -> None:
-    inventory = loaded(
-        full("file", [network("n1")], [instance("a", "10.0.0.5")]),
-        full("sqlite", [], [instance("a", "10.0.0.6")]),
-    )
-    affected = inventory.observe(Observation("sqlite", instances_removed=[InstanceId("a")]))
-    assert affected.addresses == {key("n1", "10.0.0.5"), key("n1", "10.0.0.6")}
-    assert dict(inventory.addresses()) == {key("n1", "10.0.0.5"): "a"}
-    assert not inventory.conflicts()
-
-
 def test_an_address_of_two_instances_is_contested_and_their_others_are_not() -> None:
     a = instance("a", "10.0.0.5", "10.0.0.6", mac=MAC)
     b = instance("b", "10.0.0.5", "10.0.0.7", mac=MAC)
@@ -161,16 +150,6 @@ def test_a_changed_network_affects_the_documents_of_all_in_it_wherever_else_they
     assert affected.networks == {"n1"}
     assert affected.instances == {"a"}
     assert affected.addresses == {key("n1", "10.0.0.5"), key("n2", "10.9.0.5")}
-
-
-def test_a_full_observation_removes_what_it_does_not_name() -> None:
-    inventory = loaded(
-        full("file", [network("n1")], [instance("a", "10.0.0.5"), instance("b", "10.0.0.6")])
-    )
-    affected = inventory.observe(full("file", [network("n1")], [instance("b", "10.0.0.6")]))
-    assert affected.instances == {"a"}
-    assert dict(inventory.addresses()) == {key("n1", "10.0.0.6"): "b"}
-    assert not inventory.observe(full("file", [network("n1")], [instance("b", "10.0.0.6")]))
 
 
 def test_it_is_in_sync_when_every_expected_source_is() -> None:

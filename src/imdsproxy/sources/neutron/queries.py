@@ -70,21 +70,6 @@ class Shared(Generic[_Key, _T]):
             task.exception()
 
 
-@dataclass(frozen=True, slots=True)
-class Outage:
-    """Neutron does not answer.
-
-    Attributes:
-        failure: The last one.
-        since: When the outage began, by the monotonic clock.
-        until: When the next query is due.
-    """
-
-    failure: SourceUnavailable
-    since: float
-    until: float
-
-
 @dataclass(slots=True)
 class Queries:
     """Queries to Neutron.
@@ -100,7 +85,9 @@ class Queries:
         max_queries: Slots.
         networks_s: How long the networks that a router joins are believed, in seconds.
         on_change: Called when an outage begins or ends.
-        answered: When Neutron last answered, by the monotonic clock; `None` before it ever did.
+        outage: Why Neutron does not answer, while it does not: its last failure.
+        until: When the next query is due then, by the monotonic clock.
+        answered: When Neutron last answered, by that clock; at first now.
         steady: Since when it has answered without an outage, by that clock.
     """
 
@@ -110,8 +97,9 @@ class Queries:
     max_queries: int
     networks_s: float
     on_change: Callable[[], None]
-    outage: Outage | None = None
-    answered: float | None = None
+    outage: SourceUnavailable | None = None
+    until: float = 0.0
+    answered: float = field(init=False)
     steady: float = -math.inf
     results: Counter[QueryResult] = field(default_factory=Counter)
     _backoff: Backoff = field(default_factory=lambda: Backoff(_FIRST_S, _LONGEST_S))
@@ -124,13 +112,13 @@ class Queries:
 
     def __post_init__(self) -> None:
         self._slots = asyncio.Semaphore(self.max_queries)
+        self.answered = self.clock.monotonic()
 
     @property
     def may_ask(self) -> bool:
         """A query would be made, not refused."""
-        if self.outage is None:
-            return True
-        return not self._probing and self.clock.monotonic() >= self.outage.until
+        due = not self._probing and self.clock.monotonic() >= self.until
+        return self.outage is None or due
 
     @property
     def settling(self) -> bool:
@@ -170,8 +158,7 @@ class Queries:
 
     def _refuse_in_outage(self) -> None:
         if self.outage is not None and not self.may_ask:
-            failure = self.outage.failure
-            raise SourceUnavailable(failure.message, hint=failure.hint)
+            raise SourceUnavailable(self.outage.message, hint=self.outage.hint)
 
     async def _ask(self, query: PortQuery, *, patient: bool) -> Answer[tuple[NeutronPort, ...]]:
         asked = self.clock.monotonic()
@@ -198,14 +185,13 @@ class Queries:
         return ports, asked
 
     def _failed(self, error: SourceUnavailable, *, probe: bool) -> None:
-        outage = self.outage
-        if outage is not None and not probe:
+        before = self.outage
+        if before is not None and not probe:
             # It was on its way when another query failed: the same failure.
             return
-        now = self.clock.monotonic()
-        since = now if outage is None else outage.since
-        self.outage = Outage(error, since, now + self.random() * self._backoff.fail())
-        if outage is None:
+        self.outage = error
+        self.until = self.clock.monotonic() + self.random() * self._backoff.fail()
+        if before is None:
             self.on_change()
 
     # Who has an address

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
@@ -68,7 +68,7 @@ class NeutronFigures:
         queries: By result.
         look_ups: By result.
         ports: Known now, in force or aside.
-        stale_s: Seconds since Neutron last answered (if it ever did), while it does not; else 0.
+        stale_s: Seconds since Neutron last answered, or since the start, while it does not; else 0.
         backoff_s: Seconds until it is asked again, while it does not answer; else 0.
     """
 
@@ -115,7 +115,6 @@ class NeutronSource:
         self._publish: Publish | None = None
         self._reports = Reports(self.name, defers=True)
         self._complete = False
-        self._probed = False
         self._list_failure: SourceUnavailable | None = None
         self._saved = clock.monotonic()
         self._known = KnownPorts()
@@ -179,11 +178,11 @@ class NeutronSource:
     @property
     def figures(self) -> NeutronFigures:
         """The figures at this moment."""
-        queries, outage, now = self._queries, self._queries.outage, self._clock.monotonic()
+        queries, now = self._queries, self._clock.monotonic()
         stale_s = backoff_s = 0.0
-        if outage is not None:
-            stale_s = now - (outage.since if queries.answered is None else queries.answered)
-            backoff_s = max(0.0, outage.until - now)
+        if queries.outage is not None:
+            stale_s = now - queries.answered
+            backoff_s = max(0.0, queries.until - now)
         counts = dict(queries.results), dict(self._look_ups)
         return NeutronFigures(*counts, len(self._known.ports), stale_s, backoff_s)
 
@@ -276,11 +275,10 @@ class NeutronSource:
         self._negative = {key: each for key, each in self._negative.items() if each[1] > now}
         if self._queries.may_ask:
             asked = await self._refresh(now - max(0.0, self._settings.refresh_s - _TICK_S))
-            if not asked and (self._queries.outage is not None or not self._probed):
+            if not asked and (self._queries.outage is not None or not self._queries.results):
                 # Only to find out whether Neutron answers: an outage notes itself.
                 with contextlib.suppress(SourceUnavailable):
                     await self._queries.ask(PortQuery(limit=1))
-            self._probed = True
         self._report()
 
     async def _refresh(self, before: float) -> bool:
@@ -288,22 +286,23 @@ class NeutronSource:
 
         What cannot be asked for now stays as it is.
         """
-        jobs = [self._refresh_ports(ids) for ids in self._due_ports(before)]
+        ports = self._due_ports(before)
         behind: dict[NetworkId, list[IpAddress]] = {}
         for (router, address), route in self._known.routes.items():
             if route.confirmed <= before:
                 behind.setdefault(router, []).append(address)
-        for router, addresses in behind.items():
-            jobs += [self._refresh_routes(router, some) for some in chunks(addresses, MAX_VALUES)]
         async with asyncio.TaskGroup() as group:
-            for job in jobs:
-                group.create_task(self._try(job))
-        return bool(jobs)
+            for ids in ports:
+                group.create_task(self._try(self._refresh_ports, ids))
+            for router, addresses in behind.items():
+                for some in chunks(addresses, MAX_VALUES):
+                    group.create_task(self._try(self._refresh_routes, router, some))
+        return bool(ports or behind)
 
-    async def _try(self, job: Coroutine[object, object, None]) -> None:
+    async def _try(self, work: Callable[..., Awaitable[None]], *what: object) -> None:
         # The outage has been noted, or was already.
         with contextlib.suppress(SourceUnavailable):
-            await job
+            await work(*what)
             self._report()
 
     def _due_ports(self, before: float) -> list[tuple[str, ...]]:
@@ -317,20 +316,19 @@ class NeutronSource:
         witness = () if last is None else (last.port.id,)
         return [tuple(dict.fromkeys((*some, *witness))) for some in chunks(due, MAX_VALUES - 1)]
 
-    async def _refresh_ports(self, ids: Iterable[str]) -> None:
-        missing, witness, asked = await self._ask_again(tuple(ids))
-        if missing and witness is not None:
-            missing, witness, asked = await self._ask_again((*missing, witness))
+    async def _refresh_ports(self, ids: tuple[str, ...]) -> None:
+        for _ in range(2):
+            ports, asked = await self._queries.ask(PortQuery(ids=ids))
+            self._update(ports, asked)
+            found = {port.id for port in ports}
+            missing = [port_id for port_id in ids if port_id not in found]
+            # What is missing is asked for once more, beside one that is there.
+            ids = (*missing, *[port_id for port_id in ids if port_id in found][:1])
+            steady = self._queries.steady if len(ids) == len(missing) else None
+            if not missing or steady is not None:
+                break
         for port_id in missing:
-            self._known.lose(port_id, asked, None if witness is not None else self._queries.steady)
-
-    async def _ask_again(self, ids: tuple[str, ...]) -> tuple[tuple[str, ...], str | None, float]:
-        """Ask for known ports; which are missing, one that is not, and when that was asked."""
-        ports, asked = await self._queries.ask(PortQuery(ids=ids))
-        self._update(ports, asked)
-        found = {port.id for port in ports}
-        missing = tuple(port_id for port_id in ids if port_id not in found)
-        return missing, next((each for each in ids if each in found), None), asked
+            self._known.lose(port_id, asked, steady)
 
     def _update(self, ports: Iterable[NeutronPort], asked: float) -> None:
         for port in ports:
@@ -403,8 +401,7 @@ class NeutronSource:
         if outage is None:
             log.info("neutron answers again")
         else:
-            failure = outage.failure
-            log.warning("neutron does not answer", code=failure.code, error=failure.message)
+            log.warning("neutron does not answer", code=outage.code, error=outage.message)
         self._report()
 
     def _report(self) -> None:
@@ -425,7 +422,7 @@ class NeutronSource:
     def _problems(self) -> Iterator[Problem]:
         outage, listing = self._queries.outage, self._list_failure
         if outage is not None:
-            yield Problem("neutron", outage.failure.message, outage.failure.hint)
+            yield Problem("neutron", outage.message, outage.hint)
         elif listing is not None:
             yield Problem("list", f"not read: {listing.message}", listing.hint)
         if self._cache.problem is not None:
@@ -460,8 +457,7 @@ class NeutronSource:
         late = now - self._saved >= _SAVE_S
         if not (known.unsaved or (late and known.ports)):
             return
-        if answered is not None:
-            known.unsaved[None] = self._clock.now().timestamp() - (now - answered)
+        known.unsaved[None] = self._clock.now().timestamp() - (now - answered)
         self._cache.keep(known.unsaved)
         known.unsaved.clear()
         self._saved = now
