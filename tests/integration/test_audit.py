@@ -5,7 +5,7 @@ from __future__ import annotations
 import stat
 import threading
 import time
-from typing import Any, Final, cast
+from typing import Final
 
 import pytest
 
@@ -126,13 +126,3 @@ def test_what_a_worker_answers_while_it_is_replaced_has_a_line(world: World, log
         kept.request("/by-the-old-worker")
         line = log.wait(path="/by-the-old-worker")
     assert (line["instance"], line["network"]) == ("red-5", "red")
-
-
-def test_who_watches_sees_the_same(world: World, log: AuditLog) -> None:
-    admin = world.daemon.admin
-    cursor = cast("Any", admin.get("/v1/watch"))["cursor"]
-    until(world.is_watched)
-    world.red.ask("/seen-by-both?q")
-    log.wait(path="/seen-by-both")
-    (seen,) = cast("Any", admin.get("/v1/watch", {"cursor": str(cursor)}))["requests"]
-    assert (seen["path"], seen["instance"], seen["method"]) == ("/seen-by-both", "red-5", "GET")

@@ -141,19 +141,6 @@ def test_a_device_that_is_renamed_makes_its_network_degraded_until_it_has_its_na
     _mended(world)
 
 
-def test_degraded_is_not_ready_where_the_settings_say_so(world: World) -> None:
-    before = world.daemon.settings
-    world.daemon.put([{"id": "lost", "listener": {"namespace": world.lab.name("nowhere")}}])
-    world.daemon.reconfigure({**before, "metrics": {**_METRICS, "degraded": "not-ready"}})
-    ready = _readyz(world)
-    assert (ready["status"], ready["ready"]) == (503, False)
-    assert "no network namespace" in ready["reasons"][0]
-    assert world.daemon.command("status", "--check").status == 1
-    assert _metric(world, "imdsproxy_ready") == 0
-    world.daemon.reconfigure(before)
-    assert _readyz(world)["status"] == 200
-
-
 def test_a_network_that_two_sources_reach_differently_is_degraded(world: World) -> None:
     file = _file_source(world) / "red.yaml"
     file.write_text(f"networks: [{{id: red, listener: {{namespace: {world.lab.name('green')}x}}}}]")

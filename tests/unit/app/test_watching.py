@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import cast
@@ -57,8 +58,8 @@ class World:
         return "found" if (network, address) == ("blue", "10.0.0.5") else None
 
     async def paths(self, cursor: int | None, **chosen: str) -> tuple[int, list[str], bool]:
-        told = await self.watching.read(cursor, **chosen)
-        return told.cursor, [one.path for one in told.requests], told.missed
+        report = await self.watching.read(cursor, **chosen)
+        return report.cursor, [one.path for one in report.requests], report.missed
 
 
 @pytest.fixture
@@ -70,31 +71,25 @@ async def world() -> AsyncIterator[World]:
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_haproxy_tells_only_once_somebody_has_asked(world: World) -> None:
+async def test_every_watcher_sees_each_request_once_and_none_from_before(world: World) -> None:
+    world.master.rings[1] = [line(1)]
     assert not world.watching.wanted
-    await world.watching.read(None)
-    await world.watching.read(0)
+    cursor, paths, _ = await world.paths(None)
+    assert (world.applied, paths) == ([True], [])
+    world.master.rings[1] += [line(2), line(3)]
+    for _ in range(2):
+        after, paths, missed = await world.paths(cursor)
+        assert (paths, missed) == (["/2", "/3"], False)
+    assert await world.paths(after) == (after, [], False)
+    world.master.away = True
+    assert await world.paths(after) == (after, [], False)
+    world.master.away = False
+    world.master.rings[1].append(line(4))
+    assert (await world.paths(after))[1] == ["/4"]
     assert world.applied == [True]
 
 
-async def test_each_request_is_told_once_and_what_was_before_is_not(world: World) -> None:
-    world.master.rings[1] = [line(1)]
-    cursor, paths, _ = await world.paths(None)
-    assert paths == []
-    world.master.rings[1] += [line(2), line(3)]
-    cursor, paths, missed = await world.paths(cursor)
-    assert (paths, missed) == (["/2", "/3"], False)
-    assert await world.paths(cursor) == (cursor, [], False)
-
-
-async def test_two_watchers_are_told_the_same(world: World) -> None:
-    first, _, _ = await world.paths(None)
-    world.master.rings[1] = [line(1)]
-    assert (await world.paths(first))[1] == ["/1"]
-    assert (await world.paths(first))[1] == ["/1"]
-
-
-async def test_requests_of_all_workers_are_told_also_of_one_that_comes(world: World) -> None:
+async def test_requests_of_all_workers_are_shown_also_of_one_that_comes(world: World) -> None:
     cursor, _, _ = await world.paths(None)
     world.master.rings = {2: [line(1), line(2)], 1: [line(7)]}
     cursor, paths, _ = await world.paths(cursor)
@@ -105,25 +100,18 @@ async def test_requests_of_all_workers_are_told_also_of_one_that_comes(world: Wo
     assert paths == ["/3"]
 
 
-async def test_a_ring_that_went_round_is_told(world: World) -> None:
+async def test_that_some_are_missing_is_reported_where_the_ring_or_the_memory_was_too_short(
+    world: World,
+) -> None:
     world.master.rings[1] = [line(1)]
     cursor, _, _ = await world.paths(None)
     world.master.rings[1] = [line(901), line(902)]
-    cursor, paths, missed = await world.paths(cursor)
+    after, paths, missed = await world.paths(cursor)
     assert (paths, missed) == (["/901", "/902"], True)
-    assert await world.paths(cursor) == (cursor, [], False)
-
-
-async def test_who_asks_late_is_told_that_some_are_gone(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "_KEPT", 2)
-    world = World()
-    world.watching._kept = type(world.watching._kept)(maxlen=2)
-    early, _, _ = await world.paths(None)
-    world.master.rings[1] = [line(1), line(2), line(3)]
-    _, paths, missed = await world.paths(early)
-    assert (paths, missed) == (["/2", "/3"], True)
+    assert await world.paths(after) == (after, [], False)
+    world.watching._kept = deque(maxlen=2)
+    world.master.rings[1] += [line(1), line(2), line(3)]
+    assert (await world.paths(after))[1:] == (["/2", "/3"], True)
 
 
 async def test_only_a_network_or_an_instance_can_be_watched(world: World) -> None:
@@ -140,16 +128,7 @@ async def test_only_a_network_or_an_instance_can_be_watched(world: World) -> Non
     assert (await world.paths(cursor, instance="found"))[1] == ["/4"]
 
 
-async def test_a_haproxy_that_is_away_ends_nothing(world: World) -> None:
-    cursor, _, _ = await world.paths(None)
-    world.master.away = True
-    assert await world.paths(cursor) == (cursor, [], False)
-    world.master.away = False
-    world.master.rings[1] = [line(1)]
-    assert (await world.paths(cursor))[1] == ["/1"]
-
-
-async def test_haproxy_stops_telling_when_nobody_asks_any_more(
+async def test_haproxy_stops_reporting_when_there_is_no_watcher_any_more(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_IDLE_S", 0.05)
