@@ -13,10 +13,9 @@ from typing import Final, Self
 
 import pytest
 
-from imdsproxy.config.schema import ResolverSettings
-from support.daemon import Daemon, instance, user_data_of
+from support.daemon import instance
 from support.guest import IPV6, Guest, Load, Lost, Reply
-from support.lab import Lab, batch, until
+from support.lab import batch, until
 from support.patience import patience
 from support.world import World, open_world, own
 
@@ -38,11 +37,6 @@ def shared_world() -> Iterator[World]:
 def _timed(ask: Callable[[], Reply]) -> tuple[Reply, float]:
     started = time.monotonic()
     return ask(), time.monotonic() - started
-
-
-def test_five_seconds_and_32_requests_are_held_unless_the_operator_says_otherwise() -> None:
-    settings = ResolverSettings()
-    assert (settings.hold_s, settings.max_held_per_network) == (5.0, _HELD)
 
 
 @pytest.mark.parametrize("network", ["red", "blue", "grey"])
@@ -160,14 +154,21 @@ class _Flood:
 
 
 @pytest.mark.alone
-def test_a_guest_that_invents_addresses_slows_no_known_one(world: World) -> None:
+def test_a_guest_that_invents_addresses_slows_no_known_one_and_no_change(world: World) -> None:
     flooder, neighbour = _flooded_network(world, "invent")
     addresses = _invent(flooder, 100)
     known = [neighbour, world.guests["green"]]
     alone = _slowest(known)
-    with _Flood(flooder, addresses) as flood:
+    with _Flood(flooder, addresses) as flood, Load([neighbour], _TARGET, own) as load:
         until(lambda: len(flood.statuses) > 100, what="a flood")
         flooded = _slowest(known)
+        text = "changed while flooded"
+        started = time.monotonic()
+        world.daemon.put(instances=[{**instance("green-5", "green"), "user_data": text}])
+        assert time.monotonic() - started < 1 * patience()
+        assert world.guests["green"].ask(_TARGET).text == text
+        load.wait_answers(50)
+    assert load.report.lost == []
     assert flood.statuses.count(503) > 0
     assert flooded < max(3 * alone, 0.05 * patience())
 
@@ -214,14 +215,20 @@ def test_a_held_request_is_answered_however_often_haproxy_reloads_meanwhile(worl
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_without_a_controller_an_unknown_address_is_told_to_come_again(
+def test_without_a_controller_an_unknown_address_is_to_come_again_also_one_that_is_held(
     world: World, number: signal.Signals
 ) -> None:
-    stranger = world.lab.guest("red", 65)
-    if number == signal.SIGSTOP:
-        os.kill(world.pids().controller, number)
-    else:
-        world.daemon.kill_controller(number)
+    stranger, held = world.lab.guest("red", 65), world.lab.guest("red", 68)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(lambda: held.ask(_TARGET, timeout_s=15))
+        time.sleep(0.5)
+        assert not asked.done()
+        if number == signal.SIGSTOP:
+            os.kill(world.pids().controller, number)
+        else:
+            world.daemon.kill_controller(number)
+        reply = asked.result()
+    assert (reply.status, bool(reply.headers["retry-after"])) == (503, True)
     for _ in range(3):
         reply = stranger.ask(_TARGET, timeout_s=15)
         assert reply.status == 503
@@ -232,58 +239,3 @@ def test_without_a_controller_an_unknown_address_is_told_to_come_again(
     assert reply.status == 503
     assert took < _AT_ONCE_S * patience()
     world.all_right()
-
-
-def test_a_request_that_is_held_when_the_controller_dies_gets_an_answer(world: World) -> None:
-    stranger = world.lab.guest("red", 68)
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(lambda: stranger.ask(_TARGET))
-        time.sleep(0.5)
-        assert not asked.done()
-        world.daemon.kill_controller()
-        reply = asked.result()
-    assert reply.status == 503
-    assert reply.headers["retry-after"]
-
-
-@pytest.mark.slow
-def test_an_unknown_address_is_503_while_a_source_has_not_told_all_it_knows() -> None:
-    lab = Lab()
-    try:
-        network = lab.namespace_network("red")
-        guest = lab.guest("red", 5)
-        stranger = lab.guest("red", 6)
-        daemon = Daemon(
-            lab,
-            {
-                "sources": {"file": {"enabled": True, "directory": "/nowhere/at/all"}},
-                "resolver": {"hold_s": 0.5},
-            },
-        )
-        try:
-            daemon.start(ready=False)
-            daemon.put([network], [instance("red-5", "red")])
-            assert guest.ask(_TARGET).body == user_data_of("red-5")
-            reply, took = _timed(lambda: stranger.ask(_TARGET))
-            assert reply.status == 503
-            assert reply.headers["retry-after"]
-            assert took >= 0.5
-            reasons = " ".join(daemon.status()["readiness"]["reasons"])
-            assert "file" in reasons
-        finally:
-            daemon.close()
-    finally:
-        lab.close()
-
-
-def test_a_load_of_misses_leaves_the_controller_answering(world: World) -> None:
-    flooder, neighbour = _flooded_network(world, "misses")
-    with _Flood(flooder, _invent(flooder, 50)), Load([neighbour], _TARGET, own) as load:
-        load.wait_answers(50)
-        text = "changed while flooded"
-        started = time.monotonic()
-        world.daemon.put(instances=[{**instance("green-5", "green"), "user_data": text}])
-        assert time.monotonic() - started < 1 * patience()
-        assert world.guests["green"].ask(_TARGET).text == text
-        load.wait_answers(50)
-    assert load.report.lost == []

@@ -44,17 +44,16 @@ def test_a_document_server_that_is_not_needed_any_more_ends_and_guests_of_nova_n
     assert world.red.ask("/latest/meta-data/").status == 200
     # Names the setting, and asks for nobody's help.
     assert status["readiness"]["ready"], status["readiness"]
-
-
-def _have_none(world: NovaWorld) -> None:
-    """Whichever of these tests comes first."""
-    if world.daemon.status()["documents"]["needed"]:
-        world.daemon.kill_controller(signal.SIGTERM)
-        _without_documents(world).start()
+    daemon.kill_controller(signal.SIGTERM)
+    daemon.start()
+    assert daemon.status()["documents"]["pids"] == []
+    assert world.red.ask("/latest/meta-data/").status == 200
 
 
 def test_an_instance_whose_documents_would_be_ours_is_told_and_gets_503(world: NovaWorld) -> None:
-    _have_none(world)
+    if world.daemon.status()["documents"]["needed"]:
+        world.daemon.kill_controller(signal.SIGTERM)
+        _without_documents(world).start()
     ours = instance("ours", "green", 9)
     guest = world.lab.guest("green", 9)
     world.daemon.put((), [ours])
@@ -67,11 +66,3 @@ def test_an_instance_whose_documents_would_be_ours_is_told_and_gets_503(world: N
         world.daemon.command("instance", "remove", "ours")
         world.lab.remove_guest(guest)
     assert world.daemon.status()["readiness"]["ready"]
-
-
-def test_a_restart_of_the_controller_starts_none(world: NovaWorld) -> None:
-    _have_none(world)
-    world.daemon.kill_controller(signal.SIGTERM)
-    world.daemon.start()
-    assert world.daemon.status()["documents"]["pids"] == []
-    assert world.red.ask("/latest/meta-data/").status == 200

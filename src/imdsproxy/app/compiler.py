@@ -233,22 +233,22 @@ class RecordCompiler:
         found = read_signature(f"{self.files.directory}/{compiled_path(instance)}")
         return " ".join(map(str, found or ()))
 
+    def _write(self, known: Instance, compiled_of: bytes) -> str:
+        """Have an instance's record on disk; its revision."""
+        record = compile_instance(known, self.inventory.networks, self.region())
+        if self.revisions.get(known.id) != record.revision or known.id in self.failures:
+            self.files.apply(known.id, record)
+            row = compiled_of, record.revision, self._signature(known.id)
+            self.index.note(known.id, row)
+        return record.revision
+
     def _compile(
         self, known: Instance, compiled_of: bytes, revision: str | None, *, starting: bool
     ) -> None:
         """Have an instance's record on disk; it is there if its `revision` is given."""
         instance = known.id
         try:
-            if revision is None:
-                record = compile_instance(known, self.inventory.networks, self.region())
-                revision = record.revision
-                if self.revisions.get(instance) == revision and instance not in self.failures:
-                    return
-                self.files.apply(instance, record)
-                self.index.note(instance, (compiled_of, revision, self._signature(instance)))
-            elif self.revisions.get(instance) == revision:
-                self.failures.pop(instance, None)
-                return
+            revision = revision or self._write(known, compiled_of)
         except ImdsproxyError as error:
             self._fail(instance, error)
             structlog.get_logger().error(
@@ -256,6 +256,8 @@ class RecordCompiler:
             )
             return
         self.failures.pop(instance, None)
+        if self.revisions.get(instance) == revision:
+            return
         self.revisions[instance] = revision
         before = self.warnings.pop(instance, ())
         if found := warn_of_names(known):

@@ -40,7 +40,7 @@ from imdsproxy.host.process import (
     raise_descriptor_limit,
     read_stat,
 )
-from imdsproxy.host.refusal import host_refused
+from imdsproxy.host.refusal import refusing
 from imdsproxy.host.servers import open_unix_socket
 from imdsproxy.serving.documents import DocumentService
 from imdsproxy.serving.http import LIVENESS_PATH, HttpListener
@@ -88,7 +88,7 @@ class Worker:
     Attributes:
         path: Where clients find the socket.
         at: Where the socket is: beside `path` until all workers answer.
-        identity: Device and inode of the socket's file.
+        file: The socket's.
         pid: `None` between two processes.
         answers: Whether its process has answered a request.
         failures: Processes in a row that died young.
@@ -100,7 +100,7 @@ class Worker:
     path: Path
     at: Path
     listener: socket.socket
-    identity: tuple[int, int]
+    file: os.stat_result
     pid: int | None = None
     answers: bool = False
     started: float = 0.0
@@ -111,11 +111,9 @@ class Worker:
 
     def is_at(self, path: Path) -> bool:
         """Whether clients that connect to the path come to this socket."""
-        try:
-            status = path.stat()
-        except OSError:
-            return False
-        return (status.st_dev, status.st_ino) == self.identity
+        with suppress(OSError):
+            return os.path.samestat(path.stat(), self.file)
+        return False
 
     def ask(self) -> None:
         """Send a request, without waiting for anything; where that is not possible there will be no answer."""
@@ -193,7 +191,8 @@ class DocumentServer:
         self._predecessors = [one for one in map(open_process, before.workers) if one is not None]
         self._lock = PidFile(self.pid_file)
         self._parent = open_process(os.getpid())
-        self._make_directories()
+        self._make_directory(self.records, user=False)
+        self._make_directory(self.passwords, user=True)
         self._workers = [self._bind(path, path.with_suffix(".new")) for path in self.sockets]
         raise_descriptor_limit()
         gc.collect()
@@ -208,25 +207,20 @@ class DocumentServer:
         self._stop()
         self._lock.release()
 
-    def _make_directories(self) -> None:
-        account = self._account
-        owners = (
-            (None, None)
-            if account is None
-            else ((-1, account.group), (account.user, account.group))
-        )
-        for path, owner in zip((self.records, self.passwords), owners, strict=True):
-            # Without an account to give it to, an existing one keeps its owner and mode.
-            if owner is not None or not path.is_dir():
-                ensure_directory(path, mode=_PRIVATE, owner=owner)
+    def _make_directory(self, path: Path, *, user: bool) -> None:
+        account, owner = self._account, None
+        if account is not None:
+            owner = account.user if user else -1, account.group
+        # Without an account to give it to, an existing one keeps its owner and mode.
+        if owner is not None or not path.is_dir():
+            ensure_directory(path, mode=_PRIVATE, owner=owner)
 
     def _bind(self, path: Path, at: Path) -> Worker:
         if not at.parent.is_dir():
             ensure_directory(at.parent)
         owner = None if self._account is None else (-1, self._account.group)
         listener = open_unix_socket(at, mode=_SOCKET_MODE, owner=owner)
-        status = at.stat()
-        return Worker(path, at, listener, (status.st_dev, status.st_ino))
+        return Worker(path, at, listener, at.stat())
 
     def _start(self) -> None:
         """Start all workers and wait until they answer; then put their sockets in place and end the predecessors."""
@@ -241,10 +235,8 @@ class DocumentServer:
                 )
             self._step(_START_POLL_S)
         for worker in self._workers:
-            try:
+            with refusing(f"listen on {worker.path}"):
                 worker.at.replace(worker.path)
-            except OSError as error:
-                raise host_refused(f"listen on {worker.path}", error) from error
             worker.at = worker.path
         for one in self._predecessors:
             one.kill(signal.SIGTERM)
@@ -353,7 +345,7 @@ class DocumentServer:
             return
         log.warning("a socket was taken away; listening anew", socket=str(worker.path))
         worker.listener.close()
-        worker.listener, worker.identity = new.listener, new.identity
+        worker.listener, worker.file = new.listener, new.file
         if worker.pid is not None:
             _signal([worker.pid], signal.SIGTERM)
 
@@ -379,10 +371,8 @@ class DocumentServer:
 
     def _fork(self, worker: Worker) -> None:
         worker.hang_up()
-        try:
+        with refusing("start a worker"):
             pid = os.fork()
-        except OSError as error:
-            raise host_refused("start a worker", error) from error
         if pid == 0:
             self._run_worker(worker)
         worker.pid, worker.answers, worker.started = pid, False, self.monotonic()

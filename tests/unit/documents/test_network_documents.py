@@ -1,96 +1,55 @@
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, Final
 
 import pytest
 import yaml
 
-from support.guest_records import BARE, Guest, guest, port
+from imdsproxy.core.model import Network
+from support.guest_records import BARE, BLUE, GUEST, Guest, guest, port
 
-NETWORK_DATA = "/openstack/latest/network_data.json"
+V4: Final = {
+    "network_id": "blue",
+    "type": "ipv4",
+    "ip_address": "10.0.0.5",
+    "netmask": "255.255.255.0",
+    "routes": [{"network": "0.0.0.0", "netmask": "0.0.0.0", "gateway": "10.0.0.1"}],
+    "services": [{"type": "dns", "address": "10.0.0.2"}],
+}
+V6: Final = {
+    "network_id": "blue",
+    "type": "ipv6",
+    "ip_address": "2001:db8::5",
+    "netmask": "ffff:ffff:ffff:ffff::",
+    "routes": [{"network": "::", "netmask": "::", "gateway": "2001:db8::1"}],
+    "services": [],
+}
 
 
-def test_network_data_has_a_link_and_a_network_for_each_address() -> None:
-    document = Guest().json(NETWORK_DATA)
-    (link,) = cast("list[dict[str, object]]", document["links"])
-    vif = link.pop("vif_id")
-    assert len(cast("str", vif)) == 36
+def _network_data(asked: Guest) -> Any:  # noqa: ANN401 - JSON
+    return asked.json("/openstack/latest/network_data.json")
+
+
+def _network_config(asked: Guest) -> Any:  # noqa: ANN401 - YAML
+    return yaml.safe_load(asked.read("/nocloud/network-config"))
+
+
+def test_a_port_has_a_link_and_a_network_for_each_address() -> None:
+    document = _network_data(Guest())
+    (link,) = document["links"]
+    assert len(link.pop("vif_id")) == 36
     assert link == {
         "id": "interface0",
         "type": "phy",
         "mtu": 1450,
         "ethernet_mac_address": "fa:16:3e:00:00:01",
     }
-    assert document["networks"] == [
-        {
-            "id": "network0",
-            "link": "interface0",
-            "network_id": "blue",
-            "type": "ipv4",
-            "ip_address": "10.0.0.5",
-            "netmask": "255.255.255.0",
-            "routes": [{"network": "0.0.0.0", "netmask": "0.0.0.0", "gateway": "10.0.0.1"}],
-            "services": [{"type": "dns", "address": "10.0.0.2"}],
-        },
-        {
-            "id": "network1",
-            "link": "interface0",
-            "network_id": "blue",
-            "type": "ipv6",
-            "ip_address": "2001:db8::5",
-            "netmask": "ffff:ffff:ffff:ffff::",
-            "routes": [{"network": "::", "netmask": "::", "gateway": "2001:db8::1"}],
-            "services": [],
-        },
+    networks = [
+        {"id": f"network{n}", "link": "interface0", **one} for n, one in enumerate((V4, V6))
     ]
-    assert document["services"] == [{"type": "dns", "address": "10.0.0.2"}]
-
-
-@pytest.mark.parametrize(
-    ("addresses", "types"),
-    [
-        (["192.0.2.7"], ["ipv4_dhcp"]),
-        (["192.0.2.7", "192.0.2.8"], ["ipv4_dhcp"]),
-        (["2001:db8:1::7"], ["ipv6_slaac"]),
-        (["192.0.2.7", "2001:db8:1::7"], ["ipv4_dhcp", "ipv6_slaac"]),
-        ([], ["ipv4_dhcp"]),
-        (["fe80::7"], ["ipv4_dhcp"]),
-    ],
-)
-def test_without_a_known_subnet_the_guest_is_to_ask(addresses: list[str], types: list[str]) -> None:
-    document = Guest(guest(ports=(port(addresses=addresses, network=BARE),))).json(NETWORK_DATA)
-    networks = cast("list[dict[str, object]]", document["networks"])
-    assert [network["type"] for network in networks] == types
-    assert all("ip_address" not in network for network in networks)
-
-
-def test_a_second_address_of_a_port_brings_no_second_default_route() -> None:
-    document = Guest(guest(ports=(port(addresses=["10.0.0.5", "10.0.0.6"]),))).json(NETWORK_DATA)
-    networks = cast("list[dict[str, list[object]]]", document["networks"])
-    assert [len(network["routes"]) for network in networks] == [1, 0]
-
-
-def test_a_port_without_a_mac_or_with_a_mac_told_before_is_left_out() -> None:
-    ports = (port(None, ["10.0.0.8"]), port(), port(addresses=["10.0.0.9"]))
-    document = Guest(guest(ports=ports)).json(NETWORK_DATA)
-    links = cast("list[dict[str, object]]", document["links"])
-    networks = cast("list[dict[str, object]]", document["networks"])
-    assert [link["id"] for link in links] == ["interface1"]
-    assert {network["link"] for network in networks} == {"interface1"}
-
-
-def test_no_mtu_is_null() -> None:
-    document = Guest(guest(ports=(port(addresses=[], network=BARE),))).json(NETWORK_DATA)
-    links = cast("list[dict[str, object]]", document["links"])
-    assert links[0]["mtu"] is None
-
-
-def network_config(asked: Guest) -> object:
-    return yaml.safe_load(asked.read("/nocloud/network-config"))
-
-
-def test_network_config_matches_by_mac_and_sets_what_is_known() -> None:
-    assert network_config(Guest()) == {
+    assert document["networks"] == networks
+    assert document["services"] == V4["services"]
+    assert _network_config(Guest()) == {
         "version": 2,
         "ethernets": {
             "interface0": {
@@ -109,34 +68,47 @@ def test_network_config_matches_by_mac_and_sets_what_is_known() -> None:
     }
 
 
-def test_network_config_asks_where_the_subnet_is_unknown() -> None:
-    asked = Guest(guest(ports=(port(addresses=["192.0.2.7", "2001:db8:1::7"], network=BARE),)))
-    assert network_config(asked) == {
-        "version": 2,
-        "ethernets": {
-            "interface0": {
-                "match": {"macaddress": "fa:16:3e:00:00:01"},
-                "dhcp4": True,
-                "dhcp6": True,
-            }
-        },
-    }
-
-
-def test_a_further_ports_default_route_gives_way() -> None:
-    ports = (port(), port("fa:16:3e:00:00:02", ["10.0.0.7"]))
-    config = cast(
-        "dict[str, dict[str, dict[str, list[dict[str, object]]]]]",
-        network_config(Guest(guest(ports=ports))),
-    )
-    metrics = [
-        route["metric"]
-        for ethernet in config["ethernets"].values()
-        for route in ethernet["routes"]
-        if route["to"] == "0.0.0.0/0"
+@pytest.mark.parametrize(
+    ("addresses", "types", "dhcp"),
+    [
+        (["192.0.2.7"], ["ipv4_dhcp"], (True, False)),
+        (["192.0.2.7", "192.0.2.8"], ["ipv4_dhcp"], (True, False)),
+        (["2001:db8:1::7"], ["ipv6_slaac"], (False, True)),
+        (["192.0.2.7", "2001:db8:1::7"], ["ipv4_dhcp", "ipv6_slaac"], (True, True)),
+        ([], ["ipv4_dhcp"], (True, False)),
+        (["fe80::7"], ["ipv4_dhcp"], (True, False)),
+    ],
+)
+def test_without_a_known_subnet_the_guest_is_to_ask(
+    addresses: list[str], types: list[str], dhcp: tuple[bool, bool]
+) -> None:
+    asked = Guest(guest(ports=(port(addresses=addresses, network=BARE),)))
+    document = _network_data(asked)
+    assert document["links"][0]["mtu"] is None
+    assert document["networks"] == [
+        {"id": f"network{n}", "link": "interface0", "network_id": "bare", "type": one}
+        for n, one in enumerate(types)
     ]
-    assert metrics == [100, 200]
+    ethernet = {"match": {"macaddress": "fa:16:3e:00:00:01"}}
+    expected = {**ethernet, "dhcp4": dhcp[0], "dhcp6": dhcp[1]}
+    assert _network_config(asked) == {"version": 2, "ethernets": {"interface0": expected}}
 
 
-def test_network_config_is_empty_where_no_nic_could_be_matched() -> None:
-    assert Guest(guest(ports=())).read("/nocloud/network-config") == b""
+def test_a_further_default_route_is_left_away_or_gives_way() -> None:
+    twice = Guest(guest(ports=(port(addresses=["10.0.0.5", "10.0.0.6"]),)))
+    assert [len(one["routes"]) for one in _network_data(twice)["networks"]] == [1, 0]
+    ports = (port(addresses=["10.0.0.5"]), port("fa:16:3e:00:00:02", ["10.0.0.7"]))
+    ethernets = _network_config(Guest(guest(ports=ports)))["ethernets"].values()
+    assert [route["metric"] for one in ethernets for route in one["routes"]] == [100, 200]
+
+
+@pytest.mark.parametrize("network", [BLUE, BARE])
+def test_a_port_without_a_mac_of_its_own_is_left_out(network: Network) -> None:
+    ports = (port(None, ["10.0.0.8"]), *GUEST.ports, port(addresses=["10.0.0.9"], network=network))
+    asked = Guest(guest(ports=ports))
+    assert [link["id"] for link in _network_data(asked)["links"]] == ["interface1"]
+    assert {one["link"] for one in _network_data(asked)["networks"]} == {"interface1"}
+    assert list(_network_config(asked)["ethernets"]) == ["interface1"]
+    none = Guest(guest(ports=()))
+    assert none.read("/nocloud/network-config") == b""
+    assert none.status("/openstack/latest/network_data.json") == 404
