@@ -37,22 +37,13 @@ class Letter:
     on: str
     off: str = "-"
 
-    @property
     def sample(self) -> str:
         """The letter as a HAProxy expression."""
-        return self.of(_VARIABLE)
-
-    def of(self, word: str) -> str:
-        """The letter as a HAProxy expression, of a word that another expression gives."""
-        return f"{word},bytes({self.index},1)"
-
-    def read(self, word: str) -> str:
-        """The letter in a word; empty where the word is shorter."""
-        return word[self.index : self.index + 1]
+        return f"{_VARIABLE},bytes({self.index},1)"
 
     def is_on(self, word: str) -> bool:
-        """Whether the word has it on."""
-        return self.read(word) == self.on
+        """Whether the word has it on; off where the word is shorter."""
+        return word[self.index : self.index + 1] == self.on
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +56,7 @@ class Field:
 
     number: int
 
-    @property
-    def sample(self) -> str:
-        """The field as a HAProxy expression."""
-        return self.of(_VARIABLE)
-
-    def of(self, word: str) -> str:
+    def sample(self, word: str = _VARIABLE) -> str:
         """The field as a HAProxy expression, of a word that another expression gives."""
         return f"{word},field({self.number},:)"
 
@@ -121,9 +107,9 @@ def render_parts(parts: Mapping[Part, str]) -> str:
     letters = {part.index: text for part, text in parts.items() if isinstance(part, Letter)}
     fields = {part.number: text for part, text in parts.items() if isinstance(part, Field) and text}
     last_letter = max([_LETTERS, *(index for index, text in letters.items() if text != "-")])
-    last = max([_FIELDS, *fields])
-    if last > _FIELDS:
-        last = max(last, CONNECTIONS.number)
+    last = max(
+        [_FIELDS, *(max(number, CONNECTIONS.number) for number in fields if number > _FIELDS)]
+    )
     head = "".join(letters.get(index, "-") for index in range(1, last_letter + 1))
     return ":".join(
         [POLICY_WORD + head, *(fields.get(number, "") for number in range(2, last + 1))]

@@ -38,22 +38,8 @@ class Progress:
         return tuple(self._steps.values())
 
 
-_BOUNDS_S: Final = (
-    0.002,
-    0.005,
-    0.01,
-    0.025,
-    0.05,
-    0.1,
-    0.25,
-    0.5,
-    1.0,
-    2.5,
-    5.0,
-    10.0,
-    30.0,
-    math.inf,
-)
+_BOUNDS_MS: Final = (2, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000)
+_BOUNDS_S: Final = (*(bound / 1000 for bound in _BOUNDS_MS), math.inf)
 
 
 @dataclass(slots=True)

@@ -123,7 +123,7 @@ _VALUES: Final[dict[str, Value]] = {
     "endpoint_off_word": raw(f"{POLICY_WORD}{layout.ENDPOINT.off}"),
     "only_tokens_off_word": raw(layout.ONLY_TOKENS_OFF),
     "rate_field": layout.REQUESTS_PER_S.number,
-    "connection_policy_limit": raw(layout.CONNECTIONS.of("var(sess.record),field(1,|)")),
+    "connection_policy_limit": raw(layout.CONNECTIONS.sample("var(sess.record),field(1,|)")),
     # Patterns and expressions.
     "forwarding_headers": Word(_FORWARDING_HEADERS),
     "own_host_pattern": Word(_OWN_HOST),
@@ -162,10 +162,10 @@ def _policy() -> dict[str, Value]:
     names: dict[str, Value] = {}
     for name, part in vars(layout).items():
         if isinstance(part, Letter | Field):
-            names[f"policy_{name.lower()}"] = raw(part.sample)
+            names[f"policy_{name.lower()}"] = raw(part.sample())
         if isinstance(part, Letter):
             for state, letter in (("on", part.on), ("off", part.off)):
-                condition = f"{{ {part.sample} -m str -- {letter} }}"
+                condition = f"{{ {part.sample()} -m str -- {letter} }}"
                 names[f"policy_{name.lower()}_{state}"] = raw(condition)
     return names
 
