@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeAlias
@@ -16,7 +16,7 @@ AddressKey: TypeAlias = tuple[NetworkId, IpAddress]
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What a source saw.
+    """What a source saw. Sources give records, and `sources.api.Reports` the rest.
 
     Attributes:
         source: Who saw it.
@@ -33,43 +33,35 @@ class Observation:
         more: Another observation follows at once: what these change is looked at together.
     """
 
-    source: SourceName
+    source: SourceName = ""
     full: bool = False
     networks: Mapping[NetworkId, Network] = field(default_factory=dict)
     instances: Mapping[InstanceId, Instance] = field(default_factory=dict)
-    networks_removed: Iterable[NetworkId] = ()
-    instances_removed: Iterable[InstanceId] = ()
+    networks_removed: Collection[NetworkId] = ()
+    instances_removed: Collection[InstanceId] = ()
     in_sync: bool = True
     problems: tuple[Problem, ...] = ()
     implied_networks: frozenset[NetworkId] = frozenset()
     defers: bool = False
     more: bool = False
 
-
-@dataclass(frozen=True, slots=True)
-class RecordSet:
-    """Records as an `Observation` has them: everything in force, or what has changed."""
-
-    networks: Mapping[NetworkId, Network] = field(default_factory=dict)
-    instances: Mapping[InstanceId, Instance] = field(default_factory=dict)
-    networks_removed: Collection[NetworkId] = ()
-    instances_removed: Collection[InstanceId] = ()
-
     @classmethod
-    def changes(
+    def of_changes(
         cls,
         networks: Mapping[NetworkId, Network | None],
         instances: Mapping[InstanceId, Instance | None],
-    ) -> RecordSet:
+    ) -> Observation:
         """What has changed, by id; `None` stands for a record that is gone."""
         return cls(
-            {key: value for key, value in networks.items() if value is not None},
-            {key: value for key, value in instances.items() if value is not None},
-            [key for key, value in networks.items() if value is None],
-            [key for key, value in instances.items() if value is None],
+            networks={key: value for key, value in networks.items() if value is not None},
+            instances={key: value for key, value in instances.items() if value is not None},
+            networks_removed=[key for key, value in networks.items() if value is None],
+            instances_removed=[key for key, value in instances.items() if value is None],
         )
 
-    def __bool__(self) -> bool:
+    @property
+    def has_records(self) -> bool:
+        """Any record came, changed or went."""
         return bool(
             self.networks or self.instances or self.networks_removed or self.instances_removed
         )

@@ -16,7 +16,7 @@ from itertools import islice
 from typing import Final, Protocol, TypeAlias
 
 from imdsproxy.core.model import InstanceId, IpAddress, NetworkId, Scope
-from imdsproxy.core.observation import AddressKey, Observation, RecordSet, SourceName
+from imdsproxy.core.observation import AddressKey, Observation, SourceName
 from imdsproxy.core.packed import PackedInstances
 from imdsproxy.errors import Problem
 
@@ -136,8 +136,8 @@ class Reports:
 
     def next(
         self,
-        changes: RecordSet,
-        everything: Callable[[], RecordSet],
+        changes: Observation,
+        everything: Callable[[], Observation],
         *,
         in_sync: bool = True,
         problems: tuple[Problem, ...] = (),
@@ -146,25 +146,22 @@ class Reports:
         """The report that is due; `None` where it would repeat the one before.
 
         Args:
-            changes: Since this was called last.
-            everything: All that is in force.
+            changes: The records since this was called last.
+            everything: All records in force.
             in_sync: Everything is known.
             problems: All of them.
             implied: As `Observation.implied_networks`.
         """
         full = in_sync and not self._complete
         state = (in_sync, problems, implied)
-        if not (full or changes or state != self._last):
+        if not (full or changes.has_records or state != self._last):
             return None
         records = changes if self._begun and not full else everything()
         self._last, self._begun, self._complete = state, True, self._complete or full
-        return Observation(
-            self.source,
+        return replace(
+            records,
+            source=self.source,
             full=full,
-            networks=records.networks,
-            instances=records.instances,
-            networks_removed=records.networks_removed,
-            instances_removed=records.instances_removed,
             in_sync=in_sync,
             problems=problems,
             implied_networks=implied,

@@ -14,7 +14,7 @@ from imdsproxy.core.model import (
     SshKey,
     Subnet,
 )
-from imdsproxy.core.observation import RecordSet
+from imdsproxy.core.observation import Observation
 from imdsproxy.errors import Problem
 from imdsproxy.sources.libvirt.records import LibvirtKnown, Selection
 from imdsproxy.sources.libvirt.xml import METADATA_URI, parse_domain, parse_libvirt_network
@@ -69,7 +69,7 @@ def update(
     networks: Iterable[str] = (NAT,),
     *,
     active: bool = True,
-) -> RecordSet:
+) -> Observation:
     """What libvirt reports; domains by the UUID in their XML."""
     named = {text.partition("<uuid>")[2].partition("<")[0]: parse_domain(text) for text in domains}
     return found.update(named, [parse_libvirt_network(text, active=active) for text in networks])

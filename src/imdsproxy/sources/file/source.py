@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
-from imdsproxy.core.observation import AddressKey, RecordSet
+from imdsproxy.core.observation import AddressKey, Observation
 from imdsproxy.core.packed import PackedInstance, PackedInstances
 from imdsproxy.core.records import Path as PathInFile
 from imdsproxy.core.records import parse_listed, render_record
@@ -123,7 +123,7 @@ class FileSource:
         self._places: frozenset[Place] = frozenset()
         self._relevant: frozenset[Path] = frozenset()
 
-    def everything(self) -> RecordSet:
+    def everything(self) -> Observation:
         """All in force."""
         return _records(**{kind: one.records for kind, one in self._kinds.items()})
 
@@ -163,7 +163,7 @@ class FileSource:
                     watch, unwatched = _watch(self._places)
                 await self._report(publish, changes, unwatched, unkept)
                 # These may be all there is, and are not needed any more.
-                changes = RecordSet()
+                changes = Observation()
                 changed = frozenset()
                 if not watched and watch is not None:
                     # What changed before it began to watch is seen now.
@@ -187,7 +187,7 @@ class FileSource:
             ):
                 return changed
 
-    async def _report(self, publish: Publish, changes: RecordSet, *own: Problem | None) -> None:
+    async def _report(self, publish: Publish, changes: Observation, *own: Problem | None) -> None:
         observation = self._reports.next(
             changes,
             self.everything,
@@ -202,7 +202,7 @@ class FileSource:
             # An address moves among the records: that is published at once.
             publish(observation)
 
-    def read(self, changed: Collection[Path] = ()) -> RecordSet:
+    def read(self, changed: Collection[Path] = ()) -> Observation:
         """Read what has changed since the last time, and what that changes in force; blocks for as long as it takes.
 
         Args:
@@ -298,7 +298,7 @@ class FileSource:
             in_force.replace_file(name, contents.entries[kind], unclear=unclear)
         return tuple(problem for each in contents.nameless.values() for problem in each)
 
-    def _settle(self, unreadable: Sequence[Problem]) -> RecordSet:
+    def _settle(self, unreadable: Sequence[Problem]) -> Observation:
         changes = {kind: in_force.settle() for kind, in_force in self._kinds.items()}
         self._progress.end(_SETTLING)
         if self._last_good is not None:
@@ -341,16 +341,16 @@ class FileSource:
 
 def _records(
     networks: Mapping[str, Network | None], instances: Mapping[str, PackedInstance | None]
-) -> RecordSet:
+) -> Observation:
     packed = PackedInstances()
     for instance in instances.values():
         if instance is not None:
             packed.put(instance)
-    return RecordSet(
-        {NetworkId(key): value for key, value in networks.items() if value is not None},
-        packed,
-        [NetworkId(key) for key, value in networks.items() if value is None],
-        [InstanceId(key) for key, value in instances.items() if value is None],
+    return Observation(
+        networks={NetworkId(key): value for key, value in networks.items() if value is not None},
+        instances=packed,
+        networks_removed=[NetworkId(key) for key, value in networks.items() if value is None],
+        instances_removed=[InstanceId(key) for key, value in instances.items() if value is None],
     )
 
 

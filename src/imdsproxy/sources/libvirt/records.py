@@ -9,7 +9,7 @@ from typing import Final
 
 from imdsproxy.core.inventory import address_keys
 from imdsproxy.core.model import ID_PATTERN, Instance, InstanceId, Network, NetworkId
-from imdsproxy.core.observation import RecordSet
+from imdsproxy.core.observation import Observation
 from imdsproxy.core.records import Findings, Json, Path, Refused, parse_instance, parse_network
 from imdsproxy.errors import Problem
 from imdsproxy.sources.in_force import Entry, InForce
@@ -120,7 +120,7 @@ class LibvirtKnown:
         networks: Iterable[LibvirtNetwork | Refused],
         *,
         everything: bool = False,
-    ) -> RecordSet:
+    ) -> Observation:
         """Take in what libvirt has now; which records in force that changes.
 
         Args:
@@ -146,7 +146,9 @@ class LibvirtKnown:
             if before.get(key) != self.networks.get(key)
         }
         instances = self._instances.settle()
-        return RecordSet.changes(changed, {InstanceId(key): one for key, one in instances.items()})
+        return Observation.of_changes(
+            changed, {InstanceId(key): one for key, one in instances.items()}
+        )
 
     def _take_networks(self, described: tuple[LibvirtNetwork | Refused, ...]) -> None:
         self._described = {each.name: each for each in described if not isinstance(each, Refused)}

@@ -7,7 +7,7 @@ import contextlib
 from typing import Final
 
 from imdsproxy.core.model import InstanceId
-from imdsproxy.core.observation import RecordSet
+from imdsproxy.core.observation import Observation
 from imdsproxy.core.timing import Backoff
 from imdsproxy.errors import Problem, SourceUnavailable
 from imdsproxy.sources.api import Origin, Publish, Reports
@@ -61,7 +61,7 @@ class LibvirtSource:
                 await self._follow(events, publish)
             except SourceUnavailable as error:
                 failure = Problem("libvirt", error.message, error.hint)
-                self._report(publish, RecordSet(), failure)
+                self._report(publish, Observation(), failure)
             finally:
                 await self._client.close()
             await asyncio.sleep(self._backoff.fail())
@@ -76,10 +76,12 @@ class LibvirtSource:
             networks = await self._client.networks()
             self._report(publish, self._known.update(domains, networks))
 
-    def _report(self, publish: Publish, changes: RecordSet, failure: Problem | None = None) -> None:
+    def _report(
+        self, publish: Publish, changes: Observation, failure: Problem | None = None
+    ) -> None:
         observation = self._reports.next(
             changes,
-            lambda: RecordSet(self._known.networks, self._known.instances),
+            lambda: Observation(networks=self._known.networks, instances=self._known.instances),
             in_sync=failure is None,
             problems=(*(() if failure is None else (failure,)), *self._known.problems),
             implied=self._known.implied,

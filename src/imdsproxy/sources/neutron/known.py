@@ -9,7 +9,7 @@ from typing import Final, TypeAlias
 
 from imdsproxy.core.addresses import link_local_of, mac_of
 from imdsproxy.core.model import Instance, InstanceId, IpAddress, NetworkId
-from imdsproxy.core.observation import AddressKey, RecordSet
+from imdsproxy.core.observation import AddressKey, Observation
 from imdsproxy.errors import Problem
 from imdsproxy.sources.neutron.ports import NeutronPort, plan_instance
 
@@ -243,7 +243,7 @@ class KnownPorts:
 
     # Instances
 
-    def changes(self) -> RecordSet:
+    def changes(self) -> Observation:
         """The instances that differ from `published`, which then has them."""
         changed: dict[InstanceId, Instance | None] = {}
         for instance in self._touched:
@@ -259,7 +259,7 @@ class KnownPorts:
         if changed:
             self._networks = +self._networks
         self._touched.clear()
-        return RecordSet.changes({}, changed)
+        return Observation.of_changes({}, changed)
 
     def _drop(self, key: EntryKey) -> None:
         if not isinstance(key, str):

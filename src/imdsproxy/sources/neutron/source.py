@@ -17,7 +17,7 @@ import structlog
 
 from imdsproxy.core.addresses import normalise_address
 from imdsproxy.core.model import InstanceId, IpAddress, NetworkId, Scope
-from imdsproxy.core.observation import AddressKey, RecordSet
+from imdsproxy.core.observation import AddressKey, Observation
 from imdsproxy.errors import Problem, SourceUnavailable
 from imdsproxy.host.clock import Clock
 from imdsproxy.sources.api import (
@@ -410,7 +410,7 @@ class NeutronSource:
             return
         observation = self._reports.next(
             self._known.changes(),
-            lambda: RecordSet(instances=dict(self._known.published)),
+            lambda: Observation(instances=dict(self._known.published)),
             # Whether Neutron answers does not count: what is known is published, the rest is looked up.
             in_sync=self._complete,
             problems=tuple(self._problems()),

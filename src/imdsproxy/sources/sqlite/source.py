@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
-from imdsproxy.core.observation import RecordSet
+from imdsproxy.core.observation import Observation
 from imdsproxy.core.timing import Progress
 from imdsproxy.errors import Problem, SourceError, SourceUnavailable
 from imdsproxy.sources.api import Origin, Publish, Reports, publish_in_pieces
@@ -88,7 +88,7 @@ class SqliteSource:
                 self._failure = error
                 problem = Problem("store", error.message, error.hint, str(self._path))
                 unusable = self._reports.next(
-                    RecordSet(), RecordSet, in_sync=False, problems=(problem,)
+                    Observation(), Observation, in_sync=False, problems=(problem,)
                 )
                 if unusable is not None:
                     publish(unusable)
@@ -162,7 +162,7 @@ class SqliteSource:
         """Write, publish what is committed, and wait until the disk has it."""
         written = await self._in_thread(lambda: work(store))
         changes = written.records
-        if not changes:
+        if not changes.has_records:
             return
         for network in (*changes.networks, *changes.networks_removed):
             self._problems.pop(("networks", network), None)
@@ -179,7 +179,7 @@ class SqliteSource:
                 self._synced = committed
 
     async def _report(
-        self, publish: Publish, changes: RecordSet, *, in_pieces: bool = True
+        self, publish: Publish, changes: Observation, *, in_pieces: bool = True
     ) -> None:
         problems = (problem for key in sorted(self._problems) for problem in self._problems[key])
         observation = self._reports.next(changes, lambda: changes, problems=tuple(problems))

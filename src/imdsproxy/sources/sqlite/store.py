@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 from imdsproxy.core.inventory import address_keys
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId, StoredBytes, digest_of
-from imdsproxy.core.observation import RecordSet
+from imdsproxy.core.observation import Observation
 from imdsproxy.core.packed import FORMAT, PackedInstances
 from imdsproxy.core.records import (
     Findings,
@@ -111,7 +111,7 @@ class Stored:
         moved: An address went from one instance to another.
     """
 
-    records: RecordSet
+    records: Observation
     problems: dict[tuple[str, str], tuple[Problem, ...]] = field(default_factory=dict)
     moved: bool = False
 
@@ -206,7 +206,7 @@ class Store:
                 elif isinstance(found, tuple):
                     problems["instances", key] = found
         progress.end(_READING)
-        return Stored(RecordSet(networks, instances), problems)
+        return Stored(Observation(networks=networks, instances=instances), problems)
 
     def _read_anew(self, key: str, text: str) -> Network | Instance | tuple[Problem, ...]:
         """Read an instance that another program has written; it claims what no other record has."""
@@ -318,7 +318,7 @@ class Store:
             progress.end(_STORING)
             if problems:
                 raise SourceRefused("the store refuses the records", problems=problems)
-        return Stored(RecordSet(changed_networks, packed), moved=moved)
+        return Stored(Observation(networks=changed_networks, instances=packed), moved=moved)
 
     def remove_network(self, network: NetworkId) -> Stored:
         """Remove a network, if there is one; `SourceRefused` where instances have ports in it."""
@@ -329,13 +329,13 @@ class Store:
             found = self._put_row("DELETE FROM networks WHERE id = ?", network)
             if found and users:
                 raise _in_use(network, [str(row[0]) for row in users])
-        return Stored(RecordSet(networks_removed=(network,) if found else ()))
+        return Stored(Observation(networks_removed=(network,) if found else ()))
 
     def remove_instance(self, instance: InstanceId) -> Stored:
         """Remove an instance, if there is one."""
         with store_failures(self._path), self._transaction():
             found = self._put_row("DELETE FROM instances WHERE id = ?", instance)
-        return Stored(RecordSet(instances_removed=(instance,) if found else ()))
+        return Stored(Observation(instances_removed=(instance,) if found else ()))
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
