@@ -24,7 +24,7 @@ from imdsproxy.core.model import (
     NamespaceListener,
 )
 from imdsproxy.core.path_rules import PathWord
-from imdsproxy.core.policy import NO_RULES, RULES, PolicyRules, TokenMode
+from imdsproxy.core.policy import NO_RULES, RULES, PolicyRules, Rule, TokenMode
 from imdsproxy.core.records import parse_network
 from imdsproxy.core.timing import Step
 from imdsproxy.errors import AdminError, Problem, RequestRefused, SourceUnavailable
@@ -89,41 +89,49 @@ def test_an_instance_is_added_with_flags(cli: Cli, tmp_path: Path) -> None:
     assert instance.policy == PolicyRules(seal_user_data=True, paths=paths)
 
 
+def _flag_of(rule: Rule) -> str:
+    name = f"--{rule.name.replace('_', '-')}"
+    value = rule.bounds[1] if rule.bounds else "required"
+    return name if rule.kind is bool else f"{name}={value}"
+
+
+_SINGLE = [rule for rule in RULES.values() if rule.kind is not tuple]
+_EVERY: dict[str, Any] = {
+    rule.name: rule.bounds[1]
+    if rule.bounds
+    else TokenMode.REQUIRED
+    if rule.kind is TokenMode
+    else True
+    for rule in _SINGLE
+}
+_TAG = "/latest/meta-data/tags/instance/a=b"
+_DENIED = ("/latest/user-data", PathWord.DENY)
+
+
 @every_kind
 def test_a_policy_is_changed_by_flags_rule_by_rule(filled: Cli, kind: str) -> None:
-    change = (kind, "set", NAMES[kind])
-    assert filled(*change, "--tokens", "required").status == 0
-    assert filled(*change, "--seal-user-data").status == 0
-    both = PolicyRules(tokens=TokenMode.REQUIRED, seal_user_data=True)
-    assert filled.record(kind).policy == both
-    filled(*change, "--tokens", "off", "--no-seal-user-data")
-    assert filled.record(kind).policy == PolicyRules(tokens=TokenMode.OFF, seal_user_data=False)
-    wanted: dict[str, object] = {}
-    for rule in (rule for rule in RULES.values() if rule.kind is not tuple):
-        flag = f"--{rule.name.replace('_', '-')}"
-        value: object = rule.bounds[1] if rule.bounds else "required"
-        wanted[rule.name] = True if rule.kind is bool else value
-        assert filled(*change, *((flag,) if rule.kind is bool else (flag, str(value)))).status == 0
-    assert filled.record(kind).policy == PolicyRules(**wanted)  # type: ignore[arg-type] # by the rule's kind
-    filled(*change, "--clear", "policy")
-    assert filled.record(kind).policy == NO_RULES
-
-
-@every_kind
-def test_rules_for_paths_are_set_and_removed_by_flags(filled: Cli, kind: str) -> None:
-    change = (kind, "set", NAMES[kind])
-    tag = "/latest/meta-data/tags/instance/a=b"
-    for rule in ("/latest/user-data=deny", f"{tag}=optional"):
-        assert filled(*change, "--path-rule", rule).status == 0
-    denied = ("/latest/user-data", PathWord.DENY)
-    assert filled.record(kind).policy.paths == ((tag, PathWord.OPTIONAL), denied)
-    shown = filled(kind, "show", NAMES[kind]).out
-    assert "    paths:\n" in shown
-    assert "      /latest/user-data: deny\n" in shown
-    assert filled(*change, "--no-path-rule", tag, "--path-rule", "/=required").status == 0
-    assert filled.record(kind).policy.paths == (("/", PathWord.REQUIRED), denied)
-    filled(*change, "--no-path-rule", "/", "--no-path-rule", "/latest/user-data")
-    assert filled.record(kind).policy.paths is None
+    sealed = PolicyRules(tokens=TokenMode.REQUIRED, seal_user_data=True)
+    for flags, policy in (
+        ("--tokens required", PolicyRules(tokens=TokenMode.REQUIRED)),
+        ("--seal-user-data", sealed),
+        (
+            "--tokens off --no-seal-user-data",
+            PolicyRules(tokens=TokenMode.OFF, seal_user_data=False),
+        ),
+        (" ".join(map(_flag_of, _SINGLE)), PolicyRules(**_EVERY)),
+        ("--clear policy", NO_RULES),
+        (
+            f"--path-rule /latest/user-data=deny --path-rule {_TAG}=optional",
+            PolicyRules(paths=((_TAG, PathWord.OPTIONAL), _DENIED)),
+        ),
+        (
+            f"--no-path-rule {_TAG} --path-rule /=required",
+            PolicyRules(paths=(("/", PathWord.REQUIRED), _DENIED)),
+        ),
+        ("--no-path-rule / --no-path-rule /latest/user-data", NO_RULES),
+    ):
+        assert filled(kind, "set", NAMES[kind], *flags.split()).status == 0
+        assert filled.record(kind).policy == policy
 
 
 def test_set_changes_only_what_is_given(filled: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +191,8 @@ def test_what_show_prints_can_be_stored_again(filled: Cli, tmp_path: Path) -> No
     data = "#cloud-config\nusers:\n  - name: a\n\n# ü: 'x'\n"
     (tmp_path / "data").write_text(data)
     given = ("--user-data", str(tmp_path / "data"), "--tag", "n=0123", "--tokens", "off")
-    filled("instance", "set", "web-1", *given, "--seal-user-data")
+    ruled = ("--seal-user-data", "--path-rule", "/latest/user-data=deny")
+    filled("instance", "set", "web-1", *given, *ruled)
     body = {"created_at": 1_795_694_400}
     filled.server.client.request("PATCH", "/v1/instances/web-1", body=body)
     before = dict(filled.server.instances), dict(filled.server.networks)
@@ -194,6 +203,7 @@ def test_what_show_prints_can_be_stored_again(filled: Cli, tmp_path: Path) -> No
     assert "# created: 2026-11-26T12:00:00Z\n" in shown
     assert "  created_at: 1795694400\n" in shown
     assert "  policy:\n    tokens: 'off'\n    seal_user_data: true\n" in shown
+    assert "    paths:\n      /latest/user-data: deny\n" in shown
     filled("instance", "remove", "web-1")
     filled("network", "remove", "blue")
     for kind, file in files.items():
@@ -379,7 +389,9 @@ instances:
 """
 
 
-def test_many_records_are_added_from_a_file(cli: Cli, tmp_path: Path) -> None:
+def test_many_records_are_added_from_a_file(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "data").write_bytes(b"beside the file")
     (tmp_path / "records.yaml").write_text(FILE)
     ran = cli("instance", "add", "--file", str(tmp_path / "records.yaml"))
@@ -389,17 +401,12 @@ def test_many_records_are_added_from_a_file(cli: Cli, tmp_path: Path) -> None:
     assert cli("network", "add", "--file", str(tmp_path / "records.yaml")).status == 73
     stored = cli("network", "set", "--file", str(tmp_path / "records.yaml"))
     assert stored.out == "done: 1 network, 2 instances stored\n"
-
-
-@pytest.mark.parametrize(
-    "text",
-    ['{"networks": [{"id": "n", "listener": {"bridge": "b"}}]}', FILE.split("inst", maxsplit=1)[0]],
-)
-def test_records_come_from_standard_input_in_both_languages(
-    cli: Cli, monkeypatch: pytest.MonkeyPatch, text: str
-) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
-    assert cli("network", "add", "--file", "-", "--json").json["networks"] == 1
+    for text in (
+        '{"networks": [{"id": "n", "listener": {"bridge": "b"}}]}',
+        FILE.partition("inst")[0],
+    ):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        assert cli("network", "set", "--file", "-", "--json").json["networks"] == 1
 
 
 @pytest.mark.parametrize(

@@ -223,23 +223,6 @@ def test_a_refused_newcomer_is_reported_with_file_line_and_field_of_both(bench: 
     assert bench.names == {"a"}
 
 
-def test_a_payload_file_is_followed(bench: Bench, tmp_path: Path) -> None:
-    payload = tmp_path / "user-data"
-    bench.write("x.json", instances(record("a", "10.0.0.5", user_data_file="../user-data")))
-    bench.read()
-    assert "there is no file" in bench.lines[0]
-    payload.write_bytes(b"\x1f\x8b")
-    bench.read()
-    assert bench.instances[InstanceId("a")].user_data == b"\x1f\x8b"
-    payload.unlink()
-    bench.read()
-    assert "there is no file" in bench.lines[0]
-    assert bench.instances[InstanceId("a")].user_data == b"\x1f\x8b"
-    payload.write_bytes(b"new")
-    assert bench.read().keys() == {"a"}
-    assert bench.instances[InstanceId("a")].user_data == b"new"
-
-
 def test_a_file_that_is_gone_for_a_moment_only_keeps_its_records(bench: Bench) -> None:
     path = bench.write("x.json", instances(record("a", "10.0.0.5")))
     bench.read()

@@ -107,6 +107,9 @@ async def test_a_payload_in_another_directory_is_watched(directory: Path, tmp_pa
         await asyncio.to_thread(payload.with_suffix(".new").write_bytes, b"two")
         await asyncio.to_thread(payload.with_suffix(".new").rename, payload)
         await heard.until(lambda each: data_of(each) == {"a": b"two"})
+        await asyncio.to_thread(payload.unlink)
+        await heard.until(lambda each: each.last.problems)
+        assert data_of(heard) == {"a": b"two"}
 
 
 async def test_a_directory_that_comes_late_or_goes_and_is_made_again_is_followed(
