@@ -22,7 +22,6 @@ from imdsproxy.anti_spoofing.rules import (
     flow_of,
     packed_mac,
     pair_of,
-    set_of,
 )
 from imdsproxy.core.hoststate import Family, NamespaceRef
 from imdsproxy.core.model import METADATA_PORT, IpAddress, MacAddress, NetworkId
@@ -353,7 +352,8 @@ def _fill(one: MacFilter, gone: PairMap, come: PairMap, *, busy: bool = False) -
 def _elements(pairs: PairMap) -> dict[str, list[bytes]]:
     sets: dict[str, list[bytes]] = {}
     for address, mac in pairs.items():
-        sets.setdefault(set_of(address, mac), []).append(element_of(address, mac))
+        name, key = element_of(address, mac)
+        sets.setdefault(name, []).append(key)
     return sets
 
 

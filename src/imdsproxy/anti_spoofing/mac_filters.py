@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, TypeVar
 
 import structlog
@@ -32,6 +33,9 @@ from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.packed import PackedPairs
 from imdsproxy.errors import DataplaneError, Problem
 from imdsproxy.host.clock import Clock
+
+T = TypeVar("T")
+_Mac = TypeVar("_Mac", MacAddress, MacAddress | None)
 
 _LINGER_S: Final = 30.0
 """Longer than HAProxy keeps an idle connection."""
@@ -134,7 +138,7 @@ class MacFilters:
                 if self._open.get(name) != one or name in self._suspect
             }
             if new:
-                places = {name: _place(one) for name, one in new.items()}
+                places = {name: one.place for name, one in new.items()}
                 self.journal.store({**self.journal.load(), **places})
             self._full -= new.keys() - self._suspect
             opened = await self.kernel.open(new.values())
@@ -226,8 +230,7 @@ class MacFilters:
         return gone, come
 
     def _refuse(self, network: NetworkId, error: DataplaneError) -> None:
-        self._open.pop(network, None)
-        self._full.discard(network)
+        self._drop(network)
         self.refused[network] = Problem(f"networks.{network}", error.message, error.hint)
 
     async def close_all(self) -> None:
@@ -241,8 +244,7 @@ class MacFilters:
         places = self.journal.load()
         await self.kernel.close([places[one] for one in networks if one in places])
         for name in networks:
-            self._open.pop(name, None)
-            self._full.discard(name)
+            self._drop(name)
         self.journal.store({name: place for name, place in places.items() if name not in networks})
 
     # For the record loop
@@ -313,7 +315,7 @@ class MacFilters:
             for address in addresses:
                 self._lingering.pop((network, address), None)
             if gone:
-                await self._change(network, gone, self.kernel.withdraw)
+                await self._try(network, partial(self.kernel.withdraw, pairs=gone))
                 self._granted[network] = {
                     one: mac for one, mac in granted.items() if one not in gone
                 }
@@ -334,7 +336,7 @@ class MacFilters:
                     if mac is not None and granted.get(address) != mac
                 }
                 if come:
-                    await self._change(network, come, self.kernel.grant)
+                    await self._try(network, partial(self.kernel.grant, pairs=come))
                     self._granted[network] = {**granted, **come}
 
     async def sender(self, key: AddressKey, port: int) -> MacAddress | None:
@@ -353,33 +355,25 @@ class MacFilters:
             HostRefused: The kernel refuses.
         """
         network, address = key
-        mac_filter = self._open.get(network)
-        if mac_filter is None or network not in self._full:
-            return False
-        try:
-            return await self.kernel.bind_answers(mac_filter, address, port, mac)
-        except TableGone:
-            self._missing(network)
-            return False
+        kernel = self.kernel
+        bound = await self._try(network, lambda one: kernel.bind_answers(one, address, port, mac))
+        return bool(bound)
 
-    async def _change(
-        self,
-        network: NetworkId,
-        pairs: PairMap,
-        work: Callable[[MacFilter, PairMap], Awaitable[None]],
-    ) -> None:
+    async def _try(self, network: NetworkId, work: Callable[[MacFilter], Awaitable[T]]) -> T | None:
+        """Change a network's filter; `None` where it has none."""
         if network in self._full:
             try:
-                await work(self._open[network], pairs)
+                return await work(self._open[network])
             except TableGone:
                 # Without its filter all requests go to the resolver; a new filter gets what is granted by then.
-                self._missing(network)
+                structlog.get_logger().warning("MAC filter is gone", network=network)
+                self._drop(network)
+                self.on_missing(network)
+        return None
 
-    def _missing(self, network: NetworkId) -> None:
-        structlog.get_logger().warning("MAC filter is gone", network=network)
+    def _drop(self, network: NetworkId) -> None:
         self._open.pop(network, None)
         self._full.discard(network)
-        self.on_missing(network)
 
     def lost(self, table: str) -> None:
         """A table of this name (empty: any) was removed, perhaps by us: check the filters of that name."""
@@ -400,15 +394,6 @@ class MacFilters:
         """The network whose guests use a device."""
         network = self._devices.get((namespace, index))
         return network if network in self._open else None
-
-
-def _place(mac_filter: MacFilter) -> list[str | None]:
-    """A network's entry in the journal: namespace and table."""
-    namespace = mac_filter.namespace
-    return [None if namespace is None else namespace.name, mac_filter.table]
-
-
-_Mac = TypeVar("_Mac", MacAddress, MacAddress | None)
 
 
 def _by_network(

@@ -287,18 +287,15 @@ def fill_hop_limit(batch: Batch) -> None:
             batch.make_rule(chain, word, nft.store(NETWORK, offset, 2, checksum=layout.checksum))
 
 
-def set_of(address: IpAddress, mac: MacAddress) -> str:
-    """The set that a pair is in."""
-    return f"{'free' if mac == ANY_MAC else 'good'}{address.version}"
-
-
-def element_of(address: IpAddress, mac: MacAddress) -> bytes:
-    """A pair as its set's key."""
-    return address.packed if mac == ANY_MAC else address.packed + packed_mac(mac) + b"\0\0"
+def element_of(address: IpAddress, mac: MacAddress) -> tuple[str, bytes]:
+    """The set that a pair is in, and its key there."""
+    if mac == ANY_MAC:
+        return f"free{address.version}", address.packed
+    return f"good{address.version}", address.packed + packed_mac(mac) + b"\0\0"
 
 
 def pair_of(name: str, key: bytes) -> tuple[IpAddress, MacAddress]:
-    """The reverse of both."""
+    """The reverse."""
     length = 4 if name.endswith("4") else 16
     address = ip_address(key[:length])
     if name.startswith("free"):

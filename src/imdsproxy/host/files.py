@@ -272,21 +272,20 @@ def read_secret(path: Path) -> bytes:
 
 
 def _check_secret(path: Path, status: os.stat_result) -> None:
-    if not stat.S_ISREG(status.st_mode):
-        raise SecretUnreadable(f"the secret {path} is not a regular file")
-    if status.st_mode & _OTHERS:
-        mode = stat.S_IMODE(status.st_mode)
-        raise SecretUnreadable(
-            f"the secret {path} has mode {mode:04o}: every user of this host can use it",
-            hint=f"chmod o-rwx {path}",
-        )
-    if status.st_uid not in (0, os.geteuid()):
-        raise SecretUnreadable(
-            f"the secret {path} belongs to user {status.st_uid}",
-            hint=f"chown root {path}",
-        )
-    if status.st_size > MAX_SECRET_BYTES:
-        raise SecretUnreadable(
-            f"the secret {path} has {status.st_size} bytes",
-            hint=f"a secret has at most {MAX_SECRET_BYTES}",
-        )
+    mode, owner, size = stat.S_IMODE(status.st_mode), status.st_uid, status.st_size
+    for refused, reason, hint in (
+        (not stat.S_ISREG(status.st_mode), "is not a regular file", ""),
+        (
+            mode & _OTHERS,
+            f"has mode {mode:04o}: every user of this host can use it",
+            f"chmod o-rwx {path}",
+        ),
+        (owner not in (0, os.geteuid()), f"belongs to user {owner}", f"chown root {path}"),
+        (
+            size > MAX_SECRET_BYTES,
+            f"has {size} bytes",
+            f"a secret has at most {MAX_SECRET_BYTES}",
+        ),
+    ):
+        if refused:
+            raise SecretUnreadable(f"the secret {path} {reason}", hint=hint)
