@@ -13,7 +13,7 @@ import pytest
 
 from support.agent_socket import AgentWorld, open_agents
 from support.guest import IPV4, IPV6, Guest, Load, Reply
-from support.lab import RecordMapping, record, until, within
+from support.lab import RecordMapping, record, within
 from support.namespace_proxy import PROGRAM
 from support.openstack.front import FrontKind, open_fronts
 from support.recorder import Answer, Received, reply
@@ -266,9 +266,3 @@ def test_reloads_and_another_controller_lose_no_request(fronts: _Fronts) -> None
         daemon.start()
         load.wait_answers(40)
     assert load.report.lost == []
-
-
-def test_a_socket_that_was_taken_and_is_back_serves_the_same_proxies(fronts: _Fronts) -> None:
-    fronts.agents.path.unlink()
-    guests = list(fronts.guests.values())
-    until(lambda: all(_own(one, one.ask("/openstack")) is None for one in guests), within_s=5)

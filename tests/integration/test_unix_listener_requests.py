@@ -273,19 +273,6 @@ def test_what_is_no_request_of_http_1_is_400_and_closed_and_an_unknown_method_40
     assert alone.documents.heads == []
 
 
-@pytest.mark.parametrize("lines", [(_FROM,), (_RED, _FROM)])
-@pytest.mark.parametrize("first", ["1.1\r\nConnection: close", "1.0\r\nAccept: */*"])
-def test_who_wants_the_connection_closed_has_it_closed(
-    alone: Alone, lines: tuple[str, ...], first: str
-) -> None:
-    with alone.connect(way="agents") as connection:
-        head = "\r\n".join((f"GET /openstack HTTP/{first}", "Host: x", *lines))
-        connection.send(f"{head}\r\n\r\n".encode())
-        answer = connection.read()
-        assert (answer.status, answer.closes) == (200 if len(lines) == 2 else 400, True)
-        assert connection.everything() == b""
-
-
 # With a daemon
 
 
@@ -314,17 +301,6 @@ def test_nova_receives_what_the_guest_asked(world: AgentWorld) -> None:
         b"content-length": b"3",
         **world.seen_of("red"),
     }
-
-
-def test_a_password_in_chunks_arrives_with_its_length(world: AgentWorld) -> None:
-    with world.socket.connect() as connection:
-        head = f"POST /openstack/2013-04-04/password HTTP/1.1\r\nHost: x\r\n{_RED}\r\n{_FROM}\r\n"
-        chunks = b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n"
-        connection.send(head.encode() + chunks)
-        assert connection.read().status == 200
-    seen = world.nova.only()
-    assert (seen.body, seen.values("content-length")) == (b"abcde", (b"5",))
-    assert seen.values("x-instance-id") == (INSTANCES["red"].encode(),)
 
 
 @pytest.mark.parametrize("target", ["/latest/user-data", "http://169.254.169.254/latest/user-data"])
