@@ -21,17 +21,6 @@ from imdsproxy.errors import Problem
 _NONE: frozenset[NetworkId] = frozenset()
 
 
-def plan_places(
-    endpoints: Iterable[Endpoint], networks: frozenset[NetworkId]
-) -> dict[NetworkId, frozenset[HopPlace]]:
-    """The namespaces that answers to guests of these networks are sent from; without networks that have no endpoint."""
-    places: dict[NetworkId, set[HopPlace]] = {}
-    for one in endpoints:
-        if one.network in networks:
-            places.setdefault(one.network, set()).add(one.namespace)
-    return {network: frozenset(some) for network, some in places.items()}
-
-
 @dataclass(slots=True)
 class HopLimits:
     """Which networks have records with a hop limit, and where the rule for it is.
@@ -91,30 +80,21 @@ class HopLimits:
         Args:
             wanted: Map values by map key.
         """
-        before = self._limited.keys()
-        come: set[NetworkId] = set()
+        before = frozenset(self._limited)
         for key, value in wanted.items():
+            network = NetworkId(key.rpartition("/")[0])
             if value is not None and hop_limit_of(value) != UNLIMITED:
-                network = NetworkId(key.rpartition("/")[0])
-                if network not in before:
-                    come.add(network)
                 self._limited.setdefault(network, set()).add(key)
                 if network not in self._armed:
                     wanted[key] = withhold_token(value)
-            elif self._limited:
-                self._drop(key)
+            elif network in self._limited:
+                self._limited[network].discard(key)
+                if not self._limited[network]:
+                    del self._limited[network]
         self._promised |= self._limited.keys() & self._armed
-        if come:
+        if come := self._limited.keys() - before:
             self.on_need(frozenset(come))
         return self._armed
-
-    def _drop(self, key: str) -> None:
-        network = NetworkId(key.rpartition("/")[0])
-        keys = self._limited.get(network)
-        if keys is not None:
-            keys.discard(key)
-            if not keys:
-                del self._limited[network]
 
     def commit(self, armed: frozenset[NetworkId], *, complete: bool) -> None:
         """What `restrict` changed is in force.
@@ -150,7 +130,11 @@ class HopLimits:
         if not needed:
             self._armed, self._open, self.refused = _NONE, frozenset(), {}
             return _NONE
-        places = plan_places(endpoints, needed)
+        # Where answers to guests of these networks are sent from; without networks that have no endpoint.
+        places: dict[NetworkId, set[HopPlace]] = {}
+        for one in endpoints:
+            if one.network in needed:
+                places.setdefault(one.network, set()).add(one.namespace)
         wanted = frozenset(place for some in places.values() for place in some)
         missing = wanted - self._open
         if missing:
@@ -172,15 +156,13 @@ class HopLimits:
         self.refused = refused
         armed = frozenset(network for network, some in places.items() if some <= self._open)
         # A network without endpoints keeps what it has: what is in force for it harms no guest.
-        self._arm(armed | (self._armed - places.keys()))
-        return frozenset(
-            network for network in self._promised & refused.keys() if not places[network] <= before
-        )
-
-    def _arm(self, armed: frozenset[NetworkId]) -> None:
+        armed |= self._armed - places.keys()
         changed, self._armed = self._armed ^ armed, armed
         if changed:
             self.on_change(changed)
+        return frozenset(
+            network for network in self._promised & refused.keys() if not places[network] <= before
+        )
 
     async def sweep(self) -> None:
         """Remove the rule where no record relies on it any more, once HAProxy listens as it should.
@@ -188,9 +170,7 @@ class HopLimits:
         Raises:
             HostRefused: The kernel refuses, or our journal cannot be written.
         """
-        needed = self._limited.keys() | self._promised
-        if not self.journal.load().keys() <= needed:
-            await self._close(needed)
+        await self._close(self._limited.keys() | self._promised)
 
     async def close_all(self) -> None:
         """Remove all of ours."""
@@ -198,6 +178,8 @@ class HopLimits:
 
     async def _close(self, needed: set[NetworkId]) -> None:
         places = self.journal.load()
+        if places.keys() <= needed:
+            return
         kept = {network: some for network, some in places.items() if network in needed}
         gone = {name for some in places.values() for name in some}
         gone -= {name for some in kept.values() for name in some}
