@@ -26,7 +26,7 @@ from imdsproxy.core.identity import (
 from imdsproxy.core.model import Dialect, InstanceId, NetworkId, Scope, Upstream
 from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.plan import policy_place, record_key
-from imdsproxy.core.policy_report import PolicyInForce, decide_read, report_policy
+from imdsproxy.core.policy_report import decide_read, report_policy
 from imdsproxy.core.wire import HEADER_LOGGED, MISMATCH_TEXT, NovaRecord, hide_signatures
 from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import NotFound, Problem, RuntimeUnavailable
@@ -159,29 +159,27 @@ class GuestService:
         if not self._may_know(network):
             why = (f"no source tells of network {network}",)
             return Explanation(*key, "no-network", 404, why)
-        owner = await self._owner(key)
-        found = self._explain(key, owner)
-        if path is not None and found.rules is not None:
-            found = replace(found, decision=self._decide(found.rules, path))
+        owner, inventory, unix = await self._owner(key), self.lookup.inventory, self.listeners.unix
+        degraded = (one.reason for one in self.listeners.degraded() if one.network == network)
         steps = [self._origin(network)]
-        steps += [
-            f"its listener is not as it should be: {one.reason}"
-            for one in self.listeners.degraded()
-            if one.network == network
-        ]
-        declared = network in self.lookup.inventory.networks
+        steps += [f"its listener is not as it should be: {reason}" for reason in degraded]
+        pair = await self._pair(key, steps) if checks_macs(inventory, network) else None
+        if owner.at != key:
+            steps.append(f"router {network} leads to network {owner.at[0]}")
+        if isinstance(owner.identity, Found):
+            found = self._explain_found(key, owner.at, owner.identity, path, steps)
+        else:
+            found = self._explain_denied(key, owner.identity, owner, steps)
         served = networks_of(self.listeners.report.endpoints)
-        if not (network in served if declared else self.listeners.unix.serving):
+        if not (network in served if network in inventory.networks else unix.serving):
             # No listener is there: the guest gets no answer, whatever it would be.
             found = replace(found, verdict="left-out", answer=503)
-        if checks_macs(self.lookup.inventory, network):
-            found = replace(found, pair=await self._pair(key, steps))
         if probe:
             asked = path or self._common_path(found.instance)
             found = replace(found, probe=Probe(asked, (await self.get(key, asked)).status))
         cards = tuple([card async for card in self._cards(found.instance)])
         installed = await self._installed(key)
-        return replace(found, why=(*steps, *found.why), cards=cards, installed=installed)
+        return replace(found, why=tuple(steps), pair=pair, cards=cards, installed=installed)
 
     def _common_path(self, instance: InstanceId | None) -> str:
         """A document that every instance has which has any."""
@@ -234,50 +232,60 @@ class GuestService:
             why += f"; it knows networks and routers by their ids, and {key[0]} is no UUID"
         return _Owner(identity, key, why)
 
-    def _explain(self, key: AddressKey, owner: _Owner) -> Explanation:
-        behind = () if owner.at == key else (f"router {key[0]} leads to network {owner.at[0]}",)
-        if isinstance(owner.identity, Found):
-            found = self._explain_found(key, owner.at, owner.identity)
-            return replace(found, why=(*behind, *found.why))
-        denial = owner.denial or deny(owner.identity, in_sync=self.lookup.inventory.in_sync)
+    def _explain_denied(
+        self,
+        key: AddressKey,
+        identity: Unknown | Ambiguous | Mismatch,
+        owner: _Owner,
+        steps: list[str],
+    ) -> Explanation:
+        denial = owner.denial or deny(identity, in_sync=self.lookup.inventory.in_sync)
         denied = Explanation(*key, denial.value, denial.status)
-        match owner.identity:
+        match identity:
             case Ambiguous(claimants=claimants):
-                why = "more than one record claims the address, and none is preferred"
-                return replace(denied, why=(*behind, why), claimants=claimants)
+                steps.append("more than one record claims the address, and none is preferred")
+                return replace(denied, claimants=claimants)
             case Mismatch(instance=instance, expected=expected):
-                why = f"instance {instance.id} has {key[1]} with MAC {expected} only"
-                name = instance.name
-                return replace(denied, why=(*behind, why), instance=instance.id, instance_name=name)
+                steps.append(f"instance {instance.id} has {key[1]} with MAC {expected} only")
+                return replace(denied, instance=instance.id, instance_name=instance.name)
             case Unknown(reason=reason):
-                then = (
-                    "requests are held for a while, then answered 404"
-                    if denial is Denial.UNKNOWN
-                    else "a source is not in sync: it may still come"
-                )
-                steps = (*behind, owner.why or reason.value, *([] if owner.denial else [then]))
-                return replace(denied, verdict="unknown", why=steps)
-        assert_never(owner.identity)
+                steps.append(owner.why or reason.value)
+                if owner.denial is None and denial is Denial.UNKNOWN:
+                    steps.append("requests are held for a while, then answered 404")
+                elif owner.denial is None:
+                    steps.append("a source is not in sync: it may still come")
+                return replace(denied, verdict="unknown")
+        assert_never(identity)
 
-    def _explain_found(self, key: AddressKey, at: AddressKey, found: Found) -> Explanation:
+    def _explain_found(
+        self, key: AddressKey, at: AddressKey, found: Found, path: str | None, steps: list[str]
+    ) -> Explanation:
         instance, lookup, records = found.instance, self.lookup, self.lookup.records
-        why = [f"instance {instance.id} has {at[1]}, known by {found.how.value}"]
+        steps.append(f"instance {instance.id} has {at[1]}, known by {found.how.value}")
         if lookup.source is not None and (seen := lookup.source.confirmation(*at)) is not None:
             name = lookup.source.name
             stale = f"; stale since, because {name} does not answer" if seen.stale else ""
-            why.append(f"it is port {seen.port} of {name}, confirmed {seen.age_s:.0f} s ago{stale}")
+            age = f"confirmed {seen.age_s:.0f} s ago{stale}"
+            steps.append(f"it is port {seen.port} of {name}, {age}")
         now, project = int(lookup.clock.now().timestamp()), found.port.project or instance.project
         book, place = records.policies(), policy_place(lookup.inventory, key[0], project, instance)
-        rules = report_policy(
-            book.fold(place), book.override(instance.id), instance.created_at, now
-        )
+        folded = book.fold(place)
+        rules = report_policy(folded, book.override(instance.id), instance.created_at, now)
+        decision = None
+        if path is not None:
+            paths = folded.policy.paths
+            without, given = (
+                decide_read(rules.word, now, path, token=token, paths=paths)
+                for token in (False, True)
+            )
+            decision = PathDecision(path, without, given)
         answer: int | None
         if instance.upstream is Upstream.EMBEDDED:
             policy = {"dialects": ", ".join(sorted(instance.dialects)) or "none"}
             answer = 200 if instance.dialects else 404
             problem = self.documents_problem()
             if problem is not None:
-                why.append(f"no document is answered now: {problem.reason}")
+                steps.append(f"no document is answered now: {problem.reason}")
             if problem is not None or not self.documents_needed:
                 answer = 503
         else:
@@ -289,8 +297,7 @@ class GuestService:
         return Explanation(
             *key,
             "found",
-            403 if rules.endpoint_off else answer,
-            tuple(why),
+            answer if folded.policy.endpoint else 403,
             instance=instance.id,
             instance_name=instance.name,
             source=", ".join(lookup.inventory.sources_of_instance(instance.id)),
@@ -298,15 +305,8 @@ class GuestService:
             revision=records.compiler.revisions.get(instance.id),
             policy=policy,
             rules=rules,
+            decision=decision,
         )
-
-    def _decide(self, rules: PolicyInForce, path: str) -> PathDecision:
-        now = int(self.lookup.clock.now().timestamp())
-        without, given = (
-            decide_read(rules.word, now, path, token=token, paths=rules.paths)
-            for token in (False, True)
-        )
-        return PathDecision(path, without, given)
 
     async def _pair(self, key: AddressKey, steps: list[str]) -> PairReport:
         """What MACs have to do with it, in a network that checks them; `steps` gets the sentences."""

@@ -175,11 +175,6 @@ def path_rule_name(path: str) -> str:
     return f"{_NAMED}{path}"
 
 
-def path_of_rule(name: str) -> str | None:
-    """The reverse of `path_rule_name`; `None` for another rule."""
-    return name.removeprefix(_NAMED) if name.startswith(_NAMED) else None
-
-
 def set_id(rules: PathRules) -> str:
     """What a record refers to them by: made of all that they say, so that a set never changes."""
     text = "".join(f"{path} {word.letter}\n" for path, word in rules)

@@ -15,7 +15,6 @@ from imdsproxy.core.path_rules import (
     PathRules,
     PathWord,
     find_rule,
-    path_of_rule,
     path_rule_name,
     plain_path,
     undo_spelling,
@@ -76,17 +75,6 @@ class PolicyInForce:
     boot_over: bool
     reopened_at: int | None
     word: str
-
-    @property
-    def endpoint_off(self) -> bool:
-        """Every request is refused."""
-        return bool(self.word) and not ENDPOINT.is_on(self.word)
-
-    @property
-    def paths(self) -> PathRules:
-        """The rules for paths among them."""
-        named = ((path_of_rule(rule.name), rule.value) for rule in self.rules)
-        return tuple((path, PathWord(str(word))) for path, word in named if path is not None)
 
 
 def report_policy(
