@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import subprocess
 import time
 from collections.abc import AsyncIterator, Collection, Mapping
@@ -98,7 +99,7 @@ async def _watching(
         thread.close()
 
 
-async def test_what_concerns_no_network_is_not_told_of(lab: HostLab) -> None:
+async def test_what_concerns_no_network_is_not_reported(lab: HostLab) -> None:
     name = lab.namespace("blue")
     async with _watching(lab, {"blue": NamespaceListener(name)}) as watched:
         await watched.quiet()
@@ -121,26 +122,38 @@ async def test_an_address_in_a_namespace_made_later_is_an_event_too(lab: HostLab
 
 
 @pytest.mark.parametrize("kind", [InterfaceListener, BridgeListener])
-async def test_a_device_and_an_address_of_the_host_are_events_of_their_network(
+async def test_a_device_its_address_and_its_ports_are_events_of_their_network(
     lab: HostLab, kind: type[InterfaceListener | BridgeListener]
 ) -> None:
     name = lab.link_name("d")
+    steps: list[tuple[str, ...]] = [("addr", "add", "169.254.169.254/32", "dev", name)]
+    if kind is BridgeListener:
+        port = lab.device("p")
+        steps += [("link", "set", port, "master", name), ("link", "set", port, "nomaster")]
     async with _watching(lab, {"blue": kind(name)}) as watched:
         make = lab.device if kind is InterfaceListener else lab.bridge
         await asyncio.to_thread(make, "d")
         assert await watched.networks_of(EventKind.LINK) == {BLUE}
-        await watched.quiet()
-        await asyncio.to_thread(lab.address, None, "169.254.169.254/32", name)
-        assert await watched.networks_of(EventKind.LINK) == {BLUE}
+        for step in steps:
+            await watched.quiet()
+            await asyncio.to_thread(lab.ip, *step)
+            assert await watched.networks_of(EventKind.LINK) == {BLUE}
 
 
-async def test_the_audit_finds_a_foreign_listener_that_no_event_told_of(lab: HostLab) -> None:
-    name = lab.namespace("blue")
+async def test_the_audit_finds_a_foreign_listener_that_no_event_reports(lab: HostLab) -> None:
+    name, device = lab.namespace("blue"), lab.device("d")
     lab.address(name, "169.254.169.254/32", "lo")
-    async with _watching(lab, {"blue": NamespaceListener(name)}, 20) as watched:
+    lab.address(None, "fe80::a9fe:a9fe/64", device, "nodad")
+    listeners: dict[str, Listener] = {
+        "blue": NamespaceListener(name),
+        "red": InterfaceListener(device),
+    }
+    async with _watching(lab, listeners, 20) as watched:
+        await watched.quiet()
+        await asyncio.to_thread(lab.serve, None, "fe80::a9fe:a9fe", device=device)
+        assert await watched.networks_of(EventKind.AUDIT) == {"red"}
         await watched.quiet()
         server = await asyncio.to_thread(lab.serve, name, "169.254.169.254", reuse_port=True)
-
         assert await watched.networks_of(EventKind.AUDIT) == {BLUE}
         await watched.expect()
         (found,) = watched.observed.namespaces[name].sockets
@@ -148,17 +161,6 @@ async def test_the_audit_finds_a_foreign_listener_that_no_event_told_of(lab: Hos
         # What is known is not reported again; that it ends is.
         await watched.quiet()
         server.stop()
-        assert await watched.networks_of(EventKind.AUDIT) == {BLUE}
-
-
-async def test_the_audit_finds_a_foreign_listener_on_the_hosts_own_interface(
-    lab: HostLab,
-) -> None:
-    device = lab.device("d")
-    lab.address(None, "fe80::a9fe:a9fe/64", device, "nodad")
-    async with _watching(lab, {"blue": InterfaceListener(device)}, 20) as watched:
-        await watched.quiet()
-        await asyncio.to_thread(lab.serve, None, "fe80::a9fe:a9fe", device=device)
         assert await watched.networks_of(EventKind.AUDIT) == {BLUE}
 
 
@@ -179,23 +181,12 @@ async def test_more_left_out_networks_than_fit_are_looked_at_in_turn(lab: HostLa
         await watched.quiet()
         # As if it were known that there are none of them.
         watched.watch.expect(watched.networks, ObservedHost(), left_out=watched.networks)
-        told: set[NetworkId] = set()
-        while told != set(watched.networks):
-            told.update(await watched.networks_of(EventKind.AUDIT) or ())
+        found: set[NetworkId] = set()
+        while found != set(watched.networks):
+            found.update(await watched.networks_of(EventKind.AUDIT) or ())
 
 
-async def test_a_watch_whose_look_fails_says_so_instead_of_falling_silent(
-    lab: HostLab, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    name = lab.namespace("blue")
-    async with _watching(lab, {"blue": NamespaceListener(name)}, 20) as watched:
-        monkeypatch.setattr(watched.observer, "observe", None)
-        with pytest.raises(TypeError):
-            async with asyncio.timeout(patience()):
-                await watched.running
-
-
-async def test_a_look_that_the_host_refuses_is_an_event_for_whoever_can_tell_of_it(
+async def test_a_look_that_the_host_refuses_is_an_event_and_one_that_fails_ends_the_watch(
     lab: HostLab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = lab.namespace("blue")
@@ -208,10 +199,15 @@ async def test_a_look_that_the_host_refuses_is_an_event_for_whoever_can_tell_of_
 
         with monkeypatch.context() as patched:
             patched.setattr(watched.observer, "observe", refuse)
-            await asyncio.to_thread(lab.serve, name, "0.0.0.0")
+            server = await asyncio.to_thread(lab.serve, name, "0.0.0.0")
             assert await watched.networks_of(EventKind.OVERFLOW) is None
         # The watch goes on.
         assert await watched.networks_of(EventKind.AUDIT) == {BLUE}
+        monkeypatch.setattr(watched.observer, "observe", None)
+        server.stop()
+        with pytest.raises(TypeError):
+            async with asyncio.timeout(patience()):
+                await watched.running
 
 
 async def test_a_namespace_that_is_not_heard_is_looked_at_properly(
@@ -253,27 +249,32 @@ async def _next(watch: NamespaceWatch, *names: str) -> tuple[NamespaceRef, bool]
     raise AssertionError("the watch ended")
 
 
-async def test_a_namespace_made_again_under_its_name_goes_and_comes(lab: HostLab) -> None:
+async def test_namespaces_that_a_name_leads_to_come_and_go(lab: HostLab) -> None:
     name = lab.namespace("blue")
-    # Held, so that its inode is not used again at once.
-    held = NamespaceDirectory().open(name)
-    assert held is not None
+    path = f"/run/netns/{name}"
+    mount = ("/usr/bin/unshare", "--net", "/usr/bin/mount", "--bind", "/proc/self/ns/net", path)
     async with NamespaceWatch(NamespaceDirectory()) as watch:
+        known = watch.current[name]
+        for steps, changes in (
+            # The name stays.
+            ([("/usr/bin/umount", path)], [False]),
+            ([mount], [True]),
+            ([("ip", "netns", "del", name), ("ip", "netns", "add", name)], [False, True]),
+            ([("ip", "netns", "del", name)], [False]),
+            # As for a container.
+            ([("/usr/bin/ln", "-s", f"/proc/{os.getpid()}/ns/net", path)], [True]),
+            ([("/usr/bin/rm", path)], [False]),
+        ):
+            for step in steps:
+                await asyncio.to_thread(lab.run, *step)
+            for came in changes:
+                ref, now = await _next(watch, name)
+                assert (now, came or ref == known) == (came, True), steps
+                known = ref
+            assert watch.current.get(name) == (known if changes[-1] else None)
 
-        def again() -> None:
-            lab.delete_namespace(name)
-            lab.namespace("blue")
 
-        await asyncio.to_thread(again)
-        assert await _next(watch, name) == (held.ref, False)
-        ref, came = await _next(watch, name)
-        assert came
-        assert ref.inode != held.ref.inode
-        assert watch.current[name] == ref
-    held.close()
-
-
-async def test_a_name_that_was_removed_and_leads_to_the_same_inode_again_is_told_of_too(
+async def test_a_name_that_was_removed_and_leads_to_the_same_inode_again_is_reported_too(
     lab: HostLab,
 ) -> None:
     # The kernel uses the inode of a namespace again once that has ended. Here it is the same one.
@@ -290,7 +291,7 @@ async def test_a_name_that_was_removed_and_leads_to_the_same_inode_again_is_told
         assert await _next(watch, name) == (ref, True)
 
 
-async def test_a_hundred_at_once_are_all_told_of_within_a_second(lab: HostLab) -> None:
+async def test_a_hundred_at_once_are_all_reported_within_a_second(lab: HostLab) -> None:
     thread = NamespaceThread(NamespaceDirectory())
     names = {lab.own_namespace(str(number)) for number in range(100)}
     async with NamespaceWatch(thread.directory) as watch:
@@ -321,25 +322,6 @@ async def test_a_directory_that_comes_late_and_goes_and_comes_again_is_followed(
     thread.close()
 
 
-async def test_a_namespace_unmounted_from_a_name_that_stays_has_gone(lab: HostLab) -> None:
-    name = lab.namespace("blue")
-    async with NamespaceWatch(NamespaceDirectory()) as watch:
-        ref = watch.current[name]
-        await asyncio.to_thread(lab.run, "/usr/bin/umount", f"/run/netns/{name}")
-        assert await _next(watch, name) == (ref, False)
-        assert (NamespaceDirectory().path / name).exists()
-
-
-async def test_a_namespace_mounted_upon_a_name_that_was_empty_has_come(lab: HostLab) -> None:
-    name = lab.namespace("blue")
-    await asyncio.to_thread(lab.run, "/usr/bin/umount", f"/run/netns/{name}")
-    async with NamespaceWatch(NamespaceDirectory()) as watch:
-        assert name not in watch.current
-        mount = ("/usr/bin/mount", "--bind", "/proc/self/ns/net", f"/run/netns/{name}")
-        await asyncio.to_thread(lab.run, "/usr/bin/unshare", "--net", *mount)
-        assert (await _next(watch, name))[1]
-
-
 async def test_a_watch_that_cannot_look_says_so_instead_of_falling_silent(
     lab: HostLab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -353,13 +335,3 @@ async def test_a_watch_that_cannot_look_says_so_instead_of_falling_silent(
         name = await asyncio.to_thread(lab.namespace, "blue")
         with pytest.raises(HostRefused, match="cannot look at"):
             await _next(watch, name)
-
-
-async def test_events_that_were_lost_are_made_up_for_by_a_look_at_the_directory(
-    lab: HostLab, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with NamespaceWatch(NamespaceDirectory()) as watch:
-        # inotify says IN_Q_OVERFLOW with no watch and no name, in place of everything it dropped.
-        monkeypatch.setattr(watch._inotify, "read", lambda: iter([(-1, 0x4000, "")]))
-        name = await asyncio.to_thread(lab.namespace, "blue")
-        assert (await _next(watch, name))[1]
