@@ -91,28 +91,23 @@ async def test_guests_of_a_bridge_reach_what_listens_there_over_both_families(
     assert answer.split("::")[1] in lab.ip("-n", guest, "-6", "addr", "show", "eth0")
 
 
-async def test_what_we_make_is_marked_and_has_the_bridges_mtu(
+async def test_what_we_make_is_marked_forwards_nothing_and_stays_when_made_again(
     lab: HostLab, daemon: _Daemon
 ) -> None:
-    bridge = lab.bridge("b", mtu=1400)
-    await daemon.settle(_networks(blue=bridge))
-    alias = lab.naming.alias(BLUE)
-
+    networks = _networks(blue=lab.bridge("b", mtu=1400))
+    plan = await daemon.plan(networks)
+    # Done twice it changes nothing.
+    for _ in range(2):
+        assert await apply_ops(daemon.thread, plan.ops) == ()
+    assert (await daemon.plan(networks)).ops == ()
+    alias, name, inner = lab.naming.alias(BLUE), lab.own_namespace("blue"), lab.naming.inner_device
     outer = lab.ip("link", "show", lab.naming.link(BLUE))
-    assert f"master {bridge}" in outer
-    assert "mtu 1400" in outer
-    assert alias in outer
-    name = lab.own_namespace("blue")
-    inner = lab.ip("-n", name, "link", "show", lab.naming.inner_device)
-    assert "mtu 1400" in inner
+    words = (f"master {lab.link_name('b')}", "mtu 1400", alias)
+    assert [word in outer for word in words] == [True] * 3
+    inside = lab.ip("-n", name, "link", "show", inner)
+    assert ["mtu 1400" in inside, alias in inside] == [True, True]
     assert alias in lab.ip("-n", name, "link", "show", "lo")
-
-
-async def test_a_guest_gives_our_namespace_neither_routes_nor_packets_to_forward(
-    lab: HostLab, daemon: _Daemon
-) -> None:
-    await daemon.settle(_networks(blue=lab.bridge("b")))
-    inner, name = lab.naming.inner_device, lab.own_namespace("blue")
+    # Nor does a guest give it routes.
     keys = [f"net.ipv4.conf.{inner}.{key}" for key in ("forwarding", "accept_redirects")]
     keys += [f"net.ipv4.conf.{inner}.{key}" for key in ("rp_filter", "arp_ignore", "arp_filter")]
     six = ("accept_ra", "forwarding", "accept_redirects")
@@ -122,44 +117,33 @@ async def test_a_guest_gives_our_namespace_neither_routes_nor_packets_to_forward
     assert shown.split() == ["0"] * len(keys)
 
 
-async def test_a_changed_mtu_a_detached_and_a_downed_link_are_mended(
-    lab: HostLab, daemon: _Daemon
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["link set {link} nomaster down", "link set {bridge} mtu 1300"],
+        ["-n {name} route del default", "-n {name} addr flush dev {inner}"],
+        ["netns del {name}"],
+        ["link del {link}"],
+        ["-n {name} link del {inner}"],
+    ],
+)
+async def test_what_another_program_changed_or_deleted_is_mended(
+    lab: HostLab, daemon: _Daemon, changes: list[str]
 ) -> None:
     bridge = lab.bridge("b")
     await daemon.settle(_networks(blue=bridge))
-    link, name = lab.naming.link(BLUE), lab.own_namespace("blue")
-    lab.ip("link", "set", link, "nomaster", "down")
-    lab.ip("link", "set", bridge, "mtu", "1300")
-    lab.ip("-n", name, "route", "del", "default")
-    lab.ip("-n", name, "addr", "flush", "dev", lab.naming.inner_device)
-
+    link, inner, name = lab.naming.link(BLUE), lab.naming.inner_device, lab.own_namespace("blue")
+    for change in changes:
+        words = change.format(link=link, bridge=bridge, name=name, inner=inner)
+        lab.ip(*words.split())
+    if "netns" in changes[0]:
+        # The kernel takes the veth away a moment later: until then it is in the way.
+        await eventually(lambda: link not in _links())
     plan = await daemon.settle(_networks(blue=bridge))
-
     assert len(plan.endpoints) == 2
     shown = lab.ip("link", "show", link)
-    assert f"master {bridge}" in shown
-    assert "mtu 1300" in shown
-    assert ",UP" in shown
-
-
-@pytest.mark.parametrize("lost", ["namespace", "link", "inner"])
-async def test_what_somebody_deleted_is_made_again(
-    lab: HostLab, daemon: _Daemon, lost: str
-) -> None:
-    bridge = lab.bridge("b")
-    await daemon.settle(_networks(blue=bridge))
-    name = lab.own_namespace("blue")
-    match lost:
-        case "namespace":
-            lab.delete_namespace(name)
-            # The kernel takes the veth away a moment later: until then it is in the way.
-            await eventually(lambda: lab.naming.link(BLUE) not in _links())
-        case "link":
-            lab.ip("link", "del", lab.naming.link(BLUE))
-        case _:
-            lab.ip("-n", name, "link", "del", lab.naming.inner_device)
-    plan = await daemon.settle(_networks(blue=bridge))
-    assert len(plan.endpoints) == 2
+    mtu = "mtu 1300" if "mtu" in changes[-1] else "mtu 1500"
+    assert [word in shown for word in (f"master {bridge}", ",UP", mtu)] == [True] * 3
 
 
 async def test_a_later_process_sweeps_ours_and_nothing_else(lab: HostLab, daemon: _Daemon) -> None:
@@ -213,9 +197,3 @@ async def test_a_bridge_that_cannot_be_attached_keeps_no_other_network_back(
     assert "bridge" in failed.reason
     (served,) = {one.network for one in (await daemon.plan(_networks(red=bridge))).endpoints}
     assert served == "red"
-
-
-async def test_applying_twice_changes_nothing(lab: HostLab, daemon: _Daemon) -> None:
-    plan = await daemon.plan(_networks(blue=lab.bridge("b")))
-    for _ in range(2):
-        assert await apply_ops(daemon.thread, plan.ops) == ()

@@ -28,79 +28,51 @@ def _inode(path: str) -> int:
     return Path(path).stat().st_ino
 
 
-async def test_a_created_namespace_is_one_for_ip_netns_too(
-    lab: HostLab, thread: NamespaceThread
+@pytest.mark.parametrize("half_made", [False, True])
+async def test_a_namespace_is_made_as_by_ip_netns_even_of_what_a_killed_maker_left(
+    lab: HostLab, thread: NamespaceThread, *, half_made: bool
 ) -> None:
-    name = lab.own_namespace("blue")
+    name, directory = lab.own_namespace("blue"), thread.directory
+    if half_made:
+        await thread.run(directory.prepare)
+        (directory.path / name).touch()
+        assert directory.identity(name) is None
+        assert name in directory.names()
+        assert name not in directory.namespaces()
+
     ref = await create_namespace(thread, name)
 
+    assert directory.identity(name) == ref
     assert name in lab.ip("netns", "list")
-    assert lab.ip("netns", "exec", name, "/usr/bin/stat", "-Lc", "%i", "/proc/self/ns/net") == (
-        f"{ref.inode}\n"
-    )
-
-
-async def test_a_namespace_whose_maker_was_killed_half_way_is_made_whole(
-    lab: HostLab, thread: NamespaceThread
-) -> None:
-    name = lab.own_namespace("blue")
-    await thread.run(thread.directory.prepare)
-    (thread.directory.path / name).touch()
-    assert thread.directory.identity(name) is None
-    assert name in thread.directory.names()
-    assert name not in thread.directory.namespaces()
-
-    ref = await create_namespace(thread, name)
-
-    assert thread.directory.identity(name) == ref
-
-
-async def test_a_deleted_namespace_is_gone_and_deleting_it_again_is_no_error(
-    lab: HostLab, thread: NamespaceThread
-) -> None:
-    name = lab.own_namespace("blue")
-    await create_namespace(thread, name)
-
-    assert thread.directory.delete(name)
-
+    inode = lab.ip("netns", "exec", name, "/usr/bin/stat", "-Lc", "%i", "/proc/self/ns/net")
+    assert inode == f"{ref.inode}\n"
+    assert directory.delete(name)
     assert name not in lab.ip("netns", "list")
-    assert thread.directory.identity(name) is None
-    assert not thread.directory.delete(name)
+    assert directory.identity(name) is None
+    assert not directory.delete(name)
 
 
-async def test_work_inside_sees_the_namespace_and_the_process_stays_outside(
+async def test_work_inside_sees_the_namespace_and_the_thread_comes_home_even_when_it_fails(
     lab: HostLab, thread: NamespaceThread
 ) -> None:
     name = lab.namespace("blue")
     outside = _inode("/proc/self/ns/net")
 
-    inside = await thread.inside(name, lambda ref: (ref, _inode("/proc/thread-self/ns/net")))
-
-    assert inside is not None
-    ref, inode = inside
-    assert ref is not None
-    assert ref.inode == inode != outside
-    assert await thread.inside(None, lambda ref: (ref, _inode("/proc/thread-self/ns/net"))) == (
-        None,
-        outside,
-    )
-    assert await thread.run(lambda: _inode("/proc/thread-self/ns/net")) == outside
-    assert _inode("/proc/self/ns/net") == outside
-
-
-async def test_the_thread_comes_home_from_work_that_fails(
-    lab: HostLab, thread: NamespaceThread
-) -> None:
-    name = lab.namespace("blue")
+    def look(ref: NamespaceRef | None) -> tuple[NamespaceRef | None, int]:
+        return ref, _inode("/proc/thread-self/ns/net")
 
     def fail(ref: NamespaceRef | None) -> None:
         raise ValueError(ref)
 
+    found = await thread.inside(name, look)
+    assert found is not None
+    ref, inode = found
+    assert ref == NamespaceRef(name, inode)
+    assert inode != outside
     with pytest.raises(ValueError, match=name):
         await thread.inside(name, fail)
-    assert await thread.run(lambda: _inode("/proc/thread-self/ns/net")) == _inode(
-        "/proc/self/ns/net"
-    )
+    assert await thread.inside(None, look) == (None, outside)
+    assert _inode("/proc/self/ns/net") == outside
 
 
 async def test_entering_what_is_not_a_namespace_of_networks_is_refused_in_words(
@@ -155,12 +127,6 @@ def test_a_name_that_leads_out_of_the_directory_is_refused(name: str) -> None:
             work(name)
 
 
-def test_closing_twice_is_no_error() -> None:
-    thread = NamespaceThread(NamespaceDirectory())
-    thread.close()
-    thread.close()
-
-
 async def test_who_looks_at_many_namespaces_does_not_hold_up_the_end() -> None:
     thread = NamespaceThread(NamespaceDirectory())
     begun, going_on = threading.Event(), threading.Event()
@@ -187,3 +153,5 @@ async def test_who_looks_at_many_namespaces_does_not_hold_up_the_end() -> None:
     with pytest.raises(HostRefused, match="ending"):
         await looking
     await closing
+    # Twice is no error.
+    thread.close()

@@ -105,34 +105,28 @@ async def test_addresses_of_somebody_elses_namespace_become_endpoints(
     )
 
 
-async def test_managed_addresses_are_put_on_the_device_and_taken_away_when_the_network_goes(
-    lab: HostLab, host: _Host
+@pytest.mark.parametrize("another_s", [False, True])
+async def test_managed_addresses_are_put_on_the_device_and_only_ours_are_taken_away(
+    lab: HostLab, host: _Host, *, another_s: bool
 ) -> None:
-    name = lab.namespace("blue")
-    device = lab.device("d", namespace=name)
+    if another_s:
+        name, device = _with_addresses(lab)
+    else:
+        name = lab.namespace("blue")
+        device = lab.device("d", namespace=name)
     listener = NamespaceListener(name, device, manage_addresses=True)
 
     plan = await host.settle(listener)
 
     assert [one.device for one in plan.endpoints] == [device, device]
     assert plan.left_out == ()
-    # A fresh process that has never heard of the network knows the addresses for ours.
+    # A fresh process that does not know the network knows the addresses for ours.
     seen = await host.observe(listener, everything=True)
     gone = plan_listeners({}, seen, lab.naming, managed=[(name, device)])
-    assert len(gone.ops) == 2
+    assert len(gone.ops) == (0 if another_s else 2)
     assert await apply_ops(host.thread, gone.ops) == ()
-    assert "a9fe" not in lab.ip("-n", name, "addr", "show", device)
-    assert "169.254" not in lab.ip("-n", name, "addr", "show", device)
-
-
-async def test_addresses_that_somebody_else_added_are_never_taken_away(
-    lab: HostLab, host: _Host
-) -> None:
-    name, device = _with_addresses(lab)
-    listener = NamespaceListener(name, device, manage_addresses=True)
-    assert len((await host.plan(listener)).endpoints) == 2
-    seen = await host.observe(listener, everything=True)
-    assert plan_listeners({}, seen, lab.naming, managed=[(name, device)]).ops == ()
+    shown = lab.ip("-n", name, "addr", "show", device)
+    assert ["a9fe:a9fe" in shown, "169.254.169.254" in shown] == [another_s, another_s]
 
 
 async def test_only_namespaces_where_something_of_ours_can_be_are_looked_at(
@@ -161,16 +155,6 @@ async def test_an_interface_without_ipv6_serves_ipv4_and_says_what_to_do(
     assert [one.address for one in plan.endpoints] == [METADATA_IPV4]
 
 
-async def test_a_port_of_a_bridge_is_refused_as_interface(lab: HostLab, host: _Host) -> None:
-    bridge = lab.bridge("b")
-    device = lab.device("d")
-    lab.ip("link", "set", device, "master", bridge)
-    plan = await host.plan(InterfaceListener(device))
-    assert [(one.code, bridge in one.reason) for one in plan.left_out] == [
-        (LeftOutCode.DEVICE_ENSLAVED, True)
-    ]
-
-
 @pytest.mark.parametrize(
     ("address", "blocked"),
     [("169.254.169.254", [4]), ("0.0.0.0", [4]), ("::", [4, 6])],
@@ -195,66 +179,45 @@ async def test_a_foreign_listener_leaves_the_family_out_and_is_named_until_it_en
     assert len((await host.plan(NamespaceListener(name))).endpoints) == 2
 
 
-async def test_every_foreign_listener_that_shares_the_port_is_named(
+@pytest.mark.parametrize(
+    ("ours", "foreign", "answered_by"),
+    [
+        (("169.254.169.254", ""), ("0.0.0.0", ""), "ours"),
+        # With SO_REUSEPORT the kernel takes the socket it finds first, however precisely it is bound.
+        (("169.254.169.254", ""), ("169.254.169.254", "lo"), "foreign"),
+        (("169.254.169.254", "lo"), ("169.254.169.254", ""), "foreign"),
+    ],
+)
+async def test_the_kernel_answers_by_the_socket_that_the_plan_says(
+    lab: HostLab,
+    host: _Host,
+    ours: tuple[str, str],
+    foreign: tuple[str, str],
+    answered_by: str,
+) -> None:
+    name = lab.namespace("blue")
+    lab.address(name, "169.254.169.254/32", "lo")
+    server = lab.serve(name, ours[0], device=ours[1], reuse_port=True, word="ours")
+    lab.serve(name, foreign[0], device=foreign[1], reuse_port=True, word="foreign")
+    plan = await host.plan(NamespaceListener(name, ours[1] or None), [server.pid])
+    effect = Effect.YIELDS if answered_by == "ours" else Effect.SHARES
+    assert {one.effect for one in plan.foreign} == {effect}
+    answers = {lab.ask(name, "169.254.169.254", "lo").split()[0] for _ in range(20)}
+    assert answers == {answered_by}
+
+
+async def test_foreign_sockets_that_share_the_port_are_named_and_our_own_and_our_childrens_are_not(
     lab: HostLab, host: _Host
 ) -> None:
     name, device = _with_addresses(lab)
     servers = [lab.serve(name, "169.254.169.254", reuse_port=True) for _ in range(2)]
     servers.append(lab.serve(name, "fe80::a9fe:a9fe", device=device, reuse_port=True))
-
-    plan = await host.plan(NamespaceListener(name))
-
-    assert len(plan.endpoints) == 2
-    assert sorted((one.effect, one.socket.owners[0].pid) for one in plan.foreign) == sorted(
-        (Effect.SHARES, server.pid) for server in servers
-    )
-
-
-async def test_a_shared_wildcard_yields_to_ours(lab: HostLab, host: _Host) -> None:
-    name, _ = _with_addresses(lab)
-    lab.serve(name, "0.0.0.0", reuse_port=True)
-    lab.serve(name, "169.254.169.254", reuse_port=True, word="ours")
-
-    plan = await host.plan(NamespaceListener(name))
-
-    assert len(plan.endpoints) == 2
-    effects = {str(one.socket.address): one.effect for one in plan.foreign}
-    assert effects == {"0.0.0.0": Effect.YIELDS, "169.254.169.254": Effect.SHARES}
-    # What the name promises is what the kernel does.
-    answers = {lab.ask(name, "169.254.169.254", "lo").split()[0] for _ in range(20)}
-    assert answers == {"ours"}
-
-
-@pytest.mark.parametrize(("ours", "foreign"), [("", "lo"), ("lo", "")])
-async def test_a_device_makes_no_shared_listener_yield(
-    lab: HostLab, host: _Host, ours: str, foreign: str
-) -> None:
-    name = lab.namespace("blue")
-    lab.address(name, "169.254.169.254/32", "lo")
-    our_server = lab.serve(name, "169.254.169.254", device=ours, reuse_port=True, word="ours")
-    lab.serve(name, "169.254.169.254", device=foreign, reuse_port=True, word="foreign")
-
-    plan = await host.plan(NamespaceListener(name, ours or None), [our_server.pid])
-
-    assert {one.effect for one in plan.foreign} == {Effect.SHARES}
-    # With SO_REUSEPORT the kernel takes the socket it finds first, however precisely it is bound.
-    answers = {lab.ask(name, "169.254.169.254", "lo").split()[0] for _ in range(20)}
-    assert answers == {"foreign"}
-
-
-async def test_our_own_sockets_are_not_foreign_and_neither_are_our_childrens(
-    lab: HostLab, host: _Host
-) -> None:
-    name, _ = _with_addresses(lab)
-    server = lab.serve(name, "169.254.169.254", reuse_port=True)
-
-    by_pid = await host.plan(NamespaceListener(name), [server.pid])
-    by_parent = await host.plan(NamespaceListener(name), [os.getpid()])
-    by_none = await host.plan(NamespaceListener(name), [])
-
-    assert by_pid.foreign == by_parent.foreign == ()
-    assert len(by_pid.endpoints) == 2
-    assert [one.socket.owners[0].pid for one in by_none.foreign] == [server.pid]
+    pids = [server.pid for server in servers]
+    for ours, foreign in (([], pids), (pids[:1], pids[1:]), (pids, []), ([os.getpid()], [])):
+        plan = await host.plan(NamespaceListener(name), ours)
+        assert len(plan.endpoints) == 2
+        found = [(one.effect, one.socket.owners[0].pid) for one in plan.foreign]
+        assert sorted(found) == [(Effect.SHARES, pid) for pid in sorted(foreign)]
 
 
 async def test_a_bind_that_is_not_listening_yet_is_noticed_all_the_same(

@@ -28,6 +28,7 @@ from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import (
     METADATA_IPV4,
     InterfaceListener,
+    Listener,
     NamespaceListener,
     Network,
     NetworkId,
@@ -117,10 +118,23 @@ class Rig:
         }
         self.inventory.observe(Observation("a", full=True, networks=networks, in_sync=in_sync))
 
-    async def settle(self, reason: str, *networks: str) -> None:
-        ticket = self.loop.touch(reason, [NetworkId(one) for one in networks])
+    async def settle(self, reason: str, *networks: str | None) -> None:
+        given = [NetworkId(one) for one in networks if one is not None]
+        await self.wait(self.loop.touch(reason, None if None in networks else given))
+
+    async def wait(self, ticket: int | None = None) -> None:
         async with asyncio.timeout(30):
-            await self.loop.tickets.wait(ticket)
+            await self.loop.tickets.wait(self.loop.tickets.given if ticket is None else ticket)
+
+    async def fail(self, *networks: str) -> None:
+        self.loop.touch("networks changed", [NetworkId(one) for one in networks])
+        async with asyncio.timeout(30):
+            while self.loop.failure is None:
+                await asyncio.sleep(0.01)
+
+    def add(self, listener: Listener) -> None:
+        network = Network(NetworkId("red"), listener)
+        self.inventory.observe(Observation("a", full=True, networks={network.id: network}))
 
     def bound(self) -> set[str]:
         lines = self.layout.config.read_text().splitlines()
@@ -180,11 +194,18 @@ async def _rig(directory: Path, *, agents: str | None = None) -> AsyncIterator[R
         await fake.close()
 
 
-async def test_a_missing_namespace_leaves_out_its_network_and_no_other(tmp_path: Path) -> None:
+async def test_a_missing_namespace_leaves_out_its_network_and_no_other_and_is_logged_once(
+    tmp_path: Path,
+) -> None:
     async with _rig(tmp_path) as rig:
         rig.host.make("red", 7)
         rig.say("red", "blue")
-        await rig.settle("networks changed", "red", "blue")
+        with capture_logs() as logs:
+            await rig.settle("networks changed", "red", "blue")
+            await rig.settle("again", "red", "blue")
+        # That red has no IPv6 address is no trouble.
+        left = [one for one in logs if one["event"] == "listener left out"]
+        assert [(one["network"], one["code"]) for one in left] == [("blue", "namespace-missing")]
         assert rig.bound() == {"red"}
         assert rig.host.links == {"red@7": "red"}
         assert rig.left_out() == {"blue": LeftOutCode.NAMESPACE_MISSING}
@@ -194,42 +215,21 @@ async def test_a_missing_namespace_leaves_out_its_network_and_no_other(tmp_path:
         assert rig.left_out() == {}
 
 
-async def test_what_is_not_served_is_logged_once_and_a_missing_ipv6_address_is_not(
+async def test_only_what_may_have_changed_is_looked_at_and_what_has_not_reloads_nothing(
     tmp_path: Path,
 ) -> None:
-    async with _rig(tmp_path) as rig:
-        rig.host.make("red", 7)
-        rig.say("red", "blue")
-        with capture_logs() as logs:
-            await rig.settle("networks changed", "red", "blue")
-            await rig.settle("again", "red", "blue")
-        left = [one for one in logs if one["event"] == "listener left out"]
-        assert [(one["network"], one["code"]) for one in left] == [("blue", "namespace-missing")]
-
-
-async def test_only_what_may_have_changed_is_looked_at(tmp_path: Path) -> None:
     async with _rig(tmp_path) as rig:
         for number, name in enumerate(("red", "blue", "green")):
             rig.host.make(name, number)
         rig.say("red", "blue", "green")
         await rig.settle("networks changed", "red", "blue", "green")
+        reloads = rig.fake.reloads
         rig.host.asked.clear()
         await rig.settle("link", "blue")
         assert rig.host.asked == [(False, frozenset({"blue"}))]
         assert rig.bound() == {"red", "blue", "green"}
-        rig.loop.touch("overflow")
-        async with asyncio.timeout(30):
-            await rig.loop.tickets.wait(rig.loop.tickets.given)
+        await rig.settle("overflow", None)
         assert rig.host.asked[-1] == (True, frozenset({"red", "blue", "green"}))
-
-
-async def test_a_change_that_changes_nothing_reloads_nothing(tmp_path: Path) -> None:
-    async with _rig(tmp_path) as rig:
-        rig.host.make("red", 7)
-        rig.say("red")
-        await rig.settle("networks changed", "red")
-        reloads = rig.fake.reloads
-        await rig.settle("audit", "red")
         assert rig.fake.reloads == reloads
 
 
@@ -239,15 +239,11 @@ async def test_after_a_refusal_the_whole_host_is_looked_at_again_once(tmp_path: 
         rig.host.make("POISON", 8)
         rig.say("red", "POISON")
         rig.host.asked.clear()
-        rig.loop.touch("networks changed", [NetworkId("red"), NetworkId("POISON")])
-        async with asyncio.timeout(30):
-            while rig.loop.failure is None:
-                await asyncio.sleep(0.01)
+        await rig.fail("red", "POISON")
         assert [everything for everything, _ in rig.host.asked][:2] == [False, True]
         assert "POISON" not in rig.layout.config.read_text()
         del rig.host.namespaces["POISON"]
-        async with asyncio.timeout(30):
-            await rig.loop.tickets.wait(rig.loop.tickets.given)
+        await rig.wait()
         assert rig.bound() == {"red"}
         assert rig.loop.failure is None
 
@@ -257,9 +253,7 @@ async def test_what_the_host_refuses_is_told_and_tried_again(tmp_path: Path) -> 
         rig.host.make("red", 7)
         seen = rig.host.namespaces["red"]
         rig.host.namespaces["red"] = replace(seen, addresses=())
-        listener = NamespaceListener("red", "eth0", manage_addresses=True)
-        network = Network(NetworkId("red"), listener)
-        rig.inventory.observe(Observation("a", full=True, networks={network.id: network}))
+        rig.add(NamespaceListener("red", "eth0", manage_addresses=True))
         rig.host.refusal = "no permission"
         await rig.settle("networks changed", "red")
         assert {problem.reason for problem in rig.loop.report.problems} == {"no permission"}
@@ -307,19 +301,14 @@ def test_what_a_running_haproxy_has_bound_is_not_tried() -> None:
     assert choose_exporter("[::1]:9467", config, lambda _host, _port: None)[0] == "[::1]:9467"
 
 
-async def test_the_host_answers_arp_only_where_a_network_listens_on_its_device(
+async def test_the_host_answers_arp_only_where_a_network_listens_on_its_device_or_says_why(
     tmp_path: Path,
 ) -> None:
     async with _rig(tmp_path) as rig:
         assert rig.host.answering == frozenset()
-        network = Network(NetworkId("blue"), InterfaceListener("virbr0"))
-        rig.inventory.observe(Observation("a", full=True, networks={network.id: network}))
-        await rig.settle("networks changed", "blue")
+        rig.add(InterfaceListener("virbr0"))
+        await rig.settle("networks changed", "red")
         assert rig.host.answering == {"virbr0"}
-
-
-async def test_a_host_that_cannot_be_kept_from_answering_is_told(tmp_path: Path) -> None:
-    async with _rig(tmp_path) as rig:
         rig.host.unguarded = "no nft"
         rig.host.make("red", 7)
         rig.say("red")
@@ -348,13 +337,9 @@ async def test_a_refusal_that_it_is_not_to_blame_for_costs_the_agents_nothing(
         rig.fake.refuse_reload = "[ALERT] Binding for frontend agents and for another"
         rig.host.make("red", 7)
         rig.say("red")
-        rig.loop.touch("networks changed", [NetworkId("red")])
-        async with asyncio.timeout(30):
-            while rig.loop.failure is None:
-                await asyncio.sleep(0.01)
+        await rig.fail("red")
         rig.fake.refuse_reload = ""
-        async with asyncio.timeout(30):
-            await rig.loop.tickets.wait(rig.loop.tickets.given)
+        await rig.wait()
         assert rig.bound() == {"red"}
         assert "frontend agents" in rig.layout.config.read_text()
         assert rig.loop.report.problems == ()
