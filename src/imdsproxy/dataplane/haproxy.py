@@ -29,7 +29,7 @@ from imdsproxy.errors import (
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import ensure_directory, write_atomic
 from imdsproxy.host.process import run_program
-from imdsproxy.host.refusal import host_refused
+from imdsproxy.host.refusal import refusing
 
 PROBE_DEADLINE_S = 1.0
 _CHECK_DEADLINE_S = 60.0
@@ -262,12 +262,10 @@ def _sweep_sockets(directory: Path, config: str) -> None:
         PrivilegeMissing: We may not do that.
     """
     kept = loopback_sockets(config)
-    try:
+    with refusing(f"remove what is not needed any more in {directory}"):
         for path in directory.glob("hop-*.sock"):
             if path.name not in kept:
                 path.unlink(missing_ok=True)
-    except OSError as error:
-        raise host_refused(f"remove what is not needed any more in {directory}", error) from error
 
 
 def link_jail_to_itself(jail: Path) -> None:
@@ -279,8 +277,5 @@ def link_jail_to_itself(jail: Path) -> None:
     """
     inside = jail.joinpath(*jail.parts[1:])
     ensure_directory(inside.parent)
-    try:
-        with contextlib.suppress(FileExistsError):
-            inside.symlink_to("/")
-    except OSError as error:
-        raise host_refused(f"make the link {inside}", error) from error
+    with refusing(f"make the link {inside}"), contextlib.suppress(FileExistsError):
+        inside.symlink_to("/")

@@ -31,7 +31,7 @@ from imdsproxy.host.netlink import (
 )
 from imdsproxy.host.nftables import DELTABLE, NETFILTER, table_of
 from imdsproxy.host.nlmessages import SOL_NETLINK, iter_messages
-from imdsproxy.host.refusal import host_refused
+from imdsproxy.host.refusal import host_refused, refusing
 
 _LINKS: Final = (1, 5, 9)
 """RTNLGRP_LINK, RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV6_IFADDR."""
@@ -109,7 +109,7 @@ class KernelEvents(Stream[T]):
 
     async def __aenter__(self) -> Self:
         flags = socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
-        try:
+        with refusing(f"watch {self._about}"):
             self._socket = socket.socket(socket.AF_NETLINK, flags, self._protocol)
             with contextlib.suppress(PermissionError):  # a small buffer overflows, and says so
                 self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
@@ -117,8 +117,6 @@ class KernelEvents(Stream[T]):
                 self._socket.setsockopt(SOL_NETLINK, _LISTEN_ALL_NSID, 1)
                 self.hears_all = True
             self._socket.bind((0, self._groups))
-        except OSError as error:
-            raise host_refused(f"watch {self._about}", error) from error
         asyncio.get_running_loop().add_reader(self._socket.fileno(), self.attempt, self._receive)
         return self
 

@@ -28,7 +28,7 @@ from imdsproxy.host.files import write_atomic
 from imdsproxy.host.netlink import find_link, neighbour_mac
 from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.host.process import run_program
-from imdsproxy.host.refusal import host_refused
+from imdsproxy.host.refusal import refusing
 from imdsproxy.listeners.apply import apply_ops
 from imdsproxy.listeners.nft_scripts import (
     Diversion,
@@ -348,7 +348,7 @@ def apply_links(directory: Path, links: Mapping[str, str]) -> None:
         PrivilegeMissing: This process may not write there.
     """
     base, temporary = os.fspath(directory), os.path.join(directory, ".tmp")  # noqa: PTH118 - as below
-    try:
+    with refusing(f"link namespaces in {directory}"):
         directory.mkdir(mode=0o755, parents=True, exist_ok=True)
         # At each reload, for every network: a Path for each costs more than the kernel's part.
         with os.scandir(directory) as entries:
@@ -360,8 +360,6 @@ def apply_links(directory: Path, links: Mapping[str, str]) -> None:
             if present.get(name) != target:
                 os.symlink(target, temporary)  # noqa: PTH211 - as above
                 os.replace(temporary, f"{base}/{name}")  # noqa: PTH105 - as above
-    except OSError as error:
-        raise host_refused(f"link namespaces in {directory}", error) from error
 
 
 @dataclass(slots=True)

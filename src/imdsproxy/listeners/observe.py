@@ -30,7 +30,7 @@ from imdsproxy.errors import DataplaneError
 from imdsproxy.host.namespaces import NamespaceThread
 from imdsproxy.host.netlink import default_routes, list_links, metadata_addresses, route_length
 from imdsproxy.host.nlmessages import NetlinkSocket
-from imdsproxy.host.refusal import host_refused
+from imdsproxy.host.refusal import host_refused, refusing
 from imdsproxy.host.sockets import SOCK_DIAG, SocketOwners, listening_sockets, try_bind
 from imdsproxy.listeners.plan import ManagedPlace, Place, place_of
 
@@ -141,10 +141,8 @@ class HostObserver:
         namespaces = {name: one for name, one in seen.items() if one is not None}
         root = ObservedNamespace(None)
         if everything or any(place.host_devices for place in places):
-            try:
+            with refusing("look at the host's devices"):
                 root = self._look(None, wanted.get(None, set()))
-            except OSError as error:
-                raise host_refused("look at the host's devices", error) from error
         owned = self._find_owners((root, *namespaces.values()), our_pids)
         return ObservedHost(
             root=_with_owners(root, owned),

@@ -45,7 +45,7 @@ from imdsproxy.host.files import (
     sweep_unfinished,
     write_atomic,
 )
-from imdsproxy.host.refusal import host_refused
+from imdsproxy.host.refusal import host_refused, refusing
 
 _SYSTEM_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _IPV6: Final = Path("/proc/sys/net/ipv6/conf/default/disable_ipv6")
@@ -135,10 +135,8 @@ class Launch:
             HaproxyMissing: It cannot be run.
         """
         if self.alone:
-            try:
+            with refusing("give up the supplementary groups"):
                 os.setgroups([])
-            except OSError as error:
-                raise host_refused("give up the supplementary groups", error) from error
         os.set_inheritable(self.lock, True)
         try:
             os.execv(self.program, self.arguments())  # noqa: S606 - no shell is meant
@@ -506,16 +504,10 @@ def try_to_bind(port: int, *, dual_stack: bool) -> None:
     family = socket.AF_INET6 if dual_stack else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+        with refusing(f"listen on port {port}", hint=f"see who does: ss -ltnp 'sport = :{port}'"):
             if dual_stack:
                 probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
             probe.bind(("::" if dual_stack else "0.0.0.0", port))  # noqa: S104 - as the proxy itself
-        except OSError as error:
-            raise host_refused(
-                f"listen on port {port}",
-                error,
-                hint=f"see who does: ss -ltnp 'sport = :{port}'",
-            ) from error
 
 
 def check_directory(path: Path, purpose: str, *, hint: str) -> None:
@@ -525,10 +517,8 @@ def check_directory(path: Path, purpose: str, *, hint: str) -> None:
         HostRefused: It is not; says what for it is wanted.
         PrivilegeMissing: This process may not look.
     """
-    try:
+    with refusing(f"look at {path}"):
         there = path.is_dir()
-    except OSError as error:
-        raise host_refused(f"look at {path}", error) from error
     if not there:
         raise HostRefused(f"there is no directory {path} for the {purpose}", hint=hint)
 
@@ -546,7 +536,7 @@ def claim_file(path: Path, data: bytes) -> int:
         PrivilegeMissing: This process may not write there.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    try:
+    with refusing(f"write {path}"):
         # Locked while it is replaced: no other process can come between.
         before = _lock(path, os.O_RDWR | os.O_CREAT)
         new = -1
@@ -567,8 +557,6 @@ def claim_file(path: Path, data: bytes) -> int:
         finally:
             temporary.unlink(missing_ok=True)
             os.close(before)
-    except OSError as error:
-        raise host_refused(f"write {path}", error) from error
     return new
 
 
@@ -618,7 +606,7 @@ def make_directories(path: Path) -> None:
         HostRefused: The file system refused, or something else of that name is there.
         PrivilegeMissing: This process may not make it, or not tighten it.
     """
-    try:
+    with refusing(f"create the directory {path}", hint="choose another place with --state-path"):
         for directory in (*reversed(path.parents), path):
             if not directory.exists():
                 directory.mkdir(mode=_DIRECTORY_MODE, exist_ok=True)
@@ -627,7 +615,3 @@ def make_directories(path: Path) -> None:
             path.chmod(mode & ~_FOREIGN_WRITE)
         if not path.is_dir():
             raise NotADirectoryError(20, "Not a directory")
-    except OSError as error:
-        raise host_refused(
-            f"create the directory {path}", error, hint="choose another place with --state-path"
-        ) from error
