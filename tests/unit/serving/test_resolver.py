@@ -20,44 +20,41 @@ def _key(network: str = "red", last: int = 5) -> AddressKey:
     return NetworkId(network), IPv4Address(f"10.0.0.{last}")
 
 
-class World:
-    """What the look-up finds; it may change while requests wait."""
+_KEY = _key()
 
-    def __init__(self) -> None:
+
+class World:
+    """A resolver, and what its look-up finds, which may change while requests wait."""
+
+    def __init__(self, hold_s: float = 5, per_network: int = 32, in_all: int = 64) -> None:
         self.found: dict[AddressKey, Outcome] = {}
         self.otherwise: Outcome = Denial.UNKNOWN
-        self.looks = 0
-        self.scopes: list[Scope | None] = []
+        self.asked: list[tuple[AddressKey, Scope | None, int | None]] = []
         self.clock = 1000.0
+        self.limits = ResolverSettings(
+            hold_s=hold_s, max_held_per_network=per_network, max_held=in_all
+        )
+        self.resolver = Resolver(self._look, lambda: self.limits, lambda: self.clock)
+        self.resolve, self.counts = self.resolver.resolve, self.resolver.counts
 
-    def now(self) -> float:
-        return self.clock
-
-    async def look(self, key: AddressKey, scope: Scope | None, port: int | None, /) -> Outcome:
-        del port
-        self.looks += 1
-        self.scopes.append(scope)
+    async def _look(self, key: AddressKey, scope: Scope | None, port: int | None, /) -> Outcome:
+        self.asked.append((key, scope, port))
         return self.found.get(key, self.otherwise)
 
+    async def hold(self, key: AddressKey = _KEY) -> asyncio.Task[Outcome]:
+        """A request that waits."""
+        count = self.resolver.held
+        request = asyncio.create_task(self.resolve(key))
+        async with asyncio.timeout(30):
+            while self.resolver.held == count:
+                await asyncio.sleep(0)
+        return request
 
-def _resolver(world: World, hold_s: float = 5, per_network: int = 32, in_all: int = 64) -> Resolver:
-    settings = ResolverSettings(hold_s=hold_s, max_held_per_network=per_network, max_held=in_all)
-    return Resolver(world.look, lambda: settings, world.now)
-
-
-async def _held(resolver: Resolver, count: int) -> None:
-    async with asyncio.timeout(30):
-        while resolver.held < count:
-            await asyncio.sleep(0)
-
-
-async def test_a_known_address_is_answered_at_once() -> None:
-    world = World()
-    world.found[_key()] = _WEB
-    resolver = _resolver(world)
-    assert await resolver.resolve(_key()) == _WEB
-    assert resolver.counts.found == 1
-    assert resolver.counts.held == 0
+    async def leave(self, *requests: asyncio.Task[Outcome]) -> None:
+        """Their guests have gone away."""
+        for request in requests:
+            request.cancel()
+        await asyncio.gather(*requests, return_exceptions=True)
 
 
 @pytest.mark.parametrize("hold_s", [0, 0.01])
@@ -65,159 +62,113 @@ async def test_a_known_address_is_answered_at_once() -> None:
 async def test_only_what_may_still_come_is_held_and_looked_up_again(
     denial: Denial, hold_s: float
 ) -> None:
-    world = World()
+    world = World(hold_s)
     world.otherwise = denial
-    resolver, held = _resolver(world, hold_s), bool(hold_s) and denial is not Denial.CONFLICT
-    assert await resolver.resolve(_key()) == denial
-    assert (resolver.counts.held, world.looks) == (int(held), 1 + held)
+    held = bool(hold_s) and denial is not Denial.CONFLICT
+    assert await world.resolve(_KEY, Scope.NETWORK, 4711) == denial
+    assert world.asked == [(_KEY, Scope.NETWORK, 4711)] * (1 + held)
+    assert world.counts.held == held
     world.clock += 1
-    await resolver.resolve(_key())
+    await world.resolve(_KEY)
     # Of a source that is not in sync each request waits; else an address waits once a minute.
     again = held and denial is Denial.UNAVAILABLE
-    assert resolver.counts.held == held + again
+    assert world.counts.held == held + again
     world.clock += 61
-    await resolver.resolve(_key())
-    assert resolver.counts.held == held + again + held
+    await world.resolve(_KEY)
+    assert world.counts.held == held + again + held
+    # A known one does not.
+    world.found[_KEY] = _WEB
+    assert await world.resolve(_KEY) == _WEB
+    assert (world.counts.found, world.counts.held) == (1, held + again + held)
 
 
-async def test_a_request_waits_for_its_record_and_gets_it() -> None:
+@pytest.mark.parametrize("outcome", [_WEB, Denial.CONFLICT])
+async def test_a_request_waits_for_what_is_found_and_gets_it(outcome: Outcome) -> None:
     world = World()
-    resolver = _resolver(world)
-    request = asyncio.create_task(resolver.resolve(_key()))
-    await _held(resolver, 1)
-    world.found[_key()] = _WEB
-    resolver.wake([_key(last=9)])
-    await asyncio.sleep(0)
-    assert not request.done()
-    resolver.wake([_key()])
-    assert await request == _WEB
-    assert resolver.held == 0
-
-
-async def test_a_wake_for_nothing_keeps_the_request_waiting() -> None:
-    world = World()
-    resolver = _resolver(world)
-    request = asyncio.create_task(resolver.resolve(_key()))
-    await _held(resolver, 1)
-    looks = world.looks
-    resolver.wake([_key()])
-    async with asyncio.timeout(30):
-        while world.looks == looks:
-            await asyncio.sleep(0)
-    assert not request.done()
-    world.found[_key()] = Denial.CONFLICT
-    resolver.wake_all()
-    assert isinstance(await request, Denial)
+    request = await world.hold()
+    for others, looks in ((_key(last=9), 1), (_KEY, 2)):
+        # Another address, and nothing new of its own.
+        world.resolver.wake([others])
+        async with asyncio.timeout(30):
+            while len(world.asked) < looks:
+                await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert not request.done()
+    world.found[_KEY] = outcome
+    world.resolver.wake([_KEY])
+    assert await request == outcome
+    assert world.resolver.held == 0
 
 
 async def test_one_network_s_share_is_bounded_and_leaves_the_others_theirs() -> None:
-    world = World()
-    resolver = _resolver(world, per_network=3)
-    waiting = [asyncio.create_task(resolver.resolve(_key(last=n))) for n in range(1, 4)]
-    await _held(resolver, 3)
-    outcome = await resolver.resolve(_key(last=100))
-    assert outcome == Denial.OVER_LIMIT
-    assert resolver.counts.denied[Denial.OVER_LIMIT] == 1
-    other = asyncio.create_task(resolver.resolve(_key("blue")))
-    await _held(resolver, 4)
+    world = World(per_network=3)
+    waiting = [await world.hold(_key(last=number)) for number in range(1, 4)]
+    assert await world.resolve(_key(last=100)) == Denial.OVER_LIMIT
+    assert world.counts.denied[Denial.OVER_LIMIT] == 1
+    waiting.append(await world.hold(_key("blue")))
     # All networks together are bounded too.
-    resolver.limits = lambda: ResolverSettings(max_held_per_network=4, max_held=4)
-    assert await resolver.resolve(_key("green")) == Denial.OVER_LIMIT
-    for request in (*waiting, other):
-        request.cancel()
-    await asyncio.gather(*waiting, other, return_exceptions=True)
-    assert resolver.held == 0
-
-
-async def test_a_guest_that_leaves_frees_its_place() -> None:
-    world = World()
-    resolver = _resolver(world, per_network=1)
-    request = asyncio.create_task(resolver.resolve(_key()))
-    await _held(resolver, 1)
-    request.cancel()
-    await asyncio.gather(request, return_exceptions=True)
-    assert resolver.held == 0
-    again = asyncio.create_task(resolver.resolve(_key()))
-    await _held(resolver, 1)
-    world.found[_key()] = _WEB
-    resolver.wake_all()
-    assert await again == _WEB
+    world.limits = ResolverSettings(max_held_per_network=4, max_held=4)
+    assert await world.resolve(_key("green")) == Denial.OVER_LIMIT
+    # A guest that leaves frees its place; one that found none has not waited.
+    await world.leave(waiting.pop())
+    request = await world.hold(_key("green"))
+    await world.leave(request, *waiting)
+    assert world.resolver.held == 0
 
 
 async def test_an_address_that_nobody_has_waits_once_and_is_then_answered_at_once() -> None:
-    world = World()
-    resolver = _resolver(world, hold_s=0.01)
-    await resolver.resolve(_key())
+    world = World(hold_s=0.01)
+    await world.resolve(_KEY)
     world.clock += 1
     for _ in range(100):
         world.clock += 50
-        looks = world.looks
-        outcome = await resolver.resolve(_key())
-        assert outcome == Denial.UNKNOWN
-        assert world.looks == looks + 1
-    assert resolver.counts.held == 1
-    world.found[_key()] = _WEB
-    assert await resolver.resolve(_key()) == _WEB
+        looks = len(world.asked)
+        assert await world.resolve(_KEY) == Denial.UNKNOWN
+        assert len(world.asked) == looks + 1
+    assert world.counts.held == 1
+    world.found[_KEY] = _WEB
+    assert await world.resolve(_KEY) == _WEB
 
 
 async def test_who_gives_up_early_uses_up_the_wait_of_the_address_too() -> None:
     world = World()
-    resolver = _resolver(world)
-    impatient = asyncio.create_task(resolver.resolve(_key()))
-    await _held(resolver, 1)
-    impatient.cancel()
-    await asyncio.gather(impatient, return_exceptions=True)
+    await world.leave(await world.hold())
     world.clock += 4.99
-    outcome = await resolver.resolve(_key())
-    assert resolver.counts.held == 2
+    assert await world.resolve(_KEY) == Denial.UNKNOWN
+    assert world.counts.held == 2
     world.clock += 0.02
-    assert await resolver.resolve(_key()) == outcome == Denial.UNKNOWN
-    assert resolver.counts.held == 2
+    assert await world.resolve(_KEY) == Denial.UNKNOWN
+    assert world.counts.held == 2
 
 
 @pytest.mark.parametrize(
     "reported",
     [
-        lambda resolver: resolver.wake([_key()]),
+        lambda resolver: resolver.wake([_KEY]),
         lambda resolver: resolver.wake_all(),
-        lambda resolver: resolver.wake_networks({_key()[0]}),
+        lambda resolver: resolver.wake_networks({_KEY[0]}),
     ],
 )
 async def test_an_address_that_a_source_has_reported_waits_again_when_it_is_gone(
     reported: Callable[[Resolver], None],
 ) -> None:
-    world = World()
-    resolver = _resolver(world, hold_s=0.01)
-    await resolver.resolve(_key())
-    await resolver.resolve(_key("blue"))
+    world = World(hold_s=0.01)
+    await world.resolve(_KEY)
+    await world.resolve(_key("blue"))
     world.clock += 1
-    reported(resolver)
-    request = asyncio.create_task(resolver.resolve(_key()))
-    await _held(resolver, 1)
-    world.found[_key()] = _WEB
-    resolver.wake([_key()])
+    reported(world.resolver)
+    request = await world.hold()
+    world.found[_KEY] = _WEB
+    reported(world.resolver)
     assert await request == _WEB
 
 
-async def test_who_found_no_place_to_wait_has_not_waited() -> None:
-    world = World()
-    resolver = _resolver(world, per_network=1, hold_s=0.01)
-    waiting = asyncio.create_task(resolver.resolve(_key(last=9)))
-    await _held(resolver, 1)
-    assert await resolver.resolve(_key()) == Denial.OVER_LIMIT
-    await waiting
-    world.clock += 1
-    await resolver.resolve(_key())
-    assert resolver.counts.held == 2
-
-
 async def test_invented_addresses_fill_no_memory() -> None:
-    world = World()
-    resolver = _resolver(world, hold_s=0)
+    world = World(hold_s=0)
     for number in range(10_500):
-        await resolver.resolve((NetworkId("red"), IPv4Address(number)))
-    assert len(resolver._wait_ends) == 10_000
+        await world.resolve((NetworkId("red"), IPv4Address(number)))
+    assert len(world.resolver._wait_ends) == 10_000
     world.clock += 100
     for number in range(6000):
-        await resolver.resolve((NetworkId("blue"), IPv4Address(number)))
-    assert len(resolver._wait_ends) == 6000
+        await world.resolve((NetworkId("blue"), IPv4Address(number)))
+    assert len(world.resolver._wait_ends) == 6000
