@@ -10,10 +10,9 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Callable, Coroutine, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Final, Generic, Literal, TypeAlias, TypeVar
+from typing import Final, Literal, TypeAlias, TypeVar
 
 from imdsproxy.core.addresses import mac_of
 from imdsproxy.core.model import IpAddress, NetworkId
@@ -26,7 +25,6 @@ from imdsproxy.sources.neutron.ports import MAX_VALUES, ROUTER_OWNERS, NeutronPo
 QueryResult: TypeAlias = Literal["ok", "failed", "timeout"]
 
 _T = TypeVar("_T")
-_Key = TypeVar("_Key", bound=Hashable)
 _FIRST_S: Final = 2.0
 _LONGEST_S: Final = 30.0
 _SETTLES_S: Final = 3.0
@@ -37,37 +35,6 @@ _HALF: Final = MAX_VALUES // 2
 
 Answer: TypeAlias = tuple[_T, float]
 """What Neutron has, and when it was asked, by the monotonic clock: the answer is not older."""
-
-
-class Shared(Generic[_Key, _T]):
-    """One task for all who want the same at the same time."""
-
-    def __init__(self) -> None:
-        self._pending: dict[_Key, asyncio.Task[_T]] = {}
-
-    def __contains__(self, key: _Key) -> bool:
-        return key in self._pending
-
-    async def get(self, key: _Key, make: Callable[[], Coroutine[object, object, _T]]) -> _T:
-        """What `make` gives; a cancelled caller does not cancel it for the others."""
-        task = self._pending.get(key)
-        if task is None:
-            task = self._pending[key] = asyncio.create_task(make())
-            task.add_done_callback(partial(self._done, key))
-        return await asyncio.shield(task)
-
-    async def close(self) -> None:
-        """Cancel what is on its way."""
-        pending = tuple(self._pending.values())
-        for task in pending:
-            task.cancel()
-        await asyncio.gather(*pending, return_exceptions=True)
-
-    def _done(self, key: _Key, task: asyncio.Task[_T]) -> None:
-        self._pending.pop(key, None)
-        # All who waited may be gone, and asyncio complains about a failure that is never read.
-        if not task.cancelled():
-            task.exception()
 
 
 @dataclass(slots=True)
@@ -107,7 +74,7 @@ class Queries:
     _waiting: Counter[NetworkId | None] = field(default_factory=Counter)
     _shares: dict[NetworkId | None, asyncio.Semaphore] = field(default_factory=dict)
     _routers: dict[NetworkId, Answer[list[NetworkId]]] = field(default_factory=dict)
-    _pending: Shared[NetworkId, Answer[list[NetworkId]]] = field(default_factory=Shared)
+    _asking: dict[NetworkId, asyncio.Lock] = field(default_factory=dict)
     _slots: asyncio.Semaphore = field(init=False)
 
     def __post_init__(self) -> None:
@@ -124,11 +91,6 @@ class Queries:
     def settling(self) -> bool:
         """An outage has just ended: ports that Neutron omits now may appear in a moment."""
         return self.clock.monotonic() - self.steady < _SETTLES_S
-
-    async def close(self) -> None:
-        """Cancel what is on its way, and close the client."""
-        await self._pending.close()
-        await self.client.close()
 
     async def ask(
         self, query: PortQuery, share: NetworkId | None = None, *, patient: bool = False
@@ -229,23 +191,22 @@ class Queries:
         Raises:
             SourceUnavailable: As `ask`.
         """
-        known = self._routers.get(router)
-        if known is not None and self.clock.monotonic() - known[1] < self.networks_s:
-            return known
-        return await self._pending.get(router, lambda: self._ask_networks(router, share))
-
-    async def _ask_networks(
-        self, router: NetworkId, share: NetworkId | None
-    ) -> Answer[list[NetworkId]]:
-        ports, asked = await self.ask(PortQuery(devices=(router,), owners=ROUTER_OWNERS), share)
-        joined = {
-            port.network for port in ports if port.device == router and port.owner in ROUTER_OWNERS
-        }
-        answer = sorted(joined), asked
-        if joined:
-            # A router without any may be a Neutron that has just started, and omits ports.
-            self._routers[router] = answer
-        return answer
+        # Who waits for another's question takes its answer.
+        async with self._asking.setdefault(router, asyncio.Lock()):
+            known = self._routers.get(router)
+            if known is not None and self.clock.monotonic() - known[1] < self.networks_s:
+                return known
+            query = PortQuery(devices=(router,), owners=ROUTER_OWNERS)
+            ports, asked = await self.ask(query, share)
+            joined = {
+                port.network
+                for port in ports
+                if port.device == router and port.owner in ROUTER_OWNERS
+            }
+            if joined:
+                # A router without any may be a Neutron that has just started, and omits ports.
+                self._routers[router] = sorted(joined), asked
+            return sorted(joined), asked
 
 
 def chunks(values: Sequence[_T], size: int) -> list[tuple[_T, ...]]:

@@ -35,7 +35,7 @@ from imdsproxy.sources.neutron.cache import load_cache, open_cache
 from imdsproxy.sources.neutron.client import NeutronClient
 from imdsproxy.sources.neutron.known import KnownPorts
 from imdsproxy.sources.neutron.ports import MAX_VALUES, NeutronPort, PortQuery
-from imdsproxy.sources.neutron.queries import Queries, QueryResult, Shared, chunks
+from imdsproxy.sources.neutron.queries import Queries, QueryResult, chunks
 from imdsproxy.sources.settings import NeutronSourceSettings
 
 LookUpResult: TypeAlias = Literal[
@@ -106,6 +106,7 @@ class NeutronSource:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         begin: Callable[[], Awaitable[object]] | None = None,
     ) -> None:
+        self._client = client
         self._settings = settings
         self._clock = clock
         self._random = random
@@ -119,7 +120,7 @@ class NeutronSource:
         self._saved = clock.monotonic()
         self._known = KnownPorts()
         self._negative: dict[_Key, tuple[LookUp, float]] = {}
-        self._pending: Shared[_Key, LookUp] = Shared()
+        self._pending: dict[_Key, asyncio.Task[LookUp]] = {}
         self._look_ups: Counter[LookUpResult] = Counter()
         self._queries = Queries(
             client,
@@ -148,8 +149,10 @@ class NeutronSource:
                     group.create_task(self._keep_listed())
         finally:
             self._publish = None
-            await self._pending.close()
-            await self._queries.close()
+            for task in self._pending.values():
+                task.cancel()
+            await asyncio.gather(*self._pending.values(), return_exceptions=True)
+            await self._client.close()
             await self._save()
 
     # Questions
@@ -203,10 +206,15 @@ class NeutronSource:
         if negative is not None and negative[1] > self._clock.monotonic():
             self._look_ups["negative-cached"] += 1
             return negative[0]
-        if key in self._pending:
+        task = self._pending.get(key)
+        if task is not None:
             self._look_ups["coalesced"] += 1
+        else:
+            task = self._pending[key] = asyncio.create_task(self._ask(key))
+            task.add_done_callback(lambda _: self._pending.pop(key))
         try:
-            return await self._pending.get(key, lambda: self._ask(key))
+            # One that gives up does not take the answer from the others.
+            return await asyncio.shield(task)
         except asyncio.CancelledError:
             asker = asyncio.current_task()
             if asker is None or not asker.cancelling():
