@@ -17,26 +17,13 @@ from weakref import WeakValueDictionary
 import httpcore
 import structlog
 
+from imdsproxy.core import wire
 from imdsproxy.core.documents.respond import Answer, Header, refusal, retry_later
 from imdsproxy.core.identity import Denial
 from imdsproxy.core.model import NetworkId
 from imdsproxy.core.model import Scope as IdScope
 from imdsproxy.core.observation import AddressKey
-from imdsproxy.core.wire import (
-    HEADER_ADDRESS,
-    HEADER_FORWARDED,
-    HEADER_NETWORK,
-    HEADER_OPERATOR,
-    HEADER_RECORD,
-    HEADER_REFUSED,
-    HEADER_SCOPE,
-    HEADER_TARGET,
-    HEADER_UNVERIFIED,
-    MISMATCH_TEXT,
-    UNKNOWN_TEXT,
-    MapRecord,
-    render_map_value,
-)
+from imdsproxy.core.wire import MISMATCH_TEXT, UNKNOWN_TEXT, MapRecord, render_map_value
 from imdsproxy.serving.http import (
     LIVENESS_PATH,
     AsgiApp,
@@ -50,7 +37,7 @@ from imdsproxy.serving.http import (
 from imdsproxy.serving.resolver import Resolver
 
 _OURS: Final = "x-imdsproxy-"
-_REFUSED: Final = HEADER_REFUSED.encode("ascii"), b"1"
+_REFUSED: Final = wire.HEADER_REFUSED.encode("ascii"), b"1"
 _UNAVAILABLE: Final = 503
 _CHANGES_NOTHING: Final = frozenset({"GET", "HEAD", "OPTIONS", "PUT"})
 _BODILESS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -136,20 +123,20 @@ def _deny(denial: Denial, method: str) -> Answer:
 def _parse_request(scope: Scope) -> GuestRequest | None:
     """What HAProxy sends, but for its body; `None` where it does not say whose request it is, each thing once."""
     headers = tuple(cast("Iterable[Header]", scope["headers"]))
-    sent = [(name.decode("latin-1"), value) for name, value in headers]
-    sent = [(name, value) for name, value in sent if name.startswith(_OURS)]
+    text = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
+    sent = [(name, value) for name, value in text if name.startswith(_OURS)]
     ours = dict(sent)
-    if len(ours) < len(sent) or not {HEADER_NETWORK, HEADER_ADDRESS} <= ours.keys():
+    if len(ours) < len(sent) or not {wire.HEADER_NETWORK, wire.HEADER_ADDRESS} <= ours.keys():
         return None
-    text = {name: value.decode("latin-1") for name, value in ours.items()}
+    target, port = ours.get(wire.HEADER_TARGET, ""), ours.get(wire.HEADER_UNVERIFIED)
     try:
         return GuestRequest(
-            (NetworkId(text[HEADER_NETWORK]), ip_address(text[HEADER_ADDRESS])),
+            (NetworkId(ours[wire.HEADER_NETWORK]), ip_address(ours[wire.HEADER_ADDRESS])),
             cast("str", scope["method"]),
-            ours.get(HEADER_TARGET) or cast("bytes", scope["raw_path"]),
+            target.encode("latin-1") or cast("bytes", scope["raw_path"]),
             headers,
-            scope=IdScope(text[HEADER_SCOPE]) if HEADER_SCOPE in text else None,
-            port=int(text[HEADER_UNVERIFIED]) if HEADER_UNVERIFIED in text else None,
+            scope=IdScope(ours[wire.HEADER_SCOPE]) if wire.HEADER_SCOPE in ours else None,
+            port=None if port is None else int(port),
         )
     except ValueError:
         return None
@@ -241,14 +228,14 @@ class FoundForwarder:
 def _headers(record: MapRecord, request: GuestRequest) -> Iterable[tuple[str | bytes, str | bytes]]:
     for name, value in request.headers:
         text = name.decode("latin-1")
-        if text == HEADER_FORWARDED or not (
+        if text == wire.HEADER_FORWARDED or not (
             text.startswith(_OURS) or text in _HOP_BY_HOP or text == "content-length"
         ):
             yield name, value
-    yield HEADER_RECORD, render_map_value(record)
-    yield HEADER_NETWORK, request.key[0]
-    yield HEADER_ADDRESS, str(request.key[1])
+    yield wire.HEADER_RECORD, render_map_value(record)
+    yield wire.HEADER_NETWORK, request.key[0]
+    yield wire.HEADER_ADDRESS, str(request.key[1])
     if request.by_operator:
-        yield HEADER_OPERATOR, "yes"
+        yield wire.HEADER_OPERATOR, "yes"
     if request.body or request.method not in _BODILESS:
         yield "content-length", str(len(request.body))
