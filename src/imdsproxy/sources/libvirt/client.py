@@ -171,7 +171,7 @@ class SystemLibvirt:
         self._thread: CallThread | None = None
         self._library: _Library = None
         self._connection: _Connection = None
-        self._undo: list[Callable[[], object]] = []
+        self._undo = contextlib.ExitStack()
 
     async def connect(self, events: LibvirtEvents) -> None:
         """Connect; see `LibvirtClient`."""
@@ -240,26 +240,19 @@ class SystemLibvirt:
             self._thread = None
 
     async def _call(self, work: Callable[[], _T]) -> _T:
-        thread = self._thread
-        if thread is None:
+        if self._thread is None:
             raise SourceUnavailable(f"{self._uri} is not connected")
-        return await thread.call(lambda: self._chained(work))
-
-    def _chained(self, work: Callable[[], _T]) -> _T:
         try:
-            return work()
-        except SourceUnavailable:
-            raise
+            return await self._thread.call(work)
         except Exception as error:
             # Its exception's class is known only where the module is.
             if self._library is None or not isinstance(error, self._library.libvirtError):
                 raise
-            hint = (
-                ""
-                if self._connection is not None
-                else f"`virsh -r -c {self._uri} list` asks the same; sources.libvirt.uri says where"
-            )
-            raise SourceUnavailable(f"{self._uri}: {error}", hint=hint) from error
+            hint = f"`virsh -r -c {self._uri} list` asks the same; sources.libvirt.uri says where"
+            connected = self._connection is not None
+            raise SourceUnavailable(
+                f"{self._uri}: {error}", hint="" if connected else hint
+            ) from error
 
     # In the thread
 
@@ -270,11 +263,11 @@ class SystemLibvirt:
         library.registerErrorHandler(lambda *_: None, None)
         run_events(library)
         self._connection = connection = library.openReadOnly(self._uri)
-        self._undo = [connection.close]
+        self._undo.callback(connection.close)
         connection.registerCloseCallback(
             lambda _connection, reason, _opaque: lose(_why(library, reason)), None
         )
-        self._undo.append(connection.unregisterCloseCallback)
+        self._undo.callback(connection.unregisterCloseCallback)
         for event in (
             library.VIR_DOMAIN_EVENT_ID_LIFECYCLE,
             library.VIR_DOMAIN_EVENT_ID_METADATA_CHANGE,
@@ -287,27 +280,25 @@ class SystemLibvirt:
                 lambda _connection, domain, *_: change(domain.UUIDString()),
                 None,
             )
-            self._undo.append(partial(connection.domainEventDeregisterAny, number))
+            self._undo.callback(connection.domainEventDeregisterAny, number)
         number = connection.networkEventRegisterAny(
             None,
             library.VIR_NETWORK_EVENT_ID_LIFECYCLE,
             lambda *_: change(""),
             None,
         )
-        self._undo.append(partial(connection.networkEventDeregisterAny, number))
+        self._undo.callback(connection.networkEventDeregisterAny, number)
         # So that calls to a daemon that hangs end with an error.
         connection.setKeepAlive(_KEEPALIVE_S, _KEEPALIVE_MISSED)
 
     def _close(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is None:
+        if self._connection is None:
             return
-        # Each callback references the connection: with one left it would never be closed.
-        for undo in reversed(self._undo):
-            # Where the daemon is gone, what only it could do fails; the rest is done.
-            with contextlib.suppress(self._library.libvirtError):
-                undo()
-        self._undo = []
+        self._connection = None
+        # Each callback references the connection: with one left it would never be closed. Where the daemon is gone,
+        # what only it could do fails; the rest is done.
+        with contextlib.suppress(self._library.libvirtError):
+            self._undo.close()
 
     def _xml(self, described: Any) -> str | None:  # noqa: ANN401 - libvirt has no types
         return self._present(lambda: str(described.XMLDesc(0)))
