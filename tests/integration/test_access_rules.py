@@ -1,7 +1,7 @@
 """What HAProxy lets guests read, by its real rules and no daemon: policy x request -> answer, by every way in.
 
 In front of our documents, and of Nova. What stands behind HAProxy answers 200 to everything, so that another status is
-a rule's. Reads are those of `support.access_table`; `explain` decides the same (tests/unit/policy/test_policy_read.py).
+a rule's. Reads are those of `support.access_table`; `explain` decides the same (tests/unit/policy/test_policy.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,14 @@
+"""HAProxy's answers on its sockets, read into values: processes, statistics, and the tables of limits and reads."""
+
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 
+from imdsproxy.core.haproxy.config import render_config
+from imdsproxy.core.haproxy.counting import ONE_IN, CountedRow, parse_guests, parse_readers
+from imdsproxy.core.haproxy.limits import MOST_SHOWN, Asker, busiest, refused_lately
 from imdsproxy.core.haproxy.runtime import (
     Load,
     Processes,
@@ -15,6 +22,7 @@ from imdsproxy.core.haproxy.runtime import (
     parse_stat,
     parse_version,
 )
+from support.haproxy_config import SPEC, read_sections
 
 # As HAProxy 3.0.11 prints it, with an old worker that still drains.
 _SHOW_PROC = """\
@@ -122,3 +130,110 @@ def test_a_failure_without_alerts_is_all_of_the_output() -> None:
     assert parse_failure("haproxy: cannot run\n\n  because\n") == "haproxy: cannot run; because"
     assert parse_failure("") == ""
     assert parse_failure("[NOTICE] x\n[ALERT] unknown keyword") == "unknown keyword"
+
+
+# As HAProxy 3.0.11 gave them; the second has letters of its escaping.
+_GUESTS = """\
+# table: without-token, type: string, size:51200, used:2
+0x7fa62bfe99a0: key=blue|i-1 use=0 exp=604798836 shard=0 gpc0=7 gpc1=0 gpc2=3 gpc3=7 gpc3_rate(3600000)=9
+0x7fa62bfe99b0: key=a\\ b|i\\=2 use=1 exp=604800000 shard=0 gpc0=1 gpc1=2 gpc2=0 gpc3=0 gpc0_rate(3600000)=1
+
+"""
+_READERS = """\
+# table: without-token-readers, type: string, size:10240, used:4
+0x7fa62d3a3108: key=blue|i-1|latest%2Fmeta-data%2Fiam|Boto3%2F1.34.0%20md use=0 exp=604740000 gpc0=5 gpc1=1 gpc2=0
+0x7fa62d3a3208: key=blue|i-1|| use=0 exp=604740000 shard=0 gpc0=0 gpc1=0 gpc2=2
+0x7fa62d3a3308: key=blue|i-1 use=0 exp=604740000 shard=0 gpc0=2 gpc1=0 gpc2=0
+what is this?
+"""
+
+
+def test_a_guests_entry_tells_what_it_read_what_was_refused_and_when() -> None:
+    rows = parse_guests(_GUESTS)
+    assert [replace(row, age_s=round(row.age_s, 3)) for row in rows] == [
+        CountedRow(("blue", "i-1"), 7, 3, 1.164),
+        CountedRow(("a b", "i=2"), 1 + 2 * ONE_IN, 0, 0.0),
+    ]
+
+
+def test_a_readers_entry_tells_path_and_client_and_lines_that_are_none_are_left_out() -> None:
+    assert parse_readers(_READERS) == [
+        CountedRow(("blue", "i-1", "latest/meta-data/iam", "Boto3/1.34.0_md"), 6, 0, 60.0),
+        CountedRow(("blue", "i-1", "", ""), 2, 2, 60.0),
+    ]
+
+
+def test_an_answer_that_is_an_error_has_no_rows() -> None:
+    assert parse_guests("Unknown table 'x'") == []
+    assert parse_readers("") == []
+
+
+def _sections(one_in: int) -> dict[str, list[tuple[str, ...]]]:
+    return read_sections(render_config(replace(SPEC, count_reads=one_in)))
+
+
+@pytest.mark.parametrize("one_in", [0, 1, ONE_IN])
+def test_no_rule_is_longer_than_haproxy_takes(one_in: int) -> None:
+    lines = [line for lines in _sections(one_in).values() for line in lines]
+    assert max(map(len, lines)) <= 64
+
+
+_HEAD = "# table: fairness, type: string, size:102400, used:3"
+_NOW = 1_800_000_000.0
+
+
+def _line(key: str, **counted: int) -> str:
+    numbers = " ".join(
+        f"{name}({40_000})={number}" if name.endswith("rate") else f"{name}={number}"
+        for name, number in counted.items()
+    )
+    return f"0x55d8: key={key} use=1 exp=139000 shard=0 {numbers}"
+
+
+def _busiest(usual: list[str], own: list[str] | None = None) -> list[Asker]:
+    return busiest(
+        "\n".join([_HEAD, *usual]),
+        "\n".join([_HEAD, *(own or [])]),
+        requests=4000,
+        connections=160,
+        now=_NOW,
+    )
+
+
+def test_who_is_at_the_limit_comes_first_and_is_said_to_be_limited() -> None:
+    assert _busiest(
+        [
+            _line("web", conn_cur=3, gpc0_rate=900),
+            _line("idle", conn_cur=161, gpc0_rate=0),
+            _line("flood", conn_cur=64, gpc0_rate=4000),
+        ]
+    ) == [
+        Asker("flood", None, 4000, 64, limited=True),
+        Asker("idle", None, 0, 161, limited=True),
+        Asker("web", None, 900, 3, limited=False),
+    ]
+
+
+def test_whoever_has_limits_of_its_own_is_limited_when_it_was_refused_lately() -> None:
+    usual = [_line(name, conn_cur=1, gpc0_rate=9000) for name in ("lately", "before")]
+    said = [
+        _line("lately", gpt0=int(_NOW) - 3, gpc0_rate=20, gpc1_rate=20),
+        _line("before", gpt0=int(_NOW) - 60, gpc0_rate=30, gpc1_rate=30),
+    ]
+    assert refused_lately("\n".join(said), _NOW) == ["lately"]
+    assert _busiest(usual, said) == [
+        Asker("lately", None, 20, 1, limited=True),
+        Asker("before", None, 30, 1, limited=False),
+    ]
+
+
+def test_guests_that_nobody_knows_are_told_by_their_network() -> None:
+    assert _busiest([_line("/blue", conn_cur=200, gpc0_rate=5000)]) == [
+        Asker(None, "blue", 5000, 200, limited=False)
+    ]
+
+
+def test_no_more_are_told_than_a_screen_takes() -> None:
+    assert (
+        len(_busiest([_line(f"i-{n}", conn_cur=1, gpc0_rate=n) for n in range(99)])) == MOST_SHOWN
+    )

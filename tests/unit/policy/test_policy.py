@@ -1,22 +1,81 @@
+"""The table of policy rules, how scopes are folded, the word that is derived from both, and what `explain` says."""
+
 from __future__ import annotations
 
-from dataclasses import replace
+import typing
+from dataclasses import fields, replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from imdsproxy.core import policy_word
 from imdsproxy.core.path_rules import PathRules, PathWord, set_id
 from imdsproxy.core.policy import (
     DEFAULT,
+    RULES,
+    Folded,
     OperatorOverride,
     Policy,
     PolicyBook,
     PolicyPlace,
     PolicyRules,
     PolicyScope,
+    Rule,
     TokenMode,
+    fold_policy,
     render_policy_word,
     rule_set_of,
 )
+from imdsproxy.core.policy_report import DEFAULT_ORIGIN, decide_read, report_policy
+from imdsproxy.core.policy_word import Field, Letter, Part
+from imdsproxy.core.records import POLICY
+from support.access_table import READS, Read
+from support.record_strategies import policies
+
+_PARTS: dict[str, Part] = {
+    name: part for name, part in vars(policy_word).items() if isinstance(part, Letter | Field)
+}
+_EACH = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+
+
+@_EACH
+def test_a_scope_sets_what_the_effective_policy_has_or_leaves_it_open(rule: Rule) -> None:
+    effective, scope = (typing.get_type_hints(one)[rule.name] for one in (Policy, PolicyRules))
+    assert scope == effective | None
+    assert getattr(DEFAULT, rule.name) == rule.default
+    assert getattr(PolicyRules(), rule.name) is None
+
+
+@_EACH
+def test_every_rule_has_a_sentence_of_its_own_and_numbers_have_bounds(rule: Rule) -> None:
+    summaries = {key.name: key.summary for key in POLICY.keys}
+    assert summaries[rule.name].endswith(".")
+    assert list(summaries.values()).count(summaries[rule.name]) == 1
+    assert (rule.kind is int) == (rule.bounds is not None)
+
+
+def test_no_two_parts_of_the_word_have_one_place() -> None:
+    assert len(set(_PARTS.values())) == len(_PARTS)
+    assert {rule.part for rule in RULES.values()} - {None} <= set(_PARTS.values())
+
+
+@given(policies, st.builds(OperatorOverride, st.integers(0, 99), st.integers(0, 10**9)))
+def test_each_part_is_read_from_the_word_as_it_was_written(
+    rules: PolicyRules, guard: OperatorOverride
+) -> None:
+    given = {one.name: getattr(rules, one.name) for one in fields(rules)}
+    policy = replace(DEFAULT, **{name: one for name, one in given.items() if one is not None})
+    word = render_policy_word(policy, guard, None)
+    assert policy_word.word_of(f"{word}|web|r1") == word
+    for rule in RULES.values() if word else ():
+        value = getattr(policy, rule.name)
+        if isinstance(rule.part, Letter):
+            assert rule.part.is_on(word) == (value in (True, TokenMode.REQUIRED))
+        elif isinstance(rule.part, Field):
+            assert rule.part.read(word) == ("" if value is None else str(value))
+    assert policy_word.EPOCH.read(word) == str(guard.epoch or "")
+
 
 _REQUIRED = PolicyRules(tokens=TokenMode.REQUIRED)
 _OFF = PolicyRules(tokens=TokenMode.OFF)
@@ -154,9 +213,65 @@ def test_paths_are_folded_one_by_one_and_it_is_known_whose_each_is() -> None:
     assert rule_set_of(word) == set_id(paths)
 
 
-def test_settings_have_the_last_word_on_a_path_over_a_record_of_the_same_scope() -> None:
-    record = PolicyRules(paths=(("/latest", PathWord.DENY), ("/nocloud", PathWord.DENY)))
-    settings = PolicyRules(paths=(("/latest", PathWord.ALLOW),))
-    place = PolicyPlace("red", None, "web", of_instance=record)
-    folded = PolicyBook(instances={"web": settings}).fold(place)
-    assert folded.policy.paths == (("/latest", PathWord.ALLOW), ("/nocloud", PathWord.DENY))
+def test_every_rule_is_told_with_its_value_and_who_set_it() -> None:
+    folded = fold_policy(
+        [
+            (PolicyScope.HOST, PolicyRules(tokens=TokenMode.REQUIRED, seal_user_data=True)),
+            (PolicyScope.INSTANCE, PolicyRules(tokens=TokenMode.OFF)),
+        ]
+    )
+    told = report_policy(folded, OperatorOverride(), None, _BORN)
+    names = [one.name for one in fields(Policy) if one.name != "paths"]
+    assert [rule.name for rule in told.rules] == names
+    by_name = {rule.name: (rule.value, rule.origin) for rule in told.rules}
+    assert by_name["tokens"] == ("off", "instance")
+    assert by_name["seal_user_data"] == (True, "host")
+    assert by_name["hop_limit"] == (64, DEFAULT_ORIGIN)
+
+
+def test_each_path_is_told_with_who_said_what_of_it() -> None:
+    paths = (("/", PathWord.DENY), ("/latest", PathWord.OPTIONAL))
+    folded = fold_policy([(PolicyScope.PROJECT, PolicyRules(paths=paths))])
+    told = report_policy(folded, OperatorOverride(), None, _BORN)
+    assert [(rule.name, rule.value, rule.origin) for rule in told.rules[-2:]] == [
+        ("paths./", "deny", "project"),
+        ("paths./latest", "optional", "project"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("created_at", "reopened_at", "now", "ends", "over"),
+    [
+        (None, 0, _BORN, None, True),
+        (_BORN, 0, _BORN, _BORN + 60, False),
+        (_BORN, 0, _BORN + 59, _BORN + 60, False),
+        (_BORN, 0, _BORN + 60, _BORN + 60, True),
+        (_BORN, _BORN + 100, _BORN + 60, _BORN + 160, False),
+        (_BORN, _BORN - 100, _BORN + 60, _BORN + 60, True),
+        (None, _BORN, _BORN, _BORN + 60, False),
+        # Clocks that are wrong: this host's has been set back by years, or the one by which it was made is ahead.
+        (_BORN, 0, _BORN - 9 * 365 * 86_400, _BORN + 60, True),
+        (_BORN + 8 * 86_400, 0, _BORN, _BORN + 8 * 86_400 + 60, True),
+        (_BORN, 0, _BORN - 604_740, _BORN + 60, False),
+        (_BORN, 0, _BORN - 604_741, _BORN + 60, True),
+    ],
+)
+def test_the_end_of_the_boot_is_the_one_that_haproxy_sees(
+    created_at: int | None, reopened_at: int, now: int, ends: int | None, *, over: bool
+) -> None:
+    folded = Folded(Policy(boot_grace_s=60))
+    told = report_policy(folded, OperatorOverride(3, reopened_at), created_at, now)
+    assert (told.boot_ends_at, told.boot_over) == (ends, over)
+    assert (told.token_epoch, told.reopened_at) == (3, reopened_at or None)
+
+
+_NOW = 1_795_000_000
+
+
+@pytest.mark.parametrize("read", READS, ids=lambda read: f"{read.rule or 'passes'} {read.target}")
+def test_the_decision_is_that_of_the_table(read: Read) -> None:
+    word, _ = read.word(_NOW)
+    for token, status in ((False, read.without), (True, read.with_token)):
+        decided = decide_read(word, _NOW, read.target, token=token, paths=read.policy.paths)
+        assert (decided.status or 200, decided.rule) == (status, read.rule if status != 200 else "")
+        assert bool(decided.rule) == bool(decided.why) == (decided.status is not None)
