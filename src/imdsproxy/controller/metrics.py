@@ -14,6 +14,12 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar, get_args, get_type_hints
 
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    SummaryMetricFamily,
+)
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector, CollectorRegistry
@@ -82,26 +88,18 @@ class Metric:
 
     def collect(self, now: Metrics) -> Family:
         """The family with the values of now."""
-        family = Family(self.name, self.help, self.kind)
-        match self.read(now):
-            case Durations() as durations:
-                within = durations.within()
-                for bound, count in within.items():
-                    le = "+Inf" if bound == math.inf else str(bound)
-                    family.add_sample(f"{self.name}_bucket", {"le": le}, count)
-                family.add_sample(f"{self.name}_count", {}, within[math.inf])
-                family.add_sample(f"{self.name}_sum", {}, durations.total_s)
-            case (count, total):
-                family.add_sample(f"{self.name}_count", {}, count)
-                family.add_sample(f"{self.name}_sum", {}, total)
-            case Mapping() as values:
-                series = [((key,) if isinstance(key, str) else key, values[key]) for key in values]
-                for key, value in sorted(series, key=lambda one: one[0][0]):
-                    family.add_sample(self.exposed, dict(zip(self.labels, key, strict=True)), value)
-            case int() | float() as value:
-                family.add_sample(self.exposed, {}, value)
-            case _:
-                pass  # no series
+        value, about = self.read(now), (self.name, self.help)
+        if isinstance(value, Durations):
+            within = value.within().items()
+            buckets = [("+Inf" if le == math.inf else str(le), count) for le, count in within]
+            return HistogramMetricFamily(*about, buckets, value.total_s)
+        if isinstance(value, tuple):
+            return SummaryMetricFamily(*about, *value)
+        make = GaugeMetricFamily if self.kind == "gauge" else CounterMetricFamily
+        family = make(*about, labels=self.labels)
+        series = value if isinstance(value, Mapping) else {(): value}
+        for key in sorted(series) if value is not None else ():
+            family.add_metric([key] if isinstance(key, str) else key, series[key])
         return family
 
 
