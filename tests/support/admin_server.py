@@ -63,7 +63,7 @@ from imdsproxy.serving.http import Send, send_answer
 from imdsproxy.serving.resolver_app import GuestRequest
 from imdsproxy.serving.store import DiskFiles, PasswordStore
 from imdsproxy.sources.sqlite.source import SqliteSource
-from support.fake_controller import fake_controller, fake_status
+from support.fake_controller import HEALTHY, fake_controller, fake_status
 from support.fake_haproxy import FakeHaproxy, FakeLauncher
 from support.fake_mac_filters import no_hop_limits, no_mac_filters
 
@@ -202,17 +202,12 @@ class AdminServer:
         self._fail()
         sources = [SimpleNamespace(name=name) for name in self.inventory.sources]
         one = fake_controller(
+            **HEALTHY,
             inventory=self.inventory,
             records=self.records,
             sources=SimpleNamespace(all=sources, look_up=None),
         )
-        one.listeners.degraded, one.listeners.report.problems = self.listeners.degraded, ()
-        one.listeners.unix.settings = lambda: SimpleNamespace(enabled=False)
-        one.audit.settings, one.audit.problem = lambda: SimpleNamespace(one_in=0), None
-        one.mac_filters = SimpleNamespace(
-            plan=SimpleNamespace(filters=()), refused=(), pair_count=0
-        )
-        one.policy_store.for_nobody = lambda _: ()
+        one.listeners.degraded = self.listeners.degraded
         one.listeners.serving = len(self.networks) - len(self.listeners.left_out)
         return replace(await fake_status(one).report(), **self.status)
 

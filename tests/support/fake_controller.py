@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +22,7 @@ from imdsproxy.nova.upstream import NovaEndpointReport
 from imdsproxy.serving.resolver import ResolverCounts
 from imdsproxy.sources.neutron.source import NeutronFigures
 
-ONE, TWO = "192.0.2.1:8775", "192.0.2.2:8775"
-BUSY = LeftOut(NetworkId("red"), None, LeftOutCode.PORT_BUSY, "nginx has port 80", "stop it")
+_BUSY = LeftOut(NetworkId("red"), None, LeftOutCode.PORT_BUSY, "nginx has port 80", "stop it")
 
 
 def row(network: str, requests: int, denied: int = 0, errors: int = 0) -> dict[str, str]:
@@ -31,73 +31,18 @@ def row(network: str, requests: int, denied: int = 0, errors: int = 0) -> dict[s
     return {"pxname": "guests", "svname": network, "type": "3", **counts}
 
 
-def _inventory() -> SimpleNamespace:
-    return SimpleNamespace(
-        sources={"neutron": True, "sqlite": True},
-        networks={"blue": None, "red": None},
-        contradictory=("green",),
-        instances=range(3),
-        address_count=4,
-        conflict_count=1,
-        conflicts=tuple,
-        stranded=tuple,
-        record_counts={"neutron": (0, 0), "sqlite": (2, 3)}.__getitem__,
-        problems_of={"neutron": (), "sqlite": (Problem("name", "is empty"),)}.__getitem__,
-    )
+def _tree(values: Mapping[str, object]) -> SimpleNamespace:
+    """Objects whose attributes are these, by path."""
+    root = SimpleNamespace()
+    for path, value in values.items():
+        part, (*steps, last) = root, path.split(".")
+        for step in steps:
+            part = vars(part).setdefault(step, SimpleNamespace())
+        setattr(part, last, value)
+    return root
 
 
-def _listeners() -> SimpleNamespace:
-    foreign = [SimpleNamespace(socket=one, effect=Effect.BLOCKS) for one in (1, 2, 2)]
-    path = Path("/run/agent.sock")
-    return SimpleNamespace(
-        serving=2,
-        failure=None,
-        degraded=lambda: (BUSY, BUSY),
-        report=SimpleNamespace(
-            at=7.0,
-            operations=3,
-            reasons=("networks changed",),
-            problems=(Problem("red", "no device"),),
-            seconds=0.002,
-            foreign=foreign,
-        ),
-        rounds=9,
-        seconds=0.25,
-        unix=SimpleNamespace(
-            settings=lambda: SimpleNamespace(enabled=True, path=path),
-            bind=SimpleNamespace(mode="0644", user=1, group=2),
-            problem=None,
-            serving=True,
-            taken_over=2,
-            taken_from="agent (pid 7)",
-        ),
-    )
-
-
-def _dataplane() -> dict[str, object]:
-    return {
-        "haproxy": SimpleNamespace(
-            processes=Processes(100, 102, (101,), 8),
-            last_reload=LastReload(8, 6.0, "networks changed", "rejected", "no such file", 0.5),
-            reload_counts=Counter(ok=7, failed=1),
-            seconds_spent=0.5,
-            full=None,
-            master=SimpleNamespace(commands={"ok": 30}),
-        ),
-        "haproxy_version": "3.0.11",
-        "watchdog": SimpleNamespace(answering=True, restarts=1, failure=None),
-        "companion": SimpleNamespace(
-            restarts=0, needed=True, failure=None, read=lambda: SimpleNamespace(pids=(1, 2, 3))
-        ),
-        "probe": SimpleNamespace(problem=None),
-    }
-
-
-def fake_controller(**changed: object) -> Any:  # noqa: ANN401 - as much of a controller as is read
-    """A controller in front of Neutron and Nova, of which everything is in use."""
-    counts = ResolverCounts(
-        found=1, denied=Counter({Denial.UNKNOWN: 2}), mismatched=Counter({NetworkId("red"): 3})
-    )
+def _usual() -> dict[str, object]:
     figures = NeutronFigures(
         queries={"ok": 9, "failed": 2, "timeout": 1},
         look_ups={"found": 5, "negative-cached": 3},
@@ -105,50 +50,108 @@ def fake_controller(**changed: object) -> Any:  # noqa: ANN401 - as much of a co
         stale_s=12.5,
         backoff_s=0.75,
     )
-    neutron, sqlite = (
-        SimpleNamespace(name="neutron", figures=figures),
-        SimpleNamespace(name="sqlite"),
-    )
-    settings = SimpleNamespace(
-        metrics=SimpleNamespace(network_series=100, degraded="ready"),
-        limits=SimpleNamespace(enabled=False),
-    )
-    parts = {
+    neutron = SimpleNamespace(name="neutron", figures=figures)
+    denied, mismatched = Counter({Denial.UNKNOWN: 2}), Counter({NetworkId("red"): 3})
+    counts = ResolverCounts(found=1, denied=denied, mismatched=mismatched)
+    foreign = [SimpleNamespace(socket=one, effect=Effect.BLOCKS) for one in (1, 2, 2)]
+    refused = {"neutron": (), "sqlite": (Problem("name", "is empty"),)}
+    return {
         "started_at": 1_760_000_000.0,
         "started": 5.0,
-        "clock": SimpleNamespace(monotonic=lambda: 93_789.0),
-        "holder": SimpleNamespace(settings=settings, problems=()),
-        "inventory": _inventory(),
-        "listeners": _listeners(),
-        "host": SimpleNamespace(operations={"ok": 20}),
-        "records": SimpleNamespace(
-            rounds=Durations(Counter({0.005: 9, 0.1: 1}), 0.125),
-            compiler=SimpleNamespace(warnings={}, failures={}, revisions={}),
-            failure=None,
-            learned={1: SimpleNamespace(mac="52:54:00:00:00:01"), 2: SimpleNamespace(mac=None)},
-            progress=SimpleNamespace(steps=(Step("storing instances", 1, 2),)),
-        ),
-        "mac_filters": SimpleNamespace(
-            plan=SimpleNamespace(filters=range(3)), refused=range(4), pair_count=2
-        ),
-        "resolver": SimpleNamespace(counts=counts, held=2),
-        "sources": SimpleNamespace(all=(neutron, sqlite), look_up=neutron),
-        "policy_store": SimpleNamespace(
-            keys=SimpleNamespace(failure=None), for_nobody=lambda _: ("policy.networks.bleu",)
-        ),
-        "counting": SimpleNamespace(
-            ledger=SimpleNamespace(read={"blue": 8, "red": 1}, refused={"blue": 2})
-        ),
-        "audit": SimpleNamespace(
-            written=40,
-            left_out=4,
-            problem=Problem("audit.destination", "/x: disk full"),
-            settings=lambda: SimpleNamespace(one_in=1, mode="all", destination="/x"),
-        ),
-        "nova": SimpleNamespace(problems=()),
-        **_dataplane(),
+        "clock.monotonic": lambda: 93_789.0,
+        "holder.problems": (),
+        "holder.settings.metrics.network_series": 100,
+        "holder.settings.metrics.degraded": "ready",
+        "holder.settings.limits.enabled": False,
+        "inventory.sources": {"neutron": True, "sqlite": True},
+        "inventory.networks": {"blue": None, "red": None},
+        "inventory.contradictory": ("green",),
+        "inventory.instances": range(3),
+        "inventory.address_count": 4,
+        "inventory.conflict_count": 1,
+        "inventory.conflicts": tuple,
+        "inventory.stranded": tuple,
+        "inventory.record_counts": {"neutron": (0, 0), "sqlite": (2, 3)}.__getitem__,
+        "inventory.problems_of": refused.__getitem__,
+        "listeners.serving": 2,
+        "listeners.failure": None,
+        "listeners.degraded": lambda: (_BUSY, _BUSY),
+        "listeners.report.at": 7.0,
+        "listeners.report.operations": 3,
+        "listeners.report.reasons": ("networks changed",),
+        "listeners.report.problems": (Problem("red", "no device"),),
+        "listeners.report.seconds": 0.002,
+        "listeners.report.foreign": foreign,
+        "listeners.rounds": 9,
+        "listeners.seconds": 0.25,
+        "host.operations": {"ok": 20},
+        "listeners.unix.settings": lambda: _tree({"enabled": True, "path": Path("/run/agent")}),
+        "listeners.unix.bind": _tree({"mode": "0644", "user": 1, "group": 2}),
+        "listeners.unix.problem": None,
+        "listeners.unix.serving": True,
+        "listeners.unix.taken_over": 2,
+        "listeners.unix.taken_from": "agent (pid 7)",
+        "records.rounds": Durations(Counter({0.005: 9, 0.1: 1}), 0.125),
+        "records.compiler.warnings": {},
+        "records.compiler.failures": {},
+        "records.compiler.revisions": {},
+        "records.failure": None,
+        "records.learned": {1: _tree({"mac": "52:54:00:00:00:01"}), 2: _tree({"mac": None})},
+        "records.progress.steps": (Step("storing instances", 1, 2),),
+        "mac_filters.plan.filters": range(3),
+        "mac_filters.refused": range(4),
+        "mac_filters.pair_count": 2,
+        "resolver.counts": counts,
+        "resolver.held": 2,
+        "sources.all": (neutron, SimpleNamespace(name="sqlite")),
+        "sources.look_up": neutron,
+        "policy_store.keys.failure": None,
+        "policy_store.for_nobody": lambda _: ("policy.networks.bleu",),
+        "counting.ledger.read": {"blue": 8, "red": 1},
+        "counting.ledger.refused": {"blue": 2},
+        "audit.written": 40,
+        "audit.left_out": 4,
+        "audit.problem": Problem("audit.destination", "/x: disk full"),
+        "audit.settings": lambda: _tree({"one_in": 1, "mode": "all", "destination": "/x"}),
+        "nova.problems": (),
+        "haproxy.processes": Processes(100, 102, (101,), 8),
+        "haproxy.last_reload": LastReload(8, 6.0, "networks changed", "rejected", "no file", 0.5),
+        "haproxy.reload_counts": Counter(ok=7, failed=1),
+        "haproxy.seconds_spent": 0.5,
+        "haproxy.full": None,
+        "haproxy.master.commands": {"ok": 30},
+        "haproxy_version": "3.0.11",
+        "watchdog.answering": True,
+        "watchdog.restarts": 1,
+        "watchdog.failure": None,
+        "companion.restarts": 0,
+        "companion.needed": True,
+        "companion.failure": None,
+        "companion.read": lambda: _tree({"pids": (1, 2, 3)}),
+        "probe.problem": None,
     }
-    return SimpleNamespace(**{**parts, **changed})
+
+
+HEALTHY: Mapping[str, object] = {
+    "listeners.report.problems": (),
+    "listeners.unix.settings": lambda: _tree({"enabled": False}),
+    "mac_filters.plan.filters": (),
+    "mac_filters.refused": (),
+    "audit.problem": None,
+    "audit.settings": lambda: _tree({"one_in": 0}),
+    "policy_store.for_nobody": lambda _: (),
+}
+"""Without problems, and with no more than every controller has."""
+
+
+def fake_controller(**changed: object) -> Any:  # noqa: ANN401 - as much of a controller as is read
+    """A controller in front of Neutron and Nova, of which everything is in use.
+
+    Args:
+        changed: What is otherwise, by path as `haproxy.processes`.
+    """
+    kept = {path: value for path, value in _usual().items() if path.split(".")[0] not in changed}
+    return _tree({**kept, **changed})
 
 
 def fake_status(controller: Any) -> Status:  # noqa: ANN401 - as `fake_controller` has it
@@ -159,8 +162,8 @@ def fake_status(controller: Any) -> Status:  # noqa: ANN401 - as `fake_controlle
 
     nova: Any = SimpleNamespace(
         endpoints=(
-            NovaEndpointReport("default", ONE, up=True, failures=4),
-            NovaEndpointReport("default", TWO, up=False),
+            NovaEndpointReport("default", "192.0.2.1:8775", up=True, failures=4),
+            NovaEndpointReport("default", "192.0.2.2:8775", up=False),
         ),
         refused=SimpleNamespace(totals={"default": 6}),
         problems=(),

@@ -256,7 +256,7 @@ def test_status_shows_what_is_wrong(filled: Cli) -> None:
         "not ready",
         "1, 0 serving",
         "master 100, worker 102, draining 101",
-        "reload 8 (networks changed): no such file, 500 ms",
+        "reload 8 (networks changed): no file, 500 ms",
         "parent 1, workers 2 3",
         "up 1 d 2 h",
         "silent for 12 s",
