@@ -140,30 +140,24 @@ TABLE: Final[tuple[tuple[Changes, str, str | int], ...]] = (
     (PORTS, f"{META}/local-ipv4", "10.0.0.5"),
     # Of the version that brought it, and not of the one before.
     *(
-        (SAME, f"/{before}/meta-data/{name}", 404)
-        for before, name in (
-            ("1.0", "local-hostname"),
-            ("2007-03-01", "instance-type"),
-            ("2007-10-10", "block-device-mapping/root"),
-            ("2007-12-15", "placement"),
-            ("2009-04-04", "mac"),
-            ("2019-10-01", "placement/region"),
-            ("2020-10-27", "ipv6"),
-            ("2021-01-03", "tags/instance"),
+        row
+        for before, since, name, text in (
+            ("1.0", "2007-01-19", "local-hostname", "web.example.org"),
+            ("2007-03-01", "2007-08-29", "instance-type", "m1.small"),
+            ("2007-10-10", "2007-12-15", "block-device-mapping/root", "/dev/vda"),
+            ("2007-12-15", "2008-02-01", "placement/availability-zone", "eu-north-1b"),
+            ("2009-04-04", "2011-01-01", "mac", "fa:16:3e:00:00:01"),
+            ("2009-04-04", "2011-01-01", "network/interfaces/macs", "fa:16:3e:00:00:01/"),
+            ("2019-10-01", "2020-10-27", "placement/region", "eu-north-1"),
+            ("2020-10-27", "2021-01-03", "ipv6", "2001:db8::5"),
+            ("2021-01-03", "2021-03-23", "tags/instance/role", "web"),
+        )
+        for row in (
+            (SAME, f"/{before}/meta-data/{name}", 404),
+            (SAME, f"/{since}/meta-data/{name}", text),
         )
     ),
     (SAME, "/1.0/meta-data/instance-id", GUEST.ec2_id),
-    (SAME, "/2007-01-19/meta-data/local-hostname", "web.example.org"),
-    (SAME, "/2007-08-29/meta-data/instance-type", "m1.small"),
-    (SAME, "/2007-12-15/meta-data/block-device-mapping/root", "/dev/vda"),
-    (SAME, "/2008-02-01/meta-data/placement/availability-zone", "eu-north-1b"),
-    (SAME, "/2009-04-04/meta-data/public-keys/0", "openssh-key"),
-    (SAME, "/2011-01-01/meta-data/mac", "fa:16:3e:00:00:01"),
-    (SAME, "/2011-01-01/meta-data/network/interfaces/macs", "fa:16:3e:00:00:01/"),
-    (SAME, "/2020-10-27/meta-data/placement/region", "eu-north-1"),
-    (SAME, "/2021-01-03/meta-data/ipv6", "2001:db8::5"),
-    (SAME, "/2021-03-23/meta-data/tags/instance/role", "web"),
-    (SAME, "/2022-09-24/meta-data/tags/instance/role", "web"),
     *(
         (SAME, path, 404)
         for path in (
