@@ -148,38 +148,10 @@ def test_a_guest_that_replaces_another_without_arp_is_answered_at_once(
         assert (reply.status, reply.body) == (200, user_data_of("second"))
 
 
-@pytest.mark.parametrize("to", [IPV4, IPV6])
-def test_a_guest_that_has_the_address_of_its_record_from_another_is_answered_at_once(
-    world: World, to: str
-) -> None:
-    first, second = world.lab.guest("red", 94), world.lab.guest("red", 95)
-    address = "10.0.0.88" if to == IPV4 else "2001:db8::88"
-    port = {"network": "red", "mac": first.mac, "addresses": [address]}
-    world.daemon.put(instances=[{**instance("web", "red"), "ports": [port]}])
-    give(first, address)
-    for _ in range(2):
-        assert first.ask(_TARGET, to=to, source=address).body == user_data_of("web")
-    second.ask(_TARGET, to=to)
-    batch(first.namespace, ["link set eth0 down"])
-    give(second, address)
-    world.daemon.put(instances=[{**instance("web", "red"), "ports": [{**port, "mac": second.mac}]}])
-    reply = second.ask(_TARGET, to=to, source=address, timeout_s=0.9 * patience())
-    assert (reply.status, reply.body) == (200, user_data_of("web"))
-
-
 def give(guest: Guest, address: str) -> None:
     """Have a guest take an address without announcing it."""
     length = "24" if "." in address else "64 nodad"
     batch(guest.namespace, [f"address add {address}/{length} dev eth0"])
-
-
-def test_another_mac_in_the_record_resets_kept_connections(world: World) -> None:
-    with world.red.connect() as kept:
-        assert own(world.red, kept.request(_TARGET)) is None
-        world.daemon.put(instances=[instance("red-5", "red", mac="fa:16:3e:99:99:99")])
-        with pytest.raises(Lost):
-            kept.request(_TARGET)
-    assert world.red.ask(_TARGET).status == 403
 
 
 @pytest.mark.parametrize(("to", "address"), _BOTH)

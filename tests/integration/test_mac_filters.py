@@ -176,21 +176,6 @@ async def test_a_withdrawn_pair_ends_its_connections_on_both_sides(rig: Rig) -> 
         assert listed == ""
 
 
-@pytest.mark.parametrize("told", [True, False])
-async def test_a_marked_answer_reaches_only_the_mac_that_it_is_for(rig: Rig, *, told: bool) -> None:
-    await rig.have({})
-    rig.unverified.marks = True
-    with rig.connect() as connection:
-        port = connection.getsockname()[1]
-        mac = rig.mac if told else _OTHER
-        await rig.kernel.bind_answers(rig.mac_filter, ip_address(_ADDRESS), port, mac)
-        if told:
-            assert _ask(connection) == b"u"
-        else:
-            with pytest.raises(TimeoutError):
-                _ask(connection)
-
-
 @pytest.mark.parametrize("first", [True, False])
 async def test_answers_on_a_connection_never_go_to_a_second_mac(rig: Rig, *, first: bool) -> None:
     await rig.have({})

@@ -225,12 +225,6 @@ def test_a_socket_that_somebody_removes_is_made_again(world: AgentWorld) -> None
     world.daemon.wait_ready()
 
 
-def test_a_directory_that_somebody_removes_is_made_again(world: AgentWorld) -> None:
-    world.path.unlink()
-    world.path.parent.rmdir()
-    until(world.socket.serves, within_s=_WITHIN_S, what="our own service")
-
-
 def test_a_haproxy_that_ends_after_its_directory_does_not_stay_away(world: AgentWorld) -> None:
     pids = world.daemon.pids()
     os.kill(pids.controller, signal.SIGSTOP)

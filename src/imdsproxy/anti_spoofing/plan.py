@@ -112,33 +112,28 @@ def plan_mac_filters(
         naming: How our own tables are named.
         carries_macs: Whether a network's ports have MACs; where none has, nothing can be checked.
     """
-    plain: list[Endpoint] = []
-    verified: list[Endpoint] = []
-    unverified: list[Endpoint] = []
+    given = tuple(endpoints)
+    checked = {
+        name
+        for name in {one.network for one in given} & networks.keys()
+        if networks[name].checks_macs and carries_macs(name)
+    }
+    devices = {one: _devices(one, observed) for one in given if one.network in checked}
     filters: dict[NetworkId, MacFilter] = {}
-    checked: dict[NetworkId, bool] = {}
-    for endpoint in endpoints:
-        name = endpoint.network
-        if name not in checked:
-            network = networks.get(name)
-            checked[name] = network is not None and network.checks_macs and carries_macs(name)
-        if not checked[name]:
-            plain.append(endpoint)
-            continue
-        unverified.append(endpoint)
-        devices = _devices(endpoint, observed)
-        verified += [
-            replace(endpoint, port=VERIFIED_PORT, device=device, device_index=index)
-            for device, index in devices
-        ]
+    for one, some in devices.items():
+        name = one.network
         before = filters[name].devices if name in filters else ()
-        both = tuple(dict.fromkeys((*before, *devices)))
-        filters[name] = MacFilter(name, endpoint.namespace, both, naming.link(name))
+        if both := tuple(dict.fromkeys((*before, *some))):
+            filters[name] = MacFilter(name, one.namespace, both, naming.link(name))
     return MacFilterPlan(
-        tuple(plain),
-        tuple(verified),
-        tuple(unverified),
-        {name: one for name, one in filters.items() if one.devices},
+        plain=tuple(one for one in given if one.network not in checked),
+        verified=tuple(
+            replace(one, port=VERIFIED_PORT, device=device, device_index=index)
+            for one, some in devices.items()
+            for device, index in some
+        ),
+        unverified=tuple(devices),
+        filters=filters,
     )
 
 

@@ -24,7 +24,6 @@ from imdsproxy.host.netlink import (
     RTM_NEWADDR,
     RTM_NEWLINK,
     RTM_NEWNEIGH,
-    address_index,
     parse_address,
     parse_link,
     parse_neighbour,
@@ -174,8 +173,8 @@ def watch_links() -> KernelEvents[LinkChange]:
             link = parse_link(payload)
             # A port that leaves its bridge is reported as deleted, by family AF_BRIDGE.
             yield LinkChange(nsid, link.name, master=link.master if kind == RTM_NEWLINK else 0)
-        elif kind in (RTM_NEWADDR, RTM_DELADDR) and parse_address(payload, {}) is not None:
-            yield LinkChange(nsid, _name_of(address_index(payload)) if nsid is None else "")
+        elif kind in (RTM_NEWADDR, RTM_DELADDR) and (found := parse_address(payload, {})):
+            yield LinkChange(nsid, _name_of(int(found.device)) if nsid is None else "")
 
     lost = LinkChange(None, "", overflow=True)
     return KernelEvents(socket.NETLINK_ROUTE, _LINKS, "the host's devices", parse, lost)

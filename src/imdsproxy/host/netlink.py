@@ -147,7 +147,12 @@ def find_link(channel: NetlinkSocket, name: str) -> ObservedDevice | None:
 
 
 def parse_address(payload: bytes, names: dict[int, str]) -> ObservedAddress | None:
-    """The address in a RTM_NEWADDR or RTM_DELADDR message; `None` for any but the metadata ones."""
+    """The address in a RTM_NEWADDR or RTM_DELADDR message; `None` for any but the metadata ones.
+
+    Args:
+        payload: Of the message.
+        names: Of devices, by index; a device that is not in it has its index for a name.
+    """
     _, prefix, flags, _, index = _IFADDR.unpack_from(payload)
     found = parse_attributes(payload, _IFADDR.size)
     address = _METADATA.get(found.get(_IFA_LOCAL) or found.get(_IFA_ADDRESS) or b"")
@@ -161,11 +166,6 @@ def parse_address(payload: bytes, names: dict[int, str]) -> ObservedAddress | No
         state = AddressState.TENTATIVE
     device = names.get(index, str(index))
     return ObservedAddress(device, address, prefix, state, number(found.get(_IFA_PROTO)))
-
-
-def address_index(payload: bytes) -> int:
-    """The index of the device in a RTM_NEWADDR or RTM_DELADDR message."""
-    return int(_IFADDR.unpack_from(payload)[4])
 
 
 def metadata_addresses(
