@@ -15,7 +15,7 @@ from typing import Any, Final, cast
 import pytest
 
 from support.guest import IPV4, Guest, Lost
-from support.lab import ip, until, within
+from support.lab import until, within
 from support.world import World, open_world
 
 pytestmark = pytest.mark.root
@@ -120,32 +120,6 @@ def test_a_program_that_shares_the_port_is_degraded_and_named(world: World) -> N
     command = Path(f"/proc/{intruder.pid}/comm").read_text().strip()
     assert (logged[-1]["pids"], logged[-1]["programs"]) == ([intruder.pid], [command])
     intruder.stop()
-    _mended(world)
-
-
-def test_a_device_that_is_renamed_makes_its_network_degraded_until_it_has_its_name_again(
-    world: World,
-) -> None:
-    world.lab.namespace_network("named")
-    name = world.lab.name("named")
-    command = ("network", "add", "named", "--namespace", name, "--device", "br0")
-    assert world.daemon.command(*command).status == 0
-    for old, new in (("br0", "br1"), ("br1", "br0")):
-        batch = [f"link set {old} down", f"link set {old} name {new}", f"link set {new} up"]
-        for line in batch:
-            ip("-n", name, *line.split())
-        if new == "br1":
-            _degraded(world, "device-missing", "no device br0")
-    # With the device down its addresses of IPv6 went.
-    ip("-n", name, "address", "replace", "fe80::a9fe:a9fe/64", "dev", "br0", "nodad")
-    _mended(world)
-
-
-def test_a_network_that_two_sources_reach_differently_is_degraded(world: World) -> None:
-    file = _file_source(world) / "red.yaml"
-    file.write_text(f"networks: [{{id: red, listener: {{namespace: {world.lab.name('green')}x}}}}]")
-    _degraded(world, "network-conflict", "red")
-    file.unlink()
     _mended(world)
 
 

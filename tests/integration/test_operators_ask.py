@@ -69,21 +69,6 @@ def test_a_probe_shows_what_our_documents_and_rules_answer(world: World) -> None
     world.daemon.command("instance", "set", "red-5", "--clear", "policy")
 
 
-def test_explain_says_403_where_the_endpoint_is_off_and_404_where_all_documents_are(
-    world: World,
-) -> None:
-    world.daemon.admin.request("PATCH", "/v1/instances/red-5", body={"policy": {"endpoint": False}})
-    explained = world.daemon.command("explain", "red-5", "--probe").out
-    assert "its documents are answered 403" in explained
-    assert "GET /latest/meta-data/: 403 Forbidden" in explained
-    off = dict.fromkeys(("ec2", "openstack", "nocloud"), False)
-    patch = {"policy": None, "dialects": off}
-    world.daemon.admin.request("PATCH", "/v1/instances/red-5", body=patch)
-    nothing = world.daemon.command("explain", "red-5", "--probe").out
-    assert "its documents are answered 404" in nothing
-    assert "GET /: 404 Not Found" in nothing
-
-
 def test_a_posted_password_is_shown_and_cleared(world: World) -> None:
     daemon, guest = world.daemon, world.red
     none = daemon.command("instance", "password", "red-5")

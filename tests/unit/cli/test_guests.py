@@ -59,6 +59,7 @@ def test_explain_names_the_instance_its_source_and_the_origin_of_each_rule(fille
     ran = filled(*EXPLAIN)
     assert ran.status == 0
     for text in (
+        "found, its documents are answered 403",
         "web-1 (web-1)",
         "source sqlite",
         "web-1|",
@@ -77,6 +78,10 @@ def test_explain_names_the_instance_its_source_and_the_origin_of_each_rule(fille
     words = filled(*EXPLAIN).words
     assert "tokens revoked 1 times" in words
     assert re.search(r"boot until 2025-10-1. ..:..:.. \S+, opened again at 2025-10-1. ", words)
+
+    filled.server.policy_store._book = PolicyBook()
+    filled("instance", "set", "web-1", "--no-ec2", "--no-openstack", "--no-nocloud")
+    assert "found, its documents are answered 404" in filled(*EXPLAIN).words
 
 
 def test_explain_names_the_rule_that_decides_about_a_path(filled: Cli) -> None:
