@@ -12,6 +12,7 @@ from imdsproxy.core.model import (
     NetworkId,
     Upstream,
 )
+from imdsproxy.core.policy import TokenMode
 from imdsproxy.core.records import (
     MAX_PAYLOAD,
     Fault,
@@ -95,6 +96,7 @@ _REFUSED_OF_INSTANCES: dict[str, tuple[tuple[str, object], ...]] = {
         ("user_data.gzip", {"base64": "", "gzip": True}),
     ),
     "user_data_file": (("user_data_file", "/etc/shadow"),),
+    "policy": (("policy", []), *(("policy", value) for value in ("required", 1, True))),
     "vendor_data": (
         ("vendor_data.a[0]", {"a": [b"x"]}),
         *(("vendor_data.a", {"a": value}) for value in (float("nan"), float("inf"), "\ud800")),
@@ -214,9 +216,11 @@ def test_other_values_of_an_instance_are_read() -> None:
 
 
 def test_an_instance_of_nova_is_its_id_project_and_ports() -> None:
-    instance = parse_instance({**NOVA, "ports": [{"network": "n", "project": "p2"}]})
+    ports, policy = [{"network": "n", "project": "p2"}], {"tokens": "required"}
+    instance = parse_instance({**NOVA, "ports": ports, "policy": policy})
     assert isinstance(instance, Instance)
     assert (instance.upstream, instance.project) == (Upstream.NOVA, "p1")
+    assert instance.policy.tokens is TokenMode.REQUIRED
     assert instance.ports[0].project == "p2"
 
 

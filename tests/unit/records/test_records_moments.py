@@ -84,9 +84,3 @@ def test_every_time_is_read_as_python_means_it(when: datetime, minutes: int) -> 
     assert seconds == int(aware.timestamp() // 1)
     assert seconds is not None
     assert unix_time_of(datetime.fromtimestamp(seconds, UTC).isoformat()) == seconds
-
-
-@given(st.text())
-def test_no_text_is_more_than_refused(text: str) -> None:
-    seconds = unix_time_of(text)
-    assert seconds is None or 0 <= seconds <= LAST_SECOND

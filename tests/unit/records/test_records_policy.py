@@ -7,7 +7,7 @@ from imdsproxy.config.describe import explain_finding
 from imdsproxy.config.policy import PolicyRulesSettings
 from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.path_rules import MOST_PATH_RULES
-from imdsproxy.core.policy import NO_RULES, RULES, PolicyRules, Rule, TokenMode
+from imdsproxy.core.policy import NO_RULES, RULES, PolicyRules, Rule
 from imdsproxy.core.records import Refused, parse_instance, parse_network
 
 _INSTANCE: dict[str, object] = {"id": "i-1", "name": "web"}
@@ -27,13 +27,6 @@ def _of_network(policy: object) -> PolicyRules | Refused:
 @pytest.mark.parametrize("policy", [None, {}, {"tokens": None}, {"paths": {}}, {"paths": None}])
 def test_a_rule_that_is_missing_is_left_to_other_scopes(policy: object) -> None:
     assert _of_instance(policy) == _of_network(policy) == NO_RULES
-
-
-def test_an_instance_of_nova_has_a_policy() -> None:
-    record = _INSTANCE | {"upstream": "nova", "project": "p", "policy": {"tokens": "required"}}
-    found = parse_instance(record)
-    assert isinstance(found, Instance)
-    assert found.policy.tokens is TokenMode.REQUIRED
 
 
 def _values_of(rule: Rule) -> tuple[object, ...]:
@@ -101,10 +94,3 @@ def test_each_bad_path_is_told_with_the_right_spelling() -> None:
         ('policy.paths["/latest/x/"]', "/latest/x"),
         ('policy.paths["/"]', "one of deny, allow, required, optional"),
     ]
-
-
-@pytest.mark.parametrize("policy", [[], "required", 1, True])
-def test_a_policy_that_is_no_mapping_is_refused(policy: object) -> None:
-    for found in (_of_instance(policy), _of_network(policy)):
-        assert isinstance(found, Refused)
-        assert [problem.field for problem in found.problems] == ["policy"]

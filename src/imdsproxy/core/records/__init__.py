@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from imdsproxy.core.model import ID_PATTERN, Instance, Network
@@ -151,7 +151,7 @@ def parse_each(
         items = (lists[name].read(Field.items) if name in lists else None) or []
         for done, item in enumerate(items, 1):
             own = by_record.pop(item.path, ())
-            reading = replace(findings, problems=[])
+            reading = Findings(findings.file, findings.line_of, findings.read_file)
             yield item.path, parse_listed(item.path, item.value, reading, own), done / len(items)
     for fault in (fault for left in by_record.values() for fault in left):
         findings.add(fault)

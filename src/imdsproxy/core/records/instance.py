@@ -37,8 +37,9 @@ PORT: Final = Table(
 
 
 def _refuse_repeated(ports: Sequence[tuple[Field, Port]]) -> None:
+    every = [(one.network, each) for _, one in ports for each in (one.mac, *one.addresses) if each]
     seen: set[tuple[object, object]] = set()
-    for field, port in ports:
+    for field, port in ports if len(set(every)) < len(every) else ():
         addresses = ((("addresses", index), one) for index, one in enumerate(port.addresses))
         for place, value in ((("mac",), port.mac), *addresses):
             if value is not None and (port.network, value) in seen:

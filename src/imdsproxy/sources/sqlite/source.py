@@ -85,6 +85,7 @@ class SqliteSource:
             try:
                 contents = await self._in_thread(self._open_store)
             except SourceError as error:
+                await self._in_thread(self._close_store)
                 self._failure = error
                 problem = Problem("store", error.message, error.hint, str(self._path))
                 unusable = self._reports.next(
@@ -100,14 +101,8 @@ class SqliteSource:
         await self._report(publish, contents.records)
 
     def _open_store(self) -> Stored:
-        store = Store(self._path, now=self._now)
-        try:
-            contents = store.load(self._progress)
-        except BaseException:
-            store.close()
-            raise
-        self._store = store
-        return contents
+        self._store = Store(self._path, now=self._now)
+        return self._store.load(self._progress)
 
     def _close_store(self) -> None:
         if self._store is not None:

@@ -15,6 +15,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
+from threading import Lock
 from typing import Final
 from urllib.parse import quote
 
@@ -132,12 +133,15 @@ class Store:
     def __init__(self, path: Path, *, now: Callable[[], float] = time.time) -> None:
         self._path = path
         self._now = now
+        self._reading = Lock()
         with store_failures(path):
             path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
             self._lock = lock_store(path)
             try:
                 self._connection = open_store(path, MIGRATIONS)
                 self._connection.execute(PACKED)
+                # User-data is in memory only for as long as it is needed; it is read in any thread.
+                self._reader = _open_to_read(path)
             except BaseException:
                 os.close(self._lock)
                 raise
@@ -145,6 +149,8 @@ class Store:
     def close(self) -> None:
         """Close the file and let others have it."""
         try:
+            with self._reading:
+                self._reader.close()
             self._connection.close()
         finally:
             os.close(self._lock)
@@ -166,8 +172,8 @@ class Store:
         Raises:
             SourceError: It has none, or cannot be read.
         """
-        with store_failures(self._path), closing(_open_to_read(self._path)) as connection:
-            row = connection.execute(_USER_DATA, (instance,)).fetchone()
+        with self._reading, store_failures(self._path):
+            row = self._reader.execute(_USER_DATA, (instance,)).fetchone()
         if row is None or row[0] is None:
             raise SourceUnavailable(f"the store {self._path} has no user-data of {instance}")
         return bytes(row[0])
@@ -419,7 +425,8 @@ def lock_store(path: Path) -> int:
 
 
 def _open_to_read(path: Path, more: str = "") -> sqlite3.Connection:
-    return sqlite3.connect(f"file:{quote(str(path))}?mode=ro{more}", uri=True)
+    where = f"file:{quote(str(path))}?mode=ro{more}"
+    return sqlite3.connect(where, uri=True, check_same_thread=False)
 
 
 def read_store(path: Path) -> Records:
