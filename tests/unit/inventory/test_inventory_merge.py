@@ -37,14 +37,17 @@ def test_an_instance_owns_its_addresses_and_the_link_local_one_of_its_mac() -> N
         key("n1", LINK_LOCAL): "a",
     }
     assert inventory.instances_in(N1) == {"a"}
+    elsewhere = instance("a", "10.0.0.5", ports=[port("n2", mac=MAC)])
+    assert not loaded(full("file", [network("n1")], [elsewhere])).carries_macs(N1)
 
 
 def test_the_same_address_in_two_networks_has_two_owners() -> None:
-    a, b = instance("a", "10.0.0.5"), instance("b", ports=[port("n2", "10.0.0.5")])
+    a, b = instance("a", "10.0.0.5"), instance("b", ports=[port("n2", "10.0.0.5", mac=MAC)])
     inventory = loaded(full("file", [network("n1"), network("n2", bridge="br1")], [a, b]))
     assert inventory.owner(key("n1", "10.0.0.5")) == "a"
     assert inventory.owner(key("n2", "10.0.0.5")) == "b"
     assert not inventory.conflicts()
+    assert [inventory.carries_macs(NetworkId(name)) for name in ("n1", "n2")] == [False, True]
 
 
 def test_the_same_record_in_two_sources_is_no_conflict() -> None:

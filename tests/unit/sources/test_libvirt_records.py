@@ -276,6 +276,18 @@ def test_marked_domains_only_where_that_is_chosen() -> None:
     assert the_instance(known(domains, selection=Selection(marked_only=True))).name == "web"
 
 
+def test_a_static_host_that_changes_changes_its_domains_record() -> None:
+    found = known([web()])
+    changes = update(found, [], [NAT.replace("192.168.122.5", "192.168.122.50")])
+    ((changed, record),) = changes.instances.items()
+    assert record == the_instance(found)
+    assert record.ports == (port("default", "192.168.122.50", mac=MAC),)
+    assert changed == uuid_of("web")
+    assert not changes.networks
+    again = update(found, [web()], [NAT.replace("192.168.122.5", "192.168.122.50")])
+    assert not again.has_records
+
+
 def test_xml_that_cannot_be_parsed_is_reported_and_affects_nothing_else() -> None:
     found = known([web()])
     update(found, ["<domain"], ["<network", NAT])

@@ -232,6 +232,17 @@ async def test_behind_a_router_all_its_networks_are_looked_at(kept: Path, owner:
         assert await one.look("r", "fe80::f816:3eff:fe00:5", router=True) == _FOUND_A
 
 
+@pytest.mark.parametrize("ignored", [(), ("owners",), ("owners", "devices")])
+async def test_a_routers_gateway_network_is_none_of_its_networks(
+    kept: Path, ignored: tuple[str, ...]
+) -> None:
+    gateway = router_port("r-1", "n1", "r", "network:router_gateway")
+    async with rig(kept, gateway, _A) as one:
+        one.neutron.ignored = frozenset(ignored)
+        for router in ("r", "other"):
+            assert await one.look(router, "10.0.0.5", router=True) == _MISSING
+
+
 async def test_an_address_in_two_of_a_routers_networks_is_refused(kept: Path) -> None:
     twin = neutron_port("p-t", "n2", "10.0.0.5", device="i-t")
     joined = [router_port("r-1", "n1", "r"), router_port("r-2", "n2", "r")]
@@ -413,6 +424,24 @@ async def test_a_port_is_gone_only_if_neutron_says_so_while_it_shows_another(kep
         await one.pass_time(9)
         assert one.owners == {"n1/10.0.0.6": "i-b"}
         assert [query.ids for query in one.neutron.queries] == [("p-a", "p-b"), ("p-a", "p-b")]
+
+
+@pytest.mark.parametrize("change", ["second port", "leaves", "moves"])
+async def test_what_is_behind_a_router_is_looked_at_again(kept: Path, change: str) -> None:
+    joined = [router_port("r-1", "n1", "r"), router_port("r-2", "n2", "r")]
+    async with rig(kept, *joined, _A) as one:
+        await one.look("r", "10.0.0.5", router=True)
+        await one.pass_time(20)
+        assert one.source.routes()
+        if change == "second port":
+            one.neutron.put(neutron_port("p-t", "n2", "10.0.0.5", device="i-t"))
+        elif change == "leaves":
+            one.neutron.remove("r-1")
+        else:
+            one.neutron.put(replace(_A, addresses=()))
+            one.neutron.put(neutron_port("p-t", "n2", "10.0.0.5", device="i-t"))
+        await one.pass_time(16)
+        assert not one.source.routes()
 
 
 async def test_a_router_that_seems_to_join_nothing_is_asked_for_again(kept: Path) -> None:
