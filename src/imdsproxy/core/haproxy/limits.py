@@ -27,14 +27,14 @@ COUNTERS: Final = "fairness"
 POLICY_COUNTERS: Final = f"{COUNTERS}-by-policy"
 """The table of those whose policy has limits of their own: few, and counted in another way."""
 
-_SURPLUS: Final = 32
+SURPLUS: Final = 32
 """Connections over the limit that are still answered, with 503; further ones are closed."""
 
 _RESERVED: Final = 8
 """One in so many of a bind's connections is for guests that are known."""
 
 _LONGEST_WINDOW_S: Final = 3600
-_BURST_S: Final = 10
+BURST_S: Final = 10
 """Seconds in which a burst that a policy allows may come."""
 
 LIMIT_RULES: Final = """
@@ -156,9 +156,7 @@ def names_of_limits(limits: Limits) -> dict[str, Value]:
     window_s = _window_s(limits.requests_per_s, limits.burst)
     return {
         "newcomers": max(1, most - most // _RESERVED),
-        "surplus": _SURPLUS,
         "window_s": window_s,
-        "burst_s": _BURST_S,
         "kept_s": 2 * window_s + 60,
         "requests_in_window": most_in_window(limits.requests_per_s, limits.burst),
     }

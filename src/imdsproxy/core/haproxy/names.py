@@ -5,19 +5,20 @@ The places of fields in records and in the policy word are here and nowhere else
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import asdict
 from types import ModuleType
 from typing import Final
 
 from imdsproxy.core import path_rules, policy, tokens, wire
 from imdsproxy.core import policy_word as layout
 from imdsproxy.core.documents.tree import TEXT
-from imdsproxy.core.haproxy import counting
+from imdsproxy.core.haproxy import counting, limits
 from imdsproxy.core.haproxy.access_rules import ACCESS_RULES
 from imdsproxy.core.haproxy.backends import BACKENDS
 from imdsproxy.core.haproxy.frontends import FRONTENDS
 from imdsproxy.core.haproxy.limits import LIMIT_RULES, names_of_limits
-from imdsproxy.core.haproxy.model import DataplaneSpec, Limits, Paths, count_namespaces
+from imdsproxy.core.haproxy.model import DataplaneSpec, count_namespaces
 from imdsproxy.core.haproxy.nova import NOVA_RULES
 from imdsproxy.core.haproxy.request_log import LOG_RULES, names_of_log
 from imdsproxy.core.haproxy.text import Block, Form, Option, Value, Word, blocks_of, raw
@@ -104,18 +105,22 @@ _CONDITIONS: Final = """
 """Written into rules as anonymous conditions, `{ … }`."""
 
 
-def _constants(*modules: ModuleType) -> dict[str, Value]:
-    """`header_network` for `core.wire.HEADER_NETWORK`: numbers and texts of one line."""
+def _named(values: Mapping[str, object]) -> dict[str, Value]:
+    """Numbers and texts of one line by their names in lower letters: `header_network` for `HEADER_NETWORK`."""
     return {
         name.lower(): Word(value) if isinstance(value, str) else value
-        for module in modules
-        for name, value in vars(module).items()
-        if name.isupper() and isinstance(value, str | int) and "\n" not in str(value)
+        for name, value in values.items()
+        if isinstance(value, str | int | None) and "\n" not in str(value)
     }
 
 
+def _constants(*modules: ModuleType) -> dict[str, Value]:
+    found = (item for module in modules for item in vars(module).items())
+    return _named({name: value for name, value in found if name.isupper()})
+
+
 _VALUES: Final[dict[str, Value]] = {
-    **_constants(wire, tokens, path_rules, policy, layout, counting),
+    **_constants(wire, tokens, path_rules, policy, layout, counting, limits),
     # Records, and the policy word before them.
     "instance": raw("var(txn.record),field(1,|)"),
     "instance_of_nova": raw("var(txn.record),field(3,|)"),
@@ -192,39 +197,31 @@ CONSTANTS: Final[dict[str, Value]] = {
 """What is the same in every configuration: the blocks of all templates, conditions and other values."""
 
 
-def _fields_of(record: Limits | Paths) -> dict[str, Value]:
-    """Each field under its own name."""
-    values = {one.name: getattr(record, one.name) for one in fields(record)}
-    return {
-        name: Word(value) if isinstance(value, str) else value for name, value in values.items()
-    }
-
-
 def form_of(spec: DataplaneSpec) -> Form:
     """What templates may name: `CONSTANTS`, the fields of `Limits` and `Paths`, and what is made of them."""
-    limits = spec.limits
+    sizes = spec.limits
     namespaces = count_namespaces((*spec.binds, *spec.unverified))
     by_chance = f"{{ rand({spec.count_reads}) 0 }}" if spec.count_reads > 1 else ""
     return Form(
         CONSTANTS
-        | _fields_of(limits)
-        | _fields_of(spec.paths)
-        | names_of_limits(limits)
+        | _named(asdict(sizes))
+        | _named(asdict(spec.paths))
+        | names_of_limits(sizes)
         | names_of_log(spec)
         | {
             "nova": bool(spec.nova),
-            "cache": limits.cache_mb > 0,
+            "cache": sizes.cache_mb > 0,
             "counts_reads": spec.count_reads > 0,
             # In front of Nova most requests have nothing to do with documents of ours.
-            "keeps_short": limits.cache_mb > 0 and not spec.nova,
-            "short_slots": limits.cache_mb * _SHORT_PER_MB,
-            "largest_cached": min(limits.max_object_bytes, limits.cache_mb * 1024 * 1024 // 2),
+            "keeps_short": sizes.cache_mb > 0 and not spec.nova,
+            "short_slots": sizes.cache_mb * _SHORT_PER_MB,
+            "largest_cached": min(sizes.max_object_bytes, sizes.cache_mb * 1024 * 1024 // 2),
             "namespaces": namespaces > 0,
             "pipes": (namespaces + 1) // 2,
             "user": Option("user", spec.user),
             "group": Option("group", spec.group),
             # `policy_share` has something to count of a request.
-            "without_own_limits": raw(f"!{CONSTANTS['has_own_limits']}" if limits.fair else ""),
+            "without_own_limits": raw(f"!{CONSTANTS['has_own_limits']}" if sizes.fair else ""),
             # Of reads without a token one in so many is counted, and chance has chosen this one.
             "by_chance": raw(by_chance),
             "unless_by_chance": raw(f"!{by_chance}" if spec.count_reads else ""),

@@ -32,7 +32,8 @@ _FORGEABLE: Final = (
 )
 """Headers that a guest must not send, as a regular expression on lower-case names."""
 
-_GLOBAL: Final = """
+_CONFIG: Final = """
+global
     [logs] log <log_socket> <facility> <level>
     # The prefix by which Debian's rsyslog files it in /var/log/haproxy.log.
     [logs] log-tag haproxy-metadata-proxy-<uuid>
@@ -42,9 +43,8 @@ _GLOBAL: Final = """
     nbthread 1
     # Two that share a port would each get some of the requests. The second is to fail because the port is in use.
     noreuseport
-"""
 
-_DEFAULTS: Final = """
+defaults
     mode http
     [logs] log global
     [logs] option httplog
@@ -62,9 +62,8 @@ _DEFAULTS: Final = """
     http-error status 502 hdr Retry-After <retry_after_s> hdr Cache-Control no-store
     http-error status 503 hdr Retry-After <retry_after_s> hdr Cache-Control no-store
     http-error status 504 hdr Retry-After <retry_after_s> hdr Cache-Control no-store
-"""
 
-_LISTEN: Final = """
+listen metadata
     [dual_stack] bind :::<port> v4v6 proto h1
     [!dual_stack] bind 0.0.0.0:<port> proto h1
     # A tunnel, as that of an upgrade.
@@ -146,13 +145,7 @@ def render_namespace_proxy(spec: NamespaceProxySpec) -> str:
             "upstream": Word(f"unix@{spec.upstream}"),
         }
     )
-    return render(
-        (
-            form.section("global", _GLOBAL),
-            form.section("defaults", _DEFAULTS),
-            form.section("listen metadata", _LISTEN),
-        )
-    )
+    return render(form.sections(_CONFIG))
 
 
 def parse_resource(network_id: str | None, router_id: str | None) -> tuple[str, str]:

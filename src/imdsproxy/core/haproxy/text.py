@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from textwrap import dedent
 from typing import Final, TypeAlias
 
 BANNER: Final = "# made by imdsproxy; changes are overwritten; content"
@@ -28,6 +29,7 @@ _FORBIDDEN: Final = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 _NAME: Final = re.compile(r"( ?)<([a-z][a-z0-9_]*)(?:\(([a-z][a-z0-9_]*)\))?>")
 _HEADER: Final = re.compile(r"^([^\s#].*)\n", re.MULTILINE)
 _FLAG: Final = re.compile(r"\[(!?)([a-z][a-z0-9_]*)\] +")
+_FLAGS: Final = re.compile(rf"(?:{_FLAG.pattern})*")
 
 
 class UnquotableWord(ValueError):
@@ -96,36 +98,17 @@ class Block:
 Value: TypeAlias = Word | Option | Text | Block | int | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Line:
-    flags: tuple[tuple[str, bool], ...]
-    parts: tuple[str, ...]
-    """Text, then a space or nothing, a name, its argument, text, and so on."""
-
-
 @lru_cache(maxsize=512)
-def _parse(template: str) -> tuple[_Line, ...]:
-    lines: list[str] = []
-    first = None
-    for line in template.splitlines():
-        text = line.strip()
-        if not text or text.startswith("#"):
-            continue
-        indent = len(line) - len(line.lstrip())
-        first = indent if first is None else first
-        if indent > first:
-            lines[-1] += f" {text}"
-        else:
-            lines.append(text)
-    return tuple(map(_parse_line, lines))
-
-
-def _parse_line(line: str) -> _Line:
-    flags: list[tuple[str, bool]] = []
-    while (found := _FLAG.match(line)) is not None:
-        flags.append((found[2], not found[1]))
-        line = line[found.end() :]
-    return _Line(tuple(flags), tuple(_NAME.split(line)))
+def _parse(template: str) -> list[tuple[list[tuple[str, str]], list[str]]]:
+    """Each line's flags, and its parts: text, then a space or nothing, a name, its argument, text, and so on."""
+    rules = [one for one in template.splitlines() if one.strip() and one.lstrip()[0] != "#"]
+    lines = re.sub(r"\n +", " ", dedent("\n".join(rules))).splitlines()
+    heads = [_FLAGS.match(line) for line in lines]
+    ends = [0 if head is None else head.end() for head in heads]
+    return [
+        (_FLAG.findall(line[:end]), _NAME.split(line[end:]))
+        for line, end in zip(lines, ends, strict=True)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,16 +136,12 @@ class Form:
         filled = (self.fill(template, **row, **more) for row in rows)
         return Text(tuple(line for text in filled for line in text.lines))
 
-    def section(self, header: str, template: str, **more: Value) -> Text:
-        """A section of the file: its header line, and lines below it as of `fill`; nothing where the header is none."""
-        head = self.fill(header, **more).lines
-        return Text((*head, *(f"  {line}" for line in self.fill(template, **more).lines if head)))
-
     def sections(self, text: str, **more: Value) -> Iterator[Text]:
-        """The sections of a text, without its blocks (`split_sections`)."""
+        """The sections of a text, without its blocks (`split_sections`) and those whose header isn't written."""
         for header, template in split_sections(text).items():
-            if not header.endswith(":"):
-                yield self.section(header, template, **more)
+            head = () if header.endswith(":") else self.fill(header, **more).lines
+            if head:
+                yield Text((*head, *(f"  {line}" for line in self.fill(template, **more).lines)))
 
 
 @lru_cache(maxsize=64)
@@ -184,13 +163,13 @@ def blocks_of(*texts: str) -> dict[str, Block]:
 
 def _fill(template: str, values: Mapping[str, Value]) -> list[str]:
     lines: list[str] = []
-    for line in _parse(template):
-        if all(bool(values[flag]) is wanted for flag, wanted in line.flags):
-            lines += _fill_line(line.parts, values)
+    for flags, parts in _parse(template):
+        if all(bool(values[name]) is not bool(negated) for negated, name in flags):
+            lines += _fill_line(parts, values)
     return lines
 
 
-def _fill_line(parts: tuple[str, ...], values: Mapping[str, Value]) -> Iterable[str]:
+def _fill_line(parts: Sequence[str], values: Mapping[str, Value]) -> Iterable[str]:
     line = parts[0]
     for space, name, argument, rest in zip(*(parts[at::4] for at in range(1, 5)), strict=True):
         value = values[name]
@@ -213,6 +192,6 @@ def _write(name: str, value: object) -> str:
 
 def render(sections: Iterable[Text]) -> str:
     """A whole file, its first line a banner with the hash of the rest."""
-    body = "\n".join(f"{section}\n" for section in sections if section.lines)
+    body = "\n".join(f"{section}\n" for section in sections)
     digest = hashlib.blake2b(body.encode(), digest_size=8).hexdigest()
     return f"{BANNER} {digest}\n\n{body}"
