@@ -12,7 +12,7 @@ from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.maps import render_map
 from imdsproxy.core.haproxy.model import Bind, DataplaneSpec, Limits
 from imdsproxy.core.model import METADATA_IPV4, NetworkId
-from imdsproxy.dataplane.launch import SpawnLauncher
+from imdsproxy.dataplane.launch import Launcher
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.errors import HostRefused
@@ -87,7 +87,7 @@ async def test_haproxy_starts_cold_and_reloads_with_many_namespaces(
     layout.unavailable.write_bytes(b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\n\r\n")
     layout.jail.mkdir()
     master = MasterClient(layout.master_socket)
-    launcher = SpawnLauncher(_program(tmp_path, limit), layout, master)
+    launcher = Launcher(_program(tmp_path, limit), None, layout)
     try:
         processes = await launcher.start()
         assert processes.worker is not None

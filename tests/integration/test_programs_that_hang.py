@@ -17,9 +17,8 @@ import pytest
 from imdsproxy.app.companion import Companion
 from imdsproxy.cli.admin_client import AdminClient
 from imdsproxy.cli.main import main
-from imdsproxy.dataplane.launch import SpawnLauncher
+from imdsproxy.dataplane.launch import Launcher
 from imdsproxy.dataplane.layout import Layout
-from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.errors import HaproxyMissing, HostRefused, RuntimeUnavailable
 from imdsproxy.host.process import run_program
 from support.daemon import alive
@@ -121,11 +120,11 @@ async def test_a_haproxy_that_does_not_come_up_is_not_left_beside_the_next(
     monkeypatch.setattr("imdsproxy.dataplane.launch._START_DEADLINE_S", 0.5)
     layout = Layout(tmp_path / "run", tmp_path / "state")
     layout.runtime.mkdir()
-    launcher = SpawnLauncher(str(hanging), layout, MasterClient(layout.master_socket))
+    launcher = Launcher(str(hanging), None, layout)
     with pytest.raises(RuntimeUnavailable, match="did not come up"):
         await launcher.start()
     nothing_is_left(hanging)
-    (child,) = launcher.children
+    (child,) = launcher._children
     await launcher.wait(child.pid)
 
 

@@ -53,6 +53,7 @@ from imdsproxy.core.observation import Observation
 from imdsproxy.core.token_report import TokenReport
 from imdsproxy.core.wire import MapRecord
 from imdsproxy.dataplane.haproxy import Haproxy
+from imdsproxy.dataplane.launch import Launcher
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import Problem
@@ -254,7 +255,7 @@ async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous gen
     )
     await fake.start()
     launcher = FakeLauncher(fake, applier.master)
-    haproxy = Haproxy("haproxy", launcher, applier, clock)
+    haproxy = Haproxy("haproxy", cast("Launcher", launcher), applier, clock)
     await haproxy.adopt()
     passwords = PasswordStore(layout.passwords)
     mac_filters = no_mac_filters(inventory)

@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from imdsproxy.core.haproxy.maps import GENERATION_KEY, parse_map
 from imdsproxy.core.haproxy.runtime import Processes
 from imdsproxy.dataplane.haproxy import Haproxy
+from imdsproxy.dataplane.launch import Launcher
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.dataplane.records import RecordApplier
@@ -189,7 +191,7 @@ def control_fake(
     program.write_text(script)
     program.chmod(0o755)
     launcher = FakeLauncher(fake, records.master, judged=judged)
-    return fake, launcher, Haproxy(str(program), launcher, records, SystemClock())
+    return fake, launcher, Haproxy(str(program), cast("Launcher", launcher), records, SystemClock())
 
 
 def _run(worker: FakeWorker, command: str, payload: str) -> str:  # noqa: PLR0911 - a flat choice of commands

@@ -13,16 +13,14 @@ from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.anti_spoofing.kernel import KernelHopLimits, KernelMacFilters, TableJournal
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.app.companion import Companion
-from imdsproxy.config.schema import Settings, Supervisor
+from imdsproxy.config.schema import DocumentsSettings, HaproxySettings, Settings
 from imdsproxy.core.haproxy.model import DataplaneSpec, Limits
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.timing import Progress
 from imdsproxy.core.wire import RETRY_AFTER_S
 from imdsproxy.dataplane.haproxy import link_jail_to_itself
-from imdsproxy.dataplane.launch import Launcher, SpawnLauncher, SystemdLauncher
 from imdsproxy.dataplane.layout import Layout
-from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.host.account import group_id
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import ensure_directory, write_atomic
@@ -46,11 +44,12 @@ _UNIT_DIRECTORIES = (
 )
 
 
-def under_systemd(choice: Supervisor, unit: str) -> bool:
-    """Whether a unit of systemd supervises; `auto` takes it where it runs and knows the unit."""
-    if choice != "auto":
-        return choice == "systemd"
-    return _SYSTEMD.is_dir() and any((place / unit).exists() for place in _UNIT_DIRECTORIES)
+def unit_of(process: HaproxySettings | DocumentsSettings) -> str | None:
+    """The unit that supervises it, if one does; `auto` takes systemd where it runs and knows the unit."""
+    taken = process.supervisor == "systemd"
+    if process.supervisor == "auto" and _SYSTEMD.is_dir():
+        taken = any((place / process.unit).exists() for place in _UNIT_DIRECTORIES)
+    return process.unit if taken else None
 
 
 def prepare_directories(settings: Settings, layout: Layout) -> None:
@@ -69,7 +68,7 @@ def prepare_directories(settings: Settings, layout: Layout) -> None:
     ensure_directory(layout.namespace_links, mode=0o755)
     # HAProxy looks for namespaces below it, through a path that must exist.
     ensure_directory(settings.paths.netns_dir, mode=0o755)
-    if under_systemd(settings.haproxy.supervisor, settings.haproxy.unit):
+    if unit_of(settings.haproxy) is not None:
         # Its unit has mounts of its own: of those made later only what is on a shared one comes in.
         NamespaceDirectory(settings.paths.netns_dir).prepare()
     ensure_directory(layout.state, mode=0o750, owner=readable)
@@ -84,15 +83,6 @@ def prepare_directories(settings: Settings, layout: Layout) -> None:
     write_atomic(layout.empty_map, b"", mode=0o644)
     write_atomic(layout.short_map, b"", mode=0o600)
     write_atomic(layout.silence, b"", mode=0o644)
-
-
-def build_launcher(settings: Settings, layout: Layout, program: str) -> Launcher:
-    """How HAProxy's master comes up and goes down here."""
-    # One of its own: what it asks until HAProxy answers is not counted.
-    master = MasterClient(layout.master_socket)
-    if under_systemd(settings.haproxy.supervisor, settings.haproxy.unit):
-        return SystemdLauncher(settings.haproxy.unit, layout, master)
-    return SpawnLauncher(program, layout, master)
 
 
 def build_host(settings: Settings, layout: Layout) -> SystemHost:
@@ -220,6 +210,6 @@ def build_companion(
         layout.documents_log,
         (sys.executable, "-m", "imdsproxy", *option, "documents"),
         known | {"PATH": os.defpath, "LANG": "C.UTF-8"},
-        documents.unit if under_systemd(documents.supervisor, documents.unit) else None,
+        unit_of(documents),
         needed=documents.enabled,
     )

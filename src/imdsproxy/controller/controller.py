@@ -30,9 +30,9 @@ from imdsproxy.config.changes import SettingsHolder
 from imdsproxy.controller.build import (
     build_companion,
     build_filters,
-    build_launcher,
     build_sources,
     build_spec,
+    unit_of,
 )
 from imdsproxy.core.addresses import normalise_address
 from imdsproxy.core.haproxy.model import DataplaneSpec
@@ -41,7 +41,7 @@ from imdsproxy.core.model import NetworkId
 from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.timing import Progress
 from imdsproxy.dataplane.haproxy import Haproxy
-from imdsproxy.dataplane.launch import HaproxyProgram
+from imdsproxy.dataplane.launch import HaproxyProgram, Launcher
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import HostRefused
@@ -111,7 +111,7 @@ class Controller:
         self.policy_store = PolicyStore(TokenKeys(layout), OverrideFile(layout.guards))
         self.policy_store.open(settings)
         applier = RecordApplier(layout)
-        launcher = build_launcher(settings, layout, program.path)
+        launcher = Launcher(program.path, unit_of(settings.haproxy), layout)
         self.haproxy = Haproxy(program.path, launcher, applier, clock)
         self.haproxy_version = str(program.version)
         progress, group = Progress(), settings.documents.group

@@ -28,14 +28,14 @@ from imdsproxy.controller.build import (
     build_companion,
     build_filters,
     build_host,
-    build_launcher,
     prepare_directories,
+    unit_of,
 )
 from imdsproxy.controller.controller import Controller
 from imdsproxy.controller.health import HealthServer
 from imdsproxy.controller.reload import hang_up
 from imdsproxy.core.inventory import Inventory
-from imdsproxy.dataplane.launch import read_program
+from imdsproxy.dataplane.launch import Launcher, read_program
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.errors import DataplaneError, HostRefused, ImdsproxyError
 from imdsproxy.host.account import owner_of
@@ -326,8 +326,7 @@ async def stop_data_plane(settings: Settings, environment: Mapping[str, str]) ->
     host = build_host(settings, layout)
     companion = build_companion(settings, layout, None, environment)
     try:
-        launcher = build_launcher(settings, layout, settings.haproxy.binary)
-        await launcher.stop()
+        await Launcher(settings.haproxy.binary, unit_of(settings.haproxy), layout).stop()
         await companion.stop()
         await sweep_host(host, *build_filters(layout, host, Inventory(), SystemClock()))
     finally:

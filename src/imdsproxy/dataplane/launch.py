@@ -7,8 +7,9 @@ import shutil
 import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from imdsproxy.core.haproxy.runtime import (
     Processes,
@@ -76,66 +77,6 @@ async def read_program(binary: str) -> HaproxyProgram:
     return HaproxyProgram(path, version, features)
 
 
-class Launcher(Protocol):
-    """How HAProxy's master comes up and goes down on this host."""
-
-    async def start(self) -> Processes:
-        """Start the master and wait until its worker accepts.
-
-        Raises:
-            ConfigRejected: It ends at once; the message has its alerts.
-            HaproxyMissing: The program cannot be run.
-            RuntimeUnavailable: It runs and does not answer on its socket.
-        """
-        ...
-
-    async def wait(self, master: int) -> None:
-        """Return when this master has ended."""
-        await wait_gone(master)
-
-    async def kill(self, processes: Processes) -> None:
-        """End the master and its workers at once, whatever state they are in."""
-        # The master first: it would take a dead worker for a failure of its own and write about it.
-        for pid in processes.pids:
-            handle = open_process(pid)
-            if handle is not None:
-                handle.kill(signal.SIGKILL)
-                handle.close()
-
-    async def end_lost(self) -> None:
-        """End a master of ours that its socket doesn't lead to: its files were removed, or it hangs."""
-        ...
-
-    async def stop(self) -> None:
-        """End the master for good; it isn't started again."""
-        ...
-
-
-async def _wait_for_worker(
-    master: MasterClient, ended: Callable[[], Awaitable[str | None]]
-) -> Processes:
-    """Poll the master socket until a worker is named; `ended` gives the output of a dead master."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + _START_DEADLINE_S
-    while True:
-        last: RuntimeUnavailable | None = None
-        try:
-            processes = await master.read_processes()
-        except RuntimeUnavailable as error:
-            last = error
-        else:
-            if processes.worker is not None:
-                return processes
-        words = await ended()
-        if words is not None:
-            raise ConfigRejected(f"HAProxy did not start: {words}")
-        if loop.time() > deadline:
-            raise RuntimeUnavailable(
-                f"HAProxy did not come up within {_START_DEADLINE_S:g} s"
-            ) from last
-        await asyncio.sleep(_POLL_S)
-
-
 def _maxconn(config: Path) -> int:
     """The configuration's own `maxconn`, for the command line.
 
@@ -149,13 +90,23 @@ def _maxconn(config: Path) -> int:
 
 
 @dataclass(slots=True)
-class SpawnLauncher(Launcher):
-    """HAProxy as a process of its own session: it outlives the controller."""
+class Launcher:
+    """How HAProxy's master comes up and goes down on this host; it outlives the controller.
+
+    Args:
+        program: HAProxy's path.
+        unit: The systemd unit, which systemd starts again by itself; `None` for a process of its own session.
+    """
 
     program: str
+    unit: str | None
     layout: Layout
-    master: MasterClient
-    children: set[ProcessHandle] = field(default_factory=set)
+    # One of its own: what it asks until HAProxy answers is not counted.
+    master: MasterClient = field(init=False)
+    _children: set[ProcessHandle] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.master = MasterClient(self.layout.master_socket)
 
     def arguments(self) -> list[str]:
         """The command line, which is also how a running master is recognised as ours."""
@@ -173,113 +124,136 @@ class SpawnLauncher(Launcher):
         ]
 
     async def start(self) -> Processes:
-        """See `Launcher.start`."""
-        log = self.layout.haproxy_log
-        child, offset = spawn_logged(self.arguments(), log, {})
+        """Start the master and wait until its worker accepts.
 
-        async def ended() -> str | None:
-            if child.alive():
-                return None
-            output = log.read_bytes()[offset:].decode("utf-8", "replace")
-            return parse_failure(output)[-2000:] or "it wrote nothing"
-
-        self.children.add(child)
+        Raises:
+            ConfigRejected: It ends at once; the message has its alerts.
+            HaproxyMissing: The program cannot be run.
+            RuntimeUnavailable: It runs and does not answer on its socket.
+        """
+        if self.unit is not None:
+            return await self._start_unit(self.unit)
+        child, offset = spawn_logged(self.arguments(), self.layout.haproxy_log, {})
+        self._children.add(child)
         try:
-            return await _wait_for_worker(self.master, ended)
+            return await self._wait_for_worker(partial(self._read_end, child, offset))
         except RuntimeUnavailable:
             # The next try would start another one beside it.
             child.kill_group()
             raise
 
+    async def _start_unit(self, unit: str) -> Processes:
+        # Stays there for the times that systemd starts it without us.
+        options = f"MAXCONN={_maxconn(self.layout.config)}\n"
+        write_atomic(self.layout.environment, options.encode(), mode=0o644)
+        # Without it, each restart since the unit's last rest would make systemd wait longer.
+        await _run("systemctl", "reset-failed", unit)
+        status, words = await _run("systemctl", "start", unit, deadline_s=UNIT_S)
+        if status != 0:
+            hint, alerts = f"journalctl -u {unit}", await _read_alerts(unit)
+            reason = (
+                f"HAProxy did not start: {alerts}" if alerts else f"systemctl start {unit}: {words}"
+            )
+            raise ConfigRejected(reason, hint=hint)
+        return await self._wait_for_worker(partial(_read_failure, unit))
+
+    async def _wait_for_worker(self, read_end: Callable[[], Awaitable[str | None]]) -> Processes:
+        """Poll the master socket until a worker is named; `read_end` gives the output of a dead master."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + _START_DEADLINE_S
+        while True:
+            last: RuntimeUnavailable | None = None
+            try:
+                processes = await self.master.read_processes()
+            except RuntimeUnavailable as error:
+                last = error
+            else:
+                if processes.worker is not None:
+                    return processes
+            words = await read_end()
+            if words is not None:
+                raise ConfigRejected(f"HAProxy did not start: {words}")
+            if loop.time() > deadline:
+                raise RuntimeUnavailable(
+                    f"HAProxy did not come up within {_START_DEADLINE_S:g} s"
+                ) from last
+            await asyncio.sleep(_POLL_S)
+
+    async def _read_end(self, child: ProcessHandle, offset: int) -> str | None:
+        if child.alive():
+            return None
+        output = self.layout.haproxy_log.read_bytes()[offset:].decode("utf-8", "replace")
+        return parse_failure(output)[-2000:] or "it wrote nothing"
+
     async def wait(self, master: int) -> None:
-        """See `Launcher.wait`."""
-        for child in [child for child in self.children if child.pid == master]:
+        """Return when this master has ended."""
+        for child in [child for child in self._children if child.pid == master]:
             # A child of ours leaves a zombie until it is waited for.
             await child.wait()
             child.close()
-            self.children.discard(child)
+            self._children.discard(child)
             return
         await wait_gone(master)
 
+    async def kill(self, processes: Processes) -> None:
+        """End the master and its workers at once, whatever state they are in."""
+        # The master first: it would take a dead worker for a failure of its own and write about it.
+        for pid in (processes.master, *processes.workers):
+            handle = open_process(pid)
+            if handle is not None:
+                handle.kill(signal.SIGKILL)
+                handle.close()
+
     async def end_lost(self) -> None:
-        """See `Launcher.end_lost`."""
+        """End a master of ours that its socket doesn't lead to: its files were removed, or it hangs."""
+        if self.unit is not None:
+            await self.stop()
+            return
         arguments = self.arguments()
-        places = {arguments[3], arguments[-1]}
-        for handle in find_processes("haproxy", places):
+        for handle in find_processes("haproxy", {arguments[3], arguments[-1]}):
             handle.kill(signal.SIGKILL)
             await handle.wait()
             handle.close()
 
     async def stop(self) -> None:
-        """See `Launcher.stop`."""
+        """End the master for good; it isn't started again."""
+        if self.unit is not None:
+            status, words = await _run("systemctl", "stop", self.unit, deadline_s=UNIT_S)
+            if status != 0:
+                raise RuntimeUnavailable(f"systemctl stop {self.unit}: {words}")
+            return
         try:
             processes = await self.master.read_processes()
         except RuntimeUnavailable:
             await self.end_lost()
             return
         # The master passes SIGTERM on to its workers and ends when they have.
-        for pid in processes.pids:
+        for pid in (processes.master, *processes.workers):
             handle = open_process(pid)
             if handle is not None:
                 await handle.stop(_STOP_GRACE_S)
                 handle.close()
 
 
-@dataclass(slots=True)
-class SystemdLauncher(Launcher):
-    """HAProxy as a unit; systemd starts it again by itself when it ends."""
+async def _run(*arguments: str, deadline_s: float = _ASK_S) -> tuple[int, str]:
+    """Run a command of systemd's: its exit status and its output."""
+    try:
+        return await run_program(*arguments, deadline_s=deadline_s)
+    except OSError as error:
+        raise HaproxyMissing(f"cannot run {arguments[0]}: {error.strerror}") from error
 
-    unit: str
-    layout: Layout
-    master: MasterClient
 
-    async def start(self) -> Processes:
-        """See `Launcher.start`."""
-        # Stays there for the times that systemd starts it without us.
-        options = f"MAXCONN={_maxconn(self.layout.config)}\n"
-        write_atomic(self.layout.environment, options.encode(), mode=0o644)
-        # Without it, each restart since the unit's last rest would make systemd wait longer.
-        await self._run("systemctl", "reset-failed", self.unit)
-        status, words = await self._run("systemctl", "start", self.unit, deadline_s=UNIT_S)
-        if status != 0:
-            raise await self._failure(words)
+async def _read_failure(unit: str) -> str | None:
+    code, _ = await _run("systemctl", "is-failed", "--quiet", unit)
+    return await _read_alerts(unit) or f"{unit} has failed" if code == 0 else None
 
-        async def ended() -> str | None:
-            code, _ = await self._run("systemctl", "is-failed", "--quiet", self.unit)
-            return await self._read_alerts() or f"{self.unit} has failed" if code == 0 else None
 
-        return await _wait_for_worker(self.master, ended)
-
-    async def end_lost(self) -> None:
-        """See `Launcher.end_lost`."""
-        await self.stop()
-
-    async def stop(self) -> None:
-        """See `Launcher.stop`."""
-        status, words = await self._run("systemctl", "stop", self.unit, deadline_s=UNIT_S)
-        if status != 0:
-            raise RuntimeUnavailable(f"systemctl stop {self.unit}: {words}")
-
-    async def _failure(self, words: str) -> ConfigRejected:
-        hint = f"journalctl -u {self.unit}"
-        alerts = await self._read_alerts()
-        if alerts:
-            return ConfigRejected(f"HAProxy did not start: {alerts}", hint=hint)
-        return ConfigRejected(f"systemctl start {self.unit}: {words}", hint=hint)
-
-    async def _read_alerts(self) -> str:
-        """What HAProxy wrote into the journal before it ended; empty where that cannot be read."""
-        await self._run("journalctl", "--sync")
-        options = ("--unit", self.unit, "--output=cat", "--no-pager", "--lines=40")
-        status, words = await self._run("journalctl", *options)
-        return find_alerts(words, self.unit) if status == 0 else ""
-
-    async def _run(self, *arguments: str, deadline_s: float = _ASK_S) -> tuple[int, str]:
-        """Run a command of systemd's: its exit status and its output."""
-        try:
-            return await run_program(*arguments, deadline_s=deadline_s)
-        except OSError as error:
-            raise HaproxyMissing(f"cannot run {arguments[0]}: {error.strerror}") from error
+async def _read_alerts(unit: str) -> str:
+    """What HAProxy wrote into the journal before it ended; empty where that cannot be read."""
+    await _run("journalctl", "--sync")
+    options = ("--unit", unit, "--output=cat", "--no-pager", "--lines=40")
+    status, words = await _run("journalctl", *options)
+    return find_alerts(words, unit) if status == 0 else ""
 
 
 def find_alerts(journal: str, unit: str) -> str:

@@ -14,9 +14,8 @@ from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.model import Bind, DataplaneSpec, Limits
 from imdsproxy.core.model import NetworkId
 from imdsproxy.dataplane.haproxy import Haproxy
-from imdsproxy.dataplane.launch import SpawnLauncher, find_alerts
+from imdsproxy.dataplane.launch import Launcher, find_alerts
 from imdsproxy.dataplane.layout import Layout
-from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import ConfigRejected, HostRefused, ReloadFailed
 from imdsproxy.host.clock import SystemClock
@@ -120,7 +119,7 @@ async def test_a_start_that_fails_says_why_and_is_tried_again(rig: Rig) -> None:
 async def test_a_master_that_runs_already_is_adopted_with_its_configuration(rig: Rig) -> None:
     await rig.apply("red")
     records = RecordApplier(rig.layout)
-    successor = Haproxy(rig.haproxy.program, rig.launcher, records, SystemClock())
+    successor = Haproxy(rig.haproxy.program, rig.haproxy.launcher, records, SystemClock())
     assert await successor.adopt()
     assert not await successor.apply(rig.spec("red"), "start")
     assert rig.launcher.started == 1
@@ -171,7 +170,7 @@ def test_the_master_gets_the_connections_of_its_configuration(
         limits = Limits(maxconn=maxconn, maxconn_per_network=50)
         spec = DataplaneSpec(binds=(), paths=layout.haproxy_paths(), limits=limits)
         layout.config.write_text(render_config(spec))
-    words = SpawnLauncher("haproxy", layout, MasterClient(layout.master_socket)).arguments()
+    words = Launcher("haproxy", None, layout).arguments()
     # Without a configuration there is room for thousands of namespaces.
     assert words[words.index("-n") + 1] == str(maxconn or 4096)
 

@@ -45,7 +45,7 @@ from imdsproxy.host.files import (
     sweep_unfinished,
     write_atomic,
 )
-from imdsproxy.host.refusal import host_refused, refusing
+from imdsproxy.host.refusal import refusing
 
 _SYSTEM_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _IPV6: Final = Path("/proc/sys/net/ipv6/conf/default/disable_ipv6")
@@ -439,13 +439,9 @@ def live_pid(path: Path, name: str) -> int | None:
         HostRefused: The file cannot be read.
         PrivilegeMissing: This process may not read it.
     """
-    try:
-        with path.open("rb") as file:
-            text = file.read(_MAX_PID_BYTES).strip()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise host_refused(f"read {path}", error) from error
+    text = b""
+    with refusing(f"read {path}"), contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        text = file.read(_MAX_PID_BYTES).strip()
     # Empty or of another kind: its writer was interrupted. No proxy is known to run.
     return int(text) if text.isdigit() and runs_with(int(text), name) else None
 
@@ -482,12 +478,12 @@ def has_ipv6() -> bool:
 
 def runs_with(pid: int, name: str, *, proc: Path = Path("/proc")) -> bool:
     """Whether this process is a HAProxy with a file of this name in its command line; one that is dead is not."""
-    try:
+    words = [b""]
+    with (
+        refusing(f"look at process {pid}"),
+        contextlib.suppress(FileNotFoundError, ProcessLookupError),
+    ):
         words = (proc / str(pid) / "cmdline").read_bytes().split(b"\0")
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    except OSError as error:
-        raise host_refused(f"look at process {pid}", error) from error
     program, *rest = (Path(os.fsdecode(word)).name for word in words)
     return "haproxy" in program and name in rest
 
@@ -502,12 +498,15 @@ def try_to_bind(port: int, *, dual_stack: bool) -> None:
     import socket  # noqa: PLC0415 - HAProxy that goes into the background says it itself
 
     family = socket.AF_INET6 if dual_stack else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
+    hint = f"see who does: ss -ltnp 'sport = :{port}'"
+    with (
+        socket.socket(family, socket.SOCK_STREAM) as probe,
+        refusing(f"listen on port {port}", hint=hint),
+    ):
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        with refusing(f"listen on port {port}", hint=f"see who does: ss -ltnp 'sport = :{port}'"):
-            if dual_stack:
-                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-            probe.bind(("::" if dual_stack else "0.0.0.0", port))  # noqa: S104 - as the proxy itself
+        if dual_stack:
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        probe.bind(("::" if dual_stack else "0.0.0.0", port))  # noqa: S104 - as the proxy itself
 
 
 def check_directory(path: Path, purpose: str, *, hint: str) -> None:
@@ -567,17 +566,14 @@ def remove_unclaimed(path: Path) -> bool:
         HostRefused: It is in use, or the file system refused.
         PrivilegeMissing: This process may not remove it.
     """
-    try:
+    removed = False
+    with refusing(f"remove {path}"), contextlib.suppress(FileNotFoundError):
         held = _lock(path, os.O_RDONLY)
         path.unlink(missing_ok=True)
         # HAProxy's own, of a start that was killed.
         path.with_suffix(".pid").unlink(missing_ok=True)
         os.close(held)
         removed = True
-    except FileNotFoundError:
-        removed = False
-    except OSError as error:
-        raise host_refused(f"remove {path}", error) from error
     sweep_unfinished(path.parent)
     return removed
 
