@@ -10,16 +10,14 @@ import signal
 import threading
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Final, Self
 
 import pytest
 
 from imdsproxy.errors import ImdsproxyError
-from support.daemon import Daemon, alive, instance, user_data_of
+from support.daemon import alive, instance, user_data_of
 from support.guest import Guest, Load, Reply
-from support.lab import Lab, until
-from support.patience import patience
+from support.lab import until
 from support.world import World, open_world, own, own_name
 
 pytestmark = pytest.mark.root
@@ -205,24 +203,31 @@ def test_a_second_controller_refuses_to_start(world: World) -> None:
     assert world.pids().controller == world.daemon.pids().controller
 
 
-def test_the_end_of_one_document_worker_loses_no_request(world: World) -> None:
+@pytest.mark.parametrize(
+    ("which", "number"),
+    [
+        ("document_workers", signal.SIGKILL),
+        ("document_workers", signal.SIGSTOP),
+        ("documents", signal.SIGSTOP),
+    ],
+)
+def test_a_process_of_the_document_server_that_ends_or_hangs_is_replaced_and_no_request_lost(
+    world: World, which: str, number: signal.Signals
+) -> None:
     before = world.settled()
+    gone = {before.documents, *before.document_workers}
+    if which == "document_workers":
+        gone = {before.document_workers[0]}
+
+    def is_replaced() -> bool:
+        now = world.pids()
+        return len(now.document_workers) == 2 and not gone & {now.documents, *now.document_workers}
+
     with _Loads(world) as loads:
         loads.go_on()
-        for _ in range(3):
-            os.kill(world.pids().document_workers[0], signal.SIGKILL)
-            loads.go_on()
-            until(lambda: len(world.pids().document_workers) == 2, what="another worker")
-    assert loads.lost == []
-    assert world.pids().documents == before.documents
-
-
-def test_a_document_worker_that_hangs_loses_no_request(world: World) -> None:
-    worker = world.settled().document_workers[0]
-    with _Loads(world) as loads:
-        loads.go_on()
-        os.kill(worker, signal.SIGSTOP)
-        until(lambda: len(set(world.pids().document_workers) - {worker}) == 2, what="another")
+        os.kill(before.documents if which == "documents" else before.document_workers[0], number)
+        until(is_replaced, what="another process")
+        until(lambda: not any(map(alive, gone)), what="the end of the old ones")
         loads.go_on()
     assert loads.lost == []
 
@@ -249,18 +254,6 @@ def test_a_killed_document_server_is_started_again(world: World) -> None:
     until(other_is_there, within_s=5, what="another document server")
     until(lambda: world.red.ask(_FRESH).status == 200, within_s=5)
     assert world.settled().master == before.master
-
-
-def test_a_document_servers_parent_that_hangs_is_replaced_and_no_request_lost(world: World) -> None:
-    before = world.settled()
-    with _Loads(world) as loads:
-        loads.go_on()
-        os.kill(before.documents, signal.SIGSTOP)
-        until(lambda: world.pids().documents != before.documents, what="another parent")
-        until(lambda: not any(map(alive, before.document_workers)), what="the old workers' end")
-        loads.go_on()
-    assert loads.lost == []
-    assert not alive(before.documents)
 
 
 @pytest.mark.parametrize("how", ["running", "killed"])
@@ -298,24 +291,6 @@ def test_who_empties_the_runtime_directory_leaves_no_process_of_before(then: str
         until(lambda: not daemon.processes(), what="the end of everything")
 
 
-def test_stop_without_the_data_plane_ends_only_the_controller(world: World) -> None:
-    before = world.pids()
-    assert world.daemon.command("stop").status == 0
-    assert world.daemon.process is not None
-    world.daemon.process.wait(10 * patience())
-    assert all(alive(pid) for pid in before.data_plane)
-    world.all_right()
-
-
-def test_a_start_from_nothing_serves_what_the_store_holds(world: World) -> None:
-    daemon = world.daemon
-    daemon.stop()
-    assert not world.red.reaches()
-    daemon.start()
-    until(lambda: daemon.status()["serving"] == 4)
-    world.all_right()
-
-
 def test_a_start_with_the_records_of_the_last_run_serves_them_and_not_what_has_changed_since() -> (
     None
 ):
@@ -351,16 +326,3 @@ def test_a_start_with_the_records_of_the_last_run_serves_them_and_not_what_has_c
         assert red.ask("/latest/user-data").status == 403
         assert own(green, green.ask("/latest/user-data")) is None
         assert starts_with_them() == 1
-
-
-def test_a_document_server_finds_modules_where_its_controller_does(tmp_path: Path) -> None:
-    """Else a controller that runs from a work tree starts the document server of the installed package."""
-    lab = Lab()
-    daemon = Daemon(lab, environment={"PYTHONPATH": str(tmp_path)})
-    try:
-        documents = daemon.start().pids().documents
-        environment = Path(f"/proc/{documents}/environ").read_text().split("\0")
-    finally:
-        daemon.close()
-        lab.close()
-    assert f"PYTHONPATH={tmp_path}" in environment

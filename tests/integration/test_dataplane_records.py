@@ -51,16 +51,6 @@ def test_a_removed_instance_is_unknown_right_after_it_was_acknowledged(world: Wo
             assert connection.request("/latest/user-data").status == 404
 
 
-def test_what_was_acknowledged_is_on_disk(movable: World) -> None:
-    for number in range(10):
-        owner = _move(movable, number)
-        found = movable.daemon.map_on_disk().lookup(_KEY)
-        assert found is not None
-        assert found.partition("|")[0] == owner
-    movable.daemon.remove_instance(owner)
-    assert movable.daemon.map_on_disk().lookup(_KEY) is None
-
-
 def _start_again_from_disk(world: World, master: int) -> subprocess.Popen[bytes]:
     """End HAProxy and start it as a service manager would: the same words, nothing else."""
     words = Path(f"/proc/{master}/cmdline").read_bytes().decode().split("\0")[:-1]

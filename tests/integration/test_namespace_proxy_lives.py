@@ -32,6 +32,7 @@ from support.namespace_proxy import (
 pytestmark = pytest.mark.root
 
 _MODES = ("--daemonize", "--nodaemonize")
+_COMMAND = (sys.executable, "-m", "imdsproxy", "namespace-proxy")
 _NOBODY = pwd.getpwnam("nobody")
 _NOGROUP = grp.getgrnam("nogroup")
 
@@ -49,44 +50,34 @@ def place(shared: Place) -> Iterator[Place]:
     shared.clear()
 
 
-def _write_settings(place: Place, text: str) -> tuple[str, ...]:
-    """The words that have this section of the settings read."""
-    file = place.state / "imdsproxy.yaml"
-    file.write_text(text)
-    return ("--config", str(file))
-
-
-@pytest.mark.parametrize(
-    "program", [(PROGRAM,), (sys.executable, "-m", "imdsproxy", "namespace-proxy")], ids=len
-)
+@pytest.mark.parametrize("before", [(PROGRAM,), _COMMAND, ("-m", "imdsproxy", "CONFIG")], ids=len)
 def test_a_proxy_is_what_the_settings_and_the_environment_say(
-    place: Place, program: tuple[str, ...]
+    place: Place, before: tuple[str, ...]
 ) -> None:
-    named = _write_settings(
-        place,
+    file = place.state / "imdsproxy.yaml"
+    file.write_text(
         f"namespace_proxy:\n  state_path: {place.state}\n  metadata_port: 81\n"
         "  metadata_proxy_user: nobody\n  metadata_proxy_group: nogroup\n",
     )
+    named = ("--config", str(file))
     words = (f"--network-id={NETWORK}", f"--pid-file={place.pid_file}")
     variables = {"IMDSPROXY_NAMESPACE_PROXY__METADATA_PORT": "80"}
-    started = place.run(*named, *words, program=program, environment=variables)
+    if "CONFIG" in before:
+        # The program's own option stands before the command.
+        program = (*_COMMAND[:-1], *named, _COMMAND[-1])
+        started = place.run(*words, program=program, environment=variables)
+        before = _COMMAND
+    else:
+        started = place.run(*named, *words, program=before, environment=variables)
     assert (started.status, started.errors) == (0, "")
     assert place.guest.ask("/").status == 200
     assert process_status(place.pid())["Uid"] == [str(_NOBODY.pw_uid)] * 4
     assert place.config.exists()
     os.kill(place.pid(), signal.SIGTERM)
     until(lambda: place.proxies() == [])
-    assert place.run(*named, "cleanup", NETWORK, program=program).status == 64
-    assert place.run("cleanup", NETWORK, *named, program=program) == Started(0, "", "")
+    assert place.run(*named, "cleanup", NETWORK, program=before).status == 64
+    assert place.run("cleanup", NETWORK, *named, program=before) == Started(0, "", "")
     assert not place.config.exists()
-
-
-def test_the_programs_own_option_for_settings_stands_before_the_command_too(place: Place) -> None:
-    named = _write_settings(place, f"namespace_proxy: {{state_path: {place.state}}}\n")
-    program = (sys.executable, "-m", "imdsproxy", *named, "namespace-proxy")
-    started = place.run(f"--network-id={NETWORK}", "--metadata-port=80", program=program)
-    assert (started.status, started.errors) == (0, "")
-    assert place.guest.ask("/").status == 200
 
 
 # In the background
@@ -119,42 +110,32 @@ def test_haproxy_is_a_daemon_that_holds_nothing_of_who_started_it(place: Place) 
     assert int(status["PPid"][0]) != os.getpid()
 
 
+@pytest.mark.parametrize("mode", _MODES)
 @pytest.mark.parametrize(
-    ("user", "group", "mode"),
+    ("user", "group", "gid"),
     [
-        ("nobody", "nogroup", "--daemonize"),
-        (str(_NOBODY.pw_uid), str(_NOGROUP.gr_gid), "--nodaemonize"),
+        ("nobody", "nogroup", _NOGROUP.gr_gid),
+        (str(_NOBODY.pw_uid), str(_NOGROUP.gr_gid), _NOGROUP.gr_gid),
+        # Without a group it keeps the agent's, and no other.
+        ("nobody", "", 4),
     ],
 )
 def test_the_account_is_taken_with_none_of_roots_groups(
-    place: Place, user: str, group: str, mode: str
+    place: Place, user: str, group: str, gid: int, mode: str
 ) -> None:
     words = (f"--metadata_proxy_user={user}", f"--metadata_proxy_group={group}")
-    who = ("/usr/bin/setpriv", "--groups", f"0,{_NOGROUP.gr_gid},4", PROGRAM)
+    who = ("/usr/bin/setpriv", "--regid", "4", "--groups", f"0,{_NOGROUP.gr_gid},12", PROGRAM)
     if mode == "--daemonize":
         assert place.run(*place.words(*words), program=who).status == 0
     else:
         place.open(*words, program=who)
     status = process_status(place.pid())
     assert status["Uid"] == [str(_NOBODY.pw_uid)] * 4
-    assert status["Gid"] == [str(_NOGROUP.gr_gid)] * 4
+    assert status["Gid"] == [str(gid)] * 4
     assert status["Groups"] == []
     assert status["CapEff"] == ["0" * 16]
     # A port below 1024 was bound before.
     assert place.guest.ask("/").status == 200
-
-
-@pytest.mark.parametrize("mode", _MODES)
-def test_an_account_without_a_group_keeps_the_agents_and_no_other(place: Place, mode: str) -> None:
-    who = ("/usr/bin/setpriv", "--regid", "4", "--groups", "0,12", PROGRAM)
-    if mode == "--daemonize":
-        assert place.run(*place.words("--metadata_proxy_user=nobody"), program=who).status == 0
-    else:
-        place.open("--metadata_proxy_user=nobody", program=who)
-    status = process_status(place.pid())
-    assert status["Uid"] == [str(_NOBODY.pw_uid)] * 4
-    assert status["Gid"] == ["4"] * 4
-    assert status["Groups"] == []
 
 
 def test_what_an_agent_puts_into_the_environment_stays(place: Place) -> None:
@@ -371,11 +352,6 @@ def test_a_request_is_logged_with_the_uuid_in_the_tag(place: Place) -> None:
     assert f"haproxy-metadata-proxy-{NETWORK}[" in line
     assert "GET /latest/meta-data/ HTTP/1.1" in line
     assert "10.0.0.5" in line
-
-
-def test_a_missing_log_costs_nothing(place: Place) -> None:
-    place.start("--use-syslog")
-    assert place.guest.ask("/a").body == b"/a"
 
 
 # What listens

@@ -60,15 +60,12 @@ _Item = TypeVar("_Item")
 
 
 @dataclass(slots=True)
-class _Work:
+class _Work(Affected):
     """What is still to be done; merged from round to round until it is."""
 
-    instances: set[InstanceId] = field(default_factory=set)
-    addresses: set[AddressKey] = field(default_factory=set)
-    networks: set[NetworkId] = field(default_factory=set)
     everything: bool = False
 
-    def add(self, other: Affected | _Work) -> None:
+    def add(self, other: Affected) -> None:
         self.networks |= other.networks
         self.instances |= other.instances
         self.addresses |= other.addresses

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from imdsproxy.config.schema import Settings
 from imdsproxy.controller import build
+from imdsproxy.dataplane.layout import Layout
 from imdsproxy.host.clock import SystemClock
 from imdsproxy.sources.libvirt.client import SystemLibvirt
 from imdsproxy.sources.libvirt.records import Selection
@@ -56,3 +58,12 @@ def test_libvirt_is_asked_as_the_settings_say() -> None:
     assert source._client._uri == "test:///default"
     assert source._known._selection == Selection(frozenset({"default"}), marked_only=True)
     assert source._reread_s == 5.0
+
+
+def test_a_document_server_finds_modules_where_its_controller_does() -> None:
+    """Else a controller that runs from a work tree starts the document server of the installed package."""
+    environment = {"PYTHONPATH": "/srv/src", "IMDSPROXY_LOG__LEVEL": "debug", "HOME": "/root"}
+    settings = Settings()
+    companion = build.build_companion(settings, Layout.of(settings), None, environment)
+    expected = {"PYTHONPATH": "/srv/src", "IMDSPROXY_LOG__LEVEL": "debug"}
+    assert companion.environment == {**expected, "PATH": os.defpath, "LANG": "C.UTF-8"}

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imdsproxy.core.haproxy.maps import parse_map, render_map
+from imdsproxy.core.haproxy.maps import render_map
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import HostRefused, RuntimeUnavailable
@@ -162,17 +162,3 @@ def test_after_any_history_all_workers_and_the_disk_say_what_was_wanted_last(
                 assert rig.on_disk(key) == expected.get(key)
 
     _in_rig(work, compact_above=compact_above)
-
-
-async def test_a_grown_overlay_is_folded_into_the_base(rig: Rig) -> None:
-    rig.applier.compact_above = 5
-    await rig.start({f"n/{number}": "a|1" for number in range(40)})
-    for number in range(12):
-        await rig.applier.apply({f"n/{number}": None if number % 3 else "b|1"})
-    generation, base = parse_map(rig.base.read_text())
-    assert generation != "1"
-    assert len(rig.applier.state.overlay) <= 5
-    assert base["n/0"] == "b|1"
-    assert rig.answers("n/0") == {"b|1"}
-    assert rig.answers("n/1") == {None}
-    assert rig.answers("n/20") == {"a|1"}

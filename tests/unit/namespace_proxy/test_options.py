@@ -62,32 +62,6 @@ def test_an_option_is_taken_in_each_spelling(
     assert parse(*words) == changes
 
 
-def test_the_command_line_of_an_old_agent_is_understood() -> None:
-    found = parse(
-        f"--pid_file=/run/{_UUID}.pid",
-        "--metadata_proxy_socket=/var/lib/neutron/metadata_proxy",
-        f"--router_id={_UUID}",
-        "--state_path=/var/lib/neutron",
-        "--metadata_port=9697",
-        "--metadata_proxy_user=107",
-        "--metadata_proxy_group=112",
-        "--nometadata_proxy_watch_log",
-        "--debug",
-        f"--log-file=neutron-ns-metadata-proxy-{_UUID}.log",
-        "--log-dir=/var/log/neutron",
-    )
-    assert found == {
-        "pidfile": f"/run/{_UUID}.pid",
-        "proxy_socket": "/var/lib/neutron/metadata_proxy",
-        "router_id": _UUID,
-        "state_path": "/var/lib/neutron",
-        "port": "9697",
-        "user": "107",
-        "group": "112",
-        "debug": True,
-    }
-
-
 @pytest.mark.parametrize(
     ("words", "what"),
     [

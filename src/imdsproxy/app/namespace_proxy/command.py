@@ -31,7 +31,7 @@ from imdsproxy.host.refusal import host_refused
 _INTERRUPTED: Final = 130
 _STANDARD_ERROR: Final = 2
 _SECTION: Final = "namespace_proxy"
-_SWITCHES: Final = ("debug", "use_syslog")
+_SWITCHES: Final = ("debug", "use-syslog")
 _IN_FILES: Final = (
     "state_path metadata_port metadata_proxy_socket metadata_proxy_user metadata_proxy_group "
     "syslog_log_facility debug use_syslog"
@@ -208,9 +208,9 @@ def parse_command_line(
         SystemExit: --help was asked for, and given.
     """
     if list(arguments[:1]) == ["cleanup"]:
-        found = vars(_clean_up_parser(program).parse_args(list(arguments[1:])))
+        found = vars(_clean_up_parser(program).parse_args(list(map(_respell, arguments[1:]))))
     else:
-        found = vars(_run_parser(program).parse_args(list(arguments)))
+        found = vars(_run_parser(program).parse_args(list(map(_respell, arguments))))
     given = {name: value for name, value in found.items() if value is not None}
     settings = read_settings(Path(given["config"]) if "config" in given else config, environment)
     state_path = str(settings.get("state_path", DEFAULT_STATE_PATH))
@@ -261,44 +261,38 @@ def _run_parser(program: str) -> argparse.ArgumentParser:
     )
     _add_options(parser, _OPTIONS)
     for name in _IGNORED_VALUES.split():
-        _add_value(parser, name, "IGNORED", argparse.SUPPRESS)
+        _add_options(parser, f"{name} IGNORED: ")
     for name in _IGNORED_SWITCHES.split():
-        _add_switch(parser, name, argparse.SUPPRESS, argparse.SUPPRESS)
+        _add_options(parser, f"{name}: ")
     return parser
+
+
+def _respell(word: str) -> str:
+    """An option as it is spelled today: with dashes, and a switch that is off as `--no-NAME`, not `--noNAME`."""
+    name, equals, value = word.partition("=")
+    if not name.startswith("--"):
+        return word
+    name = name.replace("_", "-")
+    off = name.startswith("--no") and name[4:] in (
+        "daemonize",
+        *_SWITCHES,
+        *_IGNORED_SWITCHES.split(),
+    )
+    return f"--no-{name[4:]}{equals}{value}" if off else f"{name}{equals}{value}"
 
 
 def _add_options(parser: argparse.ArgumentParser, table: str) -> None:
     for row in table.splitlines():
         option, _, text = row.partition(": ")
         name, _, metavar = option.partition(" ")
+        on, _, off = (part or argparse.SUPPRESS for part in text.partition("| "))
         if metavar:
-            _add_value(parser, name, metavar, text)
-        else:
-            on, _, off = text.partition("| ")
-            _add_switch(parser, name, on, off or argparse.SUPPRESS)
-
-
-def _add_value(parser: argparse.ArgumentParser, name: str, metavar: str, text: str) -> None:
-    under = name.replace("-", "_")
-    action = "append" if name in {"config-file", "config-dir"} else "store"
-    for spelling in dict.fromkeys((name, under)):
-        shown = text if spelling == name else argparse.SUPPRESS
-        parser.add_argument(f"--{spelling}", dest=under, metavar=metavar, help=shown, action=action)
-
-
-def _add_switch(parser: argparse.ArgumentParser, name: str, on: str, off: str) -> None:
-    """`--NAME`, and its opposite as it is spelled today, as oslo.config spells it, and with underscores."""
-    under = name.replace("-", "_")
-    shown = {f"--{name}": on, f"--no-{name}": off}
-    spellings = (f"--{no}{one}" for no in ("", "no-", "no", "no_") for one in (name, under))
-    for spelling in dict.fromkeys(spellings):
-        parser.add_argument(
-            spelling,
-            dest=under,
-            default=None,
-            help=shown.get(spelling, argparse.SUPPRESS),
-            action="store_false" if spelling.startswith("--no") else "store_true",
-        )
+            action = "append" if name in {"config-file", "config-dir"} else "store"
+            parser.add_argument(f"--{name}", metavar=metavar, help=on, action=action)
+            continue
+        under = name.replace("-", "_")
+        parser.add_argument(f"--{name}", action="store_true", default=None, help=on)
+        parser.add_argument(f"--no-{name}", dest=under, action="store_false", help=off)
 
 
 def read_settings(
@@ -385,7 +379,7 @@ def read_ini_files(
             continue
         try:
             value = expand_value(option.value, look_up)
-            values[name] = _decide(value) if name in _SWITCHES else value
+            values[name] = _decide(value) if name.replace("_", "-") in _SWITCHES else value
         except ValueError as error:
             problem = Problem(option.name, str(error), file=option.file, line=option.line)
             message = "a configuration file makes no sense"
