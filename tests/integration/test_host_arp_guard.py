@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from imdsproxy.core.model import InterfaceListener, Network, NetworkId
 from imdsproxy.listeners.host import NftTable
 from imdsproxy.listeners.nft_scripts import render_arp_guard
 from support.hostlab import HostLab
@@ -54,7 +55,8 @@ def test_only_the_device_of_an_interface_listener_answers(
     def guard(*devices: str) -> None:
         """As a fresh process does."""
         table = NftTable("", "", str(program))
-        asyncio.run(table.apply(render_arp_guard("imdst", frozenset(devices))))
+        networks = [Network(NetworkId(one), InterfaceListener(one)) for one in devices]
+        assert asyncio.run(table.apply(render_arp_guard("imdst", networks))) == ()
 
     assert [_is_answered(lab, guest) for guest in guests] == [True, True]
     guard("tap0")

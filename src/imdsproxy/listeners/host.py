@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Coroutine, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -31,8 +31,6 @@ from imdsproxy.host.process import run_program
 from imdsproxy.host.refusal import refusing
 from imdsproxy.listeners.apply import apply_ops
 from imdsproxy.listeners.nft_scripts import (
-    Diversion,
-    answering_devices,
     plan_diversions,
     render_arp_guard,
     render_diversions,
@@ -72,6 +70,8 @@ class SystemHost:
         seen: The host as of the last round.
         known: The same, `None` when all of it has to be looked at again.
         operations: Ops so far, by `ok` and `failed`.
+        arp_guard: Keeps the host from answering ARP for the metadata address where no network listens on its device.
+        diverter: Redirects frames for the metadata address to our veths on bridges that have one.
     """
 
     def __init__(self, observer: HostObserver, *, links: Path, journal: Path) -> None:
@@ -85,11 +85,11 @@ class SystemHost:
         self._networks: Mapping[NetworkId, Network] = {}
         self._dirty: set[NetworkId] = set()
         self._pids: Collection[int] = ()
-        self._arp_guard = NftTable(
+        self.arp_guard = NftTable(
             "cannot keep the host from answering ARP for 169.254.169.254 on other devices",
             "until then guests of other networks may reach the wrong one: nft list tables arp",
         )
-        self._diverter = NftTable(
+        self.diverter = NftTable(
             "cannot redirect guests' packets for 169.254.169.254 that go to their gateway",
             "until then guests of bridges need a route, by DHCP option 121",
         )
@@ -125,7 +125,7 @@ class SystemHost:
         """
         self._pids = our_pids
         # First of all: from the moment that an address is there, the host answers for it. A look changes nothing.
-        guarding = _problems_of(self.apply_arp_guard(answering_devices(networks.values())))
+        guarding = self.arp_guard.apply(render_arp_guard(self.naming.prefix, networks.values()))
         problems, self.seen = await asyncio.gather(guarding, self._observe(networks))
         failures: tuple[OpFailure, ...] = ()
         operations = 0
@@ -152,7 +152,8 @@ class SystemHost:
             self.seen = await self._observe(networks)
         problems += tuple(Problem("host", one.reason, one.hint) for one in failures)
         diversions = plan_diversions(networks, self.seen, self.naming)
-        problems += await _problems_of(self.apply_diversions(diversions))
+        script = render_diversions(self.naming.prefix, diversions)
+        problems += await self.diverter.apply(script)
         return explain_pending(plan, failures), problems, operations
 
     async def _observe(self, networks: Mapping[NetworkId, Network]) -> ObservedHost:
@@ -240,24 +241,6 @@ class SystemHost:
             {name: os.path.join(base, target) for name, target in links.items()},  # noqa: PTH118 - a Path for each network takes ten times as long
         )
 
-    async def apply_arp_guard(self, devices: frozenset[str]) -> None:
-        """Make the host answer ARP for the metadata address on these devices only.
-
-        Raises:
-            HostRefused: It cannot be kept from answering elsewhere.
-        """
-        script = render_arp_guard(self.naming.prefix, devices)
-        await self._arp_guard.apply(script)
-
-    async def apply_diversions(self, diversions: tuple[Diversion, ...]) -> None:
-        """Redirect frames for the metadata address to our veths on these bridges, and on no others.
-
-        Raises:
-            HostRefused: They still go to the guests' gateways.
-        """
-        script = render_diversions(self.naming.prefix, diversions)
-        await self._diverter.apply(script)
-
     async def neighbour(self, network: Network, address: IpAddress) -> MacAddress | None:
         """The MAC that the kernel has for an address behind a network's listener, if it has one."""
         place = place_of(network, self.naming)
@@ -270,14 +253,6 @@ def _ask(address: IpAddress, device: str | None) -> MacAddress | None:
         if device is not None and link is None:
             return None
         return neighbour_mac(channel, address, index=0 if link is None else link.index)
-
-
-async def _problems_of(work: Coroutine[object, object, None]) -> tuple[Problem, ...]:
-    try:
-        await work
-    except HostRefused as error:
-        return (Problem("host", error.message, error.hint),)
-    return ()
 
 
 @dataclass(slots=True)
@@ -296,33 +271,33 @@ class NftTable:
     program: str = "nft"
     applied: str | None = None
 
-    async def apply(self, script: str) -> None:
-        """Run a script that replaces the table, if another one was run last.
+    async def apply(self, script: str) -> tuple[Problem, ...]:
+        """Run a script that replaces the table, if another one was run last; what is in the way of it.
 
         Args:
             script: For nft(8); without a block it only removes the table.
-
-        Raises:
-            HostRefused: nft is not installed, refuses, or hangs.
         """
         wanted = script if "{" in script else ""
         if wanted == self.applied:
-            return
+            return ()
         try:
             status, output = await run_program(
                 self.program, "-f", "-", deadline_s=_NFT_DEADLINE_S, text=script
             )
-        except FileNotFoundError as error:
+        except FileNotFoundError:
             # Without the program there can be no table.
             if wanted or self.applied is not None:
-                raise HostRefused(
-                    f"{self.failing}: no nft", hint=f"apt install nftables; {self.until}"
-                ) from error
+                hint = f"apt install nftables; {self.until}"
+                return (Problem("host", f"{self.failing}: no nft", hint),)
             status, output = 0, ""
+        except HostRefused as error:
+            return (Problem("host", error.message, error.hint),)
         # A kernel that knows no such tables refuses to remove one as well: then there is none.
         if status != 0 and (wanted or self.applied):
-            raise HostRefused(f"{self.failing}: nft refuses: {output[:500]}", hint=self.until)
+            reason = f"{self.failing}: nft refuses: {output[:500]}"
+            return (Problem("host", reason, self.until),)
         self.applied = wanted
+        return ()
 
 
 def haproxy_name(directory: Path) -> str:

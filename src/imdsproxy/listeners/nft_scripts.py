@@ -109,20 +109,15 @@ def render_diversions(table: str, diversions: Iterable[Diversion]) -> str:
     return _replace_table("bridge", table, body if given else [])
 
 
-def answering_devices(networks: Iterable[Network]) -> frozenset[str]:
-    """The host's own devices on which it may answer ARP for the metadata address."""
-    return frozenset(
-        one.listener.device for one in networks if isinstance(one.listener, InterfaceListener)
-    )
-
-
-def render_arp_guard(table: str, devices: frozenset[str]) -> str:
-    """A script that replaces the table of that name at once; without devices it only removes it.
+def render_arp_guard(table: str, networks: Iterable[Network]) -> str:
+    """A script that replaces the table of that name at once; without interface listeners it only removes it.
 
     Args:
         table: Our own table of family `arp`.
-        devices: `answering_devices`.
+        networks: All of them.
     """
+    listeners = (one.listener for one in networks)
+    devices = {one.device for one in listeners if isinstance(one, InterfaceListener)}
     names = ", ".join(map(_quoted, sorted(devices)))
     body = [
         "  chain input {",

@@ -35,17 +35,27 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.core.observation import Observation
 from imdsproxy.dataplane.layout import Layout
-from imdsproxy.errors import HostRefused
+from imdsproxy.errors import Problem
 from imdsproxy.host.clock import SystemClock
-from imdsproxy.listeners.host import KeptNetworks, SystemHost
+from imdsproxy.listeners.host import KeptNetworks, NftTable, SystemHost
 from imdsproxy.listeners.loop import ListenerLoop, choose_exporter
-from imdsproxy.listeners.nft_scripts import Diversion
 from imdsproxy.listeners.observe import HostObserver
 from imdsproxy.listeners.plan import HostOp, ManagedPlace, OpFailure
 from imdsproxy.unix_listener.listener import UnixListener
 from imdsproxy.unix_listener.settings import UnixListenerSettings
 from support.fake_haproxy import FakeHaproxy, control_fake
 from support.fake_mac_filters import no_hop_limits, no_mac_filters
+
+
+class FakeTable(NftTable):
+    def __init__(self) -> None:
+        super().__init__("", "")
+        self.scripts: list[str] = []
+        self.problems: tuple[Problem, ...] = ()
+
+    async def apply(self, script: str) -> tuple[Problem, ...]:
+        self.scripts.append(script)
+        return self.problems
 
 
 class FakeHost(SystemHost):
@@ -59,8 +69,8 @@ class FakeHost(SystemHost):
         self.links: dict[str, str] = {}
         self.refusal = ""
         self.done: list[HostOp] = []
-        self.answering: frozenset[str] | None = None
-        self.unguarded = ""
+        self.arp_guard = self.guard = FakeTable()
+        self.diverter = FakeTable()
 
     def make(self, name: str, inode: int) -> None:
         self.namespaces[name] = ObservedNamespace(
@@ -90,14 +100,6 @@ class FakeHost(SystemHost):
 
     def managed(self) -> frozenset[ManagedPlace]:
         return frozenset()
-
-    async def apply_arp_guard(self, devices: frozenset[str]) -> None:
-        self.answering = devices
-        if self.unguarded:
-            raise HostRefused(self.unguarded)
-
-    async def apply_diversions(self, diversions: tuple[Diversion, ...]) -> None:
-        del diversions
 
     def apply_links(self, links: Mapping[str, str]) -> None:
         self.links = dict(links)
@@ -305,11 +307,11 @@ async def test_the_host_answers_arp_only_where_a_network_listens_on_its_device_o
     tmp_path: Path,
 ) -> None:
     async with _rig(tmp_path) as rig:
-        assert rig.host.answering == frozenset()
+        assert "virbr0" not in rig.host.guard.scripts[-1]
         rig.add(InterfaceListener("virbr0"))
         await rig.settle("networks changed", "red")
-        assert rig.host.answering == {"virbr0"}
-        rig.host.unguarded = "no nft"
+        assert "virbr0" in rig.host.guard.scripts[-1]
+        rig.host.guard.problems = (Problem("host", "no nft"),)
         rig.host.make("red", 7)
         rig.say("red")
         await rig.settle("networks changed", "red")

@@ -23,7 +23,6 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.listeners.nft_scripts import (
     Diversion,
-    answering_devices,
     plan_diversions,
     render_arp_guard,
     render_diversions,
@@ -81,21 +80,15 @@ def test_without_diversions_the_table_is_only_removed() -> None:
     assert render_diversions("imds", ()) == "table bridge imds\ndelete table bridge imds\n"
 
 
-def test_only_devices_of_interface_listeners_answer_arp() -> None:
-    networks = [
-        Network(NetworkId("a"), InterfaceListener("virbr0")),
-        Network(NetworkId("b"), BridgeListener("br1")),
-    ]
-    assert answering_devices(networks) == {"virbr0"}
-    assert answering_devices([]) == frozenset()
+def _arp_guard(**listeners: Listener) -> str:
+    given = [Network(NetworkId(name), one) for name, one in listeners.items()]
+    return render_arp_guard("imds", given)
 
 
-def test_the_arp_rule_replaces_the_one_before_in_one_transaction() -> None:
-    script = render_arp_guard("imds", frozenset({"virbr1", "virbr0"}))
+def test_only_devices_of_interface_listeners_answer_arp_by_a_rule_that_replaces_the_last() -> None:
+    one, other = (InterfaceListener(name) for name in ("virbr1", "virbr0"))
+    script = _arp_guard(a=one, b=BridgeListener("br1"), c=other)
     assert script.splitlines()[:2] == ["table arp imds", "delete table arp imds"]
     assert 'iifname != { "virbr0", "virbr1" }' in script
     assert "169.254.169.254 drop" in script
-
-
-def test_without_devices_the_arp_table_is_only_removed() -> None:
-    assert render_arp_guard("imds", frozenset()) == "table arp imds\ndelete table arp imds\n"
+    assert _arp_guard(b=BridgeListener("br1")) == "table arp imds\ndelete table arp imds\n"
