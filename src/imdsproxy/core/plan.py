@@ -8,7 +8,7 @@ from ipaddress import ip_address
 from typing import Final
 
 from imdsproxy.core.addresses import link_local_of, text_of
-from imdsproxy.core.identity import Learned, holds
+from imdsproxy.core.identity import Learned, holds, port_at
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Instance, InstanceId, NetworkId, Upstream
 from imdsproxy.core.nova import NovaRouting
@@ -112,16 +112,11 @@ def policy_place(
 
 def _project_at(instance: Instance, place: AddressKey) -> str | None:
     """The project of the port that has the address."""
-    network, address = place
-    projects = _projects_in(instance, network)
+    projects = _projects_in(instance, place[0])
     if len(projects) == 1:
         return projects.pop()
-    for port in (port for port in instance.ports if port.network == network):
-        if address in port.addresses or (
-            port.mac is not None and address == link_local_of(port.mac)
-        ):
-            return port.project or instance.project
-    return None
+    port = port_at(instance, place)
+    return None if port is None else port.project or instance.project
 
 
 def _projects_in(instance: Instance, network: NetworkId) -> set[str | None]:

@@ -12,7 +12,7 @@ import errno
 import socket
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Final, Generic, Self, TypeVar
 
@@ -49,11 +49,11 @@ _AT_ONCE: Final = 256
 T = TypeVar("T")
 
 
+@dataclass(eq=False)
 class Stream(Generic[T]):
     """An asynchronous iterator without an end, fed by callbacks; it raises what failed in them."""
 
-    def __init__(self) -> None:
-        self._items: asyncio.Queue[T | DataplaneError] = asyncio.Queue()
+    _items: asyncio.Queue[T | DataplaneError] = field(default_factory=asyncio.Queue, init=False)
 
     def __aiter__(self) -> Self:
         return self
@@ -76,46 +76,36 @@ class Stream(Generic[T]):
             self._items.put_nowait(error)
 
 
+@dataclass(eq=False)
 class KernelEvents(Stream[T]):
     """The messages of some multicast groups. An asynchronous context manager.
 
-    Args:
+    Attributes:
         protocol: `socket.NETLINK_ROUTE` or NETLINK_NETFILTER.
         groups: Their numbers.
         about: Their subject, for an error's message.
         parse: The items in a message, given its type, payload and the id of its namespace; `None` for our own.
         lost: The item that says that messages were lost.
-
-    Attributes:
         hears_all: Whether other namespaces are heard too (takes CAP_NET_BROADCAST).
     """
 
-    def __init__(
-        self,
-        protocol: int,
-        groups: Iterable[int],
-        about: str,
-        parse: Callable[[int, bytes, int | None], Iterable[T]],
-        lost: T,
-    ) -> None:
-        super().__init__()
-        self._protocol = protocol
-        self._groups = sum(1 << (group - 1) for group in groups)
-        self._about = about
-        self._parse = parse
-        self._lost = lost
-        self.hears_all = False
+    protocol: int
+    groups: Iterable[int]
+    about: str
+    parse: Callable[[int, bytes, int | None], Iterable[T]]
+    lost: T
+    hears_all: bool = field(default=False, init=False)
 
     async def __aenter__(self) -> Self:
         flags = socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
-        with refusing(f"watch {self._about}"):
-            self._socket = socket.socket(socket.AF_NETLINK, flags, self._protocol)
+        with refusing(f"watch {self.about}"):
+            self._socket = socket.socket(socket.AF_NETLINK, flags, self.protocol)
             with contextlib.suppress(PermissionError):  # a small buffer overflows, and says so
                 self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
             with contextlib.suppress(PermissionError):
                 self._socket.setsockopt(SOL_NETLINK, _LISTEN_ALL_NSID, 1)
                 self.hears_all = True
-            self._socket.bind((0, self._groups))
+            self._socket.bind((0, sum(1 << (group - 1) for group in self.groups)))
         asyncio.get_running_loop().add_reader(self._socket.fileno(), self.attempt, self._receive)
         return self
 
@@ -131,12 +121,12 @@ class KernelEvents(Stream[T]):
                 return
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
-                    raise host_refused(f"hear of {self._about}", error) from error
-                self.put(self._lost)
+                    raise host_refused(f"hear of {self.about}", error) from error
+                self.put(self.lost)
                 continue
             nsid = _nsid_of(ancillary)
             for kind, _, _, payload in iter_messages(data):
-                for item in self._parse(kind, payload, nsid):
+                for item in self.parse(kind, payload, nsid):
                     self.put(item)
 
 

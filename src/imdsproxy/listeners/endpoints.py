@@ -15,7 +15,6 @@ from imdsproxy.core.hoststate import (
     Effect,
     Family,
     ListeningSocket,
-    NamespaceRef,
     ObservedNamespace,
 )
 from imdsproxy.core.model import METADATA_PORT, Network, NetworkId
@@ -227,32 +226,24 @@ _OWN_NAMESPACE = "/proc/self/ns/net"
 """Target of a link for binds in the host's own namespace."""
 
 
-def link_name(namespace: NamespaceRef | None, device_index: int = 0) -> str:
+def link_name(endpoint: Endpoint) -> str | None:
     """A name that changes when the namespace or the device is another one under the same name.
 
     HAProxy hands listening sockets to its next worker by name, also those of a namespace or device that
-    was deleted and made again; inode and index distinguish them.
-
-    Args:
-        namespace: `None` for the host's own.
-        device_index: Of the device that is bound to, 0 without one.
+    was deleted and made again; inode and index distinguish them. `None` for the host's own namespace without a device.
     """
-    place = "host@0" if namespace is None else f"{namespace.name}@{namespace.inode}"
-    return f"{place}.{device_index}" if device_index else place
-
-
-def _needs_link(endpoint: Endpoint) -> bool:
-    return endpoint.namespace is not None or endpoint.device_index != 0
+    namespace, index = endpoint.namespace, endpoint.device_index
+    if namespace is None:
+        return f"host@0.{index}" if index else None
+    return f"{namespace.name}@{namespace.inode}" + (f".{index}" if index else "")
 
 
 def plan_links(endpoints: Iterable[Endpoint]) -> dict[str, str]:
     """The symbolic links that HAProxy needs at every load: link name to namespace name or path."""
     return {
-        link_name(endpoint.namespace, endpoint.device_index): _OWN_NAMESPACE
-        if endpoint.namespace is None
-        else endpoint.namespace.name
-        for endpoint in endpoints
-        if _needs_link(endpoint)
+        name: _OWN_NAMESPACE if one.namespace is None else one.namespace.name
+        for one in endpoints
+        if (name := link_name(one)) is not None
     }
 
 
@@ -265,15 +256,13 @@ def plan_binds(endpoints: Iterable[Endpoint], links: str) -> tuple[Bind, ...]:
     """
     return tuple(
         Bind(
-            network=endpoint.network,
-            address=endpoint.address,
-            port=endpoint.port,
-            device=endpoint.device,
-            namespace=f"{links}/{link_name(endpoint.namespace, endpoint.device_index)}"
-            if _needs_link(endpoint)
-            else None,
+            network=one.network,
+            address=one.address,
+            port=one.port,
+            device=one.device,
+            namespace=None if (name := link_name(one)) is None else f"{links}/{name}",
         )
-        for endpoint in endpoints
+        for one in endpoints
     )
 
 

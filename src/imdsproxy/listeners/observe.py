@@ -7,7 +7,7 @@ is a part that `core.hoststate.merge_observed` lays over what was known.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -56,28 +56,21 @@ _HOST_ROUTE: Final = 32
 _TRIES = 3
 
 
+@dataclass(eq=False)
 class HostObserver:
     """Looks at the host.
 
-    Args:
+    Attributes:
         thread: Where namespaces are entered.
         naming: How our own objects are named.
-        owners: Finds who holds a socket; handed in by tests.
+        owners: Finds who holds a socket.
         dmi: Where the kernel shows SMBIOS.
     """
 
-    def __init__(
-        self,
-        thread: NamespaceThread,
-        naming: Naming,
-        owners: SocketOwners | None = None,
-        *,
-        dmi: Path = DMI,
-    ) -> None:
-        self._dmi = dmi
-        self.thread = thread
-        self.naming = naming
-        self._owners = owners or SocketOwners()
+    thread: NamespaceThread
+    naming: Naming
+    owners: SocketOwners = field(default_factory=SocketOwners)
+    dmi: Path = DMI
 
     async def observe(
         self,
@@ -164,7 +157,7 @@ class HostObserver:
     def _find_owners(
         self, places: Iterable[ObservedNamespace], our_pids: frozenset[int]
     ) -> dict[int, ListeningSocket]:
-        return self._owners.resolve((one for place in places for one in place.sockets), our_pids)
+        return self.owners.resolve((one for place in places for one in place.sockets), our_pids)
 
     def _namespace(self, name: str, wanted: set[str | None]) -> ObservedNamespace | None:
         try:
@@ -183,7 +176,7 @@ class HostObserver:
             devices, addresses = _devices_and_addresses(channel)
             own = ref is not None and self.naming.is_namespace(ref.name)
             routes = default_routes(channel, devices.values()) if own else frozenset()
-            metadata = own_metadata(channel, self._dmi) if ref is None else ""
+            metadata = own_metadata(channel, self.dmi) if ref is None else ""
         sockets: list[ListeningSocket] = []
         if wanted:
             names = {one.index: one.name for one in devices.values()}

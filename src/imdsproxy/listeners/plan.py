@@ -37,6 +37,8 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.listeners.endpoints import listen
 
+_NAMING = Naming()
+
 
 @dataclass(frozen=True, slots=True)
 class AttachBridge:
@@ -175,7 +177,7 @@ PlanMemo: TypeAlias = dict[NetworkId, tuple[Network, ObservedNamespace | None, t
 def plan_listeners(
     networks: Mapping[NetworkId, Network],
     observed: ObservedHost,
-    naming: Naming | None = None,
+    naming: Naming = _NAMING,
     *,
     sweep: bool = True,
     managed: Collection[ManagedPlace] | None = None,
@@ -194,7 +196,6 @@ def plan_listeners(
         memo: Empty at first and then the same one again: most of a plan is that of before.
         first: The networks that HAProxy is configured for: they keep a listener that another one claims too.
     """
-    naming = naming or Naming()
     memo = {} if memo is None else memo
     shared = find_shared(networks.values(), observed, first)
     planned: list[Planned] = []
@@ -431,8 +432,14 @@ def find_shared(
     places: dict[str | int, dict[str | None, NetworkId]] = {}
     shared: dict[NetworkId, NetworkId] = {}
     for network in sorted(networks, key=lambda one: (not unchanged(one), one.id)):
-        place, device = _whereabouts(network, observed)
-        taken = places.setdefault(place, {})
+        place = place_of(network, _NAMING)
+        seen = observed.namespaces.get(place.namespace or "", _NOTHING)
+        # Two names may lead to one namespace (`ip netns attach`): the inode is its identity.
+        where = f"namespace {place.namespace}" if seen.ref is None else seen.ref.inode
+        device = place.device
+        if place.host_devices:
+            where, device = f"device {place.host_devices[0]}", None
+        taken = places.setdefault(where, {})
         holders = taken.values() if device is None else (taken.get(None), taken.get(device))
         holder = next((one for one in holders if one is not None), None)
         if holder is None:
@@ -440,20 +447,6 @@ def find_shared(
         else:
             shared[network.id] = holder
     return shared
-
-
-def _whereabouts(network: Network, observed: ObservedHost) -> tuple[str | int, str | None]:
-    """What a network's listener is in, and its device there (`None`: all)."""
-    match network.listener:
-        case NamespaceListener(namespace, device):
-            seen = observed.namespaces.get(namespace)
-            # Two names may lead to one namespace (`ip netns attach`): the inode is its identity.
-            ref = None if seen is None else seen.ref
-            return f"namespace {namespace}" if ref is None else ref.inode, device
-        case InterfaceListener(device) | BridgeListener(device):
-            return f"device {device}", None
-        case never:
-            assert_never(never)
 
 
 def plan_sweep(

@@ -15,13 +15,14 @@ import os
 import select
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, Self, TypeVar
 
 from imdsproxy.core.hoststate import NamespaceRef, ObservedHost, merge_observed
 from imdsproxy.core.model import Network, NetworkId
 from imdsproxy.errors import DataplaneError
-from imdsproxy.host.events import LinkChange, Stream, watch_links
+from imdsproxy.host.events import KernelEvents, LinkChange, Stream, watch_links
 from imdsproxy.host.inotify import ENTRIES, IN_DELETE, IN_MOVED_FROM, ITSELF, Inotify
 from imdsproxy.host.namespaces import MISSING, NamespaceDirectory
 from imdsproxy.host.netlink import assign_nsid
@@ -57,12 +58,13 @@ class EventKind(StrEnum):
     """Events were lost, or a look failed: look at everything."""
 
 
+@dataclass(eq=False, slots=True)
 class HostWatch:
     """Watches the host as long as its context is entered. An asynchronous context manager.
 
     It reports nothing until `expect` was called.
 
-    Args:
+    Attributes:
         observer: Looks, for the audit.
         touch: Called with a kind of event and the networks whose listener it concerns; `None` for all.
         audits_per_s: Networks checked in turn each second; one takes 0.1 ms. 0 for none.
@@ -70,31 +72,25 @@ class HostWatch:
         rechecks: At most so many of them each time, in turn.
     """
 
-    def __init__(
-        self,
-        observer: HostObserver,
-        touch: Callable[[str, Collection[NetworkId] | None], object],
-        audits_per_s: Callable[[], float],
-        *,
-        every_s: float = 0.5,
-        rechecks: int = 300,
-    ) -> None:
-        self._observer = observer
-        self._touch = touch
-        self._audits_per_s = audits_per_s
-        self._every_s = every_s
-        self._rechecks = rechecks
-        self._networks: dict[NetworkId, Network] = {}
-        self._namespaces: dict[str, set[NetworkId]] = {}
-        self._devices: dict[str, set[NetworkId]] = {}
-        self._observed = ObservedHost()
-        self._left_out: tuple[NetworkId, ...] = ()
-        self._our_pids: frozenset[int] = frozenset()
-        self._nsids: dict[int, NamespaceRef] = {}
-        self._wanted_ids = asyncio.Event()
-        self._closing = contextlib.AsyncExitStack()
-        self._peeked: dict[str | None, Peek | None] = {}
-        self._turns: Counter[str] = Counter()
+    observer: HostObserver
+    touch: Callable[[str, Collection[NetworkId] | None], object]
+    audits_per_s: Callable[[], float]
+    every_s: float = 0.5
+    rechecks: int = 300
+    _networks: dict[NetworkId, Network] = field(default_factory=dict)
+    _namespaces: dict[str, set[NetworkId]] = field(default_factory=dict)
+    _devices: dict[str, set[NetworkId]] = field(default_factory=dict)
+    _observed: ObservedHost = field(default_factory=ObservedHost)
+    _left_out: tuple[NetworkId, ...] = ()
+    _our_pids: Collection[int] = ()
+    _nsids: dict[int, NamespaceRef] = field(default_factory=dict)
+    _wanted_ids: asyncio.Event = field(default_factory=asyncio.Event)
+    _closing: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack)
+    _peeked: dict[str | None, Peek | None] = field(default_factory=dict)
+    _turns: Counter[str] = field(default_factory=Counter)
+    _namespace_watch: NamespaceWatch = field(init=False)
+    _link_watch: KernelEvents[LinkChange] = field(init=False)
+    _tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     def namespace_of_id(self, nsid: int) -> NamespaceRef | None:
         """The namespace that has an id, as its events carry it."""
@@ -123,7 +119,7 @@ class HostWatch:
             self._networks = dict(networks)
             self._namespaces, self._devices = {}, {}
             for network in networks.values():
-                place = place_of(network, self._observer.naming)
+                place = place_of(network, self.observer.naming)
                 if place.namespace is not None:
                     self._namespaces.setdefault(place.namespace, set()).add(network.id)
                 for device in place.host_devices:
@@ -134,10 +130,10 @@ class HostWatch:
             self._wanted_ids.set()
         self._observed = observed
         self._left_out = tuple(sorted(set(left_out)))
-        self._our_pids = frozenset(our_pids)
+        self._our_pids = our_pids
 
     async def __aenter__(self) -> Self:
-        directory = self._observer.thread.directory
+        directory = self.observer.thread.directory
         self._namespace_watch = await self._closing.enter_async_context(NamespaceWatch(directory))
         self._link_watch = await self._closing.enter_async_context(watch_links())
         works = (self._follow_namespaces, self._follow_links, self._give_ids, self._audit)
@@ -156,7 +152,7 @@ class HostWatch:
 
     def _publish(self, kind: EventKind, networks: Collection[NetworkId]) -> None:
         if networks:
-            self._touch(kind, None if kind is EventKind.OVERFLOW else frozenset(networks))
+            self.touch(kind, None if kind is EventKind.OVERFLOW else frozenset(networks))
 
     async def _follow_namespaces(self) -> None:
         async for ref, came in self._namespace_watch:
@@ -199,7 +195,7 @@ class HostWatch:
             wanted = (current.get(name) for name in self._namespaces)
             missing = [ref for ref in wanted if ref is not None and ref not in have]
             for some in _batches(missing):
-                given = await self._observer.thread.run(functools.partial(self._assign, some))
+                given = await self.observer.thread.run(functools.partial(self._assign, some))
                 self._nsids.update(given)
                 ids = (self._namespaces.get(ref.name, ()) for ref in given.values())
                 # What happened before the id was given was not reported.
@@ -209,7 +205,7 @@ class HostWatch:
         given: dict[int, NamespaceRef] = {}
         with NetlinkSocket() as channel:
             for ref in refs:
-                opened = self._observer.thread.directory.open(ref.name)
+                opened = self.observer.thread.directory.open(ref.name)
                 if opened is None:
                     continue
                 # Without an id no events then; the audit looks at it properly every time.
@@ -221,11 +217,11 @@ class HostWatch:
         """Look at some networks after the others, and at those that are not served, for ever."""
         due = 0.0
         while True:
-            await asyncio.sleep(self._every_s)
-            due = min(due + self._audits_per_s() * self._every_s, len(self._networks))
+            await asyncio.sleep(self.every_s)
+            due = min(due + self.audits_per_s() * self.every_s, len(self._networks))
             await self._peek(self._next("audit", tuple(self._networks), int(due)))
             due -= int(due)
-            for some in _batches(self._next("recheck", self._left_out, self._rechecks)):
+            for some in _batches(self._next("recheck", self._left_out, self.rechecks)):
                 await self._look(some)
 
     def _next(self, which: str, ids: Sequence[NetworkId], count: int) -> list[Network]:
@@ -237,8 +233,8 @@ class HostWatch:
         # Devices and addresses are reported where a namespace has an id. Listening sockets are not:
         # where they differ from the last proper look, it is time for another one.
         heard = {None, *(ref.name for ref in self._nsids.values())}
-        places = {one.id: place_of(one, self._observer.naming).namespace for one in networks}
-        seen = await self._observer.peek(set(places.values()))
+        places = {one.id: place_of(one, self.observer.naming).namespace for one in networks}
+        seen = await self.observer.peek(set(places.values()))
         stale = [
             one
             for one in networks
@@ -252,7 +248,7 @@ class HostWatch:
     async def _look(self, networks: Sequence[Network]) -> bool:
         """Look properly, and report networks whose plan is another one now; false when that was not possible."""
         try:
-            part = await self._observer.observe(networks, self._our_pids)
+            part = await self.observer.observe(networks, self._our_pids)
         except DataplaneError:
             # The listener loop, which acts on the event, looks too, reports the error and tries again.
             self._publish(EventKind.OVERFLOW, self._networks)
@@ -263,7 +259,7 @@ class HostWatch:
         return True
 
     def _facts(self, network: Network, host: ObservedHost) -> object:
-        naming = self._observer.naming
+        naming = self.observer.naming
         seen = host.namespaces.get(place_of(network, naming).namespace or "")
         # MAC filters are on all devices of a namespace.
         return tuple(plan_network(network, host, naming)), None if seen is None else seen.devices
@@ -273,6 +269,7 @@ def _batches(things: Sequence[T]) -> list[Sequence[T]]:
     return [things[start : start + _AT_ONCE] for start in range(0, len(things), _AT_ONCE)]
 
 
+@dataclass(eq=False)
 class NamespaceWatch(Stream[tuple[NamespaceRef, bool]]):
     """The namespaces of a directory, kept up to date. An asynchronous context manager.
 
@@ -282,20 +279,16 @@ class NamespaceWatch(Stream[tuple[NamespaceRef, bool]]):
     A namespace is a mount, or a symbolic link to one. `/proc/self/mountinfo` reports mounts, by POLLPRI, and inotify
     names, both without what there is now: each event leads to a scan of the whole directory.
 
-    Args:
-        directory: What to watch.
-
     Attributes:
+        directory: What to watch.
         current: Every usable namespace by name, as of the last scan.
     """
 
-    def __init__(self, directory: NamespaceDirectory) -> None:
-        super().__init__()
-        self._directory = directory
-        self.current: dict[str, NamespaceRef] = {}
-        self._removed: set[str] = set()
-        self._due: asyncio.TimerHandle | None = None
-        self._earliest = 0.0
+    directory: NamespaceDirectory
+    current: dict[str, NamespaceRef] = field(default_factory=dict)
+    _removed: set[str] = field(default_factory=set)
+    _due: asyncio.TimerHandle | None = None
+    _earliest: float = 0.0
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -311,7 +304,7 @@ class NamespaceWatch(Stream[tuple[NamespaceRef, bool]]):
             hint = "raise fs.inotify.max_user_instances" if error.errno == errno.EMFILE else ""
             raise host_refused("watch the network namespaces", error, hint=hint) from error
         self._follow()
-        self.current = self._directory.namespaces()
+        self.current = self.directory.namespaces()
         self._loop.add_reader(self._epoll.fileno(), self.attempt, self._take)
         return self
 
@@ -342,7 +335,7 @@ class NamespaceWatch(Stream[tuple[NamespaceRef, bool]]):
         began = self._loop.time()
         self._follow()
         self._drain()
-        before, now = self.current, self._directory.namespaces()
+        before, now = self.current, self.directory.namespaces()
         self.current = now
         # A name that was removed leads to another namespace now, though the kernel may have used the inode again.
         replaced, self._removed = self._removed, set()
@@ -357,7 +350,7 @@ class NamespaceWatch(Stream[tuple[NamespaceRef, bool]]):
 
     def _follow(self) -> None:
         """Watch the directory, or its nearest parent that exists, by inotify; a second time changes nothing."""
-        for place in (self._directory.path, *self._directory.path.parents):
+        for place in (self.directory.path, *self.directory.path.parents):
             with refusing(f"watch {place}"), contextlib.suppress(*MISSING):
                 self._inotify.add(place, ENTRIES | ITSELF)
                 return

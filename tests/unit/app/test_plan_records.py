@@ -193,13 +193,10 @@ def test_the_key_is_what_haproxy_makes_of_bind_and_source() -> None:
 
 
 def test_a_namespace_made_again_has_another_link() -> None:
-    one, other = NamespaceRef("red", 1), NamespaceRef("red", 2)
-    assert link_name(one) != link_name(other)
-    endpoints = [Endpoint(_RED, METADATA_IPV4, 80, None, one)]
-    assert plan_links(endpoints) == {link_name(one): "red"}
-    assert plan_binds(endpoints, "../x") == (
-        Bind(_RED, METADATA_IPV4, 80, None, f"../x/{link_name(one)}"),
-    )
+    one, other = (Endpoint(_RED, METADATA_IPV4, 80, None, NamespaceRef("red", n)) for n in (1, 2))
+    assert (link_name(one), link_name(other)) == ("red@1", "red@2")
+    assert plan_links([one]) == {"red@1": "red"}
+    assert plan_binds([one], "../x") == (Bind(_RED, METADATA_IPV4, 80, None, "../x/red@1"),)
 
 
 def test_a_device_made_again_has_another_link_in_a_namespace_and_on_the_host() -> None:
