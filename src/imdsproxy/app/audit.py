@@ -67,25 +67,23 @@ class FileSink:
     _descriptor: int = -1
 
     def write(self, lines: bytearray) -> None:
-        """Write whole lines, and take them out; with none, only try that they could be written.
+        """Write whole lines; with none, only try that they could be written.
 
         The file is there with mode 0640 before the first line is.
 
         Raises:
-            OSError: What is left in `lines` could not be written: all of them.
+            OSError: None of them could; they are to come again.
         """
         self._follow()
         before = os.fstat(self._descriptor).st_size
-        left = memoryview(bytes(lines))
+        left = memoryview(lines)
         try:
             while left:
                 left = left[os.write(self._descriptor, left) :]
         except OSError:
-            # They come again, all of them.
             with contextlib.suppress(OSError):
                 os.ftruncate(self._descriptor, before)
             raise
-        lines.clear()
 
     def close(self) -> None:
         """Let go of it."""
@@ -125,7 +123,7 @@ class JournalSink:
     _skipped: int = 0
 
     def write(self, lines: bytearray) -> None:
-        """As `FileSink.write`; those before the one that fails are written, or left out."""
+        """As `FileSink.write`, but takes out of `lines` what is written or left out before one fails."""
         if not lines:
             with _open_datagrams() as probe:
                 probe.connect(os.fspath(self.address))

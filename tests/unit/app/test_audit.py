@@ -207,6 +207,20 @@ def test_the_journal_gets_a_line_each_and_no_more_than_it_takes(
     sink.close()
 
 
+async def test_what_the_journal_has_no_room_for_is_counted_as_left_out(
+    journal: socket.socket, tmp_path: Path
+) -> None:
+    audit = Audit(lambda: AuditSettings(mode="all", destination="journal"))
+    sink = JournalSink(tmp_path / "socket", lambda: 100.0, per_second=2)
+    audit._named, audit._sink = "journal", sink
+    async with serving(audit, tmp_path / "s"):
+        with connect(tmp_path / "s") as worker:
+            worker.send(LINE * 5)
+            await until(lambda: (audit.written, audit.left_out) == (2, 3))
+    assert journal.recv(4096) == ENTRY + LINE
+    sink.close()
+
+
 def test_lines_that_the_journal_has_come_no_second_time(
     journal: socket.socket, tmp_path: Path
 ) -> None:
