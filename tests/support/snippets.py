@@ -19,7 +19,7 @@ from imdsproxy.core.model import (
     NetworkId,
     Subnet,
 )
-from imdsproxy.core.snippets import Guest, Nic, Snippet, Target, plan_route
+from imdsproxy.core.snippets import Guest, Nic, Snippet, Target, plan_nic
 from imdsproxy.core.snippets.targets import render_text
 from support.ds_identify import DMI_OF_SMBIOS, Machine
 
@@ -36,9 +36,7 @@ def network(
 
 
 def nic(of: Network | None = None, *, mac: MacAddress | None = MAC, here: bool = False) -> Nic:
-    of = of or network()
-    bridge = of.listener.bridge if isinstance(of.listener, BridgeListener) else "virbr0"
-    return Nic(of.id, mac, bridge, plan_route(of, lambda _: here))
+    return plan_nic(of or network(), mac, lambda _: here)
 
 
 def guest(*nics: Nic, uuid: str = UUID, name: str = "web-1") -> Guest:

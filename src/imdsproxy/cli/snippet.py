@@ -9,17 +9,9 @@ from typing import Annotated
 from imdsproxy.cli import options
 from imdsproxy.cli.admin_client import AdminClient, path_to
 from imdsproxy.cli.record_io import read_record
-from imdsproxy.core.model import (
-    BridgeListener,
-    Dialect,
-    InterfaceListener,
-    IpAddress,
-    Network,
-    Port,
-    Upstream,
-)
+from imdsproxy.core.model import Dialect, IpAddress, Port, Upstream
 from imdsproxy.core.records import parse_instance, parse_network
-from imdsproxy.core.snippets import Guest, Nic, Target, choose_dialect, plan_route
+from imdsproxy.core.snippets import Guest, Nic, Target, choose_dialect, plan_nic
 from imdsproxy.core.snippets.targets import render_snippet, render_text
 from imdsproxy.errors import RequestRefused
 
@@ -84,13 +76,7 @@ def _guest(daemon: AdminClient, name: str) -> Guest:
 
 def _nic(daemon: AdminClient, port: Port) -> Nic:
     shape = daemon.get(path_to("networks", port.network))
-    network: Network = read_record("network", parse_network, shape["record"])
-    listener, device = network.listener, None
-    if isinstance(listener, BridgeListener):
-        device = listener.bridge
-    elif isinstance(listener, InterfaceListener):
-        device = listener.device
-    return Nic(port.network, port.mac, device, plan_route(network, _host_has))
+    return plan_nic(read_record("network", parse_network, shape["record"]), port.mac, _host_has)
 
 
 def _host_has(address: IpAddress) -> bool:

@@ -17,7 +17,6 @@ from imdsproxy.core.snippets import (
     Target,
     choose_dialect,
     looks_like_amazon,
-    plan_route,
 )
 from imdsproxy.core.snippets.targets import render_snippet, render_text, smbios_argument
 from support.snippets import (
@@ -80,7 +79,7 @@ def test_a_route_is_printed_where_no_gateway_leads_there(target: Target) -> None
     assert f"{_ON_LINK},0.0.0.0/0,10.0.0.1" in needed
     # What is for a gateway is led off its way on a bridge.
     assert printed(network()) == ""
-    assert printed(network(NamespaceListener("qdhcp-1")), bridge=None) == ""
+    assert printed(network(NamespaceListener("qdhcp-1"))) == ""
 
 
 @every_target
@@ -170,6 +169,6 @@ _ON_LINK = "169.254.169.254/32,0.0.0.0"
 def test_the_way_to_the_address_follows_from_the_listener(
     of: Network, *, here: bool, advice: str, announced: str
 ) -> None:
-    route = plan_route(of, lambda _: here)
-    assert advice in route.advice
-    assert route.announced == announced
+    planned = nic(of, here=here)
+    assert advice in planned.advice
+    assert planned.announced == announced

@@ -2,7 +2,7 @@
 
 cloud-init runs `ds-identify` before anything else and stays off unless the machine looks like a cloud. What it
 looks at is SMBIOS, or for containers the environment and the command line of process 1. `HINTS` has what must be seen
-for a dialect, `plan_route` how 169.254.169.254 is reached; `imdsproxy.core.snippets.targets` writes both as QEMU,
+for a dialect, `plan_nic` how 169.254.169.254 is reached; `imdsproxy.core.snippets.targets` writes both as QEMU,
 libvirt, Proxmox or Incus take them.
 """
 
@@ -28,20 +28,6 @@ from imdsproxy.core.model import (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
-    """How a guest of a network reaches 169.254.169.254.
-
-    Attributes:
-        advice: For people, with `{where}` for what the hypervisor's way to announce a route is.
-        announced: DHCP option 121 as dnsmasq writes it, pairs of destination and gateway, 0.0.0.0 for on-link; empty
-            where nothing is to be announced.
-    """
-
-    advice: str
-    announced: str = ""
-
-
 class Target(StrEnum):
     """The hypervisor that a snippet is for."""
 
@@ -53,17 +39,20 @@ class Target(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Nic:
-    """A port of the instance as the hypervisor must plug it in.
+    """A port of the instance as the hypervisor must plug it in, and how the guest reaches 169.254.169.254 by it.
 
     Attributes:
-        bridge: The host's device that the guest is to be attached to, `None` where the network is a
-            foreign namespace.
+        bridge: The host's device that the guest is to be attached to, `None` where the network is a foreign namespace.
+        advice: For people, with `{where}` for what the hypervisor's way to announce a route is.
+        announced: DHCP option 121 as dnsmasq writes it, pairs of destination and gateway, 0.0.0.0 for on-link; empty
+            where nothing is to be announced.
     """
 
     network: NetworkId
     mac: MacAddress | None
     bridge: str | None
-    route: Route
+    advice: str
+    announced: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,11 +177,14 @@ def looks_like_amazon(uuid: str) -> bool:
     return _AMAZON.fullmatch(uuid.partition("-")[0]) is not None
 
 
-def plan_route(network: Network, host_has: Callable[[IpAddress], bool]) -> Route:
-    """How a guest of the network reaches the metadata address.
+def plan_nic(
+    network: Network, mac: MacAddress | None, host_has: Callable[[IpAddress], bool]
+) -> Nic:
+    """How a guest is plugged into the network, and reaches the metadata address.
 
     Args:
         network: The network's record; its first IPv4 subnet's gateway counts.
+        mac: The port's.
         host_has: Whether an address is one of the host's own.
     """
     subnet = next(
@@ -201,10 +193,11 @@ def plan_route(network: Network, host_has: Callable[[IpAddress], bool]) -> Route
     via = None if subnet is None else subnet.gateway
     match network.listener:
         case NamespaceListener(namespace):
-            return Route(
+            advice = (
                 f"the owner of the namespace {namespace} leads guests to {METADATA_IPV4} (Neutron's DHCP server "
                 "announces the route)."
             )
+            return Nic(network.id, mac, None, advice)
         case BridgeListener(device):
             # `listeners.nft_scripts` leads there what is for the gateway, whichever host that is.
             answered, unless = via is not None, "guests have a gateway"
@@ -213,15 +206,14 @@ def plan_route(network: Network, host_has: Callable[[IpAddress], bool]) -> Route
         case _ as never:
             assert_never(never)
     if answered:
-        return Route(
-            f"no route is needed; what guests send to their gateway for {METADATA_IPV4} is answered on {device}."
-        )
+        advice = f"no route is needed; what guests send to their gateway for {METADATA_IPV4} is answered on {device}."
+        return Nic(network.id, mac, device, advice)
     # Clients that receive option 121 ignore option 3 (RFC 3442), so the default gateway has to be in there too.
     announced = f"{METADATA_IPV4}/32,0.0.0.0" + ("" if via is None else f",0.0.0.0/0,{via}")
-    if subnet is not None:
-        return Route(f"no gateway leads there, {device} itself answers. {{where}}", announced)
-    return Route(
-        f"nothing, if {unless}; its record names no subnet. Else {device} itself answers. {{where}} If guests have a "
-        "gateway, add 0.0.0.0/0,GATEWAY: clients that receive option 121 ignore the other one.",
-        announced,
-    )
+    advice = f"no gateway leads there, {device} itself answers. {{where}}"
+    if subnet is None:
+        advice = (
+            f"nothing, if {unless}; its record names no subnet. Else {device} itself answers. {{where}} If guests "
+            "have a gateway, add 0.0.0.0/0,GATEWAY: clients that receive option 121 ignore the other one."
+        )
+    return Nic(network.id, mac, device, advice, announced)

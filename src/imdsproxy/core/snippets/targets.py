@@ -236,9 +236,9 @@ def _route_part(writer: _Writer, nic: Nic) -> Part:
     writer = (
         _WRITERS[Target.QEMU] if nic.bridge is None and "{bridge}" in writer.announce else writer
     )
-    advice = nic.route.advice.replace("{where}", writer.announce_place)
-    text = writer.announce.format(bridge=_quote(nic.bridge or ""), routes=nic.route.announced)
-    return Part("route", f"Network {nic.network}: {advice}", text if nic.route.announced else "")
+    advice = nic.advice.replace("{where}", writer.announce_place)
+    text = writer.announce.format(bridge=_quote(nic.bridge or ""), routes=nic.announced)
+    return Part("route", f"Network {nic.network}: {advice}", text if nic.announced else "")
 
 
 def render_snippet(guest: Guest, target: Target, dialect: Dialect) -> Snippet:
