@@ -22,7 +22,7 @@ from imdsproxy.core.model import Instance
 from imdsproxy.core.timing import Backoff
 from imdsproxy.core.wire import PROBE_INSTANCE
 from imdsproxy.dataplane.haproxy import Haproxy
-from imdsproxy.dataplane.launch import UNIT_S, wait_gone
+from imdsproxy.dataplane.launch import UNIT_S
 from imdsproxy.errors import DataplaneError, HostRefused, ImdsproxyError, Problem
 from imdsproxy.host.account import Account, find_closed
 from imdsproxy.host.process import (
@@ -33,6 +33,7 @@ from imdsproxy.host.process import (
     read_stat,
     run_program,
     spawn_logged,
+    wait_gone,
 )
 from imdsproxy.host.refusal import refusing
 from imdsproxy.serving.pidfile import DocumentProcesses, read_pids
@@ -68,7 +69,6 @@ class Companion:
     needed: bool = True
     failure: Problem | None = None
     restarts: int = 0
-    _child: ProcessHandle | None = None
 
     def read(self) -> DocumentProcesses:
         """Its processes that run."""
@@ -85,16 +85,19 @@ class Companion:
             if pid is not None:
                 await self.stop()
             return None
-        child, offset = None, 0
-        if pid is None and self.unit is not None:
+        if pid is not None:
+            return await self._wait_for_workers(None, 0)
+        if self.unit is not None:
             # Without it, each restart since the unit's last rest would make systemd wait longer. A unit that was
             # never started has nothing to forget, and systemd refuses.
             await run_program("systemctl", "reset-failed", self.unit, deadline_s=UNIT_S)
             await self._control_unit("start", self.unit)
-        elif pid is None:
-            child, offset = spawn_logged(self.arguments, self.log, self.environment)
-            self._child = child
-        return await self._wait_for_workers(child, offset)
+            return await self._wait_for_workers(None, 0)
+        child, offset = spawn_logged(self.arguments, self.log, self.environment)
+        try:
+            return await self._wait_for_workers(child, offset)
+        finally:
+            child.close()
 
     async def _wait_for_workers(self, child: ProcessHandle | None, offset: int) -> int:
         loop = asyncio.get_running_loop()
@@ -110,22 +113,12 @@ class Companion:
             if loop.time() > deadline:
                 if child is not None and found.parent is None:
                     # The next try would start another one beside it.
-                    child.kill_group()
+                    await child.kill_group()
                     raise HostRefused("the document server wrote no pid file")
                 raise HostRefused(
                     f"the document server did not answer within {_START_DEADLINE_S:g} s"
                 )
             await asyncio.sleep(_POLL_S)
-
-    async def wait(self, pid: int) -> None:
-        """Return when this one has ended."""
-        if self._child is not None and self._child.pid == pid:
-            # A child of ours leaves a zombie until it is waited for.
-            await self._child.wait()
-            self._child.close()
-            self._child = None
-        else:
-            await wait_gone(pid)
 
     async def stop(self) -> None:
         """End it for good.
@@ -178,7 +171,7 @@ class Companion:
 
     async def _watch(self, pid: int) -> None:
         """Return when it has ended, counting its workers' restarts; it is ended when it makes no progress."""
-        ended = asyncio.ensure_future(self.wait(pid))
+        ended = asyncio.ensure_future(wait_gone(pid))
         doubt, restarts, rests = Doubt(), self.read().restarts, read_rests(pid)
         try:
             while not (await asyncio.wait([ended], timeout=_LOOK_EVERY_S))[0]:

@@ -28,6 +28,7 @@ from imdsproxy.host.process import (
     open_process,
     run_program,
     spawn_logged,
+    wait_gone,
 )
 
 MINIMUM: Final = Version(3, 0)
@@ -103,7 +104,6 @@ class Launcher:
     layout: Layout
     # One of its own: what it asks until HAProxy answers is not counted.
     master: MasterClient = field(init=False)
-    _children: set[ProcessHandle] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.master = MasterClient(self.layout.master_socket)
@@ -134,13 +134,14 @@ class Launcher:
         if self.unit is not None:
             return await self._start_unit(self.unit)
         child, offset = spawn_logged(self.arguments(), self.layout.haproxy_log, {})
-        self._children.add(child)
         try:
             return await self._wait_for_worker(partial(self._read_end, child, offset))
-        except RuntimeUnavailable:
+        except (ConfigRejected, RuntimeUnavailable):
             # The next try would start another one beside it.
-            child.kill_group()
+            await child.kill_group()
             raise
+        finally:
+            child.close()
 
     async def _start_unit(self, unit: str) -> Processes:
         # Stays there for the times that systemd starts it without us.
@@ -187,12 +188,6 @@ class Launcher:
 
     async def wait(self, master: int) -> None:
         """Return when this master has ended."""
-        for child in [child for child in self._children if child.pid == master]:
-            # A child of ours leaves a zombie until it is waited for.
-            await child.wait()
-            child.close()
-            self._children.discard(child)
-            return
         await wait_gone(master)
 
     async def kill(self, processes: Processes) -> None:
@@ -267,14 +262,3 @@ def find_alerts(journal: str, unit: str) -> str:
         if "[ALERT]" in start:
             return parse_failure(start)
     return ""
-
-
-async def wait_gone(pid: int) -> None:
-    """Return when the process has ended, at once when there is none."""
-    handle = open_process(pid)
-    if handle is None:
-        return
-    try:
-        await handle.wait()
-    finally:
-        handle.close()

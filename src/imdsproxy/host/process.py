@@ -34,6 +34,7 @@ _SILENT_PROBES: Final = 2
 _BUSY_PROBES: Final = 8
 """The same for one that works all the while: on a host that is out of processor time it is only slow."""
 
+_KILLED_WITHIN_S: Final = 5.0
 _OPEN_FILES: Final = 65536
 """As our units have it; without them a shell's soft limit is 1024, which a few hostile networks could use up."""
 
@@ -170,10 +171,14 @@ class ProcessHandle:
             raise host_refused(f"send {number.name} to process {self.pid}", error) from error
         return True
 
-    def kill_group(self) -> None:
+    async def kill_group(self) -> None:
         """End one that `spawn_logged` started, with all of its process group."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
+        # One that waits for a disk ends later.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_KILLED_WITHIN_S):
+                await self.wait()
 
     async def stop(self, grace_s: float) -> bool:
         """SIGTERM, then SIGKILL after `grace_s` seconds; returns when it has ended.
@@ -213,6 +218,20 @@ def open_process(pid: int) -> ProcessHandle | None:
         return handle
     handle.close()
     return None
+
+
+async def wait_gone(pid: int) -> None:
+    """Return when the process has ended, at once when there is none."""
+    handle = open_process(pid)
+    if handle is None:
+        # A child of ours that has ended leaves a zombie until it is waited for.
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)  # noqa: ASYNC222 - it does not block
+        return
+    try:
+        await handle.wait()
+    finally:
+        handle.close()
 
 
 def find_processes(program: str, arguments: AbstractSet[str]) -> list[ProcessHandle]:

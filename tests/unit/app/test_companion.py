@@ -32,11 +32,6 @@ class Rig(Companion):
     def read(self) -> DocumentProcesses:
         return DocumentProcesses(self.pid, (8,), next(self.counts, 0))
 
-    async def wait(self, pid: int) -> None:
-        await self.ended.wait()
-        self.ended.clear()
-        self.done.append(f"{pid} ended")
-
     async def stop(self) -> None:
         self.done.append("stop")
         self.pid = None
@@ -47,13 +42,20 @@ def spawned(monkeypatch: pytest.MonkeyPatch) -> list[Rig]:
     """Whom a spawned document server is of: the last rig in the list."""
     rigs: list[Rig] = []
 
-    def spawn(*_: object) -> tuple[ProcessHandle | None, int]:
+    def spawn(*_: object) -> tuple[ProcessHandle, int]:
         rigs[-1].done.append("start")
         if rigs[-1].refuses:
             raise HostRefused("no")
         rigs[-1].pid = _PID
-        return None, 0
+        return ProcessHandle(_PID, -1), 0
 
+    async def wait(pid: int) -> None:
+        rig = rigs[-1]
+        await rig.ended.wait()
+        rig.ended.clear()
+        rig.done.append(f"{pid} ended")
+
+    monkeypatch.setattr("imdsproxy.app.companion.wait_gone", wait)
     monkeypatch.setattr("imdsproxy.app.companion.spawn_logged", spawn)
     monkeypatch.setattr("imdsproxy.app.companion._LOOK_EVERY_S", 0)
     return rigs
@@ -92,8 +94,11 @@ async def test_what_has_ended_is_started_again(spawned: list[Rig]) -> None:
     assert (rig.done, rig.restarts) == (["start", f"{_PID} ended", "start"], 1)
 
 
-async def test_its_workers_restarts_are_counted_also_when_it_begins_to_count_anew() -> None:
+async def test_its_workers_restarts_are_counted_also_when_it_begins_to_count_anew(
+    spawned: list[Rig],
+) -> None:
     rig, seen = Rig(_PID), iter([1, 1, 1, 3, 3, 0])
+    spawned.append(rig)
     rig.counts = (next(seen, 1) for _ in iter(int, 1))
     async with _running(rig):
         while rig.restarts < 3:
