@@ -1,8 +1,12 @@
 """What every source of records promises, whatever it reads.
 
-A source joins by adding a `Backing` of its own to `BACKINGS`: how a test writes what the source reads. Neutron's is
-read as a list. Its ports are no whole records (no network is described, there are no documents, and Neutron itself
-keeps the addresses of two ports apart), and what the suite asks of those is asked only of the sources in `KEEPERS`.
+A source joins by adding a backing of its own to `BACKINGS`: how a test writes what the source reads. `source` gives a
+new source that reads it (one runs at a time); `put`, `remove_instance` and `remove_network` write while it runs, and
+give what refused a record at the door; `spoil` and `claim_twice` write while none does: a record that is refused (and
+how the problem's field begins), and one with all of another's addresses; `seen` is what the source makes of a record.
+Neutron's is read as a list. Its ports are no whole records (no network is described, there are no documents, and
+Neutron itself keeps the addresses of two ports apart), and what the suite asks of those is asked only of the sources
+in `KEEPERS`.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, TypeAlias
 
 import pytest
 
@@ -36,40 +40,6 @@ C: Final = instance("c", "10.0.0.5", mac="52:54:00:00:00:05")
 N1: Final = network("n1")
 N2: Final = network("n2", bridge="br2")
 _NOW: Final = 1_795_694_400
-
-
-class Backing(Protocol):
-    """What a source reads, as a test writes it."""
-
-    def source(self) -> Source:
-        """A new source that reads this backing; one runs at a time."""
-
-    async def put(
-        self, networks: Iterable[Network] = (), instances: Iterable[Instance] = ()
-    ) -> tuple[Problem, ...]:
-        """Write records while the source runs, all at once; what refused them at the door."""
-
-    async def remove_instance(self, instance_id: str) -> None:
-        """Remove an instance while the source runs."""
-
-    async def spoil(self, instance_id: str) -> str:
-        """Make an instance's record one that is refused, while no source runs; how the problem's field begins."""
-
-    def seen(self, instance: Instance) -> Instance:
-        """What the source makes of a record."""
-
-    def seen_network(self, network: Network) -> Network:
-        """The same of a network's."""
-
-
-class Keeper(Backing, Protocol):
-    """The same of a source whose records are whole: networks, and all that documents are made of."""
-
-    async def remove_network(self, network_id: str) -> None:
-        """Remove a network while the source runs."""
-
-    async def claim_twice(self, victim: Instance, thief_id: str) -> tuple[Problem, ...]:
-        """Write a second instance with all of `victim`'s addresses, while no source runs; what refused it."""
 
 
 class WholeRecords:
@@ -179,6 +149,11 @@ class SqliteBacking(WholeRecords):
         with closing(sqlite3.connect(self._path)) as connection, connection:
             connection.execute(statement, values)
 
+
+Keeper: TypeAlias = FileBacking | SqliteBacking | LibvirtBacking
+"""One whose records are whole: networks, and all that documents are made of."""
+
+Backing: TypeAlias = Keeper | NeutronBacking
 
 KEEPERS: Final[dict[str, Callable[[Path], Keeper]]] = {
     "file": FileBacking,

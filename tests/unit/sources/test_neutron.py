@@ -641,6 +641,17 @@ async def test_a_killed_process_has_kept_what_it_knew_a_second_ago(kept: Path) -
         assert other.owners["n1/10.0.0.5"] == "i-a"
 
 
+async def test_a_file_of_garbage_costs_what_was_kept_and_nothing_else(kept: Path) -> None:
+    await asyncio.to_thread(kept.write_bytes, b"no database" * 500)
+    async with rig(kept, _A) as one:
+        assert await one.look("n1", "10.0.0.5") == _FOUND_A
+        (problem,) = one.heard.last.problems
+        assert problem.file == str(kept)
+        await asyncio.to_thread(kept.unlink)
+        await one.pass_time(1)
+        assert not one.heard.last.problems
+
+
 # The list
 
 

@@ -235,7 +235,7 @@ async def test_an_endless_answer_is_cut_off() -> None:
             "openstack keystoneauth1 requests urllib3",
         ),
         (
-            "import imdsproxy.sources.neutron.client as c; c._connect_endpoint(c.NeutronSourceSettings())",
+            "import imdsproxy.sources.neutron.client as c; c._connect(c.NeutronSourceSettings())",
             "openstack cryptography",
         ),
     ],

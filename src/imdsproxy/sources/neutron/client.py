@@ -92,23 +92,8 @@ def require_library() -> None:
         import keystoneauth1  # noqa: F401, PLC0415 - a part of openstacksdk that loads in no time
 
 
-def _connect_endpoint(settings: NeutronSourceSettings) -> _Adapter:
-    """An adapter for a Neutron that takes requests without a token.
-
-    Raises:
-        LibraryMissing: As `import_openstack`.
-    """
-    with import_openstack():
-        from keystoneauth1.adapter import Adapter  # noqa: PLC0415 - see above
-        from keystoneauth1.noauth import NoAuth  # noqa: PLC0415 - as above
-        from keystoneauth1.session import Session  # noqa: PLC0415 - as above
-
-    auth = NoAuth(endpoint=settings.endpoint)
-    return Adapter(Session(auth=auth, timeout=settings.timeout_s, app_name="imdsproxy"))
-
-
-def _connect_cloud(settings: NeutronSourceSettings) -> _Adapter:
-    """An adapter for the Neutron of a cloud in a `clouds.yaml`.
+def _connect(settings: NeutronSourceSettings) -> _Adapter:
+    """An adapter for Neutron: one that takes requests without a token, or that of a cloud in a `clouds.yaml`.
 
     Only that file and a `secure.yaml` beside it are read, whatever the environment or the working directory hold.
 
@@ -118,6 +103,13 @@ def _connect_cloud(settings: NeutronSourceSettings) -> _Adapter:
     """
     with import_openstack():
         from keystoneauth1.adapter import Adapter  # noqa: PLC0415 - see above
+
+        if settings.cloud is None:
+            from keystoneauth1.noauth import NoAuth  # noqa: PLC0415 - as above
+            from keystoneauth1.session import Session  # noqa: PLC0415 - as above
+
+            auth = NoAuth(endpoint=settings.endpoint)
+            return Adapter(Session(auth=auth, timeout=settings.timeout_s, app_name="imdsproxy"))
         from keystoneauth1.exceptions import ClientException  # noqa: PLC0415 - as above
         from openstack.config import OpenStackConfig  # noqa: PLC0415 - as above
         from openstack.exceptions import SDKException  # noqa: PLC0415 - as above
@@ -176,9 +168,7 @@ class NeutronRest:
         ends = time.monotonic() + self._timeout_s
         with self._connecting:
             if self._session is None:
-                self._session = (
-                    _connect_endpoint if self._settings.cloud is None else _connect_cloud
-                )(self._settings)
+                self._session = _connect(self._settings)
             session = self._session
         body = self._get(session, f"{_VERSION}/ports?{render_query(query)}", ends)
         try:
@@ -287,6 +277,5 @@ def _cause(error: BaseException) -> str:
 def _words(error: object) -> str:
     words = " ".join(str(error).split()) or type(error).__name__
     # It is untrusted text, shown on terminals.
-    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in words[:_SHOWN])[
-        :_SHOWN
-    ]
+    shown = (one if one.isprintable() else ascii(one)[1:-1] for one in words[:_SHOWN])
+    return "".join(shown)[:_SHOWN]
