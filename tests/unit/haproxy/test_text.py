@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from imdsproxy.core import haproxy
 from imdsproxy.core.haproxy.text import (
     Form,
-    Option,
     Text,
     UnquotableWord,
     Value,
-    Word,
     blocks_of,
+    option,
     quote,
+    word,
 )
 
 
@@ -75,7 +75,7 @@ def test_what_is_written_is_read_as_the_same_word(word: str) -> None:
 
 
 def test_a_value_quotes_itself_inside_a_word_and_alone() -> None:
-    form = Form({"map": Word("/a b.map"), "user": Option("user", "it's"), "most": 7})
+    form = Form({"map": word("/a b.map"), "user": option("user", "it's"), "most": 7})
     assert form.fill("set-var(x) map_str(<map>) <user> if { x gt <most> }").lines == (
         "set-var(x) map_str('/a b.map') user 'it'\\''s' if { x gt 7 }",
     )
@@ -99,11 +99,11 @@ def test_a_line_is_there_only_under_its_flags_and_with_its_values() -> None:
         [!nova] [fair] two <user>
         three <none>
     """
-    user = Option("user", None)
+    user = option("user", None)
     assert Form({"nova": True, "fair": False, "user": user}).fill(template, none=None).lines == (
         "one",
     )
-    lines = Form({"nova": False, "fair": True, "user": user}).fill(template, none=Word("x")).lines
+    lines = Form({"nova": False, "fair": True, "user": user}).fill(template, none=word("x")).lines
     assert lines == ("two", "three x")
 
 
@@ -125,7 +125,7 @@ def test_an_empty_condition_takes_its_if_with_it() -> None:
 
 
 def test_lines_that_are_finished_are_not_filled_again() -> None:
-    form = Form({"network": Word("<user>"), "user": Word("root")})
+    form = Form({"network": word("<user>"), "user": word("root")})
     inner = form.fill("bind name <network>")
     (section,) = form.sections("frontend x\n    <inner>\n", inner=inner)
     assert section.lines == ("frontend x", "  bind name <user>")

@@ -7,7 +7,7 @@ from typing import Final
 
 from imdsproxy.core.haproxy.model import DataplaneSpec
 from imdsproxy.core.haproxy.nova import longest_s
-from imdsproxy.core.haproxy.text import Form, Value, Word
+from imdsproxy.core.haproxy.text import Form, Value, word
 
 _BEYOND_HOLD_S: Final = 3
 """How much longer than a request may be held HAProxy waits for the resolver."""
@@ -182,7 +182,7 @@ def names_of_backends(spec: DataplaneSpec, form: Form) -> dict[str, Value]:
     # The resolver holds a request at first; then it may have to wait for Nova as long as HAProxy itself would.
     held_s = spec.limits.hold_s + _BEYOND_HOLD_S
     workers: list[dict[str, Value]] = [
-        {"index": index, "socket": Word(f"unix@{path}")}
+        {"index": index, "socket": word(f"unix@{path}")}
         for index, path in enumerate(spec.paths.documents)
     ]
     return {

@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Final
 
 from imdsproxy.core.haproxy.model import Bind, DataplaneSpec, UnixBind
-from imdsproxy.core.haproxy.text import Option, Text, Value, Word, quote, raw
+from imdsproxy.core.haproxy.text import Text, Value, option, quote, raw, word
 from imdsproxy.core.model import ID_PATTERN, IpAddress
 
 AGENTS: Final = "agents"
@@ -179,16 +179,16 @@ def names_of_frontends(spec: DataplaneSpec) -> dict[str, Value]:
         "unverified_binds": _bind_lines(spec.unverified, spec),
         "unbound": not spec.binds and spec.unix is None,
         "agents": spec.unix is not None,
-        "agents_path": Word(bind.path),
-        "mode": Word(bind.mode),
+        "agents_path": word(bind.path),
+        "mode": word(bind.mode),
         "uid": bind.user,
         "gid": bind.group,
         "maxconn_of_agents": bind.maxconn,
         "eighth": max(1, spec.limits.maxconn_per_network // 8),
         "nearly_full": bind.maxconn * 3 // 4,
-        "id_pattern": Word(ID_PATTERN),
-        "ipv4": Word(_IPV4),
-        "ipv6": Word(_IPV6),
+        "id_pattern": word(ID_PATTERN),
+        "ipv4": word(_IPV4),
+        "ipv6": word(_IPV6),
         "forwarded_twice": raw("{ req.fhdr_cnt(x-forwarded-for) gt 1 }"),
     }
 
@@ -207,8 +207,8 @@ def _bind_lines(binds: Iterable[Bind], spec: DataplaneSpec) -> Text:
 
 def _bind(bind: Bind) -> str:
     words = [f"bind {_host(bind.address)}:{bind.port} name {quote(bind.network)}"]
-    options = (Option("interface", bind.device), Option("namespace", bind.namespace))
-    return " ".join((*words, *(str(one) for one in options if one.word is not None)))
+    options = (option("interface", bind.device), option("namespace", bind.namespace))
+    return " ".join((*words, *(str(one) for one in options if one.lines)))
 
 
 def _bind_order(bind: Bind) -> tuple[str, int, str, int, str, str]:

@@ -21,7 +21,7 @@ from imdsproxy.core.haproxy.limits import LIMIT_RULES, names_of_limits
 from imdsproxy.core.haproxy.model import DataplaneSpec, count_namespaces
 from imdsproxy.core.haproxy.nova import NOVA_RULES
 from imdsproxy.core.haproxy.request_log import LOG_RULES, names_of_log
-from imdsproxy.core.haproxy.text import Block, Form, Option, Value, Word, blocks_of, raw
+from imdsproxy.core.haproxy.text import Block, Form, Value, blocks_of, option, raw, word
 from imdsproxy.core.path_rules import WITHIN_OTHER_TREES
 from imdsproxy.core.policy_word import POLICY_WORD, Field, Letter
 
@@ -108,7 +108,7 @@ _CONDITIONS: Final = """
 def _named(values: Mapping[str, object]) -> dict[str, Value]:
     """Numbers and texts of one line by their names in lower letters: `header_network` for `HEADER_NETWORK`."""
     return {
-        name.lower(): Word(value) if isinstance(value, str) else value
+        name.lower(): word(value) if isinstance(value, str) else value
         for name, value in values.items()
         if isinstance(value, str | int | None) and "\n" not in str(value)
     }
@@ -130,14 +130,14 @@ _VALUES: Final[dict[str, Value]] = {
     "rate_field": layout.REQUESTS_PER_S.number,
     "connection_policy_limit": raw(layout.CONNECTIONS.sample("var(sess.record),field(1,|)")),
     # Patterns and expressions.
-    "forwarding_headers": Word(_FORWARDING_HEADERS),
-    "own_host_pattern": Word(_OWN_HOST),
-    "other_than_guest_headers": Word(f"^(?!(?:{_GUEST_HEADERS})$)"),
-    "other_than_guest_and_token_headers": Word(
+    "forwarding_headers": word(_FORWARDING_HEADERS),
+    "own_host_pattern": word(_OWN_HOST),
+    "other_than_guest_headers": word(f"^(?!(?:{_GUEST_HEADERS})$)"),
+    "other_than_guest_and_token_headers": word(
         f"^(?!(?:{_GUEST_HEADERS}|{'|'.join(_TOKEN_HEADERS)})$)"
     ),
     # The path without escapes, doubled slashes and dot segments that lead to the same place.
-    "canonical_path": Word(
+    "canonical_path": word(
         r'path,url_dec,regsub("/(?:\.?/)*(?:\.$)?",/,g),regsub("^/ec2(?=/|$)","")'
     ),
     # All that a good token depends on, beside itself, its end and its key.
@@ -153,9 +153,9 @@ _VALUES: Final[dict[str, Value]] = {
     "token_header": raw(_TOKEN_HEADERS[0]),
     "ttl_header": raw(_TOKEN_HEADERS[1]),
     "methods": raw(" ".join(_METHODS)),
-    "allow_methods": Word(", ".join(_METHODS)),
+    "allow_methods": word(", ".join(_METHODS)),
     "other_trees": raw(" ".join(WITHIN_OTHER_TREES)),
-    "text_plain": Word(TEXT.decode("ascii")),
+    "text_plain": word(TEXT.decode("ascii")),
     "longest_short": _LONGEST_SHORT,
     "largest_head": _LARGEST_HEAD,
     "answer_tos": wire.ANSWER_DSCP << 2,
@@ -218,8 +218,8 @@ def form_of(spec: DataplaneSpec) -> Form:
             "largest_cached": min(sizes.max_object_bytes, sizes.cache_mb * 1024 * 1024 // 2),
             "namespaces": namespaces > 0,
             "pipes": (namespaces + 1) // 2,
-            "user": Option("user", spec.user),
-            "group": Option("group", spec.group),
+            "user": option("user", spec.user),
+            "group": option("group", spec.group),
             # `policy_share` has something to count of a request.
             "without_own_limits": raw(f"!{CONSTANTS['has_own_limits']}" if sizes.fair else ""),
             # Of reads without a token one in so many is counted, and chance has chosen this one.
@@ -232,6 +232,6 @@ def form_of(spec: DataplaneSpec) -> Form:
             "read_counter": counting.read_counter(spec.count_reads),
             "documents": bool(spec.paths.documents),
             "exporter": spec.exporter is not None,
-            "listen": Word(spec.exporter or ""),
+            "listen": word(spec.exporter or ""),
         }
     )

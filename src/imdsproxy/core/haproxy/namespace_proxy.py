@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from imdsproxy.core.haproxy.names import CONSTANTS
-from imdsproxy.core.haproxy.text import Form, Option, Word, render
+from imdsproxy.core.haproxy.text import Form, option, render, word
 from imdsproxy.errors import RequestRefused
 
 DEFAULT_PORT: Final = 9697
@@ -132,17 +132,17 @@ def render_namespace_proxy(spec: NamespaceProxySpec) -> str:
         {
             **CONSTANTS,
             "logs": spec.syslog is not None,
-            "log_socket": Word(spec.syslog or ""),
-            "facility": Word(spec.facility),
-            "level": Word("debug" if spec.debug else "info"),
-            "uuid": Word(spec.uuid),
-            "user": Option("user", spec.user),
-            "group": Option("group", spec.group),
+            "log_socket": word(spec.syslog or ""),
+            "facility": word(spec.facility),
+            "level": word("debug" if spec.debug else "info"),
+            "uuid": word(spec.uuid),
+            "user": option("user", spec.user),
+            "group": option("group", spec.group),
             "dual_stack": spec.dual_stack,
             "port": spec.port,
-            "forgeable": Word(f"^(?:{_FORGEABLE})$"),
-            "header": Word(spec.header),
-            "upstream": Word(f"unix@{spec.upstream}"),
+            "forgeable": word(f"^(?:{_FORGEABLE})$"),
+            "header": word(spec.header),
+            "upstream": word(f"unix@{spec.upstream}"),
         }
     )
     return render(form.sections(_CONFIG))

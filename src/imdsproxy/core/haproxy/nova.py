@@ -25,7 +25,7 @@ from imdsproxy.core.haproxy.model import (
     NovaTimes,
     NovaTls,
 )
-from imdsproxy.core.haproxy.text import Block, Form, Option, Text, Value, Word, raw
+from imdsproxy.core.haproxy.text import Block, Form, Text, Value, option, raw, word
 from imdsproxy.core.wire import MAP_NOVA
 
 _LOOPBACK_SOCKET: Final = re.compile(r"\bhop-[0-9a-f]{16}\.sock\b")
@@ -217,13 +217,13 @@ def _names(backend: NovaBackend) -> dict[str, Value]:
     mine = f"{MAP_NOVA}{backend.name}|"
     begin = len(mine)
     return {
-        "set": Word(backend.name),
-        "of_set": raw(f"{{ var(txn.record) -m beg {Word(mine)} }}"),
+        "set": word(backend.name),
+        "of_set": raw(f"{{ var(txn.record) -m beg {word(mine)} }}"),
         "begin": begin,
         "signature_length": _SIGNATURE,
         "rest": raw(f"var(txn.record),bytes({begin + _SIGNATURE + 1})"),
-        "host": Word(backend.host),
-        "refused": Word(refused_counter(backend.name)),
+        "host": word(backend.host),
+        "refused": word(refused_counter(backend.name)),
     }
 
 
@@ -232,13 +232,13 @@ def _names_of_servers(backend: NovaBackend, times: NovaTimes) -> dict[str, Value
     checked = times.check != "off"
     return {
         "tls": Block(_TLS if backend.tls else ""),
-        "check_sni": Option("check-sni", tls.name if backend.tls and checked else None),
+        "check_sni": option("check-sni", tls.name if backend.tls and checked else None),
         "checks": Block(_CHECKS if checked else ""),
-        "certificates": Word(f"certificates {tls.contents}") if tls.contents else None,
-        "tls_name": Word(tls.name),
+        "certificates": word(f"certificates {tls.contents}") if tls.contents else None,
+        "tls_name": word(tls.name),
         "verify": tls.verify,
-        "ca": Word(tls.ca),
-        "client": Option("crt", tls.client),
+        "ca": word(tls.ca),
+        "client": option("crt", tls.client),
         "connect_ms": _ms(times.connect_s),
         "server_ms": _ms(times.response_s),
         "loopback_ms": _ms(times.response_s + _BEYOND_LOOPBACK_S),
@@ -250,8 +250,8 @@ def _names_of_servers(backend: NovaBackend, times: NovaTimes) -> dict[str, Value
     }
 
 
-def _ms(seconds: float) -> Word:
-    return Word(f"{round(seconds * 1000)}ms")
+def _ms(seconds: float) -> Text:
+    return word(f"{round(seconds * 1000)}ms")
 
 
 def _server_names(
@@ -261,12 +261,12 @@ def _server_names(
     digest = hashlib.sha256(f"{backend.name} {server.name}".encode()).hexdigest()[:16]
     loopback = f"nova.{backend.name}.hop.{server.name}"
     return {
-        "name": Word(server.name),
-        "authority": Word(server.authority),
+        "name": word(server.name),
+        "authority": word(server.authority),
         "next": bool(server.slot),
-        "loopback_name": Word(loopback),
-        "socket": Word(f"unix@{spec.paths.loopback}/hop-{digest}.sock"),
-        "inside": Word(f"unix@{spec.paths.loopback_inside}/hop-{digest}.sock"),
-        "track_loopback": Option("track", f"{loopback}/{server.name}" if checked else None),
-        "track_first": Option("track", f"nova.{backend.name}/{server.name}" if checked else None),
+        "loopback_name": word(loopback),
+        "socket": word(f"unix@{spec.paths.loopback}/hop-{digest}.sock"),
+        "inside": word(f"unix@{spec.paths.loopback_inside}/hop-{digest}.sock"),
+        "track_loopback": option("track", f"{loopback}/{server.name}" if checked else None),
+        "track_first": option("track", f"nova.{backend.name}/{server.name}" if checked else None),
     }

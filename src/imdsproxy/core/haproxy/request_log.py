@@ -29,7 +29,7 @@ from http import HTTPStatus
 from typing import Any, Final
 
 from imdsproxy.core.haproxy.model import CHECKED, SAMPLED, DataplaneSpec
-from imdsproxy.core.haproxy.text import Value, Word, raw
+from imdsproxy.core.haproxy.text import Value, raw, word
 from imdsproxy.core.tokens import TTL_LIMIT_S
 
 AUDIT_LONGEST: Final = 4096
@@ -95,8 +95,8 @@ def names_of_log(spec: DataplaneSpec) -> dict[str, Value]:
         "watched": spec.watched,
         "audited": spec.audit > 0,
         "logs": spec.watched or spec.audit > 0,
-        "log_format": Word(_format(spec, headers=False)),
-        "log_format_of_headers": Word(_format(spec, headers=True)),
+        "log_format": word(_format(spec, headers=False)),
+        "log_format_of_headers": word(_format(spec, headers=True)),
         "sample": raw(f"sample 1:{spec.audit}" if sampled else ""),
         "logs_all": spec.audit == 1 or sampled,
         "samples": spec.audit > 1 and not spec.watched,

@@ -2,8 +2,8 @@
 
 A template holds one rule a line. These things are added to HAProxy's language:
 
-- `<name>` stands for a value, which quotes itself. A plain string is no value. An empty one takes the space before it
-  with it, and an `if` that has no condition left goes too.
+- `<name>` stands for a value, which is quoted already. A plain string is no value. An empty one takes the space before
+  it with it, and an `if` that has no condition left goes too.
 - `[flag]` or `[!flag]` before a line: the line is there if the value of that name is true, or false. A line that names
   a value of `None` isn't there either.
 - A line that is indented further than the first one continues the line before.
@@ -53,27 +53,6 @@ def quote(word: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Word:
-    """A name, path, pattern or anything else that is one word, or a part of one."""
-
-    text: str
-
-    def __str__(self) -> str:
-        return quote(self.text)
-
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """A keyword and its word; neither is written where the word is `None`."""
-
-    keyword: str
-    word: str | None
-
-    def __str__(self) -> str:
-        return "" if self.word is None else f"{self.keyword} {quote(self.word)}"
-
-
-@dataclass(frozen=True, slots=True)
 class Text:
     """Lines that are finished."""
 
@@ -88,6 +67,16 @@ def raw(text: str) -> Text:
     return Text((text,) if text else ())
 
 
+def word(text: str) -> Text:
+    """A name, path, pattern or anything else that is one word, or a part of one."""
+    return Text((quote(text),))
+
+
+def option(keyword: str, text: str | None) -> Text:
+    """A keyword and its word; neither is written where the word is `None`."""
+    return raw("" if text is None else f"{keyword} {quote(text)}")
+
+
 @dataclass(frozen=True, slots=True)
 class Block:
     """Lines of a template that others name; `<argument>` in it is the value in parentheses behind its name."""
@@ -95,7 +84,7 @@ class Block:
     template: str
 
 
-Value: TypeAlias = Word | Option | Text | Block | int | None
+Value: TypeAlias = Text | Block | int | None
 
 
 @lru_cache(maxsize=512)
@@ -185,7 +174,7 @@ def _fill_line(parts: Sequence[str], values: Mapping[str, Value]) -> Iterable[st
 
 
 def _write(name: str, value: object) -> str:
-    if not isinstance(value, Word | Option | Text | int) or isinstance(value, bool):
+    if not isinstance(value, Text | int) or isinstance(value, bool):
         raise TypeError(f"<{name}> is {value!r}, which doesn't quote itself")
     return str(value)
 
