@@ -139,14 +139,24 @@ async def test_an_address_without_owner_is_withdrawn_after_a_while(rig: Rig) -> 
     assert list(rig.filters.keys()) == []
 
 
-async def test_a_later_process_takes_over_what_is_there(rig: Rig) -> None:
-    first = await rig.up()
-    second = first.later(_MAC)
-    first.kernel.log.clear()
-    await second.round()
-    assert first.kernel.log == []
-    assert second.filters.granted(_KEY) == _MAC
-    assert second.filters.is_up(_N1)
+async def test_a_later_process_takes_over_what_is_there_and_sweeps_once_sources_are_in_sync(
+    rig: Rig,
+) -> None:
+    kernel = (await rig.up()).kernel
+    second = rig.later(in_sync=False)
+    kernel.log.clear()
+    for _ in range(2):
+        await second.round(sweep=second.inventory.in_sync)
+        assert (kernel.log, kernel.tables) == ([], {_N1: {_KEY[1]: _MAC}})
+        assert second.filters.granted(_KEY) == _MAC
+        assert second.filters.is_up(_N1)
+        # In sync and without a MAC it stays: its guests' connections would end.
+        second.say()
+    third = rig.later()
+    await third.round(listening=False, sweep=False)
+    assert kernel.tables
+    await third.round(listening=False)
+    assert kernel.tables == {}
 
 
 async def test_one_that_has_to_start_haproxy_lets_through_what_it_knows(rig: Rig) -> None:
@@ -166,17 +176,6 @@ async def test_one_that_has_to_start_haproxy_lets_through_what_it_knows(rig: Rig
     assert first.kernel.tables == {_N1: {_KEY[1]: _MAC, kept[1]: _OTHER}}
 
 
-async def test_no_filter_is_removed_before_all_sources_are_in_sync(rig: Rig) -> None:
-    first = await rig.up()
-    second = first.later(in_sync=False)
-    await second.round(sweep=False)
-    assert first.kernel.tables == {_N1: {_KEY[1]: _MAC}}
-    second.say()
-    await second.round()
-    # It stays while it is there: its guests' connections would end.
-    assert _N1 in first.kernel.tables
-
-
 @pytest.mark.parametrize("check", [False, True])
 async def test_a_filter_that_is_not_needed_is_removed(rig: Rig, *, check: bool) -> None:
     await rig.round()
@@ -184,15 +183,6 @@ async def test_a_filter_that_is_not_needed_is_removed(rig: Rig, *, check: bool) 
     await rig.round(listening=not check)
     assert rig.kernel.tables == {}
     assert (rig.directory / "gates.json").read_text() == "{}"
-
-
-async def test_filters_of_an_earlier_process_are_removed(rig: Rig) -> None:
-    await rig.round()
-    second = rig.later()
-    await second.round(listening=False, sweep=False)
-    assert rig.kernel.tables
-    await second.round(listening=False)
-    assert rig.kernel.tables == {}
 
 
 async def test_a_kernel_that_refuses_leaves_no_guest_verified_and_is_reported(rig: Rig) -> None:

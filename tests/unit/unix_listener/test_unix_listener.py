@@ -158,42 +158,63 @@ async def test_off_is_nothing_to_bind_and_no_problem(tmp_path: Path) -> None:
     assert not rig.path.parent.exists()
 
 
-@pytest.mark.parametrize("state", [SocketState.MISSING, SocketState.STALE, SocketState.OURS])
-async def test_a_path_that_is_free_or_ours_is_bound(rig: _Rig, state: SocketState) -> None:
-    rig.seen = SeenSocket(state)
-    await rig.unix.choose()
-    assert rig.unix.bind == UnixBind(str(rig.path), "0644", 0, 0)
-    assert (rig.unix.rebind, rig.unix.problem) == (False, None)
+_ORPHANED: Final = SeenSocket(SocketState.MISSING, orphaned=True)
+_LOST: Final = SeenSocket(SocketState.FOREIGN, _AGENT.owners, orphaned=True)
 
 
-async def test_a_socket_without_a_path_is_let_go_of_first(rig: _Rig) -> None:
-    rig.seen = SeenSocket(SocketState.MISSING, orphaned=True)
-    assert await rig.choose() == (True, True)
-    rig.seen = SeenSocket(SocketState.FOREIGN, orphaned=True)
-    assert await rig.choose() == (False, False)
+@pytest.mark.parametrize(
+    ("seen", "take_over", "was_bound", "choice", "reason"),
+    [
+        *((SeenSocket(SocketState(one)), False, False, (True, False), "") for one in ("missing", "stale", "ours")),
+        # A socket without a path is let go of first.
+        (_ORPHANED, False, False, (True, True), ""),
+        (_AGENT, False, False, (False, False), "neutron-ovn-met (pid 77) listens on "),
+        (_LOST, False, True, (False, False), "set unix_listener.take_over"),
+        (_AGENT, True, False, (True, False), ""),
+        # Where the kernel lists no unix sockets ours can't be known to be one without a path.
+        (_AGENT, True, True, (True, True), ""),
+        (_LOST, True, True, (True, True), ""),
+        (SeenSocket(SocketState.OCCUPIED), True, False, (False, False), "is no socket"),
+    ],
+    ids=str,
+)  # fmt: skip
+async def test_what_is_at_the_path_decides_whether_it_is_bound_and_let_go_of_first(
+    rig: _Rig,
+    seen: SeenSocket,
+    choice: tuple[bool, bool],
+    reason: str,
+    *,
+    take_over: bool,
+    was_bound: bool,
+) -> None:
+    bind = UnixBind(str(rig.path), "0644", 0, 0)
+    rig.configure(take_over=take_over)
+    rig.haproxy.bound = bind if was_bound else None
+    rig.seen = seen
+    assert await rig.choose() == choice
+    assert rig.unix.bind == (bind if choice[0] else None)
+    assert bool(rig.reason) is not choice[0]
+    assert reason in str(rig.unix.problem)
 
 
-@pytest.mark.parametrize("runs", [False, True])
-async def test_a_foreign_process_is_reported_by_name_and_pid(rig: _Rig, *, runs: bool) -> None:
-    rig.seen = _AGENT
-    if not runs:
-        rig.haproxy.processes = None
-    assert await rig.choose() == (False, False)
-    assert f"neutron-ovn-met (pid 77) listens on {rig.path}" in rig.reason
-
-
-async def test_a_haproxy_that_was_started_meanwhile_is_not_foreign(rig: _Rig) -> None:
-    rig.seen = _AGENT
-    rig.haproxy.now = Processes(20, 21)
-    rig.seen_by[20] = _OURS
-    assert await rig.choose() == (True, False)
-
-
-@pytest.mark.parametrize("bound", [False, True])
-async def test_while_haproxy_is_away_all_stays_as_it_was(rig: _Rig, *, bound: bool) -> None:
-    rig.haproxy.bound = UnixBind(str(rig.path), "0644", 0, 0) if bound else None
-    rig.haproxy.now = None
-    rig.seen = _AGENT
+@pytest.mark.parametrize(
+    ("processes", "now", "was_bound", "bound"),
+    [
+        # One that was started meanwhile is ours.
+        (Processes(10, 11), Processes(20, 21), False, True),
+        # While it is away all stays as it was.
+        (Processes(10, 11), None, False, False),
+        (Processes(10, 11), None, True, True),
+        # Before it has ever run the socket is another process's.
+        (None, None, False, False),
+    ],
+)
+async def test_a_foreign_socket_is_compared_with_the_haproxy_of_now(
+    rig: _Rig, processes: Processes | None, now: Processes | None, *, was_bound: bool, bound: bool
+) -> None:
+    rig.haproxy.bound = UnixBind(str(rig.path), "0644", 0, 0) if was_bound else None
+    rig.haproxy.processes, rig.haproxy.now = processes, now
+    rig.seen, rig.seen_by[20] = _AGENT, _OURS
     assert await rig.choose() == (bound, False)
 
 
@@ -307,18 +328,6 @@ def test_a_fight_comes_down_to_one_taking_in_ten_minutes_and_no_fewer() -> None:
     assert set(pauses[8:]) == {600}
 
 
-async def test_a_running_process_keeps_its_path_unless_it_is_to_be_taken_over(
-    tmp_path: Path,
-) -> None:
-    rig = _Rig(tmp_path)
-    rig.seen = _AGENT
-    assert not await rig.round()
-    assert "set unix_listener.take_over" in str(rig.unix.problem)
-    rig.configure(take_over=True)
-    assert await rig.round()
-    assert (rig.reason, rig.unix.taken_over) == ("", 1)
-
-
 async def test_a_takeover_is_logged_once_with_the_process(taking: _Rig) -> None:
     with capture_logs() as logs:
         assert await taking.round()
@@ -328,22 +337,6 @@ async def test_a_takeover_is_logged_once_with_the_process(taking: _Rig) -> None:
     assert (line["event"], line["log_level"]) == ("unix listener taken over", "info")
     assert line["taken_from"] == taking.unix.taken_from == "neutron-ovn-met (pid 77)"
     assert (taking.unix.taken_over, taking.unix.problem) == (1, None)
-
-
-@pytest.mark.parametrize("orphaned", [False, True])
-async def test_a_haproxy_that_has_lost_the_path_lets_go_of_its_socket_first(
-    taking: _Rig, *, orphaned: bool
-) -> None:
-    await taking.round()
-    # Where the kernel lists no unix sockets ours can't be known to be one without a path.
-    taking.seen = SeenSocket(SocketState.FOREIGN, orphaned=orphaned)
-    assert await taking.choose() == (True, True)
-
-
-async def test_what_is_no_socket_is_never_taken(taking: _Rig) -> None:
-    taking.seen = SeenSocket(SocketState.OCCUPIED)
-    assert not await taking.round()
-    assert "is no socket" in taking.reason
 
 
 async def test_an_agent_that_is_started_again_now_and_then_is_replaced_at_once(
@@ -380,22 +373,17 @@ async def test_a_process_that_takes_it_back_each_time_keeps_it_for_a_while(
     assert await taking.choose() == (True, False)
 
 
-async def test_what_haproxy_could_not_take_does_not_count(taking: _Rig) -> None:
+@pytest.mark.parametrize("refused", [False, True])
+async def test_what_haproxy_did_not_take_does_not_count(taking: _Rig, *, refused: bool) -> None:
     await taking.unix.choose()
-    assert taking.unix.blame(ReloadFailed(f"[ALERT] cannot bind [{taking.path}]"))
+    if refused:
+        assert taking.unix.blame(taking.refusal())
+    else:
+        # Something else kept it back; then HAProxy is started anew with what it had.
+        taking.haproxy.bound, taking.haproxy.now = taking.unix.bind, None
+        await taking.unix.choose()
     await taking.unix.settle(None)
     assert (taking.unix.taken_over, taking.unix.taken_from) == (0, "")
-
-
-async def test_what_did_not_come_to_pass_does_not_count_later(taking: _Rig) -> None:
-    await taking.unix.choose()
-    # Something else kept it back; then HAProxy is started anew with what it had.
-    taking.haproxy.bound = taking.unix.bind
-    taking.haproxy.now = None
-    await taking.unix.choose()
-    assert taking.unix.bind is not None
-    await taking.unix.settle(None)
-    assert taking.unix.taken_over == 0
 
 
 async def test_once_the_setting_is_off_a_running_process_keeps_the_path(taking: _Rig) -> None:
