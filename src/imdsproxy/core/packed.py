@@ -11,6 +11,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, Final, TypeAlias
 
@@ -47,7 +48,8 @@ _PORTS: Final = 3
 """Where they are in a packed record."""
 
 _KEPT: Final = 256
-"""How many unpacked ones are kept: those of the addresses that a round looks at in one go."""
+"""How many unpacked instances are kept: those of the addresses that a round looks at in one go. Who asks for one often
+asks again at once, for its next address."""
 
 _EVERY_DIALECT: Final = frozenset(Dialect)
 
@@ -76,29 +78,17 @@ class PackedInstance:
 
 
 class PackedInstances(MutableMapping[InstanceId, Instance]):
-    """Instances by id. What is given out is a new value each time, equal to what was put in.
+    """Instances by id. What is given out is equal to what was put in."""
 
-    The last ones are kept: who asks for an instance often asks again at once, for its next address.
-    """
-
-    __slots__ = ("_last", "_packed")
+    __slots__ = ("_packed",)
 
     def __init__(self, instances: Mapping[InstanceId, Instance] | None = None) -> None:
         self._packed: dict[InstanceId, _Packed] = {}
-        self._last: dict[InstanceId, tuple[_Packed, Instance]] = {}
         if instances:
             self.update(instances)
 
     def __getitem__(self, key: InstanceId) -> Instance:
-        packed = self._packed[key]
-        last = self._last.get(key)
-        if last is not None and last[0] is packed:
-            return last[1]
-        if len(self._last) == _KEPT:
-            self._last.clear()
-        instance = _unpack(key, packed)
-        self._last[key] = packed, instance
-        return instance
+        return _unpack(key, self._packed[key])
 
     def __setitem__(self, key: InstanceId, instance: Instance) -> None:
         self._packed[key] = _pack(instance)
@@ -134,9 +124,8 @@ class PackedInstances(MutableMapping[InstanceId, Instance]):
         packed = self._packed[key]
         if isinstance(packed, bytes):
             return packed
-        data, user_data, vendor_data, policy = packed
-        beside = isinstance(user_data, bytes) or vendor_data is not None or policy != NO_RULES
-        return None if beside else data
+        data, user_data, *others = packed
+        return data if not isinstance(user_data, bytes) and others == [None, NO_RULES] else None
 
     def ports(self, key: InstanceId) -> list[tuple[NetworkId, MacAddress | None, list[int]]]:
         """Network, MAC and addresses (`to_number`) of each port, without the instance being made."""
@@ -271,6 +260,7 @@ def _pack(instance: Instance) -> _Packed:
     return packed if beside == (None, None, NO_RULES) else (packed, *beside)
 
 
+@lru_cache(_KEPT)
 def _unpack(key: InstanceId, packed: _Packed) -> Instance:
     if isinstance(packed, bytes):
         packed = packed, None, None, NO_RULES
