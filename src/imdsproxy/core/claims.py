@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, KeysView
 from dataclasses import replace
 from typing import TypeAlias, TypeVar
 
-from imdsproxy.core.addresses import from_number, to_number
+from imdsproxy.core.addresses import from_number, link_local_of, to_number
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
 from imdsproxy.core.observation import AddressKey
 
@@ -100,6 +100,20 @@ class Claims:
         self._count += number in claims
         if not claims:
             del self._networks[network]
+
+
+def claim_places(instance: Instance) -> Iterator[tuple[AddressKey, tuple[str | int, ...]]]:
+    """Each address that the record claims, its MACs' link-local ones too, and the part of the record that does so."""
+    for number, port in enumerate(instance.ports):
+        for index, address in enumerate(port.addresses):
+            yield (port.network, address), ("ports", number, "addresses", index)
+        if port.mac is not None:
+            yield (port.network, link_local_of(port.mac)), ("ports", number, "mac")
+
+
+def address_keys(instance: Instance) -> frozenset[AddressKey]:
+    """Every (network, address) that the instance is known by."""
+    return frozenset(key for key, _ in claim_places(instance))
 
 
 def distinct(records: Iterable[_V | None]) -> tuple[_V, ...]:

@@ -29,7 +29,7 @@ from types import MappingProxyType
 from typing import TypeVar
 
 from imdsproxy.core.addresses import from_number, link_local_of, to_number
-from imdsproxy.core.claims import Claims, agreed, distinct, without_vaguer
+from imdsproxy.core.claims import Claims, address_keys, agreed, distinct, without_vaguer
 from imdsproxy.core.model import (
     Instance,
     InstanceId,
@@ -52,16 +52,6 @@ from imdsproxy.errors import Problem
 
 _K = TypeVar("_K", bound=Hashable)
 _V = TypeVar("_V")
-
-
-def address_keys(instance: Instance) -> frozenset[AddressKey]:
-    """Every (network, address) that the instance is known by, its MACs' link-local ones too."""
-    keys: set[AddressKey] = set()
-    for port in instance.ports:
-        keys.update((port.network, address) for address in port.addresses)
-        if port.mac is not None:
-            keys.add((port.network, link_local_of(port.mac)))
-    return frozenset(keys)
 
 
 def _idle(versions: Iterable[Instance]) -> set[NetworkId]:

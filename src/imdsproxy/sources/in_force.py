@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Generic, TypeVar
 
-from imdsproxy.core.addresses import link_local_of
-from imdsproxy.core.claims import Claims
+from imdsproxy.core.claims import Claims, claim_places
 from imdsproxy.core.model import Instance, InstanceId, Network
 from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.packed import PackedInstance
@@ -106,9 +105,6 @@ class InForce(Generic[Record]):
         self._touched: set[str] = set()
         self._clashes: dict[str, tuple[Clash[Record], ...]] = {}
         self._unclear: set[str] = set()
-
-    def __len__(self) -> int:
-        return len(self._held)
 
     @property
     def records(self) -> dict[str, Record]:
@@ -346,15 +342,6 @@ def _store(mapping: dict[_Key, tuple[_Item, ...]], key: _Key, items: tuple[_Item
         mapping[key] = items
     else:
         mapping.pop(key, None)
-
-
-def claim_places(instance: Instance) -> Iterator[tuple[AddressKey, Path]]:
-    """Each address that the record claims, and the part of the record that does so."""
-    for number, port in enumerate(instance.ports):
-        for index, address in enumerate(port.addresses):
-            yield (port.network, address), ("ports", number, "addresses", index)
-        if port.mac is not None:
-            yield (port.network, link_local_of(port.mac)), ("ports", number, "mac")
 
 
 def taken_address(

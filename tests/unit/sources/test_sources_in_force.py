@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imdsproxy.core.inventory import address_keys
+from imdsproxy.core.claims import address_keys
 from imdsproxy.core.model import Instance, InstanceId, NetworkId, Port
 from imdsproxy.core.observation import AddressKey
 from imdsproxy.errors import Problem

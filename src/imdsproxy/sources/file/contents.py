@@ -19,6 +19,7 @@ from typing import IO, Any, Final, TypeAlias, cast
 
 import structlog
 
+from imdsproxy.core.claims import claim_places
 from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.packed import PackedInstance
 from imdsproxy.core.records import LISTS, Field, LineOf, Refused
@@ -26,7 +27,7 @@ from imdsproxy.core.records import Path as PathInFile
 from imdsproxy.core.timing import Progress
 from imdsproxy.errors import Problem
 from imdsproxy.sources.file.record_file import payload_reader, read_records
-from imdsproxy.sources.in_force import Entry, claim_places
+from imdsproxy.sources.in_force import Entry
 
 Signature: TypeAlias = "tuple[int, ...] | None"
 

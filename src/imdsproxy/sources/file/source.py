@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
+from imdsproxy.core.claims import claim_places
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
 from imdsproxy.core.observation import AddressKey, Observation
 from imdsproxy.core.packed import PackedInstance, PackedInstances
@@ -24,7 +25,7 @@ from imdsproxy.host.inotify import Place, Watch, place_of
 from imdsproxy.sources.api import Origin, Publish, Reports, publish_in_pieces
 from imdsproxy.sources.file.contents import FileContents, Signature, read_contents, signature_of
 from imdsproxy.sources.file.record_file import SUFFIXES
-from imdsproxy.sources.in_force import Entry, InForce, Record, claim_places
+from imdsproxy.sources.in_force import Entry, InForce, Record
 from imdsproxy.sources.sqlite_file import SideCache
 
 _UNWATCHED_S: Final = 1.0

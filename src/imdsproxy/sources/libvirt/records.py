@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from imdsproxy.core.inventory import address_keys
+from imdsproxy.core.claims import address_keys
 from imdsproxy.core.model import ID_PATTERN, Instance, InstanceId, Network, NetworkId
 from imdsproxy.core.observation import Observation
 from imdsproxy.core.records import Findings, Json, Path, Refused, parse_instance, parse_network

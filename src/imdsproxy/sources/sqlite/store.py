@@ -19,7 +19,7 @@ from threading import Lock
 from typing import Final
 from urllib.parse import quote
 
-from imdsproxy.core.inventory import address_keys
+from imdsproxy.core.claims import address_keys, claim_places
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId, StoredBytes, digest_of
 from imdsproxy.core.observation import Observation
 from imdsproxy.core.packed import FORMAT, PackedInstances
@@ -35,7 +35,7 @@ from imdsproxy.core.records import Path as RecordPath
 from imdsproxy.core.timing import Progress
 from imdsproxy.errors import Problem, SourceRefused, SourceUnavailable
 from imdsproxy.host.files import open_locked
-from imdsproxy.sources.in_force import claim_places, taken_address, taken_id
+from imdsproxy.sources.in_force import taken_address, taken_id
 from imdsproxy.sources.sqlite_file import open_store, store_failures
 
 _VERSION_1: Final = """
