@@ -10,7 +10,7 @@ from typing import Final
 import pytest
 
 from support.daemon import instance
-from support.guest import IPV4, IPV6, Guest, inside
+from support.guest import IPV4, IPV6, inside
 from support.lab import BRIDGE_MAC, NETNS, ip, until
 from support.world import RIGHT_WITHIN_S, World, own
 
@@ -73,48 +73,32 @@ def _sockets_of(pid: int) -> set[str]:
 def test_a_guest_is_known_by_each_of_its_addresses(world: World) -> None:
     guest = world.lab.guest("red", 40)
     record = instance("red-40", "red", 40)
-    ports = [
-        {
-            "network": "red",
-            "mac": guest.mac,
-            "addresses": ["10.0.0.40", "10.0.0.41", "2001:db8::28"],
-        }
-    ]
+    addresses = ["10.0.0.40", "10.0.0.41", "2001:db8::28"]
+    ports = [{"network": "red", "mac": guest.mac, "addresses": addresses}]
     ip("-n", guest.namespace, "address", "add", "10.0.0.41/24", "dev", "eth0")
     world.daemon.put(instances=[{**record, "ports": ports}])
     for source in ("10.0.0.40", "10.0.0.41"):
         assert own(guest, guest.ask("/latest/user-data", source=source)) is None, source
     for source in ("2001:db8::28", guest.link_local):
         assert own(guest, guest.ask("/latest/user-data", to=IPV6, source=source)) is None, source
-
-
-def test_a_link_local_address_is_known_by_the_mac_that_makes_it(world: World) -> None:
-    guest = world.red
     assert world.daemon.explain("red", guest.link_local)["how"] == "eui64"
-    reply = guest.ask("/latest/user-data", to=IPV6, source=guest.link_local)
-    assert own(guest, reply) is None
 
 
-def test_a_private_link_local_address_is_known_by_the_neighbour_table(world: World) -> None:
-    guests = [
-        world.lab.guest(network, 50, privacy="fe80::5eed:1") for network in ("red", "blue", "grey")
-    ]
-    world.daemon.put(
-        instances=[instance(f"{guest.network}-50", guest.network, 50) for guest in guests]
-    )
+def test_a_private_link_local_address_is_known_by_the_neighbour_table_and_a_strangers_is_not(
+    world: World,
+) -> None:
+    address = "fe80::5eed:1"
+    guests = [world.lab.guest(one, 50, privacy=address) for one in ("red", "blue", "grey")]
+    records = [instance(f"{guest.network}-50", guest.network, 50) for guest in guests]
+    world.daemon.put(instances=records)
     for guest in guests:
-        reply = guest.ask("/latest/user-data", to=IPV6, source="fe80::5eed:1")
+        reply = guest.ask("/latest/user-data", to=IPV6, source=address)
         assert own(guest, reply) is None, guest.network
-        assert world.daemon.explain(guest.network, "fe80::5eed:1")["how"] == "neighbour"
+        explained = world.daemon.explain(guest.network, address)
         # What was learned is HAProxy's: Python is not asked again.
-        assert world.daemon.explain(guest.network, "fe80::5eed:1")["installed"] is not None
-
-
-def test_a_private_link_local_address_of_an_unknown_mac_is_nobodys(world: World) -> None:
-    stranger = world.lab.guest("red", 51, mac="fa:16:3e:ff:ff:51", privacy="fe80::5eed:2")
-    world.daemon.put(instances=[instance("red-51", "red", 51)])
-    reply = stranger.ask("/latest/user-data", to=IPV6, source="fe80::5eed:2")
-    assert reply.status == 404
+        assert (explained["how"], explained["installed"] is None) == ("neighbour", False)
+    stranger = world.lab.guest("green", 51, mac="fa:16:3e:ff:ff:51", privacy="fe80::5eed:2")
+    assert stranger.ask("/latest/user-data", to=IPV6, source="fe80::5eed:2").status == 404
 
 
 def _metadata_addresses(namespace: str, device: str | None = None) -> dict[str, set[str]]:
@@ -126,27 +110,23 @@ def _metadata_addresses(namespace: str, device: str | None = None) -> dict[str, 
     return found
 
 
-def test_an_interface_carries_the_addresses_as_long_as_its_network_is_there(world: World) -> None:
+def test_an_interface_carries_the_addresses_and_answers_as_long_as_its_network_is_there(
+    world: World,
+) -> None:
     network = world.lab.interface_network("if1")
+    guest = world.lab.guest("if1", 5)
     ip("-n", world.lab.host, "address", "add", "10.0.0.1/24", "dev", "if1")
-    world.daemon.put([network])
-    assert _metadata_addresses(world.lab.host, "if1") == {"if1": {IPV4, IPV6}}
-    world.daemon.remove_network("if1")
-    until(lambda: not _metadata_addresses(world.lab.host, "if1"), within_s=RIGHT_WITHIN_S)
-    assert "10.0.0.1" in ip("-n", world.lab.host, "address", "show", "dev", "if1")
-
-
-def test_an_interface_answers_only_on_its_own_device(world: World) -> None:
-    network = world.lab.interface_network("if2")
-    guest = world.lab.guest("if2", 5)
-    ip("-n", world.lab.host, "address", "add", "10.0.0.1/24", "dev", "if2")
     # What it sends arrives at the host, whose other interface has the addresses.
     for to in (IPV4, IPV6):
         ip("-n", guest.namespace, "neighbor", "add", to, "lladdr", BRIDGE_MAC, "dev", "eth0")
     assert not [to for to in (IPV4, IPV6) if guest.reaches(to=to)]
     world.daemon.put([network])
+    assert _metadata_addresses(world.lab.host, "if1") == {"if1": {IPV4, IPV6}}
     for to in (IPV4, IPV6):
         until(partial(guest.reaches, to=to), what=f"the same guest's way to {to}")
+    world.daemon.remove_network("if1")
+    until(lambda: not _metadata_addresses(world.lab.host, "if1"), within_s=RIGHT_WITHIN_S)
+    assert "10.0.0.1" in ip("-n", world.lab.host, "address", "show", "dev", "if1")
 
 
 def test_a_bridge_gets_namespace_and_cable_and_loses_them_with_its_network(world: World) -> None:
@@ -176,8 +156,4 @@ def test_a_network_that_comes_is_answered_and_one_that_goes_is_refused(world: Wo
     assert own(guest, guest.ask("/latest/user-data")) is None
     world.daemon.remove_instance("late-5")
     world.daemon.remove_network("late")
-    until(lambda: _refused(guest), within_s=RIGHT_WITHIN_S)
-
-
-def _refused(guest: Guest) -> bool:
-    return not guest.reaches()
+    until(lambda: not guest.reaches(), within_s=RIGHT_WITHIN_S)

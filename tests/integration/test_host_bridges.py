@@ -125,6 +125,7 @@ async def test_what_we_make_is_marked_forwards_nothing_and_stays_when_made_again
         ["netns del {name}"],
         ["link del {link}"],
         ["-n {name} link del {inner}"],
+        ["-n {name} link set {inner} down name other"],
     ],
 )
 async def test_what_another_program_changed_or_deleted_is_mended(

@@ -117,28 +117,25 @@ def _links(place: Path) -> dict[str, str]:
 
 def test_links_are_made_changed_and_removed_and_left_alone_when_right(tmp_path: Path) -> None:
     place = tmp_path / "links"
-    first = {"blue.1": "/run/netns/blue", "red.2": "/run/netns/red"}
-    apply_links(place, first)
-    assert _links(place) == first
-    made = {path.name: path.lstat().st_ino for path in place.iterdir()}
-    # What a killed process left half-made, and a file that has a link's name.
-    (place / ".tmp").symlink_to("/run/netns/old")
-    (place / "green.3").touch()
+    for links in (
+        {"blue.1": "/run/netns/blue", "red.2": "/run/netns/red"},
+        {"blue.1": "/run/netns/blue", "red.2": "/elsewhere/red"},
+    ):
+        made = {path: path.lstat().st_ino for path in place.glob("*.1")}
+        apply_links(place, links)
+        assert _links(place) == links
+        assert made.items() <= {path: path.lstat().st_ino for path in place.iterdir()}.items()
+        # What a killed process left half made does not stay.
+        (place / ".tmp").symlink_to("/run/netns/old")
     (place / "readme").touch()
-
-    second = {
-        "blue.1": "/run/netns/blue",
-        "red.2": "/elsewhere/red",
-        "green.3": "/run/netns/green",
-    }
-    apply_links(place, second)
-    assert _links(place) == second
-    assert (place / "blue.1").lstat().st_ino == made["blue.1"]
-
     apply_links(place, {})
     assert [path.name for path in place.iterdir()] == ["readme"]
+    # A link takes the place of a file that has its name.
+    apply_links(place, {"readme": "/run/netns/blue"})
+    assert _links(place) == {"readme": "/run/netns/blue"}
+    (tmp_path / "file").touch()
     with pytest.raises(HostRefused, match="link namespaces"):
-        apply_links(place / "readme", {})
+        apply_links(tmp_path / "file", {})
 
 
 def test_haproxy_finds_a_link_by_a_name_relative_to_run_netns() -> None:
