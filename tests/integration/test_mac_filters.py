@@ -75,6 +75,11 @@ class Rig:
     verified: Echo
 
     @property
+    def place(self) -> str:
+        assert self.mac_filter.namespace is not None
+        return self.mac_filter.namespace.name
+
+    @property
     def pair(self) -> dict[IpAddress, MacAddress]:
         return {ip_address(_ADDRESS): self.mac}
 
@@ -170,7 +175,7 @@ async def test_a_withdrawn_pair_ends_its_connections_on_both_sides(rig: Rig) -> 
         with pytest.raises(ConnectionResetError):
             _ask(connection)
         listed = rig.lab.run(
-            *("/usr/bin/nsenter", f"--net=/run/netns/{rig.mac_filter.namespace.name}", "--"),  # type: ignore[union-attr]  # it has one
+            *("/usr/bin/nsenter", f"--net=/run/netns/{rig.place}", "--"),
             *("ss", "-Htn", "state", "established", "sport", "=", f":{VERIFIED_PORT}"),
         )
         assert listed == ""
@@ -221,10 +226,8 @@ async def test_a_verified_answer_reaches_only_the_mac_of_its_pair(rig: Rig) -> N
     with rig.connect() as connection:
         assert _ask(connection) == b"v"
         # The host believes somebody else, as after forged ARP.
-        place = rig.mac_filter.namespace
-        assert place is not None
         rig.lab.ip(
-            *("-n", place.name, "neigh", "replace", _ADDRESS, "lladdr", _OTHER, "dev", "br0"),
+            *("-n", rig.place, "neigh", "replace", _ADDRESS, "lladdr", _OTHER, "dev", "br0"),
             *("nud", "permanent"),
         )
         with _wire(rig) as wire:
@@ -255,11 +258,7 @@ async def test_a_filter_that_is_there_is_kept_as_it_is_also_with_thousands_of_pa
 
 async def test_a_filter_that_is_gone_is_an_error(rig: Rig) -> None:
     await rig.have({})
-    place = rig.mac_filter.namespace
-    assert place is not None
-    await rig.kernel.close(
-        [(place.name, rig.mac_filter.table), (place.name, "never"), ("gone", "x")]
-    )
+    await rig.kernel.close([(rig.place, rig.mac_filter.table), (rig.place, "never"), ("gone", "x")])
     with pytest.raises(TableGone):
         await rig.kernel.grant(rig.mac_filter, rig.pair)
     with pytest.raises(TableGone):
@@ -269,16 +268,11 @@ async def test_a_filter_that_is_gone_is_an_error(rig: Rig) -> None:
 def _believe(rig: Rig, mac: MacAddress, nud: str = "reachable") -> None:
     """Have the host take the guest's address for another's."""
     words = ("neigh", "replace", _ADDRESS, "lladdr", mac, "dev", "br0", "nud", nud)
-    rig.lab.ip("-n", _place(rig), *words)
-
-
-def _place(rig: Rig) -> str:
-    assert rig.mac_filter.namespace is not None
-    return rig.mac_filter.namespace.name
+    rig.lab.ip("-n", rig.place, *words)
 
 
 def _believed(rig: Rig) -> str:
-    return rig.lab.ip("-n", _place(rig), "neigh", "show", _ADDRESS, "dev", "br0")
+    return rig.lab.ip("-n", rig.place, "neigh", "show", _ADDRESS, "dev", "br0")
 
 
 async def test_what_is_unverified_is_answered_to_the_mac_that_it_came_from(rig: Rig) -> None:
@@ -291,7 +285,7 @@ async def test_what_is_unverified_is_answered_to_the_mac_that_it_came_from(rig: 
         assert await rig.kernel.sender(rig.mac_filter, address, port) == rig.mac
         assert await rig.kernel.sender(rig.mac_filter, address, port ^ 1) is None
         assert await rig.kernel.sender(rig.mac_filter, ip_address("fe80::5"), port) is None
-    await rig.kernel.close([(_place(rig), rig.mac_filter.table)])
+    await rig.kernel.close([(rig.place, rig.mac_filter.table)])
     assert await rig.kernel.sender(rig.mac_filter, address, port) is None
 
 
@@ -330,14 +324,14 @@ async def test_what_an_operator_made_permanent_stays_and_what_nobody_knows_is_no
     _believe(rig, _OTHER, "permanent")
     await rig.kernel.grant(rig.mac_filter, rig.pair | {ip_address("10.0.0.77"): _OTHER})
     assert _OTHER in _believed(rig)
-    assert "10.0.0.77" not in rig.lab.ip("-n", _place(rig), "neigh")
+    assert "10.0.0.77" not in rig.lab.ip("-n", rig.place, "neigh")
 
 
 async def test_where_a_flood_leaves_no_room_for_senders_the_neighbour_table_counts(
     rig: Rig,
 ) -> None:
     await rig.have({})
-    (link,) = json.loads(rig.lab.ip("-j", "-n", _place(rig), "link", "show", "br0"))
+    (link,) = json.loads(rig.lab.ip("-j", "-n", rig.place, "link", "show", "br0"))
     to = bytes.fromhex(link["address"].replace(":", ""))
     wire = inside(
         rig.guest, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -152,26 +152,43 @@ def _lan(host: VmHost, bridge: str, *options: str, subnet: str = _SUBNET) -> Non
     host.serve_dhcp(router, "eth0", subnet, *options)
 
 
-@pytest.mark.parametrize("reach", ["--interface", "--bridge"])
-def test_on_a_nat_network_of_libvirts_the_host_is_the_gateway(
-    host: VmHost, daemon: Daemon, reach: str
-) -> None:
+def _nat(host: VmHost) -> None:
+    """Of libvirt's: the host is the gateway."""
     host.nat_network("virbr0")
-    _add(daemon, "nat", reach, "virbr0")
-    guest = _guest(host, daemon, "virbr0", "nat", 1)
-    assert "169.254" not in ip("-n", guest, "route")
-    assert _ask(guest) == "nat1"
 
 
-def test_a_firewall_of_the_hosts_keeps_no_guest_of_a_bridge_out(
-    host: VmHost, daemon: Daemon
-) -> None:
-    """As firewalld's zone `libvirt` does, which lets guests have DHCP and DNS of the host and nothing else."""
+def _walled(host: VmHost) -> None:
+    """As firewalld's zone `libvirt`, which lets guests have DHCP and DNS of the host and nothing else."""
     host.nat_network("virbr0")
     run(*within(host.lab.host), "nft", _WALL)
-    _add(daemon, "nat", "--bridge", "virbr0")
-    guest = _guest(host, daemon, "virbr0", "nat", 1)
-    assert _ask(guest) == "nat1"
+
+
+@pytest.mark.parametrize(
+    ("make", "reach", "device", "has_route"),
+    [
+        (_nat, "--interface", "virbr0", False),
+        (_nat, "--bridge", "virbr0", False),
+        (_walled, "--bridge", "virbr0", False),
+        # Isolated: DHCP gives the route.
+        (lambda host: host.isolated_network("iso0", options=(_ON_LINK,)), "--bridge", "iso0", True),
+        # Behind a foreign gateway a guest needs none.
+        (lambda host: _lan(host, "br0"), "--bridge", "br0", False),
+    ],
+)
+def test_a_guest_reaches_the_service_on_each_kind_of_network(
+    host: VmHost,
+    daemon: Daemon,
+    make: Callable[[VmHost], None],
+    reach: str,
+    device: str,
+    *,
+    has_route: bool,
+) -> None:
+    make(host)
+    _add(daemon, "net", reach, device)
+    guest = _guest(host, daemon, device, "net", 1)
+    assert ("169.254" in ip("-n", guest, "route")) is has_route
+    assert _ask(guest) == "net1"
 
 
 def test_check_names_the_rule_that_lets_guests_of_an_interface_in(
@@ -225,26 +242,6 @@ def _advice(host: VmHost, daemon: Daemon) -> str:
     return finding["hint"]
 
 
-def test_on_an_isolated_bridge_dhcp_tells_the_route(host: VmHost, daemon: Daemon) -> None:
-    host.isolated_network("iso0", options=(_ON_LINK,))
-    _add(daemon, "isolated", "--bridge", "iso0")
-    guest = _guest(host, daemon, "iso0", "isolated", 2)
-    assert ip("-n", guest, "route", "show", "default") == ""
-    assert _ask(guest) == "isolated2"
-
-
-def test_behind_a_foreign_gateway_a_guest_needs_no_route(host: VmHost, daemon: Daemon) -> None:
-    _lan(host, "br0")
-    _add(daemon, "lan", "--bridge", "br0")
-    guest = _guest(host, daemon, "br0", "lan", 3)
-    assert ip("-n", guest, "route", "show", "169.254.169.254") == ""
-    assert _ask(guest) == "lan3"
-    # What is not for the metadata service goes its way.
-    assert "1 packets received" in run(
-        *within(guest), "busybox", "ping", "-c", "1", "-W", "3", f"{_SUBNET}.1"
-    )
-
-
 def test_two_hosts_on_one_lan_each_answer_their_own_guests(host: VmHost, daemon: Daemon) -> None:
     """Both have the address on the link; what a guest asks never leaves its host."""
     _lan(host, "br0")
@@ -277,6 +274,9 @@ def test_two_hosts_on_one_lan_each_answer_their_own_guests(host: VmHost, daemon:
                     ip("-n", guest, "neigh", "flush", "dev", "eth0")
                 assert (_ask(mine), _ask(theirs)) == ("mine", "theirs")
             assert _asked(trunk) == []
+        # What is not for the metadata service goes its way.
+        ping = ("busybox", "ping", "-c", "1", "-W", "3", f"{_SUBNET}.1")
+        assert "1 packets received" in run(*within(mine), *ping)
     finally:
         others.close()
         other.close()
