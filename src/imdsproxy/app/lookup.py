@@ -142,11 +142,6 @@ class Lookup:
         mac = await self.neighbour(key)
         return identify(self.inventory, *key, neighbour_mac=mac), mac
 
-    def scope(self, key: AddressKey, requested: Scope | None = None) -> Scope:
-        """What the key's id stands for: as the network's record has it, else as the request has it."""
-        network = self.inventory.networks.get(key[0])
-        return network.scope if network is not None else requested or Scope.NETWORK
-
     async def ask(self, key: AddressKey, scope: Scope) -> LookUp | None:
         """What the source has of an address that was not reported; `None` where no source can be asked."""
         if self.source is None:
@@ -183,7 +178,9 @@ class Lookup:
         return await self._look_elsewhere(key, scope)
 
     async def _look_elsewhere(self, key: AddressKey, scope: Scope | None) -> Outcome:
-        scope = self.scope(key, scope)
+        network = self.inventory.networks.get(key[0])
+        # As the network's record has it, else as the request has it.
+        scope = network.scope if network is not None else scope or Scope.NETWORK
         match await self.ask(key, scope):
             case PortFound() as found:
                 return await self._found(key, scope, found)

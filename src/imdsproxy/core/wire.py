@@ -7,7 +7,7 @@ everything the guest sent under any other name than the allow-list has been dele
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, TypeAlias
 
 from imdsproxy.core.model import InstanceId
@@ -154,10 +154,9 @@ def render_map_value(record: MapRecord) -> str:
 def hide_signatures(text: str) -> str:
     """A map value fit to be shown: who has a signature can ask Nova as that instance."""
     record = parse_map_value(text)
-    if not isinstance(record, NovaRecord):
-        return text
-    shown = f"{MAP_NOVA}{record.endpoint_set}|signed|{record.instance}|{record.project}"
-    return f"{record.policy}|{shown}" if record.policy else shown
+    if isinstance(record, NovaRecord):
+        return render_map_value(replace(record, signatures=("signed",)))
+    return text
 
 
 def parse_map_value(text: str) -> MapRecord | None:

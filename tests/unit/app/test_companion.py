@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from imdsproxy.app import companion
 from imdsproxy.app.companion import Companion
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.process import ProcessHandle
@@ -16,100 +17,86 @@ _PID = 2**22 + 1
 """No process can have it: what is taken for hung is killed."""
 
 
-class Rig(Companion):
+class World:
     """A document server that is a number, and what was done to it."""
 
-    __slots__ = ("counts", "done", "ended", "pid", "refuses")
-
-    def __init__(self, pid: int | None = None, *, needed: bool = True) -> None:
-        super().__init__(Path("pid"), Path("log"), (), {}, needed=needed)
-        self.pid = pid
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.pid: int | None = None
         self.done: list[str] = []
         self.ended = asyncio.Event()
         self.counts: Iterator[int] = iter(())
         self.refuses = False
+        self.companion = Companion(Path("pid"), Path("log"), (), {})
+        for name in ("read_pids", "spawn_logged", "wait_gone", "_signal"):
+            patch.setattr(companion, name, getattr(self, name))
+        patch.setattr(companion, "_LOOK_EVERY_S", 0)
 
-    def read(self) -> DocumentProcesses:
-        return DocumentProcesses(self.pid, (8,), next(self.counts, 0))
+    def read_pids(self, _: Path) -> DocumentProcesses:
+        return DocumentProcesses(self.pid, (8,) if self.pid else (), next(self.counts, 0))
 
-    async def stop(self) -> None:
+    def spawn_logged(self, *_: object) -> tuple[ProcessHandle, int]:
+        self.done.append("start")
+        if self.refuses:
+            raise HostRefused("no")
+        self.pid = _PID
+        return ProcessHandle(_PID, -1), 0
+
+    async def wait_gone(self, pid: int) -> None:
+        await self.ended.wait()
+        self.ended.clear()
+        self.done.append(f"{pid} ended")
+
+    def _signal(self, *_: object) -> None:
         self.done.append("stop")
         self.pid = None
 
-
-@pytest.fixture(autouse=True)
-def spawned(monkeypatch: pytest.MonkeyPatch) -> list[Rig]:
-    """Whom a spawned document server is of: the last rig in the list."""
-    rigs: list[Rig] = []
-
-    def spawn(*_: object) -> tuple[ProcessHandle, int]:
-        rigs[-1].done.append("start")
-        if rigs[-1].refuses:
-            raise HostRefused("no")
-        rigs[-1].pid = _PID
-        return ProcessHandle(_PID, -1), 0
-
-    async def wait(pid: int) -> None:
-        rig = rigs[-1]
-        await rig.ended.wait()
-        rig.ended.clear()
-        rig.done.append(f"{pid} ended")
-
-    monkeypatch.setattr("imdsproxy.app.companion.wait_gone", wait)
-    monkeypatch.setattr("imdsproxy.app.companion.spawn_logged", spawn)
-    monkeypatch.setattr("imdsproxy.app.companion._LOOK_EVERY_S", 0)
-    return rigs
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+            task = group.create_task(self.companion.run())
+            yield
+            task.cancel()
 
 
-@contextlib.asynccontextmanager
-async def _running(rig: Rig) -> AsyncIterator[None]:
-    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
-        task = group.create_task(rig.run())
-        yield
-        task.cancel()
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    return World(monkeypatch)
 
 
-async def test_what_is_not_there_is_started_and_what_is_there_is_adopted(
-    spawned: list[Rig],
-) -> None:
-    rig = Rig()
-    spawned.append(rig)
-    assert await rig.ensure() == await rig.ensure() == _PID
-    assert rig.done == ["start"]
-    rig.pid, rig.refuses = None, True
+async def test_what_is_not_there_is_started_and_what_is_there_is_adopted(world: World) -> None:
+    assert await world.companion.ensure() == await world.companion.ensure() == _PID
+    assert world.done == ["start"]
+    world.pid, world.refuses = None, True
     with pytest.raises(HostRefused, match="no"):
-        await rig.ensure()
+        await world.companion.ensure()
 
 
-async def test_what_has_ended_is_started_again(spawned: list[Rig]) -> None:
-    rig = Rig()
-    spawned.append(rig)
-    async with _running(rig):
-        while not rig.done:
+async def test_what_has_ended_is_started_again(world: World) -> None:
+    async with world.running():
+        while not world.done:
             await asyncio.sleep(0)
-        rig.pid = None
-        rig.ended.set()
-        while len(rig.done) < 3:
+        world.pid = None
+        world.ended.set()
+        while len(world.done) < 3:
             await asyncio.sleep(0)
-    assert (rig.done, rig.restarts) == (["start", f"{_PID} ended", "start"], 1)
+    expected = ["start", f"{_PID} ended", "start"]
+    assert (world.done, world.companion.restarts) == (expected, 1)
 
 
 async def test_its_workers_restarts_are_counted_also_when_it_begins_to_count_anew(
-    spawned: list[Rig],
+    world: World,
 ) -> None:
-    rig, seen = Rig(_PID), iter([1, 1, 1, 3, 3, 0])
-    spawned.append(rig)
-    rig.counts = (next(seen, 1) for _ in iter(int, 1))
-    async with _running(rig):
-        while rig.restarts < 3:
+    seen, world.pid = iter([1, 1, 1, 3, 3, 0]), _PID
+    world.counts = (next(seen, 1) for _ in iter(int, 1))
+    async with world.running():
+        while world.companion.restarts < 3:
             await asyncio.sleep(0)
         await asyncio.sleep(0)
-    assert rig.restarts == 3
-    assert rig.done == []
+    assert (world.done, world.companion.restarts) == ([], 3)
 
 
-async def test_where_it_is_not_needed_it_does_not_run_and_is_ended() -> None:
-    rig = Rig(_PID, needed=False)
-    assert await rig.ensure() is None
-    await rig.run()
-    assert rig.done == ["stop"]
+async def test_where_it_is_not_needed_it_does_not_run_and_is_ended(world: World) -> None:
+    world.pid, world.companion.needed = _PID, False
+    assert await world.companion.ensure() is None
+    await world.companion.run()
+    assert world.done == ["stop"]
