@@ -62,7 +62,7 @@ choose_documents:
     <peer>
     tcp-request connection set-var(sess.key) so_name,concat(/,sess.address)
     <count_connections>
-    <log_rules(log_format)>
+    <log_rules(log_guest)>
     <look_up>
     <share_by_connection>
     <answer_plain>
@@ -74,7 +74,7 @@ choose_documents:
     <peer>
     tcp-request connection set-var(sess.unverified) src_port
     <count_newcomers>
-    <log_rules(log_format)>
+    <log_rules(log_guest)>
     # The next request comes verified, if it may.
     option httpclose
     default_backend resolver
@@ -88,7 +88,7 @@ choose_documents:
     # From headers to `sess.network`, `sess.address`, `sess.router` and `sess.key`, or 400; 503 above a network's
     # share.
     bind unix@<agents_path> name agents mode <mode> uid <uid> gid <gid> proto h1 maxconn <maxconn_of_agents>
-    <log_rules(log_format_of_headers)>
+    <log_rules(log_headers)>
     [audited] http-request set-var(txn.refused) str(unix-listener)
     # A connection may carry requests of several guests: nothing of the one before may remain.
     http-request unset-var(sess.network)
@@ -143,7 +143,7 @@ choose_documents:
 frontend found
     # Where the resolver hands in requests of guests that it has just found; only we can open it.
     bind unix@<found> name found mode 600 proto h1
-    [audited] <log_rules(log_format_of_headers)>
+    [audited] <log_rules(log_headers)>
     # No second line in the audit log: here it is known who asks.
     [audited] http-after-response set-header <header_logged> yes
     http-request set-var(txn.record) req.fhdr(<header_record>)

@@ -29,7 +29,7 @@ from http import HTTPStatus
 from typing import Any, Final
 
 from imdsproxy.core.haproxy.model import CHECKED, SAMPLED, DataplaneSpec
-from imdsproxy.core.haproxy.text import Value, raw, word
+from imdsproxy.core.haproxy.text import Value, raw
 from imdsproxy.core.tokens import TTL_LIMIT_S
 
 AUDIT_LONGEST: Final = 4096
@@ -37,12 +37,22 @@ AUDIT_LONGEST: Final = 4096
 `User-Agent` 200 are kept, which can become 1,200. So a line is never cut off."""
 
 WATCH_RING: Final = "watched"
+_CHECKS: Final = '"token":"%[var(txn.auth,no)]","refused":"%[var(txn.refused)]",'
+
 LOG_RULES: Final = """
+log_guest:
+    "network":"%[var(sess.network)]","address":"%[var(sess.address)]"
+log_headers:
+    # Escaped by the log format itself, a third as dear as the converter `json`. An address may be no text yet, which
+    # `bytes` would cut in binary.
+    "network":%{+json}[var(sess.network),concat(),bytes(0,64)],"address":%{+json}[var(sess.address),concat(),bytes(0,64)]
+log_request:
+    "instance":"%[var(txn.record),<log_of_nova>field(1,|)]","method":"%HM","path":%{+json}[<log_path>],"status":%ST,
 log_rules:
-    # For a frontend of guests, before its other rules; nothing where no lines are wanted. The argument is the format.
+    # For a frontend of guests, before its other rules; nothing where no lines are wanted. The argument is who asks.
     [logs] [watched] log ring@watched len <audit_longest> format raw local0
     [logs] [audited] log ring@audit len <audit_longest> format raw <sample> local0
-    [logs] log-format <argument>
+    [logs] log-format '{"time":%Ts.%ms,"number":%rt,<argument>,<log_request><log_checks>"by":"%b/%s","ms":%Ta<log_agent>}'
     # A connection without a byte is no request.
     [logs] option dontlognull
     [logs] [audited] capture request header User-Agent len 200
@@ -95,34 +105,17 @@ def names_of_log(spec: DataplaneSpec) -> dict[str, Value]:
         "watched": spec.watched,
         "audited": spec.audit > 0,
         "logs": spec.watched or spec.audit > 0,
-        "log_format": word(_format(spec, headers=False)),
-        "log_format_of_headers": word(_format(spec, headers=True)),
+        "log_path": raw("capture.req.uri,field(1,?)" if spec.audit else "var(txn.watched)"),
+        "log_checks": raw(_CHECKS if spec.audit else ""),
+        "log_agent": raw(',"agent":%{+json}[capture.req.hdr(0)]' if spec.audit else ""),
+        # Of a record `INSTANCE|REVISION` the first, of `@SET|SIGNATURE|INSTANCE|PROJECT` the third.
+        "log_of_nova": raw('regsub("^@[^|]*.[^|]*.",),' if spec.nova else ""),
         "sample": raw(f"sample 1:{spec.audit}" if sampled else ""),
         "logs_all": spec.audit == 1 or sampled,
         "samples": spec.audit > 1 and not spec.watched,
         "by_audit_chance": raw(f"{{ rand({spec.audit}) 0 }}"),
         "audit_longest": AUDIT_LONGEST,
     }
-
-
-def _format(spec: DataplaneSpec, *, headers: bool) -> str:
-    # Escaped by the log format itself, a third as dear as the converter `json`. An address may be no text yet, which
-    # `bytes` would cut in binary.
-    network, address = (
-        f"%{{+json}}[var(sess.{one}),concat(),bytes(0,64)]" if headers else f'"%[var(sess.{one})]"'
-        for one in ("network", "address")
-    )
-    # Of a record `INSTANCE|REVISION` the first, of `@SET|SIGNATURE|INSTANCE|PROJECT` the third.
-    of_nova = 'regsub("^@[^|]*.[^|]*.",),' if spec.nova else ""
-    path = "capture.req.uri,field(1,?)" if spec.audit else "var(txn.watched)"
-    checks = '"token":"%[var(txn.auth,no)]","refused":"%[var(txn.refused)]",' if spec.audit else ""
-    agent = ',"agent":%{+json}[capture.req.hdr(0)]' if spec.audit else ""
-    return (
-        '{"time":%Ts.%ms,"number":%rt,'
-        f'"network":{network},"address":{address},'
-        f'"instance":"%[var(txn.record),{of_nova}field(1,|)]",'
-        f'"method":"%HM","path":%{{+json}}[{path}],"status":%ST,{checks}"by":"%b/%s","ms":%Ta{agent}}}'
-    )
 
 
 class AnsweredBy(StrEnum):
