@@ -52,7 +52,8 @@ log_rules:
     # For a frontend of guests, before its other rules; nothing where no lines are wanted. The argument is who asks.
     [logs] [watched] log ring@watched len <audit_longest> format raw local0
     [logs] [audited] log ring@audit len <audit_longest> format raw <sample> local0
-    [logs] log-format '{"time":%Ts.%ms,"number":%rt,<argument>,<log_request><log_checks>"by":"%b/%s","ms":%Ta<log_agent>}'
+    [logs] log-format
+        '{"time":%Ts.%ms,"number":%rt,<argument>,<log_request><log_checks>"by":"%b/%s","ms":%Ta<log_agent>}'
     # A connection without a byte is no request.
     [logs] option dontlognull
     [logs] [audited] capture request header User-Agent len 200
