@@ -83,13 +83,6 @@ def test_each_guests_requests_are_shown_with_who_asks_and_who_answered(world: Wo
         assert not watcher.saw(missed=True)
 
 
-def test_it_goes_on_over_a_reload(world: World) -> None:
-    with watching(world) as watcher:
-        world.reload()
-        world.red.ask("/latest/meta-data/after-the-reload")
-        until(lambda: watcher.saw(path="/latest/meta-data/after-the-reload", network="red"))
-
-
 def test_haproxy_tells_no_more_when_the_watcher_was_killed(world: World) -> None:
     with watching(world) as watcher:
         watcher.process.kill()

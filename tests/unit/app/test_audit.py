@@ -184,6 +184,31 @@ def test_a_file_that_was_removed_is_begun_anew_one_of_logrotate_keeps_its_mode_a
     assert not (tmp_path / "elsewhere").exists()
 
 
+def test_of_lines_that_a_full_disk_takes_in_part_none_is_left_and_all_come_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sink = FileSink(path := tmp_path / "audit.log")
+    sink.write(bytearray(LINE))
+    write, room = os.write, 5
+
+    def until_full(descriptor: int, data: memoryview) -> int:
+        nonlocal room
+        if not room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = write(descriptor, data[:room])
+        room -= written
+        return written
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", until_full)
+        with pytest.raises(OSError, match="No space left"):
+            sink.write(bytearray(LINE * 2))
+    assert content(path) == LINE
+    sink.write(bytearray(LINE * 2))
+    assert content(path) == LINE * 3
+    sink.close()
+
+
 @pytest.fixture
 def journal(tmp_path: Path) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as found:
