@@ -11,8 +11,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import cast
 
 import pytest
 
@@ -21,7 +22,7 @@ from imdsproxy.host.files import MAX_LOG_BYTES
 from imdsproxy.host.process import read_rests
 from support.daemon import alive
 from support.document_server import DEADLINE_S, Server, ask, connect, pss_kib, wait_for
-from support.guest import Lost
+from support.guest import Connection, Guest, Load, Lost, Reply
 from support.guest_records import GUEST, guest
 from support.patience import patience
 from support.record_files import write_record
@@ -56,39 +57,34 @@ def server(make: Callable[..., Server]) -> Server:
     return made
 
 
-class Load:
-    """Asks one socket again and again, each time on a new connection, and counts what was lost."""
+class _Asking(Connection):
+    def request(self, target: str, **_: object) -> Reply:
+        return super().request(target, headers=[INSTANCE])
 
-    def __init__(self, path: Path) -> None:
-        self.answered = 0
-        self.lost: list[str] = []
-        self._path = path
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run)
 
-    def _run(self) -> None:
-        while not self._over.is_set():
-            try:
-                reply = ask(self._path, "/latest/meta-data/instance-id")
-            except (OSError, Lost) as error:
-                self.lost.append(repr(error))
-                continue
-            if reply.body == GUEST.ec2_id.encode():
-                self.answered += 1
-            else:
-                self.lost.append(repr(reply))
+@dataclass
+class _Client:
+    """Asks one worker as HAProxy does."""
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
+    path: Path
+    name: str = "haproxy"
 
-    def __exit__(self, *_exception: object) -> None:
-        self._over.set()
-        self._thread.join()
+    def connect(self) -> Connection:
+        try:
+            return _Asking(connect(self.path).socket)
+        except OSError as error:
+            raise Lost(f"connecting: {error}") from error
 
-    def goes_on(self, more: int = 50) -> None:
-        wanted = self.answered + more
-        wait_for(f"{more} more answers", lambda: self.answered >= wanted)
+
+def load(path: Path) -> Load:
+    """Asks one socket again and again, each time on a new connection."""
+
+    def judge(_: Guest, reply: Reply) -> str | None:
+        return None if reply.body == GUEST.ec2_id.encode() else repr(reply)
+
+    client = cast("Guest", _Client(path))
+    target = "/latest/meta-data/instance-id"
+    return Load([client], target, judge, keep_alive=False, pause_s=0)
 
 
 def test_every_worker_answers_on_its_own_socket(server: Server) -> None:
@@ -173,19 +169,19 @@ def open_records(server: Server, pid: int) -> list[Path]:
 
 
 def test_a_killed_worker_comes_back_and_no_connection_is_refused(server: Server) -> None:
-    with Load(server.sockets[0]) as killed, Load(server.sockets[1]) as other:
-        killed.goes_on()
+    with load(server.sockets[0]) as killed, load(server.sockets[1]) as other:
+        killed.wait_answers(50)
         victim = server.running.workers[0]
         os.kill(victim, signal.SIGKILL)
         wait_for(
             "a new worker",
             lambda: len(server.running.workers) == 2 and victim not in server.running.workers,
         )
-        killed.goes_on()
-        other.goes_on()
-    assert other.lost == []
+        killed.wait_answers(50)
+        other.wait_answers(50)
+    assert other.report.lost == []
     # What the dead worker had accepted is lost; whoever comes after it waits for the next one.
-    assert len(killed.lost) <= 1
+    assert len(killed.report.lost) <= 1
     assert "SIGKILL" in server.text()
 
 
@@ -326,33 +322,33 @@ def test_workers_outlive_a_killed_parent_until_the_next_one_takes_over(
     server = make()
     first = server.start()
     orphans = server.running.workers
-    with Load(server.sockets[0]) as one, Load(server.sockets[1]) as two:
-        one.goes_on()
+    with load(server.sockets[0]) as one, load(server.sockets[1]) as two:
+        one.wait_answers(50)
         first.kill()
         first.wait()
-        one.goes_on()
+        one.wait_answers(50)
         assert server.running.parent is None
         assert server.running.workers == orphans
         server.start()
         wait_for("the orphans end", lambda: not any(map(alive, orphans)))
-        one.goes_on()
-        two.goes_on()
-    assert one.lost == []
-    assert two.lost == []
+        one.wait_answers(50)
+        two.wait_answers(50)
+    assert one.report.lost == []
+    assert two.report.lost == []
 
 
 def test_sighup_takes_up_new_code_without_losing_a_request(make: Callable[..., Server]) -> None:
     server = make()
     parent = server.start()
-    with Load(server.sockets[0]) as one, Load(server.sockets[1]) as two:
+    with load(server.sockets[0]) as one, load(server.sockets[1]) as two:
         for _ in range(3):
-            one.goes_on()
+            one.wait_answers(50)
             old = set(server.running.workers)
             parent.send_signal(signal.SIGHUP)
             wait_for("new workers, and no old ones", lambda old=old: renewed(server, old))  # type: ignore[misc] # mypy cannot see the default's type
-        two.goes_on()
-    assert one.lost == []
-    assert two.lost == []
+        two.wait_answers(50)
+    assert one.report.lost == []
+    assert two.report.lost == []
     assert server.running.parent == parent.pid
     assert "parent is gone" not in server.text()
 
