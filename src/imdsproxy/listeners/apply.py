@@ -56,24 +56,24 @@ async def apply_ops(thread: NamespaceThread, ops: tuple[HostOp, ...]) -> tuple[O
     Returns:
         Those that failed.
     """
-    return await thread.run(lambda: tuple(_apply(thread, ops))) if ops else ()
+    failures: list[OpFailure] = []
 
-
-def _apply(thread: NamespaceThread, ops: tuple[HostOp, ...]) -> Iterator[OpFailure]:
-    for op in ops:
-        refused: DataplaneError
-        try:
-            _do(thread, op)
-        except DataplaneError as error:
-            refused = error
-        except OSError as error:
-            hint = ""
-            if error.errno == errno.EROFS:
+    def work() -> None:
+        for op in ops:
+            try:
+                _do(thread, op)
+            except DataplaneError as error:
+                failures.append(OpFailure(op, error.message, error.hint))
+            except OSError as error:
+                # The only file system that refuses is /proc/sys.
+                read_only = error.errno == errno.EROFS
                 hint = "/proc/sys must be writable (ProtectKernelTunables=no in the unit)"
-            refused = host_refused(op.action.format(op), error, hint=hint)
-        else:
-            continue
-        yield OpFailure(op, refused.message, refused.hint)
+                refused = host_refused(op.action.format(op), error, hint=hint if read_only else "")
+                failures.append(OpFailure(op, refused.message, refused.hint))
+
+    if ops:
+        await thread.run(work)
+    return tuple(failures)
 
 
 def _do(thread: NamespaceThread, op: HostOp) -> None:

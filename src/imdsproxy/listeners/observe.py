@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Final, TypeAlias
 
@@ -32,7 +31,7 @@ from imdsproxy.host.netlink import default_routes, list_links, metadata_addresse
 from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.host.refusal import host_refused, refusing
 from imdsproxy.host.sockets import SOCK_DIAG, SocketOwners, listening_sockets, try_bind
-from imdsproxy.listeners.plan import ManagedPlace, Place, place_of
+from imdsproxy.listeners.plan import ManagedPlace, place_of
 
 Peek: TypeAlias = tuple[int, frozenset[int]]
 """A namespace's inode and those of the sockets that listen in it."""
@@ -95,53 +94,47 @@ class HostObserver:
                 reported as its `problem`.)
         """
         places = [place_of(one, self.naming) for one in networks]
-        pids = frozenset(our_pids)
-        return await self.thread.run(
-            partial(self._observe, places, pids, everything=everything, managed=managed)
-        )
+        wanted: dict[str | None, set[str | None]] = {}
+        for place in places:
+            wanted.setdefault(place.namespace, set()).add(place.device)
+        asked = frozenset(name for name in wanted if name is not None)
+
+        def look() -> ObservedHost:
+            left = self._left_over(managed) - asked if everything else frozenset()
+            names = (*asked, *left)
+            seen = {name: self._namespace(name, wanted.get(name, set())) for name in names}
+            namespaces = {name: one for name, one in seen.items() if one is not None}
+            root = ObservedNamespace(None)
+            if everything or any(place.host_devices for place in places):
+                with refusing("look at the host's devices"):
+                    root = self._look(None, wanted.get(None, set()))
+            sockets = (one for place in (root, *namespaces.values()) for one in place.sockets)
+            owned = self.owners.resolve(sockets, our_pids)
+            return ObservedHost(
+                root=_with_owners(root, owned),
+                namespaces={name: _with_owners(one, owned) for name, one in namespaces.items()},
+                asked=None if everything else asked,
+            )
+
+        return await self.thread.run(look)
 
     async def peek(self, places: Collection[str | None]) -> dict[str | None, Peek | None]:
         """Only which sockets listen in these namespaces (`None`: the host's own).
 
         A fifth of the cost of a proper look. `None` where there is no namespace, or no way into it.
         """
+
+        def look(place: str | None) -> Peek | None:
+            try:
+                return self.thread.enter(
+                    place, lambda ref: (0 if ref is None else ref.inode, _listening_inodes())
+                )
+            except (DataplaneError, OSError):
+                # The proper look, due as soon as this differs from the last one, says why.
+                return None
+
         given = tuple(places)
-        return await self.thread.run(lambda: {name: self._peek(name) for name in given})
-
-    def _peek(self, place: str | None) -> Peek | None:
-        try:
-            return self.thread.enter(
-                place, lambda ref: (0 if ref is None else ref.inode, _listening_inodes())
-            )
-        except (DataplaneError, OSError):
-            # The proper look, due as soon as this differs from the last one, says why.
-            return None
-
-    def _observe(
-        self,
-        places: list[Place],
-        our_pids: frozenset[int],
-        *,
-        everything: bool,
-        managed: Collection[ManagedPlace] | None,
-    ) -> ObservedHost:
-        wanted: dict[str | None, set[str | None]] = {}
-        for place in places:
-            wanted.setdefault(place.namespace, set()).add(place.device)
-        asked = frozenset(name for name in wanted if name is not None)
-        left = self._left_over(managed) - asked if everything else frozenset()
-        seen = {name: self._namespace(name, wanted.get(name, set())) for name in (*asked, *left)}
-        namespaces = {name: one for name, one in seen.items() if one is not None}
-        root = ObservedNamespace(None)
-        if everything or any(place.host_devices for place in places):
-            with refusing("look at the host's devices"):
-                root = self._look(None, wanted.get(None, set()))
-        owned = self._find_owners((root, *namespaces.values()), our_pids)
-        return ObservedHost(
-            root=_with_owners(root, owned),
-            namespaces={name: _with_owners(one, owned) for name, one in namespaces.items()},
-            asked=None if everything else asked,
-        )
+        return await self.thread.run(lambda: {name: look(name) for name in given})
 
     def _left_over(self, managed: Collection[ManagedPlace] | None) -> frozenset[str]:
         """Namespaces in which an earlier process may have left something."""
@@ -153,11 +146,6 @@ class HostObserver:
             # A name for the host's own namespace shows what `root` shows: nothing there is left over.
             and not self.thread.is_home(name)
         )
-
-    def _find_owners(
-        self, places: Iterable[ObservedNamespace], our_pids: frozenset[int]
-    ) -> dict[int, ListeningSocket]:
-        return self.owners.resolve((one for place in places for one in place.sockets), our_pids)
 
     def _namespace(self, name: str, wanted: set[str | None]) -> ObservedNamespace | None:
         try:
