@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import ClassVar, TypeAlias, assert_never
+from typing import ClassVar, NamedTuple, TypeAlias, assert_never
 
 from imdsproxy.core.endpoints import ENSLAVING, LOOPBACK, Endpoint, Foreign, LeftOut, LeftOutCode
 from imdsproxy.core.hostnames import Naming
@@ -127,8 +127,7 @@ class ListenerPlan:
     ops: tuple[HostOp, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where a network is listened for, whether or not it is there.
 
     Attributes:
@@ -214,7 +213,10 @@ def plan_listeners(
         endpoints=tuple(one for one in planned if isinstance(one, Endpoint)),
         left_out=tuple(one for one in planned if isinstance(one, LeftOut)),
         foreign=tuple(one for one in planned if isinstance(one, Foreign)),
-        ops=(*removals, *(one for one in planned if isinstance(one, HostOp))),
+        ops=(
+            *removals,
+            *(one for one in planned if not isinstance(one, (Endpoint, LeftOut, Foreign))),
+        ),
     )
 
 
@@ -467,7 +469,7 @@ def plan_sweep(
     namespaces = {one.namespace for one in places}
     links = {link for one in places for link in one.host_devices}
     for name, seen in observed.namespaces.items():
-        ours = naming.is_namespace(name) and not seen.problem and name not in namespaces
+        ours = name not in namespaces and naming.is_namespace(name) and not seen.problem
         if ours and (_is_unmarked(seen) or naming.owner_of(_alias_of(seen)) is not None):
             yield DeleteNamespace(name)
     for name, device in observed.root.devices.items():
@@ -475,15 +477,16 @@ def plan_sweep(
         if naming.is_link(name) and marked and name not in links:
             yield DeleteLink(name)
     wanted = {(one.namespace, one.device) for one in places if one.managed and one.bridge is None}
-    for place, seen in ((None, observed.root), *observed.namespaces.items()):
-        # What is in a namespace of ours goes with it.
-        if place is not None and naming.is_namespace(place):
-            continue
+    protocol = naming.protocol
+    for at, seen in ((None, observed.root), *observed.namespaces.items()):
         for one in seen.addresses:
-            where = (place, one.device)
-            put = one.protocol == naming.protocol and (managed is None or where in managed)
-            if put and where not in wanted:
-                yield RemoveAddress(place, one.device, one.address, one.prefix)
+            where = (at, one.device)
+            if one.protocol != protocol or where in wanted:
+                continue
+            # What is in a namespace of ours goes with it.
+            in_ours = at is not None and naming.is_namespace(at)
+            if not in_ours and (managed is None or where in managed):
+                yield RemoveAddress(at, one.device, one.address, one.prefix)
 
 
 def without_removed(observed: ObservedHost, ops: Iterable[HostOp]) -> ObservedHost:
