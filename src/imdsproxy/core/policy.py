@@ -282,11 +282,6 @@ class PolicyBook:
 
     def word(self, place: PolicyPlace, created_at: int | None) -> tuple[str, PathRules]:
         """The word of `render_policy_word`, and the path rules that it refers to."""
-        silent = place.of_network is NO_RULES and place.of_instance is NO_RULES
-        silent = silent and self.host is NO_RULES
-        if silent and not (self.networks or self.projects or self.instances or self.overrides):
-            # As on most hosts, and asked for each instance.
-            return "", ()
         policy = self.fold(place).policy
         return render_policy_word(policy, self.override(place.instance), created_at), policy.paths
 
@@ -360,22 +355,17 @@ def render_policy_word(policy: Policy, override: OperatorOverride, created_at: i
     boot_counts = TokenMode.REQUIRED in modes[1:] or any(
         covers(path, tree) or covers(tree, path) for path in needed for tree in WITHIN_OTHER_TREES
     )
-    parts = {
-        rule.part: _part_text(rule.part, getattr(policy, rule.name))
-        for rule in RULES.values()
-        if rule.part is not None
-    }
-    switches = {
+    parts: dict[Part, object] = {
+        **{one.part: getattr(policy, one.name) for one in RULES.values() if one.part is not None},
         policy_word.TOKEN_ROUTE: route,
         policy_word.BOOT_COUNTS: policy.seal_user_data or boot_counts,
         policy_word.HAS_PATHS: bool(policy.paths),
+        # The first epoch is empty, as it is for a record without a word.
+        policy_word.EPOCH: override.epoch or None,
+        policy_word.BOOT_END: boot_ends_at(policy, override, created_at) or 0,
+        policy_word.PATH_SET: set_id(policy.paths) if policy.paths else None,
     }
-    parts |= {letter: _part_text(letter, on) for letter, on in switches.items()}
-    # The first epoch is empty, as it is for a record without a word.
-    parts[policy_word.EPOCH] = str(override.epoch or "")
-    parts[policy_word.BOOT_END] = str(boot_ends_at(policy, override, created_at) or 0)
-    parts[policy_word.PATH_SET] = set_id(policy.paths) if policy.paths else ""
-    return render_parts(parts)
+    return render_parts({part: _part_text(part, value) for part, value in parts.items()})
 
 
 def _part_text(part: Part, value: object) -> str:
