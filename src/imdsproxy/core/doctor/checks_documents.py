@@ -16,7 +16,15 @@ from imdsproxy.core.doctor.crawl import (
     Crawl,
     json_of,
 )
-from imdsproxy.core.doctor.finding import Finding, Severity, Surroundings, found, seen, with_status
+from imdsproxy.core.doctor.finding import (
+    TEXTS,
+    Finding,
+    Severity,
+    Surroundings,
+    found,
+    seen,
+    with_status,
+)
 from imdsproxy.core.model import Dialect
 from imdsproxy.core.snippets import looks_like_amazon
 
@@ -39,22 +47,7 @@ _VIRTUAL: Final = frozenset({"bond", "vlan"})
 _ID: Final = re.compile(r"""^(?:instance-id|"instance-id"|'instance-id')\s*:\s*\S""", re.MULTILINE)
 _GZIP: Final = b"\x1f\x8b"
 _HEAD: Final = 4096
-_HEADERS: Final = (
-    b"#cloud-config",
-    b"#!",
-    b"#include",
-    b"#cloud-boothook",
-    b"#part-handler",
-    b"#upstart-job",
-    b"## template:",
-    b"content-type:",
-    b"{",  # Ignition
-    b"#ps1",
-    b"rem cmd",
-    b"<powershell>",
-    b"<script>",
-    b"#!ipxe",
-)
+_HEADERS: Final = tuple(one.encode() for one in TEXTS["user-data-header"]["known"])
 """How user-data begins that cloud-init, Ignition or cloudbase-init act upon, in lower case."""
 
 
