@@ -6,7 +6,6 @@ import http.client
 import json
 import socket
 from collections.abc import Iterator, Mapping
-from ipaddress import ip_address
 from typing import Any
 
 import pytest
@@ -81,37 +80,41 @@ def _patch(server: AdminServer, body: Mapping[str, object]) -> None:
 def test_a_network_is_added_shown_replaced_and_removed(server: AdminServer) -> None:
     body = {"id": "red", "listener": {"namespace": "red"}}
     status, _, answer = _raw(server, "POST", "/v1/networks", json.dumps(body).encode())
-    assert status == 201
-    assert json.loads(answer) == {
-        "networks": 1,
-        "instances": 0,
-        "applied": True,
-        "pending": [],
-        "warnings": [],
-    }
-    assert server.client.get("/v1/networks/red") == {
-        "record": body,
-        "source": "sqlite",
-        "instances": 0,
-        "serving": True,
-        "left_out": None,
-    }
+    written = {"networks": 1, "instances": 0, "applied": True, "pending": [], "warnings": []}
+    assert (status, json.loads(answer)) == (201, written)
+    shown = {"record": body, "source": "sqlite", "instances": 0, "serving": True, "left_out": None}
+    assert server.client.get("/v1/networks/red") == shown
     server.client.request("PUT", "/v1/networks/red", body={"listener": {"bridge": "br0"}})
-    shown = server.client.get("/v1/networks")
-    assert [one["record"] for one in shown] == [
-        NETWORK,
-        {"id": "red", "listener": {"bridge": "br0"}},
-    ]
+    records = [one["record"] for one in server.client.get("/v1/networks")]
+    assert records == [NETWORK, {"id": "red", "listener": {"bridge": "br0"}}]
     server.client.request("DELETE", "/v1/networks/red")
     assert set(server.networks) == {"blue"}
+    many = [{"id": f"i{n}", "name": f"i{n}", "ports": [{"network": "red"}]} for n in range(200)]
+    stored = server.client.request(
+        "POST", "/v1/records", body={"networks": [body], "instances": many}
+    )
+    assert stored == {**written, "instances": 200}
 
 
-def test_an_instance_is_shown_listed_by_network_and_removed(server: AdminServer) -> None:
+def test_an_instance_is_shown_patched_listed_by_network_and_removed(server: AdminServer) -> None:
     shown = server.client.get("/v1/instances/web-1")
     assert shown["record"] == {**INSTANCE, "hostname": "web-1", "created_at": NOW}
     assert shown["ec2_id"].startswith("i-")
-    assert len(server.client.get("/v1/instances", {"network": "blue"})) == 1
+    assert server.passwords.keep(WEB, b"x")
+    before = server.instances[WEB]
+    _patch(server, {"password": None})
+    assert (server.passwords.read(WEB), server.instances[WEB] is before) == (None, True)
+    # Bytes that are no text are base64, and lists have their size.
+    _patch(server, {"tags": {"a": "1", "b": "2"}, "user_data": {"base64": "H4sIAP8="}})
+    (listed,) = server.client.get("/v1/instances", {"network": "blue"})
+    assert (listed["user_data_bytes"], "user_data" in listed["record"]) == (5, False)
+    assert server.instances[WEB].user_data == b"\x1f\x8b\x08\x00\xff"
     assert server.client.get("/v1/instances", {"network": "red"}) == []
+    _patch(server, {"tags": {"a": None, "c": "3"}, "dialects": {"ec2": False}, "user_data": None})
+    record = server.client.get("/v1/instances/web-1")["record"]
+    assert (record["tags"], record["dialects"]) == ({"b": "2", "c": "3"}, {"ec2": False})
+    assert record["ports"] == INSTANCE["ports"]
+    assert "user_data" not in record
     server.client.request("DELETE", "/v1/instances/web-1")
     assert server.instances == {}
 
@@ -141,28 +144,6 @@ def test_a_name_stands_for_an_id_unless_it_is_one_or_two_have_it(server: AdminSe
     assert server.instances == {}
 
 
-def test_bulk_records_are_stored(server: AdminServer) -> None:
-    def ports(number: int) -> list[dict[str, object]]:
-        return [{"network": "red", "addresses": [str(ip_address("10.0.0.0") + number)]}]
-
-    red = {"id": "red", "listener": {"bridge": "br0"}}
-    many = [{"id": f"i{n}", "name": f"i{n}", "ports": ports(n)} for n in range(200)]
-    body = {"networks": [red], "instances": many}
-    answer = server.client.request("POST", "/v1/records", body=body)
-    assert (answer["networks"], answer["instances"]) == (1, 200)
-
-
-def test_a_patch_changes_what_is_given_and_null_takes_away(server: AdminServer) -> None:
-    patch = {"tags": {"a": "1", "b": "2"}, "user_data": "#!/bin/sh\n", "dialects": {"ec2": False}}
-    _patch(server, patch)
-    _patch(server, {"tags": {"a": None, "c": "3"}, "user_data": None})
-    stored = server.instances[WEB]
-    assert stored.tags == (("b", "2"), ("c", "3"))
-    assert stored.user_data is None
-    assert {dialect.value for dialect in stored.dialects} == {"openstack", "nocloud"}
-    assert stored.ports[0].addresses == (ip_address("10.0.0.5"),)
-
-
 @pytest.mark.parametrize(
     ("record", "path"), [(NETWORK_TABLE, "networks/blue"), (INSTANCE_TABLE, "instances/web-1")]
 )
@@ -173,24 +154,6 @@ def test_every_key_that_can_be_cleared_is_cleared(
         if not (key.required or key.only_in_files):
             server.client.request("PATCH", f"/v1/{path}", body={key.name: None})
     assert server.client.get(f"/v1/{path}")["record"].keys() >= {"id"}
-
-
-def test_a_password_is_cleared_without_touching_the_record(server: AdminServer) -> None:
-    assert server.passwords.keep(WEB, b"x")
-    before = server.instances[WEB]
-    _patch(server, {"password": None})
-    assert server.passwords.read(WEB) is None
-    assert server.instances[WEB] is before
-
-
-def test_bytes_that_are_no_text_are_base64_and_lists_have_their_size(server: AdminServer) -> None:
-    payload = {"base64": "H4sIAP8="}
-    _patch(server, {"user_data": payload})
-    assert server.client.get("/v1/instances/web-1")["record"]["user_data"] == payload
-    assert server.instances[WEB].user_data == b"\x1f\x8b\x08\x00\xff"
-    (one,) = server.client.get("/v1/instances")
-    assert one["user_data_bytes"] == 5
-    assert "user_data" not in one["record"]
 
 
 _STATUS = {
@@ -285,33 +248,6 @@ def test_a_body_that_is_no_clean_json_object_is_refused(
     assert (decoded["status"], decoded["code"]) == (422, "request-refused")
     assert reason in decoded["problems"][0]["reason"]
     assert _refused(server, "POST", "/v1/networks", body)["code"] == "request-refused"
-
-
-@pytest.mark.parametrize(
-    ("value", "shape"), [(b"text", {"text": "text"}), (b"\xff\x00", {"base64": "/wA="})]
-)
-def test_a_document_comes_with_its_status_headers_and_bytes(
-    server: AdminServer, value: bytes, shape: object
-) -> None:
-    server.answer("/latest/user-data?x=1", value, (b"content-type", b"text/plain"))
-    query = {"network": "blue", "address": "10.0.0.5", "path": "/latest/user-data?x=1"}
-    assert server.client.get("/v1/documents", query) == {
-        "status": 200,
-        "headers": [["content-type", "text/plain"]],
-        "body": shape,
-    }
-
-
-@pytest.mark.parametrize(
-    ("body", "allowed"), [(None, False), ({}, False), ({"allow_dropped": True}, True)]
-)
-def test_a_reload_may_drop_settings_only_where_the_body_allows_it(
-    server: AdminServer, body: object, *, allowed: bool
-) -> None:
-    reloaded = server.client.request("POST", "/v1/reload", body=body)
-    assert (reloaded["restart_needed"], server.reloads) == (["admin.mode"], [allowed])
-    server.client.request("POST", "/v1/stop", body={"data_plane": True})
-    assert server.stopped == [True]
 
 
 @pytest.mark.parametrize(

@@ -353,18 +353,15 @@ def test_reload_shows_what_was_taken_over_and_drops_settings_only_with_its_flag(
 
 
 @pytest.mark.parametrize(
-    ("flags", "data_plane", "ended"),
-    [
-        ([], False, ["controller"]),
-        (["--data-plane"], True, ["controller", "haproxy", "documents"]),
-    ],
+    ("flags", "ended"),
+    [([], ["controller"]), (["--data-plane"], ["controller", "haproxy", "documents"])],
 )
 def test_stop_ends_the_data_plane_only_with_its_flag(
-    cli: Cli, flags: list[str], *, data_plane: bool, ended: list[str]
+    cli: Cli, flags: list[str], ended: list[str]
 ) -> None:
     ran = cli("stop", "--json", *flags)
-    assert (ran.status, ran.json) == (0, {"stopped": ended, "data_plane": data_plane})
-    assert cli.server.stopped == [data_plane]
+    assert (ran.status, ran.json) == (0, {"stopped": ended, "data_plane": bool(flags)})
+    assert cli.server.stopped == [bool(flags)]
     assert not cli.server.socket.exists()
 
 

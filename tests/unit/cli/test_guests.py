@@ -46,6 +46,7 @@ def test_get_shows_headers_and_json_where_asked_and_exits_1_from_status_400_up(
         "body": {"base64": "/wAK"},
     }
     documented.server.answer("/x", b"body", (b"a", b"b"))
+    assert documented("get", "/x", *GUEST, "--json").json["body"] == {"text": "body"}
     assert documented("get", "/x", *GUEST, "-i").out == "HTTP/1.1 200 OK\na: b\n\nbody"
     missing = documented("get", "/none", *GUEST)
     assert (missing.status, missing.out) == (1, "")
