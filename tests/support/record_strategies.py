@@ -76,7 +76,7 @@ rule_paths = st.builds(
 
 path_rules: st.SearchStrategy[PathRules] = st.dictionaries(
     rule_paths, st.sampled_from(PathWord), max_size=6
-).map(lambda said: sort_paths(said.items()))
+).map(lambda rules: sort_paths(rules.items()))
 _KINDS: dict[type[object], st.SearchStrategy[object]] = {
     bool: st.none() | st.booleans(),
     TokenMode: st.none() | st.sampled_from(TokenMode),
