@@ -223,6 +223,16 @@ def test_a_refused_newcomer_is_reported_with_file_line_and_field_of_both(bench: 
     assert bench.names == {"a"}
 
 
+def test_while_an_id_cannot_be_read_none_of_the_files_records_goes(bench: Bench) -> None:
+    bench.write("x.json", instances(record("a", "10.0.0.5")))
+    bench.read()
+    bench.write("x.json", instances({"name": "a"}))
+    assert not bench.read()
+    assert bench.names == {"a"}
+    bench.write("x.json", instances(record("b", "10.0.0.6")))
+    assert bench.read().keys() == {"a", "b"}
+
+
 def test_a_file_that_is_gone_for_a_moment_only_keeps_its_records(bench: Bench) -> None:
     path = bench.write("x.json", instances(record("a", "10.0.0.5")))
     bench.read()

@@ -159,7 +159,9 @@ async def test_a_directory_replaced_by_another_is_followed(directory: Path) -> N
         await heard.until(lambda each: data_of(each) == {"a": b"3"})
 
 
-async def test_files_behind_a_symbolic_link_that_is_turned_are_read_again(directory: Path) -> None:
+async def test_files_behind_a_symbolic_link_are_read_again_when_it_or_they_change(
+    directory: Path,
+) -> None:
     # How Kubernetes updates a mounted ConfigMap: one link to a directory, replaced as a whole.
     for version in ("1", "2"):
         (directory / f"..{version}").mkdir()
@@ -171,6 +173,8 @@ async def test_files_behind_a_symbolic_link_that_is_turned_are_read_again(direct
         (directory / "..data.new").symlink_to("..2")
         await asyncio.to_thread((directory / "..data.new").rename, directory / "..data")
         await heard.until(lambda each: data_of(each) == {"a": b"2"})
+        write(directory / "..2" / "x.json", record("a", "3"))
+        await heard.until(lambda each: data_of(each) == {"a": b"3"})
 
 
 async def test_without_inotify_the_directory_is_looked_at_from_time_to_time(
