@@ -319,14 +319,13 @@ class FileSource:
 
     def _find_places(self, payloads: Iterable[Path]) -> None:
         """Which directories to watch, and which paths in them matter beside everything in the directory itself."""
+        files = [self._path / name for name in self._files]
+        named = {*payloads, *(path.resolve() for path in files if path.is_symlink())}
         # In the parent it shows when the directory itself is made, removed or replaced.
-        wanted = {self._path, self._path.parent, *(path.parent for path in payloads)}
-        for path in (self._path / name for name in self._files):
-            if path.is_symlink():
-                wanted.add(path.resolve().parent)
+        wanted = {self._path, self._path.parent, *(path.parent for path in named)}
         self._places = frozenset(place_of(path) for path in wanted)
         self._relevant = frozenset(
-            each for path in (self._path, *payloads) for each in (path, *path.parents)
+            each for path in (self._path, *named) for each in (path, *path.parents)
         )
 
     def _claims(self, instance: PackedInstance) -> list[AddressKey]:
