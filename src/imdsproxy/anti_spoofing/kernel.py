@@ -26,13 +26,12 @@ from imdsproxy.anti_spoofing.rules import (
 from imdsproxy.core.hoststate import Family, NamespaceRef
 from imdsproxy.core.model import METADATA_PORT, IpAddress, MacAddress, NetworkId
 from imdsproxy.core.wire import VERIFIED_PORT
-from imdsproxy.errors import DataplaneError, HostRefused
+from imdsproxy.errors import DataplaneError, HostRefused, host_refused
 from imdsproxy.host.files import write_atomic
 from imdsproxy.host.namespaces import NamespaceThread
 from imdsproxy.host.netlink import correct_neighbours
 from imdsproxy.host.nftables import INET, NETDEV, Batch, NetfilterSocket, commit
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
-from imdsproxy.host.refusal import host_refused
 from imdsproxy.host.sockets import SOCK_DIAG, end_connections, list_connections, try_bind
 
 K = TypeVar("K")

@@ -23,7 +23,7 @@ from imdsproxy.core.timing import Backoff
 from imdsproxy.core.wire import PROBE_INSTANCE
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.launch import UNIT_S
-from imdsproxy.errors import DataplaneError, HostRefused, ImdsproxyError, Problem
+from imdsproxy.errors import DataplaneError, HostRefused, ImdsproxyError, Problem, refusing
 from imdsproxy.host.account import Account, find_closed
 from imdsproxy.host.process import (
     Doubt,
@@ -35,7 +35,6 @@ from imdsproxy.host.process import (
     spawn_logged,
     wait_gone,
 )
-from imdsproxy.host.refusal import refusing
 from imdsproxy.serving.pidfile import DocumentProcesses, read_pids
 from imdsproxy.serving.store import DiskFiles
 

@@ -25,11 +25,11 @@ from imdsproxy.errors import (
     Problem,
     ReloadFailed,
     RuntimeUnavailable,
+    refusing,
 )
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import ensure_directory, write_atomic
 from imdsproxy.host.process import run_program
-from imdsproxy.host.refusal import refusing
 
 PROBE_DEADLINE_S = 1.0
 _CHECK_DEADLINE_S = 60.0

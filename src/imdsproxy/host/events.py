@@ -17,7 +17,7 @@ from ipaddress import ip_address
 from typing import Final, Generic, Self, TypeVar
 
 from imdsproxy.core.model import IpAddress, MacAddress
-from imdsproxy.errors import DataplaneError
+from imdsproxy.errors import DataplaneError, host_refused, refusing
 from imdsproxy.host.netlink import (
     RTM_DELADDR,
     RTM_DELLINK,
@@ -30,7 +30,6 @@ from imdsproxy.host.netlink import (
 )
 from imdsproxy.host.nftables import DELTABLE, NETFILTER, table_of
 from imdsproxy.host.nlmessages import SOL_NETLINK, iter_messages
-from imdsproxy.host.refusal import host_refused, refusing
 
 _LINKS: Final = (1, 5, 9)
 """RTNLGRP_LINK, RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV6_IFADDR."""

@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.errors import HostRefused, ImdsproxyError, SecretUnreadable
-from imdsproxy.host.refusal import refusing
+from imdsproxy.errors import HostRefused, ImdsproxyError, SecretUnreadable, refusing
 
 MAX_SECRET_BYTES: Final = 64 * 1024
 """A secret is a key or a password, never a document."""

@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from imdsproxy.core.hoststate import NamespaceRef
-from imdsproxy.errors import HostRefused
+from imdsproxy.errors import HostRefused, host_refused, refusing
 from imdsproxy.host.files import remove_file
-from imdsproxy.host.refusal import host_refused, refusing
 
 DEFAULT_DIRECTORY: Final = Path("/run/netns")
 

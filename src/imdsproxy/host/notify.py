@@ -14,8 +14,7 @@ from typing import IO, Final
 
 import structlog
 
-from imdsproxy.errors import HostRefused
-from imdsproxy.host.refusal import refusing
+from imdsproxy.errors import HostRefused, refusing
 
 _PATIENCE_S: Final = 1.0
 _FIRST_KEPT: Final = 3

@@ -22,9 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.errors import HostRefused
+from imdsproxy.errors import HostRefused, host_refused, refusing
 from imdsproxy.host.files import limit_log, open_log
-from imdsproxy.host.refusal import host_refused, refusing
 
 PROC: Final = Path("/proc")
 

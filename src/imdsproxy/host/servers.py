@@ -10,8 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.errors import DataplaneError, HostRefused
-from imdsproxy.host.refusal import host_refused, refusing
+from imdsproxy.errors import DataplaneError, HostRefused, host_refused, refusing
 
 _BACKLOG: Final = 128
 _UNIX_BACKLOG: Final = 2048

@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 from imdsproxy.core.hoststate import SeenSocket, SocketOwner, SocketState
-from imdsproxy.errors import HostRefused
+from imdsproxy.errors import HostRefused, host_refused, refusing
 from imdsproxy.host.files import apply_owner_and_mode, opened
 from imdsproxy.host.nlmessages import NetlinkSocket, parse_attributes
 from imdsproxy.host.process import PROC, command_name, read_arguments
-from imdsproxy.host.refusal import host_refused, refusing
 from imdsproxy.host.sockets import SOCK_DIAG, SocketOwners
 
 _BY_FAMILY: Final = 20

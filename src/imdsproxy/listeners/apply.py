@@ -11,7 +11,7 @@ from typing import Final, TypeVar, assert_never
 from imdsproxy.core.endpoints import LOOPBACK
 from imdsproxy.core.hoststate import Family, NamespaceRef, ObservedDevice
 from imdsproxy.core.model import IpAddress
-from imdsproxy.errors import DataplaneError
+from imdsproxy.errors import DataplaneError, host_refused
 from imdsproxy.host.namespaces import NamespaceThread
 from imdsproxy.host.netlink import (
     add_address,
@@ -23,7 +23,6 @@ from imdsproxy.host.netlink import (
     set_link,
 )
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
-from imdsproxy.host.refusal import host_refused
 from imdsproxy.listeners.plan import (
     AddAddress,
     AttachBridge,

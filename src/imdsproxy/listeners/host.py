@@ -23,12 +23,11 @@ from imdsproxy.core.model import (
     NetworkId,
 )
 from imdsproxy.core.records import Refused, parse_network, render_record
-from imdsproxy.errors import HostRefused, Problem
+from imdsproxy.errors import HostRefused, Problem, refusing
 from imdsproxy.host.files import write_atomic
 from imdsproxy.host.netlink import find_link, neighbour_mac
 from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.host.process import run_program
-from imdsproxy.host.refusal import refusing
 from imdsproxy.listeners.apply import apply_ops
 from imdsproxy.listeners.nft_scripts import (
     plan_diversions,

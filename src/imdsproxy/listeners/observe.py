@@ -25,11 +25,10 @@ from imdsproxy.core.hoststate import (
     ObservedNamespace,
 )
 from imdsproxy.core.model import METADATA_IPV4, Network
-from imdsproxy.errors import DataplaneError
+from imdsproxy.errors import DataplaneError, host_refused, refusing
 from imdsproxy.host.namespaces import NamespaceThread
 from imdsproxy.host.netlink import default_routes, list_links, metadata_addresses, route_length
 from imdsproxy.host.nlmessages import NetlinkSocket
-from imdsproxy.host.refusal import host_refused, refusing
 from imdsproxy.host.sockets import SOCK_DIAG, SocketOwners, listening_sockets, try_bind
 from imdsproxy.listeners.plan import ManagedPlace, place_of
 

@@ -21,13 +21,12 @@ from typing import Final, Self, TypeVar
 
 from imdsproxy.core.hoststate import NamespaceRef, ObservedHost, merge_observed
 from imdsproxy.core.model import Network, NetworkId
-from imdsproxy.errors import DataplaneError
+from imdsproxy.errors import DataplaneError, host_refused, refusing
 from imdsproxy.host.events import KernelEvents, LinkChange, Stream, watch_links
 from imdsproxy.host.inotify import ENTRIES, IN_DELETE, IN_MOVED_FROM, ITSELF, Inotify
 from imdsproxy.host.namespaces import MISSING, NamespaceDirectory
 from imdsproxy.host.netlink import assign_nsid
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
-from imdsproxy.host.refusal import host_refused, refusing
 from imdsproxy.listeners.observe import HostObserver, Peek
 from imdsproxy.listeners.plan import place_of, plan_network
 

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.errors import HostRefused
+from imdsproxy.errors import HostRefused, refusing
 from imdsproxy.host.files import is_file_at, open_locked
 from imdsproxy.host.process import read_stat
-from imdsproxy.host.refusal import refusing
 
 _RESTARTS: Final = "restarts"
 

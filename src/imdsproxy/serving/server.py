@@ -29,7 +29,7 @@ from typing import Final
 import structlog
 import uvicorn.lifespan.off  # noqa: F401 - see below
 
-from imdsproxy.errors import HostRefused, ImdsproxyError
+from imdsproxy.errors import HostRefused, ImdsproxyError, refusing
 from imdsproxy.host.account import Account, find_account
 from imdsproxy.host.files import ensure_directory, limit_log
 from imdsproxy.host.notify import ServiceNotifier
@@ -40,7 +40,6 @@ from imdsproxy.host.process import (
     raise_descriptor_limit,
     read_stat,
 )
-from imdsproxy.host.refusal import refusing
 from imdsproxy.host.servers import open_unix_socket
 from imdsproxy.serving.documents import DocumentService
 from imdsproxy.serving.http import LIVENESS_PATH, HttpListener

@@ -20,14 +20,13 @@ from typing import BinaryIO, Final, TypeAlias
 from imdsproxy.core.compiled import CompiledRecord, compiled_path, parse_compiled
 from imdsproxy.core.documents.respond import DocumentTree
 from imdsproxy.core.model import InstanceId
-from imdsproxy.errors import HostRefused
+from imdsproxy.errors import HostRefused, refusing
 from imdsproxy.host.files import (
     ensure_directory,
     remove_file,
     sync_directory,
     write_atomic,
 )
-from imdsproxy.host.refusal import refusing
 
 _SUFFIX: Final = ".rec"
 _FILE_MODE: Final = 0o640

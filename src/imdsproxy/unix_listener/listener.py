@@ -19,11 +19,10 @@ from imdsproxy.core.haproxy.model import UnixBind
 from imdsproxy.core.hoststate import SeenSocket, SocketState
 from imdsproxy.core.timing import Backoff
 from imdsproxy.dataplane.haproxy import Haproxy
-from imdsproxy.errors import DataplaneError, HostRefused, Problem, RuntimeUnavailable
+from imdsproxy.errors import DataplaneError, HostRefused, Problem, RuntimeUnavailable, refusing
 from imdsproxy.host.account import group_id, user_id
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import ensure_directory
-from imdsproxy.host.refusal import refusing
 from imdsproxy.host.socket_file import FileIdentity, give_socket, identify_file, remove_file
 from imdsproxy.unix_listener.plan import (
     Takeovers,

@@ -46,9 +46,8 @@ from imdsproxy.core.policy import (
 )
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.records import RecordApplier
-from imdsproxy.errors import RuntimeUnavailable
+from imdsproxy.errors import RuntimeUnavailable, host_refused
 from imdsproxy.host.clock import SystemClock
-from imdsproxy.host.refusal import host_refused
 from imdsproxy.serving.store import PasswordStore
 from support.fake_haproxy import FakeHaproxy
 from support.fake_mac_filters import no_hop_limits, no_mac_filters

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.errors import DataplaneError, HostRefused, PrivilegeMissing
+from imdsproxy.errors import DataplaneError, HostRefused, PrivilegeMissing, refusing
 from imdsproxy.host.notify import ServiceNotifier, is_journal, kept_sockets
-from imdsproxy.host.refusal import refusing
 from imdsproxy.listeners.host import apply_links, haproxy_name
 
 
@@ -92,9 +91,24 @@ def test_a_manager_that_is_gone_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "kind", "message", "hint"),
     [
-        (OSError(errno.ENOSPC, "x"), HostRefused, "No space left on device (ENOSPC)", "free some"),
-        (OSError(errno.EPERM, "x"), PrivilegeMissing, "Operation not permitted (EPERM)", "CAP_NET"),
-        (OSError(errno.EACCES, "x"), PrivilegeMissing, "Permission denied (EACCES)", "CAP_NET_"),
+        (
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+            HostRefused,
+            "No space left on device (ENOSPC)",
+            "free some",
+        ),
+        (
+            OSError(errno.EPERM, os.strerror(errno.EPERM)),
+            PrivilegeMissing,
+            "Operation not permitted (EPERM)",
+            "CAP_NET",
+        ),
+        (
+            OSError(errno.EACCES, os.strerror(errno.EACCES)),
+            PrivilegeMissing,
+            "Permission denied (EACCES)",
+            "CAP_NET_",
+        ),
         (OSError("odd"), HostRefused, "odd (unknown error)", ""),
     ],
 )

@@ -25,8 +25,8 @@ from imdsproxy.errors import (
     ImdsproxyError,
     Problem,
     RequestRefused,
+    host_refused,
 )
-from imdsproxy.host.refusal import host_refused
 
 _INTERRUPTED: Final = 130
 _STANDARD_ERROR: Final = 2

@@ -36,6 +36,7 @@ from imdsproxy.errors import (
     HostRefused,
     PrivilegeMissing,
     RequestRefused,
+    refusing,
 )
 from imdsproxy.host.account import group_name, user_name
 from imdsproxy.host.files import (
@@ -45,7 +46,6 @@ from imdsproxy.host.files import (
     sweep_unfinished,
     write_atomic,
 )
-from imdsproxy.host.refusal import refusing
 
 _SYSTEM_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _IPV6: Final = Path("/proc/sys/net/ipv6/conf/default/disable_ipv6")
