@@ -77,14 +77,6 @@ def test_twenty_reloads_lose_no_request(world: World) -> None:
     assert world.daemon.status()["haproxy"]["reloads"] == before + 20
 
 
-def test_a_change_that_haproxy_need_not_know_reloads_nothing(world: World) -> None:
-    before = world.daemon.status()["haproxy"]["reloads"]
-    world.daemon.put(instances=[{**instance("red-5", "red"), "user_data": "x"}])
-    world.daemon.put(world.networks)
-    world.daemon.remove_instance("red-5")
-    assert world.daemon.status()["haproxy"]["reloads"] == before
-
-
 def _have_ended(pids: Pids) -> bool:
     return not alive(pids.worker) and not alive(pids.master)
 

@@ -7,6 +7,7 @@ import os
 import pwd
 import signal
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -89,7 +90,11 @@ def test_haproxy_is_a_daemon_that_holds_nothing_of_who_started_it(place: Place) 
     os.set_inheritable(write, True)
     try:
         done = subprocess.run(
-            place.inside(PROGRAM, *place.words()), check=True, pass_fds=(write,), timeout=30
+            place.inside(PROGRAM, *place.words()),
+            check=True,
+            pass_fds=(write,),
+            timeout=30,
+            umask=0o077,
         )
     finally:
         os.close(read)
@@ -97,6 +102,10 @@ def test_haproxy_is_a_daemon_that_holds_nothing_of_who_started_it(place: Place) 
     assert done.returncode == 0
     pid = place.pid()
     assert place.proxies() == [pid]
+    assert [stat.S_IMODE(one.stat().st_mode) for one in (place.pid_file, place.config)] == [
+        0o644,
+        0o640,
+    ]
     assert command_line(pid)[1:3] == ["-f", str(place.config)]
     assert place.guest.ask("/a").body == b"/a"
     links = {int(path.name): str(path.readlink()) for path in Path(f"/proc/{pid}/fd").iterdir()}

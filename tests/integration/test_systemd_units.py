@@ -183,22 +183,6 @@ def test_what_is_killed_comes_back_by_itself_while_the_controller_is_stopped(
     assert all(serves(one) for one in daemon.guests)
 
 
-def test_reloading_the_document_server_keeps_its_process_and_every_request(
-    daemon: UnitDaemon,
-) -> None:
-    before, workers = daemon.pids(), daemon.status()["documents"]["pids"][1:]
-    with seeded(daemon) as running:
-        running.wait_answers(100)
-        daemon.machine.run("systemctl", "reload", DOCUMENTS)
-        running.wait_answers(100)
-    assert running.report.lost == []
-    assert daemon.pids() == before
-    until(
-        lambda: set(daemon.status()["documents"]["pids"][1:]).isdisjoint(workers),
-        what="other workers alone",
-    )
-
-
 def test_an_upgrade_loses_no_request_and_keeps_haproxy(tmp_path: Path) -> None:
     with installed(tmp_path) as daemon:
         daemon.use_a_copy_of_the_program()
@@ -206,7 +190,7 @@ def test_an_upgrade_loses_no_request_and_keeps_haproxy(tmp_path: Path) -> None:
         daemon.raise_limits()
         daemon.start()
         wait_served(*daemon.guests)
-        before = daemon.pids()
+        before, workers = daemon.pids(), daemon.status()["documents"]["pids"][1:]
         with load(daemon) as cached, seeded(daemon) as rendered:
             cached.wait_answers(50)
             daemon.upgrade_the_copy("9.9.9")
@@ -217,24 +201,11 @@ def test_an_upgrade_loses_no_request_and_keeps_haproxy(tmp_path: Path) -> None:
             rendered.wait_answers(50)
         assert (cached.report.lost, rendered.report.lost) == ([], [])
         assert daemon.status()["version"] == "9.9.9"
-        assert daemon.pids()[1:] == before[1:]
-
-
-def test_reload_takes_over_settings_and_keeps_haproxys_master(daemon: UnitDaemon) -> None:
-    before = daemon.pids()
-    with load(daemon) as running:
-        running.wait_answers(50)
-        settings = "haproxy: {maxconn_per_network: 77}\n"
-        daemon.configure(settings)
-        daemon.machine.run("systemctl", "reload", CONTROLLER)
         until(
-            lambda: "maxconn 77" in daemon.machine.run("cat", "/run/imdsproxy/haproxy.cfg"),
-            within_s=5,
-            what="the new limit in HAProxy's configuration",
+            lambda: set(daemon.status()["documents"]["pids"][1:]).isdisjoint(workers),
+            what="other workers alone",
         )
-        running.wait_answers(50)
-    assert running.report.lost == []
-    assert daemon.pids() == before
+        assert daemon.pids()[1:] == before[1:]
 
 
 @pytest.mark.parametrize(
@@ -250,6 +221,7 @@ def test_a_broken_or_emptied_file_fails_the_reload_and_changes_nothing(
     daemon.configure("haproxy: {maxconn_per_network: 77}\n")
     daemon.machine.run("systemctl", "reload", CONTROLLER)
     before, config = daemon.pids(), daemon.machine.run("cat", "/run/imdsproxy/haproxy.cfg")
+    assert "maxconn 77" in config
     daemon.configure(text)
 
     status, _ = daemon.machine.attempt("systemctl", "reload", CONTROLLER)
@@ -471,12 +443,6 @@ def test_nobody_who_answers_guests_has_privileges(daemon: UnitDaemon) -> None:
         assert int(status["CapEff"], 16) == 0
         assert status["NoNewPrivs"].strip() == "1"
     assert daemon.machine.run("readlink", f"/proc/{worker}/root") == "/run/imdsproxy/jail"
-
-
-def test_the_controller_shares_the_hosts_mounts(daemon: UnitDaemon) -> None:
-    controller = daemon.machine.main_pid(CONTROLLER)
-    own, host = (daemon.machine.run("readlink", f"/proc/{pid}/ns/mnt") for pid in (controller, 1))
-    assert own == host
 
 
 def test_the_group_may_use_the_admin_socket_and_others_may_not(daemon: UnitDaemon) -> None:

@@ -8,10 +8,9 @@ import errno
 import math
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
-from typing import cast
 
 import pytest
 
@@ -22,6 +21,7 @@ from imdsproxy.app.kept_maps import KeptMaps
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.core.compiled import CompiledRecord, compile_instance
+from imdsproxy.core.haproxy.maps import parse_map
 from imdsproxy.core.identity import Learned
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import (
@@ -36,7 +36,7 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.core.nova import EndpointSet, NovaRouting
 from imdsproxy.core.observation import AddressKey, Observation
-from imdsproxy.core.path_rules import PathRules, PathWord, set_id
+from imdsproxy.core.path_rules import PathWord, render_set, set_id
 from imdsproxy.core.policy import (
     PolicyBook,
     PolicyPlace,
@@ -46,7 +46,7 @@ from imdsproxy.core.policy import (
 )
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.records import RecordApplier
-from imdsproxy.errors import RuntimeUnavailable, host_refused
+from imdsproxy.errors import host_refused
 from imdsproxy.host.clock import SystemClock
 from imdsproxy.serving.store import PasswordStore
 from support.fake_haproxy import FakeHaproxy
@@ -62,7 +62,8 @@ class Rig:
     def __init__(self, directory: Path) -> None:
         layout = Layout(directory, directory)
         self.base, self.overlay = layout.base_map, layout.overlay_map
-        self.haproxy = FakeHaproxy(layout.master_socket, (self.base, self.overlay))
+        maps = (self.base, self.overlay, layout.path_rules_map)
+        self.haproxy = FakeHaproxy(layout.master_socket, maps)
         passwords = PasswordStore(directory / "passwords")
         self.files = LoggedFiles(directory / "documents", passwords, None)
         self.applied: list[set[AddressKey] | None] = []
@@ -288,50 +289,66 @@ async def test_others_work_while_very_many_records_are_compiled(tmp_path: Path) 
     assert turns >= 10
 
 
-async def test_an_instance_that_comes_back_while_others_are_compiled_keeps_its_record(
-    tmp_path: Path,
-) -> None:
-    async with _rig(tmp_path) as rig:
-        back = _instance("back", "10.0.9.9")
-        many = [_instance(f"i{number}", f"10.0.0.{number}") for number in range(1, 250)]
-        await rig.say(back, *many)
-        changed = [replace(one, hostname="other") for one in many]
-        written = 0
-
-        def come_back_with_the_last(_: InstanceId) -> None:
-            nonlocal written
-            written += 1
-            if written == len(changed):
-                rig.loop.observe(Observation("a", full=False, instances={back.id: back}))
-
-        rig.files.after = come_back_with_the_last
-        await rig.say(*changed)
-        await rig.loop.tickets.wait(rig.loop.resync())
-        assert rig.told("10.0.9.9") == _value(back)
-        assert "remove back" not in rig.files.log
-
-
-async def test_nobody_reads_what_an_instance_was_that_is_removed_and_comes_back_as_another(
-    tmp_path: Path,
+@pytest.mark.parametrize("hostname", ["h", "another"])
+async def test_an_instance_that_comes_back_while_others_are_compiled_has_its_record_and_no_older_one(
+    tmp_path: Path, hostname: str
 ) -> None:
     async with _rig(tmp_path) as rig:
         many = [_instance(f"i{number}", f"10.0.0.{number}") for number in range(1, 250)]
         await rig.say(_instance("back", "10.0.9.9"), *many)
-        another = _instance("back", "10.0.9.9", hostname="another")
+        after = _instance("back", "10.0.9.9", hostname=hostname)
         changed = [replace(one, hostname="other") for one in many]
-        written, told = 0, list[str | None]()
+        written, read = 0, list[str | None]()
 
         def come_back_with_the_last(_: InstanceId) -> None:
             nonlocal written
             written += 1
             if written == len(changed):
-                rig.loop.observe(Observation("a", full=False, instances={another.id: another}))
+                rig.loop.observe(Observation("a", full=False, instances={after.id: after}))
 
         rig.files.after = come_back_with_the_last
-        rig.loop.on_applied = lambda _: told.append(rig.told("10.0.9.9"))
+        rig.loop.on_applied = lambda _: read.append(rig.told("10.0.9.9"))
         await rig.say(*changed)
         await rig.loop.tickets.wait(rig.loop.resync())
-        assert set(told) == {None, _value(another)}
+        assert rig.told("10.0.9.9") == _value(after)
+        assert set(read) <= {None, _value(after)}
+        assert "remove back" not in rig.files.log
+
+
+_RULES = (("/latest/user-data", PathWord.DENY),)
+
+
+async def test_no_record_refers_to_path_rules_that_haproxy_does_not_have(tmp_path: Path) -> None:
+    async with _rig(tmp_path) as rig:
+        await rig.say(_instance("web", "10.0.0.5"))
+        before = rig.told("10.0.0.5")
+        rig.haproxy.commands.clear()
+        rig.loop.policies = lambda: PolicyBook(host=PolicyRules(paths=_RULES))
+        rig.haproxy.stop_answering_after = 2
+        ticket = rig.loop.resync()
+        async with asyncio.timeout(30):
+            while rig.loop.failure is None:
+                await asyncio.sleep(0)
+            assert rig.told("10.0.0.5") == before
+            rig.haproxy.stop_answering_after = None
+            await rig.loop.tickets.wait(ticket)
+        maps = [line.split()[-1 if "commit" in line else 2] for _, line in rig.haproxy.commands]
+        assert maps.index(str(rig.overlay)) > maps.index(str(rig.sets.path))
+        word, _ = rig.loop.policies().word(PolicyPlace("red", None, "web"), None)
+        assert rig.told("10.0.0.5") == f"{word}|{before}"
+
+
+async def test_a_haproxy_that_is_yet_to_start_finds_the_path_rules_of_all_records(
+    tmp_path: Path,
+) -> None:
+    rig = Rig(tmp_path)
+    rig.loop.policies = lambda: PolicyBook(host=PolicyRules(paths=_RULES))
+    web = _instance("web", "10.0.0.5")
+    rig.loop.observe(
+        Observation("a", full=True, networks={_RED: _NETWORK}, instances={web.id: web})
+    )
+    assert rule_set_of((await rig.loop.compile_all())["red/10.0.0.5"]) == set_id(_RULES)
+    assert parse_map(rig.sets.path.read_text())[1] == render_set(_RULES)
 
 
 @pytest.mark.parametrize("in_sync", [True, False])
@@ -441,61 +458,6 @@ async def test_a_changed_policy_of_a_router_is_in_force_for_those_behind_it(
         await rig.loop.tickets.wait(ticket)
         assert rig.applier.state.effective()["router/10.0.0.5"] == f"+1troo---::0:64|{plain}"
         assert rig.told("10.0.0.5") == plain
-
-
-@dataclass
-class Sets:
-    """Who has HAProxy know path rules: refuses as often as it is told to, and notes what HAProxy had been told then."""
-
-    rig: Rig
-    refusals: int = 0
-    wanted: list[set[str]] = field(default_factory=list)
-    told_before: list[str | None] = field(default_factory=list)
-
-    def preload(self, wanted: Mapping[str, PathRules]) -> None:
-        self.wanted.append(set(wanted))
-
-    async def ensure(self, wanted: Mapping[str, PathRules], *, sweep: bool) -> None:
-        del sweep
-        self.wanted.append(set(wanted))
-        self.told_before.append(self.rig.told("10.0.0.5"))
-        if self.refusals:
-            self.refusals -= 1
-            raise RuntimeUnavailable("a worker does not answer")
-
-
-async def test_no_record_refers_to_path_rules_that_haproxy_does_not_have(tmp_path: Path) -> None:
-    rules = (("/latest/user-data", PathWord.DENY),)
-    async with _rig(tmp_path) as rig:
-        await rig.say(_instance("web", "10.0.0.5"))
-        before = rig.told("10.0.0.5")
-        sets = Sets(rig, refusals=2)
-        rig.loop.sets = cast("RuleSets", sets)
-        rig.loop.policies = lambda: PolicyBook(host=PolicyRules(paths=rules))
-        ticket = rig.loop.resync()
-        async with asyncio.timeout(30):
-            await rig.loop.tickets.wait(ticket)
-        assert sets.wanted == [{set_id(rules)}] * 3
-        assert sets.told_before == [before] * 3
-        word, paths = rig.loop.policies().word(PolicyPlace("red", None, "web"), None)
-        assert paths == rules
-        assert rig.told("10.0.0.5") == f"{word}|{before}"
-
-
-async def test_a_haproxy_that_is_yet_to_start_finds_the_path_rules_of_all_records(
-    tmp_path: Path,
-) -> None:
-    rules = (("/latest/user-data", PathWord.DENY),)
-    rig = Rig(tmp_path)
-    sets = Sets(rig)
-    rig.loop.sets = cast("RuleSets", sets)
-    rig.loop.policies = lambda: PolicyBook(host=PolicyRules(paths=rules))
-    web = _instance("web", "10.0.0.5")
-    rig.loop.observe(
-        Observation("a", full=True, networks={_RED: _NETWORK}, instances={web.id: web})
-    )
-    assert rule_set_of((await rig.loop.compile_all())["red/10.0.0.5"]) == set_id(rules)
-    assert sets.wanted == [{set_id(rules)}]
 
 
 _WEB = replace(_instance("web", "10.0.0.5"), policy=PolicyRules(tokens=TokenMode.REQUIRED))

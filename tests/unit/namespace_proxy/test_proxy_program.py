@@ -123,18 +123,6 @@ def test_root_takes_any_account_and_another_only_its_own(
 
 
 @pytest.mark.parametrize(
-    ("asked", "there", "logs"), [(None, True, True), (None, False, False), (False, True, False), (True, False, True)]
-)  # fmt: skip
-def test_requests_are_logged_where_there_is_a_log_or_one_is_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, asked: bool | None, there: bool, logs: bool
-) -> None:
-    monkeypatch.setattr(os, "access", lambda *_: there)
-    found = handler(tmp_path, use_syslog=asked, debug=True, facility="user").spec()
-    assert found.syslog == ("/dev/log" if logs else None)
-    assert (found.facility, found.debug) == ("user", True)
-
-
-@pytest.mark.parametrize(
     ("members", "what"),
     [
         ({"unix_socket_path": "relative/sock"}, "no absolute path"),
@@ -150,22 +138,6 @@ def test_a_path_that_cannot_be_used_is_refused(members: Mapping[str, str], what:
 
 
 # The daemon
-
-
-@pytest.mark.parametrize("umask", [0, 0o077])
-def test_a_daemon_is_haproxys_own_and_its_pid_is_written(
-    tmp_path: Path, haproxy: FakeHaproxy, config: Path, umask: int
-) -> None:
-    pid_file, own = tmp_path / "p", config.with_suffix(".pid")
-    before = os.umask(umask)
-    try:
-        assert daemon(tmp_path, pid_file, user="nobody").start() == PID
-    finally:
-        os.umask(before)
-    assert haproxy.done == [["-D", "-p", str(own)], "alone"]
-    assert pid_file.read_text() == f"{PID}\n"
-    assert stat.S_IMODE(pid_file.stat().st_mode) == 0o644
-    assert not own.exists()
 
 
 @pytest.mark.parametrize("text", ["", "999\n", "garbage", "-1", "9" * 60, "1\n2\n"])
