@@ -27,7 +27,7 @@ from imdsproxy.admin.tokens import TokenService
 from imdsproxy.app.compiler import CompiledIndex, RecordCompiler
 from imdsproxy.app.kept_maps import KeptMaps
 from imdsproxy.app.lookup import Lookup
-from imdsproxy.app.policy_store import OverrideFile, PolicyStore
+from imdsproxy.app.policy_store import PolicyStore
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.app.tickets import Tickets
@@ -246,7 +246,7 @@ async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous gen
     clock, inventory = _StillClock(), Inventory(["sqlite", "file"])
     applier = RecordApplier(layout)
     keys = TokenKeys(layout, lambda count: bytes([next(numbers)]) * count)
-    policy_store = PolicyStore(keys, OverrideFile(layout.guards))
+    policy_store = PolicyStore(keys)
     keys.read(None)
     keys.write_map()
     applier.write_all({})

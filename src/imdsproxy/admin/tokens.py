@@ -42,13 +42,13 @@ class TokenService:
             HostRefused: It cannot be written; nothing has changed.
         """
         shared = self.policy_store.keys.shared
-        revoke = self.policy_store.overrides.revoke
+        revoke = self.policy_store.revoke
         return await self._override(instance, revoke, None if shared is None else str(shared))
 
     async def reopen(self, instance: InstanceId) -> GuardChange:
         """Let its boot begin now: what is locked after the boot is open until it is over again. Raises as `revoke`."""
         now = int(self.records.clock.now().timestamp())
-        return await self._override(instance, partial(self.policy_store.overrides.reopen, now=now))
+        return await self._override(instance, partial(self.policy_store.reopen, now=now))
 
     async def rotate(self) -> KeyRotation:
         """Let a fresh key sign tokens; those of the two keys before it stay good as long as they would be.
@@ -71,7 +71,7 @@ class TokenService:
         shared: str | None = None,
     ) -> GuardChange:
         records, inventory = self.records, self.records.inventory
-        overridden = instance in self.policy_store.overrides.overrides
+        overridden = instance in self.policy_store.overrides
         if not (overridden or inventory.sources_of_instance(instance)):
             missing = ", ".join(name for name, there in inventory.sources.items() if not there)
             late = f"source {missing} is not in sync yet and may tell of it: try again"

@@ -22,55 +22,6 @@ from imdsproxy.host.files import write_atomic
 _FORMAT: Final = 1
 
 
-@dataclass(slots=True)
-class OverrideFile:
-    """An override for each instance that an operator did something about.
-
-    Attributes:
-        overrides: By instance, also those that are gone: one that comes again under its id must not get its old
-            tokens back.
-    """
-
-    path: Path
-    overrides: Mapping[str, OperatorOverride] = field(default_factory=dict)
-
-    def load(self) -> None:
-        """Read the file; none is no override.
-
-        Raises:
-            HostRefused: It is there and cannot be read. To go on without would make revoked tokens good again.
-        """
-        self.overrides = read_overrides(self.path)
-
-    def revoke(self, instance: InstanceId) -> OperatorOverride:
-        """Revoke the instance's tokens.
-
-        Raises:
-            HostRefused: The file system refuses; nothing has changed.
-        """
-        override = self.overrides.get(instance, OperatorOverride())
-        return self._keep(instance, replace(override, epoch=override.epoch + 1))
-
-    def reopen(self, instance: InstanceId, now: int) -> OperatorOverride:
-        """Have it boot anew, from `now` (Unix time) on.
-
-        Raises:
-            HostRefused: As `revoke`.
-        """
-        return self._keep(
-            instance, replace(self.overrides.get(instance, OperatorOverride()), reopened_at=now)
-        )
-
-    def _keep(self, instance: InstanceId, override: OperatorOverride) -> OperatorOverride:
-        overrides = {**self.overrides, instance: override}
-        shown = {name: [one.epoch, one.reopened_at] for name, one in sorted(overrides.items())}
-        text = json.dumps({"format": _FORMAT, "instances": shown}, indent=1)
-        # A revocation that a power cut takes back would make tokens good again.
-        write_atomic(self.path, text.encode(), mode=0o600, durable=True)
-        self.overrides = overrides
-        return override
-
-
 def read_overrides(path: Path) -> Mapping[str, OperatorOverride]:
     """What the file says, by instance; without a file nothing was done.
 
@@ -109,11 +60,43 @@ def _override(name: str, epoch: object, reopened_at: object) -> OperatorOverride
 
 @dataclass(slots=True)
 class PolicyStore:
-    """Changed by `read`, and by what operators do."""
+    """Changed by `read`, and by what operators do.
+
+    Attributes:
+        overrides: By instance, also those that are gone: one that comes again under its id must not get its old
+            tokens back.
+    """
 
     keys: TokenKeys
-    overrides: OverrideFile
+    overrides: Mapping[str, OperatorOverride] = field(default_factory=dict)
     _book: PolicyBook = field(default_factory=PolicyBook)
+
+    def revoke(self, instance: InstanceId) -> OperatorOverride:
+        """Revoke the instance's tokens.
+
+        Raises:
+            HostRefused: The file system refuses; nothing has changed.
+        """
+        override = self.overrides.get(instance, OperatorOverride())
+        return self._keep(instance, replace(override, epoch=override.epoch + 1))
+
+    def reopen(self, instance: InstanceId, now: int) -> OperatorOverride:
+        """Have it boot anew, from `now` (Unix time) on.
+
+        Raises:
+            HostRefused: As `revoke`.
+        """
+        override = self.overrides.get(instance, OperatorOverride())
+        return self._keep(instance, replace(override, reopened_at=now))
+
+    def _keep(self, instance: InstanceId, override: OperatorOverride) -> OperatorOverride:
+        overrides = {**self.overrides, instance: override}
+        shown = {name: [one.epoch, one.reopened_at] for name, one in sorted(overrides.items())}
+        text = json.dumps({"format": _FORMAT, "instances": shown}, indent=1)
+        # A revocation that a power cut takes back would make tokens good again.
+        write_atomic(self.keys.layout.guards, text.encode(), mode=0o600, durable=True)
+        self.overrides = overrides
+        return override
 
     def read(self, settings: Settings) -> tuple[bool, bool]:
         """Take over settings, and the keys in the file that they name.
@@ -138,7 +121,8 @@ class PolicyStore:
             HostRefused: A file cannot be written, or what operators did cannot be read.
         """
         self.read(settings)
-        self.overrides.load()
+        # To go on without what cannot be read would make revoked tokens good again.
+        self.overrides = read_overrides(self.keys.layout.guards)
         self.keys.write_map()
 
     def for_nobody(self, inventory: Inventory) -> tuple[str, ...]:
@@ -169,4 +153,4 @@ class PolicyStore:
 
     def book(self) -> PolicyBook:
         """All policy rules except those in records."""
-        return replace(self._book, overrides=self.overrides.overrides)
+        return replace(self._book, overrides=self.overrides)

@@ -20,7 +20,7 @@ from imdsproxy.app.companion import DocumentProbe
 from imdsproxy.app.compiler import CompiledIndex, RecordCompiler
 from imdsproxy.app.kept_maps import KeptMaps
 from imdsproxy.app.lookup import Lookup
-from imdsproxy.app.policy_store import OverrideFile, PolicyStore
+from imdsproxy.app.policy_store import PolicyStore
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.app.token_keys import TokenKeys
@@ -108,7 +108,7 @@ class Controller:
         self.with_data_plane = False
         self.kept = kept_sockets(environment, KEPT_WORKERS, os.getpid())
         self.background: set[asyncio.Task[None]] = set()
-        self.policy_store = PolicyStore(TokenKeys(layout), OverrideFile(layout.guards))
+        self.policy_store = PolicyStore(TokenKeys(layout))
         self.policy_store.open(settings)
         applier = RecordApplier(layout)
         launcher = Launcher(program.path, unit_of(settings.haproxy), layout)

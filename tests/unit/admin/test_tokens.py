@@ -59,7 +59,7 @@ def test_a_revocation_returns_when_every_address_is_in_force_and_not_before(
     server.haproxy.stop_answering_after = 0
     with ThreadPoolExecutor() as threads:
         revoking = threads.submit(_act, server)
-        while _WEB not in server.policy_store.overrides.overrides:
+        while _WEB not in server.policy_store.overrides:
             time.sleep(0.01)
         assert not revoking.done(), "on disk first"
         assert _epoch(server, "10.0.0.5") == "0"
@@ -72,7 +72,7 @@ def test_two_at_once_are_two_epochs(server: AdminServer) -> None:
     with ThreadPoolExecutor(2) as both:
         done = list(both.map(lambda _: _act(server)["epoch"], range(2)))
     assert sorted(done) == [1, 2]
-    assert server.policy_store.overrides.overrides == {_WEB: OperatorOverride(2)}
+    assert server.policy_store.overrides == {_WEB: OperatorOverride(2)}
 
 
 @pytest.mark.parametrize("what", ["revoke-tokens", "reopen"])
@@ -84,7 +84,7 @@ def test_an_unknown_instance_is_refused_with_a_hint(server: AdminServer, what: s
     with pytest.raises(NotFound) as refused:
         _act(server, what, "nobody")
     assert refused.value.hint == "source file is not in sync yet and may tell of it: try again"
-    assert not server.policy_store.overrides.overrides
+    assert not server.policy_store.overrides
 
 
 def test_what_haproxy_has_of_a_source_that_is_silent_is_reported(server: AdminServer) -> None:

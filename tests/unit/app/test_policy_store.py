@@ -7,19 +7,22 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.app.policy_store import OverrideFile
+from imdsproxy.app.policy_store import PolicyStore
+from imdsproxy.app.token_keys import TokenKeys
+from imdsproxy.config.schema import Settings
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.policy import OperatorOverride
+from imdsproxy.dataplane.layout import Layout
 from imdsproxy.errors import HostRefused
 from support.full_disk import full_disk
 
 _WEB = InstanceId("web")
 
 
-def _open(directory: Path) -> OverrideFile:
-    file = OverrideFile(directory / "guards.json")
-    file.load()
-    return file
+def _open(directory: Path) -> PolicyStore:
+    store = PolicyStore(TokenKeys(Layout(directory, directory)))
+    store.open(Settings())
+    return store
 
 
 def test_what_cannot_be_written_has_not_happened(tmp_path: Path) -> None:
