@@ -40,37 +40,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
-__all__ = [
-    "AdminError",
-    "AdminUnavailable",
-    "AlreadyExists",
-    "CommandRefused",
-    "ConfigError",
-    "ConfigInvalid",
-    "ConfigRejected",
-    "ConfigUnreadable",
-    "DataplaneError",
-    "HaproxyMissing",
-    "HostRefused",
-    "ImdsproxyError",
-    "LibraryMissing",
-    "NotFound",
-    "PrivilegeMissing",
-    "Problem",
-    "RecordCorrupt",
-    "ReloadFailed",
-    "RequestRefused",
-    "RuntimeUnavailable",
-    "SecretUnreadable",
-    "SettingsDropped",
-    "SourceCorrupt",
-    "SourceError",
-    "SourceRefused",
-    "SourceUnavailable",
-    "optional_library",
-    "quoted",
-]
-
 _SHOWN: Final = 60
 
 

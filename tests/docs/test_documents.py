@@ -16,7 +16,6 @@ from imdsproxy.config.describe import schema_at
 from imdsproxy.config.schema import Settings
 from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.dataplane.layout import Layout
-from imdsproxy.errors import __all__ as error_names
 from support.demonstration import REPOSITORY
 
 _PAGES: Final = (
@@ -148,7 +147,7 @@ def test_the_runbook_knows_every_reason_for_which_a_network_is_not_served() -> N
 
 def test_the_error_codes_of_the_runbook_exist() -> None:
     errors = importlib.import_module("imdsproxy.errors")
-    codes = {getattr(getattr(errors, name), "code", "") for name in error_names}
+    codes = {getattr(one, "code", "") for one in vars(errors).values()}
     text = (REPOSITORY / "docs/operating.md").read_text()
     named = {"config-rejected", "reload-failed", "source-corrupt", "settings-dropped"}
     assert named <= codes

@@ -162,8 +162,8 @@ def _error(status: int, body: object) -> ImdsproxyError:
     """The daemon's error as the class that it raised, so that it has the same exit status."""
     if not isinstance(body, dict) or "code" not in body:
         return AdminError(f"the daemon answered {status}", hint="is it the same version?")
-    public = (getattr(errors, name) for name in errors.__all__)
-    kinds = (one for one in public if isinstance(one, type) and issubclass(one, ImdsproxyError))
+    known = vars(errors).values()
+    kinds = (one for one in known if isinstance(one, type) and issubclass(one, ImdsproxyError))
     kind = next((one for one in kinds if one.code == body["code"]), AdminError)
     if body["code"] == "internal":
         kind = ImdsproxyError
