@@ -36,7 +36,7 @@ class _Daemon:
         for _ in range(4):
             if not plan.ops:
                 return plan
-            assert await apply_ops(self.thread, plan.ops) == ()
+            assert await apply_ops(self.thread, plan.ops) == {}
             plan = await self.plan(networks)
         raise AssertionError(f"never settles: {plan.ops}")
 
@@ -98,7 +98,7 @@ async def test_what_we_make_is_marked_forwards_nothing_and_stays_when_made_again
     plan = await daemon.plan(networks)
     # Done twice it changes nothing.
     for _ in range(2):
-        assert await apply_ops(daemon.thread, plan.ops) == ()
+        assert await apply_ops(daemon.thread, plan.ops) == {}
     assert (await daemon.plan(networks)).ops == ()
     alias, name, inner = lab.naming.alias(BLUE), lab.own_namespace("blue"), lab.naming.inner_device
     outer = lab.ip("link", "show", lab.naming.link(BLUE))
@@ -192,9 +192,9 @@ async def test_a_bridge_that_cannot_be_attached_keeps_no_other_network_back(
     plan = await daemon.plan(_networks(blue=lab.bridge("c"), red=bridge))
     lab.ip("link", "del", lab.link_name("c"))  # goes between the plan and its application
 
-    (failed,) = await apply_ops(daemon.thread, plan.ops)
+    ((op, failure),) = (await apply_ops(daemon.thread, plan.ops)).items()
 
-    assert failed.op.network == "blue"
-    assert "bridge" in failed.reason
+    assert op.network == "blue"
+    assert "bridge" in failure.reason
     (served,) = {one.network for one in (await daemon.plan(_networks(red=bridge))).endpoints}
     assert served == "red"

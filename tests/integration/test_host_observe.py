@@ -64,7 +64,7 @@ class _Host:
         """Plan and act until there is nothing to do."""
         plan = await self.plan(listener)
         while plan.ops:
-            assert await apply_ops(self.thread, plan.ops) == ()
+            assert await apply_ops(self.thread, plan.ops) == {}
             plan = await self.plan(listener)
         return plan
 
@@ -124,7 +124,7 @@ async def test_managed_addresses_are_put_on_the_device_and_only_ours_are_taken_a
     seen = await host.observe(listener, everything=True)
     gone = plan_listeners({}, seen, lab.naming, managed=[(name, device)])
     assert len(gone.ops) == (0 if another_s else 2)
-    assert await apply_ops(host.thread, gone.ops) == ()
+    assert await apply_ops(host.thread, gone.ops) == {}
     shown = lab.ip("-n", name, "addr", "show", device)
     assert ["a9fe:a9fe" in shown, "169.254.169.254" in shown] == [another_s, another_s]
 
@@ -148,7 +148,7 @@ async def test_an_interface_without_ipv6_serves_ipv4_and_says_what_to_do(
     lab.run("/usr/sbin/sysctl", "-q", f"net.ipv6.conf.{device}.disable_ipv6=1")
     plan = await host.plan(InterfaceListener(device))
 
-    (failed,) = await apply_ops(host.thread, plan.ops)
+    (failed,) = (await apply_ops(host.thread, plan.ops)).values()
 
     assert f"net.ipv6.conf.{device}.disable_ipv6=0" in failed.hint
     plan = await host.plan(InterfaceListener(device))

@@ -149,7 +149,6 @@ class Controller:
             inventory,
             host,
             self.haproxy,
-            layout,
             clock,
             self._spec,
             descriptor_limit(),

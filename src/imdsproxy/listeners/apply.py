@@ -11,7 +11,7 @@ from typing import Final, TypeVar, assert_never
 from imdsproxy.core.endpoints import LOOPBACK
 from imdsproxy.core.hoststate import Family, NamespaceRef, ObservedDevice
 from imdsproxy.core.model import IpAddress
-from imdsproxy.errors import DataplaneError, host_refused
+from imdsproxy.errors import DataplaneError, Problem, host_refused
 from imdsproxy.host.namespaces import NamespaceThread
 from imdsproxy.host.netlink import (
     add_address,
@@ -29,7 +29,6 @@ from imdsproxy.listeners.plan import (
     DeleteLink,
     DeleteNamespace,
     HostOp,
-    OpFailure,
     RemoveAddress,
 )
 
@@ -45,7 +44,7 @@ _SWITCHED_OFF: Final = (
 )
 
 
-async def apply_ops(thread: NamespaceThread, ops: tuple[HostOp, ...]) -> tuple[OpFailure, ...]:
+async def apply_ops(thread: NamespaceThread, ops: tuple[HostOp, ...]) -> dict[HostOp, Problem]:
     """Carry out ops in order; one that fails never stops the others.
 
     Args:
@@ -53,26 +52,26 @@ async def apply_ops(thread: NamespaceThread, ops: tuple[HostOp, ...]) -> tuple[O
         ops: What to do.
 
     Returns:
-        Those that failed.
+        Those that failed, with the reason.
     """
-    failures: list[OpFailure] = []
+    failures: dict[HostOp, Problem] = {}
 
     def work() -> None:
         for op in ops:
             try:
                 _do(thread, op)
             except DataplaneError as error:
-                failures.append(OpFailure(op, error.message, error.hint))
+                failures[op] = Problem("host", error.message, error.hint)
             except OSError as error:
                 # The only file system that refuses is /proc/sys.
                 read_only = error.errno == errno.EROFS
                 hint = "/proc/sys must be writable (ProtectKernelTunables=no in the unit)"
                 refused = host_refused(op.action.format(op), error, hint=hint if read_only else "")
-                failures.append(OpFailure(op, refused.message, refused.hint))
+                failures[op] = Problem("host", refused.message, refused.hint)
 
     if ops:
         await thread.run(work)
-    return tuple(failures)
+    return failures
 
 
 def _do(thread: NamespaceThread, op: HostOp) -> None:

@@ -40,7 +40,6 @@ from imdsproxy.listeners.plan import (
     HostOp,
     ListenerPlan,
     ManagedPlace,
-    OpFailure,
     PlanMemo,
     RemoveAddress,
     explain_pending,
@@ -78,7 +77,7 @@ class SystemHost:
         self.seen = ObservedHost()
         self.known: ObservedHost | None = None
         self.operations: Counter[str] = Counter()
-        self._links = links
+        self.links = links
         self._journal = journal
         self._memo: PlanMemo = {}
         self._networks: Mapping[NetworkId, Network] = {}
@@ -126,7 +125,7 @@ class SystemHost:
         # First of all: from the moment that an address is there, the host answers for it. A look changes nothing.
         guarding = self.arp_guard.apply(render_arp_guard(self.naming.prefix, networks.values()))
         problems, self.seen = await asyncio.gather(guarding, self._observe(networks))
-        failures: tuple[OpFailure, ...] = ()
+        failures: Mapping[HostOp, Problem] = {}
         operations = 0
         for _ in range(_HOST_ROUNDS):
             plan = plan_listeners(
@@ -149,7 +148,7 @@ class SystemHost:
             self.operations["failed"] += len(failures)
             self.operations["ok"] += len(plan.ops) - len(failures)
             self.seen = await self._observe(networks)
-        problems += tuple(Problem("host", one.reason, one.hint) for one in failures)
+        problems += tuple(failures.values())
         diversions = plan_diversions(networks, self.seen, self.naming)
         script = render_diversions(self.naming.prefix, diversions)
         problems += await self.diverter.apply(script)
@@ -193,14 +192,14 @@ class SystemHost:
             networks, self._pids, everything=everything, managed=managed
         )
 
-    async def apply(self, ops: Iterable[HostOp]) -> tuple[OpFailure, ...]:
+    async def apply(self, ops: Iterable[HostOp]) -> Mapping[HostOp, Problem]:
         """Do these things; returns what the host refused, the others are done all the same."""
         given = tuple(ops)
         # Before anything is done: what a killed process has added is known to the next one.
         added = {(one.namespace, one.device) for one in given if isinstance(one, AddAddress)}
         self._note(added, set())
         failures = await apply_ops(self.thread, given)
-        done = set(given) - {one.op for one in failures}
+        done = set(given) - failures.keys()
         self._note(set(), {(o.namespace, o.device) for o in done if isinstance(o, RemoveAddress)})
         return failures
 
@@ -236,7 +235,7 @@ class SystemHost:
         """
         base = str(self.thread.directory.path)
         apply_links(
-            self._links,
+            self.links,
             {name: os.path.join(base, target) for name, target in links.items()},  # noqa: PTH118 - a Path for each network takes ten times as long
         )
 
@@ -338,19 +337,11 @@ def apply_links(directory: Path, links: Mapping[str, str]) -> None:
 
 @dataclass(slots=True)
 class KeptNetworks:
-    """The file, and what it held when this process first asked."""
+    """The file with the networks that HAProxy is configured for: the next process listens for them from its start."""
 
     path: Path
     _networks: Mapping[NetworkId, Network] | None = None
     _written: Mapping[NetworkId, Network] = field(default_factory=dict)
-
-    def beside(
-        self, known: Mapping[NetworkId, Network], *, in_sync: bool
-    ) -> dict[NetworkId, Network]:
-        """The networks to listen for: those of the sources, and until all are in sync, also those that were kept."""
-        if in_sync:
-            return dict(known)
-        return {**self.load(), **known}
 
     def keep(self, networks: Mapping[NetworkId, Network]) -> None:
         """Note what HAProxy is configured for now.
@@ -362,28 +353,24 @@ class KeptNetworks:
             return
         text = json.dumps([render_record(networks[one]) for one in sorted(networks)])
         try:
-            write_atomic(self.path, text.encode())
+            write_atomic(self.path, text.encode(), mode=0o640)
         except HostRefused as error:
-            structlog.get_logger().warning(
-                "networks not kept", code=error.code, error=error.message, hint=error.hint
-            )
+            why = {"code": error.code, "error": error.message, "hint": error.hint}
+            structlog.get_logger().warning("networks not kept", **why)
             return
         self._written = self._networks
 
     def load(self) -> Mapping[NetworkId, Network]:
         """The networks that HAProxy is configured for."""
         if self._networks is None:
-            self._networks = _read(self.path)
+            records: object = []
+            try:
+                records = json.loads(self.path.read_text())
+            except FileNotFoundError:
+                pass
+            except (OSError, ValueError) as error:
+                why = {"path": str(self.path), "error": str(error)}
+                structlog.get_logger().warning("kept networks not read", **why)
+            parsed = [parse_network(one) for one in records] if isinstance(records, list) else []
+            self._networks = {one.id: one for one in parsed if not isinstance(one, Refused)}
         return self._networks
-
-
-def _read(path: Path) -> dict[NetworkId, Network]:
-    try:
-        records = json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        structlog.get_logger().warning("kept networks not read", path=str(path), error=str(error))
-        return {}
-    parsed = [parse_network(one) for one in records] if isinstance(records, list) else []
-    return {one.id: one for one in parsed if not isinstance(one, Refused)}

@@ -25,7 +25,6 @@ from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Network, NetworkId
 from imdsproxy.core.timing import Backoff
 from imdsproxy.dataplane.haproxy import Haproxy
-from imdsproxy.dataplane.layout import Layout
 from imdsproxy.errors import ConfigRejected, DataplaneError, Problem, ReloadFailed
 from imdsproxy.host.clock import Clock
 from imdsproxy.listeners.endpoints import (
@@ -72,7 +71,6 @@ class ListenerLoop:
     inventory: Inventory
     host: SystemHost
     haproxy: Haproxy
-    layout: Layout
     clock: Clock
     settings: Callable[[], DataplaneSpec]
     descriptors: int
@@ -133,7 +131,7 @@ class ListenerLoop:
         # Where none runs, nothing of ours has the exporter's port any more; another program may.
         config = "" if self.haproxy.processes is None else self.haproxy.in_force() or ""
         exporter, self.unexported = choose_exporter(settings.exporter, config, self.try_port)
-        links = haproxy_name(self.layout.namespace_links)
+        links = haproxy_name(self.host.links)
         listening = self._listening
         binds = plan_binds((*listening.plain, *listening.verified), links)
         unverified = plan_binds(listening.unverified, links)
@@ -261,7 +259,8 @@ class ListenerLoop:
 
     def _networks(self) -> dict[NetworkId, Network]:
         """Networks to listen in; until all sources are in sync, also the networks of before."""
-        return self.kept.beside(self.inventory.networks, in_sync=self.inventory.in_sync)
+        known = self.inventory.networks
+        return dict(known) if self.inventory.in_sync else {**self.kept.load(), **known}
 
     def _pids(self) -> tuple[int, ...]:
         processes = self.haproxy.processes

@@ -35,6 +35,7 @@ from imdsproxy.core.model import (
     Network,
     NetworkId,
 )
+from imdsproxy.errors import Problem
 from imdsproxy.listeners.endpoints import listen
 
 _NAMING = Naming()
@@ -99,15 +100,6 @@ class DeleteLink:
 
 HostOp: TypeAlias = AttachBridge | AddAddress | RemoveAddress | DeleteNamespace | DeleteLink
 """What `listeners.apply` does to a host. Done twice, or on a host that is that way already, it changes nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class OpFailure:
-    """An op that the host refused, in words for the operator."""
-
-    op: HostOp
-    reason: str
-    hint: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,18 +212,16 @@ def plan_listeners(
     )
 
 
-def explain_pending(plan: ListenerPlan, failures: Iterable[OpFailure]) -> ListenerPlan:
+def explain_pending(plan: ListenerPlan, failures: Mapping[HostOp, Problem]) -> ListenerPlan:
     """The same plan; what is pending because an op failed gets the failure as its reason.
 
     Args:
         plan: Made from what was observed after the ops were tried.
         failures: Of the ops that were tried.
     """
-    given = tuple(failures)
 
     def explain(left: LeftOut) -> LeftOut:
-        for failure in given if left.code is LeftOutCode.PENDING else ():
-            op = failure.op
+        for op, failure in failures.items() if left.code is LeftOutCode.PENDING else ():
             # A bridge is attached in steps: a failure explains all that is still pending.
             version = op.address.version if isinstance(op, AddAddress) else left.family
             if op.network == left.network and left.family in (None, version):

@@ -39,7 +39,7 @@ _SETTLE_S: Final = 0.01
 """A namespace is made in several steps, each an event."""
 
 _SHARE: Final = 20
-"""Scans take at most this part of the time, however many mounts there are."""
+"""Scans take at most one part in so many of the time, however many mounts there are."""
 
 
 class EventKind(StrEnum):
@@ -123,8 +123,7 @@ class HostWatch:
                     self._namespaces.setdefault(place.namespace, set()).add(network.id)
                 for device in place.host_devices:
                     self._devices.setdefault(device, set()).add(network.id)
-            gone = self._peeked.keys() - self._namespaces.keys()
-            for name in gone:
+            for name in self._peeked.keys() - self._namespaces.keys():
                 del self._peeked[name]
             self._wanted_ids.set()
         self._observed = observed

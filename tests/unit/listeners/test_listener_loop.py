@@ -40,7 +40,7 @@ from imdsproxy.host.clock import SystemClock
 from imdsproxy.listeners.host import KeptNetworks, NftTable, SystemHost
 from imdsproxy.listeners.loop import ListenerLoop, choose_exporter
 from imdsproxy.listeners.observe import HostObserver
-from imdsproxy.listeners.plan import HostOp, ManagedPlace, OpFailure
+from imdsproxy.listeners.plan import HostOp, ManagedPlace
 from imdsproxy.unix_listener.listener import UnixListener
 from imdsproxy.unix_listener.settings import UnixListenerSettings
 from support.fake_haproxy import FakeHaproxy, control_fake
@@ -66,7 +66,7 @@ class FakeHost(SystemHost):
         super().__init__(HostObserver(Mock(), Naming()), links=nowhere, journal=nowhere)
         self.namespaces: dict[str, ObservedNamespace] = {}
         self.asked: list[tuple[bool, frozenset[NetworkId]]] = []
-        self.links: dict[str, str] = {}
+        self.linked: dict[str, str] = {}
         self.refusal = ""
         self.done: list[HostOp] = []
         self.arp_guard = self.guard = FakeTable()
@@ -93,16 +93,16 @@ class FakeHost(SystemHost):
             asked=None if everything else frozenset(names),
         )
 
-    async def apply(self, ops: Iterable[HostOp]) -> tuple[OpFailure, ...]:
+    async def apply(self, ops: Iterable[HostOp]) -> Mapping[HostOp, Problem]:
         given = tuple(ops)
         self.done += given
-        return tuple(OpFailure(one, self.refusal) for one in given) if self.refusal else ()
+        return dict.fromkeys(given, Problem("host", self.refusal)) if self.refusal else {}
 
     def managed(self) -> frozenset[ManagedPlace]:
         return frozenset()
 
     def apply_links(self, links: Mapping[str, str]) -> None:
-        self.links = dict(links)
+        self.linked = dict(links)
 
 
 @dataclass
@@ -169,7 +169,6 @@ async def _rig(directory: Path, *, agents: str | None = None) -> AsyncIterator[R
         inventory,
         host,
         haproxy,
-        layout,
         SystemClock(),
         lambda: spec,
         -1,
@@ -209,7 +208,7 @@ async def test_a_missing_namespace_leaves_out_its_network_and_no_other_and_is_lo
         left = [one for one in logs if one["event"] == "listener left out"]
         assert [(one["network"], one["code"]) for one in left] == [("blue", "namespace-missing")]
         assert rig.bound() == {"red"}
-        assert rig.host.links == {"red@7": "red"}
+        assert rig.host.linked == {"red@7": "red"}
         assert rig.left_out() == {"blue": LeftOutCode.NAMESPACE_MISSING}
         rig.host.make("blue", 8)
         await rig.settle("namespace-came", "blue")

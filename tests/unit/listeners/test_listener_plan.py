@@ -36,6 +36,7 @@ from imdsproxy.core.model import (
     Network,
     NetworkId,
 )
+from imdsproxy.errors import Problem
 from imdsproxy.listeners.plan import (
     AddAddress,
     AttachBridge,
@@ -43,7 +44,6 @@ from imdsproxy.listeners.plan import (
     DeleteNamespace,
     HostOp,
     ListenerPlan,
-    OpFailure,
     PlanMemo,
     RemoveAddress,
     explain_pending,
@@ -399,7 +399,7 @@ def test_what_is_pending_because_an_operation_failed_has_the_failure_as_its_reas
     if host is _TWO_TAPS:
         networks = _networks({"blue": INTERFACE, "red": InterfaceListener("tap1")})
     plan = plan_listeners(networks, host)
-    explained = explain_pending(plan, [OpFailure(failed, "IPv6 is off", "switch it on")])
+    explained = explain_pending(plan, {failed: Problem("host", "IPv6 is off", "switch it on")})
     found = [(one.code, one.reason, one.hint) for one in explained.left_out]
     wanted = (LeftOutCode.HOST_REFUSED, "IPv6 is off", "switch it on")
     assert [one == wanted for one in found] == refused

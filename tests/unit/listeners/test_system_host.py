@@ -10,10 +10,10 @@ import pytest
 
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.model import METADATA_IPV4, NetworkId
-from imdsproxy.errors import HostRefused
+from imdsproxy.errors import HostRefused, Problem
 from imdsproxy.listeners.host import NftTable, SystemHost
 from imdsproxy.listeners.observe import HostObserver
-from imdsproxy.listeners.plan import AddAddress, HostOp, OpFailure, RemoveAddress
+from imdsproxy.listeners.plan import AddAddress, HostOp, RemoveAddress
 
 _ADD = AddAddress(NetworkId("red"), "red", "eth0", METADATA_IPV4, 200)
 _ROOT = AddAddress(NetworkId("blue"), None, "virbr0", METADATA_IPV4, 200)
@@ -28,9 +28,9 @@ class _Kernel:
     fails: bool = False
     noted_first: bool = False
 
-    async def apply(self, _: object, ops: tuple[HostOp, ...]) -> tuple[OpFailure, ...]:
+    async def apply(self, _: object, ops: tuple[HostOp, ...]) -> dict[HostOp, Problem]:
         self.noted_first = self.journal.exists()
-        return tuple(OpFailure(op, "no") for op in ops if self.fails)
+        return dict.fromkeys(ops, Problem("host", "no")) if self.fails else {}
 
 
 @pytest.fixture
