@@ -7,10 +7,12 @@ beforehand, so that tests can be parametrized with `LOOKUP_NAMES`.
 from __future__ import annotations
 
 import gzip
-import ipaddress
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
+
+from imdsproxy.core.addresses import link_local_of
+from imdsproxy.core.model import MacAddress
 
 BLUE: Final = "b1000000000040008000000000000001"
 RED: Final = "b2000000000040008000000000000002"
@@ -74,7 +76,7 @@ class PortPlan:
 
     @property
     def link_local(self) -> str:
-        return link_local(self.mac)
+        return str(link_local_of(MacAddress(self.mac)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,14 +133,6 @@ class Lookup:
         if self.network_id is not None:
             return ("X-Neutron-Network-ID", self.network_id)
         return ("X-Neutron-Router-ID", self.router_id or "")
-
-
-def link_local(mac: str) -> str:
-    """The EUI-64 address of a MAC (RFC 4291, appendix A); an agent finds such a port by its MAC."""
-    octets = bytearray.fromhex(mac.replace(":", ""))
-    octets[0] ^= 2
-    packed = b"\xfe\x80" + bytes(6) + bytes(octets[:3]) + b"\xff\xfe" + bytes(octets[3:])
-    return str(ipaddress.IPv6Address(packed))
 
 
 NETWORKS: Final = (

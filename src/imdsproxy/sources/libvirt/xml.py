@@ -198,23 +198,20 @@ def read_metadata(element: Element, place: str) -> tuple[_Record, tuple[Problem,
         place: Where it is, for the problems: `domain web-1`.
     """
     problems: list[Problem] = []
+    record: dict[str, Any] = {}
 
     def refuse(name: str, reason: str, hint: str = "") -> None:
-        field = f"instance.{name}" if name else "instance"
-        problems.append(Problem(field, reason, hint, place))
+        problems.append(Problem(f"instance.{name}".rstrip("."), reason, hint, place))
 
     def check_attributes(of: Element, name: str, known: tuple[str, ...]) -> None:
         hint = f"known: {', '.join(known)}" if known else "it has none"
-        for key in of.attrib:
-            if key not in known:
-                refuse(name, f"unknown attribute {key}", hint)
+        for key in sorted(of.attrib.keys() - set(known)):
+            refuse(name, f"unknown attribute {key}", hint)
 
     check_attributes(element, "", ("id",))
-    record: dict[str, Any] = {}
-    identity = element.get("id")
-    if identity is not None:
-        record["id"] = identity
-    if element.text is not None and element.text.strip(_BLANKS):
+    if "id" in element.attrib:
+        record["id"] = element.attrib["id"]
+    if _text(element):
         refuse("", "holds text outside its elements", "put it into <imds:user-data>")
     prefix = f"{{{METADATA_URI}}}"
     for child in element:
