@@ -51,6 +51,20 @@ def store_failures(path: Path) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """What is executed within is done as a whole, or not at all."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        # SQLite has rolled back by itself after some errors, a full disk among them.
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
 def _sqlite_failure(path: Path, error: sqlite3.Error) -> SourceError:
     # The low byte is the kind; the rest of an extended code says more than anybody can act on.
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
@@ -134,17 +148,12 @@ def _migrate(connection: sqlite3.Connection, migrations: Sequence[str]) -> None:
     version = _pragma(connection, "user_version")
     if version == len(migrations):
         return
-    connection.execute("BEGIN IMMEDIATE")
-    try:
+    with transaction(connection):
         for migration in migrations[version:]:
             for statement in migration.split(";"):
                 connection.execute(statement)
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version = {len(migrations)}")
-        connection.execute("COMMIT")
-    except BaseException:
-        connection.execute("ROLLBACK")
-        raise
 
 
 def _pragma(connection: sqlite3.Connection, name: str) -> int:
@@ -197,11 +206,10 @@ class SideCache(Generic[_Key, _Value]):
             with (
                 store_failures(self.path),
                 closing(open_store(self.path, (self.schema,))) as connection,
+                transaction(connection),
             ):
-                connection.execute("BEGIN IMMEDIATE")
                 for key, value in pending.items():
                     self.write(connection, key, value)
-                connection.execute("COMMIT")
         except SourceError as error:
             self._unsaved = {**pending, **self._unsaved}
             self._note(error)

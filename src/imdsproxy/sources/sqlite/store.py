@@ -11,7 +11,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -36,7 +36,7 @@ from imdsproxy.core.timing import Progress
 from imdsproxy.errors import Problem, SourceRefused, SourceUnavailable
 from imdsproxy.host.files import open_locked
 from imdsproxy.sources.in_force import taken_address, taken_id
-from imdsproxy.sources.sqlite_file import open_store, store_failures
+from imdsproxy.sources.sqlite_file import open_store, store_failures, transaction
 
 _VERSION_1: Final = """
 CREATE TABLE networks (id TEXT PRIMARY KEY NOT NULL, record TEXT NOT NULL) STRICT;
@@ -187,7 +187,7 @@ class Store:
         problems: dict[tuple[str, str], tuple[Problem, ...]] = {}
         progress = progress or Progress()
         execute = self._connection.execute
-        with store_failures(self._path), self._transaction():
+        with store_failures(self._path), transaction(self._connection):
             # Programs other than this one do not enforce references by default.
             for table in ("addresses", "ports"):
                 execute(f"DELETE FROM {table} WHERE instance NOT IN (SELECT id FROM instances)")  # noqa: S608 - a constant
@@ -298,7 +298,7 @@ class Store:
         changed: dict[InstanceId, RecordPath] = {}
         packed = PackedInstances()
         progress = progress or Progress()
-        with store_failures(self._path), self._transaction():
+        with store_failures(self._path), transaction(self._connection):
             for network in networks:
                 if self._put_row(_PUT_NETWORK, network.id, _dump(network)):
                     changed_networks[network.id] = network
@@ -328,7 +328,7 @@ class Store:
 
     def remove_network(self, network: NetworkId) -> Stored:
         """Remove a network, if there is one; `SourceRefused` where instances have ports in it."""
-        with store_failures(self._path), self._transaction():
+        with store_failures(self._path), transaction(self._connection):
             users = self._connection.execute(
                 "SELECT instance FROM ports WHERE network = ? ORDER BY instance", (network,)
             ).fetchall()
@@ -339,21 +339,9 @@ class Store:
 
     def remove_instance(self, instance: InstanceId) -> Stored:
         """Remove an instance, if there is one."""
-        with store_failures(self._path), self._transaction():
+        with store_failures(self._path), transaction(self._connection):
             found = self._put_row("DELETE FROM instances WHERE id = ?", instance)
         return Stored(Observation(instances_removed=(instance,) if found else ()))
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._connection.execute("COMMIT")
-        except BaseException:
-            # SQLite has rolled back by itself after some errors, a full disk among them.
-            if self._connection.in_transaction:
-                self._connection.execute("ROLLBACK")
-            raise
 
     def _put_row(self, statement: str, *values: object) -> bool:
         """Whether that changed the row."""
