@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Final
 
 from imdsproxy import __version__
@@ -139,11 +139,8 @@ class Status:
         for stranded in inventory.stranded():
             if stranded.source == name:
                 origin = source.origin_of_port(stranded.instance, stranded.number)
-                found.append(
-                    stranded.problem()
-                    if origin is None
-                    else stranded.problem(field=origin.field, file=origin.file, line=origin.line)
-                )
+                written = {} if origin is None else asdict(origin)
+                found.append(stranded.problem(**written))
         asked = sources.look_up
         # Others are in sync only while they can be read.
         stale_s = asked.figures.stale_s if asked is not None and asked is source else 0.0

@@ -139,26 +139,26 @@ def test_explain_of_no_instance_or_of_two_exits_1(filled: Cli) -> None:
     assert "claimed by web-2 (source file) web-1 (source sqlite)" in filled(*EXPLAIN).words
 
 
-def _events(first: int, at: float = 1_795_684_004.0) -> str:
+_BLUE: dict[str, object] = {"network": "blue", "address": "10.0.0.5", "instance": "vm-1"}
+_AT = 1_795_684_004.0
+
+
+def _events(first: int, at: float = _AT) -> str:
     """What HAProxy keeps of two requests, numbered from `first` on."""
-    blue = {"network": "blue", "address": "10.0.0.5", "instance": "vm-1"}
-    blue |= {"path": "/latest/user-data", "by": "documents/documents-0"}
-    red = {"network": "red", "address": "10.0.0.6", "instance": "-"}
-    red |= {"path": "/latest/meta-data/", "by": "resolver/resolver"}
+    blue = {**_BLUE, "path": "/latest/user-data", "by": "documents/documents-0", "status": 200}
+    red = {**_BLUE, "network": "red", "address": "10.0.0.6", "instance": "-"}
+    red |= {"path": "/latest/meta-data/", "by": "resolver/resolver", "status": 404}
+    times = ((first, blue, at + 0.318, 3), (first + 1, red, at + 0.4, 12))
     return "".join(
-        json.dumps(
-            one | {"number": number, "method": "GET", "time": when, "status": status, "ms": ms}
-        )
-        + "\n"
-        for number, one, when, status, ms in (
-            (first, blue, at + 0.318, 200, 3),
-            (first + 1, red, at + 0.4, 404, 12),
-        )
+        json.dumps({**one, "number": number, "method": "GET", "time": when, "ms": ms}) + "\n"
+        for number, one, when, ms in times
     )
 
 
-def _watch(cli: Cli, monkeypatch: pytest.MonkeyPatch, *arguments: str, lines: str = "") -> Ran:
-    """Watch while guests ask between the first question and the second, then Ctrl-C."""
+def _watch(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, *arguments: str, lines: str = ""
+) -> list[str]:
+    """Watch while guests ask between the first question and the second, then Ctrl-C; what was shown."""
     slept = 0
 
     def sleep(_seconds: float) -> None:
@@ -171,33 +171,25 @@ def _watch(cli: Cli, monkeypatch: pytest.MonkeyPatch, *arguments: str, lines: st
     monkeypatch.setattr("imdsproxy.cli.guests.time.sleep", sleep)
     ran = cli("watch", *arguments)
     assert ran.status == 130
-    return ran
+    return ran.out.splitlines()
 
 
-def test_requests_are_shown_as_they_happen_until_it_is_interrupted(
+def test_requests_are_shown_as_they_happen_all_or_of_a_network_or_an_instance(
     cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    head, *rows = _watch(cli, monkeypatch).out.splitlines()
+    head, *rows = _watch(cli, monkeypatch)
     assert head.split()[:3] == ["TIME", "NETWORK", "ADDRESS"]
     assert [" ".join(row.split()[1:]) for row in rows] == [
         "blue 10.0.0.5 vm-1 documents 3 200 GET /latest/user-data",
         "red 10.0.0.6 - resolver 12 404 GET /latest/meta-data/",
     ]
-
-
-def test_only_a_network_or_an_instance_is_shown_and_programs_get_json(
-    cli: Cli, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _, row = _watch(cli, monkeypatch, "--network", "red").out.splitlines()
-    assert "10.0.0.6" in row
-    (line,) = _watch(
-        cli, monkeypatch, "--instance", "vm-1", "--json", lines=_events(1) + _events(3)
-    ).out.splitlines()
-    assert Ran(0, line, "").json == {
-        "at": 1795684004.318,
-        "network": "blue",
-        "address": "10.0.0.5",
-        "instance": "vm-1",
+    again = _watch(cli, monkeypatch, "--network", "red", lines=_events(1) + _events(5))
+    assert again[1:] == rows[1:]
+    lines = _events(1) + _events(3)
+    (line,) = _watch(cli, monkeypatch, "--instance", "vm-1", "--json", lines=lines)
+    assert json.loads(line) == {
+        **_BLUE,
+        "at": _AT + 0.318,
         "method": "GET",
         "path": "/latest/user-data",
         "status": 200,
@@ -210,8 +202,8 @@ def test_only_a_network_or_an_instance_is_shown_and_programs_get_json(
 def test_that_some_requests_were_missed_is_shown(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, flags: list[str], text: str
 ) -> None:
-    cli.server.haproxy.events = _events(1, at=1_795_683_004.0)
-    assert text in _watch(cli, monkeypatch, *flags).out
+    cli.server.haproxy.events = _events(1, at=_AT - 1000)
+    assert text in "\n".join(_watch(cli, monkeypatch, *flags))
 
 
 def test_tokens_are_revoked_and_a_boot_is_opened_again(filled: Cli) -> None:
