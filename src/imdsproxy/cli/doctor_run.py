@@ -56,19 +56,15 @@ def run_doctor(
     with run.output.waiting("asking as the known clients do"):
         crawled = crawl(subject.fetch, direct=subject.direct)
     findings = examine(crawled, subject.around)
-    if run.output.as_json:
-        run.output.json(
-            {
-                "subject": subject.name,
-                "questions": len(crawled.asked),
-                "served": _served(crawled),
-                "given_up": crawled.given_up,
-                "not_looked_at": [] if subject.direct else list(_NOT_LOOKED_AT),
-                "findings": [asdict(one) for one in findings],
-            }
-        )
-    else:
-        _show(run.output, subject, crawled, findings)
+    shape = {
+        "subject": subject.name,
+        "questions": len(crawled.asked),
+        "served": _served(crawled),
+        "given_up": crawled.given_up,
+        "not_looked_at": [] if subject.direct else list(_NOT_LOOKED_AT),
+        "findings": [asdict(one) for one in findings],
+    }
+    run.output.answer(shape, lambda output, _: _show(output, subject, crawled, findings))
     return any(one.severity is Severity.ERROR for one in findings)
 
 

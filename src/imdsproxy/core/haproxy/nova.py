@@ -169,7 +169,7 @@ def set_of_backend(backend: str) -> str | None:
 
 def names_of_nova(spec: DataplaneSpec, form: Form) -> dict[str, Value]:
     """What `USE_NOVA` names, and the counters for `global`: they begin at 0, so they can be read before a count."""
-    names = [_names(backend) for backend in spec.nova]
+    names = [_names(backend, spec.nova_times) for backend in spec.nova]
     return {
         "nova_counters": form.each("set-var <refused> int(0)", names),
         "use_for_reads": form.each(_USE_FOR_READS, names),
@@ -184,9 +184,7 @@ def nova_backends(spec: DataplaneSpec, form: Form) -> Iterator[Text]:
         kinds.append((SAMPLED, False))
     checked, by_http = spec.nova_times.check != "off", spec.nova_times.check == "http"
     for backend in spec.nova:
-        named = Form(
-            {**form.values, **_names(backend), **_names_of_servers(backend, spec.nova_times)}
-        )
+        named = Form({**form.values, **_names(backend, spec.nova_times)})
         mixed = len({server.slot for server in backend.servers}) > 1
         servers = [_server_names(spec, backend, one, checked=checked) for one in backend.servers]
         for kind, once in kinds:
@@ -213,9 +211,11 @@ def nova_backends(spec: DataplaneSpec, form: Form) -> Iterator[Text]:
             yield from named.sections(_LOOPBACK, **server, **unused, http_check=mixed and by_http)
 
 
-def _names(backend: NovaBackend) -> dict[str, Value]:
+def _names(backend: NovaBackend, times: NovaTimes) -> dict[str, Value]:
     mine = f"{MAP_NOVA}{backend.name}|"
     begin = len(mine)
+    tls = backend.tls or NovaTls("")
+    checked = times.check != "off"
     return {
         "set": word(backend.name),
         "of_set": raw(f"{{ var(txn.record) -m beg {word(mine)} }}"),
@@ -224,13 +224,6 @@ def _names(backend: NovaBackend) -> dict[str, Value]:
         "rest": raw(f"var(txn.record),bytes({begin + _SIGNATURE + 1})"),
         "host": word(backend.host),
         "refused": word(refused_counter(backend.name)),
-    }
-
-
-def _names_of_servers(backend: NovaBackend, times: NovaTimes) -> dict[str, Value]:
-    tls = backend.tls or NovaTls("")
-    checked = times.check != "off"
-    return {
         "tls": Block(_TLS if backend.tls else ""),
         "check_sni": option("check-sni", tls.name if backend.tls and checked else None),
         "checks": Block(_CHECKS if checked else ""),
