@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 
+from imdsproxy.core.model import InstanceId, NetworkId
+from imdsproxy.core.observation import StrandedPort
 from imdsproxy.errors import Problem
+from imdsproxy.sources.api import Origin
 from imdsproxy.sources.neutron.source import NeutronFigures
 from support.fake_controller import fake_controller, fake_status
 
@@ -54,6 +57,26 @@ async def test_a_source_that_does_not_answer_says_for_how_long() -> None:
     assert [each["reason"] for each in sources["sqlite"]["problems"]] == ["is empty"]
     one.sources.look_up.figures = NeutronFigures()
     assert [each["stale_s"] for each in (await _report(one))["sources"]] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("origin", "place"),
+    [
+        (Origin("ports[0].network", "/etc/web.yaml", 3), ("ports[0].network", "/etc/web.yaml", 3)),
+        (None, ("instances.web.ports[0].network", None, None)),
+    ],
+)
+async def test_a_port_in_a_network_that_no_source_has_is_a_problem_of_its_source(
+    origin: Origin | None, place: tuple[object, ...]
+) -> None:
+    one = fake_controller()
+    stranded = StrandedPort("sqlite", InstanceId("web"), 0, NetworkId("gone"))
+    one.inventory.stranded = lambda: (stranded,)
+    one.sources.all[1].origin_of_port = lambda _instance, _number: origin
+    neutron, sqlite = (await _report(one))["sources"]
+    found = sqlite["problems"][-1]
+    assert (found["field"], found["file"], found["line"]) == place
+    assert (found["reason"], neutron["problems"]) == ("there is no network gone", ())
 
 
 async def test_without_haproxy_its_processes_are_not_known() -> None:
