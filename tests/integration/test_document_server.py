@@ -306,7 +306,7 @@ def test_a_second_one_is_refused_in_one_line_and_harms_nothing(server: Server) -
     assert ask(server.sockets[0], "/latest").status == 200
 
 
-def test_workers_that_never_come_up_are_an_error_with_their_reason(
+def test_workers_that_never_come_up_are_an_error_with_their_reason_and_end_no_others(
     make: Callable[..., Server],
 ) -> None:
     server = make()
@@ -314,6 +314,15 @@ def test_workers_that_never_come_up_are_an_error_with_their_reason(
     assert "no such luck" in server.text()
     assert server.text().endswith("error: the document server's workers do not come up\n")
     assert server.running.pids == ()
+    server.start().kill()
+    orphans = server.running.workers
+    wait_for("orphans", lambda: server.running.parent is None)
+    assert server.spawn(fault="no such luck").wait(timeout=60) == 71
+    assert all(map(alive, orphans))
+    assert all(ask_quietly(path) == 200 for path in server.sockets)
+    for pid in orphans:
+        os.kill(pid, signal.SIGTERM)
+    wait_for("their end", lambda: not any(map(alive, orphans)))
 
 
 def test_workers_outlive_a_killed_parent_until_the_next_one_takes_over(
@@ -344,7 +353,11 @@ def test_sighup_takes_up_new_code_without_losing_a_request(make: Callable[..., S
         for _ in range(3):
             one.wait_answers(50)
             old = set(server.running.workers)
-            parent.send_signal(signal.SIGHUP)
+            with connect(server.sockets[0]) as kept:
+                kept.request("/latest", headers=[INSTANCE])
+                parent.send_signal(signal.SIGHUP)
+                while not kept.request("/latest", headers=[INSTANCE]).closes:
+                    pass
             wait_for("new workers, and no old ones", lambda old=old: renewed(server, old))  # type: ignore[misc] # mypy cannot see the default's type
         two.wait_answers(50)
     assert one.report.lost == []
