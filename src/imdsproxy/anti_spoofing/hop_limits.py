@@ -42,6 +42,7 @@ class HopLimits:
     _armed: frozenset[NetworkId] = _NONE
     _promised: frozenset[NetworkId] = _NONE
     _open: frozenset[HopPlace] = frozenset()
+    _suspect: bool = False
 
     @property
     def problems(self) -> tuple[Problem, ...]:
@@ -136,7 +137,9 @@ class HopLimits:
             if one.network in needed:
                 places.setdefault(one.network, set()).add(one.namespace)
         wanted = frozenset(place for some in places.values() for place in some)
-        missing = wanted - self._open
+        # A removal during this is looked at in the next round.
+        before, self._suspect = frozenset() if self._suspect else self._open, False
+        missing = wanted - before
         if missing:
             noted = dict(self.journal.load())
             for network, some in places.items():
@@ -144,7 +147,6 @@ class HopLimits:
                 noted[network] = sorted(names, key=lambda name: name or "")
             self.journal.store(noted)
         results = await self.kernel.open(missing) if missing else {}
-        before = self._open
         self._open = wanted - {place for place, error in results.items() if error is not None}
         refused: dict[NetworkId, Problem] = {}
         for network, some in places.items():
@@ -191,7 +193,7 @@ class HopLimits:
     def lost(self, table: str) -> None:
         """A table of this name (empty: any) was removed, perhaps by us: look at all of ours."""
         if table in ("", self.kernel.table) and self._open:
-            self._open = frozenset()
+            self._suspect = True
             self.on_need(self._armed)
 
 

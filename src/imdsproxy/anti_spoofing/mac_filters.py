@@ -141,8 +141,9 @@ class MacFilters:
                 places = {name: one.place for name, one in new.items()}
                 self.journal.store({**self.journal.load(), **places})
             self._full -= new.keys() - self._suspect
+            # A removal during this is looked at in the next round.
+            self._suspect -= new.keys()
             opened = await self.kernel.open(new.values())
-            self._suspect -= opened.keys()
             before = self.refused.keys()
             self.refused = {name: self.refused[name] for name in before & opened.keys()}
             for name, result in opened.items():
