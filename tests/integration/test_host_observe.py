@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import socket
 import subprocess
@@ -15,23 +14,22 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.core.endpoints import Endpoint, LeftOutCode
-from imdsproxy.core.hoststate import Effect, Family, ObservedDevice, ObservedHost
+from imdsproxy.core.hoststate import Effect, ObservedDevice, ObservedHost
 from imdsproxy.core.model import (
     METADATA_IPV4,
     METADATA_IPV6,
     InterfaceListener,
     Listener,
-    MacAddress,
     NamespaceListener,
     Network,
     NetworkId,
 )
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
-from imdsproxy.host.netlink import find_link, list_links, neighbour_mac
+from imdsproxy.host.netlink import list_links
 from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.listeners.apply import apply_ops
 from imdsproxy.listeners.endpoints import plan_binds, plan_links
-from imdsproxy.listeners.host import apply_links, haproxy_name
+from imdsproxy.listeners.host import SystemHost, apply_links, haproxy_name
 from imdsproxy.listeners.observe import HostObserver
 from imdsproxy.listeners.plan import ListenerPlan, plan_listeners
 from support.hostlab import HostLab, create_namespace
@@ -85,24 +83,13 @@ def _with_addresses(lab: HostLab) -> tuple[str, str]:
     return name, device
 
 
-def _index(lab: HostLab, namespace: str, device: str) -> int:
-    return int(lab.ip("-n", namespace, "-o", "link", "show", device).partition(":")[0])
-
-
-async def test_addresses_of_somebody_elses_namespace_become_endpoints(
-    lab: HostLab, host: _Host
-) -> None:
+async def test_addresses_of_another_s_namespace_become_endpoints(lab: HostLab, host: _Host) -> None:
     name, device = _with_addresses(lab)
     ref = NamespaceDirectory().identity(name)
-
-    plan = await host.plan(NamespaceListener(name))
-
-    assert plan == ListenerPlan(
-        endpoints=(
-            Endpoint(BLUE, METADATA_IPV4, 80, None, ref),
-            Endpoint(BLUE, METADATA_IPV6, 80, device, ref, _index(lab, name, device)),
-        )
-    )
+    index = int(lab.ip("-n", name, "-o", "link", "show", device).partition(":")[0])
+    four = Endpoint(BLUE, METADATA_IPV4, 80, None, ref)
+    six = Endpoint(BLUE, METADATA_IPV6, 80, device, ref, index)
+    assert await host.plan(NamespaceListener(name)) == ListenerPlan((four, six))
 
 
 @pytest.mark.parametrize("another_s", [False, True])
@@ -224,18 +211,12 @@ async def test_a_bind_that_is_not_listening_yet_is_noticed_all_the_same(
     lab: HostLab, host: _Host
 ) -> None:
     name, _ = _with_addresses(lab)
-
-    def hold() -> socket.socket:
-        held = socket.socket()
-        held.bind(("169.254.169.254", 80))
-        return held
-
-    held = await host.thread.inside(name, lambda _: hold())
-    seen = await host.observe(NamespaceListener(name))
-    trials = {(one.family, one.error) for one in seen.namespaces[name].trials}
-    assert (Family.IPV4, errno.EADDRINUSE) in trials
+    held = await host.thread.inside(name, lambda _: socket.socket())
     assert held is not None
-    held.close()
+    with held:
+        held.bind(("169.254.169.254", 80))
+        plan = await host.plan(NamespaceListener(name))
+    assert [one.code for one in plan.left_out] == [LeftOutCode.PORT_BUSY]
 
 
 @pytest.mark.parametrize("misses", [1, 1000])
@@ -261,34 +242,24 @@ async def test_a_device_that_comes_while_it_is_looked_at_is_no_trouble(
 
 
 async def test_a_neighbour_is_known_by_its_address_on_one_device_or_on_all(
-    lab: HostLab, host: _Host
+    lab: HostLab, host: _Host, tmp_path: Path
 ) -> None:
     name = lab.namespace("blue")
-    device = lab.device("d", namespace=name)
-    other = lab.device("e", namespace=name)
-    add = ("-n", name, "neigh", "add", "lladdr")
-    lab.ip(*add, "02:00:00:00:00:01", "10.0.0.5", "dev", device)
-    lab.ip(*add, "02:00:00:00:00:02", "10.0.0.6", "dev", device)
-    lab.ip(*add, "02:00:00:00:00:03", "10.0.0.6", "dev", other)
-    lab.ip(*add, "02:00:00:00:00:04", "fe80::5", "dev", device)
-
-    def ask() -> list[MacAddress | None]:
-        with NetlinkSocket() as channel:
-            link = find_link(channel, device)
-            assert link is not None
-            questions = (("10.0.0.5", 0), ("10.0.0.6", link.index), ("10.0.0.6", 0), ("fe80::5", 0))
-            more = (("fe80::5", link.index), ("10.0.0.9", 0), ("10.0.0.9", link.index))
-            return [
-                neighbour_mac(channel, ip_address(text), index=index)
-                for text, index in (*questions, *more)
-            ]
-
-    first, second, fourth = (f"02:00:00:00:00:0{number}" for number in (1, 2, 4))
-    # Two devices with a guest of one address each: which one asked cannot be told.
-    assert await host.thread.inside(name, lambda _: ask()) == [
-        *(first, second, None, fourth),
-        *(fourth, None, None),
+    device, other = (lab.device(which, namespace=name) for which in ("d", "e"))
+    macs = [MacAddress(f"02:00:00:00:00:0{number}") for number in range(4)]
+    there = [("10.0.0.5", device), ("10.0.0.6", device), ("10.0.0.6", other), ("fe80::5", device)]
+    for mac, (address, at) in zip(macs, there, strict=True):
+        lab.ip("-n", name, "neigh", "add", "lladdr", mac, address, "dev", at)
+    system = SystemHost(host.observer, links=tmp_path, journal=tmp_path / "journal")
+    questions: list[tuple[str, str | None, MacAddress | None]] = [
+        *(("10.0.0.5", None, macs[0]), ("10.0.0.5", "none", None), ("10.0.0.6", device, macs[1])),
+        # Two devices with a guest of one address each: which one asked cannot be told.
+        *(("10.0.0.6", None, None), ("fe80::5", None, macs[3]), ("fe80::5", device, macs[3])),
+        *(("10.0.0.9", None, None), ("10.0.0.9", device, None)),
     ]
+    for address, on, expected in questions:
+        network = Network(BLUE, NamespaceListener(name, on))
+        assert await system.neighbour(network, ip_address(address)) == expected, (address, on)
 
 
 _CONFIGURATION = """

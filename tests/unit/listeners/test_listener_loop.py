@@ -27,6 +27,7 @@ from imdsproxy.core.hoststate import (
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import (
     METADATA_IPV4,
+    BridgeListener,
     InterfaceListener,
     Listener,
     NamespaceListener,
@@ -232,6 +233,25 @@ async def test_only_what_may_have_changed_is_looked_at_and_what_has_not_reloads_
         await rig.settle("overflow", None)
         assert rig.host.asked[-1] == (True, frozenset({"red", "blue", "green"}))
         assert rig.fake.reloads == reloads
+
+
+async def test_with_one_listener_on_the_host_s_own_devices_all_on_its_interfaces_are_looked_at(
+    tmp_path: Path,
+) -> None:
+    async with _rig(tmp_path) as rig:
+        listeners: dict[str, Listener] = {
+            "a": BridgeListener("br0"),
+            "b": InterfaceListener("eth0"),
+            "c": NamespaceListener("red"),
+        }
+        networks = {NetworkId(k): Network(NetworkId(k), one) for k, one in listeners.items()}
+        rig.inventory.observe(Observation("a", full=True, networks=networks))
+        await rig.settle("networks changed", None)
+        rig.host.asked.clear()
+        await rig.settle("link", "a")
+        assert rig.host.asked[0] == (False, frozenset({"a", "b"}))
+        await rig.settle("link", "c")
+        assert rig.host.asked[-1] == (False, frozenset({"c"}))
 
 
 async def test_after_a_refusal_the_whole_host_is_looked_at_again_once(tmp_path: Path) -> None:
