@@ -20,6 +20,7 @@ from imdsproxy.core.model import (
     METADATA_IPV6,
     InterfaceListener,
     Listener,
+    MacAddress,
     NamespaceListener,
     Network,
     NetworkId,
