@@ -132,17 +132,20 @@ class FakeHopLimits(KernelHopLimits):
 
     Attributes:
         refuses: Where it cannot be created.
+        watch: Called after each creation.
     """
 
     table: str = "td-hops"
     there: set[HopPlace] = field(default_factory=set)
     known: set[HopPlace] = field(default_factory=set)
     refuses: set[HopPlace] = field(default_factory=set)
+    watch: Callable[[], None] = lambda: None
 
     async def open(self, places: Iterable[HopPlace]) -> dict[HopPlace, DataplaneError | None]:
         given = set(places)
         self.known |= given
         self.there |= given - self.refuses
+        self.watch()
         return {one: HostRefused("no") if one in self.refuses else None for one in given}
 
     async def restore(self, names: Collection[str | None]) -> frozenset[HopPlace]:

@@ -172,6 +172,21 @@ async def test_a_rule_that_another_program_removed_is_created_again_or_relied_on
     assert case.records(red=_LIMITED) == {"red/10.0.0.5": _WITHHELD}
 
 
+async def test_a_rule_that_is_removed_while_it_is_created_is_created_again(case: _Case) -> None:
+    def flush() -> None:
+        case.kernel.there.clear()
+        case.hops.lost("")
+
+    case.records(red=_LIMITED)
+    await case.open()
+    case.hops.lost("")
+    case.kernel.watch = flush
+    await case.open()
+    case.kernel.watch = lambda: None
+    await case.open()
+    assert case.kernel.there == {_ONE}
+
+
 async def test_every_rule_is_removed_at_the_end(case: _Case, tmp_path: Path) -> None:
     case.records(red=_LIMITED)
     await case.open()
