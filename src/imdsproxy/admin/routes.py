@@ -20,7 +20,7 @@ from imdsproxy.admin.services import Services
 from imdsproxy.config.changes import SettingsReload
 from imdsproxy.core.addresses import normalise_address
 from imdsproxy.core.haproxy.request_log import WatchReport
-from imdsproxy.core.model import Instance, InstanceId, IpAddress, NetworkId
+from imdsproxy.core.model import Instance, InstanceId, IpAddress, Network, NetworkId
 from imdsproxy.core.records import INSTANCE, NETWORK, parse_instance, parse_network, render_record
 from imdsproxy.core.timing import Step
 from imdsproxy.core.token_report import TokenReport
@@ -45,6 +45,16 @@ async def _instance_id(instance: Annotated[str, _NAMED], services: _Uses) -> Ins
     return services.reports.instance_id(instance)
 
 
+async def _body(request: Request) -> object:
+    return await bodies.read_json(request)
+
+
+async def _instance_body(request: Request, services: _Uses) -> object:
+    return bodies.name_networks(await bodies.read_json(request), services.reports)
+
+
+_Body: TypeAlias = Annotated[object, Depends(_body)]
+_InstanceBody: TypeAlias = Annotated[object, Depends(_instance_body)]
 _Network: TypeAlias = Annotated[NetworkId, Depends(_network_id)]
 _Instance: TypeAlias = Annotated[InstanceId, Depends(_instance_id)]
 _Address = Annotated[str, Query(description="The guest's address, as its packets carry it.")]
@@ -206,15 +216,10 @@ async def list_networks(services: _Uses) -> JSONResponse:
     return await _listed(services.reports.networks())
 
 
-@router.post(
-    "/networks",
-    status_code=201,
-    openapi_extra=_takes(bodies.NetworkRecord),
-)
-async def add_network(request: Request, services: _Uses) -> Written:
+@router.post("/networks", status_code=201, openapi_extra=_takes(bodies.NetworkRecord))
+async def add_network(body: _Body, services: _Uses) -> Written:
     """Add a network; refused when there is one of this id."""
-    network = bodies.accept("network", parse_network(await bodies.read_json(request)))
-    return await services.records.put([network], [], create=True)
+    return await services.records.put([_read_network(body)], [], create=True)
 
 
 @router.get("/networks/{network}", responses={200: {"model": bodies.NetworkView}})
@@ -224,21 +229,20 @@ async def show_network(network: _Network, services: _Uses) -> JSONResponse:
 
 
 @router.put("/networks/{network}", openapi_extra=_takes(bodies.NetworkRecord))
-async def put_network(network: str, request: Request, services: _Uses) -> Written:
+async def put_network(network: str, body: _Body, services: _Uses) -> Written:
     """Add a network, or replace its whole record."""
-    body = bodies.refuse_unlike(await bodies.read_json(request), network)
-    return await services.records.put([bodies.accept("network", parse_network(body))], [])
+    return await services.records.put([_read_network(bodies.refuse_unlike(body, network))], [])
 
 
 @router.patch("/networks/{network}", openapi_extra=_takes(bodies.NetworkRecord))
-async def patch_network(network: _Network, request: Request, services: _Uses) -> Written:
+async def patch_network(network: _Network, body: _Body, services: _Uses) -> Written:
     """Change some keys of a network (RFC 7396: null takes a key away)."""
-    patch = bodies.refuse_unlike(await bodies.read_json(request), network)
+    patch = bodies.refuse_unlike(body, network)
     bodies.refuse_unclearable(patch, NETWORK)
     async with services.records.patching:
-        known = services.reports.network(network)["record"]
-        body = bodies.merge_patch(render_record(known), patch)
-        return await services.records.put([bodies.accept("network", parse_network(body))], [])
+        known = render_record(services.reports.network(network)["record"])
+        changed = _read_network(bodies.merge_patch(known, patch))
+        return await services.records.put([changed], [])
 
 
 @router.delete("/networks/{network}")
@@ -257,18 +261,10 @@ async def list_instances(
     return await _listed(services.reports.instances(chosen))
 
 
-@router.post(
-    "/instances",
-    status_code=201,
-    openapi_extra=_takes(bodies.InstanceRecord),
-)
-async def add_instance(request: Request, services: _Uses) -> Written:
+@router.post("/instances", status_code=201, openapi_extra=_takes(bodies.InstanceRecord))
+async def add_instance(body: _InstanceBody, services: _Uses) -> Written:
     """Add an instance; refused when there is one of this id."""
-    instance = bodies.accept(
-        "instance",
-        parse_instance(bodies.name_networks(await bodies.read_json(request), services.reports)),
-    )
-    return await services.records.put([], [instance], create=True)
+    return await services.records.put([], [_read_instance(body)], create=True)
 
 
 @router.get("/instances/{instance}", responses={200: {"model": bodies.InstanceView}})
@@ -278,31 +274,25 @@ async def show_instance(instance: _Instance, services: _Uses) -> JSONResponse:
 
 
 @router.put("/instances/{instance}", openapi_extra=_takes(bodies.InstanceRecord))
-async def put_instance(instance: str, request: Request, services: _Uses) -> Written:
+async def put_instance(instance: str, body: _InstanceBody, services: _Uses) -> Written:
     """Add an instance, or replace its whole record."""
-    body = bodies.refuse_unlike(
-        bodies.name_networks(await bodies.read_json(request), services.reports), instance
-    )
-    return await services.records.put([], [bodies.accept("instance", parse_instance(body))])
+    return await services.records.put([], [_read_instance(bodies.refuse_unlike(body, instance))])
 
 
 @router.patch("/instances/{instance}", openapi_extra=_takes(bodies.InstanceRecord))
-async def patch_instance(instance: _Instance, request: Request, services: _Uses) -> Written:
+async def patch_instance(instance: _Instance, body: _InstanceBody, services: _Uses) -> Written:
     """Change some keys of an instance (RFC 7396: null takes a key away, lists are replaced).
 
     `password: null` forgets the password that its guest posted.
     """
-    patch = bodies.refuse_unlike(
-        bodies.name_networks(await bodies.read_json(request), services.reports), instance
-    )
+    patch = bodies.refuse_unlike(body, instance)
     bodies.refuse_unclearable(patch, INSTANCE, bodies.PASSWORD)
     clears_password = patch.get(bodies.PASSWORD, "") is None
     if clears_password:
         del patch[bodies.PASSWORD]
     async with services.records.patching:
-        known = services.reports.instance(instance)["record"]
-        body = bodies.merge_patch(render_record(known), patch)
-        changed = bodies.accept("instance", parse_instance(body))
+        known = render_record(services.reports.instance(instance)["record"])
+        changed = _read_instance(bodies.merge_patch(known, patch))
         # A password is no part of the record, which may be another source's.
         unchanged = clears_password and patch.keys() == {"id"}
         written = Written(instances=1) if unchanged else await services.records.put([], [changed])
@@ -352,6 +342,14 @@ async def put_records(
         records = await bodies.read_records(await bodies.read_json(request))
         networks, instances = records.networks, records.instances
     return await services.records.put(networks, instances, create=create, bulk=True)
+
+
+def _read_network(body: object) -> Network:
+    return bodies.accept("network", parse_network(body))
+
+
+def _read_instance(body: object) -> Instance:
+    return bodies.accept("instance", parse_instance(body))
 
 
 def _no_password(instance: InstanceId) -> NotFound:
