@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ssl
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final, cast
 
 import pytest
 
+from imdsproxy.dataplane.master import MasterClient
+from imdsproxy.nova.settings import NovaSettings
 from support.certificates import Authority, Certificate, make_authority, server_context
+from support.guest import IPV6
 from support.lab import until
 from support.nova_world import PROJECTS, SECRET, NovaWorld, open_nova_world
+from support.patience import patience
 from support.recorder import Recorder, close_without_a_byte, hang, reply, reset
 
 pytestmark = pytest.mark.root
@@ -276,6 +283,146 @@ def test_requests_of_two_cells_do_not_cross(world: NovaWorld, by: str) -> None:
     finally:
         second.secret = SECRET
         world.forget()
+
+
+# What goes by the resolver, what a guest's own address is, and health
+
+
+@pytest.fixture
+def nova(world: NovaWorld) -> Recorder:
+    """The one that there is."""
+    _use(world, world.novas[:1])
+    until(lambda: _answered(world), what="its answer")
+    world.forget()
+    return world.novas[0]
+
+
+def test_a_guest_that_asks_over_ipv6_is_the_same_instance(world: NovaWorld, nova: Recorder) -> None:
+    for source, seen_as in (
+        ("2001:db8::5", b"2001:db8::5"),
+        (world.red.link_local, world.red.link_local.encode()),
+    ):
+        nova.forget()
+        assert world.red.ask("/openstack", to=IPV6, source=source).status == 200
+        expected = {**world.identity("red"), b"x-forwarded-for": seen_as}
+        expected[b"host"] = nova.authority.encode()
+        assert sorted(nova.only().headers) == sorted(expected.items())
+
+
+@pytest.mark.parametrize("sizes", [(10,), (1, 2, 3), (344,), (5000, 5000, 7)])
+def test_a_password_in_chunks_arrives_with_its_length(
+    world: NovaWorld, nova: Recorder, sizes: tuple[int, ...]
+) -> None:
+    parts = [bytes([65 + number]) * size for number, size in enumerate(sizes)]
+    body = b"".join(parts)
+    chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
+    head = f"POST {_PASSWORD}?a=%2F HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
+    head += "Content-Type: text/plain\r\nX-Instance-ID: x\r\n\r\n"
+    assert world.red.raw(head.encode() + chunks, method="POST").status == 200
+    seen = nova.only()
+    assert (seen.method, seen.target) == ("POST", f"{_PASSWORD}?a=%2F".encode())
+    assert seen.body == seen.raw_body == body
+    expected = {
+        b"host": nova.authority.encode(),
+        **world.identity("red"),
+        b"content-type": b"text/plain",
+        b"content-length": str(len(body)).encode(),
+    }
+    assert sorted(seen.headers) == sorted(expected.items())
+
+
+def test_chunks_that_come_slowly_arrive_as_one_password(world: NovaWorld, nova: Recorder) -> None:
+    head = f"POST {_PASSWORD} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with world.red.connect() as connection:
+        connection.send(head.encode())
+        for data in (b"3\r\nab", b"c\r\n", b"2\r\nde\r\n0\r", b"\n\r\n"):
+            assert not nova.requests
+            connection.send(data)
+        assert connection.read().status == 200
+    assert nova.only().body == b"abcde"
+
+
+def test_a_post_in_chunks_is_sent_once_whatever_becomes_of_it(world: NovaWorld) -> None:
+    _use(world, world.novas)
+    head = f"POST {_PASSWORD} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    for fault in (reset(), close_without_a_byte(), hang()):
+        world.forget()
+        for nova in world.novas:
+            nova.always(fault)
+        answer = world.red.raw(head.encode() + b"3\r\nabc\r\n0\r\n\r\n", method="POST")
+        assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+        assert sum(len(nova.heads) for nova in world.novas) == 1
+    world.forget()
+
+
+def _row(world: NovaWorld, nova: Recorder) -> dict[str, str]:
+    """What HAProxy knows of the one endpoint."""
+    client = MasterClient(world.daemon.runtime / "master.sock")
+
+    async def read() -> list[dict[str, str]]:
+        worker = (await client.read_processes()).worker
+        return [] if worker is None else await client.read_stat(worker)
+
+    rows = asyncio.run(read())
+    name = nova.authority
+    return next(row for row in rows if (row["pxname"], row["svname"]) == ("nova.default", name))
+
+
+def _is(world: NovaWorld, nova: Recorder, status: str) -> bool:
+    return _row(world, nova)["status"] == status
+
+
+def test_health_checks_see_nova_go_and_come_and_leave_nothing_there(
+    world: NovaWorld, nova: Recorder
+) -> None:
+    nova.kill()
+    until(lambda: _row(world, nova)["status"] == "DOWN", what="its being known to be down")
+    nova.listen()
+    until(lambda: _row(world, nova)["status"] == "UP", what="its being known to be up")
+    assert _row(world, nova)["check_status"] == "L4OK"
+    assert not nova.heads
+    assert not nova.fragments
+
+
+def test_unless_settings_say_otherwise_a_nova_that_hangs_is_down_and_its_guests_come_again(
+    world: NovaWorld, nova: Recorder
+) -> None:
+    endpoints = [{"url": nova.url}]
+    nova.secret = None
+    default = NovaSettings().health_check
+    world.take_over(world.settings(endpoints, times={"health_check": default}))
+    until(lambda: len(nova.requests) >= 2, what="two checks")
+    assert {(one.method, one.target) for one in nova.requests} == {("GET", b"/")}
+    assert not {name for one in nova.requests for name, _ in one.headers} - {
+        b"host",
+        b"connection",
+    }
+    nova.always(hang())
+    until(lambda: _row(world, nova)["status"] == "DOWN", what="its hanging to be known")
+    start = time.monotonic()
+    assert world.red.ask("/openstack").status == 503
+    assert time.monotonic() - start < 0.5 * patience()
+    until(lambda: "no endpoint answers" in str(world.daemon.status()), what="the problem")
+    for status, seen in ((404, "UP"), (500, "DOWN"), (200, "UP")):
+        nova.always(reply(status=status))
+        until(partial(_is, world, nova, seen), what=f"{seen} after {status}")
+    world.take_over(world.settings(endpoints))
+    nova.secret = SECRET
+
+
+def test_status_lists_each_endpoint_once_and_readiness_names_the_set_that_is_down(
+    world: NovaWorld,
+) -> None:
+    _use(world, world.novas)
+    listed = [(one["endpoint_set"], one["endpoint"]) for one in world.daemon.status()["nova"]]
+    assert sorted(listed) == sorted(("default", f"127.0.0.1:{nova.port}") for nova in world.novas)
+    for nova in world.novas:
+        nova.kill()
+    until(lambda: not world.daemon.status()["readiness"]["ready"], what="not being ready")
+    (reason,) = world.daemon.status()["readiness"]["reasons"]
+    assert reason.startswith("nova.endpoint_sets.default.endpoints: no endpoint answers")
+    for nova in world.novas:
+        nova.listen()
 
 
 # A secret that is being replaced

@@ -12,7 +12,7 @@ import pytest
 
 from support.guest import Guest, Load, Lost, Reply
 from support.lab import until
-from support.nova_world import RESPONSE_TIMEOUT_S, NovaWorld, open_nova_world
+from support.nova_world import RESPONSE_TIMEOUT_S, NovaGuests, open_nova_alone
 from support.patience import patience
 from support.recorder import (
     Answer,
@@ -53,13 +53,13 @@ _FAULTS: Final[Mapping[str, Answer]] = {
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[NovaWorld]:
-    with open_nova_world(novas=2) as one:
+def shared() -> Iterator[NovaGuests]:
+    with open_nova_alone(novas=2) as one:
         yield one
 
 
 @pytest.fixture
-def both(shared: NovaWorld) -> Iterator[NovaWorld]:
+def both(shared: NovaGuests) -> Iterator[NovaGuests]:
     """Two Novas, both well and known to be."""
     shared.forget()
     _until_both_answer(shared)
@@ -71,7 +71,7 @@ def both(shared: NovaWorld) -> Iterator[NovaWorld]:
 
 
 @pytest.fixture
-def one(both: NovaWorld) -> NovaWorld:
+def one(both: NovaGuests) -> NovaGuests:
     """One Nova left; it is known that the other one is down."""
     _, second = both.novas
     second.kill()
@@ -81,7 +81,7 @@ def one(both: NovaWorld) -> NovaWorld:
     return both
 
 
-def _until_both_answer(world: NovaWorld) -> None:
+def _until_both_answer(world: NovaGuests) -> None:
     def both_answer() -> bool:
         world.red.ask("/openstack")
         return all(nova.requests for nova in world.novas)
@@ -89,7 +89,7 @@ def _until_both_answer(world: NovaWorld) -> None:
     until(both_answer, what="both Novas' being up")
 
 
-def _all_at_the_first(world: NovaWorld) -> bool:
+def _all_at_the_first(world: NovaGuests) -> bool:
     return all(world.red.ask("/openstack").status == 200 for _ in range(3))
 
 
@@ -101,21 +101,9 @@ def _post(guest: Guest) -> Reply:
     return guest.ask(_PASSWORD, method="POST", body=_BODY)
 
 
-def test_status_lists_each_endpoint_once_and_readiness_names_the_set_that_is_down(
-    both: NovaWorld,
-) -> None:
-    listed = [(one["endpoint_set"], one["endpoint"]) for one in both.daemon.status()["nova"]]
-    assert sorted(listed) == sorted(("default", f"127.0.0.1:{nova.port}") for nova in both.novas)
-    for nova in both.novas:
-        nova.kill()
-    until(lambda: not both.daemon.status()["readiness"]["ready"], what="not being ready")
-    (reason,) = both.daemon.status()["readiness"]["reasons"]
-    assert reason.startswith("nova.endpoint_sets.default.endpoints: no endpoint answers")
-
-
 @pytest.mark.parametrize("name", sorted(_FAULTS))
 def test_whatever_nova_does_a_guest_is_told_to_come_again_in_time(
-    one: NovaWorld, name: str
+    one: NovaGuests, name: str
 ) -> None:
     first = one.novas[0]
     first.always(_FAULTS[name])
@@ -134,7 +122,7 @@ def test_whatever_nova_does_a_guest_is_told_to_come_again_in_time(
 
 @pytest.mark.parametrize("name", ["a reset after it has read", "a close without a byte", "no HTTP"])
 def test_a_guest_that_keeps_its_connection_is_told_so_at_the_latest_on_a_new_one(
-    one: NovaWorld, name: str
+    one: NovaGuests, name: str
 ) -> None:
     first = one.novas[0]
     with one.red.connect() as connection:
@@ -148,7 +136,7 @@ def test_a_guest_that_keeps_its_connection_is_told_so_at_the_latest_on_a_new_one
     until(lambda: one.red.ask("/openstack").status == 200, what="being well again")
 
 
-def test_without_any_nova_a_guest_is_told_to_come_again(one: NovaWorld) -> None:
+def test_without_any_nova_a_guest_is_told_to_come_again(one: NovaGuests) -> None:
     first = one.novas[0]
     first.kill()
     for _ in range(3):
@@ -161,7 +149,7 @@ def test_without_any_nova_a_guest_is_told_to_come_again(one: NovaWorld) -> None:
     until(lambda: one.red.ask("/openstack").status == 200, what="being well again")
 
 
-def test_a_slow_answer_is_waited_for(one: NovaWorld) -> None:
+def test_a_slow_answer_is_waited_for(one: NovaGuests) -> None:
     first = one.novas[0]
     first.answer(reply(b"late", delay_s=RESPONSE_TIMEOUT_S * 0.6))
     assert one.red.ask("/openstack").body == b"late"
@@ -174,7 +162,7 @@ def test_a_slow_answer_is_waited_for(one: NovaWorld) -> None:
 @pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.parametrize("then", ["close", "reset", "hang"])
 def test_a_guest_notices_that_an_answer_is_not_whole(
-    one: NovaWorld, then: str, method: str
+    one: NovaGuests, then: str, method: str
 ) -> None:
     ends = {"close": close_without_a_byte(), "reset": reset(), "hang": hang()}
     whole = reply(b"a" * 100_000)
@@ -198,7 +186,7 @@ def _until_asked(nova: Recorder, *, more_than: int = 0) -> None:
     until(lambda: len(nova.requests) > more_than, what="a request to it")
 
 
-def _heads(world: NovaWorld) -> int:
+def _heads(world: NovaGuests) -> int:
     return sum(len(nova.heads) for nova in world.novas)
 
 
@@ -207,7 +195,7 @@ _UNSAID: Final = ("a reset after it has read", "a close without a byte", "no HTT
 
 @pytest.mark.parametrize("name", _UNSAID)
 def test_a_get_that_one_nova_does_not_answer_is_asked_of_the_other(
-    both: NovaWorld, name: str
+    both: NovaGuests, name: str
 ) -> None:
     for ill, well in (both.novas, reversed(both.novas)):
         both.forget()
@@ -220,25 +208,14 @@ def test_a_get_that_one_nova_does_not_answer_is_asked_of_the_other(
 
 
 @pytest.mark.parametrize("name", sorted(_FAULTS))
-def test_a_post_is_sent_once_whatever_becomes_of_it(both: NovaWorld, name: str) -> None:
+def test_a_post_is_sent_once_whatever_becomes_of_it(both: NovaGuests, name: str) -> None:
     for nova in both.novas:
         nova.always(_FAULTS[name])
     assert _come_again(_post(both.red))
     assert _heads(both) == 1
 
 
-def test_a_post_in_chunks_is_sent_once_whatever_becomes_of_it(both: NovaWorld) -> None:
-    for name in ("a reset after it has read", "a close without a byte", "a hang"):
-        both.forget()
-        for nova in both.novas:
-            nova.always(_FAULTS[name])
-        head = f"POST {_PASSWORD} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
-        answer = both.red.raw(head.encode() + b"3\r\nabc\r\n0\r\n\r\n", method="POST")
-        assert _come_again(answer), (name, answer)
-        assert _heads(both) == 1, name
-
-
-def test_a_post_goes_to_the_other_nova_when_one_refuses_connections(both: NovaWorld) -> None:
+def test_a_post_goes_to_the_other_nova_when_one_refuses_connections(both: NovaGuests) -> None:
     first, second = both.novas
     first.refuse()
     for number in range(1, 7):
@@ -247,7 +224,7 @@ def test_a_post_goes_to_the_other_nova_when_one_refuses_connections(both: NovaWo
     assert not first.heads
 
 
-def test_a_post_never_takes_a_connection_that_nova_may_be_closing(both: NovaWorld) -> None:
+def test_a_post_never_takes_a_connection_that_nova_may_be_closing(both: NovaGuests) -> None:
     with both.red.connect() as kept:
         for method, body in (("GET", b""), ("POST", _BODY)) * 6:
             assert kept.request(_PASSWORD, method=method, body=body).status == 200
@@ -259,7 +236,7 @@ def test_a_post_never_takes_a_connection_that_nova_may_be_closing(both: NovaWorl
         assert all(used.count(connection) == 1 for connection in posts)
 
 
-def test_a_get_survives_that_its_nova_dies_while_it_works(both: NovaWorld) -> None:
+def test_a_get_survives_that_its_nova_dies_while_it_works(both: NovaGuests) -> None:
     first, second = both.novas
     for victim, heir in ((first, second), (second, first)):
         both.forget()
@@ -275,7 +252,7 @@ def test_a_get_survives_that_its_nova_dies_while_it_works(both: NovaWorld) -> No
         victim.listen()
 
 
-def test_nobody_loses_a_get_while_novas_die_and_come_back(both: NovaWorld) -> None:
+def test_nobody_loses_a_get_while_novas_die_and_come_back(both: NovaGuests) -> None:
     def wrong(guest: Guest, answer: Reply) -> str | None:
         return None if answer.status == 200 else f"{guest.name} {answer.status}"
 

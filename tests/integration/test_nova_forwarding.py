@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import gzip
 import hashlib
-import time
 from collections.abc import Iterator
-from functools import partial
 from typing import Final
 
 import pytest
 
-from imdsproxy.dataplane.master import MasterClient
-from imdsproxy.nova.settings import NovaSettings
-from support.guest import IPV6, Reply
-from support.lab import until
-from support.nova_world import SECRET, NovaWorld, open_nova_world
-from support.patience import patience
-from support.recorder import Answer, End, Received, hang, reply
+from support.guest import Reply
+from support.nova_world import SECRET, NovaGuests, open_nova_alone
+from support.recorder import Answer, End, Received, reply
 
 pytestmark = pytest.mark.root
 
@@ -40,13 +33,13 @@ _BODIES: Final = {
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[NovaWorld]:
-    with open_nova_world() as one:
+def shared() -> Iterator[NovaGuests]:
+    with open_nova_alone() as one:
         yield one
 
 
 @pytest.fixture
-def world(shared: NovaWorld) -> NovaWorld:
+def world(shared: NovaGuests) -> NovaGuests:
     shared.forget()
     return shared
 
@@ -62,7 +55,7 @@ def _headers(request: Received) -> list[tuple[bytes, bytes]]:
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"])
 def test_nova_receives_what_was_asked_who_asks_and_nothing_else(
-    world: NovaWorld, method: str
+    world: NovaGuests, method: str
 ) -> None:
     for network in ("red", "green"):
         world.forget()
@@ -86,58 +79,13 @@ def test_nova_receives_what_was_asked_who_asks_and_nothing_else(
         assert _headers(seen) == sorted(expected.items())
 
 
-def test_a_guest_that_asks_over_ipv6_is_the_same_instance(world: NovaWorld) -> None:
-    for source, seen_as in (
-        ("2001:db8::5", b"2001:db8::5"),
-        (world.red.link_local, world.red.link_local.encode()),
-    ):
-        world.forget()
-        assert world.red.ask("/openstack", to=IPV6, source=source).status == 200
-        expected = {**world.identity("red"), b"x-forwarded-for": seen_as}
-        expected[b"host"] = world.nova.authority.encode()
-        assert _headers(world.nova.only()) == sorted(expected.items())
-
-
 @pytest.mark.parametrize("name", sorted(_BODIES))
-def test_a_body_arrives_byte_for_byte(world: NovaWorld, name: str) -> None:
+def test_a_body_arrives_byte_for_byte(world: NovaGuests, name: str) -> None:
     body = _BODIES[name]
     assert world.red.ask(_PASSWORD, method="POST", body=body).status == 200
     seen = world.nova.only()
     assert seen.body == seen.raw_body == body
     assert seen.values("content-length") == (str(len(body)).encode(),)
-
-
-@pytest.mark.parametrize("sizes", [(10,), (1, 2, 3), (344,), (5000, 5000, 7)])
-def test_a_password_in_chunks_arrives_with_its_length(
-    world: NovaWorld, sizes: tuple[int, ...]
-) -> None:
-    parts = [bytes([65 + number]) * size for number, size in enumerate(sizes)]
-    body = b"".join(parts)
-    chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
-    head = f"POST {_PASSWORD}?a=%2F HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
-    head += "Content-Type: text/plain\r\nX-Instance-ID: x\r\n\r\n"
-    assert world.red.raw(head.encode() + chunks, method="POST").status == 200
-    seen = world.nova.only()
-    assert (seen.method, seen.target) == ("POST", f"{_PASSWORD}?a=%2F".encode())
-    assert seen.body == seen.raw_body == body
-    expected = {
-        b"host": world.nova.authority.encode(),
-        **world.identity("red"),
-        b"content-type": b"text/plain",
-        b"content-length": str(len(body)).encode(),
-    }
-    assert _headers(seen) == sorted(expected.items())
-
-
-def test_chunks_that_come_slowly_arrive_as_one_password(world: NovaWorld) -> None:
-    head = f"POST {_PASSWORD} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
-    with world.red.connect() as connection:
-        connection.send(head.encode())
-        for data in (b"3\r\nab", b"c\r\n", b"2\r\nde\r\n0\r", b"\n\r\n"):
-            assert not world.nova.requests
-            connection.send(data)
-        assert connection.read().status == 200
-    assert world.nova.only().body == b"abcde"
 
 
 # Answers
@@ -147,7 +95,7 @@ def _lines(answer: Reply) -> list[str]:
     return answer.head.decode("latin-1").split("\r\n")
 
 
-def _sent(world: NovaWorld, answer: Answer, *, method: str = "GET") -> Reply:
+def _sent(world: NovaGuests, answer: Answer, *, method: str = "GET") -> Reply:
     world.forget()
     world.nova.answer(answer)
     return world.red.ask("/latest/user-data", method=method)
@@ -155,7 +103,7 @@ def _sent(world: NovaWorld, answer: Answer, *, method: str = "GET") -> Reply:
 
 @pytest.mark.parametrize("framing", ["length", "chunks", "close"])
 @pytest.mark.parametrize("name", sorted(_BODIES))
-def test_an_answer_comes_byte_for_byte(world: NovaWorld, name: str, framing: str) -> None:
+def test_an_answer_comes_byte_for_byte(world: NovaGuests, name: str, framing: str) -> None:
     body = _BODIES[name]
     headers = ["Content-Type: text/html; charset=UTF-8", "Content-Encoding: gzip"]
     closes = framing == "close"
@@ -188,7 +136,7 @@ _HEADERS: Final = (
 
 
 @pytest.mark.parametrize("status", [200, 201, 206, 400, 403, 404, 405, 409, 500, 502, 503, 504])
-def test_novas_status_headers_and_body_pass(world: NovaWorld, status: int) -> None:
+def test_novas_status_headers_and_body_pass(world: NovaGuests, status: int) -> None:
     body = b"<html>\xff\xfe</html>"
     answer = reply(body, status=status, headers=_HEADERS)
     got = _sent(world, answer)
@@ -204,7 +152,7 @@ def test_novas_status_headers_and_body_pass(world: NovaWorld, status: int) -> No
 
 
 @pytest.mark.parametrize("status", [204, 304])
-def test_an_answer_without_a_body_ends_with_its_head(world: NovaWorld, status: int) -> None:
+def test_an_answer_without_a_body_ends_with_its_head(world: NovaGuests, status: int) -> None:
     world.nova.answer(reply(status=status, headers=('ETag: "a"',), with_length=False))
     with world.red.connect() as connection:
         got = connection.request("/latest/user-data")
@@ -212,7 +160,7 @@ def test_an_answer_without_a_body_ends_with_its_head(world: NovaWorld, status: i
         assert connection.request("/openstack").status == 200
 
 
-def test_an_answer_to_head_has_a_length_and_no_body(world: NovaWorld) -> None:
+def test_an_answer_to_head_has_a_length_and_no_body(world: NovaGuests) -> None:
     world.nova.answer(reply(b"a" * 100, with_body=False))
     with world.red.connect() as connection:
         got = connection.request("/latest/user-data", method="HEAD")
@@ -221,21 +169,21 @@ def test_an_answer_to_head_has_a_length_and_no_body(world: NovaWorld) -> None:
     assert [one.method for one in world.nova.requests] == ["HEAD", "GET"]
 
 
-def test_novas_word_on_its_connection_is_not_the_guests(world: NovaWorld) -> None:
+def test_novas_word_on_its_connection_is_not_the_guests(world: NovaGuests) -> None:
     world.nova.answer(reply(b"a", then=End.CLOSE))
     with world.red.connect() as connection:
         assert not connection.request("/openstack").closes
         assert connection.request("/openstack").status == 200
 
 
-def test_an_answer_is_asked_for_each_time(world: NovaWorld) -> None:
+def test_an_answer_is_asked_for_each_time(world: NovaGuests) -> None:
     for number in range(3):
         body = b"%d" % number
         got = _sent(world, reply(body, headers=["Cache-Control: max-age=3600"]))
         assert got.body == body
 
 
-def test_a_wrong_signature_brings_novas_own_refusal(world: NovaWorld) -> None:
+def test_a_wrong_signature_brings_novas_own_refusal(world: NovaGuests) -> None:
     world.nova.secret = "another"
     try:
         got = world.red.ask("/openstack", headers=["Accept: */*"])
@@ -249,7 +197,7 @@ def test_a_wrong_signature_brings_novas_own_refusal(world: NovaWorld) -> None:
 # Connections
 
 
-def test_connections_to_nova_are_kept(world: NovaWorld) -> None:
+def test_connections_to_nova_are_kept(world: NovaGuests) -> None:
     with world.red.connect() as red, world.green.connect() as green:
         for _ in range(20):
             for connection in (red, green):
@@ -259,7 +207,7 @@ def test_connections_to_nova_are_kept(world: NovaWorld) -> None:
     assert len({one.connection for one in world.nova.requests}) <= 4
 
 
-def test_a_connection_to_nova_outlives_its_guest_and_serves_another(world: NovaWorld) -> None:
+def test_a_connection_to_nova_outlives_its_guest_and_serves_another(world: NovaGuests) -> None:
     with world.red.connect() as red:
         for _ in range(3):
             assert red.request("/openstack").status == 200
@@ -269,56 +217,3 @@ def test_a_connection_to_nova_outlives_its_guest_and_serves_another(world: NovaW
             assert green.request("/openstack").status == 200
     used = [one.connection for one in world.nova.requests]
     assert set(used[4:]) <= set(used[:3])
-
-
-def _row(world: NovaWorld) -> dict[str, str]:
-    """What HAProxy knows of the one endpoint."""
-    client = MasterClient(world.daemon.runtime / "master.sock")
-
-    async def read() -> list[dict[str, str]]:
-        worker = (await client.read_processes()).worker
-        return [] if worker is None else await client.read_stat(worker)
-
-    rows = asyncio.run(read())
-    name = world.nova.authority
-    return next(row for row in rows if (row["pxname"], row["svname"]) == ("nova.default", name))
-
-
-def _is(world: NovaWorld, status: str) -> bool:
-    return _row(world)["status"] == status
-
-
-def test_health_checks_see_nova_go_and_come_and_leave_nothing_there(world: NovaWorld) -> None:
-    world.nova.kill()
-    until(lambda: _row(world)["status"] == "DOWN", what="its being known to be down")
-    world.nova.listen()
-    until(lambda: _row(world)["status"] == "UP", what="its being known to be up")
-    assert _row(world)["check_status"] == "L4OK"
-    assert not world.nova.heads
-    assert not world.nova.fragments
-
-
-def test_unless_settings_say_otherwise_a_nova_that_hangs_is_down_and_its_guests_come_again(
-    world: NovaWorld,
-) -> None:
-    endpoints = [{"url": world.nova.url}]
-    world.nova.secret = None
-    default = NovaSettings().health_check
-    world.take_over(world.settings(endpoints, times={"health_check": default}))
-    until(lambda: len(world.nova.requests) >= 2, what="two checks")
-    assert {(one.method, one.target) for one in world.nova.requests} == {("GET", b"/")}
-    assert not {name for one in world.nova.requests for name, _ in one.headers} - {
-        b"host",
-        b"connection",
-    }
-    world.nova.always(hang())
-    until(lambda: _row(world)["status"] == "DOWN", what="its hanging to be known")
-    start = time.monotonic()
-    assert world.red.ask("/openstack").status == 503
-    assert time.monotonic() - start < 0.5 * patience()
-    until(lambda: "no endpoint answers" in str(world.daemon.status()), what="the problem")
-    for status, seen in ((404, "UP"), (500, "DOWN"), (200, "UP")):
-        world.nova.always(reply(status=status))
-        until(partial(_is, world, seen), what=f"{seen} after {status}")
-    world.take_over(world.settings(endpoints))
-    world.nova.secret = SECRET

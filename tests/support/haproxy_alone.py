@@ -52,6 +52,7 @@ WAYS: Final = ("guests", "found", "agents")
 """The frontends: of a network, of requests that the resolver hands in, of Neutron's proxies."""
 
 _ADDRESS: Final = "127.0.0.1"
+_UNCHECKED: Final = NovaTimes(check="off")
 _LIMITS: Final = Limits(maxconn=400, cache_mb=1)
 
 
@@ -77,7 +78,7 @@ def paths_below(directory: Path) -> Paths:
         layout.path_rules_map,
     ):
         path.touch()
-    layout.unavailable.write_text("HTTP/1.1 503 No\r\n\r\n")
+    layout.unavailable.write_text("HTTP/1.1 503 No\r\nRetry-After: 1\r\n\r\n")
     return layout.haproxy_paths()
 
 
@@ -307,6 +308,8 @@ def open_alone(
     limits: Limits = _LIMITS,
     audit: int = 0,
     watched: bool = False,
+    novas: Sequence[int] = (),
+    times: NovaTimes = _UNCHECKED,
 ) -> Iterator[Alone]:
     """Run one for the time of the context.
 
@@ -317,6 +320,8 @@ def open_alone(
         limits: The same.
         audit: The same.
         watched: The same.
+        novas: The ports of Novas that stand there already, where the stand-in is none.
+        times: How they are waited for and checked.
     """
     # Not below pytest's own directory: a socket's path has 97 characters.
     place = Path(tempfile.mkdtemp(prefix="imdst-"))
@@ -330,13 +335,15 @@ def open_alone(
     )
     documents, upstream = socket.socket(socket.AF_UNIX), socket.create_server((_ADDRESS, 0))
     documents.bind(files.documents[0])
-    server = NovaServer(IPv4Address(_ADDRESS), upstream.getsockname()[1])
+    servers = tuple(
+        NovaServer(IPv4Address(_ADDRESS), port) for port in novas or [upstream.getsockname()[1]]
+    )
     spec = DataplaneSpec(
         tuple(Bind(NetworkId(name), IPv4Address(_ADDRESS), port) for name, port in ports.items()),
         files,
         limits,
-        nova=(NovaBackend("default", (server,), "nova"),) if nova else (),
-        nova_times=NovaTimes(check="off"),
+        nova=(NovaBackend("default", servers, f"{_ADDRESS}:{servers[0].port}"),) if nova else (),
+        nova_times=times,
         unix=UnixBind(str(place / "agents.sock"), "0600", 0, 0, maxconn=100),
         count_reads=count_reads,
         audit=audit,

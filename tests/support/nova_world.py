@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from imdsproxy.core.haproxy.model import NovaTimes
+from imdsproxy.core.model import InstanceId
+from imdsproxy.core.wire import NovaRecord, render_map_value
 from support.daemon import Daemon
 from support.forgeries import OTHER_INSTANCE, OTHER_PROJECT
-from support.guest import Guest
+from support.guest import IPV4, Connection, Guest
+from support.haproxy_alone import open_alone
 from support.lab import Lab, RecordMapping, until
 from support.own_hosts import with_hosts
+from support.patience import patience
 from support.recorder import Received, Recorder, signature_of
 
 INSTANCES: Final[Mapping[str, str]] = {
@@ -36,18 +42,15 @@ _TIMES: Final[Mapping[str, object]] = {
 
 
 @dataclass(slots=True)
-class NovaWorld:
+class NovaGuests:
     """Two networks with a guest each, both of the same addresses.
 
     Attributes:
         novas: Where requests go, in the order of the settings.
     """
 
-    lab: Lab
-    daemon: Daemon
     guests: Mapping[str, Guest]
     novas: Sequence[Recorder]
-    _stack: ExitStack = field(default_factory=ExitStack)
 
     @property
     def red(self) -> Guest:
@@ -62,6 +65,33 @@ class NovaWorld:
         """The one that there is."""
         (one,) = self.novas
         return one
+
+    def forget(self) -> None:
+        """Have the recorders as at the beginning."""
+        for nova in self.novas:
+            nova.forget()
+
+    def requests(self) -> list[Received]:
+        """What any of them has received."""
+        return [one for nova in self.novas for one in nova.requests]
+
+    def identity(self, network: str, secret: str = SECRET) -> dict[bytes, bytes]:
+        """The headers that tell Nova who asks, and no others may."""
+        instance = INSTANCES[network]
+        return {
+            b"x-instance-id": instance.encode(),
+            b"x-tenant-id": PROJECTS[network].encode(),
+            b"x-instance-id-signature": signature_of(secret, instance).encode(),
+            b"x-forwarded-for": self.guests[network].addresses[0].encode(),
+        }
+
+
+@dataclass(slots=True)
+class NovaWorld(NovaGuests):
+    """The same in a lab with a daemon."""
+
+    lab: Lab
+    daemon: Daemon
 
     def secret_file(self, name: str, text: str) -> Path:
         """Write a secret down."""
@@ -89,25 +119,6 @@ class NovaWorld:
     def take_over(self, settings: Mapping[str, Mapping[str, object]]) -> None:
         """Change the daemon's settings while it runs; in force at the return."""
         self.daemon.reconfigure(settings)
-
-    def forget(self) -> None:
-        """Have the recorders as at the beginning."""
-        for nova in self.novas:
-            nova.forget()
-
-    def requests(self) -> list[Received]:
-        """What any of them has received."""
-        return [one for nova in self.novas for one in nova.requests]
-
-    def identity(self, network: str, secret: str = SECRET) -> dict[bytes, bytes]:
-        """The headers that tell Nova who asks, and no others may."""
-        instance = INSTANCES[network]
-        return {
-            b"x-instance-id": instance.encode(),
-            b"x-tenant-id": PROJECTS[network].encode(),
-            b"x-instance-id-signature": signature_of(secret, instance).encode(),
-            b"x-forwarded-for": self.guests[network].addresses[0].encode(),
-        }
 
 
 def nova_instance(network: str, number: int = 5) -> RecordMapping:
@@ -147,9 +158,40 @@ def open_nova_world(
         stack.callback(daemon.close)
         networks = [lab.namespace_network(name) for name in INSTANCES]
         guests = {name: lab.guest(name) for name in INSTANCES}
-        world = NovaWorld(lab, daemon, guests, recorders)
+        world = NovaWorld(guests, recorders, lab, daemon)
         daemon.configure(world.settings([{"url": nova.url} for nova in recorders]))
         daemon.start()
         daemon.put(networks, [nova_instance(name) for name in INSTANCES])
         until(lambda: daemon.status()["serving"] == len(networks), what="all networks' service")
         yield world
+
+
+@dataclass(frozen=True, slots=True)
+class _LocalGuest(Guest):
+    """Of a network whose listener is a port here."""
+
+    def connect(
+        self, *, to: str = IPV4, source: str | None = None, timeout_s: float | None = None
+    ) -> Connection:
+        del to, source
+        place = (self.addresses[0], self.port)
+        sock = socket.create_connection(place, 10 * patience() if timeout_s is None else timeout_s)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return Connection(sock)
+
+
+@contextlib.contextmanager
+def open_nova_alone(*, novas: int = 1) -> Iterator[NovaGuests]:
+    """HAProxy alone in front of these Novas: what comes in chunks has no resolver to go to."""
+    with ExitStack() as stack:
+        recorders = [stack.enter_context(Recorder(secret=SECRET)) for _ in range(novas)]
+        times = NovaTimes(response_s=RESPONSE_TIMEOUT_S, check="tcp", check_interval_s=0.2)
+        ports = [one.port for one in recorders]
+        alone = stack.enter_context(open_alone(nova=True, novas=ports, times=times))
+        guests: dict[str, Guest] = {}
+        for name, instance in INSTANCES.items():
+            signature = signature_of(SECRET, instance)
+            record = NovaRecord("default", InstanceId(instance), PROJECTS[name], (signature,))
+            alone.write(name, render_map_value(record))
+            guests[name] = _LocalGuest(name, "", name, "", ("127.0.0.1",), port=alone.ports[name])
+        yield NovaGuests(guests, recorders)
