@@ -114,7 +114,7 @@ def render_metrics_page() -> str:
 
 def render_errors_page() -> str:
     """docs/reference/errors.md."""
-    public = [getattr(errors, name) for name in errors.__all__]
+    public = [one for _, one in sorted(vars(errors).items())]
     kinds = [one for one in public if isinstance(one, type) and issubclass(one, ImdsproxyError)]
     rows = [
         (
