@@ -21,7 +21,6 @@ from imdsproxy.dataplane.master import MasterClient, exchange
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import (
     ConfigRejected,
-    HostRefused,
     Problem,
     ReloadFailed,
     RuntimeUnavailable,
@@ -179,12 +178,9 @@ class Haproxy:
         Raises:
             HostRefused: The file cannot be read.
         """
-        try:
+        with refusing(f"read {self.layout.config}"), contextlib.suppress(FileNotFoundError):
             return self.layout.config.read_text()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise HostRefused(f"cannot read {self.layout.config}: {error.strerror}") from error
+        return None
 
     async def _check(self, spec: DataplaneSpec, text: str, reason: str) -> None:
         # The content of records is not checked.
