@@ -101,10 +101,8 @@ class RecordApplier:
         async with self.lock:
             write()
             self.tables[path] = entries
-            for worker in (await self.master.read_processes()).workers:
-                await self._unless_ended(
-                    worker, self.master.send_swap(worker, str(path), list(entries.items()))
-                )
+            workers = (await self.master.read_processes()).workers
+            await self._each(workers, lambda worker: self._swap(worker, path, entries))
 
     async def apply(self, wanted: Mapping[str, str | None]) -> int:
         """Make each key's value as wanted (`None`: gone) on disk and in all workers; how many changed.
@@ -120,7 +118,9 @@ class RecordApplier:
             changes = self.state.overlay_changes(wanted)
             if not changes and not self.behind:
                 return 0
-            overlay = _changed(self.state.overlay, changes)
+            gone = set(changes.removed)
+            overlay = {key: one for key, one in self.state.overlay.items() if key not in gone}
+            overlay.update((*changes.replaced, *changes.added))
             if self.behind:
                 self.known.clear()
             # Whatever fails from here on, some worker may hold what the files no longer say.
@@ -146,7 +146,7 @@ class RecordApplier:
         async with self.lock:
             processes = await self.master.read_processes()
             self.known &= set(processes.workers)
-            await self._greet(processes, skip=self.known)
+            await self._greet(processes)
 
     def trust(self, processes: Processes) -> None:
         """The accepting worker was started under our lock: it read the files as they are."""
@@ -156,19 +156,22 @@ class RecordApplier:
 
     async def _send_changes(self, changes: MapChanges) -> None:
         processes = await self.master.read_processes()
-        fresh = await self._greet(processes, skip=self.known)
+        fresh = await self._greet(processes)
         workers = [pid for pid in processes.workers if pid in self.known and pid not in fresh]
         path = str(self.layout.overlay_map)
         if len(changes) > _SWAP_ABOVE:
-            for worker in workers:
-                await self._unless_ended(worker, self._swap_overlay(worker, self.state))
+            await self._each(workers, lambda worker: self._swap_overlay(worker, self.state))
             return
-        going, coming = _by_effect(changes)
-        for worker in workers:
-            await self._unless_ended(worker, self._send_going(worker, path, changes.removed, going))
-        for worker in workers:
-            if coming:
-                await self._unless_ended(worker, self.master.send_additions(worker, path, coming))
+        # What takes something away or changes it is in all workers before what only gives.
+        going = [*changes.replaced, *(one for one in changes.added if one[1] == MAP_TOMBSTONE)]
+        coming = [one for one in changes.added if one[1] != MAP_TOMBSTONE]
+        await self._each(
+            workers, lambda worker: self._send_going(worker, path, changes.removed, going)
+        )
+        if coming:
+            await self._each(
+                workers, lambda worker: self.master.send_additions(worker, path, coming)
+            )
 
     async def _send_going(
         self, worker: int, path: str, removed: Iterable[str], going: Iterable[tuple[str, str]]
@@ -178,17 +181,16 @@ class RecordApplier:
         for key in removed:
             await self.master.send_removal(worker, path, key)
 
-    async def _greet(self, processes: Processes, *, skip: Iterable[int]) -> set[int]:
+    async def _greet(self, processes: Processes) -> set[int]:
         """Bring workers that we know nothing of to the files' state: whose they were does not matter."""
-        fresh = set(processes.workers) - set(skip)
-        for worker in sorted(fresh):
-            await self._unless_ended(worker, self._synchronise(worker))
+        fresh = set(processes.workers) - self.known
+        await self._each(sorted(fresh), self._synchronise)
         return fresh
 
     async def _synchronise(self, worker: int) -> None:
         # Records refer to what is in there.
         for path, table in self.tables.items():
-            await self.master.send_swap(worker, str(path), list(table.items()))
+            await self._swap(worker, path, table)
         base = str(self.layout.base_map)
         if await self.master.read_entry(worker, base, GENERATION_KEY) != self.state.generation:
             await self._swap_base(worker)
@@ -196,12 +198,17 @@ class RecordApplier:
         self.known.add(worker)
 
     async def _swap_base(self, worker: int) -> None:
-        entries = [(GENERATION_KEY, self.state.generation), *self.state.base.items()]
-        await self.master.send_swap(worker, str(self.layout.base_map), entries)
+        head = (GENERATION_KEY, self.state.generation)
+        await self._swap(worker, self.layout.base_map, self.state.base, head)
 
     async def _swap_overlay(self, worker: int, state: MapState) -> None:
-        entries = [(GENERATION_KEY, state.generation), *state.overlay.items()]
-        await self.master.send_swap(worker, str(self.layout.overlay_map), entries)
+        head = (GENERATION_KEY, state.generation)
+        await self._swap(worker, self.layout.overlay_map, state.overlay, head)
+
+    async def _swap(
+        self, worker: int, path: Path, entries: Mapping[str, str], *head: tuple[str, str]
+    ) -> None:
+        await self.master.send_swap(worker, str(path), [*head, *entries.items()])
 
     async def _compact(self, overlay: dict[str, str]) -> None:
         """Fold the overlay into a new base; guests see the old state or the new one, nothing between.
@@ -221,12 +228,11 @@ class RecordApplier:
         overlay_first = MapState(before.generation, before.base, overlay)
         await asyncio.to_thread(self.write_all, merged)
         processes = await self.master.read_processes()
-        for worker in processes.workers:
-            if worker in self.known:
-                await self._unless_ended(
-                    worker, self._compact_worker(worker, overlay_first, base_changes)
-                )
-        await self._greet(processes, skip=self.known)
+        await self._each(
+            [worker for worker in processes.workers if worker in self.known],
+            lambda worker: self._compact_worker(worker, overlay_first, base_changes),
+        )
+        await self._greet(processes)
 
     async def _compact_worker(self, worker: int, full: MapState, changes: MapChanges) -> None:
         base = str(self.layout.base_map)
@@ -239,24 +245,12 @@ class RecordApplier:
             await self.master.send_upsert(worker, base, GENERATION_KEY, self.state.generation)
         await self._swap_overlay(worker, self.state)
 
-    async def _unless_ended(self, worker: int, step: Coroutine[object, object, None]) -> None:
-        try:
-            await step
-        except WorkerEnded:
-            self.known.discard(worker)
-
-
-def _changed(overlay: Mapping[str, str], changes: MapChanges) -> dict[str, str]:
-    after = dict(overlay)
-    for key in changes.removed:
-        after.pop(key, None)
-    after.update(changes.replaced)
-    after.update(changes.added)
-    return after
-
-
-def _by_effect(changes: MapChanges) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Entries that take something away or change it, and entries that only give."""
-    tombstones = [entry for entry in changes.added if entry[1] == MAP_TOMBSTONE]
-    coming = [entry for entry in changes.added if entry[1] != MAP_TOMBSTONE]
-    return [*changes.replaced, *tombstones], coming
+    async def _each(
+        self, workers: Iterable[int], step: Callable[[int], Coroutine[object, object, None]]
+    ) -> None:
+        """Take a step with one worker after the other; one that ends meanwhile needs none."""
+        for worker in workers:
+            try:
+                await step(worker)
+            except WorkerEnded:
+                self.known.discard(worker)
