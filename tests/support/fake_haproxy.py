@@ -170,10 +170,6 @@ class FakeLauncher:
         await self.fake.close()
 
 
-def write_file(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
-
-
 def control_fake(
     layout: Layout, script: str, *, judged: Path | None = None
 ) -> tuple[FakeHaproxy, FakeLauncher, Haproxy]:
