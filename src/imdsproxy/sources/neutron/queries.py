@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias, TypeVar
+from weakref import WeakValueDictionary
 
 from imdsproxy.core.addresses import mac_of
 from imdsproxy.core.model import IpAddress, NetworkId
@@ -21,6 +22,7 @@ from imdsproxy.errors import SourceUnavailable
 from imdsproxy.host.clock import Clock
 from imdsproxy.sources.neutron.client import NeutronClient, QueryTimedOut
 from imdsproxy.sources.neutron.ports import MAX_VALUES, ROUTER_OWNERS, NeutronPort, PortQuery
+from imdsproxy.sources.settings import NeutronSourceSettings
 
 QueryResult: TypeAlias = Literal["ok", "failed", "timeout"]
 
@@ -48,9 +50,8 @@ class Queries:
     at once, meanwhile and while that one is on its way.
 
     Attributes:
+        settings: `max_queries` are the slots; the networks that a router joins are believed for half of `refresh_s`.
         random: Gives numbers from 0 to 1.
-        max_queries: Slots.
-        networks_s: How long the networks that a router joins are believed, in seconds.
         on_change: Called when an outage begins or ends.
         outage: Why Neutron does not answer, while it does not: its last failure.
         until: When the next query is due then, by the monotonic clock.
@@ -59,10 +60,9 @@ class Queries:
     """
 
     client: NeutronClient
+    settings: NeutronSourceSettings
     clock: Clock
     random: Callable[[], float]
-    max_queries: int
-    networks_s: float
     on_change: Callable[[], None]
     outage: SourceUnavailable | None = None
     until: float = 0.0
@@ -72,13 +72,17 @@ class Queries:
     _backoff: Backoff = field(default_factory=lambda: Backoff(_FIRST_S, _LONGEST_S))
     _probing: bool = False
     _waiting: Counter[NetworkId | None] = field(default_factory=Counter)
-    _shares: dict[NetworkId | None, asyncio.Semaphore] = field(default_factory=dict)
+    _shares: WeakValueDictionary[NetworkId | None, asyncio.Semaphore] = field(
+        default_factory=WeakValueDictionary
+    )
     _routers: dict[NetworkId, Answer[list[NetworkId]]] = field(default_factory=dict)
-    _asking: dict[NetworkId, asyncio.Lock] = field(default_factory=dict)
+    _asking: WeakValueDictionary[NetworkId, asyncio.Lock] = field(
+        default_factory=WeakValueDictionary
+    )
     _slots: asyncio.Semaphore = field(init=False)
 
     def __post_init__(self) -> None:
-        self._slots = asyncio.Semaphore(self.max_queries)
+        self._slots = asyncio.Semaphore(self.settings.max_queries)
         self.answered = self.clock.monotonic()
 
     @property
@@ -106,7 +110,7 @@ class Queries:
             SourceUnavailable: Neutron does not answer, now or since a moment ago, or the share is full.
         """
         self._refuse_in_outage()
-        per_share = max(1, self.max_queries // 2)
+        per_share = max(1, self.settings.max_queries // 2)
         slots = self._shares.setdefault(share, asyncio.Semaphore(per_share))
         if share is not None and self._waiting[share] >= per_share + _MAX_WAITING:
             raise SourceUnavailable("too many questions about this network are waiting for Neutron")
@@ -117,6 +121,8 @@ class Queries:
                 return await self._ask(query, patient=patient)
         finally:
             self._waiting[share] -= 1
+            if not self._waiting[share]:
+                del self._waiting[share]
 
     def _refuse_in_outage(self) -> None:
         if self.outage is not None and not self.may_ask:
@@ -194,7 +200,10 @@ class Queries:
         # Who waits for another's question takes its answer.
         async with self._asking.setdefault(router, asyncio.Lock()):
             known = self._routers.get(router)
-            if known is not None and self.clock.monotonic() - known[1] < self.networks_s:
+            if (
+                known is not None
+                and self.clock.monotonic() - known[1] < self.settings.refresh_s / 2
+            ):
                 return known
             query = PortQuery(devices=(router,), owners=ROUTER_OWNERS)
             ports, asked = await self.ask(query, share)

@@ -122,14 +122,7 @@ class NeutronSource:
         self._negative: dict[_Key, tuple[LookUp, float]] = {}
         self._pending: dict[_Key, asyncio.Task[LookUp]] = {}
         self._look_ups: Counter[LookUpResult] = Counter()
-        self._queries = Queries(
-            client,
-            clock,
-            random,
-            settings.max_queries,
-            settings.refresh_s / 2,
-            self._outage_changed,
-        )
+        self._queries = Queries(client, settings, clock, random, self._outage_changed)
 
     async def run(self, publish: Publish) -> None:
         """Report what is known, and keep it up to date, until cancelled.
