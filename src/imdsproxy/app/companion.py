@@ -6,10 +6,8 @@ Readiness is what guests get, not what processes run.
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -23,7 +21,7 @@ from imdsproxy.core.timing import Backoff
 from imdsproxy.core.wire import PROBE_INSTANCE
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.launch import UNIT_S
-from imdsproxy.errors import DataplaneError, HostRefused, ImdsproxyError, Problem, refusing
+from imdsproxy.errors import DataplaneError, HostRefused, ImdsproxyError, Problem
 from imdsproxy.host.account import Account, find_closed
 from imdsproxy.host.process import (
     Doubt,
@@ -35,7 +33,7 @@ from imdsproxy.host.process import (
     spawn_logged,
     wait_gone,
 )
-from imdsproxy.serving.pidfile import DocumentProcesses, read_pids
+from imdsproxy.serving.pidfile import DocumentProcesses, read_pids, signal_all
 from imdsproxy.serving.store import DiskFiles
 
 _START_DEADLINE_S: Final = 15.0
@@ -131,7 +129,7 @@ class Companion:
         loop, number = asyncio.get_running_loop(), signal.SIGTERM
         deadline, running = loop.time() + _STOP_GRACE_S, self.read()
         # Workers whose parent was killed, too.
-        _signal(running.workers if running.parent is None else (running.parent,), number)
+        signal_all(running.workers if running.parent is None else (running.parent,), number)
         while left := self.read().pids:
             if loop.time() >= deadline and number is signal.SIGKILL:
                 raise HostRefused(
@@ -140,7 +138,7 @@ class Companion:
                 )
             if loop.time() >= deadline:
                 number, deadline = signal.SIGKILL, deadline + _STOP_GRACE_S
-                _signal(left, number)
+                signal_all(left, number)
             await asyncio.sleep(_POLL_S)
 
     async def _control_unit(self, verb: str, unit: str) -> None:
@@ -187,12 +185,6 @@ class Companion:
             await ended
         finally:
             ended.cancel()
-
-
-def _signal(pids: Iterable[int], number: signal.Signals) -> None:
-    for pid in pids:
-        with refusing(f"stop the document server's process {pid}"), suppress(ProcessLookupError):
-            os.kill(pid, number)
 
 
 _EVERY_S: Final = 2.0

@@ -9,7 +9,8 @@ is `restarts N`.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,3 +93,14 @@ def read_pids(path: Path) -> DocumentProcesses:
         alive.append(int(word) if stat is not None and str(stat.started) == value else None)
     workers = tuple(pid for pid in alive[1:] if pid is not None)
     return DocumentProcesses(alive[0] if alive else None, workers, restarts)
+
+
+def signal_all(pids: Iterable[int], number: signal.Signals) -> None:
+    """Send a signal to those of these processes that have not ended.
+
+    Raises:
+        PrivilegeMissing: One belongs to another account.
+    """
+    for pid in pids:
+        with refusing(f"stop the document server's process {pid}"), suppress(ProcessLookupError):
+            os.kill(pid, number)

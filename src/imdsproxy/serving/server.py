@@ -20,7 +20,6 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +42,7 @@ from imdsproxy.host.process import (
 from imdsproxy.host.servers import open_unix_socket
 from imdsproxy.serving.documents import DocumentService
 from imdsproxy.serving.http import LIVENESS_PATH, HttpListener
-from imdsproxy.serving.pidfile import PidFile, read_pids
+from imdsproxy.serving.pidfile import PidFile, read_pids, signal_all
 from imdsproxy.serving.store import PasswordStore, RecordReader
 
 # Libraries import the modules marked above when they first need them. Here that is too late: an unprivileged
@@ -150,7 +149,6 @@ class DocumentServer:
         log: Where this process's standard error goes, if that is a file of ours: its size is limited.
         user: Whose account the workers take, if this process is root; `None` keeps the present one.
         group: The workers' group, and that of the sockets; `None` for the user's own.
-        monotonic: The clock of restarts and their back-off.
     """
 
     sockets: tuple[Path, ...]
@@ -161,7 +159,6 @@ class DocumentServer:
     log: Path | None = None
     user: str | None = None
     group: str | None = None
-    monotonic: Callable[[], float] = time.monotonic
     _account: Account | None = None
     _lock: PidFile = field(init=False)
     _parent: ProcessHandle | None = None
@@ -223,10 +220,10 @@ class DocumentServer:
 
     def _start(self) -> None:
         """Start all workers and wait until they answer; then put their sockets in place and end the predecessors."""
-        deadline = self.monotonic() + _START_WITHIN_S
+        deadline = time.monotonic() + _START_WITHIN_S
         while not (self._ending is signal.SIGTERM or all(one.answers for one in self._workers)):
             failed = max(worker.failures for worker in self._workers) >= _ATTEMPTS
-            if failed or self.monotonic() > deadline:
+            if failed or time.monotonic() > deadline:
                 self._predecessors.clear()
                 self._stop()
                 raise HostRefused(
@@ -239,12 +236,12 @@ class DocumentServer:
             worker.at = worker.path
         for one in self._predecessors:
             one.kill(signal.SIGTERM)
-        self._predecessors_until = self.monotonic() + _STOP_WITHIN_S
+        self._predecessors_until = time.monotonic() + _STOP_WITHIN_S
 
     def _replace(self) -> None:
         """Execute our own command line again; comes back only when that failed."""
         log = structlog.get_logger()
-        self.notifier.reloading(int(self.monotonic() * 1_000_000))
+        self.notifier.reloading(int(time.monotonic() * 1_000_000))
         log.info("taking up new code and settings")
         try:
             os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - our own command line, no shell
@@ -261,15 +258,15 @@ class DocumentServer:
             if worker.is_at(worker.at):
                 worker.at.unlink(missing_ok=True)
             worker.listener.close()
-        deadline, number = self.monotonic() + _STOP_WITHIN_S, signal.SIGTERM
-        _signal(self._pids, number)
+        deadline, number = time.monotonic() + _STOP_WITHIN_S, signal.SIGTERM
+        signal_all(self._pids, number)
         while self._pids:
-            if self.monotonic() > deadline:
+            if time.monotonic() > deadline:
                 deadline, number = math.inf, signal.SIGKILL
                 structlog.get_logger().warning(
                     "workers do not end; killing them", pids=sorted(self._pids)
                 )
-                _signal(self._pids, number)
+                signal_all(self._pids, number)
             signal.sigtimedwait(_SIGNALS, 0.1)
             self._collect()
 
@@ -288,7 +285,7 @@ class DocumentServer:
             )
             self._ending = signal.SIGTERM
             return
-        now = self.monotonic()
+        now = time.monotonic()
         look = now >= self._next_look
         if look:
             self._next_look = now + _LOOK_EVERY_S
@@ -318,7 +315,7 @@ class DocumentServer:
             self._note_end(worker, pid, status)
 
     def _note_end(self, worker: Worker, pid: int, status: int) -> None:
-        now, path = self.monotonic(), str(worker.path)
+        now, path = time.monotonic(), str(worker.path)
         code = os.waitstatus_to_exitcode(status)
         how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
         structlog.get_logger().error(
@@ -346,7 +343,7 @@ class DocumentServer:
         worker.listener.close()
         worker.listener, worker.file = new.listener, new.file
         if worker.pid is not None:
-            _signal([worker.pid], signal.SIGTERM)
+            signal_all([worker.pid], signal.SIGTERM)
 
     def _check(self, worker: Worker, pid: int, *, look: bool) -> None:
         """Take a worker's answer and, once a second, ask it again; end it when it does not answer."""
@@ -366,7 +363,7 @@ class DocumentServer:
             structlog.get_logger().error(
                 "a worker does not answer: ending it", pid=pid, socket=str(worker.path)
             )
-            _signal([pid], signal.SIGKILL)
+            signal_all([pid], signal.SIGKILL)
 
     def _fork(self, worker: Worker) -> None:
         worker.hang_up()
@@ -374,7 +371,7 @@ class DocumentServer:
             pid = os.fork()
         if pid == 0:
             self._run_worker(worker)
-        worker.pid, worker.answers, worker.started = pid, False, self.monotonic()
+        worker.pid, worker.answers, worker.started = pid, False, time.monotonic()
         worker.ask()
 
     def _run_worker(self, worker: Worker) -> None:
@@ -445,9 +442,3 @@ class DocumentServer:
             await asyncio.sleep(_ORPHAN_POLL_S)
         log.info("another document server has taken over", socket=str(path))
         over.set()
-
-
-def _signal(pids: Iterable[int], number: signal.Signals) -> None:
-    for pid in pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, number)

@@ -27,7 +27,7 @@ class World:
         self.counts: Iterator[int] = iter(())
         self.refuses = False
         self.companion = Companion(Path("pid"), Path("log"), (), {})
-        for name in ("read_pids", "spawn_logged", "wait_gone", "_signal"):
+        for name in ("read_pids", "spawn_logged", "wait_gone", "signal_all"):
             patch.setattr(companion, name, getattr(self, name))
         patch.setattr(companion, "_LOOK_EVERY_S", 0)
 
@@ -46,7 +46,7 @@ class World:
         self.ended.clear()
         self.done.append(f"{pid} ended")
 
-    def _signal(self, *_: object) -> None:
+    def signal_all(self, *_: object) -> None:
         self.done.append("stop")
         self.pid = None
 

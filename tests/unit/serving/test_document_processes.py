@@ -96,7 +96,7 @@ def test_a_process_that_cannot_be_ended_is_named(
     file.write((sleeper.pid,))
     with monkeypatch.context() as patch:
         # As one that waits for a disk.
-        patch.setattr("imdsproxy.app.companion.os.kill", lambda _pid, _number: None)
+        patch.setattr("imdsproxy.serving.pidfile.os.kill", lambda _pid, _number: None)
         with pytest.raises(HostRefused, match=str(sleeper.pid)):
             asyncio.run(Companion(path, path, (), {}).stop())
     file.release()
