@@ -98,6 +98,7 @@ _json_values = st.recursive(
 )
 
 
+@example("\x85", None, "utf-8")
 @given(_json_values, st.sampled_from([None, 1, "\t"]), st.sampled_from(["ascii", "utf-8"]))
 def test_json_is_decoded_as_the_standard_library_does_and_is_yaml_too(
     value: object, indent: int | str | None, codec: str
@@ -107,5 +108,8 @@ def test_json_is_decoded_as_the_standard_library_does_and_is_yaml_too(
     assert isinstance(decoded, Decoded)
     assert decoded.value == json.loads(text)
     assert not decoded.faults
-    other = decode_yaml(json.dumps(value, ensure_ascii=False))
-    assert not isinstance(other, Decoded) or other.faults or other.value == value
+    plain = json.dumps(value, ensure_ascii=False)
+    other = decode_yaml(plain)
+    # libyaml takes these for ends of lines.
+    if isinstance(other, Decoded) and not other.faults and not set("\x85\u2028\u2029") & set(plain):
+        assert other.value == value

@@ -6,29 +6,14 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
-from imdsproxy.core.model import (
-    BridgeListener,
-    InterfaceListener,
-    Listener,
-    NamespaceListener,
-    Network,
-    Scope,
-    Subnet,
-)
-from imdsproxy.core.path_rules import (
-    MOST_PATH_RULES,
-    PathRules,
-    PathWord,
-    find_path_fault,
-    sort_paths,
-)
+from imdsproxy.core import model, path_rules
 from imdsproxy.core.policy import NO_RULES, RULES, PolicyRules, Rule, TokenMode
 from imdsproxy.core.records import values
 from imdsproxy.core.records.schema import Field, Key, Kind, Table, list_of
 
 MTU_BOUNDS: Final = (68, 65535)
 _MODES: Final = tuple(mode.value for mode in TokenMode)
-_WORDS: Final = tuple(word.value for word in PathWord)
+_WORDS: Final = tuple(word.value for word in path_rules.PathWord)
 
 
 def _parse_mode(field: Field) -> TokenMode:
@@ -40,19 +25,22 @@ def _parse_mode(field: Field) -> TokenMode:
     return TokenMode(field.one_of(_MODES))
 
 
-def _parse_paths(field: Field) -> PathRules | None:
+def _parse_paths(field: Field) -> path_rules.PathRules | None:
     entries = field.mapping()
-    if len(entries) > MOST_PATH_RULES:
-        raise field.error(f"has {len(entries)} paths", f"at most {MOST_PATH_RULES}")
+    if len(entries) > path_rules.MOST_PATH_RULES:
+        raise field.error(f"has {len(entries)} paths", f"at most {path_rules.MOST_PATH_RULES}")
     words = {path: entry.read(partial(_parse_word, path=path)) for path, entry in entries.items()}
-    return sort_paths((path, word) for path, word in words.items() if word is not None) or None
+    return (
+        path_rules.sort_paths((path, word) for path, word in words.items() if word is not None)
+        or None
+    )
 
 
-def _parse_word(field: Field, path: str) -> PathWord:
-    fault = find_path_fault(path)
+def _parse_word(field: Field, path: str) -> path_rules.PathWord:
+    fault = path_rules.find_path_fault(path)
     if fault is not None:
         raise field.error(fault.reason, fault.hint)
-    return PathWord(field.one_of(_WORDS))
+    return path_rules.PathWord(field.one_of(_WORDS))
 
 
 _MODE: Final = values.choice_of(TokenMode)
@@ -64,7 +52,7 @@ _RULE_KINDS: Final[dict[type[object], Kind]] = {
         {
             "type": "object",
             "additionalProperties": {"type": "string", "enum": [*_WORDS]},
-            "maxProperties": MOST_PATH_RULES,
+            "maxProperties": path_rules.MOST_PATH_RULES,
         },
         lambda rules: {path: word.value for path, word in rules},
     ),
@@ -93,10 +81,10 @@ def _check_namespace(entries: Mapping[str, Field], found: dict[str, Any]) -> Non
         )
 
 
-_LISTENERS: Final[dict[type[Listener], Table[Any]]] = {
-    NamespaceListener: Table(
+_LISTENERS: Final[dict[type[model.Listener], Table[Any]]] = {
+    model.NamespaceListener: Table(
         "NamespaceListenerRecord",
-        NamespaceListener,
+        model.NamespaceListener,
         "An existing network namespace.",
         Key(
             "namespace", values.NAMESPACE, "Reached through this network namespace.", required=True
@@ -109,9 +97,9 @@ _LISTENERS: Final[dict[type[Listener], Table[Any]]] = {
         ),
         check=_check_namespace,
     ),
-    InterfaceListener: Table(
+    model.InterfaceListener: Table(
         "InterfaceListenerRecord",
-        InterfaceListener,
+        model.InterfaceListener,
         "A host interface.",
         Key(
             "interface",
@@ -121,9 +109,9 @@ _LISTENERS: Final[dict[type[Listener], Table[Any]]] = {
             required=True,
         ),
     ),
-    BridgeListener: Table(
+    model.BridgeListener: Table(
         "BridgeListenerRecord",
-        BridgeListener,
+        model.BridgeListener,
         "A bridge of the host.",
         Key("bridge", values.DEVICE, "Reached through this bridge of the host.", required=True),
     ),
@@ -132,7 +120,7 @@ _KINDS: Final = {table.names[0]: table for table in _LISTENERS.values()}
 LISTENER_KEYS: Final = tuple(name for table in _LISTENERS.values() for name in table.names)
 
 
-def _parse_listener(field: Field) -> Listener | None:
+def _parse_listener(field: Field) -> model.Listener | None:
     entries = field.mapping(LISTENER_KEYS)
     kinds = [kind for kind in _KINDS if kind in entries]
     if len(kinds) != 1:
@@ -141,7 +129,7 @@ def _parse_listener(field: Field) -> Listener | None:
     table = _KINDS[kinds[0]]
     for key in entries.keys() - set(table.names):
         entries[key].refuse(f"does not go with {kinds[0]}", "only with namespace")
-    listener: Listener | None = table.build(entries)
+    listener: model.Listener | None = table.build(entries)
     return listener
 
 
@@ -155,7 +143,7 @@ def _check_subnet(entries: Mapping[str, Field], found: dict[str, Any]) -> None:
 
 _SUBNET: Final = Table(
     "SubnetRecord",
-    Subnet,
+    model.Subnet,
     "An address range of a network.",
     Key("cidr", values.CIDR, required=True),
     Key("gateway", values.ADDRESS),
@@ -164,7 +152,7 @@ _SUBNET: Final = Table(
 )
 
 
-def _refuse_repeated(subnets: Sequence[tuple[Field, Subnet]]) -> None:
+def _refuse_repeated(subnets: Sequence[tuple[Field, model.Subnet]]) -> None:
     seen: set[object] = set()
     for field, subnet in subnets:
         if subnet.cidr in seen:
@@ -173,7 +161,7 @@ def _refuse_repeated(subnets: Sequence[tuple[Field, Subnet]]) -> None:
 
 
 def _check_network(entries: Mapping[str, Field], found: dict[str, Any]) -> None:
-    if found.get("mac_check") and found.get("scope") is Scope.ROUTER:
+    if found.get("mac_check") and found.get("scope") is model.Scope.ROUTER:
         entries["mac_check"].refuse(
             "does not go with scope router", "a router hides the MACs of the guests behind it"
         )
@@ -181,7 +169,7 @@ def _check_network(entries: Mapping[str, Field], found: dict[str, Any]) -> None:
 
 NETWORK: Final = Table(
     "NetworkRecord",
-    Network,
+    model.Network,
     "A network.",
     Key("id", values.NETWORK_ID, required=True),
     Key("name", values.TEXT, "A name for people."),
@@ -200,7 +188,7 @@ NETWORK: Final = Table(
     Key("mtu", values.number_between(*MTU_BOUNDS), "MTU shown to guests, in bytes."),
     Key(
         "scope",
-        values.choice_of(Scope),
+        values.choice_of(model.Scope),
         "What the id stands for: a network, or a router with several networks behind it.",
     ),
     Key(

@@ -16,15 +16,7 @@ from functools import partial
 from ipaddress import IPv4Address, ip_address, ip_network
 from typing import Any, Final
 
-from imdsproxy.core.model import (
-    ID_PATTERN,
-    METADATA_IPV4,
-    METADATA_IPV6,
-    IpAddress,
-    IpNetwork,
-    MacAddress,
-    StoredBytes,
-)
+from imdsproxy.core import model
 from imdsproxy.core.records.schema import MAX_PAYLOAD, MAX_TEXT, Field, Json, Key, Kind, Table
 from imdsproxy.errors import quoted
 
@@ -72,8 +64,8 @@ def _matching(pattern: str, wanted: str, *, shared: bool = False) -> Kind:
 
 SWITCH: Final = Kind(Field.boolean, {"type": "boolean"})
 TEXT: Final = Kind(Field.text, {"type": "string", "minLength": 1, "maxLength": MAX_TEXT})
-INSTANCE_ID: Final = _matching(ID_PATTERN, _ID_WANTED)
-NETWORK_ID: Final = _matching(ID_PATTERN, _ID_WANTED, shared=True)
+INSTANCE_ID: Final = _matching(model.ID_PATTERN, _ID_WANTED)
+NETWORK_ID: Final = _matching(model.ID_PATTERN, _ID_WANTED, shared=True)
 PROJECT_ID: Final = NETWORK_ID
 """A project's id as Keystone makes it: it is a header's value and a part of a map's."""
 
@@ -86,7 +78,7 @@ DEVICE: Final = _matching(DEVICE_PATTERN, "a device's name: 1 to 15 of A-Z a-z 0
 """A network device's name, at most 15 bytes (Linux IFNAMSIZ)."""
 
 
-def parse_mac(field: Field) -> MacAddress:
+def parse_mac(field: Field) -> model.MacAddress:
     """A unicast MAC, in either spelling (`:` or `-`, any case)."""
     text = field.matched(_MAC, 'six hexadecimal octets: "52:54:00:12:34:56"')
     mac = text.lower().replace("-", ":")
@@ -96,10 +88,10 @@ def parse_mac(field: Field) -> MacAddress:
         )
     if mac == "00:00:00:00:00:00":
         raise field.error("the all-zero MAC is no port's")
-    return MacAddress(mac)
+    return model.MacAddress(mac)
 
 
-def parse_address(field: Field) -> IpAddress:
+def parse_address(field: Field) -> model.IpAddress:
     """A unicast IPv4 or IPv6 address without scope: a gateway, a name server."""
     text = field.any_text()
     try:
@@ -113,7 +105,7 @@ def parse_address(field: Field) -> IpAddress:
     return address
 
 
-def _faults(address: IpAddress, text: str) -> Iterator[tuple[bool, str, str]]:
+def _faults(address: model.IpAddress, text: str) -> Iterator[tuple[bool, str, str]]:
     """Whether it is something that no host has, what, and what would be right."""
     yield address.is_unspecified, "the unspecified address", ""
     yield address.is_loopback, "a loopback address", "no packet from it ever reaches a listener"
@@ -128,15 +120,15 @@ def _faults(address: IpAddress, text: str) -> Iterator[tuple[bool, str, str]]:
     yield number >> 32 == 0, "an IPv4-compatible address (RFC 4291 retired them)", ""
 
 
-def parse_guest_address(field: Field) -> IpAddress:
+def parse_guest_address(field: Field) -> model.IpAddress:
     """An address that a guest may have."""
     address = parse_address(field)
-    if address in (METADATA_IPV4, METADATA_IPV6):
+    if address in (model.METADATA_IPV4, model.METADATA_IPV6):
         raise field.error(f"{address} is the metadata service's own address", "the guest's address")
     return address
 
 
-def parse_cidr(field: Field) -> IpNetwork:
+def parse_cidr(field: Field) -> model.IpNetwork:
     """A range of addresses with its prefix length and no host bits."""
     text = field.any_text()
     first, _, prefix = text.partition("/")
@@ -304,7 +296,7 @@ def _check_json(field: Field, depth: int = 0) -> None:
         raise field.error("JSON cannot carry bytes", "write text")
 
 
-def render_payload(payload: bytes | StoredBytes) -> Json:
+def render_payload(payload: bytes | model.StoredBytes) -> Json:
     """User data as text, or `{"base64": …}` where it is no UTF-8; stored bytes are fetched now."""
     raw = bytes(payload)
     try:
