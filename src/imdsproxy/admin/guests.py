@@ -166,10 +166,7 @@ class GuestService:
         pair = await self._pair(key, steps) if checks_macs(inventory, network) else None
         if owner.at != key:
             steps.append(f"router {network} leads to network {owner.at[0]}")
-        if isinstance(owner.identity, Found):
-            found = self._explain_found(key, owner.at, owner.identity, path, steps)
-        else:
-            found = self._explain_denied(key, owner.identity, owner, steps)
+        found = self._explain(key, owner, path, steps)
         served = networks_of(self.listeners.report.endpoints)
         if not (network in served if network in inventory.networks else unix.serving):
             # No listener is there: the guest gets no answer, whatever it would be.
@@ -232,13 +229,12 @@ class GuestService:
             why += f"; it knows networks and routers by their ids, and {key[0]} is no UUID"
         return _Owner(identity, key, why)
 
-    def _explain_denied(
-        self,
-        key: AddressKey,
-        identity: Unknown | Ambiguous | Mismatch,
-        owner: _Owner,
-        steps: list[str],
+    def _explain(
+        self, key: AddressKey, owner: _Owner, path: str | None, steps: list[str]
     ) -> Explanation:
+        identity = owner.identity
+        if isinstance(identity, Found):
+            return self._explain_found(key, owner.at, identity, path, steps)
         denial = owner.denial or deny(identity, in_sync=self.lookup.inventory.in_sync)
         denied = Explanation(*key, denial.value, denial.status)
         match identity:

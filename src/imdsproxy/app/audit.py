@@ -223,10 +223,11 @@ class Audit:
     async def run(
         self, listener: socket.socket, last: socket.socket, kept: Sequence[socket.socket] = ()
     ) -> None:
-        """`serve` and `serve_last`, beside one another; until cancelled."""
+        """`serve`, and beside it what workers that are being replaced send, a line a datagram; until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self.serve(listener, kept))
-            group.create_task(self.serve_last(last))
+            while True:
+                await self._write(await asyncio.get_running_loop().sock_recv(last, _CHUNK))
 
     async def serve(self, listener: socket.socket, kept: Sequence[socket.socket] = ()) -> None:
         """Take what workers send; until cancelled, and then what they have sent so far.
@@ -254,17 +255,6 @@ class Audit:
                 await asyncio.wait(list(self._workers), timeout=_LAST_S)
             for taking in list(self._workers):
                 taking.cancel()
-
-    async def serve_last(self, listener: socket.socket) -> None:
-        """Take what workers that are being replaced send, a line a datagram; until cancelled.
-
-        Args:
-            listener: For datagrams, not blocking.
-        """
-        loop = asyncio.get_running_loop()
-        while True:
-            line = await loop.sock_recv(listener, _CHUNK)
-            await self._write(line)
 
     def _begin(self, worker: _Worker) -> None:
         taking = asyncio.get_running_loop().create_task(self._take(worker))

@@ -48,7 +48,7 @@ def get(
     address: options.Address,
     *,
     include: Annotated[
-        bool, typer.Option("--include", "-i", help="Status and headers first.", show_default=False)
+        bool, typer.Option("--include", "-i", help="Status and headers first.", metavar="")
     ] = False,
 ) -> None:
     """The answer that the guest at this address would get; exit 1 from status 400 up."""

@@ -204,6 +204,7 @@ def _root(
             "--version",
             help="The version of this program.",
             show_default=False,
+            metavar="",
             is_eager=True,
             callback=_show_version,
         ),
@@ -261,9 +262,6 @@ def iterate_commands(command: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _hide_types_of_switches(command: Any) -> None:  # noqa: ANN401 - as above
-    for parameter in command.params:
-        if getattr(parameter, "is_flag", False):
-            parameter.metavar = ""
     make_help_option = command.get_help_option
 
     def help_option(context: typer.Context) -> Any:  # noqa: ANN401 - as above

@@ -80,7 +80,7 @@ def flag(
 
 def switch(name: str, help_text: str) -> OptionInfo:
     """An option without a value; `--on/--off` has two names."""
-    option: OptionInfo = typer.Option(name, help=help_text, show_default=False)
+    option: OptionInfo = typer.Option(name, help=help_text, show_default=False, metavar="")
     return option
 
 
