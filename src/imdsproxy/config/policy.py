@@ -34,7 +34,7 @@ _Mode = Annotated[Literal["off", "optional", "required"], OffIsFalse]
 def _writable(path: str) -> str:
     fault = find_path_fault(path)
     if fault is not None:
-        raise cross((), fault.reason, fault.hint)
+        raise cross((), *fault)
     return path
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, TypeAlias, TypeVar
 
@@ -66,14 +65,6 @@ PathRules: TypeAlias = tuple[tuple[str, PathWord], ...]
 """Each path once, in their order."""
 
 
-@dataclass(frozen=True, slots=True)
-class PathFault:
-    """Why no rule can be for this path, and what would be right."""
-
-    reason: str
-    hint: str
-
-
 def sort_paths(rules: Iterable[tuple[str, PathWord]]) -> PathRules:
     """The rules of a mapping."""
     return tuple(sorted(rules))
@@ -103,22 +94,22 @@ def plain_path(undone: bytes) -> bytes:
     return undone
 
 
-def find_path_fault(path: str) -> PathFault | None:
-    """Why a rule cannot be for the path; `None` where it can."""
+def find_path_fault(path: str) -> tuple[str, str] | None:
+    """Why a rule cannot be for the path, and what would be right; `None` where it can."""
     if not _WRITABLE.fullmatch(path):
         hint = _right(path, "letters, digits and ._~+,=:@- between slashes, a slash first")
-        return PathFault("is no path as rules have it", hint)
+        return "is no path as rules have it", hint
     if len(path) > _LONGEST:
-        return PathFault(f"is {len(path)} characters long", f"at most {_LONGEST}")
+        return f"is {len(path)} characters long", f"at most {_LONGEST}"
     return None if path == ROOT else _find_odd_spelling(path)
 
 
-def _find_odd_spelling(path: str) -> PathFault | None:
+def _find_odd_spelling(path: str) -> tuple[str, str] | None:
     names = path.split("/")[1:]
     if ".." in names:
-        return PathFault("leads upwards", "the path where it ends")
+        return "leads upwards", "the path where it ends"
     if covers(TOKEN_PATH, path):
-        return PathFault("is where tokens are given, which no path rule is for", "tokens: off")
+        return "is where tokens are given, which no path rule is for", "tokens: off"
     if "" in names or "." in names:
         reason = "is not spelt plainly"
     elif names[0] == "ec2":
@@ -127,7 +118,7 @@ def _find_odd_spelling(path: str) -> PathFault | None:
         reason = "names a version, and a rule is for all of them"
     else:
         return None
-    return PathFault(reason, _right(path, "a path below /latest, /openstack/latest or /nocloud"))
+    return reason, _right(path, "a path below /latest, /openstack/latest or /nocloud")
 
 
 def _right(path: str, otherwise: str) -> str:

@@ -65,14 +65,14 @@ _RIGHT = {
 def test_any_other_is_refused_and_the_right_one_is_told(path: str, right: str) -> None:
     fault = find_path_fault(path)
     assert fault is not None
-    assert fault.reason
-    assert fault.hint
+    assert fault[0]
+    assert fault[1]
     if right:
-        assert fault.hint == right
+        assert fault[1] == right
     if right.startswith("/"):
         assert find_path_fault(right) is None
     else:
-        assert not fault.hint.startswith("/")
+        assert not fault[1].startswith("/")
 
 
 _SPELT = {

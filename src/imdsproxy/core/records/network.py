@@ -39,7 +39,7 @@ def _parse_paths(field: Field) -> path_rules.PathRules | None:
 def _parse_word(field: Field, path: str) -> path_rules.PathWord:
     fault = path_rules.find_path_fault(path)
     if fault is not None:
-        raise field.error(fault.reason, fault.hint)
+        raise field.error(*fault)
     return path_rules.PathWord(field.one_of(_WORDS))
 
 
