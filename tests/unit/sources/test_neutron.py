@@ -332,7 +332,7 @@ async def test_a_network_that_invents_addresses_leaves_room_for_the_others(kept:
         # What stands for a network or router goes with its last question.
         await one.look("r", "10.0.0.5", router=True)
         queries = one.source._queries
-        assert not (queries._shares or queries._waiting or queries._asking)
+        assert not [*queries._shares, *queries._waiting, *queries._asking]
 
 
 # Kept up to date
