@@ -68,7 +68,7 @@ serve_documents:
     <document_methods>
     <plain_request(other_than_guest_headers)>
     http-request set-header <header_instance> %[<instance>]
-    http-request set-header <header_revision> %[<revision>]
+    http-request set-header <header_revision> %[var(txn.record),field(2,|)]
     http-request disable-l7-retry if !<reads>
     # Short documents are answered by a rule instead of by HAProxy's cache: an answer out of the cache is made by an
     # applet of HAProxy's and costs 17,000 instructions more than `http-request return`, and more than all that is
@@ -87,10 +87,11 @@ serve_documents:
     # The pattern is the path as programs spell it: each other spelling would be another entry.
     [keeps_short] http-request set-var(txn.short_key) path,concat(|,txn.record)
         if { method GET } { path -m reg '^/latest(?:/[A-Za-z0-9_-][A-Za-z0-9._:-]*)+\z' } <known>
-    # Lifetimes are on what depends on nothing but the record, and on nothing else.
+    # Lifetimes are on what depends on nothing but the record, and on nothing else. HAProxy writes a value letter by
+    # letter, at 30 instructions each.
     [keeps_short] http-response unset-var(txn.short_key)
         unless { status 200 } { res.fhdr(cache-control) -m found } { res.fhdr(content-type) -m str <text_plain> }
-        { res.fhdr(content-length) -m int 1:<longest_short> }
+        { res.fhdr(content-length) -m int 1:256 }
     [keeps_short] http-response wait-for-body time 2s if { var(txn.short_key) -m found }
     [keeps_short] http-response set-var(txn.length) res.fhdr(content-length),add(0) if { var(txn.short_key) -m found }
     # One line of ASCII, in hexadecimal: of bytes a pattern sees what is before the first NUL. HAProxy 3.0 encodes
@@ -157,9 +158,10 @@ backend resolver
         if { var(sess.unverified) -m found } !{ res.fhdr(<header_refused>) -m found }
     [gated] http-response del-header <header_refused>
     <hide_logged>
-    # The target is there twice, and a head that outgrows HAProxy's buffer by that would be 500.
+    # The target is there twice, and a head that outgrows HAProxy's buffer by that would be 500. A buffer has 16,384
+    # bytes, and some are HAProxy's own.
     http-request set-var(txn.header_bytes) req.hdrs,length
-    http-request return status 431 if { url,length,mul(2),add(txn.header_bytes) -m int gt <largest_head> }
+    http-request return status 431 if { url,length,mul(2),add(txn.header_bytes) -m int gt 15000 }
     http-request set-header <header_target> %[pathq]
     http-request set-header <header_target> %[var(txn.original_target)] if <rewritten>
     http-request set-header <header_scope> router if { var(sess.router) -m bool }

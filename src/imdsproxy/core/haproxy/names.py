@@ -38,18 +38,7 @@ _TOKEN_HEADERS: Final = ("x-aws-ec2-metadata-token", "x-aws-ec2-metadata-token-t
 _SHORT_PER_MB: Final = 256
 """Short documents for each MiB of the cache: with its key an entry is below 1 kB."""
 
-_LONGEST_SHORT: Final = 256
-"""Bytes of a short document. HAProxy writes a value letter by letter, at 30 instructions each."""
-
-_LARGEST_HEAD: Final = 15_000
-"""Bytes of what of a request's head goes to the resolver. A buffer has 16,384, and some are HAProxy's own."""
-
-_FORWARDING_HEADERS: Final = (
-    r"(?im)^(?:forwarded|via|origin|referer|sec-fetch-[^:]*|x-forwarded(?!-for:)[^:]*):"
-)
-_OWN_HOST: Final = r"(?i)^(?:169\.254\.169\.254|\[fe80::a9fe:a9fe(?:%[^\]]*)?\])?(?::80)?$"
-
-_CONDITIONS: Final = """
+_CONDITIONS: Final = r"""
     # The record, without the policy word.
     acl known               var(txn.record) -m sub |
     acl of_nova             var(txn.record) -m beg <map_nova>
@@ -75,8 +64,10 @@ _CONDITIONS: Final = """
     acl by_proxy            var(sess.router) -m found
     acl forwarded_for       req.fhdr_cnt(x-forwarded-for) gt 0
     # A guest's own programs send no such header: a browser or a proxy was made to ask (SSRF).
-    acl forwarding_header   req.hdrs -m reg <forwarding_headers>
-    acl own_host            req.fhdr(host) -m reg <own_host_pattern>
+    acl forwarding_header   req.hdrs -m reg
+        (?im)^(?:forwarded|via|origin|referer|sec-fetch-[^:]*|x-forwarded(?!-for:)[^:]*):
+    acl own_host            req.fhdr(host) -m reg
+        '(?i)^(?:169\.254\.169\.254|\[fe80::a9fe:a9fe(?:%[^\]]*)?\])?(?::80)?$'
     acl in_other_trees      path_beg <other_trees>
 
     # What rules have found of it.
@@ -124,14 +115,11 @@ _VALUES: Final[dict[str, Value]] = {
     # Records, and the policy word before them.
     "instance": raw("var(txn.record),field(1,|)"),
     "instance_of_nova": raw("var(txn.record),field(3,|)"),
-    "revision": raw("var(txn.record),field(2,|)"),
     "endpoint_off_word": raw(f"{POLICY_WORD}{layout.ENDPOINT.off}"),
     "only_tokens_off_word": raw(layout.ONLY_TOKENS_OFF),
     "rate_field": layout.REQUESTS_PER_S.number,
     "connection_policy_limit": raw(layout.CONNECTIONS.sample("var(sess.record),field(1,|)")),
     # Patterns and expressions.
-    "forwarding_headers": word(_FORWARDING_HEADERS),
-    "own_host_pattern": word(_OWN_HOST),
     "other_than_guest_headers": word(f"^(?!(?:{_GUEST_HEADERS})$)"),
     "other_than_guest_and_token_headers": word(
         f"^(?!(?:{_GUEST_HEADERS}|{'|'.join(_TOKEN_HEADERS)})$)"
@@ -156,8 +144,6 @@ _VALUES: Final[dict[str, Value]] = {
     "allow_methods": word(", ".join(_METHODS)),
     "other_trees": raw(" ".join(WITHIN_OTHER_TREES)),
     "text_plain": word(TEXT.decode("ascii")),
-    "longest_short": _LONGEST_SHORT,
-    "largest_head": _LARGEST_HEAD,
     "answer_tos": wire.ANSWER_DSCP << 2,
 }
 
