@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Final, Self
+from typing import Final
 
 import pytest
 
 from support.daemon import instance
-from support.guest import IPV6, Guest, Load, Lost, Reply
+from support.guest import IPV6, Background, Guest, Load, Lost, Reply
 from support.lab import batch, until
 from support.patience import patience
 from support.world import World, open_world, own
@@ -121,25 +120,14 @@ def _flooded_network(world: World, name: str) -> tuple[Guest, Guest]:
     return world.lab.guest(name, 63), known
 
 
-class _Flood:
+class _Flood(Background):
     """A guest that asks from one invented address after the other, as fast as it can."""
 
     def __init__(self, guest: Guest, addresses: list[str]) -> None:
+        super().__init__(*(partial(self._run, number) for number in range(8)))
         self._guest = guest
         self._addresses = addresses
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._run, args=(n,)) for n in range(8)]
         self.statuses: list[int] = []
-
-    def __enter__(self) -> Self:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
 
     def _run(self, number: int) -> None:
         while not self._stop.is_set():

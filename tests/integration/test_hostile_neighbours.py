@@ -7,12 +7,12 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Final, Self
+from typing import Final
 
 import pytest
 
 from support.daemon import Daemon, user_data_of
-from support.guest import Asker, Guest, Reply, take_token, with_token
+from support.guest import Asker, Background, Guest, Reply, take_token, with_token
 from support.lab import Lab, RecordMapping, ip, until
 
 pytestmark = pytest.mark.root
@@ -31,8 +31,8 @@ def _record(name: str, *numbers: int) -> RecordMapping:
     }
 
 
-@dataclass(slots=True)
-class _Moving:
+@dataclass
+class _Moving(Background):
     """An address of red's, whose it is by turns, and one who reads from it all the time.
 
     Attributes:
@@ -47,19 +47,10 @@ class _Moving:
     done: int = 0
     read: int = 0
     wrong: list[str] = field(default_factory=list)
-    _stop: threading.Event = field(default_factory=threading.Event)
-    _thread: threading.Thread | None = None
     tokens: dict[str, str] = field(default_factory=dict)
 
-    def __enter__(self) -> Self:
-        self._thread = threading.Thread(target=self._run, name=f"moving-{self.number}")
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        assert self._thread is not None
-        self._thread.join()
+    def __post_init__(self) -> None:
+        super().__init__(self._run)
 
     def owner(self, move: int) -> str:
         return f"{'ab'[move % 2]}-{self.number}"

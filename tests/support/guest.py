@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 from typing import Final, Self, TypeVar
@@ -279,7 +280,29 @@ class LoadReport:
     longest_s: float = 0.0
 
 
-class Load:
+class Background:
+    """Work in threads until the end of the `with` block, when `_stop` is set.
+
+    Args:
+        work: Of each thread.
+    """
+
+    def __init__(self, *work: Callable[[], None]) -> None:
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=one) for one in work]
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+
+class Load(Background):
     """Requests with short pauses, until the end of the `with` block.
 
     Args:
@@ -304,23 +327,8 @@ class Load:
         self._expect = expect
         self._keep_alive = keep_alive
         self._pause_s = pause_s
-        self._stop = threading.Event()
         self._lock = threading.Lock()
-        self._threads = [
-            threading.Thread(target=self._run, args=(guest,), name=f"load-{guest.name}")
-            for guest in guests
-            for _ in range(connections)
-        ]
-
-    def __enter__(self) -> Self:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
+        super().__init__(*(partial(self._run, one) for one in guests for _ in range(connections)))
 
     def wait_answers(self, number: int, *, within_s: float = 10.0) -> None:
         """Wait until so many more requests were answered."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Final, Self
 
-from support.guest import Guest, inside
+from support.guest import Background, Guest, inside
 from support.lab import batch
 
 _ETH_P_ALL: Final = 3
@@ -74,7 +73,7 @@ class Tries:
         return self.statuses.total()
 
 
-class Impostor:
+class Impostor(Background):
     """While in its `with` block, a guest has addresses of a neighbour's.
 
     Args:
@@ -86,11 +85,10 @@ class Impostor:
     """
 
     def __init__(self, guest: Guest, *addresses: str) -> None:
+        super().__init__(self._flood, self._listen)
         self.guest = guest
         self.addresses = addresses
         self.heard = bytearray()
-        self._stop = threading.Event()
-        self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Self:
         lines = [
@@ -101,18 +99,10 @@ class Impostor:
         ]
         batch(self.guest.namespace, lines)
         self._wire = inside(self.guest.namespace, self._open)
-        self._threads = [
-            threading.Thread(target=self._flood, name="flood"),
-            threading.Thread(target=self._listen, name="listen"),
-        ]
-        for thread in self._threads:
-            thread.start()
-        return self
+        return super().__enter__()
 
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
         self._wire.close()
         batch(
             self.guest.namespace,
