@@ -22,11 +22,10 @@ class Claims:
         contested: The addresses that more than one claims.
     """
 
-    __slots__ = ("_count", "_networks", "contested")
+    __slots__ = ("_networks", "contested")
 
     def __init__(self) -> None:
         self._networks: dict[NetworkId, dict[_Number, InstanceId | frozenset[InstanceId]]] = {}
-        self._count = 0
         self.contested: set[AddressKey] = set()
 
     def items(self) -> Iterator[tuple[AddressKey, InstanceId | frozenset[InstanceId]]]:
@@ -39,7 +38,7 @@ class Claims:
                     yield (network, from_number(number)), found
 
     def __len__(self) -> int:
-        return self._count
+        return sum(map(len, self._networks.values()))
 
     def of(self, key: AddressKey) -> frozenset[InstanceId]:
         """All who claim it."""
@@ -82,22 +81,17 @@ class Claims:
             self._store(key, self.of(key) | {instance})
         else:
             claims[number] = instance
-            self._count += 1
 
     def _store(self, key: AddressKey, claimants: frozenset[InstanceId]) -> None:
         network, number = key[0], to_number(key[1])
         claims = self._networks.setdefault(network, {})
-        self._count -= number in claims
+        claims.pop(number, None)
+        self.contested.discard(key)
         if len(claimants) > 1:
             claims[number] = claimants
             self.contested.add(key)
-        else:
-            self.contested.discard(key)
-            if claimants:
-                (claims[number],) = claimants
-            else:
-                claims.pop(number, None)
-        self._count += number in claims
+        elif claimants:
+            (claims[number],) = claimants
         if not claims:
             del self._networks[network]
 
