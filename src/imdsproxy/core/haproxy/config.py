@@ -30,7 +30,8 @@ global
     # HAProxy ends older workers at once, requests that they still work on included (ADR 22).
     mworker-max-reloads 20
     tune.maxrewrite 1024
-    tune.stick-counters <stick_counters>
+    # HAProxy's default is three for each request; counting of reads takes two more.
+    tune.stick-counters 5
     # Otherwise it is the host's name, which may change.
     [fair] localpeer imdsproxy
     # Hosts that were set up together would ask Nova together.

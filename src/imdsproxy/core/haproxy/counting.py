@@ -5,7 +5,7 @@ refused for it each, of the others one in so many by chance. That one goes by a 
 pay for no more than the throw (ADR 33). It counts for as many as it stands for.
 
 What a guest chooses, path and client, is cut and encoded before it becomes a key, and a guest is looked at so closely
-`CLOSE_LOOKS` times an hour: it costs half of counting, and none drives the others out of the table.
+64 times an hour: it costs half of counting, and none drives the others out of the table.
 """
 
 from __future__ import annotations
@@ -24,22 +24,10 @@ READERS_TABLE: Final = "without-token-readers"
 ONE_IN: Final = 20
 """Of so many reads one is counted where a sample is enough: of a boot, which is 100 reads, with 99.4 %."""
 
-CLOSE_LOOKS: Final = 64
-
-STICK_COUNTERS: Final = 5
-"""HAProxy's default is three for each request, which other rules use."""
-
 # The counters of an entry. A read that was chosen by chance stands for `ONE_IN`, so that sums stay right when settings
 # change; HAProxy 3.0 could add that at once, but takes no `sc-add-gpc` for a number above 2 of what it tracks.
 _ONE_BY_ONE, _BY_CHANCE, _REFUSED = range(3)
 READS_KEPT_S: Final = 7 * 86_400
-LONGEST_PATH: Final = 48
-LONGEST_CLIENT: Final = 64
-GUEST_KEY: Final = 2 * 64 + 1
-"""Letters of a network's id, an instance's, and what is between them."""
-
-READER_KEY: Final = GUEST_KEY + 3 * (LONGEST_PATH + LONGEST_CLIENT) + 2
-"""The same, and a path and a client's name, of which each encoded letter takes three."""
 
 COUNTING_RULES: Final = """
 read_operator:
@@ -85,18 +73,20 @@ track:
     http-request track-sc3 var(sess.network),concat(|,txn.instance) table without-token if <argument>
     # What is not tracked is not counted, nor is its rate below anything.
     http-request set-var-fmt(txn.reader)
-        %[var(sess.network)]|%[var(txn.instance)]|%[path,field(2,/,3),bytes(0,<longest_path>),url_enc]|%[req.fhdr(user-agent),bytes(0,<longest_client>),url_enc]
-        if { sc_gpc_rate(3,3) lt <close_looks> }
+        %[var(sess.network)]|%[var(txn.instance)]|%[path,field(2,/,3),bytes(0,48),url_enc]|%[req.fhdr(user-agent),bytes(0,64),url_enc]
+        if { sc_gpc_rate(3,3) lt 64 }
     http-request track-sc4 var(txn.reader) table without-token-readers
     http-request sc-inc-gpc(3,3) if { var(txn.reader) -m found }
 """
 
 COUNTING_TABLES: Final = """
-# Full, a table forgets who was seen longest ago; and all of it with the worker.
+# Full, a table forgets who was seen longest ago; and all of it with the worker. A key has a network's id, an
+# instance's, each of at most 64 letters, and what is between them; that of a reader also a path and a client's name, of
+# which each encoded letter takes three.
 backend without-token
-    stick-table type string len <guest_key> size 50k expire <reads_kept_s>s store gpc(4),gpc_rate(4,1h)
+    stick-table type string len 129 size 50k expire <reads_kept_s>s store gpc(4),gpc_rate(4,1h)
 backend without-token-readers
-    stick-table type string len <reader_key> size 10k expire <reads_kept_s>s store gpc(3)
+    stick-table type string len 467 size 10k expire <reads_kept_s>s store gpc(3)
 """
 
 _ODD: Final = re.compile(rb"[^\w/.+:;#()-]")

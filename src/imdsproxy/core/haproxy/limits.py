@@ -27,15 +27,10 @@ COUNTERS: Final = "fairness"
 POLICY_COUNTERS: Final = f"{COUNTERS}-by-policy"
 """The table of those whose policy has limits of their own: few, and counted in another way."""
 
-SURPLUS: Final = 32
-"""Connections over the limit that are still answered, with 503; further ones are closed."""
-
 _RESERVED: Final = 8
 """One in so many of a bind's connections is for guests that are known."""
 
 _LONGEST_WINDOW_S: Final = 3600
-BURST_S: Final = 10
-"""Seconds in which a burst that a policy allows may come."""
 
 LIMIT_RULES: Final = """
 count_connections:
@@ -59,7 +54,8 @@ count_connections:
         if { sc2_conn_cur gt <connections> } !{ var(sess.connection_limit) -m found }
     [fair] tcp-request connection set-var(sess.excess) sc2_conn_cur,sub(sess.connection_limit)
         if { var(sess.connection_limit) -m found } { sc2_conn_cur,sub(sess.connection_limit) -m int gt 0 }
-    [fair] tcp-request connection reject if { var(sess.excess) -m int gt <surplus> }
+    # So many over the limit are still answered, with 503.
+    [fair] tcp-request connection reject if { var(sess.excess) -m int gt 32 }
 count_newcomers:
     # For a frontend whose guests' addresses are not believed: one share for all of a network.
     [fair] tcp-request connection set-var(sess.newcomer_key) str(/),concat(,sess.network)
@@ -118,8 +114,9 @@ policy_share:
     # A window reaches back by its own length.
     stick-table type string len 72 size 100k expire <kept_s>s store conn_cur,gpc0_rate(<window_s>s) peers fairness
 [fair] backend fairness-by-policy
+    # A burst that a policy allows may come in ten seconds.
     stick-table type string len 72 size 100k expire <kept_s>s
-        store gpt0,gpc0_rate(<window_s>s),gpc1_rate(<burst_s>s) peers fairness
+        store gpt0,gpc0_rate(<window_s>s),gpc1_rate(10s) peers fairness
 """
 
 MOST_SHOWN: Final = 10

@@ -13,7 +13,7 @@ from typing import Final
 from imdsproxy.core import path_rules, policy, tokens, wire
 from imdsproxy.core import policy_word as layout
 from imdsproxy.core.documents.tree import TEXT
-from imdsproxy.core.haproxy import counting, limits
+from imdsproxy.core.haproxy import counting
 from imdsproxy.core.haproxy.access_rules import ACCESS_RULES
 from imdsproxy.core.haproxy.backends import BACKENDS
 from imdsproxy.core.haproxy.frontends import FRONTENDS
@@ -111,7 +111,7 @@ def _constants(*modules: ModuleType) -> dict[str, Value]:
 
 
 _VALUES: Final[dict[str, Value]] = {
-    **_constants(wire, tokens, path_rules, policy, layout, counting, limits),
+    **_constants(wire, tokens, path_rules, policy, layout, counting),
     # Records, and the policy word before them.
     "instance": raw("var(txn.record),field(1,|)"),
     "instance_of_nova": raw("var(txn.record),field(3,|)"),
