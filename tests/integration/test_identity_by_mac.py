@@ -199,7 +199,7 @@ def test_a_guest_that_takes_its_neighbour_s_address_reads_nothing(
     world.daemon.put(instances=[instance("thief", network, 66)])
     secret = user_data_of(f"{network}-5")
     with victim.connect(to=to) as kept, Impostor(thief, address) as impostor:
-        tries = impostor.try_for(1.5, _TARGET, source=address, to=to, at_least=1001)
+        tries = impostor.try_for(1.5, _TARGET, source=address, to=to, at_least=501)
         # The victim goes on asking, and its answers go where ARP says, or nowhere.
         kept.socket.settimeout(0.5)
         cut(kept)
@@ -214,7 +214,7 @@ def test_a_guest_that_takes_its_neighbour_s_address_reads_nothing(
     assert tries.bodies == set()
     assert set(tries.statuses) <= {403, 503, None}, tries.statuses
     assert tries.statuses[403] > 100, tries.statuses
-    assert tries.count > 1000, tries.statuses
+    assert tries.count > 500, tries.statuses
     is_itself_again(victim, f"{network}-5", to=to)
     assert macs(world)["mismatches"][network] >= tries.statuses[403]
 

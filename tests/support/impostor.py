@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Final, Self
 
-from support.guest import Background, Guest, inside
+from support.guest import Background, Guest, Lost, inside
 from support.lab import batch
 
 _ETH_P_ALL: Final = 3
@@ -154,34 +154,15 @@ class Impostor(Background):
         Args:
             at_least: How often, unless it takes ten times as long.
         """
-        return inside(
-            self.guest.namespace, lambda: self._try_for(seconds, target, source, to, at_least)
-        )
-
-    def _try_for(self, seconds: float, target: str, source: str, to: str, at_least: int) -> Tries:
-        tries = Tries()
-        scope = socket.if_nametoindex(self.guest.device)
-        request = f"GET {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
-        start = time.monotonic()
+        tries, start = Tries(), time.monotonic()
         while (passed := time.monotonic() - start) < seconds or (
             tries.count < at_least and passed < 10 * seconds
         ):
-            with socket.socket(socket.AF_INET6 if ":" in to else socket.AF_INET) as sock:
-                sock.settimeout(0.1)
-                answer = b""
-                with contextlib.suppress(OSError):
-                    if ":" in to:
-                        sock.bind((source, 0, 0, scope if source.startswith("fe80") else 0))
-                        sock.connect((to, 80, 0, scope))
-                    else:
-                        sock.bind((source, 0))
-                        sock.connect((to, 80))
-                    sock.sendall(request)
-                    while more := sock.recv(65_536):
-                        answer += more
-            head, _, body = answer.partition(b"\r\n\r\n")
-            status = int(head.split(b" ", 2)[1]) if head.startswith(b"HTTP/1.1 ") else None
+            status = None
+            with contextlib.suppress(Lost):
+                reply = self.guest.ask(target, to=to, source=source, timeout_s=0.1)
+                status = reply.status
+                if status == 200:
+                    tries.bodies.add(reply.body)
             tries.statuses[status] += 1
-            if status == 200:
-                tries.bodies.add(body)
         return tries
