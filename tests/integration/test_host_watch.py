@@ -22,6 +22,7 @@ from imdsproxy.core.model import (
     NetworkId,
 )
 from imdsproxy.errors import HostRefused
+from imdsproxy.host.events import LinkChange
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.listeners.observe import HostObserver
@@ -205,6 +206,9 @@ async def test_a_look_that_the_host_refuses_is_an_event_and_one_that_fails_ends_
             assert await watched.networks_of(EventKind.OVERFLOW) is None
         # The watch goes on.
         assert await watched.networks_of(EventKind.AUDIT) == {BLUE}
+        # So do events that were lost have everything looked at.
+        watched.watch._link_watch.put(LinkChange(None, "", overflow=True))
+        assert await watched.networks_of(EventKind.OVERFLOW) is None
         monkeypatch.setattr(watched.observer, "observe", None)
         server.stop()
         with pytest.raises(TypeError):

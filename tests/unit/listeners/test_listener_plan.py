@@ -98,6 +98,11 @@ def _enslaved(kind: str) -> ObservedHost:
     return _root(replace(TAP, master=9), master, addresses=(V4, V6))
 
 
+def _guest(*addresses: ObservedAddress) -> ObservedHost:
+    seen = _root(TAP, addresses=addresses).root
+    return _host(root=replace(seen, own_metadata="its SMBIOS says Amazon EC2"))
+
+
 def _socket(address: str, device: str | None = None, *, ours: bool = False) -> ListeningSocket:
     owner = SocketOwner(41, "nginx")
     return ListeningSocket(ip_address(address), 80, device, 5, owners=(owner,), ours=ours)
@@ -180,6 +185,15 @@ def test_both_addresses_of_a_namespace_are_bound_ipv6_to_its_device() -> None:
         (INTERFACE, _enslaved("vrf"), ["tap0", "tap0"], None, ""),
         (INTERFACE, _root(), [], None, "device-missing: there is no device tap0"),
         (INTERFACE, _root(_DOWN), [], None, "device-down: device tap0 is down"),
+        # What the host reads itself stays reachable, unless it has the address already.
+        (
+            INTERFACE,
+            _guest(),
+            [],
+            None,
+            "host-metadata: with 169.254.169.254 on tap0 this host woul",
+        ),
+        (INTERFACE, _guest(V4, V6), ["tap0", "tap0"], None, ""),
         (ON_BRIDGE, _root(), [], None, "device-missing: there is no bridge br0"),
         (BridgeListener("tap0"), _root(TAP), [], None, "not-a-bridge: tap0 is a plain device, not"),
         (ON_BRIDGE, _root(replace(BRIDGE, up=False)), [], None, "device-down: bridge br0 is down"),
