@@ -344,10 +344,11 @@ async def test_a_port_may_be_in_a_network_that_the_source_does_not_have(
 
 
 async def test_a_cancelled_source_leaves_no_thread_and_can_be_run_again(backing: Backing) -> None:
+    before = set(threading.enumerate())
     await fill(backing, A)
     # The event loop's own pool stays until it closes; a source's threads are named.
     async with asyncio.timeout(30):
-        while any(each.name.startswith("imdsproxy") for each in threading.enumerate()):
+        while any(one.name.startswith("imdsproxy") for one in {*threading.enumerate()} - before):
             await asyncio.sleep(0.01)
     await fill(backing, A)
 
