@@ -93,7 +93,8 @@ class Watching:
     async def _look(self) -> None:
         """Take what each worker's ring has beside what it had before."""
         try:
-            answers = await self.haproxy.master.ask_workers(f"show events {WATCH_RING}")
+            asked = self.haproxy.master.ask_workers(f"show events {WATCH_RING}")
+            answers = {worker: events async for worker, events in asked}
         except RuntimeUnavailable as error:
             structlog.get_logger().warning("requests cannot be watched", reason=error.message)
             return
@@ -154,17 +155,18 @@ class TokenCounting:
         """Read all workers' tables once; what cannot be read is read the next time."""
         async with self._lock:
             tables = (f"show table {GUESTS_TABLE}", f"show table {READERS_TABLE}")
+            workers: list[int] = []
             try:
-                answers = await self.haproxy.master.ask_workers(*tables)
+                async for worker, found in self.haproxy.master.ask_workers(*tables):
+                    workers.append(worker)
+                    if found:
+                        # At once: another worker may hang until there is no time left.
+                        rows = parse_guests(found[0]), parse_readers(found[1])
+                        self.ledger.add(worker, *rows, self.clock.now().timestamp())
             except RuntimeUnavailable as error:
                 structlog.get_logger().debug("token counts cannot be read", reason=error.message)
                 return
-            now = self.clock.now().timestamp()
-            self.ledger.keep_workers(answers)
-            for worker, found in answers.items():
-                if found:
-                    guests, readers = found
-                    self.ledger.add(worker, parse_guests(guests), parse_readers(readers), now)
+            self.ledger.keep_workers(workers)
 
     async def report(self, inventory: Inventory, policies: Callable[[], PolicyBook]) -> TokenReport:
         """Who still reads without session tokens, and which trees required tokens leave open."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import AsyncIterator, Collection
 from pathlib import Path
 from typing import Final
 
@@ -120,20 +120,19 @@ class MasterClient:
             raise WorkerEnded(str(worker))
         return answer
 
-    async def ask_workers(self, *commands: str) -> dict[int, list[str]]:
-        """Every worker's answers, draining ones too, and those of a reload that we did not order.
+    async def ask_workers(self, *commands: str) -> AsyncIterator[tuple[int, list[str]]]:
+        """Each worker and its answers, as they come; of draining ones too, and those of a reload that we did not order.
 
         One that does not answer has none: it ends, or HAProxy does, and the next look shows which.
 
         Raises:
             RuntimeUnavailable: The master does not answer.
         """
-        answers: dict[int, list[str]] = {}
         for worker in (await self.read_processes()).workers:
-            answers[worker] = []
+            answers: list[str] = []
             with contextlib.suppress(WorkerEnded, RuntimeUnavailable):
-                answers[worker] = [await self.send(worker, command) for command in commands]
-        return answers
+                answers = [await self.send(worker, command) for command in commands]
+            yield worker, answers
 
     async def send_upsert(self, worker: int, path: str, key: str, value: str) -> None:
         """Give a key its value, whether the map has it or not.

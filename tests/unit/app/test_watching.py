@@ -5,16 +5,18 @@ import json
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
 
 from imdsproxy.app import watching as module
-from imdsproxy.app.watching import Watching
+from imdsproxy.app.watching import TokenCounting, Watching
 from imdsproxy.core.haproxy.runtime import Processes
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.master import MasterClient, WorkerEnded
 from imdsproxy.errors import RuntimeUnavailable
+from support.hand_clock import HandClock
 
 
 def line(number: int, *, network: str = "blue", instance: str = "vm-1") -> str:
@@ -139,3 +141,24 @@ async def test_haproxy_stops_reporting_when_there_is_no_watcher_any_more(
     assert not world.watching.wanted
     await world.watching.read(None)
     assert world.applied[:3] == [True, False, True]
+
+
+class CountingMaster(FakeMaster):
+    """Worker 1 answers, and worker 2, which drains, hangs."""
+
+    async def send(self, worker: int, command: str) -> str:
+        if worker == 2:
+            await asyncio.Event().wait()
+        key = "blue|vm-1||" if "readers" in command else "blue|vm-1"
+        return f"0x55d8: key={key} use=0 exp=604740000 shard=0 gpc0=5 gpc1=0 gpc2=2"
+
+
+async def test_what_a_worker_has_counted_is_kept_over_a_reload_where_another_one_hangs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_BEFORE_RELOAD_S", 0.05)
+    haproxy = SimpleNamespace(master=CountingMaster({1: [], 2: []}), before_reload=[])
+    counting = TokenCounting(cast("Haproxy", haproxy), HandClock(), lambda: 1)
+    for look in haproxy.before_reload:
+        await look()
+    assert (counting.ledger.read["blue"], counting.ledger.refused["blue"]) == (5, 2)
