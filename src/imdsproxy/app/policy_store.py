@@ -5,7 +5,6 @@ What operators did is on disk before it counts, and outlives every restart.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ from imdsproxy.config.schema import Settings
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.policy import OperatorOverride, PolicyBook
-from imdsproxy.errors import HostRefused, refusing
+from imdsproxy.errors import HostRefused
 from imdsproxy.host.files import write_atomic
 
 _FORMAT: Final = 1
@@ -29,11 +28,12 @@ def read_overrides(path: Path) -> Mapping[str, OperatorOverride]:
     Raises:
         HostRefused: It cannot be read, or is damaged.
     """
-    data = None
-    with refusing(f"read {path}"), contextlib.suppress(FileNotFoundError):
+    try:
         data = path.read_bytes()
-    if data is None:
+    except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise HostRefused(f"cannot read {path}: {error.strerror}") from error
     try:
         return _parse(data.decode())
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.app.policy_store import PolicyStore
+from imdsproxy.app.policy_store import PolicyStore, read_overrides
 from imdsproxy.app.token_keys import TokenKeys
 from imdsproxy.config.schema import Settings
 from imdsproxy.core.model import InstanceId
@@ -72,7 +72,14 @@ def test_a_damaged_file_is_refused_by_name_with_what_helps(tmp_path: Path, data:
     assert refused.value.exit_status == 71
 
 
-def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "guards.json").mkdir()
-    with pytest.raises(HostRefused, match=r"cannot read .*guards\.json"):
-        _open(tmp_path)
+@pytest.mark.parametrize("error", [IsADirectoryError, PermissionError])
+def test_a_file_that_cannot_be_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[OSError]
+) -> None:
+    def refuse(_: Path) -> bytes:
+        raise error(1, "no")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(HostRefused, match=r"^cannot read .*guards\.json: no$") as refused:
+        read_overrides(tmp_path / "guards.json")
+    assert refused.value.exit_status == 71
