@@ -148,7 +148,7 @@ class Companion:
 
     async def run(self) -> None:
         """Keep it running until cancelled; or see that it does not, where it is not needed."""
-        backoff = Backoff(0.1, 5.0)
+        backoff, ended = Backoff(0.1, 5.0), 0
         while True:
             try:
                 pid = await self.ensure()
@@ -162,8 +162,9 @@ class Companion:
             backoff.succeed()
             if pid is None:
                 return
+            self.restarts += ended
+            ended = 1
             await self._watch(pid)
-            self.restarts += 1
             structlog.get_logger().error("document server ended", pid=pid)
 
     async def _watch(self, pid: int) -> None:
