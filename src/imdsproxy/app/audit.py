@@ -328,8 +328,9 @@ class Audit:
         if self._sink is None or self._named != destination:
             if self._sink is not None:
                 self._sink.close()
-            self._named = destination
+            # What cannot be opened is tried again: lines go to no other place meanwhile.
             self._sink = JournalSink() if destination == _JOURNAL else FileSink(Path(destination))
+            self._named = destination
         try:
             self._sink.write(lines)
         finally:

@@ -94,6 +94,30 @@ async def test_the_destination_may_change_and_what_was_sent_before_the_end_is_wr
         worker.send(LINE)
 
 
+async def test_a_journal_that_cannot_be_opened_is_tried_again_and_the_file_of_before_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_AGAIN_S", 0.05)
+    tries: list[Path] = []
+
+    def open_journal() -> FileSink:
+        tries.append(tmp_path / "journal")
+        if len(tries) < 3:
+            raise OSError(errno.EMFILE, "too many open files")
+        return FileSink(tries[0])
+
+    monkeypatch.setattr(module, "JournalSink", open_journal)
+    settings = into(tmp_path / "one")
+    async with serving(Audit(lambda: settings), tmp_path / "s"):
+        with connect(tmp_path / "s") as worker:
+            worker.send(LINE)
+            await until(lambda: content(tmp_path / "one") == LINE)
+            settings = AuditSettings(mode="all", destination="journal")
+            worker.send(LINE * 2)
+            await until(lambda: content(tmp_path / "journal") == LINE * 2)
+    assert content(tmp_path / "one") == LINE
+
+
 async def test_a_place_that_cannot_be_written_is_reported_before_a_line_comes_and_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
