@@ -202,11 +202,12 @@ def test_a_held_request_is_answered_however_often_haproxy_reloads_meanwhile(worl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(("number", "host"), [(signal.SIGKILL, 68), (signal.SIGSTOP, 69)])
 def test_without_a_controller_an_unknown_address_is_to_come_again_also_one_that_is_held(
-    world: World, number: signal.Signals
+    world: World, number: signal.Signals, host: int
 ) -> None:
-    stranger, held = world.lab.guest("red", 65), world.lab.guest("red", 68)
+    # Each address is held once in a minute.
+    stranger, held = world.lab.guest("red", 65), world.lab.guest("red", host)
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(lambda: held.ask(_TARGET, timeout_s=15))
         time.sleep(0.5)
