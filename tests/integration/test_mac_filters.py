@@ -87,7 +87,8 @@ class Rig:
         """A mac_filter that lets these through."""
         name = self.mac_filter.network
         assert await self.kernel.open([self.mac_filter]) == {name: None}
-        assert await self.kernel.fill([(self.mac_filter, {}, pairs)], busy={name}) == {name: None}
+        filled = await self.kernel.fill([(self.mac_filter, {}, pairs)], fresh={name}, busy={name})
+        assert filled == {name: None}
 
     def connect(self) -> socket.socket:
         made = inside(self.guest, socket.socket)
@@ -304,14 +305,19 @@ async def test_a_port_that_another_guest_uses_again_is_answered_to_that_one(rig:
     assert await rig.kernel.sender(rig.mac_filter, ip_address(_ADDRESS), used[1]) == _OTHER
 
 
-@pytest.mark.parametrize("others", [0, 100])
+@pytest.mark.parametrize(("others", "adopted"), [(0, False), (100, False), (0, True)])
 async def test_who_gets_a_pair_is_answered_though_the_host_takes_its_address_for_another_s(
-    rig: Rig, others: int
+    rig: Rig, others: int, *, adopted: bool
 ) -> None:
-    await rig.have({})
+    before = {ip_address(_ADDRESS): _OTHER} if adopted else {}
+    await rig.have(before)
     _believe(rig, _OTHER)
     many = {ip_address(0x0A010000 + number): _OTHER for number in range(others)}
-    await rig.kernel.grant(rig.mac_filter, rig.pair | many)
+    if adopted:
+        change = (rig.mac_filter, before, rig.pair)
+        assert await rig.kernel.fill([change], fresh=(), busy=()) == {rig.mac_filter.network: None}
+    else:
+        await rig.kernel.grant(rig.mac_filter, rig.pair | many)
     assert rig.mac in _believed(rig)
     with rig.connect() as connection:
         assert _ask(connection) == b"v"

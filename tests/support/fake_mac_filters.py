@@ -63,9 +63,14 @@ class FakeMacFilters(KernelMacFilters):
         return found
 
     async def fill(
-        self, changes: Iterable[FilterChange], *, busy: Collection[NetworkId]
+        self,
+        changes: Iterable[FilterChange],
+        *,
+        fresh: Collection[NetworkId],
+        busy: Collection[NetworkId],
     ) -> dict[NetworkId, DataplaneError | None]:
         self.busy.append(frozenset(busy))
+        assert frozenset(busy) <= frozenset(fresh)
         found: dict[NetworkId, DataplaneError | None] = {}
         for one, gone, come in changes:
             await asyncio.sleep(0)
@@ -132,7 +137,7 @@ class FakeHopLimits(KernelHopLimits):
 
     Attributes:
         refuses: Where it cannot be created.
-        watch: Called after each creation.
+        watch: Called after each creation, and before a removal.
     """
 
     table: str = "td-hops"
@@ -153,6 +158,7 @@ class FakeHopLimits(KernelHopLimits):
         return frozenset(self.there)
 
     async def close(self, places: Collection[Sequence[str | None]]) -> None:
+        self.watch()
         names = {name for name, _ in places}
         self.there = {one for one in self.there if (one and one.name) not in names}
 

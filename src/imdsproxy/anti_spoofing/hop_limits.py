@@ -7,6 +7,7 @@ removes it where it is no longer needed.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -43,6 +44,7 @@ class HopLimits:
     _promised: frozenset[NetworkId] = _NONE
     _open: frozenset[HopPlace] = frozenset()
     _suspect: bool = False
+    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def problems(self) -> tuple[Problem, ...]:
@@ -185,16 +187,23 @@ class HopLimits:
         kept = {network: some for network, some in places.items() if network in needed}
         gone = {name for some in places.values() for name in some}
         gone -= {name for some in kept.values() for name in some}
-        await self.kernel.close([(name, self.kernel.table) for name in gone])
-        self._open = frozenset(one for one in self._open if _name(one) not in gone)
+        # Before it is removed: a record that comes meanwhile must not rely on it.
         self._armed &= kept.keys()
+        async with self._lock:
+            await self.kernel.close([(name, self.kernel.table) for name in gone])
+            self._open = frozenset(one for one in self._open if _name(one) not in gone)
         self.journal.store(kept)
 
-    def lost(self, table: str) -> None:
-        """A table of this name (empty: any) was removed, perhaps by us: look at all of ours."""
+    async def lost(self, table: str) -> None:
+        """A table of this name (empty: any) was removed, perhaps by us: create ours again, and look at all of it.
+
+        At once: the listener loop may wait for HAProxy, and answers have no limit meanwhile.
+        """
         if table in ("", self.kernel.table) and self._open:
             self._suspect = True
             self.on_need(self._armed)
+            async with self._lock:
+                await self.kernel.open(self._open)
 
 
 def _name(place: HopPlace) -> str | None:

@@ -149,12 +149,17 @@ class KernelMacFilters(_Tables):
         )
 
     async def fill(
-        self, changes: Iterable[FilterChange], *, busy: Collection[NetworkId]
+        self,
+        changes: Iterable[FilterChange],
+        *,
+        fresh: Collection[NetworkId],
+        busy: Collection[NetworkId],
     ) -> dict[NetworkId, DataplaneError | None]:
         """Change the pairs of many filters.
 
         Args:
             changes: Of each filter.
+            fresh: Networks whose filter was created just now: in others, addresses may have another guest by now.
             busy: Networks that HAProxy listened in before there was a filter: connections that are open there go on
                 as they began.
         """
@@ -163,7 +168,14 @@ class KernelMacFilters(_Tables):
                 one.network: (
                     one.namespace,
                     _action(one),
-                    partial(_fill, one, gone, come, busy=one.network in busy),
+                    partial(
+                        _fill,
+                        one,
+                        gone,
+                        come,
+                        busy=one.network in busy,
+                        fresh=one.network in fresh,
+                    ),
                 )
                 for one, gone, come in changes
             }
@@ -185,16 +197,7 @@ class KernelMacFilters(_Tables):
             TableGone: There is no such filter.
             HostRefused: The kernel refuses.
         """
-
-        def add() -> None:
-            _fill(one, {}, pairs)
-            # Where another guest had the address, the kernel would look for that one, for up to a minute.
-            macs = {address: mac for address, mac in pairs.items() if mac != ANY_MAC}
-            with NetlinkSocket() as route:
-                for _, index in one.devices:
-                    correct_neighbours(route, index, macs)
-
-        await self._change(one, add)
+        await self._change(one, partial(_fill, one, {}, pairs))
 
     async def bind_answers(
         self, one: MacFilter, address: IpAddress, port: int, mac: MacAddress
@@ -328,7 +331,9 @@ def _open(one: MacFilter) -> PairMap | None:
         )
 
 
-def _fill(one: MacFilter, gone: PairMap, come: PairMap, *, busy: bool = False) -> None:
+def _fill(
+    one: MacFilter, gone: PairMap, come: PairMap, *, busy: bool = False, fresh: bool = False
+) -> None:
     batch = Batch(one.table)
     if busy:
         with NetlinkSocket(SOCK_DIAG) as diagnosis:
@@ -346,6 +351,12 @@ def _fill(one: MacFilter, gone: PairMap, come: PairMap, *, busy: bool = False) -
     if gone:
         # Their answers are dropped now, and nothing may be sent again to the next guest that has the address.
         end_connections(VERIFIED_PORT, frozenset(gone))
+    macs = {address: mac for address, mac in come.items() if mac != ANY_MAC}
+    if macs and not fresh:
+        # Where another guest had the address, the kernel would look for that one, for up to a minute.
+        with NetlinkSocket() as route:
+            for _, index in one.devices:
+                correct_neighbours(route, index, macs)
 
 
 def _elements(pairs: PairMap) -> dict[str, list[bytes]]:

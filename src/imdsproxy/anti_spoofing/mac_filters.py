@@ -205,7 +205,7 @@ class MacFilters:
                 if name in plan.filters
             ]
             self._found = {}
-            filled = await self.kernel.fill(changes, busy=self._busy & empty)
+            filled = await self.kernel.fill(changes, fresh=empty, busy=self._busy & empty)
             for network, error in filled.items():
                 if error is None:
                     self._full.add(network)

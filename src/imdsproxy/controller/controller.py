@@ -278,7 +278,7 @@ class Controller:
         async with watch_tables(self._tables) as removals:
             async for table in removals:
                 self.mac_filters.lost(table)
-                self.hop_limits.lost(table)
+                await self.hop_limits.lost(table)
 
     async def _expire(self) -> None:
         """Withdraw pairs of addresses that have no owner any more."""

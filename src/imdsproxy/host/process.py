@@ -91,7 +91,9 @@ def read_rests(pid: int, proc: Path = PROC) -> int | None:
 
 def command_name(pid: int, proc: Path = PROC) -> str:
     """The short name of a process; `?` where there is none, or we may not look."""
-    return _read(pid, "comm", proc).rstrip("\n") or "?"
+    # Any process may give itself a name that is no UTF-8.
+    name = os.fsencode(_read(pid, "comm", proc)).decode(errors="replace")
+    return name.rstrip("\n") or "?"
 
 
 def read_arguments(pid: int, proc: Path = PROC) -> tuple[str, ...]:

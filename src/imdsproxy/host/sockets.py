@@ -215,16 +215,16 @@ class SocketOwners:
         for pid in our_pids if not self._ours.keys() >= set(inodes) else ():
             self._ours.update({one: pid for one, _ in open_sockets(pid, self._proc)})
         foreign = set(inodes) - self._ours.keys()
-        self._foreign = {inode: self._still_held(inode) for inode in foreign}
-        self._searches = Counter({one: self._searches[one] for one in foreign})
+        # Others are kept: they are looked at in turn, some networks at a time.
+        self._foreign.update({inode: self._still_held(inode) for inode in foreign})
         missing = {
             one for one in foreign if not self._foreign[one] and self._searches[one] < _SEARCHES
         }
-        self._searches.update(missing)
         for pid in [int(one.name) for one in self._proc.glob("[0-9]*")] if missing else ():
             for inode, path in open_sockets(pid, self._proc):
                 if inode in missing:
                     self._foreign[inode][pid] = path
+        self._searches.update(one for one in missing if not self._foreign[one])
         return {
             one: tuple(sorted(self._foreign[one])) if one in foreign else (self._ours[one],)
             for one in inodes

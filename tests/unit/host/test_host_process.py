@@ -16,6 +16,7 @@ from imdsproxy.host.process import (
     Doubt,
     ProcessHandle,
     ProcessStat,
+    command_name,
     open_process,
     read_arguments,
     read_rests,
@@ -171,6 +172,8 @@ def test_a_process_is_read_whatever_its_name_is(tmp_path: Path, name: str) -> No
     assert read_stat(12, tmp_path) == _stat("S", 42)
     assert read_rests(12, tmp_path) == 345
     assert read_arguments(12, tmp_path) == ("a", "b c")
+    (process / "comm").write_bytes(b"e\xff\n")
+    assert command_name(12, tmp_path) == "e\ufffd"
     (process / "stat").write_text(stat.replace(") S ", ") Z "))
     assert read_stat(12, tmp_path) is None
     assert (read_stat(13, tmp_path), read_rests(13, tmp_path)) == (None, None)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -206,3 +207,19 @@ def test_a_haproxy_with_our_configuration_is_ours_before_its_pids_are_known(
 
     assert found[55].ours == ours
     assert [owner.pid for owner in found[55].owners] == [4711]
+
+
+def test_a_holder_is_known_on_while_other_sockets_are_looked_at(tmp_path: Path) -> None:
+    owners, other = SocketOwners(tmp_path), replace(_SOCKET, inode=56)
+    for pid, inode in ((20, 55), (30, 56)):
+        (tmp_path / str(pid) / "fd").mkdir(parents=True)
+        (tmp_path / str(pid) / "fd/3").symlink_to(f"socket:[{inode}]")
+    for one in (_SOCKET, other):
+        owners.resolve([one], ())
+    # A look at all processes would find this one too.
+    (tmp_path / "21/fd").mkdir(parents=True)
+    (tmp_path / "21/fd/3").symlink_to("socket:[55]")
+
+    (owner,) = owners.resolve([_SOCKET], ())[55].owners
+
+    assert owner.pid == 20
