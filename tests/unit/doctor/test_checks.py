@@ -290,3 +290,13 @@ def test_silence_on_one_path_is_found_and_is_less_below_a_leaf(
     finding = found(Odd(instead={path: Unanswered("nothing", timed_out=timed_out)}))["no-answer"]
     assert (finding.severity, finding.paths) == (severity, (path,))
     assert client in finding.clients[0]
+
+
+def test_without_an_answer_at_the_root_nothing_is_found_about_versions() -> None:
+    old = server({"/2009-04-04/meta-data/instance-id": None})
+
+    def fetch(ask: Ask) -> Answered:
+        return Unanswered("nothing") if ask.path == "/" else old.fetch(ask)
+
+    findings = examine(crawl(fetch, direct=True), NOWHERE)
+    assert {one.code for one in findings} == {"no-answer"}

@@ -152,7 +152,9 @@ def _region(crawl: Crawl) -> Iterator[Finding]:
 
 def _versions(crawl: Crawl) -> Iterator[Finding]:
     root = crawl.answer("/")
-    if root and not (root.ok and _OLD in root.text.split()):
+    if root is None:
+        return
+    if not root.ok or _OLD not in root.text.split():
         yield found("root-versions", "/", old=_OLD, status=root.status)
     path = f"/{_OLD}/meta-data/instance-id"
     old = crawl.answer(path)
