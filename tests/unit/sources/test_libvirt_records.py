@@ -227,6 +227,18 @@ def test_a_domain_keeps_its_record_when_its_element_breaks_or_another_claims_the
     assert found.place_of(type(instance)("nobody")) is None
 
 
+def test_a_domain_that_cannot_be_parsed_any_more_keeps_its_record_and_the_network_that_it_is_in() -> (
+    None
+):
+    domain = web("", ("bridge=br0", MAC))
+    found = known([domain], [BRIDGED])
+    before = dict(found.instances)
+    update(found, [domain.partition("<devices>")[0]], [BRIDGED])
+    assert found.problems
+    assert found.instances == before
+    assert found.implied == {"br0"}
+
+
 def test_guests_on_a_bridge_of_the_hosts_are_in_one_network_that_the_operator_adds() -> None:
     domain = web("", ("network=lan", MAC), ("bridge=br0", "52:54:00:00:00:06"))
     found = known([domain], [BRIDGED])

@@ -82,6 +82,8 @@ class LibvirtKnown:
         self.networks: Mapping[NetworkId, Network] = {}
         self._selection = selection
         self._domains: dict[str, Domain | Refused] = {}
+        # As they were last read, for the networks of those that cannot be read now.
+        self._read: dict[str, Domain] = {}
         self._described: dict[str, LibvirtNetwork] = {}
         self._leases: dict[tuple[str, str], list[Json]] = {}
         self._network_problems: tuple[Problem, ...] = ()
@@ -97,8 +99,7 @@ class LibvirtKnown:
         """Networks that ports are in without a record: inactive ones, and bridges that are the operator's."""
         return frozenset(
             network
-            for domain in self._domains.values()
-            if isinstance(domain, Domain)
+            for domain in self._read.values()
             for interface in domain.interfaces
             if interface.network is None or interface.network in self._described
             if (network := self._network_of(interface)) is not None and network not in self.networks
@@ -135,8 +136,11 @@ class LibvirtKnown:
         for uuid, domain in domains.items():
             if domain is None:
                 self._domains.pop(uuid, None)
+                self._read.pop(uuid, None)
             else:
                 self._domains[uuid] = domain
+            if isinstance(domain, Domain):
+                self._read[uuid] = domain
         stale = self._domains if self._described != described else {}
         for uuid in sorted({*stale, *domains}):
             self._derive(uuid)
@@ -216,5 +220,5 @@ class LibvirtKnown:
         return NetworkId(found) if found and selected and _NETWORK_ID.fullmatch(found) else None
 
     def _where(self, entry: Entry[Instance]) -> tuple[Path, str | None]:
-        domain = self._domains.get(entry.file)
-        return ("instance",), domain.place if isinstance(domain, Domain) else None
+        domain = self._read.get(entry.file)
+        return ("instance",), None if domain is None else domain.place
