@@ -280,6 +280,32 @@ async def test_a_hundred_misses_of_one_address_are_one_query(kept: Path) -> None
         assert one.source.figures.look_ups["coalesced"] == 99
 
 
+async def test_all_behind_a_router_wait_for_one_question_about_its_networks(kept: Path) -> None:
+    async with rig(kept, _A) as one:
+        looks = [one.look("r", f"10.0.0.{number}", router=True) for number in range(40)]
+        assert await asyncio.gather(*looks) == [_MISSING] * 40
+        assert one.asked == 1
+
+
+async def test_guests_behind_a_router_do_not_wait_for_all_that_is_asked_again(kept: Path) -> None:
+    guests = [neutron_port(f"p-{each:03}", "n1", f"10.0.1.{each}") for each in range(200)]
+    settings = NeutronSourceSettings(max_queries=2)
+    async with rig(kept, router_port("r-1", "n1", "r"), *guests, settings=settings) as one:
+        for number in range(200):
+            await one.look("r", f"10.0.1.{number}", router=True)
+        await one.pass_time(8)
+        one.neutron.queries.clear()
+        one.neutron.open.clear()
+        refreshing = asyncio.create_task(one.pass_time(2))
+        await asyncio.sleep(0.02)
+        look = asyncio.create_task(one.look("r", "10.0.2.1", router=True))
+        await asyncio.sleep(0.02)
+        assert [bool(query.devices) for query in one.neutron.queries] == [False, True]
+        one.neutron.open.set()
+        assert await look == _MISSING
+        await refreshing
+
+
 @pytest.mark.parametrize(("ttl", "believed"), [(3.0, 1), (0.0, 0)])
 async def test_a_negative_answer_is_believed_for_seconds(
     kept: Path, ttl: float, believed: int
@@ -413,6 +439,10 @@ async def test_a_negative_answer_is_not_believed_of_a_neutron_that_has_just_come
         hidden = one.neutron.ports_by_id.pop("p-a")
         await one.pass_time(3)
         assert isinstance(await one.look("n1", "10.0.0.5"), LookUpUnavailable)
+        # One that it shows may be the one without an instance, beside the guest's.
+        one.neutron.put(neutron_port("p-x", "n1", "10.0.0.5", device=""))
+        assert isinstance(await one.look("n1", "10.0.0.5"), LookUpUnavailable)
+        one.neutron.remove("p-x")
         one.neutron.put(hidden)
         assert await one.look("n1", "10.0.0.5") == _FOUND_A
         await one.pass_time(3)

@@ -92,6 +92,11 @@ class Queries:
         return self.outage is None or due
 
     @property
+    def per_share(self) -> int:
+        """Queries that one share may have on their way."""
+        return max(1, self.settings.max_queries // 2)
+
+    @property
     def settling(self) -> bool:
         """An outage has just ended: ports that Neutron omits now may appear in a moment."""
         return self.clock.monotonic() - self.steady < _SETTLES_S
@@ -110,9 +115,8 @@ class Queries:
             SourceUnavailable: Neutron does not answer, now or since a moment ago, or the share is full.
         """
         self._refuse_in_outage()
-        per_share = max(1, self.settings.max_queries // 2)
-        slots = self._shares.setdefault(share, asyncio.Semaphore(per_share))
-        if share is not None and self._waiting[share] >= per_share + _MAX_WAITING:
+        slots = self._shares.setdefault(share, asyncio.Semaphore(self.per_share))
+        if share is not None and self._waiting[share] >= self.per_share + _MAX_WAITING:
             raise SourceUnavailable("too many questions about this network are waiting for Neutron")
         self._waiting[share] += 1
         try:
@@ -197,13 +201,12 @@ class Queries:
         Raises:
             SourceUnavailable: As `ask`.
         """
-        # Who waits for another's question takes its answer.
+        before = self._routers.get(router)
         async with self._asking.setdefault(router, asyncio.Lock()):
             known = self._routers.get(router)
-            if (
-                known is not None
-                and self.clock.monotonic() - known[1] < self.settings.refresh_s / 2
-            ):
+            # Who waits for another's question takes its answer, whatever it is. Later, one without any network is not
+            # believed: it may be of a Neutron that has just started, and omits ports.
+            if known is not None and (known is not before or (known[0] and self._is_fresh(known))):
                 return known
             query = PortQuery(devices=(router,), owners=ROUTER_OWNERS)
             ports, asked = await self.ask(query, share)
@@ -212,10 +215,15 @@ class Queries:
                 for port in ports
                 if port.device == router and port.owner in ROUTER_OWNERS
             }
-            if joined:
-                # A router without any may be a Neutron that has just started, and omits ports.
-                self._routers[router] = sorted(joined), asked
-            return sorted(joined), asked
+            answer = self._routers[router] = sorted(joined), asked
+            return answer
+
+    def forget_old(self) -> None:
+        """Forget routers' networks that are not believed any more."""
+        self._routers = {key: one for key, one in self._routers.items() if self._is_fresh(one)}
+
+    def _is_fresh(self, joined: Answer[list[NetworkId]]) -> bool:
+        return self.clock.monotonic() - joined[1] < self.settings.refresh_s / 2
 
 
 def chunks(values: Sequence[_T], size: int) -> list[tuple[_T, ...]]:

@@ -255,7 +255,7 @@ class NeutronSource:
         if found is not None:
             return found
         self._report()
-        if self._queries.settling and not ports:
+        if self._queries.settling:
             return LookUpUnavailable("Neutron has just come back, and may not show all ports yet")
         return PortMissing()
 
@@ -274,6 +274,7 @@ class NeutronSource:
             # During an outage Neutron's last answers stay in force.
             self._known.expire(now, self._settings.aside_s)
         self._negative = {key: each for key, each in self._negative.items() if each[1] > now}
+        self._queries.forget_old()
         if self._queries.may_ask:
             asked = await self._refresh(now - max(0.0, self._settings.refresh_s - _TICK_S))
             if not asked and (self._queries.outage is not None or not self._queries.results):
@@ -292,19 +293,23 @@ class NeutronSource:
         for (router, address), route in self._known.routes.items():
             if route.confirmed <= before:
                 behind.setdefault(router, []).append(address)
+        # Guests wait for what is asked about their router: only what can be asked at once may begin.
+        slots = asyncio.Semaphore(self._queries.per_share)
+
+        async def attempt(work: Callable[..., Awaitable[None]], *what: object) -> None:
+            # The outage has been noted, or was already.
+            with contextlib.suppress(SourceUnavailable):
+                async with slots:
+                    await work(*what)
+                self._report()
+
         async with asyncio.TaskGroup() as group:
             for ids in ports:
-                group.create_task(self._try(self._refresh_ports, ids))
+                group.create_task(attempt(self._refresh_ports, ids))
             for router, addresses in behind.items():
                 for some in chunks(addresses, MAX_VALUES):
-                    group.create_task(self._try(self._refresh_routes, router, some))
+                    group.create_task(attempt(self._refresh_routes, router, some))
         return bool(ports or behind)
-
-    async def _try(self, work: Callable[..., Awaitable[None]], *what: object) -> None:
-        # The outage has been noted, or was already.
-        with contextlib.suppress(SourceUnavailable):
-            await work(*what)
-            self._report()
 
     def _due_ports(self, before: float) -> list[tuple[str, ...]]:
         """Ids in parts, each with the port that was seen last: its presence confirms that an answer is whole."""
