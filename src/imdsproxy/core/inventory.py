@@ -25,8 +25,9 @@ from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from ipaddress import IPv6Address
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from imdsproxy.core.addresses import from_number, link_local_of, to_number
 from imdsproxy.core.claims import Claims, address_keys, agreed, distinct, without_vaguer
@@ -49,6 +50,8 @@ from imdsproxy.core.observation import (
 )
 from imdsproxy.core.packed import PackedInstances
 from imdsproxy.errors import Problem
+
+_LINK_LOCAL: Final = to_number(IPv6Address("fe80::"))
 
 _K = TypeVar("_K", bound=Hashable)
 _V = TypeVar("_V")
@@ -161,9 +164,10 @@ class Inventory:
 
     def carries_macs(self, network: NetworkId) -> bool:
         """Whether any port in the network has a MAC."""
+        # Each MAC claims its link-local address: only who claims one is unpacked.
         versions = (
             version
-            for instance in self._addresses.within(network)
+            for instance in self._addresses.within(network, _LINK_LOCAL)
             for version in self._versions(instance)
         )
         return any(
