@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from support.audit_log import AuditLog, order_audit
 from support.lab import until
 from support.world import World, own
 
@@ -81,6 +82,17 @@ def test_each_guests_requests_are_shown_with_who_asks_and_who_answered(world: Wo
         unknown = {"address": stranger.addresses[0], "instance": None, "status": 404}
         until(lambda: watcher.saw(**unknown, answered_by="resolver"))
         assert not watcher.saw(missed=True)
+
+
+def test_it_goes_on_over_a_reload_and_beside_the_audit_log(world: World) -> None:
+    with watching(world) as watcher:
+        log = AuditLog(world.daemon)
+        order_audit(world, "all")
+        world.reload()
+        path = "/latest/meta-data/after-the-reload"
+        world.red.ask(path)
+        until(lambda: watcher.saw(path=path, network="red", instance="red-5"))
+        log.wait(path=path, network="red", instance="red-5")
 
 
 def test_haproxy_tells_no_more_when_the_watcher_was_killed(world: World) -> None:

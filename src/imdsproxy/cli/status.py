@@ -13,6 +13,7 @@ from imdsproxy.cli.output import (
     MOST_SHOWN,
     Output,
     Shape,
+    clean,
     clean_all,
     count_more,
     first_lines,
@@ -32,7 +33,7 @@ def status(
 ) -> None:
     """Networks, instances, sources, HAProxy, and everything that is wrong."""
     report = run.daemon().get("/v1/status")
-    run.output.answer(report, lambda output, _: _show_status(output, clean_all(report)))
+    run.output.answer(report, _show_status)
     readiness = report["readiness"]
     if check and not readiness["ready"]:
         raise typer.Exit(NO)
@@ -40,7 +41,8 @@ def status(
         raise typer.Exit(NOT_IN_FORCE)
 
 
-def _show_status(output: Output, report: Shape) -> None:
+def _show_status(output: Output, answer: Shape) -> None:
+    report = clean_all(answer)
     output.facts({name: "\n".join(lines) or None for name, lines in _facts(report)})
     output.text("")
     output.table(
@@ -90,7 +92,7 @@ def _show_status(output: Output, report: Shape) -> None:
     )
     output.table(left_out, apart=True, keep=("NOT SERVED", "CODE"))
     output.styled(*count_more(len(report["left_out"])))
-    _show_problems(output, report)
+    _show_problems(output, answer)
 
 
 def _facts(report: Shape) -> Iterator[tuple[str, list[str]]]:
@@ -179,10 +181,11 @@ def _show_problems(output: Output, report: Shape) -> None:
     )
     if warnings := report.get("warnings"):
         output.styled("", "[bold yellow]names that guests see otherwise, or not at all[/]")
-        output.styled(*(f"  {one}" for one in warnings))
+        output.styled(*(f"  {clean(one)}" for one in warnings))
     if count := sum(map(len, groups)):
         output.styled("", f"[bold red]{count:,} problem{'s' if count > 1 else ''}[/]")
-        output.styled(*(f"  {line}" for group in groups for line in first_lines(group)))
+        # Cleaned as a whole: parts of several texts may make a tag together.
+        output.styled(*(f"  {clean(line)}" for group in groups for line in first_lines(group)))
 
 
 def _claimants(conflict: Shape) -> str:

@@ -247,7 +247,9 @@ def test_status_shows_what_is_wrong(filled: Cli) -> None:
     filled.server.leave_out("blue", "evil\x1b[2J [red]nginx[/red] (pid 7) has port 80", "stop it")
     filled.claim_twice()
     wrong = Problem("instances[3].ports[0].mac", "is odd", file="/etc/web.yaml", line=41)
-    silent = SourceReport("file", in_sync=True, stale_s=12.0, problems=(wrong,))
+    # What is no tag in its part of the line, and one in the whole line.
+    odd = Problem("file", "is not YAML: expected ]", file="/etc/[/odd\\")
+    silent = SourceReport("file", in_sync=True, stale_s=12.0, problems=(wrong, odd))
     filled.server.status["sources"] = (silent,)
     filled.server.status["readiness"] = Readiness(ready=False)
     ran = filled("status")
@@ -263,8 +265,9 @@ def test_status_shows_what_is_wrong(filled: Cli) -> None:
         "\\x1b[2J [red]nginx[/red] (pid 7) has port 80",
         "stop it",
         "web.yaml:41: instances[3].ports[0].mac",
+        "/etc/[/odd\\: file: is not YAML: expected ]",
         "address blue/10.0.0.5: claimed by web-2 (file), web-1 (sqlite)",
-        "2 problems",
+        "3 problems",
     ):
         assert text in ran.out
     assert "\x1b" not in ran.out

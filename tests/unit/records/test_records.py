@@ -316,6 +316,10 @@ def test_all_problems_of_a_record_come_at_once_and_its_id_is_kept() -> None:
         ({"mtu": 10**5000}, "a huge number is out of range (68 to 65535)"),
         ({"policy": {"token": "required"}}, "unknown key (did you mean tokens?)"),
         ({"scope": "subnet"}, '"subnet" is not acceptable (one of network, router)'),
+        (
+            {"subnets": [{"cidr": "fe80::/64", "gateway": "FE80:0::01%br0"}]},
+            "is scoped (write fe80::1)",
+        ),
     ],
 )
 def test_a_problem_says_what_would_be_right(patch: dict[str, object], text: str) -> None:

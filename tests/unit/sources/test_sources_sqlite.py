@@ -53,9 +53,13 @@ async def test_a_write_is_done_as_a_whole_or_refused_with_every_field_that_stand
             "instances[3].ports[0].mac",
         ]
         assert len(heard.observations) == 1
-        await source.put([], [B])
+        await source.put([], [A, B])
         with pytest.raises(SourceRefused) as caught:
             await source.put([], [replace(B, id=InstanceId("c"))])
+        assert [problem.field for problem in caught.value.problems] == ["ports[0].addresses[0]"]
+        with pytest.raises(SourceRefused) as caught:
+            # The link-local address of A's MAC, and that MAC.
+            await source.put([], [instance("c", "fe80::5054:ff:fe00:5", mac="52:54:00:00:00:05")])
         assert [problem.field for problem in caught.value.problems] == ["ports[0].addresses[0]"]
 
 

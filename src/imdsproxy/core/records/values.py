@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from functools import partial
-from ipaddress import IPv4Address, ip_address, ip_network
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import Any, Final
 
 from imdsproxy.core import model
@@ -99,13 +99,13 @@ def parse_address(field: Field) -> model.IpAddress:
     except ValueError:
         hint = "without the prefix length" if "/" in text else "10.0.0.5 or 2001:db8::5"
         raise field.error(f"{quoted(text)} is not an IP address", hint) from None
-    for found, what, hint in _faults(address, text):
+    for found, what, hint in _faults(address):
         if found:
             raise field.error(f"{quoted(text)} is {what}", hint)
     return address
 
 
-def _faults(address: model.IpAddress, text: str) -> Iterator[tuple[bool, str, str]]:
+def _faults(address: model.IpAddress) -> Iterator[tuple[bool, str, str]]:
     """Whether it is something that no host has, what, and what would be right."""
     yield address.is_unspecified, "the unspecified address", ""
     yield address.is_loopback, "a loopback address", "no packet from it ever reaches a listener"
@@ -114,7 +114,7 @@ def _faults(address: model.IpAddress, text: str) -> Iterator[tuple[bool, str, st
         yield address == _BROADCAST or address.packed[0] == 0, "not a host's address", ""
         return
     mapped, number = address.ipv4_mapped, int(address)
-    yield address.scope_id is not None, "scoped", f"write {text.partition('%')[0]}"
+    yield address.scope_id is not None, "scoped", f"write {IPv6Address(number)}"
     yield mapped is not None, "an IPv4-mapped address", f"write {mapped}"
     # HAProxy spells ::/96 with dots (inet_ntop) and Python with colons: the map would never match.
     yield number >> 32 == 0, "an IPv4-compatible address (RFC 4291 retired them)", ""

@@ -377,7 +377,8 @@ class Store:
             {(port.network, instance.id) for port in instance.ports},
         )
         problems = []
-        for key, _ in claim_places(instance):
+        # Each once: an address may be that of the MAC too.
+        for key in dict.fromkeys(key for key, _ in claim_places(instance)):
             place = key[0], str(key[1])
             if not self._put_row(
                 "INSERT OR IGNORE INTO addresses VALUES (?, ?, ?)", *place, instance.id
