@@ -105,6 +105,28 @@ def test_a_guest_s_every_ipv6_address_is_known_by_its_mac(world: World) -> None:
             assert (reply.status, reply.body) == (200, user_data_of("bare"))
 
 
+def test_a_record_that_comes_while_its_guest_waits_is_answered(world: World) -> None:
+    guest = world.lab.guest("red", 100)
+    with guest.connect() as connection:
+        connection.send(f"GET {_TARGET} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        world.daemon.put(instances=[by_mac(guest, "late")])
+        reply = connection.read()
+    assert (reply.status, reply.body) == (200, user_data_of("late"))
+
+
+def test_an_address_follows_its_lease_at_the_first_request(world: World) -> None:
+    first, second = world.lab.guest("red", 102), world.lab.guest("red", 103)
+    world.daemon.put(instances=[by_mac(first, "first"), by_mac(second, "second")])
+    without_address(first)
+    without_address(second)
+    for _ in range(3):
+        for guest, name in ((first, "first"), (second, "second")):
+            with_address(guest, "10.0.0.90")
+            reads(guest, name, source="10.0.0.90")
+            reads(guest, name, source="10.0.0.90")
+            batch(guest.namespace, ["address del 10.0.0.90/24 dev eth0"])
+
+
 def test_an_address_that_leaves_its_guest_is_forgotten_by_an_event(world: World) -> None:
     guest = world.lab.guest("red", 104)
     world.daemon.put(instances=[by_mac(guest, "bare")])
@@ -152,6 +174,34 @@ def give(guest: Guest, address: str) -> None:
     """Have a guest take an address without announcing it."""
     length = "24" if "." in address else "64 nodad"
     batch(guest.namespace, [f"address add {address}/{length} dev eth0"])
+
+
+@pytest.mark.parametrize("to", [IPV4, IPV6])
+def test_a_guest_that_has_the_address_of_its_record_from_another_is_answered_at_once(
+    world: World, to: str
+) -> None:
+    first, second = world.lab.guest("red", 94), world.lab.guest("red", 95)
+    address = "10.0.0.88" if to == IPV4 else "2001:db8::88"
+    port = {"network": "red", "mac": first.mac, "addresses": [address]}
+    world.daemon.put(instances=[{**instance("web", "red"), "ports": [port]}])
+    give(first, address)
+    for _ in range(2):
+        assert first.ask(_TARGET, to=to, source=address).body == user_data_of("web")
+    second.ask(_TARGET, to=to)
+    batch(first.namespace, ["link set eth0 down"])
+    give(second, address)
+    world.daemon.put(instances=[{**instance("web", "red"), "ports": [{**port, "mac": second.mac}]}])
+    reply = second.ask(_TARGET, to=to, source=address, timeout_s=0.9 * patience())
+    assert (reply.status, reply.body) == (200, user_data_of("web"))
+
+
+def test_another_mac_in_the_record_ends_kept_connections(world: World) -> None:
+    with world.red.connect() as kept:
+        assert own(world.red, kept.request(_TARGET)) is None
+        world.daemon.put(instances=[instance("red-5", "red", mac="fa:16:3e:99:99:99")])
+        kept.socket.settimeout(0.5)
+        assert cut(kept)
+    assert world.red.ask(_TARGET).status == 403
 
 
 @pytest.mark.parametrize(("to", "address"), _BOTH)
@@ -278,6 +328,15 @@ def test_without_a_controller_known_guests_go_on_and_impostors_do_not(world: Wor
     reads(bare, "bare")
     assert macs(world)["learned"] == 1
     world.all_right()
+
+
+def test_a_kept_connection_outlives_the_controller(world: World) -> None:
+    with world.red.connect() as kept:
+        assert own(world.red, kept.request(_TARGET)) is None
+        world.daemon.kill_controller()
+        assert own(world.red, kept.request(_TARGET)) is None
+        world.daemon.start()
+        assert own(world.red, kept.request(_TARGET)) is None
 
 
 def test_a_network_that_went_while_nobody_looked_leaves_no_table(world: World) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from support.agent_socket import AgentWorld, open_agents, squat
 from support.daemon import instance
-from support.guest import Load
+from support.guest import Load, Lost
 from support.lab import until
 from support.world import own
 
@@ -176,6 +176,18 @@ def test_a_missing_directory_is_made_with_its_mode_and_owner_and_one_that_is_the
 # Who is there
 
 
+def test_the_file_that_a_dead_process_left_is_replaced(world: AgentWorld) -> None:
+    world.take_over(enabled=False)
+    assert not world.path.exists()
+    with squat(world.path):
+        pass
+    assert world.path.is_socket()
+    with pytest.raises(Lost):
+        world.socket.connect()
+    world.take_over()
+    assert world.socket.serves()
+
+
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["host", "other-namespace"])
 def test_a_living_agent_keeps_its_socket_until_it_ends(
     world: AgentWorld, *, elsewhere: bool
@@ -223,6 +235,12 @@ def test_a_socket_that_somebody_removes_is_made_again(world: AgentWorld) -> None
             assert _access(world.path) == (0o644, 0, 0)
         assert held.request("/").status == 400
     world.daemon.wait_ready()
+
+
+def test_a_directory_that_somebody_removes_is_made_again(world: AgentWorld) -> None:
+    world.path.unlink()
+    world.path.parent.rmdir()
+    until(world.socket.serves, within_s=_WITHIN_S, what="our own service")
 
 
 def test_a_haproxy_that_ends_after_its_directory_does_not_stay_away(world: AgentWorld) -> None:
@@ -299,3 +317,12 @@ def test_it_comes_and_goes_with_its_setting_and_costs_others_nothing(world: Agen
         assert other.is_socket()
     world.take_over()
     assert not other.exists()
+
+
+def test_a_file_at_the_path_of_before_that_is_somebody_elses_now_is_left_alone(
+    world: AgentWorld,
+) -> None:
+    with squat(world.path, namespace=world.lab.host) as thief:
+        world.take_over(enabled=False)
+        assert world.socket.ask().body == b"foreign"
+        assert thief.process.poll() is None

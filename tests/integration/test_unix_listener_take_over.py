@@ -94,6 +94,15 @@ def test_a_living_agent_loses_its_place_once_it_is_to_be_taken_over(
         world.lab.delete_namespace("away")
 
 
+def test_a_daemon_that_starts_takes_it_over(world: AgentWorld) -> None:
+    world.daemon.stop()
+    with _agent(world) as agent:
+        world.daemon.start()
+        _taken(world, 1)
+        assert _told_of(world, agent) == ["unix listener taken over"]
+        assert alive(agent.pid)
+
+
 # HAProxy and the agent are started again
 
 
