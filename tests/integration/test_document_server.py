@@ -325,6 +325,17 @@ def test_workers_that_never_come_up_are_an_error_with_their_reason_and_end_no_ot
     wait_for("their end", lambda: not any(map(alive, orphans)))
 
 
+def test_clients_of_a_server_that_starts_wait_for_its_workers(make: Callable[..., Server]) -> None:
+    server = make()
+    server.spawn(fault="slow")
+    wait_for("the sockets", lambda: all(path.exists() for path in server.sockets))
+    connections = [connect(path) for path in server.sockets]
+    assert "a worker answers" not in server.text()
+    for connection in connections:
+        with connection:
+            assert connection.request("/livez").status == 200
+
+
 def test_workers_outlive_a_killed_parent_until_the_next_one_takes_over(
     make: Callable[..., Server],
 ) -> None:
@@ -366,11 +377,12 @@ def test_sighup_takes_up_new_code_without_losing_a_request(make: Callable[..., S
     assert "parent is gone" not in server.text()
 
 
-def test_a_program_that_cannot_be_executed_leaves_everything_as_it_is(
-    make: Callable[..., Server],
+@pytest.mark.parametrize("fault", ["no program", "no room"])
+def test_a_program_that_cannot_be_executed_or_listen_leaves_everything_as_it_is(
+    make: Callable[..., Server], fault: str
 ) -> None:
     server = make()
-    parent = server.start(fault="no program")
+    parent = server.start(fault=fault)
     workers = server.running.workers
     parent.send_signal(signal.SIGHUP)
     wait_for("it says so", lambda: "cannot be replaced" in server.text())

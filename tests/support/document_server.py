@@ -22,8 +22,8 @@ from support.patience import patience
 DEADLINE_S: Final = 20.0
 
 _PROGRAM: Final = """
-import json, os, pathlib, sys
-from imdsproxy.errors import ImdsproxyError
+import json, os, pathlib, sys, time
+from imdsproxy.errors import HostRefused, ImdsproxyError
 from imdsproxy.host.notify import ServiceNotifier
 from imdsproxy.serving import server
 options = json.loads(sys.argv[1])
@@ -35,8 +35,17 @@ def watch(event, arguments):
         os.write(2, f"late import of {arguments[0]}\\n".encode())
 if fault == "no program":
     sys.executable = "/nonexistent/python"
+if fault == "no room":
+    bind = server.open_unix_socket
+    def bind_sparingly(path, **options):
+        if path.suffix == ".new":
+            raise HostRefused("no space left on device")
+        return bind(path, **options)
+    server.open_unix_socket = bind_sparingly
 def serve_watched(*arguments):
-    if fault and fault != "no program":
+    if fault == "slow":
+        time.sleep(1)
+    elif fault not in ("", "no program", "no room"):
         raise RuntimeError(fault)
     sys.addaudithook(watch)
     serve(*arguments)

@@ -208,14 +208,16 @@ class HttpListener:
         answer, which also asks the client to close, before idle ones are closed from here.
         """
         loop = asyncio.get_running_loop()
+        self._state.default_headers = [(b"connection", b"close")]
+        deadline = loop.time() + grace_s
+        # A client may have found the socket a moment ago and be connected only now.
+        await asyncio.sleep(_DRAIN_POLL_S)
         if self._server is not None:
             for listener in self._server.sockets:
                 loop.remove_reader(listener.fileno())
             # asyncio loses a connection whose server is closed in the turn of the loop in which it was accepted.
             await asyncio.sleep(0)
             self._server.close()
-        self._state.default_headers = [(b"connection", b"close")]
-        deadline = loop.time() + grace_s
         # A connection that has just been accepted is among those known only after a turn of the loop.
         await asyncio.sleep(_DRAIN_POLL_S)
         await self._drain(min(loop.time() + _LINGER_S, deadline))

@@ -189,7 +189,11 @@ class DocumentServer:
         self._parent = open_process(os.getpid())
         self._make_directory(self.records, user=False)
         self._make_directory(self.passwords, user=True)
-        self._workers = [self._bind(path, path.with_suffix(".new")) for path in self.sockets]
+        # Where nothing serves, clients may connect at once: they wait for the workers.
+        self._workers = [
+            self._bind(path, path.with_suffix(".new") if self._predecessors else path)
+            for path in self.sockets
+        ]
         raise_descriptor_limit()
         gc.collect()
         gc.freeze()
@@ -244,8 +248,13 @@ class DocumentServer:
         self.notifier.reloading(int(time.monotonic() * 1_000_000))
         log.info("taking up new code and settings")
         try:
+            # A start that fails ends this process: what it will make is tried before.
+            for worker in self._workers:
+                trial = self._bind(worker.path, worker.path.with_suffix(".new"))
+                trial.listener.close()
+                trial.at.unlink()
             os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - our own command line, no shell
-        except OSError as error:
+        except (OSError, ImdsproxyError) as error:
             log.error("cannot be replaced; going on as before", reason=str(error))  # noqa: TRY400 - the reason says it all
         self.notifier.ready("could not be replaced; see the log")
 
@@ -353,7 +362,8 @@ class DocumentServer:
             if not worker.answers:
                 worker.answers = True
                 structlog.get_logger().info("a worker answers", pid=pid, socket=str(worker.path))
-        if not look:
+        # One that was started in this second may not have run yet.
+        if not look or time.monotonic() - worker.started < _LOOK_EVERY_S:
             return
         if worker.question is not None:
             worker.doubt = worker.doubt.after_silence(pid, read_stat(pid))

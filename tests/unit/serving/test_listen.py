@@ -112,16 +112,18 @@ async def test_a_request_on_its_way_at_the_end_is_answered_and_the_connection_cl
         await closing
 
 
-async def test_a_connection_that_is_accepted_in_the_turn_of_the_end_is_answered(
-    tmp_path: Path,
+@pytest.mark.parametrize("accepted", [True, False])
+async def test_a_connection_that_comes_in_the_turn_of_the_end_is_answered(
+    tmp_path: Path, *, accepted: bool
 ) -> None:
     async with listening(tmp_path, answering()) as (listener, _):
         with socket.socket(socket.AF_UNIX) as client:
             client.settimeout(10)
             client.connect(str(tmp_path / "x.sock"))
             client.sendall(ASK)
-            # In this turn of the loop it is accepted; its task comes after the one that ends all.
-            await asyncio.sleep(0)
+            if accepted:
+                # In this turn of the loop; its task comes after the one that ends all.
+                await asyncio.sleep(0)
             await asyncio.create_task(listener.close(grace_s=20))
             assert client.recv(4096).endswith(b"ok")
 
