@@ -60,6 +60,7 @@ class PidFile:
                 f"a document server runs here already{who}", hint=f"its pid file is {path}"
             )
         self.path, self.descriptor = path, descriptor
+        self._written = b""
 
     def is_ours(self) -> bool:
         """Whether it was neither removed, nor is another server's by now."""
@@ -69,8 +70,10 @@ class PidFile:
         """Say who runs: the parent, then the workers; and how many of these were started again."""
         text = "".join(f"{pid} {stat.started}\n" for pid in pids if (stat := read_stat(pid)))
         data = f"{text}{_RESTARTS} {restarts}\n".encode("ascii")
-        os.pwrite(self.descriptor, data, 0)
-        os.ftruncate(self.descriptor, len(data))
+        if data != self._written:
+            os.pwrite(self.descriptor, data, 0)
+            os.ftruncate(self.descriptor, len(data))
+            self._written = data
 
     def release(self) -> None:
         """Let another one start; the file stays, empty."""

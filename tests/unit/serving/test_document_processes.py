@@ -4,6 +4,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import pytest
 
 from imdsproxy.app.companion import Companion
 from imdsproxy.errors import HostRefused
+from imdsproxy.host.notify import ServiceNotifier
+from imdsproxy.host.servers import open_unix_socket
 from imdsproxy.serving.pidfile import PidFile, read_pids
-from imdsproxy.serving.server import restart_delay
+from imdsproxy.serving.server import DocumentServer, Worker, restart_delay
 
 _SLEEPS = "import time; print(flush=True); time.sleep(60)"
 _IGNORES = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {_SLEEPS}"
@@ -45,6 +48,17 @@ def test_the_file_says_who_lives(path: Path, sleeper: subprocess.Popen[bytes]) -
     file.release()
     assert read_pids(path).pids == ()
     PidFile(path).release()
+
+
+def test_a_file_that_holds_what_it_should_is_not_written_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = PidFile(path)
+    file.write((os.getpid(),))
+    # As on a disk that was mounted read-only since.
+    monkeypatch.delattr("imdsproxy.serving.pidfile.os.pwrite")
+    file.write((os.getpid(),))
+    file.release()
 
 
 @pytest.mark.parametrize(
@@ -100,6 +114,23 @@ def test_a_process_that_cannot_be_ended_is_named(
         with pytest.raises(HostRefused, match=str(sleeper.pid)):
             asyncio.run(Companion(path, path, (), {}).stop())
     file.release()
+
+
+def test_a_worker_is_doubted_only_when_it_had_a_second_to_answer(tmp_path: Path) -> None:
+    path = tmp_path / "x.sock"
+    server = DocumentServer(
+        (path,), tmp_path, tmp_path, tmp_path / "documents.pid", ServiceNotifier()
+    )
+    with open_unix_socket(path, mode=0o600) as listener:
+        worker = Worker(path, path, listener, path.stat(), pid=os.getpid())
+        worker.ask()
+        worker.started = time.monotonic()
+        server._check(worker, os.getpid(), look=True)
+        assert worker.doubt.silent == 0
+        worker.started -= 2
+        server._check(worker, os.getpid(), look=True)
+        assert worker.doubt.silent == 1
+        worker.hang_up()
 
 
 def test_the_first_death_costs_no_time_and_further_ones_ever_more_up_to_a_bound() -> None:
