@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from ipaddress import ip_address
 from typing import Final
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from imdsproxy.core.model import InstanceId
+from imdsproxy.core.addresses import normalise_address
+from imdsproxy.core.model import InstanceId, IpAddress
 from imdsproxy.core.wire import NovaRecord, render_map_value
 from support.agent_socket import NETWORK, OVN, ROUTER, AgentWorld, open_agents
 from support.daemon import user_data_of
@@ -32,13 +36,16 @@ _WHENCE: Final = b"exactly one X-Forwarded-For with one address is needed"
 _ADDRESSES: Final = ("10.0.0.5", "2001:db8::5", "fe80::f816:3eff:fe00:5")
 
 
+def _value(network: str) -> str:
+    return render_map_value(NovaRecord("default", InstanceId(f"i-{network}"), "p", ("a" * 64,)))
+
+
 @pytest.fixture(scope="module")
 def opened() -> Iterator[Alone]:
     with open_alone(nova=True) as alone:
         for network in INSTANCES:
-            record = NovaRecord("default", InstanceId(f"i-{network}"), "p", ("a" * 64,))
             for address in _ADDRESSES:
-                entry = f"{network}/{address} {render_map_value(record)}"
+                entry = f"{network}/{address} {_value(network)}"
                 alone.command(f"add map {alone.directory}/base.map {entry}")
         yield alone
 
@@ -171,6 +178,41 @@ def test_an_address_is_one_however_a_proxy_spells_it(
 )  # fmt: skip
 def test_anything_but_exactly_one_address_is_400(alone: Alone, lines: tuple[str, ...]) -> None:
     _refused(alone, _ask(alone, _RED, *lines), _WHENCE)
+
+
+_FORMS: Final = (
+    *("{}", "0{}", "::{}", "0::ffff:{}", "::FFFF:{}", "::ffff:0:{}", "1::ffff:{}", "64:ff9b::{}"),
+    *("0:0:0:0:0:0:{}", "{}.", "{}:80", "[{}]", "{}%1", "2002:{}", "{}, 10.0.0.5"),
+)
+_ODD: Final = st.text("0123456789abfF:.,/% []", max_size=30)
+
+
+@settings(max_examples=500, derandomize=True, deadline=None, database=None)
+@given(
+    st.one_of(st.ip_addresses(), st.ip_addresses(v=4)),
+    st.one_of(st.just("{}"), st.sampled_from(_FORMS), _ODD),
+    st.sampled_from([str, lambda address: address.exploded.upper()]),
+)
+def test_every_address_is_read_as_what_it_is_or_refused(
+    opened: Alone, address: IpAddress, form: str, spell: Callable[[IpAddress], str]
+) -> None:
+    opened.documents.heads = []
+    text = form.format(spell(address)) if form in _FORMS else form
+    try:
+        found = None if "%" in text else normalise_address(ip_address(text.strip()))
+    except ValueError:
+        found = None
+    for known in {str(address), str(found or address)}:
+        opened.command(f"add map {opened.directory}/base.map red/{known} {_value('red')}")
+    status = _ask(opened, _RED, f"X-Forwarded-For: {text}").status
+    if found is None or (found.version == 6 and not int(found) >> 32):
+        # Of the latter HAProxy would make addresses of IPv4.
+        assert (status, _seen(opened)) == (400, [])
+    elif text.strip().startswith("2002:") and status == 503:
+        # Left as it is spelled, for the resolver.
+        assert _seen(opened) == []
+    else:
+        assert (status, _seen(opened)) == (200, [("i-red", str(found))])
 
 
 @pytest.mark.parametrize(
