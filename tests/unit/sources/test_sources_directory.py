@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -290,6 +292,10 @@ def test_what_was_in_force_stays_over_a_restart_with_broken_files(bench: Bench) 
     bench.write("y.json", instances(record("b", "10.0.0.6"), record("c", "10.0.0.7")))
     bench.read()
     assert bench.source.keep() is None
+    with closing(sqlite3.connect(bench.kept)) as kept:
+        # As versions before it read it, to which a host may go back.
+        rows = kept.execute("SELECT id, user_data FROM last_good WHERE user_data IS NOT NULL")
+        assert rows.fetchall() == [("a", b"\x1f\x8b\x00\xff")]
     before = bench.instances
     bench.write("n.yaml", "networks: [")
     bench.write("x.json", b"\xff")

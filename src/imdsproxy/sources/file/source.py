@@ -376,17 +376,18 @@ def _read(connection: sqlite3.Connection) -> Iterator[tuple[str, Network | Packe
         if isinstance(record, Network):
             yield file, record
         elif isinstance(record, Instance):
-            # Earlier versions kept it apart.
-            apart = record if user_data is None else replace(record, user_data=user_data)
-            yield file, PackedInstance.of(apart)
+            yield file, PackedInstance.of(replace(record, user_data=user_data))
 
 
 def _write(connection: sqlite3.Connection, key: tuple[str, str], kept: Entry[Any] | None) -> None:
     if kept is None or kept.record is None:
         connection.execute("DELETE FROM last_good WHERE kind = ? AND id = ?", key)
         return
-    record = kept.record.open() if isinstance(kept.record, PackedInstance) else kept.record
+    record, user_data = kept.record, None
+    if isinstance(record, PackedInstance):
+        instance = record.open()
+        record, user_data = replace(instance, user_data=None), instance.user_data
     connection.execute(
-        "INSERT OR REPLACE INTO last_good (kind, id, file, record) VALUES (?, ?, ?, ?)",
-        (*key, kept.file, json.dumps(render_record(record))),
+        "INSERT OR REPLACE INTO last_good VALUES (?, ?, ?, ?, ?)",
+        (*key, kept.file, json.dumps(render_record(record)), user_data),
     )
