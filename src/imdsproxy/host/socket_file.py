@@ -81,7 +81,10 @@ class SocketFiles:
                 status = path.lstat()
             except (FileNotFoundError, NotADirectoryError):
                 status = None
-        reached = [] if status is None else [one.inode for one in listening if one.is_at(status)]
+        # Not the device of those: btrfs shows one in its files and another one in its sockets.
+        here = [one for one in bound.values() if status and one.file == status.st_ino]
+        there = [one for one in listening if status and one.is_at(status)]
+        reached = [one.inode for one in there or here]
         holders = self._owners.holders({*bound, *reached}, our_pids)
         held = [one for one in bound.values() if not {*our_pids}.isdisjoint(holders[one.inode])]
         orphaned = bool(held)
@@ -89,8 +92,7 @@ class SocketFiles:
             return SeenSocket(SocketState.MISSING, orphaned=orphaned)
         if not stat.S_ISSOCK(status.st_mode):
             return SeenSocket(SocketState.OCCUPIED, orphaned=orphaned)
-        # Not the device: btrfs shows one in its files and another one in its sockets.
-        if any(one.file == status.st_ino for one in held):
+        if any(one in here for one in held):
             return SeenSocket(SocketState.OURS)
         if not reached:
             return _ask(path, our_pids, orphaned=orphaned)

@@ -127,6 +127,28 @@ def test_a_file_on_another_device_is_not_taken_for_it_by_its_number(
     assert _look(path) == SeenSocket(SocketState.STALE)
 
 
+def test_a_socket_that_was_handed_on_has_its_holder_also_where_devices_differ(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on btrfs, with a HAProxy whose first worker has ended."""
+    known = socket_file._listening
+    monkeypatch.setattr(
+        socket_file, "_listening", lambda: [replace(one, device=0) for one in known()]
+    )
+    program = (
+        f"import os, socket, sys; s = socket.socket(socket.AF_UNIX); s.bind({str(path)!r}); s.listen()\n"
+        "if not os.fork(): print(os.getpid(), flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        (sys.executable, "-c", program), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as first:
+        assert first.stdout is not None
+        worker = int(first.stdout.readline())
+        assert first.wait() == 0
+        found = find_socket_holder(path)
+        assert found == SocketHolder(worker, (sys.executable, "-c", program))
+
+
 def test_a_link_that_came_meanwhile_gives_nothing_away(path: Path, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.touch(mode=0o600)
