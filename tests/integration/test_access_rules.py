@@ -375,7 +375,9 @@ def test_a_kept_connection_does_not_keep_what_was_good_before(alone: Alone) -> N
         ):
             alone.have(policy)
             assert [status(connection) for _ in range(2)] == [wanted] * 2
-        # The address goes to another instance, the tokens are revoked, the key is replaced.
+        # The address goes to another instance of the same policy, the tokens are revoked, the key is replaced.
+        alone.put()
+        assert status(connection) == 200
         alone.put(instance="i-green")
         assert status(connection) == 401
         alone.put()
@@ -387,6 +389,18 @@ def test_a_kept_connection_does_not_keep_what_was_good_before(alone: Alone) -> N
         assert status(connection) == 401
         alone.write_keys(_OTHER, KEY)
         assert status(connection) == 200
+
+
+def test_a_token_is_of_one_network_though_a_connection_of_a_proxy_carries_more(
+    alone: Alone,
+) -> None:
+    # In front of Nova the records of an instance are the same in each network.
+    alone.put("green", instance="i-red")
+    token = with_token(alone.token(expires_at=int(time.time()) + 600))
+    with alone.connect(way="agents") as connection:
+        for network, status in (("red", 200), ("green", 401), ("red", 200)):
+            headers = (*alone.lines(network, "agents"), *token)
+            assert connection.request(USER_DATA, headers=headers).status == status
 
 
 # Requests that another program forwarded
