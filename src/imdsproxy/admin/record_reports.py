@@ -97,20 +97,14 @@ class RecordReports:
         ]
 
     def instances(self, network: NetworkId | None = None) -> list[Report]:
-        """Every instance, or those with a port in `network`, by id, as `bodies.InstanceSummary`.
+        """Every instance, or those with a port in `network`, by id, for `summarise`.
 
         Of a contested one the first version.
         """
         contested = self.inventory.contested_instances
         known = {**self.inventory.instances, **{key: one[0] for key, one in contested.items()}}
         ids = known.keys() if network is None else self.inventory.instances_in(network)
-        reports = self._report_instances([known[one] for one in sorted(ids)])
-        for report in reports:
-            record = report["record"]
-            report["record"] = replace(record, user_data=None, vendor_data=None)
-            report["user_data_bytes"] = len(record.user_data or b"")
-            report["vendor_data_bytes"] = len(record.vendor_data or b"")
-        return reports
+        return self._report_instances([known[one] for one in sorted(ids)])
 
     def instance(self, instance: InstanceId) -> Report:
         """One instance, as `bodies.InstanceView`; `NotFound` otherwise."""
@@ -123,7 +117,7 @@ class RecordReports:
             )
         if found is None:
             raise NotFound(f"there is no instance {instance}", hint="imdsproxy instance list")
-        return self._report_instances([found])[0]
+        return _complete(self._report_instances([found])[0])
 
     def _report_instances(self, instances: Sequence[Instance]) -> list[Report]:
         conflicts = self.inventory.conflicts()
@@ -142,8 +136,6 @@ class RecordReports:
         return [
             {
                 "record": instance,
-                "ec2_id": instance.ec2_id,
-                "uuid": instance.uuid,
                 "source": ", ".join(self.inventory.sources_of_instance(instance.id)),
                 "revision": self.records.compiler.revisions.get(instance.id, ""),
                 "conflicts": [
@@ -175,6 +167,22 @@ class RecordReports:
         if instance.id in refused:
             found.append(f"a newer version is refused: {refused[instance.id]}")
         return found
+
+
+def summarise(report: Report) -> Report:
+    """An instance as `bodies.InstanceSummary`; in any thread, which is most of the work for a long list."""
+    record: Instance = report["record"]
+    return {
+        **_complete(report),
+        "record": replace(record, user_data=None, vendor_data=None),
+        "user_data_bytes": len(record.user_data or b""),
+        "vendor_data_bytes": len(record.vendor_data or b""),
+    }
+
+
+def _complete(report: Report) -> Report:
+    record: Instance = report["record"]
+    return {"record": record, "ec2_id": record.ec2_id, "uuid": record.uuid, **report}
 
 
 def _find_id(text: _Id, records: Mapping[_Id, Network] | Mapping[_Id, Instance]) -> _Id:

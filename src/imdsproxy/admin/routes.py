@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from ipaddress import ip_address
 from typing import Annotated, Any, Final, TypeAlias, cast
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, PlainTextResponse
 
 from imdsproxy.admin import bodies
-from imdsproxy.admin.record_reports import Report
+from imdsproxy.admin.record_reports import Report, summarise
 from imdsproxy.admin.records import Written
 from imdsproxy.admin.reports import Explanation, GuardChange, KeyRotation, StatusReport
 from imdsproxy.admin.services import Services
@@ -258,7 +258,7 @@ async def list_instances(
 ) -> JSONResponse:
     """Every instance, by id, without payloads."""
     chosen = None if network is None else services.reports.network_id(network)
-    return await _listed(services.reports.instances(chosen))
+    return await _listed(services.reports.instances(chosen), summarise)
 
 
 @router.post("/instances", status_code=201, openapi_extra=_takes(bodies.InstanceRecord))
@@ -359,9 +359,11 @@ def _no_password(instance: InstanceId) -> NotFound:
     )
 
 
-async def _listed(reports: list[Report]) -> JSONResponse:
-    """A list rendered in a thread: the loop has guests waiting in the resolver."""
-    return await asyncio.to_thread(bodies.RecordResponse, reports)
+async def _listed(
+    reports: list[Report], finish: Callable[[Report], Report] = lambda report: report
+) -> JSONResponse:
+    """A list finished and rendered in a thread: the loop has guests waiting in the resolver."""
+    return await asyncio.to_thread(lambda: bodies.RecordResponse([*map(finish, reports)]))
 
 
 def _ip(text: str) -> IpAddress:

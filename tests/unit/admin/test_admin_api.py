@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
 import socket
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from pydantic import ValidationError
 from imdsproxy.admin import bodies
 from imdsproxy.admin.api import admin_app, status_of
 from imdsproxy.config.policy import PolicyRulesSettings
-from imdsproxy.core.model import InstanceId
+from imdsproxy.core.model import Instance, InstanceId
 from imdsproxy.core.policy import RULES
 from imdsproxy.core.records import INSTANCE as INSTANCE_TABLE
 from imdsproxy.core.records import NETWORK as NETWORK_TABLE
@@ -116,6 +118,30 @@ def test_an_instance_is_shown_patched_listed_by_network_and_removed(server: Admi
     assert "user_data" not in record
     server.client.request("DELETE", "/v1/instances/web-1")
     assert server.instances == {}
+
+
+def test_a_list_is_worked_out_beside_the_event_loop(
+    server: AdminServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (
+        _raw(server, "POST", "/v1/instances", json.dumps({"id": "a", "name": "a"}).encode())[0]
+        == 201
+    )
+    threads = set[int]()
+
+    def note(_instance: Instance) -> str:
+        threads.add(threading.get_ident())
+        return "u"
+
+    monkeypatch.setattr(Instance, "uuid", property(note))
+    assert _raw(server, "GET", "/v1/instances")[0] == 200
+
+    async def of_the_loop() -> int:
+        return threading.get_ident()
+
+    loop = asyncio.run_coroutine_threadsafe(of_the_loop(), server.loop).result(20)
+    assert threads
+    assert loop not in threads
 
 
 def test_a_name_stands_for_an_id_unless_it_is_one_or_two_have_it(server: AdminServer) -> None:
