@@ -167,6 +167,24 @@ async def test_the_audit_finds_a_foreign_listener_that_no_event_reports(lab: Hos
         assert await watched.networks_of(EventKind.AUDIT) == {BLUE}
 
 
+@pytest.mark.parametrize("kind", [InterfaceListener, NamespaceListener])
+async def test_the_audit_tells_which_of_many_networks_in_one_place_a_listener_concerns(
+    lab: HostLab, kind: type[InterfaceListener | NamespaceListener]
+) -> None:
+    place = lab.namespace("blue") if kind is NamespaceListener else None
+    device = "lo" if place else lab.device("d")
+    lab.address(place, "169.254.169.254/32", device)
+
+    def listener(device: str) -> Listener:
+        return InterfaceListener(device) if place is None else NamespaceListener(place, device)
+
+    listeners = {f"n{number:02}": listener(f"none{number}") for number in range(20)}
+    async with _watching(lab, {"blue": listener(device), **listeners}, 20, 0.05) as watched:
+        await watched.quiet()
+        await asyncio.to_thread(lab.serve, place, "169.254.169.254", device=device)
+        assert await watched.networks_of(EventKind.AUDIT, within_s=5) == {BLUE}
+
+
 async def test_a_network_that_is_left_out_is_looked_at_every_second(lab: HostLab) -> None:
     name = lab.namespace("blue")
     lab.address(name, "169.254.169.254/32", "lo")

@@ -77,7 +77,7 @@ class HostWatch:
     every_s: float = 0.5
     rechecks: int = 300
     _networks: dict[NetworkId, Network] = field(default_factory=dict)
-    _namespaces: dict[str, set[NetworkId]] = field(default_factory=dict)
+    _namespaces: dict[str | None, set[NetworkId]] = field(default_factory=dict)
     _devices: dict[str, set[NetworkId]] = field(default_factory=dict)
     _observed: ObservedHost = field(default_factory=ObservedHost)
     _left_out: tuple[NetworkId, ...] = ()
@@ -119,15 +119,14 @@ class HostWatch:
             self._namespaces, self._devices = {}, {}
             for network in networks.values():
                 place = place_of(network, self.observer.naming)
-                if place.namespace is not None:
-                    self._namespaces.setdefault(place.namespace, set()).add(network.id)
+                self._namespaces.setdefault(place.namespace, set()).add(network.id)
                 for device in place.host_devices:
                     self._devices.setdefault(device, set()).add(network.id)
             for name in self._peeked.keys() - self._namespaces.keys():
                 del self._peeked[name]
             self._wanted_ids.set()
         self._observed = observed
-        self._left_out = tuple(sorted(set(left_out)))
+        self._left_out = tuple(sorted(networks.keys() & set(left_out)))
         self._our_pids = our_pids
 
     async def __aenter__(self) -> Self:
@@ -190,7 +189,7 @@ class HostWatch:
             if not self._link_watch.hears_all:
                 continue
             have, current = set(self._nsids.values()), self._namespace_watch.current
-            wanted = (current.get(name) for name in self._namespaces)
+            wanted = (current.get(name or "") for name in self._namespaces)
             missing = [ref for ref in wanted if ref is not None and ref not in have]
             for some in _batches(missing):
                 given = await self.observer.thread.run(functools.partial(self._assign, some))
@@ -231,17 +230,18 @@ class HostWatch:
         # Devices and addresses are reported where a namespace has an id. Listening sockets are not:
         # where they differ from the last proper look, it is time for another one.
         heard = {None, *(ref.name for ref in self._nsids.values())}
-        places = {one.id: place_of(one, self.observer.naming).namespace for one in networks}
-        seen = await self.observer.peek(set(places.values()))
-        stale = [
-            one
-            for one in networks
-            if (place := places[one.id]) not in heard
-            or place not in self._peeked
-            or seen[place] != self._peeked[place]
+        places = {place_of(one, self.observer.naming).namespace for one in networks}
+        seen = await self.observer.peek(places)
+        changed = [
+            place
+            for place in places
+            if place not in heard or place not in self._peeked or seen[place] != self._peeked[place]
         ]
-        if stale and await self._look(stale):
-            self._peeked.update({places[one.id]: seen[places[one.id]] for one in stale})
+        # All that listen there: that something has changed is seen only once.
+        stale = set[NetworkId]().union(*(self._namespaces.get(one, ()) for one in changed))
+        looks = _batches([self._networks[one] for one in sorted(stale)])
+        if all([await self._look(some) for some in looks]):
+            self._peeked.update({place: seen[place] for place in changed})
 
     async def _look(self, networks: Sequence[Network]) -> bool:
         """Look properly, and report networks whose plan is another one now; false when that was not possible."""
