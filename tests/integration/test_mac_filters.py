@@ -182,6 +182,23 @@ async def test_a_withdrawn_pair_ends_its_connections_on_both_sides(rig: Rig) -> 
         assert listed == ""
 
 
+@pytest.mark.parametrize("why", ["bound", "any mac", ""])
+async def test_a_marked_answer_is_sent_only_where_it_is_for_that_mac_or_for_any(
+    rig: Rig, why: str
+) -> None:
+    await rig.have({})
+    rig.unverified.marks = True
+    address = ip_address(_ADDRESS)
+    with rig.connect() as connection:
+        if why == "bound":
+            port = connection.getsockname()[1]
+            assert await rig.kernel.bind_answers(rig.mac_filter, address, port, rig.mac)
+        elif why:
+            await rig.kernel.grant(rig.mac_filter, {address: ANY_MAC})
+        with contextlib.nullcontext() if why else pytest.raises(TimeoutError):
+            assert _ask(connection) == b"u"
+
+
 @pytest.mark.parametrize("first", [True, False])
 async def test_answers_on_a_connection_never_go_to_a_second_mac(rig: Rig, *, first: bool) -> None:
     await rig.have({})
