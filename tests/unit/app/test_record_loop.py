@@ -460,6 +460,23 @@ async def test_a_changed_policy_of_a_router_is_in_force_for_those_behind_it(
         assert rig.told("10.0.0.5") == plain
 
 
+async def test_an_address_behind_a_router_stands_and_falls_with_the_one_in_its_network(
+    tmp_path: Path,
+) -> None:
+    router = Network(NetworkId("router"), NamespaceListener("router"), scope=Scope.ROUTER)
+    address = IPv4Address("10.0.0.5")
+    async with _rig(tmp_path) as rig:
+        await rig.say(_instance("web", "10.0.0.5"))
+        rig.loop.observe(Observation("test", networks={router.id: router}))
+        learned = Learned(InstanceId("web"), 0, via=(_RED, address))
+        await rig.loop.tickets.wait(rig.loop.learn((router.id, address), learned))
+        plain = rig.told("10.0.0.5")
+        for others, there in (((_instance("db", "10.0.0.5"),), False), ((), True)):
+            await rig.say(*others, source="b")
+            record = rig.applier.state.effective().get("router/10.0.0.5")
+            assert (record == plain) == there
+
+
 _WEB = replace(_instance("web", "10.0.0.5"), policy=PolicyRules(tokens=TokenMode.REQUIRED))
 _DB = _instance("db", "10.0.0.6")
 _CLOSED = PolicyRules(endpoint=False)
@@ -536,6 +553,10 @@ def _set_nova(rig: Rig) -> None:
     rig.loop.routing = lambda: NovaRouting((EndpointSet("default", b"secret"),))
 
 
+def _learn(rig: Rig) -> None:
+    rig.loop.learned[_RED, IPv4Address("10.0.0.9")] = Learned(_WEB.id, 1e9)
+
+
 _LOST = Observation("b", networks={_RED: _NETWORK}, in_sync=False)
 _IN_CONFLICT = _with(_WEB, _DB, _instance("more", "10.0.0.6"))
 _ANEW: dict[str, tuple[Callable[[Path], Rig], Callable[[Path], Rig]]] = {
@@ -558,6 +579,7 @@ _ANEW: dict[str, tuple[Callable[[Path], Rig], Callable[[Path], Rig]]] = {
     "map removed": (_start, _with(change=lambda rig: (rig.base.parent / "maps/base.map").unlink())),
     "not in sync": (_start, _with(change=lambda rig: rig.loop.observe(_LOST))),
     "nova, with its signatures": (_with(change=_set_nova), _with(change=_set_nova)),
+    "a learned address": (_with(change=_learn), _start),
     "a record not written": (_with(change=lambda rig: rig.files.refuse.add(_WEB.id)), _start),
     "a conflict": (_IN_CONFLICT, _IN_CONFLICT),
 }
