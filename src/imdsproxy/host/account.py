@@ -83,19 +83,24 @@ def find_account(user: str | None, group: str | None) -> Account | None:
     return Account(uid, gid)
 
 
-def _find_user(word: str, instead: str) -> pwd.struct_passwd:
-    return _look_up("user", word, instead, pwd.getpwuid, pwd.getpwnam)
+def _find_user(word: str, instead: str, *, ids: bool = False) -> pwd.struct_passwd:
+    return _look_up("user", word, instead, pwd.getpwuid if ids else None, pwd.getpwnam)
 
 
-def _find_group(word: str, instead: str) -> grp.struct_group:
-    return _look_up("group", word, instead, grp.getgrgid, grp.getgrnam)
+def _find_group(word: str, instead: str, *, ids: bool = False) -> grp.struct_group:
+    return _look_up("group", word, instead, grp.getgrgid if ids else None, grp.getgrnam)
 
 
 def _look_up(
-    kind: str, word: str, instead: str, by_id: Callable[[int], T], by_name: Callable[[str], T]
+    kind: str,
+    word: str,
+    instead: str,
+    by_id: Callable[[int], T] | None,
+    by_name: Callable[[str], T],
 ) -> T:
     try:
-        return by_id(int(word)) if word.isdecimal() else by_name(word)
+        # A setting has a name, which may be a number: "0" is not root.
+        return by_id(int(word)) if by_id is not None and word.isdecimal() else by_name(word)
     except (KeyError, OverflowError) as error:
         hint = f"create it, or {instead}"
         raise HostRefused(f"there is no {kind} {word}", hint=hint) from error
@@ -118,9 +123,9 @@ def owner_of(user: str | None, group: str | None) -> tuple[int, int]:
 
 def user_name(word: str) -> str:
     """The name of an account, given by name or by uid; `HostRefused` when there is none."""
-    return _find_user(word, "name another one").pw_name
+    return _find_user(word, "name another one", ids=True).pw_name
 
 
 def group_name(word: str) -> str:
     """The name of a group, given by name or by gid; `HostRefused` when there is none."""
-    return _find_group(word, "name another one").gr_name
+    return _find_group(word, "name another one", ids=True).gr_name

@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.errors import HostRefused
-from imdsproxy.host.account import Account, find_account, find_closed
+from imdsproxy.host.account import (
+    Account,
+    find_account,
+    find_closed,
+    group_name,
+    owner_of,
+    user_name,
+)
 
 _USER, _GROUP = pwd.getpwnam("nobody"), grp.getgrnam("root").gr_gid
 
@@ -38,14 +45,22 @@ def test_root_takes_the_account_that_is_named(
     assert find_account(user, group) == found
 
 
-@pytest.mark.parametrize(("user", "group"), [("imdst-none", None), (None, "imdst-none")])
+@pytest.mark.parametrize(
+    ("user", "group"), [("imdst-none", None), (None, "imdst-none"), ("0", None), (None, "0")]
+)
 def test_a_name_that_does_not_exist_is_an_error(
     monkeypatch: pytest.MonkeyPatch, user: str | None, group: str | None
 ) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    with pytest.raises(HostRefused, match="imdst-none") as refused:
+    with pytest.raises(HostRefused, match=f"no (user|group) {user or group}") as refused:
         find_account(user, group)
     assert "create it" in refused.value.hint
+    with pytest.raises(HostRefused):
+        owner_of(user, group)
+
+
+def test_an_account_of_a_proxy_is_named_or_numbered() -> None:
+    assert (user_name("0"), user_name("nobody"), group_name("0")) == ("root", "nobody", "root")
 
 
 @pytest.mark.root
