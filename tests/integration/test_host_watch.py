@@ -328,6 +328,27 @@ async def test_a_hundred_at_once_are_all_reported_within_a_second(lab: HostLab) 
     thread.close()
 
 
+async def test_a_slow_scan_does_not_hold_up_the_next_for_long(
+    lab: HostLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = NamespaceDirectory()
+    look = directory.namespaces
+
+    def look_slowly() -> dict[str, NamespaceRef]:
+        time.sleep(0.3)
+        return look()
+
+    async with NamespaceWatch(directory) as watch:
+        monkeypatch.setattr(directory, "namespaces", look_slowly)
+        for which in ("blue", "red"):
+            name = await asyncio.to_thread(lab.namespace, which)
+            begun = asyncio.get_running_loop().time()
+            async with asyncio.timeout(10 * patience()):
+                while (await anext(watch))[0].name != name:
+                    pass
+        assert asyncio.get_running_loop().time() - begun < 3 * patience()
+
+
 async def test_a_directory_that_comes_late_and_goes_and_comes_again_is_followed(
     tmp_path: Path,
 ) -> None:

@@ -41,6 +41,9 @@ _SETTLE_S: Final = 0.01
 _SHARE: Final = 20
 """Scans take at most one part in so many of the time, however many mounts there are."""
 
+_LONGEST_PAUSE_S: Final = 0.5
+"""Except where that would hold a new namespace up, as on a busy host that has thousands of them."""
+
 
 class EventKind(StrEnum):
     """Kinds of events."""
@@ -344,7 +347,7 @@ class NamespaceWatch(Stream[tuple[NamespaceRef, bool]]):
             if before.get(name) != ref or name in replaced:
                 self.put((ref, True))
         ended = self._loop.time()
-        self._earliest = ended + _SHARE * (ended - began)
+        self._earliest = ended + min(_SHARE * (ended - began), _LONGEST_PAUSE_S)
 
     def _follow(self) -> None:
         """Watch the directory, or its nearest parent that exists, by inotify; a second time changes nothing."""
