@@ -69,6 +69,7 @@ class MacFilters:
     _full: set[NetworkId] = field(default_factory=set)
     _granted: PackedPairs = field(default_factory=PackedPairs)
     _known: bool = False
+    _partial: bool = False
     _settled: bool = False
     _busy: set[NetworkId] = field(default_factory=set)
     _found: dict[NetworkId, PairMap] = field(default_factory=dict)
@@ -179,8 +180,8 @@ class MacFilters:
             return
         self._full.add(name)
         granted = self._granted.get(name, {})
-        # What an earlier process granted counts until all sources are in sync.
-        if not self._known or not self.inventory.in_sync:
+        # What an earlier process granted counts on where not all sources were in sync.
+        if not self._known or self._partial:
             granted = self._granted[name] = {**found, **granted}
         if found != granted:
             self._found[name] = found
@@ -253,6 +254,8 @@ class MacFilters:
     def preload(self, pairs: Pairs) -> None:
         """Add pairs before HAProxy runs."""
         self._known = True
+        # For good: a source that is in sync a moment later is none that these pairs were planned from.
+        self._partial |= not self.inventory.in_sync
         some = _by_network((key, mac) for key, mac in pairs.items() if mac is not None)
         for network, coming in some.items():
             self._granted[network] = {**self._granted.get(network, {}), **coming}
