@@ -24,7 +24,7 @@ from imdsproxy.core.model import Instance, InstanceId
 from imdsproxy.core.policy import RULES
 from imdsproxy.core.records import INSTANCE as INSTANCE_TABLE
 from imdsproxy.core.records import NETWORK as NETWORK_TABLE
-from imdsproxy.core.records import Refused, parse_network
+from imdsproxy.core.records import Refused, parse_instance, parse_network
 from imdsproxy.core.records.schema import Table
 from imdsproxy.errors import (
     AlreadyExists,
@@ -118,6 +118,16 @@ def test_an_instance_is_shown_patched_listed_by_network_and_removed(server: Admi
     assert "user_data" not in record
     server.client.request("DELETE", "/v1/instances/web-1")
     assert server.instances == {}
+
+
+def test_a_password_is_cleared_where_the_record_is_another_sources(server: AdminServer) -> None:
+    one = parse_instance({"id": "f", "name": "f"})
+    assert isinstance(one, Instance)
+    server.claim_twice(one)
+    assert server.passwords.keep(one.id, b"x")
+    assert _raw(server, "PATCH", "/v1/instances/f", b'{"password": null}')[0] == 200
+    assert server.passwords.read(one.id) is None
+    assert _raw(server, "PATCH", "/v1/instances/f", b'{"name": "g"}')[0] == 409
 
 
 def test_a_list_is_worked_out_beside_the_event_loop(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,16 @@ def test_what_cannot_be_written_has_not_happened(tmp_path: Path) -> None:
     with full_disk(), pytest.raises(HostRefused, match="No space"):
         file.reopen(_WEB, 1)
     assert file.overrides == _open(tmp_path).overrides == {_WEB: OperatorOverride(1, 0)}
+
+
+def test_what_operators_did_is_known_where_the_state_is_copied_to(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    store = _open(here)
+    store.revoke(_WEB)
+    store.reopen(_WEB, 1_700_000_000)
+    shutil.copytree(here, there)
+    assert _open(there).overrides == {_WEB: OperatorOverride(1, 1_700_000_000)}
 
 
 def _text(instances: object, version: object = 1) -> bytes:

@@ -136,6 +136,21 @@ async def test_a_directory_that_comes_late_or_goes_and_is_made_again_is_followed
         assert [each.full for each in heard.observations].count(True) == 1
 
 
+async def test_a_restart_with_a_broken_file_reports_what_was_in_force(
+    directory: Path, tmp_path: Path
+) -> None:
+    kept = tmp_path / "last-good.sqlite"
+    write(directory / "x.json", record("a", "1"))
+    async with running(FileSource(directory, last_good=kept)) as heard:
+        await heard.until(partial(has, "a", "1"))
+        (directory / "x.json").write_text("[")
+        await heard.until(lambda each: each.last.problems)
+    async with running(FileSource(directory, last_good=kept)) as again:
+        assert again.last.full
+        assert again.last.problems
+        assert has("a", "1", again)
+
+
 async def test_a_memory_that_cannot_be_kept_is_reported(directory: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     write(directory / "x.json", record("a", "1"))
