@@ -477,6 +477,21 @@ async def test_an_address_behind_a_router_stands_and_falls_with_the_one_in_its_n
             assert (record == plain) == there
 
 
+async def test_all_addresses_of_a_network_are_looked_at_again_those_that_were_learned_too(
+    tmp_path: Path,
+) -> None:
+    async with _rig(tmp_path) as rig:
+        await rig.say(_instance("web", "10.0.0.5"))
+        known, found = ((_RED, IPv4Address(one)) for one in ("10.0.0.5", "10.0.0.9"))
+        await rig.loop.tickets.wait(rig.loop.learn(found, Learned(InstanceId("web"), 1e9)))
+        rig.applied.clear()
+        rig.loop.touch_networks({NetworkId("blue")})
+        assert not rig.loop._work.addresses
+        rig.loop.touch_networks({_RED})
+        await rig.loop.tickets.wait(rig.loop.tickets.given)
+        assert rig.applied == [{known, found}]
+
+
 _WEB = replace(_instance("web", "10.0.0.5"), policy=PolicyRules(tokens=TokenMode.REQUIRED))
 _DB = _instance("db", "10.0.0.6")
 _CLOSED = PolicyRules(endpoint=False)
