@@ -78,7 +78,7 @@ class _Filters(MacFilters):
 
     def __init__(self, rig: Rig) -> None:
         self.rig = rig
-        self.up, self.plain = True, False
+        self.up, self.plain, self.withdrawn = True, False, False
         self.bound: list[tuple[AddressKey, int, MacAddress]] = []
         self.senders: dict[int, MacAddress] = {}
         self.on_bind: Callable[[], None] = lambda: None
@@ -92,6 +92,8 @@ class _Filters(MacFilters):
         return self.up
 
     def granted(self, key: AddressKey) -> MacAddress | None:
+        if self.withdrawn:
+            return None
         return plan_pair(self.rig.inventory, key, self.rig.records.learned)
 
     def keys(self) -> Iterator[AddressKey]:
@@ -116,6 +118,7 @@ class _Records:
         default_factory=lambda: NovaRouting((EndpointSet("default", b"secret"),))
     )
     learned: dict[AddressKey, Learned] = field(default_factory=dict)
+    touched: list[AddressKey] = field(default_factory=list)
     tickets: Tickets = field(default_factory=Tickets)
     compiler: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(revisions={}))
     applier: None = None
@@ -133,7 +136,7 @@ class _Records:
         return 0
 
     def touch(self, key: AddressKey) -> int:
-        del key
+        self.touched.append(key)
         return 0
 
     def planned(self, key: AddressKey) -> MapRecord | Conflict | None:
@@ -326,6 +329,16 @@ async def test_what_was_learned_is_looked_at_again_when_its_time_is_over(
     rig.clock.time = 131
     await rig.lookup.review()
     assert rig.records.learned == expected
+
+
+async def test_a_learned_address_is_put_in_force_again_where_its_filter_is_gone() -> None:
+    rig = Rig(_BARE, listed=Scope.NETWORK)
+    rig.mac = _MAC
+    assert await rig.look(port=1) == "web"
+    rig.filters.withdrawn = True
+    # The records of this test put nothing in force again.
+    assert await rig.look(port=2) == Denial.UNAVAILABLE
+    assert set(rig.records.touched) == {_ASKED}
 
 
 async def test_what_the_kernel_reports_needs_no_second_look_and_is_followed() -> None:
