@@ -291,6 +291,22 @@ def test_who_empties_the_runtime_directory_leaves_no_process_of_before(then: str
         until(lambda: not daemon.processes(), what="the end of everything")
 
 
+def test_a_controller_whose_files_were_removed_ends_when_haproxy_needs_them_and_the_next_makes_them() -> (
+    None
+):
+    with open_world() as world:
+        daemon, process = world.daemon, world.daemon.process
+        assert process is not None
+        master = world.pids().master
+        for entry in daemon.runtime.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        os.kill(master, signal.SIGKILL)
+        assert process.wait(30) == 71
+        assert "only a start makes them again" in daemon.log.read_text()
+        daemon.start()
+        world.all_right()
+
+
 def test_a_start_with_the_records_of_the_last_run_serves_them_and_not_what_has_changed_since() -> (
     None
 ):
