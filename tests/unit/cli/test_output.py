@@ -131,3 +131,12 @@ def test_an_empty_token_report_shows_since_when_and_what_is_counted(
     assert re.search(r"since 2026-11-18 \d\d:\d\d:40", words)
     assert text in words
     assert ("one read in 20" in words) is (one_in == 20)
+
+
+def test_foreign_text_cannot_style_the_token_report_or_an_explanation(filled: Cli) -> None:
+    reader = ReaderWithoutToken("latest", "\x1b]0;owned\x07[red]x[/red]", 3, 0, _AT)
+    guest = GuestWithoutToken("blue", "web-1", 3, 0, _AT, (reader,))
+    filled.server.token_report = TokenReport(_AT, (guest,), (), 0, one_in=1)
+    assert "\\x1b]0;owned\\x07[red]x[/red]" in filled("token", "report").out
+    filled("instance", "set", "web-1", "--name", "[red]w[/red]")
+    assert "web-1 ([red]w[/red])" in filled("explain", "web-1").out
