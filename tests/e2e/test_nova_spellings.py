@@ -19,7 +19,7 @@ from support.openstack.oracle import Oracle, Request, Said, said_to_guest
 from support.openstack.ways import open_ways
 from support.spellings import HAND_WRITTEN, spellings
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 _ADDRESS: Final = "10.0.0.99"
 _EVERYTHING: Final = {"tokens": "required", "openstack_tokens": "required"}

@@ -10,7 +10,7 @@ from support.lab import until
 from support.openstack.lab import OpenStack
 from support.openstack.ways import Ways, open_ways
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 _HOSTNAME = "/latest/meta-data/hostname"
 

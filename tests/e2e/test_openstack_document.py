@@ -88,6 +88,7 @@ def _run(blocks: list[Block], directory: Path) -> dict[int, str]:
     return printed
 
 
+@pytest.mark.slow
 def test_a_newcomer_moves_a_network_over_and_back_and_tries_every_way_as_the_document_says(
     directory: Path,
 ) -> None:

@@ -27,7 +27,7 @@ from support.openstack.neutron_rest import ask
 from support.openstack.ways import RESPONSE_TIMEOUT_S, Way, Ways, open_ways
 from support.patience import patience
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 HOSTNAME: Final = "/latest/meta-data/hostname"
 REFRESH_S: Final = 1.0

@@ -26,7 +26,7 @@ from support.openstack.table import (
 )
 from support.openstack.ways import WAYS, Way, Ways, goes, open_ways
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 ROWS: Final = [
     pytest.param(way, name, id=f"{way}: {name}")

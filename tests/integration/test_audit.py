@@ -48,6 +48,7 @@ def test_a_line_says_who_asked_what_and_what_became_of_it(world: World, log: Aud
     assert stat.S_IMODE(log.path.stat().st_mode) == 0o640
 
 
+@pytest.mark.slow
 def test_what_an_operator_gets_has_a_line_with_the_instance(world: World, log: AuditLog) -> None:
     who = ("--network", "red", "--from", world.red.addresses[0])
     got = world.daemon.command("get", "--include", *who, "/latest/got-by-operator")
@@ -71,6 +72,7 @@ def test_a_request_that_comes_back_from_the_resolver_has_one_line() -> None:
         assert line["by"].startswith("nova.default.once/")
 
 
+@pytest.mark.slow
 def test_the_mode_changes_without_losing_a_request(world: World) -> None:
     ended, wrong, count = threading.Event(), list[str](), 0
 
@@ -103,6 +105,7 @@ def test_the_mode_changes_without_losing_a_request(world: World) -> None:
     assert sum(one["path"] == "/sampled" for one in log.lines()) < 10
 
 
+@pytest.mark.slow
 def test_lines_outlast_a_reload_and_a_controller(world: World, log: AuditLog) -> None:
     world.reload()
     world.red.ask("/after-the-reload")

@@ -16,7 +16,7 @@ from support.guest import Guest
 from support.lab import until
 from support.world import World, open_world
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 _METRICS_PORT: Final = 9465
 _LEAF: Final = "/latest/meta-data/instance-id"

@@ -22,7 +22,7 @@ from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.listeners.endpoints import compute_maxconn
 from support.patience import patience
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 _COUNT = 300
 _LEAST = 2 * (_COUNT // 2 + 16) + 2 * _COUNT + 256

@@ -18,7 +18,7 @@ from support.guest import Guest, Lost
 from support.lab import Lab, until
 from support.world import open_world
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 _STUCK: Final = Path(__file__).parents[1] / "support" / "stuck_loop.py"
 _PORT: Final = 9475

@@ -195,6 +195,7 @@ def test_a_damaged_store_at_start_leaves_what_runs_alone_and_says_who_must_act()
         world.all_right()
 
 
+@pytest.mark.slow
 def test_a_damaged_record_is_503_for_its_own_instance_only() -> None:
     with open_world(_SETTINGS) as world:
         world.daemon.kill_controller()

@@ -59,6 +59,7 @@ def test_no_process_that_answers_guests_has_privileges_and_haproxys_is_locked_in
             assert entry.is_socket() or entry.stat().st_mode & 0o022 == 0, entry
 
 
+@pytest.mark.slow
 def test_twenty_reloads_lose_no_request(world: World) -> None:
     guests = [world.red, world.guests["blue"]]
     kept = Load(guests, _TARGET, own, connections=2)
@@ -94,6 +95,7 @@ def _everybody_reads(world: World) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_haproxy_killed_again_and_again_comes_back_each_time(world: World) -> None:
     before = len(world.daemon.log_entries())
     for number in range(6):
@@ -117,6 +119,7 @@ def test_a_haproxy_killed_again_and_again_comes_back_each_time(world: World) -> 
     assert not [one for one in logged if one["message"] == "foreign listener"]
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_is_noticed_and_replaced(world: World) -> None:
     before = world.settled()
     started = time.monotonic()
@@ -165,6 +168,7 @@ def settings_restored(world: World) -> Iterator[World]:
     world.daemon.reconfigure(_HOLD)
 
 
+@pytest.mark.slow
 def test_a_configuration_that_haproxy_refuses_never_replaces_a_good_one(
     settings_restored: World,
 ) -> None:

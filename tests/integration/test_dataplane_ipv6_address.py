@@ -39,6 +39,7 @@ def _code(world: World) -> str:
     return str(world.daemon.left_out().get("late", {}).get("code", ""))
 
 
+@pytest.mark.slow
 def test_while_the_kernel_asks_whether_the_ipv6_address_is_taken_ipv4_is_served_and_then_both(
     world: World,
 ) -> None:

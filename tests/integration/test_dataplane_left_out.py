@@ -261,6 +261,7 @@ def test_an_address_that_goes_is_reported_and_served_again_when_it_is_back(world
     _served(world, world.red)
 
 
+@pytest.mark.slow
 def test_many_namespaces_that_come_and_go_disturb_nobody(world: World) -> None:
     with Load([world.red, world.guests["blue"]], "/latest/user-data", own) as load:
         load.wait_answers(20)

@@ -203,6 +203,7 @@ def test_a_second_controller_refuses_to_start(world: World) -> None:
     assert world.pids().controller == world.daemon.pids().controller
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("which", "number"),
     [
@@ -232,6 +233,7 @@ def test_a_process_of_the_document_server_that_ends_or_hangs_is_replaced_and_no_
     assert loads.lost == []
 
 
+@pytest.mark.slow
 def test_a_master_of_haproxy_that_hangs_is_replaced(world: World) -> None:
     master = world.settled().master
     with _Loads(world) as loads:
@@ -307,6 +309,7 @@ def test_a_controller_whose_files_were_removed_ends_when_haproxy_needs_them_and_
         world.all_right()
 
 
+@pytest.mark.slow
 def test_a_start_with_the_records_of_the_last_run_serves_them_and_not_what_has_changed_since() -> (
     None
 ):

@@ -57,6 +57,7 @@ def test_a_request_is_held_until_its_record_comes(world: World, network: str) ->
         assert time.monotonic() - added < _AT_ONCE_S * patience()
 
 
+@pytest.mark.slow
 def test_an_unknown_address_waits_once_until_its_record_comes(world: World) -> None:
     stranger = world.lab.guest("red", 71)
     reply, first = _timed(lambda: stranger.ask(_TARGET))
@@ -161,6 +162,7 @@ def test_a_guest_that_invents_addresses_slows_no_known_one_and_no_change(world: 
     assert flooded < max(3 * alone, 0.05 * patience())
 
 
+@pytest.mark.slow
 def test_a_flood_that_is_refused_does_not_keep_all_others_of_its_network_out(world: World) -> None:
     flooder, _ = _flooded_network(world, "flood")
     stranger = world.lab.guest("flood", 64)

@@ -83,6 +83,7 @@ def test_a_haproxy_that_starts_by_itself_knows_what_was_acknowledged(movable: Wo
         movable.daemon.wait_ready()
 
 
+@pytest.mark.slow
 def test_a_worker_that_somebody_else_reloaded_is_kept_up_to_date(movable: World) -> None:
     for number in range(6):
         os.kill(movable.pids().master, signal.SIGUSR2)

@@ -185,6 +185,7 @@ def test_a_killed_worker_comes_back_and_no_connection_is_refused(server: Server)
     assert "SIGKILL" in server.text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 def test_workers_that_hang_are_replaced_within_five_seconds(server: Server, count: int) -> None:
     parent, hung = server.running.parent, server.running.workers[:count]
@@ -200,6 +201,7 @@ def test_workers_that_hang_are_replaced_within_five_seconds(server: Server, coun
     assert server.running.restarts == count
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_only_idle_or_slow_is_left_alone(server: Server) -> None:
     workers = server.running.workers
     connections = [socket.socket(socket.AF_UNIX) for _ in range(20)]
@@ -306,6 +308,7 @@ def test_a_second_one_is_refused_in_one_line_and_harms_nothing(server: Server) -
     assert ask(server.sockets[0], "/latest").status == 200
 
 
+@pytest.mark.slow
 def test_workers_that_never_come_up_are_an_error_with_their_reason_and_end_no_others(
     make: Callable[..., Server],
 ) -> None:
@@ -361,6 +364,7 @@ def test_workers_outlive_a_killed_parent_until_the_next_one_takes_over(
     assert two.report.lost == []
 
 
+@pytest.mark.slow
 def test_sighup_takes_up_new_code_without_losing_a_request(make: Callable[..., Server]) -> None:
     server = make()
     parent = server.start()

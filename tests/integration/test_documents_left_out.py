@@ -26,6 +26,7 @@ def _without_documents(world: NovaWorld) -> Daemon:
     return world.daemon
 
 
+@pytest.mark.slow
 def test_a_document_server_that_is_not_needed_any_more_ends_and_guests_of_nova_notice_nothing(
     world: NovaWorld,
 ) -> None:

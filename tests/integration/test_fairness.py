@@ -100,6 +100,7 @@ def test_a_hundred_and_fifty_requests_at_once_and_twenty_crawls_in_a_row_pass(wo
     assert busiest["requests"] > 3000
 
 
+@pytest.mark.slow
 def test_who_asks_for_more_than_the_default_is_refused_and_named(world: World) -> None:
     _flood(world.red, 4000)
     until(lambda: _is_refusal(world.red.ask(_USER_DATA, to=IPV6)), what="a refusal")
@@ -115,6 +116,7 @@ def test_who_asks_for_more_than_the_default_is_refused_and_named(world: World) -
     assert _is_refusal(world.red.ask(_USER_DATA))
 
 
+@pytest.mark.slow
 def test_a_new_limit_is_in_force_at_once_without_a_reload(world: World) -> None:
     pids = world.settled()
     _say(world, {"red-5": {"requests_per_s": 1, "burst": 1000}})
@@ -124,6 +126,7 @@ def test_a_new_limit_is_in_force_at_once_without_a_reload(world: World) -> None:
     assert world.settled() == pids
 
 
+@pytest.mark.slow
 def test_what_was_counted_survives_reloads_in_a_row(world: World) -> None:
     _say(world, {"red-5": {"burst": 30}})
     until(lambda: world.red.ask(_USER_DATA).status == 503, what="a refusal")

@@ -248,6 +248,7 @@ async def test_a_namespace_that_is_not_heard_is_looked_at_properly(
         assert await watched.networks_of(EventKind.AUDIT) == {BLUE}
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 async def test_an_idle_watch_costs_next_to_nothing(lab: HostLab) -> None:
     names = [lab.namespace(f"n{number}") for number in range(5)]

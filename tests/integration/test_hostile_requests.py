@@ -105,6 +105,7 @@ def test_no_hand_written_harm_reads_anothers_documents(documents: tuple[World, s
     world.all_right()
 
 
+@pytest.mark.slow
 @_EXAMPLES
 @given(harm=harms())
 def test_no_harm_reads_anothers_documents(documents: tuple[World, str], harm: Harm) -> None:

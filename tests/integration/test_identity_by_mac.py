@@ -238,6 +238,7 @@ def test_explain_goes_by_a_refusal_that_is_newer_than_the_neighbour_table(world:
     assert f"the neighbour table has MAC {of_the_record}" in " ".join(refused["why"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["red", "blue", "grey"])
 @pytest.mark.parametrize("to", [IPV4, IPV6])
 def test_a_guest_that_takes_its_neighbour_s_address_reads_nothing(

@@ -82,6 +82,7 @@ def test_beyond_its_burst_an_instance_gets_503_by_every_way_and_its_neighbour_no
     assert _statuses(alone, 3) == {200}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [Policy(), Policy(burst=20)])
 def test_each_guest_of_a_connection_of_neutrons_proxies_counts_by_itself(
     alone: Alone, policy: Policy

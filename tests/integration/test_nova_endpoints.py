@@ -135,6 +135,7 @@ def test_over_tls_nova_gets_the_same_and_large_answers_come_whole(
         assert world.red.ask("/openstack").body == b"\xff" * 1_000_000
 
 
+@pytest.mark.slow
 def test_certificates_are_shown_and_checked_as_settings_say(
     world: NovaWorld, authorities: _Authorities
 ) -> None:
@@ -371,6 +372,7 @@ def test_health_checks_see_nova_go_and_come_and_leave_nothing_there(
     assert not nova.fragments
 
 
+@pytest.mark.slow
 def test_unless_settings_say_otherwise_a_nova_that_hangs_is_down_and_its_guests_come_again(
     world: NovaWorld, nova: Recorder
 ) -> None:

@@ -22,6 +22,8 @@ from support.openstack.neutron_rest import ask
 from support.openstack.servers import NotUp, Server
 from support.openstack.table import BLUE, INSTANCES, LOOKUP_NAMES, RED, Instance
 
+pytestmark = pytest.mark.slow
+
 by_name = pytest.mark.parametrize("one", INSTANCES, ids=lambda one: one.name)
 
 

@@ -191,6 +191,7 @@ def test_a_guest_reaches_the_service_on_each_kind_of_network(
     assert _ask(guest) == "net1"
 
 
+@pytest.mark.slow
 def test_check_names_the_rule_that_lets_guests_of_an_interface_in(
     host: VmHost, daemon: Daemon
 ) -> None:
@@ -204,6 +205,7 @@ def test_check_names_the_rule_that_lets_guests_of_an_interface_in(
     assert _findings(host, daemon) == []
 
 
+@pytest.mark.slow
 def test_check_names_the_rules_that_let_bridged_packets_pass(host: VmHost, daemon: Daemon) -> None:
     """As Docker's chain FORWARD, with br_netfilter."""
     _lan(host, "br0")
@@ -282,6 +284,7 @@ def test_two_hosts_on_one_lan_each_answer_their_own_guests(host: VmHost, daemon:
         other.close()
 
 
+@pytest.mark.slow
 def test_a_guest_cannot_be_the_metadata_service_of_its_neighbours(
     host: VmHost, daemon: Daemon
 ) -> None:

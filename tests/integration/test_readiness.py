@@ -70,6 +70,7 @@ def test_a_state_directory_that_the_document_server_cannot_enter_is_not_ready_an
     assert "cannot enter" not in daemon.command("check").out
 
 
+@pytest.mark.slow
 def test_records_that_cannot_be_read_any_more_are_noticed_and_read_again_when_they_can(
     world: World,
 ) -> None:

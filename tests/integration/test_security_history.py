@@ -117,6 +117,7 @@ def test_nothing_listens_where_guests_reach_but_the_metadata_service(world: Worl
     assert {port for address, port in on_host if address == _LOOPBACK} == {19321, 19322}
 
 
+@pytest.mark.slow
 def test_what_other_proxies_show_is_a_path_like_any_other(world: World) -> None:
     """On metadata_path's listener a guest reads the statistics of all instances, known or not."""
     stranger = world.lab.guest("red", 77)

@@ -307,6 +307,7 @@ def _offered(lab: HostLab, of: Network, directory: Path) -> dict[int, bytes]:
     return seen[0]
 
 
+@pytest.mark.slow
 @pytest.mark.root
 def test_a_guest_with_a_foreign_gateway_is_told_the_neighbour_and_that_gateway(
     lab: HostLab, tmp_path: Path

@@ -210,6 +210,7 @@ def test_a_living_agent_keeps_its_socket_until_it_ends(
         world.lab.delete_namespace("away")
 
 
+@pytest.mark.slow
 def test_a_socket_that_somebody_takes_is_told_of_and_taken_again_when_it_is_free(
     world: AgentWorld,
 ) -> None:
@@ -273,6 +274,7 @@ def test_what_is_no_socket_is_not_replaced(world: AgentWorld) -> None:
 # What is wrong with it leaves out nothing else
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [

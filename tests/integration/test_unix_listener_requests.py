@@ -405,6 +405,7 @@ def test_an_address_of_6to4_is_not_the_ipv4_one_in_it(world: AgentWorld, spelled
     assert world.nova.requests == []
 
 
+@pytest.mark.slow
 def test_refused_requests_are_counted(world: AgentWorld) -> None:
     name = "imdsproxy_unix_listener_denied_total"
     before = world.metric(name)

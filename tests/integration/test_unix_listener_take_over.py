@@ -18,7 +18,7 @@ from support.lab import RecordMapping, Server, record, until
 from support.openstack.front import open_fronts
 from support.recorder import Answer, Received, reply
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 _WITHIN_S: Final = 3.0
 """A look a second, and two reloads."""

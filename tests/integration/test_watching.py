@@ -68,6 +68,7 @@ def watching(world: World, *flags: str) -> Iterator[Watcher]:
         watcher.end()
 
 
+@pytest.mark.slow
 def test_each_guests_requests_are_shown_with_who_asks_and_who_answered(world: World) -> None:
     stranger = world.lab.guest("red", 66)
     with watching(world, "--network", "red") as watcher:
@@ -95,6 +96,7 @@ def test_it_goes_on_over_a_reload_and_beside_the_audit_log(world: World) -> None
         log.wait(path=path, network="red", instance="red-5")
 
 
+@pytest.mark.slow
 def test_haproxy_tells_no_more_when_the_watcher_was_killed(world: World) -> None:
     with watching(world) as watcher:
         watcher.process.kill()

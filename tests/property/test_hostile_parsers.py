@@ -117,6 +117,7 @@ def test_settings_are_read_or_refused_as_settings_are(text: str) -> None:
     _load(text, {})
 
 
+@pytest.mark.slow
 @_FIXED
 @given(
     name=st.one_of(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,6 +11,7 @@ from imdsproxy.core.packed import PackedInstances, PackedPairs
 from support.record_strategies import ids, instances, ipv4, macs
 
 
+@pytest.mark.slow
 @given(st.lists(instances, unique_by=lambda one: one.id, max_size=4))
 def test_an_instance_comes_out_as_it_was_put_in(told: list[Instance]) -> None:
     known = {InstanceId(one.id): one for one in told}
