@@ -22,6 +22,7 @@ from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from support.guest import inside
 from support.hostlab import HostLab
 from support.impostor import syn_frame
+from support.lab import until
 
 pytestmark = pytest.mark.root
 
@@ -93,7 +94,11 @@ class Rig:
     def connect(self) -> socket.socket:
         made = inside(self.guest, socket.socket)
         made.settimeout(0.5)
-        made.connect((str(METADATA_IPV4), 80))
+        try:
+            made.connect((str(METADATA_IPV4), 80))
+        except OSError:
+            made.close()
+            raise
         return made
 
 
@@ -114,6 +119,8 @@ def rig(lab: HostLab) -> Iterator[Rig]:
     lab.ip("-n", guest, "link", "set", "eth0", "up")
     lab.address(guest, f"{_ADDRESS}/24", "eth0")
     lab.ip("-n", guest, "route", "add", f"{METADATA_IPV4}/32", "dev", "eth0")
+    # The kernel notices a carrier a moment later; what is sent before that is lost.
+    until(lambda: "state forwarding" in lab.ip("-n", place, "-d", "link", "show", "v1"))
     directory = NamespaceDirectory()
     ref = directory.identity(place)
     assert ref is not None
