@@ -22,7 +22,7 @@ from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.packed import FORMAT as PACKED_FORMAT
 from imdsproxy.errors import ImdsproxyError, Problem, SourceError
 from imdsproxy.serving.store import DiskFiles, read_signature
-from imdsproxy.sources.sqlite_file import open_store, store_failures
+from imdsproxy.sources.sqlite_file import open_store, store_failures, transaction
 
 COMPILER: Final = f"{__version__} {COMPILED_FORMAT} {PACKED_FORMAT} ".encode()
 """Which program compiled a record: another one may make another record of the same."""
@@ -64,11 +64,14 @@ class CompiledIndex:
 
     def find(self, instances: Iterable[InstanceId]) -> Mapping[InstanceId, Row]:
         """The rows of these."""
-        self.save()
-        wanted = json.dumps(list(instances))
+        wanted = list(instances)
         query = "SELECT compiled.* FROM json_each(?) JOIN compiled ON instance = value"
-        rows = self._use(lambda connection: connection.execute(query, [wanted]).fetchall())
-        return {InstanceId(instance): (row[0], row[1], row[2]) for instance, *row in rows or ()}
+        named = [json.dumps(wanted)]
+        rows = self._use(lambda connection: connection.execute(query, named).fetchall())
+        found = {InstanceId(instance): (row[0], row[1], row[2]) for instance, *row in rows or ()}
+        # What is not written yet is newer.
+        newest = {one: self._unsaved.get(one, found.get(one)) for one in wanted}
+        return {one: row for one, row in newest.items() if row is not None}
 
     def note(self, instance: InstanceId, row: Row | None) -> None:
         """Have this row, or none."""
@@ -81,12 +84,11 @@ class CompiledIndex:
         unsaved, self._unsaved = self._unsaved, {}
 
         def write(connection: sqlite3.Connection) -> None:
-            connection.execute("BEGIN IMMEDIATE")
             gone = [(one,) for one in unsaved]
-            connection.executemany("DELETE FROM compiled WHERE instance = ?", gone)
             rows = [(one, *row) for one, row in unsaved.items() if row is not None]
-            connection.executemany("INSERT INTO compiled VALUES (?, ?, ?, ?)", rows)
-            connection.execute("COMMIT")
+            with transaction(connection):
+                connection.executemany("DELETE FROM compiled WHERE instance = ?", gone)
+                connection.executemany("INSERT INTO compiled VALUES (?, ?, ?, ?)", rows)
 
         if unsaved:
             self._use(write)

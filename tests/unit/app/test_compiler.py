@@ -127,6 +127,14 @@ def test_a_removed_record_is_not_known(written: Path) -> None:
     compiler.index.close()
 
 
+def test_what_is_not_stored_yet_is_known_too(tmp_path: Path) -> None:
+    compiler = _start(tmp_path)
+    assert compiler.index.find([_A, _B]).keys() == {_A}
+    compiler.remove(_A)
+    assert compiler.index.find([_A, _B]) == {}
+    compiler.index.close()
+
+
 @pytest.mark.parametrize("content", [b"not a database" * 100, b""])
 def test_a_damaged_index_is_made_again(written: Path, content: bytes) -> None:
     (written / "compiled.sqlite").write_bytes(content)
