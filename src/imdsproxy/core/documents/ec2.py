@@ -74,8 +74,7 @@ _UNLISTABLE: Final = re.compile(r"[=/\s\x00-\x1f\x7f]+")
 
 def ec2_generation(version: str) -> str | None:
     """The oldest version with the same documents; `None` for a version that there is not."""
-    version = EC2_VERSIONS[-1] if version == LATEST else version
-    return max(one for one in _SINCE if one <= version) if version in EC2_VERSIONS else None
+    return _GENERATIONS.get(EC2_VERSIONS[-1] if version == LATEST else version)
 
 
 def ec2_directory(record: DocumentRecord, version: str) -> Node:
@@ -234,6 +233,9 @@ EC2_CATEGORIES: Final = tuple(dict.fromkeys(name for _, name, _ in _CATEGORIES))
 
 
 _SINCE: Final = {since for since, _, _ in _CATEGORIES} | {_DYNAMIC_SINCE}
+_GENERATIONS: Final = {
+    version: max(one for one in _SINCE if one <= version) for version in EC2_VERSIONS
+}
 
 _SHOWN: Final = 20
 _TAG_HINT: Final = (
