@@ -56,11 +56,9 @@ class Claims:
         """Those of which any address is claimed."""
         return self._networks.keys()
 
-    def within(self, network: NetworkId, first: _Number = 0) -> Iterator[InstanceId]:
-        """Who claims any address of a network, each at least once; of those from `first` on."""
-        for number, found in self._networks.get(network, {}).items():
-            if number < first:
-                continue
+    def within(self, network: NetworkId) -> Iterator[InstanceId]:
+        """Who claims any address of a network, each at least once."""
+        for found in self._networks.get(network, {}).values():
             if isinstance(found, frozenset):
                 yield from found
             else:

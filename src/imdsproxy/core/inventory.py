@@ -21,13 +21,12 @@ The rules, in the order in which they apply:
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from ipaddress import IPv6Address
 from types import MappingProxyType
-from typing import Final, TypeVar
+from typing import TypeVar
 
 from imdsproxy.core.addresses import from_number, link_local_of, to_number
 from imdsproxy.core.claims import Claims, address_keys, agreed, distinct, without_vaguer
@@ -51,8 +50,6 @@ from imdsproxy.core.observation import (
 from imdsproxy.core.packed import PackedInstances
 from imdsproxy.errors import Problem
 
-_LINK_LOCAL: Final = to_number(IPv6Address("fe80::"))
-
 _K = TypeVar("_K", bound=Hashable)
 _V = TypeVar("_V")
 
@@ -61,6 +58,12 @@ def _idle(versions: Iterable[Instance]) -> set[NetworkId]:
     """The networks of ports that claim nothing."""
     ports = (port for version in versions for port in version.ports)
     return {port.network for port in ports if port.mac is None and not port.addresses}
+
+
+def _with_macs(versions: Iterable[Instance]) -> Iterator[NetworkId]:
+    """The network of each port that has a MAC."""
+    ports = (port for version in versions for port in version.ports)
+    return (port.network for port in ports if port.mac is not None)
 
 
 @dataclass(slots=True)
@@ -93,6 +96,7 @@ class Inventory:
         self._instances = PackedInstances()
         self._instance_conflicts: dict[InstanceId, tuple[Instance, ...]] = {}
         self._addresses = Claims()
+        self._macs: Counter[NetworkId] = Counter()
         self._idle: defaultdict[NetworkId, set[InstanceId]] = defaultdict(set)
 
     # What is in force
@@ -164,17 +168,7 @@ class Inventory:
 
     def carries_macs(self, network: NetworkId) -> bool:
         """Whether any port in the network has a MAC."""
-        # Each MAC claims its link-local address: only who claims one is unpacked.
-        versions = (
-            version
-            for instance in self._addresses.within(network, _LINK_LOCAL)
-            for version in self._versions(instance)
-        )
-        return any(
-            port.network == network and port.mac is not None
-            for version in versions
-            for port in version.ports
-        )
+        return self._macs[network] > 0
 
     def knows(self, network: NetworkId) -> bool:
         """Some source tells of the network, be it in conflict, or vouches for it."""
@@ -334,6 +328,8 @@ class Inventory:
         _put(self._instance_conflicts, instance_id, after if len(after) > 1 else None)
         keys = _union(map(address_keys, before)), _union(map(address_keys, after))
         self._addresses.replace(instance_id, *keys)
+        self._macs.update(_with_macs(after))
+        self._macs.subtract(_with_macs(before))
         for network in _idle(before):
             self._idle[network].discard(instance_id)
         for network in _idle(after):
@@ -350,6 +346,7 @@ class Inventory:
         for network, mac, numbers in packed.ports(instance_id):
             found = numbers
             if mac is not None:
+                self._macs[network] += 1
                 found = [*numbers, to_number(link_local_of(mac))]
             elif not numbers:
                 self._idle[network].add(instance_id)
