@@ -44,10 +44,10 @@ _NULL: Final = "null"
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """What a file or an environment variable sets."""
+    """What a file or an environment variable sets, as `_merge` has it."""
 
     name: str
-    values: Mapping[Any, Any]
+    values: Mapping[str, object]
     line_of: Callable[[tuple[str | int, ...]], int | None] = lambda _: None
 
 
@@ -91,7 +91,7 @@ def load_settings(
     files = find_files(config, default)
     documents = read_each(files, lambda path: (path, _read(path)), "configuration")
     layers = [
-        _Layer(str(path), document.value, document.line_of)
+        _Layer(str(path), _merge({}, document.value), document.line_of)
         for path, document in documents
         if isinstance(document.value, Mapping)
     ]
@@ -134,15 +134,16 @@ def _read(path: Path) -> Decoded:
     return document
 
 
-def _merge(into: dict[str, object], new: Mapping[Any, Any]) -> None:
+def _merge(into: dict[str, object], new: Mapping[Any, Any]) -> dict[str, object]:
+    """Merge mappings key by key, replace everything else; gives `into` back."""
     for key, value in new.items():
         name = str(key)  # YAML has numbers as keys too; they are refused as unknown settings
         if isinstance(value, Mapping):
             old = into.get(name)
-            into[name] = merged = dict(old) if isinstance(old, dict) else {}
-            _merge(merged, value)
+            into[name] = _merge(dict(old) if isinstance(old, dict) else {}, value)
         else:
             into[name] = value
+    return into
 
 
 def _find_origin(layers: Sequence[_Layer], place: Place) -> tuple[str, int | None] | None:
@@ -153,12 +154,9 @@ def _find_origin(layers: Sequence[_Layer], place: Place) -> tuple[str, int | Non
         # Mappings are merged; anything else replaces what earlier layers have.
         replaced = False
         for step in place:
-            parts: dict[object, Any] = dict(enumerate(found if isinstance(found, list) else ()))
-            if isinstance(found, Mapping):
-                parts = {str(key): one for key, one in found.items()}
-            else:
-                replaced = True
-            if step not in parts:
+            replaced |= not isinstance(found, Mapping)
+            parts = dict(enumerate(found)) if isinstance(found, list) else found
+            if not isinstance(parts, Mapping) or step not in parts:
                 break
             found = parts[step]
         else:
@@ -195,7 +193,7 @@ def _read_environment(environment: Mapping[str, str]) -> tuple[list[_Layer], lis
             continue
         for step in reversed(steps):
             value = {step: value}
-        layers.append(_Layer(name, value))
+        layers.append(_Layer(name, _merge({}, value)))
     return layers, problems
 
 
