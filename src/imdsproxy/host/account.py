@@ -75,32 +75,20 @@ def find_account(user: str | None, group: str | None) -> Account | None:
     if os.geteuid() != 0 or (user is None and group is None):
         return None
     uid, gid = os.geteuid(), os.getegid()
+    # By name alone, which may be a number: "0" is not root.
     if user is not None:
-        entry = _find_user(user, "name another in documents.user (null keeps the present account)")
+        instead = "name another in documents.user (null keeps the present account)"
+        entry = _look_up("user", user, instead, pwd.getpwnam)
         uid, gid = entry.pw_uid, entry.pw_gid
     if group is not None:
-        gid = _find_group(group, "name another in documents.group (null is the user's own)").gr_gid
+        instead = "name another in documents.group (null is the user's own)"
+        gid = _look_up("group", group, instead, grp.getgrnam).gr_gid
     return Account(uid, gid)
 
 
-def _find_user(word: str, instead: str, *, ids: bool = False) -> pwd.struct_passwd:
-    return _look_up("user", word, instead, pwd.getpwuid if ids else None, pwd.getpwnam)
-
-
-def _find_group(word: str, instead: str, *, ids: bool = False) -> grp.struct_group:
-    return _look_up("group", word, instead, grp.getgrgid if ids else None, grp.getgrnam)
-
-
-def _look_up(
-    kind: str,
-    word: str,
-    instead: str,
-    by_id: Callable[[int], T] | None,
-    by_name: Callable[[str], T],
-) -> T:
+def _look_up(kind: str, word: str, instead: str, look: Callable[[str], T]) -> T:
     try:
-        # A setting has a name, which may be a number: "0" is not root.
-        return by_id(int(word)) if by_id is not None and word.isdecimal() else by_name(word)
+        return look(word)
     except (KeyError, OverflowError) as error:
         hint = f"create it, or {instead}"
         raise HostRefused(f"there is no {kind} {word}", hint=hint) from error
@@ -108,12 +96,12 @@ def _look_up(
 
 def user_id(name: str) -> int:
     """The uid of an account; `HostRefused` when there is none."""
-    return _find_user(name, "change the setting").pw_uid
+    return _look_up("user", name, "change the setting", pwd.getpwnam).pw_uid
 
 
 def group_id(name: str) -> int:
     """The gid of a group; `HostRefused` when there is none."""
-    return _find_group(name, "change the setting").gr_gid
+    return _look_up("group", name, "change the setting", grp.getgrnam).gr_gid
 
 
 def owner_of(user: str | None, group: str | None) -> tuple[int, int]:
@@ -123,9 +111,17 @@ def owner_of(user: str | None, group: str | None) -> tuple[int, int]:
 
 def user_name(word: str) -> str:
     """The name of an account, given by name or by uid; `HostRefused` when there is none."""
-    return _find_user(word, "name another one", ids=True).pw_name
+
+    def look(word: str) -> pwd.struct_passwd:
+        return pwd.getpwuid(int(word)) if word.isdecimal() else pwd.getpwnam(word)
+
+    return _look_up("user", word, "name another one", look).pw_name
 
 
 def group_name(word: str) -> str:
     """The name of a group, given by name or by gid; `HostRefused` when there is none."""
-    return _find_group(word, "name another one", ids=True).gr_name
+
+    def look(word: str) -> grp.struct_group:
+        return grp.getgrgid(int(word)) if word.isdecimal() else grp.getgrnam(word)
+
+    return _look_up("group", word, "name another one", look).gr_name
