@@ -106,11 +106,18 @@ def open_sockets(pid: int, proc: Path = PROC) -> Iterator[tuple[int, str]]:
     # A process that ends while it is looked at holds nothing any more.
     with contextlib.suppress(OSError), os.scandir(proc / str(pid) / "fd") as entries:
         for entry in entries:
-            target = ""
-            with contextlib.suppress(OSError):
-                target = os.readlink(entry.path)  # noqa: PTH115 - called for every descriptor of a host
-            if target.startswith("socket:["):
-                yield int(target[8:-1]), entry.path
+            inode = socket_at(entry.path)
+            if inode is not None:
+                yield inode, entry.path
+
+
+def socket_at(path: str) -> int | None:
+    """The inode of the socket at a descriptor's path in `/proc`; `None` where it is no socket, or is closed."""
+    try:
+        target = os.readlink(path)  # noqa: PTH115 - called for every descriptor of a host
+    except OSError:
+        return None
+    return int(target[8:-1]) if target.startswith("socket:[") else None
 
 
 class ProcessHandle:

@@ -10,7 +10,6 @@ without listening, and lets go.
 from __future__ import annotations
 
 import errno
-import os
 import socket
 import struct
 from collections import Counter
@@ -23,7 +22,14 @@ from typing import Final
 from imdsproxy.core.hoststate import Family, ListeningSocket, SocketOwner
 from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, METADATA_PORT, IpAddress
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket, number, parse_attributes
-from imdsproxy.host.process import PROC, command_name, open_sockets, read_arguments, read_stat
+from imdsproxy.host.process import (
+    PROC,
+    command_name,
+    open_sockets,
+    read_arguments,
+    read_stat,
+    socket_at,
+)
 
 SOCK_DIAG: Final = 4
 """The netlink protocol whose channel `listening_sockets` needs."""
@@ -232,7 +238,7 @@ class SocketOwners:
 
     def _still_held(self, inode: int) -> dict[int, str]:
         held = self._foreign.get(inode, {})
-        return {pid: path for pid, path in held.items() if _link(path) == f"socket:[{inode}]"}
+        return {pid: path for pid, path in held.items() if socket_at(path) == inode}
 
     def _is_ours(self, pid: int, our_pids: Collection[int]) -> bool:
         if pid in our_pids:
@@ -241,10 +247,3 @@ class SocketOwners:
         if stat is not None and stat.parent in our_pids:
             return True
         return self._config is not None and self._config in read_arguments(pid, self._proc)
-
-
-def _link(path: str) -> str:
-    try:
-        return os.readlink(path)  # noqa: PTH115 - called for every descriptor of a host
-    except OSError:
-        return ""
