@@ -25,13 +25,13 @@ _UNFINISHED: Final = re.compile(r"\..+\.(\d+)-\d+\.tmp")
 
 
 @contextlib.contextmanager
-def opened(path: Path, flags: int, mode: int = 0o600) -> Iterator[int]:
-    """A descriptor that is closed after the block.
+def opened(path: Path, flags: int) -> Iterator[int]:
+    """A descriptor that is closed after the block; a file that is made is ours alone.
 
     Raises:
         OSError: As of `os.open`.
     """
-    descriptor = os.open(path, flags | os.O_CLOEXEC, mode)
+    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600)
     try:
         yield descriptor
     finally:

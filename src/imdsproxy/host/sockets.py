@@ -89,25 +89,24 @@ def _address(family: int, packed: bytes) -> IpAddress:
     return IPv4Address(packed[:4]) if family == socket.AF_INET else IPv6Address(packed)
 
 
-def listening_sockets(
-    channel: NetlinkSocket, names: dict[int, str], port: int = METADATA_PORT
-) -> list[ListeningSocket]:
-    """Every TCP socket that listens on `port` of a metadata address or a wildcard.
+def listening_sockets(channel: NetlinkSocket, names: dict[int, str]) -> list[ListeningSocket]:
+    """Every TCP socket that listens on the metadata port of a metadata address or a wildcard.
 
     Args:
         channel: Speaks SOCK_DIAG in the namespace in question.
         names: The devices of that namespace by index.
-        port: The port.
     """
     found: list[ListeningSocket] = []
-    for one in _tcp_sockets(channel, port, (_LISTEN,)):
+    for one in _tcp_sockets(channel, METADATA_PORT, (_LISTEN,)):
         address = one.local
         if isinstance(address, IPv6Address):
             address = address.ipv4_mapped or address
         if address in _METADATA | _WILDCARDS:
             device = names.get(one.index, str(one.index)) if one.index else None
             only = number(parse_attributes(one.message, _ANSWER.size).get(_V6_ONLY))
-            found.append(ListeningSocket(address, port, device, one.inode, v6_only=bool(only)))
+            found.append(
+                ListeningSocket(address, METADATA_PORT, device, one.inode, v6_only=bool(only))
+            )
     return found
 
 

@@ -32,9 +32,7 @@ def name_owners(seen: SeenSocket) -> str:
     return who or "another process"
 
 
-def judge_socket(
-    path: str, seen: SeenSocket, *, take_over: bool = False, pause_s: float = 0.0
-) -> Problem | None:
+def judge_socket(path: str, seen: SeenSocket, *, take_over: bool, pause_s: float) -> Problem | None:
     """Why HAProxy may not bind at the path; `None` when it may.
 
     Args:
