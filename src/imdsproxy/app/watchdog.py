@@ -15,7 +15,7 @@ from imdsproxy.core.timing import Backoff
 from imdsproxy.dataplane.haproxy import PROBE_DEADLINE_S, Haproxy
 from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import DataplaneError, HostRefused, Problem, RuntimeUnavailable
-from imdsproxy.host.process import Doubt, ProcessStat, read_stat
+from imdsproxy.host.process import Doubt, read_stat
 
 _PROBE_EVERY_S: Final = 1.0
 _RESTART_FIRST_S: Final = 0.05
@@ -39,7 +39,6 @@ class HaproxyWatchdog:
     haproxy: Haproxy
     on_return: Callable[[str], object]
     on_trouble: Callable[[str], object]
-    read_stat: Callable[[int], ProcessStat | None] = read_stat
     failure: Problem | None = None
     restarts: int = 0
     answering: bool = True
@@ -113,7 +112,7 @@ class HaproxyWatchdog:
             if self.answering or self.haproxy.processes is not before or before.worker is None:
                 doubt = Doubt()
                 continue
-            doubt = doubt.after_silence(before.worker, self.read_stat(before.worker))
+            doubt = doubt.after_silence(before.worker, read_stat(before.worker))
             if doubt.hung:
                 doubt = Doubt()
                 await self._end_hung(before)
@@ -173,7 +172,7 @@ class HaproxyWatchdog:
             now = await self.haproxy.master.read_processes()
         except RuntimeUnavailable as error:
             self.failure = Problem("haproxy", error.message, error.hint)
-            self._doubt = self._doubt.after_silence(before.master, self.read_stat(before.master))
+            self._doubt = self._doubt.after_silence(before.master, read_stat(before.master))
             if self._doubt.hung:
                 await self._end_hung(before)
             return

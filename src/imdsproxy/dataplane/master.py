@@ -27,6 +27,9 @@ from imdsproxy.errors import CommandRefused, RuntimeUnavailable
 _PAYLOAD_LIMIT: Final = 14_000
 """Bytes of data in one command: HAProxy's buffer is 16 kB and holds the command line too."""
 
+_RELOAD_DEADLINE_S: Final = 30.0
+"""200,000 records load in half a second."""
+
 
 class WorkerEnded(Exception):
     """The worker that a command was for is gone: what it would have answered does not matter any more."""
@@ -40,16 +43,12 @@ class MasterClient:
 
     Args:
         path: The master socket.
-        deadline_s: How long one command may take.
-        reload_deadline_s: How long a reload may take; 200,000 records load in half a second.
+        deadline_s: How long one command may take; a reload takes longer.
     """
 
-    def __init__(
-        self, path: Path, *, deadline_s: float = 3.0, reload_deadline_s: float = 30.0
-    ) -> None:
+    def __init__(self, path: Path, *, deadline_s: float = 3.0) -> None:
         self._path = path
         self._deadline_s = deadline_s
-        self._reload_deadline_s = reload_deadline_s
         self.commands: Counter[str] = Counter()
 
     async def read_processes(self) -> Processes:
@@ -70,7 +69,7 @@ class MasterClient:
         Raises:
             RuntimeUnavailable: The master does not answer within the deadline.
         """
-        return parse_reload(await self._send("reload", self._reload_deadline_s))
+        return parse_reload(await self._send("reload", _RELOAD_DEADLINE_S))
 
     async def read_load(self, worker: int) -> Load | None:
         """How full a worker is; its own socket answers even when it is full.

@@ -25,7 +25,7 @@ _UNPRINTABLE: Final = re.compile(
 """All but YAML 1.2 §5.1's printable characters less the line ends and the byte order mark."""
 
 
-def nocloud_directory(record: DocumentRecord, _version: str = "") -> Node:
+def nocloud_directory(record: DocumentRecord, _version: str) -> Node:
     """Everything below `/nocloud`."""
     network = render_network_config(record)
     children = {
