@@ -16,10 +16,10 @@ from typing import Final
 import pytest
 
 from support.daemon import Daemon, Pids, alive, instance
-from support.guest import IPV4, IPV6, Guest, Load, Lost
+from support.guest import IPV4, IPV6, Load
 from support.lab import NETNS, SERVER, batch, until
 from support.patience import patience
-from support.world import World, open_world, own
+from support.world import World, open_world, own, reads_own
 
 pytestmark = pytest.mark.root
 
@@ -83,16 +83,9 @@ def _have_ended(pids: Pids) -> bool:
 
 
 def _back_within(world: World, seconds: float) -> float:
-    return until(lambda: _everybody_reads(world), within_s=seconds, what="service again")
-
-
-def _everybody_reads(world: World) -> bool:
-    try:
-        return all(
-            own(guest, guest.ask(_TARGET, timeout_s=0.3)) is None for guest in world.everybody
-        )
-    except Lost:
-        return False
+    return until(
+        lambda: all(map(reads_own, world.everybody)), within_s=seconds, what="service again"
+    )
 
 
 @pytest.mark.slow
@@ -150,16 +143,9 @@ def test_haproxy_comes_back_with_what_is_on_disk_when_the_host_has_changed_meanw
     # One missing namespace makes HAProxy refuse the whole file that is on disk.
     world.lab.delete_namespace("green")
     os.kill(before.controller, signal.SIGCONT)
-    until(lambda: _reads(world.red) and _reads(world.guests["blue"]), within_s=3)
+    until(lambda: reads_own(world.red) and reads_own(world.guests["blue"]), within_s=3)
     until(lambda: "green" in world.daemon.left_out(), within_s=1)
     assert world.daemon.left_out()["green"]["code"] == "namespace-missing"
-
-
-def _reads(guest: Guest) -> bool:
-    try:
-        return own(guest, guest.ask(_TARGET, timeout_s=0.3)) is None
-    except Lost:
-        return False
 
 
 @pytest.fixture
@@ -244,7 +230,7 @@ def test_a_port_that_is_taken_between_check_and_load_leaves_only_its_own_network
             assert own(guest, guest.ask(_TARGET, to=IPV6)) is None
             load.wait_answers(20)
             os.kill(taker, signal.SIGKILL)
-            until(lambda: _reads(guest), within_s=1)
+            until(lambda: reads_own(guest), within_s=1)
         assert load.report.lost == []
         assert world.settled().master == before.master
         rejected = (world.daemon.runtime / "haproxy.cfg.rejected").read_text()

@@ -7,7 +7,7 @@ import pytest
 from support.daemon import instance
 from support.guest import IPV4, IPV6, Guest, Lost
 from support.lab import RecordMapping, batch, ip, run, until, within
-from support.world import World, own
+from support.world import World, own, reads_own
 
 pytestmark = pytest.mark.root
 
@@ -28,13 +28,6 @@ def _network(world: World, *, probes: int) -> tuple[RecordMapping, Guest]:
     return {"id": "late", "listener": {"namespace": name}}, guest
 
 
-def _reads(guest: Guest, to: str) -> bool:
-    try:
-        return own(guest, guest.ask("/latest/user-data", to=to, timeout_s=0.3)) is None
-    except Lost:
-        return False
-
-
 def _code(world: World) -> str:
     return str(world.daemon.left_out().get("late", {}).get("code", ""))
 
@@ -49,7 +42,7 @@ def test_while_the_kernel_asks_whether_the_ipv6_address_is_taken_ipv4_is_served_
 
     assert _code(world) == "address-tentative"
     assert own(guest, guest.ask("/latest/user-data", to=IPV4)) is None
-    until(lambda: _reads(guest, IPV6), within_s=10, what="IPv6 as well")
+    until(lambda: reads_own(guest, IPV6), within_s=10, what="IPv6 as well")
     until(lambda: _code(world) == "", what="nothing left out")
 
 
@@ -65,7 +58,7 @@ def test_where_somebody_else_has_the_ipv6_address_ipv4_is_served_and_ipv6_once_i
     assert own(guest, guest.ask("/latest/user-data", to=IPV4)) is None
     ip("-n", guest.namespace, "address", "del", f"{IPV6}/64", "dev", "eth0")
     batch(world.lab.name("late"), [f"address del {IPV6}/64 dev {_DEVICE}", _AGENTS_ADDRESS])
-    until(lambda: _reads(guest, IPV6), within_s=10, what="IPv6 as well")
+    until(lambda: reads_own(guest, IPV6), within_s=10, what="IPv6 as well")
 
 
 def test_nobody_answers_at_any_other_address_of_the_namespace(world: World) -> None:

@@ -11,11 +11,11 @@ import pytest
 import yaml
 
 from support.daemon import instance
-from support.guest import IPV4, IPV6, Guest, Load, Lost
+from support.guest import IPV4, IPV6, Guest, Load
 from support.holders import holders
 from support.lab import NETNS, Lab, RecordMapping, ip, until
 from support.patience import patience
-from support.world import RIGHT_WITHIN_S, World, own
+from support.world import RIGHT_WITHIN_S, World, own, reads_own
 
 pytestmark = pytest.mark.root
 
@@ -38,15 +38,8 @@ def _served(
     world: World, guest: Guest, *, to: str = IPV4, within_s: float = RIGHT_WITHIN_S
 ) -> None:
     """Wait until a guest reads its own and nothing of its network is reported."""
-    until(lambda: _reads_own(guest, to), within_s=within_s, what=f"{guest.name}'s own documents")
+    until(lambda: reads_own(guest, to), within_s=within_s, what=f"{guest.name}'s own documents")
     until(lambda: guest.network not in world.daemon.left_out(), within_s=within_s)
-
-
-def _reads_own(guest: Guest, to: str) -> bool:
-    try:
-        return own(guest, guest.ask("/latest/user-data", to=to, timeout_s=0.3)) is None
-    except Lost:
-        return False
 
 
 def _missing_bridge(lab: Lab) -> RecordMapping:

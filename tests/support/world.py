@@ -8,11 +8,12 @@ import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, cast
 
 from support.daemon import Daemon, Pids, alive, instance, user_data_of
-from support.guest import Guest, Lost, Reply
+from support.guest import IPV4, Guest, Lost, Reply
 from support.lab import Lab, LabState, RecordMapping, until
 
 RIGHT_WITHIN_S: Final = 1.0
@@ -31,6 +32,14 @@ def own(guest: Guest, reply: Reply) -> str | None:
     if reply.status == 200 and reply.body == user_data_of(own_name(guest)):
         return None
     return f"{guest.name} got {reply.status} {reply.body[:80]!r}"
+
+
+def reads_own(guest: Guest, to: str = IPV4, *, timeout_s: float | None = 0.3) -> bool:
+    """Whether a guest is answered in time, with its own."""
+    try:
+        return own(guest, guest.ask("/latest/user-data", to=to, timeout_s=timeout_s)) is None
+    except Lost:
+        return False
 
 
 @dataclass(slots=True)
@@ -69,7 +78,8 @@ class World:
 
     def wait_all_right(self) -> None:
         """Wait until every guest reads its own: a reload under way may have begun with the state of before."""
-        until(lambda: all(map(_reads_own, self.everybody)), what="every guest's own documents")
+        reads = partial(reads_own, timeout_s=None)
+        until(lambda: all(map(reads, self.everybody)), what="every guest's own documents")
 
     def reload(self) -> None:
         """Have HAProxy reload: a network comes, or goes."""
@@ -146,13 +156,6 @@ class World:
         """The processes, once no old worker drains any more."""
         until(lambda: not self.daemon.status()["haproxy"]["old_workers"], what="old workers' end")
         return self.daemon.pids()
-
-
-def _reads_own(guest: Guest) -> bool:
-    try:
-        return own(guest, guest.ask("/latest/user-data")) is None
-    except Lost:
-        return False
 
 
 def _extra(present: Iterable[Mapping[str, Any]], wanted: Iterable[RecordMapping]) -> list[str]:
