@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Final
 
 import pytest
 
 from support.demonstration import REPOSITORY
-from support.guest import Guest, Load, Lost, Reply
-from support.lab import until
+from support.guest import Load
 from support.packaged_daemon import PackagedDaemon, machine_with_dependencies
 from support.packages import EPOCH, RECOMMENDED, Packages, build_packages, run
-from support.systemd_daemon import CONTROLLER, DOCUMENTS, HAPROXY, UNITS, own_user_data
+from support.systemd_daemon import (
+    CONTROLLER,
+    DOCUMENTS,
+    HAPROXY,
+    UNITS,
+    USER_DATA,
+    named,
+    own_user_data,
+    wait_served,
+)
 from support.systemd_machine import Machine
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(900)]
 
-_USER_DATA: Final = "/latest/user-data"
 _META_DATA: Final = "/openstack/latest/meta_data.json"
 _NEXT: Final = "99.0"
 _STATE: Final = "/var/lib/imdsproxy"
@@ -99,23 +105,6 @@ def daemon(fresh: PackagedDaemon, packages: Packages) -> PackagedDaemon:
     return fresh
 
 
-def serves(guest: Guest) -> bool:
-    try:
-        return own_user_data(guest, guest.ask(_USER_DATA, timeout_s=1)) is None
-    except Lost:
-        return False
-
-
-def wait_served(*guests: Guest) -> None:
-    for guest in guests:
-        until(partial(serves, guest), within_s=10, what=f"documents for {guest.name}")
-
-
-def named(guest: Guest, reply: Reply) -> str | None:
-    right = reply.status == 200 and f'"{guest.name}"' in reply.text
-    return None if right else f"{guest.name}: {reply.status} {reply.body[:80]!r}"
-
-
 def processes(machine: Machine) -> list[str]:
     """The command lines of all that could be ours."""
     lines = machine.run("ps", "-eo", "args").splitlines()
@@ -153,9 +142,9 @@ def test_an_upgrade_under_load_loses_no_request_and_keeps_haproxy(
     daemon: PackagedDaemon, following: Packages
 ) -> None:
     before = daemon.pids()
-    cached = Load(daemon.guests, _USER_DATA, own_user_data, connections=2)
+    cached = Load(daemon.guests, USER_DATA, own_user_data, connections=2)
     rendered = Load(daemon.guests, _META_DATA, named, connections=2)
-    anew = Load(daemon.guests, _USER_DATA, own_user_data, keep_alive=False)
+    anew = Load(daemon.guests, USER_DATA, own_user_data, keep_alive=False)
     with cached, rendered, anew:
         for one in (cached, rendered, anew):
             one.wait_answers(50)

@@ -6,21 +6,30 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Final, Literal
 
 import pytest
 
-from support.guest import Guest, Load, Lost, Reply
+from support.guest import Guest, Load, Lost
 from support.lab import until
 from support.patience import patience
-from support.systemd_daemon import CONTROLLER, DOCUMENTS, HAPROXY, UNITS, UnitDaemon, own_user_data
+from support.systemd_daemon import (
+    CONTROLLER,
+    DOCUMENTS,
+    HAPROXY,
+    UNITS,
+    USER_DATA,
+    UnitDaemon,
+    named,
+    own_user_data,
+    serves,
+    wait_served,
+)
 from support.systemd_machine import systemd_machine
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 
-_USER_DATA: Final = "/latest/user-data"
 _ERRORS: Final = ("--priority=err", "--output=cat")
 _NEUTRON: Final = "64999"
 _NEUTRON_DIRECTORY: Final = "/var/lib/neutron"
@@ -93,24 +102,12 @@ def daemon(shared: UnitDaemon, request: pytest.FixtureRequest) -> Iterator[UnitD
 
 
 def load(daemon: UnitDaemon) -> Load:
-    return Load(daemon.guests, _USER_DATA, own_user_data, connections=2)
+    return Load(daemon.guests, USER_DATA, own_user_data, connections=2)
 
 
 def seeded(daemon: UnitDaemon) -> Load:
     """Requests for what has fresh bytes in every answer: a worker has to give each of them."""
-    return Load(daemon.guests, "/openstack/latest/meta_data.json", _named, connections=2)
-
-
-def _named(guest: Guest, reply: Reply) -> str | None:
-    right = reply.status == 200 and f'"{guest.name}"' in reply.text
-    return None if right else f"{guest.name}: {reply.status} {reply.body[:80]!r}"
-
-
-def serves(guest: Guest) -> bool:
-    try:
-        return own_user_data(guest, guest.ask(_USER_DATA, timeout_s=1)) is None
-    except Lost:
-        return False
+    return Load(daemon.guests, "/openstack/latest/meta_data.json", named, connections=2)
 
 
 def wait_other(daemon: UnitDaemon, unit: str, before: int) -> None:
@@ -120,11 +117,6 @@ def wait_other(daemon: UnitDaemon, unit: str, before: int) -> None:
         within_s=30,
         what=f"another process of {unit}",
     )
-
-
-def wait_served(*guests: Guest) -> None:
-    for guest in guests:
-        until(partial(serves, guest), within_s=10, what=f"documents for {guest.name}")
 
 
 def test_starting_the_controller_brings_up_all_three_units(daemon: UnitDaemon) -> None:
@@ -322,7 +314,7 @@ def test_documents_come_again_within_five_seconds_whatever_of_their_server_hangs
             reply = guest.ask("/openstack/latest/meta_data.json", timeout_s=1)
         except Lost:
             return False
-        return _named(guest, reply) is None
+        return named(guest, reply) is None
 
     _, *workers = daemon.status()["documents"]["pids"]
     daemon.machine.run("kill", "-STOP", *map(str, workers))
@@ -503,7 +495,7 @@ def test_every_request_has_its_audit_line_when_a_controller_is_killed_or_restart
     def numbers() -> list[int]:
         text = (daemon.machine.root / log.lstrip("/")).read_text()
         lines = [json.loads(line) for line in text.splitlines()]
-        return [line["number"] for line in lines if line.get("path") == _USER_DATA]
+        return [line["number"] for line in lines if line.get("path") == USER_DATA]
 
     until(lambda: len(set(numbers())) >= asked, within_s=20, what=f"{asked} lines")
     assert len(set(numbers())) == asked

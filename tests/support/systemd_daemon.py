@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, cast
 
 from imdsproxy.cli.admin_client import AdminClient
 from support.demonstration import REPOSITORY
-from support.guest import Guest, Reply
+from support.guest import Guest, Lost, Reply
 from support.lab import until
 from support.systemd_machine import Machine
 
@@ -18,6 +19,8 @@ CONTROLLER: Final = "imdsproxy.service"
 HAPROXY: Final = "imdsproxy-haproxy.service"
 DOCUMENTS: Final = "imdsproxy-documents.service"
 UNITS: Final = (CONTROLLER, HAPROXY, DOCUMENTS)
+
+USER_DATA: Final = "/latest/user-data"
 
 _LOAD_SETTINGS: Final = "/etc/imdsproxy/conf.d/load.yaml"
 _TEST_SETTINGS: Final = "/etc/imdsproxy/conf.d/test.yaml"
@@ -46,6 +49,25 @@ def own_user_data(guest: Guest, reply: Reply) -> str | None:
     if reply.status == 200 and reply.text == f"#!/bin/sh\necho {guest.name}\n":
         return None
     return f"{guest.name}: {reply.status} {reply.body[:80]!r}"
+
+
+def named(guest: Guest, reply: Reply) -> str | None:
+    """What is wrong with a guest's answer for its `meta_data.json`."""
+    right = reply.status == 200 and f'"{guest.name}"' in reply.text
+    return None if right else f"{guest.name}: {reply.status} {reply.body[:80]!r}"
+
+
+def serves(guest: Guest) -> bool:
+    """Whether a guest is answered in time, with its own."""
+    try:
+        return own_user_data(guest, guest.ask(USER_DATA, timeout_s=1)) is None
+    except Lost:
+        return False
+
+
+def wait_served(*guests: Guest) -> None:
+    for guest in guests:
+        until(partial(serves, guest), within_s=10, what=f"documents for {guest.name}")
 
 
 @dataclass(slots=True)
