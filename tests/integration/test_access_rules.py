@@ -27,7 +27,7 @@ from support.access_table import CLOCKS, META, READS, TOKEN, USER_DATA, Clock, R
 from support.guest import IPV4, Connection, Reply, with_token
 from support.haproxy_alone import KEY, WAYS, Alone, open_alone
 from support.lab import until
-from support.spellings import HAND_WRITTEN, PATHS, spellings
+from support.spellings import HAND_WRITTEN, PATHS, is_plain_http, spellings
 
 pytestmark = pytest.mark.root
 
@@ -142,11 +142,6 @@ def _agree(alone: Alone, policy: Policy, clock: Clock, target: str, way: str) ->
     _in_one_second(ask)
 
 
-def _is_plain_http(target: str) -> bool:
-    # Others HAProxy refuses before it looks at any rule; a whole URI is no path.
-    return target.startswith("/") and all("!" <= one <= "~" and one != "#" for one in target)
-
-
 _MODES: Final = st.sampled_from(TokenMode)
 _POLICIES: Final = st.builds(
     Policy,
@@ -163,7 +158,7 @@ _POLICIES: Final = st.builds(
 @given(
     policy=_POLICIES,
     clock=st.sampled_from(list(CLOCKS)),
-    target=st.one_of(spellings(), st.sampled_from(PATHS)).filter(_is_plain_http),
+    target=st.one_of(spellings(), st.sampled_from(PATHS)).filter(is_plain_http),
     way=st.sampled_from(WAYS),
 )
 @example(policy=Policy(paths=_NOTHING), clock="made long ago", target=TOKEN, way="guests")
@@ -192,7 +187,7 @@ def test_around_each_path_of_a_rule_and_in_every_hand_written_spelling_explain_a
     cases = [(rules, target) for rules in _SETS[:12] for target in around]
     cases += [
         (_SETS[number % 40], target)
-        for number, target in enumerate(filter(_is_plain_http, HAND_WRITTEN))
+        for number, target in enumerate(filter(is_plain_http, HAND_WRITTEN))
     ]
     for rules, target in cases:
         policy = Policy(tokens=TokenMode.REQUIRED, paths=rules)

@@ -16,7 +16,7 @@ from imdsproxy.config.policy import LimitsSettings
 from imdsproxy.controller.metrics import TRAFFIC_COLUMNS
 from imdsproxy.dataplane.master import MasterClient
 from support.daemon import instance
-from support.guest import IPV4, IPV6, Guest, Lost, Reply
+from support.guest import IPV4, IPV6, Guest, Lost
 from support.lab import until
 from support.patience import patience
 from support.world import World, open_world
@@ -84,10 +84,6 @@ def _forgotten(world: World) -> bool:
     return _answered(world.red)
 
 
-def _is_refusal(reply: Reply) -> bool:
-    return reply.status == 503 and reply.headers.get("retry-after") == "1"
-
-
 def test_a_hundred_and_fifty_requests_at_once_and_twenty_crawls_in_a_row_pass(world: World) -> None:
     with ThreadPoolExecutor(150) as pool:
         replies = list(pool.map(lambda _: world.red.ask(_USER_DATA), range(150)))
@@ -103,7 +99,7 @@ def test_a_hundred_and_fifty_requests_at_once_and_twenty_crawls_in_a_row_pass(wo
 @pytest.mark.slow
 def test_who_asks_for_more_than_the_default_is_refused_and_named(world: World) -> None:
     _flood(world.red, 4000)
-    until(lambda: _is_refusal(world.red.ask(_USER_DATA, to=IPV6)), what="a refusal")
+    until(lambda: world.red.ask(_USER_DATA, to=IPV6).is_limited, what="a refusal")
     assert world.guests["green"].ask(_USER_DATA).status == 200
     first = world.daemon.status()["busiest"][0]
     assert (first["instance"], first["limited"]) == ("red-5", True)
@@ -113,7 +109,7 @@ def test_who_asks_for_more_than_the_default_is_refused_and_named(world: World) -
     assert _denied(world, "green") == 0
     world.reload()
     world.settled()
-    assert _is_refusal(world.red.ask(_USER_DATA))
+    assert world.red.ask(_USER_DATA).is_limited
 
 
 @pytest.mark.slow
@@ -132,7 +128,7 @@ def test_what_was_counted_survives_reloads_in_a_row(world: World) -> None:
     until(lambda: world.red.ask(_USER_DATA).status == 503, what="a refusal")
     for _ in range(4):
         world.reload()
-    assert _is_refusal(world.red.ask(_USER_DATA))
+    assert world.red.ask(_USER_DATA).is_limited
 
 
 def test_a_thousand_idle_connections_starve_neither_neighbours_nor_the_daemon(world: World) -> None:
@@ -151,7 +147,7 @@ def test_64_connections_that_ask_without_end_starve_neither_neighbours_nor_the_d
         stdout=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        until(lambda: _is_refusal(world.red.ask(_USER_DATA)), what="a refusal")
+        until(lambda: world.red.ask(_USER_DATA).is_limited, what="a refusal")
         _starves_nothing(world)
     finally:
         flood.kill()

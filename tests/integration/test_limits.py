@@ -43,10 +43,6 @@ def alone(opened: Alone) -> Alone:
     return opened
 
 
-def _is_refusal(reply: Reply) -> bool:
-    return reply.status == 503 and reply.headers.get("retry-after") == "1"
-
-
 def _statuses(alone: Alone, count: int, network: str = "red") -> set[int]:
     """Of requests by each way in turn."""
     ways = itertools.islice(itertools.cycle(WAYS), count)
@@ -71,10 +67,10 @@ def test_beyond_its_burst_an_instance_gets_503_by_every_way_and_its_neighbour_no
     assert _statuses(alone, 30, "green") == {200}
     if burst is None:
         return
-    until(lambda: _is_refusal(alone.ask(USER_DATA)), what="a refusal")
+    until(lambda: alone.ask(USER_DATA).is_limited, what="a refusal")
     began = time.monotonic()
     with ThreadPoolExecutor(len(WAYS)) as pool:
-        assert all(pool.map(lambda way: _is_refusal(alone.ask(USER_DATA, way=way)), WAYS))
+        assert all(pool.map(lambda way: alone.ask(USER_DATA, way=way).is_limited, WAYS))
     # Held for a second: a client that asks again at once costs little.
     assert 0.8 < time.monotonic() - began < 3 * patience()
     # A new limit is in force at once.
@@ -93,9 +89,9 @@ def test_each_guest_of_a_connection_of_neutrons_proxies_counts_by_itself(
         def ask(network: str) -> Reply:
             return connection.request(USER_DATA, headers=alone.lines(network, "agents"))
 
-        until(lambda: _is_refusal(ask("red")), what="a refusal")
+        until(lambda: ask("red").is_limited, what="a refusal")
         assert {ask("green").status for _ in range(10)} == {200}
-        assert _is_refusal(ask("red"))
+        assert ask("red").is_limited
 
 
 @pytest.mark.slow
@@ -106,7 +102,7 @@ def test_being_refused_does_not_lengthen_it() -> None:
     with contextlib.ExitStack() as stack:
         alone = stack.enter_context(open_alone(limits=_LIMITS))
         alone.have(Policy(burst=20))
-        until(lambda: _is_refusal(alone.ask(USER_DATA)), what="a refusal")
+        until(lambda: alone.ask(USER_DATA).is_limited, what="a refusal")
         began = time.monotonic()
         # Eight at a time, each asked again as soon as it is refused.
         pool = stack.enter_context(ThreadPoolExecutor(8))
@@ -124,7 +120,7 @@ def test_more_connections_than_allowed_are_answered_503_and_far_more_are_closed(
         held = [stack.enter_context(alone.connect()) for _ in range(most)]
         assert {one.request(USER_DATA).status for one in held} == {200}
         with alone.connect() as another:
-            assert _is_refusal(another.request(USER_DATA))
+            assert another.request(USER_DATA).is_limited
         for _ in range(60):
             with contextlib.suppress(OSError):
                 stack.enter_context(alone.connect())
@@ -150,7 +146,7 @@ def test_a_network_over_its_misses_waits_a_second_for_each_503(alone: Alone) -> 
     assert not alone.command("set table resolver key red data.gpc0_rate 100000").strip()
     began = time.monotonic()
     reply = alone.ask(USER_DATA)
-    assert (_is_refusal(reply), reply.body) == (True, b"")
+    assert (reply.is_limited, reply.body) == (True, b"")
     assert time.monotonic() - began > 0.8
     assert _statuses(alone, 1, "green") == {200}
 

@@ -11,12 +11,11 @@ from typing import Final
 
 import pytest
 
-from support.agent_socket import AgentWorld, open_agents
+from support.agent_socket import AgentWorld, open_agents, say_whose
 from support.guest import IPV4, IPV6, Guest, Load, Reply
 from support.lab import RecordMapping, record, within
 from support.namespace_proxy import PROGRAM
 from support.openstack.front import FrontKind, open_fronts
-from support.recorder import Answer, Received, reply
 
 pytestmark = pytest.mark.root
 
@@ -79,7 +78,7 @@ def shared() -> Iterator[_Fronts]:
 @pytest.fixture
 def fronts(shared: _Fronts) -> _Fronts:
     shared.agents.heal()
-    shared.agents.nova.default = _say_whose
+    shared.agents.nova.default = say_whose
     return shared
 
 
@@ -108,10 +107,6 @@ def _instance(name: str, network: str) -> RecordMapping:
     }
 
 
-def _say_whose(request: Received) -> Answer:
-    return reply(b" ".join(request.values("x-instance-id")))
-
-
 def _own(guest: Guest, answer: Reply) -> str | None:
     if (answer.status, answer.text) == (200, _IDS[guest.network]):
         return None
@@ -124,7 +119,7 @@ def test_each_guest_is_known_by_its_network_or_router(fronts: _Fronts, name: str
     guest = fronts.guests[name]
     for source in (None,) if to == IPV4 else ("2001:db8::5", guest.link_local):
         fronts.agents.nova.forget()
-        fronts.agents.nova.default = _say_whose
+        fronts.agents.nova.default = say_whose
         assert _own(guest, guest.ask("/openstack", to=to, source=source)) is None
         seen = fronts.agents.nova.only()
         assert seen.values("x-forwarded-for") == ((source or guest.addresses[0]).encode(),)

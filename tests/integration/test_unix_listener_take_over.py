@@ -11,12 +11,11 @@ from typing import Final
 
 import pytest
 
-from support.agent_socket import AgentWorld, open_agents, squat
+from support.agent_socket import AgentWorld, open_agents, say_whose, squat
 from support.daemon import alive
 from support.guest import Guest, Load, Reply
 from support.lab import RecordMapping, Server, record, until
 from support.openstack.front import open_fronts
-from support.recorder import Answer, Received, reply
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 
@@ -151,16 +150,12 @@ def _by(answers: Counter[str]) -> Callable[[Guest, Reply], str | None]:
     return judge
 
 
-def _say_whose(request: Received) -> Answer:
-    return reply(b" ".join(request.values("x-instance-id")))
-
-
 # An agent has a gap of its own between removing the socket and listening, which is long on a busy machine.
 @pytest.mark.alone
 def test_no_guest_loses_a_request_while_the_agent_is_started_again_and_again(
     world: AgentWorld, front: Guest
 ) -> None:
-    world.nova.default = _say_whose
+    world.nova.default = say_whose
     answers: Counter[str] = Counter()
     with Load([front], "/openstack", _by(answers), connections=3, pause_s=0.01) as load:
         load.wait_answers(20)

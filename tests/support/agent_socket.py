@@ -15,7 +15,7 @@ from support.daemon import Daemon, instance
 from support.guest import Connection, Lost, Reply, inside
 from support.lab import Lab, Server, record, until, within
 from support.nova_world import INSTANCES, PROJECTS, SECRET, nova_instance
-from support.recorder import Recorder, signature_of
+from support.recorder import Answer, Received, Recorder, reply, signature_of
 
 NETWORK: Final = "X-Neutron-Network-ID"
 ROUTER: Final = "X-Neutron-Router-ID"
@@ -89,6 +89,11 @@ class AgentSocket:
             # Nobody else says it like this.
             return b"exactly one of X-Neutron" in self.lines().body
         return False
+
+
+def say_whose(request: Received) -> Answer:
+    """Answer as a Nova that says whose the documents are."""
+    return reply(b" ".join(request.values("x-instance-id")))
 
 
 @contextlib.contextmanager

@@ -116,6 +116,11 @@ HAND_WRITTEN: Final = tuple(dict.fromkeys(_by_hand()))
 """Each way by itself, for a few documents."""
 
 
+def is_plain_http(target: str) -> bool:
+    """Whether HAProxy's rules see it: others it refuses before it looks at any; a whole URI is no path."""
+    return target.startswith("/") and all("!" <= one <= "~" and one != "#" for one in target)
+
+
 def _escaped(letter: str, how: int) -> str:
     escape = f"%{ord(letter):02x}"
     return (letter, escape, escape.upper(), letter.upper(), f"%25{escape[1:]}")[how]

@@ -16,7 +16,7 @@ from imdsproxy.core.path_rules import PathRules, PathWord, sort_paths
 from imdsproxy.core.policy import OperatorOverride, Policy, TokenMode, render_policy_word
 from imdsproxy.core.policy_report import decide_read
 from support.guest_records import Guest, guest
-from support.spellings import HAND_WRITTEN, spellings
+from support.spellings import HAND_WRITTEN, is_plain_http, spellings
 
 _SECRET: Final = b"#!/bin/sh\n# the user-data of the twin\n"
 _ALL: Final = Guest(guest(user_data=_SECRET))
@@ -74,12 +74,8 @@ def _wrong(target: str) -> list[object]:
     return [policy for policy in policies if _is_open(policy, target)]
 
 
-def _is_plain_http(target: str) -> bool:
-    return target.startswith("/") and all("!" <= one <= "~" and one != "#" for one in target)
-
-
 def test_no_hand_written_spelling_reads_what_the_plain_one_does_not() -> None:
-    targets = list(filter(_is_plain_http, HAND_WRITTEN))
+    targets = list(filter(is_plain_http, HAND_WRITTEN))
     assert {target: wrong for target in targets if (wrong := _wrong(target))} == {}
     # Else nothing would have been tried.
     read = sum(_ALL.ask(target.partition("?")[0]).status == 200 for target in targets)
@@ -87,6 +83,6 @@ def test_no_hand_written_spelling_reads_what_the_plain_one_does_not() -> None:
 
 
 @settings(max_examples=1000, derandomize=True, deadline=None, database=None)
-@given(target=spellings().filter(_is_plain_http))
+@given(target=spellings().filter(is_plain_http))
 def test_no_spelling_reads_what_the_plain_one_does_not(target: str) -> None:
     assert not _wrong(target)
