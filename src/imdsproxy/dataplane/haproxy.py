@@ -172,15 +172,15 @@ class Haproxy:
         await self.launcher.kill(processes)
         await self.launcher.wait(processes.master)
 
-    def in_force(self) -> str | None:
-        """The configuration that was last brought into force, by us or an earlier controller.
+    def in_force(self) -> str:
+        """The configuration that was last brought into force, by us or an earlier controller; empty without one.
 
         Raises:
             HostRefused: The file cannot be read.
         """
         with refusing(f"read {self.layout.config}"), contextlib.suppress(FileNotFoundError):
             return self.layout.config.read_text()
-        return None
+        return ""
 
     async def _check(self, spec: DataplaneSpec, text: str, reason: str) -> None:
         # The content of records is not checked.

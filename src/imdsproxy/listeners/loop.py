@@ -7,10 +7,8 @@ one from coming into force.
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final
 
 import structlog
 
@@ -39,7 +37,6 @@ from imdsproxy.listeners.plan import ListenerPlan
 from imdsproxy.listeners.watch import HostWatch
 from imdsproxy.unix_listener.listener import UnixListener, bound_path
 
-_BIND: Final = re.compile(r"^\s*bind (\S+) name exporter\b", re.MULTILINE)
 _RECHECK_S = 1.0
 """Seconds until what the host refused is tried again, without any event."""
 
@@ -129,7 +126,7 @@ class ListenerLoop:
         """
         settings = self.settings()
         # Where none runs, nothing of ours has the exporter's port any more; another program may.
-        config = "" if self.haproxy.processes is None else self.haproxy.in_force() or ""
+        config = "" if self.haproxy.processes is None else self.haproxy.in_force()
         exporter, self.unexported = choose_exporter(settings.exporter, config, self.try_port)
         links = haproxy_name(self.host.links)
         listening = self._listening
@@ -280,7 +277,7 @@ class ListenerLoop:
         )
         # The old worker does not look at the links any more, the next one needs all of its own.
         self.host.apply_links(plan_links(self._listening.binds))
-        before = bound_path(self.haproxy.in_force() or "")
+        before = bound_path(self.haproxy.in_force())
         spec = self.spec()
         if self.unix.rebind:
             await self.haproxy.apply(replace(spec, unix=None), ", ".join(reasons))
@@ -332,8 +329,7 @@ def choose_exporter(
         config: Of the HAProxy that runs: what it has bound cannot be tried.
         trial: Binds an address and port and lets go again; why that is refused, `None` if it is not.
     """
-    bound = _BIND.search(config)
-    if wanted is None or (bound is not None and wanted == bound[1]):
+    if wanted is None or f" bind {wanted} name exporter " in config:
         return wanted, None
     host, _, port = wanted.rpartition(":")
     refused = trial(host.strip("[]"), int(port))

@@ -88,7 +88,7 @@ class UnixListener:
         # Each try of what HAProxy refused costs a worker.
         if self._refused is not None and self._refused[0] == wanted and now < self._again_at:
             return None, self._refused[1]
-        has = bound_path(self.haproxy.in_force() or "") == wanted.path
+        has = bound_path(self.haproxy.in_force()) == wanted.path
         seen = await self._look(settings.path)
         if seen is None:
             # HAProxy is just being started, so whose socket it is can't be known: as it was, then.
