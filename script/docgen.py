@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from imdsproxy import errors
 from imdsproxy.admin.api import admin_app, status_of
 from imdsproxy.app.namespace_proxy.command import describe_options
 from imdsproxy.cli.main import SHELLS, build_program, iterate_commands, render_completion
@@ -24,7 +23,7 @@ from imdsproxy.config.schema import Settings
 from imdsproxy.config.strict_yaml import render_value
 from imdsproxy.controller.metrics import METRICS, NETWORK_SUM
 from imdsproxy.core.endpoints import LeftOutCode
-from imdsproxy.errors import ImdsproxyError
+from imdsproxy.errors import KINDS, ImdsproxyError
 
 _TEXTS: Final[Mapping[str, str]] = tomllib.loads(
     Path(__file__).with_name("docgen_texts.toml").read_text("utf-8")
@@ -114,8 +113,7 @@ def render_metrics_page() -> str:
 
 def render_errors_page() -> str:
     """docs/reference/errors.md."""
-    public = [one for _, one in sorted(vars(errors).items())]
-    kinds = [one for one in public if isinstance(one, type) and issubclass(one, ImdsproxyError)]
+    kinds = sorted(KINDS, key=lambda kind: kind.__name__)
     rows = [
         (
             f"`{kind.code}`",

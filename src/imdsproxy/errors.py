@@ -270,6 +270,11 @@ def optional_library(name: str, hint: str) -> Iterator[None]:
         raise LibraryMissing(f"{name} cannot be imported: {error}", hint=hint) from error
 
 
+KINDS: Final = tuple(
+    one for one in vars().values() if isinstance(one, type) and issubclass(one, ImdsproxyError)
+)
+"""Every exception of the tree, in the order of this module."""
+
 _HINTS: Final = {
     errno.ENOSPC: "the file system is full: free some space",
     errno.EDQUOT: "the quota of the file system is used up",

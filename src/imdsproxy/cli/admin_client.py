@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote, urlencode
 
-from imdsproxy import errors
 from imdsproxy.errors import (
+    KINDS,
     AdminError,
     AdminUnavailable,
     ImdsproxyError,
@@ -162,9 +162,7 @@ def _error(status: int, body: object) -> ImdsproxyError:
     """The daemon's error as the class that it raised, so that it has the same exit status."""
     if not isinstance(body, dict) or "code" not in body:
         return AdminError(f"the daemon answered {status}", hint="is it the same version?")
-    known = vars(errors).values()
-    kinds = (one for one in known if isinstance(one, type) and issubclass(one, ImdsproxyError))
-    kind = next((one for one in kinds if one.code == body["code"]), AdminError)
+    kind = next((one for one in KINDS if one.code == body["code"]), AdminError)
     if body["code"] == "internal":
         kind = ImdsproxyError
     problems = [
