@@ -54,6 +54,11 @@ def path_to(*steps: str) -> str:
     return "/v1/" + "/".join(quote(step, safe="") for step in steps)
 
 
+def read_problem(shape: Mapping[str, Any]) -> Problem:
+    """A problem in the daemon's JSON."""
+    return Problem(*(shape[key] for key in ("field", "reason", "hint", "file", "line")))
+
+
 @dataclass(frozen=True, slots=True)
 class AdminClient:
     """Talks to one daemon. Each request has its own connection; nothing is tried twice."""
@@ -165,8 +170,5 @@ def _error(status: int, body: object) -> ImdsproxyError:
     kind = next((one for one in KINDS if one.code == body["code"]), AdminError)
     if body["code"] == "internal":
         kind = ImdsproxyError
-    problems = [
-        Problem(one["field"], one["reason"], one["hint"], one["file"], one["line"])
-        for one in body.get("problems", ())
-    ]
+    problems = [read_problem(one) for one in body.get("problems", ())]
     return kind(str(body["message"]), hint=str(body.get("hint", "")), problems=problems)

@@ -8,6 +8,7 @@ from typing import Annotated, Final
 import typer
 
 from imdsproxy.cli import options
+from imdsproxy.cli.admin_client import read_problem
 from imdsproxy.cli.options import NO, NOT_IN_FORCE, switch
 from imdsproxy.cli.output import (
     MOST_SHOWN,
@@ -172,7 +173,8 @@ def _macs(macs: Shape) -> Iterator[str]:
 
 
 def _show_problems(output: Output, report: Shape) -> None:
-    groups = [[_problem(one) for one in part["problems"]] for part in (report, *report["sources"])]
+    parts = (report, *report["sources"])
+    groups = [[str(read_problem(one)) for one in part["problems"]] for part in parts]
     groups.append(
         [
             f"{one['kind']} {one['subject']}: claimed by {_claimants(one)}; guests get 503"
@@ -193,12 +195,6 @@ def _claimants(conflict: Shape) -> str:
         f"{one['instance']} ({one['source']})" if one["instance"] else one["source"]
         for one in conflict["claimants"]
     )
-
-
-def _problem(problem: Shape) -> str:
-    place = ":".join(str(one) for one in (problem["file"], problem["line"]) if one is not None)
-    hint = f" ({problem['hint']})" if problem["hint"] else ""
-    return f"{place}: {problem['field']}: {problem['reason']}{hint}".removeprefix(": ")
 
 
 def _source_state(source: Shape) -> str:
