@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import pwd
 import re
 import stat
 import subprocess
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
 from itertools import product
@@ -18,6 +18,7 @@ import pytest
 
 from support.guest import IPV4, IPV6, inside
 from support.lab import until
+from support.umask import umask
 from support.world import World, open_world, own
 
 pytestmark = pytest.mark.root
@@ -72,13 +73,12 @@ _BODIES: Final = (b"", b"no instance has this address in this network")
 def world() -> Iterator[World]:
     metrics = {"listen": f"{_LOOPBACK}:19321", "haproxy_listen": f"{_LOOPBACK}:19322"}
     # The umask under which the proxies of Neutron's predecessor wrote, as root.
-    before = os.umask(0)
-    try:
-        with open_world({"metrics": metrics, "resolver": {"hold_s": 0.5}}) as made:
-            os.umask(before)
-            yield made
-    finally:
-        os.umask(before)
+    with ExitStack() as stack:
+        with umask(0):
+            made = stack.enter_context(
+                open_world({"metrics": metrics, "resolver": {"hold_s": 0.5}})
+            )
+        yield made
 
 
 def _address(text: str) -> str:

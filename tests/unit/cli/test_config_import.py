@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 from imdsproxy.config.load import load_settings
 from support.cli import Ran, run_main
 from support.demonstration import REPOSITORY
+from support.umask import umask
 
 _GOLDEN = REPOSITORY / "tests/golden/neutron"
 _ML2 = ("neutron.conf", "metadata_agent.ini", "l3_agent.ini", "dhcp_agent.ini", "nova.conf")
@@ -54,11 +54,8 @@ def test_settings_and_secret_are_written_for_their_readers_only(
     output = tmp_path / "etc" / "imdsproxy.yaml"
     assert run("--neutron", ini, "--output", output).status == 71, "there is no such directory"
     output.parent.mkdir()
-    before = os.umask(0)
-    try:
+    with umask(0):
         ran = run("--neutron", ini, "--output", output)
-    finally:
-        os.umask(before)
     secret = output.parent / "nova.secret"
     assert (ran.status, ran.err) == (0, "")
     assert (_mode(output), _mode(secret)) == (0o640, 0o600)

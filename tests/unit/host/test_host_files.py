@@ -21,6 +21,7 @@ from imdsproxy.host.files import (
     sweep_unfinished,
     write_atomic,
 )
+from support.umask import umask
 
 
 def _mode(path: Path) -> int:
@@ -29,9 +30,8 @@ def _mode(path: Path) -> int:
 
 @pytest.fixture(params=[0o077, 0o000], ids=oct)
 def _umask(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = os.umask(request.param)
-    yield
-    os.umask(before)
+    with umask(request.param):
+        yield
 
 
 @pytest.mark.usefixtures("_umask")

@@ -36,6 +36,7 @@ from imdsproxy.errors import (
     RequestRefused,
 )
 from imdsproxy.host.files import write_atomic
+from support.umask import umask
 
 UUID: Final = "8f6a1e0c-3b52-4c1d-9a57-0d2f4b6c8e10"
 PID: Final = 4711
@@ -370,9 +371,8 @@ def test_the_program_loads_nothing_of_the_daemon() -> None:
 
 @pytest.fixture(params=[0, 0o077], ids=["umask 0", "umask 077"])
 def _umask(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = os.umask(request.param)
-    yield
-    os.umask(before)
+    with umask(request.param):
+        yield
 
 
 @pytest.mark.usefixtures("_umask")

@@ -24,6 +24,7 @@ from imdsproxy.sources.sqlite.store import MIGRATIONS, Store, read_store
 from imdsproxy.sources.sqlite_file import APPLICATION_ID, open_store
 from support.record_builders import instance, network, port
 from support.source_runs import running
+from support.umask import umask
 
 A = replace(instance("a", "10.0.0.5", mac="52:54:00:00:00:05"), created_at=1)
 B = replace(instance("b", "10.0.0.6"), created_at=2)
@@ -158,14 +159,11 @@ def test_no_time_is_made_up_for_what_was_there_before(path: Path, row: str) -> N
 
 
 def test_only_its_owner_can_read_the_store(path: Path) -> None:
-    mask = os.umask(0)
-    try:
+    with umask(0):
         store = Store(path)
         store.put([], [A])
         modes = {each.name: stat.S_IMODE(each.stat().st_mode) for each in path.parent.iterdir()}
         store.close()
-    finally:
-        os.umask(mask)
     assert modes
     assert set(modes.values()) == {0o600}, modes
 
