@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import ssl
 import time
@@ -14,7 +13,6 @@ from typing import Final, cast
 
 import pytest
 
-from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.nova.settings import NovaSettings
 from support.certificates import Authority, Certificate, make_authority, server_context
 from support.guest import IPV6
@@ -345,15 +343,10 @@ def test_chunks_that_come_slowly_arrive_as_one_password(world: NovaWorld, nova: 
 
 def _row(world: NovaWorld, nova: Recorder) -> dict[str, str]:
     """What HAProxy knows of the one endpoint."""
-    client = MasterClient(world.daemon.runtime / "master.sock")
-
-    async def read() -> list[dict[str, str]]:
-        worker = (await client.read_processes()).worker
-        return [] if worker is None else await client.read_stat(worker)
-
-    rows = asyncio.run(read())
-    name = nova.authority
-    return next(row for row in rows if (row["pxname"], row["svname"]) == ("nova.default", name))
+    name = ("nova.default", nova.authority)
+    return next(
+        row for row in world.daemon.haproxy_rows() if (row["pxname"], row["svname"]) == name
+    )
 
 
 def _is(world: NovaWorld, nova: Recorder, status: str) -> bool:
@@ -364,9 +357,9 @@ def test_health_checks_see_nova_go_and_come_and_leave_nothing_there(
     world: NovaWorld, nova: Recorder
 ) -> None:
     nova.kill()
-    until(lambda: _row(world, nova)["status"] == "DOWN", what="its being known to be down")
+    until(lambda: _is(world, nova, "DOWN"), what="its being known to be down")
     nova.listen()
-    until(lambda: _row(world, nova)["status"] == "UP", what="its being known to be up")
+    until(lambda: _is(world, nova, "UP"), what="its being known to be up")
     assert _row(world, nova)["check_status"] == "L4OK"
     assert not nova.heads
     assert not nova.fragments
@@ -387,7 +380,7 @@ def test_unless_settings_say_otherwise_a_nova_that_hangs_is_down_and_its_guests_
         b"connection",
     }
     nova.always(hang())
-    until(lambda: _row(world, nova)["status"] == "DOWN", what="its hanging to be known")
+    until(lambda: _is(world, nova, "DOWN"), what="its hanging to be known")
     start = time.monotonic()
     assert world.red.ask("/openstack").status == 503
     assert time.monotonic() - start < 0.5 * patience()

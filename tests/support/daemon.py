@@ -221,18 +221,22 @@ class Daemon:
 
     def resolver_up(self) -> bool:
         """Whether HAProxy has seen that the controller takes unknown guests' requests."""
+        try:
+            rows = self.haproxy_rows()
+        except RuntimeUnavailable:
+            # The master refuses connections for some 30 ms of a reload.
+            return False
+        return any(row["svname"] == "resolver" and row["status"] == "UP" for row in rows)
+
+    def haproxy_rows(self) -> list[dict[str, str]]:
+        """What HAProxy counts: `show stat` of the worker; nothing where there is none."""
         client = MasterClient(self.runtime / "master.sock")
 
         async def read() -> list[dict[str, str]]:
             worker = (await client.read_processes()).worker
             return [] if worker is None else await client.read_stat(worker)
 
-        try:
-            rows = asyncio.run(read())
-        except RuntimeUnavailable:
-            # The master refuses connections for some 30 ms of a reload.
-            return False
-        return any(row["svname"] == "resolver" and row["status"] == "UP" for row in rows)
+        return asyncio.run(read())
 
     def forget_floods(self) -> None:
         """Have HAProxy's worker forget who asked for how much: it refuses more for a while."""
