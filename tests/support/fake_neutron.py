@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field, fields, replace
-from datetime import UTC, datetime
 from ipaddress import ip_address
 from typing import Final
 
@@ -17,7 +16,6 @@ from support.hand_clock import HandClock
 DOWN: Final = SourceUnavailable("connection refused", hint="start it")
 LATE: Final = QueryTimedOut("no answer within 5 s")
 _DEADLINE_S: Final = 10.0
-_START: Final = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 def neutron_port(
