@@ -101,10 +101,15 @@ class RecordReports:
 
         Of a contested one the first version.
         """
-        contested = self.inventory.contested_instances
-        known = {**self.inventory.instances, **{key: one[0] for key, one in contested.items()}}
-        ids = known.keys() if network is None else self.inventory.instances_in(network)
-        return self._report_instances([known[one] for one in sorted(ids)])
+        known, contested = self.inventory.instances, self.inventory.contested_instances
+        ids = (
+            known.keys() | contested.keys()
+            if network is None
+            else self.inventory.instances_in(network)
+        )
+        return self._report_instances(
+            [contested[one][0] if one in contested else known[one] for one in sorted(ids)]
+        )
 
     def instance(self, instance: InstanceId) -> Report:
         """One instance, as `bodies.InstanceView`; `NotFound` otherwise."""
