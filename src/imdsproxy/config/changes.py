@@ -66,6 +66,8 @@ def _differences(
             yield from _differences(setting.section, before, after, f"{setting.path}.")
         else:
             for key in {**before, **after}:
+                if before.get(key) == after.get(key):
+                    continue
                 path = f"{setting.path}.{key}"
                 if key in before and key in after:
                     yield from _differences(setting.section, before[key], after[key], f"{path}.")
