@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import IPv6Address, ip_address
@@ -89,13 +89,18 @@ def _absolute(path: Path) -> Path:
     return path
 
 
-def _endpoint(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    try:
-        return parse_endpoint(value)
-    except ValueError as error:
-        raise PydanticCustomError("endpoint", "{why}", {"why": str(error)}) from None
+def parsed_by(parse: Callable[[str], object]) -> BeforeValidator:
+    """For a setting that is written as one text; `parse` raises ValueError in words for the operator."""
+
+    def validate(value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        try:
+            return parse(value)
+        except ValueError as error:
+            raise PydanticCustomError("endpoint", "{why}", {"why": str(error)}) from None
+
+    return BeforeValidator(validate)
 
 
 def _off(value: object) -> object:
@@ -123,7 +128,7 @@ OffIsFalse = BeforeValidator(_off)
 AbsolutePath = Annotated[Path, Strict(strict=False), AfterValidator(_absolute)]
 HostEndpoint = Annotated[
     Endpoint,
-    BeforeValidator(_endpoint),
+    parsed_by(parse_endpoint),
     PlainSerializer(str, return_type=str),
     WithJsonSchema(
         {"type": "string", "format": "endpoint", "examples": ["127.0.0.1:9465", "[::1]:9465"]}

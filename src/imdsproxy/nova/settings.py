@@ -9,15 +9,22 @@ from typing import Annotated, Final, Literal
 from urllib.parse import urlsplit
 
 from pydantic import (
-    BeforeValidator,
     PlainSerializer,
     Strict,
     WithJsonSchema,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
-from imdsproxy.config.section import AbsolutePath, Change, Identifier, Section, cross, form, setting
+from imdsproxy.config.section import (
+    AbsolutePath,
+    Change,
+    Identifier,
+    Section,
+    cross,
+    form,
+    parsed_by,
+    setting,
+)
 
 NOVA_METADATA_PORT: Final = 8775
 """Nova's default `metadata_listen_port` (nova/conf/api.py)."""
@@ -110,18 +117,9 @@ DEFAULT_SET = "default"
 """The endpoint set of every instance that no other set names."""
 
 
-def _nova_url(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    try:
-        return parse_nova_url(value)
-    except ValueError as error:
-        raise PydanticCustomError("endpoint", "{why}", {"why": str(error)}) from None
-
-
 Url = Annotated[
     NovaUrl,
-    BeforeValidator(_nova_url),
+    parsed_by(parse_nova_url),
     PlainSerializer(str, return_type=str),
     WithJsonSchema(
         {"type": "string", "format": "nova-url", "examples": ["http://192.0.2.10:8775"]}
