@@ -114,10 +114,6 @@ def all_right(ways: Ways) -> bool:
     )
 
 
-def come_again(reply: Reply) -> bool:
-    return reply.status == 503 and int(reply.headers["retry-after"]) >= 1
-
-
 class Watched:
     """Who asks must get its own; if it is said so, it may be told to come again."""
 
@@ -132,7 +128,7 @@ class Watched:
         self.statuses[reply.status] += 1
         if reply.status == 200 and reply.text == self._known[guest.name][1]:
             return None
-        if self._patient and come_again(reply):
+        if self._patient and reply.is_to_come_again:
             return None
         return f"{guest.name} got {reply.status} {reply.body[:80]!r}"
 
@@ -181,7 +177,7 @@ def test_a_nova_that_hangs_is_503_within_the_deadline_and_right_again_when_it_go
         began = time.monotonic()
         reply = next(guest for guest, _ in of(ways, way)).ask(HOSTNAME)
         took = time.monotonic() - began
-        assert come_again(reply)
+        assert reply.is_to_come_again
         assert RESPONSE_TIMEOUT_S * 0.9 < took < (RESPONSE_TIMEOUT_S + 0.7) * patience()
     nova.server.resume()
 
@@ -243,12 +239,12 @@ def test_known_guests_notice_nothing_of_a_neutron_that_is_killed_and_new_ones_wa
         load.wait_answers(40)
         openstack.neutron.kill()
         for guest in new:
-            assert come_again(guest.ask(HOSTNAME)), guest.name
+            assert guest.ask(HOSTNAME).is_to_come_again, guest.name
         # Longer than what is known is believed without asking again.
         began = time.monotonic()
         until(lambda: time.monotonic() > began + 2 * REFRESH_S)
         for guest in new:
-            assert come_again(guest.ask(HOSTNAME)), guest.name
+            assert guest.ask(HOSTNAME).is_to_come_again, guest.name
         openstack.neutron.start()
         for guest in new:
             until(
@@ -270,7 +266,7 @@ def test_a_neutron_that_hangs_is_503_for_new_guests_and_nothing_to_known_ones(wa
     watched = Watched(ways, patient=False)
     with watched.load as load:
         for way, scope in EVERYWHERE:
-            assert come_again(ways.guest(way, scope, FREE[1]).ask(HOSTNAME))
+            assert ways.guest(way, scope, FREE[1]).ask(HOSTNAME).is_to_come_again
     openstack.neutron.resume()
 
     assert not load.report.lost
@@ -297,7 +293,7 @@ def test_who_is_known_is_served_by_a_daemon_that_starts_while_neutron_is_down(wa
     ways.daemon.start()
     until(lambda: all_right(ways), what="known guests' documents after a start of everything")
     never_seen = ways.guest("listener", "net-blue", FREE[2])
-    assert come_again(never_seen.ask(HOSTNAME))
+    assert never_seen.ask(HOSTNAME).is_to_come_again
 
 
 def test_a_neutron_that_shows_nothing_while_it_starts_takes_nothing_from_anybody(
@@ -310,13 +306,15 @@ def test_a_neutron_that_shows_nothing_while_it_starts_takes_nothing_from_anybody
         openstack.neutron.kill()
         way, scope = EVERYWHERE[0]
         # Nobody can know of an end that nobody has seen.
-        until(lambda: come_again(ways.guest(way, scope, FREE[9]).ask(HOSTNAME)), within_s=RIGHT_S)
+        until(
+            lambda: ways.guest(way, scope, FREE[9]).ask(HOSTNAME).is_to_come_again, within_s=RIGHT_S
+        )
         with shows_nothing(openstack.neutron_url) as asked:
             until(lambda: asked, within_s=FORGOTTEN_S, what="a question")
             began = time.monotonic()
             while time.monotonic() < began + NOTHING_S:
                 for way, scope in EVERYWHERE:
-                    assert come_again(ways.guest(way, scope, FREE[9]).ask(HOSTNAME))
+                    assert ways.guest(way, scope, FREE[9]).ask(HOSTNAME).is_to_come_again
         openstack.neutron.start()
         load.wait_answers(40)
 

@@ -93,10 +93,6 @@ def _all_at_the_first(world: NovaGuests) -> bool:
     return all(world.red.ask("/openstack").status == 200 for _ in range(3))
 
 
-def _come_again(answer: Reply) -> bool:
-    return answer.status == 503 and int(answer.headers["retry-after"]) >= 1
-
-
 def _post(guest: Guest) -> Reply:
     return guest.ask(_PASSWORD, method="POST", body=_BODY)
 
@@ -112,7 +108,7 @@ def test_whatever_nova_does_a_guest_is_told_to_come_again_in_time(
         start = time.monotonic()
         answer = one.red.ask(_PASSWORD, method=method, body=_BODY if method == "POST" else b"")
         took = time.monotonic() - start
-        assert _come_again(answer), (method, answer)
+        assert answer.is_to_come_again, (method, answer)
         assert took < (RESPONSE_TIMEOUT_S + 0.7) * patience()
         if method == "POST":
             assert len(first.heads) == 1
@@ -130,8 +126,8 @@ def test_a_guest_that_keeps_its_connection_is_told_so_at_the_latest_on_a_new_one
         first.always(_FAULTS[name])
         # HAProxy may close a kept connection instead of an answer, as HTTP allows (RFC 9112, 9.6).
         with contextlib.suppress(Lost):
-            assert _come_again(connection.request("/openstack"))
-    assert _come_again(one.red.ask("/openstack"))
+            assert connection.request("/openstack").is_to_come_again
+    assert one.red.ask("/openstack").is_to_come_again
     first.forget()
     until(lambda: one.red.ask("/openstack").status == 200, what="being well again")
 
@@ -143,7 +139,7 @@ def test_without_any_nova_a_guest_is_told_to_come_again(one: NovaGuests) -> None
         for method in ("GET", "POST"):
             start = time.monotonic()
             answer = one.red.ask(_PASSWORD, method=method, body=_BODY if method == "POST" else b"")
-            assert _come_again(answer)
+            assert answer.is_to_come_again
             assert time.monotonic() - start < 3 * patience()
     first.listen()
     until(lambda: one.red.ask("/openstack").status == 200, what="being well again")
@@ -173,7 +169,7 @@ def test_a_guest_notices_that_an_answer_is_not_whole(
     except Lost:
         pass
     else:
-        assert _come_again(answer)
+        assert answer.is_to_come_again
     assert time.monotonic() - start < (RESPONSE_TIMEOUT_S + 1.0) * patience()
     if method == "POST":
         assert len(one.novas[0].heads) == 1
@@ -211,7 +207,7 @@ def test_a_get_that_one_nova_does_not_answer_is_asked_of_the_other(
 def test_a_post_is_sent_once_whatever_becomes_of_it(both: NovaGuests, name: str) -> None:
     for nova in both.novas:
         nova.always(_FAULTS[name])
-    assert _come_again(_post(both.red))
+    assert _post(both.red).is_to_come_again
     assert _heads(both) == 1
 
 

@@ -68,6 +68,11 @@ class Reply:
         return self.headers.get("connection", "").lower() == "close"
 
     @property
+    def is_to_come_again(self) -> bool:
+        """Whether it asks the guest to come again, and says when."""
+        return self.status == 503 and int(self.headers["retry-after"]) >= 1
+
+    @property
     def is_limited(self) -> bool:
         """Whether it is what a guest gets beyond its limits."""
         return self.status == 503 and self.headers.get("retry-after") == "1"
