@@ -250,7 +250,7 @@ def build_program(names: Iterable[str] = COMMANDS) -> Any:  # noqa: ANN401 - typ
         example = EXAMPLES.get(path)
         if example is not None:
             command.epilog = f"Example: {example}"
-        _hide_types_of_switches(command)
+        _hide_type_of_help(command)
     return program
 
 
@@ -261,7 +261,7 @@ def iterate_commands(command: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from iterate_commands(inner, f"{path} {name}".strip())
 
 
-def _hide_types_of_switches(command: Any) -> None:  # noqa: ANN401 - as above
+def _hide_type_of_help(command: Any) -> None:  # noqa: ANN401 - as above
     make_help_option = command.get_help_option
 
     def help_option(context: typer.Context) -> Any:  # noqa: ANN401 - as above

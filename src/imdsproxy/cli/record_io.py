@@ -194,9 +194,9 @@ def render_lines(records: Records, note: Note) -> Iterator[bytes]:
     found: list[Network | Instance] = [*records.networks, *records.instances]
     for begin in range(0, len(found), _LINES):
         part = found[begin : begin + _LINES]
-        kinds = ("network" if isinstance(one, Network) else "instance" for one in part)
         lines = (
-            json.dumps({kind: render_record(one)}) for kind, one in zip(kinds, part, strict=True)
+            json.dumps({"network" if isinstance(one, Network) else "instance": render_record(one)})
+            for one in part
         )
         note("sending records", begin + len(part), len(found))
         yield "".join(f"{line}\n" for line in lines).encode()
