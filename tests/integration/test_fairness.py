@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final
+from typing import Final
 
 import pytest
 
@@ -40,10 +40,6 @@ def world(shared_world: World) -> Iterator[World]:
     until(lambda: _forgotten(shared_world), what="a guest of which nothing is counted")
     yield shared_world
     shared_world.heal()
-
-
-def _say(world: World, policy: Mapping[str, Any]) -> None:
-    world.daemon.reconfigure({**world.settings, "policy": {"instances": policy}})
 
 
 def _statuses(guest: Guest, count: int, *, to: str = IPV4) -> list[int]:
@@ -115,16 +111,16 @@ def test_who_asks_for_more_than_the_default_is_refused_and_named(world: World) -
 @pytest.mark.slow
 def test_a_new_limit_is_in_force_at_once_without_a_reload(world: World) -> None:
     pids = world.settled()
-    _say(world, {"red-5": {"requests_per_s": 1, "burst": 1000}})
+    world.have_policy({"instances": {"red-5": {"requests_per_s": 1, "burst": 1000}}})
     until(lambda: world.red.ask(_USER_DATA).status == 503, what="a refusal")
-    _say(world, {"red-5": {"requests_per_s": 5000, "burst": 5000}})
+    world.have_policy({"instances": {"red-5": {"requests_per_s": 5000, "burst": 5000}}})
     assert world.red.ask(_USER_DATA).status == 200
     assert world.settled() == pids
 
 
 @pytest.mark.slow
 def test_what_was_counted_survives_reloads_in_a_row(world: World) -> None:
-    _say(world, {"red-5": {"burst": 30}})
+    world.have_policy({"instances": {"red-5": {"burst": 30}}})
     until(lambda: world.red.ask(_USER_DATA).status == 503, what="a refusal")
     for _ in range(4):
         world.reload()

@@ -7,10 +7,10 @@ import json
 import socket
 import struct
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Final, Self
 
 import pytest
 
@@ -27,11 +27,6 @@ pytestmark = pytest.mark.root
 _TOKEN: Final = "/latest/api/token"
 _USER_DATA: Final = "/latest/user-data"
 _TTL: Final = ("X-aws-ec2-metadata-token-ttl-seconds: 60",)
-
-
-def _say(world: World, policy: Mapping[str, Any]) -> None:
-    """Have this policy in force."""
-    world.daemon.reconfigure({**world.settings, "policy": policy})
 
 
 def _put(connection: Connection) -> Reply:
@@ -162,7 +157,7 @@ def _route() -> None:
 def test_it_is_on_the_wire_in_each_kind_of_network_and_gone_by_the_next_answer(
     world: World,
 ) -> None:
-    _say(world, {"host": {"hop_limit": 7}})
+    world.have_policy({"host": {"hop_limit": 7}})
     for guest in world.everybody:
         _given(guest, 7)
         assert _limits(guest) == (7, 64), guest.name
@@ -173,7 +168,7 @@ def test_it_is_on_the_wire_in_each_kind_of_network_and_gone_by_the_next_answer(
 def test_each_limit_is_kept_though_one_goes_as_one_less(
     world: World, limit: int, sent: int
 ) -> None:
-    _say(world, {"networks": {"red": {"hop_limit": limit}}})
+    world.have_policy({"networks": {"red": {"hop_limit": limit}}})
     _given(world.red, sent)
     assert _limits(world.red) == (sent, 64)
 
@@ -181,7 +176,7 @@ def test_each_limit_is_kept_though_one_goes_as_one_less(
 def test_behind_a_hop_a_limit_of_1_never_arrives_and_2_does(world: World) -> None:
     """The kernel sends what got lost again, with what the connection has by then."""
     with _container(world, world.red) as inner:
-        _say(world, {"instances": {"red-5": {"hop_limit": 1}}})
+        world.have_policy({"instances": {"red-5": {"hop_limit": 1}}})
         _given(world.red, 1)
         get = f"GET {_USER_DATA} HTTP/1.1\r\nHost: x\r\n\r\n"
         put = f"PUT {_TOKEN} HTTP/1.1\r\nHost: x\r\n{_TTL[0]}\r\n\r\n"
@@ -195,7 +190,7 @@ def test_behind_a_hop_a_limit_of_1_never_arrives_and_2_does(world: World) -> Non
             with pytest.raises(BlockingIOError):
                 connection.socket.recv(65_536)
         assert inner.ask(_USER_DATA).status == 200
-        _say(world, {"instances": {"red-5": {"hop_limit": 2}}})
+        world.have_policy({"instances": {"red-5": {"hop_limit": 2}}})
         with inner.connect() as connection:
             token = _put(connection)
             assert token.status == 200
@@ -204,23 +199,23 @@ def test_behind_a_hop_a_limit_of_1_never_arrives_and_2_does(world: World) -> Non
 
 def test_it_is_one_instances_and_changes_without_a_reload(world: World) -> None:
     pids = world.settled()
-    _say(world, {"instances": {"red-5": {"hop_limit": 3}}})
+    world.have_policy({"instances": {"red-5": {"hop_limit": 3}}})
     _given(world.red, 3)
     table = f"{world.lab.prefix}-hops"
     assert _limits(world.red) == (3, 64)
     assert _limits(world.guests["green"]) == (64, 64)
     assert table in _tables(world.lab.name("red"))
     assert table not in _tables(world.lab.name("green"))
-    _say(world, {"instances": {"red-5": {"hop_limit": 4}}})
+    world.have_policy({"instances": {"red-5": {"hop_limit": 4}}})
     assert _limits(world.red) == (4, 64)
-    _say(world, {})
+    world.have_policy({})
     assert _limits(world.red) == (64, 64)
     until(lambda: table not in _tables(world.lab.name("red")), what="the rule's end")
     assert world.settled() == pids
 
 
 def test_it_outlives_a_reload_and_the_controllers_death(world: World) -> None:
-    _say(world, {"host": {"hop_limit": 5}})
+    world.have_policy({"host": {"hop_limit": 5}})
     for guest in world.everybody:
         _given(guest, 5)
     world.reload()
@@ -235,7 +230,7 @@ def test_it_outlives_a_reload_and_the_controllers_death(world: World) -> None:
 
 
 def test_whoever_flushes_the_ruleset_takes_it_away_for_a_moment_only(world: World) -> None:
-    _say(world, {"networks": {"red": {"hop_limit": 6}}})
+    world.have_policy({"networks": {"red": {"hop_limit": 6}}})
     _given(world.red, 6)
     place = world.lab.name("red")
     subprocess.run((*within(place), "/usr/sbin/nft", "flush", "ruleset"), check=True)
@@ -249,7 +244,7 @@ def test_the_very_first_request_of_a_guest_that_a_source_has_told_of_is_given_it
     world: World,
 ) -> None:
     """Its record is in force before it asks for anything, so it does not come by the resolver."""
-    _say(world, {"networks": {"red": {"hop_limit": 2}}})
+    world.have_policy({"networks": {"red": {"hop_limit": 2}}})
     _given(world.red, 2)
     guest = world.lab.guest("red", 82)
     world.daemon.put(instances=[instance("red-82", "red", 82)])
@@ -258,7 +253,7 @@ def test_the_very_first_request_of_a_guest_that_a_source_has_told_of_is_given_it
 
 def test_a_guest_that_is_not_known_yet_gets_its_token_as_far_as_everybody(world: World) -> None:
     """What comes by the resolver is sent on a connection that is not ours to mark: it is to ask again."""
-    _say(world, {"networks": {"red": {"hop_limit": 2}}})
+    world.have_policy({"networks": {"red": {"hop_limit": 2}}})
     _given(world.red, 2)
     guest = world.lab.guest("red", 81)
     ports = {"ports": [{"network": "red", "mac": guest.mac}]}
@@ -271,7 +266,7 @@ def test_a_guest_that_is_not_known_yet_gets_its_token_as_far_as_everybody(world:
 
 def test_where_the_rule_cannot_be_had_there_is_no_token_and_status_says_so(world: World) -> None:
     with _somebody_elses_table(world.lab, "red"):
-        _say(world, {"host": {"hop_limit": 2}})
+        world.have_policy({"host": {"hop_limit": 2}})
         _given(world.guests["green"], 2)
         until(
             lambda: "limit the hops" in json.dumps(world.daemon.status()),

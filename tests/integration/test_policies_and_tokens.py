@@ -54,10 +54,6 @@ def shared_world() -> Iterator[World]:
         yield world
 
 
-def _settings(world: World, policy: Mapping[str, Any]) -> None:
-    world.daemon.reconfigure({**world.settings, "policy": policy})
-
-
 # Policies in records
 
 
@@ -86,12 +82,12 @@ def test_records_are_in_force_by_scope_at_once_and_settings_over_those_of_the_sa
     assert statuses() == [401, 401, 200]
     _instance_says(world, world.red, {"tokens": "optional"})
     assert statuses() == [200, 401, 200]
-    _settings(world, {"networks": {"red": {"tokens": "optional"}}})
+    world.have_policy({"networks": {"red": {"tokens": "optional"}}})
     assert statuses() == [200, 200, 200]
     _instance_says(world, world.red, {"tokens": "required"})
-    _settings(world, {"host": {"tokens": "optional"}})
+    world.have_policy({"host": {"tokens": "optional"}})
     assert statuses() == [401, 401, 200]
-    _settings(world, {"instances": {"red-5": {"tokens": "optional"}}})
+    world.have_policy({"instances": {"red-5": {"tokens": "optional"}}})
     # What the instance's record does not set is the network's.
     _network_says(world, "red", {"endpoint": False})
     assert statuses() == [403, 403, 200]
@@ -115,7 +111,7 @@ def _read(guest: Guest, target: str, token: str = "") -> int:
 def test_every_guest_gets_a_token_over_both_families_and_reads_its_own_with_it(
     world: World,
 ) -> None:
-    _settings(world, {"host": {"tokens": "required", "paths": {_HOSTNAME: "deny"}}})
+    world.have_policy({"host": {"tokens": "required", "paths": {_HOSTNAME: "deny"}}})
     for guest in world.everybody:
         tokens = [_ask_token(guest, to=to) for to in (IPV4, IPV6)]
         for reply in tokens:
@@ -167,7 +163,7 @@ def test_a_worker_that_drains_has_the_rules_of_a_later_change(world: World) -> N
 def test_a_guest_that_haproxy_does_not_know_yet_is_held_to_the_same(world: World) -> None:
     """Its first request goes through the resolver, and so by another way."""
     host = {"tokens": "required", "refuse_forwarded": True, "paths": {_HOSTNAME: "deny"}}
-    _settings(world, {"host": host})
+    world.have_policy({"host": host})
     fresh = itertools.count(80)
 
     def newcomer() -> Guest:
@@ -287,7 +283,7 @@ def test_reopen_unseals_and_opens_what_is_locked_after_the_boot(world: World) ->
     born = {"created_at": int(time.time()) - 3600}
     both = [instance(f"{name}-5", name, fields=born) for name in ("red", "green")]
     world.daemon.put(instances=both)
-    _settings(world, {"host": host})
+    world.have_policy({"host": host})
     green = world.guests["green"]
     for guest in (world.red, green):
         assert [guest.ask(path).status for path in (USER_DATA, META)] == [403, 401]
@@ -386,7 +382,7 @@ def test_who_reads_without_a_token_is_named_with_path_and_client(world: World) -
 def test_what_is_refused_where_a_token_is_required_is_counted_each_time(world: World) -> None:
     guest = world.guests["blue"]
     before = _counts(world, "blue")
-    _settings(world, {"host": {"tokens": "required"}})
+    world.have_policy({"host": {"tokens": "required"}})
     with guest.connect() as connection:
         for _ in range(3):
             assert connection.request(USER_DATA).status == 401
@@ -395,7 +391,7 @@ def test_what_is_refused_where_a_token_is_required_is_counted_each_time(world: W
     assert {"network": "blue", "instance": "blue-5", "tree": "/openstack"} in found
     shown = world.daemon.command("token", "report").out
     assert "warning: /nocloud gives instance blue-5 in blue the user-data" in shown
-    _settings(world, {})
+    world.have_policy({})
     assert _report(world)["open_trees"] == []
 
 

@@ -81,6 +81,10 @@ class World:
         reads = partial(reads_own, timeout_s=None)
         until(lambda: all(map(reads, self.everybody)), what="every guest's own documents")
 
+    def have_policy(self, policy: Mapping[str, object]) -> None:
+        """Have the daemon's settings say this of policies."""
+        self.daemon.reconfigure({**self.settings, "policy": policy})
+
     def reload(self) -> None:
         """Have HAProxy reload: a network comes, or goes."""
         if self._spare is None:
