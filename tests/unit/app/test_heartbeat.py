@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.host.notify import Heartbeat, ServiceNotifier
+from support.hand_clock import HandClock
 
 
 @pytest.fixture
@@ -16,13 +17,6 @@ def manager(tmp_path: Path) -> Iterator[socket.socket]:
         one.bind(str(tmp_path / "notify"))
         one.setblocking(False)
         yield one
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 async def _beat(heartbeat: Heartbeat) -> None:
@@ -35,7 +29,7 @@ async def test_a_start_is_extended_by_each_beat_until_it_is_over(
     tmp_path: Path, manager: socket.socket
 ) -> None:
     notifier = ServiceNotifier(str(tmp_path / "notify"))
-    heartbeat = Heartbeat(notifier, {"WATCHDOG_USEC": "8000000"}, Clock())
+    heartbeat = Heartbeat(notifier, {"WATCHDOG_USEC": "8000000"}, HandClock().monotonic)
     await _beat(heartbeat)
     assert manager.recv(1024) == b"WATCHDOG=1\nEXTEND_TIMEOUT_USEC=8000000"
     heartbeat.starting = False
@@ -44,20 +38,20 @@ async def test_a_start_is_extended_by_each_beat_until_it_is_over(
 
 
 async def test_a_loop_that_does_not_come_round_for_two_minutes_is_not_alive() -> None:
-    clock = Clock()
-    heartbeat = Heartbeat(ServiceNotifier(), {}, clock)
+    clock = HandClock()
+    heartbeat = Heartbeat(ServiceNotifier(), {}, clock.monotonic)
     await _beat(heartbeat)
-    clock.now += 119
+    clock.time += 119
     assert heartbeat.alive()
-    clock.now += 2
+    clock.time += 2
     assert not heartbeat.alive()
     await _beat(heartbeat)
     assert heartbeat.alive()
 
 
 async def test_a_service_manager_that_is_away_ends_no_controller(tmp_path: Path) -> None:
-    clock = Clock()
-    heartbeat = Heartbeat(ServiceNotifier(str(tmp_path / "nobody")), {}, clock)
-    clock.now += 100
+    clock = HandClock()
+    heartbeat = Heartbeat(ServiceNotifier(str(tmp_path / "nobody")), {}, clock.monotonic)
+    clock.time += 100
     await _beat(heartbeat)
     assert heartbeat.alive()
