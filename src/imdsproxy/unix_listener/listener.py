@@ -85,8 +85,10 @@ class UnixListener:
         self, settings: UnixListenerSettings
     ) -> tuple[UnixBind | None, Problem | None]:
         wanted, now = _prepare(settings), self.clock.monotonic()
+        if self._refused is not None and self._refused[0] != wanted:
+            self._refused = None
         # Each try of what HAProxy refused costs a worker.
-        if self._refused is not None and self._refused[0] == wanted and now < self._again_at:
+        if self._refused is not None and now < self._again_at:
             return None, self._refused[1]
         has = bound_path(self.haproxy.in_force()) == wanted.path
         seen = await self._look(settings.path)

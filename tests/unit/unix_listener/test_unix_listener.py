@@ -238,9 +238,12 @@ async def test_other_settings_are_tried_at_once_and_other_refusals_do_not_count(
     await rig.unix.choose()
     assert not rig.unix.blame(other)
     assert rig.unix.blame(rig.refusal())
-    rig.settings = rig.settings.model_copy(update={"mode": "all"})
+    refused = rig.settings
+    rig.settings = refused.model_copy(update={"mode": "all"})
     await rig.unix.choose()
     assert rig.unix.bind == UnixBind(str(rig.path), "0666", 0, 0)
+    rig.settings = refused
+    assert await rig.choose() == (True, False), "what was refused before them is tried anew"
 
 
 @pytest.mark.parametrize(
