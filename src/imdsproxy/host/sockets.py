@@ -220,8 +220,9 @@ class SocketOwners:
         for pid in our_pids if not self._ours.keys() >= set(inodes) else ():
             self._ours.update({one: pid for one, _ in open_sockets(pid, self._proc)})
         foreign = set(inodes) - self._ours.keys()
-        # Others are kept: they are looked at in turn, some networks at a time.
-        self._foreign.update({inode: self._still_held(inode) for inode in foreign})
+        # Others are kept while they are held: they are looked at in turn, some networks at a time.
+        held = {inode: self._still_held(inode) for inode in {*self._foreign, *foreign}}
+        self._foreign = {one: by for one, by in held.items() if by or one in foreign}
         missing = {
             one for one in foreign if not self._foreign[one] and self._searches[one] < _SEARCHES
         }

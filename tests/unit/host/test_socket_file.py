@@ -245,3 +245,6 @@ def test_a_holder_is_known_on_while_other_sockets_are_looked_at(tmp_path: Path) 
     (owner,) = owners.resolve([_SOCKET], ())[55].owners
 
     assert owner.pid == 20
+    (tmp_path / "20/fd/3").unlink()
+    owners.resolve([other], ())
+    assert set(owners._foreign) == {56}, "what is held no more is forgotten"
