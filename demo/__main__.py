@@ -105,7 +105,7 @@ def _demonstrate(options: Options, directory: Path, console: Console) -> int:
         remember_folder(folder_mark)
         steps.say(f"building {len(networks())} networks with {len(everyone)} guests")
         build(networks(), everyone)
-        steps.say("starting imdsproxy and telling it of them")
+        steps.say("starting imdsproxy and adding their records")
         daemon.start()
         daemon.fill(word)
         daemon.wait_serving()
