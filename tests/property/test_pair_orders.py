@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.anti_spoofing.plan import ANY_MAC, Pairs, plan_pair
 from imdsproxy.app.compiler import CompiledIndex, RecordCompiler
-from imdsproxy.app.kept_maps import KeptMaps
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.core.endpoints import Endpoint
@@ -112,7 +111,6 @@ class World:
             self.filters,
             no_hop_limits(),
             RuleSets(cast("RecordApplier", self), SystemClock()),
-            cast("KeptMaps", nothing),
         )
 
     async def apply(self, wanted: Mapping[str, str | None]) -> int:

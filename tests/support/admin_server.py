@@ -25,7 +25,6 @@ from imdsproxy.admin.reports import StatusReport
 from imdsproxy.admin.services import Services
 from imdsproxy.admin.tokens import TokenService
 from imdsproxy.app.compiler import CompiledIndex, RecordCompiler
-from imdsproxy.app.kept_maps import KeptMaps
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.policy_store import PolicyStore
 from imdsproxy.app.record_loop import RecordLoop
@@ -270,7 +269,6 @@ async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous gen
         mac_filters,
         no_hop_limits(),
         RuleSets(applier, clock),
-        KeptMaps(layout),
         policies=policy_store.book,
     )
     store = SqliteSource(layout.state / "store.sqlite", now=clock.now().timestamp)

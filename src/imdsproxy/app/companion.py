@@ -10,7 +10,7 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import structlog
 
@@ -20,16 +20,14 @@ from imdsproxy.core.model import Instance
 from imdsproxy.core.timing import Backoff
 from imdsproxy.core.wire import PROBE_INSTANCE
 from imdsproxy.dataplane.haproxy import Haproxy
-from imdsproxy.dataplane.launch import UNIT_S
+from imdsproxy.dataplane.launch import control_unit, kill_process
 from imdsproxy.errors import DataplaneError, HostRefused, ImdsproxyError, Problem
 from imdsproxy.host.account import Account, find_closed
 from imdsproxy.host.process import (
     Doubt,
     ProcessHandle,
-    open_process,
     read_rests,
     read_stat,
-    run_program,
     spawn_logged,
     wait_gone,
 )
@@ -82,13 +80,9 @@ class Companion:
             if pid is not None:
                 await self.stop()
             return None
-        if pid is not None:
-            return await self._wait_for_workers(None, 0)
-        if self.unit is not None:
-            # Without it, each restart since the unit's last rest would make systemd wait longer. A unit that was
-            # never started has nothing to forget, and systemd refuses.
-            await run_program("systemctl", "reset-failed", self.unit, deadline_s=UNIT_S)
+        if pid is None and self.unit is not None:
             await self._control_unit("start", self.unit)
+        if pid is not None or self.unit is not None:
             return await self._wait_for_workers(None, 0)
         child, offset = spawn_logged(self.arguments, self.log, self.environment)
         try:
@@ -141,10 +135,10 @@ class Companion:
                 signal_all(left, number)
             await asyncio.sleep(_POLL_S)
 
-    async def _control_unit(self, verb: str, unit: str) -> None:
-        status, words = await run_program("systemctl", verb, unit, deadline_s=UNIT_S)
+    async def _control_unit(self, verb: Literal["start", "stop"], unit: str) -> None:
+        status, words = await control_unit(verb, unit)
         if status != 0:
-            raise HostRefused(f"systemctl {verb} {unit}: {words}", hint=f"journalctl -u {unit}")
+            raise HostRefused(words, hint=f"journalctl -u {unit}")
 
     async def run(self) -> None:
         """Keep it running until cancelled; or see that it does not, where it is not needed."""
@@ -179,10 +173,9 @@ class Companion:
                 last, rests = rests, read_rests(pid)
                 # It looks after its workers every second, and rests in between.
                 doubt = doubt.after_silence(pid, read_stat(pid)) if rests == last else Doubt()
-                if doubt.hung and (handle := open_process(pid)) is not None:
+                if doubt.hung:
                     structlog.get_logger().error("document server hangs: ending it", pid=pid)
-                    handle.kill(signal.SIGKILL)
-                    handle.close()
+                    kill_process(pid)
             await ended
         finally:
             ended.cancel()

@@ -30,13 +30,7 @@ from imdsproxy.core.identity import (
     identify,
 )
 from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import (
-    Instance,
-    IpAddress,
-    MacAddress,
-    Network,
-    Scope,
-)
+from imdsproxy.core.model import Instance, IpAddress, MacAddress, Network, Scope
 from imdsproxy.core.observation import AddressKey, Conflict
 from imdsproxy.core.wire import MapRecord
 from imdsproxy.errors import DataplaneError
@@ -106,9 +100,7 @@ class Lookup:
         """Whose the address is now, and how that was found, by what is known here."""
         identity, mac = await self._identify(key)
         refusal = self._refusal(key, mac)
-        if refusal is not None:
-            return identify(self.inventory, *key, neighbour_mac=refusal.mac)
-        return identity
+        return identity if refusal is None else self._whose(key, refusal.mac)
 
     async def last_seen(self, key: AddressKey) -> tuple[MacAddress | None, Refusal | None]:
         """The MAC that the neighbour table has for an address, and the refusal that is newer, if one is."""
@@ -133,14 +125,24 @@ class Lookup:
         if len(self._refused) > _REFUSED:
             del self._refused[next(iter(self._refused))]
 
+    def _whose(self, key: AddressKey, mac: MacAddress | None = None) -> Identity:
+        return identify(self.inventory, *key, neighbour_mac=mac)
+
+    def _known_by(self, key: AddressKey, mac: MacAddress | None) -> Instance | None:
+        """The instance that has the address because it has the MAC."""
+        identity = self._whose(key, mac)
+        if isinstance(identity, Found) and identity.how is How.NEIGHBOUR:
+            return identity.instance
+        return None
+
     async def _identify(self, key: AddressKey) -> tuple[Identity, MacAddress | None]:
         """Whose the address is, and the MAC that was asked for to find it."""
-        identity = identify(self.inventory, *key)
+        identity = self._whose(key)
         checked = checks_macs(self.inventory, key[0])
         if not (checked or (isinstance(identity, Unknown) and key[1].is_link_local)):
             return identity, None
         mac = await self.neighbour(key)
-        return identify(self.inventory, *key, neighbour_mac=mac), mac
+        return self._whose(key, mac), mac
 
     async def ask(self, key: AddressKey, scope: Scope) -> LookUp | None:
         """What the source has of an address that was not reported; `None` where no source can be asked."""
@@ -172,7 +174,7 @@ class Lookup:
             identity, mac = await self._identify(key)
         else:
             # It came with this MAC, whatever the neighbour table has by now.
-            identity, mac = identify(self.inventory, *key, neighbour_mac=granted), granted
+            identity, mac = self._whose(key, granted), granted
         if not isinstance(identity, Unknown):
             return await self._resolve(key, identity, mac)
         return await self._look_elsewhere(key, scope)
@@ -198,7 +200,7 @@ class Lookup:
         """
         for _ in range(_LOOKS):
             mac = await self.mac_filters.sender(key, port) or await self.neighbour(key)
-            identity = identify(self.inventory, *key, neighbour_mac=mac)
+            identity = self._whose(key, mac)
             if isinstance(identity, Unknown):
                 outcome = await self._look_elsewhere(key, None)
                 if isinstance(outcome, Denial):
@@ -328,11 +330,11 @@ class Lookup:
             self._review(key, mac)
 
     def _review(self, key: AddressKey, mac: MacAddress | None) -> None:
-        identity = identify(self.inventory, *key, neighbour_mac=mac)
-        if mac is not None and isinstance(identity, Found) and identity.how is How.NEIGHBOUR:
-            self._note_learned(key, identity.instance, mac)
-        else:
+        instance = None if mac is None else self._known_by(key, mac)
+        if instance is None:
             self.records.forget(key)
+        else:
+            self._note_learned(key, instance, mac)
 
     def recall(self) -> None:
         """What an earlier controller had learned, by the pairs that it left."""
@@ -342,19 +344,17 @@ class Lookup:
             mac = self.mac_filters.granted(key)
             if mac is None or mac == ANY_MAC or key in self.records.learned:
                 continue
-            identity = identify(self.inventory, *key, neighbour_mac=mac)
-            if isinstance(identity, Found) and identity.how is How.NEIGHBOUR:
+            instance = self._known_by(key, mac)
+            if instance is not None:
                 # Asked for soon: it may have changed meanwhile.
-                now = self.clock.monotonic()
-                self.records.learn(key, Learned(identity.instance.id, now, mac=mac))
+                self.records.learn(key, Learned(instance.id, self.clock.monotonic(), mac=mac))
 
     def follow_routes(self) -> None:
         """Have addresses behind routers known as the source knows them: no others, and those of before a restart."""
         routes = {} if self.source is None else self.source.routes()
         learned = self.records.learned
-        for key in [key for key, entry in learned.items() if entry.via is not None]:
-            if key not in routes:
-                self.records.forget(key)
+        for key in [one for one, entry in learned.items() if entry.via and one not in routes]:
+            self.records.forget(key)
         for key, found in routes.items():
             behind = _behind_router(key, found)
             if learned.get(key) != behind:

@@ -6,7 +6,7 @@ What operators did is on disk before it counts, and outlives every restart.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, cast
@@ -135,21 +135,13 @@ class PolicyStore:
         if book.projects:
             for instance in inventory.instances.values():
                 projects |= {instance.project, *(port.project for port in instance.ports)}
-        scopes = (
-            ("networks", book.networks, lambda one: inventory.knows(NetworkId(one))),
-            ("projects", book.projects, projects.__contains__),
-            (
-                "instances",
-                book.instances,
-                lambda one: bool(inventory.sources_of_instance(InstanceId(one))),
-            ),
-        )
-        return tuple(
-            f"policy.{kind}.{one}"
-            for kind, names, known in scopes
-            for one in names
-            if not known(one)
-        )
+        known: dict[str, Callable[[str], object]] = {
+            "networks": lambda one: inventory.knows(NetworkId(one)),
+            "projects": projects.__contains__,
+            "instances": lambda one: inventory.sources_of_instance(InstanceId(one)),
+        }
+        named = ((kind, one) for kind in known for one in getattr(book, kind))
+        return tuple(f"policy.{kind}.{one}" for kind, one in named if not known[kind](one))
 
     def book(self) -> PolicyBook:
         """All policy rules except those in records."""

@@ -19,17 +19,12 @@ from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.anti_spoofing.plan import plan_pairs
 from imdsproxy.app.compiler import COMPILER, Compiling, RecordCompiler
-from imdsproxy.app.kept_maps import KeptMaps
 from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.app.tickets import Tickets, report_failure
 from imdsproxy.core.haproxy.maps import PackedMap
 from imdsproxy.core.identity import Learned
 from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import (
-    InstanceId,
-    MacAddress,
-    NetworkId,
-)
+from imdsproxy.core.model import InstanceId, MacAddress, NetworkId
 from imdsproxy.core.nova import NovaRouting
 from imdsproxy.core.observation import AddressKey, Affected, Conflict, Observation
 from imdsproxy.core.path_rules import PathRules
@@ -65,10 +60,11 @@ class _Work(Affected):
 
     everything: bool = False
 
-    def add(self, other: Affected) -> None:
+    def add(self, other: Affected, *, everything: bool = False) -> None:
         self.networks |= other.networks
         self.instances |= other.instances
         self.addresses |= other.addresses
+        self.everything |= everything
 
 
 @dataclass(slots=True)
@@ -92,7 +88,6 @@ class RecordLoop:
         routing: Where requests go whose documents Nova has, as of now; `resync` after it changed.
         policies: What settings and operators say of guests, as of now; `resync` after it changed.
         sets: Who has HAProxy know path rules.
-        kept: The maps of the last run.
 
     Attributes:
         failure: Why the last round could not be brought into force.
@@ -111,7 +106,6 @@ class RecordLoop:
     mac_filters: MacFilters
     hop_limits: HopLimits
     sets: RuleSets
-    kept: KeptMaps
     routing: Callable[[], NovaRouting] = NovaRouting
     policies: Callable[[], PolicyBook] = PolicyBook
     learned: dict[AddressKey, Learned] = field(default_factory=dict)
@@ -177,9 +171,8 @@ class RecordLoop:
 
     def addresses_of(self, instance: InstanceId) -> frozenset[AddressKey]:
         """Every address that an instance is known by, those that were learned too."""
-        learned = self.learned.items()
-        found = {key for key, entry in learned if entry.instance == instance}
-        return self.inventory.addresses_of(instance) | found
+        learned = {key for key, entry in self.learned.items() if entry.instance == instance}
+        return self.inventory.addresses_of(instance) | learned
 
     def touch_networks(self, networks: Collection[NetworkId]) -> None:
         """Look at every address in these networks again."""
@@ -197,16 +190,16 @@ class RecordLoop:
 
         Whether that is done. All records are compared later, as after HAProxy was adopted.
         """
-        if not (
-            self.inventory.in_sync and self.kept.restore(self._made_of) and self.applier.load()
-        ):
+        applier = self.applier
+        in_sync = self.inventory.in_sync
+        if not (in_sync and applier.restore_copies(self._made_of) and applier.load()):
             return False
         async for part in self._parts(key for key, _ in self.inventory.addresses()):
             pairs = plan_pairs(self.inventory, part, self.learned)
             self.mac_filters.preload(pairs)
         self.resync()
         structlog.get_logger().info(
-            "records are those of the last run", records=len(self.applier.state.base)
+            "records are those of the last run", records=len(applier.state.base)
         )
         return True
 
@@ -214,14 +207,14 @@ class RecordLoop:
         """Leave to the next start what spares it work."""
         self.compiler.index.close()
         # A round that is under way has its work no longer in `_work`, and its changes not yet in the maps.
-        settled = self.inventory.in_sync and self._swept and self.tickets.all_closed
+        settled = self.inventory.in_sync and self._swept and self.tickets.done == self.tickets.given
         failures = self.failure or self.compiler.failures
         # Of addresses that lookups have found, and of hop limits that are not there yet, no record is made at a start.
         others = self.learned or self.withheld or self.hop_limits.in_use
         if settled and not (failures or others):
             made_of = self._made_of()
             if made_of is not None:
-                self.kept.save(made_of)
+                self.applier.save_copies(made_of)
 
     def _made_of(self) -> bytes | None:
         # Records of Nova's guests have signatures, which are not to lie on a disk.
@@ -262,11 +255,9 @@ class RecordLoop:
         return packed
 
     def _everybody(self) -> set[InstanceId]:
-        found = set(self.inventory.instances)
-        if self.inventory.in_sync:
-            # Left over from an earlier controller.
-            found.update(self.compiler.files.instances())
-        return found
+        # On disk there may be others, from an earlier controller.
+        others = self.compiler.files.instances() if self.inventory.in_sync else ()
+        return {*self.inventory.instances, *others}
 
     def _unowned(self, keys: Iterable[AddressKey]) -> Iterator[AddressKey]:
         """What a look at every address that anybody has would miss."""
@@ -282,9 +273,8 @@ class RecordLoop:
             self.compiler.compile(owners & compiling.left, compiling, starting=not self._swept)
             yield [key for key, _ in owned]
         await self._compile_rest(compiling)
-        async for part in self._parts(
-            chain(keys, self._drop_learned(compiling), tuple(self.learned))
-        ):
+        rest = chain(keys, self._drop_learned(compiling), tuple(self.learned))
+        async for part in self._parts(rest):
             yield part
 
     async def _parts(
@@ -313,8 +303,7 @@ class RecordLoop:
             try:
                 await self._round(work)
             except DataplaneError as error:
-                self._work.add(work)
-                self._work.everything |= work.everything
+                self._work.add(work, everything=work.everything)
                 self._since = since
                 self.failure, delay = report_failure(
                     "records", "records not applied", error, backoff
@@ -335,14 +324,11 @@ class RecordLoop:
                 work = _Work()
                 release_memory()
             if self.compiler.failures:
-                self._retry_failed_later()
+                asyncio.get_running_loop().call_later(_RETRY_LAST_S, self._retry_failed)
 
-    def _retry_failed_later(self) -> None:
-        def again() -> None:
-            self._work.instances |= self.compiler.failures.keys()
-            self._wake.set()
-
-        asyncio.get_running_loop().call_later(_RETRY_LAST_S, again)
+    def _retry_failed(self) -> None:
+        self._work.instances |= self.compiler.failures.keys()
+        self._wake.set()
 
     async def _round(self, work: _Work) -> None:
         full = work.everything or (self.inventory.in_sync and not self._swept)
@@ -415,8 +401,8 @@ class RecordLoop:
         async for keys in self._parts(self.mac_filters.keys()):
             plan.pairs.update(dict.fromkeys(key for key in keys if is_gone(key)))
         state = self.applier.state
-        async for entries in self._parts(chain(state.base, state.overlay)):
-            gone = (one for one in entries if is_gone(parse_record_key(one)))
+        async for names in self._parts(chain(state.base, state.overlay)):
+            gone = (one for one in names if is_gone(parse_record_key(one)))
             plan.wanted.update(state.differing(dict.fromkeys(gone)))
 
     async def _compile_rest(self, compiling: Compiling) -> None:

@@ -37,7 +37,7 @@ class RuleSets:
     clock: Clock
     _sets: dict[str, _Entries] = field(default_factory=dict)
     _needed_at: dict[str, float] = field(default_factory=dict)
-    _told: bool = False
+    _sent: bool = False
 
     @property
     def path(self) -> Path:
@@ -69,7 +69,7 @@ class RuleSets:
         self._sets |= _entries_of(wanted)
         self._needed_at |= dict.fromkeys(wanted, self.clock.monotonic())
         self._write(self._sets)
-        self._told = True
+        self._sent = True
 
     async def ensure(self, wanted: Mapping[str, PathRules], *, sweep: bool) -> None:
         """Return once every worker knows these, and every one to come.
@@ -83,30 +83,24 @@ class RuleSets:
             RuntimeUnavailable: HAProxy's master does not answer.
             CommandRefused: A worker refused.
         """
-        if self._told and not sweep and wanted.keys() <= self._sets.keys():
+        if self._sent and not sweep and wanted.keys() <= self._sets.keys():
             return
-        sets = self._wanted(wanted)
-        if sets == self._sets and (self._told or not sets):
-            return
-        self._told = False
-        entries = {key: value for one in sets.values() for key, value in one.items()}
-        await self.applier.apply_table(self.path, entries, lambda: self._write(sets))
-        self._sets, self._told = sets, True
-        self._needed_at = {name: self._needed_at[name] for name in sets}
-
-    def _wanted(self, wanted: Mapping[str, PathRules]) -> dict[str, _Entries]:
         now = self.clock.monotonic()
-        needed = set(wanted)
+        in_force: set[str | None] = set()
         if self._sets:
             in_force = {rule_set_of(value) for _, value in self.applier.state.entries()}
-            needed |= self._sets.keys() & in_force
+        needed = wanted.keys() | self._sets.keys() & in_force
         self._needed_at |= dict.fromkeys(needed, now)
-        kept = {
-            name: entries
-            for name, entries in self._sets.items()
-            if now - self._needed_at[name] < _KEPT_S
-        }
-        return kept | _entries_of(wanted)
+        late = {name for name, at in self._needed_at.items() if now - at >= _KEPT_S}
+        sets = {name: one for name, one in self._sets.items() if name not in late}
+        sets |= _entries_of(wanted)
+        if sets == self._sets and (self._sent or not sets):
+            return
+        self._sent = False
+        entries = {key: value for one in sets.values() for key, value in one.items()}
+        await self.applier.apply_table(self.path, entries, lambda: self._write(sets))
+        self._sets, self._sent = sets, True
+        self._needed_at = {name: self._needed_at[name] for name in sets}
 
     def _write(self, sets: Mapping[str, _Entries]) -> None:
         lines = [f"{key} {value}\n" for one in sets.values() for key, value in one.items()]

@@ -13,37 +13,27 @@ from imdsproxy.errors import DataplaneError, Problem
 
 @dataclass(slots=True)
 class Tickets:
-    """Numbers handed out as work comes in, and the number up to which it is done."""
+    """The last number handed out as work came in, and the number up to which it is in force."""
 
-    _given: int = 0
-    _done: int = 0
+    given: int = 0
+    done: int = 0
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     def take(self) -> int:
         """A number for work that has just come in."""
-        self._given += 1
-        return self._given
-
-    @property
-    def given(self) -> int:
-        """The last number that was handed out."""
-        return self._given
-
-    @property
-    def all_closed(self) -> bool:
-        """Whether all work that has come in is in force."""
-        return self._done == self._given
+        self.given += 1
+        return self.given
 
     async def close(self, number: int) -> None:
         """All work up to this number is in force."""
         async with self._changed:
-            self._done = max(self._done, number)
+            self.done = max(self.done, number)
             self._changed.notify_all()
 
     async def wait(self, number: int) -> None:
         """Return once all work up to this number is in force."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self._done >= number)
+            await self._changed.wait_for(lambda: self.done >= number)
 
 
 def report_failure(

@@ -18,7 +18,6 @@ import structlog
 from imdsproxy.app.audit import KEPT_WORKERS, Audit
 from imdsproxy.app.companion import DocumentProbe
 from imdsproxy.app.compiler import CompiledIndex, RecordCompiler
-from imdsproxy.app.kept_maps import KeptMaps
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.policy_store import PolicyStore
 from imdsproxy.app.record_loop import RecordLoop
@@ -113,7 +112,7 @@ class Controller:
         applier = RecordApplier(layout)
         launcher = Launcher(program.path, unit_of(settings.haproxy), layout)
         self.haproxy = Haproxy(program.path, launcher, applier, clock)
-        self.haproxy_version = str(program.version)
+        self.haproxy_version = program.version
         progress, group = Progress(), settings.documents.group
         files = DiskFiles(
             layout.records,
@@ -139,7 +138,6 @@ class Controller:
             self.mac_filters,
             self.hop_limits,
             sets,
-            KeptMaps(layout),
             lambda: nova.routing,
             self.policy_store.book,
             progress=progress,

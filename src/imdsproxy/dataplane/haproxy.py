@@ -19,13 +19,7 @@ from imdsproxy.dataplane.launch import Launcher
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient, exchange
 from imdsproxy.dataplane.records import RecordApplier
-from imdsproxy.errors import (
-    ConfigRejected,
-    Problem,
-    ReloadFailed,
-    RuntimeUnavailable,
-    refusing,
-)
+from imdsproxy.errors import ConfigRejected, Problem, ReloadFailed, RuntimeUnavailable, refusing
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import ensure_directory, write_atomic
 from imdsproxy.host.process import run_program
@@ -215,10 +209,10 @@ class Haproxy:
     async def _reload(self, reason: str, began: float) -> None:
         for look in self.before_reload:
             await look()
-        outcome = await self.master.send_reload()
+        failed = await self.master.send_reload()
         self.processes = await self.master.read_processes()
         seconds = asyncio.get_running_loop().time() - began
-        if outcome.success:
+        if failed is None:
             self.records.trust(self.processes)
             self._note(reason, "reloaded", seconds=seconds)
             return
@@ -226,28 +220,17 @@ class Haproxy:
         with contextlib.suppress(FileNotFoundError):
             write_atomic(self.layout.rejected, self.layout.config.read_bytes())
             write_atomic(self.layout.config, self.layout.last_good.read_bytes())
-        message = parse_failure(outcome.log)
+        message = parse_failure(failed)
         self._note(reason, "failed", message, seconds=seconds)
         raise ReloadFailed(f"HAProxy could not reload: {message}")
 
     def _note(
-        self,
-        reason: str,
-        result: ReloadResult,
-        message: str = "",
-        *,
-        seconds: float = 0.0,
+        self, reason: str, result: ReloadResult, message: str = "", *, seconds: float = 0.0
     ) -> None:
         self.reload_counts["ok" if result in {"started", "reloaded"} else "failed"] += 1
         self.seconds_spent += seconds
-        self.last_reload = LastReload(
-            self.reload_counts.total(),
-            self.clock.now().timestamp(),
-            reason,
-            result,
-            message,
-            seconds,
-        )
+        number, at = self.reload_counts.total(), self.clock.now().timestamp()
+        self.last_reload = LastReload(number, at, reason, result, message, seconds)
 
 
 def _sweep_sockets(directory: Path, config: str) -> None:

@@ -9,11 +9,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from imdsproxy.core.haproxy.runtime import (
     Processes,
-    Version,
     parse_failure,
     parse_features,
     parse_version,
@@ -31,14 +30,14 @@ from imdsproxy.host.process import (
     wait_gone,
 )
 
-MINIMUM: Final = Version(3, 0)
+_MINIMUM: Final = (3, 0)
 _START_DEADLINE_S: Final = 20.0
 _MAXCONN: Final = 4096
 _POLL_S: Final = 0.01
 _SEARCH_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _STOP_GRACE_S: Final = 10.0
 _ASK_S: Final = 10.0
-UNIT_S: Final = 90.0
+_UNIT_S: Final = 90.0
 """Longer than our units may take to start or to stop."""
 
 
@@ -47,7 +46,7 @@ class HaproxyProgram:
     """The HAProxy that is installed here; `path` is absolute."""
 
     path: str
-    version: Version
+    version: str
     features: frozenset[str]
 
 
@@ -67,10 +66,11 @@ async def read_program(binary: str) -> HaproxyProgram:
         ) from error
     except HostRefused as error:
         raise HaproxyMissing(error.message, hint=error.hint) from error
-    version = parse_version(text)
-    if version is None:
+    found = parse_version(text)
+    if found is None:
         raise HaproxyMissing(f"{binary} -vv does not look like HAProxy", hint="set haproxy.binary")
-    if Version(version.major, version.minor) < MINIMUM:
+    version = ".".join(str(part) for part in found if part != "")
+    if found[:2] < _MINIMUM:
         raise HaproxyMissing(f"HAProxy {version} is too old: imdsproxy needs 3.0 or newer")
     features = parse_features(text)
     if "NS" not in features:
@@ -110,18 +110,9 @@ class Launcher:
 
     def arguments(self) -> list[str]:
         """The command line, which is also how a running master is recognised as ours."""
-        return [
-            self.program,
-            "-W",
-            "-S",
-            f"{self.layout.master_socket},mode,600",
-            "-p",
-            str(self.layout.pid_file),
-            "-n",
-            str(_maxconn(self.layout.config)),
-            "-f",
-            str(self.layout.config),
-        ]
+        master, pid_file = f"{self.layout.master_socket},mode,600", str(self.layout.pid_file)
+        config, maxconn = str(self.layout.config), str(_maxconn(self.layout.config))
+        return [self.program, "-W", "-S", master, "-p", pid_file, "-n", maxconn, "-f", config]
 
     async def start(self) -> Processes:
         """Start the master and wait until its worker accepts.
@@ -147,15 +138,11 @@ class Launcher:
         # Stays there for the times that systemd starts it without us.
         options = f"MAXCONN={_maxconn(self.layout.config)}\n"
         write_atomic(self.layout.environment, options.encode(), mode=0o644)
-        # Without it, each restart since the unit's last rest would make systemd wait longer.
-        await _run("systemctl", "reset-failed", unit)
-        status, words = await _run("systemctl", "start", unit, deadline_s=UNIT_S)
+        status, words = await control_unit("start", unit)
         if status != 0:
-            hint, alerts = f"journalctl -u {unit}", await _read_alerts(unit)
-            reason = (
-                f"HAProxy did not start: {alerts}" if alerts else f"systemctl start {unit}: {words}"
-            )
-            raise ConfigRejected(reason, hint=hint)
+            alerts = await _read_alerts(unit)
+            reason = f"HAProxy did not start: {alerts}" if alerts else words
+            raise ConfigRejected(reason, hint=f"journalctl -u {unit}")
         return await self._wait_for_worker(partial(_read_failure, unit))
 
     async def _wait_for_worker(self, read_end: Callable[[], Awaitable[str | None]]) -> Processes:
@@ -193,11 +180,8 @@ class Launcher:
     async def kill(self, processes: Processes) -> None:
         """End the master and its workers at once, whatever state they are in."""
         # The master first: it would take a dead worker for a failure of its own and write about it.
-        for pid in (processes.master, *processes.workers):
-            handle = open_process(pid)
-            if handle is not None:
-                handle.kill(signal.SIGKILL)
-                handle.close()
+        for pid in processes.pids:
+            kill_process(pid)
 
     async def end_lost(self) -> None:
         """End a master of ours that its socket doesn't lead to: its files were removed, or it hangs."""
@@ -213,9 +197,9 @@ class Launcher:
     async def stop(self) -> None:
         """End the master for good; it isn't started again."""
         if self.unit is not None:
-            status, words = await _run("systemctl", "stop", self.unit, deadline_s=UNIT_S)
+            status, words = await control_unit("stop", self.unit)
             if status != 0:
-                raise RuntimeUnavailable(f"systemctl stop {self.unit}: {words}")
+                raise RuntimeUnavailable(words)
             return
         try:
             processes = await self.master.read_processes()
@@ -223,11 +207,34 @@ class Launcher:
             await self.end_lost()
             return
         # The master passes SIGTERM on to its workers and ends when they have.
-        for pid in (processes.master, *processes.workers):
+        for pid in processes.pids:
             handle = open_process(pid)
             if handle is not None:
                 await handle.stop(_STOP_GRACE_S)
                 handle.close()
+
+
+def kill_process(pid: int) -> None:
+    """End a process at once, if it has not ended."""
+    handle = open_process(pid)
+    if handle is not None:
+        handle.kill(signal.SIGKILL)
+        handle.close()
+
+
+async def control_unit(verb: Literal["start", "stop"], unit: str) -> tuple[int, str]:
+    """Have systemd start or stop a unit: the exit status, and what was said, behind the command itself.
+
+    Raises:
+        HaproxyMissing: There is no systemctl.
+        HostRefused: It takes longer than our units may.
+    """
+    if verb == "start":
+        # Without it, each restart since the unit's last rest would make systemd wait longer. A unit that was never
+        # started has nothing to forget, and systemd refuses.
+        await _run("systemctl", "reset-failed", unit)
+    status, words = await _run("systemctl", verb, unit, deadline_s=_UNIT_S)
+    return status, f"systemctl {verb} {unit}: {words}"
 
 
 async def _run(*arguments: str, deadline_s: float = _ASK_S) -> tuple[int, str]:

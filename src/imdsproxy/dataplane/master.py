@@ -16,7 +16,6 @@ from imdsproxy.core.haproxy.maps import split_payload
 from imdsproxy.core.haproxy.runtime import (
     Load,
     Processes,
-    ReloadOutcome,
     parse_load,
     parse_processes,
     parse_reload,
@@ -63,8 +62,8 @@ class MasterClient:
             raise RuntimeUnavailable(f"HAProxy's master gave no process list but {answer[:200]!r}")
         return processes
 
-    async def send_reload(self) -> ReloadOutcome:
-        """Have the master start a new worker from the file.
+    async def send_reload(self) -> str | None:
+        """Have the master start a new worker from the file; its log where that fails.
 
         Raises:
             RuntimeUnavailable: The master does not answer within the deadline.
@@ -142,11 +141,10 @@ class MasterClient:
             WorkerEnded: The worker is gone.
         """
         answer = await self.send(worker, f"set map {path} {key} {value}")
-        if answer == "":
-            return
-        if "not found" not in answer:
+        if "not found" in answer:
+            await self.send_additions(worker, path, [(key, value)])
+        elif answer:
             raise CommandRefused(f"set map {key}: {answer}")
-        await self.send_additions(worker, path, [(key, value)])
 
     async def send_additions(self, worker: int, path: str, entries: list[tuple[str, str]]) -> None:
         """Add entries that the map does not have.

@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
+from typing import Final
+
+import structlog
 
 from imdsproxy.core.haproxy.maps import (
     COMPACT_ABOVE,
@@ -19,12 +23,12 @@ from imdsproxy.core.haproxy.maps import (
     render_map,
 )
 from imdsproxy.core.haproxy.runtime import Processes
-from imdsproxy.core.wire import MAP_TOMBSTONE
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient, WorkerEnded
-from imdsproxy.errors import HostRefused
-from imdsproxy.host.files import write_atomic
+from imdsproxy.errors import DataplaneError, HostRefused
+from imdsproxy.host.files import ensure_directory, write_atomic
 
+_STAMP: Final = "stamp"
 _SWAP_ABOVE = 256
 """Changes beyond which replacing the overlay at once is cheaper than command after command."""
 
@@ -89,6 +93,49 @@ class RecordApplier:
         packed = records if isinstance(records, PackedMap) else PackedMap(sorted(records.items()))
         self.state = MapState(generation, packed, {})
 
+    def _copies(self) -> dict[Path, Path]:
+        """Each map that HAProxy reads, and its copy as of the last stop."""
+        layout = self.layout
+        maps = (layout.base_map, layout.overlay_map, layout.path_rules_map)
+        return {path: layout.kept_maps / path.name for path in maps}
+
+    def save_copies(self, made_of: bytes) -> None:
+        """Copy the maps, for a start that would make the same ones, with a digest of them and of what they are made of.
+
+        What fails here costs the next start its time, and nothing else: without copies it makes all records.
+        """
+        copies = self._copies()
+        try:
+            ensure_directory(self.layout.kept_maps, mode=0o700)
+            texts = [path.read_bytes() for path in copies]
+            for copy, text in zip(copies.values(), texts, strict=True):
+                write_atomic(copy, text, mode=0o600)
+            write_atomic(self.layout.kept_maps / _STAMP, _digest(made_of, texts), mode=0o600)
+        except (OSError, DataplaneError) as error:
+            structlog.get_logger().warning("the next start makes all records", reason=str(error))
+
+    def restore_copies(self, made_of: Callable[[], bytes | None]) -> bool:
+        """Have the copies where HAProxy reads them, if they are what would be made now; whether they are.
+
+        Args:
+            made_of: As `save_copies` got it; called only where there are copies.
+
+        Raises:
+            HostRefused: A map cannot be written.
+        """
+        copies = self._copies()
+        try:
+            stamp = (self.layout.kept_maps / _STAMP).read_bytes()
+            texts = [copy.read_bytes() for copy in copies.values()]
+        except OSError:
+            return False
+        now = made_of()
+        if now is None or stamp != _digest(now, texts):
+            return False
+        for path, text in zip(copies, texts, strict=True):
+            write_atomic(path, text)
+        return True
+
     async def apply_table(
         self, path: Path, entries: Mapping[str, str], write: Callable[[], None]
     ) -> None:
@@ -120,7 +167,7 @@ class RecordApplier:
                 return 0
             gone = set(changes.removed)
             overlay = {key: one for key, one in self.state.overlay.items() if key not in gone}
-            overlay.update((*changes.replaced, *changes.added))
+            overlay.update((*changes.changed, *changes.added))
             if self.behind:
                 self.known.clear()
             # Whatever fails from here on, some worker may hold what the files no longer say.
@@ -163,22 +210,14 @@ class RecordApplier:
             await self._each(workers, lambda worker: self._swap_overlay(worker, self.state))
             return
         # What takes something away or changes it is in all workers before what only gives.
-        going = [*changes.replaced, *(one for one in changes.added if one[1] == MAP_TOMBSTONE)]
-        coming = [one for one in changes.added if one[1] != MAP_TOMBSTONE]
-        await self._each(
-            workers, lambda worker: self._send_going(worker, path, changes.removed, going)
-        )
-        if coming:
-            await self._each(
-                workers, lambda worker: self.master.send_additions(worker, path, coming)
-            )
+        await self._each(workers, lambda worker: self._send_going(worker, path, changes))
+        added = list(changes.added)
+        await self._each(workers, lambda worker: self.master.send_additions(worker, path, added))
 
-    async def _send_going(
-        self, worker: int, path: str, removed: Iterable[str], going: Iterable[tuple[str, str]]
-    ) -> None:
-        for key, value in going:
+    async def _send_going(self, worker: int, path: str, changes: MapChanges) -> None:
+        for key, value in changes.changed:
             await self.master.send_upsert(worker, path, key, value)
-        for key in removed:
+        for key in changes.removed:
             await self.master.send_removal(worker, path, key)
 
     async def _greet(self, processes: Processes) -> set[int]:
@@ -216,22 +255,14 @@ class RecordApplier:
         In a worker the overlay is completed first, so that it hides the base while that is changed entry
         by entry, and emptied last.
         """
-        before = self.state
+        full = MapState(self.state.generation, self.state.base, overlay)
         # In a thread, as to write it: hundreds of thousands of entries take seconds.
-        merged = await asyncio.to_thread(
-            lambda: PackedMap(MapState(before.generation, before.base, overlay).entries())
-        )
-        wanted: dict[str, str | None] = {
-            key: None if value == MAP_TOMBSTONE else value for key, value in overlay.items()
-        }
-        base_changes = plan_changes(before.base, wanted)
-        overlay_first = MapState(before.generation, before.base, overlay)
+        merged = await asyncio.to_thread(lambda: PackedMap(full.entries()))
+        changes = plan_changes(full.base, {key: full.lookup(key) for key in overlay})
         await asyncio.to_thread(self.write_all, merged)
         processes = await self.master.read_processes()
-        await self._each(
-            [worker for worker in processes.workers if worker in self.known],
-            lambda worker: self._compact_worker(worker, overlay_first, base_changes),
-        )
+        known = [worker for worker in processes.workers if worker in self.known]
+        await self._each(known, lambda worker: self._compact_worker(worker, full, changes))
         await self._greet(processes)
 
     async def _compact_worker(self, worker: int, full: MapState, changes: MapChanges) -> None:
@@ -240,7 +271,7 @@ class RecordApplier:
         if len(changes) > len(full.base) // 2:
             await self._swap_base(worker)
         else:
-            await self._send_going(worker, base, changes.removed, changes.replaced)
+            await self._send_going(worker, base, changes)
             await self.master.send_additions(worker, base, list(changes.added))
             await self.master.send_upsert(worker, base, GENERATION_KEY, self.state.generation)
         await self._swap_overlay(worker, self.state)
@@ -254,3 +285,11 @@ class RecordApplier:
                 await step(worker)
             except WorkerEnded:
                 self.known.discard(worker)
+
+
+def _digest(made_of: bytes, texts: Iterable[bytes]) -> bytes:
+    digest = blake2b(made_of)
+    for text in texts:
+        digest.update(b"%d:" % len(text))
+        digest.update(text)
+    return digest.hexdigest().encode()

@@ -74,8 +74,12 @@ class NovaUpstream:
         """
         sets = settings.endpoint_sets
         routing = NovaRouting(tuple(_endpoint_set(name, one) for name, one in sets.items()))
-        files = {name: _read_files(name, one) for name, one in sets.items()}
-        self._tls = {name: self._read_tls(name, one, *files[name]) for name, one in sets.items()}
+        joined_files = {name: self.directory / f"nova-{name}.pem" for name in sets}
+        found = {name: _read_tls(name, one, joined_files[name]) for name, one in sets.items()}
+        for name, (_, joined) in found.items():
+            if joined is not None:
+                write_atomic(joined_files[name], joined, mode=0o600)
+        self._tls = {name: tls for name, (tls, _) in found.items()}
         changed = routing != self.routing
         self.routing, self._settings = routing, settings
         return changed
@@ -87,13 +91,9 @@ class NovaUpstream:
     @property
     def times(self) -> NovaTimes:
         """Deadlines and checks, for HAProxy."""
-        settings = self._settings
-        return NovaTimes(
-            settings.connect_timeout_s,
-            settings.response_timeout_s,
-            settings.health_check,
-            settings.health_check_interval_s,
-        )
+        one = self._settings
+        check = one.health_check, one.health_check_interval_s
+        return NovaTimes(one.connect_timeout_s, one.response_timeout_s, *check)
 
     def backends(self) -> tuple[NovaBackend, ...]:
         """The endpoint sets as HAProxy is to know them."""
@@ -159,45 +159,37 @@ class NovaUpstream:
         loopback = one.next_secret_file is not None and len(servers) > 1
         return NovaBackend(name, tuple(servers.values()), host, self._tls[name], loopback)
 
-    def _read_tls(
-        self, name: str, one: EndpointSetSettings, contents: str, joined: bytes | None
-    ) -> NovaTls | None:
-        """How a set is spoken to; HAProxy takes our certificate and its key out of one file."""
-        client = one.client_cert_file
-        if joined is not None:
-            client = self.directory / f"nova-{name}.pem"
-            write_atomic(client, joined, mode=0o600)
-        first = one.endpoints[0].url
-        if first.scheme == "http":
-            return None
-        return NovaTls(
-            one.server_name or first.host,
-            "@system-ca" if one.ca_file is None else str(one.ca_file),
-            one.verify,
-            None if client is None else str(client),
-            contents,
-        )
 
+def _read_tls(
+    name: str, one: EndpointSetSettings, joined_file: Path
+) -> tuple[NovaTls | None, bytes | None]:
+    """How a set is spoken to, and what is to be in `joined_file`.
 
-def _read_files(name: str, one: EndpointSetSettings) -> tuple[str, bytes | None]:
-    """What an endpoint set's certificate files hold; a missing one would fail HAProxy's whole configuration.
+    That is our certificate and its key, where they are in two files: HAProxy takes them out of one.
 
-    The first stands for all of it, and is empty where there are none. The second is our certificate and its key, where
-    they are in two files: HAProxy takes them out of one.
+    Raises:
+        ConfigUnreadable: A file is missing, which would fail HAProxy's whole configuration.
+        SecretUnreadable: The key cannot be read, or others may read it.
     """
-    where = f"nova.endpoint_sets.{name}"
+    files = {"ca_file": one.ca_file, "client_cert_file": one.client_cert_file}
     certificates = [
-        b"" if path is None else _read_file(path, f"{where}.{key}")
-        for key, path in (("ca_file", one.ca_file), ("client_cert_file", one.client_cert_file))
+        b"" if path is None else _read_file(path, f"nova.endpoint_sets.{name}.{key}")
+        for key, path in files.items()
     ]
-    contents = ""
+    contents: str | None = None
+    client, joined = one.client_cert_file, None
     if any(certificates):
         digests = b"".join(hashlib.sha256(each).digest() for each in certificates)
         contents = hashlib.sha256(digests).hexdigest()[:16]
-    if one.client_key_file is None:
-        return contents, None
-    key = read_secret(one.client_key_file)
-    return contents, b"\n".join((certificates[1].rstrip(), key.strip(), b""))
+    if one.client_key_file is not None:
+        key = read_secret(one.client_key_file)
+        client, joined = joined_file, b"\n".join((certificates[1].rstrip(), key.strip(), b""))
+    first = one.endpoints[0].url
+    if first.scheme == "http":
+        return None, joined
+    ca = "@system-ca" if one.ca_file is None else str(one.ca_file)
+    shown = None if client is None else str(client)
+    return NovaTls(one.server_name or first.host, ca, one.verify, shown, contents), joined
 
 
 def read_signing_secret(path: Path) -> bytes:
@@ -218,13 +210,8 @@ def read_signing_secret(path: Path) -> bytes:
 
 def _endpoint_set(name: str, one: EndpointSetSettings) -> EndpointSet:
     following = None if one.next_secret_file is None else read_signing_secret(one.next_secret_file)
-    return EndpointSet(
-        name,
-        read_signing_secret(one.secret_file),
-        following,
-        frozenset(one.networks),
-        frozenset(one.projects),
-    )
+    networks, projects = frozenset(one.networks), frozenset(one.projects)
+    return EndpointSet(name, read_signing_secret(one.secret_file), following, networks, projects)
 
 
 def _read_file(path: Path, where: str) -> bytes:
@@ -315,9 +302,8 @@ class NovaWatch:
         refused: Mapping[str, int | None],
     ) -> None:
         """Take in one worker's rows of `show stat` and its counts of 403."""
-        more = self.refused.add(
-            worker, {one: count for one, count in refused.items() if count is not None}
-        )
+        counted = {one: count for one, count in refused.items() if count is not None}
+        more = self.refused.add(worker, counted)
         found: dict[tuple[str, str], NovaEndpointReport] = {}
         good: Counter[str] = Counter()
         for row in rows:
@@ -357,16 +343,11 @@ def _endpoint(
         return replace(
             before, requests=before.requests + requests, failures=before.failures + failures
         )
-    status = row["status"]
-    reason = " ".join(word for word in (row["check_status"].lstrip("* "), row["last_chk"]) if word)
-    return NovaEndpointReport(
-        name,
-        row["svname"],
-        status.startswith(("UP", "no check")),
-        "" if status.startswith("UP") else reason,
-        requests,
-        failures,
-    )
+    up = row["status"].startswith("UP")
+    words = () if up else (row["check_status"].lstrip("* "), row["last_chk"])
+    reason = " ".join(word for word in words if word)
+    up = up or row["status"].startswith("no check")
+    return NovaEndpointReport(name, row["svname"], up, reason, requests, failures)
 
 
 def _refused(name: str) -> Problem:

@@ -24,12 +24,7 @@ from imdsproxy.host.account import group_id, user_id
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import ensure_directory
 from imdsproxy.host.socket_file import FileIdentity, give_socket, identify_file, remove_file
-from imdsproxy.unix_listener.plan import (
-    Takeovers,
-    deduce_socket_mode,
-    judge_socket,
-    name_owners,
-)
+from imdsproxy.unix_listener.plan import Takeovers, deduce_socket_mode, judge_socket, name_owners
 from imdsproxy.unix_listener.settings import UnixListenerSettings
 
 _BIND: Final = re.compile(rf"^\s*bind unix@(\S+) name {AGENTS}\b", re.MULTILINE)

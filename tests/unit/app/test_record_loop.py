@@ -15,9 +15,7 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.anti_spoofing.hop_limits import HopLimits
-from imdsproxy.app import kept_maps
 from imdsproxy.app.compiler import CompiledIndex, RecordCompiler
-from imdsproxy.app.kept_maps import KeptMaps
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.core.compiled import CompiledRecord, compile_instance
@@ -44,6 +42,7 @@ from imdsproxy.core.policy import (
     TokenMode,
     rule_set_of,
 )
+from imdsproxy.dataplane import records as records_on_disk
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import host_refused
@@ -83,7 +82,6 @@ class Rig:
             no_mac_filters(self.inventory),
             no_hop_limits(),
             self.sets,
-            KeptMaps(layout),
         )
 
     async def say(self, *instances: Instance, source: str = "a", in_sync: bool = True) -> None:
@@ -633,6 +631,6 @@ async def test_a_stop_goes_on_where_the_maps_cannot_be_kept(
     def refuse(path: Path, *_: object, **__: object) -> None:
         raise host_refused(f"write {path}", PermissionError(errno.EACCES, "denied"))
 
-    monkeypatch.setattr(kept_maps, "write_atomic", refuse)
+    monkeypatch.setattr(records_on_disk, "ensure_directory", refuse)
     await _run_once(_start(tmp_path))
     assert not await _start(tmp_path).loop.reuse_maps()

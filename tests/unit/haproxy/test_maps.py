@@ -24,11 +24,11 @@ _WANTED = st.dictionaries(_KEYS, st.none() | _VALUES)
 
 def _follow(present: dict[str, str], changes: MapChanges) -> dict[str, str]:
     after = dict(present)
+    for key, value in changes.changed:
+        assert key in after or value == MAP_TOMBSTONE
+        after[key] = value
     for key in changes.removed:
         del after[key]
-    for key, value in changes.replaced:
-        assert key in after
-        after[key] = value
     for key, value in changes.added:
         assert key not in after
         after[key] = value
@@ -47,7 +47,7 @@ def test_a_removal_of_what_only_the_overlay_has_leaves_no_tombstone() -> None:
 def test_tombstones_come_before_additions() -> None:
     state = MapState("1", base={"n/9": "a|1"})
     changes = state.overlay_changes({"n/1": "a|1", "n/9": None})
-    assert changes.added == (("n/9", MAP_TOMBSTONE), ("n/1", "a|1"))
+    assert changes == MapChanges(changed=(("n/9", MAP_TOMBSTONE),), added=(("n/1", "a|1"),))
 
 
 @given(_ENTRIES, _WANTED)

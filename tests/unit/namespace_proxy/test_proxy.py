@@ -59,9 +59,9 @@ class FakeHaproxy:
     living: set[int] = field(default_factory=lambda: {PID})
     done: list[object] = field(default_factory=list)
 
-    def run(self, launch: proxy.Launch, *more: str, alone: bool) -> tuple[int, str]:
+    def run(self, launch: proxy.Launch, *more: str) -> tuple[int, str]:
         assert stat.S_ISREG(os.fstat(launch.lock).st_mode)
-        self.done += [list(more), *(["alone"] if alone else [])]
+        self.done += [list(more), *(["alone"] if launch.alone else [])]
         if self.failure is not None:
             raise self.failure
         if self.ended[0] == 0:
@@ -80,8 +80,8 @@ class FakeHaproxy:
 def haproxy(monkeypatch: pytest.MonkeyPatch) -> FakeHaproxy:
     fake = FakeHaproxy()
 
-    def run(launch: proxy.Launch, *more: str, alone: bool) -> tuple[int, str]:
-        return fake.run(launch, *more, alone=alone)
+    def run(launch: proxy.Launch, *more: str) -> tuple[int, str]:
+        return fake.run(launch, *more)
 
     monkeypatch.setattr(proxy.Launch, "run", run)
     monkeypatch.setattr(proxy, "runs_with", fake.runs_with)
@@ -314,10 +314,10 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
 def test_a_haproxy_that_hangs_or_cannot_be_run_is_reported(launch: Launch) -> None:
     Path(launch.program).write_text("#!/bin/sh\nsleep 60 & sleep 60")
     with pytest.raises(HostRefused, match=r"has not come up within 0\.2 s"):
-        launch.run(alone=False, deadline_s=0.2)
+        launch.run(deadline_s=0.2)
     Path(launch.program).write_text("\0")
     with pytest.raises(HaproxyMissing, match=f"cannot run {launch.program}"):
-        launch.run(alone=False)
+        launch.run()
     with pytest.raises(HaproxyMissing, match=f"cannot run {launch.program}"):
         launch.become()
 

@@ -130,7 +130,7 @@ def test_certificate_and_key_are_joined_for_haproxy_alone(rig: Rig) -> None:
     tls = rig.nova.backends()[0].tls
     joined = rig.directory / "nova-default.pem"
     assert tls is not None
-    assert replace(tls, contents="") == NovaTls("nova.example", "@system-ca", True, str(joined))
+    assert replace(tls, contents=None) == NovaTls("nova.example", "@system-ca", True, str(joined))
     assert joined.read_bytes() == b"CERT\nKEY\n"
     assert joined.stat().st_mode & 0o777 == 0o600
 

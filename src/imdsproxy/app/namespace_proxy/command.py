@@ -14,11 +14,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from imdsproxy.app.namespace_proxy.proxy import ProxyDaemon, cleanup_config_file, cleanup_pid_file
-from imdsproxy.core.haproxy.namespace_proxy import (
-    DEFAULT_PORT,
-    DEFAULT_STATE_PATH,
-    parse_facility,
-)
+from imdsproxy.core.haproxy.namespace_proxy import DEFAULT_PORT, DEFAULT_STATE_PATH, parse_facility
 from imdsproxy.errors import (
     ConfigInvalid,
     ConfigUnreadable,
@@ -159,21 +155,14 @@ def _in_lines(error: ImdsproxyError) -> str:
 
 
 _ARGUMENTS: Final = {
-    "id": "id",
-    "network_id": "network_id",
-    "router_id": "router_id",
     "metadata_port": "port",
     "metadata_proxy_socket": "proxy_socket",
     "metadata_proxy_user": "user",
     "metadata_proxy_group": "group",
     "pid_file": "pidfile",
-    "state_path": "state_path",
     "syslog_log_facility": "facility",
-    "daemonize": "daemonize",
-    "use_syslog": "use_syslog",
-    "debug": "debug",
 }
-"""Arguments of `ProxyDaemon`, and whether it goes into the background, by option."""
+"""Arguments of `ProxyDaemon` that have another name than their option."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -207,21 +196,22 @@ def parse_command_line(
         ConfigInvalid: One makes no sense, or settings break the schema.
         SystemExit: --help was asked for, and given.
     """
-    if list(arguments[:1]) == ["cleanup"]:
-        found = vars(_clean_up_parser(program).parse_args(list(map(_respell, arguments[1:]))))
-    else:
-        found = vars(_run_parser(program).parse_args(list(map(_respell, arguments))))
-    given = {name: value for name, value in found.items() if value is not None}
-    settings = read_settings(Path(given["config"]) if "config" in given else config, environment)
+    parser, words = _run_parser(program), list(arguments)
+    if words[:1] == ["cleanup"]:
+        parser, words = _clean_up_parser(program), words[1:]
+    found = vars(parser.parse_args([_respell(word) for word in words]))
+    found.pop("ignored", None)
+    named = found.pop("config")
+    files, directories = found.pop("config_file", None) or (), found.pop("config_dir", None) or ()
+    settings = read_settings(config if named is None else Path(named), environment)
     state_path = str(settings.get("state_path", DEFAULT_STATE_PATH))
-    files, directories = given.get("config_file", ()), given.get("config_dir", ())
-    written = read_ini_files(files, directories, given.get("state_path"), state_path)
-    options: dict[str, Any] = {**settings, **written, **given}
+    written = read_ini_files(files, directories, found["state_path"], state_path)
+    given = {name: value for name, value in found.items() if value is not None}
     asked: dict[str, Any] = {
-        argument: value if isinstance(value, bool) else str(value)
-        for name, argument in _ARGUMENTS.items()
+        _ARGUMENTS.get(name, name): value if isinstance(value, bool) else str(value)
+        for name, value in (settings | written | given).items()
         # An empty text is as if it was not there, and an empty id is none.
-        if (value := options.get(name)) is not None and (value != "" or name.endswith("id"))
+        if value is not None and (value != "" or name.endswith("id"))
     }
     if "facility" in asked:
         asked["facility"] = parse_facility(asked["facility"])
@@ -259,11 +249,9 @@ def _run_parser(program: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    _add_options(parser, _OPTIONS)
-    for name in _IGNORED_VALUES.split():
-        _add_options(parser, f"{name} IGNORED: ")
-    for name in _IGNORED_SWITCHES.split():
-        _add_options(parser, f"{name}: ")
+    values = "".join(f"{name} IGNORED:\n" for name in _IGNORED_VALUES.split())
+    switches = "".join(f"{name}:\n" for name in _IGNORED_SWITCHES.split())
+    _add_options(parser, _OPTIONS + values + switches)
     return parser
 
 
@@ -283,21 +271,21 @@ def _respell(word: str) -> str:
 
 def _add_options(parser: argparse.ArgumentParser, table: str) -> None:
     for row in table.splitlines():
-        option, _, text = row.partition(": ")
+        option, _, text = row.partition(":")
         name, _, metavar = option.partition(" ")
-        on, _, off = (part or argparse.SUPPRESS for part in text.partition("| "))
+        on, _, off = (part.strip() or argparse.SUPPRESS for part in text.partition("|"))
+        dest = "ignored" if on == argparse.SUPPRESS else name.replace("-", "_")
         if metavar:
             action = "append" if name in {"config-file", "config-dir"} else "store"
-            parser.add_argument(f"--{name}", metavar=metavar, help=on, action=action)
-            continue
-        under = name.replace("-", "_")
-        parser.add_argument(f"--{name}", action="store_true", default=None, help=on)
-        parser.add_argument(f"--no-{name}", dest=under, action="store_false", help=off)
+            parser.add_argument(f"--{name}", dest=dest, metavar=metavar, help=on, action=action)
+        else:
+            parser.add_argument(f"--{name}", dest=dest, action="store_true", default=None, help=on)
+            parser.add_argument(f"--no-{name}", dest=dest, action="store_false", help=off)
 
 
 def read_settings(
     config: Path | None, environment: Mapping[str, str], *, default: Path | None = None
-) -> Mapping[str, object]:
+) -> dict[str, object]:
     """What imdsproxy's settings have in the section `namespace_proxy`, by the option's name; without the defaults.
 
     Args:
@@ -333,7 +321,7 @@ def read_settings(
 
 def read_ini_files(
     files: Sequence[str], directories: Sequence[str], state_path: str | None, otherwise: str
-) -> Mapping[str, object]:
+) -> dict[str, object]:
     """The options in [DEFAULT] of Neutron's ini files, a later file's over an earlier one's.
 
     Args:

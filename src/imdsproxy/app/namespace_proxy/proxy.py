@@ -81,14 +81,11 @@ class Launch:
         """The command line. The uuid in it is how agents know their proxies."""
         return [self.program, "-f", str(self.config), *more]
 
-    def run(
-        self, *more: str, alone: bool, deadline_s: float = _START_DEADLINE_S
-    ) -> tuple[int, str]:
+    def run(self, *more: str, deadline_s: float = _START_DEADLINE_S) -> tuple[int, str]:
         """Start HAProxy in a session of its own, and wait until it and all that write for it have ended or let go.
 
         Args:
             more: Options.
-            alone: Without this process's supplementary groups, which takes root.
             deadline_s: After that it is ended.
 
         Returns:
@@ -108,7 +105,7 @@ class Launch:
                 cwd="/",
                 umask=_UMASK,
                 start_new_session=True,
-                extra_groups=[] if alone else None,
+                extra_groups=[] if self.alone else None,
                 pass_fds=(self.lock,),
             )
         except OSError as error:
@@ -266,7 +263,7 @@ class NetworkMetadataProxyHandler:
         try:
             try_to_bind(int(self.port), dual_stack=has_ipv6())
             # Before this process is HAProxy: its own messages would not be one line.
-            status, errors = ready.run("-c", alone=False)
+            status, errors = ready.run("-c")
             if status != 0:
                 fail_start(status, errors, ready, self.port)
             ready.become()
@@ -380,7 +377,7 @@ class ProxyDaemon:
         launch = self.handler.prepare()
         own_file = launch.config.with_suffix(".pid")
         try:
-            status, errors = launch.run("-D", "-p", str(own_file), alone=launch.alone)
+            status, errors = launch.run("-D", "-p", str(own_file))
             # It may have ended between its first process and its first request.
             pid = live_pid(own_file, launch.config.name)
         finally:

@@ -79,12 +79,9 @@ check:
     http-request set-var(txn.seconds_left) var(txn.lifetime) if <has_token>
     [audited] http-request set-var(txn.auth) str(yes) if <has_token>
     # `skip_checks` lets it pass from now on, so nothing else may be left to check.
-    http-request set-var(sess.token) var(txn.token)
-        if <has_token> !<token_seen> !<policy_sealed_on> !<policy_has_paths_on>
-    http-request set-var(sess.token_context) <token_context>
-        if <has_token> !<token_seen> !<policy_sealed_on> !<policy_has_paths_on>
-    http-request set-var(sess.until) var(txn.token),field(2,.),add(0)
-        if <has_token> !<token_seen> !<policy_sealed_on> !<policy_has_paths_on>
+    http-request set-var(sess.token) var(txn.token) if <token_may_stay>
+    http-request set-var(sess.token_context) <token_context> if <token_may_stay>
+    http-request set-var(sess.until) var(txn.token),field(2,.),add(0) if <token_may_stay>
     # The token that was given on this connection has arrived: see below.
     http-request set-fc-tos 0 if <good_token> { var(txn.mac),strcmp(sess.token_given) eq 0 }
     http-request set-var(txn.token_route) bool(true) if { var(txn.path) -m end /api/token /api/token/ }
@@ -119,12 +116,9 @@ check:
     # nothing is done: its packets are not ours.
     http-request set-var(txn.hop_limit) <policy_hop_limit> if <token_route> <has_policy> !<by_proxy>
     # The guest's connection is another one than the resolver's. By its next request it is known.
-    http-request return status 503 hdr Retry-After <retry_after_s>
-        if <token_route> { var(sess.from_resolver) -m found } <limited_hops>
-    http-request return status 503 hdr Retry-After <retry_after_s>
-        if <token_route> { var(txn.hop_limit) -m int <withheld> }
-    http-request set-var(txn.hop_limit) int(<next_to_mark>)
-        if <token_route> { var(txn.hop_limit) -m int <answer_dscp> }
+    http-request return <status_503> if <token_route> { var(sess.from_resolver) -m found } <limited_hops>
+    http-request return <status_503> if <token_route> { var(txn.hop_limit) -m int <withheld> }
+    http-request set-var(txn.hop_limit) int(<next_to_mark>) if <token_route> { var(txn.hop_limit) -m int <answer_dscp> }
     # The low two bits of the byte are not the DSCP's.
     http-request set-fc-tos var(txn.hop_limit),mul(4) if <token_route> <limited_hops>
     http-request set-var(sess.token_given) var(txn.mac) if <token_route> <limited_hops>
@@ -134,7 +128,7 @@ check:
         if <token_route> { var(txn.mac) -m found }
     # No key is known: the map is written before any configuration, so it was removed since.
     [audited] http-request set-var(txn.refused) str(no-key)
-    http-request return status 503 hdr Retry-After <retry_after_s> if <token_route>
+    http-request return <status_503> if <token_route>
     http-request set-var(txn.rule_set) <policy_path_set> if <policy_has_paths_on>
     # As `core.path_rules.plain_path`.
     http-request set-var(txn.plain_path)
@@ -145,33 +139,30 @@ check:
         if { var(txn.rule_set) -m found }
     # Each set has a rule for `/`. It is written before any record refers to it, so it was removed since.
     [audited] http-request set-var(txn.refused) str(no-path-rules)
-    http-request return status 503 hdr Retry-After <retry_after_s>
-        if { var(txn.rule_set) -m found } !{ var(txn.path_rule) -m found }
+    http-request return <status_503> if { var(txn.rule_set) -m found } !{ var(txn.path_rule) -m found }
     [audited] http-request set-var(txn.refused) str(path-denied)
     http-request return status 403 if { var(txn.path_rule) -m str d }
     http-request set-var(txn.now) date if <has_policy> <policy_boot_counts_on>
     http-request set-var(txn.booting) <policy_boot_end>,sub(txn.now) if <has_policy> <policy_boot_counts_on>
     [audited] http-request set-var(txn.refused) str(token-required)
-    http-request set-var(txn.token_missing) bool(true)
-        if <has_policy> !<good_token> <policy_tokens_on> !<openstack> !<nocloud>
-    http-request set-var(txn.token_missing) bool(true)
-        if <has_policy> !<good_token> !<booting> <policy_openstack_tokens_on> <openstack>
-    http-request set-var(txn.token_missing) bool(true)
-        if <has_policy> !<good_token> !<booting> <policy_nocloud_tokens_on> <nocloud>
+    <require_token> if <has_policy> !<good_token> <policy_tokens_on> !<openstack> !<nocloud>
+    <require_token> if <has_policy> !<good_token> !<booting> <policy_openstack_tokens_on> <openstack>
+    <require_token> if <has_policy> !<good_token> !<booting> <policy_nocloud_tokens_on> <nocloud>
     http-request unset-var(txn.token_missing) if { var(txn.path_rule) -m str o }
-    http-request set-var(txn.token_missing) bool(true)
-        if { var(txn.path_rule) -m str r } !<good_token> !{ var(txn.path) -m beg <other_trees> }
-    http-request set-var(txn.token_missing) bool(true)
-        if { var(txn.path_rule) -m str r } !<good_token> { var(txn.path) -m beg <other_trees> } !<booting>
+    <require_token> if { var(txn.path_rule) -m str r } !<good_token> !{ var(txn.path) -m beg <other_trees> }
+    <require_token> if { var(txn.path_rule) -m str r } !<good_token> { var(txn.path) -m beg <other_trees> } !<booting>
     <count_in_passing>
     [audited] http-request set-var(txn.refused) str(path-required) if { var(txn.path_rule) -m str r }
     http-request return status 401 if <token_missing>
     <refuse_forwarded(has_policy)>
     [audited] http-request set-var(txn.refused) str(sealed)
-    http-request return status 403
-        if !<booting> <policy_sealed_on>
+    http-request return status 403 if !<booting> <policy_sealed_on>
         { var(txn.path) -m reg '^/(?:openstack/[^/]+/user_data|[^/]+/user-data)(?:/|$)' }
     [audited] http-request unset-var(txn.refused)
+require_token:
+    http-request set-var(txn.token_missing) bool(true)
+token_may_stay:
+    <has_token> !<token_seen> !<policy_sealed_on> !<policy_has_paths_on>
 refuse_forwarded:
     [audited] http-request set-var(txn.refused) str(forwarded)
     http-request return status 403 if <argument> !<good_token> <policy_forwarded_on> { var(txn.forwarded) -m found }

@@ -7,7 +7,7 @@ from typing import Final
 
 from imdsproxy.core.haproxy.model import DataplaneSpec
 from imdsproxy.core.haproxy.nova import longest_s
-from imdsproxy.core.haproxy.text import Form, Value, word
+from imdsproxy.core.haproxy.text import Block, Value, word
 
 _BEYOND_HOLD_S: Final = 3
 """How much longer than a request may be held HAProxy waits for the resolver."""
@@ -144,7 +144,7 @@ backend resolver
     stick-table type string len 64 size 20k expire 10s store gpc0_rate(1s)
     http-request track-sc0 var(sess.network)
     # Before it is counted: a refused guest would otherwise wait the longer the more often it asks.
-    http-request tarpit status 503 hdr Retry-After <retry_after_s> if { sc0_gpc0_rate ge <misses_per_second> }
+    http-request tarpit <status_503> if { sc0_gpc0_rate ge <misses_per_second> }
     http-request sc-inc-gpc0(0)
     [nova] <origin_form>
     <note_forwarding>
@@ -179,20 +179,17 @@ backend conflict
 """
 
 
-def names_of_backends(spec: DataplaneSpec, form: Form) -> dict[str, Value]:
+def names_of_backends(spec: DataplaneSpec) -> dict[str, Value]:
     """What `BACKENDS` names beside what every template may."""
     # The resolver holds a request at first; then it may have to wait for Nova as long as HAProxy itself would.
     held_s = spec.limits.hold_s + _BEYOND_HOLD_S
+    server = "server documents-<index> <socket>"
     workers: list[dict[str, Value]] = [
         {"index": index, "socket": word(f"unix@{path}")}
         for index, path in enumerate(spec.paths.documents)
     ]
     return {
         "resolver_s": math.ceil(held_s + longest_s(spec.nova_times) if spec.nova else held_s),
-        "document_servers": form.each(
-            "server documents-<index> <socket> check inter 1s fall 2 rise 1", workers
-        ),
-        "tracked_document_servers": form.each(
-            "server documents-<index> <socket> track documents/documents-<index>", workers
-        ),
+        "document_servers": Block(f"{server} check inter 1s fall 2 rise 1", workers),
+        "tracked_document_servers": Block(f"{server} track documents/documents-<index>", workers),
     }

@@ -7,17 +7,30 @@ reads never come.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Final
 
 from imdsproxy.core.haproxy.backends import BACKENDS, names_of_backends
-from imdsproxy.core.haproxy.counting import COUNTING_TABLES
+from imdsproxy.core.haproxy.counting import COUNTING_TABLES, read_counter
 from imdsproxy.core.haproxy.frontends import FRONTENDS, names_of_frontends
-from imdsproxy.core.haproxy.limits import LIMIT_RULES
-from imdsproxy.core.haproxy.model import DataplaneSpec
-from imdsproxy.core.haproxy.names import form_of
+from imdsproxy.core.haproxy.limits import LIMIT_RULES, names_of_limits
+from imdsproxy.core.haproxy.model import DataplaneSpec, count_namespaces
+from imdsproxy.core.haproxy.names import CONSTANTS
 from imdsproxy.core.haproxy.nova import names_of_nova, nova_backends
-from imdsproxy.core.haproxy.request_log import LOG_RULES
-from imdsproxy.core.haproxy.text import Form, Text, render
+from imdsproxy.core.haproxy.request_log import LOG_RULES, names_of_log
+from imdsproxy.core.haproxy.text import (
+    Form,
+    Text,
+    Value,
+    name_values,
+    option,
+    raw,
+    render,
+    word,
+)
+
+_SHORT_PER_MB: Final = 256
+"""Short documents for each MiB of the cache: with its key an entry is below 1 kB."""
 
 _FIRST: Final = """
 global
@@ -94,9 +107,7 @@ def render_config(spec: DataplaneSpec) -> str:
     Raises:
         UnquotableWord: A name or path holds a control character.
     """
-    form = form_of(spec)
-    names = names_of_frontends(spec) | names_of_backends(spec, form) | names_of_nova(spec, form)
-    return render(_sections(spec, Form({**form.values, **names})))
+    return render(_sections(spec, Form(CONSTANTS | _values(spec))))
 
 
 def _sections(spec: DataplaneSpec, form: Form) -> Iterator[Text]:
@@ -105,3 +116,45 @@ def _sections(spec: DataplaneSpec, form: Form) -> Iterator[Text]:
     yield from nova_backends(spec, form)
     for text in (COUNTING_TABLES, _EXPORTER):
         yield from form.sections(text)
+
+
+def _values(spec: DataplaneSpec) -> dict[str, Value]:
+    """What templates may name beside `CONSTANTS`: the fields of `Limits` and `Paths`, and what is made of the rest."""
+    sizes = spec.limits
+    namespaces = count_namespaces((*spec.binds, *spec.unverified))
+    by_chance = f"{{ rand({spec.count_reads}) 0 }}" if spec.count_reads > 1 else ""
+    return (
+        name_values(asdict(sizes))
+        | name_values(asdict(spec.paths))
+        | names_of_limits(sizes)
+        | names_of_log(spec)
+        | names_of_frontends(spec)
+        | names_of_backends(spec)
+        | names_of_nova(spec)
+        | {
+            "nova": bool(spec.nova),
+            "cache": sizes.cache_mb > 0,
+            "counts_reads": spec.count_reads > 0,
+            # In front of Nova most requests have nothing to do with documents of ours.
+            "keeps_short": sizes.cache_mb > 0 and not spec.nova,
+            "short_slots": sizes.cache_mb * _SHORT_PER_MB,
+            "largest_cached": min(sizes.max_object_bytes, sizes.cache_mb * 1024 * 1024 // 2),
+            "namespaces": namespaces > 0,
+            "pipes": (namespaces + 1) // 2,
+            "user": option("user", spec.user),
+            "group": option("group", spec.group),
+            # `policy_share` has something to count of a request.
+            "without_own_limits": raw(f"!{CONSTANTS['has_own_limits']}" if sizes.fair else ""),
+            # Of reads without a token one in so many is counted, and chance has chosen this one.
+            "by_chance": raw(by_chance),
+            "unless_by_chance": raw(f"!{by_chance}" if spec.count_reads else ""),
+            "unless_checked": raw(f"!{CONSTANTS['needs_check']}"),
+            "unless_sampled": raw(f"!{CONSTANTS['needs_check']}" if spec.count_reads else ""),
+            "counts_all": spec.count_reads == 1,
+            "samples_left": spec.count_reads > 1 and not spec.nova,
+            "read_counter": read_counter(spec.count_reads),
+            "documents": bool(spec.paths.documents),
+            "exporter": spec.exporter is not None,
+            "listen": word(spec.exporter or ""),
+        }
+    )

@@ -36,15 +36,15 @@ read_operator:
 sample_reads:
     # In a frontend, once it is known what there is to check of a request: which of the rest are counted.
     # Where one in so many is counted, the throw comes first: it is all that most requests pay for.
-    [counts_reads] http-request set-var(txn.needs_check) str(sampled)
-        if <by_chance> !<needs_check> !<good_token> <known> <reads> !<in_other_trees>
+    [counts_reads] http-request set-var(txn.needs_check) str(sampled) if <by_chance> <plain_read>
     # `answer_plain` has thrown before, and left these.
-    [samples_left] http-request set-var(txn.needs_check) str(sampled)
-        if <has_short_document> !<needs_check> !<good_token> <known> <reads> !<in_other_trees>
+    [samples_left] http-request set-var(txn.needs_check) str(sampled) if <has_short_document> <plain_read>
 sample_found:
     # The same in the resolver's frontend, where operators are among the guests.
     [counts_reads] http-request set-var(txn.needs_check) str(sampled)
-        if <by_chance> !<needs_check> !<good_token> <known> <reads> !<in_other_trees> !{ var(txn.by_operator) -m found }
+        if <by_chance> <plain_read> !{ var(txn.by_operator) -m found }
+plain_read:
+    !<needs_check> !<good_token> <known> <reads> !<in_other_trees>
 count_sampled:
     # First in the backend of what was chosen by `sample_reads`, which is all counted. The argument is the instance.
     http-request set-var(txn.instance) <argument>

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from functools import lru_cache
 from typing import Final
 
 from imdsproxy.core.haproxy.model import Bind, DataplaneSpec, UnixBind
-from imdsproxy.core.haproxy.text import Text, Value, option, quote, raw, word
+from imdsproxy.core.haproxy.text import Text, Value, name_values, option, quote, raw, word
 from imdsproxy.core.model import ID_PATTERN, IpAddress
 
 AGENTS: Final = "agents"
@@ -87,7 +88,8 @@ choose_documents:
     #
     # From headers to `sess.network`, `sess.address`, `sess.router` and `sess.key`, or 400; 503 above a network's
     # share.
-    bind unix@<agents_path> name agents mode <mode> uid <uid> gid <gid> proto h1 maxconn <maxconn_of_agents>
+    bind unix@<agents_path> name agents mode <agents_mode> uid <agents_user> gid <agents_group>
+        proto h1 maxconn <agents_maxconn>
     <log_rules(log_headers)>
     [audited] http-request set-var(txn.refused) str(unix-listener)
     # A connection may carry requests of several guests: nothing of the one before may remain.
@@ -113,8 +115,7 @@ choose_documents:
     http-request set-var(txn.ipv6) var(txn.peer),ipmask(32,128)
         if !{ var(sess.address) -m found } { var(txn.peer) -m reg <ipv6> }
     # Of an address of 6to4 (2002::/16) HAProxy makes the IPv4 one that is in it. Proxies spell as the map does.
-    http-request set-var(txn.ipv6) var(txn.peer),lower
-        if { var(txn.ipv6) -m found } { var(txn.peer) -m beg 2002: }
+    http-request set-var(txn.ipv6) var(txn.peer),lower if { var(txn.ipv6) -m found } { var(txn.peer) -m beg 2002: }
     http-request set-var(sess.address) var(txn.ipv6) if { var(txn.ipv6) -m sub : }
     # Neutron's proxies add theirs: with two, one is the guest's.
     <refuse_forwarded_token(forwarded_twice)>
@@ -127,7 +128,7 @@ choose_documents:
     [audited] http-request set-var(txn.refused) str(share)
     stick-table type string len 64 size 20k expire 60s store conn_cur
     http-request track-sc1 var(sess.network)
-    http-request return status 503 hdr Retry-After <retry_after_s>
+    http-request return <status_503>
         if { sc1_conn_cur gt <maxconn_per_network> } or { sc1_conn_cur gt <eighth> } { fe_conn gt <nearly_full> }
     [audited] http-request unset-var(txn.refused)
     <look_up>
@@ -179,11 +180,7 @@ def names_of_frontends(spec: DataplaneSpec) -> dict[str, Value]:
         "unverified_binds": _bind_lines(spec.unverified, spec),
         "unbound": not spec.binds and spec.unix is None,
         "agents": spec.unix is not None,
-        "agents_path": word(bind.path),
-        "mode": word(bind.mode),
-        "uid": bind.user,
-        "gid": bind.group,
-        "maxconn_of_agents": bind.maxconn,
+        **name_values(asdict(bind), "agents_"),
         "eighth": max(1, spec.limits.maxconn_per_network // 8),
         "nearly_full": bind.maxconn * 3 // 4,
         "id_pattern": word(ID_PATTERN),
@@ -206,17 +203,12 @@ def _bind_lines(binds: Iterable[Bind], spec: DataplaneSpec) -> Text:
 
 
 def _bind(bind: Bind) -> str:
-    words = [f"bind {_host(bind.address)}:{bind.port} name {quote(bind.network)}"]
-    options = (option("interface", bind.device), option("namespace", bind.namespace))
-    return " ".join((*words, *(str(one) for one in options if one.lines)))
+    device, namespace = option("interface", bind.device), option("namespace", bind.namespace)
+    start = f"bind {_host(bind.address)}:{bind.port} name {quote(bind.network)}"
+    return " ".join((start, *device.lines, *namespace.lines))
 
 
 def _bind_order(bind: Bind) -> tuple[str, int, str, int, str, str]:
-    return (
-        bind.network,
-        bind.address.version,
-        _host(bind.address),
-        bind.port,
-        bind.device or "",
-        bind.namespace or "",
-    )
+    device, namespace = bind.device or "", bind.namespace or ""
+    host = _host(bind.address)
+    return bind.network, bind.address.version, host, bind.port, device, namespace

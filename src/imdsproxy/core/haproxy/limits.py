@@ -68,24 +68,23 @@ track_by_request:
 count_request:
     # `tarpit` answers after `timeout tarpit`: guests that ask again at once cost their neighbours more than by the
     # answers. The number first: it is all that most requests are asked. A newcomer's are those of a whole network.
-    [fair] http-request tarpit status 503 hdr Retry-After <retry_after_s>
-        if { sc2_gpc0_rate ge <requests_in_window> } <known> !<has_own_limits>
+    [fair] http-request tarpit <status_503> if { sc2_gpc0_rate ge <requests_in_window> } <known> !<has_own_limits>
     [fair] http-request sc-inc-gpc0(2)
 share_by_connection:
     # Refuse what is over the limits, count the rest: after the look-up, before anything that costs time.
     # This one is for frontends with `count_connections`.
     [fair] [nova] http-request track-sc2 <instance_of_nova> table fairness if <newcomer> <of_nova>
     [fair] http-request track-sc2 <instance> table fairness if <newcomer> <known>
-    [fair] http-request tarpit status 503 hdr Retry-After <retry_after_s> if { var(sess.excess) -m found }
+    [fair] http-request tarpit <status_503> if { var(sess.excess) -m found }
     <count_request>
 share_by_request:
     # The same where a connection carries requests of several guests.
     <track_by_request>
     # As many requests may be open as other instances may have connections; the request itself is open too.
     [fair] http-request set-var(txn.policy_connections) <policy_connections>,add(0) if <has_policy>
-    [fair] http-request tarpit status 503 hdr Retry-After <retry_after_s>
+    [fair] http-request tarpit <status_503>
         if { var(txn.policy_connections) -m found } { sc2_conn_cur,sub(txn.policy_connections) -m int gt 0 }
-    [fair] http-request tarpit status 503 hdr Retry-After <retry_after_s>
+    [fair] http-request tarpit <status_503>
         if { sc2_conn_cur gt <connections> } !{ var(txn.policy_connections) -m found } <known>
     <count_request>
 policy_share:
@@ -98,11 +97,11 @@ policy_share:
     # The time of a refusal is kept for reports (`refused_lately`).
     [fair] http-request sc-set-gpt0(0) date
         if { var(txn.policy_rate) -m found } { sc0_gpc0_rate,sub(txn.policy_rate) -m int ge 0 }
-    [fair] http-request tarpit status 503 hdr Retry-After <retry_after_s>
+    [fair] http-request tarpit <status_503>
         if { var(txn.policy_rate) -m found } { sc0_gpc0_rate,sub(txn.policy_rate) -m int ge 0 }
     [fair] http-request sc-set-gpt0(0) date
         if { var(txn.policy_burst) -m found } { sc0_gpc1_rate,sub(txn.policy_burst) -m int ge 0 }
-    [fair] http-request tarpit status 503 hdr Retry-After <retry_after_s>
+    [fair] http-request tarpit <status_503>
         if { var(txn.policy_burst) -m found } { sc0_gpc1_rate,sub(txn.policy_burst) -m int ge 0 }
     [fair] http-request sc-inc-gpc0(0)
     [fair] http-request sc-inc-gpc1(0)
@@ -182,24 +181,16 @@ def busiest(usual: str, own: str, *, requests: int, connections: int, now: float
         connections: The same of connections.
         now: Unix time.
     """
-    limited = dict(parse_table(own))
-    found = []
+    limited, found = dict(parse_table(own)), []
     for key, counted in dict(parse_table(usual)).items():
         theirs = limited.get(key)
-        asked_too_much = (
-            counted.get("gpc0_rate", 0) >= requests if theirs is None else _is_late(theirs, now)
-        )
-        over = asked_too_much or counted.get("conn_cur", 0) > connections
-        unknown = key.startswith(_NETWORK)
-        found.append(
-            Asker(
-                None if unknown else key,
-                key.removeprefix(_NETWORK) if unknown else None,
-                counted.get("gpc0_rate", 0) if theirs is None else theirs.get("gpc0_rate", 0),
-                counted.get("conn_cur", 0),
-                over and not unknown,
-            )
-        )
+        asked = (counted if theirs is None else theirs).get("gpc0_rate", 0)
+        over = asked >= requests if theirs is None else _is_late(theirs, now)
+        open_now = counted.get("conn_cur", 0)
+        if key.startswith(_NETWORK):
+            found.append(Asker(None, key.removeprefix(_NETWORK), asked, open_now, limited=False))
+        else:
+            found.append(Asker(key, None, asked, open_now, over or open_now > connections))
     found.sort(key=lambda one: (-one.limited, -one.requests, -one.connections, one.instance or ""))
     return [one for one in found if one.requests or one.connections][:MOST_SHOWN]
 
@@ -211,8 +202,7 @@ def refused_lately(own: str, now: float) -> list[str]:
         own: As of `busiest`.
         now: Unix time.
     """
-    found = [key for key, counted in parse_table(own) if _is_late(counted, now)]
-    return found[:MOST_SHOWN]
+    return [key for key, counted in parse_table(own) if _is_late(counted, now)][:MOST_SHOWN]
 
 
 def _is_late(counted: Mapping[str, int], now: float) -> bool:

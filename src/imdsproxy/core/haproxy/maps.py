@@ -82,16 +82,21 @@ class PackedMap(Mapping[str, str]):
 class MapChanges:
     """What to do to the entries of a map, in this order.
 
-    Removals and new values come before additions: when an address moves, there is a moment at which no
+    What takes away or changes comes before what only gives: when an address moves, there is a moment at which no
     instance has it, and none at which two have it.
+
+    Attributes:
+        changed: New values of keys that are there, and tombstones, of which a key may not be there yet.
+        removed: Keys that go.
+        added: Keys that come.
     """
 
+    changed: tuple[tuple[str, str], ...] = ()
     removed: tuple[str, ...] = ()
-    replaced: tuple[tuple[str, str], ...] = ()
     added: tuple[tuple[str, str], ...] = ()
 
     def __len__(self) -> int:
-        return len(self.removed) + len(self.replaced) + len(self.added)
+        return len(self.changed) + len(self.removed) + len(self.added)
 
 
 @dataclass(slots=True)
@@ -125,33 +130,31 @@ class MapState:
 
     def overlay_changes(self, wanted: Mapping[str, str | None]) -> MapChanges:
         """What the overlay needs so that each key of `wanted` has its value (`None`: is gone)."""
-        target: dict[str, str | None] = {}
-        for key, value in self.differing(wanted).items():
-            if value is None:
-                # Nothing in the base to hide: the overlay's entry itself goes.
-                target[key] = MAP_TOMBSTONE if key in self.base else None
-            else:
-                target[key] = value
+        target = self.differing(wanted)
+        for key, value in target.items():
+            if value is None and key in self.base:
+                # Where the base has nothing to hide the overlay's entry itself goes.
+                target[key] = MAP_TOMBSTONE
         return plan_changes(self.overlay, target)
 
 
 def plan_changes(present: Mapping[str, str], wanted: Mapping[str, str | None]) -> MapChanges:
     """The changes that turn `present` into one that agrees with `wanted` on `wanted`'s keys."""
-    differing = [
-        (key, present.get(key), value)
-        for key, value in sorted(wanted.items(), key=lambda item: item[0])
-        if present.get(key) != value
-    ]
-    added = [(key, value) for key, old, value in differing if old is None and value is not None]
-    # Tombstones count as removals: nothing may be added while something is still to go.
-    added.sort(key=lambda entry: entry[1] != MAP_TOMBSTONE)
-    return MapChanges(
-        tuple(key for key, _, value in differing if value is None),
-        tuple(
-            (key, value) for key, old, value in differing if old is not None and value is not None
-        ),
-        tuple(added),
-    )
+    changed: list[tuple[str, str]] = []
+    tombstones: list[tuple[str, str]] = []
+    removed: list[str] = []
+    added: list[tuple[str, str]] = []
+    for key in sorted(wanted):
+        before, value = present.get(key), wanted[key]
+        if before == value:
+            continue
+        if value is None:
+            removed.append(key)
+        elif before is not None:
+            changed.append((key, value))
+        else:
+            (tombstones if value == MAP_TOMBSTONE else added).append((key, value))
+    return MapChanges((*changed, *tombstones), tuple(removed), tuple(added))
 
 
 def render_map(entries: Mapping[str, str], generation: str) -> str:

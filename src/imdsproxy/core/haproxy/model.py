@@ -158,7 +158,7 @@ class NovaTls:
     ca: str = "@system-ca"
     verify: bool = True
     client: str | None = None
-    contents: str = ""
+    contents: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,10 @@
-"""What templates of the configuration may name: conditions of requests, and the values of a `DataplaneSpec`.
+"""What templates of every configuration may name: conditions of requests, and values.
 
 The places of fields in records and in the policy word are here and nowhere else in these rules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
 from types import ModuleType
 from typing import Final
 
@@ -16,12 +14,12 @@ from imdsproxy.core.documents.tree import TEXT
 from imdsproxy.core.haproxy import counting
 from imdsproxy.core.haproxy.access_rules import ACCESS_RULES
 from imdsproxy.core.haproxy.backends import BACKENDS
+from imdsproxy.core.haproxy.counting import COUNTING_RULES
 from imdsproxy.core.haproxy.frontends import FRONTENDS
-from imdsproxy.core.haproxy.limits import LIMIT_RULES, names_of_limits
-from imdsproxy.core.haproxy.model import DataplaneSpec, count_namespaces
+from imdsproxy.core.haproxy.limits import LIMIT_RULES
 from imdsproxy.core.haproxy.nova import NOVA_RULES
-from imdsproxy.core.haproxy.request_log import LOG_RULES, names_of_log
-from imdsproxy.core.haproxy.text import Block, Form, Value, blocks_of, option, raw, word
+from imdsproxy.core.haproxy.request_log import LOG_RULES
+from imdsproxy.core.haproxy.text import Block, Form, Value, blocks_of, name_values, raw, word
 from imdsproxy.core.path_rules import WITHIN_OTHER_TREES
 from imdsproxy.core.policy_word import POLICY_WORD, Field, Letter
 
@@ -34,9 +32,6 @@ _GUEST_HEADERS: Final = (
 
 _TOKEN_HEADERS: Final = ("x-aws-ec2-metadata-token", "x-aws-ec2-metadata-token-ttl-seconds")
 """What goes on to our own processes beside; Nova has nothing to do with tokens."""
-
-_SHORT_PER_MB: Final = 256
-"""Short documents for each MiB of the cache: with its key an entry is below 1 kB."""
 
 _CONDITIONS: Final = r"""
     # The record, without the policy word.
@@ -96,18 +91,9 @@ _CONDITIONS: Final = r"""
 """Written into rules as anonymous conditions, `{ … }`."""
 
 
-def _named(values: Mapping[str, object]) -> dict[str, Value]:
-    """Numbers and texts of one line by their names in lower letters: `header_network` for `HEADER_NETWORK`."""
-    return {
-        name.lower(): word(value) if isinstance(value, str) else value
-        for name, value in values.items()
-        if isinstance(value, str | int | None) and "\n" not in str(value)
-    }
-
-
 def _constants(*modules: ModuleType) -> dict[str, Value]:
     found = (item for module in modules for item in vars(module).items())
-    return _named({name: value for name, value in found if name.isupper()})
+    return name_values({name: value for name, value in found if name.isupper()})
 
 
 _VALUES: Final[dict[str, Value]] = {
@@ -136,6 +122,7 @@ _VALUES: Final[dict[str, Value]] = {
     ),
     "without_token": Block("!{ req.fhdr(<token_header>) -m found }"),
     "short_document": Block("path,concat(|,txn.record),map_str(<short>)"),
+    "status_503": Block("status 503 hdr Retry-After <retry_after_s>"),
     "always": raw(""),
     # Texts, numbers.
     "token_header": raw(_TOKEN_HEADERS[0]),
@@ -168,56 +155,10 @@ def _conditions() -> dict[str, Value]:
 
 CONSTANTS: Final[dict[str, Value]] = {
     **blocks_of(
-        ACCESS_RULES,
-        LIMIT_RULES,
-        counting.COUNTING_RULES,
-        LOG_RULES,
-        NOVA_RULES,
-        FRONTENDS,
-        BACKENDS,
+        ACCESS_RULES, LIMIT_RULES, COUNTING_RULES, LOG_RULES, NOVA_RULES, FRONTENDS, BACKENDS
     ),
     **_VALUES,
     **_policy(),
     **_conditions(),
 }
 """What is the same in every configuration: the blocks of all templates, conditions and other values."""
-
-
-def form_of(spec: DataplaneSpec) -> Form:
-    """What templates may name: `CONSTANTS`, the fields of `Limits` and `Paths`, and what is made of them."""
-    sizes = spec.limits
-    namespaces = count_namespaces((*spec.binds, *spec.unverified))
-    by_chance = f"{{ rand({spec.count_reads}) 0 }}" if spec.count_reads > 1 else ""
-    return Form(
-        CONSTANTS
-        | _named(asdict(sizes))
-        | _named(asdict(spec.paths))
-        | names_of_limits(sizes)
-        | names_of_log(spec)
-        | {
-            "nova": bool(spec.nova),
-            "cache": sizes.cache_mb > 0,
-            "counts_reads": spec.count_reads > 0,
-            # In front of Nova most requests have nothing to do with documents of ours.
-            "keeps_short": sizes.cache_mb > 0 and not spec.nova,
-            "short_slots": sizes.cache_mb * _SHORT_PER_MB,
-            "largest_cached": min(sizes.max_object_bytes, sizes.cache_mb * 1024 * 1024 // 2),
-            "namespaces": namespaces > 0,
-            "pipes": (namespaces + 1) // 2,
-            "user": option("user", spec.user),
-            "group": option("group", spec.group),
-            # `policy_share` has something to count of a request.
-            "without_own_limits": raw(f"!{CONSTANTS['has_own_limits']}" if sizes.fair else ""),
-            # Of reads without a token one in so many is counted, and chance has chosen this one.
-            "by_chance": raw(by_chance),
-            "unless_by_chance": raw(f"!{by_chance}" if spec.count_reads else ""),
-            "unless_checked": raw(f"!{CONSTANTS['needs_check']}"),
-            "unless_sampled": raw(f"!{CONSTANTS['needs_check']}" if spec.count_reads else ""),
-            "counts_all": spec.count_reads == 1,
-            "samples_left": spec.count_reads > 1 and not spec.nova,
-            "read_counter": counting.read_counter(spec.count_reads),
-            "documents": bool(spec.paths.documents),
-            "exporter": spec.exporter is not None,
-            "listen": word(spec.exporter or ""),
-        }
-    )

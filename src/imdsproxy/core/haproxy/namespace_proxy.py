@@ -8,11 +8,11 @@ headers, which is all that the listener there knows of them. Unless a comment gi
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Final
 
 from imdsproxy.core.haproxy.names import CONSTANTS
-from imdsproxy.core.haproxy.text import Form, option, render, word
+from imdsproxy.core.haproxy.text import Form, name_values, render, word
 from imdsproxy.errors import RequestRefused
 
 DEFAULT_PORT: Final = 9697
@@ -34,11 +34,11 @@ _FORGEABLE: Final = (
 
 _CONFIG: Final = """
 global
-    [logs] log <log_socket> <facility> <level>
+    [syslog] log <syslog> <facility> <level>
     # The prefix by which Debian's rsyslog files it in /var/log/haproxy.log.
-    [logs] log-tag haproxy-metadata-proxy-<uuid>
-    <user>
-    <group>
+    [syslog] log-tag haproxy-metadata-proxy-<uuid>
+    user <user>
+    group <group>
     maxconn 1024
     nbthread 1
     # Two that share a port would each get some of the requests. The second is to fail because the port is in use.
@@ -46,9 +46,9 @@ global
 
 defaults
     mode http
-    [logs] log global
-    [logs] option httplog
-    [logs] option dontlognull
+    [syslog] log global
+    [syslog] option httplog
+    [syslog] option dontlognull
     # A kept connection that ends under a request would cost the guest its own.
     option http-server-close
     # WSGI upstreams read X_Instance_ID as X-Instance-ID.
@@ -131,17 +131,9 @@ def render_namespace_proxy(spec: NamespaceProxySpec) -> str:
     form = Form(
         {
             **CONSTANTS,
-            "logs": spec.syslog is not None,
-            "log_socket": word(spec.syslog or ""),
-            "facility": word(spec.facility),
+            **name_values(asdict(spec)),
             "level": word("debug" if spec.debug else "info"),
-            "uuid": word(spec.uuid),
-            "user": option("user", spec.user),
-            "group": option("group", spec.group),
-            "dual_stack": spec.dual_stack,
-            "port": spec.port,
             "forgeable": word(f"^(?:{_FORGEABLE})$"),
-            "header": word(spec.header),
             "upstream": word(f"unix@{spec.upstream}"),
         }
     )
@@ -154,15 +146,15 @@ def parse_resource(network_id: str | None, router_id: str | None) -> tuple[str, 
     Raises:
         RequestRefused: Both ids are there, or none, or the one is no UUID.
     """
-    given = {"X-Neutron-Network-ID": network_id, "X-Neutron-Router-ID": router_id}
-    named = [(header, uuid) for header, uuid in given.items() if uuid is not None]
-    if len(named) > 1:
+    if network_id is not None and router_id is not None:
         raise RequestRefused(
             "a network's id and a router's id are given: a proxy is for one of them",
             hint="start it with --network-id or with --router-id",
         )
-    for header, uuid in named:
-        return header, parse_uuid(uuid)
+    if network_id is not None:
+        return "X-Neutron-Network-ID", parse_uuid(network_id)
+    if router_id is not None:
+        return "X-Neutron-Router-ID", parse_uuid(router_id)
     raise RequestRefused(
         "the id of a network or of a router is needed",
         hint="give --network-id UUID or --router-id UUID",

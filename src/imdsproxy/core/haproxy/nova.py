@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Final
 
 from imdsproxy.core.haproxy.model import (
@@ -25,7 +26,7 @@ from imdsproxy.core.haproxy.model import (
     NovaTimes,
     NovaTls,
 )
-from imdsproxy.core.haproxy.text import Block, Form, Text, Value, option, raw, word
+from imdsproxy.core.haproxy.text import Block, Form, Text, Value, name_values, option, raw, word
 from imdsproxy.core.wire import MAP_NOVA
 
 _LOOPBACK_SOCKET: Final = re.compile(r"\bhop-[0-9a-f]{16}\.sock\b")
@@ -71,7 +72,7 @@ backend nova.<set><once_name><kind>
     [checked] <check>
     [sampled] <count_sampled(instance_of_nova)>
     # The same text is no reload; a renewed certificate has to be one.
-    description <certificates>
+    description 'certificates <tls_contents>'
     # What may be repeated came here by its method.
     [once] <all_methods>
     <origin_form>
@@ -118,8 +119,8 @@ _SERVERS: Final = """
 """
 
 _TLS: Final = """
-    [verify] ssl sni str(<tls_name>) alpn http/1.1 verify required ca-file <ca> verifyhost <tls_name> <client>
-    [!verify] ssl sni str(<tls_name>) alpn http/1.1 verify none <client>
+    [tls_verify] ssl sni str(<tls_name>) alpn http/1.1 verify required ca-file <tls_ca> verifyhost <tls_name> <client>
+    [!tls_verify] ssl sni str(<tls_name>) alpn http/1.1 verify none <client>
 """
 
 _CHECKS: Final = "check inter <pace> fastinter <soon> downinter <down> fall 2 rise 1 observe layer4 on-error fastinter"
@@ -167,13 +168,13 @@ def set_of_backend(backend: str) -> str | None:
     return name if nova == "nova" and "." not in name else None
 
 
-def names_of_nova(spec: DataplaneSpec, form: Form) -> dict[str, Value]:
+def names_of_nova(spec: DataplaneSpec) -> dict[str, Value]:
     """What `USE_NOVA` names, and the counters for `global`: they begin at 0, so they can be read before a count."""
     names = [_names(backend, spec.nova_times) for backend in spec.nova]
     return {
-        "nova_counters": form.each("set-var <refused> int(0)", names),
-        "use_for_reads": form.each(_USE_FOR_READS, names),
-        "use_for_others": form.each(_USE_FOR_OTHERS, names),
+        "nova_counters": Block("set-var <refused> int(0)", names),
+        "use_for_reads": Block(_USE_FOR_READS, names),
+        "use_for_others": Block(_USE_FOR_OTHERS, names),
     }
 
 
@@ -189,12 +190,11 @@ def nova_backends(spec: DataplaneSpec, form: Form) -> Iterator[Text]:
         servers = [_server_names(spec, backend, one, checked=checked) for one in backend.servers]
         for kind, once in kinds:
             checking = not (once or kind or mixed)
-            flags: dict[str, Value] = {
-                "mixed": mixed, "checking": checking, "tracking": not checking and not mixed,
-            }  # fmt: skip
             yield from named.sections(
                 _BACKEND,
-                **flags,
+                mixed=mixed,
+                checking=checking,
+                tracking=not checking and not mixed,
                 checked=kind == CHECKED,
                 sampled=kind == SAMPLED,
                 once_name=raw(".once" if once else ""),
@@ -203,7 +203,7 @@ def nova_backends(spec: DataplaneSpec, form: Form) -> Iterator[Text]:
                 next=not mixed and bool(backend.servers and backend.servers[0].slot),
                 server_ms=named.values["loopback_ms" if mixed else "server_ms"],
                 http_check=checking and by_http,
-                servers=named.each(_SERVERS, servers, **flags),
+                servers=Block(_SERVERS, servers),
             )
         # One that is not used is there for workers that still have the configuration before: the sockets are the same.
         for server in servers if mixed or backend.loopback else ():
@@ -227,10 +227,7 @@ def _names(backend: NovaBackend, times: NovaTimes) -> dict[str, Value]:
         "tls": Block(_TLS if backend.tls else ""),
         "check_sni": option("check-sni", tls.name if backend.tls and checked else None),
         "checks": Block(_CHECKS if checked else ""),
-        "certificates": word(f"certificates {tls.contents}") if tls.contents else None,
-        "tls_name": word(tls.name),
-        "verify": tls.verify,
-        "ca": word(tls.ca),
+        **name_values(asdict(tls), "tls_"),
         "client": option("crt", tls.client),
         "connect_ms": _ms(times.connect_s),
         "server_ms": _ms(times.response_s),

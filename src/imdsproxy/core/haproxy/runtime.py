@@ -48,26 +48,6 @@ class Load:
     reached: int
 
 
-@dataclass(frozen=True, slots=True)
-class ReloadOutcome:
-    """The master's answer to a `reload`: whether the new worker is up, and its log."""
-
-    success: bool
-    log: str
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Version:
-    """HAProxy's version; branches compare by number."""
-
-    major: int
-    minor: int
-    rest: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.major}.{self.minor}" + (f".{self.rest}" if self.rest else "")
-
-
 @dataclass(slots=True)
 class WorkerTotals(Generic[_Key]):
     """Adds up counters that begin at 0 with each worker of HAProxy."""
@@ -110,26 +90,20 @@ def parse_processes(text: str) -> Processes | None:
             (draining if old else current).append(pid)
     if master is None:
         return None
-    return Processes(
-        master=master,
-        worker=current[-1] if current else None,
-        draining=(*current[:-1], *draining),
-        reloads=reloads,
-    )
+    worker = current[-1] if current else None
+    return Processes(master, worker, (*current[:-1], *draining), reloads)
 
 
-def parse_reload(text: str) -> ReloadOutcome:
-    """The answer of the master's `reload` command: `Success=0|1`, a ruler, the log."""
+def parse_reload(text: str) -> str | None:
+    """The log of a `reload` that failed, of the master's answer: `Success=0|1`, a ruler, the log; `None` of another."""
     head, _, log = text.partition("\n--\n")
-    return ReloadOutcome(success=head.strip() == "Success=1", log=log.strip())
+    return None if head.strip() == "Success=1" else log.strip()
 
 
-def parse_version(text: str) -> Version | None:
-    """The first line of `haproxy -v`."""
+def parse_version(text: str) -> tuple[int, int, str] | None:
+    """Branch and rest of the version in the first line of `haproxy -v`: 3, 0 and `11-1+deb13u2`."""
     match = _VERSION.search(text)
-    if match is None:
-        return None
-    return Version(int(match[1]), int(match[2]), match[3] or "")
+    return None if match is None else (int(match[1]), int(match[2]), match[3] or "")
 
 
 def parse_features(text: str) -> frozenset[str]:

@@ -79,12 +79,26 @@ def option(keyword: str, text: str | None) -> Text:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Lines of a template that others name; `<argument>` in it is the value in parentheses behind its name."""
+    """Lines of a template that others name; `<argument>` in it is the value in parentheses behind its name.
+
+    Attributes:
+        rows: The lines are written once for each of these, which have values of their own.
+    """
 
     template: str
+    rows: Sequence[Mapping[str, Value]] = ({},)
 
 
 Value: TypeAlias = Text | Block | int | None
+
+
+def name_values(values: Mapping[str, object], prefix: str = "") -> dict[str, Value]:
+    """Numbers and texts of one line by their names in lower letters: `header_network` for `HEADER_NETWORK`."""
+    return {
+        f"{prefix}{name.lower()}": word(value) if isinstance(value, str) else value
+        for name, value in values.items()
+        if isinstance(value, str | int | None) and "\n" not in str(value)
+    }
 
 
 @lru_cache(maxsize=512)
@@ -119,11 +133,6 @@ class Form:
             TypeError: A value is a plain string.
         """
         return Text(tuple(_fill(template, {**self.values, **more} if more else self.values)))
-
-    def each(self, template: str, rows: Iterable[Mapping[str, Value]], **more: Value) -> Text:
-        """A template filled once for each of `rows`."""
-        filled = (self.fill(template, **row, **more) for row in rows)
-        return Text(tuple(line for text in filled for line in text.lines))
 
     def sections(self, text: str, **more: Value) -> Iterator[Text]:
         """The sections of a text, without its blocks (`split_sections`) and those whose header isn't written."""
@@ -166,7 +175,10 @@ def _fill_line(parts: Sequence[str], values: Mapping[str, Value]) -> Iterable[st
             return ()
         if isinstance(value, Block):
             inner = {**values, "argument": values[argument]} if argument else values
-            text = "\n".join(_fill(value.template, inner))
+            filled = (
+                _fill(value.template, {**inner, **row} if row else inner) for row in value.rows
+            )
+            text = "\n".join(line for lines in filled for line in lines)
         else:
             text = _write(name, value)
         line += f"{space if text else ''}{text}{rest}"
