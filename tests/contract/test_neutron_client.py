@@ -13,7 +13,7 @@ import pytest
 from imdsproxy.core.model import MacAddress, NetworkId
 from imdsproxy.core.records.values import unix_time_of
 from imdsproxy.errors import SourceUnavailable
-from imdsproxy.sources.neutron.client import NeutronClient, NeutronRest
+from imdsproxy.sources.neutron.client import NeutronClient
 from imdsproxy.sources.neutron.ports import ROUTER_OWNERS, NeutronPort, PortQuery
 from imdsproxy.sources.settings import NeutronSourceSettings
 from support.fake_neutron import FakeNeutron, neutron_port
@@ -39,7 +39,7 @@ async def client(
     else:
         endpoint = {"endpoint": f"{openstack.neutron_url}/v2.0/"}
         cloud = {"cloud": "lab", "clouds_file": openstack.clouds_yaml}
-        made = NeutronRest(
+        made = NeutronClient(
             NeutronSourceSettings.model_construct(
                 timeout_s=10 * patience(), **(cloud if request.param == "cloud" else endpoint)
             )

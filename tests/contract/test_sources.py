@@ -59,9 +59,12 @@ class FileBacking(WholeRecords):
         self._directory = directory / "records"
         self._directory.mkdir()
         self._records: dict[str, dict[str, object]] = {"networks": {}, "instances": {}}
+        self._sources = 0
 
     def source(self) -> Source:
-        return FileSource(self._directory)
+        # Without what another one has kept.
+        self._sources += 1
+        return FileSource(self._directory, self._directory.with_name(f"{self._sources}.sqlite"))
 
     async def put(
         self, networks: Iterable[Network] = (), instances: Iterable[Instance] = ()

@@ -43,7 +43,7 @@ def instance_of(libvirtd: Libvirtd) -> Instance:
     text = libvirtd.connection.lookupByName("web-1").XMLDesc(0)
     known.update({uuid_of("web-1"): parse_domain(text)}, [])
     assert not known.problems
-    (instance,) = known.instances.values()
+    (instance,) = known.records.instances.values()
     return instance
 
 

@@ -19,7 +19,8 @@ from typing import Final
 
 import pytest
 
-from imdsproxy.sources.neutron.cache import load_cache, open_cache
+from imdsproxy.sources.neutron.cache import open_cache
+from imdsproxy.sources.neutron.ports import NeutronPort
 from support.guest import Guest, Load, Reply
 from support.lab import until
 from support.openstack.lab import Nova, OpenStack
@@ -92,8 +93,9 @@ def neutron_answers(ways: Ways) -> bool:
 
 
 def known_are_stored(ways: Ways) -> bool:
-    kept = load_cache(open_cache(ways.daemon.state / "neutron.sqlite"))
-    stored = {(port.device, str(address)) for port in kept.ports for address in port.addresses}
+    kept = (value for _, value in open_cache(ways.daemon.state / "neutron.sqlite").load())
+    ports = [one for one in kept if isinstance(one, NeutronPort)]
+    stored = {(port.device, str(address)) for port in ports for address in port.addresses}
     instances = ways.openstack.instances
     return all((instances[name].uuid, address) in stored for _, _, address, name in KNOWN)
 

@@ -22,7 +22,7 @@ from imdsproxy.core.model import (
     NetworkId,
 )
 from imdsproxy.errors import NotFound, SourceUnavailable
-from imdsproxy.sources.libvirt.client import LibvirtEvents, SystemLibvirt, read_domain
+from imdsproxy.sources.libvirt.client import LibvirtClient, LibvirtEvents, read_domain
 from imdsproxy.sources.libvirt.source import LibvirtSource
 from imdsproxy.sources.libvirt.xml import METADATA_URI
 from support.libvirt_backing import define_domain, domain_xml, libvirt_source, uuid_of
@@ -181,7 +181,7 @@ async def test_a_libvirtd_that_hangs_costs_one_thread_and_no_end(libvirtd: Libvi
     def threads() -> int:
         return sum(each.name == "imdsproxy-libvirt" for each in threading.enumerate())
 
-    client = SystemLibvirt(libvirtd.uri, connect_s=0.2)
+    client = LibvirtClient(libvirtd.uri, connect_s=0.2)
     pid = libvirtd.pid
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -204,7 +204,7 @@ async def test_a_libvirtd_that_hangs_costs_one_thread_and_no_end(libvirtd: Libvi
 
 
 async def test_connections_are_closed_for_good(libvirtd: Libvirtd) -> None:
-    client = SystemLibvirt(libvirtd.uri)
+    client = LibvirtClient(libvirtd.uri)
 
     async def connect_and_close() -> int:
         await client.connect(LibvirtEvents())
@@ -219,7 +219,7 @@ async def test_connections_are_closed_for_good(libvirtd: Libvirtd) -> None:
 
 
 async def test_lost_connections_are_closed_for_good(libvirtd: Libvirtd) -> None:
-    client = SystemLibvirt(libvirtd.uri)
+    client = LibvirtClient(libvirtd.uri)
     files = []
     for _ in range(4):
         events = LibvirtEvents()
@@ -238,7 +238,7 @@ async def test_lost_connections_are_closed_for_good(libvirtd: Libvirtd) -> None:
 
 
 async def test_nothing_can_be_changed_by_the_sources_connection(libvirtd: Libvirtd) -> None:
-    client = SystemLibvirt(libvirtd.uri)
+    client = LibvirtClient(libvirtd.uri)
     await client.connect(LibvirtEvents())
     try:
         with pytest.raises(SourceUnavailable, match="read only"):

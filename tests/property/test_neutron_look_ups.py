@@ -135,7 +135,7 @@ class World:
         return [
             port
             for port in self.neutron.ports_by_id.values()
-            if port.network in networks and port.has(look.address)
+            if port.network in networks and (port.network, look.address) in port.keys
         ]
 
     async def do(self, step: Step) -> None:
@@ -171,7 +171,7 @@ class World:
             assert any(
                 port.serves
                 and port.network == network
-                and port.has(address)
+                and (port.network, address) in port.keys
                 and (port.device, port.project) == (owner, project)
                 for port in ports
             )

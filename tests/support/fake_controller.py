@@ -20,7 +20,6 @@ from imdsproxy.dataplane.haproxy import LastReload
 from imdsproxy.errors import Problem
 from imdsproxy.nova.upstream import NovaEndpointReport
 from imdsproxy.serving.resolver import ResolverCounts
-from imdsproxy.sources.neutron.source import NeutronFigures
 
 _BUSY = LeftOut(NetworkId("red"), None, LeftOutCode.PORT_BUSY, "nginx has port 80", "stop it")
 
@@ -43,14 +42,14 @@ def _tree(values: Mapping[str, object]) -> SimpleNamespace:
 
 
 def _usual() -> dict[str, object]:
-    figures = NeutronFigures(
-        queries={"ok": 9, "failed": 2, "timeout": 1},
-        look_ups={"found": 5, "negative-cached": 3},
-        ports=7,
-        stale_s=12.5,
-        backoff_s=0.75,
+    neutron = SimpleNamespace(
+        name="neutron",
+        queries=SimpleNamespace(
+            results=Counter(ok=9, failed=2, timeout=1), stale_s=12.5, backoff_s=0.75
+        ),
+        look_ups=Counter({"found": 5, "negative-cached": 3}),
+        known=SimpleNamespace(ports=range(7)),
     )
-    neutron = SimpleNamespace(name="neutron", figures=figures)
     denied, mismatched = Counter({Denial.UNKNOWN: 2}), Counter({NetworkId("red"): 3})
     counts = ResolverCounts(found=1, denied=denied, mismatched=mismatched)
     foreign = [SimpleNamespace(socket=one, effect=Effect.BLOCKS) for one in (1, 2, 2)]

@@ -9,7 +9,7 @@ from typing import Final
 
 from imdsproxy.core.model import MacAddress, NetworkId
 from imdsproxy.errors import SourceUnavailable
-from imdsproxy.sources.neutron.client import QueryTimedOut
+from imdsproxy.sources.neutron.client import NeutronClient, QueryTimedOut
 from imdsproxy.sources.neutron.ports import NeutronPort, PortQuery
 from support.hand_clock import HandClock
 
@@ -85,8 +85,8 @@ class FakeTime(HandClock):
             await self.settle(sleepers)
 
 
-@dataclass(slots=True)
-class FakeNeutron:
+@dataclass
+class FakeNeutron(NeutronClient):
     """A Neutron whose ports are what `put` and `remove` make them.
 
     Attributes:

@@ -13,7 +13,7 @@ from imdsproxy.core.model import BridgeListener, Instance, InstanceId, MacAddres
 from imdsproxy.core.records import Refused
 from imdsproxy.core.timing import Backoff
 from imdsproxy.errors import Problem, SourceUnavailable
-from imdsproxy.sources.libvirt.client import LibvirtEvents, SystemLibvirt
+from imdsproxy.sources.libvirt.client import LibvirtClient, LibvirtEvents
 from imdsproxy.sources.libvirt.source import LibvirtSource
 from imdsproxy.sources.libvirt.xml import (
     METADATA_URI,
@@ -29,7 +29,7 @@ from support.libvirt_daemon import Libvirtd, machine
 def libvirt_source(libvirtd: Libvirtd, reread_s: float = 0.2) -> LibvirtSource:
     """A source that looks often."""
     settings = LibvirtSourceSettings.model_construct(reread_s=reread_s)
-    return LibvirtSource(SystemLibvirt(libvirtd.uri), settings, backoff=Backoff(0.05, 0.2))
+    return LibvirtSource(LibvirtClient(libvirtd.uri), settings, backoff=Backoff(0.05, 0.2))
 
 
 def metadata_xml(instance: Instance) -> str:
@@ -76,7 +76,7 @@ def define_domain(libvirtd: Libvirtd, name: str, *interfaces: tuple[str, str], i
     return libvirtd.connection.defineXML(text)
 
 
-class FakeLibvirt:
+class FakeLibvirt(LibvirtClient):
     """A client of a libvirt whose domains and networks are `xml` (by UUID) and `network_xml` (by name)."""
 
     def __init__(self) -> None:

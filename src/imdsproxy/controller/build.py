@@ -30,9 +30,9 @@ from imdsproxy.listeners.host import SystemHost
 from imdsproxy.listeners.observe import HostObserver
 from imdsproxy.nova.upstream import NovaUpstream
 from imdsproxy.sources.api import Source
-from imdsproxy.sources.libvirt.client import SystemLibvirt
+from imdsproxy.sources.libvirt.client import LibvirtClient
 from imdsproxy.sources.libvirt.source import LibvirtSource
-from imdsproxy.sources.neutron.client import NeutronRest
+from imdsproxy.sources.neutron.client import NeutronClient
 from imdsproxy.sources.neutron.source import NeutronSource
 from imdsproxy.sources.sqlite.source import SqliteSource
 
@@ -177,10 +177,10 @@ def build_sources(
 
         # Guests keep their documents over a restart that finds a record file broken.
         kept = state / "last-good.sqlite"
-        found.append(FileSource(wanted.file.directory, last_good=kept, progress=progress))
+        found.append(FileSource(wanted.file.directory, kept, progress=progress))
     if wanted.neutron.enabled:
         neutron = NeutronSource(
-            NeutronRest(wanted.neutron),
+            NeutronClient(wanted.neutron),
             state / "neutron.sqlite",
             wanted.neutron,
             clock=clock,
@@ -189,7 +189,7 @@ def build_sources(
         )
         found.append(neutron)
     if wanted.libvirt.enabled:
-        found.append(LibvirtSource(SystemLibvirt(wanted.libvirt.uri), wanted.libvirt))
+        found.append(LibvirtSource(LibvirtClient(wanted.libvirt.uri), wanted.libvirt))
     return Sources(tuple(found), sqlite, neutron)
 
 

@@ -35,7 +35,7 @@ from imdsproxy.core.timing import Durations
 from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import DataplaneError
 from imdsproxy.sources.neutron.queries import QueryResult
-from imdsproxy.sources.neutron.source import LookUpResult, NeutronFigures
+from imdsproxy.sources.neutron.source import LookUpResult, NeutronSource
 
 NETWORK_SUM: Final = "*"
 """The `network` label of the one sum that stands for all, where there are too many for each."""
@@ -155,10 +155,10 @@ class Metrics(Collector):
         """The same of Neutron's proxies, all together."""
         return self.traffic.totals[AGENTS, AGENTS, column]
 
-    def _neutron(self, read: Callable[[NeutronFigures], _Figure]) -> _Figure | None:
+    def _neutron(self, read: Callable[[NeutronSource], _Figure]) -> _Figure | None:
         """What a figure of that source is; `None` without it."""
         source = self.one.sources.look_up
-        return None if source is None else read(source.figures)
+        return None if source is None else read(source)
 
     def build_info(self) -> Annotated[By, "gauge", "version"]:
         """Always 1; the label says which version runs."""
@@ -225,7 +225,7 @@ class Metrics(Collector):
     def source_failures(self) -> Annotated[By, "counter", "source"]:
         """Times that the source did not answer or its store was refused."""
         found = dict.fromkeys(self.one.inventory.sources, 0)
-        failed = self._neutron(lambda one: sum(one.queries.values()) - one.queries.get("ok", 0))
+        failed = self._neutron(lambda one: one.queries.results.total() - one.queries.results["ok"])
         return found if failed is None else {**found, "neutron": failed}
 
     def haproxy_up(self) -> Gauge:
@@ -370,7 +370,7 @@ class Metrics(Collector):
 
     def neutron_queries(self) -> Annotated[By, "counter", "result"]:
         """Queries to Neutron by result: ok, failed or timeout."""
-        return self._neutron(lambda one: {**_NO_QUERIES, **one.queries})
+        return self._neutron(lambda one: {**_NO_QUERIES, **one.queries.results})
 
     def neutron_look_ups(self) -> Annotated[By, "counter", "result"]:
         """Look-ups of guests that HAProxy did not know, by result: found, known (without a query), missing,
@@ -381,15 +381,15 @@ class Metrics(Collector):
 
     def neutron_ports(self) -> Gauge:
         """Neutron's ports that are known and kept up to date."""
-        return self._neutron(lambda one: one.ports)
+        return self._neutron(lambda one: len(one.known.ports))
 
     def neutron_stale_seconds(self) -> Gauge:
         """Seconds since Neutron answered last, while it does not; else 0. What is known is served on."""
-        return self._neutron(lambda one: one.stale_s)
+        return self._neutron(lambda one: one.queries.stale_s)
 
     def neutron_backoff_seconds(self) -> Gauge:
         """Seconds until Neutron is asked again, while it does not answer; else 0."""
-        return self._neutron(lambda one: one.backoff_s)
+        return self._neutron(lambda one: one.queries.backoff_s)
 
 
 def _metrics() -> Iterator[Metric]:

@@ -143,7 +143,7 @@ class Status:
                 found.append(stranded.problem(**written))
         asked = sources.look_up
         # Others are in sync only while they can be read.
-        stale_s = asked.figures.stale_s if asked is not None and asked is source else 0.0
+        stale_s = asked.queries.stale_s if asked is not None and asked is source else 0.0
         counts = inventory.record_counts(name)
         return reports.SourceReport(name, in_sync, *counts, stale_s, tuple(found))
 

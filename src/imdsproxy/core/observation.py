@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import TypeAlias
 
 from imdsproxy.core.model import Instance, InstanceId, IpAddress, Network, NetworkId
+from imdsproxy.core.packed import PackedInstance, PackedInstances
 from imdsproxy.errors import Problem
 
 SourceName: TypeAlias = str
@@ -31,6 +32,7 @@ class Observation:
         defers: Its instances give way to those of the same id in other sources, because who chose the id may be
             a tenant: a port of Neutron's names any instance that its owner likes.
         more: Another observation follows at once: what these change is looked at together.
+        moves: An address goes from one of the instances to another: they are published at once, not in pieces.
     """
 
     source: SourceName = ""
@@ -44,19 +46,29 @@ class Observation:
     implied_networks: frozenset[NetworkId] = frozenset()
     defers: bool = False
     more: bool = False
+    moves: bool = False
 
     @classmethod
     def of_changes(
         cls,
         networks: Mapping[NetworkId, Network | None],
-        instances: Mapping[InstanceId, Instance | None],
+        instances: Mapping[InstanceId, Instance | PackedInstance | None],
+        *,
+        moves: bool = False,
     ) -> Observation:
         """What has changed, by id; `None` stands for a record that is gone."""
+        packed = PackedInstances()
+        for key, instance in instances.items():
+            if isinstance(instance, PackedInstance):
+                packed.put(instance)
+            elif instance is not None:
+                packed[key] = instance
         return cls(
             networks={key: value for key, value in networks.items() if value is not None},
-            instances={key: value for key, value in instances.items() if value is not None},
+            instances=packed,
             networks_removed=[key for key, value in networks.items() if value is None],
             instances_removed=[key for key, value in instances.items() if value is None],
+            moves=moves,
         )
 
     @property

@@ -174,10 +174,10 @@ async def publish_in_pieces(publish: Publish, observation: Observation) -> None:
 
     Args:
         publish: Takes each piece; the last one is the observation itself.
-        observation: No address in it moves from one instance to another.
+        observation: One that moves an address between instances, and is not full, is published at once.
     """
-    instances = observation.instances
-    if isinstance(instances, PackedInstances) and len(instances) > _PIECE:
+    instances, at_once = observation.instances, observation.moves and not observation.full
+    if isinstance(instances, PackedInstances) and len(instances) > _PIECE and not at_once:
         first = replace(
             observation,
             full=False,

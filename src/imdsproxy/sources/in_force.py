@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from imdsproxy.core.claims import Claims, claim_places
 from imdsproxy.core.model import Instance, InstanceId, Network
@@ -107,8 +107,8 @@ class InForce(Generic[Record]):
         self._unclear: set[str] = set()
 
     @property
-    def records(self) -> dict[str, Record]:
-        """Everything in force."""
+    def records(self) -> dict[Any, Record]:
+        """Everything in force, by id."""
         return {key: held.record for key, held in self._held.items() if held.record is not None}
 
     def prime(self, entry: Entry[Record]) -> None:
@@ -147,8 +147,8 @@ class InForce(Generic[Record]):
         self._touched |= self._held_by_file.get(file, set())
         _store(self._files, file, tuple(entries))
 
-    def settle(self) -> dict[str, Record | None]:
-        """What has changed since the last time: the new record, or `None` for one that is gone."""
+    def settle(self) -> dict[Any, Record | None]:
+        """What has changed since the last time, by id: the new record, or `None` for one that is gone."""
         before = {key: self._held.get(key) for key in self._touched | self._clashes.keys()}
         self._touched.clear()
         self.moved = False
@@ -156,7 +156,7 @@ class InForce(Generic[Record]):
         while self._give_second_chance():
             pass
         self._freed.clear()
-        changes: dict[str, Record | None] = {}
+        changes: dict[Any, Record | None] = {}
         for key, old in before.items():
             new = self._held.get(key)
             record = None if new is None else new.record
@@ -203,22 +203,20 @@ class InForce(Generic[Record]):
     def _put(self, key: str, entries: list[Entry[Record]]) -> None:
         _store(self._entries, key, tuple(sorted(entries, key=lambda entry: entry.order)))
 
-    def _wish(self, key: str) -> tuple[Entry[Record] | None, list[Entry[Record]]]:
+    def _wish(self, key: str) -> tuple[Entry[Record] | None, list[Clash[Record]]]:
         """What an id has in force if no address stands against it, and the good entries that repeat the id."""
-        entries = self._entries.get(key, ())
+        entries, held = self._entries.get(key, ()), self._held.get(key)
         good = [entry for entry in entries if entry.record is not None]
-        held = self._held.get(key)
         own = [entry for entry in entries if held is not None and entry.file == held.file]
         same = next((one for one in own if held is not None and one.record == held.record), None)
         chosen = same or next((one for one in own or good if one.record is not None), None)
         rivals = [entry for entry in good if entry is not chosen]
-        if held is not None:
-            if same is not None:
-                # The record in force is kept, not its equal: others have it already.
-                chosen = replace(same, record=held.record)
-            elif chosen is None and (entries or held.file in self._unclear):
-                chosen = held
-        return chosen, rivals
+        if held is not None and same is not None:
+            # The record in force is kept, not its equal: others have it already.
+            chosen = replace(same, record=held.record)
+        elif held is not None and chosen is None and (entries or held.file in self._unclear):
+            chosen = held
+        return chosen, [] if chosen is None else [Clash(rival, chosen) for rival in rivals]
 
     def _decide(self, before: Mapping[str, Entry[Record] | None]) -> None:
         """Put in force what these ids wish for, all together, as far as addresses allow."""
@@ -237,7 +235,9 @@ class InForce(Generic[Record]):
         for key, entry in settled.items():
             if entry is not None and key not in clashes:
                 self._hold(entry)
-            self._note(key, wishes[key], clashes.get(key) or fallen.get(key))
+            refused = clashes.get(key) or fallen.get(key)
+            found = wishes[key][1] if refused is None else [refused, *wishes[key][1]]
+            _store(self._clashes, key, tuple(found))
 
     def _contest(
         self,
@@ -248,14 +248,10 @@ class InForce(Generic[Record]):
         taken: dict[AddressKey, Entry[Record]] = {}
         changed: list[Entry[Record]] = []
         for key, entry in after.items():
-            held = before[key]
             if entry is None:
                 continue
-            if held is None:
-                changed.append(entry)
-                continue
-            kept = self._claimed(entry)
-            if entry.record is not held.record:
+            kept, held = self._claimed(entry), before[key]
+            if held is None or entry.record is not held.record:
                 changed.append(entry)
                 kept = set(kept).intersection(self._claimed(held))
             taken.update(dict.fromkeys(kept, entry))
@@ -275,15 +271,18 @@ class InForce(Generic[Record]):
         claimed: Iterable[AddressKey],
         taken: Mapping[AddressKey, Entry[Record]],
     ) -> Clash[Record] | None:
-        """What stands against an entry: `taken`, and what is held."""
-        against: dict[str, tuple[Entry[Record], list[AddressKey]]] = {}
+        """What stands against an entry: the first of `taken` and what is held."""
+        first: Entry[Record] | None = None
+        addresses: list[AddressKey] = []
         for address in claimed:
             holder = self._holders.owner(address)
             other = taken.get(address) or (self._held[holder] if isinstance(holder, str) else None)
-            if other is not None and other.id != entry.id:
-                against.setdefault(other.id, (other, []))[1].append(address)
-        first = next(iter(against.values()), None)
-        return None if first is None else Clash(entry, first[0], tuple(first[1]))
+            if other is None or other.id == entry.id:
+                continue
+            first = first or other
+            if other.id == first.id:
+                addresses.append(address)
+        return None if first is None else Clash(entry, first, tuple(addresses))
 
     def _give_second_chance(self) -> bool:
         """Put in force who was refused for the sake of one that fell back itself; say if any."""
@@ -293,24 +292,12 @@ class InForce(Generic[Record]):
             if self._clash(entry, self._claimed(entry), {}) is None:
                 self._release(entry.id)
                 self._hold(entry)
-                self._note(entry.id, self._wish(entry.id), None)
+                _store(self._clashes, entry.id, tuple(self._wish(entry.id)[1]))
                 moved = True
         return moved
 
-    def _note(
-        self,
-        key: str,
-        wish: tuple[Entry[Record] | None, list[Entry[Record]]],
-        refused: Clash[Record] | None,
-    ) -> None:
-        entry, rivals = wish
-        found = [] if refused is None else [refused]
-        if entry is not None:
-            found += [Clash(rival, entry) for rival in rivals]
-        _store(self._clashes, key, tuple(found))
-
-    def _claimed(self, entry: Entry[Record]) -> Iterable[AddressKey]:
-        return () if entry.record is None else self._claims(entry.record)
+    def _claimed(self, entry: Entry[Record] | None) -> Iterable[AddressKey]:
+        return () if entry is None or entry.record is None else self._claims(entry.record)
 
     def _release(self, key: str) -> None:
         held = self._held.pop(key, None)
@@ -366,14 +353,10 @@ def taken_address(
         lines: The lines of its claims, in the order of `claim_places`.
     """
     network, shown = address
-    parts = (
-        (part, line)
-        for (claimed, part), line in zip_longest(claim_places(instance), lines)
-        if claimed == address
-    )
-    part, line = next(parts, ((), None))
+    claims = zip_longest(claim_places(instance), lines)
+    part, line = next((claim[1], line) for claim, line in claims if claim[0] == address)
     what = f"{shown} in network {network}"
-    if part and part[-1] == "mac":
+    if part[-1] == "mac":
         what = f"the MAC's link-local address {what}"
     where = f" ({place})" if place else ""
     return Problem(

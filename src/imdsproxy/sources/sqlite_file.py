@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,6 @@ from imdsproxy.errors import Problem, SourceCorrupt, SourceError, SourceRefused,
 
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
-_T = TypeVar("_T")
 
 APPLICATION_ID: Final = 0x494D4453
 """`IMDS`: SQLite's `application_id`, which marks our files."""
@@ -167,6 +166,7 @@ class SideCache(Generic[_Key, _Value]):
     Attributes:
         path: The file; made when there is something to keep.
         schema: Statements that make its tables.
+        read: Every value that the file has, by its key.
         write: Stores a value under its key; deletes what is there for `None`.
         subject: The field of `problem`.
         lost: What `problem` says, as "records in force are not kept".
@@ -175,23 +175,23 @@ class SideCache(Generic[_Key, _Value]):
 
     path: Path
     schema: str
+    read: Callable[[sqlite3.Connection], Iterable[tuple[_Key, _Value]]]
     write: Callable[[sqlite3.Connection, _Key, _Value | None], None]
     subject: str
     lost: str
     problem: Problem | None = None
     _unsaved: dict[_Key, _Value | None] = field(default_factory=dict)
 
-    def load(self, read: Callable[[sqlite3.Connection], _T]) -> _T | None:
-        """What `read` makes of the file; `None` where there is none or it cannot be used. Blocks."""
+    def load(self) -> tuple[tuple[_Key, _Value], ...]:
+        """Every value by its key; none where there is no file or it cannot be used. Blocks."""
         try:
             with store_failures(self.path):
-                if not self.path.exists():
-                    return None
-                with closing(open_store(self.path, (self.schema,))) as connection:
-                    return read(connection)
+                if self.path.exists():
+                    with closing(open_store(self.path, (self.schema,))) as connection:
+                        return tuple(self.read(connection))
         except SourceError as error:
             self._note(error)
-            return None
+        return ()
 
     def keep(self, changes: Mapping[_Key, _Value | None]) -> None:
         """Have `save` write these; `None` for what is gone."""

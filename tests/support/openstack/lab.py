@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from support.openstack.front import FrontWriter
 from support.openstack.install import environments
-from support.openstack.neutron_rest import Answer, NeutronRest, Refused, ask
+from support.openstack.neutron_rest import Answer, NeutronClient, Refused, ask
 from support.openstack.processes import Place, agent_server, neutron_server, nova_server
 from support.openstack.servers import Server, free_port
 from support.openstack.settings import render_clouds
@@ -53,7 +53,7 @@ class OpenStack:
     nova: Nova
     neutron: Server
     neutron_url: str
-    rest: NeutronRest
+    rest: NeutronClient
     lookups: tuple[Lookup, ...] = field(repr=False)
     agent: Server
     secret_file: Path
@@ -275,7 +275,7 @@ def open_openstack(
             nova=nova,
             neutron=neutron,
             neutron_url=neutron_url,
-            rest=NeutronRest(neutron_url),
+            rest=NeutronClient(neutron_url),
             lookups=lookups_of(seed),
             agent=agent,
             secret_file=secret_file,

@@ -90,7 +90,7 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
 
-class NeutronRest:
+class NeutronClient:
     """The lab's Neutron; every caller is an administrator.
 
     Args:

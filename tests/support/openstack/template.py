@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from support.openstack.install import INSIDE, Environments, Made, made_once, stamp_of
-from support.openstack.neutron_rest import NeutronRest
+from support.openstack.neutron_rest import NeutronClient
 from support.openstack.processes import Place, neutron_server
 from support.openstack.servers import free_port
 from support.openstack.table import (
@@ -65,7 +65,7 @@ def _make(path: Path, environments: Environments) -> None:
         server = neutron_server(place, port=port)
         try:
             server.start()
-            seed = _sow(NeutronRest(f"http://127.0.0.1:{port}"))
+            seed = _sow(NeutronClient(f"http://127.0.0.1:{port}"))
             nova.result()
             instances = json.dumps(_instances())
             place.run_inside("nova", "seed_nova.py", settings, stdin=instances)
@@ -74,7 +74,7 @@ def _make(path: Path, environments: Environments) -> None:
     (path / _SEED).write_text(json.dumps(dataclasses.asdict(seed), indent=1))
 
 
-def _sow(rest: NeutronRest) -> Seed:
+def _sow(rest: NeutronClient) -> Seed:
     networks, subnets = _sow_networks(rest)
     routers = _sow_routers(rest, networks, subnets)
     # Neutron makes it when somebody first lists groups. Two who do at once lock SQLite, and Nova answers 500.
@@ -90,7 +90,7 @@ def _sow(rest: NeutronRest) -> Seed:
     return Seed(networks=networks, routers=routers, ports=ports)
 
 
-def _sow_networks(rest: NeutronRest) -> tuple[dict[str, str], dict[str, str]]:
+def _sow_networks(rest: NeutronClient) -> tuple[dict[str, str], dict[str, str]]:
     networks: dict[str, str] = {}
     subnets: dict[str, str] = {}
     for plan in NETWORKS:
@@ -111,7 +111,7 @@ def _sow_networks(rest: NeutronRest) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def _sow_routers(
-    rest: NeutronRest, networks: dict[str, str], subnets: dict[str, str]
+    rest: NeutronClient, networks: dict[str, str], subnets: dict[str, str]
 ) -> dict[str, str]:
     routers = {}
     for plan in ROUTERS:
@@ -129,7 +129,7 @@ def _sow_routers(
 
 
 def _sow_port(
-    rest: NeutronRest,
+    rest: NeutronClient,
     plan: PortPlan,
     networks: dict[str, str],
     subnets: dict[str, str],

@@ -8,7 +8,7 @@ from imdsproxy.config.schema import Settings
 from imdsproxy.controller import build
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.host.clock import SystemClock
-from imdsproxy.sources.libvirt.client import SystemLibvirt
+from imdsproxy.sources.libvirt.client import LibvirtClient
 from imdsproxy.sources.libvirt.records import Selection
 from imdsproxy.sources.libvirt.source import LibvirtSource
 from imdsproxy.sources.neutron.source import NeutronSource
@@ -54,7 +54,7 @@ def test_libvirt_is_asked_as_the_settings_say() -> None:
     settings = Settings.model_validate({"sources": {"libvirt": said}})
     _store, source = build.build_sources(settings, SystemClock(), begin=_begin).all
     assert isinstance(source, LibvirtSource)
-    assert isinstance(source._client, SystemLibvirt)
+    assert isinstance(source._client, LibvirtClient)
     assert source._client._uri == "test:///default"
     assert source._known._selection == Selection(frozenset({"default"}), marked_only=True)
     assert source._reread_s == 5.0

@@ -11,7 +11,6 @@ from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.observation import StrandedPort
 from imdsproxy.errors import Problem
 from imdsproxy.sources.api import Origin
-from imdsproxy.sources.neutron.source import NeutronFigures
 from support.fake_controller import fake_controller, fake_status
 
 _RELOAD = ("number", "at", "reason", "ok", "result", "took_s")
@@ -55,7 +54,7 @@ async def test_a_source_that_does_not_answer_says_for_how_long() -> None:
     assert sources["neutron"]["stale_s"] == 12.5
     assert (sources["sqlite"]["stale_s"], sources["sqlite"]["instances"]) == (0.0, 3)
     assert [each["reason"] for each in sources["sqlite"]["problems"]] == ["is empty"]
-    one.sources.look_up.figures = NeutronFigures()
+    one.sources.look_up.queries.stale_s = 0.0
     assert [each["stale_s"] for each in (await _report(one))["sources"]] == [0.0, 0.0]
 
 

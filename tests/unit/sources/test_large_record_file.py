@@ -164,7 +164,7 @@ def test_progress_is_shown_while_a_large_file_is_read(large: Path) -> None:
 
 def test_progress_is_shown_while_many_records_are_compared(large: Path) -> None:
     progress = _Seen()
-    FileSource(large.parent, progress=progress).read()
+    FileSource(large.parent, large.with_suffix(".sqlite"), progress=progress).read()
     compared = [one for one in progress.seen if one.startswith("comparing the addresses")]
     assert len(compared) >= _COUNT // 1000
     assert len(set(compared)) == len(compared)
@@ -180,7 +180,7 @@ async def test_the_event_loop_goes_on_while_a_large_file_is_read(
     slow.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(slow))
     progress = Progress()
-    source = FileSource(large.parent, progress=progress)
+    source = FileSource(large.parent, large.with_suffix(".sqlite"), progress=progress)
     heard = Heard(source)
     task = asyncio.create_task(source.run(heard.publish))
     try:

@@ -81,7 +81,7 @@ def web(inside: str = "", *interfaces: tuple[str, str], name: str = "web") -> st
 
 def the_instance(found: LibvirtKnown) -> Instance:
     assert not found.problems
-    (instance,) = found.instances.values()
+    (instance,) = found.records.instances.values()
     return instance
 
 
@@ -207,7 +207,7 @@ def test_what_is_wrong_with_the_element_is_reported_with_the_domain(
     problem = the_problem(found)
     assert (problem.field, problem.file) == (field, "domain web")
     assert words in str(problem)
-    assert not found.instances
+    assert not found.records.instances
 
 
 def test_a_domain_keeps_its_record_when_its_element_breaks_or_another_claims_the_same() -> None:
@@ -218,11 +218,11 @@ def test_a_domain_keeps_its_record_when_its_element_breaks_or_another_claims_the
     same = f"id='{uuid_of('web')}'"
     clone = web(element("", same), ("network=default", "52:54:00:00:00:09"), name="clone")
     assert not update(found, [good, clone, web(name="thief")]).instances
-    assert [each.hostname for each in found.instances.values()] == ["good"]
+    assert [each.hostname for each in found.records.instances.values()] == ["good"]
     problems = {(each.file, each.field): each for each in found.problems}
     assert "domain web" in problems["domain clone", "instance.id"].reason
     assert "192.168.122.5" in problems["domain thief", "instance.ports[0].addresses[0]"].reason
-    (instance,) = found.instances
+    (instance,) = found.records.instances
     assert found.place_of(instance) == "domain web"
     assert found.place_of(type(instance)("nobody")) is None
 
@@ -232,10 +232,10 @@ def test_a_domain_that_cannot_be_parsed_any_more_keeps_its_record_and_the_networ
 ):
     domain = web("", ("bridge=br0", MAC))
     found = known([domain], [BRIDGED])
-    before = dict(found.instances)
+    before = dict(found.records.instances)
     update(found, [domain.partition("<devices>")[0]], [BRIDGED])
     assert found.problems
-    assert found.instances == before
+    assert found.records.instances == before
     assert found.implied == {"br0"}
 
 
@@ -280,7 +280,7 @@ def test_an_interface_is_a_port_where_its_network_is_chosen_and_its_guest_reache
         elif text is marked:
             assert the_instance(found).ports == ()
         else:
-            assert not found.instances
+            assert not found.records.instances
 
 
 def test_marked_domains_only_where_that_is_chosen() -> None:
@@ -305,4 +305,4 @@ def test_xml_that_cannot_be_parsed_is_reported_and_affects_nothing_else() -> Non
     update(found, ["<domain"], ["<network", NAT])
     assert {problem.file for problem in found.problems} == {"a domain", "a network"}
     assert set(found.networks) == {"default"}
-    assert len(found.instances) == 1
+    assert len(found.records.instances) == 1

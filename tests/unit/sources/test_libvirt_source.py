@@ -9,7 +9,7 @@ import pytest
 
 from imdsproxy.core.timing import Backoff
 from imdsproxy.errors import SourceUnavailable
-from imdsproxy.sources.libvirt.client import LibvirtClient, LibvirtEvents, SystemLibvirt
+from imdsproxy.sources.libvirt.client import LibvirtClient, LibvirtEvents
 from imdsproxy.sources.libvirt.source import LibvirtSource
 from imdsproxy.sources.settings import LibvirtSourceSettings
 from support.libvirt_backing import FakeLibvirt, domain_xml, uuid_of
@@ -68,7 +68,7 @@ async def test_without_libvirts_module_the_hint_names_the_package(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "libvirt", None)
-    async with running(_source(SystemLibvirt("qemu:///system"))) as heard:
+    async with running(_source(LibvirtClient("qemu:///system"))) as heard:
         (problem,) = heard.last.problems
         assert not heard.last.in_sync
         assert "Python module" in problem.reason
@@ -86,7 +86,7 @@ async def test_a_connection_whose_end_cannot_be_watched_is_closed(
     connection = library.openReadOnly.return_value
     connection.registerCloseCallback.side_effect = LibvirtError("not supported")
     monkeypatch.setitem(sys.modules, "libvirt", library)
-    client = SystemLibvirt("test:///default")
+    client = LibvirtClient("test:///default")
     with pytest.raises(SourceUnavailable, match="not supported"):
         await client.connect(LibvirtEvents())
     await client.close()

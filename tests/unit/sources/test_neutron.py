@@ -125,7 +125,7 @@ async def test_a_source_that_knows_nothing_is_in_sync_and_finds_out_whether_neut
         assert first.full
         assert first.in_sync
         assert not first.instances
-        assert one.source.figures.queries == {"ok": 1}
+        assert one.source.queries.results == {"ok": 1}
         await one.pass_time(30)
         assert one.asked == 0
 
@@ -277,7 +277,7 @@ async def test_a_hundred_misses_of_one_address_are_one_query(kept: Path) -> None
         assert await asyncio.gather(*looks[1:]) == [_FOUND_A] * 99
         assert looks[0].cancelled()
         assert one.asked == 1
-        assert one.source.figures.look_ups["coalesced"] == 99
+        assert one.source.look_ups["coalesced"] == 99
 
 
 async def test_all_behind_a_router_wait_for_one_question_about_its_networks(kept: Path) -> None:
@@ -318,7 +318,7 @@ async def test_a_negative_answer_is_believed_for_seconds(
         one.neutron.put(_A)
         await one.pass_time(ttl)
         assert await one.look("n1", "10.0.0.5") == _FOUND_A
-        results = one.source.figures.look_ups
+        results = one.source.look_ups
         assert (results["missing"], results["found"]) == (2 - believed, 1)
         assert results.get("negative-cached", 0) == believed
 
@@ -354,10 +354,10 @@ async def test_a_network_that_invents_addresses_leaves_room_for_the_others(kept:
         assert await honest == PortFound(NetworkId("n2"), InstanceId("i-c"))
         answers = await asyncio.gather(*invented)
         assert {type(each) for each in answers} == {PortMissing, LookUpUnavailable}
-        assert one.source.figures.stale_s == 0
+        assert one.source.queries.stale_s == 0
         # What stands for a network or router goes with its last question.
         await one.look("r", "10.0.0.5", router=True)
-        queries = one.source._queries
+        queries = one.source.queries
         assert not [*queries._shares, *queries._waiting, *queries._asking]
 
 
@@ -511,9 +511,9 @@ async def test_a_guest_that_does_not_ask_in_time_is_withdrawn_kept_up_to_date_an
         assert await one.look("n1", "10.0.0.6") == _MISSING
         await one.pass_time(100)
         assert not one.owners
-        assert one.source.figures.ports == 1
+        assert len(one.source.known.ports) == 1
         await one.pass_time(_SHORT.aside_s)
-        assert one.source.figures.ports == 0
+        assert not one.source.known.ports
 
 
 async def test_lifetimes_that_began_together_do_not_end_together(kept: Path) -> None:
@@ -543,15 +543,15 @@ async def test_what_is_known_is_still_served_and_marked_stale(
         assert confirmation is not None
         assert (confirmation.port, confirmation.stale) == ("p-a", True)
         assert confirmation.age_s >= 2000
-        assert one.source.figures.stale_s >= 1990
-        assert set(one.source.figures.queries) == {"ok", result}
+        assert one.source.queries.stale_s >= 1990
+        assert set(one.source.queries.results) == {"ok", result}
         assert one.in_sync()
         (problem,) = one.heard.last.problems
         assert problem.field == "neutron"
         assert problem.reason == str(failure).splitlines()[0]
         one.neutron.failure = None
         await one.pass_time(40)
-        assert one.source.figures.stale_s == 0
+        assert one.source.queries.stale_s == 0
         assert not one.heard.last.problems
 
 
@@ -563,12 +563,12 @@ async def test_look_ups_of_the_unknown_fail_at_once_while_neutron_is_down(kept: 
         for number in range(20):
             assert isinstance(await one.look("n1", f"10.0.0.{number}"), LookUpUnavailable)
         assert one.asked == 0
-        assert one.source.figures.backoff_s > 0
+        assert one.source.queries.backoff_s > 0
         # It notices by itself that Neutron answers again.
         one.neutron.failure = None
         await one.pass_time(2)
         assert not one.heard.last.problems
-        assert one.source.figures.backoff_s == 0
+        assert one.source.queries.backoff_s == 0
         assert await one.look("n1", "10.0.0.5") == _FOUND_A
 
 
@@ -584,12 +584,12 @@ async def test_the_pauses_grow_to_half_a_minute_and_are_of_random_length(kept: P
         pauses = []
         await one.look("n1", "10.0.0.5")
         for _ in range(8):
-            pauses.append(one.source.figures.backoff_s)
+            pauses.append(one.source.queries.backoff_s)
             await one.pass_time(pauses[-1])
         assert pauses == [2, 4, 8, 16, 30, 30, 30, 30]
         one.random[0] = 0.25
         await one.pass_time(30)
-        assert one.source.figures.backoff_s == 7.5
+        assert one.source.queries.backoff_s == 7.5
 
 
 async def test_when_a_pause_is_over_one_query_finds_out(kept: Path) -> None:
@@ -615,8 +615,8 @@ async def test_failures_on_their_way_together_are_one(kept: Path) -> None:
         await asyncio.sleep(0.01)
         one.neutron.open.set()
         await asyncio.gather(*looks)
-        assert one.source.figures.backoff_s == 2
-        assert one.source.figures.queries == {"ok": 1, "failed": 8}
+        assert one.source.queries.backoff_s == 2
+        assert one.source.queries.results == {"ok": 1, "failed": 8}
 
 
 # Over a restart
@@ -715,7 +715,7 @@ async def test_a_neutron_that_knows_no_pages_or_begins_each_anew_is_not_asked_fo
     neutron = FakeNeutron(ignored=frozenset(ignored))
     async with rig(kept, *_many(25), settings=_LISTED, neutron=neutron) as one:
         assert len(one.owners) == found
-        assert one.source.figures.queries["ok"] <= 3
+        assert one.source.queries.results["ok"] <= 3
 
 
 async def test_the_list_is_read_again_and_only_changes_are_reported(kept: Path) -> None:
@@ -808,7 +808,7 @@ async def test_a_list_that_cannot_be_read_to_its_end_takes_nothing_away(kept: Pa
         await one.pass_time(70)
         assert len(one.owners) == 25
         assert one.heard.last.problems[0].field == "list"
-        assert one.source.figures.backoff_s == 0  # one long query says nothing of short ones
+        assert one.source.queries.backoff_s == 0  # one long query says nothing of short ones
         one.neutron.failure = None
         await one.pass_time(20)
         assert not one.heard.last.problems

@@ -10,7 +10,7 @@ import pytest
 
 from imdsproxy.core.addresses import link_local_of
 from imdsproxy.core.model import InstanceId, MacAddress, NetworkId
-from imdsproxy.sources.neutron.cache import load_cache, open_cache
+from imdsproxy.sources.neutron.cache import open_cache
 from imdsproxy.sources.neutron.known import KnownPorts
 from imdsproxy.sources.neutron.ports import (
     NeutronPort,
@@ -146,4 +146,4 @@ def test_what_a_cache_could_not_write_it_writes_the_next_time(tmp_path: Path) ->
     cache.keep({second.id: second})
     cache.save()
     assert cache.problem is None
-    assert set(load_cache(open_cache(path)).ports) == {first, second}
+    assert set(open_cache(path).load()) == {(first.id, first), (second.id, second)}

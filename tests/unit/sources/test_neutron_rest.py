@@ -19,7 +19,7 @@ from typing import Final
 import pytest
 
 from imdsproxy.errors import LibraryMissing, SourceUnavailable
-from imdsproxy.sources.neutron.client import NeutronRest, QueryTimedOut
+from imdsproxy.sources.neutron.client import NeutronClient, QueryTimedOut
 from imdsproxy.sources.neutron.ports import PortQuery
 from imdsproxy.sources.settings import NeutronSourceSettings
 from support.patience import patience
@@ -66,8 +66,8 @@ async def serving(serve: Serve) -> AsyncIterator[str]:
 
 
 @contextlib.asynccontextmanager
-async def client_of(url: str, *, timeout_s: float = 10) -> AsyncIterator[NeutronRest]:
-    client = NeutronRest(NeutronSourceSettings(endpoint=url, timeout_s=timeout_s))
+async def client_of(url: str, *, timeout_s: float = 10) -> AsyncIterator[NeutronClient]:
+    client = NeutronClient(NeutronSourceSettings(endpoint=url, timeout_s=timeout_s))
     try:
         yield client
     finally:
@@ -254,7 +254,7 @@ async def test_without_its_library_a_query_says_how_to_install_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, missing: str
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
-    rest = NeutronRest(NeutronSourceSettings(cloud="lab", clouds_file=tmp_path / "clouds.yaml"))
+    rest = NeutronClient(NeutronSourceSettings(cloud="lab", clouds_file=tmp_path / "clouds.yaml"))
     with pytest.raises(LibraryMissing) as caught:
         await rest.ports(PortQuery())
     await rest.close()
@@ -314,7 +314,7 @@ class Keystone:
 @contextlib.asynccontextmanager
 async def keystone(
     tmp_path: Path, **options: object
-) -> AsyncIterator[tuple[Keystone, NeutronRest]]:
+) -> AsyncIterator[tuple[Keystone, NeutronClient]]:
     made = Keystone(**options)  # type: ignore[arg-type]
     async with serving(made.serve) as url:
         made.url = url
@@ -330,7 +330,7 @@ async def keystone(
         await asyncio.to_thread(clouds.write_text, json.dumps({"clouds": {"here": cloud}}))
         secure = {"clouds": {"here": {"auth": {"password": "right"}}}}
         await asyncio.to_thread(tmp_path.joinpath("secure.yaml").write_text, json.dumps(secure))
-        client = NeutronRest(NeutronSourceSettings(cloud="here", clouds_file=clouds))
+        client = NeutronClient(NeutronSourceSettings(cloud="here", clouds_file=clouds))
         try:
             yield made, client
         finally:
@@ -377,7 +377,7 @@ async def test_a_clouds_file_that_cannot_be_used_is_reported(
     clouds = tmp_path / "clouds.yaml"
     if text is not None:
         clouds.write_text(text)
-    client = NeutronRest(NeutronSourceSettings(cloud="here", clouds_file=clouds))
+    client = NeutronClient(NeutronSourceSettings(cloud="here", clouds_file=clouds))
     try:
         with pytest.raises(SourceUnavailable) as caught:
             await client.ports(PortQuery(limit=1))

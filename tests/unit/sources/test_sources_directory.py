@@ -41,7 +41,7 @@ class Bench:
 
     def restart(self) -> None:
         """A new process reads the directory."""
-        self.source = FileSource(self.path, clock=lambda: self.now, last_good=self.kept)
+        self.source = FileSource(self.path, self.kept, clock=lambda: self.now)
 
     def write(self, name: str, text: str | bytes) -> Path:
         path = self.path / name

@@ -48,6 +48,10 @@ def has(name: str, text: str, heard: Heard) -> bool:
     return data_of(heard) == {name: text.encode()}
 
 
+def source_of(directory: Path) -> FileSource:
+    return FileSource(directory, directory.parents[1] / "last-good.sqlite")
+
+
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     path = tmp_path / "etc" / "records"
@@ -56,7 +60,7 @@ def directory(tmp_path: Path) -> Path:
 
 
 async def test_files_that_come_change_and_go_are_reported(directory: Path) -> None:
-    async with running(FileSource(directory)) as heard:
+    async with running(source_of(directory)) as heard:
         write(directory / "x.json", record("a", "1"))
         await heard.until(lambda each: data_of(each) == {"a": b"1"})
         write(directory / "x.json", record("a", "2"), record("b", "1"))
@@ -75,7 +79,7 @@ async def test_a_file_overwritten_in_place_a_hundred_times_never_loses_its_recor
     monkeypatch.setattr("imdsproxy.sources.file.source._EMPTY_S", 30.0)
     path = directory / "x.json"
     write(path, record("a", "0"), *(record(f"i{n}") for n in range(50)))
-    async with running(FileSource(directory)) as heard:
+    async with running(source_of(directory)) as heard:
         for turn in range(100):
             overwrite(path, record("a", str(turn)), *(record(f"i{n}") for n in range(50)))
             await asyncio.sleep(0)
@@ -85,7 +89,7 @@ async def test_a_file_overwritten_in_place_a_hundred_times_never_loses_its_recor
 
 async def test_a_change_is_reported_within_a_tenth_of_a_second(directory: Path) -> None:
     took = []
-    async with running(FileSource(directory)) as heard:
+    async with running(source_of(directory)) as heard:
         for turn in range(9):
             text = str(turn)
             begin = time.monotonic()
@@ -98,7 +102,7 @@ async def test_a_change_is_reported_within_a_tenth_of_a_second(directory: Path) 
 async def test_a_payload_in_another_directory_is_watched(directory: Path, tmp_path: Path) -> None:
     payload = tmp_path / "later" / "still" / "web.sh"
     write(directory / "x.json", {"id": "a", "name": "a", "user_data_file": str(payload)})
-    async with running(FileSource(directory)) as heard:
+    async with running(source_of(directory)) as heard:
         assert "there is no file" in heard.last.problems[0].reason
         payload.parent.mkdir(parents=True)
         payload.write_bytes(b"one")
@@ -116,7 +120,7 @@ async def test_a_directory_that_comes_late_or_goes_and_is_made_again_is_followed
     tmp_path: Path,
 ) -> None:
     directory = tmp_path / "not" / "yet"
-    async with running(FileSource(directory)) as heard:
+    async with running(source_of(directory)) as heard:
         (first,) = heard.observations
         assert (first.full, first.in_sync) == (False, False)
         assert "cannot be listed" in first.problems[0].reason
@@ -137,15 +141,14 @@ async def test_a_directory_that_comes_late_or_goes_and_is_made_again_is_followed
 
 
 async def test_a_restart_with_a_broken_file_reports_what_was_in_force(
-    directory: Path, tmp_path: Path
+    directory: Path,
 ) -> None:
-    kept = tmp_path / "last-good.sqlite"
     write(directory / "x.json", record("a", "1"))
-    async with running(FileSource(directory, last_good=kept)) as heard:
+    async with running(source_of(directory)) as heard:
         await heard.until(partial(has, "a", "1"))
         (directory / "x.json").write_text("[")
         await heard.until(lambda each: each.last.problems)
-    async with running(FileSource(directory, last_good=kept)) as again:
+    async with running(source_of(directory)) as again:
         assert again.last.full
         assert again.last.problems
         assert has("a", "1", again)
@@ -154,7 +157,7 @@ async def test_a_restart_with_a_broken_file_reports_what_was_in_force(
 async def test_a_memory_that_cannot_be_kept_is_reported(directory: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     write(directory / "x.json", record("a", "1"))
-    source = FileSource(directory, last_good=tmp_path / "file" / "last-good.sqlite")
+    source = FileSource(directory, tmp_path / "file" / "last-good.sqlite")
     async with running(source) as heard:
         await heard.until(lambda each: each.last.problems)
         assert heard.last.problems[0].field == "last-good"
@@ -166,7 +169,7 @@ async def test_a_directory_replaced_by_another_is_followed(directory: Path) -> N
     other.mkdir()
     write(directory / "x.json", record("a", "1"))
     write(other / "x.json", record("a", "2"))
-    async with running(FileSource(directory)) as heard:
+    async with running(source_of(directory)) as heard:
         await asyncio.to_thread(directory.rename, directory.with_name("old"))
         await asyncio.to_thread(other.rename, directory)
         await heard.until(lambda each: data_of(each) == {"a": b"2"})
@@ -183,7 +186,7 @@ async def test_files_behind_a_symbolic_link_are_read_again_when_it_or_they_chang
         write(directory / f"..{version}" / "x.json", record("a", version))
     (directory / "..data").symlink_to("..1")
     (directory / "x.json").symlink_to("..data/x.json")
-    async with running(FileSource(directory)) as heard:
+    async with running(source_of(directory)) as heard:
         assert data_of(heard) == {"a": b"1"}
         (directory / "..data.new").symlink_to("..2")
         await asyncio.to_thread((directory / "..data.new").rename, directory / "..data")
@@ -200,7 +203,7 @@ async def test_without_inotify_the_directory_is_looked_at_from_time_to_time(
 
     monkeypatch.setattr(Watch, "__init__", refuse)
     monkeypatch.setattr(file_source, "_UNWATCHED_S", 0.05)
-    async with running(FileSource(directory)) as heard:
+    async with running(source_of(directory)) as heard:
         assert "inotify" in heard.last.problems[0].hint
         assert heard.last.in_sync
         write(directory / "x.json", record("a", "1"))
@@ -210,7 +213,7 @@ async def test_without_inotify_the_directory_is_looked_at_from_time_to_time(
 async def test_an_idle_source_uses_next_to_no_time(directory: Path) -> None:
     for number in range(200):
         write(directory / f"{number}.json", record(f"i{number}"))
-    async with running(FileSource(directory)) as heard:
+    async with running(source_of(directory)) as heard:
         used, begin = time.process_time(), time.monotonic()
         await asyncio.sleep(1.0)  # what is measured is that nothing happens for a while
         used, passed = time.process_time() - used, time.monotonic() - begin
@@ -228,7 +231,7 @@ async def test_a_change_just_before_watching_begins_is_seen(
         begin(self, places)
 
     monkeypatch.setattr(Watch, "__init__", late)
-    async with running(FileSource(directory)) as heard:
+    async with running(source_of(directory)) as heard:
         await heard.until(lambda each: data_of(each) == {"a": b"1"})
 
 
@@ -238,7 +241,7 @@ async def test_a_cancelled_source_leaves_no_inotify_behind(directory: Path) -> N
         return sum("inotify" in str(link) for link in links)
 
     before = count()
-    async with running(FileSource(directory)):
+    async with running(source_of(directory)):
         assert count() > before
     async with asyncio.timeout(30):
         while count() > before:
@@ -252,7 +255,7 @@ async def test_many_records_come_in_pieces_and_moved_addresses_at_once(
         ports = [{"network": "n", "addresses": [f"10.0.{address // 200}.{address % 200}"]}]
         return record(f"i{number}", ports=ports, hostname=hostname)
 
-    async with running(FileSource(directory)) as heard:
+    async with running(source_of(directory)) as heard:
         write(directory / "x.json", *(web(n, n) for n in range(500)))
         await heard.until(lambda each: len(each.last.instances) == 500)
         pieces = [each for each in heard.observations if each.more]

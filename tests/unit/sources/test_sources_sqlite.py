@@ -138,7 +138,7 @@ def test_the_store_notes_when_an_instance_came_and_keeps_that(path: Path) -> Non
         with closing(Store(path, now=lambda: now)) as store:
             store.put([], [instance])
         with closing(Store(path)) as store:
-            return store.load().records.instances[A.id].created_at
+            return store.load().instances[A.id].created_at
 
     assert put(unsaid) == 100
     now = 200.0
@@ -155,7 +155,7 @@ def test_no_time_is_made_up_for_what_was_there_before(path: Path, row: str) -> N
     with closing(Store(path, now=lambda: 100)) as store:
         store._connection.execute("INSERT INTO instances VALUES ('a', ?, NULL)", (row,))
         store.put([], [replace(A, created_at=None)])
-        assert store.load().records.instances[A.id].created_at is None
+        assert store.load().instances[A.id].created_at is None
 
 
 def test_only_its_owner_can_read_the_store(path: Path) -> None:
@@ -245,7 +245,7 @@ def test_a_migration_that_fails_half_way_changes_nothing(path: Path) -> None:
     with pytest.raises(sqlite3.OperationalError):
         open_store(path, broken)
     with closing(Store(path)) as store:
-        assert store.load().records.networks == {"n1": N1}
+        assert store.load().networks == {"n1": N1}
 
 
 def test_a_full_disk_is_reported_and_what_was_stored_stays(path: Path) -> None:
@@ -257,10 +257,10 @@ def test_a_full_disk_is_reported_and_what_was_stored_stays(path: Path) -> None:
         store.put([], [B, replace(A, user_data=bytes(1_000_000))])
     assert "make room" in caught.value.hint
     assert str(path.parent) in caught.value.hint
-    assert store.load().records.instances == {"a": A}
+    assert store.load().instances == {"a": A}
     store._connection.execute("PRAGMA max_page_count = 100000")
     store.put([], [B])
-    assert store.load().records.instances == {"a": A, "b": B}
+    assert store.load().instances == {"a": A, "b": B}
     store.close()
 
 
@@ -297,13 +297,13 @@ def test_rows_that_other_programs_wrote_are_mended_or_reported(path: Path) -> No
         connection.execute("INSERT INTO networks VALUES ('n9', '[]')")
     store = Store(path)
     contents = store.load()
-    assert contents.records.instances == {"b": B}
-    assert contents.problems.keys() == {
+    assert contents.instances == {"b": B}
+    assert store.problems.keys() == {
         ("instances", "bad"),
         ("instances", "odd"),
         ("networks", "n9"),
     }
-    for problems in contents.problems.values():
+    for problems in store.problems.values():
         for problem in problems:
             assert problem.file == str(path)
             assert str(problem).isprintable()
@@ -353,9 +353,9 @@ def test_every_acknowledged_write_outlives_kill_9(path: Path) -> None:
         store = Store(path)
         contents = store.load()
         store.close()
-        assert not contents.problems
-        assert acknowledged <= contents.records.instances.keys()
-        for name, stored in contents.records.instances.items():
+        assert not store.problems
+        assert acknowledged <= contents.instances.keys()
+        for name, stored in contents.instances.items():
             assert stored.user_data == name.encode() * 500
     assert len(acknowledged) > 40
 
@@ -408,7 +408,7 @@ def test_progress_is_shown_while_many_are_stored_and_read(
     with closing(Store(path)) as store:
         store.put([], [instance(f"i{n}", f"10.1.{n >> 8}.{n & 255}") for n in range(1000)])
         assert seen == [("storing instances", 499, 1000), ("storing instances", 999, 1000)]
-        store.load(Progress())
+        store.load()
     assert seen[-1] == ("reading the store", 999, 1000)
 
 
@@ -436,7 +436,7 @@ def test_a_start_parses_no_record_that_is_as_it_was_written(
 ) -> None:
     monkeypatch.delattr(sqlite_store, "parse_listed")
     with closing(Store(filled)) as store:
-        assert store.load().records.instances == {"web": WEB}
+        assert store.load().instances == {"web": WEB}
 
 
 @pytest.mark.parametrize(
@@ -454,16 +454,16 @@ def test_what_another_program_changed_is_read_from_the_record(filled: Path, chan
     expected = replace(WEB, name="mail") if "mail" in change else WEB
     for _ in ("read anew", "as it was packed then"):
         with closing(Store(filled)) as store:
-            assert store.load().records.instances == {"web": expected}
+            assert store.load().instances == {"web": expected}
 
 
 def test_user_data_stays_in_the_store_until_it_is_needed(filled: Path) -> None:
     with closing(Store(filled)) as store:
-        web = store.load().records.instances[InstanceId("web")]
+        web = store.load().instances[InstanceId("web")]
         assert isinstance(web.user_data, StoredBytes)
         assert compile_instance(web, {}) == compile_instance(WEB, {})
         changed = replace(WEB, user_data=b"short")
-        assert store.put([], [changed]).records.instances == {"web": changed}
+        assert store.put([], [changed]).instances == {"web": changed}
     with pytest.raises(SourceUnavailable, match="closed"):
         compile_instance(web, {})
 

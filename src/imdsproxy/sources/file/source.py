@@ -7,18 +7,18 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from imdsproxy.core.claims import claim_places
-from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
+from imdsproxy.core.model import Instance, InstanceId, Network
 from imdsproxy.core.observation import AddressKey, Observation
-from imdsproxy.core.packed import PackedInstance, PackedInstances
+from imdsproxy.core.packed import PackedInstance
 from imdsproxy.core.records import Path as PathInFile
-from imdsproxy.core.records import parse_listed, render_record
+from imdsproxy.core.records import Refused, parse_listed, render_record
 from imdsproxy.core.timing import Progress
 from imdsproxy.errors import Problem
 from imdsproxy.host.inotify import Place, Watch, place_of
@@ -48,8 +48,8 @@ CREATE TABLE last_good (
 ) STRICT
 """
 
-LastGood: TypeAlias = "SideCache[tuple[str, str], Entry[Any]]"
-"""By kind (`networks` or `instances`) and id. Of an entry in force, the file and the record are kept."""
+_Key: TypeAlias = tuple[str, str]
+"""Kind (`networks` or `instances`) and id."""
 
 _SETTLING: Final = "comparing the addresses of records"
 _NOTED: Final = 1000
@@ -95,8 +95,8 @@ class FileSource:
     def __init__(
         self,
         directory: Path,
+        last_good: Path,
         *,
-        last_good: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
         progress: Progress | None = None,
     ) -> None:
@@ -108,25 +108,26 @@ class FileSource:
         self._clock = clock
         self._reports = Reports(self.name)
         self._files: dict[str, _File] = {}
+        self._networks: InForce[Network] = InForce(lambda _: (), partial(self._where, "networks"))
         self._instances: InForce[PackedInstance] = InForce(
             self._claims, partial(self._where, "instances")
         )
         self._kinds: dict[str, InForce[Any]] = {
-            "networks": InForce(lambda _network: (), partial(self._where, "networks")),
+            "networks": self._networks,
             "instances": self._instances,
         }
         self._opened = 0
-        self._last_good: LastGood | None = None
-        if last_good is not None:
-            lost = "records in force are not kept"
-            self._last_good = SideCache(last_good, _SCHEMA, _write, "last-good", lost)
+        # Of an entry in force, the file and the record are kept.
+        self._last_good: SideCache[_Key, Entry[Any]] = SideCache(
+            last_good, _SCHEMA, _read, _write, "last-good", "records in force are not kept"
+        )
         self._begun = False
         self._places: frozenset[Place] = frozenset()
         self._relevant: frozenset[Path] = frozenset()
 
     def everything(self) -> Observation:
         """All in force."""
-        return _records(**{kind: one.records for kind, one in self._kinds.items()})
+        return Observation.of_changes(self._networks.records, self._instances.records)
 
     def origin_of_port(self, instance: InstanceId, number: int) -> Origin | None:
         """Where a port of a record in force was written; the line is that of the port's first claim."""
@@ -137,11 +138,8 @@ class FileSource:
         if number >= len(record.ports):
             return None
         field = f"instances[{entry.position}].ports[{number}].network"
-        line = entry.line
-        for index, (_, part) in enumerate(claim_places(record)):
-            if part[1] == number and index < len(entry.lines):
-                line = entry.lines[index]
-                break
+        claims = zip(claim_places(record), entry.lines, strict=False)
+        line = next((line for (_, part), line in claims if part[1] == number), entry.line)
         return Origin(field, str(self._path / entry.file), line)
 
     async def run(self, publish: Publish) -> None:
@@ -195,13 +193,8 @@ class FileSource:
             in_sync=self.readable,
             problems=(*(problem for problem in own if problem is not None), *self.problems),
         )
-        if observation is None:
-            return
-        if observation.full or not self._instances.moved:
+        if observation is not None:
             await publish_in_pieces(publish, observation)
-        else:
-            # An address moves among the records: that is published at once.
-            publish(observation)
 
     def read(self, changed: Collection[Path] = ()) -> Observation:
         """Read what has changed since the last time, and what that changes in force; blocks for as long as it takes.
@@ -228,19 +221,14 @@ class FileSource:
 
     def keep(self) -> Problem | None:
         """Keep what is in force for after a restart; why that cannot be, if so. Blocks."""
-        if self._last_good is None:
-            return None
         self._last_good.save()
         return self._last_good.problem
 
     def _prime(self) -> None:
-        if self._last_good is None:
-            return
-        for file, record in self._last_good.load(lambda stored: tuple(_read(stored))) or ():
-            kind = "networks" if isinstance(record, Network) else "instances"
-            self._kinds[kind].prime(Entry(record.id, file, 0, record=record))
+        for (kind, _), entry in self._last_good.load():
+            self._kinds[kind].prime(entry)
             # So that it is looked for, and what is from it goes if it is not there.
-            self._files.setdefault(file, _File())
+            self._files.setdefault(entry.file, _File())
 
     def _list(self) -> Iterator[tuple[str, Path]]:
         with os.scandir(self._path) as entries:
@@ -302,10 +290,9 @@ class FileSource:
     def _settle(self, unreadable: Sequence[Problem]) -> Observation:
         changes = {kind: in_force.settle() for kind, in_force in self._kinds.items()}
         self._progress.end(_SETTLING)
-        if self._last_good is not None:
-            for kind, changed in changes.items():
-                entry_of = self._kinds[kind].entry_of
-                self._last_good.keep({(kind, key): entry_of(key) for key in changed})
+        for kind, changed in changes.items():
+            entry_of = self._kinds[kind].entry_of
+            self._last_good.keep({(kind, key): entry_of(key) for key in changed})
         files = [self._files[name] for name in sorted(self._files)]
         self.problems = (
             *unreadable,
@@ -315,7 +302,7 @@ class FileSource:
         doubtful = any(file.doubtful_since is not None for file in files)
         self.again_s = _GONE_S if doubtful else None
         self._find_places({path for file in files for path in file.payloads})
-        return _records(**changes)
+        return Observation.of_changes(**changes, moves=self._instances.moved)
 
     def _find_places(self, payloads: Iterable[Path]) -> None:
         """Which directories to watch, and which paths in them matter beside everything in the directory itself."""
@@ -339,21 +326,6 @@ class FileSource:
         return (kind, entry.position), str(self._path / entry.file)
 
 
-def _records(
-    networks: Mapping[str, Network | None], instances: Mapping[str, PackedInstance | None]
-) -> Observation:
-    packed = PackedInstances()
-    for instance in instances.values():
-        if instance is not None:
-            packed.put(instance)
-    return Observation(
-        networks={NetworkId(key): value for key, value in networks.items() if value is not None},
-        instances=packed,
-        networks_removed=[NetworkId(key) for key, value in networks.items() if value is None],
-        instances_removed=[InstanceId(key) for key, value in instances.items() if value is None],
-    )
-
-
 def _watch(places: frozenset[Place]) -> tuple[Watch | None, Problem | None]:
     try:
         return Watch(places), None
@@ -365,21 +337,21 @@ def _watch(places: frozenset[Place]) -> tuple[Watch | None, Problem | None]:
         )
 
 
-def _read(connection: sqlite3.Connection) -> Iterator[tuple[str, Network | PackedInstance]]:
+def _read(connection: sqlite3.Connection) -> Iterator[tuple[_Key, Entry[Any]]]:
     rows = connection.execute("SELECT kind, file, record, user_data FROM last_good")
     for kind, file, text, user_data in rows:
         try:
             mapping = json.loads(text)
         except ValueError:
             continue
-        record = parse_listed((kind,), mapping)
-        if isinstance(record, Network):
-            yield file, record
-        elif isinstance(record, Instance):
-            yield file, PackedInstance.of(replace(record, user_data=user_data))
+        record: Any = parse_listed((kind,), mapping)
+        if isinstance(record, Instance):
+            record = PackedInstance.of(replace(record, user_data=user_data))
+        if not isinstance(record, Refused):
+            yield (kind, record.id), Entry(record.id, file, 0, record=record)
 
 
-def _write(connection: sqlite3.Connection, key: tuple[str, str], kept: Entry[Any] | None) -> None:
+def _write(connection: sqlite3.Connection, key: _Key, kept: Entry[Any] | None) -> None:
     if kept is None or kept.record is None:
         connection.execute("DELETE FROM last_good WHERE kind = ? AND id = ?", key)
         return

@@ -14,8 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
-from queue import SimpleQueue
-from typing import Any, Final, Protocol, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 from imdsproxy.core.records import Refused
 from imdsproxy.errors import NotFound, SourceUnavailable, optional_library
@@ -72,25 +71,6 @@ class LibvirtEvents:
         return changed
 
 
-class LibvirtClient(Protocol):
-    """One connection to a libvirt daemon. Every method may raise `SourceUnavailable`."""
-
-    async def connect(self, events: LibvirtEvents) -> None:
-        """Connect; from then on events are noted in `events`."""
-
-    async def domains(self) -> Mapping[str, Domain | Refused]:
-        """Every domain by its UUID: as it runs where it is active."""
-
-    async def domain(self, uuid: str) -> Domain | Refused | None:
-        """A domain; `None` when there is no such."""
-
-    async def networks(self) -> tuple[LibvirtNetwork | Refused, ...]:
-        """Every network."""
-
-    async def close(self) -> None:
-        """Disconnect; no more events. Never raises, and can be called twice."""
-
-
 def import_library() -> _Library:
     """The module `libvirt`.
 
@@ -102,45 +82,6 @@ def import_library() -> _Library:
         "apt install python3-libvirt, or pip install 'imdsproxy[libvirt]'",
     ):
         return importlib.import_module("libvirt")
-
-
-class CallThread:
-    """Runs blocking calls one after the other, off the event loop's thread.
-
-    It is a daemon thread, not one of a pool: a call to a libvirtd that hangs never returns, and Python would wait for
-    a pool's threads at its end.
-    """
-
-    def __init__(self) -> None:
-        self._jobs: SimpleQueue[tuple[concurrent.futures.Future[Any], Callable[[], Any]] | None]
-        self._jobs = SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="imdsproxy-libvirt", daemon=True)
-        self._thread.start()
-
-    @property
-    def alive(self) -> bool:
-        """Whether it still runs, or hangs in a call."""
-        return self._thread.is_alive()
-
-    def call(self, work: Callable[[], _T]) -> asyncio.Future[_T]:
-        """The result of `work`, or what it raises; begun in the order of the calls."""
-        done: concurrent.futures.Future[_T] = concurrent.futures.Future()
-        # From here on cancelling does not take it back.
-        done.set_running_or_notify_cancel()
-        self._jobs.put((done, work))
-        return asyncio.wrap_future(done)
-
-    def end(self) -> None:
-        """End after the calls so far; does not wait."""
-        self._jobs.put(None)
-
-    def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            done, work = job
-            try:
-                done.set_result(work())
-            except Exception as error:  # noqa: BLE001 - the caller gets it
-                done.set_exception(error)
 
 
 @cache
@@ -155,10 +96,14 @@ def run_events(library: _Library) -> None:
     threading.Thread(target=run, name="imdsproxy-libvirt-events", daemon=True).start()
 
 
-class SystemLibvirt:
+class LibvirtClient:
     """Connections to the daemon at `uri`, one at a time, read-only.
 
     Read-only is enough for the XML without passwords and for events, and cannot change or stop a guest.
+
+    Calls block, and each has a thread of its own: a daemon thread, not one of a pool, for a call to a libvirtd that
+    hangs never returns, and Python would wait for a pool's threads at its end. Every method but `close` may raise
+    `SourceUnavailable`.
 
     Args:
         uri: As `virsh -c` takes it.
@@ -168,16 +113,17 @@ class SystemLibvirt:
     def __init__(self, uri: str, *, connect_s: float = 10.0) -> None:
         self._uri = uri
         self._connect_s = connect_s
-        self._thread: CallThread | None = None
+        # Held during a call: they follow each other.
+        self._turn = threading.Lock()
+        self._closing: asyncio.Future[None] | None = None
         self._library: _Library = None
         self._connection: _Connection = None
         self._undo = contextlib.ExitStack()
 
     async def connect(self, events: LibvirtEvents) -> None:
-        """Connect; see `LibvirtClient`."""
-        if self._thread is not None and self._thread.alive:
+        """Connect; from then on events are noted in `events`."""
+        if self._closing is not None and not self._closing.done():
             raise SourceUnavailable(f"{self._uri} does not answer")
-        self._thread = CallThread()
         loop = asyncio.get_running_loop()
 
         def note(event: Callable[[str], None], about: str) -> None:
@@ -195,12 +141,12 @@ class SystemLibvirt:
             ) from error
 
     async def domains(self) -> Mapping[str, Domain | Refused]:
-        """Every domain by its UUID."""
+        """Every domain by its UUID: as it runs where it is active."""
 
         def read() -> dict[str, Domain | Refused]:
             found = self._connection.listAllDomains()
-            texts = ((each.UUIDString(), self._xml(each)) for each in found)
-            return {uuid: parse_domain(text) for uuid, text in texts if text is not None}
+            domains = ((each.UUIDString(), self._read(each, parse_domain)) for each in found)
+            return {uuid: domain for uuid, domain in domains if domain is not None}
 
         return await self._call(read)
 
@@ -209,8 +155,7 @@ class SystemLibvirt:
 
         def read() -> Domain | Refused | None:
             found = self._present(lambda: self._connection.lookupByUUIDString(uuid))
-            text = None if found is None else self._xml(found)
-            return None if text is None else parse_domain(text)
+            return None if found is None else self._read(found, parse_domain)
 
         return await self._call(read)
 
@@ -218,32 +163,26 @@ class SystemLibvirt:
         """Every network."""
 
         def read() -> tuple[LibvirtNetwork | Refused, ...]:
-            found = self._connection.listAllNetworks()
-            texts = ((self._xml(each), bool(each.isActive())) for each in found)
-            return tuple(
-                parse_libvirt_network(text, active=active)
-                for text, active in texts
-                if text is not None
+            networks = (
+                self._read(each, partial(parse_libvirt_network, active=bool(each.isActive())))
+                for each in self._connection.listAllNetworks()
             )
+            return tuple(network for network in networks if network is not None)
 
         return await self._call(read)
 
     async def close(self) -> None:
-        """Disconnect. A daemon that hangs keeps its thread, and no new connection is made until that is over."""
-        thread = self._thread
-        if thread is None:
-            return
-        closing = thread.call(self._close)
-        thread.end()
-        done, _pending = await asyncio.wait((closing,), timeout=_CLOSE_S)
-        if done:
-            self._thread = None
+        """Disconnect; no more events. While a daemon hangs, no new connection is made.
+
+        Never raises, and can be called twice.
+        """
+        if self._closing is None or self._closing.done():
+            self._closing = self._in_thread(self._close)
+        await asyncio.wait((self._closing,), timeout=_CLOSE_S)
 
     async def _call(self, work: Callable[[], _T]) -> _T:
-        if self._thread is None:
-            raise SourceUnavailable(f"{self._uri} is not connected")
         try:
-            return await self._thread.call(work)
+            return await self._in_thread(work)
         except Exception as error:
             # Its exception's class is known only where the module is.
             if self._library is None or not isinstance(error, self._library.libvirtError):
@@ -253,6 +192,21 @@ class SystemLibvirt:
             raise SourceUnavailable(
                 f"{self._uri}: {error}", hint="" if connected else hint
             ) from error
+
+    def _in_thread(self, work: Callable[[], _T]) -> asyncio.Future[_T]:
+        done: concurrent.futures.Future[_T] = concurrent.futures.Future()
+        # From here on cancelling does not take it back.
+        done.set_running_or_notify_cancel()
+
+        def run() -> None:
+            with self._turn:
+                try:
+                    done.set_result(work())
+                except Exception as error:  # noqa: BLE001 - the caller gets it
+                    done.set_exception(error)
+
+        threading.Thread(target=run, name="imdsproxy-libvirt", daemon=True).start()
+        return asyncio.wrap_future(done)
 
     # In the thread
 
@@ -300,8 +254,10 @@ class SystemLibvirt:
         with contextlib.suppress(self._library.libvirtError):
             self._undo.close()
 
-    def _xml(self, described: Any) -> str | None:  # noqa: ANN401 - libvirt has no types
-        return self._present(lambda: str(described.XMLDesc(0)))
+    def _read(self, described: Any, parse: Callable[[str], _T]) -> _T | None:  # noqa: ANN401 - libvirt has no types
+        """What a domain or network is, `None` where it went meanwhile."""
+        text = self._present(lambda: str(described.XMLDesc(0)))
+        return None if text is None else parse(text)
 
     def _present(self, ask: Callable[[], _T]) -> _T | None:
         """The answer, or `None` where the domain or network went meanwhile."""
@@ -323,7 +279,7 @@ def read_domain(uri: str, name: str) -> tuple[Domain, Mapping[str, LibvirtNetwor
     """
 
     async def read() -> tuple[Mapping[str, Domain | Refused], Mapping[str, LibvirtNetwork]]:
-        client = SystemLibvirt(uri)
+        client = LibvirtClient(uri)
         try:
             await client.connect(LibvirtEvents())
             networks = await client.networks()

@@ -90,9 +90,9 @@ class LibvirtKnown:
         self._instances: InForce[Instance] = InForce(address_keys, self._where)
 
     @property
-    def instances(self) -> Mapping[InstanceId, Instance]:
+    def records(self) -> Observation:
         """All in force."""
-        return {InstanceId(key): record for key, record in self._instances.records.items()}
+        return Observation.of_changes(self.networks, self._instances.records)
 
     @property
     def implied(self) -> frozenset[NetworkId]:
@@ -149,10 +149,7 @@ class LibvirtKnown:
             for key in before.keys() | self.networks.keys()
             if before.get(key) != self.networks.get(key)
         }
-        instances = self._instances.settle()
-        return Observation.of_changes(
-            changed, {InstanceId(key): one for key, one in instances.items()}
-        )
+        return Observation.of_changes(changed, self._instances.settle())
 
     def _take_networks(self, described: tuple[LibvirtNetwork | Refused, ...]) -> None:
         self._described = {each.name: each for each in described if not isinstance(each, Refused)}
@@ -172,14 +169,13 @@ class LibvirtKnown:
     def _derive(self, uuid: str) -> None:
         domain = self._domains.get(uuid)
         record = self._describe(domain) if isinstance(domain, Domain) else domain
-        match record:
-            case None:
-                self._instances.replace_file(uuid, ())
-            case Refused(problems, found):
-                entry: Entry[Instance] = Entry(found or uuid, uuid, 0, problems=problems)
-                self._instances.replace_file(uuid, (entry,), unclear=found is None)
-            case Instance():
-                self._instances.replace_file(uuid, (Entry(record.id, uuid, 0, record=record),))
+        entries: list[Entry[Instance]] = []
+        unclear = isinstance(record, Refused) and record.id is None
+        if isinstance(record, Refused):
+            entries = [Entry(record.id or uuid, uuid, 0, problems=record.problems)]
+        elif record is not None:
+            entries = [Entry(record.id, uuid, 0, record=record)]
+        self._instances.replace_file(uuid, entries, unclear=unclear)
 
     def _describe(self, domain: Domain) -> Instance | Refused | None:
         """The record of a domain; `None` for one that is not reported.

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Mapping
 from typing import Final
 
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.observation import Observation
+from imdsproxy.core.records import Refused
 from imdsproxy.core.timing import Backoff
 from imdsproxy.errors import Problem, SourceUnavailable
 from imdsproxy.sources.api import Origin, Publish, Reports
 from imdsproxy.sources.libvirt.client import LibvirtClient, LibvirtEvents
 from imdsproxy.sources.libvirt.records import LibvirtKnown, Selection
+from imdsproxy.sources.libvirt.xml import Domain
 from imdsproxy.sources.settings import LibvirtSourceSettings
 
 
@@ -53,12 +56,7 @@ class LibvirtSource:
         """Report until cancelled."""
         while True:
             try:
-                events = LibvirtEvents()
-                await self._client.connect(events)
-                domains, networks = await self._client.domains(), await self._client.networks()
-                self._report(publish, self._known.update(domains, networks, everything=True))
-                self._backoff.succeed()
-                await self._follow(events, publish)
+                await self._follow(publish)
             except SourceUnavailable as error:
                 failure = Problem("libvirt", error.message, error.hint)
                 self._report(publish, Observation(), failure)
@@ -66,22 +64,28 @@ class LibvirtSource:
                 await self._client.close()
             await asyncio.sleep(self._backoff.fail())
 
-    async def _follow(self, events: LibvirtEvents, publish: Publish) -> None:
-        """Report changes, until the connection is lost (`SourceUnavailable`)."""
+    async def _follow(self, publish: Publish) -> None:
+        """Report everything and then changes, until the connection is lost (`SourceUnavailable`)."""
+        events = LibvirtEvents()
+        await self._client.connect(events)
+        domains: Mapping[str, Domain | Refused | None] = await self._client.domains()
+        everything = True
         while True:
+            # Whatever happened to a domain, its network's static hosts may have changed just before.
+            networks = await self._client.networks()
+            self._report(publish, self._known.update(domains, networks, everything=everything))
+            self._backoff.succeed()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(events.arrived.wait(), self._reread_s)
             domains = {uuid: await self._client.domain(uuid) for uuid in events.take()}
-            # Whatever happened to a domain, its network's static hosts may have changed just before.
-            networks = await self._client.networks()
-            self._report(publish, self._known.update(domains, networks))
+            everything = False
 
     def _report(
         self, publish: Publish, changes: Observation, failure: Problem | None = None
     ) -> None:
         observation = self._reports.next(
             changes,
-            lambda: Observation(networks=self._known.networks, instances=self._known.instances),
+            lambda: self._known.records,
             in_sync=failure is None,
             problems=(*(() if failure is None else (failure,)), *self._known.problems),
             implied=self._known.implied,

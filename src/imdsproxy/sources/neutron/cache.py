@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterator
-from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Final, TypeAlias
 
 from imdsproxy.core.model import NetworkId
-from imdsproxy.core.observation import AddressKey
 from imdsproxy.sources.neutron.known import EntryKey, Route
 from imdsproxy.sources.neutron.ports import NeutronPort, parse_ports, render_port
 from imdsproxy.sources.sqlite_file import SideCache
@@ -28,73 +26,48 @@ CREATE TABLE routes (
 CREATE TABLE answered (one INTEGER PRIMARY KEY CHECK (one = 1), at REAL NOT NULL) STRICT
 """
 
-NeutronCache: TypeAlias = "SideCache[EntryKey | None, NeutronPort | Route | float]"
-"""Ports by id, routes by router and address, and by `None` when Neutron last answered, in Unix time."""
+_Key: TypeAlias = EntryKey | None
+_Value: TypeAlias = NeutronPort | Route | float
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """What the cache holds.
+def open_cache(path: Path) -> SideCache[_Key, _Value]:
+    """The cache in the file at `path`.
 
-    Attributes:
-        routes: With `confirmed` 0.
-        answered: When Neutron answered last, in Unix time; it may be a minute later than that.
+    It has ports by id, routes (`confirmed` is 0) by router and address, and by `None` when Neutron answered last, in
+    Unix time; that may be a minute later than stored.
     """
-
-    ports: tuple[NeutronPort, ...] = ()
-    routes: tuple[tuple[AddressKey, Route], ...] = ()
-    answered: float | None = None
+    lost = "what is known of Neutron's ports is not kept"
+    return SideCache(path, _SCHEMA, _read, _write, "kept", lost)
 
 
-def open_cache(path: Path) -> NeutronCache:
-    """The cache in the file at `path`."""
-    return SideCache(path, _SCHEMA, _write, "kept", "what is known of Neutron's ports is not kept")
-
-
-def load_cache(cache: NeutronCache) -> Kept:
-    """Everything kept; nothing where there is no such file or it cannot be used. Blocks."""
-    return cache.load(_read) or Kept()
-
-
-def _read(connection: sqlite3.Connection) -> Kept:
-    row = connection.execute("SELECT at FROM answered").fetchone()
-    return Kept(
-        tuple(_ports(connection.execute("SELECT port FROM ports"))),
-        tuple(_routes(connection.execute("SELECT router, address, network, port FROM routes"))),
-        None if row is None else float(row[0]),
-    )
-
-
-def _ports(rows: sqlite3.Cursor) -> Iterator[NeutronPort]:
-    for (text,) in rows:
+def _read(connection: sqlite3.Connection) -> Iterator[tuple[_Key, _Value]]:
+    for (at,) in connection.execute("SELECT at FROM answered"):
+        yield None, float(at)
+    for (text,) in connection.execute("SELECT port FROM ports"):
         # By the same rules as Neutron's own answer, because others may have written to the file.
         try:
-            yield from parse_ports({"ports": [json.loads(text)]})
+            (port,) = parse_ports({"ports": [json.loads(text)]})
         except ValueError:
             continue
-
-
-def _routes(rows: sqlite3.Cursor) -> Iterator[tuple[AddressKey, Route]]:
-    for router, address, network, port in rows:
+        yield port.id, port
+    for router, address, network, port_id in connection.execute(
+        "SELECT router, address, network, port FROM routes"
+    ):
         try:
             key = NetworkId(router), ip_address(address)
         except ValueError:
             continue
-        yield key, Route(NetworkId(network), port, confirmed=0.0)
+        yield key, Route(NetworkId(network), port_id, confirmed=0.0)
 
 
-def _write(
-    connection: sqlite3.Connection,
-    key: EntryKey | None,
-    value: NeutronPort | Route | float | None,
-) -> None:
+def _write(connection: sqlite3.Connection, key: _Key, value: _Value | None) -> None:
     if key is None:
         connection.execute("INSERT OR REPLACE INTO answered (one, at) VALUES (1, ?)", (value,))
     elif isinstance(key, str):
         connection.execute("DELETE FROM ports WHERE id = ?", (key,))
         if isinstance(value, NeutronPort):
-            row = key, json.dumps(render_port(value))
-            connection.execute("INSERT INTO ports (id, port) VALUES (?, ?)", row)
+            port = json.dumps(render_port(value))
+            connection.execute("INSERT INTO ports (id, port) VALUES (?, ?)", (key, port))
     else:
         at = key[0], str(key[1])
         connection.execute("DELETE FROM routes WHERE router = ? AND address = ?", at)

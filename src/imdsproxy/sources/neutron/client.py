@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from http import HTTPStatus
 from threading import Lock
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from imdsproxy.errors import SourceUnavailable, optional_library
 from imdsproxy.sources.neutron.ports import NeutronPort, PortQuery, parse_ports, render_query
@@ -51,24 +51,6 @@ _Adapter: TypeAlias = Any
 
 class QueryTimedOut(SourceUnavailable):
     """Neutron did not answer in time."""
-
-
-class NeutronClient(Protocol):
-    """Neutron's list of ports.
-
-    An answer may hold more than what was asked for: a Neutron that does not know a filter ignores it.
-    """
-
-    async def ports(self, query: PortQuery) -> tuple[NeutronPort, ...]:
-        """The ports, in Neutron's order.
-
-        Raises:
-            QueryTimedOut: It takes too long.
-            SourceUnavailable: It cannot be reached, refuses, or answers what cannot be understood.
-        """
-
-    async def close(self) -> None:
-        """Close connections and threads; queries on their way are given up."""
 
 
 def import_openstack() -> AbstractContextManager[None]:
@@ -141,8 +123,8 @@ def _connect(settings: NeutronSourceSettings) -> _Adapter:
         ) from error
 
 
-class NeutronRest:
-    """Neutron over HTTP, each query in a thread of a small pool of its own; it connects with its first query."""
+class NeutronClient:
+    """Neutron's list of ports over HTTP, each query in a thread of a small pool; it connects with its first query."""
 
     def __init__(self, settings: NeutronSourceSettings) -> None:
         self._settings = settings
@@ -152,7 +134,12 @@ class NeutronRest:
         self._session: _Adapter = None
 
     async def ports(self, query: PortQuery) -> tuple[NeutronPort, ...]:
-        """See `NeutronClient`."""
+        """The ports, in Neutron's order; more than was asked for where it does not know a filter.
+
+        Raises:
+            QueryTimedOut: It takes too long.
+            SourceUnavailable: It cannot be reached, refuses, or answers what cannot be understood.
+        """
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -161,7 +148,7 @@ class NeutronRest:
             raise self._too_long() from error
 
     async def close(self) -> None:
-        """Does not wait: a thread ends with its query, and that with its timeout."""
+        """Give up queries on their way. Does not wait: a thread ends with its query, and that with its timeout."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _ports(self, query: PortQuery) -> tuple[NeutronPort, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, TypeAlias
 
-from imdsproxy.core.addresses import link_local_of, mac_of
+from imdsproxy.core.addresses import mac_of
 from imdsproxy.core.model import Instance, InstanceId, IpAddress, NetworkId
 from imdsproxy.core.observation import AddressKey, Observation
 from imdsproxy.errors import Problem
@@ -21,7 +21,7 @@ _PATIENCE_S: Final = 3.0
 """For how long answers without any port must repeat to be believed. A Neutron that starts gives such answers: while one
 of its threads reads the policy's rules, the others omit every port, and answer 200."""
 
-EntryKey: TypeAlias = "str | AddressKey"
+EntryKey: TypeAlias = str | AddressKey
 """A port's id, or a router's id and an address behind it."""
 
 
@@ -133,7 +133,7 @@ class KnownPorts:
         self._refused.pop(port.id, None)
         if problem is not None and len(self._refused) < _MAX_REFUSED:
             self._refused[port.id] = (problem, asked)
-        for network, address in _keys(port):
+        for network, address in port.keys:
             holder = self.at(network, address)
             if holder is None or holder.port.id == port.id:
                 continue
@@ -200,7 +200,8 @@ class KnownPorts:
                 continue
             known = self.put(replace(port, host=None), asked)
             if known is not None:
-                self.keep(known)
+                known.listed = True
+                self._put_aside(known, aside=False)
                 listed.add(port.id)
         self._forget_refused(seen, began)
         for port_id, known in self.ports.items():
@@ -214,12 +215,9 @@ class KnownPorts:
 
     # Lifetimes
 
-    def keep(self, known: Known, until: float | None = None) -> None:
-        """Have it in force: its guest has asked, until then; without a time it is on the list."""
-        if until is None:
-            known.listed = True
-        else:
-            known.until = max(known.until, until)
+    def keep(self, known: Known, until: float) -> None:
+        """Have it in force until then: its guest has asked."""
+        known.until = max(known.until, until)
         self._put_aside(known, aside=False)
 
     def expire(self, now: float, aside_s: float) -> None:
@@ -274,13 +272,13 @@ class KnownPorts:
         self._index(port)
 
     def _index(self, port: NeutronPort) -> None:
-        self._by_address.update(dict.fromkeys(_keys(port), port.id))
+        self._by_address.update(dict.fromkeys(port.keys, port.id))
         self._by_instance.setdefault(port.instance, set()).add(port.id)
         self._touched.add(port.instance)
         self.unsaved[port.id] = port
 
     def _unindex(self, port: NeutronPort) -> None:
-        for key in _keys(port):
+        for key in port.keys:
             del self._by_address[key]
         ports = self._by_instance[port.instance]
         ports.discard(port.id)
@@ -288,13 +286,6 @@ class KnownPorts:
             del self._by_instance[port.instance]
         self._touched.add(port.instance)
         self.unsaved[port.id] = None
-
-
-def _keys(port: NeutronPort) -> frozenset[AddressKey]:
-    addresses = set(port.addresses)
-    if port.mac is not None:
-        addresses.add(link_local_of(port.mac))
-    return frozenset((port.network, address) for address in addresses)
 
 
 def _without(port: NeutronPort, address: IpAddress) -> NeutronPort:

@@ -28,6 +28,7 @@ from imdsproxy.core.model import (
     Port,
     Upstream,
 )
+from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.records.values import unix_time_of
 from imdsproxy.errors import Problem
 
@@ -97,11 +98,11 @@ class NeutronPort:
     def _names_instance(self) -> bool:
         return bool(self.device) and not self.owner.startswith(_SERVICE)
 
-    def has(self, address: IpAddress) -> bool:
-        """It has the address, or the MAC that the link-local address is derived from."""
-        return address in self.addresses or (
-            self.mac is not None and address == link_local_of(self.mac)
-        )
+    @property
+    def keys(self) -> frozenset[AddressKey]:
+        """Its addresses in its network, the link-local one that is derived from its MAC among them."""
+        derived = () if self.mac is None else (link_local_of(self.mac),)
+        return frozenset((self.network, address) for address in (*self.addresses, *derived))
 
     def problem(self) -> Problem | None:
         """Why its guest gets nothing although the port names an instance, if so."""
@@ -146,28 +147,24 @@ class PortQuery:
 
 def render_query(query: PortQuery) -> str:
     """The query's part of the URL, after the question mark."""
-    fields = _FIELDS if query.host is None else (*_FIELDS, _HOST_FIELD)
-    return urlencode([*_filters(query), *(("fields", field) for field in fields)])
-
-
-def _filters(query: PortQuery) -> Iterator[tuple[str, str]]:
-    for name, values in (
-        ("id", query.ids),
-        ("network_id", query.networks),
-        ("mac_address", query.macs),
-        ("device_id", query.devices),
-        ("device_owner", query.owners),
-        ("fixed_ips", [f"ip_address={address}" for address in query.addresses]),
-    ):
-        for value in values:
-            yield name, value
+    parameters: dict[str, object] = {
+        "id": query.ids,
+        "network_id": query.networks,
+        "mac_address": query.macs,
+        "device_id": query.devices,
+        "device_owner": query.owners,
+        "fixed_ips": [f"ip_address={address}" for address in query.addresses],
+    }
+    fields = [*_FIELDS]
     if query.host is not None:
-        yield _HOST_FIELD, query.host
+        parameters[_HOST_FIELD] = query.host
+        fields.append(_HOST_FIELD)
     if query.limit is not None:
         # By ids: ports that are created or deleted meanwhile then move no other to another page.
-        yield from (("limit", str(query.limit)), ("sort_key", "id"), ("sort_dir", "asc"))
+        parameters |= {"limit": query.limit, "sort_key": "id", "sort_dir": "asc"}
     if query.after is not None:
-        yield "marker", query.after
+        parameters["marker"] = query.after
+    return urlencode({**parameters, "fields": fields}, doseq=True)
 
 
 def parse_ports(answer: object) -> tuple[NeutronPort, ...]:
@@ -267,9 +264,7 @@ def plan_instance(
     if not known:
         return None
     project = known[0].project
-    times = [
-        time for time in (created_at, *(port.created_at for port in known)) if time is not None
-    ]
+    times = (created_at, *(port.created_at for port in known))
     return Instance(
         id=instance,
         name=instance,
@@ -285,5 +280,5 @@ def plan_instance(
             for port in known
         ),
         upstream=Upstream.NOVA,
-        created_at=min(times, default=None),
+        created_at=min((time for time in times if time is not None), default=None),
     )

@@ -88,8 +88,17 @@ class Queries:
     @property
     def may_ask(self) -> bool:
         """A query would be made, not refused."""
-        due = not self._probing and self.clock.monotonic() >= self.until
-        return self.outage is None or due
+        return self.outage is None or not (self._probing or self.backoff_s)
+
+    @property
+    def stale_s(self) -> float:
+        """Seconds since Neutron last answered, or since the start, while it does not; else 0."""
+        return 0.0 if self.outage is None else self.clock.monotonic() - self.answered
+
+    @property
+    def backoff_s(self) -> float:
+        """Seconds until Neutron is asked again, while it does not answer; else 0."""
+        return 0.0 if self.outage is None else max(0.0, self.until - self.clock.monotonic())
 
     @property
     def per_share(self) -> int:
@@ -188,8 +197,9 @@ class Queries:
             for query in queries:
                 answer, _ = await self.ask(query, share)
                 for port in answer:
+                    keys = port.keys if port.network in some else ()
                     for address, ports in found.items():
-                        if port.network in some and port.has(address):
+                        if (port.network, address) in keys:
                             ports[port.id] = port
         return {each: tuple(ports.values()) for each, ports in found.items()}, began
 

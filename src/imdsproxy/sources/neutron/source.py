@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
@@ -31,11 +30,11 @@ from imdsproxy.sources.api import (
     Publish,
     Reports,
 )
-from imdsproxy.sources.neutron.cache import load_cache, open_cache
+from imdsproxy.sources.neutron.cache import open_cache
 from imdsproxy.sources.neutron.client import NeutronClient
-from imdsproxy.sources.neutron.known import KnownPorts
+from imdsproxy.sources.neutron.known import KnownPorts, Route
 from imdsproxy.sources.neutron.ports import MAX_VALUES, NeutronPort, PortQuery
-from imdsproxy.sources.neutron.queries import Queries, QueryResult, chunks
+from imdsproxy.sources.neutron.queries import Queries, chunks
 from imdsproxy.sources.settings import NeutronSourceSettings
 
 LookUpResult: TypeAlias = Literal[
@@ -60,25 +59,6 @@ _SPREAD: Final = 0.1
 """By how much of itself a lifetime is shortened at random, so that those begun together do not end together."""
 
 
-@dataclass(frozen=True, slots=True)
-class NeutronFigures:
-    """What `/metrics` shows of the source.
-
-    Attributes:
-        queries: By result.
-        look_ups: By result.
-        ports: Known now, in force or aside.
-        stale_s: Seconds since Neutron last answered, or since the start, while it does not; else 0.
-        backoff_s: Seconds until it is asked again, while it does not answer; else 0.
-    """
-
-    queries: Mapping[QueryResult, int] = field(default_factory=dict)
-    look_ups: Mapping[LookUpResult, int] = field(default_factory=dict)
-    ports: int = 0
-    stale_s: float = 0.0
-    backoff_s: float = 0.0
-
-
 class NeutronSource:
     """Ports as instances whose documents Nova has; see `api.LookUpSource`. It can run once.
 
@@ -91,6 +71,11 @@ class NeutronSource:
         sleep: Lets seconds pass.
         begin: Waited for before Neutron is asked for anything but a guest's look-up, because the first query loads
             libraries. A list without which the source knows nothing is read at once.
+
+    Attributes:
+        known: The ports, in force or aside.
+        queries: Whether Neutron answers, and how often it did.
+        look_ups: How many, by result.
     """
 
     name: Final = "neutron"
@@ -118,11 +103,11 @@ class NeutronSource:
         self._complete = False
         self._list_failure: SourceUnavailable | None = None
         self._saved = clock.monotonic()
-        self._known = KnownPorts()
+        self.known = KnownPorts()
         self._negative: dict[_Key, tuple[LookUp, float]] = {}
         self._pending: dict[_Key, asyncio.Task[LookUp]] = {}
-        self._look_ups: Counter[LookUpResult] = Counter()
-        self._queries = Queries(client, settings, clock, random, self._outage_changed)
+        self.look_ups: Counter[LookUpResult] = Counter()
+        self.queries = Queries(client, settings, clock, random, self._outage_changed)
 
     async def run(self, publish: Publish) -> None:
         """Report what is known, and keep it up to date, until cancelled.
@@ -152,35 +137,24 @@ class NeutronSource:
 
     def origin_of_port(self, instance: InstanceId, number: int) -> Origin | None:
         """The port's id in Neutron."""
-        ports = self._known.of(instance)
+        ports = self.known.of(instance)
         return Origin(f"ports.{ports[number].id}") if number < len(ports) else None
 
     def routes(self) -> Mapping[AddressKey, PortFound]:
         """Every address behind a router that was looked up and holds now."""
         return {
             key: PortFound(known.port.network, known.port.instance)
-            for key in self._known.routes
-            if (known := self._known.behind(*key)) is not None and not known.aside
+            for key in self.known.routes
+            if (known := self.known.behind(*key)) is not None and not known.aside
         }
 
     def confirmation(self, network: NetworkId, address: IpAddress) -> Confirmation | None:
         """How fresh the information about an address is."""
-        known = self._known.at(network, normalise_address(address))
+        known = self.known.at(network, normalise_address(address))
         if known is None:
             return None
         age = self._clock.monotonic() - known.confirmed
-        return Confirmation(known.port.id, age, self._queries.outage is not None)
-
-    @property
-    def figures(self) -> NeutronFigures:
-        """The figures at this moment."""
-        queries, now = self._queries, self._clock.monotonic()
-        stale_s = backoff_s = 0.0
-        if queries.outage is not None:
-            stale_s = now - queries.answered
-            backoff_s = max(0.0, queries.until - now)
-        counts = dict(queries.results), dict(self._look_ups)
-        return NeutronFigures(*counts, len(self._known.ports), stale_s, backoff_s)
+        return Confirmation(known.port.id, age, self.queries.outage is not None)
 
     async def look_up(self, scope: Scope, network: NetworkId, address: IpAddress) -> LookUp:
         """The instance that has the address.
@@ -193,15 +167,15 @@ class NeutronSource:
         key = scope, network, normalise_address(address)
         found = self._recall(key)
         if found is not None:
-            self._look_ups["known"] += 1
+            self.look_ups["known"] += 1
             return found
-        negative = self._negative.get(key)
-        if negative is not None and negative[1] > self._clock.monotonic():
-            self._look_ups["negative-cached"] += 1
-            return negative[0]
+        answer, until = self._negative.get(key, (None, 0.0))
+        if answer is not None and until > self._clock.monotonic():
+            self.look_ups["negative-cached"] += 1
+            return answer
         task = self._pending.get(key)
         if task is not None:
-            self._look_ups["coalesced"] += 1
+            self.look_ups["coalesced"] += 1
         else:
             task = self._pending[key] = asyncio.create_task(self._ask(key))
             task.add_done_callback(lambda _: self._pending.pop(key))
@@ -216,12 +190,12 @@ class NeutronSource:
 
     def _recall(self, key: _Key) -> PortFound | None:
         scope, network, address = key
-        find = self._known.at if scope is Scope.NETWORK else self._known.behind
+        find = self.known.at if scope is Scope.NETWORK else self.known.behind
         known = find(network, address)
         if known is None:
             return None
         lifetime = self._settings.lifetime_s * (1 - _SPREAD * self._random())
-        self._known.keep(known, self._clock.monotonic() + lifetime)
+        self.known.keep(known, self._clock.monotonic() + lifetime)
         self._report()
         return PortFound(known.port.network, known.port.instance)
 
@@ -230,13 +204,12 @@ class NeutronSource:
         try:
             networks = [network]
             if scope is Scope.ROUTER:
-                networks, _ = await self._queries.networks_of(network, network)
-            found, asked = await self._queries.find(networks, (address,), network)
-        except SourceUnavailable as error:
-            answer: LookUp = LookUpUnavailable(error.message)
-        else:
+                networks, _ = await self.queries.networks_of(network, network)
+            found, asked = await self.queries.find(networks, (address,), network)
             answer = self._judge(key, found[address], asked)
-        self._look_ups[_RESULTS[type(answer)]] += 1
+        except SourceUnavailable as error:
+            answer = LookUpUnavailable(error.message)
+        self.look_ups[_RESULTS[type(answer)]] += 1
         if isinstance(answer, PortMissing | PortAmbiguous):
             while len(self._negative) >= _MAX_NEGATIVE:
                 del self._negative[next(iter(self._negative))]
@@ -248,14 +221,14 @@ class NeutronSource:
         if len(ports) > 1:
             return PortAmbiguous(len(ports))
         for port in ports:
-            self._known.put(port, asked)
+            self.known.put(port, asked)
             if scope is Scope.ROUTER and port.serves:
-                self._known.put_route(router, address, port, asked)
+                self.known.put_route(router, address, port, asked)
         found = self._recall(key)
         if found is not None:
             return found
         self._report()
-        if self._queries.settling:
+        if self.queries.settling:
             return LookUpUnavailable("Neutron has just come back, and may not show all ports yet")
         return PortMissing()
 
@@ -270,17 +243,17 @@ class NeutronSource:
         # Before Neutron is asked: an answer may take long, and the controller may be killed meanwhile.
         await self._save()
         now = self._clock.monotonic()
-        if self._queries.outage is None:
+        if self.queries.outage is None:
             # During an outage Neutron's last answers stay in force.
-            self._known.expire(now, self._settings.aside_s)
+            self.known.expire(now, self._settings.aside_s)
         self._negative = {key: each for key, each in self._negative.items() if each[1] > now}
-        self._queries.forget_old()
-        if self._queries.may_ask:
+        self.queries.forget_old()
+        if self.queries.may_ask:
             asked = await self._refresh(now - max(0.0, self._settings.refresh_s - _TICK_S))
-            if not asked and (self._queries.outage is not None or not self._queries.results):
+            if not asked and (self.queries.outage is not None or not self.queries.results):
                 # Only to find out whether Neutron answers: an outage notes itself.
                 with contextlib.suppress(SourceUnavailable):
-                    await self._queries.ask(PortQuery(limit=1))
+                    await self.queries.ask(PortQuery(limit=1))
         self._report()
 
     async def _refresh(self, before: float) -> bool:
@@ -290,11 +263,11 @@ class NeutronSource:
         """
         ports = self._due_ports(before)
         behind: dict[NetworkId, list[IpAddress]] = {}
-        for (router, address), route in self._known.routes.items():
+        for (router, address), route in self.known.routes.items():
             if route.confirmed <= before:
                 behind.setdefault(router, []).append(address)
         # Guests wait for what is asked about their router: only what can be asked at once may begin.
-        slots = asyncio.Semaphore(self._queries.per_share)
+        slots = asyncio.Semaphore(self.queries.per_share)
 
         async def attempt(work: Callable[..., Awaitable[None]], *what: object) -> None:
             # The outage has been noted, or was already.
@@ -313,7 +286,7 @@ class NeutronSource:
 
     def _due_ports(self, before: float) -> list[tuple[str, ...]]:
         """Ids in parts, each with the port that was seen last: its presence confirms that an answer is whole."""
-        ports = self._known.ports
+        ports = self.known.ports
         due = [port_id for port_id, known in ports.items() if known.is_due(before)]
         if not due:
             return []
@@ -324,37 +297,37 @@ class NeutronSource:
 
     async def _refresh_ports(self, ids: tuple[str, ...]) -> None:
         for _ in range(2):
-            ports, asked = await self._queries.ask(PortQuery(ids=ids))
+            ports, asked = await self.queries.ask(PortQuery(ids=ids))
             self._update(ports, asked)
             found = {port.id for port in ports}
             missing = [port_id for port_id in ids if port_id not in found]
             # What is missing is asked for once more, beside one that is there.
             ids = (*missing, *[port_id for port_id in ids if port_id in found][:1])
-            steady = self._queries.steady if len(ids) == len(missing) else None
+            steady = self.queries.steady if len(ids) == len(missing) else None
             if not missing or steady is not None:
                 break
         for port_id in missing:
-            self._known.lose(port_id, asked, steady)
+            self.known.lose(port_id, asked, steady)
 
     def _update(self, ports: Iterable[NeutronPort], asked: float) -> None:
         for port in ports:
             # A port that was forgotten while the query was on its way stays forgotten.
-            if port.id in self._known.ports:
-                self._known.put(port, asked)
+            if port.id in self.known.ports:
+                self.known.put(port, asked)
 
     async def _refresh_routes(self, router: NetworkId, addresses: Sequence[IpAddress]) -> None:
-        networks, joined = await self._queries.networks_of(router, None)
-        found, asked = await self._queries.find(networks, addresses, None)
+        networks, joined = await self.queries.networks_of(router, None)
+        found, asked = await self.queries.find(networks, addresses, None)
         asked = min(joined, asked)
-        steady = None if any(found.values()) else self._queries.steady
+        steady = None if any(found.values()) else self.queries.steady
         for address, ports in found.items():
             key = router, address
             self._update(ports, asked)
-            route = self._known.routes.get(key)
+            route = self.known.routes.get(key)
             if route is not None and [port.id for port in ports] == [route.port]:
-                self._known.put_route(router, address, ports[0], asked)
+                self.known.put_route(router, address, ports[0], asked)
             else:
-                self._known.lose(key, asked, steady)
+                self.known.lose(key, asked, steady)
 
     # The list
 
@@ -385,7 +358,7 @@ class NeutronSource:
         after: str | None = None
         while True:
             query = PortQuery(host=host, limit=page_size, after=after)
-            ports, asked = await self._queries.ask(query, patient=True)
+            ports, asked = await self.queries.ask(query, patient=True)
             fresh = [port for port in ports if port.id not in seen]
             seen.update((port.id, (port, asked)) for port in fresh)
             # Another number than was asked for: the last page, or everything from a Neutron without pages.
@@ -397,13 +370,13 @@ class NeutronSource:
                     hint="set sources.neutron.list_host",
                 )
             after = ports[-1].id
-        self._known.take_list(seen, host, began)
+        self.known.take_list(seen, host, began)
 
     # Reports
 
     def _outage_changed(self) -> None:
         log = structlog.get_logger()
-        outage = self._queries.outage
+        outage = self.queries.outage
         if outage is None:
             log.info("neutron answers again")
         else:
@@ -415,51 +388,52 @@ class NeutronSource:
         if self._publish is None:
             return
         observation = self._reports.next(
-            self._known.changes(),
-            lambda: Observation(instances=dict(self._known.published)),
+            self.known.changes(),
+            lambda: Observation(instances=dict(self.known.published)),
             # Whether Neutron answers does not count: what is known is published, the rest is looked up.
             in_sync=self._complete,
             problems=tuple(self._problems()),
-            implied=self._known.networks,
+            implied=self.known.networks,
         )
         if observation is not None:
             self._publish(observation)
 
     def _problems(self) -> Iterator[Problem]:
-        outage, listing = self._queries.outage, self._list_failure
+        outage, listing = self.queries.outage, self._list_failure
         if outage is not None:
             yield Problem("neutron", outage.message, outage.hint)
         elif listing is not None:
             yield Problem("list", f"not read: {listing.message}", listing.hint)
         if self._cache.problem is not None:
             yield self._cache.problem
-        yield from self._known.problems
+        yield from self.known.problems
 
     # The cache
 
     async def _load(self) -> None:
         """Take over what the process before knew."""
-        kept = await asyncio.to_thread(load_cache, self._cache)
-        now = self._clock.monotonic()
+        kept = await asyncio.to_thread(self._cache.load)
+        now, settings = self._clock.monotonic(), self._settings
         # Old enough that all of it is asked for at once.
-        age = self._settings.refresh_s
-        if kept.answered is not None:
-            age = max(age, self._clock.now().timestamp() - kept.answered)
-            self._queries.answered = now - age
-        for port in kept.ports:
-            known = self._known.put(port, now - age)
-            if known is None:
-                continue
-            lifetime = self._settings.lifetime_s * (0.5 + 0.5 * self._random())
-            self._known.keep(known, now + lifetime)
-            if self._settings.list_every_s:
-                self._known.keep(known)
-        self._known.routes.update(kept.routes)
-        self._known.unsaved.clear()
-        self._complete = bool(kept.ports) or not self._settings.list_every_s
+        age = settings.refresh_s
+        self._complete = not settings.list_every_s
+        for key, value in kept:
+            if isinstance(value, NeutronPort):
+                self._complete = True
+                known = self.known.put(value, now - age)
+                if known is not None:
+                    lifetime = settings.lifetime_s * (0.5 + 0.5 * self._random())
+                    self.known.keep(known, now + lifetime)
+                    known.listed = bool(settings.list_every_s)
+            elif isinstance(value, Route) and isinstance(key, tuple):
+                self.known.routes[key] = value
+            elif isinstance(value, float):
+                age = max(age, self._clock.now().timestamp() - value)
+                self.queries.answered = now - age
+        self.known.unsaved.clear()
 
     async def _save(self) -> None:
-        known, answered, now = self._known, self._queries.answered, self._clock.monotonic()
+        known, answered, now = self.known, self.queries.answered, self._clock.monotonic()
         late = now - self._saved >= _SAVE_S
         if not (known.unsaved or (late and known.ports)):
             return

@@ -14,7 +14,7 @@ from imdsproxy.core.observation import Observation
 from imdsproxy.core.timing import Progress
 from imdsproxy.errors import Problem, SourceError, SourceUnavailable
 from imdsproxy.sources.api import Origin, Publish, Reports, publish_in_pieces
-from imdsproxy.sources.sqlite.store import Store, Stored
+from imdsproxy.sources.sqlite.store import Store
 
 _T = TypeVar("_T")
 
@@ -54,7 +54,6 @@ class SqliteSource:
         self._publishing = asyncio.Lock()
         self._store: Store | None = None
         self._failure: SourceError | None = None
-        self._problems: dict[tuple[str, str], tuple[Problem, ...]] = {}
         self._writes: set[asyncio.Task[None]] = set()
         self._committed = self._synced = 0
         self._syncing = asyncio.Lock()
@@ -83,26 +82,19 @@ class SqliteSource:
     async def _open(self, publish: Publish) -> None:
         while True:
             try:
-                contents = await self._in_thread(self._open_store)
+                records = await self._in_thread(self._open_store)
+                self._failure = None
             except SourceError as error:
+                self._failure, records = error, Observation()
                 await self._in_thread(self._close_store)
-                self._failure = error
-                problem = Problem("store", error.message, error.hint, str(self._path))
-                unusable = self._reports.next(
-                    Observation(), Observation, in_sync=False, problems=(problem,)
-                )
-                if unusable is not None:
-                    publish(unusable)
-                await asyncio.sleep(self._retry_s)
-            else:
-                break
-        self._failure = None
-        self._problems = contents.problems
-        await self._report(publish, contents.records)
+            await self._report(publish, records)
+            if self._failure is None:
+                return
+            await asyncio.sleep(self._retry_s)
 
-    def _open_store(self) -> Stored:
-        self._store = Store(self._path, now=self._now)
-        return self._store.load(self._progress)
+    def _open_store(self) -> Observation:
+        self._store = Store(self._path, now=self._now, progress=self._progress)
+        return self._store.load()
 
     def _close_store(self) -> None:
         if self._store is not None:
@@ -126,9 +118,7 @@ class SqliteSource:
         Raises:
             SourceRefused: Another instance of the store has an address or a MAC, or an id is there twice.
         """
-        await self._write(
-            lambda store: store.put(networks, instances, bulk=bulk, progress=self._progress)
-        )
+        await self._write(lambda store: store.put(networks, instances, bulk=bulk))
 
     async def remove_network(self, network: NetworkId) -> None:
         """Remove a network, if there is one; `SourceRefused` where instances of the store have ports in it."""
@@ -138,7 +128,7 @@ class SqliteSource:
         """Remove an instance, if there is one."""
         await self._write(lambda store: store.remove_instance(instance))
 
-    async def _write(self, work: Callable[[Store], Stored]) -> None:
+    async def _write(self, work: Callable[[Store], Observation]) -> None:
         """Complete a write and publish it even if its caller is cancelled meanwhile."""
         if self._failure is not None:
             raise self._failure
@@ -152,19 +142,17 @@ class SqliteSource:
         await asyncio.shield(task)
 
     async def _commit(
-        self, publish: Publish, store: Store, work: Callable[[Store], Stored]
+        self, publish: Publish, store: Store, work: Callable[[Store], Observation]
     ) -> None:
         """Write, publish what is committed, and wait until the disk has it."""
-        written = await self._in_thread(lambda: work(store))
-        changes = written.records
+        changes = await self._in_thread(lambda: work(store))
         if not changes.has_records:
             return
         for network in (*changes.networks, *changes.networks_removed):
-            self._problems.pop(("networks", network), None)
+            store.problems.pop(("networks", network), None)
         for instance in (*changes.instances, *changes.instances_removed):
-            self._problems.pop(("instances", instance), None)
-        # Where an address moves among the records, all are published at once.
-        await self._report(publish, changes, in_pieces=not written.moved)
+            store.problems.pop(("instances", instance), None)
+        await self._report(publish, changes)
         self._committed += 1
         mine = self._committed
         async with self._syncing:
@@ -173,19 +161,18 @@ class SqliteSource:
                 await asyncio.to_thread(store.sync)
                 self._synced = committed
 
-    async def _report(
-        self, publish: Publish, changes: Observation, *, in_pieces: bool = True
-    ) -> None:
-        problems = (problem for key in sorted(self._problems) for problem in self._problems[key])
-        observation = self._reports.next(changes, lambda: changes, problems=tuple(problems))
-        if observation is None:
-            return
-        # In the order of the commits: the last piece of one write must not undo the next write.
-        async with self._publishing:
-            if in_pieces:
+    async def _report(self, publish: Publish, changes: Observation) -> None:
+        stored, failure = {} if self._store is None else self._store.problems, self._failure
+        problems = [problem for key in sorted(stored) for problem in stored[key]]
+        if failure is not None:
+            problems = [Problem("store", failure.message, failure.hint, str(self._path))]
+        observation = self._reports.next(
+            changes, lambda: changes, in_sync=failure is None, problems=tuple(problems)
+        )
+        if observation is not None:
+            # In the order of the commits: the last piece of one write must not undo the next write.
+            async with self._publishing:
                 await publish_in_pieces(publish, observation)
-            else:
-                publish(observation)
 
     async def _in_thread(self, work: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)

@@ -12,7 +12,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 from threading import Lock
@@ -102,27 +102,17 @@ _NAMED: Final = 20
 """How many instances a refusal names."""
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """Everything in the store, or what a write has changed there.
-
-    Attributes:
-        problems: Of rows that are no good records, by table and id; they stay in the file, but are
-            not in force.
-        moved: An address went from one instance to another.
-    """
-
-    records: Observation
-    problems: dict[tuple[str, str], tuple[Problem, ...]] = field(default_factory=dict)
-    moved: bool = False
-
-
 class Store:
     """The store at `path`, open and locked until `close`.
 
     Args:
         path: The file; made when it is not there.
         now: Unix time, for when instances came.
+        progress: Where long work says how far it is.
+
+    Attributes:
+        problems: Of rows that were no good records at the last `load`, by table and id: they are not in force, and
+            stay in the file.
 
     Raises:
         SourceUnavailable: Another process has it, or the file system refuses.
@@ -130,9 +120,17 @@ class Store:
         SourceCorrupt: It is damaged.
     """
 
-    def __init__(self, path: Path, *, now: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        now: Callable[[], float] = time.time,
+        progress: Progress | None = None,
+    ) -> None:
+        self.problems: dict[tuple[str, str], tuple[Problem, ...]] = {}
         self._path = path
         self._now = now
+        self._progress = progress or Progress()
         self._reading = Lock()
         with store_failures(path):
             path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
@@ -180,56 +178,54 @@ class Store:
 
     # Reading
 
-    def load(self, progress: Progress | None = None) -> Stored:
-        """Everything; rows that hold no good record are reported and not changed."""
+    def load(self) -> Observation:
+        """Everything; rows that hold no good record are noted and not changed."""
         networks: dict[NetworkId, Network] = {}
         instances = PackedInstances()
-        problems: dict[tuple[str, str], tuple[Problem, ...]] = {}
-        progress = progress or Progress()
+        self.problems.clear()
         execute = self._connection.execute
         with store_failures(self._path), transaction(self._connection):
             # Programs other than this one do not enforce references by default.
             for table in ("addresses", "ports"):
                 execute(f"DELETE FROM {table} WHERE instance NOT IN (SELECT id FROM instances)")  # noqa: S608 - a constant
             for key, text in execute("SELECT id, record FROM networks ORDER BY id"):
-                found = self._read_row("networks", key, text)
-                if isinstance(found, Network):
-                    networks[found.id] = found
-                elif isinstance(found, tuple):
-                    problems["networks", key] = found
+                network = self._parse_row("networks", key, text)
+                if isinstance(network, Network):
+                    networks[network.id] = network
+                elif isinstance(network, Refused):
+                    self._quarantine("networks", key, network)
             (total,) = execute("SELECT count(*) FROM instances").fetchone()
             for number, row in enumerate(execute(f"{_EVERYTHING} ORDER BY id")):
                 key, text, size, claims, ports, stamp, data = row
                 if number % _NOTED == _NOTED - 1:
-                    progress.note(_READING, number, total)
+                    self._progress.note(_READING, number, total)
                 if data is not None and stamp == _stamp(text, claims, ports, size):
                     instances.put_plain(key, data, None if size is None else self.fetch)
                     continue
-                found = self._read_anew(key, text)
-                if isinstance(found, Instance):
-                    instances[found.id] = found
-                    self._keep_packed(instances, found.id)
-                elif isinstance(found, tuple):
-                    problems["instances", key] = found
-        progress.end(_READING)
-        return Stored(Observation(networks=networks, instances=instances), problems)
+                instance = self._read_anew(key, text)
+                if isinstance(instance, Instance):
+                    instances[instance.id] = instance
+                    self._keep_packed(instances, instance.id)
+                elif isinstance(instance, Refused):
+                    self._quarantine("instances", key, instance)
+        self._progress.end(_READING)
+        return Observation(networks=networks, instances=instances)
 
-    def _read_anew(self, key: str, text: str) -> Network | Instance | tuple[Problem, ...]:
+    def _read_anew(self, key: str, text: str) -> Network | Instance | Refused:
         """Read an instance that another program has written; it claims what no other record has."""
         (user_data,) = self._connection.execute(_USER_DATA, (key,)).fetchone() or (None,)
-        instance = self._read_row("instances", key, text, user_data)
-        if not isinstance(instance, Instance):
-            return instance
-        self._release(instance.id)
-        problems = self._claim(instance, ("instances", key))
-        if not problems:
-            return instance
-        self._release(instance.id)
-        return self._quarantined("instances", key, problems)
+        instance = self._parse_row("instances", key, text, user_data)
+        if isinstance(instance, Instance):
+            self._release(instance.id)
+            problems = self._claim(instance, ("instances", key))
+            if problems:
+                self._release(instance.id)
+                return Refused(tuple(problems))
+        return instance
 
-    def _read_row(
+    def _parse_row(
         self, kind: str, key: str, text: str, user_data: bytes | None = None
-    ) -> Network | Instance | tuple[Problem, ...]:
+    ) -> Network | Instance | Refused:
         try:
             record: object = json.loads(text)
         except (ValueError, RecursionError):
@@ -237,17 +233,17 @@ class Store:
         if isinstance(record, dict) and user_data is not None:
             record["user_data"] = user_data
         found = parse_listed((kind, key), record, Findings(str(self._path)))
-        if isinstance(found, Refused):
-            return self._quarantined(kind, key, found.problems)
-        if found.id != key:
-            problem = Problem("id", f"the row of {key} holds the record of {found.id}")
-            return self._quarantined(kind, key, [problem])
+        if not isinstance(found, Refused) and found.id != key:
+            reason = f"the row of {key} holds the record of {found.id}"
+            return Refused((Problem("id", reason),))
         return self._leave(found) if isinstance(found, Instance) else found
 
-    def _quarantined(self, kind: str, key: str, problems: Sequence[Problem]) -> tuple[Problem, ...]:
+    def _quarantine(self, kind: str, key: str, refused: Refused) -> None:
         command = f"imdsproxy {kind.removesuffix('s')} set {key}"
         hint = f"it is not in force; write it again with `{command}`, or remove it"
-        return tuple(replace(one, hint=hint, file=str(self._path)) for one in problems)
+        self.problems[kind, key] = tuple(
+            replace(one, hint=hint, file=str(self._path)) for one in refused.problems
+        )
 
     def _leave(self, instance: Instance) -> Instance:
         """The instance with its user-data left in the store."""
@@ -276,8 +272,7 @@ class Store:
         instances: Collection[Instance],
         *,
         bulk: bool = True,
-        progress: Progress | None = None,
-    ) -> Stored:
+    ) -> Observation:
         """Write all of them or none.
 
         An instance that does not say when it was made keeps what the store has of that. One that the store does
@@ -287,7 +282,6 @@ class Store:
             networks: To add or change.
             instances: The same.
             bulk: Problems name the record: `instances[3].ports[0].mac`, not `ports[0].mac`.
-            progress: Where a long write says how far it is.
 
         Raises:
             SourceRefused: An id stands twice, or an address belongs to another instance.
@@ -297,7 +291,6 @@ class Store:
         # Not as they are: a write may have hundreds of thousands.
         changed: dict[InstanceId, RecordPath] = {}
         packed = PackedInstances()
-        progress = progress or Progress()
         with store_failures(self._path), transaction(self._connection):
             for network in networks:
                 if self._put_row(_PUT_NETWORK, network.id, _dump(network)):
@@ -309,7 +302,7 @@ class Store:
                     changed[instance.id] = ("instances", number) if bulk else ()
                     packed[instance.id] = self._leave(instance)
                 if number % _NOTED == _NOTED - 1:
-                    progress.note(_STORING, number // 2, len(instances))
+                    self._progress.note(_STORING, number // 2, len(instances))
             # First let go, then take: addresses may move among the records of one write.
             freed: dict[tuple[str, str], InstanceId] = {}
             for key in changed:
@@ -320,13 +313,13 @@ class Store:
                 moved = moved or _takes(packed[key], freed)
                 self._keep_packed(packed, key)
                 if number % _NOTED == _NOTED - 1:
-                    progress.note(_STORING, (len(instances) + number) // 2, len(instances))
-            progress.end(_STORING)
+                    self._progress.note(_STORING, (len(instances) + number) // 2, len(instances))
+            self._progress.end(_STORING)
             if problems:
                 raise SourceRefused("the store refuses the records", problems=problems)
-        return Stored(Observation(networks=changed_networks, instances=packed), moved=moved)
+        return Observation(networks=changed_networks, instances=packed, moves=moved)
 
-    def remove_network(self, network: NetworkId) -> Stored:
+    def remove_network(self, network: NetworkId) -> Observation:
         """Remove a network, if there is one; `SourceRefused` where instances have ports in it."""
         with store_failures(self._path), transaction(self._connection):
             users = self._connection.execute(
@@ -335,13 +328,13 @@ class Store:
             found = self._put_row("DELETE FROM networks WHERE id = ?", network)
             if found and users:
                 raise _in_use(network, [str(row[0]) for row in users])
-        return Stored(Observation(networks_removed=(network,) if found else ()))
+        return Observation(networks_removed=(network,) if found else ())
 
-    def remove_instance(self, instance: InstanceId) -> Stored:
+    def remove_instance(self, instance: InstanceId) -> Observation:
         """Remove an instance, if there is one."""
         with store_failures(self._path), transaction(self._connection):
             found = self._put_row("DELETE FROM instances WHERE id = ?", instance)
-        return Stored(Observation(instances_removed=(instance,) if found else ()))
+        return Observation(instances_removed=(instance,) if found else ())
 
     def _put_row(self, statement: str, *values: object) -> bool:
         """Whether that changed the row."""
@@ -357,7 +350,7 @@ class Store:
             return replace(instance, created_at=int(self._now()))
         # Of one that was there before, a time that is not known is not made up: a boot that was over would begin
         # anew.
-        known = self._read_row("instances", instance.id, row[0])
+        known = self._parse_row("instances", instance.id, row[0])
         created_at = known.created_at if isinstance(known, Instance) else None
         return replace(instance, created_at=created_at)
 
@@ -365,11 +358,9 @@ class Store:
 
     def _release(self, instance: InstanceId) -> list[tuple[str, str]]:
         """Have it claim nothing; what it claimed, as network and address."""
-        query = "SELECT network, address FROM addresses WHERE instance = ?"
-        claimed = self._connection.execute(query, (instance,)).fetchall()
-        self._connection.execute("DELETE FROM addresses WHERE instance = ?", (instance,))
         self._connection.execute("DELETE FROM ports WHERE instance = ?", (instance,))
-        return claimed
+        released = "DELETE FROM addresses WHERE instance = ? RETURNING network, address"
+        return self._connection.execute(released, (instance,)).fetchall()
 
     def _claim(self, instance: Instance, path: RecordPath) -> list[Problem]:
         self._connection.executemany(
