@@ -12,7 +12,7 @@ from typing import Final
 
 import pytest
 
-from imdsproxy.cli.doctor_run import parse_url
+from imdsproxy.cli.doctor import parse_url
 from imdsproxy.core.doctor import examine
 from imdsproxy.core.doctor.crawl import Crawl, crawl
 from imdsproxy.core.doctor.finding import Surroundings
@@ -67,7 +67,7 @@ def test_a_guest_finds_nothing_either(world: World, fields: dict[str, object]) -
         done = _ask_all(guest, url)
         assert done.given_up == ""
         assert examine(done, around) == ()
-        assert all(done.serves(dialect) for dialect in Dialect)
+        assert all(dialect in done.served for dialect in Dialect)
 
 
 def test_a_wrong_mac_in_the_record_is_found_in_the_guest(world: World) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Final
 
-from imdsproxy.core.doctor.crawl import Answer, Answered, Ask, Framing
+from imdsproxy.core.doctor.crawl import Answer, Ask
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class MetadataServer:
             path.rstrip("/") or "/", Reply(status=404)
         )
 
-    def fetch(self, ask: Ask) -> Answered:
+    def fetch(self, ask: Ask) -> Answer:
         """The same without a socket, for whom a crawl is enough."""
         path = ask.path.partition("?")[0]
         reply = self.reply(ask.method, path)
@@ -127,11 +127,11 @@ class MetadataServer:
         length = len(reply.body) if reply.length is None else reply.length
         return Answer(
             reply.status,
-            tuple((name.lower(), value) for name, value in headers.items()),
+            {name.lower(): value for name, value in headers.items()},
             reply.body,
             first_byte_s=reply.delay_s,
-            framing=Framing.LENGTH if length >= 0 else Framing.UNTIL_CLOSE,
-            version=self.version.removeprefix("HTTP/"),
+            until_close=length < 0,
+            version=10 if self.version == "HTTP/1.0" else 11,
             cut=length > len(reply.body),
         )
 

@@ -81,7 +81,6 @@ _MODULES: Final[Mapping[str, str]] = {
     **dict.fromkeys(("network", "instance"), "records"),
     **dict.fromkeys(("get", "explain", "watch", "token"), "guests"),
     "completion": "main",
-    "doctor": "check",
 }
 _PANELS: Final[Mapping[str, str]] = {
     **dict.fromkeys(("network", "instance"), "Records"),

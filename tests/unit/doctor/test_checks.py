@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from imdsproxy.core.doctor import examine
-from imdsproxy.core.doctor.crawl import Answer, Answered, Ask, Unanswered, crawl
+from imdsproxy.core.doctor.crawl import Answer, Ask, crawl
 from imdsproxy.core.doctor.finding import Card, Finding, Severity, Surroundings
 from support.demonstration import REPOSITORY
 from support.metadata_server import GOOD, MetadataServer, Reply
@@ -225,9 +225,9 @@ class Odd(MetadataServer):
         instead: By the beginning of the path, where no header is sent.
     """
 
-    instead: Mapping[str, Answered] | None = None
+    instead: Mapping[str, Answer] | None = None
 
-    def fetch(self, ask: Ask) -> Answered:
+    def fetch(self, ask: Ask) -> Answer:
         for start, answer in (self.instead or {}).items():
             if ask.path.startswith(start) and not ask.headers:
                 return answer
@@ -287,7 +287,7 @@ def test_a_server_that_does_not_know_the_guest_serves_nothing() -> None:
 def test_silence_on_one_path_is_found_and_is_less_below_a_leaf(
     path: str, *, timed_out: bool, severity: Severity, client: str
 ) -> None:
-    finding = found(Odd(instead={path: Unanswered("nothing", timed_out=timed_out)}))["no-answer"]
+    finding = found(Odd(instead={path: Answer(why="nothing", timed_out=timed_out)}))["no-answer"]
     assert (finding.severity, finding.paths) == (severity, (path,))
     assert client in finding.clients[0]
 
@@ -295,8 +295,8 @@ def test_silence_on_one_path_is_found_and_is_less_below_a_leaf(
 def test_without_an_answer_at_the_root_nothing_is_found_about_versions() -> None:
     old = server({"/2009-04-04/meta-data/instance-id": None})
 
-    def fetch(ask: Ask) -> Answered:
-        return Unanswered("nothing") if ask.path == "/" else old.fetch(ask)
+    def fetch(ask: Ask) -> Answer:
+        return Answer(why="nothing") if ask.path == "/" else old.fetch(ask)
 
     findings = examine(crawl(fetch, direct=True), NOWHERE)
     assert {one.code for one in findings} == {"no-answer"}

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from imdsproxy.core.doctor.checks_documents import check_gate
-from imdsproxy.core.doctor.crawl import GOOGLE, TOKEN, Answer, Answered, Ask, Unanswered, crawl
+from imdsproxy.core.doctor.crawl import GOOGLE, TOKEN, Answer, Ask, crawl
 from imdsproxy.core.doctor.finding import Surroundings
 from imdsproxy.core.model import Dialect
 from support.metadata_server import MetadataServer, Reply
@@ -19,7 +19,7 @@ def test_nothing_is_asked_twice() -> None:
 
     asked = [(method, path, tuple(headers.items())) for method, path, headers in server.asked]
     assert len(asked) == len(set(asked)) == len(done.asked)
-    assert all(done.serves(dialect) for dialect in Dialect)
+    assert all(dialect in done.served for dialect in Dialect)
 
 
 def test_the_daemon_is_asked_only_what_it_can_say() -> None:
@@ -69,9 +69,9 @@ def test_a_server_without_the_latest_tree_is_crawled_by_its_old_one() -> None:
 def test_a_server_that_is_not_there_is_not_asked_for_long() -> None:
     asked: list[Ask] = []
 
-    def refuse(ask: Ask) -> Answered:
+    def refuse(ask: Ask) -> Answer:
         asked.append(ask)
-        return Unanswered("Connection refused")
+        return Answer(why="Connection refused")
 
     done = crawl(refuse, direct=True)
     assert (len(asked), done.given_up) == (3, "Connection refused")
@@ -80,7 +80,7 @@ def test_a_server_that_is_not_there_is_not_asked_for_long() -> None:
 def test_a_tree_without_end_is_left() -> None:
     asked: list[Ask] = []
 
-    def endless(ask: Ask) -> Answered:
+    def endless(ask: Ask) -> Answer:
         asked.append(ask)
         return Answer(200, body=b"a/\nb/\nc/\nd/")
 

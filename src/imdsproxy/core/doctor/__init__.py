@@ -6,20 +6,21 @@ in findings.toml.
 
 from __future__ import annotations
 
-from typing import Final
+from http import HTTPStatus
 
 from imdsproxy.core.doctor import checks_documents, checks_http
 from imdsproxy.core.doctor.crawl import Crawl
 from imdsproxy.core.doctor.finding import Finding, Severity, Surroundings, found
 
-_FORBIDDEN: Final = 403
-_OTHER_MAC: Final = "the guest has another MAC than the record that has its address"
-
 
 def examine(crawl: Crawl, around: Surroundings) -> tuple[Finding, ...]:
     """Everything that is found, the worst first."""
-    if {answer.status for _, answer in crawl.answers()} == {_FORBIDDEN}:
-        return (_refusal(around),)
+    if {answer.status for answer in crawl.asked.values()} - {0} == {HTTPStatus.FORBIDDEN}:
+        why = "; ".join(around.why)
+        if around.verdict == "mismatch":
+            why = why or "the guest has another MAC than the record that has its address"
+            return (found("mac-mismatch", case="refused", why=why),)
+        return (found("refused", why=f": {why}" if why else ""),)
     findings = [
         *checks_http.check_transport(crawl),
         *checks_documents.check_gate(crawl, around),
@@ -30,12 +31,4 @@ def examine(crawl: Crawl, around: Surroundings) -> tuple[Finding, ...]:
         *checks_documents.check_nocloud(crawl),
         *checks_documents.check_user_data(crawl),
     ]
-    order = list(Severity)
-    return tuple(sorted(findings, key=lambda one: order.index(one.severity)))
-
-
-def _refusal(around: Surroundings) -> Finding:
-    why = "; ".join(around.why)
-    if around.verdict == "mismatch":
-        return found("mac-mismatch", clients=["every client: 403"], what=why or _OTHER_MAC)
-    return found("refused", why=f": {why}" if why else "", mismatch=_OTHER_MAC)
+    return tuple(sorted(findings, key=lambda one: list(Severity).index(one.severity)))

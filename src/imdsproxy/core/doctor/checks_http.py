@@ -6,25 +6,16 @@ import re
 from collections.abc import Iterator
 from typing import Final
 
-from imdsproxy.core.doctor.crawl import (
-    GOOGLE,
-    ODD_LEAF,
-    TOKEN,
-    TTL_HEADER,
-    Answer,
-    Crawl,
-    Framing,
-    Unanswered,
-)
+from imdsproxy.core.doctor.crawl import GOOGLE, ODD_LEAF, REFUSED, TOKEN, TTL_HEADER, Answer, Crawl
 from imdsproxy.core.doctor.finding import TEXTS, Finding, Severity, found, seen, with_status
 from imdsproxy.core.model import Dialect
 
 _FINE_S: Final = 0.3
 _BAD_S: Final = 1.0
 _LARGE: Final = 1 << 20
+_HTTP_1_0: Final = 10
 _REDIRECTS: Final = (301, 302, 303, 307, 308)
 _NOT_FOUND: Final = 404
-_UNAUTHORIZED: Final = (401, 403)
 _SERVER_ERROR: Final = 500
 _OLD: Final = "2009-04-04"
 _TAG: Final = re.compile(r"(?!(?:\.|\.\.|_index)$)[A-Za-z0-9+\-=.,_:@]+")
@@ -36,8 +27,8 @@ def check_transport(crawl: Crawl) -> Iterator[Finding]:
     """Whether answers come at all, in time, whole, and in a form that every client reads."""
     yield from _unanswered(crawl)
     yield from _slow(crawl)
-    old = crawl.where(lambda one: one.version == "1.0")
-    closed = crawl.where(lambda one: one.framing is Framing.UNTIL_CLOSE)
+    old = crawl.where(lambda one: one.version == _HTTP_1_0)
+    closed = crawl.where(lambda one: one.until_close)
     how = "HTTP/1.0" if old else "no length: the connection's end is the body's"
     yield from seen("close-delimited", closed or old, how=how)
     yield from seen("cut-off", crawl.where(lambda one: one.cut))
@@ -51,37 +42,35 @@ def check_transport(crawl: Crawl) -> Iterator[Finding]:
 
 
 def _unanswered(crawl: Crawl) -> Iterator[Finding]:
-    silent = [
-        (ask.path, answered)
-        for ask, answered in crawl.asked.items()
-        if isinstance(answered, Unanswered)
-    ]
-    if silent and len(silent) == len(crawl.asked):
-        yield found("unreachable", why=silent[0][1].why)
-    elif silent:
-        odd = all(path == f"{crawl.base}{ODD_LEAF}" for path, _ in silent)
-        yield found(
-            "no-answer",
-            *(path for path, _ in silent),
-            severity=Severity.WARNING if odd else None,
-            case="timed-out" if any(one.timed_out for _, one in silent) else "",
-            count=len(silent),
-            all=len(crawl.asked),
-            why=silent[0][1].why,
-        )
+    silent = [(ask.path, answer) for ask, answer in crawl.asked.items() if not answer.status]
+    if not silent:
+        return
+    why = silent[0][1].why
+    if len(silent) == len(crawl.asked):
+        yield found("unreachable", why=why)
+        return
+    paths = [path for path, _ in silent]
+    odd = set(paths) == {f"{crawl.base}{ODD_LEAF}"}
+    yield found(
+        "no-answer",
+        *paths,
+        severity=Severity.WARNING if odd else None,
+        case="timed-out" if any(one.timed_out for _, one in silent) else "",
+        count=len(silent),
+        all=len(crawl.asked),
+        why=why,
+    )
 
 
 def _slow(crawl: Crawl) -> Iterator[Finding]:
-    slow = crawl.where(lambda one: (one.first_byte_s or 0) > _FINE_S)
-    times = {path: answer.first_byte_s or 0 for path, answer in slow.items()}
-    worst = max(times.values(), default=0.0)
-    late = [name for seconds, name in TEXTS["slow"]["timeouts"] if seconds < worst]
+    slow = crawl.where(lambda one: one.first_byte_s > _FINE_S)
+    worst = max((one.first_byte_s for one in slow.values()), default=0.0)
     yield from seen(
         "slow",
-        sorted(times, key=lambda path: -times[path]),
+        sorted(slow, key=lambda path: -slow[path].first_byte_s),
         severity=Severity.ERROR if worst >= _BAD_S else None,
-        clients=late or None,
-        count="1 answer" if len(times) == 1 else f"{len(times)} answers",
+        clients=[name for seconds, name in TEXTS["slow"]["timeouts"] if seconds < worst] or None,
+        count="1 answer" if len(slow) == 1 else f"{len(slow)} answers",
         fine=_FINE_S,
         worst=worst,
     )
@@ -93,19 +82,21 @@ def check_listings(crawl: Crawl) -> Iterator[Finding]:
         return
     children = [child for children in crawl.listed.values() for child in children]
     leaves = (one for one in children if not one.endswith("/") and _KEYS not in one)
-    tags = [
-        (path, one) for path in crawl.listed if path.endswith(_TAGS) for one in crawl.listed[path]
-    ]
+    odd_tags = (
+        tag
+        for path, names in crawl.listed.items()
+        if path.endswith(_TAGS)
+        for tag in names
+        if not _TAG.fullmatch(tag, len(path))
+    )
     yield from seen("listed-missing", with_status(crawl.where(lambda one: not one.ok, children)))
     yield from seen("listing-newline", crawl.where(_ends_in_newline, crawl.listed))
     yield from seen("leaf-newline", crawl.where(_ends_in_newline, leaves))
     yield from seen("empty-directory", (one for one, names in crawl.listed.items() if not names))
-    yield from seen(
-        "tag-characters", (tag for path, tag in tags if not _TAG.fullmatch(tag, len(path)))
-    )
+    yield from seen("tag-characters", odd_tags)
     yield from _keys(crawl)
     yield from _spellings(crawl, crawl.base)
-    yield from _region(crawl)
+    yield from _placement(crawl)
     yield from _versions(crawl)
 
 
@@ -114,11 +105,10 @@ def _ends_in_newline(answer: Answer) -> bool:
 
 
 def _keys(crawl: Crawl) -> Iterator[Finding]:
-    where = [one for one in crawl.listed if one.endswith(_KEYS)] or [
-        f"/{_OLD}/meta-data/public-keys"
-    ]
+    listings = [one for one in crawl.listed if one.endswith(_KEYS)]
+    where = listings or [f"/{_OLD}/meta-data/public-keys"]
     listing = crawl.good(where[0])
-    if listing is None or not listing.body.strip():
+    if not listing.body.strip():
         return
     lines = listing.text.splitlines()
     odd = [line for line in lines if line.count("=") > 1 and line.split("=")[0].isdecimal()]
@@ -137,43 +127,51 @@ def _spellings(crawl: Crawl, base: str) -> Iterator[Finding]:
         ("double-slash", f"{base}/meta-data/instance-id", f"{base}//meta-data/instance-id", None),
     ):  # fmt: skip
         one, other = crawl.good(path), crawl.answer(spelling)
-        if one and other and other.body != one.body:
+        if one.ok and other.status and other.body != one.body:
             yield found(code, spelling, clients=clients, status=other.status)
 
 
-def _region(crawl: Crawl) -> Iterator[Finding]:
-    placement = f"{crawl.base}/meta-data/placement"
-    zone, region = crawl.good(f"{placement}/availability-zone"), crawl.good(f"{placement}/region")
-    if zone and region and zone.text[:-1] != region.text:
-        yield found(
-            "region-of-zone", f"{placement}/region", region=region.text, derived=zone.text[:-1]
-        )
+def _placement(crawl: Crawl) -> Iterator[Finding]:
+    path = f"{crawl.base}/meta-data/placement/region"
+    zone, region = (
+        crawl.good(f"{crawl.base}/meta-data/placement/availability-zone"),
+        crawl.good(path),
+    )
+    derived = zone.text[:-1]
+    if zone.ok and region.ok and derived != region.text:
+        yield found("region-of-zone", path, region=region.text, derived=derived)
 
 
 def _versions(crawl: Crawl) -> Iterator[Finding]:
     root = crawl.answer("/")
-    if root is None:
+    if not root.status:
         return
     if not root.ok or _OLD not in root.text.split():
         yield found("root-versions", "/", old=_OLD, status=root.status)
     path = f"/{_OLD}/meta-data/instance-id"
     old = crawl.answer(path)
-    if old and not old.ok:
+    if old.status and not old.ok:
         yield found("old-version-missing", path, old=_OLD, status=old.status)
 
 
 def check_tokens(crawl: Crawl) -> Iterator[Finding]:
     """Session tokens (IMDSv2), and answers that make a client believe in another cloud."""
-    answer = crawl.answer(TOKEN)
-    if answer is not None and (crawl.serves(Dialect.EC2) or answer.status != _NOT_FOUND):
-        yield from _granted(answer) if answer.ok else _refused(answer)
+    answer = crawl.asked.get(TOKEN, Answer())
+    if answer.ok:
+        yield from _granted(answer)
+    elif answer.status not in (0, _NOT_FOUND):
+        yield found("token-refused", TOKEN.path, case=str(answer.status), status=answer.status)
+    elif Dialect.EC2 in crawl.served and (
+        "\n" in answer.text.strip("\n") or answer.body.endswith(b"\n")
+    ):
+        yield found("token-error-body", TOKEN.path)
     openstack = crawl.answer("/openstack")
-    if openstack is not None and openstack.status in _UNAUTHORIZED:
+    if openstack.status in REFUSED:
         yield found("openstack-refused", "/openstack", status=openstack.status)
     if crawl.token:
         yield found("token-required")
-    google = crawl.answer(GOOGLE)
-    if google is not None and (google.header("metadata-flavor") or "").lower() == "google":
+    google = crawl.asked.get(GOOGLE, Answer())
+    if google.headers.get("metadata-flavor", "").lower() == "google":
         yield found("google-flavor", GOOGLE.path)
     for prefix, cloud, clients in (
         ("/computeMetadata/", "Google's", "google-auth, gcp-metadata"),
@@ -184,18 +182,10 @@ def check_tokens(crawl: Crawl) -> Iterator[Finding]:
 
 
 def _granted(answer: Answer) -> Iterator[Finding]:
-    token = answer.text
-    if not token.strip():
+    if not answer.text.strip():
         yield found("token-empty", TOKEN.path)
         return
-    if not token.isprintable() or " " in token:
+    if not answer.text.isprintable() or " " in answer.text:
         yield found("token-form", TOKEN.path)
-    if answer.header(TTL_HEADER) is None:
+    if TTL_HEADER not in answer.headers:
         yield found("token-ttl-missing", TOKEN.path, header=TTL_HEADER)
-
-
-def _refused(answer: Answer) -> Iterator[Finding]:
-    if answer.status != _NOT_FOUND:
-        yield found("token-refused", TOKEN.path, case=str(answer.status), status=answer.status)
-    elif "\n" in answer.text.strip("\n") or answer.body.endswith(b"\n"):
-        yield found("token-error-body", TOKEN.path)

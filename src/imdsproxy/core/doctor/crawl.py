@@ -5,22 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from itertools import islice
-from typing import Final, TypeAlias
+from typing import Final
 
 from imdsproxy.core.model import Dialect
 
 CLOUD_INIT_OPENSTACK: Final = (
-    "2012-08-10",
-    "2013-04-04",
-    "2013-10-17",
-    "2015-10-15",
-    "2016-06-30",
-    "2016-10-06",
-    "2017-02-22",
-    "2018-08-27",
-)
+    "2012-08-10", "2013-04-04", "2013-10-17", "2015-10-15",
+    "2016-06-30", "2016-10-06", "2017-02-22", "2018-08-27",
+)  # fmt: skip
 """The versions that cloud-init knows (`cloudinit/sources/helpers/openstack.py`), oldest first."""
 
 _OPENSTACK: Final = """
@@ -44,15 +37,7 @@ ODD_LEAF: Final = "/meta-data/instance-id/x"
 """Below a leaf: Nova answers 500 there."""
 
 _OK: Final = 200
-
-
-class Framing(StrEnum):
-    """How the end of an answer is marked."""
-
-    LENGTH = "length"
-    CHUNKED = "chunked"
-    UNTIL_CLOSE = "until-close"
-    """By closing the connection."""
+REFUSED: Final = (401, 403)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,23 +51,27 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer as it came.
+    """An answer as it came; with the status 0 none did, or the question was not asked.
 
     Attributes:
-        headers: With lower-case names, in their order.
-        first_byte_s: Seconds from the request to the answer's first byte; `None` where it was not measured.
-        framing: `None` where it is not known.
-        version: Of HTTP.
+        headers: With lower-case names; of several with one name the first.
+        first_byte_s: Seconds from the request to the answer's first byte; 0 where it was not measured.
+        until_close: Its end is that of the connection: it has no length and is not chunked.
+        version: Of HTTP: 10 or 11.
         cut: The body is shorter than its length says.
+        why: Why no answer came, in one line.
+        timed_out: The server took the request and did not answer.
     """
 
-    status: int
-    headers: tuple[tuple[str, str], ...] = ()
+    status: int = 0
+    headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes = b""
-    first_byte_s: float | None = None
-    framing: Framing | None = None
-    version: str = "1.1"
+    first_byte_s: float = 0.0
+    until_close: bool = False
+    version: int = 11
     cut: bool = False
+    why: str = ""
+    timed_out: bool = False
 
     @property
     def ok(self) -> bool:
@@ -94,25 +83,13 @@ class Answer:
         """The body as text, whatever it is."""
         return self.body.decode("utf-8", "replace")
 
-    def header(self, name: str) -> str | None:
-        """The first header of a lower-case name."""
-        return next((value for one, value in self.headers if one == name), None)
-
-
-@dataclass(frozen=True, slots=True)
-class Unanswered:
-    """No answer: refused, cut off, or not in time.
-
-    Attributes:
-        why: In one line.
-        timed_out: The server took the request and did not answer.
-    """
-
-    why: str
-    timed_out: bool = False
-
-
-Answered: TypeAlias = Answer | Unanswered
+    @property
+    def json(self) -> object:
+        """The body of a 200 read as JSON; `None` where it is none, or null."""
+        try:
+            return json.loads(self.body) if self.ok else None
+        except (ValueError, RecursionError):
+            return None
 
 
 TTL_HEADER: Final = "x-aws-ec2-metadata-token-ttl-seconds"
@@ -127,6 +104,7 @@ _OTHERS: Final = (
     Ask("/computeMetadata/v1/instance/id", headers=(("metadata-flavor", "Google"),)),
     Ask("/metadata/instance?api-version=2021-02-01", headers=(("metadata", "true"),)),
 )
+_NONE: Final = Answer()
 _MOST: Final = 600
 _MOST_CONTENT: Final = 20
 _DEEPEST: Final = 8
@@ -149,73 +127,64 @@ class Crawl:
         token: The header that EC2's questions carry; empty where they need none.
     """
 
-    fetch: Callable[[Ask], Answered]
+    fetch: Callable[[Ask], Answer]
     direct: bool
-    asked: dict[Ask, Answered] = field(default_factory=dict)
+    asked: dict[Ask, Answer] = field(default_factory=dict)
     base: str | None = None
     version: str | None = None
     listed: dict[str, tuple[str, ...]] = field(default_factory=dict)
     given_up: str = ""
     token: tuple[tuple[str, str], ...] = ()
 
-    def answer(self, ask: Ask | str) -> Answer | None:
-        """The answer to a question; `None` where it was not asked, or not answered."""
-        answered = self.asked.get(Ask(ask) if isinstance(ask, str) else ask)
-        if answered is None and self.token and isinstance(ask, str):
-            answered = self.asked.get(Ask(ask, headers=self.token))
-        return answered if isinstance(answered, Answer) else None
+    def answer(self, path: str) -> Answer:
+        """The answer to a GET, with a token where it was asked with one only."""
+        plain = self.asked.get(Ask(path))
+        return plain or self.asked.get(Ask(path, headers=self.token), _NONE)
 
-    def good(self, path: str) -> Answer | None:
-        """The answer for a path, if it is 200."""
+    def good(self, path: str) -> Answer:
+        """The answer for a path, if it is 200; else none."""
         answer = self.answer(path)
-        return answer if answer is not None and answer.ok else None
-
-    def answers(self) -> Iterator[tuple[Ask, Answer]]:
-        """Every answer, in order."""
-        for ask, answered in self.asked.items():
-            if isinstance(answered, Answer):
-                yield ask, answered
+        return answer if answer.ok else _NONE
 
     def where(
         self, fault: Callable[[Answer], bool], paths: Iterable[str] | None = None
     ) -> dict[str, Answer]:
         """The paths, of these or of all, whose answer has a fault."""
-        answers = [(ask.path, answer) for ask, answer in self.answers()]
+        answers = [(ask.path, answer) for ask, answer in self.asked.items()]
         if paths is not None:
-            answers = [(path, one) for path in paths if (one := self.answer(path)) is not None]
-        return {path: answer for path, answer in answers if fault(answer)}
+            answers = [(path, self.answer(path)) for path in paths]
+        return {path: answer for path, answer in answers if answer.status and fault(answer)}
 
-    def serves(self, dialect: Dialect) -> bool:
-        """Whether a dialect's documents are there."""
-        match dialect:
-            case Dialect.OPENSTACK:
-                return self.version is not None
-            case Dialect.EC2:
-                return self.base is not None
-            case Dialect.NOCLOUD:
-                return self.good("/nocloud/meta-data") is not None
+    @property
+    def served(self) -> list[Dialect]:
+        """The dialects whose documents are there."""
+        places = {
+            Dialect.EC2: self.base,
+            Dialect.OPENSTACK: self.version,
+            Dialect.NOCLOUD: self.good("/nocloud/meta-data").status,
+        }
+        return [one for one in Dialect if places[one]]
 
-    def ask(self, ask: Ask) -> Answer | None:
+    def ask(self, ask: Ask) -> Answer:
         """Ask a question, unless it was asked or the server given up; its answer."""
         if not self.given_up and ask not in self.asked:
             if len(self.asked) >= _MOST:
                 self.given_up = f"more than {_MOST} questions"
-                return None
-            self.asked[ask] = answered = self.fetch(ask)
+                return _NONE
+            self.asked[ask] = answer = self.fetch(ask)
             # A server that is not there need not be asked six hundred times.
             last = list(islice(reversed(self.asked.values()), _PATIENCE))
-            if len(last) == _PATIENCE and not any(isinstance(one, Answer) for one in last):
-                self.given_up = answered.why if isinstance(answered, Unanswered) else ""
-        return None if self.given_up else self.answer(ask)
+            if len(last) == _PATIENCE and not any(one.status for one in last):
+                self.given_up = answer.why
+        return _NONE if self.given_up else self.asked[ask]
 
-    def get(self, *paths: str, token: bool = False) -> Answer | None:
+    def get(self, *paths: str, token: bool = False) -> Answer:
         """Ask for paths one after the other, with a token if EC2's need one; the last one's answer."""
         headers = self.token if token else ()
-        answers = [self.ask(Ask(path, headers=headers)) for path in paths]
-        return answers[-1] if answers else None
+        return [self.ask(Ask(path, headers=headers)) for path in paths][-1]
 
 
-def crawl(fetch: Callable[[Ask], Answered], *, direct: bool) -> Crawl:
+def crawl(fetch: Callable[[Ask], Answer], *, direct: bool) -> Crawl:
     """Ask everything.
 
     Args:
@@ -236,33 +205,28 @@ def crawl(fetch: Callable[[Ask], Answered], *, direct: bool) -> Crawl:
 
 def _openstack(found: Crawl) -> None:
     listing = found.get("/openstack")
-    if listing is None or not listing.ok:
+    if not listing.ok:
         return
     there = listing.text.split()
     found.version = next((one for one in reversed(CLOUD_INIT_OPENSTACK) if one in there), "latest")
     for path in _OPENSTACK.format(version=found.version).split():
         found.get(f"/openstack/{path}")
-    found.get(*_contents(found))
-
-
-def _contents(found: Crawl) -> Iterator[str]:
-    document = json_of(found.answer(f"/openstack/{found.version}/meta_data.json"))
+    document = found.answer(f"/openstack/{found.version}/meta_data.json").json
     files = document.get("files") if isinstance(document, dict) else None
     for entry in files[:_MOST_CONTENT] if isinstance(files, list) else ():
         if isinstance(entry, Mapping) and isinstance(entry.get("content_path"), str):
-            yield f"/openstack/{entry['content_path'].strip('/')}"
+            found.get(f"/openstack/{entry['content_path'].strip('/')}")
 
 
 def _ec2(found: Crawl) -> None:
     """Find the tree, and whether it takes a token to see it; then everything below it."""
     for version in ("latest", "2009-04-04"):
         path = f"/{version}/meta-data/"
-        listing = found.get(path)
-        token = found.answer(TOKEN)
-        if listing is not None and listing.status in {401, 403} and token is not None and token.ok:
+        listing, token = found.get(path), found.asked.get(TOKEN, _NONE)
+        if listing.status in REFUSED and token.ok:
             found.token = ((TOKEN_HEADER, token.text.strip()),)
             listing = found.get(path, token=True)
-        if listing is not None and listing.ok:
+        if listing.ok:
             found.base = f"/{version}"
             break
     else:
@@ -270,32 +234,22 @@ def _ec2(found: Crawl) -> None:
     _list(found, f"{found.base}/meta-data/", 0)
     found.get(*_EC2.format(base=found.base).split(), token=True)
     zone = f"{found.base}/meta-data/placement/availability-zone"
-    if found.answer(zone) is not None:
+    if found.answer(zone).status:
         found.get(f"{zone}/", token=True)
 
 
 def _list(found: Crawl, directory: str, depth: int) -> None:
     """A directory and everything below it, as os-collect-config reads it."""
     listing = found.get(directory, token=True)
-    if listing is None or not listing.ok or depth > _DEEPEST:
+    if not listing.ok or depth > _DEEPEST:
         return
     found.listed[directory] = tuple(_children(directory, listing.text))
     for child in found.listed[directory]:
-        # No credentials are read for a check.
-        if child.endswith("/") and not child.endswith("/iam/"):
-            _list(found, child, depth + 1)
-        elif not child.endswith("/"):
+        if not child.endswith("/"):
             found.get(child, token=True)
-
-
-def json_of(answer: Answer | None) -> object:
-    """A body read as JSON; `None` where it is none, or null."""
-    if answer is None or not answer.ok:
-        return None
-    try:
-        return json.loads(answer.body)
-    except (ValueError, RecursionError):
-        return None
+        # No credentials are read for a check.
+        elif not child.endswith("/iam/"):
+            _list(found, child, depth + 1)
 
 
 def _children(directory: str, listing: str) -> Iterator[str]:

@@ -45,7 +45,7 @@ class Finding:
     paths: tuple[str, ...] = ()
 
 
-TEXTS: Final[Mapping[str, Mapping[str, Any]]] = tomllib.loads(
+TEXTS: Final[Mapping[str, dict[str, Any]]] = tomllib.loads(
     files("imdsproxy.core.doctor").joinpath("findings.toml").read_text("utf-8")
 )
 
@@ -65,17 +65,16 @@ def found(
         paths: Where it was seen.
         severity: In the place of the code's own.
         clients: The same.
-        case: The clients of this case of `clients_of`, where it is one.
+        case: Which of the code's `cases` it is: what that has stands in the place of the code's own.
         values: What stands in braces in the texts.
     """
-    text = TEXTS[code]
-    usual = text.get("clients_of", {}).get(case, text.get("clients", ()))
+    text = TEXTS[code] | TEXTS[code].get("cases", {}).get(case, {})
     return Finding(
         code,
         severity or Severity(text["severity"]),
         text["what"].format(**values),
         text["change"].format(**values),
-        tuple(usual if clients is None else clients),
+        tuple(text.get("clients", ()) if clients is None else clients),
         tuple(dict.fromkeys(paths)),
     )
 

@@ -1,4 +1,4 @@
-"""What the doctor examines: a server over HTTP, the daemon's own computation, the machine around; and what it shows."""
+"""`imdsproxy doctor`: examines a server over HTTP, the daemon's own computation, the machine around."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 from urllib.parse import quote, unquote, urlsplit
 
+import typer
+
+from imdsproxy.cli import options
 from imdsproxy.cli.admin_client import AdminClient
-from imdsproxy.cli.options import Invocation
-from imdsproxy.cli.output import Output, clean, read_bytes_shape
+from imdsproxy.cli.output import Output, Shape, clean, read_bytes_shape
 from imdsproxy.core.doctor import examine
-from imdsproxy.core.doctor.crawl import Answer, Answered, Ask, Crawl, Framing, Unanswered, crawl
-from imdsproxy.core.doctor.finding import Card, Finding, Severity, Surroundings
-from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, Dialect
+from imdsproxy.core.doctor.crawl import Answer, Ask, crawl
+from imdsproxy.core.doctor.finding import Card, Severity, Surroundings
+from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6
 from imdsproxy.errors import RequestRefused
 
 _PATHS_SHOWN: Final = 3
@@ -30,123 +33,116 @@ _NOT_LOOKED_AT: Final = ("times", "session tokens", "framing", "headers", "other
 _TIMEOUT_S: Final = 10.0
 _MOST_BYTES: Final = 17 << 20
 _SAFE: Final = "/?=&:%+,@;~!$'()*"
-_HTTP_1_0: Final = 10
-_BODILESS: Final = frozenset({204, 304})
 
 
-@dataclass(frozen=True, slots=True)
-class _Subject:
-    """The server or guest that is examined: its name, how to ask it, and what is known of the guest."""
+@options.command
+def doctor(
+    run: options.Invocation,
+    url: Annotated[
+        str | None,
+        options.argument("[URL]", "A server, as http://169.254.169.254 inside a guest, or Nova's."),
+    ] = None,
+    *,
+    network: options.MaybeNetwork = None,
+    address: options.MaybeAddress = None,
+    header: Annotated[
+        list[str] | None,
+        options.flag(
+            "--header",
+            "NAME: VALUE",
+            "With URL: sent with every question, as Nova needs them; may be repeated.",
+            short="-H",
+        ),
+    ] = None,
+) -> None:
+    """Ask as the known clients do, and report which would fail, why, and what to change; exit 1 on errors.
 
-    name: str
-    fetch: Callable[[Ask], Answered]
-    around: Surroundings
-    direct: bool
-
-
-def run_doctor(
-    run: Invocation, url: str | None, network: str | None, address: str | None, headers: list[str]
-) -> bool:
-    """Ask what the command line names, and show what is found; whether some client would fail.
-
-    Raises:
-        RequestRefused: The command line makes no sense.
+    With --network and --from the daemon computes what it would answer that guest. With URL a server is asked.
     """
-    subject = _find_subject(run, url, network, address, headers)
+    fetch: Callable[[Ask], Answer]
+    if url is not None and network is None and address is None:
+        fetch = server = parse_url(url, header or ())
+        subject = url
+        around = look_around() if is_metadata_address(server.host) else Surroundings()
+    elif url is None and network is not None and address is not None and not header:
+        daemon = run.daemon()
+        fetch = partial(_ask_daemon, daemon, network, address)
+        around = _look_at_guest(daemon, network, address)
+        instance = f" ({around.instance})" if around.instance else ""
+        subject = f"{address} in network {network}{instance}"
+    else:
+        raise RequestRefused(
+            "doctor takes either a URL or both --network and --from",
+            hint="as `imdsproxy doctor http://169.254.169.254` inside a guest, or "
+            "`imdsproxy doctor --network NET --from ADDRESS` on the host",
+        )
     with run.output.waiting("asking as the known clients do"):
-        crawled = crawl(subject.fetch, direct=subject.direct)
-    findings = examine(crawled, subject.around)
+        crawled = crawl(fetch, direct=url is not None)
+    findings = examine(crawled, around)
     shape = {
-        "subject": subject.name,
+        "subject": subject,
         "questions": len(crawled.asked),
-        "served": _served(crawled),
+        "served": [one.value for one in crawled.served],
         "given_up": crawled.given_up,
-        "not_looked_at": [] if subject.direct else list(_NOT_LOOKED_AT),
+        "not_looked_at": [] if crawled.direct else list(_NOT_LOOKED_AT),
         "findings": [asdict(one) for one in findings],
     }
-    run.output.answer(shape, lambda output, _: _show(output, subject, crawled, findings))
-    return any(one.severity is Severity.ERROR for one in findings)
+    run.output.answer(shape, _show)
+    if any(one.severity is Severity.ERROR for one in findings):
+        raise typer.Exit(options.NO)
 
 
-def _find_subject(
-    run: Invocation, url: str | None, network: str | None, address: str | None, headers: list[str]
-) -> _Subject:
-    if url is not None and network is None and address is None:
-        fetch = parse_url(url, headers)
-        around = look_around() if is_metadata_address(fetch.host) else Surroundings()
-        return _Subject(url, fetch, around, direct=True)
-    if url is None and network is not None and address is not None and not headers:
-        return _find_guest(run.daemon(), network, address)
-    raise RequestRefused(
-        "doctor takes either a URL or both --network and --from",
-        hint="as `imdsproxy doctor http://169.254.169.254` inside a guest, or "
-        "`imdsproxy doctor --network NET --from ADDRESS` on the host",
-    )
-
-
-def _find_guest(daemon: AdminClient, network: str, address: str) -> _Subject:
+def _look_at_guest(daemon: AdminClient, network: str, address: str) -> Surroundings:
     guest = daemon.get("/v1/explain", {"network": network, "address": address})
     cards = tuple(
         Card(one["network"], one["mac"], frozenset(one["seen"])) for one in guest.get("cards", ())
     )
-    around = Surroundings(
+    return Surroundings(
         macs=machine_macs(frozenset(mac for card in cards for mac in (card.mac, *card.seen))),
         cards=cards,
         instance=guest["instance"],
         verdict=guest["verdict"],
         why=tuple(guest["why"]),
     )
-    name = f"{address} in network {network}" + (
-        f" ({guest['instance']})" if guest["instance"] else ""
-    )
-    fetch = partial(_ask_daemon, daemon, network, address)
-    return _Subject(name, fetch, around, direct=False)
 
 
-def _served(crawled: Crawl) -> list[str]:
-    return [one.value for one in Dialect if crawled.serves(one)]
-
-
-def _show(output: Output, subject: _Subject, crawled: Crawl, findings: Sequence[Finding]) -> None:
-    served = ", ".join(_served(crawled)) or "none"
+def _show(output: Output, shape: Shape) -> None:
+    served = ", ".join(shape["served"]) or "none"
     output.styled(
-        f"[bold]{clean(subject.name)}[/]: {len(crawled.asked)} questions, documents served: {served}"
+        f"[bold]{clean(shape['subject'])}[/]: {shape['questions']} questions, documents served: {served}"
     )
-    if crawled.given_up:
-        output.styled(f"[yellow]given up early:[/] {clean(crawled.given_up)}")
-    if not subject.direct:
+    if shape["given_up"]:
+        output.styled(f"[yellow]given up early:[/] {clean(shape['given_up'])}")
+    if shape["not_looked_at"]:
         output.styled(
-            f"[dim]not looked at: {', '.join(_NOT_LOOKED_AT)} (`imdsproxy doctor "
+            f"[dim]not looked at: {', '.join(shape['not_looked_at'])} (`imdsproxy doctor "
             "http://169.254.169.254` in the guest does)[/]"
         )
     output.styled("")
-    output.entries((_head(one), _facts(one)) for one in findings)
-    output.styled(_summarise(findings))
-
-
-def _head(finding: Finding) -> str:
-    return f"[{_COLOURS[finding.severity]}]{finding.severity.value}[/] [bold]{finding.code}[/]"
-
-
-def _facts(finding: Finding) -> Mapping[str, str]:
-    more = len(finding.paths) - _PATHS_SHOWN
-    facts = {
-        "seen": [finding.what],
-        "at": [*finding.paths[:_PATHS_SHOWN], *([f"and {more} more"] if more > 0 else ())],
-        "breaks": finding.clients,
-        "change": [finding.change],
-    }
-    return {name: "\n".join(map(clean, lines)) for name, lines in facts.items() if lines}
-
-
-def _summarise(findings: Sequence[Finding]) -> str:
-    counts = Counter(one.severity.value for one in findings)
-    shown = [
+    findings = shape["findings"]
+    output.entries(
+        (f"[{_COLOURS[one['severity']]}]{one['severity']}[/] [bold]{one['code']}[/]", _facts(one))
+        for one in findings
+    )
+    counts = Counter(one["severity"] for one in findings)
+    shown = (
         f"[{colour}]{counts[name]} {name}{'' if counts[name] == 1 else 's'}[/]"
         for name, colour in _COLOURS.items()
         if counts[name]
-    ]
-    return ", ".join(shown) or "[green]nothing found[/]"
+    )
+    output.styled(", ".join(shown) or "[green]nothing found[/]")
+
+
+def _facts(finding: Shape) -> Mapping[str, str]:
+    paths = finding["paths"]
+    more = len(paths) - _PATHS_SHOWN
+    facts = {
+        "seen": [finding["what"]],
+        "at": [*paths[:_PATHS_SHOWN], *([f"and {more} more"] if more > 0 else ())],
+        "breaks": finding["clients"],
+        "change": [finding["change"]],
+    }
+    return {name: "\n".join(map(clean, lines)) for name, lines in facts.items() if lines}
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,64 +167,61 @@ class HttpFetch:
     timeout_s: float = _TIMEOUT_S
     clock: Callable[[], float] = time.monotonic
 
-    def __call__(self, ask: Ask) -> Answered:
+    def __call__(self, ask: Ask) -> Answer:
         """One question."""
         kind = http.client.HTTPSConnection if self.tls else http.client.HTTPConnection
-        connection = kind(self.host, self.port, timeout=self.timeout_s)
-        try:
-            return self._ask(connection, ask)
-        except TimeoutError:
-            return Unanswered(f"no answer within {self.timeout_s:g} s", timed_out=True)
-        except (OSError, http.client.HTTPException) as error:
-            return Unanswered(str(error) or type(error).__name__)
-        finally:
-            connection.close()
+        with closing(kind(self.host, self.port, timeout=self.timeout_s)) as connection:
+            try:
+                return self._ask(connection, ask)
+            except TimeoutError:
+                return Answer(why=f"no answer within {self.timeout_s:g} s", timed_out=True)
+            except (OSError, http.client.HTTPException) as error:
+                return Answer(why=str(error) or type(error).__name__)
 
     def _ask(self, connection: http.client.HTTPConnection, ask: Ask) -> Answer:
         began = self.clock()
         # Not `request`, which gives a PUT a Content-Length that the clients do not send.
-        connection.putrequest(
-            ask.method, quote(f"{self.prefix}{ask.path}", safe=_SAFE), skip_host=True
-        )
-        connection.putheader("Host", self._host_header())
-        for name, value in (*self.headers, *ask.headers):
+        path = quote(f"{self.prefix}{ask.path}", safe=_SAFE)
+        connection.putrequest(ask.method, path, skip_host=True)
+        for name, value in (("Host", self.host_header), *self.headers, *ask.headers):
             connection.putheader(name, value)
         connection.endheaders()
         response = connection.getresponse()
         took = self.clock() - began
         length, cut = response.length, False
-        framing: Framing | None = Framing.UNTIL_CLOSE if length is None else Framing.LENGTH
-        if response.chunked or response.status in _BODILESS:
-            framing = Framing.CHUNKED if response.chunked else None
         try:
             body = response.read(_MOST_BYTES)
         except http.client.IncompleteRead as error:
             body, cut = error.partial, True
         return Answer(
             response.status,
-            tuple((name.lower(), value) for name, value in response.getheaders()),
+            _first_of_each(response.getheaders()),
             body,
             first_byte_s=took,
-            framing=framing,
-            version="1.0" if response.version == _HTTP_1_0 else "1.1",
+            until_close=length is None and not response.chunked,
+            version=response.version,
             # `read` with a limit does not complain of a body that ends too early.
             cut=cut or (length is not None and len(body) < min(length, _MOST_BYTES)),
         )
 
-    def _host_header(self) -> str:
-        # A zone is of no concern to the server (RFC 6874 §3).
+    @property
+    def host_header(self) -> str:
+        """The header `Host`, without a zone, which is of no concern to the server (RFC 6874 §3)."""
         bare = self.host.partition("%")[0]
         name = f"[{bare}]" if ":" in bare else bare
         return name if self.port == (443 if self.tls else 80) else f"{name}:{self.port}"
 
 
-def _ask_daemon(daemon: AdminClient, network: str, address: str, ask: Ask) -> Answered:
+def _ask_daemon(daemon: AdminClient, network: str, address: str, ask: Ask) -> Answer:
     """What the daemon would answer the guest at an address; nothing goes over a network."""
-    document = daemon.get(
-        "/v1/documents", {"network": network, "address": address, "path": ask.path}
-    )
-    headers = tuple((name.lower(), value) for name, value in document["headers"])
-    return Answer(document["status"], headers, read_bytes_shape(document["body"]))
+    query = {"network": network, "address": address, "path": ask.path}
+    document = daemon.get("/v1/documents", query)
+    headers, body = _first_of_each(document["headers"]), read_bytes_shape(document["body"])
+    return Answer(document["status"], headers, body)
+
+
+def _first_of_each(headers: Sequence[Sequence[str]]) -> Mapping[str, str]:
+    return {name.lower(): value for name, value in reversed(headers)}
 
 
 def parse_url(url: str, headers: Sequence[str] = ()) -> HttpFetch:
@@ -288,16 +281,14 @@ def look_around(root: Path = Path("/")) -> Surroundings:
     container = (root / "run/systemd/container").exists()
     first = _text(root / "proc/1/cmdline").replace("\0", " ")
     pairs = [one.partition("=") for one in _text(root / "proc/1/environ").split("\0")]
-    shown = root / "sys/class/dmi/id"
-    dmi = {name: _text(shown / name).strip() for name in _DMI}
+    files = [root / "sys/class/dmi/id" / name for name in _DMI]
+    dmi = {file.name: _text(file).strip() for file in files}
     # `datasource_list: [ OpenStack, None ]`
     listed = _SOURCES.search(_text(root / "run/cloud-init/cloud.cfg"))
     return Surroundings(
-        macs=frozenset(_macs(root / "sys/class/net")),
+        macs=_macs(root),
         dmi={name: value for name, value in dmi.items() if value},
-        dmi_complete=all(
-            os.access(shown / name, os.R_OK) for name in _DMI if (shown / name).exists()
-        ),
+        dmi_complete=all(os.access(file, os.R_OK) for file in files if file.exists()),
         sources=None if listed is None else tuple(re.findall(r"\w[\w-]*", listed[1])),
         kernel=first if container else _text(root / "proc/cmdline"),
         environment={name: value for name, _, value in pairs if name},
@@ -315,8 +306,7 @@ def machine_macs(known: frozenset[str], root: Path = Path("/")) -> frozenset[str
         known: In lower case.
         root: What stands for `/`.
     """
-    processes = (one for one in (root / "proc").iterdir() if one.name.isdigit())
-    commands = (_text(process / "cmdline") for process in processes)
+    commands = (_text(file) for file in (root / "proc").glob("[0-9]*/cmdline"))
     machines = (
         {mac.lower() for mac in _QEMU_MAC.findall(command)}
         for command in commands
@@ -325,15 +315,13 @@ def machine_macs(known: frozenset[str], root: Path = Path("/")) -> frozenset[str
     found = next((macs for macs in machines if macs & known), None)
     if found is None:
         return None
-    taps = set(_macs(root / "sys/class/net"))
+    taps = _macs(root)
     return frozenset(found | {mac for mac in known if f"fe{mac[2:]}" in taps})
 
 
-def _macs(devices: Path) -> list[str]:
-    if not devices.is_dir():
-        return []
-    addresses = [_text(device / "address").strip().lower() for device in devices.iterdir()]
-    return [mac for mac in addresses if mac and mac != _LOOPBACK]
+def _macs(root: Path) -> frozenset[str]:
+    addresses = (_text(file).strip().lower() for file in root.glob("sys/class/net/*/address"))
+    return frozenset(mac for mac in addresses if mac and mac != _LOOPBACK)
 
 
 def _text(path: Path) -> str:
