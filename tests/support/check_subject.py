@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from imdsproxy.cli.checks import Finding, Subject
@@ -21,6 +21,6 @@ def subject(
     return Subject(parsed, Loaded(parsed, ()), status=status)
 
 
-def summarise(found: list[Finding]) -> list[tuple[int, bool, str]]:
+def summarise(found: Iterable[Finding]) -> list[tuple[int, bool, str]]:
     """Exit status, whether it is a warning, and text of each."""
     return [(one.exit_status, one.warning, one.text) for one in found]

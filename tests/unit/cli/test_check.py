@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
+import tomllib
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -12,6 +14,7 @@ from typing import Any, TypeAlias
 
 import pytest
 
+from imdsproxy.cli import checks
 from imdsproxy.cli.checks import Subject, host, refused
 from imdsproxy.cli.main import main
 from imdsproxy.core.model import InstanceId, NetworkId, Port
@@ -172,6 +175,14 @@ def test_an_error_becomes_one_finding_for_each_problem() -> None:
     assert summarise(refused(several)) == [(78, False, "a: x"), (78, False, "b: y")]
     single = ConfigUnreadable("cannot read", hint="h")
     assert summarise(refused(single, "s")) == [(78, False, "s: cannot read")]
+
+
+def test_every_finding_has_its_texts_and_its_check() -> None:
+    folder = Path(checks.__file__).parent
+    source = "".join(page.read_text() for page in folder.glob("*.py"))
+    texts = tomllib.loads((folder / "findings.toml").read_text())
+    assert {name for name in texts if f'"{name}"' not in source} == set()
+    assert set(re.findall(r'found\("([^"]+)"', source)) <= texts.keys()
 
 
 def _check(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from imdsproxy.anti_spoofing import host_rules
 from imdsproxy.anti_spoofing.host_rules import (
     DroppingChain,
     parse_dropping_chains,
@@ -15,11 +16,11 @@ from imdsproxy.anti_spoofing.host_rules import (
 from imdsproxy.cli.checks.guests import (
     bridge_finding,
     check_daemon,
+    check_macs,
     check_networks,
     check_records,
     checked_devices,
     find_obstacles,
-    kernel_finding,
 )
 from imdsproxy.core.model import (
     BridgeListener,
@@ -86,21 +87,26 @@ def test_a_running_daemon_reports_what_it_does_not_serve() -> None:
     ]
 
 
-def test_a_kernel_that_cannot_check_macs_is_wrong_with_what_to_do_then() -> None:
-    assert kernel_finding("").ok
-    finding = kernel_finding("Operation not supported")
-    assert not finding.ok
-    assert "--no-mac-check" in finding.hint
+@pytest.mark.parametrize("refusal", ["", "Operation not supported"])
+def test_a_kernel_that_cannot_check_macs_is_wrong_with_what_to_do_then(
+    monkeypatch: pytest.MonkeyPatch, refusal: str
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr(host_rules, "try_mac_filter", lambda: refusal)
+    (finding,) = check_macs(subject())
+    assert finding.ok is not bool(refusal)
+    assert refusal in finding.text
+    assert ("--no-mac-check" in finding.hint) is bool(refusal)
 
 
 def test_devices_of_networks_that_check_macs_are_looked_at() -> None:
-    records: list[dict[str, object]] = [
-        {"id": "a", "listener": {"bridge": "virbr0"}},
-        {"id": "b", "listener": {"interface": "br1"}},
-        {"id": "c", "listener": {"namespace": "ns"}},
-        {"id": "d", "listener": {"bridge": "br2"}, "mac_check": False},
+    networks = [
+        Network(NetworkId("a"), BridgeListener("virbr0")),
+        Network(NetworkId("b"), InterfaceListener("br1")),
+        Network(NetworkId("c"), NamespaceListener("ns")),
+        Network(NetworkId("d"), BridgeListener("br2"), mac_check=False),
     ]
-    assert checked_devices(records) == ["br1", "virbr0"]
+    assert checked_devices(networks) == ["br1", "virbr0"]
 
 
 def test_a_bridge_whose_guests_may_use_any_mac_is_a_warning() -> None:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from importlib.resources import files
+from typing import Any, Final
 
 from imdsproxy.cli.admin_client import AdminClient
 from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
 from imdsproxy.core.records import Records
 from imdsproxy.dataplane.layout import Layout
-from imdsproxy.errors import ConfigError, ImdsproxyError, SourceUnavailable
+from imdsproxy.errors import KINDS, ConfigError, ImdsproxyError, SourceUnavailable
 from imdsproxy.sources.sqlite.store import read_store
+
+_TEXTS: Final = tomllib.loads(
+    files("imdsproxy.cli.checks").joinpath("findings.toml").read_text("utf-8")
+)
+_EXIT_STATUSES: Final = {kind.__name__: kind.exit_status for kind in KINDS}
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class Subject:
     @property
     def layout(self) -> Layout:
         """The data plane's paths."""
-        return Layout(self.settings.paths.runtime_dir, self.settings.paths.state_dir)
+        return Layout.of(self.settings)
 
     @cached_property
     def stored(self) -> Records | SourceUnavailable | None:
@@ -70,22 +77,20 @@ class Finding:
         return self.exit_status == 0
 
 
-def warn(text: str, hint: str = "") -> Finding:
-    """It is fine to start so, and an operator should look."""
-    return Finding(text, hint, warning=True)
-
-
-def wrong(text: str, hint: str, error: ImdsproxyError | type[ImdsproxyError]) -> Finding:
-    """`run` would end with this error, or guests would not be served."""
-    return Finding(text, hint, error.exit_status)
+def found(name: str, /, **values: object) -> Finding:
+    """The finding of this name in findings.toml, with the values in its texts."""
+    row = _TEXTS[name]
+    text, hint = row["text"].format(**values), row.get("hint", "").format(**values)
+    status = _EXIT_STATUSES[row["error"]] if "error" in row else 0
+    return Finding(text, hint, status, row.get("warning", False))
 
 
 def refused(error: ImdsproxyError, setting: str = "") -> list[Finding]:
     """An error as findings: one for each of its problems, or one for itself; after the setting that it comes from."""
     place = f"{setting}: " if setting else ""
     if not error.problems:
-        return [wrong(f"{place}{error.message}", error.hint, error)]
-    return [wrong(f"{place}{problem}", "", error) for problem in error.problems]
+        return [Finding(f"{place}{error.message}", error.hint, error.exit_status)]
+    return [Finding(f"{place}{problem}", "", error.exit_status) for problem in error.problems]
 
 
 def count(number: int, noun: str) -> str:

@@ -6,32 +6,21 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from imdsproxy.anti_spoofing import host_rules
 from imdsproxy.anti_spoofing.host_rules import DroppingChain
-from imdsproxy.cli.checks import Finding, Subject, refused, warn, wrong
+from imdsproxy.cli.checks import Finding, Subject, found, refused
 from imdsproxy.cli.record_io import read_networks
 from imdsproxy.core.hostnames import Naming
-from imdsproxy.core.model import (
-    METADATA_IPV4,
-    METADATA_PORT,
-    BridgeListener,
-    InterfaceListener,
-    Network,
-)
+from imdsproxy.core.model import METADATA_IPV4, BridgeListener, InterfaceListener, Network
 from imdsproxy.core.records import Records
 from imdsproxy.core.wire import VERIFIED_PORT
-from imdsproxy.errors import HostRefused, ImdsproxyError, SourceRefused
+from imdsproxy.errors import ImdsproxyError
 from imdsproxy.sources.file.record_file import SUFFIXES, decode_records, payload_reader
 
 _WITH_ENDS: Final = 4
 """A smaller range has no addresses of its own for network and broadcast (RFC 3021)."""
-
-# Packets that pass the MAC filter are redirected to its own port (`anti_spoofing.plan`).
-_IN: Final = f"ip daddr {METADATA_IPV4} tcp dport {{ {METADATA_PORT}, {VERIFIED_PORT} }} accept"
-_TO: Final = f"ip daddr {METADATA_IPV4} tcp dport 80 accept"
-_FROM: Final = f"ip saddr {METADATA_IPV4} tcp sport 80 accept"
 
 
 def check_records(on: Subject) -> list[Finding]:
@@ -40,18 +29,17 @@ def check_records(on: Subject) -> list[Finding]:
     if not source.enabled:
         return []
     if not source.directory.is_dir():
-        text = f"sources.file.directory: there is no directory {source.directory}"
-        return [wrong(text, "make it, or change the setting", SourceRefused)]
+        return [found("records-directory", directory=source.directory)]
     problems: list[str] = []
-    count = 0
+    number = 0
     for path, records in read_record_files(source.directory):
         if isinstance(records, OSError):
             problems.append(f"{path}: cannot be read: {records.strerror}")
             continue
-        count += len(records.networks) + len(records.instances)
+        number += len(records.networks) + len(records.instances)
         problems += map(str, records.all_problems)
-    found = [wrong(problem, "", SourceRefused) for problem in problems]
-    return found or [Finding(f"{count} in {source.directory}")]
+    findings = [found("record-refused", problem=problem) for problem in problems]
+    return findings or [found("records", number=number, directory=source.directory)]
 
 
 def read_record_files(directory: Path) -> Iterator[tuple[Path, Records | OSError]]:
@@ -70,10 +58,7 @@ def read_record_files(directory: Path) -> Iterator[tuple[Path, Records | OSError
 def check_networks(on: Subject) -> list[Finding]:
     """The networks that the running daemon does not serve."""
     status = on.status if isinstance(on.status, Mapping) else {}
-    return [
-        wrong(f"network {one['network']} is not served: {one['reason']}", one["hint"], HostRefused)
-        for one in status.get("left_out", ())
-    ]
+    return [found("not-served", **one) for one in status.get("left_out", ())]
 
 
 def check_daemon(on: Subject) -> list[Finding]:
@@ -82,50 +67,30 @@ def check_daemon(on: Subject) -> list[Finding]:
         return []
     if isinstance(on.status, ImdsproxyError):
         return refused(on.status)
-    readiness, pid = on.status["readiness"], on.status["controller"]
-    if readiness["ready"]:
-        return [Finding(f"runs and is ready (pid {pid})")]
-    text = f"runs and is not ready (pid {pid}): {'; '.join(readiness['reasons'])}"
-    return [wrong(text, "`imdsproxy status`", HostRefused)]
+    ready, reasons = on.status["readiness"]["ready"], "; ".join(on.status["readiness"]["reasons"])
+    name = "daemon" if ready else "daemon-not-ready"
+    return [found(name, pid=on.status["controller"], reasons=reasons)]
 
 
 def check_macs(on: Subject) -> list[Finding]:
     """Whether the kernel can look at guests' MACs, and whether something keeps guests to theirs."""
     if os.geteuid() != 0:
         return []
-    found = [kernel_finding(host_rules.try_mac_filter())]
-    if on.daemon is None:
-        return found
-    devices = checked_devices(one["record"] for one in on.daemon.get("/v1/networks"))
+    refusal = host_rules.try_mac_filter()
+    findings = [found("kernel-lacks" if refusal else "kernel", refusal=refusal)]
+    devices = [] if on.daemon is None else checked_devices(read_networks(on.daemon))
     if devices:
         rules, naming = host_rules.read_rules(), Naming(on.settings.host.name_prefix)
         seen = {device: host_rules.observe_bridge(device, rules, naming) for device in devices}
-        found += [bridge_finding(bridge, ports) for bridge, ports in seen.items() if ports]
-    return found
+        findings += [bridge_finding(bridge, ports) for bridge, ports in seen.items() if ports]
+    return findings
 
 
-def kernel_finding(refusal: str) -> Finding:
-    """Whether the kernel can look at guests' MACs.
-
-    Args:
-        refusal: Of `try_mac_filter`.
-    """
-    if not refusal:
-        return Finding("the kernel can check them")
-    return wrong(
-        f"the kernel cannot check them (nf_tables, netdev chains at ingress and egress): {refusal}",
-        "Linux 5.16; until then networks with MACs in their records need --no-mac-check",
-        HostRefused,
-    )
-
-
-def checked_devices(networks: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The devices that networks with `mac_check` name, of records as mappings; a bridge perhaps, or not."""
-    listeners = (one.get("listener") for one in networks if one.get("mac_check", True))
-    devices = (
-        one.get("bridge") or one.get("interface") for one in listeners if isinstance(one, Mapping)
-    )
-    return sorted({device for device in devices if isinstance(device, str)})
+def checked_devices(networks: Iterable[Network]) -> list[str]:
+    """The devices that networks with `mac_check` name; a bridge perhaps, or not."""
+    listeners = [network.listener for network in networks if network.mac_check]
+    bridges = {one.bridge for one in listeners if isinstance(one, BridgeListener)}
+    return sorted(bridges | {one.device for one in listeners if isinstance(one, InterfaceListener)})
 
 
 def bridge_finding(bridge: str, ports: Mapping[str, str]) -> Finding:
@@ -135,28 +100,23 @@ def bridge_finding(bridge: str, ports: Mapping[str, str]) -> Finding:
         bridge: Its name.
         ports: Of `observe_bridge`.
     """
-    open_ports = [port for port, guard in ports.items() if not guard]
-    if open_ports:
-        return warn(
-            f"bridge {bridge}: nothing was seen that keeps the guests on {', '.join(open_ports)} from "
-            "using another's MAC",
-            "docs/anti-spoofing.md: nwfilter's clean-traffic, a rule for the bridge, or a locked port",
-        )
+    if open_ports := [port for port, guard in ports.items() if not guard]:
+        return found("bridge-open", bridge=bridge, ports=", ".join(open_ports))
     seen = ", ".join(f"{port} ({guard})" for port, guard in ports.items())
-    return Finding(f"bridge {bridge}: guests are kept to their MACs: {seen}")
+    return found("bridge", bridge=bridge, ports=seen)
 
 
 def check_paths(on: Subject) -> list[Finding]:
     """Whether the host's rules and routes may stand in guests' way."""
     if os.geteuid() != 0 or on.daemon is None:
         return []
-    found = find_obstacles(
+    findings = find_obstacles(
         read_networks(on.daemon),
         host_rules.read_dropping_chains(),
         host_rules.leads_by,
         bridged_are_forwarded=host_rules.passes_forward_chain(),
     )
-    return list(found) or [Finding("nothing was seen in guests' way")]
+    return list(findings) or [found("paths")]
 
 
 def find_obstacles(
@@ -177,32 +137,29 @@ def find_obstacles(
     for network in networks:
         listener = network.listener
         if isinstance(listener, InterfaceListener):
-            device = listener.device
-            for chain in _without_rule_for(device, chains, "input"):
-                yield warn(
-                    f"network {network.id}: {chain} drops what guests on {device} send to this host, if no rule of "
-                    "it lets them in",
-                    f'nft insert rule {chain} iifname "{device}" {_IN}',
-                )
-            yield from _no_way_back(network, device, leads_by)
+            yield from _drops("input-drops", network, listener.device, chains)
+            yield from _no_way_back(network, listener.device, leads_by)
         elif isinstance(listener, BridgeListener) and bridged_are_forwarded:
-            for chain in _without_rule_for(listener.bridge, chains, "forward"):
-                yield warn(
-                    f"network {network.id}: packets between the ports of {listener.bridge} go through {chain}, which "
-                    "drops them if no rule of it lets them pass (br_netfilter)",
-                    f"sysctl net.bridge.bridge-nf-call-iptables=0; or nft insert rule {chain} {_TO}, and "
-                    f"nft insert rule {chain} {_FROM}",
-                )
+            yield from _drops("forward-drops", network, listener.bridge, chains)
 
 
-def _without_rule_for(
-    device: str, chains: Iterable[DroppingChain], hook: str
-) -> Iterator[DroppingChain]:
+def _drops(
+    name: str, network: Network, device: str, chains: Sequence[DroppingChain]
+) -> Iterator[Finding]:
+    """The chains of a hook, as the finding names it, without a rule for the device or for our address."""
+    hook = name.removesuffix("-drops")
     for chain in chains:
-        if chain.hook == hook and not (
-            str(METADATA_IPV4) in chain.rules or f'"{device}"' in chain.rules
-        ):
-            yield chain
+        rules = chain.rules
+        if chain.hook == hook and str(METADATA_IPV4) not in rules and f'"{device}"' not in rules:
+            yield found(
+                name,
+                network=network.id,
+                device=device,
+                chain=chain,
+                address=METADATA_IPV4,
+                # Packets that pass the MAC filter are redirected to its own port (`anti_spoofing.plan`).
+                verified=VERIFIED_PORT,
+            )
 
 
 def _no_way_back(
@@ -215,8 +172,4 @@ def _no_way_back(
         inner = subnet.cidr.num_addresses >= _WITH_ENDS
         some = {subnet.cidr[inner], subnet.cidr[-1 - inner]}
         if all(leads_by(guest, device) is False for guest in some):
-            yield warn(
-                f"network {network.id}: this host's way to {subnet.cidr} is not by {device}: answers go elsewhere, "
-                "and with a strict rp_filter questions are not taken in",
-                f"ip route add {subnet.cidr} dev {device}",
-            )
+            yield found("no-way-back", network=network.id, subnet=subnet.cidr, device=device)

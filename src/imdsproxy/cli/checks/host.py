@@ -6,20 +6,25 @@ import asyncio
 import os
 import socket
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.cli.checks import Finding, Subject, count, refused, warn, wrong
+from imdsproxy.cli.checks import Finding, Subject, count, found, refused
 from imdsproxy.config.section import Endpoint
 from imdsproxy.dataplane.launch import read_program
-from imdsproxy.errors import ConfigError, HaproxyMissing, HostRefused, PrivilegeMissing
+from imdsproxy.errors import ConfigError, HaproxyMissing, HostRefused
 from imdsproxy.host.account import find_account, find_closed, group_name, user_name
 
-_ACCOUNTS: Final = (
-    *("haproxy.user", "haproxy.group", "documents.user", "documents.group", "admin.user", "admin.group"),
-    *(f"unix_listener.{name}" for name in ("user", "group", "proxy_user", "proxy_group")),
-)  # fmt: skip
+_ACCOUNTS: Final = [
+    f"{section}.{name}"
+    for section in ("haproxy", "documents", "admin")
+    for name in ("user", "group")
+]
+_UNIX_ACCOUNTS: Final = [
+    f"unix_listener.{name}" for name in ("user", "group", "proxy_user", "proxy_group")
+]
 _CAPABILITIES: Final = {
     "CAP_CHOWN": (0, "to give sockets to their groups"),
     "CAP_SETGID": (6, "to run HAProxy unprivileged"),
@@ -29,48 +34,35 @@ _CAPABILITIES: Final = {
     "CAP_SYS_CHROOT": (18, "to lock HAProxy's worker in"),
     "CAP_SYS_ADMIN": (21, "to enter network namespaces"),
 }
-_WRITABLE_BY_ALL: Final = 0o002
 _STICKY: Final = 0o1000
 _JOURNAL_SOCKET: Final = Path("/run/systemd/journal/socket")
-_OTHERS: Final = stat.S_IWGRP | stat.S_IWOTH
 
 
 def check_settings(on: Subject) -> list[Finding]:
     """The files; one that holds nothing is refused at a start, or the defaults are taken instead."""
     if isinstance(on.loaded, ConfigError):
         return refused(on.loaded)
-    files, blank = on.loaded.files, on.loaded.blank
-    return [
-        Finding(", ".join(map(str, files)) or "no file: all defaults"),
-        *(
-            Finding(
-                f"{path} holds no settings",
-                "it was emptied, most likely: restore it, write `{}`, or remove it",
-                ConfigError.exit_status if path in blank else 0,
-                warning=path not in blank,
-            )
-            for path in files
-            if path in on.loaded.empty
-        ),
-    ]
+    files = on.loaded.files
+    findings = [found("settings", files=", ".join(map(str, files)) or "no file: all defaults")]
+    for path in files:
+        if path in on.loaded.empty:
+            name = "settings-blank" if path in on.loaded.blank else "settings-empty"
+            findings.append(found(name, path=path))
+    return findings
 
 
 def check_accounts(on: Subject) -> list[Finding]:
     """The accounts of the settings. A number is an id, for which there need be no account."""
-    found: list[Finding] = []
-    for setting in _ACCOUNTS:
-        section, name = setting.split(".")
-        account = getattr(getattr(on.settings, section), name)
-        if section == "unix_listener" and not on.settings.unix_listener.enabled:
-            continue
-        kind, find = ("group", group_name) if name.endswith("group") else ("user", user_name)
+    findings: list[Finding] = []
+    for setting in _ACCOUNTS + (_UNIX_ACCOUNTS if on.settings.unix_listener.enabled else []):
+        account = attrgetter(setting)(on.settings)
+        kind, find = ("group", group_name) if setting.endswith("group") else ("user", user_name)
         try:
             if account and not account.isdecimal():
                 find(account)
         except HostRefused:
-            text = f"{setting}: this host has no {kind} {account}"
-            found.append(wrong(text, "create it, or change the setting", ConfigError))
-    return found or [Finding("all accounts exist")]
+            findings.append(found("account-missing", setting=setting, kind=kind, account=account))
+    return findings or [found("accounts")]
 
 
 def check_haproxy(on: Subject) -> list[Finding]:
@@ -79,11 +71,10 @@ def check_haproxy(on: Subject) -> list[Finding]:
         program = asyncio.run(read_program(on.settings.haproxy.binary))
     except HaproxyMissing as error:
         return refused(error)
-    found = [Finding(f"HAProxy {program.version} with network namespaces")]
+    findings = [found("haproxy", version=program.version)]
     if on.settings.metrics.haproxy_listen is not None and "PROMEX" not in program.features:
-        text = "HAProxy was built without its Prometheus exporter (USE_PROMEX)"
-        found.append(wrong(text, "metrics.haproxy_listen: null does without", HaproxyMissing))
-    return found
+        findings.append(found("promex-missing"))
+    return findings
 
 
 def check_privileges(_on: Subject, status: Path = Path("/proc/self/status")) -> list[Finding]:
@@ -91,24 +82,22 @@ def check_privileges(_on: Subject, status: Path = Path("/proc/self/status")) -> 
     lines = dict(line.partition(":\t")[::2] for line in status.read_text("utf-8").splitlines())
     effective = int(lines.get("CapEff", "0"), 16)
     missing = [
-        wrong(f"{name} is missing, {why}", "run as root", PrivilegeMissing)
+        found("capability-missing", name=name, why=why)
         for name, (bit, why) in _CAPABILITIES.items()
         if not effective >> bit & 1
     ]
-    return missing or [Finding("all that is needed")]
+    return missing or [found("privileges")]
 
 
 def check_namespaces(on: Subject, own: Path = Path("/proc/self/ns/net")) -> list[Finding]:
     """That the kernel has network namespaces, and where named ones are."""
     directory = on.settings.paths.netns_dir
     if not own.exists():
-        text = "the kernel has no network namespaces (CONFIG_NET_NS)"
-        return [wrong(text, "another kernel", HostRefused)]
+        return [found("namespaces-missing")]
     if directory.exists() and not directory.is_dir():
-        text = f"{directory} is no directory"
-        return [wrong(text, "paths.netns_dir: /run/netns", HostRefused)]
+        return [found("netns-dir", path=directory)]
     named = list(directory.iterdir()) if directory.is_dir() else []
-    return [Finding(count(len(named), "named namespace"))]
+    return [found("namespaces", number=count(len(named), "named namespace"))]
 
 
 def check_directories(
@@ -119,29 +108,24 @@ def check_directories(
     wanted = {"paths.runtime_dir": paths.runtime_dir, "paths.state_dir": paths.state_dir}
     if listener.enabled:
         wanted["unix_listener.path"] = listener.path.parent
-    found = [
-        wrong(f"{setting}: {text}", hint, HostRefused)
-        for setting, path in wanted.items()
-        for text, hint in _directory_faults(path, access)
-    ]
-    return found or [Finding("can be used")]
-
-
-def _directory_faults(path: Path, access: Callable[[Path, int], bool]) -> Iterator[tuple[str, str]]:
-    there = next(one for one in (path, *path.parents) if one.exists() or one == one.parent)
-    if not there.is_dir():
-        yield f"{there} is no directory", "move it away"
-    elif not access(there, os.W_OK | os.X_OK):
-        yield f"{there} cannot be written to", "run as root, or mount it writable"
-    elif there == path and there.stat().st_mode & (_WRITABLE_BY_ALL | _STICKY) == _WRITABLE_BY_ALL:
-        yield f"every account can write to {path}", f"chmod o-w {path}"
+    findings: list[Finding] = []
+    for setting, path in wanted.items():
+        there = next(one for one in (path, *path.parents) if one.exists() or one == one.parent)
+        mode = there.stat().st_mode
+        if not stat.S_ISDIR(mode):
+            findings.append(found("directory-none", setting=setting, path=there))
+        elif not access(there, os.W_OK | os.X_OK):
+            findings.append(found("directory-closed", setting=setting, path=there))
+        elif there == path and mode & stat.S_IWOTH and not mode & _STICKY:
+            findings.append(found("directory-open", setting=setting, path=there))
+    return findings or [found("directories")]
 
 
 def check_readers(on: Subject) -> list[Finding]:
     """Whether the accounts that will read can enter the directories, tried as these accounts."""
     documents, haproxy, layout = on.settings.documents, on.settings.haproxy, on.layout
-    found: list[Finding] = []
-    for setting, path, name, section, reads in (
+    findings: list[Finding] = []
+    for setting, path, reader, section, reads in (
         ("paths.state_dir", layout.records, "documents", documents, documents.enabled),
         # Locked in, its worker reads nothing above its root directory.
         ("paths.runtime_dir", layout.jail, "haproxy", haproxy, not haproxy.chroot),
@@ -151,27 +135,23 @@ def check_readers(on: Subject) -> list[Finding]:
         except HostRefused:
             # The accounts have a finding of their own.
             continue
-        closed = None if account is None else find_closed(account, path)
+        closed = find_closed(account, path) if account else None
         if closed is not None:
-            text = f"{setting}: {name}.user ({section.user}) cannot enter {closed}: guests would get 503"
-            hint = f"have it enter (chmod o+x {closed}, or setfacl), or move {setting}"
-            found.append(wrong(text, hint, HostRefused))
-    return found
+            values = {"setting": setting, "reader": reader, "user": section.user, "path": closed}
+            findings.append(found("directory-unread", **values))
+    return findings
 
 
 def check_ports(on: Subject) -> list[Finding]:
     """That each endpoint can be bound, where no daemon has it already."""
     if on.daemon is not None:
         return []
-    found: list[Finding] = []
-    for name in ("listen", "haproxy_listen"):
-        endpoint = getattr(on.settings.metrics, name)
-        reason = None if endpoint is None else _bind_refused(endpoint)
-        if reason is not None:
-            text = f"metrics.{name}: {endpoint}: {reason}"
-            hint = "free it (`ss -ltnp` names who has it), or change the setting"
-            found.append(wrong(text, hint, HostRefused))
-    return found or [Finding("are free")]
+    findings: list[Finding] = []
+    for setting in ("metrics.listen", "metrics.haproxy_listen"):
+        endpoint = attrgetter(setting)(on.settings)
+        if endpoint is not None and (reason := _bind_refused(endpoint)):
+            findings.append(found("port-taken", setting=setting, endpoint=endpoint, reason=reason))
+    return findings or [found("ports")]
 
 
 def _bind_refused(endpoint: Endpoint) -> str | None:
@@ -187,38 +167,29 @@ def _bind_refused(endpoint: Endpoint) -> str | None:
 
 def check_audit(on: Subject, journal: Path = _JOURNAL_SOCKET) -> list[Finding]:
     """Nothing where there is no log. All that is wrong is a warning: guests are served without a log, too."""
-    destination = on.settings.audit.destination
-    if not on.settings.audit.one_in:
+    audit = on.settings.audit
+    if not audit.one_in:
         return []
-    if destination != "journal":
-        place, fault = destination, _audit_fault(Path(destination))
-    else:
-        hint = "start systemd-journald, or name a file in audit.destination"
-        place = "the journal"
-        fault = None if journal.is_socket() else (f"{journal} is not there", hint)
-    if fault is None:
-        return [Finding(f"lines go to {place}")]
-    return [warn(f"audit.destination: {destination}: {fault[0]}", fault[1])]
+    if audit.destination != "journal":
+        return [_try_log(Path(audit.destination))]
+    return [found("audit-journal" if journal.is_socket() else "audit-no-journal", journal=journal)]
 
 
-def _audit_fault(path: Path) -> tuple[str, str] | None:
-    """What is wrong, and what would be right."""
+def _try_log(path: Path) -> Finding:
+    parent = path.parent
     try:
-        directory = path.parent.stat()
+        directory = parent.stat()
     except OSError as error:
-        return f"{path.parent}: {error.strerror}", f"install -d -m 0750 {path.parent}"
+        return found("audit-no-parent", path=path, parent=parent, reason=error.strerror)
+    place = path if path.exists() else parent
     if not stat.S_ISDIR(directory.st_mode):
-        return f"{path.parent} is no directory", "name a file in a directory"
-    if directory.st_uid != 0 or directory.st_mode & _OTHERS:
-        return (
-            f"others than root may put a file of theirs into {path.parent}",
-            f"chown root {path.parent}; chmod go-w {path.parent}",
-        )
-    if path.is_symlink():
-        return "it is a link, and links are not followed", "name the file itself"
-    if path.exists() and not path.is_file():
-        return "it is no file", "name a file"
-    place = path if path.exists() else path.parent
-    return (
-        None if os.access(place, os.W_OK) else (f"{place} cannot be written", "name another file")
-    )
+        name = "audit-odd-parent"
+    elif directory.st_uid != 0 or directory.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        name = "audit-open-parent"
+    elif path.is_symlink():
+        name = "audit-link"
+    elif path.exists() and not path.is_file():
+        name = "audit-no-file"
+    else:
+        name = "audit" if os.access(place, os.W_OK) else "audit-closed"
+    return found(name, path=path, parent=parent, place=place)

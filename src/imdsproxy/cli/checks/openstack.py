@@ -8,18 +8,17 @@ from __future__ import annotations
 import socket
 import ssl
 import stat
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.cli.checks import Finding, Subject, count, refused, warn, wrong
+from imdsproxy.cli.checks import Finding, Subject, count, found, refused
 from imdsproxy.config.strict_yaml import parse_yaml
 from imdsproxy.errors import (
     ConfigError,
     ConfigUnreadable,
     DataplaneError,
-    HostRefused,
     LibraryMissing,
     SecretUnreadable,
 )
@@ -33,44 +32,40 @@ _SHORT: Final = 16
 """Bytes; a guest that guesses the secret can forge every instance."""
 
 _AT_ONCE: Final = 8
-_AGENTS: Final[Mapping[str, str]] = {
-    "neutron-metadata-agent": "neutron-metadata-agent",
-    "neutron-ovn-metadata-agent": "neutron-ovn-metadata-agent",
-    "neutron-ovn-agent": "neutron-ovn-agent",
-    # Its module, and its file of options, however it is started.
-    "metadata_agent": "neutron-metadata-agent",
-}
-"""Agents of Neutron by what is in their command line."""
+_AGENTS: Final = ("neutron-metadata-agent", "neutron-ovn-metadata-agent", "neutron-ovn-agent")
+_AGENTS_MODULE: Final = "metadata_agent"
+"""In the name of the metadata agent's module and of its file of options, however it is started."""
+
 _SECRETS: Final = ("password", "secret", "passcode", "token")
 """What is in the name of each of keystoneauth's options that is a secret."""
 
 
 def check_secrets(on: Subject) -> list[Finding]:
     """Each set's secrets: readable, not empty, not open to others, and not easily guessed."""
-    found: list[Finding] = []
+    findings: list[Finding] = []
     for where, one in _sets(on):
         secrets: list[bytes] = []
-        for setting in ("secret_file", "next_secret_file"):
-            path = getattr(one, setting)
-            try:
-                secrets += [] if path is None else [read_signing_secret(path)]
-            except SecretUnreadable as error:
-                found += refused(error, f"{where}.{setting}")
+        for name in ("secret_file", "next_secret_file"):
+            path, setting = getattr(one, name), f"{where}.{name}"
+            if path is None:
                 continue
-            if path is not None and len(secrets[-1]) < _SHORT:
-                text = f"{where}.{setting}: the secret has only {len(secrets[-1])} bytes"
-                hint = "a guest that guesses it can read every instance's metadata: `openssl rand -hex 32`"
-                found.append(warn(text, hint))
-        if len(secrets) > 1 and len(set(secrets)) == 1:
-            text = f"{where}: the next secret is the same as the current one"
-            found.append(warn(text, "put the new one into next_secret_file"))
-    return found or _fine(on, "secrets can be read")
+            try:
+                secret = read_signing_secret(path)
+            except SecretUnreadable as error:
+                findings += refused(error, setting)
+                continue
+            if len(secret) < _SHORT:
+                findings.append(found("secret-short", setting=setting, bytes=len(secret)))
+            if secret in secrets:
+                findings.append(found("secret-same", where=where))
+            secrets.append(secret)
+    return findings or _fine(on, "secrets")
 
 
 def check_certificates(on: Subject) -> list[Finding]:
     """Each set's files of authorities, certificate and key: readable PEM, and a key that belongs to its certificate."""
-    found = [finding for where, one in _sets(on) for finding in _certificates(where, one)]
-    return found or _fine(on, "certificates can be used")
+    findings = [finding for where, one in _sets(on) for finding in _certificates(where, one)]
+    return findings or _fine(on, "certificates")
 
 
 def _certificates(where: str, one: EndpointSetSettings) -> Iterator[Finding]:
@@ -101,24 +96,20 @@ def _tried(setting: str, path: Path | None, load: Callable[[Path], None]) -> Ite
     except ConfigUnreadable as error:
         yield from refused(error, setting)
     except ssl.SSLError as error:
-        words = (error.reason or str(error)).lower().replace("_", " ")
-        text = f"{setting}: {path} cannot be used: {words}"
-        yield wrong(text, "a PEM file is needed, and a key that belongs to it", ConfigError)
+        reason = (error.reason or str(error)).lower().replace("_", " ")
+        yield found("certificate-odd", setting=setting, path=path, reason=reason)
 
 
 def check_clouds(on: Subject) -> list[Finding]:
     """The library of the source `neutron`, and the cloud that it names."""
     source = on.settings.sources.neutron
+    if not source.enabled:
+        return []
     try:
-        if source.enabled:
-            require_library()
+        require_library()
     except LibraryMissing as error:
         return refused(error)
-    return (
-        []
-        if source.cloud is None or not source.enabled
-        else _cloud(source.cloud, source.clouds_path)
-    )
+    return [] if source.cloud is None else _cloud(source.cloud, source.clouds_path)
 
 
 def _cloud(cloud: str, path: Path) -> list[Finding]:
@@ -130,12 +121,10 @@ def _cloud(cloud: str, path: Path) -> list[Finding]:
         return refused(error, "sources.neutron.clouds_file")
     clouds = data.get("clouds") if isinstance(data, dict) else None
     if not isinstance(clouds, dict) or cloud not in clouds:
-        text = f"sources.neutron.cloud: {path} has no cloud {cloud}"
-        return [wrong(text, "add it under `clouds:`", ConfigError)]
+        return [found("cloud-missing", path=path, cloud=cloud)]
     if path.stat().st_mode & stat.S_IRWXO and (secret := next(_secret_keys(data), None)):
-        text = f"every user of this host can read {path}, which holds a secret ({secret})"
-        return [warn(text, f"chmod o-rwx {path}")]
-    return [Finding(f"cloud {cloud} of {path}")]
+        return [found("cloud-shown", path=path, secret=secret)]
+    return [found("cloud", cloud=cloud, path=path)]
 
 
 def _secret_keys(data: object) -> Iterator[str]:
@@ -149,29 +138,20 @@ def _secret_keys(data: object) -> Iterator[str]:
 def check_endpoints(on: Subject) -> list[Finding]:
     """Whether each endpoint can be reached, as far as its certificate."""
     timeout_s = on.settings.nova.connect_timeout_s
-    places: list[str] = []
-    ways: list[tuple[NovaUrl, ssl.SSLContext | None, str]] = []
-    for where, one in _sets(on):
-        try:
-            context = _tls_context(one)
-        except OSError:
-            continue  # reported by check_certificates
-        for number, endpoint in enumerate(one.endpoints):
-            name = one.server_name or endpoint.url.host
-            places.append(f"{where}.endpoints[{number}]")
-            ways.append((endpoint.url, context, name))
+    tried: list[Future[Finding | None]] = []
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        reasons = list(pool.map(lambda way: _why_unreachable(timeout_s, *way), ways))
-    found = [
-        warn(
-            f"{place}: {url}: {reason}",
-            "until it can be reached, guests are answered by the set's others, or with 503",
-        )
-        for place, (url, _, _), reason in zip(places, ways, reasons, strict=True)
-        if reason is not None
-    ]
-    fine = f"{count(len(ways), 'endpoint')} can be reached"
-    return found or ([Finding(fine)] if ways else [])
+        for where, one in _sets(on):
+            try:
+                context = _tls_context(one)
+            except OSError:
+                continue  # reported by check_certificates
+            for number, endpoint in enumerate(one.endpoints):
+                place, url = f"{where}.endpoints[{number}]", endpoint.url
+                name = one.server_name or url.host
+                tried.append(pool.submit(_try_endpoint, place, url, name, context, timeout_s))
+    findings = [finding for one in tried if (finding := one.result()) is not None]
+    fine = [found("endpoints", number=count(len(tried), "endpoint"))] if tried else []
+    return findings or fine
 
 
 def _tls_context(one: EndpointSetSettings) -> ssl.SSLContext | None:
@@ -191,20 +171,20 @@ def _tls_context(one: EndpointSetSettings) -> ssl.SSLContext | None:
     return context
 
 
-def _why_unreachable(
-    timeout_s: float, url: NovaUrl, context: ssl.SSLContext | None, name: str
-) -> str | None:
-    """Why there is no connection; for https with all that a request would need."""
+def _try_endpoint(
+    place: str, url: NovaUrl, name: str, context: ssl.SSLContext | None, timeout_s: float
+) -> Finding | None:
+    """Connect; for https with all that a request would need."""
+    reason = ""
     try:
         with socket.create_connection((url.host, url.port), timeout_s) as plain:
             if context is not None:
-                with context.wrap_socket(plain, server_hostname=name):
-                    pass
+                context.wrap_socket(plain, server_hostname=name).close()
     except TimeoutError:
-        return f"no answer within {timeout_s:g} s"
+        reason = f"no answer within {timeout_s:g} s"
     except OSError as error:
-        return getattr(error, "verify_message", "") or error.strerror or str(error)
-    return None
+        reason = getattr(error, "verify_message", "") or error.strerror or str(error)
+    return found("endpoint-silent", place=place, url=url, reason=reason) if reason else None
 
 
 def check_unix_listener(
@@ -224,27 +204,21 @@ def check_unix_listener(
     except DataplaneError as error:
         return refused(error, "unix_listener.path")
     if holder is None:
-        return [Finding(f"no process listens at {path}")]
+        return [found("socket", path=path)]
     # Our HAProxy's configuration stands in its command line.
     if str(on.layout.config) in holder.command:
-        return [Finding(f"imdsproxy's HAProxy listens at {path} (pid {holder.pid})")]
+        return [found("socket-ours", path=path, pid=holder.pid)]
     words = " ".join(holder.command)
-    agent = next((name for mark, name in _AGENTS.items() if mark in words), None)
-    who = agent or words[:80] or "a process that cannot be seen"
-    number = "" if holder.pid is None else f" (pid {holder.pid})"
-    text = f"unix_listener.path: {who}{number} listens at {path}"
-    if not settings.take_over and agent is None:
-        return [wrong(text, "stop it, or change unix_listener.path", HostRefused)]
-    # As it is on the day of the move: both run for a moment, and going back is starting the agent again.
-    hint = (
-        f"guests are its own until you stop {agent}; imdsproxy takes its place within a second then"
-    )
+    by_module = _AGENTS[0] if _AGENTS_MODULE in words else ""
+    agent = next((name for name in _AGENTS if name in words), by_module)
+    process = agent or words[:80] or "a process that cannot be seen"
+    if holder.pid is not None:
+        process += f" (pid {holder.pid})"
+    # An agent is there on the day of the move: both run for a moment, and going back is starting it again.
+    name = "socket-agent" if agent else "socket-taken"
     if settings.take_over:
-        starts = (
-            f"as it starts, and each time that {agent or 'it'} starts (unix_listener.take_over)"
-        )
-        hint = f"imdsproxy takes the path over {starts}"
-    return [warn(text, hint)]
+        name = "socket-take-over"
+    return [found(name, process=process, path=path, agent=agent or "it")]
 
 
 def _no_password() -> str:
@@ -264,5 +238,5 @@ def _sets(on: Subject) -> Iterator[tuple[str, EndpointSetSettings]]:
         yield f"nova.endpoint_sets.{name}", one
 
 
-def _fine(on: Subject, text: str) -> list[Finding]:
-    return [Finding(text)] if on.settings.nova.endpoint_sets else []
+def _fine(on: Subject, name: str) -> list[Finding]:
+    return [found(name)] if on.settings.nova.endpoint_sets else []

@@ -8,7 +8,7 @@ from typing import Final
 
 from imdsproxy.app.policy_store import read_overrides
 from imdsproxy.app.token_keys import read_token_keys
-from imdsproxy.cli.checks import Finding, Subject, count, refused, warn
+from imdsproxy.cli.checks import Finding, Subject, count, found, refused
 from imdsproxy.cli.checks.guests import read_record_files
 from imdsproxy.core.documents.respond import can_be_served
 from imdsproxy.core.inventory import Inventory
@@ -35,30 +35,25 @@ _SHOWN: Final = 3
 def check_trees(on: Subject) -> list[Finding]:
     """Where one tree keeps user-data, and another one gives the same (`core.token_report`): one warning a scope."""
     host = on.settings.policy.book().host
-    found: list[Finding] = []
+    findings: list[Finding] = []
     for place, scope, rules in _scopes(on):
         # Any other scope would only repeat what is reported for the host's section.
         if scope is PolicyScope.HOST or any(getattr(rules, one) is not None for one in _CONCERNED):
             own = [] if scope is PolicyScope.HOST else [(scope, rules)]
             left = open_user_data(fold_policy([(PolicyScope.HOST, host), *own]).policy)
-            found += [_of_open_trees(place, left)] if left.trees else []
-    return found
+            findings += [_of_open_trees(place, left)] if left.trees else []
+    return findings
 
 
 def _of_open_trees(place: str, left: OpenUserData) -> Finding:
-    gives = "give" if len(left.trees) > 1 else "gives"
-    trees = " and ".join(_NAMES[tree] for tree in left.trees)
+    named = " and ".join(_NAMES[tree] for tree in left.trees)
+    trees = f"{named} {'give' if len(left.trees) > 1 else 'gives'}"
     if left.denied:
-        kept = f"{' and '.join(left.denied)} {'are' if len(left.denied) > 1 else 'is'} denied"
-        denied = ", ".join(f"{USER_DATA[tree]}: deny" for tree in left.trees)
-        hint = f"paths: {{{denied}}}, seal_user_data: true, or no such dialect in the records"
-        return warn(f"{place}: {kept}, and {trees} {gives} the same", hint)
+        denied = f"{' and '.join(left.denied)} {'are' if len(left.denied) > 1 else 'is'}"
+        paths = ", ".join(f"{USER_DATA[tree]}: deny" for tree in left.trees)
+        return found("trees-denied", place=place, denied=denied, trees=trees, paths=paths)
     modes = " and ".join(f"{_TREES[tree]}: required" for tree in left.trees)
-    return warn(
-        f"{place}: EC2's tree takes a token, and {trees} {gives} the same user-data without",
-        f"{modes} (no client of theirs sends tokens: they are locked when the boot is over), "
-        "seal_user_data: true, or no such dialect in the records",
-    )
+    return found("trees-open", place=place, trees=trees, modes=modes)
 
 
 def check_instances(on: Subject) -> list[Finding]:
@@ -97,25 +92,15 @@ def _of_instances(named: Sequence[tuple[str, str, str]], number: int) -> list[Fi
         named: Instance, network and open tree; at least the first few.
         number: Of all of them.
     """
-    if not number:
-        return []
     shown = [f"{tree} of {who} in {where}" for who, where, tree in named[:_SHOWN]]
     more = f" and {number - len(shown)} more" if number > len(shown) else ""
-    text = f"user-data is open beside a tree that keeps it: {', '.join(shown)}{more}"
-    hint = (
-        "openstack_tokens, nocloud_tokens or seal_user_data lock it after the boot, paths at once; "
-        "`dialects` in a record takes a tree away"
-    )
-    return [warn(text, hint)]
+    return [found("instances-open", trees=", ".join(shown) + more)] if number else []
 
 
 def check_path_rules(on: Subject) -> list[Finding]:
     """Rules for paths that nothing has: a warning for each, since another path is perhaps meant."""
     return [
-        warn(
-            f"{place}.paths: nothing is ever served at {path} or beneath it",
-            "imdsproxy get lists what there is; nothing is lost by the rule, if it was meant so",
-        )
+        found("path-unserved", place=place, path=path)
         for place, _, rules in _scopes(on)
         for path, _ in rules.paths or ()
         if not can_be_served(path)
@@ -125,11 +110,7 @@ def check_path_rules(on: Subject) -> list[Finding]:
 def check_hop_limits(on: Subject) -> list[Finding]:
     """Hop limits that do nothing for guests of the unix listener: a warning for each scope."""
     return [
-        warn(
-            f"{place}: hop_limit {rules.hop_limit} does nothing for guests that come through the unix listener: the "
-            "packet that reaches them is Neutron's proxy's",
-            "only a listener of its own can keep a token from what is behind such a guest; or remove hop_limit",
-        )
+        found("hop-limit", place=place, limit=rules.hop_limit)
         for place, _, rules in _scopes(on)
         if rules.hop_limit is not None and rules.hop_limit < DEFAULT.hop_limit
         if on.settings.unix_listener.enabled
@@ -141,18 +122,15 @@ def check_token_keys(on: Subject) -> list[Finding]:
     configured = on.settings.tokens.key_file
     path = configured or on.layout.token_keys
     try:
-        keys = read_token_keys(path)
-        mode = path.stat().st_mode
+        number = count(len(read_token_keys(path)), "key")
+        shared = path.stat().st_mode & stat.S_IRWXG
     except ImdsproxyError as error:
         if configured is None and isinstance(error.__cause__, FileNotFoundError):
-            return [Finding(f"the first key will be made in {path}")]
+            return [found("keys-to-come", path=path)]
         return refused(error, "tokens.key_file")
     except OSError as error:
-        return [warn(f"tokens.key_file: {path}: {error.strerror}")]
-    if mode & stat.S_IRWXG:
-        text = f"a group can use {path}: its members can make tokens for any instance"
-        return [warn(text, f"chmod 0600 {path}")]
-    return [Finding(f"{count(len(keys), 'key')} in {path}")]
+        return [found("keys-unread", path=path, reason=error.strerror)]
+    return [found("keys-group" if shared else "keys", path=path, number=number)]
 
 
 def check_overrides(on: Subject) -> list[Finding]:
@@ -162,8 +140,7 @@ def check_overrides(on: Subject) -> list[Finding]:
     except ImdsproxyError as error:
         return refused(error)
     number = count(len(overrides), "instance")
-    text = f"tokens of {number} were revoked, or boots opened again"
-    return [Finding(text)] if overrides else []
+    return [found("overrides", number=number)] if overrides else []
 
 
 def _scopes(on: Subject) -> Iterator[tuple[str, PolicyScope, PolicyRules]]:
