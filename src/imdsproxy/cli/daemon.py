@@ -43,12 +43,7 @@ def documents(run: options.Invocation) -> None:
     settings = run.settings
     log, journal = settings.log, is_journal(sys.stderr, os.environ)
     open_logging(log.level, log.format, sys.stderr, clock=SystemClock(), journal=journal)
-    layout = Layout(
-        runtime=settings.paths.runtime_dir,
-        state=settings.paths.state_dir,
-        documents_workers=settings.documents.workers,
-        chroot=settings.haproxy.chroot,
-    )
+    layout = Layout.of(settings)
     DocumentServer(
         sockets=layout.documents_sockets,
         records=layout.records,

@@ -102,16 +102,16 @@ def explain(
     if probe:
         query["probe"] = "true"
     if instance is None and network is not None and address is not None:
-        query |= {"network": network, "address": address}
-        answer = run.daemon().get("/v1/explain", query)
-        explained = [answer]
+        route, query = "/v1/explain", {"network": network, "address": address, **query}
     elif instance is not None and network is None and address is None:
-        answer = explained = run.daemon().get(path_to("instances", instance, "explain"), query)
+        route = path_to("instances", instance, "explain")
     else:
         raise RequestRefused(
             "explain takes either an INSTANCE or both --network and --from",
             hint="`imdsproxy explain web`, or `imdsproxy explain -n red --from 10.0.0.5`",
         )
+    answer = run.daemon().get(route, query)
+    explained = [answer] if instance is None else answer
     if run.output.as_json:
         run.output.json(answer)
     elif not explained:
