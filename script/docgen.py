@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from imdsproxy.admin.api import admin_app, status_of
+from imdsproxy.admin.metrics import METRICS, NETWORK_SUM
 from imdsproxy.app.namespace_proxy.command import describe_options
 from imdsproxy.cli.main import SHELLS, build_program, iterate_commands, render_completion
 from imdsproxy.cli.options import EXIT_STATUSES
@@ -21,7 +22,6 @@ from imdsproxy.config.describe import iterate_settings
 from imdsproxy.config.neutron_options import NEUTRON_OPTIONS
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.strict_yaml import render_value
-from imdsproxy.controller.metrics import METRICS, NETWORK_SUM
 from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.errors import KINDS, ImdsproxyError
 
@@ -143,7 +143,7 @@ def render_errors_page() -> str:
 
 def render_admin_api_page() -> str:
     """docs/reference/admin-api.md."""
-    document = admin_app(None, version="0").openapi()
+    document = admin_app(None).openapi()
     lines = _head("Admin API", _TEXTS["admin_api"])
     for path, operations in document["paths"].items():
         for method, operation in operations.items():

@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,8 +83,14 @@ class ImdsproxyError(Exception):
     """Root of the tree; never raised itself."""
 
     code: ClassVar[str] = "error"
+    """Of a subclass its name in kebab-case, but for a final `Error`."""
+
     exit_status: ClassVar[int] = 70
     retryable: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        name = cls.__name__.removesuffix("Error")
+        cls.code = re.sub("(?<=[a-z])(?=[A-Z])", "-", name).lower()
 
     def __init__(self, message: str, *, hint: str = "", problems: Sequence[Problem] = ()) -> None:
         super().__init__(message)
@@ -101,138 +108,108 @@ class ImdsproxyError(Exception):
 class ConfigError(ImdsproxyError):
     """The operator must change a configuration file."""
 
-    code = "config"
     exit_status = 78
 
 
 class ConfigInvalid(ConfigError):
     """The configuration breaks the schema; `problems` has every breach."""
 
-    code = "config-invalid"
-
 
 class ConfigUnreadable(ConfigError):
     """A configuration file is missing, unreadable or not YAML."""
-
-    code = "config-unreadable"
 
 
 class SettingsDropped(ConfigError):
     """A settings file is blank, was emptied or removed, or every policy is missing; `problems` says which."""
 
-    code = "settings-dropped"
-
 
 class SecretUnreadable(ConfigError):
     """A file that should hold a secret is missing, empty, or open to others."""
-
-    code = "secret-unreadable"
 
 
 class SourceError(ImdsproxyError):
     """A source must be mended."""
 
-    code = "source"
     exit_status = 69
 
 
 class SourceUnavailable(SourceError):
     """The source does not answer now."""
 
-    code = "source-unavailable"
     retryable = True
 
 
 class LibraryMissing(SourceUnavailable):
     """A source is enabled, and the optional library that it needs is not installed."""
 
-    code = "library-missing"
-
 
 class SourceRefused(SourceError):
     """The source refused what was asked of it; `problems` says which fields."""
-
-    code = "source-refused"
 
 
 class SourceCorrupt(SourceError):
     """The source's store is damaged."""
 
-    code = "source-corrupt"
-
 
 class DataplaneError(ImdsproxyError):
     """HAProxy or the host refused something."""
 
-    code = "dataplane"
     exit_status = 70
 
 
 class HaproxyMissing(DataplaneError):
     """HAProxy is not installed, cannot be run, or is too old."""
 
-    code = "haproxy-missing"
     exit_status = 71
 
 
 class ConfigRejected(DataplaneError):
     """HAProxy refuses the configuration; the message holds its own words."""
 
-    code = "config-rejected"
-
 
 class ReloadFailed(DataplaneError):
     """The master could not start a new worker; the old one goes on."""
 
-    code = "reload-failed"
     retryable = True
 
 
 class CommandRefused(DataplaneError):
     """A Runtime API command was answered with an error."""
 
-    code = "command-refused"
-
 
 class RuntimeUnavailable(DataplaneError):
     """HAProxy's master or worker socket does not answer."""
 
-    code = "runtime-unavailable"
     retryable = True
 
 
 class HostRefused(DataplaneError):
     """The operating system refused a namespace, link, address, process or file operation."""
 
-    code = "host-refused"
     exit_status = 71
 
 
 class RecordCorrupt(DataplaneError):
     """A compiled record is truncated, damaged, or of a format that this version does not read."""
 
-    code = "record-corrupt"
     retryable = True
 
 
 class PrivilegeMissing(DataplaneError):
     """Root, or a capability, is needed."""
 
-    code = "privilege-missing"
     exit_status = 77
 
 
 class AdminError(ImdsproxyError):
     """The caller of the admin API must act."""
 
-    code = "admin"
     exit_status = 64
 
 
 class AdminUnavailable(AdminError):
     """The daemon's admin socket does not answer."""
 
-    code = "admin-unavailable"
     exit_status = 69
     retryable = True
 
@@ -240,21 +217,17 @@ class AdminUnavailable(AdminError):
 class NotFound(AdminError):
     """No network, instance or address of that name."""
 
-    code = "not-found"
     exit_status = 66
 
 
 class AlreadyExists(AdminError):
     """A network or instance of that id is there, and only a new one was to be made."""
 
-    code = "already-exists"
     exit_status = 73
 
 
 class RequestRefused(AdminError):
     """The body of a request is not acceptable; `problems` says which fields."""
-
-    code = "request-refused"
 
 
 @contextmanager

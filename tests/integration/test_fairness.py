@@ -12,8 +12,8 @@ from typing import Final
 
 import pytest
 
+from imdsproxy.admin.metrics import TRAFFIC_COLUMNS
 from imdsproxy.config.policy import LimitsSettings
-from imdsproxy.controller.metrics import TRAFFIC_COLUMNS
 from imdsproxy.dataplane.master import MasterClient
 from support.daemon import instance
 from support.guest import IPV4, IPV6, Guest, Lost

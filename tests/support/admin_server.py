@@ -13,17 +13,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import patch
 
 from fastapi import FastAPI
 from structlog.testing import capture_logs
 
+from imdsproxy.admin import routes
 from imdsproxy.admin.api import admin_app
-from imdsproxy.admin.guests import GuestService
-from imdsproxy.admin.record_reports import RecordReports
-from imdsproxy.admin.records import RecordService
 from imdsproxy.admin.reports import StatusReport
-from imdsproxy.admin.services import Services
-from imdsproxy.admin.tokens import TokenService
+from imdsproxy.admin.status import report_status
 from imdsproxy.app.compiler import CompiledIndex, RecordCompiler
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.policy_store import PolicyStore
@@ -34,7 +32,6 @@ from imdsproxy.app.token_keys import TokenKeys
 from imdsproxy.app.watching import Watching
 from imdsproxy.cli.admin_client import AdminClient
 from imdsproxy.config.changes import SettingChange, SettingsReload
-from imdsproxy.controller.http import serve
 from imdsproxy.core.documents.respond import Answer
 from imdsproxy.core.endpoints import Endpoint, LeftOut, LeftOutCode
 from imdsproxy.core.hoststate import NamespaceRef, ObservedHost
@@ -58,12 +55,12 @@ from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import Problem
 from imdsproxy.host.clock import SystemClock
 from imdsproxy.host.servers import open_unix_socket
-from imdsproxy.listeners.loop import ListenerLoop, ListenerReport
-from imdsproxy.serving.http import Send, send_answer
+from imdsproxy.listeners.loop import ListenerReport
+from imdsproxy.serving.http import Send, send_answer, serve
 from imdsproxy.serving.resolver_app import GuestRequest
 from imdsproxy.serving.store import DiskFiles, PasswordStore
 from imdsproxy.sources.sqlite.source import SqliteSource
-from support.fake_controller import HEALTHY, fake_controller, fake_status
+from support.fake_controller import HEALTHY, fake_controller
 from support.fake_haproxy import FakeHaproxy, FakeLauncher
 from support.fake_mac_filters import no_hop_limits, no_mac_filters
 
@@ -130,9 +127,10 @@ class Documents:
 
 @dataclass
 class AdminServer:
-    """Served services: change what is behind them, ask through `client`, or name `socket` to the CLI.
+    """A served API: change what is behind it, ask through `client`, or name `socket` to the CLI.
 
     Attributes:
+        controller: The parts that the routes use.
         status: Fields of the status report that differ from the usual ones.
         unapplied: What keeps changes from guests.
         reloads: What `reload` was asked for, in order: whether settings may be dropped.
@@ -140,7 +138,7 @@ class AdminServer:
         failure: Raised by `status` and `reload`.
     """
 
-    services: Services
+    controller: Any
     socket: Path
     inventory: Inventory
     records: RecordLoop
@@ -197,21 +195,20 @@ class AdminServer:
         if self.failure is not None:
             raise self.failure
 
-    async def report(self) -> StatusReport:
+    async def report(self, controller: Any) -> StatusReport:  # noqa: ANN401 - as `fake_controller` has it
         """Of this server's records and networks, and else of the usual parts."""
         self._fail()
-        sources = [SimpleNamespace(name=name) for name in self.inventory.sources]
         one = fake_controller(
             **HEALTHY,
             inventory=self.inventory,
             records=self.records,
-            sources=SimpleNamespace(all=sources, look_up=None),
+            sources=controller.sources,
         )
         one.listeners.degraded = self.listeners.degraded
         one.listeners.serving = len(self.networks) - len(self.listeners.left_out)
-        return replace(await fake_status(one).report(), **self.status)
+        return replace(await report_status(one), **self.status)
 
-    async def reload(self, allow_dropped: bool) -> SettingsReload:  # noqa: FBT001 - as `Services.reload`
+    async def reload(self, _controller: object, *, allow_dropped: bool) -> SettingsReload:
         self._fail()
         self.reloads.append(allow_dropped)
         return SettingsReload(
@@ -223,7 +220,7 @@ class AdminServer:
             pending=self.pending,
         )
 
-    def end(self, data_plane: bool) -> None:  # noqa: FBT001 - as `Services.end`
+    def end(self, *, data_plane: bool) -> None:
         self.stopped.append(data_plane)
         self.socket.unlink(missing_ok=True)
 
@@ -273,28 +270,34 @@ async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous gen
     )
     store = SqliteSource(layout.state / "store.sqlite", now=clock.now().timestamp)
     listeners, documents = Listeners(inventory), Documents()
-    loop_of_listeners = cast("ListenerLoop", listeners)  # the part that services use
     listeners.haproxy = haproxy
     lookup = Lookup(inventory, records, _no_neighbour, clock, lambda: 60.0, mac_filters)
     watching = Watching(haproxy, _nothing, lambda _network, _address: None)
-    unapplied: list[Problem] = []
-    socket = directory / "admin.sock"
-    services = Services(
-        RecordReports(inventory, records, loop_of_listeners, documents_needed=True),
-        RecordService(inventory, records, loop_of_listeners, store, lambda: tuple(unapplied)),
-        GuestService(
-            lookup, loop_of_listeners, documents.forward, passwords, documents_needed=True
-        ),
-        TokenService(records, policy_store, lambda: tuple(unapplied)),
-        watching,
-        lambda: server.report(),  # noqa: PLW0108 - made below
-        lambda: server.count_tokens(),  # noqa: PLW0108 - as above
-        lambda allowed: server.reload(allowed),  # noqa: PLW0108 - as above
-        lambda data_plane: server.end(data_plane),  # noqa: PLW0108 - as above
+    sources = [store, SimpleNamespace(name="file")]
+    controller = SimpleNamespace(
+        clock=clock,
+        inventory=inventory,
+        records=records,
+        listeners=listeners,
+        lookup=lookup,
+        haproxy=haproxy,
+        sources=SimpleNamespace(all=sources, writable=store, look_up=None),
+        policy_store=policy_store,
+        passwords=passwords,
+        companion=SimpleNamespace(needed=True),
+        watching=watching,
+        forward=documents.forward,
+        documents_problem=lambda: None,
+        unapplied=lambda: tuple(server.unapplied),
+        counting=SimpleNamespace(report=lambda *_: server.count_tokens()),
+        end=lambda data_plane: server.end(data_plane=data_plane),
+        patching=asyncio.Lock(),
+        claiming=asyncio.Lock(),
+        overriding=asyncio.Lock(),
     )
-    server = AdminServer(
-        services,
-        socket,
+    server: AdminServer = AdminServer(
+        controller,
+        directory / "admin.sock",
         inventory,
         records,
         listeners,
@@ -303,15 +306,14 @@ async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous gen
         policy_store,
         passwords,
         asyncio.get_running_loop(),
-        unapplied=unapplied,
     )
 
     def observe(observation: Observation) -> None:
         records.observe(observation)
 
     app = _make_app()
-    app.state.services = services
-    listener = open_unix_socket(socket, mode=0o600)
+    app.state.controller = controller
+    listener = open_unix_socket(server.socket, mode=0o600)
     records.observe(Observation("file", full=True))
     work: Collection[asyncio.Task[None]] = [
         asyncio.create_task(one)
@@ -327,7 +329,11 @@ async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous gen
         async with asyncio.timeout(20):
             await records.in_sync.wait()
             await records.tickets.wait(records.tickets.given)
-        yield server
+        with (
+            patch.object(routes, "report_status", server.report),
+            patch.object(routes, "reload_settings", server.reload),
+        ):
+            yield server
     finally:
         for task in work:
             task.cancel()
@@ -335,13 +341,13 @@ async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous gen
         records.compiler.index.close()
         await fake.close()
         listener.close()
-        socket.unlink(missing_ok=True)
+        server.socket.unlink(missing_ok=True)
 
 
 @functools.cache
 def _make_app() -> FastAPI:
     """Made once: that takes longer than most tests."""
-    return admin_app(None, version="1.2.3")
+    return admin_app(None)
 
 
 async def _nothing() -> None:

@@ -27,7 +27,7 @@ _CONTEXT.set_forkserver_preload(
         # What `main` imports late; the first comes before all that logs.
         "imdsproxy.host.logs",
         "imdsproxy.cli.admin_client",
-        "imdsproxy.controller.start",
+        "imdsproxy.start",
         "imdsproxy.admin.api",
         __name__,
     ]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from imdsproxy.controller.metrics import Metrics, count_traffic
-from imdsproxy.controller.status import Status
+from imdsproxy.admin.metrics import Metrics, count_traffic
+from imdsproxy.controller.controller import Controller
 from imdsproxy.core.endpoints import LeftOut, LeftOutCode
 from imdsproxy.core.haproxy.runtime import Processes
 from imdsproxy.core.hoststate import Effect
@@ -19,7 +20,6 @@ from imdsproxy.core.timing import Durations, Step
 from imdsproxy.dataplane.haproxy import LastReload
 from imdsproxy.errors import Problem
 from imdsproxy.nova.upstream import NovaEndpointReport
-from imdsproxy.serving.resolver import ResolverCounts
 
 _BUSY = LeftOut(NetworkId("red"), None, LeftOutCode.PORT_BUSY, "nginx has port 80", "stop it")
 
@@ -50,8 +50,6 @@ def _usual() -> dict[str, object]:
         look_ups=Counter({"found": 5, "negative-cached": 3}),
         known=SimpleNamespace(ports=range(7)),
     )
-    denied, mismatched = Counter({Denial.UNKNOWN: 2}), Counter({NetworkId("red"): 3})
-    counts = ResolverCounts(found=1, denied=denied, mismatched=mismatched)
     foreign = [SimpleNamespace(socket=one, effect=Effect.BLOCKS) for one in (1, 2, 2)]
     refused = {"neutron": (), "sqlite": (Problem("name", "is empty"),)}
     return {
@@ -100,7 +98,8 @@ def _usual() -> dict[str, object]:
         "mac_filters.plan.filters": range(3),
         "mac_filters.refused": range(4),
         "mac_filters.pair_count": 2,
-        "resolver.counts": counts,
+        "resolver.outcomes": Counter({"found": 1, Denial.UNKNOWN: 2}),
+        "resolver.mismatched": Counter({NetworkId("red"): 3}),
         "resolver.held": 2,
         "sources.all": (neutron, SimpleNamespace(name="sqlite")),
         "sources.look_up": neutron,
@@ -113,6 +112,13 @@ def _usual() -> dict[str, object]:
         "audit.problem": Problem("audit.destination", "/x: disk full"),
         "audit.settings": lambda: _tree({"one_in": 1, "mode": "all", "destination": "/x"}),
         "nova.problems": (),
+        "nova_watch.endpoints": (
+            NovaEndpointReport("default", "192.0.2.1:8775", up=True, failures=4),
+            NovaEndpointReport("default", "192.0.2.2:8775", up=False),
+        ),
+        "nova_watch.refused.totals": {"default": 6},
+        "nova_watch.problems": (),
+        "nova_watch.refresh": _nothing,
         "haproxy.processes": Processes(100, 102, (101,), 8),
         "haproxy.last_reload": LastReload(8, 6.0, "networks changed", "rejected", "no file", 0.5),
         "haproxy.reload_counts": Counter(ok=7, failed=1),
@@ -150,30 +156,19 @@ def fake_controller(**changed: object) -> Any:  # noqa: ANN401 - as much of a co
         changed: What is otherwise, by path as `haproxy.processes`.
     """
     kept = {path: value for path, value in _usual().items() if path.split(".")[0] not in changed}
-    return _tree({**kept, **changed})
+    one = _tree({**kept, **changed})
+    for method in ("documents_problem", "unapplied", "own_problems", "unnoticed_problems"):
+        setattr(one, method, partial(getattr(Controller, method), one))
+    return one
 
 
-def fake_status(controller: Any) -> Status:  # noqa: ANN401 - as `fake_controller` has it
-    """Its status, with two of Nova's endpoints."""
-
-    async def refresh() -> None:
-        pass
-
-    nova: Any = SimpleNamespace(
-        endpoints=(
-            NovaEndpointReport("default", "192.0.2.1:8775", up=True, failures=4),
-            NovaEndpointReport("default", "192.0.2.2:8775", up=False),
-        ),
-        refused=SimpleNamespace(totals={"default": 6}),
-        problems=(),
-        refresh=refresh,
-    )
-    return Status(controller, nova)
+async def _nothing() -> None:
+    """HAProxy's counters are as they are."""
 
 
 def fake_metrics(controller: Any) -> Metrics:  # noqa: ANN401 - as `fake_controller` has it
     """Its metrics, with what one worker has counted."""
-    metrics = Metrics(controller, fake_status(controller))
+    metrics = Metrics(controller)
     agents = {**row("agents", 3, 2, 1), "pxname": "agents"}
     metrics.traffic.add(1, count_traffic([row("blue", 100, 3, 1), row("red", 10), agents]))
     return metrics

@@ -1,4 +1,4 @@
-"""The admin API: an ASGI application over services, described by its own OpenAPI document.
+"""The admin API: an ASGI application over the controller's parts, described by its own OpenAPI document.
 
 It is served on a unix socket only, whose mode and owner say who may use it. Every answer from 400
 up is one `ProblemBody` (RFC 9457).
@@ -7,7 +7,7 @@ up is one `ProblemBody` (RFC 9457).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -15,7 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
+from imdsproxy import __version__
 from imdsproxy.admin.routes import router
+from imdsproxy.controller.controller import Controller
 from imdsproxy.core.wire import RETRY_AFTER_S
 from imdsproxy.errors import (
     AlreadyExists,
@@ -26,9 +28,6 @@ from imdsproxy.errors import (
     RequestRefused,
     SourceRefused,
 )
-
-if TYPE_CHECKING:
-    from imdsproxy.admin.services import Services
 
 _PROBLEM_JSON: Final = "application/problem+json"
 _UNAVAILABLE: Final = 503
@@ -84,23 +83,22 @@ class _AdminApp(FastAPI):
         return document
 
 
-def admin_app(services: Services | None, *, version: str) -> FastAPI:
+def admin_app(controller: Controller | None) -> FastAPI:
     """The application; `/openapi.json` describes it, `/v1/…` are its routes.
 
     Args:
-        services: What its routes use; `None` where it is only described.
-        version: Of imdsproxy, for the OpenAPI document.
+        controller: What its routes use; `None` where it is only described.
     """
     app = _AdminApp(
         title="imdsproxy admin API",
-        version=version,
+        version=__version__,
         description="Networks, instances and the state of one imdsproxy daemon.",
         docs_url=None,  # their pages load scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,
     )
-    app.state.services = services
+    app.state.controller = controller
     app.include_router(router, prefix="/v1", responses={"4XX": _ERROR, "5XX": _ERROR})
     app.add_exception_handler(ImdsproxyError, _refused)
     app.add_exception_handler(RequestValidationError, _unacceptable)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Self, TypeAlias, TypeVa
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, create_model
 from starlette.responses import JSONResponse
 
-from imdsproxy.admin.record_reports import LeftOut
+from imdsproxy.admin.record_reports import LeftOut, find_network
 from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.observation import Conflict
 from imdsproxy.core.packed import PackedInstances
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
 
-    from imdsproxy.admin.record_reports import RecordReports
+    from imdsproxy.core.inventory import Inventory
 
 MAX_BODY: Final = 64 * 1024 * 1024
 """Bytes of a request: 16 MiB of user-data in base64, twice, or some 100,000 plain instances."""
@@ -293,12 +293,12 @@ def _unclearable(
             yield Problem(f"{prefix}{key}", "cannot be cleared", hint=hint)
 
 
-def name_networks(body: object, reports: RecordReports) -> object:
+def name_networks(body: object, inventory: Inventory) -> object:
     """An instance's body with the ids of the networks that its ports name."""
     ports = body.get("ports") if isinstance(body, dict) else None
     for port in ports if isinstance(ports, list) else ():
         if isinstance(port, dict) and isinstance(port.get("network"), str):
-            port["network"] = reports.network_id(port["network"])
+            port["network"] = find_network(inventory, port["network"])
     return body
 
 

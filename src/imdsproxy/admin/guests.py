@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final, assert_never
 
+from imdsproxy.admin.bodies import DocumentBody, DocumentView
 from imdsproxy.admin.reports import CardReport, Explanation, PairReport, PathDecision, Probe
 from imdsproxy.anti_spoofing.plan import ANY_MAC, plan_pair
 from imdsproxy.app.lookup import Lookup
+from imdsproxy.controller.controller import Controller
 from imdsproxy.core.identity import (
     Ambiguous,
     Denial,
@@ -23,18 +25,17 @@ from imdsproxy.core.identity import (
     deny,
     identify,
 )
+from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Dialect, InstanceId, NetworkId, Scope, Upstream
 from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.plan import policy_place, record_key
 from imdsproxy.core.policy_report import decide_read, report_policy
 from imdsproxy.core.wire import HEADER_LOGGED, MISMATCH_TEXT, NovaRecord, hide_signatures
 from imdsproxy.dataplane.master import WorkerEnded
-from imdsproxy.errors import NotFound, Problem, RuntimeUnavailable
+from imdsproxy.errors import NotFound, RuntimeUnavailable
 from imdsproxy.listeners.endpoints import networks_of
 from imdsproxy.listeners.loop import ListenerLoop
-from imdsproxy.serving.resolver import Outcome
-from imdsproxy.serving.resolver_app import CollectedAnswer, Forward, GuestRequest
-from imdsproxy.serving.store import PasswordStore
+from imdsproxy.serving.resolver_app import CollectedAnswer, GuestRequest
 from imdsproxy.sources.api import LookUpUnavailable, PortAmbiguous, PortFound, PortMissing
 
 _UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -45,15 +46,6 @@ _COMMON: Final[Mapping[Dialect, str]] = {
     Dialect.OPENSTACK: "/openstack/latest/meta_data.json",
     Dialect.NOCLOUD: "/nocloud/meta-data",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class DocumentAnswer:
-    """An answer to a guest."""
-
-    status: int
-    headers: tuple[tuple[str, str], ...]
-    body: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,279 +64,294 @@ class _Owner:
     denial: Denial | None = None
 
 
-@dataclass(slots=True)
-class GuestService:
-    """Answers questions about guests.
+async def read_password(controller: Controller, instance: InstanceId) -> bytes | None:
+    """The password that the instance's guest posted, as it was posted; `None` where it has posted none.
+
+    Raises:
+        NotFound: There is no such instance.
+    """
+    _refuse_unknown(controller.inventory, instance)
+    return await asyncio.to_thread(controller.passwords.read, instance)
+
+
+async def clear_password(controller: Controller, instance: InstanceId) -> bool:
+    """Remove it, so that the guest can post another; `False` where there is none. Raises as `read_password`."""
+    _refuse_unknown(controller.inventory, instance)
+    return await asyncio.to_thread(controller.passwords.remove, instance)
+
+
+def _refuse_unknown(inventory: Inventory, instance: InstanceId) -> None:
+    if not inventory.sources_of_instance(instance):
+        raise NotFound(f"there is no instance {instance}", hint="imdsproxy instance list")
+
+
+async def get_document(controller: Controller, key: AddressKey, path: str) -> DocumentView:
+    """The answer that the guest at an address gets to `GET path` (with its query).
+
+    Nothing is remembered of it; an unknown guest is answered as one is, without being held.
+    """
+    lookup = controller.lookup
+    if not _may_know(lookup, key[0]):
+        raise NotFound(f"there is no network {key[0]}", hint="imdsproxy network list")
+    owner = await _owner(lookup, key)
+    if isinstance(owner.identity, Found):
+        # Its MAC need not be checked.
+        outcome = lookup.known(owner.identity.instance, key)
+    else:
+        outcome = owner.denial or deny(owner.identity, in_sync=lookup.inventory.in_sync)
+    if isinstance(outcome, Denial):
+        text = MISMATCH_TEXT if outcome is Denial.MISMATCH else ""
+        again = [["retry-after", "5"]] if outcome is Denial.CONFLICT else []
+        return DocumentView(
+            status=outcome.status, headers=again, body=DocumentBody.of(text.encode())
+        )
+    answer = CollectedAnswer()
+    request = GuestRequest(key, "GET", path.encode("utf-8"), by_operator=True)
+    await controller.forward(outcome, request, answer.take)
+    sent = ([name.decode("latin-1"), value.decode("latin-1")] for name, value in answer.headers)
+    headers = [header for header in sent if header[0] != HEADER_LOGGED]
+    body = DocumentBody.of(bytes(answer.body))
+    return DocumentView(status=answer.status, headers=headers, body=body)
+
+
+def _may_know(lookup: Lookup, network: NetworkId) -> bool:
+    return lookup.inventory.knows(network) or lookup.source is not None
+
+
+async def explain_instance(
+    controller: Controller, instance: InstanceId, path: str | None = None, *, probe: bool = False
+) -> list[Explanation]:
+    """`explain` for each address that the instance is known by; `NotFound` where there is no such instance."""
+    _refuse_unknown(controller.inventory, instance)
+    keys = controller.records.addresses_of(instance)
+    # Made of its MAC: what few guests ask from, where they have another one.
+    chosen = {key for key in keys if not key[1].is_link_local} or keys
+    ordered = sorted(chosen, key=lambda key: (key[0], key[1].version, int(key[1])))
+    return [await explain(controller, key, path, probe=probe) for key in ordered]
+
+
+async def explain(
+    controller: Controller, key: AddressKey, path: str | None = None, *, probe: bool = False
+) -> Explanation:
+    """Who has an address in a network, or behind a router, and why; never raises for an unknown one.
 
     Args:
-        forward: Asks HAProxy as a guest that was found.
-        documents_problem: Why guests get no documents.
+        controller: Which is asked.
+        key: The address.
+        path: Also what the policy says to a GET of it.
+        probe: Also send a GET of `path`, or of a document that every instance has.
     """
+    network, lookup, listeners = key[0], controller.lookup, controller.listeners
+    if not _may_know(lookup, network):
+        return Explanation(*key, "no-network", 404, (f"no source tells of network {network}",))
+    owner, inventory = await _owner(lookup, key), lookup.inventory
+    steps = [_origin(inventory, listeners, network)]
+    steps += [
+        f"its listener is not as it should be: {one.reason}"
+        for one in listeners.degraded()
+        if one.network == network
+    ]
+    pair = await _pair(lookup, key, steps) if checks_macs(inventory, network) else None
+    if owner.at != key:
+        steps.append(f"router {network} leads to network {owner.at[0]}")
+    if isinstance(owner.identity, Found):
+        found = _explain_found(controller, key, owner.at, owner.identity, path=path, steps=steps)
+    else:
+        denial = owner.denial or deny(owner.identity, in_sync=inventory.in_sync)
+        found = _explain_denied(key, owner, owner.identity, denial, steps)
+    served = networks_of(listeners.report.endpoints)
+    if not (network in served if network in inventory.networks else listeners.unix.serving):
+        # No listener is there: the guest gets no answer, whatever it would be.
+        found.verdict, found.answer = "left-out", 503
+    if probe:
+        asked = path or _common_path(inventory, found.instance)
+        found.probe = Probe(asked, (await get_document(controller, key, asked)).status)
+    found.why, found.pair = tuple(steps), pair
+    found.cards = await _cards(lookup, found.instance)
+    found.installed = await _installed(controller, key)
+    return found
 
-    lookup: Lookup
-    listeners: ListenerLoop
-    forward: Forward
-    passwords: PasswordStore
-    documents_needed: bool
-    documents_problem: Callable[[], Problem | None] = lambda: None
 
-    async def read_password(self, instance: InstanceId) -> bytes | None:
-        """The password that the instance's guest posted, as it was posted; `None` where it has posted none.
+def _common_path(inventory: Inventory, instance: InstanceId | None) -> str:
+    """A document that every instance has which has any."""
+    record = instance and inventory.instances.get(instance)
+    dialects = record.dialects if record else frozenset(Dialect)
+    return next((path for dialect, path in _COMMON.items() if dialect in dialects), "/")
 
-        Raises:
-            NotFound: There is no such instance.
-        """
-        self._refuse_unknown(instance)
-        return await asyncio.to_thread(self.passwords.read, instance)
 
-    async def clear_password(self, instance: InstanceId) -> bool:
-        """Remove it, so that the guest can post another; `False` where there is none. Raises as `read_password`."""
-        self._refuse_unknown(instance)
-        return await asyncio.to_thread(self.passwords.remove, instance)
+def _origin(inventory: Inventory, listeners: ListenerLoop, network: NetworkId) -> str:
+    if sources := inventory.sources_of_network(network):
+        return f"network {network} comes from {', '.join(sources)}"
+    unreported = (
+        f"no source tells how {network} is reached: its guests come through the unix listener"
+    )
+    if listeners.unix.serving:
+        return unreported
+    problem = listeners.unix.problem
+    return f"{unreported}, which is {'off' if problem is None else f'left out: {problem.reason}'}"
 
-    def _refuse_unknown(self, instance: InstanceId) -> None:
-        if not self.lookup.inventory.sources_of_instance(instance):
-            raise NotFound(f"there is no instance {instance}", hint="imdsproxy instance list")
 
-    async def get(self, key: AddressKey, path: str) -> DocumentAnswer:
-        """The answer that the guest at an address gets to `GET path` (with its query).
+async def _owner(lookup: Lookup, key: AddressKey) -> _Owner:
+    """Who has the address by the records, else by the source that can be asked; found there, it is in force."""
+    source, identity = lookup.source, await lookup.identify(key)
+    if source is None or not isinstance(identity, Unknown):
+        return _Owner(identity, key)
+    declared = lookup.inventory.networks.get(key[0])
+    # Of an id that no record has, only a request says whether it is a router's.
+    scopes = (Scope.NETWORK, Scope.ROUTER) if declared is None else (declared.scope,)
+    for scope in scopes:
+        match await lookup.ask(key, scope):
+            case PortFound(network=network):
+                # Puts it in force, as a request would.
+                await lookup.look(key, scope)
+                if scope is Scope.NETWORK:
+                    return _Owner(await lookup.identify(key), key)
+                at = (network, key[1])
+                return _Owner(identify(lookup.inventory, *at), at)
+            case PortAmbiguous(count=count):
+                why = (
+                    f"{count} ports of {source.name} have it there; whose guest asks is not guessed"
+                )
+                return _Owner(identity, key, why)
+            case LookUpUnavailable(reason=reason):
+                why = f"nothing is known of it, and {source.name} cannot be asked: {reason}"
+                return _Owner(identity, key, why, Denial.UNAVAILABLE)
+            case PortMissing() | None:
+                pass
+            case _ as never:
+                assert_never(never)
+    why = f"{source.name} was asked and has no port that may get metadata"
+    if declared is None and not _UUID.fullmatch(key[0]):
+        why += f"; it knows networks and routers by their ids, and {key[0]} is no UUID"
+    return _Owner(identity, key, why)
 
-        Nothing is remembered of it; an unknown guest is answered as one is, without being held.
-        """
-        if not self._may_know(key[0]):
-            raise NotFound(f"there is no network {key[0]}", hint="imdsproxy network list")
-        owner, inventory = await self._owner(key), self.lookup.inventory
-        outcome: Outcome
-        if isinstance(owner.identity, Found):
-            # Its MAC need not be checked.
-            outcome = self.lookup.known(owner.identity.instance, key)
-        else:
-            outcome = owner.denial or deny(owner.identity, in_sync=inventory.in_sync)
-        if isinstance(outcome, Denial):
-            text = MISMATCH_TEXT if outcome is Denial.MISMATCH else ""
-            again = (("retry-after", "5"),) if outcome is Denial.CONFLICT else ()
-            return DocumentAnswer(outcome.status, again, text.encode())
-        answer = CollectedAnswer()
-        request = GuestRequest(key, "GET", path.encode("utf-8"), by_operator=True)
-        await self.forward(outcome, request, answer.take)
-        sent = ((name.decode("latin-1"), value.decode("latin-1")) for name, value in answer.headers)
-        headers = tuple(header for header in sent if header[0] != HEADER_LOGGED)
-        return DocumentAnswer(answer.status, headers, bytes(answer.body))
 
-    def _may_know(self, network: NetworkId) -> bool:
-        return self.lookup.inventory.knows(network) or self.lookup.source is not None
+def _explain_denied(
+    key: AddressKey,
+    owner: _Owner,
+    identity: Unknown | Ambiguous | Mismatch,
+    denial: Denial,
+    steps: list[str],
+) -> Explanation:
+    denied = Explanation(*key, denial.value, denial.status)
+    match identity:
+        case Ambiguous(claimants=claimants):
+            steps.append("more than one record claims the address, and none is preferred")
+            denied.claimants = claimants
+        case Mismatch(instance=instance, expected=expected):
+            steps.append(f"instance {instance.id} has {key[1]} with MAC {expected} only")
+            denied.instance, denied.instance_name = instance.id, instance.name
+        case Unknown(reason=reason):
+            steps.append(owner.why or reason.value)
+            if owner.denial is None and denial is Denial.UNKNOWN:
+                steps.append("requests are held for a while, then answered 404")
+            elif owner.denial is None:
+                steps.append("a source is not in sync: it may still come")
+            denied.verdict = "unknown"
+    return denied
 
-    async def explain_instance(
-        self, instance: InstanceId, path: str | None = None, *, probe: bool = False
-    ) -> list[Explanation]:
-        """`explain` for each address that the instance is known by; `NotFound` where there is no such instance."""
-        self._refuse_unknown(instance)
-        keys = self.lookup.records.addresses_of(instance)
-        # Made of its MAC: what few guests ask from, where they have another one.
-        chosen = {key for key in keys if not key[1].is_link_local} or keys
-        ordered = sorted(chosen, key=lambda key: (key[0], key[1].version, int(key[1])))
-        return [await self.explain(key, path, probe=probe) for key in ordered]
 
-    async def explain(
-        self, key: AddressKey, path: str | None = None, *, probe: bool = False
-    ) -> Explanation:
-        """Who has an address in a network, or behind a router, and why; never raises for an unknown one.
-
-        Args:
-            key: The address.
-            path: Also what the policy says to a GET of it.
-            probe: Also send a GET of `path`, or of a document that every instance has.
-        """
-        network = key[0]
-        if not self._may_know(network):
-            why = (f"no source tells of network {network}",)
-            return Explanation(*key, "no-network", 404, why)
-        owner, inventory, unix = await self._owner(key), self.lookup.inventory, self.listeners.unix
-        degraded = (one.reason for one in self.listeners.degraded() if one.network == network)
-        steps = [self._origin(network)]
-        steps += [f"its listener is not as it should be: {reason}" for reason in degraded]
-        pair = await self._pair(key, steps) if checks_macs(inventory, network) else None
-        if owner.at != key:
-            steps.append(f"router {network} leads to network {owner.at[0]}")
-        found = self._explain(key, owner, path, steps)
-        served = networks_of(self.listeners.report.endpoints)
-        if not (network in served if network in inventory.networks else unix.serving):
-            # No listener is there: the guest gets no answer, whatever it would be.
-            found = replace(found, verdict="left-out", answer=503)
-        if probe:
-            asked = path or self._common_path(found.instance)
-            found = replace(found, probe=Probe(asked, (await self.get(key, asked)).status))
-        cards = tuple([card async for card in self._cards(found.instance)])
-        installed = await self._installed(key)
-        return replace(found, why=tuple(steps), pair=pair, cards=cards, installed=installed)
-
-    def _common_path(self, instance: InstanceId | None) -> str:
-        """A document that every instance has which has any."""
-        record = instance and self.lookup.inventory.instances.get(instance)
-        dialects = record.dialects if record else frozenset(Dialect)
-        return next((path for dialect, path in _COMMON.items() if dialect in dialects), "/")
-
-    def _origin(self, network: NetworkId) -> str:
-        if sources := self.lookup.inventory.sources_of_network(network):
-            return f"network {network} comes from {', '.join(sources)}"
-        unreported = (
-            f"no source tells how {network} is reached: its guests come through the unix listener"
+def _explain_found(
+    controller: Controller,
+    key: AddressKey,
+    at: AddressKey,
+    found: Found,
+    *,
+    path: str | None,
+    steps: list[str],
+) -> Explanation:
+    instance, lookup, records = found.instance, controller.lookup, controller.lookup.records
+    steps.append(f"instance {instance.id} has {at[1]}, known by {found.how.value}")
+    if lookup.source is not None and (seen := lookup.source.confirmation(*at)) is not None:
+        name = lookup.source.name
+        stale = f"; stale since, because {name} does not answer" if seen.stale else ""
+        age = f"confirmed {seen.age_s:.0f} s ago{stale}"
+        steps.append(f"it is port {seen.port} of {name}, {age}")
+    now, project = int(lookup.clock.now().timestamp()), found.port.project or instance.project
+    book, place = records.policies(), policy_place(lookup.inventory, key[0], project, instance)
+    folded = book.fold(place)
+    rules = report_policy(folded, book.override(instance.id), instance.created_at, now)
+    decision = None
+    if path is not None:
+        paths = folded.policy.paths
+        without, given = (
+            decide_read(rules.word, now, path, token=token, paths=paths) for token in (False, True)
         )
-        if self.listeners.unix.serving:
-            return unreported
-        problem = self.listeners.unix.problem
-        why = "off" if problem is None else f"left out: {problem.reason}"
-        return f"{unreported}, which is {why}"
-
-    async def _owner(self, key: AddressKey) -> _Owner:
-        """Who has the address by the records, else by the source that can be asked; found there, it is in force."""
-        lookup, source = self.lookup, self.lookup.source
-        identity = await lookup.identify(key)
-        if source is None or not isinstance(identity, Unknown):
-            return _Owner(identity, key)
-        declared = lookup.inventory.networks.get(key[0])
-        # Of an id that no record has, only a request says whether it is a router's.
-        scopes = (Scope.NETWORK, Scope.ROUTER) if declared is None else (declared.scope,)
-        for scope in scopes:
-            match await lookup.ask(key, scope):
-                case PortFound(network=network):
-                    # Puts it in force, as a request would.
-                    await lookup.look(key, scope)
-                    if scope is Scope.NETWORK:
-                        return _Owner(await lookup.identify(key), key)
-                    at = (network, key[1])
-                    return _Owner(identify(lookup.inventory, *at), at)
-                case PortAmbiguous(count=count):
-                    why = f"{count} ports of {source.name} have it there; whose guest asks is not guessed"
-                    return _Owner(identity, key, why)
-                case LookUpUnavailable(reason=reason):
-                    why = f"nothing is known of it, and {source.name} cannot be asked: {reason}"
-                    return _Owner(identity, key, why, Denial.UNAVAILABLE)
-                case PortMissing() | None:
-                    pass
-                case _ as never:
-                    assert_never(never)
-        why = f"{source.name} was asked and has no port that may get metadata"
-        if declared is None and not _UUID.fullmatch(key[0]):
-            why += f"; it knows networks and routers by their ids, and {key[0]} is no UUID"
-        return _Owner(identity, key, why)
-
-    def _explain(
-        self, key: AddressKey, owner: _Owner, path: str | None, steps: list[str]
-    ) -> Explanation:
-        identity = owner.identity
-        if isinstance(identity, Found):
-            return self._explain_found(key, owner.at, identity, path, steps)
-        denial = owner.denial or deny(identity, in_sync=self.lookup.inventory.in_sync)
-        denied = Explanation(*key, denial.value, denial.status)
-        match identity:
-            case Ambiguous(claimants=claimants):
-                steps.append("more than one record claims the address, and none is preferred")
-                return replace(denied, claimants=claimants)
-            case Mismatch(instance=instance, expected=expected):
-                steps.append(f"instance {instance.id} has {key[1]} with MAC {expected} only")
-                return replace(denied, instance=instance.id, instance_name=instance.name)
-            case Unknown(reason=reason):
-                steps.append(owner.why or reason.value)
-                if owner.denial is None and denial is Denial.UNKNOWN:
-                    steps.append("requests are held for a while, then answered 404")
-                elif owner.denial is None:
-                    steps.append("a source is not in sync: it may still come")
-                return replace(denied, verdict="unknown")
-        assert_never(identity)
-
-    def _explain_found(
-        self, key: AddressKey, at: AddressKey, found: Found, path: str | None, steps: list[str]
-    ) -> Explanation:
-        instance, lookup, records = found.instance, self.lookup, self.lookup.records
-        steps.append(f"instance {instance.id} has {at[1]}, known by {found.how.value}")
-        if lookup.source is not None and (seen := lookup.source.confirmation(*at)) is not None:
-            name = lookup.source.name
-            stale = f"; stale since, because {name} does not answer" if seen.stale else ""
-            age = f"confirmed {seen.age_s:.0f} s ago{stale}"
-            steps.append(f"it is port {seen.port} of {name}, {age}")
-        now, project = int(lookup.clock.now().timestamp()), found.port.project or instance.project
-        book, place = records.policies(), policy_place(lookup.inventory, key[0], project, instance)
-        folded = book.fold(place)
-        rules = report_policy(folded, book.override(instance.id), instance.created_at, now)
-        decision = None
-        if path is not None:
-            paths = folded.policy.paths
-            without, given = (
-                decide_read(rules.word, now, path, token=token, paths=paths)
-                for token in (False, True)
-            )
-            decision = PathDecision(path, without, given)
-        answer: int | None
-        if instance.upstream is Upstream.EMBEDDED:
-            policy = {"dialects": ", ".join(sorted(instance.dialects)) or "none"}
-            answer = 200 if instance.dialects else 404
-            problem = self.documents_problem()
-            if problem is not None:
-                steps.append(f"no document is answered now: {problem.reason}")
-            if problem is not None or not self.documents_needed:
-                answer = 503
-        else:
-            policy = {"upstream": "nova", "endpoint set": "none: guests get 503"}
+        decision = PathDecision(path, without, given)
+    answer: int | None
+    if instance.upstream is Upstream.EMBEDDED:
+        policy = {"dialects": ", ".join(sorted(instance.dialects)) or "none"}
+        answer = 200 if instance.dialects else 404
+        problem = controller.documents_problem()
+        if problem is not None:
+            steps.append(f"no document is answered now: {problem.reason}")
+        if problem is not None or not controller.companion.needed:
             answer = 503
-            if isinstance(record := records.planned(key), NovaRecord):
-                policy |= {"endpoint set": record.endpoint_set, "project": record.project}
-                answer = None
-        return Explanation(
-            *key,
-            "found",
-            answer if folded.policy.endpoint else 403,
-            instance=instance.id,
-            instance_name=instance.name,
-            source=", ".join(lookup.inventory.sources_of_instance(instance.id)),
-            how=(found.how if at == key else How.ROUTER).value,
-            revision=records.compiler.revisions.get(instance.id),
-            policy=policy,
-            rules=rules,
-            decision=decision,
+    else:
+        policy = {"upstream": "nova", "endpoint set": "none: guests get 503"}
+        answer = 503
+        if isinstance(record := records.planned(key), NovaRecord):
+            policy |= {"endpoint set": record.endpoint_set, "project": record.project}
+            answer = None
+    return Explanation(
+        *key,
+        "found",
+        answer if folded.policy.endpoint else 403,
+        instance=instance.id,
+        instance_name=instance.name,
+        source=", ".join(lookup.inventory.sources_of_instance(instance.id)),
+        how=(found.how if at == key else How.ROUTER).value,
+        revision=records.compiler.revisions.get(instance.id),
+        policy=policy,
+        rules=rules,
+        decision=decision,
+    )
+
+
+async def _pair(lookup: Lookup, key: AddressKey, steps: list[str]) -> PairReport:
+    """What MACs have to do with it, in a network that checks them; `steps` gets the sentences."""
+    filters = lookup.mac_filters
+    neighbour, refusal = await lookup.last_seen(key)
+    seen = neighbour if refusal is None else refusal.mac
+    granted, filtered = filters.granted(key), filters.is_up(key[0])
+    steps.append(f"it was last seen with MAC {seen}" if seen else "no MAC was seen with it")
+    if refusal is not None and neighbour not in {None, refusal.mac}:
+        age_s = lookup.clock.monotonic() - refusal.at
+        steps.append(
+            f"its request was refused {age_s:.0f} s ago; the neighbour table has MAC {neighbour}"
         )
+    if granted == ANY_MAC:
+        steps.append("the MAC filter lets it through with any MAC: no record has one")
+    elif granted is not None:
+        steps.append(f"the MAC filter lets it through with MAC {granted} only")
+    elif filtered:
+        steps.append("the MAC filter has no pair for it: each request goes to the resolver")
+    if not filtered and not filters.is_plain(key[0]):
+        steps.append("there is no MAC filter: no guest with a MAC in its record is answered")
+    wanted = plan_pair(lookup.inventory, key, lookup.records.learned)
+    return PairReport(seen, wanted, granted, filtered)
 
-    async def _pair(self, key: AddressKey, steps: list[str]) -> PairReport:
-        """What MACs have to do with it, in a network that checks them; `steps` gets the sentences."""
-        lookup, filters = self.lookup, self.lookup.mac_filters
-        neighbour, refusal = await lookup.last_seen(key)
-        seen = neighbour if refusal is None else refusal.mac
-        granted, filtered = filters.granted(key), filters.is_up(key[0])
-        steps.append(f"it was last seen with MAC {seen}" if seen else "no MAC was seen with it")
-        if refusal is not None and neighbour not in {None, refusal.mac}:
-            age_s = lookup.clock.monotonic() - refusal.at
-            steps.append(
-                f"its request was refused {age_s:.0f} s ago; the neighbour table has MAC {neighbour}"
-            )
-        if granted == ANY_MAC:
-            steps.append("the MAC filter lets it through with any MAC: no record has one")
-        elif granted is not None:
-            steps.append(f"the MAC filter lets it through with MAC {granted} only")
-        elif filtered:
-            steps.append("the MAC filter has no pair for it: each request goes to the resolver")
-        if not filtered and not filters.is_plain(key[0]):
-            steps.append("there is no MAC filter: no guest with a MAC in its record is answered")
-        wanted = plan_pair(lookup.inventory, key, lookup.records.learned)
-        return PairReport(seen, wanted, granted, filtered)
 
-    async def _cards(self, instance: InstanceId | None) -> AsyncIterator[CardReport]:
-        known = instance and self.lookup.inventory.instances.get(instance)
-        for port in known.ports if known else ():
-            if port.mac is not None:
-                met = [await self.lookup.neighbour((port.network, one)) for one in port.addresses]
-                seen = tuple(dict.fromkeys(mac for mac in met if mac is not None))
-                yield CardReport(port.network, port.mac, seen)
+async def _cards(lookup: Lookup, instance: InstanceId | None) -> tuple[CardReport, ...]:
+    known, cards = instance and lookup.inventory.instances.get(instance), []
+    for port in known.ports if known else ():
+        if port.mac is not None:
+            met = [await lookup.neighbour((port.network, one)) for one in port.addresses]
+            seen = tuple(dict.fromkeys(mac for mac in met if mac is not None))
+            cards.append(CardReport(port.network, port.mac, seen))
+    return tuple(cards)
 
-    async def _installed(self, key: AddressKey) -> str | None:
-        """What the accepting worker's maps have for the address."""
-        haproxy, applier = self.listeners.haproxy, self.lookup.records.applier
-        if haproxy.processes is None or (worker := haproxy.processes.worker) is None:
-            return None
-        try:
-            for path in (applier.layout.overlay_map, applier.layout.base_map):
-                value = await haproxy.master.read_entry(worker, str(path), record_key(key))
-                if value is not None:
-                    return hide_signatures(value)
-        except (WorkerEnded, RuntimeUnavailable):
-            return None
+
+async def _installed(controller: Controller, key: AddressKey) -> str | None:
+    """What the accepting worker's maps have for the address."""
+    haproxy, layout = controller.haproxy, controller.haproxy.layout
+    if haproxy.processes is None or (worker := haproxy.processes.worker) is None:
         return None
+    try:
+        for path in (layout.overlay_map, layout.base_map):
+            value = await haproxy.master.read_entry(worker, str(path), record_key(key))
+            if value is not None:
+                return hide_signatures(value)
+    except (WorkerEnded, RuntimeUnavailable):
+        return None
+    return None

@@ -259,7 +259,7 @@ class Probe:
     status: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Explanation:
     """Who a guest is, why, and what it gets.
 

@@ -1,4 +1,4 @@
-"""The routes below `/v1`: records first read and checked, then handed to the services behind them."""
+"""The routes below `/v1`: records first read and checked, then handed to the parts of the controller behind them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, PlainTextResponse
 
-from imdsproxy.admin import bodies
-from imdsproxy.admin.record_reports import Report, summarise
+from imdsproxy.admin import bodies, guests, record_reports, records, tokens
 from imdsproxy.admin.records import Written
 from imdsproxy.admin.reports import Explanation, GuardChange, KeyRotation, StatusReport
-from imdsproxy.admin.services import Services
+from imdsproxy.admin.status import report_status
 from imdsproxy.config.changes import SettingsReload
+from imdsproxy.controller.controller import Controller
+from imdsproxy.controller.reload import reload_settings
 from imdsproxy.core.addresses import normalise_address
 from imdsproxy.core.haproxy.request_log import WatchReport
 from imdsproxy.core.model import Instance, InstanceId, IpAddress, Network, NetworkId
@@ -29,28 +30,28 @@ from imdsproxy.errors import NotFound, Problem, RequestRefused
 router = APIRouter()
 
 
-async def _services(request: Request) -> Services:
-    return cast("Services", request.app.state.services)
+async def _controller(request: Request) -> Controller:
+    return cast("Controller", request.app.state.controller)
 
 
-_Uses: TypeAlias = Annotated[Services, Depends(_services)]
+_Uses: TypeAlias = Annotated[Controller, Depends(_controller)]
 _NAMED: Final = Field(description="Its id, or its name where no other has that.")
 
 
-async def _network_id(network: Annotated[str, _NAMED], services: _Uses) -> NetworkId:
-    return services.reports.network_id(network)
+async def _network_id(network: Annotated[str, _NAMED], controller: _Uses) -> NetworkId:
+    return record_reports.find_network(controller.inventory, network)
 
 
-async def _instance_id(instance: Annotated[str, _NAMED], services: _Uses) -> InstanceId:
-    return services.reports.instance_id(instance)
+async def _instance_id(instance: Annotated[str, _NAMED], controller: _Uses) -> InstanceId:
+    return record_reports.find_instance(controller.inventory, instance)
 
 
 async def _body(request: Request) -> object:
     return await bodies.read_json(request)
 
 
-async def _instance_body(request: Request, services: _Uses) -> object:
-    return bodies.name_networks(await bodies.read_json(request), services.reports)
+async def _instance_body(request: Request, controller: _Uses) -> object:
+    return bodies.name_networks(await bodies.read_json(request), controller.inventory)
 
 
 _Body: TypeAlias = Annotated[object, Depends(_body)]
@@ -99,40 +100,40 @@ class Stopping(BaseModel):
 
 
 @router.get("/status")
-async def show_status(services: _Uses) -> StatusReport:
+async def show_status(controller: _Uses) -> StatusReport:
     """Everything at one moment."""
-    return await services.status()
+    return await report_status(controller)
 
 
 @router.get("/progress")
-async def show_progress(services: _Uses) -> list[Step]:
+async def show_progress(controller: _Uses) -> list[Step]:
     """Long work that is under way; for a client that waits for its answer."""
-    return list(services.records.records.progress.steps)
+    return list(controller.records.progress.steps)
 
 
 @router.get("/explain")
 async def explain(
     network: _Network,
     address: _Address,
-    services: _Uses,
+    controller: _Uses,
     path: _Path = None,
     probe: _Probe = False,  # noqa: FBT002 - FastAPI passes it by name
 ) -> Explanation:
     """Who has this address in this network, why, from which source, and what it gets."""
     _refuse_relative(path)
-    return await services.guests.explain((network, _ip(address)), path, probe=probe)
+    return await guests.explain(controller, (network, _ip(address)), path, probe=probe)
 
 
 @router.get("/instances/{instance}/explain")
 async def explain_instance(
     instance: _Instance,
-    services: _Uses,
+    controller: _Uses,
     path: _Path = None,
     probe: _Probe = False,  # noqa: FBT002 - FastAPI passes it by name
 ) -> list[Explanation]:
     """The same of each address that the instance is known by."""
     _refuse_relative(path)
-    return await services.guests.explain_instance(instance, path, probe=probe)
+    return await guests.explain_instance(controller, instance, path, probe=probe)
 
 
 @router.get("/documents", response_model_exclude_unset=True)
@@ -140,147 +141,151 @@ async def get_document(
     network: _Network,
     address: _Address,
     path: Annotated[str, Query(description="As the guest would write it, with its query.")],
-    services: _Uses,
+    controller: _Uses,
 ) -> bodies.DocumentView:
     """The answer that this guest gets to `GET path`."""
     _refuse_relative(path)
-    answer = await services.guests.get((network, _ip(address)), path)
-    body = bodies.DocumentBody.of(answer.body)
-    return bodies.DocumentView(
-        status=answer.status, headers=[*map(list, answer.headers)], body=body
-    )
+    return await guests.get_document(controller, (network, _ip(address)), path)
 
 
 @router.get("/watch")
 async def watch(
-    services: _Uses,
+    controller: _Uses,
     cursor: Annotated[int | None, Query(description="The one of the answer before.")] = None,
     network: Annotated[str | None, Query(description="Only of this network.")] = None,
     instance: Annotated[str | None, Query(description="Only of this instance.")] = None,
 ) -> WatchReport:
     """What guests asked for and were answered since `cursor`; HAProxy tells while this is asked every few seconds."""
-    return await services.watching.read(
+    return await controller.watching.read(
         cursor,
-        network=None if network is None else services.reports.network_id(network),
-        instance=None if instance is None else services.reports.instance_id(instance),
+        network=None
+        if network is None
+        else record_reports.find_network(controller.inventory, network),
+        instance=None
+        if instance is None
+        else record_reports.find_instance(controller.inventory, instance),
     )
 
 
 @router.get("/token-report")
-async def token_report(services: _Uses) -> TokenReport:
+async def token_report(controller: _Uses) -> TokenReport:
     """Guests and clients that still read without session tokens, and what required tokens leave open."""
-    return await services.token_report()
+    return await controller.counting.report(controller.inventory, controller.records.policies)
 
 
 @router.get("/haproxy-configuration", response_class=PlainTextResponse)
-async def render(services: _Uses) -> str:
+async def render(controller: _Uses) -> str:
     """HAProxy's configuration as it would be written now; nothing is touched."""
-    return services.records.listeners.render()
+    return controller.listeners.render()
 
 
 @router.post("/reload")
-async def reload(services: _Uses, body: ReloadBody | None = None) -> SettingsReload:
+async def reload(controller: _Uses, body: ReloadBody | None = None) -> SettingsReload:
     """Read the settings again and take over what can be; a broken or emptied file changes nothing."""
-    return await services.reload(body is not None and body.allow_dropped)
+    return await reload_settings(controller, allow_dropped=body is not None and body.allow_dropped)
 
 
 @router.post("/stop", status_code=202)
-async def stop(body: StopBody, services: _Uses) -> Stopping:
+async def stop(body: StopBody, controller: _Uses) -> Stopping:
     """End the controller, or with `data_plane` HAProxy and the document server too."""
-    services.end(body.data_plane)
+    controller.end(data_plane=body.data_plane)
     ending = ["controller", *(["haproxy", "documents"] if body.data_plane else [])]
     return Stopping(stopping=ending, controller=os.getpid())
 
 
 @router.post("/instances/{instance}/revoke-tokens")
-async def revoke_tokens(instance: _Instance, services: _Uses) -> GuardChange:
+async def revoke_tokens(instance: _Instance, controller: _Uses) -> GuardChange:
     """Revoke the instance's tokens; new ones are valid."""
-    return await services.tokens.revoke(instance)
+    return await tokens.revoke_tokens(controller, instance)
 
 
 @router.post("/instances/{instance}/reopen")
-async def reopen_instance(instance: _Instance, services: _Uses) -> GuardChange:
+async def reopen_instance(instance: _Instance, controller: _Uses) -> GuardChange:
     """Let the instance's boot begin now: what is locked after the boot is open until that is over again."""
-    return await services.tokens.reopen(instance)
+    return await tokens.reopen_boot(controller, instance)
 
 
 @router.post("/token-keys/rotate")
-async def rotate_token_keys(services: _Uses) -> KeyRotation:
+async def rotate_token_keys(controller: _Uses) -> KeyRotation:
     """Let a new key sign session tokens; existing tokens stay valid until they expire."""
-    return await services.tokens.rotate()
+    return await tokens.rotate_keys(controller)
 
 
 @router.get("/networks", responses={200: {"model": list[bodies.NetworkView]}})
-async def list_networks(services: _Uses) -> JSONResponse:
+async def list_networks(controller: _Uses) -> JSONResponse:
     """Every network, by id."""
-    return await _listed(services.reports.networks())
+    return await _listed(record_reports.networks(controller))
 
 
 @router.post("/networks", status_code=201, openapi_extra=_takes(bodies.NetworkRecord))
-async def add_network(body: _Body, services: _Uses) -> Written:
+async def add_network(body: _Body, controller: _Uses) -> Written:
     """Add a network; refused when there is one of this id."""
-    return await services.records.put([_read_network(body)], [], create=True)
+    return await records.put_records(controller, [_read_network(body)], [], create=True)
 
 
 @router.get("/networks/{network}", responses={200: {"model": bodies.NetworkView}})
-async def show_network(network: _Network, services: _Uses) -> JSONResponse:
+async def show_network(network: _Network, controller: _Uses) -> JSONResponse:
     """One network."""
-    return bodies.RecordResponse(services.reports.network(network))
+    return bodies.RecordResponse(record_reports.network(controller, network))
 
 
 @router.put("/networks/{network}", openapi_extra=_takes(bodies.NetworkRecord))
-async def put_network(network: str, body: _Body, services: _Uses) -> Written:
+async def put_network(network: str, body: _Body, controller: _Uses) -> Written:
     """Add a network, or replace its whole record."""
-    return await services.records.put([_read_network(bodies.refuse_unlike(body, network))], [])
+    return await records.put_records(
+        controller, [_read_network(bodies.refuse_unlike(body, network))], []
+    )
 
 
 @router.patch("/networks/{network}", openapi_extra=_takes(bodies.NetworkRecord))
-async def patch_network(network: _Network, body: _Body, services: _Uses) -> Written:
+async def patch_network(network: _Network, body: _Body, controller: _Uses) -> Written:
     """Change some keys of a network (RFC 7396: null takes a key away)."""
     patch = bodies.refuse_unlike(body, network)
     bodies.refuse_unclearable(patch, NETWORK)
-    async with services.records.patching:
-        known = render_record(services.reports.network(network)["record"])
+    async with controller.patching:
+        known = render_record(record_reports.network(controller, network)["record"])
         changed = _read_network(bodies.merge_patch(known, patch))
-        return await services.records.put([changed], [])
+        return await records.put_records(controller, [changed], [])
 
 
 @router.delete("/networks/{network}")
-async def remove_network(network: _Network, services: _Uses) -> Written:
+async def remove_network(network: _Network, controller: _Uses) -> Written:
     """Remove a network; refused while instances have ports in it."""
-    return await services.records.remove_network(network)
+    return await records.remove_network(controller, network)
 
 
 @router.get("/instances", responses={200: {"model": list[bodies.InstanceSummary]}})
 async def list_instances(
-    services: _Uses,
+    controller: _Uses,
     network: Annotated[str | None, Query(description="Only those with a port in it.")] = None,
 ) -> JSONResponse:
     """Every instance, by id, without payloads."""
-    chosen = None if network is None else services.reports.network_id(network)
-    return await _listed(services.reports.instances(chosen), summarise)
+    chosen = None if network is None else record_reports.find_network(controller.inventory, network)
+    return await _listed(record_reports.instances(controller, chosen), record_reports.summarise)
 
 
 @router.post("/instances", status_code=201, openapi_extra=_takes(bodies.InstanceRecord))
-async def add_instance(body: _InstanceBody, services: _Uses) -> Written:
+async def add_instance(body: _InstanceBody, controller: _Uses) -> Written:
     """Add an instance; refused when there is one of this id."""
-    return await services.records.put([], [_read_instance(body)], create=True)
+    return await records.put_records(controller, [], [_read_instance(body)], create=True)
 
 
 @router.get("/instances/{instance}", responses={200: {"model": bodies.InstanceView}})
-async def show_instance(instance: _Instance, services: _Uses) -> JSONResponse:
+async def show_instance(instance: _Instance, controller: _Uses) -> JSONResponse:
     """One instance, payloads included."""
-    return bodies.RecordResponse(services.reports.instance(instance))
+    return bodies.RecordResponse(record_reports.instance(controller, instance))
 
 
 @router.put("/instances/{instance}", openapi_extra=_takes(bodies.InstanceRecord))
-async def put_instance(instance: str, body: _InstanceBody, services: _Uses) -> Written:
+async def put_instance(instance: str, body: _InstanceBody, controller: _Uses) -> Written:
     """Add an instance, or replace its whole record."""
-    return await services.records.put([], [_read_instance(bodies.refuse_unlike(body, instance))])
+    return await records.put_records(
+        controller, [], [_read_instance(bodies.refuse_unlike(body, instance))]
+    )
 
 
 @router.patch("/instances/{instance}", openapi_extra=_takes(bodies.InstanceRecord))
-async def patch_instance(instance: _Instance, body: _InstanceBody, services: _Uses) -> Written:
+async def patch_instance(instance: _Instance, body: _InstanceBody, controller: _Uses) -> Written:
     """Change some keys of an instance (RFC 7396: null takes a key away, lists are replaced).
 
     `password: null` forgets the password that its guest posted.
@@ -290,44 +295,48 @@ async def patch_instance(instance: _Instance, body: _InstanceBody, services: _Us
     clears_password = patch.get(bodies.PASSWORD, "") is None
     if clears_password:
         del patch[bodies.PASSWORD]
-    async with services.records.patching:
-        known = render_record(services.reports.instance(instance)["record"])
+    async with controller.patching:
+        known = render_record(record_reports.instance(controller, instance)["record"])
         changed = _read_instance(bodies.merge_patch(known, patch))
         # A password is no part of the record, which may be another source's.
         unchanged = clears_password and patch.keys() == {"id"}
-        written = Written(instances=1) if unchanged else await services.records.put([], [changed])
+        written = (
+            Written(instances=1)
+            if unchanged
+            else await records.put_records(controller, [], [changed])
+        )
         if clears_password:
-            await services.guests.clear_password(instance)
+            await guests.clear_password(controller, instance)
         return written
 
 
 @router.get("/instances/{instance}/password", response_model_exclude_unset=True)
-async def show_password(instance: _Instance, services: _Uses) -> bodies.PasswordBody:
+async def show_password(instance: _Instance, controller: _Uses) -> bodies.PasswordBody:
     """The password that its guest posted, as it was posted: encrypted with the instance's key."""
-    password = await services.guests.read_password(instance)
+    password = await guests.read_password(controller, instance)
     if password is None:
         raise _no_password(instance)
     return bodies.PasswordBody(instance=instance, password=bodies.DocumentBody.of(password))
 
 
 @router.delete("/instances/{instance}/password")
-async def clear_password(instance: _Instance, services: _Uses) -> Written:
+async def clear_password(instance: _Instance, controller: _Uses) -> Written:
     """Forget that password, so that the guest can post another."""
-    if not await services.guests.clear_password(instance):
+    if not await guests.clear_password(controller, instance):
         raise _no_password(instance)
     return Written(instances=1)
 
 
 @router.delete("/instances/{instance}")
-async def remove_instance(instance: _Instance, services: _Uses) -> Written:
+async def remove_instance(instance: _Instance, controller: _Uses) -> Written:
     """Remove an instance."""
-    return await services.records.remove_instance(instance)
+    return await records.remove_instance(controller, instance)
 
 
 @router.post("/records", openapi_extra=_takes(bodies.RecordsBody))
 async def put_records(
     request: Request,
-    services: _Uses,
+    controller: _Uses,
     create: Annotated[bool, Query(description="Refuse ids that are there.")] = False,  # noqa: FBT002 - FastAPI passes it by name
 ) -> Written:
     """Add or replace many networks and instances: all of them, or none.
@@ -339,9 +348,9 @@ async def put_records(
         networks, packed = await bodies.read_lines(request)
         instances: Collection[Instance] = packed.values()
     else:
-        records = await bodies.read_records(await bodies.read_json(request))
-        networks, instances = records.networks, records.instances
-    return await services.records.put(networks, instances, create=create, bulk=True)
+        read = await bodies.read_records(await bodies.read_json(request))
+        networks, instances = read.networks, read.instances
+    return await records.put_records(controller, networks, instances, create=create, bulk=True)
 
 
 def _read_network(body: object) -> Network:
@@ -360,7 +369,8 @@ def _no_password(instance: InstanceId) -> NotFound:
 
 
 async def _listed(
-    reports: list[Report], finish: Callable[[Report], Report] = lambda report: report
+    reports: list[record_reports.Report],
+    finish: Callable[[record_reports.Report], record_reports.Report] = lambda report: report,
 ) -> JSONResponse:
     """A list finished and rendered in a thread: the loop has guests waiting in the resolver."""
     return await asyncio.to_thread(lambda: bodies.RecordResponse([*map(finish, reports)]))

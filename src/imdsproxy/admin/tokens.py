@@ -4,104 +4,96 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
 from imdsproxy.admin.reports import GuardChange, KeyRotation
-from imdsproxy.app.policy_store import PolicyStore
 from imdsproxy.app.record_loop import RecordLoop
+from imdsproxy.controller.controller import Controller
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.plan import record_key
 from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.core.wire import parse_map_value
-from imdsproxy.errors import NotFound, Problem
+from imdsproxy.errors import NotFound
 
 _APPLY_DEADLINE_S: Final = 10.0
 
 
-@dataclass(slots=True)
-class TokenService:
-    """Changes what operators decided about single instances, and the keys of session tokens.
+async def revoke_tokens(controller: Controller, instance: InstanceId) -> GuardChange:
+    """Revoke the session tokens that the instance has now; fresh ones are good.
 
-    Args:
-        unapplied: What keeps changes from guests.
+    Raises:
+        NotFound: No source has the instance, and no operator ever changed anything about it.
+        HostRefused: It cannot be written; nothing has changed.
     """
+    shared = controller.policy_store.keys.shared
+    revoke = controller.policy_store.revoke
+    return await _override(controller, instance, revoke, None if shared is None else str(shared))
 
-    records: RecordLoop
-    policy_store: PolicyStore
-    unapplied: Callable[[], tuple[Problem, ...]]
-    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    async def revoke(self, instance: InstanceId) -> GuardChange:
-        """Revoke the session tokens that the instance has now; fresh ones are good.
+async def reopen_boot(controller: Controller, instance: InstanceId) -> GuardChange:
+    """Let its boot begin now: what is locked after it is open until it is over again. Raises as `revoke_tokens`."""
+    now = int(controller.clock.now().timestamp())
+    reopen = partial(controller.policy_store.reopen, now=now)
+    return await _override(controller, instance, reopen)
 
-        Raises:
-            NotFound: No source has the instance, and no operator ever changed anything about it.
-            HostRefused: It cannot be written; nothing has changed.
-        """
-        shared = self.policy_store.keys.shared
-        revoke = self.policy_store.revoke
-        return await self._override(instance, revoke, None if shared is None else str(shared))
 
-    async def reopen(self, instance: InstanceId) -> GuardChange:
-        """Let its boot begin now: what is locked after the boot is open until it is over again. Raises as `revoke`."""
-        now = int(self.records.clock.now().timestamp())
-        return await self._override(instance, partial(self.policy_store.reopen, now=now))
+async def rotate_keys(controller: Controller) -> KeyRotation:
+    """Let a fresh key sign tokens; those of the two keys before it stay good as long as they would be.
 
-    async def rotate(self) -> KeyRotation:
-        """Let a fresh key sign tokens; those of the two keys before it stay good as long as they would be.
+    Raises:
+        SecretUnreadable: The file of the keys cannot be used; nothing has changed.
+        HostRefused: It cannot be written; nothing has changed.
+    """
+    keys = controller.policy_store.keys
+    async with controller.overriding:
+        fresh = await asyncio.to_thread(keys.rotate)
+        keys.send()
+    pending = await _pending(controller, keys.confirmed())
+    return KeyRotation(fresh.kid, len(keys.keys), str(keys.path), not pending, pending)
 
-        Raises:
-            SecretUnreadable: The file of the keys cannot be used; nothing has changed.
-            HostRefused: It cannot be written; nothing has changed.
-        """
-        keys = self.policy_store.keys
-        async with self._lock:
-            fresh = await asyncio.to_thread(keys.rotate)
-            keys.send()
-        pending = await self._pending(keys.confirmed())
-        return KeyRotation(fresh.kid, len(keys.keys), str(keys.path), not pending, pending)
 
-    async def _override(
-        self,
-        instance: InstanceId,
-        change: Callable[[InstanceId], OperatorOverride],
-        shared: str | None = None,
-    ) -> GuardChange:
-        records, inventory = self.records, self.records.inventory
-        overridden = instance in self.policy_store.overrides
-        if not (overridden or inventory.sources_of_instance(instance)):
-            missing = ", ".join(name for name, there in inventory.sources.items() if not there)
-            late = f"source {missing} is not in sync yet and may tell of it: try again"
-            hint = late if missing else "imdsproxy instance list"
-            raise NotFound(f"there is no instance {instance}", hint=hint)
-        async with self._lock:
-            override = await asyncio.to_thread(change, instance)
-        keys = records.addresses_of(instance)
-        for key in keys:
-            records.touch(key)
-        pending = await self._pending(records.tickets.wait(records.tickets.given))
-        if not inventory.in_sync and self._was_in_force(instance, keys):
-            kept = "no source that is in sync reports it: HAProxy keeps the record that it has"
-            pending = (*pending, kept)
-        reopened_at = override.reopened_at or None
-        return GuardChange(instance, override.epoch, reopened_at, not pending, pending, shared)
+async def _override(
+    controller: Controller,
+    instance: InstanceId,
+    change: Callable[[InstanceId], OperatorOverride],
+    shared: str | None = None,
+) -> GuardChange:
+    records, inventory = controller.records, controller.inventory
+    overridden = instance in controller.policy_store.overrides
+    if not (overridden or inventory.sources_of_instance(instance)):
+        missing = ", ".join(name for name, there in inventory.sources.items() if not there)
+        late = f"source {missing} is not in sync yet and may tell of it: try again"
+        hint = late if missing else "imdsproxy instance list"
+        raise NotFound(f"there is no instance {instance}", hint=hint)
+    async with controller.overriding:
+        override = await asyncio.to_thread(change, instance)
+    keys = records.addresses_of(instance)
+    for key in keys:
+        records.touch(key)
+    pending = await _pending(controller, records.tickets.wait(records.tickets.given))
+    if not inventory.in_sync and _was_in_force(records, instance, keys):
+        kept = "no source that is in sync reports it: HAProxy keeps the record that it has"
+        pending = (*pending, kept)
+    reopened_at = override.reopened_at or None
+    return GuardChange(instance, override.epoch, reopened_at, not pending, pending, shared)
 
-    def _was_in_force(self, instance: InstanceId, keys: frozenset[AddressKey]) -> bool:
-        """Whether HAProxy has the instance at an address that no source tells of now."""
-        made_anew = {record_key(key) for key in keys}
-        entries = self.records.applier.state.entries()
-        found = (parse_map_value(value) for key, value in entries if key not in made_anew)
-        return any(record is not None and record.instance == instance for record in found)
 
-    async def _pending(self, confirmation: Awaitable[object]) -> tuple[str, ...]:
-        """Why it is not in force yet."""
-        try:
-            async with asyncio.timeout(_APPLY_DEADLINE_S):
-                await confirmation
-        except TimeoutError:
-            reasons = (problem.reason for problem in self.unapplied())
-            return tuple(dict.fromkeys(("the data plane has not confirmed it yet", *reasons)))
-        return ()
+def _was_in_force(records: RecordLoop, instance: InstanceId, keys: frozenset[AddressKey]) -> bool:
+    """Whether HAProxy has the instance at an address that no source tells of now."""
+    made_anew = {record_key(key) for key in keys}
+    entries = records.applier.state.entries()
+    found = (parse_map_value(value) for key, value in entries if key not in made_anew)
+    return any(record is not None and record.instance == instance for record in found)
+
+
+async def _pending(controller: Controller, confirmation: Awaitable[object]) -> tuple[str, ...]:
+    """Why it is not in force yet."""
+    try:
+        async with asyncio.timeout(_APPLY_DEADLINE_S):
+            await confirmation
+    except TimeoutError:
+        reasons = (problem.reason for problem in controller.unapplied())
+        return tuple(dict.fromkeys(("the data plane has not confirmed it yet", *reasons)))
+    return ()

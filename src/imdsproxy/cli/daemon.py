@@ -25,7 +25,7 @@ def run(run: options.Invocation) -> None:
     # Nothing that a start makes is garbage; to look for it takes 5 % of it. The controller enables it again.
     gc.disable()
     import imdsproxy.host.logs  # noqa: F401, PLC0415 - before all that logs
-    from imdsproxy.controller import start  # noqa: PLC0415 - the other commands need not load it
+    from imdsproxy import start  # noqa: PLC0415 - the other commands need not load it
 
     start.run(run.load, config=run.config, environment=dict(os.environ))
 
@@ -159,8 +159,8 @@ def stop(
 def _stop_orphaned_data_plane(run: options.Invocation, asked: Path) -> None:
     import asyncio  # noqa: PLC0415 - `--help` need not load it
 
-    from imdsproxy.controller.start import stop_data_plane  # noqa: PLC0415 - as above
     from imdsproxy.host.socket_file import find_socket_holder  # noqa: PLC0415 - as above
+    from imdsproxy.start import stop_data_plane  # noqa: PLC0415 - as above
 
     settings = run.settings
     if settings.admin_socket != asked:

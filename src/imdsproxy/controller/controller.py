@@ -8,10 +8,10 @@ import os
 import socket
 from collections.abc import Collection, Coroutine, Iterable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import structlog
 
@@ -43,7 +43,7 @@ from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.launch import HaproxyProgram, Launcher
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.records import RecordApplier
-from imdsproxy.errors import HostRefused
+from imdsproxy.errors import HostRefused, Problem
 from imdsproxy.host.account import find_account, group_id
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.events import NeighbourChange, watch_neighbours, watch_tables
@@ -53,14 +53,20 @@ from imdsproxy.host.servers import try_tcp_listen
 from imdsproxy.host.socket_file import SocketFiles
 from imdsproxy.listeners.host import KeptNetworks, SystemHost
 from imdsproxy.listeners.loop import ListenerLoop
-from imdsproxy.nova.upstream import NovaUpstream
+from imdsproxy.nova.upstream import NovaUpstream, NovaWatch
 from imdsproxy.serving.resolver import Resolver
 from imdsproxy.serving.store import DiskFiles, PasswordStore
 from imdsproxy.unix_listener.listener import UnixListener
 
+if TYPE_CHECKING:
+    from imdsproxy.serving.resolver_app import Forward
+
 _REVIEW_EVERY_S: Final = 1.0
 _WATCH_S: Final = 10.0
 _EXPIRE_EVERY_S: Final = 5.0
+_FORWARD_S: Final = 900.0
+"""HAProxy's own deadlines end a forwarded request; this is for a HAProxy that hangs."""
+
 _PAUSE_S: Final = 0.5
 """After changes were lost: a guest that floods us with changes must not keep us busy."""
 
@@ -82,6 +88,9 @@ class Controller:
     Attributes:
         served: Set once known guests are served: what takes the processor's time waits for it.
         ended: Set to end this process; with `with_data_plane` HAProxy and the document server end too.
+        patching: Held from reading a record until its change is stored: two changes must not undo each other.
+        claiming: Held from the look whether a listener is in use until its network is stored.
+        overriding: Held while tokens are revoked, boots opened again, or keys replaced.
         kept: Connections of workers for the audit log, from the controller before this one.
         started_at: When this controller started, Unix time; `started` by the monotonic clock.
     """
@@ -104,6 +113,7 @@ class Controller:
         self.nova, self.host = nova, host
         self.started_at, self.started = clock.now().timestamp(), clock.monotonic()
         self.served, self.ended = asyncio.Event(), asyncio.Event()
+        self.patching, self.claiming, self.overriding = (asyncio.Lock() for _ in range(3))
         self.with_data_plane = False
         self.kept = kept_sockets(environment, KEPT_WORKERS, os.getpid())
         self.background: set[asyncio.Task[None]] = set()
@@ -113,11 +123,11 @@ class Controller:
         launcher = Launcher(program.path, unit_of(settings.haproxy), layout)
         self.haproxy = Haproxy(program.path, launcher, applier, clock)
         self.haproxy_version = program.version
+        self.nova_watch = NovaWatch(self.haproxy, nova.names)
+        self.passwords = PasswordStore(layout.passwords)
         progress, group = Progress(), settings.documents.group
         files = DiskFiles(
-            layout.records,
-            PasswordStore(layout.passwords),
-            None if group is None else group_id(group),
+            layout.records, self.passwords, None if group is None else group_id(group)
         )
         self.sources = build_sources(settings, clock, begin=self.served.wait, progress=progress)
         self.inventory = inventory = Inventory(source.name for source in self.sources.all)
@@ -224,7 +234,50 @@ class Controller:
             structlog.get_logger().warning("connection not kept", reason=error.message)
             return False
 
-    def end(self, data_plane: bool) -> None:  # noqa: FBT001 - as `Services.end`
+    @cached_property
+    def forward(self) -> Forward:
+        """Sends a request that was found to HAProxy."""
+        from imdsproxy.serving.resolver_app import FoundForwarder  # noqa: PLC0415 - known guests do not wait for it
+
+        return FoundForwarder(str(self.layout.found_socket), _FORWARD_S).forward
+
+    def documents_problem(self) -> Problem | None:
+        """Why guests get no documents."""
+        return self.companion.failure or self.probe.problem
+
+    def unapplied(self) -> tuple[Problem, ...]:
+        """What keeps a change from guests."""
+        return _found(
+            *self.records.compiler.failures.values(),
+            self.records.failure,
+            self.listeners.failure,
+            self.watchdog.failure,
+            self.documents_problem(),
+            *self.listeners.report.problems,
+        )
+
+    def own_problems(self) -> tuple[Problem, ...]:
+        """What is wrong and belongs to no source, network or instance."""
+        compiled = len(self.records.compiler.revisions)
+        unserved = Problem(
+            "documents.enabled",
+            f"it is off, and {compiled} instances have documents of ours: their guests get 503",
+            "switch it on, or give the records `upstream: nova`",
+        )
+        return _found(
+            *self.unapplied(),
+            self.haproxy.full,
+            self.policy_store.keys.failure,
+            unserved if compiled and not self.companion.needed else None,
+            *self.nova.problems,
+            *self.nova_watch.problems,
+        )
+
+    def unnoticed_problems(self) -> tuple[Problem, ...]:
+        """What is wrong and no guest notices."""
+        return _found(self.audit.problem, *self.holder.problems)
+
+    def end(self, *, data_plane: bool) -> None:
         """Ask for the end; the admin API gives the answers that it has begun before it ends."""
         self.with_data_plane = data_plane
         self.ended.set()
@@ -305,3 +358,7 @@ def _owner_of(inventory: Inventory, network: str, address: str) -> str | None:
     except ValueError:
         return None
     return owner if isinstance(owner, str) else None
+
+
+def _found(*problems: Problem | None) -> tuple[Problem, ...]:
+    return tuple(problem for problem in problems if problem is not None)

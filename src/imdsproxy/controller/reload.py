@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
@@ -14,29 +13,25 @@ from imdsproxy.config.schema import Settings
 from imdsproxy.controller.controller import Controller
 from imdsproxy.core.nova import changed_secrets
 from imdsproxy.dataplane.haproxy import link_jail_to_itself
-from imdsproxy.errors import ImdsproxyError, Problem
+from imdsproxy.errors import ImdsproxyError
 
 _TAKE_OVER_S: Final = 10.0
 
 
-async def reload_settings(
-    controller: Controller,
-    problems: Callable[[], tuple[Problem, ...]],
-    allow_dropped: bool,  # noqa: FBT001 - as `Services.reload`
-) -> SettingsReload:
+async def reload_settings(controller: Controller, *, allow_dropped: bool) -> SettingsReload:
     """Read the settings again; what can be taken over live or by a reload is.
 
     Returns once guests are answered by them: an operator who gives a Nova its next secret must know when.
+    Where that takes long, `pending` has the reasons.
 
     Args:
         controller: Whose settings.
-        problems: What may keep them from guests.
         allow_dropped: Whether settings may be missing that were there.
     """
     result, taken_over = _begin(controller, allow_dropped=allow_dropped)
     if taken_over is None or (await asyncio.wait([taken_over], timeout=_TAKE_OVER_S))[0]:
         return result
-    reasons = dict.fromkeys(problem.reason for problem in problems())
+    reasons = dict.fromkeys(problem.reason for problem in controller.own_problems())
     pending = ("the data plane has not confirmed it yet", *reasons)
     return replace(result, haproxy_reloaded=False, pending=pending)
 

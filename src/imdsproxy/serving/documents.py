@@ -6,7 +6,7 @@ import asyncio
 import os
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import BinaryIO, Final, TypeAlias, cast
 
@@ -37,10 +37,13 @@ _BODILESS: Final = frozenset({"GET", "HEAD"})
 _REPLACED_AT_MOST: Final = 3
 _NOTED_AT_MOST: Final = 1024
 
+_log: Final = structlog.get_logger()
+
 _Found: TypeAlias = "tuple[Answer, BinaryIO | None]"
 """An answer, and the file that its body lies in where it is not in memory."""
 
 
+@dataclass(slots=True)
 class DocumentService:
     """The ASGI application that answers for every instance that HAProxy names and that has a compiled record.
 
@@ -50,18 +53,10 @@ class DocumentService:
         random_bytes: Gives so many fresh random bytes.
     """
 
-    def __init__(
-        self,
-        records: RecordReader,
-        passwords: PasswordStore,
-        *,
-        random_bytes: Callable[[int], bytes] = os.urandom,
-    ) -> None:
-        self._records = records
-        self._passwords = passwords
-        self._random_seed = partial(random_bytes, SEED_LENGTH)
-        self._noted: dict[InstanceId, str] = {}
-        self._log = structlog.get_logger()
+    records: RecordReader
+    passwords: PasswordStore
+    random_bytes: Callable[[int], bytes] = os.urandom
+    _noted: dict[InstanceId, str] = field(default_factory=dict)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -71,7 +66,7 @@ class DocumentService:
             found = await self._answer(scope, receive)
         except Exception:  # noqa: BLE001 - logged; a fault of ours is answered like one that goes away
             # A 500 ends boots: cloud-init's OpenStack source comes again only on 503.
-            self._log.exception("a request failed", path=repr(scope["raw_path"]))
+            _log.exception("a request failed", path=repr(scope["raw_path"]))
             found = retry_later(), None
         if found is not None:
             answer, file = found
@@ -113,26 +108,25 @@ class DocumentService:
         While the record on disk is of another revision than the data plane knows, the answer is right, but not marked
         for HAProxy's cache.
         """
-        loaded = self._records.load(instance)
+        loaded = self.records.load(instance)
         if loaded is not None and revision not in (None, loaded.tree.record["revision"]):
             # A file's inode, size and time can be the same after two quick changes; its revision cannot.
-            loaded = self._records.load(instance, fresh=True)
+            loaded = self.records.load(instance, fresh=True)
         if loaded is None:
             self._note(instance, "its compiled record is missing")
             return retry_later(), None
-        password = partial(self._passwords.read, instance)
-        answer = respond(
-            method, path, body, loaded.tree, random_seed=self._random_seed, password=password
-        )
+        seed = partial(self.random_bytes, SEED_LENGTH)
+        password = partial(self.passwords.read, instance)
+        answer = respond(method, path, body, loaded.tree, random_seed=seed, password=password)
         new = answer.new_password
-        if new is not None and not await asyncio.to_thread(self._passwords.keep, instance, new):
+        if new is not None and not await asyncio.to_thread(self.passwords.keep, instance, new):
             return refusal(409), None
         file = None
         if isinstance(part := answer.body, Blob):
             if loaded.content is not None:
                 data = loaded.content[part.offset : part.offset + part.length]
                 answer = replace(answer, body=data)
-            elif (file := self._records.open_content(loaded)) is None:
+            elif (file := self.records.open_content(loaded)) is None:
                 return None
         self._noted.pop(instance, None)
         if answer.cacheable and revision and loaded.tree.record["revision"] == revision:
@@ -145,4 +139,4 @@ class DocumentService:
         if len(self._noted) >= _NOTED_AT_MOST:
             self._noted.clear()
         self._noted[instance] = reason
-        self._log.warning("an instance gets no documents", instance=instance, reason=reason)
+        _log.warning("an instance gets no documents", instance=instance, reason=reason)

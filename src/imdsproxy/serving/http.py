@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, MutableMapping
+from functools import partial
 from typing import Any, BinaryIO, Final, TypeAlias, cast
 
 from uvicorn import Config
@@ -21,7 +22,8 @@ Scope: TypeAlias = Mapping[str, object]
 Message: TypeAlias = MutableMapping[str, object]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
-AsgiApp: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+AsgiApp: TypeAlias = Callable[..., Awaitable[None]]
+"""FastAPI's, Starlette's and our own spell the three arguments each in their way."""
 
 BODY_LIMIT: Final = 64 * 1024
 """Bytes of a request's body; the largest that means anything is a password of 1,020."""
@@ -38,6 +40,7 @@ _TOGETHER: Final = 64 * 1024
 _READ_SIZE: Final = 16 * 1024
 _INTERIM: Final = b"HTTP/1.1 100 "
 _INTERIM_LENGTH: Final = len(_INTERIM)
+_GRACE_S: Final = 1.0
 _LINGER_S: Final = 1.0
 _DRAIN_POLL_S: Final = 0.02
 
@@ -196,10 +199,8 @@ class HttpListener:
     async def open(self, listener: socket.socket) -> None:
         """Accept connections of a listening socket; it is closed by `close`."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(self._protocol, sock=listener, backlog=_BACKLOG)
-
-    def _protocol(self) -> _Protocol:
-        return _Protocol(config=self._config, server_state=self._state, app_state={})
+        protocol = partial(_Protocol, config=self._config, server_state=self._state, app_state={})
+        self._server = await loop.create_server(protocol, sock=listener, backlog=_BACKLOG)
 
     async def close(self, *, grace_s: float) -> None:
         """Accept no more, let requests finish for so long, then end what is left.
@@ -231,3 +232,13 @@ class HttpListener:
         loop = asyncio.get_running_loop()
         while self._state.connections and loop.time() < deadline:  # noqa: ASYNC110 - uvicorn has no event for it
             await asyncio.sleep(_DRAIN_POLL_S)
+
+
+async def serve(app: AsgiApp, listener: socket.socket) -> None:
+    """Serve until cancelled, then let what has begun come to its end."""
+    server = HttpListener(app)
+    await server.open(listener)
+    try:
+        await asyncio.Event().wait()
+    finally:
+        await server.close(grace_s=_GRACE_S)

@@ -37,17 +37,8 @@ Look: TypeAlias = Callable[[AddressKey, Scope | None, int | None], Awaitable[Out
 the request is, where the request has it; the port the guest's, where the kernel has not yet checked the address
 together with its MAC."""
 
+FOUND: Final = "found"
 _MAY_COME: Final = (Denial.UNKNOWN, Denial.UNAVAILABLE)
-
-
-@dataclass(slots=True)
-class ResolverCounts:
-    """What became of misses since the start."""
-
-    found: int = 0
-    held: int = 0
-    denied: Counter[Denial] = field(default_factory=Counter)
-    mismatched: Counter[NetworkId] = field(default_factory=Counter)
 
 
 @dataclass(slots=True)
@@ -58,12 +49,17 @@ class Resolver:
         look: The look-up; called once at first and again whenever `wake` names the address.
         limits: Asked at each request, so that a new setting counts at once.
         now: Monotonic seconds.
+
+    Attributes:
+        outcomes: What became of misses since the start: `FOUND`, or why not.
+        mismatched: Those that were a `MISMATCH`, by network.
     """
 
     look: Look
     limits: Callable[[], ResolverSettings]
     now: Callable[[], float]
-    counts: ResolverCounts = field(default_factory=ResolverCounts)
+    outcomes: Counter[str] = field(default_factory=Counter)
+    mismatched: Counter[NetworkId] = field(default_factory=Counter)
     _waiting: dict[AddressKey, set[asyncio.Event]] = field(default_factory=dict)
     _held: Counter[NetworkId] = field(default_factory=Counter)
     _wait_ends: dict[AddressKey, float] = field(default_factory=dict)
@@ -130,7 +126,6 @@ class Resolver:
         outcome: Outcome,
         hold_s: float,
     ) -> Outcome:
-        self.counts.held += 1
         event = asyncio.Event()
         self._held[key[0]] += 1
         self._waiting.setdefault(key, set()).add(event)
@@ -157,10 +152,7 @@ class Resolver:
             del self._held[key[0]]
 
     def _counted(self, key: AddressKey, outcome: Outcome) -> Outcome:
-        if isinstance(outcome, Denial):
-            self.counts.denied[outcome] += 1
-        else:
-            self.counts.found += 1
+        self.outcomes[outcome if isinstance(outcome, Denial) else FOUND] += 1
         if outcome is Denial.MISMATCH:
-            self.counts.mismatched[key[0]] += 1
+            self.mismatched[key[0]] += 1
         return outcome

@@ -28,6 +28,7 @@ from typing import Final
 import structlog
 import uvicorn.lifespan.off  # noqa: F401 - see below
 
+from imdsproxy.core.timing import Backoff
 from imdsproxy.errors import HostRefused, ImdsproxyError, refusing
 from imdsproxy.host.account import Account, find_account
 from imdsproxy.host.files import ensure_directory, limit_log
@@ -60,23 +61,12 @@ _START_POLL_S: Final = 0.02
 _LOOK_EVERY_S: Final = 1.0
 _STOP_WITHIN_S: Final = 8.0
 _HEALTHY_AFTER_S: Final = 5.0
-_FIRST_DELAY_S: Final = 0.1
-_LONGEST_DELAY_S: Final = 5.0
 _ATTEMPTS: Final = 3
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 """Blocked in the parent, which waits for them. What executes us anew finds those that came meanwhile."""
 
-_DESCRIPTORS: Final = 1 << 20
 
-
-def restart_delay(failures: int) -> float:
-    """Seconds until the next process starts after so many in a row that died young.
-
-    The first time at once, as after a `kill`; then ever later, so that a fault does not keep the host busy.
-    """
-    if failures <= 1:
-        return 0.0
-    return min(_FIRST_DELAY_S * 2.0 ** min(failures - 2, 16), _LONGEST_DELAY_S)
+_log: Final = structlog.get_logger()
 
 
 @dataclass(slots=True)
@@ -90,6 +80,8 @@ class Worker:
         pid: `None` between two processes.
         answers: Whether its process has answered a request.
         failures: Processes in a row that died young.
+        backoff: Pauses before the next one: with each that dies young longer, so that a fault does not keep the host
+            busy.
         due: When the next one is to start, while there is none.
         question: A connection with a request on it; within a second there is to be an answer.
         doubt: What requests without an answer say of the process.
@@ -103,6 +95,7 @@ class Worker:
     answers: bool = False
     started: float = 0.0
     failures: int = 0
+    backoff: Backoff = field(default_factory=lambda: Backoff(0.1, 5.0))
     due: float = 0.0
     question: socket.socket | None = None
     doubt: Doubt = field(default_factory=Doubt)
@@ -128,6 +121,15 @@ class Worker:
         with suppress(OSError):
             return self.question is not None and bool(self.question.recv(1))
         return False
+
+    def note_end(self, now: float) -> None:
+        """The process has ended; the first time the next one starts at once, as after a `kill`."""
+        if now - self.started >= _HEALTHY_AFTER_S:
+            self.failures = 0
+            self.backoff.succeed()
+        else:
+            self.failures += 1
+        self.due = now + (self.backoff.fail() if self.failures > 1 else 0.0)
 
     def hang_up(self) -> None:
         """Close the connection of the last request."""
@@ -180,10 +182,6 @@ class DocumentServer:
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         self._account = find_account(self.user, self.group)
         before = read_pids(self.pid_file)
-        if before.parent == os.getpid():
-            # Earlier versions hand the lock and their sockets on, open and listed in a file.
-            os.closerange(3, _DESCRIPTORS)
-            self.pid_file.with_suffix(".handover").unlink(missing_ok=True)
         self._predecessors = [one for one in map(open_process, before.workers) if one is not None]
         self._lock = PidFile(self.pid_file)
         self._parent = open_process(os.getpid())
@@ -244,9 +242,8 @@ class DocumentServer:
 
     def _replace(self) -> None:
         """Execute our own command line again; comes back only when that failed."""
-        log = structlog.get_logger()
         self.notifier.reloading(int(time.monotonic() * 1_000_000))
-        log.info("taking up new code and settings")
+        _log.info("taking up new code and settings")
         try:
             # A start that fails ends this process: what it will make is tried before.
             for worker in self._workers:
@@ -255,7 +252,7 @@ class DocumentServer:
                 trial.at.unlink()
             os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - our own command line, no shell
         except (OSError, ImdsproxyError) as error:
-            log.error("cannot be replaced; going on as before", reason=str(error))  # noqa: TRY400 - the reason says it all
+            _log.error("cannot be replaced; going on as before", reason=str(error))
         self.notifier.ready("could not be replaced; see the log")
 
     def _stop(self) -> None:
@@ -272,9 +269,7 @@ class DocumentServer:
         while self._pids:
             if time.monotonic() > deadline:
                 deadline, number = math.inf, signal.SIGKILL
-                structlog.get_logger().warning(
-                    "workers do not end; killing them", pids=sorted(self._pids)
-                )
+                _log.warning("workers do not end; killing them", pids=sorted(self._pids))
                 signal_all(self._pids, number)
             signal.sigtimedwait(_SIGNALS, 0.1)
             self._collect()
@@ -288,10 +283,8 @@ class DocumentServer:
     def _step(self, longest_s: float) -> None:
         """Start what is due, look after what runs, and wait until something happens."""
         if not self._lock.is_ours():
-            structlog.get_logger().error(
-                "the pid file was removed, or is another document server's: ending",
-                file=str(self.pid_file),
-            )
+            reason = "the pid file was removed, or is another document server's: ending"
+            _log.error(reason, file=str(self.pid_file))
             self._ending = signal.SIGTERM
             return
         now = time.monotonic()
@@ -321,34 +314,26 @@ class DocumentServer:
         elif caught is not None and caught.si_signo != signal.SIGCHLD:
             self._ending = signal.SIGTERM
         for worker, pid, status in self._collect():
-            self._note_end(worker, pid, status)
-
-    def _note_end(self, worker: Worker, pid: int, status: int) -> None:
-        now, path = time.monotonic(), str(worker.path)
-        code = os.waitstatus_to_exitcode(status)
-        how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-        structlog.get_logger().error(
-            "a worker ended; starting another", pid=pid, how=how, socket=path
-        )
-        self._restarts += 1
-        healthy = now - worker.started >= _HEALTHY_AFTER_S
-        worker.failures = 0 if healthy else worker.failures + 1
-        worker.due = now + restart_delay(worker.failures)
+            code, path = os.waitstatus_to_exitcode(status), str(worker.path)
+            how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+            _log.error("a worker ended; starting another", pid=pid, how=how, socket=path)
+            self._restarts += 1
+            worker.note_end(time.monotonic())
 
     def _restore(self, worker: Worker) -> None:
         """Listen again where a socket's file is gone: a worker is unreachable without it."""
         if worker.is_at(worker.at):
             return
-        log = structlog.get_logger()
+        path = str(worker.path)
         try:
             new = self._bind(worker.path, worker.at)
         except ImdsproxyError as error:
-            reason, path = str(error), str(worker.path)
+            reason = str(error)
             if reason != self._complaint:
-                log.error("a socket is gone and cannot be made", socket=path, reason=reason)  # noqa: TRY400 - the reason says it all
+                _log.error("a socket is gone and cannot be made", socket=path, reason=reason)
             self._complaint = reason
             return
-        log.warning("a socket was taken away; listening anew", socket=str(worker.path))
+        _log.warning("a socket was taken away; listening anew", socket=path)
         worker.listener.close()
         worker.listener, worker.file = new.listener, new.file
         if worker.pid is not None:
@@ -361,7 +346,7 @@ class DocumentServer:
             worker.doubt = Doubt()
             if not worker.answers:
                 worker.answers = True
-                structlog.get_logger().info("a worker answers", pid=pid, socket=str(worker.path))
+                _log.info("a worker answers", pid=pid, socket=str(worker.path))
         # One that was started in this second may not have run yet.
         if not look or time.monotonic() - worker.started < _LOOK_EVERY_S:
             return
@@ -370,9 +355,7 @@ class DocumentServer:
             worker.hang_up()
         worker.ask()
         if worker.doubt.hung:
-            structlog.get_logger().error(
-                "a worker does not answer: ending it", pid=pid, socket=str(worker.path)
-            )
+            _log.error("a worker does not answer: ending it", pid=pid, socket=str(worker.path))
             signal_all([pid], signal.SIGKILL)
 
     def _fork(self, worker: Worker) -> None:
@@ -400,7 +383,7 @@ class DocumentServer:
             self.serve(worker)
             status = 0
         except BaseException:  # noqa: BLE001 - logged, and the process ends
-            structlog.get_logger().exception("a worker failed", socket=str(worker.path))
+            _log.exception("a worker failed", socket=str(worker.path))
         finally:
             with suppress(OSError, ValueError):
                 sys.stderr.flush()
@@ -446,9 +429,9 @@ class DocumentServer:
     async def _end_when_replaced(self, worker: Worker, over: asyncio.Event) -> None:
         if self._parent is not None:
             await self._parent.wait()
-        log, path = structlog.get_logger(), worker.path
-        log.warning("the document server's parent is gone; serving on", socket=str(path))
-        while worker.is_at(path):  # noqa: ASYNC110 - the file system is what changes
+        path = str(worker.path)
+        _log.warning("the document server's parent is gone; serving on", socket=path)
+        while worker.is_at(worker.path):  # noqa: ASYNC110 - the file system is what changes
             await asyncio.sleep(_ORPHAN_POLL_S)
-        log.info("another document server has taken over", socket=str(path))
+        _log.info("another document server has taken over", socket=path)
         over.set()

@@ -54,6 +54,7 @@ def _signature(status: os.stat_result) -> Signature:
     return status.st_mtime_ns, status.st_ino, status.st_size
 
 
+@dataclass(frozen=True, slots=True)
 class PasswordStore:
     """A directory of passwords; several processes may use it at once.
 
@@ -61,8 +62,7 @@ class PasswordStore:
         directory: Must exist, and be writable for this process to keep anything.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    directory: Path
 
     def read(self, instance_id: InstanceId) -> bytes | None:
         """The instance's password; `None` when it has posted none.
@@ -103,7 +103,7 @@ class PasswordStore:
             finally:
                 new.unlink(missing_ok=True)
         if kept:
-            sync_directory(self._directory)
+            sync_directory(self.directory)
         return kept
 
     def remove(self, instance_id: InstanceId) -> bool:
@@ -117,7 +117,7 @@ class PasswordStore:
         return remove_file(self._path(instance_id), action, denied=_PERMISSION_HINT)
 
     def _path(self, instance_id: InstanceId) -> Path:
-        return self._directory / instance_id
+        return self.directory / instance_id
 
 
 @dataclass(slots=True)

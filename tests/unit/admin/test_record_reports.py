@@ -41,7 +41,7 @@ def _pending(server: AdminServer, name: str = "web-1") -> list[str]:
         (_fail_round, "HAProxy does not answer"),
         (lambda server: server.records.compiler.revisions.pop(WEB), "it is not compiled yet"),
         (
-            lambda server: setattr(server.services.reports, "documents_needed", False),
+            lambda server: setattr(server.controller.companion, "needed", False),
             "documents.enabled is off, and it has documents of ours",
         ),
         (
@@ -70,7 +70,7 @@ def test_a_record_in_a_network_that_is_not_there_has_the_reason_once(server: Adm
 
 def test_nova_s_instance_needs_no_documents_of_ours(server: AdminServer) -> None:
     server.client.request("PATCH", "/v1/instances/web-1", body={"upstream": "nova", "project": "p"})
-    server.services.reports.documents_needed = False
+    server.controller.companion.needed = False
     server.records.compiler.revisions.pop(WEB, None)
     assert _pending(server) == []
 

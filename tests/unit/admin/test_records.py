@@ -83,7 +83,7 @@ def test_what_another_record_or_source_has_is_refused_with_its_fields(
 
 
 def test_without_a_writable_source_nothing_can_be_written(server: AdminServer) -> None:
-    server.services.records.store = None
+    server.controller.sources.writable = None
     with pytest.raises(SourceRefused, match="no source can be written to"):
         _put(server, "blue", "other")
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import pytest
 
-from imdsproxy.admin.guests import GuestService
+from imdsproxy.admin.guests import explain
 from imdsproxy.admin.reports import Explanation
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.anti_spoofing.plan import LEARNED_PER_MAC, plan_pair
@@ -216,14 +216,14 @@ class Rig:
         return outcome if isinstance(outcome, Denial) else outcome.instance
 
     async def explain(self, key: AddressKey = _ASKED) -> Explanation:
-        parts: Any = SimpleNamespace(
-            report=SimpleNamespace(endpoints=()),
-            degraded=tuple,
-            unix=self.unix,
-            haproxy=SimpleNamespace(processes=None),
+        controller: Any = SimpleNamespace(
+            lookup=self.lookup,
+            listeners=SimpleNamespace(
+                report=SimpleNamespace(endpoints=()), degraded=tuple, unix=self.unix
+            ),
+            haproxy=SimpleNamespace(processes=None, layout=None),
         )
-        service = GuestService(self.lookup, parts, parts, parts, documents_needed=True)
-        return await service.explain(key)
+        return await explain(controller, key)
 
 
 class _PublishingLookUps(FakeLookUps):

@@ -87,11 +87,11 @@ def test_the_socket_is_the_one_of_the_settings(tmp_path: Path, run: Callable[[st
             "pydantic fastapi uvicorn yaml structlog pyroute2 sqlite3 prometheus_client asyncio",
         ),
         (
-            "import imdsproxy.cli.main, imdsproxy.host.logs, imdsproxy.controller.start",
+            "import imdsproxy.cli.main, imdsproxy.host.logs, imdsproxy.start",
             "fastapi starlette uvicorn prometheus_client httpcore keystoneauth1 openstack rich",
         ),
         (
-            "import imdsproxy.cli.main, imdsproxy.host.logs, imdsproxy.controller.http",
+            "import imdsproxy.cli.main, imdsproxy.host.logs, imdsproxy.admin.metrics, imdsproxy.serving.resolver_app",
             "fastapi starlette keystoneauth1 openstack rich",
         ),
         (

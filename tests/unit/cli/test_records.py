@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from imdsproxy.admin.records import RecordService, Written
+from imdsproxy.admin import records
+from imdsproxy.admin.records import Written
 from imdsproxy.cli import output
 from imdsproxy.cli.admin_client import AdminClient
 from imdsproxy.cli.record_io import read_record
@@ -438,20 +439,21 @@ def test_a_file_that_is_not_acceptable_is_refused_with_every_problem(
 
 def _slow_down(monkeypatch: pytest.MonkeyPatch, steps: Sequence[Step]) -> None:
     """Have the daemon take its time for each step before it stores anything."""
-    store = RecordService.put
+    store = records.put_records
 
     async def put(
-        service: RecordService,
+        controller: Any,  # noqa: ANN401 - as `fake_controller` has it
         *records: Any,  # noqa: ANN401 - passed on
         **how: Any,  # noqa: ANN401 - passed on
     ) -> Written:
+        progress = controller.records.progress
         for step in steps:
-            service.records.progress.note(step.what, step.done, step.of)
+            progress.note(step.what, step.done, step.of)
             await asyncio.sleep(0.3)
-            service.records.progress.end(step.what)
-        return await store(service, *records, **how)
+            progress.end(step.what)
+        return await store(controller, *records, **how)
 
-    monkeypatch.setattr(RecordService, "put", put)
+    monkeypatch.setattr(records, "put_records", put)
 
 
 _STEPS = (Step("storing instances", 1000, 2000), Step("compiling instances", 2000, 2000))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from imdsproxy.errors import HostRefused
 from imdsproxy.host.notify import ServiceNotifier
 from imdsproxy.host.servers import open_unix_socket
 from imdsproxy.serving.pidfile import PidFile, read_pids
-from imdsproxy.serving.server import DocumentServer, Worker, restart_delay
+from imdsproxy.serving.server import DocumentServer, Worker
 
 _SLEEPS = "import time; print(flush=True); time.sleep(60)"
 _IGNORES = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {_SLEEPS}"
@@ -133,9 +134,19 @@ def test_a_worker_is_doubted_only_when_it_had_a_second_to_answer(tmp_path: Path)
         worker.hang_up()
 
 
-def test_the_first_death_costs_no_time_and_further_ones_ever_more_up_to_a_bound() -> None:
-    assert restart_delay(0) == restart_delay(1) == 0
-    delays = [restart_delay(failures) for failures in range(2, 12)]
-    assert delays[:4] == [0.1, 0.2, 0.4, 0.8]
-    assert delays == sorted(delays)
-    assert delays[-1] == restart_delay(10_000) == 5.0
+def test_the_first_death_costs_no_time_and_further_ones_ever_more_up_to_a_bound(
+    tmp_path: Path,
+) -> None:
+    with socket.socket() as listener:
+        worker = Worker(tmp_path, tmp_path, listener, tmp_path.stat())
+        delays = []
+        for _ in range(12):
+            worker.note_end(worker.started)
+            delays.append(worker.due - worker.started)
+        assert delays[:5] == [0.0, 0.1, 0.2, 0.4, 0.8]
+        assert delays[-1] == 5.0
+        worker.note_end(worker.started + 6)
+        assert (worker.due, worker.failures) == (worker.started + 6, 0)
+        worker.note_end(worker.started)
+        worker.note_end(worker.started)
+        assert worker.due - worker.started == 0.1

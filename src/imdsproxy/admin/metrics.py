@@ -25,8 +25,9 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from imdsproxy import __version__
+from imdsproxy.admin.reports import Readiness
+from imdsproxy.admin.status import report_macs, report_readiness, report_unix_listener
 from imdsproxy.controller.controller import Controller
-from imdsproxy.controller.status import Status
 from imdsproxy.core.haproxy.frontends import AGENTS
 from imdsproxy.core.haproxy.runtime import WorkerTotals
 from imdsproxy.core.hoststate import Effect
@@ -34,6 +35,7 @@ from imdsproxy.core.identity import Denial
 from imdsproxy.core.timing import Durations
 from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import DataplaneError
+from imdsproxy.serving.resolver import FOUND
 from imdsproxy.sources.neutron.queries import QueryResult
 from imdsproxy.sources.neutron.source import LookUpResult, NeutronSource
 
@@ -108,7 +110,6 @@ class Metrics(Collector):
     """Reads every metric when Prometheus asks for it."""
 
     one: Controller
-    status: Status
     traffic: WorkerTotals[_TrafficKey] = field(default_factory=WorkerTotals)
 
     def __post_init__(self) -> None:
@@ -118,7 +119,7 @@ class Metrics(Collector):
 
     async def refresh(self) -> None:
         """Read HAProxy's counters once."""
-        await self.status.nova.refresh()
+        await self.one.nova_watch.refresh()
         await self.one.counting.refresh()
         haproxy = self.one.haproxy
         if haproxy.processes is None or (worker := haproxy.processes.worker) is None:
@@ -138,6 +139,10 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Family]:
         """Every family with the values of now."""
         return (metric.collect(self) for metric in METRICS)
+
+    def readiness(self) -> Readiness:
+        """Whether guests get what the sources say, as /readyz reports it."""
+        return report_readiness(self.one)
 
     def _by_network(self, counts: Mapping[str, int]) -> Mapping[str, int]:
         """Each network's own count, or with more than `network_series` of them their sum."""
@@ -166,7 +171,7 @@ class Metrics(Collector):
 
     def ready(self) -> Gauge:
         """1 while guests get what the sources say; /readyz has the reasons for a 0."""
-        return self.status.readiness().ready
+        return self.readiness().ready
 
     def start_time_seconds(self) -> Gauge:
         """Unix time of the controller's start."""
@@ -274,8 +279,7 @@ class Metrics(Collector):
         """Requests of unknown addresses by outcome: found, unknown, unavailable, conflict, over-limit or gone (the
         guest left).
         """
-        counts = self.one.resolver.counts
-        return {"found": counts.found, **{one.value: counts.denied[one] for one in Denial}}
+        return {one: self.one.resolver.outcomes[one] for one in (FOUND, *Denial)}
 
     def resolver_held(self) -> Gauge:
         """Requests of unknown addresses that are held now."""
@@ -295,7 +299,7 @@ class Metrics(Collector):
 
     def mac_mismatches(self) -> Annotated[By, "counter", "network"]:
         """Requests that got 403 because the address goes with another MAC, by network as above."""
-        found = self.one.resolver.counts.mismatched.items()
+        found = self.one.resolver.mismatched.items()
         return self._by_network({str(network): count for network, count in found})
 
     def metadata_no_token(self) -> Annotated[By, "counter", "network"]:
@@ -310,20 +314,20 @@ class Metrics(Collector):
 
     def learned_addresses(self) -> Gauge:
         """Addresses that guests are known by because the neighbour table has their MAC there."""
-        return self.status.macs().learned
+        return report_macs(self.one).learned
 
     def pairs(self) -> Gauge:
         """Addresses that the kernel lets through to HAProxy's maps with one MAC only, or with any."""
-        return self.status.macs().pairs
+        return report_macs(self.one).pairs
 
     def gates(self) -> Annotated[By, "gauge", "state"]:
         """Networks in which the kernel looks at guests' MACs: open, or refused where it should and cannot."""
-        macs = self.status.macs()
+        macs = report_macs(self.one)
         return {"open": macs.gates, "refused": macs.refused}
 
     def unix_listener_serving(self) -> Gauge:
         """1 while HAProxy's socket is at unix_listener.path; no series where that is off."""
-        return None if (unix := self.status.unix_listener()) is None else unix.serving
+        return None if (unix := report_unix_listener(self.one)) is None else unix.serving
 
     def unix_listener_taken_over(self) -> Count:
         """Times that unix_listener.path was taken from a process that lives; it grows whenever that takes it back."""
@@ -356,17 +360,17 @@ class Metrics(Collector):
 
     def nova_endpoint_up(self) -> Annotated[By, "gauge", "endpoint_set", "endpoint"]:
         """1 while HAProxy takes the endpoint of Nova for one that answers."""
-        return {(one.endpoint_set, one.endpoint): one.up for one in self.status.nova.endpoints}
+        return {(one.endpoint_set, one.endpoint): one.up for one in self.one.nova_watch.endpoints}
 
     def nova_endpoint_failures(self) -> Annotated[By, "counter", "endpoint_set", "endpoint"]:
         """Connections to the endpoint of Nova that failed, and requests that it did not answer in time or in full."""
         return {
-            (one.endpoint_set, one.endpoint): one.failures for one in self.status.nova.endpoints
+            (one.endpoint_set, one.endpoint): one.failures for one in self.one.nova_watch.endpoints
         }
 
     def nova_refused(self) -> Annotated[By, "counter", "endpoint_set"]:
         """Answers 403 of Nova, by endpoint set: it refuses our signature, most likely for another secret."""
-        return self.status.nova.refused.totals
+        return self.one.nova_watch.refused.totals
 
     def neutron_queries(self) -> Annotated[By, "counter", "result"]:
         """Queries to Neutron by result: ok, failed or timeout."""

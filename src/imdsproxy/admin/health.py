@@ -21,7 +21,7 @@ from imdsproxy.core.wire import RETRY_AFTER_S
 if TYPE_CHECKING:
     import socket
 
-    from imdsproxy.controller.metrics import Metrics
+    from imdsproxy.admin.metrics import Metrics
 
 _ROUTES: Final = ("/livez", "/readyz", "/metrics")
 _END: Final = b"\r\n\r\n"
@@ -45,10 +45,8 @@ class HealthServer:
 
     def __init__(self, listener: socket.socket, *, alive: Callable[[], bool]) -> None:
         self.reports: Metrics | None = None
-        self._listener = listener
-        self._alive = alive
-        self._controller = asyncio.get_running_loop()
-        self._own = asyncio.new_event_loop()
+        self._listener, self._alive = listener, alive
+        self._controller, self._own = asyncio.get_running_loop(), asyncio.new_event_loop()
         self._over = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="health", daemon=True)
 
@@ -117,7 +115,7 @@ class HealthServer:
         if path == "/metrics":
             content_type, text = reports.expose(accept)
             return _reply(HTTPStatus.OK, text, content_type)
-        found = reports.status.readiness()
+        found = reports.readiness()
         return _readiness(*found.reasons, ready=found.ready, degraded=found.degraded)
 
 

@@ -10,7 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from imdsproxy import __version__
-from imdsproxy.controller.metrics import METRICS, Metric, Metrics, count_traffic
+from imdsproxy.admin.metrics import METRICS, Metric, Metrics, count_traffic
 from imdsproxy.core.haproxy.runtime import WorkerTotals
 from imdsproxy.core.timing import Durations
 from support.fake_controller import fake_controller, fake_metrics, row

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import faulthandler
 import gc
-import importlib
 import signal
 import socket
 import sys
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from imdsproxy.admin.health import HealthServer
 from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.config.changes import SettingsHolder, refuse_dropped
@@ -32,7 +32,6 @@ from imdsproxy.controller.build import (
     unit_of,
 )
 from imdsproxy.controller.controller import Controller
-from imdsproxy.controller.health import HealthServer
 from imdsproxy.controller.reload import hang_up
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.dataplane.launch import Launcher, read_program
@@ -51,12 +50,14 @@ from imdsproxy.nova.upstream import NovaUpstream
 from imdsproxy.unix_listener.listener import sweep_unix_socket
 
 if TYPE_CHECKING:
-    from imdsproxy.controller.metrics import Metrics
+    from imdsproxy.admin.metrics import Metrics
+    from imdsproxy.serving.http import AsgiApp
 
 _FIRST_SYNC_S = 5.0
 """How long the first configuration waits for sources that publish nothing; a running HAProxy is not affected."""
 
 _METRICS_EVERY_S = 10.0
+_log = structlog.get_logger()
 
 
 async def run_controller(
@@ -107,14 +108,12 @@ async def _live(
     controller: Controller, admin: socket.socket, health: HealthServer | None, heartbeat: Heartbeat
 ) -> None:
     """Start in order, serve until the end is asked for, and stop what is ours."""
-    settings = controller.holder.settings
+    settings, layout = controller.holder.settings, controller.layout
     loop = asyncio.get_running_loop()
     worker = owner_of(None, settings.haproxy.group)
-    resolver_socket = open_sole_socket(controller.layout.resolver_socket, mode=0o660, owner=worker)
-    audit_socket = open_sole_socket(controller.layout.audit_socket, mode=0o660, owner=worker)
-    last_socket = open_datagram_socket(
-        controller.layout.audit_last_socket, mode=0o660, owner=worker
-    )
+    resolver_socket = open_sole_socket(layout.resolver_socket, mode=0o660, owner=worker)
+    audit_socket = open_sole_socket(layout.audit_socket, mode=0o660, owner=worker)
+    last_socket = open_datagram_socket(layout.audit_last_socket, mode=0o660, owner=worker)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, controller.ended.set)
     loop.add_signal_handler(signal.SIGHUP, hang_up, controller)
@@ -126,11 +125,8 @@ async def _live(
             group.create_task(source.run(controller.records.observe), name=f"source-{source.name}")
             for source in controller.sources.all
         ]
-        tasks.append(
-            group.create_task(
-                controller.audit.run(audit_socket, last_socket, controller.kept), name="audit"
-            )
-        )
+        auditing = controller.audit.run(audit_socket, last_socket, controller.kept)
+        tasks.append(group.create_task(auditing, name="audit"))
         loading = group.create_task(_load_http(controller))
         try:
             await _start_data_plane(controller)
@@ -141,30 +137,21 @@ async def _live(
             group.create_task(work, name=getattr(work, "__qualname__", None))
             for work in controller.work()
         ]
-        await asyncio.gather(loading, controller.probe.ask())
-        from imdsproxy.controller.http import build_apps, load_admin, serve  # noqa: PLC0415 - it is there now
+        (metrics, resolver), _ = await asyncio.gather(loading, controller.probe.ask())
+        from imdsproxy.serving.http import serve  # noqa: PLC0415 - it is there now
 
-        services, metrics, resolver = build_apps(controller)
         resolving = group.create_task(serve(resolver, resolver_socket))
-        tasks.append(group.create_task(_count(metrics, controller.layout.haproxy_log)))
-        api = await asyncio.to_thread(load_admin, services)
+        tasks.append(group.create_task(_count(metrics, layout.haproxy_log)))
+        api = await asyncio.to_thread(_load_admin, controller)
         administering = group.create_task(serve(api, admin))
         if health is not None:
             health.reports = metrics
-        # Records mostly stay, so garbage was not collected until here (`cli.daemon`). To look through them again and
-        # again takes 70 ms each time at 1,000 networks, and guests wait meanwhile.
-        gc.collect()
-        gc.freeze()
-        gc.enable()
-        release_memory()
+        _collect_garbage()
         heartbeat.starting = False
-        controller.notifier.ready(f"{len(controller.inventory.networks)} networks")
-        structlog.get_logger().info(
-            "ready",
-            networks=len(controller.inventory.networks),
-            instances=len(controller.inventory.instances),
-            admin=str(settings.admin_socket),
-        )
+        networks = len(controller.inventory.networks)
+        instances = len(controller.inventory.instances)
+        controller.notifier.ready(f"{networks} networks")
+        _log.info("ready", networks=networks, instances=instances, admin=str(settings.admin_socket))
         await controller.ended.wait()
         controller.records.settle()
         for task in (*tasks, administering):
@@ -178,7 +165,7 @@ async def _live(
         resolving.cancel()
         if controller.with_data_plane:
             await sweep_host(controller.host, controller.mac_filters, controller.hop_limits)
-            sweep_unix_socket(controller.layout.config, SocketFiles().observe)
+            sweep_unix_socket(layout.config, SocketFiles().observe)
 
 
 async def _count(metrics: Metrics, log: Path) -> None:
@@ -189,15 +176,43 @@ async def _count(metrics: Metrics, log: Path) -> None:
         await asyncio.sleep(_METRICS_EVERY_S)
 
 
-async def _load_http(controller: Controller) -> None:
-    """In a thread, beside a HAProxy that reads its files; nothing that comes before is to share our processor."""
+def _collect_garbage() -> None:
+    """Records mostly stay, so garbage was not collected until guests are served (`cli.daemon`).
+
+    To look through them again and again takes 70 ms each time at 1,000 networks, and guests wait meanwhile.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+    release_memory()
+
+
+async def _load_http(controller: Controller) -> tuple[Metrics, AsgiApp]:
+    """Metrics and the resolver, loaded in a thread, beside a HAProxy that reads its files.
+
+    To import them takes as long as everything else that happens before guests are served. They do not wait for it:
+    nothing that is needed to serve the known ones may import these modules.
+    """
     await controller.haproxy.starting.wait()
-    await asyncio.to_thread(importlib.import_module, "imdsproxy.controller.http")
+    return await asyncio.to_thread(_make_http, controller)
+
+
+def _make_http(controller: Controller) -> tuple[Metrics, AsgiApp]:
+    from imdsproxy.admin.metrics import Metrics  # noqa: PLC0415 - see `_load_http`
+    from imdsproxy.serving.resolver_app import resolver_app  # noqa: PLC0415 - as above
+
+    return Metrics(controller), resolver_app(controller.resolver, controller.forward)
+
+
+def _load_admin(controller: Controller) -> AsgiApp:
+    """Import the admin API, which takes longest of all, and make it."""
+    from imdsproxy.admin.api import admin_app  # noqa: PLC0415 - the resolver does not wait for it
+
+    return admin_app(controller)
 
 
 async def _start_data_plane(controller: Controller) -> None:
     """Adopt what runs; start what does not, with everything that the sources know by now."""
-    log = structlog.get_logger()
     await controller.hop_limits.preload()
     adopted = await controller.haproxy.adopt()
     found = controller.companion.read().parent
@@ -206,7 +221,7 @@ async def _start_data_plane(controller: Controller) -> None:
         await asyncio.gather(controller.companion.ensure(), _wait_for_records(controller))
         if adopted:
             processes = controller.haproxy.processes
-            log.info("haproxy adopted", master=None if processes is None else processes.master)
+            _log.info("haproxy adopted", master=None if processes is None else processes.master)
             controller.records.resync()
             await controller.listeners.first_look()
         else:
@@ -245,12 +260,8 @@ async def _wait_for_records(controller: Controller) -> None:
         # As long as records come in, a start without them would serve no guest sooner.
         known = len(controller.inventory.instances), controller.records.progress.steps
         if known == before:
-            structlog.get_logger().warning(
-                "starting before all sources are in sync",
-                waiting_for=[
-                    name for name, there in controller.inventory.sources.items() if not there
-                ],
-            )
+            missing = [name for name, there in controller.inventory.sources.items() if not there]
+            _log.warning("starting before all sources are in sync", waiting_for=missing)
             break
         before = known
         with contextlib.suppress(TimeoutError):
@@ -282,7 +293,7 @@ def run(load: Callable[[], Loaded], *, config: Path | None, environment: Mapping
     open_log(loaded.settings)
     refuse_dropped(None, loaded)
     for path in sorted(loaded.empty):
-        structlog.get_logger().warning("settings file is empty", file=str(path))
+        _log.warning("settings file is empty", file=str(path))
     holder = SettingsHolder(loaded, load, open_log)
     raise_descriptor_limit()
     leave_no_dumps()

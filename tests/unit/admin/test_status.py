@@ -7,17 +7,18 @@ from typing import Any
 
 import pytest
 
+from imdsproxy.admin.status import report_readiness, report_status
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.observation import StrandedPort
 from imdsproxy.errors import Problem
 from imdsproxy.sources.api import Origin
-from support.fake_controller import fake_controller, fake_status
+from support.fake_controller import fake_controller
 
 _RELOAD = ("number", "at", "reason", "ok", "result", "took_s")
 
 
-async def _report(controller: object) -> dict[str, Any]:
-    return asdict(await fake_status(controller).report())
+async def _report(controller: Any) -> dict[str, Any]:  # noqa: ANN401 - as `fake_controller` has it
+    return asdict(await report_status(controller))
 
 
 async def test_every_part_is_in_the_report() -> None:
@@ -117,7 +118,7 @@ def test_a_controller_is_ready_unless_guests_do_not_get_what_sources_have(
     changed: dict[str, object], reason: str
 ) -> None:
     one = fake_controller(**{"listeners.report.problems": (), **changed})
-    readiness = fake_status(one).readiness()
+    readiness = report_readiness(one)
     assert readiness.ready is not bool(reason)
     assert reason in "\n".join(readiness.reasons)
     assert readiness.degraded[-1] == "audit.destination: /x: disk full"

@@ -14,13 +14,13 @@ from typing import Final, cast
 
 import pytest
 
-from imdsproxy.admin.record_reports import LeftOut
+from imdsproxy.admin.health import HealthServer
+from imdsproxy.admin.metrics import Metrics
 from imdsproxy.admin.reports import Readiness
-from imdsproxy.controller.health import HealthServer
-from imdsproxy.controller.metrics import Metrics
-from imdsproxy.controller.status import list_degraded
+from imdsproxy.admin.status import report_readiness
+from imdsproxy.core.endpoints import LeftOut, LeftOutCode
 from imdsproxy.core.model import NetworkId
-from support.fake_controller import fake_controller, fake_metrics
+from support.fake_controller import HEALTHY, fake_controller, fake_metrics
 
 _NOT_READY: Final = Readiness(False, ("source file is not in sync", "the probe failed"))
 _OPENMETRICS: Final = "application/openmetrics-text; version=1.0.0"
@@ -33,8 +33,8 @@ def _server(readiness: Readiness | None = None, *, alive: bool = True) -> Iterat
     with HealthServer(listener, alive=lambda: alive) as server:
         if readiness is not None:
             metrics = fake_metrics(fake_controller())
-            status = SimpleNamespace(readiness=lambda: readiness)
-            server.reports = cast("Metrics", SimpleNamespace(status=status, expose=metrics.expose))
+            reports = SimpleNamespace(readiness=lambda: readiness, expose=metrics.expose)
+            server.reports = cast("Metrics", reports)
         yield listener.getsockname()[1]
 
 
@@ -148,10 +148,14 @@ async def test_what_is_no_request_is_400(request_bytes: bytes) -> None:
 
 
 def test_many_degraded_networks_are_counted_and_the_first_are_named() -> None:
+    busy, one = LeftOutCode.PORT_BUSY, fake_controller(**HEALTHY)
     left_out = [
-        LeftOut(NetworkId(f"m{one:04}"), "busy", "no device", "add it") for one in range(1000)
+        LeftOut(NetworkId(f"m{number:04}"), None, busy, "no device", "add it")
+        for number in range(1000)
     ]
-    lines = list_degraded(left_out)
-    assert lines[0] == "network m0000: no device (busy); add it"
+    one.listeners.degraded = lambda: left_out
+    lines = report_readiness(one).degraded
+    assert lines[0] == "network m0000: no device (port-busy); add it"
     assert (len(lines), lines[-1]) == (21, "and 980 more networks: imdsproxy status")
-    assert len(list_degraded(left_out[:20])) == 20
+    one.listeners.degraded = lambda: left_out[:20]
+    assert len(report_readiness(one).degraded) == 20

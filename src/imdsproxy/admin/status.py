@@ -1,0 +1,196 @@
+"""The state of the controller and of what it looks after: readiness, and everything that `status` reports."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from typing import Final
+
+from imdsproxy import __version__
+from imdsproxy.admin import reports
+from imdsproxy.admin.record_reports import LeftOut
+from imdsproxy.controller.controller import Controller
+from imdsproxy.core.documents.ec2 import list_warnings
+from imdsproxy.core.haproxy import limits
+from imdsproxy.core.haproxy.runtime import Processes
+from imdsproxy.dataplane.master import WorkerEnded
+from imdsproxy.errors import DataplaneError, Problem
+
+_SHOWN: Final = 20
+_WORTH_A_LOOK: Final = 10
+"""An instance that uses less than one part in so many of its limit is not listed: most of 10,000 guests do."""
+
+
+def report_readiness(controller: Controller) -> reports.Readiness:
+    """In sync, last plan applied, a probe through HAProxy answered, and all networks served; else why not."""
+    sources = controller.inventory.sources.items()
+    reasons = [f"source {name} is not in sync" for name, in_sync in sources if not in_sync]
+    if controller.haproxy.processes is None:
+        reasons.append("HAProxy does not run")
+    elif not controller.watchdog.answering:
+        reasons.append("HAProxy does not answer a probe")
+    reasons += map(str, controller.own_problems())
+    degraded = (*_list_degraded(controller), *map(str, controller.unnoticed_problems()))
+    if controller.holder.settings.metrics.degraded == "not-ready":
+        reasons += degraded
+    return reports.Readiness(not reasons, tuple(reasons), degraded)
+
+
+def _list_degraded(controller: Controller) -> list[str]:
+    """A line for each network that is not served, up to twenty; the others are counted."""
+    found = [LeftOut.of(one) for one in controller.listeners.degraded()]
+    lines = [
+        f"network {one.network}: {one.reason} ({one.code})" + (f"; {one.hint}" if one.hint else "")
+        for one in found[:_SHOWN]
+    ]
+    more = len({one.network for one in found[_SHOWN:]})
+    return [*lines, f"and {more} more networks: imdsproxy status"] if more else lines
+
+
+async def report_status(controller: Controller) -> reports.StatusReport:
+    """Everything at one moment."""
+    inventory, listeners, records = controller.inventory, controller.listeners, controller.records
+    companion, plan = controller.companion, listeners.report
+    await controller.nova_watch.refresh()
+    return reports.StatusReport(
+        version=__version__,
+        controller=os.getpid(),
+        started_at=controller.started_at,
+        uptime_s=controller.clock.monotonic() - controller.started,
+        readiness=report_readiness(controller),
+        networks=len(inventory.networks) + len(inventory.contradictory),
+        serving=listeners.serving,
+        instances=len(inventory.instances),
+        addresses=inventory.address_count,
+        left_out=tuple(map(LeftOut.of, listeners.degraded())),
+        sources=tuple(_report_source(controller, *source) for source in inventory.sources.items()),
+        conflicts=inventory.conflicts(),
+        problems=(*controller.own_problems(), *controller.unnoticed_problems()),
+        haproxy=_report_haproxy(controller),
+        documents=reports.DocumentsReport(
+            companion.read().pids, _reason(controller.documents_problem()), companion.needed
+        ),
+        last_plan=reports.PlanReport(
+            plan.at, plan.operations, plan.reasons, tuple(map(str, plan.problems)), plan.seconds
+        ),
+        nova=controller.nova_watch.endpoints,
+        unix_listener=report_unix_listener(controller),
+        macs=report_macs(controller),
+        warnings=list_warnings(
+            each for found in records.compiler.warnings.values() for each in found
+        ),
+        policy_for_nobody=controller.policy_store.for_nobody(inventory),
+        busiest=await _find_busiest(controller),
+        audit=_report_audit(controller),
+        progress=records.progress.steps,
+    )
+
+
+async def _find_busiest(controller: Controller) -> tuple[limits.Asker, ...]:
+    """Instances that are limited now, as HAProxy's worker counts them; none while HAProxy cannot be asked."""
+    allowed, haproxy = controller.holder.settings.limits, controller.haproxy
+    if not allowed.enabled or haproxy.processes is None or haproxy.processes.worker is None:
+        return ()
+    worker, now = haproxy.processes.worker, controller.clock.now().timestamp()
+    most = limits.most_in_window(allowed.requests_per_s, allowed.burst)
+    try:
+        own = await haproxy.master.send(worker, f"show table {limits.POLICY_COUNTERS}")
+        wanted = (
+            f"data.gpc0_rate ge {max(1, most // _WORTH_A_LOOK)}",
+            f"data.conn_cur ge {max(2, allowed.connections // _WORTH_A_LOOK)}",
+            # Limits of a policy may be as small as one likes.
+            *(f"key {key}" for key in limits.refused_lately(own, now)),
+        )
+        commands = (f"show table {limits.COUNTERS} {each}" for each in wanted)
+        usual = [await haproxy.master.send(worker, command) for command in commands]
+    except (DataplaneError, WorkerEnded):
+        # The watchdog handles that, and the same report has HAProxy's state.
+        return ()
+    found = limits.busiest(
+        "\n".join(usual), own, requests=most, connections=allowed.connections, now=now
+    )
+    return tuple(found)
+
+
+def _report_audit(controller: Controller) -> reports.AuditReport | None:
+    audit = controller.audit
+    settings = audit.settings()
+    if not settings.one_in:
+        return None
+    return reports.AuditReport(
+        settings.mode,
+        settings.destination,
+        audit.written,
+        audit.left_out,
+        _reason(audit.problem),
+    )
+
+
+def report_macs(controller: Controller) -> reports.MacsReport:
+    """What is made of guests' MACs."""
+    filters, learned = controller.mac_filters, controller.records.learned.values()
+    return reports.MacsReport(
+        gates=len(filters.plan.filters),
+        refused=len(filters.refused),
+        pairs=filters.pair_count,
+        learned=sum(entry.mac is not None for entry in learned),
+        mismatches=dict(controller.resolver.mismatched.most_common(_SHOWN)),
+    )
+
+
+def _report_source(controller: Controller, name: str, in_sync: bool) -> reports.SourceReport:  # noqa: FBT001 - as the inventory has it
+    """A source with the records that it refuses, and its ports in networks that no source has."""
+    inventory, sources = controller.inventory, controller.sources
+    source = next(each for each in sources.all if each.name == name)
+    found = list(inventory.problems_of(name))
+    for stranded in inventory.stranded():
+        if stranded.source == name:
+            origin = source.origin_of_port(stranded.instance, stranded.number)
+            found.append(stranded.problem(**({} if origin is None else asdict(origin))))
+    asked = sources.look_up
+    # Others are in sync only while they can be read.
+    stale_s = asked.queries.stale_s if asked is not None and asked is source else 0.0
+    counts = inventory.record_counts(name)
+    return reports.SourceReport(name, in_sync, *counts, stale_s, tuple(found))
+
+
+def report_unix_listener(controller: Controller) -> reports.UnixListenerReport | None:
+    """The socket for Neutron's proxies; `None` where it is off."""
+    unix = controller.listeners.unix
+    settings, bind = unix.settings(), unix.bind
+    if not settings.enabled:
+        return None
+    return reports.UnixListenerReport(
+        path=str(settings.path),
+        serving=unix.serving,
+        mode="" if bind is None else bind.mode,
+        user=None if bind is None else bind.user,
+        group=None if bind is None else bind.group,
+        problem=_reason(unix.problem),
+        taken_over=unix.taken_over,
+        taken_from=unix.taken_from,
+    )
+
+
+def _report_haproxy(controller: Controller) -> reports.HaproxyReport:
+    haproxy = controller.haproxy
+    processes, last = haproxy.processes or Processes(0, None), haproxy.last_reload
+    reload = None
+    if last is not None:
+        ok = last.result in {"started", "reloaded"}
+        reload = reports.ReloadReport(
+            last.number, last.at, last.reason, ok, last.message, last.seconds
+        )
+    return reports.HaproxyReport(
+        controller.haproxy_version,
+        processes.master or None,
+        processes.worker,
+        processes.draining,
+        processes.reloads,
+        reload,
+        _reason(controller.watchdog.failure),
+    )
+
+
+def _reason(problem: Problem | None) -> str:
+    return "" if problem is None else problem.reason
