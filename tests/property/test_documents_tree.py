@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imdsproxy.core.documents.ec2 import EC2_VERSIONS
-from imdsproxy.core.documents.openstack import OPENSTACK_VERSIONS
+from imdsproxy.core.documents import ec2, openstack
 from imdsproxy.core.model import Dialect, Instance, InstanceId, MacAddress, Port, SshKey
 from support.guest_records import BARE, BLUE, Guest
 
@@ -45,7 +44,7 @@ INSTANCES = st.builds(
 )
 
 
-_DIRECTORIES = {*EC2_VERSIONS, "latest", "openstack", "nocloud", "meta-data", "dynamic"}
+_DIRECTORIES = {*ec2.VERSIONS, "openstack", "nocloud", "meta-data", "dynamic"}
 
 
 def listed(asked: Guest, path: str) -> Iterator[str]:
@@ -78,9 +77,9 @@ def walk(asked: Guest, path: str) -> Iterator[str]:
 def roots(instance: Instance) -> list[str]:
     found = []
     if Dialect.EC2 in instance.dialects:
-        found += [f"/{version}" for version in (*EC2_VERSIONS[::5], "latest")]
+        found += [f"/{version}" for version in (*ec2.VERSIONS[::5], "latest")]
     if Dialect.OPENSTACK in instance.dialects:
-        found += ["/openstack", *(f"/openstack/{version}/" for version in OPENSTACK_VERSIONS[::3])]
+        found += ["/openstack", *(f"/openstack/{version}/" for version in openstack.VERSIONS[::3])]
     if Dialect.NOCLOUD in instance.dialects:
         found.append("/nocloud/")
     return found
@@ -110,7 +109,7 @@ def test_what_is_listed_is_served_and_what_is_off_is_not_listed(instance: Instan
     if instance.dialects:
         list(walk(asked, "/"))
     for dialect, path, names in (
-        (Dialect.EC2, "/latest", {*EC2_VERSIONS, "latest"}),
+        (Dialect.EC2, "/latest", set(ec2.VERSIONS)),
         (Dialect.OPENSTACK, "/openstack", {"openstack/"}),
         (Dialect.NOCLOUD, "/nocloud", {"nocloud/"}),
     ):

@@ -1,22 +1,23 @@
-"""Which instances claim an address of a network, and what several sources agree on that report one record."""
+"""Which instances claim an address of a network."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, KeysView
-from dataclasses import replace
-from typing import TypeAlias, TypeVar
+from collections.abc import Iterable, Iterator, KeysView, Sequence
+from typing import TypeAlias
 
 from imdsproxy.core.addresses import from_number, link_local_of, to_number
-from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
+from imdsproxy.core.model import Instance, InstanceId, IpAddress, MacAddress, NetworkId
 from imdsproxy.core.observation import AddressKey
 
-_V = TypeVar("_V")
-_Number: TypeAlias = int
-"""`to_number` of an address."""
+_Claimants: TypeAlias = "InstanceId | frozenset[InstanceId]"
+"""One is the rule and is stored bare: a set each is dear."""
+
+ClaimingPort: TypeAlias = "tuple[NetworkId, MacAddress | None, Sequence[IpAddress]]"
+"""Of a port: its network, MAC and addresses."""
 
 
 class Claims:
-    """Who claims an address. One claimant is the rule and is stored bare: a set each is dear.
+    """Who claims an address; addresses are kept as numbers (`to_number`).
 
     Attributes:
         contested: The addresses that more than one claims.
@@ -25,10 +26,10 @@ class Claims:
     __slots__ = ("_networks", "contested")
 
     def __init__(self) -> None:
-        self._networks: dict[NetworkId, dict[_Number, InstanceId | frozenset[InstanceId]]] = {}
+        self._networks: dict[NetworkId, dict[int, _Claimants]] = {}
         self.contested: set[AddressKey] = set()
 
-    def items(self) -> Iterator[tuple[AddressKey, InstanceId | frozenset[InstanceId]]]:
+    def items(self) -> Iterator[tuple[AddressKey, _Claimants]]:
         """Every address that is claimed, and by whom; others may change that meanwhile."""
         # In the order of map keys (`core.plan.record_key`), as far as the networks go.
         for network in sorted(self._networks, key=lambda one: f"{one}/"):
@@ -42,12 +43,9 @@ class Claims:
 
     def of(self, key: AddressKey) -> frozenset[InstanceId]:
         """All who claim it."""
-        found = self.owner(key)
-        if found is None:
-            return frozenset()
-        return found if isinstance(found, frozenset) else frozenset((found,))
+        return _as_set(self.owner(key))
 
-    def owner(self, key: AddressKey) -> InstanceId | frozenset[InstanceId] | None:
+    def owner(self, key: AddressKey) -> _Claimants | None:
         """The one who claims it, or all where it is contested."""
         claims = self._networks.get(key[0])
         return None if claims is None else claims.get(to_number(key[1]))
@@ -59,41 +57,36 @@ class Claims:
     def within(self, network: NetworkId) -> Iterator[InstanceId]:
         """Who claims any address of a network, each at least once."""
         for found in self._networks.get(network, {}).values():
-            if isinstance(found, frozenset):
-                yield from found
-            else:
-                yield found
+            yield from _as_set(found)
 
-    def replace(
-        self, instance: InstanceId, before: frozenset[AddressKey], after: frozenset[AddressKey]
-    ) -> None:
-        """Have an instance claim `after`, where it claimed `before`."""
-        for key in before - after:
-            self._store(key, self.of(key) - {instance})
-        for key in after - before:
-            self.add(instance, key[0], to_number(key[1]))
-
-    def add(self, instance: InstanceId, network: NetworkId, number: _Number) -> None:
-        """Have an instance claim one more address, given as its number."""
-        claims = self._networks.setdefault(network, {})
-        if number in claims:
-            key = network, from_number(number)
-            self._store(key, self.of(key) | {instance})
-        else:
+    def add(self, instance: InstanceId, key: AddressKey) -> None:
+        """Have an instance claim one more address."""
+        claims, number = self._networks.setdefault(key[0], {}), to_number(key[1])
+        if number not in claims:
             claims[number] = instance
-
-    def _store(self, key: AddressKey, claimants: frozenset[InstanceId]) -> None:
-        network, number = key[0], to_number(key[1])
-        claims = self._networks.setdefault(network, {})
-        claims.pop(number, None)
-        self.contested.discard(key)
-        if len(claimants) > 1:
-            claims[number] = claimants
+        else:
+            claims[number] = self.of(key) | {instance}
             self.contested.add(key)
-        elif claimants:
-            (claims[number],) = claimants
+
+    def remove(self, instance: InstanceId, key: AddressKey) -> None:
+        """Have an instance not claim an address any more."""
+        claims, number = self._networks[key[0]], to_number(key[1])
+        left = self.of(key) - {instance}
+        if len(left) > 1:
+            claims[number] = left
+            return
+        self.contested.discard(key)
+        del claims[number]
+        for one in left:
+            claims[number] = one
         if not claims:
-            del self._networks[network]
+            del self._networks[key[0]]
+
+
+def _as_set(claimants: _Claimants | None) -> frozenset[InstanceId]:
+    if isinstance(claimants, frozenset):
+        return claimants
+    return frozenset() if claimants is None else frozenset((claimants,))
 
 
 def claim_places(instance: Instance) -> Iterator[tuple[AddressKey, tuple[str | int, ...]]]:
@@ -110,31 +103,10 @@ def address_keys(instance: Instance) -> frozenset[AddressKey]:
     return frozenset(key for key, _ in claim_places(instance))
 
 
-def distinct(records: Iterable[_V | None]) -> tuple[_V, ...]:
-    """The different ones, in their order; a plain list search, for there are as many as sources."""
-    found: list[_V] = []
-    for record in records:
-        if record is not None and record not in found:
-            found.append(record)
-    return tuple(found)
-
-
-def without_vaguer(versions: tuple[Instance, ...]) -> tuple[Instance, ...]:
-    """Those of which no other says the same and, beside it, when the instance was made."""
-    if len(versions) == 1:
-        return versions
-    dated = [version for version in versions if version.created_at is not None]
-    known = [replace(version, created_at=None) for version in dated]
-    return tuple(
-        version for version in versions if version.created_at is not None or version not in known
-    )
-
-
-def agreed(versions: tuple[Network, ...]) -> Network | None:
-    """What all versions of a network agree on, if that is enough for a listener."""
-    if len(versions) == 1:
-        return versions[0]
-    if len({version.listener for version in versions}) == 1:
-        checked = any(version.mac_check for version in versions)
-        return Network(versions[0].id, versions[0].listener, mac_check=checked)
-    return None
+def claimed_keys(ports: Iterable[ClaimingPort]) -> set[AddressKey]:
+    """Every (network, address) that ports claim."""
+    keys: set[AddressKey] = set()
+    for network, mac, addresses in ports:
+        for address in addresses if mac is None else (*addresses, link_local_of(mac)):
+            keys.add((network, address))
+    return keys

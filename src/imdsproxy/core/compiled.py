@@ -15,16 +15,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Final, TypedDict, cast
+from typing import Any, Final, TypedDict, cast
 
-from imdsproxy.core.model import (
-    Instance,
-    InstanceId,
-    IpAddress,
-    Network,
-    NetworkId,
-    Port,
-)
+from imdsproxy.core.model import Instance, InstanceId, IpAddress, Network, NetworkId, Port
 from imdsproxy.errors import RecordCorrupt
 
 FORMAT: Final = 2
@@ -85,7 +78,14 @@ class DocumentPort(TypedDict):
     addresses: list[DocumentAddress]
 
 
-class _Described(TypedDict):
+class DocumentRecord(TypedDict):
+    """A compiled record, read again: its first line, and its data.
+
+    `revision` is empty where the record is of another format: its documents are right, but not to be cached. `region`
+    is as the settings say. `vendor_data` is bytes, `user_data` where it lies in the content; in the line both are
+    length and digest.
+    """
+
     revision: str
     format: int
     id: str
@@ -101,20 +101,6 @@ class _Described(TypedDict):
     ssh_keys: list[tuple[str, str]]
     tags: list[tuple[str, str]]
     ports: list[DocumentPort]
-
-
-class _Head(_Described):
-    vendor_data: list[int | str] | None
-    user_data: list[int | str] | None
-
-
-class DocumentRecord(_Described):
-    """A compiled record, read again: its first line, and its data.
-
-    `revision` is empty where the record is of another format: its documents are right, but not to be cached. `region`
-    is as the settings say. `vendor_data` is bytes, `user_data` where it lies in the content.
-    """
-
     vendor_data: bytes | None
     user_data: Blob | None
 
@@ -149,15 +135,10 @@ def compile_instance(
         "user_data": _describe(user_data),
     }
     rest = b'",' + _ENCODER.encode(head)[1:].encode("ascii") + b"\n"
-    revision = blake2b(rest, digest_size=8).hexdigest()
-    parts = (
-        _HEAD_START,
-        revision.encode("ascii"),
-        rest,
-        instance.vendor_data or b"",
-        user_data or b"",
-    )
-    return CompiledRecord(revision, b"".join(parts))
+    revision = _digest(rest)
+    head_bytes = _HEAD_START + revision.encode("ascii") + rest
+    content = b"".join((head_bytes, instance.vendor_data or b"", user_data or b""))
+    return CompiledRecord(revision, content)
 
 
 def network_mark(network: Network) -> bytes:
@@ -187,15 +168,16 @@ def _describe_port(port: Port, network: Network | None) -> DocumentPort:
 
 
 def _describe_address(address: IpAddress, network: Network | None) -> DocumentAddress:
-    for subnet in () if network is None else network.subnets:
-        if address in subnet.cidr:
-            return {
-                "ip": str(address),
-                "cidr": str(subnet.cidr),
-                "gateway": None if subnet.gateway is None else str(subnet.gateway),
-                "dns": [str(server) for server in subnet.dns],
-            }
-    return {"ip": str(address), "cidr": None, "gateway": None, "dns": []}
+    subnets = () if network is None else network.subnets
+    subnet = next((one for one in subnets if address in one.cidr), None)
+    if subnet is None:
+        return {"ip": str(address), "cidr": None, "gateway": None, "dns": []}
+    return {
+        "ip": str(address),
+        "cidr": str(subnet.cidr),
+        "gateway": None if subnet.gateway is None else str(subnet.gateway),
+        "dns": [str(server) for server in subnet.dns],
+    }
 
 
 def compiled_path(instance_id: InstanceId) -> str:
@@ -218,24 +200,19 @@ def parse_compiled(content: bytes) -> DocumentRecord:
     if _digest(memoryview(content)[_HEAD_REST:end]).encode("ascii") != revision:
         raise RecordCorrupt("compiled record's head fails its checksum")
     # The checksum has just shown that `compile_instance` wrote this line.
-    head = cast("_Head", {"region": None, **json.loads(content[:end])})
-    if not _Head.__required_keys__ <= head.keys():
+    head: dict[str, Any] = {"region": None, **json.loads(content[:end])}
+    if not DocumentRecord.__required_keys__ <= head.keys():
         raise RecordCorrupt(f"compiled record is of format {head['format']}, not {FORMAT}")
-    vendor = _locate(content, head["vendor_data"], end)
-    start, end = end, end + (0 if vendor is None else vendor.length)
-    user = _locate(content, head["user_data"], end)
-    end += 0 if user is None else user.length
+    if head["format"] != FORMAT:
+        head["revision"] = ""
+    for name in ("vendor_data", "user_data"):
+        blob = head[name] = _locate(content, head[name], end)
+        end += 0 if blob is None else blob.length
     if end != len(content):
         raise RecordCorrupt(f"compiled record has {len(content)} bytes where {end} are due")
-    return cast(
-        "DocumentRecord",
-        {
-            **head,
-            "revision": head["revision"] if head["format"] == FORMAT else "",
-            "vendor_data": None if vendor is None else content[start : start + vendor.length],
-            "user_data": user,
-        },
-    )
+    if (vendor := head["vendor_data"]) is not None:
+        head["vendor_data"] = content[vendor.offset : vendor.offset + vendor.length]
+    return cast("DocumentRecord", head)
 
 
 def _locate(content: bytes, described: list[int | str] | None, offset: int) -> Blob | None:

@@ -23,20 +23,13 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from types import MappingProxyType
 from typing import TypeVar
 
-from imdsproxy.core.addresses import from_number, link_local_of, to_number
-from imdsproxy.core.claims import Claims, address_keys, agreed, distinct, without_vaguer
-from imdsproxy.core.model import (
-    Instance,
-    InstanceId,
-    IpAddress,
-    Network,
-    NetworkId,
-)
+from imdsproxy.core.claims import ClaimingPort, Claims, claimed_keys
+from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
 from imdsproxy.core.observation import (
     AddressKey,
     Affected,
@@ -52,18 +45,6 @@ from imdsproxy.errors import Problem
 
 _K = TypeVar("_K", bound=Hashable)
 _V = TypeVar("_V")
-
-
-def _idle(versions: Iterable[Instance]) -> set[NetworkId]:
-    """The networks of ports that claim nothing."""
-    ports = (port for version in versions for port in version.ports)
-    return {port.network for port in ports if port.mac is None and not port.addresses}
-
-
-def _with_macs(versions: Iterable[Instance]) -> Iterator[NetworkId]:
-    """The network of each port that has a MAC."""
-    ports = (port for version in versions for port in version.ports)
-    return (port.network for port in ports if port.mac is not None)
 
 
 @dataclass(slots=True)
@@ -133,13 +114,13 @@ class Inventory:
     def _judge(
         self, key: AddressKey, claimant: InstanceId | frozenset[InstanceId] | None
     ) -> InstanceId | Conflict | None:
-        network, address = key
+        network = key[0]
         if claimant is None or not self.knows(network):
             return None
         if network in self._network_conflicts:
             return self._network_conflict(network)
         if isinstance(claimant, frozenset):
-            return self._address_conflict(network, address)
+            return self._address_conflict(key)
         if claimant in self._instance_conflicts:
             return self._instance_conflict(claimant)
         return claimant
@@ -160,7 +141,7 @@ class Inventory:
 
     def addresses_of(self, instance: InstanceId) -> frozenset[AddressKey]:
         """Every address that the instance's record (each version of it) claims."""
-        return _union(address_keys(version) for version in self._versions(instance))
+        return frozenset(claimed_keys(self._ports(instance)))
 
     def instances_in(self, network: NetworkId) -> frozenset[InstanceId]:
         """The instances with a port in the network, conflicting ones included."""
@@ -224,15 +205,14 @@ class Inventory:
 
     def conflicts(self) -> tuple[Conflict, ...]:
         """All contradictions, by kind and subject."""
-        found = [self._network_conflict(network) for network in sorted(self._network_conflicts)]
-        found += [
-            self._instance_conflict(instance) for instance in sorted(self._instance_conflicts)
-        ]
         contested = sorted(
             self._addresses.contested, key=lambda key: (key[0], key[1].version, int(key[1]))
         )
-        found += [self._address_conflict(*key) for key in contested if self.knows(key[0])]
-        return tuple(found)
+        return (
+            *map(self._network_conflict, sorted(self._network_conflicts)),
+            *map(self._instance_conflict, sorted(self._instance_conflicts)),
+            *(self._address_conflict(key) for key in contested if self.knows(key[0])),
+        )
 
     def stranded(self) -> Iterator[StrandedPort]:
         """Every port in a network that no source tells of, by network and instance."""
@@ -302,57 +282,57 @@ class Inventory:
         if report.networks.get(network_id) == network:
             return
         _put(report.networks, network_id, network)
-        versions = distinct(r.networks.get(network_id) for r in self._reports.values())
-        conflicting = {network_id} if len(versions) > 1 else set()
-        in_force = agreed(versions)
-        before = self._networks.get(network_id), self._network_conflicts & {network_id}
-        if before != (in_force, conflicting):
+        versions = _distinct(r.networks.get(network_id) for r in self._reports.values())
+        in_force = _agreed(versions)
+        before = self._networks.get(network_id), network_id in self._network_conflicts
+        if before != (in_force, len(versions) > 1):
             _put(self._networks, network_id, in_force)
-            self._network_conflicts = self._network_conflicts - {network_id} | conflicting
+            self._network_conflicts.discard(network_id)
+            if len(versions) > 1:
+                self._network_conflicts.add(network_id)
             change.networks.add(network_id)
 
-    def _set_instance(self, instance_id: InstanceId, change: Affected) -> None:
-        before = self._versions(instance_id)
-        counting = [report.instances for _, report in self._counting(instance_id)]
-        if not before and len(counting) == 1:
-            self._add_instance(instance_id, counting[0], change)
+    def _set_instance(self, instance: InstanceId, change: Affected) -> None:
+        """Have in force what the sources say whose word counts for an instance."""
+        ports_before = self._ports(instance)
+        if not self._put_versions(instance):
             return
-        versions = distinct(instances[instance_id] for instances in counting)
-        after = versions if len(versions) == 1 else without_vaguer(versions)
-        if before == after:
-            return
-        if len(counting) == 1:
-            self._instances.take(instance_id, counting[0])
-        else:
-            _put(self._instances, instance_id, after[0] if len(after) == 1 else None)
-        _put(self._instance_conflicts, instance_id, after if len(after) > 1 else None)
-        keys = _union(map(address_keys, before)), _union(map(address_keys, after))
-        self._addresses.replace(instance_id, *keys)
-        self._macs.update(_with_macs(after))
-        self._macs.subtract(_with_macs(before))
-        for network in _idle(before):
-            self._idle[network].discard(instance_id)
-        for network in _idle(after):
-            self._idle[network].add(instance_id)
-        change.instances.add(instance_id)
-        change.addresses |= keys[0] | keys[1]
-
-    def _add_instance(
-        self, instance_id: InstanceId, packed: PackedInstances, change: Affected
-    ) -> None:
-        """Take a new one that one source has, as at a start all are: a third of the work of `_set_instance`."""
-        self._instances.take(instance_id, packed)
-        change.instances.add(instance_id)
-        for network, mac, numbers in packed.ports(instance_id):
-            found = numbers
+        ports = self._ports(instance)
+        for network, mac, _ in ports_before:
+            self._macs[network] -= mac is not None
+            self._idle[network].discard(instance)
+        for network, mac, addresses in ports:
             if mac is not None:
                 self._macs[network] += 1
-                found = [*numbers, to_number(link_local_of(mac))]
-            elif not numbers:
-                self._idle[network].add(instance_id)
-            for number in found:
-                self._addresses.add(instance_id, network, number)
-                change.addresses.add((network, from_number(number)))
+            elif not addresses:
+                self._idle[network].add(instance)
+        before, after = claimed_keys(ports_before), claimed_keys(ports)
+        for key in before - after:
+            self._addresses.remove(instance, key)
+        for key in after - before:
+            self._addresses.add(instance, key)
+        change.instances.add(instance)
+        change.addresses |= before | after
+
+    def _put_versions(self, instance: InstanceId) -> bool:
+        """Keep the versions of an instance that count; whether they are others than before."""
+        counting = [report.instances for _, report in self._counting(instance)]
+        contested = self._instance_conflicts.pop(instance, ())
+        if len(counting) == 1:
+            return self._instances.take(instance, counting[0]) or bool(contested)
+        versions = _without_vaguer(_distinct(one[instance] for one in counting))
+        if len(versions) > 1:
+            self._instance_conflicts[instance] = versions
+        before = self._instances.get(instance)
+        _put(self._instances, instance, versions[0] if len(versions) == 1 else None)
+        return versions != (contested if before is None else (before,))
+
+    def _ports(self, instance: InstanceId) -> list[ClaimingPort]:
+        """Those of the instance, of each version of it where it is contested."""
+        versions = self._instance_conflicts.get(instance)
+        if versions is None:
+            return self._instances.ports(instance)
+        return [(one.network, one.mac, one.addresses) for each in versions for one in each.ports]
 
     def _counting(self, instance_id: InstanceId) -> Collection[tuple[SourceName, _Report]]:
         """The reports whose word counts for an id: those that defer count where no other has it."""
@@ -363,27 +343,23 @@ class Inventory:
         ]
         return [(name, report) for name, report in having if not report.defers] or having
 
-    def _versions(self, instance: InstanceId) -> tuple[Instance, ...]:
-        found = self._instances.get(instance)
-        return self._instance_conflicts.get(instance, ()) if found is None else (found,)
-
     def _network_conflict(self, network: NetworkId) -> Conflict:
         claimants = tuple(Claimant(source) for source in self.sources_of_network(network))
         return Conflict(ConflictKind.NETWORK, network, claimants)
 
     def _instance_conflict(self, instance: InstanceId) -> Conflict:
-        claimants = tuple(
-            Claimant(source, instance) for source in self.sources_of_instance(instance)
-        )
-        return Conflict(ConflictKind.INSTANCE, instance, claimants)
+        return self._conflict(ConflictKind.INSTANCE, instance, (instance,))
 
-    def _address_conflict(self, network: NetworkId, address: IpAddress) -> Conflict:
+    def _address_conflict(self, key: AddressKey) -> Conflict:
+        return self._conflict(ConflictKind.ADDRESS, f"{key[0]}/{key[1]}", self._addresses.of(key))
+
+    def _conflict(
+        self, kind: ConflictKind, subject: str, instances: Iterable[InstanceId]
+    ) -> Conflict:
         claimants = (
-            Claimant(source, instance)
-            for instance in self._addresses.of((network, address))
-            for source in self.sources_of_instance(instance)
+            Claimant(source, one) for one in instances for source in self.sources_of_instance(one)
         )
-        return Conflict(ConflictKind.ADDRESS, f"{network}/{address}", tuple(sorted(claimants)))
+        return Conflict(kind, subject, tuple(sorted(claimants)))
 
 
 def _put(mapping: MutableMapping[_K, _V], key: _K, value: _V | None) -> None:
@@ -393,6 +369,29 @@ def _put(mapping: MutableMapping[_K, _V], key: _K, value: _V | None) -> None:
         mapping[key] = value
 
 
-def _union(sets: Iterable[frozenset[_K]]) -> frozenset[_K]:
-    found = tuple(sets)
-    return found[0] if len(found) == 1 else frozenset().union(*found)
+def _distinct(records: Iterable[_V | None]) -> tuple[_V, ...]:
+    """The different ones, in their order; a plain list search, for there are as many as sources."""
+    found: list[_V] = []
+    for record in records:
+        if record is not None and record not in found:
+            found.append(record)
+    return tuple(found)
+
+
+def _without_vaguer(versions: tuple[Instance, ...]) -> tuple[Instance, ...]:
+    """Those of which no other says the same and, beside it, when the instance was made."""
+    dated = [version for version in versions if version.created_at is not None]
+    known = [replace(version, created_at=None) for version in dated]
+    return tuple(
+        version for version in versions if version.created_at is not None or version not in known
+    )
+
+
+def _agreed(versions: tuple[Network, ...]) -> Network | None:
+    """What all versions of a network agree on, if that is enough for a listener."""
+    if len(versions) == 1:
+        return versions[0]
+    if len({version.listener for version in versions}) == 1:
+        checked = any(version.mac_check for version in versions)
+        return Network(versions[0].id, versions[0].listener, mac_check=checked)
+    return None

@@ -16,6 +16,7 @@ from hashlib import blake2b
 from typing import Any, Final, TypeAlias
 
 from imdsproxy.core.addresses import from_number, to_number
+from imdsproxy.core.claims import ClaimingPort
 from imdsproxy.core.model import (
     Dialect,
     Instance,
@@ -56,8 +57,11 @@ _EVERY_DIALECT: Final = frozenset(Dialect)
 Fetch: TypeAlias = "Callable[[InstanceId], bytes]"
 """Gets user-data that is not in memory."""
 
-_Packed: TypeAlias = "bytes | tuple[bytes, bytes | Fetch | None, bytes | None, PolicyRules]"
-"""The record; with its user-data, vendor data and policy beside it where it has one of them."""
+_Parts: TypeAlias = "tuple[bytes, bytes | Fetch | None, bytes | None, PolicyRules]"
+"""The record, its user-data, vendor data and policy."""
+
+_Packed: TypeAlias = "bytes | _Parts"
+"""The record alone where it has none of the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,35 +125,33 @@ class PackedInstances(MutableMapping[InstanceId, Instance]):
 
     def plain(self, key: InstanceId) -> bytes | None:
         """One as bytes that `put_plain` takes; `None` where that is not all of it."""
-        packed = self._packed[key]
-        if isinstance(packed, bytes):
-            return packed
-        data, user_data, *others = packed
-        return data if not isinstance(user_data, bytes) and others == [None, NO_RULES] else None
+        data, user_data, vendor_data, policy = _parts(self._packed[key])
+        whole = not isinstance(user_data, bytes) and (vendor_data, policy) == (None, NO_RULES)
+        return data if whole else None
 
-    def ports(self, key: InstanceId) -> list[tuple[NetworkId, MacAddress | None, list[int]]]:
-        """Network, MAC and addresses (`to_number`) of each port, without the instance being made."""
-        packed = self._packed[key]
-        record: list[Any] = _decompress(packed if isinstance(packed, bytes) else packed[0])
-        return [(network, mac, addresses) for network, mac, addresses, _ in record[_PORTS]]
+    def ports(self, key: InstanceId) -> list[ClaimingPort]:
+        """What an instance's ports claim, without the instance being made; nothing where it is not here."""
+        packed = self._packed.get(key)
+        ports = () if packed is None else _decompress(_parts(packed)[0])[_PORTS]
+        return [(network, mac, [*map(from_number, numbers)]) for network, mac, numbers, _ in ports]
 
     def digest(self, key: InstanceId, salt: bytes) -> bytes:
         """What tells one from any other, its policy and its id apart; `salt` goes into it."""
         packed = self._packed[key]
-        data, *beside = (packed,) if isinstance(packed, bytes) else packed[:3]
+        data, user_data, vendor_data, _ = _parts(packed)
         made_of = blake2b(salt, digest_size=16)
         # Of user-data that is fetched, length and digest are in the record.
-        for part in (data, *(one for one in beside if isinstance(one, bytes))):
-            made_of.update(b"%d:" % len(part))
-            made_of.update(part)
-        if len(beside) > 1 and not isinstance(beside[0], bytes):
+        for part in (data, user_data, vendor_data):
+            if isinstance(part, bytes):
+                made_of.update(b"%d:" % len(part))
+                made_of.update(part)
+        if packed is not data and not isinstance(user_data, bytes):
             made_of.update(b"-")
         return made_of.digest()
 
     def mark(self, key: InstanceId) -> int:
         """What tells an instance with its id and policy from any other: 128 bits."""
-        packed = self._packed[key]
-        policy = NO_RULES if isinstance(packed, bytes) else packed[3]
+        policy = _parts(self._packed[key])[3]
         salt = key if policy is NO_RULES else f"{key} {policy!r}"
         return int.from_bytes(self.digest(key, salt.encode()))
 
@@ -235,6 +237,10 @@ def _decompress(packed: bytes) -> Any:  # noqa: ANN401 - whatever was put in
     return _DECODER.raw_decode(_DECOMPRESS.copy().decompress(packed).decode("ascii"))[0]
 
 
+def _parts(packed: _Packed) -> _Parts:
+    return (packed, None, None, NO_RULES) if isinstance(packed, bytes) else packed
+
+
 def _pack(instance: Instance) -> _Packed:
     every, stored = instance.dialects == _EVERY_DIALECT, instance.user_data
     record = (
@@ -262,9 +268,7 @@ def _pack(instance: Instance) -> _Packed:
 
 @lru_cache(_KEPT)
 def _unpack(key: InstanceId, packed: _Packed) -> Instance:
-    if isinstance(packed, bytes):
-        packed = packed, None, None, NO_RULES
-    data, user_data, vendor_data, policy = packed
+    data, user_data, vendor_data, policy = _parts(packed)
     # What comes out is what `_pack` has put in.
     record: list[Any] = _decompress(data)
     name, hostname, project, ports, ssh_keys, tags, zone, kind, *rest = record
@@ -275,8 +279,8 @@ def _unpack(key: InstanceId, packed: _Packed) -> Instance:
         name if hostname is None else hostname,
         project,
         tuple(
-            Port(NetworkId(network), mac, tuple(map(from_number, addresses)), of_port)
-            for network, mac, addresses, of_port in ports
+            Port(network, mac, tuple(map(from_number, numbers)), of_port)
+            for network, mac, numbers, of_port in ports
         ),
         tuple(SshKey(*ssh_key) for ssh_key in ssh_keys),
         tuple((tag, value) for tag, value in tags),

@@ -308,7 +308,8 @@ class InForce(Generic[Record]):
         if not beside:
             del self._held_by_file[held.file]
         addresses = frozenset(self._claimed(held))
-        self._holders.replace(InstanceId(key), addresses, frozenset())
+        for address in addresses:
+            self._holders.remove(InstanceId(key), address)
         self._freed.update(dict.fromkeys(addresses, key))
 
     def _hold(self, entry: Entry[Record]) -> None:
@@ -316,7 +317,8 @@ class InForce(Generic[Record]):
         self._held[key] = entry
         self._held_by_file.setdefault(entry.file, set()).add(key)
         addresses = frozenset(self._claimed(entry))
-        self._holders.replace(InstanceId(key), frozenset(), addresses)
+        for address in addresses:
+            self._holders.add(InstanceId(key), address)
         self.moved = self.moved or any(self._freed.get(each, key) != key for each in addresses)
 
 

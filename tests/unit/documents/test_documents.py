@@ -11,11 +11,15 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imdsproxy.core.documents.ec2 import EC2_VERSIONS, unique_names
+from imdsproxy.core.documents import ec2, openstack
 from imdsproxy.core.documents.nocloud import render_yaml
-from imdsproxy.core.documents.openstack import OPENSTACK_VERSIONS
 from imdsproxy.core.documents.respond import respond
-from imdsproxy.core.documents.tree import parse_path, vendor_object, vendor_text
+from imdsproxy.core.documents.tree import (
+    parse_path,
+    unique_names,
+    vendor_object,
+    vendor_text,
+)
 from imdsproxy.core.model import Dialect, InstanceId, SshKey
 from support.guest_records import BARE, GUEST, SEED, Guest, guest, header, port
 
@@ -77,7 +81,7 @@ ipv6 local-hostname local-ipv4 mac network/ placement/ public-keys/ reservation-
 _NOT_OF_ALL: Final = "instance-type ipv6 local-ipv4 mac network/ placement/ public-keys/ tags/"
 
 TABLE: Final[tuple[tuple[Changes, str, str | int], ...]] = (
-    (SAME, "/", "\n".join((*EC2_VERSIONS, "latest"))),
+    (SAME, "/", "\n".join(ec2.VERSIONS)),
     (SAME, "/latest", "dynamic\nmeta-data\nuser-data"),
     (NOTHING, "/latest", "dynamic\nmeta-data"),
     (SAME, "/2008-09-01", "meta-data\nuser-data"),
@@ -182,8 +186,8 @@ TABLE: Final[tuple[tuple[Changes, str, str | int], ...]] = (
     (NOTHING, "/latest/user-data", 404),
     (NOTHING, f"{OPENSTACK}/user_data", 404),
     (BINARY_DATA, "/nocloud/vendor-data", BINARY),
-    (SAME, "/openstack", "\n".join((*OPENSTACK_VERSIONS, "latest"))),
-    (SAME, "/openstack/", "\n".join((*OPENSTACK_VERSIONS, "latest"))),
+    (SAME, "/openstack", "\n".join(openstack.VERSIONS)),
+    (SAME, "/openstack/", "\n".join(openstack.VERSIONS)),
     ({"ports": (port(None),)}, f"{OPENSTACK}/network_data.json", 404),
     ({"ports": (port(None),)}, "/nocloud/network-config", ""),
     (SAME, "/nocloud/", "\n".join(NOCLOUD)),
@@ -198,7 +202,7 @@ TABLE: Final[tuple[tuple[Changes, str, str | int], ...]] = (
     (dialects(), "/", 404),
     (dialects(Dialect.NOCLOUD), "/", "nocloud/"),
     (dialects(Dialect.OPENSTACK, Dialect.NOCLOUD), "/", "nocloud/\nopenstack/"),
-    *((dialects(Dialect.NOCLOUD), f"/{one}", 404) for one in (*EC2_VERSIONS, "latest")),
+    *((dialects(Dialect.NOCLOUD), f"/{one}", 404) for one in ec2.VERSIONS),
     *(
         (dialects(Dialect.NOCLOUD), path, 404)
         for path in (f"{META}/instance-id", "/openstack", OPENSTACK, OPENSTACK_META)
@@ -281,9 +285,9 @@ _FIELDS: Final = {
 }
 
 
-@pytest.mark.parametrize("version", [*OPENSTACK_VERSIONS, "latest"])
+@pytest.mark.parametrize("version", openstack.VERSIONS)
 def test_a_version_has_the_files_and_fields_that_nova_gives_it(version: str) -> None:
-    asked, since = Guest(), OPENSTACK_VERSIONS[-1] if version == "latest" else version
+    asked, since = Guest(), openstack.VERSIONS[-2] if version == "latest" else version
     names = [name for name, first in _FILES.items() if first <= since]
     assert asked.lines(f"/openstack/{version}") == names
     for name in _FILES:

@@ -13,19 +13,18 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Final
 
 from imdsproxy.core.compiled import DocumentPort, DocumentRecord
-from imdsproxy.core.documents.network import is_ipv6, ports_with_mac
-from imdsproxy.core.documents.tree import BINARY, Node, directory, encode_text, listing
+from imdsproxy.core.documents import tree
+from imdsproxy.core.documents.tree import Node, directory, listing
 from imdsproxy.core.model import Dialect, Instance, Upstream
 from imdsproxy.errors import Problem, quoted
 
-LATEST: Final = "latest"
-
-EC2_VERSIONS: Final = (
+VERSIONS: Final = (
     "1.0",
     "2007-01-19",
     "2007-03-01",
@@ -54,8 +53,9 @@ EC2_VERSIONS: Final = (
     "2021-07-15",
     "2022-07-09",
     "2022-09-24",
+    "latest",
 )
-"""As real EC2 lists them, oldest first; `latest` comes after."""
+"""As real EC2 lists them, oldest first. `latest` is the greatest as a text, too."""
 
 _NO_IMAGE: Final = "ami-00000000"
 """No record knows of images, and every EC2 client expects an `ami-id`."""
@@ -63,34 +63,11 @@ _NO_IMAGE: Final = "ami-00000000"
 _LETTERED_ZONE: Final = re.compile(r"(.*\d)-?[a-z]")
 """A region and a letter, as `eu-west-1a` (EC2) and `europe-west4-a` (GCE)."""
 
-_ROOT_DEVICE: Final = b"vda"
+_BLOCK_DEVICES: Final = directory({"ami": "vda", "root": "/dev/vda"})
 """Where virtio disks are; Nova has its name from the hypervisor (`nova/block_device.py`, `instance_block_mapping`)."""
 
 _TAG_KEY: Final = re.compile(r"(?!(?:\.{1,2}|_index)\Z)[A-Za-z0-9+\-=.,_:@]+")
 """EC2 permits letters, digits and `+-=.,_:@` in a key, and not `.`, `..` or `_index`."""
-
-_UNLISTABLE: Final = re.compile(r"[=/\s\x00-\x1f\x7f]+")
-
-
-def ec2_generation(version: str) -> str | None:
-    """The oldest version with the same documents; `None` for a version that there is not."""
-    return _GENERATIONS.get(EC2_VERSIONS[-1] if version == LATEST else version)
-
-
-def ec2_directory(record: DocumentRecord, version: str) -> Node:
-    """Everything below `/VERSION` (one of `EC2_VERSIONS`)."""
-    meta_data = {
-        name: node
-        for since, name, make in _CATEGORIES
-        if since <= version and (node := make(record)) is not None
-    }
-    children = {"meta-data": directory(meta_data)}
-    if record["user_data"] is not None:
-        children["user-data"] = Node(record["user_data"], BINARY)
-    if version >= _DYNAMIC_SINCE:
-        children["dynamic"] = directory({"instance-identity": directory({})})
-    # Without slashes, as EC2 lists these.
-    return Node(listing(sorted(children)), children=children)
 
 
 def is_listed_tag(name: str) -> bool:
@@ -102,67 +79,28 @@ def is_listed_tag(name: str) -> bool:
     return "=" not in name
 
 
-def unique_names(names: Iterable[str]) -> tuple[str, ...]:
-    """Names of ssh keys fit for a listing, each once and in the order given.
-
-    Afterburn and cloudbase-init split `0=name` at every `=`, and a slash at the end makes a directory of it;
-    of two keys with one name cloud-init keeps the last.
-    """
-    taken: set[str] = set()
-    result: list[str] = []
-    for index, name in enumerate(names):
-        clean = _UNLISTABLE.sub("-", name).strip("-") or f"key-{index}"
-        candidate, number = clean, 1
-        while candidate in taken:
-            number += 1
-            candidate = f"{clean}-{number}"
-        taken.add(candidate)
-        result.append(candidate)
-    return tuple(result)
+def _first(values: Iterable[str | None]) -> str | None:
+    return next(filter(None, values), None)
 
 
-def named_keys(record: DocumentRecord) -> dict[str, str]:
-    """The record's ssh keys, by the names that documents have for them."""
-    names = unique_names(name for name, _ in record["ssh_keys"])
-    return dict(zip(names, (key.strip() for _, key in record["ssh_keys"]), strict=True))
-
-
-def _text(value: str | None) -> Node | None:
-    return Node(encode_text(value)) if value else None
-
-
-def _first(values: Iterable[str | None]) -> Node | None:
-    return _text(next(filter(None, values), None))
-
-
-def _lines(values: Iterable[str]) -> Node | None:
-    return _text("\n".join(values))
-
-
-def _some(children: Mapping[str, Node | None]) -> Node | None:
-    present = {name: node for name, node in children.items() if node is not None}
-    return directory(present) if present else None
-
-
-def _first_address(record: DocumentRecord, *, ipv6: bool) -> Node | None:
+def _first_address(record: DocumentRecord, *, ipv6: bool) -> str | None:
     addresses = (one for port in record["ports"] for one in port["addresses"])
-    return _first(one["ip"] for one in addresses if is_ipv6(one) is ipv6)
+    return _first(one["ip"] for one in addresses if tree.is_ipv6(one) is ipv6)
 
 
-def _public_keys(record: DocumentRecord) -> Node | None:
-    keys = named_keys(record)
+def _public_keys(record: DocumentRecord, _version: str) -> Node | None:
+    keys = tree.named_keys(record)
     children = {
-        str(index): directory({"openssh-key": Node(encode_text(key))})
-        for index, key in enumerate(keys.values())
+        str(index): directory({"openssh-key": key}) for index, key in enumerate(keys.values())
     }
     lines = listing(f"{index}={name}" for index, name in enumerate(keys))
     return Node(lines, children=children) if keys else None
 
 
-def _placement(record: DocumentRecord, *, with_region: bool = False) -> Node | None:
+def _placement(record: DocumentRecord, version: str) -> Node | None:
     zone = record["availability_zone"]
-    region = record["region"] or _region_of(zone) if with_region else None
-    return _some({"availability-zone": _text(zone), "region": _text(region)})
+    region = record["region"] or _region_of(zone) if version >= _REGION_SINCE else None
+    return directory({"availability-zone": zone, "region": region}) if zone or region else None
 
 
 def _region_of(zone: str | None) -> str | None:
@@ -171,71 +109,80 @@ def _region_of(zone: str | None) -> str | None:
     return zone if match is None else match[1]
 
 
-def _tags(record: DocumentRecord) -> Node | None:
+def _tags(record: DocumentRecord, _version: str) -> Node | None:
     leaves = {
-        name: Node(encode_text(value)) for name, value in record["tags"] if _TAG_KEY.fullmatch(name)
+        name: Node(tree.encode_text(value))
+        for name, value in record["tags"]
+        if _TAG_KEY.fullmatch(name)
     }
     listed = sorted(filter(is_listed_tag, leaves))
     return directory({"instance": Node(listing(listed), children=leaves)}) if listed else None
 
 
-def _network(record: DocumentRecord) -> Node | None:
-    macs = {mac: _interface(record, port, n) for n, port, mac in ports_with_mac(record)}
+def _network(record: DocumentRecord, _version: str) -> Node | None:
+    macs = {mac: _interface(record, port, n) for n, port, mac in tree.ports_with_mac(record)}
     return directory({"interfaces": directory({"macs": directory(macs)})}) if macs else None
 
 
 def _interface(record: DocumentRecord, port: DocumentPort, number: int) -> Node:
-    v4 = [one for one in port["addresses"] if not is_ipv6(one)]
-    v6 = [one for one in port["addresses"] if is_ipv6(one)]
-    leaves = {
-        "device-number": _text(str(number)),
-        "ipv6s": _lines(one["ip"] for one in v6),
-        "local-hostname": _text(record["hostname"]),
-        "local-ipv4s": _lines(one["ip"] for one in v4),
-        "mac": _text(port["mac"]),
-        "owner-id": _text(record["project"]),
+    v4 = [one for one in port["addresses"] if not tree.is_ipv6(one)]
+    v6 = [one for one in port["addresses"] if tree.is_ipv6(one)]
+    leaves: dict[str, tree.Content] = {
+        "device-number": str(number),
+        "ipv6s": "\n".join(one["ip"] for one in v6),
+        "local-hostname": record["hostname"],
+        "local-ipv4s": "\n".join(one["ip"] for one in v4),
+        "mac": port["mac"],
+        "owner-id": record["project"],
         "subnet-ipv4-cidr-block": _first(one["cidr"] for one in v4),
-        "subnet-ipv6-cidr-blocks": _lines(dict.fromkeys(one["cidr"] for one in v6 if one["cidr"])),
+        "subnet-ipv6-cidr-blocks": "\n".join(
+            dict.fromkeys(one["cidr"] for one in v6 if one["cidr"])
+        ),
     }
-    return _some(leaves) or directory({})
+    return directory(leaves)
 
 
-_DYNAMIC_SINCE: Final = "2009-04-04"
+_REGION_SINCE: Final = "2020-10-27"
 
-_BLOCK_DEVICES: Final = directory(
-    {"ami": Node(_ROOT_DEVICE), "root": Node(b"/dev/" + _ROOT_DEVICE)}
-)
-
-_CATEGORIES: Final[tuple[tuple[str, str, Callable[[DocumentRecord], Node | None]], ...]] = (
-    ("1.0", "ami-id", lambda _: _text(_NO_IMAGE)),
-    ("1.0", "ami-launch-index", lambda _: _text("0")),
-    ("1.0", "ami-manifest-path", lambda _: _text("(unknown)")),
-    ("1.0", "hostname", lambda record: _text(record["hostname"])),
-    ("1.0", "instance-id", lambda record: _text(record["ec2_id"])),
-    ("1.0", "local-ipv4", lambda record: _first_address(record, ipv6=False)),
+_CATEGORIES: Final[tree.Rows] = (
+    ("1.0", "ami-id", lambda *_: _NO_IMAGE),
+    ("1.0", "ami-launch-index", lambda *_: "0"),
+    ("1.0", "ami-manifest-path", lambda *_: "(unknown)"),
+    ("1.0", "hostname", lambda record, _: record["hostname"]),
+    ("1.0", "instance-id", lambda record, _: record["ec2_id"]),
+    ("1.0", "local-ipv4", lambda record, _: _first_address(record, ipv6=False)),
     ("1.0", "public-keys", _public_keys),
-    ("1.0", "reservation-id", lambda record: _text(f"r-{uuid.UUID(record['uuid']).hex[:17]}")),
-    ("1.0", "security-groups", lambda _: _text("default")),
-    ("2007-01-19", "local-hostname", lambda record: _text(record["hostname"])),
-    ("2007-08-29", "instance-type", lambda record: _text(record["instance_type"])),
-    ("2007-12-15", "block-device-mapping", lambda _: _BLOCK_DEVICES),
+    ("1.0", "reservation-id", lambda record, _: f"r-{uuid.UUID(record['uuid']).hex[:17]}"),
+    ("1.0", "security-groups", lambda *_: "default"),
+    ("2007-01-19", "local-hostname", lambda record, _: record["hostname"]),
+    ("2007-08-29", "instance-type", lambda record, _: record["instance_type"]),
+    ("2007-12-15", "block-device-mapping", lambda *_: _BLOCK_DEVICES),
     ("2008-02-01", "placement", _placement),
-    ("2008-09-01", "instance-action", lambda _: _text("none")),
-    ("2011-01-01", "mac", lambda record: _first(port["mac"] for port in record["ports"])),
+    ("2008-09-01", "instance-action", lambda *_: "none"),
+    ("2011-01-01", "mac", lambda record, _: _first(port["mac"] for port in record["ports"])),
     ("2011-01-01", "network", _network),
-    ("2020-10-27", "placement", lambda record: _placement(record, with_region=True)),
-    ("2021-01-03", "ipv6", lambda record: _first_address(record, ipv6=True)),
+    ("2021-01-03", "ipv6", lambda record, _: _first_address(record, ipv6=True)),
     ("2021-03-23", "tags", _tags),
 )
 
-EC2_CATEGORIES: Final = tuple(dict.fromkeys(name for _, name, _ in _CATEGORIES))
+CATEGORIES: Final = tuple(name for _, name, _ in _CATEGORIES)
 """All that `meta-data` can have."""
 
 
-_SINCE: Final = {since for since, _, _ in _CATEGORIES} | {_DYNAMIC_SINCE}
-_GENERATIONS: Final = {
-    version: max(one for one in _SINCE if one <= version) for version in EC2_VERSIONS
-}
+def _meta_data(record: DocumentRecord, version: str) -> Node:
+    return directory(tree.make_documents(_CATEGORIES, record, version))
+
+
+FILES: Final[tree.Rows] = (
+    ("2009-04-04", "dynamic", lambda *_: directory({"instance-identity": directory({})})),
+    ("1.0", "meta-data", _meta_data),
+    ("1.0", "user-data", tree.user_data),
+)
+"""Everything below `/VERSION`."""
+
+_SINCE: Final = {since for since, _, _ in (*_CATEGORIES, *FILES)} | {_REGION_SINCE}
+GENERATIONS: Final = {version: max(one for one in _SINCE if one <= version) for version in VERSIONS}
+"""By each version, the oldest one with the same documents."""
 
 _SHOWN: Final = 20
 _TAG_HINT: Final = (
@@ -247,34 +194,31 @@ def warn_of_names(instance: Instance) -> tuple[Problem, ...]:
     """A warning for each ssh key that guests see under another name, and each tag that EC2's documents lack."""
     if instance.upstream is Upstream.NOVA:
         return ()
-    tags = instance.tags if Dialect.EC2 in instance.dialects else ()
-    found = _find_changed(
-        tuple(key.name for key in instance.ssh_keys), tuple(name for name, _ in tags)
-    )
-    return tuple(
-        Problem(f"instances.{instance.id}.{field}", why, hint) for field, why, hint in found
-    )
+    keys = tuple(key.name for key in instance.ssh_keys)
+    tags = tuple(name for name, _ in instance.tags if Dialect.EC2 in instance.dialects)
+    where = f"instances.{instance.id}"
+    return tuple(replace(one, field=f"{where}.{one.field}") for one in _find_changed(keys, tags))
 
 
 @lru_cache(1024)
-def _find_changed(keys: tuple[str, ...], tags: tuple[str, ...]) -> tuple[tuple[str, str, str], ...]:
-    """Which of these names guests do not see as they are, why, and a hint: many instances have the same ones."""
+def _find_changed(keys: tuple[str, ...], tags: tuple[str, ...]) -> tuple[Problem, ...]:
+    """Which of these names guests do not see as they are: many instances have the same ones."""
     found = [
-        (
+        Problem(
             f"ssh_keys[{quoted(name)}]",
             f"guests see this key as {quoted(seen)}",
             "names in documents have no blanks, = or /, and each is there once",
         )
-        for name, seen in zip(keys, unique_names(keys), strict=True)
+        for name, seen in zip(keys, tree.unique_names(keys), strict=True)
         if name != seen
     ]
     for name in tags:
         field = f"tags[{quoted(name)}]"
         if not _TAG_KEY.fullmatch(name):
-            found.append((field, "EC2's tags/instance does not have this tag", _TAG_HINT))
+            found.append(Problem(field, "EC2's tags/instance does not have this tag", _TAG_HINT))
         elif not is_listed_tag(name):
             reason = "EC2's tags/instance does not list this tag"
-            found.append((field, reason, "clients take a name with = for an ssh key"))
+            found.append(Problem(field, reason, "clients take a name with = for an ssh key"))
     return tuple(found)
 
 

@@ -9,10 +9,9 @@ import json
 import re
 from typing import Final
 
-from imdsproxy.core.compiled import DocumentRecord
-from imdsproxy.core.documents.ec2 import named_keys
-from imdsproxy.core.documents.network import render_network_config
-from imdsproxy.core.documents.tree import BINARY, JsonValue, Node, listing, vendor_text
+from imdsproxy.core.compiled import DocumentPort, DocumentRecord
+from imdsproxy.core.documents import tree
+from imdsproxy.core.documents.tree import JsonValue, Node
 
 NOCLOUD_ROOT: Final = "nocloud"
 """The first name of the tree's paths."""
@@ -25,29 +24,63 @@ _UNPRINTABLE: Final = re.compile(
 """All but YAML 1.2 §5.1's printable characters less the line ends and the byte order mark."""
 
 
-def nocloud_directory(record: DocumentRecord, _version: str) -> Node:
-    """Everything below `/nocloud`."""
-    network = render_network_config(record)
-    children = {
-        "meta-data": Node(_meta_data(record), _YAML),
-        "user-data": Node(record["user_data"] or b"", BINARY),
-        "vendor-data": Node(vendor_text(record["vendor_data"]), BINARY),
-        "network-config": Node(b"" if network is None else render_yaml(network), _YAML),
-    }
-    return Node(listing(children), children=children)
-
-
-def _meta_data(record: DocumentRecord) -> bytes:
+def _make_meta_data(record: DocumentRecord, _version: str) -> Node:
     optional: dict[str, JsonValue] = {
         "availability-zone": record["availability_zone"],
         "instance-type": record["instance_type"],
-        "public-keys": {**named_keys(record)},
+        "public-keys": {**tree.named_keys(record)},
         "tags": {**dict(record["tags"])},
     }
     given: dict[str, JsonValue] = {name: value for name, value in optional.items() if value}
-    return render_yaml(
-        {"instance-id": record["uuid"], "local-hostname": record["hostname"], **given}
-    )
+    names = {"instance-id": record["uuid"], "local-hostname": record["hostname"]}
+    return Node(render_yaml({**names, **given}), _YAML)
+
+
+def _make_network_config(record: DocumentRecord, _version: str) -> Node:
+    """Version 2, matched by MAC; empty when no port has one.
+
+    There is no `set-name`: the guest keeps the names it has. A further port's default route gives way to the
+    first one's by its metric.
+    """
+    ethernets: dict[str, JsonValue] = {
+        f"interface{number}": _ethernet(port, mac, metric=100 * (number + 1))
+        for number, port, mac in tree.ports_with_mac(record)
+    }
+    return Node(render_yaml({"version": 2, "ethernets": ethernets} if ethernets else {}), _YAML)
+
+
+def _ethernet(port: DocumentPort, mac: str, *, metric: int) -> dict[str, JsonValue]:
+    known = [address for address in port["addresses"] if address["cidr"] is not None]
+    unknown = {tree.is_ipv6(address) for address in port["addresses"] if address["cidr"] is None}
+    result: dict[str, JsonValue] = {"match": {"macaddress": mac}}
+    if port["mtu"] is not None:
+        result["mtu"] = port["mtu"]
+    result["dhcp4"] = False in unknown or not port["addresses"]
+    result["dhcp6"] = True in unknown
+    if known:
+        result["addresses"] = [f"{a['ip']}/{str(a['cidr']).rpartition('/')[2]}" for a in known]
+    gateways = {tree.is_ipv6(a): a["gateway"] for a in reversed(known) if a["gateway"] is not None}
+    if gateways:
+        result["routes"] = [
+            {"to": f"{tree.ANYWHERE[ipv6]}/0", "via": gateway, "metric": metric}
+            for ipv6, gateway in sorted(gateways.items())
+        ]
+    if servers := dict.fromkeys(server for a in known for server in a["dns"]):
+        result["nameservers"] = {"addresses": list(servers)}
+    return result
+
+
+FILES: Final[tree.Rows] = (
+    ("", "meta-data", _make_meta_data),
+    ("", "user-data", lambda record, _: Node(record["user_data"] or b"", tree.BINARY)),
+    (
+        "",
+        "vendor-data",
+        lambda record, _: Node(tree.vendor_text(record["vendor_data"]), tree.BINARY),
+    ),
+    ("", "network-config", _make_network_config),
+)
+"""Everything below `/nocloud`; there are no versions."""
 
 
 def render_yaml(document: dict[str, JsonValue]) -> bytes:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
+import uuid
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from ipaddress import ip_network
 from typing import Final
 
-from imdsproxy.core.compiled import DocumentRecord
-from imdsproxy.core.documents.ec2 import LATEST, named_keys
-from imdsproxy.core.documents.network import render_network_data
-from imdsproxy.core.documents.tree import (
-    BINARY,
-    JsonValue,
-    Kind,
-    Node,
-    json_document,
-    listing,
-    vendor_object,
-)
+from imdsproxy.core.compiled import DocumentPort, DocumentRecord
+from imdsproxy.core.documents import tree
+from imdsproxy.core.documents.tree import JsonValue, Node
 
-OPENSTACK_VERSIONS: Final = (
+VERSIONS: Final = (
     "2012-08-10",
     "2013-04-04",
     "2013-10-17",
@@ -28,43 +23,16 @@ OPENSTACK_VERSIONS: Final = (
     "2018-08-27",
     "2020-10-14",
     "2025-04-04",
+    "latest",
 )
-"""Oldest first; `latest` is the last of them."""
+"""Oldest first. `latest` is the greatest as a text, too."""
 
-_FOLSOM, _GRIZZLY, _HAVANA, _LIBERTY, _NEWTON_ONE, _NEWTON_TWO, *_ = OPENSTACK_VERSIONS
-_VICTORIA: Final = OPENSTACK_VERSIONS[-2]
-
-OPENSTACK_LISTING: Final = Node(listing((*OPENSTACK_VERSIONS, LATEST)))
-"""What `/openstack` says."""
+_FOLSOM, _GRIZZLY, _HAVANA, _LIBERTY, _NEWTON_ONE, _NEWTON_TWO, *_ = VERSIONS
+_VICTORIA: Final = VERSIONS[-3]
 
 
-def openstack_version(version: str) -> str | None:
-    """The dated version meant; `None` for one that there is not."""
-    if version == LATEST:
-        return OPENSTACK_VERSIONS[-1]
-    return version if version in OPENSTACK_VERSIONS else None
-
-
-def openstack_directory(record: DocumentRecord, version: str) -> Node:
-    """Everything below `/openstack/VERSION` (one of `OPENSTACK_VERSIONS`), in Nova's order."""
-    vendor = vendor_object(record["vendor_data"])
-    network = render_network_data(record)
-    user_data = record["user_data"]
-    files = (
-        (_FOLSOM, "meta_data.json", _meta_data(record, version)),
-        (_FOLSOM, "user_data", None if user_data is None else Node(user_data, BINARY)),
-        (_GRIZZLY, "password", Node(b"", kind=Kind.POSTED)),
-        (_HAVANA, "vendor_data.json", json_document(vendor)),
-        (_LIBERTY, "network_data.json", None if network is None else json_document(network)),
-        # Under `static`, where Nova has it too, cloud-init does not run it a second time.
-        (_NEWTON_TWO, "vendor_data2.json", json_document({"static": vendor})),
-    )
-    children = {name: node for since, name, node in files if node is not None and version >= since}
-    return Node(listing(children), children=children)
-
-
-def _meta_data(record: DocumentRecord, version: str) -> Node:
-    keys = named_keys(record)
+def _make_meta_data(record: DocumentRecord, version: str) -> Node:
+    keys = tree.named_keys(record)
     described: list[JsonValue] = [
         {"name": name, "type": "ssh", "data": key} for name, key in keys.items()
     ]
@@ -83,4 +51,100 @@ def _meta_data(record: DocumentRecord, version: str) -> Node:
     if keys:
         document |= {"public_keys": {**keys}, "keys": described}
     document |= {name: value for since, name, value in fields if version >= since}
-    return json_document(document, Kind.SEEDED if version >= _GRIZZLY else Kind.FIXED)
+    kind = tree.Kind.SEEDED if version >= _GRIZZLY else tree.Kind.FIXED
+    return tree.json_document(document, kind)
+
+
+def _make_network_data(record: DocumentRecord, _version: str) -> Node | None:
+    """As Nova makes it (`nova/virt/netutils.py`), one network for each address.
+
+    `None` when there is nothing to match a NIC by: no document lets cloud-init fall back to DHCP, an empty one
+    makes it configure nothing.
+    """
+    ports = list(tree.ports_with_mac(record))
+    links: list[JsonValue] = [
+        {
+            "id": f"interface{number}",
+            "vif_id": str(uuid.uuid5(uuid.UUID(record["uuid"]), mac)),
+            "type": "phy",
+            "mtu": port["mtu"],
+            "ethernet_mac_address": mac,
+        }
+        for number, port, mac in ports
+    ]
+    found = [
+        {"link": f"interface{number}", "network_id": port["network"], **network}
+        for number, port, _ in ports
+        for network in _describe_networks(port)
+    ]
+    networks: list[JsonValue] = [
+        {"id": f"network{index}", **network} for index, network in enumerate(found)
+    ]
+    addresses = (address for _, port, _ in ports for address in port["addresses"])
+    services = _describe_dns(
+        dict.fromkeys(server for address in addresses for server in address["dns"])
+    )
+    document: JsonValue = {"links": links, "networks": networks, "services": services}
+    return tree.json_document(document) if links else None
+
+
+def _describe_networks(port: DocumentPort) -> Iterator[dict[str, JsonValue]]:
+    """A port without addresses is configured by DHCP.
+
+    One with an address in no known subnet too, or by the router's advertisements: without a prefix length it cannot be
+    set.
+    """
+    asked: set[bool] = set()
+    routed: set[bool] = set()
+    for address in port["addresses"]:
+        ipv6 = tree.is_ipv6(address)
+        if address["cidr"] is None:
+            if ipv6 not in asked:
+                yield {"type": "ipv6_slaac" if ipv6 else "ipv4_dhcp"}
+            asked.add(ipv6)
+            continue
+        routes: list[JsonValue] = []
+        if address["gateway"] is not None and ipv6 not in routed:
+            routed.add(ipv6)
+            everything = tree.ANYWHERE[ipv6]
+            routes.append(
+                {"network": everything, "netmask": everything, "gateway": address["gateway"]}
+            )
+        yield {
+            "type": "ipv6" if ipv6 else "ipv4",
+            "ip_address": address["ip"],
+            "netmask": _netmask(address["cidr"]),
+            "routes": routes,
+            "services": _describe_dns(address["dns"]),
+        }
+    if not port["addresses"]:
+        yield {"type": "ipv4_dhcp"}
+
+
+def _describe_dns(servers: Iterable[str]) -> list[JsonValue]:
+    return [{"type": "dns", "address": server} for server in servers]
+
+
+@lru_cache(maxsize=4096)
+def _netmask(cidr: str) -> str:
+    return str(ip_network(cidr).netmask)
+
+
+def _vendor(record: DocumentRecord) -> dict[str, JsonValue]:
+    return tree.vendor_object(record["vendor_data"])
+
+
+FILES: Final[tree.Rows] = (
+    (_FOLSOM, "meta_data.json", _make_meta_data),
+    (_FOLSOM, "user_data", tree.user_data),
+    (_GRIZZLY, "password", lambda *_: Node(b"", kind=tree.Kind.POSTED)),
+    (_HAVANA, "vendor_data.json", lambda record, _: tree.json_document(_vendor(record))),
+    (_LIBERTY, "network_data.json", _make_network_data),
+    # Under `static`, where Nova has it too, cloud-init does not run it a second time.
+    (
+        _NEWTON_TWO,
+        "vendor_data2.json",
+        lambda record, _: tree.json_document({"static": _vendor(record)}),
+    ),
+)
+"""Everything below `/openstack/VERSION`, in Nova's order."""

@@ -8,20 +8,17 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias, cast
 
 from imdsproxy.core.compiled import Blob, DocumentRecord
-from imdsproxy.core.documents.ec2 import (
-    EC2_CATEGORIES,
-    EC2_VERSIONS,
-    LATEST,
-    ec2_directory,
-    ec2_generation,
+from imdsproxy.core.documents import ec2, nocloud, openstack
+from imdsproxy.core.documents.tree import (
+    TEXT,
+    Kind,
+    Node,
+    Rows,
+    find_node,
+    listing,
+    make_directory,
+    parse_path,
 )
-from imdsproxy.core.documents.nocloud import NOCLOUD_ROOT, nocloud_directory
-from imdsproxy.core.documents.openstack import (
-    OPENSTACK_LISTING,
-    openstack_directory,
-    openstack_version,
-)
-from imdsproxy.core.documents.tree import TEXT, Kind, Node, find_node, listing, parse_path
 from imdsproxy.core.model import Dialect
 from imdsproxy.core.wire import RETRY_AFTER_S
 
@@ -32,8 +29,6 @@ PASSWORD_LIMIT: Final = 1020
 """Bytes of a posted password, as Nova takes them (four pieces of 255)."""
 
 Header: TypeAlias = tuple[bytes, bytes]
-
-_OPENSTACK_ROOT: Final = "openstack"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +68,17 @@ def retry_later() -> Answer:
     return refusal(503, (b"retry-after", b"%d" % RETRY_AFTER_S))
 
 
+_ROOTS: Final = {nocloud.NOCLOUD_ROOT: Dialect.NOCLOUD, "openstack": Dialect.OPENSTACK}
+"""First names of paths; all others are EC2's versions."""
+
+_DIALECTS: Final[Mapping[Dialect, tuple[Mapping[str, str], Rows]]] = {
+    Dialect.EC2: (ec2.GENERATIONS, ec2.FILES),
+    Dialect.OPENSTACK: ({one: one for one in openstack.VERSIONS}, openstack.FILES),
+    Dialect.NOCLOUD: ({"": ""}, nocloud.FILES),
+}
+"""For each version, one that has the same documents; and all documents."""
+
+
 class DocumentTree:
     """The documents of one record; what is costly to make is made when first asked for, and kept."""
 
@@ -87,38 +93,28 @@ class DocumentTree:
         """What a path's names lead to; `None` when there is nothing."""
         if not names:
             return self._root
-        (first, *rest), version = names, ""
-        if first == _OPENSTACK_ROOT:
-            if not rest:
-                return OPENSTACK_LISTING if Dialect.OPENSTACK in self.record["dialects"] else None
-            version, *rest = rest
-            return self._find(Dialect.OPENSTACK, openstack_version(version), rest)
-        if first == NOCLOUD_ROOT:
-            return self._find(Dialect.NOCLOUD, "", rest)
-        return self._find(Dialect.EC2, ec2_generation(first), rest)
-
-    def _find(self, dialect: Dialect, version: str | None, names: list[str]) -> Node | None:
-        if version is None or dialect not in self.record["dialects"]:
+        dialect = _ROOTS.get(names[0], Dialect.EC2)
+        if dialect not in self.record["dialects"]:
             return None
-        top = self._built.get((dialect, version))
-        if top is None:
-            top = self._built[dialect, version] = _DIRECTORIES[dialect](self.record, version)
-        return find_node(top, names)
-
-
-_DIRECTORIES: Final[Mapping[Dialect, Callable[[DocumentRecord, str], Node]]] = {
-    Dialect.EC2: ec2_directory,
-    Dialect.OPENSTACK: openstack_directory,
-    Dialect.NOCLOUD: nocloud_directory,
-}
+        below = names if dialect is Dialect.EC2 else names[1:]
+        if dialect is Dialect.NOCLOUD:
+            below = ("", *below)
+        if not below:
+            return Node(listing(openstack.VERSIONS))
+        versions, files = _DIALECTS[dialect]
+        version = versions.get(below[0])
+        if version is None:
+            return None
+        if (dialect, version) not in self._built:
+            self._built[dialect, version] = make_directory(files, self.record, version)
+        return find_node(self._built[dialect, version], below[1:])
 
 
 def _root(dialects: Collection[str]) -> Node | None:
     """What `/` says: EC2's versions, as EC2 and Nova have it; without EC2, the roots that there are."""
     if Dialect.EC2 in dialects:
-        return Node(listing((*EC2_VERSIONS, LATEST)))
-    roots = {Dialect.NOCLOUD: NOCLOUD_ROOT, Dialect.OPENSTACK: _OPENSTACK_ROOT}
-    names = [f"{root}/" for dialect, root in roots.items() if dialect in dialects]
+        return Node(listing(ec2.VERSIONS))
+    names = [f"{root}/" for root, dialect in _ROOTS.items() if dialect in dialects]
     return Node(listing(names)) if names else None
 
 
@@ -184,25 +180,16 @@ _OF_NOVA: Final = (
 )
 """`nova/api/metadata/base.py`, `get_ec2_metadata`: what ours have not."""
 
-_OPENSTACK_FILES: Final = (
-    "meta_data.json",
-    "network_data.json",
-    "password",
-    "user_data",
-    "vendor_data.json",
-    "vendor_data2.json",
-)
-_NOCLOUD_FILES: Final = ("meta-data", "network-config", "user-data", "vendor-data")
 _WITH_MORE_BENEATH: Final = (
-    *(f"latest/meta-data/{name}/" for name in (*EC2_CATEGORIES, *_OF_NOVA)),
+    *(f"latest/meta-data/{name}/" for name in (*ec2.CATEGORIES, *_OF_NOVA)),
     "latest/dynamic/instance-identity/",
     "openstack/content/",
 )
 _SERVED: Final = (
     *_WITH_MORE_BENEATH,
     "latest/user-data/",
-    *(f"openstack/latest/{name}/" for name in _OPENSTACK_FILES),
-    *(f"nocloud/{name}/" for name in _NOCLOUD_FILES),
+    *(f"openstack/latest/{name}/" for _, name, _ in openstack.FILES),
+    *(f"nocloud/{name}/" for _, name, _ in nocloud.FILES),
 )
 
 

@@ -1,4 +1,6 @@
-"""What the dialects share: the tree that their documents hang in, how a path leads through it, and vendor data.
+"""What the dialects share: the tree of documents, how a path leads through it, ports, keys and vendor data.
+
+A dialect is rows of documents (`Rows`), from which `make_directory` makes what one of its versions has.
 
 An operator's vendor data that is a JSON object is OpenStack's `vendor_data.json` as it is; what cloud-init is to run
 is its `cloud-init` member (a text, or a list of them). Anything else is text for cloud-init itself
@@ -9,13 +11,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final, TypeAlias, cast
 from urllib.parse import unquote_to_bytes
 
-from imdsproxy.core.compiled import Blob
+from imdsproxy.core.compiled import Blob, DocumentAddress, DocumentPort, DocumentRecord
 
 TEXT: Final = b"text/plain; charset=utf-8"
 JSON: Final = b"application/json"
@@ -23,6 +25,10 @@ BINARY: Final = b"application/octet-stream"
 
 JsonValue: TypeAlias = "str | int | bool | list[JsonValue] | dict[str, JsonValue] | None"
 
+ANYWHERE: Final = ("0.0.0.0", "::")  # noqa: S104 - a route's destination, not a bind
+"""By `is_ipv6`."""
+
+_UNLISTABLE: Final = re.compile(r"[=/\s\x00-\x1f\x7f]+")
 _VENDOR_MEMBER: Final = "cloud-init"
 _BROKEN_ESCAPE: Final = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 
@@ -51,6 +57,13 @@ class Node:
     kind: Kind = Kind.FIXED
 
 
+Content: TypeAlias = "Node | str | None"
+"""A document, its text, or none; an empty text is none."""
+
+Rows: TypeAlias = "tuple[tuple[str, str, Callable[[DocumentRecord, str], Content]], ...]"
+"""The version that brought a document, its name, and what makes it for a record and a version."""
+
+
 def encode_text(text: str) -> bytes:
     """UTF-8, with a question mark for half a surrogate pair, which has no form in it."""
     return text.encode("utf-8", "replace")
@@ -61,12 +74,35 @@ def listing(names: Iterable[str]) -> bytes:
     return encode_text("\n".join(names))
 
 
-def directory(children: Mapping[str, Node]) -> Node:
-    """A directory that lists its children in name order, directories among them with a slash."""
+def directory(children: Mapping[str, Content]) -> Node:
+    """A directory that lists the children that there are in name order, directories among them with a slash."""
+    present = {name: _node(child) for name, child in children.items() if child}
     names = (
-        name if child.children is None else f"{name}/" for name, child in sorted(children.items())
+        f"{name}/" if child.children is not None else name
+        for name, child in sorted(present.items())
     )
-    return Node(listing(names), children=children)
+    return Node(listing(names), children=present)
+
+
+def make_documents(rows: Rows, record: DocumentRecord, version: str) -> dict[str, Node]:
+    """What the version has for the record; of two rows with one name the later one counts."""
+    made = {name: make(record, version) for since, name, make in rows if since <= version}
+    return {name: _node(content) for name, content in made.items() if content}
+
+
+def make_directory(rows: Rows, record: DocumentRecord, version: str) -> Node:
+    """The same in a directory that lists plain names in the order of the rows, as EC2 and Nova do there."""
+    children = make_documents(rows, record, version)
+    return Node(listing(children), children=children)
+
+
+def _node(content: Node | str) -> Node:
+    return Node(encode_text(content)) if isinstance(content, str) else content
+
+
+def user_data(record: DocumentRecord, _version: str) -> Node | None:
+    """The record's own, byte for byte."""
+    return None if record["user_data"] is None else Node(record["user_data"], BINARY)
 
 
 def json_document(value: JsonValue, kind: Kind = Kind.FIXED) -> Node:
@@ -105,6 +141,48 @@ def find_node(root: Node, names: Iterable[str]) -> Node | None:
     for name in names:
         node = None if node is None or node.children is None else node.children.get(name)
     return node
+
+
+def is_ipv6(address: DocumentAddress) -> bool:
+    """Of the two families."""
+    return ":" in address["ip"]
+
+
+def ports_with_mac(record: DocumentRecord) -> Iterator[tuple[int, DocumentPort, str]]:
+    """The ports that have a MAC of their own, with their number and the MAC.
+
+    Guests configure only these: cloud-init matches by the MAC, and gives up the whole data source on an OpenStack link
+    that it cannot match.
+    """
+    seen: set[str] = set()
+    for number, port in enumerate(record["ports"]):
+        mac = port["mac"]
+        if mac is not None and mac not in seen:
+            seen.add(mac)
+            yield number, port, mac
+
+
+def unique_names(names: Iterable[str]) -> tuple[str, ...]:
+    """Names of ssh keys fit for a listing, each once and in the order given.
+
+    Afterburn and cloudbase-init split `0=name` at every `=`, and a slash at the end makes a directory of it;
+    of two keys with one name cloud-init keeps the last.
+    """
+    taken: dict[str, None] = {}
+    for index, name in enumerate(names):
+        clean = candidate = _UNLISTABLE.sub("-", name).strip("-") or f"key-{index}"
+        number = 1
+        while candidate in taken:
+            number += 1
+            candidate = f"{clean}-{number}"
+        taken[candidate] = None
+    return tuple(taken)
+
+
+def named_keys(record: DocumentRecord) -> dict[str, str]:
+    """The record's ssh keys, by the names that documents have for them."""
+    names = unique_names(name for name, _ in record["ssh_keys"])
+    return dict(zip(names, (key.strip() for _, key in record["ssh_keys"]), strict=True))
 
 
 def vendor_object(data: bytes | None) -> dict[str, JsonValue]:
