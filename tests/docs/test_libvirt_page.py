@@ -13,7 +13,7 @@ import pytest
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.strict_yaml import parse_yaml
 from imdsproxy.core.model import Instance
-from imdsproxy.sources.libvirt.records import LibvirtKnown, Selection
+from imdsproxy.sources.libvirt.records import LibvirtKnown
 from imdsproxy.sources.libvirt.xml import parse_domain
 from support.demonstration import REPOSITORY
 from support.libvirt_backing import domain_xml, uuid_of
@@ -39,7 +39,7 @@ def web(libvirtd: Libvirtd) -> Iterator[Libvirtd]:
 
 
 def instance_of(libvirtd: Libvirtd) -> Instance:
-    known = LibvirtKnown(Selection())
+    known = LibvirtKnown()
     text = libvirtd.connection.lookupByName("web-1").XMLDesc(0)
     known.update({uuid_of("web-1"): parse_domain(text)}, [])
     assert not known.problems

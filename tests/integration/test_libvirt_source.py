@@ -22,8 +22,12 @@ from imdsproxy.core.model import (
     NetworkId,
 )
 from imdsproxy.errors import NotFound, SourceUnavailable
-from imdsproxy.sources.libvirt.client import LibvirtClient, LibvirtEvents, read_domain
-from imdsproxy.sources.libvirt.source import LibvirtSource
+from imdsproxy.sources.libvirt.source import (
+    LibvirtClient,
+    LibvirtEvents,
+    LibvirtSource,
+    read_domain,
+)
 from imdsproxy.sources.libvirt.xml import METADATA_URI
 from support.libvirt_backing import define_domain, domain_xml, libvirt_source, uuid_of
 from support.libvirt_daemon import Libvirtd
@@ -177,7 +181,9 @@ async def test_what_was_known_stays_while_libvirtd_is_down_and_changes_when_it_i
         await heard.until(lambda each: macs(each) == [SECOND_MAC])
 
 
-async def test_a_libvirtd_that_hangs_costs_a_call_and_its_closing_and_no_end(libvirtd: Libvirtd) -> None:
+async def test_a_libvirtd_that_hangs_costs_a_call_and_its_closing_and_no_end(
+    libvirtd: Libvirtd,
+) -> None:
     def threads() -> int:
         return sum(each.name == "imdsproxy-libvirt" for each in threading.enumerate())
 

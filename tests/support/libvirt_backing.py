@@ -13,8 +13,7 @@ from imdsproxy.core.model import BridgeListener, Instance, InstanceId, MacAddres
 from imdsproxy.core.records import Refused
 from imdsproxy.core.timing import Backoff
 from imdsproxy.errors import Problem, SourceUnavailable
-from imdsproxy.sources.libvirt.client import LibvirtClient, LibvirtEvents
-from imdsproxy.sources.libvirt.source import LibvirtSource
+from imdsproxy.sources.libvirt.source import LibvirtClient, LibvirtEvents, LibvirtSource
 from imdsproxy.sources.libvirt.xml import (
     METADATA_URI,
     Domain,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from imdsproxy.errors import RequestRefused
-from imdsproxy.sources.libvirt.client import read_domain
+from imdsproxy.sources.libvirt.source import read_domain
 from imdsproxy.sources.libvirt.xml import Domain, DomainInterface
 
 if TYPE_CHECKING:

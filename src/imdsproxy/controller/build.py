@@ -30,8 +30,7 @@ from imdsproxy.listeners.host import SystemHost
 from imdsproxy.listeners.observe import HostObserver
 from imdsproxy.nova.upstream import NovaUpstream
 from imdsproxy.sources.api import Source
-from imdsproxy.sources.libvirt.client import LibvirtClient
-from imdsproxy.sources.libvirt.source import LibvirtSource
+from imdsproxy.sources.libvirt.source import LibvirtClient, LibvirtSource
 from imdsproxy.sources.neutron.client import NeutronClient
 from imdsproxy.sources.neutron.source import NeutronSource
 from imdsproxy.sources.sqlite.source import SqliteSource

@@ -297,7 +297,7 @@ def domains(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     libvirt = FakeLibvirt()
     libvirt.network_xml["default"] = _NETWORK
     libvirt.xml["web"] = domain_xml("web", [("network=default", MAC)], _ELEMENT)
-    monkeypatch.setattr("imdsproxy.sources.libvirt.client.LibvirtClient", lambda _uri: libvirt)
+    monkeypatch.setattr("imdsproxy.sources.libvirt.source.LibvirtClient", lambda _uri: libvirt)
     return libvirt.xml
 
 

@@ -8,9 +8,7 @@ from imdsproxy.config.schema import Settings
 from imdsproxy.controller import build
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.host.clock import SystemClock
-from imdsproxy.sources.libvirt.client import LibvirtClient
-from imdsproxy.sources.libvirt.records import Selection
-from imdsproxy.sources.libvirt.source import LibvirtSource
+from imdsproxy.sources.libvirt.source import LibvirtClient, LibvirtSource
 from imdsproxy.sources.neutron.source import NeutronSource
 
 
@@ -56,7 +54,8 @@ def test_libvirt_is_asked_as_the_settings_say() -> None:
     assert isinstance(source, LibvirtSource)
     assert isinstance(source._client, LibvirtClient)
     assert source._client._uri == "test:///default"
-    assert source._known._selection == Selection(frozenset({"default"}), marked_only=True)
+    assert source._known._selected == frozenset({"default"})
+    assert source._known._marked_only
     assert source._reread_s == 5.0
 
 

@@ -16,7 +16,7 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.core.observation import Observation
 from imdsproxy.errors import Problem
-from imdsproxy.sources.libvirt.records import LibvirtKnown, Selection
+from imdsproxy.sources.libvirt.records import LibvirtKnown
 from imdsproxy.sources.libvirt.xml import METADATA_URI, parse_domain, parse_libvirt_network
 from support.libvirt_backing import domain_xml, uuid_of
 from support.record_builders import port
@@ -55,10 +55,11 @@ def known(
     domains: Iterable[str] = (),
     networks: Iterable[str] = (NAT,),
     *,
-    selection: Selection | None = None,
+    selected: frozenset[str] | None = None,
+    marked_only: bool = False,
     active: bool = True,
 ) -> LibvirtKnown:
-    found = LibvirtKnown(selection or Selection())
+    found = LibvirtKnown(selected, marked_only=marked_only)
     update(found, domains, networks, active=active)
     return found
 
@@ -268,10 +269,10 @@ def test_guests_on_a_bridge_of_the_hosts_are_in_one_network_that_the_operator_ad
 def test_an_interface_is_a_port_where_its_network_is_chosen_and_its_guest_reaches_the_host(
     place: str, chosen: str | None, network: str | None
 ) -> None:
-    selection = Selection(networks=None if chosen is None else frozenset({chosen}))
+    selected = None if chosen is None else frozenset({chosen})
     plain, marked = web("", (place, MAC)), web(element(""), (place, MAC), name="marked")
     for text in (plain, marked):
-        found = known([text], [NAT, ISOLATED, BRIDGED, MACVTAP], selection=selection)
+        found = known([text], [NAT, ISOLATED, BRIDGED, MACVTAP], selected=selected)
         assert set(found.networks) == {"default", "inside"} & (
             {chosen} if chosen else {"default", "inside"}
         )
@@ -285,7 +286,7 @@ def test_an_interface_is_a_port_where_its_network_is_chosen_and_its_guest_reache
 
 def test_marked_domains_only_where_that_is_chosen() -> None:
     domains = [web(element("")), web("", ("network=default", "52:54:00:00:00:06"), name="plain")]
-    assert the_instance(known(domains, selection=Selection(marked_only=True))).name == "web"
+    assert the_instance(known(domains, marked_only=True)).name == "web"
 
 
 def test_a_static_host_that_changes_changes_its_domains_record() -> None:

@@ -9,8 +9,7 @@ import pytest
 
 from imdsproxy.core.timing import Backoff
 from imdsproxy.errors import SourceUnavailable
-from imdsproxy.sources.libvirt.client import LibvirtClient, LibvirtEvents
-from imdsproxy.sources.libvirt.source import LibvirtSource
+from imdsproxy.sources.libvirt.source import LibvirtClient, LibvirtEvents, LibvirtSource
 from imdsproxy.sources.settings import LibvirtSourceSettings
 from support.libvirt_backing import FakeLibvirt, domain_xml, uuid_of
 from support.source_runs import running

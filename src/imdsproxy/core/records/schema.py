@@ -158,7 +158,7 @@ class Field:
             if not isinstance(key, str):
                 self.refuse(f"the key {key!r} is {_kind(key)}, not text", "put it in quotes")
             elif known is not None and key not in known:
-                self.child(key, value).refuse("unknown key", _nearest(key, known))
+                self.child(key, value).refuse("unknown key", nearest(key, known))
             elif value is not None:
                 entries[key] = self.child(key, value)
         for key in required:
@@ -245,7 +245,8 @@ def _kind(value: object) -> str:
     )
 
 
-def _nearest(key: str, known: Collection[str]) -> str:
+def nearest(key: str, known: Collection[str]) -> str:
+    """A hint for a key that is none of the known ones."""
     near = difflib.get_close_matches(key, known, n=1)
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Final
 
 from imdsproxy.core.claims import address_keys
@@ -21,23 +20,6 @@ from imdsproxy.sources.libvirt.xml import (
 )
 
 _NETWORK_ID: Final = re.compile(ID_PATTERN)
-
-
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """Which domains and networks are reported.
-
-    Attributes:
-        networks: Only these: networks of libvirt's by name, bridges of the host's by device; `None` for all.
-        marked_only: Only domains that have our element in their metadata.
-    """
-
-    networks: frozenset[str] | None = None
-    marked_only: bool = False
-
-    def has(self, name: str | None) -> bool:
-        """Whether a network or bridge of that name is reported."""
-        return name is not None and (self.networks is None or name in self.networks)
 
 
 def _id_of(network: LibvirtNetwork) -> str:
@@ -74,13 +56,20 @@ class LibvirtKnown:
 
     A domain whose element breaks keeps the record that it had, as a record file would (see `in_force`).
 
+    Args:
+        selected: Report only these: networks of libvirt's by name, bridges of the host's by device; `None` for all.
+        marked_only: Report only domains that have our element in their metadata.
+
     Attributes:
         networks: The records of active networks whose bridge is libvirt's.
     """
 
-    def __init__(self, selection: Selection) -> None:
+    def __init__(
+        self, selected: frozenset[str] | None = None, *, marked_only: bool = False
+    ) -> None:
         self.networks: Mapping[NetworkId, Network] = {}
-        self._selection = selection
+        self._selected = selected
+        self._marked_only = marked_only
         self._domains: dict[str, Domain | Refused] = {}
         # As they were last read, for the networks of those that cannot be read now.
         self._read: dict[str, Domain] = {}
@@ -160,7 +149,7 @@ class LibvirtKnown:
         records = [
             describe_network(network)
             for network in self._described.values()
-            if network.active and network.made_by_libvirt and self._selection.has(network.name)
+            if network.active and network.made_by_libvirt and self._selects(network.name)
         ]
         self.networks = {each.id: each for each in records if isinstance(each, Network)}
         refused = [each for each in (*described, *records) if isinstance(each, Refused)]
@@ -189,7 +178,7 @@ class LibvirtKnown:
                 port: dict[str, Json] = {"network": network, "mac": interface.mac}
                 addresses = self._leases.get((network, interface.mac.lower()))
                 ports.append({**port, "addresses": addresses} if addresses else port)
-        if not domain.marked and (self._selection.marked_only or not ports):
+        if not domain.marked and (self._marked_only or not ports):
             return None
         record: dict[str, Json] = {"id": domain.uuid, "name": domain.name, "ports": ports}
         parsed = parse_instance({**record, **domain.keys}, ("instance",), Findings(domain.place))
@@ -203,17 +192,19 @@ class LibvirtKnown:
 
         Guests on a bridge of the host's are in one network, whether libvirt has a network for that bridge or not.
         """
-        has, name = self._selection.has, interface.network
-        network = self._described.get(name or "")
+        network = self._described.get(interface.network or "")
         if network is None:
-            found = interface.bridge or name
-            selected = has(found)
+            found = interface.bridge or interface.network
+            selected = self._selects(found)
         elif network.made_by_libvirt:
-            found, selected = _id_of(network), has(network.name)
+            found, selected = _id_of(network), self._selects(network.name)
         else:
             found = network.bridge if network.mode == "bridge" else None
-            selected = has(network.name) or has(found)
+            selected = self._selects(network.name) or self._selects(found)
         return NetworkId(found) if found and selected and _NETWORK_ID.fullmatch(found) else None
+
+    def _selects(self, name: str | None) -> bool:
+        return name is not None and (self._selected is None or name in self._selected)
 
     def _where(self, entry: Entry[Instance]) -> tuple[Path, str | None]:
         domain = self._read.get(entry.file)

@@ -1,22 +1,279 @@
-"""The source `libvirt`: domains and networks of one libvirt daemon, by its events."""
+"""The source `libvirt`: domains and networks of one libvirt daemon, by its events.
+
+No other module imports libvirt's own Python module. It is C, installed by the distribution (Debian: python3-libvirt) or
+built against the library that is there (`pip install imdsproxy[libvirt]`), and imported only when the source connects.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
-from collections.abc import Mapping
-from typing import Final
+import importlib
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any, Final, TypeAlias, TypeVar
 
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.observation import Observation
 from imdsproxy.core.records import Refused
 from imdsproxy.core.timing import Backoff
-from imdsproxy.errors import Problem, SourceUnavailable
+from imdsproxy.errors import NotFound, Problem, SourceUnavailable, optional_library
 from imdsproxy.sources.api import Origin, Publish, Reports
-from imdsproxy.sources.libvirt.client import LibvirtClient, LibvirtEvents
-from imdsproxy.sources.libvirt.records import LibvirtKnown, Selection
-from imdsproxy.sources.libvirt.xml import Domain
+from imdsproxy.sources.libvirt.records import LibvirtKnown
+from imdsproxy.sources.libvirt.xml import (
+    Domain,
+    LibvirtNetwork,
+    parse_domain,
+    parse_libvirt_network,
+)
 from imdsproxy.sources.settings import LibvirtSourceSettings
+
+_T = TypeVar("_T")
+_Library: TypeAlias = Any
+_Connection: TypeAlias = Any
+
+_CLOSE_S: Final = 2.0
+_KEEPALIVE_S: Final = 5
+_KEEPALIVE_MISSED: Final = 3
+
+
+@dataclass(slots=True)
+class LibvirtEvents:
+    """Events since they were last taken; many of one domain are one. For the event loop's thread only.
+
+    Attributes:
+        arrived: There are some.
+        lost: Why no more events arrive on this connection, if so.
+    """
+
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    lost: str | None = None
+    _domains: dict[str, None] = field(default_factory=dict)
+
+    def change(self, domain: str = "") -> None:
+        """The domain of that UUID, or without one a network, was defined, started, stopped, undefined or changed."""
+        if domain:
+            self._domains[domain] = None
+        self.arrived.set()
+
+    def lose(self, reason: str) -> None:
+        """The connection is lost."""
+        self.lost = reason
+        self.arrived.set()
+
+    def take(self) -> Iterable[str]:
+        """The domains that changed.
+
+        Raises:
+            SourceUnavailable: The connection is lost.
+        """
+        if self.lost is not None:
+            raise SourceUnavailable(self.lost)
+        self.arrived.clear()
+        changed, self._domains = self._domains, {}
+        return changed
+
+
+def import_library() -> _Library:
+    """The module `libvirt`.
+
+    Raises:
+        LibraryMissing: It is not installed, or not for this Python.
+    """
+    with optional_library(
+        "libvirt's Python module",
+        "apt install python3-libvirt, or pip install 'imdsproxy[libvirt]'",
+    ):
+        return importlib.import_module("libvirt")
+
+
+@cache
+def run_events(library: _Library) -> None:
+    """Run libvirt's event loop, of which a process has one: from before the first connection to the process's end."""
+    library.virEventRegisterDefaultImpl()
+
+    def run() -> None:
+        while True:
+            library.virEventRunDefaultImpl()
+
+    threading.Thread(target=run, name="imdsproxy-libvirt-events", daemon=True).start()
+
+
+class LibvirtClient:
+    """Connections to the daemon at `uri`, one at a time, read-only.
+
+    Read-only is enough for the XML without passwords and for events, and cannot change or stop a guest.
+
+    Calls block, and each has a thread of its own: a daemon thread, not one of a pool, for a call to a libvirtd that
+    hangs never returns, and Python would wait for a pool's threads at its end. Every method but `close` may raise
+    `SourceUnavailable`.
+
+    Args:
+        uri: As `virsh -c` takes it.
+        connect_s: Seconds after which a daemon that accepts a connection and does not answer counts as hung.
+    """
+
+    def __init__(self, uri: str, *, connect_s: float = 10.0) -> None:
+        self._uri = uri
+        self._connect_s = connect_s
+        # Held during a call: they follow each other.
+        self._turn = threading.Lock()
+        self._closing: asyncio.Future[None] | None = None
+        self._library: _Library = None
+        self._connection: _Connection = None
+        self._undo = contextlib.ExitStack()
+
+    async def connect(self, events: LibvirtEvents) -> None:
+        """Connect; from then on events are noted in `events`."""
+        if self._closing is not None and not self._closing.done():
+            raise SourceUnavailable(f"{self._uri} does not answer")
+        loop = asyncio.get_running_loop()
+
+        def note(event: Callable[[str], None], about: str) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(event, about)
+
+        opening = self._call(
+            lambda: self._open(partial(note, events.change), partial(note, events.lose))
+        )
+        try:
+            await asyncio.wait_for(opening, self._connect_s)
+        except TimeoutError as error:
+            raise SourceUnavailable(
+                f"{self._uri} does not answer within {self._connect_s:g} s"
+            ) from error
+
+    async def domains(self) -> Mapping[str, Domain | Refused]:
+        """Every domain by its UUID: as it runs where it is active."""
+
+        def read() -> dict[str, Domain | Refused]:
+            found = self._connection.listAllDomains()
+            domains = ((each.UUIDString(), self._read(each, parse_domain)) for each in found)
+            return {uuid: domain for uuid, domain in domains if domain is not None}
+
+        return await self._call(read)
+
+    async def domain(self, uuid: str) -> Domain | Refused | None:
+        """A domain; `None` when there is no such."""
+
+        def read() -> Domain | Refused | None:
+            found = self._present(lambda: self._connection.lookupByUUIDString(uuid))
+            return None if found is None else self._read(found, parse_domain)
+
+        return await self._call(read)
+
+    async def networks(self) -> tuple[LibvirtNetwork | Refused, ...]:
+        """Every network."""
+
+        def read() -> tuple[LibvirtNetwork | Refused, ...]:
+            networks = (
+                self._read(each, partial(parse_libvirt_network, active=bool(each.isActive())))
+                for each in self._connection.listAllNetworks()
+            )
+            return tuple(network for network in networks if network is not None)
+
+        return await self._call(read)
+
+    async def close(self) -> None:
+        """Disconnect; no more events. While a daemon hangs, no new connection is made.
+
+        Never raises, and can be called twice.
+        """
+        if self._closing is None or self._closing.done():
+            self._closing = self._in_thread(self._close)
+        await asyncio.wait((self._closing,), timeout=_CLOSE_S)
+
+    async def _call(self, work: Callable[[], _T]) -> _T:
+        try:
+            return await self._in_thread(work)
+        except Exception as error:
+            # Its exception's class is known only where the module is.
+            if self._library is None or not isinstance(error, self._library.libvirtError):
+                raise
+            hint = f"`virsh -r -c {self._uri} list` asks the same; sources.libvirt.uri says where"
+            connected = self._connection is not None
+            raise SourceUnavailable(
+                f"{self._uri}: {error}", hint="" if connected else hint
+            ) from error
+
+    def _in_thread(self, work: Callable[[], _T]) -> asyncio.Future[_T]:
+        done: concurrent.futures.Future[_T] = concurrent.futures.Future()
+        # From here on cancelling does not take it back.
+        done.set_running_or_notify_cancel()
+
+        def run() -> None:
+            with self._turn:
+                try:
+                    done.set_result(work())
+                except Exception as error:  # noqa: BLE001 - the caller gets it
+                    done.set_exception(error)
+
+        threading.Thread(target=run, name="imdsproxy-libvirt", daemon=True).start()
+        return asyncio.wrap_future(done)
+
+    # In the thread
+
+    def _open(self, change: Callable[[str], None], lose: Callable[[str], None]) -> None:
+        library = import_library()
+        self._library = library
+        # Without one of ours it writes every error to standard error.
+        library.registerErrorHandler(lambda *_: None, None)
+        run_events(library)
+        self._connection = connection = library.openReadOnly(self._uri)
+        self._undo.callback(connection.close)
+        connection.registerCloseCallback(
+            lambda _connection, reason, _opaque: lose(_why(library, reason)), None
+        )
+        self._undo.callback(connection.unregisterCloseCallback)
+        for event in (
+            library.VIR_DOMAIN_EVENT_ID_LIFECYCLE,
+            library.VIR_DOMAIN_EVENT_ID_METADATA_CHANGE,
+            library.VIR_DOMAIN_EVENT_ID_DEVICE_ADDED,
+            library.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED,
+        ):
+            number = connection.domainEventRegisterAny(
+                None,
+                event,
+                lambda _connection, domain, *_: change(domain.UUIDString()),
+                None,
+            )
+            self._undo.callback(connection.domainEventDeregisterAny, number)
+        number = connection.networkEventRegisterAny(
+            None,
+            library.VIR_NETWORK_EVENT_ID_LIFECYCLE,
+            lambda *_: change(""),
+            None,
+        )
+        self._undo.callback(connection.networkEventDeregisterAny, number)
+        # So that calls to a daemon that hangs end with an error.
+        connection.setKeepAlive(_KEEPALIVE_S, _KEEPALIVE_MISSED)
+
+    def _close(self) -> None:
+        if self._connection is None:
+            return
+        self._connection = None
+        # Each callback references the connection: with one left it would never be closed. Where the daemon is gone,
+        # what only it could do fails; the rest is done.
+        with contextlib.suppress(self._library.libvirtError):
+            self._undo.close()
+
+    def _read(self, described: Any, parse: Callable[[str], _T]) -> _T | None:  # noqa: ANN401 - libvirt has no types
+        """What a domain or network is, `None` where it went meanwhile."""
+        text = self._present(lambda: str(described.XMLDesc(0)))
+        return None if text is None else parse(text)
+
+    def _present(self, ask: Callable[[], _T]) -> _T | None:
+        """The answer, or `None` where the domain or network went meanwhile."""
+        try:
+            return ask()
+        except self._library.libvirtError as error:
+            gone = (self._library.VIR_ERR_NO_DOMAIN, self._library.VIR_ERR_NO_NETWORK)
+            if error.get_error_code() in gone:
+                return None
+            raise
 
 
 class LibvirtSource:
@@ -44,7 +301,7 @@ class LibvirtSource:
         self._reread_s = settings.reread_s
         self._backoff = backoff or Backoff(first_s=0.5, longest_s=30.0)
         networks = None if settings.networks is None else frozenset(settings.networks)
-        self._known = LibvirtKnown(Selection(networks, settings.domains == "marked"))
+        self._known = LibvirtKnown(networks, marked_only=settings.domains == "marked")
         self._reports = Reports(self.name, defers=True)
 
     def origin_of_port(self, instance: InstanceId, number: int) -> Origin | None:  # noqa: ARG002 - the interface
@@ -92,3 +349,38 @@ class LibvirtSource:
         )
         if observation is not None:
             publish(observation)
+
+
+def read_domain(uri: str, name: str) -> tuple[Domain, Mapping[str, LibvirtNetwork]]:
+    """A domain by its name or UUID, and every network by its name; blocks.
+
+    Raises:
+        SourceUnavailable: The daemon, or libvirt's Python module, cannot be used.
+        NotFound: There is no such domain.
+    """
+
+    async def read() -> tuple[Mapping[str, Domain | Refused], Mapping[str, LibvirtNetwork]]:
+        client = LibvirtClient(uri)
+        try:
+            await client.connect(LibvirtEvents())
+            networks = await client.networks()
+            named = {each.name: each for each in networks if isinstance(each, LibvirtNetwork)}
+            return await client.domains(), named
+        finally:
+            await client.close()
+
+    domains, networks = asyncio.run(read())
+    for domain in domains.values():
+        if isinstance(domain, Domain) and name in (domain.name, domain.uuid):
+            return domain, networks
+    hint = f"`virsh -r -c {uri} list --all --name` lists all"
+    raise NotFound(f"libvirt has no domain {name}", hint=hint)
+
+
+def _why(library: _Library, reason: int) -> str:
+    words = {
+        library.VIR_CONNECT_CLOSE_REASON_EOF: "libvirt closed the connection",
+        library.VIR_CONNECT_CLOSE_REASON_KEEPALIVE: "libvirt does not answer any more",
+        library.VIR_CONNECT_CLOSE_REASON_ERROR: "the connection to libvirt failed",
+    }
+    return words.get(reason, "the connection to libvirt is closed")

@@ -20,7 +20,6 @@ No element names a file: otherwise an account that may define a domain could hav
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Interface, IPv6Interface, ip_interface
@@ -28,6 +27,7 @@ from typing import Any, Final, TypeAlias
 from xml.etree.ElementTree import Element, ParseError, fromstring
 
 from imdsproxy.core.records import Json, Refused
+from imdsproxy.core.records.schema import nearest
 from imdsproxy.errors import Problem
 
 Interface: TypeAlias = IPv4Interface | IPv6Interface
@@ -217,7 +217,7 @@ def read_metadata(element: Element, place: str) -> tuple[_Record, tuple[Problem,
     for child in element:
         name = child.tag.removeprefix(prefix)
         if name not in _ELEMENTS or not child.tag.startswith(prefix):
-            refuse(name, "unknown element", _nearest(name))
+            refuse(name, "unknown element", nearest(name, sorted(_ELEMENTS)))
             continue
         key, attributes, read = _ELEMENTS[name]
         check_attributes(child, name, attributes)
@@ -294,8 +294,3 @@ _ELEMENTS: Final[
     "vendor-data": ("vendor_data", ("encoding",), _payload),
 }
 """By name: the record's key, the element's attributes, and what it says: a value, or one under a name."""
-
-
-def _nearest(name: str) -> str:
-    near = difflib.get_close_matches(name, _ELEMENTS, n=1)
-    return f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(_ELEMENTS))}"
