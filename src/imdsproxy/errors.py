@@ -288,3 +288,15 @@ def refusing(action: str, *, hint: str = "", denied: str = "") -> Iterator[None]
         yield
     except OSError as error:
         raise host_refused(action, error, hint=hint, denied=denied) from error
+
+
+class Ignoring:
+    """A context in which the system's errors of these numbers end the block and pass."""
+
+    def __init__(self, *numbers: int) -> None:
+        self._numbers = numbers
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> bool:
+        return isinstance(error, OSError) and error.errno in self._numbers

@@ -45,7 +45,7 @@ from imdsproxy.host.notify import Heartbeat, ServiceNotifier, is_journal
 from imdsproxy.host.process import leave_no_dumps, raise_descriptor_limit, release_memory
 from imdsproxy.host.servers import open_datagram_socket, open_sole_socket, open_tcp_socket
 from imdsproxy.host.socket_file import SocketFiles
-from imdsproxy.listeners.host import SystemHost
+from imdsproxy.listeners.host import SystemHost, apply_links
 from imdsproxy.nova.upstream import NovaUpstream
 from imdsproxy.unix_listener.listener import sweep_unix_socket
 
@@ -321,10 +321,10 @@ async def sweep_host(host: SystemHost, mac_filters: MacFilters, hop_limits: HopL
     await mac_filters.close_all()
     await hop_limits.close_all()
     host.touch(None)
-    _, problems, _ = await host.settle({}, {})
-    host.apply_links({})
-    if problems:
-        raise HostRefused("not everything of ours could be taken away", problems=problems)
+    left = await host.settle({}, {})
+    apply_links(host.links, {})
+    if left.problems:
+        raise HostRefused("not everything of ours could be taken away", problems=left.problems)
 
 
 async def stop_data_plane(settings: Settings, environment: Mapping[str, str]) -> None:

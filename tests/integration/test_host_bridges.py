@@ -10,7 +10,13 @@ from imdsproxy.core.model import BridgeListener, Network, NetworkId
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.listeners.apply import apply_ops
 from imdsproxy.listeners.observe import HostObserver
-from imdsproxy.listeners.plan import DeleteLink, DeleteNamespace, ListenerPlan, plan_listeners
+from imdsproxy.listeners.plan import (
+    DeleteLink,
+    DeleteNamespace,
+    ListenerPlan,
+    place_of,
+    plan_listeners,
+)
 from support.hostlab import HostLab, eventually
 
 pytestmark = pytest.mark.root
@@ -27,7 +33,8 @@ class _Daemon:
 
     async def plan(self, networks: Mapping[NetworkId, Network]) -> ListenerPlan:
         observer = HostObserver(self.thread, self.lab.naming)
-        seen = await observer.observe(networks.values(), everything=True)
+        places = [place_of(one, self.lab.naming) for one in networks.values()]
+        seen = await observer.observe(places, everything=True)
         # No address anywhere is ours: the mark may be that of another daemon on this machine.
         return plan_listeners(networks, seen, self.lab.naming, managed=())
 

@@ -32,7 +32,7 @@ from imdsproxy.listeners.apply import apply_ops
 from imdsproxy.listeners.endpoints import plan_binds, plan_links
 from imdsproxy.listeners.host import SystemHost, apply_links, haproxy_name
 from imdsproxy.listeners.observe import HostObserver
-from imdsproxy.listeners.plan import ListenerPlan, plan_listeners
+from imdsproxy.listeners.plan import ListenerPlan, Place, place_of, plan_listeners
 from support.hostlab import HostLab, create_namespace
 from support.lab import NETNS, until
 
@@ -52,8 +52,8 @@ class _Host:
     async def observe(
         self, listener: Listener, our_pids: Collection[int] = (), *, everything: bool = False
     ) -> ObservedHost:
-        network = Network(BLUE, listener)
-        return await self.observer.observe([network], our_pids, everything=everything)
+        place = place_of(Network(BLUE, listener), self.lab.naming)
+        return await self.observer.observe([place], our_pids, everything=everything)
 
     async def plan(self, listener: Listener, our_pids: Collection[int] = ()) -> ListenerPlan:
         seen = await self.observe(listener, our_pids)
@@ -297,8 +297,7 @@ def _is_bound(one: Endpoint) -> bool:
     # Not pytest's own directory: a unix socket's path has 107 bytes.
     with tempfile.TemporaryDirectory(prefix="imdst-") as directory:
         place = Path(directory)
-        links = plan_links((one,)).items()
-        apply_links(place / "links", {name: f"{NETNS}/{target}" for name, target in links})
+        apply_links(place / "links", plan_links((one,), str(NETNS)))
         (bind,) = plan_binds((one,), haproxy_name(place / "links"))
         text = _CONFIGURATION.format(
             place=place,
@@ -331,21 +330,19 @@ async def test_a_thousand_networks_are_seen_in_a_third_of_a_second_and_one_in_3_
     lab: HostLab, host: _Host
 ) -> None:
     names = [lab.own_namespace(f"n{number}") for number in range(1000)]
-    networks = {}
+    places = [Place(name, "lo") for name in names]
     for name in names:
         await create_namespace(host.thread, name)
-        listener = NamespaceListener(name, "lo", manage_addresses=True)
-        networks[NetworkId(name)] = Network(NetworkId(name), listener)
 
     times: list[float] = []
     for _ in range(5):
         start = time.process_time()
-        await host.observer.observe(networks.values())
+        await host.observer.observe(places)
         times.append(time.process_time() - start)
     # CPU time, and the best of some: others work on this machine too.
     assert min(times) < 0.3
 
-    one = [networks[NetworkId(names[500])]]
+    one = places[500:501]
     times.clear()
     for _ in range(20):
         start = time.process_time()

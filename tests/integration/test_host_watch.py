@@ -7,7 +7,7 @@ import subprocess
 import time
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -22,9 +22,9 @@ from imdsproxy.core.model import (
     NetworkId,
 )
 from imdsproxy.errors import HostRefused
-from imdsproxy.host.events import LinkChange
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
+from imdsproxy.listeners.host import SystemHost
 from imdsproxy.listeners.observe import HostObserver
 from imdsproxy.listeners.watch import EventKind, HostWatch, NamespaceWatch
 from support.hostlab import HostLab, create_namespace
@@ -38,15 +38,14 @@ BLUE = NetworkId("blue")
 @dataclass(slots=True)
 class _Watched:
     watch: HostWatch
-    observer: HostObserver
+    host: SystemHost
     networks: Mapping[NetworkId, Network]
     events: asyncio.Queue[tuple[str, Collection[NetworkId] | None]]
     running: asyncio.Task[None]
-    observed: ObservedHost = field(default_factory=ObservedHost)
 
     async def expect(self, *left_out: NetworkId) -> None:
-        self.observed = await self.observer.observe(self.networks.values())
-        self.watch.expect(self.networks, self.observed, left_out=left_out)
+        self.host.seen = await self.host.observe(self.networks.values())
+        self.watch.expect(self.networks, left_out)
 
     async def quiet(self) -> None:
         """Take what is reported until nothing has been for a while."""
@@ -78,7 +77,8 @@ async def _watching(
     rechecks: int = 300,
 ) -> AsyncIterator[_Watched]:
     thread = NamespaceThread(NamespaceDirectory())
-    observer = HostObserver(thread, lab.naming)
+    nowhere = Path("/nonexistent")
+    host = SystemHost(HostObserver(thread, lab.naming), links=nowhere, journal=nowhere)
     networks = {NetworkId(k): Network(NetworkId(k), one) for k, one in listeners.items()}
     events: asyncio.Queue[tuple[str, Collection[NetworkId] | None]] = asyncio.Queue()
 
@@ -86,12 +86,10 @@ async def _watching(
         events.put_nowait((kind, networks))
 
     try:
-        watching = HostWatch(
-            observer, touch, lambda: audits_per_s, every_s=every_s, rechecks=rechecks
-        )
+        watching = HostWatch(host, touch, lambda: audits_per_s, every_s=every_s, rechecks=rechecks)
         async with watching as watch:
             running = asyncio.create_task(watch.run())
-            watched = _Watched(watch, observer, networks, events, running)
+            watched = _Watched(watch, host, networks, events, running)
             await watched.expect()
             yield watched
             running.cancel()
@@ -159,7 +157,7 @@ async def test_the_audit_finds_a_foreign_listener_that_no_event_reports(lab: Hos
         server = await asyncio.to_thread(lab.serve, name, "169.254.169.254", reuse_port=True)
         assert await watched.networks_of(EventKind.AUDIT) == {BLUE}
         await watched.expect()
-        (found,) = watched.observed.namespaces[name].sockets
+        (found,) = watched.host.seen.namespaces[name].sockets
         assert [owner.pid for owner in found.owners] == [server.pid]
         # What is known is not reported again; that it ends is.
         await watched.quiet()
@@ -201,7 +199,8 @@ async def test_more_left_out_networks_than_fit_are_looked_at_in_turn(lab: HostLa
     async with _watching(lab, listeners, every_s=0.05, rechecks=2) as watched:
         await watched.quiet()
         # As if it were known that there are none of them.
-        watched.watch.expect(watched.networks, ObservedHost(), left_out=watched.networks)
+        watched.host.seen = ObservedHost()
+        watched.watch.expect(watched.networks, watched.networks.keys())
         found: set[NetworkId] = set()
         while found != set(watched.networks):
             found.update(await watched.networks_of(EventKind.AUDIT) or ())
@@ -219,15 +218,12 @@ async def test_a_look_that_the_host_refuses_is_an_event_and_one_that_fails_ends_
             raise HostRefused("cannot look")
 
         with monkeypatch.context() as patched:
-            patched.setattr(watched.observer, "observe", refuse)
+            patched.setattr(watched.host, "observe", refuse)
             server = await asyncio.to_thread(lab.serve, name, "0.0.0.0")
             assert await watched.networks_of(EventKind.OVERFLOW) is None
         # The watch goes on.
         assert await watched.networks_of(EventKind.AUDIT) == {BLUE}
-        # So do events that were lost have everything looked at.
-        watched.watch._link_watch.put(LinkChange(None, "", overflow=True))
-        assert await watched.networks_of(EventKind.OVERFLOW) is None
-        monkeypatch.setattr(watched.observer, "observe", None)
+        monkeypatch.setattr(watched.host, "observe", None)
         server.stop()
         with pytest.raises(TypeError):
             async with asyncio.timeout(patience()):
@@ -265,22 +261,25 @@ async def test_an_idle_watch_costs_next_to_nothing(lab: HostLab) -> None:
         assert min(costs) < 0.03, costs
 
 
-async def _next(watch: NamespaceWatch, *names: str) -> tuple[NamespaceRef, bool]:
+async def _next(
+    changes: AsyncIterator[tuple[NamespaceRef, bool]], *names: str
+) -> tuple[NamespaceRef, bool]:
     """The next change of these names (others on this host come and go too)."""
     async with asyncio.timeout(patience()):
-        async for ref, came in watch:
+        while True:
+            ref, came = await anext(changes)
             if ref.name in names:
                 return ref, came
-    raise AssertionError("the watch ended")
 
 
 async def test_namespaces_that_a_name_leads_to_come_and_go(lab: HostLab) -> None:
     name = lab.namespace("blue")
     path = f"/run/netns/{name}"
     mount = ("/usr/bin/unshare", "--net", "/usr/bin/mount", "--bind", "/proc/self/ns/net", path)
-    async with NamespaceWatch(NamespaceDirectory()) as watch:
+    with NamespaceWatch(NamespaceDirectory()) as watch:
+        changes = aiter(watch)
         known = watch.current[name]
-        for steps, changes in (
+        for steps, expected in (
             # The name stays.
             ([("/usr/bin/umount", path)], [False]),
             ([mount], [True]),
@@ -292,11 +291,11 @@ async def test_namespaces_that_a_name_leads_to_come_and_go(lab: HostLab) -> None
         ):
             for step in steps:
                 await asyncio.to_thread(lab.run, *step)
-            for came in changes:
-                ref, now = await _next(watch, name)
+            for came in expected:
+                ref, now = await _next(changes, name)
                 assert (now, came or ref == known) == (came, True), steps
                 known = ref
-            assert watch.current.get(name) == (known if changes[-1] else None)
+            assert watch.current.get(name) == (known if expected[-1] else None)
 
 
 async def test_a_name_that_was_removed_and_leads_to_the_same_inode_again_is_reported_too(
@@ -305,26 +304,28 @@ async def test_a_name_that_was_removed_and_leads_to_the_same_inode_again_is_repo
     # The kernel uses the inode of a namespace again once that has ended. Here it is the same one.
     name = lab.namespace("blue")
     inside = lab.serve(name, "127.0.0.1")
-    async with NamespaceWatch(NamespaceDirectory()) as watch:
+    with NamespaceWatch(NamespaceDirectory()) as watch:
+        changes = aiter(watch)
         ref = watch.current[name]
         # The loop sees nothing meanwhile, and all of it afterwards.
         lab.delete_namespace(name)
         place = NamespaceDirectory().path / name
         place.touch()
         lab.run("/usr/bin/mount", "--bind", f"/proc/{inside.pid}/ns/net", str(place))
-        assert await _next(watch, name) == (ref, False)
-        assert await _next(watch, name) == (ref, True)
+        assert await _next(changes, name) == (ref, False)
+        assert await _next(changes, name) == (ref, True)
 
 
 async def test_a_hundred_at_once_are_all_reported_within_a_second(lab: HostLab) -> None:
     thread = NamespaceThread(NamespaceDirectory())
     names = {lab.own_namespace(str(number)) for number in range(100)}
-    async with NamespaceWatch(thread.directory) as watch:
+    with NamespaceWatch(thread.directory) as watch:
+        changes = aiter(watch)
         made = [await create_namespace(thread, name) for name in sorted(names)]
         came: set[NamespaceRef] = set()
         async with asyncio.timeout(1 * patience()):
             while len(came) < len(made):
-                came.add((await _next(watch, *names))[0])
+                came.add((await _next(changes, *names))[0])
     assert came == set(made)
     thread.close()
 
@@ -339,13 +340,14 @@ async def test_a_slow_scan_does_not_hold_up_the_next_for_long(
         time.sleep(0.3)
         return look()
 
-    async with NamespaceWatch(directory) as watch:
+    with NamespaceWatch(directory) as watch:
+        changes = aiter(watch)
         monkeypatch.setattr(directory, "namespaces", look_slowly)
         for which in ("blue", "red"):
             name = await asyncio.to_thread(lab.namespace, which)
             begun = asyncio.get_running_loop().time()
             async with asyncio.timeout(10 * patience()):
-                while (await anext(watch))[0].name != name:
+                while (await anext(changes))[0].name != name:
                     pass
         assert asyncio.get_running_loop().time() - begun < 3 * patience()
 
@@ -355,13 +357,14 @@ async def test_a_directory_that_comes_late_and_goes_and_comes_again_is_followed(
 ) -> None:
     place = tmp_path / "deep" / "netns"
     thread = NamespaceThread(NamespaceDirectory(place))
-    async with NamespaceWatch(thread.directory) as watch:
+    with NamespaceWatch(thread.directory) as watch:
+        changes = aiter(watch)
         assert watch.current == {}
         for _ in range(2):
             ref = await create_namespace(thread, "blue")
-            assert await _next(watch, "blue") == (ref, True)
+            assert await _next(changes, "blue") == (ref, True)
             thread.directory.delete("blue")
-            assert await _next(watch, "blue") == (ref, False)
+            assert await _next(changes, "blue") == (ref, False)
             subprocess.run(("/usr/bin/umount", str(place)), check=True)  # noqa: ASYNC221 - short
             place.rmdir()
             place.parent.rmdir()
@@ -376,8 +379,9 @@ async def test_a_watch_that_cannot_look_says_so_instead_of_falling_silent(
     def refuse(name: str) -> NamespaceRef | None:
         raise HostRefused(f"cannot look at namespace {name}")
 
-    async with NamespaceWatch(directory) as watch:
+    with NamespaceWatch(directory) as watch:
+        changes = aiter(watch)
         monkeypatch.setattr(directory, "identity", refuse)
         name = await asyncio.to_thread(lab.namespace, "blue")
         with pytest.raises(HostRefused, match="cannot look at"):
-            await _next(watch, name)
+            await _next(changes, name)

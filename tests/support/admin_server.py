@@ -55,7 +55,7 @@ from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import Problem
 from imdsproxy.host.clock import SystemClock
 from imdsproxy.host.servers import open_unix_socket
-from imdsproxy.listeners.loop import ListenerReport
+from imdsproxy.listeners.plan import ListenerPlan
 from imdsproxy.serving.http import Send, send_answer, serve
 from imdsproxy.serving.resolver_app import GuestRequest
 from imdsproxy.serving.store import DiskFiles, PasswordStore
@@ -88,11 +88,11 @@ class Listeners:
     haproxy: Haproxy | None = None
 
     @property
-    def report(self) -> ListenerReport:
+    def report(self) -> ListenerPlan:
         served = self.inventory.networks.keys() - self.left_out.keys()
         ref = NamespaceRef("x", 1)
-        return ListenerReport(
-            0.0, tuple(Endpoint(one, METADATA_IPV4, 80, None, ref) for one in sorted(served))
+        return ListenerPlan(
+            tuple(Endpoint(one, METADATA_IPV4, 80, None, ref) for one in sorted(served))
         )
 
     def degraded(self) -> tuple[LeftOut, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,17 +86,16 @@ class FakeMacFilters(KernelMacFilters):
             self.watch()
         return found
 
-    async def withdraw(self, one: MacFilter, pairs: PairMap) -> None:
+    async def change(
+        self, one: MacFilter, *, gone: PairMap | None = None, come: PairMap | None = None
+    ) -> None:
         table = self._table(one)
-        for address, mac in pairs.items():
+        for address, mac in (gone or {}).items():
             await asyncio.sleep(0)
             assert table.pop(address) == mac
             self.log.append(f"withdraw {address}")
             self.watch()
-
-    async def grant(self, one: MacFilter, pairs: PairMap) -> None:
-        table = self._table(one)
-        for address, mac in pairs.items():
+        for address, mac in (come or {}).items():
             await asyncio.sleep(0)
             assert address not in table, "one address has one MAC"
             table[address] = mac
@@ -167,10 +166,10 @@ class MemoryJournal(TableJournal):
     """A journal of a process that has no disk."""
 
     def __init__(self) -> None:
-        super().__init__(Path("/nonexistent/journal.json"), {})
+        super().__init__(Path("/nonexistent/journal.json"), {}, "")
 
-    def store(self, places: Mapping[NetworkId, Sequence[str | None]]) -> None:
-        self._places = {name: list(some) for name, some in places.items()}
+    def store(self, content: dict[NetworkId, list[str | None]]) -> None:
+        self._content = content
 
 
 def no_mac_filters(inventory: Inventory | None = None) -> MacFilters:

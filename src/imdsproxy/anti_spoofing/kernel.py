@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final, TypeAlias, TypeVar
 
 from imdsproxy.anti_spoofing.plan import ANY_MAC, MacFilter, PairMap
@@ -26,8 +25,8 @@ from imdsproxy.anti_spoofing.rules import (
 from imdsproxy.core.hoststate import Family, NamespaceRef
 from imdsproxy.core.model import METADATA_PORT, IpAddress, MacAddress, NetworkId
 from imdsproxy.core.wire import VERIFIED_PORT
-from imdsproxy.errors import DataplaneError, HostRefused, host_refused
-from imdsproxy.host.files import write_atomic
+from imdsproxy.errors import DataplaneError, HostRefused, Ignoring, host_refused, refusing
+from imdsproxy.host.files import Journal
 from imdsproxy.host.namespaces import NamespaceThread
 from imdsproxy.host.netlink import correct_neighbours
 from imdsproxy.host.nftables import INET, NETDEV, Batch, NetfilterSocket, commit
@@ -37,12 +36,16 @@ from imdsproxy.host.sockets import SOCK_DIAG, end_connections, list_connections,
 K = TypeVar("K")
 T = TypeVar("T")
 
+TableJournal: TypeAlias = Journal[dict[NetworkId, list[str | None]]]
+"""For each network the names of namespaces (`None`: the host's own), or that of one and of a table in it."""
+
 HopPlace: TypeAlias = NamespaceRef | None
 """A namespace that answers are sent from; `None` is the host's own."""
 
 FilterChange: TypeAlias = tuple[MacFilter, PairMap, PairMap]
 """A filter, the pairs to remove from it, and those to add."""
 
+_NO_PAIRS: Final[PairMap] = MappingProxyType({})
 _CLOSERS: Final = 32
 _HOPS_COMMENT: Final = "imdsproxy hops 1"
 _NO_TABLES: Final = (errno.EOPNOTSUPP, errno.EPROTONOSUPPORT, errno.ENOENT, errno.EINVAL)
@@ -55,6 +58,11 @@ _HOPS_HINT: Final = (
     "nf_tables with family inet is needed; "
     "until then guests with a hop_limit get no session token there"
 )
+
+
+def table_journal(path: Path) -> TableJournal:
+    """The journal in a file."""
+    return Journal(path, {}, "remove it; nft list tables shows what is left")
 
 
 class TableGone(HostRefused):
@@ -95,12 +103,9 @@ class _Tables:
     def _drop(self, table: str, _: NamespaceRef | None) -> None:
         batch = Batch(table, self.family)
         batch.drop_table()
-        try:
+        # A kernel without such tables has none.
+        with refusing(f"remove table {self.family_name} {table}"), Ignoring(*_NO_TABLES):
             commit(batch)
-        except NetlinkRefused as error:
-            # A kernel without such tables has none.
-            if error.errno not in _NO_TABLES:
-                raise host_refused(f"remove table {self.family_name} {table}", error) from error
 
     def _at(self, namespace: NamespaceRef | None, action: str, work: Callable[[], T]) -> T:
         name = None if namespace is None else namespace.name
@@ -115,17 +120,18 @@ class _Tables:
         return found[0]
 
     async def _attempt(
-        self, work: Mapping[K, tuple[NamespaceRef | None, str, Callable[[], T]]]
+        self, works: Mapping[K, tuple[NamespaceRef | None, str, Callable[[], T]]]
     ) -> dict[K, T | DataplaneError]:
-        def attempt(one: tuple[NamespaceRef | None, str, Callable[[], T]]) -> T | DataplaneError:
-            try:
-                return self._at(*one)
-            except DataplaneError as error:
-                return error
+        def attempt() -> dict[K, T | DataplaneError]:
+            found: dict[K, T | DataplaneError] = {}
+            for key, work in works.items():
+                try:
+                    found[key] = self._at(*work)
+                except DataplaneError as error:
+                    found[key] = error
+            return found
 
-        if not work:
-            return {}
-        return await self.thread.run(lambda: {key: attempt(one) for key, one in work.items()})
+        return await self.thread.run(attempt) if works else {}
 
 
 class KernelMacFilters(_Tables):
@@ -163,41 +169,23 @@ class KernelMacFilters(_Tables):
             busy: Networks that HAProxy listened in before there was a filter: connections that are open there go on
                 as they began.
         """
-        return await self._attempt(
-            {
-                one.network: (
-                    one.namespace,
-                    _action(one),
-                    partial(
-                        _fill,
-                        one,
-                        gone,
-                        come,
-                        busy=one.network in busy,
-                        fresh=one.network in fresh,
-                    ),
-                )
-                for one, gone, come in changes
-            }
-        )
+        works: dict[NetworkId, tuple[NamespaceRef | None, str, Callable[[], None]]] = {}
+        for one, gone, come in changes:
+            name = one.network
+            fill = partial(_fill, one, gone, come, busy=name in busy, fresh=name in fresh)
+            works[name] = (one.namespace, _action(one), fill)
+        return await self._attempt(works)
 
-    async def withdraw(self, one: MacFilter, pairs: PairMap) -> None:
-        """Remove pairs, and end their connections with all that is still to be sent.
+    async def change(
+        self, one: MacFilter, *, gone: PairMap = _NO_PAIRS, come: PairMap = _NO_PAIRS
+    ) -> None:
+        """Remove pairs, and end their connections with all that is still to be sent; add others.
 
         Raises:
             TableGone: There is no such filter.
             HostRefused: The kernel refuses.
         """
-        await self._change(one, partial(_fill, one, pairs, {}))
-
-    async def grant(self, one: MacFilter, pairs: PairMap) -> None:
-        """Add pairs.
-
-        Raises:
-            TableGone: There is no such filter.
-            HostRefused: The kernel refuses.
-        """
-        await self._change(one, partial(_fill, one, {}, pairs))
+        await self._change(one, partial(_fill, one, gone, come))
 
     async def bind_answers(
         self, one: MacFilter, address: IpAddress, port: int, mac: MacAddress
@@ -216,13 +204,10 @@ class KernelMacFilters(_Tables):
         def bind() -> bool:
             batch = Batch(one.table)
             batch.add_value(f"told{address.version}", flow_of(address, port), packed_mac(mac))
-            try:
+            with Ignoring(errno.EEXIST, errno.EBUSY):
                 commit(batch)
-            except NetlinkRefused as error:
-                if error.errno not in (errno.EEXIST, errno.EBUSY):
-                    raise
-                return False
-            return True
+                return True
+            return False
 
         return await self._change(one, bind)
 
@@ -365,41 +350,3 @@ def _elements(pairs: PairMap) -> dict[str, list[bytes]]:
         name, key = element_of(address, mac)
         sets.setdefault(name, []).append(key)
     return sets
-
-
-@dataclass(slots=True)
-class TableJournal:
-    """A JSON file, read once: `{network: [namespace or null, …]}`."""
-
-    path: Path
-    _places: dict[NetworkId, list[str | None]] | None = None
-
-    def load(self) -> dict[NetworkId, list[str | None]]:
-        """The entry of each network; none without a file.
-
-        Raises:
-            HostRefused: The file cannot be read.
-        """
-        if self._places is None:
-            try:
-                found = json.loads(self.path.read_bytes())
-            except FileNotFoundError:
-                found = {}
-            except (OSError, ValueError) as error:
-                raise HostRefused(
-                    f"cannot read {self.path}: {error}",
-                    hint="remove it; nft list tables shows what is left",
-                ) from error
-            self._places = {NetworkId(name): list(places) for name, places in found.items()}
-        return self._places
-
-    def store(self, places: Mapping[NetworkId, Sequence[str | None]]) -> None:
-        """Replace the file unless it says that already.
-
-        Raises:
-            HostRefused: The file cannot be written.
-        """
-        wanted = {name: list(places[name]) for name in sorted(places)}
-        if wanted != self._places:
-            write_atomic(self.path, json.dumps(wanted).encode(), mode=0o600)
-            self._places = wanted

@@ -139,7 +139,7 @@ class MacFilters:
                 if self._open.get(name) != one or name in self._suspect
             }
             if new:
-                places = {name: one.place for name, one in new.items()}
+                places = {name: list(one.place) for name, one in new.items()}
                 self.journal.store({**self.journal.load(), **places})
             self._full -= new.keys() - self._suspect
             # A removal during this is looked at in the next round.
@@ -319,7 +319,7 @@ class MacFilters:
             for address in addresses:
                 self._lingering.pop((network, address), None)
             if gone:
-                await self._try(network, partial(self.kernel.withdraw, pairs=gone))
+                await self._try(network, partial(self.kernel.change, gone=gone))
                 self._granted[network] = {
                     one: mac for one, mac in granted.items() if one not in gone
                 }
@@ -340,7 +340,7 @@ class MacFilters:
                     if mac is not None and granted.get(address) != mac
                 }
                 if come:
-                    await self._try(network, partial(self.kernel.grant, pairs=come))
+                    await self._try(network, partial(self.kernel.change, come=come))
                     self._granted[network] = {**granted, **come}
 
     async def sender(self, key: AddressKey, port: int) -> MacAddress | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from random import SystemRandom
 
 from imdsproxy.anti_spoofing.hop_limits import HopLimits
-from imdsproxy.anti_spoofing.kernel import KernelHopLimits, KernelMacFilters, TableJournal
+from imdsproxy.anti_spoofing.kernel import KernelHopLimits, KernelMacFilters, table_journal
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.app.companion import Companion
 from imdsproxy.config.schema import DocumentsSettings, HaproxySettings, Settings
@@ -96,10 +96,10 @@ def build_filters(
     layout: Layout, host: SystemHost, inventory: Inventory, clock: Clock
 ) -> tuple[MacFilters, HopLimits]:
     """The MAC filters and hop limits of this host."""
-    gates = TableJournal(layout.gates_journal)
+    gates = table_journal(layout.gates_journal)
     mac_filters = MacFilters(KernelMacFilters(host.thread), inventory, host.naming, gates, clock)
     kernel = KernelHopLimits(host.thread, f"{host.naming.prefix}-hops")
-    return mac_filters, HopLimits(kernel, TableJournal(layout.hops_journal))
+    return mac_filters, HopLimits(kernel, table_journal(layout.hops_journal))
 
 
 def build_spec(settings: Settings, layout: Layout, nova: NovaUpstream) -> DataplaneSpec:

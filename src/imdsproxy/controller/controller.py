@@ -311,9 +311,7 @@ class Controller:
 
     async def _follow_neighbours(self) -> None:
         """Follow addresses that guests are known by through the neighbour table."""
-        async with watch_neighbours(
-            lambda change: self._learned_key(change) is not None
-        ) as changes:
+        with watch_neighbours(lambda change: self._learned_key(change) is not None) as changes:
             async for change in changes:
                 if change is None:
                     await self.lookup.review(everything=True)
@@ -326,7 +324,7 @@ class Controller:
 
     async def _follow_tables(self) -> None:
         """Create tables again that another program has removed, as `nft flush ruleset` does."""
-        async with watch_tables(self._tables) as removals:
+        with watch_tables(self._tables) as removals:
             async for table in removals:
                 self.mac_filters.lost(table)
                 await self.hop_limits.lost(table)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
 
 from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, IpAddress
@@ -193,14 +193,16 @@ class ObservedHost:
     """The host as it was seen.
 
     Attributes:
-        root: The namespace that the daemon runs in; without devices where a part did not look at it.
+        root: The namespace that the daemon runs in.
         namespaces: By name, those that were looked at and are there.
         asked: Every name that was looked for; `None` when the whole directory was.
+        devices: Of a part, the devices in `root` that were looked for.
     """
 
     root: ObservedNamespace = field(default_factory=lambda: ObservedNamespace(None))
     namespaces: Mapping[str, ObservedNamespace] = field(default_factory=dict)
     asked: frozenset[str] | None = None
+    devices: frozenset[str] = frozenset()
 
 
 def merge_observed(before: ObservedHost, part: ObservedHost) -> ObservedHost:
@@ -209,5 +211,24 @@ def merge_observed(before: ObservedHost, part: ObservedHost) -> ObservedHost:
     if asked is None:
         return part
     kept = {name: seen for name, seen in before.namespaces.items() if name not in asked}
-    root = part.root if part.root.devices else before.root
+    root = _merge_root(before.root, part.root, part.devices) if part.devices else before.root
     return ObservedHost(root, {**kept, **part.namespaces})
+
+
+def _merge_root(
+    before: ObservedNamespace, part: ObservedNamespace, asked: frozenset[str]
+) -> ObservedNamespace:
+    both = (before.devices, part.devices)
+    indexes = {devices[name].index for devices in both for name in asked & devices.keys()}
+    # All ports of a bridge that was looked for are in the part. A device of another name may be the same one.
+    kept = {
+        name: replace(one, master=0) if one.master in indexes else one
+        for name, one in before.devices.items()
+        if name not in asked and one.index not in indexes
+    }
+    return replace(
+        part,
+        devices=kept | dict(part.devices),
+        addresses=(*(one for one in before.addresses if one.device not in asked), *part.addresses),
+        trials=(*(one for one in before.trials if one.device not in asked), *part.trials),
+    )

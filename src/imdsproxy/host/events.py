@@ -6,30 +6,31 @@ those that HAProxy listens in.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import socket
 import struct
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Final, Generic, Self, TypeVar
 
 from imdsproxy.core.model import IpAddress, MacAddress
-from imdsproxy.errors import DataplaneError, host_refused, refusing
+from imdsproxy.errors import host_refused, refusing
 from imdsproxy.host.netlink import (
     RTM_DELADDR,
     RTM_DELLINK,
     RTM_NEWADDR,
     RTM_NEWLINK,
     RTM_NEWNEIGH,
+    device_name,
     parse_address,
     parse_link,
     parse_neighbour,
 )
 from imdsproxy.host.nftables import DELTABLE, NETFILTER, table_of
 from imdsproxy.host.nlmessages import SOL_NETLINK, iter_messages
+from imdsproxy.host.process import readable
 
 _LINKS: Final = (1, 5, 9)
 """RTNLGRP_LINK, RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV6_IFADDR."""
@@ -49,35 +50,8 @@ T = TypeVar("T")
 
 
 @dataclass(eq=False)
-class Stream(Generic[T]):
-    """An asynchronous iterator without an end, fed by callbacks; it raises what failed in them."""
-
-    _items: asyncio.Queue[T | DataplaneError] = field(default_factory=asyncio.Queue, init=False)
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> T:
-        item = await self._items.get()
-        if isinstance(item, DataplaneError):
-            raise item
-        return item
-
-    def put(self, item: T) -> None:
-        """Add an item."""
-        self._items.put_nowait(item)
-
-    def attempt(self, work: Callable[[], None]) -> None:
-        """Do the work of an event loop's callback: its failure would only reach the loop's log."""
-        try:
-            work()
-        except DataplaneError as error:
-            self._items.put_nowait(error)
-
-
-@dataclass(eq=False)
-class KernelEvents(Stream[T]):
-    """The messages of some multicast groups. An asynchronous context manager.
+class KernelEvents(Generic[T]):
+    """The messages of some multicast groups, as an asynchronous iterator without an end. A context manager.
 
     Attributes:
         protocol: `socket.NETLINK_ROUTE` or NETLINK_NETFILTER.
@@ -95,7 +69,7 @@ class KernelEvents(Stream[T]):
     lost: T
     hears_all: bool = field(default=False, init=False)
 
-    async def __aenter__(self) -> Self:
+    def __enter__(self) -> Self:
         flags = socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
         with refusing(f"watch {self.about}"):
             self._socket = socket.socket(socket.AF_NETLINK, flags, self.protocol)
@@ -105,28 +79,28 @@ class KernelEvents(Stream[T]):
                 self._socket.setsockopt(SOL_NETLINK, _LISTEN_ALL_NSID, 1)
                 self.hears_all = True
             self._socket.bind((0, sum(1 << (group - 1) for group in self.groups)))
-        asyncio.get_running_loop().add_reader(self._socket.fileno(), self.attempt, self._receive)
         return self
 
-    async def __aexit__(self, *_: object) -> None:
-        asyncio.get_running_loop().remove_reader(self._socket.fileno())
+    def __exit__(self, *_: object) -> None:
         self._socket.close()
 
-    def _receive(self) -> None:
-        for _ in range(_AT_ONCE):
-            try:
-                data, ancillary, _, _ = self._socket.recvmsg(_RECEIVE_BYTES, _ANCILLARY_BYTES)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno != errno.ENOBUFS:
-                    raise host_refused(f"hear of {self.about}", error) from error
-                self.put(self.lost)
-                continue
-            nsid = _nsid_of(ancillary)
-            for kind, _, _, payload in iter_messages(data):
-                for item in self.parse(kind, payload, nsid):
-                    self.put(item)
+    async def __aiter__(self) -> AsyncIterator[T]:
+        while True:
+            await readable(self._socket.fileno())
+            for _ in range(_AT_ONCE):
+                try:
+                    data, ancillary, _, _ = self._socket.recvmsg(_RECEIVE_BYTES, _ANCILLARY_BYTES)
+                except BlockingIOError:
+                    break
+                except OSError as error:
+                    if error.errno != errno.ENOBUFS:
+                        raise host_refused(f"hear of {self.about}", error) from error
+                    yield self.lost
+                    continue
+                nsid = _nsid_of(ancillary)
+                for kind, _, _, payload in iter_messages(data):
+                    for item in self.parse(kind, payload, nsid):
+                        yield item
 
 
 def _nsid_of(ancillary: list[tuple[int, int, bytes]]) -> int | None:
@@ -163,19 +137,10 @@ def watch_links() -> KernelEvents[LinkChange]:
             # A port that leaves its bridge is reported as deleted, by family AF_BRIDGE.
             yield LinkChange(nsid, link.name, master=link.master if kind == RTM_NEWLINK else 0)
         elif kind in (RTM_NEWADDR, RTM_DELADDR) and (found := parse_address(payload, {})):
-            yield LinkChange(nsid, _name_of(int(found.device)) if nsid is None else "")
+            yield LinkChange(nsid, device_name(int(found.device)) if nsid is None else "")
 
     lost = LinkChange(None, "", overflow=True)
     return KernelEvents(socket.NETLINK_ROUTE, _LINKS, "the host's devices", parse, lost)
-
-
-def _name_of(index: int) -> str:
-    try:
-        return socket.if_indextoname(index)
-    except OSError as error:
-        if error.errno not in (errno.ENXIO, errno.ENODEV):
-            raise host_refused(f"look up device {index}", error) from error
-        return ""
 
 
 @dataclass(frozen=True, slots=True)

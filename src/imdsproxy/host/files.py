@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import re
 import stat
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Generic, TypeVar
 
 from imdsproxy.errors import HostRefused, ImdsproxyError, SecretUnreadable, refusing
+
+T = TypeVar("T")
 
 MAX_SECRET_BYTES: Final = 64 * 1024
 """A secret is a key or a password, never a document."""
@@ -81,6 +85,46 @@ def write_atomic(
             raise
     if durable:
         sync_directory(path.parent)
+
+
+@dataclass(slots=True)
+class Journal(Generic[T]):
+    """A JSON file that is read once.
+
+    Attributes:
+        empty: Its content where there is no file.
+        hint: What to do about a file that cannot be read.
+    """
+
+    path: Path
+    empty: T
+    hint: str
+    _content: T | None = None
+
+    def load(self) -> T:
+        """Its content.
+
+        Raises:
+            HostRefused: The file cannot be read.
+        """
+        if self._content is None:
+            try:
+                self._content = json.loads(self.path.read_bytes())
+            except FileNotFoundError:
+                self._content = self.empty
+            except (OSError, ValueError) as error:
+                raise HostRefused(f"cannot read {self.path}: {error}", hint=self.hint) from error
+        return self._content
+
+    def store(self, content: T) -> None:
+        """Replace the file unless it says that already.
+
+        Raises:
+            HostRefused: The file cannot be written.
+        """
+        if content != self._content:
+            write_atomic(self.path, json.dumps(content, sort_keys=True).encode(), mode=0o600)
+            self._content = content
 
 
 def remove_file(path: Path, action: str, *, denied: str = "") -> bool:

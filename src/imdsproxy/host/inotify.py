@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from imdsproxy.host.process import readable
+
 IN_MODIFY: Final = 0x2
 IN_ATTRIB: Final = 0x4
 IN_CLOSE_WRITE: Final = 0x8
@@ -139,17 +141,11 @@ class Watch:
                 return frozenset() if lost else frozenset(found)
 
     async def _is_readable(self, timeout_s: float | None) -> bool:
-        loop = asyncio.get_running_loop()
-        ready = asyncio.Event()
-        loop.add_reader(self._inotify.descriptor, ready.set)
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                await ready.wait()
-        except TimeoutError:
-            return False
-        finally:
-            loop.remove_reader(self._inotify.descriptor)
-        return True
+                await readable(self._inotify.descriptor)
+                return True
+        return False
 
     def close(self) -> None:
         """Stop watching."""

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from imdsproxy.core.hoststate import NamespaceRef
-from imdsproxy.errors import HostRefused, host_refused, refusing
-from imdsproxy.host.files import remove_file
+from imdsproxy.errors import HostRefused, Ignoring, host_refused, refusing
+from imdsproxy.host.files import opened, remove_file
 
 DEFAULT_DIRECTORY: Final = Path("/run/netns")
 
@@ -110,9 +110,7 @@ class NamespaceDirectory:
             return None
         except OSError as error:
             raise host_refused(f"look at namespace {name}", error) from error
-        if status.st_dev != self._device:
-            return None
-        return NamespaceRef(name, status.st_ino)
+        return NamespaceRef(name, status.st_ino) if status.st_dev == self._device else None
 
     def names(self) -> list[str]:
         """Every name in the directory, usable or not, sorted; empty when there is no directory."""
@@ -145,14 +143,9 @@ class NamespaceDirectory:
             PrivilegeMissing: CAP_SYS_ADMIN is needed.
         """
         path = Path(self.file(name))
-        with refusing(f"unmount namespace {name}"):
-            try:
-                _checked(_libc.umount2(os.fsencode(path), ctypes.c_int(_MNT_DETACH)))
-            except FileNotFoundError:
-                return False
-            except OSError as error:
-                if error.errno != errno.EINVAL:  # EINVAL: not a mount point, only a file is left
-                    raise
+        # EINVAL: it is no mount point, only a file is left.
+        with refusing(f"unmount namespace {name}"), Ignoring(errno.ENOENT, errno.EINVAL):
+            _checked(_libc.umount2(os.fsencode(path), ctypes.c_int(_MNT_DETACH)))
         return remove_file(path, f"remove namespace {name}")
 
     def prepare(self) -> None:
@@ -167,18 +160,13 @@ class NamespaceDirectory:
         """
         with refusing(f"make {self.path} a shared mount"):
             self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
+            with opened(self.path, os.O_RDONLY | os.O_DIRECTORY) as descriptor:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-                try:
+                with Ignoring(errno.EINVAL):  # it is no mount point yet
                     _mount("", self.path, _MS_SHARED | _MS_REC)
-                except OSError as error:
-                    if error.errno != errno.EINVAL:
-                        raise
-                    _mount(str(self.path), self.path, _MS_BIND | _MS_REC)
-                    _mount("", self.path, _MS_SHARED | _MS_REC)
-            finally:
-                os.close(descriptor)
+                    return
+                _mount(str(self.path), self.path, _MS_BIND | _MS_REC)
+                _mount("", self.path, _MS_SHARED | _MS_REC)
 
 
 class NamespaceThread:

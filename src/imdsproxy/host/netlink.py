@@ -10,24 +10,19 @@ from __future__ import annotations
 import errno
 import socket
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
-from imdsproxy.core.hoststate import (
-    AddressState,
-    Family,
-    ObservedAddress,
-    ObservedDevice,
-)
+from imdsproxy.core.hoststate import AddressState, Family, ObservedAddress, ObservedDevice
 from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, IpAddress, MacAddress
+from imdsproxy.errors import Ignoring, refusing
 from imdsproxy.host.nlmessages import (
     CREATE,
     EXCL,
     NESTED,
     REPLACE,
-    NetlinkRefused,
     NetlinkSocket,
     Value,
     attribute,
@@ -38,22 +33,10 @@ from imdsproxy.host.nlmessages import (
 )
 
 # Types of messages and attributes, and flags, as in linux/{rtnetlink,if_link,if_addr,neighbour,net_namespace}.h.
-RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = (
-    16,
-    17,
-    18,
-    20,
-    21,
-    22,
-)
-RTM_NEWROUTE, RTM_GETROUTE, RTM_NEWNEIGH, RTM_GETNEIGH, RTM_NEWNSID, RTM_GETNSID = (
-    24,
-    26,
-    28,
-    30,
-    88,
-    90,
-)
+RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK = 16, 17, 18
+RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
+RTM_NEWROUTE, RTM_GETROUTE, RTM_NEWNEIGH, RTM_GETNEIGH = 24, 26, 28, 30
+RTM_NEWNSID, RTM_GETNSID = 88, 90
 
 _IFINFO: Final = struct.Struct("=BxHiII")
 _IFADDR: Final = struct.Struct("=BBBBI")
@@ -113,22 +96,48 @@ def parse_link(payload: bytes) -> ObservedDevice:
     )
 
 
-_LINK_QUESTION: Final = _IFINFO.pack(0, 0, 0, 0, 0) + pack_attributes(
-    {_IFLA_EXT_MASK: _SKIP_STATISTICS}
-)
+def _ask_link(*, index: int = 0, name: str | None = None, master: int | None = None) -> bytes:
+    asked: dict[int, Value] = {_IFLA_EXT_MASK: _SKIP_STATISTICS}
+    asked |= {_IFLA_IFNAME: name, _IFLA_MASTER: master}
+    return _IFINFO.pack(0, 0, index, 0, 0) + pack_attributes(asked)
 
 
-def list_links(channel: NetlinkSocket) -> list[ObservedDevice]:
-    """Every device, in the order of their indexes."""
-    return list(map(parse_link, channel.dump(RTM_GETLINK, _LINK_QUESTION)))
+def find_link(
+    channel: NetlinkSocket, name: str | None = None, *, index: int = 0
+) -> ObservedDevice | None:
+    """The device of a name (up to 15 bytes), or of an index; `None` when there is none."""
+    question = _ask_link(index=index, name=name)
+    found = channel.find(RTM_GETLINK, question, errno.ENODEV, errno.ENOENT, errno.ERANGE)
+    return None if found is None else parse_link(found)
+
+
+def list_links(channel: NetlinkSocket, master: int | None = None) -> list[ObservedDevice]:
+    """Every device, in the order of their indexes; with the index of a bridge only its ports."""
+    found = map(parse_link, channel.dump(RTM_GETLINK, _ask_link(master=master)))
+    return [one for one in found if master in (None, one.master)]
+
+
+def device_name(index: int) -> str:
+    """The name of a device in the calling thread's namespace; empty where there is none of that index."""
+    with refusing(f"look up device {index}"), Ignoring(errno.ENXIO, errno.ENODEV):
+        return socket.if_indextoname(index)
+    return ""
+
+
+def list_links_near(channel: NetlinkSocket, names: Collection[str]) -> list[ObservedDevice]:
+    """At least the devices of these names, what each belongs to, and what belongs to each."""
+    if len(names) > _MANY:
+        return list_links(channel)
+    found = [one for name in names if (one := find_link(channel, name)) is not None]
+    masters = [find_link(channel, index=one.master) for one in found if one.master]
+    ports = [port for one in found for port in list_links(channel, one.index)]
+    return [*found, *ports, *(one for one in masters if one is not None)]
 
 
 def port_guards(channel: NetlinkSocket, index: int) -> list[tuple[ObservedDevice, str]]:
     """Each port of a bridge, and in words the flag by which the bridge learns no MAC there; empty for none."""
     guards: list[tuple[ObservedDevice, str]] = []
-    for message in channel.dump(
-        RTM_GETLINK, _LINK_QUESTION + pack_attributes({_IFLA_MASTER: index})
-    ):
+    for message in channel.dump(RTM_GETLINK, _ask_link(master=index)):
         port = parse_link(message)
         if port.master != index:
             continue
@@ -137,13 +146,6 @@ def port_guards(channel: NetlinkSocket, index: int) -> list[tuple[ObservedDevice
         learns = "" if number(flags.get(_BRPORT_LEARNING, b"\1")) else "learning off"
         guards.append((port, "locked" if number(flags.get(_BRPORT_LOCKED)) else learns))
     return guards
-
-
-def find_link(channel: NetlinkSocket, name: str) -> ObservedDevice | None:
-    """The device of a name (up to 15 bytes); `None` when there is none."""
-    question = _LINK_QUESTION + pack_attributes({_IFLA_IFNAME: name})
-    found = channel.find(RTM_GETLINK, question, errno.ENODEV, errno.ENOENT, errno.ERANGE)
-    return None if found is None else parse_link(found)
 
 
 def parse_address(payload: bytes, names: dict[int, str]) -> ObservedAddress | None:
@@ -169,13 +171,17 @@ def parse_address(payload: bytes, names: dict[int, str]) -> ObservedAddress | No
 
 
 def metadata_addresses(
-    channel: NetlinkSocket, devices: Iterable[ObservedDevice]
+    channel: NetlinkSocket, devices: Iterable[ObservedDevice], *, only: Collection[str] = ()
 ) -> list[ObservedAddress]:
-    """The metadata addresses on all devices."""
+    """The metadata addresses on all devices; or on those of some names only."""
     names = {one.index: one.name for one in devices}
-    answers = channel.dump(RTM_GETADDR, _IFADDR.pack(0, 0, 0, 0, 0))
-    parsed = (parse_address(one, names) for one in answers)
-    return [one for one in parsed if one is not None]
+    wanted = [index for index, name in names.items() if name in only] if only else [0]
+    found: list[ObservedAddress] = []
+    for index in wanted:
+        with Ignoring(errno.ENODEV):  # it has gone meanwhile
+            answers = channel.dump(RTM_GETADDR, _IFADDR.pack(0, 0, 0, 0, index))
+            found += [one for answer in answers if (one := parse_address(answer, names))]
+    return found
 
 
 def default_routes(
@@ -380,10 +386,7 @@ def add_default_route(channel: NetlinkSocket, index: int, family: Family) -> Non
 def assign_nsid(channel: NetlinkSocket, descriptor: int) -> int:
     """The number by which `channel`'s namespace knows another; given to it if it has none yet."""
     named = b"\0\0\0\0" + pack_attributes({_NETNSA_FD: descriptor})
-    try:
+    with Ignoring(errno.EEXIST):
         channel.change(RTM_NEWNSID, named + pack_attributes({_NETNSA_NSID: 0xFFFFFFFF}))
-    except NetlinkRefused as error:
-        if error.errno != errno.EEXIST:
-            raise
     answer = channel.get(RTM_GETNSID, named)
     return number(parse_attributes(answer, 4).get(_NETNSA_NSID))

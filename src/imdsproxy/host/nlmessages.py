@@ -15,6 +15,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, Self, TypeAlias
 
+from imdsproxy.errors import Ignoring
+
 REQUEST: Final = 0x1
 ACK: Final = 0x4
 DUMP: Final = 0x300
@@ -185,12 +187,9 @@ class NetlinkSocket:
 
     def find(self, kind: int, payload: bytes, *missing: int) -> bytes | None:
         """Ask for one object; `None` where the kernel refuses with one of these errors."""
-        try:
+        with Ignoring(*missing):
             return self.get(kind, payload)
-        except NetlinkRefused as error:
-            if error.errno in missing:
-                return None
-            raise
+        return None
 
     def dump(self, kind: int, payload: bytes) -> list[bytes]:
         """Ask for all objects; asked again when the table changed under the kernel's feet.

@@ -38,6 +38,17 @@ _OPEN_FILES: Final = 65536
 """As our units have it; without them a shell's soft limit is 1024, which a few hostile networks could use up."""
 
 
+async def readable(descriptor: int) -> None:
+    """Wait until a descriptor, for which no other task waits, can be read."""
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(descriptor, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(descriptor)
+
+
 @dataclass(frozen=True, slots=True)
 class ProcessStat:
     """The state of a process, from `/proc/PID/stat` (proc_pid_stat(5)).
@@ -144,15 +155,11 @@ class ProcessHandle:
         Returns:
             Its exit status, or the negative signal, when it is our child; else `None`.
         """
-        loop = asyncio.get_running_loop()
-        ended = asyncio.Event()
         # Its own descriptor: several tasks may wait, and a loop knows a descriptor only once.
         watched = os.dup(self._descriptor)
-        loop.add_reader(watched, ended.set)
         try:
-            await ended.wait()
+            await readable(watched)
         finally:
-            loop.remove_reader(watched)
             os.close(watched)
         return self._reap()
 

@@ -21,7 +21,9 @@ from typing import Final
 
 from imdsproxy.core.hoststate import Family, ListeningSocket, SocketOwner
 from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, METADATA_PORT, IpAddress
-from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket, number, parse_attributes
+from imdsproxy.errors import Ignoring
+from imdsproxy.host.netlink import device_name
+from imdsproxy.host.nlmessages import NetlinkSocket, number, parse_attributes
 from imdsproxy.host.process import (
     PROC,
     command_name,
@@ -89,12 +91,11 @@ def _address(family: int, packed: bytes) -> IpAddress:
     return IPv4Address(packed[:4]) if family == socket.AF_INET else IPv6Address(packed)
 
 
-def listening_sockets(channel: NetlinkSocket, names: dict[int, str]) -> list[ListeningSocket]:
+def listening_sockets(channel: NetlinkSocket) -> list[ListeningSocket]:
     """Every TCP socket that listens on the metadata port of a metadata address or a wildcard.
 
     Args:
-        channel: Speaks SOCK_DIAG in the namespace in question.
-        names: The devices of that namespace by index.
+        channel: Speaks SOCK_DIAG in the namespace of the calling thread.
     """
     found: list[ListeningSocket] = []
     for one in _tcp_sockets(channel, METADATA_PORT, (_LISTEN,)):
@@ -102,7 +103,7 @@ def listening_sockets(channel: NetlinkSocket, names: dict[int, str]) -> list[Lis
         if isinstance(address, IPv6Address):
             address = address.ipv4_mapped or address
         if address in _METADATA | _WILDCARDS:
-            device = names.get(one.index, str(one.index)) if one.index else None
+            device = (device_name(one.index) or str(one.index)) if one.index else None
             only = number(parse_attributes(one.message, _ANSWER.size).get(_V6_ONLY))
             found.append(
                 ListeningSocket(address, METADATA_PORT, device, one.inode, v6_only=bool(only))
@@ -132,11 +133,8 @@ def end_connections(port: int, peers: Collection[IpAddress]) -> None:
         for one in list_connections(channel, port):
             if one.peer in peers:
                 request = _REQUEST.pack(one.message[0], socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF)
-                try:
+                with Ignoring(errno.ENOENT):  # it has ended by itself
                     channel.change(_DESTROY, request + one.message[_ID_AT : _ID_AT + _ID.size])
-                except NetlinkRefused as error:
-                    if error.errno != errno.ENOENT:  # it has ended by itself
-                        raise
 
 
 def try_bind(family: Family, device: str | None, index: int = 0, port: int = METADATA_PORT) -> int:

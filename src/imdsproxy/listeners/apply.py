@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, TypeVar, assert_never
 
 from imdsproxy.core.endpoints import LOOPBACK
 from imdsproxy.core.hoststate import Family, NamespaceRef, ObservedDevice
 from imdsproxy.core.model import IpAddress
-from imdsproxy.errors import DataplaneError, Problem, host_refused
+from imdsproxy.errors import DataplaneError, Ignoring, Problem, host_refused
 from imdsproxy.host.namespaces import NamespaceThread
 from imdsproxy.host.netlink import (
     add_address,
@@ -81,7 +81,7 @@ def _do(thread: NamespaceThread, op: HostOp) -> None:
         case AddAddress(_, name, device, address, mark):
             _at(thread, name, lambda channel: _add(channel, name, device, address, mark))
         case RemoveAddress(name, device, address, prefix):
-            with _unless(errno.ENOENT, errno.ENODEV, errno.EADDRNOTAVAIL):
+            with Ignoring(errno.ENOENT, errno.ENODEV, errno.EADDRNOTAVAIL):
                 _at(
                     thread,
                     name,
@@ -92,7 +92,7 @@ def _do(thread: NamespaceThread, op: HostOp) -> None:
         case DeleteNamespace(name):
             thread.directory.delete(name)
         case DeleteLink(name):
-            with _unless(errno.ENODEV):
+            with Ignoring(errno.ENODEV):
                 _at(thread, None, lambda channel: delete_link(channel, _find(channel, name).index))
         case never:
             assert_never(never)
@@ -121,7 +121,7 @@ def _add(
 ) -> None:
     family = Family(address.version)
     try:
-        with _unless(errno.EEXIST):
+        with Ignoring(errno.EEXIST):
             index = _find(channel, device).index
             add_address(channel, index, address, _PREFIXES[family], protocol=mark)
     except NetlinkRefused as error:
@@ -189,13 +189,3 @@ def _set_up(
     new = None if found.alias == alias else alias
     set_link(channel, found.index, up=True, mtu=mtu, master=master, alias=new)
     return found.index
-
-
-@contextlib.contextmanager
-def _unless(*done: int) -> Iterator[None]:
-    """Let these errors pass: what was asked for is so already."""
-    try:
-        yield
-    except NetlinkRefused as error:
-        if error.errno not in done:
-            raise

@@ -238,10 +238,15 @@ def link_name(endpoint: Endpoint) -> str | None:
     return f"{namespace.name}@{namespace.inode}" + (f".{index}" if index else "")
 
 
-def plan_links(endpoints: Iterable[Endpoint]) -> dict[str, str]:
-    """The symbolic links that HAProxy needs at every load: link name to namespace name or path."""
+def plan_links(endpoints: Iterable[Endpoint], directory: str) -> dict[str, str]:
+    """The symbolic links that HAProxy needs at every load: link name to path.
+
+    Args:
+        endpoints: What is to be bound.
+        directory: That of the namespaces.
+    """
     return {
-        name: _OWN_NAMESPACE if one.namespace is None else one.namespace.name
+        name: _OWN_NAMESPACE if one.namespace is None else f"{directory}/{one.namespace.name}"
         for one in endpoints
         if (name := link_name(one)) is not None
     }

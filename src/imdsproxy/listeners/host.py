@@ -7,24 +7,17 @@ import json
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
 import structlog
 
 from imdsproxy.core.hoststate import ObservedHost, merge_observed
-from imdsproxy.core.model import (
-    InterfaceListener,
-    IpAddress,
-    MacAddress,
-    NamespaceListener,
-    Network,
-    NetworkId,
-)
+from imdsproxy.core.model import IpAddress, MacAddress, Network, NetworkId
 from imdsproxy.core.records import Refused, parse_network, render_record
 from imdsproxy.errors import HostRefused, Problem, refusing
-from imdsproxy.host.files import write_atomic
+from imdsproxy.host.files import Journal, write_atomic
 from imdsproxy.host.netlink import find_link, neighbour_mac
 from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.host.process import run_program
@@ -40,12 +33,13 @@ from imdsproxy.listeners.plan import (
     HostOp,
     ListenerPlan,
     ManagedPlace,
+    Place,
     PlanMemo,
+    Removal,
     RemoveAddress,
     explain_pending,
     place_of,
     plan_listeners,
-    without_removed,
 )
 
 HAPROXY_NETNS: Final = Path("/var/run/netns")
@@ -78,10 +72,12 @@ class SystemHost:
         self.known: ObservedHost | None = None
         self.operations: Counter[str] = Counter()
         self.links = links
-        self._journal = journal
+        hint = "remove it; addresses that are no longer needed are then yours to remove"
+        self._journal: Journal[list[tuple[str | None, str]]] = Journal(journal, [], hint)
         self._memo: PlanMemo = {}
         self._networks: Mapping[NetworkId, Network] = {}
         self._dirty: set[NetworkId] = set()
+        self._cleared: set[Place] = set()
         self._pids: Collection[int] = ()
         self.arp_guard = NftTable(
             "cannot keep the host from answering ARP for 169.254.169.254 on other devices",
@@ -106,7 +102,7 @@ class SystemHost:
         our_pids: Collection[int] = (),
         *,
         sweep: bool = True,
-    ) -> tuple[ListenerPlan, tuple[Problem, ...], int]:
+    ) -> ListenerPlan:
         """Observe and act until there is nothing more to do on the host.
 
         Args:
@@ -116,7 +112,7 @@ class SystemHost:
             sweep: Also remove what belongs to no network.
 
         Returns:
-            What to bind, what the host refused, and how many ops there were.
+            The last plan, with what the host refused, and how many ops there were.
 
         Raises:
             HostRefused: The host's own namespace cannot be looked at, or our journal cannot be read.
@@ -141,10 +137,10 @@ class SystemHost:
                 break
             operations += len(plan.ops)
             self._dirty.update(one.network for one in plan.left_out)
+            # Which may be a place of no network any more.
+            removals = (one for one in plan.ops if isinstance(one, Removal))
+            self._cleared |= {Place(one.namespace, one.device) for one in removals}
             failures = await self.apply(plan.ops)
-            if not failures and self.known is self.seen:
-                # The place of a network that is gone is not looked at again.
-                self.known = without_removed(self.seen, plan.ops)
             self.operations["failed"] += len(failures)
             self.operations["ok"] += len(plan.ops) - len(failures)
             self.seen = await self._observe(networks)
@@ -152,22 +148,21 @@ class SystemHost:
         diversions = plan_diversions(networks, self.seen, self.naming)
         script = render_diversions(self.naming.prefix, diversions)
         problems += await self.diverter.apply(script)
-        return explain_pending(plan, failures), problems, operations
+        plan = explain_pending(plan, failures)
+        return replace(plan, problems=problems, operations=operations)
 
     async def _observe(self, networks: Mapping[NetworkId, Network]) -> ObservedHost:
         """Look at all of the host, or at what may have changed and lay it over what was known."""
         dirty, self._dirty = self._dirty, set()
+        cleared, self._cleared = self._cleared, set()
         known = self.known
         if known is None:
             # In place while we look: who asks for all of it meanwhile takes it away again.
             known = self.known = ObservedHost()
             seen = await self.observe(networks.values(), everything=True)
-        elif dirty:
-            some = {by[one] for by in (networks, self._networks) for one in dirty if one in by}
-            if any(not isinstance(one.listener, NamespaceListener) for one in some):
-                # The host's own namespace is looked at as a whole.
-                some |= {n for n in networks.values() if isinstance(n.listener, InterfaceListener)}
-            seen = merge_observed(known, await self.observe(some))
+        elif dirty or cleared:
+            some = [by[one] for by in (networks, self._networks) for one in dirty if one in by]
+            seen = merge_observed(known, await self.observe(some, cleared))
         else:
             return known
         if self.known is known:
@@ -180,16 +175,21 @@ class SystemHost:
         return merge_observed(self.seen, await self.observe(networks))
 
     async def observe(
-        self, networks: Iterable[Network], *, everything: bool = False
+        self,
+        networks: Iterable[Network],
+        others: Collection[Place] = (),
+        *,
+        everything: bool = False,
     ) -> ObservedHost:
-        """Look at what these networks' listeners need; with `everything`, at the whole host.
+        """Look at what these networks' listeners need, and at other places; with `everything`, at the whole host.
 
         Raises:
             HostRefused: The host's own namespace cannot be looked at.
         """
+        places = {*others, *(place_of(one, self.naming) for one in networks)}
         managed = self.managed() if everything else None
         return await self.observer.observe(
-            networks, self._pids, everything=everything, managed=managed
+            places, self._pids, everything=everything, managed=managed
         )
 
     async def apply(self, ops: Iterable[HostOp]) -> Mapping[HostOp, Problem]:
@@ -209,35 +209,12 @@ class SystemHost:
         Raises:
             HostRefused: Our journal of it cannot be read.
         """
-        try:
-            places = json.loads(self._journal.read_bytes())
-        except FileNotFoundError:
-            return frozenset()
-        except (OSError, ValueError) as error:
-            raise HostRefused(
-                f"cannot read {self._journal}: {error}",
-                hint="remove it; addresses that are no longer needed are then yours to remove",
-            ) from error
-        return frozenset((place[0], place[1]) for place in places)
+        return frozenset((place[0], place[1]) for place in self._journal.load())
 
     def _note(self, added: set[ManagedPlace], removed: set[ManagedPlace]) -> None:
-        known = self.managed() if added or removed else frozenset()
-        places = (known | added) - removed
-        if places != known:
-            listed = sorted(places, key=lambda place: (place[0] or "", place[1]))
-            write_atomic(self._journal, json.dumps(listed).encode(), mode=0o600)
-
-    def apply_links(self, links: Mapping[str, str]) -> None:
-        """Create exactly these symbolic links, by which HAProxy opens namespaces.
-
-        Raises:
-            HostRefused: The file system refused.
-        """
-        base = str(self.thread.directory.path)
-        apply_links(
-            self.links,
-            {name: os.path.join(base, target) for name, target in links.items()},  # noqa: PTH118 - a Path for each network takes ten times as long
-        )
+        if added or removed:
+            places = (self.managed() | added) - removed
+            self._journal.store(sorted(places, key=lambda one: (one[0] or "", one[1])))
 
     async def neighbour(self, network: Network, address: IpAddress) -> MacAddress | None:
         """The MAC that the kernel has for an address behind a network's listener, if it has one."""
@@ -320,19 +297,19 @@ def apply_links(directory: Path, links: Mapping[str, str]) -> None:
         HostRefused: The file system refused.
         PrivilegeMissing: This process may not write there.
     """
-    base, temporary = os.fspath(directory), os.path.join(directory, ".tmp")  # noqa: PTH118 - as below
-    with refusing(f"link namespaces in {directory}"):
+    base = os.fspath(directory)
+    with refusing(f"link namespaces in {base}"):
         directory.mkdir(mode=0o755, parents=True, exist_ok=True)
         # At each reload, for every network: a Path for each costs more than the kernel's part.
-        with os.scandir(directory) as entries:
+        with os.scandir(base) as entries:
             present = {one.name: os.readlink(one.path) for one in entries if one.is_symlink()}  # noqa: PTH115 - as above
         # The temporary one of a process that was killed too.
         for name in present.keys() - links.keys():
             os.unlink(f"{base}/{name}")  # noqa: PTH108 - as above
         for name, target in links.items():
             if present.get(name) != target:
-                os.symlink(target, temporary)  # noqa: PTH211 - as above
-                os.replace(temporary, f"{base}/{name}")  # noqa: PTH105 - as above
+                os.symlink(target, f"{base}/.tmp")  # noqa: PTH211 - as above
+                os.replace(f"{base}/.tmp", f"{base}/{name}")  # noqa: PTH105 - as above
 
 
 @dataclass(slots=True)

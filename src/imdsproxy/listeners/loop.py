@@ -16,7 +16,7 @@ from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.anti_spoofing.plan import MacFilterPlan
 from imdsproxy.app.tickets import Tickets, report_failure
-from imdsproxy.core.endpoints import Endpoint, Foreign, LeftOut, LeftOutCode
+from imdsproxy.core.endpoints import Endpoint, LeftOut, LeftOutCode
 from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.model import DataplaneSpec
 from imdsproxy.core.inventory import Inventory
@@ -32,27 +32,13 @@ from imdsproxy.listeners.endpoints import (
     plan_binds,
     plan_links,
 )
-from imdsproxy.listeners.host import KeptNetworks, SystemHost, haproxy_name
+from imdsproxy.listeners.host import KeptNetworks, SystemHost, apply_links, haproxy_name
 from imdsproxy.listeners.plan import ListenerPlan
 from imdsproxy.listeners.watch import HostWatch
 from imdsproxy.unix_listener.listener import UnixListener, bound_path
 
 _RECHECK_S = 1.0
 """Seconds until what the host refused is tried again, without any event."""
-
-
-@dataclass(frozen=True, slots=True)
-class ListenerReport:
-    """The result of the last round; `at` is Unix time."""
-
-    at: float
-    endpoints: tuple[Endpoint, ...] = ()
-    left_out: tuple[LeftOut, ...] = ()
-    foreign: tuple[Foreign, ...] = ()
-    problems: tuple[Problem, ...] = ()
-    operations: int = 0
-    reasons: tuple[str, ...] = ()
-    seconds: float = 0.0
 
 
 @dataclass(slots=True)
@@ -62,6 +48,7 @@ class ListenerLoop:
     Attributes:
         settings: HAProxy's configuration as the settings have it, without binds; `maxconn` 0 to have it computed.
         descriptors: How many HAProxy may open, -1 for no limit.
+        report: The result of the last round.
         audits_per_s: Networks that are compared with the kernel each second without an event.
     """
 
@@ -78,7 +65,7 @@ class ListenerLoop:
     kept: KeptNetworks
     unix: UnixListener
     tickets: Tickets = field(default_factory=Tickets)
-    report: ListenerReport = field(default_factory=lambda: ListenerReport(0.0))
+    report: ListenerPlan = field(default_factory=ListenerPlan)
     failure: Problem | None = None
     working: bool = False
     unexported: Problem | None = None
@@ -91,7 +78,7 @@ class ListenerLoop:
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
-        self.watch = HostWatch(self.host.observer, self.touch, self.audits_per_s)
+        self.watch = HostWatch(self.host, self.touch, self.audits_per_s)
 
     def touch(self, reason: str, networks: Iterable[NetworkId] | None = None) -> int:
         """Look at the host again; the ticket says when what was found is in force.
@@ -208,8 +195,8 @@ class ListenerLoop:
         operations = 0
         for attempt in range(3):
             if attempt < 2:  # noqa: PLR2004 - the third is the same without the unix listener
-                plan, problems, more = await self._settle(networks)
-                operations += more
+                plan = await self._settle(networks)
+                operations += plan.operations
                 await self.unix.choose()
             try:
                 endpoints = await self._apply(plan.endpoints, reasons)
@@ -227,18 +214,15 @@ class ListenerLoop:
         shared = {one.network for one in plan.left_out if one.code is LeftOutCode.LISTENER_SHARED}
         self.kept.keep({key: one for key, one in networks.items() if key not in shared})
         own = (one for one in (self.unexported, self.unix.problem) if one is not None)
-        problems = (*problems, *own, *self.mac_filters.problems, *self.hop_limits.problems)
-        if self.host.known is not None:
-            left_out = {one.network for one in plan.left_out if one.code.silent}
-            self.watch.expect(networks, self.host.known, left_out, self._pids())
+        problems = (*plan.problems, *own, *self.mac_filters.problems, *self.hop_limits.problems)
+        self.watch.expect(networks, {one.network for one in plan.left_out if one.code.silent})
         self.rounds += 1
         self.seconds += self.clock.monotonic() - began
         before, known = self.report, self._degraded
-        self.report = ListenerReport(
+        self.report = replace(
+            plan,
             at=self.clock.now().timestamp(),
             endpoints=endpoints,
-            left_out=plan.left_out,
-            foreign=plan.foreign,
             problems=problems,
             operations=operations,
             reasons=reasons,
@@ -247,9 +231,7 @@ class ListenerLoop:
         self._degraded = frozenset(self.degraded())
         self._log_new(before, known)
 
-    async def _settle(
-        self, networks: Mapping[NetworkId, Network]
-    ) -> tuple[ListenerPlan, tuple[Problem, ...], int]:
+    async def _settle(self, networks: Mapping[NetworkId, Network]) -> ListenerPlan:
         return await self.host.settle(
             networks, self.kept.load(), self._pids(), sweep=self.inventory.in_sync
         )
@@ -276,7 +258,8 @@ class ListenerLoop:
             running=self.haproxy.processes is not None,
         )
         # The old worker does not look at the links any more, the next one needs all of its own.
-        self.host.apply_links(plan_links(self._listening.binds))
+        namespaces = str(self.host.thread.directory.path)
+        apply_links(self.host.links, plan_links(self._listening.binds, namespaces))
         before = bound_path(self.haproxy.in_force())
         spec = self.spec()
         if self.unix.rebind:
@@ -296,7 +279,7 @@ class ListenerLoop:
             )
         return endpoints
 
-    def _log_new(self, before: ListenerReport, known: frozenset[LeftOut]) -> None:
+    def _log_new(self, before: ListenerPlan, known: frozenset[LeftOut]) -> None:
         """Log what is new since the last round, not what was known."""
         log = structlog.get_logger()
         for left in sorted(self._degraded - known, key=lambda one: one.network):

@@ -6,7 +6,7 @@ is a part that `core.hoststate.merge_observed` lays over what was known.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -24,13 +24,19 @@ from imdsproxy.core.hoststate import (
     ObservedHost,
     ObservedNamespace,
 )
-from imdsproxy.core.model import METADATA_IPV4, Network
+from imdsproxy.core.model import METADATA_IPV4
 from imdsproxy.errors import DataplaneError, host_refused, refusing
 from imdsproxy.host.namespaces import NamespaceThread
-from imdsproxy.host.netlink import default_routes, list_links, metadata_addresses, route_length
+from imdsproxy.host.netlink import (
+    default_routes,
+    list_links,
+    list_links_near,
+    metadata_addresses,
+    route_length,
+)
 from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.host.sockets import SOCK_DIAG, SocketOwners, listening_sockets, try_bind
-from imdsproxy.listeners.plan import ManagedPlace, place_of
+from imdsproxy.listeners.plan import ManagedPlace, Place
 
 Peek: TypeAlias = tuple[int, frozenset[int]]
 """A namespace's inode and those of the sockets that listen in it."""
@@ -72,16 +78,16 @@ class HostObserver:
 
     async def observe(
         self,
-        networks: Iterable[Network],
+        places: Collection[Place],
         our_pids: Collection[int] = (),
         *,
         everything: bool = False,
         managed: Collection[ManagedPlace] | None = None,
     ) -> ObservedHost:
-        """Look at what these networks need.
+        """Look at what listeners at these places need.
 
         Args:
-            networks: Those of interest; for a part, also those that have just gone.
+            places: Those of interest; for a part, also those where something has just been removed.
             our_pids: HAProxy's master and workers: whose listening sockets are ours.
             everything: Look at all namespaces and the host's own devices, for what earlier
                 processes may have left there.
@@ -92,11 +98,11 @@ class HostObserver:
             HostRefused: The host's own namespace cannot be looked at. (Trouble in another one is
                 reported as its `problem`.)
         """
-        places = [place_of(one, self.naming) for one in networks]
         wanted: dict[str | None, set[str | None]] = {}
         for place in places:
             wanted.setdefault(place.namespace, set()).add(place.device)
         asked = frozenset(name for name in wanted if name is not None)
+        near = {name for place in places for name in place.host_devices}
 
         def look() -> ObservedHost:
             left = self._left_over(managed) - asked if everything else frozenset()
@@ -104,15 +110,17 @@ class HostObserver:
             seen = {name: self._namespace(name, wanted.get(name, set())) for name in names}
             namespaces = {name: one for name, one in seen.items() if one is not None}
             root = ObservedNamespace(None)
-            if everything or any(place.host_devices for place in places):
+            if everything or near:
                 with refusing("look at the host's devices"):
-                    root = self._look(None, wanted.get(None, set()))
+                    some = () if everything else near
+                    root = self._look(None, wanted.get(None, set()), some)
             sockets = (one for place in (root, *namespaces.values()) for one in place.sockets)
             owned = self.owners.resolve(sockets, our_pids)
             return ObservedHost(
                 root=_with_owners(root, owned),
                 namespaces={name: _with_owners(one, owned) for name, one in namespaces.items()},
                 asked=None if everything else asked,
+                devices=frozenset(near),
             )
 
         return await self.thread.run(look)
@@ -157,18 +165,25 @@ class HostObserver:
         half_made = self.naming.is_namespace(name) and (self.thread.directory.path / name).exists()
         return ObservedNamespace(None) if seen is None and half_made else seen
 
-    def _look(self, ref: NamespaceRef | None, wanted: set[str | None]) -> ObservedNamespace:
-        """Look at the thread's namespace; with no devices of interest, only at what may be ours in there."""
+    def _look(
+        self, ref: NamespaceRef | None, wanted: set[str | None], near: Collection[str] = ()
+    ) -> ObservedNamespace:
+        """Look at the thread's namespace.
+
+        Args:
+            ref: Which it is.
+            wanted: Devices of interest; without one, only what may be ours in there is looked at.
+            near: Only these devices are looked at, and what belongs together with them; without one, all are.
+        """
         with NetlinkSocket() as channel:
-            devices, addresses = _devices_and_addresses(channel)
+            devices, addresses = _devices_and_addresses(channel, near)
             own = ref is not None and self.naming.is_namespace(ref.name)
             routes = default_routes(channel, devices.values()) if own else frozenset()
             metadata = own_metadata(channel, self.dmi) if ref is None else ""
         sockets: list[ListeningSocket] = []
-        if wanted:
-            names = {one.index: one.name for one in devices.values()}
+        if wanted or near:
             with NetlinkSocket(SOCK_DIAG) as channel:
-                sockets = listening_sockets(channel, names)
+                sockets = listening_sockets(channel)
         return ObservedNamespace(
             ref=ref,
             devices=devices,
@@ -182,7 +197,7 @@ class HostObserver:
 
 def _listening_inodes() -> frozenset[int]:
     with NetlinkSocket(SOCK_DIAG) as channel:
-        return frozenset(one.inode for one in listening_sockets(channel, {}))
+        return frozenset(one.inode for one in listening_sockets(channel))
 
 
 def _with_owners(seen: ObservedNamespace, owned: dict[int, ListeningSocket]) -> ObservedNamespace:
@@ -192,12 +207,13 @@ def _with_owners(seen: ObservedNamespace, owned: dict[int, ListeningSocket]) -> 
 
 
 def _devices_and_addresses(
-    channel: NetlinkSocket,
+    channel: NetlinkSocket, near: Collection[str]
 ) -> tuple[dict[str, ObservedDevice], tuple[ObservedAddress, ...]]:
     """Both of one moment, or nearly: every address is on one of the devices."""
     for _ in range(_TRIES):
-        devices = {one.name: one for one in list_links(channel)}
-        addresses = tuple(metadata_addresses(channel, devices.values()))
+        links = list_links_near(channel, near) if near else list_links(channel)
+        devices = {one.name: one for one in links}
+        addresses = tuple(metadata_addresses(channel, links, only=near))
         known = tuple(one for one in addresses if one.device in devices)
         if len(known) == len(addresses):
             break

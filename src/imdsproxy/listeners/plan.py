@@ -84,21 +84,25 @@ class RemoveAddress:
 class DeleteNamespace:
     """Remove a namespace of ours, and with it the veth pair that ends in it."""
 
-    action: ClassVar[str] = "delete namespace {0.name}"
+    action: ClassVar[str] = "delete namespace {0.namespace}"
     network: ClassVar[None] = None
-    name: str
+    device: ClassVar[None] = None
+    namespace: str
 
 
 @dataclass(frozen=True, slots=True)
 class DeleteLink:
     """Remove a link of ours from the host's own namespace."""
 
-    action: ClassVar[str] = "delete link {0.name}"
+    action: ClassVar[str] = "delete link {0.device}"
     network: ClassVar[None] = None
-    name: str
+    namespace: ClassVar[None] = None
+    device: str
 
 
-HostOp: TypeAlias = AttachBridge | AddAddress | RemoveAddress | DeleteNamespace | DeleteLink
+Removal: TypeAlias = RemoveAddress | DeleteNamespace | DeleteLink
+
+HostOp: TypeAlias = AttachBridge | AddAddress | Removal
 """What `listeners.apply` does to a host. Done twice, or on a host that is that way already, it changes nothing."""
 
 
@@ -111,12 +115,21 @@ class ListenerPlan:
         left_out: What cannot be bound, with reasons; `PENDING` ones come right by `ops`.
         foreign: Who else listens at those addresses and what that does.
         ops: What to do on the host, in this order: removals first.
+        problems: What was refused when it was done.
+        operations: How many things were done on the host before nothing more was to be done.
+        at: When it was in force, Unix time; `seconds` later than the work on it had begun.
+        reasons: Of that work.
     """
 
     endpoints: tuple[Endpoint, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
     foreign: tuple[Foreign, ...] = ()
     ops: tuple[HostOp, ...] = ()
+    problems: tuple[Problem, ...] = ()
+    operations: int = 0
+    at: float = 0.0
+    seconds: float = 0.0
+    reasons: tuple[str, ...] = ()
 
 
 class Place(NamedTuple):
@@ -252,13 +265,10 @@ def plan_network(network: Network, observed: ObservedHost, naming: Naming) -> It
     """Endpoints of one network, or why it has none and what is to be done first."""
     place, root = place_of(network, naming), observed.root
     seen = root if place.namespace is None else observed.namespaces.get(place.namespace, _NOTHING)
-    if place.bridge is None:
-        refusal = _refuse_place(place, seen)
-    else:
-        refusal = _refuse_bridge(place.bridge[0], root) or _refuse_names(
-            place, seen, root, naming.alias(network.id)
-        )
-    if refusal is not None:
+    refusals = _refuse_place(place, seen)
+    if place.bridge is not None:
+        refusals = _refuse_bridge(place, seen, root, naming.alias(network.id))
+    if refusal := next(refusals, None):
         yield LeftOut(network.id, None, *refusal)
         return
     yield from _lacks(network.id, place, seen, root, naming)
@@ -279,33 +289,35 @@ Refusal: TypeAlias = tuple[LeftOutCode, str, str]
 """Why a network is not served, and a hint (see `LeftOut`)."""
 
 
-def _refuse_place(place: Place, seen: ObservedNamespace) -> Refusal | None:
+def _refuse_place(place: Place, seen: ObservedNamespace) -> Iterator[Refusal]:
     where = f" in namespace {place.namespace}" if place.namespace else ""
     if seen.problem:
-        return LeftOutCode.NAMESPACE_UNUSABLE, seen.problem, ""
+        yield LeftOutCode.NAMESPACE_UNUSABLE, seen.problem, ""
     if place.namespace is not None and seen.ref is None:
         hint = "it is noticed within a second once it is made"
         reason = f"there is no network namespace {place.namespace}"
-        return LeftOutCode.NAMESPACE_MISSING, reason, hint
-    name = place.device
-    if name is None:
-        return None
-    device = seen.devices.get(name)
-    if device is None:
+        yield LeftOutCode.NAMESPACE_MISSING, reason, hint
+    if place.device is None:
+        return
+    device = seen.devices.get(place.device)
+    if device is not None:
+        yield from _refuse_device(device, seen, where)
+    else:
         hint = "it is noticed within a second once it is there"
-        return LeftOutCode.DEVICE_MISSING, f"there is no device {name}{where}", hint
-    if not device.up:
-        return LeftOutCode.DEVICE_DOWN, f"device {name}{where} is down", f"ip link set {name} up"
-    return _refuse_owner(device, seen, where)
+        yield LeftOutCode.DEVICE_MISSING, f"there is no device {place.device}{where}", hint
 
 
-def _refuse_owner(device: ObservedDevice, seen: ObservedNamespace, where: str) -> Refusal | None:
-    """Why packets to a device, or of this host by it, belong to something else."""
+def _refuse_device(
+    device: ObservedDevice, seen: ObservedNamespace, where: str
+) -> Iterator[Refusal]:
+    """Also why packets to it, or of this host by it, belong to something else."""
     name = device.name
+    if not device.up:
+        yield LeftOutCode.DEVICE_DOWN, f"device {name}{where} is down", f"ip link set {name} up"
     for master in seen.devices.values():
         if master.index == device.master and master.kind in ENSLAVING:
             reason = f"device {name}{where} belongs to {master.kind} {master.name}, which takes its packets"
-            return LeftOutCode.DEVICE_ENSLAVED, reason, f"name {master.name} in its place"
+            yield LeftOutCode.DEVICE_ENSLAVED, reason, f"name {master.name} in its place"
     if seen.own_metadata and METADATA_IPV4 not in _addresses_on(seen, name):
         reason = (
             f"with {METADATA_IPV4} on {name} this host would not reach metadata of its own any more, "
@@ -315,38 +327,32 @@ def _refuse_owner(device: ObservedDevice, seen: ObservedNamespace, where: str) -
             f"if {name} is a bridge, name it as a bridge (--bridge {name}): that leaves the host alone; "
             f"if the host needs none: ip address add {METADATA_IPV4}/32 dev {name}"
         )
-        return LeftOutCode.HOST_METADATA, reason, hint
-    return None
+        yield LeftOutCode.HOST_METADATA, reason, hint
 
 
-def _refuse_bridge(name: str, root: ObservedNamespace) -> Refusal | None:
-    bridge = root.devices.get(name)
+def _refuse_bridge(
+    place: Place, seen: ObservedNamespace, root: ObservedNamespace, alias: str
+) -> Iterator[Refusal]:
+    """Also why what has the name of our link or namespace is not ours."""
+    name, link_name = place.host_devices
+    bridge, link = root.devices.get(name), root.devices.get(link_name)
     if bridge is None:
         hint = "create it; it is noticed within a second"
-        return LeftOutCode.DEVICE_MISSING, f"there is no bridge {name}", hint
-    if bridge.kind != "bridge":
+        yield LeftOutCode.DEVICE_MISSING, f"there is no bridge {name}", hint
+    elif bridge.kind != "bridge":
         what = f"a device of kind {bridge.kind}" if bridge.kind else "a plain device"
         hint = "use an interface listener, or a namespace for an Open vSwitch bridge"
-        return LeftOutCode.NOT_A_BRIDGE, f"{name} is {what}, not a Linux bridge", hint
-    if not bridge.up:
-        return LeftOutCode.DEVICE_DOWN, f"bridge {name} is down", f"ip link set {name} up"
-    return None
-
-
-def _refuse_names(
-    place: Place, seen: ObservedNamespace, root: ObservedNamespace, alias: str
-) -> Refusal | None:
-    """Why what has the name of our link or namespace is not ours."""
-    link = None if place.bridge is None else root.devices.get(place.bridge[1])
+        yield LeftOutCode.NOT_A_BRIDGE, f"{name} is {what}, not a Linux bridge", hint
+    elif not bridge.up:
+        yield LeftOutCode.DEVICE_DOWN, f"bridge {name} is down", f"ip link set {name} up"
     if link is not None and link.alias != alias and not _is_unmarked_veth(link):
         reason = f"a link {link.name} that is not ours is there"
-        return LeftOutCode.NAME_TAKEN, reason, f"ip link del {link.name}"
+        yield LeftOutCode.NAME_TAKEN, reason, f"ip link del {link.name}"
     if seen.problem:
-        return LeftOutCode.NAMESPACE_UNUSABLE, seen.problem, ""
+        yield LeftOutCode.NAMESPACE_UNUSABLE, seen.problem, ""
     if _alias_of(seen) != alias and not _is_unmarked(seen):
         reason = f"a namespace {place.namespace} that is not ours is there"
-        return LeftOutCode.NAME_TAKEN, reason, f"ip netns del {place.namespace}"
-    return None
+        yield LeftOutCode.NAME_TAKEN, reason, f"ip netns del {place.namespace}"
 
 
 def _is_unmarked_veth(link: ObservedDevice) -> bool:
@@ -432,8 +438,9 @@ def find_shared(
         if place.host_devices:
             where, device = f"device {place.host_devices[0]}", None
         taken = places.setdefault(where, {})
-        holders = taken.values() if device is None else (taken.get(None), taken.get(device))
-        holder = next((one for one in holders if one is not None), None)
+        holder = taken.get(None) or taken.get(device)
+        if holder is None and device is None:
+            holder = next(iter(taken.values()), None)
         if holder is None:
             taken[device] = network.id
         else:
@@ -477,27 +484,3 @@ def plan_sweep(
             in_ours = at is not None and naming.is_namespace(at)
             if not in_ours and (managed is None or where in managed):
                 yield RemoveAddress(at, one.device, one.address, one.prefix)
-
-
-def without_removed(observed: ObservedHost, ops: Iterable[HostOp]) -> ObservedHost:
-    """The host as it is known, once removals have been carried out, without another look.
-
-    Args:
-        observed: The host that the plan was made from.
-        ops: Those that were done; any but removals are of no account here.
-    """
-    gone = frozenset(ops)
-
-    def strip(place: str | None, seen: ObservedNamespace) -> ObservedNamespace:
-        kept = tuple(
-            one
-            for one in seen.addresses
-            if RemoveAddress(place, one.device, one.address, one.prefix) not in gone
-        )
-        return seen if len(kept) == len(seen.addresses) else replace(seen, addresses=kept)
-
-    root = strip(None, observed.root)
-    devices = {name: one for name, one in root.devices.items() if DeleteLink(name) not in gone}
-    given = observed.namespaces.items()
-    kept = {name: strip(name, seen) for name, seen in given if DeleteNamespace(name) not in gone}
-    return replace(observed, root=replace(root, devices=devices), namespaces=kept)

@@ -14,7 +14,7 @@ import functools
 import os
 import select
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, Self, TypeVar
@@ -22,12 +22,13 @@ from typing import Final, Self, TypeVar
 from imdsproxy.core.hoststate import NamespaceRef, ObservedHost, merge_observed
 from imdsproxy.core.model import Network, NetworkId
 from imdsproxy.errors import DataplaneError, host_refused, refusing
-from imdsproxy.host.events import KernelEvents, LinkChange, Stream, watch_links
+from imdsproxy.host.events import KernelEvents, LinkChange, watch_links
 from imdsproxy.host.inotify import ENTRIES, IN_DELETE, IN_MOVED_FROM, ITSELF, Inotify
 from imdsproxy.host.namespaces import MISSING, NamespaceDirectory
 from imdsproxy.host.netlink import assign_nsid
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
-from imdsproxy.listeners.observe import HostObserver, Peek
+from imdsproxy.listeners.host import SystemHost
+from imdsproxy.listeners.observe import Peek
 from imdsproxy.listeners.plan import place_of, plan_network
 
 T = TypeVar("T")
@@ -64,30 +65,28 @@ class EventKind(StrEnum):
 class HostWatch:
     """Watches the host as long as its context is entered. An asynchronous context manager.
 
-    It reports nothing until `expect` was called.
+    It reports nothing until `expect` was called, and of an audit only what differs from the host as it was last seen.
 
     Attributes:
-        observer: Looks, for the audit.
+        host: What is watched.
         touch: Called with a kind of event and the networks whose listener it concerns; `None` for all.
         audits_per_s: Networks checked in turn each second; one takes 0.1 ms. 0 for none.
         every_s: Seconds between two checks of networks that are not served.
         rechecks: At most so many of them each time, in turn.
     """
 
-    observer: HostObserver
+    host: SystemHost
     touch: Callable[[str, Collection[NetworkId] | None], object]
     audits_per_s: Callable[[], float]
     every_s: float = 0.5
     rechecks: int = 300
-    _networks: dict[NetworkId, Network] = field(default_factory=dict)
+    _networks: Mapping[NetworkId, Network] = field(default_factory=dict)
     _namespaces: dict[str | None, set[NetworkId]] = field(default_factory=dict)
     _devices: dict[str, set[NetworkId]] = field(default_factory=dict)
-    _observed: ObservedHost = field(default_factory=ObservedHost)
     _left_out: tuple[NetworkId, ...] = ()
-    _our_pids: Collection[int] = ()
     _nsids: dict[int, NamespaceRef] = field(default_factory=dict)
     _wanted_ids: asyncio.Event = field(default_factory=asyncio.Event)
-    _closing: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack)
+    _closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _peeked: dict[str | None, Peek | None] = field(default_factory=dict)
     _turns: Counter[str] = field(default_factory=Counter)
     _namespace_watch: NamespaceWatch = field(init=False)
@@ -103,39 +102,26 @@ class HostWatch:
         return namespace is None or namespace in self._nsids.values()
 
     def expect(
-        self,
-        networks: Mapping[NetworkId, Network],
-        observed: ObservedHost,
-        left_out: Iterable[NetworkId] = (),
-        our_pids: Collection[int] = (),
+        self, networks: Mapping[NetworkId, Network], left_out: Collection[NetworkId] = ()
     ) -> None:
-        """Set what matters and what is known: an audit reports only what differs from that.
-
-        Args:
-            networks: All of them.
-            observed: The host as it is known.
-            left_out: Those of the networks to check every second.
-            our_pids: HAProxy's master and workers.
-        """
+        """Set what matters: all networks, and those of them that are to be checked every second."""
         if networks != self._networks:
             self._networks = dict(networks)
             self._namespaces, self._devices = {}, {}
             for network in networks.values():
-                place = place_of(network, self.observer.naming)
+                place = place_of(network, self.host.naming)
                 self._namespaces.setdefault(place.namespace, set()).add(network.id)
                 for device in place.host_devices:
                     self._devices.setdefault(device, set()).add(network.id)
             for name in self._peeked.keys() - self._namespaces.keys():
                 del self._peeked[name]
             self._wanted_ids.set()
-        self._observed = observed
-        self._left_out = tuple(sorted(networks.keys() & set(left_out)))
-        self._our_pids = our_pids
+        self._left_out = tuple(sorted(networks.keys() & left_out))
 
     async def __aenter__(self) -> Self:
-        directory = self.observer.thread.directory
-        self._namespace_watch = await self._closing.enter_async_context(NamespaceWatch(directory))
-        self._link_watch = await self._closing.enter_async_context(watch_links())
+        directory = self.host.thread.directory
+        self._namespace_watch = self._closing.enter_context(NamespaceWatch(directory))
+        self._link_watch = self._closing.enter_context(watch_links())
         works = (self._follow_namespaces, self._follow_links, self._give_ids, self._audit)
         self._tasks = [asyncio.create_task(work()) for work in works]
         return self
@@ -144,7 +130,7 @@ class HostWatch:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._closing.aclose()
+        self._closing.close()
 
     async def run(self) -> None:
         """Wait until watching fails, and raise what failed."""
@@ -177,7 +163,7 @@ class HostWatch:
 
     def _joined_or_left(self, change: LinkChange) -> list[str]:
         """The bridges that a device became a port of, and that it is a port of no longer."""
-        devices = self._observed.root.devices
+        devices = self.host.seen.root.devices
         known = devices[change.device].master if change.device in devices else 0
         if change.master in (None, known):
             return []
@@ -195,7 +181,7 @@ class HostWatch:
             wanted = (current.get(name or "") for name in self._namespaces)
             missing = [ref for ref in wanted if ref is not None and ref not in have]
             for some in _batches(missing):
-                given = await self.observer.thread.run(functools.partial(self._assign, some))
+                given = await self.host.thread.run(functools.partial(self._assign, some))
                 self._nsids.update(given)
                 ids = (self._namespaces.get(ref.name, ()) for ref in given.values())
                 # What happened before the id was given was not reported.
@@ -205,7 +191,7 @@ class HostWatch:
         given: dict[int, NamespaceRef] = {}
         with NetlinkSocket() as channel:
             for ref in refs:
-                opened = self.observer.thread.directory.open(ref.name)
+                opened = self.host.thread.directory.open(ref.name)
                 if opened is None:
                     continue
                 # Without an id no events then; the audit looks at it properly every time.
@@ -233,8 +219,8 @@ class HostWatch:
         # Devices and addresses are reported where a namespace has an id. Listening sockets are not:
         # where they differ from the last proper look, it is time for another one.
         heard = {None, *(ref.name for ref in self._nsids.values())}
-        places = {place_of(one, self.observer.naming).namespace for one in networks}
-        seen = await self.observer.peek(places)
+        places = {place_of(one, self.host.naming).namespace for one in networks}
+        seen = await self.host.observer.peek(places)
         changed = [
             place
             for place in places
@@ -249,18 +235,19 @@ class HostWatch:
     async def _look(self, networks: Sequence[Network]) -> bool:
         """Look properly, and report networks whose plan is another one now; false when that was not possible."""
         try:
-            part = await self.observer.observe(networks, self._our_pids)
+            part = await self.host.observe(networks)
         except DataplaneError:
             # The listener loop, which acts on the event, looks too, reports the error and tries again.
             self._publish(EventKind.OVERFLOW, self._networks)
             return False
-        now = merge_observed(self._observed, part)
-        changed = [n.id for n in networks if self._facts(n, now) != self._facts(n, self._observed)]
+        seen = self.host.seen
+        now = merge_observed(seen, part)
+        changed = [one.id for one in networks if self._facts(one, now) != self._facts(one, seen)]
         self._publish(EventKind.AUDIT, changed)
         return True
 
     def _facts(self, network: Network, host: ObservedHost) -> object:
-        naming = self.observer.naming
+        naming = self.host.naming
         seen = host.namespaces.get(place_of(network, naming).namespace or "")
         # MAC filters are on all devices of a namespace.
         return tuple(plan_network(network, host, naming)), None if seen is None else seen.devices
@@ -271,8 +258,8 @@ def _batches(things: Sequence[T]) -> list[Sequence[T]]:
 
 
 @dataclass(eq=False)
-class NamespaceWatch(Stream[tuple[NamespaceRef, bool]]):
-    """The namespaces of a directory, kept up to date. An asynchronous context manager.
+class NamespaceWatch:
+    """The namespaces of a directory, kept up to date. A context manager, and an asynchronous iterator without an end.
 
     Each item is a namespace, and whether its name leads to it now or does not any more: its sockets may keep it alive.
     The directory need not exist yet.
@@ -288,11 +275,9 @@ class NamespaceWatch(Stream[tuple[NamespaceRef, bool]]):
     directory: NamespaceDirectory
     current: dict[str, NamespaceRef] = field(default_factory=dict)
     _removed: set[str] = field(default_factory=set)
-    _due: asyncio.TimerHandle | None = None
-    _earliest: float = 0.0
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def __aenter__(self) -> Self:
-        self._loop = asyncio.get_running_loop()
+    def __enter__(self) -> Self:
         try:
             self._inotify = Inotify()
             self._mounts = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
@@ -306,13 +291,11 @@ class NamespaceWatch(Stream[tuple[NamespaceRef, bool]]):
             raise host_refused("watch the network namespaces", error, hint=hint) from error
         self._follow()
         self.current = self.directory.namespaces()
-        self._loop.add_reader(self._epoll.fileno(), self.attempt, self._take)
+        asyncio.get_running_loop().add_reader(self._epoll.fileno(), self._take)
         return self
 
-    async def __aexit__(self, *_: object) -> None:
-        self._loop.remove_reader(self._epoll.fileno())
-        if self._due is not None:
-            self._due.cancel()
+    def __exit__(self, *_: object) -> None:
+        asyncio.get_running_loop().remove_reader(self._epoll.fileno())
         self._epoll.close()
         os.close(self._mounts)
         self._inotify.close()
@@ -322,32 +305,34 @@ class NamespaceWatch(Stream[tuple[NamespaceRef, bool]]):
         # event is used up: being called at all is the event.
         self._epoll.poll(0)
         self._drain()
-        if self._due is None:
-            when = max(self._loop.time() + _SETTLE_S, self._earliest)
-            self._due = self._loop.call_at(when, self.attempt, self._scan)
+        self._changed.set()
 
     def _drain(self) -> None:
         gone = IN_DELETE | IN_MOVED_FROM
         self._removed.update(name for _, mask, name in self._inotify.read() if mask & gone)
 
-    def _scan(self) -> None:
-        """Look at the whole directory, and report what has changed."""
-        self._due = None
-        began = self._loop.time()
+    async def __aiter__(self) -> AsyncIterator[tuple[NamespaceRef, bool]]:
+        time, earliest = asyncio.get_running_loop().time, 0.0
+        while True:
+            await self._changed.wait()
+            await asyncio.sleep(max(_SETTLE_S, earliest - time()))
+            self._changed.clear()
+            began = time()
+            changes = self._scan()
+            earliest = time() + min(_SHARE * (time() - began), _LONGEST_PAUSE_S)
+            for change in changes:
+                yield change
+
+    def _scan(self) -> list[tuple[NamespaceRef, bool]]:
+        """Look at the whole directory: what is gone, and what has come."""
         self._follow()
         self._drain()
-        before, now = self.current, self.directory.namespaces()
-        self.current = now
+        before, self.current = self.current, self.directory.namespaces()
         # A name that was removed leads to another namespace now, though the kernel may have used the inode again.
-        replaced, self._removed = self._removed, set()
-        for name, ref in before.items():
-            if now.get(name) != ref or name in replaced:
-                self.put((ref, False))
-        for name, ref in now.items():
-            if before.get(name) != ref or name in replaced:
-                self.put((ref, True))
-        ended = self._loop.time()
-        self._earliest = ended + min(_SHARE * (ended - began), _LONGEST_PAUSE_S)
+        changed, self._removed = self._removed, set()
+        changed |= {name for name, _ in before.items() ^ self.current.items()}
+        gone = [(ref, False) for name, ref in before.items() if name in changed]
+        return gone + [(ref, True) for name, ref in self.current.items() if name in changed]
 
     def _follow(self) -> None:
         """Watch the directory, or its nearest parent that exists, by inotify; a second time changes nothing."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.anti_spoofing.hop_limits import HopLimits
-from imdsproxy.anti_spoofing.kernel import HopPlace, TableJournal
+from imdsproxy.anti_spoofing.kernel import HopPlace, table_journal
 from imdsproxy.core.endpoints import Endpoint
 from imdsproxy.core.hoststate import NamespaceRef
 from imdsproxy.core.model import NetworkId
@@ -26,7 +26,7 @@ _WITHHELD = "+1tooo--:0:0:0|i-1|r-1"
 class _Case:
     def __init__(self, directory: Path, kernel: FakeHopLimits | None = None) -> None:
         self.kernel = kernel or FakeHopLimits()
-        self.hops = HopLimits(self.kernel, TableJournal(directory / "hops.json"))
+        self.hops = HopLimits(self.kernel, table_journal(directory / "hops.json"))
         self.changed: list[frozenset[NetworkId]] = []
         self.needed: list[frozenset[NetworkId]] = []
         self.hops.on_change, self.hops.on_need = self.changed.append, self.needed.append

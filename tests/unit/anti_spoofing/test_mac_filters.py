@@ -7,7 +7,7 @@ from typing import Self
 
 import pytest
 
-from imdsproxy.anti_spoofing.kernel import TableJournal
+from imdsproxy.anti_spoofing.kernel import table_journal
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.anti_spoofing.plan import ANY_MAC
 from imdsproxy.core.endpoints import Endpoint
@@ -37,7 +37,7 @@ class Rig:
             self.kernel,
             self.inventory,
             Naming(),
-            TableJournal(directory / "gates.json"),
+            table_journal(directory / "gates.json"),
             self.clock,
             self.changed.append,
             self.missing.append,

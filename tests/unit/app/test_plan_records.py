@@ -195,22 +195,22 @@ def test_the_key_is_what_haproxy_makes_of_bind_and_source() -> None:
 def test_a_namespace_made_again_has_another_link() -> None:
     one, other = (Endpoint(_RED, METADATA_IPV4, 80, None, NamespaceRef("red", n)) for n in (1, 2))
     assert (link_name(one), link_name(other)) == ("red@1", "red@2")
-    assert plan_links([one]) == {"red@1": "red"}
+    assert plan_links([one], "/n") == {"red@1": "/n/red"}
     assert plan_binds([one], "../x") == (Bind(_RED, METADATA_IPV4, 80, None, "../x/red@1"),)
 
 
 def test_a_device_made_again_has_another_link_in_a_namespace_and_on_the_host() -> None:
-    for place, target in ((NamespaceRef("red", 4), "red"), (None, "/proc/self/ns/net")):
+    for place, target in ((NamespaceRef("red", 4), "/n/red"), (None, "/proc/self/ns/net")):
         one, other = (Endpoint(_RED, METADATA_IPV4, 80, "br0", place, index) for index in (7, 9))
-        assert plan_links([one]).keys().isdisjoint(plan_links([other]))
-        (link,) = plan_links([one])
-        assert plan_links([one]) == {link: target}
+        assert plan_links([one], "/n").keys().isdisjoint(plan_links([other], "/n"))
+        (link,) = plan_links([one], "/n")
+        assert plan_links([one], "/n") == {link: target}
         assert plan_binds([one], "../x") == (Bind(_RED, METADATA_IPV4, 80, "br0", f"../x/{link}"),)
 
 
 def test_an_interface_of_unknown_index_needs_no_link() -> None:
     endpoints = [Endpoint(_RED, METADATA_IPV4, 80, "virbr0", None)]
-    assert plan_links(endpoints) == {}
+    assert plan_links(endpoints, "/n") == {}
     assert plan_binds(endpoints, "../x") == (Bind(_RED, METADATA_IPV4, 80, "virbr0"),)
     assert networks_of(endpoints) == {_RED}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +27,6 @@ from imdsproxy.core.hoststate import (
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import (
     METADATA_IPV4,
-    BridgeListener,
     InterfaceListener,
     Listener,
     NamespaceListener,
@@ -41,7 +40,7 @@ from imdsproxy.host.clock import SystemClock
 from imdsproxy.listeners.host import KeptNetworks, NftTable, SystemHost
 from imdsproxy.listeners.loop import ListenerLoop, choose_exporter
 from imdsproxy.listeners.observe import HostObserver
-from imdsproxy.listeners.plan import HostOp, ManagedPlace
+from imdsproxy.listeners.plan import HostOp, ManagedPlace, Place
 from imdsproxy.unix_listener.listener import UnixListener
 from imdsproxy.unix_listener.settings import UnixListenerSettings
 from support.fake_haproxy import FakeHaproxy, control_fake
@@ -62,12 +61,12 @@ class FakeTable(NftTable):
 class FakeHost(SystemHost):
     """Namespaces by name; looked at as the real one is, whole or in part."""
 
-    def __init__(self) -> None:
+    def __init__(self, links: Path) -> None:
         nowhere = Path("/nowhere")
-        super().__init__(HostObserver(Mock(), Naming()), links=nowhere, journal=nowhere)
+        thread = Mock(directory=Mock(path=nowhere))
+        super().__init__(HostObserver(thread, Naming()), links=links, journal=nowhere)
         self.namespaces: dict[str, ObservedNamespace] = {}
         self.asked: list[tuple[bool, frozenset[NetworkId]]] = []
-        self.linked: dict[str, str] = {}
         self.refusal = ""
         self.done: list[HostOp] = []
         self.arp_guard = self.guard = FakeTable()
@@ -81,8 +80,13 @@ class FakeHost(SystemHost):
         )
 
     async def observe(
-        self, networks: Iterable[Network], *, everything: bool = False
+        self,
+        networks: Iterable[Network],
+        others: Collection[Place] = (),
+        *,
+        everything: bool = False,
     ) -> ObservedHost:
+        del others
         given = list(networks)
         self.asked.append((everything, frozenset(one.id for one in given)))
         names = {
@@ -102,8 +106,9 @@ class FakeHost(SystemHost):
     def managed(self) -> frozenset[ManagedPlace]:
         return frozenset()
 
-    def apply_links(self, links: Mapping[str, str]) -> None:
-        self.linked = dict(links)
+    @property
+    def linked(self) -> dict[str, str]:
+        return {one.name: str(one.readlink()) for one in self.links.iterdir()}
 
 
 @dataclass
@@ -160,7 +165,7 @@ async def _rig(directory: Path, *, agents: str | None = None) -> AsyncIterator[R
     layout = Layout(directory, directory, chroot=False)
     script = '#!/bin/sh\n! grep -q POISON "$3"\n'
     fake, _, haproxy = control_fake(layout, script, judged=layout.config)
-    host = FakeHost()
+    host = FakeHost(directory / "netns")
     inventory = Inventory(["a"])
     taken: list[str | None] = [None]
     path = directory / "agents" / (agents or "metadata_proxy")
@@ -209,7 +214,7 @@ async def test_a_missing_namespace_leaves_out_its_network_and_no_other_and_is_lo
         left = [one for one in logs if one["event"] == "listener left out"]
         assert [(one["network"], one["code"]) for one in left] == [("blue", "namespace-missing")]
         assert rig.bound() == {"red"}
-        assert rig.host.linked == {"red@7": "red"}
+        assert rig.host.linked == {"red@7": "/nowhere/red"}
         assert rig.left_out() == {"blue": LeftOutCode.NAMESPACE_MISSING}
         rig.host.make("blue", 8)
         await rig.settle("namespace-came", "blue")
@@ -233,25 +238,6 @@ async def test_only_what_may_have_changed_is_looked_at_and_what_has_not_reloads_
         await rig.settle("overflow", None)
         assert rig.host.asked[-1] == (True, frozenset({"red", "blue", "green"}))
         assert rig.fake.reloads == reloads
-
-
-async def test_with_one_listener_on_the_host_s_own_devices_all_on_its_interfaces_are_looked_at(
-    tmp_path: Path,
-) -> None:
-    async with _rig(tmp_path) as rig:
-        listeners: dict[str, Listener] = {
-            "a": BridgeListener("br0"),
-            "b": InterfaceListener("eth0"),
-            "c": NamespaceListener("red"),
-        }
-        networks = {NetworkId(k): Network(NetworkId(k), one) for k, one in listeners.items()}
-        rig.inventory.observe(Observation("a", full=True, networks=networks))
-        await rig.settle("networks changed", None)
-        rig.host.asked.clear()
-        await rig.settle("link", "a")
-        assert rig.host.asked[0] == (False, frozenset({"a", "b"}))
-        await rig.settle("link", "c")
-        assert rig.host.asked[-1] == (False, frozenset({"c"}))
 
 
 async def test_after_a_refusal_the_whole_host_is_looked_at_again_once(tmp_path: Path) -> None:

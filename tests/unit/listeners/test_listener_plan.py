@@ -48,7 +48,6 @@ from imdsproxy.listeners.plan import (
     RemoveAddress,
     explain_pending,
     plan_listeners,
-    without_removed,
 )
 
 NAMING = Naming()
@@ -311,18 +310,6 @@ def test_what_is_ours_goes_with_its_network_and_not_before(
 ) -> None:
     ops = plan_listeners(networks, host, **more).ops
     assert [one for one in ops if one.network is None] == removals
-    # What has been removed is not removed again.
-    after = plan_listeners(networks, without_removed(host, ops), **more).ops
-    assert [one for one in after if one.network is None] == []
-
-
-def test_what_is_not_removed_stays_as_it_was_known() -> None:
-    red = replace(FULL, ref=NamespaceRef("ns-red", 78), addresses=_MARKED)
-    host = _host(FULL, red)
-    after = without_removed(host, [RemoveAddress("ns-red", "tap0", METADATA_IPV4, 32)])
-    assert after.namespaces["ns-blue"] is FULL
-    assert [one.address for one in after.namespaces["ns-red"].addresses] == [METADATA_IPV6]
-    assert without_removed(host, _ADDED) == host
 
 
 @pytest.mark.parametrize(
@@ -510,9 +497,27 @@ def test_a_part_replaces_what_it_asked_for_and_leaves_the_rest() -> None:
     remade = replace(FULL, ref=NamespaceRef("ns-blue", 79))
     after = merge_observed(before, _part(remade, asked={"ns-blue"}))
     assert after == replace(before, namespaces={"ns-blue": remade, "ns-red": RED})
-    part = replace(_part(asked={"ns-blue"}), root=_root(LO).root)
-    assert merge_observed(after, part) == _host(RED, root=part.root)
+    assert merge_observed(after, _part(asked={"ns-blue"})) == _host(RED, root=before.root)
     assert merge_observed(after, ObservedHost()) == ObservedHost()
+
+
+def test_a_look_at_some_devices_of_the_host_replaces_them_and_the_ports_of_bridges() -> None:
+    ports = [ObservedDevice(f"p{n}", n, up=True, mtu=1500, master=BRIDGE.index) for n in (8, 9)]
+    before = _root(TAP, BRIDGE, *ports, addresses=(V4,))
+    other = (replace(V4, device="p9"),)
+
+    def after(asked: str, *devices: ObservedDevice) -> ObservedNamespace:
+        part = replace(_root(*devices, addresses=other), asked=frozenset())
+        return merge_observed(before, replace(part, devices=frozenset({asked}))).root
+
+    left = after("br0", BRIDGE, ports[1])
+    assert (
+        left
+        == _root(TAP, replace(ports[0], master=0), BRIDGE, ports[1], addresses=(V4, *other)).root
+    )
+    assert after("tap0") == _root(BRIDGE, *ports, addresses=other).root
+    # It has another name now.
+    assert after("eth9", replace(TAP, name="eth9")).devices.keys() == {"br0", "p8", "p9", "eth9"}
 
 
 def test_a_plan_with_a_memo_is_the_plan_without_it() -> None:
