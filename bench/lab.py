@@ -122,7 +122,7 @@ class Lab:
 
 def _furnish(*, ipv6: bool) -> None:
     with NetlinkSocket() as channel:
-        set_link(channel, _LOOPBACK, up=True)
+        set_link(channel, _LOOPBACK)
         add_address(channel, _LOOPBACK, METADATA_IPV4, 32, protocol=0)
         add_address(channel, _LOOPBACK, IPv4Address(guest(0)), GUESTS.network.prefixlen, protocol=0)
         _prefer_source(channel, IPv4Address(guest(0)))

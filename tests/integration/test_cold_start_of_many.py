@@ -32,7 +32,7 @@ _NAMES = [f"imdst-cold-{number}" for number in range(_COUNT)]
 
 def _furnish() -> None:
     with NetlinkSocket() as channel:
-        set_link(channel, 1, up=True)
+        set_link(channel, 1)
         add_address(channel, 1, METADATA_IPV4, 32, protocol=0)
 
 

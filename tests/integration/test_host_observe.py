@@ -232,7 +232,7 @@ async def test_a_device_that_comes_while_it_is_looked_at_is_no_trouble(
         found = list_links(channel)
         return [one for one in found if one.name != device or left[0] < 0]
 
-    monkeypatch.setattr("imdsproxy.listeners.observe.list_links", too_early)
+    monkeypatch.setattr("imdsproxy.host.netlink.list_links", too_early)
     seen = (await host.observe(NamespaceListener(name))).namespaces[name]
 
     # It is seen with the next question, or not at all: never half.

@@ -11,17 +11,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final, TypeAlias, TypeVar
 
+from imdsproxy.anti_spoofing import rules
 from imdsproxy.anti_spoofing.plan import ANY_MAC, MacFilter, PairMap
-from imdsproxy.anti_spoofing.rules import (
-    FORMAT,
-    SETS,
-    element_of,
-    fill_hop_limit,
-    fill_mac_filter,
-    flow_of,
-    packed_mac,
-    pair_of,
-)
 from imdsproxy.core.hoststate import Family, NamespaceRef
 from imdsproxy.core.model import METADATA_PORT, IpAddress, MacAddress, NetworkId
 from imdsproxy.core.wire import VERIFIED_PORT
@@ -203,7 +194,9 @@ class KernelMacFilters(_Tables):
 
         def bind() -> bool:
             batch = Batch(one.table)
-            batch.add_value(f"told{address.version}", flow_of(address, port), packed_mac(mac))
+            batch.add_value(
+                f"told{address.version}", rules.flow_of(address, port), rules.packed_mac(mac)
+            )
             with Ignoring(errno.EEXIST, errno.EBUSY):
                 commit(batch)
                 return True
@@ -220,7 +213,9 @@ class KernelMacFilters(_Tables):
 
         def ask() -> bytes | None:
             with NetfilterSocket() as channel:
-                return channel.value(one.table, f"from{address.version}", flow_of(address, port))
+                return channel.value(
+                    one.table, f"from{address.version}", rules.flow_of(address, port)
+                )
 
         found = None
         with contextlib.suppress(TableGone):
@@ -260,7 +255,7 @@ class KernelHopLimits(_Tables):
 
         def create() -> None:
             with NetfilterSocket() as channel:
-                _ensure(channel, Batch(self.table, INET), _HOPS_COMMENT, fill_hop_limit)
+                _ensure(channel, Batch(self.table, INET), _HOPS_COMMENT, rules.fill_hop_limit)
 
         return await self._attempt(
             {one: (one, "limit the hops of answers", create) for one in places}
@@ -304,15 +299,17 @@ def _open(one: MacFilter) -> PairMap | None:
                         f"cannot {_action(one)}: another program has port {VERIFIED_PORT}",
                         hint=f"ss -tlnp sport = :{VERIFIED_PORT} shows it, in its namespace; {_MACS_HINT}",
                     )
-        fill_mac_filter(batch, [name for name, _ in one.devices])
+        rules.fill_mac_filter(batch, [name for name, _ in one.devices])
 
     devices = ",".join(f"{name}={index}" for name, index in one.devices)
     with NetfilterSocket() as channel:
-        comment = f"imdsproxy {FORMAT} {one.network} {devices}"
+        comment = f"imdsproxy {rules.FORMAT} {one.network} {devices}"
         if _ensure(channel, Batch(one.table), comment, fill):
             return None
         return dict(
-            pair_of(name, key) for name in SETS for key in channel.elements(one.table, name)
+            rules.pair_of(name, key)
+            for name in rules.SETS
+            for key in channel.elements(one.table, name)
         )
 
 
@@ -323,7 +320,7 @@ def _fill(
     if busy:
         with NetlinkSocket(SOCK_DIAG) as diagnosis:
             for connection in list_connections(diagnosis, METADATA_PORT):
-                flow = flow_of(connection.peer, connection.port)
+                flow = rules.flow_of(connection.peer, connection.port)
                 batch.add_elements(f"open{connection.peer.version}", [flow])
     for name, keys in _elements(gone).items():
         # Adding them first: the kernel refuses to remove an element that is not there.
@@ -347,6 +344,6 @@ def _fill(
 def _elements(pairs: PairMap) -> dict[str, list[bytes]]:
     sets: dict[str, list[bytes]] = {}
     for address, mac in pairs.items():
-        name, key = element_of(address, mac)
+        name, key = rules.element_of(address, mac)
         sets.setdefault(name, []).append(key)
     return sets

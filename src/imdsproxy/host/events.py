@@ -17,17 +17,7 @@ from typing import Final, Generic, Self, TypeVar
 
 from imdsproxy.core.model import IpAddress, MacAddress
 from imdsproxy.errors import host_refused, refusing
-from imdsproxy.host.netlink import (
-    RTM_DELADDR,
-    RTM_DELLINK,
-    RTM_NEWADDR,
-    RTM_NEWLINK,
-    RTM_NEWNEIGH,
-    device_name,
-    parse_address,
-    parse_link,
-    parse_neighbour,
-)
+from imdsproxy.host import netlink
 from imdsproxy.host.nftables import DELTABLE, NETFILTER, table_of
 from imdsproxy.host.nlmessages import SOL_NETLINK, iter_messages
 from imdsproxy.host.process import readable
@@ -132,12 +122,16 @@ def watch_links() -> KernelEvents[LinkChange]:
     """Changes of devices and metadata addresses."""
 
     def parse(kind: int, payload: bytes, nsid: int | None) -> Iterator[LinkChange]:
-        if kind in (RTM_NEWLINK, RTM_DELLINK):
-            link = parse_link(payload)
+        if kind in (netlink.RTM_NEWLINK, netlink.RTM_DELLINK):
+            link = netlink.parse_link(payload)
             # A port that leaves its bridge is reported as deleted, by family AF_BRIDGE.
-            yield LinkChange(nsid, link.name, master=link.master if kind == RTM_NEWLINK else 0)
-        elif kind in (RTM_NEWADDR, RTM_DELADDR) and (found := parse_address(payload, {})):
-            yield LinkChange(nsid, device_name(int(found.device)) if nsid is None else "")
+            yield LinkChange(
+                nsid, link.name, master=link.master if kind == netlink.RTM_NEWLINK else 0
+            )
+        elif kind in (netlink.RTM_NEWADDR, netlink.RTM_DELADDR) and (
+            found := netlink.parse_address(payload, {})
+        ):
+            yield LinkChange(nsid, netlink.device_name(int(found.device)) if nsid is None else "")
 
     lost = LinkChange(None, "", overflow=True)
     return KernelEvents(socket.NETLINK_ROUTE, _LINKS, "the host's devices", parse, lost)
@@ -169,10 +163,10 @@ def watch_neighbours(
     """
 
     def parse(kind: int, payload: bytes, nsid: int | None) -> Iterator[NeighbourChange]:
-        found = parse_neighbour(payload)
+        found = netlink.parse_neighbour(payload)
         if len(found.packed) not in _ADDRESS_BYTES:
             return
-        mac = found.mac if kind == RTM_NEWNEIGH else None
+        mac = found.mac if kind == netlink.RTM_NEWNEIGH else None
         change = NeighbourChange(nsid, found.index, ip_address(found.packed), mac)
         if wanted(change):
             yield change

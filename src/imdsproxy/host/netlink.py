@@ -18,19 +18,7 @@ from typing import Final
 from imdsproxy.core.hoststate import AddressState, Family, ObservedAddress, ObservedDevice
 from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, IpAddress, MacAddress
 from imdsproxy.errors import Ignoring, refusing
-from imdsproxy.host.nlmessages import (
-    CREATE,
-    EXCL,
-    NESTED,
-    REPLACE,
-    NetlinkSocket,
-    Value,
-    attribute,
-    number,
-    pack_attributes,
-    parse_attributes,
-    string,
-)
+from imdsproxy.host import nlmessages as nl
 
 # Types of messages and attributes, and flags, as in linux/{rtnetlink,if_link,if_addr,neighbour,net_namespace}.h.
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK = 16, 17, 18
@@ -82,28 +70,28 @@ def _mac(value: bytes | None) -> str:
 def parse_link(payload: bytes) -> ObservedDevice:
     """The device in a RTM_NEWLINK or RTM_DELLINK message."""
     _, _, index, flags, _ = _IFINFO.unpack_from(payload)
-    found = parse_attributes(payload, _IFINFO.size)
+    found = nl.parse_attributes(payload, _IFINFO.size)
     info = found.get(_IFLA_LINKINFO)
     return ObservedDevice(
-        name=string(found.get(_IFLA_IFNAME)),
+        name=nl.string(found.get(_IFLA_IFNAME)),
         index=index,
         up=bool(flags & _IFF_UP),
-        mtu=number(found.get(_IFLA_MTU)),
-        alias=string(found.get(_IFLA_IFALIAS)),
-        master=number(found.get(_IFLA_MASTER)),
-        kind=string(parse_attributes(info).get(_INFO_KIND)) if info else "",
+        mtu=nl.number(found.get(_IFLA_MTU)),
+        alias=nl.string(found.get(_IFLA_IFALIAS)),
+        master=nl.number(found.get(_IFLA_MASTER)),
+        kind=nl.string(nl.parse_attributes(info).get(_INFO_KIND)) if info else "",
         mac=_mac(found.get(_IFLA_ADDRESS)),
     )
 
 
 def _ask_link(*, index: int = 0, name: str | None = None, master: int | None = None) -> bytes:
-    asked: dict[int, Value] = {_IFLA_EXT_MASK: _SKIP_STATISTICS}
+    asked: dict[int, nl.Value] = {_IFLA_EXT_MASK: _SKIP_STATISTICS}
     asked |= {_IFLA_IFNAME: name, _IFLA_MASTER: master}
-    return _IFINFO.pack(0, 0, index, 0, 0) + pack_attributes(asked)
+    return _IFINFO.pack(0, 0, index, 0, 0) + nl.pack_attributes(asked)
 
 
 def find_link(
-    channel: NetlinkSocket, name: str | None = None, *, index: int = 0
+    channel: nl.NetlinkSocket, name: str | None = None, *, index: int = 0
 ) -> ObservedDevice | None:
     """The device of a name (up to 15 bytes), or of an index; `None` when there is none."""
     question = _ask_link(index=index, name=name)
@@ -111,7 +99,7 @@ def find_link(
     return None if found is None else parse_link(found)
 
 
-def list_links(channel: NetlinkSocket, master: int | None = None) -> list[ObservedDevice]:
+def list_links(channel: nl.NetlinkSocket, master: int | None = None) -> list[ObservedDevice]:
     """Every device, in the order of their indexes; with the index of a bridge only its ports."""
     found = map(parse_link, channel.dump(RTM_GETLINK, _ask_link(master=master)))
     return [one for one in found if master in (None, one.master)]
@@ -124,7 +112,7 @@ def device_name(index: int) -> str:
     return ""
 
 
-def list_links_near(channel: NetlinkSocket, names: Collection[str]) -> list[ObservedDevice]:
+def list_links_near(channel: nl.NetlinkSocket, names: Collection[str]) -> list[ObservedDevice]:
     """At least the devices of these names, what each belongs to, and what belongs to each."""
     if len(names) > _MANY:
         return list_links(channel)
@@ -134,17 +122,17 @@ def list_links_near(channel: NetlinkSocket, names: Collection[str]) -> list[Obse
     return [*found, *ports, *(one for one in masters if one is not None)]
 
 
-def port_guards(channel: NetlinkSocket, index: int) -> list[tuple[ObservedDevice, str]]:
+def port_guards(channel: nl.NetlinkSocket, index: int) -> list[tuple[ObservedDevice, str]]:
     """Each port of a bridge, and in words the flag by which the bridge learns no MAC there; empty for none."""
     guards: list[tuple[ObservedDevice, str]] = []
     for message in channel.dump(RTM_GETLINK, _ask_link(master=index)):
         port = parse_link(message)
         if port.master != index:
             continue
-        info = parse_attributes(message, _IFINFO.size).get(_IFLA_LINKINFO, b"")
-        flags = parse_attributes(parse_attributes(info).get(_INFO_SLAVE_DATA, b""))
-        learns = "" if number(flags.get(_BRPORT_LEARNING, b"\1")) else "learning off"
-        guards.append((port, "locked" if number(flags.get(_BRPORT_LOCKED)) else learns))
+        info = nl.parse_attributes(message, _IFINFO.size).get(_IFLA_LINKINFO, b"")
+        flags = nl.parse_attributes(nl.parse_attributes(info).get(_INFO_SLAVE_DATA, b""))
+        learns = "" if nl.number(flags.get(_BRPORT_LEARNING, b"\1")) else "learning off"
+        guards.append((port, "locked" if nl.number(flags.get(_BRPORT_LOCKED)) else learns))
     return guards
 
 
@@ -156,22 +144,22 @@ def parse_address(payload: bytes, names: dict[int, str]) -> ObservedAddress | No
         names: Of devices, by index; a device that is not in it has its index for a name.
     """
     _, prefix, flags, _, index = _IFADDR.unpack_from(payload)
-    found = parse_attributes(payload, _IFADDR.size)
+    found = nl.parse_attributes(payload, _IFADDR.size)
     address = _METADATA.get(found.get(_IFA_LOCAL) or found.get(_IFA_ADDRESS) or b"")
     if address is None:
         return None
-    flags = number(found.get(_IFA_FLAGS)) or flags
+    flags = nl.number(found.get(_IFA_FLAGS)) or flags
     state = AddressState.USABLE
     if flags & _IFA_F_DADFAILED:
         state = AddressState.DUPLICATE
     elif flags & _IFA_F_TENTATIVE:
         state = AddressState.TENTATIVE
     device = names.get(index, str(index))
-    return ObservedAddress(device, address, prefix, state, number(found.get(_IFA_PROTO)))
+    return ObservedAddress(device, address, prefix, state, nl.number(found.get(_IFA_PROTO)))
 
 
 def metadata_addresses(
-    channel: NetlinkSocket, devices: Iterable[ObservedDevice], *, only: Collection[str] = ()
+    channel: nl.NetlinkSocket, devices: Iterable[ObservedDevice], *, only: Collection[str] = ()
 ) -> list[ObservedAddress]:
     """The metadata addresses on all devices; or on those of some names only."""
     names = {one.index: one.name for one in devices}
@@ -185,7 +173,7 @@ def metadata_addresses(
 
 
 def default_routes(
-    channel: NetlinkSocket, devices: Iterable[ObservedDevice]
+    channel: nl.NetlinkSocket, devices: Iterable[ObservedDevice]
 ) -> frozenset[tuple[Family, str]]:
     """Family and device of each default route of the main table."""
     names = {one.index: one.name for one in devices}
@@ -201,31 +189,31 @@ def default_routes(
 
 
 def _out_device(message: bytes) -> int:
-    return number(parse_attributes(message, _RTMSG.size).get(_RTA_OIF))
+    return nl.number(nl.parse_attributes(message, _RTMSG.size).get(_RTA_OIF))
 
 
-def route_device(channel: NetlinkSocket, address: IpAddress) -> int:
+def route_device(channel: nl.NetlinkSocket, address: IpAddress) -> int:
     """The index of the device that the host's own packets to an address leave by; 0 without a route."""
     answer = _route(channel, address, 0)
     return 0 if answer is None else _out_device(answer)
 
 
-def route_length(channel: NetlinkSocket, address: IpAddress) -> int:
+def route_length(channel: nl.NetlinkSocket, address: IpAddress) -> int:
     """The prefix length of the route for forwarded packets to an address; 0 for none, or to an address of our own."""
     answer = _route(channel, address, _FIB_MATCH)
     fields = _RTMSG.unpack_from(answer or bytes(_RTMSG.size))
     return int(fields[1]) if fields[7] == _UNICAST else 0
 
 
-def _route(channel: NetlinkSocket, address: IpAddress, flags: int) -> bytes | None:
+def _route(channel: nl.NetlinkSocket, address: IpAddress, flags: int) -> bytes | None:
     bits = 8 * len(address.packed)
     question = _RTMSG.pack(_family_of(address), bits, 0, 0, 0, 0, 0, 0, flags)
-    question += attribute(_RTA_DST, address.packed)
+    question += nl.attribute(_RTA_DST, address.packed)
     return channel.find(RTM_GETROUTE, question, errno.ENETUNREACH, errno.EHOSTUNREACH)
 
 
 def neighbour_mac(
-    channel: NetlinkSocket, address: IpAddress, *, index: int = 0
+    channel: nl.NetlinkSocket, address: IpAddress, *, index: int = 0
 ) -> MacAddress | None:
     """The MAC of an address in the neighbour table, of one device (by index) or of all.
 
@@ -240,15 +228,15 @@ def neighbour_mac(
     return found.pop() if len(found) == 1 else None
 
 
-def _neighbour(channel: NetlinkSocket, index: int, address: IpAddress) -> list[bytes]:
+def _neighbour(channel: nl.NetlinkSocket, index: int, address: IpAddress) -> list[bytes]:
     question = _NDMSG.pack(_family_of(address), index, 0, 0, 0)
-    question += attribute(_NDA_DST, address.packed)
+    question += nl.attribute(_NDA_DST, address.packed)
     found = channel.find(RTM_GETNEIGH, question, errno.ENOENT, errno.ENODEV)
     return [] if found is None else [found]
 
 
 def correct_neighbours(
-    channel: NetlinkSocket, index: int, macs: Mapping[IpAddress, MacAddress]
+    channel: nl.NetlinkSocket, index: int, macs: Mapping[IpAddress, MacAddress]
 ) -> None:
     """Give addresses of which the kernel has another MAC these ones, to be confirmed when they are next used.
 
@@ -269,8 +257,8 @@ def correct_neighbours(
         if found.mac not in (None, mac):
             entry = _NDMSG.pack(_family_of(address), index, _NUD_STALE, 0, 0)
             lladdr = bytes.fromhex(mac.replace(":", ""))
-            entry += pack_attributes({_NDA_DST: address.packed, _NDA_LLADDR: lladdr})
-            channel.change(RTM_NEWNEIGH, entry, REPLACE)
+            entry += nl.pack_attributes({_NDA_DST: address.packed, _NDA_LLADDR: lladdr})
+            channel.change(RTM_NEWNEIGH, entry, nl.REPLACE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,7 +281,7 @@ class ObservedNeighbour:
 def parse_neighbour(payload: bytes) -> ObservedNeighbour:
     """The entry in a RTM_NEWNEIGH or RTM_DELNEIGH message."""
     _, index, state, _, _ = _NDMSG.unpack_from(payload)
-    found = parse_attributes(payload, _NDMSG.size)
+    found = nl.parse_attributes(payload, _NDMSG.size)
     mac = "" if state & _NUD_UNKNOWN else _mac(found.get(_NDA_LLADDR))
     return ObservedNeighbour(
         index,
@@ -304,7 +292,7 @@ def parse_neighbour(payload: bytes) -> ObservedNeighbour:
 
 
 def create_veth(
-    channel: NetlinkSocket,
+    channel: nl.NetlinkSocket,
     *,
     link: str,
     master: int,
@@ -322,40 +310,39 @@ def create_veth(
         peer: Name of the other end; it comes down, and is set up from inside.
         peer_namespace: Open descriptor of its namespace.
     """
-    far: dict[int, Value] = {_IFLA_IFNAME: peer, _IFLA_MTU: mtu, _IFLA_NET_NS_FD: peer_namespace}
-    other = attribute(_VETH_PEER | NESTED, bytes(_IFINFO.size) + pack_attributes(far))
-    near: dict[int, Value] = {
+    far: dict[int, nl.Value] = {_IFLA_IFNAME: peer, _IFLA_MTU: mtu, _IFLA_NET_NS_FD: peer_namespace}
+    other = nl.attribute(_VETH_PEER | nl.NESTED, bytes(_IFINFO.size) + nl.pack_attributes(far))
+    near: dict[int, nl.Value] = {
         _IFLA_IFNAME: link,
         _IFLA_MTU: mtu,
         _IFLA_MASTER: master,
-        _IFLA_LINKINFO: {_INFO_KIND: "veth", _INFO_DATA | NESTED: other},
+        _IFLA_LINKINFO: {_INFO_KIND: "veth", _INFO_DATA | nl.NESTED: other},
     }
     up = _IFINFO.pack(0, 0, 0, _IFF_UP, _IFF_UP)
-    channel.change(RTM_NEWLINK, up + pack_attributes(near), CREATE | EXCL)
+    channel.change(RTM_NEWLINK, up + nl.pack_attributes(near), nl.CREATE | nl.EXCL)
 
 
 def set_link(
-    channel: NetlinkSocket,
+    channel: nl.NetlinkSocket,
     index: int,
     *,
-    up: bool | None = None,
     master: int | None = None,
     mtu: int | None = None,
     alias: str | None = None,
 ) -> None:
-    """Change what is given and leave the rest."""
-    given: dict[int, Value] = {_IFLA_MASTER: master, _IFLA_MTU: mtu, _IFLA_IFALIAS: alias}
-    flags = (_IFF_UP if up else 0, 0 if up is None else _IFF_UP)
-    channel.change(RTM_NEWLINK, _IFINFO.pack(0, 0, index, *flags) + pack_attributes(given))
+    """Set a device up, change what is given and leave the rest."""
+    given: dict[int, nl.Value] = {_IFLA_MASTER: master, _IFLA_MTU: mtu, _IFLA_IFALIAS: alias}
+    up = _IFINFO.pack(0, 0, index, _IFF_UP, _IFF_UP)
+    channel.change(RTM_NEWLINK, up + nl.pack_attributes(given))
 
 
-def delete_link(channel: NetlinkSocket, index: int) -> None:
+def delete_link(channel: nl.NetlinkSocket, index: int) -> None:
     """Remove a device (and a veth's other end with it)."""
     channel.change(RTM_DELLINK, _IFINFO.pack(0, 0, index, 0, 0))
 
 
 def add_address(
-    channel: NetlinkSocket, index: int, address: IpAddress, prefix: int, *, protocol: int
+    channel: nl.NetlinkSocket, index: int, address: IpAddress, prefix: int, *, protocol: int
 ) -> None:
     """Put an address on a device, usable at once (nodad), marked with IFA_PROTO `protocol`.
 
@@ -365,28 +352,30 @@ def add_address(
     flags = _IFA_F_NODAD if isinstance(address, IPv6Address) else 0
     payload = _IFADDR.pack(_family_of(address), prefix, flags, _SCOPE_UNIVERSE, index)
     packed, mark = address.packed, bytes((protocol,))
-    payload += pack_attributes({_IFA_LOCAL: packed, _IFA_ADDRESS: packed, _IFA_PROTO: mark})
-    channel.change(RTM_NEWADDR, payload, CREATE | EXCL)
+    payload += nl.pack_attributes({_IFA_LOCAL: packed, _IFA_ADDRESS: packed, _IFA_PROTO: mark})
+    channel.change(RTM_NEWADDR, payload, nl.CREATE | nl.EXCL)
 
 
-def remove_address(channel: NetlinkSocket, index: int, address: IpAddress, prefix: int) -> None:
+def remove_address(channel: nl.NetlinkSocket, index: int, address: IpAddress, prefix: int) -> None:
     """Take an address from a device."""
     payload = _IFADDR.pack(_family_of(address), prefix, 0, 0, index)
-    channel.change(RTM_DELADDR, payload + attribute(_IFA_LOCAL, address.packed))
+    channel.change(RTM_DELADDR, payload + nl.attribute(_IFA_LOCAL, address.packed))
 
 
-def add_default_route(channel: NetlinkSocket, index: int, family: Family) -> None:
+def add_default_route(channel: nl.NetlinkSocket, index: int, family: Family) -> None:
     """Reach every address of a family directly on a device."""
     scope = _SCOPE_LINK if family is Family.IPV4 else _SCOPE_UNIVERSE
     kind = _family_of(family.metadata_address)
     route = _RTMSG.pack(kind, 0, 0, 0, _TABLE_MAIN, _PROTO_STATIC, scope, _UNICAST, 0)
-    channel.change(RTM_NEWROUTE, route + pack_attributes({_RTA_OIF: index}), CREATE | REPLACE)
+    channel.change(
+        RTM_NEWROUTE, route + nl.pack_attributes({_RTA_OIF: index}), nl.CREATE | nl.REPLACE
+    )
 
 
-def assign_nsid(channel: NetlinkSocket, descriptor: int) -> int:
+def assign_nsid(channel: nl.NetlinkSocket, descriptor: int) -> int:
     """The number by which `channel`'s namespace knows another; given to it if it has none yet."""
-    named = b"\0\0\0\0" + pack_attributes({_NETNSA_FD: descriptor})
+    named = b"\0\0\0\0" + nl.pack_attributes({_NETNSA_FD: descriptor})
     with Ignoring(errno.EEXIST):
-        channel.change(RTM_NEWNSID, named + pack_attributes({_NETNSA_NSID: 0xFFFFFFFF}))
+        channel.change(RTM_NEWNSID, named + nl.pack_attributes({_NETNSA_NSID: 0xFFFFFFFF}))
     answer = channel.get(RTM_GETNSID, named)
-    return number(parse_attributes(answer, 4).get(_NETNSA_NSID))
+    return nl.number(nl.parse_attributes(answer, 4).get(_NETNSA_NSID))

@@ -11,19 +11,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final, TypeAlias
 
-from imdsproxy.host.nlmessages import (
-    ACK,
-    CREATE,
-    NESTED,
-    NetlinkSocket,
-    Value,
-    attribute,
-    pack_attributes,
-    pack_message,
-    parse_attributes,
-    parse_list,
-    string,
-)
+from imdsproxy.host import nlmessages as nl
 
 NETFILTER: Final = 12
 """The netlink protocol."""
@@ -46,7 +34,7 @@ _BATCH_BYTES: Final = 64 * 1024
 _ELEMENTS_AT_ONCE: Final = 512
 """Fits into an attribute, whose length has 16 bits."""
 
-_ELEMENT: Final = 1 | NESTED
+_ELEMENT: Final = 1 | nl.NESTED
 _REGISTER: Final = 8
 """The first of sixteen registers of four bytes; what is looked up lies in several, one after the other."""
 
@@ -63,11 +51,11 @@ Change: TypeAlias = tuple[int, int, bytes]
 """Type and flags of a message, and its attributes behind the table's name."""
 
 
-def _pack(values: Mapping[int, Value]) -> bytes:
-    return pack_attributes(values, ">I")
+def _pack(values: Mapping[int, nl.Value]) -> bytes:
+    return nl.pack_attributes(values, ">I")
 
 
-def _expression(name: str, values: Mapping[int, Value]) -> bytes:
+def _expression(name: str, values: Mapping[int, nl.Value]) -> bytes:
     return _pack({1: {1: name, 2: values}})
 
 
@@ -154,12 +142,12 @@ class Batch:
         self.family = family
         self.changes: list[Change] = []
 
-    def _add(self, kind: int, flags: int, values: Mapping[int, Value]) -> None:
+    def _add(self, kind: int, flags: int, values: Mapping[int, nl.Value]) -> None:
         self.changes.append((kind, flags, _pack(values)))
 
     def make_table(self, comment: str = "") -> None:
         """Make it; one that is there stays. The comment (NFTA_TABLE_USERDATA) is kept with it."""
-        self._add(_NEWTABLE, CREATE, {6: comment.encode() or None})
+        self._add(_NEWTABLE, nl.CREATE, {6: comment.encode() or None})
 
     def drop_table(self) -> None:
         """Remove it with all that is in it."""
@@ -193,32 +181,32 @@ class Batch:
         flags = 0x10 * bool(timeout_ms) | 0x20 * dynamic | 0x08 * (value is not None)
         kind, bytes_ = value or (None, None)
         timeout = struct.pack(">Q", timeout_ms) if timeout_ms else None
-        values: dict[int, Value] = {2: name, 10: len(self.changes) + 1, 3: flags}
+        values: dict[int, nl.Value] = {2: name, 10: len(self.changes) + 1, 3: flags}
         values |= {4: packed, 5: length, 6: kind, 7: bytes_, 11: timeout}
-        self._add(_NEWSET, CREATE, {**values, 9: {1: size} if size else None})
+        self._add(_NEWSET, nl.CREATE, {**values, 9: {1: size} if size else None})
 
     def make_chain(self, name: str) -> None:
         """Make a chain that others lead to."""
-        self._add(_NEWCHAIN, CREATE, {3: name})
+        self._add(_NEWCHAIN, nl.CREATE, {3: name})
 
     def make_base_chain(
         self, name: str, hook: int, priority: int, devices: Sequence[str] = ()
     ) -> None:
         """Make a chain that every packet goes through: of these devices, in family `netdev`."""
         where = {1: hook, 2: priority, 4: devices or None}
-        self._add(_NEWCHAIN, CREATE, {3: name, 4: where, 5: ACCEPT, 7: "filter"})
+        self._add(_NEWCHAIN, nl.CREATE, {3: name, 4: where, 5: ACCEPT, 7: "filter"})
 
     def make_rule(self, chain: str, *expressions: bytes) -> None:
         """Append a rule."""
-        self._add(_NEWRULE, CREATE | _APPEND, {2: chain, 4 | NESTED: b"".join(expressions)})
+        self._add(_NEWRULE, nl.CREATE | _APPEND, {2: chain, 4 | nl.NESTED: b"".join(expressions)})
 
     def add_elements(self, name: str, keys: Sequence[bytes]) -> None:
         """Add keys to a set; those that are in it stay."""
-        self._elements(_NEWSETELEM, CREATE, name, keys)
+        self._elements(_NEWSETELEM, nl.CREATE, name, keys)
 
     def add_value(self, name: str, key: bytes, value: bytes) -> None:
         """Map a key to a value; refused (EEXIST, EBUSY) where the key has another one."""
-        self._add(_NEWSETELEM, CREATE, {2: name, 3: [{1: {1: key}, 2: {1: value}}]})
+        self._add(_NEWSETELEM, nl.CREATE, {2: name, 3: [{1: {1: key}, 2: {1: value}}]})
 
     def remove_elements(self, name: str, keys: Sequence[bytes]) -> None:
         """Remove keys from a set; each must be in it."""
@@ -228,11 +216,13 @@ class Batch:
         for start in range(0, len(keys), _ELEMENTS_AT_ONCE):
             some = keys[start : start + _ELEMENTS_AT_ONCE]
             # Of hundreds of thousands: four times as fast as attribute by attribute.
-            listed = (attribute(_ELEMENT, attribute(_ELEMENT, attribute(1, key))) for key in some)
-            self._add(kind, flags, {2: name, 3 | NESTED: b"".join(listed)})
+            listed = (
+                nl.attribute(_ELEMENT, nl.attribute(_ELEMENT, nl.attribute(1, key))) for key in some
+            )
+            self._add(kind, flags, {2: name, 3 | nl.NESTED: b"".join(listed)})
 
 
-class NetfilterSocket(NetlinkSocket):
+class NetfilterSocket(nl.NetlinkSocket):
     """Speaks to nf_tables in the namespace of the thread that makes it."""
 
     def __init__(self) -> None:
@@ -248,26 +238,26 @@ class NetfilterSocket(NetlinkSocket):
         fence = _NFGEN.pack(0, 0, _SUBSYSTEM >> 8)
         for part in _parts(batch.changes):
             first = self._sequence + 1
-            packed = [pack_message(_BATCH_BEGIN, 0, first, fence)]
+            packed = [nl.pack_message(_BATCH_BEGIN, 0, first, fence)]
             for self._sequence, (kind, flags, values) in enumerate(part, start=first):
-                asked = flags | (ACK if self._sequence == first + len(part) - 1 else 0)
+                asked = flags | (nl.ACK if self._sequence == first + len(part) - 1 else 0)
                 message = _SUBSYSTEM | kind, asked, self._sequence, head + values
-                packed.append(pack_message(*message))
-            packed.append(pack_message(_BATCH_END, 0, self._sequence, fence))
+                packed.append(nl.pack_message(*message))
+            packed.append(nl.pack_message(_BATCH_END, 0, self._sequence, fence))
             self._socket.send(b"".join(packed))
             self._collect(first)
 
     def comment(self, table: str, family: int = NETDEV) -> str | None:
         """The comment of a table; `None` where there is none of that name."""
         found = self._find(_GETTABLE, _pack({1: table}), family)
-        return None if found is None else string(found.get(6))
+        return None if found is None else nl.string(found.get(6))
 
     def elements(self, table: str, name: str) -> Iterator[bytes]:
         """The keys in a set."""
         question = _NFGEN.pack(NETDEV, 0, 0) + _pack({1: table, 2: name})
         for answer in self.dump(_SUBSYSTEM | _GETSETELEM, question):
-            for element in parse_list(parse_attributes(answer, _NFGEN.size).get(3, b"")):
-                yield parse_attributes(parse_attributes(element).get(1, b"")).get(1, b"")
+            for element in nl.parse_list(nl.parse_attributes(answer, _NFGEN.size).get(3, b"")):
+                yield nl.parse_attributes(nl.parse_attributes(element).get(1, b"")).get(1, b"")
 
     def value(self, table: str, name: str, key: bytes) -> bytes | None:
         """The value of a key in a map."""
@@ -275,13 +265,13 @@ class NetfilterSocket(NetlinkSocket):
         found = self._find(_GETSETELEM, wanted, NETDEV)
         if found is None:
             return None
-        (element,) = parse_list(found.get(3, b""))
-        return parse_attributes(parse_attributes(element).get(2, b"")).get(1)
+        (element,) = nl.parse_list(found.get(3, b""))
+        return nl.parse_attributes(nl.parse_attributes(element).get(2, b"")).get(1)
 
     def _find(self, kind: int, body: bytes, family: int) -> dict[int, bytes] | None:
         question = _NFGEN.pack(family, 0, 0) + body
         answer = self.find(_SUBSYSTEM | kind, question, errno.ENOENT)
-        return None if answer is None else parse_attributes(answer, _NFGEN.size)
+        return None if answer is None else nl.parse_attributes(answer, _NFGEN.size)
 
 
 def commit(batch: Batch) -> None:
@@ -296,7 +286,7 @@ def commit(batch: Batch) -> None:
 
 def table_of(payload: bytes) -> str:
     """The name of the table in a message about one."""
-    return string(parse_attributes(payload, _NFGEN.size).get(1))
+    return nl.string(nl.parse_attributes(payload, _NFGEN.size).get(1))
 
 
 def _parts(changes: list[Change]) -> Iterator[list[Change]]:

@@ -12,16 +12,8 @@ from imdsproxy.core.endpoints import LOOPBACK
 from imdsproxy.core.hoststate import Family, NamespaceRef, ObservedDevice
 from imdsproxy.core.model import IpAddress
 from imdsproxy.errors import DataplaneError, Ignoring, Problem, host_refused
+from imdsproxy.host import netlink
 from imdsproxy.host.namespaces import NamespaceThread
-from imdsproxy.host.netlink import (
-    add_address,
-    add_default_route,
-    create_veth,
-    delete_link,
-    find_link,
-    remove_address,
-    set_link,
-)
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.listeners.plan import (
     AddAddress,
@@ -85,7 +77,7 @@ def _do(thread: NamespaceThread, op: HostOp) -> None:
                 _at(
                     thread,
                     name,
-                    lambda channel: remove_address(
+                    lambda channel: netlink.remove_address(
                         channel, _find(channel, device).index, address, prefix
                     ),
                 )
@@ -93,7 +85,11 @@ def _do(thread: NamespaceThread, op: HostOp) -> None:
             thread.directory.delete(name)
         case DeleteLink(name):
             with Ignoring(errno.ENODEV):
-                _at(thread, None, lambda channel: delete_link(channel, _find(channel, name).index))
+                _at(
+                    thread,
+                    None,
+                    lambda channel: netlink.delete_link(channel, _find(channel, name).index),
+                )
         case never:
             assert_never(never)
 
@@ -110,7 +106,7 @@ def _at(thread: NamespaceThread, namespace: str | None, work: Callable[[NetlinkS
 
 
 def _find(channel: NetlinkSocket, device: str) -> ObservedDevice:
-    found = find_link(channel, device)
+    found = netlink.find_link(channel, device)
     if found is None:
         raise NetlinkRefused(errno.ENODEV, device)
     return found
@@ -123,7 +119,7 @@ def _add(
     try:
         with Ignoring(errno.EEXIST):
             index = _find(channel, device).index
-            add_address(channel, index, address, _PREFIXES[family], protocol=mark)
+            netlink.add_address(channel, index, address, _PREFIXES[family], protocol=mark)
     except NetlinkRefused as error:
         hint = ""
         if family is Family.IPV6 and error.errno == errno.EACCES:
@@ -140,7 +136,7 @@ def _attach(thread: NamespaceThread, op: AttachBridge) -> None:
         index = _set_up(channel, inner, alias, op.mtu)
         for family in Family:
             _add(channel, name, inner, family.metadata_address, naming.protocol)
-            add_default_route(channel, index, family)
+            netlink.add_default_route(channel, index, family)
 
     thread.create_now(name)
     inside = _at(thread, name, lambda channel: _prepare(channel, inner, alias))
@@ -149,11 +145,11 @@ def _attach(thread: NamespaceThread, op: AttachBridge) -> None:
         raise NetlinkRefused(errno.ENOENT, f"no namespace {name}")
     with contextlib.closing(opened), NetlinkSocket() as channel:
         bridge = _find(channel, op.bridge).index
-        outside = find_link(channel, link)
+        outside = netlink.find_link(channel, link)
         if outside is not None and inside is None:
-            delete_link(channel, outside.index)
+            netlink.delete_link(channel, outside.index)
         if outside is None or inside is None:
-            create_veth(
+            netlink.create_veth(
                 channel,
                 link=link,
                 master=bridge,
@@ -174,7 +170,7 @@ def _prepare(channel: NetlinkSocket, inner: str, alias: str) -> ObservedDevice |
                 path.write_text("0")
     # The alias comes last: a namespace that has it is complete.
     _set_up(channel, LOOPBACK, alias)
-    return find_link(channel, inner)
+    return netlink.find_link(channel, inner)
 
 
 def _set_up(
@@ -187,5 +183,5 @@ def _set_up(
     found = _find(channel, device)
     # The kernel takes no alias for a link that is being made, and reports one that is set again.
     new = None if found.alias == alias else alias
-    set_link(channel, found.index, up=True, mtu=mtu, master=master, alias=new)
+    netlink.set_link(channel, found.index, mtu=mtu, master=master, alias=new)
     return found.index

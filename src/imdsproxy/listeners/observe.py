@@ -26,14 +26,8 @@ from imdsproxy.core.hoststate import (
 )
 from imdsproxy.core.model import METADATA_IPV4
 from imdsproxy.errors import DataplaneError, host_refused, refusing
+from imdsproxy.host import netlink
 from imdsproxy.host.namespaces import NamespaceThread
-from imdsproxy.host.netlink import (
-    default_routes,
-    list_links,
-    list_links_near,
-    metadata_addresses,
-    route_length,
-)
 from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.host.sockets import SOCK_DIAG, SocketOwners, listening_sockets, try_bind
 from imdsproxy.listeners.plan import ManagedPlace, Place
@@ -178,7 +172,7 @@ class HostObserver:
         with NetlinkSocket() as channel:
             devices, addresses = _devices_and_addresses(channel, near)
             own = ref is not None and self.naming.is_namespace(ref.name)
-            routes = default_routes(channel, devices.values()) if own else frozenset()
+            routes = netlink.default_routes(channel, devices.values()) if own else frozenset()
             metadata = own_metadata(channel, self.dmi) if ref is None else ""
         sockets: list[ListeningSocket] = []
         if wanted or near:
@@ -211,9 +205,9 @@ def _devices_and_addresses(
 ) -> tuple[dict[str, ObservedDevice], tuple[ObservedAddress, ...]]:
     """Both of one moment, or nearly: every address is on one of the devices."""
     for _ in range(_TRIES):
-        links = list_links_near(channel, near) if near else list_links(channel)
+        links = netlink.list_links_near(channel, near) if near else netlink.list_links(channel)
         devices = {one.name: one for one in links}
-        addresses = tuple(metadata_addresses(channel, links, only=near))
+        addresses = tuple(netlink.metadata_addresses(channel, links, only=near))
         known = tuple(one for one in addresses if one.device in devices)
         if len(known) == len(addresses):
             break
@@ -253,6 +247,6 @@ def own_metadata(channel: NetlinkSocket, dmi: Path = DMI) -> str:
             continue  # not every machine has SMBIOS, and not every field may be read
         if value in known:
             return f"its SMBIOS says {value}"
-    if route_length(channel, METADATA_IPV4) == _HOST_ROUTE:
+    if netlink.route_length(channel, METADATA_IPV4) == _HOST_ROUTE:
         return f"it has a route to {METADATA_IPV4}"
     return ""
