@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, KeysView, Sequence
+from collections.abc import Iterable, Iterator, KeysView
 from typing import TypeAlias
 
 from imdsproxy.core.addresses import from_number, link_local_of, to_number
-from imdsproxy.core.model import Instance, InstanceId, IpAddress, MacAddress, NetworkId
+from imdsproxy.core.model import Instance, InstanceId, NetworkId
 from imdsproxy.core.observation import AddressKey
+from imdsproxy.core.packed import ClaimingPort
 
 _Claimants: TypeAlias = "InstanceId | frozenset[InstanceId]"
 """One is the rule and is stored bare: a set each is dear."""
-
-ClaimingPort: TypeAlias = "tuple[NetworkId, MacAddress | None, Sequence[IpAddress]]"
-"""Of a port: its network, MAC and addresses."""
 
 
 class Claims:

@@ -28,7 +28,7 @@ from hashlib import blake2b
 from types import MappingProxyType
 from typing import TypeVar
 
-from imdsproxy.core.claims import ClaimingPort, Claims, claimed_keys
+from imdsproxy.core.claims import Claims, claimed_keys
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
 from imdsproxy.core.observation import (
     AddressKey,
@@ -40,7 +40,7 @@ from imdsproxy.core.observation import (
     SourceName,
     StrandedPort,
 )
-from imdsproxy.core.packed import PackedInstances
+from imdsproxy.core.packed import ClaimingPort, PackedInstances
 from imdsproxy.errors import Problem
 
 _K = TypeVar("_K", bound=Hashable)

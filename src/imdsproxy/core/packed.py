@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, Final, TypeAlias
 
 from imdsproxy.core.addresses import from_number, to_number
-from imdsproxy.core.claims import ClaimingPort
 from imdsproxy.core.model import (
     Dialect,
     Instance,
@@ -56,6 +55,9 @@ _EVERY_DIALECT: Final = frozenset(Dialect)
 
 Fetch: TypeAlias = "Callable[[InstanceId], bytes]"
 """Gets user-data that is not in memory."""
+
+ClaimingPort: TypeAlias = "tuple[NetworkId, MacAddress | None, Sequence[IpAddress]]"
+"""Of a port: its network, MAC and addresses."""
 
 _Parts: TypeAlias = "tuple[bytes, bytes | Fetch | None, bytes | None, PolicyRules]"
 """The record, its user-data, vendor data and policy."""
