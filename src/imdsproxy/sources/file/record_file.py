@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from typing import Final, TypeAlias, TypeVar
 
-from imdsproxy.config.strict_yaml import Decoded, Undecodable, decode_yaml
+from imdsproxy.config.strict_yaml import Decoded, Tree, Undecodable, decode_yaml, find_part
 from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.records import (
     LISTS,
@@ -45,9 +45,6 @@ _NO_VALUES: Final = {"NaN", "Infinity", "-Infinity"}
 _TOKEN: Final = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{}]|[^][{}":, \t\r\n]+')
 """Of what is JSON: a text, a bracket, or another value. Possessive: user data is a text of up to 22 MB, and a place to
 come back to for each of its characters would take gigabytes."""
-
-_Tree: TypeAlias = "tuple[int, dict[str, _Tree] | list[_Tree] | None]"
-"""Where a value begins (its key, in an object), and the same of its parts."""
 
 SUFFIXES = (".yaml", ".yml", ".json")
 """How the names of record files end."""
@@ -145,19 +142,7 @@ def decode_json(text: str) -> Decoded | Undecodable:
         Fault(path, "is there twice", "keep one of the two", line_at(position))
         for path, position in places.repeated
     )
-    return Decoded(value, lambda path: line_at(_position(tree, path)), faults)
-
-
-def _position(tree: _Tree, path: Path) -> int:
-    position, parts = tree
-    for step in path:
-        if isinstance(parts, dict) and step in parts:
-            position, parts = parts[str(step)]
-        elif isinstance(parts, list) and isinstance(step, int) and step < len(parts):
-            position, parts = parts[step]
-        else:
-            break
-    return position
+    return Decoded(value, lambda path: line_at(find_part(tree, path)), faults)
 
 
 def _first_of_each(pairs: Iterable[tuple[str, _T]]) -> dict[str, _T]:
@@ -175,7 +160,7 @@ class _Places:
         self.tokens = _TOKEN.finditer(text)
         self.repeated: list[tuple[Path, int]] = []
 
-    def tree(self, token: re.Match[str], path: Path) -> _Tree:
+    def tree(self, token: re.Match[str], path: Path) -> Tree:
         """The value that begins with that token."""
         if token[0] in {"{", "["} and len(path) > _DEEPEST:
             raise json.JSONDecodeError(_TOO_DEEP, self.text, token.start())
@@ -185,7 +170,7 @@ class _Places:
             reason = f"a number has more than {_MOST_DIGITS} digits"
             raise json.JSONDecodeError(reason, self.text, token.start())
         if token[0] == "{":
-            parts: dict[str, _Tree] = {}
+            parts: dict[str, Tree] = {}
             while (name := next(self.tokens))[0] != "}":
                 key = json.loads(name[0])
                 _, inner = self.tree(next(self.tokens), (*path, key))
@@ -194,7 +179,7 @@ class _Places:
                 parts.setdefault(key, (name.start(), inner))
             return token.start(), parts
         if token[0] == "[":
-            items: list[_Tree] = []
+            items: list[Tree] = []
             while (item := next(self.tokens))[0] != "]":
                 items.append(self.tree(item, (*path, len(items))))
             return token.start(), items
