@@ -12,7 +12,7 @@ from typing import Final
 import pytest
 
 from imdsproxy.cli.main import main
-from imdsproxy.config.describe import schema_at
+from imdsproxy.config.describe import find_setting
 from imdsproxy.config.schema import Settings
 from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.dataplane.layout import Layout
@@ -103,7 +103,7 @@ def test_every_setting_that_is_named_exists(page: Path) -> None:
 
 
 def has_setting(name: str) -> bool:
-    return schema_at(name.split(".")) is not None
+    return find_setting(name.split(".")) is not None
 
 
 @pages

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import Annotated, Final
 
 import typer
 
@@ -15,9 +15,6 @@ from imdsproxy.cli.options import argument, flag, switch
 from imdsproxy.config.files import read_each
 from imdsproxy.core.neutron_ini import IniOption, decode_ini, parse_ini
 from imdsproxy.errors import AlreadyExists, ConfigUnreadable, RequestRefused
-
-if TYPE_CHECKING:
-    from imdsproxy.config.neutron_import import Imported
 
 _SECRET_NAME: Final = "nova.secret"  # noqa: S105 - a file's name
 _SECRET_MODE: Final = 0o600
@@ -128,21 +125,23 @@ def import_settings(
         raise RequestRefused("whose files are these?", hint="add --neutron")
     beside = _DIRECTORY if output is None else output.absolute().parent
     secret = (secret_file or beside / _SECRET_NAME).absolute()
-    given = neutron_import.Given(secret, agent_user, server_name)
-    imported = neutron_import.plan_import(read_each(files, _read, "file"), given)
-    text = neutron_import.render_imported(imported)
+    parsed = read_each(files, _read, "file")
+    imported = neutron_import.plan_import(
+        parsed, secret, agent_user=agent_user, server_name=server_name
+    )
     wanted: dict[Path, tuple[bytes, int]] = {}
     if output is not None or secret_file is not None:
         wanted[secret] = (imported.secret.encode(), _SECRET_MODE)
     if output is not None:
-        wanted[output.absolute()] = (text.encode(), _SETTINGS_MODE)
+        wanted[output.absolute()] = (imported.text.encode(), _SETTINGS_MODE)
     _write(wanted, force=force)
     if run.output.as_json:
-        run.output.json({**_shape(imported), "yaml": text, "written": list(map(str, wanted))})
+        shape = {"settings": imported.settings, **imported.report, "yaml": imported.text}
+        run.output.json({**shape, "written": list(map(str, wanted))})
         return
-    report = "\n".join(_report(imported, wanted)) + "\n"
+    report = "\n".join(neutron_import.render_report(imported, wanted)) + "\n"
     if output is None:
-        run.output.text(text)
+        run.output.text(imported.text)
         sys.stderr.write(report)
     else:
         run.output.text(report)
@@ -178,66 +177,3 @@ def _is_other(path: Path, data: bytes) -> bool:
         return False
     except OSError:
         return True
-
-
-def _report(imported: Imported, written: Collection[Path]) -> Iterator[str]:
-    groups: dict[str, list[str]] = {"taken over": [], "by hand": [], "no equivalent": []}
-    for one in imported.reported:
-        becomes = f"{one.becomes}. " if one.becomes else ""
-        groups[one.fate.value].append(f"{_place(one.written)}: {becomes}{one.why}")
-    if imported.ovn is not None:
-        groups["taken over"].append(
-            f"unix_listener.take_over: true, since {_place(imported.ovn)} says that the agent is OVN's. It listens "
-            "on the socket and makes the networks' namespaces, so it has to run on: imdsproxy takes the path from it "
-            "as soon as it starts, and each time that the agent starts. How to look first, and the way back: "
-            "docs/openstack.md"
-        )
-    first = ["sources.neutron: add where Neutron's API is; the last lines of the settings say how"]
-    if imported.secret_file not in written:
-        at = imported.secret_from
-        expanded = "" if imported.secret == at.value else ", with what $ stands for in its place"
-        first.append(
-            f"{imported.secret_file}: put the value of {at.name} ({at.file}:{at.line}) there"
-            f"{expanded}, with mode 0600; --secret-file writes it"
-        )
-    groups["by hand"][:0] = first
-    groups["without effect"] = [
-        f"{_place(one)}: {by.file}:{by.line} wins" for one, by in imported.overridden
-    ]
-    groups["ignored by Neutron too"] = [
-        f"{_place(one)}: there is no such option; did you mean {near}?"
-        for one, near in imported.doubtful
-    ]
-    for title, lines in groups.items():
-        shown = "to be done by hand" if title == "by hand" else title
-        yield from [shown, *(f"  {line}" for line in lines)] if lines else []
-    yield f"{imported.others} other options are of no concern to imdsproxy"
-    yield from (f"written: {path}" for path in written)
-
-
-def _place(written: IniOption) -> str:
-    return f"[{written.section}] {written.name} ({written.file}:{written.line})"
-
-
-def _shape(imported: Imported) -> dict[str, Any]:
-    return {
-        "settings": imported.nested,
-        "options": [
-            {
-                **_where(one.written),
-                "fate": one.fate.value,
-                "setting": one.becomes or None,
-                "why": one.why,
-            }
-            for one in imported.reported
-        ],
-        "overridden": [{**_where(one), "by": _where(by)} for one, by in imported.overridden],
-        "doubtful": [{**_where(one), "near": near} for one, near in imported.doubtful],
-        "ovn": None if imported.ovn is None else _where(imported.ovn),
-        "others": imported.others,
-        "secret_file": str(imported.secret_file),
-    }
-
-
-def _where(at: IniOption) -> dict[str, object]:
-    return {"section": at.section, "option": at.name, "file": at.file, "line": at.line}

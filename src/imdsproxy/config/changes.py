@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from imdsproxy.config.describe import Schema, fields_of, root_schema
+from imdsproxy.config.describe import Setting, all_settings, join_place
 from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.section import Change
@@ -50,29 +50,22 @@ def diff_settings(before: Settings, after: Settings) -> tuple[SettingChange, ...
     from or to `None`; within one that stayed, each of its settings is. Lists are compared whole.
     """
     old, new = before.model_dump(mode="json"), after.model_dump(mode="json")
-    return tuple(_differences(root_schema(), old, new, ""))
+    return tuple(_differences(all_settings(), (), old, new))
 
 
 def _differences(
-    section: Schema, old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
+    setting: Setting,
+    place: tuple[str | int, ...],
+    old: Any,  # noqa: ANN401 - a value of any setting
+    new: Any,  # noqa: ANN401 - as above
 ) -> Iterator[SettingChange]:
-    for setting in fields_of(section, prefix):
-        before, after = old[setting.name], new[setting.name]
-        if before == after:
-            continue
-        if setting.holds in {"nothing", "items"}:
-            yield SettingChange(setting.path, before, after, setting.change)
-        elif setting.holds == "section":
-            yield from _differences(setting.section, before, after, f"{setting.path}.")
-        else:
-            for key in {**before, **after}:
-                if before.get(key) == after.get(key):
-                    continue
-                path = f"{setting.path}.{key}"
-                if key in before and key in after:
-                    yield from _differences(setting.section, before[key], after[key], f"{path}.")
-                else:
-                    yield SettingChange(path, before.get(key), after.get(key), setting.change)
+    if old == new:
+        return
+    if setting.holds_sections and isinstance(old, Mapping) and isinstance(new, Mapping):
+        for step in {**old, **new}:
+            yield from _differences(setting[step], (*place, step), old.get(step), new.get(step))
+    else:
+        yield SettingChange(join_place(place), old, new, setting.change)
 
 
 _ALLOW = "restore them; if they should go: `imdsproxy reload --allow-dropped`"
@@ -117,7 +110,9 @@ def _files(before: Loaded, after: Loaded) -> Iterator[Problem]:
 
 
 def _policies(before: Loaded, after: Loaded) -> Iterator[Problem]:
-    old, new = _rules(before), _rules(after)
+    old, new = (
+        _rules(one.settings.policy.model_dump(exclude_none=True)) for one in (before, after)
+    )
     if old and not new:
         yield Problem("policy", f"every policy is missing ({', '.join(old)})")
         return
@@ -126,17 +121,12 @@ def _policies(before: Loaded, after: Loaded) -> Iterator[Problem]:
         yield Problem("policy", f"every `deny` is missing ({', '.join(denied)})")
 
 
-def _rules(loaded: Loaded) -> dict[str, object]:
-    """Each policy rule that the settings set, by its path."""
-    return dict(_leaves("policy", loaded.settings.policy.model_dump(exclude_none=True)))
-
-
-def _leaves(place: str, value: object) -> Iterator[tuple[str, object]]:
-    if isinstance(value, Mapping):
-        for name, part in value.items():
-            yield from _leaves(f"{place}.{name}", part)
-    else:
-        yield place, value
+def _rules(value: object, place: str = "policy") -> dict[str, object]:
+    """Each policy rule that is set, by its path."""
+    if not isinstance(value, Mapping):
+        return {place: value}
+    parts = (_rules(part, f"{place}.{name}") for name, part in value.items())
+    return {path: rule for rules in parts for path, rule in rules.items()}
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""What the settings are, in words: one walk over their JSON Schema for samples, references, errors and differences."""
+"""What the settings are, in words: one tree of their JSON Schema, for samples, references, errors and differences."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Final, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 from pydantic_core import ErrorDetails
 
@@ -22,38 +22,49 @@ Place: TypeAlias = Sequence[str | int]
 Schema: TypeAlias = Mapping[str, Any]
 """A part of the settings' JSON Schema."""
 
-_MESSAGES: Final = frozenset({"path", "endpoint"})
-"""The types of our own errors whose message is the reason."""
-
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One leaf of the schema; a mapping of names to sections is one, and holds inner ones.
+    """One place of the schema: a setting, a section, or what a mapping or a list of either holds.
 
     Attributes:
-        path: `haproxy.maxconn`; inner ones as `nova.endpoint_sets.NAME.endpoints[N].url`.
-        takes: What may be written, as `an integer from 0 to 4095`.
-        default: The default as YAML and JSON write it; `None` too where `required`.
+        path: `haproxy.maxconn`; inside mappings and lists as `nova.endpoint_sets.NAME.endpoints[N].url`.
+        schema: As the JSON Schema has it: with default, description, and whether it may be null.
+        bare: The schema of a value that is not null, without references.
+        change: What changing it takes.
+        default: As YAML and JSON write it; `None` too where `required`.
         required: There is no default: it has to be written.
-        example: What the sample shows beside a default that is empty.
-        holds: `section`, or sections by `names` or as `items`, or `nothing` of that kind.
-        section: The schema of what it holds.
+        fields: The parts of a section.
+        each: What stands at each name of a mapping or each position of a list.
     """
 
     path: str
-    takes: str
-    default: object
-    description: str
+    schema: Schema
+    bare: Schema
     change: Change
+    default: object
     required: bool
-    example: object
-    holds: str
-    section: Schema
+    fields: Mapping[str | int, Setting]
+    each: Setting | None
+
+    def __getitem__(self, step: str | int) -> Setting:
+        """What stands at a name or a position; `KeyError` where nothing may."""
+        return self.fields[step] if self.each is None else self.each
 
     @property
-    def name(self) -> str:
-        """The field's, in its section."""
-        return self.path.rpartition(".")[2]
+    def holds_sections(self) -> bool:
+        """Itself, or by name or position."""
+        return bool(self.fields or (self.each and self.each.fields))
+
+    @property
+    def takes(self) -> str:
+        """What may be written, as `an integer from 0 to 4095, or null`."""
+        return _describe(self) + (", or null" if "anyOf" in self.schema else "")
+
+    @property
+    def description(self) -> str:
+        """What it is for."""
+        return str(self.schema.get("description", ""))
 
     @property
     def variable(self) -> str:
@@ -66,28 +77,22 @@ class Setting:
         return ".NAME." in self.path or "[N]." in self.path
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
-    """One place of the settings in force.
-
-    Attributes:
-        place: Names and positions from the root on.
-        value: As YAML and JSON write it.
-        opens: Its parts follow as nodes of their own.
-        description: Of a section or a setting; empty for a name or position.
-        setting: What it sets; `None` for sections, names and positions.
-    """
+class Node(NamedTuple):
+    """One place of the settings in force, and its value as YAML and JSON write it."""
 
     place: tuple[str | int, ...]
     value: object
-    opens: bool
-    description: str = ""
-    setting: Setting | None = None
+    setting: Setting
 
     @property
     def path(self) -> str:
         """`nova.endpoint_sets.default.endpoints[0].url`."""
         return join_place(self.place)
+
+    @property
+    def opens(self) -> bool:
+        """Its parts follow as nodes of their own."""
+        return bool(self.value) and self.setting.holds_sections
 
 
 @cache
@@ -105,8 +110,39 @@ def _describe_on_one_line(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 @cache
-def _defaults() -> Mapping[str, Any]:
-    return Settings().model_dump(mode="json")
+def all_settings() -> Setting:
+    """The root, with everything below it."""
+    return _read_schema(root_schema(), default=Settings().model_dump(mode="json"))
+
+
+def _read_schema(
+    schema: Schema,
+    path: str = "",
+    change: Change = Change.RESTART,
+    *,
+    default: object = None,
+    required: bool = False,
+) -> Setting:
+    bare = schema
+    if "anyOf" in bare:
+        (bare,) = (one for one in bare["anyOf"] if one.get("type") != "null")
+    if "$ref" in bare:
+        bare = root_schema()["$defs"][bare["$ref"].rpartition("/")[2]]
+    change = Change(schema.get("change", change))
+    fields: dict[str | int, Setting] = {}
+    for name, one in bare.get("properties", {}).items():
+        known = default if isinstance(default, Mapping) else {}
+        fields[name] = _read_schema(
+            one,
+            f"{path}.{name}" if path else name,
+            default=known.get(name, one.get("default")),
+            required=name in bare.get("required", ()),
+        )
+    named = bare.get("patternProperties", {"": bare.get("additionalProperties")})
+    each = bare.get("items") or next(iter(named.values()))
+    step = "[N]" if "items" in bare else ".NAME"
+    inner = _read_schema(each, path + step, change) if each else None
+    return Setting(path, schema, bare, change, default, required, fields, inner)
 
 
 def join_place(place: Place) -> str:
@@ -117,125 +153,75 @@ def join_place(place: Place) -> str:
     return text
 
 
-def schema_at(place: Place) -> Schema | None:
+def find_setting(place: Place) -> Setting | None:
     """What may be written at `place`; `None` where the settings have nothing."""
-    found: object = root_schema()
-    for step in place:
-        inside = _bare(found)
-        if isinstance(step, int):
-            found = inside.get("items")
-        else:
-            found = inside["properties"].get(step) if "properties" in inside else _values(inside)
-        if not isinstance(found, Mapping):
-            return None
-    return found if isinstance(found, Mapping) else None
+    found = all_settings()
+    try:
+        for step in place:
+            found = found[step]
+    except KeyError:
+        return None
+    return found
 
 
-def type_at(place: Place) -> str:
-    """JSON Schema's name of the type at `place`, as `integer`; empty where there are several."""
-    return str(_bare(schema_at(place)).get("type", ""))
-
-
-def fields_of(section: Schema, prefix: str = "") -> Iterator[Setting]:
-    """A section's fields in the schema's order; `prefix` goes before their paths."""
-    for name, schema in section["properties"].items():
-        bare, path = _bare(schema), prefix + name
-        default: Any = _defaults()
-        for step in path.split("."):
-            default = default.get(step) if isinstance(default, Mapping) else None
-        inside = ("section", bare), ("items", bare.get("items")), ("names", _values(bare))
-        held = ((holds, _bare(one)) for holds, one in inside)
-        holds, inner = next((one for one in held if "properties" in one[1]), ("nothing", {}))
-        yield Setting(
-            path=path,
-            takes=describe_type(schema),
-            default=schema.get("default") if default is None else default,
-            description=schema.get("description", ""),
-            change=Change(schema.get("change", Change.RESTART)),
-            required=name in section.get("required", ()),
-            example=next(iter(schema.get("examples", ())), None),
-            holds=holds,
-            section=inner,
-        )
-
-
-def iterate_settings(section: Schema | None = None, prefix: str = "") -> Iterator[Setting]:
+def iterate_settings(within: Setting | None = None) -> Iterator[Setting]:
     """Every setting in the schema's order. For inner ones `NAME` and `N` stand for the key."""
-    steps = {"section": ".", "names": ".NAME.", "items": "[N]."}
-    for setting in fields_of(section or root_schema(), prefix):
-        if setting.holds != "section":
+    for setting in (within or all_settings()).fields.values():
+        if not setting.fields:
             yield setting
-        if setting.holds != "nothing":
-            yield from iterate_settings(setting.section, setting.path + steps[setting.holds])
+        yield from iterate_settings(setting.each or setting)
 
 
 def walk_values(
-    values: Mapping[str, Any], section: Schema | None = None, place: tuple[str | int, ...] = ()
+    values: Mapping[str, Any] | Sequence[Any],
+    within: Setting | None = None,
+    place: tuple[str | int, ...] = (),
 ) -> Iterator[Node]:
-    """Every node of the settings in force, an opening one before its parts.
+    """Every node of settings in force, in their order, an opening one before its parts.
 
     Args:
-        values: What the section dumps in mode `json`.
-        section: Its schema; that of all settings for `None`.
-        place: Where it is.
+        values: What the settings, or those at `place`, dump in mode `json`.
+        within: What holds them; the root for `None`.
+        place: Where they are.
     """
-    for setting in fields_of(section or root_schema()):
-        value, here, text = values[setting.name], (*place, setting.name), setting.description
-        if setting.holds == "nothing" or not value:
-            yield Node(here, value, opens=False, description=text, setting=setting)
-        elif setting.holds == "section":
-            yield Node(here, value, opens=True, description=text)
-            yield from walk_values(value, setting.section, here)
-        else:
-            yield Node(here, value, opens=True, description=text, setting=setting)
-            for step, part in value.items() if setting.holds == "names" else enumerate(value):
-                yield Node((*here, step), part, opens=True)
-                yield from walk_values(part, setting.section, (*here, step))
+    within = within or all_settings()
+    for step, value in values.items() if isinstance(values, Mapping) else enumerate(values):
+        node = Node((*place, step), value, within[step])
+        yield node
+        if node.opens:
+            yield from walk_values(value, node.setting, node.place)
 
 
-def describe_type(schema: Schema) -> str:
-    """What something of this schema takes, as `an integer from 0 to 4095, or null`."""
-    if "anyOf" in schema:
-        others = [one for one in schema["anyOf"] if one.get("type") != "null"]
-        words = " or ".join(map(describe_type, others))
-        return f"{words}, or null" if len(others) < len(schema["anyOf"]) else words
-    schema = _bare(schema)
-    kind = schema.get("type")
-    if "enum" in schema or "const" in schema:
-        return "one of " + ", ".join(map(str, schema.get("enum", [schema.get("const")])))
-    if kind in {"array", "object"}:
-        return _describe_collection(schema)
-    if kind in {"integer", "number"}:
-        words = "an integer" if kind == "integer" else "a number"
-        return words + _range(schema, "minimum", "maximum", " from {} to {}")
-    return "true or false" if kind == "boolean" else _describe_text(schema)
+def _describe(setting: Setting) -> str:
+    match setting.bare:
+        case {"enum": values}:
+            words = f"one of {', '.join(values)}"
+        case {"properties": fields}:
+            words = f"a mapping of {', '.join(fields)}"
+        case {"type": "array", "minItems": low, "maxItems": high}:
+            words = f"a list of {low} to {high} sections"
+        case {"type": "array"}:
+            words = f"a list, each {_describe_each(setting)}"
+        case {"type": "object"}:
+            words = f"a mapping of names to {_describe_each(setting)}"
+        case {"type": "boolean"}:
+            words = "true or false"
+        case {"type": "integer" | "number" as kind, "minimum": low, "maximum": high}:
+            # pydantic 2.10 writes the whole bounds of numbers as 30.0.
+            low, high = (int(one) if one == int(one) else one for one in (low, high))
+            words = f"{'an integer' if kind == 'integer' else 'a number'} from {low} to {high}"
+        case {"pattern": form} | {"format": form}:
+            words = FORMS[form]
+        case {"minLength": _}:
+            words = "a text, not empty"
+        case _:
+            words = "a text"
+    return words
 
 
-def _describe_collection(schema: Schema) -> str:
-    if "properties" in schema:
-        return f"a mapping of {', '.join(schema['properties'])}"
-    parts = schema["items"] if schema["type"] == "array" else _values(schema)
-    sections = "properties" in _bare(parts)
-    if schema["type"] == "object":
-        return f"a mapping of names to {'sections' if sections else describe_type(parts)}"
-    if sections:
-        return f"a list of {_range(schema, 'minItems', 'maxItems', '{} to {} ')}sections"
-    return f"a list, each {describe_type(parts)}"
-
-
-def _range(schema: Schema, low: str, high: str, words: str) -> str:
-    if low in schema and high in schema:
-        # pydantic 2.10 writes the whole bounds of numbers as 30.0.
-        bounds = (schema[low], schema[high])
-        return words.format(*(int(one) if one == int(one) else one for one in bounds))
-    return ""
-
-
-def _describe_text(schema: Schema) -> str:
-    form = schema.get("pattern", schema.get("format"))
-    if form is not None:
-        return FORMS.get(form, f"a text of the form {form}")
-    return "a text, not empty" if "minLength" in schema else "a text"
+def _describe_each(setting: Setting) -> str:
+    each = setting.each
+    return "sections" if each is None or each.fields else each.takes
 
 
 def place_of(error: ErrorDetails) -> Place:
@@ -246,52 +232,30 @@ def place_of(error: ErrorDetails) -> Place:
 
 def explain_finding(error: ErrorDetails) -> Problem:
     """One pydantic error in the operator's words; `field` is a path of the schema."""
-    place, schema = place_of(error), schema_at(place_of(error))
-    field = join_place(place)
+    place = place_of(error)
+    field, setting, around = join_place(place), find_setting(place), find_setting(place[:-1])
     if error["type"] == "cross":
         return Problem(field, error["ctx"]["reason"], error["ctx"]["hint"])
-    if error["type"] == "extra_forbidden":
-        siblings = _names_at(place[:-1])
-        near = difflib.get_close_matches(str(place[-1]), siblings, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(siblings)}"
+    if setting is None:
+        known = [] if around is None else list(map(str, around.fields))
+        near = difflib.get_close_matches(str(place[-1]), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
         return Problem(field, "there is no such setting", hint)
     if error["loc"][-1:] == ("[key]",):
-        patterns = _bare(schema_at(place[:-1])).get("patternProperties", {})
-        takes = _describe_text({"pattern": next(iter(patterns))}) if patterns else "a text"
+        patterns = {} if around is None else around.bare.get("patternProperties", {})
+        takes = next((FORMS[pattern] for pattern in patterns), "a text")
         name = _clip(render_value(place[-1]))
         return Problem(field, f"{name} is not acceptable as a name", f"takes {takes}")
-    if schema is None or "properties" in _bare(schema):
-        return Problem(
-            field, "is a section, not a value", f"a mapping of {', '.join(_names_at(place))}"
-        )
+    if setting.fields:
+        return Problem(field, "is a section, not a value", setting.takes)
     reason = "is missing" if error["type"] == "missing" else _reason(error)
-    return Problem(field, reason, f"takes {describe_type(schema)}")
-
-
-def _bare(schema: object) -> Schema:
-    """The schema behind a reference and without `null`; empty for what is none."""
-    while isinstance(schema, Mapping):
-        options = [one for one in schema.get("anyOf", ()) if one.get("type") != "null"]
-        if "$ref" in schema:
-            schema = root_schema()["$defs"][schema["$ref"].rpartition("/")[2]]
-        elif len(options) == 1:
-            schema = options[0]
-        else:
-            return schema
-    return {}
-
-
-def _values(schema: Schema) -> Any:  # noqa: ANN401 - a schema, or what JSON Schema allows beside
-    """The schema of a mapping's values."""
-    return next(
-        iter(schema.get("patternProperties", {}).values()), schema.get("additionalProperties")
-    )
+    return Problem(field, reason, f"takes {setting.takes}")
 
 
 def _reason(error: ErrorDetails) -> str:
     written = error["input"]
-    if error["type"] in _MESSAGES:
-        return str(error["msg"])
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
     if error["type"] in {"too_short", "too_long"}:
         return f"has {len(written)} items"
     if isinstance(written, Mapping):
@@ -304,7 +268,3 @@ def _reason(error: ErrorDetails) -> str:
 
 def _clip(text: str, limit: int = 60) -> str:
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
-
-
-def _names_at(place: Place) -> list[str]:
-    return list(_bare(schema_at(place)).get("properties", ()))

@@ -21,7 +21,6 @@ from imdsproxy.config.describe import (
     explain_finding,
     iterate_settings,
     place_of,
-    type_at,
 )
 from imdsproxy.config.files import (
     DEFAULT_CONFIG,
@@ -150,21 +149,23 @@ def _find_origin(layers: Sequence[_Layer], place: Place) -> tuple[str, int | Non
     """The file, or variable, and the line that set what is at a place; of a mapping, that began it."""
     origin = None
     for layer in reversed(layers):
-        found: Any = layer.values
-        # Mappings are merged; anything else replaces what earlier layers have.
-        replaced = False
-        for step in place:
-            replaced |= not isinstance(found, Mapping)
-            parts = dict(enumerate(found)) if isinstance(found, list) else found
-            if not isinstance(parts, Mapping) or step not in parts:
-                break
-            found = parts[step]
-        else:
+        found = _values_on_the_way(layer.values, place)
+        if len(found) == len(place):
             origin = layer.name, layer.line_of(tuple(place))
-            replaced |= not isinstance(found, Mapping)
-        if replaced:
+        # Mappings are merged; anything else replaces what earlier layers have.
+        if not all(isinstance(one, Mapping) for one in found):
             break
     return origin
+
+
+def _values_on_the_way(value: Any, place: Place) -> list[object]:  # noqa: ANN401 - as it is written
+    """What is at each step of a place, as far as there is something."""
+    found: list[object] = []
+    with contextlib.suppress(KeyError, IndexError, TypeError):
+        for step in place:
+            value = value[step]
+            found.append(value)
+    return found
 
 
 def _read_environment(environment: Mapping[str, str]) -> tuple[list[_Layer], list[Problem]]:
@@ -175,23 +176,21 @@ def _read_environment(environment: Mapping[str, str]) -> tuple[list[_Layer], lis
     layers: list[_Layer] = []
     problems: list[Problem] = []
     ours = sorted(name for name in environment if name.upper().startswith(ENVIRONMENT_PREFIX))
-    if not ours:
-        return layers, problems
-    settings = {setting.variable: setting for setting in iterate_settings() if not setting.inner}
+    every = iterate_settings() if ours else ()
+    settings = {setting.variable: setting for setting in every if not setting.inner}
     for name in ours:
-        if name not in settings:
+        setting = settings.get(name)
+        if setting is None:
             near = difflib.get_close_matches(name.upper(), settings, n=1)
             hint = f"did you mean {near[0]}?" if near else "see `imdsproxy config show --origin`"
-            problems.append(Problem(name, "no setting has this environment variable", hint=hint))
+            problems.append(Problem(name, "no setting has this environment variable", hint))
             continue
-        setting = settings[name]
-        steps = setting.path.split(".")
         try:
-            value = _read_variable(environment[name], name, type_at(steps))
+            value = _read_variable(environment[name], name, setting.bare["type"])
         except ConfigError as error:
             problems += _problems_of_variable(setting, error)
             continue
-        for step in reversed(steps):
+        for step in reversed(setting.path.split(".")):
             value = {step: value}
         layers.append(_Layer(name, _merge({}, value)))
     return layers, problems

@@ -9,6 +9,7 @@ from importlib.resources import files
 from typing import Final
 
 import yaml
+from pydantic import TypeAdapter
 
 NOVA: Final = "Nova"
 TRUE_WORDS: Final = frozenset({"true", "1", "on", "yes"})
@@ -82,19 +83,10 @@ class NeutronOption:
         return re.fullmatch(_PATTERNS[self.takes], value, re.ASCII | re.DOTALL) is not None
 
 
-def _load() -> tuple[NeutronOption, ...]:
-    text = files("imdsproxy.config").joinpath("neutron_options.yaml").read_text("utf-8")
-    return tuple(
-        NeutronOption(
-            **{
-                **row,
-                "fate": Fate(row["fate"]),
-                "deprecated": tuple(map(tuple, row.get("deprecated", ()))),
-            }
-        )
-        for row in yaml.load(text, Loader=yaml.CSafeLoader)
+NEUTRON_OPTIONS: Final = TypeAdapter(tuple[NeutronOption, ...]).validate_python(
+    yaml.load(
+        files("imdsproxy.config").joinpath("neutron_options.yaml").read_text("utf-8"),
+        Loader=yaml.CSafeLoader,
     )
-
-
-NEUTRON_OPTIONS: Final = _load()
+)
 """Each option once."""

@@ -6,7 +6,13 @@ import json
 import textwrap
 from typing import TYPE_CHECKING, Final
 
-from imdsproxy.config.describe import Node, root_schema, walk_values
+from imdsproxy.config.describe import (
+    Node,
+    Setting,
+    all_settings,
+    root_schema,
+    walk_values,
+)
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.section import Change
 from imdsproxy.config.strict_yaml import render_value
@@ -25,12 +31,16 @@ _CHANGE: Final[Mapping[Change, str]] = {
     Change.RELOAD: "A change reloads HAProxy.",
     Change.RESTART: "A change takes a restart.",
 }
+_SAMPLE_HEAD: Final = """\
+# imdsproxy.yaml: every setting with its default. Keep only what you change.
+# Files in conf.d/ beside this one are merged over it in the order of their names, and
+# IMDSPROXY_SECTION__FIELD in the environment over both."""
 
 
 def render_settings(loaded: Loaded, *, with_origin: bool = False) -> str:
     """The settings in force as YAML that loads back equal; with the origin of each as a comment."""
     lines = []
-    for node, line in _lines(walk_values(loaded.settings.model_dump(mode="json"))):
+    for node, line in render_nodes(walk_values(loaded.settings.model_dump(mode="json"))):
         if with_origin and not node.opens:
             lines.append(f"{line.ljust(_ORIGIN_COLUMN)} # {loaded.origin(node.place) or 'default'}")
         else:
@@ -43,7 +53,7 @@ def settings_by_origin(loaded: Loaded) -> dict[str, dict[str, object]]:
     return {
         node.path: {"value": node.value, "origin": loaded.origin(node.place) or "default"}
         for node in walk_values(loaded.settings.model_dump(mode="json"))
-        if node.setting is not None
+        if not node.setting.fields
     }
 
 
@@ -54,23 +64,17 @@ def render_schema() -> str:
 
 def render_sample() -> str:
     """Every setting with its default and what it is for; loads back as the defaults."""
-    head = (
-        "# imdsproxy.yaml: every setting with its default. Keep only what you change.",
-        "# Files in conf.d/ beside this one are merged over it in the order of their names, and",
-        "# IMDSPROXY_SECTION__FIELD in the environment over both.",
-    )
-    lines = [*head]
-    for node, line in _lines(walk_values(Settings().model_dump(mode="json"))):
+    lines = [_SAMPLE_HEAD]
+    for node, line in render_nodes(walk_values(Settings().model_dump(mode="json"))):
         indent = " " * (len(line) - len(line.lstrip()))
         if node.opens:
-            lines.extend(["", f"{indent}# {node.description}"])
-        lines.extend(_words(node, indent))
-        lines.append(line)
-        lines.extend(_example(node, indent))
+            lines += ["", f"{indent}# {node.setting.description}", line]
+        else:
+            lines += [*_words(node.setting, indent), line, *_example(node, indent)]
     return "\n".join(lines) + "\n"
 
 
-def _lines(nodes: Iterable[Node]) -> Iterator[tuple[Node, str]]:
+def render_nodes(nodes: Iterable[Node]) -> Iterator[tuple[Node, str]]:
     """Each node that has a line in YAML, with it."""
     begins = False
     for node in nodes:
@@ -78,49 +82,38 @@ def _lines(nodes: Iterable[Node]) -> Iterator[tuple[Node, str]]:
         if isinstance(last, int):
             begins = True  # an item has no line of its own: its first setting has the dash
             continue
-        indent = 2 * (len(node.place) - 1)
-        lead = " " * indent if not begins else " " * (indent - 2) + "- "
+        lead = "  " * (len(node.place) - 1)
+        if begins:
+            lead = lead.removesuffix("  ") + "- "
         begins = False
         value = "" if node.opens else f" {render_value(node.value)}"
         yield node, f"{lead}{render_value(last)}:{value}"
 
 
-def _words(node: Node, indent: str) -> list[str]:
+def _words(setting: Setting, indent: str) -> Iterator[str]:
     """What a setting is for, as comments."""
-    setting = node.setting
-    if setting is None:
-        return []
-    takes = f"Takes {setting.takes}. {_CHANGE[setting.change]}"
-    return [
-        line
-        for words in (setting.description, takes)
-        for line in textwrap.wrap(
+    comment = f"{indent}# "
+    for words in (setting.description, f"Takes {setting.takes}. {_CHANGE[setting.change]}"):
+        yield from textwrap.wrap(
             words,
             _WIDTH,
-            initial_indent=f"{indent}# ",
-            subsequent_indent=f"{indent}# ",
+            initial_indent=comment,
+            subsequent_indent=comment,
             break_on_hyphens=False,
         )
-    ]
 
 
-def _example(node: Node, indent: str) -> list[str]:
+def _example(node: Node, indent: str) -> Iterator[str]:
     """The schema's example of a mapping that is empty by default, as comments."""
-    setting = node.setting
-    if setting is None or setting.example is None:
-        return []
-    section, name = node.path.split(".")
-    filled = Settings.model_validate({section: {name: setting.example}}, strict=False)
-    inside = [
-        one
-        for one in walk_values(filled.model_dump(mode="json"))
-        if one.place[: len(node.place)] == node.place
-    ]
-    lines = [f"{indent}# For example, with every setting that it can have:"]
-    for one, line in _lines(inside):
-        bare = line[len(indent) :]
-        depth = " " * (len(bare) - len(bare.lstrip()))
-        if one.place != node.place:
-            lines.extend(_words(one, f"{indent}# {depth}"))
-        lines.append(f"{indent}# {bare}")
-    return [*lines, ""]  # or it would run into the next setting's words
+    for example in node.setting.schema.get("examples", ())[:1]:
+        section, name = map(str, node.place)
+        filled = Settings.model_validate({section: {name: example}}, strict=False)
+        value = {name: filled.model_dump(mode="json")[section][name]}
+        yield f"{indent}# For example, with every setting that it can have:"
+        for one, line in render_nodes(walk_values(value, all_settings()[section], (section,))):
+            bare = line.removeprefix(indent)
+            depth = " " * (len(bare) - len(bare.lstrip()))
+            if one.place != node.place and not one.setting.fields:
+                yield from _words(one.setting, f"{indent}# {depth}")
+            yield f"{indent}# {bare}"
+        yield ""  # or it would run into the next setting's words

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import IPv6Address, ip_address
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -85,22 +85,13 @@ def parse_endpoint(text: str) -> Endpoint:
 
 def _absolute(path: Path) -> Path:
     if not path.is_absolute():
-        raise PydanticCustomError("path", "{path} is not an absolute path", {"path": str(path)})
+        raise ValueError(f"{path} is not an absolute path")
     return path
 
 
 def parsed_by(parse: Callable[[str], object]) -> BeforeValidator:
     """For a setting that is written as one text; `parse` raises ValueError in words for the operator."""
-
-    def validate(value: object) -> object:
-        if not isinstance(value, str):
-            return value
-        try:
-            return parse(value)
-        except ValueError as error:
-            raise PydanticCustomError("endpoint", "{why}", {"why": str(error)}) from None
-
-    return BeforeValidator(validate)
+    return BeforeValidator(lambda value: parse(value) if isinstance(value, str) else value)
 
 
 def _off(value: object) -> object:
@@ -121,6 +112,10 @@ def form(pattern: str, words: str) -> Any:  # noqa: ANN401 - as pydantic's Field
     FORMS[pattern] = words
     return Field(pattern=pattern)
 
+
+_T = TypeVar("_T")
+Listed = Annotated[tuple[_T, ...], Strict(strict=False)]
+"""YAML and JSON have lists."""
 
 OffIsFalse = BeforeValidator(_off)
 """For words of which one is `off`."""

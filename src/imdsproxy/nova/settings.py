@@ -10,7 +10,6 @@ from urllib.parse import urlsplit
 
 from pydantic import (
     PlainSerializer,
-    Strict,
     WithJsonSchema,
     model_validator,
 )
@@ -19,6 +18,7 @@ from imdsproxy.config.section import (
     AbsolutePath,
     Change,
     Identifier,
+    Listed,
     Section,
     cross,
     form,
@@ -159,7 +159,7 @@ class NovaEndpointSettings(Section):
 class EndpointSetSettings(Section):
     """Nova metadata APIs that know the same instances: one cell's, or all of them."""
 
-    endpoints: Annotated[tuple[NovaEndpointSettings, ...], Strict(strict=False)] = setting(
+    endpoints: Listed[NovaEndpointSettings] = setting(
         ..., Change.RELOAD, min_length=1, max_length=32
     )
     """The metadata APIs; requests are spread over those that answer."""
@@ -172,10 +172,10 @@ class EndpointSetSettings(Section):
     next_secret_file: AbsolutePath | None = setting(None, Change.RELOAD)
     """File of the secret that is to replace it. While there is one, records carry both signatures."""
 
-    networks: Annotated[tuple[Identifier, ...], Strict(strict=False)] = setting((), Change.RELOAD)
+    networks: Listed[Identifier] = setting((), Change.RELOAD)
     """Networks and routers whose guests are sent to this set, before any project's."""
 
-    projects: Annotated[tuple[Identifier, ...], Strict(strict=False)] = setting((), Change.RELOAD)
+    projects: Listed[Identifier] = setting((), Change.RELOAD)
     """Projects whose instances are sent to this set."""
 
     ca_file: AbsolutePath | None = setting(None, Change.RELOAD)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Strict, model_validator
+from pydantic import model_validator
 
-from imdsproxy.config.section import AbsolutePath, Change, Section, cross, form, setting
+from imdsproxy.config.section import AbsolutePath, Change, Listed, Section, cross, form, setting
 
 ApiUrl = Annotated[
     str,
@@ -128,9 +128,7 @@ class LibvirtSourceSettings(Section):
     uri: ConnectionUri = setting("qemu:///system", Change.RESTART)
     """The daemon, as `virsh -c` takes it. It is opened read-only."""
 
-    networks: Annotated[tuple[NetworkName, ...], Strict(strict=False)] | None = setting(
-        None, Change.RESTART
-    )
+    networks: Listed[NetworkName] | None = setting(None, Change.RESTART)
     """Only these: networks of libvirt's by name, bridges of the host's by device; null for all."""
 
     domains: Literal["all", "marked"] = setting("all", Change.RESTART)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator
-from pydantic_core import PydanticCustomError
 
 from imdsproxy.config.section import (
     AbsolutePath,
@@ -27,15 +26,9 @@ _PLAIN: Final = re.compile(r"/[A-Za-z0-9._/@+-]+")
 
 def _bindable(path: Path) -> Path:
     if not _PLAIN.fullmatch(str(path)):
-        raise PydanticCustomError(
-            "path", "{path} has characters other than A-Za-z0-9._/@+-", {"path": str(path)}
-        )
+        raise ValueError(f"{path} has characters other than A-Za-z0-9._/@+-")
     if len(str(path)) > _LONGEST:
-        raise PydanticCustomError(
-            "path",
-            "{path} has {length} characters, HAProxy takes {most}",
-            {"path": str(path), "length": len(str(path)), "most": _LONGEST},
-        )
+        raise ValueError(f"{path} has {len(str(path))} characters, HAProxy takes {_LONGEST}")
     return path
 
 

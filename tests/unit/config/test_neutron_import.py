@@ -8,97 +8,171 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imdsproxy.config.describe import schema_at
+from imdsproxy.config.describe import find_setting
 from imdsproxy.config.load import load_settings
-from imdsproxy.config.neutron_import import Given, Imported, plan_import, render_imported
+from imdsproxy.config.neutron_import import Imported, plan_import
 from imdsproxy.config.neutron_options import NEUTRON_OPTIONS, Fate
+from imdsproxy.config.render import settings_by_origin
 from imdsproxy.config.schema import Settings
 from imdsproxy.core.neutron_ini import parse_ini
 from imdsproxy.errors import ConfigInvalid, Problem
 
 _SECRET = "metadata_proxy_shared_secret = topsecretvalue\n"
 _NOVA = "[neutron]\nmetadata_proxy_shared_secret = {}\n"
-_GIVEN = Given(Path("/etc/imdsproxy/nova.secret"))
+_SECRET_FILE = Path("/etc/imdsproxy/nova.secret")
+_SET = "nova.endpoint_sets.default"
+_URL = f"{_SET}.endpoints[0].url"
 
 
-def _import(*texts: str, given: Given = _GIVEN, names: Sequence[str] | None = None) -> Imported:
+def _import(*texts: str, names: Sequence[str] = (), **given: str) -> Imported:
     """Import files named a.ini, b.ini and so on; a text without a section is in [DEFAULT]."""
-    files = []
-    for name, text in zip(names or [f"{one}.ini" for one in "abcdef"], texts, strict=False):
-        whole = text if text.startswith("[") else f"[DEFAULT]\n{text}"
-        files.append(parse_ini(whole, name))
-    return plan_import(files, given)
+    named = zip(names or [f"{one}.ini" for one in "abcdef"], texts, strict=False)
+    files = [
+        parse_ini(text if text.startswith("[") else f"[DEFAULT]\n{text}", name)
+        for name, text in named
+    ]
+    return plan_import(files, _SECRET_FILE, **given)
 
 
-def _settings(imported: Imported, tmp_path: Path) -> Settings:
+def _settings(text: str, tmp_path: Path) -> dict[str, object]:
+    """Each setting, and each part of an endpoint set, by its path."""
     config = tmp_path / "c.yaml"
-    config.write_text(render_imported(imported))
-    return load_settings(config, {}).settings
+    config.write_text(text)
+    return {
+        path: one["value"] for path, one in settings_by_origin(load_settings(config, {})).items()
+    }
 
 
-def _problems(*texts: str, given: Given = _GIVEN) -> list[Problem]:
+def _problems(*texts: str, **given: str) -> list[Problem]:
     with pytest.raises(ConfigInvalid) as caught:
-        _import(*texts, given=given)
+        _import(*texts, **given)
     return list(caught.value.problems)
 
 
-def test_the_secret_is_enough_since_the_rest_has_neutrons_defaults(tmp_path: Path) -> None:
-    imported = _import(_SECRET)
-
-    settings = _settings(imported, tmp_path)
-
-    default = settings.nova.endpoint_sets["default"]
-    assert [str(one.url) for one in default.endpoints] == ["http://127.0.0.1:8775"]
-    assert default.verify
-    assert settings.unix_listener.enabled
-    assert settings.unix_listener.path == Path("/var/lib/neutron/metadata_proxy")
-    assert settings.unix_listener.user == settings.unix_listener.group == "neutron"
-    assert settings.nova.response_timeout_s == Settings().nova.response_timeout_s
-    assert not settings.sources.neutron.enabled
+def _fates(imported: Imported) -> dict[str, str]:
+    return {one["option"]: one["fate"] for one in imported.report["options"]}
 
 
-def test_every_option_that_has_an_equivalent_arrives(tmp_path: Path) -> None:
-    imported = _import(
-        f"{_SECRET}nova_metadata_host = 2001:db8::1\nnova_metadata_port = 443\n"
-        "nova_metadata_protocol = https\nnova_metadata_insecure = On\nauth_ca_cert = /ca\n"
-        "nova_client_cert = /c\nnova_client_priv_key = /k\nstate_path = /state\n"
-        "metadata_proxy_socket = $state_path/s\nmetadata_proxy_socket_mode = all\n"
-        "metadata_proxy_user = 99\nmetadata_proxy_group = www-data\n"
-        "[metadata_haproxy]\ntimeout_server = 100\n"
-    )
+_EVERYTHING = (
+    f"{_SECRET}nova_metadata_host = 2001:db8::1\nnova_metadata_port = 443\n"
+    "nova_metadata_protocol = https\nnova_metadata_insecure = On\nauth_ca_cert = /ca\n"
+    "nova_client_cert = /c\nnova_client_priv_key = /k\nstate_path = /state\n"
+    "metadata_proxy_socket = $state_path/s\nmetadata_proxy_socket_mode = all\n"
+    "metadata_proxy_user = 99\nmetadata_proxy_group = www-data\n"
+    "[metadata_haproxy]\ntimeout_server = 100\n"
+)
+_NOVAS_OWN = "[DEFAULT]\nstate_path = /var/lib/nova\nhost = h\nmetadata_workers = x\n"
 
-    settings = _settings(imported, tmp_path)
 
-    default = settings.nova.endpoint_sets["default"]
-    assert [str(one.url) for one in default.endpoints] == ["https://[2001:db8::1]:443"]
-    assert not default.verify
-    assert default.ca_file == Path("/ca")
-    assert default.client_cert_file == Path("/c")
-    assert default.client_key_file == Path("/k")
-    assert default.secret_file == Path("/etc/imdsproxy/nova.secret")
-    assert settings.nova.response_timeout_s == 98
-    listener = settings.unix_listener
-    assert (listener.path, listener.mode) == (Path("/state/s"), "all")
-    assert (listener.proxy_user, listener.proxy_group) == ("99", "www-data")
-    taken = {one.option.names[0] for one in imported.reported if one.fate is Fate.TAKEN}
+@pytest.mark.parametrize(
+    ("texts", "settings"),
+    [
+        (  # The secret is enough: the rest has Neutron's defaults.
+            [_SECRET],
+            {
+                _URL: "http://127.0.0.1:8775",
+                f"{_SET}.verify": True,
+                f"{_SET}.client_cert_file": None,
+                "unix_listener.enabled": True,
+                "unix_listener.path": "/var/lib/neutron/metadata_proxy",
+                "unix_listener.user": "neutron",
+                "unix_listener.group": "neutron",
+                "nova.response_timeout_s": 30,
+                "sources.neutron.enabled": False,
+            },
+        ),
+        (
+            [_EVERYTHING],
+            {
+                _URL: "https://[2001:db8::1]:443",
+                f"{_SET}.verify": False,
+                f"{_SET}.ca_file": "/ca",
+                f"{_SET}.client_cert_file": "/c",
+                f"{_SET}.client_key_file": "/k",
+                f"{_SET}.secret_file": str(_SECRET_FILE),
+                "nova.response_timeout_s": 98,
+                "unix_listener.path": "/state/s",
+                "unix_listener.mode": "all",
+                "unix_listener.proxy_user": "99",
+                "unix_listener.proxy_group": "www-data",
+            },
+        ),
+        ([f"{_SECRET}state_path = /srv"], {"unix_listener.path": "/srv/metadata_proxy"}),
+        # A guest is answered before its proxy gives up.
+        *(
+            (
+                [f"{_SECRET}[metadata_haproxy]\ntimeout_server = {timeout}\n"],
+                {"nova.response_timeout_s": seconds},
+            )
+            for timeout, seconds in (("1", 1), ("3", 1), ("32", 30), ("9999", 600))
+        ),
+        (
+            [f"{_SECRET}nova_metadata_host = a", "nova_metadata_ip = b\nnova_metadata_ip = c"],
+            {_URL: "http://c:8775"},
+        ),
+        (
+            [f"{_SECRET}nova_client_cert = /c\nnova_client_priv_key =\n"],
+            {f"{_SET}.client_cert_file": None, f"{_SET}.client_key_file": None},
+        ),
+        (
+            [_SECRET, _NOVAS_OWN + _NOVA.format("topsecretvalue")],
+            {"unix_listener.path": "/var/lib/neutron/metadata_proxy"},
+        ),
+    ],
+)
+def test_what_neutrons_files_say_arrives_in_the_settings(
+    tmp_path: Path, texts: list[str], settings: dict[str, object]
+) -> None:
+    found = _settings(_import(*texts).text, tmp_path)
+    assert {path: found[path] for path in settings} == settings
+
+
+def test_every_option_that_has_an_equivalent_is_reported_as_taken_over() -> None:
+    taken = {name for name, fate in _fates(_import(_EVERYTHING)).items() if fate == Fate.TAKEN}
     assert taken == {
-        option.names[0]
+        option.name
         for option in NEUTRON_OPTIONS
         if option.fate is Fate.TAKEN and option.section != "neutron"
     }
 
 
+@pytest.mark.parametrize(
+    ("texts", "fates"),
+    [
+        (
+            [f"{_SECRET}nova_client_cert = /c\nnova_client_priv_key =\n"],
+            {"nova_client_cert": Fate.NONE, "nova_client_priv_key": Fate.NONE},
+        ),
+        ([_SECRET, _NOVAS_OWN + _NOVA.format("topsecretvalue")], {"metadata_workers": None}),
+        *(
+            (
+                [
+                    _SECRET,
+                    f"[neutron]\nservice_metadata_proxy = {value}\n[api]\nlocal_metadata_per_cell = {value}",
+                ],
+                dict(
+                    zip(("service_metadata_proxy", "local_metadata_per_cell"), fates, strict=True)
+                ),
+            )
+            for value, *fates in (
+                ("true", Fate.NONE, Fate.BY_HAND),
+                ("false", Fate.BY_HAND, Fate.NONE),
+            )
+        ),
+    ],
+)
+def test_what_neutron_or_nova_does_without_an_option_is_not_to_be_done(
+    texts: list[str], fates: dict[str, Fate | None]
+) -> None:
+    found = _fates(_import(*texts))
+    assert {name: found.get(name) for name in fates} == fates
+
+
 def test_the_secret_is_nowhere_but_in_its_place() -> None:
     imported = _import(_SECRET)
-
     assert imported.secret == "topsecretvalue"
-    assert "topsecret" not in render_imported(imported)
-
-
-def test_the_socket_moves_with_the_state_path(tmp_path: Path) -> None:
-    settings = _settings(_import(f"{_SECRET}state_path = /srv"), tmp_path)
-
-    assert settings.unix_listener.path == Path("/srv/metadata_proxy")
+    assert "topsecret" not in imported.text + str(imported.report) + str(imported.settings)
+    assert _import("state_path = /x\n", _NOVA.format("a$$b")).secret == "a$b"
 
 
 @pytest.mark.parametrize(
@@ -118,95 +192,45 @@ def test_the_socket_moves_with_the_state_path(tmp_path: Path) -> None:
 def test_the_path_is_taken_over_from_ovns_agent_which_has_to_run_on(
     tmp_path: Path, texts: tuple[str, ...], name: str, shown_by: str
 ) -> None:
-    imported = _import(*texts, names=[name] if name else None)
-
-    assert ("" if imported.ovn is None else imported.ovn.name) == shown_by
-    assert _settings(imported, tmp_path).unix_listener.take_over is bool(shown_by)
-
-
-@pytest.mark.parametrize(("timeout", "seconds"), [("1", 1), ("3", 1), ("32", 30), ("9999", 600)])
-def test_a_guest_is_answered_before_its_proxy_gives_up(
-    tmp_path: Path, timeout: str, seconds: int
-) -> None:
-    imported = _import(f"{_SECRET}[metadata_haproxy]\ntimeout_server = {timeout}\n")
-
-    assert _settings(imported, tmp_path).nova.response_timeout_s == seconds
+    imported = _import(*texts, names=[name] if name else ())
+    ovn = imported.report["ovn"]
+    assert ("" if ovn is None else ovn["option"]) == shown_by
+    taken_over = _settings(imported.text, tmp_path)["unix_listener.take_over"]
+    assert taken_over is bool(shown_by)
 
 
-def test_a_later_file_wins_and_what_it_wins_over_is_reported(tmp_path: Path) -> None:
-    imported = _import(
+def test_what_a_later_value_wins_over_is_reported() -> None:
+    report = _import(
         f"{_SECRET}nova_metadata_host = a\n", "nova_metadata_ip = b\nnova_metadata_ip = c\n"
-    )
-
-    endpoints = _settings(imported, tmp_path).nova.endpoint_sets["default"].endpoints
-    assert [one.url.host for one in endpoints] == ["c"]
-    lost = [(one.file, one.line, by.line) for one, by in imported.overridden]
+    ).report
+    lost = [(one["file"], one["line"], one["by"]["line"]) for one in report["overridden"]]
     assert lost == [("a.ini", 3, 3), ("b.ini", 2, 3)]
-    one = next(one for one in imported.reported if one.option.name == "nova_metadata_host")
-    assert one.why.startswith("Of old, for `nova_metadata_host`.")
-
-
-def test_the_same_value_twice_is_nothing_to_tell() -> None:
-    imported = _import(f"{_SECRET}metadata_proxy_socket = /var/lib/neutron/metadata_proxy\n",
-                       "metadata_proxy_socket = $state_path/metadata_proxy\n")  # fmt: skip
-
-    assert imported.overridden == ()
-
-
-def test_a_client_certificate_without_its_key_is_not_used_as_in_neutron(tmp_path: Path) -> None:
-    imported = _import(f"{_SECRET}nova_client_cert = /c\nnova_client_priv_key =\n")
-
-    assert _settings(imported, tmp_path).nova.endpoint_sets["default"].client_cert_file is None
-    fates = {one.option.name: one.fate for one in imported.reported}
-    assert fates["nova_client_cert"] is fates["nova_client_priv_key"] is Fate.NONE
-
-
-def test_novas_own_options_are_not_taken_for_neutrons(tmp_path: Path) -> None:
-    nova = "[DEFAULT]\nstate_path = /var/lib/nova\nhost = h\nmetadata_workers = x\n"
-    imported = _import(_SECRET, nova + _NOVA.format("topsecretvalue"))
-
-    assert _settings(imported, tmp_path).unix_listener.path.is_relative_to("/var/lib/neutron")
-    assert imported.host is None
-    assert "metadata_workers" not in {one.option.name for one in imported.reported}
-
-
-@pytest.mark.parametrize(
-    ("value", "fates"),
-    [("true", (Fate.NONE, Fate.BY_HAND)), ("false", (Fate.BY_HAND, Fate.NONE))],
-)
-def test_what_nova_has_right_already_is_nothing_to_do(value: str, fates: tuple[Fate, Fate]) -> None:
-    nova = f"[neutron]\nservice_metadata_proxy = {value}\n[api]\nlocal_metadata_per_cell = {value}"
-    imported = _import(_SECRET, nova)
-
-    one = {one.option.name: one.fate for one in imported.reported}
-    assert (one["service_metadata_proxy"], one["local_metadata_per_cell"]) == fates
-
-
-def test_novas_secret_stands_in_where_neutron_has_none() -> None:
-    assert _import("state_path = /x\n", _NOVA.format("a$$b")).secret == "a$b"
+    assert [
+        one["why"][:33] for one in report["options"] if one["option"] == "nova_metadata_ip"
+    ] == ["Of old, for `nova_metadata_host`."]
+    same = (
+        f"{_SECRET}metadata_proxy_socket = /var/lib/neutron/metadata_proxy\n",
+        "metadata_proxy_socket = $state_path/metadata_proxy\n",
+    )
+    assert _import(*same).report["overridden"] == []
 
 
 def test_neutrons_host_is_offered_for_the_list_of_ports(tmp_path: Path) -> None:
-    text = render_imported(_import(f"{_SECRET}host = compute-1\n"))
-    config = tmp_path / "c.yaml"
+    text = _import(f"{_SECRET}host = compute-1\n").text
     # Both signs away from the last line, and the first one from the others.
-    config.write_text(
-        re.sub(r"^#(?=sources|  )", "", text, flags=re.MULTILINE).replace("# list_h", "list_h")
-    )
-
-    source = load_settings(config, {}).settings.sources.neutron
-
-    assert (source.enabled, source.cloud, source.list_host) == (True, "CLOUD", "compute-1")
+    text = re.sub(r"^#(?=sources|  )", "", text, flags=re.MULTILINE).replace("# list_h", "list_h")
+    wanted = {"enabled": True, "cloud": "CLOUD", "list_host": "compute-1"}
+    found = _settings(text, tmp_path)
+    assert {name: found[f"sources.neutron.{name}"] for name in wanted} == wanted
 
 
 def test_an_option_that_looks_like_another_is_doubtful() -> None:
-    imported = _import(f"{_SECRET}nova_metadata_prot = 1\nmetadata-workers = 2\nl3_x = 3\n")
-
-    assert [(one.name, near) for one, near in imported.doubtful] == [
+    report = _import(f"{_SECRET}nova_metadata_prot = 1\nmetadata-workers = 2\nl3_x = 3\n").report
+    assert [(one["option"], one["near"]) for one in report["doubtful"]] == [
         ("nova_metadata_prot", "nova_metadata_port"),
         ("metadata-workers", "metadata_workers"),
     ]
-    assert imported.others == 3
+    assert report["others"] == 3
 
 
 @pytest.mark.parametrize(
@@ -314,18 +338,12 @@ def test_a_secret_that_cannot_sign_is_refused_and_not_shown(
     assert not any(word in str(one) for one in problems for word in ("hush", "tush"))
 
 
-def test_an_account_of_the_agents_that_is_none_is_refused() -> None:
-    problems = _problems(_SECRET, given=Given(Path("/x"), agent_user="a b"))
-
+def test_what_is_given_beside_the_files_is_checked_and_taken_over(tmp_path: Path) -> None:
+    problems = _problems(_SECRET, agent_user="a b")
     assert [one.field for one in problems] == ["unix_listener.user", "unix_listener.group"]
-
-
-def test_a_name_for_the_certificate_can_be_given(tmp_path: Path) -> None:
     text = f"{_SECRET}nova_metadata_protocol = https\n"
-    imported = _import(text, given=Given(Path("/x"), server_name="nova.example.org"))
-
-    default = _settings(imported, tmp_path).nova.endpoint_sets["default"]
-    assert default.server_name == "nova.example.org"
+    found = _settings(_import(text, server_name="nova.example.org").text, tmp_path)
+    assert found[f"{_SET}.server_name"] == "nova.example.org"
 
 
 def test_each_option_stands_once_and_leads_to_a_setting_there_is() -> None:
@@ -337,9 +355,9 @@ def test_each_option_stands_once_and_leads_to_a_setting_there_is() -> None:
         steps: list[str | int] = []
         for step in place if option.becomes else ():
             steps += [step, 0] if step == "endpoints" else [step]
-        assert schema_at(steps) is not None
+        assert find_setting(steps) is not None
         for word in re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)`", option.why):
-            assert schema_at(word.split(".")) is not None, word
+            assert find_setting(word.split(".")) is not None, word
 
 
 @pytest.mark.parametrize("option", NEUTRON_OPTIONS, ids=lambda one: f"{one.section}-{one.name}")
@@ -360,8 +378,8 @@ _NAMES = st.sampled_from([one.names[0] for one in NEUTRON_OPTIONS if not one.sec
 def test_any_values_are_taken_over_or_refused(values: dict[tuple[str, str], str]) -> None:
     text = "".join(f"[{section}]\n{name} = {value}\n" for (section, name), value in values.items())
     try:
-        imported = plan_import([parse_ini(f"[DEFAULT]\n{_SECRET}{text}", "f")], _GIVEN)
+        imported = plan_import([parse_ini(f"[DEFAULT]\n{_SECRET}{text}", "f")], _SECRET_FILE)
     except ConfigInvalid as error:
         assert error.problems  # noqa: PT017 - either way is right
         return
-    Settings.model_validate(imported.nested)
+    Settings.model_validate(imported.settings)
