@@ -14,8 +14,7 @@ import pytest
 
 from demo.cloudinit import download
 from imdsproxy.core.model import Dialect, InterfaceListener, NamespaceListener, Network
-from imdsproxy.core.snippets import HINTS, Snippet, Target
-from imdsproxy.core.snippets.targets import render_snippet, render_text
+from imdsproxy.core.snippets import HINTS, Target
 from support.debian_files import unpacked
 from support.demonstration import REPOSITORY
 from support.dhcp_offer import ask_options, classless_routes
@@ -26,13 +25,12 @@ from support.lab import until
 from support.snippets import (
     MAC,
     UUID,
+    Snippet,
     container_of,
-    guest,
     machine_of,
     network,
-    nic,
     qemu_arguments,
-    text_of,
+    snippet,
 )
 
 # What ds-identify finds
@@ -48,7 +46,7 @@ every = pytest.mark.parametrize(
 def test_a_machine_with_the_snippet_asks_for_that_dialect_and_no_other(
     target: Target, dialect: Dialect, tmp_path: Path
 ) -> None:
-    machine = machine_of(render_snippet(guest(), target, dialect))
+    machine = machine_of(snippet(target, dialect))
 
     assert identify(machine, tmp_path) == [_SOURCE[dialect]]
 
@@ -64,7 +62,7 @@ def test_a_uuid_that_looks_like_amazons_leads_nowhere_else(
     for number, uuid in enumerate(
         ("ec2e1916-9099-4caf-8d21-012345abcdef", "45e12aec-dcd1-4213-94ed-012345abcdef")
     ):
-        machine = machine_of(render_snippet(guest(uuid=uuid), target, dialect))
+        machine = machine_of(snippet(target, dialect, uuid=uuid))
         assert identify(Machine({"product_uuid": uuid}), tmp_path / f"{number}-bare") == ["Ec2"]
         assert identify(machine, tmp_path / str(number)) == [_SOURCE[dialect]]
 
@@ -80,7 +78,7 @@ def test_the_word_for_the_kernel_command_line_opens_the_gate_too(
 
 @pytest.mark.parametrize("dialect", list(Dialect))
 def test_a_container_of_incus_asks_as_well(dialect: Dialect, tmp_path: Path) -> None:
-    machine = container_of(render_snippet(guest(), Target.INCUS, dialect))
+    machine = container_of(snippet(Target.INCUS, dialect))
 
     assert [one.lower() for one in identify(machine, tmp_path)] == [dialect]
 
@@ -91,7 +89,7 @@ def test_a_container_without_it_asks_nobody(tmp_path: Path) -> None:
 
 def test_an_image_that_incus_seeds_takes_nocloud_which_is_the_default_there(tmp_path: Path) -> None:
     for number, dialect in enumerate((Dialect.NOCLOUD, Dialect.OPENSTACK)):
-        bare = machine_of(render_snippet(guest(), Target.INCUS, dialect))
+        bare = machine_of(snippet(Target.INCUS, dialect))
         machine = Machine(bare.dmi, seeded=True)
         assert identify(machine, tmp_path / str(number))[0] == "NoCloud"
 
@@ -150,7 +148,7 @@ def _believed(machine: Machine, libraries: Path, directory: Path) -> dict[str, o
 def test_the_data_source_believes_the_snippet(
     target: Target, dialect: Dialect, libraries: Path, tmp_path: Path
 ) -> None:
-    machine = machine_of(render_snippet(guest(), target, dialect))
+    machine = machine_of(snippet(target, dialect))
 
     seen = _believed(machine, libraries, tmp_path)
 
@@ -187,8 +185,8 @@ _DOMAIN = """\
 _NETWORK = "<network><name>lan</name><bridge name='br0'/>{options}</network>"
 
 
-def _pieces(snippet: Snippet) -> dict[str, str]:
-    tree = ET.fromstring(f"<all>{render_text(snippet)}</all>")  # noqa: S314 - our own
+def _pieces(printed: Snippet) -> dict[str, str]:
+    tree = ET.fromstring(f"<all>{printed.text}</all>")  # noqa: S314 - our own
     pieces: dict[str, str] = {}
     for child in tree:
         name = child.tag.rpartition("}")[2]
@@ -222,8 +220,8 @@ def _validate(text: str, schema: str, directory: Path) -> str:
 def test_libvirt_would_take_the_domain_and_the_network(
     dialect: Dialect, listener: InterfaceListener | NamespaceListener | None, tmp_path: Path
 ) -> None:
-    card = nic(network(listener))
-    pieces = _pieces(render_snippet(guest(card, nic(mac=None)), Target.LIBVIRT, dialect))
+    printed = snippet(Target.LIBVIRT, dialect, network(listener), macs=[MAC, None])
+    pieces = _pieces(printed)
     domain = _DOMAIN.format(
         outside=pieces["sysinfo"] + pieces["uuid"],
         smbios=pieces["smbios"],
@@ -234,15 +232,15 @@ def test_libvirt_would_take_the_domain_and_the_network(
 
 
 def test_the_schema_would_say_no_to_anything_else(tmp_path: Path) -> None:
-    pieces = _pieces(render_snippet(guest(), Target.LIBVIRT, Dialect.OPENSTACK))
+    pieces = _pieces(snippet(Target.LIBVIRT, Dialect.OPENSTACK))
     misplaced = _DOMAIN.format(outside=pieces["smbios"], smbios="", devices="")
 
     assert "fails to validate" in _validate(misplaced, "domain", tmp_path)
 
 
 def test_libvirt_would_take_the_route_into_its_network(tmp_path: Path) -> None:
-    isolated = guest(nic(network(gateway=None)))
-    pieces = _pieces(render_snippet(isolated, Target.LIBVIRT, Dialect.OPENSTACK))
+    isolated = network(gateway=None)
+    pieces = _pieces(snippet(Target.LIBVIRT, Dialect.OPENSTACK, isolated))
 
     assert _validate(_NETWORK.format(options=pieces["options"]), "network", tmp_path) == ""
 
@@ -250,7 +248,7 @@ def test_libvirt_would_take_the_route_into_its_network(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", [one for one in Target if one is not Target.LIBVIRT])
 @pytest.mark.parametrize("dialect", list(Dialect))
 def test_qemu_starts_with_the_smbios_that_is_printed(target: Target, dialect: Dialect) -> None:
-    arguments = iter(qemu_arguments(render_snippet(guest(), target, dialect)))
+    arguments = iter(qemu_arguments(snippet(target, dialect)))
     smbios = [word for one in arguments if one == "-smbios" for word in (one, next(arguments))]
     machine = ["-machine", "q35,accel=tcg", "-nodefaults", "-display", "none", "-S"]
 
@@ -274,9 +272,9 @@ _ON_LINK = IPv4Address("0.0.0.0")
 
 
 def _offered(lab: HostLab, of: Network, directory: Path) -> dict[int, bytes]:
-    made = render_snippet(guest(nic(of)), Target.QEMU, Dialect.OPENSTACK)
+    made = snippet(Target.QEMU, Dialect.OPENSTACK, of)
     configuration = directory / "dnsmasq.conf"
-    configuration.write_text(f"{text_of(made, 'route')}\n")
+    configuration.write_text(f"{made.of('route')}\n")
     namespace, plugged = lab.namespace("dhcp"), lab.namespace("guest")
     device = "lan0"
     ends = ("type", "veth", "peer", "name", "eth0", "netns", plugged)

@@ -6,25 +6,44 @@ import re
 import shlex
 from base64 import b64decode
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from ipaddress import ip_address, ip_network
 from xml.etree import ElementTree as ET
 
 from imdsproxy.core.model import (
     BridgeListener,
     Dialect,
+    Instance,
+    InstanceId,
     Listener,
     MacAddress,
     Network,
     NetworkId,
+    Port,
     Subnet,
 )
-from imdsproxy.core.snippets import Guest, Nic, Snippet, Target, plan_nic
-from imdsproxy.core.snippets.targets import render_text
+from imdsproxy.core.snippets import Target
+from imdsproxy.core.snippets.targets import Part, render_snippet, render_text
 from support.ds_identify import DMI_OF_SMBIOS, Machine
 
 MAC = MacAddress("52:54:00:12:34:56")
 UUID = "ac7e3c7e-1111-4222-8333-444455556666"
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """What is printed for one target."""
+
+    target: Target
+    parts: list[Part]
+
+    @property
+    def text(self) -> str:
+        return render_text(self.target, self.parts)
+
+    def of(self, kind: str) -> str:
+        """What is to be pasted of one kind."""
+        return "\n".join(part.text for part in self.parts if part.kind == kind)
 
 
 def network(
@@ -35,17 +54,20 @@ def network(
     return Network(NetworkId("lan"), listener or BridgeListener("br0"), subnets=subnets)
 
 
-def nic(of: Network | None = None, *, mac: MacAddress | None = MAC, here: bool = False) -> Nic:
-    return plan_nic(of or network(), mac, lambda _: here)
-
-
-def guest(*nics: Nic, uuid: str = UUID, name: str = "web-1") -> Guest:
-    return Guest(name, uuid, frozenset(Dialect), nics or (nic(),))
-
-
-def text_of(snippet: Snippet, kind: str) -> str:
-    """Everything of one kind, as printed; comments are left out by who reads it."""
-    return "\n".join(part.text for part in snippet.parts if part.kind == kind)
+def snippet(
+    target: Target,
+    dialect: Dialect,
+    *networks: Network,
+    macs: Sequence[MacAddress | None] = (MAC,),
+    uuid: str = UUID,
+    name: str = "web-1",
+    dialects: frozenset[Dialect] = frozenset(Dialect),
+) -> Snippet:
+    """For an instance with a port for each MAC in each network, of which the host is no gateway."""
+    found = {one.id: one for one in networks or (network(),)}
+    ports = tuple(Port(one, mac) for one in found for mac in macs)
+    instance = Instance(InstanceId(uuid), name, "web-1", ports=ports, dialects=dialects)
+    return Snippet(target, render_snippet(instance, found, target, dialect, lambda _: False))
 
 
 def machine_of(snippet: Snippet) -> Machine:
@@ -117,7 +139,7 @@ def _fields(argument: str) -> Iterator[tuple[tuple[int, str], str]]:
 
 
 def _libvirt(snippet: Snippet) -> Iterator[tuple[tuple[int, str], str]]:
-    tree = ET.fromstring(f"<domain>{render_text(snippet)}</domain>")  # noqa: S314 - our own
+    tree = ET.fromstring(f"<domain>{snippet.text}</domain>")  # noqa: S314 - our own
     mode = tree.find("smbios")
     assert mode is not None
     assert mode.get("mode") == "sysinfo"
@@ -155,7 +177,7 @@ def _incus_settings(snippet: Snippet) -> Iterator[tuple[str, str]]:
 
 
 def _lines(snippet: Snippet) -> Iterator[Sequence[str]]:
-    text = render_text(snippet).replace("\\\n", " ")
+    text = snippet.text.replace("\\\n", " ")
     for line in text.splitlines():
         if words := shlex.split(line, comments=True):
             yield list(words)

@@ -7,11 +7,11 @@ from dataclasses import asdict
 from typing import Annotated
 
 from imdsproxy.cli import options
-from imdsproxy.cli.admin_client import AdminClient, path_to
+from imdsproxy.cli.admin_client import path_to
 from imdsproxy.cli.record_io import read_record
-from imdsproxy.core.model import Dialect, IpAddress, Port, Upstream
+from imdsproxy.core.model import Dialect, IpAddress
 from imdsproxy.core.records import parse_instance, parse_network
-from imdsproxy.core.snippets import Guest, Nic, Target, choose_dialect, plan_nic
+from imdsproxy.core.snippets import Target, choose_dialect, dialects_of
 from imdsproxy.core.snippets.targets import render_snippet, render_text
 from imdsproxy.errors import RequestRefused
 
@@ -36,47 +36,33 @@ def snippet(
     ] = None,
 ) -> None:
     """The SMBIOS, NIC and route that make a stock image ask for this instance's metadata."""
-    guest = _guest(run.daemon(), instance)
-    made = render_snippet(guest, target, _dialect(guest, instance, target, dialect))
-    shape = {
-        "instance": instance,
-        "for": made.target.value,
-        "dialect": made.dialect.value,
-        "parts": [asdict(part) for part in made.parts],
-    }
-    run.output.answer(shape, lambda output, _: output.text(render_text(made)))
-
-
-def _dialect(guest: Guest, instance: str, target: Target, wanted: Dialect | None) -> Dialect:
-    had = ", ".join(sorted(guest.dialects)) or "none"
-    if wanted is not None and wanted not in guest.dialects:
+    daemon = run.daemon()
+    shape = daemon.get(path_to("instances", instance))
+    record = read_record("instance", parse_instance, shape["record"])
+    networks = {}
+    for port in record.ports:
+        shape = daemon.get(path_to("networks", port.network))
+        networks[port.network] = read_record("network", parse_network, shape["record"])
+    dialects = dialects_of(record)
+    if dialect is not None and dialect not in dialects:
         raise RequestRefused(
-            f"instance {instance} has no {wanted} documents (it has: {had})",
+            f"instance {instance} has no {dialect} documents (it has: {', '.join(sorted(dialects)) or 'none'})",
             hint="omit --dialect, or turn it on with `imdsproxy instance set`",
         )
-    chosen = wanted or choose_dialect(target, guest.dialects)
+    chosen = dialect or choose_dialect(target, dialects)
     if chosen is None:
         raise RequestRefused(
             f"instance {instance} has no documents to ask for",
             hint=f"`imdsproxy instance set {instance} --openstack` turns a dialect on",
         )
-    return chosen
-
-
-def _guest(daemon: AdminClient, name: str) -> Guest:
-    instance = read_record(
-        "instance", parse_instance, daemon.get(path_to("instances", name))["record"]
-    )
-    dialects = instance.dialects
-    if instance.upstream is Upstream.NOVA:
-        dialects = frozenset({Dialect.OPENSTACK, Dialect.EC2})
-    nics = tuple(_nic(daemon, port) for port in instance.ports)
-    return Guest(instance.name, instance.uuid, dialects, nics)
-
-
-def _nic(daemon: AdminClient, port: Port) -> Nic:
-    shape = daemon.get(path_to("networks", port.network))
-    return plan_nic(read_record("network", parse_network, shape["record"]), port.mac, _host_has)
+    parts = render_snippet(record, networks, target, chosen, _host_has)
+    answer = {
+        "instance": instance,
+        "for": target,
+        "dialect": chosen,
+        "parts": [asdict(part) for part in parts],
+    }
+    run.output.answer(answer, lambda output, _: output.text(render_text(target, parts)))
 
 
 def _host_has(address: IpAddress) -> bool:

@@ -2,7 +2,7 @@
 
 cloud-init runs `ds-identify` before anything else and stays off unless the machine looks like a cloud. What it
 looks at is SMBIOS, or for containers the environment and the command line of process 1. `HINTS` has what must be seen
-for a dialect, `plan_nic` how 169.254.169.254 is reached; `imdsproxy.core.snippets.targets` writes both as QEMU,
+for a dialect, `plan_route` how 169.254.169.254 is reached; `imdsproxy.core.snippets.targets` writes both as QEMU,
 libvirt, Proxmox or Incus take them.
 """
 
@@ -12,20 +12,11 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final, assert_never
+from typing import Final
 
+from imdsproxy.core import model
 from imdsproxy.core.documents.nocloud import NOCLOUD_ROOT
-from imdsproxy.core.model import (
-    METADATA_IPV4,
-    BridgeListener,
-    Dialect,
-    InterfaceListener,
-    IpAddress,
-    MacAddress,
-    NamespaceListener,
-    Network,
-    NetworkId,
-)
+from imdsproxy.core.model import METADATA_IPV4, Dialect
 
 
 class Target(StrEnum):
@@ -35,63 +26,6 @@ class Target(StrEnum):
     LIBVIRT = "libvirt"
     PROXMOX = "proxmox"
     INCUS = "incus"
-
-
-@dataclass(frozen=True, slots=True)
-class Nic:
-    """A port of the instance as the hypervisor must plug it in, and how the guest reaches 169.254.169.254 by it.
-
-    Attributes:
-        bridge: The host's device that the guest is to be attached to, `None` where the network is a foreign namespace.
-        advice: For people, with `{where}` for what the hypervisor's way to announce a route is.
-        announced: DHCP option 121 as dnsmasq writes it, pairs of destination and gateway, 0.0.0.0 for on-link; empty
-            where nothing is to be announced.
-    """
-
-    network: NetworkId
-    mac: MacAddress | None
-    bridge: str | None
-    advice: str
-    announced: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Guest:
-    """An instance as a hypervisor knows it.
-
-    Attributes:
-        name: What the hypervisor is assumed to call it.
-        uuid: The record's; cloud-init compares it with SMBIOS and then does not ask again at each boot.
-    """
-
-    name: str
-    uuid: str
-    dialects: frozenset[Dialect]
-    nics: tuple[Nic, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Lines that belong to one place.
-
-    Attributes:
-        kind: `SMBIOS`, `container`, `network card`, `route`, `systemd-imdsd`, or `note` (which has no text).
-        place: Where they go, a line or more.
-        text: The lines as they are to be pasted; empty when there is nothing to do.
-    """
-
-    kind: str
-    place: str
-    text: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Snippet:
-    """Everything for one guest on one target."""
-
-    target: Target
-    dialect: Dialect
-    parts: tuple[Part, ...]
 
 
 _URL: Final = f"http://{METADATA_IPV4}"
@@ -138,19 +72,13 @@ HINTS: Final[Mapping[Dialect, DetectionHints]] = {
     ),
 }
 
-IMDS_WORDS: Final = " ".join(
-    f"systemd.{word}"
-    for word in (
-        "imds=1",
-        "imds.network=unlocked",
-        "imds.vendor=imdsproxy",
-        f"imds.data_url={_URL}/latest",
-        f"imds.address_ipv4={METADATA_IPV4}",
-        "imds.key.hostname=/meta-data/hostname",
-        "imds.key.zone=/meta-data/placement/availability-zone",
-        "imds.key.ssh_key=/meta-data/public-keys/0/openssh-key",
-        "imds.key.userdata=/user-data",
-    )
+IMDS_WORDS: Final = (
+    "systemd.imds=1 systemd.imds.network=unlocked systemd.imds.vendor=imdsproxy "
+    f"systemd.imds.data_url={_URL}/latest systemd.imds.address_ipv4={METADATA_IPV4} "
+    "systemd.imds.key.hostname=/meta-data/hostname "
+    "systemd.imds.key.zone=/meta-data/placement/availability-zone "
+    "systemd.imds.key.ssh_key=/meta-data/public-keys/0/openssh-key "
+    "systemd.imds.key.userdata=/user-data"
 )
 """The kernel command line by which systemd-imdsd (systemd 261) finds the EC2 documents.
 
@@ -159,6 +87,12 @@ away from the address, cloud-init among them. No token is asked for: there are n
 """
 
 _AMAZON: Final = re.compile(r"ec2.*|[0-9a-f]*2[0-9a-f]ec", re.IGNORECASE)
+
+
+def dialects_of(instance: model.Instance) -> frozenset[Dialect]:
+    """The documents that the instance has; Nova has those of OpenStack and EC2."""
+    of_nova = frozenset({Dialect.OPENSTACK, Dialect.EC2})
+    return of_nova if instance.upstream is model.Upstream.NOVA else instance.dialects
 
 
 def choose_dialect(target: Target, dialects: Collection[Dialect]) -> Dialect | None:
@@ -177,14 +111,27 @@ def looks_like_amazon(uuid: str) -> bool:
     return _AMAZON.fullmatch(uuid.partition("-")[0]) is not None
 
 
-def plan_nic(
-    network: Network, mac: MacAddress | None, host_has: Callable[[IpAddress], bool]
-) -> Nic:
-    """How a guest is plugged into the network, and reaches the metadata address.
+@dataclass(frozen=True, slots=True)
+class Route:
+    """How the guests of a network reach 169.254.169.254.
+
+    Attributes:
+        device: The host's device that guests are attached to, `None` where the network is a foreign namespace.
+        advice: What is to be done, for people, with `{announce}` for how the hypervisor announces a route.
+        announced: DHCP option 121 as dnsmasq writes it, pairs of destination and gateway, 0.0.0.0 for on-link; empty
+            where nothing is to be announced.
+    """
+
+    device: str | None
+    advice: str
+    announced: str = ""
+
+
+def plan_route(network: model.Network, host_has: Callable[[model.IpAddress], bool]) -> Route:
+    """How the guests of a network reach 169.254.169.254.
 
     Args:
         network: The network's record; its first IPv4 subnet's gateway counts.
-        mac: The port's.
         host_has: Whether an address is one of the host's own.
     """
     subnet = next(
@@ -192,28 +139,26 @@ def plan_nic(
     )
     via = None if subnet is None else subnet.gateway
     match network.listener:
-        case NamespaceListener(namespace):
+        case model.NamespaceListener(namespace):
             advice = (
                 f"the owner of the namespace {namespace} leads guests to {METADATA_IPV4} (Neutron's DHCP server "
                 "announces the route)."
             )
-            return Nic(network.id, mac, None, advice)
-        case BridgeListener(device):
+            return Route(None, advice)
+        case model.BridgeListener(device):
             # `listeners.nft_scripts` leads there what is for the gateway, whichever host that is.
             answered, unless = via is not None, "guests have a gateway"
-        case InterfaceListener(device):
+        case model.InterfaceListener(device):
             answered, unless = via is not None and host_has(via), "the guests' gateway is this host"
-        case _ as never:
-            assert_never(never)
     if answered:
         advice = f"no route is needed; what guests send to their gateway for {METADATA_IPV4} is answered on {device}."
-        return Nic(network.id, mac, device, advice)
+        return Route(device, advice)
     # Clients that receive option 121 ignore option 3 (RFC 3442), so the default gateway has to be in there too.
     announced = f"{METADATA_IPV4}/32,0.0.0.0" + ("" if via is None else f",0.0.0.0/0,{via}")
-    advice = f"no gateway leads there, {device} itself answers. {{where}}"
+    advice = f"no gateway leads there, {device} itself answers. {{announce}}"
     if subnet is None:
         advice = (
-            f"nothing, if {unless}; its record names no subnet. Else {device} itself answers. {{where}} If guests "
+            f"nothing, if {unless}; its record names no subnet. Else {device} itself answers. {{announce}} If guests "
             "have a gateway, add 0.0.0.0/0,GATEWAY: clients that receive option 121 ignore the other one."
         )
-    return Nic(network.id, mac, device, advice, announced)
+    return Route(device, advice, announced)

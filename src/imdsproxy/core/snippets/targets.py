@@ -5,35 +5,42 @@ from __future__ import annotations
 import shlex
 import textwrap
 from base64 import b64encode
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from html import escape
-from typing import Final
+from typing import Final, TypeAlias
 
-from imdsproxy.core.model import Dialect
-from imdsproxy.core.snippets import (
-    HINTS,
-    IMDS_WORDS,
-    DetectionHints,
-    Guest,
-    Nic,
-    Part,
-    Snippet,
-    Target,
-    looks_like_amazon,
-)
+from imdsproxy.core import snippets
+from imdsproxy.core.model import Dialect, Instance, IpAddress, Network, NetworkId, Port
+from imdsproxy.core.snippets import DetectionHints, Target
 
 _WIDTH: Final = 96
 _DHCP: Final = "The network's DHCP server must announce it; with dnsmasq (other servers: option 121, static routes):"
 _INCUS_MACHINE: Final = "a virtual machine, before its first start."
 _EXTRA_KEY: Final = "io.systemd.stub.kernel-cmdline-extra"
-_EXTRA: Final = f"{_EXTRA_KEY}={IMDS_WORDS}"
+_EXTRA: Final = f"{_EXTRA_KEY}={snippets.IMDS_WORDS}"
 """An SMBIOS OEM string (type 11) that systemd-stub adds to the kernel command line of a unified image."""
 
 _IMDS_PLACE: Final = (
     "Only for images with systemd 261 or later whose kernel is a unified image: systemd-imdsd asks as "
     "well. With any other boot loader put what follows kernel-cmdline-extra= on the kernel command line."
 )
+
+_Routes: TypeAlias = dict[NetworkId, snippets.Route]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Lines that belong to one place.
+
+    Attributes:
+        kind: `SMBIOS`, `container`, `network card`, `route`, `systemd-imdsd`, or `note` (which has no text).
+        place: Where they go, a line or more.
+        text: The lines as they are to be pasted; empty when there is nothing to do.
+    """
+
+    kind: str
+    place: str
+    text: str = ""
 
 
 def _quote(text: str) -> str:
@@ -43,226 +50,201 @@ def _quote(text: str) -> str:
     return shlex.quote(text)
 
 
-def _shown_uuid(guest: Guest) -> dict[str, str]:
-    """The UUID to show; none where cloud-init would take it for Amazon's."""
-    return {} if looks_like_amazon(guest.uuid) else {"uuid": guest.uuid}
-
-
-def smbios_argument(kind: int, fields: Mapping[str, str]) -> str:
-    """What follows QEMU's `-smbios`, not yet quoted for a shell; a comma in a value is doubled (qemu(1))."""
-    values = (f"{name}={value.replace(',', ',,')}" for name, value in fields.items())
-    return ",".join((f"type={kind}", *values))
-
-
 def _smbios(kind: int, fields: Mapping[str, str]) -> str:
-    return f"-smbios {_quote(smbios_argument(kind, fields))}"
+    """QEMU's option (qemu(1)); no value may hold a comma."""
+    values = (f"{name}={value}" for name, value in fields.items())
+    return f"-smbios {_quote(','.join((f'type={kind}', *values)))}"
 
 
-def _qemu_identity(guest: Guest, hints: DetectionHints) -> Iterator[Part]:
+def _shown_uuid(instance: Instance) -> dict[str, str]:
+    """The UUID to show; none where cloud-init would take it for Amazon's."""
+    return {} if snippets.looks_like_amazon(instance.uuid) else {"uuid": instance.uuid}
+
+
+def _wants_imds(instance: Instance) -> bool:
+    """Whether systemd-imdsd would find the documents that it reads: the EC2 ones."""
+    return Dialect.EC2 in snippets.dialects_of(instance)
+
+
+def _missing_uuid(instance: Instance) -> Iterator[Part]:
+    if not _shown_uuid(instance):
+        note = f"The record's UUID {instance.uuid} is missing on purpose: cloud-init would take the machine for one of"
+        yield Part("note", f"{note} Amazon's.")
+
+
+def _card(place: str, port: Port, text: str) -> Part:
+    known = "the guest is known by this MAC."
+    if port.mac is None:
+        known = "the record has no MAC, so any will do."
+    return Part("network card", f"{place}Network {port.network}: {known}", text)
+
+
+def _routes(
+    routes: _Routes, place: str = _DHCP, announce: str = "dhcp-option=121,{routes}"
+) -> Iterator[Part]:
+    """How the guests of each network reach 169.254.169.254.
+
+    Args:
+        routes: By network.
+        place: How the hypervisor announces a route, for people.
+        announce: The same as it is to be pasted, with `{device}` and `{routes}`.
+    """
+    for network, route in reversed(routes.items()):
+        text = announce.format(device=_quote(route.device or ""), routes=route.announced)
+        advice = route.advice.replace("{announce}", place)
+        yield Part("route", f"Network {network}: {advice}", text if route.announced else "")
+
+
+def _imds(instance: Instance, text: str, place: str = _IMDS_PLACE) -> Iterator[Part]:
+    if _wants_imds(instance):
+        yield Part("systemd-imdsd", place, text)
+
+
+def _qemu(instance: Instance, hints: DetectionHints, routes: _Routes) -> Iterator[Part]:
+    """Arguments of qemu-system-* (`-smbios` in qemu(1))."""
     yield Part(
         "SMBIOS",
         f"on QEMU's command line. {hints.asks} With -kernel, also put '{hints.kernel}' into -append "
         "where the firmware shows no SMBIOS.",
-        _smbios(1, {**hints.system, **_shown_uuid(guest)}),
+        _smbios(1, {**hints.system, **_shown_uuid(instance)}),
     )
+    yield from _missing_uuid(instance)
+    for number, port in enumerate(instance.ports):
+        backend = f"bridge,id=net{number},br={routes[port.network].device}"
+        if routes[port.network].device is None:
+            backend = f"tap,id=net{number},ifname=TAP,script=no,downscript=no"
+        card = f"virtio-net-pci,netdev=net{number}{f',mac={port.mac}' if port.mac else ''}"
+        text = f"-netdev {_quote(backend)} \\\n-device {_quote(card)}"
+        yield _card("on QEMU's command line. ", port, text)
+    yield from _routes(routes)
+    yield from _imds(instance, _smbios(11, {"value": _EXTRA}))
 
 
-def _qemu_nic(_guest: Guest, number: int, nic: Nic) -> str:
-    net = f"net{number}"
-    if nic.bridge is None:
-        backend = f"tap,id={net},ifname=TAP,script=no,downscript=no"
-    else:
-        backend = f"bridge,id={net},br={nic.bridge}"
-    mac = "" if nic.mac is None else f",mac={nic.mac}"
-    device = f"virtio-net-pci,netdev={net}{mac}"
-    return f"-netdev {_quote(backend)} \\\n-device {_quote(device)}"
-
-
-def _libvirt_identity(guest: Guest, hints: DetectionHints) -> Iterator[Part]:
-    imds = _wants_imds(guest)
-    lines = ["<sysinfo type='smbios'>", "  <system>"]
-    lines += [_entry(value, f" name='{name}'") for name, value in hints.system.items()]
-    lines.append("  </system>")
-    if imds:
-        lines += ["  <oemStrings>", _entry(_EXTRA), "  </oemStrings>"]
-    yield Part(
-        "SMBIOS",
-        f"with virsh edit {guest.name}, into <domain>. {hints.asks}"
-        + (f" The oemStrings are for systemd-imdsd. {_IMDS_PLACE}" if imds else ""),
-        "\n".join([*lines, "</sysinfo>"]),
+def _libvirt(instance: Instance, hints: DetectionHints, routes: _Routes) -> Iterator[Part]:
+    """Pieces of XML (https://libvirt.org/formatdomain.html#smbios-system-information, formatnetwork.html)."""
+    place, strings = f"with virsh edit {instance.name}, into <domain>. {hints.asks}", ""
+    if _wants_imds(instance):
+        place += f" The oemStrings are for systemd-imdsd. {_IMDS_PLACE}"
+        strings = f"  <oemStrings>\n    <entry>{_EXTRA}</entry>\n  </oemStrings>\n"
+    system = "".join(
+        f"    <entry name='{name}'>{value}</entry>\n" for name, value in hints.system.items()
     )
+    sysinfo = f"<sysinfo type='smbios'>\n  <system>\n{system}  </system>\n{strings}</sysinfo>"
+    yield Part("SMBIOS", place, sysinfo)
     yield Part("SMBIOS", "into the <os> that is there already.", "<smbios mode='sysinfo'/>")
-    for uuid in _shown_uuid(guest).values():
+    for uuid in _shown_uuid(instance).values():
         yield Part(
             "SMBIOS",
             "only for a domain that is yet to be defined (the UUID of one that is cannot be changed): into "
             "<domain>. cloud-init then sees at each boot that it is the same instance.",
             f"<uuid>{uuid}</uuid>",
         )
+    yield from _missing_uuid(instance)
+    for port in instance.ports:
+        device = routes[port.network].device
+        text = f"<interface type='{'bridge' if device else 'ethernet'}'>\n"
+        text += f"  <mac address='{port.mac}'/>\n" if port.mac else ""
+        text += f"  <source bridge='{device}'/>\n" if device else ""
+        text += "  <model type='virtio'/>\n</interface>"
+        yield _card("into <devices>, or like this where it is already. ", port, text)
+    yield from _routes(
+        routes,
+        "If libvirt serves DHCP there: with virsh net-edit, into <network>; then net-destroy and net-start. "
+        "Any other DHCP server: option 121, static routes, with the same values.",
+        "<dnsmasq:options xmlns:dnsmasq='http://libvirt.org/schemas/network/dnsmasq/1.0'>\n"
+        "  <dnsmasq:option value='dhcp-option=121,{routes}'/>\n"
+        "</dnsmasq:options>",
+    )
 
 
-def _libvirt_nic(_guest: Guest, _number: int, nic: Nic) -> str:
-    lines = [f"<interface type='{'ethernet' if nic.bridge is None else 'bridge'}'>"]
-    if nic.mac is not None:
-        lines.append(f"  <mac address='{nic.mac}'/>")
-    if nic.bridge is not None:
-        lines.append(f"  <source bridge='{escape(nic.bridge)}'/>")
-    return "\n".join([*lines, "  <model type='virtio'/>", "</interface>"])
-
-
-def _entry(value: str, attribute: str = "") -> str:
-    return f"    <entry{attribute}>{escape(value, quote=False)}</entry>"
-
-
-def _proxmox_identity(guest: Guest, hints: DetectionHints) -> Iterator[Part]:
+def _proxmox(instance: Instance, hints: DetectionHints, routes: _Routes) -> Iterator[Part]:
+    """`qm set` (smbios1 in qm.conf(5); its values are base64, and it replaces the whole entry)."""
     fields = [f"{name}={b64encode(text.encode()).decode()}" for name, text in hints.system.items()]
-    fields += [f"uuid={uuid}" for uuid in _shown_uuid(guest).values()]
+    fields += [f"uuid={uuid}" for uuid in _shown_uuid(instance).values()]
     yield Part(
         "SMBIOS",
         f"on the Proxmox VE host, VMID being the machine's number. {hints.asks} It must have no "
         "cloud-init drive: that would win.",
         f"qm set VMID --smbios1 {_quote(','.join(('base64=1', *fields)))}",
     )
+    yield from _missing_uuid(instance)
+    for number, port in enumerate(instance.ports):
+        model = f"virtio={port.mac.upper()}" if port.mac else "virtio"
+        card = f"{model},bridge={routes[port.network].device or 'BRIDGE'}"
+        yield _card("", port, f"qm set VMID --net{number} {_quote(card)}")
+    yield from _routes(routes)
+    yield from _imds(instance, f"qm set VMID --args {_quote(_smbios(11, {'value': _EXTRA}))}")
 
 
-def _proxmox_nic(_guest: Guest, number: int, nic: Nic) -> str:
-    model = "virtio" if nic.mac is None else f"virtio={nic.mac.upper()}"
-    device = f"{model},bridge={nic.bridge or 'BRIDGE'}"
-    return f"qm set VMID --net{number} {_quote(device)}"
-
-
-def _incus_identity(guest: Guest, hints: DetectionHints) -> Iterator[Part]:
-    configure = f"incus config set {_quote(guest.name)}"
+def _incus(instance: Instance, hints: DetectionHints, routes: _Routes) -> Iterator[Part]:
+    """Virtual machines by `raw.qemu`, containers by process 1 (their DMI is the host's, and not looked at)."""
+    name = _quote(instance.name)
     yield Part(
         "SMBIOS",
         f"{_INCUS_MACHINE} {hints.asks} Incus has to permit raw.qemu, and gives the UUID itself.",
-        f"{configure} raw.qemu {_quote(_smbios(1, hints.system))}",
+        f"incus config set {name} raw.qemu {_quote(_smbios(1, hints.system))}",
     )
+    note = "cloud-init reads process 1's command line in place of the kernel's."
+    settings = {"raw.lxc": f"lxc.init.cmd = /sbin/init {hints.kernel}"}
     if hints.environment:
         settings = {f"environment.{key}": one for key, one in hints.environment.items()}
         note = (
             "Not with an image that seeds /var/lib/cloud/seed/nocloud-net (those with "
             "/cloud in their name do): cloud-init takes that first."
         )
-    else:
-        settings = {"raw.lxc": f"lxc.init.cmd = /sbin/init {hints.kernel}"}
-        note = "cloud-init reads process 1's command line in place of the kernel's."
-    lines = [f"{configure} {key} {_quote(value)}" for key, value in settings.items()]
+    lines = [f"incus config set {name} {key} {_quote(value)}" for key, value in settings.items()]
     yield Part("container", f"before its first start. {note}", "\n".join(lines))
-
-
-def _incus_nic(guest: Guest, number: int, nic: Nic) -> str:
-    device = f"incus config device add {_quote(guest.name)} eth{number} nic nictype=bridged"
-    mac = "" if nic.mac is None else f" hwaddr={nic.mac}"
-    return f"{device} parent={_quote(nic.bridge or 'BRIDGE')}{mac}"
-
-
-@dataclass(frozen=True, slots=True)
-class _Writer:
-    """One hypervisor's syntax.
-
-    Attributes:
-        identity: What the guest sees of the machine.
-        nic: The lines that plug in the guest's NIC of that number.
-        nic_place: Where they go.
-        announce: How a route is announced, with `{bridge}` and `{routes}`.
-        announce_place: Where that goes.
-        imds: What systemd-imdsd reads, where it is not part of the identity; with `{name}`.
-        imds_place: Where that goes.
-    """
-
-    identity: Callable[[Guest, DetectionHints], Iterator[Part]]
-    nic: Callable[[Guest, int, Nic], str]
-    nic_place: str = ""
-    announce: str = "dhcp-option=121,{routes}"
-    announce_place: str = _DHCP
-    imds: str = ""
-    imds_place: str = _IMDS_PLACE
-
-
-_WRITERS: Final[Mapping[Target, _Writer]] = {
-    # Arguments of qemu-system-* (`-smbios` in qemu(1)).
-    Target.QEMU: _Writer(
-        _qemu_identity, _qemu_nic, "on QEMU's command line. ", imds=_smbios(11, {"value": _EXTRA})
-    ),
-    # Pieces of XML (https://libvirt.org/formatdomain.html#smbios-system-information, formatnetwork.html).
-    Target.LIBVIRT: _Writer(
-        _libvirt_identity,
-        _libvirt_nic,
-        "into <devices>, or like this where it is already. ",
-        "<dnsmasq:options xmlns:dnsmasq='http://libvirt.org/schemas/network/dnsmasq/1.0'>\n"
-        "  <dnsmasq:option value='dhcp-option=121,{routes}'/>\n"
-        "</dnsmasq:options>",
-        "If libvirt serves DHCP there: with virsh net-edit, into <network>; then net-destroy and net-start. "
-        "Any other DHCP server: option 121, static routes, with the same values.",
-    ),
-    # `qm set` (smbios1 in qm.conf(5); its values are base64, and it replaces the whole entry).
-    Target.PROXMOX: _Writer(
-        _proxmox_identity,
-        _proxmox_nic,
-        imds=f"qm set VMID --args {_quote(_smbios(11, {'value': _EXTRA}))}",
-    ),
-    # Virtual machines by `raw.qemu`, containers by process 1 (their DMI is the host's, and not looked at).
-    Target.INCUS: _Writer(
-        _incus_identity,
-        _incus_nic,
-        "both kinds. ",
-        "incus network set {bridge} ipv4.dhcp.routes {routes}",
+    for number, port in enumerate(instance.ports):
+        parent = _quote(routes[port.network].device or "BRIDGE")
+        text = f"incus config device add {name} eth{number} nic nictype=bridged parent={parent}"
+        yield _card("both kinds. ", port, text + (f" hwaddr={port.mac}" if port.mac else ""))
+    yield from _routes(
+        routes,
         "If it is one of Incus' own networks with DHCP, this announces the route; for another its DHCP "
         "server must, by option 121.",
-        f"incus config set {{name}} smbios11.{_EXTRA_KEY} {_quote(IMDS_WORDS)}",
-        f"{_INCUS_MACHINE} {_IMDS_PLACE}",
-    ),
+        "incus network set {device} ipv4.dhcp.routes {routes}",
+    )
+    text = f"incus config set {name} smbios11.{_EXTRA_KEY} {_quote(snippets.IMDS_WORDS)}"
+    yield from _imds(instance, text, f"{_INCUS_MACHINE} {_IMDS_PLACE}")
+
+
+_WRITERS: Final = {
+    Target.QEMU: _qemu,
+    Target.LIBVIRT: _libvirt,
+    Target.PROXMOX: _proxmox,
+    Target.INCUS: _incus,
 }
 
 
-def _wants_imds(guest: Guest) -> bool:
-    """Whether systemd-imdsd would find the documents that it reads: the EC2 ones."""
-    return Dialect.EC2 in guest.dialects
+def render_snippet(
+    instance: Instance,
+    networks: Mapping[NetworkId, Network],
+    target: Target,
+    dialect: Dialect,
+    host_has: Callable[[IpAddress], bool],
+) -> list[Part]:
+    """Everything that makes the guest ask for the documents of `dialect`, which its record must have.
+
+    Args:
+        instance: Its name is taken for what the hypervisor calls the guest. cloud-init compares its UUID with SMBIOS,
+            and then does not ask again at each boot.
+        networks: Those of its ports.
+        target: The hypervisor.
+        dialect: See `choose_dialect`.
+        host_has: Whether an address is one of the host's own.
+    """
+    routes = {
+        port.network: snippets.plan_route(networks[port.network], host_has)
+        for port in reversed(instance.ports)
+    }
+    return list(_WRITERS[target](instance, snippets.HINTS[dialect], routes))
 
 
-def _nic_part(writer: _Writer, guest: Guest, number: int, nic: Nic) -> Part:
-    known = (
-        "the record has no MAC, so any will do."
-        if nic.mac is None
-        else "the guest is known by this MAC."
-    )
-    place = f"{writer.nic_place}Network {nic.network}: {known}"
-    return Part("network card", place, writer.nic(guest, number, nic))
-
-
-def _route_part(writer: _Writer, nic: Nic) -> Part:
-    # Incus has no network of its own where there is no bridge.
-    writer = (
-        _WRITERS[Target.QEMU] if nic.bridge is None and "{bridge}" in writer.announce else writer
-    )
-    advice = nic.advice.replace("{where}", writer.announce_place)
-    text = writer.announce.format(bridge=_quote(nic.bridge or ""), routes=nic.announced)
-    return Part("route", f"Network {nic.network}: {advice}", text if nic.announced else "")
-
-
-def render_snippet(guest: Guest, target: Target, dialect: Dialect) -> Snippet:
-    """Everything that makes `guest` ask for the documents of `dialect`, which its record must have."""
-    writer = _WRITERS[target]
-    parts = list(writer.identity(guest, HINTS[dialect]))
-    if target is not Target.INCUS and looks_like_amazon(guest.uuid):
-        note = f"The record's UUID {guest.uuid} is missing on purpose: cloud-init would take the machine for one of"
-        parts.append(Part("note", f"{note} Amazon's."))
-    parts += [_nic_part(writer, guest, number, nic) for number, nic in enumerate(guest.nics)]
-    # Two NICs of one network need its route once: the first's.
-    networks = {nic.network: nic for nic in reversed(guest.nics)}
-    parts += [_route_part(writer, nic) for nic in reversed(networks.values())]
-    if writer.imds and _wants_imds(guest):
-        imds = writer.imds.format(name=_quote(guest.name))
-        parts.append(Part("systemd-imdsd", writer.imds_place, imds))
-    return Snippet(target, dialect, tuple(parts))
-
-
-def render_text(snippet: Snippet) -> str:
+def render_text(target: Target, parts: Iterable[Part]) -> str:
     """The snippet for people: each part under a comment that says where it goes."""
     blocks = []
-    for part in snippet.parts:
-        comment = _comment(f"{part.kind}: {part.place}", xml=snippet.target is Target.LIBVIRT)
+    for part in parts:
+        comment = _comment(f"{part.kind}: {part.place}", xml=target is Target.LIBVIRT)
         blocks.append(f"{comment}\n{part.text}" if part.text else comment)
     return "\n\n".join(blocks) + "\n"
 
