@@ -1,7 +1,7 @@
 """The command line: one program, its commands by module, errors as one clear line and an exit status.
 
-Only the module of the command that a command line names is loaded: all of them take half as long to load as
-`imdsproxy run` takes to find its settings.
+Only the module of the command that a command line names is loaded (`_Program`): all of them take half as long to load
+as `imdsproxy run` takes to find its settings.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Final
 
 import typer
+import typer.core
 import typer.main
 
 from imdsproxy import __version__
@@ -37,12 +38,18 @@ EXAMPLES: Final[Mapping[str, str]] = {
     "reload": "imdsproxy reload",
     "stop": "imdsproxy stop --data-plane",
     "render": "imdsproxy render",
+    "version": "imdsproxy version",
+    "completion": "imdsproxy completion bash",
+    "namespace-proxy": "imdsproxy namespace-proxy --network-id 5c2f0c3e-0d0a-4d5e-9b1f-6a1c5d0a7e11",
+    "get": "imdsproxy get /latest/meta-data/ -n red --from 10.0.0.5",
+    "explain": "imdsproxy explain web --path /latest/user-data --probe",
+    "watch": "imdsproxy watch -n red",
+    "doctor": "imdsproxy doctor -n red --from 10.0.0.5",
+    "snippet": "imdsproxy snippet web --for libvirt",
     "config show": "imdsproxy config show --origin",
     "config schema": "imdsproxy config schema",
     "config sample": "imdsproxy config sample",
     "config import": "imdsproxy config import --neutron /etc/neutron/metadata_agent.ini",
-    "version": "imdsproxy version",
-    "completion": "imdsproxy completion bash",
     "network add": "imdsproxy network add red --bridge br-red --subnet 10.0.0.0/24,gateway=10.0.0.1",
     "network set": "imdsproxy network set red --mtu 1400",
     "network list": "imdsproxy network list",
@@ -55,15 +62,9 @@ EXAMPLES: Final[Mapping[str, str]] = {
     "instance remove": "imdsproxy instance remove web",
     "instance reopen": "imdsproxy instance reopen web",
     "instance password": "imdsproxy instance password web | base64 -d | openssl pkeyutl -decrypt -inkey ~/.ssh/id_rsa",
-    "namespace-proxy": "imdsproxy namespace-proxy --network-id 5c2f0c3e-0d0a-4d5e-9b1f-6a1c5d0a7e11",
-    "get": "imdsproxy get /latest/meta-data/ -n red --from 10.0.0.5",
-    "explain": "imdsproxy explain web --path /latest/user-data --probe",
-    "watch": "imdsproxy watch -n red",
     "token revoke": "imdsproxy token revoke web",
     "token rotate": "imdsproxy token rotate",
     "token report": "imdsproxy token report",
-    "doctor": "imdsproxy doctor -n red --from 10.0.0.5",
-    "snippet": "imdsproxy snippet web --for libvirt",
 }
 """One of each command, by what calls it: for its help, the reference and the manual page."""
 
@@ -97,8 +98,6 @@ _OTHERS_WORDS: Final = {
 
 _ALSO: Final[Mapping[str, str]] = {"tokens": "token"}
 """A command's other name: works when it is named, and is in no help."""
-
-_WITH_VALUE: Final = frozenset({"--config", "-c", "--socket", "-s"})
 
 _MEANT: Final[Mapping[str, str]] = {
     **dict.fromkeys(("delete", "del", "rm", "destroy"), "remove"),
@@ -142,18 +141,15 @@ def _complete() -> int:
 
     # How each shell asks, and wants to be answered.
     getattr(typer.completion, "completion_init")()  # noqa: B009 - not in its list
-    named = named_command(_words_so_far(os.environ))
-    app = build_app(COMMANDS if named is None else (named,))
     try:
-        app([], prog_name="imdsproxy")
+        build_program()([], prog_name="imdsproxy")
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else options.USAGE
     return options.OK
 
 
 def _run(arguments: list[str], invocation: options.Invocation) -> int:
-    named = named_command(arguments)
-    program = build_program(COMMANDS if named is None else (named,))
+    program = build_program()
     try:
         ended = program(arguments, prog_name="imdsproxy", standalone_mode=False, obj=invocation)
         sys.stdout.flush()
@@ -213,51 +209,65 @@ def _root(
     options.invocation(context, config=config, socket=socket, as_json=as_json)
 
 
-def build_app(names: Iterable[str] = COMMANDS) -> typer.Typer:
-    """The program with these commands; the others are not known to it."""
+class _Program(typer.core.TyperGroup):
+    """The program; the module of a command is loaded once the command is looked up."""
+
+    def list_commands(self, _context: Any) -> list[str]:  # noqa: ANN401 - typer keeps its classes private
+        """The names of all commands."""
+        return list(COMMANDS)
+
+    def get_command(self, _context: Any, cmd_name: str) -> Any:  # noqa: ANN401 - as above
+        """The command of a name; where there is none, all are loaded, because typer looks for a similar name."""
+        meant = _ALSO.get(cmd_name, cmd_name)
+        for name in [meant] if meant in COMMANDS else COMMANDS:
+            if name not in self.commands:
+                self.commands[name] = _load_command(name)
+        return self.commands.get(meant)
+
+
+def _load_command(name: str) -> Any:  # noqa: ANN401 - as above
+    """A command, with an example in its help and in those of the commands inside it."""
+    identifier = name.replace("-", "_")
+    module = importlib.import_module(f"imdsproxy.cli.{_MODULES.get(name, identifier)}")
+    panel = _PANELS.get(name, "Daemon")
+    app = typer.Typer()
+    if name in _GROUPS:
+        app.add_typer(getattr(module, f"{name}_app"), name=name, rich_help_panel=panel)
+    else:
+        settings = _OTHERS_WORDS if name == "namespace-proxy" else None
+        app.command(name, context_settings=settings, rich_help_panel=panel)(
+            getattr(module, identifier)
+        )
+    command = typer.main.get_group(app).commands[name]
+    for path, each in iterate_commands(command, name):
+        if path in EXAMPLES:
+            each.epilog = f"Example: {EXAMPLES[path]}"
+        _hide_type_of_help(each)
+    return command
+
+
+def build_program() -> Any:  # noqa: ANN401 - as above
+    """What runs a command line."""
     app = typer.Typer(
         name="imdsproxy",
+        cls=_Program,
         help="Metadata for every instance at http://169.254.169.254, in every network of this host.",
         no_args_is_help=True,
         add_completion=False,
         rich_markup_mode="rich",
-        pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback(no_args_is_help=True)(_root)
-    for name in names:
-        identifier = name.replace("-", "_")
-        module = importlib.import_module(f"imdsproxy.cli.{_MODULES.get(name, identifier)}")
-        panel = _PANELS.get(name, "Daemon")
-        if name in _GROUPS:
-            app.add_typer(getattr(module, f"{name}_app"), name=name, rich_help_panel=panel)
-            if names is not COMMANDS:
-                for also in (word for word, meant in _ALSO.items() if meant == name):
-                    app.add_typer(getattr(module, f"{name}_app"), name=also, hidden=True)
-        else:
-            settings = _OTHERS_WORDS if name == "namespace-proxy" else None
-            app.command(name, context_settings=settings, rich_help_panel=panel)(
-                getattr(module, identifier)
-            )
-    return app
-
-
-def build_program(names: Iterable[str] = COMMANDS) -> Any:  # noqa: ANN401 - typer keeps its command classes private
-    """The same as the command that is run, with an example in each command's help."""
-    program = typer.main.get_command(build_app(names))
-    for path, command in iterate_commands(program):
-        example = EXAMPLES.get(path)
-        if example is not None:
-            command.epilog = f"Example: {example}"
-        _hide_type_of_help(command)
+    program = typer.main.get_group(app)
+    _hide_type_of_help(program)
     return program
 
 
 def iterate_commands(command: Any, path: str = "") -> Iterator[tuple[str, Any]]:  # noqa: ANN401 - as above
     """A command and those inside it, each with what calls it: `network add`, and nothing for the first."""
     yield path, command
-    for name, inner in getattr(command, "commands", {}).items():
-        yield from iterate_commands(inner, f"{path} {name}".strip())
+    for name in command.list_commands(None) if hasattr(command, "list_commands") else ():
+        yield from iterate_commands(command.get_command(None, name), f"{path} {name}".strip())
 
 
 def _hide_type_of_help(command: Any) -> None:  # noqa: ANN401 - as above
@@ -270,20 +280,6 @@ def _hide_type_of_help(command: Any) -> None:  # noqa: ANN401 - as above
         return option
 
     command.get_help_option = help_option
-
-
-def named_command(arguments: Sequence[str]) -> str | None:
-    """The command that a command line names; `None` where it names none that there is, or asks for help."""
-    waiting = iter(arguments)
-    for word in waiting:
-        if word in _WITH_VALUE:
-            next(waiting, None)
-        elif not word.startswith("-"):
-            meant = _ALSO.get(word, word)
-            return meant if meant in COMMANDS else None
-        elif word in {"--", "-h", "--help", "--version"}:
-            return None
-    return None
 
 
 @options.bare_command
@@ -303,9 +299,3 @@ def render_completion(shell: str) -> str:
 
     make = getattr(typer.completion, "get_completion_script")  # noqa: B009 - not in its list
     return f"{make(prog_name='imdsproxy', complete_var=_VARIABLE, shell=shell)}\n"
-
-
-def _words_so_far(environment: Mapping[str, str]) -> Sequence[str]:
-    """The words of the line that is completed, without the program's name and the word that is begun."""
-    line = environment.get("_TYPER_COMPLETE_ARGS") or environment.get("COMP_WORDS", "")
-    return line.split()[1:] if line[-1:].isspace() else line.split()[1:-1]

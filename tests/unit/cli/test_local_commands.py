@@ -87,6 +87,10 @@ def test_the_socket_is_the_one_of_the_settings(tmp_path: Path, run: Callable[[st
             "pydantic fastapi uvicorn yaml structlog pyroute2 sqlite3 prometheus_client asyncio",
         ),
         (
+            "from imdsproxy.cli.main import main; main(['-c', 'status', '--json', 'version'])",
+            "imdsproxy.cli.records imdsproxy.cli.status imdsproxy.config rich",
+        ),
+        (
             "import imdsproxy.cli.main, imdsproxy.host.logs, imdsproxy.start",
             "fastapi starlette uvicorn prometheus_client httpcore keystoneauth1 openstack rich",
         ),
