@@ -9,22 +9,15 @@ import select
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote, urlencode
 
-from imdsproxy.errors import (
-    KINDS,
-    AdminError,
-    AdminUnavailable,
-    ImdsproxyError,
-    PrivilegeMissing,
-    Problem,
-)
+from imdsproxy import errors
 
 _TIMEOUT_S: Final = 60.0
 _LOOK_EVERY_S: Final = 0.5
-_FIRST_ERROR: Final = 400
 _UNIT: Final = "imdsproxy.service"
 _UNIT_DIRECTORIES: Final = (
     "/etc/systemd/system",
@@ -54,9 +47,9 @@ def path_to(*steps: str) -> str:
     return "/v1/" + "/".join(quote(step, safe="") for step in steps)
 
 
-def read_problem(shape: Mapping[str, Any]) -> Problem:
+def read_problem(shape: Mapping[str, Any]) -> errors.Problem:
     """A problem in the daemon's JSON."""
-    return Problem(*(shape[key] for key in ("field", "reason", "hint", "file", "line")))
+    return errors.Problem(*(shape[key] for key in ("field", "reason", "hint", "file", "line")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,31 +115,28 @@ class AdminClient:
         connection = _UnixConnection(self.socket, self.timeout_s)
         try:
             yield connection
-        except (OSError, http.client.HTTPException) as error:
-            raise self._unanswered(error) from error
-        finally:
-            connection.close()
-
-    def _unanswered(self, error: Exception) -> ImdsproxyError:
-        if isinstance(error, PermissionError):
-            return PrivilegeMissing(
+        except PermissionError as error:
+            raise errors.PrivilegeMissing(
                 f"{self.socket} is not open to this account",
                 hint="run as root, or as a member of the socket's group (admin.group)",
-            )
-        if isinstance(error, FileNotFoundError | ConnectionRefusedError):
-            return AdminUnavailable(
+            ) from error
+        except (FileNotFoundError, ConnectionRefusedError) as error:
+            raise errors.AdminUnavailable(
                 f"no daemon answers on {self.socket}",
                 hint=f"start it with `{_start_command()}`, or name its socket with --socket or --config",
-            )
-        if isinstance(error, TimeoutError):
-            return AdminUnavailable(
+            ) from error
+        except TimeoutError as error:
+            raise errors.AdminUnavailable(
                 f"the daemon did not answer on {self.socket} within {self.timeout_s:.0f} s",
                 hint="its log shows what it is busy with",
-            )
-        return AdminUnavailable(
-            f"the daemon's answer on {self.socket} broke off: {str(error) or type(error).__name__}",
-            hint="its log has the reason",
-        )
+            ) from error
+        except (OSError, http.client.HTTPException) as error:
+            raise errors.AdminUnavailable(
+                f"the daemon's answer on {self.socket} broke off: {str(error) or type(error).__name__}",
+                hint="its log has the reason",
+            ) from error
+        finally:
+            connection.close()
 
 
 def _start_command() -> str:
@@ -155,20 +145,18 @@ def _start_command() -> str:
 
 
 def _decoded(response: http.client.HTTPResponse) -> Any:  # noqa: ANN401 - JSON
+    """The answer; an error is raised as the class that the daemon raised, so that it has the same exit status."""
     answer = response.read()
-    kind = response.headers.get_content_type()
-    decoded = json.loads(answer) if kind.endswith("json") else answer.decode()
-    if response.status >= _FIRST_ERROR:
-        raise _error(response.status, decoded)
-    return decoded
-
-
-def _error(status: int, body: object) -> ImdsproxyError:
-    """The daemon's error as the class that it raised, so that it has the same exit status."""
-    if not isinstance(body, dict) or "code" not in body:
-        return AdminError(f"the daemon answered {status}", hint="is it the same version?")
-    kind = next((one for one in KINDS if one.code == body["code"]), AdminError)
-    if body["code"] == "internal":
-        kind = ImdsproxyError
-    problems = [read_problem(one) for one in body.get("problems", ())]
-    return kind(str(body["message"]), hint=str(body.get("hint", "")), problems=problems)
+    is_json = response.headers.get_content_type().endswith("json")
+    decoded = json.loads(answer) if is_json else answer.decode()
+    if response.status < HTTPStatus.BAD_REQUEST:
+        return decoded
+    if not isinstance(decoded, dict) or "code" not in decoded:
+        raise errors.AdminError(
+            f"the daemon answered {response.status}", hint="is it the same version?"
+        )
+    kinds = {kind.code: kind for kind in errors.KINDS} | {"internal": errors.ImdsproxyError}
+    raised = kinds.get(str(decoded["code"]), errors.AdminError)
+    problems = [read_problem(one) for one in decoded.get("problems", ())]
+    hint = str(decoded.get("hint", ""))
+    raise raised(str(decoded["message"]), hint=hint, problems=problems)

@@ -120,10 +120,10 @@ def _show(output: Output, shape: Shape) -> None:
         )
     output.styled("")
     findings = shape["findings"]
-    output.entries(
-        (f"[{_COLOURS[one['severity']]}]{one['severity']}[/] [bold]{one['code']}[/]", _facts(one))
-        for one in findings
-    )
+    for one in findings:
+        heading = f"[{_COLOURS[one['severity']]}]{one['severity']}[/] [bold]{one['code']}[/]"
+        output.facts(_facts(one), heading=heading)
+        output.styled("")
     counts = Counter(one["severity"] for one in findings)
     shown = (
         f"[{colour}]{counts[name]} {name}{'' if counts[name] == 1 else 's'}[/]"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, cast
 
 import typer
 
@@ -80,8 +80,7 @@ def flag(
 
 def switch(name: str, help_text: str) -> OptionInfo:
     """An option without a value; `--on/--off` has two names."""
-    option: OptionInfo = typer.Option(name, help=help_text, show_default=False, metavar="")
-    return option
+    return flag(name, "", help_text)
 
 
 def argument(
@@ -105,14 +104,12 @@ def complete_instances(context: typer.Context, incomplete: str) -> list[str]:
 
 
 def _complete(context: typer.Context, kind: str, incomplete: str) -> list[str]:
-    run = Invocation()
+    run, place = Invocation(), cast("Any", context)
     # Options before the word that is completed, also those of the commands around its own.
-    place: object = context
     while place is not None:
-        given: Mapping[str, Any] = getattr(place, "params", {})
-        run.socket = run.socket or given.get("socket")
-        run.config = run.config or given.get("config")
-        place = getattr(place, "parent", None)
+        run.socket = run.socket or place.params.get("socket")
+        run.config = run.config or place.params.get("config")
+        place = place.parent
     try:
         shapes = replace(run.daemon(), timeout_s=_AT_A_PROMPT_S).get(f"/v1/{kind}")
     except ImdsproxyError:
@@ -184,8 +181,7 @@ def invocation(
     socket: Path | None = None,
 ) -> Invocation:
     """What was asked for, options after the command's name winning over those before it."""
-    root = context.find_root()
-    run = root.obj if isinstance(root.obj, Invocation) else Invocation()
+    run: Invocation = context.find_root().obj
     run.config = config or run.config
     run.socket = socket or run.socket
     run.output.as_json = as_json or run.output.as_json
@@ -197,7 +193,6 @@ def command(
     *,
     shared: Iterable[str] = _SHARED,
     flags: Mapping[str, object] | None = None,
-    **annotations: object,
 ) -> Callable[..., int | None]:
     """A function of an `Invocation` as a command: in its place typer sees --json, --socket and --config.
 
@@ -205,27 +200,20 @@ def command(
         function: Its first parameter is the invocation.
         shared: Which of the three it takes.
         flags: Annotations of what typer sees in the place of `**values`, by name. Their default is `None`.
-        annotations: Of parameters that are described in another way than the function does.
     """
     signature = inspect.signature(function, eval_str=True)
-    parameters = [
-        inspect.Parameter(
-            "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
-        )
-    ]
-    for one in list(signature.parameters.values())[1:]:
-        if one.kind is inspect.Parameter.VAR_KEYWORD:
-            parameters += [_keyword(name, kind, None) for name, kind in (flags or {}).items()]
-        else:
-            parameters.append(one.replace(annotation=annotations.get(one.name, one.annotation)))
-    parameters += [_keyword(name, *_SHARED[name]) for name in shared]
+    own = list(signature.parameters.values())[1:]
+    if flags is not None:
+        own[-1:] = [_keyword(name, kind, None) for name, kind in flags.items()]
+    own += [_keyword(name, *_SHARED[name]) for name in shared]
 
     def run(context: typer.Context, **values: Any) -> int | None:  # noqa: ANN401 - of flags
         given = {name: values.pop(name) for name in shared}
         return function(invocation(context, **given), **values)
 
     run.__name__, run.__doc__ = function.__name__, function.__doc__
-    vars(run)["__signature__"] = signature.replace(parameters=parameters, return_annotation=None)
+    context = inspect.signature(run, eval_str=True).parameters["context"]
+    vars(run)["__signature__"] = inspect.Signature([context, *own])
     return run
 
 

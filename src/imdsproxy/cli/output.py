@@ -37,20 +37,6 @@ Note: TypeAlias = "Callable[[str, int, int], None]"
 """Takes what is done, how much of it, and of how much (0: not known)."""
 
 
-class _Lines:
-    """Progress as lines, the first after a few seconds."""
-
-    def __init__(self) -> None:
-        self._next = time.monotonic() + _LINE_EVERY_S
-
-    def __call__(self, what: str, done: int, of: int) -> None:
-        now = time.monotonic()
-        if now >= self._next:
-            self._next = now + _LINE_EVERY_S
-            sys.stderr.write(f"{what}: {done:,} of {of:,}\n" if of else f"{what}\n")
-            sys.stderr.flush()
-
-
 @dataclass(slots=True)
 class Output:
     """Standard output and error of one command."""
@@ -89,12 +75,18 @@ class Output:
         """Lines with rich's markup; what is foreign in them goes through `clean` first."""
         _print_lines(sys.stdout, lines)
 
-    def facts(self, facts: Mapping[str, str | None]) -> None:
-        """Names and values, a line each, without those that are `None`; the values may hold markup."""
-        grid = _grid("bold")
+    def facts(self, facts: Mapping[str, str | None], *, heading: str = "") -> None:
+        """Names and values, a line each, without those that are `None`, all markup; under a heading indented."""
+        from rich.table import Table  # noqa: PLC0415 - `--help` need not load it
+
+        self.styled(*([heading] if heading else []))
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        for style in ("", "dim") if heading else ("bold",):
+            grid.add_column(style=style, no_wrap=True, min_width=1)
+        grid.add_column(overflow="fold")
         for name, value in facts.items():
             if value is not None:
-                grid.add_row(name, value)
+                grid.add_row(*([""] if heading else []), name, value)
         _print_table(grid)
 
     @contextlib.contextmanager
@@ -113,7 +105,7 @@ class Output:
             yield lambda _what, _done, _of: None
             return
         if not sys.stderr.isatty():
-            yield _Lines()
+            yield _note_lines()
             return
         from rich import progress  # noqa: PLC0415 - `--help` need not load it
 
@@ -125,21 +117,9 @@ class Output:
         )
         with progress.Progress(*columns, console=_console(sys.stderr), transient=True) as bar:
             task = bar.add_task("")
-
-            def note(what: str, done: int, of: int) -> None:
-                bar.update(task, description=clean(what), completed=done, total=of or None)
-
-            yield note
-
-    def entries(self, entries: Iterable[tuple[str, Mapping[str, str]]]) -> None:
-        """Headings with names and values under each, all markup, and an empty line after each entry."""
-        for heading, facts in entries:
-            self.styled(heading)
-            grid = _grid("", "dim")
-            for name, value in facts.items():
-                grid.add_row("", name, value)
-            _print_table(grid)
-            self.styled("")
+            yield lambda what, done, of: bar.update(
+                task, description=clean(what), completed=done, total=of or None
+            )
 
     def table(
         self,
@@ -168,11 +148,10 @@ class Output:
         self.styled(*([""] if apart else []))
         shown, console = list(filled[0]), _console(sys.stdout)
         dropped = [title for title in shown if title in spare]
-        while True:
-            table = _table(filled, shown, keep, right)
-            if not dropped or console.measure(table).maximum < console.width:
-                break
+        table = _table(filled, shown, keep, right)
+        while dropped and console.measure(table).maximum >= console.width:
             shown.remove(dropped.pop())
+            table = _table(filled, shown, keep, right)
         _print_table(table)
 
     def error(self, error: ImdsproxyError) -> None:
@@ -256,14 +235,19 @@ def _printable(text: str) -> str:
     )
 
 
-def _grid(*styles: str) -> Table:
-    from rich.table import Table  # noqa: PLC0415 - `--help` need not load it
+def _note_lines() -> Note:
+    """Progress as lines, the first after a few seconds."""
+    following = time.monotonic() + _LINE_EVERY_S
 
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    for style in styles:
-        grid.add_column(style=style, no_wrap=True, min_width=1)
-    grid.add_column(overflow="fold")
-    return grid
+    def note(what: str, done: int, of: int) -> None:
+        nonlocal following
+        now = time.monotonic()
+        if now >= following:
+            following = now + _LINE_EVERY_S
+            sys.stderr.write(f"{what}: {done:,} of {of:,}\n" if of else f"{what}\n")
+            sys.stderr.flush()
+
+    return note
 
 
 def _table(
@@ -295,14 +279,13 @@ def _print_lines(stream: TextIO, lines: Iterable[str]) -> None:
 
 
 def _print_table(table: Table) -> None:
-    if sys.stdout.isatty():
-        _console(sys.stdout).print(table)
-        return
     console = _console(sys.stdout)
+    if sys.stdout.isatty():
+        console.print(table)
+        return
     with console.capture() as captured:
         console.print(table)
-    lines = captured.get().splitlines()
-    sys.stdout.write("".join(f"{line.rstrip()}\n" for line in lines))
+    sys.stdout.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
 
 def _console(stream: TextIO) -> Console:

@@ -7,16 +7,18 @@ Most keys have a flag of their own name and kind, also those of mappings inside 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Final, cast
+from typing import Annotated, Any, Final, TypeAlias, cast
 
 from imdsproxy.cli.options import complete_networks, flag, switch
 from imdsproxy.core.path_rules import PathWord
 from imdsproxy.core.records import Json, render_payload
-from imdsproxy.core.records.network import LISTENER_KEYS
 from imdsproxy.core.records.schema import Key, Table
 from imdsproxy.errors import Problem, RequestRefused
+
+_Split: TypeAlias = Callable[[str, str], tuple[str, str, str]]
 
 STDIN: Final = Path("-")
 
@@ -67,30 +69,23 @@ def _annotation(key: Key) -> object:
             return None
 
 
-def keys_of(table: Table[Any], values: Mapping[str, Any], *, changing: bool) -> dict[str, Json]:
+def keys_of(table: Table[Any], values: Mapping[str, Any]) -> dict[str, Json]:
     """The keys that flags gave.
 
     Args:
         table: The record's.
         values: Of the parameters that `flags_of` has.
-        changing: A record that is there is changed.
     """
     keys: dict[str, Json] = {}
     for key in table.keys:
-        value: Json = None
+        value: Json = values.get(key.name)
         if key.name in _SPECIAL:
             read, flags = _SPECIAL[key.name]
             given = [values.get(name) or None for name in flags]
             value = read(*given) if any(given) else None
         elif key.kind.tables:
-            inner: dict[str, Json] = {}
-            for one in key.kind.tables:
-                inner |= keys_of(one, values, changing=changing)
-            if inner:
-                is_listener = key.name == "listener"
-                value = _check_listener(inner, changing=changing) if is_listener else inner
-        else:
-            value = values.get(key.name)
+            inner = (keys_of(one, values).items() for one in key.kind.tables)
+            value = dict(chain.from_iterable(inner)) or None
         if value is not None:
             keys[key.name] = value
     return keys
@@ -104,26 +99,9 @@ def read_bytes(path: Path) -> bytes:
         raise RequestRefused(f"cannot read {path}: {error.strerror}") from error
 
 
-def _check_listener(kinds: Mapping[str, Json], *, changing: bool) -> Json:
-    """The listener that the flags name.
-
-    When `changing`, a new kind takes the old one's keys away (RFC 7396), and `--device` and `--manage-addresses` may
-    stand alone.
-    """
-    named = [kind for kind in ("namespace", "interface", "bridge") if kind in kinds]
-    alone = "namespace" not in kinds and kinds.keys() & {"device", "manage_addresses"}
-    if len(named) > 1 or (alone and (named or not changing)):
-        raise _usage(
-            "listener",
-            "needs exactly one kind",
-            "--namespace NAME (with --device, --manage-addresses), --interface DEV or --bridge DEV",
-        )
-    return {**dict.fromkeys(LISTENER_KEYS if named and changing else ()), **kinds}
-
-
 def _subnets_of(texts: Sequence[str]) -> Json:
     split = (text.split(",") for text in texts)
-    return [{"cidr": cidr, **_parts("--subnet", rest, {"dns": "dns"})} for cidr, *rest in split]
+    return [{"cidr": cidr, **_parts("--subnet", rest)} for cidr, *rest in split]
 
 
 def _ports_of(
@@ -137,31 +115,48 @@ def _ports_of(
         port: dict[str, Json] = {"network": network, "mac": mac, "addresses": [*(addresses or ())]}
         ports.append({key: value for key, value in port.items() if value})
     elif mac is not None or addresses:
-        raise _usage("ports", "--mac and --address need a --network", "--network NET")
+        raise wrong_flag("ports", "--mac and --address need a --network", "--network NET")
     for text in more or ():
-        port = _parts("--port", text.split(","), {"address": "addresses"})
+        port = _parts("--port", text.split(","))
         if "network" not in port:
-            raise _usage("ports", f"{text} has no network", "--port network=NET,mac=…,address=…")
+            hint = "--port network=NET,mac=…,address=…"
+            raise wrong_flag("ports", f"{text} has no network", hint)
         ports.append(port)
     return ports
 
 
-_PARTS: Final = {"--subnet": ("gateway", "dns"), "--port": ("network", "mac", "address")}
+_PARTS: Final = {
+    "--subnet": {"gateway": "gateway", "dns": "dns"},
+    "--port": {"network": "network", "mac": "mac", "address": "addresses"},
+}
+"""What the parts of these flags give: keys of a subnet and of a port."""
 
 
-def _parts(flag: str, texts: Sequence[str], lists: Mapping[str, str]) -> dict[str, Json]:
-    """What a flag's parts `NAME=VALUE` give; some go into lists under other names, of others the last one counts."""
-    found: dict[str, Json] = {}
+def _parts(flag: str, texts: Sequence[str]) -> dict[str, Json]:
+    """What a flag's parts `NAME=VALUE` give; the last one counts, but for keys that are lists."""
+    known, found = _PARTS[flag], dict[str, Json]()
     for text in texts:
         name, equals, value = text.partition("=")
-        if not equals or name not in _PARTS[flag]:
-            words = ",".join(f"{name}=…" for name in _PARTS[flag])
-            raise _usage(flag.strip("-"), f"{text} is not understood", f"{flag} …,{words}")
-        if name in lists:
-            cast("list[Json]", found.setdefault(lists[name], [])).append(value)
+        if not equals or name not in known:
+            words = ",".join(f"{name}=…" for name in known)
+            raise wrong_flag(flag.strip("-"), f"{text} is not understood", f"{flag} …,{words}")
+        if known[name] in ("dns", "addresses"):
+            cast("list[Json]", found.setdefault(known[name], [])).append(value)
         else:
             found[name] = value
     return found
+
+
+def _pairs(
+    texts: Iterable[str], field: str, lacks: str, hint: str, split: _Split = str.partition
+) -> dict[str, Json]:
+    """What texts `NAME=VALUE` give; `lacks` says what one without a value lacks."""
+    pairs: dict[str, Json] = {}
+    for text in texts:
+        name, equals, pairs[name] = split(text, "=")
+        if not equals:
+            raise wrong_flag(field, f"{text} {lacks}", hint)
+    return pairs
 
 
 def _ssh_keys_of(given: Sequence[str]) -> Json:
@@ -173,11 +168,11 @@ def _ssh_keys_of(given: Sequence[str]) -> Json:
         content = read_bytes(Path(text)).decode(errors="replace")
         if _PRIVATE in content:
             hint = f"its public half is mostly {text}.pub"
-            raise _usage("ssh_keys", f"{text} is a private key, which no guest is to see", hint)
+            raise wrong_flag("ssh_keys", f"{text} is a private key, which no guest is to see", hint)
         lines = content.splitlines()
         found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
         if not found:
-            raise _usage("ssh_keys", f"{text} holds no key", "a .pub file, or the key itself")
+            raise wrong_flag("ssh_keys", f"{text} holds no key", "a .pub file, or the key itself")
         keys.extend(found)
     return keys
 
@@ -189,30 +184,22 @@ def _payload_of(path: Path) -> Json:
 def _text_of(path: Path) -> Json:
     payload = _payload_of(path)
     if isinstance(payload, dict):
-        raise _usage("vendor_data", f"{path} is not UTF-8 text", "YAML, JSON or plain text")
+        raise wrong_flag("vendor_data", f"{path} is not UTF-8 text", "YAML, JSON or plain text")
     return payload
 
 
 def _tags_of(texts: Sequence[str]) -> Json:
-    tags: dict[str, Json] = {}
-    for text in texts:
-        name, equals, tags[name] = text.partition("=")
-        if not equals:
-            raise _usage("tags", f"{text} has no value", "--tag NAME=VALUE")
-    return tags
+    return _pairs(texts, "tags", "has no value", "--tag NAME=VALUE")
 
 
 def _paths_of(added: Sequence[str] | None, removed: Sequence[str] | None) -> Json:
-    paths: dict[str, Json] = dict.fromkeys(removed or ())
-    hint = "--path-rule /latest/user-data=deny"
-    for text in added or ():
-        path, equals, paths[path] = text.rpartition("=")
-        if not equals:
-            raise _usage("policy.paths", f"{text} has no rule for the path", hint)
-    return paths
+    lacks, hint = "has no rule for the path", "--path-rule /latest/user-data=deny"
+    paths = _pairs(added or (), "policy.paths", lacks, hint, str.rpartition)
+    return {**dict.fromkeys(removed or ()), **paths}
 
 
-def _usage(field: str, reason: str, hint: str) -> RequestRefused:
+def wrong_flag(field: str, reason: str, hint: str) -> RequestRefused:
+    """The error of a flag's value, by the key of the record that it is for."""
     problem = Problem(field, reason, hint=hint)
     return RequestRefused(f"{field}: {reason}", hint=hint, problems=[problem])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -24,10 +24,10 @@ _ADDRESSES_SHOWN: Final = 3
 _LINES: Final = 100
 
 
-def show_rows(output: Output, kind: str, rows: Iterable[Mapping[str, str]]) -> None:
-    """Rows of `network_row` or `instance_row`."""
+def show_rows(output: Output, kind: str, shapes: Iterable[Shape]) -> None:
+    """A table of all networks or all instances."""
     output.table(
-        rows,
+        map(_network_row if kind == "network" else _instance_row, shapes),
         empty=f"no {kind}s: `imdsproxy {kind} add` makes one",
         keep=(kind.upper(), "INSTANCES", "USER DATA", "SOURCE", "STATE"),
         right=("INSTANCES", "USER DATA"),
@@ -35,7 +35,7 @@ def show_rows(output: Output, kind: str, rows: Iterable[Mapping[str, str]]) -> N
     )
 
 
-def network_row(shape: Shape) -> dict[str, str]:
+def _network_row(shape: Shape) -> dict[str, str]:
     """A network, how it is reached, and why it is not served."""
     record, left_out = shape["record"], shape["left_out"]
     kind, value = next(iter(record["listener"].items()))
@@ -49,7 +49,7 @@ def network_row(shape: Shape) -> dict[str, str]:
     }
 
 
-def instance_row(shape: Shape) -> dict[str, str]:
+def _instance_row(shape: Shape) -> dict[str, str]:
     """An instance; further addresses of its ports are counted."""
     record, state = shape["record"], "[green]ok[/]"
     if shape["conflicts"]:
@@ -64,85 +64,6 @@ def instance_row(shape: Shape) -> dict[str, str]:
         "SOURCE": clean(shape["source"]),
         "STATE": state,
     }
-
-
-def network_notes(shape: Shape) -> dict[str, Any]:
-    """The state of a network, for comments above its record."""
-    left_out = shape["left_out"]
-    state = f"not served: {left_out['reason']} ({left_out['code']})" if left_out else "serving"
-    return {"source": shape["source"], "state": state, "instances": shape["instances"]}
-
-
-def instance_notes(shape: Shape) -> dict[str, Any]:
-    """Ids and conflicts of an instance, as `network_notes`."""
-    notes = {
-        "source": shape["source"],
-        "uuid": shape["uuid"],
-        "ec2 id": shape["ec2_id"],
-        "revision": shape["revision"] or "not compiled yet",
-    }
-    created_at = shape["record"].get("created_at")
-    if created_at is not None:
-        notes["created"] = datetime.fromtimestamp(created_at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    for number, conflict in enumerate(shape["conflicts"], 1):
-        notes[f"conflict {number}"] = f"{conflict['kind']} {conflict['subject']}"
-    for number, reason in enumerate(shape["pending"], 1):
-        notes[f"not in force {number}"] = reason
-    return notes
-
-
-def show_written(output: Output, what: str, written: Shape) -> None:
-    """That a change is in force, or why it is not yet, which ends the command with a status of its own."""
-    output.answer(written, lambda _, answer: say_written(output, what, answer))
-    exit_unless_in_force(written)
-
-
-def say_written(output: Output, what: str, written: Shape) -> None:
-    """The same for people, and the command goes on."""
-    if written["applied"]:
-        output.styled(f"[green]done:[/] {clean(what)}")
-    else:
-        output.styled(f"[yellow]stored:[/] {clean(what)}; not in force yet:")
-        pending = written["pending"]
-        lines = [*pending[:MOST_SHOWN], *count_more(len(pending), "imdsproxy status")]
-        output.styled(*(f"  {clean(line)}" for line in lines))
-    output.styled(*(f"[yellow]warning:[/] {clean(one)}" for one in written.get("warnings", ())))
-    shared = written.get("shared")
-    if shared is not None:
-        output.styled(
-            "[yellow]warning:[/] on this host only: its tokens go on being good on every other host that has the keys "
-            f"of {clean(shared)}",
-            "[dim]hint:[/] revoke there too, where it may run within the six hours that a token can live",
-        )
-
-
-def exit_unless_in_force(*answers: Shape) -> None:
-    """End with a status of its own where a change is stored and not in force."""
-    if not all(one["applied"] for one in answers):
-        raise typer.Exit(NOT_IN_FORCE)
-
-
-def render_yaml(kind: str, record: Shape, notes: Mapping[str, Any]) -> str:
-    """A record as a file of it, under comments."""
-    import yaml  # noqa: PLC0415 - `--help` need not load it
-
-    class Dumper(yaml.SafeDumper):
-        """Block style, with texts of several lines as such."""
-
-    def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-        style = "|" if "\n" in value else None
-        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
-
-    Dumper.add_representer(str, text)
-    comments = [f"# {name}: {' '.join(str(value).split())}\n" for name, value in notes.items()]
-    return "".join(comments) + yaml.dump(
-        {f"{kind}s": [dict(record)]},
-        Dumper=Dumper,
-        sort_keys=False,
-        allow_unicode=True,
-        default_flow_style=False,
-        width=100,
-    )
 
 
 def _port(port: Shape) -> str:
@@ -160,6 +81,76 @@ def _size(number: int) -> str:
             return f"{number} {unit}"
         number = round(number / 1024)
     return f"{number} MiB"
+
+
+def render_yaml(kind: str, shape: Shape) -> str:
+    """A record as a file of it, under comments with its state."""
+    import yaml  # noqa: PLC0415 - `--help` need not load it
+
+    class Dumper(yaml.SafeDumper):
+        """Block style, with texts of several lines as such."""
+
+    def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+        style = "|" if "\n" in value else None
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+    Dumper.add_representer(str, text)
+    notes = _network_notes(shape) if kind == "network" else _instance_notes(shape)
+    comments = [f"# {name}: {' '.join(str(value).split())}\n" for name, value in notes]
+    return "".join(comments) + yaml.dump(
+        {f"{kind}s": [dict(shape["record"])]},
+        Dumper=Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        default_flow_style=False,
+        width=100,
+    )
+
+
+def _network_notes(shape: Shape) -> Iterator[tuple[str, object]]:
+    left_out = shape["left_out"]
+    state = f"not served: {left_out['reason']} ({left_out['code']})" if left_out else "serving"
+    yield from {"source": shape["source"], "state": state, "instances": shape["instances"]}.items()
+
+
+def _instance_notes(shape: Shape) -> Iterator[tuple[str, object]]:
+    """Ids, conflicts, and what is not in force."""
+    yield "source", shape["source"]
+    yield "uuid", shape["uuid"]
+    yield "ec2 id", shape["ec2_id"]
+    yield "revision", shape["revision"] or "not compiled yet"
+    created_at = shape["record"].get("created_at")
+    if created_at is not None:
+        yield "created", f"{datetime.fromtimestamp(created_at, UTC):%Y-%m-%dT%H:%M:%SZ}"
+    for number, conflict in enumerate(shape["conflicts"], 1):
+        yield f"conflict {number}", f"{conflict['kind']} {conflict['subject']}"
+    for number, reason in enumerate(shape["pending"], 1):
+        yield f"not in force {number}", reason
+
+
+def show_written(output: Output, what: str, written: Shape) -> None:
+    """That a change is in force, or why it is not yet, which ends the command with a status of its own."""
+    output.answer(written, lambda _, answer: say_written(output, what, answer))
+    if not written["applied"]:
+        raise typer.Exit(NOT_IN_FORCE)
+
+
+def say_written(output: Output, what: str, written: Shape) -> None:
+    """The same for people, and the command goes on."""
+    if written["applied"]:
+        output.styled(f"[green]done:[/] {clean(what)}")
+    else:
+        output.styled(f"[yellow]stored:[/] {clean(what)}; not in force yet:")
+        pending = written["pending"]
+        lines = [*pending[:MOST_SHOWN], *count_more(len(pending), "imdsproxy status")]
+        output.styled(*(f"  {clean(line)}" for line in lines))
+    output.styled(*(f"[yellow]warning:[/] {clean(one)}" for one in written.get("warnings", ())))
+    if (shared := written.get("shared")) is not None:
+        output.styled(
+            "[yellow]warning:[/] on this host only: its tokens go on being good on every other host that has the keys "
+            f"of {clean(shared)}",
+            "[dim]hint:[/] revoke there too, where it may run within the six hours that a token can live",
+        )
 
 
 def read_record_file(path: Path, note: Note) -> Records:
@@ -219,3 +210,61 @@ def read_networks(daemon: AdminClient) -> list[Network]:
         read_record("network", parse_network, shape["record"])
         for shape in daemon.get("/v1/networks")
     ]
+
+
+def import_domain(daemon: AdminClient, uri: str, name: str, network: str | None) -> dict[str, Any]:
+    """The keys of an instance's record, `id` among them, as the source `libvirt` would have them.
+
+    Args:
+        daemon: Asked which networks there are.
+        uri: Libvirt's daemon.
+        name: The domain's name or UUID.
+        network: Where its one interface is; without it each is in the network that is reached through its bridge.
+
+    Raises:
+        RequestRefused: Its metadata is not understood, or its network is not known here.
+    """
+    from imdsproxy.sources.libvirt.source import read_domain  # noqa: PLC0415 - only for libvirt
+
+    domain, networks = read_domain(uri, name)
+    if domain.problems:
+        raise RequestRefused(
+            f"the metadata of domain {domain.name} is not acceptable", problems=domain.problems
+        )
+    if not domain.interfaces:
+        raise RequestRefused(
+            f"domain {domain.name} has no network card on a bridge of this host",
+            hint="its guest does not reach the host; macvtap and user mode do not either",
+        )
+    if network is not None and len(domain.interfaces) > 1:
+        raise RequestRefused(
+            f"domain {domain.name} has {len(domain.interfaces)} network cards, and --network is one",
+            hint="leave it out, or name each card with --port network=NET,mac=MAC",
+        )
+    records = [shape["record"] for shape in daemon.get("/v1/networks")]
+    by_id = {record["id"]: record["id"] for record in records}
+    by_device = {
+        device: record["id"]
+        for record in records
+        for kind, device in record["listener"].items()
+        if kind in {"interface", "bridge"}
+    }
+    ports = []
+    for interface in domain.interfaces:
+        plugged = networks.get(interface.network or "")
+        device = interface.bridge if plugged is None else plugged.bridge
+        where = network or by_device.get(device) or by_id.get(interface.network)
+        if where is None:
+            hint = "--network NET says where"
+            if device is not None:
+                hint = f"`imdsproxy network add --bridge {device}` makes one; {hint} else"
+            raise RequestRefused(
+                f"no network is reached through {device or interface.network}, "
+                f"where {domain.name} has its card {interface.mac}",
+                hint=hint,
+            )
+        hosts = () if plugged is None else plugged.hosts
+        addresses = [at for mac, at in hosts if mac == interface.mac.lower()]
+        port: dict[str, Any] = {"network": where, "mac": interface.mac}
+        ports.append(port | {"addresses": addresses} if addresses else port)
+    return {"id": domain.uuid, "name": domain.name, **domain.keys, "ports": ports}

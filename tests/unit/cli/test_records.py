@@ -366,7 +366,7 @@ def test_libvirt_is_asked_where_the_settings_say(
         asked.append((uri, name))
         raise SourceUnavailable("libvirt is down", hint="start it")
 
-    monkeypatch.setattr("imdsproxy.cli.from_libvirt.read_domain", read)
+    monkeypatch.setattr("imdsproxy.sources.libvirt.source.read_domain", read)
     settings = tmp_path / "imdsproxy.yaml"
     settings.write_text(json.dumps({"sources": {"libvirt": {"uri": "test:///default"}}}))
     ran = cli("instance", "add", "--from-libvirt", "web", "--config", str(settings))
