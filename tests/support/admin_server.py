@@ -24,11 +24,10 @@ from imdsproxy.admin.reports import StatusReport
 from imdsproxy.admin.status import report_status
 from imdsproxy.app.compiler import CompiledIndex, RecordCompiler
 from imdsproxy.app.lookup import Lookup
-from imdsproxy.app.policy_store import PolicyStore
+from imdsproxy.app.policy_store import PolicyStore, TokenKeys
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.app.tickets import Tickets
-from imdsproxy.app.token_keys import TokenKeys
 from imdsproxy.app.watching import Watching
 from imdsproxy.cli.admin_client import AdminClient
 from imdsproxy.config.changes import SettingChange, SettingsReload

@@ -17,7 +17,7 @@ from imdsproxy.core.hoststate import Effect
 from imdsproxy.core.identity import Denial
 from imdsproxy.core.model import NetworkId
 from imdsproxy.core.timing import Durations, Step
-from imdsproxy.dataplane.haproxy import LastReload
+from imdsproxy.dataplane.haproxy import ReloadReport
 from imdsproxy.errors import Problem
 from imdsproxy.nova.upstream import NovaEndpointReport
 
@@ -120,7 +120,7 @@ def _usual() -> dict[str, object]:
         "nova_watch.problems": (),
         "nova_watch.refresh": _nothing,
         "haproxy.processes": Processes(100, 102, (101,), 8),
-        "haproxy.last_reload": LastReload(8, 6.0, "networks changed", "rejected", "no file", 0.5),
+        "haproxy.last_reload": ReloadReport(8, 6.0, "networks changed", False, "no file", 0.5),
         "haproxy.reload_counts": Counter(ok=7, failed=1),
         "haproxy.seconds_spent": 0.5,
         "haproxy.full": None,

@@ -11,6 +11,7 @@ from imdsproxy.core.model import InstanceId, IpAddress, MacAddress, NetworkId
 from imdsproxy.core.observation import Claimant, Conflict, SourceName
 from imdsproxy.core.policy_report import Decided, PolicyInForce
 from imdsproxy.core.timing import Step
+from imdsproxy.dataplane.haproxy import ReloadReport
 from imdsproxy.errors import Problem
 from imdsproxy.nova.upstream import NovaEndpointReport
 
@@ -31,24 +32,6 @@ class SourceReport:
     instances: int = 0
     stale_s: float = 0.0
     problems: tuple[Problem, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class ReloadReport:
-    """A reload of HAProxy that has ended.
-
-    Attributes:
-        at: Unix time, in seconds.
-        reason: Why it was asked for, as `network-added`.
-        result: HAProxy's own words where it failed, else empty.
-    """
-
-    number: int
-    at: float
-    reason: str
-    ok: bool
-    result: str = ""
-    took_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

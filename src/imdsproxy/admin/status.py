@@ -174,20 +174,14 @@ def report_unix_listener(controller: Controller) -> reports.UnixListenerReport |
 
 def _report_haproxy(controller: Controller) -> reports.HaproxyReport:
     haproxy = controller.haproxy
-    processes, last = haproxy.processes or Processes(0, None), haproxy.last_reload
-    reload = None
-    if last is not None:
-        ok = last.result in {"started", "reloaded"}
-        reload = reports.ReloadReport(
-            last.number, last.at, last.reason, ok, last.message, last.seconds
-        )
+    processes = haproxy.processes or Processes(0, None)
     return reports.HaproxyReport(
         controller.haproxy_version,
         processes.master or None,
         processes.worker,
         processes.draining,
         processes.reloads,
-        reload,
+        haproxy.last_reload,
         _reason(controller.watchdog.failure),
     )
 

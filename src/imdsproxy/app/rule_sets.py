@@ -14,7 +14,7 @@ from typing import Final, TypeAlias
 from imdsproxy.core.haproxy.maps import parse_map
 from imdsproxy.core.path_rules import PathRules, group_sets, render_set
 from imdsproxy.core.policy import rule_set_of
-from imdsproxy.dataplane.records import RecordApplier
+from imdsproxy.dataplane.records import RecordApplier, write_table
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import write_atomic
@@ -68,7 +68,7 @@ class RuleSets:
         """
         self._sets |= _entries_of(wanted)
         self._needed_at |= dict.fromkeys(wanted, self.clock.monotonic())
-        self._write(self._sets)
+        write_table(self.path, _flat(self._sets))
         self._sent = True
 
     async def ensure(self, wanted: Mapping[str, PathRules], *, sweep: bool) -> None:
@@ -97,14 +97,13 @@ class RuleSets:
         if sets == self._sets and (self._sent or not sets):
             return
         self._sent = False
-        entries = {key: value for one in sets.values() for key, value in one.items()}
-        await self.applier.apply_table(self.path, entries, lambda: self._write(sets))
+        await self.applier.apply_table(self.path, _flat(sets))
         self._sets, self._sent = sets, True
         self._needed_at = {name: self._needed_at[name] for name in sets}
 
-    def _write(self, sets: Mapping[str, _Entries]) -> None:
-        lines = [f"{key} {value}\n" for one in sets.values() for key, value in one.items()]
-        write_atomic(self.path, "".join(lines).encode())
+
+def _flat(sets: Mapping[str, _Entries]) -> dict[str, str]:
+    return {key: value for one in sets.values() for key, value in one.items()}
 
 
 def _entries_of(wanted: Mapping[str, PathRules]) -> dict[str, _Entries]:

@@ -162,7 +162,7 @@ class HaproxyWatchdog:
         structlog.get_logger().error(
             "haproxy does not answer: ending it", master=processes.master, worker=processes.worker
         )
-        await self.haproxy.kill()
+        await self.haproxy.launcher.kill(processes)
 
     async def _look_for_strangers(self, before: Processes) -> None:
         """A reload that we did not order left a worker with the files of some moment: make it equal."""

@@ -19,10 +19,9 @@ from imdsproxy.app.audit import KEPT_WORKERS, Audit
 from imdsproxy.app.companion import DocumentProbe
 from imdsproxy.app.compiler import CompiledIndex, RecordCompiler
 from imdsproxy.app.lookup import Lookup
-from imdsproxy.app.policy_store import PolicyStore
+from imdsproxy.app.policy_store import PolicyStore, TokenKeys
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.rule_sets import RuleSets
-from imdsproxy.app.token_keys import TokenKeys
 from imdsproxy.app.watchdog import HaproxyWatchdog
 from imdsproxy.app.watching import TokenCounting, Watching
 from imdsproxy.config.changes import SettingsHolder

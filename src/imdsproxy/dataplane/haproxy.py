@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal
 
 from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.model import DataplaneSpec
@@ -30,19 +30,22 @@ _CHECK_DEADLINE_S = 60.0
 _DOCUMENT_DEADLINE_S = 3.0
 
 
-ReloadResult: TypeAlias = Literal["started", "reloaded", "rejected", "failed"]
-
-
 @dataclass(frozen=True, slots=True)
-class LastReload:
-    """The last attempt to bring a configuration into force; `at` is Unix time."""
+class ReloadReport:
+    """A reload of HAProxy that has ended.
+
+    Attributes:
+        at: Unix time, in seconds.
+        reason: Why it was asked for, as `network-added`.
+        result: HAProxy's own words where it failed, else empty.
+    """
 
     number: int
     at: float
     reason: str
-    result: ReloadResult
-    message: str = ""
-    seconds: float = 0.0
+    ok: bool
+    result: str = ""
+    took_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -66,7 +69,7 @@ class Haproxy:
     processes: Processes | None = None
     full: Problem | None = None
     starting: asyncio.Event = field(default_factory=asyncio.Event)
-    last_reload: LastReload | None = None
+    last_reload: ReloadReport | None = None
     reload_counts: Counter[str] = field(default_factory=Counter)
     seconds_spent: float = 0.0
     before_reload: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
@@ -91,8 +94,10 @@ class Haproxy:
         await self.records.adopt()
         return True
 
-    async def apply(self, spec: DataplaneSpec, reason: str) -> bool:
-        """Have HAProxy run with this configuration; whether anything had to be done.
+    async def apply(
+        self, spec: DataplaneSpec, reason: str
+    ) -> Literal["started", "reloaded"] | None:
+        """Have HAProxy run with this configuration; what was done for it, `None` where it did already.
 
         Where none runs, starting it is the check: there is nothing that a refused file could take the place of.
 
@@ -108,20 +113,17 @@ class Haproxy:
         """
         text = render_config(spec)
         if self.processes is not None and self.in_force() == text:
-            return False
-        loop = asyncio.get_running_loop()
-        began = loop.time()
+            return None
+        began = asyncio.get_running_loop().time()
         if self.processes is not None:
             await self._check(spec, text, reason)
         async with self.records.lock:
             write_atomic(self.layout.config, text.encode())
-            if self.processes is None:
-                await self._start(reason, began)
-            else:
-                await self._reload(reason, began)
+            starts = self.processes is None
+            await (self._start if starts else self._reload)(reason, began)
             write_atomic(self.layout.last_good, text.encode())
         _sweep_sockets(self.layout.jail, text)
-        return True
+        return "started" if starts else "reloaded"
 
     async def restart(self, reason: str) -> None:
         """Start HAProxy again with the configuration that is on disk.
@@ -150,11 +152,6 @@ class Haproxy:
         head, _, body = answer.partition(b"\r\n\r\n")
         words = head.split(maxsplit=2)
         return (int(words[1]) if len(words) > 1 and words[1].isdigit() else None), body
-
-    async def kill(self) -> None:
-        """End a master and workers that do not answer, so that they can be started again."""
-        if self.processes is not None:
-            await self.launcher.kill(self.processes)
 
     async def end_stray(self) -> None:
         """End a master of ours whose records are lost: what its workers answer is unknown."""
@@ -189,7 +186,7 @@ class Haproxy:
             return
         write_atomic(self.layout.rejected, text.encode())
         message = parse_failure(words)
-        self._note(reason, "rejected", message)
+        self._note(reason, message)
         raise ConfigRejected(f"HAProxy refuses the configuration: {message}")
 
     async def _start(self, reason: str, began: float) -> None:
@@ -200,37 +197,35 @@ class Haproxy:
             self.processes = None
             with contextlib.suppress(FileNotFoundError):
                 write_atomic(self.layout.rejected, self.layout.config.read_bytes())
-            self._note(reason, "failed", error.message)
+            self._note(reason, error.message)
             raise
         self.records.known.clear()
         self.records.trust(self.processes)
-        self._note(reason, "started", seconds=asyncio.get_running_loop().time() - began)
+        self._note(reason, took_s=asyncio.get_running_loop().time() - began)
 
     async def _reload(self, reason: str, began: float) -> None:
         for look in self.before_reload:
             await look()
         failed = await self.master.send_reload()
         self.processes = await self.master.read_processes()
-        seconds = asyncio.get_running_loop().time() - began
+        took_s = asyncio.get_running_loop().time() - began
         if failed is None:
             self.records.trust(self.processes)
-            self._note(reason, "reloaded", seconds=seconds)
+            self._note(reason, took_s=took_s)
             return
         # What the master reads at its next start must be what the worker in force runs with.
         with contextlib.suppress(FileNotFoundError):
             write_atomic(self.layout.rejected, self.layout.config.read_bytes())
             write_atomic(self.layout.config, self.layout.last_good.read_bytes())
         message = parse_failure(failed)
-        self._note(reason, "failed", message, seconds=seconds)
+        self._note(reason, message, took_s=took_s)
         raise ReloadFailed(f"HAProxy could not reload: {message}")
 
-    def _note(
-        self, reason: str, result: ReloadResult, message: str = "", *, seconds: float = 0.0
-    ) -> None:
-        self.reload_counts["ok" if result in {"started", "reloaded"} else "failed"] += 1
-        self.seconds_spent += seconds
+    def _note(self, reason: str, failure: str | None = None, *, took_s: float = 0.0) -> None:
+        self.reload_counts["ok" if failure is None else "failed"] += 1
+        self.seconds_spent += took_s
         number, at = self.reload_counts.total(), self.clock.now().timestamp()
-        self.last_reload = LastReload(number, at, reason, result, message, seconds)
+        self.last_reload = ReloadReport(number, at, reason, failure is None, failure or "", took_s)
 
 
 def _sweep_sockets(directory: Path, config: str) -> None:

@@ -150,21 +150,19 @@ class Launcher:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + _START_DEADLINE_S
         while True:
-            last: RuntimeUnavailable | None = None
+            processes, last = None, None
             try:
                 processes = await self.master.read_processes()
             except RuntimeUnavailable as error:
                 last = error
-            else:
-                if processes.worker is not None:
-                    return processes
+            if processes is not None and processes.worker is not None:
+                return processes
             words = await read_end()
             if words is not None:
                 raise ConfigRejected(f"HAProxy did not start: {words}")
             if loop.time() > deadline:
-                raise RuntimeUnavailable(
-                    f"HAProxy did not come up within {_START_DEADLINE_S:g} s"
-                ) from last
+                late = f"HAProxy did not come up within {_START_DEADLINE_S:g} s"
+                raise RuntimeUnavailable(late) from last
             await asyncio.sleep(_POLL_S)
 
     async def _read_end(self, child: ProcessHandle, offset: int) -> str | None:

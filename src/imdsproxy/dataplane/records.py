@@ -137,16 +137,16 @@ class RecordApplier:
         return True
 
     async def apply_table(
-        self, path: Path, entries: Mapping[str, str], write: Callable[[], None]
+        self, path: Path, entries: Mapping[str, str], *, secret: bool = False
     ) -> None:
-        """Make a small map exactly this, on disk (which `write` does) and in every worker.
+        """Make a small map exactly this, on disk (as `write_table`) and in every worker.
 
         Raises:
-            HostRefused: `write` failed; nothing has changed anywhere.
+            HostRefused: The file cannot be written; nothing has changed anywhere.
             RuntimeUnavailable: HAProxy's master does not answer; the file holds the new state.
         """
         async with self.lock:
-            write()
+            write_table(path, entries, secret=secret)
             self.tables[path] = entries
             workers = (await self.master.read_processes()).workers
             await self._each(workers, lambda worker: self._swap(worker, path, entries))
@@ -285,6 +285,16 @@ class RecordApplier:
                 await step(worker)
             except WorkerEnded:
                 self.known.discard(worker)
+
+
+def write_table(path: Path, entries: Mapping[str, str], *, secret: bool = False) -> None:
+    """Have a small map where HAProxy finds it when it loads.
+
+    Raises:
+        HostRefused: The file system refuses.
+    """
+    text = "".join(f"{key} {value}\n" for key, value in entries.items())
+    write_atomic(path, text.encode(), mode=0o600 if secret else 0o640, durable=secret)
 
 
 def _digest(made_of: bytes, texts: Iterable[bytes]) -> bytes:

@@ -264,18 +264,17 @@ class ListenerLoop:
         spec = self.spec()
         if self.unix.rebind:
             await self.haproxy.apply(replace(spec, unix=None), ", ".join(reasons))
-        changed = await self.haproxy.apply(spec, ", ".join(reasons))
+        done = await self.haproxy.apply(spec, ", ".join(reasons))
         await self.mac_filters.settle(self._listening, sweep=self.inventory.in_sync)
         await self.hop_limits.sweep()
         await self.unix.settle(before)
-        if changed and self.haproxy.last_reload is not None:
-            done = self.haproxy.last_reload
+        if done is not None and (last := self.haproxy.last_reload) is not None:
             structlog.get_logger().info(
                 "configuration in force",
-                reason=done.reason,
-                result=done.result,
+                reason=last.reason,
+                result=done,
                 networks=len(networks_of(endpoints)),
-                took_ms=round(done.seconds * 1000),
+                took_ms=round(last.took_s * 1000),
             )
         return endpoints
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.app.policy_store import PolicyStore, read_overrides
-from imdsproxy.app.token_keys import TokenKeys
+from imdsproxy.app.policy_store import PolicyStore, TokenKeys, read_overrides
 from imdsproxy.config.schema import Settings
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.policy import OperatorOverride

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -12,10 +12,10 @@ from typing import cast
 
 import pytest
 
-from imdsproxy.app.token_keys import TokenKeys
+from imdsproxy.app.policy_store import TokenKeys
 from imdsproxy.core.tokens import TokenKey, parse_token_keys, render_key_map, render_token_keys
 from imdsproxy.dataplane.layout import Layout
-from imdsproxy.dataplane.records import RecordApplier
+from imdsproxy.dataplane.records import RecordApplier, write_table
 from imdsproxy.errors import HostRefused, RuntimeUnavailable, SecretUnreadable
 from imdsproxy.host.files import write_atomic
 from support.full_disk import full_disk
@@ -118,11 +118,8 @@ class Workers:
     deaf: int = 0
     told: list[Mapping[str, str]] = field(default_factory=list)
 
-    async def apply_table(
-        self, path: Path, entries: Mapping[str, str], write: Callable[[], None]
-    ) -> None:
-        del path
-        write()
+    async def apply_table(self, path: Path, entries: Mapping[str, str], *, secret: bool) -> None:
+        write_table(path, entries, secret=secret)
         if self.deaf:
             self.deaf -= 1
             raise RuntimeUnavailable("HAProxy does not answer", hint="wait")

@@ -37,7 +37,7 @@ class Rig:
         binds = tuple(Bind(NetworkId(one), IPv4Address("169.254.169.254"), 80) for one in networks)
         return DataplaneSpec(binds, self.layout.haproxy_paths())
 
-    async def apply(self, *networks: str) -> bool:
+    async def apply(self, *networks: str) -> str | None:
         return await self.haproxy.apply(self.spec(*networks), "a test")
 
     def judge(self, script: str) -> None:
@@ -57,19 +57,19 @@ async def test_the_first_configuration_starts_haproxy_which_is_the_check(rig: Ri
     assert not await rig.haproxy.adopt()
     assert not rig.haproxy.starting.is_set()
     rig.judge(_REFUSES)
-    assert await rig.apply("red")
+    assert await rig.apply("red") == "started"
     assert rig.haproxy.starting.is_set()
     assert not rig.layout.candidate.exists()
     assert "name red" in rig.layout.config.read_text()
     assert rig.haproxy.last_reload is not None
-    assert rig.haproxy.last_reload.result == "started"
+    assert rig.haproxy.last_reload.ok
     assert not await rig.apply("red")
     assert (rig.launcher.started, rig.fake.reloads) == (1, 0)
 
 
 async def test_another_configuration_is_a_reload_with_known_workers(rig: Rig) -> None:
     await rig.apply("red")
-    await rig.apply("red", "blue")
+    assert await rig.apply("red", "blue") == "reloaded"
     assert rig.fake.reloads == 1
     assert rig.haproxy.processes is not None
     assert set(rig.haproxy.processes.workers) == rig.haproxy.records.known
@@ -87,7 +87,10 @@ async def test_what_haproxy_refuses_never_replaces_what_is_in_force(rig: Rig) ->
     assert "name blue" in rig.layout.rejected.read_text()
     assert rig.fake.reloads == 0
     assert rig.haproxy.last_reload is not None
-    assert rig.haproxy.last_reload.result == "rejected"
+    assert (rig.haproxy.last_reload.ok, rig.haproxy.last_reload.result) == (
+        False,
+        "unknown keyword",
+    )
     rig.judge(_ACCEPTS)
     assert await rig.apply("red", "blue")
 
@@ -111,7 +114,7 @@ async def test_a_start_that_fails_says_why_and_is_tried_again(rig: Rig) -> None:
     assert rig.haproxy.processes is None
     assert "name red" in rig.layout.rejected.read_text()
     assert rig.haproxy.last_reload is not None
-    assert rig.haproxy.last_reload.result == "failed"
+    assert not rig.haproxy.last_reload.ok
     rig.launcher.refuse = ""
     assert await rig.apply("red")
 

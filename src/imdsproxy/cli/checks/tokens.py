@@ -6,8 +6,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from imdsproxy.app.policy_store import read_overrides
-from imdsproxy.app.token_keys import read_token_keys
+from imdsproxy.app.policy_store import read_overrides, read_token_keys
 from imdsproxy.cli.checks import Finding, Subject, count, found, refused
 from imdsproxy.cli.checks.guests import read_record_files
 from imdsproxy.core.documents.respond import can_be_served

@@ -191,16 +191,12 @@ def _entries(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 def split_payload(entries: Iterable[tuple[str, str]], limit: int) -> list[str]:
     """The entries as Runtime API payloads of at most `limit` bytes each (one entry is never split)."""
-    chunks: list[str] = []
-    lines: list[str] = []
-    size = 0
+    payloads: list[str] = []
+    payload = ""
     for key, value in entries:
         line = f"{key} {value}\n"
-        if lines and size + len(line) > limit:
-            chunks.append("".join(lines))
-            lines, size = [], 0
-        lines.append(line)
-        size += len(line)
-    if lines:
-        chunks.append("".join(lines))
-    return chunks
+        if payload and len(payload) + len(line) > limit:
+            payloads.append(payload)
+            payload = ""
+        payload += line
+    return [*payloads, payload] if payload else payloads

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal
 
 from imdsproxy.core.model import IpAddress, NetworkId
 
@@ -114,10 +114,6 @@ class Limits:
     body_bytes: int = 1024 * 1024
 
 
-HealthCheck: TypeAlias = Literal["tcp", "http", "off"]
-"""How an endpoint of Nova is found to be up: by a connection, by `GET /`, or by failed requests only."""
-
-
 @dataclass(frozen=True, slots=True)
 class NovaServer:
     """One address of one of Nova's metadata APIs.
@@ -181,11 +177,15 @@ class NovaBackend:
 
 @dataclass(frozen=True, slots=True)
 class NovaTimes:
-    """Deadlines of requests to Nova, in seconds."""
+    """Deadlines of requests to Nova, in seconds.
+
+    Attributes:
+        check: How an endpoint is found to be up: by a connection, by `GET /`, or by failed requests only.
+    """
 
     connect_s: float = 2.0
     response_s: float = 30.0
-    check: HealthCheck = "http"
+    check: Literal["tcp", "http", "off"] = "http"
     check_interval_s: float = 5.0
 
 

@@ -135,9 +135,7 @@ def parse_stat(text: str, columns: Collection[str] | None = None) -> list[dict[s
     if not lines or not lines[0].startswith("#"):
         return []
     names = lines[0].lstrip("# ").rstrip(",").split(",")
-    if columns is None:
-        return [dict(zip(names, line.split(","), strict=False)) for line in lines[1:]]
-    wanted = [(name, index) for index, name in enumerate(names) if name in columns]
+    wanted = [(name, at) for at, name in enumerate(names) if columns is None or name in columns]
     rows = (line.split(",") for line in lines[1:])
     return [{name: row[index] for name, index in wanted if index < len(row)} for row in rows]
 
