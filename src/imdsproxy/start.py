@@ -45,7 +45,8 @@ from imdsproxy.host.notify import Heartbeat, ServiceNotifier, is_journal
 from imdsproxy.host.process import leave_no_dumps, raise_descriptor_limit, release_memory
 from imdsproxy.host.servers import open_datagram_socket, open_sole_socket, open_tcp_socket
 from imdsproxy.host.socket_file import SocketFiles
-from imdsproxy.listeners.host import SystemHost, apply_links
+from imdsproxy.listeners.apply import apply_links
+from imdsproxy.listeners.host import SystemHost
 from imdsproxy.nova.upstream import NovaUpstream
 from imdsproxy.unix_listener.listener import sweep_unix_socket
 

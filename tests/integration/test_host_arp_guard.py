@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.core.model import InterfaceListener, Network, NetworkId
-from imdsproxy.listeners.host import NftTable
+from imdsproxy.listeners.apply import NftTable
 from imdsproxy.listeners.nft_scripts import render_arp_guard
 from support.hostlab import HostLab
 from support.lab import within

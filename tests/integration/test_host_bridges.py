@@ -9,12 +9,11 @@ import pytest
 from imdsproxy.core.model import BridgeListener, Network, NetworkId
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.listeners.apply import apply_ops
-from imdsproxy.listeners.observe import HostObserver
+from imdsproxy.listeners.host import SystemHost
 from imdsproxy.listeners.plan import (
     DeleteLink,
     DeleteNamespace,
     ListenerPlan,
-    place_of,
     plan_listeners,
 )
 from support.hostlab import HostLab, eventually
@@ -32,9 +31,9 @@ class _Daemon:
     thread: NamespaceThread = field(default_factory=lambda: NamespaceThread(NamespaceDirectory()))
 
     async def plan(self, networks: Mapping[NetworkId, Network]) -> ListenerPlan:
-        observer = HostObserver(self.thread, self.lab.naming)
-        places = [place_of(one, self.lab.naming) for one in networks.values()]
-        seen = await observer.observe(places, everything=True)
+        nowhere = Path("/nonexistent")
+        host = SystemHost(self.thread, self.lab.naming, links=nowhere, journal=nowhere)
+        seen = await host.observe(networks.values(), everything=True)
         # No address anywhere is ours: the mark may be that of another daemon on this machine.
         return plan_listeners(networks, seen, self.lab.naming, managed=())
 

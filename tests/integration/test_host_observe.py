@@ -28,11 +28,10 @@ from imdsproxy.core.model import (
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.netlink import list_links
 from imdsproxy.host.nlmessages import NetlinkSocket
-from imdsproxy.listeners.apply import apply_ops
+from imdsproxy.listeners.apply import apply_links, apply_ops, haproxy_name
 from imdsproxy.listeners.endpoints import plan_binds, plan_links
-from imdsproxy.listeners.host import SystemHost, apply_links, haproxy_name
-from imdsproxy.listeners.observe import HostObserver
-from imdsproxy.listeners.plan import ListenerPlan, Place, place_of, plan_listeners
+from imdsproxy.listeners.host import SystemHost
+from imdsproxy.listeners.plan import ListenerPlan, Place, plan_listeners
 from support.hostlab import HostLab, create_namespace
 from support.lab import NETNS, until
 
@@ -47,13 +46,13 @@ class _Host:
 
     lab: HostLab
     thread: NamespaceThread
-    observer: HostObserver
+    system: SystemHost
 
     async def observe(
         self, listener: Listener, our_pids: Collection[int] = (), *, everything: bool = False
     ) -> ObservedHost:
-        place = place_of(Network(BLUE, listener), self.lab.naming)
-        return await self.observer.observe([place], our_pids, everything=everything)
+        self.system._pids = our_pids
+        return await self.system.observe([Network(BLUE, listener)], everything=everything)
 
     async def plan(self, listener: Listener, our_pids: Collection[int] = ()) -> ListenerPlan:
         seen = await self.observe(listener, our_pids)
@@ -69,9 +68,9 @@ class _Host:
 
 
 @pytest.fixture
-def host(lab: HostLab) -> Iterator[_Host]:
+def host(lab: HostLab, tmp_path: Path) -> Iterator[_Host]:
     thread = NamespaceThread(NamespaceDirectory())
-    yield _Host(lab, thread, HostObserver(thread, lab.naming))
+    yield _Host(lab, thread, SystemHost(thread, lab.naming, links=tmp_path, journal=tmp_path / "j"))
     thread.close()
 
 
@@ -109,7 +108,7 @@ async def test_managed_addresses_are_put_on_the_device_and_only_ours_are_taken_a
     assert [one.device for one in plan.endpoints] == [device, device]
     assert plan.left_out == ()
     # A fresh process that does not know the network knows the addresses for ours.
-    seen = await host.observe(listener, everything=True)
+    seen = await host.observe(listener)
     gone = plan_listeners({}, seen, lab.naming, managed=[(name, device)])
     assert len(gone.ops) == (0 if another_s else 2)
     assert await apply_ops(host.thread, gone.ops) == {}
@@ -118,15 +117,14 @@ async def test_managed_addresses_are_put_on_the_device_and_only_ours_are_taken_a
 
 
 async def test_only_namespaces_where_something_of_ours_can_be_are_looked_at(
-    lab: HostLab, host: _Host
+    lab: HostLab, host: _Host, tmp_path: Path
 ) -> None:
     elsewhere, managed = lab.namespace("elsewhere"), lab.namespace("managed")
     ours = lab.naming.namespace(BLUE)
     lab.run("ip", "netns", "add", ours)
-    seen = await host.observer.observe((), everything=True, managed=[(managed, "d")])
+    (tmp_path / "j").write_text(f'[["{managed}", "d"]]')
+    seen = await host.system.observe((), everything=True)
     assert {elsewhere, managed, ours} & seen.namespaces.keys() == {managed, ours}
-    seen = await host.observer.observe((), everything=True)
-    assert {elsewhere, managed, ours} <= seen.namespaces.keys()
 
 
 async def test_an_interface_without_ipv6_serves_ipv4_and_says_what_to_do(
@@ -243,7 +241,7 @@ async def test_a_device_that_comes_while_it_is_looked_at_is_no_trouble(
 
 
 async def test_a_neighbour_is_known_by_its_address_on_one_device_or_on_all(
-    lab: HostLab, host: _Host, tmp_path: Path
+    lab: HostLab, host: _Host
 ) -> None:
     name = lab.namespace("blue")
     device, other = (lab.device(which, namespace=name) for which in ("d", "e"))
@@ -251,7 +249,6 @@ async def test_a_neighbour_is_known_by_its_address_on_one_device_or_on_all(
     there = [("10.0.0.5", device), ("10.0.0.6", device), ("10.0.0.6", other), ("fe80::5", device)]
     for mac, (address, at) in zip(macs, there, strict=True):
         lab.ip("-n", name, "neigh", "add", "lladdr", mac, address, "dev", at)
-    system = SystemHost(host.observer, links=tmp_path, journal=tmp_path / "journal")
     questions: list[tuple[str, str | None, MacAddress | None]] = [
         *(("10.0.0.5", None, macs[0]), ("10.0.0.5", "none", None), ("10.0.0.6", device, macs[1])),
         # Two devices with a guest of one address each: which one asked cannot be told.
@@ -260,7 +257,7 @@ async def test_a_neighbour_is_known_by_its_address_on_one_device_or_on_all(
     ]
     for address, on, expected in questions:
         network = Network(BLUE, NamespaceListener(name, on))
-        assert await system.neighbour(network, ip_address(address)) == expected, (address, on)
+        assert await host.system.neighbour(network, ip_address(address)) == expected, (address, on)
 
 
 _CONFIGURATION = """
@@ -337,7 +334,7 @@ async def test_a_thousand_networks_are_seen_in_a_third_of_a_second_and_one_in_3_
     times: list[float] = []
     for _ in range(5):
         start = time.process_time()
-        await host.observer.observe(places)
+        await host.system.observe((), places)
         times.append(time.process_time() - start)
     # CPU time, and the best of some: others work on this machine too.
     assert min(times) < 0.3
@@ -346,6 +343,6 @@ async def test_a_thousand_networks_are_seen_in_a_third_of_a_second_and_one_in_3_
     times.clear()
     for _ in range(20):
         start = time.process_time()
-        await host.observer.observe(one)
+        await host.system.observe((), one)
         times.append(time.process_time() - start)
     assert min(times) < 0.003

@@ -25,7 +25,6 @@ from imdsproxy.errors import HostRefused
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.listeners.host import SystemHost
-from imdsproxy.listeners.observe import HostObserver
 from imdsproxy.listeners.watch import EventKind, HostWatch, NamespaceWatch
 from support.hostlab import HostLab, create_namespace
 from support.patience import patience
@@ -78,7 +77,7 @@ async def _watching(
 ) -> AsyncIterator[_Watched]:
     thread = NamespaceThread(NamespaceDirectory())
     nowhere = Path("/nonexistent")
-    host = SystemHost(HostObserver(thread, lab.naming), links=nowhere, journal=nowhere)
+    host = SystemHost(thread, lab.naming, links=nowhere, journal=nowhere)
     networks = {NetworkId(k): Network(NetworkId(k), one) for k, one in listeners.items()}
     events: asyncio.Queue[tuple[str, Collection[NetworkId] | None]] = asyncio.Queue()
 

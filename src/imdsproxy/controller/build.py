@@ -27,7 +27,6 @@ from imdsproxy.host.files import ensure_directory, write_atomic
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.sockets import SocketOwners
 from imdsproxy.listeners.host import SystemHost
-from imdsproxy.listeners.observe import HostObserver
 from imdsproxy.nova.upstream import NovaUpstream
 from imdsproxy.sources.api import Source
 from imdsproxy.sources.libvirt.source import LibvirtClient, LibvirtSource
@@ -88,8 +87,9 @@ def build_host(settings: Settings, layout: Layout) -> SystemHost:
     """The host; close its thread at the end."""
     naming = Naming(settings.host.name_prefix)
     thread = NamespaceThread(NamespaceDirectory(settings.paths.netns_dir))
-    observer = HostObserver(thread, naming, SocketOwners(config=layout.config))
-    return SystemHost(observer, links=layout.namespace_links, journal=layout.managed_journal)
+    owners = SocketOwners(config=layout.config)
+    links, journal = layout.namespace_links, layout.managed_journal
+    return SystemHost(thread, naming, links=links, journal=journal, owners=owners)
 
 
 def build_filters(

@@ -2,7 +2,7 @@
 
 Every function takes a `NetlinkSocket`, which belongs to the namespace where it was made, and
 blocks for some µs. What the kernel refuses leaves as `NetlinkRefused` (an OSError): `listeners.apply`
-and `listeners.observe`, which know what it was for, make a `HostRefused` of it.
+and `listeners.host`, which know what it was for, make a `HostRefused` of it.
 """
 
 from __future__ import annotations

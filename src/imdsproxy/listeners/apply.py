@@ -1,20 +1,30 @@
-"""Does to the host what `listeners.plan` planned, one idempotent step after the other."""
+"""Does to the host what `listeners.plan` planned, one idempotent step after the other; replaces tables and links."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar, assert_never
 
 from imdsproxy.core.endpoints import LOOPBACK
 from imdsproxy.core.hoststate import Family, NamespaceRef, ObservedDevice
 from imdsproxy.core.model import IpAddress
-from imdsproxy.errors import DataplaneError, Ignoring, Problem, host_refused
+from imdsproxy.errors import (
+    DataplaneError,
+    HostRefused,
+    Ignoring,
+    Problem,
+    host_refused,
+    refusing,
+)
 from imdsproxy.host import netlink
 from imdsproxy.host.namespaces import NamespaceThread
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
+from imdsproxy.host.process import run_program
 from imdsproxy.listeners.plan import (
     AddAddress,
     AttachBridge,
@@ -26,6 +36,10 @@ from imdsproxy.listeners.plan import (
 
 T = TypeVar("T")
 
+HAPROXY_NETNS: Final = Path("/var/run/netns")
+"""Where HAProxy looks (compiled in: `src/namespace.c`)."""
+
+_NFT_DEADLINE_S: Final = 30.0
 _PREFIXES: Final = {Family.IPV4: 32, Family.IPV6: 64}
 _SWITCHED_OFF: Final = (
     # What a guest sends must not give us routes or addresses, nor make a router of us.
@@ -185,3 +199,85 @@ def _set_up(
     new = None if found.alias == alias else alias
     netlink.set_link(channel, found.index, mtu=mtu, master=master, alias=new)
     return found.index
+
+
+@dataclass(slots=True)
+class NftTable:
+    """A table of ours that nft(8) replaces and removes as a whole (`listeners.nft_scripts`).
+
+    Attributes:
+        failing: What cannot be done without nft(8), or when it refuses.
+        until: What holds until then, for the hint.
+        program: nft(8).
+        applied: The script in force; empty without a table, `None` while what an earlier process left is unknown.
+    """
+
+    failing: str
+    until: str
+    program: str = "nft"
+    applied: str | None = None
+
+    async def apply(self, script: str) -> tuple[Problem, ...]:
+        """Run a script that replaces the table, if another one was run last; what is in the way of it.
+
+        Args:
+            script: For nft(8); without a block it only removes the table.
+        """
+        wanted = script if "{" in script else ""
+        if wanted == self.applied:
+            return ()
+        try:
+            status, output = await run_program(
+                self.program, "-f", "-", deadline_s=_NFT_DEADLINE_S, text=script
+            )
+        except FileNotFoundError:
+            # Without the program there can be no table.
+            if wanted or self.applied is not None:
+                hint = f"apt install nftables; {self.until}"
+                return (Problem("host", f"{self.failing}: no nft", hint),)
+            status, output = 0, ""
+        except HostRefused as error:
+            return (Problem("host", error.message, error.hint),)
+        # A kernel that knows no such tables refuses to remove one as well: then there is none.
+        if status != 0 and (wanted or self.applied):
+            reason = f"{self.failing}: nft refuses: {output[:500]}"
+            return (Problem("host", reason, self.until),)
+        self.applied = wanted
+        return ()
+
+
+def haproxy_name(directory: Path) -> str:
+    """What to write after `namespace` in a bind line, before `/NAME`, so that HAProxy opens `directory/NAME`.
+
+    HAProxy hands a listening socket over to its next worker by the names of its namespace and device. When
+    one of them was deleted and made again under its name, that would be the dead one's socket; a link with
+    another name (`listeners.endpoints.link_name`) makes it open a new one. HAProxy opens `/var/run/netns/NAME` and
+    refuses no slash in NAME, so the links are in a directory of ours, out of sight of `ip netns`:
+    `bind … namespace ../imdsproxy/netns/blue@4026532317`.
+    """
+    return os.path.relpath(os.path.realpath(directory), os.path.realpath(HAPROXY_NETNS))
+
+
+def apply_links(directory: Path, links: Mapping[str, str]) -> None:
+    """Make `directory` hold exactly these symbolic links.
+
+    Each link is there whole or not at all; links that stay are not touched. The directory is made
+    when it is missing. Other kinds of files in it are left alone.
+
+    Raises:
+        HostRefused: The file system refused.
+        PrivilegeMissing: This process may not write there.
+    """
+    base = os.fspath(directory)
+    with refusing(f"link namespaces in {base}"):
+        directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+        # At each reload, for every network: a Path for each costs more than the kernel's part.
+        with os.scandir(base) as entries:
+            present = {one.name: os.readlink(one.path) for one in entries if one.is_symlink()}  # noqa: PTH115 - as above
+        # The temporary one of a process that was killed too.
+        for name in present.keys() - links.keys():
+            os.unlink(f"{base}/{name}")  # noqa: PTH108 - as above
+        for name, target in links.items():
+            if present.get(name) != target:
+                os.symlink(target, f"{base}/.tmp")  # noqa: PTH211 - as above
+                os.replace(f"{base}/.tmp", f"{base}/{name}")  # noqa: PTH105 - as above

@@ -1,33 +1,45 @@
-"""The host as loops and look-up use it: look, plan, act, with links, nft(8), neighbour tables and journals."""
+"""The host as loops and look-up use it: look, plan, act.
+
+A look sees namespaces, devices, addresses, who listens, and what can be bound. At one namespace it costs about 0.2 ms,
+in the namespace thread. A look at some networks is a part that `core.hoststate.merge_observed` lays over what is known.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 import structlog
 
-from imdsproxy.core.hoststate import ObservedHost, merge_observed
-from imdsproxy.core.model import IpAddress, MacAddress, Network, NetworkId
-from imdsproxy.core.records import Refused, parse_network, render_record
-from imdsproxy.errors import HostRefused, Problem, refusing
-from imdsproxy.host.files import Journal, write_atomic
-from imdsproxy.host.netlink import find_link, neighbour_mac
-from imdsproxy.host.nlmessages import NetlinkSocket
-from imdsproxy.host.process import run_program
-from imdsproxy.listeners.apply import apply_ops
-from imdsproxy.listeners.nft_scripts import (
-    plan_diversions,
-    render_arp_guard,
-    render_diversions,
+from imdsproxy.core.endpoints import LOOPBACK
+from imdsproxy.core.hostnames import Naming
+from imdsproxy.core.hoststate import (
+    AddressState,
+    BindTrial,
+    Family,
+    ListeningSocket,
+    NamespaceRef,
+    ObservedAddress,
+    ObservedDevice,
+    ObservedHost,
+    ObservedNamespace,
+    merge_observed,
 )
-from imdsproxy.listeners.observe import HostObserver
+from imdsproxy.core.model import METADATA_IPV4, IpAddress, MacAddress, Network, NetworkId
+from imdsproxy.core.records import Refused, parse_network, render_record
+from imdsproxy.errors import DataplaneError, HostRefused, Problem, refusing
+from imdsproxy.host import netlink
+from imdsproxy.host.files import Journal, write_atomic
+from imdsproxy.host.namespaces import NamespaceThread
+from imdsproxy.host.nlmessages import NetlinkSocket
+from imdsproxy.host.sockets import SOCK_DIAG, SocketOwners, listening_sockets, try_bind
+from imdsproxy.listeners.apply import NftTable, apply_ops
+from imdsproxy.listeners.nft_scripts import plan_diversions, render_arp_guard, render_diversions
 from imdsproxy.listeners.plan import (
     AddAddress,
     HostOp,
@@ -42,19 +54,38 @@ from imdsproxy.listeners.plan import (
     plan_listeners,
 )
 
-HAPROXY_NETNS: Final = Path("/var/run/netns")
-"""Where HAProxy looks (compiled in: `src/namespace.c`)."""
+Peek: TypeAlias = tuple[int, frozenset[int]]
+"""A namespace's inode and those of the sockets that listen in it."""
+
+_DMI: Final = Path("/sys/class/dmi/id")
+
+# As cloud-init's ds-identify knows them.
+_SIGNS: Final[Mapping[str, tuple[str, ...]]] = {
+    "sys_vendor": (
+        *("Akamai", "Alibaba Cloud", "Amazon EC2", "DigitalOcean", "Google", "Hetzner"),
+        *("OpenStack Foundation", "Vultr", "e24cloud"),
+    ),
+    "product_name": ("Exoscale", "Google Compute Engine", "OpenStack Compute", "OpenStack Nova"),
+    "chassis_asset_tag": (
+        "7783-7084-3265-9085-8269-3286-77",  # Microsoft Azure's
+        *("HUAWEICLOUD", "OpenTelekomCloud", "OracleCloud.com"),
+    ),
+}
+_HOST_ROUTE: Final = 32
+
+_TRIES: Final = 3
 
 _HOST_ROUNDS: Final = 4
 """What one step makes is planned with when it has been seen."""
-
-_NFT_DEADLINE_S: Final = 30.0
 
 
 class SystemHost:
     """This host.
 
     Args:
+        thread: Where namespaces are entered.
+        naming: How our own objects are named.
+        owners: Finds who holds a socket.
         links: The directory of symbolic links to namespaces, for HAProxy.
         journal: Where we have added addresses: `[[namespace or null, device], …]` as JSON.
 
@@ -66,8 +97,17 @@ class SystemHost:
         diverter: Redirects frames for the metadata address to our veths on bridges that have one.
     """
 
-    def __init__(self, observer: HostObserver, *, links: Path, journal: Path) -> None:
-        self.observer, self.thread, self.naming = observer, observer.thread, observer.naming
+    def __init__(
+        self,
+        thread: NamespaceThread,
+        naming: Naming,
+        *,
+        links: Path,
+        journal: Path,
+        owners: SocketOwners | None = None,
+    ) -> None:
+        self.thread, self.naming = thread, naming
+        self._owners = owners or SocketOwners()
         self.seen = ObservedHost()
         self.known: ObservedHost | None = None
         self.operations: Counter[str] = Counter()
@@ -181,15 +221,115 @@ class SystemHost:
         *,
         everything: bool = False,
     ) -> ObservedHost:
-        """Look at what these networks' listeners need, and at other places; with `everything`, at the whole host.
+        """Look at what these networks' listeners need.
+
+        Args:
+            networks: Those of interest; for a part, also those that have just gone.
+            others: Other places, where something has just been removed.
+            everything: Look at all namespaces and the host's own devices, for what earlier processes may have left
+                there. Namespaces that are not ours by their name, of which a host may have thousands, are looked at
+                only where our journal says that we have put addresses there.
 
         Raises:
-            HostRefused: The host's own namespace cannot be looked at.
+            HostRefused: The host's own namespace cannot be looked at, or our journal cannot be read. (Trouble in
+                another one is reported as its `problem`.)
         """
         places = {*others, *(place_of(one, self.naming) for one in networks)}
-        managed = self.managed() if everything else None
-        return await self.observer.observe(
-            places, self._pids, everything=everything, managed=managed
+        managed = {name for name, _ in self.managed()} if everything else frozenset()
+        wanted: dict[str | None, set[str | None]] = {}
+        for place in places:
+            wanted.setdefault(place.namespace, set()).add(place.device)
+        asked = frozenset(name for name in wanted if name is not None)
+        near = {name for place in places for name in place.host_devices}
+
+        def look() -> ObservedHost:
+            left = self._left_over(managed) - asked if everything else frozenset()
+            names = (*asked, *left)
+            seen = {name: self._namespace(name, wanted.get(name, set())) for name in names}
+            namespaces = {name: one for name, one in seen.items() if one is not None}
+            root = ObservedNamespace(None)
+            if everything or near:
+                with refusing("look at the host's devices"):
+                    some = () if everything else near
+                    root = self._look(None, wanted.get(None, set()), some)
+            sockets = (one for place in (root, *namespaces.values()) for one in place.sockets)
+            owned = self._owners.resolve(sockets, self._pids)
+            return ObservedHost(
+                root=_with_owners(root, owned),
+                namespaces={name: _with_owners(one, owned) for name, one in namespaces.items()},
+                asked=None if everything else asked,
+                devices=frozenset(near),
+            )
+
+        return await self.thread.run(look)
+
+    async def peek(self, places: Collection[str | None]) -> dict[str | None, Peek | None]:
+        """Only which sockets listen in these namespaces (`None`: the host's own).
+
+        A fifth of the cost of a proper look. `None` where there is no namespace, or no way into it.
+        """
+
+        def peek(ref: NamespaceRef | None) -> Peek:
+            with NetlinkSocket(SOCK_DIAG) as channel:
+                inodes = frozenset(one.inode for one in listening_sockets(channel))
+            return 0 if ref is None else ref.inode, inodes
+
+        def look(place: str | None) -> Peek | None:
+            try:
+                return self.thread.enter(place, peek)
+            except (DataplaneError, OSError):
+                # The proper look, due as soon as this differs from the last one, says why.
+                return None
+
+        given = tuple(places)
+        return await self.thread.run(lambda: {name: look(name) for name in given})
+
+    def _left_over(self, managed: Collection[str | None]) -> frozenset[str]:
+        """Namespaces in which an earlier process may have left something."""
+        return frozenset(
+            name
+            for name in self.thread.directory.names()
+            if (name in managed or self.naming.is_namespace(name))
+            # A name for the host's own namespace shows what `root` shows: nothing there is left over.
+            and not self.thread.is_home(name)
+        )
+
+    def _namespace(self, name: str, wanted: set[str | None]) -> ObservedNamespace | None:
+        try:
+            with refusing(f"look into namespace {name}"):
+                seen = self.thread.enter(name, lambda ref: self._look(ref, wanted))
+        except DataplaneError as error:
+            return ObservedNamespace(None, problem=error.message)
+        half_made = self.naming.is_namespace(name) and (self.thread.directory.path / name).exists()
+        return ObservedNamespace(None) if seen is None and half_made else seen
+
+    def _look(
+        self, ref: NamespaceRef | None, wanted: set[str | None], near: Collection[str] = ()
+    ) -> ObservedNamespace:
+        """Look at the thread's namespace.
+
+        Args:
+            ref: Which it is.
+            wanted: Devices of interest; without one, only what may be ours in there is looked at.
+            near: Only these devices are looked at, and what belongs together with them; without one, all are.
+        """
+        with NetlinkSocket() as channel:
+            devices, addresses = _devices_and_addresses(channel, near)
+            own = ref is not None and self.naming.is_namespace(ref.name)
+            routes = netlink.default_routes(channel, devices.values()) if own else frozenset()
+            metadata = _own_metadata(channel) if ref is None else ""
+        sockets: list[ListeningSocket] = []
+        if wanted or near:
+            with NetlinkSocket(SOCK_DIAG) as channel:
+                sockets = listening_sockets(channel)
+        return ObservedNamespace(
+            ref=ref,
+            devices=devices,
+            addresses=addresses,
+            default_routes=routes,
+            sockets=tuple(sockets),
+            trials=tuple(_trials(wanted, addresses, devices)),
+            own_metadata=metadata,
         )
 
     async def apply(self, ops: Iterable[HostOp]) -> Mapping[HostOp, Problem]:
@@ -197,10 +337,10 @@ class SystemHost:
         given = tuple(ops)
         # Before anything is done: what a killed process has added is known to the next one.
         added = {(one.namespace, one.device) for one in given if isinstance(one, AddAddress)}
-        self._note(added, set())
+        self._note(self.managed() | added)
         failures = await apply_ops(self.thread, given)
-        done = set(given) - failures.keys()
-        self._note(set(), {(o.namespace, o.device) for o in done if isinstance(o, RemoveAddress)})
+        removed = (o for o in given if isinstance(o, RemoveAddress) and o not in failures)
+        self._note(self.managed() - {(one.namespace, one.device) for one in removed})
         return failures
 
     def managed(self) -> frozenset[ManagedPlace]:
@@ -211,10 +351,8 @@ class SystemHost:
         """
         return frozenset((place[0], place[1]) for place in self._journal.load())
 
-    def _note(self, added: set[ManagedPlace], removed: set[ManagedPlace]) -> None:
-        if added or removed:
-            places = (self.managed() | added) - removed
-            self._journal.store(sorted(places, key=lambda one: (one[0] or "", one[1])))
+    def _note(self, places: Collection[ManagedPlace]) -> None:
+        self._journal.store(sorted(places, key=lambda one: (one[0] or "", one[1])))
 
     async def neighbour(self, network: Network, address: IpAddress) -> MacAddress | None:
         """The MAC that the kernel has for an address behind a network's listener, if it has one."""
@@ -224,92 +362,10 @@ class SystemHost:
 
 def _ask(address: IpAddress, device: str | None) -> MacAddress | None:
     with NetlinkSocket() as channel:
-        link = None if device is None else find_link(channel, device)
+        link = None if device is None else netlink.find_link(channel, device)
         if device is not None and link is None:
             return None
-        return neighbour_mac(channel, address, index=0 if link is None else link.index)
-
-
-@dataclass(slots=True)
-class NftTable:
-    """A table of ours that nft(8) replaces and removes as a whole (`listeners.nft_scripts`).
-
-    Attributes:
-        failing: What cannot be done without nft(8), or when it refuses.
-        until: What holds until then, for the hint.
-        program: nft(8).
-        applied: The script in force; empty without a table, `None` while what an earlier process left is unknown.
-    """
-
-    failing: str
-    until: str
-    program: str = "nft"
-    applied: str | None = None
-
-    async def apply(self, script: str) -> tuple[Problem, ...]:
-        """Run a script that replaces the table, if another one was run last; what is in the way of it.
-
-        Args:
-            script: For nft(8); without a block it only removes the table.
-        """
-        wanted = script if "{" in script else ""
-        if wanted == self.applied:
-            return ()
-        try:
-            status, output = await run_program(
-                self.program, "-f", "-", deadline_s=_NFT_DEADLINE_S, text=script
-            )
-        except FileNotFoundError:
-            # Without the program there can be no table.
-            if wanted or self.applied is not None:
-                hint = f"apt install nftables; {self.until}"
-                return (Problem("host", f"{self.failing}: no nft", hint),)
-            status, output = 0, ""
-        except HostRefused as error:
-            return (Problem("host", error.message, error.hint),)
-        # A kernel that knows no such tables refuses to remove one as well: then there is none.
-        if status != 0 and (wanted or self.applied):
-            reason = f"{self.failing}: nft refuses: {output[:500]}"
-            return (Problem("host", reason, self.until),)
-        self.applied = wanted
-        return ()
-
-
-def haproxy_name(directory: Path) -> str:
-    """What to write after `namespace` in a bind line, before `/NAME`, so that HAProxy opens `directory/NAME`.
-
-    HAProxy hands a listening socket over to its next worker by the names of its namespace and device. When
-    one of them was deleted and made again under its name, that would be the dead one's socket; a link with
-    another name (`listeners.endpoints.link_name`) makes it open a new one. HAProxy opens `/var/run/netns/NAME` and
-    refuses no slash in NAME, so the links are in a directory of ours, out of sight of `ip netns`:
-    `bind … namespace ../imdsproxy/netns/blue@4026532317`.
-    """
-    return os.path.relpath(os.path.realpath(directory), os.path.realpath(HAPROXY_NETNS))
-
-
-def apply_links(directory: Path, links: Mapping[str, str]) -> None:
-    """Make `directory` hold exactly these symbolic links.
-
-    Each link is there whole or not at all; links that stay are not touched. The directory is made
-    when it is missing. Other kinds of files in it are left alone.
-
-    Raises:
-        HostRefused: The file system refused.
-        PrivilegeMissing: This process may not write there.
-    """
-    base = os.fspath(directory)
-    with refusing(f"link namespaces in {base}"):
-        directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-        # At each reload, for every network: a Path for each costs more than the kernel's part.
-        with os.scandir(base) as entries:
-            present = {one.name: os.readlink(one.path) for one in entries if one.is_symlink()}  # noqa: PTH115 - as above
-        # The temporary one of a process that was killed too.
-        for name in present.keys() - links.keys():
-            os.unlink(f"{base}/{name}")  # noqa: PTH108 - as above
-        for name, target in links.items():
-            if present.get(name) != target:
-                os.symlink(target, f"{base}/.tmp")  # noqa: PTH211 - as above
-                os.replace(f"{base}/.tmp", f"{base}/{name}")  # noqa: PTH105 - as above
+        return netlink.neighbour_mac(channel, address, index=0 if link is None else link.index)
 
 
 @dataclass(slots=True)
@@ -351,3 +407,56 @@ class KeptNetworks:
             parsed = [parse_network(one) for one in records] if isinstance(records, list) else []
             self._networks = {one.id: one for one in parsed if not isinstance(one, Refused)}
         return self._networks
+
+
+def _with_owners(seen: ObservedNamespace, owned: dict[int, ListeningSocket]) -> ObservedNamespace:
+    if not seen.sockets:
+        return seen
+    return replace(seen, sockets=tuple(owned[one.inode] for one in seen.sockets))
+
+
+def _devices_and_addresses(
+    channel: NetlinkSocket, near: Collection[str]
+) -> tuple[dict[str, ObservedDevice], tuple[ObservedAddress, ...]]:
+    """Both of one moment, or nearly: every address is on one of the devices."""
+    for _ in range(_TRIES):
+        links = netlink.list_links_near(channel, near) if near else netlink.list_links(channel)
+        devices = {one.name: one for one in links}
+        addresses = tuple(netlink.metadata_addresses(channel, links, only=near))
+        known = tuple(one for one in addresses if one.device in devices)
+        if len(known) == len(addresses):
+            break
+        # A device was made between the two questions: ask again.
+    return devices, known
+
+
+def _trials(
+    wanted: set[str | None],
+    addresses: tuple[ObservedAddress, ...],
+    devices: dict[str, ObservedDevice],
+) -> Iterator[BindTrial]:
+    usable = [one for one in addresses if one.state is AddressState.USABLE]
+    if any(one.address == Family.IPV4.metadata_address for one in usable):
+        for device in sorted(wanted, key=str):
+            if device is None or device in devices:
+                yield BindTrial(Family.IPV4, device, try_bind(Family.IPV4, device))
+    for one in usable:
+        carries = one.address == Family.IPV6.metadata_address and one.device != LOOPBACK
+        if carries and (None in wanted or one.device in wanted):
+            index = devices[one.device].index
+            error = try_bind(Family.IPV6, one.device, index)
+            yield BindTrial(Family.IPV6, one.device, error)
+
+
+def _own_metadata(channel: NetlinkSocket) -> str:
+    """By what the host's own namespace shows metadata of the host's own, in words; empty when nothing shows it."""
+    for name, known in _SIGNS.items():
+        try:
+            value = (_DMI / name).read_text(errors="replace").strip()
+        except OSError:
+            continue  # not every machine has SMBIOS, and not every field may be read
+        if value in known:
+            return f"its SMBIOS says {value}"
+    if netlink.route_length(channel, METADATA_IPV4) == _HOST_ROUTE:
+        return f"it has a route to {METADATA_IPV4}"
+    return ""

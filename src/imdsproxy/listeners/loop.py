@@ -25,6 +25,7 @@ from imdsproxy.core.timing import Backoff
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.errors import ConfigRejected, DataplaneError, Problem, ReloadFailed
 from imdsproxy.host.clock import Clock
+from imdsproxy.listeners.apply import apply_links, haproxy_name
 from imdsproxy.listeners.endpoints import (
     compute_maxconn,
     find_degraded,
@@ -32,7 +33,7 @@ from imdsproxy.listeners.endpoints import (
     plan_binds,
     plan_links,
 )
-from imdsproxy.listeners.host import KeptNetworks, SystemHost, apply_links, haproxy_name
+from imdsproxy.listeners.host import KeptNetworks, SystemHost
 from imdsproxy.listeners.plan import ListenerPlan
 from imdsproxy.listeners.watch import HostWatch
 from imdsproxy.unix_listener.listener import UnixListener, bound_path

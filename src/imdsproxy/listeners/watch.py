@@ -27,8 +27,7 @@ from imdsproxy.host.inotify import ENTRIES, IN_DELETE, IN_MOVED_FROM, ITSELF, In
 from imdsproxy.host.namespaces import MISSING, NamespaceDirectory
 from imdsproxy.host.netlink import assign_nsid
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
-from imdsproxy.listeners.host import SystemHost
-from imdsproxy.listeners.observe import Peek
+from imdsproxy.listeners.host import Peek, SystemHost
 from imdsproxy.listeners.plan import place_of, plan_network
 
 T = TypeVar("T")
@@ -220,7 +219,7 @@ class HostWatch:
         # where they differ from the last proper look, it is time for another one.
         heard = {None, *(ref.name for ref in self._nsids.values())}
         places = {place_of(one, self.host.naming).namespace for one in networks}
-        seen = await self.host.observer.peek(places)
+        seen = await self.host.peek(places)
         changed = [
             place
             for place in places

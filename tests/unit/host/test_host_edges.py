@@ -13,7 +13,7 @@ import pytest
 
 from imdsproxy.errors import DataplaneError, HostRefused, PrivilegeMissing, refusing
 from imdsproxy.host.notify import ServiceNotifier, is_journal, kept_sockets
-from imdsproxy.listeners.host import apply_links, haproxy_name
+from imdsproxy.listeners.apply import apply_links, haproxy_name
 
 
 @pytest.fixture(params=["path", "abstract"])

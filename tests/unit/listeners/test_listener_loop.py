@@ -37,9 +37,9 @@ from imdsproxy.core.observation import Observation
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.errors import Problem
 from imdsproxy.host.clock import SystemClock
-from imdsproxy.listeners.host import KeptNetworks, NftTable, SystemHost
+from imdsproxy.listeners.apply import NftTable
+from imdsproxy.listeners.host import KeptNetworks, SystemHost
 from imdsproxy.listeners.loop import ListenerLoop, choose_exporter
-from imdsproxy.listeners.observe import HostObserver
 from imdsproxy.listeners.plan import HostOp, ManagedPlace, Place
 from imdsproxy.unix_listener.listener import UnixListener
 from imdsproxy.unix_listener.settings import UnixListenerSettings
@@ -64,7 +64,7 @@ class FakeHost(SystemHost):
     def __init__(self, links: Path) -> None:
         nowhere = Path("/nowhere")
         thread = Mock(directory=Mock(path=nowhere))
-        super().__init__(HostObserver(thread, Naming()), links=links, journal=nowhere)
+        super().__init__(thread, Naming(), links=links, journal=nowhere)
         self.namespaces: dict[str, ObservedNamespace] = {}
         self.asked: list[tuple[bool, frozenset[NetworkId]]] = []
         self.refusal = ""

@@ -11,8 +11,8 @@ import pytest
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.model import METADATA_IPV4, NetworkId
 from imdsproxy.errors import HostRefused, Problem
-from imdsproxy.listeners.host import NftTable, SystemHost
-from imdsproxy.listeners.observe import HostObserver
+from imdsproxy.listeners.apply import NftTable
+from imdsproxy.listeners.host import SystemHost
 from imdsproxy.listeners.plan import AddAddress, HostOp, RemoveAddress
 
 _ADD = AddAddress(NetworkId("red"), "red", "eth0", METADATA_IPV4, 200)
@@ -41,8 +41,8 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _Kernel:
 
 
 def _host(kernel: _Kernel) -> SystemHost:
-    observer = HostObserver(Mock(), Naming())
-    return SystemHost(observer, links=kernel.journal.with_name("netns"), journal=kernel.journal)
+    links = kernel.journal.with_name("netns")
+    return SystemHost(Mock(), Naming(), links=links, journal=kernel.journal)
 
 
 async def test_a_place_is_noted_before_anything_is_put_there(kernel: _Kernel) -> None:
