@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from imdsproxy.core.model import InstanceId, IpAddress, NetworkId, Scope
-from imdsproxy.core.observation import AddressKey
+from imdsproxy.core.model import IpAddress, NetworkId, Scope
+from imdsproxy.core.observation import AddressKey, StrandedPort
+from imdsproxy.errors import Problem
 from imdsproxy.sources.api import (
-    Confirmation,
     LookUp,
-    Origin,
     PortFound,
     PortMissing,
     Publish,
@@ -28,15 +27,14 @@ class FakeLookUps:
     answers: dict[tuple[Scope, NetworkId, IpAddress], LookUp] = field(default_factory=dict)
     asked: list[tuple[Scope, NetworkId, IpAddress]] = field(default_factory=list)
     routed: dict[AddressKey, PortFound] = field(default_factory=dict)
-    confirmed: Confirmation | None = None
+    freshness: str | None = None
     name: str = "neutron"
 
     async def run(self, publish: Publish) -> None:
         del publish
 
-    def origin_of_port(self, instance: InstanceId, number: int) -> Origin | None:
-        del instance, number
-        return None
+    def explain_stranded(self, port: StrandedPort) -> Problem:
+        return port.problem()
 
     async def look_up(self, scope: Scope, network: NetworkId, address: IpAddress) -> LookUp:
         self.asked.append((scope, network, address))
@@ -48,6 +46,6 @@ class FakeLookUps:
     def routes(self) -> Mapping[AddressKey, PortFound]:
         return dict(self.routed)
 
-    def confirmation(self, network: NetworkId, address: IpAddress) -> Confirmation | None:
+    def explain_freshness(self, network: NetworkId, address: IpAddress) -> str | None:
         del network, address
-        return self.confirmed
+        return self.freshness

@@ -262,11 +262,8 @@ def _explain_found(
 ) -> Explanation:
     instance, lookup, records = found.instance, controller.lookup, controller.lookup.records
     steps.append(f"instance {instance.id} has {at[1]}, known by {found.how.value}")
-    if lookup.source is not None and (seen := lookup.source.confirmation(*at)) is not None:
-        name = lookup.source.name
-        stale = f"; stale since, because {name} does not answer" if seen.stale else ""
-        age = f"confirmed {seen.age_s:.0f} s ago{stale}"
-        steps.append(f"it is port {seen.port} of {name}, {age}")
+    if lookup.source is not None and (seen := lookup.source.explain_freshness(*at)) is not None:
+        steps.append(seen)
     now, project = int(lookup.clock.now().timestamp()), found.port.project or instance.project
     book, place = records.policies(), policy_place(lookup.inventory, key[0], project, instance)
     folded = book.fold(place)

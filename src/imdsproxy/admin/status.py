@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
 from typing import Final
 
 from imdsproxy import __version__
@@ -142,16 +141,16 @@ def _report_source(controller: Controller, name: str, in_sync: bool) -> reports.
     """A source with the records that it refuses, and its ports in networks that no source has."""
     inventory, sources = controller.inventory, controller.sources
     source = next(each for each in sources.all if each.name == name)
-    found = list(inventory.problems_of(name))
-    for stranded in inventory.stranded():
-        if stranded.source == name:
-            origin = source.origin_of_port(stranded.instance, stranded.number)
-            found.append(stranded.problem(**({} if origin is None else asdict(origin))))
+    stranded = [
+        source.explain_stranded(port) for port in inventory.stranded() if port.source == name
+    ]
     asked = sources.look_up
     # Others are in sync only while they can be read.
     stale_s = asked.queries.stale_s if asked is not None and asked is source else 0.0
     counts = inventory.record_counts(name)
-    return reports.SourceReport(name, in_sync, *counts, stale_s, tuple(found))
+    return reports.SourceReport(
+        name, in_sync, *counts, stale_s, (*inventory.problems_of(name), *stranded)
+    )
 
 
 def report_unix_listener(controller: Controller) -> reports.UnixListenerReport | None:

@@ -16,22 +16,13 @@ from itertools import islice
 from typing import Final, Protocol, TypeAlias
 
 from imdsproxy.core.model import InstanceId, IpAddress, NetworkId, Scope
-from imdsproxy.core.observation import AddressKey, Observation, SourceName
+from imdsproxy.core.observation import AddressKey, Observation, SourceName, StrandedPort
 from imdsproxy.core.packed import PackedInstances
 from imdsproxy.errors import Problem
 
 Publish: TypeAlias = Callable[[Observation], object]
 
 _PIECE: Final = 200
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Where a part of a record was written: the field, and the file and line where there are any."""
-
-    field: str
-    file: str | None = None
-    line: int | None = None
 
 
 class Source(Protocol):
@@ -44,8 +35,8 @@ class Source(Protocol):
     async def run(self, publish: Publish) -> None:
         """Report until cancelled; everything opened is closed again when that is over."""
 
-    def origin_of_port(self, instance: InstanceId, number: int) -> Origin | None:
-        """Where an instance's port (from 0) was written; `None` when the source has no such port."""
+    def explain_stranded(self, port: StrandedPort) -> Problem:
+        """What is wrong with a port of its own in a network that no source has, and where it was written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,21 +73,6 @@ class LookUpUnavailable:
 LookUp: TypeAlias = PortFound | PortMissing | PortAmbiguous | LookUpUnavailable
 
 
-@dataclass(frozen=True, slots=True)
-class Confirmation:
-    """How fresh the information about an address is.
-
-    Attributes:
-        port: The port's id.
-        age_s: Seconds since it was asked for and confirmed.
-        stale: It should have been confirmed since, and cannot be now.
-    """
-
-    port: str
-    age_s: float
-    stale: bool
-
-
 class LookUpSource(Source, Protocol):
     """A source that does not report everything by itself, but can look an address up.
 
@@ -115,8 +91,8 @@ class LookUpSource(Source, Protocol):
     def routes(self) -> Mapping[AddressKey, PortFound]:
         """Every address behind a router (the router's id in the key) that was looked up and holds now."""
 
-    def confirmation(self, network: NetworkId, address: IpAddress) -> Confirmation | None:
-        """How fresh the information about an address in its own network is; `None` if there is none."""
+    def explain_freshness(self, network: NetworkId, address: IpAddress) -> str | None:
+        """How fresh the information about an address in its own network is, in words; `None` if there is none."""
 
 
 @dataclass(slots=True)

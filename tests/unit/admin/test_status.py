@@ -11,7 +11,6 @@ from imdsproxy.admin.status import report_readiness, report_status
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.observation import StrandedPort
 from imdsproxy.errors import Problem
-from imdsproxy.sources.api import Origin
 from support.fake_controller import fake_controller
 
 _RELOAD = ("number", "at", "reason", "ok", "result", "took_s")
@@ -59,23 +58,18 @@ async def test_a_source_that_does_not_answer_says_for_how_long() -> None:
     assert [each["stale_s"] for each in (await _report(one))["sources"]] == [0.0, 0.0]
 
 
-@pytest.mark.parametrize(
-    ("origin", "place"),
-    [
-        (Origin("ports[0].network", "/etc/web.yaml", 3), ("ports[0].network", "/etc/web.yaml", 3)),
-        (None, ("instances.web.ports[0].network", None, None)),
-    ],
-)
-async def test_a_port_in_a_network_that_no_source_has_is_a_problem_of_its_source(
-    origin: Origin | None, place: tuple[object, ...]
-) -> None:
+async def test_a_port_in_a_network_that_no_source_has_is_a_problem_of_its_source() -> None:
     one = fake_controller()
     stranded = StrandedPort("sqlite", InstanceId("web"), 0, NetworkId("gone"))
     one.inventory.stranded = lambda: (stranded,)
-    one.sources.all[1].origin_of_port = lambda _instance, _number: origin
+    one.sources.all[1].explain_stranded = lambda port: port.problem(file="/etc/web.yaml", line=3)
     neutron, sqlite = (await _report(one))["sources"]
     found = sqlite["problems"][-1]
-    assert (found["field"], found["file"], found["line"]) == place
+    assert (found["field"], found["file"], found["line"]) == (
+        "instances.web.ports[0].network",
+        "/etc/web.yaml",
+        3,
+    )
     assert (found["reason"], neutron["problems"]) == ("there is no network gone", ())
 
 

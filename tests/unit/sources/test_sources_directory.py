@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.core.model import Instance, InstanceId
+from imdsproxy.core.model import Instance, InstanceId, NetworkId
+from imdsproxy.core.observation import StrandedPort
 from imdsproxy.core.records import MAX_PAYLOAD, Findings, Refused, parse_instance
-from imdsproxy.sources.api import Origin
 from imdsproxy.sources.file.record_file import payload_reader
 from imdsproxy.sources.file.source import FileSource
 
@@ -346,7 +346,7 @@ def test_what_went_while_stopped_is_gone_and_who_had_an_address_has_it_after_a_r
     assert bench.names == {"c"}
 
 
-def test_a_port_has_the_file_line_and_field_of_its_first_claim_as_origin(bench: Bench) -> None:
+def test_a_port_has_the_file_line_and_field_of_its_first_claim_as_its_place(bench: Bench) -> None:
     path = bench.write(
         "x.yaml",
         """\
@@ -362,12 +362,13 @@ instances:
       - network: beyond
 """,
     )
-    assert bench.source.origin_of_port(WEB, 0) is None
+    ports = [StrandedPort("file", WEB, number, NetworkId("nowhere")) for number in range(3)]
+    assert bench.source.explain_stranded(ports[0]) == ports[0].problem()
     bench.read()
-    assert [bench.source.origin_of_port(WEB, number) for number in range(3)] == [
-        Origin("instances[1].ports[0].network", str(path), 9),
-        Origin("instances[1].ports[1].network", str(path), 4),
-        None,
+    assert [bench.source.explain_stranded(port) for port in ports] == [
+        ports[0].problem(field="instances[1].ports[0].network", file=str(path), line=9),
+        ports[1].problem(field="instances[1].ports[1].network", file=str(path), line=4),
+        ports[2].problem(),
     ]
 
 

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from imdsproxy.core.claims import claim_places
-from imdsproxy.core.model import Instance, InstanceId, Network
-from imdsproxy.core.observation import AddressKey, Observation
+from imdsproxy.core.model import Instance, Network
+from imdsproxy.core.observation import AddressKey, Observation, StrandedPort
 from imdsproxy.core.packed import PackedInstance
 from imdsproxy.core.records import Path as PathInFile
 from imdsproxy.core.records import Refused, parse_listed, render_record
 from imdsproxy.core.timing import Progress
 from imdsproxy.errors import Problem
 from imdsproxy.host.inotify import Place, Watch, place_of
-from imdsproxy.sources.api import Origin, Publish, Reports, publish_in_pieces
+from imdsproxy.sources.api import Publish, Reports, publish_in_pieces
 from imdsproxy.sources.file.contents import FileContents, Signature, read_contents, signature_of
 from imdsproxy.sources.file.record_file import SUFFIXES
 from imdsproxy.sources.in_force import Entry, InForce, Record
@@ -129,18 +129,16 @@ class FileSource:
         """All in force."""
         return Observation.of_changes(self._networks.records, self._instances.records)
 
-    def origin_of_port(self, instance: InstanceId, number: int) -> Origin | None:
-        """Where a port of a record in force was written; the line is that of the port's first claim."""
-        entry = self._instances.entry_of(instance)
-        if entry is None or entry.record is None:
-            return None
-        record = entry.record.open()
-        if number >= len(record.ports):
-            return None
-        field = f"instances[{entry.position}].ports[{number}].network"
+    def explain_stranded(self, port: StrandedPort) -> Problem:
+        """With the port's place in its file; the line is that of its first claim."""
+        entry = self._instances.entry_of(port.instance)
+        record = None if entry is None or entry.record is None else entry.record.open()
+        if entry is None or record is None or port.number >= len(record.ports):
+            return port.problem()
+        field = f"instances[{entry.position}].ports[{port.number}].network"
         claims = zip(claim_places(record), entry.lines, strict=False)
-        line = next((line for (_, part), line in claims if part[1] == number), entry.line)
-        return Origin(field, str(self._path / entry.file), line)
+        line = next((line for (_, part), line in claims if part[1] == port.number), entry.line)
+        return port.problem(field=field, file=str(self._path / entry.file), line=line)
 
     async def run(self, publish: Publish) -> None:
         """Report the directory's records, and every change of them, until cancelled.

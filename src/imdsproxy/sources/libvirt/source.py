@@ -16,12 +16,11 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any, Final, TypeAlias, TypeVar
 
-from imdsproxy.core.model import InstanceId
-from imdsproxy.core.observation import Observation
+from imdsproxy.core.observation import Observation, StrandedPort
 from imdsproxy.core.records import Refused
 from imdsproxy.core.timing import Backoff
 from imdsproxy.errors import NotFound, Problem, SourceUnavailable, optional_library
-from imdsproxy.sources.api import Origin, Publish, Reports
+from imdsproxy.sources.api import Publish, Reports
 from imdsproxy.sources.libvirt.records import LibvirtKnown
 from imdsproxy.sources.libvirt.xml import (
     Domain,
@@ -304,10 +303,10 @@ class LibvirtSource:
         self._known = LibvirtKnown(networks, marked_only=settings.domains == "marked")
         self._reports = Reports(self.name, defers=True)
 
-    def origin_of_port(self, instance: InstanceId, number: int) -> Origin | None:  # noqa: ARG002 - the interface
-        """The domain that the port is of."""
-        place = self._known.place_of(instance)
-        return None if place is None else Origin("instance.ports", place)
+    def explain_stranded(self, port: StrandedPort) -> Problem:
+        """With the domain that the port is of."""
+        place = self._known.place_of(port.instance)
+        return port.problem(field="instance.ports" if place else "", file=place)
 
     async def run(self, publish: Publish) -> None:
         """Report until cancelled."""

@@ -15,15 +15,13 @@ from typing import Final, Literal, TypeAlias
 import structlog
 
 from imdsproxy.core.addresses import normalise_address
-from imdsproxy.core.model import InstanceId, IpAddress, NetworkId, Scope
-from imdsproxy.core.observation import AddressKey, Observation
+from imdsproxy.core.model import IpAddress, NetworkId, Scope
+from imdsproxy.core.observation import AddressKey, Observation, StrandedPort
 from imdsproxy.errors import Problem, SourceUnavailable
 from imdsproxy.host.clock import Clock
 from imdsproxy.sources.api import (
-    Confirmation,
     LookUp,
     LookUpUnavailable,
-    Origin,
     PortAmbiguous,
     PortFound,
     PortMissing,
@@ -135,10 +133,11 @@ class NeutronSource:
 
     # Questions
 
-    def origin_of_port(self, instance: InstanceId, number: int) -> Origin | None:
-        """The port's id in Neutron."""
-        ports = self.known.of(instance)
-        return Origin(f"ports.{ports[number].id}") if number < len(ports) else None
+    def explain_stranded(self, port: StrandedPort) -> Problem:
+        """With the port's id in Neutron."""
+        ports = self.known.of(port.instance)
+        field = f"ports.{ports[port.number].id}" if port.number < len(ports) else ""
+        return port.problem(field=field)
 
     def routes(self) -> Mapping[AddressKey, PortFound]:
         """Every address behind a router that was looked up and holds now."""
@@ -148,13 +147,14 @@ class NeutronSource:
             if (known := self.known.behind(*key)) is not None and not known.aside
         }
 
-    def confirmation(self, network: NetworkId, address: IpAddress) -> Confirmation | None:
-        """How fresh the information about an address is."""
+    def explain_freshness(self, network: NetworkId, address: IpAddress) -> str | None:
+        """Which port has an address, and when Neutron confirmed that last."""
         known = self.known.at(network, normalise_address(address))
         if known is None:
             return None
         age = self._clock.monotonic() - known.confirmed
-        return Confirmation(known.port.id, age, self.queries.outage is not None)
+        stale = f"; stale since, because {self.name} does not answer" if self.queries.outage else ""
+        return f"it is port {known.port.id} of {self.name}, confirmed {age:.0f} s ago{stale}"
 
     async def look_up(self, scope: Scope, network: NetworkId, address: IpAddress) -> LookUp:
         """The instance that has the address.

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
-from imdsproxy.core.observation import Observation
+from imdsproxy.core.observation import Observation, StrandedPort
 from imdsproxy.core.timing import Progress
 from imdsproxy.errors import Problem, SourceError, SourceUnavailable
-from imdsproxy.sources.api import Origin, Publish, Reports, publish_in_pieces
+from imdsproxy.sources.api import Publish, Reports, publish_in_pieces
 from imdsproxy.sources.sqlite.store import Store
 
 _T = TypeVar("_T")
@@ -58,9 +58,9 @@ class SqliteSource:
         self._committed = self._synced = 0
         self._syncing = asyncio.Lock()
 
-    def origin_of_port(self, instance: InstanceId, number: int) -> Origin | None:
-        """The record's own field: people do not read the store's file."""
-        return Origin(f"instances.{instance}.ports[{number}].network")
+    def explain_stranded(self, port: StrandedPort) -> Problem:
+        """By the record's own field: people do not read the store's file."""
+        return port.problem()
 
     async def run(self, publish: Publish) -> None:
         """Report everything in the store, and every write, until cancelled.
