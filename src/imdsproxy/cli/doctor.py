@@ -107,19 +107,15 @@ def _look_at_guest(daemon: AdminClient, network: str, address: str) -> Surroundi
 
 
 def _show(output: Output, shape: Shape) -> None:
+    subject, findings = f"[bold]{clean(shape['subject'])}[/]", shape["findings"]
     served = ", ".join(shape["served"]) or "none"
-    output.styled(
-        f"[bold]{clean(shape['subject'])}[/]: {shape['questions']} questions, documents served: {served}"
-    )
+    output.styled(f"{subject}: {shape['questions']} questions, documents served: {served}")
     if shape["given_up"]:
         output.styled(f"[yellow]given up early:[/] {clean(shape['given_up'])}")
-    if shape["not_looked_at"]:
-        output.styled(
-            f"[dim]not looked at: {', '.join(shape['not_looked_at'])} (`imdsproxy doctor "
-            "http://169.254.169.254` in the guest does)[/]"
-        )
+    if skipped := ", ".join(shape["not_looked_at"]):
+        instead = "(`imdsproxy doctor http://169.254.169.254` in the guest does)"
+        output.styled(f"[dim]not looked at: {skipped} {instead}[/]")
     output.styled("")
-    findings = shape["findings"]
     for one in findings:
         heading = f"[{_COLOURS[one['severity']]}]{one['severity']}[/] [bold]{one['code']}[/]"
         output.facts(_facts(one), heading=heading)

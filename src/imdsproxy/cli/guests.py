@@ -274,56 +274,53 @@ def report(run: options.Invocation) -> None:
 
 def _show_report(output: Output, report: Shape) -> None:
     """A line for each client of each guest, then the trees that stay open."""
-    guests, one_in = report["guests"], report["one_in"]
-    since = spell_time(report["since"])
+    about = "~" if report["one_in"] > 1 else ""
     output.table(
-        (row for guest in guests for row in _rows(guest, "~" if one_in > 1 else "")),
-        empty=f"since {since} no read without a token was seen",
+        (row for guest in report["guests"] for row in _rows(guest, about)),
+        empty=f"since {spell_time(report['since'])} no read without a token was seen",
         keep=("READS", "REFUSED", "LAST"),
         right=("READS", "REFUSED"),
         spare=("LAST",),
     )
-    trees = report["open_trees"][:_TREES_SHOWN]
-    more = report["open_tree_count"] - len(trees)
-    lines = []
-    if guests:
-        lines.append(
-            f"[dim]since {since}; READS and REFUSED are the guest's, its clients are samples[/]"
-        )
+    output.styled(*_remarks(report))
+
+
+def _remarks(report: Shape) -> Iterator[str]:
+    one_in, trees = report["one_in"], report["open_trees"][:_TREES_SHOWN]
+    if report["guests"]:
+        since = spell_time(report["since"])
+        yield f"[dim]since {since}; READS and REFUSED are the guest's, its clients are samples[/]"
     if one_in == 0:
-        lines += (
-            "[yellow]warning:[/] only refused reads are counted, and no others",
-            "[dim]hint:[/] tokens.count_reads: sampled, then imdsproxy reload, and come back after a while",
-        )
+        yield "[yellow]warning:[/] only refused reads are counted, and no others"
+        yield "[dim]hint:[/] tokens.count_reads: sampled, then imdsproxy reload, and come back after a while"
     elif one_in > 1:
-        lines.append(
+        yield (
             f"[dim]READS is about: one read in {one_in} is counted, by chance. Frequent readers are seen, "
             "rare ones may not be: tokens.count_reads: all counts each[/]"
         )
-    lines += (
-        f"[yellow]warning:[/] {one['tree']} gives instance {one['instance']} in {one['network']} "
-        "the user-data that another tree denies, or gives for a token only"
-        for one in trees
-    )
-    if more > 0:
-        lines.append(f"[yellow]warning:[/] so do {more} more")
+    for one in trees:
+        yield (
+            f"[yellow]warning:[/] {one['tree']} gives instance {one['instance']} in {one['network']} "
+            "the user-data that another tree denies, or gives for a token only"
+        )
+    if (more := report["open_tree_count"] - len(trees)) > 0:
+        yield f"[yellow]warning:[/] so do {more} more"
     if trees:
-        lines.append(
+        yield (
             "[dim]hint:[/] policy: openstack_tokens, nocloud_tokens or seal_user_data lock it after the boot, "
             "and paths at once"
         )
-    output.styled(*lines)
 
 
 def _rows(guest: Shape, about: str) -> Iterator[dict[str, str]]:
     reads = guest["reads"]
-    of_guest = {
-        "NETWORK": guest["network"],
-        "INSTANCE": guest["instance"],
-        "READS": f"{about if reads else ''}{reads}",
-        "REFUSED": str(guest["refused"]),
-    }
     for one in guest["readers"] or [{**guest, "path": None, "client": None}]:
-        path = "-" if one["path"] is None else f"/{one['path']}"
-        last = spell_time(one["last_at"])
-        yield of_guest | {"LAST": last, "PATH": path, "CLIENT": one["client"] or "-"}
+        yield {
+            "NETWORK": guest["network"],
+            "INSTANCE": guest["instance"],
+            "READS": f"{about if reads else ''}{reads}",
+            "REFUSED": str(guest["refused"]),
+            "LAST": spell_time(one["last_at"]),
+            "PATH": "-" if one["path"] is None else f"/{one['path']}",
+            "CLIENT": one["client"] or "-",
+        }

@@ -30,29 +30,27 @@ def check_records(on: Subject) -> list[Finding]:
         return []
     if not source.directory.is_dir():
         return [found("records-directory", directory=source.directory)]
-    problems: list[str] = []
-    number = 0
-    for path, records in read_record_files(source.directory):
-        if isinstance(records, OSError):
-            problems.append(f"{path}: cannot be read: {records.strerror}")
-            continue
-        number += len(records.networks) + len(records.instances)
-        problems += map(str, records.all_problems)
+    read, problems = read_record_files(source.directory)
+    number = sum(len(one.networks) + len(one.instances) for one in read)
     findings = [found("record-refused", problem=problem) for problem in problems]
     return findings or [found("records", number=number, directory=source.directory)]
 
 
-def read_record_files(directory: Path) -> Iterator[tuple[Path, Records | OSError]]:
-    """What each record file of a directory holds, or why it cannot be read."""
+def read_record_files(directory: Path) -> tuple[list[Records], list[str]]:
+    """What the record files of a directory hold, and everything that is wrong with them."""
+    read: list[Records] = []
+    problems: list[str] = []
     for path in sorted(directory.iterdir()):
         if path.suffix not in SUFFIXES or path.name.startswith("."):
             continue
         try:
             data = path.read_bytes()
         except OSError as error:
-            yield path, error
+            problems.append(f"{path}: cannot be read: {error.strerror}")
             continue
-        yield path, decode_records(data, file=str(path), read_file=payload_reader(directory))
+        read.append(decode_records(data, file=str(path), read_file=payload_reader(directory)))
+        problems += map(str, read[-1].all_problems)
+    return read, problems
 
 
 def check_networks(on: Subject) -> list[Finding]:

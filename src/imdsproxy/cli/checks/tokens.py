@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Final
 
 from imdsproxy.app.policy_store import read_overrides, read_token_keys
@@ -11,7 +12,6 @@ from imdsproxy.cli.checks import Finding, Subject, count, found, refused
 from imdsproxy.cli.checks.guests import read_record_files
 from imdsproxy.core.documents.respond import can_be_served
 from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
 from imdsproxy.core.observation import Observation, SourceName
 from imdsproxy.core.policy import (
     DEFAULT,
@@ -56,44 +56,35 @@ def _of_open_trees(place: str, left: OpenUserData) -> Finding:
 
 
 def check_instances(on: Subject) -> list[Finding]:
-    """The same of the daemon's instances where it runs, else of those in record files and in the store."""
+    """The same of the daemon's instances where it runs, else of those in record files and in the store: one warning."""
     if on.daemon is not None:
         report = on.daemon.get("/v1/token-report")
-        named = [(one["instance"], one["network"], one["tree"]) for one in report["open_trees"]]
-        return _of_instances(named, report["open_tree_count"])
-    sources, given = on.settings.sources, list[Records]()
-    if sources.file.enabled and sources.file.directory.is_dir():
-        files = read_record_files(sources.file.directory)
-        given += [records for _, records in files if isinstance(records, Records)]
+        trees, number = report["open_trees"], report["open_tree_count"]
+    else:
+        left = open_trees(_read_inventory(on), on.settings.policy.book())
+        trees, number = [asdict(one) for one in left[:_SHOWN]], len(left)
+    shown = [f"{one['tree']} of {one['instance']} in {one['network']}" for one in trees[:_SHOWN]]
+    more = f" and {number - len(shown)} more" if number > len(shown) else ""
+    return [found("instances-open", trees=", ".join(shown) + more)] if number else []
+
+
+def _read_inventory(on: Subject) -> Inventory:
+    """What record files and the store hold."""
+    file, source = on.settings.sources.file, SourceName("records")
+    in_files = file.enabled and file.directory.is_dir()
+    given = read_record_files(file.directory)[0] if in_files else []
     if isinstance(on.stored, Records):
         given.append(on.stored)
-    source = SourceName("records")
-    networks: dict[NetworkId, Network] = {}
-    instances: dict[InstanceId, Instance] = {}
-    for records in given:
-        networks |= {one.id: one for one in records.networks}
-        instances |= {one.id: one for one in records.instances}
+    networks = {one.id: one for records in given for one in records.networks}
+    instances = {one.id: one for records in given for one in records.instances}
     inventory = Inventory([source])
     inventory.observe(Observation(source, networks=networks, instances=instances))
-    trees = open_trees(inventory, on.settings.policy.book())
-    return _of_instances([(one.instance, one.network, one.tree) for one in trees], len(trees))
+    return inventory
 
 
 def check_store(on: Subject) -> list[Finding]:
     """That the store can be read, where no daemon is asked for what it holds."""
     return refused(on.stored) if isinstance(on.stored, SourceUnavailable) else []
-
-
-def _of_instances(named: Sequence[tuple[str, str, str]], number: int) -> list[Finding]:
-    """One warning for all instances whose user-data is kept in one tree and open in another.
-
-    Args:
-        named: Instance, network and open tree; at least the first few.
-        number: Of all of them.
-    """
-    shown = [f"{tree} of {who} in {where}" for who, where, tree in named[:_SHOWN]]
-    more = f" and {number - len(shown)} more" if number > len(shown) else ""
-    return [found("instances-open", trees=", ".join(shown) + more)] if number else []
 
 
 def check_path_rules(on: Subject) -> list[Finding]:
