@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from imdsproxy.core.doctor import Surroundings
 from imdsproxy.core.doctor.checks_documents import asked_by
-from imdsproxy.core.doctor.finding import Surroundings
 from imdsproxy.core.model import Dialect
 from support.ds_identify import Machine, identify
 

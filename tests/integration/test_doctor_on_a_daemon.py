@@ -13,9 +13,9 @@ from typing import Final
 import pytest
 
 from imdsproxy.cli.doctor import parse_url
-from imdsproxy.core.doctor import examine
+from imdsproxy.core.doctor import Surroundings
+from imdsproxy.core.doctor.checks_documents import examine
 from imdsproxy.core.doctor.crawl import Crawl, crawl
-from imdsproxy.core.doctor.finding import Surroundings
 from imdsproxy.core.model import Dialect
 from support.daemon import instance
 from support.guest import IPV4, IPV6, Guest, inside

@@ -6,9 +6,9 @@ import hashlib
 import hmac
 
 from imdsproxy.cli.doctor import parse_url
-from imdsproxy.core.doctor import examine
+from imdsproxy.core.doctor import Severity, Surroundings
+from imdsproxy.core.doctor.checks_documents import examine
 from imdsproxy.core.doctor.crawl import crawl
-from imdsproxy.core.doctor.finding import Severity, Surroundings
 from imdsproxy.core.model import Dialect
 from support.openstack.lab import OpenStack
 

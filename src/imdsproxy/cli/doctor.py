@@ -21,9 +21,9 @@ import typer
 from imdsproxy.cli import options
 from imdsproxy.cli.admin_client import AdminClient
 from imdsproxy.cli.output import Output, Shape, clean, read_bytes_shape
-from imdsproxy.core.doctor import examine
+from imdsproxy.core.doctor import Card, Severity, Surroundings
+from imdsproxy.core.doctor.checks_documents import examine
 from imdsproxy.core.doctor.crawl import Answer, Ask, crawl
-from imdsproxy.core.doctor.finding import Card, Severity, Surroundings
 from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6
 from imdsproxy.errors import RequestRefused
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from imdsproxy.core.doctor import examine
+from imdsproxy.core.doctor import Card, Finding, Severity, Surroundings
+from imdsproxy.core.doctor.checks_documents import examine
 from imdsproxy.core.doctor.crawl import Answer, Ask, crawl
-from imdsproxy.core.doctor.finding import Card, Finding, Severity, Surroundings
 from support.demonstration import REPOSITORY
 from support.metadata_server import GOOD, MetadataServer, Reply
 

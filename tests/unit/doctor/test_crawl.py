@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from imdsproxy.core.doctor import Surroundings
 from imdsproxy.core.doctor.checks_documents import check_gate
 from imdsproxy.core.doctor.crawl import GOOGLE, TOKEN, Answer, Ask, crawl
-from imdsproxy.core.doctor.finding import Surroundings
 from imdsproxy.core.model import Dialect
 from support.metadata_server import MetadataServer, Reply
 

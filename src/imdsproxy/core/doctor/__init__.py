@@ -1,34 +1,138 @@
 """A doctor for metadata servers: asks as the known clients do, and reports which of them would fail, and why.
 
-`crawl` asks by a function that fetches. `examine` checks the answers, wherever they come from. What it may find stands
-in findings.toml.
+`crawl` asks by a function that fetches. `checks_documents.examine` checks the answers, wherever they come from. What it
+may find stands in findings.toml.
 """
 
 from __future__ import annotations
 
-from http import HTTPStatus
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from importlib.resources import files
+from typing import Any, Final
 
-from imdsproxy.core.doctor import checks_documents, checks_http
-from imdsproxy.core.doctor.crawl import Crawl
-from imdsproxy.core.doctor.finding import Finding, Severity, Surroundings, found
+from imdsproxy.core.doctor.crawl import Answer
 
 
-def examine(crawl: Crawl, around: Surroundings) -> tuple[Finding, ...]:
-    """Everything that is found, the worst first."""
-    if {answer.status for answer in crawl.asked.values()} - {0} == {HTTPStatus.FORBIDDEN}:
-        why = "; ".join(around.why)
-        if around.verdict == "mismatch":
-            why = why or "the guest has another MAC than the record that has its address"
-            return (found("mac-mismatch", case="refused", why=why),)
-        return (found("refused", why=f": {why}" if why else ""),)
-    findings = [
-        *checks_http.check_transport(crawl),
-        *checks_documents.check_gate(crawl, around),
-        *checks_documents.check_openstack(crawl),
-        *checks_documents.check_network_data(crawl, around),
-        *checks_http.check_listings(crawl),
-        *checks_http.check_tokens(crawl),
-        *checks_documents.check_nocloud(crawl),
-        *checks_documents.check_user_data(crawl),
-    ]
-    return tuple(sorted(findings, key=lambda one: list(Severity).index(one.severity)))
+class Severity(StrEnum):
+    """How bad it is, the worst first."""
+
+    ERROR = "error"
+    """Some client comes up wrong, or not at all."""
+
+    WARNING = "warning"
+    """Some client is slow, or lacks something."""
+
+    NOTE = "note"
+    """Good to know."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing.
+
+    Attributes:
+        code: Stable, in kebab-case.
+        what: What was seen, in a sentence.
+        change: What to do about it.
+        clients: Those that it breaks; found by testing them.
+        paths: Where it was seen.
+    """
+
+    code: str
+    severity: Severity
+    what: str
+    change: str
+    clients: tuple[str, ...] = ()
+    paths: tuple[str, ...] = ()
+
+
+TEXTS: Final[Mapping[str, dict[str, Any]]] = tomllib.loads(
+    files("imdsproxy.core.doctor").joinpath("findings.toml").read_text("utf-8")
+)
+
+
+def found(
+    code: str,
+    *paths: str,
+    severity: Severity | None = None,
+    clients: Iterable[str] | None = None,
+    case: str = "",
+    **values: Any,  # noqa: ANN401 - what a text shows
+) -> Finding:
+    """A finding with the texts of its code.
+
+    Args:
+        code: In findings.toml.
+        paths: Where it was seen.
+        severity: In the place of the code's own.
+        clients: The same.
+        case: Which of the code's `cases` it is: what that has stands in the place of the code's own.
+        values: What stands in braces in the texts.
+    """
+    text = TEXTS[code] | TEXTS[code].get("cases", {}).get(case, {})
+    return Finding(
+        code,
+        severity or Severity(text["severity"]),
+        text["what"].format(**values),
+        text["change"].format(**values),
+        tuple(text.get("clients", ()) if clients is None else clients),
+        tuple(dict.fromkeys(paths)),
+    )
+
+
+def seen(code: str, paths: Iterable[str], **values: Any) -> Iterator[Finding]:  # noqa: ANN401 - as above
+    """A finding, if there is a path where it was seen."""
+    if where := tuple(paths):
+        yield found(code, *where, **values)
+
+
+def with_status(answers: Mapping[str, Answer]) -> list[str]:
+    """Paths with the status of their answers."""
+    return [f"{path} ({answer.status})" for path, answer in answers.items()]
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A NIC of the record, as the host knows it.
+
+    Attributes:
+        seen: The MACs that have answered for its addresses in its network.
+    """
+
+    network: str
+    mac: str
+    seen: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What is known of the guest itself.
+
+    Attributes:
+        cards: Of the record, where the daemon was asked.
+        macs: Of its NICs, in lower case; `None` where they are not known.
+        dmi: Names below /sys/class/dmi/id and their values; `None` where they are not known.
+        dmi_complete: All of it may be read; the serial number is for root alone.
+        sources: What cloud-init's own `ds-identify` has found on this boot; `None` where it has not run.
+        kernel: Its kernel command line (of process 1 in a container).
+        environment: Of process 1.
+        container: It is one.
+        instance: The record's id, where the daemon knows it.
+        verdict: On the identity of the guest, where the daemon was asked (`imdsproxy explain`).
+        why: The verdict's reasons.
+    """
+
+    macs: frozenset[str] | None = None
+    cards: tuple[Card, ...] = ()
+    dmi: Mapping[str, str] | None = None
+    dmi_complete: bool = True
+    sources: tuple[str, ...] | None = None
+    kernel: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    container: bool = False
+    instance: str | None = None
+    verdict: str = ""
+    why: tuple[str, ...] = ()

@@ -10,16 +10,17 @@ from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from typing import Any, Final, TypeAlias
 
-from imdsproxy.core.doctor.crawl import CLOUD_INIT_OPENSTACK, NOCLOUD_FILES, REFUSED, Answer, Crawl
-from imdsproxy.core.doctor.finding import (
+from imdsproxy.core.doctor import (
     TEXTS,
     Finding,
     Severity,
     Surroundings,
+    checks_http,
     found,
     seen,
     with_status,
 )
+from imdsproxy.core.doctor.crawl import CLOUD_INIT_OPENSTACK, NOCLOUD_FILES, REFUSED, Answer, Crawl
 from imdsproxy.core.model import Dialect
 from imdsproxy.core.snippets import looks_like_amazon
 
@@ -43,6 +44,27 @@ _HEADERS: Final = tuple(one.encode() for one in TEXTS["user-data-header"]["known
 """How user-data begins that cloud-init, Ignition or cloudbase-init act upon, in lower case."""
 
 _Object: TypeAlias = Mapping[str, Any]
+
+
+def examine(crawl: Crawl, around: Surroundings) -> tuple[Finding, ...]:
+    """Everything that is found, the worst first."""
+    if {answer.status for answer in crawl.asked.values()} - {0} == {HTTPStatus.FORBIDDEN}:
+        why = "; ".join(around.why)
+        if around.verdict == "mismatch":
+            why = why or "the guest has another MAC than the record that has its address"
+            return (found("mac-mismatch", case="refused", why=why),)
+        return (found("refused", why=f": {why}" if why else ""),)
+    findings = [
+        *checks_http.check_transport(crawl),
+        *check_gate(crawl, around),
+        *check_openstack(crawl),
+        *check_network_data(crawl, around),
+        *checks_http.check_listings(crawl),
+        *checks_http.check_tokens(crawl),
+        *check_nocloud(crawl),
+        *check_user_data(crawl),
+    ]
+    return tuple(sorted(findings, key=lambda one: list(Severity).index(one.severity)))
 
 
 def asked_by(around: Surroundings) -> frozenset[Dialect]:

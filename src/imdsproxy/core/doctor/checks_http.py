@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import Final
 
+from imdsproxy.core.doctor import TEXTS, Finding, Severity, found, seen, with_status
 from imdsproxy.core.doctor.crawl import GOOGLE, ODD_LEAF, REFUSED, TOKEN, TTL_HEADER, Answer, Crawl
-from imdsproxy.core.doctor.finding import TEXTS, Finding, Severity, found, seen, with_status
 from imdsproxy.core.model import Dialect
 
 _FINE_S: Final = 0.3
