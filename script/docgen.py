@@ -18,7 +18,7 @@ from imdsproxy.admin.metrics import METRICS, NETWORK_SUM
 from imdsproxy.app.namespace_proxy.command import describe_options
 from imdsproxy.cli.main import SHELLS, build_program, iterate_commands, render_completion
 from imdsproxy.cli.options import EXIT_STATUSES
-from imdsproxy.config.describe import iterate_settings
+from imdsproxy.config.describe import Setting, iterate_settings
 from imdsproxy.config.neutron_options import NEUTRON_OPTIONS
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.strict_yaml import render_value
@@ -56,7 +56,7 @@ def _settings_table(section: str, *, inner: bool) -> list[str]:
     rows = [
         (
             f"`{setting.path}`",
-            "required" if setting.required else f"`{render_value(setting.default)}`",
+            _default(setting),
             setting.takes,
             setting.change.value,
             setting.description,
@@ -66,6 +66,15 @@ def _settings_table(section: str, *, inner: bool) -> list[str]:
     ]
     titles = ("setting", "default", "takes", "a change takes", "what it is")
     return _table(titles, rows) if rows else []
+
+
+def _default(setting: Setting) -> str:
+    value: object = Settings().model_dump(mode="json")
+    for step in setting.path.split("."):
+        value = value.get(step) if isinstance(value, Mapping) else None
+    if value is None and "default" not in setting.schema:
+        return "required"
+    return f"`{render_value(setting.schema['default'] if value is None else value)}`"
 
 
 def render_cli_page() -> str:
@@ -260,7 +269,7 @@ def render_settings_manual() -> str:
     for name, field in Settings.model_fields.items():
         lines += [f".SS {_text(name)}", _text(field.description)]
         for one in (one for one in settings if one.path.startswith(f"{name}.")):
-            default = "required" if one.required else f"default `{render_value(one.default)}`"
+            default = _default(one).replace("`", "default `", 1)
             about = f"Takes {one.takes}; {default}; a change takes: {one.change.value}."
             lines += _items([(f"`{one.path}`", f"{one.description} {about}")])
     return _manual(lines, "imdsproxy(1)")

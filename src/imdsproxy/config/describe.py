@@ -32,8 +32,6 @@ class Setting:
         schema: As the JSON Schema has it: with default, description, and whether it may be null.
         bare: The schema of a value that is not null, without references.
         change: What changing it takes.
-        default: As YAML and JSON write it; `None` too where `required`.
-        required: There is no default: it has to be written.
         fields: The parts of a section.
         each: What stands at each name of a mapping or each position of a list.
     """
@@ -42,8 +40,6 @@ class Setting:
     schema: Schema
     bare: Schema
     change: Change
-    default: object
-    required: bool
     fields: Mapping[str | int, Setting]
     each: Setting | None
 
@@ -112,37 +108,28 @@ def _describe_on_one_line(schema: dict[str, Any]) -> dict[str, Any]:
 @cache
 def all_settings() -> Setting:
     """The root, with everything below it."""
-    return _read_schema(root_schema(), default=Settings().model_dump(mode="json"))
+    return _read_schema(root_schema())
 
 
-def _read_schema(
-    schema: Schema,
-    path: str = "",
-    change: Change = Change.RESTART,
-    *,
-    default: object = None,
-    required: bool = False,
-) -> Setting:
+def _read_schema(schema: Schema, path: str = "", change: Change = Change.RESTART) -> Setting:
     bare = schema
     if "anyOf" in bare:
         (bare,) = (one for one in bare["anyOf"] if one.get("type") != "null")
     if "$ref" in bare:
         bare = root_schema()["$defs"][bare["$ref"].rpartition("/")[2]]
     change = Change(schema.get("change", change))
-    fields: dict[str | int, Setting] = {}
-    for name, one in bare.get("properties", {}).items():
-        known = default if isinstance(default, Mapping) else {}
-        fields[name] = _read_schema(
-            one,
-            f"{path}.{name}" if path else name,
-            default=known.get(name, one.get("default")),
-            required=name in bare.get("required", ()),
-        )
+    within, properties = f"{path}." if path else "", bare.get("properties", {})
     named = bare.get("patternProperties", {"": bare.get("additionalProperties")})
     each = bare.get("items") or next(iter(named.values()))
     step = "[N]" if "items" in bare else ".NAME"
-    inner = _read_schema(each, path + step, change) if each else None
-    return Setting(path, schema, bare, change, default, required, fields, inner)
+    return Setting(
+        path=path,
+        schema=schema,
+        bare=bare,
+        change=change,
+        fields={name: _read_schema(one, within + name) for name, one in properties.items()},
+        each=_read_schema(each, path + step, change) if each else None,
+    )
 
 
 def join_place(place: Place) -> str:

@@ -83,27 +83,6 @@ class _Read(NamedTuple):
         return (self.value or "").lower() in TRUE_WORDS
 
 
-class _Row(NamedTuple):
-    """A setting, its value (`None` is left out), the options that it comes from, and the comment without them."""
-
-    path: str
-    value: object
-    options: Sequence[_Read] = ()
-    otherwise: str = "Neutron's default"
-
-    @property
-    def written(self) -> list[IniOption]:
-        """Those of the options that the files have."""
-        return [one.written for one in self.options if one.written is not None]
-
-    @property
-    def comment(self) -> str:
-        """Where it comes from."""
-        places = ", ".join(f"{one.file}:{one.line}" for one in self.written) or self.otherwise
-        # A file's name may hold anything, also the end of a line.
-        return "".join(letter if letter.isprintable() else "?" for letter in places)
-
-
 @dataclass(frozen=True, slots=True)
 class Imported:
     """What is to be written, and what is to be reported.
@@ -144,20 +123,9 @@ def plan_import(
     reading = _Reading(files)
     url = reading.url()
     secret = reading.secret()
-    rows = [
-        row
-        for row in _rows(reading, url, secret_file, agent_user, server_name)
-        if row.value is not None
-    ]
-    settings: dict[str, Any] = {}
-    for row in rows:
-        *sections, name = row.path.split(".")
-        inside = settings
-        for section in sections:
-            inside = inside.setdefault(section, {})
-        inside[name] = row.value
+    _put_settings(reading, url, secret_file, agent_user, server_name)
     if not reading.problems:
-        reading.problems += _breaches(settings, rows)
+        reading.problems += reading.breaches()
     if reading.problems or secret is None:
         count = len(reading.problems)
         raise ConfigInvalid(
@@ -172,8 +140,7 @@ def plan_import(
         "others": len({(one.section, one.name) for one in reading.each} - _OPTIONS.keys()),
         "secret_file": str(secret_file),
     }
-    host = reading["host"].value
-    return Imported(settings, _render(settings, rows, host), *secret, report)
+    return Imported(reading.settings, reading.render(), *secret, report)
 
 
 def render_report(imported: Imported, written: Collection[Path]) -> Iterator[str]:
@@ -223,26 +190,17 @@ def _place(where: Mapping[str, Any]) -> str:
     return "[{section}] {option} ({file}:{line})".format_map(where)
 
 
-def _render(settings: Mapping[str, Any], rows: Sequence[_Row], host: str | None) -> str:
-    comments = {row.path: row.comment for row in rows}
-    lines = [_HEAD]
-    for node, line in render_nodes(walk_values(settings)):
-        if len(node.place) == 1:
-            lines.append("")
-        comment = comments.get(node.path.removesuffix("[0].url"))
-        lines.append(line if node.opens else f"{line.ljust(_COLUMN)} # {comment}")
-    listed = f"#    # list_host: {render_value(host)}\n" if host else ""
-    return "\n".join([*lines, "", _BY_HAND + listed])
-
-
 class _Reading:
-    """The files as their services read them, and what is wrong with them."""
+    """The files as their services read them, what is wrong with them, and the settings that they come to."""
 
     def __init__(self, files: _Files) -> None:
         self._neutrons = [one for one in files if not _is_novas(one)]
         self._novas = [one for one in files if _is_novas(one)]
         self.each = [option for file in files for option in file]
         self.problems: list[Problem] = []
+        self.settings: dict[str, Any] = {}
+        self._origins: dict[str, list[IniOption]] = {}
+        self._comments: dict[str, str] = {}
         self._read = {option: self._read_option(option) for option in NEUTRON_OPTIONS}
 
     def files_of(self, option: NeutronOption) -> _Files:
@@ -256,22 +214,58 @@ class _Reading:
     def _read_option(self, option: NeutronOption) -> _Read:
         files = self.files_of(option)
         written = find_option(files, option.names)
-        value = None
-        if written is not None:
-            try:
-                value = _expand(files, written)
-            except ValueError as error:
-                # What is not taken over may refer to what the files of this host do not have.
-                if option.fate is not Fate.NONE:
-                    self._refuse(written, str(error), "write the value itself")
-        if written is not None and value is not None and not option.accepts(value):
+        absent = _Read(option, written, None)
+        if written is None:
+            return absent
+        try:
+            value = _expand(files, written)
+        except ValueError as error:
+            # What is not taken over may refer to what the files of this host do not have.
+            if option.fate is not Fate.NONE:
+                self._refuse(absent, str(error), "write the value itself")
+            return absent
+        if not option.accepts(value):
             shown = "its value" if option.secret else render_value(value)
-            self._refuse(written, f"{shown} is not acceptable", f"Neutron takes {option.takes}")
-            value = None
+            self._refuse(absent, f"{shown} is not acceptable", f"Neutron takes {option.takes}")
+            return absent
         return _Read(option, written, value)
 
-    def _refuse(self, written: IniOption, reason: str, hint: str = "") -> None:
-        self.problems.append(_problem(written, reason, hint))
+    def _refuse(self, read: _Read, reason: str, hint: str = "") -> None:
+        nowhere = Problem(f"[DEFAULT] {read.option.name}", reason, hint)
+        at = read.written
+        self.problems.append(_problem(at, reason, hint) if at else nowhere)
+
+    def put(
+        self, path: str, value: object, *options: _Read, otherwise: str = "Neutron's default"
+    ) -> None:
+        """Set a setting, unless to `None`, with the options that it comes from, or the comment without any."""
+        if value is None:
+            return
+        *sections, name = path.split(".")
+        inside = self.settings
+        for section in sections:
+            inside = inside.setdefault(section, {})
+        inside[name] = value
+        written = self._origins[path] = [one.written for one in options if one.written]
+        places = ", ".join(f"{one.file}:{one.line}" for one in written) or otherwise
+        # A file's name may hold anything, also the end of a line.
+        self._comments[path] = "".join(one if one.isprintable() else "?" for one in places)
+
+    def copy(self, path: str, name: str) -> None:
+        """Set a setting to the value of an option; an empty one is none."""
+        self.put(path, self[name].value or None, self[name])
+
+    def render(self) -> str:
+        """The settings file."""
+        lines = [_HEAD]
+        for node, line in render_nodes(walk_values(self.settings)):
+            if len(node.place) == 1:
+                lines.append("")
+            comment = self._comments.get(node.path.removesuffix("[0].url"))
+            lines.append(line if node.opens else f"{line.ljust(_COLUMN)} # {comment}")
+        host = self["host"].value
+        listed = f"#    # list_host: {render_value(host)}\n" if host else ""
+        return "\n".join([*lines, "", _BY_HAND + listed])
 
     @property
     def has_client(self) -> bool:
@@ -288,19 +282,18 @@ class _Reading:
 
     def url(self) -> str | None:
         """Nova's; `None` where it is refused."""
-        _, written, host = self["nova_metadata_host"]
-        if written is not None and host is None:
+        host = self["nova_metadata_host"]
+        if host.written is not None and host.value is None:
             return None  # refused already
         scheme = self["nova_metadata_protocol"].value or "http"
         port = int(self["nova_metadata_port"].value or NOVA_METADATA_PORT)
-        name = "127.0.0.1" if host is None else host
+        name = "127.0.0.1" if host.value is None else host.value
         # Neutron puts brackets around IPv6 addresses itself; before it did, operators wrote them.
         bracketed = f"[{name}]" if ":" in name and not name.startswith("[") else name
         try:
             return str(parse_nova_url(f"{scheme}://{bracketed}:{port}"))
         except ValueError as error:
-            if written is not None:
-                self._refuse(written, str(error), "takes a name or an address")
+            self._refuse(host, str(error), "takes a name or an address")
             return None
 
     def secret(self) -> tuple[str, IniOption] | None:
@@ -309,27 +302,40 @@ class _Reading:
         ours, novas = self[name], self["neutron", name]
         found = ours if ours.value else novas
         if not found.value or found.written is None:
-            reason = "is empty: every guest could forge what it signs"
-            at = ours.written or novas.written
-            hint = "give Neutron and Nova the same long, random one"
-            if at is not None:
-                self._refuse(at, reason, hint)
-            else:
-                reason = "is in none of the files: nothing could be signed"
-                self.problems.append(Problem(f"[DEFAULT] {name}", reason, hint))
+            at = novas if novas.written and not ours.written else ours
+            empty = "is empty: every guest could forge what it signs"
+            reason = empty if at.written else "is in none of the files: nothing could be signed"
+            self._refuse(at, reason, "give Neutron and Nova the same long, random one")
             return None
         if found is ours and novas.value and novas.written and ours.value != novas.value:
-            at = novas.written
-            hint = "they have to be equal, or Nova answers 403"
-            self._refuse(found.written, f"differs from the one in {at.file}:{at.line}", hint)
+            reason = f"differs from the one in {novas.written.file}:{novas.written.line}"
+            self._refuse(found, reason, "they have to be equal, or Nova answers 403")
         if found.value != found.value.strip():
             reason = "begins or ends with a blank, which a secret file cannot have"
-            self._refuse(found.written, reason)
+            self._refuse(found, reason)
         return found.value, found.written
+
+    def breaches(self) -> Iterator[Problem]:
+        """What imdsproxy does not take of the settings, reported where Neutron's file says it."""
+        try:
+            Settings.model_validate(self.settings)
+        except ValidationError as error:
+            for finding in map(explain_finding, error.errors()):
+                found = self._origins.get(finding.field.removesuffix("[0].url"))
+                if finding.field == f"{_SET}.server_name" and not found:
+                    found = self._origins[f"{_SET}.endpoints"]
+                    finding = replace(finding, hint="give it with --server-name")  # noqa: PLW2901 - the same finding
+                urls = (one for one in found or () if one.name.startswith("nova_metadata_"))
+                at = next(urls, next(iter(found or ()), None))
+                if at is None:
+                    yield finding
+                else:
+                    yield _problem(at, f"{finding.field} {finding.reason}", finding.hint)
 
     def fates(self) -> Iterator[dict[str, Any]]:
         """What becomes of each option that the files have."""
-        for option, written, _ in self._read.values():
+        for read in self._read.values():
+            option, written = read.option, read.written
             if written is None:
                 continue
             fate, why, name = option.fate, option.why, option.name
@@ -338,7 +344,7 @@ class _Reading:
                     fate, why = Fate.NONE, "Neutron uses neither of the two where one is empty."
             elif written.name != name:
                 why = f"Of old, for `{name}`. {why}"
-            elif name in _RIGHT_IN_NOVA and self._read[option].is_true is _RIGHT_IN_NOVA[name]:
+            elif name in _RIGHT_IN_NOVA and read.is_true is _RIGHT_IN_NOVA[name]:
                 fate = Fate.NONE
             becomes = option.becomes if fate is not Fate.NONE else ""
             yield {**_where(written), "fate": fate.value, "setting": becomes or None, "why": why}
@@ -364,76 +370,43 @@ class _Reading:
                 yield {**_where(one), "near": near[0]}
 
 
-def _rows(
+def _put_settings(
     reading: _Reading, url: str | None, secret_file: Path, agent_user: str, server_name: str | None
-) -> list[_Row]:
+) -> None:
     """What the files come to, in the order of the settings file."""
-
-    def same(path: str, name: str, *, when: bool = True) -> _Row:
-        return _Row(path, (reading[name].value or None) if when else None, [reading[name]])
-
     host, port, scheme = (reading[f"nova_metadata_{one}"] for one in ("host", "port", "protocol"))
     wait, insecure = (
         reading["metadata_haproxy", "timeout_server"],
         reading["nova_metadata_insecure"],
     )
-    seconds: int | None = None
+    state, put, copy = reading["state_path"], reading.put, reading.copy
+    put(f"{_SET}.endpoints", [{"url": str(url)}], scheme, host, port)
+    in_file = "its value is Neutron's metadata_proxy_shared_secret"
+    put(f"{_SET}.secret_file", str(secret_file), otherwise=in_file)
+    copy(f"{_SET}.ca_file", "auth_ca_cert")
+    put(f"{_SET}.verify", False if insecure.is_true else None, insecure)
+    put(f"{_SET}.server_name", server_name, otherwise="as given")
+    if reading.has_client:
+        copy(f"{_SET}.client_cert_file", "nova_client_cert")
+        copy(f"{_SET}.client_key_file", "nova_client_priv_key")
     if wait.value:
         low, high = _RESPONSE_S
         seconds = min(max(int(wait.value) - _BEFORE_THE_FRONT_S, low), high)
-    state, socket = reading["state_path"], reading["metadata_proxy_socket"]
-    beside = f"{state.value or '/var/lib/neutron'}/metadata_proxy"
-    return [
-        _Row(f"{_SET}.endpoints", [{"url": str(url)}], [scheme, host, port]),
-        _Row(
-            f"{_SET}.secret_file",
-            str(secret_file),
-            otherwise="its value is Neutron's metadata_proxy_shared_secret",
-        ),
-        same(f"{_SET}.ca_file", "auth_ca_cert"),
-        _Row(f"{_SET}.verify", False if insecure.is_true else None, [insecure]),
-        _Row(f"{_SET}.server_name", server_name, otherwise="as given"),
-        same(f"{_SET}.client_cert_file", "nova_client_cert", when=reading.has_client),
-        same(f"{_SET}.client_key_file", "nova_client_priv_key", when=reading.has_client),
-        _Row("nova.response_timeout_s", seconds, [wait]),
-        _Row("documents.enabled", False, otherwise="all documents are Nova's"),
-        _Row("unix_listener.enabled", True, otherwise="in the place of neutron-metadata-agent"),
-        _Row("unix_listener.path", beside, [state])
-        if socket.value is None
-        else same("unix_listener.path", "metadata_proxy_socket"),
-        _Row(
-            "unix_listener.take_over",
-            True if reading.ovn else None,
-            otherwise="OVN's agent listens there and has to run on",
-        ),
-        same("unix_listener.mode", "metadata_proxy_socket_mode"),
-        _Row(
-            "unix_listener.user",
-            agent_user,
-            otherwise="whom Neutron's agents run as; no file says it",
-        ),
-        _Row("unix_listener.group", agent_user, otherwise="its group"),
-        same("unix_listener.proxy_user", "metadata_proxy_user"),
-        same("unix_listener.proxy_group", "metadata_proxy_group"),
-    ]
-
-
-def _breaches(settings: Mapping[str, Any], rows: Sequence[_Row]) -> Iterator[Problem]:
-    """What imdsproxy does not take of it, reported where Neutron's file says it."""
-    written = {row.path: row.written for row in rows}
-    try:
-        Settings.model_validate(settings)
-    except ValidationError as error:
-        for finding in map(explain_finding, error.errors()):
-            found = written.get(finding.field.removesuffix("[0].url"))
-            if finding.field == f"{_SET}.server_name" and not found:
-                found = written[f"{_SET}.endpoints"]
-                finding = replace(finding, hint="give it with --server-name")  # noqa: PLW2901 - the same finding
-            if not found:
-                yield Problem(finding.field, finding.reason, finding.hint)
-            else:
-                at = next((one for one in found if one.name.startswith("nova_metadata_")), found[0])
-                yield _problem(at, f"{finding.field} {finding.reason}", finding.hint)
+        put("nova.response_timeout_s", seconds, wait)
+    put("documents.enabled", value=False, otherwise="all documents are Nova's")
+    put("unix_listener.enabled", value=True, otherwise="in the place of neutron-metadata-agent")
+    put("unix_listener.path", f"{state.value or '/var/lib/neutron'}/metadata_proxy", state)
+    socket = reading["metadata_proxy_socket"]
+    put("unix_listener.path", socket.value, socket)
+    if reading.ovn:
+        runs_on = "OVN's agent listens there and has to run on"
+        put("unix_listener.take_over", value=True, otherwise=runs_on)
+    copy("unix_listener.mode", "metadata_proxy_socket_mode")
+    whom = "whom Neutron's agents run as; no file says it"
+    put("unix_listener.user", agent_user, otherwise=whom)
+    put("unix_listener.group", agent_user, otherwise="its group")
+    copy("unix_listener.proxy_user", "metadata_proxy_user")
+    copy("unix_listener.proxy_group", "metadata_proxy_group")
 
 
 def _expand(files: _Files, written: IniOption) -> str:

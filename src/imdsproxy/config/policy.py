@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, create_model
+from pydantic import AfterValidator, Field, create_model
 from pydantic_core import PydanticCustomError
 
 from imdsproxy.config.section import (
@@ -162,12 +162,10 @@ class LimitsSettings(Section):
     """Longest body of a request that goes on to Nova, in KiB; beyond, 413. What we answer ourselves takes 64."""
 
 
-def _destination(value: object) -> object:
-    if value != "journal" and isinstance(value, str) and not Path(value).is_absolute():
-        raise PydanticCustomError(
-            "destination", "{written} is neither `journal` nor an absolute path", {"written": value}
-        )
-    return value
+def _destination(text: str) -> str:
+    if text != "journal" and not Path(text).is_absolute():
+        raise PydanticCustomError("destination", "neither `journal` nor an absolute path")
+    return text
 
 
 class AuditSettings(Section):
@@ -181,7 +179,7 @@ class AuditSettings(Section):
     sample: int = setting(100, Change.RELOAD, ge=2, le=1_000_000)
     """With `sampled`: of how many requests one has a line."""
 
-    destination: Annotated[str, BeforeValidator(_destination), Field(min_length=1)] = setting(
+    destination: Annotated[str, Field(min_length=1), AfterValidator(_destination)] = setting(
         "journal", Change.LIVE, examples=["journal", "/var/log/imdsproxy/audit.log"]
     )
     """`journal`, where at most 300 lines a second are written because systemd's journal takes little more from one

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import AfterValidator, model_validator
+from pydantic import AfterValidator
 
 from imdsproxy.config.policy import AuditSettings, LimitsSettings, PolicySettings, TokensSettings
 from imdsproxy.config.section import (
@@ -37,12 +37,7 @@ from imdsproxy.core.haproxy.namespace_proxy import (
 )
 from imdsproxy.errors import RequestRefused
 from imdsproxy.nova.settings import NovaSettings
-from imdsproxy.sources.settings import (
-    FileSourceSettings,
-    LibvirtSourceSettings,
-    NeutronSourceSettings,
-    SqliteSourceSettings,
-)
+from imdsproxy.sources.settings import SourcesSettings
 from imdsproxy.unix_listener.settings import UnixListenerSettings
 
 Supervisor: TypeAlias = Literal["auto", "spawn", "systemd"]
@@ -126,15 +121,14 @@ class HaproxySettings(Section):
     would push everything else out.
     """
 
-    @model_validator(mode="after")
-    def _object_fits_the_cache(self) -> HaproxySettings:
+    def model_post_init(self, _: object) -> None:
+        """The largest object is at most half of the cache."""
         if self.cache_mb and self.max_object_kib * 2 > self.cache_mb * 1024:
             raise cross(
                 "max_object_kib",
                 f"{self.max_object_kib} KiB is more than half of cache_mb ({self.cache_mb})",
                 f"at most {self.cache_mb * 512}, or a larger cache_mb",
             )
-        return self
 
 
 class DocumentsSettings(Section):
@@ -193,15 +187,14 @@ class ResolverSettings(Section):
     take it over.
     """
 
-    @model_validator(mode="after")
-    def _a_network_share_fits(self) -> ResolverSettings:
+    def model_post_init(self, _: object) -> None:
+        """The share of one network is at most the whole."""
         if self.max_held_per_network > self.max_held:
             raise cross(
                 "max_held_per_network",
                 f"{self.max_held_per_network} is more than max_held ({self.max_held})",
                 f"at most {self.max_held}, or a larger max_held",
             )
-        return self
 
 
 def _facility(text: str) -> str:
@@ -240,32 +233,6 @@ class NamespaceProxySettings(Section):
         "LOG_LOCAL0", Change.NOTHING
     )
     """Syslog's facility, by Neutron's or HAProxy's name."""
-
-
-class SourcesSettings(Section):
-    """Where networks, ports and instances come from. Several at once are allowed."""
-
-    file: FileSourceSettings = section(FileSourceSettings)
-    """Files in a directory."""
-
-    sqlite: SqliteSourceSettings = section(SqliteSourceSettings)
-    """The embedded store."""
-
-    neutron: NeutronSourceSettings = section(NeutronSourceSettings)
-    """OpenStack's Neutron."""
-
-    libvirt: LibvirtSourceSettings = section(LibvirtSourceSettings)
-    """Libvirt."""
-
-    @model_validator(mode="after")
-    def _one_is_enabled(self) -> SourcesSettings:
-        if not any(getattr(self, name).enabled for name in type(self).model_fields):
-            raise cross(
-                (),
-                "no source is enabled, so no instance could ever be known",
-                "sources.file.enabled: true or sources.sqlite.enabled: true",
-            )
-        return self
 
 
 class AdminSettings(Section):
@@ -307,13 +274,12 @@ class MetricsSettings(Section):
     1,000 networks would be several thousand series for every host.
     """
 
-    @model_validator(mode="after")
-    def _two_ports(self) -> MetricsSettings:
+    def model_post_init(self, _: object) -> None:
+        """Each listens on a port of its own."""
         if self.listen is not None and self.listen == self.haproxy_listen:
             raise cross(
                 "haproxy_listen", f"{self.listen} is taken by metrics.listen", "another port"
             )
-        return self
 
 
 class HostSettings(Section):
@@ -397,15 +363,14 @@ class Settings(Section):
     log: LogSettings = section(LogSettings)
     """Messages."""
 
-    @model_validator(mode="after")
-    def _neutron_needs_nova(self) -> Settings:
+    def model_post_init(self, _: object) -> None:
+        """Ports of Neutron's need a Nova."""
         if self.sources.neutron.enabled and not self.nova.endpoint_sets:
             raise cross(
                 ("sources", "neutron", "enabled"),
                 "Neutron's ports are served by Nova, and `nova.endpoint_sets` is empty",
                 "name Nova's metadata API",
             )
-        return self
 
     @property
     def admin_socket(self) -> Path:

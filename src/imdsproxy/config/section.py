@@ -94,11 +94,6 @@ def parsed_by(parse: Callable[[str], object]) -> BeforeValidator:
     return BeforeValidator(lambda value: parse(value) if isinstance(value, str) else value)
 
 
-def _off(value: object) -> object:
-    # `off` without quotes is false in YAML 1.1, and nothing else can be meant where it is one of the words.
-    return "off" if value is False else value
-
-
 FORMS: dict[str, str] = {
     "path": "an absolute path",
     "endpoint": "an address of the host and a port, as 127.0.0.1:9465 or [::1]:9465",
@@ -117,8 +112,8 @@ _T = TypeVar("_T")
 Listed = Annotated[tuple[_T, ...], Strict(strict=False)]
 """YAML and JSON have lists."""
 
-OffIsFalse = BeforeValidator(_off)
-"""For words of which one is `off`."""
+OffIsFalse = BeforeValidator(lambda value: "off" if value is False else value)
+"""For words of which one is `off`: without quotes it is false in YAML 1.1, and nothing else can be meant."""
 
 AbsolutePath = Annotated[Path, Strict(strict=False), AfterValidator(_absolute)]
 HostEndpoint = Annotated[
@@ -175,7 +170,10 @@ def section(model: type[Section]) -> Any:  # noqa: ANN401 - as above
 
 
 class Section(BaseModel):
-    """What all sections share: frozen, no unknown keys, no silent conversions."""
+    """What all sections share: frozen, no unknown keys, no silent conversions.
+
+    What does not go together inside one, it refuses in `model_post_init`.
+    """
 
     model_config = ConfigDict(
         frozen=True,

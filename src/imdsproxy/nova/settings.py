@@ -11,7 +11,6 @@ from urllib.parse import urlsplit
 from pydantic import (
     PlainSerializer,
     WithJsonSchema,
-    model_validator,
 )
 
 from imdsproxy.config.section import (
@@ -202,8 +201,8 @@ class EndpointSetSettings(Section):
     goes there.
     """
 
-    @model_validator(mode="after")
-    def _go_together(self) -> EndpointSetSettings:
+    def model_post_init(self, _: object) -> None:
+        """What is needed together is there, and the endpoints are alike."""
         if self.client_key_file is not None and self.client_cert_file is None:
             raise cross(
                 "client_key_file", "is of no use without client_cert_file", "give both or neither"
@@ -229,7 +228,6 @@ class EndpointSetSettings(Section):
                 f"is missing: certificates are compared with names, and {first.host} is none",
                 "the name in the endpoints' certificates",
             )
-        return self
 
 
 class NovaSettings(Section):
@@ -270,8 +268,8 @@ class NovaSettings(Section):
     Half a second after one that failed.
     """
 
-    @model_validator(mode="after")
-    def _every_instance_has_one_set(self) -> NovaSettings:
+    def model_post_init(self, _: object) -> None:
+        """Each instance is sent to one set."""
         if self.endpoint_sets and DEFAULT_SET not in self.endpoint_sets:
             raise cross(
                 "endpoint_sets",
@@ -289,4 +287,3 @@ class NovaSettings(Section):
                             f"{kind} {each} is in {other} too",
                             "keep it in one of them",
                         )
-        return self

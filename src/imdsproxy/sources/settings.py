@@ -5,9 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import model_validator
-
-from imdsproxy.config.section import AbsolutePath, Change, Listed, Section, cross, form, setting
+from imdsproxy.config.section import (
+    AbsolutePath,
+    Change,
+    Listed,
+    Section,
+    cross,
+    form,
+    section,
+    setting,
+)
 
 ApiUrl = Annotated[
     str,
@@ -104,8 +111,8 @@ class NeutronSourceSettings(Section):
         """Seconds that a port whose time is over is still kept up to date: its guest may ask again."""
         return max(6 * self.refresh_s, min(self.lifetime_s / 4, 900.0))
 
-    @model_validator(mode="after")
-    def _one_way_to_neutron(self) -> NeutronSourceSettings:
+    def model_post_init(self, _: object) -> None:
+        """One setting says where Neutron is."""
         if self.cloud is not None and self.endpoint is not None:
             raise cross("endpoint", "`cloud` says already where Neutron is", "keep one of them")
         if self.enabled and self.cloud is None and self.endpoint is None:
@@ -116,7 +123,6 @@ class NeutronSourceSettings(Section):
             )
         if self.clouds_file is not None and self.cloud is None:
             raise cross("clouds_file", "`cloud` does not say which of its clouds", "cloud: NAME")
-        return self
 
 
 class LibvirtSourceSettings(Section):
@@ -140,3 +146,28 @@ class LibvirtSourceSettings(Section):
     """Seconds after which networks are read again without an event: libvirt has none for a static host that is added
     to a running network, until something happens to a domain.
     """
+
+
+class SourcesSettings(Section):
+    """Where networks, ports and instances come from. Several at once are allowed."""
+
+    file: FileSourceSettings = section(FileSourceSettings)
+    """Files in a directory."""
+
+    sqlite: SqliteSourceSettings = section(SqliteSourceSettings)
+    """The embedded store."""
+
+    neutron: NeutronSourceSettings = section(NeutronSourceSettings)
+    """OpenStack's Neutron."""
+
+    libvirt: LibvirtSourceSettings = section(LibvirtSourceSettings)
+    """Libvirt."""
+
+    def model_post_init(self, _: object) -> None:
+        """At least one source is enabled."""
+        if not any(getattr(self, name).enabled for name in type(self).model_fields):
+            raise cross(
+                (),
+                "no source is enabled, so no instance could ever be known",
+                "sources.file.enabled: true or sources.sqlite.enabled: true",
+            )

@@ -8,7 +8,7 @@ from types import FrameType
 
 import pytest
 
-from imdsproxy.config.describe import iterate_settings
+from imdsproxy.config.describe import iterate_settings, walk_values
 from imdsproxy.config.load import Loaded, load_settings
 from imdsproxy.config.render import settings_by_origin
 from imdsproxy.config.schema import Settings
@@ -76,8 +76,9 @@ def test_later_files_and_the_environment_win(tmp_path: Path) -> None:
 
 def test_every_setting_can_be_overridden_by_its_variable(tmp_path: Path) -> None:
     settings = [setting for setting in iterate_settings() if not setting.inner]
+    defaults = {node.path: node.value for node in walk_values(Settings().model_dump(mode="json"))}
     values = {
-        setting.variable: "null" if setting.default is None else str(setting.default)
+        setting.variable: "null" if (value := defaults[setting.path]) is None else str(value)
         for setting in settings
     }
 
