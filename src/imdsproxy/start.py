@@ -43,7 +43,7 @@ from imdsproxy.host.files import hold_directory, limit_log, remove_file
 from imdsproxy.host.logs import open_logging
 from imdsproxy.host.notify import Heartbeat, ServiceNotifier, is_journal
 from imdsproxy.host.process import leave_no_dumps, raise_descriptor_limit, release_memory
-from imdsproxy.host.servers import open_datagram_socket, open_sole_socket, open_tcp_socket
+from imdsproxy.host.servers import open_sole_socket, open_tcp_socket, open_unix_socket
 from imdsproxy.host.socket_file import SocketFiles
 from imdsproxy.listeners.apply import apply_links
 from imdsproxy.listeners.host import SystemHost
@@ -114,7 +114,9 @@ async def _live(
     worker = owner_of(None, settings.haproxy.group)
     resolver_socket = open_sole_socket(layout.resolver_socket, mode=0o660, owner=worker)
     audit_socket = open_sole_socket(layout.audit_socket, mode=0o660, owner=worker)
-    last_socket = open_datagram_socket(layout.audit_last_socket, mode=0o660, owner=worker)
+    last_socket = open_unix_socket(
+        layout.audit_last_socket, mode=0o660, owner=worker, kind=socket.SOCK_DGRAM
+    )
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, controller.ended.set)
     loop.add_signal_handler(signal.SIGHUP, hang_up, controller)

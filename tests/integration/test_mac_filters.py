@@ -142,11 +142,11 @@ async def test_only_a_pair_gets_through(rig: Rig) -> None:
     await rig.have({})
     with rig.connect() as connection:
         assert _ask(connection) == b"u"
-    await rig.kernel.change(rig.mac_filter, come={ip_address(_ADDRESS): _OTHER})
+    await rig.kernel.change(rig.mac_filter, wanted={ip_address(_ADDRESS): _OTHER})
     with rig.connect() as connection:
         assert _ask(connection) == b"u"
-    await rig.kernel.change(rig.mac_filter, gone={ip_address(_ADDRESS): _OTHER})
-    await rig.kernel.change(rig.mac_filter, come=rig.pair)
+    await rig.kernel.change(rig.mac_filter, has={ip_address(_ADDRESS): _OTHER})
+    await rig.kernel.change(rig.mac_filter, wanted=rig.pair)
     with rig.connect() as connection:
         assert _ask(connection) == b"v"
 
@@ -162,7 +162,7 @@ async def test_what_began_unverified_goes_on_so(rig: Rig) -> None:
     await rig.have({})
     with rig.connect() as connection:
         assert _ask(connection) == b"u"
-        await rig.kernel.change(rig.mac_filter, come=rig.pair)
+        await rig.kernel.change(rig.mac_filter, wanted=rig.pair)
         assert _ask(connection) == b"u"
 
 
@@ -179,7 +179,7 @@ async def test_a_withdrawn_pair_ends_its_connections_on_both_sides(rig: Rig) -> 
     await rig.have(rig.pair)
     with rig.connect() as connection:
         assert _ask(connection) == b"v"
-        await rig.kernel.change(rig.mac_filter, gone=rig.pair)
+        await rig.kernel.change(rig.mac_filter, has=rig.pair)
         with pytest.raises(ConnectionResetError):
             _ask(connection)
         listed = rig.lab.run(
@@ -201,7 +201,7 @@ async def test_a_marked_answer_is_sent_only_where_it_is_for_that_mac_or_for_any(
             port = connection.getsockname()[1]
             assert await rig.kernel.bind_answers(rig.mac_filter, address, port, rig.mac)
         elif why:
-            await rig.kernel.change(rig.mac_filter, come={address: ANY_MAC})
+            await rig.kernel.change(rig.mac_filter, wanted={address: ANY_MAC})
         with contextlib.nullcontext() if why else pytest.raises(TimeoutError):
             assert _ask(connection) == b"u"
 
@@ -285,9 +285,9 @@ async def test_a_filter_that_is_gone_is_an_error(rig: Rig) -> None:
     await rig.have({})
     await rig.kernel.close([(rig.place, rig.mac_filter.table), (rig.place, "never"), ("gone", "x")])
     with pytest.raises(TableGone):
-        await rig.kernel.change(rig.mac_filter, come=rig.pair)
+        await rig.kernel.change(rig.mac_filter, wanted=rig.pair)
     with pytest.raises(TableGone):
-        await rig.kernel.change(rig.mac_filter, gone=rig.pair)
+        await rig.kernel.change(rig.mac_filter, has=rig.pair)
 
 
 def _believe(rig: Rig, mac: MacAddress, nud: str = "reachable") -> None:
@@ -341,7 +341,7 @@ async def test_who_gets_a_pair_is_answered_though_the_host_takes_its_address_for
         change = (rig.mac_filter, before, rig.pair)
         assert await rig.kernel.fill([change], fresh=(), busy=()) == {rig.mac_filter.network: None}
     else:
-        await rig.kernel.change(rig.mac_filter, come=rig.pair | many)
+        await rig.kernel.change(rig.mac_filter, wanted=rig.pair | many)
     assert rig.mac in _believed(rig)
     with rig.connect() as connection:
         assert _ask(connection) == b"v"
@@ -352,7 +352,7 @@ async def test_what_an_operator_made_permanent_stays_and_what_nobody_knows_is_no
 ) -> None:
     await rig.have({})
     _believe(rig, _OTHER, "permanent")
-    await rig.kernel.change(rig.mac_filter, come=rig.pair | {ip_address("10.0.0.77"): _OTHER})
+    await rig.kernel.change(rig.mac_filter, wanted=rig.pair | {ip_address("10.0.0.77"): _OTHER})
     assert _OTHER in _believed(rig)
     assert "10.0.0.77" not in rig.lab.ip("-n", rig.place, "neigh")
 
@@ -375,6 +375,6 @@ async def test_where_a_flood_leaves_no_room_for_senders_the_neighbour_table_coun
         assert _ask(connection) == b"u"
         port = connection.getsockname()[1]
         assert await rig.kernel.sender(rig.mac_filter, ip_address(_ADDRESS), port) is None
-    await rig.kernel.change(rig.mac_filter, come=rig.pair)
+    await rig.kernel.change(rig.mac_filter, wanted=rig.pair)
     with rig.connect() as connection:
         assert _ask(connection) == b"v"

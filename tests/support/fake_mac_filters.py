@@ -72,30 +72,29 @@ class FakeMacFilters(KernelMacFilters):
         self.busy.append(frozenset(busy))
         assert frozenset(busy) <= frozenset(fresh)
         found: dict[NetworkId, DataplaneError | None] = {}
-        for one, gone, come in changes:
+        for one, has, wanted in changes:
             await asyncio.sleep(0)
             if one.network not in self.tables:
                 found[one.network] = HostRefused("it is gone")
                 continue
             self.log.append(f"fill {one.network}")
             table = self.tables[one.network]
-            for address, mac in gone.items():
-                assert table.pop(address, mac) == mac
-            table.update(come)
+            assert table == has
+            self.tables[one.network] = dict(wanted)
             found[one.network] = None
             self.watch()
         return found
 
     async def change(
-        self, one: MacFilter, *, gone: PairMap | None = None, come: PairMap | None = None
+        self, one: MacFilter, *, has: PairMap | None = None, wanted: PairMap | None = None
     ) -> None:
         table = self._table(one)
-        for address, mac in (gone or {}).items():
+        for address, mac in (has or {}).items():
             await asyncio.sleep(0)
             assert table.pop(address) == mac
             self.log.append(f"withdraw {address}")
             self.watch()
-        for address, mac in (come or {}).items():
+        for address, mac in (wanted or {}).items():
             await asyncio.sleep(0)
             assert address not in table, "one address has one MAC"
             table[address] = mac

@@ -34,7 +34,7 @@ HopPlace: TypeAlias = NamespaceRef | None
 """A namespace that answers are sent from; `None` is the host's own."""
 
 FilterChange: TypeAlias = tuple[MacFilter, PairMap, PairMap]
-"""A filter, the pairs to remove from it, and those to add."""
+"""A filter, the pairs in it, and those that are to be."""
 
 _NO_PAIRS: Final[PairMap] = MappingProxyType({})
 _CLOSERS: Final = 32
@@ -161,22 +161,22 @@ class KernelMacFilters(_Tables):
                 as they began.
         """
         works: dict[NetworkId, tuple[NamespaceRef | None, str, Callable[[], None]]] = {}
-        for one, gone, come in changes:
+        for one, has, wanted in changes:
             name = one.network
-            fill = partial(_fill, one, gone, come, busy=name in busy, fresh=name in fresh)
+            fill = partial(_fill, one, has, wanted, busy=name in busy, fresh=name in fresh)
             works[name] = (one.namespace, _action(one), fill)
         return await self._attempt(works)
 
     async def change(
-        self, one: MacFilter, *, gone: PairMap = _NO_PAIRS, come: PairMap = _NO_PAIRS
+        self, one: MacFilter, *, has: PairMap = _NO_PAIRS, wanted: PairMap = _NO_PAIRS
     ) -> None:
-        """Remove pairs, and end their connections with all that is still to be sent; add others.
+        """Remove pairs that it has, and end their connections with all that is still to be sent; add those wanted.
 
         Raises:
             TableGone: There is no such filter.
             HostRefused: The kernel refuses.
         """
-        await self._change(one, partial(_fill, one, gone, come))
+        await self._change(one, partial(_fill, one, has, wanted))
 
     async def bind_answers(
         self, one: MacFilter, address: IpAddress, port: int, mac: MacAddress
@@ -314,8 +314,10 @@ def _open(one: MacFilter) -> PairMap | None:
 
 
 def _fill(
-    one: MacFilter, gone: PairMap, come: PairMap, *, busy: bool = False, fresh: bool = False
+    one: MacFilter, has: PairMap, wanted: PairMap, *, busy: bool = False, fresh: bool = False
 ) -> None:
+    gone = {address: mac for address, mac in has.items() if wanted.get(address) != mac}
+    come = {address: mac for address, mac in wanted.items() if has.get(address) != mac}
     batch = Batch(one.table)
     if busy:
         with NetlinkSocket(SOCK_DIAG) as diagnosis:

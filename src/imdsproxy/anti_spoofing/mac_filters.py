@@ -201,8 +201,8 @@ class MacFilters:
             empty = plan.filters.keys() - self._full
             found: dict[NetworkId, PairMap] = {**self._found, **{name: {} for name in empty}}
             changes = [
-                (plan.filters[name], *self._differences(name, pairs))
-                for name, pairs in found.items()
+                (plan.filters[name], has, self._granted.get(name, {}))
+                for name, has in found.items()
                 if name in plan.filters
             ]
             self._found = {}
@@ -214,22 +214,14 @@ class MacFilters:
                     self._refuse(network, error)
             self.plan = plan
             self._plain = plan.plain_networks
-            gone = self.journal.load().keys() - plan.filters.keys() if sweep else set()
-            gone |= self._open.keys() - plan.filters.keys()
-            await self._close(gone)
+            known = self._open.keys() | (self.journal.load().keys() if sweep else set())
+            await self._close(known - plan.filters.keys())
         first, self._settled = not self._settled, True
         changed = before.plain_networks ^ plan.plain_networks
         changed |= empty
         # At first all records are looked at anyway.
         if changed and not first:
             self.on_change(frozenset(changed))
-
-    def _differences(self, network: NetworkId, found: PairMap) -> tuple[PairMap, PairMap]:
-        """What has to go of the pairs in a filter, and what is missing."""
-        wanted = self._granted.get(network, {})
-        gone = {address: mac for address, mac in found.items() if wanted.get(address) != mac}
-        come = {address: mac for address, mac in wanted.items() if found.get(address) != mac}
-        return gone, come
 
     def _refuse(self, network: NetworkId, error: DataplaneError) -> None:
         self._drop(network)
@@ -319,7 +311,7 @@ class MacFilters:
             for address in addresses:
                 self._lingering.pop((network, address), None)
             if gone:
-                await self._try(network, partial(self.kernel.change, gone=gone))
+                await self._try(network, partial(self.kernel.change, has=gone))
                 self._granted[network] = {
                     one: mac for one, mac in granted.items() if one not in gone
                 }
@@ -340,7 +332,7 @@ class MacFilters:
                     if mac is not None and granted.get(address) != mac
                 }
                 if come:
-                    await self._try(network, partial(self.kernel.change, come=come))
+                    await self._try(network, partial(self.kernel.change, wanted=come))
                     self._granted[network] = {**granted, **come}
 
     async def sender(self, key: AddressKey, port: int) -> MacAddress | None:

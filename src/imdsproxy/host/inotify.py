@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import struct
 from collections.abc import Iterable, Iterator
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.host.process import readable
+from imdsproxy.host.process import call_libc, readable
 
 IN_MODIFY: Final = 0x2
 IN_ATTRIB: Final = 0x4
@@ -42,8 +41,6 @@ _STEP_S: Final = 0.04
 _LONGEST_S: Final = 0.2
 """And at the latest so long after the first one."""
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
 
 class Inotify:
     """An inotify instance that is read without blocking.
@@ -56,7 +53,7 @@ class Inotify:
     """
 
     def __init__(self) -> None:
-        self.descriptor = _checked(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
+        self.descriptor = call_libc("inotify_init1", os.O_NONBLOCK | os.O_CLOEXEC)
 
     def add(self, path: Path, mask: int) -> int:
         """Watch a directory; the number by which its events are known.
@@ -64,8 +61,7 @@ class Inotify:
         Raises:
             OSError: It does not exist, or the user's watches are used up (ENOSPC).
         """
-        name = os.fsencode(path)
-        return _checked(_libc.inotify_add_watch(self.descriptor, name, ctypes.c_uint32(mask)))
+        return call_libc("inotify_add_watch", self.descriptor, os.fsencode(path), mask)
 
     def read(self) -> Iterator[tuple[int, int, str]]:
         """Watch, mask and name in the directory (empty for itself) of each event so far."""
@@ -150,10 +146,3 @@ class Watch:
     def close(self) -> None:
         """Stop watching."""
         self._inotify.close()
-
-
-def _checked(result: int) -> int:
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    return result

@@ -13,7 +13,6 @@ import ctypes
 import errno
 import fcntl
 import os
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import Final, TypeVar
 from imdsproxy.core.hoststate import NamespaceRef
 from imdsproxy.errors import HostRefused, Ignoring, host_refused, refusing
 from imdsproxy.host.files import opened, remove_file
+from imdsproxy.host.process import call_libc
 
 DEFAULT_DIRECTORY: Final = Path("/run/netns")
 
@@ -36,21 +36,6 @@ MISSING: Final = (FileNotFoundError, NotADirectoryError)
 
 T = TypeVar("T")
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def _checked(result: int) -> None:
-    if result != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-
-
-def _setns(descriptor: int) -> None:
-    if sys.version_info >= (3, 12):
-        os.setns(descriptor, _CLONE_NEWNET)
-    else:
-        _checked(_libc.setns(ctypes.c_int(descriptor), ctypes.c_int(_CLONE_NEWNET)))
-
 
 def unshare_network() -> None:
     """Move the calling thread to a new network namespace, which ends with it unless it is held open.
@@ -58,16 +43,11 @@ def unshare_network() -> None:
     Raises:
         OSError: The kernel refuses.
     """
-    if sys.version_info >= (3, 12):
-        os.unshare(_CLONE_NEWNET)
-    else:
-        _checked(_libc.unshare(ctypes.c_int(_CLONE_NEWNET)))
+    call_libc("unshare", _CLONE_NEWNET)
 
 
 def _mount(source: str, target: Path, flags: int) -> None:
-    _checked(
-        _libc.mount(source.encode(), os.fsencode(target), b"none", ctypes.c_ulong(flags), None)
-    )
+    call_libc("mount", source.encode(), os.fsencode(target), b"none", ctypes.c_ulong(flags), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +125,7 @@ class NamespaceDirectory:
         path = Path(self.file(name))
         # EINVAL: it is no mount point, only a file is left.
         with refusing(f"unmount namespace {name}"), Ignoring(errno.ENOENT, errno.EINVAL):
-            _checked(_libc.umount2(os.fsencode(path), ctypes.c_int(_MNT_DETACH)))
+            call_libc("umount2", os.fsencode(path), _MNT_DETACH)
         return remove_file(path, f"remove namespace {name}")
 
     def prepare(self) -> None:
@@ -217,7 +197,7 @@ class NamespaceThread:
             return None
         with contextlib.closing(opened):
             with refusing(f"enter namespace {name}"):
-                _setns(opened.descriptor)
+                call_libc("setns", opened.descriptor, _CLONE_NEWNET)
             try:
                 return work(opened.ref)
             finally:
@@ -251,7 +231,7 @@ class NamespaceThread:
 
     def _come_home(self) -> None:
         try:
-            _setns(self._home)
+            call_libc("setns", self._home, _CLONE_NEWNET)
         except OSError as error:
             # Going on in another namespace would open our sockets there.
             raise HostRefused("the namespace thread cannot come home") from error

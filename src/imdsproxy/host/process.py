@@ -22,10 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.errors import HostRefused, host_refused, refusing
+from imdsproxy.errors import HostRefused, Ignoring, refusing
 from imdsproxy.host.files import limit_log, open_log
 
 PROC: Final = Path("/proc")
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
 
 _SILENT_PROBES: Final = 2
 """Unanswered probes after which a worker that does nothing counts as hung: within four seconds."""
@@ -94,9 +96,7 @@ def read_rests(pid: int, proc: Path = PROC) -> int | None:
 
     One that hangs, or is stopped, does not any more. `None` when there is none.
     """
-    found = re.search(
-        r"^voluntary_ctxt_switches:\s*(\d+)", _read(pid, "status", proc), re.MULTILINE
-    )
+    found = re.search(r"(?m)^voluntary_ctxt_switches:\s*(\d+)", _read(pid, "status", proc))
     return None if found is None else int(found[1])
 
 
@@ -178,13 +178,11 @@ class ProcessHandle:
         Raises:
             PrivilegeMissing: It belongs to another user.
         """
-        try:
+        action = f"send {number.name} to process {self.pid}"
+        with refusing(action), contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._descriptor, number)
-        except ProcessLookupError:
-            return False
-        except OSError as error:
-            raise host_refused(f"send {number.name} to process {self.pid}", error) from error
-        return True
+            return True
+        return False
 
     async def kill_group(self) -> None:
         """End one that `spawn_logged` started, with all of its process group."""
@@ -220,18 +218,12 @@ class ProcessHandle:
 
 def open_process(pid: int) -> ProcessHandle | None:
     """A handle on a running process; `None` if there is none."""
-    try:
-        descriptor = os.pidfd_open(pid)
-    except OverflowError:
-        return None
-    except OSError as error:
-        if error.errno in (errno.ESRCH, errno.EINVAL, errno.ENOENT):
-            return None
-        raise host_refused(f"open process {pid}", error) from error
-    handle = ProcessHandle(pid, descriptor)
-    if handle.alive():
-        return handle
-    handle.close()
+    none = Ignoring(errno.ESRCH, errno.EINVAL, errno.ENOENT)
+    with refusing(f"open process {pid}"), none, contextlib.suppress(OverflowError):
+        handle = ProcessHandle(pid, os.pidfd_open(pid))
+        if handle.alive():
+            return handle
+        handle.close()
     return None
 
 
@@ -394,6 +386,18 @@ def leave_no_dumps() -> None:
 
 def release_memory() -> None:
     """Give free memory back to the kernel, as far as the C library can (`malloc_trim(3)`, of glibc alone)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    if hasattr(_libc, "malloc_trim"):
+        _libc.malloc_trim(0)
+
+
+def call_libc(name: str, *arguments: object) -> int:
+    """Call a function of the C library that the standard library lacks.
+
+    Raises:
+        OSError: It returned -1.
+    """
+    result = int(getattr(_libc, name)(*arguments))
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result

@@ -55,26 +55,6 @@ def open_sole_socket(path: Path, *, mode: int, owner: tuple[int, int]) -> socket
     return open_unix_socket(path, mode=mode, owner=owner)
 
 
-def open_datagram_socket(path: Path, *, mode: int, owner: tuple[int, int]) -> socket.socket:
-    """A unix socket for datagrams, in place of whatever was there.
-
-    Args:
-        path: Where clients find it.
-        mode: Permission bits.
-        owner: User and group ids, -1 to leave one.
-
-    Raises:
-        HostRefused: It cannot be bound.
-        PrivilegeMissing: This process may not do that there.
-    """
-    with _listener(socket.AF_UNIX, socket.SOCK_DGRAM, str(path)) as listener:
-        path.unlink(missing_ok=True)
-        listener.bind(os.fspath(path))
-        path.chmod(mode)
-        os.chown(path, *owner)
-    return listener
-
-
 def open_tcp_socket(host: str, port: int) -> socket.socket:
     """A listening TCP socket.
 
@@ -102,9 +82,13 @@ def try_tcp_listen(host: str, port: int) -> str | None:
 
 
 def open_unix_socket(
-    path: Path, *, mode: int, owner: tuple[int, int] | None = None
+    path: Path,
+    *,
+    mode: int,
+    owner: tuple[int, int] | None = None,
+    kind: int = socket.SOCK_STREAM,
 ) -> socket.socket:
-    """A listening stream socket at `path`, there at once with its mode and owner.
+    """A socket at `path`, there at once with its mode and owner; one for streams listens.
 
     It takes the place of whatever socket was there: connections go to the new one from one moment to the next.
 
@@ -112,20 +96,22 @@ def open_unix_socket(
         path: Where clients find it; the directory must exist.
         mode: Permission bits; a client needs to write.
         owner: User and group ids, -1 to leave one; `None` leaves this process's.
+        kind: `SOCK_STREAM` or `SOCK_DGRAM`.
 
     Raises:
         HostRefused: It cannot be bound there.
         PrivilegeMissing: This process may not do that there.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with _listener(socket.AF_UNIX, socket.SOCK_STREAM, str(path)) as listener:
+    with _listener(socket.AF_UNIX, kind, str(path)) as listener:
         try:
             temporary.unlink(missing_ok=True)
             listener.bind(os.fspath(temporary))
             if owner is not None:
                 os.chown(temporary, *owner)
             temporary.chmod(mode)
-            listener.listen(_UNIX_BACKLOG)
+            if kind == socket.SOCK_STREAM:
+                listener.listen(_UNIX_BACKLOG)
             temporary.replace(path)
         except OSError:
             with suppress(OSError):

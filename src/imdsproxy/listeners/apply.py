@@ -87,14 +87,13 @@ def _do(thread: NamespaceThread, op: HostOp) -> None:
         case AddAddress(_, name, device, address, mark):
             _at(thread, name, lambda channel: _add(channel, name, device, address, mark))
         case RemoveAddress(name, device, address, prefix):
+
+            def remove(channel: NetlinkSocket) -> None:
+                index = _find(channel, device).index
+                netlink.remove_address(channel, index, address, prefix)
+
             with Ignoring(errno.ENOENT, errno.ENODEV, errno.EADDRNOTAVAIL):
-                _at(
-                    thread,
-                    name,
-                    lambda channel: netlink.remove_address(
-                        channel, _find(channel, device).index, address, prefix
-                    ),
-                )
+                _at(thread, name, remove)
         case DeleteNamespace(name):
             thread.directory.delete(name)
         case DeleteLink(name):
