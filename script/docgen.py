@@ -17,7 +17,6 @@ from imdsproxy.admin.api import admin_app, status_of
 from imdsproxy.admin.metrics import METRICS, NETWORK_SUM
 from imdsproxy.app.namespace_proxy.command import describe_options
 from imdsproxy.cli.main import SHELLS, build_program, iterate_commands, render_completion
-from imdsproxy.cli.options import EXIT_STATUSES
 from imdsproxy.config.describe import Setting, iterate_settings
 from imdsproxy.config.neutron_options import NEUTRON_OPTIONS
 from imdsproxy.config.schema import Settings
@@ -25,13 +24,13 @@ from imdsproxy.config.strict_yaml import render_value
 from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.errors import KINDS, ImdsproxyError
 
-_TEXTS: Final[Mapping[str, str]] = tomllib.loads(
+_TEXTS: Final[Mapping[str, Any]] = tomllib.loads(
     Path(__file__).with_name("docgen_texts.toml").read_text("utf-8")
 )
-"""Introductions of pages."""
+"""Introductions of pages, and what exit statuses mean."""
 
 _MADE: Final = "Made by `script/docgen.py`; edit the code instead."
-_STATUSES: Final = [(str(key), value) for key, value in EXIT_STATUSES.items()]
+_STATUSES: Final = list(_TEXTS["exit_statuses"].items())
 _FILES: Final = (
     ("/etc/imdsproxy/imdsproxy.yaml", "Settings; see imdsproxy.yaml(5)."),
     ("/etc/imdsproxy/conf.d/*.yaml", "More of them, merged over it in the order of their names."),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from imdsproxy.errors import KINDS
 
 REPOSITORY = Path(__file__).parents[2]
 MADE = (
@@ -36,6 +39,13 @@ def test_generated_files_say_what_the_code_says(made: Path, folder: Path, again:
     assert written.keys() == expected.keys()
     stale = [name for name in expected if written[name] != expected[name]]
     assert not stale, "run `script/docgen.py`"
+
+
+def test_every_exit_status_of_an_error_is_documented(made: Path) -> None:
+    documented = re.findall(
+        r"^\| (\d+) \| ", (made / "reference/cli.md").read_text("utf-8"), re.MULTILINE
+    )
+    assert {str(kind.exit_status) for kind in KINDS} <= set(documented)
 
 
 @pytest.mark.parametrize("name", MANUALS)

@@ -28,20 +28,6 @@ _UNIT_DIRECTORIES: Final = (
 """systemd.unit(5), of the system manager."""
 
 
-class _UnixConnection(http.client.HTTPConnection):
-    """HTTP/1.1 over a unix socket."""
-
-    def __init__(self, path: Path, timeout_s: float) -> None:
-        super().__init__("imdsproxy", timeout=timeout_s)
-        self._path = path
-
-    def connect(self) -> None:
-        """Connect to the socket in place of a host."""
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self._path))
-
-
 def path_to(*steps: str) -> str:
     """A route, each step quoted: `path_to("networks", "blue")` is `/v1/networks/blue`."""
     return "/v1/" + "/".join(quote(step, safe="") for step in steps)
@@ -111,9 +97,13 @@ class AdminClient:
             return _decoded(connection.getresponse())
 
     @contextlib.contextmanager
-    def _connection(self) -> Iterator[_UnixConnection]:
-        connection = _UnixConnection(self.socket, self.timeout_s)
+    def _connection(self) -> Iterator[http.client.HTTPConnection]:
+        connection = http.client.HTTPConnection("imdsproxy", timeout=self.timeout_s)
         try:
+            # HTTP/1.1 over a unix socket: a connection that has its socket does not look for the host.
+            connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            connection.sock.settimeout(self.timeout_s)
+            connection.sock.connect(str(self.socket))
             yield connection
         except PermissionError as error:
             raise errors.PrivilegeMissing(

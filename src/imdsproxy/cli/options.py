@@ -27,29 +27,13 @@ _AT_A_PROMPT_S: Final = 1.0
 
 OK: Final = 0
 NO: Final = 1
+"""Done, and the answer is no."""
+
 USAGE: Final = 64
 NOT_IN_FORCE: Final = 75
 INTERRUPTED: Final = 130
 PIPE_CLOSED: Final = 141
-
-EXIT_STATUSES: Final[Mapping[int, str]] = {
-    OK: "Done.",
-    NO: "Done, and the answer is no: `get` or `explain --probe` was answered 400 or above, `explain` found no "
-    "instance, `doctor` found an error, `status --check` found the daemon not ready.",
-    USAGE: "The command line, or what it asked of the daemon, is not acceptable.",
-    66: "There is no network or instance of that name.",
-    69: "The daemon, or a source of records, does not answer or refuses.",
-    70: "HAProxy refuses a configuration or command, or imdsproxy has a fault.",
-    71: "The operating system refuses, or HAProxy is missing or too old.",
-    73: "What should be made is there already.",
-    NOT_IN_FORCE: "Stored, and not in force: the answer says why and what helps; `status --check` found a network that "
-    "is configured and not served.",
-    77: "Root, a capability, or access to the admin socket is needed.",
-    78: "A configuration file must be changed.",
-    INTERRUPTED: "Interrupted (Ctrl-C).",
-    PIPE_CLOSED: "Who read the output went away.",
-}
-"""What a command ends with; errors bring their own (`imdsproxy.errors`, after sysexits.h)."""
+"""Exit statuses; errors bring their own (`imdsproxy.errors`, after sysexits.h)."""
 
 
 def flag(

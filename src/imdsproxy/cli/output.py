@@ -180,12 +180,15 @@ class Output:
         _print_lines(sys.stderr, lines)
 
 
-def first_lines(lines: Sequence[str]) -> list[str]:
-    """As many as are shown of one kind, and how many more there are."""
-    return [*lines[:MOST_SHOWN], *count_more(len(lines))]
+_REST: Final = "--json has all"
 
 
-def count_more(count: int, rest: str = "--json has all") -> list[str]:
+def first_lines(lines: Sequence[str], rest: str = _REST) -> list[str]:
+    """As many as are shown of one kind, and how many more there are and what shows them."""
+    return [*lines[:MOST_SHOWN], *count_more(len(lines), rest)]
+
+
+def count_more(count: int, rest: str = _REST) -> list[str]:
     """A line for what is not shown of `count`, and what shows it; none where all are shown."""
     return [f"and {count - MOST_SHOWN:,} more: {rest}"] if count > MOST_SHOWN else []
 

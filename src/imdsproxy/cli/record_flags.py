@@ -60,10 +60,8 @@ def _annotation(key: Key) -> object:
             between = f"{schema['minimum']}..{schema['maximum']}"
             return Annotated[int | None, flag(f"--{name}", between, text)]
         case "string":
-            words = cast(
-                "list[str]",
-                schema.get("enum", [_METAVARS.get(name, name.rpartition("-")[2].upper())]),
-            )
+            metavar = _METAVARS.get(name, name.rpartition("-")[2].upper())
+            words = cast("list[str]", schema.get("enum", [metavar]))
             return Annotated[str | None, flag(f"--{name}", "|".join(words), text)]
         case _:
             return None

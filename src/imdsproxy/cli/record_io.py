@@ -12,7 +12,7 @@ import typer
 
 from imdsproxy.cli.admin_client import AdminClient
 from imdsproxy.cli.options import NOT_IN_FORCE
-from imdsproxy.cli.output import MOST_SHOWN, Note, Output, Shape, clean, count_more
+from imdsproxy.cli.output import Note, Output, Shape, clean, first_lines
 from imdsproxy.cli.record_flags import STDIN, read_bytes
 from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.records import Records, Refused, parse_network, render_record
@@ -90,11 +90,11 @@ def render_yaml(kind: str, shape: Shape) -> str:
     class Dumper(yaml.SafeDumper):
         """Block style, with texts of several lines as such."""
 
-    def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-        style = "|" if "\n" in value else None
-        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+        def represent_scalar(
+            self, tag: str, value: str, style: str | None = None
+        ) -> yaml.ScalarNode:
+            return super().represent_scalar(tag, value, "|" if "\n" in value else style)
 
-    Dumper.add_representer(str, text)
     notes = _network_notes(shape) if kind == "network" else _instance_notes(shape)
     comments = [f"# {name}: {' '.join(str(value).split())}\n" for name, value in notes]
     return "".join(comments) + yaml.dump(
@@ -102,7 +102,6 @@ def render_yaml(kind: str, shape: Shape) -> str:
         Dumper=Dumper,
         sort_keys=False,
         allow_unicode=True,
-        default_flow_style=False,
         width=100,
     )
 
@@ -140,9 +139,8 @@ def say_written(output: Output, what: str, written: Shape) -> None:
     if written["applied"]:
         output.styled(f"[green]done:[/] {clean(what)}")
     else:
+        lines = first_lines(written["pending"], "imdsproxy status")
         output.styled(f"[yellow]stored:[/] {clean(what)}; not in force yet:")
-        pending = written["pending"]
-        lines = [*pending[:MOST_SHOWN], *count_more(len(pending), "imdsproxy status")]
         output.styled(*(f"  {clean(line)}" for line in lines))
     output.styled(*(f"[yellow]warning:[/] {clean(one)}" for one in written.get("warnings", ())))
     if (shared := written.get("shared")) is not None:
@@ -185,12 +183,10 @@ def render_lines(records: Records, note: Note) -> Iterator[bytes]:
     found: list[Network | Instance] = [*records.networks, *records.instances]
     for begin in range(0, len(found), _LINES):
         part = found[begin : begin + _LINES]
-        lines = (
-            json.dumps({"network" if isinstance(one, Network) else "instance": render_record(one)})
-            for one in part
-        )
         note("sending records", begin + len(part), len(found))
-        yield "".join(f"{line}\n" for line in lines).encode()
+        kinds = ("network" if isinstance(one, Network) else "instance" for one in part)
+        lines = ({kind: render_record(one)} for kind, one in zip(kinds, part, strict=True))
+        yield "".join(f"{json.dumps(line)}\n" for line in lines).encode()
 
 
 def read_record(kind: str, parse: Callable[[object], _T | Refused], record: Shape) -> _T:
