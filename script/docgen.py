@@ -10,10 +10,11 @@ import re
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
 
-from imdsproxy.admin.api import admin_app, status_of
+from imdsproxy.admin.api import admin_app
 from imdsproxy.admin.metrics import METRICS, NETWORK_SUM
 from imdsproxy.app.namespace_proxy.command import describe_options
 from imdsproxy.cli.main import SHELLS, build_program, iterate_commands, render_completion
@@ -126,8 +127,8 @@ def render_errors_page() -> str:
         (
             f"`{kind.code}`",
             str(kind.exit_status),
-            str(status_of(kind)),
-            "yes" if kind.retryable else "no",
+            str(kind.http_status),
+            "yes" if kind.http_status == HTTPStatus.SERVICE_UNAVAILABLE else "no",
             _one_line(kind.__doc__),
         )
         for kind in sorted(kinds, key=lambda kind: kind.code)

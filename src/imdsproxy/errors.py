@@ -26,8 +26,8 @@
         ├── AlreadyExists          what `add` should make is there
         └── RequestRefused         carries the fields
 
-Each has a stable `code` (kebab-case: logs, metrics, admin API and the reference use it), says whether
-trying again can help, and may carry a hint. Library exceptions never leave their adapter; they are
+Each has a stable `code` (kebab-case: logs, metrics, admin API and the reference use it), the statuses with which
+commands and the admin API end, and may carry a hint. Library exceptions never leave their adapter; they are
 chained with `raise … from`.
 """
 
@@ -86,7 +86,8 @@ class ImdsproxyError(Exception):
     """Of a subclass its name in kebab-case, but for a final `Error`."""
 
     exit_status: ClassVar[int] = 70
-    retryable: ClassVar[bool] = False
+    http_status: ClassVar[int] = 500
+    """Of the admin API's answer; 503 where trying again can help."""
 
     def __init_subclass__(cls) -> None:
         name = cls.__name__.removesuffix("Error")
@@ -109,6 +110,7 @@ class ConfigError(ImdsproxyError):
     """The operator must change a configuration file."""
 
     exit_status = 78
+    http_status = 422
 
 
 class ConfigInvalid(ConfigError):
@@ -136,7 +138,7 @@ class SourceError(ImdsproxyError):
 class SourceUnavailable(SourceError):
     """The source does not answer now."""
 
-    retryable = True
+    http_status = 503
 
 
 class LibraryMissing(SourceUnavailable):
@@ -145,6 +147,8 @@ class LibraryMissing(SourceUnavailable):
 
 class SourceRefused(SourceError):
     """The source refused what was asked of it; `problems` says which fields."""
+
+    http_status = 409
 
 
 class SourceCorrupt(SourceError):
@@ -170,7 +174,7 @@ class ConfigRejected(DataplaneError):
 class ReloadFailed(DataplaneError):
     """The master could not start a new worker; the old one goes on."""
 
-    retryable = True
+    http_status = 503
 
 
 class CommandRefused(DataplaneError):
@@ -180,7 +184,7 @@ class CommandRefused(DataplaneError):
 class RuntimeUnavailable(DataplaneError):
     """HAProxy's master or worker socket does not answer."""
 
-    retryable = True
+    http_status = 503
 
 
 class HostRefused(DataplaneError):
@@ -192,7 +196,7 @@ class HostRefused(DataplaneError):
 class RecordCorrupt(DataplaneError):
     """A compiled record is truncated, damaged, or of a format that this version does not read."""
 
-    retryable = True
+    http_status = 503
 
 
 class PrivilegeMissing(DataplaneError):
@@ -211,23 +215,27 @@ class AdminUnavailable(AdminError):
     """The daemon's admin socket does not answer."""
 
     exit_status = 69
-    retryable = True
+    http_status = 503
 
 
 class NotFound(AdminError):
     """No network, instance or address of that name."""
 
     exit_status = 66
+    http_status = 404
 
 
 class AlreadyExists(AdminError):
     """A network or instance of that id is there, and only a new one was to be made."""
 
     exit_status = 73
+    http_status = 409
 
 
 class RequestRefused(AdminError):
     """The body of a request is not acceptable; `problems` says which fields."""
+
+    http_status = 422
 
 
 @contextmanager

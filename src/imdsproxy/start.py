@@ -92,7 +92,6 @@ async def run_controller(
             health = stack.enter_context(HealthServer(sock, alive=heartbeat.alive))
         controller = Controller(
             holder=holder,
-            layout=layout,
             clock=clock,
             notifier=notifier,
             nova=nova,

@@ -20,8 +20,7 @@ from structlog.testing import capture_logs
 
 from imdsproxy.admin import routes
 from imdsproxy.admin.api import admin_app
-from imdsproxy.admin.reports import StatusReport
-from imdsproxy.admin.status import report_status
+from imdsproxy.admin.status import StatusReport, report_status
 from imdsproxy.app.compiler import CompiledIndex, RecordCompiler
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.policy_store import PolicyStore, TokenKeys

@@ -7,7 +7,7 @@ up is one `ProblemBody` (RFC 9457).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -19,26 +19,11 @@ from imdsproxy import __version__
 from imdsproxy.admin.routes import router
 from imdsproxy.controller.controller import Controller
 from imdsproxy.core.wire import RETRY_AFTER_S
-from imdsproxy.errors import (
-    AlreadyExists,
-    ConfigError,
-    ImdsproxyError,
-    NotFound,
-    Problem,
-    RequestRefused,
-    SourceRefused,
-)
+from imdsproxy.errors import ImdsproxyError, Problem
 
 _PROBLEM_JSON: Final = "application/problem+json"
 _UNAVAILABLE: Final = 503
 _CODES: Final = {404: "no-such-route", 405: "method-not-allowed"}
-_STATUS: Final[tuple[tuple[type[ImdsproxyError], int], ...]] = (
-    (NotFound, 404),
-    (AlreadyExists, 409),
-    (RequestRefused, 422),
-    (SourceRefused, 409),
-    (ConfigError, 422),
-)
 
 
 class ProblemField(BaseModel):
@@ -107,31 +92,23 @@ def admin_app(controller: Controller | None) -> FastAPI:
     return app
 
 
-def status_of(error: ImdsproxyError | type[ImdsproxyError]) -> int:
-    """The HTTP status of an error: by its class, then 503 where trying again helps, else 500."""
-    kind = error if isinstance(error, type) else type(error)
-    for known, status in _STATUS:
-        if issubclass(kind, known):
-            return status
-    return _UNAVAILABLE if kind.retryable else 500
-
-
 async def _refused(_request: Request, error: Exception) -> JSONResponse:
-    if not isinstance(error, ImdsproxyError):  # for the type checker: Starlette knows
-        raise error
-    return _answer(status_of(error), error.code, error.message, error.hint, error.problems)
+    refusal = cast("ImdsproxyError", error)
+    return _answer(
+        refusal.http_status, refusal.code, refusal.message, refusal.hint, refusal.problems
+    )
 
 
 async def _unacceptable(_request: Request, error: Exception) -> JSONResponse:
     problems = []
-    for each in error.errors() if isinstance(error, RequestValidationError) else ():
+    for each in cast("RequestValidationError", error).errors():
         steps = [str(step) for step in each["loc"]]
         problems.append(Problem(".".join(steps[1:]) or ".".join(steps), each["msg"]))
     return _answer(422, "request-refused", "the request is not acceptable", problems=problems)
 
 
 async def _no_route(request: Request, error: Exception) -> JSONResponse:
-    status = error.status_code if isinstance(error, HTTPException) else 500
+    status = cast("HTTPException", error).status_code
     message = f"{request.method} {request.url.path} is not part of this API"
     code = _CODES.get(status, "request-refused")
     return _answer(status, code, message, "/openapi.json lists all routes")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Self, TypeAlias, TypeVa
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, create_model
 from starlette.responses import JSONResponse
 
-from imdsproxy.admin.record_reports import LeftOut, find_network
+from imdsproxy.admin.records import LeftOut, find_network
 from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.observation import Conflict
 from imdsproxy.core.packed import PackedInstances

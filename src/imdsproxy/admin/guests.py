@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, assert_never
 
 from imdsproxy.admin.bodies import DocumentBody, DocumentView
-from imdsproxy.admin.reports import CardReport, Explanation, PairReport, PathDecision, Probe
 from imdsproxy.anti_spoofing.plan import ANY_MAC, plan_pair
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.controller.controller import Controller
@@ -26,10 +25,18 @@ from imdsproxy.core.identity import (
     identify,
 )
 from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import Dialect, InstanceId, NetworkId, Scope, Upstream
-from imdsproxy.core.observation import AddressKey
+from imdsproxy.core.model import (
+    Dialect,
+    InstanceId,
+    IpAddress,
+    MacAddress,
+    NetworkId,
+    Scope,
+    Upstream,
+)
+from imdsproxy.core.observation import AddressKey, Claimant, SourceName
 from imdsproxy.core.plan import policy_place, record_key
-from imdsproxy.core.policy_report import decide_read, report_policy
+from imdsproxy.core.policy_report import Decided, PolicyInForce, decide_read, report_policy
 from imdsproxy.core.wire import HEADER_LOGGED, MISMATCH_TEXT, NovaRecord, hide_signatures
 from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import NotFound, RuntimeUnavailable
@@ -46,6 +53,99 @@ _COMMON: Final[Mapping[Dialect, str]] = {
     Dialect.OPENSTACK: "/openstack/latest/meta_data.json",
     Dialect.NOCLOUD: "/nocloud/meta-data",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class PairReport:
+    """An address and its MAC, in a network that checks them.
+
+    Attributes:
+        seen: The MAC that the neighbour table has.
+        expected: The one that the records want; `*` for any, `None` where no instance has the address.
+        granted: The one that the kernel lets through to HAProxy's quick answers.
+        gate: The kernel looks at MACs there; without that, guests with a MAC in their records get no answer.
+    """
+
+    seen: MacAddress | None
+    expected: MacAddress | None
+    granted: MacAddress | None
+    gate: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CardReport:
+    """A network card of the record.
+
+    Attributes:
+        seen: The MACs that the neighbour table has for its addresses: those of the guest's real network cards.
+    """
+
+    network: NetworkId
+    mac: MacAddress
+    seen: tuple[MacAddress, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PathDecision:
+    """What the policy says to a GET; whether there is such a document is another question.
+
+    Attributes:
+        path: As it was asked for.
+        without_token: Where the guest sends no session token.
+        with_token: Where it sends a good one.
+    """
+
+    path: str
+    without_token: Decided
+    with_token: Decided
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A GET as the guest sends it, without a session token, and the status of its answer."""
+
+    path: str
+    status: int
+
+
+@dataclass(slots=True)
+class Explanation:
+    """Who a guest is, why, and what it gets.
+
+    Attributes:
+        verdict: `found`, `unknown`, `mismatch`, `conflict`, `no-network` or `left-out`.
+        answer: The HTTP status a document of an enabled dialect has: 200, 403, 404 or 503; `None` where the
+            request is sent to Nova, which decides.
+        why: The steps that led there, one sentence each, in order.
+        how: `address`, `eui64`, `neighbour` or `router` where an instance was found.
+        installed: The value in HAProxy's map, as its worker has it; `None` when it has none or
+            could not be asked.
+        policy: What applies to the guest's requests, as name and value (dialects, endpoint, hold).
+        pair: The address and its MAC; `None` where the network does not check them.
+        cards: The record's network cards, where an instance was found.
+        rules: What the guest may read and which scope sets it, where an instance was found.
+        decision: Of the policy, where it was asked for by a path and an instance was found.
+        probe: What a GET got, where one was asked for.
+    """
+
+    network: NetworkId
+    address: IpAddress
+    verdict: str
+    answer: int | None
+    why: tuple[str, ...] = ()
+    instance: InstanceId | None = None
+    instance_name: str | None = None
+    source: SourceName | None = None
+    how: str | None = None
+    revision: str | None = None
+    installed: str | None = None
+    claimants: tuple[Claimant, ...] = ()
+    policy: Mapping[str, str] = field(default_factory=dict)
+    pair: PairReport | None = None
+    cards: tuple[CardReport, ...] = ()
+    rules: PolicyInForce | None = None
+    decision: PathDecision | None = None
+    probe: Probe | None = None
 
 
 @dataclass(frozen=True, slots=True)

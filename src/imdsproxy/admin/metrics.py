@@ -25,8 +25,12 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from imdsproxy import __version__
-from imdsproxy.admin.reports import Readiness
-from imdsproxy.admin.status import report_macs, report_readiness, report_unix_listener
+from imdsproxy.admin.status import (
+    Readiness,
+    report_macs,
+    report_readiness,
+    report_unix_listener,
+)
 from imdsproxy.controller.controller import Controller
 from imdsproxy.core.haproxy.frontends import AGENTS
 from imdsproxy.core.haproxy.runtime import WorkerTotals

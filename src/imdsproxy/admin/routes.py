@@ -12,10 +12,11 @@ from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, PlainTextResponse
 
-from imdsproxy.admin import bodies, guests, record_reports, records, tokens
-from imdsproxy.admin.records import Written
-from imdsproxy.admin.reports import Explanation, GuardChange, KeyRotation, StatusReport
-from imdsproxy.admin.status import report_status
+from imdsproxy.admin import bodies, guests, records, tokens
+from imdsproxy.admin.guests import Explanation
+from imdsproxy.admin.records import Report, Written
+from imdsproxy.admin.status import StatusReport, report_status
+from imdsproxy.admin.tokens import GuardChange, KeyRotation
 from imdsproxy.config.changes import SettingsReload
 from imdsproxy.controller.controller import Controller
 from imdsproxy.controller.reload import reload_settings
@@ -39,11 +40,11 @@ _NAMED: Final = Field(description="Its id, or its name where no other has that."
 
 
 async def _network_id(network: Annotated[str, _NAMED], controller: _Uses) -> NetworkId:
-    return record_reports.find_network(controller.inventory, network)
+    return records.find_network(controller.inventory, network)
 
 
 async def _instance_id(instance: Annotated[str, _NAMED], controller: _Uses) -> InstanceId:
-    return record_reports.find_instance(controller.inventory, instance)
+    return records.find_instance(controller.inventory, instance)
 
 
 async def _body(request: Request) -> object:
@@ -158,12 +159,10 @@ async def watch(
     """What guests asked for and were answered since `cursor`; HAProxy tells while this is asked every few seconds."""
     return await controller.watching.read(
         cursor,
-        network=None
-        if network is None
-        else record_reports.find_network(controller.inventory, network),
+        network=None if network is None else records.find_network(controller.inventory, network),
         instance=None
         if instance is None
-        else record_reports.find_instance(controller.inventory, instance),
+        else records.find_instance(controller.inventory, instance),
     )
 
 
@@ -214,7 +213,7 @@ async def rotate_token_keys(controller: _Uses) -> KeyRotation:
 @router.get("/networks", responses={200: {"model": list[bodies.NetworkView]}})
 async def list_networks(controller: _Uses) -> JSONResponse:
     """Every network, by id."""
-    return await _listed(record_reports.networks(controller))
+    return await _listed(records.report_networks(controller))
 
 
 @router.post("/networks", status_code=201, openapi_extra=_takes(bodies.NetworkRecord))
@@ -226,7 +225,7 @@ async def add_network(body: _Body, controller: _Uses) -> Written:
 @router.get("/networks/{network}", responses={200: {"model": bodies.NetworkView}})
 async def show_network(network: _Network, controller: _Uses) -> JSONResponse:
     """One network."""
-    return bodies.RecordResponse(record_reports.network(controller, network))
+    return bodies.RecordResponse(records.report_network(controller, network))
 
 
 @router.put("/networks/{network}", openapi_extra=_takes(bodies.NetworkRecord))
@@ -243,7 +242,7 @@ async def patch_network(network: _Network, body: _Body, controller: _Uses) -> Wr
     patch = bodies.refuse_unlike(body, network)
     bodies.refuse_unclearable(patch, NETWORK)
     async with controller.patching:
-        known = render_record(record_reports.network(controller, network)["record"])
+        known = render_record(records.report_network(controller, network)["record"])
         changed = _read_network(bodies.merge_patch(known, patch))
         return await records.put_records(controller, [changed], [])
 
@@ -260,8 +259,8 @@ async def list_instances(
     network: Annotated[str | None, Query(description="Only those with a port in it.")] = None,
 ) -> JSONResponse:
     """Every instance, by id, without payloads."""
-    chosen = None if network is None else record_reports.find_network(controller.inventory, network)
-    return await _listed(record_reports.instances(controller, chosen), record_reports.summarise)
+    chosen = None if network is None else records.find_network(controller.inventory, network)
+    return await _listed(records.report_instances(controller, chosen), records.summarise)
 
 
 @router.post("/instances", status_code=201, openapi_extra=_takes(bodies.InstanceRecord))
@@ -273,7 +272,7 @@ async def add_instance(body: _InstanceBody, controller: _Uses) -> Written:
 @router.get("/instances/{instance}", responses={200: {"model": bodies.InstanceView}})
 async def show_instance(instance: _Instance, controller: _Uses) -> JSONResponse:
     """One instance, payloads included."""
-    return bodies.RecordResponse(record_reports.instance(controller, instance))
+    return bodies.RecordResponse(records.report_instance(controller, instance))
 
 
 @router.put("/instances/{instance}", openapi_extra=_takes(bodies.InstanceRecord))
@@ -296,7 +295,7 @@ async def patch_instance(instance: _Instance, body: _InstanceBody, controller: _
     if clears_password:
         del patch[bodies.PASSWORD]
     async with controller.patching:
-        known = render_record(record_reports.instance(controller, instance)["record"])
+        known = render_record(records.report_instance(controller, instance)["record"])
         changed = _read_instance(bodies.merge_patch(known, patch))
         # A password is no part of the record, which may be another source's.
         unchanged = clears_password and patch.keys() == {"id"}
@@ -369,8 +368,8 @@ def _no_password(instance: InstanceId) -> NotFound:
 
 
 async def _listed(
-    reports: list[record_reports.Report],
-    finish: Callable[[record_reports.Report], record_reports.Report] = lambda report: report,
+    reports: list[Report],
+    finish: Callable[[Report], Report] = lambda report: report,
 ) -> JSONResponse:
     """A list finished and rendered in a thread: the loop has guests waiting in the resolver."""
     return await asyncio.to_thread(lambda: bodies.RecordResponse([*map(finish, reports)]))

@@ -3,24 +3,202 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
 from imdsproxy import __version__
-from imdsproxy.admin import reports
-from imdsproxy.admin.record_reports import LeftOut
+from imdsproxy.admin.records import LeftOut
 from imdsproxy.controller.controller import Controller
 from imdsproxy.core.documents.ec2 import list_warnings
 from imdsproxy.core.haproxy import limits
 from imdsproxy.core.haproxy.runtime import Processes
+from imdsproxy.core.observation import Conflict, SourceName
+from imdsproxy.core.timing import Step
+from imdsproxy.dataplane.haproxy import ReloadReport
 from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import DataplaneError, Problem
+from imdsproxy.nova.upstream import NovaEndpointReport
 
 _SHOWN: Final = 20
 _WORTH_A_LOOK: Final = 10
 """An instance that uses less than one part in so many of its limit is not listed: most of 10,000 guests do."""
 
 
-def report_readiness(controller: Controller) -> reports.Readiness:
+@dataclass(frozen=True, slots=True)
+class SourceReport:
+    """One source of records.
+
+    Attributes:
+        in_sync: It has reported all its records.
+        stale_s: Seconds for which it has not answered, 0 while it does; its last records stay.
+        problems: Every record that it refuses now.
+    """
+
+    name: SourceName
+    in_sync: bool
+    networks: int = 0
+    instances: int = 0
+    stale_s: float = 0.0
+    problems: tuple[Problem, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class HaproxyReport:
+    """The data plane; `None` where it is not known (not started, or not answering)."""
+
+    version: str | None = None
+    master: int | None = None
+    worker: int | None = None
+    old_workers: tuple[int, ...] = ()
+    reloads: int = 0
+    last_reload: ReloadReport | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentsReport:
+    """The document server's processes: the parent first.
+
+    Attributes:
+        needed: Off where the settings say so; then it does not run.
+    """
+
+    pids: tuple[int, ...] = ()
+    problem: str = ""
+    needed: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class UnixListenerReport:
+    """The socket for Neutron's proxies, where it is enabled.
+
+    Attributes:
+        serving: HAProxy's socket is at the path.
+        mode: Of the socket, as `0644`; empty where it is left out.
+        user: Its owner's uid.
+        group: Its group's gid.
+        problem: Why it is left out.
+        taken_over: How often the path was taken from a process that lives, since the controller started.
+        taken_from: The process, the last time; empty for none.
+    """
+
+    path: str
+    serving: bool
+    mode: str = ""
+    user: int | None = None
+    group: int | None = None
+    problem: str = ""
+    taken_over: int = 0
+    taken_from: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReport:
+    """The last plan: what it did, why, and what of it failed (and is tried again)."""
+
+    at: float
+    operations: int
+    reasons: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
+    took_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class MacsReport:
+    """What is made of guests' MACs.
+
+    Attributes:
+        gates: Networks where the kernel looks at them.
+        refused: Networks where it should, and cannot: guests with a MAC in their records get no answer there.
+        pairs: Addresses that are let through with a MAC, or with any.
+        learned: Addresses that guests have by their MAC alone.
+        mismatches: Requests with an address of one and the MAC of another since the controller started, by network;
+            the twenty with the most.
+    """
+
+    gates: int = 0
+    refused: int = 0
+    pairs: int = 0
+    learned: int = 0
+    mismatches: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class AuditReport:
+    """The audit log.
+
+    Attributes:
+        mode: `sampled` or `all`.
+        written: Lines since the controller started.
+        left_out: Requests without a line since then, because HAProxy's ring or the journal had no room.
+        problem: Why no lines are written now.
+    """
+
+    mode: str
+    destination: str
+    written: int = 0
+    left_out: int = 0
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """Whether guests get what the sources say.
+
+    Attributes:
+        reasons: Why not, a line each.
+        degraded: Networks that are configured and not served, then what is wrong and no guest notices; a line each.
+    """
+
+    ready: bool
+    reasons: tuple[str, ...] = ()
+    degraded: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StatusReport:
+    """Everything at one moment.
+
+    Attributes:
+        started_at: Unix time of the controller's start, in seconds.
+        serving: Networks that are served as configured.
+        problems: What is wrong and belongs to no source, network or instance.
+        unix_listener: `None` where it is off.
+        warnings: Names in records that documents change or lack; twenty at most, then how many more.
+        policy_for_nobody: Where settings speak of a network, project or instance that no source tells of.
+        busiest: Who is kept to its limits now, and then who asks for most; ten at most.
+        audit: `None` where there is none.
+        progress: Long work that is under way.
+    """
+
+    version: str
+    controller: int
+    started_at: float
+    uptime_s: float
+    readiness: Readiness
+    networks: int
+    serving: int
+    instances: int
+    addresses: int
+    left_out: tuple[LeftOut, ...] = ()
+    sources: tuple[SourceReport, ...] = ()
+    conflicts: tuple[Conflict, ...] = ()
+    problems: tuple[Problem, ...] = ()
+    haproxy: HaproxyReport = field(default_factory=HaproxyReport)
+    documents: DocumentsReport = field(default_factory=DocumentsReport)
+    last_plan: PlanReport | None = None
+    nova: tuple[NovaEndpointReport, ...] = ()
+    unix_listener: UnixListenerReport | None = None
+    macs: MacsReport = field(default_factory=MacsReport)
+    warnings: tuple[str, ...] = ()
+    policy_for_nobody: tuple[str, ...] = ()
+    busiest: tuple[limits.Asker, ...] = ()
+    audit: AuditReport | None = None
+    progress: tuple[Step, ...] = ()
+
+
+def report_readiness(controller: Controller) -> Readiness:
     """In sync, last plan applied, a probe through HAProxy answered, and all networks served; else why not."""
     sources = controller.inventory.sources.items()
     reasons = [f"source {name} is not in sync" for name, in_sync in sources if not in_sync]
@@ -32,7 +210,7 @@ def report_readiness(controller: Controller) -> reports.Readiness:
     degraded = (*_list_degraded(controller), *map(str, controller.unnoticed_problems()))
     if controller.holder.settings.metrics.degraded == "not-ready":
         reasons += degraded
-    return reports.Readiness(not reasons, tuple(reasons), degraded)
+    return Readiness(not reasons, tuple(reasons), degraded)
 
 
 def _list_degraded(controller: Controller) -> list[str]:
@@ -46,12 +224,12 @@ def _list_degraded(controller: Controller) -> list[str]:
     return [*lines, f"and {more} more networks: imdsproxy status"] if more else lines
 
 
-async def report_status(controller: Controller) -> reports.StatusReport:
+async def report_status(controller: Controller) -> StatusReport:
     """Everything at one moment."""
     inventory, listeners, records = controller.inventory, controller.listeners, controller.records
     companion, plan = controller.companion, listeners.report
     await controller.nova_watch.refresh()
-    return reports.StatusReport(
+    return StatusReport(
         version=__version__,
         controller=os.getpid(),
         started_at=controller.started_at,
@@ -66,10 +244,10 @@ async def report_status(controller: Controller) -> reports.StatusReport:
         conflicts=inventory.conflicts(),
         problems=(*controller.own_problems(), *controller.unnoticed_problems()),
         haproxy=_report_haproxy(controller),
-        documents=reports.DocumentsReport(
+        documents=DocumentsReport(
             companion.read().pids, _reason(controller.documents_problem()), companion.needed
         ),
-        last_plan=reports.PlanReport(
+        last_plan=PlanReport(
             plan.at, plan.operations, plan.reasons, tuple(map(str, plan.problems)), plan.seconds
         ),
         nova=controller.nova_watch.endpoints,
@@ -111,12 +289,12 @@ async def _find_busiest(controller: Controller) -> tuple[limits.Asker, ...]:
     return tuple(found)
 
 
-def _report_audit(controller: Controller) -> reports.AuditReport | None:
+def _report_audit(controller: Controller) -> AuditReport | None:
     audit = controller.audit
     settings = audit.settings()
     if not settings.one_in:
         return None
-    return reports.AuditReport(
+    return AuditReport(
         settings.mode,
         settings.destination,
         audit.written,
@@ -125,10 +303,10 @@ def _report_audit(controller: Controller) -> reports.AuditReport | None:
     )
 
 
-def report_macs(controller: Controller) -> reports.MacsReport:
+def report_macs(controller: Controller) -> MacsReport:
     """What is made of guests' MACs."""
     filters, learned = controller.mac_filters, controller.records.learned.values()
-    return reports.MacsReport(
+    return MacsReport(
         gates=len(filters.plan.filters),
         refused=len(filters.refused),
         pairs=filters.pair_count,
@@ -137,7 +315,7 @@ def report_macs(controller: Controller) -> reports.MacsReport:
     )
 
 
-def _report_source(controller: Controller, name: str, in_sync: bool) -> reports.SourceReport:  # noqa: FBT001 - as the inventory has it
+def _report_source(controller: Controller, name: str, in_sync: bool) -> SourceReport:  # noqa: FBT001 - as the inventory has it
     """A source with the records that it refuses, and its ports in networks that no source has."""
     inventory, sources = controller.inventory, controller.sources
     source = next(each for each in sources.all if each.name == name)
@@ -148,18 +326,17 @@ def _report_source(controller: Controller, name: str, in_sync: bool) -> reports.
     # Others are in sync only while they can be read.
     stale_s = asked.queries.stale_s if asked is not None and asked is source else 0.0
     counts = inventory.record_counts(name)
-    return reports.SourceReport(
-        name, in_sync, *counts, stale_s, (*inventory.problems_of(name), *stranded)
-    )
+    problems = (*inventory.problems_of(name), *stranded)
+    return SourceReport(name, in_sync, *counts, stale_s, problems)
 
 
-def report_unix_listener(controller: Controller) -> reports.UnixListenerReport | None:
+def report_unix_listener(controller: Controller) -> UnixListenerReport | None:
     """The socket for Neutron's proxies; `None` where it is off."""
     unix = controller.listeners.unix
     settings, bind = unix.settings(), unix.bind
     if not settings.enabled:
         return None
-    return reports.UnixListenerReport(
+    return UnixListenerReport(
         path=str(settings.path),
         serving=unix.serving,
         mode="" if bind is None else bind.mode,
@@ -171,10 +348,10 @@ def report_unix_listener(controller: Controller) -> reports.UnixListenerReport |
     )
 
 
-def _report_haproxy(controller: Controller) -> reports.HaproxyReport:
+def _report_haproxy(controller: Controller) -> HaproxyReport:
     haproxy = controller.haproxy
     processes = haproxy.processes or Processes(0, None)
-    return reports.HaproxyReport(
+    return HaproxyReport(
         controller.haproxy_version,
         processes.master or None,
         processes.worker,

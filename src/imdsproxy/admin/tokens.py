@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from imdsproxy.admin.reports import GuardChange, KeyRotation
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.controller.controller import Controller
 from imdsproxy.core.model import InstanceId
@@ -18,6 +18,45 @@ from imdsproxy.core.wire import parse_map_value
 from imdsproxy.errors import NotFound
 
 _APPLY_DEADLINE_S: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class GuardChange:
+    """What an operator did about one instance; it is on disk, and outlives every restart.
+
+    Attributes:
+        epoch: How often its tokens were revoked.
+        reopened_at: When its boot was opened again, Unix time; `None` for never.
+        applied: No worker of HAProxy goes by the state before. Off: it comes in force when `pending` is mended.
+        pending: Why it is not in force yet.
+        shared: Of a revocation, the file of keys that other hosts have too: none of them hears of it.
+    """
+
+    instance: InstanceId
+    epoch: int
+    reopened_at: int | None = None
+    applied: bool = True
+    pending: tuple[str, ...] = ()
+    shared: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRotation:
+    """A fresh key signs tokens.
+
+    Attributes:
+        kid: Its name, with which its tokens begin.
+        keys: How many keys are believed, with this one.
+        file: Where they are.
+        applied: Every worker of HAProxy knows it.
+        pending: Why not yet.
+    """
+
+    kid: str
+    keys: int
+    file: str
+    applied: bool = True
+    pending: tuple[str, ...] = ()
 
 
 async def revoke_tokens(controller: Controller, instance: InstanceId) -> GuardChange:

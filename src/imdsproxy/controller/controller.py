@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Collection, Coroutine, Iterable, Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 from ipaddress import ip_address
@@ -60,6 +60,7 @@ from imdsproxy.unix_listener.listener import UnixListener
 if TYPE_CHECKING:
     from imdsproxy.serving.resolver_app import Forward
 
+_log: Final = structlog.get_logger()
 _REVIEW_EVERY_S: Final = 1.0
 _WATCH_S: Final = 10.0
 _EXPIRE_EVERY_S: Final = 5.0
@@ -75,7 +76,6 @@ class Controller:
 
     Args:
         holder: The settings.
-        layout: Where everything is.
         clock: For everything.
         notifier: The service manager.
         nova: With the secrets that the settings name.
@@ -98,7 +98,6 @@ class Controller:
         self,
         *,
         holder: SettingsHolder,
-        layout: Layout,
         clock: Clock,
         notifier: ServiceNotifier,
         nova: NovaUpstream,
@@ -107,7 +106,7 @@ class Controller:
         config: Path | None,
         environment: Mapping[str, str],
     ) -> None:
-        settings = holder.settings
+        settings, layout = holder.settings, Layout.of(holder.settings)
         self.holder, self.layout, self.clock, self.notifier = holder, layout, clock, notifier
         self.nova, self.host = nova, host
         self.started_at, self.started = clock.now().timestamp(), clock.monotonic()
@@ -205,7 +204,7 @@ class Controller:
         self.resolver.wake_networks({one for one, address in named if address.is_link_local})
 
     def _compare_again(self, reason: str) -> None:
-        structlog.get_logger().info("records compared again", reason=reason)
+        _log.info("records compared again", reason=reason)
         self.records.resync()
         # All networks: a look at the host while HAProxy came back took its new sockets for another program's.
         self.touch(reason)
@@ -230,15 +229,15 @@ class Controller:
             return self.notifier.keep(KEPT_WORKERS, worker.fileno())
         except HostRefused as error:
             # Lines go on; those that are not read when this controller ends are lost.
-            structlog.get_logger().warning("connection not kept", reason=error.message)
+            _log.warning("connection not kept", reason=error.message)
             return False
 
     @cached_property
     def forward(self) -> Forward:
         """Sends a request that was found to HAProxy."""
-        from imdsproxy.serving.resolver_app import FoundForwarder  # noqa: PLC0415 - known guests do not wait for it
+        from imdsproxy.serving.resolver_app import found_forwarder  # noqa: PLC0415 - known guests do not wait for it
 
-        return FoundForwarder(str(self.layout.found_socket), _FORWARD_S).forward
+        return found_forwarder(str(self.layout.found_socket), _FORWARD_S)
 
     def documents_problem(self) -> Problem | None:
         """Why guests get no documents."""
@@ -318,12 +317,10 @@ class Controller:
                 elif (key := self._learned_key(change)) is not None:
                     self.lookup.on_neighbour(key, change.mac)
 
-    def _tables(self) -> Collection[str]:
-        return {*self.mac_filters.tables(), self.hop_limits.kernel.table}
-
     async def _follow_tables(self) -> None:
         """Create tables again that another program has removed, as `nft flush ruleset` does."""
-        with watch_tables(self._tables) as removals:
+        kernel, filters = self.hop_limits.kernel, self.mac_filters
+        with watch_tables(lambda: {*filters.tables(), kernel.table}) as removals:
             async for table in removals:
                 self.mac_filters.lost(table)
                 await self.hop_limits.lost(table)
@@ -335,7 +332,7 @@ class Controller:
             try:
                 await self.mac_filters.expire()
             except HostRefused as error:
-                structlog.get_logger().warning("pairs not withdrawn", error=error.message)
+                _log.warning("pairs not withdrawn", error=error.message)
 
     async def _review(self) -> None:
         """Read again what was learned from neighbour tables when its time is over, and look at the unix listener.

@@ -16,6 +16,7 @@ from imdsproxy.dataplane.haproxy import link_jail_to_itself
 from imdsproxy.errors import ImdsproxyError
 
 _TAKE_OVER_S: Final = 10.0
+_log: Final = structlog.get_logger()
 
 
 async def reload_settings(controller: Controller, *, allow_dropped: bool) -> SettingsReload:
@@ -41,13 +42,10 @@ def hang_up(controller: Controller) -> None:
     try:
         result, _ = _begin(controller)
     except ImdsproxyError as error:
-        structlog.get_logger().error("settings not reloaded", code=error.code, error=str(error))
+        _log.error("settings not reloaded", code=error.code, error=str(error))
         return
-    structlog.get_logger().info(
-        "settings reloaded",
-        changed=[change.path for change in result.changes],
-        restart_needed=list(result.restart_needed),
-    )
+    changed, restart_needed = [one.path for one in result.changes], list(result.restart_needed)
+    _log.info("settings reloaded", changed=changed, restart_needed=restart_needed)
 
 
 def _begin(

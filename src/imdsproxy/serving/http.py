@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, MutableMapping
 from functools import partial
 from typing import Any, BinaryIO, Final, TypeAlias, cast
 
@@ -175,70 +176,64 @@ class _Protocol(HttpToolsProtocol):
         super().on_response_complete()
 
 
-class HttpListener:
-    """Serves one application on a socket within the running loop."""
+@contextlib.asynccontextmanager
+async def serving(app: AsgiApp, listener: socket.socket, *, grace_s: float) -> AsyncIterator[None]:
+    """Answer requests on a listening socket, which is closed at the end.
 
-    def __init__(self, app: AsgiApp) -> None:
-        self._config = Config(
-            cast("object", app),  # type: ignore[arg-type] # its own alias wants its own TypedDicts
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            interface="asgi3",
-            log_config=None,
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            date_header=False,
-            timeout_keep_alive=_KEEP_ALIVE_S,
-        )
-        self._config.load()
-        self._state = ServerState()
-        self._server: asyncio.Server | None = None
-
-    async def open(self, listener: socket.socket) -> None:
-        """Accept connections of a listening socket; it is closed by `close`."""
-        loop = asyncio.get_running_loop()
-        protocol = partial(_Protocol, config=self._config, server_state=self._state, app_state={})
-        self._server = await loop.create_server(protocol, sock=listener, backlog=_BACKLOG)
-
-    async def close(self, *, grace_s: float) -> None:
-        """Accept no more, let requests finish for so long, then end what is left.
-
-        A connection on which nothing is asked just now may have a request on its way: for a moment it gets its
-        answer, which also asks the client to close, before idle ones are closed from here.
-        """
-        loop = asyncio.get_running_loop()
-        self._state.default_headers = [(b"connection", b"close")]
+    Then no more are accepted, and those that have begun have so long to finish. A connection on which nothing is asked
+    just then may have a request on its way: for a moment it gets its answer, which also asks the client to close,
+    before idle ones are closed from here.
+    """
+    config, state, loop = _config(app), ServerState(), asyncio.get_running_loop()
+    protocol = partial(_Protocol, config=config, server_state=state, app_state={})
+    server = await loop.create_server(protocol, sock=listener, backlog=_BACKLOG)
+    try:
+        yield
+    finally:
+        state.default_headers = [(b"connection", b"close")]
         deadline = loop.time() + grace_s
         # A client may have found the socket a moment ago and be connected only now.
         await asyncio.sleep(_DRAIN_POLL_S)
-        if self._server is not None:
-            for listener in self._server.sockets:
-                loop.remove_reader(listener.fileno())
-            # asyncio loses a connection whose server is closed in the turn of the loop in which it was accepted.
-            await asyncio.sleep(0)
-            self._server.close()
+        for accepting in server.sockets:
+            loop.remove_reader(accepting.fileno())
+        # asyncio loses a connection whose server is closed in the turn of the loop in which it was accepted.
+        await asyncio.sleep(0)
+        server.close()
         # A connection that has just been accepted is among those known only after a turn of the loop.
         await asyncio.sleep(_DRAIN_POLL_S)
-        await self._drain(min(loop.time() + _LINGER_S, deadline))
-        for connection in list(self._state.connections):
+        await _drain(state, min(loop.time() + _LINGER_S, deadline))
+        for connection in list(state.connections):
             connection.shutdown()
-        await self._drain(deadline)
-        for task in list(self._state.tasks):
+        await _drain(state, deadline)
+        for task in list(state.tasks):
             task.cancel()
 
-    async def _drain(self, deadline: float) -> None:
-        loop = asyncio.get_running_loop()
-        while self._state.connections and loop.time() < deadline:  # noqa: ASYNC110 - uvicorn has no event for it
-            await asyncio.sleep(_DRAIN_POLL_S)
+
+def _config(app: AsgiApp) -> Config:
+    config = Config(
+        app,
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        interface="asgi3",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        date_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+    )
+    config.load()
+    return config
+
+
+async def _drain(state: ServerState, deadline: float) -> None:
+    loop = asyncio.get_running_loop()
+    while state.connections and loop.time() < deadline:  # noqa: ASYNC110 - uvicorn has no event for it
+        await asyncio.sleep(_DRAIN_POLL_S)
 
 
 async def serve(app: AsgiApp, listener: socket.socket) -> None:
-    """Serve until cancelled, then let what has begun come to its end."""
-    server = HttpListener(app)
-    await server.open(listener)
-    try:
+    """`serving` until cancelled."""
+    async with serving(app, listener, grace_s=_GRACE_S):
         await asyncio.Event().wait()
-    finally:
-        await server.close(grace_s=_GRACE_S)

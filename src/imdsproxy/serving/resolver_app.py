@@ -159,8 +159,7 @@ class CollectedAnswer:
             self.body += cast("bytes", message["body"])
 
 
-@dataclass(slots=True)
-class FoundForwarder:
+def found_forwarder(socket: str, timeout_s: float, *, per_network: int = 16) -> Forward:
     """Forwards requests to HAProxy's frontend `found`.
 
     A guest that reads its answer slowly keeps a connection as long as it likes. So no network has more than its
@@ -171,38 +170,27 @@ class FoundForwarder:
         timeout_s: The longest that HAProxy may take; it has deadlines of its own, which are shorter.
         per_network: A network's share of the connections.
     """
-
-    socket: str
-    timeout_s: float
-    per_network: int = 16
-    _pool: httpcore.AsyncConnectionPool = field(init=False)
-    _shares: WeakValueDictionary[str, asyncio.Semaphore] = field(
-        default_factory=WeakValueDictionary
+    # Kept connections would stay with a worker that drains after a reload; a miss is rare.
+    pool = httpcore.AsyncConnectionPool(
+        uds=socket, max_connections=256, max_keepalive_connections=0, retries=0
     )
+    limits = dict.fromkeys(("connect", "read", "write", "pool"), timeout_s)
+    shares: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
-    def __post_init__(self) -> None:
-        # Kept connections would stay with a worker that drains after a reload; a miss is rare.
-        self._pool = httpcore.AsyncConnectionPool(
-            uds=self.socket, max_connections=256, max_keepalive_connections=0, retries=0
+    async def forward(record: MapRecord, request: GuestRequest, send: Send) -> None:
+        network, started = "" if request.by_operator else request.key[0], False
+        asked = pool.stream(
+            request.method,
+            httpcore.URL(scheme=b"http", host=b"haproxy", port=80, target=request.target),
+            headers=list(_headers(record, request)),
+            content=request.body or None,
+            extensions={"timeout": limits},
         )
-
-    async def forward(self, record: MapRecord, request: GuestRequest, send: Send) -> None:
-        """Send the request; then pass head and body on as they come."""
-        network = "" if request.by_operator else request.key[0]
-        async with self._shares.setdefault(network, asyncio.Semaphore(self.per_network)):
-            await self._forward(record, request, send)
-
-    async def _forward(self, record: MapRecord, request: GuestRequest, send: Send) -> None:
-        started = False
-        limits = dict.fromkeys(("connect", "read", "write", "pool"), self.timeout_s)
         try:
-            async with self._pool.stream(
-                request.method,
-                httpcore.URL(scheme=b"http", host=b"haproxy", port=80, target=request.target),
-                headers=list(_headers(record, request)),
-                content=request.body or None,
-                extensions={"timeout": limits},
-            ) as response:
+            async with (
+                shares.setdefault(network, asyncio.Semaphore(per_network)),
+                asked as response,
+            ):
                 headers = [
                     (name.lower(), value)
                     for name, value in response.headers
@@ -223,6 +211,8 @@ class FoundForwarder:
                 # The guest must see that the answer is not whole: the server closes its connection.
                 raise
             await send_answer(retry_later(), send)
+
+    return forward
 
 
 def _headers(record: MapRecord, request: GuestRequest) -> Iterable[tuple[str | bytes, str | bytes]]:

@@ -42,7 +42,7 @@ from imdsproxy.host.process import (
 )
 from imdsproxy.host.servers import open_unix_socket
 from imdsproxy.serving.documents import DocumentService
-from imdsproxy.serving.http import LIVENESS_PATH, HttpListener
+from imdsproxy.serving.http import LIVENESS_PATH, serving
 from imdsproxy.serving.pidfile import PidFile, read_pids, signal_all
 from imdsproxy.serving.store import PasswordStore, RecordReader
 
@@ -419,12 +419,11 @@ class DocumentServer:
         over = asyncio.Event()
         loop.add_signal_handler(signal.SIGTERM, over.set)
         records = RecordReader(self.records, capacity=_CACHE_BYTES)
-        http = HttpListener(DocumentService(records, PasswordStore(self.passwords)))
-        await http.open(worker.listener)
-        succession = loop.create_task(self._end_when_replaced(worker, over))
-        await over.wait()
-        succession.cancel()
-        await http.close(grace_s=_GRACE_S)
+        documents = DocumentService(records, PasswordStore(self.passwords))
+        async with serving(documents, worker.listener, grace_s=_GRACE_S):
+            succession = loop.create_task(self._end_when_replaced(worker, over))
+            await over.wait()
+            succession.cancel()
 
     async def _end_when_replaced(self, worker: Worker, over: asyncio.Event) -> None:
         if self._parent is not None:

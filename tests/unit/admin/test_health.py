@@ -16,8 +16,7 @@ import pytest
 
 from imdsproxy.admin.health import HealthServer
 from imdsproxy.admin.metrics import Metrics
-from imdsproxy.admin.reports import Readiness
-from imdsproxy.admin.status import report_readiness
+from imdsproxy.admin.status import Readiness, report_readiness
 from imdsproxy.core.endpoints import LeftOut, LeftOutCode
 from imdsproxy.core.model import NetworkId
 from support.fake_controller import HEALTHY, fake_controller, fake_metrics

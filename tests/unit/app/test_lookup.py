@@ -12,8 +12,7 @@ from typing import Any, Final
 
 import pytest
 
-from imdsproxy.admin.guests import explain
-from imdsproxy.admin.reports import Explanation
+from imdsproxy.admin.guests import Explanation, explain
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.anti_spoofing.plan import LEARNED_PER_MAC, plan_pair
 from imdsproxy.app.lookup import Lookup

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import typer
 
-from imdsproxy.admin.reports import AuditReport, Readiness, SourceReport, UnixListenerReport
+from imdsproxy.admin.status import AuditReport, Readiness, SourceReport, UnixListenerReport
 from imdsproxy.cli import admin_client
 from imdsproxy.cli.main import EXAMPLES, build_program, iterate_commands, main
 from imdsproxy.core.timing import Step

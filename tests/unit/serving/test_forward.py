@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.wire import EmbeddedRecord, render_map_value
-from imdsproxy.serving.resolver_app import CollectedAnswer, FoundForwarder, GuestRequest
+from imdsproxy.serving.resolver_app import CollectedAnswer, Forward, GuestRequest, found_forwarder
 
 _RECORD = EmbeddedRecord(InstanceId("i"), "0" * 16)
 
@@ -39,12 +39,12 @@ class Peer:
 
 
 @contextlib.asynccontextmanager
-async def _peer(directory: Path) -> AsyncIterator[tuple[Peer, FoundForwarder]]:
+async def _peer(directory: Path) -> AsyncIterator[tuple[Peer, Forward]]:
     peer = Peer()
     path = directory / "found.sock"
     server = await asyncio.start_unix_server(peer.serve, str(path))
     async with server:
-        yield peer, FoundForwarder(str(path), 5.0)
+        yield peer, found_forwarder(str(path), 5.0, per_network=2)
 
 
 def _key(network: str) -> AddressKey:
@@ -86,8 +86,8 @@ _SENT = [
 async def test_the_target_is_sent_byte_for_byte_and_our_headers_are_ours(
     tmp_path: Path, request_: GuestRequest, more: list[bytes]
 ) -> None:
-    async with _peer(tmp_path) as (peer, forwarder):
-        await forwarder.forward(_RECORD, request_, CollectedAnswer().take)
+    async with _peer(tmp_path) as (peer, forward):
+        await forward(_RECORD, request_, CollectedAnswer().take)
     head, _, body = peer.seen.partition(b"\r\n\r\n")
     first, *lines = head.split(b"\r\n")
     assert first == b"%b %b HTTP/1.1" % (request_.method.encode(), request_.target)
@@ -96,13 +96,13 @@ async def test_the_target_is_sent_byte_for_byte_and_our_headers_are_ours(
 
 
 async def test_the_answer_is_passed_on_as_it_is(tmp_path: Path) -> None:
-    async with _peer(tmp_path) as (peer, forwarder):
+    async with _peer(tmp_path) as (peer, forward):
         peer.answer = (
             b"HTTP/1.1 409 Conflict\r\nContent-Encoding: gzip\r\nX-A: 1\r\nX-A: 2\r\n"
             b"Content-Length: 3\r\nConnection: close\r\n\r\n\x1f\x8b\xff"
         )
         answer = CollectedAnswer()
-        await forwarder.forward(_RECORD, _request(), answer.take)
+        await forward(_RECORD, _request(), answer.take)
         assert answer.status == 409
         assert answer.headers == (
             (b"content-encoding", b"gzip"),
@@ -118,46 +118,48 @@ async def test_no_answer_or_none_that_can_be_read_is_503(
     tmp_path: Path, answer: bytes | None
 ) -> None:
     got = CollectedAnswer()
-    async with _peer(tmp_path) as (peer, forwarder):
+    async with _peer(tmp_path) as (peer, forward):
         peer.answer = answer or b""
-        asked = forwarder if answer is not None else FoundForwarder(str(tmp_path / "none"), 1.0)
+        asked = forward if answer is not None else found_forwarder(str(tmp_path / "none"), 1.0)
         with capture_logs() as logs:
-            await asked.forward(_RECORD, _request(), got.take)
+            await asked(_RECORD, _request(), got.take)
     assert got.status == 503
     assert (b"retry-after", b"1") in got.headers
     assert [entry["event"] for entry in logs] == ["request not handed to haproxy"]
 
 
 async def test_an_answer_that_breaks_off_is_not_made_to_look_whole(tmp_path: Path) -> None:
-    async with _peer(tmp_path) as (peer, forwarder):
+    async with _peer(tmp_path) as (peer, forward):
         peer.answer = b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf"
         with capture_logs(), pytest.raises(httpcore.RemoteProtocolError):
-            await forwarder.forward(_RECORD, _request(), CollectedAnswer().take)
+            await forward(_RECORD, _request(), CollectedAnswer().take)
 
 
 async def test_a_network_has_its_share_of_the_connections_and_waits_for_it(tmp_path: Path) -> None:
-    async with _peer(tmp_path) as (_, forwarder):
-        forwarder.per_network = 2
+    async with _peer(tmp_path) as (_, forward):
         taking, go_on = asyncio.Semaphore(0), asyncio.Event()
 
         async def take_slowly(_: object) -> None:
             taking.release()
             await go_on.wait()
 
+        async def ask_slowly() -> None:
+            await forward(_RECORD, _request(), take_slowly)
+
         async with asyncio.timeout(30), asyncio.TaskGroup() as group:
             for _ in range(5):
-                group.create_task(forwarder.forward(_RECORD, _request(), take_slowly))
+                group.create_task(ask_slowly())
             for _ in range(2):
                 await taking.acquire()
             got = CollectedAnswer()
-            await forwarder.forward(_RECORD, replace(_request(), key=_key("green")), got.take)
+            await forward(_RECORD, replace(_request(), key=_key("green")), got.take)
             assert got.status == 200
             # Nor does an operator wait for them.
             got = CollectedAnswer()
-            await forwarder.forward(_RECORD, replace(_request(), by_operator=True), got.take)
+            await forward(_RECORD, replace(_request(), by_operator=True), got.take)
             assert got.status == 200
             assert taking.locked()
             go_on.set()
         got = CollectedAnswer()
-        await forwarder.forward(_RECORD, _request(), got.take)
+        await forward(_RECORD, _request(), got.take)
         assert got.status == 200

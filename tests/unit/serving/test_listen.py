@@ -5,7 +5,8 @@ import contextlib
 import os
 import socket
 import stat
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TypeAlias, cast
 
@@ -15,12 +16,12 @@ from imdsproxy.errors import HostRefused
 from imdsproxy.host.servers import open_unix_socket
 from imdsproxy.serving.http import (
     AsgiApp,
-    HttpListener,
     Receive,
     Scope,
     Send,
     _WholeAnswers,
     read_body,
+    serving,
 )
 
 ASK = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -64,14 +65,18 @@ def test_a_path_that_is_too_long_or_missing_is_refused_and_nothing_is_left(tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+End: TypeAlias = Callable[[], Coroutine[object, object, None]]
 Connect: TypeAlias = Callable[[], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
 
 
 @contextlib.asynccontextmanager
-async def listening(directory: Path, app: AsgiApp) -> AsyncIterator[tuple[HttpListener, Connect]]:
-    """A listener, and what connects to it."""
-    listener, path, writers = HttpListener(app), directory / "x.sock", list[asyncio.StreamWriter]()
-    await listener.open(open_unix_socket(path, mode=0o600))
+async def listening(
+    directory: Path, app: AsgiApp, grace_s: float = 20
+) -> AsyncIterator[tuple[End, Connect]]:
+    """What ends the serving of a socket, and what connects to it."""
+    path, writers, served = directory / "x.sock", list[asyncio.StreamWriter](), AsyncExitStack()
+    listener = open_unix_socket(path, mode=0o600)
+    await served.enter_async_context(serving(app, listener, grace_s=grace_s))
 
     async def connect() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         reader, writer = await asyncio.open_unix_connection(path)
@@ -79,19 +84,19 @@ async def listening(directory: Path, app: AsgiApp) -> AsyncIterator[tuple[HttpLi
         return reader, writer
 
     async with asyncio.timeout(60):
-        yield listener, connect
+        yield served.aclose, connect
         for writer in writers:
             writer.close()
-        await listener.close(grace_s=5)
+        await served.aclose()
 
 
 async def test_a_request_that_has_begun_is_finished_before_the_end(tmp_path: Path) -> None:
     begun, gate = asyncio.Event(), asyncio.Event()
-    async with listening(tmp_path, answering(begun, gate)) as (listener, connect):
+    async with listening(tmp_path, answering(begun, gate)) as (end, connect):
         reader, writer = await connect()
         writer.write(ASK)
         await begun.wait()
-        closing = asyncio.create_task(listener.close(grace_s=20))
+        closing = asyncio.create_task(end())
         await asyncio.sleep(0)
         gate.set()
         assert (await reader.read()).endswith(b"\r\n\r\nok")
@@ -101,9 +106,9 @@ async def test_a_request_that_has_begun_is_finished_before_the_end(tmp_path: Pat
 async def test_a_request_on_its_way_at_the_end_is_answered_and_the_connection_closed(
     tmp_path: Path,
 ) -> None:
-    async with listening(tmp_path, answering()) as (listener, connect):
+    async with listening(tmp_path, answering()) as (end, connect):
         reader, writer = await connect()
-        closing = asyncio.create_task(listener.close(grace_s=20))
+        closing = asyncio.create_task(end())
         await asyncio.sleep(0)
         writer.write(ASK)
         answer = await reader.read()
@@ -116,7 +121,7 @@ async def test_a_request_on_its_way_at_the_end_is_answered_and_the_connection_cl
 async def test_a_connection_that_comes_in_the_turn_of_the_end_is_answered(
     tmp_path: Path, *, accepted: bool
 ) -> None:
-    async with listening(tmp_path, answering()) as (listener, _):
+    async with listening(tmp_path, answering()) as (end, _):
         with socket.socket(socket.AF_UNIX) as client:
             client.settimeout(10)
             client.connect(str(tmp_path / "x.sock"))
@@ -124,20 +129,20 @@ async def test_a_connection_that_comes_in_the_turn_of_the_end_is_answered(
             if accepted:
                 # In this turn of the loop; its task comes after the one that ends all.
                 await asyncio.sleep(0)
-            await asyncio.create_task(listener.close(grace_s=20))
+            await asyncio.create_task(end())
             assert client.recv(4096).endswith(b"ok")
 
 
 async def test_idle_connections_and_endless_requests_do_not_hold_up_the_end(tmp_path: Path) -> None:
     begun = asyncio.Event()
-    async with listening(tmp_path, answering(begun, asyncio.Event())) as (listener, connect):
+    app = answering(begun, asyncio.Event())
+    async with listening(tmp_path, app, grace_s=0.5) as (end, connect):
         idle, _ = await connect()
         _, endless = await connect()
         endless.write(ASK)
         await begun.wait()
-        await listener.close(grace_s=0.5)
+        await end()
         assert await idle.read() == b""
-        await asyncio.gather(*listener._state.tasks, return_exceptions=True)
 
 
 class Sink(asyncio.Transport):

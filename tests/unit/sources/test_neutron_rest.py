@@ -258,7 +258,7 @@ async def test_without_its_library_a_query_says_how_to_install_it(
     with pytest.raises(LibraryMissing) as caught:
         await rest.ports(PortQuery())
     await rest.close()
-    assert (caught.value.code, caught.value.retryable) == ("library-missing", True)
+    assert (caught.value.code, caught.value.http_status) == ("library-missing", 503)
     assert "apt install python3-openstacksdk" in caught.value.hint
 
 
