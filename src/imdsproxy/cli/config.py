@@ -59,9 +59,7 @@ def sample(run: options.Invocation) -> None:
     from imdsproxy.config.render import render_sample  # noqa: PLC0415 - `--help` need not load it
     from imdsproxy.config.schema import Settings  # noqa: PLC0415 - as above
 
-    run.output.answer(
-        Settings().model_dump(mode="json"), lambda output, _: output.text(render_sample())
-    )
+    run.output.answer(Settings().model_dump(mode="json"), render_sample())
 
 
 @config_app.command("import")

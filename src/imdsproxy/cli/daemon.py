@@ -77,7 +77,7 @@ def namespace_proxy(
 def render(run: options.Invocation) -> None:
     """HAProxy's configuration as it would be written now; nothing is touched."""
     text = str(run.daemon().get("/v1/haproxy-configuration"))
-    run.output.answer({"haproxy_configuration": text}, lambda output, _: output.text(text))
+    run.output.answer({"haproxy_configuration": text}, text)
 
 
 @options.command
@@ -150,10 +150,7 @@ def stop(
         _stop_orphaned_data_plane(run, daemon.socket)
         stopped = []
     ended = ", ".join(stopped) or "the data plane; no controller ran"
-    run.output.answer(
-        {"stopped": stopped, "data_plane": data_plane},
-        lambda output, _: output.text(f"stopped: {ended}"),
-    )
+    run.output.answer({"stopped": stopped, "data_plane": data_plane}, f"stopped: {ended}")
 
 
 def _stop_orphaned_data_plane(run: options.Invocation, asked: Path) -> None:
@@ -196,6 +193,4 @@ def _wait_until_gone(path: Path, pid: int) -> None:
 @options.json_command
 def version(run: options.Invocation) -> None:
     """The version of this program."""
-    run.output.answer(
-        {"version": __version__}, lambda output, _: output.text(f"imdsproxy {__version__}")
-    )
+    run.output.answer({"version": __version__}, f"imdsproxy {__version__}")

@@ -43,10 +43,12 @@ class Output:
 
     as_json: bool = False
 
-    def answer(self, value: Any, show: Callable[[Output, Any], None]) -> None:  # noqa: ANN401 - JSON
-        """A value: JSON for programs, and as `show` prints it for people."""
+    def answer(self, value: Any, show: str | Callable[[Output, Any], None]) -> None:  # noqa: ANN401 - JSON
+        """A value: JSON for programs; for people a text, or as `show` prints it."""
         if self.as_json:
             self.json(value)
+        elif isinstance(show, str):
+            self.text(show)
         else:
             show(self, value)
 

@@ -62,7 +62,7 @@ def snippet(
         "dialect": chosen,
         "parts": [asdict(part) for part in parts],
     }
-    run.output.answer(answer, lambda output, _: output.text(render_text(target, parts)))
+    run.output.answer(answer, render_text(target, parts))
 
 
 def _host_has(address: IpAddress) -> bool:

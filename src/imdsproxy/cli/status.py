@@ -46,21 +46,18 @@ def _show_status(output: Output, answer: Shape) -> None:
     report = clean_all(answer)
     output.facts({name: "\n".join(lines) or None for name, lines in _facts(report)})
     output.text("")
-    output.table(
-        (
-            {
-                "SOURCE": one["name"],
-                "STATE": _source_state(one),
-                "NETWORKS": str(one["networks"]),
-                "INSTANCES": str(one["instances"]),
-                "REFUSED": red_unless_zero(len(one["problems"])),
-            }
-            for one in report["sources"]
-        ),
-        empty="no sources",
-        keep=("SOURCE",),
-        right=("NETWORKS", "INSTANCES", "REFUSED"),
+    sources = (
+        {
+            "SOURCE": one["name"],
+            "STATE": _source_state(one),
+            "NETWORKS": str(one["networks"]),
+            "INSTANCES": str(one["instances"]),
+            "REFUSED": red_unless_zero(len(one["problems"])),
+        }
+        for one in report["sources"]
     )
+    numbers = ("NETWORKS", "INSTANCES", "REFUSED", "REQUESTS", "FAILED", "CONNECTIONS")
+    output.table(sources, empty="no sources", keep=("SOURCE",), right=numbers)
     nova = (
         {
             "NOVA": one["endpoint"],
@@ -71,7 +68,7 @@ def _show_status(output: Output, answer: Shape) -> None:
         }
         for one in report["nova"]
     )
-    output.table(nova, apart=True, keep=("NOVA",), right=("REQUESTS", "FAILED"))
+    output.table(nova, apart=True, keep=("NOVA",), right=numbers)
     busiest = (
         {
             "ASKS FOR MOST": one["instance"] or f"unknown guests of {one['network']}",
@@ -81,7 +78,6 @@ def _show_status(output: Output, answer: Shape) -> None:
         }
         for one in report["busiest"]
     )
-    numbers = ("REQUESTS", "CONNECTIONS")
     output.table(busiest, apart=True, keep=("ASKS FOR MOST",), right=numbers)
     left_out = (
         {

@@ -14,47 +14,40 @@ from imdsproxy.errors import AdminUnavailable, ConfigError, HostRefused, Imdspro
 
 _ADMIN_TIMEOUT_S: Final = 5
 
-CHECKS: Final[tuple[tuple[str, Callable[[Subject], list[Finding]]], ...]] = (
-    ("settings", host.check_settings),
-    ("settings", host.check_accounts),
-    ("haproxy", host.check_haproxy),
-    ("privileges", host.check_privileges),
-    ("namespaces", host.check_namespaces),
-    ("namespaces", guests.check_networks),
-    ("daemon", guests.check_daemon),
-    ("macs", guests.check_macs),
-    ("paths", guests.check_paths),
-    ("directories", host.check_directories),
-    ("directories", host.check_readers),
-    ("records", guests.check_records),
-    ("tokens", tokens.check_token_keys),
-    ("tokens", tokens.check_overrides),
-    ("tokens", tokens.check_trees),
-    ("tokens", tokens.check_path_rules),
-    ("tokens", tokens.check_hop_limits),
-    ("records", tokens.check_store),
-    ("tokens", tokens.check_instances),
-    ("nova", openstack.check_secrets),
-    ("nova", openstack.check_certificates),
-    ("neutron", openstack.check_clouds),
-    ("nova", openstack.check_endpoints),
-    ("unix listener", openstack.check_unix_listener),
-    ("audit", host.check_audit),
-    ("ports", host.check_ports),
+CHECKS: Final[tuple[tuple[str, tuple[Callable[[Subject], list[Finding]], ...]], ...]] = (
+    ("settings", (host.check_settings, host.check_accounts)),
+    ("haproxy", (host.check_haproxy,)),
+    ("privileges", (host.check_privileges,)),
+    ("namespaces", (host.check_namespaces, guests.check_networks)),
+    ("daemon", (guests.check_daemon,)),
+    ("macs", (guests.check_macs,)),
+    ("paths", (guests.check_paths,)),
+    ("directories", (host.check_directories, host.check_readers)),
+    ("records", (guests.check_records,)),
+    ("tokens", (tokens.check_token_keys, tokens.check_overrides, tokens.check_trees)),
+    ("tokens", (tokens.check_path_rules, tokens.check_hop_limits)),
+    ("records", (tokens.check_store,)),
+    ("tokens", (tokens.check_instances,)),
+    ("nova", (openstack.check_secrets, openstack.check_certificates)),
+    ("neutron", (openstack.check_clouds,)),
+    ("nova", (openstack.check_endpoints,)),
+    ("unix listener", (openstack.check_unix_listener,)),
+    ("audit", (host.check_audit,)),
+    ("ports", (host.check_ports,)),
 )
-"""Each with its area."""
+"""By area."""
 
 
 def run_checks(run: Invocation) -> list[tuple[str, Finding]]:
     """Everything that is found, by area; a check that the host refuses is a finding too."""
     subject = _subject(run)
-    found: list[tuple[str, Finding]] = []
-    for area, check in CHECKS:
+    findings: list[tuple[str, Finding]] = []
+    for area, check in ((area, check) for area, checks in CHECKS for check in checks):
         try:
-            found += [(area, one) for one in check(subject)]
+            findings += [(area, one) for one in check(subject)]
         except HostRefused as error:
-            found += [("host", one) for one in refused(error)]
-    return found
+            findings += [("host", one) for one in refused(error)]
+    return findings
 
 
 def _subject(run: Invocation) -> Subject:

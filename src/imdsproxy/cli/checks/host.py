@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Final
 
 from imdsproxy.cli.checks import Finding, Subject, count, found, refused
-from imdsproxy.config.section import Endpoint
 from imdsproxy.dataplane.launch import read_program
 from imdsproxy.errors import ConfigError, HaproxyMissing, HostRefused
 from imdsproxy.host.account import find_account, find_closed, group_name, user_name
@@ -149,20 +148,17 @@ def check_ports(on: Subject) -> list[Finding]:
     findings: list[Finding] = []
     for setting in ("metrics.listen", "metrics.haproxy_listen"):
         endpoint = attrgetter(setting)(on.settings)
-        if endpoint is not None and (reason := _bind_refused(endpoint)):
-            findings.append(found("port-taken", setting=setting, endpoint=endpoint, reason=reason))
+        if endpoint is None:
+            continue
+        family = socket.AF_INET6 if ":" in endpoint.host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind((endpoint.host, endpoint.port))
+            except OSError as error:
+                values = {"endpoint": endpoint, "reason": error.strerror or str(error)}
+                findings.append(found("port-taken", setting=setting, **values))
     return findings or [found("ports")]
-
-
-def _bind_refused(endpoint: Endpoint) -> str | None:
-    family = socket.AF_INET6 if ":" in endpoint.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((endpoint.host, endpoint.port))
-        except OSError as error:
-            return error.strerror or str(error)
-    return None
 
 
 def check_audit(on: Subject, journal: Path = _JOURNAL_SOCKET) -> list[Finding]:

@@ -13,8 +13,6 @@ from enum import StrEnum
 from importlib.resources import files
 from typing import Any, Final
 
-from imdsproxy.core.doctor.crawl import Answer
-
 
 class Severity(StrEnum):
     """How bad it is, the worst first."""
@@ -87,11 +85,6 @@ def seen(code: str, paths: Iterable[str], **values: Any) -> Iterator[Finding]:  
     """A finding, if there is a path where it was seen."""
     if where := tuple(paths):
         yield found(code, *where, **values)
-
-
-def with_status(answers: Mapping[str, Answer]) -> list[str]:
-    """Paths with the status of their answers."""
-    return [f"{path} ({answer.status})" for path, answer in answers.items()]
 
 
 @dataclass(frozen=True, slots=True)

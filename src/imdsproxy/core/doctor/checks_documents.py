@@ -10,17 +10,8 @@ from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from typing import Any, Final, TypeAlias
 
-from imdsproxy.core.doctor import (
-    TEXTS,
-    Finding,
-    Severity,
-    Surroundings,
-    checks_http,
-    found,
-    seen,
-    with_status,
-)
-from imdsproxy.core.doctor.crawl import CLOUD_INIT_OPENSTACK, NOCLOUD_FILES, REFUSED, Answer, Crawl
+from imdsproxy.core.doctor import TEXTS, Finding, Severity, Surroundings, checks_http, found, seen
+from imdsproxy.core.doctor.crawl import CLOUD_INIT_OPENSTACK, NOCLOUD_FILES, REFUSED, Crawl
 from imdsproxy.core.model import Dialect
 from imdsproxy.core.snippets import looks_like_amazon
 
@@ -129,21 +120,20 @@ def check_openstack(crawl: Crawl) -> Iterator[Finding]:
     if crawl.version is None:
         return
     directory = f"/openstack/{crawl.version}"
-    yield from _meta_data(
-        crawl.answer(f"{directory}/meta_data.json"), f"{directory}/meta_data.json"
-    )
+    yield from _meta_data(crawl, f"{directory}/meta_data.json")
     names = ("vendor_data.json", "vendor_data2.json", "network_data.json")
     others = (f"{directory}/{one}" for one in names)
     yield from seen("json-unreadable", crawl.where(lambda one: one.ok and one.json is None, others))
-    bad = crawl.where(lambda one: not one.ok)
-    gone = {one: bad[one] for one in bad if one.startswith("/openstack/content/")}
-    yield from seen("content-unreadable", with_status(gone))
-    password = "/openstack/2013-04-04/password"  # noqa: S105 - a path
-    if password in bad:
-        yield found("password", password, status=bad[password].status)
+    contents = [ask.path for ask in crawl.asked if ask.path.startswith("/openstack/content/")]
+    yield from seen("content-unreadable", crawl.missing(contents).values())
+    path = "/openstack/2013-04-04/password"
+    password = crawl.answer(path).status
+    if password not in (0, HTTPStatus.OK):
+        yield found("password", path, status=password)
 
 
-def _meta_data(answer: Answer, path: str) -> Iterator[Finding]:
+def _meta_data(crawl: Crawl, path: str) -> Iterator[Finding]:
+    answer = crawl.answer(path)
     document = answer.json
     if not isinstance(document, Mapping):
         status = f"status {answer.status}" if answer.status else "no answer"
@@ -237,9 +227,9 @@ def check_nocloud(crawl: Crawl) -> Iterator[Finding]:
     """All four files are there, and meta-data has an instance id."""
     if Dialect.NOCLOUD not in crawl.served:
         return
-    gone = crawl.where(lambda one: not one.ok, (f"/nocloud/{name}" for name in NOCLOUD_FILES))
+    gone = crawl.missing(f"/nocloud/{name}" for name in NOCLOUD_FILES)
     severity = Severity.ERROR if "/nocloud/user-data" in gone else None
-    yield from seen("nocloud-missing", with_status(gone), severity=severity)
+    yield from seen("nocloud-missing", gone.values(), severity=severity)
     if not _ID.search(crawl.answer("/nocloud/meta-data").text):
         yield found("nocloud-instance-id", "/nocloud/meta-data")
 

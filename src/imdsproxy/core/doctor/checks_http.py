@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Final
 
-from imdsproxy.core.doctor import TEXTS, Finding, Severity, found, seen, with_status
+from imdsproxy.core.doctor import TEXTS, Finding, Severity, found, seen
 from imdsproxy.core.doctor.crawl import GOOGLE, ODD_LEAF, REFUSED, TOKEN, TTL_HEADER, Answer, Crawl
 from imdsproxy.core.model import Dialect
 
@@ -89,7 +89,7 @@ def check_listings(crawl: Crawl) -> Iterator[Finding]:
         for tag in names
         if not _TAG.fullmatch(tag, len(path))
     )
-    yield from seen("listed-missing", with_status(crawl.where(lambda one: not one.ok, children)))
+    yield from seen("listed-missing", crawl.missing(children).values())
     yield from seen("listing-newline", crawl.where(_ends_in_newline, crawl.listed))
     yield from seen("leaf-newline", crawl.where(_ends_in_newline, leaves))
     yield from seen("empty-directory", (one for one, names in crawl.listed.items() if not names))

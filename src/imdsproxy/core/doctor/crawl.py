@@ -155,6 +155,11 @@ class Crawl:
             answers = [(path, self.answer(path)) for path in paths]
         return {path: answer for path, answer in answers if answer.status and fault(answer)}
 
+    def missing(self, paths: Iterable[str]) -> dict[str, str]:
+        """The paths whose answer is not 200, each with its status in brackets."""
+        gone = self.where(lambda one: not one.ok, paths)
+        return {path: f"{path} ({answer.status})" for path, answer in gone.items()}
+
     @property
     def served(self) -> list[Dialect]:
         """The dialects whose documents are there."""
