@@ -5,6 +5,7 @@ Usage: `.venv/bin/python script/docgen.py [REFERENCE [PACKAGING]]`.
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import re
 import sys
@@ -16,7 +17,7 @@ from typing import Any, Final
 
 from imdsproxy.admin.api import admin_app
 from imdsproxy.admin.metrics import METRICS, NETWORK_SUM
-from imdsproxy.app.namespace_proxy.command import describe_options
+from imdsproxy.app.namespace_proxy.command import run_parser
 from imdsproxy.cli.main import SHELLS, build_program, iterate_commands, render_completion
 from imdsproxy.config.describe import Setting, iterate_settings
 from imdsproxy.config.neutron_options import NEUTRON_OPTIONS
@@ -278,7 +279,13 @@ def render_settings_manual() -> str:
 def render_namespace_proxy_manual() -> str:
     """neutron-ns-metadata-proxy(1)."""
     name = "neutron-ns-metadata-proxy"
-    description, options, more = describe_options(name)
+    parser = run_parser(name)
+    options = [
+        (f"{', '.join(one.option_strings)} {one.metavar or ''}".rstrip(), one.help)
+        for one in parser._actions  # noqa: SLF001 - argparse has no other list of them
+        if one.help and one.help != argparse.SUPPRESS
+    ]
+    more = str(parser.epilog).replace("%(prog)s", name)
     lines = _manual_head(
         name, 1, "the metadata proxy of one network, as agents of Neutron start it"
     )
@@ -291,7 +298,7 @@ def render_namespace_proxy_manual() -> str:
         f".B {_text(name)} cleanup",
         "\\fIID\\fR [\\fIOPTION\\fR...]",
     ]
-    lines += [".SH DESCRIPTION", *_paragraphs(description, *more.split("\n\n"))]
+    lines += [".SH DESCRIPTION", *_paragraphs(str(parser.description), *more.split("\n\n"))]
     lines += [".SH OPTIONS", *_items((f"`{spelled}`", text) for spelled, text in options)]
     return _manual(lines, "imdsproxy(1)")
 

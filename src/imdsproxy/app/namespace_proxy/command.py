@@ -129,9 +129,9 @@ def main(
         return known.exit_status
     except KeyboardInterrupt:
         return _INTERRUPTED
-    except SystemExit as ended:
+    except SystemExit:
         # argparse has given its help.
-        return 0 if ended.code is None else int(ended.code)
+        return 0
     return 0
 
 
@@ -196,7 +196,7 @@ def parse_command_line(
         ConfigInvalid: One makes no sense, or settings break the schema.
         SystemExit: --help was asked for, and given.
     """
-    parser, words = _run_parser(program), list(arguments)
+    parser, words = run_parser(program), list(arguments)
     if words[:1] == ["cleanup"]:
         parser, words = _clean_up_parser(program), words[1:]
     found = vars(parser.parse_args([_respell(word) for word in words]))
@@ -218,16 +218,6 @@ def parse_command_line(
     return asked
 
 
-def describe_options(program: str) -> tuple[str, list[tuple[str, str]], str]:
-    """What the help says: a description, each option with its meaning, and more in paragraphs."""
-    options = [
-        (f"{', '.join(one.option_strings)} {one.metavar or ''}".rstrip(), one.help)
-        for one in _run_parser(program)._actions  # noqa: SLF001 - argparse has no other list of them
-        if one.help and one.help != argparse.SUPPRESS
-    ]
-    return _DESCRIPTION, options, _EPILOG.replace("%(prog)s", program)
-
-
 def _clean_up_parser(program: str) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=f"{program} cleanup",
@@ -240,7 +230,8 @@ def _clean_up_parser(program: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _run_parser(program: str) -> argparse.ArgumentParser:
+def run_parser(program: str) -> argparse.ArgumentParser:
+    """What reads the command line that starts a proxy, and says what it takes."""
     parser = _Parser(
         prog=program,
         usage="%(prog)s (--network-id UUID | --router-id UUID) [option ...]\n       %(prog)s cleanup ID [option ...]",
