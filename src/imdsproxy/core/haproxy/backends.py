@@ -7,7 +7,7 @@ from typing import Final
 
 from imdsproxy.core.haproxy.model import DataplaneSpec
 from imdsproxy.core.haproxy.nova import longest_s
-from imdsproxy.core.haproxy.text import Block, Value, word
+from imdsproxy.core.haproxy.text import Block, Value
 
 _BEYOND_HOLD_S: Final = 3
 """How much longer than a request may be held HAProxy waits for the resolver."""
@@ -183,13 +183,16 @@ def names_of_backends(spec: DataplaneSpec) -> dict[str, Value]:
     """What `BACKENDS` names beside what every template may."""
     # The resolver holds a request at first; then it may have to wait for Nova as long as HAProxy itself would.
     held_s = spec.limits.hold_s + _BEYOND_HOLD_S
-    server = "server documents-<index> <socket>"
     workers: list[dict[str, Value]] = [
-        {"index": index, "socket": word(f"unix@{path}")}
+        {"index": index, "socket": f"unix@{path}"}
         for index, path in enumerate(spec.paths.documents)
     ]
     return {
         "resolver_s": math.ceil(held_s + longest_s(spec.nova_times) if spec.nova else held_s),
-        "document_servers": Block(f"{server} check inter 1s fall 2 rise 1", workers),
-        "tracked_document_servers": Block(f"{server} track documents/documents-<index>", workers),
+        "document_servers": Block(
+            "server documents-<index> <socket> check inter 1s fall 2 rise 1", workers
+        ),
+        "tracked_document_servers": Block(
+            "server documents-<index> <socket> track documents/documents-<index>", workers
+        ),
     }

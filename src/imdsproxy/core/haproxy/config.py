@@ -18,16 +18,7 @@ from imdsproxy.core.haproxy.model import DataplaneSpec, count_namespaces
 from imdsproxy.core.haproxy.names import CONSTANTS
 from imdsproxy.core.haproxy.nova import names_of_nova, nova_backends
 from imdsproxy.core.haproxy.request_log import LOG_RULES, names_of_log
-from imdsproxy.core.haproxy.text import (
-    Form,
-    Text,
-    Value,
-    name_values,
-    option,
-    raw,
-    render,
-    word,
-)
+from imdsproxy.core.haproxy.text import Form, Text, Value, name_values, option, render
 
 _SHORT_PER_MB: Final = 256
 """Short documents for each MiB of the cache: with its key an entry is below 1 kB."""
@@ -94,7 +85,7 @@ frontend probe
 
 _EXPORTER: Final = """
 [exporter] frontend exporter
-    bind <listen> name exporter proto h1 maxconn 16
+    bind <exporter> name exporter proto h1 maxconn 16
     # All listeners of 5,000 networks are 8 MB and 0.3 s of the only thread.
     http-request set-query 'scope=global&scope=frontend&scope=backend'
     http-request use-service prometheus-exporter if { path /metrics }
@@ -144,17 +135,16 @@ def _values(spec: DataplaneSpec) -> dict[str, Value]:
             "user": option("user", spec.user),
             "group": option("group", spec.group),
             # `policy_share` has something to count of a request.
-            "without_own_limits": raw(f"!{CONSTANTS['has_own_limits']}" if sizes.fair else ""),
+            "without_own_limits": Text(f"!{CONSTANTS['has_own_limits']}" if sizes.fair else ""),
             # Of reads without a token one in so many is counted, and chance has chosen this one.
-            "by_chance": raw(by_chance),
-            "unless_by_chance": raw(f"!{by_chance}" if spec.count_reads else ""),
-            "unless_checked": raw(f"!{CONSTANTS['needs_check']}"),
-            "unless_sampled": raw(f"!{CONSTANTS['needs_check']}" if spec.count_reads else ""),
+            "by_chance": Text(by_chance),
+            "unless_by_chance": Text(f"!{by_chance}" if spec.count_reads else ""),
+            "unless_checked": Text(f"!{CONSTANTS['needs_check']}"),
+            "unless_sampled": Text(f"!{CONSTANTS['needs_check']}" if spec.count_reads else ""),
             "counts_all": spec.count_reads == 1,
             "samples_left": spec.count_reads > 1 and not spec.nova,
             "read_counter": read_counter(spec.count_reads),
             "documents": bool(spec.paths.documents),
-            "exporter": spec.exporter is not None,
-            "listen": word(spec.exporter or ""),
+            "exporter": spec.exporter,
         }
     )

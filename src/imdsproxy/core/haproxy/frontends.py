@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Final
 
 from imdsproxy.core.haproxy.model import Bind, DataplaneSpec, UnixBind
-from imdsproxy.core.haproxy.text import Text, Value, name_values, option, quote, raw, word
+from imdsproxy.core.haproxy.text import Text, Value, name_values, option, quote
 from imdsproxy.core.model import ID_PATTERN, IpAddress
 
 AGENTS: Final = "agents"
@@ -183,10 +183,10 @@ def names_of_frontends(spec: DataplaneSpec) -> dict[str, Value]:
         **name_values(asdict(bind), "agents_"),
         "eighth": max(1, spec.limits.maxconn_per_network // 8),
         "nearly_full": bind.maxconn * 3 // 4,
-        "id_pattern": word(ID_PATTERN),
-        "ipv4": word(_IPV4),
-        "ipv6": word(_IPV6),
-        "forwarded_twice": raw("{ req.fhdr_cnt(x-forwarded-for) gt 1 }"),
+        "id_pattern": ID_PATTERN,
+        "ipv4": _IPV4,
+        "ipv6": _IPV6,
+        "forwarded_twice": Text("{ req.fhdr_cnt(x-forwarded-for) gt 1 }"),
     }
 
 
@@ -199,13 +199,13 @@ def _host(address: IpAddress) -> str:
 def _bind_lines(binds: Iterable[Bind], spec: DataplaneSpec) -> Text:
     # Not by a template: there may be 20,000, and each is a few microseconds of every change of a network.
     end = f"proto h1 maxconn {spec.limits.maxconn_per_network}"
-    return Text(tuple(f"{_bind(bind)} {end}" for bind in sorted(binds, key=_bind_order)))
+    return Text("\n".join(f"{_bind(bind)} {end}" for bind in sorted(binds, key=_bind_order)))
 
 
 def _bind(bind: Bind) -> str:
     device, namespace = option("interface", bind.device), option("namespace", bind.namespace)
     start = f"bind {_host(bind.address)}:{bind.port} name {quote(bind.network)}"
-    return " ".join((start, *device.lines, *namespace.lines))
+    return " ".join(filter(None, (start, device, namespace)))
 
 
 def _bind_order(bind: Bind) -> tuple[str, int, str, int, str, str]:

@@ -19,7 +19,7 @@ from imdsproxy.core.haproxy.frontends import FRONTENDS
 from imdsproxy.core.haproxy.limits import LIMIT_RULES
 from imdsproxy.core.haproxy.nova import NOVA_RULES
 from imdsproxy.core.haproxy.request_log import LOG_RULES
-from imdsproxy.core.haproxy.text import Block, Form, Value, blocks_of, name_values, raw, word
+from imdsproxy.core.haproxy.text import Block, Form, Text, Value, blocks_of, name_values
 from imdsproxy.core.path_rules import WITHIN_OTHER_TREES
 from imdsproxy.core.policy_word import POLICY_WORD, Field, Letter
 
@@ -99,38 +99,36 @@ def _constants(*modules: ModuleType) -> dict[str, Value]:
 _VALUES: Final[dict[str, Value]] = {
     **_constants(wire, tokens, path_rules, policy, layout, counting),
     # Records, and the policy word before them.
-    "instance": raw("var(txn.record),field(1,|)"),
-    "instance_of_nova": raw("var(txn.record),field(3,|)"),
-    "endpoint_off_word": raw(f"{POLICY_WORD}{layout.ENDPOINT.off}"),
-    "only_tokens_off_word": raw(layout.ONLY_TOKENS_OFF),
+    "instance": Text("var(txn.record),field(1,|)"),
+    "instance_of_nova": Text("var(txn.record),field(3,|)"),
+    "endpoint_off_word": Text(f"{POLICY_WORD}{layout.ENDPOINT.off}"),
+    "only_tokens_off_word": Text(layout.ONLY_TOKENS_OFF),
     "rate_field": layout.REQUESTS_PER_S.number,
-    "connection_policy_limit": raw(layout.CONNECTIONS.sample("var(sess.record),field(1,|)")),
+    "connection_policy_limit": Text(layout.CONNECTIONS.sample("var(sess.record),field(1,|)")),
     # Patterns and expressions.
-    "other_than_guest_headers": word(f"^(?!(?:{_GUEST_HEADERS})$)"),
-    "other_than_guest_and_token_headers": word(
+    "other_than_guest_headers": f"^(?!(?:{_GUEST_HEADERS})$)",
+    "other_than_guest_and_token_headers": (
         f"^(?!(?:{_GUEST_HEADERS}|{'|'.join(_TOKEN_HEADERS)})$)"
     ),
     # The path without escapes, doubled slashes and dot segments that lead to the same place.
-    "canonical_path": word(
-        r'path,url_dec,regsub("/(?:\.?/)*(?:\.$)?",/,g),regsub("^/ec2(?=/|$)","")'
-    ),
+    "canonical_path": r'path,url_dec,regsub("/(?:\.?/)*(?:\.$)?",/,g),regsub("^/ec2(?=/|$)","")',
     # All that a good token depends on, beside itself, its end and its key.
-    "token_context": raw("var(txn.record),concat(|,txn.policy),concat(|,sess.network)"),
+    "token_context": Text("var(txn.record),concat(|,txn.policy),concat(|,sess.network)"),
     # Of `KID.EXPIRY`, for whom a token is (`core.tokens`).
-    "mac": raw(
+    "mac": Text(
         "concat(|,sess.network),concat(|,txn.instance),concat(|,txn.epoch),hmac(sha256,txn.key),ub64enc"
     ),
     "without_token": Block("!{ req.fhdr(<token_header>) -m found }"),
     "short_document": Block("path,concat(|,txn.record),map_str(<short>)"),
     "status_503": Block("status 503 hdr Retry-After <retry_after_s>"),
-    "always": raw(""),
+    "always": Text(""),
     # Texts, numbers.
-    "token_header": raw(_TOKEN_HEADERS[0]),
-    "ttl_header": raw(_TOKEN_HEADERS[1]),
-    "methods": raw(" ".join(_METHODS)),
-    "allow_methods": word(", ".join(_METHODS)),
-    "other_trees": raw(" ".join(WITHIN_OTHER_TREES)),
-    "text_plain": word(TEXT.decode("ascii")),
+    "token_header": Text(_TOKEN_HEADERS[0]),
+    "ttl_header": Text(_TOKEN_HEADERS[1]),
+    "methods": Text(" ".join(_METHODS)),
+    "allow_methods": ", ".join(_METHODS),
+    "other_trees": Text(" ".join(WITHIN_OTHER_TREES)),
+    "text_plain": TEXT.decode("ascii"),
     "answer_tos": wire.ANSWER_DSCP << 2,
 }
 
@@ -140,17 +138,17 @@ def _policy() -> dict[str, Value]:
     names: dict[str, Value] = {}
     for name, part in vars(layout).items():
         if isinstance(part, Letter | Field):
-            names[f"policy_{name.lower()}"] = raw(part.sample())
+            names[f"policy_{name.lower()}"] = Text(part.sample())
         if isinstance(part, Letter):
             for state, letter in (("on", part.on), ("off", part.off)):
                 condition = f"{{ {part.sample()} -m str -- {letter} }}"
-                names[f"policy_{name.lower()}_{state}"] = raw(condition)
+                names[f"policy_{name.lower()}_{state}"] = Text(condition)
     return names
 
 
 def _conditions() -> dict[str, Value]:
-    acls = (line.split(maxsplit=2) for line in Form(_VALUES).fill(_CONDITIONS).lines)
-    return {name: raw(f"{{ {condition} }}") for _, name, condition in acls}
+    acls = (line.split(maxsplit=2) for line in Form(_VALUES).fill(_CONDITIONS).splitlines())
+    return {name: Text(f"{{ {condition} }}") for _, name, condition in acls}
 
 
 CONSTANTS: Final[dict[str, Value]] = {

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Final
 
 from imdsproxy.core.haproxy.names import CONSTANTS
-from imdsproxy.core.haproxy.text import Form, name_values, render, word
+from imdsproxy.core.haproxy.text import Form, name_values, render
 from imdsproxy.errors import RequestRefused
 
 DEFAULT_PORT: Final = 9697
@@ -132,9 +132,9 @@ def render_namespace_proxy(spec: NamespaceProxySpec) -> str:
         {
             **CONSTANTS,
             **name_values(asdict(spec)),
-            "level": word("debug" if spec.debug else "info"),
-            "forgeable": word(f"^(?:{_FORGEABLE})$"),
-            "upstream": word(f"unix@{spec.upstream}"),
+            "level": "debug" if spec.debug else "info",
+            "forgeable": f"^(?:{_FORGEABLE})$",
+            "upstream": f"unix@{spec.upstream}",
         }
     )
     return render(form.sections(_CONFIG))

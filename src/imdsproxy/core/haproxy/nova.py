@@ -26,7 +26,7 @@ from imdsproxy.core.haproxy.model import (
     NovaTimes,
     NovaTls,
 )
-from imdsproxy.core.haproxy.text import Block, Form, Text, Value, name_values, option, raw, word
+from imdsproxy.core.haproxy.text import Block, Form, Text, Value, name_values, option, quote
 from imdsproxy.core.wire import MAP_NOVA
 
 _LOOPBACK_SOCKET: Final = re.compile(r"\bhop-[0-9a-f]{16}\.sock\b")
@@ -197,8 +197,8 @@ def nova_backends(spec: DataplaneSpec, form: Form) -> Iterator[Text]:
                 tracking=not checking and not mixed,
                 checked=kind == CHECKED,
                 sampled=kind == SAMPLED,
-                once_name=raw(".once" if once else ""),
-                kind=raw(kind),
+                once_name=Text(".once" if once else ""),
+                kind=Text(kind),
                 once=once,
                 next=not mixed and bool(backend.servers and backend.servers[0].slot),
                 server_ms=named.values["loopback_ms" if mixed else "server_ms"],
@@ -207,7 +207,7 @@ def nova_backends(spec: DataplaneSpec, form: Form) -> Iterator[Text]:
             )
         # One that is not used is there for workers that still have the configuration before: the sockets are the same.
         for server in servers if mixed or backend.loopback else ():
-            unused: dict[str, Value] = {} if mixed else {"checks": raw(""), "check_sni": raw("")}
+            unused: dict[str, Value] = {} if mixed else {"checks": Text(""), "check_sni": Text("")}
             yield from named.sections(_LOOPBACK, **server, **unused, http_check=mixed and by_http)
 
 
@@ -217,13 +217,13 @@ def _names(backend: NovaBackend, times: NovaTimes) -> dict[str, Value]:
     tls = backend.tls or NovaTls("")
     checked = times.check != "off"
     return {
-        "set": word(backend.name),
-        "of_set": raw(f"{{ var(txn.record) -m beg {word(mine)} }}"),
+        "set": backend.name,
+        "of_set": Text(f"{{ var(txn.record) -m beg {quote(mine)} }}"),
         "begin": begin,
         "signature_length": _SIGNATURE,
-        "rest": raw(f"var(txn.record),bytes({begin + _SIGNATURE + 1})"),
-        "host": word(backend.host),
-        "refused": word(refused_counter(backend.name)),
+        "rest": Text(f"var(txn.record),bytes({begin + _SIGNATURE + 1})"),
+        "host": backend.host,
+        "refused": refused_counter(backend.name),
         "tls": Block(_TLS if backend.tls else ""),
         "check_sni": option("check-sni", tls.name if backend.tls and checked else None),
         "checks": Block(_CHECKS if checked else ""),
@@ -240,8 +240,8 @@ def _names(backend: NovaBackend, times: NovaTimes) -> dict[str, Value]:
     }
 
 
-def _ms(seconds: float) -> Text:
-    return word(f"{round(seconds * 1000)}ms")
+def _ms(seconds: float) -> str:
+    return f"{round(seconds * 1000)}ms"
 
 
 def _server_names(
@@ -251,12 +251,12 @@ def _server_names(
     digest = hashlib.sha256(f"{backend.name} {server.name}".encode()).hexdigest()[:16]
     loopback = f"nova.{backend.name}.hop.{server.name}"
     return {
-        "name": word(server.name),
-        "authority": word(server.authority),
+        "name": server.name,
+        "authority": server.authority,
         "next": bool(server.slot),
-        "loopback_name": word(loopback),
-        "socket": word(f"unix@{spec.paths.loopback}/hop-{digest}.sock"),
-        "inside": word(f"unix@{spec.paths.loopback_inside}/hop-{digest}.sock"),
+        "loopback_name": loopback,
+        "socket": f"unix@{spec.paths.loopback}/hop-{digest}.sock",
+        "inside": f"unix@{spec.paths.loopback_inside}/hop-{digest}.sock",
         "track_loopback": option("track", f"{loopback}/{server.name}" if checked else None),
         "track_first": option("track", f"nova.{backend.name}/{server.name}" if checked else None),
     }

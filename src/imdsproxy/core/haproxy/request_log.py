@@ -29,7 +29,7 @@ from http import HTTPStatus
 from typing import Any, Final
 
 from imdsproxy.core.haproxy.model import CHECKED, SAMPLED, DataplaneSpec
-from imdsproxy.core.haproxy.text import Value, raw
+from imdsproxy.core.haproxy.text import Text, Value
 from imdsproxy.core.tokens import TTL_LIMIT_S
 
 AUDIT_LONGEST: Final = 4096
@@ -106,15 +106,15 @@ def names_of_log(spec: DataplaneSpec) -> dict[str, Value]:
         "watched": spec.watched,
         "audited": spec.audit > 0,
         "logs": spec.watched or spec.audit > 0,
-        "log_path": raw("capture.req.uri,field(1,?)" if spec.audit else "var(txn.watched)"),
-        "log_checks": raw(_CHECKS if spec.audit else ""),
-        "log_agent": raw(',"agent":%{+json}[capture.req.hdr(0)]' if spec.audit else ""),
+        "log_path": Text("capture.req.uri,field(1,?)" if spec.audit else "var(txn.watched)"),
+        "log_checks": Text(_CHECKS if spec.audit else ""),
+        "log_agent": Text(',"agent":%{+json}[capture.req.hdr(0)]' if spec.audit else ""),
         # Of a record `INSTANCE|REVISION` the first, of `@SET|SIGNATURE|INSTANCE|PROJECT` the third.
-        "log_of_nova": raw('regsub("^@[^|]*.[^|]*.",),' if spec.nova else ""),
-        "sample": raw(f"sample 1:{spec.audit}" if sampled else ""),
+        "log_of_nova": Text('regsub("^@[^|]*.[^|]*.",),' if spec.nova else ""),
+        "sample": Text(f"sample 1:{spec.audit}" if sampled else ""),
         "logs_all": spec.audit == 1 or sampled,
         "samples": spec.audit > 1 and not spec.watched,
-        "by_audit_chance": raw(f"{{ rand({spec.audit}) 0 }}"),
+        "by_audit_chance": Text(f"{{ rand({spec.audit}) 0 }}"),
         "audit_longest": AUDIT_LONGEST,
     }
 

@@ -2,8 +2,8 @@
 
 A template holds one rule a line. These things are added to HAProxy's language:
 
-- `<name>` stands for a value, which is quoted already. A plain string is no value. An empty one takes the space before
-  it with it, and an `if` that has no condition left goes too.
+- `<name>` stands for a value. A string is quoted, a `Text` is written as it is. An empty one takes the space before it
+  with it, and an `if` that has no condition left goes too.
 - `[flag]` or `[!flag]` before a line: the line is there if the value of that name is true, or false. A line that names
   a value of `None` isn't there either.
 - A line that is indented further than the first one continues the line before.
@@ -52,29 +52,15 @@ def quote(word: str) -> str:
     return "'" + word.replace("'", "'\\''") + "'"
 
 
-@dataclass(frozen=True, slots=True)
-class Text:
-    """Lines that are finished."""
+class Text(str):
+    """A part of a line, or lines, as HAProxy reads them."""
 
-    lines: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        return "\n".join(self.lines)
-
-
-def raw(text: str) -> Text:
-    """A part of a line, as HAProxy reads it."""
-    return Text((text,) if text else ())
-
-
-def word(text: str) -> Text:
-    """A name, path, pattern or anything else that is one word, or a part of one."""
-    return Text((quote(text),))
+    __slots__ = ()
 
 
 def option(keyword: str, text: str | None) -> Text:
     """A keyword and its word; neither is written where the word is `None`."""
-    return raw("" if text is None else f"{keyword} {quote(text)}")
+    return Text("" if text is None else f"{keyword} {quote(text)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +75,14 @@ class Block:
     rows: Sequence[Mapping[str, Value]] = ({},)
 
 
-Value: TypeAlias = Text | Block | int | None
+Value: TypeAlias = str | Block | int | None
+"""A string that is no `Text` is quoted where it is written: a name, path, pattern or anything else that is one word."""
 
 
 def name_values(values: Mapping[str, object], prefix: str = "") -> dict[str, Value]:
     """Numbers and texts of one line by their names in lower letters: `header_network` for `HEADER_NETWORK`."""
     return {
-        f"{prefix}{name.lower()}": word(value) if isinstance(value, str) else value
+        f"{prefix}{name.lower()}": value
         for name, value in values.items()
         if isinstance(value, str | int | None) and "\n" not in str(value)
     }
@@ -130,16 +117,17 @@ class Form:
         Raises:
             UnquotableWord: A value holds a control character.
             KeyError: A template names a value that isn't there.
-            TypeError: A value is a plain string.
+            TypeError: A value is none that can be written.
         """
-        return Text(tuple(_fill(template, {**self.values, **more} if more else self.values)))
+        return Text("\n".join(_fill(template, {**self.values, **more} if more else self.values)))
 
     def sections(self, text: str, **more: Value) -> Iterator[Text]:
         """The sections of a text, without its blocks (`split_sections`) and those whose header isn't written."""
         for header, template in split_sections(text).items():
-            head = () if header.endswith(":") else self.fill(header, **more).lines
+            head = "" if header.endswith(":") else self.fill(header, **more)
             if head:
-                yield Text((*head, *(f"  {line}" for line in self.fill(template, **more).lines)))
+                lines = self.fill(template, **more).splitlines()
+                yield Text("\n".join((head, *(f"  {line}" for line in lines))))
 
 
 @lru_cache(maxsize=64)
@@ -186,9 +174,9 @@ def _fill_line(parts: Sequence[str], values: Mapping[str, Value]) -> Iterable[st
 
 
 def _write(name: str, value: object) -> str:
-    if not isinstance(value, Text | int) or isinstance(value, bool):
-        raise TypeError(f"<{name}> is {value!r}, which doesn't quote itself")
-    return str(value)
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise TypeError(f"<{name}> is {value!r}, which can't be written")
+    return quote(value) if isinstance(value, str) and not isinstance(value, Text) else str(value)
 
 
 def render(sections: Iterable[Text]) -> str:
