@@ -263,7 +263,7 @@ def test_a_blank_file_keeps_its_records_and_is_a_problem_after_a_moment(bench: B
         "is blank: the records that it had stay in force",
     )
     assert bench.names == {"a"}
-    bench.source.keep()
+    bench.source.last_good.save()
     bench.restart()
     bench.read()
     assert len(bench.lines) == 1
@@ -291,7 +291,8 @@ def test_what_was_in_force_stays_over_a_restart_with_broken_files(bench: Bench) 
     bench.write("x.json", instances(record("a", "10.0.0.5", user_data=payload)))
     bench.write("y.json", instances(record("b", "10.0.0.6"), record("c", "10.0.0.7")))
     bench.read()
-    assert bench.source.keep() is None
+    bench.source.last_good.save()
+    assert bench.source.last_good.problem is None
     with closing(sqlite3.connect(bench.kept)) as kept:
         # As versions before it read it, to which a host may go back.
         rows = kept.execute("SELECT id, user_data FROM last_good WHERE user_data IS NOT NULL")
@@ -313,7 +314,8 @@ def test_what_was_in_force_stays_over_a_restart_with_broken_files(bench: Bench) 
 def test_a_directory_that_is_gone_at_a_restart_leaves_what_was_in_force(bench: Bench) -> None:
     bench.write("x.json", instances(record("a", "10.0.0.5")))
     bench.read()
-    assert bench.source.keep() is None
+    bench.source.last_good.save()
+    assert bench.source.last_good.problem is None
     bench.path.rename(bench.path.with_name("away"))
     bench.restart()
     bench.read()
@@ -325,10 +327,12 @@ def test_a_memory_that_is_damaged_is_reported_and_does_without(bench: Bench) -> 
     bench.kept.write_bytes(b"no database " * 1000)
     bench.write("x.json", instances(record("a", "10.0.0.5")))
     bench.read()
-    assert "not kept over a restart" in str(bench.source.keep())
+    bench.source.last_good.save()
+    assert "not kept over a restart" in str(bench.source.last_good.problem)
     assert bench.names == {"a"}
     bench.kept.unlink()
-    assert bench.source.keep() is None
+    bench.source.last_good.save()
+    assert bench.source.last_good.problem is None
 
 
 def test_what_went_while_stopped_is_gone_and_who_had_an_address_has_it_after_a_restart(
@@ -337,7 +341,7 @@ def test_what_went_while_stopped_is_gone_and_who_had_an_address_has_it_after_a_r
     gone = bench.write("x.json", instances(record("a", "10.0.0.5")))
     bench.write("y.json", instances(record("b", "10.0.0.6"), record("c", "10.0.0.7")))
     bench.read()
-    bench.source.keep()
+    bench.source.last_good.save()
     gone.unlink()
     bench.write("y.json", instances(record("c", "10.0.0.7")))
     bench.write("a.json", instances(record("d", "10.0.0.7")))

@@ -88,6 +88,7 @@ class FileSource:
         problems: Everything that was wrong in the directory when it was read last.
         readable: The directory could be listed then; if not, all stays as it was.
         again_s: Look again after so many seconds, even without an event.
+        last_good: What is in force, kept over a restart: of an entry, the file and the record.
     """
 
     name: Final = "file"
@@ -117,11 +118,12 @@ class FileSource:
             "instances": self._instances,
         }
         self._opened = 0
-        # Of an entry in force, the file and the record are kept.
-        self._last_good: SideCache[_Key, Entry[Any]] = SideCache(
+        self.last_good: SideCache[_Key, Entry[Any]] = SideCache(
             last_good, _SCHEMA, _read, _write, "last-good", "records in force are not kept"
         )
         self._begun = False
+        self._watch: Watch | None = None
+        self._unwatched: Problem | None = None
         self._places: frozenset[Place] = frozenset()
         self._relevant: frozenset[Path] = frozenset()
 
@@ -145,46 +147,57 @@ class FileSource:
 
         While the directory cannot be listed the source is out of sync, and what it reported stays.
         """
-        watch: Watch | None = None
         changed: frozenset[Path] = frozenset()
-        unkept: Problem | None = None
         try:
             while True:
                 # In a thread: ten thousand records take seconds, and guests are waiting.
                 changes = await asyncio.to_thread(self.read, changed)
-                unwatched = None
-                watched = watch is not None and watch.places == self._places
-                if not watched:
-                    if watch is not None:
-                        watch.close()
-                    watch, unwatched = _watch(self._places)
-                await self._report(publish, changes, unwatched, unkept)
+                begins = self._follow()
+                await self._report(publish, changes)
                 # These may be all there is, and are not needed any more.
-                changes = Observation()
+                del changes
                 changed = frozenset()
-                if not watched and watch is not None:
+                if begins:
                     # What changed before it began to watch is seen now.
                     continue
                 # Afterwards: guests do not wait for what only a restart needs.
-                unkept = await asyncio.to_thread(self.keep)
-                await self._report(publish, changes, unwatched, unkept)
-                changed = await self._wait(watch)
+                await asyncio.to_thread(self.last_good.save)
+                await self._report(publish, Observation())
+                changed = await self._wait()
         finally:
-            if watch is not None:
-                watch.close()
+            self._unfollow()
 
-    async def _wait(self, watch: Watch | None) -> frozenset[Path]:
-        if watch is None:
+    def _follow(self) -> bool:
+        """Watch what is to be watched now; whether that begins only now."""
+        if self._watch is not None and self._watch.places == self._places:
+            return False
+        self._unfollow()
+        try:
+            self._watch, self._unwatched = Watch(self._places), None
+        except OSError as error:
+            reason = f"cannot be watched ({error}); it is looked at every {_UNWATCHED_S:.0f} s"
+            hint = "raise fs.inotify.max_user_watches and fs.inotify.max_user_instances"
+            self._unwatched = Problem("directory", reason, hint)
+        return self._watch is not None
+
+    def _unfollow(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+
+    async def _wait(self) -> frozenset[Path]:
+        if self._watch is None:
             await asyncio.sleep(_UNWATCHED_S if self.again_s is None else self.again_s)
             return frozenset()
         while True:
-            changed = await watch.changes(self.again_s)
+            changed = await self._watch.changes(self.again_s)
             if not changed or any(
                 path.parent == self._path or path in self._relevant for path in changed
             ):
                 return changed
 
-    async def _report(self, publish: Publish, changes: Observation, *own: Problem | None) -> None:
+    async def _report(self, publish: Publish, changes: Observation) -> None:
+        own = (self._unwatched, self.last_good.problem)
         observation = self._reports.next(
             changes,
             self.everything,
@@ -217,13 +230,8 @@ class FileSource:
         self.readable = not unreadable
         return self._settle(unreadable)
 
-    def keep(self) -> Problem | None:
-        """Keep what is in force for after a restart; why that cannot be, if so. Blocks."""
-        self._last_good.save()
-        return self._last_good.problem
-
     def _prime(self) -> None:
-        for (kind, _), entry in self._last_good.load():
+        for (kind, _), entry in self.last_good.load():
             self._kinds[kind].prime(entry)
             # So that it is looked for, and what is from it goes if it is not there.
             self._files.setdefault(entry.file, _File())
@@ -290,7 +298,7 @@ class FileSource:
         self._progress.end(_SETTLING)
         for kind, changed in changes.items():
             entry_of = self._kinds[kind].entry_of
-            self._last_good.keep({(kind, key): entry_of(key) for key in changed})
+            self.last_good.keep({(kind, key): entry_of(key) for key in changed})
         files = [self._files[name] for name in sorted(self._files)]
         self.problems = (
             *unreadable,
@@ -322,17 +330,6 @@ class FileSource:
 
     def _where(self, kind: str, entry: Entry[Record]) -> tuple[PathInFile, str]:
         return (kind, entry.position), str(self._path / entry.file)
-
-
-def _watch(places: frozenset[Place]) -> tuple[Watch | None, Problem | None]:
-    try:
-        return Watch(places), None
-    except OSError as error:
-        return None, Problem(
-            "directory",
-            f"cannot be watched ({error}); it is looked at every {_UNWATCHED_S:.0f} s",
-            "raise fs.inotify.max_user_watches and fs.inotify.max_user_instances",
-        )
 
 
 def _read(connection: sqlite3.Connection) -> Iterator[tuple[_Key, Entry[Any]]]:
