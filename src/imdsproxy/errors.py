@@ -90,8 +90,10 @@ class ImdsproxyError(Exception):
     """Of the admin API's answer; 503 where trying again can help."""
 
     def __init_subclass__(cls) -> None:
-        name = cls.__name__.removesuffix("Error")
-        cls.code = re.sub("(?<=[a-z])(?=[A-Z])", "-", name).lower()
+        # A module's own exception is for others one of the kind that it is made of.
+        if cls.__module__ == __name__:
+            name = cls.__name__.removesuffix("Error")
+            cls.code = re.sub("(?<=[a-z])(?=[A-Z])", "-", name).lower()
 
     def __init__(self, message: str, *, hint: str = "", problems: Sequence[Problem] = ()) -> None:
         super().__init__(message)

@@ -208,8 +208,9 @@ async def _slow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 async def test_an_answer_that_does_not_come_in_time_is_given_up(serve: Serve) -> None:
     async with serving(serve) as url, client_of(url, timeout_s=_TIMEOUT_S) as client:
         began = time.monotonic()
-        with pytest.raises(QueryTimedOut):
+        with pytest.raises(QueryTimedOut) as caught:
             await client.ports(PortQuery(limit=1))
+        assert caught.value.code == "source-unavailable"
         assert time.monotonic() - began < _TIMEOUT_S + 1 * patience()
         # `client_of` has seen to it that its threads end as well.
 
