@@ -29,10 +29,8 @@ from imdsproxy.core.nova import NovaRouting
 from imdsproxy.core.observation import AddressKey, Affected, Conflict, Observation
 from imdsproxy.core.path_rules import PathRules
 from imdsproxy.core.plan import (
-    PlannedRecords,
+    RecordPlanner,
     parse_record_key,
-    plan_record,
-    plan_records,
     record_key,
 )
 from imdsproxy.core.policy import PolicyBook
@@ -236,7 +234,7 @@ class RecordLoop:
         async for keys in self._every_part(compiling):
             found = plan_pairs(self.inventory, keys, self.learned)
             self.mac_filters.preload(found)
-            planned = self._plan(keys)
+            planned = self._planner().plan_records(keys)
             sets.update(planned.sets)
             self.hop_limits.restrict(planned.values)
             values.update((key, value) for key, value in planned.values.items() if value)
@@ -379,7 +377,7 @@ class RecordLoop:
         """What these addresses are to have; of a full round only what they do not have, which is little or all."""
         plan = _RoundPlan(armed=self.hop_limits.restrict({}))
         async for part in parts:
-            planned = self._plan(part)
+            planned = self._planner().plan_records(part)
             wanted = planned.values
             pairs = plan_pairs(self.inventory, part, self.learned)
             withheld = self.mac_filters.withheld(pairs)
@@ -419,15 +417,14 @@ class RecordLoop:
 
     def planned(self, key: AddressKey) -> MapRecord | Conflict | None:
         """What the data plane is to know of an address now."""
-        known = (self.inventory, key, self.compiler.revisions, self.learned, self.routing())
-        record = plan_record(*known, policies=self.policies())
+        record = self._planner().plan_record(key)
         if record is None or isinstance(record, Conflict) or not record.policy:
             return record
         return replace(record, policy=self.hop_limits.effective(key[0], record.policy))
 
-    def _plan(self, keys: Iterable[AddressKey]) -> PlannedRecords:
-        known = (self.inventory, keys, self.compiler.revisions, self.learned, self.routing())
-        return plan_records(*known, policies=self.policies())
+    def _planner(self) -> RecordPlanner:
+        revisions, policies = self.compiler.revisions, self.policies()
+        return RecordPlanner(self.inventory, revisions, self.learned, self.routing(), policies)
 
     def _remove_all(self, instances: Iterable[InstanceId]) -> None:
         for instance in instances:

@@ -6,12 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from imdsproxy.core.hoststate import (
-    Effect,
-    Family,
-    ListeningSocket,
-    NamespaceRef,
-)
+from imdsproxy.core.hoststate import Effect, Family, ListeningSocket, NamespaceRef
 from imdsproxy.core.model import IpAddress, NetworkId
 
 LOOPBACK = "lo"

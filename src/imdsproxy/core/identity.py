@@ -14,21 +14,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from imdsproxy.core.addresses import link_local_of, mac_of, normalise_address
 from imdsproxy.core.inventory import Inventory
+from imdsproxy.core.model import Instance, InstanceId, IpAddress, MacAddress, NetworkId, Port
 from imdsproxy.core.observation import AddressKey, Claimant, Conflict
-
-if TYPE_CHECKING:
-    from imdsproxy.core.model import (
-        Instance,
-        InstanceId,
-        IpAddress,
-        MacAddress,
-        NetworkId,
-        Port,
-    )
 
 
 class How(StrEnum):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
-from typing import Final
 
 from imdsproxy.core.addresses import link_local_of, text_of
 from imdsproxy.core.identity import Learned, holds, port_at
@@ -31,9 +30,6 @@ class PlannedRecords:
     sets: dict[str, PathRules]
 
 
-_NO_POLICIES: Final = PolicyBook()
-
-
 def record_key(key: AddressKey) -> str:
     """The map key of one (network, address): the bind's name, a slash, the address as HAProxy prints it."""
     network, address = key
@@ -49,49 +45,78 @@ def parse_record_key(key: str) -> AddressKey | None:
         return None
 
 
-def plan_record(
-    inventory: Inventory,
-    key: AddressKey,
-    revisions: Mapping[InstanceId, str],
-    learned: Mapping[AddressKey, Learned],
-    routing: NovaRouting,
-    *,
-    policies: PolicyBook = _NO_POLICIES,
-) -> MapRecord | Conflict | None:
-    """The record of one address, or `None` where the data plane must not know it.
+@dataclass(frozen=True, slots=True)
+class RecordPlanner:
+    """Says what the data plane must know of addresses.
 
-    Args:
+    Attributes:
         inventory: Everything known.
-        key: The address.
         revisions: The compiled record of each instance whose documents are ours; one that has none cannot be
             served yet.
         learned: Addresses that something else than a record gave to an instance.
         routing: Where requests go whose documents Nova has.
         policies: What settings and operators say of guests.
     """
-    owner = inventory.owner(key)
-    if isinstance(owner, Conflict):
-        return owner
-    place = key
-    if owner is None:
-        entry = learned.get(key)
-        if entry is None or not holds(inventory, key, entry):
-            return None
-        # Of an address that a MAC has, the port is the one with the MAC, as for the address that the MAC makes.
-        by_mac = key if entry.mac is None else (key[0], link_local_of(entry.mac))
-        owner, place = entry.instance, entry.via or by_mac
-    instance = inventory.instances.get(owner)
-    if instance is None:
-        return None
-    project = _project_at(instance, place)
-    word, paths = policies.word(
-        policy_place(inventory, key[0], project, instance), instance.created_at
-    )
-    if instance.upstream is not Upstream.NOVA:
-        revision = revisions.get(owner)
-        return None if revision is None else EmbeddedRecord(owner, revision, word, paths)
-    record = None if project is None else routing.record(key[0], owner, project)
-    return replace(record, policy=word, paths=paths) if record and word else record
+
+    inventory: Inventory
+    revisions: Mapping[InstanceId, str]
+    learned: Mapping[AddressKey, Learned]
+    routing: NovaRouting
+    policies: PolicyBook = field(default_factory=PolicyBook)
+
+    def plan_record(self, key: AddressKey) -> MapRecord | Conflict | None:
+        """The record of one address, or `None` where the data plane must not know it."""
+        guest = self._guest(key)
+        return guest if guest is None or isinstance(guest, Conflict) else self._plan(key[0], *guest)
+
+    def plan_records(self, keys: Iterable[AddressKey]) -> PlannedRecords:
+        """`plan_record` for many addresses."""
+        values: dict[str, str | None] = {}
+        sets: dict[str, PathRules] = {}
+        # An instance's addresses in one network mostly have the same record.
+        shared: dict[tuple[InstanceId, NetworkId, str | None], str | None] = {}
+        for key in keys:
+            guest = self._guest(key)
+            if guest is None or isinstance(guest, Conflict):
+                values[record_key(key)] = None if guest is None else MAP_CONFLICT
+                continue
+            instance, project = guest
+            place = instance.id, key[0], project
+            if place not in shared:
+                record = self._plan(key[0], instance, project)
+                shared[place] = None if record is None else render_map_value(record)
+                if record is not None and record.paths:
+                    sets[set_id(record.paths)] = record.paths
+            values[record_key(key)] = shared[place]
+        return PlannedRecords(values, sets)
+
+    def _guest(self, key: AddressKey) -> tuple[Instance, str | None] | Conflict | None:
+        """Whose address it is, and the project of the port that has it."""
+        owner, place = self.inventory.owner(key), key
+        if isinstance(owner, Conflict):
+            return owner
+        if owner is None:
+            entry = self.learned.get(key)
+            if entry is None or not holds(self.inventory, key, entry):
+                return None
+            # Of an address that a MAC has, the port is the one with the MAC, as for the address that the MAC makes.
+            by_mac = key if entry.mac is None else (key[0], link_local_of(entry.mac))
+            owner, place = entry.instance, entry.via or by_mac
+        instance = self.inventory.instances.get(owner)
+        return None if instance is None else (instance, _project_at(instance, place))
+
+    def _plan(
+        self, network: NetworkId, instance: Instance, project: str | None
+    ) -> MapRecord | None:
+        place = policy_place(self.inventory, network, project, instance)
+        word, paths = self.policies.word(place, instance.created_at)
+        if instance.upstream is not Upstream.NOVA:
+            revision = self.revisions.get(instance.id)
+            if revision is None:
+                return None
+            return EmbeddedRecord(instance.id, revision, word, paths)
+        record = None if project is None else self.routing.record(network, instance.id, project)
+        return replace(record, policy=word, paths=paths) if record and word else record
 
 
 def policy_place(
@@ -112,45 +137,9 @@ def policy_place(
 
 def _project_at(instance: Instance, place: AddressKey) -> str | None:
     """The project of the port that has the address."""
-    projects = _projects_in(instance, place[0])
+    network = place[0]
+    projects = {one.project or instance.project for one in instance.ports if one.network == network}
     if len(projects) == 1:
         return projects.pop()
     port = port_at(instance, place)
     return None if port is None else port.project or instance.project
-
-
-def _projects_in(instance: Instance, network: NetworkId) -> set[str | None]:
-    return {port.project or instance.project for port in instance.ports if port.network == network}
-
-
-def plan_records(
-    inventory: Inventory,
-    keys: Iterable[AddressKey],
-    revisions: Mapping[InstanceId, str],
-    learned: Mapping[AddressKey, Learned],
-    routing: NovaRouting,
-    *,
-    policies: PolicyBook = _NO_POLICIES,
-) -> PlannedRecords:
-    """`plan_record` for many addresses."""
-    values: dict[str, str | None] = {}
-    sets: dict[str, PathRules] = {}
-    shared: dict[tuple[InstanceId, NetworkId], str | None] = {}
-    for key in keys:
-        owner = inventory.owner(key)
-        # An instance's addresses in one network mostly have the same record.
-        place = None if isinstance(owner, Conflict | None) else (owner, key[0])
-        if place is not None and place in shared:
-            values[record_key(key)] = shared[place]
-            continue
-        record = plan_record(inventory, key, revisions, learned, routing, policies=policies)
-        if isinstance(record, Conflict):
-            values[record_key(key)] = MAP_CONFLICT
-            continue
-        value = values[record_key(key)] = None if record is None else render_map_value(record)
-        instance = None if place is None else inventory.instances.get(place[0])
-        if place is not None and instance and len(_projects_in(instance, place[1])) == 1:
-            shared[place] = value
-        if record is not None and record.paths:
-            sets[set_id(record.paths)] = record.paths
-    return PlannedRecords(values, sets)

@@ -10,31 +10,14 @@ import re
 from dataclasses import dataclass, fields
 from typing import Final, TypeAlias
 
-from imdsproxy.core.path_rules import (
-    TOKEN_PATH,
-    PathRules,
-    PathWord,
-    find_rule,
-    path_rule_name,
-    plain_path,
-    undo_spelling,
-)
+from imdsproxy.core import path_rules, policy_word
+from imdsproxy.core.path_rules import PathRules, PathWord, path_rule_name
 from imdsproxy.core.policy import (
     Folded,
     OperatorOverride,
     boot_ends_at,
     boot_is_over,
     render_policy_word,
-)
-from imdsproxy.core.policy_word import (
-    BOOT_END,
-    ENDPOINT,
-    NOCLOUD_TOKENS,
-    ONLY_TOKENS_OFF,
-    OPENSTACK_TOKENS,
-    SEALED,
-    TOKEN_ROUTE,
-    TOKENS,
 )
 
 RuleValue: TypeAlias = bool | int | str | tuple[str, ...]
@@ -107,11 +90,11 @@ def report_policy(
     )
 
 
-_TOKEN_ROUTE: Final = TOKEN_PATH.encode()
+_TOKEN_ROUTE: Final = path_rules.TOKEN_PATH.encode()
 _UP: Final = re.compile(rb"(?:^|/)\.\.(?:/|$)")
 _TREES: Final = (
-    ("openstack_tokens", "/openstack", OPENSTACK_TOKENS),
-    ("nocloud_tokens", "/nocloud", NOCLOUD_TOKENS),
+    ("openstack_tokens", "/openstack", policy_word.OPENSTACK_TOKENS),
+    ("nocloud_tokens", "/nocloud", policy_word.NOCLOUD_TOKENS),
 )
 _USER_DATA: Final = re.compile(rb"/(?:openstack/[^/]+/user_data|[^/]+/user-data)(?:/|$)")
 
@@ -147,11 +130,11 @@ def decide_read(word: str, now: int, target: str, *, token: bool, paths: PathRul
     """
     path = target.partition("?")[0].encode()
     # With tokens off and all else as by default there is nothing to check.
-    nothing = word.startswith(ONLY_TOKENS_OFF) if word else not token
+    nothing = word.startswith(policy_word.ONLY_TOKENS_OFF) if word else not token
     if nothing and path != _TOKEN_ROUTE:
         return _PASSES
-    undone = undo_spelling(path)
-    if word and not ENDPOINT.is_on(word):
+    undone = path_rules.undo_spelling(path)
+    if word and not policy_word.ENDPOINT.is_on(word):
         return Decided(403, "endpoint", "the endpoint is off")
     if word and (undone is None or _UP.search(undone) or b"%00" in path):
         return Decided(400, "path", "no document has such a path: it is made to pass by a rule")
@@ -163,7 +146,7 @@ def decide_read(word: str, now: int, target: str, *, token: bool, paths: PathRul
 
 
 def _token_route(word: str, path: bytes) -> Decided:
-    if word and not TOKEN_ROUTE.is_on(word):
+    if word and not policy_word.TOKEN_ROUTE.is_on(word):
         return Decided(404, "tokens", "no tokens are given")
     if path.rstrip(b"/") != _TOKEN_ROUTE:
         return Decided(404, "tokens", "a token is had under /latest alone")
@@ -171,14 +154,14 @@ def _token_route(word: str, path: bytes) -> Decided:
 
 
 def _read(word: str, now: int, path: bytes, paths: PathRules, *, token: bool) -> Decided:
-    booted = boot_is_over(int(BOOT_END.read(word)), now)
-    tree, rule, required = "EC2's tree", "tokens", TOKENS.is_on(word)
+    booted = boot_is_over(int(policy_word.BOOT_END.read(word)), now)
+    tree, rule, required = "EC2's tree", "tokens", policy_word.TOKENS.is_on(word)
     for name, begin, mode in _TREES:
         if path.startswith(begin.encode()):
             tree, rule, required = begin, name, mode.is_on(word)
     locked = rule == "tokens" or booted
     since = "" if rule == "tokens" else ", since the boot is over"
-    found = find_rule(paths, plain_path(path).decode("latin-1"))
+    found = path_rules.find_rule(paths, path_rules.plain_path(path).decode("latin-1"))
     if found is not None:
         by, what = path_rule_name(found[0]), f"{found[0]} and what is beneath it"
         if found[1] is PathWord.DENY:
@@ -189,6 +172,6 @@ def _read(word: str, now: int, path: bytes, paths: PathRules, *, token: bool) ->
             required = False
     if required and not token and locked:
         return Decided(401, rule, f"{tree} takes a token{since}")
-    if SEALED.is_on(word) and booted and _USER_DATA.match(path):
+    if policy_word.SEALED.is_on(word) and booted and _USER_DATA.match(path):
         return Decided(403, "seal_user_data", "user-data is sealed, since the boot is over")
     return _PASSES

@@ -33,7 +33,7 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.core.nova import EndpointSet, NovaRouting
 from imdsproxy.core.observation import AddressKey, Conflict, Observation
-from imdsproxy.core.plan import plan_record
+from imdsproxy.core.plan import RecordPlanner
 from imdsproxy.core.policy import OperatorOverride, PolicyBook, PolicyRules, TokenMode
 from imdsproxy.core.policy_report import DEFAULT_ORIGIN, PolicyInForce
 from imdsproxy.core.wire import MapRecord
@@ -138,7 +138,8 @@ class _Records:
         return 0
 
     def planned(self, key: AddressKey) -> MapRecord | Conflict | None:
-        return plan_record(self.inventory, key, self.compiler.revisions, self.learned, self.routing)
+        planner = RecordPlanner(self.inventory, self.compiler.revisions, self.learned, self.routing)
+        return planner.plan_record(key)
 
 
 class Rig:

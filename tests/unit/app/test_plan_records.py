@@ -24,7 +24,7 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.core.nova import EndpointSet, NovaRouting, sign_instance
 from imdsproxy.core.observation import AddressKey, Conflict, Observation
-from imdsproxy.core.plan import plan_record, plan_records, record_key
+from imdsproxy.core.plan import RecordPlanner, record_key
 from imdsproxy.core.wire import EmbeddedRecord, NovaRecord, render_map_value
 from imdsproxy.errors import HostRefused
 from imdsproxy.listeners.endpoints import (
@@ -55,19 +55,21 @@ def _inventory(*sources: tuple[str, Instance]) -> Inventory:
 
 def test_an_address_leads_to_its_instance_in_its_revision() -> None:
     inventory = _inventory(("a", _instance("web")))
-    record = plan_record(inventory, _KEY, {InstanceId("web"): "r1"}, {}, NovaRouting())
+    record = RecordPlanner(inventory, {InstanceId("web"): "r1"}, {}, NovaRouting()).plan_record(
+        _KEY
+    )
     assert record == EmbeddedRecord(InstanceId("web"), "r1")
 
 
 def test_an_instance_that_is_not_compiled_is_not_known_yet() -> None:
     inventory = _inventory(("a", _instance("web")))
-    assert plan_record(inventory, _KEY, {}, {}, NovaRouting()) is None
+    assert RecordPlanner(inventory, {}, {}, NovaRouting()).plan_record(_KEY) is None
 
 
 def test_an_address_of_two_instances_is_a_conflict_whatever_is_compiled() -> None:
     inventory = _inventory(("a", _instance("web")), ("b", _instance("db")))
     revisions = {InstanceId("web"): "r1", InstanceId("db"): "r2"}
-    assert plan_records(inventory, [_KEY], revisions, {}, NovaRouting()).values == {
+    assert RecordPlanner(inventory, revisions, {}, NovaRouting()).plan_records([_KEY]).values == {
         "red/10.0.0.5": "!"
     }
 
@@ -82,7 +84,9 @@ def test_a_learned_address_counts_only_where_no_record_claims_it() -> None:
         _KEY: Learned(InstanceId("db"), 1.0),
         (_RED, IPv6Address("fe80::1")): Learned(InstanceId("db"), 1.0),
     }
-    assert plan_records(inventory, learned, revisions, learned, NovaRouting()).values == {
+    assert RecordPlanner(inventory, revisions, learned, NovaRouting()).plan_records(
+        learned
+    ).values == {
         "red/10.0.0.5": "web|r1",
         "red/fe80::1": "db|r2",
     }
@@ -91,7 +95,7 @@ def test_a_learned_address_counts_only_where_no_record_claims_it() -> None:
 def test_nobody_s_address_is_to_be_unknown() -> None:
     inventory = _inventory(("a", _instance("web")))
     key = (_RED, IPv4Address("10.0.0.9"))
-    assert plan_record(inventory, key, {}, {}, NovaRouting()) is None
+    assert RecordPlanner(inventory, {}, {}, NovaRouting()).plan_record(key) is None
 
 
 _ROUTER = NetworkId("router-1")
@@ -113,13 +117,13 @@ def _nova(project: str | None = "p1", port_project: str | None = None) -> Instan
 
 
 def test_an_instance_of_nova_needs_no_compiled_record_but_project_and_signature() -> None:
-    record = plan_record(_inventory(("a", _nova())), _KEY, {}, {}, _ROUTING)
+    record = RecordPlanner(_inventory(("a", _nova())), {}, {}, _ROUTING).plan_record(_KEY)
     signature = sign_instance(_SECRETS[0], InstanceId("vm"))
     assert record == NovaRecord("default", InstanceId("vm"), "p1", (signature,))
 
 
 def test_a_project_s_endpoint_set_is_asked_with_both_secrets_while_they_change() -> None:
-    record = plan_record(_inventory(("a", _nova("p2"))), _KEY, {}, {}, _ROUTING)
+    record = RecordPlanner(_inventory(("a", _nova("p2"))), {}, {}, _ROUTING).plan_record(_KEY)
     assert record == NovaRecord(
         "cell2",
         InstanceId("vm"),
@@ -135,12 +139,12 @@ def test_the_network_s_endpoint_set_wins_over_the_project_s() -> None:
 
 
 def test_nova_is_told_the_port_s_project_and_not_the_instance_s() -> None:
-    record = plan_record(_inventory(("a", _nova("p1", "p2"))), _KEY, {}, {}, _ROUTING)
+    record = RecordPlanner(_inventory(("a", _nova("p1", "p2"))), {}, {}, _ROUTING).plan_record(_KEY)
     assert isinstance(record, NovaRecord)
     assert record.project == "p2"
     # The link-local address of the port's MAC is the port's too.
     key = (_RED, link_local_of(MacAddress("02:00:00:00:00:05")))
-    by_mac = plan_record(_inventory(("a", _nova("p1", "p2"))), key, {}, {}, _ROUTING)
+    by_mac = RecordPlanner(_inventory(("a", _nova("p1", "p2"))), {}, {}, _ROUTING).plan_record(key)
     assert by_mac == record
 
 
@@ -149,7 +153,7 @@ def test_of_an_address_that_a_mac_has_the_project_is_that_port_s() -> None:
     ports = (Port(_RED, first, (), "p1"), Port(_RED, second, (), "p9"))
     vm = replace(_instance("vm"), project="p0", ports=ports, upstream=Upstream.NOVA)
     learned = {_KEY: Learned(InstanceId("vm"), 1.0, mac=second)}
-    record = plan_record(_inventory(("a", vm)), _KEY, {}, learned, _ROUTING)
+    record = RecordPlanner(_inventory(("a", vm)), {}, learned, _ROUTING).plan_record(_KEY)
     assert isinstance(record, NovaRecord)
     assert record.project == "p9"
 
@@ -160,29 +164,29 @@ def test_of_an_address_that_a_mac_has_the_project_is_that_port_s() -> None:
 def test_without_project_or_nova_there_is_nothing_to_ask_with(
     instance: Instance, routing: NovaRouting
 ) -> None:
-    assert plan_record(_inventory(("a", instance)), _KEY, {}, {}, routing) is None
+    assert RecordPlanner(_inventory(("a", instance)), {}, {}, routing).plan_record(_KEY) is None
 
 
 def test_an_address_behind_a_router_lasts_as_long_as_the_one_in_its_network() -> None:
     behind: AddressKey = (_ROUTER, _ADDRESS)
     learned = {behind: Learned(InstanceId("vm"), 1.0, via=_KEY)}
     inventory = _inventory(("a", _nova("p2")))
-    record = plan_record(inventory, behind, {}, learned, _ROUTING)
+    record = RecordPlanner(inventory, {}, learned, _ROUTING).plan_record(behind)
     assert isinstance(record, NovaRecord)
     # The router's endpoint set, and the project of the port behind it.
     assert (record.endpoint_set, record.project) == ("edge", "p2")
     moved = replace(_nova("p2"), ports=(Port(_RED, None, (IPv4Address("10.0.0.6"),)),))
     inventory.observe(Observation("a", instances={moved.id: moved}))
-    assert plan_record(inventory, behind, {}, learned, _ROUTING) is None
+    assert RecordPlanner(inventory, {}, learned, _ROUTING).plan_record(behind) is None
 
 
 def test_a_network_that_a_source_vouches_for_strands_no_port() -> None:
     inventory = Inventory(["a"])
     inventory.observe(Observation("a", instances={InstanceId("vm"): _nova()}))
-    assert plan_record(inventory, _KEY, {}, {}, _ROUTING) is None
+    assert RecordPlanner(inventory, {}, {}, _ROUTING).plan_record(_KEY) is None
     affected = inventory.observe(Observation("a", implied_networks=frozenset({_RED})))
     assert _KEY in affected.addresses
-    assert isinstance(plan_record(inventory, _KEY, {}, {}, _ROUTING), NovaRecord)
+    assert isinstance(RecordPlanner(inventory, {}, {}, _ROUTING).plan_record(_KEY), NovaRecord)
     gone = inventory.observe(Observation("a"))
     assert _KEY in gone.addresses
     assert inventory.owner(_KEY) is None
@@ -265,9 +269,9 @@ def test_each_address_has_the_record_of_its_own_port() -> None:
     routing = NovaRouting((EndpointSet("s", b"secret"),))
     keys: list[AddressKey] = [(_RED, IPv4Address(f"10.0.0.{number}")) for number in range(4, 10)]
     keys += [(_RED, link_local_of(MacAddress("02:00:00:00:00:05")))]
-    planned = plan_records(inventory, keys, {}, {}, routing).values
+    planned = RecordPlanner(inventory, {}, {}, routing).plan_records(keys).values
     for key in keys:
-        record = plan_record(inventory, key, {}, {}, routing)
+        record = RecordPlanner(inventory, {}, {}, routing).plan_record(key)
         assert not isinstance(record, Conflict)
         value = None if record is None else render_map_value(record)
         assert planned[record_key(key)] == value

@@ -9,12 +9,11 @@ What keys there are, and what each takes, is in the tables `NETWORK`, `INSTANCE`
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Final
 
-from imdsproxy.core.model import ID_PATTERN, Instance, Network
+from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.records.instance import INSTANCE
 from imdsproxy.core.records.network import NETWORK, POLICY
 from imdsproxy.core.records.schema import (
@@ -33,10 +32,11 @@ from imdsproxy.core.records.schema import (
 from imdsproxy.core.records.values import render_payload
 from imdsproxy.errors import Problem
 
-_TABLES: Final[Mapping[str, Table[Any]]] = {"networks": NETWORK, "instances": INSTANCE}
+_TABLES: Final[Mapping[str, Table[Network] | Table[Instance]]] = {
+    "networks": NETWORK,
+    "instances": INSTANCE,
+}
 LISTS: Final = tuple(_TABLES)
-
-_Record = TypeVar("_Record", bound="Network | Instance")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,47 +78,15 @@ class Records:
         return (*self.problems, *(problem for one in refused for problem in one.problems))
 
 
-def _parse(
-    table: Table[_Record], record: object, path: Path, findings: Findings, faults: Iterable[Fault]
-) -> _Record | Refused:
-    for fault in faults:
-        findings.add(fault)
-    parsed = Field(record, path, findings).read(table.parse)
-    if parsed is None or findings.problems:
-        named = record.get("id") if isinstance(record, Mapping) else None
-        known = isinstance(named, str) and re.fullmatch(ID_PATTERN, named)
-        return Refused(tuple(findings.problems), named if known else None)
-    return parsed
-
-
-def parse_network(
-    record: object, path: Path = (), findings: Findings | None = None
-) -> Network | Refused:
-    """A network, or everything that is wrong with its record; arguments as of `parse_listed`."""
-    return _parse(NETWORK, record, path, findings or Findings(), ())
-
-
-def parse_instance(
-    record: object, path: Path = (), findings: Findings | None = None
-) -> Instance | Refused:
-    """An instance, or everything that is wrong with its record; arguments as of `parse_listed`."""
-    return _parse(INSTANCE, record, path, findings or Findings(), ())
+parse_network: Final = NETWORK.read
+parse_instance: Final = INSTANCE.read
 
 
 def parse_listed(
     path: Path, record: object, findings: Findings | None = None, faults: Iterable[Fault] = ()
 ) -> Network | Instance | Refused:
-    """One record of a document.
-
-    Args:
-        path: Its list and its place there, as `("networks", 3)`.
-        record: The mapping, as YAML or JSON gives it.
-        findings: Without problems yet.
-        faults: Those that the decoder found inside this record.
-    """
-    parsed: Network | Instance | Refused
-    parsed = _parse(_TABLES[str(path[0])], record, path, findings or Findings(), faults)
-    return parsed
+    """One record of a document, as `Table.read` gives it; `path` is its list and its place there: `("networks", 3)`."""
+    return _TABLES[str(path[0])].read(record, path, findings, faults)
 
 
 def render_record(record: Network | Instance) -> dict[str, Json]:

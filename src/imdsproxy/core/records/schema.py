@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Final, Generic, TypeAlias, TypeVar
 
+from imdsproxy.core.model import ID_PATTERN
 from imdsproxy.errors import Problem, quoted
 
 Json: TypeAlias = "str | int | float | bool | list[Json] | dict[str, Json] | None"
@@ -335,7 +336,7 @@ class Table(Generic[_T]):
         self._make = make or of
         self._check = check
         self._defaults = {
-            one.name: one.default_factory() if one.default_factory is not MISSING else one.default
+            one.name: one.default if one.default_factory is MISSING else one.default_factory()
             for one in fields(of)  # type: ignore[arg-type] # a dataclass
         }
 
@@ -343,6 +344,31 @@ class Table(Generic[_T]):
         """What a missing key stands for; `None` where that is nothing."""
         default = self._defaults[key.field]
         return None if default is MISSING else default
+
+    def read(
+        self,
+        record: object,
+        path: Path = (),
+        findings: Findings | None = None,
+        faults: Iterable[Fault] = (),
+    ) -> _T | Refused:
+        """The value of a record, or everything that is wrong with it.
+
+        Args:
+            record: The mapping, as YAML or JSON gives it.
+            path: Where it stands in its document.
+            findings: Without problems yet.
+            faults: Those that the decoder found inside this record.
+        """
+        findings = findings or Findings()
+        for fault in faults:
+            findings.add(fault)
+        parsed = Field(record, path, findings).read(self.parse)
+        if parsed is None or findings.problems:
+            named = record.get("id") if isinstance(record, Mapping) else None
+            known = isinstance(named, str) and re.fullmatch(ID_PATTERN, named)
+            return Refused(tuple(findings.problems), named if known else None)
+        return parsed
 
     def parse(self, field: Field) -> _T | None:
         """The value of a mapping."""
