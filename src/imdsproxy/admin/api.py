@@ -56,15 +56,14 @@ class _AdminApp(FastAPI):
 
     def openapi(self) -> dict[str, Any]:
         """The OpenAPI document, made once."""
-        known = self.openapi_schema is not None
+        if self.openapi_schema is not None:
+            return self.openapi_schema
         document = super().openapi()
-        if not known:
-            for operations in document["paths"].values():
-                for operation in operations.values():
-                    for status in ("4XX", "5XX"):
-                        answer = operation["responses"][status]
-                        (described,) = answer["content"].values()
-                        answer["content"] = {_PROBLEM_JSON: described}
+        for operation in (one for path in document["paths"].values() for one in path.values()):
+            for status in ("4XX", "5XX"):
+                answer = operation["responses"][status]
+                (described,) = answer["content"].values()
+                answer["content"] = {_PROBLEM_JSON: described}
         return document
 
 
@@ -93,10 +92,8 @@ def admin_app(controller: Controller | None) -> FastAPI:
 
 
 async def _refused(_request: Request, error: Exception) -> JSONResponse:
-    refusal = cast("ImdsproxyError", error)
-    return _answer(
-        refusal.http_status, refusal.code, refusal.message, refusal.hint, refusal.problems
-    )
+    one = cast("ImdsproxyError", error)
+    return _answer(one.http_status, one.code, one.message, one.hint, one.problems)
 
 
 async def _unacceptable(_request: Request, error: Exception) -> JSONResponse:

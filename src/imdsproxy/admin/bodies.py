@@ -336,6 +336,5 @@ def _no_constant(word: str) -> object:
 
 
 def _refused(reason: str, hint: str) -> RequestRefused:
-    return RequestRefused(
-        f"the body {reason}", hint=hint, problems=[Problem("body", reason, hint=hint)]
-    )
+    problem = Problem("body", reason, hint=hint)
+    return RequestRefused(f"the body {reason}", hint=hint, problems=[problem])

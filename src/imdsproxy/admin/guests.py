@@ -6,6 +6,7 @@ import asyncio
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, assert_never
 
 from imdsproxy.admin.bodies import DocumentBody, DocumentView
@@ -200,11 +201,9 @@ async def get_document(controller: Controller, key: AddressKey, path: str) -> Do
     else:
         outcome = owner.denial or deny(owner.identity, in_sync=lookup.inventory.in_sync)
     if isinstance(outcome, Denial):
-        text = MISMATCH_TEXT if outcome is Denial.MISMATCH else ""
+        body = DocumentBody(text=MISMATCH_TEXT if outcome is Denial.MISMATCH else "")
         again = [["retry-after", "5"]] if outcome is Denial.CONFLICT else []
-        return DocumentView(
-            status=outcome.status, headers=again, body=DocumentBody.of(text.encode())
-        )
+        return DocumentView(status=outcome.status, headers=again, body=body)
     answer = CollectedAnswer()
     request = GuestRequest(key, "GET", path.encode("utf-8"), by_operator=True)
     await controller.forward(outcome, request, answer.take)
@@ -282,9 +281,8 @@ def _common_path(inventory: Inventory, instance: InstanceId | None) -> str:
 def _origin(inventory: Inventory, listeners: ListenerLoop, network: NetworkId) -> str:
     if sources := inventory.sources_of_network(network):
         return f"network {network} comes from {', '.join(sources)}"
-    unreported = (
-        f"no source tells how {network} is reached: its guests come through the unix listener"
-    )
+    why = "its guests come through the unix listener"
+    unreported = f"no source tells how {network} is reached: {why}"
     if listeners.unix.serving:
         return unreported
     problem = listeners.unix.problem
@@ -309,10 +307,8 @@ async def _owner(lookup: Lookup, key: AddressKey) -> _Owner:
                 at = (network, key[1])
                 return _Owner(identify(lookup.inventory, *at), at)
             case PortAmbiguous(count=count):
-                why = (
-                    f"{count} ports of {source.name} have it there; whose guest asks is not guessed"
-                )
-                return _Owner(identity, key, why)
+                ports = f"{count} ports of {source.name} have it there"
+                return _Owner(identity, key, f"{ports}; whose guest asks is not guessed")
             case LookUpUnavailable(reason=reason):
                 why = f"nothing is known of it, and {source.name} cannot be asked: {reason}"
                 return _Owner(identity, key, why, Denial.UNAVAILABLE)
@@ -371,10 +367,8 @@ def _explain_found(
     decision = None
     if path is not None:
         paths = folded.policy.paths
-        without, given = (
-            decide_read(rules.word, now, path, token=token, paths=paths) for token in (False, True)
-        )
-        decision = PathDecision(path, without, given)
+        decide = partial(decide_read, rules.word, now, path, paths=paths)
+        decision = PathDecision(path, decide(token=False), decide(token=True))
     answer: int | None
     if instance.upstream is Upstream.EMBEDDED:
         policy = {"dialects": ", ".join(sorted(instance.dialects)) or "none"}
@@ -414,9 +408,8 @@ async def _pair(lookup: Lookup, key: AddressKey, steps: list[str]) -> PairReport
     steps.append(f"it was last seen with MAC {seen}" if seen else "no MAC was seen with it")
     if refusal is not None and neighbour not in {None, refusal.mac}:
         age_s = lookup.clock.monotonic() - refusal.at
-        steps.append(
-            f"its request was refused {age_s:.0f} s ago; the neighbour table has MAC {neighbour}"
-        )
+        refused = f"its request was refused {age_s:.0f} s ago"
+        steps.append(f"{refused}; the neighbour table has MAC {neighbour}")
     if granted == ANY_MAC:
         steps.append("the MAC filter lets it through with any MAC: no record has one")
     elif granted is not None:

@@ -25,12 +25,7 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from imdsproxy import __version__
-from imdsproxy.admin.status import (
-    Readiness,
-    report_macs,
-    report_readiness,
-    report_unix_listener,
-)
+from imdsproxy.admin import status
 from imdsproxy.controller.controller import Controller
 from imdsproxy.core.haproxy.frontends import AGENTS
 from imdsproxy.core.haproxy.runtime import WorkerTotals
@@ -144,9 +139,9 @@ class Metrics(Collector):
         """Every family with the values of now."""
         return (metric.collect(self) for metric in METRICS)
 
-    def readiness(self) -> Readiness:
+    def readiness(self) -> status.Readiness:
         """Whether guests get what the sources say, as /readyz reports it."""
-        return report_readiness(self.one)
+        return status.report_readiness(self.one)
 
     def _by_network(self, counts: Mapping[str, int]) -> Mapping[str, int]:
         """Each network's own count, or with more than `network_series` of them their sum."""
@@ -155,10 +150,8 @@ class Metrics(Collector):
 
     def _guests(self, column: str) -> Mapping[str, int]:
         """One column of the traffic, by network."""
-        totals = self.traffic.totals.items()
-        return self._by_network(
-            {key[1]: count for key, count in totals if key[::2] == (_GUESTS[0], column)}
-        )
+        totals, kind = self.traffic.totals.items(), (_GUESTS[0], column)
+        return self._by_network({key[1]: count for key, count in totals if key[::2] == kind})
 
     def _agents(self, column: str) -> int:
         """The same of Neutron's proxies, all together."""
@@ -318,20 +311,20 @@ class Metrics(Collector):
 
     def learned_addresses(self) -> Gauge:
         """Addresses that guests are known by because the neighbour table has their MAC there."""
-        return report_macs(self.one).learned
+        return status.report_macs(self.one).learned
 
     def pairs(self) -> Gauge:
         """Addresses that the kernel lets through to HAProxy's maps with one MAC only, or with any."""
-        return report_macs(self.one).pairs
+        return status.report_macs(self.one).pairs
 
     def gates(self) -> Annotated[By, "gauge", "state"]:
         """Networks in which the kernel looks at guests' MACs: open, or refused where it should and cannot."""
-        macs = report_macs(self.one)
+        macs = status.report_macs(self.one)
         return {"open": macs.gates, "refused": macs.refused}
 
     def unix_listener_serving(self) -> Gauge:
         """1 while HAProxy's socket is at unix_listener.path; no series where that is off."""
-        return None if (unix := report_unix_listener(self.one)) is None else unix.serving
+        return None if (unix := status.report_unix_listener(self.one)) is None else unix.serving
 
     def unix_listener_taken_over(self) -> Count:
         """Times that unix_listener.path was taken from a process that lives; it grows whenever that takes it back."""
@@ -368,9 +361,8 @@ class Metrics(Collector):
 
     def nova_endpoint_failures(self) -> Annotated[By, "counter", "endpoint_set", "endpoint"]:
         """Connections to the endpoint of Nova that failed, and requests that it did not answer in time or in full."""
-        return {
-            (one.endpoint_set, one.endpoint): one.failures for one in self.one.nova_watch.endpoints
-        }
+        endpoints = self.one.nova_watch.endpoints
+        return {(one.endpoint_set, one.endpoint): one.failures for one in endpoints}
 
     def nova_refused(self) -> Annotated[By, "counter", "endpoint_set"]:
         """Answers 403 of Nova, by endpoint set: it refuses our signature, most likely for another secret."""

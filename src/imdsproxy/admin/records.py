@@ -141,11 +141,8 @@ def _describe_instances(controller: Controller, instances: Sequence[Instance]) -
     inventory, listeners = controller.inventory, controller.listeners
     conflicts = inventory.conflicts()
     serving = networks_of(listeners.report.endpoints)
-    unserved = {
-        one.network: one.reason
-        for one in reversed(listeners.degraded())
-        if one.network not in serving
-    }
+    degraded = [one for one in reversed(listeners.degraded()) if one.network not in serving]
+    unserved = {one.network: one.reason for one in degraded}
     refused = {
         problem.record: str(problem)
         for source in inventory.sources

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Iterable
 from ipaddress import ip_address
 from typing import Annotated, Any, Final, TypeAlias, cast
 
@@ -157,13 +157,10 @@ async def watch(
     instance: Annotated[str | None, Query(description="Only of this instance.")] = None,
 ) -> WatchReport:
     """What guests asked for and were answered since `cursor`; HAProxy tells while this is asked every few seconds."""
-    return await controller.watching.read(
-        cursor,
-        network=None if network is None else records.find_network(controller.inventory, network),
-        instance=None
-        if instance is None
-        else records.find_instance(controller.inventory, instance),
-    )
+    inventory = controller.inventory
+    of_network = None if network is None else records.find_network(inventory, network)
+    of_instance = None if instance is None else records.find_instance(inventory, instance)
+    return await controller.watching.read(cursor, network=of_network, instance=of_instance)
 
 
 @router.get("/token-report")
@@ -231,9 +228,8 @@ async def show_network(network: _Network, controller: _Uses) -> JSONResponse:
 @router.put("/networks/{network}", openapi_extra=_takes(bodies.NetworkRecord))
 async def put_network(network: str, body: _Body, controller: _Uses) -> Written:
     """Add a network, or replace its whole record."""
-    return await records.put_records(
-        controller, [_read_network(bodies.refuse_unlike(body, network))], []
-    )
+    record = _read_network(bodies.refuse_unlike(body, network))
+    return await records.put_records(controller, [record], [])
 
 
 @router.patch("/networks/{network}", openapi_extra=_takes(bodies.NetworkRecord))
@@ -260,7 +256,7 @@ async def list_instances(
 ) -> JSONResponse:
     """Every instance, by id, without payloads."""
     chosen = None if network is None else records.find_network(controller.inventory, network)
-    return await _listed(records.report_instances(controller, chosen), records.summarise)
+    return await _listed(map(records.summarise, records.report_instances(controller, chosen)))
 
 
 @router.post("/instances", status_code=201, openapi_extra=_takes(bodies.InstanceRecord))
@@ -278,9 +274,8 @@ async def show_instance(instance: _Instance, controller: _Uses) -> JSONResponse:
 @router.put("/instances/{instance}", openapi_extra=_takes(bodies.InstanceRecord))
 async def put_instance(instance: str, body: _InstanceBody, controller: _Uses) -> Written:
     """Add an instance, or replace its whole record."""
-    return await records.put_records(
-        controller, [], [_read_instance(bodies.refuse_unlike(body, instance))]
-    )
+    record = _read_instance(bodies.refuse_unlike(body, instance))
+    return await records.put_records(controller, [], [record])
 
 
 @router.patch("/instances/{instance}", openapi_extra=_takes(bodies.InstanceRecord))
@@ -298,12 +293,9 @@ async def patch_instance(instance: _Instance, body: _InstanceBody, controller: _
         known = render_record(records.report_instance(controller, instance)["record"])
         changed = _read_instance(bodies.merge_patch(known, patch))
         # A password is no part of the record, which may be another source's.
-        unchanged = clears_password and patch.keys() == {"id"}
-        written = (
-            Written(instances=1)
-            if unchanged
-            else await records.put_records(controller, [], [changed])
-        )
+        written = Written(instances=1)
+        if not (clears_password and patch.keys() == {"id"}):
+            written = await records.put_records(controller, [], [changed])
         if clears_password:
             await guests.clear_password(controller, instance)
         return written
@@ -367,12 +359,9 @@ def _no_password(instance: InstanceId) -> NotFound:
     )
 
 
-async def _listed(
-    reports: list[Report],
-    finish: Callable[[Report], Report] = lambda report: report,
-) -> JSONResponse:
-    """A list finished and rendered in a thread: the loop has guests waiting in the resolver."""
-    return await asyncio.to_thread(lambda: bodies.RecordResponse([*map(finish, reports)]))
+async def _listed(reports: Iterable[Report]) -> JSONResponse:
+    """A list made and rendered in a thread: the loop has guests waiting in the resolver."""
+    return await asyncio.to_thread(lambda: bodies.RecordResponse([*reports]))
 
 
 def _ip(text: str) -> IpAddress:

@@ -283,24 +283,16 @@ async def _find_busiest(controller: Controller) -> tuple[limits.Asker, ...]:
     except (DataplaneError, WorkerEnded):
         # The watchdog handles that, and the same report has HAProxy's state.
         return ()
-    found = limits.busiest(
-        "\n".join(usual), own, requests=most, connections=allowed.connections, now=now
-    )
-    return tuple(found)
+    table, connections = "\n".join(usual), allowed.connections
+    return tuple(limits.busiest(table, own, requests=most, connections=connections, now=now))
 
 
 def _report_audit(controller: Controller) -> AuditReport | None:
     audit = controller.audit
-    settings = audit.settings()
+    settings, problem = audit.settings(), _reason(audit.problem)
     if not settings.one_in:
         return None
-    return AuditReport(
-        settings.mode,
-        settings.destination,
-        audit.written,
-        audit.left_out,
-        _reason(audit.problem),
-    )
+    return AuditReport(settings.mode, settings.destination, audit.written, audit.left_out, problem)
 
 
 def report_macs(controller: Controller) -> MacsReport:

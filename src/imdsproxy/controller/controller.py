@@ -124,9 +124,8 @@ class Controller:
         self.nova_watch = NovaWatch(self.haproxy, nova.names)
         self.passwords = PasswordStore(layout.passwords)
         progress, group = Progress(), settings.documents.group
-        files = DiskFiles(
-            layout.records, self.passwords, None if group is None else group_id(group)
-        )
+        reader = None if group is None else group_id(group)
+        files = DiskFiles(layout.records, self.passwords, reader)
         self.sources = build_sources(settings, clock, begin=self.served.wait, progress=progress)
         self.inventory = inventory = Inventory(source.name for source in self.sources.all)
         self.mac_filters, self.hop_limits = build_filters(layout, host, inventory, clock)

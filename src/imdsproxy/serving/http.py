@@ -94,11 +94,8 @@ async def send_answer(answer: Answer, send: Send, file: BinaryIO | None = None) 
         send: Takes ASGI's messages.
         file: What an answer's `Blob` is of; it is closed.
     """
-    head: Message = {
-        "type": "http.response.start",
-        "status": answer.status,
-        "headers": list(answer.headers),
-    }
+    headers = list(answer.headers)
+    head = {"type": "http.response.start", "status": answer.status, "headers": headers}
     if isinstance(answer.body, bytes):
         await send(head)
         await send({"type": "http.response.body", "body": answer.body})

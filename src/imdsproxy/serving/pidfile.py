@@ -55,10 +55,8 @@ class PidFile:
             descriptor = open_locked(path, os.O_RDWR | os.O_CREAT, 0o644)
         if descriptor is None:
             parent = read_pids(path).parent
-            who = f" (pid {parent})" if parent else ""
-            raise HostRefused(
-                f"a document server runs here already{who}", hint=f"its pid file is {path}"
-            )
+            message = f"a document server runs here already{f' (pid {parent})' if parent else ''}"
+            raise HostRefused(message, hint=f"its pid file is {path}")
         self.path, self.descriptor = path, descriptor
         self._written = b""
 

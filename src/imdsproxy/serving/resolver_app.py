@@ -191,22 +191,16 @@ def found_forwarder(socket: str, timeout_s: float, *, per_network: int = 16) -> 
                 shares.setdefault(network, asyncio.Semaphore(per_network)),
                 asked as response,
             ):
-                headers = [
-                    (name.lower(), value)
-                    for name, value in response.headers
-                    if name.lower().decode("latin-1") not in _HOP_BY_HOP
-                ]
-                started = True
-                await send(
-                    {"type": "http.response.start", "status": response.status, "headers": headers}
-                )
+                sent = ((name.lower(), value) for name, value in response.headers)
+                headers = [one for one in sent if one[0].decode("latin-1") not in _HOP_BY_HOP]
+                started, status = True, response.status
+                await send({"type": "http.response.start", "status": status, "headers": headers})
                 async for chunk in response.aiter_stream():
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 await send({"type": "http.response.body", "body": b""})
         except (httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError) as error:
-            structlog.get_logger().warning(
-                "request not handed to haproxy", error=f"{type(error).__name__}: {error}"
-            )
+            reason = f"{type(error).__name__}: {error}"
+            structlog.get_logger().warning("request not handed to haproxy", error=reason)
             if started:
                 # The guest must see that the answer is not whole: the server closes its connection.
                 raise

@@ -62,9 +62,11 @@ _LOOK_EVERY_S: Final = 1.0
 _STOP_WITHIN_S: Final = 8.0
 _HEALTHY_AFTER_S: Final = 5.0
 _ATTEMPTS: Final = 3
+_QUESTION: Final = (
+    b"GET %b HTTP/1.1\r\nHost: documents\r\nConnection: close\r\n\r\n" % LIVENESS_PATH
+)
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 """Blocked in the parent, which waits for them. What executes us anew finds those that came meanwhile."""
-
 
 _log: Final = structlog.get_logger()
 
@@ -112,9 +114,7 @@ class Worker:
         self.question.setblocking(False)
         with suppress(OSError):
             self.question.connect(os.fspath(self.at))
-            self.question.send(
-                b"GET %b HTTP/1.1\r\nHost: documents\r\nConnection: close\r\n\r\n" % LIVENESS_PATH
-            )
+            self.question.send(_QUESTION)
 
     def has_answered(self) -> bool:
         """Whether an answer to the last request has begun."""
@@ -228,9 +228,8 @@ class DocumentServer:
             if failed or time.monotonic() > deadline:
                 self._predecessors.clear()
                 self._stop()
-                raise HostRefused(
-                    "the document server's workers do not come up", hint="see their messages above"
-                )
+                reason = "the document server's workers do not come up"
+                raise HostRefused(reason, hint="see their messages above")
             self._step(_START_POLL_S)
         for worker in self._workers:
             with refusing(f"listen on {worker.path}"):
@@ -398,11 +397,9 @@ class DocumentServer:
         for one in [one for one in self._predecessors if not one.alive()]:
             one.close()
             self._predecessors.remove(one)
-        ended = []
-        for worker in self._workers:
-            if worker.pid is not None and worker.pid in statuses:
-                ended.append((worker, worker.pid, statuses[worker.pid]))
-                worker.pid, worker.answers = None, False
+        ended = [(one, one.pid, statuses[one.pid]) for one in self._workers if one.pid in statuses]
+        for worker, _, _ in ended:
+            worker.pid, worker.answers = None, False
         return ended
 
     def serve(self, worker: Worker) -> None:
