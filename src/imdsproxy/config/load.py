@@ -17,7 +17,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from imdsproxy.config.describe import (
     Place,
-    Setting,
     explain_finding,
     iterate_settings,
     place_of,
@@ -99,25 +98,21 @@ def load_settings(
     values: dict[str, object] = {}
     for layer in layers:
         _merge(values, layer.values)
+    cause: ValidationError | None = None
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:
-        problems = [*_problems(error, layers), *problems]
-        raise _invalid(problems) from error
+        cause, problems = error, [*_problems(error, layers), *problems]
     if problems:
-        raise _invalid(problems)
+        count = len(problems)
+        raise ConfigInvalid(
+            f"the configuration has {count} problem{'s' if count != 1 else ''}",
+            problems=problems,
+            hint="`imdsproxy config sample` prints every setting with its default",
+        ) from cause
     empty = frozenset(path for path, document in documents if document.value is None)
     blank = frozenset(path for path in empty if path.is_file() and not path.read_text().strip())
     return Loaded(settings, layers, tuple(files), empty, blank)
-
-
-def _invalid(problems: Sequence[Problem]) -> ConfigInvalid:
-    count = len(problems)
-    return ConfigInvalid(
-        f"the configuration has {count} problem{'s' if count != 1 else ''}",
-        problems=problems,
-        hint="`imdsproxy config sample` prints every setting with its default",
-    )
 
 
 def _read(path: Path) -> Decoded:
@@ -188,7 +183,11 @@ def _read_environment(environment: Mapping[str, str]) -> tuple[list[_Layer], lis
         try:
             value = _read_variable(environment[name], name, setting.bare["type"])
         except ConfigError as error:
-            problems += _problems_of_variable(setting, error)
+            # A mapping or a list; it is one line, so its lines are of no use.
+            inside = [replace(one, line=None) for one in error.problems]
+            problems += [replace(one, field=f"{setting.path}.{one.field}") for one in inside] or [
+                Problem(setting.path, error.message, f"takes {setting.takes}, as JSON", name)
+            ]
             continue
         for step in reversed(setting.path.split(".")):
             value = {step: value}
@@ -205,17 +204,6 @@ def _read_variable(text: str, name: str, kind: str) -> Any:  # noqa: ANN401 - as
     with contextlib.suppress(KeyError, ValidationError):
         return _SCALARS[kind].validate_python(text)
     return text
-
-
-def _problems_of_variable(setting: Setting, error: ConfigError) -> list[Problem]:
-    """Why a mapping's variable is refused; it is one line, so its lines are of no use."""
-    if not error.problems:
-        hint = f"takes {setting.takes}, as JSON"
-        return [Problem(setting.path, error.message, hint, setting.variable)]
-    return [
-        replace(problem, field=f"{setting.path}.{problem.field}", line=None)
-        for problem in error.problems
-    ]
 
 
 def _problems(error: ValidationError, layers: Sequence[_Layer]) -> Iterator[Problem]:

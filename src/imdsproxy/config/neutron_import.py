@@ -35,12 +35,6 @@ _BEFORE_THE_FRONT_S: Final = 2
 _RESPONSE_S: Final = (1, 600)
 """What `nova.response_timeout_s` takes."""
 
-_RIGHT_IN_NOVA: Final[Mapping[str, bool]] = {
-    "service_metadata_proxy": True,
-    "local_metadata_per_cell": False,
-}
-"""Options of Nova's with the value that needs no change by hand."""
-
 _OVNS_FILE: Final = re.compile(r"(^|[._-])ovn([._-]|$)")
 """neutron_ovn_metadata_agent.ini, neutron_ovn_agent.ini, ovn_agent.ini."""
 
@@ -280,11 +274,9 @@ class _Reading:
         named = (one for one in ours if _OVNS_FILE.search(Path(one.file).name))
         return next(asks, None) or next(named, None)
 
-    def url(self) -> str | None:
-        """Nova's; `None` where it is refused."""
+    def url(self) -> str:
+        """Nova's; empty where it is refused."""
         host = self["nova_metadata_host"]
-        if host.written is not None and host.value is None:
-            return None  # refused already
         scheme = self["nova_metadata_protocol"].value or "http"
         port = int(self["nova_metadata_port"].value or NOVA_METADATA_PORT)
         name = "127.0.0.1" if host.value is None else host.value
@@ -294,7 +286,7 @@ class _Reading:
             return str(parse_nova_url(f"{scheme}://{bracketed}:{port}"))
         except ValueError as error:
             self._refuse(host, str(error), "takes a name or an address")
-            return None
+            return ""
 
     def secret(self) -> tuple[str, IniOption] | None:
         """The one that signs requests, and where it stands; `None` where it is refused."""
@@ -344,7 +336,7 @@ class _Reading:
                     fate, why = Fate.NONE, "Neutron uses neither of the two where one is empty."
             elif written.name != name:
                 why = f"Of old, for `{name}`. {why}"
-            elif name in _RIGHT_IN_NOVA and read.is_true is _RIGHT_IN_NOVA[name]:
+            elif option.unless is read.is_true:
                 fate = Fate.NONE
             becomes = option.becomes if fate is not Fate.NONE else ""
             yield {**_where(written), "fate": fate.value, "setting": becomes or None, "why": why}
@@ -371,7 +363,7 @@ class _Reading:
 
 
 def _put_settings(
-    reading: _Reading, url: str | None, secret_file: Path, agent_user: str, server_name: str | None
+    reading: _Reading, url: str, secret_file: Path, agent_user: str, server_name: str | None
 ) -> None:
     """What the files come to, in the order of the settings file."""
     host, port, scheme = (reading[f"nova_metadata_{one}"] for one in ("host", "port", "protocol"))
@@ -380,7 +372,7 @@ def _put_settings(
         reading["nova_metadata_insecure"],
     )
     state, put, copy = reading["state_path"], reading.put, reading.copy
-    put(f"{_SET}.endpoints", [{"url": str(url)}], scheme, host, port)
+    put(f"{_SET}.endpoints", [{"url": url}], scheme, host, port)
     in_file = "its value is Neutron's metadata_proxy_shared_secret"
     put(f"{_SET}.secret_file", str(secret_file), otherwise=in_file)
     copy(f"{_SET}.ca_file", "auth_ca_cert")

@@ -43,6 +43,7 @@ class NeutronOption:
         default: As its documentation writes it; empty for none.
         takes: A key of `_PATTERNS`, `one of A, B`, `an integer from N on` or `an integer from N to M`.
         becomes: The setting of imdsproxy, if there is one.
+        unless: By hand, unless it has this value.
         why: Why it has no equivalent, or how it is taken over.
         deprecated: Its older names, `(section, name)`.
         secret: Its value is never shown.
@@ -55,6 +56,7 @@ class NeutronOption:
     takes: str = "a text on one line"
     fate: Fate
     becomes: str = ""
+    unless: bool | None = None
     why: str
     deprecated: tuple[tuple[str, str], ...] = ()
     secret: bool = False

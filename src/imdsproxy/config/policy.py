@@ -113,13 +113,13 @@ class TokensSettings(Section):
     """Session tokens: their keys, and whether reads without them are counted."""
 
     count_reads: Annotated[Literal["off", "sampled", "all"], OffIsFalse] = setting(
-        "sampled",
-        Change.RELOAD,
-        description="Count, for `imdsproxy token report`, who reads without a token where none is required: none, one "
-        f"read in {ONE_IN} by chance, or each. A sample costs HAProxy 1 to 5 % more instructions a request and finds "
-        "a guest that reads a hundred times; each costs 9 to 53 % more, and finds one that reads once. What is "
-        "refused because a token is required is counted always, each time.",
+        "sampled", Change.RELOAD
     )
+    """Count, for `imdsproxy token report`, who reads without a token where none is required: none, one read in 20 by
+    chance, or each. A sample costs HAProxy 1 to 5 % more instructions a request and finds a guest that reads a
+    hundred times; each costs 9 to 53 % more, and finds one that reads once. What is refused because a token is
+    required is counted always, each time.
+    """
 
     key_file: AbsolutePath | None = setting(None, Change.LIVE)
     """File of the keys, one a line in base64, the one in force first; root's alone. Hosts that share it take each

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import textwrap
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Final
 
 from imdsproxy.config.describe import (
     Node,
@@ -13,15 +14,10 @@ from imdsproxy.config.describe import (
     root_schema,
     walk_values,
 )
+from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.section import Change
 from imdsproxy.config.strict_yaml import render_value
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
-
-    from imdsproxy.config.load import Loaded
-
 
 _WIDTH: Final = 96
 _ORIGIN_COLUMN: Final = 48

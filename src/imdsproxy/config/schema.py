@@ -41,12 +41,9 @@ from imdsproxy.sources.settings import SourcesSettings
 from imdsproxy.unix_listener.settings import UnixListenerSettings
 
 Supervisor: TypeAlias = Literal["auto", "spawn", "systemd"]
-
-_SUPERVISOR_WORDS = (
-    "`systemd` starts and reloads the unit, `spawn` makes it a process of its own beside the "
-    "controller, `auto` takes systemd where it is the init system and the unit is installed. "
-    "Either way it outlives the controller."
-)
+NamePrefix = Annotated[
+    str, form(r"^[a-z][a-z0-9]{1,5}$", "2 to 6 lower-case letters and digits, a letter first")
+]
 
 
 class PathsSettings(Section):
@@ -103,11 +100,12 @@ class HaproxySettings(Section):
     nothing else.
     """
 
-    supervisor: Supervisor = setting(
-        "auto",
-        Change.RESTART,
-        description=f"Who starts HAProxy and starts it again. {_SUPERVISOR_WORDS}",
-    )
+    supervisor: Supervisor = setting("auto", Change.RESTART)
+    """Who starts HAProxy and starts it again. `systemd` starts and reloads the unit, `spawn` makes it a process of
+    its own beside the controller, `auto` takes systemd where it is the init system and the unit is installed. Either
+    way it outlives the controller.
+    """
+
     unit: UnitName = setting("imdsproxy-haproxy.service", Change.RESTART)
     """The systemd unit of HAProxy's master."""
 
@@ -150,11 +148,12 @@ class DocumentsSettings(Section):
     group: AccountName | None = setting("haproxy", Change.RESTART)
     """Group of the workers and of their sockets; null as for `user`."""
 
-    supervisor: Supervisor = setting(
-        "auto",
-        Change.RESTART,
-        description=f"Who starts the document server and starts it again. {_SUPERVISOR_WORDS}",
-    )
+    supervisor: Supervisor = setting("auto", Change.RESTART)
+    """Who starts the document server and starts it again. `systemd` starts and reloads the unit, `spawn` makes it a
+    process of its own beside the controller, `auto` takes systemd where it is the init system and the unit is
+    installed. Either way it outlives the controller.
+    """
+
     unit: UnitName = setting("imdsproxy-documents.service", Change.RESTART)
     """The systemd unit of the document server."""
 
@@ -205,6 +204,9 @@ def _facility(text: str) -> str:
     return text
 
 
+Facility = Annotated[str, AfterValidator(_facility)]
+
+
 class NamespaceProxySettings(Section):
     """Defaults of `imdsproxy namespace-proxy`, by the names of its options; its command line wins."""
 
@@ -229,9 +231,7 @@ class NamespaceProxySettings(Section):
     use_syslog: bool | None = setting(None, Change.NOTHING)
     """Log requests to /dev/log; null does if it is there."""
 
-    syslog_log_facility: Annotated[str, AfterValidator(_facility)] = setting(
-        "LOG_LOCAL0", Change.NOTHING
-    )
+    syslog_log_facility: Facility = setting("LOG_LOCAL0", Change.NOTHING)
     """Syslog's facility, by Neutron's or HAProxy's name."""
 
 
@@ -285,13 +285,7 @@ class MetricsSettings(Section):
 class HostSettings(Section):
     """What imdsproxy makes and watches on the host."""
 
-    name_prefix: Annotated[
-        str,
-        form(
-            r"^[a-z][a-z0-9]{1,5}$",
-            "2 to 6 lower-case letters and digits, a letter first",
-        ),
-    ] = setting("imds", Change.RESTART)
+    name_prefix: NamePrefix = setting("imds", Change.RESTART)
     """Begin of the names of the namespaces and links that imdsproxy makes, and may sweep away. Two daemons on one
     host need two. Short, because Linux allows a link 15 characters.
     """

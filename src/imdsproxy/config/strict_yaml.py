@@ -42,7 +42,6 @@ class Undecodable:
     """Text that is not YAML or JSON at all, and where that shows (1-based line)."""
 
     reason: str
-    hint: str = ""
     line: int | None = None
 
 
@@ -177,13 +176,15 @@ class _Loader(Composer, CParser, BaseResolver):
             value = self._decode_scalar(node, path)
         elif len(path) > _DEEPEST:
             raise _too_much(_TOO_DEEP, node)
-        elif isinstance(node, yaml.SequenceNode):
-            self._expect(node, path, "seq")
-            items = [self._decode(one, (*path, index)) for index, one in enumerate(node.value)]
-            value, parts = [one for one, _ in items], [tree for _, tree in items]
         else:
-            self._expect(node, path, "map")
-            value, parts = self._decode_mapping(node, path)
+            is_list = isinstance(node, yaml.SequenceNode)
+            if node.tag != _TAG + ("seq" if is_list else "map"):
+                self.faults.append(Fault(path, f"the tag {node.tag!r} is not supported"))
+            if is_list:
+                items = [self._decode(one, (*path, index)) for index, one in enumerate(node.value)]
+                value, parts = [one for one, _ in items], [tree for _, tree in items]
+            else:
+                value, parts = self._decode_mapping(node, path)
         return value, (node.start_mark.line + 1, parts)
 
     def _decode_mapping(
@@ -232,10 +233,6 @@ class _Loader(Composer, CParser, BaseResolver):
             self.faults.append(Fault(path, f"is no {node.tag.removeprefix(_TAG)}"))
             return None
 
-    def _expect(self, node: yaml.Node, path: Path, kind: str) -> None:
-        if node.tag != _TAG + kind:
-            self.faults.append(Fault(path, f"the tag {node.tag!r} is not supported"))
-
 
 def _too_much(reason: str, at: yaml.Node | yaml.CollectionStartEvent) -> _TooMuchError:
     mark: Any = at.start_mark
@@ -280,7 +277,7 @@ def parse_yaml(text: str, file: str) -> Decoded:
         place = "" if decoded.line is None else f":{decoded.line}"
         raise ConfigUnreadable(
             f"{file}{place} {decoded.reason}",
-            hint=decoded.hint or "indent with blanks, and quote texts that hold a colon, #, * or &",
+            hint="indent with blanks, and quote texts that hold a colon, #, * or &",
         )
     if decoded.faults:
         problems = [

@@ -230,20 +230,17 @@ class EndpointSetSettings(Section):
             )
 
 
+_EXAMPLE: Final = {
+    "endpoints": [{"url": "http://192.0.2.10:8775"}],
+    "secret_file": "/etc/imdsproxy/nova.secret",
+}
+
+
 class NovaSettings(Section):
     """Nova's metadata APIs, for instances whose documents Nova has."""
 
     endpoint_sets: dict[SetName, EndpointSetSettings] = setting(
-        {},
-        Change.RELOAD,
-        examples=[
-            {
-                DEFAULT_SET: {
-                    "endpoints": [{"url": "http://192.0.2.10:8775"}],
-                    "secret_file": "/etc/imdsproxy/nova.secret",
-                }
-            }
-        ],
+        {}, Change.RELOAD, examples=[{DEFAULT_SET: _EXAMPLE}]
     )
     """Endpoint sets by name; none where there is no Nova. `default` takes every instance that no other one names.
     Several are for cells that have metadata APIs of their own.

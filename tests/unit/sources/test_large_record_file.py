@@ -95,7 +95,7 @@ _DOCUMENTS = {
 def _decode_as_one_tree(data: bytes) -> tuple[Records, LineOf]:
     decoded = decode_yaml(data.decode())
     if isinstance(decoded, Undecodable):
-        problem = Problem("file", decoded.reason, decoded.hint, "x.yaml", decoded.line)
+        problem = Problem("file", decoded.reason, "", "x.yaml", decoded.line)
         return Records(problems=(problem,)), lambda _path: None
     line_of, faults = decoded.line_of, decoded.faults
     return parse_records(decoded.value, Findings("x.yaml", line_of), faults), line_of

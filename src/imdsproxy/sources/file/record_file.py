@@ -87,7 +87,7 @@ def read_records(
         else decode_yaml(text, lists=LISTS, take=take_item)
     )
     if isinstance(decoded, Undecodable):
-        return (Problem("file", decoded.reason, decoded.hint, file, decoded.line),)
+        return (Problem("file", decoded.reason, "", file, decoded.line),)
     findings = Findings(file, decoded.line_of, read_file)
     for path, record, share in parse_each(decoded.value, findings, decoded.faults):
         take(path, record, decoded.line_of, share)
