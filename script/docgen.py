@@ -210,7 +210,10 @@ def render_neutron_page() -> str:
     rows = [
         (
             option.whose,
-            ", of old ".join(f"`[{section}] {name}`" for section, name in option.all_names),
+            ", of old ".join(
+                f"`[{section}] {name}`"
+                for section, name in ((option.section, option.name), *option.deprecated)
+            ),
             f"`{option.default}`" if option.default else "-",
             option.fate.value,
             f"`{option.becomes}`" if option.becomes else "-",

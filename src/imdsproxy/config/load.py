@@ -15,12 +15,7 @@ from typing import Any, Final
 
 from pydantic import TypeAdapter, ValidationError
 
-from imdsproxy.config.describe import (
-    Place,
-    explain_finding,
-    iterate_settings,
-    place_of,
-)
+from imdsproxy.config.describe import Place, explain_finding, iterate_settings, place_of
 from imdsproxy.config.files import (
     DEFAULT_CONFIG,
     ENVIRONMENT_PREFIX,

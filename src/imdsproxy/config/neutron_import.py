@@ -12,13 +12,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 from pydantic import ValidationError
 
 from imdsproxy.config.describe import explain_finding, walk_values
-from imdsproxy.config.neutron_options import (
-    NEUTRON_OPTIONS,
-    NOVA,
-    TRUE_WORDS,
-    Fate,
-    NeutronOption,
-)
+from imdsproxy.config.neutron_options import NEUTRON_OPTIONS, NOVA, TRUE_WORDS, Fate, NeutronOption
 from imdsproxy.config.render import render_nodes
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.strict_yaml import render_value

@@ -64,15 +64,8 @@ class NeutronOption:
     @property
     def names(self) -> tuple[tuple[str, str], ...]:
         """Where it may stand in a parsed file, today's name first."""
-        return tuple(
-            (section if section == "DEFAULT" else section.lower(), name)
-            for section, name in self.all_names
-        )
-
-    @property
-    def all_names(self) -> tuple[tuple[str, str], ...]:
-        """Its names as they are documented, today's first."""
-        return ((self.section, self.name), *self.deprecated)
+        every = ((self.section, self.name), *self.deprecated)
+        return tuple((one if one == "DEFAULT" else one.lower(), name) for one, name in every)
 
     def accepts(self, value: str) -> bool:
         """Whether Neutron starts with this value; an empty number counts as absent."""

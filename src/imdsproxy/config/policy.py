@@ -20,12 +20,7 @@ from imdsproxy.config.section import (
     setting,
 )
 from imdsproxy.core.haproxy.counting import ONE_IN
-from imdsproxy.core.path_rules import (
-    MOST_PATH_RULES,
-    PathWord,
-    find_path_fault,
-    sort_paths,
-)
+from imdsproxy.core.path_rules import MOST_PATH_RULES, PathWord, find_path_fault, sort_paths
 from imdsproxy.core.policy import NO_RULES, RULES, PolicyBook, PolicyRules, Rule, TokenMode
 
 _Mode = Annotated[Literal["off", "optional", "required"], OffIsFalse]
@@ -40,8 +35,7 @@ def _writable(path: str) -> str:
 
 _Paths = Annotated[
     dict[
-        Annotated[str, AfterValidator(_writable)],
-        Literal["deny", "allow", "required", "optional"],
+        Annotated[str, AfterValidator(_writable)], Literal["deny", "allow", "required", "optional"]
     ],
     Field(max_length=MOST_PATH_RULES),
 ]

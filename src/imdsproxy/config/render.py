@@ -7,13 +7,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
-from imdsproxy.config.describe import (
-    Node,
-    Setting,
-    all_settings,
-    root_schema,
-    walk_values,
-)
+from imdsproxy.config.describe import Node, Setting, all_settings, root_schema, walk_values
 from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.section import Change
@@ -91,11 +85,7 @@ def _words(setting: Setting, indent: str) -> Iterator[str]:
     comment = f"{indent}# "
     for words in (setting.description, f"Takes {setting.takes}. {_CHANGE[setting.change]}"):
         yield from textwrap.wrap(
-            words,
-            _WIDTH,
-            initial_indent=comment,
-            subsequent_indent=comment,
-            break_on_hyphens=False,
+            words, _WIDTH, initial_indent=comment, subsequent_indent=comment, break_on_hyphens=False
         )
 
 

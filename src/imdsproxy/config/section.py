@@ -134,10 +134,7 @@ Identifier = Annotated[
 AccountName = Annotated[str, form(r"^[a-z_][a-z0-9_-]{0,30}\$?$", "an account name")]
 AccountNameOrId = Annotated[
     str,
-    form(
-        r"^([a-z_][a-z0-9_-]{0,30}\$?|[0-9]{1,10})$",
-        "an account name, or its number in quotes",
-    ),
+    form(r"^([a-z_][a-z0-9_-]{0,30}\$?|[0-9]{1,10})$", "an account name, or its number in quotes"),
 ]
 Mode = Annotated[str, form(r"^0?[0-7]{3}$", 'three octal digits in quotes, as "0660"')]
 UnitName = Annotated[
@@ -145,23 +142,12 @@ UnitName = Annotated[
 ]
 
 
-def setting(
-    default: object,
-    change: Change,
-    *,
-    description: str | None = None,
-    **limits: Any,  # noqa: ANN401 - as below
-) -> Any:  # noqa: ANN401 - as pydantic's Field: it takes the type it stands beside
-    """One field, which the docstring below it describes; `description` does so where it is computed.
+def setting(default: object, change: Change, **limits: Any) -> Any:  # noqa: ANN401 - as pydantic's Field
+    """One field, which the docstring below it describes; its type is the one that it stands beside.
 
-    The limits are pydantic's own, the first of its `examples` goes into the sample.
+    The limits are pydantic's own, the first of its `examples` goes into the sample; a `description` is computed.
     """
-    return Field(
-        default=default,
-        description=description,
-        json_schema_extra={"change": change.value},
-        **limits,
-    )
+    return Field(default=default, json_schema_extra={"change": change.value}, **limits)
 
 
 def section(model: type[Section]) -> Any:  # noqa: ANN401 - as above

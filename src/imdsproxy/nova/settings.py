@@ -8,14 +8,12 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Annotated, Final, Literal
 from urllib.parse import urlsplit
 
-from pydantic import (
-    PlainSerializer,
-    WithJsonSchema,
-)
+from pydantic import PlainSerializer, WithJsonSchema
 
 from imdsproxy.config.section import (
     AbsolutePath,
     Change,
+    Endpoint,
     Identifier,
     Listed,
     Section,
@@ -45,8 +43,7 @@ class NovaUrl:
     @property
     def authority(self) -> str:
         """`host:port`, as a Host header has it."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{host}:{self.port}"
+        return str(Endpoint(self.host, self.port))
 
     @property
     def address(self) -> IPv4Address | IPv6Address | None:
