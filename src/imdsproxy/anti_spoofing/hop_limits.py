@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from imdsproxy.anti_spoofing.kernel import HopPlace, KernelHopLimits, TableJournal
+from imdsproxy.anti_spoofing.kernel import HopPlace, KernelHopLimits, TableJournal, name_of
 from imdsproxy.core.endpoints import Endpoint
 from imdsproxy.core.model import NetworkId
 from imdsproxy.core.wire import UNLIMITED, hop_limit_of, withhold_token
@@ -64,7 +64,7 @@ class HopLimits:
         """
         places = self.journal.load()
         self._open = await self.kernel.restore({name for some in places.values() for name in some})
-        there = set(map(_name, self._open))
+        there = set(map(name_of, self._open))
         self._armed = frozenset(network for network, some in places.items() if there >= set(some))
         # HAProxy may have records that rely on it until all of them have been checked.
         self._promised = frozenset(places)
@@ -108,10 +108,7 @@ class HopLimits:
         """
         if not complete or not self._promised:
             return
-        gone = frozenset(
-            one for one in self._promised if one not in armed or one not in self._limited
-        )
-        if gone:
+        if gone := self._promised - (armed & self._limited.keys()):
             self._promised -= gone
             self.on_need(gone)
 
@@ -145,7 +142,7 @@ class HopLimits:
         if missing:
             noted = dict(self.journal.load())
             for network, some in places.items():
-                names = {*map(_name, some), *noted.get(network, ())}
+                names = {*map(name_of, some), *noted.get(network, ())}
                 noted[network] = sorted(names, key=lambda name: name or "")
             self.journal.store(noted)
         results = await self.kernel.open(missing) if missing else {}
@@ -191,7 +188,7 @@ class HopLimits:
         self._armed &= kept.keys()
         async with self._lock:
             await self.kernel.close([(name, self.kernel.table) for name in gone])
-            self._open = frozenset(one for one in self._open if _name(one) not in gone)
+            self._open = frozenset(one for one in self._open if name_of(one) not in gone)
         self.journal.store(kept)
 
     async def lost(self, table: str) -> None:
@@ -204,7 +201,3 @@ class HopLimits:
             self.on_need(self._armed)
             async with self._lock:
                 await self.kernel.open(self._open)
-
-
-def _name(place: HopPlace) -> str | None:
-    return None if place is None else place.name

@@ -56,6 +56,11 @@ def table_journal(path: Path) -> TableJournal:
     return Journal(path, {}, "remove it; nft list tables shows what is left")
 
 
+def name_of(namespace: NamespaceRef | None) -> str | None:
+    """The name of a namespace; `None` is the host's own."""
+    return None if namespace is None else namespace.name
+
+
 class TableGone(HostRefused):
     """A table, or its namespace, was removed by another program."""
 
@@ -99,7 +104,7 @@ class _Tables:
             commit(batch)
 
     def _at(self, namespace: NamespaceRef | None, action: str, work: Callable[[], T]) -> T:
-        name = None if namespace is None else namespace.name
+        name = name_of(namespace)
         try:
             # A name may lead to another namespace by now.
             found = self.thread.enter(name, lambda ref: (work(),) if ref == namespace else None)
@@ -193,10 +198,8 @@ class KernelMacFilters(_Tables):
         """
 
         def bind() -> bool:
-            batch = Batch(one.table)
-            batch.add_value(
-                f"told{address.version}", rules.flow_of(address, port), rules.packed_mac(mac)
-            )
+            batch, flow = Batch(one.table), rules.flow_of(address, port)
+            batch.add_value(f"told{address.version}", flow, rules.packed_mac(mac))
             with Ignoring(errno.EEXIST, errno.EBUSY):
                 commit(batch)
                 return True
@@ -212,10 +215,9 @@ class KernelMacFilters(_Tables):
         """
 
         def ask() -> bytes | None:
+            flow = rules.flow_of(address, port)
             with NetfilterSocket() as channel:
-                return channel.value(
-                    one.table, f"from{address.version}", rules.flow_of(address, port)
-                )
+                return channel.value(one.table, f"from{address.version}", flow)
 
         found = None
         with contextlib.suppress(TableGone):
@@ -257,9 +259,8 @@ class KernelHopLimits(_Tables):
             with NetfilterSocket() as channel:
                 _ensure(channel, Batch(self.table, INET), _HOPS_COMMENT, rules.fill_hop_limit)
 
-        return await self._attempt(
-            {one: (one, "limit the hops of answers", create) for one in places}
-        )
+        action = "limit the hops of answers"
+        return await self._attempt({one: (one, action, create) for one in places})
 
     async def restore(self, names: Collection[str | None]) -> frozenset[HopPlace]:
         """Create the rule in namespaces of these names (`None`: the host's own); where it is then."""

@@ -15,7 +15,12 @@ from typing import Final, TypeVar
 
 import structlog
 
-from imdsproxy.anti_spoofing.kernel import KernelMacFilters, TableGone, TableJournal
+from imdsproxy.anti_spoofing.kernel import (
+    KernelMacFilters,
+    TableGone,
+    TableJournal,
+    name_of,
+)
 from imdsproxy.anti_spoofing.plan import (
     ANY_MAC,
     MacFilter,
@@ -139,7 +144,7 @@ class MacFilters:
                 if self._open.get(name) != one or name in self._suspect
             }
             if new:
-                places = {name: list(one.place) for name, one in new.items()}
+                places = {name: [name_of(one.namespace), one.table] for name, one in new.items()}
                 self.journal.store({**self.journal.load(), **places})
             self._full -= new.keys() - self._suspect
             # A removal during this is looked at in the next round.

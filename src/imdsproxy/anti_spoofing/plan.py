@@ -55,11 +55,6 @@ class MacFilter:
     devices: tuple[tuple[str, int], ...]
     table: str
 
-    @property
-    def place(self) -> tuple[str | None, str]:
-        """Its namespace by name, and its table."""
-        return None if self.namespace is None else self.namespace.name, self.table
-
 
 @dataclass(frozen=True, slots=True)
 class MacFilterPlan:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic, TypeAlias, TypeVar
 
 from imdsproxy.errors import HostRefused, ImdsproxyError, SecretUnreadable, refusing
 
@@ -26,6 +26,10 @@ MAX_LOG_BYTES: Final = 4 * 1024 * 1024
 
 _OTHERS: Final = 0o007
 _UNFINISHED: Final = re.compile(r"\..+\.(\d+)-\d+\.tmp")
+
+
+Owner: TypeAlias = tuple[int, int]
+"""Ids of user and group, each -1 to leave it."""
 
 
 @contextlib.contextmanager
@@ -47,7 +51,7 @@ def write_atomic(
     data: bytes,
     *,
     mode: int = 0o640,
-    owner: tuple[int, int] | None = None,
+    owner: Owner | None = None,
     durable: bool = False,
 ) -> None:
     """Replace `path` by a file with exactly `data`: a reader sees the old bytes or the new ones.
@@ -175,9 +179,7 @@ def sync_directory(path: Path) -> None:
         os.fsync(directory)
 
 
-def ensure_directory(
-    path: Path, *, mode: int = 0o755, owner: tuple[int, int] | None = None
-) -> None:
+def ensure_directory(path: Path, *, mode: int = 0o755, owner: Owner | None = None) -> None:
     """Create a directory, or give it exactly this mode (and owner), whatever the umask is; parents get 0755.
 
     Raises:
@@ -193,7 +195,7 @@ def ensure_directory(
             apply_owner_and_mode(directory, mode, owner)
 
 
-def apply_owner_and_mode(descriptor: int, mode: int, owner: tuple[int, int] | None) -> None:
+def apply_owner_and_mode(descriptor: int, mode: int, owner: Owner | None) -> None:
     """Change only what is not so: a file system that is read-only refuses even what would change nothing.
 
     Args:

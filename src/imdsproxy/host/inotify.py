@@ -113,9 +113,7 @@ class Watch:
         self.places = frozenset(places)
         self._inotify = Inotify()
         try:
-            self._paths = {
-                self._inotify.add(place.path, _CHANGES): place.path for place in self.places
-            }
+            self._paths = {self._inotify.add(one.path, _CHANGES): one.path for one in self.places}
         except OSError:
             self._inotify.close()
             raise

@@ -151,9 +151,8 @@ class NetlinkSocket:
     """
 
     def __init__(self, protocol: int = socket.NETLINK_ROUTE) -> None:
-        self._socket = socket.socket(
-            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol
-        )
+        kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
+        self._socket = socket.socket(socket.AF_NETLINK, kind, protocol)
         self._sequence = 0
         for option in _OPTIONS:
             self._socket.setsockopt(SOL_NETLINK, option, 1)

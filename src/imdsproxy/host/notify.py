@@ -146,13 +146,11 @@ class Heartbeat:
 
     async def run(self) -> None:
         """Beat until cancelled."""
-        extension = str(int(self._stuck_s * 1e6))
         while True:
             self._last = self._monotonic()
+            extension = str(int(self._stuck_s * 1e6)) if self.starting else ""
             try:
-                self._notifier.send(
-                    WATCHDOG="1", EXTEND_TIMEOUT_USEC=extension if self.starting else ""
-                )
+                self._notifier.send(WATCHDOG="1", EXTEND_TIMEOUT_USEC=extension)
             except HostRefused as error:
                 # It may be executing itself anew; while it is gone, it ends no service either.
                 structlog.get_logger().warning("service manager not notified", reason=error.message)

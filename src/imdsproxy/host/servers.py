@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from imdsproxy.errors import DataplaneError, HostRefused, host_refused, refusing
+from imdsproxy.host.files import Owner
 
 _BACKLOG: Final = 128
 _UNIX_BACKLOG: Final = 2048
@@ -33,7 +34,7 @@ def _listener(family: int, kind: int, place: str) -> Iterator[socket.socket]:
         raise host_refused(f"listen on {place}", error) from error
 
 
-def open_sole_socket(path: Path, *, mode: int, owner: tuple[int, int]) -> socket.socket:
+def open_sole_socket(path: Path, *, mode: int, owner: Owner) -> socket.socket:
     """`open_unix_socket`, but not in place of the socket of a running process.
 
     Raises:
@@ -85,7 +86,7 @@ def open_unix_socket(
     path: Path,
     *,
     mode: int,
-    owner: tuple[int, int] | None = None,
+    owner: Owner | None = None,
     kind: int = socket.SOCK_STREAM,
 ) -> socket.socket:
     """A socket at `path`, there at once with its mode and owner; one for streams listens.

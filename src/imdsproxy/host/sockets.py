@@ -104,10 +104,8 @@ def listening_sockets(channel: NetlinkSocket) -> list[ListeningSocket]:
             address = address.ipv4_mapped or address
         if address in _METADATA | _WILDCARDS:
             device = (device_name(one.index) or str(one.index)) if one.index else None
-            only = number(parse_attributes(one.message, _ANSWER.size).get(_V6_ONLY))
-            found.append(
-                ListeningSocket(address, METADATA_PORT, device, one.inode, v6_only=bool(only))
-            )
+            only = bool(number(parse_attributes(one.message, _ANSWER.size).get(_V6_ONLY)))
+            found.append(ListeningSocket(address, METADATA_PORT, device, one.inode, v6_only=only))
     return found
 
 
@@ -201,14 +199,10 @@ class SocketOwners:
         pids = {pid for some in holders.values() for pid in some}
         owners = {pid: SocketOwner(pid, command_name(pid, self._proc)) for pid in pids}
         ours = {pid for pid in pids if self._is_ours(pid, our_pids)}
-        return {
-            inode: replace(
-                one,
-                owners=tuple(owners[pid] for pid in holders[inode]),
-                ours=not ours.isdisjoint(holders[inode]),
-            )
-            for inode, one in given.items()
-        }
+        for inode, by in holders.items():
+            known = tuple(owners[pid] for pid in by)
+            given[inode] = replace(given[inode], owners=known, ours=not ours.isdisjoint(by))
+        return given
 
     def holders(
         self, inodes: Collection[int], our_pids: Collection[int]

@@ -15,7 +15,6 @@ from imdsproxy.core.hoststate import Family, NamespaceRef, ObservedDevice
 from imdsproxy.core.model import IpAddress
 from imdsproxy.errors import (
     DataplaneError,
-    HostRefused,
     Ignoring,
     Problem,
     host_refused,
@@ -97,12 +96,8 @@ def _do(thread: NamespaceThread, op: HostOp) -> None:
         case DeleteNamespace(name):
             thread.directory.delete(name)
         case DeleteLink(name):
-            with Ignoring(errno.ENODEV):
-                _at(
-                    thread,
-                    None,
-                    lambda channel: netlink.delete_link(channel, _find(channel, name).index),
-                )
+            with Ignoring(errno.ENODEV), NetlinkSocket() as channel:
+                netlink.delete_link(channel, _find(channel, name).index)
         case never:
             assert_never(never)
 
@@ -235,7 +230,7 @@ class NftTable:
                 hint = f"apt install nftables; {self.until}"
                 return (Problem("host", f"{self.failing}: no nft", hint),)
             status, output = 0, ""
-        except HostRefused as error:
+        except DataplaneError as error:
             return (Problem("host", error.message, error.hint),)
         # A kernel that knows no such tables refuses to remove one as well: then there is none.
         if status != 0 and (wanted or self.applied):

@@ -101,7 +101,7 @@ class HostWatch:
         return namespace is None or namespace in self._nsids.values()
 
     def expect(
-        self, networks: Mapping[NetworkId, Network], left_out: Collection[NetworkId] = ()
+        self, networks: Mapping[NetworkId, Network], left_out: Collection[NetworkId]
     ) -> None:
         """Set what matters: all networks, and those of them that are to be checked every second."""
         if networks != self._networks:
