@@ -40,15 +40,6 @@ _NO_PAIRS: Final[PairMap] = MappingProxyType({})
 _CLOSERS: Final = 32
 _HOPS_COMMENT: Final = "imdsproxy hops 1"
 _NO_TABLES: Final = (errno.EOPNOTSUPP, errno.EPROTONOSUPPORT, errno.ENOENT, errno.EINVAL)
-_MACS_HINT: Final = (
-    "until then guests with a MAC in their record get 503 there; "
-    "network set --no-mac-check does without"
-)
-_MACS_NEED: Final = "nf_tables with netdev chains for ingress and egress (Linux 5.16) is needed"
-_HOPS_HINT: Final = (
-    "nf_tables with family inet is needed; "
-    "until then guests with a hop_limit get no session token there"
-)
 
 
 def table_journal(path: Path) -> TableJournal:
@@ -135,8 +126,11 @@ class KernelMacFilters(_Tables):
 
     family = NETDEV
     family_name = "netdev"
-    hint = _MACS_HINT
-    need = f"{_MACS_NEED}; "
+    hint = (
+        "until then guests with a MAC in their record get 503 there; "
+        "network set --no-mac-check does without"
+    )
+    need = "nf_tables with netdev chains for ingress and egress (Linux 5.16) is needed; "
 
     async def open(
         self, filters: Iterable[MacFilter]
@@ -246,7 +240,10 @@ class KernelHopLimits(_Tables):
 
     family = INET
     family_name = "inet"
-    hint = _HOPS_HINT
+    hint = (
+        "nf_tables with family inet is needed; "
+        "until then guests with a hop_limit get no session token there"
+    )
 
     def __init__(self, thread: NamespaceThread, table: str) -> None:
         super().__init__(thread)
@@ -298,7 +295,7 @@ def _open(one: MacFilter) -> PairMap | None:
                 if try_bind(family, name, index, VERIFIED_PORT) == errno.EADDRINUSE:
                     raise HostRefused(
                         f"cannot {_action(one)}: another program has port {VERIFIED_PORT}",
-                        hint=f"ss -tlnp sport = :{VERIFIED_PORT} shows it, in its namespace; {_MACS_HINT}",
+                        hint=f"ss -tlnp sport = :{VERIFIED_PORT} shows it, in its namespace; {KernelMacFilters.hint}",
                     )
         rules.fill_mac_filter(batch, [name for name, _ in one.devices])
 

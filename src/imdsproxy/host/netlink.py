@@ -213,16 +213,17 @@ def _route(channel: nl.NetlinkSocket, address: IpAddress, flags: int) -> bytes |
 
 
 def neighbour_mac(
-    channel: nl.NetlinkSocket, address: IpAddress, *, index: int = 0
+    channel: nl.NetlinkSocket, address: IpAddress, device: str | None
 ) -> MacAddress | None:
-    """The MAC of an address in the neighbour table, of one device (by index) or of all.
+    """The MAC of an address in the neighbour table, of one device or of all.
 
     `None` when there is none, or several: two devices may each have a guest of one address.
     """
-    if index:
-        answers = _neighbour(channel, index, address)
-    else:
+    if device is None:
         answers = channel.dump(RTM_GETNEIGH, _NDMSG.pack(_family_of(address), 0, 0, 0, 0))
+    else:
+        link = find_link(channel, device)
+        answers = [] if link is None else _neighbour(channel, link.index, address)
     entries = (parse_neighbour(one) for one in answers)
     found = {one.mac for one in entries if one.packed == address.packed} - {None}
     return found.pop() if len(found) == 1 else None

@@ -39,7 +39,7 @@ from imdsproxy.host.namespaces import NamespaceThread
 from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.host.sockets import SOCK_DIAG, SocketOwners, listening_sockets, try_bind
 from imdsproxy.listeners.apply import NftTable, apply_ops
-from imdsproxy.listeners.nft_scripts import plan_diversions, render_arp_guard, render_diversions
+from imdsproxy.listeners.nft_scripts import render_arp_guard, render_diversions
 from imdsproxy.listeners.plan import (
     AddAddress,
     HostOp,
@@ -185,8 +185,7 @@ class SystemHost:
             self.operations["ok"] += len(plan.ops) - len(failures)
             self.seen = await self._observe(networks)
         problems += tuple(failures.values())
-        diversions = plan_diversions(networks, self.seen, self.naming)
-        script = render_diversions(self.naming.prefix, diversions)
+        script = render_diversions(networks, self.seen, self.naming)
         problems += await self.diverter.apply(script)
         plan = explain_pending(plan, failures)
         return replace(plan, problems=problems, operations=operations)
@@ -357,15 +356,12 @@ class SystemHost:
     async def neighbour(self, network: Network, address: IpAddress) -> MacAddress | None:
         """The MAC that the kernel has for an address behind a network's listener, if it has one."""
         place = place_of(network, self.naming)
-        return await self.thread.inside(place.namespace, lambda _: _ask(address, place.device))
 
+        def ask(_: NamespaceRef | None) -> MacAddress | None:
+            with NetlinkSocket() as channel:
+                return netlink.neighbour_mac(channel, address, place.device)
 
-def _ask(address: IpAddress, device: str | None) -> MacAddress | None:
-    with NetlinkSocket() as channel:
-        link = None if device is None else netlink.find_link(channel, device)
-        if device is not None and link is None:
-            return None
-        return netlink.neighbour_mac(channel, address, index=0 if link is None else link.index)
+        return await self.thread.inside(place.namespace, ask)
 
 
 @dataclass(slots=True)

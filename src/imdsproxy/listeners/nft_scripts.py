@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Final
 
 from imdsproxy.core.hostnames import Naming
@@ -26,7 +25,6 @@ from imdsproxy.core.model import (
     METADATA_PORT,
     BridgeListener,
     InterfaceListener,
-    MacAddress,
     Network,
     NetworkId,
 )
@@ -42,59 +40,39 @@ _NAME: Final = re.compile(r"[A-Za-z0-9._:@+-]+")
 """Names that nft(8) takes literally; no hypervisor uses others."""
 
 
-@dataclass(frozen=True, slots=True)
-class Diversion:
-    """Of one bridge.
-
-    Attributes:
-        link: Our veth's end on the bridge.
-        mac: The other end's, where HAProxy listens.
-        ports: All ports of the bridge but `link`.
-    """
-
-    link: str
-    mac: MacAddress
-    ports: tuple[ObservedDevice, ...]
-
-
-def plan_diversions(
+def render_diversions(
     networks: Mapping[NetworkId, Network], observed: ObservedHost, naming: Naming
-) -> tuple[Diversion, ...]:
-    """A diversion for each bridge that has our veth and another port."""
-    ports: dict[int, list[ObservedDevice]] = {}
-    for device in observed.root.devices.values():
-        ports.setdefault(device.master, []).append(device)
-    found: dict[str, Diversion] = {}
-    for network in networks.values():
-        if not isinstance(network.listener, BridgeListener):
-            continue
-        link = naming.link(network.id)
-        inside = observed.namespaces.get(naming.namespace(network.id))
-        veth = inside.devices.get(naming.inner_device) if inside is not None else None
-        bridge = observed.root.devices.get(network.listener.bridge)
-        given = () if bridge is None else ports.get(bridge.index, ())
-        others = tuple(one for one in given if one.name != link and _NAME.fullmatch(one.name))
-        if veth is not None and veth.mac and others:
-            found[link] = Diversion(link, MacAddress(veth.mac), others)
-    return tuple(found[link] for link in sorted(found))
+) -> str:
+    """A script that replaces our table of family `bridge` at once.
 
-
-def render_diversions(table: str, diversions: Iterable[Diversion]) -> str:
-    """A script that replaces the table of that name at once; without diversions it only removes it.
-
-    Args:
-        table: Our own table of family `bridge`.
-        diversions: Those that are to be in force.
+    It is about each bridge that has our veth and another port; without one the table is only removed.
     """
-    given = tuple(diversions)
-    ports = {port.name: one.mac for one in given for port in one.ports}
-    cables = [f"{_quoted(name)} : {ports[name]}" for name in sorted(ports)]
-    guests = sorted({port.name for one in given for port in one.ports if port.kind in _GUEST_KINDS})
+    on_bridges: dict[int, list[ObservedDevice]] = {}
+    for device in observed.root.devices.values():
+        on_bridges.setdefault(device.master, []).append(device)
+    bridges = {
+        naming.link(one.id): (naming.namespace(one.id), one.listener.bridge)
+        for one in networks.values()
+        if isinstance(one.listener, BridgeListener)
+    }
+    links: list[str] = []
+    macs: dict[str, str] = {}
+    guests: set[str] = set()
+    for link, (namespace, name) in sorted(bridges.items()):
+        inside, bridge = observed.namespaces.get(namespace), observed.root.devices.get(name)
+        veth = inside.devices.get(naming.inner_device) if inside is not None else None
+        given = () if bridge is None else on_bridges.get(bridge.index, ())
+        ports = [one for one in given if one.name != link and _NAME.fullmatch(one.name)]
+        if veth is not None and veth.mac and ports:
+            links.append(link)
+            macs |= {one.name: veth.mac for one in ports}
+            guests |= {one.name for one in ports if one.kind in _GUEST_KINDS}
+    cables = [f"{_quoted(port)} : {macs[port]}" for port in sorted(macs)]
     body = [
         f"  map cables {{ type ifname : ether_addr; {_elements(cables)} }}",
-        f"  set ports {{ type ifname; {_elements(map(_quoted, sorted(ports)))} }}",
-        f"  set guests {{ type ifname; {_elements(map(_quoted, guests))} }}",
-        f"  set links {{ type ifname; {_elements(_quoted(one.link) for one in given)} }}",
+        f"  set ports {{ type ifname; {_elements(map(_quoted, sorted(macs)))} }}",
+        f"  set guests {{ type ifname; {_elements(map(_quoted, sorted(guests)))} }}",
+        f"  set links {{ type ifname; {_elements(map(_quoted, links))} }}",
         "  chain arriving {",
         "    type filter hook prerouting priority -300; policy accept;",
         *(f"    iifname @guests {family} saddr {address} drop" for family, address in _ADDRESSES),
@@ -106,7 +84,7 @@ def render_diversions(table: str, diversions: Iterable[Diversion]) -> str:
         *(f"    iifname @ports oifname != @links {one} drop" for one in _WANTED),
         "  }",
     ]
-    return _replace_table("bridge", table, body if given else [])
+    return _replace_table("bridge", naming.prefix, body if links else [])
 
 
 def render_arp_guard(table: str, networks: Iterable[Network]) -> str:

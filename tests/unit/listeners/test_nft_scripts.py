@@ -21,12 +21,7 @@ from imdsproxy.core.model import (
     Network,
     NetworkId,
 )
-from imdsproxy.listeners.nft_scripts import (
-    Diversion,
-    plan_diversions,
-    render_arp_guard,
-    render_diversions,
-)
+from imdsproxy.listeners.nft_scripts import render_arp_guard, render_diversions
 
 _NAMING = Naming("imds")
 _BLUE = NetworkId("blue")
@@ -34,7 +29,6 @@ _LINK = _NAMING.link(_BLUE)
 _MAC = MacAddress("02:00:00:00:00:01")
 _TAP = ObservedDevice("tap0", 11, up=True, mtu=1500, kind="tun", master=9)
 _UPLINK = replace(_TAP, name="eno1", kind="")
-_DIVERSION = Diversion(_LINK, _MAC, (_UPLINK, _TAP))
 
 
 def _networks(listener: Listener | None = None) -> dict[NetworkId, Network]:
@@ -51,33 +45,32 @@ def _observed(*ports: ObservedDevice, mac: str = _MAC) -> ObservedHost:
     return ObservedHost(root, {name: inside})
 
 
+def _diversions(seen: ObservedHost, listener: Listener | None = None) -> str:
+    return render_diversions(_networks(listener), seen, _NAMING)
+
+
 def test_frames_of_every_port_of_a_bridge_but_our_own_go_to_our_veth() -> None:
-    seen = _observed(_UPLINK, replace(_TAP, name=_LINK, kind="veth"), _TAP)
-    assert plan_diversions(_networks(), seen, _NAMING) == (_DIVERSION,)
+    script = _diversions(_observed(_UPLINK, replace(_TAP, name=_LINK, kind="veth"), _TAP))
+    assert f'elements = {{ "eno1" : {_MAC}, "tap0" : {_MAC} }}' in script
+    assert f'set links {{ type ifname; elements = {{ "{_LINK}" }} }}' in script
+    # Only guests are forbidden to answer as the metadata service.
+    assert 'set guests { type ifname; elements = { "tap0" } }' in script
 
 
 @pytest.mark.parametrize(
-    "seen",
-    [ObservedHost(), _observed(), _observed(_TAP, mac=""), _observed(replace(_TAP, name='a"*'))],
-    ids=["no namespace yet", "no port", "no MAC", "only a name that nft would not take literally"],
+    ("seen", "listener"),
+    [
+        pytest.param(ObservedHost(), None, id="no namespace yet"),
+        pytest.param(_observed(), None, id="no port"),
+        pytest.param(_observed(_TAP, mac=""), None, id="no MAC"),
+        pytest.param(_observed(replace(_TAP, name='a"*')), None, id="a name that nft would read"),
+        pytest.param(_observed(_TAP), InterfaceListener("br0"), id="no bridge listener"),
+    ],
 )
-def test_nothing_is_diverted_without_a_namespace_a_mac_and_a_port(seen: ObservedHost) -> None:
-    assert plan_diversions(_networks(), seen, _NAMING) == ()
-
-
-def test_an_interface_listener_needs_no_diversion() -> None:
-    seen = _observed(_TAP)
-    assert plan_diversions(_networks(InterfaceListener("br0")), seen, _NAMING) == ()
-
-
-def test_only_guests_are_forbidden_to_answer_as_the_metadata_service() -> None:
-    script = render_diversions("imds", (_DIVERSION,))
-    assert 'set guests { type ifname; elements = { "tap0" } }' in script
-    assert 'elements = { "eno1" : 02:00:00:00:00:01, "tap0" : 02:00:00:00:00:01 }' in script
-
-
-def test_without_diversions_the_table_is_only_removed() -> None:
-    assert render_diversions("imds", ()) == "table bridge imds\ndelete table bridge imds\n"
+def test_without_a_namespace_a_mac_and_a_port_the_table_is_only_removed(
+    seen: ObservedHost, listener: Listener | None
+) -> None:
+    assert _diversions(seen, listener) == "table bridge imds\ndelete table bridge imds\n"
 
 
 def _arp_guard(**listeners: Listener) -> str:
