@@ -38,7 +38,7 @@ from imdsproxy.dataplane.launch import Launcher, read_program
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.errors import DataplaneError, HostRefused, ImdsproxyError
 from imdsproxy.host.account import owner_of
-from imdsproxy.host.clock import Clock, SystemClock
+from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import hold_directory, limit_log, remove_file
 from imdsproxy.host.logs import open_logging
 from imdsproxy.host.notify import Heartbeat, ServiceNotifier, is_journal
@@ -284,7 +284,7 @@ def run(load: Callable[[], Loaded], *, config: Path | None, environment: Mapping
     Raises:
         ImdsproxyError: It cannot start; says who must act.
     """
-    clock = SystemClock()
+    clock = Clock()
 
     def open_log(settings: Settings) -> None:
         log = settings.log
@@ -341,7 +341,7 @@ async def stop_data_plane(settings: Settings, environment: Mapping[str, str]) ->
     try:
         await Launcher(settings.haproxy.binary, unit_of(settings.haproxy), layout).stop()
         await companion.stop()
-        await sweep_host(host, *build_filters(layout, host, Inventory(), SystemClock()))
+        await sweep_host(host, *build_filters(layout, host, Inventory(), Clock()))
     finally:
         host.thread.close()
     sockets = (layout.master_socket, layout.probe_socket, layout.resolver_socket)

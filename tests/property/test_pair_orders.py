@@ -38,7 +38,7 @@ from imdsproxy.core.model import (
 from imdsproxy.core.observation import Observation
 from imdsproxy.core.plan import record_key
 from imdsproxy.dataplane.records import RecordApplier
-from imdsproxy.host.clock import SystemClock
+from imdsproxy.host.clock import Clock
 from imdsproxy.serving.store import DiskFiles
 from support.fake_mac_filters import FakeMacFilters, MemoryJournal, no_hop_limits
 
@@ -85,7 +85,7 @@ class World:
             self.inventory,
             Naming(),
             MemoryJournal(),
-            SystemClock(),
+            Clock(),
         )
         applier = SimpleNamespace(apply=self.apply, state=MapState(base=self.map))
         nothing = SimpleNamespace(
@@ -105,12 +105,12 @@ class World:
                 cast("DiskFiles", nothing),
                 cast("CompiledIndex", nothing),
             ),
-            SystemClock(),
+            Clock(),
             lambda _networks: None,
             lambda _keys: None,
             self.filters,
             no_hop_limits(),
-            RuleSets(cast("RecordApplier", self), SystemClock()),
+            RuleSets(cast("RecordApplier", self), Clock()),
         )
 
     async def apply(self, wanted: Mapping[str, str | None]) -> int:

@@ -51,7 +51,7 @@ from imdsproxy.dataplane.launch import Launcher
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import Problem
-from imdsproxy.host.clock import SystemClock
+from imdsproxy.host.clock import Clock
 from imdsproxy.host.servers import open_unix_socket
 from imdsproxy.listeners.plan import ListenerPlan
 from imdsproxy.serving.http import Send, send_answer, serve
@@ -65,7 +65,7 @@ from support.fake_mac_filters import no_hop_limits, no_mac_filters
 NOW = 1_760_093_784
 
 
-class _StillClock(SystemClock):
+class _StillClock(Clock):
     def now(self) -> datetime:
         return datetime.fromtimestamp(NOW, UTC)
 

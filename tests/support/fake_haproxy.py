@@ -18,7 +18,7 @@ from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import ConfigRejected
-from imdsproxy.host.clock import SystemClock
+from imdsproxy.host.clock import Clock
 
 
 @dataclass(slots=True)
@@ -187,7 +187,7 @@ def control_fake(
     program.write_text(script)
     program.chmod(0o755)
     launcher = FakeLauncher(fake, records.master, judged=judged)
-    return fake, launcher, Haproxy(str(program), cast("Launcher", launcher), records, SystemClock())
+    return fake, launcher, Haproxy(str(program), cast("Launcher", launcher), records, Clock())
 
 
 def _run(worker: FakeWorker, command: str, payload: str) -> str:  # noqa: PLR0911 - a flat choice of commands

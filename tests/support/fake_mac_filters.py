@@ -22,7 +22,7 @@ from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import IpAddress, MacAddress, NetworkId
 from imdsproxy.errors import DataplaneError, HostRefused
-from imdsproxy.host.clock import SystemClock
+from imdsproxy.host.clock import Clock
 
 
 @dataclass
@@ -174,7 +174,7 @@ class MemoryJournal(TableJournal):
 def no_mac_filters(inventory: Inventory | None = None) -> MacFilters:
     """Filters of a host that has none yet."""
     return MacFilters(
-        FakeMacFilters(), inventory or Inventory(), Naming(), MemoryJournal(), SystemClock()
+        FakeMacFilters(), inventory or Inventory(), Naming(), MemoryJournal(), Clock()
     )
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from imdsproxy.host.clock import Clock
+
 
 @dataclass(slots=True)
-class HandClock:
+class HandClock(Clock):
     """Both clocks of `imdsproxy.host.clock`, at `time` seconds."""
 
     time: float = 100.0

@@ -22,13 +22,13 @@ def _offset_s() -> float:
     return float(_FILE.read_text())
 
 
-class _JumpingClock(clock.SystemClock):
+class _JumpingClock(clock.Clock):
     def now(self) -> datetime:
         return super().now() + timedelta(seconds=_offset_s())
 
 
 if __name__ == "__main__":
-    clock.SystemClock = _JumpingClock  # type: ignore[misc] # before anybody imports it
+    clock.Clock = _JumpingClock  # type: ignore[misc] # before anybody imports it
     time.time = lambda: _time() + _offset_s()
 
     from imdsproxy.cli.main import main

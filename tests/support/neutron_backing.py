@@ -15,6 +15,7 @@ from typing import Final
 
 from imdsproxy.core.model import Instance, Network, Upstream
 from imdsproxy.errors import Problem
+from imdsproxy.host.clock import Clock
 from imdsproxy.sources.neutron.ports import NeutronPort
 from imdsproxy.sources.neutron.source import NeutronSource
 from imdsproxy.sources.settings import NeutronSourceSettings
@@ -24,7 +25,7 @@ _PROJECT: Final = "blue"
 _TIMES: Final = 20
 
 
-class _FastClock:
+class _FastClock(Clock):
     def monotonic(self) -> float:
         return time.monotonic() * _TIMES
 

@@ -35,14 +35,14 @@ def documents(run: options.Invocation) -> None:
     """Be the document server: answer guests from compiled records, until stopped."""
     import imdsproxy.host.logs  # noqa: F401, PLC0415 - before all that logs
     from imdsproxy.dataplane.layout import Layout  # noqa: PLC0415 - the others need not load it
-    from imdsproxy.host.clock import SystemClock  # noqa: PLC0415 - as above
+    from imdsproxy.host.clock import Clock  # noqa: PLC0415 - as above
     from imdsproxy.host.logs import open_logging  # noqa: PLC0415 - as above
     from imdsproxy.host.notify import ServiceNotifier, is_journal  # noqa: PLC0415 - as above
     from imdsproxy.serving.server import DocumentServer  # noqa: PLC0415 - as above
 
     settings = run.settings
     log, journal = settings.log, is_journal(sys.stderr, os.environ)
-    open_logging(log.level, log.format, sys.stderr, clock=SystemClock(), journal=journal)
+    open_logging(log.level, log.format, sys.stderr, clock=Clock(), journal=journal)
     layout = Layout.of(settings)
     DocumentServer(
         sockets=layout.documents_sockets,

@@ -4,28 +4,15 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, datetime
-from typing import Protocol
 
 
-class Clock(Protocol):
-    """Passed to everything that needs the time."""
+class Clock:
+    """The kernel's clocks, passed to everything that needs the time."""
 
     def monotonic(self) -> float:
         """Seconds since an arbitrary start; never goes back, whatever is done to the wall clock."""
-        ...
-
-    def now(self) -> datetime:
-        """The wall clock in UTC; may jump either way."""
-        ...
-
-
-class SystemClock:
-    """The kernel's clocks: CLOCK_MONOTONIC and CLOCK_REALTIME."""
-
-    def monotonic(self) -> float:
-        """Seconds of CLOCK_MONOTONIC."""
         return time.monotonic()
 
     def now(self) -> datetime:
-        """CLOCK_REALTIME as an aware datetime in UTC."""
+        """The wall clock in UTC; may jump either way."""
         return datetime.now(UTC)

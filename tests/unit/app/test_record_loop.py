@@ -46,7 +46,7 @@ from imdsproxy.dataplane import records as records_on_disk
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import host_refused
-from imdsproxy.host.clock import SystemClock
+from imdsproxy.host.clock import Clock
 from imdsproxy.serving.store import PasswordStore
 from support.fake_haproxy import FakeHaproxy
 from support.fake_mac_filters import no_hop_limits, no_mac_filters
@@ -70,13 +70,13 @@ class Rig:
         self.inventory = Inventory(["a", "b"])
         index = CompiledIndex(directory / "compiled.sqlite")
         self.applier = RecordApplier(layout)
-        self.sets = RuleSets(self.applier, SystemClock())
+        self.sets = RuleSets(self.applier, Clock())
         self.sets.load()
         self.loop = RecordLoop(
             self.inventory,
             self.applier,
             RecordCompiler(self.inventory, self.files, index),
-            SystemClock(),
+            Clock(),
             self.networks.append,
             lambda keys: self.applied.append(None if keys is None else set(keys)),
             no_mac_filters(self.inventory),

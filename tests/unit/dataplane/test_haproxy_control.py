@@ -18,7 +18,7 @@ from imdsproxy.dataplane.launch import Launcher, find_alerts
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import ConfigRejected, HostRefused, ReloadFailed
-from imdsproxy.host.clock import SystemClock
+from imdsproxy.host.clock import Clock
 from support.fake_haproxy import FakeHaproxy, FakeLauncher, control_fake
 from support.full_disk import full_disk
 
@@ -122,7 +122,7 @@ async def test_a_start_that_fails_says_why_and_is_tried_again(rig: Rig) -> None:
 async def test_a_master_that_runs_already_is_adopted_with_its_configuration(rig: Rig) -> None:
     await rig.apply("red")
     records = RecordApplier(rig.layout)
-    successor = Haproxy(rig.haproxy.program, rig.haproxy.launcher, records, SystemClock())
+    successor = Haproxy(rig.haproxy.program, rig.haproxy.launcher, records, Clock())
     assert await successor.adopt()
     assert not await successor.apply(rig.spec("red"), "start")
     assert rig.launcher.started == 1

@@ -36,7 +36,7 @@ from imdsproxy.core.model import (
 from imdsproxy.core.observation import Observation
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.errors import Problem
-from imdsproxy.host.clock import SystemClock
+from imdsproxy.host.clock import Clock
 from imdsproxy.listeners.apply import NftTable
 from imdsproxy.listeners.host import KeptNetworks, SystemHost
 from imdsproxy.listeners.loop import ListenerLoop, choose_exporter
@@ -175,7 +175,7 @@ async def _rig(directory: Path, *, agents: str | None = None) -> AsyncIterator[R
         inventory,
         host,
         haproxy,
-        SystemClock(),
+        Clock(),
         lambda: spec,
         -1,
         lambda: 0,
@@ -187,7 +187,7 @@ async def _rig(directory: Path, *, agents: str | None = None) -> AsyncIterator[R
             lambda: wanted,
             haproxy,
             lambda _path, _pids: SeenSocket(SocketState.MISSING),
-            SystemClock(),
+            Clock(),
         ),
     )
     await loop.first_round()
