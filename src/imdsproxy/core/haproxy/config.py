@@ -18,7 +18,7 @@ from imdsproxy.core.haproxy.model import DataplaneSpec, count_namespaces
 from imdsproxy.core.haproxy.names import CONSTANTS
 from imdsproxy.core.haproxy.nova import names_of_nova, nova_backends
 from imdsproxy.core.haproxy.request_log import LOG_RULES, names_of_log
-from imdsproxy.core.haproxy.text import Form, Text, Value, name_values, option, render
+from imdsproxy.core.haproxy.text import Text, Value, fill_sections, name_values, option, render
 
 _SHORT_PER_MB: Final = 256
 """Short documents for each MiB of the cache: with its key an entry is below 1 kB."""
@@ -98,15 +98,15 @@ def render_config(spec: DataplaneSpec) -> str:
     Raises:
         UnquotableWord: A name or path holds a control character.
     """
-    return render(_sections(spec, Form(CONSTANTS | _values(spec))))
+    return render(_sections(spec, CONSTANTS | _values(spec)))
 
 
-def _sections(spec: DataplaneSpec, form: Form) -> Iterator[Text]:
+def _sections(spec: DataplaneSpec, values: dict[str, Value]) -> Iterator[str]:
     for text in (_FIRST, LIMIT_RULES, _CACHE, LOG_RULES, FRONTENDS, BACKENDS, _PROBE):
-        yield from form.sections(text)
-    yield from nova_backends(spec, form)
+        yield from fill_sections(text, values)
+    yield from nova_backends(spec, values)
     for text in (COUNTING_TABLES, _EXPORTER):
-        yield from form.sections(text)
+        yield from fill_sections(text, values)
 
 
 def _values(spec: DataplaneSpec) -> dict[str, Value]:

@@ -19,7 +19,7 @@ from imdsproxy.core.haproxy.frontends import FRONTENDS
 from imdsproxy.core.haproxy.limits import LIMIT_RULES
 from imdsproxy.core.haproxy.nova import NOVA_RULES
 from imdsproxy.core.haproxy.request_log import LOG_RULES
-from imdsproxy.core.haproxy.text import Block, Form, Text, Value, blocks_of, name_values
+from imdsproxy.core.haproxy.text import Block, Text, Value, blocks_of, fill, name_values
 from imdsproxy.core.path_rules import WITHIN_OTHER_TREES
 from imdsproxy.core.policy_word import POLICY_WORD, Field, Letter
 
@@ -147,7 +147,7 @@ def _policy() -> dict[str, Value]:
 
 
 def _conditions() -> dict[str, Value]:
-    acls = (line.split(maxsplit=2) for line in Form(_VALUES).fill(_CONDITIONS).splitlines())
+    acls = (line.split(maxsplit=2) for line in fill(_CONDITIONS, _VALUES))
     return {name: Text(f"{{ {condition} }}") for _, name, condition in acls}
 
 

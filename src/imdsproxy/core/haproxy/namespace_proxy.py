@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Final
 
 from imdsproxy.core.haproxy.names import CONSTANTS
-from imdsproxy.core.haproxy.text import Form, name_values, render
+from imdsproxy.core.haproxy.text import Value, fill_sections, name_values, render
 from imdsproxy.errors import RequestRefused
 
 DEFAULT_PORT: Final = 9697
@@ -128,16 +128,12 @@ def render_namespace_proxy(spec: NamespaceProxySpec) -> str:
     Raises:
         UnquotableWord: A path or name holds a control character.
     """
-    form = Form(
-        {
-            **CONSTANTS,
-            **name_values(asdict(spec)),
-            "level": "debug" if spec.debug else "info",
-            "forgeable": f"^(?:{_FORGEABLE})$",
-            "upstream": f"unix@{spec.upstream}",
-        }
-    )
-    return render(form.sections(_CONFIG))
+    own: dict[str, Value] = {
+        "level": "debug" if spec.debug else "info",
+        "forgeable": f"^(?:{_FORGEABLE})$",
+        "upstream": f"unix@{spec.upstream}",
+    }
+    return render(fill_sections(_CONFIG, CONSTANTS | name_values(asdict(spec)) | own))
 
 
 def parse_resource(network_id: str | None, router_id: str | None) -> tuple[str, str]:

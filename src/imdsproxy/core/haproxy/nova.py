@@ -26,7 +26,15 @@ from imdsproxy.core.haproxy.model import (
     NovaTimes,
     NovaTls,
 )
-from imdsproxy.core.haproxy.text import Block, Form, Text, Value, name_values, option, quote
+from imdsproxy.core.haproxy.text import (
+    Block,
+    Text,
+    Value,
+    fill_sections,
+    name_values,
+    option,
+    quote,
+)
 from imdsproxy.core.wire import MAP_NOVA
 
 _LOOPBACK_SOCKET: Final = re.compile(r"\bhop-[0-9a-f]{16}\.sock\b")
@@ -68,7 +76,7 @@ _USE_FOR_OTHERS: Final = """
 """
 
 _BACKEND: Final = """
-backend nova.<set><once_name><kind>
+backend nova.<set><kind>
     [checked] <check>
     [sampled] <count_sampled(instance_of_nova)>
     # The same text is no reload; a renewed certificate has to be one.
@@ -178,37 +186,37 @@ def names_of_nova(spec: DataplaneSpec) -> dict[str, Value]:
     }
 
 
-def nova_backends(spec: DataplaneSpec, form: Form) -> Iterator[Text]:
+def nova_backends(spec: DataplaneSpec, values: dict[str, Value]) -> Iterator[str]:
     """The backends of each endpoint set, by checks and repetition, and the loopback of a set with two secrets."""
     kinds = [(kind, once) for kind in ("", CHECKED) for once in (False, True)]
     if spec.count_reads:
         kinds.append((SAMPLED, False))
     checked, by_http = spec.nova_times.check != "off", spec.nova_times.check == "http"
     for backend in spec.nova:
-        named = Form({**form.values, **_names(backend, spec.nova_times)})
+        named = values | _names(backend, spec.nova_times)
         mixed = len({server.slot for server in backend.servers}) > 1
         servers = [_server_names(spec, backend, one, checked=checked) for one in backend.servers]
         for kind, once in kinds:
             checking = not (once or kind or mixed)
-            yield from named.sections(
-                _BACKEND,
-                mixed=mixed,
-                checking=checking,
-                tracking=not checking and not mixed,
-                checked=kind == CHECKED,
-                sampled=kind == SAMPLED,
-                once_name=Text(".once" if once else ""),
-                kind=Text(kind),
-                once=once,
-                next=not mixed and bool(backend.servers and backend.servers[0].slot),
-                server_ms=named.values["loopback_ms" if mixed else "server_ms"],
-                http_check=checking and by_http,
-                servers=Block(_SERVERS, servers),
-            )
+            own: dict[str, Value] = {
+                "mixed": mixed,
+                "checking": checking,
+                "tracking": not checking and not mixed,
+                "checked": kind == CHECKED,
+                "sampled": kind == SAMPLED,
+                "kind": Text(f"{'.once' if once else ''}{kind}"),
+                "once": once,
+                "next": not mixed and bool(backend.servers and backend.servers[0].slot),
+                "server_ms": named["loopback_ms" if mixed else "server_ms"],
+                "http_check": checking and by_http,
+                "servers": Block(_SERVERS, servers),
+            }
+            yield from fill_sections(_BACKEND, named | own)
         # One that is not used is there for workers that still have the configuration before: the sockets are the same.
         for server in servers if mixed or backend.loopback else ():
-            unused: dict[str, Value] = {} if mixed else {"checks": Text(""), "check_sni": Text("")}
-            yield from named.sections(_LOOPBACK, **server, **unused, http_check=mixed and by_http)
+            own = {**server, "http_check": mixed and by_http}
+            own |= {} if mixed else {"checks": Text(""), "check_sni": Text("")}
+            yield from fill_sections(_LOOPBACK, named | own)
 
 
 def _names(backend: NovaBackend, times: NovaTimes) -> dict[str, Value]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from textwrap import dedent
 from typing import Final, TypeAlias
@@ -101,35 +101,6 @@ def _parse(template: str) -> list[tuple[list[tuple[str, str]], list[str]]]:
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class Form:
-    """The values that the templates of one configuration may name."""
-
-    values: Mapping[str, Value] = field(default_factory=dict)
-
-    def fill(self, template: str, **more: Value) -> Text:
-        """The lines of a template.
-
-        Args:
-            template: What is to be written.
-            more: Values of this template alone.
-
-        Raises:
-            UnquotableWord: A value holds a control character.
-            KeyError: A template names a value that isn't there.
-            TypeError: A value is none that can be written.
-        """
-        return Text("\n".join(_fill(template, {**self.values, **more} if more else self.values)))
-
-    def sections(self, text: str, **more: Value) -> Iterator[Text]:
-        """The sections of a text, without its blocks (`split_sections`) and those whose header isn't written."""
-        for header, template in split_sections(text).items():
-            head = "" if header.endswith(":") else self.fill(header, **more)
-            if head:
-                lines = self.fill(template, **more).splitlines()
-                yield Text("\n".join((head, *(f"  {line}" for line in lines))))
-
-
 @lru_cache(maxsize=64)
 def split_sections(text: str) -> Mapping[str, str]:
     """What is below each line that isn't indented: the header of a section, or `NAME:` of a block."""
@@ -147,12 +118,27 @@ def blocks_of(*texts: str) -> dict[str, Block]:
     }
 
 
-def _fill(template: str, values: Mapping[str, Value]) -> list[str]:
+def fill(template: str, values: Mapping[str, Value]) -> list[str]:
+    """The lines of a template.
+
+    Raises:
+        UnquotableWord: A value holds a control character.
+        KeyError: A template names a value that isn't there.
+        TypeError: A value is none that can be written.
+    """
     lines: list[str] = []
     for flags, parts in _parse(template):
         if all(bool(values[name]) is not bool(negated) for negated, name in flags):
             lines += _fill_line(parts, values)
     return lines
+
+
+def fill_sections(text: str, values: Mapping[str, Value]) -> Iterator[str]:
+    """The sections of a text, without its blocks (`split_sections`) and those whose header isn't written."""
+    for header, template in split_sections(text).items():
+        head = [] if header.endswith(":") else fill(header, values)
+        if head:
+            yield "\n".join((*head, *(f"  {line}" for line in fill(template, values))))
 
 
 def _fill_line(parts: Sequence[str], values: Mapping[str, Value]) -> Iterable[str]:
@@ -164,7 +150,7 @@ def _fill_line(parts: Sequence[str], values: Mapping[str, Value]) -> Iterable[st
         if isinstance(value, Block):
             inner = {**values, "argument": values[argument]} if argument else values
             filled = (
-                _fill(value.template, {**inner, **row} if row else inner) for row in value.rows
+                fill(value.template, {**inner, **row} if row else inner) for row in value.rows
             )
             text = "\n".join(line for lines in filled for line in lines)
         else:
@@ -179,7 +165,7 @@ def _write(name: str, value: object) -> str:
     return quote(value) if isinstance(value, str) and not isinstance(value, Text) else str(value)
 
 
-def render(sections: Iterable[Text]) -> str:
+def render(sections: Iterable[str]) -> str:
     """A whole file, its first line a banner with the hash of the rest."""
     body = "\n".join(f"{section}\n" for section in sections)
     digest = hashlib.blake2b(body.encode(), digest_size=8).hexdigest()
