@@ -84,19 +84,23 @@ class Rig:
             self.sets,
         )
 
-    async def say(self, *instances: Instance, source: str = "a", in_sync: bool = True) -> None:
-        """A source tells all that it has, and that is in force."""
-        ticket = self.loop.observe(
-            Observation(
-                source,
-                full=True,
-                networks={_RED: _NETWORK},
-                instances={one.id: one for one in instances},
-                in_sync=in_sync,
-            )
+    def report(
+        self,
+        *instances: Instance,
+        source: str = "a",
+        network: Network = _NETWORK,
+        in_sync: bool = True,
+    ) -> int:
+        """A source reports all that it has; the ticket."""
+        networks, records = {_RED: network}, {one.id: one for one in instances}
+        return self.loop.observe(
+            Observation(source, full=True, networks=networks, instances=records, in_sync=in_sync)
         )
+
+    async def say(self, *instances: Instance, source: str = "a", in_sync: bool = True) -> None:
+        """A source reports all that it has, and that is in force."""
         async with asyncio.timeout(30):
-            await self.loop.tickets.wait(ticket)
+            await self.loop.tickets.wait(self.report(*instances, source=source, in_sync=in_sync))
 
     def told(self, address: str) -> str | None:
         (worker,) = self.haproxy.workers
@@ -240,18 +244,10 @@ async def test_a_start_compiles_only_what_is_not_on_disk_as_it_should_be(tmp_pat
     async def start(*instances: Instance) -> tuple[list[str], Mapping[str, str]]:
         rig = Rig(tmp_path)
         for source in ("a", "b"):
-            rig.loop.observe(
-                Observation(
-                    source,
-                    full=True,
-                    networks={_RED: _NETWORK},
-                    instances={one.id: one for one in instances},
-                )
-            )
+            rig.report(*instances, source=source)
         records = await rig.loop.compile_all()
-        return [
-            one.removeprefix("write ") for one in rig.files.log if one.startswith("write")
-        ], records
+        written = [line for line in rig.files.log if line.startswith("write")]
+        return [line.removeprefix("write ") for line in written], records
 
     first = await start(web, db)
     assert sorted(first[0]) == ["db", "web"]
@@ -273,11 +269,7 @@ async def test_others_work_while_very_many_records_are_compiled(tmp_path: Path) 
     many = [
         _instance(f"i{number}", f"10.0.{number // 250}.{number % 250}") for number in range(1_000)
     ]
-    rig.inventory.observe(
-        Observation(
-            "a", full=True, networks={_RED: _NETWORK}, instances={one.id: one for one in many}
-        )
-    )
+    rig.report(*many)
     turns = 0
     compiling = asyncio.create_task(rig.loop.compile_all())
     while not compiling.done():
@@ -342,9 +334,7 @@ async def test_a_haproxy_that_is_yet_to_start_finds_the_path_rules_of_all_record
     rig = Rig(tmp_path)
     rig.loop.policies = lambda: PolicyBook(host=PolicyRules(paths=_RULES))
     web = _instance("web", "10.0.0.5")
-    rig.loop.observe(
-        Observation("a", full=True, networks={_RED: _NETWORK}, instances={web.id: web})
-    )
+    rig.report(web)
     assert rule_set_of((await rig.loop.compile_all())["red/10.0.0.5"]) == set_id(_RULES)
     assert parse_map(rig.sets.path.read_text())[1] == render_set(_RULES)
 
@@ -360,16 +350,15 @@ async def test_an_address_that_goes_among_very_many_is_unknown_when_that_is_ackn
             await rig.say(source="b")
         await rig.say(*many)
         assert rig.told("10.0.0.7") is not None
-        changed = {
-            one.id: replace(one, hostname="other") for one in many if one.name not in {"i7", "i8"}
-        }
-        rig.loop.observe(Observation("a", full=True, networks={_RED: _NETWORK}, instances=changed))
+        rig.report(
+            *(replace(one, hostname="other") for one in many if one.name not in {"i7", "i8"})
+        )
         ticket = rig.loop.observe(
             Observation("a", instances_removed=(InstanceId("i9"),), in_sync=False)
         )
         await rig.loop.tickets.wait(ticket)
         assert [rig.told(f"10.0.0.{number}") for number in (7, 8, 9)] == [None] * 3
-        assert rig.told("10.0.0.10") == _value(changed[InstanceId("i10")])
+        assert rig.told("10.0.0.10") == _value(replace(many[9], hostname="other"))
 
 
 async def test_a_hop_limit_that_a_part_of_a_round_counts_on_is_settled_with_the_round(
@@ -402,14 +391,7 @@ async def test_a_fresh_start_looks_at_each_record_once_and_leaves_none_that_nobo
     rig = Rig(tmp_path)
     rig.files.apply(_OLD, CompiledRecord("1", b"old"))
     for source in ("a", "b"):
-        rig.loop.observe(
-            Observation(
-                source,
-                full=True,
-                networks={_RED: _NETWORK},
-                instances={InstanceId("web"): _instance("web", "10.0.0.5")},
-            )
-        )
+        rig.report(_instance("web", "10.0.0.5"), source=source)
     rig.applier.write_all(await rig.loop.compile_all())
     assert rig.files.log == ["write old", "write web", "remove old"]
     looked = rig.loop.looked
@@ -498,10 +480,8 @@ _CLOSED = PolicyRules(endpoint=False)
 def _start(directory: Path, *instances: Instance, network: Network = _NETWORK) -> Rig:
     """A loop that keeps its maps, and sources that have reported."""
     rig = Rig(directory)
-    records = {one.id: one for one in instances or (_WEB, _DB)}
-    for source in ("a", "b"):
-        of_a = records if source == "a" else {}
-        rig.loop.observe(Observation(source, full=True, networks={_RED: network}, instances=of_a))
+    rig.report(*(instances or (_WEB, _DB)), network=network)
+    rig.report(source="b", network=network)
     return rig
 
 
