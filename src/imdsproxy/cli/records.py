@@ -26,15 +26,17 @@ _Keys: TypeAlias = tuple[str | None, dict[str, Json]]
 _Id: TypeAlias = Annotated[
     str, argument("ID", "The instance's id or name.", options.complete_instances)
 ]
-_File: TypeAlias = Annotated[
-    Path | None,
-    flag(
-        "--file",
-        "FILE",
-        "Records in YAML or JSON (`networks:` and `instances:`); - is standard input.",
-        short="-f",
-    ),
-]
+_FILE: Final = {
+    "file": Annotated[
+        Path | None,
+        flag(
+            "--file",
+            "FILE",
+            "Records in YAML or JSON (`networks:` and `instances:`); - is standard input.",
+            short="-f",
+        ),
+    ]
+}
 _CLEAR: Final = {
     "clear": Annotated[
         list[str] | None, flag("--clear", "KEY", "Clear a key, as user_data; may be repeated.")
@@ -52,16 +54,9 @@ _FROM_LIBVIRT: Final = {
 }
 
 
-def _change(
-    run: Invocation,
-    kind: str,
-    name: str | None,
-    file: Path | None,
-    values: _Values,
-    *,
-    create: bool,
-) -> None:
+def _change(run: Invocation, kind: str, values: _Values, *, create: bool) -> None:
     """Add a record, change those of its keys that are given or cleared, or send the records of a file."""
+    name, file = values.pop("record"), values.pop("file")
     if file is not None:
         if name is not None or any(value not in (None, []) for value in values.values()):
             raise RequestRefused(
@@ -210,34 +205,26 @@ def _make_app(
     names = options.complete_networks if kind == "network" else options.complete_instances
     article, other = ("a", "instances") if kind == "network" else ("an", "networks")
 
-    @app.command(
-        "add", help=f"Add {article} {kind}; with --file many {kind}s and {other}, all or none."
-    )
-    @partial(command, flags={**flags, **add_flags})
-    def add(
-        run: Invocation,
-        record: Annotated[str | None, argument("[ID]", new_id)] = None,
-        *,
-        file: _File = None,
-        **values: Any,  # noqa: ANN401 - of flags
-    ) -> None:
-        _change(run, kind, record, file, values, create=True)
+    def define_change(verb: str, text: str, record: object, more: Mapping[str, object]) -> None:
+        given = {"record": Annotated[str | None, record], **_FILE, **flags, **more}
 
-    @app.command(
-        "set",
-        help=f"Change what is given of {article} {kind} (a list as a whole); with --file add and replace many.",
+        @app.command(verb, help=text)
+        @partial(command, flags=given)
+        def change(run: Invocation, **values: Any) -> None:  # noqa: ANN401 - of flags
+            _change(run, kind, values, create=verb == "add")
+
+    define_change(
+        "add",
+        f"Add {article} {kind}; with --file many {kind}s and {other}, all or none.",
+        argument("[ID]", new_id),
+        add_flags,
     )
-    @partial(command, flags={**flags, **_CLEAR})
-    def change(
-        run: Invocation,
-        record: Annotated[
-            str | None, argument("[ID]", f"The {kind}'s id or name; none with --file.", names)
-        ] = None,
-        *,
-        file: _File = None,
-        **values: Any,  # noqa: ANN401 - of flags
-    ) -> None:
-        _change(run, kind, record, file, values, create=False)
+    define_change(
+        "set",
+        f"Change what is given of {article} {kind} (a list as a whole); with --file add and replace many.",
+        argument("[ID]", f"The {kind}'s id or name; none with --file.", names),
+        _CLEAR,
+    )
 
     @app.command("list", help=list_help)
     @partial(command, flags=list_flags)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import socket as sockets
+import socket
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Annotated
 
@@ -66,11 +67,8 @@ def snippet(
 
 
 def _host_has(address: IpAddress) -> bool:
-    """Whether an address is this host's own: only those can be bound."""
-    family = sockets.AF_INET6 if address.version == 6 else sockets.AF_INET  # noqa: PLR2004
-    with sockets.socket(family, sockets.SOCK_DGRAM) as probe:
-        try:
-            probe.bind((str(address), 0))
-        except OSError:
-            return False
-    return True
+    """Whether an IPv4 address is this host's own: only those can be bound."""
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.bind((str(address), 0))
+        return True
+    return False

@@ -1,21 +1,22 @@
 """What a hypervisor must show a guest so that it asks for metadata, and how 169.254.169.254 is reached.
 
 cloud-init runs `ds-identify` before anything else and stays off unless the machine looks like a cloud. What it
-looks at is SMBIOS, or for containers the environment and the command line of process 1. `HINTS` has what must be seen
-for a dialect, `plan_route` how 169.254.169.254 is reached; `imdsproxy.core.snippets.targets` writes both as QEMU,
-libvirt, Proxmox or Incus take them.
+looks at is SMBIOS, or for containers the environment and the command line of process 1. `snippets.toml` has what must
+be seen for a dialect, `plan_route` how 169.254.169.254 is reached; `imdsproxy.core.snippets.targets` writes both as
+QEMU, libvirt, Proxmox or Incus take them.
 """
 
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from importlib.resources import files
 from typing import Final
 
 from imdsproxy.core import model
-from imdsproxy.core.documents.nocloud import NOCLOUD_ROOT
 from imdsproxy.core.model import METADATA_IPV4, Dialect
 
 
@@ -28,19 +29,9 @@ class Target(StrEnum):
     INCUS = "incus"
 
 
-_URL: Final = f"http://{METADATA_IPV4}"
-
-
 @dataclass(frozen=True, slots=True)
 class DetectionHints:
-    """What a guest must see of itself.
-
-    Attributes:
-        asks: What then happens.
-        system: Fields of SMBIOS type 1 by QEMU's names, without the UUID.
-        kernel: The same as one word of the kernel command line, which wins over SMBIOS.
-        environment: The same as variables of process 1, where there is such a way.
-    """
+    """What a guest must see of itself; `snippets.toml` says what the fields are."""
 
     asks: str
     system: Mapping[str, str]
@@ -48,33 +39,16 @@ class DetectionHints:
     environment: Mapping[str, str]
 
 
-HINTS: Final[Mapping[Dialect, DetectionHints]] = {
-    # As Nova itself makes its guests' (`nova/virt/libvirt/driver.py`); Ohai looks at the manufacturer.
-    Dialect.OPENSTACK: DetectionHints(
-        "cloud-init takes OpenStack; cloudbase-init and Ignition ask the same documents.",
-        {"manufacturer": "OpenStack Foundation", "product": "OpenStack Nova"},
-        "ds=OpenStack",
-        {"product_name": "OpenStack Nova"},
-    ),
-    Dialect.NOCLOUD: DetectionHints(
-        "cloud-init takes NoCloud, from the address in the serial number.",
-        {"serial": f"ds=nocloud;s={_URL}/{NOCLOUD_ROOT}/"},
-        f"ds=nocloud;s={_URL}/{NOCLOUD_ROOT}/",
-        {},
-    ),
-    # Not Amazon's own sign, a UUID that begins with ec2: cloud-init then insists on session tokens. This
-    # vendor's is the one sign of EC2 that asks for none and is a field of type 1, which all targets can set.
-    Dialect.EC2: DetectionHints(
-        "cloud-init takes Ec2, without session tokens.",
-        {"manufacturer": "e24cloud"},
-        "ds=Ec2",
-        {},
-    ),
-}
+_TABLES: Final = tomllib.loads(
+    files("imdsproxy.core.snippets").joinpath("snippets.toml").read_text("utf-8")
+)
+HINTS: Final = {Dialect(name): DetectionHints(**one) for name, one in _TABLES["hints"].items()}
+PLACES: Final = _TABLES["places"]
+"""Where the parts of a snippet go: texts of all hypervisors, and by hypervisor."""
 
 IMDS_WORDS: Final = (
     "systemd.imds=1 systemd.imds.network=unlocked systemd.imds.vendor=imdsproxy "
-    f"systemd.imds.data_url={_URL}/latest systemd.imds.address_ipv4={METADATA_IPV4} "
+    f"systemd.imds.data_url=http://{METADATA_IPV4}/latest systemd.imds.address_ipv4={METADATA_IPV4} "
     "systemd.imds.key.hostname=/meta-data/hostname "
     "systemd.imds.key.zone=/meta-data/placement/availability-zone "
     "systemd.imds.key.ssh_key=/meta-data/public-keys/0/openssh-key "

@@ -11,19 +11,12 @@ from typing import Final, TypeAlias
 
 from imdsproxy.core import snippets
 from imdsproxy.core.model import Dialect, Instance, IpAddress, Network, NetworkId, Port
-from imdsproxy.core.snippets import DetectionHints, Target
+from imdsproxy.core.snippets import PLACES, DetectionHints, Target
 
 _WIDTH: Final = 96
-_DHCP: Final = "The network's DHCP server must announce it; with dnsmasq (other servers: option 121, static routes):"
-_INCUS_MACHINE: Final = "a virtual machine, before its first start."
 _EXTRA_KEY: Final = "io.systemd.stub.kernel-cmdline-extra"
 _EXTRA: Final = f"{_EXTRA_KEY}={snippets.IMDS_WORDS}"
 """An SMBIOS OEM string (type 11) that systemd-stub adds to the kernel command line of a unified image."""
-
-_IMDS_PLACE: Final = (
-    "Only for images with systemd 261 or later whose kernel is a unified image: systemd-imdsd asks as "
-    "well. With any other boot loader put what follows kernel-cmdline-extra= on the kernel command line."
-)
 
 _Routes: TypeAlias = dict[NetworkId, snippets.Route]
 
@@ -80,7 +73,7 @@ def _card(place: str, port: Port, text: str) -> Part:
 
 
 def _routes(
-    routes: _Routes, place: str = _DHCP, announce: str = "dhcp-option=121,{routes}"
+    routes: _Routes, place: str = PLACES["route"], announce: str = "dhcp-option=121,{routes}"
 ) -> Iterator[Part]:
     """How the guests of each network reach 169.254.169.254.
 
@@ -95,19 +88,16 @@ def _routes(
         yield Part("route", f"Network {network}: {advice}", text if route.announced else "")
 
 
-def _imds(instance: Instance, text: str, place: str = _IMDS_PLACE) -> Iterator[Part]:
+def _imds(instance: Instance, text: str, place: str = PLACES["imds"]) -> Iterator[Part]:
     if _wants_imds(instance):
         yield Part("systemd-imdsd", place, text)
 
 
 def _qemu(instance: Instance, hints: DetectionHints, routes: _Routes) -> Iterator[Part]:
     """Arguments of qemu-system-* (`-smbios` in qemu(1))."""
-    yield Part(
-        "SMBIOS",
-        f"on QEMU's command line. {hints.asks} With -kernel, also put '{hints.kernel}' into -append "
-        "where the firmware shows no SMBIOS.",
-        _smbios(1, {**hints.system, **_shown_uuid(instance)}),
-    )
+    places = PLACES["qemu"]
+    smbios = _smbios(1, {**hints.system, **_shown_uuid(instance)})
+    yield Part("SMBIOS", places["smbios"].format(hints=hints), smbios)
     yield from _missing_uuid(instance)
     for number, port in enumerate(instance.ports):
         backend = f"bridge,id=net{number},br={routes[port.network].device}"
@@ -115,30 +105,26 @@ def _qemu(instance: Instance, hints: DetectionHints, routes: _Routes) -> Iterato
             backend = f"tap,id=net{number},ifname=TAP,script=no,downscript=no"
         card = f"virtio-net-pci,netdev=net{number}{f',mac={port.mac}' if port.mac else ''}"
         text = f"-netdev {_quote(backend)} \\\n-device {_quote(card)}"
-        yield _card("on QEMU's command line. ", port, text)
+        yield _card(places["card"], port, text)
     yield from _routes(routes)
     yield from _imds(instance, _smbios(11, {"value": _EXTRA}))
 
 
 def _libvirt(instance: Instance, hints: DetectionHints, routes: _Routes) -> Iterator[Part]:
     """Pieces of XML (https://libvirt.org/formatdomain.html#smbios-system-information, formatnetwork.html)."""
-    place, strings = f"with virsh edit {instance.name}, into <domain>. {hints.asks}", ""
+    places, strings = PLACES["libvirt"], ""
+    place = places["smbios"].format(name=instance.name, hints=hints)
     if _wants_imds(instance):
-        place += f" The oemStrings are for systemd-imdsd. {_IMDS_PLACE}"
+        place = f"{place} {places['imds']} {PLACES['imds']}"
         strings = f"  <oemStrings>\n    <entry>{_EXTRA}</entry>\n  </oemStrings>\n"
     system = "".join(
         f"    <entry name='{name}'>{value}</entry>\n" for name, value in hints.system.items()
     )
     sysinfo = f"<sysinfo type='smbios'>\n  <system>\n{system}  </system>\n{strings}</sysinfo>"
     yield Part("SMBIOS", place, sysinfo)
-    yield Part("SMBIOS", "into the <os> that is there already.", "<smbios mode='sysinfo'/>")
+    yield Part("SMBIOS", places["os"], "<smbios mode='sysinfo'/>")
     for uuid in _shown_uuid(instance).values():
-        yield Part(
-            "SMBIOS",
-            "only for a domain that is yet to be defined (the UUID of one that is cannot be changed): into "
-            "<domain>. cloud-init then sees at each boot that it is the same instance.",
-            f"<uuid>{uuid}</uuid>",
-        )
+        yield Part("SMBIOS", places["uuid"], f"<uuid>{uuid}</uuid>")
     yield from _missing_uuid(instance)
     for port in instance.ports:
         device = routes[port.network].device
@@ -146,11 +132,10 @@ def _libvirt(instance: Instance, hints: DetectionHints, routes: _Routes) -> Iter
         text += f"  <mac address='{port.mac}'/>\n" if port.mac else ""
         text += f"  <source bridge='{device}'/>\n" if device else ""
         text += "  <model type='virtio'/>\n</interface>"
-        yield _card("into <devices>, or like this where it is already. ", port, text)
+        yield _card(places["card"], port, text)
     yield from _routes(
         routes,
-        "If libvirt serves DHCP there: with virsh net-edit, into <network>; then net-destroy and net-start. "
-        "Any other DHCP server: option 121, static routes, with the same values.",
+        places["route"],
         "<dnsmasq:options xmlns:dnsmasq='http://libvirt.org/schemas/network/dnsmasq/1.0'>\n"
         "  <dnsmasq:option value='dhcp-option=121,{routes}'/>\n"
         "</dnsmasq:options>",
@@ -161,12 +146,8 @@ def _proxmox(instance: Instance, hints: DetectionHints, routes: _Routes) -> Iter
     """`qm set` (smbios1 in qm.conf(5); its values are base64, and it replaces the whole entry)."""
     fields = [f"{name}={b64encode(text.encode()).decode()}" for name, text in hints.system.items()]
     fields += [f"uuid={uuid}" for uuid in _shown_uuid(instance).values()]
-    yield Part(
-        "SMBIOS",
-        f"on the Proxmox VE host, VMID being the machine's number. {hints.asks} It must have no "
-        "cloud-init drive: that would win.",
-        f"qm set VMID --smbios1 {_quote(','.join(('base64=1', *fields)))}",
-    )
+    smbios = f"qm set VMID --smbios1 {_quote(','.join(('base64=1', *fields)))}"
+    yield Part("SMBIOS", PLACES["proxmox"]["smbios"].format(hints=hints), smbios)
     yield from _missing_uuid(instance)
     for number, port in enumerate(instance.ports):
         model = f"virtio={port.mac.upper()}" if port.mac else "virtio"
@@ -178,34 +159,23 @@ def _proxmox(instance: Instance, hints: DetectionHints, routes: _Routes) -> Iter
 
 def _incus(instance: Instance, hints: DetectionHints, routes: _Routes) -> Iterator[Part]:
     """Virtual machines by `raw.qemu`, containers by process 1 (their DMI is the host's, and not looked at)."""
-    name = _quote(instance.name)
-    yield Part(
-        "SMBIOS",
-        f"{_INCUS_MACHINE} {hints.asks} Incus has to permit raw.qemu, and gives the UUID itself.",
-        f"incus config set {name} raw.qemu {_quote(_smbios(1, hints.system))}",
-    )
-    note = "cloud-init reads process 1's command line in place of the kernel's."
-    settings = {"raw.lxc": f"lxc.init.cmd = /sbin/init {hints.kernel}"}
+    places, name = PLACES["incus"], _quote(instance.name)
+    smbios = f"incus config set {name} raw.qemu {_quote(_smbios(1, hints.system))}"
+    yield Part("SMBIOS", places["smbios"].format(hints=hints), smbios)
+    place, settings = places["init"], {"raw.lxc": f"lxc.init.cmd = /sbin/init {hints.kernel}"}
     if hints.environment:
         settings = {f"environment.{key}": one for key, one in hints.environment.items()}
-        note = (
-            "Not with an image that seeds /var/lib/cloud/seed/nocloud-net (those with "
-            "/cloud in their name do): cloud-init takes that first."
-        )
+        place = places["environment"]
     lines = [f"incus config set {name} {key} {_quote(value)}" for key, value in settings.items()]
-    yield Part("container", f"before its first start. {note}", "\n".join(lines))
+    yield Part("container", place, "\n".join(lines))
     for number, port in enumerate(instance.ports):
         parent = _quote(routes[port.network].device or "BRIDGE")
         text = f"incus config device add {name} eth{number} nic nictype=bridged parent={parent}"
-        yield _card("both kinds. ", port, text + (f" hwaddr={port.mac}" if port.mac else ""))
-    yield from _routes(
-        routes,
-        "If it is one of Incus' own networks with DHCP, this announces the route; for another its DHCP "
-        "server must, by option 121.",
-        "incus network set {device} ipv4.dhcp.routes {routes}",
-    )
+        yield _card(places["card"], port, text + (f" hwaddr={port.mac}" if port.mac else ""))
+    announce = "incus network set {device} ipv4.dhcp.routes {routes}"
+    yield from _routes(routes, places["route"], announce)
     text = f"incus config set {name} smbios11.{_EXTRA_KEY} {_quote(snippets.IMDS_WORDS)}"
-    yield from _imds(instance, text, f"{_INCUS_MACHINE} {_IMDS_PLACE}")
+    yield from _imds(instance, text, f"{places['imds']} {PLACES['imds']}")
 
 
 _WRITERS: Final = {
