@@ -67,8 +67,9 @@ def snippet(
 
 
 def _host_has(address: IpAddress) -> bool:
-    """Whether an IPv4 address is this host's own: only those can be bound."""
-    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    """Whether an address is this host's own: only those can be bound."""
+    family = socket.AF_INET6 if address.version == 6 else socket.AF_INET  # noqa: PLR2004
+    with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.bind((str(address), 0))
         return True
     return False
