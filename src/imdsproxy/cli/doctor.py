@@ -14,7 +14,7 @@ from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Final
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 import typer
 
@@ -146,27 +146,28 @@ class HttpFetch:
     """Asks a server, each question on a connection of its own, as most clients do.
 
     Args:
-        host: A name or address, an IPv6 address with its zone and without brackets.
-        port: TCP port.
-        prefix: Put in front of every path.
-        tls: Whether it is https.
+        url: Of `http` or `https`; its path is put in front of every path.
         headers: Added to every question.
         timeout_s: For each step of the network, as long as cloud-init's.
         clock: Seconds that only grow.
     """
 
-    host: str
-    port: int
-    prefix: str = ""
-    tls: bool = False
+    url: SplitResult
     headers: tuple[tuple[str, str], ...] = ()
     timeout_s: float = _TIMEOUT_S
     clock: Callable[[], float] = time.monotonic
 
+    @property
+    def host(self) -> str:
+        """A name or address, an IPv6 address with its zone and without brackets."""
+        return unquote(self.url.hostname or "")
+
     def __call__(self, ask: Ask) -> Answer:
         """One question."""
-        kind = http.client.HTTPSConnection if self.tls else http.client.HTTPConnection
-        with closing(kind(self.host, self.port, timeout=self.timeout_s)) as connection:
+        tls = self.url.scheme == "https"
+        kind = http.client.HTTPSConnection if tls else http.client.HTTPConnection
+        port = self.url.port or kind.default_port
+        with closing(kind(self.host, port, timeout=self.timeout_s)) as connection:
             try:
                 return self._ask(connection, ask)
             except TimeoutError:
@@ -177,9 +178,9 @@ class HttpFetch:
     def _ask(self, connection: http.client.HTTPConnection, ask: Ask) -> Answer:
         began = self.clock()
         # Not `request`, which gives a PUT a Content-Length that the clients do not send.
-        path = quote(f"{self.prefix}{ask.path}", safe=_SAFE)
-        connection.putrequest(ask.method, path, skip_host=True)
-        for name, value in (("Host", self.host_header), *self.headers, *ask.headers):
+        prefix = self.url.path.rstrip("/")
+        connection.putrequest(ask.method, quote(f"{prefix}{ask.path}", safe=_SAFE))
+        for name, value in (*self.headers, *ask.headers):
             connection.putheader(name, value)
         connection.endheaders()
         response = connection.getresponse()
@@ -199,13 +200,6 @@ class HttpFetch:
             # `read` with a limit does not complain of a body that ends too early.
             cut=cut or (length is not None and len(body) < min(length, _MOST_BYTES)),
         )
-
-    @property
-    def host_header(self) -> str:
-        """The header `Host`, without a zone, which is of no concern to the server (RFC 6874 §3)."""
-        bare = self.host.partition("%")[0]
-        name = f"[{bare}]" if ":" in bare else bare
-        return name if self.port == (443 if self.tls else 80) else f"{name}:{self.port}"
 
 
 def _ask_daemon(daemon: AdminClient, network: str, address: str, ask: Ask) -> Answer:
@@ -232,7 +226,7 @@ def parse_url(url: str, headers: Sequence[str] = ()) -> HttpFetch:
     """
     try:
         parts = urlsplit(url if "://" in url else f"http://{url}")
-        host, port = parts.hostname, parts.port
+        host, _ = parts.hostname, parts.port
     except ValueError as error:
         raise RequestRefused(f"{url} is no URL: {error}") from error
     if parts.scheme not in {"http", "https"} or not host or parts.query or parts.fragment:
@@ -240,11 +234,7 @@ def parse_url(url: str, headers: Sequence[str] = ()) -> HttpFetch:
             f"{url} is no URL of a server",
             hint="as http://169.254.169.254, http://[fe80::a9fe:a9fe%25eth0] or http://nova:8775",
         )
-    tls = parts.scheme == "https"
-    pairs = tuple(_header(one) for one in headers)
-    return HttpFetch(
-        unquote(host), port or (443 if tls else 80), parts.path.rstrip("/"), tls=tls, headers=pairs
-    )
+    return HttpFetch(parts, tuple(_header(one) for one in headers))
 
 
 def _header(text: str) -> tuple[str, str]:

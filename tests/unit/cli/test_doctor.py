@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import SplitResult, urlsplit
 
 import pytest
 
@@ -162,34 +163,64 @@ def test_a_question_goes_out_with_headers_prefix_and_escapes_and_a_put_has_no_le
 
 
 @pytest.mark.parametrize(
-    ("url", "host", "port", "header"),
+    ("url", "host"),
     [
-        ("169.254.169.254", "169.254.169.254", 80, "169.254.169.254"),
-        ("http://[fe80::a9fe:a9fe%25eth0]", "fe80::a9fe:a9fe%eth0", 80, "[fe80::a9fe:a9fe]"),
-        ("http://nova:8775/", "nova", 8775, "nova:8775"),
-        ("https://nova", "nova", 443, "nova"),
+        ("169.254.169.254", "169.254.169.254"),
+        ("http://[fe80::a9fe:a9fe%25eth0]", "fe80::a9fe:a9fe%eth0"),
+        ("http://nova:8775/", "nova"),
+        ("https://nova", "nova"),
     ],
 )
-def test_a_url_says_who_is_asked(url: str, host: str, port: int, header: str) -> None:
+def test_a_url_says_who_is_asked(url: str, host: str) -> None:
+    assert parse_url(url).host == host
+
+
+@pytest.mark.parametrize(
+    ("url", "port", "header"),
+    [
+        ("http://169.254.169.254", 80, "169.254.169.254"),
+        ("http://[fe80::a9fe:a9fe%25eth0]", 80, "[fe80::a9fe:a9fe]"),
+        ("http://nova:8775/", 8775, "nova:8775"),
+    ],
+)
+def test_the_header_host_has_neither_the_default_port_nor_a_zone(
+    monkeypatch: pytest.MonkeyPatch, url: str, port: int, header: str
+) -> None:
+    asked: list[object] = []
+    received: list[bytes] = []
+    connect, here = socket.create_connection, _serve_once(_ONE_1, received)
+
+    def connect_here(address: object, timeout: float, *_: object) -> socket.socket:
+        asked.append(address)
+        return connect(("127.0.0.1", here), timeout)
+
+    monkeypatch.setattr(socket, "create_connection", connect_here)
     fetch = parse_url(url)
+    fetch(Ask("/"))
+    assert asked == [(fetch.host, port)]
+    assert f"\r\nHost: {header}\r\n".encode() in received[0]
 
-    assert (fetch.host, fetch.port, fetch.host_header, fetch.prefix) == (host, port, header, "")
+
+_ONE_1 = b"HTTP/1.1 200 OK\r\n"
 
 
-def _serve_once(answer: bytes) -> int:
+def _url(port: int) -> SplitResult:
+    return urlsplit(f"http://127.0.0.1:{port}")
+
+
+def _serve_once(answer: bytes, received: list[bytes] | None = None) -> int:
     listener = socket.create_server(("127.0.0.1", 0))
 
     def run() -> None:
         connection, _ = listener.accept()
         with connection, listener:
-            connection.recv(65_536)
+            request = connection.recv(65_536)
+            if received is not None:
+                received.append(request)
             connection.sendall(answer)
 
     threading.Thread(target=run).start()
     return int(listener.getsockname()[1])
-
-
-_ONE_1 = b"HTTP/1.1 200 OK\r\n"
 
 
 @pytest.mark.parametrize(
@@ -207,21 +238,21 @@ def test_how_an_answer_ends_and_when_it_began_is_seen(
     raw: bytes, version: int, body: bytes, *, until_close: bool, cut: bool
 ) -> None:
     ticks = iter((10.0, 10.75))
-    answer = HttpFetch("127.0.0.1", _serve_once(raw), clock=lambda: next(ticks))(Ask("/"))
+    answer = HttpFetch(_url(_serve_once(raw)), clock=lambda: next(ticks))(Ask("/"))
     assert (answer.until_close, answer.version, answer.cut) == (until_close, version, cut)
     assert (answer.body, answer.first_byte_s) == (body, 0.75)
 
 
 @pytest.mark.parametrize("raw", [b"", b"nonsense\r\n\r\n"])
 def test_what_is_no_answer_is_none(raw: bytes) -> None:
-    answered = HttpFetch("127.0.0.1", _serve_once(raw))(Ask("/"))
+    answered = HttpFetch(_url(_serve_once(raw)))(Ask("/"))
 
     assert (answered.status, bool(answered.why)) == (0, True)
 
 
 def test_silence_is_reported_as_such() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        fetch = HttpFetch("127.0.0.1", listener.getsockname()[1], timeout_s=0.05)
+        fetch = HttpFetch(_url(listener.getsockname()[1]), timeout_s=0.05)
         assert fetch(Ask("/")) == Answer(why="no answer within 0.05 s", timed_out=True)
 
 

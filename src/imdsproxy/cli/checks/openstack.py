@@ -10,6 +10,7 @@ import ssl
 import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -17,10 +18,8 @@ from imdsproxy.cli.checks import Finding, Subject, count, found, refused
 from imdsproxy.config.strict_yaml import parse_yaml
 from imdsproxy.errors import (
     ConfigError,
-    ConfigUnreadable,
     DataplaneError,
     LibraryMissing,
-    SecretUnreadable,
 )
 from imdsproxy.host.files import read_secret
 from imdsproxy.host.socket_file import SocketHolder, find_socket_holder
@@ -49,55 +48,46 @@ def check_secrets(on: Subject) -> list[Finding]:
             path, setting = getattr(one, name), f"{where}.{name}"
             if path is None:
                 continue
-            try:
-                secret = read_signing_secret(path)
-            except SecretUnreadable as error:
-                findings += refused(error, setting)
-                continue
-            if len(secret) < _SHORT:
-                findings.append(found("secret-short", setting=setting, bytes=len(secret)))
-            if secret in secrets:
-                findings.append(found("secret-same", where=where))
-            secrets.append(secret)
+            with _noting(findings, setting, path):
+                secrets.append(read_signing_secret(path))
+                if (number := len(secrets[-1])) < _SHORT:
+                    findings.append(found("secret-short", setting=setting, bytes=number))
+        if len(secrets) > len(set(secrets)):
+            findings.append(found("secret-same", where=where))
     return findings or _fine(on, "secrets")
 
 
 def check_certificates(on: Subject) -> list[Finding]:
     """Each set's files of authorities, certificate and key: readable PEM, and a key that belongs to its certificate."""
-    findings = [finding for where, one in _sets(on) for finding in _certificates(where, one)]
+    findings: list[Finding] = []
+    for where, one in _sets(on):
+        authorities, certificate, key = one.ca_file, one.client_cert_file, one.client_key_file
+        with _noting(findings, f"{where}.ca_file", authorities):
+            if authorities is not None:
+                authorities.read_bytes()
+                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(authorities)
+        with _noting(findings, f"{where}.client_key_file", key):
+            if key is not None:
+                read_secret(key)
+            with _noting(findings, f"{where}.client_cert_file", certificate):
+                if certificate is not None:
+                    certificate.read_bytes()
+                    ssl.create_default_context().load_cert_chain(certificate, key, _no_password)
     return findings or _fine(on, "certificates")
 
 
-def _certificates(where: str, one: EndpointSetSettings) -> Iterator[Finding]:
-    key = one.client_key_file
-    yield from _tried(
-        f"{where}.ca_file",
-        one.ca_file,
-        lambda path: ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path),
-    )
+@contextmanager
+def _noting(findings: list[Finding], setting: str, path: Path | None) -> Iterator[None]:
+    """Add to the findings what is wrong with the file of a setting."""
     try:
-        if key is not None:
-            read_secret(key)
-    except SecretUnreadable as error:
-        yield from refused(error, f"{where}.client_key_file")
-        return
-    yield from _tried(
-        f"{where}.client_cert_file",
-        one.client_cert_file,
-        lambda path: ssl.create_default_context().load_cert_chain(path, key, _no_password),
-    )
-
-
-def _tried(setting: str, path: Path | None, load: Callable[[Path], None]) -> Iterator[Finding]:
-    try:
-        if path is not None:
-            _read(path)
-            load(path)
-    except ConfigUnreadable as error:
-        yield from refused(error, setting)
+        yield
+    except ConfigError as error:
+        findings += refused(error, setting)
     except ssl.SSLError as error:
         reason = (error.reason or str(error)).lower().replace("_", " ")
-        yield found("certificate-odd", setting=setting, path=path, reason=reason)
+        findings.append(found("certificate-odd", setting=setting, path=path, reason=reason))
+    except OSError as error:
+        findings.append(found("file-unread", setting=setting, path=path, reason=error.strerror))
 
 
 def check_clouds(on: Subject) -> list[Finding]:
@@ -113,18 +103,20 @@ def check_clouds(on: Subject) -> list[Finding]:
 
 
 def _cloud(cloud: str, path: Path) -> list[Finding]:
-    try:
-        data = parse_yaml(_read(path).decode("utf-8"), str(path)).value
-    except UnicodeDecodeError:
-        return refused(ConfigUnreadable(f"cannot read {path}: it is not UTF-8 text"))
-    except ConfigError as error:
-        return refused(error, "sources.neutron.clouds_file")
-    clouds = data.get("clouds") if isinstance(data, dict) else None
-    if not isinstance(clouds, dict) or cloud not in clouds:
-        return [found("cloud-missing", path=path, cloud=cloud)]
-    if path.stat().st_mode & stat.S_IRWXO and (secret := next(_secret_keys(data), None)):
-        return [found("cloud-shown", path=path, secret=secret)]
-    return [found("cloud", cloud=cloud, path=path)]
+    findings: list[Finding] = []
+    with _noting(findings, "sources.neutron.clouds_file", path):
+        try:
+            data = parse_yaml(path.read_bytes().decode(), str(path)).value
+        except UnicodeDecodeError:
+            return [found("cloud-no-text", path=path)]
+        clouds = data.get("clouds") if isinstance(data, dict) else None
+        if not isinstance(clouds, dict) or cloud not in clouds:
+            findings.append(found("cloud-missing", path=path, cloud=cloud))
+        elif path.stat().st_mode & stat.S_IRWXO and (secret := next(_secret_keys(data), None)):
+            findings.append(found("cloud-shown", path=path, secret=secret))
+        else:
+            findings.append(found("cloud", cloud=cloud, path=path))
+    return findings
 
 
 def _secret_keys(data: object) -> Iterator[str]:
@@ -224,13 +216,6 @@ def check_unix_listener(
 def _no_password() -> str:
     """HAProxy cannot be asked for one, and the terminal must not be."""
     return ""
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigUnreadable(f"cannot read {path}: {error.strerror}") from error
 
 
 def _sets(on: Subject) -> Iterator[tuple[str, EndpointSetSettings]]:
