@@ -11,16 +11,8 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any, Final
 
-from imdsproxy.core import policy_word
-from imdsproxy.core.path_rules import (
-    WITHIN_OTHER_TREES,
-    PathRules,
-    PathWord,
-    covers,
-    fold_paths,
-    path_rule_name,
-    set_id,
-)
+from imdsproxy.core import path_rules, policy_word
+from imdsproxy.core.path_rules import PathRules, PathWord
 from imdsproxy.core.policy_word import Letter, Part, render_parts, word_of
 
 LONGEST_BOOT_S: Final = 604_800
@@ -251,9 +243,9 @@ def fold_policy(scopes: Iterable[tuple[PolicyScope, PolicyRules]]) -> Folded:
     if not values and not of_paths:
         return _NOTHING_FOLDED
     if of_paths:
-        paths = fold_paths(of_paths)
+        paths = path_rules.fold_paths(of_paths)
         values["paths"] = tuple((path, word) for path, (word, _) in paths.items())
-        origins |= {path_rule_name(path): scope for path, (_, scope) in paths.items()}
+        origins |= {path_rules.path_rule_name(path): scope for path, (_, scope) in paths.items()}
     return Folded(Policy(**values), tuple(sorted(origins.items())))  # type: ignore[arg-type] # the fields are the same
 
 
@@ -353,7 +345,9 @@ def render_policy_word(policy: Policy, override: OperatorOverride, created_at: i
     needed = [path for path, word in policy.paths if word is PathWord.REQUIRED]
     route = policy.tokens is not TokenMode.OFF or TokenMode.REQUIRED in modes or bool(needed)
     boot_counts = TokenMode.REQUIRED in modes[1:] or any(
-        covers(path, tree) or covers(tree, path) for path in needed for tree in WITHIN_OTHER_TREES
+        path_rules.covers(path, tree) or path_rules.covers(tree, path)
+        for path in needed
+        for tree in path_rules.WITHIN_OTHER_TREES
     )
     parts: dict[Part, object] = {
         **{one.part: getattr(policy, one.name) for one in RULES.values() if one.part is not None},
@@ -363,7 +357,7 @@ def render_policy_word(policy: Policy, override: OperatorOverride, created_at: i
         # The first epoch is empty, as it is for a record without a word.
         policy_word.EPOCH: override.epoch or None,
         policy_word.BOOT_END: boot_ends_at(policy, override, created_at) or 0,
-        policy_word.PATH_SET: set_id(policy.paths) if policy.paths else None,
+        policy_word.PATH_SET: path_rules.set_id(policy.paths) if policy.paths else None,
     }
     return render_parts({part: _part_text(part, value) for part, value in parts.items()})
 

@@ -8,17 +8,7 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias, cast
 
 from imdsproxy.core.compiled import Blob, DocumentRecord
-from imdsproxy.core.documents import ec2, nocloud, openstack
-from imdsproxy.core.documents.tree import (
-    TEXT,
-    Kind,
-    Node,
-    Rows,
-    find_node,
-    listing,
-    make_directory,
-    parse_path,
-)
+from imdsproxy.core.documents import ec2, nocloud, openstack, tree
 from imdsproxy.core.model import Dialect
 from imdsproxy.core.wire import RETRY_AFTER_S
 
@@ -71,7 +61,7 @@ def retry_later() -> Answer:
 _ROOTS: Final = {nocloud.NOCLOUD_ROOT: Dialect.NOCLOUD, "openstack": Dialect.OPENSTACK}
 """First names of paths; all others are EC2's versions."""
 
-_DIALECTS: Final[Mapping[Dialect, tuple[Mapping[str, str], Rows]]] = {
+_DIALECTS: Final[Mapping[Dialect, tuple[Mapping[str, str], tree.Rows]]] = {
     Dialect.EC2: (ec2.GENERATIONS, ec2.FILES),
     Dialect.OPENSTACK: ({one: one for one in openstack.VERSIONS}, openstack.FILES),
     Dialect.NOCLOUD: ({"": ""}, nocloud.FILES),
@@ -86,10 +76,10 @@ class DocumentTree:
 
     def __init__(self, record: DocumentRecord) -> None:
         self.record = record
-        self._built: dict[tuple[Dialect, str], Node] = {}
+        self._built: dict[tuple[Dialect, str], tree.Node] = {}
         self._root = _root(record["dialects"])
 
-    def find(self, names: tuple[str, ...]) -> Node | None:
+    def find(self, names: tuple[str, ...]) -> tree.Node | None:
         """What a path's names lead to; `None` when there is nothing."""
         if not names:
             return self._root
@@ -100,34 +90,34 @@ class DocumentTree:
         if dialect is Dialect.NOCLOUD:
             below = ("", *below)
         if not below:
-            return Node(listing(openstack.VERSIONS))
+            return tree.Node(tree.listing(openstack.VERSIONS))
         versions, files = _DIALECTS[dialect]
         version = versions.get(below[0])
         if version is None:
             return None
         if (dialect, version) not in self._built:
-            self._built[dialect, version] = make_directory(files, self.record, version)
-        return find_node(self._built[dialect, version], below[1:])
+            self._built[dialect, version] = tree.make_directory(files, self.record, version)
+        return tree.find_node(self._built[dialect, version], below[1:])
 
 
-def _root(dialects: Collection[str]) -> Node | None:
+def _root(dialects: Collection[str]) -> tree.Node | None:
     """What `/` says: EC2's versions, as EC2 and Nova have it; without EC2, the roots that there are."""
     if Dialect.EC2 in dialects:
-        return Node(listing(ec2.VERSIONS))
+        return tree.Node(tree.listing(ec2.VERSIONS))
     names = [f"{root}/" for root, dialect in _ROOTS.items() if dialect in dialects]
-    return Node(listing(names)) if names else None
+    return tree.Node(tree.listing(names)) if names else None
 
 
 def respond(
     method: str,
     path: bytes,
     body: bytes,
-    tree: DocumentTree,
+    documents: DocumentTree,
     *,
     random_seed: Callable[[], bytes],
     password: Callable[[], bytes | None],
 ) -> Answer:
-    """Answer one request of the guest that `tree` is of.
+    """Answer one request of the guest whose documents these are.
 
     A path that leads nowhere is 404 whatever the method (a token request among them, whose body clients use
     as a token if there is one): errors have no body. Nothing is ever redirected.
@@ -136,29 +126,29 @@ def respond(
         method: What the guest asks.
         path: As it came, without the query (which no document looks at).
         body: Of the request.
-        tree: The guest's documents.
+        documents: All of the guest's.
         random_seed: Gives `SEED_LENGTH` fresh bytes; called only where they are needed.
         password: Gives the instance's password as it is now; called only where it is needed.
     """
-    names = parse_path(path)
+    names = tree.parse_path(path)
     if isinstance(names, int):
         return refusal(names)
-    node = tree.find(names)
+    node = documents.find(names)
     if node is None:
         return refusal(404)
-    if node.kind is Kind.POSTED and method == "POST":
+    if node.kind is tree.Kind.POSTED and method == "POST":
         return _post_password(body, password())
     if method not in {"GET", "HEAD"}:
-        posted = b", POST" if node.kind is Kind.POSTED else b""
+        posted = b", POST" if node.kind is tree.Kind.POSTED else b""
         return refusal(405, (b"allow", b"GET, HEAD" + posted))
     found = node.body
-    if node.kind is Kind.POSTED:
+    if node.kind is tree.Kind.POSTED:
         found = password() or b""
-    elif node.kind is Kind.SEEDED:
+    elif node.kind is tree.Kind.SEEDED:
         seed = b64encode(random_seed())
         found = b'%b, "random_seed": "%b"}' % (cast("bytes", found)[:-1], seed)
     headers = (b"content-type", node.content_type), (b"content-length", b"%d" % len(found))
-    return Answer(200, headers, b"" if method == "HEAD" else found, node.kind is Kind.FIXED)
+    return Answer(200, headers, b"" if method == "HEAD" else found, node.kind is tree.Kind.FIXED)
 
 
 def _post_password(body: bytes, present: bytes | None) -> Answer:
@@ -166,7 +156,7 @@ def _post_password(body: bytes, present: bytes | None) -> Answer:
         return refusal(409)
     if len(body) > PASSWORD_LIMIT:
         return refusal(400)
-    headers = (b"content-type", TEXT), (b"content-length", b"0")
+    headers = (b"content-type", tree.TEXT), (b"content-length", b"0")
     return Answer(200, headers, new_password=body or None)
 
 
