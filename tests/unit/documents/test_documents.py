@@ -262,7 +262,7 @@ def test_only_tags_that_ec2_permits_are_served() -> None:
 def test_key_names_fit_a_listing_and_are_each_there_once(
     names: list[str], expected: list[str]
 ) -> None:
-    assert unique_names(names) == tuple(expected)
+    assert unique_names(tuple(names)) == tuple(expected)
 
 
 # OpenStack

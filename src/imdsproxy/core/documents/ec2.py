@@ -14,8 +14,6 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Iterable
-from dataclasses import replace
-from functools import lru_cache
 from typing import Final
 
 from imdsproxy.core.compiled import DocumentPort, DocumentRecord
@@ -185,6 +183,8 @@ GENERATIONS: Final = {version: max(one for one in _SINCE if one <= version) for 
 """By each version, the oldest one with the same documents."""
 
 _SHOWN: Final = 20
+_KEY_HINT: Final = "names in documents have no blanks, = or /, and each is there once"
+_UNLISTED_HINT: Final = "clients take a name with = for an ssh key"
 _TAG_HINT: Final = (
     "keys there have letters, digits and +-=.,_:@ only, and are not `.`, `..` or `_index`"
 )
@@ -194,32 +194,21 @@ def warn_of_names(instance: Instance) -> tuple[Problem, ...]:
     """A warning for each ssh key that guests see under another name, and each tag that EC2's documents lack."""
     if instance.upstream is Upstream.NOVA:
         return ()
-    keys = tuple(key.name for key in instance.ssh_keys)
-    tags = tuple(name for name, _ in instance.tags if Dialect.EC2 in instance.dialects)
-    where = f"instances.{instance.id}"
-    return tuple(replace(one, field=f"{where}.{one.field}") for one in _find_changed(keys, tags))
-
-
-@lru_cache(1024)
-def _find_changed(keys: tuple[str, ...], tags: tuple[str, ...]) -> tuple[Problem, ...]:
-    """Which of these names guests do not see as they are: many instances have the same ones."""
-    found = [
-        Problem(
-            f"ssh_keys[{quoted(name)}]",
-            f"guests see this key as {quoted(seen)}",
-            "names in documents have no blanks, = or /, and each is there once",
-        )
-        for name, seen in zip(keys, tree.unique_names(keys), strict=True)
-        if name != seen
-    ]
-    for name in tags:
-        field = f"tags[{quoted(name)}]"
+    found: list[tuple[str, str, str]] = []
+    keys = tuple([key.name for key in instance.ssh_keys])
+    for name, seen in zip(keys, tree.unique_names(keys), strict=True):
+        if name != seen:
+            reason = f"guests see this key as {quoted(seen)}"
+            found.append((f"ssh_keys[{quoted(name)}]", reason, _KEY_HINT))
+    for name, _ in instance.tags if Dialect.EC2 in instance.dialects else ():
         if not _TAG_KEY.fullmatch(name):
-            found.append(Problem(field, "EC2's tags/instance does not have this tag", _TAG_HINT))
+            reason = "EC2's tags/instance does not have this tag"
+            found.append((f"tags[{quoted(name)}]", reason, _TAG_HINT))
         elif not is_listed_tag(name):
             reason = "EC2's tags/instance does not list this tag"
-            found.append(Problem(field, reason, "clients take a name with = for an ssh key"))
-    return tuple(found)
+            found.append((f"tags[{quoted(name)}]", reason, _UNLISTED_HINT))
+    where = f"instances.{instance.id}"
+    return tuple(Problem(f"{where}.{field}", reason, hint) for field, reason, hint in found)
 
 
 def list_warnings(warnings: Iterable[Problem]) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from typing import Final, TypeAlias, cast
 from urllib.parse import unquote_to_bytes
 
@@ -162,8 +163,9 @@ def ports_with_mac(record: DocumentRecord) -> Iterator[tuple[int, DocumentPort, 
             yield number, port, mac
 
 
-def unique_names(names: Iterable[str]) -> tuple[str, ...]:
-    """Names of ssh keys fit for a listing, each once and in the order given.
+@lru_cache(1024)
+def unique_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of ssh keys fit for a listing, each once and in the order given. Many instances have the same ones.
 
     Afterburn and cloudbase-init split `0=name` at every `=`, and a slash at the end makes a directory of it;
     of two keys with one name cloud-init keeps the last.
@@ -181,7 +183,7 @@ def unique_names(names: Iterable[str]) -> tuple[str, ...]:
 
 def named_keys(record: DocumentRecord) -> dict[str, str]:
     """The record's ssh keys, by the names that documents have for them."""
-    names = unique_names(name for name, _ in record["ssh_keys"])
+    names = unique_names(tuple(name for name, _ in record["ssh_keys"]))
     return dict(zip(names, (key.strip() for _, key in record["ssh_keys"]), strict=True))
 
 
