@@ -180,7 +180,7 @@ def keeper(request: pytest.FixtureRequest, tmp_path: Path) -> Keeper:
 
 def has(backing: Backing, *instances: Instance) -> Callable[[Heard], bool]:
     wanted = {each.id: backing.seen(each) for each in instances}
-    return lambda heard: dict(heard.inventory.instances) == wanted
+    return lambda heard: dict(heard.inventory.instances) == wanted and not heard.last.more
 
 
 async def fill(backing: Backing, *instances: Instance) -> None:
@@ -333,6 +333,24 @@ async def test_user_data_comes_back_byte_for_byte(keeper: Keeper) -> None:
     async with running(keeper.source()) as heard:
         assert heard.inventory.instances[binary.id].user_data == payload
         assert heard.inventory.instances[text.id].user_data == text.user_data
+
+
+@pytest.mark.parametrize("kind", ["file", "sqlite"])
+async def test_many_records_are_reported_in_pieces_and_moved_addresses_at_once(
+    kind: str, tmp_path: Path
+) -> None:
+    backing = BACKINGS[kind](tmp_path)
+    many = [instance(f"i{n}", f"10.0.{n // 200}.{n % 200}") for n in range(500)]
+    edited = [replace(each, hostname="edited") for each in many]
+    moved = [replace(one, ports=two.ports) for one, two in zip(many, many[::-1], strict=True)]
+    sizes = []
+    async with running(backing.source()) as heard:
+        for records in (many, edited, moved):
+            seen = len(heard.observations)
+            await backing.put([], records)
+            await heard.until(has(backing, *records))
+            sizes.append([len(each.instances) for each in heard.observations[seen:]])
+    assert sizes == [[0, 200, 200, 100, 500], [0, 200, 200, 100, 500], [500]]
 
 
 @pytest.mark.parametrize("kind", ["file", "sqlite"])

@@ -44,7 +44,17 @@ def large(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_large_file_is_read_by_another_process_and_just_the_same(
+class _Seen(Progress):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def note(self, what: str, done: int, of: int) -> None:
+        super().note(what, done, of)
+        self.seen += [f"{step.what} {step.done} {step.of}" for step in self.steps]
+
+
+def test_a_large_file_is_read_by_another_process_just_the_same_and_shows_its_progress(
     large: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
@@ -53,7 +63,11 @@ def test_a_large_file_is_read_by_another_process_and_just_the_same(
     assert len(here.entries["instances"]) == _COUNT + 1
     assert here.nameless["instances"]
     monkeypatch.delattr(file_contents, "read_records")
-    assert read_contents(large, Progress()) == here
+    progress = _Seen()
+    assert read_contents(large, progress) == here
+    assert progress.seen[0] == f"reading {large}, percent 0 100"
+    assert progress.seen[-1] == f"reading {large}, percent 100 100"
+    assert progress.steps == ()
 
 
 def test_a_reader_that_dies_is_a_problem_of_the_file(
@@ -142,24 +156,6 @@ def test_a_large_yaml_file_is_decoded_without_its_whole_tree() -> None:
     assert (len(records.networks), len(records.instances)) == (1, count)
     assert [done for done, _ in steps] == [*range(500, count + 1, 500)]
     assert all(0.75 * count < of < 1.25 * count for _, of in steps)
-
-
-class _Seen(Progress):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def note(self, what: str, done: int, of: int) -> None:
-        super().note(what, done, of)
-        self.seen += [f"{step.what} {step.done} {step.of}" for step in self.steps]
-
-
-def test_progress_is_shown_while_a_large_file_is_read(large: Path) -> None:
-    progress = _Seen()
-    read_contents(large, progress)
-    assert progress.seen[0] == f"reading {large}, percent 0 100"
-    assert progress.seen[-1] == f"reading {large}, percent 100 100"
-    assert progress.steps == ()
 
 
 def test_progress_is_shown_while_many_records_are_compared(large: Path) -> None:

@@ -59,19 +59,6 @@ def directory(tmp_path: Path) -> Path:
     return path
 
 
-async def test_files_that_come_change_and_go_are_reported(directory: Path) -> None:
-    async with running(source_of(directory)) as heard:
-        write(directory / "x.json", record("a", "1"))
-        await heard.until(lambda each: data_of(each) == {"a": b"1"})
-        write(directory / "x.json", record("a", "2"), record("b", "1"))
-        await heard.until(lambda each: data_of(each) == {"a": b"2", "b": b"1"})
-        overwrite(directory / "x.json", record("b", "3"))
-        await heard.until(lambda each: data_of(each) == {"b": b"3"})
-        await asyncio.to_thread((directory / "x.json").unlink)
-        await heard.until(lambda each: not data_of(each))
-        assert all(each.in_sync for each in heard.observations)
-
-
 async def test_a_file_overwritten_in_place_a_hundred_times_never_loses_its_records(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,20 +125,6 @@ async def test_a_directory_that_comes_late_or_goes_and_is_made_again_is_followed
             await heard.until(partial(has, "a", f"{text}.1"))
             shutil.rmtree(directory)
         assert [each.full for each in heard.observations].count(True) == 1
-
-
-async def test_a_restart_with_a_broken_file_reports_what_was_in_force(
-    directory: Path,
-) -> None:
-    write(directory / "x.json", record("a", "1"))
-    async with running(source_of(directory)) as heard:
-        await heard.until(partial(has, "a", "1"))
-        (directory / "x.json").write_text("[")
-        await heard.until(lambda each: each.last.problems)
-    async with running(source_of(directory)) as again:
-        assert again.last.full
-        assert again.last.problems
-        assert has("a", "1", again)
 
 
 async def test_a_memory_that_cannot_be_kept_is_reported(directory: Path, tmp_path: Path) -> None:
@@ -246,30 +219,3 @@ async def test_a_cancelled_source_leaves_no_inotify_behind(directory: Path) -> N
     async with asyncio.timeout(30):
         while count() > before:
             await asyncio.sleep(0.01)
-
-
-async def test_many_records_come_in_pieces_and_moved_addresses_at_once(
-    directory: Path,
-) -> None:
-    def web(number: int, address: int, hostname: str = "h") -> dict[str, object]:
-        ports = [{"network": "n", "addresses": [f"10.0.{address // 200}.{address % 200}"]}]
-        return record(f"i{number}", ports=ports, hostname=hostname)
-
-    async with running(source_of(directory)) as heard:
-        write(directory / "x.json", *(web(n, n) for n in range(500)))
-        await heard.until(lambda each: len(each.last.instances) == 500)
-        pieces = [each for each in heard.observations if each.more]
-        assert max(len(each.instances) for each in pieces) == 200
-        write(directory / "x.json", *(web(n, n, "other") for n in range(500)))
-        await heard.until(
-            lambda each: (
-                all(one.hostname == "other" for one in each.inventory.instances.values())
-                and not each.last.more
-            )
-        )
-        edited = [each for each in heard.observations if each.more][len(pieces) :]
-        assert sorted(len(each.instances) for each in edited) == [0, 100, 200, 200]
-        seen = len(heard.observations)
-        write(directory / "x.json", *(web(n, 499 - n, "other") for n in range(500)))
-        await heard.until(lambda each: any(one.instances for one in each.observations[seen:]))
-        assert len(next(one for one in heard.observations[seen:] if one.instances).instances) == 500

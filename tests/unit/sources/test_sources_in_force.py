@@ -157,28 +157,6 @@ def test_what_is_in_force_stays_until_it_changes_itself(
     assert files.refused == refused
 
 
-def test_while_a_record_has_no_readable_id_nothing_of_its_file_goes() -> None:
-    files = Files()
-    files.write({"x": _entries("a1 b2")})
-    assert files.write({"x": _entries("b2")}, unclear=True) == set()
-    assert files.records.keys() == {"a", "b"}
-    assert files.write({"x": _entries("b2")}) == {"a"}
-
-
-def test_a_refusal_names_the_field_both_records_and_what_stays() -> None:
-    files = Files()
-    files.write({"x": _entries("a1 b2")})
-    files.write({"x": _entries("a1 b1")})
-    (problem,) = files.in_force.problems()
-    assert (problem.field, problem.reason, problem.file, problem.record) == (
-        "b.ports[0].addresses[0]",
-        "10.0.0.1 in network n1 belongs to instance a (x)",
-        "x",
-        "b",
-    )
-    assert "the version before it stays in force" in problem.hint
-
-
 def test_ten_thousand_changes_to_one_address_are_settled_in_seconds() -> None:
     files = Files()
     files.write({"x": [made(f"i{n}") for n in range(10_000)]})
