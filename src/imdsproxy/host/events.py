@@ -25,8 +25,6 @@ from imdsproxy.host.process import readable
 _LINKS: Final = (1, 5, 9)
 """RTNLGRP_LINK, RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV6_IFADDR."""
 
-_NEIGHBOURS: Final = (3,)
-_TABLES: Final = (7,)
 _LISTEN_ALL_NSID: Final = 8
 _SO_RCVBUFFORCE: Final = 33
 _BUFFER_BYTES: Final = 4 * 1024 * 1024
@@ -171,7 +169,7 @@ def watch_neighbours(
         if wanted(change):
             yield change
 
-    return KernelEvents(socket.NETLINK_ROUTE, _NEIGHBOURS, "the neighbour tables", parse, None)
+    return KernelEvents(socket.NETLINK_ROUTE, (3,), "the neighbour tables", parse, None)
 
 
 def watch_tables(wanted: Callable[[], Collection[str]]) -> KernelEvents[str]:
@@ -185,4 +183,4 @@ def watch_tables(wanted: Callable[[], Collection[str]]) -> KernelEvents[str]:
         if kind == DELTABLE and (table := table_of(payload)) in wanted():
             yield table
 
-    return KernelEvents(NETFILTER, _TABLES, "the tables of nf_tables", parse, "")
+    return KernelEvents(NETFILTER, (7,), "the tables of nf_tables", parse, "")

@@ -22,16 +22,9 @@ from typing import Final
 from imdsproxy.core.hoststate import Family, ListeningSocket, SocketOwner
 from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, METADATA_PORT, IpAddress
 from imdsproxy.errors import Ignoring
+from imdsproxy.host import process
 from imdsproxy.host.netlink import device_name
 from imdsproxy.host.nlmessages import NetlinkSocket, number, parse_attributes
-from imdsproxy.host.process import (
-    PROC,
-    command_name,
-    open_sockets,
-    read_arguments,
-    read_stat,
-    socket_at,
-)
 
 SOCK_DIAG: Final = 4
 """The netlink protocol whose channel `listening_sockets` needs."""
@@ -176,7 +169,7 @@ class SocketOwners:
             started again listens before its pids are known.
     """
 
-    def __init__(self, proc: Path = PROC, config: Path | None = None) -> None:
+    def __init__(self, proc: Path = process.PROC, config: Path | None = None) -> None:
         self._proc = proc
         self._config = None if config is None else str(config)
         self._ours: dict[int, int] = {}
@@ -197,7 +190,7 @@ class SocketOwners:
         given = {one.inode: one for one in sockets}
         holders = self.holders(given, our_pids)
         pids = {pid for some in holders.values() for pid in some}
-        owners = {pid: SocketOwner(pid, command_name(pid, self._proc)) for pid in pids}
+        owners = {pid: SocketOwner(pid, process.command_name(pid, self._proc)) for pid in pids}
         ours = {pid for pid in pids if self._is_ours(pid, our_pids)}
         for inode, by in holders.items():
             known = tuple(owners[pid] for pid in by)
@@ -210,7 +203,7 @@ class SocketOwners:
         """The processes that have each socket open, as far as that can be seen; of ours one that has."""
         self._ours = {inode: pid for inode, pid in self._ours.items() if pid in our_pids}
         for pid in our_pids if not self._ours.keys() >= set(inodes) else ():
-            self._ours.update({one: pid for one, _ in open_sockets(pid, self._proc)})
+            self._ours.update({one: pid for one, _ in process.open_sockets(pid, self._proc)})
         foreign = set(inodes) - self._ours.keys()
         # Others are kept while they are held: they are looked at in turn, some networks at a time.
         held = {inode: self._still_held(inode) for inode in {*self._foreign, *foreign}}
@@ -219,7 +212,7 @@ class SocketOwners:
             one for one in foreign if not self._foreign[one] and self._searches[one] < _SEARCHES
         }
         for pid in [int(one.name) for one in self._proc.glob("[0-9]*")] if missing else ():
-            for inode, path in open_sockets(pid, self._proc):
+            for inode, path in process.open_sockets(pid, self._proc):
                 if inode in missing:
                     self._foreign[inode][pid] = path
         self._searches.update(one for one in missing if not self._foreign[one])
@@ -230,12 +223,12 @@ class SocketOwners:
 
     def _still_held(self, inode: int) -> dict[int, str]:
         held = self._foreign.get(inode, {})
-        return {pid: path for pid, path in held.items() if socket_at(path) == inode}
+        return {pid: path for pid, path in held.items() if process.socket_at(path) == inode}
 
     def _is_ours(self, pid: int, our_pids: Collection[int]) -> bool:
         if pid in our_pids:
             return True
-        stat = read_stat(pid, self._proc) if our_pids else None
+        stat = process.read_stat(pid, self._proc) if our_pids else None
         if stat is not None and stat.parent in our_pids:
             return True
-        return self._config is not None and self._config in read_arguments(pid, self._proc)
+        return self._config is not None and self._config in process.read_arguments(pid, self._proc)

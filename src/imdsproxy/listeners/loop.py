@@ -233,18 +233,14 @@ class ListenerLoop:
         self._log_new(before, known)
 
     async def _settle(self, networks: Mapping[NetworkId, Network]) -> ListenerPlan:
-        return await self.host.settle(
-            networks, self.kept.load(), self._pids(), sweep=self.inventory.in_sync
-        )
+        processes, sweep = self.haproxy.processes, self.inventory.in_sync
+        pids = () if processes is None else processes.pids
+        return await self.host.settle(networks, self.kept.load(), pids, sweep=sweep)
 
     def _networks(self) -> dict[NetworkId, Network]:
         """Networks to listen in; until all sources are in sync, also the networks of before."""
         known = self.inventory.networks
         return dict(known) if self.inventory.in_sync else {**self.kept.load(), **known}
-
-    def _pids(self) -> tuple[int, ...]:
-        processes = self.haproxy.processes
-        return () if processes is None else processes.pids
 
     async def _apply(
         self, endpoints: tuple[Endpoint, ...], reasons: tuple[str, ...]
