@@ -15,12 +15,7 @@ from typing import Final, TypeVar
 
 import structlog
 
-from imdsproxy.anti_spoofing.kernel import (
-    KernelMacFilters,
-    TableGone,
-    TableJournal,
-    name_of,
-)
+from imdsproxy.anti_spoofing.kernel import KernelMacFilters, TableGone, TableJournal, name_of
 from imdsproxy.anti_spoofing.plan import (
     ANY_MAC,
     MacFilter,
@@ -397,9 +392,7 @@ class MacFilters:
         return network if network in self._open else None
 
 
-def _by_network(
-    pairs: Iterable[tuple[AddressKey, _Mac]],
-) -> dict[NetworkId, dict[IpAddress, _Mac]]:
+def _by_network(pairs: Iterable[tuple[AddressKey, _Mac]]) -> dict[NetworkId, dict[IpAddress, _Mac]]:
     found: dict[NetworkId, dict[IpAddress, _Mac]] = {}
     for (network, address), mac in pairs:
         found.setdefault(network, {})[address] = mac

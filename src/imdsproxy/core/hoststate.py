@@ -220,11 +220,12 @@ def _merge_root(
 ) -> ObservedNamespace:
     both = (before.devices, part.devices)
     indexes = {devices[name].index for devices in both for name in asked & devices.keys()}
+    taken = indexes | {one.index for one in part.devices.values()}
     # All ports of a bridge that was looked for are in the part. A device of another name may be the same one.
     kept = {
         name: replace(one, master=0) if one.master in indexes else one
         for name, one in before.devices.items()
-        if name not in asked and one.index not in indexes
+        if name not in asked and one.index not in taken
     }
     return replace(
         part,

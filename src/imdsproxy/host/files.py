@@ -47,12 +47,7 @@ def opened(path: Path, flags: int) -> Iterator[int]:
 
 
 def write_atomic(
-    path: Path,
-    data: bytes,
-    *,
-    mode: int = 0o640,
-    owner: Owner | None = None,
-    durable: bool = False,
+    path: Path, data: bytes, *, mode: int = 0o640, owner: Owner | None = None, durable: bool = False
 ) -> None:
     """Replace `path` by a file with exactly `data`: a reader sees the old bytes or the new ones.
 
@@ -326,11 +321,7 @@ def _check_secret(path: Path, status: os.stat_result) -> None:
             f"chmod o-rwx {path}",
         ),
         (owner not in (0, os.geteuid()), f"belongs to user {owner}", f"chown root {path}"),
-        (
-            size > MAX_SECRET_BYTES,
-            f"has {size} bytes",
-            f"a secret has at most {MAX_SECRET_BYTES}",
-        ),
+        (size > MAX_SECRET_BYTES, f"has {size} bytes", f"a secret has at most {MAX_SECRET_BYTES}"),
     ):
         if refused:
             raise SecretUnreadable(f"the secret {path} {reason}", hint=hint)

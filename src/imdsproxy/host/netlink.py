@@ -293,13 +293,7 @@ def parse_neighbour(payload: bytes) -> ObservedNeighbour:
 
 
 def create_veth(
-    channel: nl.NetlinkSocket,
-    *,
-    link: str,
-    master: int,
-    mtu: int,
-    peer: str,
-    peer_namespace: int,
+    channel: nl.NetlinkSocket, *, link: str, master: int, mtu: int, peer: str, peer_namespace: int
 ) -> None:
     """Make a veth pair, `link` here as an up port of `master`, `peer` in another namespace.
 

@@ -83,11 +83,7 @@ def try_tcp_listen(host: str, port: int) -> str | None:
 
 
 def open_unix_socket(
-    path: Path,
-    *,
-    mode: int,
-    owner: Owner | None = None,
-    kind: int = socket.SOCK_STREAM,
+    path: Path, *, mode: int, owner: Owner | None = None, kind: int = socket.SOCK_STREAM
 ) -> socket.socket:
     """A socket at `path`, there at once with its mode and owner; one for streams listens.
 

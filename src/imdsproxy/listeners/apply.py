@@ -13,13 +13,7 @@ from typing import Final, TypeVar, assert_never
 from imdsproxy.core.endpoints import LOOPBACK
 from imdsproxy.core.hoststate import Family, NamespaceRef, ObservedDevice
 from imdsproxy.core.model import IpAddress
-from imdsproxy.errors import (
-    DataplaneError,
-    Ignoring,
-    Problem,
-    host_refused,
-    refusing,
-)
+from imdsproxy.errors import DataplaneError, Ignoring, Problem, host_refused, refusing
 from imdsproxy.host import netlink
 from imdsproxy.host.namespaces import NamespaceThread
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket

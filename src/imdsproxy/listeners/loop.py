@@ -249,10 +249,7 @@ class ListenerLoop:
         unsafe = await self.hop_limits.open(endpoints)
         endpoints = tuple(one for one in endpoints if one.network not in unsafe)
         self._listening = await self.mac_filters.open(
-            self._networks(),
-            endpoints,
-            self.host.seen,
-            running=self.haproxy.processes is not None,
+            self._networks(), endpoints, self.host.seen, running=self.haproxy.processes is not None
         )
         # The old worker does not look at the links any more, the next one needs all of its own.
         namespaces = str(self.host.thread.directory.path)

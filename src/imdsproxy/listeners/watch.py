@@ -100,9 +100,7 @@ class HostWatch:
         """Whether events of a namespace are received; `None` is our own."""
         return namespace is None or namespace in self._nsids.values()
 
-    def expect(
-        self, networks: Mapping[NetworkId, Network], left_out: Collection[NetworkId]
-    ) -> None:
+    def expect(self, networks: Mapping[NetworkId, Network], silent: Collection[NetworkId]) -> None:
         """Set what matters: all networks, and those of them that are to be checked every second."""
         if networks != self._networks:
             self._networks = dict(networks)
@@ -115,7 +113,7 @@ class HostWatch:
             for name in self._peeked.keys() - self._namespaces.keys():
                 del self._peeked[name]
             self._wanted_ids.set()
-        self._left_out = tuple(sorted(networks.keys() & left_out))
+        self._left_out = tuple(sorted(networks.keys() & silent))
 
     async def __aenter__(self) -> Self:
         directory = self.host.thread.directory
