@@ -63,6 +63,12 @@ from support.fake_haproxy import FakeHaproxy, FakeLauncher
 from support.fake_mac_filters import no_hop_limits, no_mac_filters
 
 NOW = 1_760_093_784
+NETWORK: dict[str, object] = {"id": "blue", "listener": {"namespace": "blue"}}
+INSTANCE: dict[str, object] = {
+    "id": "web-1",
+    "name": "web-1",
+    "ports": [{"network": "blue", "mac": "52:54:00:12:34:56", "addresses": ["10.0.0.5"]}],
+}
 
 
 class _StillClock(Clock):

@@ -24,6 +24,7 @@ DEADLINE_S: Final = 20.0
 _PROGRAM: Final = """
 import json, os, pathlib, sys, time
 from imdsproxy.errors import HostRefused, ImdsproxyError
+from imdsproxy.host.account import find_account
 from imdsproxy.host.notify import ServiceNotifier
 from imdsproxy.serving import server
 options = json.loads(sys.argv[1])
@@ -53,6 +54,7 @@ server.DocumentServer.serve = serve_watched
 for name in ("records", "passwords", "pid_file", "log"):
     options[name] = pathlib.Path(options[name])
 options["sockets"] = tuple(map(pathlib.Path, options["sockets"]))
+options["account"] = find_account(options.pop("user"), None)
 try:
     server.DocumentServer(**options).run()
 except ImdsproxyError as error:

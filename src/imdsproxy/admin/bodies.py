@@ -33,7 +33,7 @@ from imdsproxy.core.records.schema import Key, Kind, Table
 from imdsproxy.errors import Problem, RequestRefused
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Mapping, Sequence
 
     from starlette.requests import Request
 
@@ -272,25 +272,22 @@ def refuse_unclearable(patch: Mapping[str, object], record: Table[Any], *more: s
         record: Which kind of record it changes.
         more: What else can be cleared.
     """
-    optional = (key for key in record.keys if not (key.required or key.only_in_files))
-    problems = list(_unclearable(patch, [*(key.name for key in optional), *more]))
+    optional = [key.name for key in record.keys if not (key.required or key.only_in_files)]
+    levels: list[tuple[str, Mapping[str, object], list[str]]] = [("", patch, [*optional, *more])]
     for key in record.keys:
         inner = patch.get(key.name)
         if key.kind.tables and isinstance(inner, dict):
             known = [name for table in key.kind.tables for name in table.names]
-            problems += _unclearable(inner, known, f"{key.name}.")
+            levels.append((f"{key.name}.", inner, known))
+    problems = [
+        Problem(f"{prefix}{key}", "cannot be cleared", f"can be cleared: {', '.join(clearable)}")
+        for prefix, values, clearable in levels
+        for key, value in values.items()
+        if value is None and key not in clearable
+    ]
     if problems:
         names = ", ".join(one.field for one in problems)
         raise RequestRefused(f"{names} cannot be cleared", hint=problems[0].hint, problems=problems)
-
-
-def _unclearable(
-    patch: Mapping[str, object], clearable: Sequence[str], prefix: str = ""
-) -> Iterator[Problem]:
-    for key, value in patch.items():
-        if value is None and key not in clearable:
-            hint = f"can be cleared: {', '.join(clearable)}"
-            yield Problem(f"{prefix}{key}", "cannot be cleared", hint=hint)
 
 
 def name_networks(body: object, inventory: Inventory) -> object:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
@@ -67,8 +67,8 @@ async def revoke_tokens(controller: Controller, instance: InstanceId) -> GuardCh
         HostRefused: It cannot be written; nothing has changed.
     """
     shared = controller.policy_store.keys.shared
-    revoke = controller.policy_store.revoke
-    return await _override(controller, instance, revoke, None if shared is None else str(shared))
+    change = await _override(controller, instance, controller.policy_store.revoke)
+    return replace(change, shared=None if shared is None else str(shared))
 
 
 async def reopen_boot(controller: Controller, instance: InstanceId) -> GuardChange:
@@ -94,10 +94,7 @@ async def rotate_keys(controller: Controller) -> KeyRotation:
 
 
 async def _override(
-    controller: Controller,
-    instance: InstanceId,
-    change: Callable[[InstanceId], OperatorOverride],
-    shared: str | None = None,
+    controller: Controller, instance: InstanceId, change: Callable[[InstanceId], OperatorOverride]
 ) -> GuardChange:
     records, inventory = controller.records, controller.inventory
     overridden = instance in controller.policy_store.overrides
@@ -116,7 +113,7 @@ async def _override(
         kept = "no source that is in sync reports it: HAProxy keeps the record that it has"
         pending = (*pending, kept)
     reopened_at = override.reopened_at or None
-    return GuardChange(instance, override.epoch, reopened_at, not pending, pending, shared)
+    return GuardChange(instance, override.epoch, reopened_at, not pending, pending)
 
 
 def _was_in_force(records: RecordLoop, instance: InstanceId, keys: frozenset[AddressKey]) -> bool:

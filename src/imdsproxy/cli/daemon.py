@@ -35,6 +35,7 @@ def documents(run: options.Invocation) -> None:
     """Be the document server: answer guests from compiled records, until stopped."""
     import imdsproxy.host.logs  # noqa: F401, PLC0415 - before all that logs
     from imdsproxy.dataplane.layout import Layout  # noqa: PLC0415 - the others need not load it
+    from imdsproxy.host.account import find_account  # noqa: PLC0415 - as above
     from imdsproxy.host.clock import Clock  # noqa: PLC0415 - as above
     from imdsproxy.host.logs import open_logging  # noqa: PLC0415 - as above
     from imdsproxy.host.notify import ServiceNotifier, is_journal  # noqa: PLC0415 - as above
@@ -52,8 +53,7 @@ def documents(run: options.Invocation) -> None:
         # The service manager's variable, not a setting: where it listens for "ready".
         notifier=ServiceNotifier(os.environ.get("NOTIFY_SOCKET", "")),
         log=layout.documents_log,
-        user=settings.documents.user,
-        group=settings.documents.group,
+        account=find_account(settings.documents.user, settings.documents.group),
     ).run()
 
 

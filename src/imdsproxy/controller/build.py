@@ -35,11 +35,7 @@ from imdsproxy.sources.neutron.source import NeutronSource
 from imdsproxy.sources.sqlite.source import SqliteSource
 
 _SYSTEMD = Path("/run/systemd/system")
-_UNIT_DIRECTORIES = (
-    Path("/etc/systemd/system"),
-    Path("/usr/lib/systemd/system"),
-    Path("/lib/systemd/system"),
-)
+_UNIT_DIRECTORIES = tuple(Path(root, "systemd/system") for root in ("/etc", "/usr/lib", "/lib"))
 
 
 def unit_of(process: HaproxySettings | DocumentsSettings) -> str | None:
@@ -59,18 +55,16 @@ def prepare_directories(settings: Settings, layout: Layout) -> None:
     """
     documents = settings.documents.group or settings.haproxy.group
     readable = (-1, group_id(documents))
-    ensure_directory(layout.runtime, mode=0o755)
-    ensure_directory(layout.jail, mode=0o755)
+    # HAProxy looks for namespaces below the last one, through a path that must exist.
+    for path in (layout.runtime, layout.jail, layout.namespace_links, settings.paths.netns_dir):
+        ensure_directory(path, mode=0o755)
     if settings.limits.enabled:
         link_jail_to_itself(layout.jail)
-    ensure_directory(layout.namespace_links, mode=0o755)
-    # HAProxy looks for namespaces below it, through a path that must exist.
-    ensure_directory(settings.paths.netns_dir, mode=0o755)
     if unit_of(settings.haproxy) is not None:
         # Its unit has mounts of its own: of those made later only what is on a shared one comes in.
         NamespaceDirectory(settings.paths.netns_dir).prepare()
-    ensure_directory(layout.state, mode=0o750, owner=readable)
-    ensure_directory(layout.records, mode=0o750, owner=readable)
+    for path in (layout.state, layout.records):
+        ensure_directory(path, mode=0o750, owner=readable)
     answer = (
         "HTTP/1.1 503 Service Unavailable\r\n"
         f"Retry-After: {RETRY_AFTER_S}\r\n"

@@ -194,13 +194,10 @@ class Controller:
         self.resolver.wake_networks(networks)
 
     def _wake(self, keys: Iterable[AddressKey] | None) -> None:
-        if keys is None:
-            self.resolver.wake_all()
-            return
-        named = frozenset(keys)
+        named = None if keys is None else frozenset(keys)
         self.resolver.wake(named)
         # A MAC has come: whatever address it has may be known by it.
-        self.resolver.wake_networks({one for one, address in named if address.is_link_local})
+        self.resolver.wake_networks({one for one, address in named or () if address.is_link_local})
 
     def _compare_again(self, reason: str) -> None:
         _log.info("records compared again", reason=reason)

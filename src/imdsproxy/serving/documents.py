@@ -59,9 +59,7 @@ class DocumentService:
     _noted: dict[InstanceId, str] = field(default_factory=dict)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
-        if scope["type"] != "http":
-            raise ValueError(f"the document server does not speak {scope['type']}")
+        """Answer one request; uvicorn is set to send no other scopes than HTTP's."""
         try:
             found = await self._answer(scope, receive)
         except Exception:  # noqa: BLE001 - logged; a fault of ours is answered like one that goes away

@@ -46,8 +46,8 @@ _LINGER_S: Final = 1.0
 _DRAIN_POLL_S: Final = 0.02
 
 
-async def read_body(receive: Receive, limit: int = BODY_LIMIT) -> bytes | Answer | None:
-    """The request's whole body, however it is framed; at most `limit` bytes of it are ever held.
+async def read_body(receive: Receive) -> bytes | Answer | None:
+    """The request's whole body, however it is framed; at most `BODY_LIMIT` bytes of it are ever held.
 
     413 where it is longer, `None` where the client went away before it was complete.
     """
@@ -59,7 +59,7 @@ async def read_body(receive: Receive, limit: int = BODY_LIMIT) -> bytes | Answer
             return None
         part = cast("bytes", message.get("body", b""))
         length += len(part)
-        if length > limit:
+        if length > BODY_LIMIT:
             return refusal(413)
         parts.append(part)
         if not message.get("more_body", False):

@@ -70,18 +70,14 @@ class Resolver:
         """Requests that wait now."""
         return self._held.total()
 
-    def wake(self, keys: Iterable[AddressKey]) -> None:
-        """These addresses may have become known."""
+    def wake(self, keys: Iterable[AddressKey] | None) -> None:
+        """These addresses may have become known; `None` for all, as when a source came in sync."""
         if not (self._wait_ends or self._waiting):
             return
-        for key in keys:
+        for key in (*self._wait_ends, *self._waiting) if keys is None else keys:
             self._wait_ends.pop(key, None)
             for event in self._waiting.get(key, ()):
                 event.set()
-
-    def wake_all(self) -> None:
-        """Something changed for every address, as a source that came in sync."""
-        self.wake((*self._wait_ends, *self._waiting))
 
     def wake_networks(self, networks: Collection[NetworkId]) -> None:
         """Any address of these networks may have become known: whose it is, its MAC says."""

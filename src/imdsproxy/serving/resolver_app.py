@@ -75,8 +75,6 @@ def resolver_app(resolver: Resolver, forward: Forward) -> AsgiApp:
     """The application behind HAProxy's backend `resolver`."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            raise ValueError(f"the resolver does not speak {scope['type']}")
         request = _parse_request(scope)
         if request is None:
             # Only HAProxy can reach this socket; without an identity it is HAProxy's own check.

@@ -30,7 +30,7 @@ import uvicorn.lifespan.off  # noqa: F401 - see below
 
 from imdsproxy.core.timing import Backoff
 from imdsproxy.errors import HostRefused, ImdsproxyError, refusing
-from imdsproxy.host.account import Account, find_account
+from imdsproxy.host.account import Account
 from imdsproxy.host.files import ensure_directory, limit_log
 from imdsproxy.host.notify import ServiceNotifier
 from imdsproxy.host.process import (
@@ -149,8 +149,7 @@ class DocumentServer:
         pid_file: Locked while the server runs; lists the parent and the workers.
         notifier: Notified once all workers answer.
         log: Where this process's standard error goes, if that is a file of ours: its size is limited.
-        user: Whose account the workers take, if this process is root; `None` keeps the present one.
-        group: The workers' group, and that of the sockets; `None` for the user's own.
+        account: That of the workers, and of the group of the sockets; `None` keeps the present one.
     """
 
     sockets: tuple[Path, ...]
@@ -159,9 +158,7 @@ class DocumentServer:
     pid_file: Path
     notifier: ServiceNotifier
     log: Path | None = None
-    user: str | None = None
-    group: str | None = None
-    _account: Account | None = None
+    account: Account | None = None
     _lock: PidFile = field(init=False)
     _parent: ProcessHandle | None = None
     _workers: list[Worker] = field(default_factory=list)
@@ -176,11 +173,10 @@ class DocumentServer:
         """Serve until a signal stops it.
 
         Raises:
-            HostRefused: Another one runs, a socket cannot be bound, an account does not exist, or no worker comes up.
+            HostRefused: Another one runs, a socket cannot be bound, or no worker comes up.
             PrivilegeMissing: This process may not do that.
         """
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        self._account = find_account(self.user, self.group)
         before = read_pids(self.pid_file)
         self._predecessors = [one for one in map(open_process, before.workers) if one is not None]
         self._lock = PidFile(self.pid_file)
@@ -206,7 +202,7 @@ class DocumentServer:
         self._lock.release()
 
     def _make_directory(self, path: Path, *, user: bool) -> None:
-        account, owner = self._account, None
+        account, owner = self.account, None
         if account is not None:
             owner = account.user if user else -1, account.group
         # Without an account to give it to, an existing one keeps its owner and mode.
@@ -216,7 +212,7 @@ class DocumentServer:
     def _bind(self, path: Path, at: Path) -> Worker:
         if not at.parent.is_dir():
             ensure_directory(at.parent)
-        owner = None if self._account is None else (-1, self._account.group)
+        owner = None if self.account is None else (-1, self.account.group)
         listener = open_unix_socket(at, mode=_SOCKET_MODE, owner=owner)
         return Worker(path, at, listener, at.stat())
 
@@ -407,8 +403,8 @@ class DocumentServer:
 
         A worker whose parent is gone (killed) serves on, until another one listens in its place.
         """
-        if self._account is not None:
-            self._account.assume()
+        if self.account is not None:
+            self.account.assume()
         asyncio.run(self._serve(worker))
 
     async def _serve(self, worker: Worker) -> None:

@@ -7,14 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from support.admin_server import AdminServer, admin_server
-
-NETWORK = {"id": "blue", "listener": {"namespace": "blue"}}
-INSTANCE = {
-    "id": "web-1",
-    "name": "web-1",
-    "ports": [{"network": "blue", "mac": "52:54:00:12:34:56", "addresses": ["10.0.0.5"]}],
-}
+from support.admin_server import INSTANCE, NETWORK, AdminServer, admin_server
 
 
 @pytest.fixture

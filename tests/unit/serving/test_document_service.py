@@ -12,10 +12,10 @@ import pytest
 import structlog
 
 from imdsproxy.core.compiled import Blob, compiled_path
-from imdsproxy.core.documents.respond import Answer, Header, refusal
+from imdsproxy.core.documents.respond import Answer, Header
 from imdsproxy.core.model import Instance
 from imdsproxy.serving.documents import DocumentService
-from imdsproxy.serving.http import BODY_LIMIT, read_body, send_answer
+from imdsproxy.serving.http import BODY_LIMIT, send_answer
 from imdsproxy.serving.store import PasswordStore, RecordReader
 from support.guest_records import GUEST, SEED, compiled, guest, with_head
 from support.record_files import write_record
@@ -258,31 +258,6 @@ async def test_a_fault_of_ours_is_503_and_logged(
 
 async def _nothing(_message: MutableMapping[str, object]) -> None:
     """Takes what is sent."""
-
-
-async def test_other_protocols_are_refused(serving: Serving) -> None:
-    async def receive() -> MutableMapping[str, object]:
-        return {}
-
-    with pytest.raises(ValueError, match="websocket"):
-        await serving.service({"type": "websocket"}, receive, _nothing)
-
-
-@pytest.mark.parametrize(
-    ("message", "limit", "expected"),
-    [
-        ({"type": "http.request", "body": b"abc"}, 3, b"abc"),
-        ({"type": "http.request", "body": b"abc"}, 2, refusal(413)),
-        ({"type": "http.disconnect"}, 3, None),
-    ],
-)
-async def test_a_body_is_whole_and_limited_as_asked(
-    message: MutableMapping[str, object], limit: int, expected: bytes | Answer | None
-) -> None:
-    async def receive() -> MutableMapping[str, object]:
-        return message
-
-    assert await read_body(receive, limit) == expected
 
 
 async def test_a_file_that_ends_early_breaks_the_answer_off_and_is_closed(tmp_path: Path) -> None:

@@ -102,14 +102,6 @@ def test_all_records_are_listed_and_removed_with_their_passwords(tmp_path: Path)
     assert list(files.instances()) == []
 
 
-def test_a_loaded_record_is_kept_while_its_file_is_the_same(tmp_path: Path) -> None:
-    write_record(tmp_path, GUEST)
-    reader = RecordReader(tmp_path, ROOMY)
-    first = load(reader, GUEST.id)
-    assert reader.load(GUEST.id) is first
-    assert reader.load(GUEST.id, fresh=True) is not first
-
-
 def test_a_record_that_is_a_directory_is_refused_by_name(tmp_path: Path) -> None:
     file_of(tmp_path).mkdir(parents=True)
     with pytest.raises((HostRefused, PrivilegeMissing), match=str(file_of(tmp_path))):

@@ -145,7 +145,7 @@ async def test_who_gives_up_early_uses_up_the_wait_of_the_address_too() -> None:
     "reported",
     [
         lambda resolver: resolver.wake([_KEY]),
-        lambda resolver: resolver.wake_all(),
+        lambda resolver: resolver.wake(None),
         lambda resolver: resolver.wake_networks({_KEY[0]}),
     ],
 )
