@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -35,94 +37,66 @@ _SHOW_PROC = """\
 """
 
 
-def test_the_accepting_worker_is_told_from_those_that_drain() -> None:
-    found = parse_processes(_SHOW_PROC)
-    assert found == Processes(master=4031, worker=4077, draining=(4050,), reloads=2)
-    assert found.workers == (4077, 4050)
-
-
-def test_a_master_without_a_worker_has_none() -> None:
-    found = parse_processes("#<PID> ...\n12 master 0 [failed: 0] 0d 3.0\n# workers\n# programs\n")
-    assert found == Processes(master=12, worker=None)
-    assert found.workers == ()
-
-
-@pytest.mark.parametrize("text", ["", "Unknown command\n", "# workers\n4077 worker 0 0d 3.0\n"])
-def test_without_a_master_there_is_nothing(text: str) -> None:
-    assert parse_processes(text) is None
-
-
-def test_the_load_of_a_worker_is_read_from_its_information() -> None:
-    text = (
-        "Name: HAProxy\nMaxconn: 8\nHard_maxconn: 8\nCurrConns: 7\nMaxconnReached: 3\nnode: a: b\n"
-    )
-    assert parse_load(text) == Load(connections=7, most=8, reached=3)
-    assert parse_load(text.replace("CurrConns", "Other")) is None
-    assert parse_load("Unknown command") is None
-
-
-def test_a_reload_tells_success_and_its_log() -> None:
-    assert parse_reload("Success=1\n--\n[NOTICE] up\n\n") is None
-    assert parse_reload("Success=0\n--\n[ALERT] no\n") == "[ALERT] no"
-    # What is no answer to a reload.
-    assert parse_reload("Permission denied\n") == ""
+_INFO = "Name: HAProxy\nMaxconn: 8\nHard_maxconn: 8\nCurrConns: 7\nMaxconnReached: 3\nnode: a: b\n"
+_VERSION = "HAProxy version {} 2026/11/18 - https://haproxy.org/"
+_ALERTS = """\
+[NOTICE]   (12) : haproxy version is 3.0.11
+[WARNING]  (12) : config : nothing of weight
+[ALERT]    (12) : Binding [a.conf:15] for proxy metadata: cannot bind socket
+[ALERT]    (12) : Binding [a.conf:15] for proxy metadata: cannot bind socket
+[ALERT]    (12) : [haproxy.main()] Exiting.
+"""
+_STAT = "# pxname,svname,stot,\nguests,red,5,\nguests,cut\n\n"
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("parse", "text", "expected"),
     [
+        (parse_processes, _SHOW_PROC, Processes(4031, 4077, (4050,), 2)),
+        (parse_processes, "12 master 0 [failed: 0] 0d 3.0\n# workers\n", Processes(12, None)),
+        # Without a master there is nothing.
+        (parse_processes, "Unknown command\n", None),
+        (parse_processes, "# workers\n4077 worker 0 0d 3.0\n", None),
+        (parse_load, _INFO, Load(connections=7, most=8, reached=3)),
+        (parse_load, _INFO.replace("CurrConns", "Other"), None),
+        (parse_load, "Unknown command", None),
+        (parse_reload, "Success=1\n--\n[NOTICE] up\n\n", None),
+        (parse_reload, "Success=0\n--\n[ALERT] no\n", "[ALERT] no"),
+        (parse_reload, "Permission denied\n", ""),
+        (parse_version, _VERSION.format("3.0.11-1+deb13u5"), (3, 0, "11-1+deb13u5")),
+        (parse_version, _VERSION.format("2.6"), (2, 6, "")),
+        (parse_version, _VERSION.format("3.3-dev2-abc"), (3, 3, "dev2-abc")),
+        (parse_version, "nginx version: nginx/1.26", None),
+        (parse_features, "x\nFeature list : -51DEGREES +NS +PROMEX -WURFL\ny", {"NS", "PROMEX"}),
+        (parse_features, "", set()),
         (
-            "HAProxy version 3.0.11-1+deb13u5 2026/11/18 - https://haproxy.org/",
-            (3, 0, "11-1+deb13u5"),
+            parse_stat,
+            _STAT,
+            [
+                {"pxname": "guests", "svname": "red", "stot": "5"},
+                {"pxname": "guests", "svname": "cut"},
+            ],
         ),
-        ("HAProxy version 2.6 2023/12/16", (2, 6, "")),
-        ("HAProxy version 3.3-dev2-abc 2026/01/01", (3, 3, "dev2-abc")),
-        ("nginx version: nginx/1.26", None),
+        # Only the columns that are wanted and there.
+        (partial(parse_stat, columns={"stot", "nonsense"}), _STAT, [{"stot": "5"}, {}]),
+        (parse_stat, "Permission denied\n", []),
+        # Each alert once, without pids; where there are none, all of the output.
+        (
+            parse_failure,
+            _ALERTS,
+            "Binding [a.conf:15] for proxy metadata: cannot bind socket; [haproxy.main()] Exiting.",
+        ),
+        (parse_failure, "[NOTICE] x\n[ALERT] unknown keyword", "unknown keyword"),
+        (parse_failure, "haproxy: cannot run\n\n  because\n", "haproxy: cannot run; because"),
+        (parse_failure, "", ""),
+        (parse_guests, "Unknown table 'x'", []),
+        (parse_readers, "", []),
     ],
 )
-def test_a_version_has_a_branch_in_numbers(text: str, expected: object) -> None:
-    assert parse_version(text) == expected
-
-
-def test_features_are_those_with_a_plus() -> None:
-    assert parse_features("x\nFeature list : -51DEGREES +NS +PROMEX -WURFL\ny") == {"NS", "PROMEX"}
-    assert parse_features("") == frozenset()
-
-
-def test_stat_rows_are_by_name() -> None:
-    rows = parse_stat("# pxname,svname,stot,\nguests,red,5,\nguests,FRONTEND,6,\n\n")
-    assert rows == [
-        {"pxname": "guests", "svname": "red", "stot": "5"},
-        {"pxname": "guests", "svname": "FRONTEND", "stot": "6"},
-    ]
-    assert parse_stat("Permission denied\n") == []
-
-
-def test_of_statistics_only_the_columns_that_are_wanted_and_there_are_taken() -> None:
-    text = "# pxname,svname,stot,dreq,\nguests,red,5,1,\nguests,cut\n"
-    assert parse_stat(text, {"svname", "dreq", "nonsense"}) == [
-        {"svname": "red", "dreq": "1"},
-        {"svname": "cut"},
-    ]
-
-
-def test_a_failure_is_the_alerts_each_once_and_without_pids() -> None:
-    output = (
-        "[NOTICE]   (12) : haproxy version is 3.0.11\n"
-        "[WARNING]  (12) : config : nothing of weight\n"
-        "[ALERT]    (12) : Binding [a.conf:15] for proxy metadata: cannot bind socket\n"
-        "[ALERT]    (12) : Binding [a.conf:15] for proxy metadata: cannot bind socket\n"
-        "[ALERT]    (12) : [haproxy.main()] Exiting.\n"
-    )
-    assert parse_failure(output) == (
-        "Binding [a.conf:15] for proxy metadata: cannot bind socket; [haproxy.main()] Exiting."
-    )
-
-
-def test_a_failure_without_alerts_is_all_of_the_output() -> None:
-    assert parse_failure("haproxy: cannot run\n\n  because\n") == "haproxy: cannot run; because"
-    assert parse_failure("") == ""
-    assert parse_failure("[NOTICE] x\n[ALERT] unknown keyword") == "unknown keyword"
+def test_an_answer_of_haproxys_is_read_into_values(
+    parse: Callable[[str], object], text: str, expected: object
+) -> None:
+    assert parse(text) == expected
 
 
 # As HAProxy 3.0.11 gave them; the second has letters of its escaping.
@@ -154,11 +128,6 @@ def test_a_readers_entry_tells_path_and_client_and_lines_that_are_none_are_left_
         CountedRow(("blue", "i-1", "latest/meta-data/iam", "Boto3/1.34.0_md"), 6, 0, 60.0),
         CountedRow(("blue", "i-1", "", ""), 2, 2, 60.0),
     ]
-
-
-def test_an_answer_that_is_an_error_has_no_rows() -> None:
-    assert parse_guests("Unknown table 'x'") == []
-    assert parse_readers("") == []
 
 
 def _sections(one_in: int) -> dict[str, list[tuple[str, ...]]]:
