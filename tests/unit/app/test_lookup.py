@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -406,18 +405,6 @@ def test_what_was_learned_before_a_restart_is_looked_for_among_addresses_without
     rig.lookup.recall()
     assert asked == [_PRIVATE]
     assert rig.records.learned == {_PRIVATE: Learned(InstanceId("db"), 100.0, mac=_OTHER)}
-
-
-async def test_a_ticket_waits_for_its_number() -> None:
-    tickets = Tickets()
-    first, second = tickets.take(), tickets.take()
-    waiting = asyncio.create_task(tickets.wait(second))
-    await tickets.close(first)
-    await asyncio.sleep(0)
-    assert not waiting.done()
-    await tickets.close(second)
-    await waiting
-    await tickets.wait(first)
 
 
 # A source that can be asked

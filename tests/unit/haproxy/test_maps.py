@@ -35,10 +35,6 @@ def _follow(present: dict[str, str], changes: MapChanges) -> dict[str, str]:
     return after
 
 
-def test_what_is_as_wanted_already_is_left_alone() -> None:
-    assert not plan_changes({"n/1": "a|1"}, {"n/1": "a|1", "n/2": None})
-
-
 def test_a_removal_of_what_only_the_overlay_has_leaves_no_tombstone() -> None:
     state = MapState("1", overlay={"n/1": "a|1"})
     assert state.overlay_changes({"n/1": None}) == MapChanges(removed=("n/1",))
@@ -90,12 +86,9 @@ def test_a_map_file_is_read_as_it_was_written(entries: dict[str, str]) -> None:
     assert all(base[key] == value for key, value in entries.items())
 
 
-def test_a_file_without_a_generation_is_told_apart() -> None:
-    assert parse_map("n/1 a|1\n# a remark\nbroken\n") == (None, {"n/1": "a|1"})
-
-
-def test_of_a_key_that_is_there_twice_the_first_counts_as_in_haproxy() -> None:
-    assert parse_map("n/1 a|1\nn/1 b|1\n") == (None, {"n/1": "a|1"})
+def test_a_file_may_have_no_generation_and_of_a_key_that_is_there_twice_the_first_counts() -> None:
+    text = "n/1 a|1\n# a remark\nbroken\nn/1 b|1\n"
+    assert parse_map(text) == (None, {"n/1": "a|1"})
 
 
 @given(st.lists(st.tuples(_KEYS, _VALUES)), st.integers(10, 60))

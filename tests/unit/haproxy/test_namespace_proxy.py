@@ -15,7 +15,6 @@ from imdsproxy.core.haproxy.namespace_proxy import (
     NamespaceProxySpec,
     parse_facility,
     parse_port,
-    parse_resource,
     parse_uuid,
     render_namespace_proxy,
 )
@@ -97,11 +96,6 @@ def test_everything_in_the_spec_shows_in_the_file(field: str) -> None:
     assert render_namespace_proxy(changed) != render_namespace_proxy(_SPEC)
 
 
-def test_a_proxy_is_for_a_network_or_a_router() -> None:
-    assert parse_resource(_UUID, None) == ("X-Neutron-Network-ID", _UUID)
-    assert parse_resource(None, _UUID) == ("X-Neutron-Router-ID", _UUID)
-
-
 @pytest.mark.parametrize(
     "text", ["", "blue", "../../etc/passwd", _UUID + "\n", _UUID[:-1], _UUID.replace("-", ""), "8" * 36]
 )  # fmt: skip
@@ -123,8 +117,3 @@ def test_a_facility_is_known_by_the_names_of_neutron_and_of_haproxy() -> None:
     assert parse_facility("LOG_LOCAL3") == "local3"
     assert parse_facility("LOG_AUTHPRIV") == "auth2"
     assert {parse_facility(name) for name in FACILITIES} == FACILITIES
-
-
-def test_an_unknown_facility_is_refused() -> None:
-    with pytest.raises(RequestRefused, match="is no facility"):
-        parse_facility("LOG_LOCAL8")

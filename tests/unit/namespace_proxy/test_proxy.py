@@ -384,17 +384,6 @@ def test_a_claimed_file_has_its_content_and_0640_whatever_the_umask_is(tmp_path:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_file_in_use_is_neither_replaced_nor_removed(tmp_path: Path) -> None:
-    path = tmp_path / "a.conf"
-    lock = claim_file(path, b"one")
-    with pytest.raises(HostRefused, match="is in use"):
-        claim_file(path, b"two")
-    with pytest.raises(HostRefused, match="is in use"):
-        remove_unclaimed(path)
-    assert path.read_bytes() == b"one"
-    os.close(lock)
-
-
 def test_of_many_that_want_a_file_one_gets_it(tmp_path: Path) -> None:
     for turn in range(30):
         path = tmp_path / f"{turn}.conf"
