@@ -16,11 +16,7 @@ from typing import Final
 
 from imdsproxy.cli.checks import Finding, Subject, count, found, refused
 from imdsproxy.config.strict_yaml import parse_yaml
-from imdsproxy.errors import (
-    ConfigError,
-    DataplaneError,
-    LibraryMissing,
-)
+from imdsproxy.errors import ConfigError, DataplaneError, LibraryMissing
 from imdsproxy.host.files import read_secret
 from imdsproxy.host.socket_file import SocketHolder, find_socket_holder
 from imdsproxy.nova.settings import EndpointSetSettings, NovaUrl

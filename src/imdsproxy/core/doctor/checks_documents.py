@@ -210,17 +210,12 @@ def _host_macs(around: Surroundings, path: str) -> Iterator[Finding]:
     """What the host knows of the record's NICs, where the guest's are not known."""
     answering = any(card.mac in card.seen for card in around.cards)
     for card in around.cards:
+        nic: dict[str, Any] = {"mac": card.mac, "network": card.network}
         if card.seen and card.mac not in card.seen:
-            yield found(
-                "mac-mismatch",
-                path,
-                case="answering",
-                mac=card.mac,
-                network=card.network,
-                has=", ".join(sorted(card.seen)),
-            )
+            has = ", ".join(sorted(card.seen))
+            yield found("mac-mismatch", path, case="answering", has=has, **nic)
         elif answering and not card.seen:
-            yield found("card-unseen", path, mac=card.mac, network=card.network)
+            yield found("card-unseen", path, **nic)
 
 
 def check_nocloud(crawl: Crawl) -> Iterator[Finding]:
