@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-import socket
+import socketserver
 import ssl
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -48,44 +48,34 @@ def test_without_nova_nothing_is_checked() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "mode", "status", "text"),
+    ("content", "following", "mode", "found"),
     [
-        (_SECRET, 0o600, 0, "secrets can be read"),
-        (b" \n", 0o600, 78, "is empty"),
-        (_SECRET, 0o604, 78, "every user of this host can use it"),
-        (None, 0, 78, "No such file"),
+        (_SECRET, None, 0o600, [(0, False, "secrets can be read")]),
+        (b" \n", None, 0o600, [(78, False, "is empty")]),
+        (_SECRET, None, 0o604, [(78, False, "every user of this host can use it")]),
+        (None, None, 0, [(78, False, "No such file")]),
+        (b" short\n", b"short", 0o600,
+         [(0, True, "only 5 bytes"), (0, True, "only 5 bytes"), (0, True, "the same as the current one")]),
     ],
-)
-def test_a_secret_that_run_would_refuse_is_wrong(
-    secret: Path, content: bytes | None, mode: int, status: int, text: str
+)  # fmt: skip
+def test_a_secret_that_run_would_refuse_is_wrong_and_one_that_is_easily_guessed_a_warning(
+    tmp_path: Path,
+    content: bytes | None,
+    following: bytes | None,
+    mode: int,
+    found: list[tuple[int, bool, str]],
 ) -> None:
-    if content is None:
-        secret.unlink()
-    else:
-        secret.write_bytes(content)
-        secret.chmod(mode)
-
-    (finding,) = openstack.check_secrets(_on(secret))
-
-    assert (finding.exit_status, finding.warning) == (status, False)
-    assert text in finding.text
-    assert finding.ok or finding.text.startswith("nova.endpoint_sets.default.secret_file: ")
-    assert bool(finding.hint) is not finding.ok
-
-
-def test_a_short_secret_and_one_that_is_next_and_current_are_warnings(
-    secret: Path, tmp_path: Path
-) -> None:
-    secret.write_bytes(b" short\n")
-    following = tmp_path / "next"
-    following.write_bytes(b"short")
-    following.chmod(0o600)
-
-    findings = openstack.check_secrets(_on(secret, next_secret_file=str(following)))
-
-    assert [(one.ok, one.warning) for one in findings] == [(True, True)] * 3
-    assert "only 5 bytes" in findings[0].text
-    assert "the same as the current one" in findings[2].text
+    for name, data in (("secret", content), ("next", following)):
+        if data is not None:
+            (tmp_path / name).write_bytes(data)
+            (tmp_path / name).chmod(mode)
+    more = {} if following is None else {"next_secret_file": str(tmp_path / "next")}
+    findings = openstack.check_secrets(_on(tmp_path / "secret", **more))
+    assert [(one.exit_status, one.warning) for one in findings] == [one[:2] for one in found]
+    for finding, (status, warning, text) in zip(findings, found, strict=True):
+        assert text in finding.text
+        assert finding.text.startswith("nova.endpoint_sets.default") is bool(status or warning)
+        assert bool(finding.hint) is bool(status or warning)
 
 
 @pytest.fixture(scope="module")
@@ -136,28 +126,19 @@ def test_a_file_that_is_no_certificate_or_key_is_wrong_by_its_setting(
 @contextmanager
 def _server(context: ssl.SSLContext | None = None) -> Iterator[int]:
     """Something that takes one connection after another, and ends TLS where there is a context."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
 
-        def serve() -> None:
-            while True:
-                try:
-                    peer, _ = listener.accept()
-                except OSError:
-                    return
-                with peer:
-                    if context is not None:
-                        try:
-                            context.wrap_socket(peer, server_side=True).close()
-                        except OSError:
-                            continue
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            if context is not None:
+                with suppress(OSError):
+                    context.wrap_socket(self.request, server_side=True).close()
 
-        thread = threading.Thread(target=serve)
+    with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
-        try:
-            yield listener.getsockname()[1]
-        finally:
-            listener.shutdown(socket.SHUT_RDWR)
-            thread.join()
+        yield server.server_address[1]
+        server.shutdown()
+        thread.join()
 
 
 _ENDPOINT = "nova.endpoint_sets.default.endpoints"
@@ -238,12 +219,8 @@ def test_the_cloud_has_to_be_in_its_file(
 
     assert (finding.ok, finding.warning) == reported[:2]
     assert reported[2] in finding.text
-
-
-def test_a_neutron_without_keystone_needs_no_cloud() -> None:
-    on = _clouds(Path("/x"), cloud=None, clouds_file=None, endpoint="http://127.0.0.1:9696")
-
-    assert openstack.check_clouds(on) == []
+    alone = {"cloud": None, "clouds_file": None, "endpoint": "http://127.0.0.1:9696"}
+    assert openstack.check_clouds(_clouds(path, **alone)) == [], "without Keystone it needs none"
 
 
 def test_without_openstacksdk_it_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

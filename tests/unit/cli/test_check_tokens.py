@@ -12,7 +12,6 @@ from imdsproxy.cli.checks.tokens import (
     check_instances,
     check_overrides,
     check_path_rules,
-    check_store,
     check_token_keys,
     check_trees,
 )
@@ -45,30 +44,7 @@ def _with_instances(directory: Path, number: int, policy: object, host: object) 
     return subject({"policy": {"host": host}, "sources": sources})
 
 
-def test_the_store_is_read_once_for_all_checks(tmp_path: Path) -> None:
-    store = tmp_path / "store.sqlite"
-    store.write_bytes(b"no database" * 100)
-    on = subject({"sources": {"sqlite": {"path": str(store)}}})
-    (finding,) = check_store(on)
-    assert f"cannot read {store}" in finding.text
-    store.unlink()
-    assert check_store(on) == [finding]
-    assert check_instances(on) == []
-
-
 _LOCKED = {"openstack_tokens": "required", "nocloud_tokens": "required"}
-
-
-def test_ec2s_tree_alone_required_is_warned_of_with_the_scope() -> None:
-    (finding,) = check_trees(_on(host=_OPEN))
-    assert finding.text == (
-        "policy.host: EC2's tree takes a token, and /openstack and /nocloud give the same user-data without"
-    )
-    assert finding.hint.startswith("openstack_tokens: required and nocloud_tokens: required (")
-    assert (finding.ok, finding.warning) == (True, True)
-    (half,) = check_trees(_on(host={**_OPEN, "openstack_tokens": "required"}))
-    assert "and /nocloud gives the same" in half.text
-    assert half.hint.startswith("nocloud_tokens: required (")
 
 
 @pytest.mark.parametrize(
@@ -91,83 +67,73 @@ def test_trees_that_records_leave_open_are_warned_of_with_the_first_few_instance
     )
 
 
+_DENIED = {"/latest/user-data": "deny"}
+_LOCKED_PATHS = {"/openstack/latest/user_data": "required", "/nocloud/user-data": "deny"}
+_GIVE = "/openstack and /nocloud give the same"
+
+
+@pytest.mark.parametrize(
+    ("policy", "text", "hint"),
+    [
+        ({"host": _OPEN}, f"policy.host: EC2's tree takes a token, and {_GIVE} user-data without",
+         "openstack_tokens: required and nocloud_tokens: required ("),
+        ({"host": {**_OPEN, "openstack_tokens": "required"}},
+         "policy.host: EC2's tree takes a token, and /nocloud gives the same user-data without",
+         "nocloud_tokens: required ("),
+        ({"projects": {"p": {"paths": _DENIED}}}, f"policy.projects.p: /latest/user-data is denied, and {_GIVE}",
+         "paths: {/openstack/latest/user_data: deny, /nocloud/user-data: deny}, "),
+        ({"host": {"paths": _LOCKED_PATHS}}, "policy.host: /nocloud/user-data is denied, and EC2's tree gives the same",
+         "paths: {/latest/user-data: deny}, "),
+    ],
+)  # fmt: skip
+def test_user_data_that_one_tree_keeps_and_another_gives_is_warned_of_with_what_closes_it(
+    policy: dict[str, Any], text: str, hint: str
+) -> None:
+    (finding,) = check_trees(_on(**policy))
+    assert (finding.ok, finding.warning, finding.text) == (True, True, text)
+    assert finding.hint.startswith(hint)
+
+
+def _host(**rules: object) -> dict[str, Any]:
+    return {"host": rules}
+
+
 @pytest.mark.parametrize(
     ("policy", "places"),
     [
         ({}, []),
-        ({"host": {"tokens": "optional"}}, []),
-        ({"host": {**_OPEN, **_LOCKED}}, []),
-        ({"host": {**_OPEN, "seal_user_data": True}}, []),
-        ({"host": {**_OPEN, "endpoint": False}}, []),
+        (_host(tokens="optional"), []),
+        (_host(**_OPEN, **_LOCKED), []),
+        (_host(**_OPEN, seal_user_data=True), []),
+        (_host(**_OPEN, endpoint=False), []),
         # What the host says holds in a network that says the rest.
         ({"host": _LOCKED, "networks": {"red": _OPEN}}, []),
         ({"host": _OPEN, "networks": {"red": _LOCKED}}, ["policy.host"]),
         ({"host": _OPEN, "networks": {"red": {"hop_limit": 1}}}, ["policy.host"]),
-        (
-            {"host": {**_OPEN, **_LOCKED}, "networks": {"red": {"nocloud_tokens": "optional"}}},
-            ["policy.networks.red"],
-        ),
-        (
-            {
-                "host": {**_OPEN, "seal_user_data": True},
-                "projects": {"p": {"seal_user_data": False}},
-            },
-            ["policy.projects.p"],
-        ),
+        ({"host": {**_OPEN, **_LOCKED}, "networks": {"red": {"nocloud_tokens": "optional"}}}, ["policy.networks.red"]),
+        ({**_host(**_OPEN, seal_user_data=True), "projects": {"p": {"seal_user_data": False}}}, ["policy.projects.p"]),
         *(
-            (
-                {one: {"red": _OPEN, "green": {**_OPEN, **_LOCKED}, "blue": {"hop_limit": 1}}},
-                [f"policy.{one}.red"],
-            )
+            ({one: {"red": _OPEN, "green": {**_OPEN, **_LOCKED}, "blue": {"hop_limit": 1}}}, [f"policy.{one}.red"])
             for one in ("networks", "projects", "instances")
         ),
+        (_host(paths={**_DENIED, **_LOCKED_PATHS}), []),
+        (_host(paths={"/latest/user-data": "required", **_LOCKED_PATHS}), []),
+        (_host(paths={"/latest/user-data": "required"}), ["policy.host"]),
+        (_host(tokens="required", paths=_LOCKED_PATHS), []),
+        (_host(tokens="required", paths={"/latest/user-data": "optional"}), []),
+        (_host(**_OPEN, **_LOCKED, paths={"/nocloud": "optional"}), ["policy.host"]),
+        (_host(**_OPEN, **_LOCKED, paths={"/nocloud": "allow"}), []),
+        (_host(seal_user_data=True, paths=_DENIED), []),
+        (_host(endpoint=False, paths=_DENIED), []),
+        # Whole trees that are denied are turned off: nothing is meant to be kept by that.
+        (_host(paths={"/nocloud": "deny", "/openstack": "deny"}), []),
+        (_host(paths={"/": "deny", "/latest/meta-data": "allow"}), []),
     ],
-)
+)  # fmt: skip
 def test_each_scope_that_leaves_a_tree_open_is_named_once(
     policy: dict[str, Any], places: list[str]
 ) -> None:
-    found = check_trees(_on(**policy))
-    assert [one.text.partition(":")[0] for one in found] == places
-
-
-_DENIED = {"/latest/user-data": "deny"}
-_LOCKED_PATHS = {"/openstack/latest/user_data": "required", "/nocloud/user-data": "deny"}
-
-
-def test_user_data_that_is_denied_in_one_tree_and_given_in_another_is_warned_of() -> None:
-    (finding,) = check_trees(_on(projects={"p": {"paths": _DENIED}}))
-    assert finding.text == (
-        "policy.projects.p: /latest/user-data is denied, and /openstack and /nocloud give the same"
-    )
-    assert finding.hint.startswith(
-        "paths: {/openstack/latest/user_data: deny, /nocloud/user-data: deny}, "
-    )
-    assert finding.warning
-    (other,) = check_trees(_on(host={"paths": _LOCKED_PATHS}))
-    assert other.text == "policy.host: /nocloud/user-data is denied, and EC2's tree gives the same"
-
-
-@pytest.mark.parametrize(
-    ("policy", "warned"),
-    [
-        ({"paths": {**_DENIED, **_LOCKED_PATHS}}, False),
-        ({"paths": {"/latest/user-data": "required", **_LOCKED_PATHS}}, False),
-        ({"paths": {"/latest/user-data": "required"}}, True),
-        ({"tokens": "required", "paths": _LOCKED_PATHS}, False),
-        ({"tokens": "required", "paths": {"/latest/user-data": "optional"}}, False),
-        ({**_OPEN, **_LOCKED, "paths": {"/nocloud": "optional"}}, True),
-        ({**_OPEN, **_LOCKED, "paths": {"/nocloud": "allow"}}, False),
-        ({"seal_user_data": True, "paths": _DENIED}, False),
-        ({"endpoint": False, "paths": _DENIED}, False),
-        # Whole trees that are denied are turned off: nothing is meant to be kept by that.
-        ({"paths": {"/nocloud": "deny", "/openstack": "deny"}}, False),
-        ({"paths": {"/": "deny", "/latest/meta-data": "allow"}}, False),
-    ],
-)
-def test_path_rules_keep_user_data_or_leave_it_open(
-    policy: dict[str, Any], *, warned: bool
-) -> None:
-    assert bool(check_trees(_on(host=policy))) is warned
+    assert [one.text.partition(":")[0] for one in check_trees(_on(**policy))] == places
 
 
 def test_a_rule_for_a_path_that_nothing_has_is_warned_of() -> None:
