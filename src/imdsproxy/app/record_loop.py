@@ -259,7 +259,7 @@ class RecordLoop:
 
     def _unowned(self, keys: Iterable[AddressKey]) -> Iterator[AddressKey]:
         """What a look at every address that anybody has would miss."""
-        return (key for key in keys if not self.inventory.is_owned(key))
+        return (key for key in keys if self.inventory.owner(key) is None)
 
     async def _every_part(
         self, compiling: Compiling, keys: Iterable[AddressKey] = ()

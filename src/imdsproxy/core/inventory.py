@@ -125,10 +125,6 @@ class Inventory:
             return self._instance_conflict(claimant)
         return claimant
 
-    def is_owned(self, key: AddressKey) -> bool:
-        """Whether `owner` gives anything but `None`."""
-        return self._addresses.owner(key) is not None and self.knows(key[0])
-
     def addresses(self) -> Iterator[tuple[AddressKey, InstanceId | Conflict]]:
         """Every claimed address of a network that exists, and whose it is; network by network.
 

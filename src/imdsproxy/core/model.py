@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import blake2b
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from itertools import count
 from typing import Final, NewType, TypeAlias
 
 from imdsproxy.core.policy import NO_RULES, PolicyRules
@@ -192,6 +193,11 @@ class StoredBytes:
 
     def __hash__(self) -> int:
         return hash(self.digest)
+
+
+def free_name(stem: str, taken: Container[str]) -> str:
+    """The stem, or with `-2`, `-3`, … after it where that is taken."""
+    return next(name for n in count(1) if (name := stem if n == 1 else f"{stem}-{n}") not in taken)
 
 
 def digest_of(data: bytes) -> str:

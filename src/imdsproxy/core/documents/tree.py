@@ -19,6 +19,7 @@ from typing import Final, TypeAlias, cast
 from urllib.parse import unquote_to_bytes
 
 from imdsproxy.core.compiled import Blob, DocumentAddress, DocumentPort, DocumentRecord
+from imdsproxy.core.model import free_name
 
 TEXT: Final = b"text/plain; charset=utf-8"
 JSON: Final = b"application/json"
@@ -172,12 +173,8 @@ def unique_names(names: tuple[str, ...]) -> tuple[str, ...]:
     """
     taken: dict[str, None] = {}
     for index, name in enumerate(names):
-        clean = candidate = _UNLISTABLE.sub("-", name).strip("-") or f"key-{index}"
-        number = 1
-        while candidate in taken:
-            number += 1
-            candidate = f"{clean}-{number}"
-        taken[candidate] = None
+        clean = _UNLISTABLE.sub("-", name).strip("-") or f"key-{index}"
+        taken[free_name(clean, taken)] = None
     return tuple(taken)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from imdsproxy.core.model import Dialect, Instance, Port, SshKey, Upstream
+from imdsproxy.core.model import Dialect, Instance, Port, SshKey, Upstream, free_name
 from imdsproxy.core.records import values
 from imdsproxy.core.records.network import POLICY
 from imdsproxy.core.records.schema import Fault, Field, Json, Key, Kind, Table, list_of
@@ -97,10 +97,7 @@ def _derived(key: str, index: int, taken: set[str]) -> str:
     match = _SSH_KEY_LINE.fullmatch(key)
     comment = "" if match is None else match["comment"] or ""
     stem = _NOT_IN_DERIVED.sub("-", comment).strip("-")[:200] or f"key-{index + 1}"
-    name, number = stem, 1
-    while name in taken:
-        number += 1
-        name = f"{stem}-{number}"
+    name = free_name(stem, taken)
     taken.add(name)
     return name
 

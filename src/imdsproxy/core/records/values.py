@@ -174,8 +174,7 @@ def unix_time_of(text: str) -> int | None:
     match = _MOMENT_TEXT.fullmatch(text)
     if match is None:
         return None
-    start, end = match.span("part")
-    whole = text if start < 0 else text[:start] + text[end:]
+    whole = text.replace(match["part"] or "", "")
     try:
         seconds = int(datetime.fromisoformat(whole.upper()).timestamp())
     except (ValueError, OverflowError):
