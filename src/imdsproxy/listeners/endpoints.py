@@ -259,15 +259,10 @@ def plan_binds(endpoints: Iterable[Endpoint], links: str) -> tuple[Bind, ...]:
         endpoints: What can be bound now.
         links: The directory of `plan_links`, as seen from `/var/run/netns`.
     """
+    named = ((one, link_name(one)) for one in endpoints)
     return tuple(
-        Bind(
-            network=one.network,
-            address=one.address,
-            port=one.port,
-            device=one.device,
-            namespace=None if (name := link_name(one)) is None else f"{links}/{name}",
-        )
-        for one in endpoints
+        Bind(one.network, one.address, one.port, one.device, name and f"{links}/{name}")
+        for one, name in named
     )
 
 

@@ -16,7 +16,6 @@ import select
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Final, Self, TypeVar
 
 from imdsproxy.core.hoststate import NamespaceRef, ObservedHost, merge_observed
@@ -45,21 +44,6 @@ _LONGEST_PAUSE_S: Final = 0.5
 """Except where that would hold a new namespace up, as on a busy host that has thousands of them."""
 
 
-class EventKind(StrEnum):
-    """Kinds of events."""
-
-    NAMESPACE_CAME = "namespace-came"
-    NAMESPACE_WENT = "namespace-went"
-    LINK = "link"
-    """A device or a metadata address has changed."""
-
-    AUDIT = "audit"
-    """A look without an event found something changed."""
-
-    OVERFLOW = "overflow"
-    """Events were lost, or a look failed: look at everything."""
-
-
 @dataclass(eq=False, slots=True)
 class HostWatch:
     """Watches the host as long as its context is entered. An asynchronous context manager.
@@ -68,7 +52,9 @@ class HostWatch:
 
     Attributes:
         host: What is watched.
-        touch: Called with a kind of event and the networks whose listener it concerns; `None` for all.
+        touch: Called with the kind of an event and the networks whose listener it concerns: a namespace came or went; a
+            link, which is a device or an address, changed; an audit found a change that no event had reported; or there
+            was an overflow, where events were lost or a look failed, and `None` says that all are concerned.
         audits_per_s: Networks checked in turn each second; one takes 0.1 ms. 0 for none.
         every_s: Seconds between two checks of networks that are not served.
         rechecks: At most so many of them each time, in turn.
@@ -133,9 +119,9 @@ class HostWatch:
         """Wait until watching fails, and raise what failed."""
         await asyncio.gather(*self._tasks)
 
-    def _publish(self, kind: EventKind, networks: Collection[NetworkId]) -> None:
+    def _publish(self, kind: str, networks: Collection[NetworkId]) -> None:
         if networks:
-            self.touch(kind, None if kind is EventKind.OVERFLOW else frozenset(networks))
+            self.touch(kind, None if kind == "overflow" else frozenset(networks))
 
     async def _follow_namespaces(self) -> None:
         async for ref, came in self._namespace_watch:
@@ -144,19 +130,19 @@ class HostWatch:
                 self._wanted_ids.set()
             elif not came:
                 self._nsids = {i: one for i, one in self._nsids.items() if one != ref}
-            kind = EventKind.NAMESPACE_CAME if came else EventKind.NAMESPACE_WENT
+            kind = "namespace-came" if came else "namespace-went"
             self._publish(kind, networks)
 
     async def _follow_links(self) -> None:
         async for change in self._link_watch:
             if change.overflow:
-                self._publish(EventKind.OVERFLOW, self._networks)
+                self._publish("overflow", self._networks)
             elif change.nsid is None:
                 names = (change.device, *self._joined_or_left(change))
                 networks = (self._devices.get(name, set()) for name in names)
-                self._publish(EventKind.LINK, set().union(*networks))
+                self._publish("link", set().union(*networks))
             elif (ref := self._nsids.get(change.nsid)) is not None:
-                self._publish(EventKind.LINK, self._namespaces.get(ref.name, ()))
+                self._publish("link", self._namespaces.get(ref.name, ()))
 
     def _joined_or_left(self, change: LinkChange) -> list[str]:
         """The bridges that a device became a port of, and that it is a port of no longer."""
@@ -235,12 +221,12 @@ class HostWatch:
             part = await self.host.observe(networks)
         except DataplaneError:
             # The listener loop, which acts on the event, looks too, reports the error and tries again.
-            self._publish(EventKind.OVERFLOW, self._networks)
+            self._publish("overflow", self._networks)
             return False
         seen = self.host.seen
         now = merge_observed(seen, part)
         changed = [one.id for one in networks if self._facts(one, now) != self._facts(one, seen)]
-        self._publish(EventKind.AUDIT, changed)
+        self._publish("audit", changed)
         return True
 
     def _facts(self, network: Network, host: ObservedHost) -> object:
