@@ -180,6 +180,7 @@ def walk_values(
 
 
 def _describe(setting: Setting) -> str:
+    each = "sections" if setting.holds_sections or setting.each is None else setting.each.takes
     match setting.bare:
         case {"enum": values}:
             words = f"one of {', '.join(values)}"
@@ -188,9 +189,9 @@ def _describe(setting: Setting) -> str:
         case {"type": "array", "minItems": low, "maxItems": high}:
             words = f"a list of {low} to {high} sections"
         case {"type": "array"}:
-            words = f"a list, each {_describe_each(setting)}"
+            words = f"a list, each {each}"
         case {"type": "object"}:
-            words = f"a mapping of names to {_describe_each(setting)}"
+            words = f"a mapping of names to {each}"
         case {"type": "boolean"}:
             words = "true or false"
         case {"type": "integer" | "number" as kind, "minimum": low, "maximum": high}:
@@ -204,11 +205,6 @@ def _describe(setting: Setting) -> str:
         case _:
             words = "a text"
     return words
-
-
-def _describe_each(setting: Setting) -> str:
-    each = setting.each
-    return "sections" if each is None or each.fields else each.takes
 
 
 def place_of(error: ErrorDetails) -> Place:

@@ -127,7 +127,7 @@ def _merge(into: dict[str, object], new: Mapping[Any, Any]) -> dict[str, object]
     """Merge mappings key by key, replace everything else; gives `into` back."""
     for key, value in new.items():
         name = str(key)  # YAML has numbers as keys too; they are refused as unknown settings
-        if isinstance(value, Mapping):
+        if isinstance(value, dict):
             old = into.get(name)
             into[name] = _merge(dict(old) if isinstance(old, dict) else {}, value)
         else:

@@ -18,7 +18,7 @@ from imdsproxy.config.schema import Settings
 from imdsproxy.config.strict_yaml import render_value
 from imdsproxy.core.neutron_ini import IniOption, expand_value, find_option
 from imdsproxy.errors import ConfigInvalid, Problem
-from imdsproxy.nova.settings import DEFAULT_SET, NOVA_METADATA_PORT, parse_nova_url
+from imdsproxy.nova.settings import DEFAULT_SET, parse_nova_url
 
 _SECTIONS_OF_NOVA: Final = frozenset({"neutron", "api", "api_database", "compute", "libvirt"})
 """Sections of nova.conf that no file of Neutron's has: both have `state_path`, `host`, `metadata_workers`."""
@@ -65,6 +65,10 @@ class _Read(NamedTuple):
     option: NeutronOption
     written: IniOption | None
     value: str | None
+
+    @property
+    def or_default(self) -> str:
+        return self.value or self.option.default
 
     @property
     def is_true(self) -> bool:
@@ -271,13 +275,12 @@ class _Reading:
     def url(self) -> str:
         """Nova's; empty where it is refused."""
         host = self["nova_metadata_host"]
-        scheme = self["nova_metadata_protocol"].value or "http"
-        port = int(self["nova_metadata_port"].value or NOVA_METADATA_PORT)
-        name = "127.0.0.1" if host.value is None else host.value
+        scheme, port = (self[f"nova_metadata_{one}"].or_default for one in ("protocol", "port"))
+        name = host.option.default if host.value is None else host.value
         # Neutron puts brackets around IPv6 addresses itself; before it did, operators wrote them.
         bracketed = f"[{name}]" if ":" in name and not name.startswith("[") else name
         try:
-            return str(parse_nova_url(f"{scheme}://{bracketed}:{port}"))
+            return str(parse_nova_url(f"{scheme}://{bracketed}:{int(port)}"))
         except ValueError as error:
             self._refuse(host, str(error), "takes a name or an address")
             return ""
@@ -361,11 +364,9 @@ def _put_settings(
 ) -> None:
     """What the files come to, in the order of the settings file."""
     host, port, scheme = (reading[f"nova_metadata_{one}"] for one in ("host", "port", "protocol"))
-    wait, insecure = (
-        reading["metadata_haproxy", "timeout_server"],
-        reading["nova_metadata_insecure"],
-    )
-    state, put, copy = reading["state_path"], reading.put, reading.copy
+    wait, state = reading["metadata_haproxy", "timeout_server"], reading["state_path"]
+    insecure, socket = reading["nova_metadata_insecure"], reading["metadata_proxy_socket"]
+    put, copy = reading.put, reading.copy
     put(f"{_SET}.endpoints", [{"url": url}], scheme, host, port)
     in_file = "its value is Neutron's metadata_proxy_shared_secret"
     put(f"{_SET}.secret_file", str(secret_file), otherwise=in_file)
@@ -381,8 +382,7 @@ def _put_settings(
         put("nova.response_timeout_s", seconds, wait)
     put("documents.enabled", value=False, otherwise="all documents are Nova's")
     put("unix_listener.enabled", value=True, otherwise="in the place of neutron-metadata-agent")
-    put("unix_listener.path", f"{state.value or '/var/lib/neutron'}/metadata_proxy", state)
-    socket = reading["metadata_proxy_socket"]
+    put("unix_listener.path", f"{state.or_default}/metadata_proxy", state)
     put("unix_listener.path", socket.value, socket)
     if reading.ovn:
         runs_on = "OVN's agent listens there and has to run on"
