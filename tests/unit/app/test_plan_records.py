@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
 
@@ -25,7 +26,7 @@ from imdsproxy.core.model import (
 from imdsproxy.core.nova import EndpointSet, NovaRouting, sign_instance
 from imdsproxy.core.observation import AddressKey, Conflict, Observation
 from imdsproxy.core.plan import RecordPlanner, record_key
-from imdsproxy.core.wire import EmbeddedRecord, NovaRecord, render_map_value
+from imdsproxy.core.wire import EmbeddedRecord, MapRecord, NovaRecord, render_map_value
 from imdsproxy.errors import HostRefused
 from imdsproxy.listeners.endpoints import (
     compute_maxconn,
@@ -51,19 +52,6 @@ def _inventory(*sources: tuple[str, Instance]) -> Inventory:
     for name, instance in sources:
         inventory.observe(Observation(name, True, {_RED: network}, {instance.id: instance}))
     return inventory
-
-
-def test_an_address_leads_to_its_instance_in_its_revision() -> None:
-    inventory = _inventory(("a", _instance("web")))
-    record = RecordPlanner(inventory, {InstanceId("web"): "r1"}, {}, NovaRouting()).plan_record(
-        _KEY
-    )
-    assert record == EmbeddedRecord(InstanceId("web"), "r1")
-
-
-def test_an_instance_that_is_not_compiled_is_not_known_yet() -> None:
-    inventory = _inventory(("a", _instance("web")))
-    assert RecordPlanner(inventory, {}, {}, NovaRouting()).plan_record(_KEY) is None
 
 
 def test_an_address_of_two_instances_is_a_conflict_whatever_is_compiled() -> None:
@@ -92,12 +80,6 @@ def test_a_learned_address_counts_only_where_no_record_claims_it() -> None:
     }
 
 
-def test_nobody_s_address_is_to_be_unknown() -> None:
-    inventory = _inventory(("a", _instance("web")))
-    key = (_RED, IPv4Address("10.0.0.9"))
-    assert RecordPlanner(inventory, {}, {}, NovaRouting()).plan_record(key) is None
-
-
 _ROUTER = NetworkId("router-1")
 _SECRETS = (b"one", b"two")
 _ROUTING = NovaRouting(
@@ -116,55 +98,64 @@ def _nova(project: str | None = "p1", port_project: str | None = None) -> Instan
     return replace(_instance("vm"), project=project, ports=(port,), upstream=Upstream.NOVA)
 
 
-def test_an_instance_of_nova_needs_no_compiled_record_but_project_and_signature() -> None:
-    record = RecordPlanner(_inventory(("a", _nova())), {}, {}, _ROUTING).plan_record(_KEY)
-    signature = sign_instance(_SECRETS[0], InstanceId("vm"))
-    assert record == NovaRecord("default", InstanceId("vm"), "p1", (signature,))
+def _record(
+    project: str, secrets: tuple[bytes, ...] = (b"one",), endpoint_set: str = "default"
+) -> NovaRecord:
+    vm = InstanceId("vm")
+    return NovaRecord(endpoint_set, vm, project, tuple(sign_instance(one, vm) for one in secrets))
 
 
-def test_a_project_s_endpoint_set_is_asked_with_both_secrets_while_they_change() -> None:
-    record = RecordPlanner(_inventory(("a", _nova("p2"))), {}, {}, _ROUTING).plan_record(_KEY)
-    assert record == NovaRecord(
-        "cell2",
-        InstanceId("vm"),
-        "p2",
-        (sign_instance(b"two", InstanceId("vm")), sign_instance(b"next", InstanceId("vm"))),
-    )
+_REVISIONS = {InstanceId("web"): "r1"}
+_BY_MAC: AddressKey = (_RED, link_local_of(MacAddress("02:00:00:00:00:05")))
+_SECOND = MacAddress("02:00:00:00:00:06")
+_TWO_PORTS = replace(
+    _nova("p0"),
+    ports=(Port(_RED, MacAddress("02:00:00:00:00:05"), (), "p1"), Port(_RED, _SECOND, (), "p9")),
+)
+
+
+@pytest.mark.parametrize(
+    ("instance", "revisions", "routing", "key", "expected"),
+    [
+        (
+            _instance("web"),
+            _REVISIONS,
+            NovaRouting(),
+            _KEY,
+            EmbeddedRecord(InstanceId("web"), "r1"),
+        ),
+        # One that is not compiled is not known yet, and an address without an owner never.
+        (_instance("web"), {}, NovaRouting(), _KEY, None),
+        (_instance("web"), _REVISIONS, NovaRouting(), (_RED, IPv4Address("10.0.0.9")), None),
+        # One of Nova's needs no compiled record, but a project and a signature.
+        (_nova(), {}, _ROUTING, _KEY, _record("p1")),
+        (_nova(None), {}, _ROUTING, _KEY, None),
+        (_nova(), {}, NovaRouting(), _KEY, None),
+        # A project's endpoint set is asked with both secrets while they change.
+        (_nova("p2"), {}, _ROUTING, _KEY, _record("p2", (b"two", b"next"), "cell2")),
+        # The port's project and not the instance's; the link-local address of its MAC is the port's too.
+        (_nova("p1", "p2"), {}, _ROUTING, _KEY, _record("p2", (b"two", b"next"), "cell2")),
+        (_nova("p1", "p2"), {}, _ROUTING, _BY_MAC, _record("p2", (b"two", b"next"), "cell2")),
+        # Of an address that was learned with a MAC the port is the one that has that.
+        (_TWO_PORTS, {}, _ROUTING, _KEY, _record("p9")),
+    ],
+)
+def test_an_address_has_the_record_of_its_instance(
+    instance: Instance,
+    revisions: Mapping[InstanceId, str],
+    routing: NovaRouting,
+    key: AddressKey,
+    expected: MapRecord | None,
+) -> None:
+    learned = {_KEY: Learned(InstanceId("vm"), 1.0, mac=_SECOND)} if instance is _TWO_PORTS else {}
+    planner = RecordPlanner(_inventory(("a", instance)), revisions, learned, routing)
+    assert planner.plan_record(key) == expected
 
 
 def test_the_network_s_endpoint_set_wins_over_the_project_s() -> None:
     assert _ROUTING.choose(_ROUTER, "p2") == _ROUTING.sets[2]
     assert _ROUTING.choose(_RED, "p3") == _ROUTING.sets[2]
     assert _ROUTING.choose(_RED, "p1") == _ROUTING.sets[0]
-
-
-def test_nova_is_told_the_port_s_project_and_not_the_instance_s() -> None:
-    record = RecordPlanner(_inventory(("a", _nova("p1", "p2"))), {}, {}, _ROUTING).plan_record(_KEY)
-    assert isinstance(record, NovaRecord)
-    assert record.project == "p2"
-    # The link-local address of the port's MAC is the port's too.
-    key = (_RED, link_local_of(MacAddress("02:00:00:00:00:05")))
-    by_mac = RecordPlanner(_inventory(("a", _nova("p1", "p2"))), {}, {}, _ROUTING).plan_record(key)
-    assert by_mac == record
-
-
-def test_of_an_address_that_a_mac_has_the_project_is_that_port_s() -> None:
-    first, second = MacAddress("02:00:00:00:00:05"), MacAddress("02:00:00:00:00:06")
-    ports = (Port(_RED, first, (), "p1"), Port(_RED, second, (), "p9"))
-    vm = replace(_instance("vm"), project="p0", ports=ports, upstream=Upstream.NOVA)
-    learned = {_KEY: Learned(InstanceId("vm"), 1.0, mac=second)}
-    record = RecordPlanner(_inventory(("a", vm)), {}, learned, _ROUTING).plan_record(_KEY)
-    assert isinstance(record, NovaRecord)
-    assert record.project == "p9"
-
-
-@pytest.mark.parametrize(
-    ("instance", "routing"), [(_nova(None), _ROUTING), (_nova("p1"), NovaRouting())]
-)
-def test_without_project_or_nova_there_is_nothing_to_ask_with(
-    instance: Instance, routing: NovaRouting
-) -> None:
-    assert RecordPlanner(_inventory(("a", instance)), {}, {}, routing).plan_record(_KEY) is None
 
 
 def test_an_address_behind_a_router_lasts_as_long_as_the_one_in_its_network() -> None:
