@@ -28,11 +28,7 @@ from imdsproxy.core.model import InstanceId, MacAddress, NetworkId
 from imdsproxy.core.nova import NovaRouting
 from imdsproxy.core.observation import AddressKey, Affected, Conflict, Observation
 from imdsproxy.core.path_rules import PathRules
-from imdsproxy.core.plan import (
-    RecordPlanner,
-    parse_record_key,
-    record_key,
-)
+from imdsproxy.core.plan import RecordPlanner, parse_record_key, record_key
 from imdsproxy.core.policy import PolicyBook
 from imdsproxy.core.timing import Backoff, Durations, Progress
 from imdsproxy.core.wire import MapRecord

@@ -11,12 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final, Literal
 
-from imdsproxy.core.haproxy.runtime import (
-    Processes,
-    parse_failure,
-    parse_features,
-    parse_version,
-)
+from imdsproxy.core.haproxy.runtime import Processes, parse_failure, parse_features, parse_version
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.errors import ConfigRejected, HaproxyMissing, HostRefused, RuntimeUnavailable
@@ -221,7 +216,7 @@ def kill_process(pid: int) -> None:
 
 
 async def control_unit(verb: Literal["start", "stop"], unit: str) -> tuple[int, str]:
-    """Have systemd start or stop a unit: the exit status, and what was said, behind the command itself.
+    """Have systemd start or stop a unit: the exit status, and the command with its output.
 
     Raises:
         HaproxyMissing: There is no systemctl.

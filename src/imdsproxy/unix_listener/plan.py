@@ -96,12 +96,7 @@ _MODES: Final = {"user": 0o644, "group": 0o664, "all": 0o666}
 
 
 def deduce_socket_mode(
-    word: str,
-    *,
-    owner: int,
-    group: int,
-    proxy_user: int | None,
-    proxy_group: int | None,
+    word: str, *, owner: int, group: int, proxy_user: int | None, proxy_group: int | None
 ) -> int:
     """The permission bits for `word`, as Neutron's agent deduces them (neutron/agent/metadata/proxy_base.py).
 

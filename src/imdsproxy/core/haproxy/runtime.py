@@ -16,6 +16,9 @@ _ALERT: Final = re.compile(r"\[ALERT\]\s+(?:(?:\S+\s+)?\(\d+\) : )?(.*)")
 _Key = TypeVar("_Key")
 _ENTRY: Final = re.compile(r"^0x[0-9a-f]+: key=((?:\\.|[^ \\])*) (.*)$")
 _COUNTER: Final = re.compile(r"\b([a-z0-9_]+)(?:\(\d+\))?=(\d+)")
+_PROCESS: Final = re.compile(
+    r"^(?:(#.*)|[ \t]*([0-9]{1,18})[ \t]+(master|worker)[ \t]+([0-9]{1,18})(?!\S).*)$", re.MULTILINE
+)
 _NUMBER: Final = re.compile(r"[0-9]{1,18}")
 
 
@@ -71,23 +74,17 @@ def parse_processes(text: str) -> Processes | None:
     The table has a header per kind (`# workers`, `# old workers`); a line is
     `PID TYPE RELOADS UPTIME VERSION`. A worker in the first part that was reloaded away is drained too.
     """
-    master: int | None = None
-    reloads = 0
+    master, reloads = None, 0
     current: list[int] = []
     draining: list[int] = []
     old = False
-    for line in text.splitlines():
-        if line.startswith("#"):
-            old = "old" in line
-            continue
-        words = line.split()
-        if len(words) < 3 or not all(_NUMBER.fullmatch(words[at]) for at in (0, 2)):  # noqa: PLR2004 - PID, TYPE, RELOADS
-            continue
-        pid, kind = int(words[0]), words[1]
-        if kind == "master":
-            master, reloads = pid, int(words[2])
-        elif kind == "worker":
-            (draining if old else current).append(pid)
+    for header, pid, kind, count in _PROCESS.findall(text):
+        if header:
+            old = "old" in header
+        elif kind == "master":
+            master, reloads = int(pid), int(count)
+        else:
+            (draining if old else current).append(int(pid))
     if master is None:
         return None
     worker = current[-1] if current else None

@@ -29,7 +29,7 @@ _FORBIDDEN: Final = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 _NAME: Final = re.compile(r"( ?)<([a-z][a-z0-9_]*)(?:\(([a-z][a-z0-9_]*)\))?>")
 _HEADER: Final = re.compile(r"^([^\s#].*)\n", re.MULTILINE)
 _FLAG: Final = re.compile(r"\[(!?)([a-z][a-z0-9_]*)\] +")
-_FLAGS: Final = re.compile(rf"(?:{_FLAG.pattern})*")
+_LINE: Final = re.compile(rf"^((?:{_FLAG.pattern})*)(.*)$", re.MULTILINE)
 
 
 class UnquotableWord(ValueError):
@@ -92,13 +92,8 @@ def name_values(values: Mapping[str, object], prefix: str = "") -> dict[str, Val
 def _parse(template: str) -> list[tuple[list[tuple[str, str]], list[str]]]:
     """Each line's flags, and its parts: text, then a space or nothing, a name, its argument, text, and so on."""
     rules = [one for one in template.splitlines() if one.strip() and one.lstrip()[0] != "#"]
-    lines = re.sub(r"\n +", " ", dedent("\n".join(rules))).splitlines()
-    heads = [_FLAGS.match(line) for line in lines]
-    ends = [0 if head is None else head.end() for head in heads]
-    return [
-        (_FLAG.findall(line[:end]), _NAME.split(line[end:]))
-        for line, end in zip(lines, ends, strict=True)
-    ]
+    lines = _LINE.findall(re.sub(r"\n +", " ", dedent("\n".join(rules))))
+    return [(_FLAG.findall(flags), _NAME.split(rest)) for flags, *_, rest in lines]
 
 
 @lru_cache(maxsize=64)
