@@ -66,6 +66,10 @@ _SSH_KEY: Final = Table(
 )
 
 
+def _parse_bare_key(field: Field) -> SshKey:
+    return SshKey("", _parse_key(field))
+
+
 def _parse_ssh_keys(field: Field) -> tuple[SshKey, ...]:
     """The keys in their order, each under a name of its own.
 
@@ -75,11 +79,8 @@ def _parse_ssh_keys(field: Field) -> tuple[SshKey, ...]:
     found: list[tuple[int, SshKey]] = []
     named: set[str] = set()
     for index, item in enumerate(field.items()):
-        if isinstance(item.value, str):
-            line = item.read(_parse_key)
-            key = None if line is None else SshKey("", line)
-        else:
-            key = item.read(_SSH_KEY.parse)
+        bare = isinstance(item.value, str)
+        key = item.read(_parse_bare_key if bare else _SSH_KEY.parse)
         if key is None:
             continue
         if key.name in named:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, Final
 
 from imdsproxy.core import model, path_rules
@@ -12,8 +11,8 @@ from imdsproxy.core.records import values
 from imdsproxy.core.records.schema import Field, Key, Kind, Table, list_of
 
 MTU_BOUNDS: Final = (68, 65535)
-_MODES: Final = tuple(mode.value for mode in TokenMode)
-_WORDS: Final = tuple(word.value for word in path_rules.PathWord)
+_MODE: Final = values.choice_of(TokenMode)
+_WORD: Final = values.choice_of(path_rules.PathWord)
 
 
 def _parse_mode(field: Field) -> TokenMode:
@@ -21,29 +20,26 @@ def _parse_mode(field: Field) -> TokenMode:
         # `off` without quotes is false in YAML 1.1.
         return TokenMode.OFF
     if not isinstance(field.value, str):
-        raise field.error("is no mode of tokens", f"one of {', '.join(_MODES)}")
-    return TokenMode(field.one_of(_MODES))
+        raise field.error("is no mode of tokens", f"one of {', '.join(TokenMode)}")
+    return TokenMode(_MODE.parse(field))
 
 
 def _parse_paths(field: Field) -> path_rules.PathRules | None:
     entries = field.mapping()
     if len(entries) > path_rules.MOST_PATH_RULES:
         raise field.error(f"has {len(entries)} paths", f"at most {path_rules.MOST_PATH_RULES}")
-    words = {path: entry.read(partial(_parse_word, path=path)) for path, entry in entries.items()}
-    return (
-        path_rules.sort_paths((path, word) for path, word in words.items() if word is not None)
-        or None
-    )
+    words = ((path, entry.read(_parse_word)) for path, entry in entries.items())
+    return path_rules.sort_paths((path, word) for path, word in words if word is not None) or None
 
 
-def _parse_word(field: Field, path: str) -> path_rules.PathWord:
-    fault = path_rules.find_path_fault(path)
+def _parse_word(field: Field) -> path_rules.PathWord:
+    """What is said of the path that the entry is for."""
+    fault = path_rules.find_path_fault(str(field.path[-1]))
     if fault is not None:
         raise field.error(*fault)
-    return path_rules.PathWord(field.one_of(_WORDS))
+    return path_rules.PathWord(_WORD.parse(field))
 
 
-_MODE: Final = values.choice_of(TokenMode)
 _RULE_KINDS: Final[dict[type[object], Kind]] = {
     bool: values.SWITCH,
     TokenMode: Kind(_parse_mode, _MODE.schema, _MODE.render),
@@ -51,7 +47,7 @@ _RULE_KINDS: Final[dict[type[object], Kind]] = {
         _parse_paths,
         {
             "type": "object",
-            "additionalProperties": {"type": "string", "enum": [*_WORDS]},
+            "additionalProperties": dict(_WORD.schema or {}),
             "maxProperties": path_rules.MOST_PATH_RULES,
         },
         lambda rules: {path: word.value for path, word in rules},
