@@ -218,8 +218,8 @@ def watch(
 ) -> None:
     """Every request of a guest as it is answered, until Ctrl-C; with --json a line each."""
     daemon, as_json = run.daemon(), run.output.as_json
-    chosen = {"network": network, "instance": instance}
-    query = {name: value for name, value in chosen.items() if value is not None}
+    query = {} if network is None else {"network": network}
+    query |= {} if instance is None else {"instance": instance}
     lines = [] if as_json else [_HEAD]
     while True:
         answer = daemon.get("/v1/watch", query)

@@ -57,6 +57,9 @@ _GOOD = "networks:\n- id: a\n  listener: {bridge: b}\n"
 
 
 def test_every_bad_record_is_reported_with_its_file_and_line(tmp_path: Path) -> None:
+    missing = {"file": {"enabled": True, "directory": f"{tmp_path}/none"}}
+    assert [one.exit_status for one in check_records(subject({"sources": missing}))] == [69]
+    assert check_records(subject()) == []
     on = subject({"sources": {"file": {"enabled": True, "directory": str(tmp_path)}}})
     (tmp_path / "a.yaml").write_text(_GOOD)
     assert summarise(check_records(on)) == [(0, False, f"1 in {tmp_path}")]
@@ -69,12 +72,6 @@ def test_every_bad_record_is_reported_with_its_file_and_line(tmp_path: Path) -> 
     found = summarise(check_records(on))
     assert [status for status, _, _ in found] == [69] * 4
     assert found[0][2].startswith(f"{tmp_path}/a.yaml:4: networks[0].mtu")
-
-
-def test_a_missing_record_directory_is_wrong_where_it_is_a_source(tmp_path: Path) -> None:
-    on = subject({"sources": {"file": {"enabled": True, "directory": f"{tmp_path}/none"}}})
-    assert [one.exit_status for one in check_records(on)] == [69]
-    assert check_records(subject()) == []
 
 
 def test_a_running_daemon_reports_what_it_does_not_serve() -> None:

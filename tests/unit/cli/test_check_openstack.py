@@ -190,23 +190,17 @@ def _clouds(path: Path, **source: object) -> Subject:
     [
         (b"clouds: {here: {}}\n", 0o600, (True, False, "cloud here of")),
         (b"clouds: {here: {auth_type: none}}\n", 0o644, (True, False, "cloud here of")),
-        (
-            b"clouds: {here: {auth_type: none}, there: {auth: {password: x}}}\n",
-            0o644,
-            (True, True, "which holds a secret (password)"),
-        ),
-        (
-            b"clouds: {here: {auth: {application_credential_secret: x}}}\n",
-            0o644,
-            (True, True, "a secret (application_credential_secret)"),
-        ),
+        (b"clouds: {here: {auth_type: none}, there: {auth: {password: x}}}\n", 0o644,
+         (True, True, "which holds a secret (password)")),
+        (b"clouds: {here: {auth: {application_credential_secret: x}}}\n", 0o644,
+         (True, True, "a secret (application_credential_secret)")),
         (b"clouds: {there: {}}\n", 0o600, (False, False, "has no cloud here")),
         (b"- 1\n", 0o600, (False, False, "has no cloud here")),
         (b"a: [\n", 0o600, (False, False, "is not YAML")),
         (b"\xff", 0o600, (False, False, "not UTF-8")),
         (None, 0, (False, False, "No such file")),
     ],
-)
+)  # fmt: skip
 def test_the_cloud_has_to_be_in_its_file(
     tmp_path: Path, content: bytes | None, mode: int, reported: tuple[bool, bool, str]
 ) -> None:

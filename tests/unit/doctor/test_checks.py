@@ -120,30 +120,6 @@ def test_a_fault_is_found_with_its_place_and_nothing_else(
     assert finding.what
 
 
-@pytest.mark.parametrize(
-    ("broken", "code", "severity", "client"),
-    [
-        (server({f"{LIST}/hostname": Reply(b"web-1", delay_s=0.45)}), "slow", WARNING, "New Relic"),
-        (server({f"{LIST}/hostname": Reply(b"web-1", delay_s=1.4)}), "slow", ERROR, "botocore"),
-        (server({"/latest/user-data/": Reply(status=404)}), "trailing-slash", ERROR, "Ohai"),
-        (server({f"{ZONE}/": Reply(status=404)}), "trailing-slash", ERROR, "botocore"),
-        (server(token=Reply(status=403)), "token-refused", ERROR, "Ansible"),
-        (server(token=Reply(status=405)), "token-refused", ERROR, "Ignition"),
-        (server(token=Reply(status=400)), "token-refused", ERROR, "botocore"),
-        (server({"/computeMetadata/v1/instance/id": Reply(b"1")}), "foreign-cloud", WARNING, "google-auth"),
-        (server({"/nocloud/vendor-data": None}), "nocloud-missing", WARNING, "NoCloud"),
-        (server({"/nocloud/user-data": None}), "nocloud-missing", ERROR, "NoCloud"),
-    ],
-)  # fmt: skip
-def test_how_bad_a_fault_is_and_for_whom_depends_on_what_was_seen(
-    broken: MetadataServer, code: str, severity: Severity, client: str
-) -> None:
-    finding = found(broken)[code]
-    assert finding.severity is severity
-    assert client in "; ".join(finding.clients)
-    assert finding.paths
-
-
 @pytest.mark.parametrize("token", [Reply(status=404), Reply(b"abc", headers=TTL)])
 def test_a_server_without_a_fault_has_none(token: Reply) -> None:
     assert found(server(token=token), Surroundings(macs=frozenset({MAC}))) == {}
@@ -152,18 +128,11 @@ def test_a_server_without_a_fault_has_none(token: Reply) -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        DATA,
-        "  \n#cloud-config\n",
-        "#!/bin/sh\n",
-        "#include https://example.org/x\n",
-        "## template: jinja\n#cloud-config\n",
-        "Content-Type: multipart/mixed; boundary=x\nMIME-Version: 1.0\n",
-        "From: x\nMIME-Version: 1.0\n",
-        '{"ignition": {"version": "3.4.0"}}',
-        "#ps1_sysnative\n",
-        "<powershell>\n",
+        DATA, "  \n#cloud-config\n", "#!/bin/sh\n", "#include https://example.org/x\n",
+        "## template: jinja\n#cloud-config\n", "Content-Type: multipart/mixed; boundary=x\nMIME-Version: 1.0\n",
+        "From: x\nMIME-Version: 1.0\n", '{"ignition": {"version": "3.4.0"}}', "#ps1_sysnative\n", "<powershell>\n",
     ],
-)
+)  # fmt: skip
 def test_user_data_that_a_client_understands_is_no_finding(data: str) -> None:
     for body in (data.encode(), gzip.compress(data.encode())):
         assert found(server({USER: Reply(body)})) == {}
@@ -234,6 +203,36 @@ class Odd(MetadataServer):
         return super().fetch(ask)
 
 
+def silent(path: str, *, timed_out: bool) -> MetadataServer:
+    return Odd(instead={path: Answer(why="nothing", timed_out=timed_out)})
+
+
+@pytest.mark.parametrize(
+    ("broken", "code", "severity", "client"),
+    [
+        (server({f"{LIST}/hostname": Reply(b"web-1", delay_s=0.45)}), "slow", WARNING, "New Relic"),
+        (server({f"{LIST}/hostname": Reply(b"web-1", delay_s=1.4)}), "slow", ERROR, "botocore"),
+        (server({"/latest/user-data/": Reply(status=404)}), "trailing-slash", ERROR, "Ohai"),
+        (server({f"{ZONE}/": Reply(status=404)}), "trailing-slash", ERROR, "botocore"),
+        (server(token=Reply(status=403)), "token-refused", ERROR, "Ansible"),
+        (server(token=Reply(status=405)), "token-refused", ERROR, "Ignition"),
+        (server(token=Reply(status=400)), "token-refused", ERROR, "botocore"),
+        (server({"/computeMetadata/v1/instance/id": Reply(b"1")}), "foreign-cloud", WARNING, "google-auth"),
+        (server({"/nocloud/vendor-data": None}), "nocloud-missing", WARNING, "NoCloud"),
+        (server({"/nocloud/user-data": None}), "nocloud-missing", ERROR, "NoCloud"),
+        (silent(f"{OPENSTACK}/vendor_data.json", timed_out=True), "no-answer", ERROR, "cloudbase-init"),
+        (silent(f"{LIST}/instance-id/x", timed_out=False), "no-answer", WARNING, "29 clients"),
+    ],
+)  # fmt: skip
+def test_how_bad_a_fault_is_and_for_whom_depends_on_what_was_seen(
+    broken: MetadataServer, code: str, severity: Severity, client: str
+) -> None:
+    finding = found(broken)[code]
+    assert finding.severity is severity
+    assert client in "; ".join(finding.clients)
+    assert finding.paths
+
+
 def test_tokens_that_are_required_are_used_and_noted() -> None:
     refusals = {"/latest/meta": Answer(401), "/2009": Answer(401)}
     findings = found(Odd(token=Reply(b"abc", headers=TTL), instead=refusals))
@@ -275,21 +274,6 @@ def test_a_server_that_does_not_know_the_guest_serves_nothing() -> None:
     nothing = found(MetadataServer(replies={}), around)["nothing-served"]
     assert nothing.severity is ERROR
     assert "no record has the address" in nothing.what
-
-
-@pytest.mark.parametrize(
-    ("path", "timed_out", "severity", "client"),
-    [
-        (f"{OPENSTACK}/vendor_data.json", True, ERROR, "cloudbase-init"),
-        (f"{LIST}/instance-id/x", False, WARNING, "29 clients"),
-    ],
-)
-def test_silence_on_one_path_is_found_and_is_less_below_a_leaf(
-    path: str, *, timed_out: bool, severity: Severity, client: str
-) -> None:
-    finding = found(Odd(instead={path: Answer(why="nothing", timed_out=timed_out)}))["no-answer"]
-    assert (finding.severity, finding.paths) == (severity, (path,))
-    assert client in finding.clients[0]
 
 
 def test_without_an_answer_at_the_root_nothing_is_found_about_versions() -> None:

@@ -136,11 +136,7 @@ def check_overrides(on: Subject) -> list[Finding]:
 def _scopes(on: Subject) -> Iterator[tuple[str, PolicyScope, PolicyRules]]:
     book: PolicyBook = on.settings.policy.book()
     yield "policy.host", PolicyScope.HOST, book.host
-    for section, scope, scopes in (
-        ("networks", PolicyScope.NETWORK, book.networks),
-        ("projects", PolicyScope.PROJECT, book.projects),
-        ("instances", PolicyScope.INSTANCE, book.instances),
-    ):
-        for name, rules in scopes.items():
+    for scope in (PolicyScope.NETWORK, PolicyScope.PROJECT, PolicyScope.INSTANCE):
+        for name, rules in getattr(book, f"{scope}s").items():
             if rules != NO_RULES:
-                yield f"policy.{section}.{name}", scope, rules
+                yield f"policy.{scope}s.{name}", scope, rules
