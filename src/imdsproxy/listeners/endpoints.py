@@ -50,16 +50,12 @@ def listen(
         carriers = [one for one in reachable if device in (None, one.device)]
     usable = [one for one in carriers if one.state is AddressState.USABLE]
     if not usable:
-        where = f"on device {device}" if device else "on any device"
+        where, code = f"on device {device}" if device else "on any device", LeftOutCode.PENDING
         if carriers:
-            code, text, hint = _UNUSABLE[carriers[0].state]
-            where = carriers[0].device
-        elif managed:
-            code, text, hint = LeftOutCode.PENDING, "{} is being added {}", ""
-        elif on_loopback:
-            code, text, hint = _ON_LOOPBACK
-        else:
-            code, text, hint = _MISSING
+            where, code = carriers[0].device, LeftOutCode(f"address-{carriers[0].state.value}")
+        elif not managed:
+            code = LeftOutCode.ADDRESS_ON_LOOPBACK if on_loopback else LeftOutCode.ADDRESS_MISSING
+        text, hint = _UNUSABLE[code]
         yield LeftOut(network, family, code, text.format(family.metadata_address, where), hint)
         return
     devices = [device] if family is Family.IPV4 else dict.fromkeys(one.device for one in usable)
@@ -72,27 +68,22 @@ def listen(
 
 
 _UNUSABLE: Final = {
-    AddressState.DUPLICATE: (
-        LeftOutCode.ADDRESS_DUPLICATE,
+    LeftOutCode.PENDING: ("{} is being added {}", ""),
+    LeftOutCode.ADDRESS_TENTATIVE: ("{} on {} is still tentative", "add it with nodad"),
+    LeftOutCode.ADDRESS_DUPLICATE: (
         "{} on {} is also used by another host of the link",
         "take it away there, then add it here again, with nodad",
     ),
-    AddressState.TENTATIVE: (
-        LeftOutCode.ADDRESS_TENTATIVE,
-        "{} on {} is still tentative",
-        "add it with nodad",
+    LeftOutCode.ADDRESS_ON_LOOPBACK: (
+        "{} is on lo, where no guest can reach it",
+        "put it on the device that leads to the guests, with nodad",
+    ),
+    LeftOutCode.ADDRESS_MISSING: (
+        "{} is not {}",
+        "add it, or name a device and set manage_addresses",
     ),
 }
-_ON_LOOPBACK: Final = (
-    LeftOutCode.ADDRESS_ON_LOOPBACK,
-    "{} is on lo, where no guest can reach it",
-    "put it on the device that leads to the guests, with nodad",
-)
-_MISSING: Final = (
-    LeftOutCode.ADDRESS_MISSING,
-    "{} is not {}",
-    "add it, or name a device and set manage_addresses",
-)
+"""Why an address cannot be bound, of address and place, and a hint."""
 
 
 def _bind(
@@ -117,7 +108,7 @@ def _bind(
         reason = f"the kernel refuses to bind {address}: {name}"
         yield LeftOut(network, family, LeftOutCode.BIND_REFUSED, reason)
     else:
-        bound_to = seen.devices.get(device) if device is not None else None
+        bound_to = seen.devices.get(device or "")
         index = 0 if bound_to is None else bound_to.index
         yield Endpoint(network, address, METADATA_PORT, device, seen.ref, index)
     yield from others
