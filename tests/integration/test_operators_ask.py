@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
 
 import pytest
 
@@ -13,8 +12,6 @@ from support.recorder import reply
 from support.world import World
 
 pytestmark = pytest.mark.root
-
-_PASSWORD: Final = "/openstack/latest/password"
 
 
 @pytest.fixture(scope="module")
@@ -67,24 +64,6 @@ def test_a_probe_shows_what_our_documents_and_rules_answer(world: World) -> None
     refused = world.daemon.command(*asked)
     assert (refused.status, "401 Unauthorized" in refused.out) == (1, True)
     world.daemon.command("instance", "set", "red-5", "--clear", "policy")
-
-
-def test_a_posted_password_is_shown_and_cleared(world: World) -> None:
-    daemon, guest = world.daemon, world.red
-    none = daemon.command("instance", "password", "red-5")
-    assert (none.status, "has posted no password" in none.err) == (66, True)
-    for clear in (
-        ("instance", "password", "red-5", "--clear"),
-        ("instance", "set", "red-5", "--clear", "password"),
-    ):
-        assert guest.ask(_PASSWORD, method="POST", body=b"c2VjcmV0").status == 200
-        assert guest.ask(_PASSWORD, method="POST", body=b"another").status == 409
-        assert daemon.command("instance", "password", "red-5").out == "c2VjcmV0"
-        assert "c2VjcmV0" not in daemon.command("instance", "show", "red-5", "--json").out
-        assert daemon.command(*clear).status == 0
-        assert guest.ask(_PASSWORD).body == b""
-    assert daemon.command("instance", "set", "red-5", "--clear", "password").status == 0
-    assert daemon.command("instance", "password", "red-5", "--clear").status == 66
 
 
 def test_a_link_in_the_place_of_a_password_is_not_followed(world: World, tmp_path: Path) -> None:

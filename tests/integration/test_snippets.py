@@ -5,15 +5,17 @@ from __future__ import annotations
 import itertools
 import json
 import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from xml.etree import ElementTree as ET
 
 import pytest
 
 from demo.cloudinit import download
-from imdsproxy.core.model import Dialect, InterfaceListener, NamespaceListener, Network
+from imdsproxy.core.model import Dialect, InterfaceListener, NamespaceListener
 from imdsproxy.core.snippets import HINTS, Target
 from support.debian_files import unpacked
 from support.demonstration import REPOSITORY
@@ -33,65 +35,48 @@ from support.snippets import (
     snippet,
 )
 
+
+def _run(*argv: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:  # noqa: ANN401 - passed on
+    return subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False, **options)
+
+
 # What ds-identify finds
 
-_SOURCE = {Dialect.OPENSTACK: "OpenStack", Dialect.NOCLOUD: "NoCloud", Dialect.EC2: "Ec2"}
-
-every = pytest.mark.parametrize(
-    ("target", "dialect"), list(itertools.product(Target, Dialect)), ids=str
-)
+_AMAZON: Final = ("ec2e1916-9099-4caf-8d21-012345abcdef", "45e12aec-dcd1-4213-94ed-012345abcdef")
+_EVERY: Final = list(itertools.product(Target, Dialect))
 
 
-@every
-def test_a_machine_with_the_snippet_asks_for_that_dialect_and_no_other(
-    target: Target, dialect: Dialect, tmp_path: Path
-) -> None:
-    machine = machine_of(snippet(target, dialect))
-
-    assert identify(machine, tmp_path) == [_SOURCE[dialect]]
-
-
-def test_a_machine_without_it_asks_nobody(tmp_path: Path) -> None:
-    assert identify(Machine(), tmp_path) == []
-
-
-@every
-def test_a_uuid_that_looks_like_amazons_leads_nowhere_else(
-    target: Target, dialect: Dialect, tmp_path: Path
-) -> None:
-    for number, uuid in enumerate(
-        ("ec2e1916-9099-4caf-8d21-012345abcdef", "45e12aec-dcd1-4213-94ed-012345abcdef")
-    ):
+def _machines() -> Iterator[tuple[str, Machine, list[str]]]:
+    """Machines without a snippet and with one, and what each asks for."""
+    yield "none", Machine(), []
+    yield "container-none", Machine(virtualization="container:lxc"), []
+    for uuid in _AMAZON:
+        yield f"none-{uuid}", Machine({"product_uuid": uuid}), ["ec2"]
+    for dialect in Dialect:
+        kernel = f"root=/dev/vda1 {HINTS[dialect].kernel} quiet"
+        yield f"kernel-{dialect}", Machine(kernel=kernel), [dialect]
+        yield f"container-{dialect}", container_of(snippet(Target.INCUS, dialect)), [dialect]
+    for (target, dialect), uuid in itertools.product(_EVERY, (UUID, *_AMAZON)):
         machine = machine_of(snippet(target, dialect, uuid=uuid))
-        assert identify(Machine({"product_uuid": uuid}), tmp_path / f"{number}-bare") == ["Ec2"]
-        assert identify(machine, tmp_path / str(number)) == [_SOURCE[dialect]]
+        yield f"{target}-{dialect}-{uuid}", machine, [dialect]
 
 
-@pytest.mark.parametrize("dialect", list(Dialect))
-def test_the_word_for_the_kernel_command_line_opens_the_gate_too(
+@pytest.mark.parametrize(
+    ("machine", "asked"),
+    [pytest.param(machine, asked, id=name) for name, machine, asked in _machines()],
+)
+def test_a_machine_asks_for_the_dialect_of_its_snippet_and_for_no_other(
+    machine: Machine, asked: list[str], tmp_path: Path
+) -> None:
+    assert [one.lower() for one in identify(machine, tmp_path)] == asked
+
+
+@pytest.mark.parametrize("dialect", [Dialect.NOCLOUD, Dialect.OPENSTACK])
+def test_an_image_that_incus_seeds_takes_nocloud_which_is_the_default_there(
     dialect: Dialect, tmp_path: Path
 ) -> None:
-    found = identify(Machine(kernel=f"root=/dev/vda1 {HINTS[dialect].kernel} quiet"), tmp_path)
-
-    assert [one.lower() for one in found] == [dialect]
-
-
-@pytest.mark.parametrize("dialect", list(Dialect))
-def test_a_container_of_incus_asks_as_well(dialect: Dialect, tmp_path: Path) -> None:
-    machine = container_of(snippet(Target.INCUS, dialect))
-
-    assert [one.lower() for one in identify(machine, tmp_path)] == [dialect]
-
-
-def test_a_container_without_it_asks_nobody(tmp_path: Path) -> None:
-    assert identify(Machine(virtualization="container:lxc"), tmp_path) == []
-
-
-def test_an_image_that_incus_seeds_takes_nocloud_which_is_the_default_there(tmp_path: Path) -> None:
-    for number, dialect in enumerate((Dialect.NOCLOUD, Dialect.OPENSTACK)):
-        bare = machine_of(snippet(Target.INCUS, dialect))
-        machine = Machine(bare.dmi, seeded=True)
-        assert identify(machine, tmp_path / str(number))[0] == "NoCloud"
+    machine = replace(machine_of(snippet(Target.INCUS, dialect)), seeded=True)
+    assert identify(machine, tmp_path)[0] == "NoCloud"
 
 
 # Believed: the data sources look at the SMBIOS once more
@@ -129,46 +114,26 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "usr/lib/python3/dist-packages"
 
 
-def _believed(machine: Machine, libraries: Path, directory: Path) -> dict[str, object]:
-    write_dmi(machine, directory / "dmi")
-    ran = subprocess.run(
-        ["/usr/bin/python3", "-c", _SCRIPT, directory / "dmi"],
-        env={"PYTHONPATH": str(libraries), "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    seen: dict[str, object] = json.loads(ran.stdout)
-    return seen
-
-
-@every
-def test_the_data_source_believes_the_snippet(
-    target: Target, dialect: Dialect, libraries: Path, tmp_path: Path
+@pytest.mark.parametrize("shown", [None, *_EVERY], ids=str)
+def test_only_the_data_source_of_the_snippet_believes_it(
+    shown: tuple[Target, Dialect] | None, libraries: Path, tmp_path: Path
 ) -> None:
-    machine = machine_of(snippet(target, dialect))
+    machine = Machine() if shown is None else machine_of(snippet(*shown))
+    write_dmi(machine, tmp_path / "dmi")
+    environment = {"PYTHONPATH": str(libraries), "PYTHONDONTWRITEBYTECODE": "1"}
+    ran = _run("/usr/bin/python3", "-c", _SCRIPT, tmp_path / "dmi", env=environment)
+    assert ran.returncode == 0, ran.stderr
+    seen = json.loads(ran.stdout)
 
-    seen = _believed(machine, libraries, tmp_path)
-
+    target, dialect = shown or (None, None)
     assert seen["openstack"] is (dialect is Dialect.OPENSTACK)
     assert seen["nocloud"] is (dialect is Dialect.NOCLOUD)
     # Not "aws": that one insists on session tokens.
     assert seen["ec2"] == ("e24cloud" if dialect is Dialect.EC2 else "unknown")
     if dialect is Dialect.NOCLOUD:
-        assert seen["seed"] == {
-            "seedfrom": "http://169.254.169.254/nocloud/",
-            "dsmode": "net",
-        }
-    if target is not Target.INCUS:
+        assert seen["seed"] == {"seedfrom": "http://169.254.169.254/nocloud/", "dsmode": "net"}
+    if target not in (None, Target.INCUS):
         assert seen["uuid"] == UUID
-
-
-def test_without_it_none_does(libraries: Path, tmp_path: Path) -> None:
-    seen = _believed(Machine(), libraries, tmp_path)
-
-    assert (seen["openstack"], seen["nocloud"], seen["ec2"]) == (False, False, "unknown")
 
 
 # Valid
@@ -198,37 +163,28 @@ def _validate(text: str, schema: str, directory: Path) -> str:
     document = directory / f"{schema}.xml"
     document.write_text(text)
     rng = unpacked("libvirt-common") / "usr/share/libvirt/schemas" / f"{schema}.rng"
-    ran = subprocess.run(
-        ["/usr/bin/xmllint", "--noout", "--relaxng", rng, document],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    ran = _run("/usr/bin/xmllint", "--noout", "--relaxng", rng, document)
     return "" if ran.returncode == 0 else ran.stderr
 
 
+@pytest.mark.parametrize("dialect", list(Dialect))
 @pytest.mark.parametrize(
-    ("dialect", "listener"),
-    list(
-        itertools.product(
-            Dialect, (None, InterfaceListener("virbr0"), NamespaceListener("qdhcp-1"))
-        )
-    ),
-    ids=str,
+    "listener", [None, InterfaceListener("virbr0"), NamespaceListener("qdhcp-1")], ids=str
 )
 def test_libvirt_would_take_the_domain_and_the_network(
     dialect: Dialect, listener: InterfaceListener | NamespaceListener | None, tmp_path: Path
 ) -> None:
-    printed = snippet(Target.LIBVIRT, dialect, network(listener), macs=[MAC, None])
-    pieces = _pieces(printed)
+    pieces = _pieces(snippet(Target.LIBVIRT, dialect, network(listener), macs=[MAC, None]))
     domain = _DOMAIN.format(
         outside=pieces["sysinfo"] + pieces["uuid"],
         smbios=pieces["smbios"],
         devices=pieces["interface"],
     )
+    options = _NETWORK.format(options=pieces.get("options", ""))
 
     assert _validate(domain, "domain", tmp_path) == ""
+    assert _validate(options, "network", tmp_path) == ""
+    assert ("options" in pieces) is isinstance(listener, InterfaceListener)
 
 
 def test_the_schema_would_say_no_to_anything_else(tmp_path: Path) -> None:
@@ -238,13 +194,6 @@ def test_the_schema_would_say_no_to_anything_else(tmp_path: Path) -> None:
     assert "fails to validate" in _validate(misplaced, "domain", tmp_path)
 
 
-def test_libvirt_would_take_the_route_into_its_network(tmp_path: Path) -> None:
-    isolated = network(gateway=None)
-    pieces = _pieces(snippet(Target.LIBVIRT, Dialect.OPENSTACK, isolated))
-
-    assert _validate(_NETWORK.format(options=pieces["options"]), "network", tmp_path) == ""
-
-
 @pytest.mark.parametrize("target", [one for one in Target if one is not Target.LIBVIRT])
 @pytest.mark.parametrize("dialect", list(Dialect))
 def test_qemu_starts_with_the_smbios_that_is_printed(target: Target, dialect: Dialect) -> None:
@@ -252,13 +201,8 @@ def test_qemu_starts_with_the_smbios_that_is_printed(target: Target, dialect: Di
     smbios = [word for one in arguments if one == "-smbios" for word in (one, next(arguments))]
     machine = ["-machine", "q35,accel=tcg", "-nodefaults", "-display", "none", "-S"]
 
-    ran = subprocess.run(
-        ["/usr/bin/qemu-system-x86_64", *machine, "-monitor", "stdio", *smbios],
-        input="quit\n",
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
+    ran = _run(
+        "/usr/bin/qemu-system-x86_64", *machine, "-monitor", "stdio", *smbios, input="quit\n"
     )
 
     assert len(smbios) == 4
@@ -267,14 +211,20 @@ def test_qemu_starts_with_the_smbios_that_is_printed(target: Target, dialect: Di
 
 # Announced
 
-_METADATA = IPv4Network("169.254.169.254/32")
-_ON_LINK = IPv4Address("0.0.0.0")
+_ROUTES = [
+    (IPv4Network("169.254.169.254/32"), IPv4Address("0.0.0.0")),
+    (IPv4Network("0.0.0.0/0"), IPv4Address("10.0.0.1")),
+]
 
 
-def _offered(lab: HostLab, of: Network, directory: Path) -> dict[int, bytes]:
-    made = snippet(Target.QEMU, Dialect.OPENSTACK, of)
-    configuration = directory / "dnsmasq.conf"
-    configuration.write_text(f"{made.of('route')}\n")
+@pytest.mark.slow
+@pytest.mark.root
+def test_a_guest_with_a_foreign_gateway_is_given_the_neighbour_and_that_gateway(
+    lab: HostLab, tmp_path: Path
+) -> None:
+    printed = snippet(Target.QEMU, Dialect.OPENSTACK, network(InterfaceListener("lan0")))
+    configuration = tmp_path / "dnsmasq.conf"
+    configuration.write_text(f"{printed.of('route')}\n")
     namespace, plugged = lab.namespace("dhcp"), lab.namespace("guest")
     device = "lan0"
     ends = ("type", "veth", "peer", "name", "eth0", "netns", plugged)
@@ -286,7 +236,7 @@ def _offered(lab: HostLab, of: Network, directory: Path) -> dict[int, bytes]:
             *("/usr/bin/nsenter", f"--net=/run/netns/{namespace}", "--", "/usr/sbin/dnsmasq"),
             *("--keep-in-foreground", f"--conf-file={configuration}", f"--interface={device}"),
             *("--port=0", "--bind-interfaces", "--dhcp-range=10.0.0.50,10.0.0.60", "--user=root"),
-            *(f"--dhcp-leasefile={directory}/leases", f"--pid-file={directory}/pid"),
+            *(f"--dhcp-leasefile={tmp_path}/leases", f"--pid-file={tmp_path}/pid"),
         ],
         stderr=subprocess.DEVNULL,
     )
@@ -302,17 +252,4 @@ def _offered(lab: HostLab, of: Network, directory: Path) -> dict[int, bytes]:
     finally:
         server.kill()
         server.wait()
-    return seen[0]
-
-
-@pytest.mark.slow
-@pytest.mark.root
-def test_a_guest_with_a_foreign_gateway_is_told_the_neighbour_and_that_gateway(
-    lab: HostLab, tmp_path: Path
-) -> None:
-    options = _offered(lab, network(InterfaceListener("lan0")), tmp_path)
-
-    assert classless_routes(options[121]) == [
-        (_METADATA, _ON_LINK),
-        (IPv4Network("0.0.0.0/0"), IPv4Address("10.0.0.1")),
-    ]
+    assert classless_routes(seen[0][121]) == _ROUTES

@@ -71,18 +71,12 @@ def snippet(
 
 
 def machine_of(snippet: Snippet) -> Machine:
-    """The virtual machine with all of it pasted."""
-    smbios = _smbios(snippet)
+    """The virtual machine with all of it pasted; systemd-stub adds words to the kernel command line."""
+    smbios = list(_smbios(snippet))
     dmi = {DMI_OF_SMBIOS[key]: value for key, value in smbios if key in DMI_OF_SMBIOS}
-    return Machine(dmi)
-
-
-def kernel_words(snippet: Snippet) -> dict[str, str]:
-    """What systemd-stub adds to the kernel command line, by name."""
-    (value,) = [value for key, value in _smbios(snippet) if key == (11, "value")]
-    prefix, _, line = value.partition("=")
-    assert prefix == "io.systemd.stub.kernel-cmdline-extra"
-    return dict(word.split("=", 1) for word in line.split(" "))
+    extra = [value for key, value in smbios if key == (11, "value")]
+    words = " ".join(one.removeprefix("io.systemd.stub.kernel-cmdline-extra=") for one in extra)
+    return Machine(dmi, kernel=f"{Machine.kernel} {words}")
 
 
 def container_of(snippet: Snippet) -> Machine:
