@@ -242,26 +242,19 @@ def test_a_hung_worker_does_not_outlive_the_program_or_the_parent_that_it_is_of(
     assert len(server.running.workers) == 2
 
 
-def test_one_whose_pid_file_is_removed_ends_with_its_workers(make: Callable[..., Server]) -> None:
-    server = make()
-    parent = server.start()
-    workers = server.running.workers
-    server.pid_file.unlink()
-    assert parent.wait(timeout=DEADLINE_S) == 0
-    assert not any(map(alive, workers))
-    assert "the pid file was removed, or is another document server's: ending" in server.text()
-
-
-def test_one_whose_files_are_anothers_ends_and_leaves_those_alone(
+def test_one_whose_files_are_anothers_ends_with_its_workers_and_leaves_those_alone(
     make: Callable[..., Server],
 ) -> None:
     server = make()
     first = server.start()
+    workers = server.running.workers
     for path in (server.pid_file, *server.sockets):
         path.unlink()
     second = server.start()
-    first.wait(timeout=DEADLINE_S)
+    assert first.wait(timeout=DEADLINE_S) == 0
+    assert not any(map(alive, workers))
     assert server.is_up(second.pid)
+    assert "the pid file was removed, or is another document server's: ending" in server.text()
     assert "was taken away" not in server.text()
 
 
@@ -272,29 +265,22 @@ def ask_quietly(path: Path) -> int:
         return 0
 
 
-def test_sigterm_ends_it_cleanly_and_removes_the_sockets(make: Callable[..., Server]) -> None:
+def test_sigterm_removes_the_sockets_finishes_what_has_begun_and_ends_all(
+    make: Callable[..., Server],
+) -> None:
     server = make()
     parent = server.start()
-    workers = server.running.workers
-    parent.terminate()
-    assert parent.wait(timeout=60) == 0
-    assert not any(map(alive, workers))
-    assert not any(path.exists() for path in server.sockets)
-    assert server.running.pids == ()
-
-
-def test_a_request_that_has_begun_is_finished_after_sigterm(make: Callable[..., Server]) -> None:
-    server = make()
-    parent = server.start()
-    data = os.urandom(16 << 20)
+    workers, data = server.running.workers, os.urandom(16 << 20)
     write_record(server.records, guest(user_data=data))
     with connect(server.sockets[0]) as connection:
         connection.send(USER_DATA)
         assert connection.socket.recv(1, socket.MSG_PEEK)
         parent.terminate()
-        wait_for("it listens no more", lambda: ask_quietly(server.sockets[0]) == 0)
+        wait_for("it listens no more", lambda: not any(path.exists() for path in server.sockets))
         assert connection.read().body == data
     assert parent.wait(timeout=60) == 0
+    assert not any(map(alive, workers))
+    assert server.running.pids == ()
 
 
 def test_a_second_one_is_refused_in_one_line_and_harms_nothing(server: Server) -> None:

@@ -119,23 +119,13 @@ async def _no_neighbour(_network: Network, _address: IpAddress) -> MacAddress | 
 
 
 @dataclass
-class Documents:
-    """What HAProxy answers to a found guest, by target; everything else is 404."""
-
-    answers: dict[str, Answer] = field(default_factory=dict)
-
-    async def forward(self, _: MapRecord, request: GuestRequest, send: Send) -> None:
-        missing = Answer(404, ((b"content-type", b"text/plain"),), b"")
-        await send_answer(self.answers.get(request.target.decode(), missing), send)
-
-
-@dataclass
 class AdminServer:
     """A served API: change what is behind it, ask through `client`, or name `socket` to the CLI.
 
     Attributes:
         controller: The parts that the routes use.
         status: Fields of the status report that differ from the usual ones.
+        answers: What HAProxy answers to a found guest, by target; everything else is 404.
         unapplied: What keeps changes from guests.
         reloads: What `reload` was asked for, in order: whether settings may be dropped.
         stopped: What `stop` was asked for: whether the data plane ends too.
@@ -148,12 +138,12 @@ class AdminServer:
     records: RecordLoop
     listeners: Listeners
     haproxy: FakeHaproxy
-    documents: Documents
     policy_store: PolicyStore
     passwords: PasswordStore
     loop: asyncio.AbstractEventLoop
     status: dict[str, Any] = field(default_factory=dict)
     token_report: TokenReport = field(default_factory=lambda: TokenReport(0.0, (), (), 0))
+    answers: dict[str, Answer] = field(default_factory=dict)
     unapplied: list[Problem] = field(default_factory=list)
     pending: tuple[str, ...] = ()
     reloads: list[bool] = field(default_factory=list)
@@ -173,16 +163,16 @@ class AdminServer:
         return self.inventory.instances
 
     def leave_out(
-        self,
-        network: str,
-        reason: str,
-        hint: str = "",
-        code: LeftOutCode = LeftOutCode.PORT_BUSY,
+        self, network: str, reason: str, hint: str = "", code: LeftOutCode = LeftOutCode.PORT_BUSY
     ) -> None:
         self.listeners.left_out[network] = LeftOut(NetworkId(network), None, code, reason, hint)
 
     def answer(self, target: str, body: bytes, *headers: tuple[bytes, bytes]) -> None:
-        self.documents.answers[target] = Answer(200, headers, body)
+        self.answers[target] = Answer(200, headers, body)
+
+    async def forward(self, _: MapRecord, request: GuestRequest, send: Send) -> None:
+        missing = Answer(404, ((b"content-type", b"text/plain"),), b"")
+        await send_answer(self.answers.get(request.target.decode(), missing), send)
 
     def claim_twice(self, *instances: Instance) -> None:
         """A second source has these too."""
@@ -202,12 +192,8 @@ class AdminServer:
     async def report(self, controller: Any) -> StatusReport:  # noqa: ANN401 - as `fake_controller` has it
         """Of this server's records and networks, and else of the usual parts."""
         self._fail()
-        one = fake_controller(
-            **HEALTHY,
-            inventory=self.inventory,
-            records=self.records,
-            sources=controller.sources,
-        )
+        real = {name: getattr(controller, name) for name in ("inventory", "records", "sources")}
+        one = fake_controller(**HEALTHY, **real)
         one.listeners.degraded = self.listeners.degraded
         one.listeners.serving = len(self.networks) - len(self.listeners.left_out)
         return replace(await report_status(one), **self.status)
@@ -228,7 +214,7 @@ class AdminServer:
         self.stopped.append(data_plane)
         self.socket.unlink(missing_ok=True)
 
-    async def count_tokens(self) -> TokenReport:
+    async def count_tokens(self, *_: object) -> TokenReport:
         return self.token_report
 
 
@@ -273,7 +259,7 @@ async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous gen
         policies=policy_store.book,
     )
     store = SqliteSource(layout.state / "store.sqlite", now=clock.now().timestamp)
-    listeners, documents = Listeners(inventory), Documents()
+    listeners = Listeners(inventory)
     listeners.haproxy = haproxy
     lookup = Lookup(inventory, records, _no_neighbour, clock, lambda: 60.0, mac_filters)
     watching = Watching(haproxy, _nothing, lambda _network, _address: None)
@@ -290,30 +276,23 @@ async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous gen
         passwords=passwords,
         companion=SimpleNamespace(needed=True),
         watching=watching,
-        forward=documents.forward,
         documents_problem=lambda: None,
-        unapplied=lambda: tuple(server.unapplied),
-        counting=SimpleNamespace(report=lambda *_: server.count_tokens()),
-        end=lambda data_plane: server.end(data_plane=data_plane),
-        patching=asyncio.Lock(),
-        claiming=asyncio.Lock(),
-        overriding=asyncio.Lock(),
+        **{name: asyncio.Lock() for name in ("patching", "claiming", "overriding")},
     )
-    server: AdminServer = AdminServer(
+    server = AdminServer(
         controller,
         directory / "admin.sock",
         inventory,
         records,
         listeners,
         fake,
-        documents,
         policy_store,
         passwords,
         asyncio.get_running_loop(),
     )
-
-    def observe(observation: Observation) -> None:
-        records.observe(observation)
+    controller.forward, controller.end = server.forward, server.end
+    controller.unapplied = lambda: tuple(server.unapplied)
+    controller.counting = SimpleNamespace(report=server.count_tokens)
 
     app = _make_app()
     app.state.controller = controller
@@ -323,7 +302,7 @@ async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous gen
         asyncio.create_task(one)
         for one in (
             records.run(),
-            store.run(observe),
+            store.run(records.observe),
             keys.run(applier),
             watching.run(),
             serve(app, listener),

@@ -35,9 +35,6 @@ def test_neutron_is_the_one_that_is_asked_for_addresses(tmp_path: Path) -> None:
     assert sources.all == (sources.look_up,)
     assert isinstance(sources.look_up, NeutronSource)
     assert sources.writable is None
-
-
-def test_without_neutron_no_source_is_asked_for_addresses() -> None:
     assert build.build_sources(Settings(), Clock(), begin=_begin).look_up is None
 
 

@@ -73,11 +73,6 @@ def test_without_a_file_or_by_a_pid_of_another_process_none_is_ours(
     assert read_pids(path).pids == ()
 
 
-def test_a_lock_in_a_missing_directory_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(HostRefused):
-        PidFile(tmp_path / "nothing" / "documents.pid")
-
-
 @pytest.mark.parametrize("parent", [True, False])
 @pytest.mark.parametrize(
     ("sleeper", "ended"), [(_SLEEPS, -15), (_IGNORES, -9)], indirect=["sleeper"]
