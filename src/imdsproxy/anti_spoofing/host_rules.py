@@ -53,22 +53,19 @@ def observe_bridge(bridge: str, rules: str, naming: Naming) -> dict[str, str] | 
         device = find_link(channel, bridge)
         if device is None or device.kind != "bridge":
             return None
-        return {
-            port.name: guard or rules_for(port.name, rules)
-            for port, guard in sorted(
-                port_guards(channel, device.index), key=lambda one: one[0].name
-            )
-            if port.kind in _GUEST_KINDS and not naming.is_link(port.name)
-        }
+        guards = sorted(port_guards(channel, device.index), key=lambda one: one[0].name)
+    return {
+        port.name: guard or rules_for(port.name, rules)
+        for port, guard in guards
+        if port.kind in _GUEST_KINDS and not naming.is_link(port.name)
+    }
 
 
 def rules_for(port: str, rules: str) -> str:
     """Words for a rule that names a port beside a source MAC; empty where none does."""
     name = re.compile(rf"(?<![\w.-]){re.escape(port)}(?![\w.-])")
-    for table in _TABLE.split(rules):
-        if name.search(table) and _SOURCE.search(table):
-            return "a rule"
-    return ""
+    found = any(name.search(one) and _SOURCE.search(one) for one in _TABLE.split(rules))
+    return "a rule" if found else ""
 
 
 def read_rules(commands: Iterable[tuple[str, ...]] = _RULE_READERS) -> str:
@@ -112,18 +109,14 @@ class DroppingChain:
     """A base chain for IPv4 that drops what no rule of it accepts.
 
     Attributes:
+        name: Family, table and its own name.
         hook: `input` or `forward`.
         rules: All rules of its table, as text to look for words in.
     """
 
-    family: str
-    table: str
     name: str
     hook: str
     rules: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.family} {self.table} {self.name}"
 
 
 def read_dropping_chains() -> tuple[DroppingChain, ...]:
@@ -145,7 +138,8 @@ def parse_dropping_chains(ruleset: str) -> tuple[DroppingChain, ...]:
         if chain.get("policy") == "drop" and hook in _HOOKS and family in _FAMILIES:
             rules = [one["rule"] for one in entries if "rule" in one]
             own = [one for one in rules if (one["family"], one["table"]) == (family, table)]
-            found.append(DroppingChain(family, table, str(chain["name"]), hook, json.dumps(own)))
+            name = f"{family} {table} {chain['name']}"
+            found.append(DroppingChain(name, hook, json.dumps(own)))
     return tuple(found)
 
 

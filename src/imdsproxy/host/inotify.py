@@ -102,7 +102,7 @@ def place_of(path: Path) -> Place:
     return place_of(Path("/"))
 
 
-class Watch:
+class Watch(Inotify):
     """Watches directories (not what is below them) from its making until `close`.
 
     Raises:
@@ -110,12 +110,12 @@ class Watch:
     """
 
     def __init__(self, places: Iterable[Place]) -> None:
+        super().__init__()
         self.places = frozenset(places)
-        self._inotify = Inotify()
         try:
-            self._paths = {self._inotify.add(one.path, _CHANGES): one.path for one in self.places}
+            self._paths = {self.add(one.path, _CHANGES): one.path for one in self.places}
         except OSError:
-            self._inotify.close()
+            self.close()
             raise
 
     async def changes(self, timeout_s: float | None) -> frozenset[Path]:
@@ -126,7 +126,7 @@ class Watch:
         found: set[Path] = set()
         lost = False
         while True:
-            for watch, mask, name in self._inotify.read():
+            for watch, mask, name in self.read():
                 lost = lost or bool(mask & IN_Q_OVERFLOW)
                 if watch in self._paths:
                     found.add(self._paths[watch] / name)
@@ -137,10 +137,6 @@ class Watch:
     async def _is_readable(self, timeout_s: float | None) -> bool:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                await readable(self._inotify.descriptor)
+                await readable(self.descriptor)
                 return True
         return False
-
-    def close(self) -> None:
-        """Stop watching."""
-        self._inotify.close()

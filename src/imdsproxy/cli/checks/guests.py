@@ -153,7 +153,7 @@ def _drops(
                 name,
                 network=network.id,
                 device=device,
-                chain=chain,
+                chain=chain.name,
                 address=METADATA_IPV4,
                 # Packets that pass the MAC filter are redirected to its own port (`anti_spoofing.plan`).
                 verified=VERIFIED_PORT,
