@@ -52,15 +52,9 @@ class _Listening:
     file: int
     device: int
 
-    def is_at(self, status: os.stat_result) -> bool:
-        return (self.file, self.device) == (status.st_ino, status.st_dev)
 
-
-class SocketFiles:
+class SocketFiles(SocketOwners):
     """Looks at socket files, remembering which processes have which sockets open."""
-
-    def __init__(self) -> None:
-        self._owners = SocketOwners()
 
     def observe(self, path: Path, our_pids: Collection[int]) -> SeenSocket:
         """What is at the path.
@@ -83,9 +77,10 @@ class SocketFiles:
                 status = None
         # Not the device of those: btrfs shows one in its files and another one in its sockets.
         here = [one for one in bound.values() if status and one.file == status.st_ino]
-        there = [one for one in listening if status and one.is_at(status)]
+        file = (status.st_ino, status.st_dev) if status else None
+        there = [one for one in listening if (one.file, one.device) == file]
         reached = [one.inode for one in there or here]
-        holders = self._owners.holders({*bound, *reached}, our_pids)
+        holders = self.holders({*bound, *reached}, our_pids)
         held = [one for one in bound.values() if not {*our_pids}.isdisjoint(holders[one.inode])]
         orphaned = bool(held)
         if status is None:

@@ -178,12 +178,9 @@ class ListenerLoop:
 
     async def _wait(self, delay: float) -> None:
         """Until there is work: an event, or a retry that is due."""
+        patience = _RECHECK_S if self.report.problems else None
         if self.failure is not None:
-            patience: float | None = delay
-        elif self.report.problems:
-            patience = _RECHECK_S
-        else:
-            patience = None
+            patience = delay
         try:
             async with asyncio.timeout(patience):
                 await self._wake.wait()

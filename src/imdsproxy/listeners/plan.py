@@ -214,14 +214,12 @@ def plan_listeners(
         del memo[gone]
     served = [networks[network_id] for network_id in networks.keys() - shared.keys()]
     removals = plan_sweep(served, observed, naming, managed) if sweep else ()
+    lacking = (one for one in planned if isinstance(one, (AttachBridge, AddAddress)))
     return ListenerPlan(
         endpoints=tuple(one for one in planned if isinstance(one, Endpoint)),
         left_out=tuple(one for one in planned if isinstance(one, LeftOut)),
         foreign=tuple(one for one in planned if isinstance(one, Foreign)),
-        ops=(
-            *removals,
-            *(one for one in planned if not isinstance(one, (Endpoint, LeftOut, Foreign))),
-        ),
+        ops=(*removals, *lacking),
     )
 
 
