@@ -242,19 +242,26 @@ def test_a_hung_worker_does_not_outlive_the_program_or_the_parent_that_it_is_of(
     assert len(server.running.workers) == 2
 
 
-def test_one_whose_files_are_anothers_ends_with_its_workers_and_leaves_those_alone(
+def test_one_whose_pid_file_is_removed_ends_with_its_workers(make: Callable[..., Server]) -> None:
+    server = make()
+    parent = server.start()
+    workers = server.running.workers
+    server.pid_file.unlink()
+    assert parent.wait(timeout=DEADLINE_S) == 0
+    assert not any(map(alive, workers))
+    assert "the pid file was removed, or is another document server's: ending" in server.text()
+
+
+def test_one_whose_files_are_anothers_ends_and_leaves_those_alone(
     make: Callable[..., Server],
 ) -> None:
     server = make()
     first = server.start()
-    workers = server.running.workers
     for path in (server.pid_file, *server.sockets):
         path.unlink()
     second = server.start()
-    assert first.wait(timeout=DEADLINE_S) == 0
-    assert not any(map(alive, workers))
+    first.wait(timeout=DEADLINE_S)
     assert server.is_up(second.pid)
-    assert "the pid file was removed, or is another document server's: ending" in server.text()
     assert "was taken away" not in server.text()
 
 
