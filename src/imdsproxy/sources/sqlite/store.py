@@ -10,7 +10,7 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from hashlib import blake2b
@@ -309,8 +309,10 @@ class Store:
                 freed.update(dict.fromkeys(self._release(key), key))
             moved = False
             for number, (key, path) in enumerate(changed.items()):
-                problems += self._claim(packed[key], path)
-                moved = moved or _takes(packed[key], freed)
+                instance = packed[key]
+                problems += self._claim(instance, path)
+                places = ((network, str(address)) for network, address in address_keys(instance))
+                moved = moved or any(freed.get(place, key) != key for place in places)
                 self._keep_packed(packed, key)
                 if number % _NOTED == _NOTED - 1:
                     self._progress.note(_STORING, (len(instances) + number) // 2, len(instances))
@@ -433,12 +435,6 @@ def read_store(path: Path) -> Records:
     except (sqlite3.Error, ValueError, TypeError) as error:
         raise SourceUnavailable(f"cannot read {path}: {error}") from error
     return parse_records({"networks": networks, "instances": instances}, Findings(str(path)))
-
-
-def _takes(instance: Instance, freed: Mapping[tuple[str, str], InstanceId]) -> bool:
-    """Whether an instance claims what another one has let go."""
-    places = ((network, str(address)) for network, address in address_keys(instance))
-    return any(freed.get(place, instance.id) != instance.id for place in places)
 
 
 def _stamp(text: object, claims: object, ports: object, user_data: object) -> bytes:
