@@ -32,7 +32,7 @@ from imdsproxy.sources.sqlite.source import SqliteSource
 from support.libvirt_backing import LibvirtBacking
 from support.neutron_backing import NeutronBacking
 from support.record_builders import instance, network, port
-from support.source_runs import Heard, running
+from support.source_runs import Heard, WholeRecords, running
 
 A: Final = instance("a", "10.0.0.5", mac="52:54:00:00:00:05")
 B: Final = instance("b", "10.0.0.6", mac="52:54:00:00:00:06")
@@ -40,16 +40,6 @@ C: Final = instance("c", "10.0.0.5", mac="52:54:00:00:00:05")
 N1: Final = network("n1")
 N2: Final = network("n2", bridge="br2")
 _NOW: Final = 1_795_694_400
-
-
-class WholeRecords:
-    """A backing that keeps a record as it is."""
-
-    def seen(self, instance: Instance) -> Instance:
-        return instance
-
-    def seen_network(self, network: Network) -> Network:
-        return network
 
 
 class FileBacking(WholeRecords):

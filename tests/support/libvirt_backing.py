@@ -23,6 +23,7 @@ from imdsproxy.sources.libvirt.xml import (
 )
 from imdsproxy.sources.settings import LibvirtSourceSettings
 from support.libvirt_daemon import Libvirtd, machine
+from support.source_runs import WholeRecords
 
 
 def libvirt_source(libvirtd: Libvirtd, reread_s: float = 0.2) -> LibvirtSource:
@@ -115,7 +116,7 @@ class FakeLibvirt(LibvirtClient):
             raise SourceUnavailable(self.failure)
 
 
-class LibvirtBacking:
+class LibvirtBacking(WholeRecords):
     """Domains whose element has the record's id, addresses as static hosts of their networks."""
 
     def __init__(self, _directory: Path) -> None:
@@ -125,12 +126,6 @@ class LibvirtBacking:
 
     def source(self) -> LibvirtSource:
         return LibvirtSource(self._libvirt, LibvirtSourceSettings())
-
-    def seen(self, instance: Instance) -> Instance:
-        return instance
-
-    def seen_network(self, network: Network) -> Network:
-        return network
 
     async def put(
         self, networks: Iterable[Network] = (), instances: Iterable[Instance] = ()

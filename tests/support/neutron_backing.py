@@ -16,10 +16,10 @@ from typing import Final
 from imdsproxy.core.model import Instance, Network, Upstream
 from imdsproxy.errors import Problem
 from imdsproxy.host.clock import Clock
-from imdsproxy.sources.neutron.ports import NeutronPort
 from imdsproxy.sources.neutron.source import NeutronSource
 from imdsproxy.sources.settings import NeutronSourceSettings
-from support.fake_neutron import FakeNeutron
+from support.fake_neutron import FakeNeutron, neutron_port
+from support.source_runs import WholeRecords
 
 _PROJECT: Final = "blue"
 _TIMES: Final = 20
@@ -33,7 +33,7 @@ class _FastClock(Clock):
         return datetime.now(UTC)
 
 
-class NeutronBacking:
+class NeutronBacking(WholeRecords):
     """Ports that are listed every second of a fast clock."""
 
     def __init__(self, directory: Path) -> None:
@@ -60,9 +60,6 @@ class NeutronBacking:
             upstream=Upstream.NOVA,
         )
 
-    def seen_network(self, network: Network) -> Network:
-        return network
-
     async def put(
         self, networks: Iterable[Network] = (), instances: Iterable[Instance] = ()
     ) -> tuple[Problem, ...]:
@@ -70,14 +67,13 @@ class NeutronBacking:
         for each in instances:
             (port,) = each.ports
             self._neutron.put(
-                NeutronPort(
-                    id=f"port-{each.id}",
-                    network=port.network,
-                    mac=port.mac,
-                    addresses=port.addresses,
+                neutron_port(
+                    f"port-{each.id}",
+                    port.network,
+                    *map(str, port.addresses),
                     device=each.id,
-                    owner="compute:nova",
                     project=_PROJECT,
+                    mac=port.mac,
                 )
             )
         return ()

@@ -8,12 +8,23 @@ from collections.abc import AsyncIterator, Callable
 from typing import Final
 
 from imdsproxy.core.inventory import Inventory
+from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.observation import Observation
 from imdsproxy.sources.api import Source
 from support.patience import patience
 
 DEADLINE_S: Final = 20.0
 """Far beyond what anything takes: a test that waits so long has failed."""
+
+
+class WholeRecords:
+    """What a source makes of a record that it keeps as it is."""
+
+    def seen(self, instance: Instance) -> Instance:
+        return instance
+
+    def seen_network(self, network: Network) -> Network:
+        return network
 
 
 class Heard:
