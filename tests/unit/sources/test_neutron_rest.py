@@ -255,7 +255,9 @@ async def test_without_its_library_a_query_says_how_to_install_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, missing: str
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
-    rest = NeutronClient(NeutronSourceSettings(cloud="lab", clouds_file=tmp_path / "clouds.yaml"))
+    rest = NeutronClient(
+        NeutronSourceSettings(cloud="lab", clouds_file=tmp_path / "clouds.yaml", timeout_s=60)
+    )
     with pytest.raises(LibraryMissing) as caught:
         await rest.ports(PortQuery())
     await rest.close()
@@ -331,7 +333,9 @@ async def keystone(
         await asyncio.to_thread(clouds.write_text, json.dumps({"clouds": {"here": cloud}}))
         secure = {"clouds": {"here": {"auth": {"password": "right"}}}}
         await asyncio.to_thread(tmp_path.joinpath("secure.yaml").write_text, json.dumps(secure))
-        client = NeutronClient(NeutronSourceSettings(cloud="here", clouds_file=clouds))
+        client = NeutronClient(
+            NeutronSourceSettings(cloud="here", clouds_file=clouds, timeout_s=60)
+        )
         try:
             yield made, client
         finally:
@@ -378,7 +382,7 @@ async def test_a_clouds_file_that_cannot_be_used_is_reported(
     clouds = tmp_path / "clouds.yaml"
     if text is not None:
         clouds.write_text(text)
-    client = NeutronClient(NeutronSourceSettings(cloud="here", clouds_file=clouds))
+    client = NeutronClient(NeutronSourceSettings(cloud="here", clouds_file=clouds, timeout_s=60))
     try:
         with pytest.raises(SourceUnavailable) as caught:
             await client.ports(PortQuery(limit=1))
