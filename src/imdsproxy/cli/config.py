@@ -35,12 +35,9 @@ def show(
     from imdsproxy.config import render  # noqa: PLC0415 - `--help` need not load it
 
     loaded = run.load()
-    if not run.output.as_json:
-        run.output.text(render.render_settings(loaded, with_origin=origin))
-    elif origin:
-        run.output.json(render.settings_by_origin(loaded))
-    else:
-        run.output.json(loaded.settings.model_dump(mode="json"))
+    dumped = loaded.settings.model_dump(mode="json")
+    shape = render.settings_by_origin(loaded) if origin else dumped
+    run.output.answer(shape, render.render_settings(loaded, with_origin=origin))
 
 
 @config_app.command("schema")
