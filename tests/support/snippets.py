@@ -22,8 +22,7 @@ from imdsproxy.core.model import (
     Port,
     Subnet,
 )
-from imdsproxy.core.snippets import Target
-from imdsproxy.core.snippets.targets import Part, render_snippet, render_text
+from imdsproxy.core.snippets import Part, Target, render_snippet, render_text
 from support.ds_identify import DMI_OF_SMBIOS, Machine
 
 MAC = MacAddress("52:54:00:12:34:56")

@@ -10,10 +10,9 @@ from typing import Annotated
 from imdsproxy.cli import options
 from imdsproxy.cli.admin_client import path_to
 from imdsproxy.cli.record_io import read_record
+from imdsproxy.core import snippets
 from imdsproxy.core.model import Dialect, IpAddress
 from imdsproxy.core.records import parse_instance, parse_network
-from imdsproxy.core.snippets import Target, choose_dialect, dialects_of
-from imdsproxy.core.snippets.targets import render_snippet, render_text
 from imdsproxy.errors import RequestRefused
 
 
@@ -22,8 +21,8 @@ def snippet(
     run: options.Invocation,
     instance: options.Instance,
     target: Annotated[
-        Target,
-        options.flag("--for", "|".join(Target), "The hypervisor to write it for."),
+        snippets.Target,
+        options.flag("--for", "|".join(snippets.Target), "The hypervisor to write it for."),
     ],
     *,
     dialect: Annotated[
@@ -44,26 +43,26 @@ def snippet(
     for port in record.ports:
         shape = daemon.get(path_to("networks", port.network))
         networks[port.network] = read_record("network", parse_network, shape["record"])
-    dialects = dialects_of(record)
+    dialects = snippets.dialects_of(record)
     if dialect is not None and dialect not in dialects:
         raise RequestRefused(
             f"instance {instance} has no {dialect} documents (it has: {', '.join(sorted(dialects)) or 'none'})",
             hint="omit --dialect, or turn it on with `imdsproxy instance set`",
         )
-    chosen = dialect or choose_dialect(target, dialects)
+    chosen = dialect or snippets.choose_dialect(target, dialects)
     if chosen is None:
         raise RequestRefused(
             f"instance {instance} has no documents to ask for",
             hint=f"`imdsproxy instance set {instance} --openstack` turns a dialect on",
         )
-    parts = render_snippet(record, networks, target, chosen, _host_has)
+    parts = snippets.render_snippet(record, networks, target, chosen, _host_has)
     answer = {
         "instance": instance,
         "for": target,
         "dialect": chosen,
         "parts": [asdict(part) for part in parts],
     }
-    run.output.answer(answer, render_text(target, parts))
+    run.output.answer(answer, snippets.render_text(target, parts))
 
 
 def _host_has(address: IpAddress) -> bool:
