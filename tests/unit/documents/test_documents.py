@@ -8,7 +8,7 @@ from typing import Final, TypeAlias
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from imdsproxy.core.documents import ec2, openstack
@@ -232,19 +232,6 @@ def test_the_region_of_the_settings_is_that_of_every_zone(zone: str | None) -> N
     assert asked.text(f"{META}/placement/region") == "red-1"
 
 
-def test_only_tags_that_ec2_permits_are_served() -> None:
-    permitted = {"Name": "a", "a+b-c=d.e,f_g:h@i": "h", "empty": ""}
-    refused = dict.fromkeys(
-        ("with space", "slash/ed", ".", "..", "_index", "ümlaut", "", "tail\n"), ""
-    )
-    asked = Guest(guest(tags=tuple((permitted | refused).items())))
-    assert asked.lines(f"{META}/tags/instance") == sorted(set(permitted) - {"a+b-c=d.e,f_g:h@i"})
-    for name, value in permitted.items():
-        assert asked.text(f"{META}/tags/instance/{name}") == value
-    for name in ("with space", "_index", "tail%0A"):
-        assert asked.status(f"{META}/tags/instance/{name}") == 404
-
-
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
@@ -378,19 +365,20 @@ def test_noclouds_meta_data_describes_the_guest() -> None:
     assert Guest(guest(**ODD)).read("/nocloud/meta-data")
 
 
+_ODD_TEXTS: Final = (
+    *("\x85", "\u2028", "\u2029", "\ufeff", "\x7f", "\x00", "\U0001f600"),
+    *("yes", "1", "~", "a: b # c"),
+)
+
+
 @given(st.dictionaries(st.text(max_size=40), st.text(max_size=80), max_size=5))
+@example({f"k{number}": text for number, text in enumerate(_ODD_TEXTS)})
 def test_yaml_reads_back_every_text(tags: dict[str, str]) -> None:
     readable = {
         key.encode("utf-8", "surrogatepass").decode("utf-8", "replace"): value
         for key, value in tags.items()
     }
     assert yaml.safe_load(render_yaml({"tags": dict(readable)})) == {"tags": readable}
-
-
-def test_yaml_reads_back_the_odd_ones() -> None:
-    texts = ["\x85", "\u2028", "\u2029", "\ufeff", "\x7f", "\x00", "\U0001f600", "yes", "1", "~"]
-    for text in [*texts, "a: b # c"]:
-        assert yaml.safe_load(render_yaml({"tags": {"k": text}})) == {"tags": {"k": text}}
 
 
 # Methods

@@ -1,27 +1,40 @@
 from __future__ import annotations
 
+from urllib.parse import quote
+
 import pytest
 
 from imdsproxy.core.documents.ec2 import list_warnings, warn_of_names
 from imdsproxy.core.model import Dialect, SshKey, Upstream
-from imdsproxy.errors import Problem
+from imdsproxy.errors import Problem, quoted
 from support.guest_records import GUEST, Guest, guest
 
 _KEY = "ssh-ed25519 AAAAC3"
 _EC2 = "/latest/meta-data"
+_TAGS = f"{_EC2}/tags/instance"
 
 
 @pytest.mark.parametrize("name", ["a", "Name", "a+b-c.d,e_f:g@h", "0"])
 def test_names_that_documents_have_as_they_are_are_not_warned_of(name: str) -> None:
-    assert warn_of_names(guest(tags=((name, "v"),), ssh_keys=(SshKey(name, _KEY),))) == ()
+    named = guest(tags=((name, "v"),), ssh_keys=(SshKey(name, _KEY),))
+    assert warn_of_names(named) == ()
+    assert Guest(named).lines(_TAGS) == [name]
+    assert Guest(named).text(f"{_TAGS}/{name}") == "v"
 
 
-@pytest.mark.parametrize("name", ["a b", "a/b", "größe", "..", "_index", "a=b"])
+@pytest.mark.parametrize(
+    "name", ["a b", "a/b", "größe", "", ".", "..", "_index", "tail\n", "a+b=c.d"]
+)
 def test_a_tag_that_ec2_does_not_list_is_warned_of(name: str) -> None:
     tagged = guest(tags=((name, "v"), ("plain", "w")))
     (warning,) = warn_of_names(tagged)
-    assert Guest(tagged).text(f"{_EC2}/tags/instance") == "plain"
-    assert warning.field == f'instances.{GUEST.id}.tags["{name}"]'
+    asked = Guest(tagged)
+    assert asked.text(_TAGS) == "plain"
+    # One with `=` is served and not listed.
+    path = f"{_TAGS}/{quote(name, safe='')}"
+    if name not in ("", ".", ".."):
+        assert asked.status(path) == (200 if "=" in name else 404)
+    assert warning.field == f"instances.{GUEST.id}.tags[{quoted(name)}]"
     assert "EC2" in warning.reason
 
 

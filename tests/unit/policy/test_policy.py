@@ -166,30 +166,22 @@ def test_where_nothing_is_said_of_paths_there_is_no_set(value: str) -> None:
     assert rule_set_of(value) is None
 
 
+@pytest.mark.parametrize("word", PathWord)
 @pytest.mark.parametrize(
-    ("path", "counts"),
+    ("path", "boot_counts"),
     [
-        ("/", True),
-        ("/openstack", True),
-        ("/openstack/latest/user_data", True),
-        ("/nocloud/user-data", True),
-        ("/latest", False),
-        ("/latest/user-data", False),
+        *((path, True) for path in ("/", "/openstack", "/openstack/latest/user_data", "/nocloud/user-data")),
+        *((path, False) for path in ("/latest", "/latest/user-data")),
     ],
-)
-def test_the_boot_counts_where_another_trees_path_takes_a_token(path: str, *, counts: bool) -> None:
-    for word in PathWord:
-        said = render_policy_word(Policy(paths=((path, word),)), OperatorOverride(), _BORN)
-        assert said[8] == ("b" if counts and word is PathWord.REQUIRED else "-")
-
-
-def test_tokens_are_given_where_a_path_takes_one_although_they_are_off() -> None:
-    for word in PathWord:
-        paths = (("/latest/user-data", word),)
-        said = render_policy_word(
-            Policy(tokens=TokenMode.OFF, paths=paths), OperatorOverride(), None
-        )
-        assert said[2] == ("t" if word is PathWord.REQUIRED else "-")
+)  # fmt: skip
+def test_a_path_that_takes_a_token_has_tokens_given_and_the_boot_count_in_other_trees(
+    path: str, word: PathWord, *, boot_counts: bool
+) -> None:
+    policy = Policy(tokens=TokenMode.OFF, paths=((path, word),))
+    rendered = render_policy_word(policy, OperatorOverride(), _BORN)
+    needed = word is PathWord.REQUIRED
+    assert rendered[2] == ("t" if needed else "-")
+    assert rendered[8] == ("b" if needed and boot_counts else "-")
 
 
 def test_paths_are_folded_one_by_one_and_it_is_known_whose_each_is() -> None:
@@ -213,30 +205,24 @@ def test_paths_are_folded_one_by_one_and_it_is_known_whose_each_is() -> None:
     assert rule_set_of(word) == set_id(paths)
 
 
-def test_every_rule_is_told_with_its_value_and_who_set_it() -> None:
+def test_every_rule_and_path_is_reported_with_its_value_and_scope() -> None:
+    paths = (("/", PathWord.DENY), ("/latest", PathWord.OPTIONAL))
     folded = fold_policy(
         [
             (PolicyScope.HOST, PolicyRules(tokens=TokenMode.REQUIRED, seal_user_data=True)),
+            (PolicyScope.PROJECT, PolicyRules(paths=paths)),
             (PolicyScope.INSTANCE, PolicyRules(tokens=TokenMode.OFF)),
         ]
     )
-    told = report_policy(folded, OperatorOverride(), None, _BORN)
+    report = report_policy(folded, OperatorOverride(), None, _BORN)
     names = [one.name for one in fields(Policy) if one.name != "paths"]
-    assert [rule.name for rule in told.rules] == names
-    by_name = {rule.name: (rule.value, rule.origin) for rule in told.rules}
+    assert [rule.name for rule in report.rules] == [*names, "paths./", "paths./latest"]
+    by_name = {rule.name: (rule.value, rule.origin) for rule in report.rules}
     assert by_name["tokens"] == ("off", "instance")
     assert by_name["seal_user_data"] == (True, "host")
     assert by_name["hop_limit"] == (64, DEFAULT_ORIGIN)
-
-
-def test_each_path_is_told_with_who_said_what_of_it() -> None:
-    paths = (("/", PathWord.DENY), ("/latest", PathWord.OPTIONAL))
-    folded = fold_policy([(PolicyScope.PROJECT, PolicyRules(paths=paths))])
-    told = report_policy(folded, OperatorOverride(), None, _BORN)
-    assert [(rule.name, rule.value, rule.origin) for rule in told.rules[-2:]] == [
-        ("paths./", "deny", "project"),
-        ("paths./latest", "optional", "project"),
-    ]
+    assert by_name["paths./"] == ("deny", "project")
+    assert by_name["paths./latest"] == ("optional", "project")
 
 
 @pytest.mark.parametrize(
