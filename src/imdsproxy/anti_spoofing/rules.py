@@ -56,7 +56,6 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from ipaddress import ip_address
 from typing import Final
@@ -98,82 +97,52 @@ _DROP: Final = nft.verdict(nft.DROP)
 _RETURN: Final = nft.verdict(nft.RETURN)
 
 
-@dataclass(frozen=True, slots=True)
 class _Layout:
     """Where things are in a family's header.
 
     Attributes:
+        metadata: The family's metadata address.
         protocol: The family's number (`NFPROTO_IPV4`, `NFPROTO_IPV6`).
         kind: The type of its addresses, in nft(8)'s numbers.
-        fragment: Goes on only with a packet that may be a fragment.
         dscp: Mask for the DSCP in the header's first two bytes.
         bits: How far it is above the lowest bit of these.
         limit: Where the two bytes are that have TTL and protocol, or next header and hop limit.
-        word: Makes these two of the header, with the DSCP as the limit.
         checksum: Where the header's is, if it has one.
+        fragment: Goes on only with a packet that may be a fragment.
+        word: Makes the two bytes at `limit`, with the DSCP as the limit.
     """
 
-    family: Family
-    ethertype: bytes
-    protocol: int
-    kind: int
-    source: int
-    target: int
-    fragment: bytes
-    dscp: bytes
-    bits: int
-    limit: int
-    word: bytes
-    checksum: int | None
-
-    @property
-    def metadata(self) -> bytes:
-        return self.family.metadata_address.packed
+    def __init__(self, family: Family) -> None:
+        four = family is Family.IPV4
+        self._version, self.metadata = family.value, family.metadata_address.packed
+        self.ethertype = b"\x08\x00" if four else b"\x86\xdd"
+        self.protocol, self.kind = (2, 7) if four else (10, 8)
+        self.source, self.target = (12, 16) if four else (8, 24)
+        self.dscp, self.bits = (b"\x00\xfc", 2) if four else (b"\x0f\xc0", 6)
+        self.limit = 8 if four else 6
+        self.checksum = 10 if four else None
+        if four:
+            offset = nft.payload(NETWORK, 6, 2) + nft.bitwise(b"\x3f\xff")
+            self.fragment = offset + nft.compare(b"\0\0", differs=True)
+            # The kernel updates a checksum for two bytes at least; the second one, the protocol, is TCP.
+            dscp = nft.payload(NETWORK, 1, 1) + nft.shift_right(2)
+            self.word = dscp + nft.bitwise(b"\x3f\x00", b"\x00" + _TCP)
+        else:
+            self.fragment = nft.present6(_FRAGMENT_HEADER)
+            shifted = nft.swap_bytes() + nft.shift_right(6) + nft.swap_bytes()
+            dscp = nft.payload(NETWORK, 0, 2) + shifted
+            self.word = dscp + nft.bitwise(b"\x00\x3f", _TCP + b"\x00")
 
     def load(self, offset: int) -> bytes:
+        """Load an address of the header."""
         return nft.payload(NETWORK, offset, len(self.metadata))
 
     def name(self, what: str) -> str:
-        return f"{what}{self.family.value}"
+        """Of a chain or set of the family."""
+        return f"{what}{self._version}"
 
 
-_LAYOUTS: Final = (
-    _Layout(
-        Family.IPV4,
-        ethertype=b"\x08\x00",
-        protocol=2,
-        kind=7,
-        source=12,
-        target=16,
-        fragment=nft.payload(NETWORK, 6, 2)
-        + nft.bitwise(b"\x3f\xff")
-        + nft.compare(b"\0\0", differs=True),
-        dscp=b"\x00\xfc",
-        bits=2,
-        limit=8,
-        # The kernel updates a checksum for two bytes at least; the second one, the protocol, is TCP.
-        word=nft.payload(NETWORK, 1, 1)
-        + nft.shift_right(2)
-        + nft.bitwise(b"\x3f\x00", b"\x00" + _TCP),
-        checksum=10,
-    ),
-    _Layout(
-        Family.IPV6,
-        ethertype=b"\x86\xdd",
-        protocol=10,
-        kind=8,
-        source=8,
-        target=24,
-        fragment=nft.present6(_FRAGMENT_HEADER),
-        dscp=b"\x0f\xc0",
-        bits=6,
-        limit=6,
-        word=nft.payload(NETWORK, 0, 2)
-        + (nft.swap_bytes() + nft.shift_right(6) + nft.swap_bytes())
-        + nft.bitwise(b"\x00\x3f", _TCP + b"\x00"),
-        checksum=None,
-    ),
-)
+_LAYOUTS: Final = tuple(map(_Layout, Family))
 
 
 def fill_mac_filter(batch: Batch, devices: Sequence[str]) -> None:
