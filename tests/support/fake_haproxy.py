@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Final, cast
 
 from imdsproxy.core.haproxy.maps import GENERATION_KEY, parse_map
 from imdsproxy.core.haproxy.runtime import Processes
@@ -19,6 +19,9 @@ from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import ConfigRejected
 from imdsproxy.host.clock import Clock
+
+MASTER: Final = 2**22 + 1
+"""No process can have this pid: what waits for its end does not wait."""
 
 
 @dataclass(slots=True)
@@ -122,7 +125,7 @@ class FakeHaproxy:
     def _show_proc(self) -> str:
         lines = [
             "#<PID>          <type>          <reloads>       <uptime>        <version>",
-            f"1000 master {self.reloads} [failed: 0] 0d00h00m01s 3.0.11",
+            f"{MASTER} master {self.reloads} [failed: 0] 0d00h00m01s 3.0.11",
             "# workers",
             *(f"{worker.pid} worker 0 0d00h00m01s 3.0.11" for worker in self.workers),
         ]
@@ -156,9 +159,6 @@ class FakeLauncher:
         self.started += 1
         await self.fake.start()
         return await self.master.read_processes()
-
-    async def wait(self, master: int) -> None:
-        del master
 
     async def kill(self, processes: Processes) -> None:
         self.killed.append(processes)

@@ -18,7 +18,7 @@ from imdsproxy.app.tickets import report_failure
 from imdsproxy.core.compiled import compile_instance, compiled_path
 from imdsproxy.core.model import Instance
 from imdsproxy.core.timing import Backoff
-from imdsproxy.core.wire import PROBE_INSTANCE
+from imdsproxy.core.wire import PROBE_INSTANCE, PROBE_PATH
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.launch import control_unit, kill_process
 from imdsproxy.errors import DataplaneError, HostRefused, ImdsproxyError, Problem
@@ -182,6 +182,7 @@ class Companion:
 
 
 _EVERY_S: Final = 2.0
+_DEADLINE_S: Final = 3.0
 _FAILURES: Final = 2
 """One may fail while a worker is replaced."""
 
@@ -240,7 +241,7 @@ class DocumentProbe:
             self.files.apply(_INSTANCE.id, compile_instance(_INSTANCE, {}))
         except ImdsproxyError as error:
             return Problem("documents", error.message, error.hint)
-        status, body = await self.haproxy.fetch_probe_document()
+        status, body = await self.haproxy.fetch(PROBE_PATH, _DEADLINE_S)
         if status == 200 and body == _INSTANCE.ec2_id.encode():  # noqa: PLR2004 - HTTP
             return None
         if status is None and self.haproxy.full is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Final
 
 import structlog
@@ -12,12 +13,13 @@ import structlog
 from imdsproxy.app.tickets import report_failure
 from imdsproxy.core.haproxy.runtime import Load, Processes
 from imdsproxy.core.timing import Backoff
-from imdsproxy.dataplane.haproxy import PROBE_DEADLINE_S, Haproxy
+from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import DataplaneError, HostRefused, Problem, RuntimeUnavailable
-from imdsproxy.host.process import Doubt, read_stat
+from imdsproxy.host.process import Doubt, read_stat, wait_gone
 
 _PROBE_EVERY_S: Final = 1.0
+_DEADLINE_S: Final = 1.0
 _RESTART_FIRST_S: Final = 0.05
 _PATIENCE_S: Final = 0.2
 """How long a probe may take before the worker's own socket is asked too. That ends with the probe, so that asking
@@ -63,7 +65,7 @@ class HaproxyWatchdog:
                 # The listener loop is about to start it, or has failed to.
                 await asyncio.sleep(_RESTART_FIRST_S)
                 continue
-            await self.haproxy.launcher.wait(processes.master)
+            await wait_gone(processes.master)
             if self._master() not in (None, processes.master):
                 continue
             structlog.get_logger().error("haproxy ended", master=processes.master)
@@ -124,12 +126,13 @@ class HaproxyWatchdog:
         """
         load: Load | None = None
         async with asyncio.TaskGroup() as group:
-            probe = group.create_task(self.haproxy.probe())
+            probe = group.create_task(self.haproxy.fetch("/", _DEADLINE_S))
             await asyncio.wait([probe], timeout=_PATIENCE_S)
             if not probe.done() and processes.worker is not None:
                 load = await self._read_load(processes.worker)
-        if probe.result() or load is None:
-            return probe.result(), None
+        answered = probe.result()[0] == HTTPStatus.OK
+        if answered or load is None:
+            return answered, None
         # Between two guests there may be room for a moment.
         full = load.connections >= load.most or load.reached != self._reached
         self._reached = load.reached
@@ -137,7 +140,7 @@ class HaproxyWatchdog:
 
     async def _read_load(self, worker: int) -> Load | None:
         try:
-            async with asyncio.timeout(PROBE_DEADLINE_S - _PATIENCE_S):
+            async with asyncio.timeout(_DEADLINE_S - _PATIENCE_S):
                 return await self.haproxy.master.read_load(worker)
         except (TimeoutError, RuntimeUnavailable, WorkerEnded):
             return None

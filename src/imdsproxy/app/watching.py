@@ -44,7 +44,7 @@ class Watching:
     wanted: bool = False
     _asked: asyncio.Event = field(default_factory=asyncio.Event)
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    _rings: dict[int, tuple[Watched, ...]] = field(default_factory=dict)
+    _rings: dict[int, frozenset[Watched]] = field(default_factory=dict)
     _kept: deque[tuple[int, Watched]] = field(default_factory=lambda: deque(maxlen=_KEPT))
     _last: int = 0
     _lost: int = 0
@@ -84,11 +84,9 @@ class Watching:
                 for one in named
                 if network in (None, one.network) and instance in (None, one.instance)
             )
-            return WatchReport(self._last, found, missed=self._missed(cursor))
-
-    def _missed(self, cursor: int) -> bool:
-        oldest = self._kept[0][0] if self._kept else self._last + 1
-        return self._lost > cursor or oldest > cursor + 1
+            oldest = self._kept[0][0] if self._kept else self._last + 1
+            missed = self._lost > cursor or oldest > cursor + 1
+            return WatchReport(self._last, found, missed=missed)
 
     async def _look(self) -> None:
         """Take what each worker's ring has beside what it had before."""
@@ -102,19 +100,15 @@ class Watching:
             del self._rings[gone]
         for worker, events in answers.items():
             for text in events:
-                self._take(worker, tuple(parse_events(text)))
-
-    def _take(self, worker: int, ring: tuple[Watched, ...]) -> None:
-        before = self._rings.get(worker, ())
-        self._rings[worker] = ring
-        known = set(before)
-        if known and known.isdisjoint(ring):
-            # It went round since: how many there were between is not known.
-            self._lost = self._last + 1
-        for request in ring:
-            if request not in known:
-                self._last += 1
-                self._kept.append((self._last, request))
+                ring, known = parse_events(text), self._rings.get(worker, frozenset())
+                self._rings[worker] = frozenset(ring)
+                if known and known.isdisjoint(ring):
+                    # It went round since: how many there were between is not known.
+                    self._lost = self._last + 1
+                for request in ring:
+                    if request not in known:
+                        self._last += 1
+                        self._kept.append((self._last, request))
 
     def _named(self, request: Watched) -> Watched:
         if request.instance is not None or not request.network:

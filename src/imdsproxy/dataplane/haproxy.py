@@ -14,7 +14,6 @@ from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.model import DataplaneSpec
 from imdsproxy.core.haproxy.nova import loopback_sockets
 from imdsproxy.core.haproxy.runtime import Processes, parse_failure
-from imdsproxy.core.wire import PROBE_PATH
 from imdsproxy.dataplane.launch import Launcher
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient, exchange
@@ -22,12 +21,10 @@ from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import ConfigRejected, Problem, ReloadFailed, RuntimeUnavailable, refusing
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import ensure_directory, write_atomic
-from imdsproxy.host.process import run_program
+from imdsproxy.host.process import run_program, wait_gone
 
-PROBE_DEADLINE_S = 1.0
 _CHECK_DEADLINE_S = 60.0
 """The binds of 5,000 networks take a few seconds; the records are not in it."""
-_DOCUMENT_DEADLINE_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,15 +132,8 @@ class Haproxy:
         async with self.records.lock:
             await self._start(reason, asyncio.get_running_loop().time())
 
-    async def probe(self) -> bool:
-        """Whether the worker answers a request within a second."""
-        return (await self._fetch("/", PROBE_DEADLINE_S))[0] == 200  # noqa: PLR2004 - HTTP
-
-    async def fetch_probe_document(self) -> tuple[int | None, bytes]:
-        """Status and body of the probe's document; no status without an answer in time."""
-        return await self._fetch(PROBE_PATH, _DOCUMENT_DEADLINE_S)
-
-    async def _fetch(self, path: str, deadline_s: float) -> tuple[int | None, bytes]:
+    async def fetch(self, path: str, deadline_s: float) -> tuple[int | None, bytes]:
+        """Status and body of what the worker answers on the probe's socket; no status without an answer in time."""
         request = f"GET {path} HTTP/1.1\r\nHost: probe\r\nConnection: close\r\n\r\n"
         try:
             answer = await exchange(self.layout.probe_socket, request, deadline_s)
@@ -161,7 +151,7 @@ class Haproxy:
             await self.launcher.end_lost()
             return
         await self.launcher.kill(processes)
-        await self.launcher.wait(processes.master)
+        await wait_gone(processes.master)
 
     def in_force(self) -> str:
         """The configuration that was last brought into force, by us or an earlier controller; empty without one.

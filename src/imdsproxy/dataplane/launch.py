@@ -22,7 +22,6 @@ from imdsproxy.host.process import (
     open_process,
     run_program,
     spawn_logged,
-    wait_gone,
 )
 
 _MINIMUM: Final = (3, 0)
@@ -165,10 +164,6 @@ class Launcher:
             return None
         output = self.layout.haproxy_log.read_bytes()[offset:].decode("utf-8", "replace")
         return parse_failure(output)[-2000:] or "it wrote nothing"
-
-    async def wait(self, master: int) -> None:
-        """Return when this master has ended."""
-        await wait_gone(master)
 
     async def kill(self, processes: Processes) -> None:
         """End the master and its workers at once, whatever state they are in."""

@@ -13,7 +13,7 @@ from imdsproxy.app import companion
 from imdsproxy.app.companion import DocumentProbe
 from imdsproxy.core.compiled import compiled_path
 from imdsproxy.core.model import Instance
-from imdsproxy.core.wire import PROBE_INSTANCE
+from imdsproxy.core.wire import PROBE_INSTANCE, PROBE_PATH
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.errors import HostRefused, Problem
 from imdsproxy.serving.store import DiskFiles, PasswordStore
@@ -28,7 +28,8 @@ class _Haproxy:
     def __init__(self, answers: Iterable[tuple[int | None, bytes]]) -> None:
         self.answers = list(answers)
 
-    async def fetch_probe_document(self) -> tuple[int | None, bytes]:
+    async def fetch(self, path: str, deadline_s: float) -> tuple[int | None, bytes]:
+        assert (path, deadline_s) == (PROBE_PATH, 3.0)
         return self.answers.pop(0)
 
 

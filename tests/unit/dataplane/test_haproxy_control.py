@@ -145,11 +145,12 @@ async def test_a_disk_that_takes_nothing_leaves_the_file_in_force(rig: Rig) -> N
     assert rig.fake.reloads == 0
 
 
-@pytest.mark.parametrize(("answer", "alive"), [(b"HTTP/1.1 200 OK\r\n\r\n", True), (b"", False)])
-async def test_a_probe_says_whether_the_worker_answers(
-    rig: Rig,
-    answer: bytes,
-    alive: bool,  # noqa: FBT001 - a parameter of the test
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [(b"HTTP/1.1 200 OK\r\n\r\nbody", (200, b"body")), (b"", (None, b""))],
+)
+async def test_what_the_worker_answers_on_the_probes_socket_is_fetched(
+    rig: Rig, answer: bytes, expected: tuple[int | None, bytes]
 ) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -157,9 +158,9 @@ async def test_a_probe_says_whether_the_worker_answers(
         writer.close()
         await writer.wait_closed()
 
-    assert not await rig.haproxy.probe()
+    assert await rig.haproxy.fetch("/", 1.0) == (None, b"")
     server = await asyncio.start_unix_server(serve, str(rig.layout.probe_socket))
-    assert await rig.haproxy.probe() is alive
+    assert await rig.haproxy.fetch("/", 1.0) == expected
     server.close()
     await server.wait_closed()
 
