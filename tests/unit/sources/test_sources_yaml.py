@@ -89,6 +89,15 @@ def test_every_part_knows_its_line(decode: object) -> None:
     assert found.line_of(("c", "x", 0)) == 5
 
 
+def test_a_merge_key_takes_what_is_not_there_and_an_alias_is_what_it_stands_for() -> None:
+    found = decoded(
+        "a: &a {x: 1, y: 1}\nb: &b {y: 2, z: 2}\nc: {<<: *a, y: 3}\nd: {<<: [*a, *b]}\n'<<': *b\n"
+    )
+    assert not found.faults
+    a, b = {"x": 1, "y": 1}, {"y": 2, "z": 2}
+    assert found.value == {"a": a, "b": b, "c": {"x": 1, "y": 3}, "d": {**b, **a}, "<<": b}
+
+
 @pytest.mark.parametrize(
     "value",
     [
