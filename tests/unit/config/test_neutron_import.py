@@ -160,6 +160,8 @@ def test_what_a_later_value_wins_over_is_reported() -> None:
         "metadata_proxy_socket = $state_path/metadata_proxy\n",
     )
     assert _import(*same).report["overridden"] == []
+    nowhere = "external_pids = $none/x\n"
+    assert _import(_SECRET + nowhere, nowhere).report["overridden"] == []
 
 
 def test_neutrons_host_is_offered_for_the_list_of_ports(tmp_path: Path) -> None:

@@ -4,13 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imdsproxy.core.neutron_ini import (
-    IniOption,
-    decode_ini,
-    expand_value,
-    find_option,
-    parse_ini,
-)
+from imdsproxy.core.neutron_ini import IniOption, decode_ini, expand_value, find_option, parse_ini
 from imdsproxy.errors import ConfigInvalid, ConfigUnreadable
 
 _TEXT = """\
@@ -163,15 +157,6 @@ def test_any_text_is_read_or_refused_with_lines(text: str) -> None:
         assert all(one.line for one in error.problems)  # noqa: PT017 - either way is right
         return
     assert all(one.name and one.section for one in options)
-
-
-@given(st.binary(max_size=40))
-def test_any_bytes_are_text_or_refused(data: bytes) -> None:
-    try:
-        text = decode_ini(data, "f")
-    except ConfigUnreadable:
-        return
-    assert text.encode() == data
 
 
 @given(st.text(st.sampled_from("$\\{}ab._ "), max_size=30))
