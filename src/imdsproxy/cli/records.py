@@ -1,5 +1,6 @@
 """`imdsproxy network|instance add|set|list|show|remove`, `instance reopen` and `instance password`."""
 
+# Annotations are not postponed here: those in `_make_app` use its own variables.
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import typer
 
+from imdsproxy import __version__
 from imdsproxy.admin.status import AuditReport, Readiness, SourceReport, UnixListenerReport
 from imdsproxy.cli import admin_client
 from imdsproxy.cli.main import EXAMPLES, build_program, iterate_commands, main
 from imdsproxy.core.timing import Step
 from imdsproxy.errors import ConfigInvalid, Problem, ReloadFailed, SourceUnavailable
-from support.cli import Cli
+from support.cli import Cli, Ran
 
 SET_BLUE, SET_WEB = ["network", "set", "blue"], ["instance", "set", "web-1"]
 ADD_X = ["network", "add", "x", "--bridge", "a"]
@@ -84,13 +85,9 @@ def test_set_describes_set_and_add_describes_add(kind: str) -> None:
         (["explain", "--network", "blue"], "--from"),
         (["explain", "web-1", "--network", "blue"], "either an INSTANCE or both"),
         ([*SET_WEB, "--clear", "nonsense"], "nonsense cannot be cleared"),
-        ([*SET_WEB, "--clear", "name"], "name cannot be cleared"),
-        ([*SET_BLUE, "--clear", "listener"], "listener cannot be cleared"),
         (["instance", "add", "x", "--clear", "tags"], "--clear"),
-        ([*SET_BLUE, "--tokens", "sometimes"], "policy.tokens"),
         ([*SET_WEB, "--tokens", "sometimes"], "one of off, optional, required"),
         ([*SET_BLUE, "--path-rule", "/2009-04-04/user-data=deny"], "/latest/user-data"),
-        ([*SET_BLUE, "--path-rule", "/latest=refuse"], "one of deny, allow, required, optional"),
         ([*SET_WEB, "--path-rule", "/latest=refuse"], "policy.paths"),
         ([*SET_WEB, "--path-rule", "/latest"], "--path-rule /latest/user-data=deny"),
         (["snippet", "web-1"], "Choose from: qemu, libvirt, proxmox, incus"),
@@ -127,7 +124,9 @@ def test_what_is_wrong_with_a_command_line_is_reported_in_one_line(
 def test_without_a_command_there_is_help(cli: Cli) -> None:
     assert main([]) == 64
     assert "Usage: imdsproxy" in cli.capture.readouterr().out
-    assert (cli("--version").out, cli("--version").status) == (cli("version").out, 0)
+    for line in ("--version", "version"):
+        assert cli(line) == Ran(0, f"imdsproxy {__version__}\n", "")
+    assert cli("version", "--json").json == {"version": __version__}
 
 
 def test_an_error_is_one_line_and_a_hint_or_json_where_that_was_asked_for(filled: Cli) -> None:

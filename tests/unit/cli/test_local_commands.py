@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy import __version__
 from imdsproxy.config.schema import Settings
 from support.cli import Ran, run_main
 from support.patience import patience
@@ -27,11 +26,6 @@ def run(
     for name in [name for name in os.environ if name.startswith("IMDSPROXY_")]:
         monkeypatch.delenv(name)
     return lambda line: run_main(capsys, *line.split())
-
-
-def test_version(run: Callable[[str], Ran]) -> None:
-    assert run("version") == Ran(0, f"imdsproxy {__version__}\n", "")
-    assert run("version --json").json == {"version": __version__}
 
 
 def test_the_sample_is_a_configuration_and_the_schema_json(
