@@ -273,11 +273,15 @@ def test_check_warns_of_open_user_data_in_record_files_and_in_the_store(
         store.put([network("red")], [web])
     (tmp_path / "records").mkdir()
     (tmp_path / "records/mail.json").write_text(json.dumps({"instances": [render_record(mail)]}))
-    config = tmp_path / "c.yaml"
+    config, locked = tmp_path / "c.yaml", tmp_path / "locked.yaml"
     config.write_text(
         f"paths: {{runtime_dir: {tmp_path}/r, state_dir: {tmp_path}}}\n"
         f"sources: {{file: {{enabled: true, directory: {tmp_path}/records}}}}\n"
     )
+    host = "policy: {host: {openstack_tokens: required, nocloud_tokens: required}}\n"
+    locked.write_text(config.read_text() + host)
+    _, found = _check(capsys, "--config", str(locked))
+    assert not any(text.startswith("user-data is open") for text in found)
     _, found = _check(capsys, "--config", str(config))
     assert found[
         "user-data is open beside a tree that keeps it: "

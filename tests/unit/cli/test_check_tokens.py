@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ import pytest
 from imdsproxy.cli.checks import Subject
 from imdsproxy.cli.checks.tokens import (
     check_hop_limits,
-    check_instances,
     check_overrides,
     check_path_rules,
     check_token_keys,
@@ -26,45 +24,7 @@ def _on(**policy: object) -> Subject:
 _OPEN = {"tokens": "required"}
 
 
-def _with_instances(directory: Path, number: int, policy: object, host: object) -> Subject:
-    """So many instances with user-data, all in the network red, whose record has the policy."""
-    network = {"id": "red", "listener": {"namespace": "red"}, "policy": policy}
-    instances = [
-        {
-            "id": f"web-{one}",
-            "name": "web",
-            "ports": [{"network": "red", "addresses": [f"10.0.0.{one + 1}"]}],
-            "user_data": "x",
-        }
-        for one in range(number)
-    ]
-    records = {"networks": [network], "instances": instances}
-    (directory / "a.json").write_text(json.dumps(records))
-    sources = {"file": {"enabled": True, "directory": str(directory)}, "sqlite": {"enabled": False}}
-    return subject({"policy": {"host": host}, "sources": sources})
-
-
 _LOCKED = {"openstack_tokens": "required", "nocloud_tokens": "required"}
-
-
-@pytest.mark.parametrize(
-    ("number", "policy", "host", "named"),
-    [
-        (9, _OPEN, {}, "/openstack of web-0 in red, /nocloud of web-0 in red, /openstack of web-1 in red and 15 more"),
-        (1, _OPEN, {"openstack_tokens": "required"}, "/nocloud of web-0 in red"),
-        (9, {}, {}, None),
-        (9, {**_OPEN, **_LOCKED}, {}, None),
-        (9, _OPEN, _LOCKED, None),
-    ],
-)  # fmt: skip
-def test_trees_that_records_leave_open_are_warned_of_with_the_first_few_instances(
-    tmp_path: Path, number: int, policy: object, host: object, named: str | None
-) -> None:
-    found = check_instances(_with_instances(tmp_path, number, policy, host))
-    text = f"user-data is open beside a tree that keeps it: {named}"
-    assert [(one.ok, one.warning, one.text) for one in found] == (
-        [(True, True, text)] if named else []
-    )
 
 
 _DENIED = {"/latest/user-data": "deny"}
