@@ -103,24 +103,24 @@ class _Sums:
 
     kept: int
     totals: dict[_Key, tuple[int, int, float]] = field(default_factory=dict)
-    _before: dict[int, dict[_Key, CountedRow]] = field(default_factory=dict)
+    before: dict[int, dict[_Key, CountedRow]] = field(default_factory=dict)
 
     def add(
         self, worker: int, rows: Iterable[CountedRow], now: float
     ) -> list[tuple[_Key, int, int]]:
         """Take in one worker's table; what is more than at its last look."""
-        before, seen = self._before.get(worker, {}), dict[_Key, CountedRow]()
+        before, seen = self.before.get(worker, {}), dict[_Key, CountedRow]()
         for row in rows:
             # Clients whose names differ only where they are not shown are one.
-            same = seen.get(row.key)
-            seen[row.key] = row if same is None else row.plus(same)
-        self._before[worker] = seen
+            seen[row.key] = row.plus(seen[row.key]) if row.key in seen else row
+        self.before[worker] = seen
+        # Where an entry is new, or was forgotten and made anew.
+        nothing = CountedRow((), 0, 0, 0)
         grown: list[tuple[_Key, int, int]] = []
         for key, row in seen.items():
-            was = before.get(key)
-            if was is None or row.reads < was.reads or row.refused < was.refused:
-                # The entry is new, or was forgotten and made anew.
-                was = CountedRow(key, 0, 0, 0)
+            was = before.get(key, nothing)
+            if row.reads < was.reads or row.refused < was.refused:
+                was = nothing
             more = (row.reads - was.reads, row.refused - was.refused)
             if more != (0, 0):
                 reads, refused, last = self.totals.get(key, (0, 0, 0.0))
@@ -132,10 +132,6 @@ class _Sums:
                 break
             del self.totals[key]
         return grown
-
-    def drop_others(self, workers: Collection[int]) -> None:
-        for worker in self._before.keys() - set(workers):
-            del self._before[worker]
 
 
 @dataclass(slots=True)
@@ -155,8 +151,8 @@ class TokenLedger:
 
     def keep_workers(self, workers: Collection[int]) -> None:
         """Forget how far others had counted: they are gone, and a pid can come again."""
-        self._guests.drop_others(workers)
-        self._readers.drop_others(workers)
+        for sums in (self._guests, self._readers):
+            sums.before = {one: sums.before[one] for one in workers if one in sums.before}
 
     def add(
         self,

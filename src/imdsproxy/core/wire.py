@@ -168,13 +168,9 @@ def parse_map_value(text: str) -> MapRecord | None:
         found = _NOVA.fullmatch(text)
         if found is None:
             return None
-        return NovaRecord(
-            endpoint_set=found["set"],
-            instance=InstanceId(found["instance"]),
-            project=found["project"],
-            signatures=tuple(one for one in found.group("signature", "next") if one is not None),
-            policy=policy,
-        )
+        instance_id, project = InstanceId(found["instance"]), found["project"]
+        signatures = tuple(filter(None, found.group("signature", "next")))
+        return NovaRecord(found["set"], instance_id, project, signatures, policy)
     instance, separator, revision = text.partition("|")
     if not separator or not instance or not revision:
         return None
