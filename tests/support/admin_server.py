@@ -45,11 +45,12 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.core.observation import Observation
 from imdsproxy.core.token_report import TokenReport
+from imdsproxy.core.tokens import render_key_map
 from imdsproxy.core.wire import MapRecord
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.launch import Launcher
 from imdsproxy.dataplane.layout import Layout
-from imdsproxy.dataplane.records import RecordApplier
+from imdsproxy.dataplane.records import RecordApplier, write_table
 from imdsproxy.errors import Problem
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.servers import open_unix_socket
@@ -234,7 +235,7 @@ async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous gen
     keys = TokenKeys(layout, lambda count: bytes([next(numbers)]) * count)
     policy_store = PolicyStore(keys)
     keys.read(None)
-    keys.write_map()
+    write_table(layout.token_keys_map, render_key_map(keys.keys), secret=True)
     applier.write_all({})
     fake = FakeHaproxy(
         layout.master_socket, (layout.base_map, layout.overlay_map, layout.token_keys_map)

@@ -77,14 +77,6 @@ class TokenKeys:
             self.send()
         return changed
 
-    def write_map(self) -> None:
-        """Have HAProxy find the keys when it loads.
-
-        Raises:
-            HostRefused: The file system refuses.
-        """
-        write_table(self.layout.token_keys_map, render_key_map(self.keys), secret=True)
-
     def send(self) -> None:
         """Let `run` send the keys to every worker; `confirmed` waits for it."""
         self._confirmed.clear()
@@ -261,7 +253,9 @@ class PolicyStore:
         self.read(settings)
         # To go on without what cannot be read would make revoked tokens good again.
         self.overrides = read_overrides(self.keys.layout.guards)
-        self.keys.write_map()
+        keys = render_key_map(self.keys.keys)
+        # HAProxy is to find them when it loads.
+        write_table(self.keys.layout.token_keys_map, keys, secret=True)
 
     def for_nobody(self, inventory: Inventory) -> tuple[str, ...]:
         """Sections of settings for a network, project or instance that no source has.

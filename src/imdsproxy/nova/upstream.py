@@ -97,9 +97,8 @@ class NovaUpstream:
 
     def backends(self) -> tuple[NovaBackend, ...]:
         """The endpoint sets as HAProxy is to know them."""
-        return tuple(
-            self._backend(name, one) for name, one in sorted(self._settings.endpoint_sets.items())
-        )
+        sets = sorted(self._settings.endpoint_sets.items())
+        return tuple(self._backend(name, one) for name, one in sets)
 
     async def resolve(self) -> bool:
         """Look every name up; whether any leads elsewhere than before.
@@ -272,10 +271,9 @@ class NovaWatch:
     @property
     def problems(self) -> tuple[Problem, ...]:
         """The sets whose Nova refuses our signature now, and those of which no endpoint answers."""
-        return (
-            *(_refused(name) for name in sorted(self._refusing)),
-            *(_silent(name) for name in sorted(self._silent())),
-        )
+        answering = {one.endpoint_set for one in self.endpoints if one.up}
+        silent = {one.endpoint_set for one in self.endpoints} - answering
+        return (*map(_refused, sorted(self._refusing)), *map(_silent, sorted(silent)))
 
     async def refresh(self) -> None:
         """Look once; while HAProxy does not answer, what was seen last stays."""
@@ -292,16 +290,12 @@ class NovaWatch:
             }
         except (DataplaneError, WorkerEnded):
             return
-        self.take(worker, names, rows, refused)
+        self.take(worker, rows, refused)
 
     def take(
-        self,
-        worker: int,
-        names: Iterable[str],
-        rows: Iterable[Mapping[str, str]],
-        refused: Mapping[str, int | None],
+        self, worker: int, rows: Iterable[Mapping[str, str]], refused: Mapping[str, int | None]
     ) -> None:
-        """Take in one worker's rows of `show stat` and its counts of 403."""
+        """Take in one worker's rows of `show stat`, and its count of 403 of each endpoint set."""
         counted = {one: count for one, count in refused.items() if count is not None}
         more = self.refused.add(worker, counted)
         found: dict[tuple[str, str], NovaEndpointReport] = {}
@@ -316,22 +310,15 @@ class NovaWatch:
             found[name, endpoint] = _endpoint(name, row, found.get((name, endpoint)))
         self.endpoints = tuple(found.values())
         well = self._good.add(worker, good)
-        for name in names:
-            self._note(name, refuses=more[name] > 0, well=well[name] > 0)
-
-    def _note(self, name: str, *, refuses: bool, well: bool) -> None:
         log = structlog.get_logger()
-        if refuses and name not in self._refusing:
-            self._refusing.add(name)
-            problem = _refused(name)
-            log.warning("nova refuses our signature", endpoint_set=name, hint=problem.hint)
-        elif well and not refuses and name in self._refusing:
-            self._refusing.discard(name)
-            log.info("nova takes our signature again", endpoint_set=name)
-
-    def _silent(self) -> set[str]:
-        answering = {one.endpoint_set for one in self.endpoints if one.up}
-        return {one.endpoint_set for one in self.endpoints} - answering
+        for name in refused:
+            if more[name] > 0 and name not in self._refusing:
+                self._refusing.add(name)
+                hint = _refused(name).hint
+                log.warning("nova refuses our signature", endpoint_set=name, hint=hint)
+            elif more[name] <= 0 < well[name] and name in self._refusing:
+                self._refusing.discard(name)
+                log.info("nova takes our signature again", endpoint_set=name)
 
 
 def _endpoint(

@@ -193,7 +193,7 @@ def _look(
     worker: int = 7,
 ) -> list[str]:
     with capture_logs() as logs:
-        watch.take(worker, ["default"], list(rows), {"default": refused})
+        watch.take(worker, list(rows), {"default": refused})
     return [entry["event"] for entry in logs]
 
 
