@@ -171,7 +171,6 @@ class RecordCompiler:
             starting: Not everything that sources have has been compiled once.
         """
         compiled_of: dict[InstanceId, bytes] = {}
-        networks = self.inventory.networks
         salt = COMPILER + repr(self.region()).encode()
         for instance in instances:
             compiling.left.discard(instance)
@@ -186,7 +185,7 @@ class RecordCompiler:
                 if instance in self.revisions or starting:
                     compiling.unneeded.append(instance)
             else:
-                compiled_of[instance] = self._fingerprint(known, networks, salt)
+                compiled_of[instance] = self._fingerprint(known, salt)
         # Of one that has just changed this could not be.
         unchanged = self._unchanged(compiled_of) if compiling.keys is None else {}
         for instance, made_of in compiled_of.items():
@@ -208,15 +207,13 @@ class RecordCompiler:
         self.revisions.pop(instance, None)
         self.warnings.pop(instance, None)
 
-    def _fingerprint(
-        self, known: Instance, networks: Mapping[NetworkId, Network], salt: bytes
-    ) -> bytes:
+    def _fingerprint(self, known: Instance, salt: bytes) -> bytes:
         """What the instance's record is compiled of."""
-        marks = (self._mark(port.network, networks) for port in known.ports)
+        marks = (self._mark(port.network) for port in known.ports)
         return self.inventory.instances.digest(known.id, b"".join((salt, *marks)))
 
-    def _mark(self, network_id: NetworkId, networks: Mapping[NetworkId, Network]) -> bytes:
-        network = networks.get(network_id)
+    def _mark(self, network_id: NetworkId) -> bytes:
+        network = self.inventory.networks.get(network_id)
         known, mark = self._marks.get(network_id, (None, b"-"))
         if network is not known:
             mark = b"-" if network is None else network_mark(network)
@@ -235,22 +232,18 @@ class RecordCompiler:
         found = read_signature(f"{self.files.directory}/{compiled_path(instance)}")
         return " ".join(map(str, found or ()))
 
-    def _write(self, known: Instance, compiled_of: bytes) -> str:
-        """Have an instance's record on disk; its revision."""
-        record = compile_instance(known, self.inventory.networks, self.region())
-        if self.revisions.get(known.id) != record.revision or known.id in self.failures:
-            self.files.apply(known.id, record)
-            row = compiled_of, record.revision, self._signature(known.id)
-            self.index.note(known.id, row)
-        return record.revision
-
     def _compile(
         self, known: Instance, compiled_of: bytes, revision: str | None, *, starting: bool
     ) -> None:
         """Have an instance's record on disk; it is there if its `revision` is given."""
         instance = known.id
         try:
-            revision = revision or self._write(known, compiled_of)
+            if revision is None:
+                record = compile_instance(known, self.inventory.networks, self.region())
+                revision = record.revision
+                if self.revisions.get(instance) != revision or instance in self.failures:
+                    self.files.apply(instance, record)
+                    self.index.note(instance, (compiled_of, revision, self._signature(instance)))
         except ImdsproxyError as error:
             self._fail(instance, error)
             structlog.get_logger().error(
