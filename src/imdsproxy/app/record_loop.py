@@ -189,8 +189,7 @@ class RecordLoop:
         if not (in_sync and applier.restore_copies(self._made_of) and applier.load()):
             return False
         async for part in self._parts(key for key, _ in self.inventory.addresses()):
-            pairs = plan_pairs(self.inventory, part, self.learned)
-            self.mac_filters.preload(pairs)
+            self.mac_filters.preload(plan_pairs(self.inventory, part, self.learned))
         self.resync()
         structlog.get_logger().info(
             "records are those of the last run", records=len(applier.state.base)
@@ -228,8 +227,7 @@ class RecordLoop:
         sets: dict[str, PathRules] = {}
         packed, values, last = PackedMap(), dict[str, str](), ""
         async for keys in self._every_part(compiling):
-            found = plan_pairs(self.inventory, keys, self.learned)
-            self.mac_filters.preload(found)
+            self.mac_filters.preload(plan_pairs(self.inventory, keys, self.learned))
             planned = self._planner().plan_records(keys)
             sets.update(planned.sets)
             self.hop_limits.restrict(planned.values)
@@ -335,14 +333,12 @@ class RecordLoop:
             compiling = Compiling(set(work.instances), keys=set())
             await self._compile_rest(compiling)
             keys = work.addresses | (compiling.keys or set())
+            learned = self.learned.items()
+            keys |= {key for key, entry in learned if entry.instance in work.instances}
             # A router's record says what those may read that are behind it, and no instance has a port in a router.
-            keys |= {
-                key
-                for key, entry in self.learned.items()
-                if entry.instance in work.instances or key[0] in work.networks
-            }
+            keys |= {key for key, _ in learned if key[0] in work.networks}
             # An address behind a router stands and falls with the one in its network.
-            keys |= {key for key, entry in self.learned.items() if entry.via in keys}
+            keys |= {key for key, entry in learned if entry.via in keys}
             self._drop_learned(compiling)
             parts = self._parts(keys)
         # Nothing is swept before the sources have reported everything once.
