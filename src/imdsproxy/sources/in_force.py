@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from imdsproxy.core.claims import Claims, claim_places
 from imdsproxy.core.model import Instance, InstanceId, Network
@@ -72,6 +72,10 @@ class Clash(Generic[Record]):
     entry: Entry[Record]
     other: Entry[Record]
     addresses: tuple[AddressKey, ...] = ()
+
+
+_Each: TypeAlias = Mapping[str, Entry[Record] | None]
+"""What each id has in force, if anything."""
 
 
 class InForce(Generic[Record]):
@@ -218,7 +222,7 @@ class InForce(Generic[Record]):
             chosen = held
         return chosen, [] if chosen is None else [Clash(rival, chosen) for rival in rivals]
 
-    def _decide(self, before: Mapping[str, Entry[Record] | None]) -> None:
+    def _decide(self, before: _Each[Record]) -> None:
         """Put in force what these ids wish for, all together, as far as addresses allow."""
         wishes = {key: self._wish(key) for key in before}
         for key in before:
@@ -239,11 +243,7 @@ class InForce(Generic[Record]):
             found = wishes[key][1] if refused is None else [refused, *wishes[key][1]]
             _store(self._clashes, key, tuple(found))
 
-    def _contest(
-        self,
-        before: Mapping[str, Entry[Record] | None],
-        after: Mapping[str, Entry[Record] | None],
-    ) -> dict[str, Clash[Record]]:
+    def _contest(self, before: _Each[Record], after: _Each[Record]) -> dict[str, Clash[Record]]:
         """Who loses an address, going through the changed records by their order."""
         taken: dict[AddressKey, Entry[Record]] = {}
         changed: list[Entry[Record]] = []

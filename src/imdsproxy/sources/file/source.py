@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from imdsproxy.core.claims import claim_places
-from imdsproxy.core.model import Instance, Network
+from imdsproxy.core.model import Instance
 from imdsproxy.core.observation import AddressKey, Observation, StrandedPort
 from imdsproxy.core.packed import PackedInstance
 from imdsproxy.core.records import Path as PathInFile
@@ -109,13 +109,9 @@ class FileSource:
         self._clock = clock
         self._reports = Reports(self.name)
         self._files: dict[str, _File] = {}
-        self._networks: InForce[Network] = InForce(lambda _: (), partial(self._where, "networks"))
-        self._instances: InForce[PackedInstance] = InForce(
-            self._claims, partial(self._where, "instances")
-        )
         self._kinds: dict[str, InForce[Any]] = {
-            "networks": self._networks,
-            "instances": self._instances,
+            "networks": InForce(lambda _network: (), partial(self._where, "networks")),
+            "instances": InForce(self._claims, partial(self._where, "instances")),
         }
         self._opened = 0
         self.last_good: SideCache[_Key, Entry[Any]] = SideCache(
@@ -129,11 +125,11 @@ class FileSource:
 
     def everything(self) -> Observation:
         """All in force."""
-        return Observation.of_changes(self._networks.records, self._instances.records)
+        return Observation.of_changes(*(one.records for one in self._kinds.values()))
 
     def explain_stranded(self, port: StrandedPort) -> Problem:
         """With the port's place in its file; the line is that of its first claim."""
-        entry = self._instances.entry_of(port.instance)
+        entry = self._kinds["instances"].entry_of(port.instance)
         record = None if entry is None or entry.record is None else entry.record.open()
         if entry is None or record is None or port.number >= len(record.ports):
             return port.problem()
@@ -308,7 +304,7 @@ class FileSource:
         doubtful = any(file.doubtful_since is not None for file in files)
         self.again_s = _GONE_S if doubtful else None
         self._find_places({path for file in files for path in file.payloads})
-        return Observation.of_changes(**changes, moves=self._instances.moved)
+        return Observation.of_changes(**changes, moves=self._kinds["instances"].moved)
 
     def _find_places(self, payloads: Iterable[Path]) -> None:
         """Which directories to watch, and which paths in them matter beside everything in the directory itself."""

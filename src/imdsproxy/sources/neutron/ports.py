@@ -10,7 +10,7 @@ for the owners of ports.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from ipaddress import ip_address
@@ -241,7 +241,7 @@ def render_port(port: NeutronPort) -> dict[str, object]:
 
 
 def plan_instance(
-    instance: InstanceId, ports: Iterable[NeutronPort], *, created_at: int | None = None
+    instance: InstanceId, ports: tuple[NeutronPort, ...], *, created_at: int | None = None
 ) -> Instance | None:
     """The record of an instance whose documents Nova has, from its known ports.
 
@@ -260,11 +260,10 @@ def plan_instance(
     Returns:
         `None` where there is no port.
     """
-    known = tuple(ports)
-    if not known:
+    if not ports:
         return None
-    project = known[0].project
-    times = (created_at, *(port.created_at for port in known))
+    project = ports[0].project
+    times = (created_at, *(port.created_at for port in ports))
     return Instance(
         id=instance,
         name=instance,
@@ -277,7 +276,7 @@ def plan_instance(
                 port.addresses,
                 project=None if port.project == project else port.project,
             )
-            for port in known
+            for port in ports
         ),
         upstream=Upstream.NOVA,
         created_at=min((time for time in times if time is not None), default=None),

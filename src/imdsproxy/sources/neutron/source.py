@@ -236,25 +236,22 @@ class NeutronSource:
 
     async def _keep_fresh(self) -> None:
         while True:
-            await self._round()
+            # Before Neutron is asked: an answer may take long, and the controller may be killed meanwhile.
+            await self._save()
+            now = self._clock.monotonic()
+            if self.queries.outage is None:
+                # During an outage Neutron's last answers stay in force.
+                self.known.expire(now, self._settings.aside_s)
+            self._negative = {key: each for key, each in self._negative.items() if each[1] > now}
+            self.queries.forget_old()
+            if self.queries.may_ask:
+                asked = await self._refresh(now - max(0.0, self._settings.refresh_s - _TICK_S))
+                if not asked and (self.queries.outage is not None or not self.queries.results):
+                    # Only to find out whether Neutron answers: an outage notes itself.
+                    with contextlib.suppress(SourceUnavailable):
+                        await self.queries.ask(PortQuery(limit=1))
+            self._report()
             await self._sleep(_TICK_S)
-
-    async def _round(self) -> None:
-        # Before Neutron is asked: an answer may take long, and the controller may be killed meanwhile.
-        await self._save()
-        now = self._clock.monotonic()
-        if self.queries.outage is None:
-            # During an outage Neutron's last answers stay in force.
-            self.known.expire(now, self._settings.aside_s)
-        self._negative = {key: each for key, each in self._negative.items() if each[1] > now}
-        self.queries.forget_old()
-        if self.queries.may_ask:
-            asked = await self._refresh(now - max(0.0, self._settings.refresh_s - _TICK_S))
-            if not asked and (self.queries.outage is not None or not self.queries.results):
-                # Only to find out whether Neutron answers: an outage notes itself.
-                with contextlib.suppress(SourceUnavailable):
-                    await self.queries.ask(PortQuery(limit=1))
-        self._report()
 
     async def _refresh(self, before: float) -> bool:
         """Ask again for everything in use that was confirmed before then; `False` where nothing is.
