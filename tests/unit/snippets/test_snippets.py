@@ -27,22 +27,24 @@ def test_the_documents_that_most_clients_ask_are_the_default(target: Target) -> 
 @every_target
 def test_every_port_has_its_card_and_every_network_its_route(target: Target) -> None:
     other = replace(network(InterfaceListener("eno1")), id=NetworkId("other"))
-    made = snippet(target, Dialect.OPENSTACK, network(), other, macs=[MAC, None])
+    foreign = replace(network(NamespaceListener("qdhcp-1")), id=NetworkId("foreign"))
+    made = snippet(target, Dialect.OPENSTACK, network(), other, foreign, macs=[MAC, None])
 
     assert {part.kind for part in made.parts} <= _KINDS
     cards = [part.text.lower() for part in made.parts if part.kind == "network card"]
-    devices, macs = ["br0", "br0", "eno1", "eno1"], [True, False] * 2
-    assert [device in card for device, card in zip(devices, cards, strict=True)] == [True] * 4
+    devices, macs = ["br0", "br0", "eno1", "eno1", "", ""], [True, False] * 3
+    assert [device in card for device, card in zip(devices, cards, strict=True)] == [True] * 6
     # The MAC by which the guest is known, or nothing about one.
     assert [MAC in card for card in cards] == macs
     assert not [card for card in cards[1::2] if "mac" in card or "hwaddr" in card]
-    first, second = (part for part in made.parts if part.kind == "route")
+    first, second, third = (part for part in made.parts if part.kind == "route")
     # What is for a gateway is led off its way on a bridge.
     assert ("lan" in first.place, first.text) == (True, "")
     assert ("other" in second.place, f"{_ON_LINK},0.0.0.0/0,10.0.0.1" in second.text) == (
         True,
         True,
     )
+    assert ("foreign" in third.place, third.text) == (True, "")
 
 
 @every_target
