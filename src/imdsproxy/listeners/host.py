@@ -351,7 +351,8 @@ class SystemHost:
         return frozenset((place[0], place[1]) for place in self._journal.load())
 
     def _note(self, places: Collection[ManagedPlace]) -> None:
-        self._journal.store(sorted(places, key=lambda one: (one[0] or "", one[1])))
+        if places != self.managed():
+            self._journal.store(sorted(places, key=lambda one: (one[0] or "", one[1])))
 
     async def neighbour(self, network: Network, address: IpAddress) -> MacAddress | None:
         """The MAC that the kernel has for an address behind a network's listener, if it has one."""

@@ -13,7 +13,7 @@ from imdsproxy.core.model import METADATA_IPV4, NetworkId
 from imdsproxy.errors import HostRefused, Problem
 from imdsproxy.listeners.apply import NftTable
 from imdsproxy.listeners.host import SystemHost
-from imdsproxy.listeners.plan import AddAddress, HostOp, RemoveAddress
+from imdsproxy.listeners.plan import AddAddress, DeleteLink, HostOp, RemoveAddress
 
 _ADD = AddAddress(NetworkId("red"), "red", "eth0", METADATA_IPV4, 200)
 _ROOT = AddAddress(NetworkId("blue"), None, "virbr0", METADATA_IPV4, 200)
@@ -59,6 +59,13 @@ async def test_a_place_is_struck_out_when_it_is_free_again(kernel: _Kernel) -> N
     await host.apply([_ADD, _ROOT])
     await host.apply([_REMOVE])
     assert host.managed() == {(None, "virbr0")}
+
+
+async def test_what_changes_no_address_leaves_the_journal_alone(kernel: _Kernel) -> None:
+    await _host(kernel).apply([_ADD])
+    before = kernel.journal.stat()
+    await _host(kernel).apply([DeleteLink("imds0")])
+    assert kernel.journal.stat() == before
 
 
 async def test_a_removal_that_failed_is_still_to_be_done(kernel: _Kernel) -> None:
