@@ -12,6 +12,7 @@ import socket
 import struct
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
@@ -84,6 +85,7 @@ def parse_link(payload: bytes) -> ObservedDevice:
     )
 
 
+@lru_cache(maxsize=32)
 def _ask_link(*, index: int = 0, name: str | None = None, master: int | None = None) -> bytes:
     asked: dict[int, nl.Value] = {_IFLA_EXT_MASK: _SKIP_STATISTICS}
     asked |= {_IFLA_IFNAME: name, _IFLA_MASTER: master}
