@@ -103,8 +103,8 @@ def find_link(
 
 def list_links(channel: nl.NetlinkSocket, master: int | None = None) -> list[ObservedDevice]:
     """Every device, in the order of their indexes; with the index of a bridge only its ports."""
-    found = map(parse_link, channel.dump(RTM_GETLINK, _ask_link(master=master)))
-    return [one for one in found if master in (None, one.master)]
+    found = list(map(parse_link, channel.dump(RTM_GETLINK, _ask_link(master=master))))
+    return found if master is None else [one for one in found if one.master == master]
 
 
 def device_name(index: int) -> str:

@@ -32,7 +32,7 @@ from imdsproxy.core.hoststate import (
 )
 from imdsproxy.core.model import METADATA_IPV4, IpAddress, MacAddress, Network, NetworkId
 from imdsproxy.core.records import Refused, parse_network, render_record
-from imdsproxy.errors import DataplaneError, HostRefused, Problem, refusing
+from imdsproxy.errors import DataplaneError, HostRefused, Problem, host_refused, refusing
 from imdsproxy.host import netlink
 from imdsproxy.host.files import Journal, write_atomic
 from imdsproxy.host.namespaces import NamespaceThread
@@ -233,7 +233,7 @@ class SystemHost:
             HostRefused: The host's own namespace cannot be looked at, or our journal cannot be read. (Trouble in
                 another one is reported as its `problem`.)
         """
-        places = {*others, *(place_of(one, self.naming) for one in networks)}
+        places = [*others, *(place_of(one, self.naming) for one in networks)]
         managed = {name for name, _ in self.managed()} if everything else frozenset()
         wanted: dict[str | None, set[str | None]] = {}
         for place in places:
@@ -295,9 +295,10 @@ class SystemHost:
 
     def _namespace(self, name: str, wanted: set[str | None]) -> ObservedNamespace | None:
         try:
-            with refusing(f"look into namespace {name}"):
-                seen = self.thread.enter(name, lambda ref: self._look(ref, wanted))
-        except DataplaneError as error:
+            seen = self.thread.enter(name, lambda ref: self._look(ref, wanted))
+        except (DataplaneError, OSError) as error:
+            if isinstance(error, OSError):
+                error = host_refused(f"look into namespace {name}", error)
             return ObservedNamespace(None, problem=error.message)
         half_made = self.naming.is_namespace(name) and (self.thread.directory.path / name).exists()
         return ObservedNamespace(None) if seen is None and half_made else seen
