@@ -24,13 +24,7 @@ from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.config.changes import SettingsHolder, refuse_dropped
 from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
-from imdsproxy.controller.build import (
-    build_companion,
-    build_filters,
-    build_host,
-    prepare_directories,
-    unit_of,
-)
+from imdsproxy.controller import build
 from imdsproxy.controller.controller import Controller
 from imdsproxy.controller.reload import hang_up
 from imdsproxy.core.inventory import Inventory
@@ -75,7 +69,7 @@ async def run_controller(
     heartbeat = Heartbeat(notifier, environment, clock.monotonic)
     with contextlib.ExitStack() as stack:
         stack.callback(asyncio.create_task(heartbeat.run()).cancel)
-        prepare_directories(settings, layout)
+        build.prepare_directories(settings, layout)
         nova = NovaUpstream(layout.runtime)
         nova.read(settings.nova)
         # First of all: two controllers over one data plane would undo each other's work.
@@ -83,7 +77,7 @@ async def run_controller(
         mode = int(settings.admin.mode, 8)
         admin = open_sole_socket(settings.admin_socket, mode=mode, owner=owner)
         stack.callback(admin.close)
-        host = build_host(settings, layout)
+        host = build.build_host(settings, layout)
         stack.callback(host.thread.close)
         stack.enter_context(hold_directory(layout.state))
         health = None
@@ -336,12 +330,12 @@ async def stop_data_plane(settings: Settings, environment: Mapping[str, str]) ->
         DataplaneError: A process does not end, or the host refuses.
     """
     layout = Layout.of(settings)
-    host = build_host(settings, layout)
-    companion = build_companion(settings, layout, None, environment)
+    host = build.build_host(settings, layout)
+    companion = build.build_companion(settings, layout, None, environment)
     try:
-        await Launcher(settings.haproxy.binary, unit_of(settings.haproxy), layout).stop()
+        await Launcher(settings.haproxy.binary, build.unit_of(settings.haproxy), layout).stop()
         await companion.stop()
-        await sweep_host(host, *build_filters(layout, host, Inventory(), Clock()))
+        await sweep_host(host, *build.build_filters(layout, host, Inventory(), Clock()))
     finally:
         host.thread.close()
     sockets = (layout.master_socket, layout.probe_socket, layout.resolver_socket)

@@ -18,7 +18,7 @@ from unittest.mock import patch
 from fastapi import FastAPI
 from structlog.testing import capture_logs
 
-from imdsproxy.admin import routes
+from imdsproxy.admin import routes, status
 from imdsproxy.admin.api import admin_app
 from imdsproxy.admin.status import StatusReport, report_status
 from imdsproxy.app.compiler import CompiledIndex, RecordCompiler
@@ -314,7 +314,7 @@ async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous gen
             await records.in_sync.wait()
             await records.tickets.wait(records.tickets.given)
         with (
-            patch.object(routes, "report_status", server.report),
+            patch.object(status, "report_status", server.report),
             patch.object(routes, "reload_settings", server.reload),
         ):
             yield server

@@ -17,18 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, create_model
 from starlette.responses import JSONResponse
 
 from imdsproxy.admin.records import LeftOut, find_network
+from imdsproxy.core import records
 from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.observation import Conflict
 from imdsproxy.core.packed import PackedInstances
-from imdsproxy.core.records import (
-    INSTANCE,
-    NETWORK,
-    Records,
-    Refused,
-    parse_listed,
-    parse_records,
-    render_record,
-)
 from imdsproxy.core.records.schema import Key, Kind, Table
 from imdsproxy.errors import Problem, RequestRefused
 
@@ -86,7 +78,7 @@ if TYPE_CHECKING:
     NetworkRecord: TypeAlias = BaseModel
     InstanceRecord: TypeAlias = BaseModel
 else:
-    NetworkRecord, InstanceRecord = _model_of(NETWORK), _model_of(INSTANCE)
+    NetworkRecord, InstanceRecord = _model_of(records.NETWORK), _model_of(records.INSTANCE)
 
 
 class DocumentBody(BaseModel):
@@ -165,7 +157,7 @@ class RecordResponse(JSONResponse):
 
 
 def _render_part(value: Any) -> object:  # noqa: ANN401 - a dataclass
-    return render_record(value) if isinstance(value, Network | Instance) else asdict(value)
+    return records.render_record(value) if isinstance(value, Network | Instance) else asdict(value)
 
 
 async def read_json(request: Request) -> object:
@@ -186,18 +178,18 @@ async def read_json(request: Request) -> object:
     return _decode(raw) if size <= _INLINE else await asyncio.to_thread(_decode, raw)
 
 
-def accept(kind: str, parsed: _T | Refused) -> _T:
+def accept(kind: str, parsed: _T | records.Refused) -> _T:
     """The record of a body; `RequestRefused` with every field that is wrong."""
-    if isinstance(parsed, Refused):
+    if isinstance(parsed, records.Refused):
         raise RequestRefused(f"the {kind} is not acceptable", problems=parsed.problems)
     return parsed
 
 
-async def read_records(body: object) -> Records:
+async def read_records(body: object) -> records.Records:
     """The records of a bulk body; `RequestRefused` with every field of every record."""
-    records = await asyncio.to_thread(parse_records, body)
-    _refuse_bad(records.all_problems)
-    return records
+    found = await asyncio.to_thread(records.parse_records, body)
+    _refuse_bad(found.all_problems)
+    return found
 
 
 async def read_lines(request: Request) -> tuple[list[Network], PackedInstances]:
@@ -219,8 +211,8 @@ async def read_lines(request: Request) -> tuple[list[Network], PackedInstances]:
             raise _refused("has a line that is neither a network nor an instance", _LINE_HINT)
         path = (f"{kind}s", counts[kind])
         counts[kind] += 1
-        match parse_listed(path, body[kind]):
-            case Refused(problems=found):
+        match records.parse_listed(path, body[kind]):
+            case records.Refused(problems=found):
                 problems += found
             case Network() as network:
                 networks.append(network)

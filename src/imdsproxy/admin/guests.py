@@ -13,18 +13,7 @@ from imdsproxy.admin.bodies import DocumentBody, DocumentView
 from imdsproxy.anti_spoofing.plan import ANY_MAC, plan_pair
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.controller.controller import Controller
-from imdsproxy.core.identity import (
-    Ambiguous,
-    Denial,
-    Found,
-    How,
-    Identity,
-    Mismatch,
-    Unknown,
-    checks_macs,
-    deny,
-    identify,
-)
+from imdsproxy.core import identity
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import (
     Dialect,
@@ -159,10 +148,10 @@ class _Owner:
         denial: The answer, where that source decides it.
     """
 
-    identity: Identity
+    known: identity.Identity
     at: AddressKey
     why: str = ""
-    denial: Denial | None = None
+    denial: identity.Denial | None = None
 
 
 async def read_password(controller: Controller, instance: InstanceId) -> bytes | None:
@@ -195,14 +184,14 @@ async def get_document(controller: Controller, key: AddressKey, path: str) -> Do
     if not _may_know(lookup, key[0]):
         raise NotFound(f"there is no network {key[0]}", hint="imdsproxy network list")
     owner = await _owner(lookup, key)
-    if isinstance(owner.identity, Found):
+    if isinstance(owner.known, identity.Found):
         # Its MAC need not be checked.
-        outcome = lookup.known(owner.identity.instance, key)
+        outcome = lookup.known(owner.known.instance, key)
     else:
-        outcome = owner.denial or deny(owner.identity, in_sync=lookup.inventory.in_sync)
-    if isinstance(outcome, Denial):
-        body = DocumentBody(text=MISMATCH_TEXT if outcome is Denial.MISMATCH else "")
-        again = [["retry-after", "5"]] if outcome is Denial.CONFLICT else []
+        outcome = owner.denial or identity.deny(owner.known, in_sync=lookup.inventory.in_sync)
+    if isinstance(outcome, identity.Denial):
+        body = DocumentBody(text=MISMATCH_TEXT if outcome is identity.Denial.MISMATCH else "")
+        again = [["retry-after", "5"]] if outcome is identity.Denial.CONFLICT else []
         return DocumentView(status=outcome.status, headers=again, body=body)
     answer = CollectedAnswer()
     request = GuestRequest(key, "GET", path.encode("utf-8"), by_operator=True)
@@ -250,14 +239,14 @@ async def explain(
         for one in listeners.degraded()
         if one.network == network
     ]
-    pair = await _pair(lookup, key, steps) if checks_macs(inventory, network) else None
+    pair = await _pair(lookup, key, steps) if identity.checks_macs(inventory, network) else None
     if owner.at != key:
         steps.append(f"router {network} leads to network {owner.at[0]}")
-    if isinstance(owner.identity, Found):
-        found = _explain_found(controller, key, owner.at, owner.identity, path=path, steps=steps)
+    if isinstance(owner.known, identity.Found):
+        found = _explain_found(controller, key, owner.at, owner.known, path=path, steps=steps)
     else:
-        denial = owner.denial or deny(owner.identity, in_sync=inventory.in_sync)
-        found = _explain_denied(key, owner, owner.identity, denial, steps)
+        denial = owner.denial or identity.deny(owner.known, in_sync=inventory.in_sync)
+        found = _explain_denied(key, owner, owner.known, denial, steps)
     served = networks_of(listeners.report.endpoints)
     if not (network in served if network in inventory.networks else listeners.unix.serving):
         # No listener is there: the guest gets no answer, whatever it would be.
@@ -291,9 +280,9 @@ def _origin(inventory: Inventory, listeners: ListenerLoop, network: NetworkId) -
 
 async def _owner(lookup: Lookup, key: AddressKey) -> _Owner:
     """Who has the address by the records, else by the source that can be asked; found there, it is in force."""
-    source, identity = lookup.source, await lookup.identify(key)
-    if source is None or not isinstance(identity, Unknown):
-        return _Owner(identity, key)
+    source, found = lookup.source, await lookup.identify(key)
+    if source is None or not isinstance(found, identity.Unknown):
+        return _Owner(found, key)
     declared = lookup.inventory.networks.get(key[0])
     # Of an id that no record has, only a request says whether it is a router's.
     scopes = (Scope.NETWORK, Scope.ROUTER) if declared is None else (declared.scope,)
@@ -305,13 +294,13 @@ async def _owner(lookup: Lookup, key: AddressKey) -> _Owner:
                 if scope is Scope.NETWORK:
                     return _Owner(await lookup.identify(key), key)
                 at = (network, key[1])
-                return _Owner(identify(lookup.inventory, *at), at)
+                return _Owner(identity.identify(lookup.inventory, *at), at)
             case PortAmbiguous(count=count):
                 ports = f"{count} ports of {source.name} have it there"
-                return _Owner(identity, key, f"{ports}; whose guest asks is not guessed")
+                return _Owner(found, key, f"{ports}; whose guest asks is not guessed")
             case LookUpUnavailable(reason=reason):
                 why = f"nothing is known of it, and {source.name} cannot be asked: {reason}"
-                return _Owner(identity, key, why, Denial.UNAVAILABLE)
+                return _Owner(found, key, why, identity.Denial.UNAVAILABLE)
             case PortMissing() | None:
                 pass
             case _ as never:
@@ -319,27 +308,27 @@ async def _owner(lookup: Lookup, key: AddressKey) -> _Owner:
     why = f"{source.name} was asked and has no port that may get metadata"
     if declared is None and not _UUID.fullmatch(key[0]):
         why += f"; it knows networks and routers by their ids, and {key[0]} is no UUID"
-    return _Owner(identity, key, why)
+    return _Owner(found, key, why)
 
 
 def _explain_denied(
     key: AddressKey,
     owner: _Owner,
-    identity: Unknown | Ambiguous | Mismatch,
-    denial: Denial,
+    found: identity.Unknown | identity.Ambiguous | identity.Mismatch,
+    denial: identity.Denial,
     steps: list[str],
 ) -> Explanation:
     denied = Explanation(*key, denial.value, denial.status)
-    match identity:
-        case Ambiguous(claimants=claimants):
+    match found:
+        case identity.Ambiguous(claimants=claimants):
             steps.append("more than one record claims the address, and none is preferred")
             denied.claimants = claimants
-        case Mismatch(instance=instance, expected=expected):
+        case identity.Mismatch(instance=instance, expected=expected):
             steps.append(f"instance {instance.id} has {key[1]} with MAC {expected} only")
             denied.instance, denied.instance_name = instance.id, instance.name
-        case Unknown(reason=reason):
+        case identity.Unknown(reason=reason):
             steps.append(owner.why or reason.value)
-            if owner.denial is None and denial is Denial.UNKNOWN:
+            if owner.denial is None and denial is identity.Denial.UNKNOWN:
                 steps.append("requests are held for a while, then answered 404")
             elif owner.denial is None:
                 steps.append("a source is not in sync: it may still come")
@@ -351,7 +340,7 @@ def _explain_found(
     controller: Controller,
     key: AddressKey,
     at: AddressKey,
-    found: Found,
+    found: identity.Found,
     *,
     path: str | None,
     steps: list[str],
@@ -391,7 +380,7 @@ def _explain_found(
         instance=instance.id,
         instance_name=instance.name,
         source=", ".join(lookup.inventory.sources_of_instance(instance.id)),
-        how=(found.how if at == key else How.ROUTER).value,
+        how=(found.how if at == key else identity.How.ROUTER).value,
         revision=records.compiler.revisions.get(instance.id),
         policy=policy,
         rules=rules,

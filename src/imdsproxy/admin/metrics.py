@@ -13,14 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar, get_args, get_type_hints
 
+from prometheus_client import metrics_core
 from prometheus_client.exposition import choose_encoder
-from prometheus_client.metrics_core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    SummaryMetricFamily,
-)
-from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector, CollectorRegistry
 
@@ -87,16 +81,20 @@ class Metric:
         """The name that a query uses."""
         return ", ".join(self.name + suffix for suffix in _SUFFIXES[self.kind])
 
-    def collect(self, now: Metrics) -> Family:
+    def collect(self, now: Metrics) -> metrics_core.Metric:
         """The family with the values of now."""
         value, about = self.read(now), (self.name, self.help)
         if isinstance(value, Durations):
             within = value.within().items()
             buckets = [("+Inf" if le == math.inf else str(le), count) for le, count in within]
-            return HistogramMetricFamily(*about, buckets, value.total_s)
+            return metrics_core.HistogramMetricFamily(*about, buckets, value.total_s)
         if isinstance(value, tuple):
-            return SummaryMetricFamily(*about, *value)
-        make = GaugeMetricFamily if self.kind == "gauge" else CounterMetricFamily
+            return metrics_core.SummaryMetricFamily(*about, *value)
+        make = (
+            metrics_core.GaugeMetricFamily
+            if self.kind == "gauge"
+            else metrics_core.CounterMetricFamily
+        )
         family = make(*about, labels=self.labels)
         series = value if isinstance(value, Mapping) else {(): value}
         for key in sorted(series) if value is not None else ():
@@ -135,7 +133,7 @@ class Metrics(Collector):
         encode, content_type = choose_encoder(accept)
         return content_type, encode(self._registry)
 
-    def collect(self) -> Iterator[Family]:
+    def collect(self) -> Iterator[metrics_core.Metric]:
         """Every family with the values of now."""
         return (metric.collect(self) for metric in METRICS)
 

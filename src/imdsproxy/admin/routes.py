@@ -12,11 +12,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, PlainTextResponse
 
-from imdsproxy.admin import bodies, guests, records, tokens
-from imdsproxy.admin.guests import Explanation
-from imdsproxy.admin.records import Report, Written
-from imdsproxy.admin.status import StatusReport, report_status
-from imdsproxy.admin.tokens import GuardChange, KeyRotation
+from imdsproxy.admin import bodies, guests, records, status, tokens
 from imdsproxy.config.changes import SettingsReload
 from imdsproxy.controller.controller import Controller
 from imdsproxy.controller.reload import reload_settings
@@ -101,9 +97,9 @@ class Stopping(BaseModel):
 
 
 @router.get("/status")
-async def show_status(controller: _Uses) -> StatusReport:
+async def show_status(controller: _Uses) -> status.StatusReport:
     """Everything at one moment."""
-    return await report_status(controller)
+    return await status.report_status(controller)
 
 
 @router.get("/progress")
@@ -119,7 +115,7 @@ async def explain(
     controller: _Uses,
     path: _Path = None,
     probe: _Probe = False,  # noqa: FBT002 - FastAPI passes it by name
-) -> Explanation:
+) -> guests.Explanation:
     """Who has this address in this network, why, from which source, and what it gets."""
     _refuse_relative(path)
     return await guests.explain(controller, (network, _ip(address)), path, probe=probe)
@@ -131,7 +127,7 @@ async def explain_instance(
     controller: _Uses,
     path: _Path = None,
     probe: _Probe = False,  # noqa: FBT002 - FastAPI passes it by name
-) -> list[Explanation]:
+) -> list[guests.Explanation]:
     """The same of each address that the instance is known by."""
     _refuse_relative(path)
     return await guests.explain_instance(controller, instance, path, probe=probe)
@@ -190,19 +186,19 @@ async def stop(body: StopBody, controller: _Uses) -> Stopping:
 
 
 @router.post("/instances/{instance}/revoke-tokens")
-async def revoke_tokens(instance: _Instance, controller: _Uses) -> GuardChange:
+async def revoke_tokens(instance: _Instance, controller: _Uses) -> tokens.GuardChange:
     """Revoke the instance's tokens; new ones are valid."""
     return await tokens.revoke_tokens(controller, instance)
 
 
 @router.post("/instances/{instance}/reopen")
-async def reopen_instance(instance: _Instance, controller: _Uses) -> GuardChange:
+async def reopen_instance(instance: _Instance, controller: _Uses) -> tokens.GuardChange:
     """Let the instance's boot begin now: what is locked after the boot is open until that is over again."""
     return await tokens.reopen_boot(controller, instance)
 
 
 @router.post("/token-keys/rotate")
-async def rotate_token_keys(controller: _Uses) -> KeyRotation:
+async def rotate_token_keys(controller: _Uses) -> tokens.KeyRotation:
     """Let a new key sign session tokens; existing tokens stay valid until they expire."""
     return await tokens.rotate_keys(controller)
 
@@ -214,7 +210,7 @@ async def list_networks(controller: _Uses) -> JSONResponse:
 
 
 @router.post("/networks", status_code=201, openapi_extra=_takes(bodies.NetworkRecord))
-async def add_network(body: _Body, controller: _Uses) -> Written:
+async def add_network(body: _Body, controller: _Uses) -> records.Written:
     """Add a network; refused when there is one of this id."""
     return await records.put_records(controller, [_read_network(body)], [], create=True)
 
@@ -226,14 +222,14 @@ async def show_network(network: _Network, controller: _Uses) -> JSONResponse:
 
 
 @router.put("/networks/{network}", openapi_extra=_takes(bodies.NetworkRecord))
-async def put_network(network: str, body: _Body, controller: _Uses) -> Written:
+async def put_network(network: str, body: _Body, controller: _Uses) -> records.Written:
     """Add a network, or replace its whole record."""
     record = _read_network(bodies.refuse_unlike(body, network))
     return await records.put_records(controller, [record], [])
 
 
 @router.patch("/networks/{network}", openapi_extra=_takes(bodies.NetworkRecord))
-async def patch_network(network: _Network, body: _Body, controller: _Uses) -> Written:
+async def patch_network(network: _Network, body: _Body, controller: _Uses) -> records.Written:
     """Change some keys of a network (RFC 7396: null takes a key away)."""
     patch = bodies.refuse_unlike(body, network)
     bodies.refuse_unclearable(patch, NETWORK)
@@ -244,7 +240,7 @@ async def patch_network(network: _Network, body: _Body, controller: _Uses) -> Wr
 
 
 @router.delete("/networks/{network}")
-async def remove_network(network: _Network, controller: _Uses) -> Written:
+async def remove_network(network: _Network, controller: _Uses) -> records.Written:
     """Remove a network; refused while instances have ports in it."""
     return await records.remove_network(controller, network)
 
@@ -260,7 +256,7 @@ async def list_instances(
 
 
 @router.post("/instances", status_code=201, openapi_extra=_takes(bodies.InstanceRecord))
-async def add_instance(body: _InstanceBody, controller: _Uses) -> Written:
+async def add_instance(body: _InstanceBody, controller: _Uses) -> records.Written:
     """Add an instance; refused when there is one of this id."""
     return await records.put_records(controller, [], [_read_instance(body)], create=True)
 
@@ -272,14 +268,16 @@ async def show_instance(instance: _Instance, controller: _Uses) -> JSONResponse:
 
 
 @router.put("/instances/{instance}", openapi_extra=_takes(bodies.InstanceRecord))
-async def put_instance(instance: str, body: _InstanceBody, controller: _Uses) -> Written:
+async def put_instance(instance: str, body: _InstanceBody, controller: _Uses) -> records.Written:
     """Add an instance, or replace its whole record."""
     record = _read_instance(bodies.refuse_unlike(body, instance))
     return await records.put_records(controller, [], [record])
 
 
 @router.patch("/instances/{instance}", openapi_extra=_takes(bodies.InstanceRecord))
-async def patch_instance(instance: _Instance, body: _InstanceBody, controller: _Uses) -> Written:
+async def patch_instance(
+    instance: _Instance, body: _InstanceBody, controller: _Uses
+) -> records.Written:
     """Change some keys of an instance (RFC 7396: null takes a key away, lists are replaced).
 
     `password: null` forgets the password that its guest posted.
@@ -293,7 +291,7 @@ async def patch_instance(instance: _Instance, body: _InstanceBody, controller: _
         known = render_record(records.report_instance(controller, instance)["record"])
         changed = _read_instance(bodies.merge_patch(known, patch))
         # A password is no part of the record, which may be another source's.
-        written = Written(instances=1)
+        written = records.Written(instances=1)
         if not (clears_password and patch.keys() == {"id"}):
             written = await records.put_records(controller, [], [changed])
         if clears_password:
@@ -311,15 +309,15 @@ async def show_password(instance: _Instance, controller: _Uses) -> bodies.Passwo
 
 
 @router.delete("/instances/{instance}/password")
-async def clear_password(instance: _Instance, controller: _Uses) -> Written:
+async def clear_password(instance: _Instance, controller: _Uses) -> records.Written:
     """Forget that password, so that the guest can post another."""
     if not await guests.clear_password(controller, instance):
         raise _no_password(instance)
-    return Written(instances=1)
+    return records.Written(instances=1)
 
 
 @router.delete("/instances/{instance}")
-async def remove_instance(instance: _Instance, controller: _Uses) -> Written:
+async def remove_instance(instance: _Instance, controller: _Uses) -> records.Written:
     """Remove an instance."""
     return await records.remove_instance(controller, instance)
 
@@ -329,7 +327,7 @@ async def put_records(
     request: Request,
     controller: _Uses,
     create: Annotated[bool, Query(description="Refuse ids that are there.")] = False,  # noqa: FBT002 - FastAPI passes it by name
-) -> Written:
+) -> records.Written:
     """Add or replace many networks and instances: all of them, or none.
 
     A body of type `application/x-ndjson` has a record a line, `{"network": {…}}` or `{"instance": {…}}`, and may be of
@@ -359,7 +357,7 @@ def _no_password(instance: InstanceId) -> NotFound:
     )
 
 
-async def _listed(reports: Iterable[Report]) -> JSONResponse:
+async def _listed(reports: Iterable[records.Report]) -> JSONResponse:
     """A list made and rendered in a thread: the loop has guests waiting in the resolver."""
     return await asyncio.to_thread(lambda: bodies.RecordResponse([*reports]))
 

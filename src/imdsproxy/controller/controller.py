@@ -25,13 +25,7 @@ from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.app.watchdog import HaproxyWatchdog
 from imdsproxy.app.watching import TokenCounting, Watching
 from imdsproxy.config.changes import SettingsHolder
-from imdsproxy.controller.build import (
-    build_companion,
-    build_filters,
-    build_sources,
-    build_spec,
-    unit_of,
-)
+from imdsproxy.controller import build
 from imdsproxy.core.addresses import normalise_address
 from imdsproxy.core.haproxy.model import DataplaneSpec
 from imdsproxy.core.inventory import Inventory
@@ -118,7 +112,7 @@ class Controller:
         self.policy_store = PolicyStore(TokenKeys(layout))
         self.policy_store.open(settings)
         applier = RecordApplier(layout)
-        launcher = Launcher(program.path, unit_of(settings.haproxy), layout)
+        launcher = Launcher(program.path, build.unit_of(settings.haproxy), layout)
         self.haproxy = Haproxy(program.path, launcher, applier, clock)
         self.haproxy_version = program.version
         self.nova_watch = NovaWatch(self.haproxy, nova.names)
@@ -126,9 +120,11 @@ class Controller:
         progress, group = Progress(), settings.documents.group
         reader = None if group is None else group_id(group)
         files = DiskFiles(layout.records, self.passwords, reader)
-        self.sources = build_sources(settings, clock, begin=self.served.wait, progress=progress)
+        self.sources = build.build_sources(
+            settings, clock, begin=self.served.wait, progress=progress
+        )
         self.inventory = inventory = Inventory(source.name for source in self.sources.all)
-        self.mac_filters, self.hop_limits = build_filters(layout, host, inventory, clock)
+        self.mac_filters, self.hop_limits = build.build_filters(layout, host, inventory, clock)
         self.mac_filters.on_change = self.hop_limits.on_change = self._trust_changed
         self.mac_filters.on_missing = lambda one: self.touch("MAC filter is gone", (one,))
         self.hop_limits.on_need = lambda networks: self.touch("hop limits", networks)
@@ -169,7 +165,7 @@ class Controller:
         self.touch = self.listeners.touch
         self.watch = self.listeners.watch
         self.watchdog = HaproxyWatchdog(self.haproxy, self._compare_again, self.touch)
-        self.companion = build_companion(settings, layout, config, environment)
+        self.companion = build.build_companion(settings, layout, config, environment)
         account = partial(find_account, settings.documents.user, settings.documents.group)
         self.probe = DocumentProbe(self.haproxy, files, account, settings.documents.enabled)
         self.lookup = Lookup(
@@ -206,7 +202,7 @@ class Controller:
         self.touch(reason)
 
     def _spec(self) -> DataplaneSpec:
-        spec = build_spec(self.holder.settings, self.layout, self.nova)
+        spec = build.build_spec(self.holder.settings, self.layout, self.nova)
         return replace(spec, watched=self.watching.wanted)
 
     async def _apply_watching(self) -> None:

@@ -13,14 +13,7 @@ from typing import BinaryIO, Final, TypeAlias, cast
 import structlog
 
 from imdsproxy.core.compiled import Blob
-from imdsproxy.core.documents.respond import (
-    SEED_LENGTH,
-    Answer,
-    Header,
-    refusal,
-    respond,
-    retry_later,
-)
+from imdsproxy.core.documents import respond
 from imdsproxy.core.model import ID_PATTERN, InstanceId
 from imdsproxy.core.wire import HEADER_INSTANCE, HEADER_REVISION, PROBE_INSTANCE
 from imdsproxy.errors import HostRefused, PrivilegeMissing, RecordCorrupt
@@ -39,7 +32,7 @@ _NOTED_AT_MOST: Final = 1024
 
 _log: Final = structlog.get_logger()
 
-_Found: TypeAlias = "tuple[Answer, BinaryIO | None]"
+_Found: TypeAlias = "tuple[respond.Answer, BinaryIO | None]"
 """An answer, and the file that its body lies in where it is not in memory."""
 
 
@@ -65,7 +58,7 @@ class DocumentService:
         except Exception:  # noqa: BLE001 - logged; a fault of ours is answered like one that goes away
             # A 500 ends boots: cloud-init's OpenStack source comes again only on 503.
             _log.exception("a request failed", path=repr(scope["raw_path"]))
-            found = retry_later(), None
+            found = respond.retry_later(), None
         if found is not None:
             answer, file = found
             await send_answer(answer, send, file)
@@ -76,13 +69,13 @@ class DocumentService:
         A record that is missing, damaged or unreadable is 503 and never 404: the sender of the request knows
         that the instance exists. It is logged once until it is well again.
         """
-        headers = cast("Iterable[Header]", scope["headers"])
+        headers = cast("Iterable[respond.Header]", scope["headers"])
         path, method = cast("bytes", scope["raw_path"]), cast("str", scope["method"])
         instances = [value for name, value in headers if name == _INSTANCE_HEADER]
         if not instances and path == LIVENESS_PATH:
-            return refusal(200), None
+            return respond.refusal(200), None
         if len(instances) != 1 or not _INSTANCE_ID.fullmatch(instances[0]):
-            return refusal(400), None
+            return respond.refusal(400), None
         body = b"" if method in _BODILESS else await read_body(receive)
         if not isinstance(body, bytes):
             return None if body is None else (body, None)
@@ -96,7 +89,7 @@ class DocumentService:
                     return found
         except (RecordCorrupt, HostRefused, PrivilegeMissing) as error:
             self._note(instance, str(error))
-        return retry_later(), None
+        return respond.retry_later(), None
 
     async def _look_up(
         self, instance: InstanceId, revision: str | None, method: str, path: bytes, body: bytes
@@ -112,13 +105,15 @@ class DocumentService:
             loaded = self.records.load(instance, fresh=True)
         if loaded is None:
             self._note(instance, "its compiled record is missing")
-            return retry_later(), None
-        seed = partial(self.random_bytes, SEED_LENGTH)
+            return respond.retry_later(), None
+        seed = partial(self.random_bytes, respond.SEED_LENGTH)
         password = partial(self.passwords.read, instance)
-        answer = respond(method, path, body, loaded.tree, random_seed=seed, password=password)
+        answer = respond.respond(
+            method, path, body, loaded.tree, random_seed=seed, password=password
+        )
         new = answer.new_password
         if new is not None and not await asyncio.to_thread(self.passwords.keep, instance, new):
-            return refusal(409), None
+            return respond.refusal(409), None
         file = None
         if isinstance(part := answer.body, Blob):
             if loaded.content is not None:

@@ -20,20 +20,10 @@ import structlog
 from imdsproxy.core import wire
 from imdsproxy.core.documents.respond import Answer, Header, refusal, retry_later
 from imdsproxy.core.identity import Denial
-from imdsproxy.core.model import NetworkId
-from imdsproxy.core.model import Scope as IdScope
+from imdsproxy.core.model import NetworkId, Scope
 from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.wire import MISMATCH_TEXT, UNKNOWN_TEXT, MapRecord, render_map_value
-from imdsproxy.serving.http import (
-    LIVENESS_PATH,
-    AsgiApp,
-    Receive,
-    Scope,
-    Send,
-    read_body,
-    send_answer,
-    while_there,
-)
+from imdsproxy.serving import http
 from imdsproxy.serving.resolver import Resolver
 
 _OURS: Final = "x-imdsproxy-"
@@ -62,32 +52,34 @@ class GuestRequest:
     target: bytes
     headers: tuple[Header, ...] = ()
     body: bytes = b""
-    scope: IdScope | None = None
+    scope: Scope | None = None
     port: int | None = None
     by_operator: bool = False
 
 
-Forward: TypeAlias = Callable[[MapRecord, GuestRequest, Send], Awaitable[None]]
+Forward: TypeAlias = Callable[[MapRecord, GuestRequest, http.Send], Awaitable[None]]
 """Sends a request to HAProxy and the answer to the guest; 503 where none can be had."""
 
 
-def resolver_app(resolver: Resolver, forward: Forward) -> AsgiApp:
+def resolver_app(resolver: Resolver, forward: Forward) -> http.AsgiApp:
     """The application behind HAProxy's backend `resolver`."""
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    async def app(scope: http.Scope, receive: http.Receive, send: http.Send) -> None:
         request = _parse_request(scope)
         if request is None:
             # Only HAProxy can reach this socket; without an identity it is HAProxy's own check.
-            await send_answer(refusal(200 if scope["raw_path"] == LIVENESS_PATH else 400), send)
+            await http.send_answer(
+                refusal(200 if scope["raw_path"] == http.LIVENESS_PATH else 400), send
+            )
             return
-        body = await read_body(receive)
+        body = await http.read_body(receive)
         if isinstance(body, Answer):
             await _refuse(request, body, send)
         elif body is not None:
             # HAProxy may have answered 503 by then, and a POST that is sent all the same would arrive twice.
-            await while_there(receive, answer(replace(request, body=body), send))
+            await http.while_there(receive, answer(replace(request, body=body), send))
 
-    async def answer(request: GuestRequest, send: Send) -> None:
+    async def answer(request: GuestRequest, send: http.Send) -> None:
         outcome = await resolver.resolve(request.key, request.scope, request.port)
         if isinstance(outcome, Denial):
             await _refuse(request, _deny(outcome, request.method), send)
@@ -100,11 +92,11 @@ def resolver_app(resolver: Resolver, forward: Forward) -> AsgiApp:
     return app
 
 
-async def _refuse(request: GuestRequest, answer: Answer, send: Send) -> None:
+async def _refuse(request: GuestRequest, answer: Answer, send: http.Send) -> None:
     if request.port is not None:
         # It holds nothing of an instance, so the MAC filter lets it through to any MAC.
         answer = replace(answer, headers=(*answer.headers, _REFUSED))
-    await send_answer(answer, send)
+    await http.send_answer(answer, send)
 
 
 def _deny(denial: Denial, method: str) -> Answer:
@@ -118,7 +110,7 @@ def _deny(denial: Denial, method: str) -> Answer:
     return replace(answer, body=b"") if method == "HEAD" else answer
 
 
-def _parse_request(scope: Scope) -> GuestRequest | None:
+def _parse_request(scope: http.Scope) -> GuestRequest | None:
     """What HAProxy sends, but for its body; `None` where it does not say whose request it is, each thing once."""
     headers = tuple(cast("Iterable[Header]", scope["headers"]))
     text = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
@@ -133,7 +125,7 @@ def _parse_request(scope: Scope) -> GuestRequest | None:
             cast("str", scope["method"]),
             target.encode("latin-1") or cast("bytes", scope["raw_path"]),
             headers,
-            scope=IdScope(ours[wire.HEADER_SCOPE]) if wire.HEADER_SCOPE in ours else None,
+            scope=Scope(ours[wire.HEADER_SCOPE]) if wire.HEADER_SCOPE in ours else None,
             port=None if port is None else int(port),
         )
     except ValueError:
@@ -175,7 +167,7 @@ def found_forwarder(socket: str, timeout_s: float, *, per_network: int = 16) -> 
     limits = dict.fromkeys(("connect", "read", "write", "pool"), timeout_s)
     shares: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
-    async def forward(record: MapRecord, request: GuestRequest, send: Send) -> None:
+    async def forward(record: MapRecord, request: GuestRequest, send: http.Send) -> None:
         network, started = "" if request.by_operator else request.key[0], False
         asked = pool.stream(
             request.method,
@@ -202,7 +194,7 @@ def found_forwarder(socket: str, timeout_s: float, *, per_network: int = 16) -> 
             if started:
                 # The guest must see that the answer is not whole: the server closes its connection.
                 raise
-            await send_answer(retry_later(), send)
+            await http.send_answer(retry_later(), send)
 
     return forward
 

@@ -30,16 +30,10 @@ import uvicorn.lifespan.off  # noqa: F401 - see below
 
 from imdsproxy.core.timing import Backoff
 from imdsproxy.errors import HostRefused, ImdsproxyError, refusing
+from imdsproxy.host import process
 from imdsproxy.host.account import Account
 from imdsproxy.host.files import ensure_directory, limit_log
 from imdsproxy.host.notify import ServiceNotifier
-from imdsproxy.host.process import (
-    Doubt,
-    ProcessHandle,
-    open_process,
-    raise_descriptor_limit,
-    read_stat,
-)
 from imdsproxy.host.servers import open_unix_socket
 from imdsproxy.serving.documents import DocumentService
 from imdsproxy.serving.http import LIVENESS_PATH, serving
@@ -100,7 +94,7 @@ class Worker:
     backoff: Backoff = field(default_factory=lambda: Backoff(0.1, 5.0))
     due: float = 0.0
     question: socket.socket | None = None
-    doubt: Doubt = field(default_factory=Doubt)
+    doubt: process.Doubt = field(default_factory=process.Doubt)
 
     def is_at(self, path: Path) -> bool:
         """Whether clients that connect to the path come to this socket."""
@@ -160,9 +154,9 @@ class DocumentServer:
     log: Path | None = None
     account: Account | None = None
     _lock: PidFile = field(init=False)
-    _parent: ProcessHandle | None = None
+    _parent: process.ProcessHandle | None = None
     _workers: list[Worker] = field(default_factory=list)
-    _predecessors: list[ProcessHandle] = field(default_factory=list)
+    _predecessors: list[process.ProcessHandle] = field(default_factory=list)
     _predecessors_until: float = math.inf
     _next_look: float = 0.0
     _restarts: int = 0
@@ -178,9 +172,11 @@ class DocumentServer:
         """
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         before = read_pids(self.pid_file)
-        self._predecessors = [one for one in map(open_process, before.workers) if one is not None]
+        self._predecessors = [
+            one for one in map(process.open_process, before.workers) if one is not None
+        ]
         self._lock = PidFile(self.pid_file)
-        self._parent = open_process(os.getpid())
+        self._parent = process.open_process(os.getpid())
         self._make_directory(self.records, user=False)
         self._make_directory(self.passwords, user=True)
         # Where nothing serves, clients may connect at once: they wait for the workers.
@@ -188,7 +184,7 @@ class DocumentServer:
             self._bind(path, path.with_suffix(".new") if self._predecessors else path)
             for path in self.sockets
         ]
-        raise_descriptor_limit()
+        process.raise_descriptor_limit()
         gc.collect()
         gc.freeze()
         self._start()
@@ -338,7 +334,7 @@ class DocumentServer:
         """Take a worker's answer and, once a second, ask it again; end it when it does not answer."""
         if worker.has_answered():
             worker.hang_up()
-            worker.doubt = Doubt()
+            worker.doubt = process.Doubt()
             if not worker.answers:
                 worker.answers = True
                 _log.info("a worker answers", pid=pid, socket=str(worker.path))
@@ -346,7 +342,7 @@ class DocumentServer:
         if not look or time.monotonic() - worker.started < _LOOK_EVERY_S:
             return
         if worker.question is not None:
-            worker.doubt = worker.doubt.after_silence(pid, read_stat(pid))
+            worker.doubt = worker.doubt.after_silence(pid, process.read_stat(pid))
             worker.hang_up()
         worker.ask()
         if worker.doubt.hung:

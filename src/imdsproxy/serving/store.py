@@ -21,12 +21,7 @@ from imdsproxy.core.compiled import CompiledRecord, compiled_path, parse_compile
 from imdsproxy.core.documents.respond import DocumentTree
 from imdsproxy.core.model import InstanceId
 from imdsproxy.errors import HostRefused, refusing
-from imdsproxy.host.files import (
-    ensure_directory,
-    remove_file,
-    sync_directory,
-    write_atomic,
-)
+from imdsproxy.host import files
 
 _SUFFIX: Final = ".rec"
 _FILE_MODE: Final = 0o640
@@ -93,7 +88,7 @@ class PasswordStore:
         """
         path = self._path(instance_id)
         new = path.with_name(f".{path.name}.{threading.get_native_id()}.new")
-        write_atomic(new, password, mode=_FILE_MODE, durable=True)
+        files.write_atomic(new, password, mode=_FILE_MODE, durable=True)
         kept, action = False, f"keep the password of {instance_id}"
         with refusing(action, denied=_PERMISSION_HINT), suppress(FileExistsError):
             try:
@@ -103,7 +98,7 @@ class PasswordStore:
             finally:
                 new.unlink(missing_ok=True)
         if kept:
-            sync_directory(self.directory)
+            files.sync_directory(self.directory)
         return kept
 
     def remove(self, instance_id: InstanceId) -> bool:
@@ -114,7 +109,7 @@ class PasswordStore:
             PrivilegeMissing: This process may not write there.
         """
         action = f"remove the password of {instance_id}"
-        return remove_file(self._path(instance_id), action, denied=_PERMISSION_HINT)
+        return files.remove_file(self._path(instance_id), action, denied=_PERMISSION_HINT)
 
     def _path(self, instance_id: InstanceId) -> Path:
         return self.directory / instance_id
@@ -146,13 +141,13 @@ class DiskFiles:
         path = self.directory / compiled_path(instance)
         owner = None if self.group is None else (-1, self.group)
         try:
-            write_atomic(path, record.content, mode=_FILE_MODE, owner=owner)
+            files.write_atomic(path, record.content, mode=_FILE_MODE, owner=owner)
         except HostRefused:
             if path.parent.is_dir():
                 raise
-            ensure_directory(self.directory, mode=_DIRECTORY_MODE, owner=owner)
-            ensure_directory(path.parent, mode=_DIRECTORY_MODE, owner=owner)
-            write_atomic(path, record.content, mode=_FILE_MODE, owner=owner)
+            files.ensure_directory(self.directory, mode=_DIRECTORY_MODE, owner=owner)
+            files.ensure_directory(path.parent, mode=_DIRECTORY_MODE, owner=owner)
+            files.write_atomic(path, record.content, mode=_FILE_MODE, owner=owner)
 
     def remove(self, instance: InstanceId) -> None:
         """Remove the record and the password of the instance.
@@ -162,7 +157,7 @@ class DiskFiles:
             PrivilegeMissing: This process may not write there.
         """
         path = self.directory / compiled_path(instance)
-        remove_file(path, f"remove the compiled record {path}", denied=_DENIED)
+        files.remove_file(path, f"remove the compiled record {path}", denied=_DENIED)
         self.passwords.remove(instance)
 
     def instances(self) -> Iterator[InstanceId]:

@@ -249,7 +249,7 @@ async def test_a_fault_of_ours_is_503_and_logged(
         raise ZeroDivisionError
 
     serving.write()
-    monkeypatch.setattr("imdsproxy.serving.documents.respond", fail)
+    monkeypatch.setattr("imdsproxy.core.documents.respond.respond", fail)
     with structlog.testing.capture_logs() as events:
         reply = await serving.ask("/latest")
     assert (reply.status, reply.headers[0]) == (503, (b"retry-after", b"1"))
