@@ -59,10 +59,9 @@ def _field(table: Table[Any], key: Key) -> Any:  # noqa: ANN401 - as `create_mod
     if key.required:
         return kind, Field(description=description)
     default = table.default(key)
-    shown = None if default is None else key.kind.render(default)
-    return kind | None, Field(
-        default=shown if shown not in ([], {}) else None, description=description
-    )
+    rendered = None if default is None else key.kind.render(default)
+    shown = None if rendered in ([], {}) else rendered
+    return kind | None, Field(default=shown, description=description)
 
 
 def _type_of(kind: Kind) -> Any:  # noqa: ANN401 - as above

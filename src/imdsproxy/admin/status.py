@@ -311,9 +311,8 @@ def _report_source(controller: Controller, name: str, in_sync: bool) -> SourceRe
     """A source with the records that it refuses, and its ports in networks that no source has."""
     inventory, sources = controller.inventory, controller.sources
     source = next(each for each in sources.all if each.name == name)
-    stranded = [
-        source.explain_stranded(port) for port in inventory.stranded() if port.source == name
-    ]
+    ports = [port for port in inventory.stranded() if port.source == name]
+    stranded = map(source.explain_stranded, ports)
     asked = sources.look_up
     # Others are in sync only while they can be read.
     stale_s = asked.queries.stale_s if asked is not None and asked is source else 0.0

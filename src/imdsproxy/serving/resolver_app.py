@@ -68,9 +68,8 @@ def resolver_app(resolver: Resolver, forward: Forward) -> http.AsgiApp:
         request = _parse_request(scope)
         if request is None:
             # Only HAProxy can reach this socket; without an identity it is HAProxy's own check.
-            await http.send_answer(
-                refusal(200 if scope["raw_path"] == http.LIVENESS_PATH else 400), send
-            )
+            status = 200 if scope["raw_path"] == http.LIVENESS_PATH else 400
+            await http.send_answer(refusal(status), send)
             return
         body = await http.read_body(receive)
         if isinstance(body, Answer):

@@ -172,9 +172,7 @@ class DocumentServer:
         """
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         before = read_pids(self.pid_file)
-        self._predecessors = [
-            one for one in map(process.open_process, before.workers) if one is not None
-        ]
+        self._predecessors = [*filter(None, map(process.open_process, before.workers))]
         self._lock = PidFile(self.pid_file)
         self._parent = process.open_process(os.getpid())
         self._make_directory(self.records, user=False)
