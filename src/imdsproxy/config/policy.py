@@ -24,6 +24,7 @@ from imdsproxy.core.path_rules import MOST_PATH_RULES, PathWord, find_path_fault
 from imdsproxy.core.policy import NO_RULES, RULES, PolicyBook, PolicyRules, Rule, TokenMode
 
 _Mode = Annotated[Literal["off", "optional", "required"], OffIsFalse]
+_Share = Annotated[Literal["off", "sampled", "all"], OffIsFalse]
 
 
 def _writable(path: str) -> str:
@@ -106,9 +107,7 @@ def _each(sections: Mapping[str, PolicyRulesSettings]) -> dict[str, PolicyRules]
 class TokensSettings(Section):
     """Session tokens: their keys, and whether reads without them are counted."""
 
-    count_reads: Annotated[Literal["off", "sampled", "all"], OffIsFalse] = setting(
-        "sampled", Change.RELOAD
-    )
+    count_reads: _Share = setting("sampled", Change.RELOAD)
     """Count, for `imdsproxy token report`, who reads without a token where none is required: none, one read in 20 by
     chance, or each. A sample costs HAProxy 1 to 5 % more instructions a request and finds a guest that reads a
     hundred times; each costs 9 to 53 % more, and finds one that reads once. What is refused because a token is
@@ -165,7 +164,7 @@ def _destination(text: str) -> str:
 class AuditSettings(Section):
     """The audit log: one JSON line for each request and its answer."""
 
-    mode: Annotated[Literal["off", "sampled", "all"], OffIsFalse] = setting("off", Change.RELOAD)
+    mode: _Share = setting("off", Change.RELOAD)
     """Which requests have a line: none, one of `sample` by chance, or each. Off, because a line costs HAProxy 1 to 2
     µs, which is up to a sixth of what a request does.
     """

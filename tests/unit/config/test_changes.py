@@ -9,6 +9,7 @@ from imdsproxy.config.changes import SettingChange, diff_settings
 from imdsproxy.config.describe import Setting, iterate_settings
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.section import Change
+from imdsproxy.core.haproxy.counting import ONE_IN
 
 SETTINGS = {setting.path: setting for setting in iterate_settings()}
 SET = {"endpoints": [{"url": "http://192.0.2.10:8775"}], "secret_file": "/x.secret"}
@@ -78,3 +79,7 @@ def test_each_setting_is_documented(setting: Setting) -> None:
     assert setting.description.endswith(".")
     assert setting.takes
     assert "^" not in setting.takes, "a pattern says nothing to most people"
+
+
+def test_the_share_of_reads_that_are_counted_is_the_one_in_the_description() -> None:
+    assert f"one read in {ONE_IN} by chance" in SETTINGS["tokens.count_reads"].description

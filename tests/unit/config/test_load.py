@@ -35,6 +35,11 @@ def _origins(loaded: Loaded) -> dict[str, str]:
     return {path: origin for path, origin in origins.items() if origin != "default"}
 
 
+def _values(loaded: Loaded, *paths: str) -> list[object]:
+    shown = settings_by_origin(loaded)
+    return [shown[f"nova.endpoint_sets.{path}"]["value"] for path in paths]
+
+
 def _problems(config: Path | None, environment: dict[str, str] | None = None) -> list[Problem]:
     with pytest.raises(ConfigInvalid) as caught:
         load_settings(config, environment or {}, default=Path("/nonexistent/x.yaml"))
@@ -168,14 +173,14 @@ def test_a_later_file_adds_an_endpoint_set_and_changes_one(tmp_path: Path) -> No
 
     loaded = load_settings(config, {})
 
-    default = loaded.settings.nova.endpoint_sets["default"]
-    assert [str(one.url) for one in default.endpoints] == [
-        "http://192.0.2.10:8775",
-        "http://[2001:db8::5]:8775",
+    assert _values(loaded, "default.endpoints", "default.verify", "cell1.networks") == [
+        [
+            {"url": "http://192.0.2.10:8775", "secret": "current"},
+            {"url": "http://[2001:db8::5]:8775", "secret": "next"},
+        ],
+        False,
+        ["a", "b"],
     ]
-    assert [one.secret for one in default.endpoints] == ["current", "next"]
-    assert default.verify is False
-    assert loaded.settings.nova.endpoint_sets["cell1"].networks == ("a", "b")
     prefix = "nova.endpoint_sets"
     assert _origins(loaded) == {
         prefix: f"{config}:2",
@@ -194,46 +199,30 @@ def test_a_later_file_adds_an_endpoint_set_and_changes_one(tmp_path: Path) -> No
 
 
 def test_a_list_that_is_replaced_takes_its_lines_along(tmp_path: Path) -> None:
-    config = _write(
-        tmp_path / "c.yaml",
-        _SETS.replace("url: http://192.0.2.10\n", "{url: http://nova, secret: current}\n"),
-    )
-    later = _write(
-        tmp_path / "conf.d" / "1.yaml",
-        "nova: {endpoint_sets: {default: {endpoints: [{url: http://nova}]}}}\n",
-    )
-
+    first = _SETS.replace("url: http://192.0.2.10\n", "{url: http://nova, secret: current}\n")
+    config = _write(tmp_path / "c.yaml", first)
+    later = "nova: {endpoint_sets: {default: {endpoints: [{url: http://nova}]}}}\n"
+    _write(tmp_path / "conf.d" / "1.yaml", later)
     loaded = load_settings(config, {})
-
-    (endpoint,) = loaded.settings.nova.endpoint_sets["default"].endpoints
-    assert endpoint.secret == "current"
+    assert _values(loaded, "default.endpoints[0].secret") == ["current"]
     inside = {path: one for path, one in _origins(loaded).items() if ".endpoints[" in path}
-    assert inside == {"nova.endpoint_sets.default.endpoints[0].url": f"{later}:1"}
+    assert inside == {"nova.endpoint_sets.default.endpoints[0].url": f"{tmp_path}/conf.d/1.yaml:1"}
 
 
 def test_endpoint_sets_in_the_environment_are_merged_over_the_files(tmp_path: Path) -> None:
     config = _write(tmp_path / "c.yaml", _SETS)
-    sets = {
-        "default": {"endpoints": [{"url": "http://192.0.2.99:1"}], "next_secret_file": None},
-        "cell1": {
-            "endpoints": [{"url": "https://nova"}],
-            "secret_file": "/etc/é",
-            "verify": False,
-            "projects": ["p1"],
-        },
-    }
-
-    loaded = load_settings(config, {"IMDSPROXY_NOVA__ENDPOINT_SETS": json.dumps(sets)})
-
-    read = loaded.settings.nova.endpoint_sets
-    assert [str(one.url) for one in read["default"].endpoints] == ["http://192.0.2.99:1"]
-    assert read["default"].secret_file == Path("/etc/current")
-    assert read["cell1"].secret_file == Path("/etc/é")
-    assert read["cell1"].verify is False
+    default = {"endpoints": [{"url": "http://192.0.2.99:1"}], "next_secret_file": None}
+    cell1 = {"endpoints": [{"url": "https://nova"}], "secret_file": "/etc/é", "projects": ["p1"]}
     variable = "IMDSPROXY_NOVA__ENDPOINT_SETS"
-    assert _origins(loaded)["nova.endpoint_sets.cell1.projects"] == variable
-    assert _origins(loaded)["nova.endpoint_sets.default.endpoints[0].url"] == variable
-    assert _origins(loaded)["nova.endpoint_sets.default.secret_file"] == f"{config}:7"
+    text = json.dumps({"default": default, "cell1": cell1})
+    shown = settings_by_origin(load_settings(config, {variable: text}))
+    for path, value, origin in (
+        ("default.endpoints[0].url", "http://192.0.2.99:1", variable),
+        ("default.secret_file", "/etc/current", f"{config}:7"),
+        ("cell1.secret_file", "/etc/é", variable),
+        ("cell1.projects", ["p1"], variable),
+    ):
+        assert shown[f"nova.endpoint_sets.{path}"] == {"value": value, "origin": origin}
 
 
 def test_several_unreadable_files_are_told_together(tmp_path: Path) -> None:
