@@ -46,7 +46,8 @@ A command is a function of its name, in a module of its name or in that of `_MOD
 _GROUPS: Final = frozenset(path.split()[0] for path in EXAMPLES if " " in path)
 _MODULES: Final[Mapping[str, str]] = {
     **dict.fromkeys(
-        ("run", "documents", "render", "reload", "stop", "version", "namespace-proxy"), "daemon"
+        ("run", "documents", "render", "reload", "stop", "version", "namespace-proxy", "check"),
+        "daemon",
     ),
     **dict.fromkeys(("network", "instance"), "records"),
     **dict.fromkeys(("get", "explain", "watch", "token"), "guests"),

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from imdsproxy.cli.checks import Subject
-from imdsproxy.cli.checks.tokens import (
+from imdsproxy.cli.checks.guests import (
     check_hop_limits,
     check_overrides,
     check_path_rules,

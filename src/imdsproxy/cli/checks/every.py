@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Final
 
 from imdsproxy.cli.admin_client import AdminClient
-from imdsproxy.cli.checks import Finding, Subject, guests, host, openstack, refused, tokens
+from imdsproxy.cli.checks import Finding, Subject, guests, host, openstack, refused
 from imdsproxy.cli.options import Invocation
 from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
@@ -24,10 +24,10 @@ CHECKS: Final[tuple[tuple[str, tuple[Callable[[Subject], list[Finding]], ...]], 
     ("paths", (guests.check_paths,)),
     ("directories", (host.check_directories, host.check_readers)),
     ("records", (guests.check_records,)),
-    ("tokens", (tokens.check_token_keys, tokens.check_overrides, tokens.check_trees)),
-    ("tokens", (tokens.check_path_rules, tokens.check_hop_limits)),
-    ("records", (tokens.check_store,)),
-    ("tokens", (tokens.check_instances,)),
+    ("tokens", (guests.check_token_keys, guests.check_overrides, guests.check_trees)),
+    ("tokens", (guests.check_path_rules, guests.check_hop_limits)),
+    ("records", (guests.check_store,)),
+    ("tokens", (guests.check_instances,)),
     ("nova", (openstack.check_secrets, openstack.check_certificates)),
     ("neutron", (openstack.check_clouds,)),
     ("nova", (openstack.check_endpoints,)),
