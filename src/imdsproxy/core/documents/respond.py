@@ -58,15 +58,15 @@ def retry_later() -> Answer:
     return refusal(503, (b"retry-after", b"%d" % RETRY_AFTER_S))
 
 
-_ROOTS: Final = {nocloud.NOCLOUD_ROOT: Dialect.NOCLOUD, "openstack": Dialect.OPENSTACK}
-"""First names of paths; all others are EC2's versions."""
+_Documents: TypeAlias = "tuple[Dialect, Mapping[str, str], tree.Rows]"
+"""A dialect, for each of its versions one that has the same documents, and all documents."""
 
-_DIALECTS: Final[Mapping[Dialect, tuple[Mapping[str, str], tree.Rows]]] = {
-    Dialect.EC2: (ec2.GENERATIONS, ec2.FILES),
-    Dialect.OPENSTACK: ({one: one for one in openstack.VERSIONS}, openstack.FILES),
-    Dialect.NOCLOUD: ({"": ""}, nocloud.FILES),
+_EC2: Final[_Documents] = (Dialect.EC2, ec2.GENERATIONS, ec2.FILES)
+_OTHERS: Final[Mapping[str, _Documents]] = {
+    nocloud.NOCLOUD_ROOT: (Dialect.NOCLOUD, {"": ""}, nocloud.FILES),
+    "openstack": (Dialect.OPENSTACK, {one: one for one in openstack.VERSIONS}, openstack.FILES),
 }
-"""For each version, one that has the same documents; and all documents."""
+"""By the first name of their paths; where that is another one, it is a version of EC2's."""
 
 
 class DocumentTree:
@@ -83,7 +83,7 @@ class DocumentTree:
         """What a path's names lead to; `None` when there is nothing."""
         if not names:
             return self._root
-        dialect = _ROOTS.get(names[0], Dialect.EC2)
+        dialect, versions, files = _OTHERS.get(names[0], _EC2)
         if dialect not in self.record["dialects"]:
             return None
         below = names if dialect is Dialect.EC2 else names[1:]
@@ -91,20 +91,21 @@ class DocumentTree:
             below = ("", *below)
         if not below:
             return tree.Node(tree.listing(openstack.VERSIONS))
-        versions, files = _DIALECTS[dialect]
         version = versions.get(below[0])
         if version is None:
             return None
-        if (dialect, version) not in self._built:
-            self._built[dialect, version] = tree.make_directory(files, self.record, version)
-        return tree.find_node(self._built[dialect, version], below[1:])
+        top = self._built.get((dialect, version))
+        if top is None:
+            top = tree.make_directory(files, self.record, version)
+            self._built[dialect, version] = top
+        return tree.find_node(top, below[1:])
 
 
 def _root(dialects: Collection[str]) -> tree.Node | None:
     """What `/` says: EC2's versions, as EC2 and Nova have it; without EC2, the roots that there are."""
     if Dialect.EC2 in dialects:
         return tree.Node(tree.listing(ec2.VERSIONS))
-    names = [f"{root}/" for root, dialect in _ROOTS.items() if dialect in dialects]
+    names = [f"{root}/" for root, (dialect, *_) in _OTHERS.items() if dialect in dialects]
     return tree.Node(tree.listing(names)) if names else None
 
 

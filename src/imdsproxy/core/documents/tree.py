@@ -78,7 +78,7 @@ def listing(names: Iterable[str]) -> bytes:
 
 def directory(children: Mapping[str, Content]) -> Node:
     """A directory that lists the children that there are in name order, directories among them with a slash."""
-    present = {name: _node(child) for name, child in children.items() if child}
+    present = _nodes(children)
     names = (
         f"{name}/" if child.children is not None else name
         for name, child in sorted(present.items())
@@ -89,7 +89,7 @@ def directory(children: Mapping[str, Content]) -> Node:
 def make_documents(rows: Rows, record: DocumentRecord, version: str) -> dict[str, Node]:
     """What the version has for the record; of two rows with one name the later one counts."""
     made = {name: make(record, version) for since, name, make in rows if since <= version}
-    return {name: _node(content) for name, content in made.items() if content}
+    return _nodes(made)
 
 
 def make_directory(rows: Rows, record: DocumentRecord, version: str) -> Node:
@@ -98,8 +98,12 @@ def make_directory(rows: Rows, record: DocumentRecord, version: str) -> Node:
     return Node(listing(children), children=children)
 
 
-def _node(content: Node | str) -> Node:
-    return Node(encode_text(content)) if isinstance(content, str) else content
+def _nodes(contents: Mapping[str, Content]) -> dict[str, Node]:
+    return {
+        name: Node(encode_text(content)) if isinstance(content, str) else content
+        for name, content in contents.items()
+        if content
+    }
 
 
 def user_data(record: DocumentRecord, _version: str) -> Node | None:
