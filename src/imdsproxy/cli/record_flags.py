@@ -14,8 +14,9 @@ from typing import Annotated, Any, Final, TypeAlias, cast
 
 from imdsproxy.cli.options import complete_networks, flag, switch
 from imdsproxy.core.path_rules import PathWord
-from imdsproxy.core.records import Json, render_payload
+from imdsproxy.core.records import Json
 from imdsproxy.core.records.schema import Key, Table
+from imdsproxy.core.records.values import render_payload
 from imdsproxy.errors import Problem, RequestRefused
 
 _Split: TypeAlias = Callable[[str, str], tuple[str, str, str]]

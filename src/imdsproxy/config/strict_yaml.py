@@ -22,7 +22,7 @@ from yaml.composer import Composer
 from yaml.cyaml import CParser  # type: ignore[attr-defined] # the stubs do not export it
 from yaml.resolver import BaseResolver
 
-from imdsproxy.core.records import Fault, Path, render_path
+from imdsproxy.core.records.schema import Fault, Path, render_path
 from imdsproxy.errors import ConfigInvalid, ConfigUnreadable, Problem
 
 _DEEPEST: Final = 100

@@ -16,7 +16,7 @@ from imdsproxy.core.claims import Claims, claim_places
 from imdsproxy.core.model import Instance, InstanceId, Network
 from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.packed import PackedInstance
-from imdsproxy.core.records import Path, render_path
+from imdsproxy.core.records.schema import Path, render_path
 from imdsproxy.errors import Problem
 
 Record = TypeVar("Record", bound=Network | Instance | PackedInstance)

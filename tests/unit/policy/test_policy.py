@@ -29,7 +29,7 @@ from imdsproxy.core.policy import (
 )
 from imdsproxy.core.policy_report import DEFAULT_ORIGIN, decide_read, report_policy
 from imdsproxy.core.policy_word import Field, Letter, Part
-from imdsproxy.core.records import POLICY
+from imdsproxy.core.records.network import POLICY
 from support.access_table import READS, Read
 from support.record_strategies import policies
 

@@ -13,16 +13,8 @@ from imdsproxy.core.model import (
     Upstream,
 )
 from imdsproxy.core.policy import TokenMode
-from imdsproxy.core.records import (
-    MAX_PAYLOAD,
-    Fault,
-    Field,
-    Findings,
-    Refused,
-    parse_instance,
-    parse_network,
-    parse_records,
-)
+from imdsproxy.core.records import parse_instance, parse_network, parse_records
+from imdsproxy.core.records.schema import MAX_PAYLOAD, Fault, Field, Findings, Refused
 
 INSTANCE: dict[str, object] = {"id": "i-1", "name": "web"}
 NETWORK: dict[str, object] = {"id": "blue", "listener": {"bridge": "br0"}}

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from imdsproxy.config.strict_yaml import Undecodable, decode_yaml
-from imdsproxy.core.records import Findings, LineOf, Records, Refused, parse_records
+from imdsproxy.core.records import Records, parse_records
+from imdsproxy.core.records.schema import Findings, LineOf, Refused
 from imdsproxy.core.timing import Progress
 from imdsproxy.errors import Problem
 from imdsproxy.sources.file import contents as file_contents

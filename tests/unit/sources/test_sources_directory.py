@@ -13,7 +13,8 @@ import pytest
 
 from imdsproxy.core.model import Instance, InstanceId, NetworkId
 from imdsproxy.core.observation import StrandedPort
-from imdsproxy.core.records import MAX_PAYLOAD, Findings, Refused, parse_instance
+from imdsproxy.core.records import parse_instance
+from imdsproxy.core.records.schema import MAX_PAYLOAD, Findings, Refused
 from imdsproxy.sources.file.record_file import payload_reader
 from imdsproxy.sources.file.source import FileSource
 

@@ -7,7 +7,7 @@ import tracemalloc
 import pytest
 
 from imdsproxy.config.strict_yaml import Decoded, Undecodable, decode_yaml
-from imdsproxy.core.records import render_path
+from imdsproxy.core.records.schema import render_path
 from imdsproxy.sources.file.record_file import decode_json
 
 

@@ -15,21 +15,8 @@ from typing import Final
 
 from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.records.instance import INSTANCE
-from imdsproxy.core.records.network import NETWORK, POLICY
-from imdsproxy.core.records.schema import (
-    MAX_PAYLOAD,
-    Fault,
-    Field,
-    Findings,
-    Json,
-    LineOf,
-    Path,
-    ReadFile,
-    Refused,
-    Table,
-    render_path,
-)
-from imdsproxy.core.records.values import render_payload
+from imdsproxy.core.records.network import NETWORK
+from imdsproxy.core.records.schema import Fault, Field, Findings, Json, Path, Refused, Table
 from imdsproxy.errors import Problem
 
 _TABLES: Final[Mapping[str, Table[Network] | Table[Instance]]] = {

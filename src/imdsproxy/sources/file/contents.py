@@ -22,8 +22,9 @@ import structlog
 from imdsproxy.core.claims import claim_places
 from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.packed import PackedInstance
-from imdsproxy.core.records import LISTS, Field, LineOf, Refused
+from imdsproxy.core.records import LISTS
 from imdsproxy.core.records import Path as PathInFile
+from imdsproxy.core.records.schema import Field, LineOf, Refused
 from imdsproxy.core.timing import Progress
 from imdsproxy.errors import Problem
 from imdsproxy.sources.file.record_file import payload_reader, read_records

@@ -14,8 +14,8 @@ from typing import Final, TypeAlias, TypeVar
 
 from imdsproxy.config.strict_yaml import Decoded, Tree, Undecodable, decode_yaml, find_part
 from imdsproxy.core.model import Instance, Network
-from imdsproxy.core.records import (
-    LISTS,
+from imdsproxy.core.records import LISTS, Records, parse_each, parse_listed
+from imdsproxy.core.records.schema import (
     MAX_PAYLOAD,
     Fault,
     Field,
@@ -23,10 +23,7 @@ from imdsproxy.core.records import (
     LineOf,
     Path,
     ReadFile,
-    Records,
     Refused,
-    parse_each,
-    parse_listed,
 )
 from imdsproxy.errors import Problem
 
