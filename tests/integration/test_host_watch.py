@@ -227,6 +227,18 @@ async def test_a_look_that_the_host_refuses_is_an_event_and_one_that_fails_ends_
                 await watched.running
 
 
+async def test_after_events_were_lost_everything_is_looked_at(
+    lab: HostLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The kernel rounds it up to two messages or so.
+    monkeypatch.setattr("imdsproxy.host.events._BUFFER_BYTES", 1)
+    async with _watching(lab, {"blue": NamespaceListener(lab.namespace("blue"))}) as watched:
+        await watched.quiet()
+        # The loop reads none of what this makes the kernel report.
+        lab.device("d")
+        assert await watched.networks_of("overflow") is None
+
+
 async def test_a_namespace_that_is_not_heard_is_looked_at_properly(
     lab: HostLab, monkeypatch: pytest.MonkeyPatch
 ) -> None:

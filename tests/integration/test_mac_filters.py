@@ -187,6 +187,8 @@ async def test_a_withdrawn_pair_ends_its_connections_on_both_sides(rig: Rig) -> 
             *("ss", "-Htn", "state", "established", "sport", "=", f":{VERIFIED_PORT}"),
         )
         assert listed == ""
+    with rig.connect() as later:
+        assert _ask(later) == b"u"
 
 
 @pytest.mark.parametrize("why", ["bound", "any mac", ""])
