@@ -312,7 +312,7 @@ def _report_source(controller: Controller, name: str, in_sync: bool) -> SourceRe
     inventory, sources = controller.inventory, controller.sources
     source = next(each for each in sources.all if each.name == name)
     ports = [port for port in inventory.stranded() if port.source == name]
-    stranded = map(source.explain_stranded, ports)
+    stranded = [source.explain_stranded(port) for port in ports]
     asked = sources.look_up
     # Others are in sync only while they can be read.
     stale_s = asked.queries.stale_s if asked is not None and asked is source else 0.0
