@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
-from typing import Final, TypeAlias, assert_never
+from typing import Final, assert_never
 
 import structlog
 
@@ -58,10 +58,6 @@ _LOOKS: Final = 3
 """So often an address may change hands while it is looked up."""
 
 
-ReadNeighbour: TypeAlias = Callable[[Network, IpAddress], Awaitable[MacAddress | None]]
-"""The MAC that the kernel has for an address behind a network's listener, if it has one."""
-
-
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """A request that was refused for its MAC.
@@ -81,6 +77,7 @@ class Lookup:
     """Looks for a guest's MAC in the neighbour table; keeps what it found until the table changes.
 
     Attributes:
+        read_neighbour: The MAC that the kernel has for an address behind a network's listener, if it has one.
         source: Asked for an address that no source has reported.
         is_followed: Whether the kernel reports changes of an address; where not, what was learned is read again after
             a while.
@@ -88,7 +85,7 @@ class Lookup:
 
     inventory: Inventory
     records: RecordLoop
-    read_neighbour: ReadNeighbour
+    read_neighbour: Callable[[Network, IpAddress], Awaitable[MacAddress | None]]
     clock: Clock
     learned_ttl_s: Callable[[], float]
     mac_filters: MacFilters

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final
 
 import structlog
 
@@ -24,9 +24,6 @@ from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import ConfigUnreadable, DataplaneError, Problem, SecretUnreadable
 from imdsproxy.host.files import read_secret, write_atomic
 from imdsproxy.nova.settings import EndpointSetSettings, NovaSettings, NovaUrl
-
-Resolve: TypeAlias = Callable[[str], Awaitable[tuple[IpAddress, ...]]]
-"""A host's name to its addresses; none when it has none, `OSError` when the look-up fails."""
 
 RESOLVE_EVERY_S: Final = 30.0
 _MAX_ADDRESSES: Final = 8
@@ -53,12 +50,13 @@ class NovaUpstream:
 
     Attributes:
         directory: For files that HAProxy reads and that are made of others.
+        resolver: From a host's name to its addresses; none when it has none, `OSError` when the look-up fails.
         routing: Where requests go and how they are signed.
         problems: Names that cannot be looked up.
     """
 
     directory: Path
-    resolver: Resolve = resolve_name
+    resolver: Callable[[str], Awaitable[tuple[IpAddress, ...]]] = resolve_name
     routing: NovaRouting = field(default_factory=NovaRouting)
     problems: tuple[Problem, ...] = ()
     _settings: NovaSettings = field(default_factory=NovaSettings)

@@ -112,7 +112,7 @@ class UnixListener:
             return False
         reason = f"{error.message}: the unix listener is left out"
         problem = Problem("unix_listener.path", reason, "see which user and unit HAProxy runs as")
-        if self._refused is None or self._refused[0] != bind:
+        if self._refused is None:
             self._backoff.succeed()
         self._again_at = self.clock.monotonic() + self._backoff.fail()
         self._refused = (bind, problem)
@@ -207,12 +207,10 @@ def _prepare(settings: UnixListenerSettings) -> UnixBind:
         status = directory.stat()
     user = status.st_uid if user is None else user
     group = status.st_gid if group is None else group
+    proxy_user = _id(settings.proxy_user, user_id)
+    proxy_group = _id(settings.proxy_group, group_id)
     mode = deduce_socket_mode(
-        settings.mode,
-        owner=user,
-        group=group,
-        proxy_user=_id(settings.proxy_user, user_id),
-        proxy_group=_id(settings.proxy_group, group_id),
+        settings.mode, owner=user, group=group, proxy_user=proxy_user, proxy_group=proxy_group
     )
     return UnixBind(str(settings.path), f"{mode:04o}", user, group, settings.maxconn)
 
