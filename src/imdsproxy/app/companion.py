@@ -22,15 +22,8 @@ from imdsproxy.core.wire import PROBE_INSTANCE, PROBE_PATH
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.launch import control_unit, kill_process
 from imdsproxy.errors import DataplaneError, HostRefused, ImdsproxyError, Problem
+from imdsproxy.host import process
 from imdsproxy.host.account import Account, find_closed
-from imdsproxy.host.process import (
-    Doubt,
-    ProcessHandle,
-    read_rests,
-    read_stat,
-    spawn_logged,
-    wait_gone,
-)
 from imdsproxy.serving.pidfile import DocumentProcesses, read_pids, signal_all
 from imdsproxy.serving.store import DiskFiles
 
@@ -84,13 +77,13 @@ class Companion:
             await self._control_unit("start", self.unit)
         if pid is not None or self.unit is not None:
             return await self._wait_for_workers(None, 0)
-        child, offset = spawn_logged(self.arguments, self.log, self.environment)
+        child, offset = process.spawn_logged(self.arguments, self.log, self.environment)
         try:
             return await self._wait_for_workers(child, offset)
         finally:
             child.close()
 
-    async def _wait_for_workers(self, child: ProcessHandle | None, offset: int) -> int:
+    async def _wait_for_workers(self, child: process.ProcessHandle | None, offset: int) -> int:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + _START_DEADLINE_S
         while True:
@@ -163,16 +156,20 @@ class Companion:
 
     async def _watch(self, pid: int) -> None:
         """Return when it has ended, counting its workers' restarts; it is ended when it makes no progress."""
-        ended = asyncio.ensure_future(wait_gone(pid))
-        doubt, restarts, rests = Doubt(), self.read().restarts, read_rests(pid)
+        ended = asyncio.ensure_future(process.wait_gone(pid))
+        doubt, restarts, rests = process.Doubt(), self.read().restarts, process.read_rests(pid)
         try:
             while not (await asyncio.wait([ended], timeout=_LOOK_EVERY_S))[0]:
                 before, restarts = restarts, self.read().restarts
                 # One that executes itself anew begins to count anew.
                 self.restarts += restarts - (before if before <= restarts else 0)
-                last, rests = rests, read_rests(pid)
+                last, rests = rests, process.read_rests(pid)
                 # It looks after its workers every second, and rests in between.
-                doubt = doubt.after_silence(pid, read_stat(pid)) if rests == last else Doubt()
+                doubt = (
+                    doubt.after_silence(pid, process.read_stat(pid))
+                    if rests == last
+                    else process.Doubt()
+                )
                 if doubt.hung:
                     structlog.get_logger().error("document server hangs: ending it", pid=pid)
                     kill_process(pid)

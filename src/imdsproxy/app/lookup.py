@@ -36,14 +36,7 @@ from imdsproxy.core.wire import MapRecord
 from imdsproxy.errors import DataplaneError
 from imdsproxy.host.clock import Clock
 from imdsproxy.serving.resolver import Outcome
-from imdsproxy.sources.api import (
-    LookUp,
-    LookUpSource,
-    LookUpUnavailable,
-    PortAmbiguous,
-    PortFound,
-    PortMissing,
-)
+from imdsproxy.sources import api
 
 _REFUSED: Final = 1000
 """Addresses whose last refused MAC `explain` can show."""
@@ -89,7 +82,7 @@ class Lookup:
     clock: Clock
     learned_ttl_s: Callable[[], float]
     mac_filters: MacFilters
-    source: LookUpSource | None = None
+    source: api.LookUpSource | None = None
     is_followed: Callable[[AddressKey], bool] = lambda _: False
     _refused: dict[AddressKey, Refusal] = field(default_factory=dict)
 
@@ -141,7 +134,7 @@ class Lookup:
         mac = await self.neighbour(key)
         return self._whose(key, mac), mac
 
-    async def ask(self, key: AddressKey, scope: Scope) -> LookUp | None:
+    async def ask(self, key: AddressKey, scope: Scope) -> api.LookUp | None:
         """What the source has of an address that was not reported; `None` where no source can be asked."""
         if self.source is None:
             return None
@@ -150,7 +143,7 @@ class Lookup:
             # One of privacy (RFC 7217, RFC 8981): who has it, is known by the MAC in the neighbour table.
             mac = await self.neighbour(key)
             if mac is None:
-                return PortMissing()
+                return api.PortMissing()
             address = link_local_of(mac)
         return await self.source.look_up(scope, network, address)
 
@@ -181,11 +174,11 @@ class Lookup:
         # As the network's record has it, else as the request has it.
         scope = network.scope if network is not None else scope or Scope.NETWORK
         match await self.ask(key, scope):
-            case PortFound() as found:
+            case api.PortFound() as found:
                 return await self._found(key, scope, found)
-            case LookUpUnavailable():
+            case api.LookUpUnavailable():
                 return Denial.UNAVAILABLE
-            case None | PortMissing() | PortAmbiguous():
+            case None | api.PortMissing() | api.PortAmbiguous():
                 return Denial.UNKNOWN if self.inventory.in_sync else Denial.UNAVAILABLE
             case _ as never:
                 assert_never(never)
@@ -273,7 +266,7 @@ class Lookup:
             return Denial.UNAVAILABLE
         return self.known(identity.instance, key)
 
-    async def _found(self, key: AddressKey, scope: Scope, found: PortFound) -> Outcome:
+    async def _found(self, key: AddressKey, scope: Scope, found: api.PortFound) -> Outcome:
         if scope is Scope.NETWORK:
             await self.records.tickets.wait(self.records.touch(key))
             # By the inventory: another source may claim the address too.
@@ -358,6 +351,6 @@ class Lookup:
                 self.records.learn(key, behind)
 
 
-def _behind_router(key: AddressKey, found: PortFound) -> Learned:
+def _behind_router(key: AddressKey, found: api.PortFound) -> Learned:
     # The source says when it is over, not a time.
     return Learned(found.instance, math.inf, via=(found.network, key[1]))

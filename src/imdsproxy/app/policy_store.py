@@ -17,19 +17,11 @@ from typing import Final, cast
 
 from imdsproxy.app.tickets import report_failure
 from imdsproxy.config.schema import Settings
+from imdsproxy.core import tokens
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.policy import OperatorOverride, PolicyBook
 from imdsproxy.core.timing import Backoff
-from imdsproxy.core.tokens import (
-    KEY_BYTES,
-    TokenKey,
-    TokenKeysUnreadable,
-    parse_token_keys,
-    render_key_map,
-    render_token_keys,
-    rotate_token_keys,
-)
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.records import RecordApplier, write_table
 from imdsproxy.errors import DataplaneError, HostRefused, Problem, SecretUnreadable
@@ -53,7 +45,7 @@ class TokenKeys:
 
     layout: Layout
     random: Callable[[int], bytes] = field(default=SystemRandom().randbytes, repr=False)
-    keys: tuple[TokenKey, ...] = field(default=(), repr=False)
+    keys: tuple[tokens.TokenKey, ...] = field(default=(), repr=False)
     failure: Problem | None = None
     _path: Path | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -69,7 +61,12 @@ class TokenKeys:
         """
         path = configured or self.layout.token_keys
         if configured is None and not path.exists():
-            _write(path, render_token_keys((TokenKey(self.random(KEY_BYTES)),)).encode())
+            _write(
+                path,
+                tokens.render_token_keys(
+                    (tokens.TokenKey(self.random(tokens.KEY_BYTES)),)
+                ).encode(),
+            )
         keys = read_token_keys(path)
         changed = keys != self.keys
         self.keys, self._path = keys, path
@@ -96,7 +93,7 @@ class TokenKeys:
             await self._changed.wait()
             self._changed.clear()
             try:
-                entries = render_key_map(self.keys)
+                entries = tokens.render_key_map(self.keys)
                 await applier.apply_table(self.layout.token_keys_map, entries, secret=True)
             except DataplaneError as error:
                 self._changed.set()
@@ -120,7 +117,7 @@ class TokenKeys:
         """Where they are."""
         return self._path or self.layout.token_keys
 
-    def rotate(self) -> TokenKey:
+    def rotate(self) -> tokens.TokenKey:
         """Put a fresh key in the file; tokens of those before it are good as long as they would be. Then `send`.
 
         What is before it is read from the file once more: an operator may have changed it without a reload.
@@ -129,23 +126,23 @@ class TokenKeys:
             SecretUnreadable: The file cannot be used; the keys stay as they are.
             HostRefused: The file system refuses; the keys stay as they are.
         """
-        fresh = TokenKey(self.random(KEY_BYTES))
-        keys = rotate_token_keys(read_token_keys(self.path), fresh)
-        _write(self.path, render_token_keys(keys).encode())
+        fresh = tokens.TokenKey(self.random(tokens.KEY_BYTES))
+        keys = tokens.rotate_token_keys(read_token_keys(self.path), fresh)
+        _write(self.path, tokens.render_token_keys(keys).encode())
         self.keys = keys
         return fresh
 
 
-def read_token_keys(path: Path) -> tuple[TokenKey, ...]:
+def read_token_keys(path: Path) -> tuple[tokens.TokenKey, ...]:
     """The keys in a file, the one in force first.
 
     Raises:
         SecretUnreadable: It is missing, can be read by others, or holds something else.
     """
     try:
-        return parse_token_keys(read_secret(path).decode("ascii"))
-    except (TokenKeysUnreadable, UnicodeDecodeError) as error:
-        why = str(error) if isinstance(error, TokenKeysUnreadable) else "it is not ASCII"
+        return tokens.parse_token_keys(read_secret(path).decode("ascii"))
+    except (tokens.TokenKeysUnreadable, UnicodeDecodeError) as error:
+        why = str(error) if isinstance(error, tokens.TokenKeysUnreadable) else "it is not ASCII"
         raise SecretUnreadable(
             f"the token keys {path} cannot be used: {why}",
             hint="one key a line: `openssl rand -base64 32`, the one in force first",
@@ -253,7 +250,7 @@ class PolicyStore:
         self.read(settings)
         # To go on without what cannot be read would make revoked tokens good again.
         self.overrides = read_overrides(self.keys.layout.guards)
-        keys = render_key_map(self.keys.keys)
+        keys = tokens.render_key_map(self.keys.keys)
         # HAProxy is to find them when it loads.
         write_table(self.keys.layout.token_keys_map, keys, secret=True)
 

@@ -15,14 +15,8 @@ from imdsproxy.core.haproxy.runtime import Processes, parse_failure, parse_featu
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.errors import ConfigRejected, HaproxyMissing, HostRefused, RuntimeUnavailable
+from imdsproxy.host import process
 from imdsproxy.host.files import write_atomic
-from imdsproxy.host.process import (
-    ProcessHandle,
-    find_processes,
-    open_process,
-    run_program,
-    spawn_logged,
-)
 
 _MINIMUM: Final = (3, 0)
 _START_DEADLINE_S: Final = 20.0
@@ -52,7 +46,7 @@ async def read_program(binary: str) -> HaproxyProgram:
     """
     path = shutil.which(binary, path=_SEARCH_PATH) or binary
     try:
-        _, text = await run_program(path, "-vv", deadline_s=_ASK_S, errors=False)
+        _, text = await process.run_program(path, "-vv", deadline_s=_ASK_S, errors=False)
     except OSError as error:
         raise HaproxyMissing(
             f"cannot run {binary}: {error.strerror}",
@@ -118,7 +112,7 @@ class Launcher:
         """
         if self.unit is not None:
             return await self._start_unit(self.unit)
-        child, offset = spawn_logged(self.arguments(), self.layout.haproxy_log, {})
+        child, offset = process.spawn_logged(self.arguments(), self.layout.haproxy_log, {})
         try:
             return await self._wait_for_worker(partial(self._read_end, child, offset))
         except (ConfigRejected, RuntimeUnavailable):
@@ -159,7 +153,7 @@ class Launcher:
                 raise RuntimeUnavailable(late) from last
             await asyncio.sleep(_POLL_S)
 
-    async def _read_end(self, child: ProcessHandle, offset: int) -> str | None:
+    async def _read_end(self, child: process.ProcessHandle, offset: int) -> str | None:
         if child.alive():
             return None
         output = self.layout.haproxy_log.read_bytes()[offset:].decode("utf-8", "replace")
@@ -177,7 +171,7 @@ class Launcher:
             await self.stop()
             return
         arguments = self.arguments()
-        for handle in find_processes("haproxy", {arguments[3], arguments[-1]}):
+        for handle in process.find_processes("haproxy", {arguments[3], arguments[-1]}):
             handle.kill(signal.SIGKILL)
             await handle.wait()
             handle.close()
@@ -196,7 +190,7 @@ class Launcher:
             return
         # The master passes SIGTERM on to its workers and ends when they have.
         for pid in processes.pids:
-            handle = open_process(pid)
+            handle = process.open_process(pid)
             if handle is not None:
                 await handle.stop(_STOP_GRACE_S)
                 handle.close()
@@ -204,7 +198,7 @@ class Launcher:
 
 def kill_process(pid: int) -> None:
     """End a process at once, if it has not ended."""
-    handle = open_process(pid)
+    handle = process.open_process(pid)
     if handle is not None:
         handle.kill(signal.SIGKILL)
         handle.close()
@@ -228,7 +222,7 @@ async def control_unit(verb: Literal["start", "stop"], unit: str) -> tuple[int, 
 async def _run(*arguments: str, deadline_s: float = _ASK_S) -> tuple[int, str]:
     """Run a command of systemd's: its exit status and its output."""
     try:
-        return await run_program(*arguments, deadline_s=deadline_s)
+        return await process.run_program(*arguments, deadline_s=deadline_s)
     except OSError as error:
         raise HaproxyMissing(f"cannot run {arguments[0]}: {error.strerror}") from error
 

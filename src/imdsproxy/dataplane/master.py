@@ -12,15 +12,8 @@ from collections.abc import AsyncIterator, Collection
 from pathlib import Path
 from typing import Final
 
+from imdsproxy.core.haproxy import runtime
 from imdsproxy.core.haproxy.maps import split_payload
-from imdsproxy.core.haproxy.runtime import (
-    Load,
-    Processes,
-    parse_load,
-    parse_processes,
-    parse_reload,
-    parse_stat,
-)
 from imdsproxy.errors import CommandRefused, RuntimeUnavailable
 
 _PAYLOAD_LIMIT: Final = 14_000
@@ -50,14 +43,14 @@ class MasterClient:
         self._deadline_s = deadline_s
         self.commands: Counter[str] = Counter()
 
-    async def read_processes(self) -> Processes:
+    async def read_processes(self) -> runtime.Processes:
         """The processes that run now.
 
         Raises:
             RuntimeUnavailable: The master does not answer.
         """
         answer = await self._send("show proc", self._deadline_s)
-        processes = parse_processes(answer)
+        processes = runtime.parse_processes(answer)
         if processes is None:
             raise RuntimeUnavailable(f"HAProxy's master gave no process list but {answer[:200]!r}")
         return processes
@@ -68,16 +61,16 @@ class MasterClient:
         Raises:
             RuntimeUnavailable: The master does not answer within the deadline.
         """
-        return parse_reload(await self._send("reload", _RELOAD_DEADLINE_S))
+        return runtime.parse_reload(await self._send("reload", _RELOAD_DEADLINE_S))
 
-    async def read_load(self, worker: int) -> Load | None:
+    async def read_load(self, worker: int) -> runtime.Load | None:
         """How full a worker is; its own socket answers even when it is full.
 
         Raises:
             RuntimeUnavailable: The master does not answer.
             WorkerEnded: The worker is gone.
         """
-        return parse_load(await self.send(worker, "show info"))
+        return runtime.parse_load(await self.send(worker, "show info"))
 
     async def read_stat(
         self, worker: int, columns: Collection[str] | None = None
@@ -88,7 +81,7 @@ class MasterClient:
             RuntimeUnavailable: The master does not answer.
             WorkerEnded: The worker is gone.
         """
-        return parse_stat(await self.send(worker, "show stat"), columns)
+        return runtime.parse_stat(await self.send(worker, "show stat"), columns)
 
     async def read_number(self, worker: int, variable: str) -> int | None:
         """An integer that a worker's rules keep in a variable; `None` where they keep none.

@@ -11,17 +11,7 @@ from typing import Final
 
 import structlog
 
-from imdsproxy.core.haproxy.maps import (
-    COMPACT_ABOVE,
-    GENERATION_KEY,
-    MapChanges,
-    MapState,
-    PackedMap,
-    parse_base_map,
-    parse_map,
-    plan_changes,
-    render_map,
-)
+from imdsproxy.core.haproxy import maps
 from imdsproxy.core.haproxy.runtime import Processes
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient, WorkerEnded
@@ -47,10 +37,10 @@ class RecordApplier:
     """
 
     layout: Layout
-    state: MapState = field(default_factory=MapState)
+    state: maps.MapState = field(default_factory=maps.MapState)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     known: set[int] = field(default_factory=set)
-    compact_above: int = COMPACT_ABOVE
+    compact_above: int = maps.COMPACT_ABOVE
     behind: bool = False
     tables: dict[Path, Mapping[str, str]] = field(default_factory=dict, repr=False)
     master: MasterClient = field(init=False)
@@ -66,8 +56,8 @@ class RecordApplier:
         """
         try:
             with self.layout.base_map.open() as file:
-                generation, base = parse_base_map(file)
-            overlay_generation, overlay = parse_map(self.layout.overlay_map.read_text())
+                generation, base = maps.parse_base_map(file)
+            overlay_generation, overlay = maps.parse_map(self.layout.overlay_map.read_text())
         except FileNotFoundError:
             return False
         except (OSError, UnicodeDecodeError) as error:
@@ -78,7 +68,7 @@ class RecordApplier:
             return False
         # An overlay of an earlier generation was already folded into this base.
         known = overlay if overlay_generation == generation else {}
-        self.state = MapState(generation, base, known)
+        self.state = maps.MapState(generation, base, known)
         return True
 
     def write_all(self, records: Mapping[str, str]) -> None:
@@ -88,16 +78,20 @@ class RecordApplier:
             HostRefused: A file cannot be written; the old ones are still there.
         """
         generation = str(int(self.state.generation) + 1)
-        write_atomic(self.layout.base_map, render_map(records, generation).encode())
-        write_atomic(self.layout.overlay_map, render_map({}, generation).encode())
-        packed = records if isinstance(records, PackedMap) else PackedMap(sorted(records.items()))
-        self.state = MapState(generation, packed, {})
+        write_atomic(self.layout.base_map, maps.render_map(records, generation).encode())
+        write_atomic(self.layout.overlay_map, maps.render_map({}, generation).encode())
+        packed = (
+            records
+            if isinstance(records, maps.PackedMap)
+            else maps.PackedMap(sorted(records.items()))
+        )
+        self.state = maps.MapState(generation, packed, {})
 
     def _copies(self) -> dict[Path, Path]:
         """Each map that HAProxy reads, and its copy as of the last stop."""
         layout = self.layout
-        maps = (layout.base_map, layout.overlay_map, layout.path_rules_map)
-        return {path: layout.kept_maps / path.name for path in maps}
+        paths = (layout.base_map, layout.overlay_map, layout.path_rules_map)
+        return {path: layout.kept_maps / path.name for path in paths}
 
     def save_copies(self, made_of: bytes) -> None:
         """Copy the maps, for a start that would make the same ones, with a digest of them and of what they are made of.
@@ -176,7 +170,8 @@ class RecordApplier:
                 await self._compact(overlay)
             else:
                 write_atomic(
-                    self.layout.overlay_map, render_map(overlay, self.state.generation).encode()
+                    self.layout.overlay_map,
+                    maps.render_map(overlay, self.state.generation).encode(),
                 )
                 self.state.overlay = overlay
                 await self._send_changes(changes)
@@ -201,7 +196,7 @@ class RecordApplier:
             self.known.add(processes.worker)
         self.known &= set(processes.workers)
 
-    async def _send_changes(self, changes: MapChanges) -> None:
+    async def _send_changes(self, changes: maps.MapChanges) -> None:
         processes = await self.master.read_processes()
         fresh = await self._greet(processes)
         workers = [pid for pid in processes.workers if pid in self.known and pid not in fresh]
@@ -214,7 +209,7 @@ class RecordApplier:
         added = list(changes.added)
         await self._each(workers, lambda worker: self.master.send_additions(worker, path, added))
 
-    async def _send_going(self, worker: int, path: str, changes: MapChanges) -> None:
+    async def _send_going(self, worker: int, path: str, changes: maps.MapChanges) -> None:
         for key, value in changes.changed:
             await self.master.send_upsert(worker, path, key, value)
         for key in changes.removed:
@@ -231,17 +226,17 @@ class RecordApplier:
         for path, table in self.tables.items():
             await self._swap(worker, path, table)
         base = str(self.layout.base_map)
-        if await self.master.read_entry(worker, base, GENERATION_KEY) != self.state.generation:
+        if await self.master.read_entry(worker, base, maps.GENERATION_KEY) != self.state.generation:
             await self._swap_base(worker)
         await self._swap_overlay(worker, self.state)
         self.known.add(worker)
 
     async def _swap_base(self, worker: int) -> None:
-        head = (GENERATION_KEY, self.state.generation)
+        head = (maps.GENERATION_KEY, self.state.generation)
         await self._swap(worker, self.layout.base_map, self.state.base, head)
 
-    async def _swap_overlay(self, worker: int, state: MapState) -> None:
-        head = (GENERATION_KEY, state.generation)
+    async def _swap_overlay(self, worker: int, state: maps.MapState) -> None:
+        head = (maps.GENERATION_KEY, state.generation)
         await self._swap(worker, self.layout.overlay_map, state.overlay, head)
 
     async def _swap(
@@ -255,17 +250,19 @@ class RecordApplier:
         In a worker the overlay is completed first, so that it hides the base while that is changed entry
         by entry, and emptied last.
         """
-        full = MapState(self.state.generation, self.state.base, overlay)
+        full = maps.MapState(self.state.generation, self.state.base, overlay)
         # In a thread, as to write it: hundreds of thousands of entries take seconds.
-        merged = await asyncio.to_thread(lambda: PackedMap(full.entries()))
-        changes = plan_changes(full.base, {key: full.lookup(key) for key in overlay})
+        merged = await asyncio.to_thread(lambda: maps.PackedMap(full.entries()))
+        changes = maps.plan_changes(full.base, {key: full.lookup(key) for key in overlay})
         await asyncio.to_thread(self.write_all, merged)
         processes = await self.master.read_processes()
         known = [worker for worker in processes.workers if worker in self.known]
         await self._each(known, lambda worker: self._compact_worker(worker, full, changes))
         await self._greet(processes)
 
-    async def _compact_worker(self, worker: int, full: MapState, changes: MapChanges) -> None:
+    async def _compact_worker(
+        self, worker: int, full: maps.MapState, changes: maps.MapChanges
+    ) -> None:
         base = str(self.layout.base_map)
         await self._swap_overlay(worker, full)
         if len(changes) > len(full.base) // 2:
@@ -273,7 +270,7 @@ class RecordApplier:
         else:
             await self._send_going(worker, base, changes)
             await self.master.send_additions(worker, base, list(changes.added))
-            await self.master.send_upsert(worker, base, GENERATION_KEY, self.state.generation)
+            await self.master.send_upsert(worker, base, maps.GENERATION_KEY, self.state.generation)
         await self._swap_overlay(worker, self.state)
 
     async def _each(

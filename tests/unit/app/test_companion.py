@@ -10,6 +10,7 @@ import pytest
 from imdsproxy.app import companion
 from imdsproxy.app.companion import Companion
 from imdsproxy.errors import HostRefused
+from imdsproxy.host import process
 from imdsproxy.host.process import ProcessHandle
 from imdsproxy.serving.pidfile import DocumentProcesses
 
@@ -27,8 +28,10 @@ class World:
         self.counts: Iterator[int] = iter(())
         self.refuses = False
         self.companion = Companion(Path("pid"), Path("log"), (), {})
-        for name in ("read_pids", "spawn_logged", "wait_gone", "signal_all"):
+        for name in ("read_pids", "signal_all"):
             patch.setattr(companion, name, getattr(self, name))
+        for name in ("spawn_logged", "wait_gone"):
+            patch.setattr(process, name, getattr(self, name))
         patch.setattr(companion, "_LOOK_EVERY_S", 0)
 
     def read_pids(self, _: Path) -> DocumentProcesses:

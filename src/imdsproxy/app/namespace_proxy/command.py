@@ -288,22 +288,17 @@ def read_settings(
         ConfigUnreadable: A file cannot be read.
         ConfigInvalid: Settings break the schema.
     """
-    from imdsproxy.config.files import (  # noqa: PLC0415 - see above
-        DEFAULT_CONFIG,
-        ENVIRONMENT_PREFIX,
-        find_files,
-        unreadable,
-    )
+    from imdsproxy.config import files  # noqa: PLC0415 - see above
 
-    default = default or DEFAULT_CONFIG
-    prefix = f"{ENVIRONMENT_PREFIX}{_SECTION}".upper()
+    default = default or files.DEFAULT_CONFIG
+    prefix = f"{files.ENVIRONMENT_PREFIX}{_SECTION}".upper()
     if config is None and not any(name.upper().startswith(prefix) for name in environment):
-        files = find_files(None, default)
+        found = files.find_files(None, default)
         try:
-            if not any(_SECTION.encode() in path.read_bytes() for path in files):
+            if not any(_SECTION.encode() in path.read_bytes() for path in found):
                 return {}
         except OSError as error:
-            raise unreadable(Path(str(error.filename)), error) from error
+            raise files.unreadable(Path(str(error.filename)), error) from error
     from imdsproxy.config.load import load_settings  # noqa: PLC0415 - see above
 
     loaded = load_settings(config, environment, default=default)
@@ -327,20 +322,17 @@ def read_ini_files(
     """
     if not files and not directories:
         return {}
-    from imdsproxy.core.neutron_ini import (  # noqa: PLC0415 - see above
-        DEFAULT_SECTION,
-        decode_ini,
-        expand_value,
-        find_option,
-        parse_ini,
-    )
+    from imdsproxy.core import neutron_ini  # noqa: PLC0415 - see above
 
     paths = [Path(name) for name in files]
     try:
         for name in directories:
             # A pattern would take a directory that is not there for an empty one.
             paths += sorted(path for path in Path(name).iterdir() if path.suffix == ".conf")
-        parsed = [parse_ini(decode_ini(path.read_bytes(), str(path)), str(path)) for path in paths]
+        parsed = [
+            neutron_ini.parse_ini(neutron_ini.decode_ini(path.read_bytes(), str(path)), str(path))
+            for path in paths
+        ]
     except OSError as error:
         raise ConfigUnreadable(f"cannot read {error.filename}: {error.strerror}") from error
 
@@ -349,15 +341,15 @@ def read_ini_files(
     def look_up(name: str) -> str | None:
         if name == "state_path":
             return str(state_path or values.get(name) or otherwise).replace("$", "$$")
-        found = find_option(parsed, [(DEFAULT_SECTION, name)])
+        found = neutron_ini.find_option(parsed, [(neutron_ini.DEFAULT_SECTION, name)])
         return None if found is None else found.value
 
     for name in _IN_FILES.split():
-        option = find_option(parsed, [(DEFAULT_SECTION, name)])
+        option = neutron_ini.find_option(parsed, [(neutron_ini.DEFAULT_SECTION, name)])
         if option is None:
             continue
         try:
-            value = expand_value(option.value, look_up)
+            value = neutron_ini.expand_value(option.value, look_up)
             values[name] = _decide(value) if name.replace("_", "-") in _SWITCHES else value
         except ValueError as error:
             problem = Problem(option.name, str(error), file=option.file, line=option.line)

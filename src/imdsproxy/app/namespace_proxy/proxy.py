@@ -19,15 +19,7 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Final, NoReturn
 
-from imdsproxy.core.haproxy.namespace_proxy import (
-    DEFAULT_PORT,
-    DEFAULT_STATE_PATH,
-    NamespaceProxySpec,
-    parse_port,
-    parse_resource,
-    parse_uuid,
-    render_namespace_proxy,
-)
+from imdsproxy.core.haproxy import namespace_proxy
 from imdsproxy.core.haproxy.runtime import parse_failure
 from imdsproxy.core.haproxy.text import UnquotableWord
 from imdsproxy.errors import (
@@ -164,7 +156,7 @@ class NetworkMetadataProxyHandler:
     network_id: str | None
     router_id: str | None
     unix_socket_path: str | os.PathLike[str] | None = None
-    port: int | str = DEFAULT_PORT
+    port: int | str = namespace_proxy.DEFAULT_PORT
     user: str | None = None
     group: str | None = None
     state_path: str | os.PathLike[str] | None = None
@@ -174,9 +166,9 @@ class NetworkMetadataProxyHandler:
     debug: bool = False
 
     def __post_init__(self) -> None:
-        self.header, self.uuid = parse_resource(self.network_id, self.router_id)
-        self.port = parse_port(self.port)
-        state_path = Path(self.state_path or DEFAULT_STATE_PATH)
+        self.header, self.uuid = namespace_proxy.parse_resource(self.network_id, self.router_id)
+        self.port = namespace_proxy.parse_port(self.port)
+        state_path = Path(self.state_path or namespace_proxy.DEFAULT_STATE_PATH)
         self.upstream = Path(self.unix_socket_path or state_path / "metadata_proxy")
         for path in (state_path, self.upstream):
             if not path.is_absolute():
@@ -192,14 +184,14 @@ class NetworkMetadataProxyHandler:
     @staticmethod
     def get_config_path(state_path: str | os.PathLike[str] | None = None) -> Path:
         """The directory of the configuration files below a state path."""
-        return Path(state_path or DEFAULT_STATE_PATH) / "ns-metadata-proxy"
+        return Path(state_path or namespace_proxy.DEFAULT_STATE_PATH) / "ns-metadata-proxy"
 
     @property
     def config_file(self) -> Path:
         """This proxy's configuration file."""
         return self.get_config_path(self.state_path) / f"{self.uuid}.conf"
 
-    def spec(self) -> NamespaceProxySpec:
+    def spec(self) -> namespace_proxy.NamespaceProxySpec:
         """What the configuration is made of.
 
         Raises:
@@ -207,7 +199,7 @@ class NetworkMetadataProxyHandler:
             PrivilegeMissing: This process cannot take that user or group.
         """
         log = os.access(_SYSLOG, os.F_OK) if self.use_syslog is None else self.use_syslog
-        return NamespaceProxySpec(
+        return namespace_proxy.NamespaceProxySpec(
             header=self.header,
             uuid=self.uuid,
             upstream=str(self.upstream),
@@ -232,7 +224,7 @@ class NetworkMetadataProxyHandler:
         program = find_haproxy()
         spec = self.spec()
         try:
-            text = render_namespace_proxy(spec)
+            text = namespace_proxy.render_namespace_proxy(spec)
         except UnquotableWord as error:
             raise RequestRefused(f"HAProxy cannot take a path: {error}") from error
         check_directory(
@@ -311,7 +303,7 @@ def cleanup_config_file(uuid: str, state_path: str | os.PathLike[str] | None = N
         PrivilegeMissing: This process may not remove it.
     """
     directory = NetworkMetadataProxyHandler.get_config_path(state_path)
-    return remove_unclaimed(directory / f"{parse_uuid(uuid)}.conf")
+    return remove_unclaimed(directory / f"{namespace_proxy.parse_uuid(uuid)}.conf")
 
 
 @dataclass
@@ -332,7 +324,7 @@ class ProxyDaemon:
     """
 
     pidfile: str | os.PathLike[str] | None
-    port: int | str = DEFAULT_PORT
+    port: int | str = namespace_proxy.DEFAULT_PORT
     network_id: str | None = None
     router_id: str | None = None
     user: str | None = None

@@ -17,24 +17,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Final
 
-from imdsproxy.core.haproxy.model import (
-    CHECKED,
-    SAMPLED,
-    DataplaneSpec,
-    NovaBackend,
-    NovaServer,
-    NovaTimes,
-    NovaTls,
-)
-from imdsproxy.core.haproxy.text import (
-    Block,
-    Text,
-    Value,
-    fill_sections,
-    name_values,
-    option,
-    quote,
-)
+from imdsproxy.core.haproxy import model, text
 from imdsproxy.core.wire import MAP_NOVA
 
 _LOOPBACK_SOCKET: Final = re.compile(r"\bhop-[0-9a-f]{16}\.sock\b")
@@ -163,7 +146,7 @@ def loopback_sockets(config: str) -> frozenset[str]:
     return frozenset(_LOOPBACK_SOCKET.findall(config))
 
 
-def longest_s(times: NovaTimes) -> float:
+def longest_s(times: model.NovaTimes) -> float:
     """After how many seconds HAProxy has either Nova's answer or one of its own."""
     return (_RETRIES + 1) * times.connect_s + times.response_s + _BEYOND_LOOPBACK_S
 
@@ -171,26 +154,26 @@ def longest_s(times: NovaTimes) -> float:
 def set_of_backend(backend: str) -> str | None:
     """The endpoint set that a backend of HAProxy's counters stands for; `None` for any other proxy."""
     nova, _, name = backend.partition(".")
-    for ending in (SAMPLED, CHECKED, ".once"):
+    for ending in (model.SAMPLED, model.CHECKED, ".once"):
         name = name.removesuffix(ending)
     return name if nova == "nova" and "." not in name else None
 
 
-def names_of_nova(spec: DataplaneSpec) -> dict[str, Value]:
+def names_of_nova(spec: model.DataplaneSpec) -> dict[str, text.Value]:
     """What `USE_NOVA` names, and the counters for `global`: they begin at 0, so they can be read before a count."""
     names = [_names(backend, spec.nova_times) for backend in spec.nova]
     return {
-        "nova_counters": Block("set-var <refused> int(0)", names),
-        "use_for_reads": Block(_USE_FOR_READS, names),
-        "use_for_others": Block(_USE_FOR_OTHERS, names),
+        "nova_counters": text.Block("set-var <refused> int(0)", names),
+        "use_for_reads": text.Block(_USE_FOR_READS, names),
+        "use_for_others": text.Block(_USE_FOR_OTHERS, names),
     }
 
 
-def nova_backends(spec: DataplaneSpec, values: dict[str, Value]) -> Iterator[str]:
+def nova_backends(spec: model.DataplaneSpec, values: dict[str, text.Value]) -> Iterator[str]:
     """The backends of each endpoint set, by checks and repetition, and the loopback of a set with two secrets."""
-    kinds = [(kind, once) for kind in ("", CHECKED) for once in (False, True)]
+    kinds = [(kind, once) for kind in ("", model.CHECKED) for once in (False, True)]
     if spec.count_reads:
-        kinds.append((SAMPLED, False))
+        kinds.append((model.SAMPLED, False))
     checked, by_http = spec.nova_times.check != "off", spec.nova_times.check == "http"
     for backend in spec.nova:
         named = values | _names(backend, spec.nova_times)
@@ -198,45 +181,45 @@ def nova_backends(spec: DataplaneSpec, values: dict[str, Value]) -> Iterator[str
         servers = [_server_names(spec, backend, one, checked=checked) for one in backend.servers]
         for kind, once in kinds:
             checking = not (once or kind or mixed)
-            own: dict[str, Value] = {
+            own: dict[str, text.Value] = {
                 "mixed": mixed,
                 "checking": checking,
                 "tracking": not checking and not mixed,
-                "checked": kind == CHECKED,
-                "sampled": kind == SAMPLED,
-                "kind": Text(f"{'.once' if once else ''}{kind}"),
+                "checked": kind == model.CHECKED,
+                "sampled": kind == model.SAMPLED,
+                "kind": text.Text(f"{'.once' if once else ''}{kind}"),
                 "once": once,
                 "next": not mixed and bool(backend.servers and backend.servers[0].slot),
                 "server_ms": named["loopback_ms" if mixed else "server_ms"],
                 "http_check": checking and by_http,
-                "servers": Block(_SERVERS, servers),
+                "servers": text.Block(_SERVERS, servers),
             }
-            yield from fill_sections(_BACKEND, named | own)
+            yield from text.fill_sections(_BACKEND, named | own)
         # One that is not used is there for workers that still have the configuration before: the sockets are the same.
         for server in servers if mixed or backend.loopback else ():
             own = {**server, "http_check": mixed and by_http}
-            own |= {} if mixed else {"checks": Text(""), "check_sni": Text("")}
-            yield from fill_sections(_LOOPBACK, named | own)
+            own |= {} if mixed else {"checks": text.Text(""), "check_sni": text.Text("")}
+            yield from text.fill_sections(_LOOPBACK, named | own)
 
 
-def _names(backend: NovaBackend, times: NovaTimes) -> dict[str, Value]:
+def _names(backend: model.NovaBackend, times: model.NovaTimes) -> dict[str, text.Value]:
     mine = f"{MAP_NOVA}{backend.name}|"
     begin = len(mine)
-    tls = backend.tls or NovaTls("")
+    tls = backend.tls or model.NovaTls("")
     checked = times.check != "off"
     return {
         "set": backend.name,
-        "of_set": Text(f"{{ var(txn.record) -m beg {quote(mine)} }}"),
+        "of_set": text.Text(f"{{ var(txn.record) -m beg {text.quote(mine)} }}"),
         "begin": begin,
         "signature_length": _SIGNATURE,
-        "rest": Text(f"var(txn.record),bytes({begin + _SIGNATURE + 1})"),
+        "rest": text.Text(f"var(txn.record),bytes({begin + _SIGNATURE + 1})"),
         "host": backend.host,
         "refused": refused_counter(backend.name),
-        "tls": Block(_TLS if backend.tls else ""),
-        "check_sni": option("check-sni", tls.name if backend.tls and checked else None),
-        "checks": Block(_CHECKS if checked else ""),
-        **name_values(asdict(tls), "tls_"),
-        "client": option("crt", tls.client),
+        "tls": text.Block(_TLS if backend.tls else ""),
+        "check_sni": text.option("check-sni", tls.name if backend.tls and checked else None),
+        "checks": text.Block(_CHECKS if checked else ""),
+        **text.name_values(asdict(tls), "tls_"),
+        "client": text.option("crt", tls.client),
         "connect_ms": _ms(times.connect_s),
         "server_ms": _ms(times.response_s),
         "loopback_ms": _ms(times.response_s + _BEYOND_LOOPBACK_S),
@@ -253,8 +236,12 @@ def _ms(seconds: float) -> str:
 
 
 def _server_names(
-    spec: DataplaneSpec, backend: NovaBackend, server: NovaServer, *, checked: bool
-) -> dict[str, Value]:
+    spec: model.DataplaneSpec,
+    backend: model.NovaBackend,
+    server: model.NovaServer,
+    *,
+    checked: bool,
+) -> dict[str, text.Value]:
     # HAProxy takes paths of 97 characters, and set and address alone may have 65.
     digest = hashlib.sha256(f"{backend.name} {server.name}".encode()).hexdigest()[:16]
     loopback = f"nova.{backend.name}.hop.{server.name}"
@@ -265,6 +252,8 @@ def _server_names(
         "loopback_name": loopback,
         "socket": f"unix@{spec.paths.loopback}/hop-{digest}.sock",
         "inside": f"unix@{spec.paths.loopback_inside}/hop-{digest}.sock",
-        "track_loopback": option("track", f"{loopback}/{server.name}" if checked else None),
-        "track_first": option("track", f"nova.{backend.name}/{server.name}" if checked else None),
+        "track_loopback": text.option("track", f"{loopback}/{server.name}" if checked else None),
+        "track_first": text.option(
+            "track", f"nova.{backend.name}/{server.name}" if checked else None
+        ),
     }
