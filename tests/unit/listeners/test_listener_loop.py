@@ -40,7 +40,7 @@ from imdsproxy.host.clock import Clock
 from imdsproxy.listeners.apply import NftTable
 from imdsproxy.listeners.host import KeptNetworks, SystemHost
 from imdsproxy.listeners.loop import ListenerLoop, choose_exporter
-from imdsproxy.listeners.plan import HostOp, ManagedPlace, Place
+from imdsproxy.listeners.plan import DeleteNamespace, HostOp, ManagedPlace, Place
 from imdsproxy.unix_listener.listener import UnixListener
 from imdsproxy.unix_listener.settings import UnixListenerSettings
 from support.fake_haproxy import FakeHaproxy, control_fake
@@ -86,12 +86,13 @@ class FakeHost(SystemHost):
         *,
         everything: bool = False,
     ) -> ObservedHost:
-        del others
         given = list(networks)
         self.asked.append((everything, frozenset(one.id for one in given)))
         names = {
             one.listener.namespace for one in given if isinstance(one.listener, NamespaceListener)
         }
+        names |= {one.namespace for one in others if one.namespace is not None}
+        names |= self.namespaces.keys() if everything else set()
         seen = {name: self.namespaces[name] for name in sorted(names) if name in self.namespaces}
         return ObservedHost(
             namespaces=seen,
@@ -101,6 +102,9 @@ class FakeHost(SystemHost):
     async def apply(self, ops: Iterable[HostOp]) -> Mapping[HostOp, Problem]:
         given = tuple(ops)
         self.done += given
+        for one in given:
+            if isinstance(one, DeleteNamespace):
+                del self.namespaces[one.namespace]
         return dict.fromkeys(given, Problem("host", self.refusal)) if self.refusal else {}
 
     def managed(self) -> frozenset[ManagedPlace]:
@@ -253,6 +257,22 @@ async def test_after_a_refusal_the_whole_host_is_looked_at_again_once(tmp_path: 
         await rig.wait()
         assert rig.bound() == {"red"}
         assert rig.loop.failure is None
+
+
+async def test_what_is_ours_and_no_network_s_is_removed_once_and_known_to_be_gone(
+    tmp_path: Path,
+) -> None:
+    async with _rig(tmp_path) as rig:
+        rig.host.make("red", 7)
+        rig.say("red")
+        left, naming = NetworkId("gone"), rig.host.naming
+        lo = ObservedDevice("lo", 1, up=True, mtu=65536, alias=naming.alias(left))
+        name = naming.namespace(left)
+        rig.host.namespaces[name] = ObservedNamespace(NamespaceRef(name, 9), {"lo": lo})
+        await rig.settle("overflow", None)
+        await rig.settle("link", "red")
+        assert rig.host.done == [DeleteNamespace(name)]
+        assert rig.host.seen.namespaces.keys() == {"red"}
 
 
 async def test_what_the_host_refuses_is_told_and_tried_again(tmp_path: Path) -> None:
