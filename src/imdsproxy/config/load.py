@@ -10,6 +10,7 @@ import contextlib
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,7 +38,7 @@ _NULL: Final = "null"
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """What a file or an environment variable sets, as `_merge` has it."""
+    """What a file or an environment variable sets; all keys are texts."""
 
     name: str
     values: Mapping[str, object]
@@ -84,15 +85,13 @@ def load_settings(
     files = find_files(config, default)
     documents = read_each(files, lambda path: (path, _read(path)), "configuration")
     layers = [
-        _Layer(str(path), _merge({}, document.value), document.line_of)
+        _Layer(str(path), _with_text_keys(document.value), document.line_of)
         for path, document in documents
         if isinstance(document.value, Mapping)
     ]
     variables, problems = _read_environment(environment)
     layers += variables
-    values: dict[str, object] = {}
-    for layer in layers:
-        _merge(values, layer.values)
+    values: dict[str, object] = reduce(_merge, (layer.values for layer in layers), {})
     cause: ValidationError | None = None
     try:
         settings = Settings.model_validate(values)
@@ -123,16 +122,18 @@ def _read(path: Path) -> Decoded:
     return document
 
 
-def _merge(into: dict[str, object], new: Mapping[Any, Any]) -> dict[str, object]:
-    """Merge mappings key by key, replace everything else; gives `into` back."""
-    for key, value in new.items():
-        name = str(key)  # YAML has numbers as keys too; they are refused as unknown settings
-        if isinstance(value, dict):
-            old = into.get(name)
-            into[name] = _merge(dict(old) if isinstance(old, dict) else {}, value)
-        else:
-            into[name] = value
-    return into
+def _with_text_keys(value: Any) -> Any:  # noqa: ANN401 - as it is written
+    # YAML has numbers as keys too; they are refused as unknown settings.
+    if not isinstance(value, dict):
+        return value
+    return {str(key): _with_text_keys(part) for key, part in value.items()}
+
+
+def _merge(old: Any, new: Any) -> Any:  # noqa: ANN401 - as above
+    """Mappings are merged key by key, everything else is replaced."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return new
+    return {**old, **{key: _merge(old.get(key), part) for key, part in new.items()}}
 
 
 def _find_origin(layers: Sequence[_Layer], place: Place) -> tuple[str, int | None] | None:
@@ -186,7 +187,7 @@ def _read_environment(environment: Mapping[str, str]) -> tuple[list[_Layer], lis
             continue
         for step in reversed(setting.path.split(".")):
             value = {step: value}
-        layers.append(_Layer(name, _merge({}, value)))
+        layers.append(_Layer(name, _with_text_keys(value)))
     return layers, problems
 
 
