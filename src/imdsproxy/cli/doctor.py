@@ -94,9 +94,8 @@ def doctor(
 
 def _look_at_guest(daemon: AdminClient, network: str, address: str) -> Surroundings:
     guest = daemon.get("/v1/explain", {"network": network, "address": address})
-    cards = tuple(
-        Card(one["network"], one["mac"], frozenset(one["seen"])) for one in guest.get("cards", ())
-    )
+    nics = guest.get("cards", ())
+    cards = tuple(Card(one["network"], one["mac"], frozenset(one["seen"])) for one in nics)
     return Surroundings(
         macs=machine_macs(frozenset(mac for card in cards for mac in (card.mac, *card.seen))),
         cards=cards,

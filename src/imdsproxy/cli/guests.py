@@ -156,11 +156,9 @@ def _explanation(shape: Shape) -> Iterator[tuple[str, str]]:
         yield from _policy(policy)
     if (decision := shape["decision"]) is not None:
         origins = {rule["name"]: f", {rule['origin']}" for rule in policy["rules"]}
-        without, given = (
-            _decided(decision[key], origins) for key in ("without_token", "with_token")
-        )
-        answers = f"without a token: {without}\nwith a good one: {given}"
-        yield "policy", f"to GET {decision['path']}:\n{answers}"
+        without = f"without a token: {_decided(decision['without_token'], origins)}"
+        given = f"with a good one: {_decided(decision['with_token'], origins)}"
+        yield "policy", f"to GET {decision['path']}:\n{without}\n{given}"
     if steps := [f"{number}. {step}" for number, step in enumerate(shape["why"], 1)]:
         yield "why", "\n".join(steps)
 

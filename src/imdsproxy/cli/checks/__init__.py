@@ -17,9 +17,7 @@ from imdsproxy.dataplane.layout import Layout
 from imdsproxy.errors import KINDS, ConfigError, ImdsproxyError, SourceUnavailable
 from imdsproxy.sources.sqlite.store import read_store
 
-_TEXTS: Final = tomllib.loads(
-    files("imdsproxy.cli.checks").joinpath("findings.toml").read_text("utf-8")
-)
+_TEXTS: Final = tomllib.loads(files(__name__).joinpath("findings.toml").read_text("utf-8"))
 _EXIT_STATUSES: Final = {kind.__name__: kind.exit_status for kind in KINDS}
 
 

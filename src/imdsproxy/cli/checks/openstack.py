@@ -31,6 +31,9 @@ _AGENTS: Final = ("neutron-metadata-agent", "neutron-ovn-metadata-agent", "neutr
 _AGENTS_MODULE: Final = "metadata_agent"
 """In the name of the metadata agent's module and of its file of options, however it is started."""
 
+_NO_PASSWORD: Final = ""
+"""HAProxy cannot be asked for one, and the terminal must not be."""
+
 _SECRETS: Final = ("password", "secret", "passcode", "token")
 """What is in the name of each of keystoneauth's options that is a secret."""
 
@@ -68,7 +71,7 @@ def check_certificates(on: Subject) -> list[Finding]:
             with _noting(findings, f"{where}.client_cert_file", certificate):
                 if certificate is not None:
                     certificate.read_bytes()
-                    ssl.create_default_context().load_cert_chain(certificate, key, _no_password)
+                    ssl.create_default_context().load_cert_chain(certificate, key, _NO_PASSWORD)
     return findings or _fine(on, "certificates")
 
 
@@ -155,7 +158,7 @@ def _tls_context(one: EndpointSetSettings) -> ssl.SSLContext | None:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     if one.client_cert_file is not None:
-        context.load_cert_chain(one.client_cert_file, one.client_key_file, _no_password)
+        context.load_cert_chain(one.client_cert_file, one.client_key_file, _NO_PASSWORD)
     return context
 
 
@@ -207,11 +210,6 @@ def check_unix_listener(
     if settings.take_over:
         name = "socket-take-over"
     return [found(name, process=process, path=path, agent=agent or "it")]
-
-
-def _no_password() -> str:
-    """HAProxy cannot be asked for one, and the terminal must not be."""
-    return ""
 
 
 def _sets(on: Subject) -> Iterator[tuple[str, EndpointSetSettings]]:

@@ -48,7 +48,7 @@ class Finding:
 
 
 TEXTS: Final[Mapping[str, dict[str, Any]]] = tomllib.loads(
-    files("imdsproxy.core.doctor").joinpath("findings.toml").read_text("utf-8")
+    files(__name__).joinpath("findings.toml").read_text("utf-8")
 )
 
 

@@ -35,6 +35,7 @@ _HEADERS: Final = tuple(one.encode() for one in TEXTS["user-data-header"]["known
 """How user-data begins that cloud-init, Ignition or cloudbase-init act upon, in lower case."""
 
 _Object: TypeAlias = Mapping[str, Any]
+_Objects: TypeAlias = list[_Object]
 
 
 def examine(crawl: Crawl, around: Surroundings) -> tuple[Finding, ...]:
@@ -165,15 +166,13 @@ def check_network_data(crawl: Crawl, around: Surroundings) -> Iterator[Finding]:
         yield from _host_macs(around, path)
 
 
-def _objects(document: object, name: str) -> list[_Object]:
+def _objects(document: object, name: str) -> _Objects:
     """The objects in the list that a document has by this name."""
     value = document.get(name) if isinstance(document, Mapping) else None
     return [one for one in value if isinstance(one, Mapping)] if isinstance(value, list) else []
 
 
-def _links(
-    document: _Object, links: list[_Object], nics: list[_Object], path: str
-) -> Iterator[Finding]:
+def _links(document: _Object, links: _Objects, nics: _Objects, path: str) -> Iterator[Finding]:
     ids = [link.get("id") for link in links]
     used = [one.get("link") for one in _objects(document, "networks")]
     used += [link.get("vlan_link") for link in links if link.get("type") == "vlan"]
@@ -191,9 +190,7 @@ def _mac(link: _Object) -> str:
     return str(link.get("ethernet_mac_address") or "").lower()
 
 
-def _guest_macs(
-    crawl: Crawl, nics: list[_Object], macs: frozenset[str], path: str
-) -> Iterator[Finding]:
+def _guest_macs(crawl: Crawl, nics: _Objects, macs: frozenset[str], path: str) -> Iterator[Finding]:
     has = ", ".join(sorted(macs)) or "none"
     if foreign := [mac for nic in nics if (mac := _mac(nic)) and mac not in macs]:
         yield found("mac-mismatch", path, mac=foreign[0], has=has)

@@ -43,23 +43,21 @@ def check_transport(crawl: Crawl) -> Iterator[Finding]:
 
 def _unanswered(crawl: Crawl) -> Iterator[Finding]:
     silent = [(ask.path, answer) for ask, answer in crawl.asked.items() if not answer.status]
-    if not silent:
-        return
-    why = silent[0][1].why
-    if len(silent) == len(crawl.asked):
+    why = next((answer.why for _, answer in silent), "")
+    if silent and len(silent) == len(crawl.asked):
         yield found("unreachable", why=why)
-        return
-    paths = [path for path, _ in silent]
-    odd = set(paths) == {f"{crawl.base}{ODD_LEAF}"}
-    yield found(
-        "no-answer",
-        *paths,
-        severity=Severity.WARNING if odd else None,
-        case="timed-out" if any(one.timed_out for _, one in silent) else "",
-        count=len(silent),
-        all=len(crawl.asked),
-        why=why,
-    )
+    elif silent:
+        paths = [path for path, _ in silent]
+        odd = set(paths) == {f"{crawl.base}{ODD_LEAF}"}
+        yield found(
+            "no-answer",
+            *paths,
+            severity=Severity.WARNING if odd else None,
+            case="timed-out" if any(one.timed_out for _, one in silent) else "",
+            count=len(silent),
+            all=len(crawl.asked),
+            why=why,
+        )
 
 
 def _slow(crawl: Crawl) -> Iterator[Finding]:
