@@ -18,14 +18,7 @@ from imdsproxy.host import netlink
 from imdsproxy.host.namespaces import NamespaceThread
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.host.process import run_program
-from imdsproxy.listeners.plan import (
-    AddAddress,
-    AttachBridge,
-    DeleteLink,
-    DeleteNamespace,
-    HostOp,
-    RemoveAddress,
-)
+from imdsproxy.listeners import plan
 
 T = TypeVar("T")
 
@@ -43,7 +36,9 @@ _SWITCHED_OFF: Final = (
 )
 
 
-async def apply_ops(thread: NamespaceThread, ops: tuple[HostOp, ...]) -> dict[HostOp, Problem]:
+async def apply_ops(
+    thread: NamespaceThread, ops: tuple[plan.HostOp, ...]
+) -> dict[plan.HostOp, Problem]:
     """Carry out ops in order; one that fails never stops the others.
 
     Args:
@@ -53,7 +48,7 @@ async def apply_ops(thread: NamespaceThread, ops: tuple[HostOp, ...]) -> dict[Ho
     Returns:
         Those that failed, with the reason.
     """
-    failures: dict[HostOp, Problem] = {}
+    failures: dict[plan.HostOp, Problem] = {}
 
     def work() -> None:
         for op in ops:
@@ -73,13 +68,13 @@ async def apply_ops(thread: NamespaceThread, ops: tuple[HostOp, ...]) -> dict[Ho
     return failures
 
 
-def _do(thread: NamespaceThread, op: HostOp) -> None:
+def _do(thread: NamespaceThread, op: plan.HostOp) -> None:
     match op:
-        case AttachBridge():
+        case plan.AttachBridge():
             _attach(thread, op)
-        case AddAddress(_, name, device, address, mark):
+        case plan.AddAddress(_, name, device, address, mark):
             _at(thread, name, lambda channel: _add(channel, name, device, address, mark))
-        case RemoveAddress(name, device, address, prefix):
+        case plan.RemoveAddress(name, device, address, prefix):
 
             def remove(channel: NetlinkSocket) -> None:
                 index = _find(channel, device).index
@@ -87,9 +82,9 @@ def _do(thread: NamespaceThread, op: HostOp) -> None:
 
             with Ignoring(errno.ENOENT, errno.ENODEV, errno.EADDRNOTAVAIL):
                 _at(thread, name, remove)
-        case DeleteNamespace(name):
+        case plan.DeleteNamespace(name):
             thread.directory.delete(name)
-        case DeleteLink(name):
+        case plan.DeleteLink(name):
             with Ignoring(errno.ENODEV), NetlinkSocket() as channel:
                 netlink.delete_link(channel, _find(channel, name).index)
         case never:
@@ -130,7 +125,7 @@ def _add(
         raise host_refused(f"add {address} on device {device}{where}", error, hint=hint) from error
 
 
-def _attach(thread: NamespaceThread, op: AttachBridge) -> None:
+def _attach(thread: NamespaceThread, op: plan.AttachBridge) -> None:
     naming, alias = op.naming, op.naming.alias(op.network)
     name, link, inner = naming.namespace(op.network), naming.link(op.network), naming.inner_device
 
