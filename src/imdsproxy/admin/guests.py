@@ -13,17 +13,8 @@ from imdsproxy.admin.bodies import DocumentBody, DocumentView
 from imdsproxy.anti_spoofing.plan import ANY_MAC, plan_pair
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.controller.controller import Controller
-from imdsproxy.core import identity
+from imdsproxy.core import identity, model
 from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import (
-    Dialect,
-    InstanceId,
-    IpAddress,
-    MacAddress,
-    NetworkId,
-    Scope,
-    Upstream,
-)
 from imdsproxy.core.observation import AddressKey, Claimant, SourceName
 from imdsproxy.core.plan import policy_place, record_key
 from imdsproxy.core.policy_report import Decided, PolicyInForce, decide_read, report_policy
@@ -38,10 +29,10 @@ from imdsproxy.sources.api import LookUpUnavailable, PortAmbiguous, PortFound, P
 _UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 """As Neutron writes the ids that it makes."""
 
-_COMMON: Final[Mapping[Dialect, str]] = {
-    Dialect.EC2: "/latest/meta-data/",
-    Dialect.OPENSTACK: "/openstack/latest/meta_data.json",
-    Dialect.NOCLOUD: "/nocloud/meta-data",
+_COMMON: Final[Mapping[model.Dialect, str]] = {
+    model.Dialect.EC2: "/latest/meta-data/",
+    model.Dialect.OPENSTACK: "/openstack/latest/meta_data.json",
+    model.Dialect.NOCLOUD: "/nocloud/meta-data",
 }
 
 
@@ -56,9 +47,9 @@ class PairReport:
         gate: The kernel looks at MACs there; without that, guests with a MAC in their records get no answer.
     """
 
-    seen: MacAddress | None
-    expected: MacAddress | None
-    granted: MacAddress | None
+    seen: model.MacAddress | None
+    expected: model.MacAddress | None
+    granted: model.MacAddress | None
     gate: bool
 
 
@@ -70,9 +61,9 @@ class CardReport:
         seen: The MACs that the neighbour table has for its addresses: those of the guest's real network cards.
     """
 
-    network: NetworkId
-    mac: MacAddress
-    seen: tuple[MacAddress, ...] = ()
+    network: model.NetworkId
+    mac: model.MacAddress
+    seen: tuple[model.MacAddress, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +109,12 @@ class Explanation:
         probe: What a GET got, where one was asked for.
     """
 
-    network: NetworkId
-    address: IpAddress
+    network: model.NetworkId
+    address: model.IpAddress
     verdict: str
     answer: int | None
     why: tuple[str, ...] = ()
-    instance: InstanceId | None = None
+    instance: model.InstanceId | None = None
     instance_name: str | None = None
     source: SourceName | None = None
     how: str | None = None
@@ -154,7 +145,7 @@ class _Owner:
     denial: identity.Denial | None = None
 
 
-async def read_password(controller: Controller, instance: InstanceId) -> bytes | None:
+async def read_password(controller: Controller, instance: model.InstanceId) -> bytes | None:
     """The password that the instance's guest posted, as it was posted; `None` where it has posted none.
 
     Raises:
@@ -164,13 +155,13 @@ async def read_password(controller: Controller, instance: InstanceId) -> bytes |
     return await asyncio.to_thread(controller.passwords.read, instance)
 
 
-async def clear_password(controller: Controller, instance: InstanceId) -> bool:
+async def clear_password(controller: Controller, instance: model.InstanceId) -> bool:
     """Remove it, so that the guest can post another; `False` where there is none. Raises as `read_password`."""
     _refuse_unknown(controller.inventory, instance)
     return await asyncio.to_thread(controller.passwords.remove, instance)
 
 
-def _refuse_unknown(inventory: Inventory, instance: InstanceId) -> None:
+def _refuse_unknown(inventory: Inventory, instance: model.InstanceId) -> None:
     if not inventory.sources_of_instance(instance):
         raise NotFound(f"there is no instance {instance}", hint="imdsproxy instance list")
 
@@ -202,12 +193,16 @@ async def get_document(controller: Controller, key: AddressKey, path: str) -> Do
     return DocumentView(status=answer.status, headers=headers, body=body)
 
 
-def _may_know(lookup: Lookup, network: NetworkId) -> bool:
+def _may_know(lookup: Lookup, network: model.NetworkId) -> bool:
     return lookup.inventory.knows(network) or lookup.source is not None
 
 
 async def explain_instance(
-    controller: Controller, instance: InstanceId, path: str | None = None, *, probe: bool = False
+    controller: Controller,
+    instance: model.InstanceId,
+    path: str | None = None,
+    *,
+    probe: bool = False,
 ) -> list[Explanation]:
     """`explain` for each address that the instance is known by; `NotFound` where there is no such instance."""
     _refuse_unknown(controller.inventory, instance)
@@ -260,14 +255,14 @@ async def explain(
     return found
 
 
-def _common_path(inventory: Inventory, instance: InstanceId | None) -> str:
+def _common_path(inventory: Inventory, instance: model.InstanceId | None) -> str:
     """A document that every instance has which has any."""
     record = instance and inventory.instances.get(instance)
-    dialects = record.dialects if record else frozenset(Dialect)
+    dialects = record.dialects if record else frozenset(model.Dialect)
     return next((path for dialect, path in _COMMON.items() if dialect in dialects), "/")
 
 
-def _origin(inventory: Inventory, listeners: ListenerLoop, network: NetworkId) -> str:
+def _origin(inventory: Inventory, listeners: ListenerLoop, network: model.NetworkId) -> str:
     if sources := inventory.sources_of_network(network):
         return f"network {network} comes from {', '.join(sources)}"
     why = "its guests come through the unix listener"
@@ -285,13 +280,13 @@ async def _owner(lookup: Lookup, key: AddressKey) -> _Owner:
         return _Owner(found, key)
     declared = lookup.inventory.networks.get(key[0])
     # Of an id that no record has, only a request says whether it is a router's.
-    scopes = (Scope.NETWORK, Scope.ROUTER) if declared is None else (declared.scope,)
+    scopes = (model.Scope.NETWORK, model.Scope.ROUTER) if declared is None else (declared.scope,)
     for scope in scopes:
         match await lookup.ask(key, scope):
             case PortFound(network=network):
                 # Puts it in force, as a request would.
                 await lookup.look(key, scope)
-                if scope is Scope.NETWORK:
+                if scope is model.Scope.NETWORK:
                     return _Owner(await lookup.identify(key), key)
                 at = (network, key[1])
                 return _Owner(identity.identify(lookup.inventory, *at), at)
@@ -359,7 +354,7 @@ def _explain_found(
         decide = partial(decide_read, rules.word, now, path, paths=paths)
         decision = PathDecision(path, decide(token=False), decide(token=True))
     answer: int | None
-    if instance.upstream is Upstream.EMBEDDED:
+    if instance.upstream is model.Upstream.EMBEDDED:
         policy = {"dialects": ", ".join(sorted(instance.dialects)) or "none"}
         answer = 200 if instance.dialects else 404
         problem = controller.documents_problem()
@@ -411,7 +406,7 @@ async def _pair(lookup: Lookup, key: AddressKey, steps: list[str]) -> PairReport
     return PairReport(seen, wanted, granted, filtered)
 
 
-async def _cards(lookup: Lookup, instance: InstanceId | None) -> tuple[CardReport, ...]:
+async def _cards(lookup: Lookup, instance: model.InstanceId | None) -> tuple[CardReport, ...]:
     known, cards = instance and lookup.inventory.instances.get(instance), []
     for port in known.ports if known else ():
         if port.mac is not None:

@@ -103,7 +103,8 @@ def test_an_instance_is_shown_patched_listed_by_network_and_removed(server: Admi
     assert (listed["user_data_bytes"], "user_data" in listed["record"]) == (5, False)
     assert server.instances[WEB].user_data == b"\x1f\x8b\x08\x00\xff"
     assert server.client.get("/v1/instances", {"network": "red"}) == []
-    _patch(server, {"tags": {"a": None, "c": "3"}, "dialects": {"ec2": False}, "user_data": None})
+    gone = {"user_data": None, "password": None}
+    _patch(server, {"tags": {"a": None, "c": "3"}, "dialects": {"ec2": False}, **gone})
     record = server.client.get("/v1/instances/web-1")["record"]
     assert (record["tags"], record["dialects"]) == ({"b": "2", "c": "3"}, {"ec2": False})
     assert record["ports"] == INSTANCE["ports"]
