@@ -307,14 +307,10 @@ class MacFilters:
     async def _withdraw(self, keys: Iterable[AddressKey]) -> None:
         for network, addresses in _by_network((key, None) for key in keys).items():
             granted = self._granted.get(network, {})
-            gone = {one: mac for one, mac in granted.items() if one in addresses}
             for address in addresses:
                 self._lingering.pop((network, address), None)
-            if gone:
-                await self._try(network, partial(self.kernel.change, has=gone))
-                self._granted[network] = {
-                    one: mac for one, mac in granted.items() if one not in gone
-                }
+            gone = {one: mac for one, mac in granted.items() if one in addresses}
+            await self._change(network, granted, gone, {})
 
     async def grant(self, pairs: Pairs) -> None:
         """Add these pairs.
@@ -326,14 +322,16 @@ class MacFilters:
             self._known = True
             for network, some in _by_network(pairs.items()).items():
                 granted = self._granted.get(network, {})
-                come = {
-                    address: mac
-                    for address, mac in some.items()
-                    if mac is not None and granted.get(address) != mac
-                }
-                if come:
-                    await self._try(network, partial(self.kernel.change, wanted=come))
-                    self._granted[network] = {**granted, **come}
+                come = {one: mac for one, mac in some.items() if mac and granted.get(one) != mac}
+                await self._change(network, granted, {}, come)
+
+    async def _change(
+        self, network: NetworkId, granted: PairMap, gone: PairMap, come: PairMap
+    ) -> None:
+        if gone or come:
+            await self._try(network, partial(self.kernel.change, has=gone, wanted=come))
+            left = {a: mac for a, mac in granted.items() if a not in gone} if gone else granted
+            self._granted[network] = {**left, **come}
 
     async def sender(self, key: AddressKey, port: int) -> MacAddress | None:
         """The MAC that an unverified connection came from; `None` where that is not known.
