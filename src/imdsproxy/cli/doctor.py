@@ -20,7 +20,7 @@ import typer
 
 from imdsproxy.cli import options
 from imdsproxy.cli.admin_client import AdminClient
-from imdsproxy.cli.output import Output, Shape, clean, read_bytes_shape
+from imdsproxy.cli.output import Output, Shape, clean, decode_bytes
 from imdsproxy.core.doctor import Card, Severity, Surroundings
 from imdsproxy.core.doctor.checks_documents import examine
 from imdsproxy.core.doctor.crawl import Answer, Ask, crawl
@@ -205,7 +205,7 @@ def _ask_daemon(daemon: AdminClient, network: str, address: str, ask: Ask) -> An
     """What the daemon would answer the guest at an address; nothing goes over a network."""
     query = {"network": network, "address": address, "path": ask.path}
     document = daemon.get("/v1/documents", query)
-    headers, body = _first_of_each(document["headers"]), read_bytes_shape(document["body"])
+    headers, body = _first_of_each(document["headers"]), decode_bytes(document["body"])
     return Answer(document["status"], headers, body)
 
 

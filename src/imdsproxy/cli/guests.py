@@ -15,14 +15,7 @@ import typer
 from imdsproxy.cli import options
 from imdsproxy.cli.admin_client import path_to
 from imdsproxy.cli.options import NO, argument, complete_instances, complete_networks, flag, switch
-from imdsproxy.cli.output import (
-    Output,
-    Shape,
-    clean_all,
-    read_bytes_shape,
-    spell_status,
-    spell_time,
-)
+from imdsproxy.cli.output import Output, Shape, clean_all, decode_bytes, spell_status, spell_time
 from imdsproxy.cli.record_io import show_written
 from imdsproxy.errors import RequestRefused
 
@@ -61,7 +54,7 @@ def get(
         if include:
             lines = [f"{name}: {value}" for name, value in answer["headers"]]
             run.output.text("\n".join([f"HTTP/1.1 {spell_status(status)}", *lines, "", ""]))
-        body = read_bytes_shape(answer["body"])
+        body = decode_bytes(answer["body"])
         run.output.raw(body)
         if sys.stdout.isatty() and body[-1:] not in {b"", b"\n"}:
             run.output.text("")  # only so that the prompt has a line of its own

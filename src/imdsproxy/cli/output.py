@@ -187,10 +187,10 @@ _REST: Final = "--json has all"
 
 def first_lines(lines: Sequence[str], rest: str = _REST) -> list[str]:
     """As many as are shown of one kind, and how many more there are and what shows them."""
-    return [*lines[:MOST_SHOWN], *count_more(len(lines), rest)]
+    return [*lines[:MOST_SHOWN], *and_more(len(lines), rest)]
 
 
-def count_more(count: int, rest: str = _REST) -> list[str]:
+def and_more(count: int, rest: str = _REST) -> list[str]:
     """A line for what is not shown of `count`, and what shows it; none where all are shown."""
     return [f"and {count - MOST_SHOWN:,} more: {rest}"] if count > MOST_SHOWN else []
 
@@ -207,7 +207,7 @@ def spell_time(at: float, *, zone: bool = False) -> str:
     return f"{local:%Y-%m-%d %H:%M:%S{' %Z' if zone else ''}}"
 
 
-def read_bytes_shape(shape: Mapping[str, str]) -> bytes:
+def decode_bytes(shape: Mapping[str, str]) -> bytes:
     """Bytes of the admin API, which are `text` or `base64`."""
     return base64.b64decode(shape["base64"]) if "base64" in shape else shape["text"].encode()
 
@@ -226,11 +226,6 @@ def clean_all(value: Any) -> Any:  # noqa: ANN401 - JSON
     if isinstance(value, list):
         return [clean_all(one) for one in value]
     return clean(value) if isinstance(value, str) else value
-
-
-def red_unless_zero(number: int) -> str:
-    """A count of what is wrong."""
-    return f"[red]{number}[/]" if number else "0"
 
 
 def _printable(text: str) -> str:

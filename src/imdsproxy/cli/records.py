@@ -12,7 +12,7 @@ import typer
 from imdsproxy.cli import options, record_io
 from imdsproxy.cli.admin_client import path_to
 from imdsproxy.cli.options import Invocation, argument, command, flag, switch
-from imdsproxy.cli.output import Shape, read_bytes_shape
+from imdsproxy.cli.output import Shape, decode_bytes
 from imdsproxy.cli.record_flags import flags_of, keys_of, network_flag, wrong_flag
 from imdsproxy.core.records import INSTANCE, NETWORK, Json
 from imdsproxy.core.records.network import LISTENER_KEYS
@@ -301,7 +301,7 @@ def password(
         return
     run.output.answer(
         run.daemon().get(route),
-        lambda output, shape: output.foreign(read_bytes_shape(shape["password"])),
+        lambda output, shape: output.foreign(decode_bytes(shape["password"])),
     )
 
 

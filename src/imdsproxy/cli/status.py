@@ -10,16 +10,7 @@ import typer
 from imdsproxy.cli import options
 from imdsproxy.cli.admin_client import read_problem
 from imdsproxy.cli.options import NO, NOT_IN_FORCE, switch
-from imdsproxy.cli.output import (
-    MOST_SHOWN,
-    Output,
-    Shape,
-    clean,
-    clean_all,
-    count_more,
-    first_lines,
-    red_unless_zero,
-)
+from imdsproxy.cli.output import MOST_SHOWN, Output, Shape, and_more, clean, clean_all, first_lines
 
 _UNITS: Final = (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1))
 
@@ -52,7 +43,7 @@ def _show_status(output: Output, answer: Shape) -> None:
             "STATE": _source_state(one),
             "NETWORKS": str(one["networks"]),
             "INSTANCES": str(one["instances"]),
-            "REFUSED": red_unless_zero(len(one["problems"])),
+            "REFUSED": _red_unless_zero(len(one["problems"])),
         }
         for one in report["sources"]
     )
@@ -64,7 +55,7 @@ def _show_status(output: Output, answer: Shape) -> None:
             "SET": one["endpoint_set"],
             "STATE": "[green]up[/]" if one["up"] else f"[red]down[/] {one['reason']}".rstrip(),
             "REQUESTS": str(one["requests"]),
-            "FAILED": red_unless_zero(one["failures"]),
+            "FAILED": _red_unless_zero(one["failures"]),
         }
         for one in report["nova"]
     )
@@ -88,7 +79,7 @@ def _show_status(output: Output, answer: Shape) -> None:
         for one in report["left_out"][:MOST_SHOWN]
     )
     output.table(left_out, apart=True, keep=("NOT SERVED", "CODE"))
-    output.styled(*count_more(len(report["left_out"])))
+    output.styled(*and_more(len(report["left_out"])))
     _show_problems(output, answer)
 
 
@@ -197,6 +188,10 @@ def _source_state(source: Shape) -> str:
     if source["stale_s"]:
         return f"[red]silent for {spell_duration(source['stale_s'])}[/]"
     return "[green]in sync[/]" if source["in_sync"] else "[yellow]not in sync[/]"
+
+
+def _red_unless_zero(number: int) -> str:
+    return f"[red]{number}[/]" if number else "0"
 
 
 def spell_duration(seconds: float) -> str:
