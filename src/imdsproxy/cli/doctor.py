@@ -171,7 +171,8 @@ class HttpFetch:
                 return self._ask(connection, ask)
             except TimeoutError:
                 return Answer(why=f"no answer within {self.timeout_s:g} s", timed_out=True)
-            except (OSError, http.client.HTTPException) as error:
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                # ValueError: a path or token of the server's, or a host's name, that cannot be sent.
                 return Answer(why=str(error) or type(error).__name__)
 
     def _ask(self, connection: http.client.HTTPConnection, ask: Ask) -> Answer:

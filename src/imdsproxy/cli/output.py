@@ -53,8 +53,9 @@ class Output:
             show(self, value)
 
     def json(self, value: object) -> None:
-        """A value for programs."""
-        sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        """A value for programs: UTF-8 whatever the locale, half a surrogate pair as JSON's escape."""
+        text = json.dumps(value, indent=2, ensure_ascii=False)
+        self.raw(f"{text}\n".encode(errors="backslashreplace"))
 
     def text(self, text: str) -> None:
         """Text as it is."""

@@ -97,6 +97,24 @@ def test_programs_get_everything(
     assert set(finding) == {"code", "severity", "what", "change", "clients", "paths"}
 
 
+def test_what_a_server_sends_that_cannot_be_sent_on_is_a_finding(
+    server: MetadataServer, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    half = "\ud800"
+    links = {"links": [], "networks": [{"link": half}]}
+    files = {"uuid": "1", "hostname": "h", "random_seed": half, "files": [{"content_path": half}]}
+    for name, document in (("network_data", links), ("meta_data", files)):
+        body = json.dumps(document).encode()
+        server.replies[f"/openstack/2018-08-27/{name}.json"] = Reply(body)
+    server.replies["/latest/meta-data"] = Reply(status=401)
+    server.token = Reply(b"a\nb", headers={"X-aws-ec2-metadata-token-ttl-seconds": "60"})
+    assert main(["--json", "doctor", server.url]) == 1
+    found = {one["code"]: one for one in json.loads(capfdbinary.readouterr().out)["findings"]}
+    assert f"the link {half}," in found["link-missing"]["what"]
+    assert found["no-answer"]["paths"][:2] == [f"/openstack/{half}", "/latest/meta-data/"]
+    assert found.keys() >= {"random-seed", "token-form"}
+
+
 def test_a_guest_is_asked_about_through_the_daemon(documented: Cli) -> None:
     guest = ("--network", "blue", "--from", "10.0.0.5")
     ran = documented("doctor", *guest)

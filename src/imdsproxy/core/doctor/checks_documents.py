@@ -27,7 +27,7 @@ _SHOWN: Final = ("sys_vendor", "product_name", "product_serial", "chassis_asset_
 _DS_KEYS: Final = ("ds", "ci.ds", "ci.datasource")
 _HOST_COMMAND: Final = "imdsproxy snippet {} --for qemu|libvirt|proxmox|incus"
 _MAC: Final = re.compile(r"\b[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5}\b")
-_VIRTUAL: Final = frozenset({"bond", "vlan"})
+_VIRTUAL: Final = ("bond", "vlan")
 _ID: Final = re.compile(r"""^(?:instance-id|"instance-id"|'instance-id')\s*:\s*\S""", re.MULTILINE)
 _GZIP: Final = b"\x1f\x8b"
 _HEAD: Final = 4096
@@ -144,7 +144,9 @@ def _meta_data(crawl: Crawl, path: str) -> Iterator[Finding]:
     if missing:
         yield found("meta-data-incomplete", path, missing=" and no ".join(missing))
     seed = document.get("random_seed")
-    if seed is not None and (not isinstance(seed, str) or _decoded(seed.encode()) is None):
+    if seed is not None and (
+        not isinstance(seed, str) or _decoded(seed.encode(errors="replace")) is None
+    ):
         yield found("random-seed", path)
     for name, kind, what in (("public_keys", Mapping, "an object"), ("keys", list, "a list")):
         value = document.get(name)
@@ -173,21 +175,27 @@ def _objects(document: object, name: str) -> _Objects:
 
 
 def _links(document: _Object, links: _Objects, nics: _Objects, path: str) -> Iterator[Finding]:
-    ids = [link.get("id") for link in links]
+    ids = [_name(link.get("id")) for link in links]
     used = [one.get("link") for one in _objects(document, "networks")]
     used += [link.get("vlan_link") for link in links if link.get("type") == "vlan"]
-    if lost := [link for link in used if link not in ids]:
+    described = set(ids)
+    if lost := [link for link in map(_name, used) if link not in described]:
         yield found("link-missing", path, link=lost[0])
-    if bare := [link.get("id") for link in nics if not _mac(link)]:
-        yield found("link-without-mac", path, link=bare[0])
-    if len(set(ids)) < len(ids):
+    if bare := [link for link in nics if not _mac(link)]:
+        yield found("link-without-mac", path, link=_name(bare[0].get("id")))
+    if len(described) < len(ids):
         yield found("link-twice", path)
     if not links and "links" in document:
         yield found("network-data-empty", path)
 
 
+def _name(value: object) -> object:
+    """A value of JSON that should be a name; of a list or an object, which cannot be compared by hash, what it is."""
+    return f"({type(value).__name__})" if isinstance(value, list | dict) else value
+
+
 def _mac(link: _Object) -> str:
-    return str(link.get("ethernet_mac_address") or "").lower()
+    return str(_name(link.get("ethernet_mac_address") or "")).lower()
 
 
 def _guest_macs(crawl: Crawl, nics: _Objects, macs: frozenset[str], path: str) -> Iterator[Finding]:
