@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+import shlex
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +22,7 @@ from imdsproxy.core.haproxy.model import (
     NovaTls,
     UnixBind,
 )
-from imdsproxy.core.haproxy.text import BANNER
+from imdsproxy.core.haproxy.text import BANNER, UnquotableWord
 from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, NetworkId
 from imdsproxy.dataplane.layout import Layout
 from support.haproxy_config import read_sections
@@ -161,3 +164,54 @@ def test_the_banner_names_the_content() -> None:
     assert rest
     other = render_config(replace(_CASES["empty"], user="nobody")).partition("\n")[0]
     assert first != other
+
+
+_ALL = replace(
+    _CASES["fair"],
+    group="haproxy",
+    exporter="127.0.0.1:9466",
+    binds=_CASES["three-networks"].binds,
+    nova=(
+        NovaBackend(
+            "cell-2",
+            (_NOVA[0], replace(_NOVA[1], slot=1)),
+            "n.example:8775",
+            NovaTls("n.example", "/ca", True, "/own", "c0"),
+        ),
+    ),
+    watched=True,
+    audit=100,
+    count_reads=20,
+)
+"""A configuration that has every text but the path of short documents, which Nova has none of."""
+
+
+def _with_another_text(value: Any, text: str) -> Iterator[tuple[str, Any]]:  # noqa: ANN401 - any part of a specification
+    """Copies that differ in one of the texts, each behind the place of that text."""
+    if isinstance(value, str):
+        yield "", text
+    elif isinstance(value, tuple):
+        for at, one in enumerate(value):
+            for place, other in _with_another_text(one, text):
+                yield f"[{at}]{place}", (*value[:at], other, *value[at + 1 :])
+    elif is_dataclass(value) and not isinstance(value, NovaTimes | type):
+        for one in fields(value):
+            for place, other in _with_another_text(getattr(value, one.name), text):
+                yield f".{one.name}{place}", replace(value, **{one.name: other})
+
+
+def _words(spec: DataplaneSpec) -> list[int]:
+    return sorted(len(shlex.split(line)) for line in render_config(spec).splitlines()[1:])
+
+
+def test_no_text_of_the_specification_makes_another_word_or_line() -> None:
+    usual = _words(_ALL)
+    for place, spec in _with_another_text(_ALL, "/a 'b\" $C \\ #d <always>'"):
+        assert (place, _words(spec)) == (place, usual)
+
+
+def test_a_control_character_is_refused_wherever_it_would_be_written() -> None:
+    for place, spec in _with_another_text(_ALL, "/a\nb"):
+        if place != ".paths.short":
+            with pytest.raises(UnquotableWord):
+                render_config(spec)

@@ -80,11 +80,11 @@ Value: TypeAlias = str | Block | int | None
 
 
 def name_values(values: Mapping[str, object], prefix: str = "") -> dict[str, Value]:
-    """Numbers and texts of one line by their names in lower letters: `header_network` for `HEADER_NETWORK`."""
+    """Numbers and texts by their names in lower letters: `header_network` for `HEADER_NETWORK`."""
     return {
         f"{prefix}{name.lower()}": value
         for name, value in values.items()
-        if isinstance(value, str | int | None) and "\n" not in str(value)
+        if isinstance(value, str | int | None)
     }
 
 
