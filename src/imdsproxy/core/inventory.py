@@ -294,9 +294,11 @@ class Inventory:
         if not self._put_versions(instance):
             return
         ports = self._ports(instance)
-        for network, mac, _ in ports_before:
-            self._macs[network] -= mac is not None
-            self._idle[network].discard(instance)
+        for network, mac, addresses in ports_before:
+            if mac is not None:
+                self._macs[network] -= 1
+            elif not addresses:
+                self._idle[network].discard(instance)
         for network, mac, addresses in ports:
             if mac is not None:
                 self._macs[network] += 1
@@ -315,7 +317,7 @@ class Inventory:
         counting = [report.instances for _, report in self._counting(instance)]
         contested = self._instance_conflicts.pop(instance, ())
         if len(counting) == 1:
-            return self._instances.take(instance, counting[0]) or bool(contested)
+            return self._instances.take(instance, counting[0])
         versions = _without_vaguer(_distinct(one[instance] for one in counting))
         if len(versions) > 1:
             self._instance_conflicts[instance] = versions

@@ -24,8 +24,10 @@ from imdsproxy.core.model import (
     Upstream,
 )
 from imdsproxy.core.nova import EndpointSet, NovaRouting, sign_instance
-from imdsproxy.core.observation import AddressKey, Conflict, Observation
+from imdsproxy.core.observation import AddressKey, Observation
+from imdsproxy.core.path_rules import PathWord, set_id
 from imdsproxy.core.plan import RecordPlanner, record_key
+from imdsproxy.core.policy import PolicyBook, PolicyRules, rule_set_of
 from imdsproxy.core.wire import EmbeddedRecord, MapRecord, NovaRecord, render_map_value
 from imdsproxy.errors import HostRefused
 from imdsproxy.listeners.endpoints import (
@@ -152,6 +154,20 @@ def test_an_address_has_the_record_of_its_instance(
     assert planner.plan_record(key) == expected
 
 
+@pytest.mark.parametrize("instance", [_instance("web"), _nova()])
+def test_records_of_ours_and_of_nova_s_have_the_policy(instance: Instance) -> None:
+    paths = (("/latest/user-data", PathWord.DENY),)
+    policies = PolicyBook(host=PolicyRules(paths=paths))
+    inventory = _inventory(("a", instance))
+    planner = RecordPlanner(inventory, _REVISIONS, {}, _ROUTING, policies)
+    record = planner.plan_record(_KEY)
+    assert isinstance(record, EmbeddedRecord | NovaRecord)
+    assert (rule_set_of(record.policy), record.paths) == (set_id(paths), paths)
+    planned = planner.plan_records([_KEY])
+    assert planned.values == {"red/10.0.0.5": render_map_value(record)}
+    assert planned.sets == {set_id(paths): paths}
+
+
 def test_the_network_s_endpoint_set_wins_over_the_project_s() -> None:
     assert _ROUTING.choose(_ROUTER, "p2") == _ROUTING.sets[2]
     assert _ROUTING.choose(_RED, "p3") == _ROUTING.sets[2]
@@ -250,19 +266,32 @@ def test_a_limit_on_open_files_that_is_too_low_is_named_with_what_is_needed(
     assert "LimitNOFILE=" in refused.value.hint
 
 
-def test_each_address_has_the_record_of_its_own_port() -> None:
-    ports = (
-        Port(_RED, MacAddress("02:00:00:00:00:05"), (IPv4Address("10.0.0.5"),), "p"),
-        Port(_RED, None, (IPv4Address("10.0.0.6"), IPv4Address("10.0.0.7")), "q"),
+def test_each_address_has_the_record_of_its_own_port_and_network() -> None:
+    blue, mac = NetworkId("blue"), MacAddress("02:00:00:00:00:05")
+    vm = replace(
+        _nova(),
+        ports=(
+            Port(_RED, mac, (IPv4Address("10.0.0.5"),), "p1"),
+            Port(_RED, None, (IPv4Address("10.0.0.6"), IPv4Address("10.0.0.7")), "p9"),
+            Port(blue, None, (IPv4Address("10.0.0.5"),), "p1"),
+        ),
     )
-    one = replace(_instance("web"), ports=ports, upstream=Upstream.NOVA, project="p")
-    inventory = _inventory(("a", one), ("a", _instance("db", IPv4Address("10.0.0.8"))))
-    routing = NovaRouting((EndpointSet("s", b"secret"),))
-    keys: list[AddressKey] = [(_RED, IPv4Address(f"10.0.0.{number}")) for number in range(4, 10)]
-    keys += [(_RED, link_local_of(MacAddress("02:00:00:00:00:05")))]
+    inventory = _inventory(("a", vm))
+    inventory.observe(Observation("a", networks={blue: Network(blue, NamespaceListener("blue"))}))
+    routing = NovaRouting(
+        (
+            EndpointSet("red", b"one", networks=frozenset({"red"})),
+            EndpointSet("blue", b"two", networks=frozenset({"blue"})),
+        )
+    )
+    keys: list[AddressKey] = [(_RED, IPv4Address(f"10.0.0.{number}")) for number in range(4, 8)]
+    keys += [(_RED, link_local_of(mac)), (blue, IPv4Address("10.0.0.5"))]
     planned = RecordPlanner(inventory, {}, {}, routing).plan_records(keys).values
-    for key in keys:
-        record = RecordPlanner(inventory, {}, {}, routing).plan_record(key)
-        assert not isinstance(record, Conflict)
-        value = None if record is None else render_map_value(record)
-        assert planned[record_key(key)] == value
+    assert planned == {
+        "red/10.0.0.4": None,
+        "red/10.0.0.5": render_map_value(_record("p1", endpoint_set="red")),
+        "red/10.0.0.6": render_map_value(_record("p9", endpoint_set="red")),
+        "red/10.0.0.7": render_map_value(_record("p9", endpoint_set="red")),
+        "red/fe80::ff:fe00:5": render_map_value(_record("p1", endpoint_set="red")),
+        "blue/10.0.0.5": render_map_value(_record("p1", (b"two",), endpoint_set="blue")),
+    }
