@@ -89,10 +89,10 @@ def complete_instances(context: typer.Context, incomplete: str) -> list[str]:
 
 def _complete(context: typer.Context, kind: str, incomplete: str) -> list[str]:
     run, place = Invocation(), cast("Any", context)
-    # Options before the word that is completed, also those of the commands around its own.
+    # Options before the word that is completed, also those of the commands around its own. Typer 0.15 has texts there.
     while place is not None:
-        run.socket = run.socket or place.params.get("socket")
-        run.config = run.config or place.params.get("config")
+        run.socket = run.socket or _path_of(place.params.get("socket"))
+        run.config = run.config or _path_of(place.params.get("config"))
         place = place.parent
     try:
         shapes = replace(run.daemon(), timeout_s=_AT_A_PROMPT_S).get(f"/v1/{kind}")
@@ -102,6 +102,10 @@ def _complete(context: typer.Context, kind: str, incomplete: str) -> list[str]:
     records = [shape["record"] for shape in shapes]
     words = [record["id"] for record in records] + [record.get("name", "") for record in records]
     return [word for word in dict.fromkeys(words) if word and word.startswith(incomplete)]
+
+
+def _path_of(given: str | Path | None) -> Path | None:
+    return Path(given) if given else None
 
 
 Config: TypeAlias = Annotated[

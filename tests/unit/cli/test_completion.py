@@ -6,10 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from imdsproxy.cli.main import render_completion
+from imdsproxy.cli.options import complete_networks
 from support.cli import Cli
 
 BIN = Path(sys.executable).parent
@@ -69,6 +72,18 @@ def test_names_that_the_daemon_knows_are_completed(known: Cli) -> None:
     }.items():
         found = bash_completes(words, "--socket", str(known.server.socket))
         assert sorted(found) == offered.split(), words
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_names_come_from_the_daemon_of_the_settings_that_are_named(
+    known: Cli, tmp_path: Path, kind: type[str | Path]
+) -> None:
+    settings = tmp_path / "imdsproxy.yaml"
+    settings.write_text(f"admin: {{socket: {known.server.socket}}}")
+    # Options before the command are in the outer context; typer 0.15 has texts there, later ones paths.
+    root = SimpleNamespace(params={"socket": None, "config": kind(settings)}, parent=None)
+    context: Any = SimpleNamespace(params={"config": None}, parent=root)
+    assert complete_networks(context, "bla") == ["black"]
 
 
 def test_without_a_daemon_no_name_is_completed_and_nothing_is_printed(tmp_path: Path) -> None:
