@@ -92,6 +92,7 @@ class SystemHost:
     Attributes:
         seen: The host as of the last round.
         known: The same, `None` when all of it has to be looked at again.
+        looking: Held during a look, at whose end `seen` has what happened before it.
         operations: Ops so far, by `ok` and `failed`.
         arp_guard: Keeps the host from answering ARP for the metadata address where no network listens on its device.
         diverter: Redirects frames for the metadata address to our veths on bridges that have one.
@@ -110,6 +111,7 @@ class SystemHost:
         self._owners = owners or SocketOwners()
         self.seen = ObservedHost()
         self.known: ObservedHost | None = None
+        self.looking = asyncio.Lock()
         self.operations: Counter[str] = Counter()
         self.links = links
         hint = "remove it; addresses that are no longer needed are then yours to remove"
@@ -134,6 +136,11 @@ class SystemHost:
             self.known = None
         else:
             self._dirty.update(networks)
+
+    def touch_device(self, name: str) -> None:
+        """Look at a device of the host's own namespace again in the next round, if it is known."""
+        if name in self.seen.root.devices:
+            self._cleared.add(Place(None, name))
 
     async def settle(
         self,
@@ -160,7 +167,7 @@ class SystemHost:
         self._pids = our_pids
         # First of all: from the moment that an address is there, the host answers for it. A look changes nothing.
         guarding = self.arp_guard.apply(render_arp_guard(self.naming.prefix, networks.values()))
-        problems, self.seen = await asyncio.gather(guarding, self._observe(networks))
+        problems, _ = await asyncio.gather(guarding, self._observe(networks))
         failures: Mapping[HostOp, Problem] = {}
         operations = 0
         for _ in range(_HOST_ROUNDS):
@@ -183,15 +190,24 @@ class SystemHost:
             failures = await self.apply(plan.ops)
             self.operations["failed"] += len(failures)
             self.operations["ok"] += len(plan.ops) - len(failures)
-            self.seen = await self._observe(networks)
+            await self._observe(networks)
         problems += tuple(failures.values())
         script = render_diversions(networks, self.seen, self.naming)
         problems += await self.diverter.apply(script)
         plan = explain_pending(plan, failures)
         return replace(plan, problems=problems, operations=operations)
 
-    async def _observe(self, networks: Mapping[NetworkId, Network]) -> ObservedHost:
+    async def _observe(self, networks: Mapping[NetworkId, Network]) -> None:
         """Look at all of the host, or at what may have changed and lay it over what was known."""
+        async with self.looking:
+            try:
+                self.seen = await self._observe_anew(networks)
+            except BaseException:
+                # What was to be looked at again is forgotten.
+                self.known = None
+                raise
+
+    async def _observe_anew(self, networks: Mapping[NetworkId, Network]) -> ObservedHost:
         dirty, self._dirty = self._dirty, set()
         cleared, self._cleared = self._cleared, set()
         known = self.known

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 
 from imdsproxy.core.hostnames import Naming
-from imdsproxy.core.model import METADATA_IPV4, NetworkId
+from imdsproxy.core.model import METADATA_IPV4, InterfaceListener, Network, NetworkId
 from imdsproxy.errors import HostRefused, Problem
+from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.listeners.apply import NftTable
 from imdsproxy.listeners.host import SystemHost
 from imdsproxy.listeners.plan import AddAddress, DeleteLink, HostOp, RemoveAddress
@@ -79,6 +81,28 @@ def test_a_damaged_journal_says_who_must_act(kernel: _Kernel) -> None:
     kernel.journal.write_text("{")
     with pytest.raises(HostRefused, match=r"managed\.json"):
         _host(kernel).managed()
+
+
+@pytest.mark.parametrize("everything", [True, False])
+async def test_after_a_look_that_failed_all_is_looked_at_and_not_taken_for_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, everything: bool
+) -> None:
+    name, thread = NetworkId("blue"), NamespaceThread(NamespaceDirectory(tmp_path))
+    host = SystemHost(thread, Naming(), links=tmp_path / "links", journal=tmp_path / "journal")
+    for table in ("arp_guard", "diverter"):
+        monkeypatch.setattr(host, table, Mock(apply=AsyncMock(return_value=())))
+    networks = {name: Network(name, InterfaceListener("none"))}
+    await host.settle(networks, {})
+    before = host.seen
+    host.touch(None if everything else [name])
+    refused = OSError(errno.EMFILE, "no descriptors left")
+    with monkeypatch.context() as patched, pytest.raises(HostRefused):
+        patched.setattr("imdsproxy.listeners.host.NetlinkSocket", Mock(side_effect=refused))
+        await host.settle(networks, {})
+    await host.settle(networks, {})
+    assert "lo" in host.seen.root.devices
+    assert host.seen is not before
+    thread.close()
 
 
 def _table(directory: Path, *, status: int = 0) -> NftTable:
