@@ -138,6 +138,60 @@ async def test_a_device_its_address_and_its_ports_are_events_of_their_network(
             assert await watched.networks_of("link") == {BLUE}, step
 
 
+async def test_a_device_that_is_renamed_is_an_event_of_the_network_of_its_earlier_name(
+    lab: HostLab,
+) -> None:
+    name = lab.device("d")
+    async with _watching(lab, {"blue": InterfaceListener(name)}) as watched:
+        await watched.quiet()
+        await asyncio.to_thread(lab.ip, "link", "set", name, "name", lab.link_name("e"))
+        assert await watched.networks_of("link") == {BLUE}
+
+
+async def test_a_port_that_leaves_while_a_look_sees_it_join_is_an_event_of_its_bridge(
+    lab: HostLab,
+) -> None:
+    bridge, port = lab.bridge("b"), lab.device("p")
+    async with _watching(lab, {"blue": BridgeListener(bridge)}) as watched:
+        await watched.quiet()
+        async with watched.host.looking:
+            await asyncio.to_thread(lab.ip, "link", "set", port, "master", bridge)
+            seen = await watched.host.observe(watched.networks.values())
+            await asyncio.to_thread(lab.ip, "link", "set", port, "nomaster")
+            await asyncio.sleep(0.1)
+            watched.host.seen = seen
+        assert await watched.networks_of("link") == {BLUE}
+        assert seen.root.devices[port].master
+
+
+async def test_a_port_that_is_deleted_is_known_no_longer(lab: HostLab) -> None:
+    bridge, ports = lab.bridge("b"), [lab.device(which) for which in ("p", "q")]
+    for port in ports:
+        lab.ip("link", "set", port, "master", bridge)
+    async with _watching(lab, {"blue": BridgeListener(bridge)}) as watched:
+        await watched.host._observe(watched.networks)
+        watched.watch.expect(watched.networks, ())
+        assert watched.host.seen.root.devices.keys() > set(ports)
+        await asyncio.to_thread(lab.ip, "link", "del", ports[0])
+        assert await watched.networks_of("link") == {BLUE}
+        watched.host.touch([BLUE])
+        await asyncio.sleep(0.1)
+        await watched.host._observe(watched.networks)
+        assert not watched.host.seen.root.devices.keys() & {ports[0]}
+
+
+async def test_what_changed_between_a_look_and_the_first_expectation_is_found(
+    lab: HostLab,
+) -> None:
+    device = lab.device("d")
+    async with _watching(lab, {}) as watched:
+        networks = {BLUE: Network(BLUE, InterfaceListener(device))}
+        watched.host.seen = await watched.host.observe(networks.values())
+        await asyncio.to_thread(lab.ip, "link", "set", device, "down")
+        watched.watch.expect(networks, ())
+        assert await watched.networks_of("audit") == {BLUE}
+
+
 async def test_the_audit_finds_a_foreign_listener_that_no_event_reports(lab: HostLab) -> None:
     name, device = lab.namespace("blue"), lab.device("d")
     lab.address(name, "169.254.169.254/32", "lo")

@@ -108,12 +108,16 @@ class LinkChange:
         device: Name of the device; empty when it is gone or unknown.
         master: Index of the bridge that it is a port of; 0 for none, and `None` where the message has none.
         overflow: Events were lost: everything may have changed.
+        index: Of the device, where the message is about one.
+        gone: The device is gone, or has left its bridge.
     """
 
     nsid: int | None
     device: str
     overflow: bool = False
     master: int | None = None
+    index: int = 0
+    gone: bool = False
 
 
 def watch_links() -> KernelEvents[LinkChange]:
@@ -123,9 +127,9 @@ def watch_links() -> KernelEvents[LinkChange]:
         if kind in (netlink.RTM_NEWLINK, netlink.RTM_DELLINK):
             link = netlink.parse_link(payload)
             # A port that leaves its bridge is reported as deleted, by family AF_BRIDGE.
-            yield LinkChange(
-                nsid, link.name, master=link.master if kind == netlink.RTM_NEWLINK else 0
-            )
+            gone = kind == netlink.RTM_DELLINK
+            master = 0 if gone else link.master
+            yield LinkChange(nsid, link.name, master=master, index=link.index, gone=gone)
         elif kind in (netlink.RTM_NEWADDR, netlink.RTM_DELADDR) and (
             found := netlink.parse_address(payload, {})
         ):

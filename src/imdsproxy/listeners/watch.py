@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mappi
 from dataclasses import dataclass, field
 from typing import Final, Self, TypeVar
 
-from imdsproxy.core.hoststate import NamespaceRef, ObservedHost, merge_observed
+from imdsproxy.core.hoststate import NamespaceRef, ObservedHost, ObservedNamespace, merge_observed
 from imdsproxy.core.model import Network, NetworkId
 from imdsproxy.errors import DataplaneError, host_refused, refusing
 from imdsproxy.host.events import KernelEvents, LinkChange, watch_links
@@ -69,6 +69,7 @@ class HostWatch:
     _namespaces: dict[str | None, set[NetworkId]] = field(default_factory=dict)
     _devices: dict[str, set[NetworkId]] = field(default_factory=dict)
     _left_out: tuple[NetworkId, ...] = ()
+    _new: list[Network] = field(default_factory=list)
     _nsids: dict[int, NamespaceRef] = field(default_factory=dict)
     _wanted_ids: asyncio.Event = field(default_factory=asyncio.Event)
     _closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -89,13 +90,16 @@ class HostWatch:
     def expect(self, networks: Mapping[NetworkId, Network], silent: Collection[NetworkId]) -> None:
         """Set what matters: all networks, and those of them that are to be checked every second."""
         if networks != self._networks:
-            self._networks = dict(networks)
+            before, self._networks = self._networks, dict(networks)
             self._namespaces, self._devices = {}, {}
             for network in networks.values():
                 place = place_of(network, self.host.naming)
                 self._namespaces.setdefault(place.namespace, set()).add(network.id)
                 for device in place.host_devices:
                     self._devices.setdefault(device, set()).add(network.id)
+                if place.namespace is None and before.get(network.id) != network:
+                    # What happened to its device since the last look was not published.
+                    self._new.append(network)
             for name in self._peeked.keys() - self._namespaces.keys():
                 del self._peeked[name]
             self._wanted_ids.set()
@@ -138,26 +142,37 @@ class HostWatch:
             if change.overflow:
                 self._publish("overflow", self._networks)
             elif change.nsid is None:
-                names = (change.device, *self._joined_or_left(change))
+                # What a look that is under way sees is not known yet.
+                async with self.host.looking:
+                    names = self._concerned(change)
                 networks = (self._devices.get(name, set()) for name in names)
                 self._publish("link", set().union(*networks))
             elif (ref := self._nsids.get(change.nsid)) is not None:
                 self._publish("link", self._namespaces.get(ref.name, ()))
 
-    def _joined_or_left(self, change: LinkChange) -> list[str]:
-        """The bridges that a device became a port of, and that it is a port of no longer."""
+    def _concerned(self, change: LinkChange) -> list[str]:
+        """A device of the host, by its earlier name too, and the bridges that it joined or left."""
         devices = self.host.seen.root.devices
-        known = devices[change.device].master if change.device in devices else 0
-        if change.master in (None, known):
-            return []
-        bridges = (devices[name] for name in self._devices if name in devices)
-        return [one.name for one in bridges if one.index in (known, change.master)]
+        known = devices.get(change.device)
+        if change.index and (known is None or known.index != change.index):
+            known = next((one for one in devices.values() if one.index == change.index), None)
+        names = [change.device, *([known.name] if known is not None else ())]
+        if change.gone or names[0] != names[-1]:
+            self.host.touch_device(names[-1])
+        master = 0 if known is None else known.master
+        if change.master not in (None, master):
+            bridges = (devices[name] for name in self._devices if name in devices)
+            names += [one.name for one in bridges if one.index in (master, change.master)]
+        return names
 
     async def _give_ids(self) -> None:
         """Give an id to each namespace that HAProxy listens in, so that its events are received."""
         while True:
             await self._wanted_ids.wait()
             self._wanted_ids.clear()
+            new, self._new = self._new, []
+            for networks in _batches(new):
+                await self._look(networks)
             if not self._link_watch.hears_all:
                 continue
             have, current = set(self._nsids.values()), self._namespace_watch.current
@@ -223,17 +238,36 @@ class HostWatch:
             # The listener loop, which acts on the event, looks too, reports the error and tries again.
             self._publish("overflow", self._networks)
             return False
-        seen = self.host.seen
-        now = merge_observed(seen, part)
-        changed = [one.id for one in networks if self._facts(one, now) != self._facts(one, seen)]
+        before = self.host.seen
+        now = merge_observed(before, part)
+        ports, known = _ports(now.root), _ports(before.root)
+        changed = [
+            one.id
+            for one in networks
+            if self._facts(one, now, ports) != self._facts(one, before, known)
+        ]
         self._publish("audit", changed)
         return True
 
-    def _facts(self, network: Network, host: ObservedHost) -> object:
-        naming = self.host.naming
-        seen = host.namespaces.get(place_of(network, naming).namespace or "")
-        # MAC filters are on all devices of a namespace.
-        return tuple(plan_network(network, host, naming)), None if seen is None else seen.devices
+    def _facts(
+        self, network: Network, host: ObservedHost, ports: Mapping[int, Collection[str]]
+    ) -> object:
+        place = place_of(network, self.host.naming)
+        seen = host.namespaces.get(place.namespace or "")
+        bridge = host.root.devices.get(place.bridge[0]) if place.bridge is not None else None
+        # MAC filters are on all devices of a namespace, redirections on all ports of a bridge.
+        return (
+            tuple(plan_network(network, host, self.host.naming)),
+            None if seen is None else seen.devices,
+            None if bridge is None else ports.get(bridge.index),
+        )
+
+
+def _ports(seen: ObservedNamespace) -> dict[int, set[str]]:
+    found: dict[int, set[str]] = {}
+    for device in seen.devices.values():
+        found.setdefault(device.master, set()).add(device.name)
+    return found
 
 
 def _batches(things: Sequence[T]) -> list[Sequence[T]]:
