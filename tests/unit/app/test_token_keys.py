@@ -153,7 +153,10 @@ async def test_workers_are_told_at_the_start_and_of_each_change(rig: Rig) -> Non
         await rig.keys.confirmed()
     wanted = [(_key(1),), (_key(2), _key(1)), (_key(7),)]
     assert workers.told == [render_key_map(keys) for keys in wanted]
-    assert _key(7).text in (rig.directory / "token-keys.map").read_text()
+    map_file = rig.directory / "token-keys.map"
+    assert _key(7).text in map_file.read_text()
+    for path in (map_file, rig.directory / "token-keys"):
+        assert path.stat().st_mode & 0o777 == 0o600
 
 
 async def _failure(rig: Rig) -> str:

@@ -26,6 +26,7 @@ def _follow(present: dict[str, str], changes: MapChanges) -> dict[str, str]:
     after = dict(present)
     for key, value in changes.changed:
         assert key in after or value == MAP_TOMBSTONE
+        assert after.get(key) != value
         after[key] = value
     for key in changes.removed:
         del after[key]
