@@ -355,8 +355,9 @@ class SystemHost:
         added = {(one.namespace, one.device) for one in given if isinstance(one, AddAddress)}
         self._note(self.managed() | added)
         failures = await apply_ops(self.thread, given)
-        removed = (o for o in given if isinstance(o, RemoveAddress) and o not in failures)
-        self._note(self.managed() - {(one.namespace, one.device) for one in removed})
+        removals = {o: (o.namespace, o.device) for o in given if isinstance(o, RemoveAddress)}
+        left = {place for op, place in removals.items() if op in failures}
+        self._note(self.managed() - (set(removals.values()) - left))
         return failures
 
     def managed(self) -> frozenset[ManagedPlace]:

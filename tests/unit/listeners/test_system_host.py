@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import AsyncMock, Mock
 
 import pytest
 
 from imdsproxy.core.hostnames import Naming
-from imdsproxy.core.model import METADATA_IPV4, InterfaceListener, Network, NetworkId
+from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, InterfaceListener, Network, NetworkId
 from imdsproxy.errors import HostRefused, Problem
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.listeners.apply import NftTable
@@ -74,6 +74,17 @@ async def test_a_removal_that_failed_is_still_to_be_done(kernel: _Kernel) -> Non
     await _host(kernel).apply([_ADD])
     kernel.fails = True
     await _host(kernel).apply([_REMOVE])
+    assert _host(kernel).managed() == {("red", "eth0")}
+
+
+async def test_a_place_with_an_address_that_could_not_be_removed_is_not_struck_out(
+    kernel: _Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await _host(kernel).apply([_ADD])
+    other = replace(_REMOVE, address=METADATA_IPV6)
+    refused = AsyncMock(return_value={_REMOVE: Problem("host", "no")})
+    monkeypatch.setattr("imdsproxy.listeners.host.apply_ops", refused)
+    await _host(kernel).apply([_REMOVE, other])
     assert _host(kernel).managed() == {("red", "eth0")}
 
 
