@@ -212,7 +212,14 @@ def merge_observed(before: ObservedHost, part: ObservedHost) -> ObservedHost:
         return part
     kept = {name: seen for name, seen in before.namespaces.items() if name not in asked}
     root = _merge_root(before.root, part.root, part.devices) if part.devices else before.root
-    return ObservedHost(root, {**kept, **part.namespaces})
+    # Other networks than those that were looked for may listen on other devices of a namespace.
+    for name, seen in part.namespaces.items():
+        known = before.namespaces.get(name, seen)
+        tried = {(one.family, one.device) for one in seen.trials}
+        others = [one for one in known.trials if (one.family, one.device) not in tried]
+        same = known.ref == seen.ref
+        kept[name] = replace(seen, trials=(*seen.trials, *others)) if others and same else seen
+    return ObservedHost(root, kept)
 
 
 def _merge_root(

@@ -501,6 +501,22 @@ def test_a_part_replaces_what_it_asked_for_and_leaves_the_rest() -> None:
     assert merge_observed(after, ObservedHost()) == ObservedHost()
 
 
+def test_a_look_for_one_network_leaves_what_was_tried_for_others_of_its_namespace() -> None:
+    busy, free, again = (
+        BindTrial(Family.IPV4, device, error)
+        for device, error in (("eth0", errno.EADDRINUSE), ("eth1", 0), ("eth1", errno.EACCES))
+    )
+    before = _host(replace(RED, trials=(busy, free)))
+    part = replace(RED, trials=(again,))
+
+    def trials(seen: ObservedNamespace) -> set[BindTrial]:
+        after = merge_observed(before, _part(seen, asked={"ns-red"}))
+        return set(after.namespaces["ns-red"].trials)
+
+    assert trials(part) == {busy, again}
+    assert trials(replace(part, ref=NamespaceRef("ns-red", 79))) == {again}
+
+
 def test_a_look_at_some_devices_of_the_host_replaces_them_and_the_ports_of_bridges() -> None:
     ports = [ObservedDevice(f"p{n}", n, up=True, mtu=1500, master=BRIDGE.index) for n in (8, 9)]
     before = _root(TAP, BRIDGE, *ports, addresses=(V4,))
