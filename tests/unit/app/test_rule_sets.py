@@ -144,6 +144,20 @@ async def test_a_worker_that_may_have_missed_it_is_told_again(tmp_path: Path) ->
         rig.have(_ONE)
 
 
+async def test_a_set_that_could_not_be_removed_everywhere_is_sent_again_when_it_is_needed(
+    tmp_path: Path,
+) -> None:
+    async with _rig(tmp_path) as rig:
+        await rig.sets.ensure(_sets(_ONE), sweep=False)
+        rig.clock.time += 3600
+        rig.haproxy.stop_answering_after = 1
+        with pytest.raises(RuntimeUnavailable):
+            await rig.sets.ensure({}, sweep=True)
+        rig.haproxy.stop_answering_after = None
+        await rig.sets.ensure(_sets(_ONE), sweep=False)
+        rig.have(_ONE)
+
+
 async def test_a_worker_that_somebody_else_has_started_gets_them_before_its_records(
     tmp_path: Path,
 ) -> None:

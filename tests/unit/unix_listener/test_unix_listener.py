@@ -242,6 +242,9 @@ async def test_other_settings_are_tried_at_once_and_other_refusals_do_not_count(
     rig.settings = refused.model_copy(update={"mode": "all"})
     await rig.unix.choose()
     assert rig.unix.bind == UnixBind(str(rig.path), "0666", 0, 0)
+    assert rig.unix.blame(rig.refusal())
+    rig.clock.time += 5
+    assert await rig.choose() == (True, False), "the delay begins anew"
     rig.settings = refused
     assert await rig.choose() == (True, False), "what was refused before them is tried anew"
 
