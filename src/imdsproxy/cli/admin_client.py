@@ -138,7 +138,12 @@ def _decoded(response: http.client.HTTPResponse) -> Any:  # noqa: ANN401 - JSON
     """The answer; an error is raised as the class that the daemon raised, so that it has the same exit status."""
     answer = response.read()
     is_json = response.headers.get_content_type().endswith("json")
-    decoded = json.loads(answer) if is_json else answer.decode()
+    try:
+        decoded = json.loads(answer) if is_json else answer.decode()
+    except ValueError as error:
+        raise errors.AdminError(
+            f"the daemon's answer cannot be read: {error}", hint="is it the same version?"
+        ) from error
     if response.status < HTTPStatus.BAD_REQUEST:
         return decoded
     if not isinstance(decoded, dict) or "code" not in decoded:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import socket
+import tempfile
 import tomllib
 from collections.abc import Callable
 from contextlib import closing
@@ -25,6 +26,7 @@ from imdsproxy.errors import ConfigInvalid, ConfigUnreadable, Problem, SourceUna
 from imdsproxy.sources.sqlite.store import Store
 from support.admin_server import admin_server
 from support.check_subject import subject, summarise
+from support.cli import run_main
 from support.record_builders import instance, network
 
 _ALL = (1 << 41) - 1
@@ -156,6 +158,36 @@ def test_an_audit_log_that_cannot_be_written_is_a_warning_with_what_helps(
     assert (found.ok, found.warning) == (True, bool(fault))
     assert fault in found.text
     assert bool(found.hint) is bool(fault)
+
+
+@pytest.mark.root
+def test_what_an_account_may_not_look_at_is_a_finding_and_the_rest_is_checked(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory).chmod(0o755)
+        closed, other = Path(directory, "closed"), Path(directory, "other")
+        for path, owner in ((closed, 0), (other, 1234)):
+            path.mkdir(0o700)
+            os.chown(path, owner, owner)
+        config = Path(directory, "c.yaml")
+        sources = f"sources: {{file: {{enabled: true, directory: {closed}}}}}\n"
+        config.write_text(f"{sources}audit: {{mode: all, destination: {closed}/log}}\n")
+        os.setresuid(65534, 65534, 0)
+        try:
+            arguments = ("--socket", f"{directory}/none.sock", "--config", str(config))
+            on_other = subject({"audit": {"mode": "all", "destination": f"{other}/log"}})
+            (of_other,) = host.check_audit(on_other)
+            found = run_main(capsys, *arguments, "check", "--json").json["findings"]
+        finally:
+            os.setresuid(0, 0, 0)
+    texts = {(one["area"], one["text"].replace(directory, "D")) for one in found}
+    assert texts >= {
+        ("records", "D/closed is not open to this account"),
+        ("audit", "audit.destination: D/closed/log: D/closed cannot be written"),
+        ("settings", "D/c.yaml"),
+    }
+    assert "others than root may put a file of theirs" in of_other.text
 
 
 def test_a_journal_that_is_not_there_is_a_warning_where_there_is_an_audit_log(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import socket
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,18 @@ import typer
 from imdsproxy import __version__
 from imdsproxy.admin.status import AuditReport, Readiness, SourceReport, UnixListenerReport
 from imdsproxy.cli import admin_client
+from imdsproxy.cli.admin_client import AdminClient
 from imdsproxy.cli.main import EXAMPLES, build_program, iterate_commands, main
 from imdsproxy.core.timing import Step
-from imdsproxy.errors import ConfigInvalid, Problem, ReloadFailed, SourceUnavailable
+from imdsproxy.errors import (
+    AdminError,
+    AdminUnavailable,
+    ConfigInvalid,
+    ImdsproxyError,
+    Problem,
+    ReloadFailed,
+    SourceUnavailable,
+)
 from support.cli import Cli, Ran
 
 SET_BLUE, SET_WEB = ["network", "set", "blue"], ["instance", "set", "web-1"]
@@ -199,6 +210,46 @@ def test_a_daemon_that_is_not_there_is_69_and_the_hint_starts_it_as_it_is_instal
         assert hints == (installed, not installed)
     assert main(["stop", "--data-plane", "--socket", str(tmp_path / "none.sock")]) == 69
     assert "the settings are of another one" in capsys.readouterr().err
+
+
+def _answer(body: bytes, kind: str, status: int = 200) -> bytes:
+    head = f"HTTP/1.1 {status} X\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+@pytest.mark.parametrize(
+    ("sent", "kind", "message"),
+    [
+        (b"", AdminUnavailable, "broke off"),
+        (b"SSH-2.0-OpenSSH\r\n", AdminUnavailable, "broke off"),
+        (_answer(b"{}", "application/json")[:-1], AdminUnavailable, "broke off"),
+        (None, AdminUnavailable, "did not answer on .* within 0 s"),
+        (_answer(b"{", "application/json"), AdminError, "cannot be read"),
+        (_answer(b"\xff", "text/plain"), AdminError, "cannot be read"),
+        (_answer(b"<h1>", "text/html", 500), AdminError, "the daemon answered 500"),
+    ],
+)
+def test_a_daemon_that_dies_or_hangs_or_is_another_program_is_an_error(
+    tmp_path: Path, sent: bytes | None, kind: type[ImdsproxyError], message: str
+) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+
+        def serve() -> None:
+            peer, _ = listener.accept()
+            with peer:
+                peer.recv(65536)
+                if sent is None:
+                    peer.recv(1)  # until the client gives up
+                else:
+                    peer.sendall(sent)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(kind, match=message):
+            AdminClient(tmp_path / "s", timeout_s=5 if sent is not None else 0.05).get("/v1/status")
+        thread.join()
 
 
 # status

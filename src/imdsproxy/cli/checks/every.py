@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Final
 
 from imdsproxy.cli.admin_client import AdminClient
-from imdsproxy.cli.checks import Finding, Subject, guests, host, openstack, refused
+from imdsproxy.cli.checks import Finding, Subject, found, guests, host, openstack, refused
 from imdsproxy.cli.options import Invocation
 from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
@@ -39,7 +39,7 @@ CHECKS: Final[tuple[tuple[str, tuple[Callable[[Subject], list[Finding]], ...]], 
 
 
 def run_checks(run: Invocation) -> list[tuple[str, Finding]]:
-    """Everything that is found, by area; a check that the host refuses is a finding too."""
+    """Everything that is found, by area; a check that is refused is a finding too."""
     subject = _subject(run)
     findings: list[tuple[str, Finding]] = []
     for area, check in ((area, check) for area, checks in CHECKS for check in checks):
@@ -47,6 +47,8 @@ def run_checks(run: Invocation) -> list[tuple[str, Finding]]:
             findings += [(area, one) for one in check(subject)]
         except HostRefused as error:
             findings += [("host", one) for one in refused(error)]
+        except PermissionError as error:
+            findings.append((area, found("path-closed", path=error.filename)))
     return findings
 
 

@@ -177,15 +177,18 @@ def _try_log(path: Path) -> Finding:
         directory = parent.stat()
     except OSError as error:
         return found("audit-no-parent", path=path, parent=parent, reason=error.strerror)
-    place = path if path.exists() else parent
+    place = parent
     if not stat.S_ISDIR(directory.st_mode):
         name = "audit-odd-parent"
     elif directory.st_uid != 0 or directory.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         name = "audit-open-parent"
+    elif not os.access(parent, os.X_OK):
+        name = "audit-closed"
     elif path.is_symlink():
         name = "audit-link"
     elif path.exists() and not path.is_file():
         name = "audit-no-file"
     else:
+        place = path if path.exists() else parent
         name = "audit" if os.access(place, os.W_OK) else "audit-closed"
     return found(name, path=path, parent=parent, place=place)
