@@ -61,12 +61,8 @@ class TokenKeys:
         """
         path = configured or self.layout.token_keys
         if configured is None and not path.exists():
-            _write(
-                path,
-                tokens.render_token_keys(
-                    (tokens.TokenKey(self.random(tokens.KEY_BYTES)),)
-                ).encode(),
-            )
+            first = tokens.TokenKey(self.random(tokens.KEY_BYTES))
+            _write(path, tokens.render_token_keys((first,)).encode())
         keys = read_token_keys(path)
         changed = keys != self.keys
         self.keys, self._path = keys, path

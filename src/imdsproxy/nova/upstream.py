@@ -314,7 +314,7 @@ class NovaWatch:
                 self._refusing.add(name)
                 hint = _refused(name).hint
                 log.warning("nova refuses our signature", endpoint_set=name, hint=hint)
-            elif more[name] <= 0 < well[name] and name in self._refusing:
+            elif more[name] <= 0 and well[name] > 0 and name in self._refusing:
                 self._refusing.discard(name)
                 log.info("nova takes our signature again", endpoint_set=name)
 

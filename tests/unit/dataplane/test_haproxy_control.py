@@ -91,6 +91,7 @@ async def test_what_haproxy_refuses_never_replaces_what_is_in_force(rig: Rig) ->
         False,
         "unknown keyword",
     )
+    assert rig.haproxy.reload_counts == {"ok": 1, "failed": 1}
     rig.judge(_ACCEPTS)
     assert await rig.apply("red", "blue")
 
@@ -117,6 +118,10 @@ async def test_a_start_that_fails_says_why_and_is_tried_again(rig: Rig) -> None:
     assert not rig.haproxy.last_reload.ok
     rig.launcher.refuse = ""
     assert await rig.apply("red")
+    rig.launcher.refuse = "no room"
+    with pytest.raises(ConfigRejected):
+        await rig.haproxy.restart("haproxy ended")
+    assert rig.haproxy.processes is None
 
 
 async def test_a_master_that_runs_already_is_adopted_with_its_configuration(rig: Rig) -> None:

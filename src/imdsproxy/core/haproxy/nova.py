@@ -219,7 +219,6 @@ def _names(backend: model.NovaBackend, times: model.NovaTimes) -> dict[str, text
         "check_sni": text.option("check-sni", tls.name if backend.tls and checked else None),
         "checks": text.Block(_CHECKS if checked else ""),
         **text.name_values(asdict(tls), "tls_"),
-        # The whole of it is a value: inside quotes of a template one would end them.
         "certificates": f"certificates {tls.contents}" if tls.contents else None,
         "client": text.option("crt", tls.client),
         "connect_ms": _ms(times.connect_s),

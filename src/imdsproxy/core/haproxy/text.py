@@ -2,8 +2,8 @@
 
 A template holds one rule a line. These things are added to HAProxy's language:
 
-- `<name>` stands for a value. A string is quoted, a `Text` is written as it is. An empty one takes the space before it
-  with it, and an `if` that has no condition left goes too.
+- `<name>` stands for a value. A string is quoted, so it is no value inside quotes; a `Text` is written as it is. An
+  empty one takes the space before it with it, and an `if` that has no condition left goes too.
 - `[flag]` or `[!flag]` before a line: the line is there if the value of that name is true, or false. A line that names
   a value of `None` isn't there either.
 - A line that is indented further than the first one continues the line before.
