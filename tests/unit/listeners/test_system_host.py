@@ -107,9 +107,10 @@ async def test_after_a_look_that_failed_all_is_looked_at_and_not_taken_for_gone(
     before = host.seen
     host.touch(None if everything else [name])
     refused = OSError(errno.EMFILE, "no descriptors left")
-    with monkeypatch.context() as patched, pytest.raises(HostRefused):
+    with monkeypatch.context() as patched:
         patched.setattr("imdsproxy.listeners.host.NetlinkSocket", Mock(side_effect=refused))
-        await host.settle(networks, {})
+        with pytest.raises(HostRefused):
+            await host.settle(networks, {})
     await host.settle(networks, {})
     assert "lo" in host.seen.root.devices
     assert host.seen is not before
