@@ -172,6 +172,13 @@ def test_whatever_a_record_says_tells_it_apart(changed: Instance) -> None:
     assert first.digest(_A, b"") != first.digest(_A, b"salt")
 
 
+def test_user_data_is_not_taken_for_the_same_vendor_data() -> None:
+    user = replace(_INSTANCE, user_data=b"x", vendor_data=None)
+    vendor = replace(_INSTANCE, user_data=None, vendor_data=b"x")
+    digests = {PackedInstances({_A: one}).digest(_A, b"") for one in (user, vendor)}
+    assert len(digests) == 2
+
+
 def test_whatever_documents_say_of_a_network_tells_it_apart() -> None:
     subnet = Subnet(IPv4Network("10.0.0.0/24"))
     network = Network(NetworkId("red"), NamespaceListener("red"), subnets=(subnet,), mtu=1500)

@@ -16,6 +16,7 @@ import pytest
 from imdsproxy.core.compiled import compile_instance
 from imdsproxy.core.model import Instance, InstanceId, NetworkId, StoredBytes
 from imdsproxy.core.observation import Observation
+from imdsproxy.core.policy import PolicyRules
 from imdsproxy.core.timing import Progress
 from imdsproxy.errors import SourceCorrupt, SourceError, SourceRefused, SourceUnavailable
 from imdsproxy.sources.sqlite import store as sqlite_store
@@ -425,6 +426,17 @@ def test_a_start_parses_no_record_that_is_as_it_was_written(
     monkeypatch.delattr(sqlite_store, "parse_listed")
     with closing(Store(filled)) as store:
         assert store.load().instances == {"web": WEB}
+
+
+@pytest.mark.parametrize(
+    "written",
+    [replace(WEB, vendor_data=b"#cloud-config"), replace(WEB, policy=PolicyRules(endpoint=False))],
+)
+def test_vendor_data_and_policy_outlive_a_restart(path: Path, written: Instance) -> None:
+    with closing(Store(path)) as store:
+        store.put([], [written])
+    with closing(Store(path)) as store:
+        assert store.load().instances == {"web": written}
 
 
 @pytest.mark.parametrize(
