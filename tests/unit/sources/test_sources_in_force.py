@@ -157,6 +157,17 @@ def test_what_is_in_force_stays_until_it_changes_itself(
     assert files.refused == refused
 
 
+def test_a_refusal_says_whether_the_version_before_it_stays_in_force() -> None:
+    files = Files()
+    files.write({"x": _entries("a1 b2")})
+    files.write({"x": _entries("a1 b1 c1")})
+    hints = {problem.record: problem.hint for problem in files.in_force.problems()}
+    assert hints == {
+        "b": "give one of the two another, or remove one; the version before it stays in force",
+        "c": "give one of the two another, or remove one",
+    }
+
+
 def test_ten_thousand_changes_to_one_address_are_settled_in_seconds() -> None:
     files = Files()
     files.write({"x": [made(f"i{n}") for n in range(10_000)]})
