@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -175,6 +176,12 @@ def _fail_round(server: AdminServer) -> None:
     server.records.failure = Problem("records", "HAProxy does not answer")
 
 
+def _leave_out_both_families(server: AdminServer) -> None:
+    server.leave_out("blue", "there is no device br0")
+    other = replace(server.listeners.left_out["blue"], reason="port 80 is taken")
+    server.listeners.left_out["blue again"] = other
+
+
 def _pending(server: AdminServer, name: str = "web-1") -> list[str]:
     (listed,) = (one for one in server.client.get("/v1/instances") if one["record"]["id"] == name)
     shown: list[str] = server.client.get(f"/v1/instances/{name}")["pending"]
@@ -196,6 +203,7 @@ def _pending(server: AdminServer, name: str = "web-1") -> list[str]:
             lambda server: server.leave_out("blue", "there is no device br0"),
             "network blue is not served: there is no device br0",
         ),
+        (_leave_out_both_families, "network blue is not served: there is no device br0"),
         (
             lambda server: server._observe(Observation("file", full=True, problems=_REFUSED)),
             "a newer version is refused: web.yaml: instances[0].name: is empty",
@@ -208,6 +216,20 @@ def test_a_record_that_is_not_in_force_has_the_reason(
     assert _pending(server) == []
     spoil(server)
     assert _pending(server) == [reason]
+
+
+def test_a_network_that_is_left_out_has_the_first_reason(server: AdminServer) -> None:
+    _leave_out_both_families(server)
+    shown = server.client.get("/v1/networks/blue")
+    assert (shown["serving"], shown["left_out"]["reason"]) == (False, "there is no device br0")
+
+
+def test_a_family_that_is_left_out_keeps_no_record_from_guests_of_the_other(
+    server: AdminServer,
+) -> None:
+    server.leave_out("blue", "port 80 is taken")
+    server.listeners.left_out["IPv6 of blue"] = server.listeners.left_out.pop("blue")
+    assert _pending(server) == []
 
 
 def test_a_record_in_a_network_that_is_not_there_has_the_reason_once(server: AdminServer) -> None:
