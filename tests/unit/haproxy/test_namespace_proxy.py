@@ -15,6 +15,7 @@ from imdsproxy.core.haproxy.namespace_proxy import (
     NamespaceProxySpec,
     parse_facility,
     parse_port,
+    parse_resource,
     parse_uuid,
     render_namespace_proxy,
 )
@@ -94,6 +95,11 @@ def test_everything_in_the_spec_shows_in_the_file(field: str) -> None:
     other = {"port": 81, "dual_stack": False, "syslog": None, "debug": True}.get(field, "/other")
     changed = replace(_SPEC, **{field: other})  # type: ignore[arg-type]  # each of its own type
     assert render_namespace_proxy(changed) != render_namespace_proxy(_SPEC)
+
+
+def test_a_proxy_is_for_a_network_or_a_router() -> None:
+    assert parse_resource(_UUID, None) == ("X-Neutron-Network-ID", _UUID)
+    assert parse_resource(None, _UUID) == ("X-Neutron-Router-ID", _UUID)
 
 
 @pytest.mark.parametrize(
