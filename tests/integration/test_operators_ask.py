@@ -66,6 +66,18 @@ def test_a_probe_shows_what_our_documents_and_rules_answer(world: World) -> None
     world.daemon.command("instance", "set", "red-5", "--clear", "policy")
 
 
+def test_a_posted_password_is_shown_and_cleared(world: World) -> None:
+    daemon, guest, password = world.daemon, world.red, "/openstack/latest/password"
+    for clear in (
+        ("instance", "password", "red-5", "--clear"),
+        ("instance", "set", "red-5", "--clear", "password"),
+    ):
+        assert guest.ask(password, method="POST", body=b"c2VjcmV0").status == 200
+        assert daemon.command("instance", "password", "red-5").out == "c2VjcmV0"
+        assert daemon.command(*clear).status == 0
+        assert guest.ask(password).body == b""
+
+
 def test_a_link_in_the_place_of_a_password_is_not_followed(world: World, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("of the host")

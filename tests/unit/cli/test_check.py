@@ -142,6 +142,7 @@ def test_a_directory_can_be_used_or_is_refused_with_the_reason(
         (lambda path: path, ""),
         (Path.touch, ""),
         (lambda path: path / "audit.log", "No such file"),
+        (lambda path: path.touch() or path / "audit.log", "log is no directory"),
         (lambda path: path.symlink_to("elsewhere"), "it is a link, and links are not followed"),
         (os.mkfifo, "it is no file"),
         (Path.mkdir, "it is no file"),
