@@ -138,9 +138,8 @@ class SystemHost:
             self._dirty.update(networks)
 
     def touch_device(self, name: str) -> None:
-        """Look at a device of the host's own namespace again in the next round, if it is known."""
-        if name in self.seen.root.devices:
-            self._cleared.add(Place(None, name))
+        """Look at a device of the host's own namespace again in the next round, which no network need name."""
+        self._cleared.add(Place(None, name))
 
     async def settle(
         self,

@@ -156,10 +156,12 @@ class HostWatch:
         known = devices.get(change.device)
         if change.index and (known is None or known.index != change.index):
             known = next((one for one in devices.values() if one.index == change.index), None)
-        names = [change.device, *([known.name] if known is not None else ())]
-        if change.gone or names[0] != names[-1]:
-            self.host.touch_device(names[-1])
-        master = 0 if known is None else known.master
+        names, master = [change.device], 0
+        if known is not None:
+            names.append(known.name)
+            master = known.master
+            if change.gone or known.name != change.device:
+                self.host.touch_device(known.name)
         if change.master not in (None, master):
             bridges = (devices[name] for name in self._devices if name in devices)
             names += [one.name for one in bridges if one.index in (master, change.master)]
