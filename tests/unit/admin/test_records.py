@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -132,7 +134,19 @@ def test_an_instance_is_written_without_a_look_at_shared_listeners(
     assert written["instances"] == 1
 
 
-def test_of_two_networks_added_at_once_on_one_listener_one_is_refused(server: AdminServer) -> None:
+def test_of_two_networks_added_at_once_on_one_listener_one_is_refused(
+    server: AdminServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = server.controller.sources.writable
+    write, writing = store.put, asyncio.Barrier(2)
+
+    async def write_beside_the_other(*records: object, bulk: bool) -> None:
+        with contextlib.suppress(TimeoutError, asyncio.BrokenBarrierError):
+            await asyncio.wait_for(writing.wait(), 0.5)
+        await write(*records, bulk=bulk)
+
+    monkeypatch.setattr(store, "put", write_beside_the_other)
+
     def put(name: str) -> bool:
         try:
             return bool(_put(server, name, "red"))
