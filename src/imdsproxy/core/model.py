@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import blake2b
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
-from itertools import count
+from itertools import chain, count
 from typing import Final, NewType, TypeAlias
 
 from imdsproxy.core.policy import NO_RULES, PolicyRules
@@ -197,7 +197,8 @@ class StoredBytes:
 
 def free_name(stem: str, taken: Container[str]) -> str:
     """The stem, or with `-2`, `-3`, … after it where that is taken."""
-    return next(name for n in count(1) if (name := stem if n == 1 else f"{stem}-{n}") not in taken)
+    names = chain((stem,), (f"{stem}-{number}" for number in count(2)))
+    return next(name for name in names if name not in taken)
 
 
 def digest_of(data: bytes) -> str:

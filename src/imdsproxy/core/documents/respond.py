@@ -88,6 +88,7 @@ class DocumentTree:
             return None
         below = names if dialect is Dialect.EC2 else names[1:]
         if dialect is Dialect.NOCLOUD:
+            # Its paths have no version.
             below = ("", *below)
         if not below:
             return tree.Node(tree.listing(openstack.VERSIONS))
