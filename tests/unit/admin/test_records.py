@@ -134,9 +134,9 @@ def test_an_instance_is_written_without_a_look_at_shared_listeners(
     assert written["instances"] == 1
 
 
-def test_of_two_networks_added_at_once_on_one_listener_one_is_refused(
-    server: AdminServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def written_at_once(server: AdminServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write begins together with another one, if that comes."""
     store = server.controller.sources.writable
     write, writing = store.put, asyncio.Barrier(2)
 
@@ -147,6 +147,26 @@ def test_of_two_networks_added_at_once_on_one_listener_one_is_refused(
 
     monkeypatch.setattr(store, "put", write_beside_the_other)
 
+
+@pytest.mark.usefixtures("written_at_once")
+@pytest.mark.parametrize(
+    ("path", "patches"),
+    [
+        ("/v1/instances/web-1", ({"hostname": "new"}, {"project": "p"})),
+        ("/v1/networks/blue", ({"name": "new"}, {"mtu": 1400})),
+    ],
+)
+def test_of_two_patches_at_once_none_undoes_the_other(
+    server: AdminServer, path: str, patches: tuple[dict[str, object], ...]
+) -> None:
+    with ThreadPoolExecutor(2) as both:
+        list(both.map(lambda patch: server.client.request("PATCH", path, body=patch), patches))
+    record = server.client.get(path)["record"]
+    assert record == record | patches[0] | patches[1]
+
+
+@pytest.mark.usefixtures("written_at_once")
+def test_of_two_networks_added_at_once_on_one_listener_one_is_refused(server: AdminServer) -> None:
     def put(name: str) -> bool:
         try:
             return bool(_put(server, name, "red"))
