@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unittest.mock import AsyncMock, Mock
 
 import pytest
 
 from imdsproxy.core.hostnames import Naming
-from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, InterfaceListener, Network, NetworkId
+from imdsproxy.core.hoststate import (
+    Family,
+    NamespaceRef,
+    ObservedAddress,
+    ObservedDevice,
+    ObservedHost,
+    ObservedNamespace,
+)
+from imdsproxy.core.model import (
+    METADATA_IPV4,
+    METADATA_IPV6,
+    InterfaceListener,
+    NamespaceListener,
+    Network,
+    NetworkId,
+)
 from imdsproxy.errors import HostRefused, Problem
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.listeners.apply import NftTable
 from imdsproxy.listeners.host import SystemHost
-from imdsproxy.listeners.plan import AddAddress, DeleteLink, HostOp, RemoveAddress
+from imdsproxy.listeners.plan import AddAddress, DeleteLink, HostOp, ListenerPlan, RemoveAddress
 
 _ADD = AddAddress(NetworkId("red"), "red", "eth0", METADATA_IPV4, 200)
 _ROOT = AddAddress(NetworkId("blue"), None, "virbr0", METADATA_IPV4, 200)
@@ -115,6 +131,64 @@ async def test_after_a_look_that_failed_all_is_looked_at_and_not_taken_for_gone(
     assert "lo" in host.seen.root.devices
     assert host.seen is not before
     thread.close()
+
+
+@dataclass
+class _Looks:
+    """A host with one network, what it was asked for at each look, and the namespace that a look finds."""
+
+    host: SystemHost
+    found: ObservedNamespace
+    asked: list[tuple[bool, set[NetworkId]]] = field(default_factory=list)
+    during: Callable[[], object] = lambda: None
+
+    async def observe(
+        self, networks: Iterable[Network], _: object = (), *, everything: bool = False
+    ) -> ObservedHost:
+        self.asked.append((everything, {one.id for one in networks}))
+        self.during()
+        asked = None if everything else frozenset({"red"})
+        return ObservedHost(namespaces={"red": self.found}, asked=asked)
+
+    async def settle(self) -> ListenerPlan:
+        red = NetworkId("red")
+        return await self.host.settle(
+            {red: Network(red, NamespaceListener("red", "eth0", True))}, {}
+        )
+
+
+@pytest.fixture
+def looks(kernel: _Kernel, monkeypatch: pytest.MonkeyPatch) -> _Looks:
+    eth0 = ObservedDevice("eth0", 2, up=True, mtu=1500)
+    found = ObservedNamespace(NamespaceRef("red", 7), {"eth0": eth0})
+    looks = _Looks(_host(kernel), found)
+    for name in ("arp_guard", "diverter"):
+        monkeypatch.setattr(looks.host, name, Mock(apply=AsyncMock(return_value=())))
+    monkeypatch.setattr(looks.host, "observe", looks.observe)
+    return looks
+
+
+async def test_what_was_made_is_looked_at_and_planned_with_in_the_same_round(
+    looks: _Looks, kernel: _Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def apply(thread: object, ops: tuple[HostOp, ...]) -> dict[HostOp, Problem]:
+        both = tuple(ObservedAddress("eth0", one.metadata_address, 32) for one in Family)
+        looks.found = replace(looks.found, addresses=both)
+        return await kernel.apply(thread, ops)
+
+    monkeypatch.setattr("imdsproxy.listeners.host.apply_ops", apply)
+    plan = await looks.settle()
+    assert looks.asked == [(True, {"red"}), (False, {"red"})]
+    assert (plan.left_out, len(plan.endpoints), plan.operations) == ((), 2, 2)
+
+
+async def test_who_asks_for_everything_during_a_look_gets_another_one(looks: _Looks) -> None:
+    looks.during = lambda: looks.host.touch(None)
+    await looks.settle()
+    looks.during = lambda: None
+    looks.asked.clear()
+    await looks.settle()
+    assert looks.asked[0] == (True, {"red"})
 
 
 def _table(directory: Path, *, status: int = 0) -> NftTable:
