@@ -322,6 +322,18 @@ def test_a_haproxy_that_hangs_or_cannot_be_run_is_reported(launch: Launch) -> No
         launch.become()
 
 
+def test_groups_that_cannot_be_given_up_are_no_missing_haproxy(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        # As of `setgroups` in the child; what cannot be executed has its name.
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    with pytest.raises(PrivilegeMissing, match="give up the supplementary groups"):
+        launch.run("-c")
+
+
 @pytest.mark.parametrize(
     ("words", "known"),
     [

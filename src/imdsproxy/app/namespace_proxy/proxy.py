@@ -8,6 +8,7 @@ in use: it is neither replaced nor removed. No pid can be mistaken for another p
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -28,6 +29,7 @@ from imdsproxy.errors import (
     HostRefused,
     PrivilegeMissing,
     RequestRefused,
+    host_refused,
     refusing,
 )
 from imdsproxy.host.account import group_name, user_name
@@ -86,6 +88,7 @@ class Launch:
         Raises:
             HaproxyMissing: It cannot be run.
             HostRefused: It did not end in time.
+            PrivilegeMissing: This process may not give up its supplementary groups.
         """
         arguments = self.arguments(*more)
         try:
@@ -101,6 +104,9 @@ class Launch:
                 pass_fds=(self.lock,),
             )
         except OSError as error:
+            # Without the program's name: it did not come to running it.
+            if error.errno == errno.EPERM and error.filename is None:
+                raise host_refused("give up the supplementary groups", error) from error
             raise HaproxyMissing(
                 f"cannot run {self.program}: {error.strerror}", hint="install HAProxy 3.0 or newer"
             ) from error
