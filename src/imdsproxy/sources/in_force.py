@@ -250,11 +250,14 @@ class InForce(Generic[Record]):
         for key, entry in after.items():
             if entry is None:
                 continue
-            kept, held = self._claimed(entry), before[key]
-            if held is None or entry.record is not held.record:
+            held = before[key]
+            same = held is not None and entry.record is held.record
+            if not same:
                 changed.append(entry)
-                kept = set(kept).intersection(self._claimed(held))
-            taken.update(dict.fromkeys(kept, entry))
+            # Of a start's, none has been held: the claims of each are not made once more for nothing.
+            if held is not None:
+                kept = set(self._claimed(held))
+                taken.update(dict.fromkeys(kept.intersection(self._claimed(entry)), entry))
         clashes: dict[str, Clash[Record]] = {}
         for entry in sorted(changed, key=lambda each: each.order):
             claimed = tuple(self._claimed(entry))
