@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -146,4 +148,9 @@ def test_what_a_cache_could_not_write_it_writes_the_next_time(tmp_path: Path) ->
     cache.keep({second.id: second})
     cache.save()
     assert cache.problem is None
+    with closing(sqlite3.connect(path)) as kept, kept:
+        # As another program may: these are passed over.
+        for number, text in enumerate(("{", "[]", "{}", "[" * 100_000)):
+            kept.execute("INSERT INTO ports VALUES (?, ?)", (str(number), text))
+        kept.execute("INSERT INTO routes VALUES ('r', 'n1', 'no address', 'p-1')")
     assert set(open_cache(path).load()) == {(first.id, first), (second.id, second)}

@@ -331,11 +331,11 @@ class FileSource:
 def _read(connection: sqlite3.Connection) -> Iterator[tuple[_Key, Entry[Any]]]:
     rows = connection.execute("SELECT kind, file, record, user_data FROM last_good")
     for kind, file, text, user_data in rows:
+        # By the same rules as files, because others may have written to it.
         try:
-            mapping = json.loads(text)
-        except ValueError:
+            record: Any = parse_listed((kind,), json.loads(text))
+        except (ValueError, KeyError, RecursionError):
             continue
-        record: Any = parse_listed((kind,), mapping)
         if isinstance(record, Instance):
             record = PackedInstance.of(replace(record, user_data=user_data))
         if not isinstance(record, Refused):

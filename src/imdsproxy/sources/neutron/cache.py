@@ -47,7 +47,7 @@ def _read(connection: sqlite3.Connection) -> Iterator[tuple[_Key, _Value]]:
         # By the same rules as Neutron's own answer, because others may have written to the file.
         try:
             (port,) = parse_ports({"ports": [json.loads(text)]})
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         yield port.id, port
     for router, address, network, port_id in connection.execute(
