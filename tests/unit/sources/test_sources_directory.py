@@ -336,6 +336,36 @@ def test_a_memory_that_is_damaged_is_reported_and_does_without(bench: Bench) -> 
     assert bench.source.last_good.problem is None
 
 
+def test_rows_of_the_memory_that_hold_no_record_are_passed_over(bench: Bench) -> None:
+    path = bench.write("x.json", instances(record("a", "10.0.0.5")))
+    bench.read()
+    bench.source.last_good.save()
+    with closing(sqlite3.connect(bench.kept)) as kept, kept:
+        for kind, name, text in (
+            ("instances", "no-json", "{"),
+            ("instances", "deep", "[" * 100_000),
+            ("instances", "bad", '{"id": "bad", "ports": 7}'),
+            ("routers", "r", "{}"),
+        ):
+            row = kind, name, "x.json", text, None
+            kept.execute("INSERT INTO last_good VALUES (?, ?, ?, ?, ?)", row)
+    path.write_text("[")
+    bench.restart()
+    bench.read()
+    assert bench.names == {"a"}
+
+
+def test_a_refusal_says_that_the_version_before_stays(bench: Bench) -> None:
+    bench.write("x.json", instances(record("a", "10.0.0.5"), record("b", "10.0.0.6")))
+    bench.read()
+    bench.write("x.json", instances(record("a", "10.0.0.5"), record("b", "10.0.0.5")))
+    assert not bench.read()
+    (problem,) = bench.source.problems
+    assert (problem.record, problem.field) == ("b", "instances[1].ports[0].addresses[0]")
+    assert "10.0.0.5 in network n belongs to instance a" in problem.reason
+    assert "the version before it stays in force" in problem.hint
+
+
 def test_what_went_while_stopped_is_gone_and_who_had_an_address_has_it_after_a_restart(
     bench: Bench,
 ) -> None:

@@ -174,6 +174,7 @@ async def test_without_inotify_the_directory_is_looked_at_from_time_to_time(
     def refuse(_self: Watch, _places: object) -> None:
         raise OSError("no inotify instances left")
 
+    watch = Watch.__init__
     monkeypatch.setattr(Watch, "__init__", refuse)
     monkeypatch.setattr(file_source, "_UNWATCHED_S", 0.05)
     async with running(source_of(directory)) as heard:
@@ -181,6 +182,8 @@ async def test_without_inotify_the_directory_is_looked_at_from_time_to_time(
         assert heard.last.in_sync
         write(directory / "x.json", record("a", "1"))
         await heard.until(lambda each: data_of(each) == {"a": b"1"})
+        monkeypatch.setattr(Watch, "__init__", watch)
+        await heard.until(lambda each: not each.last.problems)
 
 
 async def test_an_idle_source_uses_next_to_no_time(directory: Path) -> None:
