@@ -90,3 +90,37 @@ async def test_a_connection_whose_end_cannot_be_watched_is_closed(
         await client.connect(LibvirtEvents())
     await client.close()
     connection.close.assert_called_once()
+
+
+async def test_a_connection_that_comes_too_late_is_closed_and_none_is_made_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers = threading.Event()
+    library = MagicMock(libvirtError=type("LibvirtError", (Exception,), {}))
+    library.virEventRunDefaultImpl.side_effect = threading.Event().wait
+    connection = MagicMock()
+
+    def open_late(_uri: str) -> MagicMock:
+        answers.wait()
+        return connection
+
+    library.openReadOnly.side_effect = open_late
+    monkeypatch.setitem(sys.modules, "libvirt", library)
+    monkeypatch.setattr("imdsproxy.sources.libvirt.source._CLOSE_S", 0.01)
+    client = LibvirtClient("test:///default", connect_s=0.1)
+    try:
+        for _ in range(3):
+            with pytest.raises(SourceUnavailable, match="does not answer"):
+                await client.connect(LibvirtEvents())
+            await client.close()
+        names = [each.name for each in threading.enumerate()]
+        # The call that hangs, and the closing that waits for it.
+        assert names.count("imdsproxy-libvirt") == 2
+        connection.close.assert_not_called()
+    finally:
+        answers.set()
+    async with asyncio.timeout(20):
+        while not connection.close.called:
+            await asyncio.sleep(0.001)
+    await client.connect(LibvirtEvents())
+    await client.close()
