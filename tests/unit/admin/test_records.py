@@ -266,6 +266,18 @@ def test_a_family_that_is_left_out_keeps_no_record_from_guests_of_the_other(
     assert _pending(server) == []
 
 
+@pytest.mark.parametrize(
+    ("addresses", "explained"), [(["10.0.0.5"], "10.0.0.5"), ([], "fe80::5054:ff:fe12:3456")]
+)
+def test_an_instance_is_explained_by_what_its_mac_makes_only_without_other_addresses(
+    server: AdminServer, addresses: list[str], explained: str
+) -> None:
+    ports = [{"network": "blue", "mac": "52:54:00:12:34:56", "addresses": addresses}]
+    server.client.request("PATCH", "/v1/instances/web-1", body={"ports": ports})
+    (explanation,) = server.client.get("/v1/instances/web-1/explain")
+    assert explanation["address"] == explained
+
+
 def test_a_record_in_a_network_that_is_not_there_has_the_reason_once(server: AdminServer) -> None:
     ports = [port("gone", address) for address in ("10.0.0.8", "10.0.0.9")]
     server.claim_twice(instance("far", ports=ports))
