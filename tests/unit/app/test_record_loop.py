@@ -13,6 +13,7 @@ from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.app.compiler import CompiledIndex, RecordCompiler
@@ -200,6 +201,22 @@ async def test_a_full_disk_leaves_the_record_in_force_until_there_is_room(
                 await asyncio.sleep(0.01)
         assert rig.told("10.0.0.5") == _value(_instance("web", "10.0.0.5", hostname="new"))
         assert rig.loop.compiler.failures == {}
+
+
+async def test_changed_names_are_logged_when_they_come_and_not_at_a_start(tmp_path: Path) -> None:
+    web = replace(_instance("web", "10.0.0.5"), tags=(("a b", "c"),))
+    with capture_logs() as logs:
+        async with _rig(tmp_path) as rig:
+            await rig.say()
+            await rig.say(source="b")
+            await rig.say(web)
+            await rig.say(replace(web, hostname="new"))
+        again = Rig(tmp_path)
+        again.report(web)
+        again.report(source="b")
+        await again.loop.compile_all()
+    event = "guests see other names than the record has"
+    assert [log["instance"] for log in logs if log["event"] == event] == ["web"]
 
 
 async def test_a_silent_master_is_tried_again_until_it_has_everything(tmp_path: Path) -> None:
