@@ -134,8 +134,15 @@ async def test_a_connection_that_comes_in_the_turn_of_the_end_is_answered(
 
 
 async def test_idle_connections_and_endless_requests_do_not_hold_up_the_end(tmp_path: Path) -> None:
-    begun = asyncio.Event()
-    app = answering(begun, asyncio.Event())
+    begun, cancelled = asyncio.Event(), asyncio.Event()
+
+    async def app(_scope: Scope, _receive: Receive, _send: Send) -> None:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
     async with listening(tmp_path, app, grace_s=0.5) as (end, connect):
         idle, _ = await connect()
         _, endless = await connect()
@@ -143,6 +150,7 @@ async def test_idle_connections_and_endless_requests_do_not_hold_up_the_end(tmp_
         await begun.wait()
         await end()
         assert await idle.read() == b""
+        await cancelled.wait()
 
 
 class Sink(asyncio.Transport):
