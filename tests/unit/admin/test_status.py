@@ -31,6 +31,7 @@ async def test_every_part_is_in_the_report() -> None:
     assert report["uptime_s"] == 93_784.0
     assert report["left_out"][0]["reason"] == "nginx has port 80"
     assert report["policy_for_nobody"] == ("policy.networks.bleu",)
+    assert report["problems"][-1]["reason"] == "/x: disk full"
     assert report["progress"] == ({"what": "storing instances", "done": 1, "of": 2},)
     assert [one["endpoint"] for one in report["nova"]] == ["192.0.2.1:8775", "192.0.2.2:8775"]
     values = {
@@ -105,6 +106,7 @@ _BROKEN = Problem("x", "is broken")
         ),
         ({"records.compiler.failures": {"a": _BROKEN}}, "x: is broken"),
         ({"nova.problems": (_BROKEN,)}, "x: is broken"),
+        ({"nova_watch.problems": (_BROKEN,)}, "x: is broken"),
         ({"holder.settings.metrics.degraded": "not-ready"}, "network red: nginx has port 80"),
     ],
 )
