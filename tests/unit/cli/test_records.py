@@ -120,7 +120,7 @@ def test_a_policy_is_changed_by_flags_rule_by_rule(filled: Cli, kind: str) -> No
             PolicyRules(paths=((_TAG, PathWord.OPTIONAL), _DENIED)),
         ),
         (
-            f"--no-path-rule {_TAG} --path-rule /=required",
+            f"--no-path-rule {_TAG} --no-path-rule / --path-rule /=required",
             PolicyRules(paths=(("/", PathWord.REQUIRED), _DENIED)),
         ),
         ("--no-path-rule / --no-path-rule /latest/user-data", NO_RULES),
