@@ -118,6 +118,7 @@ def test_named_namespaces_are_counted(tmp_path: Path) -> None:
         ("none/yet", ""),
         ("file/x", "{0}/file is no directory"),
         ("open", "every account can write to {0}/open"),
+        ("sticky", ""),
         # Made by the daemon, with a mode of its own.
         ("open/x", ""),
         ("closed/x", "{0}/closed cannot be written to"),
@@ -127,7 +128,12 @@ def test_a_directory_can_be_used_or_is_refused_with_the_reason(
     tmp_path: Path, name: str, fault: str
 ) -> None:
     (tmp_path / "file").touch()
-    for directory, mode in (("mine", 0o755), ("open", 0o777), ("closed", 0o755)):
+    for directory, mode in (
+        ("mine", 0o755),
+        ("open", 0o777),
+        ("sticky", 0o1777),
+        ("closed", 0o755),
+    ):
         (tmp_path / directory).mkdir()
         (tmp_path / directory).chmod(mode)
     on = subject({"paths": {"runtime_dir": f"{tmp_path}/mine", "state_dir": f"{tmp_path}/{name}"}})

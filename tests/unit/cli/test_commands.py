@@ -18,6 +18,7 @@ from imdsproxy.admin.status import AuditReport, Readiness, SourceReport, UnixLis
 from imdsproxy.cli import admin_client
 from imdsproxy.cli.admin_client import AdminClient
 from imdsproxy.cli.main import EXAMPLES, build_program, iterate_commands, main
+from imdsproxy.cli.status import spell_duration
 from imdsproxy.core.timing import Step
 from imdsproxy.errors import (
     AdminError,
@@ -342,6 +343,14 @@ def test_status_shows_what_only_some_daemons_have(
     words = filled("status").words
     assert f"{name} " in words
     assert text in words
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0.9, "0 s"), (3_600, "1 h 0 min"), (86_400, "1 d 0 h"), (93_784, "1 d 2 h")],
+)
+def test_a_duration_has_its_two_largest_units(seconds: float, shown: str) -> None:
+    assert spell_duration(seconds) == shown
 
 
 def test_status_check_is_75_while_the_daemon_is_degraded(cli: Cli) -> None:

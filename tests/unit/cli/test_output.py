@@ -14,8 +14,8 @@ from collections.abc import Mapping
 
 import pytest
 
-from imdsproxy.core.model import InstanceId
-from imdsproxy.core.token_report import GuestWithoutToken, ReaderWithoutToken, TokenReport
+from imdsproxy.core.model import InstanceId, NetworkId
+from imdsproxy.core.token_report import GuestWithoutToken, OpenTree, ReaderWithoutToken, TokenReport
 from support.cli import Cli
 
 _AT = 1_795_000_000.0
@@ -131,6 +131,14 @@ def test_an_empty_token_report_shows_since_when_and_what_is_counted(
     assert re.search(r"since 2026-11-18 \d\d:\d\d:40", words)
     assert text in words
     assert ("one read in 20" in words) is (one_in == 20)
+
+
+def test_the_token_report_counts_the_open_trees_that_it_does_not_show(cli: Cli) -> None:
+    tree = OpenTree(NetworkId("red"), InstanceId("web"), "/nocloud")
+    cli.server.token_report = TokenReport(_AT, (), (tree,) * 7, 9)
+    shown = cli("token", "report").out
+    assert shown.count("warning: /nocloud gives instance web in red") == 5
+    assert "warning: so do 4 more" in shown
 
 
 def test_foreign_text_cannot_style_the_token_report_or_an_explanation(filled: Cli) -> None:

@@ -98,6 +98,7 @@ OPENSTACK = replace(PLAIN, dmi={"product_name": "OpenStack Nova"})
         (PLAIN, ("gate-shut", "error")),
         (replace(OPENSTACK, container=True), ("gate-shut", "error")),
         (replace(OPENSTACK, kernel="ds=None"), ("gate-shut", "error")),
+        (replace(OPENSTACK, kernel="ds=OpenStack ds=None"), ("gate-shut", "error")),
         (replace(OPENSTACK, sources=()), ("gate-shut", "error")),
         (Surroundings(dmi={}), ("gate-shut", "error")),
         # A serial number that may not be read leaves it open.
