@@ -28,6 +28,7 @@ from imdsproxy.sources.api import (
     PortFound,
     PortMissing,
 )
+from imdsproxy.sources.neutron.ports import NeutronPort, PortQuery
 from imdsproxy.sources.neutron.source import NeutronSource
 from imdsproxy.sources.settings import NeutronSourceSettings
 from support.fake_neutron import (
@@ -815,6 +816,23 @@ async def test_a_list_that_cannot_be_read_to_its_end_takes_nothing_away(kept: Pa
 
 
 # Life and death
+
+
+class _WithoutLists(FakeNeutron):
+    async def ports(self, query: PortQuery) -> tuple[NeutronPort, ...]:
+        if query.limit is not None and query.limit > 1:
+            raise LATE
+        return await super().ports(query)
+
+
+async def test_what_was_listed_stays_over_a_restart_while_no_list_can_be_read(kept: Path) -> None:
+    settings = _LISTED.model_copy(update={"lifetime_s": _SHORT.lifetime_s})
+    async with rig(kept, _A, settings=settings) as one:
+        assert one.owners["n1/10.0.0.5"] == "i-a"
+    async with rig(kept, _A, settings=settings, neutron=_WithoutLists()) as one:
+        await one.pass_time(2 * settings.lifetime_s + settings.aside_s, step=5)
+        assert one.owners["n1/10.0.0.5"] == "i-a"
+        assert one.source.queries.outage is None
 
 
 async def test_a_look_up_while_the_source_ends_or_after_that_is_answered(kept: Path) -> None:
