@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -173,6 +176,11 @@ def test_an_error_is_one_line_and_a_hint_or_json_where_that_was_asked_for(filled
                 "  log.level: loud is not acceptable",
             ],
         ),
+        (
+            ConfigInvalid("/c: is blank", problems=[Problem("settings", "is blank", hint="{}")]),
+            78,
+            ["imdsproxy: /c: is blank", "hint: {}"],
+        ),
         (SourceUnavailable("locked"), 69, ["imdsproxy: locked"]),
         (ReloadFailed("no"), 70, ["imdsproxy: no"]),
         (RuntimeError("x"), 70, None),
@@ -189,6 +197,20 @@ def test_an_error_of_the_daemons_keeps_its_problems_and_its_exit_status(
             assert "fault" in ran.err
         else:
             assert ran.err.splitlines()[: len(lines)] == lines
+
+
+def test_an_error_has_its_level_in_the_journal(tmp_path: Path) -> None:
+    with (tmp_path / "journal").open("w+") as journal:
+        status = os.fstat(journal.fileno())
+        ran = subprocess.run(
+            [sys.executable, "-m", "imdsproxy", "status", "--socket", tmp_path / "none.sock"],
+            stderr=journal,
+            env={"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"},
+            check=False,
+        )
+        lines = (tmp_path / "journal").read_text("utf-8").splitlines()
+    assert (ran.returncode, len(lines)) == (69, 2)
+    assert all(line.startswith("<3>") for line in lines)
 
 
 @pytest.mark.parametrize("installed", [True, False])
