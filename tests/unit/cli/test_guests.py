@@ -16,6 +16,7 @@ from imdsproxy.cli import snippet
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.nova import EndpointSet, NovaRouting
 from imdsproxy.core.policy import OperatorOverride, PolicyBook, PolicyRules, TokenMode
+from imdsproxy.core.wire import HEADER_LOGGED
 from imdsproxy.errors import Problem
 from support.admin_server import NOW
 from support.cli import Cli, Ran
@@ -45,7 +46,7 @@ def test_get_shows_headers_and_json_where_asked_and_exits_1_from_status_400_up(
         "headers": [["content-type", "text/plain"]],
         "body": {"base64": "/wAK"},
     }
-    documented.server.answer("/x", b"body", (b"a", b"b"))
+    documented.server.answer("/x", b"body", (b"a", b"b"), (HEADER_LOGGED.encode(), b"1"))
     assert documented("get", "/x", *GUEST, "--json").json["body"] == {"text": "body"}
     assert documented("get", "/x", *GUEST, "-i").out == "HTTP/1.1 200 OK\na: b\n\nbody"
     missing = documented("get", "/none", *GUEST)
