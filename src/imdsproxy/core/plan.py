@@ -73,49 +73,50 @@ class RecordPlanner:
         """`plan_record` for many addresses."""
         values: dict[str, str | None] = {}
         sets: dict[str, PathRules] = {}
-        # An instance's addresses in one network mostly have the same record.
-        shared: dict[tuple[InstanceId, NetworkId, str | None], str | None] = {}
+        # An instance's addresses have the same record where its ports in their network are of one project.
+        shared: dict[tuple[InstanceId, NetworkId, NetworkId], str | None] = {}
         for key in keys:
             guest = self._guest(key)
             if guest is None or isinstance(guest, Conflict):
                 values[record_key(key)] = None if guest is None else MAP_CONFLICT
                 continue
-            instance, project = guest
-            place = instance.id, key[0], project
-            if place not in shared:
-                record = self._plan(key[0], instance, project)
-                shared[place] = None if record is None else render_map_value(record)
-                if record is not None and record.paths:
-                    sets[set_id(record.paths)] = record.paths
-            values[record_key(key)] = shared[place]
+            owner, place = guest
+            alike = owner, key[0], place[0]
+            if alike in shared:
+                values[record_key(key)] = shared[alike]
+                continue
+            record = self._plan(key[0], owner, place)
+            value = values[record_key(key)] = None if record is None else render_map_value(record)
+            if record is not None and record.paths:
+                sets[set_id(record.paths)] = record.paths
+            instance = self.inventory.instances.get(owner)
+            if instance is not None and len(_projects_in(instance, place[0])) == 1:
+                shared[alike] = value
         return PlannedRecords(values, sets)
 
-    def _guest(self, key: AddressKey) -> tuple[Instance, str | None] | Conflict | None:
-        """Whose address it is, and the project of the port that has it."""
-        owner, place = self.inventory.owner(key), key
-        if isinstance(owner, Conflict):
-            return owner
-        if owner is None:
-            entry = self.learned.get(key)
-            if entry is None or not holds(self.inventory, key, entry):
-                return None
-            # Of an address that a MAC has, the port is the one with the MAC, as for the address that the MAC makes.
-            by_mac = key if entry.mac is None else (key[0], link_local_of(entry.mac))
-            owner, place = entry.instance, entry.via or by_mac
-        instance = self.inventory.instances.get(owner)
-        return None if instance is None else (instance, _project_at(instance, place))
+    def _guest(self, key: AddressKey) -> tuple[InstanceId, AddressKey] | Conflict | None:
+        """Whose address it is, and the address by which its port is found."""
+        owner = self.inventory.owner(key)
+        if owner is not None:
+            return owner if isinstance(owner, Conflict) else (owner, key)
+        entry = self.learned.get(key)
+        if entry is None or not holds(self.inventory, key, entry):
+            return None
+        # Of an address that a MAC has, the port is the one with the MAC, as for the address that the MAC makes.
+        by_mac = key if entry.mac is None else (key[0], link_local_of(entry.mac))
+        return entry.instance, entry.via or by_mac
 
-    def _plan(
-        self, network: NetworkId, instance: Instance, project: str | None
-    ) -> MapRecord | None:
-        place = policy_place(self.inventory, network, project, instance)
-        word, paths = self.policies.word(place, instance.created_at)
+    def _plan(self, network: NetworkId, owner: InstanceId, place: AddressKey) -> MapRecord | None:
+        instance = self.inventory.instances.get(owner)
+        if instance is None:
+            return None
+        project = _project_at(instance, place)
+        scopes = policy_place(self.inventory, network, project, instance)
+        word, paths = self.policies.word(scopes, instance.created_at)
         if instance.upstream is not Upstream.NOVA:
-            revision = self.revisions.get(instance.id)
-            if revision is None:
-                return None
-            return EmbeddedRecord(instance.id, revision, word, paths)
-        record = None if project is None else self.routing.record(network, instance.id, project)
+            revision = self.revisions.get(owner)
+            return None if revision is None else EmbeddedRecord(owner, revision, word, paths)
+        record = None if project is None else self.routing.record(network, owner, project)
         return replace(record, policy=word, paths=paths) if record and word else record
 
 
@@ -137,9 +138,12 @@ def policy_place(
 
 def _project_at(instance: Instance, place: AddressKey) -> str | None:
     """The project of the port that has the address."""
-    network = place[0]
-    projects = {one.project or instance.project for one in instance.ports if one.network == network}
+    projects = _projects_in(instance, place[0])
     if len(projects) == 1:
         return projects.pop()
     port = port_at(instance, place)
     return None if port is None else port.project or instance.project
+
+
+def _projects_in(instance: Instance, network: NetworkId) -> set[str | None]:
+    return {port.project or instance.project for port in instance.ports if port.network == network}
