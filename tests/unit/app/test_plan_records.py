@@ -25,6 +25,7 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.core.nova import EndpointSet, NovaRouting, sign_instance
 from imdsproxy.core.observation import AddressKey, Observation
+from imdsproxy.core.packed import PackedInstances
 from imdsproxy.core.path_rules import PathWord, set_id
 from imdsproxy.core.plan import RecordPlanner, record_key
 from imdsproxy.core.policy import PolicyBook, PolicyRules, rule_set_of
@@ -295,3 +296,27 @@ def test_each_address_has_the_record_of_its_own_port_and_network() -> None:
         "red/fe80::ff:fe00:5": render_map_value(_record("p1", endpoint_set="red")),
         "blue/10.0.0.5": render_map_value(_record("p1", (b"two",), endpoint_set="blue")),
     }
+
+
+class _LookedAt(Inventory):
+    """Counts how often instances are asked for."""
+
+    times = 0
+
+    @property
+    def instances(self) -> PackedInstances:
+        self.times += 1
+        return super().instances
+
+
+def test_an_instance_is_not_looked_at_for_each_of_its_addresses_in_a_network() -> None:
+    addresses = [_ADDRESS + number for number in range(50)]
+    vm = replace(_instance("web"), ports=tuple(Port(_RED, addresses=(one,)) for one in addresses))
+    inventory = _LookedAt()
+    network = Network(_RED, NamespaceListener("red"))
+    inventory.observe(Observation("a", True, {_RED: network}, {vm.id: vm}))
+    inventory.times = 0
+    planner = RecordPlanner(inventory, _REVISIONS, {}, NovaRouting())
+    planned = planner.plan_records((_RED, one) for one in addresses)
+    assert set(planned.values.values()) == {render_map_value(EmbeddedRecord(vm.id, "r1"))}
+    assert inventory.times < len(planned.values) / 10
