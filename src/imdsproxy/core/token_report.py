@@ -9,7 +9,7 @@ from functools import lru_cache
 from http import HTTPStatus
 from typing import Final, TypeAlias
 
-from imdsproxy.core.haproxy.counting import CountedRow
+from imdsproxy.core.haproxy.counting import READS_KEPT_S, CountedRow
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Dialect, InstanceId, NetworkId, Upstream
 from imdsproxy.core.path_rules import PathWord
@@ -19,7 +19,6 @@ from imdsproxy.core.policy_report import decide_read
 
 _GUESTS_KEPT: Final = 50_000
 _READERS_KEPT: Final = 10_000
-_KEPT_S: Final = 7 * 86_400
 _OPEN_TREES_SHOWN: Final = 100
 _EC2: Final = "/latest"
 _TREES: Final = {Dialect.EC2: _EC2, Dialect.OPENSTACK: "/openstack", Dialect.NOCLOUD: "/nocloud"}
@@ -128,7 +127,7 @@ class _Sums:
                 self.totals[key] = (reads + more[0], refused + more[1], last)
                 grown.append((key, *more))
         for key in sorted(self.totals, key=lambda key: self.totals[key][2]):
-            if len(self.totals) <= self.kept and self.totals[key][2] >= now - _KEPT_S:
+            if len(self.totals) <= self.kept and self.totals[key][2] >= now - READS_KEPT_S:
                 break
             del self.totals[key]
         return grown
