@@ -419,7 +419,7 @@ async def _cards(lookup: Lookup, instance: model.InstanceId | None) -> tuple[Car
 async def _installed(controller: Controller, key: AddressKey) -> str | None:
     """What the accepting worker's maps have for the address."""
     haproxy, layout = controller.haproxy, controller.haproxy.layout
-    if haproxy.processes is None or (worker := haproxy.processes.worker) is None:
+    if (worker := haproxy.worker) is None:
         return None
     try:
         for path in (layout.overlay_map, layout.base_map):

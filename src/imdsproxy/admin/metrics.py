@@ -119,7 +119,7 @@ class Metrics(Collector):
         await self.one.nova_watch.refresh()
         await self.one.counting.refresh()
         haproxy = self.one.haproxy
-        if haproxy.processes is None or (worker := haproxy.processes.worker) is None:
+        if (worker := haproxy.worker) is None:
             return
         try:
             rows = await haproxy.master.read_stat(worker, TRAFFIC_COLUMNS)

@@ -266,9 +266,9 @@ async def report_status(controller: Controller) -> StatusReport:
 async def _find_busiest(controller: Controller) -> tuple[limits.Asker, ...]:
     """Instances that are limited now, as HAProxy's worker counts them; none while HAProxy cannot be asked."""
     allowed, haproxy = controller.holder.settings.limits, controller.haproxy
-    if not allowed.enabled or haproxy.processes is None or haproxy.processes.worker is None:
+    if not allowed.enabled or (worker := haproxy.worker) is None:
         return ()
-    worker, now = haproxy.processes.worker, controller.clock.now().timestamp()
+    now = controller.clock.now().timestamp()
     most = limits.most_in_window(allowed.requests_per_s, allowed.burst)
     try:
         own = await haproxy.master.send(worker, f"show table {limits.POLICY_COUNTERS}")

@@ -74,6 +74,11 @@ class Haproxy:
     def __post_init__(self) -> None:
         self.layout, self.master = self.records.layout, self.records.master
 
+    @property
+    def worker(self) -> int | None:
+        """The worker that accepts; `None` while there is none, or HAProxy does not run."""
+        return None if self.processes is None else self.processes.worker
+
     async def adopt(self) -> bool:
         """Take over a master that runs already; whether there is one, and the maps that it was started with.
 

@@ -276,11 +276,10 @@ class NovaWatch:
     async def refresh(self) -> None:
         """Look once; while HAProxy does not answer, what was seen last stays."""
         names = sorted(self.sets())
-        processes = self.haproxy.processes
-        if not names or processes is None or processes.worker is None:
+        if not names or (worker := self.haproxy.worker) is None:
             self.endpoints = ()
             return
-        worker, master = processes.worker, self.haproxy.master
+        master = self.haproxy.master
         try:
             rows = await master.read_stat(worker, _COLUMNS)
             refused = {

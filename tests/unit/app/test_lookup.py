@@ -219,7 +219,7 @@ class Rig:
             listeners=SimpleNamespace(
                 report=SimpleNamespace(endpoints=()), degraded=tuple, unix=self.unix
             ),
-            haproxy=SimpleNamespace(processes=None, layout=None),
+            haproxy=SimpleNamespace(worker=None, layout=None),
         )
         return await explain(controller, key)
 
