@@ -22,7 +22,7 @@ from imdsproxy import __version__
 from imdsproxy.admin import status
 from imdsproxy.controller.controller import Controller
 from imdsproxy.core.haproxy.frontends import AGENTS
-from imdsproxy.core.haproxy.runtime import WorkerTotals
+from imdsproxy.core.haproxy.runtime import WorkerTotals, parse_count
 from imdsproxy.core.hoststate import Effect
 from imdsproxy.core.identity import Denial
 from imdsproxy.core.timing import Durations
@@ -410,6 +410,5 @@ def count_traffic(rows: Iterable[Mapping[str, str]]) -> Counter[_TrafficKey]:
         frontend = _GUESTS[0] if row.get("pxname") in _GUESTS else row.get("pxname")
         if frontend in {_GUESTS[0], AGENTS} and row.get("type") == _LISTENER:
             for column in _COUNTED:
-                text = row.get(column, "")
-                found[frontend, row["svname"], column] += int(text) if text.isdigit() else 0
+                found[frontend, row["svname"], column] += parse_count(row, column)
     return found

@@ -16,7 +16,7 @@ import structlog
 
 from imdsproxy.core.haproxy.model import NovaBackend, NovaServer, NovaTimes, NovaTls
 from imdsproxy.core.haproxy.nova import refused_counter, set_of_backend
-from imdsproxy.core.haproxy.runtime import WorkerTotals
+from imdsproxy.core.haproxy.runtime import WorkerTotals, parse_count
 from imdsproxy.core.model import IpAddress
 from imdsproxy.core.nova import EndpointSet, NovaRouting, find_secret_fault
 from imdsproxy.dataplane.haproxy import Haproxy
@@ -301,7 +301,7 @@ class NovaWatch:
             name = set_of_backend(row["pxname"])
             if name is None or row["type"] != _SERVER:
                 continue
-            good[name] += _number(row, "hrsp_2xx")
+            good[name] += parse_count(row, "hrsp_2xx")
             # A set has a backend for each way in which its requests are looked at and sent again.
             endpoint = row["svname"]
             found[name, endpoint] = _endpoint(name, row, found.get((name, endpoint)))
@@ -322,7 +322,8 @@ def _endpoint(
     name: str, row: Mapping[str, str], before: NovaEndpointReport | None
 ) -> NovaEndpointReport:
     """An endpoint, with what the backends before have counted of it."""
-    requests, failures = _number(row, "stot"), _number(row, "econ") + _number(row, "eresp")
+    requests = parse_count(row, "stot")
+    failures = parse_count(row, "econ") + parse_count(row, "eresp")
     if before is not None:
         return replace(
             before, requests=before.requests + requests, failures=before.failures + failures
@@ -348,8 +349,3 @@ def _silent(name: str) -> Problem:
         "no endpoint answers: its guests get 503",
         "start nova-api-metadata, or correct the URLs",
     )
-
-
-def _number(row: Mapping[str, str], name: str) -> int:
-    text = row.get(name, "")
-    return int(text) if text.isdigit() else 0

@@ -137,6 +137,12 @@ def parse_stat(text: str, columns: Collection[str] | None = None) -> list[dict[s
     return [{name: row[index] for name, index in wanted if index < len(row)} for row in rows]
 
 
+def parse_count(row: Mapping[str, str], column: str) -> int:
+    """A counter in a line of `show stat`; 0 where the line has none."""
+    text = row.get(column, "")
+    return int(text) if text.isdigit() else 0
+
+
 def parse_failure(output: str) -> str:
     """Why HAProxy failed, in one line: its alerts, each once, or all of its output where there are none."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
