@@ -10,6 +10,7 @@ from functools import partial
 from typing import Final, assert_never
 
 from imdsproxy.admin.bodies import DocumentBody, DocumentView
+from imdsproxy.admin.records import no_such
 from imdsproxy.anti_spoofing.plan import ANY_MAC, plan_pair
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.controller.controller import Controller
@@ -20,7 +21,7 @@ from imdsproxy.core.plan import policy_place, record_key
 from imdsproxy.core.policy_report import Decided, PolicyInForce, decide_read, report_policy
 from imdsproxy.core.wire import HEADER_LOGGED, MISMATCH_TEXT, NovaRecord, hide_signatures
 from imdsproxy.dataplane.master import WorkerEnded
-from imdsproxy.errors import NotFound, RuntimeUnavailable
+from imdsproxy.errors import RuntimeUnavailable
 from imdsproxy.listeners.endpoints import networks_of
 from imdsproxy.listeners.loop import ListenerLoop
 from imdsproxy.serving.resolver_app import CollectedAnswer, GuestRequest
@@ -163,7 +164,7 @@ async def clear_password(controller: Controller, instance: model.InstanceId) -> 
 
 def _refuse_unknown(inventory: Inventory, instance: model.InstanceId) -> None:
     if not inventory.sources_of_instance(instance):
-        raise NotFound(f"there is no instance {instance}", hint="imdsproxy instance list")
+        raise no_such("instance", instance)
 
 
 async def get_document(controller: Controller, key: AddressKey, path: str) -> DocumentView:
@@ -173,7 +174,7 @@ async def get_document(controller: Controller, key: AddressKey, path: str) -> Do
     """
     lookup = controller.lookup
     if not _may_know(lookup, key[0]):
-        raise NotFound(f"there is no network {key[0]}", hint="imdsproxy network list")
+        raise no_such("network", key[0])
     owner = await _owner(lookup, key)
     if isinstance(owner.known, identity.Found):
         # Its MAC need not be checked.

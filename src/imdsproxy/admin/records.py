@@ -79,6 +79,11 @@ def find_instance(inventory: Inventory, text: str) -> InstanceId:
     return instance if known else _find_id(instance, inventory.instances)
 
 
+def no_such(kind: str, subject: str, hint: str = "") -> NotFound:
+    """The error to raise where there is no network or instance of this id."""
+    return NotFound(f"there is no {kind} {subject}", hint=hint or f"imdsproxy {kind} list")
+
+
 def report_networks(controller: Controller) -> list[Report]:
     """Every network, by id, as `bodies.NetworkView`."""
     networks = controller.inventory.networks
@@ -89,7 +94,7 @@ def report_network(controller: Controller, network: NetworkId) -> Report:
     """One network; `NotFound` otherwise."""
     found = controller.inventory.networks.get(network)
     if found is None:
-        raise NotFound(f"there is no network {network}", hint="imdsproxy network list")
+        raise no_such("network", network)
     return _describe_networks(controller, [found])[0]
 
 
@@ -133,7 +138,7 @@ def report_instance(controller: Controller, instance: InstanceId) -> Report:
             hint="leave it in one source only, or make its records equal",
         )
     if found is None:
-        raise NotFound(f"there is no instance {instance}", hint="imdsproxy instance list")
+        raise no_such("instance", instance)
     return _complete(_describe_instances(controller, [found])[0])
 
 
@@ -314,7 +319,7 @@ def _store(controller: Controller) -> SqliteSource:
 
 def _require(controller: Controller, kind: str, subject: str) -> None:
     if not _refuse_foreign(controller, kind, subject):
-        raise NotFound(f"there is no {kind} {subject}", hint=f"imdsproxy {kind} list")
+        raise no_such(kind, subject)
 
 
 def _refuse_foreign(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
+from imdsproxy.admin.records import no_such
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.controller.controller import Controller
 from imdsproxy.core.model import InstanceId
@@ -15,7 +16,6 @@ from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.plan import record_key
 from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.core.wire import parse_map_value
-from imdsproxy.errors import NotFound
 
 _APPLY_DEADLINE_S: Final = 10.0
 
@@ -101,8 +101,7 @@ async def _override(
     if not (overridden or inventory.sources_of_instance(instance)):
         missing = ", ".join(name for name, there in inventory.sources.items() if not there)
         late = f"source {missing} is not in sync yet and may tell of it: try again"
-        hint = late if missing else "imdsproxy instance list"
-        raise NotFound(f"there is no instance {instance}", hint=hint)
+        raise no_such("instance", instance, late if missing else "")
     async with controller.overriding:
         override = await asyncio.to_thread(change, instance)
     keys = records.addresses_of(instance)
