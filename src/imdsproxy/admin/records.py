@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Collection, Iterable, Mapp
 from dataclasses import dataclass, replace
 from typing import Any, Final, Self, TypeAlias, TypeVar
 
-from imdsproxy.controller.controller import Controller
+from imdsproxy.controller.controller import UNCONFIRMED, Controller
 from imdsproxy.core import endpoints
 from imdsproxy.core.documents.ec2 import list_warnings, warn_of_names
 from imdsproxy.core.endpoints import LeftOutCode
@@ -374,7 +374,7 @@ async def _in_force(
     if networks:
         waits.append(listeners.tickets.wait(listeners.tickets.given))
     if not await _confirmed(controller, waits):
-        pending.append("the data plane has not confirmed it yet")
+        pending.append(UNCONFIRMED)
     pending += [problem.reason for problem in controller.unapplied()]
     if networks:
         pending += map(str, await _unserved(listeners, frozenset(networks)))

@@ -10,7 +10,7 @@ from typing import Final
 
 from imdsproxy.admin.records import no_such
 from imdsproxy.app.record_loop import RecordLoop
-from imdsproxy.controller.controller import Controller
+from imdsproxy.controller.controller import UNCONFIRMED, Controller
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.plan import record_key
@@ -130,5 +130,5 @@ async def _pending(controller: Controller, confirmation: Awaitable[object]) -> t
             await confirmation
     except TimeoutError:
         reasons = (problem.reason for problem in controller.unapplied())
-        return tuple(dict.fromkeys(("the data plane has not confirmed it yet", *reasons)))
+        return tuple(dict.fromkeys((UNCONFIRMED, *reasons)))
     return ()

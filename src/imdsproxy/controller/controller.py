@@ -54,6 +54,9 @@ from imdsproxy.unix_listener.listener import UnixListener
 if TYPE_CHECKING:
     from imdsproxy.serving.resolver_app import Forward
 
+UNCONFIRMED: Final = "the data plane has not confirmed it yet"
+"""Why a change is not in force yet, before what keeps it from guests."""
+
 _log: Final = structlog.get_logger()
 _REVIEW_EVERY_S: Final = 1.0
 _WATCH_S: Final = 10.0

@@ -10,7 +10,7 @@ import structlog
 
 from imdsproxy.config.changes import SettingsReload, with_contents
 from imdsproxy.config.schema import Settings
-from imdsproxy.controller.controller import Controller
+from imdsproxy.controller.controller import UNCONFIRMED, Controller
 from imdsproxy.core.nova import changed_secrets
 from imdsproxy.dataplane.haproxy import link_jail_to_itself
 from imdsproxy.errors import ImdsproxyError
@@ -33,8 +33,7 @@ async def reload_settings(controller: Controller, *, allow_dropped: bool) -> Set
     if taken_over is None or (await asyncio.wait([taken_over], timeout=_TAKE_OVER_S))[0]:
         return result
     reasons = dict.fromkeys(problem.reason for problem in controller.own_problems())
-    pending = ("the data plane has not confirmed it yet", *reasons)
-    return replace(result, haproxy_reloaded=False, pending=pending)
+    return replace(result, haproxy_reloaded=False, pending=(UNCONFIRMED, *reasons))
 
 
 def hang_up(controller: Controller) -> None:
