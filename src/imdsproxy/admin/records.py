@@ -19,6 +19,7 @@ from imdsproxy.core.documents.ec2 import list_warnings, warn_of_names
 from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId, Upstream
+from imdsproxy.core.observation import Conflict
 from imdsproxy.errors import AlreadyExists, NotFound, Problem, RequestRefused, SourceRefused
 from imdsproxy.listeners.endpoints import networks_of
 from imdsproxy.listeners.loop import ListenerLoop
@@ -144,7 +145,10 @@ def report_instance(controller: Controller, instance: InstanceId) -> Report:
 
 def _describe_instances(controller: Controller, instances: Sequence[Instance]) -> list[Report]:
     inventory, listeners = controller.inventory, controller.listeners
-    conflicts = inventory.conflicts()
+    contested: dict[str, list[Conflict]] = {}
+    for conflict in inventory.conflicts():
+        for claimant in {one.instance for one in conflict.claimants}:
+            contested.setdefault(claimant, []).append(conflict)
     serving = networks_of(listeners.report.endpoints)
     degraded = [one for one in reversed(listeners.degraded()) if one.network not in serving]
     unserved = {one.network: one.reason for one in degraded}
@@ -159,11 +163,7 @@ def _describe_instances(controller: Controller, instances: Sequence[Instance]) -
             "record": instance,
             "source": ", ".join(inventory.sources_of_instance(instance.id)),
             "revision": controller.records.compiler.revisions.get(instance.id, ""),
-            "conflicts": [
-                conflict
-                for conflict in conflicts
-                if any(claimant.instance == instance.id for claimant in conflict.claimants)
-            ],
+            "conflicts": contested.get(instance.id, []),
             "pending": _list_reasons(controller, instance, unserved, refused),
         }
         for instance in instances
