@@ -202,6 +202,21 @@ def test_workers_that_hang_are_replaced_within_five_seconds(server: Server, coun
 
 
 @pytest.mark.slow
+def test_one_that_is_stopped_for_a_while_goes_on_as_before(server: Server) -> None:
+    before = server.running
+    parent = before.parent or 0
+    os.kill(parent, signal.SIGSTOP)
+    stopped = time.monotonic()
+    # Longer than it waits for a signal.
+    wait_for("two seconds", lambda: time.monotonic() > stopped + 2)
+    os.kill(parent, signal.SIGCONT)
+    rests = read_rests(parent) or 0
+    wait_for("two looks, or its end", lambda: (read_rests(parent) or rests + 2) >= rests + 2)
+    assert server.running == before
+    assert all(ask(path, "/livez", instance=None).status == 200 for path in server.sockets)
+
+
+@pytest.mark.slow
 def test_a_worker_that_is_only_idle_or_slow_is_left_alone(server: Server) -> None:
     workers = server.running.workers
     connections = [socket.socket(socket.AF_UNIX) for _ in range(20)]

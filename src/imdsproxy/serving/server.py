@@ -54,12 +54,14 @@ _START_WITHIN_S: Final = 15.0
 _START_POLL_S: Final = 0.02
 _LOOK_EVERY_S: Final = 1.0
 _STOP_WITHIN_S: Final = 8.0
+_SHORTEST_S: Final = 1e-6
+"""A timer of 0 is none."""
 _HEALTHY_AFTER_S: Final = 5.0
 _ATTEMPTS: Final = 3
 _QUESTION: Final = (
     b"GET %b HTTP/1.1\r\nHost: documents\r\nConnection: close\r\n\r\n" % LIVENESS_PATH
 )
-_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD, signal.SIGALRM)
 """Blocked in the parent, which waits for them. What executes us anew finds those that came meanwhile."""
 
 _log: Final = structlog.get_logger()
@@ -260,7 +262,7 @@ class DocumentServer:
                 deadline, number = math.inf, signal.SIGKILL
                 _log.warning("workers do not end; killing them", pids=sorted(self._pids))
                 signal_all(self._pids, number)
-            signal.sigtimedwait(_SIGNALS, 0.1)
+            _wait_for_signal(0.1)
             self._collect()
 
     @property
@@ -297,10 +299,10 @@ class DocumentServer:
 
     def _wait(self, timeout_s: float) -> None:
         """Wait for a signal, and note what it is for."""
-        caught = signal.sigtimedwait(_SIGNALS, timeout_s)
-        if caught is not None and caught.si_signo == signal.SIGHUP:
+        caught = _wait_for_signal(timeout_s)
+        if caught == signal.SIGHUP:
             self._ending = self._ending or signal.SIGHUP
-        elif caught is not None and caught.si_signo != signal.SIGCHLD:
+        elif caught in {signal.SIGTERM, signal.SIGINT}:
             self._ending = signal.SIGTERM
         for worker, pid, status in self._collect():
             code, path = os.waitstatus_to_exitcode(status), str(worker.path)
@@ -421,3 +423,10 @@ class DocumentServer:
             await asyncio.sleep(_ORPHAN_POLL_S)
         _log.info("another document server has taken over", socket=path)
         over.set()
+
+
+def _wait_for_signal(timeout_s: float) -> int:
+    """The next of `_SIGNALS`: SIGALRM after so many seconds."""
+    # Not `sigtimedwait`: to a process that is stopped until its time is over CPython gives a signal that never came.
+    signal.setitimer(signal.ITIMER_REAL, max(timeout_s, _SHORTEST_S))
+    return signal.sigwaitinfo(_SIGNALS).si_signo
