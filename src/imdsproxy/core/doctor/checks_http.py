@@ -8,6 +8,7 @@ from typing import Final
 
 from imdsproxy.core.doctor import TEXTS, Finding, Severity, found, seen
 from imdsproxy.core.doctor.crawl import GOOGLE, ODD_LEAF, REFUSED, TOKEN, TTL_HEADER, Answer, Crawl
+from imdsproxy.core.documents.ec2 import TAG_KEY
 from imdsproxy.core.model import Dialect
 
 _FINE_S: Final = 0.3
@@ -18,7 +19,6 @@ _REDIRECTS: Final = (301, 302, 303, 307, 308)
 _NOT_FOUND: Final = 404
 _SERVER_ERROR: Final = 500
 _OLD: Final = "2009-04-04"
-_TAG: Final = re.compile(r"(?!(?:\.|\.\.|_index)$)[A-Za-z0-9+\-=.,_:@]+")
 _TAGS: Final = "/tags/instance/"
 _KEYS: Final = "/public-keys/"
 
@@ -85,7 +85,7 @@ def check_listings(crawl: Crawl) -> Iterator[Finding]:
         for path, names in crawl.listed.items()
         if path.endswith(_TAGS)
         for tag in names
-        if not _TAG.fullmatch(tag, len(path))
+        if not TAG_KEY.fullmatch(tag, len(path))
     )
     yield from seen("listed-missing", crawl.missing(children).values())
     yield from seen("listing-newline", crawl.where(_ends_in_newline, crawl.listed))

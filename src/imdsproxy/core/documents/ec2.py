@@ -64,7 +64,7 @@ _LETTERED_ZONE: Final = re.compile(r"(.*\d)-?[a-z]")
 _BLOCK_DEVICES: Final = directory({"ami": "vda", "root": "/dev/vda"})
 """Where virtio disks are; Nova has its name from the hypervisor (`nova/block_device.py`, `instance_block_mapping`)."""
 
-_TAG_KEY: Final = re.compile(r"(?!(?:\.{1,2}|_index)\Z)[A-Za-z0-9+\-=.,_:@]+")
+TAG_KEY: Final = re.compile(r"(?!(?:\.{1,2}|_index)\Z)[A-Za-z0-9+\-=.,_:@]+")
 """EC2 permits letters, digits and `+-=.,_:@` in a key, and not `.`, `..` or `_index`."""
 
 
@@ -111,7 +111,7 @@ def _tags(record: DocumentRecord, _version: str) -> Node | None:
     leaves = {
         name: Node(tree.encode_text(value))
         for name, value in record["tags"]
-        if _TAG_KEY.fullmatch(name)
+        if TAG_KEY.fullmatch(name)
     }
     listed = sorted(filter(is_listed_tag, leaves))
     return directory({"instance": Node(listing(listed), children=leaves)}) if listed else None
@@ -201,7 +201,7 @@ def warn_of_names(instance: Instance) -> tuple[Problem, ...]:
             reason = f"guests see this key as {quoted(seen)}"
             found.append((f"ssh_keys[{quoted(name)}]", reason, _KEY_HINT))
     for name, _ in instance.tags if Dialect.EC2 in instance.dialects else ():
-        if not _TAG_KEY.fullmatch(name):
+        if not TAG_KEY.fullmatch(name):
             reason = "EC2's tags/instance does not have this tag"
             found.append((f"tags[{quoted(name)}]", reason, _TAG_HINT))
         elif not is_listed_tag(name):
