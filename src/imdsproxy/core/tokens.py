@@ -14,6 +14,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
+TOKEN_HEADER: Final = "x-aws-ec2-metadata-token"  # noqa: S105 - a header's name
+TTL_HEADER: Final = "x-aws-ec2-metadata-token-ttl-seconds"
+"""In a request for a token, and in the answers to one: how long it is valid."""
+
 TTL_LIMIT_S: Final = 21_600
 """Six hours, EC2's own limit."""
 

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from typing import Final
 
 from imdsproxy.core.doctor import TEXTS, Finding, Severity, found, seen
-from imdsproxy.core.doctor.crawl import GOOGLE, ODD_LEAF, REFUSED, TOKEN, TTL_HEADER, Answer, Crawl
+from imdsproxy.core.doctor.crawl import GOOGLE, ODD_LEAF, REFUSED, TOKEN, Answer, Crawl
 from imdsproxy.core.documents.ec2 import TAG_KEY
 from imdsproxy.core.model import Dialect
+from imdsproxy.core.tokens import TTL_HEADER
 
 _FINE_S: Final = 0.3
 _BAD_S: Final = 1.0

@@ -9,6 +9,8 @@ from itertools import islice
 from typing import Final
 
 from imdsproxy.core.model import Dialect
+from imdsproxy.core.path_rules import TOKEN_PATH
+from imdsproxy.core.tokens import TOKEN_HEADER, TTL_HEADER
 
 CLOUD_INIT_OPENSTACK: Final = (
     "2012-08-10", "2013-04-04", "2013-10-17", "2015-10-15",
@@ -92,9 +94,7 @@ class Answer:
             return None
 
 
-TTL_HEADER: Final = "x-aws-ec2-metadata-token-ttl-seconds"
-TOKEN_HEADER: Final = "x-aws-ec2-metadata-token"  # noqa: S105 - a header's name
-TOKEN: Final = Ask("/latest/api/token", "PUT", ((TTL_HEADER, "21600"),))
+TOKEN: Final = Ask(TOKEN_PATH, "PUT", ((TTL_HEADER, "21600"),))
 """As curl and awscrt ask: a PUT with neither a body nor a length."""
 
 GOOGLE: Final = Ask("/", headers=(("metadata-flavor", "Google"),))

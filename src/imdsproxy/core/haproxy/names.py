@@ -30,7 +30,7 @@ _GUEST_HEADERS: Final = (
 )
 """What of a guest's headers goes on, as a pattern of lower-case names; all else is deleted."""
 
-_TOKEN_HEADERS: Final = ("x-aws-ec2-metadata-token", "x-aws-ec2-metadata-token-ttl-seconds")
+_TOKEN_HEADERS: Final = f"{tokens.TOKEN_HEADER}|{tokens.TTL_HEADER}"
 """What goes on to our own processes beside; Nova has nothing to do with tokens."""
 
 _CONDITIONS: Final = r"""
@@ -107,9 +107,7 @@ _VALUES: Final[dict[str, Value]] = {
     "connection_policy_limit": Text(layout.CONNECTIONS.sample("var(sess.record),field(1,|)")),
     # Patterns and expressions.
     "other_than_guest_headers": f"^(?!(?:{_GUEST_HEADERS})$)",
-    "other_than_guest_and_token_headers": (
-        f"^(?!(?:{_GUEST_HEADERS}|{'|'.join(_TOKEN_HEADERS)})$)"
-    ),
+    "other_than_guest_and_token_headers": f"^(?!(?:{_GUEST_HEADERS}|{_TOKEN_HEADERS})$)",
     # The path without escapes, doubled slashes and dot segments that lead to the same place.
     "canonical_path": r'path,url_dec,regsub("/(?:\.?/)*(?:\.$)?",/,g),regsub("^/ec2(?=/|$)","")',
     # All that a good token depends on, beside itself, its end and its key.
@@ -123,8 +121,6 @@ _VALUES: Final[dict[str, Value]] = {
     "status_503": Block("status 503 hdr Retry-After <retry_after_s>"),
     "always": Text(""),
     # Texts, numbers.
-    "token_header": Text(_TOKEN_HEADERS[0]),
-    "ttl_header": Text(_TOKEN_HEADERS[1]),
     "methods": Text(" ".join(_METHODS)),
     "allow_methods": ", ".join(_METHODS),
     "other_trees": Text(" ".join(WITHIN_OTHER_TREES)),
