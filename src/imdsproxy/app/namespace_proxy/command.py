@@ -196,9 +196,11 @@ def parse_command_line(
         ConfigInvalid: One makes no sense, or settings break the schema.
         SystemExit: --help was asked for, and given.
     """
-    parser, words = run_parser(program), list(arguments)
+    words = list(arguments)
     if words[:1] == ["cleanup"]:
         parser, words = _clean_up_parser(program), words[1:]
+    else:
+        parser = run_parser(program)
     found = vars(parser.parse_args([_respell(word) for word in words]))
     found.pop("ignored", None)
     named = found.pop("config")
