@@ -251,13 +251,14 @@ class InForce(Generic[Record]):
             if entry is None:
                 continue
             held = before[key]
-            same = held is not None and entry.record is held.record
-            if not same:
+            if held is None:
                 changed.append(entry)
-            # Of a start's, none has been held: the claims of each are not made once more for nothing.
-            if held is not None:
-                kept = set(self._claimed(held))
-                taken.update(dict.fromkeys(kept.intersection(self._claimed(entry)), entry))
+                continue
+            kept = self._claimed(entry)
+            if entry.record is not held.record:
+                changed.append(entry)
+                kept = set(kept).intersection(self._claimed(held))
+            taken.update(dict.fromkeys(kept, entry))
         clashes: dict[str, Clash[Record]] = {}
         for entry in sorted(changed, key=lambda each: each.order):
             claimed = tuple(self._claimed(entry))
@@ -299,8 +300,8 @@ class InForce(Generic[Record]):
                 moved = True
         return moved
 
-    def _claimed(self, entry: Entry[Record] | None) -> Iterable[AddressKey]:
-        return () if entry is None or entry.record is None else self._claims(entry.record)
+    def _claimed(self, entry: Entry[Record]) -> Iterable[AddressKey]:
+        return () if entry.record is None else self._claims(entry.record)
 
     def _release(self, key: str) -> None:
         held = self._held.pop(key, None)
