@@ -168,7 +168,10 @@ class HostWatch:
         return names
 
     async def _give_ids(self) -> None:
-        """Give an id to each namespace that HAProxy listens in, so that its events are received."""
+        """Give an id to each namespace that HAProxy listens in, so that its events are received.
+
+        And look at what has just been expected, once its events are published: earlier ones were not.
+        """
         while True:
             await self._wanted_ids.wait()
             self._wanted_ids.clear()

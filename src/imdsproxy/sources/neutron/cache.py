@@ -41,6 +41,7 @@ def open_cache(path: Path) -> SideCache[_Key, _Value]:
 
 
 def _read(connection: sqlite3.Connection) -> Iterator[tuple[_Key, _Value]]:
+    # First: how old the ports are counts from then.
     for (at,) in connection.execute("SELECT at FROM answered"):
         yield None, float(at)
     for (text,) in connection.execute("SELECT port FROM ports"):
