@@ -135,8 +135,8 @@ class _Loader(Composer, CParser, BaseResolver):
         node = self.get_single_node()
         if node is None:
             return Decoded(None, lambda _path: None)
-        value, parts = self._decode(node, ())
-        return Decoded(value, partial(find_part, (_line(node), parts)), tuple(self.faults))
+        value, tree = self._decode(node, ())
+        return Decoded(value, partial(find_part, tree), tuple(self.faults))
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:  # noqa: ANN401 - as PyYAML has it
         event: Any = self.peek_event()
@@ -164,29 +164,30 @@ class _Loader(Composer, CParser, BaseResolver):
         return node
 
     def _give(self, node: yaml.Node, path: Path) -> None:
-        value, parts = self._decode(node, path)
-        tree = _line(node), parts
+        value, tree = self._decode(node, path)
         item = Decoded(value, lambda path: find_part(tree, path[2:]), tuple(self.faults))
         self.faults.clear()
         upcoming: Any = self.peek_event()
         self._take(path, item, upcoming.start_mark.index / self._size)
 
-    def _decode(self, node: yaml.Node, path: Path) -> tuple[object, Parts]:
+    def _decode(self, node: yaml.Node, path: Path) -> tuple[object, Tree]:
         self.budget -= 1
         if self.budget < 0:
             raise _too_much("its aliases unfold to too much", node)
+        mark: Any = node.start_mark
+        line: int = mark.line + 1
         if isinstance(node, yaml.ScalarNode):
-            return self._decode_scalar(node, path), None
+            return self._decode_scalar(node, path), (line, None)
         if len(path) > _DEEPEST:
             raise _too_much(_TOO_DEEP, node)
         is_list = isinstance(node, yaml.SequenceNode)
         if node.tag != _TAG + ("seq" if is_list else "map"):
             self.faults.append(Fault(path, f"the tag {node.tag!r} is not supported"))
         if not is_list:
-            return self._decode_mapping(node, path)
+            value, parts = self._decode_mapping(node, path)
+            return value, (line, parts)
         items = [self._decode(one, (*path, index)) for index, one in enumerate(node.value)]
-        trees = [(_line(one), parts) for one, (_, parts) in zip(node.value, items, strict=True)]
-        return [value for value, _ in items], trees
+        return [value for value, _ in items], (line, [tree for _, tree in items])
 
     def _decode_mapping(
         self, node: yaml.Node, path: Path
@@ -208,7 +209,7 @@ class _Loader(Composer, CParser, BaseResolver):
                 hint = f"keep one; the other is on line {first}"
                 self.faults.append(Fault(here, "is there twice", hint, line))
                 continue
-            value, parts = self._decode(value_node, here)
+            value, (_, parts) = self._decode(value_node, here)
             trees.setdefault(step, (line, parts))
             if merges:
                 merged = self._merge(value, here)
@@ -238,11 +239,6 @@ class _Loader(Composer, CParser, BaseResolver):
         except (KeyError, ValueError):
             self.faults.append(Fault(path, f"is no {node.tag.removeprefix(_TAG)}"))
             return None
-
-
-def _line(node: yaml.Node) -> int:
-    mark: Any = node.start_mark
-    return int(mark.line) + 1
 
 
 def _too_much(reason: str, at: yaml.Node | yaml.CollectionStartEvent) -> _TooMuchError:
