@@ -60,16 +60,16 @@ def test_every_bad_record_is_reported_with_its_file_and_line(tmp_path: Path) -> 
     missing = {"file": {"enabled": True, "directory": f"{tmp_path}/none"}}
     assert [one.exit_status for one in check_records(subject({"sources": missing}))] == [69]
     assert check_records(subject()) == []
-    on = subject({"sources": {"file": {"enabled": True, "directory": str(tmp_path)}}})
+    there = {"sources": {"file": {"enabled": True, "directory": str(tmp_path)}}}
     (tmp_path / "a.yaml").write_text(_GOOD)
-    assert summarise(check_records(on)) == [(0, False, f"1 in {tmp_path}")]
+    assert summarise(check_records(subject(there))) == [(0, False, f"1 in {tmp_path}")]
 
     (tmp_path / "a.yaml").write_text(f"{_GOOD}  mtu: x\n")
     (tmp_path / "b.json").write_text('{"instances": [{"id": "i"}]}')
     (tmp_path / "c.yaml").write_text("networks: [")
     (tmp_path / "d.yaml").mkdir()
     (tmp_path / "notes.txt").write_text("networks: [")
-    found = summarise(check_records(on))
+    found = summarise(check_records(subject(there)))
     assert [status for status, _, _ in found] == [69] * 4
     assert found[0][2].startswith(f"{tmp_path}/a.yaml:4: networks[0].mtu")
 

@@ -7,14 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, Final
 
 from imdsproxy.cli.admin_client import AdminClient
+from imdsproxy.cli.record_io import read_networks
 from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
+from imdsproxy.core.model import Network
 from imdsproxy.core.records import Records
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.errors import KINDS, ConfigError, ImdsproxyError, SourceUnavailable
+from imdsproxy.sources.file.record_file import SUFFIXES, decode_records, payload_reader
 from imdsproxy.sources.sqlite.store import read_store
 
 _TEXTS: Final = tomllib.loads(files(__name__).joinpath("findings.toml").read_text("utf-8"))
@@ -43,6 +47,18 @@ class Subject:
         return Layout.of(self.settings)
 
     @cached_property
+    def networks(self) -> list[Network]:
+        """All networks of the daemon; none where none is asked."""
+        return [] if self.daemon is None else read_networks(self.daemon)
+
+    @cached_property
+    def in_files(self) -> tuple[list[Records], list[str]]:
+        """What the record files hold, and everything that is wrong with them; nothing without their directory."""
+        source = self.settings.sources.file
+        there = source.enabled and source.directory.is_dir()
+        return _read_record_files(source.directory) if there else ([], [])
+
+    @cached_property
     def stored(self) -> Records | SourceUnavailable | None:
         """What the store holds, or why it cannot be read; `None` where a daemon is asked, or there is no store."""
         if self.daemon is not None or not self.settings.sources.sqlite.enabled:
@@ -51,6 +67,22 @@ class Subject:
             return read_store(self.settings.store_path)
         except SourceUnavailable as error:
             return error
+
+
+def _read_record_files(directory: Path) -> tuple[list[Records], list[str]]:
+    read: list[Records] = []
+    problems: list[str] = []
+    for path in sorted(directory.iterdir()):
+        if path.suffix not in SUFFIXES or path.name.startswith("."):
+            continue
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            problems.append(f"{path}: cannot be read: {error.strerror}")
+            continue
+        read.append(decode_records(data, file=str(path), read_file=payload_reader(directory)))
+        problems += map(str, read[-1].all_problems)
+    return read, problems
 
 
 @dataclass(frozen=True, slots=True)

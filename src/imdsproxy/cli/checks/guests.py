@@ -7,14 +7,12 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from ipaddress import IPv4Address, IPv4Network
-from pathlib import Path
 from typing import Final
 
 from imdsproxy.anti_spoofing import host_rules
 from imdsproxy.anti_spoofing.host_rules import DroppingChain
 from imdsproxy.app.policy_store import read_overrides, read_token_keys
 from imdsproxy.cli.checks import Finding, Subject, count, found, refused
-from imdsproxy.cli.record_io import read_networks
 from imdsproxy.core.documents.respond import can_be_served
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.inventory import Inventory
@@ -25,7 +23,6 @@ from imdsproxy.core.records import Records
 from imdsproxy.core.token_report import USER_DATA, OpenUserData, open_trees, open_user_data
 from imdsproxy.core.wire import VERIFIED_PORT
 from imdsproxy.errors import ImdsproxyError, SourceUnavailable
-from imdsproxy.sources.file.record_file import SUFFIXES, decode_records, payload_reader
 
 _TREES: Final = {"/openstack": "openstack_tokens", "/nocloud": "nocloud_tokens"}
 _NAMES: Final = {"/latest": "EC2's tree", "/openstack": "/openstack", "/nocloud": "/nocloud"}
@@ -42,27 +39,10 @@ def check_records(on: Subject) -> list[Finding]:
         return []
     if not source.directory.is_dir():
         return [found("records-directory", directory=source.directory)]
-    read, problems = read_record_files(source.directory)
+    read, problems = on.in_files
     number = sum(len(one.networks) + len(one.instances) for one in read)
     findings = [found("record-refused", problem=problem) for problem in problems]
     return findings or [found("records", number=number, directory=source.directory)]
-
-
-def read_record_files(directory: Path) -> tuple[list[Records], list[str]]:
-    """What the record files of a directory hold, and everything that is wrong with them."""
-    read: list[Records] = []
-    problems: list[str] = []
-    for path in sorted(directory.iterdir()):
-        if path.suffix not in SUFFIXES or path.name.startswith("."):
-            continue
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            problems.append(f"{path}: cannot be read: {error.strerror}")
-            continue
-        read.append(decode_records(data, file=str(path), read_file=payload_reader(directory)))
-        problems += map(str, read[-1].all_problems)
-    return read, problems
 
 
 def check_networks(on: Subject) -> list[Finding]:
@@ -88,8 +68,7 @@ def check_macs(on: Subject) -> list[Finding]:
         return []
     refusal = host_rules.try_mac_filter()
     findings = [found("kernel-lacks" if refusal else "kernel", refusal=refusal)]
-    devices = [] if on.daemon is None else checked_devices(read_networks(on.daemon))
-    if devices:
+    if devices := checked_devices(on.networks):
         rules, naming = host_rules.read_rules(), Naming(on.settings.host.name_prefix)
         seen = {device: host_rules.observe_bridge(device, rules, naming) for device in devices}
         findings += [bridge_finding(bridge, ports) for bridge, ports in seen.items() if ports]
@@ -121,7 +100,7 @@ def check_paths(on: Subject) -> list[Finding]:
     if os.geteuid() != 0 or on.daemon is None:
         return []
     findings = find_obstacles(
-        read_networks(on.daemon),
+        on.networks,
         host_rules.read_dropping_chains(),
         host_rules.leads_by,
         bridged_are_forwarded=host_rules.passes_forward_chain(),
@@ -224,9 +203,7 @@ def check_instances(on: Subject) -> list[Finding]:
 
 def _read_inventory(on: Subject) -> Inventory:
     """What record files and the store hold."""
-    file, source = on.settings.sources.file, SourceName("records")
-    in_files = file.enabled and file.directory.is_dir()
-    given = read_record_files(file.directory)[0] if in_files else []
+    source, given = SourceName("records"), [*on.in_files[0]]
     if isinstance(on.stored, Records):
         given.append(on.stored)
     networks = {one.id: one for records in given for one in records.networks}
