@@ -14,7 +14,7 @@ import typer
 
 from imdsproxy.cli import options
 from imdsproxy.cli.admin_client import path_to
-from imdsproxy.cli.options import NO, argument, complete_instances, complete_networks, flag, switch
+from imdsproxy.cli.options import NO, argument, complete_instances, flag, switch
 from imdsproxy.cli.output import Output, Shape, clean_all, decode_bytes, spell_status, spell_time
 from imdsproxy.cli.record_io import show_written
 from imdsproxy.errors import RequestRefused
@@ -198,10 +198,7 @@ def _decided(decided: Shape, origins: Mapping[str, str]) -> str:
 def watch(
     run: options.Invocation,
     *,
-    network: Annotated[
-        str | None,
-        flag("--network", "NET", "Only the guests of this network.", complete_networks, "-n"),
-    ] = None,
+    network: Annotated[str | None, options.network_flag("Only the guests of this network.")] = None,
     instance: Annotated[
         str | None,
         flag("--instance", "ID", "Only this instance, by id or name.", complete_instances),

@@ -108,6 +108,11 @@ def _path_of(given: str | Path | None) -> Path | None:
     return Path(given) if given else None
 
 
+def network_flag(help_text: str) -> OptionInfo:
+    """--network, in the words of its command."""
+    return flag("--network", "NET", help_text, complete_networks, "-n")
+
+
 Config: TypeAlias = Annotated[
     Path | None,
     flag("--config", "FILE", "Settings; /etc/imdsproxy/imdsproxy.yaml without it.", short="-c"),
@@ -122,9 +127,7 @@ Json: TypeAlias = Annotated[bool, switch("--json", "Print JSON, for programs.")]
 Instance: TypeAlias = Annotated[
     str, argument("INSTANCE", "The instance's id or name.", complete_instances)
 ]
-_NETWORK: Final = flag(
-    "--network", "NET", "The guest's network, by id or name.", complete_networks, "-n"
-)
+_NETWORK: Final = network_flag("The guest's network, by id or name.")
 _ADDRESS: Final = flag("--from", "ADDRESS", "The guest's address.")
 Network: TypeAlias = Annotated[str, _NETWORK]
 Address: TypeAlias = Annotated[str, _ADDRESS]

@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeAlias, cast
 
-from imdsproxy.cli.options import complete_networks, flag, switch
+from imdsproxy.cli.options import flag, network_flag, switch
 from imdsproxy.core.path_rules import PathWord
 from imdsproxy.core.records import Json
 from imdsproxy.core.records.schema import Key, Table
@@ -211,11 +211,6 @@ def _file(name: str, text: str) -> object:
     return Annotated[Path | None, flag(name, "FILE", f"{text}; - is standard input.")]
 
 
-def network_flag(text: str) -> object:
-    """The annotation of --network, with what it is of the record."""
-    return Annotated[str | None, flag("--network", "NET", text, complete_networks, "-n")]
-
-
 _SPECIAL: Final[Mapping[str, tuple[Callable[..., Json], Mapping[str, object]]]] = {
     "subnets": (
         _subnets_of,
@@ -224,9 +219,12 @@ _SPECIAL: Final[Mapping[str, tuple[Callable[..., Json], Mapping[str, object]]]] 
     "ports": (
         _ports_of,
         {
-            "network": network_flag(
-                "The network of its port, by id or name; with --mac and --address it replaces all ports."
-            ),
+            "network": Annotated[
+                str | None,
+                network_flag(
+                    "The network of its port, by id or name; with --mac and --address it replaces all ports."
+                ),
+            ],
             "mac": Annotated[str | None, flag("--mac", "MAC", "The port's MAC.")],
             "address": _many("--address", "ADDRESS", "An address of the port"),
             "port": _many("--port", "network=NET[,mac=M][,address=A]...", "A further port"),

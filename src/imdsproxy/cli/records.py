@@ -11,9 +11,9 @@ import typer
 
 from imdsproxy.cli import options, record_io
 from imdsproxy.cli.admin_client import path_to
-from imdsproxy.cli.options import Invocation, argument, command, flag, switch
+from imdsproxy.cli.options import Invocation, argument, command, flag, network_flag, switch
 from imdsproxy.cli.output import Shape, decode_bytes
-from imdsproxy.cli.record_flags import flags_of, keys_of, network_flag, wrong_flag
+from imdsproxy.cli.record_flags import flags_of, keys_of, wrong_flag
 from imdsproxy.core.records import INSTANCE, NETWORK, Json
 from imdsproxy.core.records.network import LISTENER_KEYS
 from imdsproxy.errors import RequestRefused
@@ -277,9 +277,12 @@ instance_app = _make_app(
     remove_help="Remove instances; their guests get no more answers.",
     flags=_FROM_LIBVIRT | dict(flags_of(INSTANCE)),
     add_flags={
-        "network": network_flag("The network of its port, by id or name; the only one without it.")
+        "network": Annotated[
+            str | None,
+            network_flag("The network of its port, by id or name; the only one without it."),
+        ]
     },
-    list_flags={"network": network_flag("Only those in this network.")},
+    list_flags={"network": Annotated[str | None, network_flag("Only those in this network.")]},
 )
 
 
