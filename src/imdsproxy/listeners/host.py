@@ -91,7 +91,6 @@ class SystemHost:
 
     Attributes:
         seen: The host as of the last round.
-        known: The same, `None` when all of it has to be looked at again.
         looking: Held during a look, at whose end `seen` has what happened before it.
         operations: Ops so far, by `ok` and `failed`.
         arp_guard: Keeps the host from answering ARP for the metadata address where no network listens on its device.
@@ -110,7 +109,6 @@ class SystemHost:
         self.thread, self.naming = thread, naming
         self._owners = owners or SocketOwners()
         self.seen = ObservedHost()
-        self.known: ObservedHost | None = None
         self.looking = asyncio.Lock()
         self.operations: Counter[str] = Counter()
         self.links = links
@@ -118,6 +116,7 @@ class SystemHost:
         self._journal: Journal[list[tuple[str | None, str]]] = Journal(journal, [], hint)
         self._memo: PlanMemo = {}
         self._networks: Mapping[NetworkId, Network] = {}
+        self._all_dirty = True
         self._dirty: set[NetworkId] = set()
         self._cleared: set[Place] = set()
         self._pids: Collection[int] = ()
@@ -133,7 +132,7 @@ class SystemHost:
     def touch(self, networks: Iterable[NetworkId] | None) -> None:
         """Look at these networks' places again in the next round; `None` for the whole host."""
         if networks is None:
-            self.known = None
+            self._all_dirty = True
         else:
             self._dirty.update(networks)
 
@@ -197,32 +196,26 @@ class SystemHost:
         return replace(plan, problems=problems, operations=operations)
 
     async def _observe(self, networks: Mapping[NetworkId, Network]) -> None:
-        """Look at all of the host, or at what may have changed and lay it over what was known."""
+        """Look at all of the host, or at what may have changed and lay it over what was seen."""
         async with self.looking:
+            # Before the look: what is asked for meanwhile is looked at the next time.
+            everything, self._all_dirty = self._all_dirty, False
+            dirty, self._dirty = self._dirty, set()
+            cleared, self._cleared = self._cleared, set()
             try:
-                self.seen = await self._observe_anew(networks)
+                if everything:
+                    self.seen = await self.observe(networks.values(), everything=True)
+                elif dirty or cleared:
+                    given = (networks, self._networks)
+                    some = [known[one] for known in given for one in dirty if one in known]
+                    self.seen = merge_observed(self.seen, await self.observe(some, cleared))
+                else:
+                    return
             except BaseException:
-                # What was to be looked at again is forgotten.
-                self.known = None
+                # What was to be looked at is forgotten.
+                self._all_dirty = True
                 raise
-
-    async def _observe_anew(self, networks: Mapping[NetworkId, Network]) -> ObservedHost:
-        dirty, self._dirty = self._dirty, set()
-        cleared, self._cleared = self._cleared, set()
-        known = self.known
-        if known is None:
-            # In place while we look: who asks for all of it meanwhile takes it away again.
-            known = self.known = ObservedHost()
-            seen = await self.observe(networks.values(), everything=True)
-        elif dirty or cleared:
-            some = [by[one] for by in (networks, self._networks) for one in dirty if one in by]
-            seen = merge_observed(known, await self.observe(some, cleared))
-        else:
-            return known
-        if self.known is known:
-            self.known = seen
-        self._networks = dict(networks)
-        return seen
+            self._networks = dict(networks)
 
     async def look_at(self, networks: Iterable[Network]) -> ObservedHost:
         """The host as the last round saw it, but for the places of these networks, which are looked at now."""
