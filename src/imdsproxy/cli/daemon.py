@@ -15,7 +15,7 @@ import typer
 from imdsproxy import __version__
 from imdsproxy.cli import options
 from imdsproxy.cli.options import switch
-from imdsproxy.cli.output import Output, Shape, clean
+from imdsproxy.cli.output import Output, Shape, clean, spell_count
 from imdsproxy.errors import AdminUnavailable, HostRefused, SettingsDropped
 
 _END_DEADLINE_S: Final = 40.0
@@ -107,7 +107,7 @@ def _show_findings(output: Output, shape: Shape) -> None:
         rows.append({"AREA": one["area"], "": status, "FINDING": clean(one["text"]) + hint})
     output.table(rows, keep=("AREA", ""))
     if wrong:
-        output.styled(f"[bold red]{wrong} problem{'s' if wrong > 1 else ''}[/]")
+        output.styled(f"[bold red]{spell_count(wrong, 'problem')}[/]")
 
 
 @options.command

@@ -20,7 +20,7 @@ import typer
 
 from imdsproxy.cli import options
 from imdsproxy.cli.admin_client import AdminClient
-from imdsproxy.cli.output import Output, Shape, clean, decode_bytes
+from imdsproxy.cli.output import Output, Shape, clean, decode_bytes, spell_count
 from imdsproxy.core.doctor import Card, Severity, Surroundings
 from imdsproxy.core.doctor.checks_documents import examine
 from imdsproxy.core.doctor.crawl import Answer, Ask, crawl
@@ -121,7 +121,7 @@ def _show(output: Output, shape: Shape) -> None:
         output.styled("")
     counts = Counter(one["severity"] for one in findings)
     shown = (
-        f"[{colour}]{counts[name]} {name}{'' if counts[name] == 1 else 's'}[/]"
+        f"[{colour}]{spell_count(counts[name], name)}[/]"
         for name, colour in _COLOURS.items()
         if counts[name]
     )

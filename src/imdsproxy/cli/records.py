@@ -12,7 +12,7 @@ import typer
 from imdsproxy.cli import options, record_io
 from imdsproxy.cli.admin_client import path_to
 from imdsproxy.cli.options import Invocation, argument, command, flag, network_flag, switch
-from imdsproxy.cli.output import Shape, decode_bytes
+from imdsproxy.cli.output import Shape, decode_bytes, spell_count
 from imdsproxy.cli.record_flags import flags_of, keys_of, wrong_flag
 from imdsproxy.core.records import INSTANCE, NETWORK, Json
 from imdsproxy.core.records.network import LISTENER_KEYS
@@ -161,8 +161,7 @@ def _send_file(run: Invocation, file: Path, *, create: bool) -> None:
 
         query = {"create": "true"} if create else {}
         answer = run.daemon().post_records(record_io.render_lines(records, note), query, show)
-    counts = [(answer[f"{one}s"], one) for one in ("network", "instance")]
-    counted = ", ".join(f"{n} {one}" if n == 1 else f"{n} {one}s" for n, one in counts)
+    counted = ", ".join(spell_count(answer[f"{one}s"], one) for one in ("network", "instance"))
     record_io.show_written(run.output, f"{counted} {'added' if create else 'stored'}", answer)
 
 

@@ -121,8 +121,3 @@ def refused(error: ImdsproxyError, setting: str = "") -> list[Finding]:
     if not error.problems:
         return [Finding(f"{place}{error.message}", error.hint, error.exit_status)]
     return [Finding(f"{place}{problem}", "", error.exit_status) for problem in error.problems]
-
-
-def count(number: int, noun: str) -> str:
-    """As `1 key`, `2 keys`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -12,7 +12,8 @@ from typing import Final
 from imdsproxy.anti_spoofing import host_rules
 from imdsproxy.anti_spoofing.host_rules import DroppingChain
 from imdsproxy.app.policy_store import read_overrides, read_token_keys
-from imdsproxy.cli.checks import Finding, Subject, count, found, refused
+from imdsproxy.cli.checks import Finding, Subject, found, refused
+from imdsproxy.cli.output import spell_count
 from imdsproxy.core.documents.respond import can_be_served
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.inventory import Inventory
@@ -243,7 +244,7 @@ def check_token_keys(on: Subject) -> list[Finding]:
     configured = on.settings.tokens.key_file
     path = configured or on.layout.token_keys
     try:
-        number = count(len(read_token_keys(path)), "key")
+        number = spell_count(len(read_token_keys(path)), "key")
         shared = path.stat().st_mode & stat.S_IRWXG
     except ImdsproxyError as error:
         if configured is None and isinstance(error.__cause__, FileNotFoundError):
@@ -260,7 +261,7 @@ def check_overrides(on: Subject) -> list[Finding]:
         overrides = read_overrides(on.layout.guards)
     except ImdsproxyError as error:
         return refused(error)
-    number = count(len(overrides), "instance")
+    number = spell_count(len(overrides), "instance")
     return [found("overrides", number=number)] if overrides else []
 
 

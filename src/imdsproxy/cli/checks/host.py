@@ -11,7 +11,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.cli.checks import Finding, Subject, count, found, refused
+from imdsproxy.cli.checks import Finding, Subject, found, refused
+from imdsproxy.cli.output import spell_count
 from imdsproxy.dataplane.launch import read_program
 from imdsproxy.errors import ConfigError, HaproxyMissing, HostRefused
 from imdsproxy.host.account import find_account, find_closed, group_name, user_name
@@ -96,7 +97,7 @@ def check_namespaces(on: Subject, own: Path = Path("/proc/self/ns/net")) -> list
     if directory.exists() and not directory.is_dir():
         return [found("netns-dir", path=directory)]
     named = list(directory.iterdir()) if directory.is_dir() else []
-    return [found("namespaces", number=count(len(named), "named namespace"))]
+    return [found("namespaces", number=spell_count(len(named), "named namespace"))]
 
 
 def check_directories(

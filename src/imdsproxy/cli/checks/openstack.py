@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.cli.checks import Finding, Subject, count, found, refused
+from imdsproxy.cli.checks import Finding, Subject, found, refused
+from imdsproxy.cli.output import spell_count
 from imdsproxy.config.strict_yaml import parse_yaml
 from imdsproxy.errors import ConfigError, DataplaneError, LibraryMissing
 from imdsproxy.host.files import read_secret
@@ -141,7 +142,7 @@ def check_endpoints(on: Subject) -> list[Finding]:
                 name = one.server_name or url.host
                 tried.append(pool.submit(_try_endpoint, place, url, name, context, timeout_s))
     findings = [finding for one in tried if (finding := one.result()) is not None]
-    fine = [found("endpoints", number=count(len(tried), "endpoint"))] if tried else []
+    fine = [found("endpoints", number=spell_count(len(tried), "endpoint"))] if tried else []
     return findings or fine
 
 
