@@ -28,9 +28,14 @@ _SHORT: Final = 16
 """Bytes; a guest that guesses the secret can forge every instance."""
 
 _AT_ONCE: Final = 8
-_AGENTS: Final = ("neutron-metadata-agent", "neutron-ovn-metadata-agent", "neutron-ovn-agent")
-_AGENTS_MODULE: Final = "metadata_agent"
-"""In the name of the metadata agent's module and of its file of options, however it is started."""
+_AGENTS: Final = {
+    "neutron-metadata-agent": "neutron-metadata-agent",
+    "neutron-ovn-metadata-agent": "neutron-ovn-metadata-agent",
+    "neutron-ovn-agent": "neutron-ovn-agent",
+    # Its module, and its file of options, however it is started.
+    "metadata_agent": "neutron-metadata-agent",
+}
+"""Agents of Neutron's by what is in their command line."""
 
 _NO_PASSWORD: Final = ""
 """HAProxy cannot be asked for one, and the terminal must not be."""
@@ -201,8 +206,7 @@ def check_unix_listener(
     if str(on.layout.config) in holder.command:
         return [found("socket-ours", path=path, pid=holder.pid)]
     words = " ".join(holder.command)
-    by_module = _AGENTS[0] if _AGENTS_MODULE in words else ""
-    agent = next((name for name in _AGENTS if name in words), by_module)
+    agent = next((name for mark, name in _AGENTS.items() if mark in words), "")
     process = agent or words[:80] or "a process that cannot be seen"
     if holder.pid is not None:
         process += f" (pid {holder.pid})"
