@@ -32,6 +32,7 @@ _TEXTS: Final[Mapping[str, Any]] = tomllib.loads(
 """Introductions of pages, and what exit statuses mean."""
 
 _MADE: Final = "Made by `script/docgen.py`; edit the code instead."
+_DEFAULTS: Final = Settings().model_dump(mode="json")
 _STATUSES: Final = list(_TEXTS["exit_statuses"].items())
 _FILES: Final = (
     ("/etc/imdsproxy/imdsproxy.yaml", "Settings; see imdsproxy.yaml(5)."),
@@ -69,13 +70,13 @@ def _settings_table(section: str, *, inner: bool) -> list[str]:
     return _table(titles, rows) if rows else []
 
 
-def _default(setting: Setting) -> str:
-    value: object = Settings().model_dump(mode="json")
+def _default(setting: Setting, lead: str = "") -> str:
+    value: object = _DEFAULTS
     for step in setting.path.split("."):
         value = value.get(step) if isinstance(value, Mapping) else None
     if value is None and "default" not in setting.schema:
         return "required"
-    return f"`{render_value(setting.schema['default'] if value is None else value)}`"
+    return f"{lead}`{render_value(setting.schema['default'] if value is None else value)}`"
 
 
 def render_cli_page() -> str:
@@ -273,7 +274,7 @@ def render_settings_manual() -> str:
     for name, field in Settings.model_fields.items():
         lines += [f".SS {_text(name)}", _text(field.description)]
         for one in (one for one in settings if one.path.startswith(f"{name}.")):
-            default = _default(one).replace("`", "default `", 1)
+            default = _default(one, "default ")
             about = f"Takes {one.takes}; {default}; a change takes: {one.change.value}."
             lines += _items([(f"`{one.path}`", f"{one.description} {about}")])
     return _manual(lines, "imdsproxy(1)")
