@@ -189,15 +189,15 @@ async def _load_http(controller: Controller) -> tuple[Metrics, AsgiApp]:
     To import them takes as long as everything else that happens before guests are served. They do not wait for it:
     nothing that is needed to serve the known ones may import these modules.
     """
+
+    def make() -> tuple[Metrics, AsgiApp]:
+        from imdsproxy.admin.metrics import Metrics  # noqa: PLC0415 - see above
+        from imdsproxy.serving.resolver_app import resolver_app  # noqa: PLC0415 - as above
+
+        return Metrics(controller), resolver_app(controller.resolver, controller.forward)
+
     await controller.haproxy.starting.wait()
-    return await asyncio.to_thread(_make_http, controller)
-
-
-def _make_http(controller: Controller) -> tuple[Metrics, AsgiApp]:
-    from imdsproxy.admin.metrics import Metrics  # noqa: PLC0415 - see `_load_http`
-    from imdsproxy.serving.resolver_app import resolver_app  # noqa: PLC0415 - as above
-
-    return Metrics(controller), resolver_app(controller.resolver, controller.forward)
+    return await asyncio.to_thread(make)
 
 
 def _load_admin(controller: Controller) -> AsgiApp:

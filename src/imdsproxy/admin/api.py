@@ -7,7 +7,7 @@ up is one `ProblemBody` (RFC 9457).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -84,37 +84,27 @@ def admin_app(controller: Controller | None) -> FastAPI:
     )
     app.state.controller = controller
     app.include_router(router, prefix="/v1", responses={"4XX": _ERROR, "5XX": _ERROR})
-    app.add_exception_handler(ImdsproxyError, _refused)
-    app.add_exception_handler(RequestValidationError, _unacceptable)
-    app.add_exception_handler(HTTPException, _no_route)
-    app.add_exception_handler(Exception, _internal)
+    for kind in (ImdsproxyError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, _explain)
     return app
 
 
-async def _refused(_request: Request, error: Exception) -> JSONResponse:
-    one = cast("ImdsproxyError", error)
-    return _answer(one.http_status, one.code, one.message, one.hint, one.problems)
-
-
-async def _unacceptable(_request: Request, error: Exception) -> JSONResponse:
-    problems = []
-    for each in cast("RequestValidationError", error).errors():
-        steps = [str(step) for step in each["loc"]]
-        problems.append(Problem(".".join(steps[1:]) or ".".join(steps), each["msg"]))
-    return _answer(422, "request-refused", "the request is not acceptable", problems=problems)
-
-
-async def _no_route(request: Request, error: Exception) -> JSONResponse:
-    status = cast("HTTPException", error).status_code
-    message = f"{request.method} {request.url.path} is not part of this API"
-    code = _CODES.get(status, "request-refused")
-    return _answer(status, code, message, "/openapi.json lists all routes")
-
-
-async def _internal(_request: Request, error: Exception) -> JSONResponse:
-    message = f"imdsproxy has a fault: {type(error).__name__}"
-    hint = "the daemon's log has the details; please report them"
-    return _answer(500, "internal", message, hint)
+async def _explain(request: Request, error: Exception) -> JSONResponse:
+    match error:
+        case ImdsproxyError() as one:
+            return _answer(one.http_status, one.code, one.message, one.hint, one.problems)
+        case RequestValidationError():
+            each = ((list(map(str, one["loc"])), one["msg"]) for one in error.errors())
+            found = [Problem(".".join(steps[1:] or steps), reason) for steps, reason in each]
+            return _answer(422, "request-refused", "the request is not acceptable", problems=found)
+        case HTTPException(status_code=status):
+            message = f"{request.method} {request.url.path} is not part of this API"
+            code = _CODES.get(status, "request-refused")
+            return _answer(status, code, message, "/openapi.json lists all routes")
+        case _:
+            message = f"imdsproxy has a fault: {type(error).__name__}"
+            hint = "the daemon's log has the details; please report them"
+            return _answer(500, "internal", message, hint)
 
 
 def _answer(

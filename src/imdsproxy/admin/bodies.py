@@ -9,27 +9,23 @@ from __future__ import annotations
 import asyncio
 import json
 from base64 import b64encode
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Final, Self, TypeAlias, TypeVar, Union
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, create_model
+from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from imdsproxy.admin.records import LeftOut, find_network
 from imdsproxy.core import records
+from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.observation import Conflict
 from imdsproxy.core.packed import PackedInstances
 from imdsproxy.core.records.schema import Key, Kind, Table
 from imdsproxy.errors import Problem, RequestRefused
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
-
-    from starlette.requests import Request
-
-    from imdsproxy.core.inventory import Inventory
 
 MAX_BODY: Final = 64 * 1024 * 1024
 """Bytes of a request: 16 MiB of user-data in base64, twice, or some 100,000 plain instances."""
@@ -177,8 +173,9 @@ async def read_json(request: Request) -> object:
     return _decode(raw) if size <= _INLINE else await asyncio.to_thread(_decode, raw)
 
 
-def accept(kind: str, parsed: _T | records.Refused) -> _T:
+def read_record(kind: str, parse: Callable[[object], _T | records.Refused], body: object) -> _T:
     """The record of a body; `RequestRefused` with every field that is wrong."""
+    parsed = parse(body)
     if isinstance(parsed, records.Refused):
         raise RequestRefused(f"the {kind} is not acceptable", problems=parsed.problems)
     return parsed

@@ -198,20 +198,13 @@ def _may_know(lookup: Lookup, network: model.NetworkId) -> bool:
     return lookup.inventory.knows(network) or lookup.source is not None
 
 
-async def explain_instance(
-    controller: Controller,
-    instance: model.InstanceId,
-    path: str | None = None,
-    *,
-    probe: bool = False,
-) -> list[Explanation]:
-    """`explain` for each address that the instance is known by; `NotFound` where there is no such instance."""
+def list_addresses(controller: Controller, instance: model.InstanceId) -> list[AddressKey]:
+    """What the instance is known by, for `explain`; `NotFound` where there is no such instance."""
     _refuse_unknown(controller.inventory, instance)
     keys = controller.records.addresses_of(instance)
     # Made of its MAC: what few guests ask from, where they have another one.
     chosen = {key for key in keys if not key[1].is_link_local} or keys
-    ordered = sorted(chosen, key=lambda key: (key[0], key[1].version, int(key[1])))
-    return [await explain(controller, key, path, probe=probe) for key in ordered]
+    return sorted(chosen, key=lambda key: (key[0], key[1].version, int(key[1])))
 
 
 async def explain(

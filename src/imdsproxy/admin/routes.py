@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Collection, Iterable
+from functools import partial
 from ipaddress import ip_address
 from typing import Annotated, Any, Final, TypeAlias, cast
 
@@ -18,7 +19,7 @@ from imdsproxy.controller.controller import Controller
 from imdsproxy.controller.reload import reload_settings
 from imdsproxy.core.addresses import normalise_address
 from imdsproxy.core.haproxy.request_log import WatchReport
-from imdsproxy.core.model import Instance, InstanceId, IpAddress, Network, NetworkId
+from imdsproxy.core.model import Instance, InstanceId, IpAddress, NetworkId
 from imdsproxy.core.records import INSTANCE, NETWORK, parse_instance, parse_network, render_record
 from imdsproxy.core.timing import Step
 from imdsproxy.core.token_report import TokenReport
@@ -43,15 +44,11 @@ async def _instance_id(instance: Annotated[str, _NAMED], controller: _Uses) -> I
     return records.find_instance(controller.inventory, instance)
 
 
-async def _body(request: Request) -> object:
-    return await bodies.read_json(request)
-
-
 async def _instance_body(request: Request, controller: _Uses) -> object:
     return bodies.name_networks(await bodies.read_json(request), controller.inventory)
 
 
-_Body: TypeAlias = Annotated[object, Depends(_body)]
+_Body: TypeAlias = Annotated[object, Depends(bodies.read_json)]
 _InstanceBody: TypeAlias = Annotated[object, Depends(_instance_body)]
 _Network: TypeAlias = Annotated[NetworkId, Depends(_network_id)]
 _Instance: TypeAlias = Annotated[InstanceId, Depends(_instance_id)]
@@ -69,18 +66,18 @@ def _takes(model: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-class StopBody(BaseModel):
-    """What is to end."""
-
+class _Order(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StopBody(_Order):
+    """What is to end."""
 
     data_plane: bool = False
 
 
-class ReloadBody(BaseModel):
+class ReloadBody(_Order):
     """What may go."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     allow_dropped: bool = Field(
         default=False,
@@ -130,7 +127,8 @@ async def explain_instance(
 ) -> list[guests.Explanation]:
     """The same of each address that the instance is known by."""
     _refuse_relative(path)
-    return await guests.explain_instance(controller, instance, path, probe=probe)
+    known = guests.list_addresses(controller, instance)
+    return [await guests.explain(controller, key, path, probe=probe) for key in known]
 
 
 @router.get("/documents", response_model_exclude_unset=True)
@@ -342,12 +340,8 @@ async def put_records(
     return await records.put_records(controller, networks, instances, create=create, bulk=True)
 
 
-def _read_network(body: object) -> Network:
-    return bodies.accept("network", parse_network(body))
-
-
-def _read_instance(body: object) -> Instance:
-    return bodies.accept("instance", parse_instance(body))
+_read_network = partial(bodies.read_record, "network", parse_network)
+_read_instance = partial(bodies.read_record, "instance", parse_instance)
 
 
 def _no_password(instance: InstanceId) -> NotFound:

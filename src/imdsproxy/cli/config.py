@@ -11,7 +11,7 @@ from typing import Annotated, Final
 import typer
 
 from imdsproxy.cli import options
-from imdsproxy.cli.options import argument, flag, switch
+from imdsproxy.cli.options import argument, flag
 from imdsproxy.config.files import read_each
 from imdsproxy.core.neutron_ini import IniOption, decode_ini, parse_ini
 from imdsproxy.errors import AlreadyExists, ConfigUnreadable, RequestRefused
@@ -29,7 +29,7 @@ config_app = typer.Typer(help="Settings: show, schema, sample, import.", no_args
 def show(
     run: options.Invocation,
     *,
-    origin: Annotated[bool, switch("--origin", "Say where each value was written.")] = False,
+    origin: Annotated[bool, flag("--origin", "Say where each value was written.")] = False,
 ) -> None:
     """The settings in force, from the file, conf.d/ and the environment."""
     from imdsproxy.config import render  # noqa: PLC0415 - `--help` need not load it
@@ -72,43 +72,32 @@ def import_settings(
         ),
     ],
     *,
-    neutron: Annotated[
-        bool, switch("--neutron", "The files are those of Neutron's agents.")
-    ] = False,
+    neutron: Annotated[bool, flag("--neutron", "The files are those of Neutron's agents.")] = False,
     output: Annotated[
         Path | None,
-        flag(
-            "--output",
-            "FILE",
-            "Write the settings there (0640) and not to standard output.",
-            short="-o",
-        ),
+        flag("--output -o FILE", "Write the settings there (0640) and not to standard output."),
     ] = None,
     secret_file: Annotated[
         Path | None,
         flag(
-            "--secret-file",
-            "FILE",
+            "--secret-file FILE",
             "Write the secret there (0600); nova.secret beside --output without it. It is shown nowhere.",
         ),
     ] = None,
     agent_user: Annotated[
         str,
         flag(
-            "--agent-user",
-            "NAME",
+            "--agent-user NAME",
             "Account, and group, that Neutron's agents run as; neutron without it.",
         ),
     ] = "neutron",
     server_name: Annotated[
         str | None,
         flag(
-            "--server-name",
-            "NAME",
-            "The name in Nova's certificate, where Nova is given by address.",
+            "--server-name NAME", "The name in Nova's certificate, where Nova is given by address."
         ),
     ] = None,
-    force: Annotated[bool, switch("--force", "Replace files that are there.")] = False,
+    force: Annotated[bool, flag("--force", "Replace files that are there.")] = False,
 ) -> None:
     """Make settings out of the ini files of Neutron's agents, and report what becomes of each option.
 

@@ -14,7 +14,7 @@ import typer
 
 from imdsproxy import __version__
 from imdsproxy.cli import options
-from imdsproxy.cli.options import switch
+from imdsproxy.cli.options import flag
 from imdsproxy.cli.output import Output, Shape, clean, spell_count
 from imdsproxy.errors import AdminUnavailable, HostRefused, SettingsDropped
 
@@ -123,7 +123,7 @@ def reload(
     *,
     allow_dropped: Annotated[
         bool,
-        switch(
+        flag(
             "--allow-dropped",
             "Accept that settings files were emptied or removed, or that every policy is missing.",
         ),
@@ -171,7 +171,7 @@ def stop(
     *,
     data_plane: Annotated[
         bool,
-        switch("--data-plane", "End HAProxy and the document server too: guests get no answer."),
+        flag("--data-plane", "End HAProxy and the document server too: guests get no answer."),
     ] = False,
 ) -> None:
     """End the controller; known guests are served on. With --data-plane, end everything."""

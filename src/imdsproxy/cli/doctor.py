@@ -48,10 +48,8 @@ def doctor(
     header: Annotated[
         list[str] | None,
         options.flag(
-            "--header",
-            "NAME: VALUE",
+            "--header -H NAME: VALUE",
             "With URL: sent with every question, as Nova needs them; may be repeated.",
-            short="-H",
         ),
     ] = None,
 ) -> None:

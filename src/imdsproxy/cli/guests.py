@@ -14,7 +14,7 @@ import typer
 
 from imdsproxy.cli import options
 from imdsproxy.cli.admin_client import path_to
-from imdsproxy.cli.options import NO, argument, complete_instances, flag, switch
+from imdsproxy.cli.options import NO, argument, complete_instances, flag
 from imdsproxy.cli.output import Output, Shape, clean_all, decode_bytes, spell_status, spell_time
 from imdsproxy.cli.record_io import show_written
 from imdsproxy.errors import RequestRefused
@@ -40,9 +40,7 @@ def get(
     network: options.Network,
     address: options.Address,
     *,
-    include: Annotated[
-        bool, typer.Option("--include", "-i", help="Status and headers first.", metavar="")
-    ] = False,
+    include: Annotated[bool, flag("--include -i", "Status and headers first.")] = False,
 ) -> None:
     """The answer that the guest at this address would get; exit 1 from status 400 up."""
     query = {"network": network, "address": address, "path": path}
@@ -80,11 +78,11 @@ def explain(
     address: options.MaybeAddress = None,
     path: Annotated[
         str | None,
-        flag("--path", "PATH", "Also whether its policy allows a GET of it: /latest/user-data."),
+        flag("--path PATH", "Also whether its policy allows a GET of it: /latest/user-data."),
     ] = None,
     probe: Annotated[
         bool,
-        switch(
+        flag(
             "--probe",
             "Also send a GET as the guest would, of --path or a common document; exit 1 from status 400 up.",
         ),
@@ -201,7 +199,7 @@ def watch(
     network: Annotated[str | None, options.network_flag("Only the guests of this network.")] = None,
     instance: Annotated[
         str | None,
-        flag("--instance", "ID", "Only this instance, by id or name.", complete_instances),
+        flag("--instance ID", "Only this instance, by id or name.", complete_instances),
     ] = None,
 ) -> None:
     """Every request of a guest as it is answered, until Ctrl-C; with --json a line each."""

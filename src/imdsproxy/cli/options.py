@@ -37,34 +37,22 @@ PIPE_CLOSED: Final = 141
 
 
 def flag(
-    name: str,
-    metavar: str,
-    help_text: str,
-    complete: Callable[..., list[str]] | None = None,
-    short: str = "",
+    usage: str, help_text: str, complete: Callable[..., list[str]] | None = None
 ) -> OptionInfo:
-    """An option with a value.
+    """An option.
 
     Args:
-        name: With its hyphens.
-        metavar: What stands for the value in the help.
+        usage: Its names, and what stands for its value: `--file -f FILE`. One without a value has none; `--on/--off`
+            has a name for each answer.
         help_text: What it is.
-        complete: What a shell may complete it to.
-        short: Another name, of one letter.
+        complete: What a shell may complete its value to.
     """
+    names = [word for word in usage.split() if word.startswith("-")]
+    metavar = usage.removeprefix(" ".join(names)).strip()
     option: OptionInfo = typer.Option(
-        *((name, short) if short else (name,)),
-        metavar=metavar,
-        help=help_text,
-        show_default=False,
-        autocompletion=complete,
+        *names, metavar=metavar, help=help_text, show_default=False, autocompletion=complete
     )
     return option
-
-
-def switch(name: str, help_text: str) -> OptionInfo:
-    """An option without a value; `--on/--off` has two names."""
-    return flag(name, "", help_text)
 
 
 def argument(
@@ -110,25 +98,22 @@ def _path_of(given: str | Path | None) -> Path | None:
 
 def network_flag(help_text: str) -> OptionInfo:
     """--network, in the words of its command."""
-    return flag("--network", "NET", help_text, complete_networks, "-n")
+    return flag("--network -n NET", help_text, complete_networks)
 
 
 Config: TypeAlias = Annotated[
-    Path | None,
-    flag("--config", "FILE", "Settings; /etc/imdsproxy/imdsproxy.yaml without it.", short="-c"),
+    Path | None, flag("--config -c FILE", "Settings; /etc/imdsproxy/imdsproxy.yaml without it.")
 ]
 Socket: TypeAlias = Annotated[
     Path | None,
-    flag(
-        "--socket", "PATH", "The daemon's admin socket; the settings name it otherwise.", short="-s"
-    ),
+    flag("--socket -s PATH", "The daemon's admin socket; the settings name it otherwise."),
 ]
-Json: TypeAlias = Annotated[bool, switch("--json", "Print JSON, for programs.")]
+Json: TypeAlias = Annotated[bool, flag("--json", "Print JSON, for programs.")]
 Instance: TypeAlias = Annotated[
     str, argument("INSTANCE", "The instance's id or name.", complete_instances)
 ]
 _NETWORK: Final = network_flag("The guest's network, by id or name.")
-_ADDRESS: Final = flag("--from", "ADDRESS", "The guest's address.")
+_ADDRESS: Final = flag("--from ADDRESS", "The guest's address.")
 Network: TypeAlias = Annotated[str, _NETWORK]
 Address: TypeAlias = Annotated[str, _ADDRESS]
 MaybeNetwork: TypeAlias = Annotated[str | None, _NETWORK]

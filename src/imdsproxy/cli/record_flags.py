@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeAlias, cast
 
-from imdsproxy.cli.options import flag, network_flag, switch
+from imdsproxy.cli.options import flag, network_flag
 from imdsproxy.core.path_rules import PathWord
 from imdsproxy.core.records import Json
 from imdsproxy.core.records.schema import Key, Table
@@ -56,14 +56,14 @@ def _annotation(key: Key) -> object:
     match schema.get("type"):
         case "boolean":
             off = _OFF.get(key.name, f"no-{name}")
-            return Annotated[bool | None, switch(f"--{name}/--{off}", text)]
+            return Annotated[bool | None, flag(f"--{name}/--{off}", text)]
         case "integer":
             between = f"{schema['minimum']}..{schema['maximum']}"
-            return Annotated[int | None, flag(f"--{name}", between, text)]
+            return Annotated[int | None, flag(f"--{name} {between}", text)]
         case "string":
             metavar = _METAVARS.get(name, name.rpartition("-")[2].upper())
             words = cast("list[str]", schema.get("enum", [metavar]))
-            return Annotated[str | None, flag(f"--{name}", "|".join(words), text)]
+            return Annotated[str | None, flag(f"--{name} {'|'.join(words)}", text)]
         case _:
             return None
 
@@ -203,18 +203,18 @@ def wrong_flag(field: str, reason: str, hint: str) -> RequestRefused:
     return RequestRefused(f"{field}: {reason}", hint=hint, problems=[problem])
 
 
-def _many(name: str, metavar: str, text: str) -> object:
-    return Annotated[list[str] | None, flag(name, metavar, f"{text}; may be repeated.")]
+def _many(usage: str, text: str) -> object:
+    return Annotated[list[str] | None, flag(usage, f"{text}; may be repeated.")]
 
 
 def _file(name: str, text: str) -> object:
-    return Annotated[Path | None, flag(name, "FILE", f"{text}; - is standard input.")]
+    return Annotated[Path | None, flag(f"{name} FILE", f"{text}; - is standard input.")]
 
 
 _SPECIAL: Final[Mapping[str, tuple[Callable[..., Json], Mapping[str, object]]]] = {
     "subnets": (
         _subnets_of,
-        {"subnet": _many("--subnet", "CIDR[,gateway=A][,dns=A]...", "An address range of guests")},
+        {"subnet": _many("--subnet CIDR[,gateway=A][,dns=A]...", "An address range of guests")},
     ),
     "ports": (
         _ports_of,
@@ -225,27 +225,26 @@ _SPECIAL: Final[Mapping[str, tuple[Callable[..., Json], Mapping[str, object]]]] 
                     "The network of its port, by id or name; with --mac and --address it replaces all ports."
                 ),
             ],
-            "mac": Annotated[str | None, flag("--mac", "MAC", "The port's MAC.")],
-            "address": _many("--address", "ADDRESS", "An address of the port"),
-            "port": _many("--port", "network=NET[,mac=M][,address=A]...", "A further port"),
+            "mac": Annotated[str | None, flag("--mac MAC", "The port's MAC.")],
+            "address": _many("--address ADDRESS", "An address of the port"),
+            "port": _many("--port network=NET[,mac=M][,address=A]...", "A further port"),
         },
     ),
     "ssh_keys": (
         _ssh_keys_of,
-        {"ssh_key": _many("--ssh-key", "FILE|KEY", "Public key, or a file of them")},
+        {"ssh_key": _many("--ssh-key FILE|KEY", "Public key, or a file of them")},
     ),
-    "tags": (_tags_of, {"tag": _many("--tag", "NAME=VALUE", "A tag")}),
+    "tags": (_tags_of, {"tag": _many("--tag NAME=VALUE", "A tag")}),
     "user_data": (_payload_of, {"user_data": _file("--user-data", "Its bytes as they are")}),
     "vendor_data": (_text_of, {"vendor_data": _file("--vendor-data", "Text")}),
     "paths": (
         _paths_of,
         {
             "path_rule": _many(
-                "--path-rule",
-                f"PATH={'|'.join(PathWord)}",
+                f"--path-rule PATH={'|'.join(PathWord)}",
                 "Set a rule for a path and what is beneath it, as /latest/user-data=deny",
             ),
-            "no_path_rule": _many("--no-path-rule", "PATH", "Remove the rule for a path"),
+            "no_path_rule": _many("--no-path-rule PATH", "Remove the rule for a path"),
         },
     ),
 }

@@ -11,7 +11,7 @@ import typer
 
 from imdsproxy.cli import options, record_io
 from imdsproxy.cli.admin_client import path_to
-from imdsproxy.cli.options import Invocation, argument, command, flag, network_flag, switch
+from imdsproxy.cli.options import Invocation, argument, command, flag, network_flag
 from imdsproxy.cli.output import Shape, decode_bytes, spell_count
 from imdsproxy.cli.record_flags import flags_of, keys_of, wrong_flag
 from imdsproxy.core.records import INSTANCE, NETWORK, Json
@@ -31,24 +31,21 @@ _FILE: Final = {
     "file": Annotated[
         Path | None,
         flag(
-            "--file",
-            "FILE",
+            "--file -f FILE",
             "Records in YAML or JSON (`networks:` and `instances:`); - is standard input.",
-            short="-f",
         ),
     ]
 }
 _CLEAR: Final = {
     "clear": Annotated[
-        list[str] | None, flag("--clear", "KEY", "Clear a key, as user_data; may be repeated.")
+        list[str] | None, flag("--clear KEY", "Clear a key, as user_data; may be repeated.")
     ]
 }
 _FROM_LIBVIRT: Final = {
     "from_libvirt": Annotated[
         str | None,
         flag(
-            "--from-libvirt",
-            "DOMAIN",
+            "--from-libvirt DOMAIN",
             "Take network cards, keys, user data and id of a domain, once; other flags of a record win.",
         ),
     ]
@@ -292,7 +289,7 @@ def password(
     instance: _Id,
     *,
     clear: Annotated[
-        bool, switch("--clear", "Forget it, so that the guest can post another.")
+        bool, flag("--clear", "Forget it, so that the guest can post another.")
     ] = False,
 ) -> None:
     """The password that its guest posted, encrypted with the instance's key; with --clear forget it."""

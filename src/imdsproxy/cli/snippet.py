@@ -22,14 +22,13 @@ def snippet(
     instance: options.Instance,
     target: Annotated[
         snippets.Target,
-        options.flag("--for", "|".join(snippets.Target), "The hypervisor to write it for."),
+        options.flag(f"--for {'|'.join(snippets.Target)}", "The hypervisor to write it for."),
     ],
     *,
     dialect: Annotated[
         Dialect | None,
         options.flag(
-            "--dialect",
-            "|".join(Dialect),
+            f"--dialect {'|'.join(Dialect)}",
             "Which documents the guest is to ask for; without it openstack, nocloud for Incus, "
             "or what the instance has.",
         ),

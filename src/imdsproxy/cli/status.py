@@ -9,7 +9,7 @@ import typer
 
 from imdsproxy.cli import options
 from imdsproxy.cli.admin_client import read_problem
-from imdsproxy.cli.options import NO, NOT_IN_FORCE, switch
+from imdsproxy.cli.options import NO, NOT_IN_FORCE, flag
 from imdsproxy.cli.output import MOST_SHOWN, Output, Shape, and_more, clean, clean_all, first_lines
 
 _UNITS: Final = (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1))
@@ -20,7 +20,7 @@ def status(
     run: options.Invocation,
     *,
     check: Annotated[
-        bool, switch("--check", "Exit 1 while the daemon is not ready, 75 while it is degraded.")
+        bool, flag("--check", "Exit 1 while the daemon is not ready, 75 while it is degraded.")
     ] = False,
 ) -> None:
     """Networks, instances, sources, HAProxy, and everything that is wrong."""

@@ -8,7 +8,7 @@ valid YAML, so only a comparison with the settings in force shows that something
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from imdsproxy.config.describe import Setting, all_settings, join_place
@@ -151,12 +151,13 @@ class SettingsHolder:
         return self.loaded.settings
 
     def reload(
-        self, accept: Callable[[Settings], None], *, allow_dropped: bool = False
+        self, accept: Callable[[Settings], Iterable[str]], *, allow_dropped: bool = False
     ) -> SettingsReload:
         """Read the files again.
 
         Args:
-            accept: Reads what the settings name, and takes it over, before they are in force themselves.
+            accept: Reads what the settings name, and takes it over, before they are in force themselves. Gives the
+                paths of settings whose files have other content than before.
             allow_dropped: As `allowed` of `refuse_dropped`.
 
         Raises:
@@ -165,12 +166,15 @@ class SettingsHolder:
         try:
             after = self.load()
             refuse_dropped(self.loaded, after, allowed=allow_dropped)
-            accept(after.settings)
+            files = accept(after.settings)
         except ImdsproxyError as error:
             reason = f"the last reload was refused: {error.message}"
             self.problems = (Problem("settings", reason, error.hint), *error.problems)
             raise
         changed = diff_settings(self.settings, after.settings)
+        known = {one.path for one in changed}
+        content = "its content of before", "its new content", Change.LIVE.value
+        changed += tuple(SettingChange(path, *content) for path in files if path not in known)
         self.loaded, self.problems = after, ()
         self.taken(self.settings)
         return SettingsReload(
@@ -178,14 +182,3 @@ class SettingsHolder:
             restart_needed=tuple(one.path for one in changed if one.change is Change.RESTART),
             haproxy_reloaded=any(one.change is Change.RELOAD for one in changed),
         )
-
-
-def with_contents(result: SettingsReload, files: Iterable[str]) -> SettingsReload:
-    """Tell also of `files`, the paths of settings that are the same while their files have other content."""
-    known = {change.path for change in result.changes}
-    more = (
-        SettingChange(path, "its content of before", "its new content", Change.LIVE.value)
-        for path in files
-        if path not in known
-    )
-    return replace(result, changes=(*result.changes, *more))

@@ -243,9 +243,10 @@ class _Reading:
         # A file's name may hold anything, also the end of a line.
         self._comments[path] = "".join(one if one.isprintable() else "?" for one in places)
 
-    def copy(self, path: str, name: str) -> None:
-        """Set a setting to the value of an option; an empty one is none."""
-        self.put(path, self[name].value or None, self[name])
+    def copy(self, *names: str) -> None:
+        """Set what options become to their values; an empty one is none."""
+        for one in map(self.__getitem__, names):
+            self.put(one.option.becomes, one.value or None, one)
 
     def render(self) -> str:
         """The settings file."""
@@ -314,12 +315,10 @@ class _Reading:
                 if finding.field == f"{_SET}.server_name" and not found:
                     found = self._origins[f"{_SET}.endpoints"]
                     finding = replace(finding, hint="give it with --server-name")  # noqa: PLW2901 - the same finding
-                urls = (one for one in found or () if one.name.startswith("nova_metadata_"))
-                at = next(urls, next(iter(found or ()), None))
-                if at is None:
-                    yield finding
-                else:
-                    yield _problem(at, f"{finding.field} {finding.reason}", finding.hint)
+                if found:
+                    reason = f"{finding.field} {finding.reason}"
+                    finding = _problem(found[0], reason, finding.hint)  # noqa: PLW2901 - as above
+                yield finding
 
     def fates(self) -> Iterator[dict[str, Any]]:
         """What becomes of each option that the files have."""
@@ -366,16 +365,15 @@ def _put_settings(
     host, port, scheme = (reading[f"nova_metadata_{one}"] for one in ("host", "port", "protocol"))
     wait, state = reading["metadata_haproxy", "timeout_server"], reading["state_path"]
     insecure, socket = reading["nova_metadata_insecure"], reading["metadata_proxy_socket"]
-    put, copy = reading.put, reading.copy
+    put = reading.put
     put(f"{_SET}.endpoints", [{"url": url}], scheme, host, port)
     in_file = "its value is Neutron's metadata_proxy_shared_secret"
     put(f"{_SET}.secret_file", str(secret_file), otherwise=in_file)
-    copy(f"{_SET}.ca_file", "auth_ca_cert")
+    reading.copy("auth_ca_cert")
     put(f"{_SET}.verify", False if insecure.is_true else None, insecure)
     put(f"{_SET}.server_name", server_name, otherwise="as given")
     if reading.has_client:
-        copy(f"{_SET}.client_cert_file", "nova_client_cert")
-        copy(f"{_SET}.client_key_file", "nova_client_priv_key")
+        reading.copy(*_CLIENT)
     if wait.value:
         low, high = _RESPONSE_S
         seconds = min(max(int(wait.value) - _BEFORE_THE_FRONT_S, low), high)
@@ -387,12 +385,11 @@ def _put_settings(
     if reading.ovn:
         runs_on = "OVN's agent listens there and has to run on"
         put("unix_listener.take_over", value=True, otherwise=runs_on)
-    copy("unix_listener.mode", "metadata_proxy_socket_mode")
+    reading.copy("metadata_proxy_socket_mode")
     whom = "whom Neutron's agents run as; no file says it"
     put("unix_listener.user", agent_user, otherwise=whom)
     put("unix_listener.group", agent_user, otherwise="its group")
-    copy("unix_listener.proxy_user", "metadata_proxy_user")
-    copy("unix_listener.proxy_group", "metadata_proxy_group")
+    reading.copy("metadata_proxy_user", "metadata_proxy_group")
 
 
 def _expand(files: _Files, written: IniOption) -> str:

@@ -141,11 +141,7 @@ class Sources:
 
 
 def build_sources(
-    settings: Settings,
-    clock: Clock,
-    *,
-    begin: Callable[[], Awaitable[object]],
-    progress: Progress | None = None,
+    settings: Settings, clock: Clock, begin: Callable[[], Awaitable[object]], progress: Progress
 ) -> Sources:
     """The sources that the settings enable.
 

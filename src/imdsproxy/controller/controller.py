@@ -123,9 +123,7 @@ class Controller:
         progress, group = Progress(), settings.documents.group
         reader = None if group is None else group_id(group)
         files = DiskFiles(layout.records, self.passwords, reader)
-        self.sources = build.build_sources(
-            settings, clock, begin=self.served.wait, progress=progress
-        )
+        self.sources = build.build_sources(settings, clock, self.served.wait, progress)
         self.inventory = inventory = Inventory(source.name for source in self.sources.all)
         self.mac_filters, self.hop_limits = build.build_filters(layout, host, inventory, clock)
         self.mac_filters.on_change = self.hop_limits.on_change = self._trust_changed

@@ -8,7 +8,7 @@ from typing import Final
 
 import structlog
 
-from imdsproxy.config.changes import SettingsReload, with_contents
+from imdsproxy.config.changes import SettingsReload
 from imdsproxy.config.schema import Settings
 from imdsproxy.controller.controller import UNCONFIRMED, Controller
 from imdsproxy.core.nova import changed_secrets
@@ -55,7 +55,7 @@ def _begin(
     backends, routing = nova.backends(), nova.routing
     records = keys = False
 
-    def accept(after: Settings) -> None:
+    def accept(after: Settings) -> tuple[str, ...]:
         nonlocal records, keys
         if after.limits.enabled:
             link_jail_to_itself(controller.layout.jail)
@@ -63,13 +63,13 @@ def _begin(
         # Which are in every record that is compiled: Nova's signatures, and the region.
         records |= nova.read(after.nova)
         records |= after.documents.region != holder.settings.documents.region
+        contents = changed_secrets(routing, nova.routing)
+        return (*contents, "tokens.key_file") if keys else contents
 
     try:
         result = holder.reload(accept, allow_dropped=allow_dropped)
     finally:
         controller.notifier.ready()
-    contents = changed_secrets(routing, nova.routing)
-    result = with_contents(result, (*contents, "tokens.key_file") if keys else contents)
     if nova.backends() != backends:
         # Also where the settings are the same, and a file that they name is not.
         result = replace(result, haproxy_reloaded=True)

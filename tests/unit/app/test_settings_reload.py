@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
 from imdsproxy.config.changes import SettingsHolder
@@ -16,11 +14,11 @@ def _holder(after: Settings) -> SettingsHolder:
     return SettingsHolder(Loaded(Settings(), ()), lambda: Loaded(after, ()))
 
 
-def _nothing(_: Settings) -> None:
-    pass
+def _nothing(_: Settings) -> tuple[str, ...]:
+    return ()
 
 
-def _refuse(_: Settings) -> None:
+def _refuse(_: Settings) -> tuple[str, ...]:
     raise ConfigUnreadable("a secret is missing")
 
 
@@ -36,10 +34,11 @@ def test_what_changed_is_told_and_in_force() -> None:
 def test_what_the_settings_name_is_read_before_they_are_in_force() -> None:
     holder, seen = _holder(_OTHER), list[tuple[int, int]]()
 
-    def look(after: Settings) -> None:
+    def look(after: Settings) -> tuple[str, ...]:
         seen.append(
             (holder.settings.haproxy.maxconn_per_network, after.haproxy.maxconn_per_network)
         )
+        return ()
 
     holder.reload(look)
     assert seen == [(200, 77)]
@@ -51,8 +50,7 @@ def test_settings_whose_files_are_refused_change_nothing_and_are_new_the_next_ti
 ) -> None:
     holder = _holder(after)
     before = holder.settings
-    refused: Callable[[Settings], None] = _refuse
     with pytest.raises(ConfigError):
-        holder.reload(refused)
+        holder.reload(_refuse)
     assert holder.settings is before
     assert len(holder.reload(_nothing).changes) == 1

@@ -6,6 +6,7 @@ from typing import Any
 
 from imdsproxy.config.schema import Settings
 from imdsproxy.controller import build
+from imdsproxy.core.timing import Progress
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.host.clock import Clock
 from imdsproxy.sources.libvirt.source import LibvirtClient, LibvirtSource
@@ -31,11 +32,11 @@ async def _begin() -> None:
 
 def test_neutron_is_the_one_that_is_asked_for_addresses(tmp_path: Path) -> None:
     settings = _settings(tmp_path, endpoint="http://127.0.0.1:9696")
-    sources = build.build_sources(settings, Clock(), begin=_begin)
+    sources = build.build_sources(settings, Clock(), _begin, Progress())
     assert sources.all == (sources.look_up,)
     assert isinstance(sources.look_up, NeutronSource)
     assert sources.writable is None
-    assert build.build_sources(Settings(), Clock(), begin=_begin).look_up is None
+    assert build.build_sources(Settings(), Clock(), _begin, Progress()).look_up is None
 
 
 def test_libvirt_is_asked_as_the_settings_say() -> None:
@@ -47,7 +48,7 @@ def test_libvirt_is_asked_as_the_settings_say() -> None:
         "reread_s": 5.0,
     }
     settings = Settings.model_validate({"sources": {"libvirt": said}})
-    _store, source = build.build_sources(settings, Clock(), begin=_begin).all
+    _store, source = build.build_sources(settings, Clock(), _begin, Progress()).all
     assert isinstance(source, LibvirtSource)
     assert isinstance(source._client, LibvirtClient)
     assert source._client._uri == "test:///default"
