@@ -256,7 +256,8 @@ async def _wait_for_records(controller: Controller) -> None:
         # As long as records come in, a start without them would serve no guest sooner.
         known = len(controller.inventory.instances), controller.records.progress.steps
         if known == before:
-            missing = [name for name, there in controller.inventory.sources.items() if not there]
+            reports = controller.inventory.reports.items()
+            missing = [name for name, report in reports if not report.in_sync]
             _log.warning("starting before all sources are in sync", waiting_for=missing)
             break
         before = known

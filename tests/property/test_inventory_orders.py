@@ -61,7 +61,7 @@ def _visible(inventory: Inventory) -> dict[str, object]:
         "members": {name: inventory.instances_in(NetworkId(name)) for name in "abc"},
         "macs": {name for name in "abc" if inventory.carries_macs(NetworkId(name))},
         "conflicts": inventory.conflicts(),
-        "problems": {name: inventory.problems_of(name) for name in inventory.sources},
+        "problems": {name: one.problems for name, one in inventory.reports.items()},
         "stranded": tuple(inventory.stranded()),
         "in_sync": inventory.in_sync,
     }

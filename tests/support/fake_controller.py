@@ -15,6 +15,7 @@ from imdsproxy.core.endpoints import LeftOut, LeftOutCode
 from imdsproxy.core.haproxy.runtime import Processes
 from imdsproxy.core.hoststate import Effect
 from imdsproxy.core.identity import Denial
+from imdsproxy.core.inventory import Report
 from imdsproxy.core.model import NetworkId
 from imdsproxy.core.timing import Durations, Step
 from imdsproxy.dataplane.haproxy import ReloadReport
@@ -51,7 +52,8 @@ def _usual() -> dict[str, object]:
         known=SimpleNamespace(ports=range(7)),
     )
     foreign = [SimpleNamespace(socket=one, effect=Effect.BLOCKS) for one in (1, 2, 2)]
-    refused = {"neutron": (), "sqlite": (Problem("name", "is empty"),)}
+    refused = (Problem("name", "is empty"),)
+    sqlite = SimpleNamespace(networks="ab", instances="abc", problems=refused, in_sync=True)
     return {
         "started_at": 1_760_000_000.0,
         "started": 5.0,
@@ -60,7 +62,7 @@ def _usual() -> dict[str, object]:
         "holder.settings.metrics.network_series": 100,
         "holder.settings.metrics.degraded": "ready",
         "holder.settings.limits.enabled": False,
-        "inventory.sources": {"neutron": True, "sqlite": True},
+        "inventory.reports": {"neutron": Report(in_sync=True), "sqlite": sqlite},
         "inventory.networks": {"blue": None, "red": None},
         "inventory.contradictory": ("green",),
         "inventory.instances": range(3),
@@ -68,8 +70,6 @@ def _usual() -> dict[str, object]:
         "inventory.conflict_count": 1,
         "inventory.conflicts": tuple,
         "inventory.stranded": tuple,
-        "inventory.record_counts": {"neutron": (0, 0), "sqlite": (2, 3)}.__getitem__,
-        "inventory.problems_of": refused.__getitem__,
         "listeners.serving": 2,
         "listeners.failure": None,
         "listeners.degraded": lambda: (_BUSY, _BUSY),

@@ -209,22 +209,24 @@ class Metrics(Collector):
 
     def source_in_sync(self) -> Annotated[By, "gauge", "source"]:
         """1 while the source has reported all its records."""
-        return self.one.inventory.sources
+        return {name: report.in_sync for name, report in self.one.inventory.reports.items()}
 
     def source_records(self) -> Annotated[By, "gauge", "source", "kind"]:
         """Records in force from the source, by kind: network or instance."""
-        inventory, kinds = self.one.inventory, ("network", "instance")
-        counts = {name: inventory.record_counts(name) for name in inventory.sources}
-        return {(name, kinds[kind]): counts[name][kind] for name in counts for kind in (0, 1)}
+        reports = self.one.inventory.reports.items()
+        return {
+            (name, kind): len(records)
+            for name, one in reports
+            for kind, records in (("network", one.networks), ("instance", one.instances))
+        }
 
     def source_refused_records(self) -> Annotated[By, "gauge", "source"]:
         """Records of the source that are refused now."""
-        inventory = self.one.inventory
-        return {name: len(inventory.problems_of(name)) for name in inventory.sources}
+        return {name: len(one.problems) for name, one in self.one.inventory.reports.items()}
 
     def source_failures(self) -> Annotated[By, "counter", "source"]:
         """Times that the source did not answer or its store was refused."""
-        found = dict.fromkeys(self.one.inventory.sources, 0)
+        found = dict.fromkeys(self.one.inventory.reports, 0)
         failed = self._neutron(lambda one: one.queries.results.total() - one.queries.results["ok"])
         return found if failed is None else {**found, "neutron": failed}
 

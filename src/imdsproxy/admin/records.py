@@ -154,8 +154,8 @@ def _describe_instances(controller: Controller, instances: Sequence[Instance]) -
     unserved = {one.network: one.reason for one in degraded}
     refused = {
         problem.record: str(problem)
-        for source in inventory.sources
-        for problem in inventory.problems_of(source)
+        for report in inventory.reports.values()
+        for problem in report.problems
         if problem.record is not None and problem.field.startswith("instance")
     }
     return [

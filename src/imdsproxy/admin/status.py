@@ -13,6 +13,7 @@ from imdsproxy.controller.controller import Controller
 from imdsproxy.core.documents.ec2 import list_warnings
 from imdsproxy.core.haproxy import limits
 from imdsproxy.core.haproxy.runtime import Processes
+from imdsproxy.core.inventory import Report
 from imdsproxy.core.observation import Conflict, SourceName
 from imdsproxy.core.timing import Step
 from imdsproxy.dataplane.haproxy import ReloadReport
@@ -200,8 +201,8 @@ class StatusReport:
 
 def report_readiness(controller: Controller) -> Readiness:
     """In sync, last plan applied, a probe through HAProxy answered, and all networks served; else why not."""
-    sources = controller.inventory.sources.items()
-    reasons = [f"source {name} is not in sync" for name, in_sync in sources if not in_sync]
+    reports = controller.inventory.reports.items()
+    reasons = [f"source {name} is not in sync" for name, one in reports if not one.in_sync]
     if controller.haproxy.processes is None:
         reasons.append("HAProxy does not run")
     elif not controller.watchdog.answering:
@@ -240,7 +241,7 @@ async def report_status(controller: Controller) -> StatusReport:
         instances=len(inventory.instances),
         addresses=inventory.address_count,
         left_out=tuple(map(LeftOut.of, listeners.degraded())),
-        sources=tuple(_report_source(controller, *source) for source in inventory.sources.items()),
+        sources=tuple(_report_source(controller, *report) for report in inventory.reports.items()),
         conflicts=inventory.conflicts(),
         problems=(*controller.own_problems(), *controller.unnoticed_problems()),
         haproxy=_report_haproxy(controller),
@@ -307,18 +308,18 @@ def report_macs(controller: Controller) -> MacsReport:
     )
 
 
-def _report_source(controller: Controller, name: str, in_sync: bool) -> SourceReport:  # noqa: FBT001 - as the inventory has it
+def _report_source(controller: Controller, name: str, report: Report) -> SourceReport:
     """A source with the records that it refuses, and its ports in networks that no source has."""
-    inventory, sources = controller.inventory, controller.sources
+    sources = controller.sources
     source = next(each for each in sources.all if each.name == name)
-    ports = [port for port in inventory.stranded() if port.source == name]
+    ports = [port for port in controller.inventory.stranded() if port.source == name]
     stranded = [source.explain_stranded(port) for port in ports]
     asked = sources.look_up
     # Others are in sync only while they can be read.
     stale_s = asked.queries.stale_s if asked is not None and asked is source else 0.0
-    counts = inventory.record_counts(name)
-    problems = (*inventory.problems_of(name), *stranded)
-    return SourceReport(name, in_sync, *counts, stale_s, problems)
+    networks, instances = len(report.networks), len(report.instances)
+    problems = (*report.problems, *stranded)
+    return SourceReport(name, report.in_sync, networks, instances, stale_s, problems)
 
 
 def report_unix_listener(controller: Controller) -> UnixListenerReport | None:

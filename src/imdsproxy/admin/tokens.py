@@ -99,7 +99,7 @@ async def _override(
     records, inventory = controller.records, controller.inventory
     overridden = instance in controller.policy_store.overrides
     if not (overridden or inventory.sources_of_instance(instance)):
-        missing = ", ".join(name for name, there in inventory.sources.items() if not there)
+        missing = ", ".join(name for name, one in inventory.reports.items() if not one.in_sync)
         late = f"source {missing} is not in sync yet and may tell of it: try again"
         raise no_such("instance", instance, late if missing else "")
     async with controller.overriding:

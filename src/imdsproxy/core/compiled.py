@@ -105,6 +105,10 @@ class DocumentRecord(TypedDict):
     user_data: Blob | None
 
 
+_KEYS: Final = tuple(key for key in DocumentRecord.__annotations__ if key != "revision")
+"""Those of the first line behind the revision, most of them as the instance has them; their order is part of it."""
+
+
 def compile_instance(
     instance: Instance, networks: Mapping[NetworkId, Network], region: str | None = None
 ) -> CompiledRecord:
@@ -116,20 +120,11 @@ def compile_instance(
         SourceError: User-data that is not in memory cannot be had now.
     """
     user_data = None if instance.user_data is None else bytes(instance.user_data)
-    head = {
+    head = {name: getattr(instance, name, None) for name in _KEYS} | {
         "format": FORMAT,
-        "id": instance.id,
-        "uuid": instance.uuid,
-        "ec2_id": instance.ec2_id,
-        "name": instance.name,
-        "hostname": instance.hostname,
-        "project": instance.project,
-        "availability_zone": instance.availability_zone,
         "region": region,
-        "instance_type": instance.instance_type,
         "dialects": sorted(instance.dialects),
         "ssh_keys": [[key.name, key.key] for key in instance.ssh_keys],
-        "tags": instance.tags,
         "ports": [_describe_port(port, networks.get(port.network)) for port in instance.ports],
         "vendor_data": _describe(instance.vendor_data),
         "user_data": _describe(user_data),

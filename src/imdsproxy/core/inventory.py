@@ -48,8 +48,8 @@ _V = TypeVar("_V")
 
 
 @dataclass(slots=True)
-class _Report:
-    """What one source says now."""
+class Report:
+    """What one source says now: its records, and the rest as of its last `Observation`."""
 
     networks: dict[NetworkId, Network] = field(default_factory=dict)
     instances: PackedInstances = field(default_factory=PackedInstances)
@@ -71,7 +71,7 @@ class Inventory:
     """
 
     def __init__(self, sources: Iterable[SourceName] = ()) -> None:
-        self._reports: dict[SourceName, _Report] = {name: _Report() for name in sorted(sources)}
+        self._reports: dict[SourceName, Report] = {name: Report() for name in sorted(sources)}
         self._networks: dict[NetworkId, Network] = {}
         self._network_conflicts: set[NetworkId] = set()
         self._instances = PackedInstances()
@@ -166,9 +166,9 @@ class Inventory:
         return tuple(name for name, _ in self._counting(instance))
 
     @property
-    def sources(self) -> Mapping[SourceName, bool]:
-        """Each source's name, and whether it is in sync."""
-        return {name: report.in_sync for name, report in self._reports.items()}
+    def reports(self) -> Mapping[SourceName, Report]:
+        """What each source says now, in the order of their names."""
+        return MappingProxyType(self._reports)
 
     @property
     def address_count(self) -> int:
@@ -180,15 +180,6 @@ class Inventory:
         """How many contradictions there are, without telling them."""
         contested = len(self._addresses.contested)
         return contested + len(self._network_conflicts) + len(self._instance_conflicts)
-
-    def record_counts(self, source: SourceName) -> tuple[int, int]:
-        """How many networks and instances a source tells of."""
-        report = self._reports[source]
-        return len(report.networks), len(report.instances)
-
-    def problems_of(self, source: SourceName) -> tuple[Problem, ...]:
-        """The records that a source refuses now."""
-        return self._reports[source].problems
 
     def digest(self) -> bytes | None:
         """What tells all that is in force from anything else, whatever its order; `None` where records conflict."""
@@ -257,13 +248,12 @@ class Inventory:
         change.in_sync = self.in_sync != in_sync
         return change
 
-    def _report(self, source: SourceName) -> _Report:
+    def _report(self, source: SourceName) -> Report:
         if source not in self._reports:
-            self._reports[source] = _Report()
-            self._reports = dict(sorted(self._reports.items()))
+            self._reports = dict(sorted({**self._reports, source: Report()}.items()))
         return self._reports[source]
 
-    def _imply(self, report: _Report, implied: frozenset[NetworkId], change: Affected) -> None:
+    def _imply(self, report: Report, implied: frozenset[NetworkId], change: Affected) -> None:
         differing = report.implied ^ implied
         before = {network for network in differing if self.knows(network)}
         report.implied = implied
@@ -273,7 +263,7 @@ class Inventory:
                     change.addresses |= self.addresses_of(instance)
 
     def _set_network(
-        self, report: _Report, network_id: NetworkId, network: Network | None, change: Affected
+        self, report: Report, network_id: NetworkId, network: Network | None, change: Affected
     ) -> None:
         if report.networks.get(network_id) == network:
             return
@@ -332,7 +322,7 @@ class Inventory:
             return self._instances.ports(instance)
         return [(one.network, one.mac, one.addresses) for each in versions for one in each.ports]
 
-    def _counting(self, instance_id: InstanceId) -> Collection[tuple[SourceName, _Report]]:
+    def _counting(self, instance_id: InstanceId) -> Collection[tuple[SourceName, Report]]:
         """The reports whose word counts for an id: those that defer count where no other has it."""
         having = [
             (name, report)

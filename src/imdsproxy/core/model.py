@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Callable, Container
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import blake2b
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
@@ -47,6 +47,9 @@ class Dialect(StrEnum):
     EC2 = "ec2"
     OPENSTACK = "openstack"
     NOCLOUD = "nocloud"
+
+
+EVERY_DIALECT: Final = frozenset(Dialect)
 
 
 class Upstream(StrEnum):
@@ -233,7 +236,7 @@ class Instance:
     vendor_data: bytes | None = None
     availability_zone: str | None = None
     instance_type: str | None = None
-    dialects: frozenset[Dialect] = field(default_factory=lambda: frozenset(Dialect))
+    dialects: frozenset[Dialect] = EVERY_DIALECT
     upstream: Upstream = Upstream.EMBEDDED
     policy: PolicyRules = NO_RULES
     created_at: int | None = None

@@ -17,6 +17,7 @@ from typing import Any, Final, TypeAlias
 
 from imdsproxy.core.addresses import from_number, to_number
 from imdsproxy.core.model import (
+    EVERY_DIALECT,
     Dialect,
     Instance,
     InstanceId,
@@ -50,8 +51,6 @@ _PORTS: Final = 3
 _KEPT: Final = 256
 """How many unpacked instances are kept: those of the addresses that a round looks at in one go. Who asks for one often
 asks again at once, for its next address."""
-
-_EVERY_DIALECT: Final = frozenset(Dialect)
 
 Fetch: TypeAlias = "Callable[[InstanceId], bytes]"
 """Gets user-data that is not in memory."""
@@ -244,7 +243,7 @@ def _parts(packed: _Packed) -> _Parts:
 
 
 def _pack(instance: Instance) -> _Packed:
-    every, stored = instance.dialects == _EVERY_DIALECT, instance.user_data
+    every, stored = instance.dialects == EVERY_DIALECT, instance.user_data
     record = (
         instance.name,
         None if instance.hostname == instance.name else instance.hostname,
@@ -292,7 +291,7 @@ def _unpack(key: InstanceId, packed: _Packed) -> Instance:
         vendor_data,
         zone,
         kind,
-        _EVERY_DIALECT if dialects is None else frozenset(map(Dialect, dialects)),
+        EVERY_DIALECT if dialects is None else frozenset(map(Dialect, dialects)),
         Upstream(upstream),
         policy,
         created,

@@ -57,20 +57,14 @@ class Rule:
 
     name: str
     kind: type[object]
-    default: object
     help: str
     bounds: tuple[int, int] | None = None
     part: Part | None = None
 
 
-def _rule(
-    default: object,
-    text: str,
-    *,
-    part: Part | None = None,
-    bounds: tuple[int, int] | None = None,
-) -> Any:  # noqa: ANN401 - as dataclasses.field: it takes the type it stands beside
-    return field(default=default, metadata={"help": text, "part": part, "bounds": bounds})
+def _rule(default: object, text: str, **more: Any) -> Any:  # noqa: ANN401 - as dataclasses.field: it takes the type it stands beside
+    """A field of `Policy` with what else its `Rule` has."""
+    return field(default=default, metadata={"help": text, **more})
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,9 +172,7 @@ class PolicyRules:
 
 
 RULES: Final[Mapping[str, Rule]] = {
-    one.name: Rule(
-        one.name, int if one.metadata["bounds"] else type(one.default), one.default, **one.metadata
-    )
+    one.name: Rule(one.name, int if "bounds" in one.metadata else type(one.default), **one.metadata)
     for one in fields(Policy)
 }
 """Every rule by its name, in the order of the reference pages."""

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from imdsproxy.admin.status import report_readiness, report_status
+from imdsproxy.core.inventory import Report
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.observation import StrandedPort
 from imdsproxy.errors import Problem
@@ -90,7 +91,7 @@ _BROKEN = Problem("x", "is broken")
         ({"listeners.report.problems": ()}, ""),
         ({"haproxy.processes": None}, "HAProxy does not run"),
         ({"watchdog.answering": False}, "HAProxy does not answer a probe"),
-        ({"inventory.sources": {"sqlite": False}}, "source sqlite is not in sync"),
+        ({"inventory.reports": {"sqlite": Report()}}, "source sqlite is not in sync"),
         ({"companion.needed": False, "records.compiler.revisions": {"a": "1"}}, "upstream: nova"),
         *(
             ({name: _BROKEN}, "x: is broken")

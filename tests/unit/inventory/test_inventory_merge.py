@@ -139,7 +139,7 @@ def test_conflicts_and_refused_records_are_kept() -> None:
         full("sqlite", [], [instance("b", "10.0.0.5")]),
         Observation("file", problems=(refused,)),
     )
-    assert inventory.problems_of("file") == (refused,)
+    assert inventory.reports["file"].problems == (refused,)
     (conflict,) = inventory.conflicts()
     assert "a (file), b (sqlite)" in str(conflict)
 
@@ -160,7 +160,7 @@ def test_it_is_in_sync_when_every_expected_source_is() -> None:
     steps = [full("file"), full("sqlite"), Observation("file", in_sync=False)]
     told = [(inventory.observe(step).in_sync, inventory.in_sync) for step in steps]
     assert told == [(False, False), (True, True), (True, False)]
-    assert inventory.sources == {"file": False, "sqlite": True}
+    assert [one.in_sync for one in inventory.reports.values()] == [False, True]
     assert not Inventory().in_sync
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 from imdsproxy.core.model import Dialect, Instance, Port, SshKey, Upstream, free_name
@@ -123,21 +122,20 @@ def _parse_tag_value(field: Field) -> str:
     return field.matched(_TAG_VALUE, "text, at most 4096 characters, no control characters")
 
 
-@dataclass(frozen=True, slots=True)
-class _Dialects:
-    ec2: bool = True
-    openstack: bool = True
-    nocloud: bool = True
+def _make_dialects(
+    *, ec2: bool = True, openstack: bool = True, nocloud: bool = True
+) -> frozenset[Dialect]:
+    on = {Dialect.EC2: ec2, Dialect.OPENSTACK: openstack, Dialect.NOCLOUD: nocloud}
+    return frozenset(one for one in Dialect if on[one])
 
 
-_DIALECTS: Final[Table[Any]] = Table(
+_DIALECTS: Final = Table(
     "DialectsRecord",
-    _Dialects,
+    _make_dialects,
     "Which trees of documents the instance has; all are on unless false.",
     Key("ec2", values.SWITCH, "Serve the EC2 documents."),
     Key("openstack", values.SWITCH, "Serve the OpenStack documents."),
     Key("nocloud", values.SWITCH, "Serve the NoCloud documents."),
-    make=lambda **on: frozenset(one for one in Dialect if on.get(one.value, True)),
 )
 
 

@@ -62,11 +62,10 @@ def _key(rule: Rule) -> Key:
 
 POLICY: Final = Table(
     "PolicyRecord",
-    PolicyRules,
+    lambda **rules: PolicyRules(**rules) if rules else NO_RULES,
     "What guests may read and how; what is missing is left to less specific scopes. Settings have the same fields for "
     "the host, networks, projects and instances, and win over a record of the same scope.",
     *map(_key, RULES.values()),
-    make=lambda **rules: PolicyRules(**rules) if rules else NO_RULES,
 )
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 from imdsproxy.core.model import ID_PATTERN
@@ -24,7 +25,7 @@ LineOf: TypeAlias = Callable[[Path], int | None]
 """The 1-based line where a path's value stands, or that of its nearest known parent."""
 
 ReadFile: TypeAlias = "Callable[[Field], bytes]"
-"""Reads the file that a field names; raises `FieldError`."""
+"""Reads the file that a field names; raises a `Fault`."""
 
 MAX_TEXT: Final = 255
 
@@ -40,8 +41,8 @@ _PLAIN_KEY: Final = re.compile(r"[A-Za-z0-9_-]+")
 _UNPRINTABLE: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
-@dataclass(frozen=True, slots=True)
-class Fault:
+@dataclass(slots=True, eq=False)
+class Fault(Exception):
     """Something wrong at a path; decoders report so what their values do not show any more.
 
     Attributes:
@@ -107,36 +108,28 @@ class Findings:
         self.problems.append(Problem(field, fault.reason, fault.hint, self.file, line))
 
 
-class FieldError(Exception):
-    """A field's value is not acceptable."""
-
-    def __init__(self, fault: Fault) -> None:
-        super().__init__(fault.reason)
-        self.fault = fault
-
-
 @dataclass(slots=True)  # not frozen: that triples the time to make one, and they never leave here
 class Field:
-    """A value and where it stands. Its readers raise `FieldError` where the value is not acceptable."""
+    """A value and where it stands. Its readers raise a `Fault` where the value is not acceptable."""
 
     value: Any
     path: Path
     findings: Findings
 
-    def error(self, reason: str, hint: str = "") -> FieldError:
+    def error(self, reason: str, hint: str = "") -> Fault:
         """What is wrong with this field."""
-        return FieldError(Fault(self.path, reason, hint))
+        return Fault(self.path, reason, hint)
 
     def refuse(self, reason: str, hint: str = "") -> None:
         """Note a problem of this field, and go on."""
-        self.findings.add(Fault(self.path, reason, hint))
+        self.findings.add(self.error(reason, hint))
 
     def read(self, parse: Callable[[Field], _T]) -> _T | None:
         """What `parse` makes of it; `None` once its problem is noted."""
         try:
             return parse(self)
-        except FieldError as error:
-            self.findings.add(error.fault)
+        except Fault as fault:
+            self.findings.add(fault)
             return None
 
     def child(self, step: str | int, value: object) -> Field:
@@ -257,7 +250,7 @@ class Kind:
     """What a value may be.
 
     Attributes:
-        parse: Gives the core's value, or `None` once its problems are noted; or raises `FieldError`.
+        parse: Gives the core's value, or `None` once its problems are noted; or raises a `Fault`.
         schema: As JSON Schema; `None` where `tables` are all of it.
         render: From the core's value to JSON.
         tables: The mappings that it may be.
@@ -312,20 +305,19 @@ class Table(Generic[_T]):
     def __init__(
         self,
         name: str,
-        of: type[_T],
+        of: Callable[..., _T],
         help_text: str,
         *keys: Key,
-        make: Callable[..., _T] | None = None,
         check: Callable[[Mapping[str, Field], dict[str, Any]], None] = lambda *_: None,
     ) -> None:
         """Describe a mapping.
 
         Args:
             name: As of the class.
-            of: The dataclass, whose defaults are those of the keys.
+            of: Makes the value, given the parsed values of those keys that are there: most often a dataclass. Its
+                defaults are those of the keys.
             help_text: What it is.
             keys: In the order in which problems are reported and records are shown.
-            make: Makes the value, instead of `of`; given the parsed values of those keys that are there.
             check: Refuses what does not go together, and may change values.
         """
         self.name = name
@@ -333,17 +325,14 @@ class Table(Generic[_T]):
         self.keys = keys
         self.names = tuple(key.name for key in keys)
         self.required = tuple(key.name for key in keys if key.required)
-        self._make = make or of
+        self._make = of
         self._check = check
-        self._defaults = {
-            one.name: one.default if one.default_factory is MISSING else one.default_factory()
-            for one in fields(of)  # type: ignore[arg-type] # a dataclass
-        }
+        parameters = signature(of).parameters.values()
+        self._defaults = {one.name: one.default for one in parameters if one.default != one.empty}
 
     def default(self, key: Key) -> Any:  # noqa: ANN401 - as the dataclass has it
         """What a missing key stands for; `None` where that is nothing."""
-        default = self._defaults[key.field]
-        return None if default is MISSING else default
+        return self._defaults.get(key.field)
 
     def read(
         self,
@@ -392,8 +381,7 @@ class Table(Generic[_T]):
         return {
             key.name: key.kind.render(found)
             for key in self.keys
-            if not key.only_in_files
-            and (found := getattr(value, key.field)) != self._defaults[key.field]
+            if not key.only_in_files and (found := getattr(value, key.field)) != self.default(key)
         }
 
     @property

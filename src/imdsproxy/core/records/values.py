@@ -9,7 +9,6 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from functools import partial
@@ -208,11 +207,6 @@ MOMENT: Final = Kind(parse_moment, {"anyOf": [{"type": "integer"}, {"type": "str
 _DEEPEST: Final = 64
 
 
-@dataclass(frozen=True, slots=True)
-class _Base64:
-    base64: bytes
-
-
 def _decode_base64(field: Field) -> bytes:
     if isinstance(field.value, str):
         with suppress(ValueError):
@@ -222,10 +216,9 @@ def _decode_base64(field: Field) -> bytes:
 
 _BASE64: Final[Table[Any]] = Table(
     "Base64",
-    _Base64,
+    lambda base64: base64,
     "Bytes that are no UTF-8 text.",
     Key("base64", Kind(_decode_base64, {"type": "string"}), required=True),
-    make=lambda base64: base64,
 )
 
 
