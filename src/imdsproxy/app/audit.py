@@ -14,10 +14,8 @@ import contextlib
 import errno
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,6 +27,7 @@ from imdsproxy.config.policy import AuditSettings
 from imdsproxy.core.haproxy.request_log import left_out_line, read_audit
 from imdsproxy.errors import Problem
 from imdsproxy.host.files import open_log
+from imdsproxy.host.process import start_thread
 
 KEPT_WORKERS: Final = "audit-worker"
 """By this name the service manager knows connections of workers."""
@@ -49,109 +48,70 @@ _LAST_S: Final = 1.0
 
 _JOURNAL: Final = "journal"
 _JOURNAL_SOCKET: Final = Path("/run/systemd/journal/socket")
-_IDENTIFIER: Final = "imdsproxy-audit"
+_ENTRY: Final = b"PRIORITY=6\nSYSLOG_IDENTIFIER=imdsproxy-audit\nMESSAGE=%s\n"
 _PER_SECOND: Final = 300
 """The journal takes 10,000 lines in 30 seconds from a unit; beyond that it leaves out what else we say as well."""
 
 
-@dataclass(slots=True)
-class FileSink:
-    """A file that is begun anew when it was renamed or removed.
+def append_lines(path: Path, lines: bytearray) -> None:
+    """Write whole lines to the end of a file; with none, only try that they could be written.
 
-    Attributes:
-        left_out: Lines that were not to be written.
+    The file is there with mode 0640 before the first line is, also after it was renamed or removed.
+
+    Raises:
+        OSError: None of them could; they are to come again.
     """
-
-    path: Path
-    left_out: int = 0
-    _descriptor: int = -1
-
-    def write(self, lines: bytearray) -> None:
-        """Write whole lines; with none, only try that they could be written.
-
-        The file is there with mode 0640 before the first line is.
-
-        Raises:
-            OSError: None of them could; they are to come again.
-        """
-        self._follow()
-        before = os.fstat(self._descriptor).st_size
-        left = memoryview(lines)
+    with os.fdopen(open_log(path), "ab", buffering=0) as file:
+        before, left = os.fstat(file.fileno()).st_size, memoryview(lines)
         try:
             while left:
-                left = left[os.write(self._descriptor, left) :]
+                left = left[os.write(file.fileno(), left) :]
         except OSError:
             with contextlib.suppress(OSError):
-                os.ftruncate(self._descriptor, before)
+                file.truncate(before)
             raise
-
-    def close(self) -> None:
-        """Let go of it."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    def _follow(self) -> None:
-        if self._descriptor >= 0:
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(self.path.stat(), os.fstat(self._descriptor)):
-                    return
-            self.close()
-        self._descriptor = open_log(self.path)
-
-
-def _open_datagrams() -> socket.socket:
-    channel = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-    channel.settimeout(1)
-    return channel
 
 
 @dataclass(slots=True)
-class JournalSink:
+class Journal:
     """Systemd's journal, by its own protocol; no more lines a second than leave room for our messages.
 
     Source: https://systemd.io/JOURNAL_NATIVE_PROTOCOL/
+
+    Attributes:
+        left_out: Lines that were not to be written.
     """
 
     address: Path = _JOURNAL_SOCKET
     clock: Callable[[], float] = time.monotonic
     per_second: int = _PER_SECOND
     left_out: int = 0
-    _channel: socket.socket = field(default_factory=_open_datagrams)
     _second: int = 0
     _written: int = 0
     _skipped: int = 0
 
     def write(self, lines: bytearray) -> None:
-        """As `FileSink.write`, but takes out of `lines` what is written or left out before one fails."""
-        if not lines:
-            with _open_datagrams() as probe:
-                probe.connect(os.fspath(self.address))
-        while lines:
-            end = lines.index(b"\n")
-            self._take(bytes(lines[:end]))
-            del lines[: end + 1]
+        """As `append_lines`, but takes out of `lines` what is written or left out before one fails."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+            channel.settimeout(1)
+            channel.connect(os.fspath(self.address))
+            while lines:
+                end = lines.index(b"\n")
+                self._take(channel, bytes(lines[:end]))
+                del lines[: end + 1]
 
-    def close(self) -> None:
-        """Let go of it."""
-        self._channel.close()
-
-    def _take(self, line: bytes) -> None:
+    def _take(self, channel: socket.socket, line: bytes) -> None:
         second = int(self.clock())
         if second != self._second:
             if self._skipped:
-                self._send(left_out_line(self._skipped, time.time()))
+                channel.send(_ENTRY % left_out_line(self._skipped, time.time()))
             self._second, self._written, self._skipped = second, 0, 0
         if self._written < self.per_second:
-            self._send(line)
+            channel.send(_ENTRY % line)
             self._written += 1
         else:
             self._skipped += 1
             self.left_out += 1
-
-    def _send(self, line: bytes) -> None:
-        entry = b"PRIORITY=6\nSYSLOG_IDENTIFIER=%s\nMESSAGE=%s\n" % (_IDENTIFIER.encode(), line)
-        self._channel.sendto(entry, os.fspath(self.address))
 
 
 def advise(destination: str, error: OSError) -> str:
@@ -198,12 +158,11 @@ class Audit:
     settings: Callable[[], AuditSettings]
     keep: Callable[[socket.socket], bool] = lambda _: False
     clock: Callable[[], float] = time.monotonic
+    journal: Journal = field(default_factory=Journal)
     written: int = 0
     left_out: int = 0
     _failure: Problem | None = None
     _begun: float | None = None
-    _named: str = ""
-    _sink: FileSink | JournalSink | None = None
     _workers: dict[asyncio.Task[None], _Worker] = field(default_factory=dict)
     _ended: asyncio.Event = field(default_factory=asyncio.Event)
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -312,7 +271,9 @@ class Audit:
                 destination = self.settings().destination
                 self._begun = self.clock()
                 try:
-                    await _aside(partial(self._write_now, destination, rest))
+                    work = partial(self._write_now, destination, rest)
+                    # On a disk that hangs it may not come back.
+                    await start_thread(work, "audit")
                 except OSError as error:
                     self._fail(destination, error)
                     await asyncio.sleep(_AGAIN_S)
@@ -325,16 +286,14 @@ class Audit:
         self.left_out += lines.left_out
 
     def _write_now(self, destination: str, lines: bytearray) -> None:
-        if self._sink is None or self._named != destination:
-            if self._sink is not None:
-                self._sink.close()
-            # What cannot be opened is tried again: lines go to no other place meanwhile.
-            self._sink = JournalSink() if destination == _JOURNAL else FileSink(Path(destination))
-            self._named = destination
+        if destination != _JOURNAL:
+            append_lines(Path(destination), lines)
+            return
+        before = self.journal.left_out
         try:
-            self._sink.write(lines)
+            self.journal.write(lines)
         finally:
-            left_out, self._sink.left_out = self._sink.left_out, 0
+            left_out = self.journal.left_out - before
             self.left_out += left_out
             self.written -= left_out
 
@@ -344,20 +303,3 @@ class Audit:
         if failure != self._failure:
             structlog.get_logger().warning("audit log not written", reason=reason, hint=hint)
         self._failure = failure
-
-
-async def _aside(work: Callable[[], None]) -> None:
-    """In a thread that is not waited for at the end: on a disk that hangs it may not come back."""
-    written: Future[None] = Future()
-    written.set_running_or_notify_cancel()
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as error:  # noqa: BLE001 - raised where it is waited for
-            written.set_exception(error)
-        else:
-            written.set_result(None)
-
-    threading.Thread(target=run, name="audit", daemon=True).start()
-    await asyncio.wrap_future(written)

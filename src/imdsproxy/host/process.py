@@ -1,7 +1,7 @@
 """Processes that outlive us: started detached, known again by /proc, waited for and ended by pidfd.
 
 A pid alone says nothing: another process may have it since it was written down. A process is held by a pidfd, which
-never changes its meaning. Also: programs that are run for their answer, and limits of our own process.
+never changes its meaning. Also: programs that are run for their answer, and threads and limits of our own process.
 """
 
 from __future__ import annotations
@@ -16,16 +16,20 @@ import resource
 import select
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from imdsproxy.errors import HostRefused, Ignoring, refusing
 from imdsproxy.host.files import limit_log, open_log
 
 PROC: Final = Path("/proc")
+
+_T = TypeVar("_T")
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
@@ -360,6 +364,22 @@ async def run_program(
             ) from error
         raise
     return process.returncode, output.decode("utf-8", "replace").strip()
+
+
+def start_thread(work: Callable[[], _T], name: str) -> asyncio.Future[_T]:
+    """Do what blocks in a daemon thread: one that never comes back is not waited for when this process ends."""
+    done: Future[_T] = Future()
+    # From here on cancelling does not take it back.
+    done.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except Exception as error:  # noqa: BLE001 - raised where it is waited for
+            done.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return asyncio.wrap_future(done)
 
 
 def raise_descriptor_limit() -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.app import audit as module
-from imdsproxy.app.audit import Audit, FileSink, JournalSink, advise
+from imdsproxy.app.audit import Audit, Journal, advise, append_lines
 from imdsproxy.config.policy import AuditSettings
 
 LINE = b'{"number":1}\n'
@@ -94,27 +94,25 @@ async def test_the_destination_may_change_and_what_was_sent_before_the_end_is_wr
         worker.send(LINE)
 
 
-async def test_a_journal_that_cannot_be_opened_is_tried_again_and_the_file_of_before_is_left_alone(
+async def test_a_journal_that_does_not_run_is_tried_again_and_the_file_of_before_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_AGAIN_S", 0.05)
-    tries: list[Path] = []
-
-    def open_journal() -> FileSink:
-        tries.append(tmp_path / "journal")
-        if len(tries) < 3:
-            raise OSError(errno.EMFILE, "too many open files")
-        return FileSink(tries[0])
-
-    monkeypatch.setattr(module, "JournalSink", open_journal)
     settings = into(tmp_path / "one")
-    async with serving(Audit(lambda: settings), tmp_path / "s"):
-        with connect(tmp_path / "s") as worker:
+    audit = Audit(lambda: settings, journal=Journal(tmp_path / "socket"))
+    async with serving(audit, tmp_path / "s"):
+        with (
+            connect(tmp_path / "s") as worker,
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal,
+        ):
             worker.send(LINE)
             await until(lambda: content(tmp_path / "one") == LINE)
             settings = AuditSettings(mode="all", destination="journal")
             worker.send(LINE * 2)
-            await until(lambda: content(tmp_path / "journal") == LINE * 2)
+            await until(lambda: audit.problem is not None)
+            journal.bind(os.fspath(tmp_path / "socket"))
+            await until(lambda: audit.written == 3)
+            assert journal.recv(4096) == ENTRY + LINE
     assert content(tmp_path / "one") == LINE
 
 
@@ -157,8 +155,6 @@ async def test_a_write_that_does_not_come_back_is_reported_and_does_not_delay_th
     # With a reader the thread comes back.
     reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     await until(lambda: all(one.name != "audit" for one in threading.enumerate()))
-    assert audit._sink is not None
-    audit._sink.close()
     os.close(reader)
 
 
@@ -194,25 +190,25 @@ async def test_what_was_not_written_is_kept_for_the_next_which_writes_it_once(
 def test_a_file_that_was_removed_is_begun_anew_one_of_logrotate_keeps_its_mode_and_a_link_is_refused(
     tmp_path: Path,
 ) -> None:
-    sink = FileSink(path := tmp_path / "audit.log")
-    sink.write(bytearray(LINE))
+    path = tmp_path / "audit.log"
+    append_lines(path, bytearray(LINE))
     assert (content(path), stat.S_IMODE(path.stat().st_mode)) == (LINE, 0o640)
     path.unlink()
     path.touch(0o600)
-    sink.write(bytearray(LINE))
+    append_lines(path, bytearray(LINE))
     assert (content(path), stat.S_IMODE(path.stat().st_mode)) == (LINE, 0o600)
     path.unlink()
     path.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OSError, match="symbolic"):
-        sink.write(bytearray(LINE))
+        append_lines(path, bytearray(LINE))
     assert not (tmp_path / "elsewhere").exists()
 
 
 def test_of_lines_that_a_full_disk_takes_in_part_none_is_left_and_all_come_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sink = FileSink(path := tmp_path / "audit.log")
-    sink.write(bytearray(LINE))
+    path = tmp_path / "audit.log"
+    append_lines(path, bytearray(LINE))
     write, room = os.write, 5
 
     def until_full(descriptor: int, data: memoryview) -> int:
@@ -226,11 +222,10 @@ def test_of_lines_that_a_full_disk_takes_in_part_none_is_left_and_all_come_again
     with monkeypatch.context() as patched:
         patched.setattr(os, "write", until_full)
         with pytest.raises(OSError, match="No space left"):
-            sink.write(bytearray(LINE * 2))
+            append_lines(path, bytearray(LINE * 2))
     assert content(path) == LINE
-    sink.write(bytearray(LINE * 2))
+    append_lines(path, bytearray(LINE * 2))
     assert content(path) == LINE * 3
-    sink.close()
 
 
 @pytest.fixture
@@ -245,7 +240,7 @@ def test_the_journal_gets_a_line_each_and_no_more_than_it_takes(
     journal: socket.socket, tmp_path: Path
 ) -> None:
     now = 100.0
-    sink = JournalSink(tmp_path / "socket", lambda: now, per_second=2)
+    sink = Journal(tmp_path / "socket", lambda: now, per_second=2)
     sink.write(bytearray(LINE * 5))
     assert sink.left_out == 3
     now = 101.2
@@ -253,21 +248,18 @@ def test_the_journal_gets_a_line_each_and_no_more_than_it_takes(
     first, second, left_out, last = (journal.recv(4096) for _ in range(4))
     assert {first, second, last} == {ENTRY + LINE}
     assert json.loads(left_out.removeprefix(ENTRY))["left_out"] == 3
-    sink.close()
 
 
 async def test_what_the_journal_has_no_room_for_is_counted_as_left_out(
     journal: socket.socket, tmp_path: Path
 ) -> None:
-    audit = Audit(lambda: AuditSettings(mode="all", destination="journal"))
-    sink = JournalSink(tmp_path / "socket", lambda: 100.0, per_second=2)
-    audit._named, audit._sink = "journal", sink
+    sink = Journal(tmp_path / "socket", lambda: 100.0, per_second=2)
+    audit = Audit(lambda: AuditSettings(mode="all", destination="journal"), journal=sink)
     async with serving(audit, tmp_path / "s"):
         with connect(tmp_path / "s") as worker:
             worker.send(LINE * 5)
             await until(lambda: (audit.written, audit.left_out) == (2, 3))
     assert journal.recv(4096) == ENTRY + LINE
-    sink.close()
 
 
 def test_lines_that_the_journal_has_come_no_second_time(
@@ -283,13 +275,12 @@ def test_lines_that_the_journal_has_come_no_second_time(
             journal.close()
         return 100.0
 
-    sink = JournalSink(tmp_path / "socket", second)
+    sink = Journal(tmp_path / "socket", second)
     lines = bytearray(LINE * 3)
     for left in (lines, bytearray()):
         with pytest.raises(ConnectionRefusedError):  # also before there is a line
             sink.write(left)
     assert lines == LINE * 2
-    sink.close()
 
 
 @pytest.mark.parametrize(
@@ -318,14 +309,12 @@ def test_no_line_is_lost_or_written_twice_when_the_file_is_rotated(tmp_path: Pat
     assert packaged.count(_PLACE) == 1
     rules.write_text(packaged.replace(_PLACE, os.fspath(path)))
     rules.chmod(0o644)
-    sink = FileSink(path)
     for number in range(3):
-        sink.write(bytearray(_line(number)))
+        append_lines(path, bytearray(_line(number)))
         state = f"--state={tmp_path / 'state'}"
         subprocess.run(["/usr/sbin/logrotate", "--force", state, rules], check=True)
         assert not path.exists()
-    sink.write(bytearray(_line(3)))
-    sink.close()
+    append_lines(path, bytearray(_line(3)))
     names = ("audit.log", "audit.log.1", "audit.log.2.gz", "audit.log.3.gz")
     assert {one.name for one in tmp_path.glob("audit.log*")} == set(names)
     text = b"".join(
