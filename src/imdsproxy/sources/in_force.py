@@ -8,7 +8,7 @@ in force yet (a fresh start), the order of the files' names and of the records i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -78,6 +78,7 @@ _Each: TypeAlias = Mapping[str, Entry[Record] | None]
 """What each id has in force, if anything."""
 
 
+@dataclass(slots=True)
 class InForce(Generic[Record]):
     """The entries of all files of one kind, and those in force.
 
@@ -92,23 +93,18 @@ class InForce(Generic[Record]):
         moved: Whether an address went from one record to another in the last `settle`.
     """
 
-    def __init__(
-        self,
-        claims: Callable[[Record], Iterable[AddressKey]],
-        where: Callable[[Entry[Record]], tuple[Path, str | None]],
-    ) -> None:
-        self._claims = claims
-        self._where = where
-        self._files: dict[str, tuple[Entry[Record], ...]] = {}
-        self._entries: dict[str, tuple[Entry[Record], ...]] = {}
-        self._held: dict[str, Entry[Record]] = {}
-        self._held_by_file: dict[str, set[str]] = {}
-        self._holders = Claims()
-        self._freed: dict[AddressKey, str] = {}
-        self.moved = False
-        self._touched: set[str] = set()
-        self._clashes: dict[str, tuple[Clash[Record], ...]] = {}
-        self._unclear: set[str] = set()
+    claims: Callable[[Record], Iterable[AddressKey]]
+    where: Callable[[Entry[Record]], tuple[Path, str | None]]
+    moved: bool = False
+    _files: dict[str, tuple[Entry[Record], ...]] = field(default_factory=dict)
+    _entries: dict[str, tuple[Entry[Record], ...]] = field(default_factory=dict)
+    _held: dict[str, Entry[Record]] = field(default_factory=dict)
+    _held_by_file: dict[str, set[str]] = field(default_factory=dict)
+    _holders: Claims = field(default_factory=Claims)
+    _freed: dict[AddressKey, str] = field(default_factory=dict)
+    _touched: set[str] = field(default_factory=set)
+    _clashes: dict[str, tuple[Clash[Record], ...]] = field(default_factory=dict)
+    _unclear: set[str] = field(default_factory=set)
 
     @property
     def records(self) -> dict[Any, Record]:
@@ -181,8 +177,8 @@ class InForce(Generic[Record]):
 
     def _explain(self, clash: Clash[Record]) -> Iterator[Problem]:
         entry, other = clash.entry, clash.other
-        path, file = self._where(entry)
-        _, place = self._where(other)
+        path, file = self.where(entry)
+        _, place = self.where(other)
         place = place or ""
         if place and other.line is not None:
             place = f"{place}:{other.line}"
@@ -301,7 +297,7 @@ class InForce(Generic[Record]):
         return moved
 
     def _claimed(self, entry: Entry[Record]) -> Iterable[AddressKey]:
-        return () if entry.record is None else self._claims(entry.record)
+        return () if entry.record is None else self.claims(entry.record)
 
     def _release(self, key: str) -> None:
         held = self._held.pop(key, None)

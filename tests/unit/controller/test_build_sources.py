@@ -50,11 +50,11 @@ def test_libvirt_is_asked_as_the_settings_say() -> None:
     settings = Settings.model_validate({"sources": {"libvirt": said}})
     _store, source = build.build_sources(settings, Clock(), _begin, Progress()).all
     assert isinstance(source, LibvirtSource)
-    assert isinstance(source._client, LibvirtClient)
-    assert source._client._uri == "test:///default"
-    assert source._known._selected == frozenset({"default"})
-    assert source._known._marked_only
-    assert source._reread_s == 5.0
+    assert isinstance(source.client, LibvirtClient)
+    assert source.client.uri == "test:///default"
+    assert source._known.selected == frozenset({"default"})
+    assert source._known.marked_only
+    assert source.settings.reread_s == 5.0
 
 
 def test_a_document_server_finds_modules_where_its_controller_does() -> None:

@@ -8,10 +8,10 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, ClassVar, Final, TypeAlias
 
 from imdsproxy.core.claims import claim_places
 from imdsproxy.core.model import Instance
@@ -72,6 +72,7 @@ class _File:
     doubtful_since: float | None = None
 
 
+@dataclass(slots=True)
 class FileSource:
     """A directory of record files, watched. Bad records are refused one by one; see `in_force`.
 
@@ -79,7 +80,7 @@ class FileSource:
 
     Args:
         directory: Where the files are; it need not exist yet.
-        last_good: A file of ours that keeps what is in force over a restart, for the case that a record
+        kept: A file of ours that keeps what is in force over a restart, for the case that a record
             file is broken then; `None` to do without.
         clock: Monotonic seconds.
         progress: Where reading a large file says how far it is.
@@ -91,37 +92,33 @@ class FileSource:
         last_good: What is in force, kept over a restart: of an entry, the file and the record.
     """
 
-    name: Final = "file"
+    name: ClassVar = "file"
+    directory: Path
+    kept: InitVar[Path]
+    clock: Callable[[], float] = time.monotonic
+    progress: Progress = field(default_factory=Progress)
+    problems: tuple[Problem, ...] = ()
+    readable: bool = False
+    again_s: float | None = None
+    last_good: SideCache[_Key, Entry[Any]] = field(init=False)
+    _reports: Reports = field(default_factory=lambda: Reports("file"))
+    _files: dict[str, _File] = field(default_factory=dict)
+    _kinds: dict[str, InForce[Any]] = field(init=False)
+    _opened: int = 0
+    _begun: bool = False
+    _watch: Watch | None = None
+    _unwatched: Problem | None = None
+    _places: frozenset[Place] = frozenset()
+    _relevant: frozenset[Path] = frozenset()
 
-    def __init__(
-        self,
-        directory: Path,
-        last_good: Path,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-        progress: Progress | None = None,
-    ) -> None:
-        self.problems: tuple[Problem, ...] = ()
-        self.readable = False
-        self.again_s: float | None = None
-        self._path = directory.absolute()
-        self._progress = progress or Progress()
-        self._clock = clock
-        self._reports = Reports(self.name)
-        self._files: dict[str, _File] = {}
-        self._kinds: dict[str, InForce[Any]] = {
+    def __post_init__(self, kept: Path) -> None:
+        self.directory = self.directory.absolute()
+        self._kinds = {
             "networks": InForce(lambda _network: (), partial(self._where, "networks")),
             "instances": InForce(self._claims, partial(self._where, "instances")),
         }
-        self._opened = 0
-        self.last_good: SideCache[_Key, Entry[Any]] = SideCache(
-            last_good, _SCHEMA, _read, _write, "last-good", "records in force are not kept"
-        )
-        self._begun = False
-        self._watch: Watch | None = None
-        self._unwatched: Problem | None = None
-        self._places: frozenset[Place] = frozenset()
-        self._relevant: frozenset[Path] = frozenset()
+        lost = "records in force are not kept"
+        self.last_good = SideCache(kept, _SCHEMA, _read, _write, "last-good", lost)
 
     def everything(self) -> Observation:
         """All in force."""
@@ -136,7 +133,7 @@ class FileSource:
         field = f"instances[{entry.position}].ports[{port.number}].network"
         claims = zip(claim_places(record), entry.lines, strict=False)
         line = next((line for (_, part), line in claims if part[1] == port.number), entry.line)
-        return port.problem(field=field, file=str(self._path / entry.file), line=line)
+        return port.problem(field=field, file=str(self.directory / entry.file), line=line)
 
     async def run(self, publish: Publish) -> None:
         """Report the directory's records, and every change of them, until cancelled.
@@ -188,7 +185,7 @@ class FileSource:
         while True:
             changed = await self._watch.changes(self.again_s)
             if not changed or any(
-                path.parent == self._path or path in self._relevant for path in changed
+                path.parent == self.directory or path in self._relevant for path in changed
             ):
                 return changed
 
@@ -219,7 +216,7 @@ class FileSource:
         except OSError as error:
             reason = f"cannot be listed: {error.strerror}"
             hint = "make it, or correct the setting; it is read as soon as it is there"
-            unreadable.append(Problem("directory", reason, hint, str(self._path)))
+            unreadable.append(Problem("directory", reason, hint, str(self.directory)))
         else:
             for name in sorted(self._files.keys() | found.keys()):
                 self._look(name, found.get(name), changed)
@@ -233,7 +230,7 @@ class FileSource:
             self._files.setdefault(entry.file, _File())
 
     def _list(self) -> Iterator[tuple[str, Path]]:
-        with os.scandir(self._path) as entries:
+        with os.scandir(self.directory) as entries:
             for entry in entries:
                 if entry.name.endswith(SUFFIXES) and not entry.name.startswith("."):
                     yield entry.name, Path(entry.path)
@@ -265,11 +262,11 @@ class FileSource:
         if file.signature is None:
             return True
         if file.doubtful_since is None:
-            file.doubtful_since = self._clock()
-        return self._clock() - file.doubtful_since >= after_s
+            file.doubtful_since = self.clock()
+        return self.clock() - file.doubtful_since >= after_s
 
     def _read_file(self, name: str, path: Path, file: _File) -> None:
-        contents = read_contents(path, self._progress)
+        contents = read_contents(path, self.progress)
         if contents.blank and any(one.has(name) for one in self._kinds.values()):
             # A write that failed, most likely: to remove all records, people remove the file.
             reason = "is blank: the records that it had stay in force"
@@ -291,7 +288,7 @@ class FileSource:
 
     def _settle(self, unreadable: Sequence[Problem]) -> Observation:
         changes = {kind: in_force.settle() for kind, in_force in self._kinds.items()}
-        self._progress.end(_SETTLING)
+        self.progress.end(_SETTLING)
         for kind, changed in changes.items():
             entry_of = self._kinds[kind].entry_of
             self.last_good.keep({(kind, key): entry_of(key) for key in changed})
@@ -308,24 +305,24 @@ class FileSource:
 
     def _find_places(self, payloads: Iterable[Path]) -> None:
         """Which directories to watch, and which paths in them matter beside everything in the directory itself."""
-        files = [self._path / name for name in self._files]
+        files = [self.directory / name for name in self._files]
         named = {*payloads, *(path.resolve() for path in files if path.is_symlink())}
         # In the parent it shows when the directory itself is made, removed or replaced.
-        wanted = {self._path, self._path.parent, *(path.parent for path in named)}
+        wanted = {self.directory, self.directory.parent, *(path.parent for path in named)}
         self._places = frozenset(place_of(path) for path in wanted)
         self._relevant = frozenset(
-            each for path in (self._path, *named) for each in (path, *path.parents)
+            each for path in (self.directory, *named) for each in (path, *path.parents)
         )
 
     def _claims(self, instance: PackedInstance) -> list[AddressKey]:
         # A start waits for the records as long as it sees progress, and this takes seconds for very many of them.
         self._opened += 1
         if self._opened % _NOTED == 0:
-            self._progress.note(_SETTLING, self._opened, 0)
+            self.progress.note(_SETTLING, self._opened, 0)
         return [address for address, _part in claim_places(instance.open())]
 
     def _where(self, kind: str, entry: Entry[Record]) -> tuple[PathInFile, str]:
-        return (kind, entry.position), str(self._path / entry.file)
+        return (kind, entry.position), str(self.directory / entry.file)
 
 
 def _read(connection: sqlite3.Connection) -> Iterator[tuple[_Key, Entry[Any]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
 from imdsproxy.core.claims import address_keys
@@ -51,6 +52,7 @@ def describe_network(network: LibvirtNetwork) -> Network | Refused:
     return parse_network(record, ("network",), Findings(network.place))
 
 
+@dataclass(slots=True)
 class LibvirtKnown:
     """Domains by UUID, networks by name, and the records that they make.
 
@@ -64,19 +66,19 @@ class LibvirtKnown:
         networks: The records of active networks whose bridge is libvirt's.
     """
 
-    def __init__(
-        self, selected: frozenset[str] | None = None, *, marked_only: bool = False
-    ) -> None:
-        self.networks: Mapping[NetworkId, Network] = {}
-        self._selected = selected
-        self._marked_only = marked_only
-        self._domains: dict[str, Domain | Refused] = {}
-        # As they were last read, for the networks of those that cannot be read now.
-        self._read: dict[str, Domain] = {}
-        self._described: dict[str, LibvirtNetwork] = {}
-        self._leases: dict[tuple[str, str], list[Json]] = {}
-        self._network_problems: tuple[Problem, ...] = ()
-        self._instances: InForce[Instance] = InForce(address_keys, self._where)
+    selected: frozenset[str] | None = None
+    marked_only: bool = False
+    networks: Mapping[NetworkId, Network] = field(default_factory=dict)
+    _domains: dict[str, Domain | Refused] = field(default_factory=dict)
+    # As they were last read, for the networks of those that cannot be read now.
+    _read: dict[str, Domain] = field(default_factory=dict)
+    _described: dict[str, LibvirtNetwork] = field(default_factory=dict)
+    _leases: dict[tuple[str, str], list[Json]] = field(default_factory=dict)
+    _network_problems: tuple[Problem, ...] = ()
+    _instances: InForce[Instance] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._instances = InForce(address_keys, self._where)
 
     @property
     def records(self) -> Observation:
@@ -178,7 +180,7 @@ class LibvirtKnown:
                 port: dict[str, Json] = {"network": network, "mac": interface.mac}
                 addresses = self._leases.get((network, interface.mac.lower()))
                 ports.append({**port, "addresses": addresses} if addresses else port)
-        if not domain.marked and (self._marked_only or not ports):
+        if not domain.marked and (self.marked_only or not ports):
             return None
         record: dict[str, Json] = {"id": domain.uuid, "name": domain.name, "ports": ports}
         parsed = parse_instance({**record, **domain.keys}, ("instance",), Findings(domain.place))
@@ -204,7 +206,7 @@ class LibvirtKnown:
         return NetworkId(found) if found and selected and _NETWORK_ID.fullmatch(found) else None
 
     def _selects(self, name: str | None) -> bool:
-        return name is not None and (self._selected is None or name in self._selected)
+        return name is not None and (self.selected is None or name in self.selected)
 
     def _where(self, entry: Entry[Instance]) -> tuple[Path, str | None]:
         domain = self._read.get(entry.file)

@@ -7,19 +7,19 @@ built against the library that is there (`pip install imdsproxy[libvirt]`), and 
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import importlib
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Any, Final, TypeAlias, TypeVar
+from typing import Any, ClassVar, Final, TypeAlias, TypeVar
 
 from imdsproxy.core.observation import Observation, StrandedPort
 from imdsproxy.core.records import Refused
 from imdsproxy.core.timing import Backoff
 from imdsproxy.errors import NotFound, Problem, SourceUnavailable, optional_library
+from imdsproxy.host.process import start_thread
 from imdsproxy.sources.api import Publish, Reports
 from imdsproxy.sources.libvirt.records import LibvirtKnown
 from imdsproxy.sources.libvirt.xml import (
@@ -101,6 +101,7 @@ def run_events(library: _Library) -> None:
     threading.Thread(target=run, name="imdsproxy-libvirt-events", daemon=True).start()
 
 
+@dataclass(slots=True)
 class LibvirtClient:
     """Connections to the daemon at `uri`, one at a time, read-only.
 
@@ -115,20 +116,19 @@ class LibvirtClient:
         connect_s: Seconds after which a daemon that accepts a connection and does not answer counts as hung.
     """
 
-    def __init__(self, uri: str, *, connect_s: float = 10.0) -> None:
-        self._uri = uri
-        self._connect_s = connect_s
-        # Held during a call: they follow each other.
-        self._turn = threading.Lock()
-        self._closing: asyncio.Future[None] | None = None
-        self._library: _Library = None
-        self._connection: _Connection = None
-        self._undo = contextlib.ExitStack()
+    uri: str
+    connect_s: float = 10.0
+    # Held during a call: they follow each other.
+    _turn: threading.Lock = field(default_factory=threading.Lock)
+    _closing: asyncio.Future[None] | None = None
+    _library: _Library = None
+    _connection: _Connection = None
+    _undo: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     async def connect(self, events: LibvirtEvents) -> None:
         """Connect; from then on events are noted in `events`."""
         if self._closing is not None and not self._closing.done():
-            raise SourceUnavailable(f"{self._uri} does not answer")
+            raise SourceUnavailable(f"{self.uri} does not answer")
         loop = asyncio.get_running_loop()
 
         def note(event: Callable[[str], None], about: str) -> None:
@@ -139,10 +139,10 @@ class LibvirtClient:
             lambda: self._open(partial(note, events.change), partial(note, events.lose))
         )
         try:
-            await asyncio.wait_for(opening, self._connect_s)
+            await asyncio.wait_for(opening, self.connect_s)
         except TimeoutError as error:
             raise SourceUnavailable(
-                f"{self._uri} does not answer within {self._connect_s:g} s"
+                f"{self.uri} does not answer within {self.connect_s:g} s"
             ) from error
 
     async def domains(self) -> Mapping[str, Domain | Refused]:
@@ -192,26 +192,18 @@ class LibvirtClient:
             # Its exception's class is known only where the module is.
             if self._library is None or not isinstance(error, self._library.libvirtError):
                 raise
-            hint = f"`virsh -r -c {self._uri} list` asks the same; sources.libvirt.uri says where"
+            hint = f"`virsh -r -c {self.uri} list` asks the same; sources.libvirt.uri says where"
             connected = self._connection is not None
             raise SourceUnavailable(
-                f"{self._uri}: {error}", hint="" if connected else hint
+                f"{self.uri}: {error}", hint="" if connected else hint
             ) from error
 
     def _in_thread(self, work: Callable[[], _T]) -> asyncio.Future[_T]:
-        done: concurrent.futures.Future[_T] = concurrent.futures.Future()
-        # From here on cancelling does not take it back.
-        done.set_running_or_notify_cancel()
-
-        def run() -> None:
+        def in_turn() -> _T:
             with self._turn:
-                try:
-                    done.set_result(work())
-                except Exception as error:  # noqa: BLE001 - the caller gets it
-                    done.set_exception(error)
+                return work()
 
-        threading.Thread(target=run, name="imdsproxy-libvirt", daemon=True).start()
-        return asyncio.wrap_future(done)
+        return start_thread(in_turn, "imdsproxy-libvirt")
 
     # In the thread
 
@@ -221,7 +213,7 @@ class LibvirtClient:
         # Without one of ours it writes every error to standard error.
         library.registerErrorHandler(lambda *_: None, None)
         run_events(library)
-        self._connection = connection = library.openReadOnly(self._uri)
+        self._connection = connection = library.openReadOnly(self.uri)
         self._undo.callback(connection.close)
         connection.registerCloseCallback(
             lambda _connection, reason, _opaque: lose(_why(library, reason)), None
@@ -275,6 +267,7 @@ class LibvirtClient:
             raise
 
 
+@dataclass(slots=True)
 class LibvirtSource:
     """Domains as instances, networks as networks.
 
@@ -287,21 +280,17 @@ class LibvirtSource:
         backoff: Pauses before a lost connection is made anew.
     """
 
-    name: Final = "libvirt"
+    name: ClassVar = "libvirt"
+    client: LibvirtClient
+    settings: LibvirtSourceSettings
+    backoff: Backoff = field(default_factory=lambda: Backoff(first_s=0.5, longest_s=30.0))
+    _known: LibvirtKnown = field(init=False)
+    _reports: Reports = field(default_factory=lambda: Reports("libvirt", defers=True))
 
-    def __init__(
-        self,
-        client: LibvirtClient,
-        settings: LibvirtSourceSettings,
-        *,
-        backoff: Backoff | None = None,
-    ) -> None:
-        self._client = client
-        self._reread_s = settings.reread_s
-        self._backoff = backoff or Backoff(first_s=0.5, longest_s=30.0)
-        networks = None if settings.networks is None else frozenset(settings.networks)
-        self._known = LibvirtKnown(networks, marked_only=settings.domains == "marked")
-        self._reports = Reports(self.name, defers=True)
+    def __post_init__(self) -> None:
+        selected, marked_only = self.settings.networks, self.settings.domains == "marked"
+        networks = None if selected is None else frozenset(selected)
+        self._known = LibvirtKnown(networks, marked_only=marked_only)
 
     def explain_stranded(self, port: StrandedPort) -> Problem:
         """With the domain that the port is of."""
@@ -317,23 +306,23 @@ class LibvirtSource:
                 failure = Problem("libvirt", error.message, error.hint)
                 self._report(publish, Observation(), failure)
             finally:
-                await self._client.close()
-            await asyncio.sleep(self._backoff.fail())
+                await self.client.close()
+            await asyncio.sleep(self.backoff.fail())
 
     async def _follow(self, publish: Publish) -> None:
         """Report everything and then changes, until the connection is lost (`SourceUnavailable`)."""
         events = LibvirtEvents()
-        await self._client.connect(events)
-        domains: Mapping[str, Domain | Refused | None] = await self._client.domains()
+        await self.client.connect(events)
+        domains: Mapping[str, Domain | Refused | None] = await self.client.domains()
         everything = True
         while True:
             # Whatever happened to a domain, its network's static hosts may have changed just before.
-            networks = await self._client.networks()
+            networks = await self.client.networks()
             self._report(publish, self._known.update(domains, networks, everything=everything))
-            self._backoff.succeed()
+            self.backoff.succeed()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(events.arrived.wait(), self._reread_s)
-            domains = {uuid: await self._client.domain(uuid) for uuid in events.take()}
+                await asyncio.wait_for(events.arrived.wait(), self.settings.reread_s)
+            domains = {uuid: await self.client.domain(uuid) for uuid in events.take()}
             everything = False
 
     def _report(

@@ -172,7 +172,11 @@ def parse_libvirt_network(text: str, *, active: bool) -> LibvirtNetwork | Refuse
         if root.find("forward") is None
         else _attribute(root, "forward", "mode") or "nat",
         bridge=_attribute(root, "bridge", "name"),
-        addresses=tuple(_addresses(root)),
+        addresses=tuple(
+            ip_interface(f"{each.attrib['address']}/{prefix}")
+            for each in root.iterfind("ip[@address]")
+            if (prefix := each.get("prefix") or each.get("netmask")) is not None
+        ),
         hosts=tuple(
             (host.attrib["mac"].lower(), host.attrib["ip"])
             for host in root.iterfind("ip/dhcp/host[@mac][@ip]")
@@ -181,13 +185,6 @@ def parse_libvirt_network(text: str, *, active: bool) -> LibvirtNetwork | Refuse
         resolves=_attribute(root, "dns", "enable") in {None, "yes"},
         active=active,
     )
-
-
-def _addresses(root: Element) -> Iterator[Interface]:
-    for element in root.iterfind("ip[@address]"):
-        prefix = element.get("prefix") or element.get("netmask")
-        if prefix is not None:
-            yield ip_interface(f"{element.attrib['address']}/{prefix}")
 
 
 def read_metadata(element: Element, place: str) -> tuple[_Record, tuple[Problem, ...]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Container, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final, TypeAlias
 
 from imdsproxy.core.addresses import mac_of
@@ -63,6 +63,7 @@ class Route:
     unseen: float | None = None
 
 
+@dataclass(slots=True)
 class KnownPorts:
     """Ports by id and by address, and routes: the addresses behind routers.
 
@@ -77,16 +78,15 @@ class KnownPorts:
         unsaved: What came or changed, or `None` for what went; emptied by who saves it.
     """
 
-    def __init__(self) -> None:
-        self.ports: dict[str, Known] = {}
-        self.routes: dict[AddressKey, Route] = {}
-        self.published: dict[InstanceId, Instance] = {}
-        self.unsaved: dict[EntryKey | None, NeutronPort | Route | float | None] = {}
-        self._by_address: dict[AddressKey, str] = {}
-        self._by_instance: dict[InstanceId, set[str]] = {}
-        self._refused: dict[str, tuple[Problem, float]] = {}
-        self._touched: set[InstanceId] = set()
-        self._networks: Counter[NetworkId] = Counter()
+    ports: dict[str, Known] = field(default_factory=dict)
+    routes: dict[AddressKey, Route] = field(default_factory=dict)
+    published: dict[InstanceId, Instance] = field(default_factory=dict)
+    unsaved: dict[EntryKey | None, NeutronPort | Route | float | None] = field(default_factory=dict)
+    _by_address: dict[AddressKey, str] = field(default_factory=dict)
+    _by_instance: dict[InstanceId, set[str]] = field(default_factory=dict)
+    _refused: dict[str, tuple[Problem, float]] = field(default_factory=dict)
+    _touched: set[InstanceId] = field(default_factory=set)
+    _networks: Counter[NetworkId] = field(default_factory=Counter)
 
     def at(self, network: NetworkId, address: IpAddress) -> Known | None:
         """The port that has the address in the network, in force or aside."""

@@ -150,8 +150,12 @@ class Queries:
         except SourceUnavailable as error:
             late = isinstance(error, QueryTimedOut)
             self.results["timeout" if late else "failed"] += 1
-            if not (late and patient):
-                self._failed(error, probe=probe)
+            # One that was on its way when another query failed has met the same failure.
+            if not (late and patient) and (probe or self.outage is None):
+                begins, self.outage = self.outage is None, error
+                self.until = self.clock.monotonic() + self.random() * self._backoff.fail()
+                if begins:
+                    self.on_change()
             raise
         finally:
             if probe:
@@ -164,16 +168,6 @@ class Queries:
             self._backoff.succeed()
             self.on_change()
         return ports, asked
-
-    def _failed(self, error: SourceUnavailable, *, probe: bool) -> None:
-        before = self.outage
-        if before is not None and not probe:
-            # It was on its way when another query failed: the same failure.
-            return
-        self.outage = error
-        self.until = self.clock.monotonic() + self.random() * self._backoff.fail()
-        if before is None:
-            self.on_change()
 
     # Who has an address
 

@@ -9,8 +9,9 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
-from typing import Final, Literal, TypeAlias
+from typing import ClassVar, Final, Literal, TypeAlias
 
 import structlog
 
@@ -30,10 +31,11 @@ from imdsproxy.sources.api import (
 )
 from imdsproxy.sources.neutron.cache import open_cache
 from imdsproxy.sources.neutron.client import NeutronClient
-from imdsproxy.sources.neutron.known import KnownPorts, Route
+from imdsproxy.sources.neutron.known import EntryKey, KnownPorts, Route
 from imdsproxy.sources.neutron.ports import MAX_VALUES, NeutronPort, PortQuery
 from imdsproxy.sources.neutron.queries import Queries, chunks
 from imdsproxy.sources.settings import NeutronSourceSettings
+from imdsproxy.sources.sqlite_file import SideCache
 
 LookUpResult: TypeAlias = Literal[
     "known", "found", "missing", "ambiguous", "unavailable", "negative-cached", "coalesced"
@@ -57,6 +59,7 @@ _SPREAD: Final = 0.1
 """By how much of itself a lifetime is shortened at random, so that those begun together do not end together."""
 
 
+@dataclass(slots=True)
 class NeutronSource:
     """Ports as instances whose documents Nova has; see `api.LookUpSource`. It can run once.
 
@@ -76,36 +79,30 @@ class NeutronSource:
         look_ups: How many, by result.
     """
 
-    name: Final = "neutron"
+    name: ClassVar = "neutron"
+    client: NeutronClient
+    cache: InitVar[Path]
+    settings: NeutronSourceSettings
+    clock: Clock
+    random: Callable[[], float]
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    begin: Callable[[], Awaitable[object]] | None = None
+    known: KnownPorts = field(default_factory=KnownPorts)
+    queries: Queries = field(init=False)
+    look_ups: Counter[LookUpResult] = field(default_factory=Counter)
+    _cache: SideCache[EntryKey | None, NeutronPort | Route | float] = field(init=False)
+    _publish: Publish | None = None
+    _reports: Reports = field(default_factory=lambda: Reports("neutron", defers=True))
+    _complete: bool = False
+    _list_failure: SourceUnavailable | None = None
+    _saved: float = field(init=False)
+    _negative: dict[_Key, tuple[LookUp, float]] = field(default_factory=dict)
+    _pending: dict[_Key, asyncio.Task[LookUp]] = field(default_factory=dict)
 
-    def __init__(
-        self,
-        client: NeutronClient,
-        cache: Path,
-        settings: NeutronSourceSettings,
-        *,
-        clock: Clock,
-        random: Callable[[], float],
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-        begin: Callable[[], Awaitable[object]] | None = None,
-    ) -> None:
-        self._client = client
-        self._settings = settings
-        self._clock = clock
-        self._random = random
-        self._sleep = sleep
-        self._begin = begin
-        self._cache = open_cache(cache)
-        self._publish: Publish | None = None
-        self._reports = Reports(self.name, defers=True)
-        self._complete = False
-        self._list_failure: SourceUnavailable | None = None
-        self._saved = clock.monotonic()
-        self.known = KnownPorts()
-        self._negative: dict[_Key, tuple[LookUp, float]] = {}
-        self._pending: dict[_Key, asyncio.Task[LookUp]] = {}
-        self.look_ups: Counter[LookUpResult] = Counter()
-        self.queries = Queries(client, settings, clock, random, self._outage_changed)
+    def __post_init__(self, cache: Path) -> None:
+        self._cache, self._saved = open_cache(cache), self.clock.monotonic()
+        asked = self.client, self.settings, self.clock, self.random
+        self.queries = Queries(*asked, self._outage_changed)
 
     async def run(self, publish: Publish) -> None:
         """Report what is known, and keep it up to date, until cancelled.
@@ -117,18 +114,18 @@ class NeutronSource:
             await self._load()
             self._publish = publish
             self._report()
-            if self._begin is not None and self._complete:
-                await self._begin()
+            if self.begin is not None and self._complete:
+                await self.begin()
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._keep_fresh())
-                if self._settings.list_every_s:
+                if self.settings.list_every_s:
                     group.create_task(self._keep_listed())
         finally:
             self._publish = None
             for task in self._pending.values():
                 task.cancel()
             await asyncio.gather(*self._pending.values(), return_exceptions=True)
-            await self._client.close()
+            await self.client.close()
             await self._save()
 
     # Questions
@@ -152,7 +149,7 @@ class NeutronSource:
         known = self.known.at(network, normalise_address(address))
         if known is None:
             return None
-        age = self._clock.monotonic() - known.confirmed
+        age = self.clock.monotonic() - known.confirmed
         stale = f"; stale since, because {self.name} does not answer" if self.queries.outage else ""
         return f"it is port {known.port.id} of {self.name}, confirmed {age:.0f} s ago{stale}"
 
@@ -170,7 +167,7 @@ class NeutronSource:
             self.look_ups["known"] += 1
             return found
         answer, until = self._negative.get(key, (None, 0.0))
-        if answer is not None and until > self._clock.monotonic():
+        if answer is not None and until > self.clock.monotonic():
             self.look_ups["negative-cached"] += 1
             return answer
         task = self._pending.get(key)
@@ -194,8 +191,8 @@ class NeutronSource:
         known = find(network, address)
         if known is None:
             return None
-        lifetime = self._settings.lifetime_s * (1 - _SPREAD * self._random())
-        self.known.keep(known, self._clock.monotonic() + lifetime)
+        lifetime = self.settings.lifetime_s * (1 - _SPREAD * self.random())
+        self.known.keep(known, self.clock.monotonic() + lifetime)
         self._report()
         return PortFound(known.port.network, known.port.instance)
 
@@ -213,7 +210,7 @@ class NeutronSource:
         if isinstance(answer, PortMissing | PortAmbiguous):
             while len(self._negative) >= _MAX_NEGATIVE:
                 del self._negative[next(iter(self._negative))]
-            self._negative[key] = answer, self._clock.monotonic() + self._settings.negative_ttl_s
+            self._negative[key] = answer, self.clock.monotonic() + self.settings.negative_ttl_s
         return answer
 
     def _judge(self, key: _Key, ports: Sequence[NeutronPort], asked: float) -> LookUp:
@@ -238,20 +235,20 @@ class NeutronSource:
         while True:
             # Before Neutron is asked: an answer may take long, and the controller may be killed meanwhile.
             await self._save()
-            now = self._clock.monotonic()
+            now = self.clock.monotonic()
             if self.queries.outage is None:
                 # During an outage Neutron's last answers stay in force.
-                self.known.expire(now, self._settings.aside_s)
+                self.known.expire(now, self.settings.aside_s)
             self._negative = {key: each for key, each in self._negative.items() if each[1] > now}
             self.queries.forget_old()
             if self.queries.may_ask:
-                asked = await self._refresh(now - max(0.0, self._settings.refresh_s - _TICK_S))
+                asked = await self._refresh(now - max(0.0, self.settings.refresh_s - _TICK_S))
                 if not asked and (self.queries.outage is not None or not self.queries.results):
                     # Only to find out whether Neutron answers: an outage notes itself.
                     with contextlib.suppress(SourceUnavailable):
                         await self.queries.ask(PortQuery(limit=1))
             self._report()
-            await self._sleep(_TICK_S)
+            await self.sleep(_TICK_S)
 
     async def _refresh(self, before: float) -> bool:
         """Ask again for everything in use that was confirmed before then; `False` where nothing is.
@@ -329,19 +326,19 @@ class NeutronSource:
     # The list
 
     async def _keep_listed(self) -> None:
-        settings = self._settings
+        settings = self.settings
         while True:
             try:
                 await self._list()
             except SourceUnavailable as error:
                 self._list_failure = error
-                pause = min(settings.list_every_s, _LIST_AGAIN_S) * self._random()
+                pause = min(settings.list_every_s, _LIST_AGAIN_S) * self.random()
             else:
                 self._list_failure = None
                 self._complete = True
                 pause = settings.list_every_s
             self._report()
-            await self._sleep(max(pause, _TICK_S))
+            await self.sleep(max(pause, _TICK_S))
 
     async def _list(self) -> None:
         """Read the list of ports, and have in force what is on it.
@@ -349,8 +346,8 @@ class NeutronSource:
         Raises:
             SourceUnavailable: It could not be read to its end; what was in force before still is.
         """
-        host, page_size = self._settings.list_host, self._settings.page_size
-        began = self._clock.monotonic()
+        host, page_size = self.settings.list_host, self.settings.page_size
+        began = self.clock.monotonic()
         seen: dict[str, tuple[NeutronPort, float]] = {}
         after: str | None = None
         while True:
@@ -410,7 +407,7 @@ class NeutronSource:
     async def _load(self) -> None:
         """Take over what the process before knew."""
         kept = await asyncio.to_thread(self._cache.load)
-        now, settings = self._clock.monotonic(), self._settings
+        now, settings = self.clock.monotonic(), self.settings
         # Old enough that all of it is asked for at once.
         age = settings.refresh_s
         self._complete = not settings.list_every_s
@@ -419,22 +416,22 @@ class NeutronSource:
                 self._complete = True
                 known = self.known.put(value, now - age)
                 if known is not None:
-                    lifetime = settings.lifetime_s * (0.5 + 0.5 * self._random())
+                    lifetime = settings.lifetime_s * (0.5 + 0.5 * self.random())
                     self.known.keep(known, now + lifetime)
                     known.listed = bool(settings.list_every_s)
             elif isinstance(value, Route) and isinstance(key, tuple):
                 self.known.routes[key] = value
             elif isinstance(value, float):
-                age = max(age, self._clock.now().timestamp() - value)
+                age = max(age, self.clock.now().timestamp() - value)
                 self.queries.answered = now - age
         self.known.unsaved.clear()
 
     async def _save(self) -> None:
-        known, answered, now = self.known, self.queries.answered, self._clock.monotonic()
+        known, answered, now = self.known, self.queries.answered, self.clock.monotonic()
         late = now - self._saved >= _SAVE_S
         if not (known.unsaved or (late and known.ports)):
             return
-        known.unsaved[None] = self._clock.now().timestamp() - (now - answered)
+        known.unsaved[None] = self.clock.now().timestamp() - (now - answered)
         self._cache.keep(known.unsaved)
         known.unsaved.clear()
         self._saved = now

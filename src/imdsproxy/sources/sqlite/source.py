@@ -6,8 +6,9 @@ import asyncio
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import ClassVar, TypeVar
 
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
 from imdsproxy.core.observation import Observation, StrandedPort
@@ -19,6 +20,7 @@ from imdsproxy.sources.sqlite.store import Store
 _T = TypeVar("_T")
 
 
+@dataclass(slots=True)
 class SqliteSource:
     """The store at `path`.
 
@@ -34,29 +36,23 @@ class SqliteSource:
         progress: Where long writes say how far they are.
     """
 
-    name: Final = "sqlite"
-
-    def __init__(
-        self,
-        path: Path,
-        *,
-        retry_s: float = 1.0,
-        now: Callable[[], float] = time.time,
-        progress: Progress | None = None,
-    ) -> None:
-        self._path = path
-        self._retry_s = retry_s
-        self._now = now
-        self._progress = progress or Progress()
-        self._reports = Reports(self.name)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="imdsproxy-store")
-        self._publish: Publish | None = None
-        self._publishing = asyncio.Lock()
-        self._store: Store | None = None
-        self._failure: SourceError | None = None
-        self._writes: set[asyncio.Task[None]] = set()
-        self._committed = self._synced = 0
-        self._syncing = asyncio.Lock()
+    name: ClassVar = "sqlite"
+    path: Path
+    retry_s: float = 1.0
+    now: Callable[[], float] = time.time
+    progress: Progress = field(default_factory=Progress)
+    _reports: Reports = field(default_factory=lambda: Reports("sqlite"))
+    _thread: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="imdsproxy-store")
+    )
+    _publish: Publish | None = None
+    _publishing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _store: Store | None = None
+    _failure: SourceError | None = None
+    _writes: set[asyncio.Task[None]] = field(default_factory=set)
+    _committed: int = 0
+    _synced: int = 0
+    _syncing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def explain_stranded(self, port: StrandedPort) -> Problem:
         """By the record's own field: people do not read the store's file."""
@@ -90,10 +86,10 @@ class SqliteSource:
             await self._report(publish, records)
             if self._failure is None:
                 return
-            await asyncio.sleep(self._retry_s)
+            await asyncio.sleep(self.retry_s)
 
     def _open_store(self) -> Observation:
-        self._store = Store(self._path, now=self._now, progress=self._progress)
+        self._store = Store(self.path, now=self.now, progress=self.progress)
         return self._store.load()
 
     def _close_store(self) -> None:
@@ -133,7 +129,7 @@ class SqliteSource:
         if self._failure is not None:
             raise self._failure
         if self._publish is None or self._store is None:
-            raise SourceUnavailable(f"the store {self._path} is not open yet", hint="try again")
+            raise SourceUnavailable(f"the store {self.path} is not open yet", hint="try again")
         task = asyncio.ensure_future(self._commit(self._publish, self._store, work))
         self._writes.add(task)
         task.add_done_callback(self._writes.discard)
@@ -165,7 +161,7 @@ class SqliteSource:
         stored, failure = {} if self._store is None else self._store.problems, self._failure
         problems = [problem for key in sorted(stored) for problem in stored[key]]
         if failure is not None:
-            problems = [Problem("store", failure.message, failure.hint, str(self._path))]
+            problems = [Problem("store", failure.message, failure.hint, str(self.path))]
         observation = self._reports.next(
             changes, lambda: changes, in_sync=failure is None, problems=tuple(problems)
         )

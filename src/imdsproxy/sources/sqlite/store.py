@@ -12,7 +12,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from threading import Lock
@@ -102,6 +102,7 @@ _NAMED: Final = 20
 """How many instances a refusal names."""
 
 
+@dataclass(slots=True)
 class Store:
     """The store at `path`, open and locked until `close`.
 
@@ -120,18 +121,17 @@ class Store:
         SourceCorrupt: It is damaged.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        now: Callable[[], float] = time.time,
-        progress: Progress | None = None,
-    ) -> None:
-        self.problems: dict[tuple[str, str], tuple[Problem, ...]] = {}
-        self._path = path
-        self._now = now
-        self._progress = progress or Progress()
-        self._reading = Lock()
+    path: Path
+    now: Callable[[], float] = time.time
+    progress: Progress = field(default_factory=Progress)
+    problems: dict[tuple[str, str], tuple[Problem, ...]] = field(default_factory=dict)
+    _reading: Lock = field(default_factory=Lock)
+    _lock: int = field(init=False)
+    _connection: sqlite3.Connection = field(init=False)
+    _reader: sqlite3.Connection = field(init=False)
+
+    def __post_init__(self) -> None:
+        path = self.path
         with store_failures(path):
             path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
             self._lock = lock_store(path)
@@ -160,8 +160,8 @@ class Store:
         SQLite itself syncs (https://www.sqlite.org/pragma.html#pragma_synchronous).
         """
         # Never the database itself: closing any descriptor of it drops SQLite's locks on it.
-        log = self._path.with_name(f"{self._path.name}-wal")
-        with store_failures(self._path), log.open("rb") as stream:
+        log = self.path.with_name(f"{self.path.name}-wal")
+        with store_failures(self.path), log.open("rb") as stream:
             os.fdatasync(stream.fileno())
 
     def fetch(self, instance: InstanceId) -> bytes:
@@ -170,10 +170,10 @@ class Store:
         Raises:
             SourceError: It has none, or cannot be read.
         """
-        with self._reading, store_failures(self._path):
+        with self._reading, store_failures(self.path):
             row = self._reader.execute(_USER_DATA, (instance,)).fetchone()
         if row is None or row[0] is None:
-            raise SourceUnavailable(f"the store {self._path} has no user-data of {instance}")
+            raise SourceUnavailable(f"the store {self.path} has no user-data of {instance}")
         return bytes(row[0])
 
     # Reading
@@ -184,7 +184,7 @@ class Store:
         instances = PackedInstances()
         self.problems.clear()
         execute = self._connection.execute
-        with store_failures(self._path), transaction(self._connection):
+        with store_failures(self.path), transaction(self._connection):
             # Programs other than this one do not enforce references by default.
             for table in ("addresses", "ports"):
                 execute(f"DELETE FROM {table} WHERE instance NOT IN (SELECT id FROM instances)")  # noqa: S608 - a constant
@@ -198,7 +198,7 @@ class Store:
             for number, row in enumerate(execute(f"{_EVERYTHING} ORDER BY id")):
                 key, text, size, claims, ports, stamp, data = row
                 if number % _NOTED == _NOTED - 1:
-                    self._progress.note(_READING, number, total)
+                    self.progress.note(_READING, number, total)
                 if data is not None and stamp == _stamp(text, claims, ports, size):
                     instances.put_plain(key, data, None if size is None else self.fetch)
                     continue
@@ -208,7 +208,7 @@ class Store:
                     self._keep_packed(instances, instance.id)
                 elif isinstance(instance, Refused):
                     self._quarantine("instances", key, instance)
-        self._progress.end(_READING)
+        self.progress.end(_READING)
         return Observation(networks=networks, instances=instances)
 
     def _read_anew(self, key: str, text: str) -> Network | Instance | Refused:
@@ -232,7 +232,7 @@ class Store:
             record = text
         if isinstance(record, dict) and user_data is not None:
             record["user_data"] = user_data
-        found = parse_listed((kind, key), record, Findings(str(self._path)))
+        found = parse_listed((kind, key), record, Findings(str(self.path)))
         if not isinstance(found, Refused) and found.id != key:
             reason = f"the row of {key} holds the record of {found.id}"
             return Refused((Problem("id", reason),))
@@ -242,7 +242,7 @@ class Store:
         command = f"imdsproxy {kind.removesuffix('s')} set {key}"
         hint = f"it is not in force; write it again with `{command}`, or remove it"
         self.problems[kind, key] = tuple(
-            replace(one, hint=hint, file=str(self._path)) for one in refused.problems
+            replace(one, hint=hint, file=str(self.path)) for one in refused.problems
         )
 
     def _leave(self, instance: Instance) -> Instance:
@@ -291,7 +291,7 @@ class Store:
         # Not as they are: a write may have hundreds of thousands.
         changed: dict[InstanceId, RecordPath] = {}
         packed = PackedInstances()
-        with store_failures(self._path), transaction(self._connection):
+        with store_failures(self.path), transaction(self._connection):
             for network in networks:
                 if self._put_row(_PUT_NETWORK, network.id, _dump(network)):
                     changed_networks[network.id] = network
@@ -302,7 +302,7 @@ class Store:
                     changed[instance.id] = ("instances", number) if bulk else ()
                     packed[instance.id] = self._leave(instance)
                 if number % _NOTED == _NOTED - 1:
-                    self._progress.note(_STORING, number // 2, len(instances))
+                    self.progress.note(_STORING, number // 2, len(instances))
             # First let go, then take: addresses may move among the records of one write.
             freed: dict[tuple[str, str], InstanceId] = {}
             for key in changed:
@@ -315,15 +315,15 @@ class Store:
                 moved = moved or any(freed.get(place, key) != key for place in places)
                 self._keep_packed(packed, key)
                 if number % _NOTED == _NOTED - 1:
-                    self._progress.note(_STORING, (len(instances) + number) // 2, len(instances))
-            self._progress.end(_STORING)
+                    self.progress.note(_STORING, (len(instances) + number) // 2, len(instances))
+            self.progress.end(_STORING)
             if problems:
                 raise SourceRefused("the store refuses the records", problems=problems)
         return Observation(networks=changed_networks, instances=packed, moves=moved)
 
     def remove_network(self, network: NetworkId) -> Observation:
         """Remove a network, if there is one; `SourceRefused` where instances have ports in it."""
-        with store_failures(self._path), transaction(self._connection):
+        with store_failures(self.path), transaction(self._connection):
             users = self._connection.execute(
                 "SELECT instance FROM ports WHERE network = ? ORDER BY instance", (network,)
             ).fetchall()
@@ -334,7 +334,7 @@ class Store:
 
     def remove_instance(self, instance: InstanceId) -> Observation:
         """Remove an instance, if there is one."""
-        with store_failures(self._path), transaction(self._connection):
+        with store_failures(self.path), transaction(self._connection):
             found = self._put_row("DELETE FROM instances WHERE id = ?", instance)
         return Observation(instances_removed=(instance,) if found else ())
 
@@ -349,7 +349,7 @@ class Store:
             "SELECT record FROM instances WHERE id = ?", (instance.id,)
         ).fetchone()
         if row is None:
-            return replace(instance, created_at=int(self._now()))
+            return replace(instance, created_at=int(self.now()))
         # Of one that was there before, a time that is not known is not made up: a boot that was over would begin
         # anew.
         known = self._parse_row("instances", instance.id, row[0])
