@@ -171,6 +171,7 @@ class RecordCompiler:
             starting: Not everything that sources have has been compiled once.
         """
         compiled_of: dict[InstanceId, bytes] = {}
+        rows: Mapping[InstanceId, Row] = {}
         salt = COMPILER + repr(self.region()).encode()
         for instance in instances:
             compiling.left.discard(instance)
@@ -185,13 +186,16 @@ class RecordCompiler:
                 if instance in self.revisions or starting:
                     compiling.unneeded.append(instance)
             else:
-                compiled_of[instance] = self._fingerprint(known, salt)
-        # Of one that has just changed this could not be.
-        unchanged = self._unchanged(compiled_of) if compiling.keys is None else {}
+                marks = (self._mark(port.network) for port in known.ports)
+                made_of = self.inventory.instances.digest(instance, b"".join((salt, *marks)))
+                compiled_of[instance] = made_of
+        if compiling.keys is None:
+            # The record of one that has just changed was compiled of something else.
+            rows = self.index.find(compiled_of)
         for instance, made_of in compiled_of.items():
             before = self.revisions.get(instance)
             known = self.inventory.instances[instance]
-            self._compile(known, made_of, unchanged.get(instance), starting=starting)
+            self._compile(known, made_of, rows.get(instance), starting=starting)
             if compiling.keys is not None and self.revisions.get(instance) != before:
                 compiling.keys |= self.inventory.addresses_of(instance)
 
@@ -207,11 +211,6 @@ class RecordCompiler:
         self.revisions.pop(instance, None)
         self.warnings.pop(instance, None)
 
-    def _fingerprint(self, known: Instance, salt: bytes) -> bytes:
-        """What the instance's record is compiled of."""
-        marks = (self._mark(port.network) for port in known.ports)
-        return self.inventory.instances.digest(known.id, b"".join((salt, *marks)))
-
     def _mark(self, network_id: NetworkId) -> bytes:
         network = self.inventory.networks.get(network_id)
         known, mark = self._marks.get(network_id, (None, b"-"))
@@ -220,25 +219,19 @@ class RecordCompiler:
             self._marks[network_id] = network, mark
         return mark
 
-    def _unchanged(self, compiled_of: Mapping[InstanceId, bytes]) -> Mapping[InstanceId, str]:
-        """The revisions of those whose records on disk were compiled of just this."""
-        return {
-            instance: revision
-            for instance, (before, revision, file) in self.index.find(compiled_of).items()
-            if before == compiled_of[instance] and file == self._signature(instance)
-        }
-
     def _signature(self, instance: InstanceId) -> str:
         found = read_signature(f"{self.files.directory}/{compiled_path(instance)}")
         return " ".join(map(str, found or ()))
 
     def _compile(
-        self, known: Instance, compiled_of: bytes, revision: str | None, *, starting: bool
+        self, known: Instance, compiled_of: bytes, row: Row | None, *, starting: bool
     ) -> None:
-        """Have an instance's record on disk; it is there if its `revision` is given."""
+        """Have an instance's record on disk; it is there if its `row` is of just this, and of the file as it is."""
         instance = known.id
         try:
-            if revision is None:
+            if row is not None and row[0] == compiled_of and row[2] == self._signature(instance):
+                revision = row[1]
+            else:
                 record = compile_instance(known, self.inventory.networks, self.region())
                 revision = record.revision
                 if self.revisions.get(instance) != revision or instance in self.failures:

@@ -87,20 +87,14 @@ class Resolver:
         self, key: AddressKey, scope: Scope | None = None, port: int | None = None
     ) -> Outcome:
         """Whose the address is, or what to answer where it stays unknown (design §6)."""
-        outcome = await self.look(key, scope, port)
-        if outcome not in _MAY_COME:
-            return self._counted(key, outcome)
-        limits, in_sync = self.limits(), outcome is Denial.UNKNOWN
-        hold_s = self._left(key, limits.hold_s) if in_sync else limits.hold_s
-        if hold_s <= 0:
-            self._remember(key, 0)
-            return self._counted(key, outcome)
-        if self._held[key[0]] >= limits.max_held_per_network or self.held >= limits.max_held:
-            return self._counted(key, Denial.OVER_LIMIT)
-        if in_sync:
-            self._remember(key, hold_s)
         look = partial(self.look, key, scope, port)
-        return self._counted(key, await self._hold(key, look, outcome, hold_s))
+        outcome = await look()
+        if outcome in _MAY_COME:
+            outcome = await self._hold(key, look, outcome)
+        self.outcomes[outcome if isinstance(outcome, Denial) else FOUND] += 1
+        if outcome is Denial.MISMATCH:
+            self.mismatched[key[0]] += 1
+        return outcome
 
     def _left(self, key: AddressKey, hold_s: float) -> float:
         """Seconds of an address's one wait that are left; all of them where it has not begun."""
@@ -116,12 +110,18 @@ class Resolver:
                 del self._wait_ends[oldest]
 
     async def _hold(
-        self,
-        key: AddressKey,
-        look: Callable[[], Awaitable[Outcome]],
-        outcome: Outcome,
-        hold_s: float,
+        self, key: AddressKey, look: Callable[[], Awaitable[Outcome]], outcome: Outcome
     ) -> Outcome:
+        """What becomes of it while the request waits, within the limits."""
+        limits, in_sync = self.limits(), outcome is Denial.UNKNOWN
+        hold_s = self._left(key, limits.hold_s) if in_sync else limits.hold_s
+        if hold_s <= 0:
+            self._remember(key, 0)
+            return outcome
+        if self._held[key[0]] >= limits.max_held_per_network or self.held >= limits.max_held:
+            return Denial.OVER_LIMIT
+        if in_sync:
+            self._remember(key, hold_s)
         event = asyncio.Event()
         self._held[key[0]] += 1
         self._waiting.setdefault(key, set()).add(event)
@@ -146,9 +146,3 @@ class Resolver:
         self._held[key[0]] -= 1
         if not self._held[key[0]]:
             del self._held[key[0]]
-
-    def _counted(self, key: AddressKey, outcome: Outcome) -> Outcome:
-        self.outcomes[outcome if isinstance(outcome, Denial) else FOUND] += 1
-        if outcome is Denial.MISMATCH:
-            self.mismatched[key[0]] += 1
-        return outcome

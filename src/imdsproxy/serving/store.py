@@ -20,7 +20,7 @@ from typing import BinaryIO, Final, TypeAlias
 from imdsproxy.core.compiled import CompiledRecord, compiled_path, parse_compiled
 from imdsproxy.core.documents.respond import DocumentTree
 from imdsproxy.core.model import InstanceId
-from imdsproxy.errors import HostRefused, refusing
+from imdsproxy.errors import refusing
 from imdsproxy.host import files
 
 _SUFFIX: Final = ".rec"
@@ -140,14 +140,10 @@ class DiskFiles:
             return
         path = self.directory / compiled_path(instance)
         owner = None if self.group is None else (-1, self.group)
-        try:
-            files.write_atomic(path, record.content, mode=_FILE_MODE, owner=owner)
-        except HostRefused:
-            if path.parent.is_dir():
-                raise
+        if not path.parent.is_dir():
             files.ensure_directory(self.directory, mode=_DIRECTORY_MODE, owner=owner)
             files.ensure_directory(path.parent, mode=_DIRECTORY_MODE, owner=owner)
-            files.write_atomic(path, record.content, mode=_FILE_MODE, owner=owner)
+        files.write_atomic(path, record.content, mode=_FILE_MODE, owner=owner)
 
     def remove(self, instance: InstanceId) -> None:
         """Remove the record and the password of the instance.
