@@ -151,7 +151,7 @@ def build_sources(
         begin: Waited for before a source does what is not urgent.
         progress: Where sources say how far long work is.
     """
-    state, wanted, progress = settings.paths.state_dir, settings.sources, progress or Progress()
+    state, wanted = settings.paths.state_dir, settings.sources
     sqlite: SqliteSource | None = None
     neutron: NeutronSource | None = None
     found: list[Source] = []
