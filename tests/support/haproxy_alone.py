@@ -329,8 +329,10 @@ def open_alone(
     ports = {network: holder.getsockname()[1] for network, holder in holders.items()}
     files = paths_below(place)
     sets = {key: value for rules in paths for key, value in render_set(rules).items()}
-    Path(files.path_rules).write_text("".join(f"{key} {value}\n" for key, value in sets.items()))
-    Path(files.base_map).write_text(
+    Path(files.named["path_rules_map"]).write_text(
+        "".join(f"{key} {value}\n" for key, value in sets.items())
+    )
+    Path(files.named["base_map"]).write_text(
         "".join(f"{network}/{_ADDRESS} i-{network}|0\n" for network in ports)
     )
     documents, upstream = socket.socket(socket.AF_UNIX), socket.create_server((_ADDRESS, 0))

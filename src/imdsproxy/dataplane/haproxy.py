@@ -170,7 +170,8 @@ class Haproxy:
 
     async def _check(self, spec: DataplaneSpec, text: str, reason: str) -> None:
         # The content of records is not checked.
-        paths = replace(spec.paths, base_map=str(self.layout.empty_map))
+        named = {**spec.paths.named, "base_map": str(self.layout.empty_map)}
+        paths = replace(spec.paths, named=named)
         candidate = render_config(replace(spec, paths=paths))
         write_atomic(self.layout.candidate, candidate.encode())
         candidate_file = str(self.layout.candidate)

@@ -152,23 +152,11 @@ class Layout:
         return cls(paths.runtime_dir, paths.state_dir, workers, settings.haproxy.chroot)
 
     def haproxy_paths(self) -> Paths:
-        """The paths as the configuration names them."""
+        """The paths as the configuration has them, by their names here."""
         inside = (lambda path: f"/{path.name}") if self.chroot else str
-        return Paths(
-            base_map=str(self.base_map),
-            overlay_map=str(self.overlay_map),
-            unavailable=str(self.unavailable),
-            probe=str(self.probe_socket),
-            jail=str(self.jail) if self.chroot else None,
-            documents=tuple(inside(path) for path in self.documents_sockets),
-            resolver=inside(self.resolver_socket),
-            token_keys=str(self.token_keys_map),
-            short=str(self.short_map),
-            path_rules=str(self.path_rules_map),
-            found=str(self.found_socket),
-            silence=str(self.silence),
-            audit=inside(self.audit_socket),
-            audit_last=inside(self.audit_last_socket),
-            loopback=str(self.jail),
-            loopback_inside="" if self.chroot else str(self.jail),
-        )
+        named = {
+            name: inside(path) if path.parent == self.jail else str(path)
+            for name in vars(Layout)
+            if isinstance(path := getattr(self, name), Path)
+        }
+        return Paths(named, tuple(map(inside, self.documents_sockets)), self.chroot)

@@ -62,7 +62,12 @@ _CASES = {
     ),
     "without-chroot": DataplaneSpec(
         (Bind(NetworkId("red"), METADATA_IPV4, 80, "eth0"),),
-        replace(_PATHS, jail=None, documents=("/tmp/a b.sock",), resolver="/tmp/r.sock"),  # noqa: S108 - a name only
+        replace(
+            _PATHS,
+            named={**_PATHS.named, "resolver_socket": "/tmp/r.sock"},  # noqa: S108 - a name only
+            documents=("/tmp/a b.sock",),  # noqa: S108 - a name only
+            chroot=False,
+        ),
         Limits(cache_mb=0),
     ),
     "in-front-of-nova": DataplaneSpec(

@@ -35,7 +35,7 @@ skip_checks:
     http-request set-var(txn.seconds_left) date,neg,add(sess.until) if <has_token> <same_token> <same_context>
     http-request unset-var(txn.needs_check)
         if { var(txn.seconds_left) -m int gt 0 } <reads> !{ path <token_path> } <without_own_limits>
-        { var(txn.token),bytes(0,8),map_str(<token_keys>) -m found } { req.fhdr_cnt(<token_header>) 1 }
+        { var(txn.token),bytes(0,8),map_str(<token_keys_map>) -m found } { req.fhdr_cnt(<token_header>) 1 }
     # Tokens are off, and nothing else is configured.
     http-request unset-var(txn.needs_check)
         if <needs_check> <only_tokens_off> <reads> !{ path <token_path> } <without_own_limits>
@@ -61,7 +61,7 @@ check:
     [audited] http-request unset-var(txn.auth)
     [audited] http-request set-var(txn.auth) str(bad) if <has_token>
     http-request return status 401 if <has_token> !{ req.fhdr_cnt(<token_header>) 1 }
-    http-request set-var(txn.key) var(txn.token),bytes(0,8),map_str(<token_keys>) if <has_token>
+    http-request set-var(txn.key) var(txn.token),bytes(0,8),map_str(<token_keys_map>) if <has_token>
     # Also of one that was good before: its key may have been removed.
     http-request return status 401 if <has_token> !{ var(txn.key) -m found }
     # What was good on this connection, for the same record and under the same policy, still is, but for its end.
@@ -104,8 +104,8 @@ check:
     http-request set-var(txn.epoch) <policy_epoch> if <token_route> <has_policy>
     http-request set-var(txn.ttl) req.fhdr(<ttl_header>),add(0) if <token_route>
     http-request set-var(txn.until) date,add(txn.ttl) if <token_route>
-    http-request set-var(txn.kid) str(<current>),map_str(<token_keys>) if <token_route>
-    http-request set-var(txn.key) var(txn.kid),map_str(<token_keys>) if <token_route>
+    http-request set-var(txn.kid) str(<current>),map_str(<token_keys_map>) if <token_route>
+    http-request set-var(txn.key) var(txn.kid),map_str(<token_keys_map>) if <token_route>
     http-request set-var(txn.token_head) var(txn.kid),concat(.,txn.until) if <token_route>
     http-request set-var(txn.mac) var(txn.token_head),<mac> if <token_route>
     # A DSCP of which the kernel makes the hop limit (`core.wire`). The kernel sends what got lost once more with the
@@ -135,7 +135,7 @@ check:
         'var(txn.path),regsub("^/openstack/(?!content(?:/|$))[^/]+",/openstack/latest),regsub("^/(?!(?:openstack|nocloud)(?:/|$))[^/]+",/latest)'
         if { var(txn.rule_set) -m found }
     # Where the request has no path at all, the rule for `/` applies.
-    http-request set-var(txn.path_rule) var(txn.rule_set),concat(|,txn.plain_path,/),map_beg(<path_rules>)
+    http-request set-var(txn.path_rule) var(txn.rule_set),concat(|,txn.plain_path,/),map_beg(<path_rules_map>)
         if { var(txn.rule_set) -m found }
     # Each set has a rule for `/`. It is written before any record refers to it, so it was removed since.
     [audited] http-request set-var(txn.refused) str(no-path-rules)

@@ -99,12 +99,13 @@ serve_documents:
     [keeps_short] http-response set-var(txn.short_slot) rand(<short_slots>)
         if { var(txn.short_key) -m found } { res.body,length,sub(txn.length) -m int 0 }
         { res.body,hex -m reg '^(?:[2-6][0-9A-F]|7[0-9A-E])+\z' }
-    [keeps_short] http-response set-var(txn.short_evicted) var(txn.short_slot),map_str(<short>)
+    [keeps_short] http-response set-var(txn.short_evicted) var(txn.short_slot),map_str(<short_map>)
         if { var(txn.short_slot) -m found }
-    [keeps_short] http-response del-map(<short>) %[var(txn.short_evicted)] if { var(txn.short_evicted) -m found }
-    [keeps_short] http-response set-map(<short>) %[var(txn.short_slot)] %[var(txn.short_key)]
+    [keeps_short] http-response del-map(<short_map>) %[var(txn.short_evicted)] if { var(txn.short_evicted) -m found }
+    [keeps_short] http-response set-map(<short_map>) %[var(txn.short_slot)] %[var(txn.short_key)]
         if { var(txn.short_slot) -m found }
-    [keeps_short] http-response set-map(<short>) %[var(txn.short_key)] %[res.body] if { var(txn.short_slot) -m found }
+    [keeps_short] http-response set-map(<short_map>) %[var(txn.short_key)] %[res.body]
+        if { var(txn.short_slot) -m found }
     [cache] http-response cache-store documents
     # A worker that hangs is given up on before its check fails; the other one answers.
     timeout server 2s
@@ -171,7 +172,7 @@ backend resolver
     # time-out.
     option http-server-close
     # Checked ten times a second while it is away: until it counts as back, misses get 503.
-    server resolver unix@<resolver> check inter 1s downinter 100ms fall 2 rise 1
+    server resolver unix@<resolver_socket> check inter 1s downinter 100ms fall 2 rise 1
 
 backend conflict
     # For an address that two instances claim: never a guess.

@@ -43,7 +43,7 @@ global
     <nova_counters>
     <user>
     <group>
-    chroot <jail>
+    [chroot] chroot <jail>
 
 defaults
     mode http
@@ -75,7 +75,7 @@ _CACHE: Final = """
 
 _PROBE: Final = """
 frontend probe
-    bind unix@<probe> name probe mode 600 proto h1
+    bind unix@<probe_socket> name probe mode 600 proto h1
     [!documents] http-request return status 200 content-type text/plain string ok
     [documents] http-request return status 200 content-type text/plain string ok unless { path <probe_path> }
     # A revision that no record has: nothing is cached, and the file is read each time.
@@ -110,13 +110,13 @@ def _sections(spec: DataplaneSpec, values: dict[str, Value]) -> Iterator[str]:
 
 
 def _values(spec: DataplaneSpec) -> dict[str, Value]:
-    """What templates may name beside `CONSTANTS`: the fields of `Limits` and `Paths`, and what is made of the rest."""
+    """What templates may name beside `CONSTANTS`: the fields of `Limits`, the paths, and what is made of the rest."""
     sizes = spec.limits
     namespaces = count_namespaces((*spec.binds, *spec.unverified))
     by_chance = f"{{ rand({spec.count_reads}) 0 }}" if spec.count_reads > 1 else ""
     return (
         name_values(asdict(sizes))
-        | name_values(asdict(spec.paths))
+        | name_values(spec.paths.named)
         | names_of_limits(sizes)
         | names_of_log(spec)
         | names_of_frontends(spec)
@@ -132,6 +132,7 @@ def _values(spec: DataplaneSpec) -> dict[str, Value]:
             "largest_cached": min(sizes.max_object_bytes, sizes.cache_mb * 1024 * 1024 // 2),
             "namespaces": namespaces > 0,
             "pipes": (namespaces + 1) // 2,
+            "chroot": spec.paths.chroot,
             "user": option("user", spec.user),
             "group": option("group", spec.group),
             # `policy_share` has something to count of a request.

@@ -143,7 +143,7 @@ choose_documents:
 
 frontend found
     # Where the resolver hands in requests of guests that it has just found; only we can open it.
-    bind unix@<found> name found mode 600 proto h1
+    bind unix@<found_socket> name found mode 600 proto h1
     [audited] <log_rules(log_headers)>
     # No second line in the audit log: here it is known who asks.
     [audited] http-after-response set-header <header_logged> yes

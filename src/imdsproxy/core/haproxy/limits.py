@@ -107,7 +107,7 @@ policy_share:
     [fair] http-request sc-inc-gpc1(0)
 [fair] peers fairness
     # The worker connects to the path that is bound here, from inside its jail: there a link leads back.
-    bind unix@<loopback>/fairness.sock <user> mode 600
+    bind unix@<jail>/fairness.sock <user> mode 600
     server imdsproxy
 [fair] backend fairness
     # A window reaches back by its own length.

@@ -6,7 +6,7 @@ behind, how large things may grow. Records are not in it: they live in maps and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -42,37 +42,17 @@ class Bind:
 class Paths:
     """Files and sockets that the configuration names, as the reading process sees them.
 
-    `documents`, `resolver`, `audit`, `audit_last` and `loopback_inside` are looked up by the worker inside `jail`,
-    everything else before it enters.
+    What is in the worker's root directory is looked up by the worker inside it, everything else before it enters.
 
     Attributes:
-        token_keys: The map of the keys of session tokens (`core.tokens.render_key_map`).
-        path_rules: The map of sets of path rules (`core.path_rules.render_set`).
-        found: The socket by which the resolver hands in requests of guests that it has found.
-        short: An empty file, by whose name HAProxy knows the map that it fills itself (`core.haproxy.backends`).
-        silence: An empty file: the answer that is none.
-        loopback: Directory of HAProxy's sockets to itself, as the master sees it.
-        loopback_inside: The same directory as the worker sees it.
-        audit: The socket of the audit log's writer.
-        audit_last: The same for datagrams.
+        named: By the names that templates have for them, which are those of `dataplane.layout`.
+        documents: The sockets of the document server's workers.
+        chroot: The worker's root directory is `jail`, which has its sockets, those of HAProxy to itself among them.
     """
 
-    base_map: str
-    overlay_map: str
-    token_keys: str
-    short: str
-    path_rules: str
-    unavailable: str
-    probe: str
-    jail: str | None
+    named: Mapping[str, str]
     documents: tuple[str, ...]
-    resolver: str
-    found: str
-    silence: str
-    loopback: str
-    loopback_inside: str
-    audit: str
-    audit_last: str
+    chroot: bool
 
 
 def count_namespaces(binds: Iterable[Bind]) -> int:

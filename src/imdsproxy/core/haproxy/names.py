@@ -117,7 +117,7 @@ _VALUES: Final[dict[str, Value]] = {
         "concat(|,sess.network),concat(|,txn.instance),concat(|,txn.epoch),hmac(sha256,txn.key),ub64enc"
     ),
     "without_token": Block("!{ req.fhdr(<token_header>) -m found }"),
-    "short_document": Block("path,concat(|,txn.record),map_str(<short>)"),
+    "short_document": Block("path,concat(|,txn.record),map_str(<short_map>)"),
     "status_503": Block("status 503 hdr Retry-After <retry_after_s>"),
     "always": Text(""),
     # Texts, numbers.

@@ -246,13 +246,14 @@ def _server_names(
     # HAProxy takes paths of 97 characters, and set and address alone may have 65.
     digest = hashlib.sha256(f"{backend.name} {server.name}".encode()).hexdigest()[:16]
     loopback = f"nova.{backend.name}.hop.{server.name}"
+    jail = spec.paths.named["jail"]
     return {
         "name": server.name,
         "authority": server.authority,
         "next": bool(server.slot),
         "loopback_name": loopback,
-        "socket": f"unix@{spec.paths.loopback}/hop-{digest}.sock",
-        "inside": f"unix@{spec.paths.loopback_inside}/hop-{digest}.sock",
+        "socket": f"unix@{jail}/hop-{digest}.sock",
+        "inside": f"unix@{'' if spec.paths.chroot else jail}/hop-{digest}.sock",
         "track_loopback": text.option("track", f"{loopback}/{server.name}" if checked else None),
         "track_first": text.option(
             "track", f"nova.{backend.name}/{server.name}" if checked else None

@@ -59,7 +59,7 @@ log_rules:
     [logs] [audited] capture request header User-Agent len 200
     [logs] [!audited] http-request set-var(txn.watched) path
     # In a sample, these few requests may be missing: another level would undo the silence.
-    [logs] [logs_all] log <audit_last> len <audit_longest> format raw <sample> local0 notice
+    [logs] [logs_all] log <audit_last_socket> len <audit_longest> format raw <sample> local0 notice
     [logs] [logs_all] http-after-response set-log-level notice if { stopping } !{ var(txn.logged) -m found }
     [logs] [samples] http-request set-log-level silent unless <by_audit_chance>
 note_good_token:
@@ -83,7 +83,7 @@ hide_logged:
     timeout connect 1s
     # The controller reads when it likes; lines on their way are lost if it hangs up.
     timeout server 1h
-    server controller unix@<audit>
+    server controller unix@<audit_socket>
 """
 
 _CACHE: Final = "<CACHE>"
