@@ -1,16 +1,16 @@
-"""What a guest may send and what becomes of it: identity, methods, odd requests, bytes, cache.
+"""What HAProxy makes of a guest's request and keeps of its answer: identity, methods, odd requests, conditions, cache.
 
-What HAProxy's rules alone decide is tried without a daemon. What is malformed is in test_hostile_requests.py and
+By its real rules and no daemon, but for the last test. What is malformed is in test_hostile_requests.py and
 test_nova_forgeries.py.
 """
 
 from __future__ import annotations
 
-import gzip
-import hashlib
+import contextlib
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Final
@@ -18,24 +18,22 @@ from typing import Final
 import pytest
 
 from imdsproxy.core.haproxy.counting import ONE_IN
-from support.access_table import META, TOKEN, USER_DATA
-from support.daemon import instance
-from support.guest import IPV6, Guest, Reply, take_token, with_token
+from imdsproxy.core.policy import Policy, TokenMode
+from support.access_table import META, USER_DATA
+from support.guest import IPV6, with_token
 from support.haproxy_alone import Alone, Document, open_alone
-from support.patience import patience
-from support.world import World, own
+from support.world import World
 
 pytestmark = pytest.mark.root
 
-
-def _name(reply: Reply) -> str:
-    assert reply.status == 200
-    return str(json.loads(reply.body)["name"])
+_LEAF: Final = "/latest/meta-data/instance-id"
+_PAST_THE_CACHE: Final = ("Cache-Control: no-cache",)
+"""HAProxy's cache does not answer that: what is answered without the document server is kept beside it."""
 
 
 @pytest.fixture(scope="module")
 def opened() -> Iterator[Alone]:
-    with open_alone(count_reads=ONE_IN) as alone:
+    with open_alone() as alone:
         yield alone
 
 
@@ -46,14 +44,15 @@ def alone(opened: Alone) -> Alone:
     return opened
 
 
+# Who asks, and for what
+
+
 def _forgeries(other: str) -> Iterator[Sequence[str]]:
     for name in ("instance", "network", "address", "revision"):
         value = {"instance": other, "network": "green", "address": "10.0.0.6"}.get(name, "x")
         yield (f"X-Imdsproxy-{name}: {value}",)
         yield (f"x-imdsproxy-{name}: {value}", f"X-IMDSPROXY-{name.upper()}: {value}")
         yield (f"X_Imdsproxy_{name.title()}: {value}",)
-        yield (f"x-imdsproxy_{name}: {value}",)
-        yield (f"Connection: keep-alive, x-imdsproxy-{name}",)
         yield (f"Connection: close, X-Imdsproxy-{name}", f"X-Imdsproxy-{name}: {value}")
     yield (f"X-Instance-ID: {other}", "X-Tenant-ID: p", "X-Instance-ID-Signature: 0")
     yield ("X-Forwarded-For: 10.0.0.6", "Forwarded: for=10.0.0.6", "X-Real-IP: 10.0.0.6")
@@ -94,18 +93,6 @@ def test_other_methods_are_refused(alone: Alone, method: str) -> None:
         alone.forget()
 
 
-def test_every_method_gets_an_answer_and_allow_names_those_that_are_not_405(world: World) -> None:
-    for method in ("HEAD", "POST", "TRACE", "PUT", "DELETE", "OPTIONS", "PATCH"):
-        reply = world.red.ask(USER_DATA, method=method)
-        assert (reply.status, reply.body) == (200 if method == "HEAD" else 405, b"")
-        for path in (USER_DATA, "/openstack/latest/password", TOKEN):
-            refused = world.red.ask(path, method=method)
-            for allowed in refused.headers.get("allow", "").split(", "):
-                reply = world.red.ask(path, method=allowed or "GET")
-                # A token request without its lifetime is 400.
-                assert not allowed or reply.status in {200, 400}, (path, allowed)
-
-
 @pytest.mark.parametrize(
     "data",
     [
@@ -113,8 +100,7 @@ def test_every_method_gets_an_answer_and_allow_names_those_that_are_not_405(worl
         b"GET /latest/user-data HTTP/1.1\r\nHost:\r\n\r\n",
         b"GET http://elsewhere/latest/user-data HTTP/1.1\r\nHost: elsewhere\r\n\r\n",
         b"GET http://elsewhere/latest/user-data HTTP/1.0\r\n\r\n",
-        b"GET /latest/user-data? HTTP/1.1\r\nHost: [fe80::a9fe:a9fe]\r\n\r\n",
-        b"GET /latest/user-data?a=b&c=%2f HTTP/1.1\r\nHost: metadata.google.internal\r\n\r\n",
+        b"GET /latest/user-data?a=b&c=%2f HTTP/1.1\r\nHost: [fe80::a9fe:a9fe]\r\n\r\n",
         b"\r\nGET /latest/user-data HTTP/1.1\r\nHost: x\r\n\r\n",
         b"GET /latest/user-data HTTP/1.1\r\nHost: x\r\n\r\n" * 5,
     ],
@@ -130,177 +116,214 @@ def test_an_unusual_request_reads_the_same_and_so_do_many_at_once(
     assert alone.documents.asked == [USER_DATA]
 
 
+_CONDITIONS: Final = (
+    ("If-Modified-Since: Fri, 01 Jan 2100 00:00:00 GMT",),
+    ("If-None-Match: *",),
+    ('if-none-match: "a", W/"b"', "If-Modified-Since: Fri, 01 Jan 2100 00:00:00 GMT"),
+    ("If-Unmodified-Since: Thu, 01 Jan 1970 00:00:00 GMT",),
+    ('If-Match: "a"',),
+    ('If-Range: "a"', "Range: bytes=0-1"),
+)
+_VALIDATORS: Final = {"etag", "last-modified", "age", "cache-control", "expires"}
+
+
+@pytest.mark.parametrize("mode", TokenMode)
+def test_no_condition_of_a_read_changes_its_answer(alone: Alone, mode: TokenMode) -> None:
+    """A client that asks whether its copy still holds gets what holds now (ADR 39)."""
+    token = with_token(alone.token(expires_at=int(time.time()) + 600))
+    alone.have(Policy(tokens=mode))
+    # Kept beside the cache, cached, and neither.
+    documents = (Document(b"OWN"), Document(b"x" * 600), Document(b"OWN", lifetime=False))
+    for number, document in enumerate(documents):
+        alone.documents.document = document
+        for path, method in product(
+            (f"/latest/{number}", f"/openstack/{number}?x"), ("GET", "HEAD")
+        ):
+            plain = alone.ask(path, method=method, headers=token)
+            assert (plain.status, bool(plain.body)) == (200, method == "GET")
+            for condition in (*_CONDITIONS, ()) * 2:
+                reply = alone.ask(path, method=method, headers=(*token, *condition))
+                assert (reply.status, reply.body) == (200, plain.body), (path, method, condition)
+                assert reply.headers["content-length"] == plain.headers["content-length"]
+                assert not _VALIDATORS & reply.headers.keys(), (path, method, condition)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"a\r\nb\rc\n\n", bytes(range(256)) * 40, bytes(range(256)) * (1 << 13), bytes(range(256)) * (1 << 16)],
+    ids=["nothing", "line ends", "every byte", "more than is cached", "16 MiB"],
+)  # fmt: skip
+def test_a_document_comes_byte_for_byte(alone: Alone, body: bytes) -> None:
+    alone.documents.document = Document(body, content_type="application/octet-stream")
+    for _ in range(2):
+        reply = alone.ask(USER_DATA, kept=False)
+        assert (reply.status, reply.body) == (200, body)
+        assert reply.headers["content-length"] == str(len(body))
+
+
+# Whose answer
+
+
 def test_no_request_reads_what_another_instance_left_in_the_cache(alone: Alone) -> None:
     hosts = ["169.254.169.254", "anything", *alone.records.values()]
     asked = [
         (f"{start}{target}", host)
         for host in hosts
         for start in ("", f"http://{host}", f"https://{host}")
-        for target in (USER_DATA, f"{USER_DATA}?", f"{USER_DATA}?x=1", f"/{USER_DATA}")
+        for target in (USER_DATA, f"{USER_DATA}?x=1", f"/{USER_DATA}")
     ]
     asked += [
         (f"{start}/{record}{USER_DATA}", "169.254.169.254")
         for record in alone.records.values()
         for start in ("", f"http://{record}")
     ]
+    # The same of what is kept beside the cache.
+    record = alone.records["red"]
+    short = (f"{_LEAF}|{record}", f"{_LEAF}|{record}|", f"{_LEAF}?|{record}", "0", "/0", "/12")
+    asked += [(path, "169.254.169.254") for path in (_LEAF, *short)]
     for _ in range(2):
         for target, host in asked:
             for network in alone.records:
                 reply = alone.ask(target, network, host=host, kept=False)
                 # Where target and Host differ HAProxy refuses; `|` is no part of a host's name.
-                refused = reply.status == 400 and "|" in f"{host}{target}"
+                refused = reply.status == 400 and ("|" in f"{host}{target}" or target == "0")
                 assert refused or reply.text == f"i-{network}", (target, host)
-            assert alone.ask(f"http://elsewhere{USER_DATA}", host=host, kept=False).status == 400
+    assert alone.ask(f"http://elsewhere{USER_DATA}", host="x", kept=False).status == 400
 
 
-def _freeze(world: World) -> None:
-    pids = world.pids()
-    for pid in (pids.controller, pids.documents, *pids.document_workers):
-        os.kill(pid, signal.SIGSTOP)
+@pytest.mark.parametrize("word", ["", "+1-ooo---::0:64|"], ids=["no policy", "tokens off"])
+def test_a_guest_is_told_nothing_of_our_cache(word: str) -> None:
+    # Some are chosen to be counted, and go another way.
+    with open_alone(count_reads=ONE_IN) as alone:
+        alone.renew()
+        alone.write("red", f"{word}{alone.records['red']}")
+        for path in (USER_DATA, _LEAF) * 100:
+            reply = alone.ask(path)
+            assert reply.status == 200
+            assert not {"cache-control", "age"} & set(reply.headers)
+            assert "imdsproxy" not in reply.head.decode().lower()
 
 
-def test_repeated_reads_never_reach_python(world: World) -> None:
+# Short documents, which HAProxy keeps beside its cache
+
+
+def _kept(alone: Alone, path: str) -> bool:
+    """Whether the second read is answered, past the cache, without the document server."""
+    alone.ask(path, kept=False)
+    before = len(alone.documents.asked)
+    alone.ask(path, headers=_PAST_THE_CACHE, kept=False)
+    return len(alone.documents.asked) == before
+
+
+def test_a_short_line_below_latest_is_kept_and_comes_as_it_came_at_first(alone: Alone) -> None:
+    first = alone.ask(_LEAF)
+    assert _kept(alone, _LEAF)
+    again = alone.ask(_LEAF, headers=_PAST_THE_CACHE)
+    assert (again.status, again.body) == (first.status, first.body) == (200, b"i-red")
+    expected = {"content-type": Document().content_type, "content-length": "5"}
+    assert again.headers == first.headers == expected
+    head = alone.ask(_LEAF, method="HEAD", headers=_PAST_THE_CACHE)
+    assert (head.headers, head.body) == (first.headers, b"")
+    assert alone.documents.asked.count(_LEAF) == 1
+
+
+@pytest.mark.parametrize(
+    ("document", "path"),
+    [
+        # HAProxy could not give it back as it was.
+        (Document(lifetime=False), _LEAF),
+        (Document(status="404 Not Found"), _LEAF),
+        (Document(content_type="application/octet-stream"), _LEAF),
+        *((Document(body), _LEAF) for body in (b"", b"two\nlines", b"its end\n", b"\xc3\xa4", b"nul\0", b"x" * 257)),
+        # Only one spelling is kept.
+        *((Document(), path) for path in ("/2009-04-04/meta-data/instance-id", "/latest//meta-data",
+                                          "/latest/meta-data/", "/latest/%61", "/latest/../x")),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_no_other_document_and_no_other_spelling_is_kept(
+    alone: Alone, document: Document, path: str
+) -> None:
+    alone.documents.document = document
+    assert not _kept(alone, path)
+
+
+def test_other_methods_and_tokens_are_not_answered_by_what_is_kept(alone: Alone) -> None:
+    assert _kept(alone, _LEAF)
+    before, record = len(alone.documents.asked), alone.records["red"]
+    assert alone.ask(_LEAF, headers=with_token("x")).status == 401
+    for method in ("POST", "PUT", "DELETE", "OPTIONS"):
+        alone.ask(_LEAF, method=method)
+    assert len(alone.documents.asked) == before + 4
+    for word, status in (
+        ("+1trrr--b:::64|", 401),
+        ("+0tooo---:::64|", 403),
+        ("+1tooog--:::64|", 403),
+    ):
+        alone.write("red", f"{word}{record}")
+        assert alone.ask(_LEAF, headers=("Via: 1.1 x",)).status == status
+    alone.write("red", "!")
+    assert alone.ask(_LEAF).status == 503
+
+
+@pytest.mark.parametrize("word", ["", "+1tooo---::0:64|", "+1-ooo---::0:64|"])
+def test_a_kept_connection_gets_what_is_kept_for_whom_it_is_now(alone: Alone, word: str) -> None:
+    revision = f"r{len(word)}{word[2:3]}"
+    with alone.connect() as connection:
+        for number in range(6):
+            name = f"i-{number % 2}"
+            alone.write("red", f"{word}{name}|{revision}")
+            for _ in range(3):
+                assert connection.request(_LEAF).text == name
+    assert alone.documents.asked.count(_LEAF) == 2
+    alone.documents.document = Document(b"new")
+    alone.write("red", f"{word}i-1|{revision}2")
+    assert alone.ask(_LEAF).text == "new"
+
+
+def test_a_body_on_a_read_is_not_taken_for_the_next_request(alone: Alone) -> None:
+    assert _kept(alone, _LEAF)
+    before = len(alone.documents.asked)
+    with alone.connect() as connection:
+        connection.request(_LEAF, body=b"GET /latest/smuggled HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert connection.request(_LEAF).text == "i-red"
+        connection.socket.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            assert connection.socket.recv(1) == b""
+    assert len(alone.documents.asked) == before
+
+
+def test_what_is_kept_has_bounds_however_much_is_read(alone: Alone) -> None:
+    with alone.connect() as connection:
+        for number in range(1500):
+            assert connection.request(f"/latest/x{number}").status == 200
+    lines = alone.command(f"show map {alone.directory}/short.map").split()[1::3]
+    documents = [line for line in lines if line.startswith("/")]
+    assert 128 < len(documents) <= 256
+    assert len(lines) <= 512
+
+
+# With a daemon
+
+
+def test_repeated_reads_never_reach_python_and_meta_data_json_always_does(world: World) -> None:
     world.settled()
     targets = (
         USER_DATA,
         "/latest/meta-data/",
-        "/latest/meta-data/instance-id",
+        _LEAF,
         "/openstack/latest/network_data.json",
         "/openstack/latest/user_data",
         "/nocloud/meta-data",
     )
     first = {(guest, target): guest.ask(target) for guest in world.everybody for target in targets}
-    _freeze(world)
+    seeds = {json.loads(world.red.ask(META).body)["random_seed"] for _ in range(5)}
+    assert len(seeds) == 5
+    pids = world.pids()
+    for pid in (pids.controller, pids.documents, *pids.document_workers):
+        os.kill(pid, signal.SIGSTOP)
     for (guest, target), before in first.items():
         for to in ("169.254.169.254", IPV6):
             after = guest.ask(target, to=to)
             assert (after.status, after.body) == (200, before.body), target
         assert guest.ask(target, method="HEAD").status == 200
-
-
-def test_meta_data_json_is_never_cached(world: World) -> None:
-    seeds = {json.loads(world.red.ask(META).body)["random_seed"] for _ in range(5)}
-    assert len(seeds) == 5
-
-
-@pytest.mark.parametrize("word", ["", "+1-ooo---::0:64|"], ids=["no policy", "tokens off"])
-@pytest.mark.parametrize("path", [USER_DATA, "/latest/meta-data/instance-id"])
-def test_a_guest_is_told_nothing_of_our_cache(alone: Alone, path: str, word: str) -> None:
-    alone.write("red", f"{word}{alone.records['red']}")
-    # Some are chosen to be counted, and go another way.
-    for _ in range(100):
-        reply = alone.ask(path)
-        assert reply.status == 200
-        assert not {"cache-control", "age"} & set(reply.headers)
-        assert "imdsproxy" not in reply.head.decode().lower()
-
-
-_PAYLOADS: Final = {
-    "nothing": b"",
-    "text": "#cloud-config\nhostname: ä\n".encode(),
-    "line ends": b"a\r\nb\rc\n\n",
-    "gzip": gzip.compress(b"#!/bin/sh\necho hello\n" * 100, mtime=0),
-    "every byte": bytes(range(256)) * 40,
-    "a mebibyte more than is cached": hashlib.shake_256(b"x").digest(2 * 1024 * 1024),
-    "the largest": hashlib.shake_256(b"y").digest(16 * 1024 * 1024),
-}
-
-
-@pytest.mark.slow
-def test_user_data_comes_byte_for_byte(world: World) -> None:
-    file = world.daemon.directory / "payload"
-    record = instance("red-5", "red")
-    del record["user_data"]
-    for name, payload in _PAYLOADS.items():
-        file.write_bytes(payload)
-        _put_by_cli(world, {**record, "user_data_file": str(file)})
-        # All trees have the same bytes; large ones take time.
-        others = ("/openstack/latest/user_data", "/nocloud/user-data")
-        for target in (USER_DATA, *others[: 2 if len(payload) < 2**20 else 0]):
-            for to in ("169.254.169.254", IPV6):
-                reply = world.red.ask(target, to=to, timeout_s=20 * patience())
-                assert (reply.status, reply.body) == (200, payload), (name, target, to)
-                assert reply.headers["content-length"] == str(len(payload))
-
-
-def _put_by_cli(world: World, record: dict[str, object]) -> None:
-    file = world.daemon.directory / "record.json"
-    file.write_text(json.dumps({"instances": [record]}))
-    done = world.daemon.command("instance", "set", "--file", str(file))
-    assert done.status == 0, done.err
-
-
-@pytest.mark.slow
-def test_another_guests_large_download_holds_nobody_up(world: World) -> None:
-    # More than the kernel keeps of what nothing reads.
-    payload = hashlib.shake_256(b"z").digest(8 * 1024 * 1024)
-    file = world.daemon.directory / "payload"
-    file.write_bytes(payload)
-    record = instance("green-5", "green")
-    del record["user_data"]
-    _put_by_cli(world, {**record, "user_data_file": str(file)})
-    slow: Guest = world.guests["green"]
-    with slow.connect(timeout_s=30) as connection:
-        connection.send(f"GET {USER_DATA} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-        for _ in range(20):
-            assert own(world.red, world.red.ask("/latest/user-data")) is None
-            assert _name(world.red.ask(META)) == "red-5"
-        assert connection.read().body == payload
-
-
-# Conditions of a read (ADR 39): a client that asks whether its copy still holds gets what holds now.
-
-
-_FUTURE: Final = "If-Modified-Since: Fri, 01 Jan 2100 00:00:00 GMT"
-_CONDITIONS: Final = (
-    (_FUTURE,),
-    ("If-None-Match: *",),
-    ('if-none-match: "a", W/"b"',),
-    ('If-None-Match: "a"', _FUTURE),
-    ("If-Unmodified-Since: Thu, 01 Jan 1970 00:00:00 GMT",),
-    ('If-Match: "a"',),
-    ('If-Range: "a"', "Range: bytes=0-1"),
-)
-_PATHS: Final = (
-    "/",
-    "/latest/meta-data/hostname",
-    "/latest/meta-data/",
-    "/2009-04-04/meta-data/hostname",
-    "/latest/meta-data/hostname?x",
-    "/latest/user-data",
-    "/openstack",
-    "/openstack/2012-08-10/meta_data.json",
-    "/openstack/latest/meta_data.json",
-    "/openstack/latest/network_data.json",
-    "/openstack/latest/password",
-    "/nocloud/meta-data",
-    "/nocloud/user-data",
-)
-"""Short ones, cached ones, ones that are never cached; each dialect."""
-
-_VALIDATORS: Final = {"etag", "last-modified", "age", "cache-control", "expires"}
-
-
-@pytest.mark.parametrize(
-    "policy", [None, {"tokens": "required"}, {"tokens": "off"}], ids=["none", "required", "off"]
-)
-def test_no_condition_of_a_read_changes_its_answer(
-    world: World, policy: dict[str, str] | None
-) -> None:
-    fields = {} if policy is None else {"policy": policy}
-    world.daemon.put([], [instance("red-5", "red", fields=fields)])
-    token = with_token(take_token(world.red)) if policy == {"tokens": "required"} else ()
-    with world.red.connect() as connection:
-        for path, method in product(_PATHS, ("GET", "HEAD")):
-            plain = connection.request(path, method=method, headers=token)
-            assert plain.status == 200, path
-            for condition in (*_CONDITIONS, ()) * 2:
-                reply = connection.request(path, method=method, headers=(*token, *condition))
-                assert _seen(reply, path) == _seen(plain, path), (path, method, condition)
-                assert not _VALIDATORS & reply.headers.keys(), (path, method, condition)
-
-
-def _seen(reply: Reply, path: str) -> tuple[int, str | None, bytes]:
-    # `random_seed` is another one in each answer.
-    body = b"" if path == "/openstack/latest/meta_data.json" else reply.body
-    return reply.status, reply.headers.get("content-length"), body

@@ -1,24 +1,32 @@
-"""How much one instance may ask for, by HAProxy's real rules and no daemon: of settings and of policies."""
+"""How much one instance may ask for, and what its neighbours and the daemon notice when it asks for more.
+
+First by HAProxy's real rules and no daemon: limits of settings and of policies.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import select
+import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Final
 
 import pytest
 
+from imdsproxy.config.policy import LimitsSettings
 from imdsproxy.core.haproxy.limits import COUNTERS, POLICY_COUNTERS
 from imdsproxy.core.haproxy.model import Limits
 from imdsproxy.core.policy import Policy
 from support.access_table import META, USER_DATA
-from support.guest import Connection, Lost, Reply
+from support.daemon import instance
+from support.guest import IPV4, IPV6, Connection, Guest, Lost, Reply
 from support.haproxy_alone import WAYS, Alone, open_alone
 from support.lab import until
 from support.patience import patience
+from support.world import World, open_world
 
 pytestmark = pytest.mark.root
 
@@ -155,17 +163,27 @@ def test_networks_that_drag_out_their_requests_together_leave_room_for_another()
     """Of 100 none may have more than 40, and three could have all: beyond three quarters each may have 5."""
     limits = Limits(maxconn=400, maxconn_per_network=40, cache_mb=1)
     with open_alone(limits=limits) as alone, contextlib.ExitStack() as stack:
+        alone.renew()
         held: list[Connection] = []
-        for network in ("one", "two", "three"):
-            for _ in range(40):
+        for network in ("red", "two", "three"):
+            head = "\r\n".join(
+                (f"POST {META} HTTP/1.1", "Host: x", *alone.lines(network, "agents"))
+            )
+            for _ in range(60):
                 held.append(stack.enter_context(alone.connect(way="agents")))
-                head = "\r\n".join(
-                    (f"POST {META} HTTP/1.1", "Host: x", *alone.lines(network, "agents"))
-                )
                 held[-1].send(f"{head}\r\nContent-Length: 1000\r\n\r\n".encode())
             held = _without_answered(held)
-        assert alone.ask(USER_DATA, way="agents").status == 200
+            if network == "red":
+                assert len(held) == 40
+                assert alone.ask(USER_DATA, way="agents").is_limited
+                assert alone.ask(USER_DATA, "green", "agents").status == 200
+        assert alone.ask(USER_DATA, "green", "agents").status == 200
         assert 70 < len(held) < 90
+        stack.close()
+        until(
+            lambda: alone.ask(USER_DATA, way="agents").status == 200,
+            what="the end of those who left",
+        )
 
 
 def _without_answered(connections: list[Connection]) -> list[Connection]:
@@ -235,3 +253,111 @@ def _took(alone: Alone, network: str) -> float:
     began = time.monotonic()
     assert alone.ask(USER_DATA, network, kept=False).status == 200
     return time.monotonic() - began
+
+
+# With a daemon, and limits as they are by default
+
+
+_DEFAULT: Final = LimitsSettings().model_dump(include={"requests_per_s", "burst", "connections"})
+
+
+@pytest.fixture(scope="module")
+def shared_world() -> Iterator[World]:
+    with open_world({"limits": _DEFAULT, "resolver": {"hold_s": 1.0}}) as world:
+        yield world
+
+
+@pytest.fixture
+def world(shared_world: World) -> Iterator[World]:
+    # A worker that ends may tell the next one once more what the test before has asked for.
+    until(lambda: _forgotten(shared_world), what="a guest of which nothing is counted")
+    yield shared_world
+    shared_world.heal()
+
+
+def _answered(guest: Guest) -> bool:
+    try:
+        return guest.ask(USER_DATA).status == 200
+    except Lost:
+        return False
+
+
+def _forgotten(world: World) -> bool:
+    world.daemon.forget_floods()
+    return _answered(world.red)
+
+
+def test_a_hundred_and_fifty_requests_at_once_and_twenty_crawls_in_a_row_pass(world: World) -> None:
+    with ThreadPoolExecutor(150) as pool:
+        replies = list(pool.map(lambda _: world.red.ask(USER_DATA), range(150)))
+    assert {reply.status for reply in replies} == {200}
+    # A dual-stack guest crawls over either family.
+    for to in (IPV4, IPV6):
+        with world.red.connect(to=to) as connection:
+            assert {connection.request(USER_DATA).status for _ in range(10 * 150)} == {200}
+    busiest = world.daemon.status()["busiest"][0]
+    assert (busiest["instance"], busiest["limited"]) == ("red-5", False)
+    assert busiest["requests"] > 3000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", [{}, {"burst": 30}], ids=["default", "of its own"])
+def test_who_asks_for_more_is_refused_named_and_still_refused_after_reloads(
+    world: World, policy: dict[str, object]
+) -> None:
+    world.have_policy({"instances": {"red-5": policy}})
+    with world.red.connect() as connection:
+        assert any(connection.request(USER_DATA).is_limited for _ in range(20_000))
+    until(lambda: world.red.ask(USER_DATA, to=IPV6).is_limited, what="a refusal")
+    assert world.guests["green"].ask(USER_DATA).status == 200
+    first = world.daemon.status()["busiest"][0]
+    assert (first["instance"], first["limited"]) == ("red-5", True)
+    assert "limited" in world.daemon.command("status").out
+    # What the metric of its network is made of.
+    rows = world.daemon.haproxy_rows()
+    denied = {row["svname"]: int(row["dreq"] or 0) for row in rows if row["pxname"] == "guests"}
+    assert (denied["red"] > 0, denied["green"]) == (True, 0)
+    for _ in range(3):
+        world.reload()
+    assert world.red.ask(USER_DATA).is_limited
+
+
+def test_a_thousand_idle_connections_starve_neither_neighbours_nor_the_daemon(world: World) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(1000):
+            # Some are closed at once.
+            with contextlib.suppress(Lost):
+                stack.enter_context(world.red.connect())
+        _starves_nothing(world)
+    until(lambda: _answered(world.red), what="the connections' end")
+
+
+def test_64_connections_that_ask_without_end_starve_neither_neighbours_nor_the_daemon(
+    world: World,
+) -> None:
+    flood = subprocess.Popen(
+        ["/usr/bin/nsenter", f"--net=/run/netns/{world.red.namespace}", "--",
+         "/usr/bin/wrk", "-t1", "-c64", "-d60s", f"http://{IPV4}{USER_DATA}"],
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        until(lambda: world.red.ask(USER_DATA).is_limited, what="a refusal")
+        _starves_nothing(world)
+    finally:
+        flood.kill()
+        flood.wait()
+
+
+def _starves_nothing(world: World) -> None:
+    """A neighbour's documents, cached and new, its unknown neighbour's answer, the admin API and HAProxy's sockets."""
+    green, stranger = world.guests["green"], world.lab.guest("green", 78)
+    began = time.monotonic()
+    assert green.ask(USER_DATA).status == 200
+    assert green.ask("/openstack/latest/meta_data.json").status == 200
+    assert world.daemon.status()["haproxy"]["worker"] == world.pids().worker
+    until(world.daemon.resolver_up, what="the resolver up")
+    assert world.daemon.put(instances=[instance("green-77", "green", 77)])
+    assert time.monotonic() - began < 5 * patience()
+    # Held for a second, as settings say, and no longer.
+    assert stranger.ask(USER_DATA).status == 404
+    assert time.monotonic() - began < 8 * patience()

@@ -324,7 +324,7 @@ def test_a_damaged_guard_file_stops_the_start_and_guests_are_served_on(world: Wo
     assert _status(world.red, take_token(world.red)) == 200
 
 
-# The report; what HAProxy counts is in test_counted_reads.py
+# The report; what HAProxy counts is in test_request_lines.py
 
 
 def _report(world: World) -> dict[str, Any]:

@@ -12,12 +12,12 @@ import socket
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.model import (
@@ -121,12 +121,11 @@ class Documents:
         """The targets of requests."""
         return [head.split(b" ", 2)[1].decode("latin-1") for head in self.heads]
 
-    def answer(self, head: bytes) -> bytes:
+    def answer(self, head: bytes, lines: Mapping[bytes, bytes]) -> bytes:
         method, target = head.split(b" ", 2)[:2]
         if target == b"/livez":
             return b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
         self.heads.append(head)
-        lines = dict(line.lower().partition(b": ")[::2] for line in head.split(b"\r\n"))
         one = self.document
         owner = lines.get(b"x-imdsproxy-instance", lines.get(b"x-instance-id", b""))
         body = one.body.replace(b"OWN", owner)
@@ -158,13 +157,20 @@ class Documents:
                 talk.start()
 
     def _talk(self, connection: socket.socket) -> None:
-        head = b""
-        with connection, contextlib.suppress(OSError):
-            while more := connection.recv(65_536):
-                head += more
-                while b"\r\n\r\n" in head:
-                    one, _, head = head.partition(b"\r\n\r\n")
-                    connection.sendall(self.answer(one))
+        with connection, contextlib.suppress(OSError), connection.makefile("rb") as sent:
+            while head := _read_lines(sent):
+                lines = dict(line.lower().partition(b": ")[::2] for line in head.split(b"\r\n"))
+                sent.read(int(lines.get(b"content-length", b"0")))
+                if b"transfer-encoding" in lines:
+                    while size := int(sent.readline(), 16):
+                        sent.read(size + 2)
+                    _read_lines(sent)
+                connection.sendall(self.answer(head, lines))
+
+
+def _read_lines(sent: BinaryIO) -> bytes:
+    """To an empty one, without its end; nothing where no more is sent."""
+    return b"".join(itertools.takewhile(b"\r\n".__ne__, iter(sent.readline, b""))).rstrip(b"\r\n")
 
 
 @dataclass(slots=True)
