@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
-from pathlib import Path
 from typing import Final, TypeAlias
 
 from hypothesis import given, settings
@@ -18,13 +16,11 @@ from imdsproxy.core.model import IpAddress, MacAddress, NetworkId, Scope
 from imdsproxy.core.observation import Conflict
 from imdsproxy.sources.api import PortAmbiguous, PortFound, PortMissing
 from imdsproxy.sources.neutron.ports import ROUTER_OWNERS, NeutronPort
-from imdsproxy.sources.neutron.source import NeutronSource
 from imdsproxy.sources.settings import NeutronSourceSettings
-from support.fake_neutron import DOWN, FakeNeutron, FakeTime, router_port
-from support.source_runs import Heard, running
+from support.fake_neutron import DOWN, Rig, neutron_rig, router_port
 
 _NETWORKS: Final = tuple(map(NetworkId, ("n1", "n2")))
-_ROUTERS: Final = tuple(map(NetworkId, ("r1",)))
+_ROUTER: Final = NetworkId("r1")
 _MACS: Final = tuple(MacAddress(f"fa:16:3e:00:00:0{number}") for number in range(2))
 _PLAIN: Final = tuple(map(ip_address, ("10.0.0.1", "10.0.0.2", "fd00::1")))
 _ADDRESSES: Final[tuple[IpAddress, ...]] = (*_PLAIN, *map(link_local_of, _MACS))
@@ -53,12 +49,7 @@ class Remove:
     number: int
 
 
-@dataclass(frozen=True, slots=True)
-class Break:
-    down: bool
-
-
-Step: TypeAlias = Look | Pass | Put | Remove | Break
+Step: TypeAlias = Look | Pass | Put | Remove
 
 _ids = st.integers(0, 5).map("p-{}".format)
 _guests = st.builds(
@@ -77,20 +68,19 @@ _interfaces = st.builds(
     network=st.sampled_from(_NETWORKS),
     mac=st.none(),
     addresses=st.just(()),
-    device=st.sampled_from(_ROUTERS),
+    device=st.just(_ROUTER),
     owner=st.sampled_from((*ROUTER_OWNERS, *ROUTER_OWNERS, "network:router_gateway")),
     project=st.just("blue"),
 )
 _JOINED: Final = tuple(
-    router_port(f"r-{number}", network, _ROUTERS[0]) for number, network in enumerate(_NETWORKS)
+    router_port(f"r-{number}", network, _ROUTER) for number, network in enumerate(_NETWORKS)
 )
 """At first the router joins all networks: else little would be behind it."""
 
-_looks = st.one_of(
-    st.builds(
-        Look, st.just(Scope.NETWORK), st.sampled_from(_NETWORKS), st.sampled_from(_ADDRESSES)
-    ),
-    st.builds(Look, st.just(Scope.ROUTER), st.sampled_from(_ROUTERS), st.sampled_from(_ADDRESSES)),
+_looks = st.builds(
+    lambda place, address: Look(place[0], place[1], address),
+    st.sampled_from([*[(Scope.ROUTER, _ROUTER)] * 2, *((Scope.NETWORK, one) for one in _NETWORKS)]),
+    st.sampled_from(_ADDRESSES),
 )
 _steps: st.SearchStrategy[Step] = st.one_of(
     _looks,
@@ -105,13 +95,9 @@ _steps: st.SearchStrategy[Step] = st.one_of(
 class World:
     """A source beside its Neutron, which is kept as a real one: no address twice in a network."""
 
-    def __init__(
-        self, neutron: FakeNeutron, time: FakeTime, source: NeutronSource, heard: Heard
-    ) -> None:
-        self.neutron = neutron
-        self.time = time
-        self.source = source
-        self.heard = heard
+    def __init__(self, rig: Rig) -> None:
+        self.neutron, self.time = rig.neutron, rig.time
+        self.source, self.heard = rig.source, rig.heard
 
     def put(self, port: NeutronPort) -> None:
         for other in tuple(self.neutron.ports_by_id.values()):
@@ -148,8 +134,6 @@ class World:
                     self.neutron.remove(ports[number % len(ports)])
             case Pass(seconds=seconds):
                 await self.time.advance(seconds)
-            case Break(down=down):
-                self.neutron.failure = DOWN if down else None
             case Look():
                 await self.source.look_up(step.scope, step.network, step.address)
         owners = (owner for _, owner in self.heard.inventory.addresses())
@@ -177,24 +161,11 @@ class World:
             )
 
 
-def _play(play: Callable[[World], object]) -> None:
+def _play(play: Callable[[World], Awaitable[None]]) -> None:
     async def run() -> None:
-        neutron, time = FakeNeutron(), FakeTime()
-        with tempfile.TemporaryDirectory(prefix="imdst-") as directory:
-            source = NeutronSource(
-                neutron,
-                Path(directory) / "kept.sqlite",
-                _SETTINGS,
-                clock=time,
-                random=lambda: 0.5,
-                sleep=time.sleep,
-            )
-            async with running(source) as heard:
-                await time.settle()
-                neutron.put(*_JOINED)
-                result = play(World(neutron, time, source, heard))
-                assert asyncio.iscoroutine(result)
-                await result
+        async with neutron_rig(*_JOINED, settings=_SETTINGS) as rig:
+            rig.random[0] = 0.5
+            await play(World(rig))
 
     asyncio.run(run())
 
@@ -271,7 +242,7 @@ def test_while_neutron_does_not_answer_nothing_that_is_known_changes(
         for look in looks:
             await world.do(look)
         before, routes = world.heard.owners, dict(world.source.routes())
-        await world.do(Break(down=True))
+        world.neutron.failure = DOWN
         for step in steps:
             await world.do(step)
         assert world.heard.owners == before

@@ -1,13 +1,26 @@
+"""Records as JSON and as the controller keeps them in memory: they come out as they were put in."""
+
 from __future__ import annotations
+
+import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from imdsproxy.core.haproxy.maps import PackedMap
-from imdsproxy.core.model import Instance, InstanceId, IpAddress, MacAddress, NetworkId
+from imdsproxy.core.model import Instance, InstanceId, IpAddress, MacAddress, Network, NetworkId
 from imdsproxy.core.packed import PackedInstances, PackedPairs
-from support.record_strategies import ids, instances, ipv4, macs
+from imdsproxy.core.records import parse_records, render_record
+from support.record_strategies import ids, instances, ipv4, macs, networks
+
+
+@given(instances, networks)
+def test_records_come_back_from_json_as_they_were(instance: Instance, network: Network) -> None:
+    document = {"networks": [render_record(network)], "instances": [render_record(instance)]}
+    records = parse_records(json.loads(json.dumps(document)))
+    assert records.instances == [instance]
+    assert records.networks == [network]
 
 
 @pytest.mark.slow

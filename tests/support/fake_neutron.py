@@ -1,17 +1,25 @@
-"""Neutron's list of ports in memory, and time that goes on when a test says so."""
+"""Neutron's list of ports in memory, time that goes on when a test says so, and a source over both."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import tempfile
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, fields, replace
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Final
 
-from imdsproxy.core.model import MacAddress, NetworkId
+from imdsproxy.core.model import MacAddress, NetworkId, Scope
 from imdsproxy.errors import SourceUnavailable
+from imdsproxy.sources.api import LookUp
 from imdsproxy.sources.neutron.client import NeutronClient, QueryTimedOut
 from imdsproxy.sources.neutron.ports import NeutronPort, PortQuery
+from imdsproxy.sources.neutron.source import NeutronSource
+from imdsproxy.sources.settings import NeutronSourceSettings
 from support.hand_clock import HandClock
+from support.source_runs import Heard, running
 
 DOWN: Final = SourceUnavailable("connection refused", hint="start it")
 LATE: Final = QueryTimedOut("no answer within 5 s")
@@ -165,3 +173,65 @@ def _matches(port: NeutronPort, query: PortQuery) -> bool:
         and (not query.owners or port.owner in query.owners)
         and (query.host is None or port.host == query.host)
     )
+
+
+@dataclass
+class Rig:
+    """A source that runs, and what it is made of; `random` is what it takes for a random number."""
+
+    neutron: FakeNeutron
+    time: FakeTime
+    source: NeutronSource
+    heard: Heard
+    random: list[float]
+    sleepers: int
+
+    async def look(self, network: str, address: str, *, router: bool = False) -> LookUp:
+        scope = Scope.ROUTER if router else Scope.NETWORK
+        return await self.source.look_up(scope, NetworkId(network), ip_address(address))
+
+    async def pass_time(self, seconds: float, step: float = 1.0) -> None:
+        await self.time.advance(seconds, step=step, sleepers=self.sleepers)
+
+    @property
+    def asked(self) -> int:
+        """Queries since the last time that this was read."""
+        number = len(self.neutron.queries)
+        self.neutron.queries.clear()
+        return number
+
+    @property
+    def owners(self) -> dict[str, str]:
+        return self.heard.owners
+
+
+@contextlib.asynccontextmanager
+async def neutron_rig(
+    *ports: NeutronPort,
+    settings: NeutronSourceSettings | None = None,
+    kept: Path | None = None,
+    neutron: FakeNeutron | None = None,
+    time: FakeTime | None = None,
+    begin: asyncio.Event | None = None,
+) -> AsyncIterator[Rig]:
+    """A source over these ports, which has begun unless it waits for `begin`; `kept` is what it keeps for a restart."""
+    settings, time = settings or NeutronSourceSettings(), time or FakeTime()
+    neutron = neutron or FakeNeutron()
+    neutron.put(*ports)
+    random = [1.0]
+    with tempfile.TemporaryDirectory(prefix="imdst-") as directory:
+        source = NeutronSource(
+            neutron,
+            kept or Path(directory, "neutron.sqlite"),
+            settings,
+            clock=time,
+            random=lambda: random[0],
+            sleep=time.sleep,
+            begin=None if begin is None else begin.wait,
+        )
+        async with running(source) as heard:
+            rig = Rig(neutron, time, source, heard, random, 2 if settings.list_every_s else 1)
+            if begin is None:
+                await time.settle(rig.sleepers)
+                neutron.queries.clear()
+            yield rig

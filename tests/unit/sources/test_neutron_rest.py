@@ -66,8 +66,12 @@ async def serving(serve: Serve) -> AsyncIterator[str]:
 
 
 @contextlib.asynccontextmanager
-async def client_of(url: str, *, timeout_s: float = 10) -> AsyncIterator[NeutronClient]:
-    client = NeutronClient(NeutronSourceSettings(endpoint=url, timeout_s=timeout_s))
+async def client_of(
+    endpoint: str | None, clouds: Path | None = None, *, timeout_s: float = 60
+) -> AsyncIterator[NeutronClient]:
+    """Of Neutron there, or by the clouds file's `here`."""
+    place = {"endpoint": endpoint} if clouds is None else {"cloud": "here", "clouds_file": clouds}
+    client = NeutronClient(NeutronSourceSettings.model_validate({**place, "timeout_s": timeout_s}))
     try:
         yield client
     finally:
@@ -133,21 +137,13 @@ async def test_neutron_is_asked_below_its_endpoint_over_connections_that_are_kep
         (answer(b'{"ports": [7]}'), "no object"),
         (answer(b'{"ports": [{}]}'), "no id"),
         (answer(b'{"ports": [{"id": 7}]}'), "id is no text"),
-        (
-            answer(json.dumps({"ports": [{**_PORT, "fixed_ips": [{"ip_address": "x"}]}]}).encode()),
-            "'x'",
-        ),
-        (answer(json.dumps({"ports": [{**_PORT, "fixed_ips": ["x"]}]}).encode()), "no ip_address"),
+        (answer(b'{"ports": [{"id": "p", "fixed_ips": [{"ip_address": "x"}]}]}'), "'x'"),
+        (answer(b'{"ports": [{"id": "p", "fixed_ips": ["x"]}]}'), "no ip_address"),
         (answer(b"\xff\xfe"), "understood"),
         (answer(b'{"ports": []}', length=100), ""),
-        (answer(b"no", "500 Internal Server Error"), "500"),
-        (answer(b"no", "503 Service Unavailable"), "503"),
-        (answer(b"no", "403 Forbidden"), "403"),
-        (answer(b"no", "404 Not Found"), "404"),
         (answer(b"no", "401 Unauthorized"), "401"),
         (answer(b"", "204 No Content"), "204"),
-        (answer(b"\x1b[2J\x07", "500 Internal Server Error"), r": \x1b[2J\x07"),
-        (b"", ""),
+        (answer(b"\x1b[2J\x07", "500 Internal Server Error"), r"500: \x1b[2J\x07"),
         (b"SSH-2.0-OpenSSH\r\n", ""),
         (b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc", ""),
     ],
@@ -255,12 +251,9 @@ async def test_without_its_library_a_query_says_how_to_install_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, missing: str
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
-    rest = NeutronClient(
-        NeutronSourceSettings(cloud="lab", clouds_file=tmp_path / "clouds.yaml", timeout_s=60)
-    )
-    with pytest.raises(LibraryMissing) as caught:
-        await rest.ports(PortQuery())
-    await rest.close()
+    async with client_of(None, tmp_path / "clouds.yaml") as client:
+        with pytest.raises(LibraryMissing) as caught:
+            await client.ports(PortQuery())
     assert (caught.value.code, caught.value.http_status) == ("library-missing", 503)
     assert "apt install python3-openstacksdk" in caught.value.hint
 
@@ -291,10 +284,6 @@ class Keystone:
     def _answer(self, head: str, body: bytes) -> bytes:
         if head.startswith("POST /v3/auth/tokens "):
             return self._token(json.loads(body)["auth"]["identity"]["password"]["user"])
-        if head.startswith("GET /v3"):
-            links = [{"rel": "self", "href": f"{self.url}/v3/"}]
-            version = {"id": "v3.14", "status": "stable", "links": links}
-            return answer(json.dumps({"version": version}).encode())
         good = self.valid and f"X-Auth-Token: token-{self.tokens}\r\n" in head
         return _GOOD if good else answer(b"{}", "401 Unauthorized")
 
@@ -329,17 +318,12 @@ async def keystone(
             "user_domain_name": "Default",
             "project_domain_name": "Default",
         }
-        cloud = {"auth": auth, "region_name": "one"}
-        await asyncio.to_thread(clouds.write_text, json.dumps({"clouds": {"here": cloud}}))
-        secure = {"clouds": {"here": {"auth": {"password": "right"}}}}
-        await asyncio.to_thread(tmp_path.joinpath("secure.yaml").write_text, json.dumps(secure))
-        client = NeutronClient(
-            NeutronSourceSettings(cloud="here", clouds_file=clouds, timeout_s=60)
-        )
-        try:
+        cloud = {"auth_type": "v3password", "auth": auth, "region_name": "one"}
+        secure = {"auth": {"password": "right"}}
+        for path, here in (clouds, cloud), (clouds.with_name("secure.yaml"), secure):
+            await asyncio.to_thread(path.write_text, json.dumps({"clouds": {"here": here}}))
+        async with client_of(None, clouds) as client:
             yield made, client
-        finally:
-            await client.close()
 
 
 async def test_a_token_that_is_refused_or_about_to_end_is_fetched_again(tmp_path: Path) -> None:
@@ -372,21 +356,18 @@ async def test_a_catalogue_without_neutron_is_reported(tmp_path: Path) -> None:
 async def test_a_clouds_file_that_cannot_be_used_is_reported(
     tmp_path: Path, text: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    elsewhere.joinpath("clouds.yaml").write_text(
+    elsewhere = tmp_path / "elsewhere" / "clouds.yaml"
+    elsewhere.parent.mkdir()
+    elsewhere.write_text(
         "clouds: {here: {auth_type: none, network_endpoint_override: 'http://127.0.0.1:9'}}"
     )
-    monkeypatch.chdir(elsewhere)
-    monkeypatch.setenv("OS_CLIENT_CONFIG_FILE", str(elsewhere / "clouds.yaml"))
+    monkeypatch.chdir(elsewhere.parent)
+    monkeypatch.setenv("OS_CLIENT_CONFIG_FILE", str(elsewhere))
     clouds = tmp_path / "clouds.yaml"
     if text is not None:
         clouds.write_text(text)
-    client = NeutronClient(NeutronSourceSettings(cloud="here", clouds_file=clouds, timeout_s=60))
-    try:
+    async with client_of(None, clouds) as client:
         with pytest.raises(SourceUnavailable) as caught:
             await client.ports(PortQuery(limit=1))
         assert str(clouds) in caught.value.message
         assert "sources.neutron.cloud" in caught.value.hint
-    finally:
-        await client.close()
