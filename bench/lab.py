@@ -77,7 +77,8 @@ class Lab:
     def add(self, name: str, *, ipv6: bool = True) -> None:
         """One more network, of any name with the prefix."""
         self._thread.create_now(name)
-        self._thread.enter(name, lambda _: _furnish(ipv6=ipv6))
+        with self._thread.inside(name):
+            _furnish(ipv6=ipv6)
         self.names.append(name)
 
     def plug(self, name: str, mac: str = "") -> str:
@@ -109,10 +110,8 @@ class Lab:
 
     def socket(self, name: str, kind: int = socket.SOCK_STREAM) -> socket.socket:
         """An unconnected IPv4 socket of a network."""
-        opened = self._thread.enter(name, lambda _: socket.socket(socket.AF_INET, kind))
-        if opened is None:
-            raise FileNotFoundError(f"network namespace {name}")
-        return opened
+        with self._thread.inside(name):
+            return socket.socket(socket.AF_INET, kind)
 
     def close(self) -> None:
         """Remove all networks."""

@@ -37,8 +37,8 @@ from imdsproxy.host.files import hold_directory, limit_log, remove_file
 from imdsproxy.host.logs import open_logging
 from imdsproxy.host.notify import Heartbeat, ServiceNotifier, is_journal
 from imdsproxy.host.process import leave_no_dumps, raise_descriptor_limit, release_memory
-from imdsproxy.host.servers import open_sole_socket, open_tcp_socket, open_unix_socket
-from imdsproxy.host.socket_file import SocketFiles
+from imdsproxy.host.servers import open_tcp_socket, open_unix_socket
+from imdsproxy.host.socket_file import SocketFiles, open_sole_socket
 from imdsproxy.listeners.apply import apply_links
 from imdsproxy.listeners.host import SystemHost
 from imdsproxy.nova.upstream import NovaUpstream

@@ -43,7 +43,8 @@ def namespaces() -> Iterator[list[str]]:
     try:
         for name in _NAMES:
             thread.create_now(name)
-            thread.enter(name, lambda _: _furnish())
+            with thread.inside(name):
+                _furnish()
         yield _NAMES
     finally:
         for name in _NAMES:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import subprocess
 import threading
@@ -58,20 +59,20 @@ async def test_work_inside_sees_the_namespace_and_the_thread_comes_home_even_whe
     name = lab.namespace("blue")
     outside = _inode("/proc/self/ns/net")
 
-    def look(ref: NamespaceRef | None) -> tuple[NamespaceRef | None, int]:
-        return ref, _inode("/proc/thread-self/ns/net")
+    def look(name: str | None) -> tuple[NamespaceRef | None, int]:
+        with thread.inside(name) as ref:
+            return ref, _inode("/proc/thread-self/ns/net")
 
-    def fail(ref: NamespaceRef | None) -> None:
-        raise ValueError(ref)
+    def fail() -> None:
+        with thread.inside(name) as ref:
+            raise ValueError(ref)
 
-    found = await thread.inside(name, look)
-    assert found is not None
-    ref, inode = found
+    ref, inode = await thread.run(lambda: look(name))
     assert ref == NamespaceRef(name, inode)
     assert inode != outside
     with pytest.raises(ValueError, match=name):
-        await thread.inside(name, fail)
-    assert await thread.inside(None, look) == (None, outside)
+        await thread.run(fail)
+    assert await thread.run(lambda: look(None)) == (None, outside)
     assert _inode("/proc/self/ns/net") == outside
 
 
@@ -82,7 +83,7 @@ async def test_entering_what_is_not_a_namespace_of_networks_is_refused_in_words(
     os.symlink("/proc/self/ns/uts", tmp_path / "odd")  # noqa: PTH211 - the target is no path of ours
     thread = NamespaceThread(NamespaceDirectory(tmp_path))
     with pytest.raises(HostRefused, match="enter namespace odd"):
-        await thread.inside("odd", lambda _: 1)
+        await thread.run(lambda: thread.inside("odd").__enter__())
     assert await thread.run(lambda: _inode("/proc/thread-self/ns/net")) == _inode(
         "/proc/self/ns/net"
     )
@@ -133,17 +134,21 @@ async def test_who_looks_at_many_namespaces_does_not_hold_up_the_end() -> None:
 
     def ending() -> bool:
         try:
-            thread.enter("nothing", lambda _: None)
+            look()
         except HostRefused:
             return True
         return False
 
     def look() -> None:
+        with contextlib.suppress(FileNotFoundError), thread.inside("nothing"):
+            pass
+
+    def look_late() -> None:
         begun.set()
         going_on.wait(5)
-        thread.enter("any", lambda _: None)
+        look()
 
-    looking = asyncio.create_task(thread.run(look))
+    looking = asyncio.create_task(thread.run(look_late))
     await asyncio.to_thread(begun.wait, 5)
     closing = asyncio.create_task(asyncio.to_thread(thread.close))
     async with asyncio.timeout(30):

@@ -32,6 +32,7 @@ from imdsproxy.listeners.apply import apply_links, apply_ops, haproxy_name
 from imdsproxy.listeners.endpoints import plan_binds, plan_links
 from imdsproxy.listeners.host import SystemHost
 from imdsproxy.listeners.plan import ListenerPlan, Place, plan_listeners
+from support.guest import inside
 from support.hostlab import HostLab, create_namespace
 from support.lab import NETNS, until
 
@@ -210,9 +211,7 @@ async def test_a_bind_that_is_not_listening_yet_is_noticed_all_the_same(
     lab: HostLab, host: _Host
 ) -> None:
     name, _ = _with_addresses(lab)
-    held = await host.thread.inside(name, lambda _: socket.socket())
-    assert held is not None
-    with held:
+    with inside(name, socket.socket) as held:
         held.bind(("169.254.169.254", 80))
         plan = await host.plan(NamespaceListener(name))
     assert [one.code for one in plan.left_out] == [LeftOutCode.PORT_BUSY]

@@ -40,10 +40,9 @@ def inside(namespace: str, work: Callable[[], T], *, directory: Path = DEFAULT_D
 
 
 def _enter(directory: Path, namespace: str, work: Callable[[], T]) -> T:
-    with contextlib.closing(NamespaceThread(NamespaceDirectory(directory))) as thread:
-        found = thread.enter(namespace, lambda _: (work(),))
-        assert found is not None, f"there is no namespace {namespace}"
-        return found[0]
+    thread = NamespaceThread(NamespaceDirectory(directory))
+    with contextlib.closing(thread), thread.inside(namespace):
+        return work()
 
 
 def eui64(mac: str) -> str:

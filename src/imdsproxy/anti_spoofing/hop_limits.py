@@ -47,11 +47,6 @@ class HopLimits:
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
-    def problems(self) -> tuple[Problem, ...]:
-        """What keeps guests from getting tokens."""
-        return tuple(self.refused[one] for one in sorted(self.refused))
-
-    @property
     def in_use(self) -> bool:
         """Whether any record has a limit."""
         return bool(self._limited)
@@ -191,12 +186,12 @@ class HopLimits:
             self._open = frozenset(one for one in self._open if name_of(one) not in gone)
         self.journal.store(kept)
 
-    async def lost(self, table: str) -> None:
-        """A table of this name (empty: any) was removed, perhaps by us: create ours again, and look at all of it.
+    async def lost(self, table: str | None) -> None:
+        """A table of this name (`None`: any) was removed, perhaps by us: create ours again, and look at all of it.
 
         At once: the listener loop may wait for HAProxy, and answers have no limit meanwhile.
         """
-        if table in ("", self.kernel.table) and self._open:
+        if table in (None, self.kernel.table) and self._open:
             self._suspect = True
             self.on_need(self._armed)
             async with self._lock:

@@ -18,7 +18,7 @@ from imdsproxy.core.model import METADATA_PORT, IpAddress, MacAddress, NetworkId
 from imdsproxy.core.wire import VERIFIED_PORT
 from imdsproxy.errors import DataplaneError, HostRefused, Ignoring, host_refused, refusing
 from imdsproxy.host.files import Journal
-from imdsproxy.host.namespaces import NamespaceThread
+from imdsproxy.host.namespaces import NamespaceMissing, NamespaceThread
 from imdsproxy.host.netlink import correct_neighbours
 from imdsproxy.host.nftables import INET, NETDEV, Batch, NetfilterSocket, commit
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
@@ -85,26 +85,27 @@ class _Tables:
     async def _close_some(self, places: Iterator[Sequence[str | None]]) -> None:
         with contextlib.closing(NamespaceThread(self.thread.directory)) as thread:
             for namespace, table in places:
-                await thread.inside(namespace, partial(self._drop, table or ""))
+                await thread.run(partial(self._drop, thread, namespace, table or ""))
 
-    def _drop(self, table: str, _: NamespaceRef | None) -> None:
+    def _drop(self, thread: NamespaceThread, namespace: str | None, table: str) -> None:
         batch = Batch(table, self.family)
         batch.drop_table()
-        # A kernel without such tables has none.
-        with refusing(f"remove table {self.family_name} {table}"), Ignoring(*_NO_TABLES):
+        # A kernel without such tables has none, and neither has a namespace that is gone.
+        none, action = Ignoring(*_NO_TABLES), f"remove table {self.family_name} {table}"
+        with refusing(action), none, thread.inside(namespace):
             commit(batch)
 
     def _at(self, namespace: NamespaceRef | None, action: str, work: Callable[[], T]) -> T:
         name = name_of(namespace)
         try:
-            # A name may lead to another namespace by now.
-            found = self.thread.enter(name, lambda ref: (work(),) if ref == namespace else None)
+            with contextlib.suppress(NamespaceMissing), self.thread.inside(name) as ref:
+                # A name may lead to another namespace by now.
+                if ref == namespace:
+                    return work()
         except OSError as error:
             need = self.need if error.errno in _NO_TABLES else ""
             raise host_refused(action, error, hint=f"{need}{self.hint}") from error
-        if found is None:
-            raise TableGone(f"cannot {action}: namespace {name} is gone", hint=self.hint)
-        return found[0]
+        raise TableGone(f"cannot {action}: namespace {name} is gone", hint=self.hint)
 
     async def _attempt(
         self, works: Mapping[K, tuple[NamespaceRef | None, str, Callable[[], T]]]

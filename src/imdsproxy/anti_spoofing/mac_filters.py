@@ -101,11 +101,6 @@ class MacFilters:
         """How many addresses have a pair."""
         return self._granted.total
 
-    @property
-    def problems(self) -> tuple[Problem, ...]:
-        """What keeps guests from being checked."""
-        return tuple(self.refused[one] for one in sorted(self.refused))
-
     # For the listener loop
 
     async def open(
@@ -145,11 +140,11 @@ class MacFilters:
             # A removal during this is looked at in the next round.
             self._suspect -= new.keys()
             opened = await self.kernel.open(new.values())
-            before = self.refused.keys()
-            self.refused = {name: self.refused[name] for name in before & opened.keys()}
+            # Those from before are among what was opened, or are not needed any more.
+            before, self.refused = self.refused, {}
             for name, result in opened.items():
                 self._opened(new[name], result)
-            for name in self.refused.keys() - before:
+            for name in self.refused.keys() - before.keys():
                 structlog.get_logger().error(
                     "no MAC filter", network=name, reason=self.refused[name].reason
                 )
@@ -173,7 +168,6 @@ class MacFilters:
         if isinstance(found, DataplaneError):
             self._refuse(name, found)
             return
-        self.refused.pop(name, None)
         self._open[name] = mac_filter
         if found is None:
             self._full.discard(name)
@@ -369,9 +363,9 @@ class MacFilters:
         self._open.pop(network, None)
         self._full.discard(network)
 
-    def lost(self, table: str) -> None:
-        """A table of this name (empty: any) was removed, perhaps by us: check the filters of that name."""
-        for name in [name for name, one in self._open.items() if table in ("", one.table)]:
+    def lost(self, table: str | None) -> None:
+        """A table of this name (`None`: any) was removed, perhaps by us: check the filters of that name."""
+        for name in [name for name, one in self._open.items() if table in (None, one.table)]:
             self._suspect.add(name)
             self.on_missing(name)
 

@@ -150,19 +150,6 @@ class ListeningSocket:
 
 
 @dataclass(frozen=True, slots=True)
-class BindTrial:
-    """The kernel's answer to a bind just like HAProxy's, made and dropped at once.
-
-    Attributes:
-        error: The errno, 0 when it went through.
-    """
-
-    family: Family
-    device: str | None
-    error: int
-
-
-@dataclass(frozen=True, slots=True)
 class ObservedNamespace:
     """The observed state of one namespace; the host's own when `ref` is `None` and there is a device.
 
@@ -172,7 +159,8 @@ class ObservedNamespace:
         addresses: Where the metadata addresses are.
         default_routes: (family, device) of every default route in the main table; only of namespaces of ours.
         sockets: Who listens on a metadata address and the metadata port, ours included.
-        trials: One for each (family, device) that was of interest.
+        trials: The kernel's answer (errno, 0 when it went through) to a bind just like HAProxy's, made and dropped at
+            once, for each family and device that was of interest.
         problem: Why it could not be looked at; everything else is empty then.
         own_metadata: By what it shows that the host reads metadata of its own at the same address;
             empty when nothing shows it.
@@ -183,7 +171,7 @@ class ObservedNamespace:
     addresses: tuple[ObservedAddress, ...] = ()
     default_routes: frozenset[tuple[Family, str]] = frozenset()
     sockets: tuple[ListeningSocket, ...] = ()
-    trials: tuple[BindTrial, ...] = ()
+    trials: Mapping[tuple[Family, str | None], int] = field(default_factory=dict)
     problem: str = ""
     own_metadata: str = ""
 
@@ -215,10 +203,10 @@ def merge_observed(before: ObservedHost, part: ObservedHost) -> ObservedHost:
     # Other networks than those that were looked for may listen on other devices of a namespace.
     for name, seen in part.namespaces.items():
         known = before.namespaces.get(name, seen)
-        tried = {(one.family, one.device) for one in seen.trials}
-        others = [one for one in known.trials if (one.family, one.device) not in tried]
+        others = known.trials.keys() - seen.trials.keys()
         same = known.ref == seen.ref
-        kept[name] = replace(seen, trials=(*seen.trials, *others)) if others and same else seen
+        trials = {**known.trials, **seen.trials}
+        kept[name] = replace(seen, trials=trials) if others and same else seen
     return ObservedHost(root, kept)
 
 
@@ -238,5 +226,8 @@ def _merge_root(
         part,
         devices=kept | dict(part.devices),
         addresses=(*(one for one in before.addresses if one.device not in asked), *part.addresses),
-        trials=(*(one for one in before.trials if one.device not in asked), *part.trials),
+        trials={
+            **{one: error for one, error in before.trials.items() if one[1] not in asked},
+            **part.trials,
+        },
     )

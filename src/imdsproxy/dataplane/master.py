@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Iterable
 from pathlib import Path
 from typing import Final
 
@@ -162,7 +162,7 @@ class MasterClient:
         if answer and "not found" not in answer:
             raise CommandRefused(f"del map {key}: {answer}")
 
-    async def send_swap(self, worker: int, path: str, entries: list[tuple[str, str]]) -> None:
+    async def send_swap(self, worker: int, path: str, entries: Iterable[tuple[str, str]]) -> None:
         """Replace a map's whole content at once (`prepare`, `add @version`, `commit`).
 
         Raises:

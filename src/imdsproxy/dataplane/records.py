@@ -232,17 +232,15 @@ class RecordApplier:
         self.known.add(worker)
 
     async def _swap_base(self, worker: int) -> None:
-        head = (maps.GENERATION_KEY, self.state.generation)
-        await self._swap(worker, self.layout.base_map, self.state.base, head)
+        base = {maps.GENERATION_KEY: self.state.generation, **self.state.base}
+        await self._swap(worker, self.layout.base_map, base)
 
     async def _swap_overlay(self, worker: int, state: maps.MapState) -> None:
-        head = (maps.GENERATION_KEY, state.generation)
-        await self._swap(worker, self.layout.overlay_map, state.overlay, head)
+        overlay = {maps.GENERATION_KEY: state.generation, **state.overlay}
+        await self._swap(worker, self.layout.overlay_map, overlay)
 
-    async def _swap(
-        self, worker: int, path: Path, entries: Mapping[str, str], *head: tuple[str, str]
-    ) -> None:
-        await self.master.send_swap(worker, str(path), [*head, *entries.items()])
+    async def _swap(self, worker: int, path: Path, entries: Mapping[str, str]) -> None:
+        await self.master.send_swap(worker, str(path), entries.items())
 
     async def _compact(self, overlay: dict[str, str]) -> None:
         """Fold the overlay into a new base; guests see the old state or the new one, nothing between.

@@ -41,12 +41,13 @@ T = TypeVar("T")
 class KernelEvents(Generic[T]):
     """The messages of some multicast groups, as an asynchronous iterator without an end. A context manager.
 
+    Where messages were lost, the item is `None`: everything may have changed.
+
     Attributes:
         protocol: `socket.NETLINK_ROUTE` or NETLINK_NETFILTER.
         groups: Their numbers.
         about: Their subject, for an error's message.
         parse: The items in a message, given its type, payload and the id of its namespace; `None` for our own.
-        lost: The item that says that messages were lost.
         hears_all: Whether other namespaces are heard too (takes CAP_NET_BROADCAST).
     """
 
@@ -54,7 +55,6 @@ class KernelEvents(Generic[T]):
     groups: Iterable[int]
     about: str
     parse: Callable[[int, bytes, int | None], Iterable[T]]
-    lost: T
     hears_all: bool = field(default=False, init=False)
 
     def __enter__(self) -> Self:
@@ -72,7 +72,7 @@ class KernelEvents(Generic[T]):
     def __exit__(self, *_: object) -> None:
         self._socket.close()
 
-    async def __aiter__(self) -> AsyncIterator[T]:
+    async def __aiter__(self) -> AsyncIterator[T | None]:
         while True:
             await readable(self._socket.fileno())
             for _ in range(_AT_ONCE):
@@ -83,7 +83,7 @@ class KernelEvents(Generic[T]):
                 except OSError as error:
                     if error.errno != errno.ENOBUFS:
                         raise host_refused(f"hear of {self.about}", error) from error
-                    yield self.lost
+                    yield None
                     continue
                 nsid = _nsid_of(ancillary)
                 for kind, _, _, payload in iter_messages(data):
@@ -107,14 +107,12 @@ class LinkChange:
         nsid: The id of the namespace; `None` for the host's own.
         device: Name of the device; empty when it is gone or unknown.
         master: Index of the bridge that it is a port of; 0 for none, and `None` where the message has none.
-        overflow: Events were lost: everything may have changed.
         index: Of the device, where the message is about one.
         gone: The device is gone, or has left its bridge.
     """
 
     nsid: int | None
     device: str
-    overflow: bool = False
     master: int | None = None
     index: int = 0
     gone: bool = False
@@ -135,8 +133,7 @@ def watch_links() -> KernelEvents[LinkChange]:
         ):
             yield LinkChange(nsid, netlink.device_name(int(found.device)) if nsid is None else "")
 
-    lost = LinkChange(None, "", overflow=True)
-    return KernelEvents(socket.NETLINK_ROUTE, _LINKS, "the host's devices", parse, lost)
+    return KernelEvents(socket.NETLINK_ROUTE, _LINKS, "the host's devices", parse)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,10 +152,8 @@ class NeighbourChange:
     mac: MacAddress | None
 
 
-def watch_neighbours(
-    wanted: Callable[[NeighbourChange], bool],
-) -> KernelEvents[NeighbourChange | None]:
-    """Changes of neighbour tables; `None` where changes were lost.
+def watch_neighbours(wanted: Callable[[NeighbourChange], bool]) -> KernelEvents[NeighbourChange]:
+    """Changes of neighbour tables.
 
     Args:
         wanted: Whether a change matters. A guest can make the kernel report as many others as it likes.
@@ -173,11 +168,11 @@ def watch_neighbours(
         if wanted(change):
             yield change
 
-    return KernelEvents(socket.NETLINK_ROUTE, (3,), "the neighbour tables", parse, None)
+    return KernelEvents(socket.NETLINK_ROUTE, (3,), "the neighbour tables", parse)
 
 
 def watch_tables(wanted: Callable[[], Collection[str]]) -> KernelEvents[str]:
-    """Names of tables of nf_tables that were removed; empty where removals were lost.
+    """Names of tables of nf_tables that were removed.
 
     Args:
         wanted: The names that matter.
@@ -187,4 +182,4 @@ def watch_tables(wanted: Callable[[], Collection[str]]) -> KernelEvents[str]:
         if kind == DELTABLE and (table := table_of(payload)) in wanted():
             yield table
 
-    return KernelEvents(NETFILTER, (7,), "the tables of nf_tables", parse, "")
+    return KernelEvents(NETFILTER, (7,), "the tables of nf_tables", parse)

@@ -13,7 +13,7 @@ import ctypes
 import errno
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +48,10 @@ def unshare_network() -> None:
 
 def _mount(source: str, target: Path, flags: int) -> None:
     call_libc("mount", source.encode(), os.fsencode(target), b"none", ctypes.c_ulong(flags), None)
+
+
+class NamespaceMissing(FileNotFoundError):
+    """There is no namespace of a name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,15 +107,20 @@ class NamespaceDirectory:
         found = ((name, self.identity(name)) for name in self.names())
         return {name: ref for name, ref in found if ref is not None}
 
-    def open(self, name: str) -> OpenNamespace | None:
-        """Hold a namespace open; `None` when there is none of that name."""
+    def open(self, name: str) -> OpenNamespace:
+        """Hold a namespace open.
+
+        Raises:
+            NamespaceMissing: There is none of that name.
+            HostRefused: The kernel refused.
+        """
         with refusing(f"open namespace {name}"), contextlib.suppress(*MISSING):
             descriptor = os.open(self.file(name), os.O_RDONLY | os.O_CLOEXEC)
             status = os.fstat(descriptor)
             if status.st_dev == self._device:
                 return OpenNamespace(NamespaceRef(name, status.st_ino), descriptor)
             os.close(descriptor)
-        return None
+        raise NamespaceMissing(errno.ENOENT, f"{os.strerror(errno.ENOENT)}: no namespace {name}")
 
     def delete(self, name: str) -> bool:
         """Unmount and remove a name, as `ip netns del`; false when there was none.
@@ -171,35 +180,27 @@ class NamespaceThread:
         """Do blocking work in the thread, in the process's own namespace."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
-    async def inside(self, name: str | None, work: Callable[[NamespaceRef | None], T]) -> T | None:
-        """Do blocking work inside a namespace; see `enter`."""
-        return await self.run(lambda: self.enter(name, work))
-
-    def enter(self, name: str | None, work: Callable[[NamespaceRef | None], T]) -> T | None:
-        """The same for code that runs in this thread already (given to `run`).
+    @contextlib.contextmanager
+    def inside(self, name: str | None) -> Iterator[NamespaceRef | None]:
+        """A block inside a namespace, for code that runs in this thread already (given to `run`).
 
         Args:
-            name: `None` for the namespace that the process started in.
-            work: Called with the namespace, `None` for the process's own.
-
-        Returns:
-            What `work` returns; `None` where there is no namespace of that name.
+            name: `None` for the namespace that the process started in, which is `None` in the block, too.
 
         Raises:
+            NamespaceMissing: There is no namespace of that name.
             HostRefused: The kernel refused, or the thread is ending: looks at namespaces must not delay that.
         """
         if self._closed:
             raise HostRefused("the namespace thread is ending")
         if name is None:
-            return work(None)
-        opened = self.directory.open(name)
-        if opened is None:
-            return None
-        with contextlib.closing(opened):
+            yield None
+            return
+        with contextlib.closing(self.directory.open(name)) as opened:
             with refusing(f"enter namespace {name}"):
                 call_libc("setns", opened.descriptor, _CLONE_NEWNET)
             try:
-                return work(opened.ref)
+                yield opened.ref
             finally:
                 self._come_home()
 

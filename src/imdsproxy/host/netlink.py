@@ -196,22 +196,21 @@ def _out_device(message: bytes) -> int:
 
 def route_device(channel: nl.NetlinkSocket, address: IpAddress) -> int:
     """The index of the device that the host's own packets to an address leave by; 0 without a route."""
-    answer = _route(channel, address, 0)
-    return 0 if answer is None else _out_device(answer)
+    return _out_device(_route(channel, address, 0))
 
 
 def route_length(channel: nl.NetlinkSocket, address: IpAddress) -> int:
     """The prefix length of the route for forwarded packets to an address; 0 for none, or to an address of our own."""
-    answer = _route(channel, address, _FIB_MATCH)
-    fields = _RTMSG.unpack_from(answer or bytes(_RTMSG.size))
+    fields = _RTMSG.unpack_from(_route(channel, address, _FIB_MATCH))
     return int(fields[1]) if fields[7] == _UNICAST else 0
 
 
-def _route(channel: nl.NetlinkSocket, address: IpAddress, flags: int) -> bytes | None:
+def _route(channel: nl.NetlinkSocket, address: IpAddress, flags: int) -> bytes:
     bits = 8 * len(address.packed)
     question = _RTMSG.pack(_family_of(address), bits, 0, 0, 0, 0, 0, 0, flags)
     question += nl.attribute(_RTA_DST, address.packed)
-    return channel.find(RTM_GETROUTE, question, errno.ENETUNREACH, errno.EHOSTUNREACH)
+    found = channel.find(RTM_GETROUTE, question, errno.ENETUNREACH, errno.EHOSTUNREACH)
+    return found or bytes(_RTMSG.size)
 
 
 def neighbour_mac(
@@ -374,5 +373,5 @@ def assign_nsid(channel: nl.NetlinkSocket, descriptor: int) -> int:
     named = b"\0\0\0\0" + nl.pack_attributes({_NETNSA_FD: descriptor})
     with Ignoring(errno.EEXIST):
         channel.change(RTM_NEWNSID, named + nl.pack_attributes({_NETNSA_NSID: 0xFFFFFFFF}))
-    answer = channel.get(RTM_GETNSID, named)
+    answer = channel.find(RTM_GETNSID, named) or b""
     return nl.number(nl.parse_attributes(answer, 4).get(_NETNSA_NSID))

@@ -7,7 +7,6 @@ that it enters, and 24 MB of memory (docs/adr has the figures).
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
 import struct
@@ -172,22 +171,16 @@ class NetlinkSocket:
         self._send(kind, payload, flags | ACK)
         self._collect()
 
-    def get(self, kind: int, payload: bytes) -> bytes:
-        """Ask for one object.
+    def find(self, kind: int, payload: bytes, *missing: int) -> bytes | None:
+        """Ask for one object; `None` where the kernel refuses with one of these errors, or has none.
 
         Raises:
-            NetlinkRefused: There is none (ENODEV, ENOENT), or the question was refused.
+            NetlinkRefused: The question was refused otherwise.
         """
         self._send(kind, payload, 0)
-        answers, _ = self._collect(single=True)
-        if not answers:
-            raise NetlinkRefused(errno.ENOENT)
-        return answers[0]
-
-    def find(self, kind: int, payload: bytes, *missing: int) -> bytes | None:
-        """Ask for one object; `None` where the kernel refuses with one of these errors."""
         with Ignoring(*missing):
-            return self.get(kind, payload)
+            answers, _ = self._collect(single=True)
+            return answers[0] if answers else None
         return None
 
     def dump(self, kind: int, payload: bytes) -> list[bytes]:

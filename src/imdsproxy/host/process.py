@@ -71,11 +71,6 @@ class ProcessStat:
     ticks: int
     started: int
 
-    @property
-    def stopped(self) -> bool:
-        """It does nothing until a signal lets it go on."""
-        return self.state in {"T", "t"}
-
 
 def _read(pid: int, name: str, proc: Path) -> str:
     """A file of a process; empty where there is none, or we may not look."""
@@ -319,9 +314,8 @@ class Doubt:
         if self.stat is None or self.silent < _SILENT_PROBES:
             return False
         # One that waits for a disk can't be ended before the disk answers.
-        waits = self.stat.state == "D"
-        idle = self.stat.stopped or (self.stat.ticks == self.ticks and not waits)
-        return idle or self.silent >= _BUSY_PROBES
+        idle = self.stat.ticks == self.ticks and self.stat.state != "D"
+        return idle or self.stat.state in {"T", "t"} or self.silent >= _BUSY_PROBES
 
 
 async def run_program(

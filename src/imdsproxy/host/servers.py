@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.errors import DataplaneError, HostRefused, host_refused, refusing
+from imdsproxy.errors import DataplaneError, HostRefused, host_refused
 from imdsproxy.host.files import Owner
 
 _BACKLOG: Final = 128
@@ -32,28 +31,6 @@ def _listener(family: int, kind: int, place: str) -> Iterator[socket.socket]:
                 hint="a unix socket's path has at most 107 bytes: choose a shorter runtime directory",
             ) from error
         raise host_refused(f"listen on {place}", error) from error
-
-
-def open_sole_socket(path: Path, *, mode: int, owner: Owner) -> socket.socket:
-    """`open_unix_socket`, but not in place of the socket of a running process.
-
-    Raises:
-        HostRefused: Another process listens there, or it cannot be bound.
-        PrivilegeMissing: This process may not do that there.
-    """
-    with refusing(f"find out who listens on {path}"):
-        if path.exists():
-            if not stat.S_ISSOCK(path.stat().st_mode):
-                raise HostRefused(f"{path} is there and is no socket")
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-                probe.settimeout(1)
-                with suppress(ConnectionRefusedError):
-                    probe.connect(str(path))
-                    raise HostRefused(
-                        f"another process listens on {path}",
-                        hint="is another controller running? imdsproxy status",
-                    )
-    return open_unix_socket(path, mode=mode, owner=owner)
 
 
 def open_tcp_socket(host: str, port: int) -> socket.socket:

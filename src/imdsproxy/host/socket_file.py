@@ -20,9 +20,10 @@ from typing import Final, TypeAlias
 
 from imdsproxy.core.hoststate import SeenSocket, SocketOwner, SocketState
 from imdsproxy.errors import HostRefused, host_refused, refusing
-from imdsproxy.host.files import apply_owner_and_mode, opened
+from imdsproxy.host.files import Owner, apply_owner_and_mode, opened
 from imdsproxy.host.nlmessages import NetlinkSocket, parse_attributes
 from imdsproxy.host.process import PROC, command_name, read_arguments
+from imdsproxy.host.servers import open_unix_socket
 from imdsproxy.host.sockets import SOCK_DIAG, SocketOwners
 
 _BY_FAMILY: Final = 20
@@ -137,6 +138,22 @@ def find_socket_holder(path: Path) -> SocketHolder | None:
     if not seen.owners:
         return SocketHolder()
     return SocketHolder(seen.owners[0].pid, read_arguments(seen.owners[0].pid))
+
+
+def open_sole_socket(path: Path, *, mode: int, owner: Owner) -> socket.socket:
+    """`open_unix_socket`, but not in place of the socket of a running process.
+
+    Raises:
+        HostRefused: Another process listens there, or it cannot be bound.
+        PrivilegeMissing: This process may not do that there.
+    """
+    state = SocketFiles().observe(path, ()).state
+    if state is SocketState.OCCUPIED:
+        raise HostRefused(f"{path} is there and is no socket")
+    if state is SocketState.FOREIGN:
+        hint = "is another controller running? imdsproxy status"
+        raise HostRefused(f"another process listens on {path}", hint=hint)
+    return open_unix_socket(path, mode=mode, owner=owner)
 
 
 def give_socket(path: Path, *, mode: int, owner: tuple[int, int]) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeVar, assert_never
+from typing import Final, assert_never
 
 from imdsproxy.core.endpoints import LOOPBACK
-from imdsproxy.core.hoststate import Family, NamespaceRef, ObservedDevice
+from imdsproxy.core.hoststate import Family, ObservedDevice
 from imdsproxy.core.model import IpAddress
 from imdsproxy.errors import DataplaneError, Ignoring, Problem, host_refused, refusing
 from imdsproxy.host import netlink
@@ -20,12 +20,11 @@ from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.host.process import run_program
 from imdsproxy.listeners import plan
 
-T = TypeVar("T")
-
 HAPROXY_NETNS: Final = Path("/var/run/netns")
 """Where HAProxy looks (compiled in: `src/namespace.c`)."""
 
 _NFT_DEADLINE_S: Final = 30.0
+_READ_ONLY: Final = "/proc/sys must be writable (ProtectKernelTunables=no in the unit)"
 _PREFIXES: Final = {Family.IPV4: 32, Family.IPV6: 64}
 _SWITCHED_OFF: Final = (
     # What a guest sends must not give us routes or addresses, nor make a router of us.
@@ -54,14 +53,12 @@ async def apply_ops(
         for op in ops:
             try:
                 _do(thread, op)
-            except DataplaneError as error:
+            except (DataplaneError, OSError) as error:
+                if isinstance(error, OSError):
+                    # The only file system that refuses is /proc/sys.
+                    hint = _READ_ONLY if error.errno == errno.EROFS else ""
+                    error = host_refused(op.action.format(op), error, hint=hint)
                 failures[op] = Problem("host", error.message, error.hint)
-            except OSError as error:
-                # The only file system that refuses is /proc/sys.
-                read_only = error.errno == errno.EROFS
-                hint = "/proc/sys must be writable (ProtectKernelTunables=no in the unit)"
-                refused = host_refused(op.action.format(op), error, hint=hint if read_only else "")
-                failures[op] = Problem("host", refused.message, refused.hint)
 
     if ops:
         await thread.run(work)
@@ -73,15 +70,12 @@ def _do(thread: NamespaceThread, op: plan.HostOp) -> None:
         case plan.AttachBridge():
             _attach(thread, op)
         case plan.AddAddress(_, name, device, address, mark):
-            _at(thread, name, lambda channel: _add(channel, name, device, address, mark))
+            with thread.inside(name), NetlinkSocket() as channel:
+                _add(channel, name, device, address, mark)
         case plan.RemoveAddress(name, device, address, prefix):
-
-            def remove(channel: NetlinkSocket) -> None:
-                index = _find(channel, device).index
-                netlink.remove_address(channel, index, address, prefix)
-
-            with Ignoring(errno.ENOENT, errno.ENODEV, errno.EADDRNOTAVAIL):
-                _at(thread, name, remove)
+            gone = Ignoring(errno.ENOENT, errno.ENODEV, errno.EADDRNOTAVAIL)
+            with gone, thread.inside(name), NetlinkSocket() as channel:
+                netlink.remove_address(channel, _find(channel, device).index, address, prefix)
         case plan.DeleteNamespace(name):
             thread.directory.delete(name)
         case plan.DeleteLink(name):
@@ -89,17 +83,6 @@ def _do(thread: NamespaceThread, op: plan.HostOp) -> None:
                 netlink.delete_link(channel, _find(channel, name).index)
         case never:
             assert_never(never)
-
-
-def _at(thread: NamespaceThread, namespace: str | None, work: Callable[[NetlinkSocket], T]) -> T:
-    def with_channel(_: NamespaceRef | None) -> tuple[T]:
-        with NetlinkSocket() as channel:
-            return (work(channel),)
-
-    done = thread.enter(namespace, with_channel)
-    if done is None:
-        raise NetlinkRefused(errno.ENOENT, f"no namespace {namespace}")
-    return done[0]
 
 
 def _find(channel: NetlinkSocket, device: str) -> ObservedDevice:
@@ -128,19 +111,10 @@ def _add(
 def _attach(thread: NamespaceThread, op: plan.AttachBridge) -> None:
     naming, alias = op.naming, op.naming.alias(op.network)
     name, link, inner = naming.namespace(op.network), naming.link(op.network), naming.inner_device
-
-    def furnish(channel: NetlinkSocket) -> None:
-        index = _set_up(channel, inner, alias, op.mtu)
-        for family in Family:
-            _add(channel, name, inner, family.metadata_address, naming.protocol)
-            netlink.add_default_route(channel, index, family)
-
     thread.create_now(name)
-    inside = _at(thread, name, lambda channel: _prepare(channel, inner, alias))
-    opened = thread.directory.open(name)
-    if opened is None:
-        raise NetlinkRefused(errno.ENOENT, f"no namespace {name}")
-    with contextlib.closing(opened), NetlinkSocket() as channel:
+    with thread.inside(name), NetlinkSocket() as channel:
+        inside = _prepare(channel, inner, alias)
+    with contextlib.closing(thread.directory.open(name)) as opened, NetlinkSocket() as channel:
         bridge = _find(channel, op.bridge).index
         outside = netlink.find_link(channel, link)
         if outside is not None and inside is None:
@@ -155,7 +129,11 @@ def _attach(thread: NamespaceThread, op: plan.AttachBridge) -> None:
                 peer_namespace=opened.descriptor,
             )
         _set_up(channel, link, alias, op.mtu, bridge)
-    _at(thread, name, furnish)
+    with thread.inside(name), NetlinkSocket() as channel:
+        index = _set_up(channel, inner, alias, op.mtu)
+        for family in Family:
+            _add(channel, name, inner, family.metadata_address, naming.protocol)
+            netlink.add_default_route(channel, index, family)
 
 
 def _prepare(channel: NetlinkSocket, inner: str, alias: str) -> ObservedDevice | None:

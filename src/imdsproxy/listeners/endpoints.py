@@ -95,8 +95,7 @@ def _bind(
         for one in seen.sockets
         if not one.ours and (effect := effect_of(one, family, device)) is not None
     ]
-    tried = (one.error for one in seen.trials if (one.family, one.device) == (family, device))
-    error = next(tried, 0)
+    error = seen.trials.get((family, device), 0)
     if error == errno.EADDRINUSE:
         others = [replace(one, effect=Effect.BLOCKS) for one in others]
         sockets = tuple(one.socket for one in others)

@@ -7,6 +7,7 @@ in the namespace thread. A look at some networks is a part that `core.hoststate.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -20,7 +21,6 @@ from imdsproxy.core.endpoints import LOOPBACK
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hoststate import (
     AddressState,
-    BindTrial,
     Family,
     ListeningSocket,
     NamespaceRef,
@@ -32,10 +32,10 @@ from imdsproxy.core.hoststate import (
 )
 from imdsproxy.core.model import METADATA_IPV4, IpAddress, MacAddress, Network, NetworkId
 from imdsproxy.core.records import Refused, parse_network, render_record
-from imdsproxy.errors import DataplaneError, HostRefused, Problem, host_refused, refusing
+from imdsproxy.errors import DataplaneError, HostRefused, Problem, refusing
 from imdsproxy.host import netlink
 from imdsproxy.host.files import Journal, write_atomic
-from imdsproxy.host.namespaces import NamespaceThread
+from imdsproxy.host.namespaces import NamespaceMissing, NamespaceThread
 from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.host.sockets import SOCK_DIAG, SocketOwners, listening_sockets, try_bind
 from imdsproxy.listeners.apply import NftTable, apply_ops
@@ -276,17 +276,13 @@ class SystemHost:
         A fifth of the cost of a proper look. `None` where there is no namespace, or no way into it.
         """
 
-        def peek(ref: NamespaceRef | None) -> Peek:
-            with NetlinkSocket(SOCK_DIAG) as channel:
-                inodes = frozenset(one.inode for one in listening_sockets(channel))
-            return 0 if ref is None else ref.inode, inodes
-
         def look(place: str | None) -> Peek | None:
-            try:
-                return self.thread.enter(place, peek)
-            except (DataplaneError, OSError):
-                # The proper look, due as soon as this differs from the last one, says why.
-                return None
+            # The proper look, due as soon as this differs from the last one, says why it is refused.
+            with contextlib.suppress(DataplaneError, OSError), self.thread.inside(place) as ref:
+                with NetlinkSocket(SOCK_DIAG) as channel:
+                    inodes = frozenset(one.inode for one in listening_sockets(channel))
+                return 0 if ref is None else ref.inode, inodes
+            return None
 
         given = tuple(places)
         return await self.thread.run(lambda: {name: look(name) for name in given})
@@ -303,13 +299,16 @@ class SystemHost:
 
     def _namespace(self, name: str, wanted: set[str | None]) -> ObservedNamespace | None:
         try:
-            seen = self.thread.enter(name, lambda ref: self._look(ref, wanted))
-        except (DataplaneError, OSError) as error:
-            if isinstance(error, OSError):
-                error = host_refused(f"look into namespace {name}", error)
+            with (
+                refusing(f"look into namespace {name}"),
+                contextlib.suppress(NamespaceMissing),
+                self.thread.inside(name) as ref,
+            ):
+                return self._look(ref, wanted)
+        except DataplaneError as error:
             return ObservedNamespace(None, problem=error.message)
         half_made = self.naming.is_namespace(name) and (self.thread.directory.path / name).exists()
-        return ObservedNamespace(None) if seen is None and half_made else seen
+        return ObservedNamespace(None) if half_made else None
 
     def _look(
         self, ref: NamespaceRef | None, wanted: set[str | None], near: Collection[str] = ()
@@ -336,7 +335,7 @@ class SystemHost:
             addresses=addresses,
             default_routes=routes,
             sockets=tuple(sockets),
-            trials=tuple(_trials(wanted, addresses, devices)),
+            trials=dict(_trials(wanted, addresses, devices)),
             own_metadata=metadata,
         )
 
@@ -368,11 +367,13 @@ class SystemHost:
         """The MAC that the kernel has for an address behind a network's listener, if it has one."""
         place = place_of(network, self.naming)
 
-        def ask(_: NamespaceRef | None) -> MacAddress | None:
-            with NetlinkSocket() as channel:
+        def ask() -> MacAddress | None:
+            inside = self.thread.inside(place.namespace)
+            with contextlib.suppress(NamespaceMissing), inside, NetlinkSocket() as channel:
                 return netlink.neighbour_mac(channel, address, place.device)
+            return None
 
-        return await self.thread.inside(place.namespace, ask)
+        return await self.thread.run(ask)
 
 
 @dataclass(slots=True)
@@ -441,18 +442,17 @@ def _trials(
     wanted: set[str | None],
     addresses: tuple[ObservedAddress, ...],
     devices: dict[str, ObservedDevice],
-) -> Iterator[BindTrial]:
+) -> Iterator[tuple[tuple[Family, str | None], int]]:
     usable = [one for one in addresses if one.state is AddressState.USABLE]
     if any(one.address == Family.IPV4.metadata_address for one in usable):
         for device in sorted(wanted, key=str):
             if device is None or device in devices:
-                yield BindTrial(Family.IPV4, device, try_bind(Family.IPV4, device))
+                yield (Family.IPV4, device), try_bind(Family.IPV4, device)
     for one in usable:
         carries = one.address == Family.IPV6.metadata_address and one.device != LOOPBACK
         if carries and (None in wanted or one.device in wanted):
             index = devices[one.device].index
-            error = try_bind(Family.IPV6, one.device, index)
-            yield BindTrial(Family.IPV6, one.device, error)
+            yield (Family.IPV6, one.device), try_bind(Family.IPV6, one.device, index)
 
 
 def _own_metadata(channel: NetlinkSocket) -> str:

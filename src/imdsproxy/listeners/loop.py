@@ -212,7 +212,8 @@ class ListenerLoop:
         shared = {one.network for one in plan.left_out if one.code is LeftOutCode.LISTENER_SHARED}
         self.kept.keep({key: one for key, one in networks.items() if key not in shared})
         own = (one for one in (self.unexported, self.unix.problem) if one is not None)
-        problems = (*plan.problems, *own, *self.mac_filters.problems, *self.hop_limits.problems)
+        no_tables = (self.mac_filters.refused, self.hop_limits.refused)
+        refused = (some[network] for some in no_tables for network in sorted(some))
         self.watch.expect(networks, {one.network for one in plan.left_out if one.code.silent})
         self.rounds += 1
         self.seconds += self.clock.monotonic() - began
@@ -221,7 +222,7 @@ class ListenerLoop:
             plan,
             at=self.clock.now().timestamp(),
             endpoints=endpoints,
-            problems=problems,
+            problems=(*plan.problems, *own, *refused),
             operations=operations,
             reasons=reasons,
             seconds=self.clock.monotonic() - began,

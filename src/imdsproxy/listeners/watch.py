@@ -23,7 +23,7 @@ from imdsproxy.core.model import Network, NetworkId
 from imdsproxy.errors import DataplaneError, host_refused, refusing
 from imdsproxy.host.events import KernelEvents, LinkChange, watch_links
 from imdsproxy.host.inotify import ENTRIES, IN_DELETE, IN_MOVED_FROM, ITSELF, Inotify
-from imdsproxy.host.namespaces import MISSING, NamespaceDirectory
+from imdsproxy.host.namespaces import MISSING, NamespaceDirectory, NamespaceMissing
 from imdsproxy.host.netlink import assign_nsid
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.listeners.host import Peek, SystemHost
@@ -139,7 +139,7 @@ class HostWatch:
 
     async def _follow_links(self) -> None:
         async for change in self._link_watch:
-            if change.overflow:
+            if change is None:
                 self._publish("overflow", self._networks)
             elif change.nsid is None:
                 # What a look that is under way sees is not known yet.
@@ -194,12 +194,11 @@ class HostWatch:
         given: dict[int, NamespaceRef] = {}
         with NetlinkSocket() as channel:
             for ref in refs:
-                opened = self.host.thread.directory.open(ref.name)
-                if opened is None:
-                    continue
                 # Without an id no events then; the audit looks at it properly every time.
-                with contextlib.closing(opened), contextlib.suppress(NetlinkRefused):
-                    given[assign_nsid(channel, opened.descriptor)] = opened.ref
+                with contextlib.suppress(NamespaceMissing, NetlinkRefused):
+                    opened = self.host.thread.directory.open(ref.name)
+                    with contextlib.closing(opened):
+                        given[assign_nsid(channel, opened.descriptor)] = opened.ref
         return given
 
     async def _audit(self) -> None:

@@ -97,11 +97,11 @@ async def test_where_the_kernel_refuses_no_token_is_given_and_a_reason_is(case: 
     case.kernel.refuses.add(_ONE)
     case.records(red=_LIMITED)
     assert await case.open() == frozenset()
-    assert [one.field for one in case.hops.problems] == ["networks.red"]
+    assert [one.field for one in case.hops.refused.values()] == ["networks.red"]
     assert case.records(red=_LIMITED) == {"red/10.0.0.5": _WITHHELD}
     case.kernel.refuses.clear()
     await case.open()
-    assert not case.hops.problems
+    assert not case.hops.refused
     assert case.records(red=_LIMITED) == {"red/10.0.0.5": _LIMITED}
 
 

@@ -192,12 +192,12 @@ async def test_a_kernel_that_refuses_leaves_no_guest_verified_and_is_reported(ri
     await rig.round()
     assert not rig.filters.is_up(_N1)
     assert rig.filters.plan.verified == ()
-    assert list(rig.filters.problems) == [Problem("networks.n1", "no such family", "do something")]
+    assert rig.filters.refused == {_N1: Problem("networks.n1", "no such family", "do something")}
     assert not await rig.filters.bind_answers(_KEY, 4711, _MAC)
     assert await rig.filters.sender(_KEY, 4711) is None
     rig.kernel.refuse = ""
     await rig.round()
-    assert not rig.filters.problems
+    assert not rig.filters.refused
     assert rig.filters.is_up(_N1)
 
 

@@ -4,7 +4,7 @@ import errno
 from collections.abc import Mapping
 from dataclasses import replace
 from ipaddress import ip_address
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 from hypothesis import given
@@ -14,7 +14,6 @@ from imdsproxy.core.endpoints import Endpoint, LeftOutCode
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hoststate import (
     AddressState,
-    BindTrial,
     Effect,
     Family,
     ListeningSocket,
@@ -133,9 +132,10 @@ _TWO = replace(
     addresses=(V4, V6, replace(V6, device="tap1")),
 )
 _DOWN = replace(TAP, up=False)
-_BUSY = BindTrial(Family.IPV4, None, errno.EADDRINUSE)
-_BUSY_TAP = BindTrial(Family.IPV6, "tap0", errno.EADDRINUSE)
-_REFUSED = BindTrial(Family.IPV4, None, errno.EADDRNOTAVAIL)
+_Trials: TypeAlias = dict[tuple[Family, str | None], int]
+_BUSY: _Trials = {(Family.IPV4, None): errno.EADDRINUSE}
+_BUSY_TAP: _Trials = {(Family.IPV6, "tap0"): errno.EADDRINUSE}
+_REFUSED: _Trials = {(Family.IPV4, None): errno.EADDRNOTAVAIL}
 _IN_USE = "port-busy: 169.254.169.254 port 80 is in use by"
 _HALF_MADE = {OUR_NS: ObservedNamespace(None), "another-s": ObservedNamespace(None)}
 
@@ -157,7 +157,7 @@ def test_both_addresses_of_a_namespace_are_bound_ipv6_to_its_device() -> None:
         (ON_TAP, _ns(addresses=(replace(V4, device="lo"), V6)), ["tap0", "tap0"], None, ""),
         (IN_NS, _host(_TWO), [None, "tap0", "tap1"], None, ""),
         # One device that is blocked does not leave the family out.
-        (IN_NS, _ns(_TWO, trials=(_BUSY_TAP,)), [None, "tap1"], None, ""),
+        (IN_NS, _ns(_TWO, trials=_BUSY_TAP), [None, "tap1"], None, ""),
         (IN_NS, _host(), [], None, "namespace-missing: there is no network namespace ns-blue"),
         (IN_NS, _ns(problem="cannot enter"), [], None, "namespace-unusable: cannot enter"),
         (ON_TAP, _ns(devices={"lo": LO}), [], None, "device-missing: there is no device tap0 in"),
@@ -168,15 +168,15 @@ def test_both_addresses_of_a_namespace_are_bound_ipv6_to_its_device() -> None:
         (IN_NS, _ipv6("lo"), [None], 6, "address-on-loopback: fe80::a9fe:a9fe is on lo, where no"),
         (IN_NS, _ipv6(state=AddressState.TENTATIVE), [None], 6, "address-tentative: fe80::a9fe:a"),
         (IN_NS, _ipv6(state=AddressState.DUPLICATE), [None], 6, "address-duplicate: fe80::a9fe:a"),
-        (IN_NS, _ns(trials=(_BUSY,)), ["tap0"], 4, f"{_IN_USE} a program that cannot be seen from"),
+        (IN_NS, _ns(trials=_BUSY), ["tap0"], 4, f"{_IN_USE} a program that cannot be seen from"),
         (
             IN_NS,
-            _ns(trials=(_BUSY,), sockets=(_socket("0.0.0.0"),)),
+            _ns(trials=_BUSY, sockets=(_socket("0.0.0.0"),)),
             ["tap0"],
             4,
             f"{_IN_USE} nginx (pid 41)",
         ),
-        (IN_NS, _ns(trials=(_REFUSED,)), ["tap0"], 4, "bind-refused: the kernel refuses to bind 1"),
+        (IN_NS, _ns(trials=_REFUSED), ["tap0"], 4, "bind-refused: the kernel refuses to bind 1"),
         (INTERFACE, _enslaved("bridge"), [], None, "device-enslaved: device tap0 belongs to bridg"),
         (INTERFACE, _enslaved("bond"), [], None, "device-enslaved: device tap0 belongs to bond m0"),
         (INTERFACE, _enslaved("team"), [], None, "device-enslaved: device tap0 belongs to team m0"),
@@ -431,21 +431,17 @@ def test_what_is_pending_because_an_operation_failed_has_the_failure_as_its_reas
             st.sampled_from([0, NAMING.protocol]),
         )
     ),
-    st.lists(
-        st.builds(
-            BindTrial,
-            st.sampled_from(Family),
-            st.sampled_from([None, "tap0"]),
-            st.sampled_from([0, errno.EADDRINUSE, errno.EINVAL]),
-        )
+    st.dictionaries(
+        st.tuples(st.sampled_from(Family), st.sampled_from([None, "tap0"])),
+        st.sampled_from([0, errno.EADDRINUSE, errno.EINVAL]),
     ),
 )
 def test_every_network_and_family_is_either_bound_or_left_out_for_one_reason(
     listeners: dict[str, Listener],
     addresses: list[ObservedAddress],
-    trials: list[BindTrial],
+    trials: _Trials,
 ) -> None:
-    seen = replace(FULL, addresses=tuple(addresses), trials=tuple(trials))
+    seen = replace(FULL, addresses=tuple(addresses), trials=trials)
     root = _root(TAP, BRIDGE, addresses=tuple(addresses)).root
     networks = _networks(listeners)
     plan = plan_listeners(networks, _host(seen, root=root))
@@ -502,19 +498,16 @@ def test_a_part_replaces_what_it_asked_for_and_leaves_the_rest() -> None:
 
 
 def test_a_look_for_one_network_leaves_what_was_tried_for_others_of_its_namespace() -> None:
-    busy, free, again = (
-        BindTrial(Family.IPV4, device, error)
-        for device, error in (("eth0", errno.EADDRINUSE), ("eth1", 0), ("eth1", errno.EACCES))
-    )
-    before = _host(replace(RED, trials=(busy, free)))
-    part = replace(RED, trials=(again,))
+    eth0, eth1 = (Family.IPV4, "eth0"), (Family.IPV4, "eth1")
+    before = _host(replace(RED, trials={eth0: errno.EADDRINUSE, eth1: 0}))
+    part = replace(RED, trials={eth1: errno.EACCES})
 
-    def trials(seen: ObservedNamespace) -> set[BindTrial]:
+    def trials(seen: ObservedNamespace) -> _Trials:
         after = merge_observed(before, _part(seen, asked={"ns-red"}))
-        return set(after.namespaces["ns-red"].trials)
+        return dict(after.namespaces["ns-red"].trials)
 
-    assert trials(part) == {busy, again}
-    assert trials(replace(part, ref=NamespaceRef("ns-red", 79))) == {again}
+    assert trials(part) == {eth0: errno.EADDRINUSE, eth1: errno.EACCES}
+    assert trials(replace(part, ref=NamespaceRef("ns-red", 79))) == {eth1: errno.EACCES}
 
 
 def test_a_look_at_some_devices_of_the_host_replaces_them_and_the_ports_of_bridges() -> None:
@@ -541,7 +534,7 @@ def test_a_plan_with_a_memo_is_the_plan_without_it() -> None:
     networks = _networks({"a": IN_NS, "b": red, "c": ON_BRIDGE})
     memo: PlanMemo = {}
     host = _host(FULL, RED)
-    busy = replace(RED, trials=(_BUSY,))
+    busy = replace(RED, trials=_BUSY)
     for some, seen in (
         (networks, host),
         (networks, merge_observed(host, _part(busy, asked={"ns-red"}))),
