@@ -15,7 +15,7 @@ import yaml
 from demo.processes import CommandError, inside, run
 from demo.roster import Guest
 
-__all__ = ["Dialect", "Documents", "Reading", "Transport", "judge_documents", "read"]
+__all__ = ["PATHS", "Dialect", "Documents", "Reading", "Transport", "judge_documents", "read"]
 
 Documents: TypeAlias = Mapping[str, bytes]
 """Bodies by path."""
@@ -38,7 +38,7 @@ class Transport(StrEnum):
 
 _EC2: Final = "latest/meta-data"
 _OPENSTACK: Final = "openstack/latest"
-_PATHS: Final = {
+PATHS: Final = {
     Dialect.EC2: (
         f"{_EC2}/instance-id",
         f"{_EC2}/hostname",
@@ -80,7 +80,7 @@ def read(guest: Guest, dialect: Dialect, transport: Transport, *, directory: Pat
     target = directory / f"{guest.name}.{dialect}.{transport.name.lower()}"
     argv = ["curl", "--silent", "--show-error", "--fail-early", "--fail", "--globoff"]
     argv += ["--max-time", "20", "--noproxy", "*", "--create-dirs"]
-    files = {path: target / path for path in _PATHS[dialect]}
+    files = {path: target / path for path in PATHS[dialect]}
     for path, file in files.items():
         file.unlink(missing_ok=True)
         argv += [f"{transport}/{path}", "--output", str(file)]

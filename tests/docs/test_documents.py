@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -28,6 +29,7 @@ _LINK: Final = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _CODE: Final = re.compile(r"`([^`\n]+)`")
 _PLACES: Final = ("src/", "tests/", "docs/", "packaging/", "script/", "demo/", "bench/")
 _ARCHITECTURE_LINES: Final = 300
+_EXPOSURE: Final = re.compile(r"^\| `(\S+\.service)` \| ([0-9.]+) \|", re.MULTILINE)
 
 pages = pytest.mark.parametrize(
     "page", _PAGES, ids=[str(page.relative_to(REPOSITORY)) for page in _PAGES]
@@ -114,23 +116,19 @@ def test_every_metric_that_is_named_exists(page: Path) -> None:
     assert set(re.findall(r"imdsproxy_[a-z]\w+", page.read_text())) - known == set()
 
 
-def test_every_decision_is_in_the_index_once_and_in_order() -> None:
-    index = _LINK.findall((_ADR / "README.md").read_text())
-    present = sorted(page.name for page in _ADR.glob("[0-9]*.md"))
-    assert index == present
-    assert [name[:4] for name in present] == [f"{one:04}" for one in range(1, len(present) + 1)]
-
-
-@pytest.mark.parametrize("page", sorted(_ADR.glob("[0-9]*.md")), ids=lambda page: page.stem)
-def test_a_decision_says_what_was_decided_and_why(page: Path) -> None:
-    text = page.read_text()
+def test_every_decision_is_in_the_index_with_its_title_and_says_what_was_decided_and_why() -> None:
     index = (_ADR / "README.md").read_text()
-    title = text.splitlines()[0]
-    assert title.startswith(f"# {page.name[:4]}: ")
-    assert f"| {title.partition(': ')[2]} |" in index
-    if "left-out" not in page.name:
-        parts = ["The case", "The decision", "What follows"]
-        assert re.findall(r"^## (.+)$", text, re.MULTILINE) == parts
+    present = sorted(_ADR.glob("[0-9]*.md"))
+    assert _LINK.findall(index) == [page.name for page in present]
+    for number, page in enumerate(present, 1):
+        text = page.read_text()
+        title = text.splitlines()[0]
+        assert title.startswith(f"# {number:04}: ")
+        assert page.name.startswith(f"{number:04}-")
+        assert f"| {title.partition(': ')[2]} |" in index
+        if "left-out" not in page.name:
+            parts = ["The case", "The decision", "What follows"]
+            assert re.findall(r"^## (.+)$", text, re.MULTILINE) == parts, page.name
 
 
 def test_the_runbook_knows_every_reason_for_which_a_network_is_not_served() -> None:
@@ -185,3 +183,20 @@ def test_the_units_name_the_places_that_the_daemon_uses() -> None:
     assert f"ConditionPathExists={layout.config}" in unit
     names = {defaults.haproxy.unit, defaults.documents.unit, "imdsproxy.service"}
     assert {path.name for path in (REPOSITORY / "packaging/systemd").iterdir()} == names
+
+
+def test_no_unit_is_more_open_than_it_is_said_to_be() -> None:
+    units = sorted((REPOSITORY / "packaging/systemd").glob("*.service"))
+    said = dict(_EXPOSURE.findall((REPOSITORY / "SECURITY.md").read_text()))
+    assert set(said) == {unit.name for unit in units}
+    command = (
+        "/usr/bin/systemd-analyze",
+        "security",
+        "--offline=true",
+        "--no-pager",
+        *map(str, units),
+    )
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    found = dict(re.findall(r"exposure level for (\S+): ([0-9.]+)", ran.stdout))
+    assert found.keys() == said.keys()
+    assert {name for name, figure in found.items() if float(figure) > float(said[name])} == set()

@@ -11,15 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from bench.__main__ import GROUPS, ROWS, WITH_PEER
+from bench.__main__ import GROUPS
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(900)]
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-def test_every_row_is_in_a_group_or_needs_a_peer() -> None:
-    assert sorted(row for group in (*GROUPS, WITH_PEER) for row in group) == sorted(ROWS)
 
 
 @pytest.mark.parametrize("rows", GROUPS, ids=lambda rows: rows[0])

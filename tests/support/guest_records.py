@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from hashlib import blake2b
 from ipaddress import ip_address, ip_network
@@ -69,8 +69,8 @@ def guest(**changes: object) -> Instance:
     return replace(GUEST, **changes)  # type: ignore[arg-type] # each test names real fields
 
 
-def compiled(instance: Instance, region: str | None = None) -> CompiledRecord:
-    return compile_instance(instance, NETWORKS, region)
+def compiled(instance: Instance) -> CompiledRecord:
+    return compile_instance(instance, NETWORKS, None)
 
 
 def with_head(old: bytes, new: bytes) -> bytes:
@@ -86,8 +86,14 @@ def with_head(old: bytes, new: bytes) -> bytes:
 class Guest:
     """A guest with its record, its password, and a fixed random seed."""
 
-    def __init__(self, instance: Instance = GUEST, *, region: str | None = None) -> None:
-        self.content = compiled(instance, region).content
+    def __init__(
+        self,
+        instance: Instance = GUEST,
+        networks: Mapping[NetworkId, Network] = NETWORKS,
+        *,
+        region: str | None = None,
+    ) -> None:
+        self.content = compile_instance(instance, networks, region).content
         self.tree = DocumentTree(parse_compiled(self.content))
         self.password: bytes | None = None
 

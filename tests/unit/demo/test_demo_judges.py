@@ -1,88 +1,78 @@
+"""The demonstration's guests, its verdicts on what they see, and its directory."""
+
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
-from collections.abc import Callable
+import socket
+from functools import cache
+from pathlib import Path
+from typing import Final
 
 import pytest
 
 from demo.boot import Boot, judge_boot
-from demo.reading import Dialect, judge_documents
-from demo.roster import Guest, guests
+from demo.place import alone, prepare, unfit
+from demo.processes import CommandError
+from demo.reading import PATHS, Dialect, judge_documents
+from demo.roster import Guest, guests, records
+from imdsproxy.core.records import parse_records
+from support import guest_records
 
-OWN, OTHER = guests("word")[0], guests("word")[2]
+OWN, _, OTHER, STRANGER = guests("word")[:4]
 
-
-def ec2_bodies(guest: Guest) -> dict[str, bytes]:
-    meta = "latest/meta-data"
-    return {
-        f"{meta}/instance-id": guest.instance_id.encode(),
-        f"{meta}/hostname": guest.hostname.encode(),
-        f"{meta}/local-ipv4": guest.ipv4.encode(),
-        f"{meta}/placement/availability-zone": guest.zone.encode(),
-        f"{meta}/public-keys/0/openssh-key": guest.ssh_keys[0].encode(),
-        "latest/user-data": guest.user_data,
-    }
+dialects = pytest.mark.parametrize("dialect", list(Dialect))
 
 
-def openstack_bodies(guest: Guest) -> dict[str, bytes]:
-    meta = {
-        "uuid": guest.uuid,
-        "hostname": guest.hostname,
-        "availability_zone": guest.zone,
-        "public_keys": {"key": guest.ssh_keys[0]},
-    }
-    network = {
-        "links": [{"ethernet_mac_address": guest.mac}],
-        "networks": [{"ip_address": guest.ipv4}, {"ip_address": guest.ipv6}],
-    }
-    return {
-        "openstack/latest/meta_data.json": json.dumps(meta).encode(),
-        "openstack/latest/network_data.json": json.dumps(network).encode(),
-        "openstack/latest/user_data": guest.user_data,
-    }
+def test_each_network_has_the_same_addresses_and_macs_and_nothing_else_twice() -> None:
+    everyone = guests("w")
+    seen = [
+        [(guest.ipv4, guest.ipv6, guest.mac) for guest in everyone if guest.network == network]
+        for network in ("red", "green", "blue")
+    ]
+    assert len(seen[0]) == 2
+    assert seen[0] == seen[1] == seen[2]
+    for attribute in ("name", "netns", "uuid", "instance_id", "hostname", "ssh_keys", "user_data"):
+        assert len({getattr(guest, attribute) for guest in everyone}) == len(everyone)
 
 
-def nocloud_bodies(guest: Guest) -> dict[str, bytes]:
-    meta = {"instance-id": guest.uuid, "local-hostname": guest.hostname}
-    network = f"macaddress: {guest.mac}\naddresses: [{guest.ipv4}/24]\n"
-    return {
-        "nocloud/meta-data": json.dumps(meta).encode(),
-        "nocloud/network-config": network.encode(),
-        "nocloud/vendor-data": b"",
-        "nocloud/user-data": guest.user_data,
-    }
+@cache
+def _bodies(guest: Guest, dialect: Dialect) -> dict[str, bytes]:
+    """What the guest reads in truth."""
+    known = parse_records(records("word"))
+    (instance,) = (one for one in known.instances if one.id == guest.uuid)
+    asker = guest_records.Guest(instance, {one.id: one for one in known.networks})
+    return {path: asker.read(f"/{path}") for path in PATHS[dialect]}
 
 
-BODIES: dict[Dialect, Callable[[Guest], dict[str, bytes]]] = {
-    Dialect.EC2: ec2_bodies,
-    Dialect.OPENSTACK: openstack_bodies,
-    Dialect.NOCLOUD: nocloud_bodies,
+_OF_THE_NETWORK: Final = {
+    "latest/meta-data/local-ipv4",
+    "openstack/latest/network_data.json",
+    "nocloud/network-config",
 }
 
 
-@pytest.mark.parametrize("dialect", list(Dialect))
-def test_any_document_of_the_guest_with_the_same_address_elsewhere_is_a_fault(
-    dialect: Dialect,
+@dialects
+@pytest.mark.parametrize(("other", "alike"), [(OTHER, _OF_THE_NETWORK), (STRANGER, set())])
+def test_any_document_of_another_guest_is_a_fault_be_its_address_the_same_or_not(
+    dialect: Dialect, other: Guest, alike: set[str]
 ) -> None:
-    own, other = BODIES[dialect](OWN), BODIES[dialect](OTHER)
-    different = [path for path in own if own[path] != other[path]]
-    assert different
-    for path in different:
-        mixed = {**own, path: other[path]}
+    own = _bodies(OWN, dialect)
+    assert judge_documents(OWN, dialect, own).faults == ()
+    for path in own.keys() - alike - {"nocloud/vendor-data"}:
+        mixed = {**own, path: _bodies(other, dialect)[path]}
         assert judge_documents(OWN, dialect, mixed).faults, path
 
 
-@pytest.mark.parametrize("dialect", list(Dialect))
+@dialects
 def test_a_document_of_another_shape_is_a_fault_and_no_traceback(dialect: Dialect) -> None:
-    for path in BODIES[dialect](OWN):
+    own = _bodies(OWN, dialect)
+    for path in own.keys() - {"nocloud/vendor-data"}:
         for body in (b"[]", b"\xff\xfe", b"{"):
-            reading = judge_documents(OWN, dialect, {**BODIES[dialect](OWN), path: body})
-            if path != "nocloud/vendor-data":
-                assert reading.faults, (path, body)
+            assert judge_documents(OWN, dialect, {**own, path: body}).faults, (path, body)
 
 
-def good_boot(dialect: Dialect) -> Boot:
+def _good_boot(dialect: Dialect) -> Boot:
     return Boot(
         seconds=1.0,
         failure="",
@@ -100,7 +90,7 @@ def good_boot(dialect: Dialect) -> Boot:
     )
 
 
-@pytest.mark.parametrize("dialect", list(Dialect))
+@dialects
 @pytest.mark.parametrize(
     "change",
     [
@@ -109,7 +99,6 @@ def good_boot(dialect: Dialect) -> Boot:
         {"instance_id": OTHER.uuid},
         {"hostname": OTHER.name},
         {"user_data_sha256": OTHER.user_data_sha256},
-        {"user_data_sha256": None},
         {"written": None},
         {"written": OTHER.written},
         {"authorized_keys": OTHER.ssh_keys[0]},
@@ -120,6 +109,39 @@ def good_boot(dialect: Dialect) -> Boot:
 def test_a_boot_with_anything_else_is_a_fault(
     dialect: Dialect, change: dict[str, str | None]
 ) -> None:
-    boot = dataclasses.replace(good_boot(dialect), **change)  # type: ignore[arg-type] # by name
-
+    assert judge_boot(OWN, dialect, _good_boot(dialect)) == []
+    boot = dataclasses.replace(_good_boot(dialect), **change)  # type: ignore[arg-type] # by name
     assert judge_boot(OWN, dialect, boot)
+
+
+# Its directory
+
+
+def test_a_directory_that_haproxy_or_a_mount_cannot_use_is_unfit(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    for name in ("/" + "d" * 80, "/srv/a:b", "/srv/a,b", "/srv/a b", "/srv/a\\b", closed / "demo"):
+        assert unfit(Path(name)) is not None, name
+    assert unfit(Path("/srv/imdst-demo")) is None
+
+
+def test_an_earlier_runs_files_make_room_and_files_of_others_are_never_removed(
+    tmp_path: Path,
+) -> None:
+    old = tmp_path / "demo/state/store.sqlite"
+    for _ in range(2):
+        prepare(tmp_path / "demo")
+        assert not old.exists()
+        old.parent.mkdir()
+        old.touch()
+    with pytest.raises(CommandError):
+        prepare(tmp_path)
+    assert old.exists()
+
+
+def test_a_second_demonstration_is_told_of_the_first() -> None:
+    with socket.socket(socket.AF_UNIX) as first:
+        with contextlib.suppress(OSError):  # a real one runs: as good
+            first.bind("\0imdsproxy-demo")
+        with pytest.raises(CommandError, match="another"), alone():
+            pass
