@@ -13,6 +13,7 @@ import pytest
 from imdsproxy.core.compiled import compile_instance
 from imdsproxy.core.model import Instance, InstanceId, NetworkId, StoredBytes
 from imdsproxy.core.observation import Observation
+from imdsproxy.core.policy import PolicyRules
 from imdsproxy.core.timing import Progress
 from imdsproxy.errors import SourceCorrupt, SourceRefused, SourceUnavailable
 from imdsproxy.sources.sqlite import store as sqlite_store
@@ -322,6 +323,8 @@ WEB = Instance(
     "web",
     ports=(port("blue"),),
     user_data=b"#cloud-config\n" * 1000,
+    vendor_data=b"#cloud-config",
+    policy=PolicyRules(endpoint=False),
     created_at=1_700_000_000,
 )
 
