@@ -17,7 +17,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from imdsproxy.core.path_rules import PathRules, PathWord, sort_paths
+from imdsproxy.core.path_rules import PathRules, PathWord
 from imdsproxy.core.policy import Policy, TokenMode, render_policy_word
 from imdsproxy.core.policy_report import decide_read
 from imdsproxy.core.policy_word import ONLY_TOKENS_OFF
@@ -56,7 +56,7 @@ def _rule_sets() -> tuple[PathRules, ...]:
         {path: random.choice(words) for path in random.sample(_RULE_PATHS, random.randint(1, 4))}
         for _ in range(250)
     ]
-    return tuple(sort_paths(one.items()) for one in chosen)
+    return tuple(tuple(sorted(one.items())) for one in chosen)
 
 
 _SETS: Final = (_NOTHING, *_rule_sets())

@@ -23,7 +23,7 @@ from imdsproxy.core.model import (
     Subnet,
     Upstream,
 )
-from imdsproxy.core.path_rules import PathRules, PathWord, find_path_fault, sort_paths
+from imdsproxy.core.path_rules import PathRules, PathWord, find_path_fault
 from imdsproxy.core.policy import RULES, PolicyRules, TokenMode
 
 ids = st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
@@ -76,7 +76,7 @@ rule_paths = st.builds(
 
 path_rules: st.SearchStrategy[PathRules] = st.dictionaries(
     rule_paths, st.sampled_from(PathWord), max_size=6
-).map(lambda rules: sort_paths(rules.items()))
+).map(lambda rules: tuple(sorted(rules.items())))
 _KINDS: dict[type[object], st.SearchStrategy[object]] = {
     bool: st.none() | st.booleans(),
     TokenMode: st.none() | st.sampled_from(TokenMode),

@@ -42,7 +42,7 @@ def snippet(
     for port in record.ports:
         shape = daemon.get(path_to("networks", port.network))
         networks[port.network] = read_record("network", parse_network, shape["record"])
-    dialects = snippets.dialects_of(record)
+    dialects = record.served
     if dialect is not None and dialect not in dialects:
         raise RequestRefused(
             f"instance {instance} has no {dialect} documents (it has: {', '.join(sorted(dialects)) or 'none'})",

@@ -20,7 +20,7 @@ from imdsproxy.config.section import (
     setting,
 )
 from imdsproxy.core.haproxy.counting import ONE_IN
-from imdsproxy.core.path_rules import MOST_PATH_RULES, PathWord, find_path_fault, sort_paths
+from imdsproxy.core.path_rules import MOST_PATH_RULES, PathWord, find_path_fault
 from imdsproxy.core.policy import NO_RULES, RULES, PolicyBook, PolicyRules, Rule, TokenMode
 
 _Mode = Annotated[Literal["off", "optional", "required"], OffIsFalse]
@@ -71,7 +71,7 @@ class PolicyRulesSettings(_Rules):
 
 def _of_core(rule: Rule, value: Any) -> Any:  # noqa: ANN401 - as pydantic checked it
     if rule.kind is tuple:
-        return sort_paths((path, PathWord(word)) for path, word in value.items()) or None
+        return tuple(sorted((path, PathWord(word)) for path, word in value.items())) or None
     return TokenMode(value) if rule.kind is TokenMode else value
 
 

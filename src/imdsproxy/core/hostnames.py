@@ -80,10 +80,7 @@ class Naming:
         return _hash(network).hex()[: self._digits]
 
     def _has_form(self, name: str, start: str) -> bool:
-        if not name.startswith(start):
-            return False
-        form = f"[0-9a-f]{{{self._digits}}}"
-        return re.fullmatch(form, name.removeprefix(start)) is not None
+        return re.fullmatch(f"{start}[0-9a-f]{{{self._digits}}}", name) is not None
 
 
 def _hash(text: str) -> bytes:

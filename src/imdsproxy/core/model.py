@@ -242,6 +242,12 @@ class Instance:
     created_at: int | None = None
 
     @property
+    def served(self) -> frozenset[Dialect]:
+        """The trees of documents that there are for guests: Nova has those of EC2 and OpenStack."""
+        nova = self.upstream is Upstream.NOVA
+        return EVERY_DIALECT - {Dialect.NOCLOUD} if nova else self.dialects
+
+    @property
     def uuid(self) -> str:
         """The id where it is a UUID, else one derived from it that never changes (RFC 9562 §5.5)."""
         if _CANONICAL.fullmatch(self.id):

@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import re
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Final
 
 from imdsproxy.core.model import InstanceId, NetworkId
@@ -80,13 +81,10 @@ class NovaRouting:
 
     def choose(self, network: NetworkId, project: str) -> EndpointSet | None:
         """The set for a guest of this project in this network (or behind this router)."""
-        for one in self.sets:
-            if network in one.networks:
-                return one
-        for one in self.sets:
-            if project in one.projects:
-                return one
-        return next((one for one in self.sets if one.name == self.default), None)
+        of_network = (one for one in self.sets if network in one.networks)
+        of_project = (one for one in self.sets if project in one.projects)
+        rest = (one for one in self.sets if one.name == self.default)
+        return next(chain(of_network, of_project, rest), None)
 
     def record(self, network: NetworkId, instance: InstanceId, project: str) -> NovaRecord | None:
         """The data plane's record for requests to Nova; `None` where there is no Nova to send them to."""

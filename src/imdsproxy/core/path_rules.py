@@ -65,11 +65,6 @@ PathRules: TypeAlias = tuple[tuple[str, PathWord], ...]
 """Each path once, in their order."""
 
 
-def sort_paths(rules: Iterable[tuple[str, PathWord]]) -> PathRules:
-    """The rules of a mapping."""
-    return tuple(sorted(rules))
-
-
 def undo_spelling(path: bytes) -> bytes | None:
     """The path without what Nova or our documents undo; `None` where an escape is broken.
 

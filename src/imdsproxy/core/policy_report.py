@@ -71,12 +71,12 @@ def report_policy(
         created_at: Of the instance, Unix time, if known.
         now: Unix time.
     """
-    origins = dict(folded.origins)
+    origins: dict[str, str] = dict(folded.origins)
     values = {one.name: getattr(folded.policy, one.name) for one in fields(folded.policy)}
     for path, word in values.pop("paths"):
         values[path_rule_name(path)] = word.value
     rules = tuple(
-        RuleInForce(name, value, origins[name].value if name in origins else DEFAULT_ORIGIN)
+        RuleInForce(name, value, origins.get(name, DEFAULT_ORIGIN))
         for name, value in values.items()
     )
     ends = boot_ends_at(folded.policy, override, created_at)

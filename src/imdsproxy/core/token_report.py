@@ -22,7 +22,6 @@ _READERS_KEPT: Final = 10_000
 _OPEN_TREES_SHOWN: Final = 100
 _EC2: Final = "/latest"
 _TREES: Final = {Dialect.EC2: _EC2, Dialect.OPENSTACK: "/openstack", Dialect.NOCLOUD: "/nocloud"}
-_NOVA_TREES: Final = frozenset({_TREES[Dialect.EC2], _TREES[Dialect.OPENSTACK]})
 
 _Key: TypeAlias = tuple[str, ...]
 
@@ -190,10 +189,9 @@ def open_trees(inventory: Inventory, book: PolicyBook) -> list[OpenTree]:
     """Where user-data is had without a token although another tree keeps it (`open_user_data`)."""
     found: list[OpenTree] = []
     for _, instance in sorted(inventory.instances.items()):
-        nova = instance.upstream is Upstream.NOVA
-        if not nova and instance.user_data is None:
+        if instance.user_data is None and instance.upstream is not Upstream.NOVA:
             continue
-        served = _NOVA_TREES if nova else frozenset(_TREES[one] for one in instance.dialects)
+        served = frozenset(_TREES[one] for one in instance.served)
         ports = sorted({(port.network, port.project) for port in instance.ports}, key=str)
         for network, project in ports:
             place = policy_place(inventory, network, project or instance.project, instance)

@@ -16,7 +16,6 @@ from imdsproxy.core.path_rules import (
     plain_path,
     render_set,
     set_id,
-    sort_paths,
     undo_spelling,
 )
 from support.record_strategies import path_rules, rule_paths
@@ -123,7 +122,7 @@ def test_the_most_specific_scope_that_says_anything_of_a_path_decides_it(
             wanted = (*found, scope)
             break
     folded = fold_paths(by_scope)
-    decided = find_rule(sort_paths((name, word) for name, (word, _) in folded.items()), path)
+    decided = find_rule(tuple((name, word) for name, (word, _) in folded.items()), path)
     assert (None if decided is None else (*decided, folded[decided[0]][1])) == wanted
 
 

@@ -12,7 +12,7 @@ from typing import Final
 from hypothesis import given, settings
 
 from imdsproxy.core.model import Dialect
-from imdsproxy.core.path_rules import PathRules, PathWord, sort_paths
+from imdsproxy.core.path_rules import PathRules, PathWord
 from imdsproxy.core.policy import OperatorOverride, Policy, TokenMode, render_policy_word
 from imdsproxy.core.policy_report import decide_read
 from support.guest_records import Guest, guest
@@ -27,7 +27,8 @@ _REQUIRED: Final = TokenMode.REQUIRED
 
 
 def _paths(**words: PathWord) -> PathRules:
-    return sort_paths((f"/{name}" if name != "root" else "/", word) for name, word in words.items())
+    rules = ((f"/{name}" if name != "root" else "/", word) for name, word in words.items())
+    return tuple(sorted(rules))
 
 
 _EVERYWHERE: Final = (

@@ -132,10 +132,8 @@ def _spellings(crawl: Crawl, base: str) -> Iterator[Finding]:
 
 def _placement(crawl: Crawl) -> Iterator[Finding]:
     path = f"{crawl.base}/meta-data/placement/region"
-    zone, region = (
-        crawl.good(f"{crawl.base}/meta-data/placement/availability-zone"),
-        crawl.good(path),
-    )
+    zone = crawl.good(f"{crawl.base}/meta-data/placement/availability-zone")
+    region = crawl.good(path)
     derived = zone.text[:-1]
     if zone.ok and region.ok and derived != region.text:
         yield found("region-of-zone", path, region=region.text, derived=derived)

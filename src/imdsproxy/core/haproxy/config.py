@@ -29,7 +29,7 @@ global
     maxconn <maxconn>
     # HAProxy makes room for connections, binds and pipes (two descriptors each), not for namespaces; we use no pipes.
     # Without room it ends itself (BUG_ON) at its next connection.
-    [namespaces] maxpipes <pipes>
+    maxpipes <pipes>
     hard-stop-after <hard_stop_after_s>s
     # HAProxy ends older workers at once, requests that they still work on included (ADR 22).
     mworker-max-reloads 20
@@ -130,8 +130,7 @@ def _values(spec: DataplaneSpec) -> dict[str, Value]:
             "keeps_short": sizes.cache_mb > 0 and not spec.nova,
             "short_slots": sizes.cache_mb * _SHORT_PER_MB,
             "largest_cached": min(sizes.max_object_bytes, sizes.cache_mb * 1024 * 1024 // 2),
-            "namespaces": namespaces > 0,
-            "pipes": (namespaces + 1) // 2,
+            "pipes": (namespaces + 1) // 2 or None,
             "chroot": spec.paths.chroot,
             "user": option("user", spec.user),
             "group": option("group", spec.group),

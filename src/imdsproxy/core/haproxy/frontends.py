@@ -153,7 +153,7 @@ frontend found
     <read_policy>
     <read_forwarding>
     <read_operator>
-    <track_by_request>
+    <track_by_request(always)>
     <count_request>
     http-request set-var(sess.from_resolver) bool(true)
     <note_checks>

@@ -63,8 +63,9 @@ count_newcomers:
     [fair] tcp-request connection reject if { sc2_conn_cur gt <newcomers> }
 track_by_request:
     # Of a stream the first that tracks counts, before its session's.
-    [fair] [nova] http-request track-sc2 <instance_of_nova> table fairness if <of_nova>
-    [fair] http-request track-sc2 <instance> table fairness if <known>
+    # The argument is one more condition.
+    [fair] [nova] http-request track-sc2 <instance_of_nova> table fairness if <argument> <of_nova>
+    [fair] http-request track-sc2 <instance> table fairness if <argument> <known>
 count_request:
     # `tarpit` answers after `timeout tarpit`: guests that ask again at once cost their neighbours more than by the
     # answers. The number first: it is all that most requests are asked. A newcomer's are those of a whole network.
@@ -73,13 +74,12 @@ count_request:
 share_by_connection:
     # Refuse what is over the limits, count the rest: after the look-up, before anything that costs time.
     # This one is for frontends with `count_connections`.
-    [fair] [nova] http-request track-sc2 <instance_of_nova> table fairness if <newcomer> <of_nova>
-    [fair] http-request track-sc2 <instance> table fairness if <newcomer> <known>
+    <track_by_request(newcomer)>
     [fair] http-request tarpit <status_503> if { var(sess.excess) -m found }
     <count_request>
 share_by_request:
     # The same where a connection carries requests of several guests.
-    <track_by_request>
+    <track_by_request(always)>
     # As many requests may be open as other instances may have connections; the request itself is open too.
     [fair] http-request set-var(txn.policy_connections) <policy_connections>,add(0) if <has_policy>
     [fair] http-request tarpit <status_503>

@@ -106,7 +106,7 @@ _SERVERS: Final = """
     # The loopback to it, which checks it; or itself, checked here or by the first of the backends.
     [mixed] server <name> <inside> <track_loopback>
     [checking] server <name> <authority> <tls> <check_sni> <checks>
-    [tracking] server <name> <authority> <tls> <track_first>
+    [!mixed] [!checking] server <name> <authority> <tls> <track_first>
 """
 
 _TLS: Final = """
@@ -174,17 +174,16 @@ def nova_backends(spec: model.DataplaneSpec, values: dict[str, text.Value]) -> I
     kinds = [(kind, once) for kind in ("", model.CHECKED) for once in (False, True)]
     if spec.count_reads:
         kinds.append((model.SAMPLED, False))
-    checked, by_http = spec.nova_times.check != "off", spec.nova_times.check == "http"
+    by_http = spec.nova_times.check == "http"
     for backend in spec.nova:
         named = values | _names(backend, spec.nova_times)
         mixed = len({server.slot for server in backend.servers}) > 1
-        servers = [_server_names(spec, backend, one, checked=checked) for one in backend.servers]
+        servers = [_server_names(spec, backend.name, one) for one in backend.servers]
         for kind, once in kinds:
             checking = not (once or kind or mixed)
             own: dict[str, text.Value] = {
                 "mixed": mixed,
                 "checking": checking,
-                "tracking": not checking and not mixed,
                 "checked": kind == model.CHECKED,
                 "sampled": kind == model.SAMPLED,
                 "kind": text.Text(f"{'.once' if once else ''}{kind}"),
@@ -237,15 +236,12 @@ def _ms(seconds: float) -> str:
 
 
 def _server_names(
-    spec: model.DataplaneSpec,
-    backend: model.NovaBackend,
-    server: model.NovaServer,
-    *,
-    checked: bool,
+    spec: model.DataplaneSpec, backend: str, server: model.NovaServer
 ) -> dict[str, text.Value]:
+    checked = spec.nova_times.check != "off"
     # HAProxy takes paths of 97 characters, and set and address alone may have 65.
-    digest = hashlib.sha256(f"{backend.name} {server.name}".encode()).hexdigest()[:16]
-    loopback = f"nova.{backend.name}.hop.{server.name}"
+    digest = hashlib.sha256(f"{backend} {server.name}".encode()).hexdigest()[:16]
+    loopback = f"nova.{backend}.hop.{server.name}"
     jail = spec.paths.named["jail"]
     return {
         "name": server.name,
@@ -255,7 +251,5 @@ def _server_names(
         "socket": f"unix@{jail}/hop-{digest}.sock",
         "inside": f"unix@{'' if spec.paths.chroot else jail}/hop-{digest}.sock",
         "track_loopback": text.option("track", f"{loopback}/{server.name}" if checked else None),
-        "track_first": text.option(
-            "track", f"nova.{backend.name}/{server.name}" if checked else None
-        ),
+        "track_first": text.option("track", f"nova.{backend}/{server.name}" if checked else None),
     }

@@ -29,7 +29,7 @@ def _parse_paths(field: Field) -> path_rules.PathRules | None:
     if len(entries) > path_rules.MOST_PATH_RULES:
         raise field.error(f"has {len(entries)} paths", f"at most {path_rules.MOST_PATH_RULES}")
     words = ((path, entry.read(_parse_word)) for path, entry in entries.items())
-    return path_rules.sort_paths((path, word) for path, word in words if word is not None) or None
+    return tuple(sorted((path, word) for path, word in words if word is not None)) or None
 
 
 def _parse_word(field: Field) -> path_rules.PathWord:

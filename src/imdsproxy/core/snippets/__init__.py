@@ -71,12 +71,6 @@ _EXTRA: Final = f"{_EXTRA_KEY}={_IMDS_WORDS}"
 _AMAZON: Final = re.compile(r"ec2.*|[0-9a-f]*2[0-9a-f]ec", re.IGNORECASE)
 
 
-def dialects_of(instance: Instance) -> frozenset[Dialect]:
-    """The documents that the instance has; Nova has those of OpenStack and EC2."""
-    of_nova = frozenset({Dialect.OPENSTACK, Dialect.EC2})
-    return of_nova if instance.upstream is model.Upstream.NOVA else instance.dialects
-
-
 def choose_dialect(target: Target, dialects: Collection[Dialect]) -> Dialect | None:
     """The best of those that the record has; `None` when it has none.
 
@@ -184,7 +178,7 @@ def _shown_uuid(instance: Instance) -> dict[str, str]:
 
 def _wants_imds(instance: Instance) -> bool:
     """Whether systemd-imdsd would find the documents that it reads: the EC2 ones."""
-    return Dialect.EC2 in dialects_of(instance)
+    return Dialect.EC2 in instance.served
 
 
 def _missing_uuid(instance: Instance) -> Iterator[Part]:
