@@ -7,9 +7,9 @@ word (`core.policy_word`) are derived from it. An instance whose policy is `DEFA
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, make_dataclass
 from enum import StrEnum
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from imdsproxy.core import path_rules, policy_word
 from imdsproxy.core.path_rules import PathRules, PathWord
@@ -150,26 +150,20 @@ class Policy:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class PolicyRules:
-    """What one scope sets: fields as of `Policy`; `None` leaves a rule to the less specific scopes.
+if TYPE_CHECKING:
 
-    Path rules of one scope are added to those of another (`core.path_rules.fold_paths`).
-    """
+    class PolicyRules:
+        """What one scope sets: fields as of `Policy`; `None` leaves a rule to the less specific scopes.
 
-    endpoint: bool | None = None
-    tokens: TokenMode | None = None
-    openstack_tokens: TokenMode | None = None
-    nocloud_tokens: TokenMode | None = None
-    boot_grace_s: int | None = None
-    seal_user_data: bool | None = None
-    refuse_forwarded: bool | None = None
-    hop_limit: int | None = None
-    requests_per_s: int | None = None
-    burst: int | None = None
-    connections: int | None = None
-    paths: PathRules | None = None
+        Path rules of one scope are added to those of another (`core.path_rules.fold_paths`).
+        """
 
+        def __init__(self, **rules: object) -> None: ...
+        def __getattr__(self, rule: str) -> Any: ...  # noqa: ANN401 - as the rule has it
+
+else:
+    _open = [(one.name, f"{one.type} | None", None) for one in fields(Policy)]
+    PolicyRules = make_dataclass("PolicyRules", _open, frozen=True, slots=True, module=__name__)
 
 RULES: Final[Mapping[str, Rule]] = {
     one.name: Rule(one.name, int if "bounds" in one.metadata else type(one.default), **one.metadata)

@@ -138,7 +138,7 @@ _LOCKED = {"openstack_tokens": TokenMode.REQUIRED, "nocloud_tokens": TokenMode.R
 def test_a_tree_is_open_that_gives_the_user_data_that_another_one_keeps(
     instance: Instance, more: dict[str, object], trees: list[str]
 ) -> None:
-    rules = PolicyRules(**{"tokens": TokenMode.REQUIRED, **more})  # type: ignore[arg-type] # as the cases have them
+    rules = PolicyRules(**{"tokens": TokenMode.REQUIRED, **more})
     book = PolicyBook(networks={"blue": rules})
     expected = [OpenTree(NetworkId("blue"), InstanceId("web"), tree) for tree in trees]
     assert open_trees(_inventory(instance), book) == expected
