@@ -323,8 +323,6 @@ WEB = Instance(
     "web",
     ports=(port("blue"),),
     user_data=b"#cloud-config\n" * 1000,
-    vendor_data=b"#cloud-config",
-    policy=PolicyRules(endpoint=False),
     created_at=1_700_000_000,
 )
 
@@ -342,6 +340,14 @@ def test_a_start_parses_no_record_that_is_as_it_was_written(
     monkeypatch.delattr(sqlite_store, "parse_listed")
     with closing(Store(filled)) as store:
         assert store.load().instances == {"web": WEB}
+
+
+def test_vendor_data_and_policy_outlive_a_restart(path: Path) -> None:
+    written = replace(WEB, vendor_data=b"#cloud-config", policy=PolicyRules(endpoint=False))
+    for _ in range(2):
+        with closing(Store(path)) as store:
+            store.put([], [written])
+            assert store.load().instances == {"web": written}
 
 
 @pytest.mark.parametrize(
