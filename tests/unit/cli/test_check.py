@@ -16,13 +16,13 @@ from typing import Any, TypeAlias
 import pytest
 
 from imdsproxy.cli import checks
-from imdsproxy.cli.checks import Subject, host, refused
+from imdsproxy.cli.checks import Subject, host
 from imdsproxy.cli.main import main
 from imdsproxy.core.model import InstanceId, NetworkId, Port
 from imdsproxy.core.policy import PolicyRules, TokenMode
 from imdsproxy.core.records import render_record
 from imdsproxy.core.token_report import OpenTree, TokenReport
-from imdsproxy.errors import ConfigInvalid, ConfigUnreadable, Problem, SourceUnavailable
+from imdsproxy.errors import SourceUnavailable
 from imdsproxy.sources.sqlite.store import Store
 from support.admin_server import admin_server
 from support.check_subject import subject, summarise
@@ -207,13 +207,6 @@ def test_a_journal_that_is_not_there_is_a_warning_where_there_is_an_audit_log(
         there.bind(os.fspath(journal))
         assert summarise(host.check_audit(on, journal)) == [(0, False, "lines go to the journal")]
     assert host.check_audit(subject(), journal) == []
-
-
-def test_an_error_becomes_one_finding_for_each_problem() -> None:
-    several = ConfigInvalid("2 problems", problems=[Problem("a", "x"), Problem("b", "y")])
-    assert summarise(refused(several)) == [(78, False, "a: x"), (78, False, "b: y")]
-    single = ConfigUnreadable("cannot read", hint="h")
-    assert summarise(refused(single, "s")) == [(78, False, "s: cannot read")]
 
 
 def test_every_finding_has_its_texts_and_its_check() -> None:

@@ -1,8 +1,11 @@
+"""What `check` finds of guests: records, MACs, paths, trees, rules and token keys."""
+
 from __future__ import annotations
 
 import json
 from ipaddress import IPv4Address, ip_network
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,13 +16,15 @@ from imdsproxy.anti_spoofing.host_rules import (
     passes_forward_chain,
     rules_for,
 )
+from imdsproxy.cli.checks import Subject
 from imdsproxy.cli.checks.guests import (
-    bridge_finding,
-    check_daemon,
+    check_hop_limits,
     check_macs,
-    check_networks,
+    check_overrides,
+    check_path_rules,
     check_records,
-    checked_devices,
+    check_token_keys,
+    check_trees,
     find_obstacles,
 )
 from imdsproxy.core.model import (
@@ -31,6 +36,7 @@ from imdsproxy.core.model import (
     NetworkId,
     Subnet,
 )
+from imdsproxy.core.tokens import TokenKey, render_token_keys
 from support.check_subject import subject, summarise
 
 _NFT = """
@@ -74,16 +80,6 @@ def test_every_bad_record_is_reported_with_its_file_and_line(tmp_path: Path) -> 
     assert found[0][2].startswith(f"{tmp_path}/a.yaml:4: networks[0].mtu")
 
 
-def test_a_running_daemon_reports_what_it_does_not_serve() -> None:
-    network = {"network": "blue", "code": "x", "reason": "no namespace", "hint": "make it"}
-    readiness = {"ready": False, "reasons": ["a", "b"]}
-    on = subject(status={"left_out": [network], "readiness": readiness, "controller": 7})
-    assert summarise([*check_networks(on), *check_daemon(on)]) == [
-        (71, False, "network blue is not served: no namespace"),
-        (71, False, "runs and is not ready (pid 7): a; b"),
-    ]
-
-
 @pytest.mark.parametrize("refusal", ["", "Operation not supported"])
 def test_a_kernel_that_cannot_check_macs_is_wrong_with_what_to_do_then(
     monkeypatch: pytest.MonkeyPatch, refusal: str
@@ -94,27 +90,6 @@ def test_a_kernel_that_cannot_check_macs_is_wrong_with_what_to_do_then(
     assert finding.ok is not bool(refusal)
     assert refusal in finding.text
     assert ("--no-mac-check" in finding.hint) is bool(refusal)
-
-
-def test_devices_of_networks_that_check_macs_are_looked_at() -> None:
-    networks = [
-        Network(NetworkId("a"), BridgeListener("virbr0")),
-        Network(NetworkId("b"), InterfaceListener("br1")),
-        Network(NetworkId("c"), NamespaceListener("ns")),
-        Network(NetworkId("d"), BridgeListener("br2"), mac_check=False),
-    ]
-    assert checked_devices(networks) == ["br1", "virbr0"]
-
-
-def test_a_bridge_whose_guests_may_use_any_mac_is_a_warning() -> None:
-    guarded = {"vnet0": "locked"}
-    finding = bridge_finding("virbr0", {**guarded, "vnet1": "", "vnet2": ""})
-    assert (finding.ok, finding.warning) == (True, True)
-    assert "bridge virbr0: " in finding.text
-    assert "vnet1, vnet2 " in finding.text
-    assert "anti-spoofing" in finding.hint
-    text = "bridge virbr0: guests are kept to their MACs: vnet0 (locked)"
-    assert summarise([bridge_finding("virbr0", guarded)]) == [(0, False, text)]
 
 
 @pytest.mark.parametrize(
@@ -214,3 +189,177 @@ def test_bridged_packets_pass_ip_s_chains_only_where_the_kernel_says_so(tmp_path
     for text, passes in (("0\n", False), ("1\n", True)):
         setting.write_text(text)
         assert passes_forward_chain(setting) is passes
+
+
+def _on(**policy: object) -> Subject:
+    return subject({"policy": policy})
+
+
+_OPEN = {"tokens": "required"}
+
+
+_LOCKED = {"openstack_tokens": "required", "nocloud_tokens": "required"}
+
+
+_DENIED = {"/latest/user-data": "deny"}
+_LOCKED_PATHS = {"/openstack/latest/user_data": "required", "/nocloud/user-data": "deny"}
+_GIVE = "/openstack and /nocloud give the same"
+
+
+@pytest.mark.parametrize(
+    ("policy", "text", "hint"),
+    [
+        ({"host": _OPEN}, f"policy.host: EC2's tree takes a token, and {_GIVE} user-data without",
+         "openstack_tokens: required and nocloud_tokens: required ("),
+        ({"host": {**_OPEN, "openstack_tokens": "required"}},
+         "policy.host: EC2's tree takes a token, and /nocloud gives the same user-data without",
+         "nocloud_tokens: required ("),
+        ({"projects": {"p": {"paths": _DENIED}}}, f"policy.projects.p: /latest/user-data is denied, and {_GIVE}",
+         "paths: {/openstack/latest/user_data: deny, /nocloud/user-data: deny}, "),
+        ({"host": {"paths": _LOCKED_PATHS}}, "policy.host: /nocloud/user-data is denied, and EC2's tree gives the same",
+         "paths: {/latest/user-data: deny}, "),
+    ],
+)  # fmt: skip
+def test_user_data_that_one_tree_keeps_and_another_gives_is_warned_of_with_what_closes_it(
+    policy: dict[str, Any], text: str, hint: str
+) -> None:
+    (finding,) = check_trees(_on(**policy))
+    assert (finding.ok, finding.warning, finding.text) == (True, True, text)
+    assert finding.hint.startswith(hint)
+
+
+def _host(**rules: object) -> dict[str, Any]:
+    return {"host": rules}
+
+
+@pytest.mark.parametrize(
+    ("policy", "places"),
+    [
+        ({}, []),
+        # What the host says holds in a network that says the rest.
+        ({"host": _LOCKED, "networks": {"red": _OPEN}}, []),
+        ({"host": _OPEN, "networks": {"red": _LOCKED}}, ["policy.host"]),
+        ({"host": _OPEN, "networks": {"red": {"hop_limit": 1}}}, ["policy.host"]),
+        ({"host": {**_OPEN, **_LOCKED}, "networks": {"red": {"nocloud_tokens": "optional"}}}, ["policy.networks.red"]),
+        ({**_host(**_OPEN, seal_user_data=True), "projects": {"p": {"seal_user_data": False}}}, ["policy.projects.p"]),
+        *(
+            ({one: {"red": _OPEN, "green": {**_OPEN, **_LOCKED}, "blue": {"hop_limit": 1}}}, [f"policy.{one}.red"])
+            for one in ("networks", "projects", "instances")
+        ),
+        (_host(paths={**_DENIED, **_LOCKED_PATHS}), []),
+        (_host(paths={"/latest/user-data": "required", **_LOCKED_PATHS}), []),
+        (_host(paths={"/latest/user-data": "required"}), ["policy.host"]),
+        (_host(tokens="required", paths=_LOCKED_PATHS), []),
+        (_host(tokens="required", paths={"/latest/user-data": "optional"}), []),
+        (_host(**_OPEN, **_LOCKED, paths={"/nocloud": "optional"}), ["policy.host"]),
+        (_host(**_OPEN, **_LOCKED, paths={"/nocloud": "allow"}), []),
+        (_host(seal_user_data=True, paths=_DENIED), []),
+        (_host(endpoint=False, paths=_DENIED), []),
+        # Whole trees that are denied are turned off: nothing is meant to be kept by that.
+        (_host(paths={"/nocloud": "deny", "/openstack": "deny"}), []),
+        (_host(paths={"/": "deny", "/latest/meta-data": "allow"}), []),
+    ],
+)  # fmt: skip
+def test_each_scope_that_leaves_a_tree_open_is_named_once(
+    policy: dict[str, Any], places: list[str]
+) -> None:
+    assert [one.text.partition(":")[0] for one in check_trees(_on(**policy))] == places
+
+
+def test_a_rule_for_a_path_that_nothing_has_is_warned_of() -> None:
+    served = {
+        "/": "allow",
+        "/latest": "allow",
+        "/latest/meta-data/public-keys/0/openssh-key": "deny",
+        "/latest/meta-data/block-device-mapping/ami": "deny",
+        "/latest/dynamic/instance-identity/document": "deny",
+        "/openstack/content/0000": "deny",
+        "/openstack/latest/vendor_data2.json": "deny",
+        "/nocloud/network-config": "deny",
+    }
+    never = {
+        "/latest/meta-data/iam": "deny",
+        "/latest/userdata": "deny",
+        "/latest/user-data/x": "deny",
+        "/openstack/latest/user-data": "deny",
+        "/nocloud/user_data": "deny",
+        "/latest/api": "deny",
+    }
+    assert check_path_rules(_on(host={"paths": served})) == []
+    found = check_path_rules(_on(networks={"red": {"paths": {**served, **never}}}))
+    assert [one.text for one in found] == [
+        f"policy.networks.red.paths: nothing is ever served at {path} or beneath it"
+        for path in sorted(never)
+    ]
+    assert all(one.warning and one.hint for one in found)
+
+
+def test_a_hop_limit_does_nothing_behind_the_unix_listener() -> None:
+    networks = {"red": {"hop_limit": 64}, "blue": {"hop_limit": 1}}
+    policy = {"host": {"hop_limit": 2}, "networks": networks}
+    found = check_hop_limits(subject({"policy": policy, "unix_listener": {"enabled": True}}))
+    assert [one.text.partition(" does nothing")[0] for one in found] == [
+        "policy.host: hop_limit 2",
+        "policy.networks.blue: hop_limit 1",
+    ]
+    assert all(one.warning and one.hint for one in found)
+    assert check_hop_limits(_on(**policy)) == []
+    assert check_hop_limits(subject({"unix_listener": {"enabled": True}})) == []
+
+
+_TWO = render_token_keys([TokenKey(b"k" * 32), TokenKey(b"l" * 32)])
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "status", "warning", "text", "hint"),
+    [
+        (_TWO, 0o600, 0, False, "2 keys in ", ""),
+        (_TWO, 0o640, 0, True, "a group can use ", "chmod 0600"),
+        (_TWO, 0o644, 78, False, "tokens.key_file: ", "chmod o-rwx"),
+        ("s3cret\n", 0o600, 78, False, "line 1", ""),
+        (None, 0, 78, False, "tokens.key_file: cannot read", "create it"),
+    ],
+)
+def test_a_file_of_keys_is_for_root_alone_and_never_shown(
+    tmp_path: Path,
+    content: str | None,
+    mode: int,
+    *,
+    status: int,
+    warning: bool,
+    text: str,
+    hint: str,
+) -> None:
+    named, default = tmp_path / "keys", subject({"paths": {"state_dir": str(tmp_path)}})
+    subjects = [(named, subject({"tokens": {"key_file": str(named)}}))]
+    if content is not None:
+        subjects.append((default.layout.token_keys, default))
+    for path, on in subjects:
+        if content is not None:
+            path.write_text(content)
+            path.chmod(mode)
+        (finding,) = check_token_keys(on)
+        assert (finding.exit_status, finding.warning) == (status, warning)
+        assert text in finding.text
+        assert hint in finding.hint
+        for secret in (TokenKey(b"k" * 32).text, "s3cret"):
+            assert secret not in finding.text + finding.hint
+
+
+def test_the_first_key_is_made_at_the_start(tmp_path: Path) -> None:
+    on = subject({"paths": {"state_dir": str(tmp_path)}})
+    (made,) = check_token_keys(on)
+    assert (made.ok, made.text) == (True, f"the first key will be made in {on.layout.token_keys}")
+
+
+def test_a_damaged_file_of_overrides_is_found_before_the_start(tmp_path: Path) -> None:
+    on = subject({"paths": {"state_dir": str(tmp_path)}})
+    path = on.layout.guards
+    assert check_overrides(on) == []
+    path.write_text('{"format": 1, "instances": {"web": [1, 0]}}')
+    (fine,) = check_overrides(on)
+    assert (fine.ok, fine.warning, "1 instance" in fine.text) == (True, False, True)
+    path.write_text("{")
+    (damaged,) = check_overrides(on)
+    assert damaged.exit_status == 71
+    assert f"{path} is damaged" in damaged.text

@@ -11,13 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.admin import tokens
 from imdsproxy.cli import snippet
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.nova import EndpointSet, NovaRouting
 from imdsproxy.core.policy import OperatorOverride, PolicyBook, PolicyRules, TokenMode
 from imdsproxy.core.wire import HEADER_LOGGED
-from imdsproxy.errors import Problem
 from support.admin_server import NOW
 from support.cli import Cli, Ran
 
@@ -232,19 +230,6 @@ def test_rotation_prints_the_name_of_the_new_key(cli: Cli) -> None:
     keys = cli.server.policy_store.keys
     assert ran.out == f"done: key {keys.keys[0].kid} signs tokens, {keys.path} has it\n"
     assert (ran.status, len(keys.keys)) == (0, 2)
-
-
-def test_a_rotation_that_is_not_in_force_yet_is_shown_with_its_reason(
-    cli: Cli, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cli.server.unapplied.append(Problem("x", "HAProxy does not answer"))
-    cli.server.haproxy.stop_answering_after = 0
-    monkeypatch.setattr(tokens, "_APPLY_DEADLINE_S", 0.1)
-    ran = cli("token", "rotate")
-    assert (ran.status, ran.out.startswith("stored: ")) == (75, True)
-    reasons = "  the data plane has not confirmed it yet\n  HAProxy does not answer"
-    assert f"not in force yet:\n{reasons}" in ran.out
-    assert cli("--json", "token", "rotate").json["applied"] is False
 
 
 MAC = "52:54:00:12:34:56"

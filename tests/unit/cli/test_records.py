@@ -308,8 +308,9 @@ def test_a_domain_is_taken_over_and_once_more_when_it_has_changed(
     assert cli.instance(uuid_of("web")).hostname == "mail"
 
 
-@pytest.mark.usefixtures("domains")
-def test_flags_win_over_the_domain(cli: Cli) -> None:
+def test_flags_win_over_the_domain_and_a_network_may_have_libvirts_name(
+    cli: Cli, domains: dict[str, str]
+) -> None:
     cli("network", "add", "other", "--bridge", "br1")
     added = ("instance", "add", "web-1", "--from-libvirt", "web", "--network", "other")
     assert cli(*added, "--hostname", "mail", "--ssh-key", KEY).status == 0
@@ -317,13 +318,9 @@ def test_flags_win_over_the_domain(cli: Cli) -> None:
     assert (instance.hostname, instance.user_data) == ("mail", b"#!/bin/sh")
     assert [each.key for each in instance.ssh_keys] == [KEY]
     assert instance.ports == (port("other", "192.168.122.5", mac=MAC),)
-
-
-def test_a_network_may_have_libvirts_name_for_it(cli: Cli, domains: dict[str, str]) -> None:
-    cli("network", "add", "elsewhere", "--namespace", "net-a")
-    domains["web"] = domain_xml("web", [("network=elsewhere", MAC)])
+    domains["web"] = domain_xml("web", [("network=other", "52:54:00:00:00:07")])
     assert cli("instance", "add", "web", "--from-libvirt", "web").status == 0
-    assert cli.instance("web").ports[0].network == "elsewhere"
+    assert cli.instance("web").ports[0].network == "other"
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,27 @@
+"""Settings as they are loaded, refused, compared and missed."""
+
 from __future__ import annotations
 
+import copy
 import json
 import re
 import sys
+from contextlib import nullcontext
 from operator import attrgetter
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import pytest
 
-from imdsproxy.config.describe import iterate_settings, walk_values
+from imdsproxy.config.changes import SettingChange, diff_settings, refuse_dropped
+from imdsproxy.config.describe import Setting, iterate_settings, walk_values
 from imdsproxy.config.load import Loaded, load_settings
 from imdsproxy.config.render import settings_by_origin
 from imdsproxy.config.schema import Settings
-from imdsproxy.config.section import Endpoint
-from imdsproxy.errors import ConfigInvalid, ConfigUnreadable, Problem
+from imdsproxy.config.section import Change, Endpoint, parse_endpoint
+from imdsproxy.core.haproxy.counting import ONE_IN
+from imdsproxy.errors import ConfigInvalid, ConfigUnreadable, Problem, SettingsDropped
 
 _REFUSED = Path(__file__).with_name("refused_settings.txt").read_text(encoding="utf-8")
 """Settings, after variables if there are some, each with the problems that they have, by their lines."""
@@ -68,9 +75,8 @@ def test_later_files_and_the_environment_win(tmp_path: Path) -> None:
 
     loaded = load_settings(config, {"IMDSPROXY_LOG__LEVEL": "debug"})
 
-    assert loaded.settings.haproxy.nbthread == 4
-    assert loaded.settings.haproxy.maxconn == 9
-    assert loaded.settings.haproxy.cache_mb == 8
+    haproxy = loaded.settings.haproxy
+    assert (haproxy.nbthread, haproxy.maxconn, haproxy.cache_mb) == (4, 9, 8)
     assert loaded.settings.log.level == "debug"
     assert _origins(loaded) == {
         "haproxy.nbthread": f"{tmp_path}/conf.d/20.yaml:2",
@@ -233,11 +239,8 @@ def test_several_unreadable_files_are_told_together(tmp_path: Path) -> None:
     with pytest.raises(ConfigUnreadable) as caught:
         load_settings(config, {})
 
-    text = str(caught.value)
-    assert "3 files" in text
-    assert "c.yaml" in text
-    assert "is there twice" in text
-    assert "not UTF-8" in text
+    for text in ("3 files", "c.yaml", "is there twice", "not UTF-8"):
+        assert text in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -284,3 +287,153 @@ def test_twice_as_many_settings_take_twice_the_work(tmp_path: Path) -> None:
     _calls_to_load(tmp_path / "warm.yaml", 1)
     few, many = (_calls_to_load(tmp_path / f"{count}.yaml", count) for count in (200, 400))
     assert many < 2.2 * few
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("127.0.0.1", "no port"),
+        ("127.0.0.1:", "no port"),
+        ("127.0.0.1:x", "no port"),
+        ("127.0.0.1:0", "not a TCP port"),
+        ("127.0.0.1:65536", "not a TCP port"),
+        ("localhost:80", "not an IP address"),
+        ("::1:80", "brackets"),
+        ("[127.0.0.1]:80", "brackets"),
+        ("169.254.169.254:80", "link-local"),
+        ("[fe80::a9fe:a9fe]:80", "link-local"),
+        ("0.0.0.0:80", "everywhere"),
+        ("[::]:80", "everywhere"),
+        ("224.0.0.1:80", "multicast"),
+        ("127.0.0.1:²", "no port"),
+    ],
+)
+def test_what_guests_could_reach_or_nobody_is_refused(text: str, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        parse_endpoint(text)
+
+
+_FULL = "policy: {host: {tokens: required, paths: {/latest/a: deny}}, networks: {n: {burst: 9}}}\n"
+
+
+def _load(path: Path, text: str) -> Loaded:
+    path.write_text(text)
+    return load_settings(path, {})
+
+
+@pytest.mark.parametrize(
+    ("text", "empty", "blank"),
+    [
+        *((text, True, True) for text in ("", " \n\n")),
+        *((text, True, False) for text in ("# a comment\n", "---\n", "null\n")),
+        *((text, False, False) for text in ("{}\n", "haproxy: {}\n")),
+    ],
+)
+def test_only_a_blank_file_is_refused_at_a_start_and_always(
+    tmp_path: Path, text: str, *, empty: bool, blank: bool
+) -> None:
+    config = tmp_path / "c.yaml"
+    before, loaded = _load(config, _FULL), _load(config, text)
+    assert (config in loaded.empty, config in loaded.blank) == (empty, blank)
+    for known in (None, before):
+        with pytest.raises(SettingsDropped, match="is blank") if blank else nullcontext():
+            refuse_dropped(known, loaded, allowed=known is not None)
+    refuse_dropped(None, load_settings(Path("/dev/null"), {}))
+
+
+@pytest.mark.parametrize(
+    ("text", "missing"),
+    [
+        ("{}\n", "every policy"),
+        ("policy: {host: {paths: {}}}\n", "every policy"),
+        ("policy: {host: {tokens: required}}\n", "every `deny`"),
+        ("policy: {networks: {n: {burst: 9}}}\n", "every `deny`"),
+        ("# a comment\n", "holds no settings any more"),
+        # Changed or moved is not missing.
+        ("policy: {host: {paths: {/latest/a: allow}}}\n", ""),
+        ("policy: {networks: {n: {paths: {/latest/b: deny}}}}\n", ""),
+        ("policy: {host: {paths: {/latest/a: deny}}}\n", ""),
+    ],
+)
+def test_what_is_missing_is_named_and_refused_unless_it_is_allowed(
+    tmp_path: Path, text: str, missing: str
+) -> None:
+    before = _load(tmp_path / "c.yaml", _FULL)
+    after = _load(tmp_path / "c.yaml", text)
+    with pytest.raises(SettingsDropped, match=missing) if missing else nullcontext():
+        refuse_dropped(before, after)
+    refuse_dropped(before, after, allowed=True)
+
+
+SETTINGS = {setting.path: setting for setting in iterate_settings()}
+SET = {"endpoints": [{"url": "http://192.0.2.10:8775"}], "secret_file": "/x.secret"}
+OTHER = {"endpoints": [{"url": "https://nova:1"}], "secret_file": "/x.secret", "verify": False}
+DENY = {"/latest/user-data": "deny"}
+
+
+def _settings(values: dict[str, Any]) -> Settings:
+    return Settings.model_validate(copy.deepcopy(values), strict=False)
+
+
+def _dumped(settings: Settings, path: str) -> object:
+    found: Any = settings.model_dump(mode="json")
+    for step in path.split("."):
+        found = found.get(step) if isinstance(found, dict) else None
+    return found
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "changes"),
+    [
+        ({}, {}, {}),
+        ({}, {"namespace_proxy": {"debug": True}}, {"namespace_proxy.debug": Change.NOTHING}),
+        ({}, {"log": {"level": "debug"}}, {"log.level": Change.LIVE}),
+        ({}, {"policy": {"host": {"paths": DENY}}}, {"policy.host.paths": Change.LIVE}),
+        ({}, {"metrics": {"haproxy_listen": None}}, {"metrics.haproxy_listen": Change.RELOAD}),
+        ({}, {"paths": {"runtime_dir": "/x"}}, {"paths.runtime_dir": Change.RESTART}),
+        (
+            {},
+            {"sources": {"libvirt": {"networks": ["default"]}}},
+            {"sources.libvirt.networks": Change.RESTART},
+        ),
+        # What comes or goes by its name is one change, what stays is compared setting by setting.
+        *(
+            ({}, {"policy": {scope: {"x": {"tokens": "off"}}}}, {f"policy.{scope}.x": Change.LIVE})
+            for scope in ("networks", "projects", "instances")
+        ),
+        (
+            {},
+            {"nova": {"endpoint_sets": {"default": SET}}},
+            {"nova.endpoint_sets.default": Change.RELOAD},
+        ),
+        (
+            {"nova": {"endpoint_sets": {"default": SET}}},
+            {"nova": {"endpoint_sets": {"default": OTHER}}},
+            {
+                "nova.endpoint_sets.default.endpoints": Change.RELOAD,
+                "nova.endpoint_sets.default.verify": Change.RELOAD,
+            },
+        ),
+    ],
+)
+def test_each_setting_that_differs_says_what_its_change_takes(
+    before: dict[str, Any], after: dict[str, Any], changes: dict[str, Change]
+) -> None:
+    old, new = _settings(before), _settings(after)
+    for one, other in ((old, new), (new, old)):
+        assert diff_settings(one, other) == tuple(
+            SettingChange(path, _dumped(one, path), _dumped(other, path), change)
+            for path, change in changes.items()
+        )
+
+
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+def test_each_setting_is_documented(setting: Setting) -> None:
+    assert len(setting.description) > 15
+    assert setting.description.endswith(".")
+    assert setting.takes
+    assert "^" not in setting.takes, "a pattern says nothing to most people"
+
+
+def test_the_share_of_reads_that_are_counted_is_the_one_in_the_description() -> None:
+    assert f"one read in {ONE_IN} by chance" in SETTINGS["tokens.count_reads"].description

@@ -9,7 +9,6 @@ from imdsproxy.controller import build
 from imdsproxy.core.timing import Progress
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.host.clock import Clock
-from imdsproxy.sources.libvirt.source import LibvirtClient, LibvirtSource
 from imdsproxy.sources.neutron.source import NeutronSource
 
 
@@ -37,24 +36,6 @@ def test_neutron_is_the_one_that_is_asked_for_addresses(tmp_path: Path) -> None:
     assert isinstance(sources.look_up, NeutronSource)
     assert sources.writable is None
     assert build.build_sources(Settings(), Clock(), _begin, Progress()).look_up is None
-
-
-def test_libvirt_is_asked_as_the_settings_say() -> None:
-    said = {
-        "enabled": True,
-        "uri": "test:///default",
-        "networks": ["default"],
-        "domains": "marked",
-        "reread_s": 5.0,
-    }
-    settings = Settings.model_validate({"sources": {"libvirt": said}})
-    _store, source = build.build_sources(settings, Clock(), _begin, Progress()).all
-    assert isinstance(source, LibvirtSource)
-    assert isinstance(source.client, LibvirtClient)
-    assert source.client.uri == "test:///default"
-    assert source._known.selected == frozenset({"default"})
-    assert source._known.marked_only
-    assert source.settings.reread_s == 5.0
 
 
 def test_a_document_server_finds_modules_where_its_controller_does() -> None:
