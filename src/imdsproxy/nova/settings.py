@@ -79,7 +79,7 @@ def parse_nova_url(text: str) -> NovaUrl:
     host = parts.hostname or ""
     if port == 0 or parts.netloc.endswith(":"):
         raise ValueError("has no TCP port after the colon")
-    host = _address_v6(host) if parts.netloc.startswith("[") else _name_or_v4(host)
+    host = _parse_host(host, bracketed=parts.netloc.startswith("["))
     if host in _ITSELF:
         raise ValueError(f"{host} is where guests ask: requests would come back here")
     if host in {"0.0.0.0", "::"}:  # noqa: S104 - refused, not bound
@@ -88,25 +88,19 @@ def parse_nova_url(text: str) -> NovaUrl:
     return NovaUrl(scheme, host, NOVA_METADATA_PORT if port is None else port)
 
 
-def _address_v6(text: str) -> str:
+def _parse_host(text: str, *, bracketed: bool) -> str:
+    if not bracketed and not _ADDRESS_V4.fullmatch(text):
+        if not _NAME.fullmatch(text) or len(text) > _NAME_LENGTH:
+            raise ValueError(f"{text!r} is neither a name nor an address")
+        return text
     try:
-        address = IPv6Address(text)
+        # That of IPv4 refuses leading zeros, which some read as octal.
+        address = IPv6Address(text) if bracketed else IPv4Address(text)
     except ValueError:
-        raise ValueError(f"{text!r} is not an IPv6 address") from None
-    if address.scope_id is not None:
+        raise ValueError(f"{text!r} is not an IPv{6 if bracketed else 4} address") from None
+    if "%" in text:
         raise ValueError("must not name a device: give an address that is the same everywhere")
     return str(address)
-
-
-def _name_or_v4(text: str) -> str:
-    if _ADDRESS_V4.fullmatch(text):
-        try:
-            return str(IPv4Address(text))  # refuses leading zeros, which some read as octal
-        except ValueError:
-            raise ValueError(f"{text!r} is not an IPv4 address") from None
-    if not _NAME.fullmatch(text) or len(text) > _NAME_LENGTH:
-        raise ValueError(f"{text!r} is neither a name nor an address")
-    return text
 
 
 DEFAULT_SET = "default"

@@ -17,13 +17,18 @@ from typing import Any, Final
 
 import pytest
 
-from imdsproxy.app.namespace_proxy import NetworkMetadataProxyHandler, ProxyDaemon, main, proxy
+from imdsproxy.app.namespace_proxy import (
+    NetworkMetadataProxyHandler,
+    ProxyDaemon,
+    cleanup_config_file,
+    main,
+    proxy,
+)
 from imdsproxy.app.namespace_proxy.proxy import (
     Launch,
     claim_file,
     find_haproxy,
     make_directories,
-    remove_unclaimed,
     runs_with,
     try_to_bind,
 )
@@ -438,16 +443,16 @@ def test_a_file_that_is_replaced_while_it_is_locked_is_looked_at_again(
 
 
 def test_removing_takes_what_killed_writers_left_and_says_whether_the_file_was_there(
-    tmp_path: Path,
+    tmp_path: Path, config: Path
 ) -> None:
-    path = tmp_path / "a.conf"
-    path.touch()
-    path.with_suffix(".pid").touch()
-    (tmp_path / ".a.conf.4194304999-1.tmp").touch()
-    assert remove_unclaimed(path)
-    assert list(tmp_path.iterdir()) == []
-    assert not remove_unclaimed(path)
-    assert not remove_unclaimed(tmp_path / "none" / "a.conf")
+    config.parent.mkdir()
+    config.touch()
+    config.with_suffix(".pid").touch()
+    config.with_name(".a.conf.4194304999-1.tmp").touch()
+    assert cleanup_config_file(UUID, tmp_path)
+    assert list(config.parent.iterdir()) == []
+    assert not cleanup_config_file(UUID, tmp_path)
+    assert not cleanup_config_file(UUID, tmp_path / "none")
 
 
 def test_a_file_that_cannot_be_written_is_reported_and_leaves_nothing(tmp_path: Path) -> None:

@@ -301,7 +301,10 @@ def fail_start(status: int, errors: str, launch: Launch, port: int | str) -> NoR
 
 
 def cleanup_config_file(uuid: str, state_path: str | os.PathLike[str] | None = None) -> bool:
-    """Remove the configuration of a proxy that has ended; whether there was one.
+    """Remove the configuration of a proxy that has ended, and what writers that were killed left beside it.
+
+    Returns:
+        Whether there was one.
 
     Raises:
         RequestRefused: It is no UUID.
@@ -309,7 +312,16 @@ def cleanup_config_file(uuid: str, state_path: str | os.PathLike[str] | None = N
         PrivilegeMissing: This process may not remove it.
     """
     directory = NetworkMetadataProxyHandler.get_config_path(state_path)
-    return remove_unclaimed(directory / f"{namespace_proxy.parse_uuid(uuid)}.conf")
+    path, removed = directory / f"{namespace_proxy.parse_uuid(uuid)}.conf", False
+    with refusing(f"remove {path}"), contextlib.suppress(FileNotFoundError):
+        held = _lock(path, os.O_RDONLY)
+        path.unlink(missing_ok=True)
+        # HAProxy's own, of a start that was killed.
+        path.with_suffix(".pid").unlink(missing_ok=True)
+        os.close(held)
+        removed = True
+    sweep_unfinished(directory)
+    return removed
 
 
 @dataclass
@@ -552,25 +564,6 @@ def claim_file(path: Path, data: bytes) -> int:
             temporary.unlink(missing_ok=True)
             os.close(before)
     return new
-
-
-def remove_unclaimed(path: Path) -> bool:
-    """Remove the file, and what writers that were killed left beside it; whether it was there.
-
-    Raises:
-        HostRefused: It is in use, or the file system refused.
-        PrivilegeMissing: This process may not remove it.
-    """
-    removed = False
-    with refusing(f"remove {path}"), contextlib.suppress(FileNotFoundError):
-        held = _lock(path, os.O_RDONLY)
-        path.unlink(missing_ok=True)
-        # HAProxy's own, of a start that was killed.
-        path.with_suffix(".pid").unlink(missing_ok=True)
-        os.close(held)
-        removed = True
-    sweep_unfinished(path.parent)
-    return removed
 
 
 def _lock(path: Path, flags: int) -> int:

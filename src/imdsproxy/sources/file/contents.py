@@ -12,7 +12,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, Final, TypeAlias, cast
@@ -40,15 +40,8 @@ _TOGETHER: Final = 200
 _CHILD: Final = f"import sys; from {__name__} import send_contents; send_contents(sys.argv[1])"
 
 
-Entries: TypeAlias = "dict[str, list[Entry[Any]]]"
-"""By kind (`networks` or `instances`), in the file's order; an instance's record is a `PackedInstance`."""
-
-_Send: TypeAlias = "Callable[[Entries, float], None]"
-"""Takes some records, and the share of the file that is read."""
-
-
-def _no_entries() -> Entries:
-    return {kind: [] for kind in LISTS}
+_Take: TypeAlias = "Callable[[str, Entry[Any], float], None]"
+"""Takes a record, its kind first, and the share of the file that is read."""
 
 
 @dataclass(slots=True)
@@ -56,13 +49,16 @@ class FileContents:
     """What a file holds.
 
     Attributes:
+        entries: By kind (`networks` or `instances`), in the file's order; an instance's record is a `PackedInstance`.
         payloads: The files that its records name, with their state when they were read.
-        problems: What is wrong with it as a whole; then it has no records.
+        problems: What is wrong with it as a whole; then its records do not count.
         blank: There is nothing in it at all.
         nameless: What is wrong with records whose id cannot be read, by kind.
     """
 
-    entries: Entries = field(default_factory=_no_entries)
+    entries: dict[str, list[Entry[Any]]] = field(
+        default_factory=lambda: {kind: [] for kind in LISTS}
+    )
     payloads: dict[Path, Signature] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
     blank: bool = False
@@ -73,21 +69,16 @@ class FileContents:
 
 def read_contents(path: Path, progress: Progress) -> FileContents:
     """Read a file; blocks for as long as that takes. `progress` shows how far a large one is."""
-    found = _no_entries()
-
-    def keep(entries: Entries, _share: float) -> None:
-        for kind, more in entries.items():
-            found[kind] += more
-
     signature = signature_of(path)
-    apart = signature is not None and _APART <= signature[1] <= _LARGEST
-    contents = _read_apart(path, keep, progress) if apart else _read(path, keep)
-    return contents if contents.problems else replace(contents, entries=found)
-
-
-def _read(path: Path, send: _Send) -> FileContents:
-    """Read a file here; `send` is given its records, some at a time."""
+    if signature is not None and _APART <= signature[1] <= _LARGEST:
+        return _read_apart(path, progress)
     contents = FileContents()
+    _read(path, contents, lambda kind, entry, _share: contents.entries[kind].append(entry))
+    return contents
+
+
+def _read(path: Path, contents: FileContents, take_entry: _Take) -> None:
+    """Read a file here; what is in it beside its records is put into `contents`."""
     read = payload_reader(path.parent)
 
     def read_payload(field: Field) -> bytes:
@@ -102,21 +93,16 @@ def _read(path: Path, send: _Send) -> FileContents:
         if isinstance(record, Refused) and record.id is None:
             contents.nameless[kind] += record.problems
             return
-        contents.entries[kind].append(_entry(record, path.name, place, line_of))
-        if sum(map(len, contents.entries.values())) >= _TOGETHER:
-            send(contents.entries, share)
-            contents.entries = _no_entries()
+        take_entry(kind, _entry(record, path.name, place, line_of), share)
 
     try:
         data = _read_regular(path)
     except OSError as error:
         reason = f"cannot be read: {error.strerror or error}"
         contents.problems = (Problem("file", reason, "mend or remove it", str(path)),)
-        return contents
-    contents.blank = not data.strip()
-    contents.problems = read_records(data, file=str(path), take=take, read_file=read_payload)
-    send(contents.entries, 1)
-    return replace(contents, entries=_no_entries())
+    else:
+        contents.blank = not data.strip()
+        contents.problems = read_records(data, file=str(path), take=take, read_file=read_payload)
 
 
 def _entry(
@@ -140,7 +126,8 @@ def _share(offsets: tuple[int | None, ...]) -> tuple[int | None, ...]:
     return offsets
 
 
-def _read_apart(path: Path, keep: _Send, progress: Progress) -> FileContents:
+def _read_apart(path: Path, progress: Progress) -> FileContents:
+    entries = FileContents().entries
     log = structlog.get_logger().bind(file=str(path))
     log.info("reading a large record file")
     step = f"reading {path}, percent"
@@ -151,7 +138,8 @@ def _read_apart(path: Path, keep: _Send, progress: Progress) -> FileContents:
         try:
             while (part := pickle.load(stream))[1] is not None:  # noqa: S301 - our own process wrote it
                 progress.note(step, int(part[1] * 100), 100)
-                keep(*part)
+                for kind, entry in part[0]:
+                    entries[kind].append(entry)
         except (EOFError, pickle.UnpicklingError):
             part = None
         except BaseException:
@@ -165,6 +153,7 @@ def _read_apart(path: Path, keep: _Send, progress: Progress) -> FileContents:
         return FileContents(problems=(Problem("file", reason, hint, str(path)),))
     log.info("read a large record file")
     contents: FileContents = part[0]
+    contents.entries = entries
     return contents
 
 
@@ -173,12 +162,21 @@ def send_contents(path: str) -> None:
 
     In parts, so that neither process has more of it in memory than it must, and the reader's other threads go on.
     """
+    contents, waiting = FileContents(), list[tuple[str, Entry[Any]]]()
 
-    def send(*part: object) -> None:
-        pickle.dump(part, sys.stdout.buffer)
+    def send(what: object, share: float | None) -> None:
+        pickle.dump((what, share), sys.stdout.buffer)
         sys.stdout.buffer.flush()
 
-    send(_read(Path(path), send), None)
+    def take_entry(kind: str, entry: Entry[Any], share: float) -> None:
+        waiting.append((kind, entry))
+        if len(waiting) >= _TOGETHER:
+            send(waiting, share)
+            waiting.clear()
+
+    _read(Path(path), contents, take_entry)
+    send(waiting, 1)
+    send(contents, None)
 
 
 def signature_of(path: Path) -> Signature:

@@ -20,15 +20,7 @@ from imdsproxy.core.model import IpAddress, NetworkId, Scope
 from imdsproxy.core.observation import AddressKey, Observation, StrandedPort
 from imdsproxy.errors import Problem, SourceUnavailable
 from imdsproxy.host.clock import Clock
-from imdsproxy.sources.api import (
-    LookUp,
-    LookUpUnavailable,
-    PortAmbiguous,
-    PortFound,
-    PortMissing,
-    Publish,
-    Reports,
-)
+from imdsproxy.sources import api
 from imdsproxy.sources.neutron.cache import open_cache
 from imdsproxy.sources.neutron.client import NeutronClient
 from imdsproxy.sources.neutron.known import EntryKey, KnownPorts, Route
@@ -42,11 +34,11 @@ LookUpResult: TypeAlias = Literal[
 ]
 _Key: TypeAlias = tuple[Scope, NetworkId, IpAddress]
 
-_RESULTS: Final[Mapping[type[LookUp], LookUpResult]] = {
-    PortFound: "found",
-    PortMissing: "missing",
-    PortAmbiguous: "ambiguous",
-    LookUpUnavailable: "unavailable",
+_RESULTS: Final[Mapping[type[api.LookUp], LookUpResult]] = {
+    api.PortFound: "found",
+    api.PortMissing: "missing",
+    api.PortAmbiguous: "ambiguous",
+    api.LookUpUnavailable: "unavailable",
 }
 _TICK_S: Final = 1.0
 _SAVE_S: Final = 60.0
@@ -91,20 +83,20 @@ class NeutronSource:
     queries: Queries = field(init=False)
     look_ups: Counter[LookUpResult] = field(default_factory=Counter)
     _cache: SideCache[EntryKey | None, NeutronPort | Route | float] = field(init=False)
-    _publish: Publish | None = None
-    _reports: Reports = field(default_factory=lambda: Reports("neutron", defers=True))
+    _publish: api.Publish | None = None
+    _reports: api.Reports = field(default_factory=lambda: api.Reports("neutron", defers=True))
     _complete: bool = False
     _list_failure: SourceUnavailable | None = None
     _saved: float = field(init=False)
-    _negative: dict[_Key, tuple[LookUp, float]] = field(default_factory=dict)
-    _pending: dict[_Key, asyncio.Task[LookUp]] = field(default_factory=dict)
+    _negative: dict[_Key, tuple[api.LookUp, float]] = field(default_factory=dict)
+    _pending: dict[_Key, asyncio.Task[api.LookUp]] = field(default_factory=dict)
 
     def __post_init__(self, cache: Path) -> None:
         self._cache, self._saved = open_cache(cache), self.clock.monotonic()
         asked = self.client, self.settings, self.clock, self.random
         self.queries = Queries(*asked, self._outage_changed)
 
-    async def run(self, publish: Publish) -> None:
+    async def run(self, publish: api.Publish) -> None:
         """Report what is known, and keep it up to date, until cancelled.
 
         While Neutron does not answer, what was reported stays, and the source reports a problem. It stays in sync:
@@ -136,10 +128,10 @@ class NeutronSource:
         field = f"ports.{ports[port.number].id}" if port.number < len(ports) else ""
         return port.problem(field=field)
 
-    def routes(self) -> Mapping[AddressKey, PortFound]:
+    def routes(self) -> Mapping[AddressKey, api.PortFound]:
         """Every address behind a router that was looked up and holds now."""
         return {
-            key: PortFound(known.port.network, known.port.instance)
+            key: api.PortFound(known.port.network, known.port.instance)
             for key in self.known.routes
             if (known := self.known.behind(*key)) is not None and not known.aside
         }
@@ -153,14 +145,14 @@ class NeutronSource:
         stale = f"; stale since, because {self.name} does not answer" if self.queries.outage else ""
         return f"it is port {known.port.id} of {self.name}, confirmed {age:.0f} s ago{stale}"
 
-    async def look_up(self, scope: Scope, network: NetworkId, address: IpAddress) -> LookUp:
+    async def look_up(self, scope: Scope, network: NetworkId, address: IpAddress) -> api.LookUp:
         """The instance that has the address.
 
         It is found by what is known, else by one query, however many wait for it; it is in force, and published, before
         it is answered.
         """
         if self._publish is None:
-            return LookUpUnavailable("the source has not started yet")
+            return api.LookUpUnavailable("the source has not started yet")
         key = scope, network, normalise_address(address)
         found = self._recall(key)
         if found is not None:
@@ -182,10 +174,10 @@ class NeutronSource:
         except asyncio.CancelledError:
             asker = asyncio.current_task()
             if asker is None or not asker.cancelling():
-                return LookUpUnavailable("imdsproxy is about to end")
+                return api.LookUpUnavailable("imdsproxy is about to end")
             raise
 
-    def _recall(self, key: _Key) -> PortFound | None:
+    def _recall(self, key: _Key) -> api.PortFound | None:
         scope, network, address = key
         find = self.known.at if scope is Scope.NETWORK else self.known.behind
         known = find(network, address)
@@ -194,9 +186,9 @@ class NeutronSource:
         lifetime = self.settings.lifetime_s * (1 - _SPREAD * self.random())
         self.known.keep(known, self.clock.monotonic() + lifetime)
         self._report()
-        return PortFound(known.port.network, known.port.instance)
+        return api.PortFound(known.port.network, known.port.instance)
 
-    async def _ask(self, key: _Key) -> LookUp:
+    async def _ask(self, key: _Key) -> api.LookUp:
         scope, network, address = key
         try:
             networks = [network]
@@ -205,18 +197,18 @@ class NeutronSource:
             found, asked = await self.queries.find(networks, (address,), network)
             answer = self._judge(key, found[address], asked)
         except SourceUnavailable as error:
-            answer = LookUpUnavailable(error.message)
+            answer = api.LookUpUnavailable(error.message)
         self.look_ups[_RESULTS[type(answer)]] += 1
-        if isinstance(answer, PortMissing | PortAmbiguous):
+        if isinstance(answer, api.PortMissing | api.PortAmbiguous):
             while len(self._negative) >= _MAX_NEGATIVE:
                 del self._negative[next(iter(self._negative))]
             self._negative[key] = answer, self.clock.monotonic() + self.settings.negative_ttl_s
         return answer
 
-    def _judge(self, key: _Key, ports: Sequence[NeutronPort], asked: float) -> LookUp:
+    def _judge(self, key: _Key, ports: Sequence[NeutronPort], asked: float) -> api.LookUp:
         scope, router, address = key
         if len(ports) > 1:
-            return PortAmbiguous(len(ports))
+            return api.PortAmbiguous(len(ports))
         for port in ports:
             self.known.put(port, asked)
             if scope is Scope.ROUTER and port.serves:
@@ -226,8 +218,10 @@ class NeutronSource:
             return found
         self._report()
         if self.queries.settling:
-            return LookUpUnavailable("Neutron has just come back, and may not show all ports yet")
-        return PortMissing()
+            return api.LookUpUnavailable(
+                "Neutron has just come back, and may not show all ports yet"
+            )
+        return api.PortMissing()
 
     # Rounds
 
