@@ -164,15 +164,6 @@ def test_it_is_on_the_wire_in_each_kind_of_network_and_gone_by_the_next_answer(
         assert _limits(guest, IPV6) == (7, 64), guest.name
 
 
-@pytest.mark.parametrize(("limit", "sent"), [(47, 46), (48, 48)])
-def test_each_limit_is_kept_though_one_goes_as_one_less(
-    world: World, limit: int, sent: int
-) -> None:
-    world.have_policy({"networks": {"red": {"hop_limit": limit}}})
-    _given(world.red, sent)
-    assert _limits(world.red) == (sent, 64)
-
-
 def test_behind_a_hop_a_limit_of_1_never_arrives_and_2_does(world: World) -> None:
     """The kernel sends what got lost again, with what the connection has by then."""
     with _container(world, world.red) as inner:

@@ -137,19 +137,6 @@ def test_an_address_that_leaves_its_guest_is_forgotten_by_an_event(world: World)
     reads(guest, "bare")
 
 
-def test_a_kept_connection_ends_with_the_lease(world: World) -> None:
-    first, second = world.lab.guest("red", 106), world.lab.guest("red", 107)
-    world.daemon.put(instances=[by_mac(first, "first"), by_mac(second, "second")])
-    reads(first, "first")
-    with first.connect() as kept:
-        assert kept.request(_TARGET).body == user_data_of("first")
-        without_address(second)
-        with_address(second, first.addresses[0])
-        reads(second, "second", source=first.addresses[0])
-        kept.socket.settimeout(0.5)
-        assert cut(kept)
-
-
 @pytest.mark.parametrize("network", ["red", "blue", "grey"])
 @pytest.mark.parametrize("to", [IPV4, IPV6])
 def test_a_guest_that_replaces_another_without_arp_is_answered_at_once(
@@ -174,25 +161,6 @@ def give(guest: Guest, address: str) -> None:
     """Have a guest take an address without announcing it."""
     length = "24" if "." in address else "64 nodad"
     batch(guest.namespace, [f"address add {address}/{length} dev eth0"])
-
-
-@pytest.mark.parametrize("to", [IPV4, IPV6])
-def test_a_guest_that_has_the_address_of_its_record_from_another_is_answered_at_once(
-    world: World, to: str
-) -> None:
-    first, second = world.lab.guest("red", 94), world.lab.guest("red", 95)
-    address = "10.0.0.88" if to == IPV4 else "2001:db8::88"
-    port = {"network": "red", "mac": first.mac, "addresses": [address]}
-    world.daemon.put(instances=[{**instance("web", "red"), "ports": [port]}])
-    give(first, address)
-    for _ in range(2):
-        assert first.ask(_TARGET, to=to, source=address).body == user_data_of("web")
-    second.ask(_TARGET, to=to)
-    batch(first.namespace, ["link set eth0 down"])
-    give(second, address)
-    world.daemon.put(instances=[{**instance("web", "red"), "ports": [{**port, "mac": second.mac}]}])
-    reply = second.ask(_TARGET, to=to, source=address, timeout_s=0.9 * patience())
-    assert (reply.status, reply.body) == (200, user_data_of("web"))
 
 
 def test_another_mac_in_the_record_ends_kept_connections(world: World) -> None:
@@ -335,24 +303,6 @@ def test_without_a_controller_known_guests_go_on_and_impostors_do_not(world: Wor
     reads(bare, "bare")
     assert macs(world)["learned"] == 1
     world.all_right()
-
-
-def test_a_kept_connection_outlives_the_controller(world: World) -> None:
-    with world.red.connect() as kept:
-        assert own(world.red, kept.request(_TARGET)) is None
-        world.daemon.kill_controller()
-        assert own(world.red, kept.request(_TARGET)) is None
-        world.daemon.start()
-        assert own(world.red, kept.request(_TARGET)) is None
-
-
-def test_a_network_that_went_while_nobody_looked_leaves_no_table(world: World) -> None:
-    world.daemon.kill_controller()
-    store = world.daemon.state / "store.sqlite"
-    for path in store.parent.glob("store.sqlite*"):
-        path.unlink()
-    world.daemon.start()
-    until(lambda: not table(world, "red"), within_s=2, what="the end of the table")
 
 
 def test_who_flushes_all_tables_does_not_let_anybody_in(world: World) -> None:

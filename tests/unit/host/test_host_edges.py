@@ -13,7 +13,7 @@ import pytest
 
 from imdsproxy.errors import DataplaneError, HostRefused, PrivilegeMissing, refusing
 from imdsproxy.host.notify import ServiceNotifier, is_journal, kept_sockets
-from imdsproxy.listeners.apply import apply_links, haproxy_name
+from imdsproxy.listeners.apply import apply_links
 
 
 @pytest.fixture(params=["path", "abstract"])
@@ -83,11 +83,6 @@ def test_sockets_of_another_process_or_name_are_left_alone(environment: dict[str
     assert kept_sockets({"LISTEN_PID": "18", "LISTEN_FDS": "1", **environment}, "audit", 17) == []
 
 
-def test_a_manager_that_is_gone_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(HostRefused, match="notify the service manager"):
-        ServiceNotifier(str(tmp_path / "gone")).ready()
-
-
 @pytest.mark.parametrize(
     ("number", "kind", "message", "hint"),
     [
@@ -136,10 +131,3 @@ def test_links_are_made_changed_and_removed_and_left_alone_when_right(tmp_path: 
     (tmp_path / "file").touch()
     with pytest.raises(HostRefused, match="link namespaces"):
         apply_links(tmp_path / "file", {})
-
-
-def test_haproxy_finds_a_link_by_a_name_relative_to_run_netns() -> None:
-    assert haproxy_name(Path("/run/imdsproxy/netns")) == "../imdsproxy/netns"
-    # /var/run leads to /run on every system that HAProxy's compiled-in path is for.
-    assert haproxy_name(Path("/var/run/imdsproxy/netns")).startswith("../imdsproxy/")
-    assert haproxy_name(Path("/tmp/demo")) == "../../tmp/demo"  # noqa: S108 - a name only

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import errno
 import socket
 import struct
 
@@ -11,13 +10,9 @@ from hypothesis import strategies as st
 from imdsproxy.core.hoststate import AddressState, ObservedAddress
 from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6
 from imdsproxy.host.netlink import (
-    find_link,
-    list_links,
     parse_address,
 )
 from imdsproxy.host.nlmessages import (
-    NetlinkRefused,
-    NetlinkSocket,
     attribute,
     iter_messages,
     pack_attributes,
@@ -96,27 +91,3 @@ def test_an_address_is_read_with_its_origin_where_it_is_the_metadata_address(
 ) -> None:
     seen = parse_address(_address(socket.AF_INET, packed, 0, more), {})
     assert (None if seen is None else (seen.protocol, seen.device)) == found
-
-
-def test_the_kernel_is_asked_for_links() -> None:
-    with NetlinkSocket() as channel:
-        links = list_links(channel)
-        loopback = next(one for one in links if one.name == "lo")
-        assert loopback.index == 1
-        assert find_link(channel, "lo") == loopback
-        assert find_link(channel, "imdst-nowhere") is None
-
-
-@pytest.mark.parametrize(
-    ("kind", "payload"),
-    [
-        # A link with neither an index nor a name.
-        (16, struct.pack("=BxHiII", 0, 0, 0, 0, 0)),
-        (20, struct.pack("=BBBBI", socket.AF_INET, 32, 0, 0, 1)),
-    ],
-)
-def test_a_refusal_has_the_kernels_errno_and_words(kind: int, payload: bytes) -> None:
-    with NetlinkSocket() as channel, pytest.raises(NetlinkRefused) as refused:
-        channel.change(kind, payload)
-    assert refused.value.errno in (errno.EINVAL, errno.ENODEV, errno.EPERM)
-    assert str(refused.value)

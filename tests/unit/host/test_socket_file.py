@@ -183,31 +183,6 @@ def test_a_file_that_was_bound_since_is_kept(path: Path) -> None:
         assert _asked(agent)
 
 
-def test_a_file_that_cannot_be_removed_is_an_error(path: Path) -> None:
-    path.touch()
-    with pytest.raises(HostRefused, match=r"remove .*/metadata_proxy/below"):
-        remove_file(path / "below", (0, 0, 0, 0, 0))
-
-
-def test_the_holder_of_a_path_is_who_is_reached_there(path: Path) -> None:
-    program = f"import socket; s = socket.socket(socket.AF_UNIX); s.bind({str(path)!r}); s.listen(); print(); input()"
-    with subprocess.Popen(
-        (sys.executable, "-c", program), stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as agent:
-        assert agent.stdout is not None
-        agent.stdout.readline()
-        found = find_socket_holder(path)
-        assert found is not None
-        assert found.pid == agent.pid
-        assert found.command[1:] == ("-c", program)
-        # A HAProxy replaces its socket by rename.
-        with _listening(path.with_name(f"{path.name}.7.tmp"), moved_to=path):
-            found = find_socket_holder(path)
-            assert found is not None
-            assert found.pid == _US
-        agent.communicate()
-
-
 _CONFIG = Path("/run/imdsproxy/haproxy.cfg")
 _SOCKET = ListeningSocket(METADATA_IPV4, 80, None, 55)
 
@@ -229,22 +204,3 @@ def test_a_haproxy_with_our_configuration_is_ours_before_its_pids_are_known(
 
     assert found[55].ours == ours
     assert [owner.pid for owner in found[55].owners] == [4711]
-
-
-def test_a_holder_is_known_on_while_other_sockets_are_looked_at(tmp_path: Path) -> None:
-    owners, other = SocketOwners(tmp_path), replace(_SOCKET, inode=56)
-    for pid, inode in ((20, 55), (30, 56)):
-        (tmp_path / str(pid) / "fd").mkdir(parents=True)
-        (tmp_path / str(pid) / "fd/3").symlink_to(f"socket:[{inode}]")
-    for one in (_SOCKET, other):
-        owners.resolve([one], ())
-    # A look at all processes would find this one too.
-    (tmp_path / "21/fd").mkdir(parents=True)
-    (tmp_path / "21/fd/3").symlink_to("socket:[55]")
-
-    (owner,) = owners.resolve([_SOCKET], ())[55].owners
-
-    assert owner.pid == 20
-    (tmp_path / "20/fd/3").unlink()
-    owners.resolve([other], ())
-    assert set(owners._foreign) == {56}, "what is held no more is forgotten"

@@ -1,15 +1,16 @@
-"""From networks and the host as it is to HAProxy's binds; what cannot be bound keeps nobody back."""
+"""From networks and the host as it is to HAProxy's binds, and what is done to the host for them."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import AsyncMock, Mock
 
+import pytest
 from structlog.testing import capture_logs
 
 from imdsproxy.core.endpoints import LeftOutCode
@@ -27,6 +28,7 @@ from imdsproxy.core.hoststate import (
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import (
     METADATA_IPV4,
+    METADATA_IPV6,
     InterfaceListener,
     Listener,
     NamespaceListener,
@@ -35,27 +37,24 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.core.observation import Observation
 from imdsproxy.dataplane.layout import Layout
-from imdsproxy.errors import Problem
+from imdsproxy.errors import HostRefused, Problem
 from imdsproxy.host.clock import Clock
 from imdsproxy.listeners.apply import NftTable
 from imdsproxy.listeners.host import KeptNetworks, SystemHost
-from imdsproxy.listeners.loop import ListenerLoop, choose_exporter
-from imdsproxy.listeners.plan import DeleteNamespace, HostOp, ManagedPlace, Place
+from imdsproxy.listeners.loop import ListenerLoop
+from imdsproxy.listeners.plan import (
+    AddAddress,
+    DeleteLink,
+    DeleteNamespace,
+    HostOp,
+    ManagedPlace,
+    Place,
+    RemoveAddress,
+)
 from imdsproxy.unix_listener.listener import UnixListener
 from imdsproxy.unix_listener.settings import UnixListenerSettings
 from support.fake_haproxy import FakeHaproxy, control_fake
 from support.fake_mac_filters import no_hop_limits, no_mac_filters
-
-
-class FakeTable(NftTable):
-    def __init__(self) -> None:
-        super().__init__("", "")
-        self.scripts: list[str] = []
-        self.problems: tuple[Problem, ...] = ()
-
-    async def apply(self, script: str) -> tuple[Problem, ...]:
-        self.scripts.append(script)
-        return self.problems
 
 
 class FakeHost(SystemHost):
@@ -69,8 +68,10 @@ class FakeHost(SystemHost):
         self.asked: list[tuple[bool, frozenset[NetworkId]]] = []
         self.refusal = ""
         self.done: list[HostOp] = []
-        self.arp_guard = self.guard = FakeTable()
-        self.diverter = FakeTable()
+        self.during: Callable[[], object] = lambda: None
+        self.arp_guard, self.diverter = self.tables = [
+            Mock(apply=AsyncMock(return_value=())) for _ in range(2)
+        ]
 
     def make(self, name: str, inode: int) -> None:
         self.namespaces[name] = ObservedNamespace(
@@ -88,6 +89,7 @@ class FakeHost(SystemHost):
     ) -> ObservedHost:
         given = list(networks)
         self.asked.append((everything, frozenset(one.id for one in given)))
+        self.during()
         names = {
             one.listener.namespace for one in given if isinstance(one.listener, NamespaceListener)
         }
@@ -102,9 +104,13 @@ class FakeHost(SystemHost):
     async def apply(self, ops: Iterable[HostOp]) -> Mapping[HostOp, Problem]:
         given = tuple(ops)
         self.done += given
-        for one in given:
+        for one in () if self.refusal else given:
             if isinstance(one, DeleteNamespace):
                 del self.namespaces[one.namespace]
+            elif isinstance(one, AddAddress) and one.namespace is not None:
+                seen = self.namespaces[one.namespace]
+                there = (*seen.addresses, ObservedAddress(one.device, one.address, 32))
+                self.namespaces[one.namespace] = replace(seen, addresses=there)
         return dict.fromkeys(given, Problem("host", self.refusal)) if self.refusal else {}
 
     def managed(self) -> frozenset[ManagedPlace]:
@@ -286,11 +292,47 @@ async def test_what_the_host_refuses_is_told_and_tried_again(tmp_path: Path) -> 
         assert {problem.reason for problem in rig.loop.report.problems} == {"no permission"}
         assert rig.left_out() == {"red": LeftOutCode.HOST_REFUSED}
         assert rig.host.operations["failed"] >= 1
-        tried = len(rig.host.done)
         rig.host.refusal = ""
         async with asyncio.timeout(30):
-            while len(rig.host.done) == tried:
+            while rig.left_out():
                 await asyncio.sleep(0.01)
+
+
+async def test_what_was_made_is_looked_at_and_planned_with_in_the_same_round(
+    tmp_path: Path,
+) -> None:
+    async with _rig(tmp_path) as rig:
+        rig.host.make("red", 7)
+        rig.host.namespaces["red"] = replace(rig.host.namespaces["red"], addresses=())
+        rig.add(NamespaceListener("red", "eth0", manage_addresses=True))
+        rig.host.asked.clear()
+        await rig.settle("networks changed", "red")
+        assert rig.host.asked == [(False, frozenset({NetworkId("red")}))] * 2
+        report = rig.loop.report
+        assert (report.left_out, len(report.endpoints), report.operations) == ((), 2, 2)
+
+
+@pytest.mark.parametrize("fails", [True, False])
+async def test_after_a_look_that_failed_or_is_not_enough_any_more_all_is_looked_at(
+    tmp_path: Path, *, fails: bool
+) -> None:
+    async with _rig(tmp_path) as rig:
+        rig.host.make("red", 7)
+        rig.say("red")
+        await rig.settle("networks changed", "red")
+
+        def during() -> None:
+            rig.host.during = lambda: None
+            if fails:
+                raise HostRefused("no descriptors left")
+            rig.host.touch(None)
+
+        rig.host.during = during
+        rig.host.asked.clear()
+        for _ in range(2):
+            await rig.settle("link", "red")
+        assert [everything for everything, _ in rig.host.asked][:2] == [False, True]
+        assert rig.bound() == {"red"}
 
 
 async def test_an_exporter_whose_port_is_taken_costs_no_guest_anything(tmp_path: Path) -> None:
@@ -313,30 +355,16 @@ async def test_an_exporter_whose_port_is_taken_costs_no_guest_anything(tmp_path:
                 await asyncio.sleep(0.01)
 
 
-def test_what_a_running_haproxy_has_bound_is_not_tried() -> None:
-    def refuse(host: str, port: int) -> str:
-        return f"{host} {port} is taken"
-
-    config = "frontend exporter\n  bind [::1]:9466 name exporter proto h1\n"
-    assert choose_exporter(None, config, refuse) == (None, None)
-    assert choose_exporter("[::1]:9466", config, refuse) == ("[::1]:9466", None)
-    chosen, problem = choose_exporter("[::1]:9467", config, refuse)
-    assert chosen is None
-    assert problem is not None
-    assert "::1 9467 is taken" in problem.reason
-    assert choose_exporter("[::1]:9466", "", refuse)[0] is None
-    assert choose_exporter("[::1]:9467", config, lambda _host, _port: None)[0] == "[::1]:9467"
-
-
 async def test_the_host_answers_arp_only_where_a_network_listens_on_its_device_or_says_why(
     tmp_path: Path,
 ) -> None:
     async with _rig(tmp_path) as rig:
-        assert "virbr0" not in rig.host.guard.scripts[-1]
+        guard = rig.host.tables[0].apply
+        assert "virbr0" not in str(guard.call_args)
         rig.add(InterfaceListener("virbr0"))
         await rig.settle("networks changed", "red")
-        assert "virbr0" in rig.host.guard.scripts[-1]
-        rig.host.guard.problems = (Problem("host", "no nft"),)
+        assert "virbr0" in str(guard.call_args)
+        guard.return_value = (Problem("host", "no nft"),)
         rig.host.make("red", 7)
         rig.say("red")
         await rig.settle("networks changed", "red")
@@ -370,3 +398,110 @@ async def test_a_refusal_that_it_is_not_to_blame_for_costs_the_agents_nothing(
         assert rig.bound() == {"red"}
         assert "frontend agents" in rig.layout.config.read_text()
         assert rig.loop.report.problems == ()
+
+
+# The journal of where we have put addresses
+
+_ADD = AddAddress(NetworkId("red"), "red", "eth0", METADATA_IPV4, 200)
+_ROOT = AddAddress(NetworkId("blue"), None, "virbr0", METADATA_IPV4, 200)
+_REMOVE = RemoveAddress("red", "eth0", METADATA_IPV4, 32)
+
+
+@dataclass
+class _Kernel:
+    """Refuses or does each op, and notes whether the journal was there before."""
+
+    journal: Path
+    fails: bool = False
+    noted_first: bool = False
+
+    async def apply(self, _: object, ops: tuple[HostOp, ...]) -> dict[HostOp, Problem]:
+        self.noted_first = self.journal.exists()
+        return dict.fromkeys(ops, Problem("host", "no")) if self.fails else {}
+
+
+@pytest.fixture
+def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _Kernel:
+    kernel = _Kernel(tmp_path / "managed.json")
+    monkeypatch.setattr("imdsproxy.listeners.host.apply_ops", kernel.apply)
+    return kernel
+
+
+def _host(kernel: _Kernel) -> SystemHost:
+    links = kernel.journal.with_name("netns")
+    return SystemHost(Mock(), Naming(), links=links, journal=kernel.journal)
+
+
+async def test_a_place_is_noted_before_anything_is_put_there(kernel: _Kernel) -> None:
+    kernel.fails = True
+    host = _host(kernel)
+    assert host.managed() == frozenset()
+    await host.apply([_ADD, _ROOT])
+    assert kernel.noted_first
+    assert _host(kernel).managed() == {("red", "eth0"), (None, "virbr0")}
+
+
+async def test_a_place_is_struck_out_when_it_is_free_again(kernel: _Kernel) -> None:
+    host = _host(kernel)
+    await host.apply([_ADD, _ROOT])
+    await host.apply([_REMOVE])
+    assert host.managed() == {(None, "virbr0")}
+
+
+async def test_what_changes_no_address_leaves_the_journal_alone(kernel: _Kernel) -> None:
+    await _host(kernel).apply([_ADD])
+    before = kernel.journal.stat()
+    await _host(kernel).apply([DeleteLink("imds0")])
+    assert kernel.journal.stat() == before
+
+
+async def test_a_place_with_an_address_that_could_not_be_removed_is_not_struck_out(
+    kernel: _Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await _host(kernel).apply([_ADD])
+    other = replace(_REMOVE, address=METADATA_IPV6)
+    refused = AsyncMock(return_value={_REMOVE: Problem("host", "no")})
+    monkeypatch.setattr("imdsproxy.listeners.host.apply_ops", refused)
+    await _host(kernel).apply([_REMOVE, other])
+    assert _host(kernel).managed() == {("red", "eth0")}
+
+
+# Tables that nft(8) replaces
+
+
+def _table(directory: Path, *, status: int = 0) -> NftTable:
+    """A table whose nft(8) logs its input, and answers with `status`."""
+    program = directory / "nft"
+    program.write_text(
+        f"#!/bin/sh\ncat >> {directory}/log\necho no such thing >&2\nexit {status}\n"
+    )
+    program.chmod(0o755)
+    return NftTable("cannot redirect", "until then", str(program))
+
+
+async def test_nft_is_run_only_when_something_changes(tmp_path: Path) -> None:
+    table = _table(tmp_path)
+    for script in ("a{ ", "a{ ", "b "):
+        assert await table.apply(script) == ()
+    assert (tmp_path / "log").read_text() == "a{ b "
+
+
+async def test_a_refusal_is_a_problem_and_the_change_is_tried_again(tmp_path: Path) -> None:
+    table = _table(tmp_path, status=1)
+    for _ in range(2):
+        (problem,) = await table.apply("a{ ")
+        assert (problem.reason.split(":")[0], problem.hint) == ("cannot redirect", "until then")
+        assert "no such thing" in problem.reason
+    _table(tmp_path)
+    for _ in range(2):
+        assert await table.apply("a{ ") == ()
+    assert (tmp_path / "log").read_text() == "a{ a{ a{ "
+
+
+async def test_nft_and_its_tables_are_missed_only_where_a_table_is_wanted(tmp_path: Path) -> None:
+    # A kernel without such tables has none to remove.
+    assert await _table(tmp_path, status=1).apply("a ") == ()
+    table = NftTable("cannot redirect", "until then", str(tmp_path / "none"))
+    assert await table.apply("a ") == ()
+    (problem,) = await table.apply("a{ ")
+    assert problem.reason == "cannot redirect: no nft"

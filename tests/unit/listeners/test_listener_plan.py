@@ -3,14 +3,14 @@ from __future__ import annotations
 import errno
 from collections.abc import Mapping
 from dataclasses import replace
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from typing import Any, TypeAlias
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imdsproxy.core.endpoints import Endpoint, LeftOutCode
+from imdsproxy.core.endpoints import Endpoint, Foreign, LeftOut, LeftOutCode
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hoststate import (
     AddressState,
@@ -34,8 +34,11 @@ from imdsproxy.core.model import (
     NamespaceListener,
     Network,
     NetworkId,
+    Subnet,
 )
 from imdsproxy.errors import Problem
+from imdsproxy.listeners.endpoints import find_degraded
+from imdsproxy.listeners.nft_scripts import render_diversions
 from imdsproxy.listeners.plan import (
     AddAddress,
     AttachBridge,
@@ -547,7 +550,101 @@ def test_a_plan_with_a_memo_is_the_plan_without_it() -> None:
     assert memo.keys() == {"b"}
 
 
-def test_only_what_no_event_reports_is_looked_at_again_and_again() -> None:
-    silent = {code.value for code in LeftOutCode if code.silent}
-    assert "port-busy" in silent
-    assert not silent & {"address-missing", "namespace-missing", "device-missing", "pending"}
+# What counts as configured and not served
+
+_SERVED, _OTHER = _blue(IN_NS), NetworkId("another")
+_FOUR, _SIX = (Endpoint(BLUE, family.metadata_address, 80, None, None) for family in Family)
+
+
+def _left(code: LeftOutCode, family: Family | None) -> LeftOut:
+    return LeftOut(BLUE, family, code, "why")
+
+
+def test_a_network_that_is_served_is_not_degraded() -> None:
+    assert find_degraded(_SERVED, (), (_FOUR, _SIX), (), ()) == ()
+
+
+@pytest.mark.parametrize("code", list(LeftOutCode))
+def test_a_network_without_an_endpoint_is_degraded_whatever_the_reason(code: LeftOutCode) -> None:
+    left = _left(code, None)
+    assert find_degraded(_SERVED, (), (), (left,), ()) == (left,)
+
+
+@pytest.mark.parametrize(
+    ("code", "missing", "served", "degraded"),
+    [
+        (LeftOutCode.ADDRESS_MISSING, Family.IPV6, _FOUR, False),
+        (LeftOutCode.ADDRESS_ON_LOOPBACK, Family.IPV6, _FOUR, False),
+        (LeftOutCode.ADDRESS_MISSING, Family.IPV4, _SIX, True),
+        (LeftOutCode.PORT_BUSY, Family.IPV4, _SIX, True),
+        (LeftOutCode.PORT_BUSY, Family.IPV6, _FOUR, True),
+        (LeftOutCode.ADDRESS_DUPLICATE, Family.IPV6, _FOUR, True),
+    ],
+)
+def test_a_network_served_over_ipv4_needs_no_ipv6_address_and_every_other_fault_counts(
+    code: LeftOutCode, missing: Family, served: Endpoint, *, degraded: bool
+) -> None:
+    found = find_degraded(_SERVED, (), (served,), (_left(code, missing),), ())
+    assert bool(found) == degraded
+
+
+def test_a_network_of_ipv6_subnets_needs_no_ipv4_address() -> None:
+    left = _left(LeftOutCode.ADDRESS_MISSING, Family.IPV4)
+    subnets = (Subnet(ip_network("2001:db8::/64")),)
+    assert not find_degraded(
+        {BLUE: replace(_SERVED[BLUE], subnets=subnets)}, (), (_SIX,), (left,), ()
+    )
+    both = (*subnets, Subnet(ip_network("10.0.0.0/24")))
+    assert find_degraded({BLUE: replace(_SERVED[BLUE], subnets=both)}, (), (_SIX,), (left,), ())
+
+
+@pytest.mark.parametrize(
+    ("effect", "degraded"), [(Effect.SHARES, True), (Effect.YIELDS, False), (Effect.BLOCKS, False)]
+)
+def test_a_program_that_shares_the_port_is_named_and_one_that_yields_is_not(
+    effect: Effect, *, degraded: bool
+) -> None:
+    foreign = Foreign(BLUE, Family.IPV4, effect, _socket("169.254.169.254"))
+    found = find_degraded(_SERVED, (), (_FOUR, _SIX), (), (foreign,))
+    assert [one.code for one in found] == [LeftOutCode.FOREIGN_LISTENER] * degraded
+    assert all("nginx (pid 41)" in one.reason for one in found)
+
+
+def test_networks_that_no_round_has_seen_and_contradictory_ones_are_degraded_in_order() -> None:
+    found = find_degraded(_SERVED, (_OTHER,), (), (), ())
+    assert [(one.network, one.code) for one in found] == [
+        (_OTHER, LeftOutCode.NETWORK_CONFLICT),
+        (BLUE, LeftOutCode.PENDING),
+    ]
+
+
+# What nft(8) gets to read for bridges
+
+_MAC = "02:00:00:00:00:01"
+_GUEST = replace(TAP, kind="tun", master=BRIDGE.index)
+_REMOVED = "table bridge imds\ndelete table bridge imds\n"
+
+
+def _diversions(*ports: ObservedDevice, mac: str = _MAC, listener: Listener = ON_BRIDGE) -> str:
+    seen = _bridged(INNER, mac=mac)
+    devices = {**seen.root.devices, **{one.name: one for one in ports}}
+    root = replace(seen.root, devices=devices)
+    return render_diversions(_blue(listener), replace(seen, root=root), NAMING)
+
+
+def test_frames_of_every_port_of_a_bridge_but_our_own_go_to_our_veth() -> None:
+    elsewhere = replace(_GUEST, name="tap9", master=8)
+    script = _diversions(replace(_GUEST, name="eno1", kind=""), _GUEST, elsewhere)
+    assert f'elements = {{ "eno1" : {_MAC}, "tap0" : {_MAC} }}' in script
+    assert f'set links {{ type ifname; elements = {{ "{OUR_LINK}" }} }}' in script
+    # Only guests are forbidden to answer as the metadata service.
+    assert 'set guests { type ifname; elements = { "tap0" } }' in script
+
+
+def test_without_a_namespace_a_mac_and_a_port_the_table_is_only_removed() -> None:
+    assert render_diversions(_blue(ON_BRIDGE), ObservedHost(), NAMING) == _REMOVED
+    assert _diversions() == _REMOVED
+    assert _diversions(_GUEST, mac="") == _REMOVED
+    # A name that nft would read.
+    assert _diversions(replace(_GUEST, name='a"*')) == _REMOVED
+    assert _diversions(_GUEST, listener=InterfaceListener("br0")) == _REMOVED

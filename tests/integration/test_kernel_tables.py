@@ -1,4 +1,4 @@
-"""A mac_filter in a real kernel: who gets through, and whom answers reach."""
+"""Our tables in a real kernel: who gets through, whom answers reach, and how far."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from typing import Final
 
 import pytest
 
-from imdsproxy.anti_spoofing.kernel import KernelMacFilters, TableGone
+from imdsproxy.anti_spoofing.kernel import KernelHopLimits, KernelMacFilters, TableGone
 from imdsproxy.anti_spoofing.plan import ANY_MAC, MacFilter
+from imdsproxy.core.hoststate import NamespaceRef
 from imdsproxy.core.model import METADATA_IPV4, IpAddress, MacAddress, NetworkId
-from imdsproxy.core.wire import ANSWER_DSCP, VERIFIED_PORT
+from imdsproxy.core.wire import ANSWER_DSCP, NEXT_TO_MARK, VERIFIED_PORT
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from support.guest import inside
 from support.hostlab import HostLab
@@ -138,32 +139,19 @@ def _ask(connection: socket.socket) -> bytes:
     return connection.recv(1)
 
 
-async def test_only_a_pair_gets_through(rig: Rig) -> None:
+async def test_only_a_pair_or_any_mac_gets_through_and_what_began_unverified_goes_on_so(
+    rig: Rig,
+) -> None:
     await rig.have({})
-    with rig.connect() as connection:
-        assert _ask(connection) == b"u"
-    await rig.kernel.change(rig.mac_filter, wanted={ip_address(_ADDRESS): _OTHER})
-    with rig.connect() as connection:
-        assert _ask(connection) == b"u"
-    await rig.kernel.change(rig.mac_filter, has={ip_address(_ADDRESS): _OTHER})
-    await rig.kernel.change(rig.mac_filter, wanted=rig.pair)
-    with rig.connect() as connection:
-        assert _ask(connection) == b"v"
-
-
-async def test_an_address_without_a_mac_gets_through_with_any(rig: Rig) -> None:
-    await rig.have({ip_address(_ADDRESS): ANY_MAC})
-    with rig.connect() as connection:
-        assert _ask(connection) == b"v"
-        assert _ask(connection) == b"v"
-
-
-async def test_what_began_unverified_goes_on_so(rig: Rig) -> None:
-    await rig.have({})
-    with rig.connect() as connection:
-        assert _ask(connection) == b"u"
-        await rig.kernel.change(rig.mac_filter, wanted=rig.pair)
-        assert _ask(connection) == b"u"
+    address, has = ip_address(_ADDRESS), dict[IpAddress, MacAddress]()
+    with rig.connect() as first:
+        assert _ask(first) == b"u"
+        for mac, answer in ((_OTHER, b"u"), (rig.mac, b"v"), (ANY_MAC, b"v")):
+            await rig.kernel.change(rig.mac_filter, has=has, wanted={address: mac})
+            has = {address: mac}
+            with rig.connect() as connection:
+                assert [_ask(connection) for _ in range(2)] == [answer] * 2
+            assert _ask(first) == b"u"
 
 
 async def test_connections_from_before_the_filter_go_on(rig: Rig) -> None:
@@ -252,11 +240,8 @@ async def test_a_verified_answer_reaches_only_the_mac_of_its_pair(rig: Rig) -> N
     await rig.have(rig.pair)
     with rig.connect() as connection:
         assert _ask(connection) == b"v"
-        # The host believes somebody else, as after forged ARP.
-        rig.lab.ip(
-            *("-n", rig.place, "neigh", "replace", _ADDRESS, "lladdr", _OTHER, "dev", "br0"),
-            *("nud", "permanent"),
-        )
+        # As after forged ARP.
+        _believe(rig, _OTHER, "permanent")
         with _wire(rig) as wire:
             with pytest.raises(TimeoutError):
                 _ask(connection)
@@ -286,10 +271,9 @@ async def test_a_filter_that_is_there_is_kept_as_it_is_also_with_thousands_of_pa
 async def test_a_filter_that_is_gone_is_an_error(rig: Rig) -> None:
     await rig.have({})
     await rig.kernel.close([(rig.place, rig.mac_filter.table), (rig.place, "never"), ("gone", "x")])
-    with pytest.raises(TableGone):
-        await rig.kernel.change(rig.mac_filter, wanted=rig.pair)
-    with pytest.raises(TableGone):
-        await rig.kernel.change(rig.mac_filter, has=rig.pair)
+    for pairs in ({"wanted": rig.pair}, {"has": rig.pair}):
+        with pytest.raises(TableGone):
+            await rig.kernel.change(rig.mac_filter, **pairs)
 
 
 def _believe(rig: Rig, mac: MacAddress, nud: str = "reachable") -> None:
@@ -365,11 +349,7 @@ async def test_where_a_flood_leaves_no_room_for_senders_the_neighbour_table_coun
     await rig.have({})
     (link,) = json.loads(rig.lab.ip("-j", "-n", rig.place, "link", "show", "br0"))
     to = bytes.fromhex(link["address"].replace(":", ""))
-    wire = inside(
-        rig.guest, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
-    )
-    with wire:
-        wire.bind(("eth0", 0))
+    with _wire(rig) as wire:
         for number in range(_SENDERS + 500):
             source = str(ip_address(0x0A000100 + number))
             wire.send(syn_frame(mac=rig.mac, to=to, source=source, ports=(4000, 80)))
@@ -380,3 +360,109 @@ async def test_where_a_flood_leaves_no_room_for_senders_the_neighbour_table_coun
     await rig.kernel.change(rig.mac_filter, wanted=rig.pair)
     with rig.connect() as connection:
         assert _ask(connection) == b"v"
+
+
+# The rule for hop limits: what it makes of a DSCP, and what it leaves alone
+
+_METADATA: Final = ("169.254.169.254", "fe80::a9fe:a9fe")
+
+
+@dataclass
+class Hops:
+    lab: HostLab
+    kernel: KernelHopLimits
+    place: NamespaceRef
+
+    def sent(self, address: str, port: int, dscps: tuple[int, ...]) -> list[tuple[int, int]]:
+        """Limit and DSCP of what a connection from there sends while it has each of these."""
+        return inside(self.place.name, lambda: _send(address, port, dscps))
+
+
+@pytest.fixture
+def hops(lab: HostLab) -> Iterator[Hops]:
+    place = lab.namespace("place")
+    lab.ip("-n", place, "link", "set", "lo", "up")
+    for address in ("169.254.169.254/32", "10.0.0.9/32"):
+        lab.ip("-n", place, "address", "add", address, "dev", "lo")
+    lab.ip("-n", place, "address", "add", "fe80::a9fe:a9fe/64", "dev", "lo", "nodad")
+    directory = NamespaceDirectory()
+    ref = directory.identity(place)
+    assert ref is not None
+    with contextlib.closing(NamespaceThread(directory)) as thread:
+        yield Hops(lab, KernelHopLimits(thread, f"{lab.naming.prefix}-hops"), ref)
+
+
+def _send(address: str, port: int, dscps: tuple[int, ...]) -> list[tuple[int, int]]:
+    v6 = ":" in address
+    family = socket.AF_INET6 if v6 else socket.AF_INET
+    level = socket.IPPROTO_IPV6 if v6 else socket.IPPROTO_IP
+    option = socket.IPV6_TCLASS if v6 else socket.IP_TOS
+    target = (address, port, 0, 1) if v6 else (address, port)
+    found = []
+    with contextlib.ExitStack() as stack:
+        listener, client, wire = (
+            stack.enter_context(one)
+            for one in (
+                socket.socket(family),
+                socket.socket(family),
+                socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(3)),
+            )
+        )
+        listener.bind(target)
+        listener.listen()
+        wire.bind(("lo", 0))
+        wire.settimeout(5)
+        client.settimeout(5)
+        client.connect(target)
+        server = stack.enter_context(listener.accept()[0])
+        for number, dscp in enumerate(dscps):
+            text = b"answer %d." % number
+            server.setsockopt(level, option, dscp << 2)
+            server.sendall(text)
+            # Whoever has it has found its checksums right.
+            assert client.recv(100) == text
+            data = b""
+            while not data.endswith(text):
+                data = wire.recv(65_536)
+            (head,) = struct.unpack(">H", data[:2])
+            found.append((data[7], head >> 6 & 63) if v6 else (data[8], head >> 2 & 63))
+    return found
+
+
+@pytest.mark.parametrize("port", [80, VERIFIED_PORT])
+@pytest.mark.parametrize("address", _METADATA)
+async def test_the_dscp_becomes_the_limit_and_the_mac_filters_mark_stays(
+    hops: Hops, address: str, port: int
+) -> None:
+    assert await hops.kernel.open([hops.place]) == {hops.place: None}
+    assert hops.sent(address, port, (1, 2, NEXT_TO_MARK, ANSWER_DSCP, 63, 0)) == [
+        (1, 0),
+        (2, 0),
+        (NEXT_TO_MARK, 0),
+        (64, ANSWER_DSCP),
+        (63, 0),
+        (64, 0),
+    ]
+
+
+async def test_what_others_send_is_left_alone(hops: Hops) -> None:
+    await hops.kernel.open([hops.place])
+    assert hops.sent("10.0.0.9", 80, (1,)) == [(64, 1)]
+    assert hops.sent(_METADATA[0], 8080, (1,)) == [(64, 1)]
+
+
+async def test_it_is_there_once_and_gone_when_it_is_taken_away(hops: Hops) -> None:
+    for _ in range(2):
+        assert await hops.kernel.open([hops.place]) == {hops.place: None}
+        assert await hops.kernel.restore([hops.place.name, "imdst-none"]) == {hops.place}
+    for _ in range(2):
+        names = (hops.place.name, "imdst-none")
+        await hops.kernel.close([(one, hops.kernel.table) for one in names])
+    assert hops.sent(_METADATA[0], 80, (1,)) == [(64, 1)]
+
+
+async def test_another_namespace_of_the_name_is_not_taken_for_it(hops: Hops) -> None:
+    gone = NamespaceRef(hops.place.name, hops.place.inode + 1)
+    (error,) = (await hops.kernel.open([gone])).values()
+    assert error is not None
+    assert "is gone" in error.message
