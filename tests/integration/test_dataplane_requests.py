@@ -1,7 +1,7 @@
 """What HAProxy makes of a guest's request and keeps of its answer: identity, methods, odd requests, conditions, cache.
 
 By its real rules and no daemon, but for the last test. What is malformed is in test_hostile_requests.py and
-test_nova_forgeries.py.
+test_nova_endpoints.py.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""How Nova is reached: over TLS, by IPv6 or a name, and with a secret that is being replaced."""
+"""How a daemon reaches Nova: over TLS, by IPv6 or a name, with a secret that is being replaced; and no forgery does."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import ssl
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final, cast
@@ -14,12 +14,22 @@ from typing import Final, cast
 import pytest
 
 from imdsproxy.nova.settings import NovaSettings
-from support.certificates import Authority, Certificate, make_authority, server_context
-from support.guest import IPV6
+from support.certificates import Authority, make_authority, server_context
+from support.forgeries import (
+    ENCODED_PATHS,
+    FORGERIES,
+    IDENTITY_HEADERS,
+    TOKEN,
+    EncodedPath,
+    Forgery,
+    Seen,
+    request,
+)
+from support.guest import IPV6, Connection, Lost
 from support.lab import until
 from support.nova_world import PROJECTS, SECRET, NovaWorld, open_nova_world
 from support.patience import patience
-from support.recorder import Recorder, close_without_a_byte, hang, reply, reset
+from support.recorder import CLOSED, HANGS, RESET, Received, Recorder, reply
 
 pytestmark = pytest.mark.root
 
@@ -35,26 +45,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NovaWorld]:
         yield one
 
 
-@dataclass(frozen=True, slots=True)
-class _Authorities:
-    right: Authority
-    wrong: Authority
-    server: Certificate
-    client: Certificate
-    stranger: Certificate
-
-
-@pytest.fixture(scope="module")
-def authorities(tmp_path_factory: pytest.TempPathFactory) -> _Authorities:
-    directory: Path = tmp_path_factory.mktemp("certificates")
-    right, wrong = (make_authority(directory, name) for name in ("right", "wrong"))
-    return _Authorities(
-        right,
-        wrong,
-        server=right.issue("server", names=["DNS:localhost", "IP:127.0.0.1"]),
-        client=right.issue("client"),
-        stranger=wrong.issue("stranger"),
-    )
+@pytest.fixture
+def nova(world: NovaWorld) -> Recorder:
+    """The one that there is."""
+    _use(world, world.novas[:1])
+    until(lambda: _answered(world), what="its answer")
+    world.forget()
+    return world.novas[0]
 
 
 def _use(
@@ -74,6 +71,7 @@ def _use(
         secrets: Which secret each of them has.
         times: How they are checked.
     """
+    world.forget()
     endpoints: list[Mapping[str, object]] = []
     for nova, secret in zip(novas, secrets, strict=False):
         scheme = nova.url.partition(":")[0]
@@ -83,84 +81,104 @@ def _use(
         key: str(value) if isinstance(value, Path) else value
         for key, value in (fields or {}).items()
     }
-    world.take_over(world.settings(endpoints, fields=written, times=times))
+    world.daemon.reconfigure(world.settings(endpoints, fields=written, times=times))
 
 
 def _answered(world: NovaWorld, by: Recorder | None = None) -> bool:
-    """Whether a guest gets an answer, and this Nova gave one since it was told to forget."""
+    """Whether a guest gets an answer, and this Nova has given one since it forgot."""
     return world.red.ask("/openstack").status == 200 and (by is None or bool(by.requests))
+
+
+# TLS
+
+
+@pytest.fixture(scope="module")
+def authorities(tmp_path_factory: pytest.TempPathFactory) -> tuple[Authority, Authority]:
+    """The right one and a wrong one."""
+    directory = tmp_path_factory.mktemp("certificates")
+    return make_authority(directory, "right"), make_authority(directory, "wrong")
+
+
+@pytest.fixture(scope="module")
+def context(authorities: tuple[Authority, Authority]) -> ssl.SSLContext:
+    return server_context(authorities[0].issue("server", names=["DNS:localhost", "IP:127.0.0.1"]))
 
 
 def _never_answered(world: NovaWorld, nova: Recorder) -> None:
     for _ in range(3):
-        answer = world.red.ask("/openstack")
-        assert answer.status == 503
-        assert answer.headers["retry-after"]
+        assert world.red.ask("/openstack").is_to_come_again
     # Its handshakes fail: connections come, and nothing else.
     until(lambda: nova.connections > 0, what="a try")
     assert not nova.heads
 
 
 def test_a_check_of_https_names_the_host_as_requests_do(
-    world: NovaWorld, authorities: _Authorities
+    world: NovaWorld, authorities: tuple[Authority, Authority], context: ssl.SSLContext
 ) -> None:
     def by_name(_: object, name: str | None, __: object) -> int | None:
         return None if name == "localhost" else ssl.ALERT_DESCRIPTION_UNRECOGNIZED_NAME
 
-    context = server_context(authorities.server)
+    ours = {"ca_file": authorities[0].ca_file}
     context.sni_callback = by_name
-    ours = {"ca_file": authorities.right.ca_file}
     with Recorder(namespace=world.lab.host, secret=SECRET, tls=context) as nova:
         _use(world, [nova], ours, name="localhost", times={"health_check": "http"})
         # More than a check, and as many as would take it down.
         until(lambda: len(nova.requests) > 3, what="checks that are answered")
         assert {one.target for one in nova.requests} == {b"/"}
         assert _answered(world)
-
-
-def test_over_tls_nova_gets_the_same_and_large_answers_come_whole(
-    world: NovaWorld, authorities: _Authorities
-) -> None:
-    context = server_context(authorities.server)
-    with Recorder(namespace=world.lab.host, secret=SECRET, tls=context) as nova:
-        _use(world, [nova], {"ca_file": authorities.right.ca_file}, name="localhost")
-        until(lambda: _answered(world, nova), what="an answer over TLS")
-        nova.forget()
-        assert _answered(world)
-        host = {b"host": f"localhost:{nova.port}".encode()}
-        assert dict(nova.only().headers) == {**host, **world.identity("red")}
-        nova.answer(reply(b"\xff" * 1_000_000))
-        assert world.red.ask("/openstack").body == b"\xff" * 1_000_000
+    context.sni_callback = None
 
 
 @pytest.mark.slow
 def test_certificates_are_shown_and_checked_as_settings_say(
-    world: NovaWorld, authorities: _Authorities
+    world: NovaWorld, authorities: tuple[Authority, Authority], context: ssl.SSLContext
 ) -> None:
-    right, wrong, client = authorities.right, authorities.wrong, authorities.client
+    right, wrong = authorities
+    client, stranger = right.issue("client"), wrong.issue("stranger")
     elsewhere = ["DNS:elsewhere.example"]
     ours = {"ca_file": right.ca_file, "server_name": "localhost"}
-    plain = server_context(authorities.server)
-    strict = server_context(authorities.server, clients=right)
-    for context, fields, answered in (
-        (plain, ours, True),
-        (plain, {**ours, "ca_file": wrong.ca_file}, False),
-        (plain, {"server_name": "localhost"}, False),
-        (plain, {**ours, "server_name": "elsewhere.example"}, False),
+    strict = server_context(right.issue("strict", names=["DNS:localhost"]), clients=right)
+    for own, fields, answered in (
+        (context, ours, True),
+        (context, {"server_name": "localhost"}, False),
+        (context, {**ours, "server_name": "elsewhere.example"}, False),
         (server_context(right.issue("foreign", names=elsewhere)), ours, False),
         (server_context(wrong.issue("any", names=elsewhere)), {"verify": False}, True),
         # It wants a certificate of ours.
         (strict, ours, False),
-        (strict, {**ours, "client_cert_file": authorities.stranger.bundle}, False),
+        (strict, {**ours, "client_cert_file": stranger.bundle}, False),
         (strict, {**ours, "client_cert_file": client.bundle}, True),
         (strict, {**ours, "client_cert_file": client.certificate, "client_key_file": client.key}, True),
     ):  # fmt: skip
-        with Recorder(namespace=world.lab.host, secret=SECRET, tls=context) as nova:
+        with Recorder(namespace=world.lab.host, secret=SECRET, tls=own) as nova:
             _use(world, [nova], fields)
             if answered:
+                nova.always(reply(b"\xff" * 1_000_000))
                 until(lambda nova=nova: _answered(world, nova), what="an answer over TLS")  # type: ignore[misc]
+                assert world.red.ask("/openstack").body == b"\xff" * 1_000_000
+                host = {b"host": nova.authority.encode()}
+                assert dict(nova.requests[-1].headers) == {**host, **world.identity("red")}
             else:
                 _never_answered(world, nova)
+
+
+def test_a_renewed_certificate_is_taken_over_though_no_setting_has_changed(
+    world: NovaWorld, authorities: tuple[Authority, Authority], context: ssl.SSLContext
+) -> None:
+    right, wrong = (one.ca_file.read_bytes() for one in authorities)
+    with Recorder(namespace=world.lab.host, secret=SECRET, tls=context) as nova:
+        file = world.daemon.directory / "authorities.pem"
+        file.write_bytes(wrong)
+        _use(world, [nova], {"ca_file": file, "server_name": "localhost"})
+        _never_answered(world, nova)
+        file.write_bytes(right)
+        done = world.daemon.command("reload")
+        assert done.status == 0
+        assert "HAProxy was reloaded." in done.out
+        until(lambda: _answered(world, nova), what="an answer over TLS")
+
+
+# Addresses and names
 
 
 def test_nova_is_reached_by_ipv6(world: NovaWorld) -> None:
@@ -171,14 +189,7 @@ def test_nova_is_reached_by_ipv6(world: NovaWorld) -> None:
         ):
             _use(world, [nova], fields)
             until(lambda: _answered(world, nova), what="an answer over IPv6")
-            nova.forget()
-            assert _answered(world)
-            assert nova.only().values("host") == (host.encode(),)
-
-
-def _until_asked(world: NovaWorld, nova: Recorder) -> None:
-    nova.forget()
-    until(lambda: _answered(world, nova), what="its being up again")
+            assert nova.requests[-1].values("host") == (host.encode(),)
 
 
 def test_a_name_is_each_of_its_addresses(world: NovaWorld) -> None:
@@ -197,54 +208,8 @@ def test_a_name_is_each_of_its_addresses(world: NovaWorld) -> None:
             victim.kill()
             assert all(_answered(world, heir) for _ in range(4))
             victim.listen()
-            _until_asked(world, victim)
-
-
-def test_settings_are_in_force_when_the_reload_says_so(world: NovaWorld) -> None:
-    first, second = world.novas
-    for number in range(4):
-        now, before = (first, second) if number % 2 else (second, first)
-        _use(world, [now])
-        world.forget()
-        assert world.red.ask("/openstack", method="POST", body=b"abc").status == 200
-        assert _answered(world)
-        assert len(now.requests) == 2
-        assert not before.requests
-
-
-def test_a_file_that_is_missing_changes_nothing_until_it_is_there(
-    world: NovaWorld, authorities: _Authorities
-) -> None:
-    _use(world, world.novas)
-    context = server_context(authorities.server)
-    with Recorder(namespace=world.lab.host, secret=SECRET, tls=context) as nova:
-        later = world.daemon.directory / "later.pem"
-        fields = {"ca_file": str(later), "server_name": "localhost"}
-        world.daemon.configure(world.settings([{"url": nova.url}], fields=fields))
-        refused = world.daemon.command("reload")
-        assert refused.status != 0
-        assert str(later) in refused.err
-        assert all(_answered(world) for _ in range(3))
-        assert not nova.connections
-        later.write_bytes(authorities.right.ca_file.read_bytes())
-        assert world.daemon.command("reload").status == 0
-        until(lambda: _answered(world, nova), what="an answer over TLS")
-
-
-def test_a_renewed_certificate_is_taken_over_though_no_setting_has_changed(
-    world: NovaWorld, authorities: _Authorities
-) -> None:
-    context = server_context(authorities.server)
-    with Recorder(namespace=world.lab.host, secret=SECRET, tls=context) as nova:
-        file = world.daemon.directory / "authorities.pem"
-        file.write_bytes(authorities.wrong.ca_file.read_bytes())
-        _use(world, [nova], {"ca_file": file, "server_name": "localhost"})
-        _never_answered(world, nova)
-        file.write_bytes(authorities.right.ca_file.read_bytes())
-        done = world.daemon.command("reload")
-        assert done.status == 0
-        assert "HAProxy was reloaded." in done.out
-        until(lambda: _answered(world, nova), what="an answer over TLS")
+            victim.forget()
+            until(partial(_answered, world, victim), what="its being up again")
 
 
 @pytest.mark.parametrize("by", ["networks", "projects"])
@@ -262,8 +227,9 @@ def test_requests_of_two_cells_do_not_cross(world: NovaWorld, by: str) -> None:
     }
     second.secret = _NEXT_SECRET
     try:
-        world.take_over({**settings, "nova": {**settings["nova"], "endpoint_sets": sets}})
-        until(lambda: _statuses(world) == {200} == {world.green.ask("/openstack").status})
+        world.forget()
+        world.daemon.reconfigure({**settings, "nova": {**settings["nova"], "endpoint_sets": sets}})
+        until(lambda: {one.ask("/openstack").status for one in (world.red, world.green)} == {200})
         world.forget()
         with world.red.connect() as red, world.green.connect() as green:
             for _ in range(20):
@@ -276,119 +242,52 @@ def test_requests_of_two_cells_do_not_cross(world: NovaWorld, by: str) -> None:
             assert len(nova.requests) == 20
             for received in nova.requests:
                 assert world.identity(network, secret).items() <= dict(received.headers).items()
-        second.always(close_without_a_byte())
+        second.always(CLOSED)
         assert world.green.ask("/openstack").status == 503
-        assert _statuses(world) == {200}
+        assert world.red.ask("/openstack").status == 200
     finally:
         second.secret = SECRET
         world.forget()
 
 
-# What goes by the resolver, what a guest's own address is, and health
-
-
-@pytest.fixture
-def nova(world: NovaWorld) -> Recorder:
-    """The one that there is."""
-    _use(world, world.novas[:1])
-    until(lambda: _answered(world), what="its answer")
-    world.forget()
-    return world.novas[0]
-
-
 def test_a_guest_that_asks_over_ipv6_is_the_same_instance(world: NovaWorld, nova: Recorder) -> None:
-    for source, seen_as in (
-        ("2001:db8::5", b"2001:db8::5"),
-        (world.red.link_local, world.red.link_local.encode()),
-    ):
+    for source in ("2001:db8::5", world.red.link_local):
         nova.forget()
         assert world.red.ask("/openstack", to=IPV6, source=source).status == 200
-        expected = {**world.identity("red"), b"x-forwarded-for": seen_as}
+        expected = {**world.identity("red"), b"x-forwarded-for": source.encode()}
         expected[b"host"] = nova.authority.encode()
         assert sorted(nova.only().headers) == sorted(expected.items())
 
 
-@pytest.mark.parametrize("sizes", [(10,), (1, 2, 3), (344,), (5000, 5000, 7)])
-def test_a_password_in_chunks_arrives_with_its_length(
-    world: NovaWorld, nova: Recorder, sizes: tuple[int, ...]
-) -> None:
-    parts = [bytes([65 + number]) * size for number, size in enumerate(sizes)]
-    body = b"".join(parts)
-    chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
-    head = f"POST {_PASSWORD}?a=%2F HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
-    head += "Content-Type: text/plain\r\nX-Instance-ID: x\r\n\r\n"
-    assert world.red.raw(head.encode() + chunks, method="POST").status == 200
-    seen = nova.only()
-    assert (seen.method, seen.target) == ("POST", f"{_PASSWORD}?a=%2F".encode())
-    assert seen.body == seen.raw_body == body
-    expected = {
-        b"host": nova.authority.encode(),
-        **world.identity("red"),
-        b"content-type": b"text/plain",
-        b"content-length": str(len(body)).encode(),
-    }
-    assert sorted(seen.headers) == sorted(expected.items())
-
-
-def test_chunks_that_come_slowly_arrive_as_one_password(world: NovaWorld, nova: Recorder) -> None:
-    head = f"POST {_PASSWORD} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
-    with world.red.connect() as connection:
-        connection.send(head.encode())
-        for data in (b"3\r\nab", b"c\r\n", b"2\r\nde\r\n0\r", b"\n\r\n"):
-            assert not nova.requests
-            connection.send(data)
-        assert connection.read().status == 200
-    assert nova.only().body == b"abcde"
-
-
-def _row(world: NovaWorld, nova: Recorder) -> dict[str, str]:
-    """What HAProxy knows of the one endpoint."""
-    name = ("nova.default", nova.authority)
-    return next(
-        row for row in world.daemon.haproxy_rows() if (row["pxname"], row["svname"]) == name
-    )
-
-
-def _is(world: NovaWorld, nova: Recorder, status: str) -> bool:
-    return _row(world, nova)["status"] == status
-
-
-def test_health_checks_see_nova_go_and_come_and_leave_nothing_there(
-    world: NovaWorld, nova: Recorder
-) -> None:
-    nova.kill()
-    until(lambda: _is(world, nova, "DOWN"), what="its being known to be down")
-    nova.listen()
-    until(lambda: _is(world, nova, "UP"), what="its being known to be up")
-    assert _row(world, nova)["check_status"] == "L4OK"
-    assert not nova.heads
-    assert not nova.fragments
+# Health
 
 
 @pytest.mark.slow
 def test_unless_settings_say_otherwise_a_nova_that_hangs_is_down_and_its_guests_come_again(
     world: NovaWorld, nova: Recorder
 ) -> None:
+    def is_up() -> bool:
+        return bool(world.daemon.status()["nova"][0]["up"])
+
     endpoints = [{"url": nova.url}]
     nova.secret = None
     default = NovaSettings().health_check
-    world.take_over(world.settings(endpoints, times={"health_check": default}))
+    world.daemon.reconfigure(world.settings(endpoints, times={"health_check": default}))
     until(lambda: len(nova.requests) >= 2, what="two checks")
     assert {(one.method, one.target) for one in nova.requests} == {("GET", b"/")}
     assert not {name for one in nova.requests for name, _ in one.headers} - {
         b"host",
         b"connection",
     }
-    nova.always(hang())
-    until(lambda: _is(world, nova, "DOWN"), what="its hanging to be known")
+    nova.always(HANGS)
+    until(lambda: not is_up(), what="its hanging to be known")
     start = time.monotonic()
     assert world.red.ask("/openstack").status == 503
     assert time.monotonic() - start < 0.5 * patience()
     until(lambda: "no endpoint answers" in str(world.daemon.status()), what="the problem")
-    for status, seen in ((404, "UP"), (500, "DOWN"), (200, "UP")):
+    for status, seen in ((404, True), (500, False), (200, True)):
         nova.always(reply(status=status))
-        until(partial(_is, world, nova, seen), what=f"{seen} after {status}")
-    world.take_over(world.settings(endpoints))
+        until(lambda seen=seen: is_up() is seen, what=f"{seen} after {status}")  # type: ignore[misc]
     nova.secret = SECRET
 
 
@@ -396,15 +295,21 @@ def test_status_lists_each_endpoint_once_and_readiness_names_the_set_that_is_dow
     world: NovaWorld,
 ) -> None:
     _use(world, world.novas)
-    listed = [(one["endpoint_set"], one["endpoint"]) for one in world.daemon.status()["nova"]]
-    assert sorted(listed) == sorted(("default", f"127.0.0.1:{nova.port}") for nova in world.novas)
+    world.daemon.wait_ready()
+    world.forget()
     for nova in world.novas:
         nova.kill()
     until(lambda: not world.daemon.status()["readiness"]["ready"], what="not being ready")
-    (reason,) = world.daemon.status()["readiness"]["reasons"]
+    status = world.daemon.status()
+    listed = [(one["endpoint_set"], one["endpoint"]) for one in status["nova"]]
+    assert sorted(listed) == sorted(("default", f"127.0.0.1:{nova.port}") for nova in world.novas)
+    (reason,) = status["readiness"]["reasons"]
     assert reason.startswith("nova.endpoint_sets.default.endpoints: no endpoint answers")
     for nova in world.novas:
         nova.listen()
+    world.daemon.wait_ready()
+    # Its checks leave nothing there.
+    assert not [one for nova in world.novas for one in (*nova.heads, *nova.fragments)]
 
 
 # A secret that is being replaced
@@ -435,7 +340,9 @@ def _statuses(world: NovaWorld) -> set[int]:
     return {world.red.ask(_PASSWORD, method=method, body=body).status for method, body in asked}
 
 
-def test_each_nova_gets_the_signature_of_its_own_secret(rotating: NovaWorld) -> None:
+def test_each_nova_gets_the_signature_of_its_own_secret_after_a_reset_too(
+    rotating: NovaWorld,
+) -> None:
     assert _statuses(rotating) == {200}
     first, second = rotating.novas
     for nova, secret in ((first, SECRET), (second, _NEXT_SECRET)):
@@ -447,17 +354,10 @@ def test_each_nova_gets_the_signature_of_its_own_secret(rotating: NovaWorld) -> 
                 **({b"content-length": b"3"} if one.body else {}),
             }
             assert sorted(one.headers) == sorted(expected.items())
-
-
-def _both_asked(world: NovaWorld) -> bool:
-    assert _answered(world)
-    return all(nova.requests for nova in world.novas)
-
-
-def test_a_get_that_one_nova_resets_is_signed_anew_for_the_other(rotating: NovaWorld) -> None:
+    # What one resets is signed anew for the other.
     for ill, well in (rotating.novas, reversed(rotating.novas)):
         rotating.forget()
-        ill.always(reset())
+        ill.always(RESET)
         assert {rotating.red.ask("/openstack").status for _ in range(6)} == {200}
         assert len(well.requests) == 6
         assert ill.requests
@@ -469,13 +369,10 @@ def test_a_post_is_sent_once_between_two_secrets_and_in_chunks_too(rotating: Nov
         b"Content-Length: 3\r\n\r\nabc",
         b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
     ):
-        for fault in (hang(), reset(), close_without_a_byte()):
+        for fault in (HANGS, RESET, CLOSED):
             rotating.forget()
-            for nova in rotating.novas:
-                nova.always(fault)
-            answer = rotating.red.raw(head + body, method="POST")
-            assert answer.status == 503
-            assert answer.headers["retry-after"]
+            rotating.always(fault)
+            assert rotating.red.raw(head + body, method="POST").is_to_come_again
             assert sum(len(nova.heads) for nova in rotating.novas) == 1
 
 
@@ -491,6 +388,9 @@ def _kept_connections(world: NovaWorld) -> Iterator[None]:
 
 
 def test_a_secret_is_replaced_without_a_guest_noticing(world: NovaWorld) -> None:
+    def both_asked() -> bool:
+        return _answered(world) and all(nova.requests for nova in world.novas)
+
     first, second = world.novas
     _use(world, world.novas)
     until(lambda: _statuses(world) == {200}, what="the secret of now")
@@ -502,11 +402,11 @@ def test_a_secret_is_replaced_without_a_guest_noticing(world: NovaWorld) -> None
             with _kept_connections(world):
                 _use(world, world.novas, _next(world), secrets=secrets)
             assert all(_answered(world) for _ in range(8))
-            # A POST that meets the one that is away, before a check has said so, is told to come again.
+            # A POST that meets the one that is away, before a check has seen it, is to come again.
             until(lambda: _statuses(world) == {200}, what="its being known to be down")
             world.forget()
             nova.listen()
-            until(lambda: _both_asked(world), what="both Novas' being up")
+            until(both_asked, what="both Novas' being up")
             assert _statuses(world) == {200}
         with _kept_connections(world):
             _use(world, world.novas, {"secret_file": world.secret_file("next", _NEXT_SECRET)})
@@ -516,3 +416,189 @@ def test_a_secret_is_replaced_without_a_guest_noticing(world: NovaWorld) -> None
         assert not [*(world.daemon.runtime / "jail").glob("hop-*")]
     finally:
         first.secret = second.secret = SECRET
+
+
+# Whatever a guest sends, Nova is told who it is by us, and asked for what it asked for
+
+
+def _statuses_of(world: NovaWorld, data: bytes, answers: int = 1, method: str = "GET") -> list[int]:
+    """What a guest gets for something; fewer than `answers` where the connection ends before."""
+
+    def read(connection: Connection) -> Iterator[int]:
+        with contextlib.suppress(Lost):
+            while True:
+                status = connection.read(method).status
+                # Not an answer yet, but leave to go on.
+                if status != 100:
+                    yield status
+
+    with world.red.connect() as connection:
+        connection.send(data)
+        return list(itertools.islice(read(connection), answers))
+
+
+def _wrong(world: NovaWorld, request: Received, seen: Seen) -> list[str]:
+    """How a request that Nova received differs from what it must receive."""
+    expected = [
+        (b"host", world.novas[0].authority.encode()),
+        *world.identity("red").items(),
+        *seen.headers,
+    ]
+    if seen.body:
+        expected.append((b"content-length", str(len(seen.body)).encode()))
+    found = sorted(request.headers)
+    wrong = []
+    # A length of nothing says nothing.
+    if found not in (sorted(expected), sorted([*expected, (b"content-length", b"0")])):
+        wrong.append(f"headers {found}")
+    if (request.method, request.target) != (seen.method, seen.target):
+        wrong.append(f"{request.method} {request.target!r}")
+    if request.body != seen.body or request.raw_body != seen.body or request.trailers:
+        wrong.append(f"body {request.raw_body!r}")
+    return wrong
+
+
+def _outcome(world: NovaWorld, forgery: Forgery, statuses: list[int]) -> list[str]:
+    nova = world.novas[0]
+    received = list(nova.requests)
+    wrong = [f"fragments {nova.fragments}"] if nova.fragments else []
+    if forgery.seen:
+        if statuses != [200] * len(forgery.seen):
+            wrong.append(f"answers {statuses}")
+    elif len(statuses) != 1 or not 400 <= statuses[0] < 500:
+        wrong.append(f"no refusal but {statuses}")
+    if len(received) != len(forgery.seen):
+        wrong.append(f"received {[one.request_line for one in received]}")
+    for one, seen in zip(received, forgery.seen, strict=False):
+        wrong += _wrong(world, one, seen)
+    return wrong
+
+
+@pytest.mark.usefixtures("nova")
+def test_no_forgery_reaches_nova(world: NovaWorld) -> None:
+    found = {}
+    for forgery in FORGERIES:
+        world.forget()
+        statuses = _statuses_of(world, forgery.data, max(1, len(forgery.seen)))
+        found[forgery.data] = _outcome(world, forgery, statuses)
+    assert not {data: wrong for data, wrong in found.items() if wrong}
+
+
+def test_no_forgery_makes_an_unknown_guest_known(world: NovaWorld, nova: Recorder) -> None:
+    stranger = world.lab.guest("red", 66)
+    lines = [f"{name}: {value}" for name, value in IDENTITY_HEADERS.items()]
+    assert stranger.ask("/openstack", headers=lines).status in (404, 503)
+    # What came behind a body was once taken for a word of HAProxy's by who resolves.
+    forged = {"X-Imdsproxy-Network": "red", "X-Imdsproxy-Address": world.red.addresses[0]}
+    trailers = "".join(f"{name}: {value}\r\n" for name, value in forged.items()).encode()
+    for method in (b"GET", b"POST"):
+        answer = stranger.raw(
+            method + b" /openstack HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+            b"1\r\na\r\n0\r\n" + trailers + b"\r\n"
+        )
+        assert answer.status in (404, 503)
+    assert not nova.heads
+
+
+def test_both_guests_of_one_address_stay_themselves_on_kept_connections(
+    world: NovaWorld, nova: Recorder
+) -> None:
+    forged = [f"{name}: {value}" for name, value in IDENTITY_HEADERS.items() if name != TOKEN]
+    host = {b"host": nova.authority.encode()}
+    with world.red.connect() as red, world.green.connect() as green:
+        for _ in range(5):
+            for network, connection in (("red", red), ("green", green)):
+                nova.forget()
+                assert connection.request("/openstack", headers=forged).status == 200
+                assert dict(nova.only().headers) == {**host, **world.identity(network)}
+
+
+def test_a_body_that_comes_slowly_or_is_waited_with_arrives_as_one(
+    world: NovaWorld, nova: Recorder
+) -> None:
+    head = f"POST {_PASSWORD} HTTP/1.1\r\nHost: x\r\n"
+    with world.red.connect() as connection:
+        connection.send(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
+        for data in (b"3\r\nab", b"c\r\n", b"2\r\nde\r\n0\r", b"\n\r\n"):
+            assert not nova.requests
+            connection.send(data)
+        assert connection.read().status == 200
+        connection.send(f"{head}Expect: 100-continue\r\nContent-Length: 4\r\n\r\n".encode())
+        assert connection.read().status == 100
+        connection.send(b"abcd")
+        assert connection.read().status == 200
+    assert [one.body for one in nova.requests] == [b"abcde", b"abcd"]
+
+
+# By way of the resolver: what comes in chunks, as a guest's first request does
+
+
+def _resolved(world: NovaWorld, data: bytes, method: str = "GET") -> list[int]:
+    """What the guest gets; asked again where the resolver has enough to do (it takes 200 a second)."""
+    statuses: list[int] = []
+    # In no chunks at all.
+    head = b" HTTP/1.1\r\nTransfer-Encoding: chunked\r\n"
+    chunked = data.replace(b" HTTP/1.1\r\n", head, 1) + b"0\r\n\r\n"
+
+    def taken() -> bool:
+        world.forget()
+        statuses[:] = _statuses_of(world, chunked, 1, method)
+        return statuses != [503]
+
+    until(taken, what="the resolver's having time")
+    return statuses
+
+
+@pytest.mark.usefixtures("nova")
+def test_no_forgery_reaches_nova_by_way_of_the_resolver(world: NovaWorld) -> None:
+    plain = {request(f"{name}: {value}".encode()) for name, value in IDENTITY_HEADERS.items()}
+    found = {}
+    for forgery in FORGERIES:
+        of_the_id = forgery.seen == (Seen(),) and b"x-instance-id: " in forgery.data.lower()
+        if forgery.data in plain or (of_the_id and forgery.data.count(b"\r\n\r\n") == 1):
+            statuses = _resolved(world, forgery.data)
+            found[forgery.data] = _outcome(world, forgery, statuses)
+    assert len(found) > len(IDENTITY_HEADERS)
+    assert not {data: wrong for data, wrong in found.items() if wrong}
+
+
+@pytest.mark.parametrize("way", ["HAProxy alone", "the resolver"])
+def test_every_target_arrives_as_it_was_sent(world: NovaWorld, nova: Recorder, way: str) -> None:
+    def outcome(path: EncodedPath) -> object:
+        """What is wrong with it."""
+        nova.forget()
+        ask = _resolved if way == "the resolver" else partial(_statuses_of, answers=1)
+        statuses = ask(world, path.data, method=path.method)
+        targets = [one.target for one in nova.requests]
+        if path.arrives is None:
+            right = not nova.heads and 400 <= statuses[0] < 500
+        else:
+            right = targets == [path.arrives] and statuses == [200]
+        return None if right else (statuses, targets)
+
+    found = {path.data: outcome(path) for path in ENCODED_PATHS}
+    assert not {data: wrong for data, wrong in found.items() if wrong}
+
+
+# What an operator asks in a guest's place
+
+
+@pytest.mark.parametrize("status", [200, 403, 404])
+def test_a_probe_shows_what_nova_answers_the_guest(
+    world: NovaWorld, nova: Recorder, status: int
+) -> None:
+    nova.always(reply(b"x", status=status))
+    asked = ("explain", "--network", "red", "--from", "10.0.0.5")
+    assert world.red.ask("/latest/meta-data/").status == status
+    explained = world.daemon.command(*asked)
+    assert explained.status == 0
+    assert "found, its requests are sent to Nova" in explained.out
+    (of_the_guest,) = nova.requests
+    probed = world.daemon.command(*asked, "--probe")
+    assert f"GET /latest/meta-data/: {status} " in probed.out
+    assert probed.status == (0 if status == 200 else 1)
+    _, of_the_operator = nova.requests
+    for one in (of_the_guest, of_the_operator):
+        assert one.target == b"/latest/meta-data/"
+        for name, value in world.identity("red").items():
+            assert one.values(name.decode()) == (value,)

@@ -242,24 +242,3 @@ def test_with_ovn_a_host_moves_over_and_back_while_its_agent_runs_on(machine: Ma
     machine.run("systemctl", "disable", CONTROLLER)
     machine.run("imdsproxy", "stop", "--data-plane")
     assert _says(machine) == "agent"
-
-
-def test_the_agent_takes_its_socket_back_while_the_controller_hangs_or_is_gone(
-    machine: Machine,
-) -> None:
-    for heading in ("### 2. Take over the agent's settings", "### 3. Say where Neutron is"):
-        _run(machine, _blocks(heading))
-    machine.run("systemctl", "disable", "--now", _AGENT)
-    machine.run("systemctl", "start", CONTROLLER)
-    until(lambda: _ours(machine), within_s=_WITHIN_S, what="imdsproxy's answer")
-
-    machine.run("systemctl", "kill", "--signal=STOP", CONTROLLER)
-    machine.run("systemctl", "start", _AGENT)
-    until(lambda: _says(machine) == "agent", within_s=_WITHIN_S, what="the agent's answer")
-    machine.run("systemctl", "kill", "--signal=CONT", CONTROLLER)
-    machine.run("systemctl", "stop", _AGENT)
-    until(lambda: _ours(machine), within_s=_WITHIN_S, what="imdsproxy's answer")
-
-    machine.run("systemctl", "stop", CONTROLLER)
-    machine.run("systemctl", "start", _AGENT)
-    until(lambda: _says(machine) == "agent", within_s=_WITHIN_S, what="the agent's answer")

@@ -1,56 +1,17 @@
-"""What operators ask about instances and do to them: by name, with a probe, and about a posted password."""
+"""What operators ask about instances and do to them, with a probe and about a posted password, and are warned of."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
 from pathlib import Path
+from typing import Final
 
 import pytest
 
-from support.nova_world import NovaWorld, open_nova_world
-from support.recorder import reply
+from support.daemon import instance
 from support.world import World
 
 pytestmark = pytest.mark.root
-
-
-@pytest.fixture(scope="module")
-def shared_nova() -> Iterator[NovaWorld]:
-    with open_nova_world() as world:
-        yield world
-
-
-@pytest.fixture
-def nova(shared_nova: NovaWorld) -> NovaWorld:
-    shared_nova.forget()
-    return shared_nova
-
-
-@pytest.mark.parametrize("status", [200, 403, 404])
-def test_a_probe_shows_what_nova_answers_the_guest(nova: NovaWorld, status: int) -> None:
-    nova.nova.always(reply(b"x", status=status))
-    asked = ("--network", "red", "--from", "10.0.0.5")
-    guest = nova.red.ask("/latest/meta-data/")
-    (sent,) = nova.requests()
-    nova.nova.forget()
-    nova.nova.always(reply(b"x", status=status))
-
-    explained = nova.daemon.command("explain", *asked)
-    assert nova.requests() == [], "nothing is asked without --probe"
-    probed = nova.daemon.command("explain", *asked, "--probe")
-
-    assert guest.status == status
-    assert explained.status == 0
-    assert "found, its requests are sent to Nova" in explained.out
-    assert f"GET /latest/meta-data/: {status} " in probed.out
-    assert probed.status == (0 if status == 200 else 1)
-    (as_operator,) = nova.requests()
-    identity = nova.identity("red").items()
-    for one in (sent, as_operator):
-        assert one.target == b"/latest/meta-data/"
-        assert identity <= dict(one.headers).items() or all(
-            one.values(name.decode()) == (value,) for name, value in identity
-        )
 
 
 def test_a_probe_shows_what_our_documents_and_rules_answer(world: World) -> None:
@@ -88,3 +49,31 @@ def test_a_link_in_the_place_of_a_password_is_not_followed(world: World, tmp_pat
     finally:
         link.unlink()
     assert (shown.status, shown.out) == (71, "")
+
+
+_KEY: Final = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJyr4lmyTyrn4wLF+VDqFVHTUVXYqAVFbCDyXCLLqLF5"
+_ODD: Final = {
+    "ssh_keys": [{"name": "my key", "key": _KEY}],
+    "tags": {"with blank": "b", "größe": "c", "plain": "d"},
+}
+
+
+def test_a_write_and_status_say_which_names_guests_do_not_see(world: World) -> None:
+    socket = ("--socket", str(world.daemon.runtime / "admin.sock"))
+    record = json.dumps({"instances": [instance("red-5", "red", fields=_ODD)]})
+    done = world.daemon.command("instance", "set", "--file", "-", *socket, stdin=record)
+    assert done.status == 0, done.err
+    shown = world.daemon.command("status", *socket).out
+    for text in (done.out, shown):
+        words = " ".join(text.split())
+        assert 'red-5.ssh_keys["my key"]: guests see this key as "my-key"' in words
+        assert 'red-5.tags["with blank"]: EC2' in words
+        assert 'red-5.tags["größe"]: EC2' in words
+        assert "plain" not in words
+    assert world.red.ask("/latest/meta-data/public-keys").text == "0=my-key"
+
+    (logged,) = [one for one in world.daemon.log_entries() if "my key" in str(one.get("warnings"))]
+    assert (logged["level"], logged["instance"]) == ("warning", "red-5")
+
+    world.daemon.put([], [instance("red-5", "red")])
+    assert world.daemon.status()["warnings"] == []

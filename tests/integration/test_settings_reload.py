@@ -1,16 +1,18 @@
-"""Settings files that were emptied, cut short or removed: what was in force stays in force."""
+"""Settings that are read anew; those of files that were emptied, cut short or removed are not."""
 
 from __future__ import annotations
 
 import signal
 import subprocess
 from collections.abc import Iterator
-from typing import Any, Final
+from pathlib import Path
+from typing import Final
 
 import pytest
 import yaml
 
 from support.commands import Command
+from support.daemon import instance
 from support.lab import until, within
 from support.world import World, open_world
 
@@ -36,7 +38,7 @@ def world(shared_world: World) -> Iterator[World]:
     assert _reload(shared_world, "--allow-dropped").status == 0
 
 
-def _conf_d(world: World) -> Any:  # noqa: ANN401 - a path
+def _conf_d(world: World) -> Path:
     return world.daemon.directory / "conf.d"
 
 
@@ -122,12 +124,6 @@ def test_a_reload_that_finds_the_file_broken_is_in_status_until_one_succeeds(wor
     assert world.daemon.status()["readiness"]["degraded"] == []
 
 
-def test_refused_settings_do_not_change_what_is_logged(world: World) -> None:
-    world.daemon.config.write_text("log: {format: text}\nhost: {name_prefix: other}\n")
-    _hang_up(world)
-    assert world.daemon.log_entries()[-1]["code"] == "settings-dropped"
-
-
 def test_the_command_says_why_where_the_emptied_file_named_the_socket(world: World) -> None:
     world.daemon.config.write_text("# nothing here\n")
     done = world.daemon.command("reload")
@@ -139,7 +135,7 @@ def test_the_command_says_why_where_the_emptied_file_named_the_socket(world: Wor
 
 def test_a_start_with_a_file_of_comments_takes_the_defaults_and_warns(world: World) -> None:
     text = world.daemon.config.read_text()
-    beside = world.daemon.directory / "conf.d" / "0-paths.yaml"
+    beside = _conf_d(world) / "0-paths.yaml"
     beside.parent.mkdir(exist_ok=True)
     beside.write_text(text)
     world.daemon.kill_controller()
@@ -165,3 +161,17 @@ def test_a_start_with_a_blank_file_is_refused_and_guests_are_answered_as_before(
     assert _answers(world) == (403, 401)
     world.daemon.config.write_text(text)
     world.daemon.start()
+
+
+def test_the_region_of_the_settings_replaces_the_one_made_of_the_zone(world: World) -> None:
+    def region() -> str:
+        return world.guests["green"].ask("/latest/meta-data/placement/region").text
+
+    zone = {"availability_zone": "zone-green"}
+    world.daemon.put([], [instance("green-5", "green", fields=zone)])
+    settings = world.daemon.settings
+    before = region()
+    world.daemon.reconfigure({**settings, "documents": {"region": "north"}})
+    during = region()
+    world.daemon.reconfigure(settings)
+    assert (before, during, region()) == ("zone-green", "north", "zone-green")

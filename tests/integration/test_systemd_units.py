@@ -31,19 +31,6 @@ from support.systemd_machine import systemd_machine
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 _ERRORS: Final = ("--priority=err", "--output=cat")
-_NEUTRON: Final = "64999"
-_NEUTRON_DIRECTORY: Final = "/var/lib/neutron"
-_SOCKET: Final = f"{_NEUTRON_DIRECTORY}/metadata_proxy"
-_ASK_SOCKET: Final = f"""
-import socket
-with socket.socket(socket.AF_UNIX) as sock:
-    sock.settimeout(10)
-    sock.connect("{_SOCKET}")
-    sock.sendall(b"GET /latest/user-data HTTP/1.1\\r\\nHost: x\\r\\nConnection: close\\r\\n"
-                 b"X-Neutron-Network-ID: blue\\r\\nX-Forwarded-For: ::ffff:10.0.0.11\\r\\n\\r\\n")
-    while data := sock.recv(65536):
-        print(data.decode(), end="")
-"""
 _MANY: Final = """
 set -eu
 for number in $(seq 0 299); do
@@ -101,15 +88,6 @@ def daemon(shared: UnitDaemon, request: pytest.FixtureRequest) -> Iterator[UnitD
         wait_served(*shared.guests)
 
 
-def load(daemon: UnitDaemon) -> Load:
-    return Load(daemon.guests, USER_DATA, own_user_data, connections=2)
-
-
-def seeded(daemon: UnitDaemon) -> Load:
-    """Requests for what has fresh bytes in every answer: a worker has to give each of them."""
-    return Load(daemon.guests, "/openstack/latest/meta_data.json", named, connections=2)
-
-
 def wait_other(daemon: UnitDaemon, unit: str, before: int) -> None:
     """Until a unit has another main process."""
     until(
@@ -129,22 +107,6 @@ def test_starting_the_controller_brings_up_all_three_units(daemon: UnitDaemon) -
     assert status["documents"]["pids"][0] == documents
     assert [daemon.machine.unit(unit, "NRestarts") for unit in UNITS] == ["0", "0", "0"]
     assert daemon.machine.run("systemctl", "--failed", "--quiet") == ""
-
-
-@pytest.mark.parametrize("end", ["kill --signal=KILL", "restart"])
-def test_the_end_of_the_controllers_whole_control_group_loses_no_request(
-    daemon: UnitDaemon, end: str
-) -> None:
-    before = daemon.pids()
-    with load(daemon) as running:
-        running.wait_answers(200)
-        daemon.machine.run("systemctl", *end.split(), CONTROLLER)
-        wait_other(daemon, CONTROLLER, before[0])
-        daemon.wait_active()
-        running.wait_answers(200)
-    assert running.report.lost == []
-    assert daemon.pids()[1:] == before[1:]
-    assert daemon.status()["readiness"]["ready"] is True
 
 
 @pytest.mark.alone
@@ -175,50 +137,17 @@ def test_what_is_killed_comes_back_by_itself_while_the_controller_is_stopped(
     assert all(serves(one) for one in daemon.guests)
 
 
-def test_an_upgrade_loses_no_request_and_keeps_haproxy(tmp_path: Path) -> None:
-    with installed(tmp_path) as daemon:
-        daemon.use_a_copy_of_the_program()
-        daemon.plug_in()
-        daemon.raise_limits()
-        daemon.start()
-        wait_served(*daemon.guests)
-        before, workers = daemon.pids(), daemon.status()["documents"]["pids"][1:]
-        with load(daemon) as cached, seeded(daemon) as rendered:
-            cached.wait_answers(50)
-            daemon.upgrade_the_copy("9.9.9")
-            # As docs/operating.md says.
-            daemon.machine.run("systemctl", "restart", CONTROLLER)
-            daemon.machine.run("systemctl", "reload", DOCUMENTS)
-            cached.wait_answers(50)
-            rendered.wait_answers(50)
-        assert (cached.report.lost, rendered.report.lost) == ([], [])
-        assert daemon.status()["version"] == "9.9.9"
-        until(
-            lambda: set(daemon.status()["documents"]["pids"][1:]).isdisjoint(workers),
-            what="other workers alone",
-        )
-        assert daemon.pids()[1:] == before[1:]
-
-
-@pytest.mark.parametrize(
-    ("text", "reported"),
-    [
-        ("haproxy: {maxcon: 77}\n", "haproxy.maxcon"),
-        ("# nothing\n", "/etc/imdsproxy/conf.d/test.yaml: settings: holds no settings any more"),
-    ],
-)
-def test_a_broken_or_emptied_file_fails_the_reload_and_changes_nothing(
-    daemon: UnitDaemon, text: str, reported: str
-) -> None:
+def test_an_emptied_file_fails_the_reload_and_changes_nothing(daemon: UnitDaemon) -> None:
     daemon.configure("haproxy: {maxconn_per_network: 77}\n")
     daemon.machine.run("systemctl", "reload", CONTROLLER)
     before, config = daemon.pids(), daemon.machine.run("cat", "/run/imdsproxy/haproxy.cfg")
     assert "maxconn 77" in config
-    daemon.configure(text)
+    daemon.configure("# nothing\n")
 
     status, _ = daemon.machine.attempt("systemctl", "reload", CONTROLLER)
 
     assert status != 0
+    reported = "/etc/imdsproxy/conf.d/test.yaml: settings: holds no settings any more"
     assert reported in daemon.machine.journal(CONTROLLER)
     assert daemon.active() == dict.fromkeys(UNITS, "active")
     assert daemon.pids() == before
@@ -277,7 +206,7 @@ def test_a_hung_controller_is_started_again_and_no_request_lost(daemon: UnitDaem
     daemon.machine.run("systemctl", "restart", CONTROLLER)
     controller, haproxy, documents = daemon.pids()
 
-    with load(daemon) as answers:
+    with Load(daemon.guests, USER_DATA, own_user_data, connections=2) as answers:
         answers.wait_answers(20)
         daemon.machine.run("kill", "-STOP", str(controller))
         wait_other(daemon, CONTROLLER, controller)
@@ -438,14 +367,8 @@ def test_nobody_who_answers_guests_has_privileges(daemon: UnitDaemon) -> None:
 
 
 def test_the_group_may_use_the_admin_socket_and_others_may_not(daemon: UnitDaemon) -> None:
-    ask = (
-        "curl",
-        "--silent",
-        "--fail",
-        "--unix-socket",
-        "/run/imdsproxy/admin.sock",
-        "http://imdsproxy/v1/status",
-    )
+    socket = ("--unix-socket", "/run/imdsproxy/admin.sock", "http://imdsproxy/v1/status")
+    ask = ("curl", "--silent", "--fail", *socket)
     nobody = ("setpriv", "--reuid=65534", "--clear-groups")
     inside, _ = daemon.machine.attempt(*nobody, "--regid=imdsproxy", *ask)
     outside, _ = daemon.machine.attempt(*nobody, "--regid=65534", *ask)
@@ -476,20 +399,23 @@ def test_systemd_finds_nothing_wrong_with_the_units(daemon: UnitDaemon) -> None:
 
 
 @pytest.mark.parametrize("end", ["kill --signal=KILL", "restart"])
-def test_every_request_has_its_audit_line_when_a_controller_is_killed_or_restarted(
+def test_the_end_of_the_controllers_whole_control_group_loses_no_request_and_no_audit_line(
     daemon: UnitDaemon, end: str
 ) -> None:
     log = f"/var/log/imdsproxy/{end.split(maxsplit=1)[0]}.log"
     daemon.configure(json.dumps({"audit": {"mode": "all", "destination": log}}))
     daemon.machine.run("systemctl", "restart", CONTROLLER)
-    before = daemon.machine.main_pid(CONTROLLER)
-    with load(daemon) as running:
+    before = daemon.pids()
+    with Load(daemon.guests, USER_DATA, own_user_data, connections=2) as running:
         running.wait_answers(300)
         daemon.machine.run("systemctl", *end.split(), CONTROLLER)
         running.wait_answers(300)
-        wait_other(daemon, CONTROLLER, before)
+        wait_other(daemon, CONTROLLER, before[0])
+        daemon.wait_active()
         running.wait_answers(300)
     assert not running.report.lost
+    assert daemon.pids()[1:] == before[1:]
+    assert daemon.status()["readiness"]["ready"] is True
     asked = running.report.answered
 
     def numbers() -> list[int]:
@@ -502,35 +428,3 @@ def test_every_request_has_its_audit_line_when_a_controller_is_killed_or_restart
     if end == "restart":
         # A controller that is killed between writing and taking out leaves both to the next.
         assert len(numbers()) == asked
-
-
-def test_neutrons_account_has_the_unix_socket_whichever_process_starts_haproxy(
-    daemon: UnitDaemon,
-) -> None:
-    def access() -> str:
-        return daemon.machine.run("stat", "--format=%A %u %g", _SOCKET).strip()
-
-    def answered() -> bool:
-        command = ("setpriv", f"--reuid={_NEUTRON}", f"--regid={_NEUTRON}", "--clear-groups")
-        status, printed = daemon.machine.attempt(*command, "python3", "-", text=_ASK_SOCKET)
-        return status == 0 and "echo blue" in printed
-
-    owner = ("-o", _NEUTRON, "-g", _NEUTRON)
-    daemon.machine.run("install", "-d", "-m", "755", *owner, _NEUTRON_DIRECTORY)
-    daemon.configure("unix_listener:\n  enabled: true\n")
-    daemon.machine.run("systemctl", "restart", CONTROLLER)
-    expected = f"srw-r--r-- {_NEUTRON} {_NEUTRON}"
-    assert access() == expected
-    assert answered()
-    before = daemon.machine.main_pid(HAPROXY)
-    daemon.machine.run("systemctl", "stop", CONTROLLER)
-    daemon.machine.run("systemctl", "kill", "--signal=KILL", HAPROXY)
-    wait_other(daemon, HAPROXY, before)
-    until(answered, within_s=20, what="the guest's documents")
-    assert access() == expected
-    daemon.machine.run("systemctl", "start", CONTROLLER)
-    unix = daemon.status()["unix_listener"]
-    assert (unix["serving"], unix["problem"]) == (True, "")
-    assert answered()
-    daemon.command("stop", "--data-plane")
-    assert daemon.machine.run("ls", _NEUTRON_DIRECTORY) == ""

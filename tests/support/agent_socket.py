@@ -14,8 +14,8 @@ from typing import Final
 from support.daemon import Daemon, instance
 from support.guest import Connection, Lost, Reply, inside
 from support.lab import Lab, Server, record, until, within
-from support.nova_world import INSTANCES, PROJECTS, SECRET, nova_instance
-from support.recorder import Answer, Received, Recorder, reply, signature_of
+from support.nova_world import INSTANCES, SECRET, nova_instance
+from support.recorder import Answer, Received, Recorder, reply
 
 NETWORK: Final = "X-Neutron-Network-ID"
 ROUTER: Final = "X-Neutron-Router-ID"
@@ -30,6 +30,7 @@ if os.path.lexists(path):
     os.unlink(path)
 listener = socket.socket(socket.AF_UNIX)
 listener.bind(path)
+os.chmod(path, 0o666)
 listener.listen(16)
 print("ready", flush=True)
 while True:
@@ -67,13 +68,12 @@ class AgentSocket:
         *,
         network: str = "red",
         address: str = "10.0.0.5",
-        kind: str = NETWORK,
         method: str = "GET",
         headers: Sequence[str] = (),
         body: bytes = b"",
     ) -> Reply:
         """One request as a proxy of a network forwards it."""
-        lines = (*headers, f"{kind}: {network}", f"X-Forwarded-For: {address}")
+        lines = (*headers, f"{NETWORK}: {network}", f"X-Forwarded-For: {address}")
         return self.lines(*lines, target=target, method=method, body=body)
 
     def lines(
@@ -138,10 +138,8 @@ class AgentWorld:
         return AgentSocket(self.path)
 
     def choose(self, **fields: object) -> Mapping[str, Mapping[str, object]]:
-        """The settings of the beginning with others of the unix listener; `None` leaves one out."""
-        unix = {**self.settings["unix_listener"], **fields}
-        kept = {name: value for name, value in unix.items() if value is not None}
-        return {**self.settings, "unix_listener": kept}
+        """The settings of the beginning with others of the unix listener."""
+        return {**self.settings, "unix_listener": {**self.settings["unix_listener"], **fields}}
 
     def take_over(self, **fields: object) -> None:
         """Change settings of the unix listener while the daemon runs."""
@@ -159,14 +157,6 @@ class AgentWorld:
     def wait_serving(self) -> None:
         until(lambda: self.report()["serving"], within_s=5, what="the unix listener's service")
         assert self.socket.serves()
-
-    def seen_of(self, network: str) -> dict[bytes, bytes]:
-        """What tells Nova whose guest has asked."""
-        return {
-            b"x-instance-id": INSTANCES[network].encode(),
-            b"x-tenant-id": PROJECTS[network].encode(),
-            b"x-instance-id-signature": signature_of(SECRET, INSTANCES[network]).encode(),
-        }
 
     def metric(self, name: str) -> int | None:
         """A figure of the controller's, if it tells of it."""

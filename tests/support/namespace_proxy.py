@@ -1,17 +1,15 @@
-"""Namespaces in which per-network proxies are started as Neutron's agents start them, and who listens behind them."""
+"""A namespace in which per-network proxies are started as Neutron's agents start them, and a recorder behind them."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -24,22 +22,6 @@ from support.recorder import Recorder
 PROGRAM: Final = str(Path(sys.executable).with_name("neutron-ns-metadata-proxy"))
 NETWORK: Final = "8f6a1e0c-3b52-4c1d-9a57-0d2f4b6c8e10"
 OTHER: Final = "11111111-2222-3333-4444-555555555555"
-
-
-@dataclass(slots=True)
-class UnixRecorder(Recorder):
-    """A recorder at the agent's socket, open to all."""
-
-    path: Path = Path()
-
-    def _socket(self) -> socket.socket:
-        self.path.unlink(missing_ok=True)
-        sock = socket.socket(socket.AF_UNIX)
-        sock.bind(str(self.path))
-        self.path.chmod(0o666)
-        sock.listen()
-        sock.setblocking(False)
-        return sock
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +53,7 @@ class Place:
     state: Path
     network: str
     guest: Guest
-    recorder: UnixRecorder
+    recorder: Recorder
     _foreground: list[subprocess.Popen[str]] = field(default_factory=list)
 
     @property
@@ -92,34 +74,30 @@ class Place:
             *more,
         ]
 
-    def inside(self, *command: str, namespace: str | None = None) -> list[str]:
+    def inside(self, *command: str) -> list[str]:
         """A command in the namespace, as an agent has it run."""
-        return ["/usr/sbin/ip", "netns", "exec", namespace or self.network, *command]
+        return ["/usr/sbin/ip", "netns", "exec", self.network, *command]
 
     def run(
         self,
         *words: str,
-        namespace: str | None = None,
         program: Sequence[str] = (PROGRAM,),
-        umask: int = 0o022,
         environment: Mapping[str, str] | None = None,
     ) -> Started:
         """Run the program to its end."""
         done = subprocess.run(
-            self.inside(*program, *words, namespace=namespace),
+            self.inside(*program, *words),
             capture_output=True,
             text=True,
             check=False,
-            umask=umask,
             timeout=60 * patience(),
             env={**os.environ, **(environment or {})},
         )
         return Started(done.returncode, done.stdout, done.stderr)
 
-    def start(self, *more: str, umask: int = 0o022, port: int = 80) -> int:
+    def start(self, *more: str) -> int:
         """Have a proxy in the background; its pid."""
-        started = self.run(*self.words(*more, port=port), umask=umask)
-        assert (started.status, started.output, started.errors) == (0, "", "")
+        assert self.run(*self.words(*more)) == Started(0, "", "")
         return self.pid()
 
     def open(self, *more: str, program: Sequence[str] = (PROGRAM,)) -> subprocess.Popen[str]:
@@ -138,26 +116,21 @@ class Place:
     def pid(self) -> int:
         return int(self.pid_file.read_text())
 
-    def proxies(self, namespace: str | None = None) -> list[int]:
+    def proxies(self) -> list[int]:
         """The pids of all HAProxies in the namespace."""
-        found = processes_in(namespace or self.network)
-        return [pid for pid in found if "haproxy" in command_line(pid)[0]]
-
-    def _without(self, namespace: str) -> bool:
-        return self.proxies(namespace) == []
+        return [pid for pid in processes_in(self.network) if "haproxy" in command_line(pid)[0]]
 
     def clear(self) -> None:
         """End every proxy and remove what they left."""
         for process in self._foreground:
             # Where its test has failed it may not have become HAProxy yet, and would not be found below.
             process.kill()
-        for namespace in self.lab.leftovers():
-            proxies = self.proxies(namespace)
-            for pid in proxies:
-                os.kill(pid, 9)
-            # One that ends has no name any more, and takes connections for a moment.
-            until(partial(_have_ended, proxies), what="the proxies end")
-            until(partial(self._without, namespace), what="the proxies end")
+        proxies = self.proxies()
+        for pid in proxies:
+            os.kill(pid, 9)
+        # One that ends has no name any more, and takes connections for a moment.
+        until(lambda: not any(map(alive, proxies)), what="the proxies end")
+        until(lambda: not self.proxies(), what="the proxies end")
         for process in self._foreground:
             process.communicate()
         self._foreground.clear()
@@ -167,10 +140,6 @@ class Place:
             elif not path.is_socket():
                 path.unlink()
         self.recorder.forget()
-
-
-def _have_ended(pids: Sequence[int]) -> bool:
-    return not any(map(alive, pids))
 
 
 @contextmanager
@@ -183,7 +152,7 @@ def open_place() -> Iterator[Place]:
     try:
         lab.namespace_network("blue")
         guest = lab.guest("blue")
-        with UnixRecorder(path=state / "metadata_proxy") as recorder:
+        with Recorder(path=state / "metadata_proxy") as recorder:
             place = Place(lab, state, lab.name("blue"), guest, recorder)
             try:
                 yield place

@@ -20,7 +20,7 @@ from support.haproxy_alone import open_alone
 from support.lab import Lab, RecordMapping, until
 from support.own_hosts import with_hosts
 from support.patience import patience
-from support.recorder import Received, Recorder, signature_of
+from support.recorder import Answer, Received, Recorder, signature_of
 
 INSTANCES: Final[Mapping[str, str]] = {
     "red": "aaaaaaaa-0000-4000-8000-00000000000a",
@@ -71,6 +71,11 @@ class NovaGuests:
         for nova in self.novas:
             nova.forget()
 
+    def always(self, answer: Answer) -> None:
+        """Have the recorders answer every request so from now on."""
+        for nova in self.novas:
+            nova.always(answer)
+
     def requests(self) -> list[Received]:
         """What any of them has received."""
         return [one for nova in self.novas for one in nova.requests]
@@ -116,10 +121,6 @@ class NovaWorld(NovaGuests):
         nova = {**_TIMES, **(times or {}), "endpoint_sets": {"default": chosen}}
         return {"resolver": {"hold_s": 1.0}, "nova": nova}
 
-    def take_over(self, settings: Mapping[str, Mapping[str, object]]) -> None:
-        """Change the daemon's settings while it runs; in force at the return."""
-        self.daemon.reconfigure(settings)
-
 
 def nova_instance(network: str, number: int = 5) -> RecordMapping:
     """The record of the guest of a network."""
@@ -139,20 +140,18 @@ def nova_instance(network: str, number: int = 5) -> RecordMapping:
 
 
 @contextlib.contextmanager
-def open_nova_world(
-    *, novas: int = 1, secret: str | None = SECRET, hosts: Path | None = None
-) -> Iterator[NovaWorld]:
+def open_nova_world(*, novas: int = 1, hosts: Path | None = None) -> Iterator[NovaWorld]:
     """A lab with a daemon that has these Novas; all of it is gone at the end.
 
     Args:
-        novas: How many there are; each takes requests that are signed with `secret`.
+        novas: How many there are; each takes requests that are signed with `SECRET`.
         hosts: What the daemon has for /etc/hosts, where that matters.
     """
     with ExitStack() as stack:
         lab = Lab()
         stack.callback(lab.close)
         recorders = [
-            stack.enter_context(Recorder(namespace=lab.host, secret=secret)) for _ in range(novas)
+            stack.enter_context(Recorder(namespace=lab.host, secret=SECRET)) for _ in range(novas)
         ]
         daemon = Daemon(lab) if hosts is None else Daemon(lab, program=with_hosts(hosts))
         stack.callback(daemon.close)
@@ -181,10 +180,10 @@ class _LocalGuest(Guest):
 
 
 @contextlib.contextmanager
-def open_nova_alone(*, novas: int = 1) -> Iterator[NovaGuests]:
-    """HAProxy alone in front of these Novas: what comes in chunks has no resolver to go to."""
+def open_nova_alone() -> Iterator[NovaGuests]:
+    """HAProxy alone in front of two Novas: what comes in chunks has no resolver to go to."""
     with ExitStack() as stack:
-        recorders = [stack.enter_context(Recorder(secret=SECRET)) for _ in range(novas)]
+        recorders = [stack.enter_context(Recorder(secret=SECRET)) for _ in range(2)]
         times = NovaTimes(response_s=RESPONSE_TIMEOUT_S, check="tcp", check_interval_s=0.2)
         ports = [one.port for one in recorders]
         alone = stack.enter_context(open_alone(nova=True, novas=ports, times=times))

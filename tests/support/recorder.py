@@ -1,14 +1,15 @@
 """Stands in for Nova: keeps each request byte for byte, and answers what a test has written down, faults included.
 
-It speaks HTTP/1.1 on a socket of a namespace, from an event loop in a thread of its own. What it keeps is
-what came over the wire: no header is folded, decoded, joined or reordered.
+It speaks HTTP/1.1 on a socket of a namespace, with a thread for each connection. What it keeps is what came over the
+wire: no header is folded, decoded, joined or reordered.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import hmac
+import io
+import select
 import socket
 import ssl
 import struct
@@ -17,35 +18,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from http import HTTPStatus
+from pathlib import Path
 from typing import Final, Self
 
 from support.guest import inside
-
-_LIMIT: Final = 4 * 1024 * 1024
-_BACKLOG: Final = 512
-_REASONS: Final = {
-    200: "OK",
-    201: "Created",
-    204: "No Content",
-    206: "Partial Content",
-    304: "Not Modified",
-    400: "Bad Request",
-    403: "Forbidden",
-    404: "Not Found",
-    405: "Method Not Allowed",
-    409: "Conflict",
-    500: "Internal Server Error",
-    502: "Bad Gateway",
-    503: "Service Unavailable",
-    504: "Gateway Timeout",
-}
-
-
-class Stage(Enum):
-    """How much of a request is read before the answer begins."""
-
-    HEAD = "head"
-    REQUEST = "request"
 
 
 class End(Enum):
@@ -104,10 +81,6 @@ class Received:
         return tuple(value for found, value in self.headers if found.lower() == wanted)
 
     @property
-    def chunked(self) -> bool:
-        return any(b"chunked" in value.lower() for value in self.values("transfer-encoding"))
-
-    @property
     def closes(self) -> bool:
         """Whether the client wants the connection closed after the answer."""
         words = [value.lower() for value in self.values("connection")]
@@ -122,21 +95,24 @@ class Answer:
 
     Attributes:
         data: All bytes; nothing is added.
-        at: How much of the request is read first.
         delay_s: Time before the first byte.
         pieces: Into how many parts `data` is cut.
         pause_s: Time before each part but the first.
     """
 
     data: bytes = b""
-    at: Stage = Stage.REQUEST
+    then: End = End.KEEP
     delay_s: float = 0.0
     pieces: int = 1
     pause_s: float = 0.0
-    then: End = End.KEEP
 
 
-Script = Callable[[Received], Answer]
+RESET: Final = Answer(then=End.RESET)
+CLOSED: Final = Answer(then=End.CLOSE)
+"""No answer, but FIN."""
+HANGS: Final = Answer(then=End.HANG)
+"""Nothing at all, until the client gives up or the recorder ends."""
+GARBAGE: Final = Answer(b"SSH-2.0-OpenSSH_9.9\r\n", then=End.CLOSE)
 
 
 def reply(
@@ -158,7 +134,7 @@ def reply(
         with_length: Say how long it is; without it and without chunks it ends with the connection.
         with_body: Send it; not for an answer to HEAD.
     """
-    lines = [f"HTTP/1.1 {status} {_REASONS[status]}", *headers]
+    lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", *headers]
     if chunked:
         lines.append("Transfer-Encoding: chunked")
     elif with_length:
@@ -166,8 +142,15 @@ def reply(
     if then is End.CLOSE:
         lines.append("Connection: close")
     head = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
-    sent = (_chunks(body) if chunked else body) if with_body else b""
+    sent = (in_chunks(body) if chunked else body) if with_body else b""
     return Answer(head + sent, delay_s=delay_s, then=then)
+
+
+def in_chunks(body: bytes) -> bytes:
+    """A body in two chunks, or as many as it has bytes."""
+    middle = len(body) // 2
+    parts = [part for part in (body[:middle], body[middle:]) if part]
+    return b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
 
 
 def half(answer: Answer, *, of: int | None = None, then: End = End.CLOSE) -> Answer:
@@ -175,59 +158,9 @@ def half(answer: Answer, *, of: int | None = None, then: End = End.CLOSE) -> Ans
     return Answer(answer.data[: len(answer.data) // 2 if of is None else of], then=then)
 
 
-def slow(answer: Answer, *, pieces: int, pause_s: float) -> Answer:
-    """An answer that comes in pieces."""
-    return Answer(answer.data, pieces=pieces, pause_s=pause_s, then=answer.then)
-
-
-def reset(*, at: Stage = Stage.REQUEST) -> Answer:
-    """No answer, but RST."""
-    return Answer(at=at, then=End.RESET)
-
-
-def close_without_a_byte(*, at: Stage = Stage.REQUEST) -> Answer:
-    """No answer, but FIN."""
-    return Answer(at=at, then=End.CLOSE)
-
-
-def hang(*, at: Stage = Stage.REQUEST) -> Answer:
-    """Nothing at all, until the client gives up or the recorder ends."""
-    return Answer(at=at, then=End.HANG)
-
-
-def garbage(data: bytes = b"SSH-2.0-OpenSSH_9.9\r\n") -> Answer:
-    """Bytes that are no HTTP."""
-    return Answer(data, then=End.CLOSE)
-
-
 def signature_of(secret: str, instance: str) -> str:
     """What Nova expects as `X-Instance-ID-Signature` (nova/api/metadata/handler.py)."""
     return hmac.new(secret.encode(), instance.encode(), "sha256").hexdigest()
-
-
-_REFUSED: Final = {
-    b"text/html; charset=UTF-8": (
-        b"<html>\n <head>\n  <title>403 Forbidden</title>\n </head>\n <body>\n  <h1>403 Forbidden</h1>\n"
-        b"  Invalid proxy request signature.<br /><br />\n\n\n\n </body>\n</html>"
-    ),
-    b"application/json": (
-        rb'{"message": "Invalid proxy request signature.<br /><br />\n\n\n", '
-        b'"code": "403 Forbidden", "title": "Forbidden"}'
-    ),
-    b"text/plain; charset=UTF-8": b"403 Forbidden\n\nInvalid proxy request signature.\n\n   ",
-}
-
-
-def _refusal(request: Received) -> Answer:
-    """Nova 34's own answer to a wrong signature; webob looks at what the client accepts."""
-    accept = b",".join(request.values("accept"))
-    kind = b"text/plain; charset=UTF-8"
-    if b"html" in accept or b"*/*" in accept:
-        kind = b"text/html; charset=UTF-8"
-    elif b"application/json" in accept:
-        kind = b"application/json"
-    body = _REFUSED[kind]
-    return reply(body, status=403, headers=[f"Content-Type: {kind.decode()}"])
 
 
 def _echo(request: Received) -> Answer:
@@ -242,6 +175,7 @@ class Recorder:
     Args:
         namespace: Where it listens; this process's own for `None`.
         address: What it listens at, with a port that is free.
+        path: A unix socket that it listens at instead, open to all.
         secret: With which signatures are checked; `None` takes any.
         tls: Its certificate, and what it demands of clients.
 
@@ -249,15 +183,16 @@ class Recorder:
         requests: Whole requests, in the order in which their ends came.
         heads: Every head that came, also of requests whose body never did.
         fragments: What came of heads that were never finished.
-        connections: How many were opened since it was told to forget; health checks too.
+        connections: How many were opened since `forget`; health checks too.
         default: Answers what no script is left for.
     """
 
     namespace: str | None = None
     address: str = "127.0.0.1"
+    path: Path | None = None
     secret: str | None = None
     tls: ssl.SSLContext | None = None
-    default: Script = _echo
+    default: Callable[[Received], Answer] = _echo
     requests: list[Received] = field(default_factory=list)
     heads: list[Received] = field(default_factory=list)
     fragments: list[bytes] = field(default_factory=list)
@@ -265,24 +200,15 @@ class Recorder:
     port: int = 0
     _number: int = 0
     _scripts: deque[Answer] = field(default_factory=deque)
-    _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.new_event_loop)
-    _thread: threading.Thread | None = None
-    _accepting: asyncio.Task[None] | None = None
-    _open: set[asyncio.Task[None]] = field(default_factory=set)
-    _transports: list[asyncio.Transport] = field(default_factory=list)
+    _accepting: tuple[socket.socket, threading.Thread] | None = None
+    _open: dict[threading.Thread, socket.socket] = field(default_factory=dict)
 
     def __enter__(self) -> Self:
-        self._thread = threading.Thread(target=self._loop.run_forever, name="recorder")
-        self._thread.start()
         self.listen()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.kill()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        if self._thread is not None:
-            self._thread.join()
-        self._loop.close()
 
     @property
     def authority(self) -> str:
@@ -320,22 +246,38 @@ class Recorder:
 
     def listen(self) -> None:
         """Take connections, at the port of before if there was one."""
-        asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(10)
+        if self._accepting is None:
+            listener = self._bound()
+            listener.listen(512)
+            thread = threading.Thread(target=self._accept, args=(listener,))
+            thread.start()
+            self._accepting = (listener, thread)
 
     def refuse(self) -> None:
         """Have new connections refused; those that are open go on."""
-        asyncio.run_coroutine_threadsafe(self._refuse(), self._loop).result(10)
+        if self._accepting is not None:
+            listener, thread = self._accepting
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
+            listener.close()
+            self._accepting = None
 
     def kill(self) -> None:
         """Be gone at once, as a process that is killed: open connections end, whatever they are at."""
-        asyncio.run_coroutine_threadsafe(self._kill(), self._loop).result(10)
+        self.refuse()
+        for thread, sock in list(self._open.items()):
+            with contextlib.suppress(OSError):
+                # TLS would forget what it is in the middle of.
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+            thread.join()
 
-    async def _listen(self) -> None:
-        sock = self._socket()
-        self.port = sock.getsockname()[1]
-        self._accepting = asyncio.create_task(self._accept(sock))
-
-    def _socket(self) -> socket.socket:
+    def _bound(self) -> socket.socket:
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+            sock = socket.socket(socket.AF_UNIX)
+            sock.bind(str(self.path))
+            self.path.chmod(0o666)
+            return sock
         family = socket.AF_INET6 if ":" in self.address else socket.AF_INET
         if self.namespace is None:
             sock = socket.socket(family)
@@ -343,169 +285,123 @@ class Recorder:
             sock = inside(self.namespace, lambda: socket.socket(family))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((self.address, self.port))
-        sock.listen(_BACKLOG)
-        sock.setblocking(False)
+        self.port = sock.getsockname()[1]
         return sock
 
-    async def _accept(self, listener: socket.socket) -> None:
-        # Not asyncio's own: cancelled, they forget a connection that they have just taken.
-        readable = asyncio.Event()
-        with listener, contextlib.ExitStack() as stack:
-            self._loop.add_reader(listener, readable.set)
-            stack.callback(self._loop.remove_reader, listener)
+    def _accept(self, listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
             while True:
-                await readable.wait()
-                readable.clear()
-                try:
-                    sock, _ = listener.accept()
-                except BlockingIOError:
-                    continue
-                sock.setblocking(False)
+                sock, _ = listener.accept()
                 self.connections += 1
                 self._number += 1
-                task = asyncio.create_task(self._serve(self._number, sock))
-                self._open.add(task)
-                task.add_done_callback(self._open.discard)
+                if self.tls is not None:
+                    try:
+                        sock = self.tls.wrap_socket(
+                            sock, server_side=True, do_handshake_on_connect=False
+                        )
+                    except OSError:
+                        continue
+                thread = threading.Thread(target=self._serve, args=(self._number, sock))
+                self._open[thread] = sock
+                thread.start()
 
-    async def _refuse(self) -> None:
-        if self._accepting is not None:
-            self._accepting.cancel()
-            await asyncio.wait([self._accepting])
-            self._accepting = None
+    def _serve(self, connection: int, sock: socket.socket) -> None:
+        # A client may go at any time, be it within the handshake.
+        with sock, contextlib.suppress(OSError, EOFError):
+            if isinstance(sock, ssl.SSLSocket):
+                sock.do_handshake()
+            with sock.makefile("rb") as reader:
+                self._converse(connection, sock, reader)
+        del self._open[threading.current_thread()]
 
-    async def _kill(self) -> None:
-        await self._refuse()
-        # A task that has not begun would not close its socket.
-        await asyncio.sleep(0)
-        for task in self._open:
-            task.cancel()
-        await asyncio.gather(*self._open, return_exceptions=True)
-        # One that is closed while its client does not read stays until what is written has gone.
-        for transport in self._transports:
-            transport.abort()
-        self._transports.clear()
-        await asyncio.sleep(0)
-
-    async def _serve(self, connection: int, sock: socket.socket) -> None:
-        reader = asyncio.StreamReader(limit=_LIMIT, loop=self._loop)
-        protocol = asyncio.StreamReaderProtocol(reader, loop=self._loop)
-        # Whoever asks may go at any time, be it within the handshake.
-        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
-            transport, _ = await self._loop.connect_accepted_socket(
-                lambda: protocol, sock, ssl=self.tls
-            )
-            self._transports.append(transport)
-            writer = asyncio.StreamWriter(transport, protocol, reader, self._loop)
-            try:
-                await self._converse(connection, reader, writer)
-                await writer.drain()
-            except BaseException:
-                transport.abort()
-                raise
-            finally:
-                transport.close()
-
-    async def _converse(
-        self, connection: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        while (head := await self._head(reader)) is not None:
+    def _converse(self, connection: int, sock: socket.socket, reader: io.BufferedReader) -> None:
+        while head := self._head(reader):
             early = Received(connection, head)
             self.heads.append(early)
-            answer = self._scripts.popleft() if self._scripts else None
-            if answer is not None and answer.at is Stage.HEAD:
-                request = early
-            else:
-                request = await _whole(early, reader)
-                self.requests.append(request)
-            answer = answer or self._judge(request)
-            await _write(answer, writer)
-            if await _end(answer.then, request, reader, writer):
+            request = _whole(early, reader)
+            self.requests.append(request)
+            answer = self._scripts.popleft() if self._scripts else self._judge(request)
+            _pause(sock, answer.delay_s)
+            size = max(1, -(-len(answer.data) // answer.pieces))
+            for start in range(0, len(answer.data), size):
+                if start:
+                    _pause(sock, answer.pause_s)
+                sock.sendall(answer.data[start : start + size])
+            if answer.then is End.HANG:
+                while reader.read1(65_536):
+                    pass
+            elif answer.then is End.RESET:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            if answer.then is not End.KEEP or request.closes:
                 return
 
-    async def _head(self, reader: asyncio.StreamReader) -> bytes | None:
-        try:
-            found = await reader.readuntil(b"\r\n\r\n")
-        except asyncio.IncompleteReadError as error:
-            if error.partial:
-                self.fragments.append(error.partial)
-            return None
+    def _head(self, reader: io.BufferedReader) -> bytes:
+        """A head without its empty line; nothing where none comes any more."""
+        found = b""
+        while not found.endswith(b"\r\n\r\n"):
+            line = reader.readline()
+            if not line:
+                self.fragments += [found] if found else []
+                return b""
+            found += line
         return found[:-2]
 
     def _judge(self, request: Received) -> Answer:
-        if self.secret is not None and not self._signed(request):
-            return _refusal(request)
+        if self.secret is not None and not self._is_signed(self.secret, request):
+            return reply(b"Invalid proxy request signature.", status=403)
         return self.default(request)
 
-    def _signed(self, request: Received) -> bool:
+    @staticmethod
+    def _is_signed(secret: str, request: Received) -> bool:
         instances = request.values("x-instance-id")
-        if len(instances) != 1 or self.secret is None:
+        if len(instances) != 1:
             return False
-        expected = signature_of(self.secret, instances[0].decode("latin-1")).encode()
+        expected = signature_of(secret, instances[0].decode("latin-1")).encode()
         return request.values("x-instance-id-signature") == (expected,)
 
 
-async def _whole(early: Received, reader: asyncio.StreamReader) -> Received:
-    if early.chunked:
-        raw, body, trailers = await _read_chunks(reader)
-        return Received(early.connection, early.head, raw, body, trailers)
-    lengths = early.values("content-length")
-    body = await reader.readexactly(int(lengths[0])) if lengths else b""
-    return Received(early.connection, early.head, body, body)
+def _pause(sock: socket.socket, seconds: float) -> None:
+    """Wait, unless the connection ends meanwhile."""
+    if seconds:
+        select.select([sock], [], [], seconds)
 
 
-async def _read_chunks(reader: asyncio.StreamReader) -> tuple[bytes, bytes, tuple[bytes, ...]]:
+def _whole(head: Received, reader: io.BufferedReader) -> Received:
+    if any(b"chunked" in value.lower() for value in head.values("transfer-encoding")):
+        return _chunked(head, reader)
+    lengths = head.values("content-length")
+    body = _exactly(reader, int(lengths[0])) if lengths else b""
+    return Received(head.connection, head.head, body, body)
+
+
+def _chunked(head: Received, reader: io.BufferedReader) -> Received:
     raw = body = b""
-    while True:
-        line = await reader.readuntil(b"\r\n")
-        raw += line
+    size = -1
+    while size:
+        line = _line(reader)
         size = int(line.partition(b";")[0], 16)
-        if not size:
-            break
-        chunk = await reader.readexactly(size + 2)
-        raw += chunk
+        chunk = _exactly(reader, size + 2) if size else b""
+        raw += line + chunk
         body += chunk[:-2]
     trailers: list[bytes] = []
-    while True:
-        line = await reader.readuntil(b"\r\n")
-        raw += line
-        if line == b"\r\n":
-            return raw, body, tuple(trailers)
+    while (line := _line(reader)) != b"\r\n":
         trailers.append(line[:-2])
+        raw += line
+    return Received(head.connection, head.head, raw + line, body, tuple(trailers))
 
 
-async def _write(answer: Answer, writer: asyncio.StreamWriter) -> None:
-    if answer.delay_s:
-        await asyncio.sleep(answer.delay_s)
-    size = max(1, -(-len(answer.data) // answer.pieces))
-    for start in range(0, len(answer.data), size):
-        if start:
-            await asyncio.sleep(answer.pause_s)
-        writer.write(answer.data[start : start + size])
-        await writer.drain()
+def _line(reader: io.BufferedReader) -> bytes:
+    line = reader.readline()
+    if not line.endswith(b"\n"):
+        raise EOFError
+    return line
 
 
-async def _end(
-    then: End, request: Received, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-) -> bool:
-    """Do what comes after an answer; whether the connection is at its end."""
-    match then:
-        case End.KEEP:
-            return request.closes
-        case End.CLOSE:
-            return True
-        case End.RESET:
-            sock = writer.get_extra_info("socket")
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            writer.transport.abort()
-            return True
-        case End.HANG:
-            with contextlib.suppress(OSError):
-                while await reader.read(65_536):
-                    pass
-            return True
-
-
-def _chunks(body: bytes) -> bytes:
-    middle = len(body) // 2
-    parts = [part for part in (body[:middle], body[middle:]) if part]
-    return b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
+def _exactly(reader: io.BufferedReader, length: int) -> bytes:
+    data = b""
+    while len(data) < length:
+        more = reader.read1(min(length - len(data), 1_000_000))
+        if not more:
+            raise EOFError
+        data += more
+    return data

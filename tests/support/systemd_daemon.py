@@ -36,7 +36,6 @@ for bridge in $(ip -o link show type bridge | cut -d " " -f 2 | tr -d :); do
 done
 """
 _PROGRAM: Final = "/usr/local/bin/imdsproxy"
-_COPY: Final = "/opt/imdsproxy"
 _GUESTS: Final = {"blue": "fa:16:3e:00:00:01", "red": "fa:16:3e:00:00:02"}
 _SETTINGS: Final = (
     *("ipv6/conf/all/accept_dad=0", "ipv6/conf/default/accept_dad=0"),
@@ -118,24 +117,6 @@ class UnitDaemon:
             drop_in = f"/etc/systemd/system/{DOCUMENTS}.d/places.conf"
             self.machine.write(drop_in, "\n".join(["[Service]", *lines, ""]))
         self.machine.run(f"{REPOSITORY}/packaging/install")
-
-    def use_a_copy_of_the_program(self) -> None:
-        """Have the machine's program be a copy, which can be changed; running processes are as before."""
-        self.machine.run("mkdir", "-p", _COPY)
-        self.machine.run("cp", "-r", f"{REPOSITORY}/src/imdsproxy", _COPY)
-        lines = (
-            f"#!{sys.executable}",
-            f"import sys; sys.path.insert(0, {_COPY!r})",
-            "from imdsproxy.cli.main import main",
-            "sys.exit(main())",
-        )
-        self.machine.run("rm", _PROGRAM)
-        self.machine.write(_PROGRAM, "\n".join(lines) + "\n")
-        self.machine.run("chmod", "755", _PROGRAM)
-
-    def upgrade_the_copy(self, version: str) -> None:
-        """Change the copy as an installation over it does."""
-        self.machine.write(f"{_COPY}/imdsproxy/__init__.py", f'__version__ = "{version}"\n')
 
     def raise_limits(self) -> None:
         """Have guests served who ask for more in a second than one that boots does in a day."""

@@ -42,23 +42,15 @@ And this:
 """
 
 
-@pytest.fixture
-def page(tmp_path: Path) -> Path:
-    path = tmp_path / "page.md"
-    path.write_text(_TEXT)
-    return path
-
-
-def test_the_blocks_of_a_heading_are_found_with_what_they_print(page: Path) -> None:
+def test_the_blocks_of_a_heading_are_found_with_what_they_print(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(_TEXT)
     assert blocks_of(page, "## One") == [
         Block(7, "cat >file <<'END'\na:\n\n  b\nEND", ("first …", "last   line")),
         Block(20, "second"),
         Block(28, "third"),
     ]
     assert [one.script for one in blocks_of(page, "### Below it")] == ["third"]
-
-
-def test_a_heading_that_is_not_there_is_an_error(page: Path) -> None:
     with pytest.raises(KeyError):
         section(page, "## Three")
 

@@ -54,31 +54,24 @@ def _run(
     return ran.returncode, ran.stdout.splitlines()
 
 
-def test_what_passes_at_once_is_run_once(tmp_path: Path) -> None:
-    status, lines = _run(tmp_path, flaky=0)
-    assert status == 0
-    assert lines[-1].startswith("2 passed")
-    assert not any("FLAKY" in line or "once more" in line for line in lines)
-
-
-@pytest.mark.parametrize(("flaky", "expected"), [(2, 0), (3, 1)])
-def test_flaky_tests_are_named_and_the_third_fails_the_run(
-    tmp_path: Path, flaky: int, expected: int
+@pytest.mark.parametrize(
+    ("flaky", "bad", "status", "last"),
+    [
+        (0, False, 0, "2 passed"),
+        (2, False, 0, "2 passed in "),
+        # The third that is flaky fails the run, and so does what fails twice.
+        (3, False, 1, "3 passed in "),
+        (1, True, 1, "1 failed, 1 passed in "),
+    ],
+)
+def test_what_fails_is_run_once_more_and_named_where_it_passes_then(
+    tmp_path: Path, flaky: int, status: int, last: str, *, bad: bool
 ) -> None:
-    status, lines = _run(tmp_path, flaky=flaky)
-    assert status == expected
+    ended, lines = _run(tmp_path, flaky=flaky, bad=bad)
+    assert ended == status
     named = [line for line in lines if line.startswith("FLAKY ")]
     assert named == [f"FLAKY test_it.py::test_flaky[{number}]" for number in range(flaky)]
-    assert lines[-1].startswith(f"{flaky} passed in ")
-
-
-def test_what_fails_twice_fails_the_run_and_is_not_flaky(tmp_path: Path) -> None:
-    status, lines = _run(tmp_path, flaky=1, bad=True)
-    assert status == 1
-    assert [line for line in lines if line.startswith("FLAKY ")] == [
-        "FLAKY test_it.py::test_flaky[0]"
-    ]
-    assert lines[-1].startswith("1 failed, 1 passed in ")
+    assert lines[-1].startswith(last)
 
 
 def test_a_check_that_finds_something_fails_the_run(tmp_path: Path) -> None:
