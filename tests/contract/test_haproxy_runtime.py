@@ -80,49 +80,31 @@ async def _worker(subject: Subject) -> int:
     return worker
 
 
-async def test_a_worker_has_what_the_file_has(subject: Subject) -> None:
+async def _read(subject: Subject, *keys: str) -> list[str | None]:
     worker = await _worker(subject)
-    assert await subject.master.read_entry(worker, subject.map, "n/1") == "a|1"
-    assert await subject.master.read_entry(worker, subject.map, GENERATION_KEY) == "5"
-    assert await subject.master.read_entry(worker, subject.map, "n/9") is None
+    return [await subject.master.read_entry(worker, subject.map, key) for key in keys]
 
 
-async def test_an_upsert_changes_what_is_there_and_adds_what_is_not(subject: Subject) -> None:
+async def test_entries_are_read_changed_added_and_removed(subject: Subject) -> None:
     worker = await _worker(subject)
+    assert await _read(subject, "n/1", GENERATION_KEY, "n/9") == ["a|1", "5", None]
     await subject.master.send_upsert(worker, subject.map, "n/1", "c|2")
     await subject.master.send_upsert(worker, subject.map, "n/3", "d|1")
-    assert await subject.master.read_entry(worker, subject.map, "n/1") == "c|2"
-    assert await subject.master.read_entry(worker, subject.map, "n/3") == "d|1"
+    for _ in ("what is there", "nothing"):
+        await subject.master.send_removal(worker, subject.map, "n/2")
+    assert await _read(subject, "n/1", "n/2", "n/3") == ["c|2", None, "d|1"]
 
 
-async def test_a_removal_may_find_nothing(subject: Subject) -> None:
-    worker = await _worker(subject)
-    await subject.master.send_removal(worker, subject.map, "n/1")
-    await subject.master.send_removal(worker, subject.map, "n/1")
-    assert await subject.master.read_entry(worker, subject.map, "n/1") is None
-
-
-async def test_many_additions_go_in_pieces(subject: Subject) -> None:
+async def test_many_additions_go_in_pieces_and_a_swap_replaces_everything(subject: Subject) -> None:
     worker = await _worker(subject)
     entries = [(f"many/{number}", f"i{number}|{'0' * 16}") for number in range(1500)]
     await subject.master.send_additions(worker, subject.map, entries)
-    assert await subject.master.read_entry(worker, subject.map, "many/0") == entries[0][1]
-    assert await subject.master.read_entry(worker, subject.map, "many/1499") == entries[-1][1]
-
-
-async def test_a_swap_replaces_everything(subject: Subject) -> None:
-    worker = await _worker(subject)
-    entries = [(GENERATION_KEY, "6"), *((f"x/{number}", "z|1") for number in range(900))]
-    await subject.master.send_swap(worker, subject.map, entries)
-    assert await subject.master.read_entry(worker, subject.map, GENERATION_KEY) == "6"
-    assert await subject.master.read_entry(worker, subject.map, "x/899") == "z|1"
-    assert await subject.master.read_entry(worker, subject.map, "n/1") is None
-
-
-async def test_a_swap_to_nothing_leaves_nothing(subject: Subject) -> None:
-    worker = await _worker(subject)
+    assert await _read(subject, "many/0", "many/1499") == [entries[0][1], entries[-1][1]]
+    swapped = [(GENERATION_KEY, "6"), *entries[::-1]]
+    await subject.master.send_swap(worker, subject.map, swapped)
+    assert await _read(subject, GENERATION_KEY, "many/0", "n/1") == ["6", entries[0][1], None]
     await subject.master.send_swap(worker, subject.map, [])
-    assert await subject.master.read_entry(worker, subject.map, "n/1") is None
+    assert await _read(subject, "many/0") == [None]
 
 
 async def test_a_worker_that_is_gone_is_told_apart(subject: Subject) -> None:

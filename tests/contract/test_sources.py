@@ -179,24 +179,16 @@ async def fill(backing: Backing, *instances: Instance) -> None:
         await heard.until(has(backing, *instances))
 
 
-async def test_an_empty_source_is_in_sync_with_nothing(backing: Backing) -> None:
+async def test_the_first_report_is_everything_and_in_sync(backing: Backing) -> None:
     async with running(backing.source()) as heard:
         (first,) = heard.observations
-        assert first.full
-        assert first.in_sync
-        assert not first.networks
-        assert not first.instances
-        assert not first.problems
-
-
-async def test_the_first_report_is_everything_and_in_sync(backing: Backing) -> None:
+        assert (first.full, first.in_sync) == (True, True)
+        assert not [*first.networks, *first.instances, *first.problems]
     await fill(backing, A, B)
     async with running(backing.source()) as heard:
         first = heard.observations[0]
-        assert first.full
-        assert first.in_sync
+        assert (first.full, first.in_sync, first.source) == (True, True, backing.source().name)
         assert dict(first.instances) == {"a": backing.seen(A), "b": backing.seen(B)}
-        assert first.source == backing.source().name
 
 
 async def test_after_the_first_report_only_changes_are_reported(backing: Backing) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from ipaddress import ip_address
 from urllib.parse import quote
 
@@ -9,38 +10,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imdsproxy.core.documents import ec2, openstack
-from imdsproxy.core.model import Dialect, Instance, InstanceId, MacAddress, Port, SshKey
+from imdsproxy.core.model import Dialect, Instance, MacAddress, Port
 from support.guest_records import BARE, BLUE, Guest
+from support.record_strategies import embedded_instances, texts
 
-TEXT = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=30)
 MACS = st.integers(0, 3).map(lambda number: MacAddress(f"fa:16:3e:00:00:0{number}"))
-ADDRESSES = st.sampled_from(
-    ["10.0.0.7", "10.0.0.8", "192.0.2.1", "2001:db8::7", "2001:db8:9::1", "fe80::7"]
-)
+_TEXTS = ["10.0.0.7", "10.0.0.8", "192.0.2.1", "2001:db8::7", "2001:db8:9::1", "fe80::7"]
 PORTS = st.builds(
     Port,
     network=st.sampled_from([BLUE.id, BARE.id]),
     mac=st.none() | MACS,
-    addresses=st.lists(ADDRESSES, max_size=3, unique=True).map(
-        lambda texts: tuple(map(ip_address, texts))
-    ),
+    addresses=st.lists(st.sampled_from(_TEXTS).map(ip_address), max_size=3, unique=True).map(tuple),
 )
 INSTANCES = st.builds(
-    Instance,
-    id=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True).map(InstanceId),
-    name=TEXT.filter(bool),
-    hostname=TEXT.filter(bool),
-    project=st.none() | TEXT,
+    replace,
+    embedded_instances,
     ports=st.lists(PORTS, max_size=3).map(tuple),
-    ssh_keys=st.lists(st.builds(SshKey, TEXT, TEXT), max_size=3).map(tuple),
-    tags=st.dictionaries(TEXT | st.sampled_from(["0=x", "..", "a/b"]), TEXT, max_size=4).map(
+    tags=st.dictionaries(texts | st.sampled_from(["0=x", "..", "a/b"]), texts, max_size=4).map(
         lambda tags: tuple(sorted(tags.items()))
     ),
-    user_data=st.none() | st.binary(max_size=50),
     vendor_data=st.none() | st.binary(max_size=50) | st.just(b'{"cloud-init": ["a"]}'),
-    availability_zone=st.none() | TEXT | st.just("us-east-1a"),
-    instance_type=st.none() | TEXT,
-    dialects=st.frozensets(st.sampled_from(Dialect)),
+    availability_zone=st.none() | texts | st.just("us-east-1a"),
 )
 
 

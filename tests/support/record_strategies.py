@@ -142,7 +142,7 @@ _common: dict[str, st.SearchStrategy[object]] = {
 _nova_instances = st.builds(
     Instance, **_common, hostname=st.just("host"), project=ids, upstream=st.just(Upstream.NOVA)
 )
-_embedded_instances = st.builds(
+embedded_instances = st.builds(
     Instance,
     **_common,
     hostname=st.from_regex(r"\A[a-z]([a-z0-9-]{0,10}[a-z0-9])?(\.[a-z]{1,10}){0,2}\Z"),
@@ -157,4 +157,4 @@ _embedded_instances = st.builds(
     instance_type=maybe_texts,
     dialects=st.frozensets(st.sampled_from(Dialect)),
 )
-instances = _embedded_instances | _nova_instances
+instances = embedded_instances | _nova_instances

@@ -232,35 +232,25 @@ def test_no_endpoint_that_answers_is_a_problem() -> None:
         assert watch.endpoints[0].up
 
 
-def test_a_refused_signature_is_told_once_and_not_for_each_request() -> None:
+def test_a_refused_signature_is_told_once_until_nova_has_answered_well() -> None:
     watch = _watch()
-    rows = [_row("nova.default")]
-    assert _look(watch, rows) == []
-    assert _look(watch, rows, refused=3) == ["nova refuses our signature"]
-    assert _look(watch, rows, refused=500) == []
-    assert _look(watch, rows, refused=500) == []
-    (problem,) = watch.problems
-    assert problem.field == "nova.endpoint_sets.default.secret_file"
-    assert watch.refused.totals == {"default": 500}
-
-
-def test_it_is_over_when_nova_has_answered_well_and_may_come_again() -> None:
-    watch = _watch()
-    _look(watch, [_row("nova.default")], refused=3)
-    assert _look(watch, [_row("nova.default", good=4)], refused=3) == [
-        "nova takes our signature again"
+    refuses = ["nova refuses our signature"]
+    steps = [
+        (0, 0, []),
+        (0, 3, refuses),
+        (0, 500, []),
+        (4, 500, ["nova takes our signature again"]),
+        (4, 501, refuses),
+        # Of two, one that refuses is enough.
+        (8, 502, []),
+        (12, 502, ["nova takes our signature again"]),
     ]
-    assert watch.problems == ()
-    assert _look(watch, [_row("nova.default", good=4)], refused=4) == ["nova refuses our signature"]
-    # Of two, one that refuses is enough.
-    assert _look(watch, [_row("nova.default", good=8)], refused=5) == []
-    assert watch.problems
-
-
-def test_counters_that_begin_again_with_a_new_worker_are_added_up() -> None:
-    watch = _watch()
-    rows = [_row("nova.default")]
-    _look(watch, rows, refused=3)
-    _look(watch, rows, refused=1, worker=8)
-    _look(watch, rows, refused=2, worker=8)
-    assert watch.refused.totals == {"default": 5}
+    for good, refused, events in steps:
+        assert _look(watch, [_row("nova.default", good=good)], refused=refused) == events
+        fields = [problem.field for problem in watch.problems]
+        wrong = bool(refused) and events != steps[-1][2]
+        assert fields == (["nova.endpoint_sets.default.secret_file"] if wrong else [])
+    # Counters that begin again with another worker are added up.
+    for refused in (1, 2):
+        _look(watch, [_row("nova.default")], refused=refused, worker=8)
+    assert watch.refused.totals == {"default": 504}

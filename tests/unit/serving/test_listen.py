@@ -90,30 +90,24 @@ async def listening(
         await served.aclose()
 
 
-async def test_a_request_that_has_begun_is_finished_before_the_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("late", [True, False])
+async def test_a_request_that_has_begun_or_is_on_its_way_at_the_end_is_answered(
+    tmp_path: Path, *, late: bool
+) -> None:
     begun, gate = asyncio.Event(), asyncio.Event()
     async with listening(tmp_path, answering(begun, gate)) as (end, connect):
         reader, writer = await connect()
-        writer.write(ASK)
-        await begun.wait()
+        if not late:
+            writer.write(ASK)
+            await begun.wait()
         closing = asyncio.create_task(end())
         await asyncio.sleep(0)
+        if late:
+            writer.write(ASK)
         gate.set()
-        assert (await reader.read()).endswith(b"\r\n\r\nok")
-        await closing
-
-
-async def test_a_request_on_its_way_at_the_end_is_answered_and_the_connection_closed(
-    tmp_path: Path,
-) -> None:
-    async with listening(tmp_path, answering()) as (end, connect):
-        reader, writer = await connect()
-        closing = asyncio.create_task(end())
-        await asyncio.sleep(0)
-        writer.write(ASK)
         answer = await reader.read()
-        assert b"connection: close" in answer
-        assert answer.endswith(b"ok")
+        assert answer.endswith(b"\r\n\r\nok")
+        assert not late or b"connection: close" in answer
         await closing
 
 

@@ -29,38 +29,25 @@ def a_domain(mac: str = "52:54:00:00:00:05", name: str = "a") -> str:
 async def test_after_a_connection_is_made_anew_only_what_changed_meanwhile_is_reported() -> None:
     libvirt = FakeLibvirt()
     libvirt.network_xml["n1"] = NETWORK
-    libvirt.xml = {
-        uuid_of("a"): a_domain(),
-        uuid_of("b"): a_domain("52:54:00:00:00:06", "b"),
-    }
+    libvirt.xml = {uuid_of("a"): a_domain(), uuid_of("b"): a_domain("52:54:00:00:00:06", "b")}
     async with running(_source(libvirt)) as heard:
         libvirt.lose("gone")
         await heard.until(lambda each: not each.last.in_sync)
         assert set(heard.inventory.instances) == {uuid_of("a"), uuid_of("b")}
+        async with asyncio.timeout(30):
+            while libvirt.connections < 5:
+                await asyncio.sleep(0.001)
         libvirt.xml[uuid_of("c")] = a_domain("52:54:00:00:00:07", "c")
         del libvirt.xml[uuid_of("b")]
         libvirt.failure = None
         await heard.until(lambda each: each.last.in_sync)
+        # A failure that goes on is reported once.
         assert [each.full for each in heard.observations] == [True, False, False]
         assert set(heard.last.instances) == {uuid_of("c")}
         assert set(heard.last.instances_removed) == {uuid_of("b")}
         assert not heard.last.problems
         assert libvirt.open
     assert not libvirt.open
-
-
-async def test_a_failure_that_goes_on_is_reported_once() -> None:
-    libvirt = FakeLibvirt()
-    libvirt.failure = "no such file"
-    async with running(_source(libvirt)) as heard:
-        async with asyncio.timeout(30):
-            while libvirt.connections < 5:
-                await asyncio.sleep(0.001)
-        assert len(heard.observations) == 1
-        assert not heard.last.in_sync
-        libvirt.failure = None
-        await heard.until(lambda each: each.last.in_sync)
-        assert heard.last.full
 
 
 async def test_without_libvirts_module_the_hint_names_the_package(
@@ -74,17 +61,18 @@ async def test_without_libvirts_module_the_hint_names_the_package(
         assert "apt install python3-libvirt" in problem.hint
 
 
-async def test_a_connection_whose_end_cannot_be_watched_is_closed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    class LibvirtError(Exception):
-        pass
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
+    """libvirt's module, whose connections are one."""
+    made = MagicMock(libvirtError=type("LibvirtError", (Exception,), {}))
+    made.virEventRunDefaultImpl.side_effect = threading.Event().wait
+    monkeypatch.setitem(sys.modules, "libvirt", made)
+    return made
 
-    library = MagicMock(libvirtError=LibvirtError)
-    library.virEventRunDefaultImpl.side_effect = threading.Event().wait
+
+async def test_a_connection_whose_end_cannot_be_watched_is_closed(library: MagicMock) -> None:
     connection = library.openReadOnly.return_value
-    connection.registerCloseCallback.side_effect = LibvirtError("not supported")
-    monkeypatch.setitem(sys.modules, "libvirt", library)
+    connection.registerCloseCallback.side_effect = library.libvirtError("not supported")
     client = LibvirtClient("test:///default")
     with pytest.raises(SourceUnavailable, match="not supported"):
         await client.connect(LibvirtEvents())
@@ -93,19 +81,15 @@ async def test_a_connection_whose_end_cannot_be_watched_is_closed(
 
 
 async def test_a_connection_that_comes_too_late_is_closed_and_none_is_made_meanwhile(
-    monkeypatch: pytest.MonkeyPatch,
+    library: MagicMock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers = threading.Event()
-    library = MagicMock(libvirtError=type("LibvirtError", (Exception,), {}))
-    library.virEventRunDefaultImpl.side_effect = threading.Event().wait
-    connection = MagicMock()
+    answers, connection = threading.Event(), MagicMock()
 
     def open_late(_uri: str) -> MagicMock:
         answers.wait()
         return connection
 
     library.openReadOnly.side_effect = open_late
-    monkeypatch.setitem(sys.modules, "libvirt", library)
     monkeypatch.setattr("imdsproxy.sources.libvirt.source._CLOSE_S", 0.01)
     client = LibvirtClient("test:///default", connect_s=0.1)
     try:
@@ -122,5 +106,3 @@ async def test_a_connection_that_comes_too_late_is_closed_and_none_is_made_meanw
     async with asyncio.timeout(20):
         while not connection.close.called:
             await asyncio.sleep(0.001)
-    await client.connect(LibvirtEvents())
-    await client.close()

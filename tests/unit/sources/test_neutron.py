@@ -419,6 +419,11 @@ async def test_failures_at_once_are_one_and_pauses_grow_to_half_a_minute_at_rand
         one.random[0] = 0.25
         await one.pass_time(30)
         assert one.source.queries.backoff_s == 7.5
+        one.neutron.failure = None
+        await one.pass_time(30)
+        one.neutron.failure = DOWN
+        await one.look("n1", "10.0.0.9")
+        assert one.source.queries.backoff_s == 0.5
 
 
 async def test_when_a_pause_is_over_one_query_finds_out() -> None:

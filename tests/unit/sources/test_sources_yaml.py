@@ -3,12 +3,17 @@ from __future__ import annotations
 import json
 import math
 import tracemalloc
+from collections.abc import Callable
+from typing import Final, TypeAlias
 
 import pytest
 
 from imdsproxy.config.strict_yaml import Decoded, Undecodable, decode_yaml
 from imdsproxy.core.records.schema import render_path
 from imdsproxy.sources.file.record_file import decode_json
+
+Decode: TypeAlias = Callable[[str], Decoded | Undecodable]
+BOTH: Final[tuple[Decode, ...]] = (decode_yaml, decode_json)
 
 
 def decoded(text: str) -> Decoded:
@@ -23,38 +28,24 @@ def refused(text: str) -> Undecodable:
     return found
 
 
+_TEXTS = "52:54:00:12:34:56 10:20:30:40:50:51 no on Yes 0123 1_000 2024-01-01 = " + "9" * 400
+_NUMBERS = {"0": 0, "-7": -7, "0x10": 16, "0o17": 15, "1.10": 1.1, "1e3": 1000.0, "1.": 1.0}
+_OTHERS = {"true": True, "False": False, "~": None, "null": None, "": None}
+
+
 @pytest.mark.parametrize(
     ("plain", "value"),
     [
-        ("52:54:00:12:34:56", "52:54:00:12:34:56"),
-        ("10:20:30:40:50:51", "10:20:30:40:50:51"),
-        ("no", "no"),
-        ("on", "on"),
-        ("Yes", "Yes"),
-        ("true", True),
-        ("False", False),
-        ("0123", "0123"),
-        ("1_000", "1_000"),
-        ("0", 0),
-        ("-7", -7),
-        ("0x10", 16),
-        ("0o17", 15),
-        ("1.10", 1.1),
-        ("1e3", 1000.0),
-        ("1.", 1.0),
+        *((text, text) for text in _TEXTS.split()),
+        *_NUMBERS.items(),
+        *_OTHERS.items(),
         (".5", 0.5),
-        ("2024-01-01", "2024-01-01"),
-        ("~", None),
-        ("null", None),
-        ("", None),
-        ("'7'", "7"),
-        ("!!str 7", "7"),
-        ("!!binary H4sA/w==", b"\x1f\x8b\x00\xff"),
         (".inf", math.inf),
         ("-.inf", -math.inf),
         (".nan", math.nan),
-        ("=", "="),
-        ("9" * 400, "9" * 400),
+        ("'7'", "7"),
+        ("!!str 7", "7"),
+        ("!!binary H4sA/w==", b"\x1f\x8b\x00\xff"),
     ],
 )
 def test_a_plain_word_is_what_it_looks_like(plain: str, value: object) -> None:
@@ -64,9 +55,8 @@ def test_a_plain_word_is_what_it_looks_like(plain: str, value: object) -> None:
     assert not found.faults
 
 
-@pytest.mark.parametrize("decode", [decode_yaml, decode_json])
-def test_a_duplicate_key_is_reported_with_its_path_and_line(decode: object) -> None:
-    assert callable(decode)
+@pytest.mark.parametrize("decode", BOTH)
+def test_a_duplicate_key_is_reported_with_its_path_and_line(decode: Decode) -> None:
     text = '{"a": 1,\n "b": [0, {"c": 1,\n"c": 2}]}'
     found = decode(text)
     assert isinstance(found, Decoded)
@@ -74,9 +64,8 @@ def test_a_duplicate_key_is_reported_with_its_path_and_line(decode: object) -> N
     assert [(render_path(fault.path), fault.line) for fault in found.faults] == [("b[1].c", 3)]
 
 
-@pytest.mark.parametrize("decode", [decode_yaml, decode_json])
-def test_every_part_knows_its_line(decode: object) -> None:
-    assert callable(decode)
+@pytest.mark.parametrize("decode", BOTH)
+def test_every_part_knows_its_line(decode: Decode) -> None:
     found = decode('{"a":\n {"b": [1,\n2]},\n\n"c": 3}')
     assert isinstance(found, Decoded)
     lines = {
@@ -109,11 +98,8 @@ def test_a_tag_that_is_unknown_or_does_not_fit_is_reported(value: str) -> None:
     assert decoded(f"a: {value}").faults
 
 
-def test_an_alias_inside_itself_is_refused() -> None:
+def test_aliases_of_themselves_or_of_aliases_are_refused_before_they_fill_the_memory() -> None:
     refused("a: &a [*a]\n")
-
-
-def test_aliases_of_aliases_are_refused_before_they_fill_the_memory() -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
     assert "aliases" in refused("\n".join(lines)).reason
@@ -150,20 +136,9 @@ def test_a_long_text_in_json_takes_little_more_memory_than_its_own() -> None:
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ('{"a": 1\n,}', 2),
-        ("[1,\n2", 2),
-        ('{"a" 1}', 1),
-        ("{a: 1}", 1),
-        ("[1 2]", 1),
-        ('["\n"]', 1),
-        ('["\\ud8"]', 1),
-        ("tru", 1),
-        ("01", 1),
-        ("1\n2", 2),
-        ("[1,\nNaN]", 2),
-        ("{", 1),
-        ("[", 1),
-        ('"a', 1),
+        *((text, 1) for text in ('{"a" 1}', "{a: 1}", "[1 2]", '["\n"]', '["\\ud8"]', '"a')),
+        *((text, 1) for text in ("tru", "01", "{", "[")),
+        *((text, 2) for text in ('{"a": 1\n,}', "[1,\n2", "1\n2", "[1,\nNaN]")),
         ("[1,\n" + "9" * 1001 + "]", 2),
         ("9" * 5000, None),
         ("[" * 200_000, None),
@@ -176,11 +151,9 @@ def test_what_is_no_json_is_reported_with_its_line(text: str, line: int | None) 
     assert "not JSON" in found.reason
 
 
-@pytest.mark.parametrize("decode", [decode_yaml, decode_json])
-@pytest.mark.parametrize("text", ["", " \n\n"])
-def test_an_empty_text_is_nothing(decode: object, text: str) -> None:
-    assert callable(decode)
-    found = decode(text)
-    assert isinstance(found, Decoded)
-    assert found.value is None
-    assert found.line_of(("a",)) is None
+@pytest.mark.parametrize("decode", BOTH)
+def test_an_empty_text_is_nothing(decode: Decode) -> None:
+    for text in ("", " \n\n"):
+        found = decode(text)
+        assert isinstance(found, Decoded)
+        assert (found.value, found.line_of(("a",))) == (None, None)
