@@ -36,32 +36,37 @@ _NOVA = (
     NovaServer(IPv6Address("2001:db8::1"), 8775),
 )
 
+_BLUE, _RED = NetworkId("blue"), NetworkId("red")
+_PLAIN = DataplaneSpec((Bind(_BLUE, METADATA_IPV4, 80, "virbr0"),), _PATHS)
+_BEHIND = replace(_PLAIN.binds[0], port=254)
+_ROUTER = Bind(_RED, METADATA_IPV4, 80, None, "../imdsproxy/netns/qrouter-1@43")
+_GREEN = Bind(NetworkId("green"), METADATA_IPV6, 80, "imds0", "../imdsproxy/netns/imds-1@42")
+_UNVERIFIED = replace(_PLAIN.binds[0], port=8080)
+_DEFAULT = NovaBackend("default", _NOVA, "nova.example:8775")
+_UNIX = UnixBind("/run/imdsproxy/metadata_proxy", "0664", 0, 0)
+_REPLACED = (
+    NovaBackend(
+        "default",
+        (_NOVA[0], replace(_NOVA[1], slot=1)),
+        "nova.example:8775",
+        NovaTls("n.example"),
+    ),
+    NovaBackend("done", (replace(_NOVA[0], slot=1),), "nova.example:8775", loopback=True),
+)
+_AS_HAPROXY = replace(_PLAIN, user="haproxy", group="haproxy")
+
 _CASES = {
-    "empty": DataplaneSpec((), _PATHS, user="haproxy", group="haproxy"),
-    "three-networks": DataplaneSpec(
-        (
-            Bind(NetworkId("blue"), METADATA_IPV4, 80, "virbr0"),
-            Bind(NetworkId("green"), METADATA_IPV6, 80, "imds0", "../imdsproxy/netns/imds-1@42"),
-            Bind(NetworkId("green"), METADATA_IPV4, 80, "imds0", "../imdsproxy/netns/imds-1@42"),
-            Bind(NetworkId("red"), METADATA_IPV4, 80, None, "../imdsproxy/netns/qrouter-1@43"),
-        ),
-        _PATHS,
-        Limits(nbthread=2, maxconn=1000, maxconn_per_network=50, cache_mb=8),
-        user="haproxy",
-        group="haproxy",
+    "empty": replace(_AS_HAPROXY, binds=()),
+    "three-networks": replace(
+        _AS_HAPROXY,
+        binds=(*_PLAIN.binds, _GREEN, replace(_GREEN, address=METADATA_IPV4), _ROUTER),
+        limits=Limits(nbthread=2, maxconn=1000, maxconn_per_network=50, cache_mb=8),
         exporter="127.0.0.1:9466",
         count_reads=20,
     ),
-    "behind-a-gate": DataplaneSpec(
-        (
-            Bind(NetworkId("blue"), METADATA_IPV4, 254, "virbr0"),
-            Bind(NetworkId("red"), METADATA_IPV4, 80, None, "../imdsproxy/netns/qrouter-1@43"),
-        ),
-        _PATHS,
-        unverified=(Bind(NetworkId("blue"), METADATA_IPV4, 80, "virbr0"),),
-    ),
+    "behind-a-gate": replace(_PLAIN, binds=(_BEHIND, _ROUTER), unverified=_PLAIN.binds),
     "without-chroot": DataplaneSpec(
-        (Bind(NetworkId("red"), METADATA_IPV4, 80, "eth0"),),
+        (Bind(_RED, METADATA_IPV4, 80, "eth0"),),
         replace(
             _PATHS,
             named={**_PATHS.named, "resolver_socket": "/tmp/r.sock"},  # noqa: S108 - a name only
@@ -70,67 +75,28 @@ _CASES = {
         ),
         Limits(cache_mb=0),
     ),
-    "in-front-of-nova": DataplaneSpec(
-        (Bind(NetworkId("blue"), METADATA_IPV4, 80, "virbr0"),),
-        _PATHS,
+    "in-front-of-nova": replace(
+        _AS_HAPROXY, nova=(NovaBackend("cell-2", (), "cell2.example:8775"), _DEFAULT), unix=_UNIX
+    ),
+    "fair": replace(
+        _PLAIN,
+        binds=(_BEHIND,),
+        limits=Limits(fair=True),
         user="haproxy",
-        group="haproxy",
-        nova=(
-            NovaBackend("cell-2", (), "cell2.example:8775"),
-            NovaBackend("default", _NOVA, "nova.example:8775"),
-        ),
-        unix=UnixBind("/run/imdsproxy/metadata_proxy", "0664", 0, 0),
+        nova=(_DEFAULT,),
+        unix=_UNIX,
+        unverified=_PLAIN.binds,
     ),
-    "fair": DataplaneSpec(
-        (Bind(NetworkId("blue"), METADATA_IPV4, 254, "virbr0"),),
-        _PATHS,
-        Limits(fair=True),
-        user="haproxy",
-        nova=(NovaBackend("default", _NOVA, "nova.example:8775"),),
-        unix=UnixBind("/run/imdsproxy/metadata_proxy", "0664", 0, 0),
-        unverified=(Bind(NetworkId("blue"), METADATA_IPV4, 80, "virbr0"),),
+    "in-front-of-nova-alone": replace(
+        _PLAIN, paths=replace(_PATHS, documents=()), nova=(_DEFAULT,), count_reads=20
     ),
-    "in-front-of-nova-alone": DataplaneSpec(
-        (Bind(NetworkId("blue"), METADATA_IPV4, 80, "virbr0"),),
-        replace(_PATHS, documents=()),
-        nova=(NovaBackend("default", _NOVA, "nova.example:8775"),),
-        count_reads=20,
+    "watched": replace(
+        _PLAIN, nova=(_DEFAULT,), unix=_UNIX, unverified=(_UNVERIFIED,), watched=True
     ),
-    "watched": DataplaneSpec(
-        (Bind(NetworkId("blue"), METADATA_IPV4, 80, "virbr0"),),
-        _PATHS,
-        nova=(NovaBackend("default", _NOVA, "nova.example:8775"),),
-        unix=UnixBind("/run/imdsproxy/metadata_proxy", "0664", 0, 0),
-        unverified=(Bind(NetworkId("blue"), METADATA_IPV4, 8080, "virbr0"),),
-        watched=True,
-    ),
-    "audited": DataplaneSpec(
-        (Bind(NetworkId("blue"), METADATA_IPV4, 80, "virbr0"),),
-        _PATHS,
-        unix=UnixBind("/run/imdsproxy/metadata_proxy", "0664", 0, 0),
-        unverified=(Bind(NetworkId("blue"), METADATA_IPV4, 8080, "virbr0"),),
-        audit=100,
-    ),
-    "audited-and-watched": DataplaneSpec(
-        (Bind(NetworkId("blue"), METADATA_IPV4, 80, "virbr0"),),
-        _PATHS,
-        nova=(NovaBackend("default", _NOVA, "nova.example:8775"),),
-        watched=True,
-        audit=100,
-    ),
-    "while-a-secret-is-replaced": DataplaneSpec(
-        (Bind(NetworkId("blue"), METADATA_IPV4, 80, "virbr0"),),
-        _PATHS,
-        nova=(
-            NovaBackend(
-                "default",
-                (_NOVA[0], replace(_NOVA[1], slot=1)),
-                "nova.example:8775",
-                NovaTls("n.example"),
-            ),
-            NovaBackend("done", (replace(_NOVA[0], slot=1),), "nova.example:8775", loopback=True),
-        ),
-        nova_times=NovaTimes(check="http"),
+    "audited": replace(_PLAIN, unix=_UNIX, unverified=(_UNVERIFIED,), audit=100),
+    "audited-and-watched": replace(_PLAIN, nova=(_DEFAULT,), watched=True, audit=100),
+    "while-a-secret-is-replaced": replace(
+        _PLAIN, nova=_REPLACED, nova_times=NovaTimes(check="http")
     ),
 }
 
@@ -199,6 +165,8 @@ def _with_another_text(value: Any, text: str) -> Iterator[tuple[str, Any]]:  # n
         for at, one in enumerate(value):
             for place, other in _with_another_text(one, text):
                 yield f"[{at}]{place}", (*value[:at], other, *value[at + 1 :])
+    elif isinstance(value, dict):
+        yield from ((f"[{name}]", {**value, name: text}) for name in value)
     elif is_dataclass(value) and not isinstance(value, NovaTimes | type):
         for one in fields(value):
             for place, other in _with_another_text(getattr(value, one.name), text):
@@ -216,7 +184,13 @@ def test_no_text_of_the_specification_makes_another_word_or_line() -> None:
 
 
 def test_a_control_character_is_refused_wherever_it_would_be_written() -> None:
-    for place, spec in _with_another_text(_ALL, "/a\nb"):
-        if place != ".paths.short":
+    usual = render_config(_ALL)
+    for (place, spec), (_, plain) in zip(
+        _with_another_text(_ALL, "/a\nb"), _with_another_text(_ALL, "/ab"), strict=True
+    ):
+        if render_config(plain) != usual:
             with pytest.raises(UnquotableWord):
                 render_config(spec)
+        else:
+            # The configuration has none of these.
+            assert place.startswith(".paths.named[")

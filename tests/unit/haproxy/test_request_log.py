@@ -12,7 +12,6 @@ from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.model import UnixBind
 from imdsproxy.core.haproxy.request_log import (
     AnsweredBy,
-    AuditLines,
     Watched,
     parse_events,
     read_audit,
@@ -81,11 +80,6 @@ def test_backend_and_server_name_who_answered(served: str, by: AnsweredBy) -> No
     assert found.answered_by is by
     refused = LINE.replace("documents/documents-0", "guests/<NOSRV>").replace("200", "400")
     assert parse_events(refused)[0].answered_by is AnsweredBy.HAPROXY
-
-
-def test_plain_lines_are_left_as_they_are() -> None:
-    assert read_audit(PLAIN * 3, NOW) == AuditLines(PLAIN * 3, 3)
-    assert read_audit(b"", NOW) == AuditLines(b"", 0)
 
 
 def test_what_haproxy_has_left_out_is_told_and_what_it_says_of_itself_is_not() -> None:
