@@ -117,21 +117,15 @@ def test_two_claimants_are_never_guessed_between(inventory: Inventory, address: 
     assert found == Ambiguous((Claimant("file", "a"), Claimant("sqlite", "b")))
 
 
-@given(macs)
-def test_a_mac_comes_back_from_its_link_local_address(mac: MacAddress) -> None:
-    address = link_local_of(mac)
-    assert address.is_link_local
-    assert mac_of(address) == mac
-
-
-@given(st.integers(0, 2**128 - 1).map(IPv6Address))
-def test_no_mac_is_seen_where_there_is_none(address: IPv6Address) -> None:
-    mac = mac_of(address)
-    assert mac is None or link_local_of(mac) == address
-
-
-def test_the_example_of_rfc_4291_appendix_a() -> None:
-    # 34-56-78-9A-BC-DE gives the interface identifier 3656:78FF:FE9A:BCDE.
+@given(macs, st.integers(0, 2**128 - 1).map(IPv6Address))
+def test_a_mac_comes_back_from_its_link_local_address_and_from_no_other(
+    mac: MacAddress, other: IPv6Address
+) -> None:
+    assert link_local_of(mac).is_link_local
+    assert mac_of(link_local_of(mac)) == mac
+    seen = mac_of(other)
+    assert seen is None or link_local_of(seen) == other
+    # RFC 4291 appendix A: 34-56-78-9A-BC-DE gives the interface identifier 3656:78FF:FE9A:BCDE.
     assert link_local_of(MacAddress("34:56:78:9a:bc:de")) == ip_address("fe80::3656:78ff:fe9a:bcde")
 
 

@@ -144,17 +144,6 @@ def test_conflicts_and_refused_records_are_kept() -> None:
     assert "a (file), b (sqlite)" in str(conflict)
 
 
-def test_a_changed_network_affects_the_documents_of_all_in_it_wherever_else_they_are() -> None:
-    both = instance("a", "10.0.0.5", ports=[port("n2", "10.9.0.5")])
-    inventory = loaded(
-        full("file", [network("n1"), network("n2", bridge="br1")], [both, instance("b")])
-    )
-    affected = inventory.observe(Observation("file", networks={N1: network("n1", mtu=1400)}))
-    assert affected.networks == {"n1"}
-    assert affected.instances == {"a"}
-    assert affected.addresses == {key("n1", "10.0.0.5"), key("n2", "10.9.0.5")}
-
-
 def test_it_is_in_sync_when_every_expected_source_is() -> None:
     inventory = Inventory(["file", "sqlite"])
     steps = [full("file"), full("sqlite"), Observation("file", in_sync=False)]

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from imdsproxy.core.path_rules import (
     PathRules,
-    PathWord,
     find_path_fault,
     find_rule,
     fold_paths,
@@ -98,10 +97,6 @@ def test_every_version_and_every_spelling_is_the_plain_path(target: str, plain: 
     assert _plain(target) == plain
 
 
-def test_a_broken_escape_is_no_path() -> None:
-    assert undo_spelling(b"/latest/%4") is None
-
-
 @settings(deadline=None)
 @given(rule_paths)
 def test_a_path_that_can_have_a_rule_is_its_own_plain_spelling(path: str) -> None:
@@ -142,11 +137,3 @@ def test_sets_are_told_apart_by_what_they_say(one: PathRules, other: PathRules) 
     assert (set_id(one) == set_id(other)) == (one == other)
     both = {**render_set(one), **render_set(other)}
     assert group_sets(both) == {set_id(one): render_set(one), set_id(other): render_set(other)}
-
-
-def test_every_set_says_something_of_the_root() -> None:
-    rules = ((("/latest/user-data"), PathWord.DENY),)
-    name = set_id(rules)
-    assert render_set(rules) == {f"{name}|/": "a", f"{name}|/latest/user-data/": "d"}
-    root = (("/", PathWord.OPTIONAL),)
-    assert render_set(root) == {f"{set_id(root)}|/": "o"}

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from datetime import UTC, datetime, timedelta, timezone
 
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imdsproxy.config.strict_yaml import Decoded, decode_yaml
 from imdsproxy.core.model import (
     Dialect,
     Instance,
@@ -13,8 +18,9 @@ from imdsproxy.core.model import (
     Upstream,
 )
 from imdsproxy.core.policy import TokenMode
-from imdsproxy.core.records import parse_instance, parse_network, parse_records
+from imdsproxy.core.records import parse_instance, parse_network, parse_records, render_record
 from imdsproxy.core.records.schema import MAX_PAYLOAD, Fault, Field, Findings, Refused
+from imdsproxy.core.records.values import LAST_SECOND, unix_time_of
 
 INSTANCE: dict[str, object] = {"id": "i-1", "name": "web"}
 NETWORK: dict[str, object] = {"id": "blue", "listener": {"bridge": "br0"}}
@@ -53,6 +59,14 @@ _NO_ADDRESSES = (
 _NO_MACS = (
     "52:54:00:12:34", "52:54:00:12:34:5g", "52:54-00:12:34:56", "01:00:5e:00:00:01", "ff:ff:ff:ff:ff:ff",
     "00:00:00:00:00:00", "525400123456", 41150521956,
+)  # fmt: skip
+_NO_TIMES: tuple[object, ...] = (
+    "", "now", "1795694400", "2026-11-26", "2026-11-26T12:00:00", "2026-11-26T12:00Z", "2026-11-26T12:00:00.Z",
+    "2026-11-26T12:00:00,5Z", "20261126T120000Z", "2026-W48-4T12:00:00Z", "2026-11-26T12:00:00+0000",
+    "2026-11-26T12:00:00 Z", " 2026-11-26T12:00:00Z", "2026-11-26T12:00:00Z\n", "2026-11-26T25:00:00Z",
+    "2026-11-26T12:00:60Z", "2026-02-30T12:00:00Z", "2026-11-26T12:00:00+24:00", "1969-12-31T23:59:59Z",
+    "0001-01-01T00:00:00+23:00", "9999-12-31T23:59:59-23:00", "\uff12026-11-26T12:00:00Z",
+    True, 1.5, -1, LAST_SECOND + 1, [], {}, b"x",
 )  # fmt: skip
 _KEY = "ssh-rsa AAAA"
 _REFUSED_OF_INSTANCES: dict[str, tuple[tuple[str, object], ...]] = {
@@ -95,6 +109,7 @@ _REFUSED_OF_INSTANCES: dict[str, tuple[tuple[str, object], ...]] = {
         *(("vendor_data", value) for value in ({"\ud800": 1}, {1: "x"}, 7, b"\xff")),
         (f"vendor_data{'.a' * 65}", nested(500)),
     ),
+    "created_at": tuple(("created_at", value) for value in _NO_TIMES),
     "dialects": (
         ("dialects.gce", {"gce": True}),
         ("dialects.ec2", {"ec2": "no"}),
@@ -202,6 +217,44 @@ def test_other_values_of_an_instance_are_read() -> None:
     assert read(project=None, ports=None, user_data=None, tags=None) == read()
     network = parse_network({"id": "n", "listener": {"namespace": "ns", "device": None}})
     assert network == Network(NetworkId("n"), NamespaceListener("ns"))
+
+
+_NOON = 1_795_694_400
+"""2026-11-26, noon in UTC."""
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        *(
+            f"2026-11-26T12:00:00{zone}"
+            for zone in ("Z", "+00:00", "-00:00", ".0Z", ".999999999999Z")
+        ),
+        *("2026-11-26t12:00:00z", "2026-11-26 12:00:00Z", "2026-11-26T14:30:00+02:30"),
+        *("2026-11-26T00:00:00-12:00", _NOON),
+    ],
+)
+def test_a_time_with_its_zone_is_a_second_of_unix_time(written: str | int) -> None:
+    found = read(created_at=written)
+    assert found.created_at == _NOON
+    assert render_record(found)["created_at"] == _NOON
+    # YAML needs no quotes for one.
+    decoded = decode_yaml(f"instances: [{{id: i, name: i, created_at: {written}}}]")
+    assert isinstance(decoded, Decoded)
+    assert [each.created_at for each in parse_records(decoded.value).instances] == [_NOON]
+    assert [read(created_at=second).created_at for second in (0, LAST_SECOND)] == [0, LAST_SECOND]
+
+
+@given(
+    st.datetimes(datetime(1970, 1, 2), datetime(2286, 11, 19)),  # noqa: DTZ001 - each gets its zone below
+    st.integers(-1439, 1439),
+)
+def test_every_time_is_read_as_python_means_it(when: datetime, minutes: int) -> None:
+    aware = when.replace(tzinfo=timezone(timedelta(minutes=minutes)))
+    seconds = unix_time_of(aware.isoformat())
+    assert seconds == int(aware.timestamp() // 1)
+    assert seconds is not None
+    assert unix_time_of(datetime.fromtimestamp(seconds, UTC).isoformat()) == seconds
 
 
 # Nova's
