@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from typing import Final, TypeAlias
+from urllib.parse import quote
 
 import pytest
 import yaml
@@ -11,8 +12,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from imdsproxy.core.documents import ec2, openstack
+from imdsproxy.core.documents.ec2 import list_warnings, warn_of_names
 from imdsproxy.core.documents.nocloud import render_yaml
-from imdsproxy.core.model import Dialect, InstanceId, SshKey
+from imdsproxy.core.model import Dialect, InstanceId, SshKey, Upstream
+from imdsproxy.errors import Problem, quoted
 from support.guest_records import BARE, GUEST, SEED, Guest, guest, header, port
 
 Changes: TypeAlias = "dict[str, object]"
@@ -448,3 +451,57 @@ def test_a_password_is_posted_once_and_read_back(
     assert asked.read(f"{OPENSTACK}/password") == (present or b"")
     # The first version has none.
     assert asked.status("/openstack/2012-08-10/password", "POST") == 404
+
+
+# Names that documents change or lack
+
+_SSH: Final = "ssh-ed25519 AAAAC3"
+_TAGS: Final = f"{META}/tags/instance"
+
+
+@pytest.mark.parametrize("name", ["a", "Name", "a+b-c.d,e_f:g@h", "0"])
+def test_names_that_documents_have_as_they_are_are_not_warned_of(name: str) -> None:
+    named = guest(tags=((name, "v"),), ssh_keys=(SshKey(name, _SSH),))
+    assert warn_of_names(named) == ()
+    assert Guest(named).lines(_TAGS) == [name]
+    assert Guest(named).text(f"{_TAGS}/{name}") == "v"
+
+
+@pytest.mark.parametrize(
+    "name", ["a b", "a/b", "größe", "", ".", "..", "_index", "tail\n", "a+b=c.d"]
+)
+def test_a_tag_that_ec2_does_not_list_is_warned_of(name: str) -> None:
+    tagged = guest(tags=((name, "v"), ("plain", "w")))
+    (warning,) = warn_of_names(tagged)
+    asked = Guest(tagged)
+    assert asked.text(_TAGS) == "plain"
+    # One with `=` is served and not listed.
+    path = f"{_TAGS}/{quote(name, safe='')}"
+    if name not in ("", ".", ".."):
+        assert asked.status(path) == (200 if "=" in name else 404)
+    assert warning.field == f"instances.{GUEST.id}.tags[{quoted(name)}]"
+    assert "EC2" in warning.reason
+
+
+def test_tags_are_not_warned_of_where_ec2_is_off() -> None:
+    assert warn_of_names(guest(tags=(("a b", "v"),), dialects=frozenset({Dialect.NOCLOUD}))) == ()
+    assert warn_of_names(guest(tags=(("a b", "v"),), upstream=Upstream.NOVA)) == ()
+
+
+def test_a_key_that_guests_see_under_another_name_is_warned_of() -> None:
+    keys = (SshKey("my key", _SSH), SshKey("my-key", _SSH), SshKey("other", _SSH))
+    found = warn_of_names(guest(ssh_keys=keys))
+    assert Guest(guest(ssh_keys=keys)).lines(f"{META}/public-keys") == [
+        "0=my-key",
+        "1=my-key-2",
+        "2=other",
+    ]
+    assert [(one.field, one.reason) for one in found] == [
+        (f'instances.{GUEST.id}.ssh_keys["my key"]', 'guests see this key as "my-key"'),
+        (f'instances.{GUEST.id}.ssh_keys["my-key"]', 'guests see this key as "my-key-2"'),
+    ]
+
+
+def test_of_many_warnings_the_first_are_listed_and_the_others_counted() -> None:
+    lines = list_warnings(Problem(str(number), "no") for number in range(123))
+    assert (lines[0], lines[19], lines[20:]) == ("0: no", "19: no", ("and 103 more",))

@@ -22,7 +22,7 @@ from imdsproxy.core.haproxy.model import (
     NovaTls,
     UnixBind,
 )
-from imdsproxy.core.haproxy.text import BANNER, UnquotableWord
+from imdsproxy.core.haproxy.text import UnquotableWord
 from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, NetworkId
 from imdsproxy.dataplane.layout import Layout
 from support.haproxy_config import read_sections
@@ -127,14 +127,6 @@ def test_the_order_of_binds_is_no_difference_and_each_speaks_http_1_with_its_own
 def _is_ours_alone(header: str) -> bool:
     """Only our own processes can connect there."""
     return header.split()[1] in {"probe", "found", COUNTERS} or ".hop." in header
-
-
-def test_the_banner_names_the_content() -> None:
-    first, _, rest = render_config(_CASES["empty"]).partition("\n")
-    assert first.startswith(f"{BANNER} ")
-    assert rest
-    other = render_config(replace(_CASES["empty"], user="nobody")).partition("\n")[0]
-    assert first != other
 
 
 _ALL = replace(

@@ -1,14 +1,12 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.model import UnixBind
 from imdsproxy.core.haproxy.request_log import (
     AnsweredBy,
@@ -29,12 +27,6 @@ LINE = (
 )
 PLAIN = b'{"number":1}\n'
 NOW = 1_760_000_000.5
-
-
-def test_there_are_no_rules_where_it_is_off() -> None:
-    text = render_config(replace(AUDITED, audit=0))
-    assert not re.search("audit|log|txn.refused|txn.auth", text)
-    assert "ring@audit" not in render_config(replace(AUDITED, audit=0, watched=True))
 
 
 def test_a_line_is_read_as_a_request() -> None:

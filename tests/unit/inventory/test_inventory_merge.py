@@ -90,6 +90,7 @@ def test_an_address_of_two_instances_is_contested_and_their_others_are_not() -> 
     wanted = Conflict(
         ConflictKind.ADDRESS, "n1/10.0.0.5", (Claimant("file", "a"), Claimant("sqlite", "b"))
     )
+    assert "a (file), b (sqlite)" in str(wanted)
     assert dict(inventory.addresses()) == {
         key("n1", "10.0.0.5"): wanted,
         key("n1", "10.0.0.6"): "a",
@@ -132,24 +133,15 @@ def test_sources_that_differ_on_a_network_keep_the_listener_that_they_agree_on(
     assert owner.kind is ConflictKind.NETWORK
 
 
-def test_conflicts_and_refused_records_are_kept() -> None:
-    refused = Problem("instances[0].id", "is empty", file="x.yaml", line=3)
-    inventory = loaded(
-        full("file", [network("n1")], [instance("a", "10.0.0.5")]),
-        full("sqlite", [], [instance("b", "10.0.0.5")]),
-        Observation("file", problems=(refused,)),
-    )
-    assert inventory.reports["file"].problems == (refused,)
-    (conflict,) = inventory.conflicts()
-    assert "a (file), b (sqlite)" in str(conflict)
-
-
 def test_it_is_in_sync_when_every_expected_source_is() -> None:
     inventory = Inventory(["file", "sqlite"])
-    steps = [full("file"), full("sqlite"), Observation("file", in_sync=False)]
+    refused = (Problem("instances[0].id", "is empty", file="x.yaml", line=3),)
+    last = Observation("file", in_sync=False, problems=refused)
+    steps = [full("file"), full("sqlite"), last]
     told = [(inventory.observe(step).in_sync, inventory.in_sync) for step in steps]
     assert told == [(False, False), (True, True), (True, False)]
-    assert [one.in_sync for one in inventory.reports.values()] == [False, True]
+    reports = [(one.in_sync, one.problems) for one in inventory.reports.values()]
+    assert reports == [(False, refused), (True, ())]
     assert not Inventory().in_sync
 
 
@@ -193,15 +185,8 @@ def test_an_id_that_a_tenant_has_chosen_takes_nothing_from_whose_it_is(first: st
     assert inventory.sources_of_instance(ours.id) == ("store",)
     assert inventory.owner(key("n1", "10.0.0.5")) == "a"
     assert inventory.owner(key("n1", "10.0.0.66")) is None
-
-
-def test_who_defers_counts_again_where_nobody_else_has_the_id() -> None:
-    inventory = Inventory(["neutron", "store"])
-    ours, theirs = instance("a", "10.0.0.5"), _nova("a", "10.0.0.66")
-    inventory.observe(full("store", [network("n1")], [ours]))
-    inventory.observe(replace(full("neutron", [], [theirs]), defers=True))
+    # Where no other source has the id, the one that defers counts again.
     affected = inventory.observe(full("store", [network("n1")], []))
-
     assert key("n1", "10.0.0.66") in affected.addresses
     assert inventory.owner(key("n1", "10.0.0.66")) == "a"
     assert inventory.instances[theirs.id] == theirs

@@ -12,6 +12,7 @@ from imdsproxy.core import policy_word
 from imdsproxy.core.path_rules import PathRules, PathWord, set_id
 from imdsproxy.core.policy import (
     DEFAULT,
+    NO_RULES,
     RULES,
     Folded,
     OperatorOverride,
@@ -20,7 +21,6 @@ from imdsproxy.core.policy import (
     PolicyPlace,
     PolicyRules,
     PolicyScope,
-    Rule,
     TokenMode,
     fold_policy,
     render_policy_word,
@@ -28,7 +28,6 @@ from imdsproxy.core.policy import (
 )
 from imdsproxy.core.policy_report import DEFAULT_ORIGIN, decide_read, report_policy
 from imdsproxy.core.policy_word import Field, Letter, Part
-from imdsproxy.core.records.network import POLICY
 from support.access_table import READS, Read
 from support.record_strategies import policies
 
@@ -36,14 +35,6 @@ _PARTS: dict[str, Part] = {
     name: part for name, part in vars(policy_word).items() if isinstance(part, Letter | Field)
 }
 _EACH = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-
-
-@_EACH
-def test_every_rule_has_a_sentence_of_its_own_and_numbers_have_bounds(rule: Rule) -> None:
-    summaries = {key.name: key.summary for key in POLICY.keys}
-    assert summaries[rule.name].endswith(".")
-    assert list(summaries.values()).count(summaries[rule.name]) == 1
-    assert (rule.kind is int) == (rule.bounds is not None)
 
 
 @given(policies, st.builds(OperatorOverride, st.integers(0, 99), st.integers(0, 10**9)))
@@ -69,37 +60,46 @@ _PLACE = PolicyPlace("red", "acme", "web")
 _BORN = 1_795_000_000
 
 
+_RECORDS = replace(_PLACE, of_network=_OFF, of_instance=_OFF)
+
+
 @pytest.mark.parametrize(
-    ("book", "mode"),
+    ("place", "book", "mode"),
     [
-        (PolicyBook(), TokenMode.OPTIONAL),
-        (PolicyBook(host=_REQUIRED), TokenMode.REQUIRED),
-        (PolicyBook(host=_REQUIRED, networks={"red": _OFF}), TokenMode.OFF),
-        (PolicyBook(networks={"red": _OFF}, projects={"acme": _REQUIRED}), TokenMode.REQUIRED),
-        (PolicyBook(projects={"acme": _OFF}, instances={"web": _REQUIRED}), TokenMode.REQUIRED),
-        (PolicyBook(networks={"blue": _REQUIRED}, projects={"b": _OFF}), TokenMode.OPTIONAL),
+        *(
+            (_PLACE, book, mode)
+            for book, mode in (
+                (PolicyBook(), TokenMode.OPTIONAL),
+                (PolicyBook(host=_REQUIRED), TokenMode.REQUIRED),
+                (PolicyBook(host=_REQUIRED, networks={"red": _OFF}), TokenMode.OFF),
+                (PolicyBook(networks={"red": _OFF}, projects={"acme": _REQUIRED}), TokenMode.REQUIRED),
+                (PolicyBook(projects={"acme": _OFF}, instances={"web": _REQUIRED}), TokenMode.REQUIRED),
+                (PolicyBook(networks={"blue": _REQUIRED}, projects={"b": _OFF}), TokenMode.OPTIONAL),
+            )
+        ),
+        # Settings win over a record of the same scope.
+        (replace(_RECORDS, of_instance=NO_RULES), PolicyBook(networks={"red": _REQUIRED}), TokenMode.REQUIRED),
+        (_RECORDS, PolicyBook(networks={"red": _REQUIRED}), TokenMode.OFF),
+        (_RECORDS, PolicyBook(instances={"web": _REQUIRED}), TokenMode.REQUIRED),
     ],
-)
+)  # fmt: skip
 def test_an_instances_word_counts_before_its_projects_its_networks_and_the_hosts(
-    book: PolicyBook, mode: TokenMode
+    place: PolicyPlace, book: PolicyBook, mode: TokenMode
 ) -> None:
-    assert book.fold(_PLACE).policy.tokens is mode
-
-
-def test_settings_have_the_last_word_over_a_record_of_the_same_scope() -> None:
-    place = PolicyPlace("red", None, "web", of_network=_OFF, of_instance=_OFF)
-    assert PolicyBook(networks={"red": _REQUIRED}).fold(place).policy.tokens is TokenMode.OFF
-    book = PolicyBook(instances={"web": _REQUIRED})
-    assert book.fold(place).policy.tokens is TokenMode.REQUIRED
+    assert book.fold(place).policy.tokens is mode
 
 
 _DENIED: PathRules = (("/latest/user-data", PathWord.DENY),)
-_SET = set_id(_DENIED)
+_SET = "{set}"
 _NO_TOKENS = Policy(
     tokens=TokenMode.OFF, openstack_tokens=TokenMode.OFF, nocloud_tokens=TokenMode.OFF
 )
 _SEALED = Policy(seal_user_data=True)
 _REOPENED = OperatorOverride(reopened_at=_BORN + 5000)
+
+
+def _path(path: str, word: PathWord) -> Policy:
+    return Policy(tokens=TokenMode.OFF, paths=((path, word),))
 
 
 @pytest.mark.parametrize(
@@ -110,6 +110,13 @@ _REOPENED = OperatorOverride(reopened_at=_BORN + 5000)
         *(
             (policy, OperatorOverride(), _BORN, word)
             for policy, word in (
+                # A path that takes a token has tokens given, and in other trees the boot counts.
+                (_path("/", PathWord.REQUIRED), "+1tooo--bp::1795000900:64::::{set}"),
+                (_path("/openstack/latest/user_data", PathWord.REQUIRED), "+1tooo--bp::1795000900:64::::{set}"),
+                (_path("/nocloud", PathWord.REQUIRED), "+1tooo--bp::1795000900:64::::{set}"),
+                (_path("/latest/user-data", PathWord.REQUIRED), "+1tooo---p::1795000900:64::::{set}"),
+                *((_path("/openstack", word), "+1-ooo---p::1795000900:64::::{set}")
+                  for word in PathWord if word is not PathWord.REQUIRED),
                 (Policy(endpoint=False), "+0tooo---::1795000900:64"),
                 (Policy(tokens=TokenMode.REQUIRED), "+1troo---::1795000900:64"),
                 (Policy(openstack_tokens=TokenMode.REQUIRED), "+1toro--b::1795000900:64"),
@@ -140,56 +147,21 @@ _REOPENED = OperatorOverride(reopened_at=_BORN + 5000)
 def test_each_rule_has_its_place_in_the_word(
     policy: Policy, override: OperatorOverride, created_at: int | None, word: str
 ) -> None:
+    paths = set_id(policy.paths) if policy.paths else None
+    word = word.format(set=paths)
     assert render_policy_word(policy, override, created_at) == word
-    for value in (word, f"{word}|web|r1"):
-        assert rule_set_of(value) == (_SET if policy.paths else None)
-
-
-@pytest.mark.parametrize("word", PathWord)
-@pytest.mark.parametrize(
-    ("path", "boot_counts"),
-    [
-        *((path, True) for path in ("/", "/openstack", "/openstack/latest/user_data", "/nocloud/user-data")),
-        *((path, False) for path in ("/latest", "/latest/user-data")),
-    ],
-)  # fmt: skip
-def test_a_path_that_takes_a_token_has_tokens_given_and_the_boot_count_in_other_trees(
-    path: str, word: PathWord, *, boot_counts: bool
-) -> None:
-    policy = Policy(tokens=TokenMode.OFF, paths=((path, word),))
-    rendered = render_policy_word(policy, OperatorOverride(), _BORN)
-    needed = word is PathWord.REQUIRED
-    assert rendered[2] == ("t" if needed else "-")
-    assert rendered[8] == ("b" if needed and boot_counts else "-")
-
-
-def test_paths_are_folded_one_by_one_and_it_is_known_whose_each_is() -> None:
-    host = PolicyRules(paths=(("/", PathWord.DENY), ("/latest/user-data", PathWord.DENY)))
-    of_network = PolicyRules(paths=(("/latest", PathWord.ALLOW),))
-    said = PolicyRules(tokens=TokenMode.REQUIRED, paths=(("/nocloud", PathWord.OPTIONAL),))
-    book = PolicyBook(host=host, networks={"red": said})
-    folded = book.fold(PolicyPlace("red", None, "web", of_network=of_network))
-    assert folded.policy.paths == (
-        ("/", PathWord.DENY),
-        ("/latest", PathWord.ALLOW),
-        ("/nocloud", PathWord.OPTIONAL),
-    )
-    assert folded.origins == (
-        ("paths./", PolicyScope.HOST),
-        ("paths./latest", PolicyScope.NETWORK),
-        ("paths./nocloud", PolicyScope.NETWORK),
-        ("tokens", PolicyScope.NETWORK),
-    )
-    word, paths = book.word(PolicyPlace("red", None, "web"), None)
-    assert rule_set_of(word) == set_id(paths)
+    assert rule_set_of(word) == rule_set_of(f"{word}|web|r1") == paths
 
 
 def test_every_rule_and_path_is_reported_with_its_value_and_scope() -> None:
     paths = (("/", PathWord.DENY), ("/latest", PathWord.OPTIONAL))
     folded = fold_policy(
         [
-            (PolicyScope.HOST, PolicyRules(tokens=TokenMode.REQUIRED, seal_user_data=True)),
-            (PolicyScope.PROJECT, PolicyRules(paths=paths)),
+            (
+                PolicyScope.HOST,
+                PolicyRules(tokens=TokenMode.REQUIRED, seal_user_data=True, paths=paths[:1]),
+            ),
+            (PolicyScope.PROJECT, PolicyRules(paths=paths[1:])),
             (PolicyScope.INSTANCE, PolicyRules(tokens=TokenMode.OFF)),
         ]
     )
@@ -200,7 +172,7 @@ def test_every_rule_and_path_is_reported_with_its_value_and_scope() -> None:
     assert by_name["tokens"] == ("off", "instance")
     assert by_name["seal_user_data"] == (True, "host")
     assert by_name["hop_limit"] == (64, DEFAULT_ORIGIN)
-    assert by_name["paths./"] == ("deny", "project")
+    assert by_name["paths./"] == ("deny", "host")
     assert by_name["paths./latest"] == ("optional", "project")
 
 

@@ -19,7 +19,7 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.core.policy import TokenMode
 from imdsproxy.core.records import parse_instance, parse_network, parse_records, render_record
-from imdsproxy.core.records.schema import MAX_PAYLOAD, Fault, Field, Findings, Refused
+from imdsproxy.core.records.schema import MAX_PAYLOAD, Fault, Findings, Refused
 from imdsproxy.core.records.values import LAST_SECOND, unix_time_of
 
 INSTANCE: dict[str, object] = {"id": "i-1", "name": "web"}
@@ -187,26 +187,6 @@ def test_user_data_is_kept_byte_for_byte(user_data: object, wanted: bytes) -> No
     assert read(user_data=user_data).user_data == wanted
 
 
-def test_user_data_from_a_file_is_read_by_the_reader_that_is_passed_in() -> None:
-    files = {"web.gz": b"\x00\xff", "big": bytes(MAX_PAYLOAD + 1)}
-
-    def read_file(field: Field) -> bytes:
-        if field.value not in files:
-            raise field.error(f"there is no {field.value}")
-        return files[field.value]
-
-    def parse(name: str, **more: object) -> Instance | Refused:
-        findings = Findings(read_file=read_file)
-        return parse_instance(INSTANCE | more | {"user_data_file": name}, (), findings)
-
-    found = parse("web.gz")
-    assert isinstance(found, Instance)
-    assert found.user_data == b"\x00\xff"
-    assert problems(parse("gone")) == {"user_data_file": "there is no gone ()"}
-    assert "at most" in problems(parse("big"))["user_data_file"]
-    assert "user_data_file" in problems(parse("web.gz", user_data="x"))
-
-
 def test_other_values_of_an_instance_are_read() -> None:
     assert read(tags={"b": "2", "a": ""}).tags == (("a", ""), ("b", "2"))
     assert read(vendor_data="#cloud-config\n").vendor_data == b"#cloud-config\n"
@@ -350,6 +330,8 @@ def test_all_problems_of_a_record_come_at_once_and_its_id_is_kept() -> None:
     refused = parse_network(NETWORK | {"mtu": 1})
     assert isinstance(refused, Refused)
     assert refused.id == "blue"
+    both = problems(parse_instance(INSTANCE | {"user_data": "x", "user_data_file": "x"}))
+    assert both["user_data_file"] == "stands beside user_data (one of the two)"
 
 
 @pytest.mark.parametrize(
@@ -375,19 +357,6 @@ def test_a_problem_says_what_would_be_right(patch: dict[str, object], text: str)
 @pytest.mark.parametrize("record", [None, [], "blue", 7, b"x"])
 def test_a_record_that_is_no_mapping_is_refused(record: object) -> None:
     assert problems(parse_network(record))
-
-
-def test_lines_are_looked_up_by_path() -> None:
-    found = parse_instance(
-        INSTANCE | {"ports": [{"network": "n", "addresses": ["x"]}]},
-        ("instances", 3),
-        Findings(
-            "web.yaml",
-            lambda path: 17 if path == ("instances", 3, "ports", 0, "addresses", 0) else None,
-        ),
-    )
-    assert isinstance(found, Refused)
-    assert str(found.problems[0]).startswith("web.yaml:17: instances[3].ports[0].addresses[0]: ")
 
 
 # Documents
