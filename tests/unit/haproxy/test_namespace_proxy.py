@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from imdsproxy.core.haproxy.namespace_proxy import (
     FACILITIES,
@@ -18,7 +16,6 @@ from imdsproxy.core.haproxy.namespace_proxy import (
     parse_uuid,
     render_namespace_proxy,
 )
-from imdsproxy.core.haproxy.text import UnquotableWord
 from imdsproxy.errors import RequestRefused
 
 _GOLDEN = Path(__file__).parents[2] / "golden" / "haproxy"
@@ -68,16 +65,6 @@ def test_a_header_that_the_proxy_sets_is_deleted_and_every_other_passes(
 ) -> None:
     (pattern,) = re.findall(r"del-header (\S+) -m reg", render_namespace_proxy(_SPEC))
     assert bool(re.search(shlex.split(pattern)[0], name)) is deleted
-
-
-@given(st.text(st.characters(codec="utf-8")))
-def test_no_socket_path_makes_another_line(name: str) -> None:
-    spec = replace(_SPEC, upstream=f"/{name}")
-    try:
-        text = render_namespace_proxy(spec)
-    except UnquotableWord:
-        return
-    assert len(text.split("\n")) == len(render_namespace_proxy(_SPEC).split("\n"))
 
 
 @pytest.mark.parametrize(

@@ -28,18 +28,6 @@ def _plain(target: str) -> str:
     return plain_path(undone).decode()
 
 
-_PLAIN = """
-    / /latest /latest/user-data /latest/meta-data/network/interfaces/macs/02:00:00:00:00:01
-    /latest/meta-data/tags/instance/a+b=c,d@e /latest/api /openstack /openstack/latest/vendor_data2.json
-    /openstack/content /openstack/content/0000 /nocloud /nocloud/user-data
-"""
-
-
-@pytest.mark.parametrize("path", _PLAIN.split())
-def test_a_plain_path_can_have_a_rule(path: str) -> None:
-    assert find_path_fault(path) is None
-
-
 _RIGHT = {
     "/latest/user-data": "/2009-04-04/user-data /ec2/latest/user-data /ec2/2009-04-04/user-data /latest//user-data "
     "/latest/./user-data /latest/user-data/ /latest/user%2ddata /%6Catest/user-data?x=1",

@@ -5,15 +5,11 @@ from __future__ import annotations
 from dataclasses import fields, replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from imdsproxy.core import policy_word
 from imdsproxy.core.path_rules import PathRules, PathWord, set_id
 from imdsproxy.core.policy import (
     DEFAULT,
     NO_RULES,
-    RULES,
     Folded,
     OperatorOverride,
     Policy,
@@ -27,32 +23,7 @@ from imdsproxy.core.policy import (
     rule_set_of,
 )
 from imdsproxy.core.policy_report import DEFAULT_ORIGIN, decide_read, report_policy
-from imdsproxy.core.policy_word import Field, Letter, Part
 from support.access_table import READS, Read
-from support.record_strategies import policies
-
-_PARTS: dict[str, Part] = {
-    name: part for name, part in vars(policy_word).items() if isinstance(part, Letter | Field)
-}
-_EACH = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-
-
-@given(policies, st.builds(OperatorOverride, st.integers(0, 99), st.integers(0, 10**9)))
-def test_each_part_is_read_from_the_word_as_it_was_written(
-    rules: PolicyRules, guard: OperatorOverride
-) -> None:
-    given = {name: getattr(rules, name) for name in RULES}
-    policy = replace(DEFAULT, **{name: one for name, one in given.items() if one is not None})
-    word = render_policy_word(policy, guard, None)
-    assert policy_word.word_of(f"{word}|web|r1") == word
-    for rule in RULES.values() if word else ():
-        value = getattr(policy, rule.name)
-        if isinstance(rule.part, Letter):
-            assert rule.part.is_on(word) == (value in (True, TokenMode.REQUIRED))
-        elif isinstance(rule.part, Field):
-            assert rule.part.read(word) == ("" if value is None else str(value))
-    assert policy_word.EPOCH.read(word) == str(guard.epoch or "")
-
 
 _REQUIRED = PolicyRules(tokens=TokenMode.REQUIRED)
 _OFF = PolicyRules(tokens=TokenMode.OFF)
