@@ -194,19 +194,18 @@ def warn_of_names(instance: Instance) -> tuple[Problem, ...]:
     """A warning for each ssh key that guests see under another name, and each tag that EC2's documents lack."""
     if instance.upstream is Upstream.NOVA:
         return ()
-    found: list[tuple[str, str, str]] = []
     keys = tuple([key.name for key in instance.ssh_keys])
-    for name, seen in zip(keys, tree.unique_names(keys), strict=True):
-        if name != seen:
-            reason = f"guests see this key as {quoted(seen)}"
-            found.append((f"ssh_keys[{quoted(name)}]", reason, _KEY_HINT))
+    found = [
+        (f"ssh_keys[{quoted(name)}]", f"guests see this key as {quoted(seen)}", _KEY_HINT)
+        for name, seen in zip(keys, tree.unique_names(keys), strict=True)
+        if name != seen
+    ]
     for name, _ in instance.tags if Dialect.EC2 in instance.dialects else ():
-        if not TAG_KEY.fullmatch(name):
-            reason = "EC2's tags/instance does not have this tag"
-            found.append((f"tags[{quoted(name)}]", reason, _TAG_HINT))
-        elif not is_listed_tag(name):
-            reason = "EC2's tags/instance does not list this tag"
-            found.append((f"tags[{quoted(name)}]", reason, _UNLISTED_HINT))
+        kept = TAG_KEY.fullmatch(name) is not None
+        if not kept or not is_listed_tag(name):
+            what, hint = ("list", _UNLISTED_HINT) if kept else ("have", _TAG_HINT)
+            reason = f"EC2's tags/instance does not {what} this tag"
+            found.append((f"tags[{quoted(name)}]", reason, hint))
     where = f"instances.{instance.id}"
     return tuple(Problem(f"{where}.{field}", reason, hint) for field, reason, hint in found)
 

@@ -176,11 +176,6 @@ def _shown_uuid(instance: Instance) -> dict[str, str]:
     return {} if looks_like_amazon(instance.uuid) else {"uuid": instance.uuid}
 
 
-def _wants_imds(instance: Instance) -> bool:
-    """Whether systemd-imdsd would find the documents that it reads: the EC2 ones."""
-    return Dialect.EC2 in instance.served
-
-
 def _missing_uuid(instance: Instance) -> Iterator[Part]:
     if not _shown_uuid(instance):
         note = f"The record's UUID {instance.uuid} is missing on purpose: cloud-init would take the machine for one of"
@@ -211,7 +206,8 @@ def _routes(
 
 
 def _imds(instance: Instance, text: str, place: str = _PLACES["imds"]) -> Iterator[Part]:
-    if _wants_imds(instance):
+    """For systemd-imdsd, where there are the documents that it reads: the EC2 ones."""
+    if Dialect.EC2 in instance.served:
         yield Part("systemd-imdsd", place, text)
 
 
@@ -236,7 +232,7 @@ def _libvirt(instance: Instance, hints: DetectionHints, routes: _Routes) -> Iter
     """Pieces of XML (https://libvirt.org/formatdomain.html#smbios-system-information, formatnetwork.html)."""
     places, strings = _PLACES["libvirt"], ""
     place = places["smbios"].format(name=instance.name, hints=hints)
-    if _wants_imds(instance):
+    if Dialect.EC2 in instance.served:
         place = f"{place} {places['imds']} {_PLACES['imds']}"
         strings = f"  <oemStrings>\n    <entry>{_EXTRA}</entry>\n  </oemStrings>\n"
     system = "".join(
