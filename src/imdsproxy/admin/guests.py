@@ -129,6 +129,10 @@ class Explanation:
     decision: PathDecision | None = None
     probe: Probe | None = None
 
+    def add(self, *steps: str) -> None:
+        """Go on to explain why."""
+        self.why += steps
+
 
 @dataclass(frozen=True, slots=True)
 class _Owner:
@@ -222,20 +226,18 @@ async def explain(
     if not _may_know(lookup, network):
         return Explanation(*key, "no-network", 404, (f"no source tells of network {network}",))
     owner, inventory = await _owner(lookup, key), lookup.inventory
-    steps = [_origin(inventory, listeners, network)]
-    steps += [
-        f"its listener is not as it should be: {one.reason}"
-        for one in listeners.degraded()
-        if one.network == network
-    ]
-    pair = await _pair(lookup, key, steps) if identity.checks_macs(inventory, network) else None
+    found = Explanation(*key, "found", None, (_origin(inventory, listeners, network),))
+    wrong = [one.reason for one in listeners.degraded() if one.network == network]
+    found.add(*(f"its listener is not as it should be: {reason}" for reason in wrong))
+    if identity.checks_macs(inventory, network):
+        found.pair = await _explain_pair(lookup, key, found)
     if owner.at != key:
-        steps.append(f"router {network} leads to network {owner.at[0]}")
+        found.add(f"router {network} leads to network {owner.at[0]}")
     if isinstance(owner.known, identity.Found):
-        found = _explain_found(controller, key, owner.at, owner.known, path=path, steps=steps)
+        _explain_found(controller, found, owner.at, owner.known, path)
     else:
         denial = owner.denial or identity.deny(owner.known, in_sync=inventory.in_sync)
-        found = _explain_denied(key, owner, owner.known, denial, steps)
+        _explain_denied(found, owner, owner.known, denial)
     served = networks_of(listeners.report.endpoints)
     if not (network in served if network in inventory.networks else listeners.unix.serving):
         # No listener is there: the guest gets no answer, whatever it would be.
@@ -243,7 +245,6 @@ async def explain(
     if probe:
         asked = path or _common_path(inventory, found.instance)
         found.probe = Probe(asked, (await get_document(controller, key, asked)).status)
-    found.why, found.pair = tuple(steps), pair
     found.cards = await _cards(lookup, found.instance)
     found.installed = await _installed(controller, key)
     return found
@@ -301,101 +302,92 @@ async def _owner(lookup: Lookup, key: AddressKey) -> _Owner:
 
 
 def _explain_denied(
-    key: AddressKey,
+    found: Explanation,
     owner: _Owner,
-    found: identity.Unknown | identity.Ambiguous | identity.Mismatch,
+    known: identity.Unknown | identity.Ambiguous | identity.Mismatch,
     denial: identity.Denial,
-    steps: list[str],
-) -> Explanation:
-    denied = Explanation(*key, denial.value, denial.status)
-    match found:
+) -> None:
+    found.verdict, found.answer = denial.value, denial.status
+    match known:
         case identity.Ambiguous(claimants=claimants):
-            steps.append("more than one record claims the address, and none is preferred")
-            denied.claimants = claimants
+            found.add("more than one record claims the address, and none is preferred")
+            found.claimants = claimants
         case identity.Mismatch(instance=instance, expected=expected):
-            steps.append(f"instance {instance.id} has {key[1]} with MAC {expected} only")
-            denied.instance, denied.instance_name = instance.id, instance.name
+            found.add(f"instance {instance.id} has {found.address} with MAC {expected} only")
+            found.instance, found.instance_name = instance.id, instance.name
         case identity.Unknown(reason=reason):
-            steps.append(owner.why or reason.value)
+            found.verdict = "unknown"
+            found.add(owner.why or reason.value)
             if owner.denial is None and denial is identity.Denial.UNKNOWN:
-                steps.append("requests are held for a while, then answered 404")
+                found.add("requests are held for a while, then answered 404")
             elif owner.denial is None:
-                steps.append("a source is not in sync: it may still come")
-            denied.verdict = "unknown"
-    return denied
+                found.add("a source is not in sync: it may still come")
 
 
 def _explain_found(
     controller: Controller,
-    key: AddressKey,
+    found: Explanation,
     at: AddressKey,
-    found: identity.Found,
-    *,
+    known: identity.Found,
     path: str | None,
-    steps: list[str],
-) -> Explanation:
-    instance, lookup, records = found.instance, controller.lookup, controller.lookup.records
-    steps.append(f"instance {instance.id} has {at[1]}, known by {found.how.value}")
+) -> None:
+    instance, lookup, records = known.instance, controller.lookup, controller.lookup.records
+    key = found.network, found.address
+    found.add(f"instance {instance.id} has {at[1]}, known by {known.how.value}")
     if lookup.source is not None and (seen := lookup.source.explain_freshness(*at)) is not None:
-        steps.append(seen)
-    now, project = int(lookup.clock.now().timestamp()), found.port.project or instance.project
+        found.add(seen)
+    now, project = int(lookup.clock.now().timestamp()), known.port.project or instance.project
     book, place = records.policies(), policy_place(lookup.inventory, key[0], project, instance)
     folded = book.fold(place)
-    rules = report_policy(folded, book.override(instance.id), instance.created_at, now)
-    decision = None
+    found.rules = report_policy(folded, book.override(instance.id), instance.created_at, now)
     if path is not None:
         paths = folded.policy.paths
-        decide = partial(decide_read, rules.word, now, path, paths=paths)
-        decision = PathDecision(path, decide(token=False), decide(token=True))
-    answer: int | None
+        decide = partial(decide_read, found.rules.word, now, path, paths=paths)
+        found.decision = PathDecision(path, decide(token=False), decide(token=True))
     if instance.upstream is model.Upstream.EMBEDDED:
-        policy = {"dialects": ", ".join(sorted(instance.dialects)) or "none"}
-        answer = 200 if instance.dialects else 404
+        found.policy = {"dialects": ", ".join(sorted(instance.dialects)) or "none"}
+        found.answer = 200 if instance.dialects else 404
         problem = controller.documents_problem()
         if problem is not None:
-            steps.append(f"no document is answered now: {problem.reason}")
+            found.add(f"no document is answered now: {problem.reason}")
         if problem is not None or not controller.companion.needed:
-            answer = 503
+            found.answer = 503
+    elif isinstance(record := records.planned(key), NovaRecord):
+        found.policy = {
+            "upstream": "nova",
+            "endpoint set": record.endpoint_set,
+            "project": record.project,
+        }
     else:
-        policy = {"upstream": "nova", "endpoint set": "none: guests get 503"}
-        answer = 503
-        if isinstance(record := records.planned(key), NovaRecord):
-            policy |= {"endpoint set": record.endpoint_set, "project": record.project}
-            answer = None
-    return Explanation(
-        *key,
-        "found",
-        answer if folded.policy.endpoint else 403,
-        instance=instance.id,
-        instance_name=instance.name,
-        source=", ".join(lookup.inventory.sources_of_instance(instance.id)),
-        how=(found.how if at == key else identity.How.ROUTER).value,
-        revision=records.compiler.revisions.get(instance.id),
-        policy=policy,
-        rules=rules,
-        decision=decision,
-    )
+        found.policy = {"upstream": "nova", "endpoint set": "none: guests get 503"}
+        found.answer = 503
+    if not folded.policy.endpoint:
+        found.answer = 403
+    found.instance, found.instance_name = instance.id, instance.name
+    found.source = ", ".join(lookup.inventory.sources_of_instance(instance.id))
+    found.how = (known.how if at == key else identity.How.ROUTER).value
+    found.revision = records.compiler.revisions.get(instance.id)
 
 
-async def _pair(lookup: Lookup, key: AddressKey, steps: list[str]) -> PairReport:
-    """What MACs have to do with it, in a network that checks them; `steps` gets the sentences."""
+async def _explain_pair(lookup: Lookup, key: AddressKey, found: Explanation) -> PairReport:
+    """What MACs have to do with it, in a network that checks them."""
     filters = lookup.mac_filters
     neighbour, refusal = await lookup.last_seen(key)
     seen = neighbour if refusal is None else refusal.mac
     granted, filtered = filters.granted(key), filters.is_up(key[0])
-    steps.append(f"it was last seen with MAC {seen}" if seen else "no MAC was seen with it")
+    found.add(f"it was last seen with MAC {seen}" if seen else "no MAC was seen with it")
     if refusal is not None and neighbour not in {None, refusal.mac}:
         age_s = lookup.clock.monotonic() - refusal.at
         refused = f"its request was refused {age_s:.0f} s ago"
-        steps.append(f"{refused}; the neighbour table has MAC {neighbour}")
+        found.add(f"{refused}; the neighbour table has MAC {neighbour}")
     if granted == ANY_MAC:
-        steps.append("the MAC filter lets it through with any MAC: no record has one")
+        found.add("the MAC filter lets it through with any MAC: no record has one")
     elif granted is not None:
-        steps.append(f"the MAC filter lets it through with MAC {granted} only")
+        found.add(f"the MAC filter lets it through with MAC {granted} only")
     elif filtered:
-        steps.append("the MAC filter has no pair for it: each request goes to the resolver")
+        found.add("the MAC filter has no pair for it: each request goes to the resolver")
     if not filtered and not filters.is_plain(key[0]):
-        steps.append("there is no MAC filter: no guest with a MAC in its record is answered")
+        found.add("there is no MAC filter: no guest with a MAC in its record is answered")
     wanted = plan_pair(lookup.inventory, key, lookup.records.learned)
     return PairReport(seen, wanted, granted, filtered)
 

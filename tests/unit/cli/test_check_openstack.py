@@ -36,15 +36,6 @@ def _on(secret: Path, **members: object) -> Subject:
     return subject({"nova": {"endpoint_sets": {"default": default}}})
 
 
-def test_without_nova_nothing_is_checked() -> None:
-    for check in (
-        openstack.check_secrets,
-        openstack.check_certificates,
-        openstack.check_clouds,
-        openstack.check_endpoints,
-        openstack.check_unix_listener,
-    ):
-        assert check(subject()) == []
 
 
 @pytest.mark.parametrize(

@@ -69,31 +69,19 @@ def check_macs(on: Subject) -> list[Finding]:
         return []
     refusal = host_rules.try_mac_filter()
     findings = [found("kernel-lacks" if refusal else "kernel", refusal=refusal)]
-    if devices := checked_devices(on.networks):
-        rules, naming = host_rules.read_rules(), Naming(on.settings.host.name_prefix)
-        seen = {device: host_rules.observe_bridge(device, rules, naming) for device in devices}
-        findings += [bridge_finding(bridge, ports) for bridge, ports in seen.items() if ports]
-    return findings
-
-
-def checked_devices(networks: Iterable[Network]) -> list[str]:
-    """The devices that networks with `mac_check` name; a bridge perhaps, or not."""
-    listeners = [network.listener for network in networks if network.mac_check]
+    listeners = [network.listener for network in on.networks if network.mac_check]
     bridges = {one.bridge for one in listeners if isinstance(one, BridgeListener)}
-    return sorted(bridges | {one.device for one in listeners if isinstance(one, InterfaceListener)})
-
-
-def bridge_finding(bridge: str, ports: Mapping[str, str]) -> Finding:
-    """Whether something keeps a bridge's guests to their MACs: what imdsproxy cannot see.
-
-    Args:
-        bridge: Its name.
-        ports: Of `observe_bridge`.
-    """
-    if open_ports := [port for port, guard in ports.items() if not guard]:
-        return found("bridge-open", bridge=bridge, ports=", ".join(open_ports))
-    seen = ", ".join(f"{port} ({guard})" for port, guard in ports.items())
-    return found("bridge", bridge=bridge, ports=seen)
+    bridges |= {one.device for one in listeners if isinstance(one, InterfaceListener)}
+    if bridges:
+        rules, naming = host_rules.read_rules(), Naming(on.settings.host.name_prefix)
+        for bridge in sorted(bridges):
+            ports = host_rules.observe_bridge(bridge, rules, naming) or {}
+            if unguarded := [port for port, guard in ports.items() if not guard]:
+                findings.append(found("bridge-open", bridge=bridge, ports=", ".join(unguarded)))
+            elif ports:
+                guarded = ", ".join(f"{port} ({guard})" for port, guard in ports.items())
+                findings.append(found("bridge", bridge=bridge, ports=guarded))
+    return findings
 
 
 def check_paths(on: Subject) -> list[Finding]:

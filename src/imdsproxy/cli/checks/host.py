@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import stat
 from collections.abc import Callable
 from operator import attrgetter
@@ -14,8 +13,9 @@ from typing import Final
 from imdsproxy.cli.checks import Finding, Subject, found, refused
 from imdsproxy.cli.output import spell_count
 from imdsproxy.dataplane.launch import read_program
-from imdsproxy.errors import ConfigError, HaproxyMissing, HostRefused
+from imdsproxy.errors import ConfigError, DataplaneError, HaproxyMissing, HostRefused
 from imdsproxy.host.account import find_account, find_closed, group_name, user_name
+from imdsproxy.host.servers import open_tcp_socket
 
 _ACCOUNTS: Final = [
     f"{section}.{name}"
@@ -151,14 +151,11 @@ def check_ports(on: Subject) -> list[Finding]:
         endpoint = attrgetter(setting)(on.settings)
         if endpoint is None:
             continue
-        family = socket.AF_INET6 if ":" in endpoint.host else socket.AF_INET
-        with socket.socket(family, socket.SOCK_STREAM) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                listener.bind((endpoint.host, endpoint.port))
-            except OSError as error:
-                values = {"endpoint": endpoint, "reason": error.strerror or str(error)}
-                findings.append(found("port-taken", setting=setting, **values))
+        try:
+            open_tcp_socket(endpoint.host, endpoint.port).close()
+        except DataplaneError as error:
+            reason = getattr(error.__cause__, "strerror", error.message)
+            findings.append(found("port-taken", setting=setting, endpoint=endpoint, reason=reason))
     return findings or [found("ports")]
 
 
