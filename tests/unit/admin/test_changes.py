@@ -207,14 +207,6 @@ _REFUSED = (
 )
 
 
-def _refuse_record(server: AdminServer) -> None:
-    server.records.compiler.failures[WEB] = Problem("instances.web-1", "no space left")
-
-
-def _fail_round(server: AdminServer) -> None:
-    server.records.failure = Problem("records", "HAProxy does not answer")
-
-
 def _leave_out_both_families(server: AdminServer) -> None:
     server.leave_out("blue", "there is no device br0")
     other = replace(server.listeners.left_out["blue"], reason="port 80 is taken")
@@ -231,16 +223,18 @@ def _pending(server: AdminServer, name: str = "web-1") -> list[str]:
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (_refuse_record, "no space left"),
-        (_fail_round, "HAProxy does not answer"),
+        (
+            lambda server: server.records.compiler.failures.update({WEB: Problem("x", "no space")}),
+            "no space",
+        ),
+        (
+            lambda server: setattr(server.records, "failure", Problem("x", "HAProxy is silent")),
+            "HAProxy is silent",
+        ),
         (lambda server: server.records.compiler.revisions.pop(WEB), "it is not compiled yet"),
         (
             lambda server: setattr(server.controller.companion, "needed", False),
             "documents.enabled is off, and it has documents of ours",
-        ),
-        (
-            lambda server: server.leave_out("blue", "there is no device br0"),
-            "network blue is not served: there is no device br0",
         ),
         (_leave_out_both_families, "network blue is not served: there is no device br0"),
         (
@@ -255,12 +249,9 @@ def test_a_record_that_is_not_in_force_has_the_reason(
     assert _pending(server) == []
     spoil(server)
     assert _pending(server) == [reason]
-
-
-def test_a_network_that_is_left_out_has_the_first_reason(server: AdminServer) -> None:
-    _leave_out_both_families(server)
     shown = server.client.get("/v1/networks/blue")
-    assert (shown["serving"], shown["left_out"]["reason"]) == (False, "there is no device br0")
+    assert shown["serving"] is not ("br0" in reason)
+    assert shown["serving"] or shown["left_out"]["reason"] == "there is no device br0"
 
 
 def test_a_family_that_is_left_out_keeps_no_record_from_guests_of_the_other(
@@ -306,9 +297,6 @@ def test_an_instance_that_sources_describe_differently_is_listed_as_a_conflict(
         server.client.get("/v1/instances/web-1")
 
 
-_WEB = InstanceId("web-1")
-
-
 def _act(server: AdminServer, what: str = "revoke-tokens", name: str = "web-1") -> dict[str, Any]:
     done: dict[str, Any] = server.client.request("POST", f"/v1/instances/{name}/{what}")
     return done
@@ -328,11 +316,11 @@ def test_a_revocation_returns_when_every_address_is_in_force_and_not_before(
     server: AdminServer,
 ) -> None:
     learned = key("blue", "fe80::5")
-    server.records.learned[learned] = Learned(_WEB, time.monotonic() + 600)
+    server.records.learned[learned] = Learned(WEB, time.monotonic() + 600)
     server.haproxy.stop_answering_after = 0
     with ThreadPoolExecutor() as threads:
         revoking = threads.submit(_act, server)
-        while _WEB not in server.policy_store.overrides:
+        while WEB not in server.policy_store.overrides:
             time.sleep(0.01)
         assert not revoking.done(), "on disk first"
         assert _epoch(server, "10.0.0.5") == "0"
@@ -345,7 +333,7 @@ def test_two_at_once_are_two_epochs(server: AdminServer) -> None:
     with ThreadPoolExecutor(2) as both:
         done = list(both.map(lambda _: _act(server)["epoch"], range(2)))
     assert sorted(done) == [1, 2]
-    assert server.policy_store.overrides == {_WEB: OperatorOverride(2)}
+    assert server.policy_store.overrides == {WEB: OperatorOverride(2)}
 
 
 @pytest.mark.parametrize("what", ["revoke-tokens", "reopen"])

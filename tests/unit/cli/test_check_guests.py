@@ -266,25 +266,15 @@ def test_each_scope_that_leaves_a_tree_open_is_named_once(
     assert [one.text.partition(":")[0] for one in check_trees(_on(**policy))] == places
 
 
+_SERVED = (
+    "/ /latest/meta-data/public-keys/0/openssh-key /latest/meta-data/block-device-mapping/ami "
+    "/latest/dynamic/instance-identity/document /openstack/content/0000 /nocloud/network-config"
+)
+_NEVER = "/latest/meta-data/iam /latest/user-data/x /openstack/latest/user-data /nocloud/user_data /latest/api"
+
+
 def test_a_rule_for_a_path_that_nothing_has_is_warned_of() -> None:
-    served = {
-        "/": "allow",
-        "/latest": "allow",
-        "/latest/meta-data/public-keys/0/openssh-key": "deny",
-        "/latest/meta-data/block-device-mapping/ami": "deny",
-        "/latest/dynamic/instance-identity/document": "deny",
-        "/openstack/content/0000": "deny",
-        "/openstack/latest/vendor_data2.json": "deny",
-        "/nocloud/network-config": "deny",
-    }
-    never = {
-        "/latest/meta-data/iam": "deny",
-        "/latest/userdata": "deny",
-        "/latest/user-data/x": "deny",
-        "/openstack/latest/user-data": "deny",
-        "/nocloud/user_data": "deny",
-        "/latest/api": "deny",
-    }
+    served, never = (dict.fromkeys(paths.split(), "deny") for paths in (_SERVED, _NEVER))
     assert check_path_rules(_on(host={"paths": served})) == []
     found = check_path_rules(_on(networks={"red": {"paths": {**served, **never}}}))
     assert [one.text for one in found] == [

@@ -36,8 +36,6 @@ def _on(secret: Path, **members: object) -> Subject:
     return subject({"nova": {"endpoint_sets": {"default": default}}})
 
 
-
-
 @pytest.mark.parametrize(
     ("content", "following", "mode", "found"),
     [

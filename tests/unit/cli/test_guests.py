@@ -291,12 +291,3 @@ def test_a_dialect_that_the_instance_does_not_have_is_refused(plugged: Cli) -> N
         "Nova has two dialects, whatever the record says"
     )
     assert plugged(*wanted, "--dialect", "nocloud").status == 64
-
-
-@pytest.mark.parametrize(
-    "command", ["token revoke X", "instance reopen X", "instance show X", "snippet X --for qemu"]
-)
-def test_an_instance_that_is_not_there_is_66_with_a_hint(cli: Cli, command: str) -> None:
-    ran = cli(*command.split())
-    hint = "hint: imdsproxy instance list\n"
-    assert ran == Ran(66, "", f"imdsproxy: there is no instance X\n{hint}")

@@ -5,11 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import re
-import sys
 from contextlib import nullcontext
 from operator import attrgetter
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -164,46 +162,6 @@ nova:
 """
 
 
-def test_a_later_file_adds_an_endpoint_set_and_changes_one(tmp_path: Path) -> None:
-    config = _write(tmp_path / "c.yaml", _SETS)
-    later = _write(
-        tmp_path / "conf.d" / "1.yaml",
-        "nova:\n"
-        "  endpoint_sets:\n"
-        "    default: {verify: false}\n"
-        "    cell1:\n"
-        "      endpoints: [{url: http://nova-1}]\n"
-        "      secret_file: /etc/cell1\n"
-        "      networks: [a, b]\n",
-    )
-
-    loaded = load_settings(config, {})
-
-    assert _values(loaded, "default.endpoints", "default.verify", "cell1.networks") == [
-        [
-            {"url": "http://192.0.2.10:8775", "secret": "current"},
-            {"url": "http://[2001:db8::5]:8775", "secret": "next"},
-        ],
-        False,
-        ["a", "b"],
-    ]
-    prefix = "nova.endpoint_sets"
-    assert _origins(loaded) == {
-        prefix: f"{config}:2",
-        f"{prefix}.default.endpoints": f"{config}:4",
-        f"{prefix}.default.endpoints[0].url": f"{config}:5",
-        f"{prefix}.default.endpoints[1].url": f"{config}:6",
-        f"{prefix}.default.endpoints[1].secret": f"{config}:6",
-        f"{prefix}.default.secret_file": f"{config}:7",
-        f"{prefix}.default.next_secret_file": f"{config}:8",
-        f"{prefix}.default.verify": f"{later}:3",
-        f"{prefix}.cell1.endpoints": f"{later}:5",
-        f"{prefix}.cell1.endpoints[0].url": f"{later}:5",
-        f"{prefix}.cell1.secret_file": f"{later}:6",
-        f"{prefix}.cell1.networks": f"{later}:7",
-    }
-
-
 def test_a_list_that_is_replaced_takes_its_lines_along(tmp_path: Path) -> None:
     first = _SETS.replace("url: http://192.0.2.10\n", "{url: http://nova, secret: current}\n")
     config = _write(tmp_path / "c.yaml", first)
@@ -262,31 +220,6 @@ def test_what_is_not_yaml_or_has_no_sections_is_unreadable(
         load_settings(config, {})
     (problem,) = _problems(None, {"IMDSPROXY_NOVA__ENDPOINT_SETS": text})
     assert (problem.file, problem.line) == ("IMDSPROXY_NOVA__ENDPOINT_SETS", None)
-
-
-def _calls_to_load(path: Path, instances: int) -> int:
-    """How many functions are called to load a policy for each of so many instances."""
-    lines = (f"    i{number}: {{endpoint: false, hop_limit: 3}}\n" for number in range(instances))
-    config = _write(path, "policy:\n  instances:\n" + "".join(lines))
-    calls = 0
-
-    def count(_frame: FrameType, event: str, _arg: object) -> None:
-        nonlocal calls
-        calls += event in {"call", "c_call"}
-
-    sys.setprofile(count)
-    try:
-        loaded = load_settings(config, {})
-    finally:
-        sys.setprofile(None)
-    assert len(loaded.settings.policy.instances) == instances
-    return calls
-
-
-def test_twice_as_many_settings_take_twice_the_work(tmp_path: Path) -> None:
-    _calls_to_load(tmp_path / "warm.yaml", 1)
-    few, many = (_calls_to_load(tmp_path / f"{count}.yaml", count) for count in (200, 400))
-    assert many < 2.2 * few
 
 
 @pytest.mark.parametrize(

@@ -155,15 +155,6 @@ def test_any_text_is_read_or_refused_with_lines(text: str) -> None:
     assert all(one.name and one.section for one in options)
 
 
-@given(st.text(st.sampled_from("$\\{}ab._ "), max_size=30))
-def test_any_value_is_expanded_or_refused_in_words(value: str) -> None:
-    others = {"a": "$b", "b": "x", "ab": "$ab"}
-    try:
-        expand_value(value, others.get)
-    except ValueError as error:
-        assert "refers to" in str(error)  # noqa: PT017 - either way is right
-
-
 _REFUSED = Path(__file__).with_name("refused_neutron.txt").read_text(encoding="utf-8")
 """Neutron's files, two with `---` between them, each with the problems that they have."""
 

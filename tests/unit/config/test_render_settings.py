@@ -19,19 +19,6 @@ from imdsproxy.config.schema import Settings
 from imdsproxy.config.strict_yaml import parse_yaml, render_value
 
 
-def test_the_sample_loads_back_as_the_defaults(tmp_path: Path) -> None:
-    config = tmp_path / "c.yaml"
-    config.write_text(render_sample())
-
-    loaded = load_settings(config, {})
-
-    assert loaded.settings == Settings()
-    written = {
-        path for path, one in settings_by_origin(loaded).items() if one["origin"] != "default"
-    }
-    assert {setting.path for setting in iterate_settings() if not setting.inner} <= written
-
-
 def test_the_sample_says_what_each_setting_is_for() -> None:
     sample = " ".join(line.strip(" #") for line in render_sample().splitlines())
 
