@@ -10,7 +10,6 @@ from imdsproxy.core.haproxy.maps import (
     MapState,
     parse_base_map,
     parse_map,
-    plan_changes,
     render_map,
     split_payload,
 )
@@ -45,18 +44,6 @@ def test_tombstones_come_before_additions() -> None:
     state = MapState("1", base={"n/9": "a|1"})
     changes = state.overlay_changes({"n/1": "a|1", "n/9": None})
     assert changes == MapChanges(changed=(("n/9", MAP_TOMBSTONE),), added=(("n/1", "a|1"),))
-
-
-@given(_ENTRIES, _WANTED)
-def test_following_a_plan_gives_what_was_wanted(
-    present: dict[str, str], wanted: dict[str, str | None]
-) -> None:
-    after = _follow(present, plan_changes(present, wanted))
-    for key, value in wanted.items():
-        assert after.get(key) == value
-    assert {key: after[key] for key in after if key not in wanted} == {
-        key: present[key] for key in present if key not in wanted
-    }
 
 
 @given(_ENTRIES, _WANTED, _WANTED)

@@ -8,7 +8,6 @@ from functools import partial
 
 import pytest
 
-from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.counting import ONE_IN, CountedRow, parse_guests, parse_readers
 from imdsproxy.core.haproxy.limits import MOST_SHOWN, Asker, busiest, refused_lately
 from imdsproxy.core.haproxy.runtime import (
@@ -22,7 +21,6 @@ from imdsproxy.core.haproxy.runtime import (
     parse_stat,
     parse_version,
 )
-from support.haproxy_config import SPEC, read_sections
 
 # As HAProxy 3.0.11 prints it, with an old worker that still drains.
 _SHOW_PROC = """\
@@ -128,16 +126,6 @@ def test_a_readers_entry_tells_path_and_client_and_lines_that_are_none_are_left_
         CountedRow(("blue", "i-1", "latest/meta-data/iam", "Boto3/1.34.0_md"), 6, 0, 60.0),
         CountedRow(("blue", "i-1", "", ""), 2, 2, 60.0),
     ]
-
-
-def _sections(one_in: int) -> dict[str, list[tuple[str, ...]]]:
-    return read_sections(render_config(replace(SPEC, count_reads=one_in)))
-
-
-@pytest.mark.parametrize("one_in", [0, 1, ONE_IN])
-def test_no_rule_is_longer_than_haproxy_takes(one_in: int) -> None:
-    lines = [line for lines in _sections(one_in).values() for line in lines]
-    assert max(map(len, lines)) <= 64
 
 
 _HEAD = "# table: fairness, type: string, size:102400, used:3"

@@ -17,18 +17,6 @@ from imdsproxy.core.haproxy.text import (
 )
 
 
-@pytest.mark.parametrize(
-    ("word", "expected"),
-    [
-        *((word, word) for word in ("127.0.0.1:80", "%[so_name]", "unix@/run/x.sock", "a|b")),
-        *((word, f"'{word}'") for word in ("", "a b", "a#b", '"', "$HOME", "a\\b")),
-        ("it's", "'it'\\''s'"),
-    ],
-)
-def test_a_word_is_quoted_where_haproxy_would_read_it_otherwise(word: str, expected: str) -> None:
-    assert quote(word) == expected
-
-
 @pytest.mark.parametrize("word", ["a\nb", "\0", "a\rb", "\x1b[0m"])
 def test_control_characters_are_refused(word: str) -> None:
     with pytest.raises(UnquotableWord):

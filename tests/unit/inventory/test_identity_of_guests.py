@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from ipaddress import IPv6Address, ip_address
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imdsproxy.core.addresses import link_local_of, mac_of, normalise_address
+from imdsproxy.core.addresses import link_local_of, mac_of
 from imdsproxy.core.identity import (
     Ambiguous,
     Found,
@@ -23,7 +23,7 @@ from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import MacAddress, NetworkId
 from imdsproxy.core.observation import Claimant
 from support.record_builders import full, instance, network, port
-from support.record_strategies import ipv4, macs
+from support.record_strategies import macs
 
 N1 = NetworkId("n1")
 MAC = MacAddress("52:54:00:12:34:56")
@@ -127,11 +127,3 @@ def test_a_mac_comes_back_from_its_link_local_address_and_from_no_other(
     assert seen is None or link_local_of(seen) == other
     # RFC 4291 appendix A: 34-56-78-9A-BC-DE gives the interface identifier 3656:78FF:FE9A:BCDE.
     assert link_local_of(MacAddress("34:56:78:9a:bc:de")) == ip_address("fe80::3656:78ff:fe9a:bcde")
-
-
-@given(ipv4)
-def test_a_mapped_address_is_the_ipv4_one(address: IPv4Address) -> None:
-    assert normalise_address(IPv6Address(f"::ffff:{address}")) == address
-    assert normalise_address(address) == address
-    assert mac_of(address) is None
-    assert normalise_address(IPv6Address("2001:db8::5")) == IPv6Address("2001:db8::5")

@@ -61,30 +61,6 @@ def test_any_other_is_refused_and_the_right_one_is_told(path: str, right: str) -
         assert not fault[1].startswith("/")
 
 
-_SPELT = {
-    "/": "/",
-    "": "/ec2",
-    "/latest/user-data": "/1.0/user-data /ec2/1.0/user-data /anything/user-data //ec2//%31.0/./user-data "
-    "/ec2/ec2/user-data",
-    "/openstack": "/openstack",
-    "/openstack/latest/user_data": "/openstack/nonsense/user_data",
-    "/openstack/content/0000": "/openstack/content/0000",
-    "/openstack/latest/0000": "/openstack/contents/0000",
-    "/latest/latest": "/openstackx/latest",
-    "/nocloud/user-data": "/nocloud/user-data",
-    "/nocloud": "/nocloud",
-    "/latest": "/nocloudx",
-}
-
-
-@pytest.mark.parametrize(
-    ("target", "plain"),
-    [(target, plain) for plain, targets in _SPELT.items() for target in targets.split()],
-)
-def test_every_version_and_every_spelling_is_the_plain_path(target: str, plain: str) -> None:
-    assert _plain(target) == plain
-
-
 @settings(deadline=None)
 @given(rule_paths)
 def test_a_path_that_can_have_a_rule_is_its_own_plain_spelling(path: str) -> None:
