@@ -1,18 +1,27 @@
+"""The document server beside the controller: started, adopted, watched, and when readiness believes in documents."""
+
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
+from structlog.testing import capture_logs
 
 from imdsproxy.app import companion
-from imdsproxy.app.companion import Companion
-from imdsproxy.errors import HostRefused
+from imdsproxy.app.companion import Companion, DocumentProbe
+from imdsproxy.core.compiled import compiled_path
+from imdsproxy.core.model import Instance
+from imdsproxy.core.wire import PROBE_INSTANCE, PROBE_PATH
+from imdsproxy.dataplane.haproxy import Haproxy
+from imdsproxy.errors import HostRefused, Problem
 from imdsproxy.host import process
 from imdsproxy.host.process import ProcessHandle
 from imdsproxy.serving.pidfile import DocumentProcesses
+from imdsproxy.serving.store import DiskFiles, PasswordStore
 
 _PID = 2**22 + 1
 """No process can have it: what is taken for hung is killed."""
@@ -102,8 +111,81 @@ async def test_its_workers_restarts_are_counted_also_when_it_begins_to_count_ane
     assert (world.done, world.companion.restarts) == ([], 3)
 
 
-async def test_where_it_is_not_needed_it_does_not_run_and_is_ended(world: World) -> None:
+async def test_where_it_is_not_needed_it_does_not_run_and_no_document_is_asked_for(
+    world: World, tmp_path: Path
+) -> None:
     world.pid, world.companion.needed = _PID, False
     assert await world.companion.ensure() is None
     await world.companion.run()
     assert world.done == ["stop"]
+    probe = _probe(tmp_path)
+    probe = DocumentProbe(probe.haproxy, probe.files, probe.account, needed=False)
+    await probe.run()
+    await probe.ask()
+    assert probe.problem is None
+
+
+# Documents
+
+_GOOD = (200, Instance(PROBE_INSTANCE, "probe", "probe").ec2_id.encode())
+_BUSY = (503, b"")
+
+
+class _Haproxy:
+    full: Problem | None = None
+
+    def __init__(self, answers: Iterable[tuple[int | None, bytes]]) -> None:
+        self.answers = list(answers)
+
+    async def fetch(self, path: str, deadline_s: float) -> tuple[int | None, bytes]:
+        assert (path, deadline_s) == (PROBE_PATH, 3.0)
+        return self.answers.pop(0)
+
+
+def _probe(directory: Path, *answers: tuple[int | None, bytes]) -> DocumentProbe:
+    files = DiskFiles(directory, PasswordStore(directory / "passwords"), None)
+    return DocumentProbe(cast("Haproxy", _Haproxy(answers)), files, lambda: None)
+
+
+async def test_a_full_haproxy_changes_nothing(tmp_path: Path) -> None:
+    for before in (_GOOD, _BUSY):
+        probe = _probe(tmp_path, before, *[(None, b"")] * 3)
+        await probe.ask()
+        problem = probe.problem
+        probe.haproxy.full = Problem("haproxy.maxconn", "full")
+        with capture_logs() as logs:
+            for _ in range(3):
+                await probe.ask()
+        assert probe.problem == problem
+        assert logs == []
+
+
+@pytest.mark.parametrize("bad", [_BUSY, (None, b""), (200, b"ok"), (200, b"i-another")])
+async def test_one_failure_is_forgiven_after_good_answers_and_the_second_is_a_problem(
+    tmp_path: Path, bad: tuple[int | None, bytes]
+) -> None:
+    probe = _probe(tmp_path, _GOOD, bad, _GOOD, bad, bad, bad, _GOOD)
+    assert "no document has been asked for" in str(probe.problem)
+    problems = []
+    with capture_logs() as logs:
+        for _ in range(7):
+            await probe.ask()
+            problems.append(probe.problem is not None)
+    assert problems == [False, False, False, False, True, True, False]
+    assert [one["event"] for one in logs] == ["no documents", "documents are answered again"]
+
+
+async def test_a_first_failure_is_a_problem_at_once_and_names_the_closed_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(companion, "find_closed", lambda _account, _path: Path("/root"))
+    probe = _probe(tmp_path, _BUSY)
+    await probe.ask()
+    assert "cannot enter /root" in str(probe.problem)
+
+
+async def test_a_record_that_cannot_be_written_is_a_problem(tmp_path: Path) -> None:
+    (tmp_path / compiled_path(PROBE_INSTANCE)).mkdir(parents=True)
+    probe = _probe(tmp_path)
+    await probe.ask()
+    assert "cannot write" in str(probe.problem)
