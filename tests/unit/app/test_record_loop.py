@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import errno
 import math
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
@@ -35,22 +35,25 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.core.nova import EndpointSet, NovaRouting
 from imdsproxy.core.observation import AddressKey, Observation
-from imdsproxy.core.path_rules import PathWord, render_set, set_id
+from imdsproxy.core.path_rules import PathRules, PathWord, render_set, set_id
 from imdsproxy.core.policy import (
+    OperatorOverride,
+    Policy,
     PolicyBook,
     PolicyPlace,
     PolicyRules,
     TokenMode,
+    render_policy_word,
     rule_set_of,
 )
 from imdsproxy.dataplane import records as records_on_disk
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.records import RecordApplier
-from imdsproxy.errors import host_refused
-from imdsproxy.host.clock import Clock
+from imdsproxy.errors import HostRefused, RuntimeUnavailable, host_refused
 from imdsproxy.serving.store import PasswordStore
 from support.fake_haproxy import FakeHaproxy
 from support.fake_mac_filters import no_hop_limits, no_mac_filters
+from support.hand_clock import HandClock
 from support.record_files import LoggedFiles
 
 _RED = NetworkId("red")
@@ -70,20 +73,32 @@ class Rig:
         self.networks: list[frozenset[NetworkId]] = []
         self.inventory = Inventory(["a", "b"])
         index = CompiledIndex(directory / "compiled.sqlite")
-        self.applier = RecordApplier(layout)
-        self.sets = RuleSets(self.applier, Clock())
-        self.sets.load()
+        self.applier, self.clock = RecordApplier(layout), HandClock()
+        self.sets = self.begin_sets()
         self.loop = RecordLoop(
             self.inventory,
             self.applier,
             RecordCompiler(self.inventory, self.files, index),
-            Clock(),
+            self.clock,
             self.networks.append,
             lambda keys: self.applied.append(None if keys is None else set(keys)),
             no_mac_filters(self.inventory),
             no_hop_limits(),
             self.sets,
         )
+
+    def begin_sets(self) -> RuleSets:
+        """As a controller has them that starts now."""
+        sets = RuleSets(self.applier, self.clock)
+        sets.load()
+        return sets
+
+    def have_sets(self, *rules: PathRules) -> None:
+        """All workers, and the disk, have these and no others."""
+        wanted = {key: value for one in rules for key, value in render_set(one).items()}
+        assert parse_map(self.sets.path.read_text())[1] == wanted
+        for worker in self.haproxy.all():
+            assert dict(worker.maps[str(self.sets.path)]) == wanted
 
     def report(
         self,
@@ -133,7 +148,9 @@ def _value(instance: Instance) -> str:
     return f"{instance.id}|{compile_instance(instance, {_RED: _NETWORK}).revision}"
 
 
-async def test_an_acknowledged_instance_is_on_disk_and_in_haproxy(tmp_path: Path) -> None:
+async def test_an_acknowledged_instance_is_on_disk_and_in_haproxy_until_it_is_removed(
+    tmp_path: Path,
+) -> None:
     async with _rig(tmp_path) as rig:
         web = _instance("web", "10.0.0.5")
         await rig.say(web)
@@ -145,28 +162,11 @@ async def test_an_acknowledged_instance_is_on_disk_and_in_haproxy(tmp_path: Path
         after = _instance("web", "10.0.0.5", "10.0.0.6", hostname="new")
         await rig.say(after)
         assert rig.told("10.0.0.5") == rig.told("10.0.0.6") == _value(after)
-
-
-async def test_nobody_is_led_to_a_removed_record(tmp_path: Path) -> None:
-    async with _rig(tmp_path) as rig:
-        await rig.say(_instance("web", "10.0.0.5"))
         rig.files.log.clear()
         await rig.say()
         assert rig.told("10.0.0.5") is None
         assert rig.files.log == ["remove web"]
         assert rig.loop.compiler.revisions == {}
-
-
-async def test_two_sources_that_disagree_are_a_conflict_and_the_record_stays(
-    tmp_path: Path,
-) -> None:
-    async with _rig(tmp_path) as rig:
-        await rig.say(_instance("web", "10.0.0.5"))
-        await rig.say(_instance("db", "10.0.0.5", "10.0.0.6"), source="b")
-        assert rig.told("10.0.0.5") == "!"
-        assert rig.told("10.0.0.6") == _value(_instance("db", "10.0.0.5", "10.0.0.6"))
-        await rig.say(source="b")
-        assert rig.told("10.0.0.5") == _value(_instance("web", "10.0.0.5"))
 
 
 async def test_nothing_is_swept_before_every_source_has_told_all(tmp_path: Path) -> None:
@@ -264,28 +264,20 @@ async def test_a_learned_address_follows_its_instance_and_goes_with_it(
 
 async def test_a_start_compiles_only_what_is_not_on_disk_as_it_should_be(tmp_path: Path) -> None:
     web, db = _instance("web", "10.0.0.5"), _instance("db", "10.0.0.6")
-
-    async def start(*instances: Instance) -> tuple[list[str], Mapping[str, str]]:
+    other = replace(db, hostname="other")
+    for instances, log in (
+        ([web, db], ["write web", "write db"]),
+        ([web, other], ["write db"]),
+        ([web], ["remove db"]),
+        ([web, other], ["write db"]),
+        ([web, other], []),
+    ):
         rig = Rig(tmp_path)
         for source in ("a", "b"):
             rig.report(*instances, source=source)
         records = await rig.loop.compile_all()
-        written = [line for line in rig.files.log if line.startswith("write")]
-        return [line.removeprefix("write ") for line in written], records
-
-    first = await start(web, db)
-    assert sorted(first[0]) == ["db", "web"]
-    assert await start(web, db) == ([], first[1])
-    other = replace(db, hostname="other")
-    assert await start(web, other) == (
-        ["db"],
-        {"red/10.0.0.5": _value(web), "red/10.0.0.6": _value(other)},
-    )
-    assert (await start(web))[0] == []
-    assert await start(web, other) == (
-        ["db"],
-        {"red/10.0.0.5": _value(web), "red/10.0.0.6": _value(other)},
-    )
+        assert sorted(rig.files.log) == sorted(log)
+        assert sorted(records.values()) == sorted(map(_value, instances))
 
 
 async def test_others_work_while_very_many_records_are_compiled(tmp_path: Path) -> None:
@@ -444,41 +436,28 @@ async def test_a_resync_mends_what_somebody_changed_behind_our_back(
         assert rig.told("10.0.0.5") is not None
 
 
-async def test_a_changed_policy_of_a_router_is_in_force_for_those_behind_it(
+async def test_an_address_behind_a_router_falls_with_the_one_in_its_network_and_has_the_routers_policy(
     tmp_path: Path,
 ) -> None:
     router = Network(NetworkId("router"), NamespaceListener("router"), scope=Scope.ROUTER)
     strict = replace(router, policy=PolicyRules(tokens=TokenMode.REQUIRED))
-    async with _rig(tmp_path) as rig:
-        await rig.say(_instance("web", "10.0.0.5"))
-        address = IPv4Address("10.0.0.5")
-        ticket = rig.loop.observe(Observation("test", networks={router.id: router}))
-        await rig.loop.tickets.wait(ticket)
-        learned = Learned(InstanceId("web"), 0, via=(_RED, address))
-        await rig.loop.tickets.wait(rig.loop.learn((router.id, address), learned))
-        plain = _value(_instance("web", "10.0.0.5"))
-        assert rig.applier.state.effective()["router/10.0.0.5"] == plain
-        ticket = rig.loop.observe(Observation("test", networks={router.id: strict}))
-        await rig.loop.tickets.wait(ticket)
-        assert rig.applier.state.effective()["router/10.0.0.5"] == f"+1troo---::0:64|{plain}"
-        assert rig.told("10.0.0.5") == plain
-
-
-async def test_an_address_behind_a_router_stands_and_falls_with_the_one_in_its_network(
-    tmp_path: Path,
-) -> None:
-    router = Network(NetworkId("router"), NamespaceListener("router"), scope=Scope.ROUTER)
     address = IPv4Address("10.0.0.5")
     async with _rig(tmp_path) as rig:
         await rig.say(_instance("web", "10.0.0.5"))
         rig.loop.observe(Observation("test", networks={router.id: router}))
         learned = Learned(InstanceId("web"), 0, via=(_RED, address))
         await rig.loop.tickets.wait(rig.loop.learn((router.id, address), learned))
-        plain = rig.told("10.0.0.5")
+        plain = _value(_instance("web", "10.0.0.5"))
         for others, there in (((_instance("db", "10.0.0.5"),), False), ((), True)):
             await rig.say(*others, source="b")
+            # Two that disagree are a conflict; the record stays on disk.
+            assert rig.told("10.0.0.5") == (plain if there else "!")
             record = rig.applier.state.effective().get("router/10.0.0.5")
             assert (record == plain) == there
+        ticket = rig.loop.observe(Observation("test", networks={router.id: strict}))
+        await rig.loop.tickets.wait(ticket)
+        assert rig.applier.state.effective()["router/10.0.0.5"] == f"+1troo---::0:64|{plain}"
+        assert rig.told("10.0.0.5") == plain
 
 
 async def test_all_addresses_of_a_network_are_looked_at_again_those_that_were_learned_too(
@@ -638,3 +617,100 @@ async def test_a_stop_goes_on_where_the_maps_cannot_be_kept(
     monkeypatch.setattr(records_on_disk, "ensure_directory", refuse)
     await _run_once(_start(tmp_path))
     assert not await _start(tmp_path).loop.reuse_maps()
+
+
+# Sets of path rules
+
+_ONE: PathRules = (("/latest/user-data", PathWord.DENY),)
+_TWO: PathRules = (("/", PathWord.REQUIRED),)
+
+
+def _sets(*rules: PathRules) -> dict[str, PathRules]:
+    return {set_id(one): one for one in rules}
+
+
+def _record(rules: PathRules) -> str:
+    return f"{render_policy_word(Policy(paths=rules), OperatorOverride(), None)}|web|r1"
+
+
+async def test_a_new_set_is_on_disk_and_in_every_worker_draining_ones_too_and_sent_once(
+    tmp_path: Path,
+) -> None:
+    async with _rig(tmp_path) as rig:
+        rig.have_sets()
+        for sweep in (False, True):
+            await rig.sets.ensure({}, sweep=sweep)
+        assert rig.haproxy.commands == []
+        await rig.applier.master.send_reload()
+        assert len(rig.haproxy.all()) == 2
+        await rig.sets.ensure(_sets(_ONE), sweep=False)
+        rig.have_sets(_ONE)
+        await rig.sets.ensure(_sets(_TWO), sweep=False)
+        rig.have_sets(_ONE, _TWO)
+        sent = len(rig.haproxy.commands)
+        await rig.sets.ensure(_sets(_ONE, _TWO), sweep=False)
+        assert len(rig.haproxy.commands) == sent
+
+
+async def test_a_set_goes_when_no_record_has_referred_to_it_for_a_minute(tmp_path: Path) -> None:
+    async with _rig(tmp_path) as rig:
+        await rig.sets.ensure(_sets(_ONE, _TWO), sweep=False)
+        await rig.applier.apply({"red/10.0.0.5": _record(_ONE), "red/10.0.0.6": _record(_TWO)})
+        rig.clock.time += 3600
+        await rig.sets.ensure({}, sweep=True)
+        await rig.applier.apply({"red/10.0.0.6": None})
+        # A request that has looked the record up before may be under way.
+        rig.clock.time += 59
+        await rig.sets.ensure({}, sweep=True)
+        rig.have_sets(_ONE, _TWO)
+        rig.clock.time += 1
+        await rig.sets.ensure({}, sweep=True)
+        rig.have_sets(_ONE)
+
+
+async def test_what_an_earlier_controller_left_stays_and_a_haproxy_that_is_yet_to_start_finds_all(
+    tmp_path: Path,
+) -> None:
+    async with _rig(tmp_path) as rig:
+        await rig.sets.ensure(_sets(_ONE), sweep=False)
+        await rig.applier.apply({"red/10.0.0.5": _record(_ONE)})
+        for preloaded in (False, True):
+            later, sent = rig.begin_sets(), len(rig.haproxy.commands)
+            rig.clock.time += 3600
+            if preloaded:
+                later.preload(_sets(_TWO))
+            await later.ensure(_sets(_TWO), sweep=not preloaded)
+            rig.have_sets(_ONE, _TWO)
+            assert (len(rig.haproxy.commands) == sent) == preloaded
+
+
+async def test_a_worker_that_may_have_missed_a_change_of_sets_gets_it_again(tmp_path: Path) -> None:
+    async with _rig(tmp_path) as rig:
+        for wanted, sweep in ((_sets(_ONE), False), ({}, True)):
+            rig.haproxy.stop_answering_after = 1
+            with pytest.raises(RuntimeUnavailable):
+                await rig.sets.ensure(wanted, sweep=sweep)
+            rig.haproxy.stop_answering_after = None
+            await rig.sets.ensure(_sets(_ONE), sweep=False)
+            rig.have_sets(_ONE)
+            rig.clock.time += 3600
+
+
+async def test_a_worker_that_another_program_has_started_gets_sets_before_its_records(
+    tmp_path: Path,
+) -> None:
+    async with _rig(tmp_path) as rig:
+        await rig.sets.ensure(_sets(_ONE), sweep=False)
+        stranger = rig.haproxy.fork()
+        stranger.maps[str(rig.sets.path)] = []
+        rig.haproxy.workers.append(stranger)
+        await rig.applier.apply({"red/10.0.0.5": _record(_ONE)})
+        rig.have_sets(_ONE)
+        paths = [line.split()[2] for pid, line in rig.haproxy.commands if pid == stranger.pid]
+        assert paths.index(str(rig.sets.path)) < paths.index(str(rig.overlay))
+
+
+def test_a_file_of_sets_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "path-rules.map").write_bytes(b"\xff\xfe")
+    with pytest.raises(HostRefused, match="path-rules"):
+        Rig(tmp_path)
