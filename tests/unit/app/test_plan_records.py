@@ -1,10 +1,16 @@
+"""Which record HAProxy is to have of an address, how its map writes it, and which binds and links it is to have."""
+
 from __future__ import annotations
 
+import hashlib
+import hmac
 from collections.abc import Mapping
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from imdsproxy.core.addresses import link_local_of
 from imdsproxy.core.endpoints import Endpoint
@@ -25,11 +31,19 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.core.nova import EndpointSet, NovaRouting, sign_instance
 from imdsproxy.core.observation import AddressKey, Observation
-from imdsproxy.core.packed import PackedInstances
 from imdsproxy.core.path_rules import PathWord, set_id
 from imdsproxy.core.plan import RecordPlanner, record_key
 from imdsproxy.core.policy import PolicyBook, PolicyRules, rule_set_of
-from imdsproxy.core.wire import EmbeddedRecord, MapRecord, NovaRecord, render_map_value
+from imdsproxy.core.wire import (
+    MAP_CONFLICT,
+    MAP_TOMBSTONE,
+    EmbeddedRecord,
+    MapRecord,
+    NovaRecord,
+    hide_signatures,
+    parse_map_value,
+    render_map_value,
+)
 from imdsproxy.errors import HostRefused
 from imdsproxy.listeners.endpoints import (
     compute_maxconn,
@@ -38,6 +52,7 @@ from imdsproxy.listeners.endpoints import (
     plan_binds,
     plan_links,
 )
+from support.record_strategies import ids
 
 _RED = NetworkId("red")
 _ADDRESS = IPv4Address("10.0.0.5")
@@ -57,30 +72,18 @@ def _inventory(*sources: tuple[str, Instance]) -> Inventory:
     return inventory
 
 
-def test_an_address_of_two_instances_is_a_conflict_whatever_is_compiled() -> None:
-    inventory = _inventory(("a", _instance("web")), ("b", _instance("db")))
+def test_an_address_of_two_instances_is_a_conflict_and_what_was_learned_counts_only_without_a_record() -> (
+    None
+):
     revisions = {InstanceId("web"): "r1", InstanceId("db"): "r2"}
-    assert RecordPlanner(inventory, revisions, {}, NovaRouting()).plan_records([_KEY]).values == {
-        "red/10.0.0.5": "!"
-    }
-
-
-def test_a_learned_address_counts_only_where_no_record_claims_it() -> None:
-    inventory = _inventory(("a", _instance("web")))
-    revisions = {InstanceId("web"): "r1", InstanceId("db"): "r2"}
-    inventory.observe(
-        Observation("a", instances={InstanceId("db"): Instance(InstanceId("db"), "db", "db")})
-    )
-    learned: dict[AddressKey, Learned] = {
-        _KEY: Learned(InstanceId("db"), 1.0),
-        (_RED, IPv6Address("fe80::1")): Learned(InstanceId("db"), 1.0),
-    }
-    assert RecordPlanner(inventory, revisions, learned, NovaRouting()).plan_records(
-        learned
-    ).values == {
-        "red/10.0.0.5": "web|r1",
-        "red/fe80::1": "db|r2",
-    }
+    other: AddressKey = (_RED, IPv6Address("fe80::1"))
+    learned = {key: Learned(InstanceId("db"), 1.0) for key in (_KEY, other)}
+    inventory = _inventory(("a", _instance("web")), ("b", _instance("db", IPv4Address("10.0.0.6"))))
+    planned = RecordPlanner(inventory, revisions, learned, NovaRouting()).plan_records(learned)
+    assert planned.values == {"red/10.0.0.5": "web|r1", "red/fe80::1": "db|r2"}
+    contested = _inventory(("a", _instance("web")), ("b", _instance("db")))
+    planned = RecordPlanner(contested, revisions, {}, NovaRouting()).plan_records([_KEY])
+    assert planned.values == {"red/10.0.0.5": "!"}
 
 
 _ROUTER = NetworkId("router-1")
@@ -204,27 +207,25 @@ def test_the_key_is_what_haproxy_makes_of_bind_and_source() -> None:
     assert record_key((_RED, IPv6Address("FE80:0:0:0:0:FF:FE00:5"))) == "red/fe80::ff:fe00:5"
 
 
-def test_a_namespace_made_again_has_another_link() -> None:
-    one, other = (Endpoint(_RED, METADATA_IPV4, 80, None, NamespaceRef("red", n)) for n in (1, 2))
-    assert (link_name(one), link_name(other)) == ("red@1", "red@2")
-    assert plan_links([one], "/n") == {"red@1": "/n/red"}
-    assert plan_binds([one], "../x") == (Bind(_RED, METADATA_IPV4, 80, None, "../x/red@1"),)
-
-
-def test_a_device_made_again_has_another_link_in_a_namespace_and_on_the_host() -> None:
-    for place, target in ((NamespaceRef("red", 4), "/n/red"), (None, "/proc/self/ns/net")):
-        one, other = (Endpoint(_RED, METADATA_IPV4, 80, "br0", place, index) for index in (7, 9))
-        assert plan_links([one], "/n").keys().isdisjoint(plan_links([other], "/n"))
-        (link,) = plan_links([one], "/n")
-        assert plan_links([one], "/n") == {link: target}
-        assert plan_binds([one], "../x") == (Bind(_RED, METADATA_IPV4, 80, "br0", f"../x/{link}"),)
-
-
-def test_an_interface_of_unknown_index_needs_no_link() -> None:
-    endpoints = [Endpoint(_RED, METADATA_IPV4, 80, "virbr0", None)]
-    assert plan_links(endpoints, "/n") == {}
-    assert plan_binds(endpoints, "../x") == (Bind(_RED, METADATA_IPV4, 80, "virbr0"),)
-    assert networks_of(endpoints) == {_RED}
+def test_a_namespace_or_a_device_made_again_has_another_link_and_one_of_unknown_index_none() -> (
+    None
+):
+    for device, one, other, target in (
+        (None, (NamespaceRef("red", 1), None), (NamespaceRef("red", 2), None), "/n/red"),
+        ("br0", (NamespaceRef("red", 4), 7), (NamespaceRef("red", 4), 9), "/n/red"),
+        ("br0", (None, 7), (None, 9), "/proc/self/ns/net"),
+    ):
+        before, after = (Endpoint(_RED, METADATA_IPV4, 80, device, *at) for at in (one, other))
+        assert link_name(before) != link_name(after)
+        (link,) = plan_links([before], "/n")
+        assert plan_links([before], "/n") == {link: target}
+        assert plan_binds([before], "../x") == (
+            Bind(_RED, METADATA_IPV4, 80, device, f"../x/{link}"),
+        )
+    unknown = [Endpoint(_RED, METADATA_IPV4, 80, "virbr0", None)]
+    assert plan_links(unknown, "/n") == {}
+    assert plan_binds(unknown, "../x") == (Bind(_RED, METADATA_IPV4, 80, "virbr0"),)
+    assert networks_of(unknown) == {_RED}
 
 
 def _binds(count: int, namespaces: int) -> list[Bind]:
@@ -298,25 +299,40 @@ def test_each_address_has_the_record_of_its_own_port_and_network() -> None:
     }
 
 
-class _LookedAt(Inventory):
-    """Counts how often instances are asked for."""
+_signatures = st.from_regex(r"\A[0-9a-f]{64}\Z")
+_nova_records = st.builds(
+    NovaRecord,
+    st.from_regex(r"\A[a-z0-9][a-z0-9-]{0,31}\Z"),
+    ids.map(InstanceId),
+    ids,
+    st.lists(_signatures, min_size=1, max_size=2).map(tuple),
+)
+_embedded = st.builds(EmbeddedRecord, ids.map(InstanceId), st.from_regex(r"\A[0-9a-f]{16}\Z"))
 
-    times = 0
 
-    @property
-    def instances(self) -> PackedInstances:
-        self.times += 1
-        return super().instances
+@given(_nova_records | _embedded)
+def test_a_record_is_one_word_of_a_map_and_comes_back_and_is_shown_without_signatures(
+    record: NovaRecord | EmbeddedRecord,
+) -> None:
+    word = render_map_value(record)
+    assert not set(word) & set(" \t\r\n\\\"'#")
+    assert parse_map_value(word) == record
+    shown = hide_signatures(word)
+    assert record.instance in shown
+    if isinstance(record, NovaRecord):
+        assert not any(signature in shown for signature in record.signatures)
 
 
-def test_an_instance_is_not_looked_at_for_each_of_its_addresses_in_a_network() -> None:
-    addresses = [_ADDRESS + number for number in range(50)]
-    vm = replace(_instance("web"), ports=tuple(Port(_RED, addresses=(one,)) for one in addresses))
-    inventory = _LookedAt()
-    network = Network(_RED, NamespaceListener("red"))
-    inventory.observe(Observation("a", True, {_RED: network}, {vm.id: vm}))
-    inventory.times = 0
-    planner = RecordPlanner(inventory, _REVISIONS, {}, NovaRouting())
-    planned = planner.plan_records((_RED, one) for one in addresses)
-    assert set(planned.values.values()) == {render_map_value(EmbeddedRecord(vm.id, "r1"))}
-    assert inventory.times < len(planned.values) / 10
+@pytest.mark.parametrize(
+    "word", [MAP_TOMBSTONE, MAP_CONFLICT, "", "|", "a|", "|r", "@default", "@d|i|p|x"]
+)
+def test_what_is_no_record_is_none(word: str) -> None:
+    assert parse_map_value(word) is None
+
+
+def test_the_signature_is_nova_s_none_is_made_of_an_empty_secret_and_no_secret_is_printed() -> None:
+    expected = hmac.new(b"s3cret", b"aaaaaaaa-0001-4000", hashlib.sha256).hexdigest()
+    assert sign_instance(b"s3cret", InstanceId("aaaaaaaa-0001-4000")) == expected
+    with pytest.raises(ValueError, match="empty"):
+        sign_instance(b"", InstanceId("a"))
+    assert "s3cret" not in repr(EndpointSet("default", b"s3cret", b"s3cret-next"))
