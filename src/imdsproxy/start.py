@@ -114,7 +114,7 @@ async def _live(
         loop.add_signal_handler(number, controller.ended.set)
     loop.add_signal_handler(signal.SIGHUP, hang_up, controller)
     async with contextlib.AsyncExitStack() as stack:
-        stack.callback(controller.notifier.stopping)
+        stack.callback(controller.notifier.send, STOPPING="1")
         await stack.enter_async_context(controller.watch)
         group = await stack.enter_async_context(asyncio.TaskGroup())
         tasks = [

@@ -41,8 +41,6 @@ from imdsproxy.host.account import find_account, group_id
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.events import NeighbourChange, watch_neighbours, watch_tables
 from imdsproxy.host.notify import ServiceNotifier, kept_sockets
-from imdsproxy.host.process import descriptor_limit
-from imdsproxy.host.servers import try_tcp_listen
 from imdsproxy.host.socket_file import SocketFiles
 from imdsproxy.listeners.host import KeptNetworks, SystemHost
 from imdsproxy.listeners.loop import ListenerLoop
@@ -153,9 +151,7 @@ class Controller:
             self.haproxy,
             clock,
             self._spec,
-            descriptor_limit(),
             lambda: holder.settings.host.audit_per_second,
-            try_tcp_listen,
             self.mac_filters,
             self.hop_limits,
             kept=KeptNetworks(layout.networks),

@@ -40,10 +40,6 @@ class ServiceNotifier:
         """The service re-reads its configuration; `monotonic_us` is CLOCK_MONOTONIC in µs."""
         self.send(RELOADING="1", MONOTONIC_USEC=str(monotonic_us))
 
-    def stopping(self) -> None:
-        """The service has begun to stop."""
-        self.send(STOPPING="1")
-
     def keep(self, name: str, descriptor: int) -> bool:
         """Let the manager keep an open file for the next process (`kept_sockets`); false without a manager.
 

@@ -25,6 +25,8 @@ from imdsproxy.core.timing import Backoff
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.errors import ConfigRejected, DataplaneError, Problem, ReloadFailed
 from imdsproxy.host.clock import Clock
+from imdsproxy.host.process import descriptor_limit
+from imdsproxy.host.servers import try_tcp_listen
 from imdsproxy.listeners.apply import apply_links, haproxy_name
 from imdsproxy.listeners.endpoints import (
     compute_maxconn,
@@ -48,7 +50,6 @@ class ListenerLoop:
 
     Attributes:
         settings: HAProxy's configuration as the settings have it, without binds; `maxconn` 0 to have it computed.
-        descriptors: How many HAProxy may open, -1 for no limit.
         report: The result of the last round.
         audits_per_s: Networks that are compared with the kernel each second without an event.
     """
@@ -58,9 +59,7 @@ class ListenerLoop:
     haproxy: Haproxy
     clock: Clock
     settings: Callable[[], DataplaneSpec]
-    descriptors: int
     audits_per_s: Callable[[], float]
-    try_port: Callable[[str, int], str | None]
     mac_filters: MacFilters
     hop_limits: HopLimits
     kept: KeptNetworks
@@ -113,22 +112,35 @@ class ListenerLoop:
             HostRefused: The limit on open files is too low for them.
         """
         settings = self.settings()
-        # Where none runs, nothing of ours has the exporter's port any more; another program may.
-        config = "" if self.haproxy.processes is None else self.haproxy.in_force()
-        exporter, self.unexported = choose_exporter(settings.exporter, config, self.try_port)
         links = haproxy_name(self.host.links)
         listening = self._listening
         binds = plan_binds((*listening.plain, *listening.verified), links)
         unverified = plan_binds(listening.unverified, links)
-        maxconn = compute_maxconn(settings.limits.maxconn, binds + unverified, self.descriptors)
+        maxconn = compute_maxconn(settings.limits.maxconn, binds + unverified, descriptor_limit())
         return replace(
             settings,
             binds=binds,
             unverified=unverified,
             limits=replace(settings.limits, maxconn=maxconn),
-            exporter=exporter,
+            exporter=self._choose_exporter(settings.exporter),
             unix=self.unix.bind,
         )
+
+    def _choose_exporter(self, wanted: str | None) -> str | None:
+        """The exporter's address to bind, if it can be; `unexported` says why it can't."""
+        self.unexported = None
+        # Where none runs, nothing of ours has the exporter's port any more; another program may.
+        config = "" if self.haproxy.processes is None else self.haproxy.in_force()
+        if wanted is None or f" bind {wanted} name exporter " in config:
+            return wanted
+        host, _, port = wanted.rpartition(":")
+        refused = try_tcp_listen(host.strip("[]"), int(port))
+        if refused is None:
+            return wanted
+        reason = f"HAProxy's exporter is left out: {refused}"
+        hint = "free the port, or choose another; guests are served all the same"
+        self.unexported = Problem("metrics.haproxy_listen", reason, hint)
+        return None
 
     def render(self) -> str:
         """HAProxy's configuration as it would be written now; nothing is touched.
@@ -291,26 +303,3 @@ class ListenerLoop:
         for one in self.report.problems:
             if one not in before.problems:
                 log.error("host refused", field=one.field, reason=one.reason, hint=one.hint)
-
-
-def choose_exporter(
-    wanted: str | None, config: str, trial: Callable[[str, int], str | None]
-) -> tuple[str | None, Problem | None]:
-    """The exporter's address to bind, and why a wanted one is not bound.
-
-    Args:
-        wanted: By the settings.
-        config: Of the HAProxy that runs: what it has bound cannot be tried.
-        trial: Binds an address and port and lets go again; why that is refused, `None` if it is not.
-    """
-    if wanted is None or f" bind {wanted} name exporter " in config:
-        return wanted, None
-    host, _, port = wanted.rpartition(":")
-    refused = trial(host.strip("[]"), int(port))
-    if refused is None:
-        return wanted, None
-    return None, Problem(
-        "metrics.haproxy_listen",
-        f"HAProxy's exporter is left out: {refused}",
-        "free the port, or choose another; guests are served all the same",
-    )

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mappi
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from unittest.mock import AsyncMock, Mock
+from unittest.mock import AsyncMock, Mock, patch
 
 import pytest
 from structlog.testing import capture_logs
@@ -187,9 +187,7 @@ async def _rig(directory: Path, *, agents: str | None = None) -> AsyncIterator[R
         haproxy,
         Clock(),
         lambda: spec,
-        -1,
         lambda: 0,
-        lambda _host, _port: taken[0],
         no_mac_filters(inventory),
         no_hop_limits(),
         kept=KeptNetworks(directory / "networks.json"),
@@ -200,15 +198,16 @@ async def _rig(directory: Path, *, agents: str | None = None) -> AsyncIterator[R
             Clock(),
         ),
     )
-    await loop.first_round()
-    task = asyncio.create_task(loop.run())
-    try:
-        yield Rig(host, inventory, loop, layout, fake, taken)
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-        await fake.close()
+    with patch("imdsproxy.listeners.loop.try_tcp_listen", lambda _host, _port: taken[0]):
+        await loop.first_round()
+        task = asyncio.create_task(loop.run())
+        try:
+            yield Rig(host, inventory, loop, layout, fake, taken)
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+            await fake.close()
 
 
 async def test_a_missing_namespace_leaves_out_its_network_and_no_other_and_is_logged_once(
