@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import socket
 import struct
 import subprocess
@@ -14,11 +13,9 @@ from typing import Final, Self
 
 import pytest
 
-from imdsproxy.host.nftables import INET, Batch, NetfilterSocket
-from imdsproxy.host.nlmessages import attribute
 from support.daemon import instance
 from support.guest import IPV4, IPV6, Connection, Guest, Reply, inside, with_token
-from support.lab import Lab, batch, ip, until, within
+from support.lab import batch, ip, until, within
 from support.patience import patience
 from support.world import World, own
 
@@ -220,28 +217,6 @@ def test_it_outlives_a_reload_and_the_controllers_death(world: World) -> None:
     assert "CapEff:\t0000000000000000" in status
 
 
-def test_whoever_flushes_the_ruleset_takes_it_away_for_a_moment_only(world: World) -> None:
-    world.have_policy({"networks": {"red": {"hop_limit": 6}}})
-    _given(world.red, 6)
-    place = world.lab.name("red")
-    subprocess.run((*within(place), "/usr/sbin/nft", "flush", "ruleset"), check=True)
-    until(lambda: f"{world.lab.prefix}-hops" in _tables(place), within_s=2, what="the rule")
-    until(lambda: world.red.ask(_USER_DATA).status == 200, what="the gate's return")
-    _given(world.red, 6)
-    assert _limits(world.red) == (6, 64)
-
-
-def test_the_very_first_request_of_a_guest_that_a_source_has_told_of_is_given_its_token(
-    world: World,
-) -> None:
-    """Its record is in force before it asks for anything, so it does not come by the resolver."""
-    world.have_policy({"networks": {"red": {"hop_limit": 2}}})
-    _given(world.red, 2)
-    guest = world.lab.guest("red", 82)
-    world.daemon.put(instances=[instance("red-82", "red", 82)])
-    assert _limits(guest) == (2, 64)
-
-
 def test_a_guest_that_is_not_known_yet_gets_its_token_as_far_as_everybody(world: World) -> None:
     """What comes by the resolver is sent on a connection that is not ours to mark: it is to ask again."""
     world.have_policy({"networks": {"red": {"hop_limit": 2}}})
@@ -253,36 +228,3 @@ def test_a_guest_that_is_not_known_yet_gets_its_token_as_far_as_everybody(world:
     assert (first.status, first.headers["retry-after"], first.body) == (503, "1", b"")
     _given(guest, 2)
     assert _limits(guest) == (2, 64)
-
-
-def test_where_the_rule_cannot_be_had_there_is_no_token_and_status_says_so(world: World) -> None:
-    with _somebody_elses_table(world.lab, "red"):
-        world.have_policy({"host": {"hop_limit": 2}})
-        _given(world.guests["green"], 2)
-        until(
-            lambda: "limit the hops" in json.dumps(world.daemon.status()),
-            what="a problem in status",
-        )
-        for _ in range(3):
-            reply = world.red.ask(_TOKEN, method="PUT", headers=_TTL)
-            assert (reply.status, reply.headers["retry-after"]) == (503, "1")
-        assert own(world.red, world.red.ask(_USER_DATA)) is None
-    _given(world.red, 2)
-    assert _limits(world.red) == (2, 64)
-
-
-@contextlib.contextmanager
-def _somebody_elses_table(lab: Lab, network: str) -> Iterator[None]:
-    """A table of our name that only its owner can change (`NFT_TABLE_F_OWNER`), as long as that lives."""
-
-    def make() -> NetfilterSocket:
-        channel = NetfilterSocket()
-        change = Batch(f"{lab.prefix}-hops", INET)
-        change.make_table()
-        kind, flags, body = change.changes[0]
-        change.changes[0] = (kind, flags, body + attribute(2, struct.pack(">I", 2)))
-        channel.commit(change)
-        return channel
-
-    with inside(lab.name(network), make):
-        yield

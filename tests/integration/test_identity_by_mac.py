@@ -15,7 +15,6 @@ from support.daemon import instance, user_data_of
 from support.guest import IPV4, IPV6, Connection, Guest, Lost, inside
 from support.impostor import Impostor, syn_frame
 from support.lab import batch, ip, run, until, within
-from support.patience import patience
 from support.world import World, open_world, own
 
 pytestmark = pytest.mark.root
@@ -105,15 +104,6 @@ def test_a_guest_s_every_ipv6_address_is_known_by_its_mac(world: World) -> None:
             assert (reply.status, reply.body) == (200, user_data_of("bare"))
 
 
-def test_a_record_that_comes_while_its_guest_waits_is_answered(world: World) -> None:
-    guest = world.lab.guest("red", 100)
-    with guest.connect() as connection:
-        connection.send(f"GET {_TARGET} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-        world.daemon.put(instances=[by_mac(guest, "late")])
-        reply = connection.read()
-    assert (reply.status, reply.body) == (200, user_data_of("late"))
-
-
 def test_an_address_follows_its_lease_at_the_first_request(world: World) -> None:
     first, second = world.lab.guest("red", 102), world.lab.guest("red", 103)
     world.daemon.put(instances=[by_mac(first, "first"), by_mac(second, "second")])
@@ -135,32 +125,6 @@ def test_an_address_that_leaves_its_guest_is_forgotten_by_an_event(world: World)
     ip("-n", world.lab.name("red"), "neigh", "del", guest.addresses[0], "dev", "br0")
     until(lambda: macs(world)["learned"] == 0, within_s=1, what="a forgotten address")
     reads(guest, "bare")
-
-
-@pytest.mark.parametrize("network", ["red", "blue", "grey"])
-@pytest.mark.parametrize("to", [IPV4, IPV6])
-def test_a_guest_that_replaces_another_without_arp_is_answered_at_once(
-    world: World, network: str, to: str
-) -> None:
-    first, second = world.lab.guest(network, 96), world.lab.guest(network, 97)
-    world.daemon.put(instances=[by_mac(first, "first"), by_mac(second, "second")])
-    address = "10.0.0.88" if to == IPV4 else "fe80::88"
-    give(first, address)
-    for source in (address, None):
-        assert first.ask(_TARGET, to=to, source=source).body == user_data_of("first")
-    # It knows the way to the metadata address, and asks nobody for it.
-    assert second.ask(_TARGET, to=to).body == user_data_of("second")
-    batch(first.namespace, ["link set eth0 down"])
-    give(second, address)
-    for _ in range(2):
-        reply = second.ask(_TARGET, to=to, source=address, timeout_s=0.9 * patience())
-        assert (reply.status, reply.body) == (200, user_data_of("second"))
-
-
-def give(guest: Guest, address: str) -> None:
-    """Have a guest take an address without announcing it."""
-    length = "24" if "." in address else "64 nodad"
-    batch(guest.namespace, [f"address add {address}/{length} dev eth0"])
 
 
 def test_another_mac_in_the_record_ends_kept_connections(world: World) -> None:
@@ -355,35 +319,6 @@ def test_no_guest_gets_around_a_filter(world: World, tags: bytes) -> None:
                 heard[12:14] == b"\x08\0" and heard[23] == 6 and heard[36:38] == frame[-20:-18]
             )
             assert not answered, heard.hex()
-
-
-def test_a_network_without_macs_has_no_filter_until_the_first_one(world: World) -> None:
-    network = world.lab.namespace_network("plain")
-    plain, checked = world.lab.guest("plain", 7), world.lab.guest("plain", 8)
-    bare = {
-        **instance("no-mac", "plain", 7),
-        "ports": [{"network": "plain", "addresses": ["10.0.0.7"]}],
-    }
-    world.daemon.put([network], [bare])
-    reads(plain, "no-mac")
-    assert table(world, "plain") == ""
-    assert ":254 name plain" not in (world.daemon.runtime / "haproxy.cfg").read_text()
-    written = world.daemon.put(instances=[instance("with-mac", "plain", 8)])
-    assert written["applied"]
-    assert "10.0.0.8 . fa:16:3e:00:00:08" in table(world, "plain")
-    for _ in range(2):
-        reads(checked, "with-mac")
-        reads(plain, "no-mac")
-
-
-def test_a_post_is_taken_from_who_is_verified_only(world: World) -> None:
-    guest = world.lab.guest("red", 112)
-    world.daemon.put(instances=[by_mac(guest, "bare")])
-    target = "/openstack/latest/password"
-    first = guest.ask(target, method="POST", body=b"secret")
-    assert (first.status, first.headers["retry-after"]) == (503, "1")
-    assert guest.ask(target, method="POST", body=b"secret").status in (200, 204)
-    assert guest.ask(target).body == b"secret"
 
 
 def test_where_the_port_behind_the_filter_is_taken_no_guest_with_a_mac_is_answered(

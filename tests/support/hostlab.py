@@ -6,15 +6,12 @@ daemon.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import secrets
-import sys
-import time
-from collections.abc import Awaitable, Callable, Iterator
+import socket
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
 
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hoststate import NamespaceRef
@@ -23,22 +20,8 @@ from imdsproxy.host.namespaces import (
     NamespaceDirectory,
     NamespaceThread,
 )
+from support.guest import inside
 from support.lab import Server, ip, run, serve, within
-from support.patience import patience
-
-DEADLINE_S: Final = 10.0
-"""How long a test waits for what must come; what must come *soon* is measured."""
-
-_CLIENT: Final = """
-import socket, sys
-family, address, device = sys.argv[1:4]
-v6 = family == "6"
-client = socket.socket(socket.AF_INET6 if v6 else socket.AF_INET)
-client.settimeout(5)
-scope = socket.if_nametoindex(device) if v6 else 0
-client.connect((address, 80, 0, scope) if v6 else (address, 80))
-print(client.recv(1000).decode())
-"""
 
 
 async def create_namespace(thread: NamespaceThread, name: str) -> NamespaceRef:
@@ -146,9 +129,17 @@ class HostLab:
 
     def ask(self, namespace: str, address: str, device: str = "eth0") -> str:
         """What a server answers to a client in a namespace."""
-        family = "6" if ":" in address else "4"
-        arguments = (sys.executable, "-c", _CLIENT, family, address, device)
-        return self.run(*within(namespace), *arguments).strip()
+
+        def read() -> str:
+            v6 = ":" in address
+            with socket.socket(socket.AF_INET6 if v6 else socket.AF_INET) as client:
+                client.settimeout(5)
+                client.connect(
+                    (address, 80, 0, socket.if_nametoindex(device)) if v6 else (address, 80)
+                )
+                return client.recv(1000).decode().strip()
+
+        return inside(namespace, read)
 
     def ip(self, *arguments: str) -> str:
         """Run ip(8)."""
@@ -181,17 +172,3 @@ def host_lab() -> Iterator[HostLab]:
         yield lab
     finally:
         lab.close()
-
-
-async def eventually(
-    holds: Callable[[], bool] | Callable[[], Awaitable[bool]], *, within_s: float = DEADLINE_S
-) -> float:
-    """Poll until something holds; how many seconds that took. Fails when it takes too long (see `patience`)."""
-    start = time.monotonic()
-    while True:
-        answer = holds()
-        if (await answer) if isinstance(answer, Awaitable) else answer:
-            return time.monotonic() - start
-        passed = time.monotonic() - start
-        assert passed < within_s * patience(), f"not so after {passed:.2f} s"
-        await asyncio.sleep(0.01)
