@@ -103,7 +103,7 @@ class FakeNeutron(NeutronClient):
         open: Cleared, answers wait until it is set; what they say is decided then.
         unlisted: Ports that pages leave out.
         ignored: Filters that it does not know, by the name of `PortQuery`'s field.
-        most_at_once: So many queries there were at the same time.
+        at_once: So many queries there are now.
     """
 
     ports_by_id: dict[str, NeutronPort] = field(default_factory=dict)
@@ -113,7 +113,6 @@ class FakeNeutron(NeutronClient):
     unlisted: frozenset[str] = frozenset()
     ignored: frozenset[str] = frozenset()
     at_once: int = 0
-    most_at_once: int = 0
     closed: bool = False
 
     def __post_init__(self) -> None:
@@ -129,7 +128,6 @@ class FakeNeutron(NeutronClient):
     async def ports(self, query: PortQuery) -> tuple[NeutronPort, ...]:
         self.queries.append(query)
         self.at_once += 1
-        self.most_at_once = max(self.most_at_once, self.at_once)
         try:
             await asyncio.sleep(0)
             await self.open.wait()

@@ -66,14 +66,3 @@ def test_a_url_is_written_as_it_is_read(scheme: str, host: str, port: int) -> No
     except ValueError:
         return
     assert parse_nova_url(str(url)) == url
-
-
-@given(st.text(max_size=40).map(lambda rest: f"http://{rest}") | st.text(max_size=20))
-def test_any_text_is_a_url_or_refused_in_words(text: str) -> None:
-    try:
-        url = parse_nova_url(text)
-    except ValueError as error:
-        assert str(error)  # noqa: PT017 - either way is right, and only this one has words
-        return
-    assert 1 <= url.port <= 65535
-    assert url.host

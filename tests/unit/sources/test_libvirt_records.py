@@ -9,6 +9,7 @@ from imdsproxy.core.model import (
     BridgeListener,
     Dialect,
     Instance,
+    InstanceId,
     Network,
     NetworkId,
     SshKey,
@@ -206,16 +207,16 @@ def test_a_domain_keeps_its_record_when_its_element_breaks_or_another_claims_the
     found = known([good])
     assert not update(found, [web(element("<i:nonsense/>", "id='bad id'"))]).instances
     assert any("stays in force" in problem.hint for problem in found.problems)
-    same = f"id='{uuid_of('web')}'"
-    clone = web(element("", same), ("network=default", "52:54:00:00:00:09"), name="clone")
+    same = element("", f"id='{uuid_of('web')}'")
+    clone = web(same, ("network=default", "52:54:00:00:00:09"), name="clone")
     assert not update(found, [good, clone, web(name="thief")]).instances
-    assert [each.hostname for each in found.records.instances.values()] == ["good"]
-    problems = {(each.file, each.field): each for each in found.problems}
-    assert "domain web" in problems["domain clone", "instance.id"].reason
-    assert "192.168.122.5" in problems["domain thief", "instance.ports[0].addresses[0]"].reason
-    (instance,) = found.records.instances
-    assert found.place_of(instance) == "domain web"
-    assert found.place_of(type(instance)("nobody")) is None
+    reasons = {(each.file, each.field): each.reason for each in found.problems}
+    assert "domain web" in reasons["domain clone", "instance.id"]
+    assert "192.168.122.5" in reasons["domain thief", "instance.ports[0].addresses[0]"]
+    ((key, instance),) = found.records.instances.items()
+    assert instance.hostname == "good"
+    assert found.place_of(key) == "domain web"
+    assert found.place_of(InstanceId("nobody")) is None
 
 
 def test_guests_on_a_bridge_of_the_hosts_are_in_one_network_that_the_operator_adds() -> None:
