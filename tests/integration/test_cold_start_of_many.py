@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.core.haproxy.config import render_config
-from imdsproxy.core.haproxy.maps import render_map
 from imdsproxy.core.haproxy.model import Bind, DataplaneSpec, Limits
 from imdsproxy.core.model import METADATA_IPV4, NetworkId
 from imdsproxy.dataplane.launch import Launcher
@@ -20,6 +19,7 @@ from imdsproxy.host.namespaces import DEFAULT_DIRECTORY, NamespaceDirectory, Nam
 from imdsproxy.host.netlink import add_address, set_link
 from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.listeners.endpoints import compute_maxconn
+from support.haproxy_alone import paths_below
 from support.patience import patience
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
@@ -73,20 +73,13 @@ def _program(directory: Path, limit: int) -> str:
 async def test_haproxy_starts_cold_and_reloads_with_many_namespaces(
     namespaces: list[str], tmp_path: Path, wanted: int, limit: int
 ) -> None:
-    layout = Layout(runtime=tmp_path, state=tmp_path, chroot=False)
+    layout = Layout(tmp_path, tmp_path, documents_workers=1, chroot=False)
     binds = tuple(Bind(NetworkId(name), METADATA_IPV4, 80, None, name) for name in namespaces)
     with pytest.raises(HostRefused, match=f"at least {_LEAST} "):
         compute_maxconn(wanted, binds, _LEAST - 1)
     maxconn = compute_maxconn(wanted, binds, limit)
-    spec = DataplaneSpec(binds, layout.haproxy_paths(), Limits(maxconn=maxconn))
+    spec = DataplaneSpec(binds, paths_below(tmp_path), Limits(maxconn=maxconn))
     layout.config.write_text(render_config(spec))
-    layout.base_map.write_text(render_map({}, "1"))
-    layout.overlay_map.write_text(render_map({}, "1"))
-    layout.token_keys_map.touch()
-    layout.path_rules_map.touch()
-    layout.short_map.touch()
-    layout.unavailable.write_bytes(b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\n\r\n")
-    layout.jail.mkdir()
     master = MasterClient(layout.master_socket)
     launcher = Launcher(_program(tmp_path, limit), None, layout)
     try:

@@ -1,4 +1,4 @@
-"""HAProxy's own life: unprivileged, supervised, reloaded, and never run with what it refuses."""
+"""HAProxy's own life: unprivileged, supervised, reloaded, never run with what it refuses, and always up to date."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import contextlib
 import os
 import pwd
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 import pytest
 
-from support.daemon import Daemon, Pids, alive, instance
-from support.guest import IPV4, IPV6, Load
-from support.lab import NETNS, SERVER, batch, until
+from support.daemon import Daemon, Pids, alive, instance, user_data_of
+from support.guest import IPV4, IPV6, Connection, Load
+from support.lab import NETNS, SERVER, until, within
 from support.patience import patience
 from support.world import World, open_world, own, reads_own
 
@@ -46,8 +47,7 @@ def test_no_process_that_answers_guests_has_privileges_and_haproxys_is_locked_in
     account = pwd.getpwnam("haproxy")
     assert set(status["Uid"].split()) == {str(account.pw_uid)}
     assert set(status["Gid"].split()) == {str(account.pw_gid)}
-    assert int(status["CapEff"], 16) == 0
-    assert int(status["CapPrm"], 16) == 0
+    assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == 0
     assert Path(f"/proc/{worker}/root").readlink() == world.daemon.runtime / "jail"
     # Nothing in there but the sockets that it connects to, and its own path, which leads back to it.
     jail = world.daemon.runtime / "jail"
@@ -71,21 +71,35 @@ def test_twenty_reloads_lose_no_request(world: World) -> None:
         for _ in range(20):
             world.reload()
         kept.wait_answers(20)
-    assert kept.report.lost == []
-    assert new.report.lost == []
+    assert kept.report.lost == new.report.lost == []
     assert min(kept.report.answered, new.report.answered) > 200
     assert world.pids().master == master
     assert world.daemon.status()["haproxy"]["reloads"] == before + 20
+
+
+def test_nothing_of_an_old_worker_is_left_after_its_connections_are_done(world: World) -> None:
+    with world.red.connect() as held:
+        assert own(world.red, held.request(_TARGET)) is None
+        for _ in range(2):
+            world.reload()
+            # What it still has bound is nobody else's.
+            assert world.daemon.left_out() == {}
+    until(lambda: not world.daemon.status()["haproxy"]["old_workers"], within_s=7)
+    workers = [
+        one for one in world.daemon.processes().values() if one.split()[0].endswith("/haproxy")
+    ]
+    assert len(workers) == 2
+
+
+# Ended, hung and full
 
 
 def _have_ended(pids: Pids) -> bool:
     return not alive(pids.worker) and not alive(pids.master)
 
 
-def _back_within(world: World, seconds: float) -> float:
-    return until(
-        lambda: all(map(reads_own, world.everybody)), within_s=seconds, what="service again"
-    )
+def _back_within(world: World, seconds: float) -> None:
+    until(lambda: all(map(reads_own, world.everybody)), within_s=seconds, what="service again")
 
 
 @pytest.mark.slow
@@ -112,6 +126,10 @@ def test_a_haproxy_killed_again_and_again_comes_back_each_time(world: World) -> 
     assert not [one for one in logged if one["message"] == "foreign listener"]
 
 
+def _reasons(world: World) -> str:
+    return " ".join(world.daemon.status()["readiness"]["reasons"])
+
+
 @pytest.mark.slow
 def test_a_worker_that_hangs_is_noticed_and_replaced(world: World) -> None:
     before = world.settled()
@@ -119,7 +137,7 @@ def test_a_worker_that_hangs_is_noticed_and_replaced(world: World) -> None:
     os.kill(before.worker, signal.SIGSTOP)
     until(
         lambda: (
-            any("does not answer" in one for one in _reasons(world))
+            "does not answer" in _reasons(world)
             or world.daemon.status()["haproxy"]["master"] != before.master
         ),
         within_s=_NOTICED_WITHIN_S,
@@ -130,8 +148,41 @@ def test_a_worker_that_hangs_is_noticed_and_replaced(world: World) -> None:
     assert not alive(before.worker)
 
 
-def _reasons(world: World) -> list[str]:
-    return list(world.daemon.status()["readiness"]["reasons"])
+def _fill(world: World, stack: contextlib.ExitStack, count: int) -> list[Connection]:
+    """Connections of all guests, more than HAProxy may have, until the daemon reports it."""
+    guests = world.everybody
+    found = [stack.enter_context(guests[one % len(guests)].connect()) for one in range(count)]
+    until(lambda: "HAProxy is full" in _reasons(world), within_s=5, what="the report of a full one")
+    return found
+
+
+@pytest.mark.slow
+def test_a_haproxy_with_all_its_connections_is_not_taken_for_one_that_hangs_unless_it_does() -> (
+    None
+):
+    with open_world({"haproxy": {"maxconn": 24}}) as world:
+        before = world.settled()
+        with contextlib.ExitStack() as stack:
+            first, *_ = _fill(world, stack, 48)
+            reasons = _reasons(world)
+            assert ("LimitNOFILE" in reasons, "does not answer" in reasons) == (True, False)
+            # HAProxy gives a guest ten seconds to ask something; a hung one is ended after four.
+            assert first.read().status == 408
+        world.daemon.wait_ready()
+        world.all_right()
+        assert world.settled() == before
+        messages = [one["message"] for one in world.daemon.log_entries()]
+        assert messages.count("haproxy is full") == 1
+        assert not [one for one in messages if one.startswith(("haproxy does not", "no documents"))]
+        with contextlib.ExitStack() as stack:
+            _fill(world, stack, 48)
+            os.kill(before.worker, signal.SIGSTOP)
+            until(lambda: not alive(before.worker), within_s=_NOTICED_WITHIN_S, what="its end")
+        until(lambda: world.has_other_master(before.master), within_s=5, what="another HAProxy")
+        world.wait_all_right()
+
+
+# Configurations that it refuses
 
 
 def test_haproxy_comes_back_with_what_is_on_disk_when_the_host_has_changed_meanwhile(
@@ -148,17 +199,8 @@ def test_haproxy_comes_back_with_what_is_on_disk_when_the_host_has_changed_meanw
     assert world.daemon.left_out()["green"]["code"] == "namespace-missing"
 
 
-@pytest.fixture
-def settings_restored(world: World) -> Iterator[World]:
-    yield world
-    world.daemon.reconfigure(_HOLD)
-
-
 @pytest.mark.slow
-def test_a_configuration_that_haproxy_refuses_never_replaces_a_good_one(
-    settings_restored: World,
-) -> None:
-    world = settings_restored
+def test_a_configuration_that_haproxy_refuses_never_replaces_a_good_one(world: World) -> None:
     before = world.settled()
     config = world.daemon.runtime / "haproxy.cfg"
     good = config.read_text()
@@ -166,7 +208,7 @@ def test_a_configuration_that_haproxy_refuses_never_replaces_a_good_one(
         load.wait_answers(20)
         world.daemon.configure({**_HOLD, "haproxy": {"user": "nobody-of-that-name"}})
         world.daemon.command("reload")
-        until(lambda: any("cannot find user" in one for one in _reasons(world)), within_s=3)
+        until(lambda: "cannot find user" in _reasons(world), within_s=3)
         assert config.read_text() == good
         load.wait_answers(20)
         # HAProxy by itself, from what is on disk, comes up as well.
@@ -200,15 +242,9 @@ exec /usr/sbin/haproxy "$@"
 
 def _race(daemon: Daemon) -> None:
     program = daemon.directory / "haproxy"
-    program.write_text(
-        _RACING.format(
-            here=daemon.directory,
-            namespace=NETNS / daemon.lab.name("raced"),
-            python=sys.executable,
-            program=SERVER,
-            address=IPV4,
-        )
-    )
+    namespace = NETNS / daemon.lab.name("raced")
+    words = {"python": sys.executable, "program": SERVER, "address": IPV4}
+    program.write_text(_RACING.format(here=daemon.directory, namespace=namespace, **words))
     program.chmod(0o755)
 
 
@@ -233,38 +269,56 @@ def test_a_port_that_is_taken_between_check_and_load_leaves_only_its_own_network
             until(lambda: reads_own(guest), within_s=1)
         assert load.report.lost == []
         assert world.settled().master == before.master
-        rejected = (world.daemon.runtime / "haproxy.cfg.rejected").read_text()
-        assert "raced" in rejected
+        assert "raced" in (world.daemon.runtime / "haproxy.cfg.rejected").read_text()
 
 
-def test_an_exporter_whose_port_is_taken_keeps_no_network_from_being_served(
-    settings_restored: World,
+# Records: acknowledged means in force, on disk and in every worker, whatever happens next
+
+
+def _move(world: World, number: int) -> str:
+    """Give red's address to the other of two instances; whose it is now."""
+    owner, other = ("red-5", "move-b") if number % 2 else ("move-b", "red-5")
+    world.daemon.put(instances=[{**instance(other, "red"), "ports": []}, instance(owner, "red")])
+    return owner
+
+
+def _start_again_from_disk(world: World) -> subprocess.Popen[bytes]:
+    """End HAProxy and start it as a service manager would: the same words, nothing else."""
+    pids = world.settled()
+    words = Path(f"/proc/{pids.master}/cmdline").read_bytes().decode().split("\0")[:-1]
+    os.kill(pids.controller, signal.SIGSTOP)
+    for pid in (pids.worker, pids.master):
+        # Each takes the other with it.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    until(lambda: _have_ended(pids), what="HAProxy's end")
+    return subprocess.Popen(
+        (*within(world.lab.host), *words), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+def test_a_haproxy_that_starts_or_reloads_by_itself_knows_what_was_acknowledged(
+    world: World,
 ) -> None:
-    world = settings_restored
-    batch(world.lab.host, ["address add 127.0.0.9/32 dev lo"])
-    intruder = world.lab.intrude(world.lab.host, "127.0.0.9", reuse_port=False)
-    with Load(world.everybody, _TARGET, own) as load:
-        load.wait_answers(20)
-        world.daemon.configure({**_HOLD, "metrics": {"haproxy_listen": "127.0.0.9:80"}})
-        world.daemon.command("reload")
-        until(lambda: "127.0.0.9" in str(world.daemon.status()["last_plan"]["failed"]), within_s=3)
-        world.reload()
-        assert world.daemon.status()["serving"] == len(world.networks) + 1
-        load.wait_answers(20)
-        intruder.stop()
-        config = world.daemon.runtime / "haproxy.cfg"
-        until(lambda: "127.0.0.9:80" in config.read_text(), within_s=8)
-        load.wait_answers(20)
-    assert load.report.lost == []
+    for number in range(4):
+        os.kill(world.pids().master, signal.SIGUSR2)
+        owner = _move(world, number)
+        assert world.red.ask(_TARGET).body == user_data_of(owner)
+    controller = world.pids().controller
+    other = _start_again_from_disk(world)
+    until(world.red.reaches, what="HAProxy's return")
+    assert world.red.ask(_TARGET).body == user_data_of(owner)
+    assert own(world.guests["green"], world.guests["green"].ask(_TARGET)) is None
+    other.terminate()
+    other.wait()
+    os.kill(controller, signal.SIGCONT)
+    world.daemon.wait_ready()
 
 
-def test_nothing_of_an_old_worker_is_left_after_its_connections_are_done(world: World) -> None:
-    with world.red.connect() as held:
-        assert own(world.red, held.request(_TARGET)) is None
-        world.reload()
-        world.reload()
-    until(lambda: not world.daemon.status()["haproxy"]["old_workers"], within_s=7)
-    workers = [
-        one for one in world.daemon.processes().values() if one.split()[0].endswith("/haproxy")
-    ]
-    assert len(workers) == 2
+def test_a_removed_instance_is_unknown_right_after_it_was_acknowledged(world: World) -> None:
+    with world.red.connect() as connection:
+        for _ in range(2):
+            world.daemon.put(instances=[instance("red-5", "red")])
+            assert own(world.red, connection.request(_TARGET)) is None
+            world.daemon.remove_instance("red-5")
+            assert connection.request(_TARGET).status == 404

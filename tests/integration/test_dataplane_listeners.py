@@ -1,38 +1,33 @@
-"""Listeners of every kind, both families, and how a guest is known."""
+"""Listeners of every kind, both families, how a guest is known, and the metadata addresses themselves."""
 
 from __future__ import annotations
 
 import json
 from functools import partial
-from pathlib import Path
 from typing import Final
 
 import pytest
 
 from support.daemon import instance
-from support.guest import IPV4, IPV6, inside
-from support.lab import BRIDGE_MAC, NETNS, ip, until
-from support.world import RIGHT_WITHIN_S, World, own
+from support.guest import IPV4, IPV6, Guest, Lost
+from support.lab import BRIDGE_MAC, NETNS, RecordMapping, batch, ip, run, until, within
+from support.world import RIGHT_WITHIN_S, World, own, reads_own
 
 pytestmark = pytest.mark.root
 
-_KINDS: Final = ("red", "green", "blue", "grey")
 _TARGETS: Final = (
     "/",
-    "/latest/",
     "/latest/meta-data/",
     "/latest/meta-data/instance-id",
     "/latest/user-data",
-    "/openstack",
-    "/openstack/latest/user_data",
     "/openstack/latest/network_data.json",
     "/nocloud/meta-data",
     "/latest/there-is-no-such-thing",
 )
 
 
-@pytest.mark.parametrize("network", _KINDS)
-def test_both_families_are_answered_alike_by_every_kind_of_listener(
+@pytest.mark.parametrize("network", ["red", "blue", "grey"])
+def test_both_families_are_answered_alike_by_every_kind_of_listener_and_at_no_other_address(
     world: World, network: str
 ) -> None:
     guest = world.guests[network]
@@ -46,28 +41,9 @@ def test_both_families_are_answered_alike_by_every_kind_of_listener(
             assert four.status == (404 if "no-such" in target else 200)
     for to in (IPV4, IPV6):
         assert own(guest, guest.ask("/latest/user-data", to=to)) is None
-
-
-def test_one_haproxy_serves_all_networks(world: World) -> None:
-    pids = world.settled()
-    haproxy = {
-        pid
-        for pid, words in world.daemon.processes().items()
-        if words.split()[0].endswith("/haproxy")
-    }
-    assert haproxy == {pids.master, pids.worker}
-    for namespace in (world.lab.name("red"), world.lab.name("green"), world.lab.host):
-        sockets = inside(namespace, lambda: Path("/proc/thread-self/net/tcp").read_text())
-        lines = [line.split() for line in sockets.splitlines()[1:]]
-        # Only state LISTEN (0A): closed connections of other tests have no inode any more.
-        inodes = {one[9] for one in lines if one[1].endswith(":0050") and one[3] == "0A"}
-        assert inodes
-        assert inodes <= _sockets_of(pids.worker)
-
-
-def _sockets_of(pid: int) -> set[str]:
-    links = (str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir())
-    return {link[8:-1] for link in links if link.startswith("socket:")}
+    for other in ("10.0.0.1", "2001:db8::1"):
+        with pytest.raises(Lost):
+            world.red.ask("/latest/user-data", to=other)
 
 
 def test_a_guest_is_known_by_each_of_its_addresses(world: World) -> None:
@@ -77,10 +53,9 @@ def test_a_guest_is_known_by_each_of_its_addresses(world: World) -> None:
     ports = [{"network": "red", "mac": guest.mac, "addresses": addresses}]
     ip("-n", guest.namespace, "address", "add", "10.0.0.41/24", "dev", "eth0")
     world.daemon.put(instances=[{**record, "ports": ports}])
-    for source in ("10.0.0.40", "10.0.0.41"):
-        assert own(guest, guest.ask("/latest/user-data", source=source)) is None, source
-    for source in ("2001:db8::28", guest.link_local):
-        assert own(guest, guest.ask("/latest/user-data", to=IPV6, source=source)) is None, source
+    for source in (*addresses, guest.link_local):
+        to = IPV6 if ":" in source else IPV4
+        assert own(guest, guest.ask("/latest/user-data", to=to, source=source)) is None, source
     assert world.daemon.explain("red", guest.link_local)["how"] == "eui64"
 
 
@@ -99,6 +74,9 @@ def test_a_private_link_local_address_is_known_by_the_neighbour_table_and_a_stra
         assert (explained["how"], explained["installed"] is None) == ("neighbour", False)
     stranger = world.lab.guest("green", 51, mac="fa:16:3e:ff:ff:51", privacy="fe80::5eed:2")
     assert stranger.ask("/latest/user-data", to=IPV6, source="fe80::5eed:2").status == 404
+
+
+# Listeners that come and go
 
 
 def _metadata_addresses(namespace: str, device: str | None = None) -> dict[str, set[str]]:
@@ -130,30 +108,70 @@ def test_an_interface_carries_the_addresses_and_answers_as_long_as_its_network_i
 
 
 def test_a_bridge_gets_namespace_and_cable_and_loses_them_with_its_network(world: World) -> None:
-    before = (set(world.lab.made_by_daemon()), set(world.lab.host_links()))
+    def links() -> set[str]:
+        return {one for one in world.lab.host_links() if one.startswith(world.lab.prefix)}
+
+    before = (set(world.lab.made_by_daemon()), links())
     network = world.lab.bridge_network("br1")
     guest = world.lab.guest("br1", 5)
     world.daemon.put([network], [instance("br1-5", "br1")])
     assert own(guest, guest.ask("/latest/user-data")) is None
-    made = set(world.lab.made_by_daemon()) - before[0]
-    assert len(made) == 1
-    name = made.pop()
+    (name,) = set(world.lab.made_by_daemon()) - before[0]
     inode = (NETNS / name).stat().st_ino
     assert _metadata_addresses(name)
     world.daemon.remove_instance("br1-5")
     world.daemon.remove_network("br1")
     until(lambda: set(world.lab.made_by_daemon()) == before[0], within_s=RIGHT_WITHIN_S)
-    links = [name for name in world.lab.host_links() if name.startswith(world.lab.prefix)]
-    assert set(links) == {name for name in before[1] if name.startswith(world.lab.prefix)}
+    assert links() == before[1]
     world.freed(inode)
-
-
-def test_a_network_that_comes_is_answered_and_one_that_goes_is_refused(world: World) -> None:
-    network = world.lab.namespace_network("late")
-    guest = world.lab.guest("late", 5)
-    assert not guest.reaches()
-    assert world.daemon.put([network], [instance("late-5", "late")])["applied"]
-    assert own(guest, guest.ask("/latest/user-data")) is None
-    world.daemon.remove_instance("late-5")
-    world.daemon.remove_network("late")
     until(lambda: not guest.reaches(), within_s=RIGHT_WITHIN_S)
+
+
+# The IPv6 address: the kernel still asks whether somebody else has it, or somebody has
+
+
+_AGENTS_ADDRESS: Final = f"address add {IPV6}/64 dev br0"
+
+
+def _network(world: World, *, probes: int) -> tuple[RecordMapping, Guest]:
+    """A network without its IPv6 address, and a guest; the kernel asks for its addresses that often."""
+    lab = world.lab
+    lab.furnish("late", addresses=False)
+    guest = lab.guest("late", 5)
+    name = lab.name("late")
+    for key, value in (("accept_dad", 1), ("dad_transmits", probes)):
+        place = f"/proc/sys/net/ipv6/conf/br0/{key}"
+        run(*within(name), "sh", "-c", f"echo {value} >{place}")
+    ip("-n", name, "address", "add", f"{IPV4}/32", "dev", "br0")
+    return {"id": "late", "listener": {"namespace": name}}, guest
+
+
+def _code(world: World) -> str:
+    return str(world.daemon.left_out().get("late", {}).get("code", ""))
+
+
+@pytest.mark.slow
+def test_while_the_kernel_asks_whether_the_ipv6_address_is_taken_ipv4_is_served_and_then_both(
+    world: World,
+) -> None:
+    network, guest = _network(world, probes=3)
+    batch(world.lab.name("late"), [_AGENTS_ADDRESS])
+    world.daemon.put([network], [instance("late-5", "late")])
+    assert _code(world) == "address-tentative"
+    assert own(guest, guest.ask("/latest/user-data", to=IPV4)) is None
+    until(lambda: reads_own(guest, IPV6), within_s=10, what="IPv6 as well")
+    until(lambda: _code(world) == "", what="nothing left out")
+
+
+def test_where_somebody_else_has_the_ipv6_address_ipv4_is_served_and_ipv6_once_it_is_free(
+    world: World,
+) -> None:
+    network, guest = _network(world, probes=1)
+    ip("-n", guest.namespace, "address", "add", f"{IPV6}/64", "dev", "eth0", "nodad")
+    batch(world.lab.name("late"), [_AGENTS_ADDRESS])
+    world.daemon.put([network], [instance("late-5", "late")])
+    until(lambda: _code(world) == "address-duplicate", within_s=10, what="the duplicate")
+    assert own(guest, guest.ask("/latest/user-data", to=IPV4)) is None
+    ip("-n", guest.namespace, "address", "del", f"{IPV6}/64", "dev", "eth0")
+    batch(world.lab.name("late"), [f"address del {IPV6}/64 dev br0", _AGENTS_ADDRESS])
+    until(lambda: reads_own(guest, IPV6), within_s=10, what="IPv6 as well")

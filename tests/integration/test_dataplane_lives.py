@@ -7,17 +7,24 @@ import json
 import os
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
-from functools import partial
-from typing import Final, Self
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
 
 import pytest
+import yaml
 
+from imdsproxy.cli.doctor import parse_url
+from imdsproxy.core.doctor.crawl import Answer, crawl
 from imdsproxy.errors import ImdsproxyError
-from support.daemon import alive, instance, user_data_of
-from support.guest import Guest, Load, Reply
-from support.lab import until
+from support.daemon import Daemon, alive, instance, user_data_of
+from support.guest import IPV4, Background, Guest, Load, Lost, Reply, inside
+from support.health import METRICS, ask_operator
+from support.lab import Lab, until, within
 from support.world import World, open_world, own, own_name
 
 pytestmark = pytest.mark.root
@@ -34,80 +41,40 @@ def _own_name(guest: Guest, reply: Reply) -> str | None:
     return f"{guest.name} got {reply.status} {reply.body[:80]!r}"
 
 
-class _Loads:
-    """Guests that read cached and fresh documents, on kept connections and on new ones."""
+@contextlib.contextmanager
+def _reading(world: World) -> Iterator[Callable[[], None]]:
+    """Guests read cached and fresh documents, on kept connections and on new ones, and lose none; waits for more."""
+    guests = [world.red, world.guests["blue"]]
+    loads = [
+        Load(guests, _CACHED, own),
+        Load(guests, _CACHED, own, keep_alive=False),
+        Load(guests, _FRESH, _own_name),
+    ]
 
-    def __init__(self, world: World) -> None:
-        guests = [world.red, world.guests["blue"]]
-        self.loads = [
-            Load(guests, _CACHED, own),
-            Load(guests, _CACHED, own, keep_alive=False, pause_s=0.005),
-            Load(guests, _FRESH, _own_name, pause_s=0.005),
-        ]
-
-    def __enter__(self) -> Self:
-        for load in self.loads:
-            load.__enter__()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for load in self.loads:
-            load.__exit__()
-
-    def go_on(self) -> None:
-        """Wait until each of them has had some more answers."""
-        for load in self.loads:
+    def go_on() -> None:
+        for load in loads:
             load.wait_answers(20)
 
-    @property
-    def lost(self) -> list[str]:
-        return [one for load in self.loads for one in load.report.lost]
+    with loads[0], loads[1], loads[2]:
+        go_on()
+        yield go_on
+        go_on()
+    assert [one for load in loads for one in load.report.lost] == []
 
 
-def _documents_below(guest: Guest, directory: str) -> Iterator[tuple[str, Reply]]:
-    """Every document that a listing leads to."""
-    listing = guest.ask(directory)
-    assert listing.status == 200, directory
-    for line in listing.text.splitlines():
-        name = line.partition("=")[0] + "/" if "=" in line else line
-        path = directory + name
-        if name.endswith("/"):
-            yield from _documents_below(guest, path)
-        else:
-            yield path, guest.ask(path)
-
-
-_OPENSTACK: Final = (
-    "meta_data.json",
-    "network_data.json",
-    "user_data",
-    "vendor_data.json",
-    "vendor_data2.json",
-)
-
-
-def _every_document(guest: Guest) -> dict[str, Reply]:
-    found = dict(_documents_below(guest, "/latest/meta-data/"))
-    targets = [_CACHED, "/latest/dynamic/", "/"]
-    targets += [f"/openstack/latest/{name}" for name in _OPENSTACK]
-    targets += [f"/openstack/2018-08-27/{name}" for name in _OPENSTACK]
-    targets += [
-        f"/nocloud/{name}" for name in ("meta-data", "user-data", "vendor-data", "network-config")
-    ]
-    return found | {target: guest.ask(target) for target in targets}
+def _every_document(guest: Guest) -> dict[str, Answer]:
+    found = inside(guest.namespace, lambda: crawl(parse_url(f"http://{IPV4}"), direct=True))
+    return {ask.path: answer for ask, answer in found.asked.items() if answer.ok}
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_without_a_controller_a_known_instance_reads_every_document_for_the_first_time(
     world: World, number: signal.Signals
 ) -> None:
-    guest = world.lab.guest("red", 70)
-    other = world.lab.guest("red", 71)
+    guest, other = (world.lab.guest("red", one) for one in (70, 71))
     fields: dict[str, object] = {
         "tags": {"role": "web"},
-        "ssh_keys": [
-            "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ0000000000000000000000000000000000000000000 a@b"
-        ],
+        "ssh_keys": [f"ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ{'0' * 44} a@b"],
         "availability_zone": "z",
         "instance_type": "m1",
         "vendor_data": {"a": "b"},
@@ -120,10 +87,8 @@ def test_without_a_controller_a_known_instance_reads_every_document_for_the_firs
     else:
         world.daemon.kill_controller(number)
     after = _every_document(guest)
-    macs = (guest.mac, other.mac)
-    assert {target.replace(*macs) for target in after} == set(before)
-    assert len(after) > 30
-    assert {reply.status for reply in after.values()} == {200}
+    assert {target.replace(guest.mac, other.mac) for target in after} == set(before)
+    assert len(after) > 50
     assert after[_CACHED].body == user_data_of("red-70")
     assert json.loads(after[_FRESH].body)["name"] == "red-70"
     world.all_right()
@@ -134,36 +99,28 @@ def test_a_controller_that_ends_and_the_next_lose_no_request_and_keep_haproxy(
     world: World, number: signal.Signals
 ) -> None:
     before = world.settled()
-    with _Loads(world) as loads:
-        loads.go_on()
+    with _reading(world) as go_on:
         if number == signal.SIGKILL:
             os.killpg(before.controller, number)
         world.daemon.kill_controller(number)
-        loads.go_on()
+        go_on()
         world.daemon.start()
-        loads.go_on()
+        go_on()
         # The next one is in charge: what it is told is in force.
         world.daemon.put(instances=[{**instance("green-5", "green"), "user_data": "next"}])
         assert world.guests["green"].ask(_CACHED).text == "next"
-        loads.go_on()
-    assert loads.lost == []
     after = world.settled()
     assert after.controller != before.controller
-    assert after.master == before.master
-    assert (after.documents, set(after.document_workers)) == (
-        before.documents,
-        set(before.document_workers),
-    )
+    assert set(after.data_plane) == set(before.data_plane)
 
 
-class _Changes:
+class _Changes(Background):
     """Changes red's user-data to ever greater numbers until the controller is gone."""
 
     def __init__(self, world: World, first: int) -> None:
+        super().__init__(self._run)
         self._world = world
-        self.acknowledged = first
-        self._thread = threading.Thread(target=self._run, name="changes")
-        self._thread.start()
+        self.first = self.acknowledged = first
 
     def _run(self) -> None:
         with contextlib.suppress(ImdsproxyError):
@@ -173,16 +130,12 @@ class _Changes:
                 if self._world.daemon.put(instances=[record])["applied"]:
                     self.acknowledged += 1
 
-    def join(self) -> None:
-        self._thread.join()
-
 
 def test_what_was_acknowledged_survives_a_kill_at_any_moment(world: World) -> None:
     for first in (1000, 2000, 3000):
-        changes = _Changes(world, first)
-        until(partial(_has_more_than, changes, first + 3), what="some changes")
-        world.daemon.kill_controller()
-        changes.join()
+        with _Changes(world, first) as changes:
+            until(lambda one=changes: one.acknowledged > one.first + 3, what="some changes")  # type: ignore[misc] # mypy cannot see the default's type
+            world.daemon.kill_controller()
         known = changes.acknowledged
         assert known <= int(world.red.ask(_CACHED).text) <= known + 1
         world.daemon.start()
@@ -191,25 +144,31 @@ def test_what_was_acknowledged_survives_a_kill_at_any_moment(world: World) -> No
         assert world.daemon.explain("red", "10.0.0.5")["instance"] == "red-5"
 
 
-def _has_more_than(changes: _Changes, number: int) -> bool:
-    return changes.acknowledged > number
-
-
-def test_a_second_controller_refuses_to_start(world: World) -> None:
-    done = world.daemon.command("run")
-    assert done.status != 0
-    assert "another" in done.err
+def test_a_second_controller_is_refused_whatever_else_is_its_own(
+    world: World, tmp_path: Path
+) -> None:
+    controller = world.pids().controller
+    same = world.daemon.command("run")
+    assert (same.status, "another" in same.err) == (71, True)
+    settings = yaml.safe_load(world.daemon.config.read_text())
+    settings["paths"]["runtime_dir"] = str(tmp_path / "run")
+    config = tmp_path / "second.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    program = (*within(world.lab.host), *world.daemon.program, "--config", str(config), "run")
+    done = subprocess.run(program, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 71
+    assert f"another controller keeps its state in {world.daemon.state}" in done.stderr
     world.all_right()
-    assert world.pids().controller == world.daemon.pids().controller
+    assert world.pids().controller == controller
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("which", "number"),
     [
-        ("document_workers", signal.SIGKILL),
-        ("document_workers", signal.SIGSTOP),
-        ("documents", signal.SIGSTOP),
+        ("a worker", signal.SIGSTOP),
+        ("the server", signal.SIGKILL),
+        ("the server", signal.SIGSTOP),
     ],
 )
 def test_a_process_of_the_document_server_that_ends_or_hangs_is_replaced_and_no_request_lost(
@@ -217,45 +176,28 @@ def test_a_process_of_the_document_server_that_ends_or_hangs_is_replaced_and_no_
 ) -> None:
     before = world.settled()
     gone = {before.documents, *before.document_workers}
-    if which == "document_workers":
+    if which == "a worker":
         gone = {before.document_workers[0]}
 
     def is_replaced() -> bool:
-        now = world.pids()
-        return len(now.document_workers) == 2 and not gone & {now.documents, *now.document_workers}
+        pids = world.daemon.status()["documents"]["pids"]
+        return len(pids) == 3 and not gone & set(pids)
 
-    with _Loads(world) as loads:
-        loads.go_on()
-        os.kill(before.documents if which == "documents" else before.document_workers[0], number)
+    with _reading(world):
+        os.kill(before.document_workers[0] if which == "a worker" else before.documents, number)
         until(is_replaced, what="another process")
         until(lambda: not any(map(alive, gone)), what="the end of the old ones")
-        loads.go_on()
-    assert loads.lost == []
+    assert world.settled().master == before.master
 
 
 @pytest.mark.slow
 def test_a_master_of_haproxy_that_hangs_is_replaced(world: World) -> None:
     master = world.settled().master
-    with _Loads(world) as loads:
+    with _reading(world):
         os.kill(master, signal.SIGSTOP)
-        loads.go_on()
-    assert loads.lost == []
     until(lambda: world.has_other_master(master), what="another master")
     world.settled()
     world.all_right()
-
-
-def test_a_killed_document_server_is_started_again(world: World) -> None:
-    before = world.settled()
-    os.kill(before.documents, signal.SIGKILL)
-
-    def other_is_there() -> bool:
-        pids = world.daemon.status()["documents"]["pids"]
-        return len(pids) == 3 and before.documents not in pids
-
-    until(other_is_there, within_s=5, what="another document server")
-    until(lambda: world.red.ask(_FRESH).status == 200, within_s=5)
-    assert world.settled().master == before.master
 
 
 @pytest.mark.parametrize("how", ["running", "killed"])
@@ -273,75 +215,131 @@ def test_stop_with_the_data_plane_ends_everything(how: str) -> None:
         assert not world.red.reaches()
 
 
-@pytest.mark.parametrize("then", ["start", "stop"])
-def test_who_empties_the_runtime_directory_leaves_no_process_of_before(then: str) -> None:
+@pytest.mark.parametrize("controller", ["killed", "running"])
+def test_who_empties_the_runtime_directory_leaves_no_process_of_before_and_a_start_mends_all(
+    controller: str,
+) -> None:
     with open_world() as world:
         daemon = world.daemon
         before = world.pids()
-        daemon.kill_controller()
+        if controller == "killed":
+            daemon.kill_controller()
         for entry in daemon.runtime.iterdir():
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        if then == "start":
-            daemon.start()
-            world.all_right()
-            until(lambda: not any(map(alive, before.data_plane)), what="the end of the old ones")
-            assert len(daemon.processes()) == len(
-                {*world.pids().data_plane, world.pids().controller}
-            )
+        if controller == "running":
+            # HAProxy cannot be reached any more, nor be started again.
+            assert daemon.process is not None
+            assert daemon.process.wait(30) == 71
+            assert "only a start makes them again" in daemon.log.read_text()
+        daemon.start()
+        world.all_right()
+        until(lambda: not any(map(alive, before.data_plane)), what="the end of the old ones")
+        assert len(daemon.processes()) == len({*world.pids().data_plane, world.pids().controller})
+        for entry in daemon.runtime.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         done = daemon.command("stop", "--data-plane")
         assert done.status == 0, done.err
         until(lambda: not daemon.processes(), what="the end of everything")
-
-
-def test_a_controller_whose_files_were_removed_ends_when_haproxy_needs_them_and_the_next_makes_them() -> (
-    None
-):
-    with open_world() as world:
-        daemon, process = world.daemon, world.daemon.process
-        assert process is not None
-        master = world.pids().master
-        for entry in daemon.runtime.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        os.kill(master, signal.SIGKILL)
-        assert process.wait(30) == 71
-        assert "only a start makes them again" in daemon.log.read_text()
-        daemon.start()
-        world.all_right()
 
 
 @pytest.mark.slow
 def test_a_start_with_the_records_of_the_last_run_serves_them_and_not_what_has_changed_since() -> (
     None
 ):
-    denied = {"networks": {"red": {"paths": {"/latest/user-data": "deny"}}}}
+    denied = {"networks": {"red": {"paths": {_CACHED: "deny"}}}}
     with open_world({"policy": denied}) as world:
         daemon, (red, green) = world.daemon, (world.red, world.guests["green"])
-
-        def starts_with_them() -> int:
-            return sum(
-                one["message"] == "records are those of the last run"
-                for one in daemon.log_entries()
-            )
-
-        until(lambda: red.ask("/latest/user-data").status == 403, what="the path rule")
+        until(lambda: red.ask(_CACHED).status == 403, what="the path rule")
         daemon.stop()
         # As a reboot does.
         shutil.rmtree(daemon.runtime)
         daemon.process = daemon._started()
         until(red.reaches, what="HAProxy")
-        assert red.ask("/latest/user-data").status == 403
+        assert red.ask(_CACHED).status == 403
         daemon.wait_ready()
-        assert all(
-            own(one, one.ask("/latest/user-data")) is None for one in world.everybody if one != red
-        )
-        assert starts_with_them() == 1
+        assert own(green, green.ask(_CACHED)) is None
         denied["networks"]["green"] = {"paths": {"/latest/meta-data": "deny"}}
         daemon.reconfigure({"policy": denied})
         until(lambda: green.ask("/latest/meta-data/").status == 403, what="another path rule")
-        assert red.ask("/latest/user-data").status == 403
         daemon.stop()
         daemon.configure({"policy": {"instances": {"red-5": {"endpoint": False}}}})
         daemon.start()
-        assert red.ask("/latest/user-data").status == 403
-        assert own(green, green.ask("/latest/user-data")) is None
-        assert starts_with_them() == 1
+        assert red.ask(_CACHED).status == 403
+        assert own(green, green.ask(_CACHED)) is None
+        messages = [one["message"] for one in daemon.log_entries()]
+        assert messages.count("records are those of the last run") == 1
+
+
+# A controller that takes long to start, and one whose event loop makes no progress any more
+
+
+_STUCK: Final = Path(__file__).parents[1] / "support" / "stuck_loop.py"
+_SLOW: Final = """#!/bin/sh
+if [ "$1" = -vv ]; then
+    while [ ! -e {gate} ]; do sleep 0.05; done
+fi
+exec /usr/sbin/haproxy "$@"
+"""
+
+
+def _health(lab: Lab, path: str) -> tuple[int, str]:
+    """Status and text of an answer; 0 where nothing answers."""
+    try:
+        reply = ask_operator(lab, path, timeout_s=30)
+    except Lost:
+        return 0, ""
+    return reply.status, reply.text
+
+
+def _get_stuck(daemon: Daemon) -> None:
+    daemon.program = (sys.executable, str(_STUCK))
+    daemon.environment = {"WATCHDOG_USEC": "3000000", "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+@pytest.mark.slow
+def test_a_stuck_controller_says_so_and_where_and_the_next_goes_on() -> None:
+    with open_world({"metrics": METRICS}, prepare=_get_stuck) as world:
+        assert _health(world.lab, "/livez")[0] == 200
+        assert world.daemon.process is not None
+        before = world.pids()
+        world.daemon.process.send_signal(signal.SIGUSR2)
+        until(lambda: _health(world.lab, "/livez")[0] == 503, what="a /livez that fails")
+        status, text = _health(world.lab, "/readyz")
+        assert status == 503
+        assert "the controller's event loop does not answer" in text
+        world.all_right()
+        # As systemd's watchdog does.
+        world.daemon.kill_controller(signal.SIGABRT)
+        assert f'File "{_STUCK}"' in world.daemon.log.read_text()
+        world.daemon.start()
+        assert world.pids().master == before.master
+        world.all_right()
+
+
+@pytest.mark.slow
+def test_a_start_answers_livez_from_its_beginning_and_extends_its_time(tmp_path: Path) -> None:
+    """It does not get beyond its first question to HAProxy before there is a file `gate`."""
+    with contextlib.ExitStack() as stack:
+        lab = Lab()
+        stack.callback(lab.close)
+        haproxy = tmp_path / "haproxy"
+        haproxy.write_text(_SLOW.format(gate=tmp_path / "gate"))
+        haproxy.chmod(0o755)
+        daemon = Daemon(lab, {"metrics": METRICS, "haproxy": {"binary": str(haproxy)}})
+        stack.callback(daemon.close)
+        daemon.environment = {"WATCHDOG_USEC": "2000000", "NOTIFY_SOCKET": str(tmp_path / "notify")}
+        manager = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(60)
+        starting = threading.Thread(target=daemon.start)
+        starting.start()
+        until(lambda: _health(lab, "/livez")[0] == 200, what="a /livez while it starts")
+        status, text = _health(lab, "/readyz")
+        assert (status, "the controller is starting" in text) == (503, True)
+        for _ in range(2):
+            assert manager.recv(4096) == b"WATCHDOG=1\nEXTEND_TIMEOUT_USEC=2000000"
+        (tmp_path / "gate").touch()
+        starting.join()
+        until(lambda: b"READY=1" in manager.recv(4096), what="READY")
+        until(lambda: manager.recv(4096) == b"WATCHDOG=1", what="a beat of one that runs")
+        until(lambda: _health(lab, "/readyz")[0] == 200, what="being ready")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Final
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from support.daemon import Daemon, instance, user_data_of
 from support.guest import Load
 from support.lab import until
-from support.world import RIGHT_WITHIN_S, World, open_world, own
+from support.world import World, open_world, own
 
 pytestmark = pytest.mark.root
 
@@ -20,13 +21,6 @@ _SETTINGS: Final[Mapping[str, Mapping[str, object]]] = {
     "resolver": {"hold_s": 1.0},
     "sources": {"file": {"enabled": True, "directory": "{directory}/records"}},
 }
-
-
-def _write(daemon: Daemon, name: str, instances: Sequence[Mapping[str, object]]) -> None:
-    directory = daemon.directory / "records"
-    temporary = directory / f".{name}.new"
-    temporary.write_text(json.dumps({"instances": list(instances)}))
-    temporary.rename(directory / f"{name}.json")
 
 
 def _prepare(daemon: Daemon) -> None:
@@ -39,65 +33,86 @@ def shared_world() -> Iterator[World]:
         yield world
 
 
-@pytest.fixture(autouse=True)
-def _no_files(world: World) -> Iterator[None]:
-    yield
-    for file in (world.daemon.directory / "records").iterdir():
-        file.unlink()
-    until(lambda: world.daemon.status()["instances"] == len(world.instances), what="files' end")
+@pytest.fixture
+def file(world: World) -> Iterator[Path]:
+    """The one record file, which is not there yet."""
+    yield (file := world.daemon.directory / "records" / "a.json")
+    file.unlink(missing_ok=True)
+    until(lambda: _counts(world) == (len(world.networks), len(world.instances)), what="its end")
 
 
-def test_an_address_that_two_sources_give_to_two_instances_is_answered_503_and_reported(
-    world: World,
+def _counts(world: World) -> tuple[int, int]:
+    status = world.daemon.status()
+    return status["networks"], status["instances"]
+
+
+def _write(file: Path, *instances: Mapping[str, object], **more: object) -> None:
+    temporary = file.with_name(".new")
+    temporary.write_text(json.dumps({"instances": list(instances), **more}))
+    temporary.rename(file)
+
+
+def test_an_address_that_two_sources_give_to_two_instances_is_answered_503_until_only_one_does(
+    world: World, file: Path
 ) -> None:
     with Load([world.guests["green"]], _TARGET, own) as load:
         with world.red.connect() as kept:
             assert own(world.red, kept.request(_TARGET)) is None
-            _write(world.daemon, "a", [instance("other-5", "red")])
-            until(lambda: world.daemon.status()["conflicts"], within_s=2, what="a conflict")
-            until(lambda: kept.request(_TARGET).status == 503, within_s=RIGHT_WITHIN_S)
-            for _ in range(5):
-                reply = kept.request(_TARGET)
-                assert reply.status == 503
-                assert reply.headers["retry-after"]
-        conflicts = world.daemon.status()["conflicts"]
-        claimants = {
-            (one["instance"], one["source"])
-            for conflict in conflicts
-            for one in conflict["claimants"]
-        }
+            _write(file, instance("other-5", "red"))
+            until(lambda: kept.request(_TARGET).status == 503, within_s=3)
+            assert kept.request(_TARGET).is_to_come_again
+        (conflict, *_) = world.daemon.status()["conflicts"]
+        claimants = {(one["instance"], one["source"]) for one in conflict["claimants"]}
         assert claimants == {("red-5", "sqlite"), ("other-5", "file")}
         assert world.daemon.explain("red", "10.0.0.5")["verdict"] == "conflict"
-        (world.daemon.directory / "records" / "a.json").unlink()
+        # It outlives the controller.
+        world.daemon.kill_controller()
+        assert world.red.ask(_TARGET).status == 503
+        world.daemon.start()
+        assert world.red.ask(_TARGET).status == 503
+        file.unlink()
         until(lambda: own(world.red, world.red.ask(_TARGET)) is None, within_s=2)
         assert world.daemon.status()["conflicts"] == []
     assert load.report.lost == []
 
 
-def test_a_conflict_outlives_the_controller(world: World) -> None:
-    _write(world.daemon, "a", [instance("other-5", "red")])
-    until(lambda: world.red.ask(_TARGET).status == 503, within_s=2)
-    world.daemon.kill_controller()
-    assert world.red.ask(_TARGET).status == 503
-    world.daemon.start()
-    assert world.red.ask(_TARGET).status == 503
+def test_a_second_network_on_a_listener_is_refused_or_left_out_and_the_first_is_served_on(
+    world: World, file: Path
+) -> None:
+    namespace = world.lab.name("red")
+    done = world.daemon.command("network", "add", "second", "--namespace", namespace)
+    assert (done.status, "network red has this listener" in done.err) == (69, True)
+    with Load([world.red], _TARGET, own) as load:
+        # By its id it would be first.
+        _write(file, networks=[{"id": "a-second", "listener": {"namespace": namespace}}])
+        for _ in range(2):
+            until(lambda: "a-second" in world.daemon.left_out(), what="the second network")
+            found = world.daemon.left_out()["a-second"]
+            assert (found["code"], "network red has" in found["reason"]) == (
+                "listener-shared",
+                True,
+            )
+            load.wait_answers(20)
+            world.daemon.kill_controller()
+            world.daemon.start()
+    assert load.report.lost == []
 
 
 def test_a_record_file_is_in_force_soon_stays_so_while_it_is_broken_and_is_gone_soon(
-    world: World,
+    world: World, file: Path
 ) -> None:
     guest = world.lab.guest("red", 90)
-    _write(world.daemon, "b", [instance("red-90", "red", 90)])
+    _write(file, instance("red-90", "red", 90))
     assert own(guest, guest.ask(_TARGET)) is None
-    (world.daemon.directory / "records" / "b.json").write_text("{broken")
+    file.write_text("{broken")
     until(lambda: any(one["problems"] for one in world.daemon.status()["sources"]), within_s=2)
     assert own(guest, guest.ask(_TARGET)) is None
     (problem,) = (one for source in world.daemon.status()["sources"] for one in source["problems"])
-    assert problem["file"].endswith("b.json")
+    assert problem["file"].endswith("a.json")
     world.daemon.kill_controller()
-    _write(world.daemon, "b", [{**instance("red-90", "red", 90), "user_data": "meanwhile"}])
+    _write(file, {**instance("red-90", "red", 90), "user_data": "meanwhile"})
     assert guest.ask(_TARGET).body == user_data_of("red-90")
     world.daemon.start()
     until(lambda: guest.ask(_TARGET).text == "meanwhile", within_s=2)
-    (world.daemon.directory / "records" / "b.json").unlink()
+    file.unlink()
     until(lambda: guest.ask(_TARGET).status == 404, within_s=3)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -86,24 +85,19 @@ def _is_right(got: Reply, token: str, owners: set[str]) -> bool:
     return (got.status == 401 and owners != {token}) or (len(owners) > 1 and got.status == 404)
 
 
-@contextmanager
-def _reloads(daemon: Daemon, spare: RecordMapping) -> Iterator[list[int]]:
+class _Reloads(Background):
     """HAProxy reloads again and again, as a network comes and goes; how often it did."""
-    stop, done = threading.Event(), [0]
 
-    def run() -> None:
-        while not stop.wait(0.5):
-            daemon.put([spare])
-            daemon.remove_network(str(spare["id"]))
-            done[0] += 2
+    def __init__(self, daemon: Daemon, spare: RecordMapping) -> None:
+        super().__init__(self._run)
+        self._daemon, self._spare = daemon, spare
+        self.done = 0
 
-    thread = threading.Thread(target=run, name="reloads")
-    thread.start()
-    try:
-        yield done
-    finally:
-        stop.set()
-        thread.join()
+    def _run(self) -> None:
+        while not self._stop.wait(0.5):
+            self._daemon.put([self._spare])
+            self._daemon.remove_network(str(self._spare["id"]))
+            self.done += 2
 
 
 _MOVES: Final = 1_000
@@ -140,12 +134,11 @@ def _move_all(
 ) -> None:
     rounds = -(-_MOVES // len(moving))
     wrong = []
-    with ExitStack() as stack:
+    with ExitStack() as stack, _Reloads(daemon, spare) as reloads:
         for one in moving:
             stack.enter_context(one)
-        reloads = stack.enter_context(_reloads(daemon, spare))
         move = 0
-        while move < rounds or reloads[0] < 4:
+        while move < rounds or reloads.done < 4:
             move += 1
             for one in moving:
                 one.begun = move

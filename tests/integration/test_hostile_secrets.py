@@ -11,31 +11,24 @@ from typing import Final
 import pytest
 
 from imdsproxy.core.tokens import parse_token_keys
-from support.guest import Guest, take_token
+from support.guest import take_token, with_token
+from support.health import METRICS, ask_operator
 from support.nova_world import INSTANCES, SECRET, NovaWorld, open_nova_world
 from support.recorder import signature_of
 
 pytestmark = pytest.mark.root
 
-_METRICS_PORT: Final = 9465
 _UNITS: Final = Path(__file__).parents[2] / "packaging" / "systemd"
 
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[NovaWorld]:
     with open_nova_world() as world:
-        metrics = {"listen": f"127.0.0.1:{_METRICS_PORT}"}
-        world.daemon.configure({**world.daemon.settings, "metrics": metrics})
+        world.daemon.configure({**world.daemon.settings, "metrics": METRICS})
         # What listens is not changed while it runs.
         world.daemon.kill_controller()
         world.daemon.start()
         yield world
-
-
-def _metrics(world: NovaWorld) -> str:
-    """What the controller tells of itself, read where its host is."""
-    host = Guest("operator", world.lab.host, "", "", (), "lo", port=_METRICS_PORT)
-    return host.ask("/metrics", to="127.0.0.1").text
 
 
 def _asked(world: NovaWorld) -> list[str]:
@@ -45,7 +38,7 @@ def _asked(world: NovaWorld) -> list[str]:
         token = take_token(guest)
         tokens.append(token)
         for sent in (token, token + "x", f"{token}, {token}", token.upper()):
-            header = f"X-aws-ec2-metadata-token: {sent}"
+            (header,) = with_token(sent)
             guest.ask("/latest/user-data", headers=(header,))
             guest.ask("/latest/user-data", headers=(header, header))
             head = f"POST /nonsense HTTP/1.1\r\nHost: x\r\n{header}\r\n"
@@ -120,7 +113,10 @@ def test_what_opens_something_is_in_its_own_files_only(world: NovaWorld) -> None
 def test_what_opens_something_is_told_to_nobody_who_asks_how_things_are(world: NovaWorld) -> None:
     secrets = _secrets(world, _asked(world))
     daemon = world.daemon
-    told = {"status": json.dumps(daemon.status()), "metrics": _metrics(world)}
+    told = {
+        "status": json.dumps(daemon.status()),
+        "metrics": ask_operator(world.lab, "/metrics").text,
+    }
     assert "imdsproxy" in told["metrics"]
     for network in INSTANCES:
         told[f"explain {network}"] = json.dumps(daemon.explain(network, "10.0.0.5"))
@@ -134,29 +130,45 @@ def test_what_opens_something_is_told_to_nobody_who_asks_how_things_are(world: N
     }
 
 
-def test_no_process_has_what_opens_something_in_its_words_or_variables(world: NovaWorld) -> None:
+def test_no_process_has_what_opens_something_in_its_words_or_leaves_its_memory_behind(
+    world: NovaWorld,
+) -> None:
+    """Neither now nor by a soft limit on the size of core files that somebody raises."""
     secrets = _secrets(world, _asked(world))
     processes = world.daemon.processes()
     assert len(processes) >= 4
-    for pid in processes:
+    for pid, words in processes.items():
         for name in ("cmdline", "environ", "status", "comm"):
             assert not _found(secrets, Path(f"/proc/{pid}/{name}").read_bytes()), (pid, name)
-
-
-def test_no_process_that_is_started_by_hand_leaves_its_memory_behind_when_it_crashes(
-    world: NovaWorld,
-) -> None:
-    """Neither now nor by a soft limit that somebody raises."""
-    processes = world.daemon.processes()
-    assert len(processes) >= 4
-    for pid, words in processes.items():
         if "ip netns exec" not in words:
-            (line,) = re.findall(
-                r"Max core file size +(\S+) +(\S+)", Path(f"/proc/{pid}/limits").read_text()
-            )
-            assert line == ("0", "0"), words
+            limits = Path(f"/proc/{pid}/limits").read_text()
+            assert re.findall(r"Max core file size +(\S+) +(\S+)", limits) == [("0", "0")], words
 
 
 @pytest.mark.parametrize("unit", sorted(_UNITS.glob("*.service")), ids=lambda path: path.name)
 def test_no_unit_leaves_its_memory_behind_when_it_crashes(unit: Path) -> None:
     assert "\nLimitCORE=0\n" in unit.read_text()
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"one\ntwo\n", "more than one line"),
+        (b"metadata_proxy_shared_secret = abc\n", "only the secret"),
+        (b"\xef\xbb\xbfabc\n", "byte order mark"),
+        (b"a\0bc\n", "control character"),
+    ],
+)
+def test_what_can_be_no_secret_of_novas_is_refused_and_the_one_before_stays(
+    world: NovaWorld, data: bytes, words: str
+) -> None:
+    file = world.daemon.directory / "secret"
+    try:
+        file.write_bytes(data)
+        for command in ("reload", "check"):
+            done = world.daemon.command(command)
+            assert (done.status, words in done.out + done.err) == (78, True)
+            assert "abc" not in done.out + done.err
+        assert world.red.ask("/openstack").status == 200
+    finally:
+        world.secret_file("secret", SECRET)

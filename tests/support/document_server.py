@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 from imdsproxy.core.model import InstanceId
 from imdsproxy.serving.pidfile import DocumentProcesses, read_pids
+from support.daemon import alive
 from support.guest import Connection, Lost, Reply
 from support.guest_records import GUEST
+from support.lab import until
 from support.patience import patience
-
-DEADLINE_S: Final = 20.0
 
 _PROGRAM: Final = """
 import json, os, pathlib, sys, time
@@ -27,9 +24,7 @@ from imdsproxy.errors import HostRefused, ImdsproxyError
 from imdsproxy.host.account import find_account
 from imdsproxy.host.notify import ServiceNotifier
 from imdsproxy.serving import server
-options = json.loads(sys.argv[1])
-options["notifier"] = ServiceNotifier(options.pop("notify"))
-fault = options.pop("fault")
+here, user, fault = sys.argv[1:]
 serve = server.DocumentServer.serve
 def watch(event, arguments):
     if event == "import":
@@ -51,100 +46,90 @@ def serve_watched(*arguments):
     sys.addaudithook(watch)
     serve(*arguments)
 server.DocumentServer.serve = serve_watched
-for name in ("records", "passwords", "pid_file", "log"):
-    options[name] = pathlib.Path(options[name])
-options["sockets"] = tuple(map(pathlib.Path, options["sockets"]))
-options["account"] = find_account(options.pop("user"), None)
+place = pathlib.Path(here)
 try:
-    server.DocumentServer(**options).run()
+    server.DocumentServer(
+        tuple(place / f"s{number}.sock" for number in range(2)),
+        place / "documents",
+        place / "passwords",
+        place / "documents.pid",
+        ServiceNotifier(f"{here}/notify"),
+        log=place / "documents.log",
+        account=find_account(user or None, None),
+    ).run()
 except ImdsproxyError as error:
     print("error:", error.message, file=sys.stderr)
     sys.exit(error.exit_status)
 """
 
 
-def wait_for(what: str, condition: Callable[[], bool]) -> None:
-    start = time.monotonic()
-    while not condition():
-        passed = time.monotonic() - start
-        assert passed < DEADLINE_S * patience(), f"not after {passed:.1f} s: {what}"
-        time.sleep(0.01)
-
-
 def connect(path: Path) -> Connection:
-    """A connection to a socket; `OSError` where none is taken."""
+    """A connection to a socket; `Lost` where none is taken."""
     sock = socket.socket(socket.AF_UNIX)
-    sock.settimeout(DEADLINE_S)
+    sock.settimeout(20)
     try:
         sock.connect(str(path))
-    except OSError:
+    except OSError as error:
         sock.close()
-        raise
+        raise Lost(f"connecting: {error}") from error
     return Connection(sock)
 
 
 def ask(
-    path: Path,
-    target: str,
-    method: str = "GET",
-    *,
-    body: bytes = b"",
-    instance: InstanceId | None = GUEST.id,
+    path: Path, target: str, *, body: bytes = b"", instance: InstanceId | None = GUEST.id
 ) -> Reply:
-    """One request on a connection of its own."""
+    """A read on a connection of its own, or a POST of a body."""
     lines = () if instance is None else (f"X-Imdsproxy-Instance: {instance}",)
     with connect(path) as connection:
-        return connection.request(target, method=method, headers=lines, body=body)
+        return connection.request(
+            target, method="POST" if body else "GET", headers=lines, body=body
+        )
 
 
 class Server:
-    """A document server below a directory."""
+    """A document server with two workers below a directory."""
 
-    def __init__(
-        self, directory: Path, *, workers: int = 2, user: str | None = None, notify: str = ""
-    ) -> None:
+    def __init__(self, directory: Path, *, user: str = "") -> None:
         self.directory = directory
-        self.sockets = [directory / f"s{number}.sock" for number in range(workers)]
+        self.sockets = [directory / f"s{number}.sock" for number in range(2)]
         self.records = directory / "documents"
-        self.passwords = directory / "passwords"
         self.pid_file = directory / "documents.pid"
         self.log = directory / "documents.log"
+        self.manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.manager.bind(str(directory / "notify"))
+        self.manager.settimeout(20 * patience())
         self._user = user
-        self._notify = notify
         self._processes: list[subprocess.Popen[bytes]] = []
 
-    def spawn(self, *, fault: str = "", log: Path | None = None) -> subprocess.Popen[bytes]:
-        """Start one more below the directory; it writes to the log that all share unless it has its own."""
-        options = {
-            "sockets": [str(path) for path in self.sockets],
-            "records": str(self.records),
-            "passwords": str(self.passwords),
-            "pid_file": str(self.pid_file),
-            "log": str(self.log),
-            "user": self._user,
-            "notify": self._notify,
-            "fault": fault,
-        }
-        with (log or self.log).open("ab") as output:
+    def spawn(self, *, fault: str = "") -> subprocess.Popen[bytes]:
+        """Start one more below the directory; all write to one log."""
+        with self.log.open("ab") as output:
             process = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, json.dumps(options)], stdout=output, stderr=output
+                [sys.executable, "-c", _PROGRAM, str(self.directory), self._user, fault],
+                stdout=output,
+                stderr=output,
             )
         self._processes.append(process)
         return process
 
     def start(self, *, fault: str = "") -> subprocess.Popen[bytes]:
         process = self.spawn(fault=fault)
-        wait_for("the workers answer", lambda: self.is_up(process.pid))
+        self.wait_ready()
+        assert self.running.parent == process.pid
         return process
 
-    def is_up(self, parent: int) -> bool:
-        running = self.running
-        if running.parent != parent or len(running.workers) != len(self.sockets):
-            return False
+    def wait_ready(self) -> None:
+        """Wait until the service manager is told that all workers answer."""
+        while not self.manager.recv(4096).startswith(b"READY=1\n"):
+            pass
+
+    def answers(self) -> bool:
+        """Whether there are two workers, and each answers."""
         try:
-            return all(ask(path, "/livez", instance=None).status == 200 for path in self.sockets)
-        except (OSError, Lost):
+            statuses = {ask(path, "/livez", instance=None).status for path in self.sockets}
+        except Lost:
             return False
+        return statuses == {200} and len(self.running.workers) == 2
 
     @property
     def running(self) -> DocumentProcesses:
@@ -156,12 +141,13 @@ class Server:
     def close(self) -> None:
         for process in self._processes:
             process.kill()
-        left = {*self.running.workers, *(process.pid for process in self._processes)}
-        for pid in self.running.workers:
+        self.manager.close()
+        left = self.running.workers
+        for pid in left:
             os.kill(pid, signal.SIGKILL)
         for process in self._processes:
             process.wait()
-        wait_for(f"{left} end", lambda: not self.running.pids)
+        until(lambda: not any(map(alive, left)), what="the workers' end")
         # An unprivileged worker may not be able to read what it has not loaded before.
         assert "late import" not in self.text()
 
