@@ -7,7 +7,10 @@ from datetime import UTC, datetime, timedelta, timezone
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from imdsproxy.config.describe import explain_finding
+from imdsproxy.config.policy import PolicyRulesSettings
 from imdsproxy.config.strict_yaml import Decoded, decode_yaml
 from imdsproxy.core.model import (
     Dialect,
@@ -17,7 +20,8 @@ from imdsproxy.core.model import (
     NetworkId,
     Upstream,
 )
-from imdsproxy.core.policy import TokenMode
+from imdsproxy.core.path_rules import MOST_PATH_RULES
+from imdsproxy.core.policy import NO_RULES, RULES, PolicyRules, Rule, TokenMode
 from imdsproxy.core.records import parse_instance, parse_network, parse_records, render_record
 from imdsproxy.core.records.schema import MAX_PAYLOAD, Fault, Findings, Refused
 from imdsproxy.core.records.values import LAST_SECOND, unix_time_of
@@ -406,3 +410,74 @@ def test_a_fault_refuses_the_record_that_it_is_in_or_else_the_document() -> None
     records = parse_records(document, faults=[Fault(("instances",), "is there twice")])
     assert not records.found
     assert records.problems
+
+
+# Policies
+
+
+def _of_instance(policy: object) -> PolicyRules | Refused:
+    found = parse_instance(INSTANCE | {"policy": policy})
+    return found.policy if isinstance(found, Instance) else found
+
+
+def _of_network(policy: object) -> PolicyRules | Refused:
+    found = parse_network(NETWORK | {"policy": policy})
+    return found.policy if isinstance(found, Network) else found
+
+
+@pytest.mark.parametrize("policy", [None, {}, {"tokens": None}, {"paths": {}}, {"paths": None}])
+def test_a_rule_that_is_missing_is_left_to_other_scopes(policy: object) -> None:
+    assert _of_instance(policy) == _of_network(policy) == NO_RULES
+
+
+def _values_of(rule: Rule) -> tuple[object, ...]:
+    if rule.bounds is not None:
+        least, most = rule.bounds
+        return (least, most, None, least - 1, most + 1, -1, True, 1.5, "1", "", [], {})
+    if rule.kind is bool:
+        return (True, False, None, 1, 0, "true", "yes", "", 1.5, [], {})
+    return ("off", "optional", "required", None, False, True, "OFF", "on", "", 0, 1, [], {})
+
+
+_VALUES = {name: _values_of(rule) for name, rule in RULES.items() if rule.kind is not tuple}
+
+
+_PATHS: tuple[object, ...] = (
+    None,
+    {},
+    {"/": "deny"},
+    {"/latest/user-data": "allow", "/nocloud": "optional", "/openstack/content": "required"},
+    {f"/latest/{number}": "deny" for number in range(MOST_PATH_RULES)},
+    {f"/latest/{number}": "deny" for number in range(MOST_PATH_RULES + 1)},
+    {"/1.0/user-data": "deny"},
+    {"/latest": "refuse"},
+    {"/latest": False},
+    {"/latest": {}},
+    ["/latest"],
+    "/latest",
+    True,
+)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((key, value) for key, values in _VALUES.items() for value in values),
+        *(("paths", value) for value in _PATHS),
+    ],
+)
+def test_records_take_what_settings_take(key: str, value: object) -> None:
+    found = _of_instance({key: value})
+    assert isinstance(found, Refused) or found == _of_network({key: value})
+    try:
+        settings = PolicyRulesSettings.model_validate({key: value}).rules()
+    except ValidationError as error:
+        assert isinstance(found, Refused)
+        (problem,) = found.problems
+        assert problem.field.startswith(f"policy.{key}")
+        assert problem.hint or key == "paths"
+        (finding,) = map(explain_finding, error.errors())
+        if isinstance(value, dict) and len(value) == 1 and finding.field != "paths./latest":
+            assert (finding.reason, finding.hint) == (problem.reason, problem.hint)
+    else:
+        assert found == settings
