@@ -68,44 +68,40 @@ def test_a_secret_that_run_would_refuse_is_wrong_and_one_that_is_easily_guessed_
 
 
 @pytest.fixture(scope="module")
-def files(authority: Authority) -> Mapping[str, str]:
-    """Files by their names in the table below."""
+def directory(authority: Authority) -> Path:
+    """Of the files in the table below."""
     client, other, shown = (authority.issue(name) for name in ("client", "other", "shown"))
     for one, mode in ((client, 0o600), (other, 0o600), (shown, 0o644)):
         one.key.chmod(mode)
-    text = authority.ca_file.with_name("text")
-    text.write_text("no PEM\n")
-    return {
-        "ca": str(authority.ca_file),
-        "certificate": str(client.certificate),
-        "key": str(client.key),
-        "bundle": str(client.bundle),
-        "other key": str(other.key),
-        "shown": str(shown.certificate),
-        "shown key": str(shown.key),
-        "text": str(text),
-        "none": str(text.with_name("none")),
-    }
+    authority.ca_file.with_name("text").write_text("no PEM\n")
+    return authority.ca_file.parent
 
 
 @pytest.mark.parametrize(
     ("members", "setting"),
     [
-        ({"ca_file": "ca", "client_cert_file": "certificate", "client_key_file": "key"}, ""),
-        ({"ca_file": "ca", "client_cert_file": "bundle"}, ""),
+        (
+            {
+                "ca_file": "ca.crt",
+                "client_cert_file": "client.crt",
+                "client_key_file": "client.key",
+            },
+            "",
+        ),
+        ({"ca_file": "ca.crt", "client_cert_file": "client.pem"}, ""),
         ({"ca_file": "text"}, "ca_file"),
         ({"ca_file": "none"}, "ca_file"),
         ({"client_cert_file": "text"}, "client_cert_file"),
-        ({"client_cert_file": "certificate"}, "client_cert_file"),
-        ({"client_cert_file": "certificate", "client_key_file": "other key"}, "client_cert_file"),
-        ({"client_cert_file": "certificate", "client_key_file": "none"}, "client_key_file"),
-        ({"client_cert_file": "shown", "client_key_file": "shown key"}, "client_key_file"),
+        ({"client_cert_file": "client.crt"}, "client_cert_file"),
+        ({"client_cert_file": "client.crt", "client_key_file": "other.key"}, "client_cert_file"),
+        ({"client_cert_file": "client.crt", "client_key_file": "none"}, "client_key_file"),
+        ({"client_cert_file": "shown.crt", "client_key_file": "shown.key"}, "client_key_file"),
     ],
 )
 def test_a_file_that_is_no_certificate_or_key_is_wrong_by_its_setting(
-    secret: Path, files: Mapping[str, str], members: Mapping[str, str], setting: str
+    secret: Path, directory: Path, members: Mapping[str, str], setting: str
 ) -> None:
-    on = _on(secret, **{name: files[one] for name, one in members.items()})
+    on = _on(secret, **{name: str(directory / one) for name, one in members.items()})
     (finding,) = openstack.check_certificates(on)
     assert finding.exit_status == (78 if setting else 0)
     expected = f"nova.endpoint_sets.default.{setting}: " if setting else "certificates can be used"

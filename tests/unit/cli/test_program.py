@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import pty
 import re
 import resource
-import select
+import shlex
 import subprocess
 import sys
-import termios
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -31,31 +28,21 @@ def _on_a_terminal(
     cli: Cli, command: str, columns: int = 80, environment: Mapping[str, str] | None = None
 ) -> list[str]:
     """The lines that a command writes to a terminal."""
-    controller, terminal = pty.openpty()
-    termios.tcsetwinsize(terminal, (24, columns))
-    kept = {name: os.environ[name] for name in ("PATH",) if name in os.environ}
-    socket = str(cli.server.socket)
-    with subprocess.Popen(
-        [sys.executable, "-m", "imdsproxy", "--socket", socket, *command.split()],
-        stdin=terminal,
-        stdout=terminal,
-        stderr=terminal,
-        env={**kept, "TERM": "xterm-256color", **(environment or {})},
-    ) as process:
-        os.close(terminal)
-        written = b""
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
-            if not select.select([controller], [], [], 0.2)[0]:
-                continue
-            try:
-                chunk = os.read(controller, 65536)
-            except OSError:  # EIO: the program has closed the terminal
-                break
-            written += chunk
-        process.wait(10)
-    os.close(controller)
-    return written.decode().splitlines()
+    program = shlex.join([sys.executable, "-m", "imdsproxy", "--socket", str(cli.server.socket)])
+    ran = subprocess.run(
+        [
+            "/usr/bin/script",
+            "-qec",
+            f"stty cols {columns} rows 24; {program} {command}",
+            "/dev/null",
+        ],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        env={"PATH": os.environ["PATH"], "TERM": "xterm-256color", **(environment or {})},
+        check=False,
+        timeout=30,
+    )
+    return ran.stdout.decode().splitlines()
 
 
 def _plain(lines: list[str]) -> list[str]:
