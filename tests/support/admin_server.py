@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import itertools
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -219,20 +218,14 @@ class AdminServer:
         return self.token_report
 
 
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
-    path.chmod(0o600)
-
-
 @contextlib.asynccontextmanager
 async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous generator of one server
     layout = Layout(directory, directory, chroot=False)
     for made in (layout.records, layout.passwords):
         made.mkdir(exist_ok=True)
-    numbers = itertools.count()
     clock, inventory = _StillClock(), Inventory(["sqlite", "file"])
     applier = RecordApplier(layout)
-    keys = TokenKeys(layout, lambda count: bytes([next(numbers)]) * count)
+    keys = TokenKeys(layout)
     policy_store = PolicyStore(keys)
     keys.read(None)
     write_table(layout.token_keys_map, render_key_map(keys.keys), secret=True)

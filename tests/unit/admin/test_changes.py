@@ -131,15 +131,6 @@ def test_an_inode_that_a_namespace_had_before_another_one_refuses_nothing(
     assert _put(server, "red", "red")["applied"]
 
 
-def test_an_instance_is_written_without_a_look_at_shared_listeners(
-    server: AdminServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _has(server, _green(namespace="blue"))
-    monkeypatch.setattr(server.listeners, "look_at", None)
-    written = server.client.request("PUT", "/v1/instances/a", body=_web("a", "blue"))
-    assert written["instances"] == 1
-
-
 @pytest.fixture
 def written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A write begins together with another one, if that comes."""

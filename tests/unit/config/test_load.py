@@ -324,16 +324,8 @@ def _dumped(settings: Settings, path: str) -> object:
         ({}, {"policy": {"host": {"paths": DENY}}}, {"policy.host.paths": Change.LIVE}),
         ({}, {"metrics": {"haproxy_listen": None}}, {"metrics.haproxy_listen": Change.RELOAD}),
         ({}, {"paths": {"runtime_dir": "/x"}}, {"paths.runtime_dir": Change.RESTART}),
-        (
-            {},
-            {"sources": {"libvirt": {"networks": ["default"]}}},
-            {"sources.libvirt.networks": Change.RESTART},
-        ),
         # What comes or goes by its name is one change, what stays is compared setting by setting.
-        *(
-            ({}, {"policy": {scope: {"x": {"tokens": "off"}}}}, {f"policy.{scope}.x": Change.LIVE})
-            for scope in ("networks", "projects", "instances")
-        ),
+        ({}, {"policy": {"networks": {"x": {"burst": 9}}}}, {"policy.networks.x": Change.LIVE}),
         (
             {},
             {"nova": {"endpoint_sets": {"default": SET}}},
