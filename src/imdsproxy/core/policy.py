@@ -163,7 +163,9 @@ if TYPE_CHECKING:
 
 else:
     _open = [(one.name, f"{one.type} | None", None) for one in fields(Policy)]
-    PolicyRules = make_dataclass("PolicyRules", _open, frozen=True, slots=True, module=__name__)
+    # Python 3.11 takes no `module` here.
+    PolicyRules = make_dataclass("PolicyRules", _open, frozen=True, slots=True)
+    PolicyRules.__module__ = __name__
 
 RULES: Final[Mapping[str, Rule]] = {
     one.name: Rule(one.name, int if "bounds" in one.metadata else type(one.default), **one.metadata)
