@@ -31,8 +31,6 @@ commands and the admin API end, and may carry a hint. Library exceptions never l
 chained with `raise … from`.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import re

@@ -4,8 +4,6 @@ It is served on a unix socket only, whose mode and owner say who may use it. Eve
 up is one `ProblemBody` (RFC 9457).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Final
 

@@ -4,8 +4,6 @@ Records are read by `imdsproxy.core.records`, which reports every problem with i
 made of its tables, and only describe them to clients.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 from base64 import b64encode

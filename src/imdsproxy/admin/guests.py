@@ -1,7 +1,5 @@
 """What operators ask about guests: whose an address is and why, what the guest gets, the password that it posted."""
 
-from __future__ import annotations
-
 import asyncio
 import re
 from collections.abc import Mapping

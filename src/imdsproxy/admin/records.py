@@ -5,8 +5,6 @@ state before. It raises `SourceRefused` where no writable source is enabled or t
 `SourceUnavailable` where the store does not answer.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Collection, Iterable, Mapping, Sequence

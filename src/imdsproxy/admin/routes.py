@@ -1,7 +1,5 @@
 """The routes below `/v1`: records first read and checked, then handed to the parts of the controller behind them."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 from collections.abc import Collection, Iterable

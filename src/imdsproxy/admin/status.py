@@ -1,7 +1,5 @@
 """The state of the controller and of what it looks after: readiness, and everything that `status` reports."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """What operators change about tokens and boots; a change is on disk first, and confirmed by every worker."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace

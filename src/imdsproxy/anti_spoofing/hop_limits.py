@@ -5,8 +5,6 @@ rule is missing, no token is given. The listener loop creates the rule where gue
 removes it where it is no longer needed.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field

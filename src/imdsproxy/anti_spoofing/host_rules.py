@@ -1,7 +1,5 @@
 """What the host does to guests' packets beside our own tables, and whether its kernel can filter by MAC. Read only."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import re

@@ -1,7 +1,5 @@
 """Our tables in nf_tables: MAC filters and hop limits, created, changed and removed, each in its namespace."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import errno

@@ -5,8 +5,6 @@ the record loop withdraws and grants pairs around a change of HAProxy's maps. Wh
 filter that is created again gets the pairs of the one before.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field

@@ -51,8 +51,6 @@ The rule that turns DSCPs into hop limits (`core.wire`), for IPv6 into its hop l
       ip dscp set 0
 """
 
-from __future__ import annotations
-
 import socket
 import struct
 from collections.abc import Sequence

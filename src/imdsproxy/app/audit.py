@@ -7,8 +7,6 @@ Lines are taken out of a connection after they have been written. A service mana
 no controller runs therefore hands the next one all that this one has not written, also after a kill.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import errno

@@ -3,8 +3,6 @@
 Readiness is what guests get, not what processes run.
 """
 
-from __future__ import annotations
-
 import asyncio
 import signal
 from collections.abc import Callable, Mapping, Sequence

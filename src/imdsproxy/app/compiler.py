@@ -1,7 +1,5 @@
 """Keeps each instance's compiled record on disk equal to the inventory, and says what it was compiled of."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import sqlite3

@@ -4,8 +4,6 @@ Where the network checks MACs, a request comes here `unverified` until its addre
 The owner that is found is put in force, and the answer goes to the MAC that it was found by, and to no other.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace

@@ -4,8 +4,6 @@ What operators did is on disk before it counts, and outlives every restart. The 
 which HAProxy looks them up.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import Callable, Mapping

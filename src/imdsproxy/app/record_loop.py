@@ -4,8 +4,6 @@ One task does all of it. Between compiled instances others may work, and the inv
 is planned at once. Observations that come while it works are taken together in the next round.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping

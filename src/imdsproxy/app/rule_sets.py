@@ -4,8 +4,6 @@ A set never changes, so there is nothing to keep in step: a new one is added, an
 that no record refers to any more is taken away later, when a request that began by it has long ended.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Waiting until everything that was reported up to now is in force, and what is reported when it cannot be."""
 
-from __future__ import annotations
-
 import asyncio
 from dataclasses import dataclass, field
 

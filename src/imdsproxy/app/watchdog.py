@@ -1,7 +1,5 @@
 """Watches HAProxy: when it ends, hangs, or is reloaded by another program, guests must not notice for long."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """What HAProxy's workers have seen: requests for `imdsproxy watch`, and counts of reads without session tokens."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections import deque

@@ -1,7 +1,5 @@
 """The command line's side of the admin API: HTTP over a unix socket, errors as the daemon's."""
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import json

@@ -1,7 +1,5 @@
 """`imdsproxy config show|schema|sample|import`."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping
 from functools import partial

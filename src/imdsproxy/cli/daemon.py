@@ -1,7 +1,5 @@
 """`imdsproxy run|documents|namespace-proxy|check|render|reload|stop|version`: the daemon's processes."""
 
-from __future__ import annotations
-
 import gc
 import os
 import signal

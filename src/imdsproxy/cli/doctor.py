@@ -1,7 +1,5 @@
 """`imdsproxy doctor`: examines a server over HTTP, the daemon's own computation, the machine around."""
 
-from __future__ import annotations
-
 import http.client
 import os
 import re

@@ -1,7 +1,5 @@
 """`imdsproxy get|explain|watch|token`: what guests are answered, why, and as it happens; their session tokens."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time

@@ -4,8 +4,6 @@ Only the module of the command that a command line names is loaded (`_Program`):
 as `imdsproxy run` takes to find its settings.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import re

@@ -4,8 +4,6 @@ Most keys have a flag of their own name and kind, also those of mappings inside 
 `dialects`). Keys that hold lists, payloads or free mappings have the flags of `_SPECIAL`.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain

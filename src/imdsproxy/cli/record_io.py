@@ -1,7 +1,5 @@
 """Records outside the daemon: rows of tables, YAML and files of them, and how a change of one went."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime

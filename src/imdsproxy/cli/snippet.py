@@ -1,7 +1,5 @@
 """`imdsproxy snippet`: what a hypervisor must show a guest so that it asks."""
 
-from __future__ import annotations
-
 import socket
 from contextlib import suppress
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """`imdsproxy status`: everything at one moment."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Annotated, Final
 

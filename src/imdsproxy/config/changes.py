@@ -5,8 +5,6 @@ schema; here it is only looked up. A write that fails, a full disk or a crash le
 valid YAML, so only a comparison with the settings in force shows that something is missing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any

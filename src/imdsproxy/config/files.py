@@ -1,7 +1,5 @@
 """Where settings are: known without loading what checks them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final, TypeVar

@@ -4,8 +4,6 @@ Later wins: defaults, the file, `conf.d/*.yaml` in the order of their names, env
 are merged key by key, everything else (lists too) is replaced.
 """
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence

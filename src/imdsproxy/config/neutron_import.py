@@ -1,7 +1,5 @@
 """Settings out of Neutron's ini files: pure, from parsed options to the text of a settings file and a report."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The options of Neutron's metadata path: what each takes, and what becomes of it (neutron_options.yaml)."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from enum import StrEnum

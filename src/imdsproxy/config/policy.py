@@ -1,7 +1,5 @@
 """What guests may read and how, how much they may ask for, and which of their requests are logged."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal

@@ -1,7 +1,5 @@
 """Settings as text: what is in force, the JSON Schema, and a commented sample of all defaults."""
 
-from __future__ import annotations
-
 import json
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping

@@ -5,8 +5,6 @@ file names here, never values. The reference page, `config schema` and `config s
 from this file, so its texts are what operators read.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 

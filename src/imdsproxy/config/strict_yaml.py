@@ -6,8 +6,6 @@ Only `true` and `false` are booleans, and only decimal, `0o` and `0x` numbers ar
 are not there (YAML 1.1's, kept because settings use it).
 """
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import json

@@ -1,7 +1,5 @@
 """Parts of the controller, made of the settings; some of them also of `imdsproxy stop --data-plane` alone."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Awaitable, Callable, Mapping

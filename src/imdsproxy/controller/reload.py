@@ -1,7 +1,5 @@
 """Taking over new settings while guests are served."""
 
-from __future__ import annotations
-
 import asyncio
 from dataclasses import replace
 from typing import Final

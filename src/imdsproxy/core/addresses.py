@@ -1,7 +1,5 @@
 """Addresses of guests: one spelling for each, and the link-local one that a MAC gives."""
 
-from __future__ import annotations
-
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 

@@ -9,8 +9,6 @@ the checksum that shows a damaged head. What a guest's documents need of its net
 servers, MTU) is copied in, so that the document server never looks anything up.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What HAProxy can bind, what it cannot and why, and who else listens there. Values only."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final

@@ -1,7 +1,5 @@
 """Names of everything that we create on a host, by which a later process recognises it as ours."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The observed state of the host: namespaces, devices, addresses and listening sockets. Values only."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum

@@ -10,8 +10,6 @@ A link-local address that no record claims is looked up by MAC in every network:
 (RFC 7217, RFC 8981) have no EUI-64 one.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeAlias

@@ -19,8 +19,6 @@ The rules, in the order in which they apply:
 - A port of an unknown network claims nothing until the network comes.
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace

@@ -4,8 +4,6 @@ Everything here is frozen and hashable where it can be, so that two states compa
 text into these values belongs to the edges (`imdsproxy.core.records`), acting on them to the shell.
 """
 
-from __future__ import annotations
-
 import re
 import uuid
 from collections.abc import Callable, Container

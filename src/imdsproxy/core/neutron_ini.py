@@ -4,8 +4,6 @@ Source: oslo.config 10, `iniparser.py` and `cfg.py` (`ConfigParser`, `Template`)
 all its faults at once, and control characters in it are faults.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Which Nova an instance's requests go to, and how they are signed (nova/api/metadata/handler.py)."""
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 import re

@@ -4,8 +4,6 @@ A rule is about a path and all that is beneath it. `latest` stands for every ver
 same under each, and what is no version today may be one tomorrow.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Iterable, Mapping

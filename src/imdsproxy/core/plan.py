@@ -1,7 +1,5 @@
 """From the inventory to what the data plane must hold: map entries, binds, sizes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address

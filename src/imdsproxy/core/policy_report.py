@@ -4,8 +4,6 @@ HAProxy's rules (`core.haproxy.access_rules`) do not say which of them refused. 
 word; an integration test holds the two together.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, fields
 from typing import Final, TypeAlias

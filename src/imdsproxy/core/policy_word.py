@@ -13,8 +13,6 @@ other fields follow up to the last one that is set:
 A part that HAProxy's rules read has a name here. Python reads it with `read`, HAProxy with the expression `sample`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, TypeAlias

@@ -1,7 +1,5 @@
 """How far long work has come, how long work took, and how long to wait between attempts that fail."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Guests that read without session tokens: HAProxy's counts over all workers, and trees that need no token."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field

@@ -5,8 +5,6 @@ restarts, and works on every host that has the key. (AWS, "Use the Instance Meta
 metadata"; the form of a token is nowhere prescribed.)
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import re

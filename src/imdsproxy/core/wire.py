@@ -4,8 +4,6 @@ A guest's request reaches the document server and the resolver with these header
 everything the guest sent under any other name than the allow-list has been deleted.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, field, replace
 from typing import Final, TypeAlias

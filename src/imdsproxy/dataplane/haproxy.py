@@ -1,7 +1,5 @@
 """The one HAProxy: its configuration brought into force, its life watched."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections import Counter

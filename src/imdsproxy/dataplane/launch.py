@@ -1,7 +1,5 @@
 """Starting HAProxy's master, finding one that runs, ending it."""
 
-from __future__ import annotations
-
 import asyncio
 import shutil
 import signal

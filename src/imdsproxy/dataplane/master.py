@@ -3,8 +3,6 @@
 A connection made before a reload stays with the process that drains, so none is kept.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections import Counter

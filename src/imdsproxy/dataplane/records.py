@@ -1,7 +1,5 @@
 """The data plane's records: on disk first, then in every worker, then acknowledged."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Accounts: names and numbers, and the unprivileged one that worker processes take."""
 
-from __future__ import annotations
-
 import grp
 import os
 import pwd

@@ -1,7 +1,5 @@
 """Time, as something that is handed in: the rest of imdsproxy never asks the system itself."""
 
-from __future__ import annotations
-
 import time
 from datetime import UTC, datetime
 

@@ -4,8 +4,6 @@ One netlink socket hears all namespaces that have an id in ours (NETLINK_LISTEN_
 those that HAProxy listens in.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import socket

@@ -1,7 +1,5 @@
 """Files that are whole or not there, and files that hold secrets."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import json

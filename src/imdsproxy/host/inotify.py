@@ -1,7 +1,5 @@
 """inotify(7), which the standard library lacks: its events, and a wait for changes in some directories."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import os

@@ -5,8 +5,6 @@ Entering is a property of a thread, so everything that must happen inside happen
 thread that enters, works and comes back (`NamespaceThread`).
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import ctypes

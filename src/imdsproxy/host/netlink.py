@@ -5,8 +5,6 @@ blocks for some µs. What the kernel refuses leaves as `NetlinkRefused` (an OSEr
 and `listeners.host`, which know what it was for, make a `HostRefused` of it.
 """
 
-from __future__ import annotations
-
 import errno
 import socket
 import struct

@@ -4,8 +4,6 @@ Our own for the reasons of ADR 12: nft(8) takes 4 ms for each call, and a thousa
 Changes are batches: all of one is done, or nothing. The numbers of attributes are the header's.
 """
 
-from __future__ import annotations
-
 import errno
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -5,8 +5,6 @@ controller stays small. A general library costs 1 ms and a thread or process for
 that it enters, and 24 MB of memory (docs/adr has the figures).
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import struct

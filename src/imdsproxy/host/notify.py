@@ -3,8 +3,6 @@
 Its watchdog, and `/livez`, see by a heartbeat that the event loop makes progress.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 import socket

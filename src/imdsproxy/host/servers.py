@@ -1,7 +1,5 @@
 """The sockets that our own servers listen on. Apart from them: a socket is made before a server is loaded."""
 
-from __future__ import annotations
-
 import os
 import socket
 from collections.abc import Iterator

@@ -5,8 +5,6 @@ file's inode as well. It lists the sockets of one network namespace only, while 
 a socket that is not listed a connection is made.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

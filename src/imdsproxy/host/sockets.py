@@ -7,8 +7,6 @@ SO_REUSEPORT, so the question is put to the kernel itself: `try_bind` does what 
 without listening, and lets go.
 """
 
-from __future__ import annotations
-
 import errno
 import socket
 import struct

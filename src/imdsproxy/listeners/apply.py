@@ -1,7 +1,5 @@
 """Does to the host what `listeners.plan` planned, one idempotent step after the other; replaces tables and links."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

@@ -1,7 +1,5 @@
 """From one namespace as observed to what HAProxy can bind there, its binds, and which networks are not served."""
 
-from __future__ import annotations
-
 import errno
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace

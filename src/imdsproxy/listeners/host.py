@@ -4,8 +4,6 @@ A look sees namespaces, devices, addresses, who listens, and what can be bound. 
 in the namespace thread. A look at some networks is a part that `core.hoststate.merge_observed` lays over what is known.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

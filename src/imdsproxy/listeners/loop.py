@@ -4,8 +4,6 @@ Every round looks at the host before it decides. A listener that cannot be bound
 one from coming into force.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace

@@ -11,8 +11,6 @@ address, and so may an impostor. Frames that a guest sends *from* the metadata a
 guest's (tap, veth); a NIC may lead to a cloud that has that address too, for this host.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from typing import Final

@@ -16,8 +16,6 @@ default route of scope link: every guest is asked for by ARP or ND. Checksum off
 Linux bridge hands packets on with their checksum state, and every guest NIC knows it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType

@@ -1,7 +1,5 @@
 """The upstream `nova`: which metadata APIs there are, and how they are asked."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address

@@ -1,7 +1,5 @@
 """Nova as the settings name it: secrets read, names resolved, all as values for the planner."""
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import socket

@@ -3,8 +3,6 @@
 `uvicorn.Server` wakes ten times a second and takes over signals; this only listens and, at the end, drains.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import socket

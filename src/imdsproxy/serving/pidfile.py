@@ -6,8 +6,6 @@ the parent's first, then its workers'; START is the process's start time in the 
 is `restarts N`.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 from collections.abc import Iterable, Sequence

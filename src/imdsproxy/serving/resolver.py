@@ -6,8 +6,6 @@ share. An address waits once: until a source reports it, further requests get th
 goes back to HAProxy once, with its record; from then on its maps have it.
 """
 
-from __future__ import annotations
-
 import asyncio
 import math
 from collections import Counter

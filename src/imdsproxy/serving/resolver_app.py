@@ -5,8 +5,6 @@ its maps do not have yet, so that policy, tokens, endpoints, health, TLS, deadli
 What comes back goes to the guest byte for byte.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass, field, replace

@@ -9,8 +9,6 @@ settings, makes new sockets and workers, puts the sockets in place when all work
 The same happens after a parent was killed, whose workers serve on until then. No connection is lost.
 """
 
-from __future__ import annotations
-
 import asyncio
 import concurrent.futures.thread  # noqa: F401 - see below
 import gc

@@ -7,8 +7,6 @@ from its source when it starts. A guest encrypts its password with its ssh key a
 before the guest gets its answer.
 """
 
-from __future__ import annotations
-
 import os
 import threading
 from collections.abc import Iterator

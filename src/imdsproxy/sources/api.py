@@ -7,8 +7,6 @@ Where it cannot read its records, it reports itself out of sync with the reason 
 and what it published before stays; it never ends by itself.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace

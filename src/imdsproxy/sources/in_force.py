@@ -5,8 +5,6 @@ claims an id or an address in force is refused, wherever its file stands in the 
 in force yet (a fresh start), the order of the files' names and of the records in them decides.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest

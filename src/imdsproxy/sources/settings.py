@@ -1,7 +1,5 @@
 """The settings of the sources: where each one's records are, and how they are read."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Literal
 

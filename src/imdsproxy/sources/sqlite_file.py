@@ -1,7 +1,5 @@
 """SQLite files of ours: how they are opened, what their failures mean, and caches that outlive a restart."""
 
-from __future__ import annotations
-
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

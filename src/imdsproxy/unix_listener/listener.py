@@ -4,8 +4,6 @@ It never keeps another listener from coming into force: its problems disable it 
 unless the settings say to take it over.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field

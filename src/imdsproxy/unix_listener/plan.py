@@ -10,8 +10,6 @@ for an upgrade say, takes the path once or twice. One that does it again and aga
 never comes up: each taking is a reload of HAProxy, and a fight helps no guest.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Final
 

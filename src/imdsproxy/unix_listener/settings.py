@@ -1,7 +1,5 @@
 """The listener `unix`: Neutron's agent protocol, for the HAProxies that Neutron's agents start."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Annotated, Final, Literal

@@ -4,8 +4,6 @@ Options come from the command line, Neutron's ini files and imdsproxy's settings
 where there is something to read: agents start a proxy by the hundred.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

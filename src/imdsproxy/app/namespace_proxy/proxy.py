@@ -5,8 +5,6 @@ A configuration file belongs to the HAProxy that runs with it. The program that 
 in use: it is neither replaced nor removed. No pid can be mistaken for another process's.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

@@ -1,7 +1,5 @@
 """What `imdsproxy check` looks at, and what it finds. Nothing is changed by looking."""
 
-from __future__ import annotations
-
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """All checks of one host, in the order in which they are shown."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Final
 

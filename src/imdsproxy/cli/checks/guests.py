@@ -1,7 +1,5 @@
 """Whether guests are known, reach us, and read no more than they should: records, daemon, MACs, routes, tokens."""
 
-from __future__ import annotations
-
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """What a host must have before imdsproxy runs on it."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import stat

@@ -3,8 +3,6 @@
 What is repaired on another host, or by waiting, is a warning: `run` starts without it, and serves once it is there.
 """
 
-from __future__ import annotations
-
 import socket
 import ssl
 import stat

@@ -4,8 +4,6 @@
 may find stands in findings.toml.
 """
 
-from __future__ import annotations
-
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field

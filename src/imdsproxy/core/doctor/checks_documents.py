@@ -1,7 +1,5 @@
 """The documents of each dialect, and whether a guest asks for them: cloud-init's `ds-identify`."""
 
-from __future__ import annotations
-
 import base64
 import binascii
 import re

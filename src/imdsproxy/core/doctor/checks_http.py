@@ -1,7 +1,5 @@
 """How answers come, EC2's listings, and session tokens: what every client depends on."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from typing import Final

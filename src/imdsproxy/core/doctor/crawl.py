@@ -1,7 +1,5 @@
 """What the doctor asks: as the known clients do, each path once, and not for ever; and what it is answered."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field

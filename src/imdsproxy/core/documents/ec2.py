@@ -9,8 +9,6 @@ with Amazon's DMI asks for it and spends minutes on its absence.
 Names in a record that these documents change or lack give warnings.
 """
 
-from __future__ import annotations
-
 import re
 import uuid
 from collections.abc import Iterable

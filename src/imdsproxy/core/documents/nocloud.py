@@ -3,8 +3,6 @@
 All four are always there, if need be empty: a 404 on an optional one costs a boot ten seconds.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from typing import Final

@@ -1,7 +1,5 @@
 """The OpenStack dialect: `/openstack`, as `nova/api/metadata/base.py` serves it."""
 
-from __future__ import annotations
-
 import uuid
 from collections.abc import Iterable, Iterator
 from functools import lru_cache

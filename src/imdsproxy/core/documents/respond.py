@@ -1,7 +1,5 @@
 """From a request and a record to the answer: pure, whatever server carries it."""
 
-from __future__ import annotations
-
 from base64 import b64encode
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass

@@ -8,8 +8,6 @@ A request that has no token, and whose record has no policy word, does not come 
 backends of their own.
 """
 
-from __future__ import annotations
-
 from typing import Final
 
 ACCESS_RULES: Final = r"""

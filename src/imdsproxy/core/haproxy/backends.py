@@ -1,7 +1,5 @@
 """The backends behind a frontend, the document server and the resolver, and the documents that HAProxy keeps."""
 
-from __future__ import annotations
-
 import math
 from typing import Final
 

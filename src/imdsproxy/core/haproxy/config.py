@@ -4,8 +4,6 @@ The order inside a frontend is the order of evaluation; rules that cost time sta
 reads never come.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Final

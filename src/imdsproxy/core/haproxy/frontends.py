@@ -1,7 +1,5 @@
 """Where guests come in, who they are, and whose answer they get: the rules that every request goes through."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import asdict
 from functools import lru_cache

@@ -10,8 +10,6 @@ the connection's guest (the unix listener, what the resolver hands in) each requ
 The tables are read into values for reports, at the end.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ went), and when that has grown it is folded into a new base. Both carry a genera
 a worker's base is the one that our overlay belongs to.
 """
 
-from __future__ import annotations
-
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping

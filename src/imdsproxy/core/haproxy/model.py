@@ -4,8 +4,6 @@
 behind, how large things may grow. Records are not in it: they live in maps and change without a reload.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal

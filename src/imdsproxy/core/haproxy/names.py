@@ -3,8 +3,6 @@
 The places of fields in records and in the policy word are here and nowhere else in these rules.
 """
 
-from __future__ import annotations
-
 from types import ModuleType
 from typing import Final
 

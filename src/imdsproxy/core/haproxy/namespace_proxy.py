@@ -5,8 +5,6 @@ headers, which is all that the listener there knows of them. Unless a comment gi
 (`neutron/agent/metadata/driver_base.py`): a transparent proxy with the same times, limits and log.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import asdict, dataclass
 from typing import Final

@@ -9,8 +9,6 @@ Endpoints of one set that have different secrets, as while these are replaced, a
 HAProxy itself: which signature is right depends on the endpoint, and rules run before one is chosen.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Iterator

@@ -18,8 +18,6 @@ client watches: a switch that they looked at would cost every request a twentiet
 sixth (measured on documents out of the cache).
 """
 
-from __future__ import annotations
-
 import json
 import re
 import string

@@ -3,8 +3,6 @@
 Source: HAProxy management guide, sections 9.3 "Unix Socket commands" and 9.4 "Master CLI".
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping

@@ -1,7 +1,5 @@
 """An instance's record."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final

@@ -1,7 +1,5 @@
 """A network's record, and the policy that records of networks and instances have."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 

@@ -1,7 +1,5 @@
 """The values of records: ids, addresses, MACs, names of devices, points in time, user data and vendor data."""
 
-from __future__ import annotations
-
 import base64
 import json
 import math

@@ -6,8 +6,6 @@ be seen for a dialect, `plan_route` how 169.254.169.254 is reached; `render_snip
 Proxmox VE or Incus take them.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 import textwrap

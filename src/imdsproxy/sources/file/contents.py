@@ -4,8 +4,6 @@ A file of 50 MB takes gigabytes and minutes of Python to read. In a process of i
 it, nor does the memory stay.
 """
 
-from __future__ import annotations
-
 import os
 import pickle
 import stat

@@ -1,7 +1,5 @@
 """The file source: a directory of YAML and JSON records, in force as soon as they are written."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

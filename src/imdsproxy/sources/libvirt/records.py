@@ -1,7 +1,5 @@
 """The records that libvirt's domains and networks make, and which of them are in force."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field

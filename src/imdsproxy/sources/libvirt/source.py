@@ -4,8 +4,6 @@ No other module imports libvirt's own Python module. It is C, installed by the d
 built against the library that is there (`pip install imdsproxy[libvirt]`), and imported only when the source connects.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import importlib

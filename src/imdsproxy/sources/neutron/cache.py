@@ -1,7 +1,5 @@
 """What is known of Neutron's ports, in a file that outlives a restart."""
 
-from __future__ import annotations
-
 import json
 import sqlite3
 from collections.abc import Iterator

@@ -5,8 +5,6 @@ Keystone, 27 MB and 140 ms with it (openstacksdk reads `clouds.yaml` and finds N
 without this source do not load them. Ports are read as JSON: openstacksdk's resource objects add nothing.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import re

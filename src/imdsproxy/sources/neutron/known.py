@@ -1,7 +1,5 @@
 """The ports that are known, the addresses behind routers that they have, and the instances made of those in force."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace

@@ -7,8 +7,6 @@ Sources: the API reference's "Ports" (https://docs.openstack.org/api-ref/network
 for the owners of ports.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

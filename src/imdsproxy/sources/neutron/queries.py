@@ -5,8 +5,6 @@ behind a router in all of its networks, and for an IPv6 link-local address by th
 appendix A).
 """
 
-from __future__ import annotations
-
 import asyncio
 import math
 from collections import Counter

@@ -3,8 +3,6 @@
 Ports in use are asked for again, many with one query; all ports are listed where the settings say so.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections import Counter

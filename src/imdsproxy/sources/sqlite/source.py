@@ -1,7 +1,5 @@
 """The embedded source: records in one SQLite file, written through the admin API."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Callable, Collection

@@ -4,8 +4,6 @@ Everything here blocks and, `sync` apart, belongs to one thread; `source` brings
 it into the event loop.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sqlite3
