@@ -48,12 +48,7 @@ class AdminClient:
         return self.request("GET", path, query=query)
 
     def request(
-        self,
-        method: str,
-        path: str,
-        *,
-        query: Mapping[str, str] | None = None,
-        body: object = None,
+        self, method: str, path: str, *, query: Mapping[str, str] | None = None, body: object = None
     ) -> Any:  # noqa: ANN401 - JSON
         """One request and its decoded answer; text where the answer is no JSON.
 

@@ -168,8 +168,7 @@ def stop(
     run: options.Invocation,
     *,
     data_plane: Annotated[
-        bool,
-        flag("--data-plane", "End HAProxy and the document server too: guests get no answer."),
+        bool, flag("--data-plane", "End HAProxy and the document server too: guests get no answer.")
     ] = False,
 ) -> None:
     """End the controller; known guests are served on. With --data-plane, end everything."""

@@ -196,8 +196,7 @@ def watch(
     *,
     network: Annotated[str | None, options.network_flag("Only the guests of this network.")] = None,
     instance: Annotated[
-        str | None,
-        flag("--instance ID", "Only this instance, by id or name.", complete_instances),
+        str | None, flag("--instance ID", "Only this instance, by id or name.", complete_instances)
     ] = None,
 ) -> None:
     """Every request of a guest as it is answered, until Ctrl-C; with --json a line each."""

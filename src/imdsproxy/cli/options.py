@@ -142,9 +142,7 @@ class Invocation:
 
     def daemon(self) -> AdminClient:
         """The daemon, by the socket that was named or that the settings name."""
-        from imdsproxy.cli.admin_client import (  # noqa: PLC0415 - the daemon itself need not load it
-            AdminClient,
-        )
+        from imdsproxy.cli.admin_client import AdminClient  # noqa: PLC0415 - the daemon itself need not load it
 
         return AdminClient(self.socket or self.settings.admin_socket)
 

@@ -154,10 +154,7 @@ def read_record_file(path: Path, note: Note) -> Records:
 
     `user_data_file` is read here, relative to the file: the daemon reads no file for a caller.
     """
-    from imdsproxy.sources.file.record_file import (  # noqa: PLC0415 - `--help` need not load YAML
-        decode_records,
-        payload_reader,
-    )
+    from imdsproxy.sources.file.record_file import decode_records, payload_reader  # noqa: PLC0415 - `--help` need not load YAML
 
     name = "standard input" if path == STDIN else str(path)
     note(f"reading {name}", 0, 0)

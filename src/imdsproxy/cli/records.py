@@ -235,8 +235,7 @@ def _make_app(
     @app.command("show", help=f"One {kind} as a record that --file takes back.")
     @command
     def show(
-        run: Invocation,
-        record: Annotated[str, argument("ID", f"The {kind}'s id or name.", names)],
+        run: Invocation, record: Annotated[str, argument("ID", f"The {kind}'s id or name.", names)]
     ) -> None:
         run.output.answer(
             run.daemon().get(path_to(f"{kind}s", record)),

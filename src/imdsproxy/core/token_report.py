@@ -151,11 +151,7 @@ class TokenLedger:
             sums.before = {one: sums.before[one] for one in workers if one in sums.before}
 
     def add(
-        self,
-        worker: int,
-        guests: Iterable[CountedRow],
-        readers: Iterable[CountedRow],
-        now: float,
+        self, worker: int, guests: Iterable[CountedRow], readers: Iterable[CountedRow], now: float
     ) -> None:
         """Take in one worker's tables, of guests and of their clients."""
         for (network, _), reads, refused in self._guests.add(worker, guests, now):

@@ -11,12 +11,7 @@ from imdsproxy.core.observation import Observation
 from imdsproxy.core.records import Findings, Json, Path, Refused, parse_instance, parse_network
 from imdsproxy.errors import Problem
 from imdsproxy.sources.in_force import Entry, InForce
-from imdsproxy.sources.libvirt.xml import (
-    ROUTING,
-    Domain,
-    DomainInterface,
-    LibvirtNetwork,
-)
+from imdsproxy.sources.libvirt.xml import ROUTING, Domain, DomainInterface, LibvirtNetwork
 
 _NETWORK_ID: Final = re.compile(ID_PATTERN)
 

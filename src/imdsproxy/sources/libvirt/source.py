@@ -224,17 +224,11 @@ class LibvirtClient:
             library.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED,
         ):
             number = connection.domainEventRegisterAny(
-                None,
-                event,
-                lambda _connection, domain, *_: change(domain.UUIDString()),
-                None,
+                None, event, lambda _connection, domain, *_: change(domain.UUIDString()), None
             )
             self._undo.callback(connection.domainEventDeregisterAny, number)
         number = connection.networkEventRegisterAny(
-            None,
-            library.VIR_NETWORK_EVENT_ID_LIFECYCLE,
-            lambda *_: change(""),
-            None,
+            None, library.VIR_NETWORK_EVENT_ID_LIFECYCLE, lambda *_: change(""), None
         )
         self._undo.callback(connection.networkEventDeregisterAny, number)
         # So that calls to a daemon that hangs end with an error.

@@ -265,11 +265,7 @@ class Store:
     # Writing
 
     def put(
-        self,
-        networks: Collection[Network],
-        instances: Collection[Instance],
-        *,
-        bulk: bool = True,
+        self, networks: Collection[Network], instances: Collection[Instance], *, bulk: bool = True
     ) -> Observation:
         """Write all of them or none.
 
