@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-import importlib
 import os
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -37,20 +35,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         )
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """Each worker takes one file after the other, so that what a file's tests share is made once."""
-    scheduler = importlib.import_module("xdist.scheduler").LoadFileScheduling(config, log)
-    scheduler._split_scope = _one_after_the_other
-    return scheduler
-
-
-def _one_after_the_other(nodeid: str) -> str:
-    file = nodeid.partition("::")[0]
-    # A machine has one demonstration at a time.
-    return "demonstrations" if Path(file).name.startswith("test_demo_") else file
-
-
 @pytest.fixture(scope="session")
 def openstack() -> Iterator[OpenStack]:
     """Genuine Nova and Neutron, one of each for all tests of a process; both run at the beginning of each test."""
@@ -67,9 +51,7 @@ def libvirtd() -> Iterator[Libvirtd]:
 
 @pytest.fixture(autouse=True)
 def _openstack_mended(request: pytest.FixtureRequest) -> Iterator[None]:
-    if "openstack" not in request.fixturenames:
-        yield
-        return
-    lab: OpenStack = request.getfixturevalue("openstack")
+    lab = request.getfixturevalue("openstack") if "openstack" in request.fixturenames else None
     yield
-    lab.heal()
+    if lab is not None:
+        lab.heal()

@@ -124,12 +124,12 @@ def test_a_password_arrives_once_by_each_way_and_is_kept_as_nova_keeps_it(ways: 
     def directly(request: Request) -> Said:
         body = request.body or None
         return said_by_nova(
-            openstack.ask_nova(one, None, request.target, request.method, body=body, url=fresh.url)
+            openstack.ask_nova(one, None, request.target, request.method, body=body, nova=fresh)
         )
 
     # The other Nova would not notice for some seconds that a password is there.
     with openstack.another_nova(cache_s=0) as fresh:
-        ways.daemon.reconfigure(ways.settings(nova={"endpoints": [{"url": fresh.url}]}))
+        ways.daemon.reconfigure(ways.settings(endpoints=[{"url": fresh.url}]))
         try:
             openstack.forget_password(one)
             wanted = [directly(request) for request in PASSWORD]

@@ -11,8 +11,9 @@ import pytest
 
 from support.demonstration import REPOSITORY
 from support.guest import Load
+from support.lab import run
 from support.packaged_daemon import PackagedDaemon, machine_with_dependencies
-from support.packages import EPOCH, RECOMMENDED, Packages, build_packages, run
+from support.packages import EPOCH, RECOMMENDED, Packages, build_packages
 from support.systemd_daemon import (
     CONTROLLER,
     DOCUMENTS,
@@ -107,8 +108,11 @@ def daemon(fresh: PackagedDaemon, packages: Packages) -> PackagedDaemon:
 
 def processes(machine: Machine) -> list[str]:
     """The command lines of all that could be ours."""
-    lines = machine.run("ps", "-eo", "args").splitlines()
-    return [line for line in lines if "haproxy" in line or "imdsproxy" in line]
+    return [
+        line
+        for line in machine.run("ps", "-eo", "args").splitlines()
+        if "haproxy" in line or "imdsproxy" in line
+    ]
 
 
 def test_installed_it_runs_where_no_guest_can_reach_it_beside_an_haproxy_of_others(
@@ -142,17 +146,19 @@ def test_an_upgrade_under_load_loses_no_request_and_keeps_haproxy(
     daemon: PackagedDaemon, following: Packages
 ) -> None:
     before = daemon.pids()
-    cached = Load(daemon.guests, USER_DATA, own_user_data, connections=2)
-    rendered = Load(daemon.guests, _META_DATA, named, connections=2)
-    anew = Load(daemon.guests, USER_DATA, own_user_data, keep_alive=False)
-    with cached, rendered, anew:
-        for one in (cached, rendered, anew):
-            one.wait_answers(50)
+    loads = (
+        Load(daemon.guests, USER_DATA, own_user_data, connections=2),
+        Load(daemon.guests, _META_DATA, named, connections=2),
+        Load(daemon.guests, USER_DATA, own_user_data, keep_alive=False),
+    )
+    with loads[0], loads[1], loads[2]:
+        for load in loads:
+            load.wait_answers(50)
         said = daemon.apt_install(following)
-        for one in (cached, rendered, anew):
-            one.wait_answers(50)
+        for load in loads:
+            load.wait_answers(50)
 
-    assert [one.report.lost for one in (cached, rendered, anew)] == [[], [], []]
+    assert [load.report.lost for load in loads] == [[], [], []]
     assert daemon.status()["version"] == _NEXT
     assert daemon.command("version") == f"imdsproxy {_NEXT}"
     after = daemon.pids()
@@ -252,8 +258,8 @@ def test_what_stands_on_libraries_works_on_debians(
 
 
 def test_lintian_finds_nothing(packages: Packages) -> None:
-    command = ["lintian", "--allow-root", "--fail-on", "error,warning,pedantic", str(packages.deb)]
-    assert run(command, timeout_s=100) == ""
+    fail_on = ("--fail-on", "error,warning,pedantic")
+    assert run("lintian", "--allow-root", *fail_on, str(packages.deb), timeout_s=100) == ""
 
 
 def test_script_package_gives_the_same_bytes_of_the_same_sources_wherever_and_whenever(
@@ -261,7 +267,11 @@ def test_script_package_gives_the_same_bytes_of_the_same_sources_wherever_and_wh
 ) -> None:
     shell = f"umask 077; exec {REPOSITORY}/script/package {tmp_path}/dist"
     elsewhere = {"TZ": "Asia/Tokyo", "LC_ALL": "C", "PYTHONPATH": "/nonexistent"}
-    said = run(["sh", "-c", shell], timeout_s=200, SOURCE_DATE_EPOCH=EPOCH, **elsewhere)
+    said = run(
+        *("sh", "-c", shell),
+        timeout_s=200,
+        environment={"SOURCE_DATE_EPOCH": EPOCH, **elsewhere},
+    )
 
     built = sorted((tmp_path / "dist").iterdir())
     assert said.splitlines()[-2:] == [str(path) for path in built]
@@ -271,24 +281,14 @@ def test_script_package_gives_the_same_bytes_of_the_same_sources_wherever_and_wh
     assert [path.read_bytes() for path in built] == [path.read_bytes() for path in kept]
 
 
-def test_the_package_names_every_library_in_the_version_that_the_project_asks_for(
+def test_the_package_depends_on_every_library_and_recommends_what_only_some_sources_need(
     packages: Packages,
 ) -> None:
-    depends = _field(packages, "Depends")
-    for wanted in (
-        "haproxy (>= 3.0)",
-        "nftables",
-        "python3-typer (>= 0.15)",
-        "python3-yaml (>= 6.0.2)",
-    ):
-        assert wanted in depends
-
-
-def test_the_package_recommends_what_only_some_sources_need(packages: Packages) -> None:
-    recommended = _field(packages, "Recommends")
-    assert recommended == ["python3-libvirt", RECOMMENDED]
-    assert not [each for each in _field(packages, "Depends") if "openstack" in each]
-
-
-def _field(packages: Packages, name: str) -> list[str]:
-    return run(["dpkg-deb", "--field", str(packages.deb), name], timeout_s=20).strip().split(", ")
+    depends, recommends = (
+        run("dpkg-deb", "--field", str(packages.deb), name).strip().split(", ")
+        for name in ("Depends", "Recommends")
+    )
+    wanted = ("haproxy (>= 3.0)", "nftables", "python3-typer (>= 0.15)", "python3-yaml (>= 6.0.2)")
+    assert set(depends) >= set(wanted)
+    assert recommends == ["python3-libvirt", RECOMMENDED]
+    assert not [each for each in depends if "openstack" in each]

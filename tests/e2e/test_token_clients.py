@@ -31,7 +31,6 @@ _IN_REGION_S: Final = 1.1
 _CROSS_REGION_S: Final = 3.1
 _PAGE: Final = REPOSITORY / "docs/tokens.md"
 _V2_ONLY: Final = {"AWS_EC2_METADATA_V1_DISABLED": "true"}
-_AWS: Final = str(Path(sys.executable).with_name("aws"))
 _ANSWER: Final = re.compile(r'http://169\.254\.169\.254:80 "([A-Z]+) (/\S+) HTTP/1\.1" ([0-9]+)')
 _TOKEN: Final = ("PUT", "/latest/api/token", "200")
 _NO_TOKEN: Final = ("PUT", "/latest/api/token", "404")
@@ -173,32 +172,6 @@ def test_boto3_knows_its_region_and_that_it_has_no_role(
     words = (sys.executable, "-c", _BOTO3, region)
     done = _run(world, mode, *words, home=tmp_path, AWS_DEFAULTS_MODE="auto", **more)
     assert (_printed(done), _answers(done)) == (found, asked)
-
-
-@pytest.mark.parametrize(
-    ("mode", "more", "asked"),
-    [
-        ("required", {}, {_TOKEN, _ROLE}),
-        ("required", _V2_ONLY, {_TOKEN, _ROLE}),
-        ("off", {}, {_NO_TOKEN, _ROLE}),
-        ("off", _V2_ONLY, {_NO_TOKEN}),
-    ],
-)
-def test_the_aws_command_line_looks_for_a_role_with_a_token_or_falls_back_where_it_may(
-    world: World,
-    tmp_path: Path,
-    mode: str,
-    more: Mapping[str, str],
-    asked: set[tuple[str, str, str]],
-) -> None:
-    words = (sys.executable, _AWS, "configure", "list", "--debug")
-    done = _run(world, mode, *words, home=tmp_path, **more)
-    assert _answers(done) == asked
-    if _ROLE in asked:
-        assert done.returncode == 0
-        assert re.search(r"access_key +<not set>", done.stdout)
-    else:
-        assert "IMDSv1 has been disabled" in done.stderr
 
 
 @pytest.mark.parametrize("mode", ["optional", "required", "off"])

@@ -1,18 +1,16 @@
 """Stock virtual machines boot with nothing but what `imdsproxy snippet` prints, and each comes up as itself.
 
 Two at once: `alice` on a NAT network as libvirt makes it, and `bob` on an isolated bridge at the same address. Of both
-the records have only the MAC. Afterwards bob's cable is plugged into alice's network, where her record has her address.
+the records have only the MAC.
 """
 
 from __future__ import annotations
 
 import shlex
-import socket
-import subprocess
+import shutil
 import tempfile
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
@@ -20,10 +18,8 @@ import pytest
 
 from support.daemon import Daemon
 from support.demonstration import REPOSITORY
-from support.guest import inside
-from support.lab import Lab, ip, until, within
-from support.vm.image import vm_image
-from support.vm.machine import VirtualMachine
+from support.lab import Lab
+from support.vm.machine import VirtualMachine, vm_image
 from support.vm.networks import VmHost
 
 # Emulated, and the image is made by the first run of the month.
@@ -31,14 +27,16 @@ pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(900)]
 
 _LOGS: Final = REPOSITORY / ".cache" / "vm-logs"
 _ADDRESS: Final = "192.168.122.50"
-_GATEWAY: Final = "192.168.122.1"
 _SUBNET: Final = "192.168.122.0/24"
-_ALL_CLEAR: Final = 9999
 _NOT_IN_FORCE_YET: Final = 75
-_MACS: Final = {
-    "alice": "52:54:00:aa:00:01",
-    "bob": "52:54:00:bb:00:02",
+_KEY: Final = (
+    "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIOMqqnkVzrm0SdG6UOoqKLsabgH5C9okWi0dh2l9GKJl imdst"
+)
+_PLACES: Final = {
+    "alice": ("nat", "virbr0", "52:54:00:aa:00:01"),
+    "bob": ("isolated", "iso0", "52:54:00:bb:00:02"),
 }
+"""The network, its bridge, and the MAC of each machine."""
 
 _USER_DATA: Final = """#!/bin/sh
 echo "written for {name}" >/srv/proof
@@ -52,120 +50,50 @@ echo "written for {name}" >/srv/proof
 }} >/dev/ttyS1
 """
 
-# Says that the address is its own until somebody believes it.
-_THEFT: Final = """python3 - >/dev/ttyS1 2>&1 <<'END'
-import http.client, os, socket, time
-(device,) = [name for name in os.listdir("/sys/class/net") if name != "lo"]
-while True:
-    try:
-        socket.create_connection(("{gateway}", {all_clear}), 5).close()
-        break
-    except OSError:
-        time.sleep(1)
-mac = bytes.fromhex(open(f"/sys/class/net/{{device}}/address").read().strip().replace(":", ""))
-own = socket.inet_aton("{address}")
-claim = b"\\xff" * 6 + mac + bytes.fromhex("0806" "0001" "0800" "06" "04" "0001") + mac + own + b"\\xff" * 6 + own
-wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
-wire.bind((device, 0))
-for _ in range(100):
-    wire.send(claim)
-    thief = http.client.HTTPConnection("169.254.169.254", timeout=3, source_address=("{address}", 0))
-    try:
-        thief.request("GET", "/latest/meta-data/hostname")
-        answer = thief.getresponse()
-        print(f"stolen={{answer.status}} {{answer.read().decode()!r}}", flush=True)
-        break
-    except OSError as error:
-        print(f"tried={{error!r}}", flush=True)
-END
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class _Booted:
-    """All three, up.
-
-    Attributes:
-        key: The private one whose other half is in everybody's record.
-    """
-
-    daemon: Daemon
-    machines: dict[str, VirtualMachine]
-    key: Path
-
 
 @pytest.fixture(scope="module")
-def booted(request: pytest.FixtureRequest) -> Iterator[_Booted]:
-    say = request.config.get_terminal_writer()
+def machines() -> Iterator[dict[str, VirtualMachine]]:
+    """Both, up."""
     image = vm_image()
-    say.line(f"\nimage for virtual machines: {image.made_in_s:.0f} s; {image.acceleration()}")
-    directory = Path(tempfile.mkdtemp(prefix="imdst-"))
-    lab = Lab()
-    host = VmHost(lab, directory)
-    daemon = Daemon(lab)
-    machines: dict[str, VirtualMachine] = {}
-    try:
+    with ExitStack() as stack:
+        directory = Path(tempfile.mkdtemp(prefix="imdst-"))
+        stack.callback(shutil.rmtree, directory)
+        lab = Lab()
+        stack.callback(lab.close)
+        host = VmHost(lab, directory)
+        stack.callback(host.close)
+        daemon = Daemon(lab)
+        stack.callback(daemon.close)
         daemon.start()
-        key = _make_key(directory)
-        _add_networks(daemon)
-        snippets = {name: _add_instance(daemon, name, key) for name in _MACS}
-        alice = f"--dhcp-host={_MACS['alice']},{_ADDRESS}"
-        host.nat_network("virbr0", options=(alice,))
+        snippets = {name: _add_records(daemon, name, directory) for name in _PLACES}
+        leases = {name: f"--dhcp-host={mac},{_ADDRESS}" for name, (_, _, mac) in _PLACES.items()}
+        host.nat_network("virbr0", options=(leases["alice"],))
         (option,) = [line for line in snippets["bob"] if line.startswith("dhcp-option=")]
-        bob = f"--dhcp-host={_MACS['bob']},{_ADDRESS}"
-        host.isolated_network("iso0", options=(f"--{option}", bob))
-        start = time.monotonic()
-        for name in _MACS:
-            bridge = "iso0" if name == "bob" else "virbr0"
-            machine = VirtualMachine(name, lab.host, bridge, _LOGS, _words(snippets[name]))
-            machines[name] = machine
-            machine.start(image)
-        for name, machine in machines.items():
-            machine.wait_for("up")
-            took = time.monotonic() - start
-            worked = f"{machine.worked_s():.0f} s of a processor"
-            say.line(f"virtual machine {name}: up {took:.0f} s after both were started, {worked}")
-        yield _Booted(daemon, machines, key)
-    finally:
-        for machine in machines.values():
-            machine.stop()
-        daemon.close()
-        host.close()
-        lab.close()
-        subprocess.run(["/usr/bin/rm", "-r", str(directory)], check=True)
+        host.isolated_network("iso0", options=(f"--{option}", leases["bob"]))
+        made = {}
+        for name, (_, bridge, _) in _PLACES.items():
+            made[name] = VirtualMachine(name, lab.host, bridge, _LOGS, _words(snippets[name]))
+            stack.callback(made[name].stop)
+            made[name].start(image)
+        for machine in made.values():
+            machine.wait_up()
+        yield made
 
 
-def _make_key(directory: Path) -> Path:
-    key = directory / "key"
-    words = ("/usr/bin/ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "imdst", "-f", str(key))
-    subprocess.run(words, check=True)
-    return key
-
-
-def _add_networks(daemon: Daemon) -> None:
-    gateway = f"{_SUBNET},gateway={_GATEWAY}"
-    for name, bridge, subnet in (("nat", "virbr0", gateway), ("isolated", "iso0", _SUBNET)):
-        words = ("network", "add", name, "--bridge", bridge, "--subnet", subnet)
-        # The bridges come later.
-        assert daemon.command(*words).status == _NOT_IN_FORCE_YET
-
-
-def _add_instance(daemon: Daemon, name: str, key: Path) -> list[str]:
-    """Add a record as the documents say; the lines that the snippet prints."""
-    script = _USER_DATA.format(name=name)
-    if name == "bob":
-        script += _THEFT.format(gateway=_GATEWAY, all_clear=_ALL_CLEAR, address=_ADDRESS)
-    user_data = key.with_name(f"{name}.sh")
-    user_data.write_text(script)
-    words = (*_port(name), "--user-data", str(user_data), "--ssh-key", f"{key}.pub")
-    _run(daemon, "instance", "add", name, *words)
-    return _run(daemon, "snippet", name, "--for", "qemu").splitlines()
-
-
-def _run(daemon: Daemon, *words: str) -> str:
-    done = daemon.command(*words)
-    assert done.status == 0, done.err
-    return done.out
+def _add_records(daemon: Daemon, name: str, directory: Path) -> list[str]:
+    """Add a network and an instance as the documents say; the lines that the snippet prints."""
+    network, bridge, mac = _PLACES[name]
+    gateway = "" if name == "bob" else ",gateway=192.168.122.1"
+    # The bridges come later.
+    words = ("network", "add", network, "--bridge", bridge, "--subnet", f"{_SUBNET}{gateway}")
+    assert daemon.command(*words).status == _NOT_IN_FORCE_YET
+    user_data, keys = directory / f"{name}.sh", directory / "key.pub"
+    user_data.write_text(_USER_DATA.format(name=name))
+    keys.write_text(f"{_KEY}\n")
+    files = ("--user-data", str(user_data), "--ssh-key", str(keys))
+    added = daemon.command("instance", "add", name, "--network", network, "--mac", mac, *files)
+    assert added.status == 0, added.err
+    return daemon.command("snippet", name, "--for", "qemu").out.splitlines()
 
 
 def _words(snippet: list[str]) -> tuple[str, ...]:
@@ -177,67 +105,13 @@ def _words(snippet: list[str]) -> tuple[str, ...]:
     return (*words[:at], *words[at + 2 :])
 
 
-@pytest.mark.parametrize("name", ["alice", "bob"])
+@pytest.mark.parametrize("name", _PLACES)
 def test_a_stock_machine_has_its_name_its_key_and_what_its_user_data_wrote(
-    booted: _Booted, name: str
+    machines: dict[str, VirtualMachine], name: str
 ) -> None:
-    machine = booted.machines[name]
-    public = booted.key.with_suffix(".pub").read_text().strip()
+    machine = machines[name]
     assert machine.value("hostname") == name, machine
     assert machine.value("proof") == f"written for {name}", machine
-    assert machine.value("keys") == public, machine
-
-
-def test_two_machines_at_one_address_on_two_networks_each_come_up_as_themselves(
-    booted: _Booted,
-) -> None:
-    alice, bob = booted.machines["alice"], booted.machines["bob"]
-    assert alice.value("addresses") == bob.value("addresses") == f"{_ADDRESS}/24"
-    assert (alice.value("hostname"), bob.value("hostname")) == ("alice", "bob")
-    assert (alice.value("default") != "", bob.value("default")) == (True, "")
-
-
-def test_the_key_opens_the_machine(booted: _Booted) -> None:
-    options: tuple[str, ...] = (
-        "-i",
-        str(booted.key),
-        "-o",
-        "StrictHostKeyChecking=no",
-        "-o",
-        "ConnectTimeout=30",
-    )
-    options += ("-o", "UserKnownHostsFile=/dev/null", "-o", "BatchMode=yes", "-o", "LogLevel=ERROR")
-    done = subprocess.run(
-        (
-            *within(booted.daemon.lab.host),
-            *("/usr/bin/ssh", *options, f"debian@{_ADDRESS}", "cat /srv/proof"),
-        ),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.stdout == "written for alice\n", done.stderr
-
-
-def test_a_machine_that_takes_its_neighbours_address_is_answered_403(booted: _Booted) -> None:
-    bob = booted.machines["bob"]
-    _run(booted.daemon, "instance", "set", "alice", *_port("alice"), "--address", _ADDRESS)
-    clear = inside(booted.daemon.lab.host, lambda: socket.create_server((_GATEWAY, _ALL_CLEAR)))
-    try:
-        with clear:
-            bob.plug("virbr0")
-            until(
-                lambda: bob.value("stolen"), within_s=60, what=f"bob's answer ({bob})", pause_s=0.2
-            )
-    finally:
-        # The address is alice's alone again, also in the host's neighbour table, whichever test comes next.
-        bob.plug("iso0")
-        ip("-n", booted.daemon.lab.host, "neigh", "flush", "dev", "virbr0")
-    assert bob.value("stolen").startswith("403"), bob
-    assert "alice" not in bob.value("stolen")
-
-
-def _port(name: str) -> tuple[str, ...]:
-    return "--network", "isolated" if name == "bob" else "nat", "--mac", _MACS[name]
+    assert machine.value("keys") == _KEY, machine
+    assert machine.value("addresses") == f"{_ADDRESS}/24", machine
+    assert bool(machine.value("default")) is (name == "alice"), machine

@@ -2,44 +2,27 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import shutil
-import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
 
 import pytest
 
+from support.daemon import Daemon
 from support.demonstration import REPOSITORY
-from support.lab import until
-from support.packages import Packages, build_packages, run
+from support.lab import Lab, run, until, within
+from support.packages import Packages, build_packages
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-
-_SETTINGS: Final = """
-paths: {{runtime_dir: {run}, state_dir: {state}}}
-metrics: {{listen: null, haproxy_listen: null}}
-haproxy: {{supervisor: spawn}}
-documents: {{supervisor: spawn}}
-"""
 
 
 @pytest.fixture(scope="module")
 def packages() -> Packages:
     return build_packages()
-
-
-@pytest.fixture
-def place() -> Iterator[Path]:
-    """A directory that the workers of HAProxy and of the document server, who are other users, can enter."""
-    directory = Path(tempfile.mkdtemp(prefix="imdst-"))
-    directory.chmod(0o755)
-    yield directory
-    shutil.rmtree(directory)
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +34,10 @@ def environment(packages: Packages) -> Iterator[Path]:
     shutil.copy(packages.wheel, wheel)
     shutil.copy(REPOSITORY / "requirements/runtime.txt", pinned)
     target = directory / "environment"
-    run([sys.executable, "-m", "venv", str(target)], timeout_s=60)
-    pip = [str(target / "bin/pip"), "--quiet", "install"]
-    run([*pip, "--require-hashes", "--requirement", str(pinned)], timeout_s=300)
-    run([*pip, "--no-deps", "--no-index", str(wheel)], timeout_s=60)
+    run(sys.executable, "-m", "venv", str(target))
+    pip = (str(target / "bin/pip"), "--quiet", "install")
+    run(*pip, "--require-hashes", "--requirement", str(pinned), timeout_s=300)
+    run(*pip, "--no-deps", "--no-index", str(wheel))
     yield target
     shutil.rmtree(directory)
 
@@ -69,46 +52,29 @@ def test_the_wheel_holds_the_program_and_what_a_host_needs_and_no_more(packages:
     assert not [name for name in names if "tests" in name or name.endswith(".pyc")]
 
 
-def test_version_and_sample_come_from_any_directory(environment: Path, tmp_path: Path) -> None:
-    program = str(environment / "bin/imdsproxy")
-    said = subprocess.run(
-        [program, "version"], cwd=tmp_path, env={}, capture_output=True, text=True, check=True
-    )
-    assert said.stdout.startswith("imdsproxy ")
-    where = [str(environment / "bin/python"), "-c", "import imdsproxy; print(imdsproxy.__file__)"]
-    found = subprocess.run(where, cwd=tmp_path, env={}, capture_output=True, text=True, check=True)
-    assert found.stdout.startswith(f"{environment}/lib/")
-
-
 @pytest.mark.root
-def test_a_daemon_of_the_wheel_runs_and_ends(environment: Path, place: Path) -> None:
-    settings = place / "settings.yaml"
-    settings.write_text(_SETTINGS.format(run=place / "run", state=place / "state"))
-
-    def command(*words: str) -> list[str]:
-        return [str(environment / "bin/imdsproxy"), *words, "--config", str(settings)]
-
-    def attempt(*words: str) -> int:
-        clean = {"PATH": os.environ["PATH"]}
-        return subprocess.run(command(*words), cwd="/", env=clean, check=False).returncode
-
-    daemon = subprocess.Popen(command("run"), cwd="/", env={"PATH": os.environ["PATH"]})
-    try:
-        until(lambda: attempt("status", "--check") == 0, within_s=30, what="a daemon that is ready")
-        assert attempt("check") == 0
-        assert attempt("stop", "--data-plane") == 0
-        assert daemon.wait(30) == 0
-    finally:
-        if daemon.poll() is None:
-            attempt("stop", "--data-plane")
-            daemon.kill()
-            daemon.wait()
+def test_a_daemon_of_the_wheel_runs_anywhere_and_ends(environment: Path, tmp_path: Path) -> None:
+    program = str(environment / "bin/imdsproxy")
+    found = run(program, "version", cwd=tmp_path)
+    assert found.startswith("imdsproxy ")
+    where = "import imdsproxy; print(imdsproxy.__file__)"
+    found = run(str(environment / "bin/python"), "-c", where, cwd=tmp_path)
+    assert found.startswith(f"{environment}/lib/")
+    with contextlib.ExitStack() as stack:
+        lab = Lab()
+        stack.callback(lab.close)
+        daemon = Daemon(lab, program=(program,))
+        stack.callback(daemon.close)
+        daemon.start()
+        for words in (("check",), ("stop", "--data-plane")):
+            run(*within(lab.host), program, "--config", str(daemon.config), *words)
+        until(lambda: not daemon.processes(), within_s=30, what="the end of all processes")
 
 
 def test_its_installer_puts_units_pages_and_settings_in_place(
     environment: Path, tmp_path: Path
 ) -> None:
-    run([str(environment / "share/imdsproxy/install"), str(tmp_path)], timeout_s=20)
+    run(str(environment / "share/imdsproxy/install"), str(tmp_path))
 
     found = {str(one.relative_to(tmp_path)) for one in tmp_path.rglob("*") if one.is_file()}
     assert found >= {

@@ -17,13 +17,13 @@ import pytest
 from demo.cloudinit import download
 from imdsproxy.core.model import Dialect, InterfaceListener, NamespaceListener
 from imdsproxy.core.snippets import HINTS, Target
-from support.debian_files import unpacked
 from support.demonstration import REPOSITORY
 from support.dhcp_offer import ask_options, classless_routes
 from support.ds_identify import Machine, identify, write_dmi
 from support.guest import inside
 from support.hostlab import HostLab
 from support.lab import until
+from support.packages import unpacked
 from support.snippets import (
     MAC,
     UUID,

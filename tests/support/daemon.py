@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.errors import AdminUnavailable, RuntimeUnavailable
 from support.commands import Command, Forked, run_command, start_controller
 from support.lab import NETNS, Lab, RecordMapping, until, within
-from support.reaper import processes_of, reap_at_the_end
+from support.reaper import processes_of, reap, reap_at_the_end
 
 Shape = Mapping[str, Any]
 
@@ -279,24 +278,14 @@ class Daemon:
                 until(lambda: not self.processes(), within_s=2)
             left = self.processes()
         finally:
-            self._kill_all()
-            for line in Path("/proc/self/mounts").read_text().splitlines():
-                if line.split()[1].startswith(f"{self.directory}/"):
-                    subprocess.run(["/usr/bin/umount", line.split()[1]], check=True)
-            shutil.rmtree(self.directory)
+            reap([self.directory])
+            if self.process is not None:
+                self.process.wait()
         assert not left, f"still running after stop --data-plane: {left}"
-
-    def _kill_all(self) -> None:
-        for pid in self.processes():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        until(lambda: not self.processes(), what="the end of all processes")
-        if self.process is not None:
-            self.process.wait()
 
     def processes(self) -> dict[int, str]:
         """Every process that has this directory on its command line or works there."""
-        return {pid: words for pid, words in processes_of([self.directory]) if alive(pid)}
+        return dict(processes_of([self.directory]))
 
     # Asking and telling
 

@@ -7,13 +7,14 @@ A block is four blanks deep; a fence of `text` right behind it holds lines of wh
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
 _INDENT: Final = "    "
+_MARK: Final = "@@ block "
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +43,12 @@ def section(page: Path, heading: str) -> tuple[int, list[str]]:
         raise KeyError(heading)
     start = lines.index(heading) + 1
     rank = len(heading) - len(heading.lstrip("#"))
-    last = next(
-        (
-            number
-            for number, line in enumerate(lines[start:], start)
-            if re.match(rf"#{{1,{rank}}} ", line)
-        ),
-        len(lines),
+    following = (
+        number
+        for number, line in enumerate(lines[start:], start)
+        if re.match(rf"#{{1,{rank}}} ", line)
     )
+    last = next(following, len(lines))
     return start + 1, lines[start:last]
 
 
@@ -82,6 +81,28 @@ def blocks_of(page: Path, heading: str) -> list[Block]:
 def _goes_on(lines: Sequence[str], number: int) -> bool:
     following = lines[number + 1 : number + 2]
     return bool(following) and following[0].startswith(_INDENT)
+
+
+def script_of(blocks: Iterable[Block]) -> str:
+    """All blocks in one script, which marks in its output where each begins."""
+    return "\n".join(f"echo; echo '{_MARK}{one.line}'\n{one.script}" for one in blocks)
+
+
+def find_fault(blocks: Sequence[Block], status: int, output: str) -> str:
+    """How a script of blocks that ended with this did not go as its document says; empty when it did.
+
+    Args:
+        output: All that it printed, errors too.
+    """
+    parts = (part.partition("\n") for part in output.split(_MARK)[1:])
+    printed = {int(line): text for line, _, text in parts}
+    if status != 0:
+        return f"the block of line {max(printed, default=0)} ended with {status}:\n{output[-3000:]}"
+    return "".join(
+        f"the block of line {one.line} did not print {missing}:\n{printed[one.line]}"
+        for one in blocks
+        if (missing := missing_lines(one, printed[one.line]))
+    )
 
 
 def missing_lines(block: Block, output: str) -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from support.debian_files import unpacked
+from support.packages import unpacked
 from support.patience import patience
 
 DMI_OF_SMBIOS: Final[Mapping[tuple[int, str], str]] = {

@@ -18,6 +18,8 @@ from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 from typing import Final, Self, TypeVar
 
+from imdsproxy.core.addresses import link_local_of
+from imdsproxy.core.model import MacAddress
 from imdsproxy.host.namespaces import DEFAULT_DIRECTORY, NamespaceDirectory, NamespaceThread
 from support.patience import patience
 
@@ -43,13 +45,6 @@ def _enter(directory: Path, namespace: str, work: Callable[[], T]) -> T:
     thread = NamespaceThread(NamespaceDirectory(directory))
     with contextlib.closing(thread), thread.inside(namespace):
         return work()
-
-
-def eui64(mac: str) -> str:
-    """The link-local address that a MAC address makes (RFC 4291, appendix A)."""
-    octets = bytes(int(octet, 16) for octet in mac.split(":"))
-    tail = bytes((octets[0] ^ 2, *octets[1:3], 0xFF, 0xFE, *octets[3:]))
-    return str(IPv6Address(bytes.fromhex("fe80000000000000") + tail))
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +203,7 @@ class Guest:
 
     @property
     def link_local(self) -> str:
-        return eui64(self.mac)
+        return str(link_local_of(MacAddress(self.mac)))
 
     def connect(
         self, *, to: str = IPV4, source: str | None = None, timeout_s: float | None = None
@@ -273,6 +268,57 @@ def _target(address: str, port: int, scope: int) -> tuple[str, int] | tuple[str,
     if isinstance(found, IPv6Address):
         return (address, port, 0, scope if found.is_link_local else 0)
     return (address, port)
+
+
+@dataclass(slots=True)
+class Asker:
+    """One who asks, over the same connection as long as it is left open.
+
+    Attributes:
+        kept: How many requests went over a connection that had been used before.
+    """
+
+    connect: Callable[[], Connection]
+    kept: int = 0
+    _connection: Connection | None = field(default=None)
+
+    def ask(
+        self, target: str, *, method: str = "GET", host: str = IPV4, headers: Sequence[str] = ()
+    ) -> Reply:
+        """The answer; over a new connection where the one before has been closed.
+
+        Raises:
+            Lost: There is none over a new connection either.
+        """
+        kept = self._connection is not None
+        try:
+            reply = self.ask_once(target, method=method, host=host, headers=headers)
+        except Lost:
+            # A server may close an idle connection at any time; a client asks again.
+            if not kept:
+                raise
+            return self.ask_once(target, method=method, host=host, headers=headers)
+        self.kept += kept
+        return reply
+
+    def ask_once(
+        self, target: str, *, method: str = "GET", host: str = IPV4, headers: Sequence[str] = ()
+    ) -> Reply:
+        """The answer; none where a connection that had been left open is closed meanwhile."""
+        self._connection = self._connection or self.connect()
+        try:
+            reply = self._connection.request(target, method=method, host=host, headers=headers)
+        except Lost:
+            self.close()
+            raise
+        if reply.closes:
+            self.close()
+        return reply
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
 
 @dataclass(slots=True)
@@ -342,93 +388,31 @@ class Load(Background):
     def wait_answers(self, number: int, *, within_s: float = 10.0) -> None:
         """Wait until so many more requests were answered."""
         target = self.report.answered + number
-        start = time.monotonic()
+        deadline = time.monotonic() + within_s * patience()
         while self.report.answered < target:
-            passed = time.monotonic() - start
-            assert passed < within_s * patience(), f"no {number} answers after {passed:.1f} s"
+            assert time.monotonic() < deadline, f"no {number} answers"
             time.sleep(0.005)
 
     def _run(self, guest: Guest) -> None:
-        connection: Connection | None = None
-        try:
+        with contextlib.closing(Asker(guest.connect)) as asker:
             while not self._stop.is_set():
-                connection = self._once(guest, connection)
+                self._ask(guest, asker)
                 time.sleep(self._pause_s)
-        finally:
-            if connection is not None:
-                connection.close()
 
-    def _once(self, guest: Guest, connection: Connection | None) -> Connection | None:
+    def _ask(self, guest: Guest, asker: Asker) -> None:
         began = time.monotonic()
         try:
-            connection = connection or guest.connect()
-            reply = connection.request(self._target)
-            wrong = self._expect(guest, reply)
+            wrong = self._expect(guest, asker.ask_once(self._target))
         except Lost as error:
-            wrong, reply = f"{guest.name}: {error}", None
+            wrong = f"{guest.name}: {error}"
         took = time.monotonic() - began
         with self._lock:
             self.report.answered += 1
             self.report.longest_s = max(self.report.longest_s, took)
             if wrong is not None:
                 self.report.lost.append(f"after {took:.3f} s: {wrong}")
-        if connection is None:
-            return None
-        if reply is None or reply.closes or not self._keep_alive:
-            connection.close()
-            return None
-        return connection
-
-
-@dataclass(slots=True)
-class Asker:
-    """One who asks, over the same connection as long as it is left open.
-
-    Attributes:
-        kept: How many requests went over a connection that had been used before.
-    """
-
-    connect: Callable[[], Connection]
-    kept: int = 0
-    _connection: Connection | None = field(default=None)
-
-    def ask(
-        self,
-        target: str,
-        *,
-        method: str = "GET",
-        host: str = IPV4,
-        headers: Sequence[str] = (),
-    ) -> Reply:
-        """The answer; over a new connection where the one before has been closed.
-
-        Raises:
-            Lost: There is none over a new connection either.
-        """
-        if self._connection is not None:
-            try:
-                reply = self._over(self._connection, target, method, host, headers)
-            except Lost:
-                # A server may close an idle connection at any time; a client asks again.
-                self.close()
-            else:
-                self.kept += 1
-                return reply
-        self._connection = self.connect()
-        return self._over(self._connection, target, method, host, headers)
-
-    def _over(
-        self, connection: Connection, target: str, method: str, host: str, headers: Sequence[str]
-    ) -> Reply:
-        reply = connection.request(target, method=method, host=host, headers=headers)
-        if reply.closes:
-            self.close()
-        return reply
-
-    def close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        if not self._keep_alive:
+            asker.close()
 
 
 def answers(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import signal
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from typing import Final
 from support.guest import Guest, inside
 from support.holders import holders
 from support.patience import patience
-from support.reaper import reap_at_the_end
+from support.reaper import reap, reap_at_the_end
 
 RecordMapping = dict[str, object]
 
@@ -196,20 +195,15 @@ class Lab:
 
     def furnish(self, network: str, *, addresses: bool = True) -> None:
         """Make a network's namespace and the bridge in it."""
-        name = self.namespace(network)
-        lines = _bridge("br0")
-        # The way back to the guests is the business of whoever made the namespace.
-        lines += ["address add 10.0.0.1/24 dev br0", "address add 2001:db8::1/64 dev br0 nodad"]
-        if addresses:
-            lines += [f"address add {' '.join(words)} dev br0" for words in _METADATA]
-        batch(name, lines)
-        self._places[network] = (name, "br0")
+        self._places[network] = (self.namespace(network), "br0")
+        self.remake_bridge(network, addresses=addresses)
 
     def remake_bridge(self, network: str, *, addresses: bool = True) -> None:
         """Make the bridge that a network's guests are on anew, whether it is there or not."""
         place, bridge = self._places[network]
-        lines = [*_bridge(bridge)]
+        lines = _bridge(bridge)
         if bridge == "br0":
+            # The way back to the guests is the business of whoever made the namespace.
             lines += ["address add 10.0.0.1/24 dev br0", "address add 2001:db8::1/64 dev br0 nodad"]
         if addresses:
             lines += [f"address add {' '.join(words)} dev {bridge}" for words in _METADATA]
@@ -219,15 +213,16 @@ class Lab:
 
     def bridge_network(self, network: str) -> RecordMapping:
         """A network that is a bridge of the host."""
-        batch(self.host, _bridge(network))
-        self._places[network] = (self.host, network)
-        return record(network, {"bridge": network})
+        return self._host_network(network, "bridge")
 
     def interface_network(self, network: str) -> RecordMapping:
         """A network behind an interface of the host."""
+        return self._host_network(network, "interface")
+
+    def _host_network(self, network: str, kind: str) -> RecordMapping:
         batch(self.host, _bridge(network))
         self._places[network] = (self.host, network)
-        return record(network, {"interface": network})
+        return record(network, {kind: network})
 
     def guest(
         self,
@@ -254,16 +249,14 @@ class Lab:
             *("peer", "name", "eth0", "address", mac, "netns", namespace),
         )
         ip("-n", place, "link", "set", outer, "up")
-        lines = []
-        if privacy is not None:
-            lines.append("link set eth0 addrgenmode none")
-        lines += [
+        lines = [
             "link set eth0 up",
             f"address add 10.0.0.{number}/24 dev eth0",
             f"address add 2001:db8::{number:x}/64 dev eth0 nodad",
             "route add 169.254.169.254/32 dev eth0",
         ]
         if privacy is not None:
+            lines.insert(0, "link set eth0 addrgenmode none")
             lines.append(f"address add {privacy}/64 dev eth0 nodad")
         batch(namespace, lines)
         return Guest(name, namespace, network, mac, (f"10.0.0.{number}", f"2001:db8::{number:x}"))
@@ -283,11 +276,7 @@ class Lab:
         self, inode: int, pids: Callable[[], Iterable[int]], *, within_s: float = 1.0
     ) -> None:
         """Wait until none of these processes holds a namespace any more."""
-        start = time.monotonic()
-        while held := holders({inode}, pids()):
-            passed = time.monotonic() - start
-            assert passed < within_s * patience(), f"after {passed:.2f} s: {held}"
-            time.sleep(0.01)
+        until(lambda: not holders({inode}, pids()), within_s=within_s, what="no holder")
 
     def intrude(
         self, namespace: str, address: str, *, device: str = "", reuse_port: bool
@@ -346,11 +335,7 @@ class Lab:
         """Take everything away; what the daemon made and left too, so that tests can see it first."""
         for intruder in self._intruders:
             intruder.stop()
-        for name in self.leftovers():
-            for pid in processes_in(name):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            ip("netns", "del", name)
+        reap(namespaces=(self.name(""), self.prefix))
 
     def leftovers(self) -> list[str]:
         """Namespaces of this lab and its daemon that exist."""
@@ -404,10 +389,33 @@ def batch(namespace: str, lines: Iterable[str]) -> None:
     run("/usr/sbin/ip", "-n", namespace, "-batch", "-", stdin="\n".join(lines) + "\n")
 
 
-def run(*arguments: str, stdin: str = "") -> str:
-    """Run a command to its end and give back what it printed."""
-    done = subprocess.run(arguments, input=stdin, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{' '.join(arguments)}\n{stdin}{done.stderr}"
+def run(
+    *arguments: str,
+    stdin: str = "",
+    cwd: Path | None = None,
+    timeout_s: float = 60,
+    environment: Mapping[str, str] | None = None,
+) -> str:
+    """Run a command, which must succeed, to its end and give back what it printed.
+
+    Args:
+        timeout_s: On a machine that is not busy with other things (see `patience`).
+        environment: Beside this process's own.
+    """
+    done = subprocess.run(
+        arguments,
+        input=stdin,
+        cwd=cwd,
+        env={**os.environ, **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout_s * patience(),
+        check=False,
+    )
+    said = f"{done.stdout[-5000:]}{done.stderr[-5000:]}"
+    assert done.returncode == 0, (
+        f"{' '.join(arguments)} ended with {done.returncode}\n{stdin}{said}"
+    )
     return done.stdout
 
 

@@ -9,16 +9,13 @@ from pathlib import Path
 _WHERE = "import imdsproxy; print(*imdsproxy.__path__)"
 
 
-def foreign_programs(repository: Path, python: Path | None = None) -> str | None:
+def foreign_programs(repository: Path) -> str | None:
     """What in the virtual environment runs another copy of the package than this repository's; `None` if nothing does.
 
     pytest itself finds the package by its `pythonpath`. Programs that tests start find it by the environment's editable
     install, which is another clone's where the environment is.
-
-    Args:
-        python: The environment's interpreter; by default, the one that runs this.
     """
-    python = python or Path(sys.executable)
+    python = Path(sys.executable)
     found = subprocess.run(
         [python, "-P", "-c", _WHERE], cwd="/", env={}, capture_output=True, text=True, check=False
     ).stdout.strip()

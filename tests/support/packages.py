@@ -1,4 +1,4 @@
-"""imdsproxy's own packages: built once for each state of the sources, and Debian's that they depend on."""
+"""imdsproxy's own packages: built once for each state of the sources, and Debian's that they or tests need."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import fcntl
 import hashlib
 import os
 import shutil
-import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from support.demonstration import REPOSITORY
-from support.patience import patience
+from support.lab import run
 
 _CACHE: Final = REPOSITORY / ".cache" / "packages"
 _SOURCES: Final = ("src", "packaging", "docs", "pyproject.toml", "LICENSE")
@@ -53,47 +53,50 @@ def build_packages(version: str | None = None) -> Packages:
 def download_dependencies(deb: Path) -> Path:
     """A directory with every package that this host lacks for one to be installed, as apt lays them down."""
     place = REPOSITORY / ".cache" / "package-archives"
-    options = ("-q", "-o", "APT::Sandbox::User=root", "-o", "DPkg::Lock::Timeout=120")
-    install = ("install", "--yes", "--no-install-recommends", "--download-only")
     recommended = RECOMMENDED.split()[0]
-    place_option = ("-o", f"Dir::Cache::archives={place}")
-    command = ["apt-get", *options, *place_option, *install, str(deb), recommended]
-    depends = run(["dpkg-deb", "--field", str(deb), "Depends"], timeout_s=20) + recommended
+    depends = run("dpkg-deb", "--field", str(deb), "Depends") + recommended
+    install = ("install", "--yes", "--no-install-recommends", "--download-only", str(deb))
     with (place.parent / "package-archives.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         stamp = place / "stamp"
         if stamp.is_file() and stamp.read_text() == _situation(depends):
             return place
         (place / "partial").mkdir(parents=True, exist_ok=True)
-        try:
-            run(command, timeout_s=_DOWNLOAD_S)
-        except AssertionError:  # lists that are too old, or none
-            run(["apt-get", *options, "update"], timeout_s=_DOWNLOAD_S)
-            run(command, timeout_s=_DOWNLOAD_S)
+        apt_get("-o", f"Dir::Cache::archives={place}", *install, recommended)
         stamp.write_text(_situation(depends))
     return place
+
+
+def unpacked(package: str) -> Path:
+    """The root that a package of Debian's unpacks to, which is not installed; the first call fetches it."""
+    cache = REPOSITORY / ".cache" / "debian-files"
+    target = cache / package
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / f"{package}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.is_dir():
+            with tempfile.TemporaryDirectory(dir=cache, prefix=f"{package}.") as name:
+                apt_get("download", package, cwd=Path(name))
+                (deb,) = Path(name).glob("*.deb")
+                run("dpkg-deb", "--extract", str(deb), f"{name}/root")
+                Path(name, "root").rename(target)
+    return target
+
+
+def apt_get(*words: str, cwd: Path | None = None) -> None:
+    """Run apt-get, a second time with new lists where they are too old, or none."""
+    options = ("-q", "-o", "APT::Sandbox::User=root", "-o", "DPkg::Lock::Timeout=120")
+    try:
+        run("apt-get", *options, *words, cwd=cwd, timeout_s=_DOWNLOAD_S)
+    except AssertionError:
+        run("apt-get", *options, "update", timeout_s=_DOWNLOAD_S)
+        run("apt-get", *options, *words, cwd=cwd, timeout_s=_DOWNLOAD_S)
 
 
 def _situation(depends: str) -> str:
     """What is asked for, what is installed, and what apt knows of: then the archives are those needed."""
     lists = sorted((one.name, one.stat().st_mtime_ns) for one in _LISTS.glob("*Packages*"))
     return hashlib.sha256(f"{depends}\0{_INSTALLED.read_text()}\0{lists}".encode()).hexdigest()
-
-
-def run(command: list[str], *, timeout_s: float, **environment: str) -> str:
-    """Run what must succeed; what it printed."""
-    done = subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout_s * patience(),
-        check=False,
-        env={**os.environ, **environment},
-    )
-    assert done.returncode == 0, f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}"
-    return done.stdout
 
 
 def _build(place: Path, version: str | None) -> None:
@@ -109,7 +112,7 @@ def _build(place: Path, version: str | None) -> None:
     if version is not None:
         _set_version(sources, version)
     command = [str(sources / "packaging/build"), sys.executable, str(work)]
-    run(command, timeout_s=_BUILD_S, SOURCE_DATE_EPOCH=EPOCH)
+    run(*command, timeout_s=_BUILD_S, environment={"SOURCE_DATE_EPOCH": EPOCH})
     shutil.rmtree(sources)
     work.rename(place)
 

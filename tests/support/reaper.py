@@ -49,32 +49,32 @@ def _reaper(_pid: int) -> IO[str]:
     return process.stdin
 
 
-def _reap(lines: list[str]) -> None:
-    directories = [Path(one.split(maxsplit=1)[1]) for one in lines if one.startswith("directory")]
-    begins = tuple(one.split(maxsplit=1)[1] for one in lines if one.startswith("namespaces"))
+def reap(directories: Sequence[Path] = (), namespaces: tuple[str, ...] = ()) -> None:
+    """Have directories gone with their processes and mounts, and all namespaces whose names begin so."""
     left = [one for one in directories if one.exists()]
     # What one of them starts again while it ends goes the second time.
     for _ in range(2):
         for pid, _ in processes_of(left):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-    for name in sorted(_NETNS.iterdir()) if _NETNS.is_dir() and begins else ():
-        if name.name.startswith(begins):
+            _kill(pid)
+    names = sorted(one.name for one in _NETNS.iterdir()) if _NETNS.is_dir() else []
+    for name in names:
+        if name.startswith(namespaces):
             listed = subprocess.run(
-                ["/usr/sbin/ip", "netns", "pids", name.name],
-                capture_output=True,
-                text=True,
-                check=False,
+                ["/usr/sbin/ip", "netns", "pids", name], capture_output=True, text=True, check=False
             )
             for word in listed.stdout.split():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(word), signal.SIGKILL)
-            subprocess.run(["/usr/sbin/ip", "netns", "del", name.name], check=False)
+                _kill(int(word))
+            subprocess.run(["/usr/sbin/ip", "netns", "del", name], check=False)
     for directory in left:
         for line in Path("/proc/self/mounts").read_text().splitlines():
             if line.split()[1].startswith(f"{directory}/"):
                 subprocess.run(["/usr/bin/umount", "--lazy", line.split()[1]], check=False)
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def processes_of(directories: Sequence[Path]) -> Iterator[tuple[int, str]]:
@@ -89,4 +89,8 @@ def processes_of(directories: Sequence[Path]) -> Iterator[tuple[int, str]]:
 
 
 if __name__ == "__main__":
-    _reap(sys.stdin.read().splitlines())
+    kinds: dict[str, list[str]] = {"directory": [], "namespaces": []}
+    for line in sys.stdin.read().splitlines():
+        kind, _, name = line.partition(" ")
+        kinds[kind].append(name)
+    reap([Path(name) for name in kinds["directory"]], tuple(kinds["namespaces"]))

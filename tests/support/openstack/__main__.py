@@ -8,50 +8,45 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
-import json
 import shutil
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
+from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+import yaml
+
+from support.lab import until
 from support.openstack.install import REPOSITORY
 from support.openstack.lab import OpenStack, open_openstack
-from support.openstack.servers import NotUp, Server
-from support.openstack.table import INSTANCES, Lookup
+from support.openstack.servers import NotUp
 
 _DIRECTORY: Final = REPOSITORY / ".cache" / "openstack" / "up"
-_SERVERS: Final = ("neutron", "nova", "agent")
-_CONTROL: Final = "control"
+_UP_S: Final = 600.0
 _CACHE_S: Final = 600
 """Once its cache is over Nova asks Neutron for security groups, and answers 500 while that is stopped."""
 
 
-class NotBroughtUp(Exception):
-    """There is no lab in that directory, or it cannot do that."""
-
-
 def main(argv: Sequence[str]) -> int:
     """Runs one command; returns the exit status."""
-    options = vars(_parser().parse_args(argv))
-    directory = Path(options["directory"]).resolve()
+    options = _parser().parse_args(argv)
+    directory: Path = options.directory.resolve()
     directory.parent.mkdir(parents=True, exist_ok=True)
-    if options["command"] == "hold":
+    if options.command == "hold":
         _hold(directory)
         return 0
     try:
         with directory.with_name(f"{directory.name}.lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if options["command"] == "up" and _connect(directory) is None:
+            if options.command == "up" and _connect(directory) is None:
                 directory.mkdir(exist_ok=True)
                 _bring_up(directory)
             answer = _ask(directory, options)
-            if options["command"] == "down":
+            if options.command == "down":
                 shutil.rmtree(directory)
-    except (NotBroughtUp, NotUp) as error:
+    except NotUp as error:
         sys.stderr.write(f"script/openstack-lab: {error}\n")
         return 1
     sys.stdout.write(answer)
@@ -60,187 +55,110 @@ def main(argv: Sequence[str]) -> int:
 
 def _bring_up(directory: Path) -> None:
     log = directory / "holder.log"
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "support.openstack",
-        "--directory",
-        str(directory),
-        "hold",
-    ]
+    words = ("-P", "-m", "support.openstack", "--directory", str(directory), "hold")
     with log.open("w") as out:
         holder = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+            (sys.executable, *words),
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
         )
-    while _connect(directory) is None:
-        if holder.poll() is not None:
-            raise NotBroughtUp(f"the lab did not come up:\n{log.read_text()}")
-        time.sleep(0.1)
+    until(lambda: _connect(directory) or holder.poll() is not None, within_s=_UP_S, pause_s=0.1)
+    if holder.poll() is not None:
+        raise NotUp(f"the lab did not come up:\n{log.read_text()}")
 
 
-def _connect(directory: Path) -> socket.socket | None:
-    control = socket.socket(socket.AF_UNIX)
-    if control.connect_ex(str(directory / _CONTROL)) == 0:
-        return control
-    control.close()
+def _connect(directory: Path) -> Connection | None:
+    with contextlib.suppress(OSError):
+        return Client(str(directory / "control"))
     return None
 
 
-def _ask(directory: Path, options: Mapping[str, object]) -> str:
-    control = _connect(directory)
-    if control is None:
-        raise NotBroughtUp(f"there is no lab in {directory}")
-    with control, control.makefile("rw") as stream:
-        stream.write(json.dumps(options, default=str) + "\n")
-        stream.flush()
-        # The holder of a lab that is brought down closes this when all has ended.
-        answer, error = json.loads(stream.read())
-    if error:
-        raise NotBroughtUp(error)
-    return str(answer)
+def _ask(directory: Path, options: argparse.Namespace) -> str:
+    connection = _connect(directory)
+    if connection is None:
+        raise NotUp(f"there is no lab in {directory}")
+    with connection:
+        connection.send(options)
+        answer: str | NotUp = connection.recv()
+    if isinstance(answer, NotUp):
+        raise answer
+    return answer
 
 
 def _hold(directory: Path) -> None:
     """Hold a lab and do what is asked at its socket, until it is brought down."""
-    path = directory / _CONTROL
+    path = directory / "control"
     with contextlib.ExitStack() as stack:
         lab = stack.enter_context(open_openstack(directory, nova_cache_s=_CACHE_S))
-        lab.start_agent()
-        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
         path.unlink(missing_ok=True)
-        listener.bind(str(path))
-        listener.listen()
+        listener = stack.enter_context(Listener(str(path)))
         while True:
-            asker, _ = listener.accept()
-            with contextlib.suppress(OSError, ValueError), asker, asker.makefile("rw") as stream:
-                options = json.loads(stream.readline())
-                if options["command"] == "down":
+            # Whoever waits for the lab to come up connects and asks nothing.
+            with contextlib.suppress(OSError, EOFError), listener.accept() as asker:
+                options = asker.recv()
+                if options.command == "down":
                     stack.close()
-                stream.write(json.dumps(_answer(lab, options)))
-                if options["command"] == "down":
-                    break
+                    asker.send("the lab is gone\n")
+                    return
+                asker.send(_answer(lab, options))
 
 
-def _answer(lab: OpenStack, options: Mapping[str, Any]) -> tuple[str, str]:
-    """What to write, and why the command failed, if so."""
-    servers = _servers(lab)
+def _answer(lab: OpenStack, options: argparse.Namespace) -> str | NotUp:
+    """What to write, or why the command failed."""
+    servers = lab.servers
     try:
-        match options["command"]:
+        match options.command:
             case "up":
-                for name in _SERVERS:
-                    _start(lab, servers[name])
-                return _text(lab), ""
-            case "status":
-                return (
-                    json.dumps(_shape(lab), indent=2) + "\n" if options["json"] else _text(lab)
-                ), ""
-            case "front":
-                return _front(lab, options), ""
+                for server in servers.values():
+                    server.start()
             case "start":
-                _start(lab, servers[options["server"]])
+                servers[options.server].start()
             case "stop":
-                servers[options["server"]].stop()
+                servers[options.server].stop()
+            case "front":
+                ids = lab.seed.routers if options.kind == "router" else lab.seed.networks
+                if options.name not in ids:
+                    return NotUp(f"there is no {options.name}, but: {', '.join(ids)}")
+                return lab.front.config(
+                    options.kind, ids[options.name], socket=lab.place.agent_socket
+                )
             case _:
-                return "the lab is gone\n", ""
-    except (NotBroughtUp, NotUp) as error:
-        return "", str(error)
-    return "", ""
+                pass
+    except NotUp as error:
+        return error
+    return _status(lab) if options.command in {"up", "status"} else ""
 
 
-def _servers(lab: OpenStack) -> dict[str, Server]:
-    return dict(zip(_SERVERS, (lab.neutron, lab.nova.server, lab.agent), strict=True))
-
-
-def _start(lab: OpenStack, server: Server) -> None:
-    if server is lab.agent:
-        lab.start_agent()
-    elif not server.running:
-        server.start()
-
-
-def _where(lab: OpenStack) -> dict[str, tuple[str, int | None]]:
-    """The address and pid of each server."""
-    places = lab.neutron_url, lab.nova_url, f"unix:{lab.place.agent_socket}"
-    pids = (each.pid if each.running else None for each in _servers(lab).values())
-    return dict(zip(_SERVERS, zip(places, pids, strict=True), strict=True))
-
-
-def _front(lab: OpenStack, options: Mapping[str, Any]) -> str:
-    kind, name = options["kind"], options["name"]
-    ids = lab.seed.routers if kind == "router" else lab.seed.networks
-    if name not in ids:
-        raise NotBroughtUp(f"there is no {name}, but: {', '.join(ids)}")
-    return lab.front.config(
-        kind,
-        ids[name],
-        socket=Path(options["socket"] or lab.place.agent_socket),
-        bind_address=options["bind_address"],
-        port=options["port"],
-    )
-
-
-def _text(lab: OpenStack) -> str:
+def _status(lab: OpenStack) -> str:
+    """Where everything is and who must get what, for people and programs."""
     place = lab.place
-    running = [(name, at, f"pid {pid or '-'}") for name, (at, pid) in _where(lab).items()]
-    files = [
-        ("secret", lab.secret),
-        ("secret file", str(place.path / "secret")),
-        ("openstacksdk", f"OS_CLIENT_CONFIG_FILE={place.path / 'clouds.yaml'} OS_CLOUD=lab"),
-        ("agent's files", f"{place.etc / 'neutron.conf'} {place.etc / 'metadata_agent.ini'}"),
-        ("logs", str(place.log)),
-    ]
-    networks = [(name, ident) for name, ident in lab.seed.networks.items()]
-    routers = [(name, ident) for name, ident in lab.seed.routers.items()]
-    instances = [(one.name, one.uuid, one.project_id) for one in INSTANCES]
-    rows = [
-        (row.scope, row.address, row.instance.name if row.instance else "-") for row in lab.lookups
-    ]
-    parts = (
-        _table(("SERVER", "ADDRESS", ""), running),
-        _table(("WHAT", ""), files),
-        _table(("NETWORK", "ID"), networks),
-        _table(("ROUTER", "ID"), routers),
-        _table(("INSTANCE", "UUID", "PROJECT"), instances),
-        _table(("NETWORK OR ROUTER", "ADDRESS", "INSTANCE"), rows),
-    )
-    return "\n".join(parts)
-
-
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [head, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    return "".join(
-        "  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip()
-        + "\n"
-        for line in lines
-    )
-
-
-def _shape(lab: OpenStack) -> dict[str, object]:
-    return {
-        "servers": {name: {"at": at, "pid": pid} for name, (at, pid) in _where(lab).items()},
-        "directory": str(lab.place.path),
+    at = {"neutron": lab.neutron_url, "nova": lab.nova_url, "agent": f"unix:{place.agent_socket}"}
+    shape = {
+        "servers": {
+            name: {"at": at[name], "pid": server.pid if server.running else None}
+            for name, server in lab.servers.items()
+        },
         "secret": lab.secret,
+        "openstacksdk": f"OS_CLIENT_CONFIG_FILE={lab.clouds_yaml} OS_CLOUD=lab",
+        "agent's files": [f"{place.etc}/neutron.conf", f"{place.etc}/metadata_agent.ini"],
         "networks": dict(lab.seed.networks),
         "routers": dict(lab.seed.routers),
-        "lookups": [_row(row) for row in lab.lookups],
+        "instances": {
+            one.name: {"uuid": one.uuid, "project": one.project_id}
+            for one in lab.instances.values()
+        },
+        "answers": [
+            {
+                "at": row.scope,
+                "address": row.address,
+                "instance": row.instance.name if row.instance else None,
+            }
+            for row in lab.lookups
+        ],
     }
-
-
-def _row(row: Lookup) -> dict[str, object]:
-    return {
-        "network_id": row.network_id,
-        "router_id": row.router_id,
-        "address": row.address,
-        "instance": row.instance.name if row.instance else None,
-        "uuid": row.instance.uuid if row.instance else None,
-        "project_id": row.project_id or None,
-    }
-
-
-def _absolute(text: str) -> Path:
-    return Path(text).absolute()
+    return yaml.safe_dump(shape, sort_keys=False, default_flow_style=None, width=120)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -249,24 +167,18 @@ def _parser() -> argparse.ArgumentParser:
         "--directory", type=Path, default=_DIRECTORY, help="where the lab lives (%(default)s)"
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser(
-        "up", help="start Nova, Neutron and Neutron's metadata agent, and tell where"
-    )
+    commands.add_parser("up", help="start Nova, Neutron and Neutron's metadata agent")
+    commands.add_parser("status", help="print where everything is and who must get what")
     commands.add_parser("down", help="end all of it and forget it")
     commands.add_parser("hold")
-    status = commands.add_parser("status", help="tell where everything is and who must get what")
-    status.add_argument("--json", action="store_true", help="for programs")
     for verb in ("start", "stop"):
         one = commands.add_parser(verb, help=f"{verb} one server")
-        one.add_argument("server", choices=_SERVERS)
+        one.add_argument("server", choices=("neutron", "nova", "agent"))
     front = commands.add_parser(
         "front", help="print the HAProxy configuration that Neutron's agents write"
     )
     front.add_argument("kind", choices=("network", "router", "ovn"))
     front.add_argument("name", help="of the network or router")
-    front.add_argument("--socket", type=_absolute, help="of the metadata agent (the lab's own)")
-    front.add_argument("--bind-address", default="169.254.169.254")
-    front.add_argument("--port", type=int, default=80)
     return parser
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
-from support.lab import Lab, within
+from support.lab import Lab, run, within
 from support.openstack.install import INSIDE, environments
 from support.openstack.processes import Place
 from support.patience import patience
@@ -98,29 +97,16 @@ class Fronts:
         self.lab.furnish(name)
         file = self.state / f"{name}.conf"
         pid_file = self.state / f"{name}.pid"
-        config = self.writer.config(
-            kind,
-            name,
-            socket=self.socket,
-            state_path=self.state,
-            pid_file=pid_file,
-            **options,
-        )
-        file.write_text(config)
-        program = shutil.which("haproxy", path="/usr/sbin:/usr/bin")
-        assert program is not None
-        words = (*within(self.lab.name(name)), program, "-f", str(file))
-        done = subprocess.run(words, capture_output=True, check=False)
-        assert done.returncode == 0, done.stderr.decode()
+        places: dict[str, object] = {"state_path": self.state, "pid_file": pid_file}
+        file.write_text(self.writer.config(kind, name, socket=self.socket, **places, **options))
+        run(*within(self.lab.name(name)), "haproxy", "-f", str(file))
 
 
 @contextlib.contextmanager
 def open_fronts(lab: Lab, directory: Path, socket: Path) -> Iterator[Fronts]:
     """They end with the lab's namespaces."""
     with contextlib.ExitStack() as stack:
-        installed = environments()
-        stack.callback(installed.made.release)
-        writer = FrontWriter(Place(directory, installed))
+        writer = FrontWriter(Place(directory, environments()))
         stack.callback(writer.close)
         state = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="imdst-")))
         yield Fronts(lab, writer, socket, state)

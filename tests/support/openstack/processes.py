@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import http.client
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from imdsproxy.host.socket_file import find_socket_holder
-from support.openstack.install import INSIDE, Environments, run
+from support.lab import run
+from support.openstack.install import INSIDE, Environments
 from support.openstack.neutron_rest import ask
 from support.openstack.servers import Server, ends_with_us
 from support.openstack.settings import VENDOR_DATA, render_agent, render_neutron, render_nova
 
 _AGENT: Final = "metadata_agent.py"
 _THREADS: Final = 4
+_MAKE_S: Final = 600.0
 # Nova's programs run on threads, as its WSGI applications do; without this nova-manage's parts patch for eventlet.
 _ON_THREADS: Final = {"OS_NOVA_DISABLE_EVENTLET_PATCHING": "1"}
 
@@ -58,31 +59,30 @@ class Place:
 
     def run_inside(self, name: str, script: str, *arguments: str, stdin: str = "") -> str:
         """Runs one of the scripts that import Nova or Neutron in its environment; its output."""
-        python = str(self.environments.python(name))
-        argv = [python, "-W", "ignore", str(INSIDE / script), *arguments]
-        return run(argv, cwd=self.path, environment=_ON_THREADS, stdin=stdin)
+        words = (str(self.environments.python(name)), "-W", "ignore", str(INSIDE / script))
+        return run(
+            *words,
+            *arguments,
+            cwd=self.path,
+            stdin=stdin,
+            timeout_s=_MAKE_S,
+            environment=_ON_THREADS,
+        )
 
 
 def nova_server(place: Place, name: str, *, port: int) -> Server:
     """The metadata API whose settings `write_nova` has written under the same name."""
-    environment = {
-        "OS_NOVA_CONFIG_DIR": str(place.etc),
-        # The first must be the one for paste.
-        "OS_NOVA_CONFIG_FILES": f"api-paste.ini;{name}.conf",
-    }
+    # The first must be the one for paste.
+    files = f"api-paste.ini;{name}.conf"
     module = ("--module", "nova.wsgi.metadata:application")
-    return _wsgi(place, name, "nova", module, environment, port=port, ready="/")
+    return _wsgi(place, name, "nova", module, files, port=port, ready="/")
 
 
 def neutron_server(place: Place, *, port: int) -> Server:
     """The REST API."""
-    environment = {
-        "OS_NEUTRON_CONFIG_DIR": str(place.etc),
-        "OS_NEUTRON_CONFIG_FILES": "neutron.conf",
-    }
     module = ("--wsgi-file", str(INSIDE / "neutron_app.py"))
-    ready = "/v2.0/networks"
-    return _wsgi(place, "neutron", "neutron", module, environment, port=port, ready=ready)
+    files, ready = "neutron.conf", "/v2.0/networks"
+    return _wsgi(place, "neutron", "neutron", module, files, port=port, ready=ready)
 
 
 def agent_server(place: Place, *, nova_port: int, secret: str) -> Server:
@@ -99,7 +99,6 @@ def agent_server(place: Place, *, nova_port: int, secret: str) -> Server:
         environment={},
         log=place.log / "agent.log",
         is_up=lambda: _agent_listens(place.agent_socket),
-        keep=(place.environments.made.lock,),
     )
 
 
@@ -114,12 +113,12 @@ def _wsgi(
     name: str,
     package: str,
     module: tuple[str, str],
-    environment: dict[str, str],
+    files: str,
     *,
     port: int,
     ready: str,
 ) -> Server:
-    argv: Sequence[str] = (
+    argv = [
         *ends_with_us(),
         str(place.environments.uwsgi(package)),
         # As devstack runs them.
@@ -128,16 +127,16 @@ def _wsgi(
         *(*module, "--need-app"),
         *("--processes", "1", "--threads", str(_THREADS), "--buffer-size", "65535"),
         *("--reuse-port", "--die-on-term"),
-    )
+    ]
     url = f"http://127.0.0.1:{port}"
+    option = f"OS_{package.upper()}_CONFIG"
     return Server(
         name=name,
-        argv=list(argv),
+        argv=argv,
         cwd=place.path,
-        environment=environment,
+        environment={f"{option}_DIR": str(place.etc), f"{option}_FILES": files},
         log=place.log / f"{name}.log",
         is_up=lambda: _answers(url, ready),
-        keep=(place.environments.made.lock,),
     )
 
 

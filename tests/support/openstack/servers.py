@@ -9,7 +9,6 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -25,10 +24,6 @@ class NotUp(Exception):
     """A server of the lab did not come up, or ended."""
 
 
-# The kernel takes a thread that ends for a parent that ends: whatever thread asks, this one starts the servers.
-_STARTER: Final = ThreadPoolExecutor(max_workers=1, thread_name_prefix="openstack-servers")
-
-
 def free_port() -> socket.socket:
     """A port of loopback that nobody else gets while the socket is open; servers take it with SO_REUSEPORT.
 
@@ -41,7 +36,7 @@ def free_port() -> socket.socket:
 
 
 def ends_with_us() -> list[str]:
-    """A prefix of a command line: the kernel kills the program when who started it has ended."""
+    """A prefix of a command line: the kernel kills the program when the thread that started it has ended."""
     return ["setpriv", "--pdeathsig", "KILL", "--"]
 
 
@@ -56,7 +51,6 @@ class Server:
         environment: Beside this process's own.
         log: Where it writes; grows over restarts.
         is_up: Whether it answers.
-        keep: Descriptors that it inherits, by whose locks it keeps what it uses.
     """
 
     name: str
@@ -65,7 +59,6 @@ class Server:
     environment: Mapping[str, str]
     log: Path
     is_up: Callable[[], bool]
-    keep: tuple[int, ...] = ()
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     @property
@@ -81,7 +74,7 @@ class Server:
     def launch(self) -> None:
         """Starts it and does not wait; nothing if it runs."""
         if not self.running:
-            self.process = _STARTER.submit(self._open).result()
+            self.process = self._open()
 
     def wait_up(self) -> None:
         """Waits until it answers.
@@ -104,7 +97,6 @@ class Server:
         """Ends it as an operator would: SIGTERM, and SIGKILL when that does not help."""
         if self.process is None:
             return
-        self._signal(signal.SIGCONT)
         self._signal(signal.SIGTERM)
         try:
             self.process.wait(_END_S)
@@ -120,23 +112,6 @@ class Server:
         self.process.wait()
         self.process = None
 
-    def restart(self) -> None:
-        self.stop()
-        self.start()
-
-    def pause(self) -> None:
-        """SIGSTOP: from now on it takes connections and answers nobody."""
-        self._signal(signal.SIGSTOP)
-        deadline = time.monotonic() + _END_S
-        # On a busy machine a thread of it may answer before the one that gets the signal has run.
-        while not all(_is_stopped(thread) for thread in Path(f"/proc/{self.pid}/task").iterdir()):
-            if time.monotonic() > deadline:
-                raise NotUp(f"{self.name} does not stop")
-            time.sleep(_PAUSE_S)
-
-    def resume(self) -> None:
-        self._signal(signal.SIGCONT)
-
     def _open(self) -> subprocess.Popen[bytes]:
         with self.log.open("ab") as log:
             return subprocess.Popen(
@@ -147,14 +122,9 @@ class Server:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                pass_fds=self.keep,
             )
 
     def _signal(self, number: signal.Signals) -> None:
         if self.process is not None and self.process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 self.process.send_signal(number)
-
-
-def _is_stopped(thread: Path) -> bool:
-    return (thread / "stat").read_text().rpartition(")")[2].split()[0] == "T"

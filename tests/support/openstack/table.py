@@ -63,7 +63,7 @@ class PortPlan:
 
     Attributes:
         device_id: The instance's uuid, or what stands there instead; `{network_id}` is filled in.
-        groups: Names of security groups; None for the project's default group.
+        web: In the security group `web`, and not in the project's default group.
     """
 
     network: str
@@ -72,7 +72,7 @@ class PortPlan:
     project_id: str
     device_id: str = ""
     device_owner: str = ""
-    groups: tuple[str, ...] | None = None
+    web: bool = False
 
     @property
     def link_local(self) -> str:
@@ -102,7 +102,7 @@ class Seed:
     ports: tuple[Port, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Lookup:
     """One row of the table of truth: who asks from this address, in this network or behind this router.
 
@@ -111,17 +111,15 @@ class Lookup:
         network_id, router_id: Exactly one is set.
         instance: Who it is; None where nobody must get anything.
         device_id, project_id: Of the port, if there is one.
-        nova_status: What Nova answers for device and project; None where there is nothing to ask Nova.
     """
 
     scope: str
     network_id: str | None
     router_id: str | None
     address: str
-    instance: Instance | None
-    device_id: str
-    project_id: str
-    nova_status: int | None
+    instance: Instance | None = None
+    device_id: str = ""
+    project_id: str = ""
 
     @property
     def name(self) -> str:
@@ -192,18 +190,11 @@ _RED_2: Final = Instance(
 )
 INSTANCES: Final = (_BLUE_1, _BLUE_2, _BLUE_3, _GREEN_1, _RED_1, _RED_2)
 
-_GHOST: Final = "dddddddd-0001-4000-8000-000000000001"
 # One MAC in three networks: their link-local addresses overlap, too.
 _SHARED_MAC: Final = "fa:16:3e:00:00:05"
 
 
-def _of(
-    instance: Instance,
-    network: str,
-    *addresses: str,
-    mac: str,
-    groups: tuple[str, ...] | None = None,
-) -> PortPlan:
+def _of(instance: Instance, network: str, *addresses: str, mac: str, web: bool = False) -> PortPlan:
     return PortPlan(
         network=network,
         addresses=addresses,
@@ -211,68 +202,50 @@ def _of(
         project_id=instance.project_id,
         device_id=instance.uuid,
         device_owner="compute:nova",
-        groups=groups,
+        web=web,
     )
 
 
 _GUEST_PORTS: Final = (
     _of(_BLUE_1, "net-blue", "10.0.0.5", "fd00:1::5", mac=_SHARED_MAC),
-    _of(_BLUE_2, "net-blue", "10.0.0.6", mac="fa:16:3e:00:00:06", groups=("web",)),
-    _of(_BLUE_2, "net-blue2", "10.0.1.6", mac="fa:16:3e:00:01:06", groups=("web",)),
+    _of(_BLUE_2, "net-blue", "10.0.0.6", mac="fa:16:3e:00:00:06", web=True),
+    _of(_BLUE_2, "net-blue2", "10.0.1.6", mac="fa:16:3e:00:01:06", web=True),
     _of(_BLUE_3, "net-blue2", "10.0.1.7", "10.0.1.8", mac="fa:16:3e:00:01:07"),
     _of(_GREEN_1, "net-green", "10.0.0.5", mac=_SHARED_MAC),
     _of(_RED_1, "net-red", "10.0.0.5", "fd00:1::5", mac=_SHARED_MAC),
     _of(_RED_2, "net-red", "10.0.0.6", mac="fa:16:3e:00:00:06"),
 )
 
-_BARE_PORTS: Final = (
-    # A device that Nova does not know.
+_BARE_PORTS: Final = tuple(
     PortPlan(
         network="net-blue",
-        addresses=("10.0.0.66",),
-        mac="fa:16:3e:00:00:66",
+        addresses=(f"10.0.0.{number}",),
+        mac=f"fa:16:3e:00:00:{number:02}",
         project_id=BLUE,
-        device_id=_GHOST,
-        device_owner="compute:nova",
-    ),
-    # No device at all.
-    PortPlan(
-        network="net-blue", addresses=("10.0.0.77",), mac="fa:16:3e:00:00:77", project_id=BLUE
-    ),
-    # OVN's own port for metadata.
-    PortPlan(
-        network="net-blue",
-        addresses=("10.0.0.2",),
-        mac="fa:16:3e:00:00:02",
-        project_id=BLUE,
-        device_id="ovnmeta-{network_id}",
-        device_owner="network:distributed",
-    ),
-    # Another project's instance on a port of this project: Nova must refuse.
-    PortPlan(
-        network="net-blue",
-        addresses=("10.0.0.88",),
-        mac="fa:16:3e:00:00:88",
-        project_id=BLUE,
-        device_id=_RED_2.uuid,
-        device_owner="compute:nova",
-        groups=(),
-    ),
+        device_id=device_id,
+        device_owner=owner,
+    )
+    for number, device_id, owner in (
+        # A device that Nova does not know.
+        (66, "dddddddd-0001-4000-8000-000000000001", "compute:nova"),
+        # No device at all.
+        (77, "", ""),
+        # OVN's own port for metadata.
+        (2, "ovnmeta-{network_id}", "network:distributed"),
+        # Another project's instance on a port of this project: Nova must refuse.
+        (88, _RED_2.uuid, "compute:nova"),
+    )
 )
 PORTS: Final = (*_GUEST_PORTS, *_BARE_PORTS)
 
-# Addresses that no port has, though another network may have them.
-_NOBODY: Final = (
-    ("net-blue", "10.0.0.250"),
-    ("net-green", "10.0.0.6"),
-    ("net-green", "fd00:1::5"),
-    ("net-red", "10.0.0.66"),
-)
-_NOBODY_BEHIND: Final = (
-    ("r-blue", "10.0.0.250"),
-    ("r-red", "10.0.1.7"),
-    ("r-red", "10.0.0.66"),
-)
+# Addresses that no port has there, though another network may have them.
+_NOBODY: Final = {
+    "net-blue": ("10.0.0.250",),
+    "net-green": ("10.0.0.6", "fd00:1::5"),
+    "net-red": ("10.0.0.66",),
+    "r-blue": ("10.0.0.250",),
+    "r-red": ("10.0.1.7", "10.0.0.66"),
+}
 
 
 def lookups_of(seed: Seed) -> tuple[Lookup, ...]:
@@ -281,50 +254,18 @@ def lookups_of(seed: Seed) -> tuple[Lookup, ...]:
 
 
 def _rows(seed: Seed) -> Iterator[Lookup]:
-    for plan in PORTS:
-        network_id = seed.networks[plan.network]
-        for address in _addresses(plan):
-            yield _row(plan.network, network_id, None, address, plan)
-    for name, address in _NOBODY:
-        yield _row(name, seed.networks[name], None, address, None)
-    for router in ROUTERS:
+    behind = {one.name: one.networks for one in ROUTERS}
+    instances = {(one.uuid, one.project_id): one for one in INSTANCES}
+    for scope in (*(one.name for one in NETWORKS), *behind):
+        where = (scope, seed.networks.get(scope), seed.routers.get(scope))
         for plan in PORTS:
-            if plan.network in router.networks:
-                network_id = seed.networks[plan.network]
-                for address in _addresses(plan):
-                    yield _row(router.name, network_id, seed.routers[router.name], address, plan)
-    for name, address in _NOBODY_BEHIND:
-        yield _row(name, "", seed.routers[name], address, None)
-
-
-def _addresses(plan: PortPlan) -> tuple[str, ...]:
-    return (*plan.addresses, plan.link_local)
-
-
-def _row(
-    scope: str, network_id: str, router_id: str | None, address: str, plan: PortPlan | None
-) -> Lookup:
-    instance = None
-    if plan is not None:
-        instance = next(
-            (
-                one
-                for one in INSTANCES
-                if (one.uuid, one.project_id) == (plan.device_id, plan.project_id)
-            ),
-            None,
-        )
-    device_id = "" if plan is None else plan.device_id.format(network_id=network_id)
-    return Lookup(
-        scope=scope,
-        network_id=network_id if router_id is None else None,
-        router_id=router_id,
-        address=address,
-        instance=instance,
-        device_id=device_id,
-        project_id="" if plan is None else plan.project_id,
-        nova_status=None if not device_id else 404 if instance is None else 200,
-    )
+            if plan.network in behind.get(scope, (scope,)):
+                device_id = plan.device_id.format(network_id=seed.networks[plan.network])
+                instance = instances.get((plan.device_id, plan.project_id))
+                for address in (*plan.addresses, plan.link_local):
+                    yield Lookup(*where, address, instance, device_id, plan.project_id)
+        for address in _NOBODY.get(scope, ()):
+            yield Lookup(*where, address)
 
 
 _ANY: Final = Seed(

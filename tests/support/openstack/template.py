@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
-from support.openstack.install import INSIDE, Environments, Made, made_once, stamp_of
+from support.openstack.install import INSIDE, Environments, made_once, stamp_of
 from support.openstack.neutron_rest import NeutronClient
 from support.openstack.processes import Place, neutron_server
 from support.openstack.servers import free_port
@@ -29,14 +29,14 @@ from support.openstack.table import (
 _SEED: Final = "seed.json"
 
 
-def _template(environments: Environments) -> Made:
+def _template(environments: Environments) -> Path:
     """The directory with the databases and the seed, for these environments and this table."""
     here = Path(__file__)
     files = (
         *(here.with_name(f"{name}.py") for name in ("template", "table", "settings", "processes")),
         *(INSIDE / f"{name}.py" for name in ("make_nova", "make_neutron", "seed_nova")),
     )
-    stamp = stamp_of(files, environments.made.path.name)
+    stamp = stamp_of(files, environments.path.name)
     return made_once("template", stamp, lambda path: _make(path, environments))
 
 
@@ -45,12 +45,8 @@ def fill(place: Place) -> Seed:
     place.prepare()
     if not (place.path / _SEED).exists():
         made = _template(place.environments)
-        try:
-            shutil.rmtree(place.path / "db")
-            shutil.copytree(made.path / "db", place.path / "db")
-            shutil.copy(made.path / _SEED, place.path)
-        finally:
-            made.release()
+        shutil.copytree(made / "db", place.path / "db", dirs_exist_ok=True)
+        shutil.copy(made / _SEED, place.path)
     return _parse(json.loads((place.path / _SEED).read_text()))
 
 
@@ -75,12 +71,31 @@ def _make(path: Path, environments: Environments) -> None:
 
 
 def _sow(rest: NeutronClient) -> Seed:
-    networks, subnets = _sow_networks(rest)
-    routers = _sow_routers(rest, networks, subnets)
+    networks: dict[str, str] = {}
+    subnets: dict[str, str] = {}
+    routers: dict[str, str] = {}
+    for net in NETWORKS:
+        own = {"project_id": net.project_id}
+        made = rest.create("network", name=net.name, router__external=net.external, **own)
+        networks[net.name] = own["network_id"] = made["id"]
+        four = {"ip_version": 4, "cidr": net.cidr4, "dns_nameservers": ["192.0.2.53"]}
+        subnets[net.name] = rest.create("subnet", **own, **four)["id"]
+        if net.cidr6 is not None:
+            six = {"ip_version": 6, "cidr": net.cidr6}
+            modes = dict.fromkeys(("ipv6_ra_mode", "ipv6_address_mode"), "dhcpv6-stateful")
+            rest.create("subnet", **own, **six, **modes)
+    for router in ROUTERS:
+        gateway = {"network_id": networks["net-ext"]}
+        own = {"name": router.name, "project_id": router.project_id}
+        made = rest.create("router", external_gateway_info=gateway, **own)
+        routers[router.name] = made["id"]
+        for name in router.networks:
+            path = f"/routers/{made['id']}/add_router_interface"
+            rest.send("PUT", path, {"subnet_id": subnets[name]})
     # Neutron makes it when somebody first lists groups. Two who do at once lock SQLite, and Nova answers 500.
     rest.list("security_group")
-    groups = {"web": rest.create("security_group", name="web", project_id=BLUE)["id"]}
-    ports = tuple(_sow_port(rest, plan, networks, subnets, groups) for plan in PORTS)
+    web = rest.create("security_group", name="web", project_id=BLUE)["id"]
+    ports = tuple(_sow_port(rest, plan, networks[plan.network], web) for plan in PORTS)
     rest.create(
         "floatingip",
         floating_network_id=networks["net-ext"],
@@ -90,74 +105,19 @@ def _sow(rest: NeutronClient) -> Seed:
     return Seed(networks=networks, routers=routers, ports=ports)
 
 
-def _sow_networks(rest: NeutronClient) -> tuple[dict[str, str], dict[str, str]]:
-    networks: dict[str, str] = {}
-    subnets: dict[str, str] = {}
-    for plan in NETWORKS:
-        common = {"project_id": plan.project_id}
-        made = rest.create("network", name=plan.name, router__external=plan.external, **common)
-        networks[plan.name] = made["id"]
-        common["network_id"] = made["id"]
-        name = f"{plan.name}-v4"
-        four = {"ip_version": 4, "cidr": plan.cidr4, "dns_nameservers": ["192.0.2.53"]}
-        subnets[name] = rest.create("subnet", name=name, **common, **four)["id"]
-        if plan.cidr6 is not None:
-            name = f"{plan.name}-v6"
-            mode = "dhcpv6-stateful"
-            six = {"ip_version": 6, "cidr": plan.cidr6}
-            modes = {"ipv6_ra_mode": mode, "ipv6_address_mode": mode}
-            subnets[name] = rest.create("subnet", name=name, **common, **six, **modes)["id"]
-    return networks, subnets
-
-
-def _sow_routers(
-    rest: NeutronClient, networks: dict[str, str], subnets: dict[str, str]
-) -> dict[str, str]:
-    routers = {}
-    for plan in ROUTERS:
-        made = rest.create(
-            "router",
-            name=plan.name,
-            project_id=plan.project_id,
-            external_gateway_info={"network_id": networks["net-ext"]},
-        )
-        routers[plan.name] = made["id"]
-        for network in plan.networks:
-            path = f"/routers/{made['id']}/add_router_interface"
-            rest.send("PUT", path, {"subnet_id": subnets[f"{network}-v4"]})
-    return routers
-
-
-def _sow_port(
-    rest: NeutronClient,
-    plan: PortPlan,
-    networks: dict[str, str],
-    subnets: dict[str, str],
-    groups: dict[str, str],
-) -> Port:
-    network_id = networks[plan.network]
+def _sow_port(rest: NeutronClient, plan: PortPlan, network_id: str, web: str) -> Port:
     device_id = plan.device_id.format(network_id=network_id)
-    attributes: dict[str, object] = {
-        "network_id": network_id,
-        "project_id": plan.project_id,
-        "mac_address": plan.mac,
-        "fixed_ips": [
-            {
-                "ip_address": address,
-                "subnet_id": subnets[f"{plan.network}-v{6 if ':' in address else 4}"],
-            }
-            for address in plan.addresses
-        ],
-    }
-    if device_id:
-        attributes |= {
-            "device_id": device_id,
-            "device_owner": plan.device_owner,
-            "binding:host_id": "lab",
-        }
-    if plan.groups is not None:
-        attributes["security_groups"] = [groups[name] for name in plan.groups]
-    made = rest.create("port", **attributes)
+    made = rest.create(
+        "port",
+        network_id=network_id,
+        project_id=plan.project_id,
+        mac_address=plan.mac,
+        fixed_ips=[{"ip_address": address} for address in plan.addresses],
+        device_id=device_id,
+        device_owner=plan.device_owner,
+        binding__host_id="lab",
+        **({"security_groups": [web]} if plan.web else {}),
+    )
     return Port(id=made["id"], network_id=network_id, device_id=device_id, plan=plan)
 
 
@@ -165,7 +125,8 @@ def _instances() -> list[dict[str, object]]:
     """What `inside/seed_nova.py` reads."""
     plans: list[dict[str, object]] = []
     for one in INSTANCES:
-        ports = [plan for plan in PORTS if _belongs(plan, one.uuid, one.project_id)]
+        own = (one.uuid, one.project_id)
+        macs = [plan.mac for plan in PORTS if (plan.device_id, plan.project_id) == own]
         data = one.user_data
         plans.append(
             {
@@ -175,15 +136,11 @@ def _instances() -> list[dict[str, object]]:
                 "user_data": None if data is None else base64.b64encode(data).decode(),
                 "metadata": dict(one.metadata),
                 "public_key": PUBLIC_KEY if one.keyed else None,
-                "tagged_mac": ports[0].mac if one.tagged else None,
-                "ports": len(ports),
+                "tagged_mac": macs[0] if one.tagged else None,
+                "ports": len(macs),
             }
         )
     return plans
-
-
-def _belongs(plan: PortPlan, uuid: str, project_id: str) -> bool:
-    return (plan.device_id, plan.project_id) == (uuid, project_id)
 
 
 def _parse(shape: dict[str, Any]) -> Seed:

@@ -12,18 +12,7 @@ from support.lab import Lab, batch, ip, within
 
 _DNSMASQ: Final = "/usr/sbin/dnsmasq"
 _STOP_S: Final = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class DhcpServer:
-    """A dnsmasq."""
-
-    process: subprocess.Popen[bytes]
-    log: Path
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(_STOP_S)
+_SUBNET: Final = "192.168.122"
 
 
 @dataclass(slots=True)
@@ -36,47 +25,30 @@ class VmHost:
 
     lab: Lab
     directory: Path
-    _servers: list[DhcpServer] = field(default_factory=list)
+    _servers: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
-    def nat_network(
-        self, bridge: str, subnet: str = "192.168.122", options: Sequence[str] = ()
-    ) -> None:
+    def nat_network(self, bridge: str, options: Sequence[str] = ()) -> None:
         """A bridge on which the host is the guests' gateway, DHCP as libvirt's `default` network has it.
 
         Args:
             options: More of dnsmasq's.
         """
-        batch(
-            self.lab.host,
-            [
-                f"link add {bridge} type bridge stp_state 0 forward_delay 0",
-                f"link set {bridge} up",
-                f"address add {subnet}.1/24 dev {bridge}",
-            ],
-        )
-        self.serve_dhcp(self.lab.host, bridge, subnet, *options)
+        batch(self.lab.host, [*_bridge(bridge), f"address add {_SUBNET}.1/24 dev {bridge}"])
+        self.serve_dhcp(self.lab.host, bridge, _SUBNET, *options)
 
-    def isolated_network(
-        self, bridge: str, subnet: str = "192.168.122", options: Sequence[str] = ()
-    ) -> None:
+    def isolated_network(self, bridge: str, options: Sequence[str] = ()) -> None:
         """A bridge on which the host has no address; somebody else's machine on it serves DHCP, without a gateway.
 
         Args:
             options: More of dnsmasq's.
         """
         server = self.lab.namespace(f"{bridge}-dhcp")
-        batch(
-            self.lab.host,
-            [
-                f"link add {bridge} type bridge stp_state 0 forward_delay 0",
-                f"link set {bridge} up",
-                f"link add {bridge}-d up master {bridge} type veth peer name eth0 netns {server}",
-            ],
-        )
-        batch(server, ["link set eth0 up", f"address add {subnet}.2/24 dev eth0"])
-        self.serve_dhcp(server, "eth0", subnet, "--dhcp-option=option:router", *options)
+        veth = f"link add {bridge}-d up master {bridge} type veth peer name eth0 netns {server}"
+        batch(self.lab.host, [*_bridge(bridge), veth])
+        batch(server, ["link set eth0 up", f"address add {_SUBNET}.2/24 dev eth0"])
+        self.serve_dhcp(server, "eth0", _SUBNET, "--dhcp-option=option:router", *options)
 
-    def serve_dhcp(self, namespace: str, device: str, subnet: str, *options: str) -> DhcpServer:
+    def serve_dhcp(self, namespace: str, device: str, subnet: str, *options: str) -> None:
         """Start a dnsmasq in a namespace, on a device that has an address of the subnet."""
         name = f"{namespace}-{device}"
         log = self.directory / f"{name}.dnsmasq.log"
@@ -97,15 +69,13 @@ class VmHost:
                 stderr=sink,
                 start_new_session=True,
             )
-        server = DhcpServer(process, log)
-        self._servers.append(server)
-        return server
+        self._servers.append(process)
 
     def close(self) -> None:
         """End the DHCP servers; the rest goes with the lab."""
         for server in self._servers:
-            server.stop()
-        self._servers.clear()
+            server.terminate()
+            server.wait(_STOP_S)
 
     def guest_port(self, bridge: str, name: str, mac: str) -> str:
         """A namespace in place of a guest: `eth0` on the bridge, without any address."""
@@ -116,3 +86,8 @@ class VmHost:
         )
         ip("-n", namespace, "link", "set", "eth0", "up")
         return namespace
+
+
+def _bridge(name: str) -> list[str]:
+    plain = "stp_state 0 forward_delay 0"
+    return [f"link add {name} type bridge {plain}", f"link set {name} up"]

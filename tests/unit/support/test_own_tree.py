@@ -18,18 +18,6 @@ def test_this_process_and_the_programs_that_it_starts_have_this_clones_package()
     assert foreign_programs(_REPOSITORY) is None
 
 
-def test_an_environment_that_was_copied_is_noticed_by_its_scripts(tmp_path: Path) -> None:
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/python").symlink_to(sys.executable)
-    shutil.copy(Path(sys.executable).with_name("imdsproxy"), tmp_path / "bin")
-    (tmp_path / "pyvenv.cfg").write_text("home = /usr/bin\n")
-    site = tmp_path / f"lib/python3.{sys.version_info.minor}/site-packages"
-    site.mkdir(parents=True)
-    (site / "clone.pth").write_text(f"{_REPOSITORY}/src\n")
-    found = foreign_programs(_REPOSITORY, tmp_path / "bin/python")
-    assert found == f"{tmp_path}/bin/imdsproxy begins with #!{sys.executable}"
-
-
 def test_another_clones_tests_are_refused_where_this_clones_environment_runs_them(
     tmp_path: Path,
 ) -> None:
