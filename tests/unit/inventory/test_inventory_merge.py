@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 
 import pytest
@@ -143,26 +142,6 @@ def test_it_is_in_sync_when_every_expected_source_is() -> None:
     reports = [(one.in_sync, one.problems) for one in inventory.reports.values()]
     assert reports == [(False, refused), (True, ())]
     assert not Inventory().in_sync
-
-
-def _seconds_of_a_change(inventory: Inventory, size: int) -> float:
-    best = 1.0
-    for turn in range(20):
-        moved = instance("i0", f"10.200.0.{turn + 1}")
-        begin = time.perf_counter()
-        affected = inventory.observe(Observation("file", instances={moved.id: moved}))
-        best = min(best, time.perf_counter() - begin)
-        assert len(affected.addresses) <= 2, size
-    return best
-
-
-def test_a_change_costs_the_same_in_a_large_inventory_as_in_a_small_one() -> None:
-    best = {}
-    for size in (10, 20_000):
-        every = [instance(f"i{n}", f"10.{n >> 16}.{n >> 8 & 255}.{n & 255}") for n in range(size)]
-        best[size] = _seconds_of_a_change(loaded(full("file", [network("n1")], every)), size)
-    # A scan of 20,000 would take some thousand times as long as one of 10.
-    assert best[20_000] < 20 * best[10] + 0.0005
 
 
 def _nova(name: str, address: str) -> Instance:
