@@ -29,25 +29,18 @@ _REQUIRED = PolicyRules(tokens=TokenMode.REQUIRED)
 _OFF = PolicyRules(tokens=TokenMode.OFF)
 _PLACE = PolicyPlace("red", "acme", "web")
 _BORN = 1_795_000_000
-
-
 _RECORDS = replace(_PLACE, of_network=_OFF, of_instance=_OFF)
 
 
 @pytest.mark.parametrize(
     ("place", "book", "mode"),
     [
-        *(
-            (_PLACE, book, mode)
-            for book, mode in (
-                (PolicyBook(), TokenMode.OPTIONAL),
-                (PolicyBook(host=_REQUIRED), TokenMode.REQUIRED),
-                (PolicyBook(host=_REQUIRED, networks={"red": _OFF}), TokenMode.OFF),
-                (PolicyBook(networks={"red": _OFF}, projects={"acme": _REQUIRED}), TokenMode.REQUIRED),
-                (PolicyBook(projects={"acme": _OFF}, instances={"web": _REQUIRED}), TokenMode.REQUIRED),
-                (PolicyBook(networks={"blue": _REQUIRED}, projects={"b": _OFF}), TokenMode.OPTIONAL),
-            )
-        ),
+        (_PLACE, PolicyBook(), TokenMode.OPTIONAL),
+        (_PLACE, PolicyBook(host=_REQUIRED), TokenMode.REQUIRED),
+        (_PLACE, PolicyBook(host=_REQUIRED, networks={"red": _OFF}), TokenMode.OFF),
+        (_PLACE, PolicyBook(networks={"red": _OFF}, projects={"acme": _REQUIRED}), TokenMode.REQUIRED),
+        (_PLACE, PolicyBook(projects={"acme": _OFF}, instances={"web": _REQUIRED}), TokenMode.REQUIRED),
+        (_PLACE, PolicyBook(networks={"blue": _REQUIRED}, projects={"b": _OFF}), TokenMode.OPTIONAL),
         # Settings win over a record of the same scope.
         (replace(_RECORDS, of_instance=NO_RULES), PolicyBook(networks={"red": _REQUIRED}), TokenMode.REQUIRED),
         (_RECORDS, PolicyBook(networks={"red": _REQUIRED}), TokenMode.OFF),
@@ -61,7 +54,6 @@ def test_an_instances_word_counts_before_its_projects_its_networks_and_the_hosts
 
 
 _DENIED: PathRules = (("/latest/user-data", PathWord.DENY),)
-_SET = "{set}"
 _NO_TOKENS = Policy(
     tokens=TokenMode.OFF, openstack_tokens=TokenMode.OFF, nocloud_tokens=TokenMode.OFF
 )
@@ -98,9 +90,9 @@ def _path(path: str, word: PathWord) -> Policy:
                 (Policy(requests_per_s=20), "+1tooo---::1795000900:64:20::"),
                 (Policy(burst=300), "+1tooo---::1795000900:64::300:"),
                 (Policy(connections=8), "+1tooo---::1795000900:64:::8"),
-                (Policy(paths=_DENIED), f"+1tooo---p::1795000900:64::::{_SET}"),
-                (replace(_NO_TOKENS, paths=_DENIED), f"+1-ooo---p::1795000900:64::::{_SET}"),
-                (Policy(burst=3, paths=_DENIED), f"+1tooo---p::1795000900:64::3::{_SET}"),
+                (Policy(paths=_DENIED), "+1tooo---p::1795000900:64::::{set}"),
+                (replace(_NO_TOKENS, paths=_DENIED), "+1-ooo---p::1795000900:64::::{set}"),
+                (Policy(burst=3, paths=_DENIED), "+1tooo---p::1795000900:64::3::{set}"),
                 # There is a token route where a tree takes tokens.
                 (_NO_TOKENS, "+1-ooo---::1795000900:64"),
                 (Policy(tokens=TokenMode.OFF), "+1-ooo---::1795000900:64"),
@@ -125,15 +117,15 @@ def test_each_rule_has_its_place_in_the_word(
 
 
 def test_every_rule_and_path_is_reported_with_its_value_and_scope() -> None:
-    paths = (("/", PathWord.DENY), ("/latest", PathWord.OPTIONAL))
+    host = PolicyRules(
+        tokens=TokenMode.REQUIRED, seal_user_data=True, paths=(("/", PathWord.DENY),)
+    )
+    project = PolicyRules(paths=(("/latest", PathWord.OPTIONAL),))
     folded = fold_policy(
         [
-            (
-                PolicyScope.HOST,
-                PolicyRules(tokens=TokenMode.REQUIRED, seal_user_data=True, paths=paths[:1]),
-            ),
-            (PolicyScope.PROJECT, PolicyRules(paths=paths[1:])),
-            (PolicyScope.INSTANCE, PolicyRules(tokens=TokenMode.OFF)),
+            (PolicyScope.HOST, host),
+            (PolicyScope.PROJECT, project),
+            (PolicyScope.INSTANCE, _OFF),
         ]
     )
     report = report_policy(folded, OperatorOverride(), None, _BORN)
