@@ -36,13 +36,7 @@ from imdsproxy.core.observation import AddressKey, Observation
 from imdsproxy.core.policy import OperatorOverride, PolicyBook, PolicyRules, TokenMode
 from imdsproxy.core.policy_report import DEFAULT_ORIGIN, PolicyInForce
 from imdsproxy.errors import HostRefused, Problem
-from imdsproxy.sources.api import (
-    LookUp,
-    LookUpUnavailable,
-    PortAmbiguous,
-    PortFound,
-    PortMissing,
-)
+from imdsproxy.sources import api
 from support.fake_look_ups import FakeLookUps
 from support.fake_mac_filters import no_hop_limits
 from support.hand_clock import HandClock
@@ -56,7 +50,7 @@ _PRIVATE: Final[AddressKey] = (_NET, IPv6Address("fe80::1234"))
 _BEHIND: Final[AddressKey] = (_ROUTER, _ADDRESS)
 _MAC: Final = MacAddress("fa:16:3e:00:00:05")
 _OTHER: Final = MacAddress("fa:16:3e:00:00:99")
-_FOUND: Final = PortFound(_NET, InstanceId("web"))
+_FOUND: Final = api.PortFound(_NET, InstanceId("web"))
 
 
 def _instance(name: str = "web", mac: MacAddress | None = _MAC, *addresses: IpAddress) -> Instance:
@@ -174,7 +168,7 @@ class Rig:
         return self.mac
 
     def answer(
-        self, answer: LookUp, address: IpAddress = _ADDRESS, scope: Scope = Scope.NETWORK
+        self, answer: api.LookUp, address: IpAddress = _ADDRESS, scope: Scope = Scope.NETWORK
     ) -> None:
         network = _NET if scope is Scope.NETWORK else _ROUTER
         self.source.answers[scope, network, address] = answer
@@ -214,9 +208,9 @@ class _PublishingLookUps(FakeLookUps):
         self._rig = rig
         self.silent = False
 
-    async def look_up(self, scope: Scope, network: NetworkId, address: IpAddress) -> LookUp:
+    async def look_up(self, scope: Scope, network: NetworkId, address: IpAddress) -> api.LookUp:
         answer = await super().look_up(scope, network, address)
-        if isinstance(answer, PortFound) and not self.silent:
+        if isinstance(answer, api.PortFound) and not self.silent:
             self._rig.publish(_WEB)
         return answer
 
@@ -406,15 +400,15 @@ async def test_an_address_that_no_source_has_reported_is_asked_for_and_a_known_o
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        (PortMissing(), Denial.UNKNOWN),
-        (PortAmbiguous(2), Denial.UNKNOWN),
-        (LookUpUnavailable("down"), Denial.UNAVAILABLE),
+        (api.PortMissing(), Denial.UNKNOWN),
+        (api.PortAmbiguous(2), Denial.UNKNOWN),
+        (api.LookUpUnavailable("down"), Denial.UNAVAILABLE),
         # Found, and gone again: it is to be asked for once more.
         (_FOUND, Denial.UNAVAILABLE),
     ],
 )
 async def test_what_is_not_found_is_404_once_all_other_sources_have_reported(
-    answer: LookUp, expected: Denial, *, in_sync: bool
+    answer: api.LookUp, expected: Denial, *, in_sync: bool
 ) -> None:
     rig = Rig()
     rig.source.silent = True
@@ -447,7 +441,7 @@ async def test_behind_a_router_an_address_is_known_as_long_as_the_source_knows_t
     rig.records.learned.clear()
     rig.lookup.follow_routes()
     assert rig.records.learned == behind
-    rig.source.routed[_BEHIND] = PortFound(_NET, InstanceId("db"))
+    rig.source.routed[_BEHIND] = api.PortFound(_NET, InstanceId("db"))
     rig.lookup.follow_routes()
     assert rig.records.learned[_BEHIND].instance == "db"
     rig.source.routed.clear()
@@ -507,21 +501,26 @@ _UUID: Final = "8f6a1e0c-3b52-4c1d-9a57-0d2f4b6c8e10"
 @pytest.mark.parametrize(
     ("network", "answer", "status", "words"),
     [
-        ("net", PortMissing(), 404, "has no port that may get metadata; it knows networks"),
-        (_UUID, PortMissing(), 404, "neutron was asked and has no port that may get metadata"),
-        ("net", PortAmbiguous(2), 404, "2 ports of neutron have it there; whose guest asks is not"),
-        ("net", LookUpUnavailable("refused"), 503, "neutron cannot be asked: refused"),
+        ("net", api.PortMissing(), 404, "has no port that may get metadata; it knows networks"),
+        (_UUID, api.PortMissing(), 404, "neutron was asked and has no port that may get metadata"),
+        (
+            "net",
+            api.PortAmbiguous(2),
+            404,
+            "2 ports of neutron have it there; whose guest asks is not",
+        ),
+        ("net", api.LookUpUnavailable("refused"), 503, "neutron cannot be asked: refused"),
     ],
 )
 async def test_who_is_not_found_is_explained(
-    network: str, answer: LookUp, status: int, words: str
+    network: str, answer: api.LookUp, status: int, words: str
 ) -> None:
     rig = Rig()
     rig.answer(answer)
     told = await rig.explain((NetworkId(network), _ADDRESS))
     assert (told.verdict, told.answer) == ("unknown", status)
     (step,) = [step for step in told.why if words in step]
-    assert (_NAMED in step) == (network == "net" and isinstance(answer, PortMissing))
+    assert (_NAMED in step) == (network == "net" and isinstance(answer, api.PortMissing))
     rig.lookup.source = None
     told = await rig.explain((NetworkId("blue"), _ADDRESS))
     assert (told.verdict, told.answer) == ("no-network", 404)

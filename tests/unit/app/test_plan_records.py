@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from imdsproxy.core import wire
 from imdsproxy.core.addresses import link_local_of
 from imdsproxy.core.endpoints import Endpoint
 from imdsproxy.core.haproxy.model import Bind
@@ -34,16 +35,6 @@ from imdsproxy.core.observation import AddressKey, Observation
 from imdsproxy.core.path_rules import PathWord, set_id
 from imdsproxy.core.plan import RecordPlanner, record_key
 from imdsproxy.core.policy import PolicyBook, PolicyRules, rule_set_of
-from imdsproxy.core.wire import (
-    MAP_CONFLICT,
-    MAP_TOMBSTONE,
-    EmbeddedRecord,
-    MapRecord,
-    NovaRecord,
-    hide_signatures,
-    parse_map_value,
-    render_map_value,
-)
 from imdsproxy.errors import HostRefused
 from imdsproxy.listeners.endpoints import (
     compute_maxconn,
@@ -106,9 +97,11 @@ def _nova(project: str | None = "p1", port_project: str | None = None) -> Instan
 
 def _record(
     project: str, secrets: tuple[bytes, ...] = (b"one",), endpoint_set: str = "default"
-) -> NovaRecord:
+) -> wire.NovaRecord:
     vm = InstanceId("vm")
-    return NovaRecord(endpoint_set, vm, project, tuple(sign_instance(one, vm) for one in secrets))
+    return wire.NovaRecord(
+        endpoint_set, vm, project, tuple(sign_instance(one, vm) for one in secrets)
+    )
 
 
 _REVISIONS = {InstanceId("web"): "r1"}
@@ -128,7 +121,7 @@ _TWO_PORTS = replace(
             _REVISIONS,
             NovaRouting(),
             _KEY,
-            EmbeddedRecord(InstanceId("web"), "r1"),
+            wire.EmbeddedRecord(InstanceId("web"), "r1"),
         ),
         # One that is not compiled is not known yet, and an address without an owner never.
         (_instance("web"), {}, NovaRouting(), _KEY, None),
@@ -151,7 +144,7 @@ def test_an_address_has_the_record_of_its_instance(
     revisions: Mapping[InstanceId, str],
     routing: NovaRouting,
     key: AddressKey,
-    expected: MapRecord | None,
+    expected: wire.MapRecord | None,
 ) -> None:
     learned = {_KEY: Learned(InstanceId("vm"), 1.0, mac=_SECOND)} if instance is _TWO_PORTS else {}
     planner = RecordPlanner(_inventory(("a", instance)), revisions, learned, routing)
@@ -165,10 +158,10 @@ def test_records_of_ours_and_of_nova_s_have_the_policy(instance: Instance) -> No
     inventory = _inventory(("a", instance))
     planner = RecordPlanner(inventory, _REVISIONS, {}, _ROUTING, policies)
     record = planner.plan_record(_KEY)
-    assert isinstance(record, EmbeddedRecord | NovaRecord)
+    assert isinstance(record, wire.EmbeddedRecord | wire.NovaRecord)
     assert (rule_set_of(record.policy), record.paths) == (set_id(paths), paths)
     planned = planner.plan_records([_KEY])
-    assert planned.values == {"red/10.0.0.5": render_map_value(record)}
+    assert planned.values == {"red/10.0.0.5": wire.render_map_value(record)}
     assert planned.sets == {set_id(paths): paths}
 
 
@@ -183,7 +176,7 @@ def test_an_address_behind_a_router_lasts_as_long_as_the_one_in_its_network() ->
     learned = {behind: Learned(InstanceId("vm"), 1.0, via=_KEY)}
     inventory = _inventory(("a", _nova("p2")))
     record = RecordPlanner(inventory, {}, learned, _ROUTING).plan_record(behind)
-    assert isinstance(record, NovaRecord)
+    assert isinstance(record, wire.NovaRecord)
     # The router's endpoint set, and the project of the port behind it.
     assert (record.endpoint_set, record.project) == ("edge", "p2")
     moved = replace(_nova("p2"), ports=(Port(_RED, None, (IPv4Address("10.0.0.6"),)),))
@@ -197,7 +190,7 @@ def test_a_network_that_a_source_vouches_for_strands_no_port() -> None:
     assert RecordPlanner(inventory, {}, {}, _ROUTING).plan_record(_KEY) is None
     affected = inventory.observe(Observation("a", implied_networks=frozenset({_RED})))
     assert _KEY in affected.addresses
-    assert isinstance(RecordPlanner(inventory, {}, {}, _ROUTING).plan_record(_KEY), NovaRecord)
+    assert isinstance(RecordPlanner(inventory, {}, {}, _ROUTING).plan_record(_KEY), wire.NovaRecord)
     gone = inventory.observe(Observation("a"))
     assert _KEY in gone.addresses
     assert inventory.owner(_KEY) is None
@@ -268,66 +261,61 @@ def test_a_limit_on_open_files_that_is_too_low_is_named_with_what_is_needed(
     assert "LimitNOFILE=" in refused.value.hint
 
 
-def test_each_address_has_the_record_of_its_own_port_and_network() -> None:
+def test_many_addresses_have_the_records_that_each_has_alone() -> None:
     blue, mac = NetworkId("blue"), MacAddress("02:00:00:00:00:05")
-    vm = replace(
-        _nova(),
-        ports=(
-            Port(_RED, mac, (IPv4Address("10.0.0.5"),), "p1"),
-            Port(_RED, None, (IPv4Address("10.0.0.6"), IPv4Address("10.0.0.7")), "p9"),
-            Port(blue, None, (IPv4Address("10.0.0.5"),), "p1"),
-        ),
+    addresses = [IPv4Address(f"10.0.0.{number}") for number in range(4, 8)]
+    ports = (
+        Port(_RED, mac, (addresses[1],), "p1"),
+        Port(_RED, None, tuple(addresses[2:]), "p9"),
+        Port(blue, None, (addresses[1],), "p1"),
     )
-    inventory = _inventory(("a", vm))
+    inventory = _inventory(("a", replace(_nova(), ports=ports)))
     inventory.observe(Observation("a", networks={blue: Network(blue, NamespaceListener("blue"))}))
-    routing = NovaRouting(
-        (
-            EndpointSet("red", b"one", networks=frozenset({"red"})),
-            EndpointSet("blue", b"two", networks=frozenset({"blue"})),
-        )
-    )
-    keys: list[AddressKey] = [(_RED, IPv4Address(f"10.0.0.{number}")) for number in range(4, 8)]
-    keys += [(_RED, link_local_of(mac)), (blue, IPv4Address("10.0.0.5"))]
-    planned = RecordPlanner(inventory, {}, {}, routing).plan_records(keys).values
-    assert planned == {
-        "red/10.0.0.4": None,
-        "red/10.0.0.5": render_map_value(_record("p1", endpoint_set="red")),
-        "red/10.0.0.6": render_map_value(_record("p9", endpoint_set="red")),
-        "red/10.0.0.7": render_map_value(_record("p9", endpoint_set="red")),
-        "red/fe80::ff:fe00:5": render_map_value(_record("p1", endpoint_set="red")),
-        "blue/10.0.0.5": render_map_value(_record("p1", (b"two",), endpoint_set="blue")),
+    at_red = EndpointSet("red", b"one", networks=frozenset({"red"}))
+    at_blue = EndpointSet("blue", b"two", networks=frozenset({"blue"}))
+    planner = RecordPlanner(inventory, {}, {}, NovaRouting((at_red, at_blue)))
+    keys: list[AddressKey] = [(_RED, one) for one in addresses]
+    keys += [(_RED, link_local_of(mac)), (blue, addresses[1])]
+    records = {record_key(key): planner.plan_record(key) for key in keys}
+    owned = {
+        key: wire.render_map_value(one)
+        for key, one in records.items()
+        if isinstance(one, wire.NovaRecord)
     }
+    assert planner.plan_records(keys).values == {**dict.fromkeys(records), **owned}
+    # No address without an owner; two projects in one network, and one project in two.
+    assert (len(owned), len(set(owned.values()))) == (5, 3)
 
 
 _signatures = st.from_regex(r"\A[0-9a-f]{64}\Z")
 _nova_records = st.builds(
-    NovaRecord,
+    wire.NovaRecord,
     st.from_regex(r"\A[a-z0-9][a-z0-9-]{0,31}\Z"),
     ids.map(InstanceId),
     ids,
     st.lists(_signatures, min_size=1, max_size=2).map(tuple),
 )
-_embedded = st.builds(EmbeddedRecord, ids.map(InstanceId), st.from_regex(r"\A[0-9a-f]{16}\Z"))
+_embedded = st.builds(wire.EmbeddedRecord, ids.map(InstanceId), st.from_regex(r"\A[0-9a-f]{16}\Z"))
 
 
 @given(_nova_records | _embedded)
 def test_a_record_is_one_word_of_a_map_and_comes_back_and_is_shown_without_signatures(
-    record: NovaRecord | EmbeddedRecord,
+    record: wire.NovaRecord | wire.EmbeddedRecord,
 ) -> None:
-    word = render_map_value(record)
+    word = wire.render_map_value(record)
     assert not set(word) & set(" \t\r\n\\\"'#")
-    assert parse_map_value(word) == record
-    shown = hide_signatures(word)
+    assert wire.parse_map_value(word) == record
+    shown = wire.hide_signatures(word)
     assert record.instance in shown
-    if isinstance(record, NovaRecord):
+    if isinstance(record, wire.NovaRecord):
         assert not any(signature in shown for signature in record.signatures)
 
 
 @pytest.mark.parametrize(
-    "word", [MAP_TOMBSTONE, MAP_CONFLICT, "", "|", "a|", "|r", "@default", "@d|i|p|x"]
+    "word", [wire.MAP_TOMBSTONE, wire.MAP_CONFLICT, "", "|", "a|", "|r", "@default", "@d|i|p|x"]
 )
 def test_what_is_no_record_is_none(word: str) -> None:
-    assert parse_map_value(word) is None
+    assert wire.parse_map_value(word) is None
 
 
 def test_the_signature_is_nova_s_none_is_made_of_an_empty_secret_and_no_secret_is_printed() -> None:

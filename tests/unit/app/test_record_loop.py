@@ -19,6 +19,7 @@ from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.app.compiler import CompiledIndex, RecordCompiler
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.rule_sets import RuleSets
+from imdsproxy.core import policy
 from imdsproxy.core.compiled import CompiledRecord, compile_instance
 from imdsproxy.core.haproxy.maps import parse_map
 from imdsproxy.core.identity import Learned
@@ -36,16 +37,6 @@ from imdsproxy.core.model import (
 from imdsproxy.core.nova import EndpointSet, NovaRouting
 from imdsproxy.core.observation import AddressKey, Observation
 from imdsproxy.core.path_rules import PathRules, PathWord, render_set, set_id
-from imdsproxy.core.policy import (
-    OperatorOverride,
-    Policy,
-    PolicyBook,
-    PolicyPlace,
-    PolicyRules,
-    TokenMode,
-    render_policy_word,
-    rule_set_of,
-)
 from imdsproxy.dataplane import records as records_on_disk
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.records import RecordApplier
@@ -329,7 +320,7 @@ async def test_no_record_refers_to_path_rules_that_haproxy_does_not_have(tmp_pat
         await rig.say(_instance("web", "10.0.0.5"))
         before = rig.told("10.0.0.5")
         rig.haproxy.commands.clear()
-        rig.loop.policies = lambda: PolicyBook(host=PolicyRules(paths=_RULES))
+        rig.loop.policies = lambda: policy.PolicyBook(host=policy.PolicyRules(paths=_RULES))
         rig.haproxy.stop_answering_after = 2
         ticket = rig.loop.resync()
         async with asyncio.timeout(30):
@@ -340,7 +331,7 @@ async def test_no_record_refers_to_path_rules_that_haproxy_does_not_have(tmp_pat
             await rig.loop.tickets.wait(ticket)
         maps = [line.split()[-1 if "commit" in line else 2] for _, line in rig.haproxy.commands]
         assert maps.index(str(rig.overlay)) > maps.index(str(rig.sets.path))
-        word, _ = rig.loop.policies().word(PolicyPlace("red", None, "web"), None)
+        word, _ = rig.loop.policies().word(policy.PolicyPlace("red", None, "web"), None)
         assert rig.told("10.0.0.5") == f"{word}|{before}"
 
 
@@ -348,10 +339,10 @@ async def test_a_haproxy_that_is_yet_to_start_finds_the_path_rules_of_all_record
     tmp_path: Path,
 ) -> None:
     rig = Rig(tmp_path)
-    rig.loop.policies = lambda: PolicyBook(host=PolicyRules(paths=_RULES))
+    rig.loop.policies = lambda: policy.PolicyBook(host=policy.PolicyRules(paths=_RULES))
     web = _instance("web", "10.0.0.5")
     rig.report(web)
-    assert rule_set_of((await rig.loop.compile_all())["red/10.0.0.5"]) == set_id(_RULES)
+    assert policy.rule_set_of((await rig.loop.compile_all())["red/10.0.0.5"]) == set_id(_RULES)
     assert parse_map(rig.sets.path.read_text())[1] == render_set(_RULES)
 
 
@@ -440,7 +431,7 @@ async def test_an_address_behind_a_router_falls_with_the_one_in_its_network_and_
     tmp_path: Path,
 ) -> None:
     router = Network(NetworkId("router"), NamespaceListener("router"), scope=Scope.ROUTER)
-    strict = replace(router, policy=PolicyRules(tokens=TokenMode.REQUIRED))
+    strict = replace(router, policy=policy.PolicyRules(tokens=policy.TokenMode.REQUIRED))
     address = IPv4Address("10.0.0.5")
     async with _rig(tmp_path) as rig:
         await rig.say(_instance("web", "10.0.0.5"))
@@ -475,9 +466,11 @@ async def test_all_addresses_of_a_network_are_looked_at_again_those_that_were_le
         assert rig.applied == [{known, found}]
 
 
-_WEB = replace(_instance("web", "10.0.0.5"), policy=PolicyRules(tokens=TokenMode.REQUIRED))
+_WEB = replace(
+    _instance("web", "10.0.0.5"), policy=policy.PolicyRules(tokens=policy.TokenMode.REQUIRED)
+)
 _DB = _instance("db", "10.0.0.6")
-_CLOSED = PolicyRules(endpoint=False)
+_CLOSED = policy.PolicyRules(endpoint=False)
 
 
 def _start(directory: Path, *instances: Instance, network: Network = _NETWORK) -> Rig:
@@ -565,7 +558,11 @@ _ANEW: dict[str, tuple[Callable[[Path], Rig], Callable[[Path], Rig]]] = {
     "network": (_start, _with(network=replace(_NETWORK, policy=_CLOSED))),
     "host's policy": (
         _start,
-        _with(change=lambda rig: setattr(rig.loop, "policies", lambda: PolicyBook(host=_CLOSED))),
+        _with(
+            change=lambda rig: setattr(
+                rig.loop, "policies", lambda: policy.PolicyBook(host=_CLOSED)
+            )
+        ),
     ),
     "region": (
         _start,
@@ -630,7 +627,7 @@ def _sets(*rules: PathRules) -> dict[str, PathRules]:
 
 
 def _record(rules: PathRules) -> str:
-    return f"{render_policy_word(Policy(paths=rules), OperatorOverride(), None)}|web|r1"
+    return f"{policy.render_policy_word(policy.Policy(paths=rules), policy.OperatorOverride(), None)}|web|r1"
 
 
 async def test_a_new_set_is_on_disk_and_in_every_worker_draining_ones_too_and_sent_once(
