@@ -10,8 +10,7 @@ import socket
 import stat
 import subprocess
 import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import pytest
 from imdsproxy.app import audit as module
 from imdsproxy.app.audit import Audit, Journal, advise, append_lines
 from imdsproxy.config.policy import AuditSettings
+from support.tasks import background, until
 
 LINE = b'{"number":1}\n'
 ENTRY = b"PRIORITY=6\nSYSLOG_IDENTIFIER=imdsproxy-audit\nMESSAGE="
@@ -35,26 +35,15 @@ async def serving(
         listener.bind(os.fspath(path))
         listener.listen()
         listener.setblocking(False)
-        task = asyncio.get_running_loop().create_task(audit.serve(listener, kept))
-        try:
+        async with background(audit.serve(listener, kept)):
             yield
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-            await asyncio.to_thread(path.unlink)
+        await asyncio.to_thread(path.unlink)
 
 
 def connect(path: Path) -> socket.socket:
     worker = socket.socket(socket.AF_UNIX)
     worker.connect(os.fspath(path))
     return worker
-
-
-async def until(holds: Callable[[], bool], within_s: float = 5.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not holds():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.01)
 
 
 def into(path: Path) -> AuditSettings:

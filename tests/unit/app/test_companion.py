@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import cast
 
@@ -22,6 +21,7 @@ from imdsproxy.host import process
 from imdsproxy.host.process import ProcessHandle
 from imdsproxy.serving.pidfile import DocumentProcesses
 from imdsproxy.serving.store import DiskFiles, PasswordStore
+from support.tasks import background, until
 
 _PID = 2**22 + 1
 """No process can have it: what is taken for hung is killed."""
@@ -62,13 +62,6 @@ class World:
         self.done.append("stop")
         self.pid = None
 
-    @contextlib.asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        async with asyncio.timeout(30), asyncio.TaskGroup() as group:
-            task = group.create_task(self.companion.run())
-            yield
-            task.cancel()
-
 
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
@@ -84,17 +77,14 @@ async def test_what_is_not_there_is_started_and_what_is_there_is_adopted(world: 
 
 
 async def test_what_has_ended_is_started_again(world: World) -> None:
-    async with world.running():
-        while not world.done:
-            await asyncio.sleep(0)
+    async with background(world.companion.run()):
+        await until(lambda: world.done)
         world.pid, world.refuses = None, True
         world.ended.set()
-        while world.companion.failure is None:
-            await asyncio.sleep(0)
+        await until(lambda: world.companion.failure)
         assert world.companion.restarts == 0
         world.refuses = False
-        while not world.companion.restarts:
-            await asyncio.sleep(0)
+        await until(lambda: world.companion.restarts)
     assert world.companion.restarts == 1
     assert world.done[:3] == ["start", f"{_PID} ended", "start"]
 
@@ -104,9 +94,8 @@ async def test_its_workers_restarts_are_counted_also_when_it_begins_to_count_ane
 ) -> None:
     seen, world.pid = iter([1, 1, 1, 3, 3, 0]), _PID
     world.counts = (next(seen, 1) for _ in iter(int, 1))
-    async with world.running():
-        while world.companion.restarts < 3:
-            await asyncio.sleep(0)
+    async with background(world.companion.run()):
+        await until(lambda: world.companion.restarts >= 3)
         await asyncio.sleep(0)
     assert (world.done, world.companion.restarts) == ([], 3)
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -23,6 +21,7 @@ from imdsproxy.dataplane.records import RecordApplier, write_table
 from imdsproxy.errors import HostRefused, RuntimeUnavailable, SecretUnreadable
 from imdsproxy.host.files import write_atomic
 from support.full_disk import full_disk
+from support.tasks import background, until
 
 _WEB = InstanceId("web")
 
@@ -186,22 +185,10 @@ class Workers:
         self.given.append(entries)
 
 
-@contextlib.asynccontextmanager
-async def _running(rig: Rig, workers: Workers) -> AsyncIterator[None]:
-    task = asyncio.create_task(rig.keys.run(cast("RecordApplier", workers)))
-    try:
-        async with asyncio.timeout(30):
-            yield
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-
-
 async def test_workers_get_the_keys_at_the_start_and_at_each_change(rig: Rig) -> None:
     rig.keys.read(None)
     workers = Workers()
-    async with _running(rig, workers):
+    async with background(rig.keys.run(cast("RecordApplier", workers))):
         await rig.keys.confirmed()
         rig.keys.rotate()
         rig.keys.send()
@@ -224,10 +211,8 @@ async def test_workers_that_do_not_take_them_get_them_again_and_it_is_reported_m
 ) -> None:
     rig.keys.read(None)
     workers = Workers(deaf=2)
-    async with _running(rig, workers):
-        while (failure := rig.keys.failure) is None:
-            await asyncio.sleep(0.01)
-        assert failure.reason == "HAProxy does not answer"
+    async with background(rig.keys.run(cast("RecordApplier", workers))):
+        await until(lambda: "HAProxy does not answer" in str(rig.keys.failure))
         rig.keys.rotate()
         rig.keys.send()
         await rig.keys.confirmed()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import math
 from collections.abc import AsyncIterator, Callable
@@ -46,6 +45,7 @@ from support.fake_haproxy import FakeHaproxy
 from support.fake_mac_filters import no_hop_limits, no_mac_filters
 from support.hand_clock import HandClock
 from support.record_files import LoggedFiles
+from support.tasks import background, until
 
 _RED = NetworkId("red")
 _NETWORK = Network(_RED, NamespaceListener("red"))
@@ -106,8 +106,7 @@ class Rig:
 
     async def say(self, *instances: Instance, source: str = "a", in_sync: bool = True) -> None:
         """A source reports all that it has, and that is in force."""
-        async with asyncio.timeout(30):
-            await self.loop.tickets.wait(self.report(*instances, source=source, in_sync=in_sync))
+        await self.loop.tickets.wait(self.report(*instances, source=source, in_sync=in_sync))
 
     def told(self, address: str) -> str | None:
         (worker,) = self.haproxy.workers
@@ -120,13 +119,10 @@ async def _rig(directory: Path, records: dict[str, str] | None = None) -> AsyncI
     rig.applier.write_all(records or {})
     await rig.haproxy.start()
     rig.applier.trust(await rig.applier.master.read_processes())
-    task = asyncio.create_task(rig.loop.run())
     try:
-        yield rig
+        async with background(rig.loop.run()):
+            yield rig
     finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
         await rig.haproxy.close()
 
 
@@ -187,9 +183,7 @@ async def test_a_full_disk_leaves_the_record_in_force_until_there_is_room(
         assert rig.loop.compiler.failures[before.id].hint == "make room"
         rig.files.refuse = set()
         # It is tried again without any report.
-        async with asyncio.timeout(30):
-            while rig.told("10.0.0.5") == _value(before):
-                await asyncio.sleep(0.01)
+        await until(lambda: rig.told("10.0.0.5") != _value(before))
         assert rig.told("10.0.0.5") == _value(_instance("web", "10.0.0.5", hostname="new"))
         assert rig.loop.compiler.failures == {}
 
@@ -217,15 +211,12 @@ async def test_a_silent_master_is_tried_again_until_it_has_everything(tmp_path: 
         rig.loop.observe(
             Observation("a", instances={InstanceId("db"): _instance("db", "10.0.0.6")})
         )
-        async with asyncio.timeout(30):
-            while rig.loop.failure is None:
-                await asyncio.sleep(0)
+        await until(lambda: rig.loop.failure)
         waiting = asyncio.create_task(rig.loop.tickets.wait(rig.loop.tickets.given))
         await asyncio.sleep(0)
         assert not waiting.done()
         rig.haproxy.stop_answering_after = None
-        async with asyncio.timeout(30):
-            await waiting
+        await waiting
         assert rig.told("10.0.0.6") is not None
         assert rig.loop.failure is None
 
@@ -323,12 +314,10 @@ async def test_no_record_refers_to_path_rules_that_haproxy_does_not_have(tmp_pat
         rig.loop.policies = lambda: policy.PolicyBook(host=policy.PolicyRules(paths=_RULES))
         rig.haproxy.stop_answering_after = 2
         ticket = rig.loop.resync()
-        async with asyncio.timeout(30):
-            while rig.loop.failure is None:
-                await asyncio.sleep(0)
-            assert rig.told("10.0.0.5") == before
-            rig.haproxy.stop_answering_after = None
-            await rig.loop.tickets.wait(ticket)
+        await until(lambda: rig.loop.failure)
+        assert rig.told("10.0.0.5") == before
+        rig.haproxy.stop_answering_after = None
+        await rig.loop.tickets.wait(ticket)
         maps = [line.split()[-1 if "commit" in line else 2] for _, line in rig.haproxy.commands]
         assert maps.index(str(rig.overlay)) > maps.index(str(rig.sets.path))
         word, _ = rig.loop.policies().word(policy.PolicyPlace("red", None, "web"), None)
@@ -402,12 +391,10 @@ async def test_a_fresh_start_looks_at_each_record_once_and_leaves_none_that_nobo
     rig.applier.write_all(await rig.loop.compile_all())
     assert rig.files.log == ["write old", "write web", "remove old"]
     looked = rig.loop.looked
-    running = asyncio.create_task(rig.loop.run())
-    async with asyncio.timeout(30):
+    async with background(rig.loop.run()):
         await rig.haproxy.start()
         await rig.loop.tickets.wait(rig.loop.tickets.given)
     assert rig.loop.looked == looked
-    running.cancel()
     await rig.haproxy.close()
 
 
@@ -484,11 +471,9 @@ def _start(directory: Path, *instances: Instance, network: Network = _NETWORK) -
 async def _run_once(rig: Rig) -> Rig:
     """A run from its start to its stop."""
     rig.applier.write_all(await rig.loop.compile_all())
-    running = asyncio.create_task(rig.loop.run())
-    async with asyncio.timeout(30):
+    async with background(rig.loop.run()):
         await rig.haproxy.start()
         await rig.loop.tickets.wait(rig.loop.tickets.given)
-    running.cancel()
     await rig.haproxy.close()
     rig.loop.settle()
     return rig
@@ -597,9 +582,8 @@ async def test_a_start_makes_the_maps_anew_after_a_stop_in_the_middle_of_a_round
         moved = _instance("web", "10.0.0.7")
         records = {one.id: one for one in (moved, _DB)}
         rig.loop.observe(Observation("a", full=True, networks={_RED: _NETWORK}, instances=records))
-        async with asyncio.timeout(30):
-            while rig.files.content(_WEB.id) == compile_instance(_WEB, {_RED: _NETWORK}).content:
-                await asyncio.sleep(0)
+        while rig.files.content(_WEB.id) == compile_instance(_WEB, {_RED: _NETWORK}).content:
+            await asyncio.sleep(0)
         assert rig.applier.state.lookup("red/10.0.0.7") is None
         rig.loop.settle()
     assert not await _start(tmp_path, moved, _DB).loop.reuse_maps()

@@ -17,6 +17,7 @@ from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.master import MasterClient, WorkerEnded
 from imdsproxy.errors import RuntimeUnavailable
 from support.hand_clock import HandClock
+from support.tasks import background, until
 
 
 def line(number: int, *, network: str = "blue", instance: str = "vm-1") -> str:
@@ -67,10 +68,8 @@ class World:
 @pytest.fixture
 async def world() -> AsyncIterator[World]:
     made = World()
-    task = asyncio.create_task(made.watching.run())
-    yield made
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
+    async with background(made.watching.run()):
+        yield made
 
 
 async def test_every_watcher_sees_each_request_once_and_none_from_before(world: World) -> None:
@@ -135,9 +134,7 @@ async def test_haproxy_stops_reporting_when_there_is_no_watcher_any_more(
 ) -> None:
     monkeypatch.setattr(module, "_IDLE_S", 0.05)
     await world.watching.read(None)
-    async with asyncio.timeout(30):
-        while world.applied != [True, False]:
-            await asyncio.sleep(0.005)
+    await until(lambda: world.applied == [True, False])
     assert not world.watching.wanted
     await world.watching.read(None)
     assert world.applied[:3] == [True, False, True]
