@@ -354,19 +354,3 @@ async def test_a_cancelled_source_leaves_no_thread_and_can_be_run_again(backing:
         while any(one.name.startswith("imdsproxy") for one in {*threading.enumerate()} - before):
             await asyncio.sleep(0.01)
     await fill(backing, A)
-
-
-async def test_reports_come_in_the_thread_of_the_event_loop(backing: Backing) -> None:
-    threads = set()
-    source = backing.source()
-    done = asyncio.Event()
-
-    def publish(_observation: object) -> None:
-        threads.add(threading.current_thread())
-        done.set()
-
-    task = asyncio.create_task(source.run(publish))
-    await asyncio.wait_for(done.wait(), 10)
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-    assert threads == {threading.main_thread()}

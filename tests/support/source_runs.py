@@ -36,6 +36,8 @@ class Heard:
         self._news = asyncio.Event()
 
     def publish(self, observation: Observation) -> None:
+        # In the event loop's own thread.
+        assert asyncio.current_task() is not None
         self.observations.append(observation)
         self.inventory.observe(observation)
         self._news.set()
