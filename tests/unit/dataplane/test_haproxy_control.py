@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address
@@ -148,26 +147,6 @@ async def test_a_disk_that_takes_nothing_leaves_the_file_in_force(rig: Rig) -> N
         await rig.apply("blue")
     assert "name red" in rig.layout.config.read_text()
     assert rig.fake.reloads == 0
-
-
-@pytest.mark.parametrize(
-    ("answer", "expected"),
-    [(b"HTTP/1.1 200 OK\r\n\r\nbody", (200, b"body")), (b"", (None, b""))],
-)
-async def test_what_the_worker_answers_on_the_probes_socket_is_fetched(
-    rig: Rig, answer: bytes, expected: tuple[int | None, bytes]
-) -> None:
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(answer)
-        writer.close()
-        await writer.wait_closed()
-
-    assert await rig.haproxy.fetch("/", 1.0) == (None, b"")
-    server = await asyncio.start_unix_server(serve, str(rig.layout.probe_socket))
-    assert await rig.haproxy.fetch("/", 1.0) == expected
-    server.close()
-    await server.wait_closed()
 
 
 @pytest.mark.parametrize("maxconn", [7890, None])
