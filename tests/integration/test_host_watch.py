@@ -212,16 +212,6 @@ async def test_the_audit_finds_a_foreign_listener_that_no_event_reports(lab: Hos
         assert await watched.networks_of("audit") == {BLUE}
 
 
-async def test_a_network_that_is_left_out_is_looked_at_every_second(lab: HostLab) -> None:
-    name = lab.namespace("blue")
-    lab.address(name, "169.254.169.254/32", "lo")
-    server = lab.serve(name, "169.254.169.254")
-    async with _watching(lab, {"blue": NamespaceListener(name)}) as watched:
-        await watched.expect(BLUE)
-        server.stop()
-        assert await watched.networks_of("audit") == {BLUE}
-
-
 async def test_more_left_out_networks_than_fit_are_looked_at_in_turn(lab: HostLab) -> None:
     names = [lab.namespace(f"n{number}") for number in range(5)]
     listeners = {name: NamespaceListener(name) for name in names}

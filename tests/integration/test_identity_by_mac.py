@@ -13,7 +13,7 @@ from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.model import NetworkId
 from support.daemon import instance, user_data_of
 from support.guest import IPV4, IPV6, Connection, Guest, Lost, inside
-from support.impostor import Impostor, syn_frame
+from support.impostor import Impostor
 from support.lab import batch, ip, run, until, within
 from support.world import World, open_world, own
 
@@ -282,43 +282,6 @@ def test_without_its_table_a_filter_lets_no_guest_through(world: World) -> None:
         with pytest.raises(Lost):
             world.red.ask(_TARGET, timeout_s=0.5)
     until(lambda: own(world.red, world.red.ask(_TARGET)) is None, what="an answer")
-
-
-_TAGS: Final = {
-    "plain": b"",
-    "vlan 0": b"\x81\0\0\0",
-    "vlan 0 twice": b"\x81\0\0\0\x81\0\0\0",
-    "service vlan 0, vlan 0": b"\x88\xa8\0\0\x81\0\0\0",
-    "vlan 0 three times": b"\x81\0\0\0\x81\0\0\0\x81\0\0\0",
-}
-
-
-@pytest.mark.parametrize("tags", _TAGS.values(), ids=_TAGS)
-def test_no_guest_gets_around_a_filter(world: World, tags: bytes) -> None:
-    ports = (20_000 + len(tags), 254)
-    # A good pair: the test goes around the filter, not through it.
-    frame = syn_frame(
-        mac=world.red.mac,
-        to=bytes.fromhex("02fea9fea9fe"),
-        source="10.0.0.5",
-        ports=ports,
-        tags=tags,
-    )
-    wire = inside(world.red.namespace, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 3))
-    with wire:
-        wire.bind(("eth0", 0x0003))
-        wire.settimeout(0.3)
-        wire.send(frame)
-        end = time.monotonic() + 0.3
-        while time.monotonic() < end:
-            try:
-                heard = wire.recv(2000)
-            except TimeoutError:
-                break
-            answered = (
-                heard[12:14] == b"\x08\0" and heard[23] == 6 and heard[36:38] == frame[-20:-18]
-            )
-            assert not answered, heard.hex()
 
 
 def test_where_the_port_behind_the_filter_is_taken_no_guest_with_a_mac_is_answered(

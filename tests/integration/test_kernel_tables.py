@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import socketserver
 import struct
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from ipaddress import ip_address
 from typing import Final
 
@@ -33,36 +35,28 @@ _SENDERS: Final = 8192
 """Connections whose sender a mac_filter keeps."""
 
 
-class Echo:
+class Echo(socketserver.ThreadingTCPServer):
     """Says which port took a connection, for each byte that comes; marks its answers where it is told to."""
 
-    def __init__(self, namespace: str, port: int, word: bytes) -> None:
+    # As HAProxy binds: who does it otherwise is in its way.
+    allow_reuse_address = allow_reuse_port = daemon_threads = True
+    marks = False
+
+    def __init__(self, port: int, word: bytes) -> None:
+        super().__init__((str(METADATA_IPV4), port), _Answer)
         self.word = word
-        self.marks = False
-        self._socket = inside(namespace, socket.socket)
-        # As HAProxy binds: who does it otherwise is in its way.
-        for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
-            self._socket.setsockopt(socket.SOL_SOCKET, option, 1)
-        self._socket.bind((str(METADATA_IPV4), port))
-        self._socket.listen()
-        threading.Thread(target=self._serve, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
-    def _serve(self) -> None:
+
+class _Answer(socketserver.BaseRequestHandler):
+    server: Echo
+
+    def handle(self) -> None:
         with contextlib.suppress(OSError):
-            while True:
-                connection, _ = self._socket.accept()
-                threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
-
-    def _answer(self, connection: socket.socket) -> None:
-        with connection, contextlib.suppress(OSError):
-            while connection.recv(1):
-                if self.marks:
-                    connection.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, ANSWER_DSCP << 2)
-                connection.sendall(self.word)
-
-    def close(self) -> None:
-        self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
+            while self.request.recv(1):
+                if self.server.marks:
+                    self.request.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, ANSWER_DSCP << 2)
+                self.request.sendall(self.server.word)
 
 
 @dataclass
@@ -127,11 +121,15 @@ def rig(lab: HostLab) -> Iterator[Rig]:
     assert ref is not None
     network = NetworkId("net")
     mac_filter = MacFilter(network, ref, ((bridge, 2),), lab.naming.link(network))
-    echoes = Echo(place, 80, b"u"), Echo(place, VERIFIED_PORT, b"v")
+    echoes = [
+        inside(place, partial(Echo, port, word))
+        for port, word in ((80, b"u"), (VERIFIED_PORT, b"v"))
+    ]
     with contextlib.closing(NamespaceThread(directory)) as thread:
         yield Rig(lab, KernelMacFilters(thread), thread, mac_filter, guest, mac, *echoes)
     for echo in echoes:
-        echo.close()
+        echo.shutdown()
+        echo.server_close()
 
 
 def _ask(connection: socket.socket) -> bytes:
@@ -228,12 +226,38 @@ def _wire(rig: Rig) -> socket.socket:
     return wire
 
 
+def _own_mac(rig: Rig) -> bytes:
+    (link,) = json.loads(rig.lab.ip("-j", "-n", rig.place, "link", "show", "br0"))
+    return bytes.fromhex(link["address"].replace(":", ""))
+
+
 def _heard(wire: socket.socket) -> list[bytes]:
     heard = []
     with contextlib.suppress(TimeoutError):
         while True:
             heard.append(wire.recv(2000))
     return heard
+
+
+_TAGS: Final = {
+    "plain": b"",
+    "vlan 0": b"\x81\0\0\0",
+    "vlan 0 twice": b"\x81\0\0\0\x81\0\0\0",
+    "service vlan 0, vlan 0": b"\x88\xa8\0\0\x81\0\0\0",
+    "vlan 0 three times": b"\x81\0\0\0\x81\0\0\0\x81\0\0\0",
+}
+
+
+@pytest.mark.parametrize("tags", _TAGS.values(), ids=_TAGS)
+async def test_no_guest_gets_around_a_filter(rig: Rig, tags: bytes) -> None:
+    # A good pair: the test goes around the filter, not through it.
+    await rig.have(rig.pair)
+    ports = (20_000, VERIFIED_PORT)
+    frame = syn_frame(mac=rig.mac, to=_own_mac(rig), source=_ADDRESS, ports=ports, tags=tags)
+    with _wire(rig) as wire:
+        wire.send(frame)
+        answers = [one for one in _heard(wire) if one[12:14] == b"\x08\0" and one[23] == 6]
+    assert not [one for one in answers if one[36:38] == frame[-20:-18]]
 
 
 async def test_a_verified_answer_reaches_only_the_mac_of_its_pair(rig: Rig) -> None:
@@ -347,8 +371,7 @@ async def test_where_a_flood_leaves_no_room_for_senders_the_neighbour_table_coun
     rig: Rig,
 ) -> None:
     await rig.have({})
-    (link,) = json.loads(rig.lab.ip("-j", "-n", rig.place, "link", "show", "br0"))
-    to = bytes.fromhex(link["address"].replace(":", ""))
+    to = _own_mac(rig)
     with _wire(rig) as wire:
         for number in range(_SENDERS + 500):
             source = str(ip_address(0x0A000100 + number))
