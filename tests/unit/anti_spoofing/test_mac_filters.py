@@ -113,14 +113,6 @@ async def test_connections_may_be_open_where_haproxy_listened_before(rig: Rig) -
     assert rig.kernel.busy[2:] == [frozenset({_N1})]
 
 
-async def test_an_address_with_another_mac_is_withdrawn_before_it_is_granted(rig: Rig) -> None:
-    await rig.up()
-    await rig.filters.withdraw(_one(_OTHER))
-    assert rig.kernel.tables == {_N1: {}}
-    await rig.filters.grant(_one(_OTHER))
-    assert rig.kernel.tables == {_N1: {_KEY[1]: _OTHER}}
-
-
 async def test_an_address_without_owner_is_withdrawn_after_a_while(rig: Rig) -> None:
     await rig.up()
     await rig.filters.withdraw(_one(None))
