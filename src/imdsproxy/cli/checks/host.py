@@ -152,7 +152,7 @@ def check_ports(on: Subject) -> list[Finding]:
         try:
             open_tcp_socket(endpoint.host, endpoint.port).close()
         except DataplaneError as error:
-            reason = getattr(error.__cause__, "strerror", error.message)
+            reason = getattr(error.__cause__, "strerror", None) or error.message
             findings.append(found("port-taken", setting=setting, endpoint=endpoint, reason=reason))
     return findings or [found("ports")]
 
