@@ -328,11 +328,15 @@ def test_what_is_given_beside_the_files_is_checked_and_taken_over(tmp_path: Path
     assert found[f"{_SET}.server_name"] == "nova.example.org"
 
 
-def test_each_option_stands_once_and_leads_to_a_setting_there_is() -> None:
+def test_each_option_stands_once_and_has_a_default_that_neutron_takes_and_a_setting_there_is() -> (
+    None
+):
     names = [name for option in NEUTRON_OPTIONS for name in option.names]
     assert len(set(names)) == len(names)
     for option in NEUTRON_OPTIONS:
         assert option.why.endswith(".")
+        worked_out = option.name in {"metadata_workers", "host"}  # by Neutron
+        assert worked_out or option.accepts(option.default), option.name
         place = re.split(r"\.", option.becomes.replace("[0]", ""))
         steps: list[str | int] = []
         for step in place if option.becomes else ():
@@ -340,13 +344,6 @@ def test_each_option_stands_once_and_leads_to_a_setting_there_is() -> None:
         assert find_setting(steps) is not None
         for word in re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)`", option.why):
             assert find_setting(word.split(".")) is not None, word
-
-
-@pytest.mark.parametrize("option", NEUTRON_OPTIONS, ids=lambda one: f"{one.section}-{one.name}")
-def test_each_default_is_one_that_neutron_takes(option: object) -> None:
-    found = next(one for one in NEUTRON_OPTIONS if one is option)
-    if found.name not in {"metadata_workers", "host"}:  # worked out by Neutron
-        assert found.accepts(found.default)
 
 
 _LIKELY = ("", "1", "443", "true", "/a", "https", "::1", "nova", "$state_path/x", "user", "4")
