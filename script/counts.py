@@ -1,4 +1,4 @@
-"""Print the size of the source: lines of code by package, modules, lines of tests.
+"""Print the size of the source: lines of code by package, modules, lines of templates and of tests.
 
 A line of code holds something other than a comment or a docstring.
 """
@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+_TEXTS = (".cfg", ".toml", ".txt")
 _SCOPES = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -30,6 +31,11 @@ def code_lines(text: str) -> int:
     return sum(bool(line) and line[0] != "#" and number not in ignored for number, line in numbered)
 
 
+def rows(text: str) -> int:
+    """How many lines of a template or table are no comment."""
+    return sum(bool(line.strip()) and line.lstrip()[0] != "#" for line in text.splitlines())
+
+
 def main(repository: Path) -> None:
     """Print the counts of one checkout."""
     source = repository / "src" / "imdsproxy"
@@ -44,9 +50,11 @@ def main(repository: Path) -> None:
         for text in tests
         for node in ast.walk(ast.parse(text))
     )
+    texts = [path.read_text() for path in source.rglob("*.*") if path.suffix in _TEXTS]
     by_package = ", ".join(f"{name} {lines:,}" for name, lines in packages.most_common())
     sys.stdout.write(
         f"source: {packages.total():,} lines of code in {len(modules)} modules ({by_package})\n"
+        f"templates and tables of texts: {sum(map(rows, texts)):,} lines\n"
         f"tests: {sum(map(code_lines, tests)):,} lines of code, {found:,} test functions\n"
     )
 

@@ -59,7 +59,7 @@ _LIMITS: Final = Limits(maxconn=400, cache_mb=1)
 def mint_token(
     key: TokenKey, network: NetworkId, instance: InstanceId, epoch: int, expires_at: int
 ) -> str:
-    """A token as HAProxy makes it (`core.haproxy.access_rules`); `expires_at` is Unix time."""
+    """A token as HAProxy makes it (`core/haproxy/access_rules.cfg`); `expires_at` is Unix time."""
     head = f"{key.kid}.{expires_at}"
     bound = f"{head}|{network}|{instance}|{epoch or ''}"
     mac = hmac.new(key.secret, bound.encode("utf-8"), hashlib.sha256).digest()

@@ -66,7 +66,7 @@ PathRules: TypeAlias = tuple[tuple[str, PathWord], ...]
 def undo_spelling(path: bytes) -> bytes | None:
     """The path without what Nova or our documents undo; `None` where an escape is broken.
 
-    HAProxy does the same (`core.haproxy.access_rules`), and a test holds the two together.
+    HAProxy does the same (`core/haproxy/access_rules.cfg`), and a test holds the two together.
     """
     if not _ODD.search(path):
         return path

@@ -1,7 +1,7 @@
 """A policy as `explain` shows it: each rule with the scope that sets it, and what it does to one request.
 
-HAProxy's rules (`core.haproxy.access_rules`) do not say which of them refused. `decide_read` decides by the same policy
-word; an integration test holds the two together.
+HAProxy's rules (`core/haproxy/access_rules.cfg`) do not say which of them refused. `decide_read` decides by the same
+policy word; an integration test holds the two together.
 """
 
 import re

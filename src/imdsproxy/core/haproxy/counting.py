@@ -29,65 +29,6 @@ ONE_IN: Final = 20
 _ONE_BY_ONE, _BY_CHANCE, _REFUSED = range(3)
 READS_KEPT_S: Final = 7 * 86_400
 
-COUNTING_RULES: Final = """
-read_operator:
-    # Where requests come from the controller: an operator's among them is no read of the guest's.
-    http-request set-var(txn.by_operator) bool(true) if { req.fhdr(<header_operator>) -m found }
-sample_reads:
-    # In a frontend, once it is known what there is to check of a request: which of the rest are counted.
-    # Where one in so many is counted, the throw comes first: it is all that most requests pay for.
-    [counts_reads] http-request set-var(txn.needs_check) str(sampled) if <by_chance> <plain_read>
-    # `answer_plain` has thrown before, and left these.
-    [samples_left] http-request set-var(txn.needs_check) str(sampled) if <has_short_document> <plain_read>
-sample_found:
-    # The same in the resolver's frontend, where operators are among the guests.
-    [counts_reads] http-request set-var(txn.needs_check) str(sampled)
-        if <by_chance> <plain_read> !{ var(txn.by_operator) -m found }
-plain_read:
-    !<needs_check> !<good_token> <known> <reads> !<in_other_trees>
-count_sampled:
-    # First in the backend of what was chosen by `sample_reads`, which is all counted. The argument is the instance.
-    http-request set-var(txn.instance) <argument>
-    <track(always)>
-    http-request sc-inc-gpc(<read_counter>,3)
-    http-request sc-inc-gpc(<read_counter>,4)
-count_in_passing:
-    # In a checked backend, after tokens are checked and `txn.token_missing` is set where one is required.
-    [counts_reads] http-request set-var(txn.count_read) bool(true)
-        if <by_chance> !<good_token> <reads> <known> !<in_other_trees>
-    [counts_reads] http-request set-var(txn.count_read) bool(true)
-        if <by_chance> !<good_token> <reads> <has_policy> <policy_openstack_tokens_on> <openstack>
-    [counts_reads] http-request set-var(txn.count_read) bool(true)
-        if <by_chance> !<good_token> <reads> <has_policy> <policy_nocloud_tokens_on> <nocloud>
-    http-request set-var(txn.count_read) bool(true) if <token_missing> <reads>
-    http-request unset-var(txn.count_read) if { var(txn.by_operator) -m found }
-    http-request set-var(txn.instance) <instance> if <count_read>
-    http-request set-var(txn.instance) <instance_of_nova> if <count_read> <of_nova>
-    <track(count_read)>
-    [counts_reads] http-request sc-inc-gpc(<read_counter>,3) if !<token_missing>
-    [counts_reads] http-request sc-inc-gpc(<read_counter>,4) if !<token_missing>
-    http-request sc-inc-gpc(2,3) if <token_missing>
-    http-request sc-inc-gpc(2,4) if <token_missing>
-track:
-    # Find or make the entries of a request; that of its reader if the guest is looked at closely.
-    http-request track-sc3 var(sess.network),concat(|,txn.instance) table without-token if <argument>
-    # What is not tracked is not counted, nor is its rate below anything.
-    http-request set-var-fmt(txn.reader)
-        %[var(sess.network)]|%[var(txn.instance)]|%[path,field(2,/,3),bytes(0,48),url_enc]|%[req.fhdr(user-agent),bytes(0,64),url_enc]
-        if { sc_gpc_rate(3,3) lt 64 }
-    http-request track-sc4 var(txn.reader) table without-token-readers
-    http-request sc-inc-gpc(3,3) if { var(txn.reader) -m found }
-"""
-
-COUNTING_TABLES: Final = """
-# Full, a table forgets who was seen longest ago; and all of it with the worker. A key has a network's id, an
-# instance's, each of at most 64 letters, and what is between them; that of a reader also a path and a client's name, of
-# which each encoded letter takes three.
-backend without-token
-    stick-table type string len 129 size 50k expire <reads_kept_s>s store gpc(4),gpc_rate(4,1h)
-backend without-token-readers
-    stick-table type string len 467 size 10k expire <reads_kept_s>s store gpc(3)
-"""
 
 _ODD: Final = re.compile(rb"[^\w/.+:;#()-]")
 

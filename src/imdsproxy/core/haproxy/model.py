@@ -11,7 +11,7 @@ from typing import Final, Literal
 from imdsproxy.core.model import IpAddress, NetworkId
 
 CHECKED: Final = ".checked"
-"""How a backend's name ends that checks a request (`access_rules`) before it does what the other one does."""
+"""How a backend's name ends that checks a request (`access_rules.cfg`) before it does what the other one does."""
 
 SAMPLED: Final = ".sampled"
 """How a backend's name ends that counts a read (`counting`) before it does what the other one does."""

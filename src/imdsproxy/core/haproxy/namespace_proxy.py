@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Final
 
 from imdsproxy.core.haproxy.names import CONSTANTS
-from imdsproxy.core.haproxy.text import Value, fill_sections, name_values, render
+from imdsproxy.core.haproxy.text import Value, fill_sections, name_values, read_template, render
 from imdsproxy.errors import RequestRefused
 
 DEFAULT_PORT: Final = 9697
@@ -30,57 +30,6 @@ _FORGEABLE: Final = (
 )
 """Headers that a guest must not send, as a regular expression on lower-case names."""
 
-_CONFIG: Final = """
-global
-    [syslog] log <syslog> <facility> <level>
-    # The prefix by which Debian's rsyslog files it in /var/log/haproxy.log.
-    [syslog] log-tag haproxy-metadata-proxy-<uuid>
-    user <user>
-    group <group>
-    maxconn 1024
-    nbthread 1
-    # Two that share a port would each get some of the requests. The second is to fail because the port is in use.
-    noreuseport
-
-defaults
-    mode http
-    [syslog] log global
-    [syslog] option httplog
-    [syslog] option dontlognull
-    # A kept connection that ends under a request would cost the guest its own.
-    option http-server-close
-    # WSGI upstreams read X_Instance_ID as X-Instance-ID.
-    option http-restrict-req-hdr-names delete
-    retries 3
-    timeout http-request 30s
-    timeout connect 30s
-    timeout client 32s
-    timeout server 32s
-    timeout http-keep-alive 30s
-    http-error status 502 hdr Retry-After <retry_after_s> hdr Cache-Control no-store
-    http-error status 503 hdr Retry-After <retry_after_s> hdr Cache-Control no-store
-    http-error status 504 hdr Retry-After <retry_after_s> hdr Cache-Control no-store
-
-listen metadata
-    [dual_stack] bind :::<port> v4v6 proto h1
-    [!dual_stack] bind 0.0.0.0:<port> proto h1
-    # A tunnel, as that of an upgrade.
-    http-request return status 405 hdr Allow <allow_methods> if METH_CONNECT
-    <refuse_forwarded_token(forwarded_for)>
-    # The guest's own header is replaced below; a receiver's `refuse_forwarded` looks at this one.
-    http-request set-header X-Forwarded-By guest if <forwarded_for>
-    http-request del-header <forgeable> -m reg
-    http-request set-header <header> <uuid>
-    http-request set-header X-Forwarded-For %[src]
-    # On a socket for both families the kernel has IPv4 peers as ::ffff:a.b.c.d.
-    http-request set-header X-Forwarded-For %[src,regsub(^::ffff:,)] if { src ::ffff:0:0/96 }
-    http-response deny deny_status 502 if { status 101 }
-    http-response set-var(txn.answered) bool(true)
-    # The upstream's own answers are passed on. Of the rest a guest sees 503 only, which cloud-init's OpenStack source
-    # waits on.
-    http-after-response set-status 503 if { status 502 504 } !{ var(txn.answered) -m bool }
-    server metadata <upstream>
-"""
 
 _FACILITIES: Final = (
     "kern user mail daemon auth syslog lpr news uucp cron auth2 ftp ntp audit alert cron2 "
@@ -131,7 +80,9 @@ def render_namespace_proxy(spec: NamespaceProxySpec) -> str:
         "forgeable": f"^(?:{_FORGEABLE})$",
         "upstream": f"unix@{spec.upstream}",
     }
-    return render(fill_sections(_CONFIG, CONSTANTS | name_values(asdict(spec)) | own))
+    return render(
+        fill_sections(read_template("namespace_proxy"), CONSTANTS | name_values(asdict(spec)) | own)
+    )
 
 
 def parse_resource(network_id: str | None, router_id: str | None) -> tuple[str, str]:

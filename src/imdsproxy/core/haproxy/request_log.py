@@ -37,52 +37,6 @@ AUDIT_LONGEST: Final = 4096
 WATCH_RING: Final = "watched"
 _CHECKS: Final = '"token":"%[var(txn.auth,no)]","refused":"%[var(txn.refused)]",'
 
-LOG_RULES: Final = """
-log_guest:
-    "network":"%[var(sess.network)]","address":"%[var(sess.address)]"
-log_headers:
-    # Escaped by the log format itself, a third as dear as the converter `json`. An address may be no text yet, which
-    # `bytes` would cut in binary.
-    "network":%{+json}[var(sess.network),concat(),bytes(0,64)],"address":%{+json}[var(sess.address),concat(),bytes(0,64)]
-log_request:
-    "instance":"%[var(txn.record),<log_of_nova>field(1,|)]","method":"%HM","path":%{+json}[<log_path>],"status":%ST,
-log_rules:
-    # For a frontend of guests, before its other rules; nothing where no lines are wanted. The argument is who asks.
-    [logs] [watched] log ring@watched len <audit_longest> format raw local0
-    [logs] [audited] log ring@audit len <audit_longest> format raw <sample> local0
-    [logs] log-format
-        '{"time":%Ts.%ms,"number":%rt,<argument>,<log_request><log_checks>"by":"%b/%s","ms":%Ta<log_agent>}'
-    # A connection without a byte is no request.
-    [logs] option dontlognull
-    [logs] [audited] capture request header User-Agent len 200
-    [logs] [!audited] http-request set-var(txn.watched) path
-    # In a sample, these few requests may be missing: another level would undo the silence.
-    [logs] [logs_all] log <audit_last_socket> len <audit_longest> format raw <sample> local0 notice
-    [logs] [logs_all] http-after-response set-log-level notice if { stopping } !{ var(txn.logged) -m found }
-    [logs] [samples] http-request set-log-level silent unless <by_audit_chance>
-note_good_token:
-    # After `note_checks`: a token that was good before goes to no checked backend.
-    [audited] http-request set-var(txn.auth) str(yes) if { var(txn.seconds_left) -m int gt 0 }
-hide_logged:
-    # For the resolver's backend: no second line where a request has come back, and been answered.
-    [audited] http-response set-log-level silent if { res.fhdr(<header_logged>) -m found }
-    [audited] http-response set-var(txn.logged) bool(true) if { res.fhdr(<header_logged>) -m found }
-    [audited] http-response del-header <header_logged>
-[watched] ring watched
-    # The oldest lines are overwritten first.
-    format raw
-    maxlen <audit_longest>
-    size 262144
-[audited] ring audit
-    format raw
-    maxlen <audit_longest>
-    # Some 15,000 lines: what may come while the controller writes to a slow disk, or is started anew.
-    size 4194304
-    timeout connect 1s
-    # The controller reads when it likes; lines on their way are lost if it hangs up.
-    timeout server 1h
-    server controller unix@<audit_socket>
-"""
 
 _CACHE: Final = "<CACHE>"
 _FRONTENDS: Final = ("guests", "agents")

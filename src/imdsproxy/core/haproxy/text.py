@@ -1,6 +1,6 @@
 """HAProxy's configuration as text: rules as HAProxy's manual has them, and `<name>` where a value goes (ADR 45).
 
-A template holds one rule a line. These things are added to HAProxy's language:
+A template, in a file `.cfg` of its own, holds one rule a line. These things are added to HAProxy's language:
 
 - `<name>` stands for a value. A string is quoted, so it is no value inside quotes; a `Text` is written as it is. An
   empty one takes the space before it with it, and an `if` that has no condition left goes too.
@@ -15,10 +15,11 @@ A template holds one rule a line. These things are added to HAProxy's language:
 from __future__ import annotations
 
 import hashlib
+import pkgutil
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from textwrap import dedent
 from typing import Final, TypeAlias
 
@@ -34,6 +35,12 @@ _LINE: Final = re.compile(rf"^((?:{_FLAG.pattern})*)(.*)$", re.MULTILINE)
 
 class UnquotableWord(ValueError):
     """The word holds a line break, NUL or another control character: no quoting makes it safe."""
+
+
+@cache
+def read_template(name: str) -> str:
+    """The template in `NAME.cfg` beside this module."""
+    return (pkgutil.get_data(__package__, f"{name}.cfg") or b"").decode()
 
 
 def quote(word: str) -> str:
