@@ -31,10 +31,7 @@ _GOLDEN = Path(__file__).parents[2] / "golden" / "haproxy"
 
 _PATHS = Layout(Path("/run/imdsproxy"), Path("/var/lib/imdsproxy")).haproxy_paths()
 
-_NOVA = (
-    NovaServer(IPv4Address("192.0.2.1"), 8775),
-    NovaServer(IPv6Address("2001:db8::1"), 8775),
-)
+_NOVA = (NovaServer(IPv4Address("192.0.2.1"), 8775), NovaServer(IPv6Address("2001:db8::1"), 8775))
 
 _BLUE, _RED = NetworkId("blue"), NetworkId("red")
 _PLAIN = DataplaneSpec((Bind(_BLUE, METADATA_IPV4, 80, "virbr0"),), _PATHS)
@@ -46,10 +43,7 @@ _DEFAULT = NovaBackend("default", _NOVA, "nova.example:8775")
 _UNIX = UnixBind("/run/imdsproxy/metadata_proxy", "0664", 0, 0)
 _REPLACED = (
     NovaBackend(
-        "default",
-        (_NOVA[0], replace(_NOVA[1], slot=1)),
-        "nova.example:8775",
-        NovaTls("n.example"),
+        "default", (_NOVA[0], replace(_NOVA[1], slot=1)), "nova.example:8775", NovaTls("n.example")
     ),
     NovaBackend("done", (replace(_NOVA[0], slot=1),), "nova.example:8775", loopback=True),
 )

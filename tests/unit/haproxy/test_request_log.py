@@ -8,12 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imdsproxy.core.haproxy.model import UnixBind
-from imdsproxy.core.haproxy.request_log import (
-    AnsweredBy,
-    Watched,
-    parse_events,
-    read_audit,
-)
+from imdsproxy.core.haproxy.request_log import AnsweredBy, Watched, parse_events, read_audit
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.tokens import TokenKey
 from support.haproxy_alone import mint_token

@@ -10,11 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imdsproxy.core import haproxy
-from imdsproxy.core.haproxy.text import (
-    UnquotableWord,
-    fill,
-    quote,
-)
+from imdsproxy.core.haproxy.text import UnquotableWord, fill, quote
 
 
 @pytest.mark.parametrize("word", ["a\nb", "\0", "a\rb", "\x1b[0m"])

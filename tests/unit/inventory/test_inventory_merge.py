@@ -5,14 +5,7 @@ from dataclasses import replace
 import pytest
 
 from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import (
-    BridgeListener,
-    Instance,
-    InstanceId,
-    Network,
-    NetworkId,
-    Upstream,
-)
+from imdsproxy.core.model import BridgeListener, Instance, InstanceId, Network, NetworkId, Upstream
 from imdsproxy.core.observation import Claimant, Conflict, ConflictKind, Observation
 from imdsproxy.errors import Problem
 from support.record_builders import full, instance, key, network, port
@@ -31,10 +24,7 @@ def loaded(*observations: Observation) -> Inventory:
 
 def test_an_instance_owns_its_addresses_and_the_link_local_one_of_its_mac() -> None:
     inventory = loaded(full("file", [network("n1")], [instance("a", "10.0.0.5", mac=MAC)]))
-    assert dict(inventory.addresses()) == {
-        key("n1", "10.0.0.5"): "a",
-        key("n1", LINK_LOCAL): "a",
-    }
+    assert dict(inventory.addresses()) == {key("n1", "10.0.0.5"): "a", key("n1", LINK_LOCAL): "a"}
     assert inventory.instances_in(N1) == {"a"}
     elsewhere = instance("a", "10.0.0.5", ports=[port("n2", mac=MAC)])
     assert not loaded(full("file", [network("n1")], [elsewhere])).carries_macs(N1)

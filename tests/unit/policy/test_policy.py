@@ -122,11 +122,7 @@ def test_every_rule_and_path_is_reported_with_its_value_and_scope() -> None:
     )
     project = PolicyRules(paths=(("/latest", PathWord.OPTIONAL),))
     folded = fold_policy(
-        [
-            (PolicyScope.HOST, host),
-            (PolicyScope.PROJECT, project),
-            (PolicyScope.INSTANCE, _OFF),
-        ]
+        [(PolicyScope.HOST, host), (PolicyScope.PROJECT, project), (PolicyScope.INSTANCE, _OFF)]
     )
     report = report_policy(folded, OperatorOverride(), None, _BORN)
     names = [one.name for one in fields(Policy) if one.name != "paths"]

@@ -12,14 +12,7 @@ from pydantic import ValidationError
 from imdsproxy.config.describe import explain_finding
 from imdsproxy.config.policy import PolicyRulesSettings
 from imdsproxy.config.strict_yaml import Decoded, decode_yaml
-from imdsproxy.core.model import (
-    Dialect,
-    Instance,
-    NamespaceListener,
-    Network,
-    NetworkId,
-    Upstream,
-)
+from imdsproxy.core.model import Dialect, Instance, NamespaceListener, Network, NetworkId, Upstream
 from imdsproxy.core.path_rules import MOST_PATH_RULES
 from imdsproxy.core.policy import NO_RULES, RULES, PolicyRules, Rule, TokenMode
 from imdsproxy.core.records import parse_instance, parse_network, parse_records, render_record
