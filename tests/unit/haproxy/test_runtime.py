@@ -66,7 +66,6 @@ _STAT = "# pxname,svname,stot,\nguests,red,5,\nguests,cut\n\n"
         (parse_version, _VERSION.format("3.3-dev2-abc"), (3, 3, "dev2-abc")),
         (parse_version, "nginx version: nginx/1.26", None),
         (parse_features, "x\nFeature list : -51DEGREES +NS +PROMEX -WURFL\ny", {"NS", "PROMEX"}),
-        (parse_features, "", set()),
         (
             parse_stat,
             _STAT,
@@ -86,9 +85,7 @@ _STAT = "# pxname,svname,stot,\nguests,red,5,\nguests,cut\n\n"
         ),
         (parse_failure, "[NOTICE] x\n[ALERT] unknown keyword", "unknown keyword"),
         (parse_failure, "haproxy: cannot run\n\n  because\n", "haproxy: cannot run; because"),
-        (parse_failure, "", ""),
         (parse_guests, "Unknown table 'x'", []),
-        (parse_readers, "", []),
     ],
 )
 def test_an_answer_of_haproxys_is_read_into_values(
