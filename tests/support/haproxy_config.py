@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.model import Bind, DataplaneSpec
 from imdsproxy.core.model import METADATA_IPV4, NetworkId
 from imdsproxy.dataplane.layout import Layout
@@ -15,11 +14,6 @@ SPEC = DataplaneSpec(
     Layout(runtime=Path("/run/x"), state=Path("/var/x")).haproxy_paths(),
 )
 """One network, and everything else at its default."""
-
-
-def read_rules(spec: DataplaneSpec, header: str) -> list[tuple[str, ...]]:
-    """The words of the lines of one section."""
-    return read_sections(render_config(spec))[header]
 
 
 def read_sections(text: str) -> dict[str, list[tuple[str, ...]]]:

@@ -1,20 +1,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imdsproxy.core.haproxy.model import UnixBind
 from imdsproxy.core.haproxy.request_log import AnsweredBy, Watched, parse_events, read_audit
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.tokens import TokenKey
 from support.haproxy_alone import mint_token
-from support.haproxy_config import SPEC
 
-AUDITED = replace(SPEC, unix=UnixBind("/run/a", "0600", 0, 0), audit=1)
 LINE = (
     '{"time":1795684004.318,"number":17,"network":"blue","address":"10.0.0.5","instance":"vm-1",'
     '"method":"GET","path":"\\/latest\\/user-data","status":200,"token":"no","refused":"-",'
