@@ -1,7 +1,5 @@
 """Work that goes on beside a test."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine

@@ -1,7 +1,5 @@
 """The document server beside the controller: started, adopted, watched, and when readiness believes in documents."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Iterable, Iterator
 from pathlib import Path

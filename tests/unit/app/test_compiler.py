@@ -1,7 +1,5 @@
 """What a start needs not compile, because its record is on disk as it was compiled."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
@@ -78,14 +76,13 @@ def written(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_record_that_was_compiled_of_the_same_is_known_after_a_restart(written: Path) -> None:
+def test_a_record_that_was_compiled_of_just_the_same_is_known_after_a_restart(
+    written: Path,
+) -> None:
     compiler = _start(written)
     assert _log(compiler) == []
     assert compiler.revisions == {_A: compile_instance(_INSTANCE, {}).revision}
     compiler.index.close()
-
-
-def test_a_record_that_was_compiled_of_something_else_is_not_known(written: Path) -> None:
     assert _after_a_restart(written, _OTHER) == _WRITTEN
 
 

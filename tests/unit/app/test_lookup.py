@@ -33,8 +33,8 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.core.nova import EndpointSet, NovaRouting
 from imdsproxy.core.observation import AddressKey, Observation
-from imdsproxy.core.policy import OperatorOverride, PolicyBook, PolicyRules, TokenMode
-from imdsproxy.core.policy_report import DEFAULT_ORIGIN, PolicyInForce
+from imdsproxy.core.policy import OperatorOverride, PolicyBook, PolicyRules
+from imdsproxy.core.policy_report import DEFAULT_ORIGIN
 from imdsproxy.errors import HostRefused, Problem
 from imdsproxy.sources import api
 from support.fake_look_ups import FakeLookUps
@@ -234,10 +234,7 @@ _LEARNED: Final = Learned(InstanceId("web"), 130.0, mac=_MAC)
     ],
 )
 async def test_an_address_is_known_by_its_record_or_else_by_its_mac(
-    instances: tuple[Instance, ...] | None,
-    mac: MacAddress | None,
-    key: AddressKey,
-    expected: str,
+    instances: tuple[Instance, ...] | None, mac: MacAddress | None, key: AddressKey, expected: str
 ) -> None:
     rig = Rig(
         *(instances or ()), listed=Scope.NETWORK, mac_check=False, in_sync=instances is not None
@@ -526,42 +523,29 @@ async def test_who_is_not_found_is_explained(
     assert (told.verdict, told.answer) == ("no-network", 404)
 
 
-def _origins(told: PolicyInForce | None) -> dict[str, tuple[object, str]]:
-    assert told is not None
-    return {one.name: (one.value, one.origin) for one in told.rules if one.origin != DEFAULT_ORIGIN}
+def _origins(told: Explanation) -> dict[str, tuple[object, str]]:
+    assert told.rules is not None
+    assert (told.rules.token_epoch, told.rules.reopened_at) == (2, 41)
+    set_somewhere = (one for one in told.rules.rules if one.origin != DEFAULT_ORIGIN)
+    return {one.name: (one.value, one.origin) for one in set_somewhere}
 
 
-async def test_each_rule_is_told_with_the_scope_that_set_it_and_what_operators_did() -> None:
-    rig = Rig(_WEB)
+async def test_rules_are_explained_by_the_network_or_the_router_that_the_guest_is_in_or_behind() -> (
+    None
+):
+    sealed, hops = PolicyRules(seal_user_data=True), PolicyRules(hop_limit=2)
     book = PolicyBook(
-        host=PolicyRules(tokens=TokenMode.REQUIRED, hop_limit=1, boot_grace_s=60),
-        networks={_NET: PolicyRules(seal_user_data=True), _ROUTER: PolicyRules(hop_limit=2)},
-        projects={
-            "blue": PolicyRules(tokens=TokenMode.OPTIONAL),
-            "red": PolicyRules(endpoint=False),
-        },
-        instances={"web": PolicyRules(refuse_forwarded=True)},
+        host=PolicyRules(hop_limit=1),
+        networks={_NET: sealed, _ROUTER: hops},
         overrides={"web": OperatorOverride(2, 41)},
     )
-    rig.records.policies = lambda: book
-    expected: dict[str, tuple[object, str]] = {
-        "tokens": ("optional", "project"),
-        "hop_limit": (1, "host"),
-        "boot_grace_s": (60, "host"),
-        "seal_user_data": (True, "network"),
-        "refuse_forwarded": (True, "instance"),
-    }
-    rules = (await rig.explain()).rules
-    assert _origins(rules) == expected
-    assert rules is not None
-    assert (rules.token_epoch, rules.reopened_at) == (2, 41)
-    assert (rules.boot_ends_at, rules.boot_over) == (101, False)
+    expected = {"hop_limit": (1, "host"), "seal_user_data": (True, "network")}
+    rig, by_mac = Rig(_WEB), Rig(_WEB, listed=Scope.NETWORK)
+    rig.records.policies = by_mac.records.policies = lambda: book
+    assert _origins(await rig.explain()) == expected
     # The same by its MAC alone, which is nowhere noted.
-    declared = Rig(_WEB, listed=Scope.NETWORK)
-    declared.records.policies, declared.mac = lambda: book, _MAC
-    assert _origins((await declared.explain(_PRIVATE)).rules) == expected
-    # Behind a router it is the router's policy that counts.
+    by_mac.mac = _MAC
+    assert _origins(await by_mac.explain(_PRIVATE)) == expected
     rig.answer(_FOUND, scope=Scope.ROUTER)
-    del expected["seal_user_data"]
-    assert _origins((await rig.explain(_BEHIND)).rules) == {**expected, "hop_limit": (2, "network")}
+    assert _origins(await rig.explain(_BEHIND)) == {"hop_limit": (2, "network")}
     assert (await rig.explain((_NET, IPv4Address("10.0.0.9")))).rules is None

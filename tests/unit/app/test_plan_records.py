@@ -1,7 +1,5 @@
 """Which record HAProxy is to have of an address, how its map writes it, and which binds and links it is to have."""
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 from collections.abc import Mapping

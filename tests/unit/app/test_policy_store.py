@@ -1,9 +1,7 @@
 """What operators did about instances, and the keys of session tokens: on disk before it counts, and read or refused."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -91,7 +89,7 @@ class Rig:
     """Keys over a directory, with bytes that are known for random ones."""
 
     directory: Path
-    numbers: count[int] = field(default_factory=lambda: count(1))
+    numbers: Iterator[int] = field(default_factory=lambda: count(1))
 
     def __post_init__(self) -> None:
         layout = Layout(self.directory, self.directory)
@@ -137,11 +135,7 @@ def test_a_file_that_settings_name_has_to_be_there(rig: Rig) -> None:
 
 @pytest.mark.parametrize(
     ("data", "mode"),
-    [
-        (b"nonsense\n", 0o600),
-        (b"\xff\n", 0o600),
-        (render_token_keys([_key(1)]).encode(), 0o644),
-    ],
+    [(b"nonsense\n", 0o600), (b"\xff\n", 0o600), (render_token_keys([_key(1)]).encode(), 0o644)],
 )
 def test_what_cannot_be_used_leaves_what_is_in_force(rig: Rig, data: bytes, mode: int) -> None:
     rig.keys.read(None)

@@ -1,7 +1,5 @@
 """The controller's process: its heartbeat, and settings that are read again."""
 
-from __future__ import annotations
-
 import asyncio
 import socket
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """From what sources say to what every worker answers, with the disk and HAProxy as they may be."""
 
-from __future__ import annotations
-
 import asyncio
 import errno
 import math

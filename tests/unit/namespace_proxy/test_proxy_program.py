@@ -1,7 +1,5 @@
 """The program without HAProxy: its options, what it runs, how that ends, and what it asks of the host."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os

@@ -1,7 +1,5 @@
 """What HAProxy is to bind for Neutron's proxies, decided by what is at the path and by its answers before."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import socket
@@ -226,9 +224,7 @@ async def test_what_haproxy_refuses_is_left_out_and_tried_again_ever_more_slowly
     assert waited == [5, 10, 20, 40, 60, 60]
 
 
-async def test_other_settings_are_tried_at_once_and_other_refusals_do_not_count(
-    rig: _Rig,
-) -> None:
+async def test_other_settings_are_tried_at_once_and_other_refusals_do_not_count(rig: _Rig) -> None:
     other = ReloadFailed("[ALERT] for frontend guests: cannot bind [169.254.169.254:80]")
     await rig.unix.choose()
     assert not rig.unix.blame(other)
@@ -323,9 +319,7 @@ async def test_a_takeover_is_logged_once_with_the_process(taking: _Rig) -> None:
     assert (taking.unix.taken_over, taking.unix.problem) == (1, None)
 
 
-async def test_a_process_that_takes_it_back_each_time_keeps_it_for_a_while(
-    taking: _Rig,
-) -> None:
+async def test_a_process_that_takes_it_back_each_time_keeps_it_for_a_while(taking: _Rig) -> None:
     await taking.round()
     assert await taking.lose()
     assert await taking.lose()
