@@ -1,4 +1,4 @@
-"""The wheel works where there is no repository: with the pinned libraries, from any directory."""
+"""The wheel works where there is no repository: with the pinned libraries, from any directory, on an old Python."""
 
 from __future__ import annotations
 
@@ -27,14 +27,17 @@ def packages() -> Packages:
 
 @pytest.fixture(scope="module")
 def environment(packages: Packages) -> Iterator[Path]:
-    """A virtual environment made as docs/install.md says, of the wheel and the list of libraries alone."""
+    """A virtual environment made as docs/install.md says, of the wheel and the list of libraries alone.
+
+    It has the oldest Python that imdsproxy takes, where this machine has one: all other tests run on a newer one.
+    """
     directory = Path(tempfile.mkdtemp(prefix="imdst-wheel-"))
     directory.chmod(0o755)
     wheel, pinned = directory / packages.wheel.name, directory / "runtime.txt"
     shutil.copy(packages.wheel, wheel)
     shutil.copy(REPOSITORY / "requirements/runtime.txt", pinned)
     target = directory / "environment"
-    run(sys.executable, "-m", "venv", str(target))
+    run(shutil.which("python3.11") or sys.executable, "-m", "venv", str(target))
     pip = (str(target / "bin/pip"), "--quiet", "install")
     run(*pip, "--require-hashes", "--requirement", str(pinned), timeout_s=300)
     run(*pip, "--no-deps", "--no-index", str(wheel))
