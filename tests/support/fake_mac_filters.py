@@ -37,8 +37,6 @@ class FakeMacFilters(KernelMacFilters):
 
     tables: dict[NetworkId, dict[IpAddress, MacAddress]] = field(default_factory=dict)
     log: list[str] = field(default_factory=list)
-    bound: list[tuple[IpAddress, int, MacAddress]] = field(default_factory=list)
-    senders: dict[tuple[IpAddress, int], MacAddress] = field(default_factory=dict)
     watch: Callable[[], None] = lambda: None
     refuse: str = ""
     busy: list[frozenset[NetworkId]] = field(default_factory=list)
@@ -88,7 +86,9 @@ class FakeMacFilters(KernelMacFilters):
     async def change(
         self, one: MacFilter, *, has: PairMap | None = None, wanted: PairMap | None = None
     ) -> None:
-        table = self._table(one)
+        if one.network not in self.tables:
+            raise TableGone(one.network)
+        table = self.tables[one.network]
         for address, mac in (has or {}).items():
             await asyncio.sleep(0)
             assert table.pop(address) == mac
@@ -101,17 +101,6 @@ class FakeMacFilters(KernelMacFilters):
             self.log.append(f"grant {address}")
             self.watch()
 
-    async def sender(self, one: MacFilter, address: IpAddress, port: int) -> MacAddress | None:
-        self._table(one)
-        return self.senders.get((address, port))
-
-    async def bind_answers(
-        self, one: MacFilter, address: IpAddress, port: int, mac: MacAddress
-    ) -> bool:
-        self._table(one)
-        self.bound.append((address, port, mac))
-        return True
-
     async def close(self, places: Collection[Sequence[str | None]]) -> None:
         names = {table for _, table in places}
         for network in [one for one, it in self._filters.items() if it.table in names]:
@@ -122,11 +111,6 @@ class FakeMacFilters(KernelMacFilters):
         """Another program removes a table."""
         self.tables.pop(network, None)
         self._filters.pop(network, None)
-
-    def _table(self, one: MacFilter) -> dict[IpAddress, MacAddress]:
-        if one.network not in self.tables:
-            raise TableGone(one.network)
-        return self.tables[one.network]
 
 
 @dataclass
