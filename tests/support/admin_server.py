@@ -234,7 +234,7 @@ async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous gen
         layout.master_socket, (layout.base_map, layout.overlay_map, layout.token_keys_map)
     )
     await fake.start()
-    launcher = FakeLauncher(fake, applier.master)
+    launcher = FakeLauncher(fake, applier.master, layout.config)
     haproxy = Haproxy("haproxy", cast("Launcher", launcher), applier, clock)
     await haproxy.adopt()
     passwords = PasswordStore(layout.passwords)

@@ -141,21 +141,19 @@ class FakeLauncher:
 
     Attributes:
         refuse: Why it does not start; empty when it does.
-        judged: A configuration with which it does not start when it has the word POISON.
+        config: With the word POISON in it, it does not start either.
     """
 
     fake: FakeHaproxy
     master: MasterClient
+    config: Path
     refuse: str = ""
-    judged: Path | None = None
     started: int = 0
     killed: list[Processes] = field(default_factory=list)
 
     async def start(self) -> Processes:
-        if self.refuse:
+        if self.refuse or "POISON" in self.config.read_text():
             raise ConfigRejected(f"HAProxy did not start: {self.refuse}")
-        if self.judged is not None and "POISON" in self.judged.read_text():
-            raise ConfigRejected("HAProxy did not start: POISON")
         self.started += 1
         await self.fake.start()
         return await self.master.read_processes()
@@ -170,15 +168,12 @@ class FakeLauncher:
         await self.fake.close()
 
 
-def control_fake(
-    layout: Layout, script: str, *, judged: Path | None = None
-) -> tuple[FakeHaproxy, FakeLauncher, Haproxy]:
+def control_fake(layout: Layout, script: str) -> tuple[FakeHaproxy, FakeLauncher, Haproxy]:
     """A fake without records that is not started yet, and what controls it.
 
     Args:
         layout: Of a directory that is there.
         script: What runs as `haproxy -c`.
-        judged: As of `FakeLauncher`.
     """
     fake = FakeHaproxy(layout.master_socket, (layout.base_map, layout.overlay_map))
     records = RecordApplier(layout)
@@ -186,7 +181,7 @@ def control_fake(
     program = layout.runtime / "haproxy"
     program.write_text(script)
     program.chmod(0o755)
-    launcher = FakeLauncher(fake, records.master, judged=judged)
+    launcher = FakeLauncher(fake, records.master, layout.config)
     return fake, launcher, Haproxy(str(program), cast("Launcher", launcher), records, Clock())
 
 

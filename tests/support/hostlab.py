@@ -58,20 +58,19 @@ class HostLab:
         """The name of a link of this lab."""
         return f"imdst{self.token}{what}"
 
-    def namespace(self, what: str, *, loopback: bool = True) -> str:
+    def namespace(self, what: str) -> str:
         """Make a namespace as `ip netns add` does, `lo` up."""
         name = self.name(what)
         self._namespaces.append(name)
         self.ip("netns", "add", name)
-        if loopback:
-            self.ip("-n", name, "link", "set", "lo", "up")
+        self.ip("-n", name, "link", "set", "lo", "up")
         return name
 
     def delete_namespace(self, name: str) -> None:
         """Remove a namespace as `ip netns del` does."""
         self.ip("netns", "del", name)
 
-    def device(self, what: str, *, namespace: str | None = None, up: bool = True) -> str:
+    def device(self, what: str, *, namespace: str | None = None) -> str:
         """Make a device: a veth whose other end, `NAMEp`, lies beside it."""
         name = self.link_name(what)
         where = ("-n", namespace) if namespace else ()
@@ -79,8 +78,7 @@ class HostLab:
             self._links.append(name)
         self.ip(*where, "link", "add", name, "type", "veth", "peer", "name", f"{name}p")
         self.ip(*where, "link", "set", f"{name}p", "up")
-        if up:
-            self.ip(*where, "link", "set", name, "up")
+        self.ip(*where, "link", "set", name, "up")
         return name
 
     def bridge(self, what: str, *, mtu: int = 1500) -> str:

@@ -166,7 +166,7 @@ class Rig:
 async def _rig(directory: Path, *, agents: str | None = None) -> AsyncIterator[Rig]:
     layout = Layout(directory, directory, chroot=False)
     script = '#!/bin/sh\n! grep -q POISON "$3"\n'
-    fake, _, haproxy = control_fake(layout, script, judged=layout.config)
+    fake, _, haproxy = control_fake(layout, script)
     host = FakeHost(directory / "netns")
     inventory = Inventory(["a"])
     taken: list[str | None] = [None]
