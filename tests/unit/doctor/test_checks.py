@@ -7,7 +7,7 @@ import gzip
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -43,25 +43,8 @@ def server(changes: Mapping[str, Reply | None] | None = None, **more: Any) -> Me
     return MetadataServer(replies={path: one for path, one in replies.items() if one}, **more)
 
 
-@dataclass
-class Odd(MetadataServer):
-    """Answers some questions in another way.
-
-    Attributes:
-        instead: By the beginning of the path, where no header is sent.
-    """
-
-    instead: Mapping[str, Answer] | None = None
-
-    def fetch(self, ask: Ask) -> Answer:
-        for start, answer in (self.instead or {}).items():
-            if ask.path.startswith(start) and not ask.headers:
-                return answer
-        return super().fetch(ask)
-
-
 def silent(path: str, *, timed_out: bool = False) -> MetadataServer:
-    return Odd(instead={path: Answer(why="nothing", timed_out=timed_out)})
+    return MetadataServer(instead={path: Answer(why="nothing", timed_out=timed_out)})
 
 
 _ALSO = {
@@ -240,7 +223,7 @@ def test_how_bad_a_fault_is_and_for_whom_depends_on_what_was_seen(
 
 def test_tokens_that_are_required_are_used_and_noted() -> None:
     refusals = {"/latest/meta": Answer(401), "/2009": Answer(401)}
-    findings = found(Odd(token=Reply(b"abc", headers=TTL), instead=refusals))
+    findings = found(server(token=Reply(b"abc", headers=TTL), instead=refusals))
     assert {code: one.severity for code, one in findings.items()} == {"token-required": NOTE}
 
 
