@@ -78,10 +78,7 @@ class FileBacking(WholeRecords):
         return "instances"
 
     async def claim_twice(self, victim: Instance, thief_id: str) -> tuple[Problem, ...]:
-        thief = replace(victim, id=InstanceId(thief_id))
-        self._records["instances"][thief_id] = render_record(thief)
-        self._write()
-        return ()
+        return await self.put([], [replace(victim, id=InstanceId(thief_id))])
 
     def _write(self) -> None:
         for kind, records in self._records.items():
@@ -124,23 +121,18 @@ class SqliteBacking(WholeRecords):
 
     async def spoil(self, instance_id: str) -> str:
         self._spoilt.add(instance_id)
-        self._execute(
-            "INSERT OR REPLACE INTO instances (id, record) VALUES (?, ?)",
-            (instance_id, '{"id": "'),
-        )
+        self._store(instance_id, '{"id": "')
         return "instances"
 
     async def claim_twice(self, victim: Instance, thief_id: str) -> tuple[Problem, ...]:
-        record = render_record(replace(victim, id=InstanceId(thief_id)))
-        self._execute(
-            "INSERT OR REPLACE INTO instances (id, record) VALUES (?, ?)",
-            (thief_id, json.dumps(record)),
-        )
+        thief = replace(victim, id=InstanceId(thief_id))
+        self._store(thief_id, json.dumps(render_record(thief)))
         return ()
 
-    def _execute(self, statement: str, values: tuple[str, ...]) -> None:
+    def _store(self, instance_id: str, record: str) -> None:
         with closing(sqlite3.connect(self._path)) as connection, connection:
-            connection.execute(statement, values)
+            statement = "INSERT OR REPLACE INTO instances (id, record) VALUES (?, ?)"
+            connection.execute(statement, (instance_id, record))
 
 
 Keeper: TypeAlias = FileBacking | SqliteBacking | LibvirtBacking

@@ -80,69 +80,38 @@ class Files:
         )
 
 
-_Step: TypeAlias = dict[str, str]
-
-
 @pytest.mark.parametrize(
     ("steps", "in_force", "refused"),
     [
-        pytest.param(
-            [{"x": "a1"}, {"x": "a!"}], "a1", "a!", id="one that breaks keeps its version"
-        ),
-        pytest.param([{"x": "a1"}, {"x": "a!"}, {"x": "a2"}], "a2", "", id="until it is mended"),
-        pytest.param(
-            [{"z": "c1", "y": "a1 b1"}], "a1", "b<y c<y", id="at first by file and position"
-        ),
-        pytest.param([{"z": "a1"}, {"a": "b12"}], "a1", "b<z", id="a newcomer to a taken address"),
-        pytest.param(
-            [{"z": "a1"}, {"a": "b1", "z": "a1*"}],
-            "a1*",
-            "b<z",
-            id="one that changes keeps its own",
-        ),
-        pytest.param(
-            [{"x": "a1 b2"}, {"x": "a1 b1"}], "a1 b2", "b<x", id="a change to a taken address"
-        ),
-        pytest.param(
-            # b gives 2 to c, but may not have 1: it falls back to 2, and so c to 3.
-            [{"x": "a1 b2 c3"}, {"x": "a1 b1 c2"}],
-            "a1 b2 c3",
-            "b<x c<x",
-            id="an address is given back when its holder falls back",
-        ),
-        pytest.param(
-            # b wants 1 (taken) and 9; c and the new d want 9, which b does not get.
-            [{"x": "a1 b2 c3"}, {"x": "a1 b91 c9 d3"}],
-            "a1 b2 c9 d3",
-            "b<x",
-            id="lost to one that fell back",
-        ),
-        pytest.param(
-            # a takes 9 before c does, and 2 from b; but b may not have 7, so that a has to go back too.
-            [{"x": "z7 a1 b2 c3"}, {"x": "z7 a29 b7 c9"}],
-            "z7 a1 b2 c9",
-            "a<x b<x",
-            id="lost to one that had to fall back later",
-        ),
-        pytest.param([{"z": "a1"}, {"b": "a2"}], "a1", "a<z", id="an id twice"),
-        pytest.param([{"x": "a1"}, {"x": "a2 a1"}], "a1", "a<x", id="an id twice in one file"),
-        pytest.param(
-            [{"x": "a1"}, {"y": "a2"}, {"x": "a!"}], "a1", "a! a<x", id="a good double of a bad one"
-        ),
+        # One that breaks keeps its version until it is mended.
+        ("x: a1 | x: a!", "a1", "a!"),
+        ("x: a1 | x: a! | x: a2", "a2", ""),
+        # At first it goes by file and position.
+        ("z: c1, y: a1 b1", "a1", "b<y c<y"),
+        # A newcomer to a taken address; one that changes and keeps its own; a change to a taken one.
+        ("z: a1 | a: b12", "a1", "b<z"),
+        ("z: a1 | a: b1, z: a1*", "a1*", "b<z"),
+        ("x: a1 b2 | x: a1 b1", "a1 b2", "b<x"),
+        # b gives 2 to c, but may not have 1: it falls back to 2, and so c to 3.
+        ("x: a1 b2 c3 | x: a1 b1 c2", "a1 b2 c3", "b<x c<x"),
+        # b wants 1 (taken) and 9; c and the new d want 9, which b does not get.
+        ("x: a1 b2 c3 | x: a1 b91 c9 d3", "a1 b2 c9 d3", "b<x"),
+        # a takes 9 before c does, and 2 from b; but b may not have 7, so that a has to go back too.
+        ("x: z7 a1 b2 c3 | x: z7 a29 b7 c9", "z7 a1 b2 c9", "a<x b<x"),
+        # An id twice, in two files and in one; a good double of a bad one.
+        ("z: a1 | b: a2", "a1", "a<z"),
+        ("x: a1 | x: a2 a1", "a1", "a<x"),
+        ("x: a1 | y: a2 | x: a!", "a1", "a! a<x"),
     ],
 )
 def test_what_is_in_force_stays_until_it_changes_itself(
-    steps: list[_Step], in_force: str, refused: str
+    steps: str, in_force: str, refused: str
 ) -> None:
+    """Each step writes files: `x: a1 b2, y: c3`."""
     files = Files()
-    for step in steps:
-        before = files.records
-        changed = files.write({file: _entries(text) for file, text in step.items()})
-        assert changed == {
-            key
-            for key in before.keys() | files.records.keys()
-            if before.get(key) != files.records.get(key)
-        }
+    for step in steps.split(" | "):
+        contents = (each.split(": ") for each in step.split(", "))
+        files.write({file: _entries(text) for file, text in contents})
     assert sorted(files.records.values(), key=str) == sorted(_entries(in_force), key=str)
     assert files.refused == refused
 
