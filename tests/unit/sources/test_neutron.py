@@ -38,6 +38,7 @@ from support.fake_neutron import (
 _MAC = "fa:16:3e:00:00:05"
 _A = neutron_port("p-a", "n1", "10.0.0.5", "fd00::5", device="i-a", mac=_MAC)
 _B = neutron_port("p-b", "n1", "10.0.0.6", device="i-b")
+_TWIN = neutron_port("p-t", "n2", "10.0.0.5", device="i-t")
 _JOINED = router_port("r-1", "n1", "r")
 _FOUND_A = PortFound(NetworkId("n1"), InstanceId("i-a"))
 _MISSING = PortMissing()
@@ -139,8 +140,7 @@ async def test_behind_a_router_all_its_networks_are_looked_at() -> None:
 
 
 async def test_an_address_in_two_of_a_routers_networks_is_refused() -> None:
-    twin = neutron_port("p-t", "n2", "10.0.0.5", device="i-t")
-    async with neutron_rig(_JOINED, router_port("r-2", "n2", "r"), _A, twin) as one:
+    async with neutron_rig(_JOINED, router_port("r-2", "n2", "r"), _A, _TWIN) as one:
         for _ in range(2):
             assert await one.look("r", "10.0.0.5", router=True) == PortAmbiguous(2)
         assert one.asked == 2
@@ -323,6 +323,19 @@ async def test_a_port_is_gone_only_if_neutron_says_so_while_it_shows_another() -
         await one.pass_time(9)
         assert one.owners == {"n1/10.0.0.6": "i-b"}
         assert [query.ids for query in one.neutron.queries] == [("p-a", "p-b"), ("p-a", "p-b")]
+
+
+@pytest.mark.parametrize(
+    "change", [[_TWIN], [replace(_A, addresses=()), _TWIN], [replace(_JOINED, device="another")]]
+)
+async def test_what_is_behind_a_router_is_looked_at_again(change: list[NeutronPort]) -> None:
+    async with neutron_rig(_JOINED, router_port("r-2", "n2", "r"), _A) as one:
+        await one.look("r", "10.0.0.5", router=True)
+        await one.pass_time(20)
+        assert one.source.routes()
+        one.neutron.put(*change)
+        await one.pass_time(16)
+        assert not one.source.routes()
 
 
 async def test_a_router_that_seems_to_join_nothing_is_asked_for_again() -> None:
