@@ -4,7 +4,6 @@ import errno
 import fcntl
 import os
 import re
-import socket
 import stat
 import subprocess
 import sys
@@ -458,19 +457,6 @@ def test_a_proxy_is_known_by_its_program_and_its_configuration(
         (tmp_path / "7").mkdir()
         (tmp_path / "7" / "cmdline").write_text("".join(f"{word}\0" for word in words))
     assert proxy.runs_with(7, "u.conf", proc=tmp_path) is known
-
-
-def test_a_port_in_use_is_reported_however_it_was_bound() -> None:
-    for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
-        with socket.socket() as other:
-            other.setsockopt(socket.SOL_SOCKET, option, 1)
-            other.bind(("127.0.0.1", 0))
-            other.listen()
-            port = other.getsockname()[1]
-            for dual_stack in (False, True):
-                with pytest.raises(HostRefused, match=f"port {port}: Address already in use"):
-                    proxy.try_to_bind(port, dual_stack=dual_stack)
-        proxy.try_to_bind(port, dual_stack=True)
 
 
 def test_the_program_loads_nothing_of_the_daemon() -> None:
