@@ -112,9 +112,9 @@ class Rig:
 
 
 @asynccontextmanager
-async def _rig(directory: Path, records: dict[str, str] | None = None) -> AsyncIterator[Rig]:
+async def _rig(directory: Path) -> AsyncIterator[Rig]:
     rig = Rig(directory)
-    rig.applier.write_all(records or {})
+    rig.applier.write_all({})
     await rig.haproxy.start()
     rig.applier.trust(await rig.applier.master.read_processes())
     try:
@@ -122,6 +122,12 @@ async def _rig(directory: Path, records: dict[str, str] | None = None) -> AsyncI
             yield rig
     finally:
         await rig.haproxy.close()
+
+
+@pytest.fixture
+async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
+    async with _rig(tmp_path) as found:
+        yield found
 
 
 def _instance(name: str, *addresses: str, hostname: str = "h") -> Instance:
@@ -134,56 +140,54 @@ def _value(instance: Instance) -> str:
 
 
 async def test_an_acknowledged_instance_is_on_disk_and_in_haproxy_until_it_is_removed(
-    tmp_path: Path,
+    rig: Rig,
 ) -> None:
-    async with _rig(tmp_path) as rig:
-        web = _instance("web", "10.0.0.5")
-        await rig.say(web)
-        assert rig.told("10.0.0.5") == _value(web)
-        assert rig.files.content(web.id) == compile_instance(web, {_RED: _NETWORK}).content
-        assert {(_RED, IPv4Address("10.0.0.5"))} in rig.applied
-        assert rig.networks == [frozenset({_RED})]
-        assert rig.loop.rounds.within()[math.inf] == 1
-        after = _instance("web", "10.0.0.5", "10.0.0.6", hostname="new")
-        await rig.say(after)
-        assert rig.told("10.0.0.5") == rig.told("10.0.0.6") == _value(after)
-        rig.files.log.clear()
-        await rig.say()
-        assert rig.told("10.0.0.5") is None
-        assert rig.files.log == ["remove web"]
-        assert rig.loop.compiler.revisions == {}
+    web = _instance("web", "10.0.0.5")
+    await rig.say(web)
+    assert rig.told("10.0.0.5") == _value(web)
+    assert rig.files.content(web.id) == compile_instance(web, {_RED: _NETWORK}).content
+    assert {(_RED, IPv4Address("10.0.0.5"))} in rig.applied
+    assert rig.networks == [frozenset({_RED})]
+    assert rig.loop.rounds.within()[math.inf] == 1
+    after = _instance("web", "10.0.0.5", "10.0.0.6", hostname="new")
+    await rig.say(after)
+    assert rig.told("10.0.0.5") == rig.told("10.0.0.6") == _value(after)
+    rig.files.log.clear()
+    await rig.say()
+    assert rig.told("10.0.0.5") is None
+    assert rig.files.log == ["remove web"]
+    assert rig.loop.compiler.revisions == {}
 
 
-async def test_nothing_is_swept_before_every_source_has_told_all(tmp_path: Path) -> None:
-    async with _rig(tmp_path, {"red/10.0.0.9": "old|1"}) as rig:
-        rig.files.apply(_OLD, CompiledRecord("1", b"old"))
-        await rig.say(_instance("web", "10.0.0.5"))
-        await rig.loop.tickets.wait(rig.loop.resync())
-        assert rig.told("10.0.0.9") == "old|1"
-        assert _OLD in set(rig.files.instances())
-        await rig.say(source="b")
-        assert rig.told("10.0.0.9") is None
-        assert _OLD not in set(rig.files.instances())
-        assert rig.told("10.0.0.5") is not None
+async def test_nothing_is_swept_before_every_source_has_told_all(rig: Rig) -> None:
+    await rig.applier.apply({"red/10.0.0.9": "old|1"})
+    rig.files.apply(_OLD, CompiledRecord("1", b"old"))
+    await rig.say(_instance("web", "10.0.0.5"))
+    await rig.loop.tickets.wait(rig.loop.resync())
+    assert rig.told("10.0.0.9") == "old|1"
+    assert _OLD in set(rig.files.instances())
+    await rig.say(source="b")
+    assert rig.told("10.0.0.9") is None
+    assert _OLD not in set(rig.files.instances())
+    assert rig.told("10.0.0.5") is not None
 
 
 async def test_a_full_disk_leaves_the_record_in_force_until_there_is_room(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("imdsproxy.app.record_loop._RETRY_LAST_S", 0.3)
-    async with _rig(tmp_path) as rig:
-        before = _instance("web", "10.0.0.5")
-        await rig.say(before)
-        rig.files.refuse = {before.id}
-        await rig.say(_instance("web", "10.0.0.5", hostname="new"), _instance("db", "10.0.0.6"))
-        assert rig.told("10.0.0.5") == _value(before)
-        assert rig.told("10.0.0.6") is not None
-        assert rig.loop.compiler.failures[before.id].hint == "make room"
-        rig.files.refuse = set()
-        # It is tried again without any report.
-        await until(lambda: rig.told("10.0.0.5") != _value(before))
-        assert rig.told("10.0.0.5") == _value(_instance("web", "10.0.0.5", hostname="new"))
-        assert rig.loop.compiler.failures == {}
+    before = _instance("web", "10.0.0.5")
+    await rig.say(before)
+    rig.files.refuse = {before.id}
+    await rig.say(_instance("web", "10.0.0.5", hostname="new"), _instance("db", "10.0.0.6"))
+    assert rig.told("10.0.0.5") == _value(before)
+    assert rig.told("10.0.0.6") is not None
+    assert rig.loop.compiler.failures[before.id].hint == "make room"
+    rig.files.refuse = set()
+    # It is tried again without any report.
+    await until(lambda: rig.told("10.0.0.5") != _value(before))
+    assert rig.told("10.0.0.5") == _value(_instance("web", "10.0.0.5", hostname="new"))
+    assert rig.loop.compiler.failures == {}
 
 
 async def test_changed_names_are_logged_when_they_come_and_not_at_a_start(tmp_path: Path) -> None:
@@ -202,44 +206,40 @@ async def test_changed_names_are_logged_when_they_come_and_not_at_a_start(tmp_pa
     assert [log["instance"] for log in logs if log["event"] == event] == ["web"]
 
 
-async def test_a_silent_master_is_tried_again_until_it_has_everything(tmp_path: Path) -> None:
-    async with _rig(tmp_path) as rig:
-        await rig.say(_instance("web", "10.0.0.5"))
-        rig.haproxy.stop_answering_after = 0
-        rig.loop.observe(
-            Observation("a", instances={InstanceId("db"): _instance("db", "10.0.0.6")})
-        )
-        await until(lambda: rig.loop.failure)
-        waiting = asyncio.create_task(rig.loop.tickets.wait(rig.loop.tickets.given))
-        await asyncio.sleep(0)
-        assert not waiting.done()
-        rig.haproxy.stop_answering_after = None
-        await waiting
-        assert rig.told("10.0.0.6") is not None
-        assert rig.loop.failure is None
+async def test_a_silent_master_is_tried_again_until_it_has_everything(rig: Rig) -> None:
+    await rig.say(_instance("web", "10.0.0.5"))
+    rig.haproxy.stop_answering_after = 0
+    rig.loop.observe(Observation("a", instances={InstanceId("db"): _instance("db", "10.0.0.6")}))
+    await until(lambda: rig.loop.failure)
+    waiting = asyncio.create_task(rig.loop.tickets.wait(rig.loop.tickets.given))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    rig.haproxy.stop_answering_after = None
+    await waiting
+    assert rig.told("10.0.0.6") is not None
+    assert rig.loop.failure is None
 
 
 @pytest.mark.parametrize("everything", [False, True])
 async def test_a_learned_address_follows_its_instance_and_goes_with_it(
-    tmp_path: Path, *, everything: bool
+    rig: Rig, *, everything: bool
 ) -> None:
-    async with _rig(tmp_path) as rig:
-        await rig.say(_instance("web", "10.0.0.5"))
-        key = (_RED, IPv6Address("fe80::1234"))
-        ticket = rig.loop.learn(key, Learned(InstanceId("web"), 0))
-        await rig.loop.tickets.wait(ticket)
-        assert rig.told("fe80::1234") == _value(_instance("web", "10.0.0.5"))
-        after = _instance("web", "10.0.0.5", hostname="new")
-        await rig.say(after)
-        assert rig.told("fe80::1234") == _value(after)
-        await rig.loop.tickets.wait(rig.loop.forget(key))
-        assert rig.told("fe80::1234") is None
-        await rig.loop.tickets.wait(rig.loop.learn(key, Learned(InstanceId("web"), 0)))
-        if everything:
-            rig.loop.resync()
-        await rig.say()
-        assert rig.told("fe80::1234") is None
-        assert rig.loop.learned == {}
+    await rig.say(_instance("web", "10.0.0.5"))
+    key = (_RED, IPv6Address("fe80::1234"))
+    ticket = rig.loop.learn(key, Learned(InstanceId("web"), 0))
+    await rig.loop.tickets.wait(ticket)
+    assert rig.told("fe80::1234") == _value(_instance("web", "10.0.0.5"))
+    after = _instance("web", "10.0.0.5", hostname="new")
+    await rig.say(after)
+    assert rig.told("fe80::1234") == _value(after)
+    await rig.loop.tickets.wait(rig.loop.forget(key))
+    assert rig.told("fe80::1234") is None
+    await rig.loop.tickets.wait(rig.loop.learn(key, Learned(InstanceId("web"), 0)))
+    if everything:
+        rig.loop.resync()
+    await rig.say()
+    assert rig.told("fe80::1234") is None
+    assert rig.loop.learned == {}
 
 
 async def test_a_start_compiles_only_what_is_not_on_disk_as_it_should_be(tmp_path: Path) -> None:
@@ -277,49 +277,47 @@ async def test_others_work_while_very_many_records_are_compiled(tmp_path: Path) 
 
 @pytest.mark.parametrize("hostname", ["h", "another"])
 async def test_an_instance_that_comes_back_while_others_are_compiled_has_its_record_and_no_older_one(
-    tmp_path: Path, hostname: str
+    rig: Rig, hostname: str
 ) -> None:
-    async with _rig(tmp_path) as rig:
-        many = [_instance(f"i{number}", f"10.0.0.{number}") for number in range(1, 250)]
-        await rig.say(_instance("back", "10.0.9.9"), *many)
-        after = _instance("back", "10.0.9.9", hostname=hostname)
-        changed = [replace(one, hostname="other") for one in many]
-        written, read = 0, list[str | None]()
+    many = [_instance(f"i{number}", f"10.0.0.{number}") for number in range(1, 250)]
+    await rig.say(_instance("back", "10.0.9.9"), *many)
+    after = _instance("back", "10.0.9.9", hostname=hostname)
+    changed = [replace(one, hostname="other") for one in many]
+    written, read = 0, list[str | None]()
 
-        def come_back_with_the_last(_: InstanceId) -> None:
-            nonlocal written
-            written += 1
-            if written == len(changed):
-                rig.loop.observe(Observation("a", full=False, instances={after.id: after}))
+    def come_back_with_the_last(_: InstanceId) -> None:
+        nonlocal written
+        written += 1
+        if written == len(changed):
+            rig.loop.observe(Observation("a", full=False, instances={after.id: after}))
 
-        rig.files.after = come_back_with_the_last
-        rig.loop.on_applied = lambda _: read.append(rig.told("10.0.9.9"))
-        await rig.say(*changed)
-        await rig.loop.tickets.wait(rig.loop.resync())
-        assert rig.told("10.0.9.9") == _value(after)
-        assert set(read) <= {None, _value(after)}
-        assert "remove back" not in rig.files.log
+    rig.files.after = come_back_with_the_last
+    rig.loop.on_applied = lambda _: read.append(rig.told("10.0.9.9"))
+    await rig.say(*changed)
+    await rig.loop.tickets.wait(rig.loop.resync())
+    assert rig.told("10.0.9.9") == _value(after)
+    assert set(read) <= {None, _value(after)}
+    assert "remove back" not in rig.files.log
 
 
 _RULES = (("/latest/user-data", PathWord.DENY),)
 
 
-async def test_no_record_refers_to_path_rules_that_haproxy_does_not_have(tmp_path: Path) -> None:
-    async with _rig(tmp_path) as rig:
-        await rig.say(_instance("web", "10.0.0.5"))
-        before = rig.told("10.0.0.5")
-        rig.haproxy.commands.clear()
-        rig.loop.policies = lambda: policy.PolicyBook(host=policy.PolicyRules(paths=_RULES))
-        rig.haproxy.stop_answering_after = 2
-        ticket = rig.loop.resync()
-        await until(lambda: rig.loop.failure)
-        assert rig.told("10.0.0.5") == before
-        rig.haproxy.stop_answering_after = None
-        await rig.loop.tickets.wait(ticket)
-        maps = [line.split()[-1 if "commit" in line else 2] for _, line in rig.haproxy.commands]
-        assert maps.index(str(rig.overlay)) > maps.index(str(rig.sets.path))
-        word, _ = rig.loop.policies().word(policy.PolicyPlace("red", None, "web"), None)
-        assert rig.told("10.0.0.5") == f"{word}|{before}"
+async def test_no_record_refers_to_path_rules_that_haproxy_does_not_have(rig: Rig) -> None:
+    await rig.say(_instance("web", "10.0.0.5"))
+    before = rig.told("10.0.0.5")
+    rig.haproxy.commands.clear()
+    rig.loop.policies = lambda: policy.PolicyBook(host=policy.PolicyRules(paths=_RULES))
+    rig.haproxy.stop_answering_after = 2
+    ticket = rig.loop.resync()
+    await until(lambda: rig.loop.failure)
+    assert rig.told("10.0.0.5") == before
+    rig.haproxy.stop_answering_after = None
+    await rig.loop.tickets.wait(ticket)
+    maps = [line.split()[-1 if "commit" in line else 2] for _, line in rig.haproxy.commands]
+    assert maps.index(str(rig.overlay)) > maps.index(str(rig.sets.path))
+    word, _ = rig.loop.policies().word(policy.PolicyPlace("red", None, "web"), None)
+    assert rig.told("10.0.0.5") == f"{word}|{before}"
 
 
 async def test_a_haproxy_that_is_yet_to_start_finds_the_path_rules_of_all_records(
@@ -335,28 +333,25 @@ async def test_a_haproxy_that_is_yet_to_start_finds_the_path_rules_of_all_record
 
 @pytest.mark.parametrize("in_sync", [True, False])
 async def test_an_address_that_goes_among_very_many_is_unknown_when_that_is_acknowledged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, in_sync: bool
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, *, in_sync: bool
 ) -> None:
     monkeypatch.setattr("imdsproxy.app.record_loop._MANY", 10)
-    async with _rig(tmp_path) as rig:
-        many = [_instance(f"i{number}", f"10.0.0.{number}") for number in range(1, 50)]
-        if in_sync:
-            await rig.say(source="b")
-        await rig.say(*many)
-        assert rig.told("10.0.0.7") is not None
-        rig.report(
-            *(replace(one, hostname="other") for one in many if one.name not in {"i7", "i8"})
-        )
-        ticket = rig.loop.observe(
-            Observation("a", instances_removed=(InstanceId("i9"),), in_sync=False)
-        )
-        await rig.loop.tickets.wait(ticket)
-        assert [rig.told(f"10.0.0.{number}") for number in (7, 8, 9)] == [None] * 3
-        assert rig.told("10.0.0.10") == _value(replace(many[9], hostname="other"))
+    many = [_instance(f"i{number}", f"10.0.0.{number}") for number in range(1, 50)]
+    if in_sync:
+        await rig.say(source="b")
+    await rig.say(*many)
+    assert rig.told("10.0.0.7") is not None
+    rig.report(*(replace(one, hostname="other") for one in many if one.name not in {"i7", "i8"}))
+    ticket = rig.loop.observe(
+        Observation("a", instances_removed=(InstanceId("i9"),), in_sync=False)
+    )
+    await rig.loop.tickets.wait(ticket)
+    assert [rig.told(f"10.0.0.{number}") for number in (7, 8, 9)] == [None] * 3
+    assert rig.told("10.0.0.10") == _value(replace(many[9], hostname="other"))
 
 
 async def test_a_hop_limit_that_a_part_of_a_round_counts_on_is_settled_with_the_round(
-    tmp_path: Path,
+    rig: Rig,
 ) -> None:
     class Losing(HopLimits):
         """The rule is lost while a round goes on."""
@@ -372,11 +367,10 @@ async def test_a_hop_limit_that_a_part_of_a_round_counts_on_is_settled_with_the_
         def commit(self, armed: frozenset[NetworkId], *, complete: bool) -> None:
             self.armed.append((armed, complete))
 
-    async with _rig(tmp_path) as rig:
-        rig.loop.hop_limits = hops = Losing()
-        await rig.say(*(_instance(f"i{number}", f"10.0.0.{number}") for number in range(1, 250)))
-        assert hops.asked > 1
-        assert hops.armed == [(frozenset({_RED}), False)]
+    rig.loop.hop_limits = hops = Losing()
+    await rig.say(*(_instance(f"i{number}", f"10.0.0.{number}") for number in range(1, 250)))
+    assert hops.asked > 1
+    assert hops.armed == [(frozenset({_RED}), False)]
 
 
 async def test_a_fresh_start_looks_at_each_record_once_and_leaves_none_that_nobody_has(
@@ -398,57 +392,54 @@ async def test_a_fresh_start_looks_at_each_record_once_and_leaves_none_that_nobo
 
 @pytest.mark.parametrize("reload", [False, True])
 async def test_a_resync_mends_what_somebody_changed_behind_our_back(
-    tmp_path: Path,
+    rig: Rig,
     reload: bool,  # noqa: FBT001 - a parameter of the test
 ) -> None:
-    async with _rig(tmp_path) as rig:
-        await rig.say(_instance("web", "10.0.0.5"))
-        await rig.say(source="b")
-        if reload:
-            rig.haproxy.workers = [rig.haproxy.fork()]
-        rig.applier.state.overlay["red/10.0.0.77"] = "ghost|1"
-        await rig.loop.tickets.wait(rig.loop.resync())
-        assert rig.applier.state.lookup("red/10.0.0.77") is None
-        assert rig.told("10.0.0.5") is not None
+    await rig.say(_instance("web", "10.0.0.5"))
+    await rig.say(source="b")
+    if reload:
+        rig.haproxy.workers = [rig.haproxy.fork()]
+    rig.applier.state.overlay["red/10.0.0.77"] = "ghost|1"
+    await rig.loop.tickets.wait(rig.loop.resync())
+    assert rig.applier.state.lookup("red/10.0.0.77") is None
+    assert rig.told("10.0.0.5") is not None
 
 
 async def test_an_address_behind_a_router_falls_with_the_one_in_its_network_and_has_the_routers_policy(
-    tmp_path: Path,
+    rig: Rig,
 ) -> None:
     router = Network(NetworkId("router"), NamespaceListener("router"), scope=Scope.ROUTER)
     strict = replace(router, policy=policy.PolicyRules(tokens=policy.TokenMode.REQUIRED))
     address = IPv4Address("10.0.0.5")
-    async with _rig(tmp_path) as rig:
-        await rig.say(_instance("web", "10.0.0.5"))
-        rig.loop.observe(Observation("test", networks={router.id: router}))
-        learned = Learned(InstanceId("web"), 0, via=(_RED, address))
-        await rig.loop.tickets.wait(rig.loop.learn((router.id, address), learned))
-        plain = _value(_instance("web", "10.0.0.5"))
-        for others, there in (((_instance("db", "10.0.0.5"),), False), ((), True)):
-            await rig.say(*others, source="b")
-            # Two that disagree are a conflict; the record stays on disk.
-            assert rig.told("10.0.0.5") == (plain if there else "!")
-            record = rig.applier.state.effective().get("router/10.0.0.5")
-            assert (record == plain) == there
-        ticket = rig.loop.observe(Observation("test", networks={router.id: strict}))
-        await rig.loop.tickets.wait(ticket)
-        assert rig.applier.state.effective()["router/10.0.0.5"] == f"+1troo---::0:64|{plain}"
-        assert rig.told("10.0.0.5") == plain
+    await rig.say(_instance("web", "10.0.0.5"))
+    rig.loop.observe(Observation("test", networks={router.id: router}))
+    learned = Learned(InstanceId("web"), 0, via=(_RED, address))
+    await rig.loop.tickets.wait(rig.loop.learn((router.id, address), learned))
+    plain = _value(_instance("web", "10.0.0.5"))
+    for others, there in (((_instance("db", "10.0.0.5"),), False), ((), True)):
+        await rig.say(*others, source="b")
+        # Two that disagree are a conflict; the record stays on disk.
+        assert rig.told("10.0.0.5") == (plain if there else "!")
+        record = rig.applier.state.effective().get("router/10.0.0.5")
+        assert (record == plain) == there
+    ticket = rig.loop.observe(Observation("test", networks={router.id: strict}))
+    await rig.loop.tickets.wait(ticket)
+    assert rig.applier.state.effective()["router/10.0.0.5"] == f"+1troo---::0:64|{plain}"
+    assert rig.told("10.0.0.5") == plain
 
 
 async def test_all_addresses_of_a_network_are_looked_at_again_those_that_were_learned_too(
-    tmp_path: Path,
+    rig: Rig,
 ) -> None:
-    async with _rig(tmp_path) as rig:
-        await rig.say(_instance("web", "10.0.0.5"))
-        known, found = ((_RED, IPv4Address(one)) for one in ("10.0.0.5", "10.0.0.9"))
-        await rig.loop.tickets.wait(rig.loop.learn(found, Learned(InstanceId("web"), 1e9)))
-        rig.applied.clear()
-        rig.loop.touch_networks({NetworkId("blue")})
-        assert not rig.loop._work.addresses
-        rig.loop.touch_networks({_RED})
-        await rig.loop.tickets.wait(rig.loop.tickets.given)
-        assert rig.applied == [{known, found}]
+    await rig.say(_instance("web", "10.0.0.5"))
+    known, found = ((_RED, IPv4Address(one)) for one in ("10.0.0.5", "10.0.0.9"))
+    await rig.loop.tickets.wait(rig.loop.learn(found, Learned(InstanceId("web"), 1e9)))
+    rig.applied.clear()
+    rig.loop.touch_networks({NetworkId("blue")})
+    assert not rig.loop._work.addresses
+    rig.loop.touch_networks({_RED})
+    await rig.loop.tickets.wait(rig.loop.tickets.given)
+    assert rig.applied == [{known, found}]
 
 
 _WEB = replace(
@@ -613,80 +604,75 @@ def _record(rules: PathRules) -> str:
 
 
 async def test_a_new_set_is_on_disk_and_in_every_worker_draining_ones_too_and_sent_once(
-    tmp_path: Path,
+    rig: Rig,
 ) -> None:
-    async with _rig(tmp_path) as rig:
-        rig.have_sets()
-        for sweep in (False, True):
-            await rig.sets.ensure({}, sweep=sweep)
-        assert rig.haproxy.commands == []
-        await rig.applier.master.send_reload()
-        assert len(rig.haproxy.all()) == 2
-        await rig.sets.ensure(_sets(_ONE), sweep=False)
-        rig.have_sets(_ONE)
-        await rig.sets.ensure(_sets(_TWO), sweep=False)
-        rig.have_sets(_ONE, _TWO)
-        sent = len(rig.haproxy.commands)
-        await rig.sets.ensure(_sets(_ONE, _TWO), sweep=False)
-        assert len(rig.haproxy.commands) == sent
+    rig.have_sets()
+    for sweep in (False, True):
+        await rig.sets.ensure({}, sweep=sweep)
+    assert rig.haproxy.commands == []
+    await rig.applier.master.send_reload()
+    assert len(rig.haproxy.all()) == 2
+    await rig.sets.ensure(_sets(_ONE), sweep=False)
+    rig.have_sets(_ONE)
+    await rig.sets.ensure(_sets(_TWO), sweep=False)
+    rig.have_sets(_ONE, _TWO)
+    sent = len(rig.haproxy.commands)
+    await rig.sets.ensure(_sets(_ONE, _TWO), sweep=False)
+    assert len(rig.haproxy.commands) == sent
 
 
-async def test_a_set_goes_when_no_record_has_referred_to_it_for_a_minute(tmp_path: Path) -> None:
-    async with _rig(tmp_path) as rig:
-        await rig.sets.ensure(_sets(_ONE, _TWO), sweep=False)
-        await rig.applier.apply({"red/10.0.0.5": _record(_ONE), "red/10.0.0.6": _record(_TWO)})
-        rig.clock.time += 3600
-        await rig.sets.ensure({}, sweep=True)
-        await rig.applier.apply({"red/10.0.0.6": None})
-        # A request that has looked the record up before may be under way.
-        rig.clock.time += 59
-        await rig.sets.ensure({}, sweep=True)
-        rig.have_sets(_ONE, _TWO)
-        rig.clock.time += 1
-        await rig.sets.ensure({}, sweep=True)
-        rig.have_sets(_ONE)
+async def test_a_set_goes_when_no_record_has_referred_to_it_for_a_minute(rig: Rig) -> None:
+    await rig.sets.ensure(_sets(_ONE, _TWO), sweep=False)
+    await rig.applier.apply({"red/10.0.0.5": _record(_ONE), "red/10.0.0.6": _record(_TWO)})
+    rig.clock.time += 3600
+    await rig.sets.ensure({}, sweep=True)
+    await rig.applier.apply({"red/10.0.0.6": None})
+    # A request that has looked the record up before may be under way.
+    rig.clock.time += 59
+    await rig.sets.ensure({}, sweep=True)
+    rig.have_sets(_ONE, _TWO)
+    rig.clock.time += 1
+    await rig.sets.ensure({}, sweep=True)
+    rig.have_sets(_ONE)
 
 
 async def test_what_an_earlier_controller_left_stays_and_a_haproxy_that_is_yet_to_start_finds_all(
-    tmp_path: Path,
+    rig: Rig,
 ) -> None:
-    async with _rig(tmp_path) as rig:
+    await rig.sets.ensure(_sets(_ONE), sweep=False)
+    await rig.applier.apply({"red/10.0.0.5": _record(_ONE)})
+    for preloaded in (False, True):
+        later, sent = rig.begin_sets(), len(rig.haproxy.commands)
+        rig.clock.time += 3600
+        if preloaded:
+            later.preload(_sets(_TWO))
+        await later.ensure(_sets(_TWO), sweep=not preloaded)
+        rig.have_sets(_ONE, _TWO)
+        assert (len(rig.haproxy.commands) == sent) == preloaded
+
+
+async def test_a_worker_that_may_have_missed_a_change_of_sets_gets_it_again(rig: Rig) -> None:
+    for wanted, sweep in ((_sets(_ONE), False), ({}, True)):
+        rig.haproxy.stop_answering_after = 1
+        with pytest.raises(RuntimeUnavailable):
+            await rig.sets.ensure(wanted, sweep=sweep)
+        rig.haproxy.stop_answering_after = None
         await rig.sets.ensure(_sets(_ONE), sweep=False)
-        await rig.applier.apply({"red/10.0.0.5": _record(_ONE)})
-        for preloaded in (False, True):
-            later, sent = rig.begin_sets(), len(rig.haproxy.commands)
-            rig.clock.time += 3600
-            if preloaded:
-                later.preload(_sets(_TWO))
-            await later.ensure(_sets(_TWO), sweep=not preloaded)
-            rig.have_sets(_ONE, _TWO)
-            assert (len(rig.haproxy.commands) == sent) == preloaded
-
-
-async def test_a_worker_that_may_have_missed_a_change_of_sets_gets_it_again(tmp_path: Path) -> None:
-    async with _rig(tmp_path) as rig:
-        for wanted, sweep in ((_sets(_ONE), False), ({}, True)):
-            rig.haproxy.stop_answering_after = 1
-            with pytest.raises(RuntimeUnavailable):
-                await rig.sets.ensure(wanted, sweep=sweep)
-            rig.haproxy.stop_answering_after = None
-            await rig.sets.ensure(_sets(_ONE), sweep=False)
-            rig.have_sets(_ONE)
-            rig.clock.time += 3600
+        rig.have_sets(_ONE)
+        rig.clock.time += 3600
 
 
 async def test_a_worker_that_another_program_has_started_gets_sets_before_its_records(
-    tmp_path: Path,
+    rig: Rig,
 ) -> None:
-    async with _rig(tmp_path) as rig:
-        await rig.sets.ensure(_sets(_ONE), sweep=False)
-        stranger = rig.haproxy.fork()
-        stranger.maps[str(rig.sets.path)] = []
-        rig.haproxy.workers.append(stranger)
-        await rig.applier.apply({"red/10.0.0.5": _record(_ONE)})
-        rig.have_sets(_ONE)
-        paths = [line.split()[2] for pid, line in rig.haproxy.commands if pid == stranger.pid]
-        assert paths.index(str(rig.sets.path)) < paths.index(str(rig.overlay))
+    await rig.sets.ensure(_sets(_ONE), sweep=False)
+    stranger = rig.haproxy.fork()
+    stranger.maps[str(rig.sets.path)] = []
+    rig.haproxy.workers.append(stranger)
+    await rig.applier.apply({"red/10.0.0.5": _record(_ONE)})
+    rig.have_sets(_ONE)
+    paths = [line.split()[2] for pid, line in rig.haproxy.commands if pid == stranger.pid]
+    assert paths.index(str(rig.sets.path)) < paths.index(str(rig.overlay))
 
 
 def test_a_file_of_sets_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
