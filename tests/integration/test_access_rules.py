@@ -33,17 +33,9 @@ pytestmark = pytest.mark.root
 
 _TTL: Final = "X-aws-ec2-metadata-token-ttl-seconds"
 _RULE_PATHS: Final = (
-    "/",
-    "/latest",
-    "/latest/meta-data",
-    "/latest/meta-data/hostname",
-    USER_DATA,
-    "/openstack",
-    "/openstack/latest",
-    "/openstack/latest/user_data",
-    "/openstack/content",
-    "/nocloud",
-    "/nocloud/user-data",
+    *("/", "/latest", "/latest/meta-data", "/latest/meta-data/hostname", USER_DATA),
+    *("/openstack", "/openstack/latest", "/openstack/latest/user_data", "/openstack/content"),
+    *("/nocloud", "/nocloud/user-data"),
 )
 _NOTHING: Final[PathRules] = (("/", PathWord.DENY),)
 

@@ -70,14 +70,8 @@ def paths_below(directory: Path) -> Paths:
     """Everything in one directory, without a jail; the maps are empty."""
     layout = Layout(directory, directory, documents_workers=1, chroot=False)
     layout.jail.mkdir()
-    for path in (
-        layout.base_map,
-        layout.overlay_map,
-        layout.token_keys_map,
-        layout.short_map,
-        layout.path_rules_map,
-    ):
-        path.touch()
+    for name in ("base", "overlay", "token-keys", "short", "path-rules"):
+        (directory / f"{name}.map").touch()
     layout.unavailable.write_text("HTTP/1.1 503 No\r\nRetry-After: 1\r\n\r\n")
     return layout.haproxy_paths()
 

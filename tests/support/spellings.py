@@ -68,22 +68,16 @@ _VERSIONS: Final = _words(
 
 
 _CHOSEN: Final = (
-    "/latest/user-data",
-    "/2009-04-04/meta-data/hostname",
-    "/latest/meta-data/",
-    "/openstack/latest/user_data",
-    "/openstack/latest",
-    "/nocloud/user-data",
+    *("/latest/user-data", "/2009-04-04/meta-data/hostname", "/latest/meta-data/"),
+    *("/openstack/latest/user_data", "/openstack/latest", "/nocloud/user-data"),
 )
-
-
 _OTHERS: Final = (
-    "/latest/user%2ddata",
-    "/%6catest/user-data",
-    "/latest/user-data?x=/openstack/",
-    "http://openstack/latest/user-data",
-    "/ec2//2009-04-04/user-data",
-    "/openstack/..%2flatest/user-data",
+    *("/latest/user%2ddata", "/%6catest/user-data", "/latest/user-data?x=/openstack/"),
+    *(
+        "http://openstack/latest/user-data",
+        "/ec2//2009-04-04/user-data",
+        "/openstack/..%2flatest/user-data",
+    ),
 )
 
 
@@ -105,10 +99,9 @@ def _by_hand() -> Iterator[str]:
         yield path.upper()
         yield path.title()
         yield path[1:]
-        yield "/" + "".join(f"%{ord(letter):02x}" for letter in path[1:])
-        yield "/" + "".join(f"%{ord(letter):02X}" for letter in path[1:])
+        for escape in ("%%%02x", "%%%02X", "%%25%02x"):
+            yield "/" + "".join(escape % ord(letter) for letter in path[1:])
         yield "".join(f"%{ord(letter):02X}" for letter in path)
-        yield "/" + "".join(f"%25{ord(letter):02x}" for letter in path[1:])
         yield path.replace("a", "%61").replace("%", "%25")
 
 
