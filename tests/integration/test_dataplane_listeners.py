@@ -16,13 +16,12 @@ from support.world import RIGHT_WITHIN_S, World, own, reads_own
 pytestmark = pytest.mark.root
 
 _TARGETS: Final = (
-    "/",
-    "/latest/meta-data/",
-    "/latest/meta-data/instance-id",
-    "/latest/user-data",
-    "/openstack/latest/network_data.json",
-    "/nocloud/meta-data",
-    "/latest/there-is-no-such-thing",
+    *("/", "/latest/meta-data/", "/latest/meta-data/instance-id", "/latest/user-data"),
+    *(
+        "/openstack/latest/network_data.json",
+        "/nocloud/meta-data",
+        "/latest/there-is-no-such-thing",
+    ),
 )
 
 

@@ -309,12 +309,8 @@ def test_what_is_kept_has_bounds_however_much_is_read(alone: Alone) -> None:
 def test_repeated_reads_never_reach_python_and_meta_data_json_always_does(world: World) -> None:
     world.settled()
     targets = (
-        USER_DATA,
-        "/latest/meta-data/",
-        _LEAF,
-        "/openstack/latest/network_data.json",
-        "/openstack/latest/user_data",
-        "/nocloud/meta-data",
+        *(USER_DATA, "/latest/meta-data/", _LEAF, "/nocloud/meta-data"),
+        *("/openstack/latest/network_data.json", "/openstack/latest/user_data"),
     )
     first = {(guest, target): guest.ask(target) for guest in world.everybody for target in targets}
     seeds = {json.loads(world.red.ask(META).body)["random_seed"] for _ in range(5)}

@@ -109,13 +109,13 @@ _DMI: Final[tuple[dict[str, str], ...]] = (
     {"product_serial": "ds=nocloud", "product_name": "OpenStack Nova", "sys_vendor": "e24cloud"},
 )
 _KERNELS: Final = (
-    "root=/dev/vda1",
-    "root=/dev/vda1 ds=nocloud;s=http://x/ quiet",
-    "ds=nocloud-net",
-    "ci.ds=OpenStack",
-    "ci.datasource=Ec2 x",
-    "ds=Ec2 ds=OpenStack",
-    "ds=Azure",
+    *(
+        "root=/dev/vda1",
+        "root=/dev/vda1 ds=nocloud;s=http://x/ quiet",
+        "ds=nocloud-net",
+        "ds=Azure",
+    ),
+    *("ci.ds=OpenStack", "ci.datasource=Ec2 x", "ds=Ec2 ds=OpenStack"),
 )
 
 
