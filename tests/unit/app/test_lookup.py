@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
 from types import SimpleNamespace
@@ -37,7 +37,6 @@ from imdsproxy.core.policy import OperatorOverride, PolicyBook, PolicyRules
 from imdsproxy.core.policy_report import DEFAULT_ORIGIN
 from imdsproxy.errors import HostRefused, Problem
 from imdsproxy.sources import api
-from support.fake_look_ups import FakeLookUps
 from support.fake_mac_filters import no_hop_limits
 from support.hand_clock import HandClock
 
@@ -126,7 +125,7 @@ class Rig:
         self.mac: MacAddress | None = None
         self.asked, self.broken = 0, False
         self.inventory = Inventory(["neutron", "file"])
-        self.source = _PublishingLookUps(self)
+        self.source = _LookUps(self)
         self.filters, self.clock = _Filters(self), HandClock()
         none: Any = SimpleNamespace(revisions={})  # nothing is compiled or applied
         self.records = RecordLoop(
@@ -149,7 +148,7 @@ class Rig:
             self.clock,
             lambda: 30.0,
             self.filters,
-            self.source,
+            self.source,  # type: ignore[arg-type]  # the part that is used
         )
         networks = {}
         if listed is not None:
@@ -200,19 +199,33 @@ class Rig:
         return await explain(controller, key)
 
 
-class _PublishingLookUps(FakeLookUps):
-    """Publishes what it finds before it gives it."""
+class _LookUps:
+    """A source that is asked for addresses, and publishes what it finds before it gives it, unless it is `silent`."""
+
+    name = "neutron"
 
     def __init__(self, rig: Rig) -> None:
-        super().__init__()
-        self._rig = rig
-        self.silent = False
+        self._rig, self.silent = rig, False
+        self.answers: dict[tuple[Scope, NetworkId, IpAddress], api.LookUp] = {}
+        self.asked: list[tuple[Scope, NetworkId, IpAddress]] = []
+        self.routed: dict[AddressKey, api.PortFound] = {}
+        self.freshness: str | None = None
 
     async def look_up(self, scope: Scope, network: NetworkId, address: IpAddress) -> api.LookUp:
-        answer = await super().look_up(scope, network, address)
+        self.asked.append((scope, network, address))
+        answer = self.answers.get((scope, network, address), api.PortMissing())
+        if isinstance(answer, api.PortFound) and scope is Scope.ROUTER:
+            self.routed[network, address] = answer
         if isinstance(answer, api.PortFound) and not self.silent:
             self._rig.publish(_WEB)
         return answer
+
+    def routes(self) -> Mapping[AddressKey, api.PortFound]:
+        return dict(self.routed)
+
+    def explain_freshness(self, network: NetworkId, address: IpAddress) -> str | None:
+        del network, address
+        return self.freshness
 
 
 _LEARNED: Final = Learned(InstanceId("web"), 130.0, mac=_MAC)
