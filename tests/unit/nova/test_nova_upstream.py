@@ -240,7 +240,7 @@ def test_a_refused_signature_is_told_once_until_nova_has_answered_well() -> None
     steps = [
         (0, 0, []),
         (0, 3, refuses),
-        (0, 500, []),
+        *[(0, 500, [])] * 2,
         (4, 500, ["nova takes our signature again"]),
         (4, 501, refuses),
         # Of two, one that refuses is enough.

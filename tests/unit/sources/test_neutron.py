@@ -122,17 +122,19 @@ async def test_a_port_that_names_no_instance_of_nova_gets_nothing_and_what_is_no
 # Routers
 
 
-async def test_behind_a_router_all_its_networks_are_looked_at() -> None:
+@pytest.mark.parametrize("ignored", [set(), {"owners"}, {"owners", "devices"}])
+async def test_behind_a_router_all_its_networks_are_looked_at(ignored: set[str]) -> None:
     owners = ["interface", "ha_router_replicated_interface", "interface_distributed", "gateway"]
     names = [f"network:router_{owner}".replace("router_ha_", "ha_") for owner in owners]
     ports = [router_port(f"r-{n}", f"n{n}", "r", name) for n, name in enumerate(names)]
     ports += [neutron_port(f"p-{n}", f"n{n}", f"10.0.{n}.5", device=f"i-{n}") for n in range(4)]
     found = [PortFound(NetworkId(f"n{n}"), InstanceId(f"i-{n}")) for n in range(3)]
-    async with neutron_rig(*ports) as one:
+    async with neutron_rig(*ports, neutron=FakeNeutron(ignored=frozenset(ignored))) as one:
+        assert await one.look("other", "10.0.0.5", router=True) == _MISSING
         looks = [await one.look("r", f"10.0.{n}.5", router=True) for n in range(4)]
         # A router's gateway network is none of its networks.
         assert looks == [*found, _MISSING]
-        assert one.asked == 5
+        assert one.asked == 6
         assert one.owners["n1/10.0.1.5"] == "i-1"
         assert one.source.routes()[NetworkId("r"), ip_address("10.0.1.5")] == found[1]
         assert await one.look("r", "10.0.1.5", router=True) == found[1]

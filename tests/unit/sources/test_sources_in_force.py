@@ -136,6 +136,21 @@ def test_ten_thousand_changes_to_one_address_are_settled_in_seconds() -> None:
     assert sum(bool(each.ports[0].addresses) for each in files.records.values()) == 1
 
 
+def test_a_start_makes_no_more_claims_of_a_record_than_it_needs() -> None:
+    made_of: list[str] = []
+
+    def claims(instance: Instance) -> frozenset[AddressKey]:
+        made_of.append(instance.id)
+        return address_keys(instance)
+
+    in_force: InForce[Instance] = InForce(claims, lambda entry: ((entry.id,), entry.file))
+    records = [made(f"i{number}", number) for number in range(100)]
+    in_force.replace_file("x", [Entry(one.id, "x", 0, record=one) for one in records])
+    in_force.settle()
+    # Once to compare it, once to hold it.
+    assert len(made_of) == 200
+
+
 _instances = st.builds(
     lambda name, numbers, version: made(name, *numbers, version=version),
     st.sampled_from("abcd"),
