@@ -410,55 +410,6 @@ def test_what_is_pending_because_an_operation_failed_has_the_failure_as_its_reas
     assert replace(explained, left_out=plan.left_out) == plan
 
 
-@given(
-    st.dictionaries(
-        st.sampled_from(["a", "b", "c", "d"]),
-        st.one_of(
-            st.builds(
-                NamespaceListener,
-                st.sampled_from(["ns-blue", "gone"]),
-                st.sampled_from([None, "tap0", "lo", "tap9"]),
-                st.booleans(),
-            ),
-            st.builds(InterfaceListener, st.sampled_from(["tap0", "br0", "gone"])),
-            st.builds(BridgeListener, st.sampled_from(["br0", "tap0", "gone"])),
-        ),
-    ),
-    st.lists(
-        st.builds(
-            ObservedAddress,
-            st.sampled_from(["lo", "tap0"]),
-            st.sampled_from([METADATA_IPV4, METADATA_IPV6]),
-            st.just(64),
-            st.sampled_from(AddressState),
-            st.sampled_from([0, NAMING.protocol]),
-        )
-    ),
-    st.dictionaries(
-        st.tuples(st.sampled_from(Family), st.sampled_from([None, "tap0"])),
-        st.sampled_from([0, errno.EADDRINUSE, errno.EINVAL]),
-    ),
-)
-def test_every_network_and_family_is_either_bound_or_left_out_for_one_reason(
-    listeners: dict[str, Listener],
-    addresses: list[ObservedAddress],
-    trials: _Trials,
-) -> None:
-    seen = replace(FULL, addresses=tuple(addresses), trials=trials)
-    root = _root(TAP, BRIDGE, addresses=tuple(addresses)).root
-    networks = _networks(listeners)
-    plan = plan_listeners(networks, _host(seen, root=root))
-    for network in networks:
-        for family in Family:
-            bound = {one.address for one in plan.endpoints if one.network == network}
-            left = [one.family for one in plan.left_out if one.network == network]
-            reasons = left.count(None) + left.count(family)
-            assert reasons == (0 if family.metadata_address in bound else 1)
-    # No two networks are ever bound to the same place.
-    places = [(one.address, one.device, one.namespace) for one in plan.endpoints]
-    assert len(places) == len(set(places))
-
-
 @given(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True).map(NetworkId))
 def test_names_fit_the_kernel_and_are_known_again(network: NetworkId) -> None:
     for naming in (Naming(), Naming("x"), Naming("imdstab")):
