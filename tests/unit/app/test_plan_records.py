@@ -4,7 +4,7 @@ import hashlib
 import hmac
 from collections.abc import Mapping
 from dataclasses import replace
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address
 
 import pytest
 from hypothesis import given
@@ -22,8 +22,6 @@ from imdsproxy.core.model import (
     Instance,
     InstanceId,
     MacAddress,
-    NamespaceListener,
-    Network,
     NetworkId,
     Port,
     Upstream,
@@ -41,23 +39,21 @@ from imdsproxy.listeners.endpoints import (
     plan_binds,
     plan_links,
 )
+from support import record_builders as build
 from support.record_strategies import ids
 
-_RED = NetworkId("red")
-_ADDRESS = IPv4Address("10.0.0.5")
-_KEY: AddressKey = (_RED, _ADDRESS)
+_KEY = _NET, _ADDRESS = build.key("n1", "10.0.0.5")
+_MAC = MacAddress("02:00:00:00:00:05")
 
 
-def _instance(name: str, address: IPv4Address = _ADDRESS) -> Instance:
-    port = Port(_RED, MacAddress("02:00:00:00:00:05"), (address,))
-    return Instance(InstanceId(name), name, name, ports=(port,))
+def _instance(name: str, address: str = "10.0.0.5") -> Instance:
+    return build.instance(name, address, mac=_MAC)
 
 
 def _inventory(*sources: tuple[str, Instance]) -> Inventory:
     inventory = Inventory(name for name, _ in sources)
-    network = Network(_RED, NamespaceListener("red"))
     for name, instance in sources:
-        inventory.observe(Observation(name, True, {_RED: network}, {instance.id: instance}))
+        inventory.observe(build.full(name, [build.network("n1")], [instance]))
     return inventory
 
 
@@ -65,14 +61,14 @@ def test_an_address_of_two_instances_is_a_conflict_and_what_was_learned_counts_o
     None
 ):
     revisions = {InstanceId("web"): "r1", InstanceId("db"): "r2"}
-    other: AddressKey = (_RED, IPv6Address("fe80::1"))
-    learned = {key: Learned(InstanceId("db"), 1.0) for key in (_KEY, other)}
-    inventory = _inventory(("a", _instance("web")), ("b", _instance("db", IPv4Address("10.0.0.6"))))
+    others = (_KEY, build.key("n1", "fe80::1"))
+    learned = {key: Learned(InstanceId("db"), 1.0) for key in others}
+    inventory = _inventory(("a", _instance("web")), ("b", _instance("db", "10.0.0.6")))
     planned = RecordPlanner(inventory, revisions, learned, NovaRouting()).plan_records(learned)
-    assert planned.values == {"red/10.0.0.5": "web|r1", "red/fe80::1": "db|r2"}
+    assert planned.values == {"n1/10.0.0.5": "web|r1", "n1/fe80::1": "db|r2"}
     contested = _inventory(("a", _instance("web")), ("b", _instance("db")))
     planned = RecordPlanner(contested, revisions, {}, NovaRouting()).plan_records([_KEY])
-    assert planned.values == {"red/10.0.0.5": "!"}
+    assert planned.values == {"n1/10.0.0.5": "!"}
 
 
 _ROUTER = NetworkId("router-1")
@@ -89,7 +85,7 @@ _ROUTING = NovaRouting(
 
 
 def _nova(project: str | None = "p1", port_project: str | None = None) -> Instance:
-    port = Port(_RED, MacAddress("02:00:00:00:00:05"), (_ADDRESS,), port_project)
+    port = Port(_NET, _MAC, (_ADDRESS,), port_project)
     return replace(_instance("vm"), project=project, ports=(port,), upstream=Upstream.NOVA)
 
 
@@ -103,12 +99,9 @@ def _record(
 
 
 _REVISIONS = {InstanceId("web"): "r1"}
-_BY_MAC: AddressKey = (_RED, link_local_of(MacAddress("02:00:00:00:00:05")))
+_BY_MAC: AddressKey = (_NET, link_local_of(_MAC))
 _SECOND = MacAddress("02:00:00:00:00:06")
-_TWO_PORTS = replace(
-    _nova("p0"),
-    ports=(Port(_RED, MacAddress("02:00:00:00:00:05"), (), "p1"), Port(_RED, _SECOND, (), "p9")),
-)
+_TWO_PORTS = replace(_nova("p0"), ports=(Port(_NET, _MAC, (), "p1"), Port(_NET, _SECOND, (), "p9")))
 
 
 @pytest.mark.parametrize(
@@ -123,7 +116,7 @@ _TWO_PORTS = replace(
         ),
         # One that is not compiled is not known yet, and an address without an owner never.
         (_instance("web"), {}, NovaRouting(), _KEY, None),
-        (_instance("web"), _REVISIONS, NovaRouting(), (_RED, IPv4Address("10.0.0.9")), None),
+        (_instance("web"), _REVISIONS, NovaRouting(), build.key("n1", "10.0.0.9"), None),
         # One of Nova's needs no compiled record, but a project and a signature.
         (_nova(), {}, _ROUTING, _KEY, _record("p1")),
         (_nova(None), {}, _ROUTING, _KEY, None),
@@ -159,14 +152,14 @@ def test_records_of_ours_and_of_nova_s_have_the_policy(instance: Instance) -> No
     assert isinstance(record, wire.EmbeddedRecord | wire.NovaRecord)
     assert (rule_set_of(record.policy), record.paths) == (set_id(paths), paths)
     planned = planner.plan_records([_KEY])
-    assert planned.values == {"red/10.0.0.5": wire.render_map_value(record)}
+    assert planned.values == {"n1/10.0.0.5": wire.render_map_value(record)}
     assert planned.sets == {set_id(paths): paths}
 
 
 def test_the_network_s_endpoint_set_wins_over_the_project_s() -> None:
     assert _ROUTING.choose(_ROUTER, "p2") == _ROUTING.sets[2]
-    assert _ROUTING.choose(_RED, "p3") == _ROUTING.sets[2]
-    assert _ROUTING.choose(_RED, "p1") == _ROUTING.sets[0]
+    assert _ROUTING.choose(_NET, "p3") == _ROUTING.sets[2]
+    assert _ROUTING.choose(_NET, "p1") == _ROUTING.sets[0]
 
 
 def test_an_address_behind_a_router_lasts_as_long_as_the_one_in_its_network() -> None:
@@ -177,7 +170,7 @@ def test_an_address_behind_a_router_lasts_as_long_as_the_one_in_its_network() ->
     assert isinstance(record, wire.NovaRecord)
     # The router's endpoint set, and the project of the port behind it.
     assert (record.endpoint_set, record.project) == ("edge", "p2")
-    moved = replace(_nova("p2"), ports=(Port(_RED, None, (IPv4Address("10.0.0.6"),)),))
+    moved = replace(_nova("p2"), ports=(Port(_NET, None, (IPv4Address("10.0.0.6"),)),))
     inventory.observe(Observation("a", instances={moved.id: moved}))
     assert RecordPlanner(inventory, {}, learned, _ROUTING).plan_record(behind) is None
 
@@ -186,7 +179,7 @@ def test_a_network_that_a_source_vouches_for_strands_no_port() -> None:
     inventory = Inventory(["a"])
     inventory.observe(Observation("a", instances={InstanceId("vm"): _nova()}))
     assert RecordPlanner(inventory, {}, {}, _ROUTING).plan_record(_KEY) is None
-    affected = inventory.observe(Observation("a", implied_networks=frozenset({_RED})))
+    affected = inventory.observe(Observation("a", implied_networks=frozenset({_NET})))
     assert _KEY in affected.addresses
     assert isinstance(RecordPlanner(inventory, {}, {}, _ROUTING).plan_record(_KEY), wire.NovaRecord)
     gone = inventory.observe(Observation("a"))
@@ -195,7 +188,7 @@ def test_a_network_that_a_source_vouches_for_strands_no_port() -> None:
 
 
 def test_the_key_is_what_haproxy_makes_of_bind_and_source() -> None:
-    assert record_key((_RED, IPv6Address("FE80:0:0:0:0:FF:FE00:5"))) == "red/fe80::ff:fe00:5"
+    assert record_key(build.key("n1", "FE80:0:0:0:0:FF:FE00:5")) == "n1/fe80::ff:fe00:5"
 
 
 def test_a_namespace_or_a_device_made_again_has_another_link_and_one_of_unknown_index_none() -> (
@@ -206,23 +199,23 @@ def test_a_namespace_or_a_device_made_again_has_another_link_and_one_of_unknown_
         ("br0", (NamespaceRef("red", 4), 7), (NamespaceRef("red", 4), 9), "/n/red"),
         ("br0", (None, 7), (None, 9), "/proc/self/ns/net"),
     ):
-        before, after = (Endpoint(_RED, METADATA_IPV4, 80, device, *at) for at in (one, other))
+        before, after = (Endpoint(_NET, METADATA_IPV4, 80, device, *at) for at in (one, other))
         assert link_name(before) != link_name(after)
         (link,) = plan_links([before], "/n")
         assert plan_links([before], "/n") == {link: target}
         assert plan_binds([before], "../x") == (
-            Bind(_RED, METADATA_IPV4, 80, device, f"../x/{link}"),
+            Bind(_NET, METADATA_IPV4, 80, device, f"../x/{link}"),
         )
-    unknown = [Endpoint(_RED, METADATA_IPV4, 80, "virbr0", None)]
+    unknown = [Endpoint(_NET, METADATA_IPV4, 80, "virbr0", None)]
     assert plan_links(unknown, "/n") == {}
-    assert plan_binds(unknown, "../x") == (Bind(_RED, METADATA_IPV4, 80, "virbr0"),)
-    assert networks_of(unknown) == {_RED}
+    assert plan_binds(unknown, "../x") == (Bind(_NET, METADATA_IPV4, 80, "virbr0"),)
+    assert networks_of(unknown) == {_NET}
 
 
 def _binds(count: int, namespaces: int) -> list[Bind]:
     """So many binds, in so many namespaces; with none, in the host's own."""
     places = [f"../x/{number % namespaces}" if namespaces else None for number in range(count)]
-    return [Bind(_RED, METADATA_IPV4, 80, None, place) for place in places]
+    return [Bind(_NET, METADATA_IPV4, 80, None, place) for place in places]
 
 
 @pytest.mark.parametrize(
@@ -260,20 +253,20 @@ def test_a_limit_on_open_files_that_is_too_low_is_named_with_what_is_needed(
 
 
 def test_many_addresses_have_the_records_that_each_has_alone() -> None:
-    blue, mac = NetworkId("blue"), MacAddress("02:00:00:00:00:05")
+    blue, mac = NetworkId("blue"), _MAC
     addresses = [IPv4Address(f"10.0.0.{number}") for number in range(4, 8)]
     ports = (
-        Port(_RED, mac, (addresses[1],), "p1"),
-        Port(_RED, None, tuple(addresses[2:]), "p9"),
+        Port(_NET, mac, (addresses[1],), "p1"),
+        Port(_NET, None, tuple(addresses[2:]), "p9"),
         Port(blue, None, (addresses[1],), "p1"),
     )
     inventory = _inventory(("a", replace(_nova(), ports=ports)))
-    inventory.observe(Observation("a", networks={blue: Network(blue, NamespaceListener("blue"))}))
-    at_red = EndpointSet("red", b"one", networks=frozenset({"red"}))
+    inventory.observe(Observation("a", networks={blue: build.network("blue")}))
+    here = EndpointSet("here", b"one", networks=frozenset({"n1"}))
     at_blue = EndpointSet("blue", b"two", networks=frozenset({"blue"}))
-    planner = RecordPlanner(inventory, {}, {}, NovaRouting((at_red, at_blue)))
-    keys: list[AddressKey] = [(_RED, one) for one in addresses]
-    keys += [(_RED, link_local_of(mac)), (blue, addresses[1])]
+    planner = RecordPlanner(inventory, {}, {}, NovaRouting((here, at_blue)))
+    keys: list[AddressKey] = [(_NET, one) for one in addresses]
+    keys += [(_NET, link_local_of(mac)), (blue, addresses[1])]
     records = {record_key(key): planner.plan_record(key) for key in keys}
     owned = {
         key: wire.render_map_value(one)
