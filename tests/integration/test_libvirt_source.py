@@ -5,9 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import importlib
-import os
-import signal
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,7 +70,11 @@ def macs(heard: Heard, name: str = "a") -> list[MacAddress | None]:
     return [] if instance is None else [each.mac for each in instance.ports]
 
 
-async def test_networks_are_reported_while_they_run(libvirtd: Libvirtd) -> None:
+async def test_networks_are_reported_while_they_run_and_metadata_once_it_is_set_byte_for_byte(
+    libvirtd: Libvirtd,
+) -> None:
+    payload = bytes(range(256)) * 100
+    encoded = base64.encodebytes(payload).decode()
     async with running(libvirt_source(libvirtd, _BY_EVENTS_ALONE_S)) as heard:
         inside = await asyncio.to_thread(start_network, libvirtd, ISOLATED)
         await asyncio.to_thread(start_network, libvirtd, NAT)
@@ -84,18 +85,6 @@ async def test_networks_are_reported_while_they_run(libvirtd: Libvirtd) -> None:
         nat = heard.inventory.networks[NetworkId("nat")]
         assert nat.listener == BridgeListener("imdst1")
         assert [str(each.cidr) for each in nat.subnets] == ["10.7.0.0/24"]
-        await asyncio.to_thread(define_domain, libvirtd, "a", ("network=inside", MAC), inside="")
-        await heard.until(macs)
-        await asyncio.to_thread(inside.destroy)
-        await heard.until(lambda each: set(each.inventory.networks) == {"nat"})
-        assert not heard.last.problems
-        assert not list(heard.inventory.stranded())
-
-
-async def test_metadata_that_is_set_is_reported_at_once_byte_for_byte(libvirtd: Libvirtd) -> None:
-    payload = bytes(range(256)) * 100
-    encoded = base64.encodebytes(payload).decode()
-    async with running(libvirt_source(libvirtd, _BY_EVENTS_ALONE_S)) as heard:
         domain = await asyncio.to_thread(
             define_domain, libvirtd, "a", ("network=inside", MAC), inside=""
         )
@@ -111,6 +100,10 @@ async def test_metadata_that_is_set_is_reported_at_once_byte_for_byte(libvirtd: 
         identity = InstanceId(uuid_of("a"))
         await heard.until(lambda each: each.inventory.instances[identity].hostname == "www")
         assert heard.inventory.instances[identity].user_data == payload
+        await asyncio.to_thread(inside.destroy)
+        await heard.until(lambda each: set(each.inventory.networks) == {"nat"})
+        assert not heard.last.problems
+        assert not list(heard.inventory.stranded())
 
 
 async def test_an_interface_that_is_plugged_into_a_running_guest_is_reported(
@@ -175,34 +168,6 @@ async def test_what_was_known_stays_while_libvirtd_is_down_and_changes_when_it_i
             define_domain, libvirtd, "a", ("network=inside", SECOND_MAC), inside=""
         )
         await heard.until(lambda each: macs(each) == [SECOND_MAC])
-
-
-async def test_a_libvirtd_that_hangs_costs_a_call_and_its_closing_and_no_end(
-    libvirtd: Libvirtd,
-) -> None:
-    def threads() -> int:
-        return sum(each.name == "imdsproxy-libvirt" for each in threading.enumerate())
-
-    client = LibvirtClient(libvirtd.uri, connect_s=0.2)
-    pid = libvirtd.pid
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        with pytest.raises(SourceUnavailable, match="does not answer within"):
-            await client.connect(LibvirtEvents())
-        await client.close()
-        for _ in range(3):
-            with pytest.raises(SourceUnavailable, match="does not answer"):
-                await client.connect(LibvirtEvents())
-            await client.close()
-        assert threads() == 2
-    finally:
-        os.kill(pid, signal.SIGCONT)
-    async with asyncio.timeout(20):
-        while threads():
-            await asyncio.sleep(0.01)
-    await client.connect(LibvirtEvents())
-    assert not await client.domains()
-    await client.close()
 
 
 async def test_connections_are_closed_for_good_lost_ones_too(libvirtd: Libvirtd) -> None:

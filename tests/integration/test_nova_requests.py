@@ -223,6 +223,10 @@ _FAULTS: Final[Mapping[str, Answer]] = {
     "a length of words": replace(GARBAGE, data=b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\nab"),
     "a head that is too long": reply(headers=(f"X: {'a' * 40_000}",), then=End.CLOSE),
     "an answer that is too late": reply(b"late", delay_s=RESPONSE_TIMEOUT_S * 3),
+    **{
+        f"half an answer and a {then.value}": half(reply(b"a" * 100_000), then=then)
+        for then in (End.CLOSE, End.RESET, End.HANG)
+    },
 }
 _REPEATED: Final = ("a reset", "a close without a byte", "no HTTP")
 
@@ -236,7 +240,9 @@ def test_whatever_nova_does_a_guest_is_told_to_come_again_in_time_and_a_post_is_
         for nova in world.novas:
             nova.heads.clear()
         start = time.monotonic()
-        assert _ask(world.red, method).is_to_come_again, method
+        # Of half an answer, whose head may be the guest's already, it notices that it is not whole.
+        with contextlib.suppress(*([Lost] if name.startswith("half an answer") else [])):
+            assert _ask(world.red, method).is_to_come_again, method
         assert time.monotonic() - start < (RESPONSE_TIMEOUT_S + 0.7) * patience()
     assert sum(len(nova.heads) for nova in world.novas) == 1
     world.forget()
@@ -268,20 +274,6 @@ def test_a_slow_answer_is_waited_for(world: NovaGuests) -> None:
         world.always(answer)
         assert world.red.ask("/openstack").body == b"a" * 3000
     assert len(world.requests()) == 2
-
-
-@pytest.mark.parametrize("method", ["GET", "POST"])
-@pytest.mark.parametrize("then", [End.CLOSE, End.RESET, End.HANG])
-def test_a_guest_notices_that_an_answer_is_not_whole(
-    world: NovaGuests, then: End, method: str
-) -> None:
-    world.always(half(reply(b"a" * 100_000), then=then))
-    start = time.monotonic()
-    with contextlib.suppress(Lost):
-        assert _ask(world.red, method).is_to_come_again
-    assert time.monotonic() - start < (RESPONSE_TIMEOUT_S + 1.0) * patience()
-    if method == "POST":
-        assert sum(len(nova.heads) for nova in world.novas) == 1
 
 
 # One of two

@@ -50,33 +50,22 @@ except FileNotFoundError:
 socketserver.ThreadingUnixStreamServer({_SOCKET!r}, Answer).serve_forever()
 """
 _OTHERS: Final = f"""
-import http.server, json, threading, urllib.parse
+import json
+from support.recorder import Recorder, reply
 PORT = {{"id": "5f4b1c7e-52a0-4f0b-8d0e-6a3b0f7e9d21", "network_id": "{_NETWORK}", "mac_address": "fa:16:3e:00:00:05",
         "fixed_ips": [{{"ip_address": "10.0.0.5", "subnet_id": "s"}}], "device_owner": "compute:nova",
         "device_id": "0d1c2b3a-0000-4000-8000-000000000001", "project_id": "c0ffee"}}
-class Neutron(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        asked = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)
-        mine = "10.0.0.5" in str(asked) or PORT["id"] in str(asked)
-        if "/ports" in self.path:
-            self.say({{"ports": [PORT] if mine else []}})
-        else:
-            self.say({{"versions": [{{"id": "v2.0", "status": "CURRENT",
-                       "links": [{{"rel": "self", "href": "http://127.0.0.1:9696/v2.0/"}}]}}]}})
-    def say(self, what, kind="application/json"):
-        body = json.dumps(what).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-class Nova(Neutron):
-    def do_GET(self):
-        self.say({{"uuid": self.headers["X-Instance-ID"]}})
-for port, handler in ((9696, Neutron), (8775, Nova)):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
-    threading.Thread(target=server.serve_forever).start()
-print("ready", flush=True)
+VERSIONS = {{"versions": [{{"id": "v2.0", "status": "CURRENT",
+            "links": [{{"rel": "self", "href": "http://127.0.0.1:9696/v2.0/"}}]}}]}}
+def say(what):
+    return reply(json.dumps(what).encode(), headers=["Content-Type: application/json"])
+def neutron(asked):
+    mine = any(one in asked.target.decode() for one in ("10.0.0.5", PORT["id"]))
+    return say({{"ports": [PORT] if mine else []}} if b"/ports" in asked.target else VERSIONS)
+def nova(asked):
+    return say({{"uuid": asked.values("x-instance-id")[0].decode()}})
+Recorder(port=8775, default=nova, secret={_SECRET!r}).listen()
+Recorder(port=9696, default=neutron).listen()
 """
 _FILES: Final = {
     "/etc/neutron/neutron.conf": "[DEFAULT]\nstate_path = /var/lib/neutron\n",
@@ -112,9 +101,10 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
             for path, text in _FILES.items():
                 machine.write(path, text)
             machine.run("chmod", "600", "/etc/openstack/clouds.yaml")
-            others = machine.start(sys.executable, "/opt/neutron/others")
-            assert others.stdout is not None
-            assert others.stdout.readline() == "ready\n"
+            path = f"--setenv=PYTHONPATH={REPOSITORY}/tests"
+            machine.run("systemd-run", path, sys.executable, "/opt/neutron/others")
+            ask = ("curl", "--silent", "http://127.0.0.1:9696")
+            until(lambda: machine.attempt(*ask)[0] == 0, within_s=_WITHIN_S, what="Neutron")
             machine.run("systemctl", "enable", "--now", _AGENT)
             until(lambda: _says(machine) == "agent", within_s=_WITHIN_S, what="the agent")
             yield machine

@@ -9,24 +9,34 @@ import json
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Final
 
 import pytest
 
+from imdsproxy.core.model import Dialect, InterfaceListener
+from imdsproxy.core.snippets import Target
 from support.daemon import Daemon
 from support.guest import inside
 from support.lab import Lab, batch, ip, run, until, within
+from support.recorder import Recorder, reply
+from support.snippets import network, snippet
 from support.vm.networks import VmHost
 
 pytestmark = pytest.mark.root
 
 _SUBNET: Final = "192.168.122"
+_METADATA: Final = "169.254.169.254"
 _MAC: Final = "52:54:00:00:00:{:02x}"
-_ON_LINK: Final = "--dhcp-option=121,169.254.169.254/32,0.0.0.0"
 _CLAIM: Final = ("busybox", "arping", "-U", "-c", "3", "-I", "eth0", "169.254.169.254")
 _EVERYTHING: Final = 3  # ETH_P_ALL
 _CLOUD: Final = "the host's own cloud"
+_FORWARD: Final = (
+    "table ip filter { chain FORWARD { type filter hook forward priority 0; policy drop; }; }"
+)
+"""As Docker's; bridged packets meet it where br_netfilter hands them over."""
+
 _WALL: Final = "table inet wall { chain in { type filter hook input priority 0; policy drop; udp dport 67 accept; }; }"
 
 _SCRIPT: Final = """#!/bin/sh
@@ -54,22 +64,14 @@ esac
 
 @pytest.fixture
 def host(tmp_path: Path) -> Iterator[VmHost]:
-    lab = Lab()
-    made = VmHost(lab, tmp_path)
-    try:
+    with closing(Lab()) as lab, closing(VmHost(lab, tmp_path)) as made:
         yield made
-    finally:
-        made.close()
-        lab.close()
 
 
 @pytest.fixture
 def daemon(host: VmHost) -> Iterator[Daemon]:
-    made = Daemon(host.lab)
-    try:
+    with closing(Daemon(host.lab)) as made:
         yield made.start()
-    finally:
-        made.close()
 
 
 def _lease(host: VmHost, guest: str) -> str:
@@ -152,9 +154,29 @@ def _lan(host: VmHost, bridge: str, *options: str, subnet: str = _SUBNET) -> Non
     host.serve_dhcp(router, "eth0", subnet, *options)
 
 
+def _announced(gateway: str | None) -> str:
+    """What `imdsproxy snippet` prints for the DHCP server of a network with that gateway."""
+    lan = network(InterfaceListener("br0"), f"{_SUBNET}.0/24", gateway)
+    return f"--{snippet(Target.QEMU, Dialect.OPENSTACK, lan).of('route')}"
+
+
 def _nat(host: VmHost) -> None:
     """Of libvirt's: the host is the gateway."""
     host.nat_network("virbr0")
+
+
+def _isolated(host: VmHost) -> None:
+    """DHCP gives the route, and no other."""
+    host.isolated_network("iso0", options=(_announced(None),))
+
+
+def _router(host: VmHost) -> None:
+    _lan(host, "br0")
+
+
+def _announcing(host: VmHost) -> None:
+    """Behind a foreign gateway, DHCP gives the route too."""
+    _lan(host, "br0", _announced(f"{_SUBNET}.1"))
 
 
 def _walled(host: VmHost) -> None:
@@ -164,15 +186,15 @@ def _walled(host: VmHost) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "reach", "device", "has_route"),
+    ("make", "reach", "device", "routes"),
     [
-        (_nat, "--interface", "virbr0", False),
-        (_nat, "--bridge", "virbr0", False),
-        (_walled, "--bridge", "virbr0", False),
-        # Isolated: DHCP gives the route.
-        (lambda host: host.isolated_network("iso0", options=(_ON_LINK,)), "--bridge", "iso0", True),
-        # Behind a foreign gateway a guest needs none.
-        (lambda host: _lan(host, "br0"), "--bridge", "br0", False),
+        (_nat, "--interface", "virbr0", {"default"}),
+        (_nat, "--bridge", "virbr0", {"default"}),
+        (_walled, "--bridge", "virbr0", {"default"}),
+        (_isolated, "--bridge", "iso0", {_METADATA}),
+        # Behind a foreign gateway a guest needs none on a bridge; elsewhere it keeps that gateway beside it.
+        (_router, "--bridge", "br0", {"default"}),
+        (_announcing, "--interface", "br0", {"default", _METADATA}),
     ],
 )
 def test_a_guest_reaches_the_service_on_each_kind_of_network(
@@ -182,44 +204,40 @@ def test_a_guest_reaches_the_service_on_each_kind_of_network(
     reach: str,
     device: str,
     *,
-    has_route: bool,
+    routes: set[str],
 ) -> None:
     make(host)
     _add(daemon, "net", reach, device)
     guest = _guest(host, daemon, device, "net", 1)
-    assert ("169.254" in ip("-n", guest, "route")) is has_route
+    lines = ip("-n", guest, "route").splitlines()
+    assert {line.split()[0] for line in lines} == {*routes, f"{_SUBNET}.0/24"}
     assert _ask(guest) == "net1"
 
 
 @pytest.mark.slow
-def test_check_names_the_rule_that_lets_guests_of_an_interface_in(
-    host: VmHost, daemon: Daemon
+@pytest.mark.parametrize(
+    ("make", "reach", "device", "rules"),
+    [(_nat, "--interface", "virbr0", _WALL), (_router, "--bridge", "br0", _FORWARD)],
+)
+def test_check_names_the_rules_that_let_guests_in(
+    host: VmHost,
+    daemon: Daemon,
+    make: Callable[[VmHost], None],
+    reach: str,
+    device: str,
+    *,
+    rules: str,
 ) -> None:
-    host.nat_network("virbr0")
-    run(*within(host.lab.host), "nft", _WALL)
-    _add(daemon, "nat", "--interface", "virbr0")
-    guest = _guest(host, daemon, "virbr0", "nat", 1)
-    assert _ask(guest) == "curl 28"
-    run(*within(host.lab.host), "sh", "-c", _advice(host, daemon))
-    assert _ask(guest) == "nat1"
-    assert _findings(host, daemon) == []
-
-
-@pytest.mark.slow
-def test_check_names_the_rules_that_let_bridged_packets_pass(host: VmHost, daemon: Daemon) -> None:
-    """As Docker's chain FORWARD, with br_netfilter."""
-    _lan(host, "br0")
-    _add(daemon, "lan", "--bridge", "br0")
-    guest = _guest(host, daemon, "br0", "lan", 1)
-    rules = (
-        "table ip filter { chain FORWARD { type filter hook forward priority 0; policy drop; }; }"
-    )
+    make(host)
+    _add(daemon, "net", reach, device)
+    guest = _guest(host, daemon, device, "net", 1)
     run(*within(host.lab.host), "nft", rules)
     run(*within(host.lab.host), "sysctl", "-q", "net.bridge.bridge-nf-call-iptables=1")
     assert _ask(guest) == "curl 28"
-    _, _, advice = _advice(host, daemon).partition("; or ")
-    run(*within(host.lab.host), "sh", "-c", advice.replace(", and ", "; "))
-    assert _ask(guest) == "lan1"
+    (finding,) = _findings(host, daemon)
+    advice = finding["hint"].rpartition("; or ")[2].replace(", and ", "; ")
+    run(*within(host.lab.host), "sh", "-c", advice)
+    assert _ask(guest) == "net1"
     assert _findings(host, daemon) == []
 
 
@@ -239,18 +257,11 @@ def _findings(host: VmHost, daemon: Daemon) -> list[dict[str, str]]:
     return [one for one in found if one["area"] == "paths" and one["warning"]]
 
 
-def _advice(host: VmHost, daemon: Daemon) -> str:
-    (finding,) = _findings(host, daemon)
-    return finding["hint"]
-
-
 def test_two_hosts_on_one_lan_each_answer_their_own_guests(host: VmHost, daemon: Daemon) -> None:
     """Both have the address on the link; what a guest asks never leaves its host."""
     _lan(host, "br0")
     _add(daemon, "lan", "--bridge", "br0")
-    other = Lab()
-    others = Daemon(other)
-    try:
+    with closing(Lab()) as other, closing(Daemon(other)) as others:
         batch(
             other.host,
             ["link add br0 type bridge stp_state 0 forward_delay 0", "link set br0 up"],
@@ -279,16 +290,13 @@ def test_two_hosts_on_one_lan_each_answer_their_own_guests(host: VmHost, daemon:
         # What is not for the metadata service goes its way.
         ping = ("busybox", "ping", "-c", "1", "-W", "3", f"{_SUBNET}.1")
         assert "1 packets received" in run(*within(mine), *ping)
-    finally:
-        others.close()
-        other.close()
 
 
 @pytest.mark.slow
 def test_a_guest_cannot_be_the_metadata_service_of_its_neighbours(
     host: VmHost, daemon: Daemon
 ) -> None:
-    _lan(host, "br0", _ON_LINK)
+    _lan(host, "br0", _announced(None))
     _add(daemon, "lan", "--bridge", "br0")
     victim = _guest(host, daemon, "br0", "lan", 6)
     address = _lease(host, victim)
@@ -329,8 +337,9 @@ def test_a_guest_that_is_plugged_in_later_is_led_there_and_one_that_moves_is_not
     # What leads guests there goes with the networks.
     tables = (*within(host.lab.host), "nft", "list", "tables", "bridge")
     assert host.lab.prefix in run(*tables)
-    for network in ("lan", "other"):
-        _told(daemon, "network", "remove", network)
+    for name, of in (("here", "lan"), ("there", "other")):
+        _told(daemon, "instance", "remove", name)
+        _told(daemon, "network", "remove", of)
     until(lambda: run(*tables) == "", what="the tables' end")
 
 
@@ -359,14 +368,9 @@ def test_a_host_that_is_a_cloud_s_guest_keeps_its_own_metadata(
             "route add 169.254.169.254 via 10.9.0.1",
         ],
     )
-    service = subprocess.Popen(
-        (*within(cloud), "/usr/bin/python3", "-c", _SERVICE, _CLOUD),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        until(lambda: _ask(host.lab.host) == _CLOUD, what="the cloud's service")
+    with Recorder(namespace=cloud, address=_METADATA, port=80) as service:
+        service.always(reply(_CLOUD.encode()))
+        assert _ask(host.lab.host) == _CLOUD
         host.nat_network("virbr0")
         added = daemon.command("network", "add", "nat", "--interface", "virbr0")
         assert (added.status, "of its own" in added.out) == (75, True)
@@ -377,17 +381,3 @@ def test_a_host_that_is_a_cloud_s_guest_keeps_its_own_metadata(
         guest = _guest(host, daemon, "virbr0", "nat", 10)
         assert _ask(guest) == "nat10"
         assert _ask(host.lab.host) == _CLOUD
-    finally:
-        service.kill()
-        service.wait()
-
-
-_SERVICE: Final = """
-import http.server, sys
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(sys.argv[1].encode())
-http.server.ThreadingHTTPServer(("169.254.169.254", 80), Handler).serve_forever()
-"""

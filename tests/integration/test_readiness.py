@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Final
 
@@ -14,7 +15,8 @@ import pytest
 from imdsproxy.core.compiled import compiled_path
 from imdsproxy.core.wire import PROBE_INSTANCE, PROBE_PATH
 from support.daemon import Daemon, instance
-from support.guest import Guest, Load
+from support.guest import Load
+from support.health import METRICS, ask_operator
 from support.lab import Lab, until
 from support.world import World, own
 
@@ -26,18 +28,14 @@ _NOTICED_WITHIN_S: Final = 8.0
 @pytest.fixture
 def closed() -> Iterator[tuple[Lab, Daemon, Path]]:
     """A daemon that is not started yet, its state below a directory that only root can enter."""
-    lab = Lab()
-    try:
-        paths = {"state_dir": "{directory}/closed/state"}
-        daemon = Daemon(lab, {"metrics": {"listen": "127.0.0.1:9465"}, "paths": paths})
+    settings: Mapping[str, Mapping[str, object]] = {
+        "metrics": METRICS,
+        "paths": {"state_dir": "{directory}/closed/state"},
+    }
+    with closing(Lab()) as lab, closing(Daemon(lab, settings)) as daemon:
         directory = daemon.directory / "closed"
         directory.mkdir(mode=0o700)
-        try:
-            yield lab, daemon, directory
-        finally:
-            daemon.close()
-    finally:
-        lab.close()
+        yield lab, daemon, directory
 
 
 def test_a_state_directory_that_the_document_server_cannot_enter_is_not_ready_and_says_so(
@@ -53,8 +51,7 @@ def test_a_state_directory_that_the_document_server_cannot_enter_is_not_ready_an
     answer = daemon.put([network], [instance("red-5", "red")])
     assert any(f"cannot enter {directory}" in one for one in answer["pending"])
     assert guest.ask("/latest/user-data").status == 503
-    host = Guest("operator", lab.host, "", "", (), "lo", port=9465)
-    ready = host.ask("/readyz", to="127.0.0.1")
+    ready = ask_operator(lab, "/readyz")
     assert ready.status == 503
     assert any(f"cannot enter {directory}" in one for one in json.loads(ready.text)["reasons"])
     shown = daemon.command("status", "--check")

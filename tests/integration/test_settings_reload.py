@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -13,7 +12,8 @@ import yaml
 
 from support.commands import Command
 from support.daemon import instance
-from support.lab import until, within
+from support.health import METRICS, ask_operator
+from support.lab import until
 from support.world import World, open_world
 
 pytestmark = pytest.mark.root
@@ -25,7 +25,7 @@ _POLICY: Final = {"host": {"paths": {_DENIED: "deny"}}, "networks": {"red": {"to
 
 @pytest.fixture(scope="module")
 def shared_world() -> Iterator[World]:
-    with open_world({"policy": _POLICY, "metrics": {"listen": "127.0.0.1:9465"}}) as world:
+    with open_world({"policy": _POLICY, "metrics": METRICS}) as world:
         yield world
 
 
@@ -60,13 +60,8 @@ def _answers(world: World) -> tuple[int, int]:
 
 
 def _metric(world: World) -> str:
-    done = subprocess.run(
-        (*within(world.lab.host), "curl", "-s", "http://127.0.0.1:9465/metrics"),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return next(one for one in done.stdout.splitlines() if one.startswith("imdsproxy_settings_"))
+    lines = ask_operator(world.lab, "/metrics").text.splitlines()
+    return next(one for one in lines if one.startswith("imdsproxy_settings_"))
 
 
 def _is_refused(world: World) -> None:
@@ -147,20 +142,6 @@ def test_a_start_with_a_file_of_comments_takes_the_defaults_and_warns(world: Wor
     world.daemon.config.write_text(text)
     beside.write_text("{}\n")
     assert _reload(world).status == 0
-
-
-def test_a_start_with_a_blank_file_is_refused_and_guests_are_answered_as_before(
-    world: World,
-) -> None:
-    text = world.daemon.config.read_text()
-    world.daemon.kill_controller()
-    world.daemon.config.write_text("\n")
-    done = world.daemon.command("run")
-    assert done.status == 78
-    assert "is blank" in done.err
-    assert _answers(world) == (403, 401)
-    world.daemon.config.write_text(text)
-    world.daemon.start()
 
 
 def test_the_region_of_the_settings_replaces_the_one_made_of_the_zone(world: World) -> None:

@@ -1,4 +1,7 @@
-"""What `imdsproxy snippet` prints, looked at by cloud-init, libvirt's schemas, QEMU and dnsmasq themselves."""
+"""What `imdsproxy snippet` prints, looked at by cloud-init, libvirt's schemas and QEMU themselves.
+
+What it prints for dnsmasq is tried in test_packet_paths.py.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ import json
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
-from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any, Final
 from xml.etree import ElementTree as ET
@@ -18,11 +20,7 @@ from demo.cloudinit import download
 from imdsproxy.core.model import Dialect, InterfaceListener, NamespaceListener
 from imdsproxy.core.snippets import HINTS, Target
 from support.demonstration import REPOSITORY
-from support.dhcp_offer import ask_options, classless_routes
 from support.ds_identify import Machine, identify, write_dmi
-from support.guest import inside
-from support.hostlab import HostLab
-from support.lab import until
 from support.packages import unpacked
 from support.snippets import (
     MAC,
@@ -207,49 +205,3 @@ def test_qemu_starts_with_the_smbios_that_is_printed(target: Target, dialect: Di
 
     assert len(smbios) == 4
     assert (ran.returncode, ran.stderr) == (0, "")
-
-
-# Announced
-
-_ROUTES = [
-    (IPv4Network("169.254.169.254/32"), IPv4Address("0.0.0.0")),
-    (IPv4Network("0.0.0.0/0"), IPv4Address("10.0.0.1")),
-]
-
-
-@pytest.mark.slow
-@pytest.mark.root
-def test_a_guest_with_a_foreign_gateway_is_given_the_neighbour_and_that_gateway(
-    lab: HostLab, tmp_path: Path
-) -> None:
-    printed = snippet(Target.QEMU, Dialect.OPENSTACK, network(InterfaceListener("lan0")))
-    configuration = tmp_path / "dnsmasq.conf"
-    configuration.write_text(f"{printed.of('route')}\n")
-    namespace, plugged = lab.namespace("dhcp"), lab.namespace("guest")
-    device = "lan0"
-    ends = ("type", "veth", "peer", "name", "eth0", "netns", plugged)
-    lab.ip("-n", namespace, "link", "add", device, "up", *ends)
-    lab.ip("-n", plugged, "link", "set", "eth0", "up")
-    lab.address(namespace, "10.0.0.2/24", device)
-    server = subprocess.Popen(
-        [
-            *("/usr/bin/nsenter", f"--net=/run/netns/{namespace}", "--", "/usr/sbin/dnsmasq"),
-            *("--keep-in-foreground", f"--conf-file={configuration}", f"--interface={device}"),
-            *("--port=0", "--bind-interfaces", "--dhcp-range=10.0.0.50,10.0.0.60", "--user=root"),
-            *(f"--dhcp-leasefile={tmp_path}/leases", f"--pid-file={tmp_path}/pid"),
-        ],
-        stderr=subprocess.DEVNULL,
-    )
-    seen: list[dict[int, bytes]] = []
-
-    def answered() -> bool:
-        options = inside(plugged, lambda: ask_options("eth0", MAC))
-        seen.extend([] if options is None else [options])
-        return bool(seen)
-
-    try:
-        until(answered, within_s=20, what="an offer")
-    finally:
-        server.kill()
-        server.wait()
-    assert classless_routes(seen[0][121]) == _ROUTES

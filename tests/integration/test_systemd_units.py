@@ -31,15 +31,6 @@ from support.systemd_machine import systemd_machine
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 _ERRORS: Final = ("--priority=err", "--output=cat")
-_MANY: Final = """
-set -eu
-for number in $(seq 0 299); do
-    ip netns add "many-$number"
-    ip -n "many-$number" link add eth0 type bridge
-    ip -n "many-$number" address add 169.254.169.254/32 dev eth0
-    ip -n "many-$number" link set eth0 up
-done
-"""
 
 
 @contextlib.contextmanager
@@ -107,6 +98,8 @@ def test_starting_the_controller_brings_up_all_three_units(daemon: UnitDaemon) -
     assert status["documents"]["pids"][0] == documents
     assert [daemon.machine.unit(unit, "NRestarts") for unit in UNITS] == ["0", "0", "0"]
     assert daemon.machine.run("systemctl", "--failed", "--quiet") == ""
+    # Enough for a namespace and a listener of thousands of networks (test_cold_start_of_many.py).
+    assert int(daemon.machine.unit(HAPROXY, "LimitNOFILE")) >= 500_000
 
 
 @pytest.mark.alone
@@ -235,25 +228,15 @@ def test_a_start_that_makes_progress_may_take_longer_than_systemd_gives_it(
     assert daemon.active() == dict.fromkeys(UNITS, "active")
 
 
-def test_documents_come_again_within_five_seconds_whatever_of_their_server_hangs(
-    daemon: UnitDaemon,
-) -> None:
+def test_documents_come_again_where_all_processes_of_their_server_hang(daemon: UnitDaemon) -> None:
     def fresh(guest: Guest) -> bool:
-        try:
+        with contextlib.suppress(Lost):
             reply = guest.ask("/openstack/latest/meta_data.json", timeout_s=1)
-        except Lost:
-            return False
-        return named(guest, reply) is None
+            return named(guest, reply) is None
+        return False
 
-    _, *workers = daemon.status()["documents"]["pids"]
-    daemon.machine.run("kill", "-STOP", *map(str, workers))
-    took = until(lambda: all(map(fresh, daemon.guests)), within_s=30, what="documents")
-    assert took < 8.0 * patience()
-    errors = daemon.machine.journal(DOCUMENTS, options=_ERRORS).splitlines()
-    hung = [line for line in errors if "does not answer" in line]
-    assert [line[0] for line in hung] == ["{", "{"]
-    parent = daemon.machine.main_pid(DOCUMENTS)
-    daemon.machine.run("kill", "-STOP", str(parent))
+    parent, *workers = daemon.status()["documents"]["pids"]
+    daemon.machine.run("kill", "-STOP", *map(str, (parent, *workers)))
     wait_other(daemon, DOCUMENTS, parent)
     until(lambda: all(map(fresh, daemon.guests)), within_s=10, what="documents")
     until(lambda: daemon.active() == dict.fromkeys(UNITS, "active"), within_s=10, what="all units")
@@ -327,27 +310,6 @@ def test_the_first_namespace_of_a_host_is_served_though_haproxy_runs_already(
 
         wait_served(*daemon.guests)
         assert daemon.machine.main_pid(HAPROXY) == haproxy
-
-
-def test_haproxys_unit_starts_cold_with_three_hundred_namespaces(tmp_path: Path) -> None:
-    with installed(tmp_path) as daemon:
-        daemon.plug_in()
-        daemon.machine.run("sh", "-c", _MANY)
-        listeners = {f"many-{one}": {"namespace": f"many-{one}"} for one in range(300)}
-        daemon.start()
-        daemon.put(listeners, [])
-        daemon.machine.run("systemctl", "stop", CONTROLLER)
-        before = daemon.machine.main_pid(HAPROXY)
-
-        daemon.machine.run("kill", "-KILL", str(before))
-
-        wait_other(daemon, HAPROXY, before)
-        daemon.wait_active(HAPROXY)
-        wait_served(*daemon.guests)
-        after = daemon.machine.main_pid(HAPROXY)
-        daemon.machine.run("systemctl", "start", CONTROLLER)
-        assert daemon.status()["serving"] == 302
-        assert daemon.machine.main_pid(HAPROXY) == after
 
 
 def test_nobody_who_answers_guests_has_privileges(daemon: UnitDaemon) -> None:

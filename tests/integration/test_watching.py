@@ -7,10 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -21,51 +21,37 @@ from support.world import World, own
 pytestmark = pytest.mark.root
 
 
+@dataclass(frozen=True, slots=True)
 class Watcher:
     """A genuine `imdsproxy watch --json`, and what it has printed."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
-        self.lines: list[dict[str, Any]] = []
-        self.text = ""
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
+    process: subprocess.Popen[bytes]
+    printed: Path
 
     def saw(self, **wanted: object) -> bool:
-        """Whether a request was told of which has these."""
-        return any(wanted.items() <= one.items() for one in list(self.lines))
-
-    def end(self) -> None:
-        self.process.send_signal(signal.SIGINT)
-        self.process.wait(10)
-        self._thread.join(10)
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.text += line
-            self.lines.append(json.loads(line))
-        self.process.stdout.close()
+        """Whether a request was shown that has these."""
+        lines = map(json.loads, self.printed.read_text().splitlines())
+        return any(wanted.items() <= one.items() for one in lines)
 
 
 @contextmanager
 def watching(world: World, *flags: str) -> Iterator[Watcher]:
     """From when it is known to see what guests ask."""
-    arguments = ("--config", str(world.daemon.config), "watch", "--json", *flags)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "imdsproxy", *arguments],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={"PATH": os.defpath},
-    )
-    watcher = Watcher(process)
+    printed = world.daemon.directory / "watched"
+    words = ("--config", str(world.daemon.config), "watch", "--json", *flags)
+    with printed.open("wb") as sink:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "imdsproxy", *words], stdout=sink, env={"PATH": os.defpath}
+        )
+    watcher = Watcher(process, printed)
     try:
         until(world.is_watched, what="HAProxy tells of requests")
         probe = "/latest/meta-data/instance-id"
-        until(lambda: world.red.ask(probe).status and watcher.lines, what="a request is shown")
+        until(lambda: world.red.ask(probe).status and watcher.saw(), what="a request is shown")
         yield watcher
     finally:
-        watcher.end()
+        process.send_signal(signal.SIGINT)
+        process.wait(10)
 
 
 @pytest.mark.slow

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from support.daemon import Daemon, instance
-from support.guest import Connection, Lost, Reply, inside
+from support.daemon import Daemon
+from support.guest import Connection, Lost, Reply
+from support.health import METRICS, ask_operator
 from support.lab import Lab, Server, record, until, within
 from support.nova_world import INSTANCES, SECRET, nova_instance
 from support.recorder import Answer, Received, Recorder, reply
@@ -21,7 +22,6 @@ NETWORK: Final = "X-Neutron-Network-ID"
 ROUTER: Final = "X-Neutron-Router-ID"
 OVN: Final = "X-OVN-Network-ID"
 
-_METRICS: Final = ("127.0.0.1", 9465)
 _TIMEOUT_S: Final = 10.0
 _SQUATTER: Final = """
 import os, socket, sys
@@ -124,7 +124,7 @@ def squat(path: Path, *, namespace: str | None = None) -> Iterator[Server]:
 class AgentWorld:
     """A daemon with the listener `unix` in front of a recorder, and two networks whose addresses are the same.
 
-    10.0.0.5 and 2001:db8::5 are instances whose documents Nova has, 10.0.0.6 and 2001:db8::6 some of ours.
+    10.0.0.5 and 2001:db8::5 are instances whose documents Nova has.
     """
 
     lab: Lab
@@ -160,11 +160,7 @@ class AgentWorld:
 
     def metric(self, name: str) -> int | None:
         """A figure of the controller's, if it tells of it."""
-        sock = inside(self.lab.host, lambda: socket.socket(socket.AF_INET))
-        sock.settimeout(_TIMEOUT_S)
-        sock.connect(_METRICS)
-        with Connection(sock) as connection:
-            lines = connection.request("/metrics").text.splitlines()
+        lines = ask_operator(self.lab, "/metrics").text.splitlines()
         found = [line.split()[1] for line in lines if line.startswith(f"{name} ")]
         return int(float(found[0])) if found else None
 
@@ -197,7 +193,7 @@ def open_agents(**fields: object) -> Iterator[AgentWorld]:
         chosen = {"endpoints": [{"url": nova.url}], "secret_file": str(secret)}
         settings: Mapping[str, Mapping[str, object]] = {
             "resolver": {"hold_s": 0.2},
-            "metrics": {"listen": f"{_METRICS[0]}:{_METRICS[1]}", "haproxy_listen": None},
+            "metrics": {**METRICS, "haproxy_listen": None},
             "nova": {"health_check": "tcp", "endpoint_sets": {"default": chosen}},
             "unix_listener": {"enabled": True, "path": str(path), **fields},
         }
@@ -205,6 +201,5 @@ def open_agents(**fields: object) -> Iterator[AgentWorld]:
         world = AgentWorld(lab, daemon, nova, path, settings)
         daemon.start(ready=False)
         networks = [record(name, {"namespace": lab.name(f"nowhere-{name}")}) for name in INSTANCES]
-        ours = [instance(f"own-{name}", name, 6) for name in INSTANCES]
-        daemon.put(networks, [*(nova_instance(name) for name in INSTANCES), *ours])
+        daemon.put(networks, [nova_instance(name) for name in INSTANCES])
         yield world

@@ -50,25 +50,6 @@ class Forgery:
     seen: tuple[Seen, ...] = (Seen(),)
 
 
-@dataclass(frozen=True, slots=True)
-class EncodedPath:
-    """A request target.
-
-    Attributes:
-        arrives: As Nova receives it; `None` where the proxy answers by itself, with 4xx.
-    """
-
-    target: bytes
-    arrives: bytes | None
-    method: str = "GET"
-    host: bytes = HOST
-
-    @property
-    def data(self) -> bytes:
-        start = self.method.encode() + b" " + self.target
-        return start + b" HTTP/1.1\r\nHost: " + self.host + b"\r\n\r\n"
-
-
 TOKEN: Final = "X-aws-ec2-metadata-token"
 """One that we have not given is refused: the only one of these headers that a guest may send, and it says nothing."""
 
@@ -320,18 +301,23 @@ _REFUSED: Final = (
     b"/openstack/a\x7fb", b"/" + b"a" * 20_000,
 )  # fmt: skip
 
-ENCODED_PATHS: Final = (
-    *(EncodedPath(target, target) for target in _ENCODED.split()),
-    EncodedPath(b"/openstack/" + b"a" * 7000, b"/openstack/" + b"a" * 7000),
-    EncodedPath(b"/openstack/latest?" + b"b%2F" * 1700, b"/openstack/latest?" + b"b%2F" * 1700),
-    *(
-        EncodedPath(target, arrives, host=host)
-        for target, arrives, host in map(bytes.split, _ABSOLUTE.strip().splitlines())
-    ),
-    EncodedPath(b"*", b"*", method="OPTIONS"),
-    EncodedPath(b"http://other?x=/y", None, host=b"other"),
+
+def _of_target(
+    target: bytes, arrives: bytes | None, host: bytes = HOST, method: bytes = b"GET"
+) -> Forgery:
+    data = b"%s %s HTTP/1.1\r\nHost: %s\r\n\r\n" % (method, target, host)
+    return Forgery(data, () if arrives is None else (Seen(method.decode(), arrives),))
+
+
+TARGETS: Final = (
+    *(_of_target(target, target) for target in _ENCODED.split()),
+    _of_target(b"/openstack/" + b"a" * 7000, b"/openstack/" + b"a" * 7000),
+    _of_target(b"/openstack/latest?" + b"b%2F" * 1700, b"/openstack/latest?" + b"b%2F" * 1700),
+    *(_of_target(*line.split()) for line in _ABSOLUTE.strip().splitlines()),
+    _of_target(b"*", b"*", method=b"OPTIONS"),
+    _of_target(b"http://other?x=/y", None, b"other"),
     # Another host in target and Host.
-    EncodedPath(b"http://other/latest", None, host=b"third"),
-    *(EncodedPath(target, None) for target in _REFUSED),
+    _of_target(b"http://other/latest", None, b"third"),
+    *(_of_target(target, None) for target in _REFUSED),
 )
 """Targets that programs on the way decode, collapse or cut, and what Nova must receive of them."""

@@ -13,7 +13,7 @@ from typing import Final
 
 from hypothesis import strategies as st
 
-from support.forgeries import ENCODED_PATHS, FORGERIES, OTHER_INSTANCE, OTHER_PROJECT
+from support.forgeries import FORGERIES, OTHER_INSTANCE, OTHER_PROJECT, TARGETS
 from support.spellings import spellings
 
 FOREIGN_TOKEN: Final = b"@ANOTHER-GUESTS-TOKEN@"
@@ -35,7 +35,7 @@ class Harm:
         return self.data.replace(FOREIGN_TOKEN, token.encode())
 
 
-_ALL: Final = (*(one.data for one in FORGERIES), *(one.data for one in ENCODED_PATHS))
+_ALL: Final = tuple(one.data for one in (*FORGERIES, *TARGETS))
 _HEADS, _ENDS = zip(*(one.data.split(b"\r\n\r\n", 1) for one in FORGERIES), strict=True)
 _FORGED: Final = tuple(dict.fromkeys(head.split(b"\r\n", 2)[-1] for head in _HEADS))
 
@@ -75,7 +75,7 @@ _METHODS: Final = (
 )  # fmt: skip
 
 _TARGETS: Final = (
-    *(one.target for one in ENCODED_PATHS),
+    *(one.data.partition(b" ")[2].partition(b" HTTP/1.1\r\n")[0] for one in TARGETS),
     *(
         b"/latest/api/token",
         b"/openstack/latest/password",
@@ -191,4 +191,4 @@ HARMFUL: Final = (
     Harm(b"GET / HTTP/1.1\r\nAccept: " + b"a" * 200_000 + b"\r\n\r\n", whole=True),
     Harm(_WHOLE * 40, whole=True),
 )
-"""Each kind of harm by itself; what Nova sees of most of it is in test_nova_forgeries.py."""
+"""Each kind of harm by itself; what Nova sees of most of it is in test_nova_endpoints.py."""

@@ -92,16 +92,11 @@ class Libvirtd:
 
     def clear(self) -> None:
         """Take all domains and networks away."""
-        for domain in self.connection.listAllDomains():
-            if domain.isActive():
-                domain.destroy()
-            if domain.isPersistent():
-                domain.undefine()
-        for network in self.connection.listAllNetworks():
-            if network.isActive():
-                network.destroy()
-            if network.isPersistent():
-                network.undefine()
+        for one in (*self.connection.listAllDomains(), *self.connection.listAllNetworks()):
+            if one.isActive():
+                one.destroy()
+            if one.isPersistent():
+                one.undefine()
 
     def stop(self) -> None:
         """End libvirtd; guests and networks go on. It stays down until `start`."""

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -21,7 +21,6 @@ from support.recorder import Recorder
 
 PROGRAM: Final = str(Path(sys.executable).with_name("neutron-ns-metadata-proxy"))
 NETWORK: Final = "8f6a1e0c-3b52-4c1d-9a57-0d2f4b6c8e10"
-OTHER: Final = "11111111-2222-3333-4444-555555555555"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +63,13 @@ class Place:
     def config(self) -> Path:
         return self.state / "ns-metadata-proxy" / f"{NETWORK}.conf"
 
-    def words(self, *more: str, uuid: str = NETWORK, port: int = 80) -> list[str]:
+    def words(self, *more: str, port: int = 80) -> list[str]:
         """What a DHCP agent says of a network."""
         return [
-            f"--network_id={uuid}",
+            f"--network_id={NETWORK}",
             f"--state_path={self.state}",
             f"--metadata_port={port}",
-            f"--pid_file={self.state / uuid}.pid",
+            f"--pid_file={self.pid_file}",
             *more,
         ]
 
@@ -145,11 +144,10 @@ class Place:
 @contextmanager
 def open_place() -> Iterator[Place]:
     """A place, gone afterwards."""
-    lab = Lab()
     # Not pytest's: an account that HAProxy takes must reach the socket.
-    state = Path(tempfile.mkdtemp(prefix="imdst-"))
-    state.chmod(0o755)
-    try:
+    with closing(Lab()) as lab, tempfile.TemporaryDirectory(prefix="imdst-") as directory:
+        state = Path(directory)
+        state.chmod(0o755)
         lab.namespace_network("blue")
         guest = lab.guest("blue")
         with Recorder(path=state / "metadata_proxy") as recorder:
@@ -158,9 +156,6 @@ def open_place() -> Iterator[Place]:
                 yield place
             finally:
                 place.clear()
-    finally:
-        lab.close()
-        shutil.rmtree(state)
 
 
 def command_line(pid: int) -> list[str]:

@@ -142,15 +142,11 @@ def reply(
     if then is End.CLOSE:
         lines.append("Connection: close")
     head = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
-    sent = (in_chunks(body) if chunked else body) if with_body else b""
+    if chunked:
+        parts = [part for part in (body[: len(body) // 2], body[len(body) // 2 :]) if part]
+        body = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
+    sent = body if with_body else b""
     return Answer(head + sent, delay_s=delay_s, then=then)
-
-
-def in_chunks(body: bytes) -> bytes:
-    """A body in two chunks, or as many as it has bytes."""
-    middle = len(body) // 2
-    parts = [part for part in (body[:middle], body[middle:]) if part]
-    return b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
 
 
 def half(answer: Answer, *, of: int | None = None, then: End = End.CLOSE) -> Answer:

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
@@ -94,7 +94,6 @@ class Machine:
     """
 
     init: int
-    _children: list[subprocess.Popen[str]] = field(default_factory=list)
     _journal_from: tuple[str, ...] = ()
 
     @property
@@ -136,18 +135,6 @@ class Machine:
         assert status == 0, f"{' '.join(command)} ended with {status}:\n{output}"
         return output.strip()
 
-    def start(self, *command: str) -> subprocess.Popen[str]:
-        """Start a command inside that goes on; its output can be read."""
-        child = subprocess.Popen(
-            self.arguments(*command),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self._children.append(child)
-        return child
-
     def write(self, path: str, text: str) -> None:
         """Write a file inside."""
         self.run("mkdir", "-p", str(Path(path).parent))
@@ -171,14 +158,6 @@ class Machine:
         self.run("journalctl", "--sync")
         last = self.run("journalctl", "--lines=0", "--show-cursor", "--quiet")
         self._journal_from = (f"--after-cursor={last.partition('cursor: ')[2].strip()}",)
-
-    def close(self) -> None:
-        """End everything in it."""
-        for child in self._children:
-            child.kill()
-            child.wait()
-            if child.stdout is not None:
-                child.stdout.close()
 
 
 @contextlib.contextmanager
@@ -217,7 +196,6 @@ def systemd_machine(
         yield machine
     finally:
         if machine is not None:
-            machine.close()
             with contextlib.suppress(ProcessLookupError):
                 os.kill(machine.init, signal.SIGKILL)
         outer.kill()
