@@ -2,9 +2,6 @@
 
 A guest that is known notices nothing of Neutron's absence, and of Nova's only that it is asked to come again. Never is
 a guest answered 404 because a server could not be asked, and never, after a change, with anything of another's.
-
-The Nova of these tests keeps what it knows of an instance for long: genuine Nova asks Neutron for security groups,
-and without Neutron its answer would be 500 for whatever it does not have in its cache.
 """
 
 from __future__ import annotations
@@ -18,7 +15,7 @@ import pytest
 
 from support.guest import Guest, Load, Reply
 from support.lab import until
-from support.openstack.lab import Nova, OpenStack
+from support.openstack.lab import OpenStack
 from support.openstack.ways import Way, Ways, open_ways
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
@@ -50,30 +47,22 @@ FREE: Final = tuple(f"10.0.0.{number}" for number in range(100, 110))
 
 
 @pytest.fixture(scope="module")
-def nova(openstack: OpenStack) -> Iterator[Nova]:
-    with openstack.another_nova(cache_s=600) as nova:
-        yield nova
-
-
-@pytest.fixture(scope="module")
-def shared(openstack: OpenStack, nova: Nova) -> Iterator[Ways]:
+def shared(openstack: OpenStack) -> Iterator[Ways]:
     with open_ways(
         openstack,
         ways=("agent-proxy",),
         neutron={"refresh_s": REFRESH_S, "negative_ttl_s": 1.0, "timeout_s": 2.0},
-        nova={"endpoints": [{"url": nova.url}]},
         more={"net-blue": FREE, "r-blue": FREE},
     ) as opened:
         yield opened
 
 
 @pytest.fixture
-def ways(shared: Ways, nova: Nova) -> Iterator[Ways]:
+def ways(shared: Ways) -> Ways:
     """Everything runs, the daemon has seen that, and the guests of `KNOWN` are known."""
     until(lambda: neutron_answers(shared), within_s=FORGOTTEN_S, what="Neutron's being asked again")
     until(lambda: all_right(shared), what="known guests' documents")
-    yield shared
-    nova.server.start()
+    return shared
 
 
 def neutron_answers(ways: Ways) -> bool:
@@ -120,13 +109,14 @@ class Asking(Load):
 
 
 def test_a_nova_that_is_killed_under_load_is_503_and_right_again_once_it_is_back(
-    ways: Ways, nova: Nova
+    ways: Ways,
 ) -> None:
+    nova = ways.openstack.nova
     with Asking(ways) as asking:
         asking.wait(200)
-        nova.server.kill()
+        nova.kill()
         asking.wait(503)
-        nova.server.start()
+        nova.start()
         until(lambda: all_right(ways), within_s=BACK_S, what="known guests' documents")
         asking.wait(200)
 
@@ -135,7 +125,7 @@ def test_a_nova_that_is_killed_under_load_is_503_and_right_again_once_it_is_back
 
 
 def test_a_wrong_secret_is_novas_403_and_one_warning_until_the_right_one_is_read(
-    ways: Ways, nova: Nova
+    ways: Ways,
 ) -> None:
     def is_a_problem() -> bool:
         fields = {one["field"] for one in ways.daemon.status()["problems"]}
@@ -144,7 +134,7 @@ def test_a_wrong_secret_is_novas_403_and_one_warning_until_the_right_one_is_read
     wrong = ways.daemon.directory / "wrong-secret"
     wrong.write_text("another one")
     wrong.chmod(0o600)
-    said = ways.openstack.ask_nova("x", "y", HOSTNAME, secret="another one", nova=nova)
+    said = ways.openstack.ask_nova("x", "y", HOSTNAME, secret="another one")
     ways.daemon.reconfigure(ways.settings(secret_file=str(wrong)))
     try:
         replies = [guest.ask(HOSTNAME) for guest, _ in known(ways) for _ in range(4)]

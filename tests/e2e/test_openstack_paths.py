@@ -14,7 +14,7 @@ from typing import Final
 import pytest
 
 from support.openstack.lab import OpenStack
-from support.openstack.oracle import Oracle, Request, Said, crawl, said_by_nova, said_to_guest
+from support.openstack.oracle import Oracle, Request, crawl, said_to_guest
 from support.openstack.table import INSTANCES, LOOKUP_NAMES, PORTS, Instance
 from support.openstack.ways import WAYS, Way, Ways, goes, open_ways
 
@@ -57,16 +57,6 @@ ODD: Final = (
     Request("/latest/nonsense", "PUT", headers=("X-aws-ec2-metadata-token-ttl-seconds: 60",)),
     Request("/latest/meta-data/hostname", "POST", body=b"nobody wants this"),
     Request("/latest/meta-data/hostname", "DELETE"),
-)
-
-_PATH: Final = "/openstack/latest/password"
-PASSWORD: Final = (
-    Request(_PATH),
-    Request(_PATH, "POST", body=b"x" * 1_021),
-    Request(_PATH, "POST", body=b"c2VhbGVk" * 20),
-    Request(_PATH),
-    Request(_PATH, "POST", body=b"again"),
-    Request("/openstack/2013-04-04/password"),
 )
 
 
@@ -115,35 +105,3 @@ def test_each_instance_gets_every_document_of_every_version_as_nova_says_it(
 
     assert len(requests) > 200
     assert not crawl(oracle, lambda: ways.connect(way, row.scope, row.address), who, requests)
-
-
-def test_a_password_arrives_once_by_each_way_and_is_kept_as_nova_keeps_it(ways: Ways) -> None:
-    openstack = ways.openstack
-    one = openstack.instances["green-1"]
-
-    def directly(request: Request) -> Said:
-        body = request.body or None
-        return said_by_nova(
-            openstack.ask_nova(one, None, request.target, request.method, body=body, nova=fresh)
-        )
-
-    # The other Nova would not notice for some seconds that a password is there.
-    with openstack.another_nova(cache_s=0) as fresh:
-        ways.daemon.reconfigure(ways.settings(endpoints=[{"url": fresh.url}]))
-        try:
-            openstack.forget_password(one)
-            wanted = [directly(request) for request in PASSWORD]
-            assert [said.status for said in wanted] == [200, 400, 200, 200, 409, 200]
-            for way in WAYS:
-                openstack.forget_password(one)
-                with ways.connect(way, "net-green", "10.0.0.5") as connection:
-                    got = [
-                        said_to_guest(
-                            connection.request(each.target, method=each.method, body=each.body)
-                        )
-                        for each in PASSWORD
-                    ]
-                assert got == wanted, way
-        finally:
-            openstack.forget_password(one)
-            ways.daemon.reconfigure(ways.settings())

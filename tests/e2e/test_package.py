@@ -40,12 +40,9 @@ _NOT_ITS: Final = (
 )
 _SUITE: Final = (
     *("admin", "config", "serving"),
-    *(f"cli/test_{name}.py" for name in ("commands", "guests", "output", "records")),
-    *(
-        "sources/test_neutron_rest.py",
-        "sources/test_sources_file.py",
-        "sources/test_sources_yaml.py",
-    ),
+    *("cli/test_commands.py", "cli/test_guests.py", "cli/test_records.py"),
+    *("sources/test_neutron_rest.py", "sources/test_record_files.py"),
+    "sources/test_sources_file.py",
 )
 """The unit tests of what stands on other people's libraries."""
 

@@ -22,7 +22,7 @@ from support.guest import IPV4, IPV6, Guest, Load, Reply
 from support.lab import RecordMapping, Server, record, until, within
 from support.namespace_proxy import PROGRAM
 from support.nova_world import nova_instance
-from support.openstack.front import FrontKind, open_fronts
+from support.openstack.front import L3_PORT, Front, FrontKind, start_fronts
 from support.world import own
 
 pytestmark = pytest.mark.root
@@ -306,7 +306,6 @@ def test_an_address_of_6to4_is_not_the_ipv4_one_in_it(world: AgentWorld, spelled
 # Behind the HAProxies that Neutron's own code configures: whose guest it is, whatever the guest says
 
 
-_ROUTER_PORT: Final = 9697
 _KINDS: Final[Mapping[str, FrontKind]] = {
     "isolated": "network",
     "isolated-too": "network",
@@ -332,31 +331,31 @@ def _instance(name: str) -> RecordMapping:
 
 
 @pytest.fixture(scope="module")
-def guests(shared: AgentWorld) -> Iterator[Mapping[str, Guest]]:
+def guests(shared: AgentWorld, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Guest]:
     """Guests behind proxies of all kinds, whose accounts are not that of the socket."""
-    lab = shared.lab
-    with open_fronts(lab, shared.daemon.directory, shared.path) as fronts:
-        for name, kind in _KINDS.items():
-            options: dict[str, object] = {"bind_address": "::", "port": _ROUTER_PORT}
-            if kind != "router":
-                options = {"bind_address_v6": IPV6, "bind_interface": "br0"}
-            fronts.start(kind, name, user="nobody", group="nogroup", **options)
-        lab.furnish(_PROXY)
-        words = (
-            f"--network-id={_PROXY}",
-            "--metadata-port=80",
-            f"--metadata-proxy-socket={shared.path}",
-            "--metadata-proxy-user=nobody",
-            "--metadata-proxy-group=nogroup",
-            f"--state-path={fronts.state}",
-        )
-        subprocess.run((*within(lab.name(_PROXY)), PROGRAM, *words), check=True)
-        behind = (*_KINDS, _PROXY)
-        networks = [record(name, {"namespace": lab.name(f"nowhere-{name}")}) for name in behind]
-        networks.append(lab.namespace_network("own"))
-        shared.daemon.put(networks, [_instance(name) for name in (*behind, "own")])
-        found = {name: lab.guest(name) for name in (*behind, "own")}
-        yield {**found, "routed": replace(found["routed"], port=_ROUTER_PORT)}
+    lab, state = shared.lab, tmp_path_factory.mktemp("state")
+    behind = (*_KINDS, _PROXY)
+    for name in behind:
+        lab.furnish(name)
+    fronts = [
+        Front(kind, name, lab.name(name), account=("nobody", "nogroup"))
+        for name, kind in _KINDS.items()
+    ]
+    start_fronts(fronts, socket=shared.path, state=state)
+    words = (
+        f"--network-id={_PROXY}",
+        "--metadata-port=80",
+        f"--metadata-proxy-socket={shared.path}",
+        "--metadata-proxy-user=nobody",
+        "--metadata-proxy-group=nogroup",
+        f"--state-path={state}",
+    )
+    subprocess.run((*within(lab.name(_PROXY)), PROGRAM, *words), check=True)
+    networks = [record(name, {"namespace": lab.name(f"nowhere-{name}")}) for name in behind]
+    networks.append(lab.namespace_network("own"))
+    shared.daemon.put(networks, [_instance(name) for name in (*behind, "own")])
+    found = {name: lab.guest(name) for name in (*behind, "own")}
+    return {**found, "routed": replace(found["routed"], port=L3_PORT)}
 
 
 @pytest.fixture

@@ -20,8 +20,6 @@ _CACHE: Final = REPOSITORY / ".cache" / "packages"
 _SOURCES: Final = ("src", "packaging", "docs", "pyproject.toml", "LICENSE")
 RECOMMENDED: Final = "python3-openstacksdk (>= 4.0)"
 """Of what the package recommends, what its tests need."""
-_LISTS: Final = Path("/var/lib/apt/lists")
-_INSTALLED: Final = Path("/var/lib/dpkg/status")
 _KEPT: Final = 4
 EPOCH: Final = "1767225600"
 _BUILD_S: Final = 100
@@ -53,17 +51,11 @@ def build_packages(version: str | None = None) -> Packages:
 def download_dependencies(deb: Path) -> Path:
     """A directory with every package that this host lacks for one to be installed, as apt lays them down."""
     place = REPOSITORY / ".cache" / "package-archives"
-    recommended = RECOMMENDED.split()[0]
-    depends = run("dpkg-deb", "--field", str(deb), "Depends") + recommended
     install = ("install", "--yes", "--no-install-recommends", "--download-only", str(deb))
     with (place.parent / "package-archives.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        stamp = place / "stamp"
-        if stamp.is_file() and stamp.read_text() == _situation(depends):
-            return place
         (place / "partial").mkdir(parents=True, exist_ok=True)
-        apt_get("-o", f"Dir::Cache::archives={place}", *install, recommended)
-        stamp.write_text(_situation(depends))
+        apt_get("-o", f"Dir::Cache::archives={place}", *install, RECOMMENDED.split()[0])
     return place
 
 
@@ -91,12 +83,6 @@ def apt_get(*words: str, cwd: Path | None = None) -> None:
     except AssertionError:
         run("apt-get", *options, "update", timeout_s=_DOWNLOAD_S)
         run("apt-get", *options, *words, cwd=cwd, timeout_s=_DOWNLOAD_S)
-
-
-def _situation(depends: str) -> str:
-    """What is asked for, what is installed, and what apt knows of: then the archives are those needed."""
-    lists = sorted((one.name, one.stat().st_mtime_ns) for one in _LISTS.glob("*Packages*"))
-    return hashlib.sha256(f"{depends}\0{_INSTALLED.read_text()}\0{lists}".encode()).hexdigest()
 
 
 def _build(place: Path, version: str | None) -> None:
@@ -141,10 +127,6 @@ def _digest() -> str:
 
 
 def _forget_old() -> None:
-    kept = sorted(
-        (one for one in _CACHE.iterdir() if one.is_dir()),
-        key=lambda one: one.stat().st_mtime,
-        reverse=True,
-    )
-    for one in kept[_KEPT:]:
+    built = [one for one in _CACHE.iterdir() if one.is_dir()]
+    for one in sorted(built, key=lambda one: one.stat().st_mtime)[:-_KEPT]:
         shutil.rmtree(one)

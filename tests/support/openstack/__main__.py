@@ -19,14 +19,13 @@ from typing import Final
 import yaml
 
 from support.lab import until
+from support.openstack.front import Front, front_configs
 from support.openstack.install import REPOSITORY
 from support.openstack.lab import OpenStack, open_openstack
 from support.openstack.servers import NotUp
 
 _DIRECTORY: Final = REPOSITORY / ".cache" / "openstack" / "up"
 _UP_S: Final = 600.0
-_CACHE_S: Final = 600
-"""Once its cache is over Nova asks Neutron for security groups, and answers 500 while that is stopped."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -91,7 +90,7 @@ def _hold(directory: Path) -> None:
     """Hold a lab and do what is asked at its socket, until it is brought down."""
     path = directory / "control"
     with contextlib.ExitStack() as stack:
-        lab = stack.enter_context(open_openstack(directory, nova_cache_s=_CACHE_S))
+        lab = stack.enter_context(open_openstack(directory))
         path.unlink(missing_ok=True)
         listener = stack.enter_context(Listener(str(path)))
         while True:
@@ -121,9 +120,10 @@ def _answer(lab: OpenStack, options: argparse.Namespace) -> str | NotUp:
                 ids = lab.seed.routers if options.kind == "router" else lab.seed.networks
                 if options.name not in ids:
                     return NotUp(f"there is no {options.name}, but: {', '.join(ids)}")
-                return lab.front.config(
-                    options.kind, ids[options.name], socket=lab.place.agent_socket
-                )
+                place = lab.place
+                front = Front(options.kind, ids[options.name], "front", device=None)
+                (text,) = front_configs([front], socket=place.agent_socket, state=place.path)
+                return text
             case _:
                 pass
     except NotUp as error:

@@ -1,112 +1,73 @@
-"""What Neutron's agents write for the HAProxy of a namespace, as Neutron's own code makes it."""
+"""The HAProxies of Neutron's agents in front of the metadata agent's socket, as Neutron's own code configures them."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import subprocess
-import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Literal
 
-from support.lab import Lab, run, within
+from support.guest import IPV4, IPV6
+from support.lab import run, within
 from support.openstack.install import INSIDE, environments
-from support.openstack.processes import Place
-from support.patience import patience
 
 FrontKind = Literal["network", "router", "ovn"]
+"""As the DHCP agent, the L3 agent or OVN's metadata agent has it."""
 
-_END_S: Final = 10.0
-
-
-@dataclass(slots=True)
-class FrontWriter:
-    """A process with Neutron's code in it: importing that takes seconds, a configuration does not."""
-
-    place: Place
-    process: subprocess.Popen[str] | None = field(default=None, init=False)
-
-    def config(self, kind: FrontKind, resource_id: str, *, socket: Path, **options: object) -> str:
-        """The text of a configuration file, unmodified.
-
-        Args:
-            kind: `network` as the DHCP agent, `router` as the L3 agent, `ovn` as OVN's metadata agent.
-            resource_id: The network's or router's.
-            socket: Where the metadata agent is.
-            options: `bind_address` and `port` (the L3 agent takes `::`, or 0.0.0.0 without IPv6, and 9697),
-                `bind_address_v6`, `bind_interface`; `user` and `group` as whom HAProxy runs; `state_path`, `pid_file`.
-        """
-        wanted = {
-            "kind": kind,
-            "resource_id": resource_id,
-            "socket": socket,
-            "bind_address": "169.254.169.254",
-            "port": 80,
-            "bind_address_v6": None,
-            "bind_interface": None,
-            "user": "root",
-            "group": "root",
-            "state_path": self.place.path,
-            "pid_file": self.place.path / f"{resource_id}.pid",
-            **options,
-        }
-        text = self._ask(json.dumps(wanted, default=str))
-        assert isinstance(text, str), text
-        return text
-
-    def close(self) -> None:
-        if self.process is not None:
-            with self.process as process:
-                if process.stdin is not None:
-                    process.stdin.close()
-                process.wait(_END_S * patience())
-            self.process = None
-
-    def _ask(self, line: str) -> object:
-        if self.process is None:
-            python = str(self.place.environments.python("neutron"))
-            self.process = subprocess.Popen(
-                [python, "-W", "ignore", str(INSIDE / "front_config.py")],
-                cwd=self.place.path,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-        stdin, stdout = self.process.stdin, self.process.stdout
-        assert stdin is not None
-        assert stdout is not None
-        stdin.write(line + "\n")
-        stdin.flush()
-        said: object = json.loads(stdout.readline())
-        return said
+L3_PORT = 9697
+"""Where the L3 agent's rules lead; the other agents' proxies have port 80 itself."""
 
 
 @dataclass(frozen=True, slots=True)
-class Fronts:
-    """HAProxies as Neutron's agents start them in namespaces of a lab, in front of one socket."""
+class Front:
+    """One for a network or router, in a namespace.
 
-    lab: Lab
-    writer: FrontWriter
-    socket: Path
-    state: Path
+    Attributes:
+        device: Where guests ask, but for those behind a router; any for `None`.
+        account: As whom and as which group it runs.
+    """
 
-    def start(self, kind: FrontKind, name: str, **options: object) -> None:
-        """Start one in a namespace of its own: it goes into the background, and ends with its namespace."""
-        self.lab.furnish(name)
-        file = self.state / f"{name}.conf"
-        pid_file = self.state / f"{name}.pid"
-        places: dict[str, object] = {"state_path": self.state, "pid_file": pid_file}
-        file.write_text(self.writer.config(kind, name, socket=self.socket, **places, **options))
-        run(*within(self.lab.name(name)), "haproxy", "-f", str(file))
+    kind: FrontKind
+    resource_id: str
+    namespace: str
+    device: str | None = "br0"
+    account: tuple[str, str] = ("root", "root")
 
 
-@contextlib.contextmanager
-def open_fronts(lab: Lab, directory: Path, socket: Path) -> Iterator[Fronts]:
-    """They end with the lab's namespaces."""
-    with contextlib.ExitStack() as stack:
-        writer = FrontWriter(Place(directory, environments()))
-        stack.callback(writer.close)
-        state = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="imdst-")))
-        yield Fronts(lab, writer, socket, state)
+def front_configs(fronts: Sequence[Front], *, socket: Path, state: Path) -> list[str]:
+    """The text of their configuration files, unmodified.
+
+    Args:
+        socket: Where the metadata agent is.
+        state: Neutron's state path.
+    """
+    wanted = [
+        {
+            "kind": one.kind,
+            "resource_id": one.resource_id,
+            "unix_socket_path": str(socket),
+            "host": "::" if one.kind == "router" else IPV4,
+            "port": L3_PORT if one.kind == "router" else 80,
+            "host_v6": None if one.kind == "router" or one.device is None else IPV6,
+            "bind_interface": None if one.kind == "router" else one.device,
+            "user": one.account[0],
+            "group": one.account[1],
+            "state_path": str(state),
+            "pid_file": str(state / f"{one.namespace}.pid"),
+        }
+        for one in fronts
+    ]
+    python = str(environments().python("neutron"))
+    texts: list[str] = json.loads(
+        run(python, "-W", "ignore", str(INSIDE / "front_config.py"), stdin=json.dumps(wanted))
+    )
+    return texts
+
+
+def start_fronts(fronts: Sequence[Front], *, socket: Path, state: Path) -> None:
+    """Start them as the agents do; they go into the background, and end with their namespaces."""
+    for one, text in zip(fronts, front_configs(fronts, socket=socket, state=state), strict=True):
+        file = state / f"{one.namespace}.conf"
+        file.write_text(text)
+        run(*within(one.namespace), "haproxy", "-f", str(file))

@@ -32,10 +32,6 @@ class Answer:
 class Refused(Exception):
     """Neutron did not do what it was asked."""
 
-    def __init__(self, method: str, path: str, answer: Answer) -> None:
-        super().__init__(f"{method} {path}: {answer.status} {answer.body.decode(errors='replace')}")
-        self.answer = answer
-
 
 def ask(
     url: str,
@@ -73,21 +69,13 @@ def ask(
 
 def _connection(url: str, timeout_s: float) -> http.client.HTTPConnection:
     if url.startswith("unix:"):
-        return _UnixConnection(url.removeprefix("unix:"), timeout_s)
+        connection = http.client.HTTPConnection("metadata", timeout=timeout_s)
+        connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.settimeout(timeout_s)
+        connection.sock.connect(url.removeprefix("unix:"))
+        return connection
     place = urllib.parse.urlsplit(url)
     return http.client.HTTPConnection(place.hostname or "", place.port, timeout=timeout_s)
-
-
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: str, timeout_s: float) -> None:
-        super().__init__("metadata", timeout=timeout_s)
-        self._path = path
-        self._timeout_s = timeout_s
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self._timeout_s)
-        self.sock.connect(self._path)
 
 
 class NeutronClient:
@@ -110,23 +98,18 @@ class NeutronClient:
         Raises:
             Refused: Neutron says no.
         """
-        made = self.send("POST", _path(kind), {kind: _named(attributes)})[kind]
-        assert isinstance(made, dict)
+        made: Shape = self.send("POST", _path(kind), {kind: _named(attributes)})[kind]
         return made
 
-    def update(self, kind: str, ident: str, **attributes: object) -> Shape:
-        made = self.send("PUT", f"{_path(kind)}/{ident}", {kind: _named(attributes)})[kind]
-        assert isinstance(made, dict)
-        return made
+    def update(self, kind: str, ident: str, **attributes: object) -> None:
+        self.send("PUT", f"{_path(kind)}/{ident}", {kind: _named(attributes)})
 
     def delete(self, kind: str, ident: str) -> None:
         self.send("DELETE", f"{_path(kind)}/{ident}")
 
-    def list(self, kind: str, **filters: str) -> tuple[Shape, ...]:
-        """All of a kind that the filters let through, each as Neutron shows it."""
-        query = urllib.parse.urlencode(filters)
-        found = self.send("GET", _path(kind) + (f"?{query}" if query else ""))
-        return tuple(found[_plural(kind)])
+    def list(self, kind: str) -> tuple[Shape, ...]:
+        """All of a kind, each as Neutron shows it."""
+        return tuple(self.send("GET", _path(kind))[f"{kind}s"])
 
     def send(self, method: str, path: str, body: Mapping[str, object] | None = None) -> Shape:
         """One request below `/v2.0`; the answer's JSON, empty if it has none."""
@@ -138,18 +121,15 @@ class NeutronClient:
             body=None if body is None else json.dumps(body).encode(),
         )
         if answer.status >= 300:
-            raise Refused(method, path, answer)
-        shape = json.loads(answer.body) if answer.body else {}
-        assert isinstance(shape, dict)
+            raise Refused(
+                f"{method} {path}: {answer.status} {answer.body.decode(errors='replace')}"
+            )
+        shape: Shape = json.loads(answer.body) if answer.body else {}
         return shape
 
 
-def _plural(kind: str) -> str:
-    return f"{kind}s"
-
-
 def _path(kind: str) -> str:
-    return "/" + _plural(kind).replace("_", "-")
+    return f"/{kind.replace('_', '-')}s"
 
 
 def _named(attributes: Mapping[str, object]) -> Shape:

@@ -9,7 +9,6 @@ from typing import Final
 
 from support.guest import Connection, Reply
 from support.openstack.lab import OpenStack
-from support.openstack.neutron_rest import Answer
 from support.openstack.table import Instance
 
 _SEED: Final = re.compile(rb'"random_seed": "[^"]*"')
@@ -38,11 +37,6 @@ class Said:
     status: int
     headers: tuple[tuple[str, str], ...]
     body: bytes
-
-
-def said_by_nova(answer: Answer) -> Said:
-    """What Nova said itself."""
-    return Said(answer.status, _headers(answer.headers), _SEED.sub(b"", answer.body))
 
 
 def said_to_guest(reply: Reply) -> Said:
@@ -76,7 +70,8 @@ class Oracle:
                 body=request.body or None,
                 headers=[_pair(line) for line in request.headers],
             )
-            self._said[key] = said_by_nova(answer)
+            headers = _headers(answer.headers)
+            self._said[key] = Said(answer.status, headers, _SEED.sub(b"", answer.body))
         return self._said[key]
 
     def documents(self, instance: Instance) -> tuple[str, ...]:

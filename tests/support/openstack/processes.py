@@ -50,11 +50,11 @@ class Place:
             render_neutron(paste=self.environments.paste("neutron"))
         )
 
-    def write_nova(self, name: str, *, neutron_port: int, secret: str, cache_s: int) -> Path:
-        """Writes the nova.conf of the server of that name."""
+    def write_nova(self, *, neutron_port: int, secret: str) -> Path:
+        """Writes nova.conf."""
         shutil.copy(self.environments.paste("nova"), self.etc)
-        path = self.etc / f"{name}.conf"
-        path.write_text(render_nova(neutron_port=neutron_port, secret=secret, cache_s=cache_s))
+        path = self.etc / "nova.conf"
+        path.write_text(render_nova(neutron_port=neutron_port, secret=secret))
         return path
 
     def run_inside(self, name: str, script: str, *arguments: str, stdin: str = "") -> str:
@@ -70,19 +70,19 @@ class Place:
         )
 
 
-def nova_server(place: Place, name: str, *, port: int) -> Server:
-    """The metadata API whose settings `write_nova` has written under the same name."""
+def nova_server(place: Place, *, port: int) -> Server:
+    """The metadata API."""
     # The first must be the one for paste.
-    files = f"api-paste.ini;{name}.conf"
+    files = "api-paste.ini;nova.conf"
     module = ("--module", "nova.wsgi.metadata:application")
-    return _wsgi(place, name, "nova", module, files, port=port, ready="/")
+    return _wsgi(place, "nova", module, files, port=port, ready="/")
 
 
 def neutron_server(place: Place, *, port: int) -> Server:
     """The REST API."""
     module = ("--wsgi-file", str(INSIDE / "neutron_app.py"))
     files, ready = "neutron.conf", "/v2.0/networks"
-    return _wsgi(place, "neutron", "neutron", module, files, port=port, ready=ready)
+    return _wsgi(place, "neutron", module, files, port=port, ready=ready)
 
 
 def agent_server(place: Place, *, nova_port: int, secret: str) -> Server:
@@ -111,7 +111,6 @@ def _agent_listens(path: Path) -> bool:
 def _wsgi(
     place: Place,
     name: str,
-    package: str,
     module: tuple[str, str],
     files: str,
     *,
@@ -120,16 +119,16 @@ def _wsgi(
 ) -> Server:
     argv = [
         *ends_with_us(),
-        str(place.environments.uwsgi(package)),
+        str(place.environments.uwsgi(name)),
         # As devstack runs them.
         *("--http-socket", f"127.0.0.1:{port}", "--add-header", "Connection: close"),
-        *("--virtualenv", str(place.environments.python(package).parents[1])),
+        *("--virtualenv", str(place.environments.python(name).parents[1])),
         *(*module, "--need-app"),
         *("--processes", "1", "--threads", str(_THREADS), "--buffer-size", "65535"),
         *("--reuse-port", "--die-on-term"),
     ]
     url = f"http://127.0.0.1:{port}"
-    option = f"OS_{package.upper()}_CONFIG"
+    option = f"OS_{name.upper()}_CONFIG"
     return Server(
         name=name,
         argv=argv,

@@ -56,12 +56,11 @@ enable_security_group = true
 """
 
 
-def render_nova(*, neutron_port: int, secret: str, cache_s: int) -> str:
+def render_nova(*, neutron_port: int, secret: str) -> str:
     """nova.conf of one metadata API.
 
     Args:
         neutron_port: Where Neutron listens on loopback; Nova asks it for security groups on every request.
-        cache_s: For how long Nova keeps an instance's documents; its own default is 15, 0 is not at all.
     """
     return f"""\
 [DEFAULT]
@@ -71,7 +70,8 @@ transport_url = fake://
 state_path = .
 use_stderr = true
 [api]
-metadata_cache_expiration = {cache_s}
+# Once it is over Nova asks Neutron for security groups, and answers 500 while that is stopped.
+metadata_cache_expiration = 600
 dhcp_domain = novalocal
 vendordata_providers = StaticJSON
 vendordata_jsonfile_path = etc/vendor_data.json

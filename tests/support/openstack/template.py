@@ -55,7 +55,7 @@ def _make(path: Path, environments: Environments) -> None:
     place.prepare()
     with free_port() as holder, ThreadPoolExecutor() as pool:
         port = holder.getsockname()[1]
-        settings = str(place.write_nova("nova", neutron_port=port, secret="none", cache_s=0))
+        settings = str(place.write_nova(neutron_port=port, secret="none"))
         nova = pool.submit(place.run_inside, "nova", "make_nova.py", settings)
         place.run_inside("neutron", "make_neutron.py", str(place.etc / "neutron.conf"))
         server = neutron_server(place, port=port)

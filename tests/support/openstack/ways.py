@@ -15,7 +15,6 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Final, Literal, TypeAlias
 from support.daemon import Daemon
 from support.guest import IPV4, IPV6, Connection, Guest
 from support.lab import Lab, RecordMapping, batch, run, until, within
-from support.openstack.front import FrontKind
+from support.openstack.front import L3_PORT, Front, FrontKind, start_fronts
 from support.openstack.lab import OpenStack
 from support.openstack.table import NETWORKS, ROUTERS
 
@@ -35,7 +34,6 @@ WAYS: Final[tuple[Way, ...]] = ("listener", "agent-proxy", "ovn-proxy", "namespa
 Neutron's DHCP and L3 agents write, one with that of OVN's agent, and `imdsproxy namespace-proxy`."""
 
 _DEVICE: Final = "br0"
-_L3_PORT: Final = 9697
 _ROUTERS: Final = frozenset(one.name for one in ROUTERS)
 _SCOPES: Final = tuple(one.name for one in (*NETWORKS, *ROUTERS) if one.name != "net-ext")
 _NAMESPACE_PROXY: Final = str(Path(sys.executable).with_name("neutron-ns-metadata-proxy"))
@@ -53,7 +51,6 @@ class Ways:
     Attributes:
         state: Neutron's state path.
         neutron: Of the settings `sources.neutron`, beside where it is.
-        nova: Of the one endpoint set, beside where the lab's first Nova is, and its secret.
     """
 
     openstack: OpenStack
@@ -61,7 +58,6 @@ class Ways:
     daemon: Daemon
     state: Path
     neutron: Mapping[str, object]
-    nova: Mapping[str, object]
 
     def guest(self, way: Way, scope: str, address: str) -> Guest:
         """Whoever has an address in a network or behind a router."""
@@ -93,12 +89,11 @@ class Ways:
         """The daemon's settings.
 
         Args:
-            nova: More of the one endpoint set, as another secret or other endpoints.
+            nova: More of the one endpoint set, as another secret.
         """
         chosen = {
             "endpoints": [{"url": self.openstack.nova_url}],
             "secret_file": str(self.openstack.secret_file),
-            **self.nova,
             **nova,
         }
         neutron = {"enabled": True, "endpoint": self.openstack.neutron_url, **self.neutron}
@@ -149,39 +144,32 @@ class Ways:
             ],
         )
 
-    def proxy(self, way: Way, scope: str) -> list[str]:
-        """The command that starts a namespace's proxy as the agent does whose it is; it ends with the namespace."""
-        of_router, port, ident = scope in _ROUTERS, _port(way, scope), self.ids[scope]
-        pid_file = self.state / f"{way}-{scope}.pid"
-        if way == "namespace-proxy":
-            words = [
-                _NAMESPACE_PROXY,
-                f"--{'router' if of_router else 'network'}_id={ident}",
-                f"--state_path={self.state}",
-                f"--metadata_port={port}",
-                f"--pid_file={pid_file}",
-            ]
-        else:
-            kind: FrontKind = "router" if of_router else "ovn" if way == "ovn-proxy" else "network"
-            own = {"bind_address": IPV4, "bind_address_v6": IPV6, "bind_interface": _DEVICE}
-            text = self.openstack.front.config(
-                kind,
-                ident,
-                socket=self.state / "metadata_proxy",
-                port=port,
-                state_path=self.state,
-                pid_file=pid_file,
-                **({"bind_address": "::"} if of_router else own),
-            )
-            file = pid_file.with_suffix(".conf")
-            file.write_text(text)
-            words = ["haproxy", "-f", str(file)]
-        return [*within(self._namespace(way, scope)), *words]
+    def start_proxies(self, ways: Sequence[Way]) -> None:
+        """Start the proxies of all namespaces, as the agents do whose they are; they end with the namespaces."""
+        places = [(way, scope) for way in ways for scope in _SCOPES if goes(way, scope)]
+        fronts = [
+            Front(_kind(way, scope), self.ids[scope], self._namespace(way, scope), _DEVICE)
+            for way, scope in places
+            if way in {"agent-proxy", "ovn-proxy"}
+        ]
+        start_fronts(fronts, socket=self.state / "metadata_proxy", state=self.state)
+        for way, scope in places:
+            if way == "namespace-proxy":
+                run(
+                    *(*within(self._namespace(way, scope)), _NAMESPACE_PROXY),
+                    f"--{_kind(way, scope)}_id={self.ids[scope]}",
+                    f"--state_path={self.state}",
+                    f"--metadata_port={_port(way, scope)}",
+                    f"--pid_file={self.state / scope}.pid",
+                )
+
+
+def _kind(way: Way, scope: str) -> FrontKind:
+    return "router" if scope in _ROUTERS else "ovn" if way == "ovn-proxy" else "network"
 
 
 def _port(way: Way, scope: str) -> int:
-    # The L3 agent's rules lead there; the other agents' proxies have port 80 itself.
-    return _L3_PORT if way != "listener" and scope in _ROUTERS else 80
+    return L3_PORT if way != "listener" and scope in _ROUTERS else 80
 
 
 def _interface(address: str) -> str:
@@ -194,16 +182,15 @@ def _interface(address: str) -> str:
 def open_ways(
     openstack: OpenStack,
     *,
-    ways: Sequence[Way] = WAYS,
+    ways: Sequence[Way] = WAYS[1:],
     neutron: Mapping[str, object] | None = None,
-    nova: Mapping[str, object] | None = None,
     more: Mapping[str, Sequence[str]] | None = None,
 ) -> Iterator[Ways]:
     """The ways, all of them gone without a trace at the end.
 
     Args:
-        ways: Those that are needed; `listener` always is there.
-        neutron, nova: See `Ways`.
+        ways: Those that are needed beside `listener`.
+        neutron: See `Ways`.
         more: Addresses beside those of the table, by network or router.
     """
     with ExitStack() as stack:
@@ -215,21 +202,14 @@ def open_ways(
         state.chmod(0o755)
         daemon = Daemon(lab, in_lab=False)
         stack.callback(daemon.close)
-        opened = Ways(openstack, lab, daemon, state, neutron or {}, nova or {})
-        made = [
-            (way, scope)
-            for way in WAYS
-            if way == "listener" or way in ways
-            for scope in _SCOPES
-            if goes(way, scope)
-        ]
-        for way, scope in made:
-            opened.furnish(way, scope, (more or {}).get(scope, ()))
+        opened = Ways(openstack, lab, daemon, state, neutron or {})
+        for way in ("listener", *ways):
+            for scope in _SCOPES:
+                if goes(way, scope):
+                    opened.furnish(way, scope, (more or {}).get(scope, ()))
         daemon.configure(opened.settings())
         daemon.start()
         daemon.put(opened.networks())
         until(lambda: daemon.status()["serving"] == len(_SCOPES), what="all networks' service")
-        proxies = [opened.proxy(*one) for one in made if one[0] != "listener"]
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda words: run(*words), proxies))
+        opened.start_proxies(ways)
         yield opened

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -14,17 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.__main__ import GROUPS, ROWS, WITH_PEER, exit_status, parse_options
-from bench.bare import Limits, worker_limits
 from bench.figures import Bar, Row, Verdict, judge, percentile
 from bench.guest import Answer
 from bench.nova import identity, names_itself
 from bench.peer import peer_at, running
-from bench.place import BenchError, mounts_below, prepare
+from bench.place import BenchError, prepare
 from bench.rows.moves import is_stale
 from bench.wrk import parse_wrk
-from imdsproxy.core.haproxy.config import render_config
-from imdsproxy.core.haproxy.model import Limits as OurLimits
-from support.haproxy_config import SPEC
 from support.lab import until
 
 _PAGE: Final = Path(__file__).resolve().parents[3] / "docs" / "performance.md"
@@ -146,23 +141,6 @@ def test_wrks_report_is_read_and_every_kind_of_trouble_is_an_error(
 
 
 # Its place
-
-
-def test_the_baseline_takes_its_limits_from_a_configuration_of_ours() -> None:
-    limits = OurLimits(nbthread=3, maxconn=5000, maxconn_per_network=77)
-    spec = replace(SPEC, limits=limits, exporter="127.0.0.1:9466")
-    assert worker_limits(render_config(spec)) == Limits(3, 5000, 77)
-
-
-def test_only_mounts_of_the_directory_are_swept_the_innermost_first() -> None:
-    mountinfo = "\n".join(
-        f"36 35 98:0 / {point} rw,noatime - tmpfs x rw"
-        for point in ("/", "/b/.bench/x/run", "/b/.bench/x/run/jail", "/b/.bench2", "/b")
-    )
-    assert mounts_below(Path("/b/.bench"), mountinfo) == [
-        Path("/b/.bench/x/run/jail"),
-        Path("/b/.bench/x/run"),
-    ]
 
 
 def test_what_an_earlier_run_left_is_emptied_and_a_directory_of_others_left_alone(

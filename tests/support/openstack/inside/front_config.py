@@ -1,8 +1,7 @@
 """Says what Neutron's agents write for the HAProxy of a namespace; runs in Neutron's environment.
 
-Each line of standard input is a JSON object, and is answered by a line with the text as JSON: kind (`network`,
-`router`, `ovn`), resource_id, socket, bind_address, port, bind_address_v6 and bind_interface (or null), user, group,
-state_path, pid_file.
+Standard input is a JSON list of objects: kind (`network`, `router`, `ovn`), resource_id, and what Neutron's
+configurator takes by its own names. The texts are written as a JSON list.
 """
 
 from __future__ import annotations
@@ -25,28 +24,17 @@ def main() -> None:
     )
     config.register_meta_conf_opts(config.METADATA_HAPROXY_OPTS, group=config.HAPROXY_GROUP)
     cfg.CONF([])
-    for line in sys.stdin:
-        sys.stdout.write(json.dumps(render(json.loads(line))) + "\n")
-        sys.stdout.flush()
+    json.dump([render(**wanted) for wanted in json.load(sys.stdin)], sys.stdout)
 
 
-def render(wanted: dict[str, Any]) -> str:
-    ovn = wanted["kind"] == "ovn"
-    configurator = (ovn_driver if ovn else driver).HaproxyConfigurator
+def render(kind: str, resource_id: str, **options: Any) -> str:
+    configurator = (ovn_driver if kind == "ovn" else driver).HaproxyConfigurator
     made = configurator(
-        network_id=None if wanted["kind"] == "router" else wanted["resource_id"],
-        router_id=wanted["resource_id"] if wanted["kind"] == "router" else None,
-        unix_socket_path=wanted["socket"],
-        host=wanted["bind_address"],
-        port=wanted["port"],
-        user=wanted["user"],
-        group=wanted["group"],
-        state_path=wanted["state_path"],
-        pid_file=wanted["pid_file"],
+        network_id=None if kind == "router" else resource_id,
+        router_id=resource_id if kind == "router" else None,
         rate_limiting_config=cfg.CONF[config.RATE_LIMITING_GROUP],
         haproxy_config=cfg.CONF[config.HAPROXY_GROUP],
-        host_v6=wanted["bind_address_v6"],
-        bind_interface=wanted["bind_interface"],
+        **options,
     )
     text: str = made.haproxy_cfg
     return text
