@@ -9,7 +9,7 @@ from typing import Final
 
 import pytest
 
-from support.daemon import Daemon, instance, user_data_of
+from support.daemon import Daemon, instance
 from support.guest import Load
 from support.lab import until
 from support.world import World, open_world, own
@@ -96,23 +96,3 @@ def test_a_second_network_on_a_listener_is_refused_or_left_out_and_the_first_is_
             world.daemon.kill_controller()
             world.daemon.start()
     assert load.report.lost == []
-
-
-def test_a_record_file_is_in_force_soon_stays_so_while_it_is_broken_and_is_gone_soon(
-    world: World, file: Path
-) -> None:
-    guest = world.lab.guest("red", 90)
-    _write(file, instance("red-90", "red", 90))
-    assert own(guest, guest.ask(_TARGET)) is None
-    file.write_text("{broken")
-    until(lambda: any(one["problems"] for one in world.daemon.status()["sources"]), within_s=2)
-    assert own(guest, guest.ask(_TARGET)) is None
-    (problem,) = (one for source in world.daemon.status()["sources"] for one in source["problems"])
-    assert problem["file"].endswith("a.json")
-    world.daemon.kill_controller()
-    _write(file, {**instance("red-90", "red", 90), "user_data": "meanwhile"})
-    assert guest.ask(_TARGET).body == user_data_of("red-90")
-    world.daemon.start()
-    until(lambda: guest.ask(_TARGET).text == "meanwhile", within_s=2)
-    file.unlink()
-    until(lambda: guest.ask(_TARGET).status == 404, within_s=3)
