@@ -468,28 +468,20 @@ async def _run_once(rig: Rig) -> Rig:
     return rig
 
 
-async def test_a_start_takes_the_maps_of_the_last_run_where_it_would_make_them_again(
-    tmp_path: Path,
-) -> None:
-    last = await _run_once(_start(tmp_path))
-    # As after a reboot.
-    last.base.unlink()
-    last.overlay.unlink()
-    rig = _start(tmp_path, _DB, _WEB)
-    assert await rig.loop.reuse_maps()
-    assert rig.applier.state.effective() == last.applier.state.effective()
-    assert _value(_WEB) in (rig.applier.state.lookup("red/10.0.0.5") or "")
-    assert rig.files.log == []
-
-
-async def test_a_start_with_the_maps_of_the_last_run_knows_which_macs_are_right(
+async def test_a_start_takes_maps_and_macs_of_the_last_run_where_it_would_make_them_again(
     tmp_path: Path,
 ) -> None:
     mac = MacAddress("fa:16:3e:00:00:05")
     web = replace(_WEB, ports=(replace(_WEB.ports[0], mac=mac),))
-    await _run_once(_start(tmp_path, web))
-    rig = _start(tmp_path, web)
+    last = await _run_once(_start(tmp_path, web, _DB))
+    # As after a reboot.
+    last.base.unlink()
+    last.overlay.unlink()
+    rig = _start(tmp_path, _DB, web)
     assert await rig.loop.reuse_maps()
+    assert rig.applier.state.effective() == last.applier.state.effective()
+    assert _value(web) in (rig.applier.state.lookup("red/10.0.0.5") or "")
+    assert rig.files.log == []
     right: dict[AddressKey, MacAddress | None] = {(_RED, IPv4Address("10.0.0.5")): mac}
     assert rig.loop.mac_filters.differing(right) == {}
 
