@@ -1,8 +1,7 @@
-"""HAProxy's configuration read back: its sections, and the words of their lines."""
+"""A specification of HAProxy's configuration."""
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 from imdsproxy.core.haproxy.model import Bind, DataplaneSpec
@@ -14,16 +13,3 @@ SPEC = DataplaneSpec(
     Layout(runtime=Path("/run/x"), state=Path("/var/x")).haproxy_paths(),
 )
 """One network, and everything else at its default."""
-
-
-def read_sections(text: str) -> dict[str, list[tuple[str, ...]]]:
-    """The words of each line, by the header of its section; quotes are gone."""
-    sections: dict[str, list[tuple[str, ...]]] = {}
-    for line in text.splitlines():
-        if not line or line.startswith("#"):
-            continue
-        if not line.startswith(" "):
-            sections[line] = lines = []
-        else:
-            lines.append(tuple(shlex.split(line)))
-    return sections
