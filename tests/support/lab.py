@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Final
 
 from support.guest import Guest, inside
-from support.holders import holders
 from support.patience import patience
 from support.reaper import reap, reap_at_the_end
 
@@ -271,12 +270,6 @@ class Lab:
     def remove_guest(self, guest: Guest) -> None:
         """Unplug a guest for good: its addresses and its MAC are free again."""
         ip("netns", "del", guest.namespace)
-
-    def freed(
-        self, inode: int, pids: Callable[[], Iterable[int]], *, within_s: float = 1.0
-    ) -> None:
-        """Wait until none of these processes holds a namespace any more."""
-        until(lambda: not holders({inode}, pids()), within_s=within_s, what="no holder")
 
     def intrude(
         self, namespace: str, address: str, *, device: str = "", reuse_port: bool

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Final
 
 from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import Instance, Network
+from imdsproxy.core.model import Instance
 from imdsproxy.core.observation import Observation
 from imdsproxy.sources.api import Source
 from support.patience import patience
@@ -22,9 +22,6 @@ class WholeRecords:
 
     def seen(self, instance: Instance) -> Instance:
         return instance
-
-    def seen_network(self, network: Network) -> Network:
-        return network
 
 
 class Heard:

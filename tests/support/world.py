@@ -14,6 +14,7 @@ from typing import Any, Final, cast
 
 from support.daemon import Daemon, Pids, alive, instance, user_data_of
 from support.guest import IPV4, Guest, Lost, Reply
+from support.holders import holders
 from support.lab import Lab, LabState, RecordMapping, until
 
 RIGHT_WITHIN_S: Final = 1.0
@@ -143,7 +144,11 @@ class World:
 
     def freed(self, inode: int, *, within_s: float = RIGHT_WITHIN_S) -> None:
         """Wait until the daemon has let go of a namespace."""
-        self.lab.freed(inode, self.daemon.processes, within_s=within_s)
+        until(
+            lambda: not holders({inode}, self.daemon.processes()),
+            within_s=within_s,
+            what="its being let go of",
+        )
 
     def has_other_master(self, than: int) -> bool:
         """Whether HAProxy was started anew, and the controller knows it."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import socket
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -12,7 +10,7 @@ from typing import Final
 import pytest
 
 from demo.boot import Boot, judge_boot
-from demo.place import alone, prepare, unfit
+from demo.place import prepare, unfit
 from demo.processes import CommandError
 from demo.reading import PATHS, Dialect, judge_documents
 from demo.roster import Guest, guests, records
@@ -137,11 +135,3 @@ def test_an_earlier_runs_files_make_room_and_files_of_others_are_never_removed(
     with pytest.raises(CommandError):
         prepare(tmp_path)
     assert old.exists()
-
-
-def test_a_second_demonstration_is_told_of_the_first() -> None:
-    with socket.socket(socket.AF_UNIX) as first:
-        with contextlib.suppress(OSError):  # a real one runs: as good
-            first.bind("\0imdsproxy-demo")
-        with pytest.raises(CommandError, match="another"), alone():
-            pass
