@@ -222,9 +222,11 @@ class DocumentServer:
                 raise HostRefused(reason, hint="see their messages above")
             self._step(_START_POLL_S)
         for worker in self._workers:
-            with refusing(f"listen on {worker.path}"):
-                worker.at.replace(worker.path)
-            worker.at = worker.path
+            # One that is there already may be removed at any time, and is made anew then.
+            if worker.at != worker.path:
+                with refusing(f"listen on {worker.path}"):
+                    worker.at.replace(worker.path)
+                worker.at = worker.path
         for one in self._predecessors:
             one.kill(signal.SIGTERM)
         self._predecessors_until = time.monotonic() + _STOP_WITHIN_S
