@@ -272,6 +272,16 @@ def test_marked_domains_only_where_that_is_chosen() -> None:
     assert the_instance(known(domains, marked_only=True)).name == "web"
 
 
+def test_a_static_host_that_changes_changes_its_domains_record() -> None:
+    found = known([web()])
+    networks = [NAT.replace("192.168.122.5", "192.168.122.50")]
+    changes = update(found, [], networks)
+    (changed,) = changes.instances.values()
+    assert changed.ports == (port("default", "192.168.122.50", mac=MAC),)
+    assert not changes.networks
+    assert not update(found, [web()], networks).has_records
+
+
 def test_xml_that_cannot_be_parsed_is_reported_and_affects_nothing_else() -> None:
     found = known([web()])
     update(found, ["<domain"], ["<network", NAT])
