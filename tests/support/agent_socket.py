@@ -26,11 +26,11 @@ _TIMEOUT_S: Final = 10.0
 _SQUATTER: Final = """
 import os, socket, sys
 path = sys.argv[1]
+os.umask(0)
 if os.path.lexists(path):
     os.unlink(path)
 listener = socket.socket(socket.AF_UNIX)
 listener.bind(path)
-os.chmod(path, 0o666)
 listener.listen(16)
 print("ready", flush=True)
 while True:
