@@ -22,7 +22,6 @@ import yaml
 
 from imdsproxy.cli.admin_client import AdminClient
 from imdsproxy.core.haproxy.limits import COUNTERS, POLICY_COUNTERS
-from imdsproxy.core.haproxy.maps import MapState, parse_map
 from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.errors import AdminUnavailable, RuntimeUnavailable
 from support.commands import Command, Forked, run_command, start_controller
@@ -165,13 +164,6 @@ class Daemon:
         """The controllers' log, entry by entry."""
         lines = self.log.read_text(errors="replace").splitlines()
         return [json.loads(line) for line in lines if line.startswith("{")]
-
-    def map_on_disk(self) -> MapState:
-        """The records as a HAProxy that starts now would read them."""
-        generation, base = parse_map((self.runtime / "base.map").read_text())
-        overlay_generation, overlay = parse_map((self.runtime / "overlay.map").read_text())
-        assert generation is not None
-        return MapState(generation, base, overlay if overlay_generation == generation else {})
 
     # Life
 
