@@ -96,10 +96,6 @@ def _ask(guest: str, url: str = "http://169.254.169.254/latest/meta-data/hostnam
     return done.stdout if done.returncode == 0 else f"curl {done.returncode}"
 
 
-def _add(daemon: Daemon, network: str, *reach: str) -> None:
-    _told(daemon, "network", "add", network, *reach)
-
-
 def _know(daemon: Daemon, name: str, network: str, address: str, mac: str) -> None:
     words = ("--network", network, "--mac", mac, "--hostname", name)
     _told(daemon, "instance", "add", name, *words, *(("--address", address) if address else ()))
@@ -207,7 +203,7 @@ def test_a_guest_reaches_the_service_on_each_kind_of_network(
     routes: set[str],
 ) -> None:
     make(host)
-    _add(daemon, "net", reach, device)
+    _told(daemon, "network", "add", "net", reach, device)
     guest = _guest(host, daemon, device, "net", 1)
     lines = ip("-n", guest, "route").splitlines()
     assert {line.split()[0] for line in lines} == {*routes, f"{_SUBNET}.0/24"}
@@ -229,7 +225,7 @@ def test_check_names_the_rules_that_let_guests_in(
     rules: str,
 ) -> None:
     make(host)
-    _add(daemon, "net", reach, device)
+    _told(daemon, "network", "add", "net", reach, device)
     guest = _guest(host, daemon, device, "net", 1)
     run(*within(host.lab.host), "nft", rules)
     run(*within(host.lab.host), "sysctl", "-q", "net.bridge.bridge-nf-call-iptables=1")
@@ -260,7 +256,7 @@ def _findings(host: VmHost, daemon: Daemon) -> list[dict[str, str]]:
 def test_two_hosts_on_one_lan_each_answer_their_own_guests(host: VmHost, daemon: Daemon) -> None:
     """Both have the address on the link; what a guest asks never leaves its host."""
     _lan(host, "br0")
-    _add(daemon, "lan", "--bridge", "br0")
+    _told(daemon, "network", "add", "lan", "--bridge", "br0")
     with closing(Lab()) as other, closing(Daemon(other)) as others:
         batch(
             other.host,
@@ -272,7 +268,7 @@ def test_two_hosts_on_one_lan_each_answer_their_own_guests(host: VmHost, daemon:
         )
         ip("-n", other.host, "link", "set", "trunk", "up", "master", "br0")
         others.start()
-        _add(others, "lan", "--bridge", "br0")
+        _told(others, "network", "add", "lan", "--bridge", "br0")
         there = VmHost(other, host.directory)
         mine = host.guest_port("br0", "mine", _MAC.format(4))
         theirs = there.guest_port("br0", "theirs", _MAC.format(5))
@@ -297,7 +293,7 @@ def test_a_guest_cannot_be_the_metadata_service_of_its_neighbours(
     host: VmHost, daemon: Daemon
 ) -> None:
     _lan(host, "br0", _announced(None))
-    _add(daemon, "lan", "--bridge", "br0")
+    _told(daemon, "network", "add", "lan", "--bridge", "br0")
     victim = _guest(host, daemon, "br0", "lan", 6)
     address = _lease(host, victim)
     impostor = host.guest_port("br0", "impostor", _MAC.format(7))
@@ -323,8 +319,8 @@ def test_a_guest_that_is_plugged_in_later_is_led_there_and_one_that_moves_is_not
 ) -> None:
     _lan(host, "br0")
     _lan(host, "br1", subnet="192.168.123")
-    _add(daemon, "lan", "--bridge", "br0")
-    _add(daemon, "other", "--bridge", "br1")
+    _told(daemon, "network", "add", "lan", "--bridge", "br0")
+    _told(daemon, "network", "add", "other", "--bridge", "br1")
     # Beforehand: a record that comes is a reason to look at the host anew, and here the port is to be one.
     _know(daemon, "here", "lan", "", _MAC.format(8))
     _know(daemon, "there", "other", "", _MAC.format(8))

@@ -117,26 +117,19 @@ async def test_a_program_gets_its_text_and_its_output_comes_back_with_its_status
     )
 
 
-async def test_a_haproxy_that_does_not_come_up_is_not_left_beside_the_next(
+async def test_what_does_not_come_up_is_not_left_beside_the_next(
     hanging: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("imdsproxy.dataplane.launch._START_DEADLINE_S", 0.5)
+    for module in ("dataplane.launch", "app.companion"):
+        monkeypatch.setattr(f"imdsproxy.{module}._START_DEADLINE_S", 0.5)
     layout = Layout(tmp_path / "run", tmp_path / "state")
     layout.runtime.mkdir()
-    launcher = Launcher(str(hanging), None, layout)
     with pytest.raises(RuntimeUnavailable, match="did not come up"):
-        await launcher.start()
+        await Launcher(str(hanging), None, layout).start()
     nothing_is_left(hanging)
-
-
-async def test_a_document_server_that_does_not_come_up_is_not_left_beside_the_next(
-    hanging: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("imdsproxy.app.companion._START_DEADLINE_S", 0.5)
     log, pid_file = tmp_path / "documents.log", tmp_path / "documents.pid"
-    companion = Companion(pid_file, log, [str(hanging)], {})
     with pytest.raises(HostRefused, match="wrote no pid file"):
-        await companion.ensure()
+        await Companion(pid_file, log, [str(hanging)], {}).ensure()
     nothing_is_left(hanging)
 
 
