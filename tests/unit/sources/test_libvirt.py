@@ -187,6 +187,7 @@ def test_the_element_says_what_documents_are_made_of() -> None:
         ("<i:tag name='a'/><i:tag name='a'/>", "instance.tag", "twice"),
         ("<i:user-data encoding='gzip'/>", "instance.user-data", "encoding gzip"),
         ("<i:user-data encoding='base64'>*</i:user-data>", "instance.user_data.base64", "base64"),
+        ("<i:vendor-data encoding='base64'/>", "instance.vendor-data", "encoding base64"),
         ("<i:dialect name='ec2'/>", "instance.dialect", "not understood"),
         ("<i:dialect name='gce' serve='no'/>", "instance.dialects.gce", "unknown key"),
     ],
