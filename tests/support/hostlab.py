@@ -39,7 +39,6 @@ class HostLab:
     token: str = field(default_factory=lambda: secrets.token_hex(2))
     _servers: list[Server] = field(default_factory=list)
     _namespaces: list[str] = field(default_factory=list)
-    _links: list[str] = field(default_factory=list)
 
     @property
     def naming(self) -> Naming:
@@ -74,8 +73,6 @@ class HostLab:
         """Make a device: a veth whose other end, `NAMEp`, lies beside it."""
         name = self.link_name(what)
         where = ("-n", namespace) if namespace else ()
-        if namespace is None:
-            self._links.append(name)
         self.ip(*where, "link", "add", name, "type", "veth", "peer", "name", f"{name}p")
         self.ip(*where, "link", "set", f"{name}p", "up")
         self.ip(*where, "link", "set", name, "up")
@@ -84,7 +81,6 @@ class HostLab:
     def bridge(self, what: str, *, mtu: int = 1500) -> str:
         """Make a bridge, up."""
         name = self.link_name(what)
-        self._links.append(name)
         self.ip("link", "add", name, "mtu", str(mtu), "type", "bridge")
         self.ip("link", "set", name, "up")
         return name
@@ -93,7 +89,6 @@ class HostLab:
         """Make a namespace with a device `eth0` on a bridge, as a guest would be."""
         name = self.namespace(what)
         outer = self.link_name(f"{what}o")
-        self._links.append(outer)
         self.ip(
             *("link", "add", outer, "master", bridge, "up", "type", "veth"),
             *("peer", "name", "eth0", "netns", name),
@@ -156,10 +151,11 @@ class HostLab:
             if name in self._namespaces or self.naming.is_namespace(name):
                 directory.delete(name)
         links = {path.name for path in Path("/sys/class/net").iterdir()}
-        for name in links & {*self._links} | {one for one in links if self.naming.is_link(one)}:
-            # A veth may go by itself while its namespace does.
+        for name in links:
+            # A veth may go by itself while its namespace does, or its other end.
             with contextlib.suppress(AssertionError):
-                self.ip("link", "del", name)
+                if name.startswith(self.link_name("")) or self.naming.is_link(name):
+                    self.ip("link", "del", name)
 
 
 @contextlib.contextmanager
