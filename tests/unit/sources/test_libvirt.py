@@ -383,3 +383,5 @@ async def test_a_connection_that_comes_too_late_is_closed_and_none_is_made_meanw
     async with asyncio.timeout(20):
         while not connection.close.called:
             await asyncio.sleep(0.001)
+    await client.connect(LibvirtEvents())
+    await client.close()
