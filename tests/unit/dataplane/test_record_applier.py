@@ -5,13 +5,21 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine
+from io import StringIO
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imdsproxy.core.haproxy.maps import render_map
+from imdsproxy.core.haproxy.maps import (
+    MapChanges,
+    MapState,
+    parse_base_map,
+    parse_map,
+    render_map,
+    split_payload,
+)
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import HostRefused, RuntimeUnavailable
@@ -20,7 +28,9 @@ from support.full_disk import full_disk
 
 _KEYS = [f"n/{number}" for number in range(8)]
 _VALUES = ["a|1", "a|2", "b|1", "!"]
-_WANTED = st.dictionaries(st.sampled_from(_KEYS), st.none() | st.sampled_from(_VALUES), min_size=1)
+_SOME_KEY, _SOME_VALUE = st.sampled_from(_KEYS), st.sampled_from(_VALUES)
+_ENTRIES = st.dictionaries(_SOME_KEY, _SOME_VALUE)
+_WANTED = st.dictionaries(_SOME_KEY, st.none() | _SOME_VALUE, min_size=1)
 
 
 class Rig:
@@ -132,7 +142,7 @@ async def test_an_overlay_of_an_earlier_base_is_in_that_base_already(rig: Rig) -
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.dictionaries(st.sampled_from(_KEYS), st.sampled_from(_VALUES)),
+    _ENTRIES,
     st.lists(st.tuples(_WANTED, st.sampled_from(["", "reload", "stranger", "silent"])), max_size=6),
     st.integers(0, 4),
 )
@@ -165,3 +175,34 @@ def test_after_any_history_all_workers_and_the_disk_say_what_was_wanted_last(
                 assert rig.on_disk(key) == expected.get(key)
 
     _in_rig(work, compact_above=compact_above)
+
+
+# The files and what is sent of them
+
+
+def test_a_removal_of_what_only_the_overlay_has_leaves_no_tombstone() -> None:
+    state = MapState("1", overlay={"n/1": "a|1"})
+    assert state.overlay_changes({"n/1": None}) == MapChanges(removed=("n/1",))
+
+
+@given(_ENTRIES)
+def test_a_map_file_is_read_as_it_was_written(entries: dict[str, str]) -> None:
+    text = render_map(entries, "7")
+    assert parse_map(text) == ("7", entries)
+    generation, base = parse_base_map(StringIO(text))
+    assert (generation, dict(base)) == ("7", entries)
+    assert all(base[key] == value for key, value in entries.items())
+
+
+def test_a_file_may_have_no_generation_and_of_a_key_that_is_there_twice_the_first_counts() -> None:
+    text = "n/1 a|1\n# a remark\nbroken\nn/1 b|1\n"
+    assert parse_map(text) == (None, {"n/1": "a|1"})
+
+
+@given(st.lists(st.tuples(_SOME_KEY, _SOME_VALUE)), st.integers(10, 60))
+def test_payloads_hold_all_entries_in_order_within_the_limit(
+    entries: list[tuple[str, str]], limit: int
+) -> None:
+    payloads = split_payload(entries, limit)
+    assert "".join(payloads) == "".join(f"{key} {value}\n" for key, value in entries)
+    assert all(len(payload) <= limit or payload.count("\n") == 1 for payload in payloads)

@@ -1,5 +1,8 @@
+"""The configurations that HAProxy gets, ours and of Neutron's proxies, and that no text in them is more than a word."""
+
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
@@ -10,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from imdsproxy.core import haproxy
 from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.model import (
     Bind,
@@ -22,9 +28,18 @@ from imdsproxy.core.haproxy.model import (
     NovaTls,
     UnixBind,
 )
-from imdsproxy.core.haproxy.text import UnquotableWord
+from imdsproxy.core.haproxy.namespace_proxy import (
+    FACILITIES,
+    NamespaceProxySpec,
+    parse_facility,
+    parse_port,
+    parse_uuid,
+    render_namespace_proxy,
+)
+from imdsproxy.core.haproxy.text import UnquotableWord, fill, quote
 from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, NetworkId
 from imdsproxy.dataplane.layout import Layout
+from imdsproxy.errors import RequestRefused
 
 _GOLDEN = Path(__file__).parents[2] / "golden" / "haproxy"
 
@@ -45,6 +60,17 @@ _REPLACED = (
         "default", (_NOVA[0], replace(_NOVA[1], slot=1)), "nova.example:8775", NovaTls("n.example")
     ),
     NovaBackend("done", (replace(_NOVA[0], slot=1),), "nova.example:8775", loopback=True),
+)
+_UUID = "8f6a1e0c-3b52-4c1d-9a57-0d2f4b6c8e10"
+_PROXY = NamespaceProxySpec(
+    "X-Neutron-Network-ID",
+    _UUID,
+    "/var/lib/neutron/metadata_proxy",
+    80,
+    dual_stack=True,
+    user="nobody",
+    group="nogroup",
+    syslog="/dev/log",
 )
 _AS_HAPROXY = replace(_PLAIN, user="haproxy", group="haproxy")
 
@@ -92,20 +118,37 @@ _CASES = {
         _PLAIN, nova=_REPLACED, nova_times=NovaTimes(check="http")
     ),
 }
+_PROXIES = {
+    "namespace-network": _PROXY,
+    "namespace-router": NamespaceProxySpec(
+        "X-Neutron-Router-ID", _UUID, "/srv/state path/metadata_proxy", 9697, dual_stack=False
+    ),
+    "namespace-debug": replace(_PROXY, facility="user", debug=True),
+}
+
+
+def _is_golden(name: str, text: str) -> bool:
+    path = _GOLDEN / f"{name}.cfg"
+    if os.environ.get("GOLDEN") == "write":
+        path.write_text(text)
+    return path.read_text() == text
+
+
+@pytest.mark.parametrize("name", sorted(_PROXIES))
+def test_the_configuration_of_a_proxy_is_the_golden_one(name: str) -> None:
+    assert _is_golden(name, render_namespace_proxy(_PROXIES[name]))
 
 
 @pytest.mark.parametrize("name", sorted(_CASES))
 def test_the_configuration_is_the_golden_one_whatever_the_order_of_binds(name: str) -> None:
-    path, spec = _GOLDEN / f"{name}.cfg", _CASES[name]
+    spec = _CASES[name]
     text = render_config(spec)
     assert render_config(replace(spec, binds=spec.binds[::-1])) == text
     for bind in re.findall("^  bind (?!.*/fairness.sock).*", text, re.MULTILINE):
         # No guest speaks HTTP/2, and none takes the connections of another network.
         assert " proto h1" in bind
         assert " maxconn " in bind or " unix@" in bind
-    if os.environ.get("GOLDEN") == "write":
-        path.write_text(text)
-    assert path.read_text() == text
+    assert _is_golden(name, text)
 
 
 _ALL = replace(
@@ -165,3 +208,82 @@ def test_a_control_character_is_refused_wherever_it_would_be_written() -> None:
         else:
             # The configuration has none of these.
             assert place.startswith(".paths.named[")
+
+
+# The proxy that Neutron's agents start
+
+_FORGEABLE = """
+x-neutron-network-id x-neutron-router-id x-ovn-network-id x-instance-id x-instance-id-signature x-tenant-id
+x-metadata-provider x-metadata-provider-signature x-forwarded-for connection upgrade
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "deleted"),
+    [
+        *((name, True) for name in _FORGEABLE.split()),
+        *((name, False) for name in ("host", "x-instance", "my-x-tenant-id", "content-type")),
+        ("x-aws-ec2-metadata-token", False),
+    ],
+)  # fmt: skip
+def test_a_header_that_the_proxy_sets_is_deleted_and_every_other_passes(
+    name: str, *, deleted: bool
+) -> None:
+    (pattern,) = re.findall(r"del-header (\S+) -m reg", render_namespace_proxy(_PROXY))
+    assert bool(re.search(shlex.split(pattern)[0], name)) is deleted
+
+
+@pytest.mark.parametrize(
+    "text", ["", "blue", "../../etc/passwd", _UUID + "\n", _UUID[:-1], _UUID.replace("-", ""), "8" * 36]
+)  # fmt: skip
+def test_what_is_no_uuid_is_refused(text: str) -> None:
+    with pytest.raises(RequestRefused, match="is no UUID"):
+        parse_uuid(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["0", "70000", "65536", "-1", "", "http", "8 0", "٨٠", "80\n", "9" * 5000, 0, -1, 70000]
+)
+def test_what_is_no_port_is_refused(text: str | int) -> None:
+    with pytest.raises(RequestRefused, match="is no port") as refused:
+        parse_port(text)
+    assert refused.value.hint == "a port is a number from 1 to 65535"
+
+
+def test_a_facility_is_known_by_the_names_of_neutron_and_of_haproxy() -> None:
+    assert parse_facility("LOG_LOCAL3") == "local3"
+    assert parse_facility("LOG_AUTHPRIV") == "auth2"
+    assert {parse_facility(name) for name in FACILITIES} == FACILITIES
+
+
+# Words
+
+
+@pytest.mark.parametrize("word", ["a\nb", "\0", "a\rb", "\x1b[0m"])
+def test_control_characters_are_refused(word: str) -> None:
+    with pytest.raises(UnquotableWord):
+        quote(word)
+
+
+@given(st.text(st.characters(exclude_categories=("Cc", "Cs"))))
+def test_what_is_written_is_read_as_the_same_word(word: str) -> None:
+    # What `quote` writes a shell reads as HAProxy does (manual, section 2.2).
+    assert shlex.split(quote(word)) == [word]
+
+
+@pytest.mark.parametrize("value", [True, 1.5, b"x"])
+def test_what_is_no_text_or_not_there_is_refused(value: Any) -> None:  # noqa: ANN401 - anything
+    with pytest.raises(TypeError, match=r"<map> is .*, which can't be written"):
+        fill("map_str(<map>)", {"map": value})
+    with pytest.raises(KeyError, match="map"):
+        fill("map_str(<map>)", {"other": value})
+
+
+def test_no_template_of_a_rule_is_an_f_string() -> None:
+    """What is put in by an f-string is not quoted."""
+    for path in Path(haproxy.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
+                name = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
+                text = [one for one in node.args if isinstance(one, ast.JoinedStr)]
+                assert not text or name not in {"fill", "fill_sections", "Block"}, path
