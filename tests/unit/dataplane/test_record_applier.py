@@ -127,6 +127,7 @@ async def test_files_of_an_earlier_controller_are_taken_over(rig: Rig) -> None:
     successor = RecordApplier(rig.layout)
     assert successor.load()
     assert successor.state.effective() == {"n/2": "b|1"}
+    assert successor.state.lookup("n/1") is None
 
 
 async def test_an_overlay_of_an_earlier_base_is_in_that_base_already(rig: Rig) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import AsyncMock, Mock, patch
@@ -54,6 +53,7 @@ from imdsproxy.unix_listener.listener import UnixListener
 from imdsproxy.unix_listener.settings import UnixListenerSettings
 from support.fake_haproxy import FakeHaproxy, control_fake
 from support.fake_mac_filters import no_hop_limits, no_mac_filters
+from support.tasks import until
 
 
 class FakeHost(SystemHost):
@@ -72,11 +72,11 @@ class FakeHost(SystemHost):
             Mock(apply=AsyncMock(return_value=())) for _ in range(2)
         ]
 
-    def make(self, name: str, inode: int) -> None:
+    def make(self, name: str, inode: int, *, addressed: bool = True) -> None:
         self.namespaces[name] = ObservedNamespace(
             NamespaceRef(name, inode),
             {"eth0": ObservedDevice("eth0", 2, up=True, mtu=1500)},
-            (ObservedAddress("eth0", METADATA_IPV4, 32),),
+            (ObservedAddress("eth0", METADATA_IPV4, 32),) * addressed,
         )
 
     async def observe(
@@ -128,6 +128,13 @@ class Rig:
         }
         self.inventory.observe(Observation("a", full=True, networks=networks, in_sync=in_sync))
 
+    async def serve(self, *names: str) -> None:
+        """Settle with these networks, whose namespaces there are."""
+        for inode, name in enumerate(names, 7):
+            self.host.make(name, inode)
+        self.say(*names)
+        await self.settle("networks changed", *names)
+
     async def settle(self, reason: str, *networks: str | None) -> None:
         given = [NetworkId(one) for one in networks if one is not None]
         await self.wait(self.loop.touch(reason, None if None in networks else given))
@@ -138,9 +145,7 @@ class Rig:
 
     async def fail(self, *networks: str) -> None:
         self.loop.touch("networks changed", [NetworkId(one) for one in networks])
-        async with asyncio.timeout(30):
-            while self.loop.failure is None:
-                await asyncio.sleep(0.01)
+        await until(lambda: self.loop.failure)
 
     def add(self, listener: Listener) -> None:
         network = Network(NetworkId("red"), listener)
@@ -162,8 +167,10 @@ class Rig:
         }
 
 
-@asynccontextmanager
-async def _rig(directory: Path, *, agents: str | None = None) -> AsyncIterator[Rig]:
+@pytest.fixture
+async def rig(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Rig]:
+    """With the agents' socket if a test has its name as a parameter."""
+    directory, agents = tmp_path, getattr(request, "param", None)
     layout = Layout(directory, directory, chroot=False)
     script = '#!/bin/sh\n! grep -q POISON "$3"\n'
     fake, _, haproxy = control_fake(layout, script)
@@ -203,192 +210,159 @@ async def _rig(directory: Path, *, agents: str | None = None) -> AsyncIterator[R
 
 
 async def test_a_missing_namespace_leaves_out_its_network_and_no_other_and_is_logged_once(
-    tmp_path: Path,
+    rig: Rig,
 ) -> None:
-    async with _rig(tmp_path) as rig:
-        rig.host.make("red", 7)
-        rig.say("red", "blue")
-        with capture_logs() as logs:
-            await rig.settle("networks changed", "red", "blue")
-            await rig.settle("again", "red", "blue")
-        # That red has no IPv6 address is no trouble.
-        left = [one for one in logs if one["event"] == "listener left out"]
-        assert [(one["network"], one["code"]) for one in left] == [("blue", "namespace-missing")]
-        assert rig.bound() == {"red"}
-        assert [str(one.readlink()) for one in rig.host.links.iterdir()] == ["/nowhere/red"]
-        assert rig.left_out() == {"blue": LeftOutCode.NAMESPACE_MISSING}
-        rig.host.make("blue", 8)
-        await rig.settle("namespace-came", "blue")
-        assert rig.bound() == {"red", "blue"}
-        assert rig.left_out() == {}
+    rig.host.make("red", 7)
+    rig.say("red", "blue")
+    with capture_logs() as logs:
+        await rig.settle("networks changed", "red", "blue")
+        await rig.settle("again", "red", "blue")
+    # That red has no IPv6 address is no trouble.
+    left = [one for one in logs if one["event"] == "listener left out"]
+    assert [(one["network"], one["code"]) for one in left] == [("blue", "namespace-missing")]
+    assert rig.bound() == {"red"}
+    assert [str(one.readlink()) for one in rig.host.links.iterdir()] == ["/nowhere/red"]
+    assert rig.left_out() == {"blue": LeftOutCode.NAMESPACE_MISSING}
+    rig.host.make("blue", 8)
+    await rig.settle("namespace-came", "blue")
+    assert rig.bound() == {"red", "blue"}
+    assert rig.left_out() == {}
 
 
 async def test_only_what_may_have_changed_is_looked_at_and_what_has_not_reloads_nothing(
-    tmp_path: Path,
+    rig: Rig,
 ) -> None:
-    async with _rig(tmp_path) as rig:
-        for number, name in enumerate(("red", "blue", "green")):
-            rig.host.make(name, number)
-        rig.say("red", "blue", "green")
-        await rig.settle("networks changed", "red", "blue", "green")
-        reloads = rig.fake.reloads
-        rig.host.asked.clear()
-        await rig.settle("link", "blue")
-        assert rig.host.asked == [(False, frozenset({"blue"}))]
-        assert rig.bound() == {"red", "blue", "green"}
-        await rig.settle("overflow", None)
-        assert rig.host.asked[-1] == (True, frozenset({"red", "blue", "green"}))
-        assert rig.fake.reloads == reloads
+    await rig.serve("red", "blue", "green")
+    reloads = rig.fake.reloads
+    rig.host.asked.clear()
+    await rig.settle("link", "blue")
+    assert rig.host.asked == [(False, frozenset({"blue"}))]
+    assert rig.bound() == {"red", "blue", "green"}
+    await rig.settle("overflow", None)
+    assert rig.host.asked[-1] == (True, frozenset({"red", "blue", "green"}))
+    assert rig.fake.reloads == reloads
 
 
-async def test_after_a_refusal_the_whole_host_is_looked_at_again_once(tmp_path: Path) -> None:
-    async with _rig(tmp_path) as rig:
-        rig.host.make("red", 7)
-        rig.host.make("POISON", 8)
-        rig.say("red", "POISON")
-        rig.host.asked.clear()
-        await rig.fail("red", "POISON")
-        assert [everything for everything, _ in rig.host.asked][:2] == [False, True]
-        assert "POISON" not in rig.layout.config.read_text()
-        del rig.host.namespaces["POISON"]
-        await rig.wait()
-        assert rig.bound() == {"red"}
-        assert rig.loop.failure is None
+async def test_after_a_refusal_the_whole_host_is_looked_at_again_once(rig: Rig) -> None:
+    rig.host.make("red", 7)
+    rig.host.make("POISON", 8)
+    rig.say("red", "POISON")
+    rig.host.asked.clear()
+    await rig.fail("red", "POISON")
+    assert [everything for everything, _ in rig.host.asked][:2] == [False, True]
+    assert "POISON" not in rig.layout.config.read_text()
+    del rig.host.namespaces["POISON"]
+    await rig.wait()
+    assert rig.bound() == {"red"}
+    assert rig.loop.failure is None
 
 
-async def test_what_is_ours_and_no_network_s_is_removed_once_and_known_to_be_gone(
-    tmp_path: Path,
-) -> None:
-    async with _rig(tmp_path) as rig:
-        rig.host.make("red", 7)
-        rig.say("red")
-        left, naming = NetworkId("gone"), rig.host.naming
-        lo = ObservedDevice("lo", 1, up=True, mtu=65536, alias=naming.alias(left))
-        name = naming.namespace(left)
-        rig.host.namespaces[name] = ObservedNamespace(NamespaceRef(name, 9), {"lo": lo})
-        await rig.settle("overflow", None)
-        await rig.settle("link", "red")
-        assert rig.host.done == [DeleteNamespace(name)]
-        assert rig.host.seen.namespaces.keys() == {"red"}
+async def test_what_is_ours_and_no_network_s_is_removed_once_and_known_to_be_gone(rig: Rig) -> None:
+    rig.host.make("red", 7)
+    rig.say("red")
+    left, naming = NetworkId("gone"), rig.host.naming
+    lo = ObservedDevice("lo", 1, up=True, mtu=65536, alias=naming.alias(left))
+    name = naming.namespace(left)
+    rig.host.namespaces[name] = ObservedNamespace(NamespaceRef(name, 9), {"lo": lo})
+    await rig.settle("overflow", None)
+    await rig.settle("link", "red")
+    assert rig.host.done == [DeleteNamespace(name)]
+    assert rig.host.seen.namespaces.keys() == {"red"}
 
 
-async def test_what_the_host_refuses_is_told_and_tried_again(tmp_path: Path) -> None:
-    async with _rig(tmp_path) as rig:
-        rig.host.make("red", 7)
-        seen = rig.host.namespaces["red"]
-        rig.host.namespaces["red"] = replace(seen, addresses=())
-        rig.add(NamespaceListener("red", "eth0", manage_addresses=True))
-        rig.host.refusal = "no permission"
-        await rig.settle("networks changed", "red")
-        assert {problem.reason for problem in rig.loop.report.problems} == {"no permission"}
-        assert rig.left_out() == {"red": LeftOutCode.HOST_REFUSED}
-        assert rig.host.operations["failed"] >= 1
-        rig.host.refusal = ""
-        async with asyncio.timeout(30):
-            while rig.left_out():
-                await asyncio.sleep(0.01)
+async def test_what_the_host_refuses_is_told_and_tried_again(rig: Rig) -> None:
+    rig.host.make("red", 7, addressed=False)
+    rig.add(NamespaceListener("red", "eth0", manage_addresses=True))
+    rig.host.refusal = "no permission"
+    await rig.settle("networks changed", "red")
+    assert {problem.reason for problem in rig.loop.report.problems} == {"no permission"}
+    assert rig.left_out() == {"red": LeftOutCode.HOST_REFUSED}
+    assert rig.host.operations["failed"] >= 1
+    rig.host.refusal = ""
+    await until(lambda: not rig.left_out())
 
 
-async def test_what_was_made_is_looked_at_and_planned_with_in_the_same_round(
-    tmp_path: Path,
-) -> None:
-    async with _rig(tmp_path) as rig:
-        rig.host.make("red", 7)
-        rig.host.namespaces["red"] = replace(rig.host.namespaces["red"], addresses=())
-        rig.add(NamespaceListener("red", "eth0", manage_addresses=True))
-        rig.host.asked.clear()
-        await rig.settle("networks changed", "red")
-        assert rig.host.asked == [(False, frozenset({NetworkId("red")}))] * 2
-        report = rig.loop.report
-        assert (report.left_out, len(report.endpoints), report.operations) == ((), 2, 2)
+async def test_what_was_made_is_looked_at_and_planned_with_in_the_same_round(rig: Rig) -> None:
+    rig.host.make("red", 7, addressed=False)
+    rig.add(NamespaceListener("red", "eth0", manage_addresses=True))
+    rig.host.asked.clear()
+    await rig.settle("networks changed", "red")
+    assert rig.host.asked == [(False, frozenset({NetworkId("red")}))] * 2
+    report = rig.loop.report
+    assert (report.left_out, len(report.endpoints), report.operations) == ((), 2, 2)
 
 
 @pytest.mark.parametrize("fails", [True, False])
 async def test_after_a_look_that_failed_or_is_not_enough_any_more_all_is_looked_at(
-    tmp_path: Path, *, fails: bool
+    rig: Rig, *, fails: bool
 ) -> None:
-    async with _rig(tmp_path) as rig:
-        rig.host.make("red", 7)
-        rig.say("red")
-        await rig.settle("networks changed", "red")
+    await rig.serve("red")
 
-        def during() -> None:
-            rig.host.during = lambda: None
-            if fails:
-                raise HostRefused("no descriptors left")
-            rig.host.touch(None)
+    def during() -> None:
+        rig.host.during = lambda: None
+        if fails:
+            raise HostRefused("no descriptors left")
+        rig.host.touch(None)
 
-        rig.host.during = during
-        rig.host.asked.clear()
-        for _ in range(2):
-            await rig.settle("link", "red")
-        assert [everything for everything, _ in rig.host.asked][:2] == [False, True]
-        assert rig.bound() == {"red"}
+    rig.host.during = during
+    rig.host.asked.clear()
+    for _ in range(2):
+        await rig.settle("link", "red")
+    assert [everything for everything, _ in rig.host.asked][:2] == [False, True]
+    assert rig.bound() == {"red"}
 
 
-async def test_an_exporter_whose_port_is_taken_costs_no_guest_anything(tmp_path: Path) -> None:
-    async with _rig(tmp_path) as rig:
-        assert "name exporter" in rig.layout.config.read_text()
-        rig.taken[0] = "127.0.0.1 port 9: Address already in use"
-        rig.host.make("red", 7)
-        rig.say("red")
-        await rig.settle("networks changed", "red")
-        assert "name exporter" in rig.layout.config.read_text()
-        rig.loop.haproxy.processes = None
-        await rig.fake.close()
-        await rig.settle("haproxy did not start", "red")
-        assert rig.bound() == {"red"}
-        assert "name exporter" not in rig.layout.config.read_text()
-        assert [problem.field for problem in rig.loop.report.problems] == ["metrics.haproxy_listen"]
-        rig.taken[0] = None
-        async with asyncio.timeout(30):
-            while "name exporter" not in rig.layout.config.read_text():
-                await asyncio.sleep(0.01)
+async def test_an_exporter_whose_port_is_taken_costs_no_guest_anything(rig: Rig) -> None:
+    assert "name exporter" in rig.layout.config.read_text()
+    rig.taken[0] = "127.0.0.1 port 9: Address already in use"
+    await rig.serve("red")
+    assert "name exporter" in rig.layout.config.read_text()
+    rig.loop.haproxy.processes = None
+    await rig.fake.close()
+    await rig.settle("haproxy did not start", "red")
+    assert rig.bound() == {"red"}
+    assert "name exporter" not in rig.layout.config.read_text()
+    assert [problem.field for problem in rig.loop.report.problems] == ["metrics.haproxy_listen"]
+    rig.taken[0] = None
+    await until(lambda: "name exporter" in rig.layout.config.read_text())
 
 
 async def test_the_host_answers_arp_only_where_a_network_listens_on_its_device_or_says_why(
-    tmp_path: Path,
+    rig: Rig,
 ) -> None:
-    async with _rig(tmp_path) as rig:
-        guard = rig.host.tables[0].apply
-        assert "virbr0" not in str(guard.call_args)
-        rig.add(InterfaceListener("virbr0"))
-        await rig.settle("networks changed", "red")
-        assert "virbr0" in str(guard.call_args)
-        guard.return_value = (Problem("host", "no nft"),)
-        rig.host.make("red", 7)
-        rig.say("red")
-        await rig.settle("networks changed", "red")
-        assert [problem.reason for problem in rig.loop.report.problems] == ["no nft"]
-        assert rig.bound() == {"red"}
+    guard = rig.host.tables[0].apply
+    assert "virbr0" not in str(guard.call_args)
+    rig.add(InterfaceListener("virbr0"))
+    await rig.settle("networks changed", "red")
+    assert "virbr0" in str(guard.call_args)
+    guard.return_value = (Problem("host", "no nft"),)
+    await rig.serve("red")
+    assert [problem.reason for problem in rig.loop.report.problems] == ["no nft"]
+    assert rig.bound() == {"red"}
 
 
+@pytest.mark.parametrize("rig", ["POISON"], indirect=True)
 async def test_a_haproxy_that_does_not_start_with_the_agents_socket_starts_without_it(
-    tmp_path: Path,
+    rig: Rig,
 ) -> None:
-    async with _rig(tmp_path, agents="POISON") as rig:
-        assert "frontend agents" not in rig.layout.config.read_text()
-        rig.host.make("red", 7)
-        rig.say("red")
-        await rig.settle("networks changed", "red")
-        assert rig.bound() == {"red"}
-        (problem,) = rig.loop.report.problems
-        assert problem.reason.endswith("the unix listener is left out")
+    assert "frontend agents" not in rig.layout.config.read_text()
+    await rig.serve("red")
+    assert rig.bound() == {"red"}
+    (problem,) = rig.loop.report.problems
+    assert problem.reason.endswith("the unix listener is left out")
 
 
-async def test_a_refusal_that_it_is_not_to_blame_for_costs_the_agents_nothing(
-    tmp_path: Path,
-) -> None:
-    async with _rig(tmp_path, agents="metadata_proxy") as rig:
-        rig.fake.refuse_reload = "[ALERT] Binding for frontend agents and for another"
-        rig.host.make("red", 7)
-        rig.say("red")
-        await rig.fail("red")
-        rig.fake.refuse_reload = ""
-        await rig.wait()
-        assert rig.bound() == {"red"}
-        assert "frontend agents" in rig.layout.config.read_text()
-        assert rig.loop.report.problems == ()
+@pytest.mark.parametrize("rig", ["metadata_proxy"], indirect=True)
+async def test_a_refusal_that_it_is_not_to_blame_for_costs_the_agents_nothing(rig: Rig) -> None:
+    rig.fake.refuse_reload = "[ALERT] Binding for frontend agents and for another"
+    rig.host.make("red", 7)
+    rig.say("red")
+    await rig.fail("red")
+    rig.fake.refuse_reload = ""
+    await rig.wait()
+    assert rig.bound() == {"red"}
+    assert "frontend agents" in rig.layout.config.read_text()
+    assert rig.loop.report.problems == ()
 
 
 # The journal of where we have put addresses
@@ -398,63 +372,45 @@ _ROOT = AddAddress(NetworkId("blue"), None, "virbr0", METADATA_IPV4, 200)
 _REMOVE = RemoveAddress("red", "eth0", METADATA_IPV4, 32)
 
 
-@dataclass
-class _Kernel:
-    """Refuses or does each op, and notes whether the journal was there before."""
-
-    journal: Path
-    fails: bool = False
-    noted_first: bool = False
-
-    async def apply(self, _: object, ops: tuple[HostOp, ...]) -> dict[HostOp, Problem]:
-        self.noted_first = self.journal.exists()
-        return dict.fromkeys(ops, Problem("host", "no")) if self.fails else {}
+def _host(directory: Path) -> SystemHost:
+    """Another process each time."""
+    links, journal = directory / "netns", directory / "managed.json"
+    return SystemHost(Mock(), Naming(), links=links, journal=journal)
 
 
 @pytest.fixture
-def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _Kernel:
-    kernel = _Kernel(tmp_path / "managed.json")
-    monkeypatch.setattr("imdsproxy.listeners.host.apply_ops", kernel.apply)
-    return kernel
+def applied(monkeypatch: pytest.MonkeyPatch) -> AsyncMock:
+    """A kernel that refuses nothing."""
+    apply = AsyncMock(return_value={})
+    monkeypatch.setattr("imdsproxy.listeners.host.apply_ops", apply)
+    return apply
 
 
-def _host(kernel: _Kernel) -> SystemHost:
-    links = kernel.journal.with_name("netns")
-    return SystemHost(Mock(), Naming(), links=links, journal=kernel.journal)
-
-
-async def test_a_place_is_noted_before_anything_is_put_there(kernel: _Kernel) -> None:
-    kernel.fails = True
-    host = _host(kernel)
-    assert host.managed() == frozenset()
-    await host.apply([_ADD, _ROOT])
-    assert kernel.noted_first
-    assert _host(kernel).managed() == {("red", "eth0"), (None, "virbr0")}
-
-
-async def test_a_place_is_struck_out_when_it_is_free_again(kernel: _Kernel) -> None:
-    host = _host(kernel)
-    await host.apply([_ADD, _ROOT])
-    await host.apply([_REMOVE])
-    assert host.managed() == {(None, "virbr0")}
-
-
-async def test_what_changes_no_address_leaves_the_journal_alone(kernel: _Kernel) -> None:
-    await _host(kernel).apply([_ADD])
-    before = kernel.journal.stat()
-    await _host(kernel).apply([DeleteLink("imds0")])
-    assert kernel.journal.stat() == before
-
-
-async def test_a_place_with_an_address_that_could_not_be_removed_is_not_struck_out(
-    kernel: _Kernel, monkeypatch: pytest.MonkeyPatch
+async def test_a_place_is_noted_before_anything_is_put_there_whatever_becomes_of_it(
+    tmp_path: Path, applied: AsyncMock
 ) -> None:
-    await _host(kernel).apply([_ADD])
-    other = replace(_REMOVE, address=METADATA_IPV6)
-    refused = AsyncMock(return_value={_REMOVE: Problem("host", "no")})
-    monkeypatch.setattr("imdsproxy.listeners.host.apply_ops", refused)
-    await _host(kernel).apply([_REMOVE, other])
-    assert _host(kernel).managed() == {("red", "eth0")}
+    def refuse(_: object, ops: Iterable[HostOp]) -> dict[HostOp, Problem]:
+        assert _host(tmp_path).managed() == {("red", "eth0"), (None, "virbr0")}
+        return dict.fromkeys(ops, Problem("host", "no"))
+
+    applied.side_effect = refuse
+    assert _host(tmp_path).managed() == frozenset()
+    assert len(await _host(tmp_path).apply([_ADD, _ROOT])) == 2
+    assert _host(tmp_path).managed() == {("red", "eth0"), (None, "virbr0")}
+
+
+async def test_a_place_is_struck_out_once_all_that_was_to_be_removed_there_is(
+    tmp_path: Path, applied: AsyncMock
+) -> None:
+    await _host(tmp_path).apply([_ADD, _ROOT])
+    before = (tmp_path / "managed.json").stat()
+    applied.return_value = {_REMOVE: Problem("host", "no")}
+    for ops in ([DeleteLink("imds0")], [_REMOVE, replace(_REMOVE, address=METADATA_IPV6)]):
+        await _host(tmp_path).apply(ops)
+        assert (tmp_path / "managed.json").stat() == before
+    applied.return_value = {}
+    await _host(tmp_path).apply([_REMOVE])
+    assert _host(tmp_path).managed() == {(None, "virbr0")}
 
 
 # Tables that nft(8) replaces

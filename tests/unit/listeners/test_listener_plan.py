@@ -411,22 +411,22 @@ def test_what_is_pending_because_an_operation_failed_has_the_failure_as_its_reas
 
 
 @given(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True).map(NetworkId))
-def test_names_fit_the_kernel_and_are_known_again(network: NetworkId) -> None:
-    for naming in (Naming(), Naming("x"), Naming("imdstab")):
+def test_names_fit_the_kernel_and_are_known_again_and_are_no_other_daemons(
+    network: NetworkId,
+) -> None:
+    assert NAMING.owner_of("") is None
+    other = Naming("imdst")
+    for naming in (NAMING, Naming("x"), Naming("imdstuv")):
         link, namespace = naming.link(network), naming.namespace(network)
         assert (naming.is_link(link), naming.is_namespace(namespace)) == (True, True)
         assert (naming.is_link(namespace), naming.is_namespace(link)) == (False, False)
+        assert not naming.is_link(other.link(network))
+        assert not naming.is_namespace(other.namespace(network))
         assert naming.owner_of(naming.alias(network)) == network
+        assert naming.owner_of(other.alias(network)) is None
         assert max(len(link), len(naming.inner_device)) <= 15
         assert len(naming.alias(network)) < 256
         assert 128 <= naming.protocol <= 255
-
-
-def test_one_daemons_names_are_not_anothers() -> None:
-    mine, other = Naming("imds"), Naming("imdst")
-    assert not mine.is_namespace(other.namespace(BLUE))
-    assert not mine.is_link(other.link(BLUE))
-    assert [mine.owner_of(alias) for alias in (other.alias(BLUE), "")] == [None, None]
 
 
 @pytest.mark.parametrize("prefix", ["", "Imds", "1mds", "im-ds", "imdstabc", "imds\n"])
@@ -503,50 +503,38 @@ def test_a_plan_with_a_memo_is_the_plan_without_it() -> None:
 
 # What counts as configured and not served
 
-_SERVED, _OTHER = _blue(IN_NS), NetworkId("another")
 _FOUR, _SIX = (Endpoint(BLUE, family.metadata_address, 80, None, None) for family in Family)
-
-
-def _left(code: LeftOutCode, family: Family | None) -> LeftOut:
-    return LeftOut(BLUE, family, code, "why")
-
-
-def test_a_network_that_is_served_is_not_degraded() -> None:
-    assert find_degraded(_SERVED, (), (_FOUR, _SIX), (), ()) == ()
-
-
-@pytest.mark.parametrize("code", list(LeftOutCode))
-def test_a_network_without_an_endpoint_is_degraded_whatever_the_reason(code: LeftOutCode) -> None:
-    left = _left(code, None)
-    assert find_degraded(_SERVED, (), (), (left,), ()) == (left,)
+_V6_ONLY = (Subnet(ip_network("2001:db8::/64")),)
+_BOTH = (*_V6_ONLY, Subnet(ip_network("10.0.0.0/24")))
 
 
 @pytest.mark.parametrize(
-    ("code", "missing", "served", "degraded"),
+    ("code", "missing", "served", "subnets", "degraded"),
     [
-        (LeftOutCode.ADDRESS_MISSING, Family.IPV6, _FOUR, False),
-        (LeftOutCode.ADDRESS_ON_LOOPBACK, Family.IPV6, _FOUR, False),
-        (LeftOutCode.ADDRESS_MISSING, Family.IPV4, _SIX, True),
-        (LeftOutCode.PORT_BUSY, Family.IPV4, _SIX, True),
-        (LeftOutCode.PORT_BUSY, Family.IPV6, _FOUR, True),
-        (LeftOutCode.ADDRESS_DUPLICATE, Family.IPV6, _FOUR, True),
+        *((code, None, (), (), True) for code in LeftOutCode),
+        # A network that is served over IPv4 needs no IPv6 address, and every other fault counts.
+        (LeftOutCode.ADDRESS_MISSING, Family.IPV6, (_FOUR,), (), False),
+        (LeftOutCode.ADDRESS_ON_LOOPBACK, Family.IPV6, (_FOUR,), (), False),
+        (LeftOutCode.ADDRESS_MISSING, Family.IPV4, (_SIX,), (), True),
+        (LeftOutCode.PORT_BUSY, Family.IPV4, (_SIX,), (), True),
+        (LeftOutCode.PORT_BUSY, Family.IPV6, (_FOUR,), (), True),
+        (LeftOutCode.ADDRESS_DUPLICATE, Family.IPV6, (_FOUR,), (), True),
+        # One of IPv6 subnets needs no IPv4 address.
+        (LeftOutCode.ADDRESS_MISSING, Family.IPV4, (_SIX,), _V6_ONLY, False),
+        (LeftOutCode.ADDRESS_MISSING, Family.IPV4, (_SIX,), _BOTH, True),
     ],
 )
-def test_a_network_served_over_ipv4_needs_no_ipv6_address_and_every_other_fault_counts(
-    code: LeftOutCode, missing: Family, served: Endpoint, *, degraded: bool
+def test_a_network_is_degraded_where_its_guests_need_what_is_left_out(
+    code: LeftOutCode,
+    missing: Family | None,
+    served: tuple[Endpoint, ...],
+    subnets: tuple[Subnet, ...],
+    *,
+    degraded: bool,
 ) -> None:
-    found = find_degraded(_SERVED, (), (served,), (_left(code, missing),), ())
-    assert bool(found) == degraded
-
-
-def test_a_network_of_ipv6_subnets_needs_no_ipv4_address() -> None:
-    left = _left(LeftOutCode.ADDRESS_MISSING, Family.IPV4)
-    subnets = (Subnet(ip_network("2001:db8::/64")),)
-    assert not find_degraded(
-        {BLUE: replace(_SERVED[BLUE], subnets=subnets)}, (), (_SIX,), (left,), ()
-    )
-    both = (*subnets, Subnet(ip_network("10.0.0.0/24")))
-    assert find_degraded({BLUE: replace(_SERVED[BLUE], subnets=both)}, (), (_SIX,), (left,), ())
+    left = LeftOut(BLUE, missing, code, "why")
+    networks = {BLUE: Network(BLUE, IN_NS, subnets=subnets)}
+    assert find_degraded(networks, (), served, (left,), ()) == (left,) * degraded
 
 
 @pytest.mark.parametrize(
@@ -556,15 +544,15 @@ def test_a_program_that_shares_the_port_is_named_and_one_that_yields_is_not(
     effect: Effect, *, degraded: bool
 ) -> None:
     foreign = Foreign(BLUE, Family.IPV4, effect, _socket("169.254.169.254"))
-    found = find_degraded(_SERVED, (), (_FOUR, _SIX), (), (foreign,))
+    found = find_degraded(_blue(IN_NS), (), (_FOUR, _SIX), (), (foreign,))
     assert [one.code for one in found] == [LeftOutCode.FOREIGN_LISTENER] * degraded
     assert all("nginx (pid 41)" in one.reason for one in found)
 
 
 def test_networks_that_no_round_has_seen_and_contradictory_ones_are_degraded_in_order() -> None:
-    found = find_degraded(_SERVED, (_OTHER,), (), (), ())
+    found = find_degraded(_blue(IN_NS), (NetworkId("another"),), (), (), ())
     assert [(one.network, one.code) for one in found] == [
-        (_OTHER, LeftOutCode.NETWORK_CONFLICT),
+        (NetworkId("another"), LeftOutCode.NETWORK_CONFLICT),
         (BLUE, LeftOutCode.PENDING),
     ]
 
