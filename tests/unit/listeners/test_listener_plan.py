@@ -512,6 +512,7 @@ _BOTH = (*_V6_ONLY, Subnet(ip_network("10.0.0.0/24")))
     ("code", "missing", "served", "subnets", "degraded"),
     [
         *((code, None, (), (), True) for code in LeftOutCode),
+        (LeftOutCode.ADDRESS_MISSING, Family.IPV6, (), (), True),
         # A network that is served over IPv4 needs no IPv6 address, and every other fault counts.
         (LeftOutCode.ADDRESS_MISSING, Family.IPV6, (_FOUR,), (), False),
         (LeftOutCode.ADDRESS_ON_LOOPBACK, Family.IPV6, (_FOUR,), (), False),
