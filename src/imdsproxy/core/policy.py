@@ -1,19 +1,21 @@
 """What guests may read and how: the rules of a policy, set for the host, networks, projects and instances.
 
-`Policy` is the table of rules. Settings, records, the admin API, command line flags, reference pages and the policy
+`_Rules` is the table of rules. Settings, records, the admin API, command line flags, reference pages and the policy
 word (`core.policy_word`) are derived from it. An instance whose policy is `DEFAULT` has no word.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Generic, Never, TypeVar
 
 from imdsproxy.core import path_rules, policy_word
 from imdsproxy.core.path_rules import PathRules, PathWord
 from imdsproxy.core.policy_word import Letter, Part, render_parts, word_of
+
+_Open = TypeVar("_Open")
 
 LONGEST_BOOT_S: Final = 604_800
 """A week."""
@@ -63,58 +65,55 @@ class Rule:
 
 
 def _rule(default: object, text: str, **more: Any) -> Any:  # noqa: ANN401 - as dataclasses.field: it takes the type it stands beside
-    """A field of `Policy` with what else its `Rule` has."""
+    """A field of `_Rules` with what else its `Rule` has."""
     return field(default=default, metadata={"help": text, **more})
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
-    """The effective policy of one instance in one network, and the table of rules.
+class _Rules(Generic[_Open]):
+    """The table of rules; `_Open` is what stands for a rule that is not set, `Never` where each is."""
 
-    A limit that is `None` is that of the settings' section `limits`.
-    """
-
-    endpoint: bool = _rule(
+    endpoint: bool | _Open = _rule(
         True,
         "Serve at all; off, every request gets 403. On unless a scope sets it.",
         part=policy_word.ENDPOINT,
     )
-    tokens: TokenMode = _rule(
+    tokens: TokenMode | _Open = _rule(
         TokenMode.OPTIONAL,
         "Session tokens (IMDSv2) for the EC2 tree. `optional`: a token that is sent must be valid. `required`: 401 "
         "without one. `off`: no tokens are given. `optional` unless a scope sets it.",
         part=policy_word.TOKENS,
     )
-    openstack_tokens: TokenMode = _rule(
+    openstack_tokens: TokenMode | _Open = _rule(
         TokenMode.OPTIONAL,
         "Session tokens for `/openstack`. No client of this tree sends tokens: `required` applies from the end of "
         "the boot on, and then only programs written for it can read the tree.",
         part=policy_word.OPENSTACK_TOKENS,
     )
-    nocloud_tokens: TokenMode = _rule(
+    nocloud_tokens: TokenMode | _Open = _rule(
         TokenMode.OPTIONAL,
         "Session tokens for `/nocloud`. `required` has the same effect as for `/openstack`.",
         part=policy_word.NOCLOUD_TOKENS,
     )
-    boot_grace_s: int = _rule(
+    boot_grace_s: int | _Open = _rule(
         BOOT_GRACE_S,
         f"Seconds after an instance's creation at which its boot is over; {BOOT_GRACE_S} unless a scope sets it. "
         "Without a creation time, boot counts as finished.",
         bounds=(0, LONGEST_BOOT_S),
     )
-    seal_user_data: bool = _rule(
+    seal_user_data: bool | _Open = _rule(
         False,
         "Refuse user-data with 403 once the boot is over. `imdsproxy instance reopen` opens it again. User-data "
         "often holds passwords, and is needed once.",
         part=policy_word.SEALED,
     )
-    refuse_forwarded: bool = _rule(
+    refuse_forwarded: bool | _Open = _rule(
         False,
         "Refuse with 403 what a web application was made to request (SSRF). These are requests without a token, "
         "token requests too, that have headers of proxies or browsers, or name another host.",
         part=policy_word.FORWARDED,
     )
-    hop_limit: int = _rule(
+    hop_limit: int | _Open = _rule(
         64,
         "IP TTL or hop limit of the answer that holds a token: at 1 it reaches no container behind the guest. 64, the "
         "kernel's own, unless a scope sets it; 47 is sent as 46. It has no effect where guests come by the unix "
@@ -141,7 +140,7 @@ class Policy:
         part=policy_word.CONNECTIONS,
         bounds=(1, 100_000),
     )
-    paths: PathRules = _rule(
+    paths: PathRules | _Open = _rule(
         (),
         "Rules for single paths and what is beneath them, as `/latest/meta-data/tags: deny`. `latest` stands for "
         "every version. `deny`: 403. `required`: 401 without a token (in `/openstack` and `/nocloud` from the end of "
@@ -150,22 +149,26 @@ class Policy:
     )
 
 
-if TYPE_CHECKING:
+class Policy(_Rules[Never]):
+    """The effective policy of one instance in one network.
 
-    class PolicyRules:
-        """What one scope sets: fields as of `Policy`; `None` leaves a rule to the less specific scopes.
+    A limit that is `None` is that of the settings' section `limits`.
+    """
 
-        Path rules of one scope are added to those of another (`core.path_rules.fold_paths`).
-        """
+    __slots__ = ()
 
-        def __init__(self, **rules: object) -> None: ...
-        def __getattr__(self, rule: str) -> Any: ...  # noqa: ANN401 - as the rule has it
 
-else:
-    _open = [(one.name, f"{one.type} | None", None) for one in fields(Policy)]
-    # Python 3.11 takes no `module` here.
-    PolicyRules = make_dataclass("PolicyRules", _open, frozen=True, slots=True)
-    PolicyRules.__module__ = __name__
+class PolicyRules(_Rules[None]):
+    """What one scope sets; `None` leaves a rule to the less specific scopes.
+
+    Path rules of one scope are added to those of another (`core.path_rules.fold_paths`).
+    """
+
+    __slots__ = ()
+
+    def __init__(self, **rules: Any) -> None:  # noqa: ANN401 - as the rule has it
+        super().__init__(**dict.fromkeys(RULES) | rules)
+
 
 RULES: Final[Mapping[str, Rule]] = {
     one.name: Rule(one.name, int if "bounds" in one.metadata else type(one.default), **one.metadata)
