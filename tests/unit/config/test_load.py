@@ -1,4 +1,4 @@
-"""Settings as they are loaded, refused, compared and missed."""
+"""Settings as they are loaded, refused, compared, missed and shown."""
 
 from __future__ import annotations
 
@@ -6,25 +6,30 @@ import copy
 import json
 import re
 from contextlib import nullcontext
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from imdsproxy.config.changes import SettingChange, diff_settings, refuse_dropped
 from imdsproxy.config.describe import Setting, iterate_settings, walk_values
 from imdsproxy.config.load import Loaded, load_settings
-from imdsproxy.config.render import settings_by_origin
+from imdsproxy.config.render import (
+    render_sample,
+    render_schema,
+    render_settings,
+    settings_by_origin,
+)
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.section import Change, Endpoint, parse_endpoint
+from imdsproxy.config.strict_yaml import parse_yaml, render_value
 from imdsproxy.core.haproxy.counting import ONE_IN
 from imdsproxy.errors import ConfigInvalid, ConfigUnreadable, Problem, SettingsDropped
 
 _REFUSED = Path(__file__).with_name("refused_settings.txt").read_text(encoding="utf-8")
 """Settings, after variables if there are some, each with the problems that they have, by their lines."""
-
-_ENDPOINT_SET = "nova: {{endpoint_sets: {{default: {{endpoints: {}, secret_file: /x, {}}}}}}}\n"
 
 
 def _write(path: Path, text: str) -> Path:
@@ -71,16 +76,21 @@ def test_later_files_and_the_environment_win(tmp_path: Path) -> None:
     _write(tmp_path / "conf.d" / ".hidden.yaml", "haproxy: {nbthread: 9}\n")
     _write(tmp_path / "conf.d" / "readme.txt", "not read")
 
-    loaded = load_settings(config, {"IMDSPROXY_LOG__LEVEL": "debug"})
+    environment = {"IMDSPROXY_LOG__LEVEL": "debug", "IMDSPROXY_METRICS__LISTEN": "[::1]:99"}
+    loaded = load_settings(config, environment)
 
     haproxy = loaded.settings.haproxy
     assert (haproxy.nbthread, haproxy.maxconn, haproxy.cache_mb) == (4, 9, 8)
-    assert loaded.settings.log.level == "debug"
+    assert (loaded.settings.log.level, loaded.settings.metrics.listen) == (
+        "debug",
+        Endpoint("::1", 99),
+    )
     assert _origins(loaded) == {
         "haproxy.nbthread": f"{tmp_path}/conf.d/20.yaml:2",
         "haproxy.cache_mb": f"{config}:1",
         "haproxy.maxconn": f"{tmp_path}/conf.d/10.yaml:3",
         "log.level": "IMDSPROXY_LOG__LEVEL",
+        "metrics.listen": "IMDSPROXY_METRICS__LISTEN",
     }
 
 
@@ -98,27 +108,21 @@ def test_every_setting_can_be_overridden_by_its_variable(tmp_path: Path) -> None
     assert set(_origins(loaded)) == {setting.path for setting in settings}
 
 
-@pytest.mark.parametrize(
-    ("variable", "text", "value"),
-    [
-        ("METRICS__LISTEN", "[::1]:99", Endpoint("::1", 99)),
-        ("METRICS__LISTEN", "null", None),
-        ("RESOLVER__HOLD_S", "0.5", 0.5),
-        ("HAPROXY__CHROOT", "false", False),
-        ("SOURCES__FILE__ENABLED", "true", True),
-        ("PATHS__STATE_DIR", "/srv/x", Path("/srv/x")),
-        ("ADMIN__MODE", "0600", "0600"),
-        ("SOURCES__LIBVIRT__NETWORKS", '["red", "blue"]', ("red", "blue")),
-        ("SOURCES__LIBVIRT__NETWORKS", "[red, blue]", ("red", "blue")),
-    ],
-)
-def test_a_variable_is_converted_to_what_the_setting_takes(
-    variable: str, text: str, value: object
-) -> None:
-    loaded = load_settings(None, {f"IMDSPROXY_{variable}": text}, default=Path("/nonexistent"))
-    path = variable.lower().replace("__", ".")
-    assert attrgetter(path)(loaded.settings) == value
-    assert _origins(loaded) == {path: f"IMDSPROXY_{variable}"}
+_TAKEN = """\
+nova:
+  endpoint_sets:
+    default:
+      {endpoints: [{url: http://nova}, {url: 'http://[::1]', secret: next}], secret_file: /x, next_secret_file: /y,
+       ca_file: /ca, client_cert_file: /c, client_key_file: /k, host: 'n:1'}
+    named: {endpoints: [{url: 'https://[::1]'}], secret_file: /x, server_name: nova, networks: [n, n]}
+    unverified: {endpoints: [{url: 'https://[::1]'}], secret_file: /x, verify: false}
+    plain: {endpoints: [{url: http://nova}], secret_file: /x, verify: true}
+sources: {sqlite: {enabled: false}, neutron: {enabled: true, endpoint: 'http://[::1]:9696'}}
+"""
+
+
+def test_settings_that_go_together_are_taken(tmp_path: Path) -> None:
+    assert load_settings(_write(tmp_path / "c.yaml", _TAKEN), {}).settings.nova.endpoint_sets
 
 
 @pytest.mark.parametrize("case", _REFUSED.split("\n\n"))
@@ -130,24 +134,6 @@ def test_a_problem_has_its_line_and_says_what_would_be_right(tmp_path: Path, cas
     problems = map(str, _problems(config, environment))
     found = [problem.removeprefix(f"{config}:") for problem in problems]
     assert found == [" ".join(one.split()) for one in wanted]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        _ENDPOINT_SET.format("[{url: http://nova}]", "networks: [n, n]"),
-        _ENDPOINT_SET.format("[{url: 'https://[::1]'}]", "server_name: nova"),
-        _ENDPOINT_SET.format("[{url: 'https://[::1]'}]", "verify: false"),
-        _ENDPOINT_SET.format(
-            "[{url: http://nova}, {url: 'http://[::1]', secret: next}]",
-            "next_secret_file: /y, ca_file: /ca, client_cert_file: /c, client_key_file: /k, host: 'n:1'",
-        ),
-        _ENDPOINT_SET.format("[{url: http://nova}]", "verify: true")
-        + "sources: {sqlite: {enabled: false}, neutron: {enabled: true, endpoint: 'http://[::1]:9696'}}",
-    ],
-)
-def test_settings_that_go_together_are_taken(tmp_path: Path, text: str) -> None:
-    assert load_settings(_write(tmp_path / "c.yaml", text), {}).settings.nova.endpoint_sets
 
 
 _SETS = """\
@@ -362,3 +348,92 @@ def test_each_setting_is_documented(setting: Setting) -> None:
 
 def test_the_share_of_reads_that_are_counted_is_the_one_in_the_description() -> None:
     assert f"one read in {ONE_IN} by chance" in SETTINGS["tokens.count_reads"].description
+
+
+def test_the_sample_says_what_each_setting_is_for() -> None:
+    sample = " ".join(line.strip(" #") for line in render_sample().splitlines())
+
+    for setting in iterate_settings():
+        assert setting.description in sample
+        assert f"Takes {setting.takes}." in sample
+    assert max(map(len, render_sample().splitlines())) <= 100
+
+
+def test_the_sample_shows_an_endpoint_set_that_can_be_taken_over(tmp_path: Path) -> None:
+    head, marker, rest = render_sample().partition(
+        "  # For example, with every setting that it can have:\n"
+    )
+    commented, _, tail = rest.partition("\n\n")
+    assert marker
+    assert head.endswith("  endpoint_sets: {}\n")
+    example = [line.replace("# ", "", 1) for line in commented.splitlines()]
+    config = tmp_path / "c.yaml"
+    config.write_text(head.removesuffix("  endpoint_sets: {}\n") + "\n".join(example) + "\n" + tail)
+
+    sets = load_settings(config, {}).settings.nova.endpoint_sets
+
+    assert [str(one.url) for one in sets["default"].endpoints] == ["http://192.0.2.10:8775"]
+    given = {path.rpartition(".")[2] for path in settings_by_origin(load_settings(config, {}))}
+    assert {
+        setting.path.rpartition(".")[2] for setting in iterate_settings() if setting.inner
+    } <= given
+
+
+def test_settings_are_shown_as_they_load(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        "nova:\n"
+        "  endpoint_sets:\n"
+        "    default:\n"
+        "      endpoints:\n"
+        "        - url: http://192.0.2.10\n"
+        "        - {url: 'http://[2001:db8::5]', secret: next}\n"
+        "      secret_file: '/with blank/#: x'\n"
+        "      next_secret_file: /next\n"
+        "      networks: ['null', '12', a-b]\n"
+        "    'true': {endpoints: [{url: http://nova}], secret_file: /x}\n"
+        "    '12': {endpoints: [{url: http://nova}], secret_file: /x}\n"
+        "metrics: {listen: null}\n"
+        "admin: {mode: '0600'}\n"
+        "haproxy: {binary: 'true'}\n"
+        "resolver: {hold_s: 0.25}\n"
+    )
+    loaded = load_settings(config, {})
+    again = tmp_path / "again.yaml"
+
+    for with_origin in (False, True):
+        again.write_text(render_settings(loaded, with_origin=with_origin))
+        assert load_settings(again, {}).settings == loaded.settings
+    lines = render_settings(loaded, with_origin=True).splitlines()
+    assert '        - url: "http://192.0.2.10:8775"' in "\n".join(lines)
+    assert next(line for line in lines if "secret: next" in line).endswith(f"# {config}:6")
+    assert next(line for line in lines if "networks: [" in line).endswith(f"# {config}:9")
+    told = settings_by_origin(loaded)["nova.endpoint_sets.default.endpoints[1].secret"]
+    assert told == {"value": "next", "origin": f"{config}:6"}
+    assert settings_by_origin(loaded)["haproxy.nbthread"] == {"value": 1, "origin": "default"}
+
+
+def test_the_schema_describes_every_section() -> None:
+    schema = json.loads(render_schema())
+
+    assert set(schema["properties"]) == set(Settings.model_fields)
+    assert schema["additionalProperties"] is False
+    sets = schema["$defs"]["NovaSettings"]["properties"]["endpoint_sets"]
+    (inner,) = sets["patternProperties"].values()
+    assert inner == {"$ref": "#/$defs/EndpointSetSettings"}
+    assert schema["$defs"]["EndpointSetSettings"]["required"] == ["endpoints", "secret_file"]
+
+
+TEXTS = st.text(st.characters(codec="utf-8"))
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**12), 10**12) | TEXTS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@given(VALUES)
+def test_a_value_is_written_on_one_line_and_read_as_it_was_written(value: object) -> None:
+    written = render_value(value)
+    assert len(written.split("\n")) == 1
+    assert parse_yaml(f"key: {written}", "f").value == {"key": value}

@@ -12,25 +12,19 @@ from imdsproxy.host.clock import Clock
 from imdsproxy.sources.neutron.source import NeutronSource
 
 
-def _settings(tmp_path: Path, **neutron: object) -> Settings:
-    secret = tmp_path / "secret"
-    secret.write_text("secret")
-    secret.chmod(0o600)
-    nova = {"endpoints": [{"url": "http://127.0.0.1:8775"}], "secret_file": secret}
-    settings: dict[str, Any] = {
-        "paths": {"state_dir": tmp_path},
-        "sources": {"sqlite": {"enabled": False}, "neutron": {"enabled": True, **neutron}},
-        "nova": {"endpoint_sets": {"default": nova}},
-    }
-    return Settings.model_validate(settings)
-
-
 async def _begin() -> None:
     return
 
 
 def test_neutron_is_the_one_that_is_asked_for_addresses(tmp_path: Path) -> None:
-    settings = _settings(tmp_path, endpoint="http://127.0.0.1:9696")
+    neutron = {"enabled": True, "endpoint": "http://127.0.0.1:9696"}
+    nova = {"endpoints": [{"url": "http://127.0.0.1:8775"}], "secret_file": "/secret"}
+    values: dict[str, Any] = {
+        "paths": {"state_dir": tmp_path},
+        "sources": {"sqlite": {"enabled": False}, "neutron": neutron},
+        "nova": {"endpoint_sets": {"default": nova}},
+    }
+    settings = Settings.model_validate(values)
     sources = build.build_sources(settings, Clock(), _begin, Progress())
     assert sources.all == (sources.look_up,)
     assert isinstance(sources.look_up, NeutronSource)
