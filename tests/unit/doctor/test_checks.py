@@ -14,7 +14,7 @@ import pytest
 
 from imdsproxy.core.doctor import Card, Finding, Severity, Surroundings
 from imdsproxy.core.doctor.checks_documents import check_gate, examine
-from imdsproxy.core.doctor.crawl import GOOGLE, TOKEN, Answer, Ask, crawl
+from imdsproxy.core.doctor.crawl import GOOGLE, TOKEN, Answer, crawl
 from imdsproxy.core.model import Dialect
 from support.demonstration import REPOSITORY
 from support.metadata_server import GOOD, MetadataServer, Reply
@@ -41,6 +41,9 @@ def server(changes: Mapping[str, Reply | None] | None = None, **more: Any) -> Me
     """A server without a fault but for these replies; `None` takes a path away."""
     replies = {**GOOD, **(changes or {})}
     return MetadataServer(replies={path: one for path, one in replies.items() if one}, **more)
+
+
+SILENCE = Answer(why="nothing")
 
 
 def silent(path: str, *, timed_out: bool = False) -> MetadataServer:
@@ -266,11 +269,9 @@ def test_a_server_that_does_not_know_the_guest_serves_nothing() -> None:
 
 def test_without_an_answer_at_the_root_nothing_is_found_about_versions() -> None:
     old = server({"/2009-04-04/meta-data/instance-id": None})
-
-    def fetch(ask: Ask) -> Answer:
-        return Answer(why="nothing") if ask.path == "/" else old.fetch(ask)
-
-    findings = examine(crawl(fetch, direct=True), NOWHERE)
+    findings = examine(
+        crawl(lambda ask: SILENCE if ask.path == "/" else old.fetch(ask), direct=True), NOWHERE
+    )
     assert {one.code for one in findings} == {"no-answer"}
 
 
@@ -278,73 +279,48 @@ def test_without_an_answer_at_the_root_nothing_is_found_about_versions() -> None
 
 
 def test_nothing_is_asked_twice() -> None:
-    server = MetadataServer()
-    done = crawl(server.fetch, direct=True)
-
-    asked = [(method, path, tuple(headers.items())) for method, path, headers in server.asked]
+    asked_of = server()
+    done = crawl(asked_of.fetch, direct=True)
+    asked = [(method, path, tuple(headers.items())) for method, path, headers in asked_of.asked]
     assert len(asked) == len(set(asked)) == len(done.asked)
     assert done.served == list(Dialect)
-    assert ("PUT", TOKEN.path, dict(TOKEN.headers)) in server.asked
-    assert ("GET", "/", dict(GOOGLE.headers)) in server.asked
+    assert ("PUT", TOKEN.path, TOKEN.headers) in asked
+    assert ("GET", "/", GOOGLE.headers) in asked
 
 
 def test_the_daemon_is_asked_only_what_it_can_say() -> None:
-    server = MetadataServer()
-    crawl(server.fetch, direct=False)
-
-    assert {method for method, _, _ in server.asked} == {"GET"}
-    assert all(not headers for _, _, headers in server.asked)
-    assert not any("computeMetadata" in path for _, path, _ in server.asked)
-
-
-def test_cloud_inits_newest_version_is_taken() -> None:
-    server = MetadataServer()
-    server.replies["/openstack"] = Reply(b"2013-04-04\n2012-08-10\n2099-01-01\nlatest")
-
-    assert crawl(server.fetch, direct=False).version == "2013-04-04"
+    asked_of = server()
+    crawl(asked_of.fetch, direct=False)
+    assert {(method, *headers) for method, _, headers in asked_of.asked} == {("GET",)}
+    assert not any("computeMetadata" in path for _, path, _ in asked_of.asked)
 
 
 def test_every_listed_leaf_is_read_and_no_credentials() -> None:
-    server = MetadataServer()
-    server.replies["/latest/meta-data"] = Reply(b"a/\nb\niam/")
-    server.replies["/latest/meta-data/a"] = Reply(b"c")
-    crawl(server.fetch, direct=False)
-
-    paths = [path for _, path, _ in server.asked]
-    assert "/latest/meta-data/a/c" in paths
-    assert "/latest/meta-data/b" in paths
+    asked_of = server({LIST: Reply(b"a/\nb\niam/"), f"{LIST}/a": Reply(b"c")})
+    crawl(asked_of.fetch, direct=False)
+    paths = {path for _, path, _ in asked_of.asked}
+    assert {f"{LIST}/a/c", f"{LIST}/b"} <= paths
     assert not any("iam" in path for path in paths)
 
 
-def test_a_server_without_the_latest_tree_is_crawled_by_its_old_one() -> None:
-    server = MetadataServer()
-    for path in [path for path in server.replies if path.startswith("/latest")]:
-        del server.replies[path]
-
-    assert crawl(server.fetch, direct=False).base == "/2009-04-04"
-
-
-def test_a_server_that_is_not_there_is_not_asked_for_long() -> None:
-    asked: list[Ask] = []
-
-    def refuse(ask: Ask) -> Answer:
-        asked.append(ask)
-        return Answer(why="Connection refused")
-
-    done = crawl(refuse, direct=True)
-    assert (len(asked), done.given_up) == (3, "Connection refused")
+def test_cloud_inits_newest_version_and_the_latest_tree_or_else_an_old_one_are_taken() -> None:
+    listed = server({"/openstack": Reply(b"2013-04-04\n2012-08-10\n2099-01-01\nlatest")})
+    assert crawl(listed.fetch, direct=False).version == "2013-04-04"
+    old = server({path: None for path in GOOD if path.startswith("/latest")})
+    assert crawl(old.fetch, direct=False).base == "/2009-04-04"
 
 
-def test_a_tree_without_end_is_left() -> None:
-    asked: list[Ask] = []
-
-    def endless(ask: Ask) -> Answer:
-        asked.append(ask)
-        return Answer(200, body=b"a/\nb/\nc/\nd/")
-
-    done = crawl(endless, direct=False)
-    assert len(asked) <= 600
+@pytest.mark.parametrize(
+    ("answer", "most", "why"),
+    [(SILENCE, 3, "nothing"), (Answer(200, body=b"a/\nb/\nc/\nd/"), 600, "")],
+)
+def test_a_server_that_is_not_there_or_a_tree_without_end_is_not_asked_for_long(
+    answer: Answer, most: int, why: str
+) -> None:
+    done = crawl(lambda _: answer, direct=True)
+    assert len(done.asked) <= most
     assert done.given_up
+    assert why in done.given_up
 
 
 QEMU = Surroundings(dmi={"sys_vendor": "QEMU", "product_name": "Standard PC"})
