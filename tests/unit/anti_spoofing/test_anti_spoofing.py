@@ -290,6 +290,13 @@ class _Case:
         self.hops.commit(armed, complete=complete)
         return wanted
 
+    async def limit(self) -> _Case:
+        """With a record in red whose limit is in force."""
+        self.records(red=_LIMITED)
+        await self.open()
+        self.records(red=_LIMITED)
+        return self
+
     async def open(self, place: HopPlace = _NS) -> frozenset[NetworkId]:
         """The listener loop makes HAProxy listen in red, and in grey on the host."""
         at = ip_address("169.254.169.254")
@@ -330,9 +337,7 @@ async def test_without_limits_there_is_no_rule(case: _Case) -> None:
 
 
 async def test_the_rule_is_removed_when_no_record_in_force_relies_on_it(case: _Case) -> None:
-    case.records(red=_LIMITED)
-    await case.open()
-    case.records(red=_LIMITED)
+    await case.limit()
     wanted: dict[str, str | None] = {"red/10.0.0.5": None}
     armed = case.hops.restrict(wanted)
     await case.hops.sweep()
@@ -361,9 +366,7 @@ async def test_a_network_is_not_listened_in_while_its_records_rely_on_a_refused_
     case: _Case,
 ) -> None:
     """A namespace made anew, before HAProxy's map says that its guests get no tokens."""
-    case.records(red=_LIMITED)
-    await case.open()
-    case.records(red=_LIMITED)
+    await case.limit()
     case.kernel.refuses.add(_NS_AGAIN)
     assert await case.open(_NS_AGAIN) == {_RED}
     assert case.changed[-1] == frozenset({_RED})
@@ -392,9 +395,7 @@ async def test_what_an_earlier_process_left_is_relied_on_where_it_can_be_had(
 async def test_an_earlier_process_s_rule_stays_until_all_records_were_looked_at(
     tmp_path: Path,
 ) -> None:
-    first = _Case(tmp_path)
-    first.records(red=_LIMITED)
-    await first.open()
+    first = await _Case(tmp_path).limit()
     second = _Case(tmp_path, first.kernel)
     await second.hops.preload()
     second.records(complete=False, grey="i|r")
@@ -408,9 +409,7 @@ async def test_an_earlier_process_s_rule_stays_until_all_records_were_looked_at(
 async def test_a_rule_that_another_program_removed_is_created_again_or_relied_on_no_more(
     case: _Case,
 ) -> None:
-    case.records(red=_LIMITED)
-    await case.open()
-    case.records(red=_LIMITED)
+    await case.limit()
     case.kernel.there.clear()
     case.needed.clear()
     await case.hops.lost("another")
@@ -434,8 +433,7 @@ async def test_a_rule_that_is_removed_while_it_is_created_is_created_again(case:
         case.kernel.there.clear()
         noticed.append(asyncio.create_task(case.hops.lost("")))
 
-    case.records(red=_LIMITED)
-    await case.open()
+    await case.limit()
     await case.hops.lost("")
     case.kernel.watch = flush
     await case.open()
@@ -444,8 +442,7 @@ async def test_a_rule_that_is_removed_while_it_is_created_is_created_again(case:
 
 
 async def test_a_rule_that_is_being_removed_is_relied_on_no_more(case: _Case) -> None:
-    case.records(red=_LIMITED)
-    await case.open()
+    await case.limit()
     case.records(red=None)
     came: list[dict[str, str | None]] = []
     case.kernel.watch = lambda: came.append(case.records(red=_LIMITED))
@@ -456,8 +453,7 @@ async def test_a_rule_that_is_being_removed_is_relied_on_no_more(case: _Case) ->
 
 
 async def test_every_rule_is_removed_at_the_end(case: _Case, tmp_path: Path) -> None:
-    case.records(red=_LIMITED)
-    await case.open()
+    await case.limit()
     await _Case(tmp_path, case.kernel).hops.close_all()
     assert not case.kernel.there
 

@@ -1,15 +1,19 @@
-"""HAProxy's answers on its sockets, read into values: processes, statistics, and the tables of limits and reads."""
+"""HAProxy's answers on its sockets, read into values: processes, statistics, tables, and each request."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from imdsproxy.core.haproxy.counting import ONE_IN, CountedRow, parse_guests, parse_readers
 from imdsproxy.core.haproxy.limits import MOST_SHOWN, Asker, busiest, refused_lately
+from imdsproxy.core.haproxy.request_log import AnsweredBy, Watched, parse_events, read_audit
 from imdsproxy.core.haproxy.runtime import (
     Load,
     Processes,
@@ -21,6 +25,9 @@ from imdsproxy.core.haproxy.runtime import (
     parse_stat,
     parse_version,
 )
+from imdsproxy.core.model import InstanceId, NetworkId
+from imdsproxy.core.tokens import TokenKey
+from support.haproxy_alone import mint_token
 
 # As HAProxy 3.0.11 prints it, with an old worker that still drains.
 _SHOW_PROC = """\
@@ -129,7 +136,7 @@ _HEAD = "# table: fairness, type: string, size:102400, used:3"
 _NOW = 1_800_000_000.0
 
 
-def _line(key: str, **counted: int) -> str:
+def _entry(key: str, **counted: int) -> str:
     numbers = " ".join(
         f"{name}({40_000})={number}" if name.endswith("rate") else f"{name}={number}"
         for name, number in counted.items()
@@ -144,18 +151,18 @@ def _busiest(*tables: list[str]) -> list[Asker]:
 
 def test_who_is_limited_comes_first_and_then_who_is_closest_to_its_limit() -> None:
     usual = [
-        _line("web", conn_cur=3, gpc0_rate=900),
-        _line("idle", conn_cur=161, gpc0_rate=0),
-        _line("flood", conn_cur=64, gpc0_rate=4000),
+        _entry("web", conn_cur=3, gpc0_rate=900),
+        _entry("idle", conn_cur=161, gpc0_rate=0),
+        _entry("flood", conn_cur=64, gpc0_rate=4000),
         # Unknown guests of a network are never limited as an instance is.
-        _line("/blue", conn_cur=200, gpc0_rate=5000),
+        _entry("/blue", conn_cur=200, gpc0_rate=5000),
         # The next two have limits of their own.
-        _line("lately", conn_cur=1, gpc0_rate=9000),
-        _line("before", conn_cur=1, gpc0_rate=9000),
+        _entry("lately", conn_cur=1, gpc0_rate=9000),
+        _entry("before", conn_cur=1, gpc0_rate=9000),
     ]
     own = [
-        _line("lately", gpt0=int(_NOW) - 3, gpc0_rate=20, gpc1_rate=20),
-        _line("before", gpt0=int(_NOW) - 60, gpc0_rate=30, gpc1_rate=30),
+        _entry("lately", gpt0=int(_NOW) - 3, gpc0_rate=20, gpc1_rate=20),
+        _entry("before", gpt0=int(_NOW) - 60, gpc0_rate=30, gpc1_rate=30),
     ]
     assert refused_lately("\n".join(own), _NOW) == ["lately"]
     assert _busiest(usual, own) == [
@@ -166,5 +173,105 @@ def test_who_is_limited_comes_first_and_then_who_is_closest_to_its_limit() -> No
         Asker("web", None, 900, 3, limited=False),
         Asker("before", None, 30, 1, limited=False),
     ]
-    every = [_line(f"i-{n}", conn_cur=1, gpc0_rate=n) for n in range(99)]
+    every = [_entry(f"i-{n}", conn_cur=1, gpc0_rate=n) for n in range(99)]
     assert len(_busiest(every, [])) == MOST_SHOWN
+
+
+# Requests
+
+_LINE = (
+    '{"time":1795684004.318,"number":17,"network":"blue","address":"10.0.0.5","instance":"vm-1",'
+    '"method":"GET","path":"\\/latest\\/user-data","status":200,"token":"no","refused":"-",'
+    '"by":"documents/documents-0","ms":3,"agent":"curl\\/8"}'
+)
+_PLAIN = b'{"number":1}\n'
+
+
+def test_a_line_is_read_as_a_request() -> None:
+    others = "Proxy guests stopped (cumulated conns: FE: 1, BE: 0).\n1 event dropped\n\n"
+    for bad in (_LINE[:-1], "{}", '{"by":"x"}'):
+        others += f"{bad}\n"
+    assert parse_events(f"{others}{_LINE}\n") == [
+        Watched(
+            number=17,
+            at=1795684004.318,
+            network="blue",
+            address="10.0.0.5",
+            instance="vm-1",
+            method="GET",
+            path="/latest/user-data",
+            status=200,
+            answered_by=AnsweredBy.DOCUMENTS,
+            milliseconds=3,
+        )
+    ]
+
+
+def test_a_request_that_was_none_is_watched_without_a_method() -> None:
+    bad = _LINE.replace('"GET"', '"<BADREQ>"').replace('"\\/latest\\/user-data"', '"-"')
+    (found,) = parse_events(bad.replace('"vm-1"', '"!"').replace('"ms":3', '"ms":-1'))
+    assert (found.method, found.path, found.instance, found.milliseconds) == ("", "", None, 0)
+
+
+_SERVED = {
+    AnsweredBy.CACHE: "guests/<CACHE> documents/<CACHE> guests/<NOSRV> agents/<NOSRV>",
+    AnsweredBy.DOCUMENTS: "documents/documents-1 documents/<NOSRV> documents.checked/<NOSRV>",
+    AnsweredBy.NOVA: "nova.default/192.0.2.1:8775 nova.default.once/192.0.2.1:8775",
+    AnsweredBy.RESOLVER: "resolver/resolver",
+    AnsweredBy.CONFLICT: "conflict/<NOSRV>",
+}
+
+
+@pytest.mark.parametrize(
+    ("served", "by"), [(one, by) for by, served in _SERVED.items() for one in served.split()]
+)
+def test_backend_and_server_name_who_answered(served: str, by: AnsweredBy) -> None:
+    (found,) = parse_events(_LINE.replace("documents/documents-0", served))
+    assert found.answered_by is by
+    refused = _LINE.replace("documents/documents-0", "guests/<NOSRV>").replace("200", "400")
+    assert parse_events(refused)[0].answered_by is AnsweredBy.HAPROXY
+
+
+def test_what_haproxy_has_left_out_is_told_and_what_it_says_of_itself_is_not() -> None:
+    text = (
+        _PLAIN + b"1234 events dropped\0\n1 event dropped\0\nProxy guests stopped (x).\n" + _PLAIN
+    )
+    read = read_audit(text, _NOW)
+    one, many, single, other = map(json.loads, read.text.splitlines())
+    assert (one["number"], many["left_out"], single["left_out"], other["number"]) == (1, 1234, 1, 1)
+    assert (many["time"], read.requests, read.left_out) == (_NOW, 2, 1235)
+
+
+def test_text_beyond_ascii_stays_and_what_is_none_is_marked() -> None:
+    read = read_audit('{"agent":"é 😀 '.encode() + b'\xff\tz"}\n', _NOW)
+    assert json.loads(read.text) == {"agent": "é 😀 \ufffd\tz"}
+
+
+@pytest.mark.parametrize("cut", [0, 40])
+def test_a_token_is_no_part_of_a_line_wherever_a_guest_puts_it(cut: int) -> None:
+    key = TokenKey(b"k" * 32)
+    token = mint_token(key, NetworkId("blue"), InstanceId("vm"), 0, int(_NOW) + 21_600)
+    text = token[: len(token) - cut]
+    line = f'{{"path":"/latest/{text}/x","agent":"curl {text}"}}\n'
+    line_read = json.loads(read_audit(line.encode(), _NOW).text)
+    assert line_read == {"path": "/latest/(token)/x", "agent": "curl (token)"}
+
+
+def _as_haproxy(agent: bytes) -> bytes:
+    # Its log format escapes these two; no header has the other three.
+    line_read = agent.replace(b"\\", b"\\\\").replace(b'"', b'\\"')
+    return b'{"agent":"' + line_read.translate(None, b"\0\r\n") + b'"}\n'
+
+
+@given(st.lists(st.binary(max_size=40), max_size=5))
+def test_every_line_is_json_whatever_a_guest_says(agents: list[bytes]) -> None:
+    read = read_audit(b"".join(map(_as_haproxy, agents)), _NOW)
+    lines = read.text.split(b"\n")
+    assert lines.pop() == b""
+    assert [list(json.loads(line)) for line in lines] == [["agent"]] * len(agents)
+    assert (read.requests, read.left_out) == (len(agents), 0)
+
+
+@given(st.binary(max_size=200))
+def test_nothing_at_all_makes_it_fail(text: bytes) -> None:
+    read_audit(text, _NOW)
