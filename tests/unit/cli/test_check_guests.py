@@ -40,17 +40,8 @@ from imdsproxy.core.tokens import TokenKey, render_token_keys
 from support.check_subject import subject, summarise
 
 _NFT = """
-table bridge guests {
-	chain from {
-		type filter hook prerouting priority -300; policy accept;
-		iifname "vnet0" ether saddr != 52:54:00:12:34:56 drop
-	}
-}
-table bridge other {
-	chain x {
-		iifname "vnet1" ip saddr 10.0.0.1 accept
-	}
-}
+table bridge guests { chain from { iifname "vnet0" ether saddr != 52:54:00:12:34:56 drop } }
+table bridge other { chain x { iifname "vnet1" ip saddr 10.0.0.1 accept } }
 """
 _EBTABLES = """*nat
 :PREROUTING ACCEPT
@@ -196,11 +187,7 @@ def _on(**policy: object) -> Subject:
 
 
 _OPEN = {"tokens": "required"}
-
-
 _LOCKED = {"openstack_tokens": "required", "nocloud_tokens": "required"}
-
-
 _DENIED = {"/latest/user-data": "deny"}
 _LOCKED_PATHS = {"/openstack/latest/user_data": "required", "/nocloud/user-data": "deny"}
 _GIVE = "/openstack and /nocloud give the same"

@@ -248,6 +248,9 @@ def test_a_daemon_that_dies_or_hangs_or_is_another_program_is_an_error(
 def test_status_shows_what_is_wrong(filled: Cli) -> None:
     assert filled("status", "--check").status == 0
     # Foreign text can't steer the terminal.
+    filled.server.status["readiness"] = Readiness(ready=True, degraded=("blue has no port",))
+    degraded = filled("status", "--check")
+    assert (degraded.status, "ready, degraded blue has no port" in degraded.words) == (75, True)
     filled.server.leave_out("blue", "evil\x1b[2J [red]nginx[/red] (pid 7) has port 80", "stop it")
     filled.claim_twice()
     wrong = Problem("instances[3].ports[0].mac", "is odd", file="/etc/web.yaml", line=41)
@@ -332,13 +335,6 @@ def test_status_shows_what_only_some_daemons_have(
     words = filled("status").words
     assert f"{name} " in words
     assert text in words
-
-
-def test_status_check_is_75_while_the_daemon_is_degraded(cli: Cli) -> None:
-    readiness = Readiness(ready=True, reasons=(), degraded=("network blue has no port",))
-    cli.server.status["readiness"] = readiness
-    ran = cli("status", "--check")
-    assert (ran.status, "ready, degraded network blue has no port" in ran.words) == (75, True)
 
 
 # reload, stop, render

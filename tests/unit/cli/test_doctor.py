@@ -106,16 +106,13 @@ def test_a_guest_is_asked_about_through_the_daemon(documented: Cli) -> None:
     assert "not looked at: times, session tokens" in ran.out
     assert "`imdsproxy snippet web-1 --for qemu|libvirt|proxmox|incus`" in ran.out
 
+    unknown = documented("doctor", "--network", "blue", "--from", "10.0.0.66")
+    assert (unknown.status, "error nothing-served" in unknown.out) == (1, True)
+
     documented.server.answer("/latest/meta-data/hostname", b"x\n")
     ran = documented("doctor", *guest, "--json")
     assert ran.status == 1
     assert [one["code"] for one in ran.json["findings"]] == ["leaf-newline", "gate"]
-
-
-def test_an_unknown_address_is_served_nothing(documented: Cli) -> None:
-    ran = documented("doctor", "--network", "blue", "--from", "10.0.0.66")
-    assert ran.status == 1
-    assert "error nothing-served" in ran.out
 
 
 _NEITHER = "either a URL or both --network and --from"
@@ -165,15 +162,18 @@ def test_a_question_goes_out_with_headers_prefix_and_escapes_and_a_put_has_no_le
 
 
 @pytest.mark.parametrize(
-    ("url", "host"),
+    ("url", "host", "is_guest"),
     [
-        ("169.254.169.254", "169.254.169.254"),
-        ("http://[fe80::a9fe:a9fe%25eth0]", "fe80::a9fe:a9fe%eth0"),
-        ("https://nova:8775/", "nova"),
+        ("169.254.169.254", "169.254.169.254", True),
+        ("http://[fe80::a9fe:a9fe%25eth0]", "fe80::a9fe:a9fe%eth0", True),
+        ("https://nova:8775/", "nova", False),
+        ("127.0.0.1", "127.0.0.1", False),
     ],
 )
-def test_a_url_says_who_is_asked(url: str, host: str) -> None:
-    assert parse_url(url).host == host
+def test_a_url_says_who_is_asked_and_only_at_the_metadata_address_is_this_machine_the_guest(
+    url: str, host: str, *, is_guest: bool
+) -> None:
+    assert (parse_url(url).host, is_metadata_address(host)) == (host, is_guest)
 
 
 _ONE_1 = b"HTTP/1.1 200 OK\r\n"
@@ -227,13 +227,6 @@ def test_silence_is_reported_as_such() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         fetch = HttpFetch(_url(listener.getsockname()[1]), timeout_s=0.05)
         assert fetch(Ask("/")) == Answer(why="no answer within 0.05 s", timed_out=True)
-
-
-def test_only_at_the_metadata_address_is_this_machine_the_guest() -> None:
-    assert is_metadata_address("169.254.169.254")
-    assert is_metadata_address("fe80::a9fe:a9fe%eth0")
-    assert not is_metadata_address("127.0.0.1")
-    assert not is_metadata_address("nova")
 
 
 def test_a_guest_looks_at_its_nics_and_its_smbios(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import shlex
 import subprocess
 import sys
@@ -18,7 +17,6 @@ from imdsproxy.config.schema import Settings
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.token_report import GuestWithoutToken, OpenTree, ReaderWithoutToken, TokenReport
 from support.cli import Cli, Ran, run_main
-from support.patience import patience
 
 _AT = 1_795_000_000.0
 _LONG = "5f6a1d0e-7d0f-4a53-9d5f-0d4b5c1f7a10"
@@ -107,22 +105,17 @@ def test_the_token_report_fits_a_terminal(cli: Cli, command: str, columns: int) 
     assert (_LONG in words) is (columns > 80)
 
 
-@pytest.mark.parametrize(
-    ("one_in", "text"),
-    [
-        (20, "no read without a token was seen"),
+def test_an_empty_token_report_shows_since_when_and_what_is_counted(cli: Cli) -> None:
+    for one_in, text in (
+        (20, "one read in 20 is counted"),
         (1, "no read without a token was seen"),
         (0, "only refused reads are counted"),
-    ],
-)
-def test_an_empty_token_report_shows_since_when_and_what_is_counted(
-    cli: Cli, one_in: int, text: str
-) -> None:
-    cli.server.token_report = TokenReport(_AT, (), (), 0, one_in)
-    words = cli("token", "report").words
-    assert re.search(r"since 2026-11-18 \d\d:\d\d:40", words)
-    assert text in words
-    assert ("one read in 20" in words) is (one_in == 20)
+    ):
+        cli.server.token_report = TokenReport(_AT, (), (), 0, one_in)
+        words = cli("token", "report").words
+        assert re.search(r"since 2026-11-18 \d\d:\d\d:40", words)
+        assert text in words
+        assert ("one read in" in text) is ("one read in" in words)
 
 
 def test_the_token_report_counts_the_open_trees_that_it_does_not_show(cli: Cli) -> None:
@@ -297,18 +290,6 @@ def test_help_and_a_daemon_before_it_serves_load_no_more_than_they_need(
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stderr) == (0, "")
     assert ("Usage" in ran.stdout) is ("--help" in statements)
-
-
-def test_help_starts_fast() -> None:
-    assert min(_seconds([*PROGRAM, "--help"]) for _ in range(5)) < 0.4 * patience()
-
-
-def _seconds(argv: list[str]) -> float:
-    """Processor time, which a busy machine does not stretch as it does the clock's."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(argv, capture_output=True, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
