@@ -280,18 +280,12 @@ def test_an_error_of_the_controller_keeps_its_code_hint_and_fields(
     assert "secret words" not in json.dumps(decoded)
 
 
-# The examples of RFC 7396, appendix A.
+# Of the examples of RFC 7396, appendix A, those that no test above has.
 @pytest.mark.parametrize(
     ("target", "patch", "result"),
     [
-        ({"a": "b"}, {"b": "c"}, {"a": "b", "b": "c"}),
-        ({"a": "b", "b": "c"}, {"a": None}, {"b": "c"}),
-        ({"a": "c"}, {"a": ["b"]}, {"a": ["b"]}),
         ({"a": {"b": "c"}}, {"a": {"b": "d", "c": None}}, {"a": {"b": "d"}}),
         ({"a": [{"b": "c"}]}, {"a": [1]}, {"a": [1]}),
-        ({"a": "b"}, ["c"], ["c"]),
-        ({"a": "foo"}, None, None),
-        ({"e": None}, {"a": 1}, {"e": None, "a": 1}),
         ([1, 2], {"a": "b", "c": None}, {"a": "b"}),
         ({}, {"a": {"bb": {"ccc": None}}}, {"a": {"bb": {}}}),
     ],
@@ -303,21 +297,26 @@ def test_a_patch_merges_as_the_rfc_says(target: object, patch: object, result: o
 _GOLDEN = Path(__file__).parents[2] / "golden" / "admin-api.txt"
 
 
-@pytest.fixture(scope="module")
-def document() -> dict[str, Any]:
-    return admin_app(None).openapi()
-
-
-def test_the_openapi_document_describes_what_clients_rely_on(
-    server: AdminServer, document: dict[str, Any]
+def test_the_openapi_document_describes_what_clients_rely_on_and_what_is_answered(
+    server: AdminServer,
 ) -> None:
     """Another shape may break a client: `GOLDEN=write` takes it over."""
-    assert server.client.get("/openapi.json") == document
+    document, client = admin_app(None).openapi(), server.client
+    assert client.get("/openapi.json") == document
     parts = {**document["paths"], **document["components"]["schemas"]}
     text = "".join(f"{name} {json.dumps(_bare(part))}\n" for name, part in sorted(parts.items()))
     if os.environ.get("GOLDEN") == "write":
         _GOLDEN.write_text(text)
     assert text == _GOLDEN.read_text()
+    guest = {"network": "blue", "address": "::ffff:10.0.0.5"}
+    assert client.get("/v1/explain", guest)["address"] == "10.0.0.5"
+    # FastAPI makes sure of the others.
+    for name, value in {
+        "NetworkView": client.get("/v1/networks/blue"),
+        "InstanceView": client.get("/v1/instances/web-1"),
+        "InstanceSummary": client.get("/v1/instances")[0],
+    }.items():
+        assert set(value) == set(document["components"]["schemas"][name]["properties"]), name
 
 
 def _bare(value: Any) -> Any:  # noqa: ANN401 - JSON
@@ -328,18 +327,3 @@ def _bare(value: Any) -> Any:  # noqa: ANN401 - JSON
     if isinstance(value, dict):
         return {key: _bare(one) for key, one in value.items() if key not in words}
     return value
-
-
-def test_answers_have_the_shape_that_is_described(
-    server: AdminServer, document: dict[str, Any]
-) -> None:
-    client = server.client
-    guest = {"network": "blue", "address": "::ffff:10.0.0.5"}
-    assert client.get("/v1/explain", guest)["address"] == "10.0.0.5"
-    # FastAPI makes sure of the others.
-    for name, value in {
-        "NetworkView": client.get("/v1/networks/blue"),
-        "InstanceView": client.get("/v1/instances/web-1"),
-        "InstanceSummary": client.get("/v1/instances")[0],
-    }.items():
-        assert set(value) == set(document["components"]["schemas"][name]["properties"]), name

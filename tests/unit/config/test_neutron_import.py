@@ -98,22 +98,6 @@ def test_a_value_may_refer_to_others(value: str, expanded: str) -> None:
     assert expand_value(value, others.get) == expanded
 
 
-_NAME = st.from_regex(r"[a-zA-Z_][a-zA-Z0-9_.-]{0,12}", fullmatch=True)
-_LINE = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), max_size=20)
-
-
-@given(st.lists(st.tuples(_NAME, _NAME, st.lists(_LINE, min_size=1, max_size=3)), max_size=8))
-def test_values_survive(rows: list[tuple[str, str, list[str]]]) -> None:
-    text, wanted = "", []
-    for section, name, (first, *others) in rows:
-        rest = [one or "-" for one in others]  # an empty line would end the value
-        text += f"[{section}]\n{name} = '{first}'\n" + "".join(f"  {one}\n" for one in rest)
-        folded = section if section == "DEFAULT" else section.lower()
-        wanted.append((folded, name, "\n".join([first, *rest])))
-
-    assert [(one.section, one.name, one.value) for one in parse_ini(text, "f")] == wanted
-
-
 @given(
     st.text()
     | st.text(st.sampled_from("[]=:#; \t\n\r\x0b\x85\u2028'\"ab"), max_size=60)
