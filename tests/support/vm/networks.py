@@ -27,14 +27,10 @@ class VmHost:
     directory: Path
     _servers: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
-    def nat_network(self, bridge: str, options: Sequence[str] = ()) -> None:
-        """A bridge on which the host is the guests' gateway, DHCP as libvirt's `default` network has it.
-
-        Args:
-            options: More of dnsmasq's.
-        """
+    def nat_network(self, bridge: str) -> None:
+        """A bridge on which the host is the guests' gateway, DHCP as libvirt's `default` network has it."""
         batch(self.lab.host, [*_bridge(bridge), f"address add {_SUBNET}.1/24 dev {bridge}"])
-        self.serve_dhcp(self.lab.host, bridge, _SUBNET, *options)
+        self.serve_dhcp(self.lab.host, bridge, _SUBNET)
 
     def isolated_network(self, bridge: str, options: Sequence[str] = ()) -> None:
         """A bridge on which the host has no address; somebody else's machine on it serves DHCP, without a gateway.
