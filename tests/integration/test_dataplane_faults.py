@@ -1,14 +1,11 @@
-"""Full disks, read-only directories, damaged stores, jumping clocks: guests read on, operators are told."""
+"""Full disks, read-only directories, damaged stores: guests read on, operators are told."""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -16,14 +13,12 @@ import pytest
 
 from imdsproxy.errors import ImdsproxyError
 from support.daemon import Daemon, instance
-from support.guest import IPV6, Load
+from support.guest import Load
 from support.lab import until
-from support.patience import patience
 from support.world import World, open_world, own
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 
-_CLOCK: Final = Path(__file__).parents[1] / "support" / "jumping_clock.py"
 _TARGET: Final = "/latest/user-data"
 _FRESH: Final = "/openstack/latest/meta_data.json"
 _SETTINGS: Final[dict[str, dict[str, object]]] = {"resolver": {"hold_s": 1.0}}
@@ -164,38 +159,3 @@ def test_a_damaged_store_at_start_leaves_what_runs_alone_and_says_who_must_act()
             path.write_bytes(content)
         world.daemon.start()
         world.all_right()
-
-
-def _jumping(daemon: Daemon) -> None:
-    file = daemon.directory / "clock"
-    file.write_text("0")
-    daemon.program = (sys.executable, str(_CLOCK))
-    daemon.environment = {
-        "IMDST_CLOCK": str(file),
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-
-
-def test_a_clock_that_jumps_changes_no_answer_and_no_wait() -> None:
-    with open_world({"resolver": {"hold_s": 1.0, "learned_ttl_s": 1}}, prepare=_jumping) as world:
-        stranger = world.lab.guest("red", 81)
-        private = world.lab.guest("red", 82, privacy="fe80::5eed:3")
-        for number, offset in enumerate((1e9, -1e9, 0.0, 3600.0)):
-            (world.daemon.directory / "clock").write_text(str(offset))
-            assert abs(world.daemon.status()["started_at"] - time.time()) < 1e10
-            started = time.monotonic()
-            record = {**instance("red-82", "red", 82), "user_data": f"{number}"}
-            world.daemon.put(instances=[record])
-            assert time.monotonic() - started < 1 * patience()
-            assert private.ask(_TARGET).text == f"{number}"
-            started = time.monotonic()
-            assert stranger.ask(_TARGET).status == 404
-            assert 1 <= time.monotonic() - started < 1 + 1 * patience()
-            reply = private.ask(_TARGET, to=IPV6, source="fe80::5eed:3")
-            assert reply.text == f"{number}"
-            world.reload()
-            master = world.settled().master
-            os.kill(master, signal.SIGKILL)
-            until(partial(world.has_other_master, master), within_s=3)
-            world.all_right()
-        (world.daemon.directory / "clock").write_text("0")

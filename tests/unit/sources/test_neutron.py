@@ -468,7 +468,9 @@ async def test_when_a_pause_is_over_one_query_finds_out() -> None:
 
 
 async def test_what_is_known_is_kept_over_a_restart_without_neutron(kept: Path) -> None:
+    # How old it is then, only the wall clock says.
     neutron, time = FakeNeutron(), FakeTime()
+    time.pace = 1
     async with neutron_rig(_A, _B, _JOINED, kept=kept, neutron=neutron, time=time) as one:
         await one.look("r", "10.0.0.5", router=True)
         await one.look("n1", "10.0.0.6")
