@@ -85,13 +85,6 @@ def test_only_haproxy_3_and_later_is_enough() -> None:
     assert enough == ["3.0.11-1+deb13u5", "3.2-dev4", "1:10.1"]
 
 
-def test_only_what_is_missing_is_installed() -> None:
-    status, output = library(
-        "missing_packages", "sh:dash", "/etc/passwd:base-passwd", "no-such-thing:one", "/no:two"
-    )
-    assert (status, output.split()) == (0, ["one", "two"])
-
-
 def test_a_virtual_environment_of_another_work_tree_is_not_taken_for_the_own_one(
     tmp_path: Path,
 ) -> None:

@@ -19,6 +19,7 @@ from support.audit_log import AuditLog, order_audit
 from support.guest import Guest
 from support.health import METRICS, ask_operator
 from support.lab import until
+from support.patience import patience
 from support.world import World, open_world
 
 pytestmark = pytest.mark.root
@@ -102,33 +103,23 @@ def test_lines_outlast_a_reload_and_a_controller(world: World) -> None:
 # Where it cannot be written
 
 
-_WINDOW_S: Final = 0.25
-_LEAST: Final = 0.1
-"""A guest that waits for a disk is answered some times a second at most; others slow it by half and more."""
-
 _TOGETHER: Final = 50
 _MANY: Final = 12_000
 
 
-def _answered(guest: Guest, agent: str = "u", *, least: int = 0) -> int:
-    """How many requests a guest is answered in the best of five moments: others use this machine as well."""
-    best = all_ = 0
+def _ask_often(guest: Guest, agent: str = "u") -> None:
+    """Far more in a minute than a guest could that waits for a disk, which is answered some times a second."""
     request = f"GET {_LEAF} HTTP/1.1\r\nHost: x\r\nUser-Agent: {agent * 190}\r\n\r\n".encode()
+    began = time.monotonic()
     with guest.connect() as kept:
-        for _ in range(5):
-            count, end = 0, time.monotonic() + _WINDOW_S
-            while time.monotonic() < end or all_ + count < least:
-                kept.send(request * _TOGETHER)
-                assert all(kept.read().status == 200 for _ in range(_TOGETHER))
-                count += _TOGETHER
-            best, all_ = max(best, count), all_ + count
-    return best
+        for _ in range(_MANY // _TOGETHER):
+            kept.send(request * _TOGETHER)
+            assert all(kept.read().status == 200 for _ in range(_TOGETHER))
+    assert time.monotonic() - began < 60 * patience()
 
 
 @pytest.mark.slow
 def test_a_disk_that_hangs_is_told_and_slows_no_guest(world: World, tmp_path: Path) -> None:
-    _order(world, "all", tmp_path / "good.log")
-    before = _answered(world.red)
     # Who opens it for writing waits for a reader, as for a disk.
     os.mkfifo(hangs := tmp_path / "hangs")
     order_audit(world, "all", os.fspath(hangs), metrics=METRICS)
@@ -140,7 +131,7 @@ def test_a_disk_that_hangs_is_told_and_slows_no_guest(world: World, tmp_path: Pa
         200,
         True,
     )
-    assert _answered(world.red) > before * _LEAST
+    _ask_often(world.red)
     # The end of a controller does not wait for the disk either.
     world.daemon.kill_controller(signal.SIGTERM)
     later = AuditLog(world.daemon, tmp_path / "later.log")
@@ -155,10 +146,9 @@ def test_a_controller_that_stands_still_slows_no_guest_and_every_line_is_there_o
     world: World, tmp_path: Path
 ) -> None:
     log = _order(world, "all", tmp_path / "audit.log")
-    before = _answered(world.red)
     with world.looking_away():
         # More than HAProxy's ring has room for: what is left out is left out there.
-        assert _answered(world.red, "v", least=_MANY) > before * _LEAST
+        _ask_often(world.red, "v")
     # At first the ring has no room for this one either.
     _ask_until_written(world, log, "/end")
     lines = log.lines()
