@@ -1,6 +1,6 @@
 """What HAProxy makes of a guest's request and keeps of its answer: identity, methods, odd requests, conditions, cache.
 
-By its real rules and no daemon, but for the last test. What is malformed is in test_hostile_requests.py and
+By its real rules and no daemon, but for the last test. What is malformed is in test_hostile_guests.py and
 test_nova_endpoints.py.
 """
 

@@ -20,7 +20,6 @@ from support.world import World, open_world, own
 pytestmark = pytest.mark.root
 
 _TARGET: Final = "/latest/user-data"
-_BOTH: Final = ((IPV4, "10.0.0.5"), (IPV6, "fe80::f816:3eff:fe00:5"))
 
 
 def by_mac(guest: Guest, name: str) -> dict[str, object]:
@@ -29,8 +28,8 @@ def by_mac(guest: Guest, name: str) -> dict[str, object]:
     return {**instance(name, guest.network), "ports": [port]}
 
 
-def reads(guest: Guest, name: str, *, source: str | None = None) -> None:
-    reply = guest.ask(_TARGET, source=source)
+def reads(guest: Guest, name: str, *, to: str = IPV4, source: str | None = None) -> None:
+    reply = guest.ask(_TARGET, to=to, source=source)
     assert (reply.status, reply.body) == (200, user_data_of(name))
 
 
@@ -87,8 +86,7 @@ def test_a_guest_is_known_by_its_mac_alone_from_its_first_request_on(
     world.daemon.put(instances=[by_mac(guest, "bare")])
     for to in (IPV4, IPV6):
         for _ in range(3):
-            reply = guest.ask(_TARGET, to=to)
-            assert (reply.status, reply.body) == (200, user_data_of("bare"))
+            reads(guest, "bare", to=to)
     told = world.daemon.explain(network, guest.addresses[0])
     assert (told["verdict"], told["how"]) == ("found", "neighbour")
     assert told["pair"]["granted"] == told["pair"]["seen"] == guest.mac
@@ -100,8 +98,7 @@ def test_a_guest_s_every_ipv6_address_is_known_by_its_mac(world: World) -> None:
     world.daemon.put(instances=[by_mac(guest, "bare")])
     for source in ("fe80::5eed:7", "2001:db8::4d"):
         for _ in range(2):
-            reply = guest.ask(_TARGET, to=IPV6, source=source)
-            assert (reply.status, reply.body) == (200, user_data_of("bare"))
+            reads(guest, "bare", to=IPV6, source=source)
 
 
 def test_an_address_follows_its_lease_at_the_first_request(world: World) -> None:
@@ -136,11 +133,9 @@ def test_another_mac_in_the_record_ends_kept_connections(world: World) -> None:
     assert world.red.ask(_TARGET).status == 403
 
 
-@pytest.mark.parametrize(("to", "address"), _BOTH)
+@pytest.mark.parametrize(("to", "address"), [(IPV4, "10.0.0.5"), (IPV6, "2001:db8::5")])
 def test_a_mismatch_is_403_counted_and_explained(world: World, to: str, address: str) -> None:
     world.daemon.put(instances=[instance("red-5", "red", mac="fa:16:3e:99:99:99")])
-    if to == IPV6:
-        address = "2001:db8::5"
     before = macs(world)["mismatches"].get("red", 0)
     reply = world.red.ask(_TARGET, to=to, source=address)
     assert reply.status == 403

@@ -24,7 +24,7 @@ from imdsproxy.core.wire import ANSWER_DSCP, NEXT_TO_MARK, VERIFIED_PORT
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from support.guest import inside
 from support.hostlab import HostLab
-from support.impostor import syn_frame
+from support.impostor import open_wire, syn_frame
 from support.lab import until
 
 pytestmark = pytest.mark.root
@@ -218,12 +218,7 @@ async def test_answers_on_a_connection_never_go_to_a_second_mac(rig: Rig, *, fir
 
 def _wire(rig: Rig) -> socket.socket:
     """What arrives at the guest, also for other MACs: the bridge does not know where those are."""
-    wire = inside(
-        rig.guest, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
-    )
-    wire.bind(("eth0", 0))
-    wire.settimeout(0.2)
-    return wire
+    return open_wire(rig.guest, "eth0", timeout_s=0.2)
 
 
 def _own_mac(rig: Rig) -> bytes:

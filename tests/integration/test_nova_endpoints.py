@@ -491,19 +491,6 @@ def test_no_forgery_makes_an_unknown_guest_known(world: NovaWorld, nova: Recorde
     assert not nova.heads
 
 
-def test_both_guests_of_one_address_stay_themselves_on_kept_connections(
-    world: NovaWorld, nova: Recorder
-) -> None:
-    forged = [f"{name}: {value}" for name, value in IDENTITY_HEADERS.items() if name != TOKEN]
-    host = {b"host": nova.authority.encode()}
-    with world.red.connect() as red, world.green.connect() as green:
-        for _ in range(5):
-            for network, connection in (("red", red), ("green", green)):
-                nova.forget()
-                assert connection.request("/openstack", headers=forged).status == 200
-                assert dict(nova.only().headers) == {**host, **world.identity(network)}
-
-
 def test_a_body_that_comes_slowly_or_is_waited_with_arrives_as_one(
     world: NovaWorld, nova: Recorder
 ) -> None:

@@ -222,7 +222,7 @@ _FAULTS: Final[Mapping[str, Answer]] = {
     "two lengths": reply(b"ab", headers=("Content-Length: 1",), then=End.CLOSE),
     "a length of words": replace(GARBAGE, data=b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\nab"),
     "a head that is too long": reply(headers=(f"X: {'a' * 40_000}",), then=End.CLOSE),
-    "an answer that is too late": reply(b"late", delay_s=RESPONSE_TIMEOUT_S * 3),
+    "an answer that is too late": replace(reply(b"late"), delay_s=RESPONSE_TIMEOUT_S * 3),
     **{
         f"half an answer and a {then.value}": half(reply(b"a" * 100_000), then=then)
         for then in (End.CLOSE, End.RESET, End.HANG)

@@ -13,11 +13,12 @@ from typing import Final
 
 import pytest
 
+from support.agent_socket import SQUATTER
 from support.demonstration import REPOSITORY
 from support.document_blocks import Block, blocks_of
 from support.lab import until
-from support.systemd_daemon import CONTROLLER, UNITS, UnitDaemon
-from support.systemd_machine import Machine, systemd_machine
+from support.systemd_daemon import CONTROLLER, UNITS, installed
+from support.systemd_machine import Machine
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 
@@ -33,21 +34,9 @@ _ACCOUNT: Final = "u neutron - - /var/lib/neutron\n"
 _SERVICE: Final = f"""
 [Service]
 User=neutron
-ExecStart={sys.executable} /opt/neutron/%N
+ExecStart={sys.executable} /opt/neutron/%N {_SOCKET}
 [Install]
 WantedBy=multi-user.target
-"""
-_LISTENS: Final = f"""
-import os, socketserver
-class Answer(socketserver.StreamRequestHandler):
-    def handle(self):
-        self.rfile.readline()
-        self.wfile.write(b"HTTP/1.0 200 OK\\r\\nContent-Length: 5\\r\\n\\r\\nagent")
-try:
-    os.unlink({_SOCKET!r})
-except FileNotFoundError:
-    pass
-socketserver.ThreadingUnixStreamServer({_SOCKET!r}, Answer).serve_forever()
 """
 _OTHERS: Final = f"""
 import json
@@ -80,8 +69,8 @@ _FILES: Final = {
         "clouds:\n  imdsproxy:\n    auth_type: none\n"
         "    network_endpoint_override: http://127.0.0.1:9696\n"
     ),
-    f"/opt/neutron/{_AGENT}": _LISTENS,
-    f"/opt/neutron/{_OVN_AGENT}": _LISTENS,
+    f"/opt/neutron/{_AGENT}": SQUATTER,
+    f"/opt/neutron/{_OVN_AGENT}": SQUATTER,
     "/opt/neutron/others": _OTHERS,
     f"/etc/systemd/system/{_AGENT}.service": _SERVICE,
     f"/etc/systemd/system/{_OVN_AGENT}.service": _SERVICE,
@@ -91,26 +80,20 @@ _FILES: Final = {
 @pytest.fixture
 def machine(tmp_path: Path) -> Iterator[Machine]:
     """A host of OpenStack's, whose agent runs; imdsproxy is installed and was never started."""
-    work = tmp_path / "machine"
-    work.mkdir()
-    with systemd_machine(work) as machine:
-        try:
-            UnitDaemon(machine).install()
-            machine.run("systemd-sysusers", "-", text=_ACCOUNT)
-            machine.run("install", "-d", "-o", "neutron", "-g", "neutron", "/var/lib/neutron")
-            for path, text in _FILES.items():
-                machine.write(path, text)
-            machine.run("chmod", "600", "/etc/openstack/clouds.yaml")
-            path = f"--setenv=PYTHONPATH={REPOSITORY}/tests"
-            machine.run("systemd-run", path, sys.executable, "/opt/neutron/others")
-            ask = ("curl", "--silent", "http://127.0.0.1:9696")
-            until(lambda: machine.attempt(*ask)[0] == 0, within_s=_WITHIN_S, what="Neutron")
-            machine.run("systemctl", "enable", "--now", _AGENT)
-            until(lambda: _says(machine) == "agent", within_s=_WITHIN_S, what="the agent")
-            yield machine
-        except BaseException:
-            print(machine.journal())  # noqa: T201 - pytest shows it of a test that failed
-            raise
+    with installed(tmp_path) as daemon:
+        machine = daemon.machine
+        machine.run("systemd-sysusers", "-", text=_ACCOUNT)
+        machine.run("install", "-d", "-o", "neutron", "-g", "neutron", "/var/lib/neutron")
+        for path, text in _FILES.items():
+            machine.write(path, text)
+        machine.run("chmod", "600", "/etc/openstack/clouds.yaml")
+        path = f"--setenv=PYTHONPATH={REPOSITORY}/tests"
+        machine.run("systemd-run", path, sys.executable, "/opt/neutron/others")
+        ask = ("curl", "--silent", "http://127.0.0.1:9696")
+        until(lambda: machine.attempt(*ask)[0] == 0, within_s=_WITHIN_S, what="Neutron")
+        machine.run("systemctl", "enable", "--now", _AGENT)
+        until(lambda: _says(machine) == "foreign", within_s=_WITHIN_S, what="the agent")
+        yield machine
 
 
 def _says(machine: Machine) -> str:
@@ -156,7 +139,7 @@ def test_a_host_moves_over_and_back_by_the_documents_commands(machine: Machine) 
     started = _run(machine, [status])
     assert "not ready" in started
     assert "0d1c2b3a-0000-4000-8000-000000000001" in _run(machine, asked)
-    assert _says(machine) == "agent"
+    assert _says(machine) == "foreign"
 
     _run(machine, _blocks("### 6. Let go of the agent"))
     until(lambda: _ours(machine), within_s=_WITHIN_S, what="imdsproxy's answer")
@@ -168,15 +151,15 @@ def test_a_host_moves_over_and_back_by_the_documents_commands(machine: Machine) 
 
     back, stay = _blocks("## Going back")
     _run(machine, [back])
-    until(lambda: _says(machine) == "agent", within_s=_WITHIN_S, what="the agent's answer")
+    until(lambda: _says(machine) == "foreign", within_s=_WITHIN_S, what="the agent's answer")
     until(lambda: not _ready(machine), within_s=_WITHIN_S, what="its being told")
     # Nothing of ours fights for it.
     machine.run("systemctl", "restart", CONTROLLER)
     machine.run("systemctl", "restart", "imdsproxy-haproxy.service")
-    assert _says(machine) == "agent"
+    assert _says(machine) == "foreign"
 
     _run(machine, [stay])
-    assert _says(machine) == "agent"
+    assert _says(machine) == "foreign"
     assert machine.run("systemctl", "is-enabled", _AGENT) == "enabled"
     until(
         lambda: {machine.unit(unit, "ActiveState") for unit in UNITS} == {"inactive"},
@@ -188,7 +171,7 @@ def test_a_host_moves_over_and_back_by_the_documents_commands(machine: Machine) 
 def test_with_ovn_a_host_moves_over_and_back_while_its_agent_runs_on(machine: Machine) -> None:
     machine.run("systemctl", "disable", "--now", _AGENT)
     machine.run("systemctl", "enable", "--now", _OVN_AGENT)
-    until(lambda: _says(machine) == "agent", within_s=_WITHIN_S, what="the agent")
+    until(lambda: _says(machine) == "foreign", within_s=_WITHIN_S, what="the agent")
     settings, look, take, back = _blocks("## With OVN")
     assert "unix_listener.take_over: true" in _run(machine, [settings])
     _run(machine, _blocks("### 3. Say where Neutron is"))
@@ -199,7 +182,7 @@ def test_with_ovn_a_host_moves_over_and_back_while_its_agent_runs_on(machine: Ma
 
     _run(machine, [look])
     _run(machine, _blocks("### 5. Start"))
-    assert _says(machine) == "agent"
+    assert _says(machine) == "foreign"
     agent = machine.main_pid(_OVN_AGENT)
     _run(machine, [take])
     until(lambda: _ours(machine), within_s=_WITHIN_S, what="imdsproxy's answer")
@@ -216,19 +199,19 @@ def test_with_ovn_a_host_moves_over_and_back_while_its_agent_runs_on(machine: Ma
     assert _ours(machine)
     machine.run("systemctl", "stop", CONTROLLER)
     machine.run("systemctl", "restart", _OVN_AGENT)
-    until(lambda: _says(machine) == "agent", within_s=_WITHIN_S, what="the agent's answer")
+    until(lambda: _says(machine) == "foreign", within_s=_WITHIN_S, what="the agent's answer")
     machine.run("systemctl", "restart", "imdsproxy-haproxy.service")
     until(lambda: _ours(machine), within_s=_WITHIN_S, what="imdsproxy's answer")
     machine.run("systemctl", "restart", _OVN_AGENT)
-    until(lambda: _says(machine) == "agent", within_s=_WITHIN_S, what="the agent's answer")
+    until(lambda: _says(machine) == "foreign", within_s=_WITHIN_S, what="the agent's answer")
     machine.run("systemctl", "start", CONTROLLER)
     until(lambda: _ours(machine), within_s=_WITHIN_S, what="imdsproxy's answer")
 
     _run(machine, [back])
-    until(lambda: _says(machine) == "agent", within_s=_WITHIN_S, what="the agent's answer")
+    until(lambda: _says(machine) == "foreign", within_s=_WITHIN_S, what="the agent's answer")
     until(lambda: not _ready(machine), within_s=_WITHIN_S, what="its being told")
     machine.run("systemctl", "restart", CONTROLLER)
-    assert _says(machine) == "agent"
+    assert _says(machine) == "foreign"
     machine.run("systemctl", "disable", CONTROLLER)
     machine.run("imdsproxy", "stop", "--data-plane")
-    assert _says(machine) == "agent"
+    assert _says(machine) == "foreign"

@@ -11,18 +11,22 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 
+from imdsproxy.anti_spoofing.host_rules import observe_bridge, read_rules
 from imdsproxy.core.model import Dialect, InterfaceListener
 from imdsproxy.core.snippets import Target
 from support.daemon import Daemon
 from support.guest import inside
+from support.hostlab import HostLab
+from support.impostor import open_wire
 from support.lab import Lab, batch, ip, run, until, within
 from support.recorder import Recorder, reply
 from support.snippets import network, snippet
 from support.vm.networks import VmHost
+from support.world import World
 
 pytestmark = pytest.mark.root
 
@@ -30,7 +34,6 @@ _SUBNET: Final = "192.168.122"
 _METADATA: Final = "169.254.169.254"
 _MAC: Final = "52:54:00:00:00:{:02x}"
 _CLAIM: Final = ("busybox", "arping", "-U", "-c", "3", "-I", "eth0", "169.254.169.254")
-_EVERYTHING: Final = 3  # ETH_P_ALL
 _CLOUD: Final = "the host's own cloud"
 _FORWARD: Final = (
     "table ip filter { chain FORWARD { type filter hook forward priority 0; policy drop; }; }"
@@ -113,15 +116,6 @@ def _guest(host: VmHost, daemon: Daemon, bridge: str, network: str, number: int)
     guest = host.guest_port(bridge, name, mac)
     _know(daemon, name, network, _lease(host, guest), mac)
     return guest
-
-
-def _tap(device: str) -> socket.socket:
-    """Hears every frame of a device."""
-    # One for a protocol would hear nothing: the bridge takes the frames before it.
-    made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_EVERYTHING))
-    made.bind((device, _EVERYTHING))
-    made.setblocking(False)
-    return made
 
 
 def _asked(tap: socket.socket) -> list[bytes]:
@@ -230,18 +224,18 @@ def test_check_names_the_rules_that_let_guests_in(
     run(*within(host.lab.host), "nft", rules)
     run(*within(host.lab.host), "sysctl", "-q", "net.bridge.bridge-nf-call-iptables=1")
     assert _ask(guest) == "curl 28"
-    (finding,) = _findings(host, daemon)
+    (finding,) = (one for one in _findings(daemon, "paths") if one["warning"])
     advice = finding["hint"].rpartition("; or ")[2].replace(", and ", "; ")
     run(*within(host.lab.host), "sh", "-c", advice)
     assert _ask(guest) == "net1"
-    assert _findings(host, daemon) == []
+    assert not any(one["warning"] for one in _findings(daemon, "paths"))
 
 
-def _findings(host: VmHost, daemon: Daemon) -> list[dict[str, str]]:
-    """The warnings that `imdsproxy check` has about paths, asked on the daemon's host."""
+def _findings(daemon: Daemon, area: str) -> list[dict[str, Any]]:
+    """What `imdsproxy check` finds about something, asked on the daemon's host."""
     done = subprocess.run(
         (
-            *within(host.lab.host),
+            *within(daemon.lab.host),
             *daemon.program,
             *("--config", str(daemon.config), "check", "--json"),
         ),
@@ -249,8 +243,8 @@ def _findings(host: VmHost, daemon: Daemon) -> list[dict[str, str]]:
         text=True,
         check=False,
     )
-    found = json.loads(done.stdout)["findings"]
-    return [one for one in found if one["area"] == "paths" and one["warning"]]
+    found: list[dict[str, Any]] = json.loads(done.stdout)["findings"]
+    return [one for one in found if one["area"] == area]
 
 
 def test_two_hosts_on_one_lan_each_answer_their_own_guests(host: VmHost, daemon: Daemon) -> None:
@@ -274,7 +268,7 @@ def test_two_hosts_on_one_lan_each_answer_their_own_guests(host: VmHost, daemon:
         theirs = there.guest_port("br0", "theirs", _MAC.format(5))
         _know(daemon, "mine", "lan", _lease(host, mine), _MAC.format(4))
         _know(others, "theirs", "lan", _lease(host, theirs), _MAC.format(5))
-        with inside(other.host, lambda: _tap("trunk")) as trunk:
+        with open_wire(other.host, "trunk", timeout_s=0) as trunk:
             for _ in range(3):
                 # As before the bridges have met anybody: a frame for a MAC that they do not know goes everywhere.
                 for place in (host.lab.host, other.host):
@@ -377,3 +371,58 @@ def test_a_host_that_is_a_cloud_s_guest_keeps_its_own_metadata(
         guest = _guest(host, daemon, "virbr0", "nat", 10)
         assert _ask(guest) == "nat10"
         assert _ask(host.lab.host) == _CLOUD
+
+
+# What `check` sees of a bridge whose guests may use any MAC
+
+
+def test_flags_of_ports_are_seen(lab: HostLab) -> None:
+    bridge = lab.bridge("b")
+    for number, name in enumerate("xyz"):
+        lab.guest(name, bridge, f"10.0.0.{number + 5}/24")
+    names = {name: lab.link_name(f"{name}o") for name in "xyz"}
+    lab.run("/usr/sbin/bridge", "link", "set", "dev", names["x"], "learning", "off")
+    lab.run("/usr/sbin/bridge", "link", "set", "dev", names["y"], "locked", "on")
+    assert observe_bridge(bridge, "", lab.naming) == {
+        names["x"]: "learning off",
+        names["y"]: "locked",
+        names["z"]: "",
+    }
+    rules = f'table bridge x {{ iifname "{names["z"]}" ether saddr != 02:00:00:00:00:01 drop }}'
+    found = observe_bridge(bridge, rules, lab.naming)
+    assert found is not None
+    assert found[names["z"]] == "a rule"
+
+
+def test_what_is_no_bridge_has_no_ports(lab: HostLab) -> None:
+    assert observe_bridge(lab.device("d"), "", lab.naming) is None
+    assert observe_bridge("none", "", lab.naming) is None
+
+
+def test_rules_are_read_where_there_is_somebody_to_list_them() -> None:
+    assert read_rules((("echo", "table"), ("no-such-program",))) == "table"
+
+
+def test_check_warns_of_each_bridge_until_there_is_a_rule(world: World) -> None:
+    kernel, blue, grey = _findings(world.daemon, "macs")
+    assert (kernel["ok"], kernel["warning"]) == (True, False)
+    for finding in (blue, grey):
+        assert finding["warning"], finding
+        assert "anti-spoofing" in finding["hint"]
+    assert "bridge blue" in blue["text"]
+    # The cable of the listener itself is nobody's port.
+    assert world.lab.prefix not in blue["text"]
+    port = blue["text"].split("guests on ")[1].split()[0]
+    rule = f'add rule bridge guests from iifname "{port}" ether saddr != {world.red.mac} drop'
+    for words in (
+        "add table bridge guests",
+        "add chain bridge guests from { type filter hook prerouting priority -300; }",
+        rule,
+    ):
+        run(*within(world.lab.host), "nft", words)
+    try:
+        _, blue, grey = _findings(world.daemon, "macs")
+        assert (blue["warning"], grey["warning"]) == (False, True)
+        assert f"{port} (a rule)" in blue["text"]
+    finally:
+        run(*within(world.lab.host), "nft", "delete table bridge guests")

@@ -33,15 +33,8 @@ _LOOPBACK: Final = "127.0.0.1"
 
 _SHOWN_BY_OTHERS: Final = (
     # Statistics and health of metadata_path's HAProxy and of others'.
-    *(
-        "/admin/stats",
-        "/admin/stats;csv",
-        "/stats",
-        "/haproxy?stats",
-        "/monitor",
-        "/health",
-        "/debug",
-    ),
+    *("/admin/stats", "/admin/stats;csv", "/stats", "/haproxy?stats", "/monitor", "/health"),
+    "/debug",
     # Our own admin API, metrics and health.
     *("/metrics", "/healthz", "/livez", "/readyz", "/openapi.json", "/docs"),
     *(f"/v1/{name}" for name in ("status", "instances", "records", "haproxy-configuration")),

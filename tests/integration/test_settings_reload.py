@@ -78,11 +78,11 @@ def _is_refused(world: World) -> None:
     assert _answers(world) == (403, 401)
 
 
-@pytest.mark.parametrize("removed", [False, True])
-def test_settings_that_were_cut_short_or_removed_are_refused_and_those_before_stay(
-    world: World, *, removed: bool
+@pytest.mark.parametrize("how", ["cut short", "emptied", "removed"])
+def test_settings_that_were_cut_short_emptied_or_removed_are_refused_and_those_before_stay(
+    world: World, how: str
 ) -> None:
-    if removed:
+    if how == "removed":
         _conf_d(world).mkdir(exist_ok=True)
         file = _conf_d(world) / "50-limits.yaml"
         file.write_text("resolver: {hold_s: 0.5}\n")
@@ -90,7 +90,8 @@ def test_settings_that_were_cut_short_or_removed_are_refused_and_those_before_st
         file.unlink()
     else:
         text = world.daemon.config.read_text()
-        world.daemon.config.write_text(text[: text.index("policy:")])
+        kept = text[: text.index("policy:")] if how == "cut short" else "# nothing\n"
+        world.daemon.config.write_text(kept)
     _hang_up(world)
     _is_refused(world)
 

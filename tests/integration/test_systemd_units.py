@@ -21,39 +21,17 @@ from support.systemd_daemon import (
     UNITS,
     USER_DATA,
     UnitDaemon,
+    installed,
+    journal_of_failures,
     named,
     own_user_data,
     serves,
     wait_served,
 )
-from support.systemd_machine import systemd_machine
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 _ERRORS: Final = ("--priority=err", "--output=cat")
-
-
-@contextlib.contextmanager
-def installed(
-    tmp_path: Path, propagation: Literal["shared", "private"] = "shared"
-) -> Iterator[UnitDaemon]:
-    """A machine with imdsproxy on it, not started."""
-    work = tmp_path / "machine"
-    work.mkdir()
-    with systemd_machine(work, propagation=propagation) as machine:
-        daemon = UnitDaemon(machine)
-        with journal_of_failures(daemon):
-            daemon.install()
-            yield daemon
-
-
-@contextlib.contextmanager
-def journal_of_failures(daemon: UnitDaemon) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        print(daemon.machine.journal())  # noqa: T201 - pytest shows it of a test that failed
-        raise
 
 
 @pytest.fixture(scope="module")
@@ -130,23 +108,6 @@ def test_what_is_killed_comes_back_by_itself_while_the_controller_is_stopped(
     assert all(serves(one) for one in daemon.guests)
 
 
-def test_an_emptied_file_fails_the_reload_and_changes_nothing(daemon: UnitDaemon) -> None:
-    daemon.configure("haproxy: {maxconn_per_network: 77}\n")
-    daemon.machine.run("systemctl", "reload", CONTROLLER)
-    before, config = daemon.pids(), daemon.machine.run("cat", "/run/imdsproxy/haproxy.cfg")
-    assert "maxconn 77" in config
-    daemon.configure("# nothing\n")
-
-    status, _ = daemon.machine.attempt("systemctl", "reload", CONTROLLER)
-
-    assert status != 0
-    reported = "/etc/imdsproxy/conf.d/test.yaml: settings: holds no settings any more"
-    assert reported in daemon.machine.journal(CONTROLLER)
-    assert daemon.active() == dict.fromkeys(UNITS, "active")
-    assert daemon.pids() == before
-    assert daemon.machine.run("cat", "/run/imdsproxy/haproxy.cfg") == config
-
-
 def test_settings_that_are_wrong_at_the_start_leave_a_failed_unit_and_no_loop(
     daemon: UnitDaemon,
 ) -> None:
@@ -164,18 +125,15 @@ def test_settings_that_are_wrong_at_the_start_leave_a_failed_unit_and_no_loop(
     assert all(serves(guest) for guest in daemon.guests)
 
 
-def test_stop_ends_the_controller_for_good_and_keeps_the_data_plane(daemon: UnitDaemon) -> None:
+def test_stop_ends_the_controller_or_all_three_units_for_good_and_a_start_serves_from_the_store(
+    daemon: UnitDaemon,
+) -> None:
     before = daemon.pids()
     daemon.command("stop")
     until(lambda: daemon.active()[CONTROLLER] == "inactive", within_s=10, what="its end")
     assert daemon.active() == {CONTROLLER: "inactive", HAPROXY: "active", DOCUMENTS: "active"}
     assert daemon.pids() == (0, *before[1:])
     assert all(serves(guest) for guest in daemon.guests)
-
-
-def test_stop_data_plane_ends_all_three_units_for_good_and_a_start_serves_from_the_store(
-    daemon: UnitDaemon,
-) -> None:
     daemon.command("stop", "--data-plane")
     until(
         lambda: set(daemon.active().values()) == {"inactive"},
@@ -209,23 +167,6 @@ def test_a_hung_controller_is_started_again_and_no_request_lost(daemon: UnitDaem
     assert answers.report.lost == []
     assert daemon.pids()[1:] == (haproxy, documents)
     assert "Fatal Python error: Aborted" in daemon.machine.journal()
-
-
-def test_a_start_that_makes_progress_may_take_longer_than_systemd_gives_it(
-    daemon: UnitDaemon,
-) -> None:
-    slow = '#!/bin/sh\n[ "$1" != -vv ] || sleep 8\nexec /usr/sbin/haproxy "$@"\n'
-    daemon.machine.write("/opt/slow-haproxy", slow)
-    daemon.machine.run("chmod", "755", "/opt/slow-haproxy")
-    daemon.configure("haproxy: {binary: /opt/slow-haproxy}\n")
-    daemon.set_service("TimeoutStartSec=4")
-    daemon.machine.run("systemctl", "stop", CONTROLLER)
-
-    began = time.monotonic()
-    daemon.machine.run("systemctl", "start", CONTROLLER)
-
-    assert time.monotonic() - began > 8
-    assert daemon.active() == dict.fromkeys(UNITS, "active")
 
 
 def test_documents_come_again_where_all_processes_of_their_server_hang(daemon: UnitDaemon) -> None:
@@ -305,8 +246,7 @@ def test_the_first_namespace_of_a_host_is_served_though_haproxy_runs_already(
         assert daemon.machine.run("ls", "/run/netns") == ""
 
         daemon.plug_in()
-        listeners = {one.network: {"namespace": f"net-{one.network}"} for one in daemon.guests}
-        daemon.put(listeners, daemon.guests)
+        daemon.start()
 
         wait_served(*daemon.guests)
         assert daemon.machine.main_pid(HAPROXY) == haproxy

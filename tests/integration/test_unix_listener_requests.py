@@ -101,17 +101,8 @@ def test_anything_but_exactly_one_id_is_400(alone: Alone) -> None:
         *(
             (f"{NETWORK}: {value}",)
             for value in (
-                *(
-                    "",
-                    "red, green",
-                    "red,",
-                    "red green",
-                    "../red",
-                    "red/10.0.0.5",
-                    ".red",
-                    "r\xe4d",
-                ),
-                *("red%00", "a" * 65, "a" * 8000),
+                *("", "red, green", "red,", "red green", "../red", "red/10.0.0.5", ".red"),
+                *("r\xe4d", "red%00", "a" * 65, "a" * 8000),
             )
         ),
     ):
@@ -292,16 +283,3 @@ def test_what_is_no_request_of_http_1_is_400_and_closed_and_an_unknown_method_40
         answer = connection.read()
     assert (answer.status, answer.closes) == (status, closes)
     assert alone.documents.heads == []
-
-
-@pytest.mark.parametrize("lines", [(_FROM,), (_RED, _FROM)])
-@pytest.mark.parametrize("first", ["1.1\r\nConnection: close", "1.0\r\nAccept: */*"])
-def test_who_wants_the_connection_closed_has_it_closed(
-    alone: Alone, lines: tuple[str, ...], first: str
-) -> None:
-    with alone.connect(way="agents") as connection:
-        head = "\r\n".join((f"GET /openstack HTTP/{first}", "Host: x", *lines))
-        connection.send(f"{head}\r\n\r\n".encode())
-        answer = connection.read()
-        assert (answer.status, answer.closes) == (200 if len(lines) == 2 else 400, True)
-        assert connection.everything() == b""

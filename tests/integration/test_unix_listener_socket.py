@@ -19,7 +19,7 @@ import pytest
 from support.agent_socket import AgentWorld, open_agents, say_whose, squat
 from support.daemon import alive, instance
 from support.guest import IPV4, IPV6, Guest, Load, Reply
-from support.lab import RecordMapping, Server, record, until, within
+from support.lab import Server, record, until, within
 from support.namespace_proxy import PROGRAM
 from support.nova_world import nova_instance
 from support.openstack.front import L3_PORT, Front, FrontKind, start_fronts
@@ -294,7 +294,7 @@ def test_a_setting_that_this_host_cannot_follow_disables_this_listener_only(
 @pytest.mark.parametrize("spelled", ["2002:a00:5::b", "2002:0A00:0005:0::B"])
 def test_an_address_of_6to4_is_not_the_ipv4_one_in_it(world: AgentWorld, spelled: str) -> None:
     port = {"network": "red", "mac": "fa:16:3e:00:00:0b", "addresses": ["2002:a00:5::b"]}
-    world.daemon.put(instances=[{**nova_instance("red"), "id": "by-6to4", "ports": [port]}])
+    world.daemon.put(instances=[{**nova_instance("red", "by-6to4"), "ports": [port]}])
     assert world.socket.ask(address=spelled).status == 200
     assert world.nova.only().values("x-instance-id") == (b"by-6to4",)
     world.daemon.remove_instance("by-6to4")
@@ -316,18 +316,6 @@ _KINDS: Final[Mapping[str, FrontKind]] = {
 
 _PROXY: Final = "00000005-0000-4000-8000-000000000000"
 """The network of imdsproxy's own proxy in front of the socket; `own` has a listener in its namespace."""
-
-
-def _instance(name: str) -> RecordMapping:
-    addresses = ["10.0.0.5", "2001:db8::5"]
-    port = {"network": name, "mac": "fa:16:3e:00:00:05", "addresses": addresses}
-    return {
-        "id": f"i-{name}",
-        "name": name,
-        "project": "blue",
-        "upstream": "nova",
-        "ports": [port],
-    }
 
 
 @pytest.fixture(scope="module")
@@ -353,7 +341,7 @@ def guests(shared: AgentWorld, tmp_path_factory: pytest.TempPathFactory) -> Mapp
     subprocess.run((*within(lab.name(_PROXY)), PROGRAM, *words), check=True)
     networks = [record(name, {"namespace": lab.name(f"nowhere-{name}")}) for name in behind]
     networks.append(lab.namespace_network("own"))
-    shared.daemon.put(networks, [_instance(name) for name in (*behind, "own")])
+    shared.daemon.put(networks, [nova_instance(name, f"i-{name}") for name in (*behind, "own")])
     found = {name: lab.guest(name) for name in (*behind, "own")}
     return {**found, "routed": replace(found["routed"], port=L3_PORT)}
 

@@ -6,24 +6,23 @@ import contextlib
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from support.daemon import Daemon
 from support.guest import Connection, Lost, Reply
 from support.health import METRICS, ask_operator
-from support.lab import Lab, Server, record, until, within
-from support.nova_world import INSTANCES, SECRET, nova_instance
-from support.recorder import Answer, Received, Recorder, reply
+from support.lab import Server, record, until, within
+from support.nova_world import INSTANCES, NovaWorld, nova_instance, prepare_nova_world
+from support.recorder import Answer, Received, reply
 
 NETWORK: Final = "X-Neutron-Network-ID"
 ROUTER: Final = "X-Neutron-Router-ID"
 OVN: Final = "X-OVN-Network-ID"
 
 _TIMEOUT_S: Final = 10.0
-_SQUATTER: Final = """
+SQUATTER: Final = """
 import os, socket, sys
 path = sys.argv[1]
 os.umask(0)
@@ -47,14 +46,14 @@ class AgentSocket:
 
     path: Path
 
-    def connect(self, *, timeout_s: float = _TIMEOUT_S) -> Connection:
+    def connect(self) -> Connection:
         """Open a connection.
 
         Raises:
             Lost: Nobody takes it.
         """
         sock = socket.socket(socket.AF_UNIX)
-        sock.settimeout(timeout_s)
+        sock.settimeout(_TIMEOUT_S)
         try:
             sock.connect(str(self.path))
         except OSError as error:
@@ -62,32 +61,17 @@ class AgentSocket:
             raise Lost(f"connecting to {self.path}: {error}") from error
         return Connection(sock)
 
-    def ask(
-        self,
-        target: str = "/openstack",
-        *,
-        network: str = "red",
-        address: str = "10.0.0.5",
-        method: str = "GET",
-        headers: Sequence[str] = (),
-        body: bytes = b"",
-    ) -> Reply:
-        """One request as a proxy of a network forwards it."""
-        lines = (*headers, f"{NETWORK}: {network}", f"X-Forwarded-For: {address}")
-        return self.lines(*lines, target=target, method=method, body=body)
-
-    def lines(
-        self, *lines: str, target: str = "/openstack", method: str = "GET", body: bytes = b""
-    ) -> Reply:
-        """One request with exactly these header lines and `Host`."""
+    def ask(self, address: str = "10.0.0.5") -> Reply:
+        """One request as a proxy of the network `red` forwards it."""
         with self.connect() as connection:
-            return connection.request(target, method=method, headers=lines, body=body)
+            lines = (f"{NETWORK}: red", f"X-Forwarded-For: {address}")
+            return connection.request("/openstack", headers=lines)
 
     def serves(self) -> bool:
         """Whether HAProxy answers here."""
-        with contextlib.suppress(Lost):
+        with contextlib.suppress(Lost), self.connect() as connection:
             # Nobody else says it like this.
-            return b"exactly one of X-Neutron" in self.lines().body
+            return b"exactly one of X-Neutron" in connection.request("/openstack").body
         return False
 
 
@@ -107,7 +91,7 @@ def squat(path: Path, *, namespace: str | None = None) -> Iterator[Server]:
     """
     before = () if namespace is None else within(namespace)
     process = subprocess.Popen(
-        (*before, sys.executable, "-c", _SQUATTER, str(path)),
+        (*before, sys.executable, "-c", SQUATTER, str(path)),
         stdout=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
     )
@@ -121,17 +105,14 @@ def squat(path: Path, *, namespace: str | None = None) -> Iterator[Server]:
 
 
 @dataclass(slots=True)
-class AgentWorld:
+class AgentWorld(NovaWorld):
     """A daemon with the listener `unix` in front of a recorder, and two networks whose addresses are the same.
 
     10.0.0.5 and 2001:db8::5 are instances whose documents Nova has.
     """
 
-    lab: Lab
-    daemon: Daemon
-    nova: Recorder
     path: Path
-    settings: Mapping[str, Mapping[str, object]]
+    first: Mapping[str, Mapping[str, object]]
 
     @property
     def socket(self) -> AgentSocket:
@@ -139,7 +120,7 @@ class AgentWorld:
 
     def choose(self, **fields: object) -> Mapping[str, Mapping[str, object]]:
         """The settings of the beginning with others of the unix listener."""
-        return {**self.settings, "unix_listener": {**self.settings["unix_listener"], **fields}}
+        return {**self.first, "unix_listener": {**self.first["unix_listener"], **fields}}
 
     def take_over(self, **fields: object) -> None:
         """Change settings of the unix listener while the daemon runs."""
@@ -167,39 +148,26 @@ class AgentWorld:
     def heal(self) -> None:
         """Have the settings of the beginning again, and service."""
         self.nova.forget()
-        if self.daemon.settings is not self.settings:
-            self.daemon.reconfigure(self.settings)
+        if self.daemon.settings is not self.first:
+            self.daemon.reconfigure(self.first)
         self.wait_serving()
         self.daemon.wait_ready()
 
 
 @contextlib.contextmanager
-def open_agents(**fields: object) -> Iterator[AgentWorld]:
-    """Such a daemon; all of it is gone at the end.
-
-    Args:
-        fields: Settings of the unix listener.
-    """
-    with contextlib.ExitStack() as stack:
-        lab = Lab()
-        stack.callback(lab.close)
-        nova = stack.enter_context(Recorder(namespace=lab.host, secret=SECRET))
-        daemon = Daemon(lab)
-        stack.callback(daemon.close)
+def open_agents() -> Iterator[AgentWorld]:
+    """Such a daemon; all of it is gone at the end."""
+    with prepare_nova_world() as made:
+        lab, daemon = made.lab, made.daemon
         path = daemon.directory / "agents" / "metadata_proxy"
-        secret = daemon.directory / "secret"
-        secret.write_text(SECRET)
-        secret.chmod(0o600)
-        chosen = {"endpoints": [{"url": nova.url}], "secret_file": str(secret)}
         settings: Mapping[str, Mapping[str, object]] = {
+            **made.settings([{"url": made.nova.url}]),
             "resolver": {"hold_s": 0.2},
             "metrics": {**METRICS, "haproxy_listen": None},
-            "nova": {"health_check": "tcp", "endpoint_sets": {"default": chosen}},
-            "unix_listener": {"enabled": True, "path": str(path), **fields},
+            "unix_listener": {"enabled": True, "path": str(path)},
         }
         daemon.configure(settings)
-        world = AgentWorld(lab, daemon, nova, path, settings)
         daemon.start(ready=False)
         networks = [record(name, {"namespace": lab.name(f"nowhere-{name}")}) for name in INSTANCES]
         daemon.put(networks, [nova_instance(name) for name in INSTANCES])
-        yield world
+        yield AgentWorld({}, made.novas, lab, daemon, path, settings)

@@ -61,6 +61,19 @@ def syn_frame(
     return to + _mac(mac) + tags + b"\x08\x00" + head + tcp
 
 
+def open_wire(
+    namespace: str, device: str, *, timeout_s: float, kind: int = socket.SOCK_RAW
+) -> socket.socket:
+    """Hears every frame of a device, also for other MACs."""
+    # One for a protocol would hear nothing of a bridge's port: the bridge takes the frames before it.
+    wire = inside(
+        namespace, lambda: socket.socket(socket.AF_PACKET, kind, socket.htons(_ETH_P_ALL))
+    )
+    wire.bind((device, 0))
+    wire.settimeout(timeout_s)
+    return wire
+
+
 @dataclass(slots=True)
 class Tries:
     """What the impostor got: how often which status (`None`: no answer), and every body."""
@@ -98,7 +111,7 @@ class Impostor(Background):
             for address in self.addresses
         ]
         batch(self.guest.namespace, lines)
-        self._wire = inside(self.guest.namespace, self._open)
+        self._wire = open_wire(self.guest.namespace, self.guest.device, timeout_s=0.1)
         return super().__enter__()
 
     def __exit__(self, *error: object) -> None:
@@ -111,12 +124,6 @@ class Impostor(Background):
                 for address in self.addresses
             ],
         )
-
-    def _open(self) -> socket.socket:
-        wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_ALL))
-        wire.bind((self.guest.device, 0))
-        wire.settimeout(0.1)
-        return wire
 
     def _frames(self) -> Iterator[bytes]:
         mac = _mac(self.guest.mac)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from imdsproxy.sources.libvirt.xml import (
     parse_libvirt_network,
 )
 from imdsproxy.sources.settings import LibvirtSourceSettings
-from support.libvirt_daemon import Libvirtd, machine
+from support.libvirt_daemon import Libvirtd
 from support.source_runs import WholeRecords
 
 
@@ -65,7 +66,7 @@ def domain_xml(
     return (
         f"<domain type='qemu'><name>{name}</name><uuid>{uuid or uuid_of(name)}</uuid>"
         f"<memory unit='MiB'>16</memory><metadata>{metadata}</metadata>"
-        f"<os><type arch='{machine()}'>hvm</type></os><features><acpi/></features>"
+        f"<os><type arch='{platform.machine()}'>hvm</type></os><features><acpi/></features>"
         f"<devices>{plugged}</devices></domain>"
     )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -194,8 +193,3 @@ def _lay_out(home: Path) -> None:
     tc = home / "bin" / "tc"
     tc.write_text(_NO_TC)
     tc.chmod(0o755)
-
-
-def machine() -> str:
-    """The architecture of this host in libvirt's words."""
-    return platform.machine()

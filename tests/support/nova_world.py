@@ -13,7 +13,7 @@ from typing import Final
 from imdsproxy.core.haproxy.model import NovaTimes
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.wire import NovaRecord, render_map_value
-from support.daemon import Daemon
+from support.daemon import Daemon, instance
 from support.forgeries import OTHER_INSTANCE, OTHER_PROJECT
 from support.guest import IPV4, Connection, Guest
 from support.haproxy_alone import open_alone
@@ -122,21 +122,24 @@ class NovaWorld(NovaGuests):
         return {"resolver": {"hold_s": 1.0}, "nova": nova}
 
 
-def nova_instance(network: str, number: int = 5) -> RecordMapping:
-    """The record of the guest of a network."""
-    return {
-        "id": INSTANCES[network],
-        "name": network,
-        "project": PROJECTS[network],
-        "upstream": "nova",
-        "ports": [
-            {
-                "network": network,
-                "mac": f"fa:16:3e:00:{number >> 8:02x}:{number & 255:02x}",
-                "addresses": [f"10.0.0.{number}", f"2001:db8::{number:x}"],
-            }
-        ],
-    }
+def nova_instance(network: str, ident: str | None = None) -> RecordMapping:
+    """The record of the guest of a network, as Nova's; by default with the id and project of its row above."""
+    known = {"project": PROJECTS.get(network, "blue"), "upstream": "nova", "user_data": None}
+    return instance(ident or INSTANCES[network], network, fields=known)
+
+
+@contextlib.contextmanager
+def prepare_nova_world(*, novas: int = 1, hosts: Path | None = None) -> Iterator[NovaWorld]:
+    """The same without guests, its daemon not configured and not started."""
+    with ExitStack() as stack:
+        lab = Lab()
+        stack.callback(lab.close)
+        recorders = [
+            stack.enter_context(Recorder(namespace=lab.host, secret=SECRET)) for _ in range(novas)
+        ]
+        daemon = Daemon(lab) if hosts is None else Daemon(lab, program=with_hosts(hosts))
+        stack.callback(daemon.close)
+        yield NovaWorld({}, recorders, lab, daemon)
 
 
 @contextlib.contextmanager
@@ -147,21 +150,15 @@ def open_nova_world(*, novas: int = 1, hosts: Path | None = None) -> Iterator[No
         novas: How many there are; each takes requests that are signed with `SECRET`.
         hosts: What the daemon has for /etc/hosts, where that matters.
     """
-    with ExitStack() as stack:
-        lab = Lab()
-        stack.callback(lab.close)
-        recorders = [
-            stack.enter_context(Recorder(namespace=lab.host, secret=SECRET)) for _ in range(novas)
-        ]
-        daemon = Daemon(lab) if hosts is None else Daemon(lab, program=with_hosts(hosts))
-        stack.callback(daemon.close)
-        networks = [lab.namespace_network(name) for name in INSTANCES]
-        guests = {name: lab.guest(name) for name in INSTANCES}
-        world = NovaWorld(guests, recorders, lab, daemon)
-        daemon.configure(world.settings([{"url": nova.url} for nova in recorders]))
-        daemon.start()
-        daemon.put(networks, [nova_instance(name) for name in INSTANCES])
-        until(lambda: daemon.status()["serving"] == len(networks), what="all networks' service")
+    with prepare_nova_world(novas=novas, hosts=hosts) as world:
+        networks = [world.lab.namespace_network(name) for name in INSTANCES]
+        world.guests = {name: world.lab.guest(name) for name in INSTANCES}
+        world.daemon.configure(world.settings([{"url": nova.url} for nova in world.novas]))
+        world.daemon.start()
+        world.daemon.put(networks, [nova_instance(name) for name in INSTANCES])
+        until(
+            lambda: world.daemon.status()["serving"] == len(networks), what="all networks' service"
+        )
         yield world
 
 

@@ -123,7 +123,6 @@ def reply(
     chunked: bool = False,
     with_length: bool = True,
     with_body: bool = True,
-    delay_s: float = 0.0,
     then: End = End.KEEP,
 ) -> Answer:
     """A whole answer.
@@ -146,7 +145,7 @@ def reply(
         parts = [part for part in (body[: len(body) // 2], body[len(body) // 2 :]) if part]
         body = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
     sent = body if with_body else b""
-    return Answer(head + sent, delay_s=delay_s, then=then)
+    return Answer(head + sent, then=then)
 
 
 def half(answer: Answer, *, of: int | None = None, then: End = End.CLOSE) -> Answer:

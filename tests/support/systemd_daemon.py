@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, Literal, cast
 
 from imdsproxy.cli.admin_client import AdminClient
 from support.demonstration import REPOSITORY
 from support.guest import Guest, Lost, Reply
 from support.lab import until
-from support.systemd_machine import Machine
+from support.systemd_machine import Machine, systemd_machine
 
 CONTROLLER: Final = "imdsproxy.service"
 HAPROXY: Final = "imdsproxy-haproxy.service"
@@ -233,3 +234,26 @@ link add port-{name} master br-{name} up type veth peer name eth0 address {mac} 
             within_s=within_s,
             what=f"{unit} active; {self.active()}",
         )
+
+
+@contextlib.contextmanager
+def installed(
+    tmp_path: Path, propagation: Literal["shared", "private"] = "shared"
+) -> Iterator[UnitDaemon]:
+    """A machine with imdsproxy on it, not started."""
+    work = tmp_path / "machine"
+    work.mkdir()
+    with systemd_machine(work, propagation=propagation) as machine:
+        daemon = UnitDaemon(machine)
+        with journal_of_failures(daemon):
+            daemon.install()
+            yield daemon
+
+
+@contextlib.contextmanager
+def journal_of_failures(daemon: UnitDaemon) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        print(daemon.machine.journal())  # noqa: T201 - pytest shows it of a test that failed
+        raise
