@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from io import StringIO
 from pathlib import Path
 
@@ -61,20 +61,6 @@ async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
     found = Rig(tmp_path)
     yield found
     await found.haproxy.close()
-
-
-def _in_rig(
-    work: Callable[[Rig], Coroutine[object, object, None]], *, compact_above: int = 1024
-) -> None:
-    async def run() -> None:
-        with tempfile.TemporaryDirectory() as name:
-            rig = Rig(Path(name), compact_above=compact_above)
-            try:
-                await work(rig)
-            finally:
-                await rig.haproxy.close()
-
-    asyncio.run(run())
 
 
 async def test_when_an_instance_moves_no_two_addresses_lead_to_it_at_any_moment(
@@ -152,7 +138,8 @@ def test_after_any_history_all_workers_and_the_disk_say_what_was_wanted_last(
     steps: list[tuple[dict[str, str | None], str]],
     compact_above: int,
 ) -> None:
-    async def work(rig: Rig) -> None:
+    async def work(directory: Path) -> None:
+        rig = Rig(directory, compact_above=compact_above)
         await rig.start(first)
         expected: dict[str, str | None] = dict(first)
         for number, (wanted, event) in enumerate(steps):
@@ -174,8 +161,10 @@ def test_after_any_history_all_workers_and_the_disk_say_what_was_wanted_last(
             for key in _KEYS:
                 assert rig.answers(key) == {expected.get(key)}, (key, event)
                 assert rig.on_disk(key) == expected.get(key)
+        await rig.haproxy.close()
 
-    _in_rig(work, compact_above=compact_above)
+    with tempfile.TemporaryDirectory() as name:
+        asyncio.run(work(Path(name)))
 
 
 # The files and what is sent of them

@@ -57,16 +57,6 @@ def spawn(tmp_path: Path) -> Iterator[_Spawner]:
             handle.close()
 
 
-def test_a_pid_that_is_free_has_no_process(spawn: _Spawner) -> None:
-    handle, _ = spawn(_SLEEP)
-    handle.kill(signal.SIGKILL)
-    os.waitid(os.P_PID, handle.pid, os.WEXITED)
-    assert read_stat(handle.pid) is None
-    assert open_process(handle.pid) is None
-    assert not handle.alive()
-    assert not handle.kill()
-
-
 def test_a_detached_process_has_a_session_and_an_environment_of_its_own(spawn: _Spawner) -> None:
     code = "import os; print(os.getsid(0) == os.getpid(), os.environ['WORD'], os.getcwd())"
     _, line = spawn(code + "; import sys; sys.stdout.flush()")
@@ -98,6 +88,9 @@ async def test_waiting_can_be_given_up_and_gives_a_signal_as_a_negative_number(
     async with asyncio.timeout(30):
         assert await handle.wait() == -signal.SIGKILL
     assert await handle.stop(10)
+    # There is no process any more.
+    assert (read_stat(handle.pid), open_process(handle.pid)) == (None, None)
+    assert (handle.alive(), handle.kill()) == (False, False)
 
 
 async def test_the_end_of_a_process_that_is_not_our_child_is_noticed_too(spawn: _Spawner) -> None:
