@@ -164,9 +164,6 @@ class FakeLauncher:
     async def end_lost(self) -> None:
         """None is lost: the fake's socket is always there."""
 
-    async def stop(self) -> None:
-        await self.fake.close()
-
 
 def control_fake(layout: Layout, script: str) -> tuple[FakeHaproxy, FakeLauncher, Haproxy]:
     """A fake without records that is not started yet, and what controls it.

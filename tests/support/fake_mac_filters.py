@@ -92,20 +92,17 @@ class FakeMacFilters(KernelMacFilters):
         for address, mac in (has or {}).items():
             await asyncio.sleep(0)
             assert table.pop(address) == mac
-            self.log.append(f"withdraw {address}")
             self.watch()
         for address, mac in (wanted or {}).items():
             await asyncio.sleep(0)
             assert address not in table, "one address has one MAC"
             table[address] = mac
-            self.log.append(f"grant {address}")
             self.watch()
 
     async def close(self, places: Collection[Sequence[str | None]]) -> None:
         names = {table for _, table in places}
         for network in [one for one, it in self._filters.items() if it.table in names]:
             self.lose(network)
-            self.log.append(f"close {network}")
 
     def lose(self, network: NetworkId) -> None:
         """Another program removes a table."""

@@ -467,29 +467,18 @@ _IPV6 = Endpoint(_RED, METADATA_IPV6, 80, "br0", _PLACE, 2)
 _NAMING = Naming()
 
 
-def _device(
-    name: str,
-    index: int,
-    *,
-    mac: str = _DEVICE_MAC,
-    master: int = 0,
-    kind: str = "",
-    up: bool = True,
-) -> ObservedDevice:
-    return ObservedDevice(name, index, up, 1500, mac=mac, master=master, kind=kind)
-
-
-_DEVICES = (
-    _device("lo", 1, mac=""),
-    _device("br0", 2, kind="bridge"),
-    _device("v1", 3, master=2, kind="veth"),
-    _device("eth9", 4),
-    _device("tun0", 5, mac=""),
-    _device("off", 6, up=False),
-)
-_HOST = ObservedHost(
-    namespaces={"red": ObservedNamespace(_PLACE, {one.name: one for one in _DEVICES})}
-)
+_DEVICES = {
+    name: ObservedDevice(name, index, up, 1500, mac=mac, master=master, kind=kind)
+    for name, index, up, mac, master, kind in (
+        ("lo", 1, True, "", 0, ""),
+        ("br0", 2, True, _DEVICE_MAC, 0, "bridge"),
+        ("v1", 3, True, _DEVICE_MAC, 2, "veth"),
+        ("eth9", 4, True, _DEVICE_MAC, 0, ""),
+        ("tun0", 5, True, "", 0, ""),
+        ("off", 6, False, _DEVICE_MAC, 0, ""),
+    )
+}
+_HOST = ObservedHost(namespaces={"red": ObservedNamespace(_PLACE, _DEVICES)})
 
 
 def _plan(*endpoints: Endpoint, network: Network | None = None, macs: bool = True) -> MacFilterPlan:

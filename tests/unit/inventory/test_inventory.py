@@ -43,11 +43,16 @@ OTHER = MacAddress("52:54:00:00:00:01")
 A = instance("a", "10.0.0.5", mac=MAC, ports=[port("n1", "10.0.0.9")])
 
 
+def loaded(*observations: Observation) -> Inventory:
+    inventory = Inventory()
+    for observation in observations:
+        inventory.observe(observation)
+    return inventory
+
+
 @pytest.fixture
 def inventory() -> Inventory:
-    made = Inventory()
-    made.observe(full("file", [network("n1"), network("n2", bridge="br1")], [A]))
-    return made
+    return loaded(full("file", [network("n1"), network("n2", bridge="br1")], [A]))
 
 
 _BY = Found(A, A.ports[0], How.NEIGHBOUR)
@@ -92,17 +97,15 @@ def test_where_macs_are_not_checked_only_link_local_addresses_are_known_by_one(
 
 def test_a_link_local_address_in_a_record_does_not_say_where_its_others_are() -> None:
     record = instance("a", "fe80::7", mac=MAC)
-    made = Inventory()
-    made.observe(full("file", [network("n1")], [record]))
+    made = loaded(full("file", [network("n1")], [record]))
     found = identify(made, N1, ip_address("2001:db8::77"), neighbour_mac=MAC)
     assert found == Found(record, record.ports[0], How.NEIGHBOUR)
 
 
 def test_what_was_learned_holds_as_long_as_the_record_says_so() -> None:
-    made = Inventory()
     asked = key("n1", "10.0.0.77")
     entry = Learned(A.id, 0.0, mac=MAC)
-    made.observe(full("file", [network("n1")], [instance("a", mac=MAC)]))
+    made = loaded(full("file", [network("n1")], [instance("a", mac=MAC)]))
     assert holds(made, asked, entry)
     for other in (
         instance("a", mac=OTHER),
@@ -144,13 +147,6 @@ def test_a_mac_comes_back_from_its_link_local_address_and_from_no_other(
 # What sources say together
 
 _LINK_LOCAL = "fe80::5054:ff:fe12:3456"
-
-
-def loaded(*observations: Observation) -> Inventory:
-    inventory = Inventory()
-    for observation in observations:
-        inventory.observe(observation)
-    return inventory
 
 
 def test_an_instance_owns_its_addresses_and_the_link_local_one_of_its_mac() -> None:
