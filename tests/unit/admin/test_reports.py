@@ -306,16 +306,8 @@ neutron_backoff_seconds 0.75
 """
 
 
-def _full(*, network_series: int = 100, neutron: bool = True, audit: int = 1) -> Metrics:
-    one = fake_controller()
-    one.holder.settings.metrics.network_series = network_series
-    one.audit.settings = lambda: SimpleNamespace(one_in=audit)
-    one.sources.look_up = one.sources.look_up if neutron else None
-    return fake_metrics(one)
-
-
-def _exposed(metrics: Metrics) -> str:
-    return metrics.expose("")[1].decode()
+def _exposed(**changed: object) -> str:
+    return fake_metrics(fake_controller(**changed)).expose("")[1].decode()
 
 
 def _names(text: str) -> set[str]:
@@ -325,16 +317,17 @@ def _names(text: str) -> set[str]:
 
 @pytest.mark.parametrize("figure", FIGURES.split("\n")[1:-1])
 def test_a_figure_has_its_name(figure: str) -> None:
-    assert f"\nimdsproxy_{figure}\n" in _exposed(_full())
+    assert f"\nimdsproxy_{figure}\n" in _exposed()
 
 
 def test_what_is_off_has_no_series() -> None:
-    names = _names(_exposed(_full(neutron=False, audit=0)))
+    off = {"sources.look_up": None, "audit.settings": lambda: SimpleNamespace(one_in=0)}
+    names = _names(_exposed(**off))
     assert not [name for name in names if "neutron" in name or name.endswith("audit_failing")]
 
 
 def test_each_metric_is_exposed_once_with_help_and_type_and_no_other_of_ours() -> None:
-    text = _exposed(_full())
+    text = _exposed()
     described = {name for metric in METRICS for name in metric.exposed.split(", ")}
     assert {name for name in _names(text) if name.startswith("imdsproxy_")} == described
     assert "process_resident_memory_bytes" in _names(text)
@@ -345,9 +338,10 @@ def test_each_metric_is_exposed_once_with_help_and_type_and_no_other_of_ours() -
 
 
 def test_with_more_networks_than_wanted_there_is_one_sum() -> None:
-    metrics = _full(network_series=1)
+    metrics = fake_metrics(fake_controller(**{"holder.settings.metrics.network_series": 1}))
     metrics.traffic.add(2, count_traffic([row(f"net-{number}", 1) for number in range(1000)]))
-    lines = [one for one in _exposed(metrics).split("\n") if "network_connections_total{" in one]
+    lines = metrics.expose("")[1].decode().split("\n")
+    lines = [one for one in lines if "network_connections_total{" in one]
     assert lines == ['imdsproxy_network_connections_total{network="*"} 1110.0']
 
 

@@ -86,6 +86,8 @@ def test_each_command_has_an_example_in_its_help_that_is_no_wrong_command_line(c
         (["status", "--nonsense"], "--nonsense"),
         (["network", "remove"], "ID..."),
         (["network", "delete", "blue"], "hint: did you mean `imdsproxy network remove`?"),
+        (["config", "import", "x.ini"], "--neutron"),
+        (["config", "import", "--neutron"], "Missing argument 'FILE'"),
         (["networks"], "hint: did you mean `imdsproxy network`?"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The program as a process: on a terminal, completed by bash, without a daemon, and how little it loads."""
+"""The program on a terminal, completed by bash, without a daemon, how little it loads, and Neutron's files."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.cli.main import render_completion
+from imdsproxy.config.load import load_settings
 from imdsproxy.config.schema import Settings
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.token_report import GuestWithoutToken, OpenTree, ReaderWithoutToken, TokenReport
 from support.cli import Cli, Ran, run_main
+from support.demonstration import REPOSITORY
+from support.umask import umask
 
 _AT = 1_795_000_000.0
 _LONG = "5f6a1d0e-7d0f-4a53-9d5f-0d4b5c1f7a10"
@@ -212,17 +215,15 @@ PROGRAM = [sys.executable, "-m", "imdsproxy"]
 
 
 @pytest.fixture
-def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[[str], Ran]:
-    """Runs a command line without settings in the environment."""
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """Runs a command line, of words and further arguments, without settings in the environment."""
     for name in [name for name in os.environ if name.startswith("IMDSPROXY_")]:
         monkeypatch.delenv(name)
-    return lambda line: run_main(capsys, *line.split())
+    return lambda line, *more: run_main(capsys, *line.split(), *map(str, more))
 
 
 def test_the_sample_is_a_configuration_and_the_schema_json(
-    tmp_path: Path, run: Callable[[str], Ran]
+    tmp_path: Path, run: Callable[..., Ran]
 ) -> None:
     config = tmp_path / "c.yaml"
     config.write_text(run("config sample").out)
@@ -234,7 +235,7 @@ def test_the_sample_is_a_configuration_and_the_schema_json(
 
 @pytest.mark.parametrize("command", ["config show", "status", "run", "documents"])
 def test_a_broken_configuration_is_78_with_every_problem(
-    tmp_path: Path, run: Callable[[str], Ran], command: str
+    tmp_path: Path, run: Callable[..., Ran], command: str
 ) -> None:
     config = tmp_path / "c.yaml"
     missing = run(f"--config {config} {command}")
@@ -246,7 +247,7 @@ def test_a_broken_configuration_is_78_with_every_problem(
     assert f"{config}:2: log.level" in broken.err
 
 
-def test_the_socket_is_the_one_of_the_settings(tmp_path: Path, run: Callable[[str], Ran]) -> None:
+def test_the_socket_is_the_one_of_the_settings(tmp_path: Path, run: Callable[..., Ran]) -> None:
     config = tmp_path / "c.yaml"
     config.write_text(f"paths: {{runtime_dir: {tmp_path}/there}}\n")
     asked = run(f"status -c {config}")
@@ -301,3 +302,116 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
         process.stdout.close()
         assert process.wait(20) == 141
         assert process.stderr.read() == b""
+
+
+_GOLDEN = REPOSITORY / "tests/golden/neutron"
+_ML2 = ("neutron.conf", "metadata_agent.ini", "l3_agent.ini", "dhcp_agent.ini", "nova.conf")
+_OVN = ("neutron_ovn_metadata_agent.ini",)
+_INI = "[DEFAULT]\nnova_metadata_host = nova\nmetadata_proxy_shared_secret = hush\n"
+
+
+@pytest.fixture
+def ini(tmp_path: Path) -> Path:
+    path = tmp_path / "metadata_agent.ini"
+    path.write_text(_INI)
+    return path
+
+
+def _mode(path: Path) -> int:
+    return path.stat().st_mode & 0o7777
+
+
+@pytest.mark.parametrize(("name", "files"), [("ml2", _ML2), ("ovn", _OVN)])
+def test_the_files_of_a_real_host_come_out_as_expected_and_no_secret_is_shown(
+    name: str, files: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, run: Callable[..., Ran]
+) -> None:
+    monkeypatch.chdir(_GOLDEN)
+    ran = run("config import --neutron", *files)
+    expected = ((_GOLDEN / f"{name}.{kind}").read_text() for kind in ("yaml", "txt"))
+    assert ran == Ran(0, *expected)
+    settings = load_settings(_GOLDEN / f"{name}.yaml", {}).settings
+    assert settings.unix_listener.enabled
+    assert set(settings.nova.endpoint_sets) == {"default"}
+    shown = run("config import --neutron", "--json", *files).out + ran.out + ran.err
+    for secret in ("Zei9", "iePhoh4", "notthesecret", "nova's password"):
+        assert secret not in shown
+
+
+def test_settings_and_secret_are_written_for_their_readers_only(
+    ini: Path, tmp_path: Path, run: Callable[..., Ran]
+) -> None:
+    output = tmp_path / "etc" / "imdsproxy.yaml"
+    assert run("config import --neutron", ini, "--output", output).status == 71, (
+        "there is no such directory"
+    )
+    output.parent.mkdir()
+    with umask(0):
+        ran = run("config import --neutron", ini, "--output", output)
+    secret = output.parent / "nova.secret"
+    assert (ran.status, ran.err) == (0, "")
+    assert (_mode(output), _mode(secret)) == (0o640, 0o600)
+    assert secret.read_text() == "hush"
+    settings = load_settings(output, {}).settings
+    assert settings.nova.endpoint_sets["default"].secret_file == secret
+    assert f"written: {output}" in ran.out
+    assert "hush" not in ran.out + output.read_text()
+    assert {path.name for path in output.parent.iterdir()} == {"imdsproxy.yaml", "nova.secret"}
+
+
+def test_nothing_that_is_there_is_replaced_unasked(
+    ini: Path, tmp_path: Path, run: Callable[..., Ran]
+) -> None:
+    output, secret = tmp_path / "c.yaml", tmp_path / "nova.secret"
+    secret.write_text("another")
+    command = ("config import --neutron", ini, "-o", output)
+    refused = run(*command)
+    assert (refused.status, "nova.secret would be replaced" in refused.err) == (73, True)
+    assert (secret.read_text(), output.exists()) == ("another", False)
+    assert run(*command, "--force").status == 0
+    assert (secret.read_text(), _mode(secret)) == ("hush", 0o600)
+    assert run(*command).status == 0, "the same once more is no change"
+    assert run(*command, "--agent-user", "stack").status == 73
+    assert "user: neutron" in output.read_text()
+
+
+def test_a_secret_file_can_be_written_alone_and_is_an_instruction_otherwise(
+    ini: Path, tmp_path: Path, run: Callable[..., Ran]
+) -> None:
+    at = f"put the value of metadata_proxy_shared_secret ({ini}:3)"
+    assert f"/etc/imdsproxy/nova.secret: {at}" in run("config import --neutron", ini).err
+    secret = tmp_path / "s"
+    ran = run("config import --neutron", ini, "--secret-file", secret)
+    assert ran.status == 0
+    assert f"secret_file: {secret}" in ran.out
+    assert f"written: {secret}" in ran.err
+    assert secret.read_text() == "hush"
+
+
+def test_json_has_each_option_with_what_becomes_of_it(ini: Path, run: Callable[..., Ran]) -> None:
+    ini.write_text(f"{_INI}metadata_workers = 2\nother = 1\n")
+    shape = run("config import --neutron", ini, "--json").json
+    assert shape["settings"]["unix_listener"]["enabled"] is True
+    assert (shape["written"], shape["others"]) == ([], 1)
+    fates = {one["option"]: (one["fate"], one["line"], one["setting"]) for one in shape["options"]}
+    assert fates["metadata_workers"] == ("no equivalent", 4, None)
+    secret_file = "nova.endpoint_sets.default.secret_file"
+    assert fates["metadata_proxy_shared_secret"] == ("taken over", 3, secret_file)
+    assert shape["yaml"].startswith("# Made by")
+
+
+def test_nonsense_is_78_with_file_and_line(
+    ini: Path, tmp_path: Path, run: Callable[..., Ran]
+) -> None:
+    other, output = tmp_path / "b.ini", tmp_path / "c.yaml"
+    other.write_bytes(b"[DEFAULT]\n\xff\n")
+    ini.write_text("[DEFAULT]\nnonsense\n")
+    ran = run("config import --neutron", ini, other, tmp_path / "none.ini", "-o", output)
+    assert ran.status == 78
+    for problem in (f"{ini}:2", f"{other}:2 is not UTF-8", "none.ini: No such file"):
+        assert problem in ran.err
+    ini.write_text(f"{_INI}nova_metadata_port = 70000\n")
+    assert (
+        f"{ini}:4: [DEFAULT] nova_metadata_port"
+        in run("config import --neutron", ini, "-o", output).err
+    )
+    assert not output.exists()

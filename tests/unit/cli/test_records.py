@@ -147,16 +147,13 @@ def test_set_changes_only_what_is_given(filled: Cli, monkeypatch: pytest.MonkeyP
     assert filled.network().listener == BridgeListener("br0"), "it is replaced as a whole"
 
 
-@pytest.mark.parametrize(
-    "clear", ["instance set web-1 --clear password", "instance password web-1 --clear"]
-)
-def test_a_posted_password_is_shown_and_cleared(filled: Cli, clear: str) -> None:
+def test_a_posted_password_is_shown_and_cleared(filled: Cli) -> None:
     assert filled.server.passwords.keep(InstanceId("web-1"), b"c2VjcmV0")
     assert filled("instance", "password", "web-1").out == "c2VjcmV0"
     assert "c2VjcmV0" not in filled("instance", "show", "web-1", "--json").out
     shown = filled("instance", "password", "web-1", "--json").json
     assert shown == {"instance": "web-1", "password": {"text": "c2VjcmV0"}}
-    assert filled(*clear.split()).status == 0
+    assert filled("instance", "password", "web-1", "--clear").status == 0
     assert filled.server.passwords.read(InstanceId("web-1")) is None
     none = filled("instance", "password", "web-1")
     assert (none.status, "has posted no password" in none.err) == (66, True)
