@@ -82,16 +82,17 @@ def _is_refused(world: World) -> None:
 def test_settings_that_were_cut_short_emptied_or_removed_are_refused_and_those_before_stay(
     world: World, how: str
 ) -> None:
-    if how == "removed":
+    if how == "cut short":
+        text = world.daemon.config.read_text()
+        world.daemon.config.write_text(text[: text.index("policy:")])
+    else:
         _conf_d(world).mkdir(exist_ok=True)
         file = _conf_d(world) / "50-limits.yaml"
         file.write_text("resolver: {hold_s: 0.5}\n")
         assert _reload(world).status == 0
-        file.unlink()
-    else:
-        text = world.daemon.config.read_text()
-        kept = text[: text.index("policy:")] if how == "cut short" else "# nothing\n"
-        world.daemon.config.write_text(kept)
+        file.write_text("# nothing\n")
+        if how == "removed":
+            file.unlink()
     _hang_up(world)
     _is_refused(world)
 
