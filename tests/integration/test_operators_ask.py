@@ -222,11 +222,11 @@ def test_a_network_is_watched_over_a_reload_and_beside_the_audit_log(world: Worl
         assert stranger.ask("/latest/meta-data/").status == 404
         unknown = {"address": stranger.addresses[0], "instance": None, "status": 404}
         until(lambda: watcher.saw(**unknown, answered_by="resolver"))
-        assert own(world.guests["green"], world.guests["green"].ask("/latest/user-data")) is None
         log = AuditLog(world.daemon)
         order_audit(world, "all")
         world.reload()
         path = "/latest/meta-data/after-the-reload"
+        assert own(world.guests["green"], world.guests["green"].ask("/latest/user-data")) is None
         world.red.ask(path)
         until(lambda: watcher.saw(path=path, network="red", instance="red-5"))
         assert not watcher.saw(network="green")
