@@ -57,6 +57,7 @@ _SETS: Final = (_NOTHING, *_rule_sets())
 @pytest.fixture(scope="module", params=["documents", "nova"])
 def opened(request: pytest.FixtureRequest) -> Iterator[Alone]:
     with open_alone(nova=request.param == "nova", paths=(*path_sets(), *_SETS)) as alone:
+        alone.renew()
         yield alone
 
 
