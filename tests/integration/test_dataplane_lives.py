@@ -25,6 +25,7 @@ from support.daemon import Daemon, alive, instance, user_data_of
 from support.guest import IPV4, Background, Guest, Load, Lost, Reply, inside
 from support.health import METRICS, ask_operator
 from support.lab import Lab, until, within
+from support.nova_world import open_nova_world
 from support.world import World, open_world, own, own_name
 
 pytestmark = pytest.mark.root
@@ -258,6 +259,32 @@ def test_a_start_after_a_reboot_serves_the_records_of_the_last_run_and_its_path_
         assert own(green, green.ask(_CACHED)) is None
         messages = [one["message"] for one in daemon.log_entries()]
         assert messages.count("records are those of the last run") == 1
+
+
+@pytest.mark.slow
+def test_a_document_server_that_is_not_needed_ends_and_an_instance_that_would_need_it_is_told_so() -> (
+    None
+):
+    with open_nova_world() as world:
+        daemon, before = world.daemon, world.daemon.pids()
+        daemon.kill_controller(signal.SIGTERM)
+        documents = {"supervisor": "spawn", "enabled": False}
+        daemon.configure({**world.settings([{"url": world.nova.url}]), "documents": documents})
+        daemon.start()
+        until(lambda: not any(map(alive, (before.documents, *before.document_workers))))
+        status = daemon.status()
+        assert status["documents"] == {"pids": [], "problem": "", "needed": False}
+        assert status["haproxy"]["master"] == before.master
+        # Asks for nobody's help.
+        assert status["readiness"]["ready"], status["readiness"]
+        daemon.kill_controller(signal.SIGTERM)
+        daemon.start()
+        assert daemon.status()["documents"]["pids"] == []
+        guest = world.lab.guest("green", 9)
+        daemon.put((), [instance("ours", "green", 9)])
+        assert world.red.ask("/latest/meta-data/").status == 200
+        assert guest.ask("/latest/meta-data/").status == 503
+        assert [one["field"] for one in daemon.status()["problems"]] == ["documents.enabled"]
 
 
 # A controller that takes long to start, and one whose event loop makes no progress any more
