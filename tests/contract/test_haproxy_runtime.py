@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
-import subprocess
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +10,12 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.core.haproxy.maps import GENERATION_KEY, render_map
+from imdsproxy.core.haproxy.model import DataplaneSpec, Limits
 from imdsproxy.dataplane.master import MasterClient, WorkerEnded
 from imdsproxy.errors import CommandRefused, RuntimeUnavailable
+from imdsproxy.host.servers import open_unix_socket
 from support.fake_haproxy import FakeHaproxy
+from support.haproxy_alone import paths_below, run_haproxy
 
 
 @dataclass(frozen=True)
@@ -23,55 +24,30 @@ class Subject:
     map: str
 
 
-_CONFIG = """\
-global
-  maxconn 50
-defaults
-  mode http
-  timeout connect 1s
-  timeout client 1s
-  timeout server 1s
-frontend f
-  bind unix@{directory}/f.sock
-  http-request set-header x %[src,map_str({directory}/a.map)]
-  http-request return status 200
-"""
-
-
 @pytest.fixture(params=["fake", pytest.param("real", marks=pytest.mark.root)])
 async def subject(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Subject]:
-    path = tmp_path / "a.map"
+    spec = DataplaneSpec((), paths_below(tmp_path), Limits(maxconn=50))
+    path, master = tmp_path / "base.map", tmp_path / "master.sock"
     path.write_text(render_map({"n/1": "a|1", "n/2": "b|1"}, "5"))
-    socket = tmp_path / "master.sock"
-    master = MasterClient(socket, deadline_s=5)
+    made = Subject(MasterClient(master, deadline_s=5), str(path))
     if request.param == "fake":
-        fake = FakeHaproxy(socket, (path,))
+        fake = FakeHaproxy(master, (path,))
         await fake.start()
-        yield Subject(master, str(path))
+        yield made
         await fake.close()
         return
-    (tmp_path / "h.cfg").write_text(_CONFIG.format(directory=tmp_path))
-    program = shutil.which("haproxy", path="/usr/sbin:/usr/bin:/usr/local/sbin")
-    assert program is not None
-    process = await asyncio.create_subprocess_exec(
-        program, "-W", "-S", str(socket), "-f", str(tmp_path / "h.cfg"), stderr=subprocess.DEVNULL
-    )
-    try:
-        await _until_answering(master)
-        yield Subject(master, str(path))
-    finally:
-        process.terminate()
-        await process.wait()
-
-
-async def _until_answering(master: MasterClient) -> None:
-    async with asyncio.timeout(30):
-        while True:
-            try:
-                if (await master.read_processes()).worker is not None:
-                    return
-            except RuntimeUnavailable:
+    with run_haproxy(spec, tmp_path, arguments=("-W", "-S", str(master))):
+        async with asyncio.timeout(30):
+            while not await _is_up(made.master):
                 await asyncio.sleep(0.01)
+        yield made
+
+
+async def _is_up(master: MasterClient) -> bool:
+    try:
+        return (await master.read_processes()).worker is not None
+    except RuntimeUnavailable:
+        return False
 
 
 async def _worker(subject: Subject) -> int:
@@ -138,17 +114,6 @@ async def test_nobody_at_the_socket_is_unavailable(tmp_path: Path) -> None:
 
 
 async def test_silence_is_unavailable_after_the_deadline(tmp_path: Path) -> None:
-    held: list[asyncio.StreamWriter] = []
-    served = asyncio.Event()
-
-    async def hold(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        held.append(writer)
-        await served.wait()
-        writer.close()
-
-    server = await asyncio.start_unix_server(hold, str(tmp_path / "m.sock"))
-    with pytest.raises(RuntimeUnavailable, match="no answer"):
-        await MasterClient(tmp_path / "m.sock", deadline_s=0.05).read_processes()
-    served.set()
-    server.close()
-    await server.wait_closed()
+    path = tmp_path / "m.sock"
+    with open_unix_socket(path, mode=0o600), pytest.raises(RuntimeUnavailable, match="no answer"):
+        await MasterClient(path, deadline_s=0.05).read_processes()

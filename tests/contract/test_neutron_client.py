@@ -11,12 +11,11 @@ from typing import Final
 import pytest
 
 from imdsproxy.core.model import MacAddress, NetworkId
-from imdsproxy.core.records.values import unix_time_of
 from imdsproxy.errors import SourceUnavailable
 from imdsproxy.sources.neutron.client import NeutronClient
-from imdsproxy.sources.neutron.ports import ROUTER_OWNERS, NeutronPort, PortQuery
+from imdsproxy.sources.neutron.ports import ROUTER_OWNERS, NeutronPort, PortQuery, parse_ports
 from imdsproxy.sources.settings import NeutronSourceSettings
-from support.fake_neutron import FakeNeutron, neutron_port
+from support.fake_neutron import FakeNeutron
 from support.openstack.lab import OpenStack
 from support.openstack.table import Port
 from support.patience import patience
@@ -35,7 +34,7 @@ async def client(
     made: NeutronClient
     if request.param == "fake":
         made = FakeNeutron()
-        made.put(*(_port(row) for row in openstack.rest.list("port")))
+        made.put(*parse_ports({"ports": [*openstack.rest.list("port")]}))
     else:
         endpoint = {"endpoint": f"{openstack.neutron_url}/v2.0/"}
         cloud = {"cloud": "lab", "clouds_file": openstack.clouds_yaml}
@@ -46,22 +45,6 @@ async def client(
         )
     yield made
     await made.close()
-
-
-def _port(row: dict[str, object]) -> NeutronPort:
-    fixed = row["fixed_ips"]
-    assert isinstance(fixed, list)
-    return neutron_port(
-        str(row["id"]),
-        str(row["network_id"]),
-        *(str(each["ip_address"]) for each in fixed),
-        device=str(row["device_id"]),
-        project=str(row["project_id"]),
-        mac=str(row["mac_address"]),
-        owner=str(row["device_owner"]),
-        host=str(row["binding:host_id"]),
-        created_at=unix_time_of(str(row["created_at"])),
-    )
 
 
 def _seeded(openstack: OpenStack, network: str, address: str) -> Port:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Mapping
 from ipaddress import ip_address
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, TypeAlias
+from unittest.mock import MagicMock
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.anti_spoofing.plan import ANY_MAC, Pairs, plan_pair
-from imdsproxy.app.compiler import CompiledIndex, RecordCompiler
+from imdsproxy.app.compiler import RecordCompiler
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.core.endpoints import Endpoint
@@ -37,9 +37,7 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.core.observation import Observation
 from imdsproxy.core.plan import record_key
-from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.host.clock import Clock
-from imdsproxy.serving.store import DiskFiles
 from support.fake_mac_filters import FakeMacFilters, MemoryJournal, no_hop_limits
 
 _NET = NetworkId("n")
@@ -68,49 +66,31 @@ class Noting(MacFilters):
         await super().withdraw(pairs)
 
 
-@dataclass
 class World:
     """Maps and filters, checked after every single change of either."""
 
-    map: dict[str, str] = field(default_factory=dict)
-    owners: dict[str, tuple[str, MacAddress | None]] = field(default_factory=dict)
-    looks: int = 0
-    working: asyncio.Task[None] = field(init=False)
+    working: asyncio.Task[None]
 
-    def __post_init__(self) -> None:
+    def __init__(self) -> None:
+        self.map: dict[str, str] = {}
+        self.owners: dict[str, tuple[str, MacAddress | None]] = {}
         self.inventory = Inventory(["s"])
         self.kernel = FakeMacFilters(watch=self.look)
-        self.filters = Noting(
-            self.kernel,
-            self.inventory,
-            Naming(),
-            MemoryJournal(),
-            Clock(),
-        )
-        applier = SimpleNamespace(apply=self.apply, state=MapState(base=self.map))
-        nothing = SimpleNamespace(
-            directory="/nonexistent",
-            apply=lambda _instance, _record: None,
-            remove=lambda _instance: None,
-            instances=tuple,
-            find=lambda _instances: {},
-            note=lambda _instance, _row: None,
-            close=lambda: None,
-        )
+        self.filters = Noting(self.kernel, self.inventory, Naming(), MemoryJournal(), Clock())
+        # The parts that are used: of what is on disk, nothing.
+        applier: Any = SimpleNamespace(apply=self.apply, state=MapState(base=self.map))
+        nothing: Any = MagicMock(directory="/nonexistent")
+        nothing.find.return_value = {}
         self.records = RecordLoop(
             self.inventory,
-            applier,  # type: ignore[arg-type]  # the part that is used
-            RecordCompiler(
-                self.inventory,
-                cast("DiskFiles", nothing),
-                cast("CompiledIndex", nothing),
-            ),
+            applier,
+            RecordCompiler(self.inventory, nothing, nothing),
             Clock(),
             lambda _networks: None,
             lambda _keys: None,
             self.filters,
             no_hop_limits(),
-            RuleSets(cast("RecordApplier", self), Clock()),
+            RuleSets(applier, Clock()),
         )
 
     async def apply(self, wanted: Mapping[str, str | None]) -> int:
@@ -129,7 +109,6 @@ class World:
         return len(wanted)
 
     def look(self) -> None:
-        self.looks += 1
         for network, table in self.kernel.tables.items():
             for address, mac in table.items():
                 key = record_key((network, address))
@@ -140,7 +119,7 @@ class World:
                 assert value.startswith(f"{owner}|")
                 assert mac == expected or expected in (ANY_MAC, None), (key, mac, owner, expected)
 
-    def say(self, ports: Mapping[str, Port], *, checked: bool) -> None:
+    async def say(self, ports: Mapping[str, Port], *, checked: bool) -> None:
         network = Network(_NET, NamespaceListener("ns"), mac_check=checked)
         instances = {
             InstanceId(name): Instance(InstanceId(name), name, name, ports=(port,))
@@ -150,6 +129,9 @@ class World:
             Observation("s", full=True, networks={_NET: network}, instances=instances)
         )
 
+    async def learn(self, address: IpAddress, name: str, mac: MacAddress) -> None:
+        self.records.learn((_NET, address), Learned(InstanceId(name), 0.0, mac=mac))
+
     async def listen(self) -> None:
         plan = await self.filters.open(
             self.inventory.networks, [_ENDPOINT], ObservedHost(), running=True
@@ -157,73 +139,58 @@ class World:
         await asyncio.sleep(0)
         await self.filters.settle(plan, sweep=True)
 
+    async def lose(self) -> None:
+        self.kernel.lose(_NET)
+        self.filters.lost("")
 
-def _say(ports: dict[str, Port], *, checked: bool) -> Callable[[World], Awaitable[None]]:
-    async def step(world: World) -> None:
-        world.say(ports, checked=checked)
+    async def settle(self) -> None:
+        settled = asyncio.ensure_future(self.records.tickets.wait(self.records.tickets.given))
+        await asyncio.wait((settled, self.working), return_when=asyncio.FIRST_COMPLETED)
+        settled.cancel()
+        if self.working.done():
+            self.working.result()
 
-    return step
-
-
-def _learn(address: IpAddress, name: str, mac: MacAddress) -> Callable[[World], Awaitable[None]]:
-    async def step(world: World) -> None:
-        world.records.learn((_NET, address), Learned(InstanceId(name), 0.0, mac=mac))
-
-    return step
-
-
-async def _listen(world: World) -> None:
-    await world.listen()
+    async def expire(self) -> None:
+        self.filters._lingering = dict.fromkeys(self.filters._lingering, 0.0)
+        await self.filters.expire()
 
 
-async def _lose(world: World) -> None:
-    world.kernel.lose(_NET)
-    world.filters.lost("")
-
-
-async def _settle(world: World) -> None:
-    settled = asyncio.ensure_future(world.records.tickets.wait(world.records.tickets.given))
-    await asyncio.wait((settled, world.working), return_when=asyncio.FIRST_COMPLETED)
-    settled.cancel()
-    if world.working.done():
-        world.working.result()
-
-
-async def _expire(world: World) -> None:
-    world.filters._lingering = dict.fromkeys(world.filters._lingering, 0.0)
-    await world.filters.expire()
-
-
-_steps = st.one_of(
-    st.builds(_say, _records, checked=st.sampled_from([True, True, True, False])),
+_Step: TypeAlias = Callable[[World], Coroutine[object, object, None]]
+_steps: st.SearchStrategy[_Step] = st.one_of(
     st.builds(
-        _learn, st.sampled_from(_ADDRESSES), st.sampled_from(["a", "b"]), st.sampled_from(_MACS)
+        lambda ports, checked: lambda world: world.say(ports, checked=checked),
+        _records,
+        st.sampled_from([True, True, True, False]),
     ),
-    st.sampled_from([_listen, _lose, _settle, _expire]),
+    st.builds(
+        lambda *learned: lambda world: world.learn(*learned),
+        st.sampled_from(_ADDRESSES),
+        st.sampled_from(["a", "b"]),
+        st.sampled_from(_MACS),
+    ),
+    st.sampled_from([World.listen, World.lose, World.settle, World.expire]),
 )
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(_steps, st.booleans()), min_size=3, max_size=25))
-def test_no_entry_is_reached_by_another_s_mac(
-    steps: list[tuple[Callable[[World], Awaitable[None]], bool]],
-) -> None:
+def test_no_entry_is_reached_by_another_s_mac(steps: list[tuple[_Step, bool]]) -> None:
     async def run() -> World:
         world = World()
         working = world.working = asyncio.create_task(world.records.run())
-        beside: list[asyncio.Task[None]] = []
+        beside = []
         try:
             for step, wait in steps:
-                task = asyncio.ensure_future(step(world))
+                task = asyncio.create_task(step(world))
                 if wait:
                     await task
                 else:
-                    beside.append(asyncio.ensure_future(task))
+                    beside.append(task)
             await asyncio.gather(*beside)
-            await _listen(world)
-            await _settle(world)
+            await world.listen()
+            await world.settle()
             # One that was taken away meanwhile is back, and all agree.
-            await _listen(world)
+            await world.listen()
         finally:
             working.cancel()
             with contextlib.suppress(asyncio.CancelledError):

@@ -103,7 +103,6 @@ class FakeNeutron(NeutronClient):
         open: Cleared, answers wait until it is set; what they say is decided then.
         unlisted: Ports that pages leave out.
         ignored: Filters that it does not know, by the name of `PortQuery`'s field.
-        at_once: So many queries there are now.
     """
 
     ports_by_id: dict[str, NeutronPort] = field(default_factory=dict)
@@ -112,7 +111,6 @@ class FakeNeutron(NeutronClient):
     open: asyncio.Event = field(default_factory=asyncio.Event)
     unlisted: frozenset[str] = frozenset()
     ignored: frozenset[str] = frozenset()
-    at_once: int = 0
     closed: bool = False
 
     def __post_init__(self) -> None:
@@ -127,12 +125,8 @@ class FakeNeutron(NeutronClient):
 
     async def ports(self, query: PortQuery) -> tuple[NeutronPort, ...]:
         self.queries.append(query)
-        self.at_once += 1
-        try:
-            await asyncio.sleep(0)
-            await self.open.wait()
-        finally:
-            self.at_once -= 1
+        await asyncio.sleep(0)
+        await self.open.wait()
         if self.failure is not None:
             raise self.failure
         return self._answer(query)

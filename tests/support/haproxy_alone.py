@@ -77,11 +77,14 @@ def paths_below(directory: Path) -> Paths:
 
 
 @contextmanager
-def run_haproxy(spec: DataplaneSpec, directory: Path, more: str = "") -> Iterator[None]:
+def run_haproxy(
+    spec: DataplaneSpec, directory: Path, more: str = "", arguments: Sequence[str] = ()
+) -> Iterator[None]:
     """Run it for the time of the context; `more` is put behind its configuration."""
     config = directory / "h.cfg"
     config.write_text(render_config(spec) + more)
-    process = subprocess.Popen(["haproxy", "-f", str(config)], stderr=subprocess.DEVNULL)  # noqa: S607 - Debian's
+    command = ["haproxy", *arguments, "-f", str(config)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         yield
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -31,15 +30,6 @@ def libvirt_source(libvirtd: Libvirtd, reread_s: float = 0.2) -> LibvirtSource:
     """A source that looks often."""
     settings = LibvirtSourceSettings.model_construct(reread_s=reread_s)
     return LibvirtSource(LibvirtClient(libvirtd.uri), settings, backoff=Backoff(0.05, 0.2))
-
-
-def metadata_xml(instance: Instance) -> str:
-    """A record as our element; what is as without an element is left out."""
-    inside = f"<imds:hostname>{escape(instance.hostname)}</imds:hostname>"
-    if instance.user_data is not None:
-        encoded = base64.encodebytes(bytes(instance.user_data)).decode()
-        inside += f"<imds:user-data encoding='base64'>{encoded}</imds:user-data>"
-    return _element(inside, instance.id)
 
 
 def _element(inside: str, identity: str | None = None) -> str:
@@ -139,7 +129,9 @@ class LibvirtBacking(WholeRecords):
                 (port.network, f"<host mac='{port.mac}' ip='{address}'/>")
                 for address in port.addresses
             ]
-            self._define(each.id, metadata_xml(each), (f"network={port.network}", port.mac))
+            hostname = f"<imds:hostname>{escape(each.hostname)}</imds:hostname>"
+            place = f"network={port.network}", port.mac
+            self._define(each.id, _element(hostname, each.id), place)
         self._define_networks()
         return ()
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TypeAlias, cast
+from unittest.mock import MagicMock, call
 
 import pytest
 
@@ -147,37 +148,24 @@ async def test_idle_connections_and_endless_requests_do_not_hold_up_the_end(tmp_
         await cancelled.wait()
 
 
-class Sink(asyncio.Transport):
-    def __init__(self) -> None:
-        super().__init__()
-        self.sent: list[bytes] = []
-        self.closed = False
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        assert not self.closed
-        self.sent.append(bytes(data))
-
-    def close(self) -> None:
-        self.closed = True
-
-
 def test_an_answers_parts_are_sent_in_one_piece() -> None:
-    sink = Sink()
+    sink = MagicMock(spec=asyncio.Transport)
     whole = _WholeAnswers(sink)
     whole.write(b"HTTP/1.1 200 OK\r\n\r\n")
     whole.write(b"body")
-    assert sink.sent == []
+    assert sink.mock_calls == []
     whole.flush()
     whole.flush()
-    assert sink.sent.pop() == b"HTTP/1.1 200 OK\r\n\r\nbody"
+    assert sink.mock_calls == [call.write(b"HTTP/1.1 200 OK\r\n\r\nbody")]
     # Long parts and interim answers do not wait.
     whole.write(b"head")
     whole.write(b"x" * 70_000)
     whole.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-    assert sink.sent == [b"head" + b"x" * 70_000, b"HTTP/1.1 100 Continue\r\n\r\n"]
+    interim = call.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    assert sink.mock_calls[1:] == [call.write(b"head" + b"x" * 70_000), interim]
     whole.write(b"end")
     whole.close()
-    assert (sink.sent[-1], sink.closed) == (b"end", True)
+    assert sink.mock_calls[3:] == [call.write(b"end"), call.close()]
 
 
 async def test_a_client_that_waits_for_100_continue_gets_it(tmp_path: Path) -> None:

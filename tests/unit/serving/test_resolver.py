@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncIterator, Callable, MutableMapping
 from dataclasses import replace
 from ipaddress import IPv4Address
@@ -34,6 +33,7 @@ from imdsproxy.serving.resolver_app import (
     found_forwarder,
     resolver_app,
 )
+from support.tasks import until
 
 _WEB = EmbeddedRecord(InstanceId("web"), "0123456789abcdef")
 
@@ -48,14 +48,12 @@ _KEY = _key()
 class World:
     """A resolver, and what its look-up finds, which may change while requests wait."""
 
-    def __init__(self, hold_s: float = 5, per_network: int = 32, in_all: int = 64) -> None:
+    def __init__(self, hold_s: float = 5) -> None:
         self.found: dict[AddressKey, Outcome] = {}
         self.otherwise: Outcome = Denial.UNKNOWN
         self.asked: list[tuple[AddressKey, Scope | None, int | None]] = []
         self.clock = 1000.0
-        self.limits = ResolverSettings(
-            hold_s=hold_s, max_held_per_network=per_network, max_held=in_all
-        )
+        self.limits = ResolverSettings(hold_s=hold_s)
         self.resolver = Resolver(self._look, lambda: self.limits, lambda: self.clock)
         self.resolve = self.resolver.resolve
 
@@ -67,9 +65,7 @@ class World:
         """A request that waits."""
         count = self.resolver.held
         request = asyncio.create_task(self.resolve(key))
-        async with asyncio.timeout(30):
-            while self.resolver.held == count:
-                await asyncio.sleep(0)
+        await until(lambda: self.resolver.held > count)
         return request
 
     async def leave(self, *requests: asyncio.Task[Outcome]) -> None:
@@ -123,7 +119,8 @@ async def test_a_request_waits_for_what_is_found_and_gets_it(outcome: Outcome) -
 
 
 async def test_one_network_s_share_is_bounded_and_leaves_the_others_theirs() -> None:
-    world = World(per_network=3)
+    world = World()
+    world.limits = ResolverSettings(max_held_per_network=3)
     waiting = [await world.hold(_key(last=number)) for number in range(1, 4)]
     assert await world.resolve(_key(last=100)) == Denial.OVER_LIMIT
     assert world.resolver.outcomes == {Denial.OVER_LIMIT: 1}
@@ -195,29 +192,21 @@ _SCOPE_HEADERS = [(b"x-imdsproxy-network", b"red"), (b"x-imdsproxy-address", b"1
 _UNVERIFIED = (b"x-imdsproxy-unverified", b"4711")
 
 
-class Rig:
+class Rig(World):
     """A guest that asks the application, and what becomes of its request.
 
     Attributes:
-        outcome: What the look-up finds; `None` where it takes long.
         gone: When the guest goes away.
         forwarded: Requests that were handed to HAProxy.
     """
 
-    def __init__(self, outcome: Outcome | None = _WEB) -> None:
-        self.outcome = outcome
-        self.asked, self.gone = asyncio.Event(), asyncio.Event()
+    def __init__(self, outcome: Outcome = _WEB, hold_s: float = 0) -> None:
+        super().__init__(hold_s)
+        self.otherwise = outcome
+        self.gone = asyncio.Event()
         self.forwarded: list[GuestRequest] = []
         self._sent = False
-        settings = ResolverSettings(hold_s=0)
-        resolver = Resolver(self._look, lambda: settings, time.monotonic)
-        self._app = resolver_app(resolver, self._forward)
-
-    async def _look(self, _key: AddressKey, _scope: Scope | None, _port: int | None, /) -> Outcome:
-        self.asked.set()
-        if self.outcome is None:
-            await asyncio.Event().wait()
-        return self.outcome or _WEB
+        self._app = resolver_app(self.resolver, self._forward)
 
     async def _forward(self, _: MapRecord, request: GuestRequest, send: Send) -> None:
         self.forwarded.append(request)
@@ -244,9 +233,10 @@ class Rig:
 
 async def test_what_a_guest_asked_that_went_away_meanwhile_is_not_sent_on() -> None:
     """HAProxy has told it to come again: a password would arrive twice."""
-    rig = Rig(None)
+    rig = Rig(Denial.UNKNOWN, hold_s=5)
     asking = asyncio.create_task(rig.ask())
-    await rig.asked.wait()
+    await until(lambda: rig.resolver.held)
+    rig.otherwise = _WEB
     rig.gone.set()
     assert not (await asking).status
     assert not rig.forwarded

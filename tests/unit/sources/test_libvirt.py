@@ -291,22 +291,17 @@ def test_xml_that_cannot_be_parsed_is_reported_and_affects_nothing_else() -> Non
     assert len(found.records.instances) == 1
 
 
-NEVER = LibvirtSourceSettings(reread_s=3600)
-NETWORK = "<network><name>n1</name><uuid>u</uuid><bridge name='br1'/></network>"
-
-
-def _source(client: LibvirtClient, settings: LibvirtSourceSettings = NEVER) -> LibvirtSource:
-    return LibvirtSource(client, settings, backoff=Backoff(0.001, 0.002))
-
-
-def a_domain(mac: str = "52:54:00:00:00:05", name: str = "a") -> str:
-    return domain_xml(name, [("network=n1", mac)])
+def _source(client: LibvirtClient) -> LibvirtSource:
+    return LibvirtSource(
+        client, LibvirtSourceSettings(reread_s=3600), backoff=Backoff(0.001, 0.002)
+    )
 
 
 async def test_after_a_connection_is_made_anew_only_what_changed_meanwhile_is_reported() -> None:
     libvirt = FakeLibvirt()
-    libvirt.network_xml["n1"] = NETWORK
-    libvirt.xml = {uuid_of("a"): a_domain(), uuid_of("b"): a_domain("52:54:00:00:00:06", "b")}
+    libvirt.network_xml["default"] = NAT
+    other = web("", ("network=default", "52:54:00:00:00:06"), name="b")
+    libvirt.xml = {uuid_of("a"): web(name="a"), uuid_of("b"): other}
     async with running(_source(libvirt)) as heard:
         libvirt.lose("gone")
         await heard.until(lambda each: not each.last.in_sync)
@@ -314,8 +309,8 @@ async def test_after_a_connection_is_made_anew_only_what_changed_meanwhile_is_re
         async with asyncio.timeout(30):
             while libvirt.connections < 5:
                 await asyncio.sleep(0.001)
-        libvirt.xml[uuid_of("c")] = a_domain("52:54:00:00:00:07", "c")
         del libvirt.xml[uuid_of("b")]
+        libvirt.xml[uuid_of("c")] = web("", ("network=default", "52:54:00:00:00:07"), name="c")
         libvirt.failure = None
         await heard.until(lambda each: each.last.in_sync)
         # A failure that goes on is reported once.

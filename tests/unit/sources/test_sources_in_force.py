@@ -87,7 +87,7 @@ class Files:
         ("x: a1 | x: a!", "a1", "a!"),
         ("x: a1 | x: a! | x: a2", "a2", ""),
         # At first it goes by file and position.
-        ("z: c1, y: a1 b1", "a1", "b<y c<y"),
+        ("z: c1, y: b2 a1 d1", "a1 b2", "c<y d<y"),
         # A newcomer to a taken address; one that changes and keeps its own; a change to a taken one.
         ("z: a1 | a: b12", "a1", "b<z"),
         ("z: a1 | a: b1, z: a1*", "a1*", "b<z"),
@@ -195,17 +195,3 @@ def test_whatever_happens_no_address_is_in_force_twice_and_changes_are_reported(
         if len(_addresses(wanted)) == len(set(_addresses(wanted))):
             # Nothing stands against those that are not in force: there are none.
             assert {one.id for one in good} <= after.keys()
-
-
-@given(st.lists(_instances, max_size=8))
-def test_a_fresh_start_goes_by_the_order_alone(instances: list[Instance]) -> None:
-    files = Files()
-    files.write({"x": instances})
-    wanted: dict[str, Instance] = {}
-    first: dict[str, Instance] = {}
-    for each in instances:
-        first.setdefault(each.id, each)
-    for each in first.values():
-        if not set(address_keys(each)) & set(_addresses(wanted.values())):
-            wanted[each.id] = each
-    assert files.records == wanted
