@@ -51,9 +51,6 @@ class Cli:
     def network(self, name: str = "blue") -> Network:
         return self.server.networks[NetworkId(name)]
 
-    def record(self, kind: str) -> Network | Instance:
-        return self.network() if kind == "network" else self.instance()
-
     def claim_twice(self) -> None:
         """Another source has an instance with the address of web-1."""
         self.server.claim_twice(instance("web-2", ports=[port("blue", "10.0.0.5")]))

@@ -126,7 +126,8 @@ def test_a_policy_is_changed_by_flags_rule_by_rule(filled: Cli, kind: str) -> No
         ("--no-path-rule / --no-path-rule /latest/user-data", NO_RULES),
     ):
         assert filled(kind, "set", NAMES[kind], *flags.split()).status == 0
-        assert filled.record(kind).policy == policy
+        record = filled.network() if kind == "network" else filled.instance()
+        assert record.policy == policy
 
 
 def test_set_changes_only_what_is_given(filled: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
