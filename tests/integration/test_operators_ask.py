@@ -224,11 +224,13 @@ def test_a_network_is_watched_over_a_reload_and_beside_the_audit_log(world: Worl
         until(lambda: watcher.saw(**unknown, answered_by="resolver"))
         log = AuditLog(world.daemon)
         order_audit(world, "all")
+        before, path = (f"/latest/meta-data/{one}-the-reload" for one in ("before", "after"))
+        world.red.ask(before)
         world.reload()
-        path = "/latest/meta-data/after-the-reload"
         assert own(world.guests["green"], world.guests["green"].ask("/latest/user-data")) is None
         world.red.ask(path)
         until(lambda: watcher.saw(path=path, network="red", instance="red-5"))
+        assert watcher.saw(path=before)
         assert not watcher.saw(network="green")
         log.wait(path=path, network="red", instance="red-5")
 

@@ -47,6 +47,15 @@ class Watching:
     _last: int = 0
     _lost: int = 0
 
+    def __post_init__(self) -> None:
+        self.haproxy.before_reload.append(self._look_before_reload)
+
+    async def _look_before_reload(self) -> None:
+        # A read that is under way looks by itself, and may be what this reload is for.
+        if self.wanted and not self._lock.locked():
+            async with self._lock:
+                await _in_time(self._look())
+
     async def run(self) -> None:
         """Switch off when there was no read for a while; until cancelled."""
         while True:
@@ -135,13 +144,7 @@ class TokenCounting:
 
     def __post_init__(self) -> None:
         self.ledger = TokenLedger(self.clock.now().timestamp())
-        self.haproxy.before_reload.append(self._look_before_reload)
-
-    async def _look_before_reload(self) -> None:
-        """As `refresh`; a worker that hangs must not keep it from being replaced."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_BEFORE_RELOAD_S):
-                await self.refresh()
+        self.haproxy.before_reload.append(lambda: _in_time(self.refresh()))
 
     async def refresh(self) -> None:
         """Read all workers' tables once; what cannot be read is read the next time."""
@@ -165,3 +168,10 @@ class TokenCounting:
         await self.refresh()
         report = self.ledger.report(open_trees(inventory, policies()))
         return replace(report, one_in=self.one_in())
+
+
+async def _in_time(look: Awaitable[None]) -> None:
+    """Look at workers before a reload: one that hangs must not keep it from being replaced."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_BEFORE_RELOAD_S):
+            await look

@@ -48,6 +48,7 @@ class World:
     def __init__(self) -> None:
         self.master = FakeMaster()
         self.applied: list[bool] = []
+        self.before_reload: list[object] = []
         haproxy = cast("Haproxy", self)  # all that is asked of it is its master
         self.watching = Watching(haproxy, self.apply, self.owner_of)
 
