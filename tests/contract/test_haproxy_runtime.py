@@ -1,7 +1,5 @@
 """What the master socket answers: the real HAProxy, and the fake that unit tests use instead."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass

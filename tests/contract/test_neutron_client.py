@@ -1,7 +1,5 @@
 """What a client of Neutron promises the source: Neutron's own by REST, and the one in memory that tests use."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace

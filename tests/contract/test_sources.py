@@ -9,8 +9,6 @@ Neutron itself keeps the addresses of two ports apart), and what the suite asks 
 in `KEEPERS`.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import sqlite3

@@ -1,7 +1,5 @@
 """ARCHITECTURE.md shows the two ways through the code with functions that are there."""
 
-from __future__ import annotations
-
 import ast
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What the documents say is there: links, paths, commands, settings, metrics, codes."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import subprocess

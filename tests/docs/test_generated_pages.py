@@ -1,7 +1,5 @@
 """Pages, manual pages and completions are what the code makes of them now, and the pages can be shown."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

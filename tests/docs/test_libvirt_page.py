@@ -1,7 +1,5 @@
 """What docs/libvirt.md has operators write, against a genuine libvirtd."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

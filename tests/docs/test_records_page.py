@@ -1,7 +1,5 @@
 """docs/records.md names every field of a record, and its examples are records that are taken."""
 
-from __future__ import annotations
-
 import re
 from typing import Final
 

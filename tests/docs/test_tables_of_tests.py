@@ -1,7 +1,5 @@
 """The tables of docs/openstack.md and SECURITY.md that name tests: complete, honest, and each test is there."""
 
-from __future__ import annotations
-
 import ast
 import re
 from functools import cache

@@ -1,7 +1,5 @@
 """Settings and commands of docs/tokens.md are good ones."""
 
-from __future__ import annotations
-
 import subprocess
 import textwrap
 from pathlib import Path

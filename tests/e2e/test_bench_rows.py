@@ -1,7 +1,5 @@
 """Each row of script/bench can be measured; how good its figure is, is not looked at."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """The demonstration shows what it says, and leaves nothing behind, however it ends."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

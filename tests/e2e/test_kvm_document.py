@@ -1,7 +1,5 @@
 """The document for virtual machines, followed to the letter on a clean machine: from the package to a booted guest."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from typing import Final

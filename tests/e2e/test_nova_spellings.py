@@ -4,8 +4,6 @@ One instance asks in six networks, each with another policy. Which document a sp
 may be read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final

@@ -1,7 +1,5 @@
 """The document for operators of OpenStack: what it has a newcomer do here is done, as it stands there."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import tempfile

@@ -4,8 +4,6 @@ A guest that is known notices nothing of Neutron's absence, and of Nova's only t
 a guest answered 404 because a server could not be asked, and never, after a change, with anything of another's.
 """
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator

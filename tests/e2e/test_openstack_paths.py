@@ -6,8 +6,6 @@ link-local addresses, and ports that must get nothing. What a guest is told is c
 agent that signs rightly: status, headers, bytes. Only `random_seed` is left out, which is new in every answer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Final
 

@@ -1,7 +1,5 @@
 """The Debian package: what is in it, and its life in a machine, from its installation to its purge."""
 
-from __future__ import annotations
-
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -265,9 +263,7 @@ def test_script_package_gives_the_same_bytes_of_the_same_sources_wherever_and_wh
     shell = f"umask 077; exec {REPOSITORY}/script/package {tmp_path}/dist"
     elsewhere = {"TZ": "Asia/Tokyo", "LC_ALL": "C", "PYTHONPATH": "/nonexistent"}
     said = run(
-        *("sh", "-c", shell),
-        timeout_s=200,
-        environment={"SOURCE_DATE_EPOCH": EPOCH, **elsewhere},
+        *("sh", "-c", shell), timeout_s=200, environment={"SOURCE_DATE_EPOCH": EPOCH, **elsewhere}
     )
 
     built = sorted((tmp_path / "dist").iterdir())

@@ -1,7 +1,5 @@
 """The scripts say in one line what is missing, and do nothing more."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """cloud-init's real boot stages where EC2's tree requires tokens: a guest like Amazon's has them, others need none."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path

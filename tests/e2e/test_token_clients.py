@@ -4,8 +4,6 @@ They run as a guest: in its network namespace, with no way to anything but the m
 `iam/`, so credentials are shown as far as they go: the clients ask with their token, and find that there are none.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """The wheel works where there is no repository: with the pinned libraries, from any directory, on an old Python."""
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 import sys

@@ -4,8 +4,6 @@ In front of our documents, and of Nova. What stands behind HAProxy answers 200 t
 a rule's. Reads are those of `support.access_table`; `explain` decides the same (tests/unit/policy/test_policy.py).
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 import time

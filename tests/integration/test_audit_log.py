@@ -3,8 +3,6 @@
 What is in a line is in test_request_lines.py, how lines are written in tests/unit/app.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import stat

@@ -1,7 +1,5 @@
 """Full disks, read-only directories, damaged stores: guests read on, operators are told."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

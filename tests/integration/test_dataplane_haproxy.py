@@ -1,7 +1,5 @@
 """HAProxy's own life: unprivileged, supervised, reloaded, never run with what it refuses, and always up to date."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import pwd

@@ -1,7 +1,5 @@
 """Listeners that cannot be bound, foreign ones beside ours, and namespaces and devices that come, go and come again."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import time

@@ -1,7 +1,5 @@
 """Listeners of every kind, both families, how a guest is known, and the metadata addresses themselves."""
 
-from __future__ import annotations
-
 import json
 from functools import partial
 from typing import Final

@@ -1,7 +1,5 @@
 """Three processes, three lives: what guests notice when one of them ends, hangs or is replaced."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -166,11 +164,7 @@ def test_a_second_controller_is_refused_whatever_else_is_its_own(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("which", "number"),
-    [
-        ("a worker", signal.SIGSTOP),
-        ("the server", signal.SIGKILL),
-        ("the server", signal.SIGSTOP),
-    ],
+    [("a worker", signal.SIGSTOP), ("the server", signal.SIGKILL), ("the server", signal.SIGSTOP)],
 )
 def test_a_process_of_the_document_server_that_ends_or_hangs_is_replaced_and_no_request_lost(
     world: World, which: str, number: signal.Signals

@@ -3,8 +3,6 @@
 How many are held, and for how long, is in tests/unit/serving/test_resolver.py.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import time

@@ -4,8 +4,6 @@ By its real rules and no daemon, but for the last test. What is malformed is in 
 test_nova_endpoints.py.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Two sources behind one data plane: what they say together, and what neither may decide alone."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path

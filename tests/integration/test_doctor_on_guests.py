@@ -1,7 +1,5 @@
 """The doctor on genuine guests: of a daemon, of a Nova, and against cloud-init's genuine ds-identify."""
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 import itertools

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import os
 import pwd
 import shutil
@@ -112,9 +110,7 @@ def test_every_worker_answers_on_its_own_socket_each_request_by_itself(server: S
             assert connection.socket.recv(4096).startswith(b"HTTP/1.1 400 ")
 
 
-def test_16_mib_of_binary_user_data_are_exact_not_held_and_hold_up_no_other(
-    server: Server,
-) -> None:
+def test_16_mib_of_binary_user_data_are_exact_not_held_and_hold_up_no_other(server: Server) -> None:
     data = os.urandom(16 << 20)
     write_record(server.records, guest(user_data=data))
     assert ask(server.sockets[0], "/latest/user-data").body == data

@@ -1,7 +1,5 @@
 """HAProxy itself accepts every golden configuration, and its exporter says as much at many networks as at one."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import urllib.request

@@ -1,7 +1,5 @@
 """How far the answer goes that holds a session token: on the wire, and behind a hop that routes."""
 
-from __future__ import annotations
-
 import contextlib
 import socket
 import struct

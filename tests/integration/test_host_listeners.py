@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import asyncio
 import os
 import signal
@@ -138,8 +136,7 @@ async def test_an_interface_without_ipv6_serves_ipv4_and_says_what_to_do(
 
 
 @pytest.mark.parametrize(
-    ("address", "blocked"),
-    [("169.254.169.254", [4]), ("0.0.0.0", [4]), ("::", [4, 6])],
+    ("address", "blocked"), [("169.254.169.254", [4]), ("0.0.0.0", [4]), ("::", [4, 6])]
 )
 async def test_a_foreign_listener_leaves_the_family_out_and_is_named_until_it_ends(
     lab: HostLab, host: _Host, address: str, blocked: list[int]
@@ -171,11 +168,7 @@ async def test_a_foreign_listener_leaves_the_family_out_and_is_named_until_it_en
     ],
 )
 async def test_the_kernel_answers_by_the_socket_that_the_plan_says(
-    lab: HostLab,
-    host: _Host,
-    ours: tuple[str, str],
-    foreign: tuple[str, str],
-    answered_by: str,
+    lab: HostLab, host: _Host, ours: tuple[str, str], foreign: tuple[str, str], answered_by: str
 ) -> None:
     name = lab.namespace("blue")
     lab.address(name, "169.254.169.254/32", "lo")

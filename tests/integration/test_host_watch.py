@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import asyncio
 import errno
 import os
@@ -173,9 +171,7 @@ async def test_a_port_that_is_deleted_is_known_no_longer(lab: HostLab) -> None:
                 await watched.host._observe(watched.networks)
 
 
-async def test_what_changed_between_a_look_and_the_first_expectation_is_found(
-    lab: HostLab,
-) -> None:
+async def test_what_changed_between_a_look_and_the_first_expectation_is_found(lab: HostLab) -> None:
     device = lab.device("d")
     async with _watching(lab, {}) as watched:
         networks = {BLUE: Network(BLUE, InterfaceListener(device))}

@@ -4,8 +4,6 @@ In front of our own documents by HAProxy's real rules alone; with a daemon in fr
 takes nothing that is not signed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re

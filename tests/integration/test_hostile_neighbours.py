@@ -1,7 +1,5 @@
 """An address that goes from one instance to another: nothing that the one has or had is worth anything to the other."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack

@@ -1,7 +1,5 @@
 """Guests known by their MACs, and guests that take another's address, through real namespaces and a real HAProxy."""
 
-from __future__ import annotations
-
 import socket
 import subprocess
 import time

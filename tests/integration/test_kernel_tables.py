@@ -1,7 +1,5 @@
 """Our tables in a real kernel: who gets through, whom answers reach, and how far."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import socket

@@ -1,7 +1,5 @@
 """What a genuine libvirtd tells, and does not tell, of its domains and networks."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import importlib
@@ -11,19 +9,9 @@ from typing import Any
 
 import pytest
 
-from imdsproxy.core.model import (
-    BridgeListener,
-    InstanceId,
-    MacAddress,
-    Network,
-    NetworkId,
-)
+from imdsproxy.core.model import BridgeListener, InstanceId, MacAddress, Network, NetworkId
 from imdsproxy.errors import NotFound, SourceUnavailable
-from imdsproxy.sources.libvirt.source import (
-    LibvirtClient,
-    LibvirtEvents,
-    read_domain,
-)
+from imdsproxy.sources.libvirt.source import LibvirtClient, LibvirtEvents, read_domain
 from imdsproxy.sources.libvirt.xml import METADATA_URI
 from support.libvirt_backing import define_domain, domain_xml, libvirt_source, uuid_of
 from support.libvirt_daemon import Libvirtd

@@ -3,8 +3,6 @@
 First by HAProxy's real rules and no daemon: limits of settings and of policies.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import select

@@ -1,7 +1,5 @@
 """A network's own proxy: its life as agents start and end it, every way not to start, and what it makes of requests."""
 
-from __future__ import annotations
-
 import contextlib
 import grp
 import gzip
@@ -59,7 +57,7 @@ def test_a_proxy_is_what_the_settings_and_the_environment_say(place: Place) -> N
     file = place.state / "imdsproxy.yaml"
     file.write_text(
         f"namespace_proxy:\n  state_path: {place.state}\n  metadata_port: 81\n"
-        "  metadata_proxy_user: nobody\n  metadata_proxy_group: nogroup\n",
+        "  metadata_proxy_user: nobody\n  metadata_proxy_group: nogroup\n"
     )
     named = ("--config", str(file))
     words = (f"--network-id={NETWORK}", f"--pid-file={place.pid_file}")

@@ -1,7 +1,5 @@
 """How a daemon reaches Nova: over TLS, by IPv6 or a name, with a secret that is being replaced; and no forgery does."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import ssl
@@ -15,15 +13,7 @@ import pytest
 
 from imdsproxy.nova.settings import NovaSettings
 from support.certificates import Authority, make_authority, server_context
-from support.forgeries import (
-    FORGERIES,
-    IDENTITY_HEADERS,
-    TARGETS,
-    TOKEN,
-    Forgery,
-    Seen,
-    request,
-)
+from support.forgeries import FORGERIES, IDENTITY_HEADERS, TARGETS, TOKEN, Forgery, Seen, request
 from support.guest import IPV6, Connection, Lost
 from support.lab import until
 from support.nova_world import PROJECTS, SECRET, NovaWorld, open_nova_world
@@ -226,10 +216,7 @@ def test_requests_of_two_cells_do_not_cross(world: NovaWorld, by: str) -> None:
             for _ in range(20):
                 assert red.request("/openstack").status == 200
                 assert green.request("/openstack").status == 200
-        for nova, network, secret in (
-            (first, "red", SECRET),
-            (second, "green", _NEXT_SECRET),
-        ):
+        for nova, network, secret in ((first, "red", SECRET), (second, "green", _NEXT_SECRET)):
             assert len(nova.requests) == 20
             for received in nova.requests:
                 assert world.identity(network, secret).items() <= dict(received.headers).items()
@@ -266,10 +253,7 @@ def test_unless_settings_say_otherwise_a_nova_that_hangs_is_down_and_its_guests_
     world.daemon.reconfigure(world.settings(endpoints, times={"health_check": default}))
     until(lambda: len(nova.requests) >= 2, what="two checks")
     assert {(one.method, one.target) for one in nova.requests} == {("GET", b"/")}
-    assert not {name for one in nova.requests for name, _ in one.headers} - {
-        b"host",
-        b"connection",
-    }
+    assert not {name for one in nova.requests for name, _ in one.headers} - {b"host", b"connection"}
     nova.always(HANGS)
     until(lambda: not is_up(), what="its hanging to be known")
     start = time.monotonic()

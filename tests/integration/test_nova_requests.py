@@ -3,8 +3,6 @@
 A HAProxy alone, in front of two Novas.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gzip
 import hashlib

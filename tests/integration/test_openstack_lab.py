@@ -1,7 +1,5 @@
 """The lab is what it is taken for: genuine Nova and Neutron, with everybody of the table in them."""
 
-from __future__ import annotations
-
 import pytest
 
 from support.openstack.lab import OpenStack

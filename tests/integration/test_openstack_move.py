@@ -4,8 +4,6 @@ The agent is a stand-in that treats its socket as Neutron's does: it removes wha
 genuine one is in tests/e2e/test_openstack_document.py.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from pathlib import Path

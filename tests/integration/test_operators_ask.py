@@ -1,7 +1,5 @@
 """What operators ask of a daemon and do to it: probes, passwords, warnings, readiness, and `imdsproxy watch`."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -3,8 +3,6 @@
 Guests are namespaces, with real DHCP clients, whose only settings are those that a real DHCP server gave them.
 """
 
-from __future__ import annotations
-
 import json
 import socket
 import subprocess
@@ -253,8 +251,7 @@ def test_two_hosts_on_one_lan_each_answer_their_own_guests(host: VmHost, daemon:
     _told(daemon, "network", "add", "lan", "--bridge", "br0")
     with closing(Lab()) as other, closing(Daemon(other)) as others:
         batch(
-            other.host,
-            ["link add br0 type bridge stp_state 0 forward_delay 0", "link set br0 up"],
+            other.host, ["link add br0 type bridge stp_state 0 forward_delay 0", "link set br0 up"]
         )
         ip(
             *("-n", host.lab.host, "link", "add", "trunk", "up", "master", "br0", "type", "veth"),

@@ -4,8 +4,6 @@ Which request is answered how is in `support.access_table` and test_access_rules
 counted in test_request_lines.py.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

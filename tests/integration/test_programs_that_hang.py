@@ -1,7 +1,5 @@
 """Every program that is started and waited for has a deadline, and leaves no process behind."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import signal

@@ -3,8 +3,6 @@
 Lines are JSON, and no secret is in them; counted are reads without a token.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re

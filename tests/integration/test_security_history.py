@@ -1,7 +1,5 @@
 """What went wrong with Neutron's proxies, and is tested nowhere else: what a guest finds beside its documents."""
 
-from __future__ import annotations
-
 import pwd
 import re
 import stat

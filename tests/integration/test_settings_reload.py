@@ -1,7 +1,5 @@
 """Settings that are read anew; those of files that were emptied, cut short or removed are not."""
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,9 +95,7 @@ def test_settings_that_were_cut_short_emptied_or_removed_are_refused_and_those_b
     _is_refused(world)
 
 
-def test_policies_are_dropped_where_the_operator_allows_it_and_the_alarm_ends(
-    world: World,
-) -> None:
+def test_policies_are_dropped_where_the_operator_allows_it_and_the_alarm_ends(world: World) -> None:
     settings = yaml.safe_load(world.daemon.config.read_text())
     del settings["policy"]
     world.daemon.config.write_text(yaml.safe_dump(settings))

@@ -3,8 +3,6 @@
 What it prints for dnsmasq is tried in test_packet_paths.py.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import subprocess

@@ -1,7 +1,5 @@
 """The three units under a real systemd: what starts what, what survives what, and what is right only there."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import time

@@ -3,8 +3,6 @@
 HAProxy's rules alone decide: no daemon is there, as for every guest that is known.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from ipaddress import ip_address
 from typing import Final

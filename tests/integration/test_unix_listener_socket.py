@@ -1,7 +1,5 @@
 """The socket of the listener `unix`: whose it is, who else was there, what it survives; and Neutron's proxies."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

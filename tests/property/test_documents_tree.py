@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from ipaddress import ip_address
@@ -76,7 +74,7 @@ def roots(instance: Instance) -> list[str]:
 
 
 _ONE_LINE = {
-    *("instance-id", "ami-id", "mac", "local-ipv4", "reservation-id", "openssh-key", "local-ipv4s"),
+    *("instance-id", "ami-id", "mac", "local-ipv4", "reservation-id", "openssh-key", "local-ipv4s")
 }
 
 

@@ -1,7 +1,5 @@
 """Whatever a file or a socket holds, who reads it gives back a value or raises what it says, and nothing else."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import tempfile

@@ -1,7 +1,5 @@
 """What is in force is a function of what the sources say now, never of how they came to say it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from ipaddress import ip_address
 from typing import TypeVar
@@ -36,10 +34,7 @@ _networks = st.builds(
     mtu=st.sampled_from([None, 1400]),
 )
 _ports = st.builds(
-    Port,
-    _network_ids,
-    st.none() | _macs,
-    st.lists(_addresses, max_size=2, unique=True).map(tuple),
+    Port, _network_ids, st.none() | _macs, st.lists(_addresses, max_size=2, unique=True).map(tuple)
 )
 _instances = st.builds(
     Instance,
@@ -139,10 +134,7 @@ class Sources(RuleBasedStateMachine):
         self.instances[source] = {instance.id: instance for instance in instances}
         self.observe(
             Observation(
-                source,
-                full=True,
-                networks=self.networks[source],
-                instances=self.instances[source],
+                source, full=True, networks=self.networks[source], instances=self.instances[source]
             )
         )
 

@@ -1,7 +1,5 @@
 """Records as JSON and as the controller keeps them in memory: they come out as they were put in."""
 
-from __future__ import annotations
-
 import json
 import socket
 from ipaddress import IPv4Address, IPv6Address

@@ -1,7 +1,5 @@
 """Whatever changes, and in whatever order: no MAC is let through to another instance's entry of HAProxy's map."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine, Mapping

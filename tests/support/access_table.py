@@ -1,7 +1,5 @@
 """What a guest may read, as a table of policy x request -> answer, for the pure decision and for a bare HAProxy."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product

@@ -1,7 +1,5 @@
 """The listener `unix` as Neutron's proxies see it: requests on the socket, byte for byte."""
 
-from __future__ import annotations
-
 import contextlib
 import socket
 import subprocess

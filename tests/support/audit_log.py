@@ -1,7 +1,5 @@
 """The audit log of a daemon under test, as the file that its settings name."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

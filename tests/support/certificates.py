@@ -1,7 +1,5 @@
 """Certificates of an authority of a test's own, made by openssl(1)."""
 
-from __future__ import annotations
-
 import ssl
 import subprocess
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What `check` is given, without a host."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 
 from imdsproxy.cli.checks import Finding, Subject

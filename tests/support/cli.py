@@ -1,7 +1,5 @@
 """The command line against an admin API on a real unix socket, in this process."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """The command line in processes of their own, forked from one that has loaded it, which takes 0.7 s of a processor."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import multiprocessing

@@ -1,7 +1,5 @@
 """script/demo run as a subprocess, and what the machine looks like before and after it."""
 
-from __future__ import annotations
-
 import json
 import signal
 import socket

@@ -4,8 +4,6 @@ A block is four blanks deep; a fence of `text` right behind it holds lines of wh
 `…` for what is different each time.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

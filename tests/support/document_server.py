@@ -1,7 +1,5 @@
 """Runs a document server in a process of its own, and talks to it."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

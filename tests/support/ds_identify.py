@@ -1,7 +1,5 @@
 """cloud-init's genuine `ds-identify`, run on a machine that exists only as files."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Parts of a controller as far as its status and metrics read them; a test changes what it is about."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial

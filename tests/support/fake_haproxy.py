@@ -3,8 +3,6 @@
 The contract suite holds it to what the real one answers.
 """
 
-from __future__ import annotations
-
 import asyncio
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Kernels without a kernel, for MAC filters and hop limits."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Neutron's list of ports in memory, time that goes on when a test says so, and a source over both."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import tempfile

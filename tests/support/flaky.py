@@ -1,7 +1,5 @@
 """A pytest plugin: with `--last-failed`, name the tests that pass only the second time, and bear few of them."""
 
-from __future__ import annotations
-
 from typing import Final
 
 import pytest

@@ -6,8 +6,6 @@ answers by itself. Sources: RFC 9110, RFC 9112, RFC 3986; OSSA-2013-033, CVE-201
 ways in which Neutron's agents and Nova's `nova/api/metadata/handler.py` read these headers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final

@@ -4,8 +4,6 @@ A socket belongs to the namespace in which it was made, whoever uses it afterwar
 namespace, makes the socket and ends; a request costs no process.
 """
 
-from __future__ import annotations
-
 import contextlib
 import socket
 import threading

@@ -1,7 +1,5 @@
 """Instances and networks for tests of documents, and a way to ask for what they get."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -100,12 +98,7 @@ class Guest:
     def ask(self, path: str | bytes, method: str = "GET", body: bytes = b"") -> Answer:
         raw = path if isinstance(path, bytes) else path.encode()
         return respond(
-            method,
-            raw,
-            body,
-            self.tree,
-            random_seed=lambda: SEED,
-            password=lambda: self.password,
+            method, raw, body, self.tree, random_seed=lambda: SEED, password=lambda: self.password
         )
 
     def read(self, path: str | bytes) -> bytes:

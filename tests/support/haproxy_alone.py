@@ -1,7 +1,5 @@
 """A HAProxy with the real rules and nothing of ours beside it: a test stands in for what is behind it."""
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import hashlib

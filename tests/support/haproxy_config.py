@@ -1,7 +1,5 @@
 """A specification of HAProxy's configuration."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from imdsproxy.core.haproxy.model import Bind, DataplaneSpec

@@ -1,7 +1,5 @@
 """An operator who asks a controller for its health and metrics, where its host is."""
 
-from __future__ import annotations
-
 from support.guest import Guest, Reply
 from support.lab import Lab
 

@@ -4,8 +4,6 @@
 copied; and the number of a namespace that is gone is given to the next one that anybody makes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import fcntl

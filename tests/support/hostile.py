@@ -6,8 +6,6 @@ Transfer-Encoding); OSSA-2013-033, CVE-2013-6419, LP#1865036 (whose headers say 
 names the other guest of `support.nova_world`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Final
 

@@ -4,8 +4,6 @@ Everything is named with a token of its own, so that tests may run beside each o
 daemon.
 """
 
-from __future__ import annotations
-
 import contextlib
 import secrets
 import socket
@@ -16,10 +14,7 @@ from pathlib import Path
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hoststate import NamespaceRef
 from imdsproxy.core.model import NetworkId
-from imdsproxy.host.namespaces import (
-    NamespaceDirectory,
-    NamespaceThread,
-)
+from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from support.guest import inside
 from support.lab import Server, ip, run, serve, within
 

@@ -1,7 +1,5 @@
 """A guest that takes its neighbour's address: it says so by ARP and ND all the time, listens to the wire, and asks."""
 
-from __future__ import annotations
-
 import contextlib
 import socket
 import struct

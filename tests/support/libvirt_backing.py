@@ -1,7 +1,5 @@
 """What the source libvirt reads: domains and networks of a genuine libvirtd, or in memory."""
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """A genuine libvirtd with its drivers for QEMU and networks, in namespaces and directories of its own."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import os

@@ -1,7 +1,5 @@
 """A metadata server of any badness, on loopback."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import threading

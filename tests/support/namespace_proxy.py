@@ -1,7 +1,5 @@
 """A namespace in which per-network proxies are started as Neutron's agents start them, and a recorder behind them."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -3,8 +3,6 @@
 What the one in memory answers is what a genuine one does: `tests/contract/test_neutron_client.py` asks both.
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Iterable

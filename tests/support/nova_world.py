@@ -1,7 +1,5 @@
 """A lab whose instances' documents Nova has, and recorders in Nova's place."""
 
-from __future__ import annotations
-
 import contextlib
 import socket
 from collections.abc import Iterator, Mapping, Sequence

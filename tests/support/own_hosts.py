@@ -1,7 +1,5 @@
 """A program that looks names up in a hosts file of its own."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Final

@@ -1,7 +1,5 @@
 """Which copy of imdsproxy the programs are that tests start."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """imdsproxy installed from its Debian package in a machine of its own, as an operator installs it."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Iterator, Mapping

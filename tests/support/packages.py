@@ -1,7 +1,5 @@
 """imdsproxy's own packages: built once for each state of the sources, and Debian's that they or tests need."""
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import os

@@ -1,7 +1,5 @@
 """How much longer things may take on a machine that is busy."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

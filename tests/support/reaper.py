@@ -3,8 +3,6 @@
 It is a process that waits for the end of its input, which comes with the end of the tests however they end.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os

@@ -1,7 +1,5 @@
 """Networks and instances in one line each, for tests of records, the inventory and the sources."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import replace
 from ipaddress import ip_address

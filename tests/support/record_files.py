@@ -1,7 +1,5 @@
 """Compiled records on disk whose writes a test sees, and refuses."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path

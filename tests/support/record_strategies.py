@@ -1,7 +1,5 @@
 """Hypothesis strategies for valid networks and instances."""
 
-from __future__ import annotations
-
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 from hypothesis import strategies as st

@@ -4,8 +4,6 @@ It speaks HTTP/1.1 on a socket of a namespace, with a thread for each connection
 wire: no header is folded, decoded, joined or reordered.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hmac
 import io

@@ -1,7 +1,5 @@
 """Guests for snippets, and what `imdsproxy snippet` prints, read as its targets do."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from base64 import b64decode

@@ -6,8 +6,6 @@ there must be refused where the document is. Sources: RFC 3986 §2.1, §3.3, §5
 unescaped once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Final
 

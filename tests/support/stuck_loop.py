@@ -3,8 +3,6 @@
 Run as a program, with the arguments of `imdsproxy`.
 """
 
-from __future__ import annotations
-
 import signal
 import sys
 import threading

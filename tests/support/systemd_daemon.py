@@ -1,7 +1,5 @@
 """imdsproxy installed as its units in a machine of its own, two networks with equal addresses, a guest in each."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping

@@ -4,8 +4,6 @@ Its root is an overlay, its /run, /dev and network are its own, and its control 
 is installed, started or broken in it is gone with it. Ending its first process ends all of it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import secrets

@@ -1,7 +1,5 @@
 """Another umask, as a test begins with."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

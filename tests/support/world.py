@@ -1,7 +1,5 @@
 """A lab with a running daemon: four networks of three kinds, whose guests have the same addresses."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -3,8 +3,6 @@
 `up` leaves a process behind that holds the lab; each other command is sent to it, and it answers.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import fcntl

@@ -1,7 +1,5 @@
 """The HAProxies of Neutron's agents in front of the metadata agent's socket, as Neutron's own code configures them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 What is there is named after what it was made of.
 """
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import os

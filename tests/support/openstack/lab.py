@@ -1,7 +1,5 @@
 """Genuine Nova and Neutron on loopback, for tests; and Neutron's own metadata agent as an oracle."""
 
-from __future__ import annotations
-
 import contextlib
 import secrets
 import tempfile

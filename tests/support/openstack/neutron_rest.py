@@ -1,7 +1,5 @@
 """Neutron's REST API, as far as tests and the seed need it; and plain HTTP/1.1 for asking anyone anything."""
 
-from __future__ import annotations
-
 import http.client
 import json
 import socket

@@ -1,7 +1,5 @@
 """What Nova says when it is asked directly: everything that an instance's guest can read, found by Nova's listings."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -117,10 +115,7 @@ def crawl(
         for request in requests:
             connection = connection or connect()
             reply = connection.request(
-                request.target,
-                method=request.method,
-                headers=request.headers,
-                body=request.body,
+                request.target, method=request.method, headers=request.headers, body=request.body
             )
             got = said_to_guest(reply)
             # What Nova keeps for some seconds may be another thing since it was asked directly.

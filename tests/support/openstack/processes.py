@@ -1,7 +1,5 @@
 """A lab's directory, and the command lines of its servers."""
 
-from __future__ import annotations
-
 import http.client
 import shutil
 from dataclasses import dataclass
@@ -109,13 +107,7 @@ def _agent_listens(path: Path) -> bool:
 
 
 def _wsgi(
-    place: Place,
-    name: str,
-    module: tuple[str, str],
-    files: str,
-    *,
-    port: int,
-    ready: str,
+    place: Place, name: str, module: tuple[str, str], files: str, *, port: int, ready: str
 ) -> Server:
     argv = [
         *ends_with_us(),

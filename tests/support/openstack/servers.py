@@ -1,7 +1,5 @@
 """A server of the lab: one process, started and ended by its pid, always on the same port."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -4,8 +4,6 @@ Databases are named relative to the directory in which the servers run: what was
 another, also the cells' connections, which Nova keeps in its database.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 VENDOR_DATA = '{"lab": {"vendor": "static vendor data"}}'

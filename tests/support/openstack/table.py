@@ -4,8 +4,6 @@ Pure. Neutron chooses the ids of networks, routers and ports, so they are in a `
 beforehand, so that tests can be parametrized with `LOOKUP_NAMES`.
 """
 
-from __future__ import annotations
-
 import gzip
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Databases with everybody in them, made once by genuine Nova and Neutron and copied for every lab."""
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 import json
@@ -97,10 +95,7 @@ def _sow(rest: NeutronClient) -> Seed:
     web = rest.create("security_group", name="web", project_id=BLUE)["id"]
     ports = tuple(_sow_port(rest, plan, networks[plan.network], web) for plan in PORTS)
     rest.create(
-        "floatingip",
-        floating_network_id=networks["net-ext"],
-        port_id=ports[0].id,
-        project_id=BLUE,
+        "floatingip", floating_network_id=networks["net-ext"], port_id=ports[0].id, project_id=BLUE
     )
     return Seed(networks=networks, routers=routers, ports=ports)
 

@@ -8,8 +8,6 @@ The daemon runs in the machine's own namespace, where Nova and Neutron listen on
 is in namespaces of the lab.
 """
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 import sys

@@ -1,7 +1,5 @@
 """The image of virtual machines."""
 
-from __future__ import annotations
-
 import subprocess
 from pathlib import Path
 from typing import Final

@@ -1,7 +1,5 @@
 """Networks that virtual machines are on, as libvirt and others lay them out, with a DHCP server each."""
 
-from __future__ import annotations
-
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field

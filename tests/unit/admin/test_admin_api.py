@@ -1,7 +1,5 @@
 """The admin API over its socket: what is stored and shown, what is refused and how, and what OpenAPI says of it."""
 
-from __future__ import annotations
-
 import asyncio
 import http.client
 import json
@@ -252,11 +250,7 @@ def test_a_body_that_is_no_clean_json_object_is_refused(
 
 @pytest.mark.parametrize(
     ("error", "status"),
-    [
-        (SourceUnavailable("x"), 503),
-        (ConfigInvalid("x"), 422),
-        (ConfigRejected("x"), 500),
-    ],
+    [(SourceUnavailable("x"), 503), (ConfigInvalid("x"), 422), (ConfigRejected("x"), 500)],
 )
 def test_an_error_of_the_controller_keeps_its_code_hint_and_fields(
     server: AdminServer, error: ImdsproxyError, status: int

@@ -1,7 +1,5 @@
 """Changes through the admin API, refused with the fields or in force when they return; why a record is not."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import threading

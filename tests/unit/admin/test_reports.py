@@ -1,7 +1,5 @@
 """What health, metrics and `status` report of a controller."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import http.client
@@ -187,12 +185,7 @@ def _body(*reasons: str, ready: bool = False, degraded: Sequence[str] = ()) -> d
     ],
 )
 async def test_each_question_has_its_answer(
-    line: str,
-    readiness: Readiness | None,
-    status: int,
-    body: object,
-    *,
-    alive: bool,
+    line: str, readiness: Readiness | None, status: int, body: object, *, alive: bool
 ) -> None:
     method, path = line.split()
     with _server(readiness, alive=alive) as port:

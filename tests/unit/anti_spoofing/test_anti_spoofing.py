@@ -80,12 +80,7 @@ class Rig:
             self.inventory.observe(type(told)("file", in_sync=False))
 
     async def round(
-        self,
-        *,
-        inode: int = 7,
-        sweep: bool = True,
-        listening: bool = True,
-        running: bool = True,
+        self, *, inode: int = 7, sweep: bool = True, listening: bool = True, running: bool = True
     ) -> None:
         """The listener loop's: with one device of the network, if it listens there."""
         place = NamespaceRef("ns", inode)

@@ -1,7 +1,5 @@
 """What script/bench makes of its measurements, and of those of the peer's harness."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

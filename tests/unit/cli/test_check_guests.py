@@ -1,7 +1,5 @@
 """What `check` finds of guests: records, MACs, paths, trees, rules and token keys."""
 
-from __future__ import annotations
-
 import json
 from ipaddress import IPv4Address, ip_network
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The program: its commands and their help, its errors and exit statuses, and the commands about the daemon."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex
@@ -92,11 +90,7 @@ def test_each_command_has_an_example_in_its_help_that_is_no_wrong_command_line(c
     ],
 )
 def test_what_is_wrong_with_a_command_line_is_reported_in_one_line(
-    filled: Cli,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    arguments: list[str],
-    text: str,
+    filled: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], text: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("PRIVATE").write_text("-----BEGIN OPENSSH PRIVATE KEY-----\nAAAA\n-----END …")

@@ -1,7 +1,5 @@
 """`imdsproxy doctor`: against servers on loopback, and through the admin API."""
 
-from __future__ import annotations
-
 import json
 import socket
 import threading

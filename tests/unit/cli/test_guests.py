@@ -1,7 +1,5 @@
 """`imdsproxy get`, `explain`, `watch`, `token`, `instance reopen` and `snippet`."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """The program on a terminal, completed by bash, without a daemon, how little it loads, and Neutron's files."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

@@ -1,7 +1,5 @@
 """`imdsproxy network` and `instance`: flags and files to records, records to tables and files."""
 
-from __future__ import annotations
-
 import asyncio
 import io
 import json
@@ -18,12 +16,7 @@ from imdsproxy.cli import output
 from imdsproxy.cli.admin_client import AdminClient
 from imdsproxy.cli.record_io import read_record
 from imdsproxy.core.endpoints import LeftOutCode
-from imdsproxy.core.model import (
-    BridgeListener,
-    Dialect,
-    InstanceId,
-    NamespaceListener,
-)
+from imdsproxy.core.model import BridgeListener, Dialect, InstanceId, NamespaceListener
 from imdsproxy.core.path_rules import PathWord
 from imdsproxy.core.policy import NO_RULES, RULES, PolicyRules, TokenMode
 from imdsproxy.core.records import parse_network

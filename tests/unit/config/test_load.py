@@ -1,7 +1,5 @@
 """Settings as they are loaded, refused, compared, missed and shown."""
 
-from __future__ import annotations
-
 import copy
 import json
 import re

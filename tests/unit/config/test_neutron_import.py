@@ -1,7 +1,5 @@
 """Neutron's ini files, and the settings that they come to."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A configuration comes into force, or the one before stays and HAProxy's alerts are reported."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address

@@ -1,7 +1,5 @@
 """Records reach the disk, then every worker; whatever breaks half-way, no guest gets another's."""
 
-from __future__ import annotations
-
 import asyncio
 import tempfile
 from collections.abc import AsyncIterator
@@ -134,9 +132,7 @@ async def test_an_overlay_of_an_earlier_base_is_in_that_base_already(rig: Rig) -
     st.integers(0, 4),
 )
 def test_after_any_history_all_workers_and_the_disk_say_what_was_wanted_last(
-    first: dict[str, str],
-    steps: list[tuple[dict[str, str | None], str]],
-    compact_above: int,
+    first: dict[str, str], steps: list[tuple[dict[str, str | None], str]], compact_above: int
 ) -> None:
     async def work(directory: Path) -> None:
         rig = Rig(directory, compact_above=compact_above)

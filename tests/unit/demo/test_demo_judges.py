@@ -1,7 +1,5 @@
 """The demonstration's guests, its verdicts on what they see, and its directory."""
 
-from __future__ import annotations
-
 import dataclasses
 from functools import cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Each fault that a server can have, put into one that has none: the doctor finds that one; and what it asks."""
 
-from __future__ import annotations
-
 import base64
 import gzip
 import json

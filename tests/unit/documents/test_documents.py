@@ -1,7 +1,5 @@
 """What a guest reads: path by path, for each dialect; and the compiled record that it is read from."""
 
-from __future__ import annotations
-
 import base64
 from dataclasses import replace
 from typing import Any, Final, TypeAlias

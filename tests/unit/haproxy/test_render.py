@@ -1,7 +1,5 @@
 """The configurations that HAProxy gets, ours and of Neutron's proxies, and that no text in them is more than a word."""
 
-from __future__ import annotations
-
 import ast
 import os
 import re

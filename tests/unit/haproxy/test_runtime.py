@@ -1,7 +1,5 @@
 """HAProxy's answers on its sockets, read into values: processes, statistics, tables, and each request."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import replace

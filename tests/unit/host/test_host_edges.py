@@ -1,7 +1,5 @@
 """The small ones: notifier, refusals, links for HAProxy, accounts, messages of netlink."""
 
-from __future__ import annotations
-
 import errno
 import grp
 import io

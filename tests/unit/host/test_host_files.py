@@ -1,7 +1,5 @@
 """Files that are written, secrets and logs; and the files of sockets: whose they are, without asking there."""
 
-from __future__ import annotations
-
 import os
 import socket
 import stat

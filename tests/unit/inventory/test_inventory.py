@@ -1,7 +1,5 @@
 """Who has an address by what the sources say together, and which guest a request is by address and MAC."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from ipaddress import IPv6Address, ip_address
 

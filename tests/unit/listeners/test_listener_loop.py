@@ -1,7 +1,5 @@
 """From networks and the host as it is to HAProxy's binds, and what is done to the host for them."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
@@ -95,10 +93,7 @@ class FakeHost(SystemHost):
         names |= {one.namespace for one in others if one.namespace is not None}
         names |= self.namespaces.keys() if everything else set()
         seen = {name: self.namespaces[name] for name in sorted(names) if name in self.namespaces}
-        return ObservedHost(
-            namespaces=seen,
-            asked=None if everything else frozenset(names),
-        )
+        return ObservedHost(namespaces=seen, asked=None if everything else frozenset(names))
 
     async def apply(self, ops: Iterable[HostOp]) -> Mapping[HostOp, Problem]:
         given = tuple(ops)
@@ -191,10 +186,7 @@ async def rig(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[R
         no_hop_limits(),
         kept=KeptNetworks(directory / "networks.json"),
         unix=UnixListener(
-            lambda: wanted,
-            haproxy,
-            lambda _path, _pids: SeenSocket(SocketState.MISSING),
-            Clock(),
+            lambda: wanted, haproxy, lambda _path, _pids: SeenSocket(SocketState.MISSING), Clock()
         ),
     )
     with patch("imdsproxy.listeners.loop.try_tcp_listen", lambda _host, _port: taken[0]):

@@ -1,7 +1,5 @@
 """Nova as settings name it, and as HAProxy's counters show it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from ipaddress import ip_address
@@ -187,11 +185,7 @@ def watch() -> NovaWatch:
 
 
 def _look(
-    watch: NovaWatch,
-    rows: Iterable[Mapping[str, str]],
-    *,
-    refused: int = 0,
-    worker: int = 7,
+    watch: NovaWatch, rows: Iterable[Mapping[str, str]], *, refused: int = 0, worker: int = 7
 ) -> list[str]:
     with capture_logs() as logs:
         watch.take(worker, list(rows), {"default": refused})

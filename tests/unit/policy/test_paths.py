@@ -5,8 +5,6 @@ decides the same of each spelling is in tests/integration/test_access_rules.py; 
 in tests/e2e/test_nova_spellings.py.
 """
 
-from __future__ import annotations
-
 from typing import Final
 
 import pytest

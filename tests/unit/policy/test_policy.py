@@ -1,7 +1,5 @@
 """The table of policy rules, how scopes are folded, the word that is derived from both, and what `explain` says."""
 
-from __future__ import annotations
-
 from dataclasses import fields, replace
 
 import pytest

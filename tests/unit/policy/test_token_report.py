@@ -1,7 +1,5 @@
 """Counts of HAProxy's workers added up, and the trees that required tokens leave open."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import pytest

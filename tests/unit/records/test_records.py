@@ -1,7 +1,5 @@
 """What records are read, and what is refused, at which field."""
 
-from __future__ import annotations
-
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest

@@ -1,7 +1,5 @@
 """The document server as HAProxy asks it: headers and bodies in, answers out of records on disk."""
 
-from __future__ import annotations
-
 import errno
 import os
 import stat

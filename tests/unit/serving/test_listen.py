@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import os
@@ -15,15 +13,7 @@ import pytest
 
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.servers import open_unix_socket
-from imdsproxy.serving.http import (
-    AsgiApp,
-    Receive,
-    Scope,
-    Send,
-    _WholeAnswers,
-    read_body,
-    serving,
-)
+from imdsproxy.serving.http import AsgiApp, Receive, Scope, Send, _WholeAnswers, read_body, serving
 
 ASK = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 

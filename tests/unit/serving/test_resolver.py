@@ -1,7 +1,5 @@
 """The miss path: who waits for what, and what goes back to HAProxy."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, MutableMapping

@@ -1,7 +1,5 @@
 """What libvirt's domains and networks say, and the source that reads them."""
 
-from __future__ import annotations
-
 import asyncio
 import sys
 import threading
@@ -223,10 +221,7 @@ def test_guests_on_a_bridge_of_the_hosts_are_in_one_network_that_the_operator_ad
     domain = web("", ("network=lan", MAC), ("bridge=br0", "52:54:00:00:00:06"))
     found = known([domain], [BRIDGED])
     assert not found.networks
-    assert the_instance(found).ports == (
-        port("br0", mac=MAC),
-        port("br0", mac="52:54:00:00:00:06"),
-    )
+    assert the_instance(found).ports == (port("br0", mac=MAC), port("br0", mac="52:54:00:00:00:06"))
     before = dict(found.records.instances)
     # What cannot be parsed any more keeps its record, and the network that it is in.
     update(found, [domain.partition("<devices>")[0]], [BRIDGED])

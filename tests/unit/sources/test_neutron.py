@@ -1,7 +1,5 @@
 """The source `neutron` against a Neutron in memory, on a clock that stands still; and what it knows of ports."""
 
-from __future__ import annotations
-
 import asyncio
 import re
 import sqlite3
@@ -18,12 +16,7 @@ from imdsproxy.core.observation import StrandedPort
 from imdsproxy.sources.api import LookUpUnavailable, PortAmbiguous, PortFound, PortMissing
 from imdsproxy.sources.neutron.cache import open_cache
 from imdsproxy.sources.neutron.known import KnownPorts
-from imdsproxy.sources.neutron.ports import (
-    NeutronPort,
-    PortQuery,
-    parse_ports,
-    render_query,
-)
+from imdsproxy.sources.neutron.ports import NeutronPort, PortQuery, parse_ports, render_query
 from imdsproxy.sources.settings import NeutronSourceSettings
 from support.fake_neutron import (
     DOWN,
@@ -728,8 +721,7 @@ def test_at_most_a_hundred_refused_ports_are_reported_with_what_a_tenant_wrote_e
 
 
 @pytest.mark.parametrize(
-    ("times", "made"),
-    [([None], None), ([7, 5], 5), ([None, 7], 7), ([8, None, 7], 7)],
+    ("times", "made"), [([None], None), ([7, 5], 5), ([None, 7], 7), ([8, None, 7], 7)]
 )
 def test_an_instance_was_made_when_its_oldest_port_was_whatever_ports_come_and_go_later(
     times: list[int | None], made: int | None

@@ -1,7 +1,5 @@
 """Neutron's client against servers that answer badly, late, or not at all; and with Keystone in front."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

@@ -1,7 +1,5 @@
 """What record files hold: YAML and JSON decoded with their lines, large files in a process of their own."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import math

@@ -1,7 +1,5 @@
 """The file source: a directory read step by step, on a clock of the test's own, and one that is watched."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

@@ -1,7 +1,5 @@
 """Which of several records with one id or address are in force, while files change."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from ipaddress import ip_address

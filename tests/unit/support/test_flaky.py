@@ -1,7 +1,5 @@
 """What continuous integration makes of tests that fail once, or twice."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """What is tested is this clone's package, also where tests start programs."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

@@ -4,8 +4,6 @@ Standard input is a JSON list of objects: kind (`network`, `router`, `ovn`), res
 configurator takes by its own names. The texts are written as a JSON list.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from typing import Any

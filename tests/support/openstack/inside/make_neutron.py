@@ -4,8 +4,6 @@ Neutron's migrations need ALTER of constraints, which SQLite has not: the tables
 own unit tests do, and stamped with the migrations' heads.
 """
 
-from __future__ import annotations
-
 import datetime as dt
 import sys
 

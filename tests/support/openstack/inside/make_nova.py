@@ -1,7 +1,5 @@
 """Makes Nova's databases by Nova's own commands, in one process; runs in Nova's environment, in the lab's directory."""
 
-from __future__ import annotations
-
 import sys
 
 from nova.cmd import manage

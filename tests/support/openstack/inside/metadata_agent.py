@@ -4,8 +4,6 @@ The agent asks Neutron by RPC. ML2's own end of it is in this process too, so th
 it and no message broker is needed. The handler, the signing and the forwarding are Neutron's, unmodified.
 """
 
-from __future__ import annotations
-
 import sys
 
 from neutron import manager

@@ -4,8 +4,6 @@ By itself Neutron loads it in the thread of the first request. Until that is don
 nothing, though they answer 200 to lists.
 """
 
-from __future__ import annotations
-
 from neutron import policy
 from neutron.wsgi.api import application
 

@@ -4,8 +4,6 @@ Standard input is a JSON list of objects with name, uuid, project_id, user_data 
 public_key (or null), tagged_mac (or null) and ports (how many Neutron has).
 """
 
-from __future__ import annotations
-
 import datetime as dt
 import hashlib
 import json
