@@ -43,7 +43,6 @@ _HANGS_S: Final = 5.0
 _LAST_S: Final = 1.0
 """For the last lines, when the controller ends."""
 
-
 _JOURNAL: Final = "journal"
 _JOURNAL_SOCKET: Final = Path("/run/systemd/journal/socket")
 _ENTRY: Final = b"PRIORITY=6\nSYSLOG_IDENTIFIER=imdsproxy-audit\nMESSAGE=%s\n"

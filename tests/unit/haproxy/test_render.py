@@ -34,7 +34,7 @@ from imdsproxy.core.haproxy.namespace_proxy import (
     parse_uuid,
     render_namespace_proxy,
 )
-from imdsproxy.core.haproxy.text import UnquotableWord, fill, quote
+from imdsproxy.core.haproxy.text import UnquotableWord, fill, quote, read_template
 from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, NetworkId
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.errors import RequestRefused
@@ -147,6 +147,15 @@ def test_the_configuration_is_the_golden_one_whatever_the_order_of_binds(name: s
         assert " proto h1" in bind
         assert " maxconn " in bind or " unix@" in bind
     assert _is_golden(name, text)
+
+
+def test_a_controller_takes_no_template_of_the_version_that_is_installed_while_it_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read_template.cache_clear()
+    render_config(replace(_PLAIN, nova=(_DEFAULT,)))
+    monkeypatch.delattr("pkgutil.get_data")
+    assert "/hop-" in render_config(_CASES["while-a-secret-is-replaced"])
 
 
 _ALL = replace(

@@ -29,7 +29,6 @@ ONE_IN: Final = 20
 _ONE_BY_ONE, _BY_CHANCE, _REFUSED = range(3)
 READS_KEPT_S: Final = 7 * 86_400
 
-
 _ODD: Final = re.compile(rb"[^\w/.+:;#()-]")
 
 

@@ -30,7 +30,6 @@ _RESERVED: Final = 8
 
 _LONGEST_WINDOW_S: Final = 3600
 
-
 MOST_SHOWN: Final = 10
 """Instances in a report."""
 

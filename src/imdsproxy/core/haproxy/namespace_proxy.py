@@ -30,7 +30,6 @@ _FORGEABLE: Final = (
 )
 """Headers that a guest must not send, as a regular expression on lower-case names."""
 
-
 _FACILITIES: Final = (
     "kern user mail daemon auth syslog lpr news uucp cron auth2 ftp ntp audit alert cron2 "
     "local0 local1 local2 local3 local4 local5 local6 local7"

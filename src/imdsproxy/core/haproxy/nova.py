@@ -20,6 +20,8 @@ from imdsproxy.core.wire import MAP_NOVA
 
 _LOOPBACK_SOCKET: Final = re.compile(r"\bhop-[0-9a-f]{16}\.sock\b")
 _BLOCKS: Final = text.blocks_of(text.read_template("nova"))
+# Now: by the time that a set is given its next secret, an upgrade may have put another one there.
+_LOOPBACK: Final = text.read_template("nova_loopback")
 _SIGNATURE: Final = 64
 """Characters of a signature."""
 
@@ -54,7 +56,7 @@ def set_of_backend(backend: str) -> str | None:
 
 
 def names_of_nova(spec: model.DataplaneSpec) -> dict[str, text.Value]:
-    """What `USE_NOVA` names, and the counters for `global`: they begin at 0, so they can be read before a count."""
+    """What `use_nova` names, and the counters for `global`: they begin at 0, so they can be read before a count."""
     names = [_names(backend, spec.nova_times) for backend in spec.nova]
     return {
         "nova_counters": text.Block("set-var <refused> int(0)", names),
@@ -92,7 +94,7 @@ def nova_backends(spec: model.DataplaneSpec, values: dict[str, text.Value]) -> I
         for server in servers if mixed or backend.loopback else ():
             own = {**server, "http_check": mixed and by_http}
             own |= {} if mixed else {"checks": text.Text(""), "check_sni": text.Text("")}
-            yield from text.fill_sections(text.read_template("nova_loopback"), named | own)
+            yield from text.fill_sections(_LOOPBACK, named | own)
 
 
 def _names(backend: model.NovaBackend, times: model.NovaTimes) -> dict[str, text.Value]:

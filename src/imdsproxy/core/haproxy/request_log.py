@@ -37,7 +37,6 @@ AUDIT_LONGEST: Final = 4096
 WATCH_RING: Final = "watched"
 _CHECKS: Final = '"token":"%[var(txn.auth,no)]","refused":"%[var(txn.refused)]",'
 
-
 _CACHE: Final = "<CACHE>"
 _FRONTENDS: Final = ("guests", "agents")
 _NOTHING: Final = "-"
