@@ -118,7 +118,7 @@ def compile_instance(
         SourceError: User-data that is not in memory cannot be had now.
     """
     user_data = None if instance.user_data is None else bytes(instance.user_data)
-    head = {name: getattr(instance, name, None) for name in _KEYS} | {
+    made = {
         "format": FORMAT,
         "region": region,
         "dialects": sorted(instance.dialects),
@@ -127,6 +127,7 @@ def compile_instance(
         "vendor_data": _describe(instance.vendor_data),
         "user_data": _describe(user_data),
     }
+    head = {name: made[name] if name in made else getattr(instance, name) for name in _KEYS}
     rest = b'",' + _ENCODER.encode(head)[1:].encode("ascii") + b"\n"
     revision = _digest(rest)
     head_bytes = _HEAD_START + revision.encode("ascii") + rest

@@ -79,7 +79,7 @@ class FileSource:
     Args:
         directory: Where the files are; it need not exist yet.
         kept: A file of ours that keeps what is in force over a restart, for the case that a record
-            file is broken then; `None` to do without.
+            file is broken then.
         clock: Monotonic seconds.
         progress: Where reading a large file says how far it is.
 
