@@ -461,6 +461,20 @@ def test_a_name_that_leads_out_of_the_directory_is_refused(name: str) -> None:
             work(name)
 
 
+async def test_what_is_no_namespace_of_networks_is_refused_in_words(tmp_path: Path) -> None:
+    # Of what kind one is only the kernel knows.
+    (tmp_path / "odd").symlink_to("/proc/self/ns/uts")
+    thread = NamespaceThread(NamespaceDirectory(tmp_path))
+
+    def enter() -> None:
+        with thread.inside("odd"):
+            raise AssertionError
+
+    with pytest.raises(HostRefused, match="enter namespace odd"):
+        await thread.run(enter)
+    thread.close()
+
+
 async def test_who_looks_at_many_namespaces_does_not_hold_up_the_end() -> None:
     thread = NamespaceThread(NamespaceDirectory())
     ending = threading.Event()

@@ -1,6 +1,7 @@
 """What `check` finds of guests: records, MACs, paths, trees, rules and token keys."""
 
 import json
+from dataclasses import replace
 from ipaddress import IPv4Address, ip_network
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from imdsproxy.anti_spoofing.host_rules import (
 )
 from imdsproxy.cli.checks import Subject
 from imdsproxy.cli.checks.guests import (
+    check_daemon,
     check_hop_limits,
     check_macs,
     check_overrides,
@@ -79,6 +81,32 @@ def test_a_kernel_that_cannot_check_macs_is_wrong_with_what_to_do_then(
     assert finding.ok is not bool(refusal)
     assert refusal in finding.text
     assert ("--no-mac-check" in finding.hint) is bool(refusal)
+
+
+def test_a_daemon_that_is_not_ready_is_wrong_with_its_reasons() -> None:
+    readiness = {"ready": False, "reasons": ["a", "b"]}
+    on = replace(subject(), status={"readiness": readiness, "controller": 7})
+    assert summarise(check_daemon(on)) == [(71, False, "runs and is not ready (pid 7): a; b")]
+
+
+def test_ports_are_looked_at_of_networks_that_check_macs_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr(host_rules, "try_mac_filter", lambda: "")
+    monkeypatch.setattr(host_rules, "read_rules", lambda: "")
+    monkeypatch.setattr(host_rules, "observe_bridge", lambda name, *_: {f"{name}-port": ""})
+    on = subject()
+    vars(on)["networks"] = [
+        Network(NetworkId("a"), BridgeListener("virbr0")),
+        Network(NetworkId("b"), InterfaceListener("br1")),
+        Network(NetworkId("c"), NamespaceListener("ns")),
+        Network(NetworkId("d"), BridgeListener("br2"), mac_check=False),
+    ]
+    _, *found = check_macs(on)
+    assert [one.warning for one in found] == [True, True]
+    for port, one in zip(("br1-port", "virbr0-port"), found, strict=True):
+        assert port in one.text
 
 
 @pytest.mark.parametrize(

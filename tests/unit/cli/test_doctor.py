@@ -96,7 +96,9 @@ def test_what_a_server_sends_that_cannot_be_sent_on_is_a_finding(
     assert found.keys() >= {"random-seed", "token-form"}
 
 
-def test_a_guest_is_asked_about_through_the_daemon(documented: Cli) -> None:
+def test_a_guest_is_asked_about_through_the_daemon(
+    documented: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
     guest = ("--network", "blue", "--from", "10.0.0.5")
     ran = documented("doctor", *guest)
     assert ran.status == 0
@@ -111,6 +113,11 @@ def test_a_guest_is_asked_about_through_the_daemon(documented: Cli) -> None:
     ran = documented("doctor", *guest, "--json")
     assert ran.status == 1
     assert [one["code"] for one in ran.json["findings"]] == ["leaf-newline", "gate"]
+    # The cards of its machine are on QEMU's command line on this host.
+    macs = frozenset({"52:54:00:ff:ff:ff"})
+    monkeypatch.setattr("imdsproxy.cli.doctor.machine_macs", lambda _: macs)
+    codes = {one["code"] for one in documented("doctor", *guest, "--json").json["findings"]}
+    assert codes == {"mac-mismatch", "leaf-newline", "gate"}
 
 
 _NEITHER = "either a URL or both --network and --from"

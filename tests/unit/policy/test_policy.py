@@ -39,6 +39,7 @@ _RECORDS = replace(_PLACE, of_network=_OFF, of_instance=_OFF)
         (_PLACE, PolicyBook(networks={"red": _OFF}, projects={"acme": _REQUIRED}), TokenMode.REQUIRED),
         (_PLACE, PolicyBook(projects={"acme": _OFF}, instances={"web": _REQUIRED}), TokenMode.REQUIRED),
         (_PLACE, PolicyBook(networks={"blue": _REQUIRED}, projects={"b": _OFF}), TokenMode.OPTIONAL),
+        (replace(_PLACE, of_network=_REQUIRED), PolicyBook(), TokenMode.REQUIRED),
         # Settings win over a record of the same scope.
         (replace(_RECORDS, of_instance=NO_RULES), PolicyBook(networks={"red": _REQUIRED}), TokenMode.REQUIRED),
         (_RECORDS, PolicyBook(networks={"red": _REQUIRED}), TokenMode.OFF),
