@@ -106,6 +106,21 @@ def test_what_is_killed_comes_back_by_itself_while_the_controller_is_stopped(
     assert all(serves(one) for one in daemon.guests)
 
 
+def test_a_reload_takes_settings_over_and_fails_where_they_are_broken(daemon: UnitDaemon) -> None:
+    daemon.configure("haproxy: {maxconn_per_network: 77}\n")
+    daemon.machine.run("systemctl", "reload", CONTROLLER)
+    before = daemon.pids(), daemon.machine.run("cat", "/run/imdsproxy/haproxy.cfg")
+    assert "maxconn 77" in before[1]
+    daemon.configure("haproxy: {maxcon: 77}\n")
+
+    status, _ = daemon.machine.attempt("systemctl", "reload", CONTROLLER)
+
+    assert status != 0
+    assert "haproxy.maxcon" in daemon.machine.journal(CONTROLLER)
+    assert daemon.active() == dict.fromkeys(UNITS, "active")
+    assert (daemon.pids(), daemon.machine.run("cat", "/run/imdsproxy/haproxy.cfg")) == before
+
+
 def test_settings_that_are_wrong_at_the_start_leave_a_failed_unit_and_no_loop(
     daemon: UnitDaemon,
 ) -> None:
