@@ -167,6 +167,10 @@ def test_a_bare_ssh_key_is_named_by_its_comment_and_takes_no_name_that_is_writte
 
 def test_other_values_of_an_instance_are_read() -> None:
     assert read(tags={"b": "2", "a": ""}).tags == (("a", ""), ("b", "2"))
+    binary = b"\x1f\x8b\x00\xff"
+    for written in (binary, {"base64": "H4sA/w=="}):
+        assert read(user_data=written).user_data == binary
+    assert read(user_data="ä\r\n ").user_data == "ä\r\n ".encode()
     assert read(user_data="").user_data == b""
     assert read(user_data=bytes(MAX_PAYLOAD)).user_data == bytes(MAX_PAYLOAD)
     assert read(vendor_data="#cloud-config\n").vendor_data == b"#cloud-config\n"
