@@ -90,6 +90,7 @@ class SystemHost:
     Attributes:
         seen: The host as of the last round.
         looking: Held during a look, at whose end `seen` has what happened before it.
+        our_pids: HAProxy's master and workers, for the looks between rounds.
         operations: Ops so far, by `ok` and `failed`.
         arp_guard: Keeps the host from answering ARP for the metadata address where no network listens on its device.
         diverter: Redirects frames for the metadata address to our veths on bridges that have one.
@@ -117,7 +118,7 @@ class SystemHost:
         self._all_dirty = True
         self._dirty: set[NetworkId] = set()
         self._cleared: set[Place] = set()
-        self._pids: Collection[int] = ()
+        self.our_pids: Collection[int] = ()
         self.arp_guard = NftTable(
             "cannot keep the host from answering ARP for 169.254.169.254 on other devices",
             "until then guests of other networks may reach the wrong one: nft list tables arp",
@@ -160,7 +161,7 @@ class SystemHost:
         Raises:
             HostRefused: The host's own namespace cannot be looked at, or our journal cannot be read.
         """
-        self._pids = our_pids
+        self.our_pids = our_pids
         # First of all: from the moment that an address is there, the host answers for it. A look changes nothing.
         guarding = self.arp_guard.apply(render_arp_guard(self.naming.prefix, networks.values()))
         problems, _ = await asyncio.gather(guarding, self._observe(networks))
@@ -258,7 +259,7 @@ class SystemHost:
                     some = () if everything else near
                     root = self._look(None, wanted.get(None, set()), some)
             sockets = (one for place in (root, *namespaces.values()) for one in place.sockets)
-            owned = self._owners.resolve(sockets, self._pids)
+            owned = self._owners.resolve(sockets, self.our_pids)
             return ObservedHost(
                 root=_with_owners(root, owned),
                 namespaces={name: _with_owners(one, owned) for name, one in namespaces.items()},

@@ -218,6 +218,9 @@ class ListenerLoop:
                 elif attempt > 1:
                     self.unix.acquit()
                     raise
+        processes = self.haproxy.processes
+        # At a start they were not known before: a look would take each of HAProxy's sockets for another program's.
+        self.host.our_pids = () if processes is None else processes.pids
         # Without those that another network keeps from their listener: that one has it in the next round too.
         shared = {one.network for one in plan.left_out if one.code is LeftOutCode.LISTENER_SHARED}
         self.kept.keep({key: one for key, one in networks.items() if key not in shared})
