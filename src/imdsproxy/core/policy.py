@@ -194,6 +194,10 @@ class OperatorOverride:
     reopened_at: int = 0
 
 
+# Of each record that is planned, one of each would be made.
+_UNTOUCHED: Final = OperatorOverride()
+
+
 @dataclass(frozen=True, slots=True)
 class Folded:
     """A policy, and which scope each of its rules comes from; a rule without a scope is the default.
@@ -204,6 +208,9 @@ class Folded:
 
     policy: Policy
     origins: tuple[tuple[str, PolicyScope], ...] = ()
+
+
+_NOTHING_FOLDED: Final = Folded(DEFAULT)
 
 
 def fold_policy(scopes: Iterable[tuple[PolicyScope, PolicyRules]]) -> Folded:
@@ -226,7 +233,7 @@ def fold_policy(scopes: Iterable[tuple[PolicyScope, PolicyRules]]) -> Folded:
         if rules.paths:
             of_paths.append((scope, rules.paths))
     if not values and not of_paths:
-        return Folded(DEFAULT)
+        return _NOTHING_FOLDED
     if of_paths:
         paths = path_rules.fold_paths(of_paths)
         values["paths"] = tuple((path, word) for path, (word, _) in paths.items())
@@ -255,7 +262,7 @@ class PolicyBook:
 
     def override(self, instance: str) -> OperatorOverride:
         """What an operator did about an instance, or nothing."""
-        return self.overrides.get(instance, OperatorOverride())
+        return self.overrides.get(instance, _UNTOUCHED)
 
     def word(self, place: PolicyPlace, created_at: int | None) -> tuple[str, PathRules]:
         """The word of `render_policy_word`, and the path rules that it refers to."""
