@@ -230,15 +230,17 @@ class RecordApplier:
         self.known.add(worker)
 
     async def _swap_base(self, worker: int) -> None:
-        base = {maps.GENERATION_KEY: self.state.generation, **self.state.base}
-        await self._swap(worker, self.layout.base_map, base)
+        await self._swap(worker, self.layout.base_map, self.state.base, self.state.generation)
 
     async def _swap_overlay(self, worker: int, state: maps.MapState) -> None:
-        overlay = {maps.GENERATION_KEY: state.generation, **state.overlay}
-        await self._swap(worker, self.layout.overlay_map, overlay)
+        await self._swap(worker, self.layout.overlay_map, state.overlay, state.generation)
 
-    async def _swap(self, worker: int, path: Path, entries: Mapping[str, str]) -> None:
-        await self.master.send_swap(worker, str(path), entries.items())
+    async def _swap(
+        self, worker: int, path: Path, entries: Mapping[str, str], generation: str | None = None
+    ) -> None:
+        head = [] if generation is None else [(maps.GENERATION_KEY, generation)]
+        # A list: to make a mapping of a packed one unpacks it twice.
+        await self.master.send_swap(worker, str(path), [*head, *entries.items()])
 
     async def _compact(self, overlay: dict[str, str]) -> None:
         """Fold the overlay into a new base; guests see the old state or the new one, nothing between.
