@@ -50,7 +50,7 @@ class _Host:
         self, *networks: Network, ours: Collection[int] = (), everything: bool = False
     ) -> ListenerPlan:
         """The plan; with `everything` no address is taken for ours: its mark may be that of another daemon."""
-        self.system.our_pids = ours
+        self.system.our_pids = lambda: ours
         seen = await self.system.observe(networks, everything=everything)
         managed = () if everything else None
         wanted = {one.id: one for one in networks}

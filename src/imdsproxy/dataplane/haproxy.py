@@ -77,6 +77,11 @@ class Haproxy:
         """The worker that accepts; `None` while there is none, or HAProxy does not run."""
         return None if self.processes is None else self.processes.worker
 
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The master and all workers; none while HAProxy does not run."""
+        return () if self.processes is None else self.processes.pids
+
     async def adopt(self) -> bool:
         """Take over a master that runs already; whether there is one, and the maps that it was started with.
 

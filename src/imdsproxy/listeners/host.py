@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -90,7 +90,7 @@ class SystemHost:
     Attributes:
         seen: The host as of the last round.
         looking: Held during a look, at whose end `seen` has what happened before it.
-        our_pids: HAProxy's master and workers, for the looks between rounds.
+        our_pids: Gives HAProxy's master and workers.
         operations: Ops so far, by `ok` and `failed`.
         arp_guard: Keeps the host from answering ARP for the metadata address where no network listens on its device.
         diverter: Redirects frames for the metadata address to our veths on bridges that have one.
@@ -118,7 +118,7 @@ class SystemHost:
         self._all_dirty = True
         self._dirty: set[NetworkId] = set()
         self._cleared: set[Place] = set()
-        self.our_pids: Collection[int] = ()
+        self.our_pids: Callable[[], Collection[int]] = tuple
         self.arp_guard = NftTable(
             "cannot keep the host from answering ARP for 169.254.169.254 on other devices",
             "until then guests of other networks may reach the wrong one: nft list tables arp",
@@ -143,7 +143,6 @@ class SystemHost:
         self,
         networks: Mapping[NetworkId, Network],
         in_force: Mapping[NetworkId, Network],
-        our_pids: Collection[int] = (),
         *,
         sweep: bool = True,
     ) -> ListenerPlan:
@@ -152,7 +151,6 @@ class SystemHost:
         Args:
             networks: All that are to be listened for.
             in_force: Those that HAProxy is configured for.
-            our_pids: HAProxy's master and workers.
             sweep: Also remove what belongs to no network.
 
         Returns:
@@ -161,7 +159,6 @@ class SystemHost:
         Raises:
             HostRefused: The host's own namespace cannot be looked at, or our journal cannot be read.
         """
-        self.our_pids = our_pids
         # First of all: from the moment that an address is there, the host answers for it. A look changes nothing.
         guarding = self.arp_guard.apply(render_arp_guard(self.naming.prefix, networks.values()))
         problems, _ = await asyncio.gather(guarding, self._observe(networks))
@@ -247,6 +244,7 @@ class SystemHost:
             wanted.setdefault(place.namespace, set()).add(place.device)
         asked = frozenset(name for name in wanted if name is not None)
         near = {name for place in places for name in place.host_devices}
+        pids = self.our_pids()
 
         def look() -> ObservedHost:
             left = self._left_over(managed) - asked if everything else frozenset()
@@ -259,7 +257,7 @@ class SystemHost:
                     some = () if everything else near
                     root = self._look(None, wanted.get(None, set()), some)
             sockets = (one for place in (root, *namespaces.values()) for one in place.sockets)
-            owned = self._owners.resolve(sockets, self.our_pids)
+            owned = self._owners.resolve(sockets, pids)
             return ObservedHost(
                 root=_with_owners(root, owned),
                 namespaces={name: _with_owners(one, owned) for name, one in namespaces.items()},

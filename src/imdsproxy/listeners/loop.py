@@ -77,6 +77,8 @@ class ListenerLoop:
 
     def __post_init__(self) -> None:
         self.watch = HostWatch(self.host, self.touch, self.audits_per_s)
+        # At each look: without them it would take each of HAProxy's sockets for another program's.
+        self.host.our_pids = lambda: self.haproxy.pids
 
     def touch(self, reason: str, networks: Iterable[NetworkId] | None = None) -> int:
         """Look at the host again; the ticket says when what was found is in force.
@@ -218,9 +220,6 @@ class ListenerLoop:
                 elif attempt > 1:
                     self.unix.acquit()
                     raise
-        processes = self.haproxy.processes
-        # At a start they were not known before: a look would take each of HAProxy's sockets for another program's.
-        self.host.our_pids = () if processes is None else processes.pids
         # Without those that another network keeps from their listener: that one has it in the next round too.
         shared = {one.network for one in plan.left_out if one.code is LeftOutCode.LISTENER_SHARED}
         self.kept.keep({key: one for key, one in networks.items() if key not in shared})
@@ -244,9 +243,7 @@ class ListenerLoop:
         self._log_new(before, known)
 
     async def _settle(self, networks: Mapping[NetworkId, Network]) -> ListenerPlan:
-        processes, sweep = self.haproxy.processes, self.inventory.in_sync
-        pids = () if processes is None else processes.pids
-        return await self.host.settle(networks, self.kept.load(), pids, sweep=sweep)
+        return await self.host.settle(networks, self.kept.load(), sweep=self.inventory.in_sync)
 
     def _networks(self) -> dict[NetworkId, Network]:
         """Networks to listen in; until all sources are in sync, also the networks of before."""

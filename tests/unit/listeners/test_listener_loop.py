@@ -228,7 +228,7 @@ async def test_only_what_may_have_changed_is_looked_at_and_what_has_not_reloads_
     # Looks between rounds know HAProxy's sockets.
     processes = rig.loop.haproxy.processes
     assert processes is not None
-    assert rig.host.our_pids == processes.pids != ()
+    assert rig.host.our_pids() == processes.pids != ()
     reloads = rig.fake.reloads
     rig.host.asked.clear()
     await rig.settle("link", "blue")
