@@ -99,7 +99,7 @@ class FileSource:
     readable: bool = False
     again_s: float | None = None
     last_good: SideCache[_Key, Entry[Any]] = field(init=False)
-    _reports: Reports = field(default_factory=lambda: Reports("file"))
+    _reports: Reports = field(default_factory=partial(Reports, name))
     _files: dict[str, _File] = field(default_factory=dict)
     _kinds: dict[str, InForce[Any]] = field(init=False)
     _opened: int = 0

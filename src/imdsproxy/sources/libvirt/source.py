@@ -277,7 +277,7 @@ class LibvirtSource:
     settings: LibvirtSourceSettings
     backoff: Backoff = field(default_factory=lambda: Backoff(first_s=0.5, longest_s=30.0))
     _known: LibvirtKnown = field(init=False)
-    _reports: Reports = field(default_factory=lambda: Reports("libvirt", defers=True))
+    _reports: Reports = field(default_factory=partial(Reports, name, defers=True))
 
     def __post_init__(self) -> None:
         selected, marked_only = self.settings.networks, self.settings.domains == "marked"

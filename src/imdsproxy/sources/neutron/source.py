@@ -8,6 +8,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Final, Literal, TypeAlias
 
@@ -82,7 +83,7 @@ class NeutronSource:
     look_ups: Counter[LookUpResult] = field(default_factory=Counter)
     _cache: SideCache[EntryKey | None, NeutronPort | Route | float] = field(init=False)
     _publish: api.Publish | None = None
-    _reports: api.Reports = field(default_factory=lambda: api.Reports("neutron", defers=True))
+    _reports: api.Reports = field(default_factory=partial(api.Reports, name, defers=True))
     _complete: bool = False
     _list_failure: SourceUnavailable | None = None
     _saved: float = field(init=False)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -39,7 +40,7 @@ class SqliteSource:
     retry_s: float = 1.0
     now: Callable[[], float] = time.time
     progress: Progress = field(default_factory=Progress)
-    _reports: Reports = field(default_factory=lambda: Reports("sqlite"))
+    _reports: Reports = field(default_factory=partial(Reports, name))
     _thread: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="imdsproxy-store")
     )
