@@ -1,7 +1,6 @@
 """What HAProxy's workers have seen: requests for `imdsproxy watch`, and counts of reads without session tokens."""
 
 import asyncio
-import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
@@ -21,7 +20,6 @@ from imdsproxy.host.clock import Clock
 _KEPT: Final = 5000
 """Requests that are kept for watchers who ask a little later."""
 
-_BEFORE_RELOAD_S: Final = 0.5
 _IDLE_S: Final = 5.0
 """So long after the last read watching ends: the watcher may have been killed."""
 
@@ -54,7 +52,7 @@ class Watching:
         # A read that is under way looks by itself, and may be what this reload is for.
         if self.wanted and not self._lock.locked():
             async with self._lock:
-                await _in_time(self._look())
+                await self._look()
 
     async def run(self) -> None:
         """Switch off when there was no read for a while; until cancelled."""
@@ -144,7 +142,7 @@ class TokenCounting:
 
     def __post_init__(self) -> None:
         self.ledger = TokenLedger(self.clock.now().timestamp())
-        self.haproxy.before_reload.append(lambda: _in_time(self.refresh()))
+        self.haproxy.before_reload.append(self.refresh)
 
     async def refresh(self) -> None:
         """Read all workers' tables once; what cannot be read is read the next time."""
@@ -168,10 +166,3 @@ class TokenCounting:
         await self.refresh()
         report = self.ledger.report(open_trees(inventory, policies()))
         return replace(report, one_in=self.one_in())
-
-
-async def _in_time(look: Awaitable[None]) -> None:
-    """Look at workers before a reload: one that hangs must not keep it from being replaced."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_BEFORE_RELOAD_S):
-            await look

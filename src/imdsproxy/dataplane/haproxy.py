@@ -22,6 +22,7 @@ from imdsproxy.host.files import ensure_directory, write_atomic
 from imdsproxy.host.process import run_program, wait_gone
 
 _CHECK_DEADLINE_S = 60.0
+_BEFORE_RELOAD_S = 0.5
 """The binds of 5,000 networks take a few seconds; the records are not in it."""
 
 
@@ -49,7 +50,7 @@ class Haproxy:
 
     Attributes:
         full: Why guests wait, while HAProxy has all the connections that it may have.
-        before_reload: Reads something of the workers that will then be gone; raises nothing.
+        before_reload: Reads something of the workers that will then be gone, in half a second; raises nothing.
         starting: Set once a start has begun, or none is needed: HAProxy reads its files, and the processor has time.
 
     Every start and reload happens under the records' lock, so that a new worker's maps are the files'.
@@ -204,7 +205,10 @@ class Haproxy:
 
     async def _reload(self, reason: str, began: float) -> None:
         for look in self.before_reload:
-            await look()
+            # A worker that hangs must not keep it from being replaced.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_BEFORE_RELOAD_S):
+                    await look()
         failed = await self.master.send_reload()
         self.processes = await self.master.read_processes()
         took_s = asyncio.get_running_loop().time() - began

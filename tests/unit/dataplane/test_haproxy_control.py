@@ -1,5 +1,6 @@
 """A configuration comes into force, or the one before stays and HAProxy's alerts are reported."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address
@@ -10,6 +11,7 @@ import pytest
 from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.model import Bind, DataplaneSpec, Limits
 from imdsproxy.core.model import NetworkId
+from imdsproxy.dataplane import haproxy as module
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.launch import Launcher, find_alerts
 from imdsproxy.dataplane.layout import Layout
@@ -71,6 +73,24 @@ async def test_another_configuration_is_a_reload_with_known_workers(rig: Rig) ->
     assert rig.haproxy.processes is not None
     assert set(rig.haproxy.processes.workers) == rig.haproxy.records.known
     assert rig.haproxy.reload_counts == {"ok": 2}
+
+
+async def test_a_look_at_workers_that_hangs_keeps_none_from_being_replaced(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_BEFORE_RELOAD_S", 0.05)
+    looked: list[str] = []
+
+    async def hang() -> None:
+        await asyncio.Event().wait()
+
+    async def look() -> None:
+        looked.append("after it")
+
+    rig.haproxy.before_reload += [hang, look]
+    await rig.apply("red")
+    assert await rig.apply("red", "blue") == "reloaded"
+    assert looked == ["after it"]
 
 
 async def test_what_haproxy_refuses_never_replaces_what_is_in_force(rig: Rig) -> None:
