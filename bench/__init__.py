@@ -1,1 +1,1 @@
-"""The measurements of docs/performance.md: figures beside a bare HAProxy, and counts."""
+"""The measurements of docs/explanation/performance.md: figures beside a bare HAProxy, and counts."""

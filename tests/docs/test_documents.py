@@ -18,8 +18,7 @@ from support.demonstration import REPOSITORY
 
 _PAGES: Final = (
     *sorted(REPOSITORY.glob("*.md")),
-    *sorted((REPOSITORY / "docs").glob("*.md")),
-    *sorted((REPOSITORY / "docs/adr").glob("*.md")),
+    *sorted((REPOSITORY / "docs").rglob("*.md")),
 )
 _ADR: Final = REPOSITORY / "docs/adr"
 _LINK: Final = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -129,7 +128,7 @@ def test_every_decision_is_in_the_index_with_its_title_and_says_what_was_decided
 
 
 def test_the_runbook_knows_every_reason_for_which_a_network_is_not_served() -> None:
-    table = (REPOSITORY / "docs/operating.md").read_text()
+    table = (REPOSITORY / "docs/how-to/operating.md").read_text()
     section = table.partition("### A network is not served")[2].partition("\n### ")[0]
     told = {
         code

@@ -1,4 +1,4 @@
-"""What docs/libvirt.md has operators write, against a genuine libvirtd."""
+"""What docs/how-to/libvirt.md has operators write, against a genuine libvirtd."""
 
 import os
 import re
@@ -17,7 +17,7 @@ from support.demonstration import REPOSITORY
 from support.libvirt_backing import domain_xml, uuid_of
 from support.libvirt_daemon import Libvirtd
 
-_PAGE: Final = (REPOSITORY / "docs/libvirt.md").read_text()
+_PAGE: Final = (REPOSITORY / "docs/how-to/libvirt.md").read_text()
 _BLOCKS: Final = re.findall(r"(?:^    .*\n|^\n(?=    ))+", _PAGE, re.MULTILINE)
 
 

@@ -1,4 +1,4 @@
-"""docs/records.md names every field of a record, and its examples are records that are taken."""
+"""docs/reference/records.md names every field of a record, and its examples are records that are taken."""
 
 import re
 from typing import Final
@@ -11,7 +11,7 @@ from imdsproxy.core.records.instance import PORT
 from support.demonstration import REPOSITORY
 from support.document_blocks import section
 
-_PAGE: Final = REPOSITORY / "docs/records.md"
+_PAGE: Final = REPOSITORY / "docs/reference/records.md"
 _EXAMPLES: Final = re.findall(r"^```yaml\n(.*?)^```", _PAGE.read_text(), re.MULTILINE | re.DOTALL)
 
 

@@ -1,4 +1,4 @@
-"""The tables of docs/openstack.md and SECURITY.md that name tests: complete, honest, and each test is there."""
+"""The tables of the documents and of SECURITY.md that name tests: complete, honest, and each test is there."""
 
 import ast
 import re
@@ -11,7 +11,7 @@ import pytest
 from support.demonstration import REPOSITORY
 from support.document_blocks import section
 
-_CHECKLIST: Final = (REPOSITORY / "docs/openstack.md", "## The checklist")
+_CHECKLIST: Final = (REPOSITORY / "docs/reference/neutron-features.md", "## The checklist")
 _THREATS: Final = (REPOSITORY / "SECURITY.md", "## Tests by threat")
 _NAME: Final = re.compile(r"`(test_\w+\.py)::(test_\w+)`")
 _REASON: Final = re.compile(r"(not reached|none): .{20,}")

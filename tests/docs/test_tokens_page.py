@@ -1,4 +1,4 @@
-"""Settings and commands of docs/tokens.md are good ones."""
+"""Settings and commands of docs/explanation/tokens.md are good ones."""
 
 import subprocess
 import textwrap
@@ -11,7 +11,7 @@ from imdsproxy.core.tokens import parse_token_keys
 from support.demonstration import REPOSITORY
 from support.document_blocks import blocks_of
 
-_PAGE: Final = REPOSITORY / "docs/tokens.md"
+_PAGE: Final = REPOSITORY / "docs/explanation/tokens.md"
 _SCRIPTS: Final = [
     one.script for one in blocks_of(_PAGE, "# Session tokens, and what a guest may read")
 ]

@@ -24,7 +24,9 @@ def test_a_newcomer_gets_from_the_package_to_a_booted_guest_as_the_document_says
     tmp_path: Path,
 ) -> None:
     image, packages = vm_image(), build_packages()
-    blocks = blocks_of(REPOSITORY / "docs/kvm.md", "## From the package to a booted guest")
+    blocks = blocks_of(
+        REPOSITORY / "docs/tutorials/first-vm.md", "## From the package to a booted guest"
+    )
     with machine_with_dependencies(tmp_path, packages) as machine:
         # What the document takes for granted: a directory with a package and an image, and a device for taps.
         machine.run("mkdir", "-p", _PLACE, "/dev/net")

@@ -25,7 +25,7 @@ def packages() -> Packages:
 
 @pytest.fixture(scope="module")
 def environment(packages: Packages) -> Iterator[Path]:
-    """A virtual environment made as docs/install.md says, of the wheel and the list of libraries alone.
+    """A virtual environment made as docs/how-to/install.md says, of the wheel and the list of libraries alone.
 
     It has the oldest Python that imdsproxy takes, where this machine has one: all other tests run on a newer one.
     """

@@ -1,4 +1,4 @@
-"""The steps of docs/openstack.md on a host with systemd: over from an agent, and back, command for command.
+"""The steps of docs/how-to/openstack.md on a host with systemd: over from an agent, and back, command for command.
 
 The agent is a stand-in that treats its socket as Neutron's does: it removes what is at the path, and listens there. The
 genuine one is in tests/e2e/test_openstack_document.py.
@@ -20,7 +20,7 @@ from support.systemd_machine import Machine
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 
-_PAGE: Final = REPOSITORY / "docs/openstack.md"
+_PAGE: Final = REPOSITORY / "docs/how-to/openstack.md"
 _AGENT: Final = "neutron-metadata-agent"
 _OVN_AGENT: Final = "neutron-ovn-metadata-agent"
 _SOCKET: Final = "/var/lib/neutron/metadata_proxy"

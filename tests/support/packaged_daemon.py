@@ -46,7 +46,7 @@ class PackagedDaemon(UnitDaemon):
     """The installed package."""
 
     def apt_install(self, packages: Packages) -> str:
-        """Install a package as docs/install.md says; what was printed."""
+        """Install a package as docs/how-to/install.md says; what was printed."""
         # apt's own account reads it from there.
         place = f"/tmp/{packages.deb.name}"  # noqa: S108 - of the machine
         self.machine.run("install", "-m", "644", str(packages.deb), place)

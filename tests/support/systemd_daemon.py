@@ -103,7 +103,7 @@ class UnitDaemon:
         self.machine.forget_journal()
 
     def install(self) -> None:
-        """Install it as docs/install.md says, with the program of this repository."""
+        """Install it as docs/how-to/install.md says, with the program of this repository."""
         # The machine has what this host has, which may be an imdsproxy that is installed.
         self.machine.run("ln", "-sf", f"{Path(sys.executable).parent}/imdsproxy", _PROGRAM)
         # What is installed lies where a service may look; this Python and this checkout may not.

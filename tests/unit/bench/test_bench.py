@@ -20,7 +20,7 @@ from bench.rows.moves import is_stale
 from bench.wrk import parse_wrk
 from support.lab import until
 
-_PAGE: Final = Path(__file__).resolve().parents[3] / "docs" / "performance.md"
+_PAGE: Final = Path(__file__).resolve().parents[3] / "docs/explanation/performance.md"
 
 
 def test_every_row_is_on_the_page_of_figures_and_in_a_group_or_needs_a_peer() -> None:

@@ -239,7 +239,7 @@ def test_every_code_has_its_texts_its_check_and_its_line_in_the_documents() -> N
     assert len(codes) > 35
     checks = "".join(page.read_text() for page in source.glob("*.py"))
     assert {code for code in codes if f'"{code}"' not in checks} == set()
-    page = (REPOSITORY / "docs/being-found.md").read_text()
+    page = (REPOSITORY / "docs/how-to/being-found.md").read_text()
     assert {code for code in codes if f"`{code}`" not in page} == set()
 
 

@@ -34,7 +34,7 @@ from support.umask import umask
 
 UUID: Final = "8f6a1e0c-3b52-4c1d-9a57-0d2f4b6c8e10"
 PID: Final = 4711
-_PAGE: Final = Path(__file__).parents[3] / "docs" / "namespace-proxy.md"
+_PAGE: Final = Path(__file__).parents[3] / "docs/how-to/namespace-proxy.md"
 _ALERT: Final = "[ALERT]    (12) : Binding for proxy metadata: cannot bind socket ({}).\n"
 _NAMES: Final = {
     "network-id": "network_id",
