@@ -212,25 +212,33 @@ async def _start_data_plane(controller: Controller) -> None:
     await controller.hop_limits.preload()
     adopted = await controller.haproxy.adopt()
     found = controller.companion.read().parent
+    documents = asyncio.create_task(controller.companion.ensure())
     try:
         # The document server takes its time to start; so does a look at a thousand namespaces.
-        await asyncio.gather(controller.companion.ensure(), _wait_for_records(controller))
-        if adopted:
-            processes = controller.haproxy.processes
-            _log.info("haproxy adopted", master=None if processes is None else processes.master)
-            controller.records.resync()
-            await controller.listeners.first_look()
-        else:
-            await controller.haproxy.end_stray()
-            await asyncio.gather(controller.listeners.first_look(), _write_records(controller))
+        await asyncio.gather(documents, _prepare(controller, adopted=adopted))
         await controller.listeners.first_round()
         # From the MAC filters that are still there: guests that are known by their MACs alone are known on.
         controller.lookup.recall()
     except DataplaneError:
+        # One that is just being started could not be stopped.
+        await asyncio.wait([documents])
         if found is None:
             # A document server that cannot be reached is not left behind.
             await controller.companion.stop()
         raise
+
+
+async def _prepare(controller: Controller, *, adopted: bool) -> None:
+    """Get ready what a HAProxy that is yet to start reads, or compare one that runs with the records."""
+    await _wait_for_records(controller)
+    if adopted:
+        processes = controller.haproxy.processes
+        _log.info("haproxy adopted", master=None if processes is None else processes.master)
+        controller.records.resync()
+        await controller.listeners.first_look()
+    else:
+        await controller.haproxy.end_stray()
+        await asyncio.gather(controller.listeners.first_look(), _write_records(controller))
 
 
 async def _write_records(controller: Controller) -> None:
