@@ -160,9 +160,9 @@ def render_admin_api_page() -> str:
         for method, operation in operations.items():
             lines += ["", f"## {method.upper()} {path}", "", _one_line(operation["description"])]
             lines += ["", *_table(("part", "shape", "meaning"), _parts(operation))]
-    lines += ["", "# Shapes"]
+    lines += ["", "## Shapes"]
     for name, schema in sorted(document["components"]["schemas"].items()):
-        lines += ["", f"## {name}", "", _one_line(schema.get("description", "").split("\n\n")[0])]
+        lines += ["", f"### {name}", "", _one_line(schema.get("description", "").split("\n\n")[0])]
         required = schema.get("required", ())
         rows = [
             (

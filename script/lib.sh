@@ -214,6 +214,26 @@ build_venv() {
     venv_stamp >"$stamp"
 }
 
+# pinned_venv NAME: the path of a virtual environment with requirements/NAME.txt alone, made where it is missing or stale
+pinned_venv() {
+    local environment=$cache/venv-$1 wanted python
+    wanted=$(sha256sum "$repository/requirements/$1.txt")
+    mkdir -p "$cache"
+    (
+        flock 9
+        [[ ! -f $environment/.set-up || $(<"$environment/.set-up") != "$wanted" ]] || exit 0
+        : >"$setup_log"
+        install_missing
+        python=$(find_python)
+        say "installing the pinned Python packages of requirements/$1.txt"
+        logged "$python" -m venv --clear "$environment"
+        logged "$environment/bin/python" -m pip --quiet --disable-pip-version-check install \
+            --require-hashes -r "$repository/requirements/$1.txt"
+        printf '%s\n' "$wanted" >"$environment/.set-up"
+    ) 9>"$cache/setup.lock"
+    printf '%s\n' "$environment"
+}
+
 # link_libvirt: the distribution's module, the one that the .deb uses too, for .venv; PyPI's would need a compiler
 link_libvirt() {
     local modules=/usr/lib/python3/dist-packages from file

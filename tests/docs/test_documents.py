@@ -15,21 +15,14 @@ from imdsproxy.config.schema import Settings
 from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.dataplane.layout import Layout
 from support.demonstration import REPOSITORY
+from support.pages import each_page
 
-_PAGES: Final = (
-    *sorted(REPOSITORY.glob("*.md")),
-    *sorted((REPOSITORY / "docs").rglob("*.md")),
-)
 _ADR: Final = REPOSITORY / "docs/adr"
 _LINK: Final = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _CODE: Final = re.compile(r"`([^`\n]+)`")
 _PLACES: Final = ("src/", "tests/", "docs/", "packaging/", "script/", "demo/", "bench/")
 _ARCHITECTURE_LINES: Final = 300
 _EXPOSURE: Final = re.compile(r"^\| `(\S+\.service)` \| ([0-9.]+) \|", re.MULTILINE)
-
-pages = pytest.mark.parametrize(
-    "page", _PAGES, ids=[str(page.relative_to(REPOSITORY)) for page in _PAGES]
-)
 
 
 def headings(page: Path) -> set[str]:
@@ -53,7 +46,7 @@ def commands(page: Path) -> Iterator[str]:
             yield code
 
 
-@pages
+@each_page
 def test_every_link_leads_somewhere(page: Path) -> None:
     broken = []
     for link in _LINK.findall(page.read_text()):
@@ -66,7 +59,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
     assert broken == []
 
 
-@pages
+@each_page
 def test_every_path_of_the_repository_that_is_named_exists(page: Path) -> None:
     named = [
         code.split()[0].rstrip("/") for code in words_in_code(page) if code.startswith(_PLACES)
@@ -76,7 +69,7 @@ def test_every_path_of_the_repository_that_is_named_exists(page: Path) -> None:
     assert [name for name in named if not (REPOSITORY / name).exists()] == []
 
 
-@pages
+@each_page
 def test_every_command_of_imdsproxy_is_one_that_it_takes(
     page: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -90,7 +83,7 @@ def test_every_command_of_imdsproxy_is_one_that_it_takes(
     assert refused == {}
 
 
-@pages
+@each_page
 def test_every_setting_that_is_named_exists(page: Path) -> None:
     sections = tuple(f"{name}." for name in Settings.model_fields)
     named = [code for code in words_in_code(page) if code.startswith(sections)]
@@ -104,7 +97,7 @@ def has_setting(name: str) -> bool:
     return find_setting(name.split(".")) is not None
 
 
-@pages
+@each_page
 def test_every_metric_that_is_named_exists(page: Path) -> None:
     known = set(
         re.findall(r"imdsproxy_[a-z]\w+", (REPOSITORY / "docs/reference/metrics.md").read_text())
