@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-_TEXTS = (".cfg", ".toml", ".txt")
+_TEXTS = (".cfg", ".css", ".html", ".js", ".toml", ".txt")
 _SCOPES = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -50,7 +50,11 @@ def main(repository: Path) -> None:
         for text in tests
         for node in ast.walk(ast.parse(text))
     )
-    texts = [path.read_text() for path in source.rglob("*.*") if path.suffix in _TEXTS]
+    texts = [
+        path.read_text()
+        for path in source.rglob("*.*")
+        if path.suffix in _TEXTS and "vendor" not in path.parts
+    ]
     by_package = ", ".join(f"{name} {lines:,}" for name, lines in packages.most_common())
     sys.stdout.write(
         f"source: {packages.total():,} lines of code in {len(modules)} modules ({by_package})\n"

@@ -24,6 +24,7 @@ base_packages=(
 test_packages=(
     logrotate:logrotate
     wrk:wrk
+    chromium:chromium
     ps:procps
     xmllint:libxml2-utils
     openssl:openssl

@@ -8,7 +8,7 @@
     │   └── SecretUnreadable
     ├── SourceError            a source must be mended             exit 69
     │   ├── SourceUnavailable      try again later
-    │   │   └── LibraryMissing         an optional library that the source needs
+    │   │   └── LibraryMissing         an optional library that a source or a command needs
     │   ├── SourceRefused          a record or a store was refused
     │   └── SourceCorrupt          the store's file is damaged
     ├── DataplaneError         HAProxy or the host refused             exit 70, 71 or 77
@@ -142,7 +142,7 @@ class SourceUnavailable(SourceError):
 
 
 class LibraryMissing(SourceUnavailable):
-    """A source is enabled, and the optional library that it needs is not installed."""
+    """An optional library, which a source or a command needs, is not installed."""
 
 
 class SourceRefused(SourceError):

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from imdsproxy.admin_client import AdminClient
 from imdsproxy.app.companion import Companion
-from imdsproxy.cli.admin_client import AdminClient
 from imdsproxy.cli.main import main
 from imdsproxy.dataplane.launch import Launcher
 from imdsproxy.dataplane.layout import Layout

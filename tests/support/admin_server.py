@@ -20,6 +20,7 @@ from structlog.testing import capture_logs
 from imdsproxy.admin import routes, status
 from imdsproxy.admin.api import admin_app
 from imdsproxy.admin.status import StatusReport, report_status
+from imdsproxy.admin_client import AdminClient
 from imdsproxy.app.compiler import CompiledIndex, RecordCompiler
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.policy_store import PolicyStore, TokenKeys
@@ -27,7 +28,6 @@ from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.app.tickets import Tickets
 from imdsproxy.app.watching import Watching
-from imdsproxy.cli.admin_client import AdminClient
 from imdsproxy.config.changes import SettingChange, SettingsReload
 from imdsproxy.core.documents.respond import Answer
 from imdsproxy.core.endpoints import Endpoint, LeftOut, LeftOutCode

@@ -23,7 +23,7 @@ _CONTEXT.set_forkserver_preload(
         "pytest.__main__",
         # What `main` imports late; the first comes before all that logs.
         "imdsproxy.host.logs",
-        "imdsproxy.cli.admin_client",
+        "imdsproxy.admin_client",
         "imdsproxy.start",
         "imdsproxy.admin.api",
         __name__,

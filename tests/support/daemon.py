@@ -20,7 +20,7 @@ from typing import Any, Final, cast
 
 import yaml
 
-from imdsproxy.cli.admin_client import AdminClient
+from imdsproxy.admin_client import AdminClient
 from imdsproxy.core.haproxy.limits import COUNTERS, POLICY_COUNTERS
 from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.errors import AdminUnavailable, RuntimeUnavailable

@@ -16,8 +16,8 @@ from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 import typer
 
+from imdsproxy.admin_client import AdminClient
 from imdsproxy.cli import options
-from imdsproxy.cli.admin_client import AdminClient
 from imdsproxy.cli.output import Output, Shape, clean, decode_bytes, spell_count
 from imdsproxy.core.doctor import Card, Severity, Surroundings
 from imdsproxy.core.doctor.checks_documents import examine

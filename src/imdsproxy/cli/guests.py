@@ -10,8 +10,8 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from imdsproxy.admin_client import path_to
 from imdsproxy.cli import options
-from imdsproxy.cli.admin_client import path_to
 from imdsproxy.cli.options import NO, argument, complete_instances, flag
 from imdsproxy.cli.output import Output, Shape, clean_all, decode_bytes, spell_status, spell_time
 from imdsproxy.cli.record_io import show_written

@@ -18,7 +18,7 @@ from imdsproxy.errors import ImdsproxyError
 if TYPE_CHECKING:
     from typer.models import ArgumentInfo, OptionInfo
 
-    from imdsproxy.cli.admin_client import AdminClient
+    from imdsproxy.admin_client import AdminClient
     from imdsproxy.config.load import Loaded
     from imdsproxy.config.schema import Settings
 
@@ -142,7 +142,7 @@ class Invocation:
 
     def daemon(self) -> AdminClient:
         """The daemon, by the socket that was named or that the settings name."""
-        from imdsproxy.cli.admin_client import AdminClient  # noqa: PLC0415 - the daemon itself need not load it
+        from imdsproxy.admin_client import AdminClient  # noqa: PLC0415 - the daemon itself need not load it
 
         return AdminClient(self.socket or self.settings.admin_socket)
 

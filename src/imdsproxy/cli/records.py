@@ -9,8 +9,8 @@ from typing import Annotated, Any, Final, TypeAlias
 
 import typer
 
+from imdsproxy.admin_client import path_to
 from imdsproxy.cli import options, record_io
-from imdsproxy.cli.admin_client import path_to
 from imdsproxy.cli.options import Invocation, argument, command, flag, network_flag
 from imdsproxy.cli.output import Shape, decode_bytes, spell_count
 from imdsproxy.cli.record_flags import flags_of, keys_of, wrong_flag

@@ -5,8 +5,8 @@ from typing import Annotated, Final
 
 import typer
 
+from imdsproxy.admin_client import read_problem
 from imdsproxy.cli import options
-from imdsproxy.cli.admin_client import read_problem
 from imdsproxy.cli.options import NO, NOT_IN_FORCE, flag
 from imdsproxy.cli.output import MOST_SHOWN, Output, Shape, and_more, clean, clean_all, first_lines
 

@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 import typer
 
-from imdsproxy import __version__
+from imdsproxy import __version__, admin_client
 from imdsproxy.admin.status import AuditReport, Readiness, SourceReport, UnixListenerReport
-from imdsproxy.cli import admin_client
-from imdsproxy.cli.admin_client import AdminClient
+from imdsproxy.admin_client import AdminClient
 from imdsproxy.cli.main import EXAMPLES, build_program, iterate_commands, main
 from imdsproxy.core.timing import Step
 from imdsproxy.errors import (

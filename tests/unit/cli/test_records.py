@@ -12,8 +12,8 @@ import pytest
 
 from imdsproxy.admin import records
 from imdsproxy.admin.records import Written
+from imdsproxy.admin_client import AdminClient
 from imdsproxy.cli import output
-from imdsproxy.cli.admin_client import AdminClient
 from imdsproxy.cli.record_io import read_record
 from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.core.model import BridgeListener, Dialect, InstanceId, NamespaceListener
@@ -448,7 +448,7 @@ def test_what_takes_long_is_shown_line_by_line_and_no_program_is_bothered(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(output, "_LINE_EVERY_S", 0.0)
-    monkeypatch.setattr("imdsproxy.cli.admin_client._LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr("imdsproxy.admin_client._LOOK_EVERY_S", 0.05)
     _slow_down(monkeypatch, _STEPS)
     file = _write(tmp_path / "many.json", 2000)
     shown = cli("instance", "add", "--file", file)

@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
 
-from imdsproxy.cli.admin_client import AdminClient
+from imdsproxy.admin_client import AdminClient
 from imdsproxy.cli.record_io import read_networks
 from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Final
 
-from imdsproxy.cli.admin_client import AdminClient
+from imdsproxy.admin_client import AdminClient
 from imdsproxy.cli.checks import Finding, Subject, found, guests, host, openstack, refused
 from imdsproxy.cli.options import Invocation
 from imdsproxy.config.load import Loaded

@@ -1,4 +1,4 @@
-"""The command line's side of the admin API: HTTP over a unix socket, errors as the daemon's."""
+"""The client's side of the admin API: HTTP over a unix socket, errors as the daemon's."""
 
 import contextlib
 import http.client

@@ -1,0 +1,39 @@
+"""`imdsproxy console`: pages about networks and guests, for a browser on this host or over `ssh -L`."""
+
+from typing import Annotated
+
+from imdsproxy.cli import options
+from imdsproxy.cli.options import flag
+from imdsproxy.errors import optional_library
+from imdsproxy.host.servers import open_tcp_socket
+
+_HINT = "apt install python3-jinja2, or pip install 'imdsproxy[console]'"
+
+
+@options.command
+def console(
+    run: options.Invocation,
+    *,
+    port: Annotated[
+        int, flag("--port -p PORT", "Of 127.0.0.1, for ssh -L; any free one without it.")
+    ] = 0,
+) -> None:
+    """Open pages on 127.0.0.1 that show networks, guests, requests and problems; until Ctrl-C.
+
+    The link works once, within five minutes, in one browser.
+    """
+    daemon = run.daemon()
+    with optional_library("jinja2", _HINT):
+        from imdsproxy.console.server import run_console  # noqa: PLC0415 - `--help` need not load it
+    # Whoever may not ask the daemon gets no page either.
+    daemon.get("/v1/status")
+    listener = open_tcp_socket("127.0.0.1", port)
+
+    def announce(link: str) -> None:
+        if run.output.as_json:
+            run.output.json({"link": link})
+        else:
+            run.output.text(f"{link}\nOpen it once, within five minutes. Ctrl-C ends the console.")
+
+    with listener:
+        run_console(daemon, listener, announce)

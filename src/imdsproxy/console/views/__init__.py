@@ -1,0 +1,1 @@
+"""The pages: each module has the functions that answer some paths."""
