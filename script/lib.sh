@@ -25,6 +25,7 @@ test_packages=(
     logrotate:logrotate
     wrk:wrk
     chromium:chromium
+    promtool:prometheus
     ps:procps
     xmllint:libxml2-utils
     openssl:openssl

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,7 +45,10 @@ def _usual() -> dict[str, object]:
     neutron = SimpleNamespace(
         name="neutron",
         queries=SimpleNamespace(
-            results=Counter(ok=9, failed=2, timeout=1), stale_s=12.5, backoff_s=0.75
+            results=Counter(ok=9, failed=2, timeout=1),
+            durations=Durations(Counter({0.25: 8, 1.0: 1}), 1.5),
+            stale_s=12.5,
+            backoff_s=0.75,
         ),
         look_ups=Counter({"found": 5, "negative-cached": 3}),
         known=SimpleNamespace(ports=range(7)),
@@ -56,6 +60,9 @@ def _usual() -> dict[str, object]:
         "started_at": 1_760_000_000.0,
         "started": 5.0,
         "clock.monotonic": lambda: 93_789.0,
+        "clock.now": lambda: datetime.fromtimestamp(1_760_093_784, UTC),
+        "layout.runtime": Path("/"),
+        "layout.state": Path("/"),
         "holder.problems": (),
         "holder.settings.metrics.network_series": 100,
         "holder.settings.metrics.degraded": "ready",
@@ -78,7 +85,7 @@ def _usual() -> dict[str, object]:
         "listeners.report.seconds": 0.002,
         "listeners.report.foreign": foreign,
         "listeners.rounds": 9,
-        "listeners.seconds": 0.25,
+        "listeners.durations": Durations(Counter({0.025: 8, 0.1: 1}), 0.25),
         "host.operations": {"ok": 20},
         "listeners.unix.settings": lambda: _tree({"enabled": True, "path": Path("/run/agent")}),
         "listeners.unix.bind": _tree({"mode": "0644", "user": 1, "group": 2}),
@@ -99,6 +106,7 @@ def _usual() -> dict[str, object]:
         "resolver.outcomes": Counter({"found": 1, Denial.UNKNOWN: 2}),
         "resolver.mismatched": Counter({NetworkId("red"): 3}),
         "resolver.held": 2,
+        "resolver.durations": Durations(Counter({0.005: 3}), 0.01),
         "sources.all": (neutron, SimpleNamespace(name="sqlite")),
         "sources.look_up": neutron,
         "policy_store.keys.failure": None,
@@ -114,13 +122,14 @@ def _usual() -> dict[str, object]:
             NovaEndpointReport("default", "192.0.2.1:8775", up=True, failures=4),
             NovaEndpointReport("default", "192.0.2.2:8775", up=False),
         ),
+        "nova.names": lambda: ("default",),
         "nova_watch.refused.totals": {"default": 6},
         "nova_watch.problems": (),
         "nova_watch.refresh": _nothing,
         "haproxy.processes": Processes(100, 102, (101,), 8),
         "haproxy.last_reload": ReloadReport(8, 6.0, "networks changed", False, "no file", 0.5),
         "haproxy.reload_counts": Counter(ok=7, failed=1),
-        "haproxy.seconds_spent": 0.5,
+        "haproxy.reload_durations": Durations(Counter({0.05: 6, 0.25: 1}), 0.5),
         "haproxy.full": None,
         "haproxy.master.commands": {"ok": 30},
         "haproxy_version": "3.0.11",
@@ -166,7 +175,7 @@ async def _nothing() -> None:
 
 def fake_metrics(controller: Any) -> Metrics:  # noqa: ANN401 - as `fake_controller` has it
     """Its metrics, with what one worker has counted."""
-    metrics = Metrics(controller)
+    metrics = Metrics(controller, limited=2)
     agents = {**row("agents", 3, 2, 1), "pxname": "agents"}
     metrics.traffic.add(1, count_traffic([row("blue", 100, 3, 1), row("red", 10), agents]))
     return metrics

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from shutil import disk_usage
 from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar, get_args, get_type_hints
 
 from prometheus_client import metrics_core
@@ -42,18 +43,18 @@ TRAFFIC_COLUMNS: Final = frozenset({"pxname", "svname", "type", *_COUNTED})
 _GUESTS: Final = ("guests", "unverified")
 _LISTENER: Final = "3"
 
-_Kind: TypeAlias = Literal["gauge", "counter", "summary", "histogram"]
+_Kind: TypeAlias = Literal["gauge", "counter", "histogram"]
 _TrafficKey: TypeAlias = tuple[str, str, str]
 _SUFFIXES: Final[Mapping[_Kind, tuple[str, ...]]] = {
     "gauge": ("",),
     "counter": ("_total",),
-    "summary": ("_count", "_sum"),
     "histogram": ("_bucket", "_count", "_sum"),
 }
 
-# The kinds of metrics; `None` is no series, of a summary there are the count and the sum.
+# The kinds of metrics; `None` is no series.
 Gauge: TypeAlias = Annotated[float | None, "gauge"]
 Count: TypeAlias = Annotated[float | None, "counter"]
+Times: TypeAlias = Annotated[Durations | None, "histogram"]
 By: TypeAlias = Mapping[str, float] | Mapping[tuple[str, str], float] | None
 """Values by their label, or by two."""
 
@@ -88,8 +89,6 @@ class Metric:
             within = value.within().items()
             buckets = [("+Inf" if le == math.inf else str(le), count) for le, count in within]
             return metrics_core.HistogramMetricFamily(*about, buckets, value.total_s)
-        if isinstance(value, tuple):
-            return metrics_core.SummaryMetricFamily(*about, *value)
         make = (
             metrics_core.GaugeMetricFamily
             if self.kind == "gauge"
@@ -108,6 +107,7 @@ class Metrics(Collector):
 
     one: Controller
     traffic: WorkerTotals[_TrafficKey] = field(default_factory=WorkerTotals)
+    limited: int = 0
 
     def __post_init__(self) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
@@ -127,6 +127,7 @@ class Metrics(Collector):
             # The watchdog restarts it; these counters come back with it.
             return
         self.traffic.add(worker, count_traffic(rows))
+        self.limited = sum(one.limited for one in await status.find_busiest(self.one))
 
     def expose(self, accept: str) -> tuple[str, bytes]:
         """Content type and text of all metrics, for the value of a request's `Accept`."""
@@ -142,9 +143,19 @@ class Metrics(Collector):
         return status.report_readiness(self.one)
 
     def _by_network(self, counts: Mapping[str, int]) -> Mapping[str, int]:
-        """Each network's own count, or with more than `network_series` of them their sum."""
-        few = len(counts) <= self.one.holder.settings.metrics.network_series
-        return counts if few else {NETWORK_SUM: sum(counts.values())}
+        """Each network's own count, or with more than `network_series` of them their sum.
+
+        A network without any has 0: of a counter that begins with its first event, Prometheus sees no increase.
+        """
+        found = {**dict.fromkeys(map(str, self.one.inventory.networks), 0), **counts}
+        few = len(found) <= self.one.holder.settings.metrics.network_series
+        return found if few else {NETWORK_SUM: sum(counts.values())}
+
+    def _disks(self) -> Mapping[str, tuple[int, int]]:
+        """Free bytes and size by directory; none of one that was removed."""
+        places = {"runtime": self.one.layout.runtime, "state": self.one.layout.state}
+        found = {name: disk_usage(path) for name, path in places.items() if path.exists()}
+        return {name: (one.free, one.total) for name, one in found.items()}
 
     def _guests(self, column: str) -> Mapping[str, int]:
         """One column of the traffic, by network."""
@@ -171,6 +182,18 @@ class Metrics(Collector):
     def start_time_seconds(self) -> Gauge:
         """Unix time of the controller's start."""
         return self.one.started_at
+
+    def clock_seconds(self) -> Gauge:
+        """Unix time by this host's clock. Session tokens and the end of a boot go by it: compare it with another."""
+        return self.one.clock.now().timestamp()
+
+    def disk_free_bytes(self) -> Annotated[By, "gauge", "directory"]:
+        """Bytes that can be written to the file systems of `paths.runtime_dir` and `paths.state_dir`."""
+        return {name: free for name, (free, _) in self._disks().items()}
+
+    def disk_size_bytes(self) -> Annotated[By, "gauge", "directory"]:
+        """The sizes of these file systems."""
+        return {name: size for name, (_, size) in self._disks().items()}
 
     def settings_refused(self) -> Gauge:
         """1 while the last reload of the settings files was refused: those before stay in force."""
@@ -224,12 +247,6 @@ class Metrics(Collector):
         """Records of the source that are refused now."""
         return {name: len(one.problems) for name, one in self.one.inventory.reports.items()}
 
-    def source_failures(self) -> Annotated[By, "counter", "source"]:
-        """Times that the source did not answer or its store was refused."""
-        found = dict.fromkeys(self.one.inventory.reports, 0)
-        failed = self._neutron(lambda one: one.queries.results.total() - one.queries.results["ok"])
-        return found if failed is None else {**found, "neutron": failed}
-
     def haproxy_up(self) -> Gauge:
         """1 while HAProxy's worker answers."""
         return self.one.watchdog.answering and self.one.haproxy.processes is not None
@@ -243,9 +260,9 @@ class Metrics(Collector):
         """Reloads of HAProxy by result: ok or failed."""
         return self.one.haproxy.reload_counts
 
-    def haproxy_reload_seconds(self) -> Annotated[tuple[float, float], "summary"]:
-        """Time from ordering a reload until the new worker serves."""
-        return self.one.haproxy.reload_counts.total(), self.one.haproxy.seconds_spent
+    def haproxy_reload_seconds(self) -> Annotated[Durations, "histogram"]:
+        """Time from ordering a start or a reload of HAProxy until the new worker serves, of those that succeeded."""
+        return self.one.haproxy.reload_durations
 
     def haproxy_commands(self) -> Annotated[By, "counter", "result"]:
         """Runtime API commands by result: ok or failed."""
@@ -257,12 +274,13 @@ class Metrics(Collector):
         return {"documents": one.companion.restarts, "haproxy": one.watchdog.restarts}
 
     def documents_processes(self) -> Gauge:
-        """Processes of the document server that run."""
-        return max(0, len(self.one.companion.read().pids) - 1)
+        """Workers of the document server that run; no series where the settings switch it off."""
+        companion = self.one.companion
+        return max(0, len(companion.read().pids) - 1) if companion.needed else None
 
-    def plan_seconds(self) -> Annotated[tuple[float, float], "summary"]:
+    def plan_seconds(self) -> Annotated[Durations, "histogram"]:
         """Time that applying a plan took."""
-        return self.one.listeners.rounds, self.one.listeners.seconds
+        return self.one.listeners.durations
 
     def plan_operations(self) -> Annotated[By, "counter", "result"]:
         """Operations of plans by result: ok or failed (failed ones are tried again)."""
@@ -277,6 +295,12 @@ class Metrics(Collector):
         guest left).
         """
         return {one: self.one.resolver.outcomes[one] for one in (FOUND, *Denial)}
+
+    def resolver_seconds(self) -> Annotated[Durations, "histogram"]:
+        """Time from the request of an unknown address until its guest was found, without the answer itself. A request
+        that is held until a source reports the guest counts with that time.
+        """
+        return self.one.resolver.durations
 
     def resolver_held(self) -> Gauge:
         """Requests of unknown addresses that are held now."""
@@ -293,6 +317,12 @@ class Metrics(Collector):
     def network_malformed(self) -> Annotated[By, "counter", "network"]:
         """Guests' requests that were no proper HTTP, by network as above."""
         return self._guests("ereq")
+
+    def limited_guests(self) -> Gauge:
+        """Instances that are refused requests or connections because they are over their limits, and networks whose
+        unknown guests are; up to ten are counted, every ten seconds. `status` names them.
+        """
+        return self.limited
 
     def mac_mismatches(self) -> Annotated[By, "counter", "network"]:
         """Requests that got 403 because the address goes with another MAC, by network as above."""
@@ -366,7 +396,7 @@ class Metrics(Collector):
 
     def nova_refused(self) -> Annotated[By, "counter", "endpoint_set"]:
         """Answers 403 of Nova, by endpoint set: it refuses our signature, most likely for another secret."""
-        return self.one.nova_watch.refused.totals
+        return {**dict.fromkeys(self.one.nova.names(), 0), **self.one.nova_watch.refused.totals}
 
     def neutron_queries(self) -> Annotated[By, "counter", "result"]:
         """Queries to Neutron by result: ok, failed or timeout."""
@@ -378,6 +408,10 @@ class Metrics(Collector):
         unavailable.
         """
         return self._neutron(lambda one: {**_NO_LOOK_UPS, **one.look_ups})
+
+    def neutron_query_seconds(self) -> Times:
+        """Time that Neutron took for the queries that it answered."""
+        return self._neutron(lambda one: one.queries.durations)
 
     def neutron_ports(self) -> Gauge:
         """Neutron's ports that are known and kept up to date."""

@@ -256,13 +256,13 @@ async def report_status(controller: Controller) -> StatusReport:
             each for found in records.compiler.warnings.values() for each in found
         ),
         policy_for_nobody=controller.policy_store.for_nobody(inventory),
-        busiest=await _find_busiest(controller),
+        busiest=await find_busiest(controller),
         audit=_report_audit(controller),
         progress=records.progress.steps,
     )
 
 
-async def _find_busiest(controller: Controller) -> tuple[limits.Asker, ...]:
+async def find_busiest(controller: Controller) -> tuple[limits.Asker, ...]:
     """Instances that are limited now, as HAProxy's worker counts them; none while HAProxy cannot be asked."""
     allowed, haproxy = controller.holder.settings.limits, controller.haproxy
     if not allowed.enabled or (worker := haproxy.worker) is None:

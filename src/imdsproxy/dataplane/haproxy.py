@@ -12,6 +12,7 @@ from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.model import DataplaneSpec
 from imdsproxy.core.haproxy.nova import loopback_sockets
 from imdsproxy.core.haproxy.runtime import Processes, parse_failure
+from imdsproxy.core.timing import Durations
 from imdsproxy.dataplane.launch import Launcher
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient, exchange
@@ -49,6 +50,7 @@ class Haproxy:
     """Brings configurations into force and checks that HAProxy answers.
 
     Attributes:
+        reload_durations: Of starts and reloads that succeeded, from the order until the worker serves.
         full: Why guests wait, while HAProxy has all the connections that it may have.
         before_reload: Reads something of the workers that will then be gone, in half a second; raises nothing.
         starting: Set once a start has begun, or none is needed: HAProxy reads its files, and the processor has time.
@@ -66,8 +68,8 @@ class Haproxy:
     full: Problem | None = None
     starting: asyncio.Event = field(default_factory=asyncio.Event)
     last_reload: ReloadReport | None = None
-    reload_counts: Counter[str] = field(default_factory=Counter)
-    seconds_spent: float = 0.0
+    reload_counts: Counter[str] = field(default_factory=lambda: Counter(ok=0, failed=0))
+    reload_durations: Durations = field(default_factory=Durations)
     before_reload: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -226,7 +228,8 @@ class Haproxy:
 
     def _note(self, reason: str, failure: str | None = None, *, took_s: float = 0.0) -> None:
         self.reload_counts["ok" if failure is None else "failed"] += 1
-        self.seconds_spent += took_s
+        if failure is None:
+            self.reload_durations.add(took_s)
         number, at = self.reload_counts.total(), self.clock.now().timestamp()
         self.last_reload = ReloadReport(number, at, reason, failure is None, failure or "", took_s)
 

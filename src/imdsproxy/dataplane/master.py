@@ -39,7 +39,7 @@ class MasterClient:
     def __init__(self, path: Path, *, deadline_s: float = 3.0) -> None:
         self._path = path
         self._deadline_s = deadline_s
-        self.commands: Counter[str] = Counter()
+        self.commands: Counter[str] = Counter(ok=0, failed=0)
 
     async def read_processes(self) -> runtime.Processes:
         """The processes that run now.

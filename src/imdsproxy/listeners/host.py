@@ -109,7 +109,7 @@ class SystemHost:
         self._owners = owners or SocketOwners()
         self.seen = ObservedHost()
         self.looking = asyncio.Lock()
-        self.operations: Counter[str] = Counter()
+        self.operations: Counter[str] = Counter(ok=0, failed=0)
         self.links = links
         hint = "remove it; addresses that are no longer needed are then yours to remove"
         self._journal: Journal[list[tuple[str | None, str]]] = Journal(journal, [], hint)

@@ -19,7 +19,7 @@ from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.model import DataplaneSpec
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Network, NetworkId
-from imdsproxy.core.timing import Backoff
+from imdsproxy.core.timing import Backoff, Durations
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.errors import ConfigRejected, DataplaneError, Problem, ReloadFailed
 from imdsproxy.host.clock import Clock
@@ -68,7 +68,7 @@ class ListenerLoop:
     working: bool = False
     unexported: Problem | None = None
     rounds: int = 0
-    seconds: float = 0.0
+    durations: Durations = field(default_factory=Durations)
     watch: HostWatch = field(init=False)
     _listening: MacFilterPlan = field(default_factory=MacFilterPlan)
     _degraded: frozenset[LeftOut] = frozenset()
@@ -228,7 +228,7 @@ class ListenerLoop:
         refused = (some[network] for some in no_tables for network in sorted(some))
         self.watch.expect(networks, {one.network for one in plan.left_out if one.code.silent})
         self.rounds += 1
-        self.seconds += self.clock.monotonic() - began
+        self.durations.add(self.clock.monotonic() - began)
         before, known = self.report, self._degraded
         self.report = replace(
             plan,

@@ -19,6 +19,7 @@ from imdsproxy.config.schema import ResolverSettings
 from imdsproxy.core.identity import Denial
 from imdsproxy.core.model import NetworkId, Scope
 from imdsproxy.core.observation import AddressKey
+from imdsproxy.core.timing import Durations
 from imdsproxy.core.wire import MapRecord
 
 _QUIET_S: Final = 60.0
@@ -51,6 +52,7 @@ class Resolver:
     Attributes:
         outcomes: What became of misses since the start: `FOUND`, or why not.
         mismatched: Those that were a `MISMATCH`, by network.
+        durations: How long those took that were found, the time that they were held included.
     """
 
     look: Look
@@ -58,6 +60,7 @@ class Resolver:
     now: Callable[[], float]
     outcomes: Counter[str] = field(default_factory=Counter)
     mismatched: Counter[NetworkId] = field(default_factory=Counter)
+    durations: Durations = field(default_factory=Durations)
     _waiting: dict[AddressKey, set[asyncio.Event]] = field(default_factory=dict)
     _held: Counter[NetworkId] = field(default_factory=Counter)
     _wait_ends: dict[AddressKey, float] = field(default_factory=dict)
@@ -85,10 +88,12 @@ class Resolver:
         self, key: AddressKey, scope: Scope | None = None, port: int | None = None
     ) -> Outcome:
         """Whose the address is, or what to answer where it stays unknown (design §6)."""
-        look = partial(self.look, key, scope, port)
+        began, look = self.now(), partial(self.look, key, scope, port)
         outcome = await look()
         if outcome in _MAY_COME:
             outcome = await self._hold(key, look, outcome)
+        if not isinstance(outcome, Denial):
+            self.durations.add(self.now() - began)
         self.outcomes[outcome if isinstance(outcome, Denial) else FOUND] += 1
         if outcome is Denial.MISMATCH:
             self.mismatched[key[0]] += 1

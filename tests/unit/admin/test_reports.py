@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final, cast
 
@@ -265,18 +266,26 @@ networks_left_out{{code="port-busy"}} 1.0
 foreign_listeners{{effect="blocks"}} 2.0
 source_in_sync{{source="sqlite"}} 1.0
 source_records{{kind="instance",source="sqlite"}} 3.0
-source_failures_total{{source="neutron"}} 3.0
 gates{{state="refused"}} 4.0
 unix_listener_serving 1.0
 unix_listener_denied_total 2.0
 unix_listener_taken_over_total 2.0
 mac_mismatches_total{{network="red"}} 3.0
+mac_mismatches_total{{network="blue"}} 0.0
 nova_endpoint_failures_total{{endpoint="192.0.2.1:8775",endpoint_set="default"}} 4.0
 nova_endpoint_up{{endpoint="192.0.2.2:8775",endpoint_set="default"}} 0.0
 nova_refused_total{{endpoint_set="default"}} 6.0
 haproxy_reloads_total{{result="failed"}} 1.0
-haproxy_reload_seconds_count 8.0
+haproxy_reload_seconds_count 7.0
 haproxy_reload_seconds_sum 0.5
+haproxy_reload_seconds_bucket{{le="0.05"}} 6.0
+plan_seconds_bucket{{le="0.025"}} 8.0
+resolver_seconds_bucket{{le="0.005"}} 3.0
+neutron_query_seconds_bucket{{le="0.25"}} 8.0
+neutron_query_seconds_sum 1.5
+clock_seconds 1.760093784e+09
+documents_processes 2.0
+limited_guests 2.0
 convergence_seconds_sum 0.125
 convergence_seconds_count 10.0
 convergence_seconds_bucket{{le="0.002"}} 0.0
@@ -290,6 +299,7 @@ audit_left_out_total 4.0
 audit_failing 1.0
 metadata_no_token_total{{network="blue"}} 8.0
 metadata_no_token_rejected_total{{network="blue"}} 2.0
+metadata_no_token_rejected_total{{network="red"}} 0.0
 neutron_queries_total{{result="timeout"}} 1.0
 neutron_look_ups_total{{result="negative-cached"}} 3.0
 neutron_look_ups_total{{result="known"}} 0.0
@@ -315,8 +325,19 @@ def test_a_figure_has_its_name(figure: str) -> None:
 
 def test_what_is_off_has_no_series() -> None:
     off = {"sources.look_up": None, "audit.settings": lambda: SimpleNamespace(one_in=0)}
-    names = _names(_exposed(**off))
-    assert not [name for name in names if "neutron" in name or name.endswith("audit_failing")]
+    names = _names(_exposed(**off, **{"companion.needed": False}))
+    absent = ("audit_failing", "documents_processes")
+    assert not [name for name in names if "neutron" in name or name.endswith(absent)]
+
+
+def test_the_room_on_the_disks_of_both_directories_is_exposed(tmp_path: Path) -> None:
+    places = {"layout.runtime": tmp_path, "layout.state": tmp_path / "removed"}
+    text = _exposed(**places)
+    lines = re.findall(
+        r'^imdsproxy_disk_(\w+)_bytes{directory="runtime"} (\S+)$', text, re.MULTILINE
+    )
+    assert 0 < float(dict(lines)["free"]) < float(dict(lines)["size"])
+    assert 'directory="state"' not in text
 
 
 def test_each_metric_is_exposed_once_with_help_and_type_and_no_other_of_ours() -> None:

@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 
 from imdsproxy.core.addresses import mac_of
 from imdsproxy.core.model import IpAddress, NetworkId
-from imdsproxy.core.timing import Backoff
+from imdsproxy.core.timing import Backoff, Durations
 from imdsproxy.errors import SourceUnavailable
 from imdsproxy.host.clock import Clock
 from imdsproxy.sources.neutron.client import NeutronClient, QueryTimedOut
@@ -55,6 +55,7 @@ class Queries:
         until: When the next query is due then, by the monotonic clock.
         answered: When Neutron last answered, by that clock; at first now.
         steady: Since when it has answered without an outage, by that clock.
+        durations: How long queries took that were answered.
     """
 
     client: NeutronClient
@@ -67,6 +68,7 @@ class Queries:
     answered: float = field(init=False)
     steady: float = -math.inf
     results: Counter[QueryResult] = field(default_factory=Counter)
+    durations: Durations = field(default_factory=Durations)
     _backoff: Backoff = field(default_factory=lambda: Backoff(_FIRST_S, _LONGEST_S))
     _probing: bool = False
     _waiting: Counter[NetworkId | None] = field(default_factory=Counter)
@@ -160,6 +162,7 @@ class Queries:
                 self._probing = False
         self.results["ok"] += 1
         self.answered = self.clock.monotonic()
+        self.durations.add(self.answered - asked)
         if self.outage is not None:
             self.outage = None
             self.steady = self.answered
