@@ -1,21 +1,21 @@
 """The how-to pages, each followed to the letter on one host, which each leaves as it was."""
 
 from collections.abc import Iterator
+from typing import Final
 
 import pytest
 
 from support.how_to import Host, open_host
-from support.packages import build_packages
 from support.systemd_daemon import wait_served
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(600)]
 
-_FOLLOWED = ("seal-user-data.md",)
+_FOLLOWED: Final = ("back-up.md", "seal-user-data.md", "upgrade.md")
 
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    with open_host(tmp_path_factory.mktemp("host"), build_packages()) as host:
+    with open_host(tmp_path_factory.mktemp("host")) as host:
         yield host
 
 

@@ -9,12 +9,14 @@ from typing import Any, Final
 from support.demonstration import REPOSITORY
 from support.document_blocks import Block, blocks_of, find_fault, script_of
 from support.packaged_daemon import PackagedDaemon, machine_with_dependencies
-from support.packages import Packages
+from support.packages import build_packages
 from support.systemd_daemon import journal_of_failures, wait_served
 
 PAGES: Final = REPOSITORY / "docs/how-to"
 HOME: Final = "/srv/operator"
-"""Where the operator works: empty at the beginning and at the end of each page."""
+"""Where the operator works: with the package that runs in `old`, and the version after it in `new`."""
+
+FOLLOWING: Final = "99.0"
 
 _IN_GUEST: Final = "# in the guest\n"
 _NETWORKS: Final = {"blue": "web-1", "red": "db-1"}
@@ -47,7 +49,6 @@ class Host:
     """A host in operation."""
 
     daemon: PackagedDaemon
-    packages: Packages
 
     def follow(self, name: str) -> str:
         """Run all of a page in one shell; how it did not go as the page says."""
@@ -101,13 +102,15 @@ def records() -> dict[str, list[dict[str, object]]]:
 
 
 @contextlib.contextmanager
-def open_host(work: Path, packages: Packages) -> Iterator[Host]:
+def open_host(work: Path) -> Iterator[Host]:
     """Boot it, with the package installed and all guests served."""
+    packages = build_packages()
     with machine_with_dependencies(work, packages) as machine:
         daemon = PackagedDaemon(machine)
-        host = Host(daemon, packages)
+        host = Host(daemon)
         with journal_of_failures(daemon):
-            machine.run("mkdir", "-p", HOME)
+            for place, built in (("old", packages), ("new", build_packages(FOLLOWING))):
+                machine.run("install", "-D", "-m", "644", "-t", f"{HOME}/{place}", str(built.deb))
             daemon.guests = tuple(
                 replace(daemon.plug_in_one(network, _MACS[network]), name=instance)
                 for network, instance in _NETWORKS.items()
