@@ -27,7 +27,7 @@ def _settings(holds: str) -> Settings:
 
 
 def test_all_settings_of_the_page_are_good_ones() -> None:
-    assert len(_SETTINGS) == 8
+    assert len(_SETTINGS) == 7
     for text in _SETTINGS:
         Settings.model_validate(parse_yaml(text, "page").value)
 
