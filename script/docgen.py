@@ -21,9 +21,11 @@ from imdsproxy.app.namespace_proxy.command import run_parser
 from imdsproxy.cli.main import SHELLS, build_program, iterate_commands, render_completion
 from imdsproxy.config.describe import Setting, iterate_settings
 from imdsproxy.config.neutron_options import NEUTRON_OPTIONS
+from imdsproxy.config.render import render_records_schema, render_schema
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.strict_yaml import render_value
 from imdsproxy.core.endpoints import LeftOutCode
+from imdsproxy.core.records.json_schema import schema_of_records
 from imdsproxy.errors import KINDS, ImdsproxyError
 
 _TEXTS: Final[Mapping[str, Any]] = tomllib.loads(
@@ -228,6 +230,52 @@ def render_neutron_page() -> str:
     )
 
 
+def render_records_page() -> str:
+    """docs/reference/records.md: `docgen_records.md`, with a table of each record's fields in it."""
+    definitions = schema_of_records()["$defs"]
+    text = Path(__file__).with_name("docgen_records.md").read_text("utf-8")
+    for name, definition in definitions.items():
+        rows = [
+            (
+                f"`{key}`",
+                _takes(value),
+                "required" if key in definition["required"] else _default_of_field(value),
+                _one_line(value["description"]),
+            )
+            for key, value in definition["properties"].items()
+        ]
+        table = "\n".join(_table(("field", "takes", "default", "what it is"), rows))
+        text = text.replace(f"{{{name}}}", table)
+    return _page([f"<!-- {_MADE} -->", "", text])
+
+
+def _default_of_field(schema: Mapping[str, Any]) -> str:
+    return f"`{render_value(schema['default'])}`" if "default" in schema else "-"
+
+
+def _takes(schema: Mapping[str, Any]) -> str:
+    """What a field of a record takes, in words."""
+    match schema:
+        case {"enum": enum}:
+            words = " or ".join(f"`{one}`" for one in enum if isinstance(one, str))
+        case {"anyOf": [{"format": _}, *_]}:
+            words = "an IP address"
+        case {"anyOf": options}:
+            each = (_takes(one) for one in options if one.get("type") != "null")
+            words = ", or ".join(dict.fromkeys(each))
+        case {"items": items}:
+            words = f"list of: {_takes(items)}"
+        case {"minimum": least, "maximum": most}:
+            words = f"{least} to {most}"
+        case {"additionalProperties": value}:
+            words = f"mapping to: {_takes(value)}"
+        case _:
+            types = {"boolean": "true or false", "object": "a mapping", "string": "text"}
+            kinds = schema.get("type", "object")
+            words = types[kinds[0] if isinstance(kinds, list) else kinds]
+    return words
+
+
 def _head(title: str, introduction: str) -> list[str]:
     return [f"<!-- {_MADE} -->", "", f"# {title}", "", introduction]
 
@@ -340,6 +388,7 @@ PAGES: Final[Mapping[str, Callable[[], str]]] = {
     "metrics.md": render_metrics_page,
     "errors.md": render_errors_page,
     "admin-api.md": render_admin_api_page,
+    "records.md": render_records_page,
 }
 MANUALS: Final[Mapping[str, Callable[[], str]]] = {
     "imdsproxy.1": render_program_manual,
@@ -349,11 +398,13 @@ MANUALS: Final[Mapping[str, Callable[[], str]]] = {
 
 
 def write_all(reference: Path, packaging: Path) -> None:
-    """Write every page, every manual page, and every shell's script of completions."""
+    """Write every page, every manual page, every shell's script of completions, and the JSON Schemas."""
     written = {reference / name: render() for name, render in PAGES.items()}
     written |= {packaging / "man" / name: render() for name, render in MANUALS.items()}
     for shell in SHELLS:
         written[packaging / "completion" / f"imdsproxy.{shell}"] = render_completion(shell)
+    written[packaging / "schema/settings.json"] = render_schema()
+    written[packaging / "schema/records.json"] = render_records_schema()
     for path, text in written.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")

@@ -14,6 +14,7 @@ MADE = (
     (REPOSITORY / "docs/reference", "reference"),
     (REPOSITORY / "packaging/man", "packaging/man"),
     (REPOSITORY / "packaging/completion", "packaging/completion"),
+    (REPOSITORY / "packaging/schema", "packaging/schema"),
 )
 MANUALS = sorted(path.name for path in (REPOSITORY / "packaging/man").iterdir())
 ROFF = {".TH", ".SH", ".SS", ".TP", ".PP", ".B", ".BR", ".br", '.\\"'}

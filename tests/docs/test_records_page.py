@@ -1,40 +1,47 @@
-"""docs/reference/records.md names every field of a record, and its examples are records that are taken."""
+"""docs/reference/records.md has every field of a record, and its examples are records that are taken."""
 
 import re
 from typing import Final
 
 import pytest
+from jsonschema import Draft7Validator
 
 from imdsproxy.config.strict_yaml import parse_yaml
-from imdsproxy.core.records import INSTANCE, NETWORK, parse_records
-from imdsproxy.core.records.instance import PORT
+from imdsproxy.core.model import BridgeListener, InterfaceListener, NamespaceListener, Scope
+from imdsproxy.core.records import parse_records
+from imdsproxy.core.records.json_schema import schema_of_records
 from support.demonstration import REPOSITORY
-from support.document_blocks import section
 
-_PAGE: Final = REPOSITORY / "docs/reference/records.md"
-_EXAMPLES: Final = re.findall(r"^```yaml\n(.*?)^```", _PAGE.read_text(), re.MULTILINE | re.DOTALL)
-
-
-def _fields(heading: str) -> list[set[str]]:
-    """The fields in the first column of each table below a heading."""
-    text = "\n".join(section(_PAGE, heading)[1])
-    tables = re.findall(r"^\| field \| is \|\n\| --- \| --- \|\n((?:\|.*\n?)+)", text, re.MULTILINE)
-    return [
-        {name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])}
-        for table in tables
-    ]
+_PAGE: Final = (REPOSITORY / "docs/reference/records.md").read_text()
+_EXAMPLES: Final = re.findall(r"^```yaml\n(.*?)^```", _PAGE, re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("example", _EXAMPLES)
-def test_every_example_is_taken_whole(example: str) -> None:
+def test_every_example_is_taken_whole_and_valid_in_an_editor(example: str) -> None:
     document = parse_yaml(example, "page").value
     records = parse_records(document)
-    assert records.problems == ()
+    assert records.all_problems == ()
     assert isinstance(document, dict)
     written = [*document.get("networks", []), *document.get("instances", [])]
-    assert len(records.networks) + len(records.instances) == len(written) > 0
+    assert len(records.networks) + len(records.instances) == len(written)
+    assert list(Draft7Validator(schema_of_records()).iter_errors(document)) == []
 
 
-def test_every_field_of_a_network_an_instance_and_a_port_is_explained() -> None:
-    assert _fields("## A network") == [set(NETWORK.names)]
-    assert _fields("## An instance") == [set(INSTANCE.names), set(PORT.names)]
+def test_there_is_an_example_of_each_kind_of_network() -> None:
+    found = [
+        one for each in _EXAMPLES for one in parse_records(parse_yaml(each, "").value).networks
+    ]
+    assert {type(one.listener) for one in found} == {
+        BridgeListener,
+        InterfaceListener,
+        NamespaceListener,
+    }
+    assert {one.scope for one in found} == set(Scope)
+    assert {one.mac_check for one in found} == {True, False}
+
+
+def test_every_field_of_every_table_is_explained() -> None:
+    wanted = [list(one["properties"]) for one in schema_of_records()["$defs"].values()]
+    tables = re.findall(r"^\| field \|.*\n\| ---.*\n((?:\|.*\n?)+)", _PAGE, re.MULTILINE)
+    found = [re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) for table in tables]
+    assert sorted(found) == sorted(wanted)

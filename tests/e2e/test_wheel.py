@@ -91,4 +91,6 @@ def test_its_installer_puts_units_pages_and_settings_in_place(
         "usr/share/fish/vendor_completions.d/imdsproxy.fish",
         "usr/share/man/man1/imdsproxy.1",
         "usr/share/man/man5/imdsproxy.yaml.5",
+        "usr/share/imdsproxy/schema/settings.json",
+        "usr/share/imdsproxy/schema/records.json",
     }

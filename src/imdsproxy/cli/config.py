@@ -40,11 +40,15 @@ def show(
 
 @config_app.command("schema")
 @options.json_command
-def schema(run: options.Invocation) -> None:
-    """The JSON Schema of the configuration file, for editors."""
-    from imdsproxy.config.render import render_schema  # noqa: PLC0415 - `--help` need not load it
+def schema(
+    run: options.Invocation,
+    *,
+    records: Annotated[bool, flag("--records", "That of record files.")] = False,
+) -> None:
+    """The JSON Schema of the configuration file, for editors; with --records that of record files."""
+    from imdsproxy.config import render  # noqa: PLC0415 - `--help` need not load it
 
-    run.output.text(render_schema())
+    run.output.text(render.render_records_schema() if records else render.render_schema())
 
 
 @config_app.command("sample")

@@ -51,17 +51,19 @@ def flags_of(table: Table[Any]) -> Iterator[tuple[str, object]]:
 def _annotation(key: Key) -> object:
     name, schema = key.name.replace("_", "-"), key.kind.schema or {}
     text = key.summary.replace("`", "")
-    match schema.get("type"):
-        case "boolean":
+    match schema:
+        case {"type": "boolean"}:
             off = _OFF.get(key.name, f"no-{name}")
             return Annotated[bool | None, flag(f"--{name}/--{off}", text)]
-        case "integer":
-            between = f"{schema['minimum']}..{schema['maximum']}"
+        case {"type": "integer", "minimum": lowest, "maximum": highest}:
+            between = f"{lowest}..{highest}"
             return Annotated[int | None, flag(f"--{name} {between}", text)]
-        case "string":
+        case {"enum": [*words]}:
+            choices = "|".join(word for word in words if isinstance(word, str))
+            return Annotated[str | None, flag(f"--{name} {choices}", text)]
+        case {"type": "string"}:
             metavar = _METAVARS.get(name, name.rpartition("-")[2].upper())
-            words = cast("list[str]", schema.get("enum", [metavar]))
-            return Annotated[str | None, flag(f"--{name} {'|'.join(words)}", text)]
+            return Annotated[str | None, flag(f"--{name} {metavar}", text)]
         case _:
             return None
 

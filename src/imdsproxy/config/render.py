@@ -10,6 +10,7 @@ from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.section import Change
 from imdsproxy.config.strict_yaml import render_value
+from imdsproxy.core.records.json_schema import DIALECT, schema_of_records
 
 _WIDTH: Final = 96
 _ORIGIN_COLUMN: Final = 48
@@ -20,6 +21,7 @@ _CHANGE: Final[Mapping[Change, str]] = {
     Change.RESTART: "A change takes a restart.",
 }
 _SAMPLE_HEAD: Final = """\
+# yaml-language-server: $schema=/usr/share/imdsproxy/schema/settings.json
 # imdsproxy.yaml: every setting with its default. Keep only what you change.
 # Files in conf.d/ beside this one are merged over it in the order of their names, and
 # IMDSPROXY_SECTION__FIELD in the environment over both."""
@@ -47,7 +49,18 @@ def settings_by_origin(loaded: Loaded) -> dict[str, dict[str, object]]:
 
 def render_schema() -> str:
     """The JSON Schema of the configuration file, for editors."""
-    return json.dumps(root_schema(), indent=2, ensure_ascii=False) + "\n"
+    about = {"$schema": DIALECT, "title": "imdsproxy settings"}
+    schema = {name: value for name, value in root_schema().items() if name != "title"}
+    return _render_json({**about, **schema})
+
+
+def render_records_schema() -> str:
+    """The JSON Schema of record files, for editors."""
+    return _render_json(schema_of_records())
+
+
+def _render_json(value: object) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def render_sample() -> str:

@@ -33,7 +33,8 @@ _VERSIONS: Final = (
     (re.compile(rb"^/(?!(?:openstack|nocloud)(?:/|$))[^/]+"), b"/latest"),
 )
 _DATED: Final = re.compile(rb"/(?:openstack/)?[0-9]")
-_WRITABLE: Final = re.compile(r"/[A-Za-z0-9._~+,=:@/-]*")
+PATH_PATTERN: Final = "^/[A-Za-z0-9._~+,=:@/-]*$"
+_WRITABLE: Final = re.compile(PATH_PATTERN)
 
 _Scope = TypeVar("_Scope")
 

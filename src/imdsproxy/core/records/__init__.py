@@ -19,11 +19,11 @@ from imdsproxy.core.records.network import NETWORK
 from imdsproxy.core.records.schema import Fault, Field, Findings, Json, Path, Refused, Table
 from imdsproxy.errors import Problem
 
-_TABLES: Final[Mapping[str, Table[Network] | Table[Instance]]] = {
+TABLES: Final[Mapping[str, Table[Network] | Table[Instance]]] = {
     "networks": NETWORK,
     "instances": INSTANCE,
 }
-LISTS: Final = tuple(_TABLES)
+LISTS: Final = tuple(TABLES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def parse_listed(
     path: Path, record: object, findings: Findings | None = None, faults: Iterable[Fault] = ()
 ) -> Network | Instance | Refused:
     """One record of a document, as `Table.read` gives it; `path` is its list and its place there: `("networks", 3)`."""
-    return _TABLES[str(path[0])].read(record, path, findings, faults)
+    return TABLES[str(path[0])].read(record, path, findings, faults)
 
 
 def render_record(record: Network | Instance) -> dict[str, Json]:

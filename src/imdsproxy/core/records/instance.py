@@ -7,26 +7,47 @@ from typing import Any, Final
 from imdsproxy.core.model import Dialect, Instance, Port, SshKey, Upstream, free_name
 from imdsproxy.core.records import values
 from imdsproxy.core.records.network import POLICY
-from imdsproxy.core.records.schema import Fault, Field, Json, Key, Kind, Table, list_of
+from imdsproxy.core.records.schema import (
+    CONTROL,
+    MAX_TEXT,
+    Fault,
+    Field,
+    Json,
+    Key,
+    Kind,
+    Table,
+    list_of,
+)
 from imdsproxy.errors import quoted
 
-_SSH_KEY_LINE: Final = re.compile(
-    r"(?:ssh|ecdsa|sk-ssh|sk-ecdsa)-[A-Za-z0-9@._-]+ [A-Za-z0-9+/]+={0,3}(?: (?P<comment>.+))?"
+_SSH_KEY_PATTERN: Final = (
+    r"^(?:ssh|ecdsa|sk-ssh|sk-ecdsa)-[A-Za-z0-9@._-]+ [A-Za-z0-9+/]+={0,3}(?: (.+))?$"
 )
+_SSH_KEY_LINE: Final = re.compile(_SSH_KEY_PATTERN)
 _SSH_KEY_WANTED: Final = "one line as in a .pub file: ssh-ed25519 AAAA… COMMENT"
 _LONGEST_SSH_KEY: Final = 16384
 # public-keys/ lists INDEX=NAME, which clients split at "=", and a name is a step of a path.
-_SSH_KEY_NAME: Final = re.compile("[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff=/]{1,255}")
+_SSH_KEY_NAME: Final = re.compile(rf"[^{CONTROL}\ud800-\udfff=/]{{1,{MAX_TEXT}}}")
 _NOT_IN_DERIVED: Final = re.compile(r"[^A-Za-z0-9@._+-]+")
-_TAG_VALUE: Final = re.compile("[^\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]{0,4096}")
+_LONGEST_TAG_VALUE: Final = 4096
+_NOT_IN_TAG_VALUE: Final = r"\x00-\x08\x0b-\x1f\x7f-\x9f"
+_TAG_VALUE: Final = re.compile(rf"[^{_NOT_IN_TAG_VALUE}\ud800-\udfff]{{0,{_LONGEST_TAG_VALUE}}}")
 
 PORT: Final = Table(
     "PortRecord",
     Port,
     "An instance's place in a network.",
     Key("network", values.NETWORK_ID, "The network's id.", required=True),
-    Key("mac", values.MAC, "The MAC. Without addresses the guest is known by it alone."),
-    Key("addresses", list_of(values.GUEST_ADDRESS), "IPv4 and IPv6 addresses."),
+    Key(
+        "mac",
+        values.MAC,
+        "The MAC. Without `addresses` the guest is known by it alone, at whatever address it has.",
+    ),
+    Key(
+        "addresses",
+        list_of(values.GUEST_ADDRESS),
+        "IPv4 and IPv6 addresses. Beside a MAC, both must match.",
+    ),
     Key(
         "project", values.PROJECT_ID, "The port's own, where it is another one than the instance's."
     ),
@@ -50,6 +71,11 @@ def _parse_key(field: Field) -> str:
     return field.matched(_SSH_KEY_LINE, _SSH_KEY_WANTED)
 
 
+_SSH_KEY_TEXT: Final = Kind(
+    _parse_key, {"type": "string", "maxLength": _LONGEST_SSH_KEY, "pattern": _SSH_KEY_PATTERN}
+)
+
+
 def _parse_key_name(field: Field) -> str:
     return field.matched(_SSH_KEY_NAME, "1 to 255 printable characters without = and /")
 
@@ -58,8 +84,16 @@ _SSH_KEY: Final = Table(
     "SshKeyRecord",
     SshKey,
     "A public key under a name.",
-    Key("name", Kind(_parse_key_name, values.TEXT.schema), required=True),
-    Key("key", Kind(_parse_key, values.TEXT.schema), required=True),
+    Key(
+        "name",
+        Kind(
+            _parse_key_name,
+            {**values.one_line(MAX_TEXT), "pattern": f"^[^{CONTROL}=/]*$"},
+        ),
+        "What guests see it listed as.",
+        required=True,
+    ),
+    Key("key", _SSH_KEY_TEXT, "One line as in a .pub file.", required=True),
 )
 
 
@@ -93,7 +127,7 @@ def _parse_ssh_keys(field: Field) -> tuple[SshKey, ...]:
 
 def _derived(key: str, index: int, taken: set[str]) -> str:
     match = _SSH_KEY_LINE.fullmatch(key)
-    comment = "" if match is None else match["comment"] or ""
+    comment = "" if match is None else match[1] or ""
     stem = _NOT_IN_DERIVED.sub("-", comment).strip("-")[:200] or f"key-{index + 1}"
     name = free_name(stem, taken)
     taken.add(name)
@@ -103,7 +137,7 @@ def _derived(key: str, index: int, taken: set[str]) -> str:
 SSH_KEYS: Final = Kind(
     _parse_ssh_keys,
     render=lambda keys: [_SSH_KEY.render(key) for key in keys],
-    item=Kind(_parse_key, {"type": "string"}, tables=(_SSH_KEY,)),
+    item=Kind(_parse_key, _SSH_KEY_TEXT.schema, tables=(_SSH_KEY,)),
 )
 
 
@@ -165,27 +199,59 @@ INSTANCE: Final = Table(
     "InstanceRecord",
     Instance,
     "An instance.",
-    Key("id", values.INSTANCE_ID, required=True),
-    Key("name", values.TEXT, "A name for people.", required=True),
+    Key(
+        "id",
+        values.INSTANCE_ID,
+        "What it is known by: 1 to 64 of `A-Z a-z 0-9 . _ -`, a letter or digit first. A UUID is used as such in "
+        "documents; of any other id one is made.",
+        required=True,
+    ),
+    Key("name", values.TEXT, "A name for people. `meta_data.json` has it too.", required=True),
     Key(
         "hostname",
         values.HOSTNAME,
         "Host name shown to the guest. Derived from the name by default.",
     ),
-    Key("project", values.TEXT, "The project that owns it."),
+    Key(
+        "project",
+        values.TEXT,
+        "The project that owns it. Documents show it, and the policy of that project is for it.",
+    ),
     Key("availability_zone", values.TEXT, "Availability zone shown to the guest."),
     Key("instance_type", values.TEXT, "Instance type shown to the guest."),
     Key("ports", list_of(PORT.kind, _refuse_repeated), "Its places in networks."),
-    Key("ssh_keys", SSH_KEYS, "Public keys, each under a name or as in a .pub file."),
+    Key(
+        "ssh_keys",
+        SSH_KEYS,
+        "Public keys, each under a name or as in a .pub file. One as in a file is named by its comment.",
+    ),
     Key(
         "tags",
-        Kind(_parse_tags, {"type": "object", "additionalProperties": {"type": "string"}}, dict),
+        Kind(
+            _parse_tags,
+            {
+                "type": "object",
+                "propertyNames": values.one_line(MAX_TEXT),
+                "additionalProperties": {
+                    "type": ["string", "null"],
+                    "maxLength": _LONGEST_TAG_VALUE,
+                    "pattern": f"^[^{_NOT_IN_TAG_VALUE}]*$",
+                },
+            },
+            dict,
+        ),
+        "Names and values that the guest can read. EC2's documents have only names of letters, digits and `+-=.,_:@`, "
+        "and list none with `=`.",
     ),
-    Key("user_data", values.USER_DATA, "At most 16 MiB."),
+    Key(
+        "user_data",
+        values.USER_DATA,
+        "What cloud-init runs: text, or `base64` of bytes that are no UTF-8. At most 16 MiB.",
+    ),
     Key(
         "user_data_file",
         values.USER_DATA_FILE,
-        "A file with the user data, relative to the record file.",
+        "A file with the user data, relative to the record file. Instead of `user_data`.",
         attribute="user_data",
         only_in_files=True,
     ),
@@ -199,8 +265,17 @@ INSTANCE: Final = Table(
         Kind(_DIALECTS.parse, render=_render_dialects, tables=(_DIALECTS,)),
         "Which trees of documents it has.",
     ),
-    Key("upstream", values.choice_of(Upstream), "Who has its documents; `nova` needs `project`."),
-    Key("policy", POLICY.kind, "Wins over its network's."),
+    Key(
+        "upstream",
+        values.choice_of(Upstream),
+        "Who has its documents; `nova` needs `project`. Beside `nova` only "
+        f"{', '.join(f'`{one}`' for one in _OF_NOVA if one != 'upstream')} may stand.",
+    ),
+    Key(
+        "policy",
+        POLICY.kind,
+        "Wins over its network's. Settings for the same instance win over it.",
+    ),
     Key(
         "created_at",
         values.MOMENT,

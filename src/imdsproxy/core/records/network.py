@@ -24,8 +24,8 @@ def _parse_mode(field: Field) -> TokenMode:
 
 def _parse_paths(field: Field) -> path_rules.PathRules | None:
     entries = field.mapping()
-    if len(entries) > path_rules.MOST_PATH_RULES:
-        raise field.error(f"has {len(entries)} paths", f"at most {path_rules.MOST_PATH_RULES}")
+    if len(field.value) > path_rules.MOST_PATH_RULES:
+        raise field.error(f"has {len(field.value)} paths", f"at most {path_rules.MOST_PATH_RULES}")
     words = ((path, entry.read(_parse_word)) for path, entry in entries.items())
     return tuple(sorted((path, word) for path, word in words if word is not None)) or None
 
@@ -40,12 +40,13 @@ def _parse_word(field: Field) -> path_rules.PathWord:
 
 _RULE_KINDS: Final[dict[type[object], Kind]] = {
     bool: values.SWITCH,
-    TokenMode: Kind(_parse_mode, _MODE.schema, _MODE.render),
+    TokenMode: Kind(_parse_mode, {"enum": [*TokenMode, False]}, _MODE.render),
     tuple: Kind(
         _parse_paths,
         {
             "type": "object",
-            "additionalProperties": dict(_WORD.schema or {}),
+            "propertyNames": {"pattern": path_rules.PATH_PATTERN},
+            "additionalProperties": {"enum": [*path_rules.PathWord, None]},
             "maxProperties": path_rules.MOST_PATH_RULES,
         },
         lambda rules: {path: word.value for path, word in rules},
@@ -138,9 +139,9 @@ _SUBNET: Final = Table(
     "SubnetRecord",
     model.Subnet,
     "An address range of a network.",
-    Key("cidr", values.CIDR, required=True),
-    Key("gateway", values.ADDRESS),
-    Key("dns", list_of(values.ADDRESS)),
+    Key("cidr", values.CIDR, "Its addresses, as `10.0.0.0/24`.", required=True),
+    Key("gateway", values.ADDRESS, "The default route that guests read."),
+    Key("dns", list_of(values.ADDRESS), "Name servers that guests read."),
     check=_check_subnet,
 )
 
@@ -164,9 +165,18 @@ NETWORK: Final = Table(
     "NetworkRecord",
     model.Network,
     "A network.",
-    Key("id", values.NETWORK_ID, required=True),
+    Key(
+        "id",
+        values.NETWORK_ID,
+        "What ports and settings name it by: 1 to 64 of `A-Z a-z 0-9 . _ -`, a letter or digit first.",
+        required=True,
+    ),
     Key("name", values.TEXT, "A name for people."),
-    Key("project", values.TEXT, "The project that owns it."),
+    Key(
+        "project",
+        values.TEXT,
+        "The project that owns it. The policy of a project is for its instances, not for its networks.",
+    ),
     Key(
         "listener",
         Kind(
@@ -177,7 +187,11 @@ NETWORK: Final = Table(
         "How guests are reached.",
         required=True,
     ),
-    Key("subnets", list_of(_SUBNET.kind, _refuse_repeated), "Address ranges of guests."),
+    Key(
+        "subnets",
+        list_of(_SUBNET.kind, _refuse_repeated),
+        "Address ranges of guests. They read them in `network_data.json` and `network-config`.",
+    ),
     Key("mtu", values.number_between(*MTU_BOUNDS), "MTU shown to guests, in bytes."),
     Key(
         "scope",
@@ -187,8 +201,12 @@ NETWORK: Final = Table(
     Key(
         "mac_check",
         values.SWITCH,
-        "Believe an address only together with its MAC. Off where guests are behind a router.",
+        "Believe an address only together with its MAC. Off where `scope` is `router`, which hides the MACs of guests.",
     ),
-    Key("policy", POLICY.kind, "For the guests that are reached through it."),
+    Key(
+        "policy",
+        POLICY.kind,
+        "For the guests that are reached through it. Settings for the same network win.",
+    ),
     check=_check_network,
 )

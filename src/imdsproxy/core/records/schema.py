@@ -38,7 +38,8 @@ _T = TypeVar("_T")
 _PLAIN_KEY: Final = re.compile(r"[A-Za-z0-9_-]+")
 # Control characters, C1 included, the two Unicode line ends and lone surrogates: none may reach a
 # header, a map, a log line or a listing of names.
-_UNPRINTABLE: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+CONTROL: Final = r"\x00-\x1f\x7f-\x9f\u2028\u2029"
+_UNPRINTABLE: Final = re.compile(rf"[{CONTROL}\ud800-\udfff]")
 
 
 @dataclass(slots=True, eq=False)

@@ -14,7 +14,16 @@ from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import Any, Final
 
 from imdsproxy.core import model
-from imdsproxy.core.records.schema import MAX_PAYLOAD, MAX_TEXT, Field, Json, Key, Kind, Table
+from imdsproxy.core.records.schema import (
+    CONTROL,
+    MAX_PAYLOAD,
+    MAX_TEXT,
+    Field,
+    Json,
+    Key,
+    Kind,
+    Table,
+)
 from imdsproxy.errors import quoted
 
 _ID_WANTED: Final = "1 to 64 of A-Z a-z 0-9 . _ - that begin with a letter or digit"
@@ -24,7 +33,9 @@ _OCTET: Final = "[0-9A-Fa-f]{2}"
 MAC_PATTERN: Final = f"^{_OCTET}(?:(?::{_OCTET}){{5}}|(?:-{_OCTET}){{5}})$"
 _MAC: Final = re.compile(MAC_PATTERN)
 _LABEL: Final = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
-_HOSTNAME: Final = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(?:\.{_LABEL})*")
+_LONGEST_HOSTNAME: Final = 253
+_LABELS: Final = rf"{_LABEL}(?:\.{_LABEL})*"
+_HOSTNAME: Final = re.compile(rf"(?=.{{1,{_LONGEST_HOSTNAME}}}\Z){_LABELS}")
 _NOT_IN_HOSTNAME: Final = re.compile(r"[^A-Za-z0-9._-]+")
 _BROADCAST: Final = IPv4Address("255.255.255.255")
 
@@ -60,7 +71,19 @@ def _matching(pattern: str, wanted: str, *, shared: bool = False) -> Kind:
 
 
 SWITCH: Final = Kind(Field.boolean, {"type": "boolean"})
-TEXT: Final = Kind(Field.text, {"type": "string", "minLength": 1, "maxLength": MAX_TEXT})
+
+
+def one_line(longest: int) -> dict[str, Json]:
+    """The JSON Schema of what `Field.text` takes."""
+    return {
+        "type": "string",
+        "minLength": 1,
+        "maxLength": longest,
+        "pattern": f"^[^{CONTROL}]*$",
+    }
+
+
+TEXT: Final = Kind(Field.text, one_line(MAX_TEXT))
 INSTANCE_ID: Final = _matching(model.ID_PATTERN, _ID_WANTED)
 NETWORK_ID: Final = _matching(model.ID_PATTERN, _ID_WANTED, shared=True)
 PROJECT_ID: Final = NETWORK_ID
@@ -155,10 +178,11 @@ LAST_SECOND: Final = 9_999_999_999
 """Ten digits of Unix time, the year 2286."""
 
 # RFC 3339 §5.6; Python's own reader takes much more (weeks, no zone, no colons).
-_MOMENT_TEXT: Final = re.compile(
-    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ][0-9]{2}:[0-9]{2}:[0-9]{2}(?P<part>\.[0-9]{1,30})?"
-    r"(?:[Zz]|[+-][0-9]{2}:[0-9]{2})"
+_MOMENT_PATTERN: Final = (
+    r"^[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,30})?"
+    r"(?:[Zz]|[+-][0-9]{2}:[0-9]{2})$"
 )
+_MOMENT_TEXT: Final = re.compile(_MOMENT_PATTERN)
 _MOMENT_WANTED: Final = 'Unix time, or a time with its zone: "2026-11-26T12:00:00Z"'
 
 
@@ -171,7 +195,7 @@ def unix_time_of(text: str) -> int | None:
     match = _MOMENT_TEXT.fullmatch(text)
     if match is None:
         return None
-    whole = text.replace(match["part"] or "", "")
+    whole = text.replace(match[1] or "", "")
     try:
         seconds = int(datetime.fromisoformat(whole.upper()).timestamp())
     except (ValueError, OverflowError):
@@ -189,20 +213,32 @@ def parse_moment(field: Field) -> int:
     return seconds
 
 
-_PLAIN: Final[dict[str, Json]] = {"type": "string"}
+_IP_ADDRESS: Final[dict[str, Json]] = {
+    "type": "string",
+    "anyOf": [{"format": "ipv4"}, {"format": "ipv6"}],
+}
 MAC: Final = Kind(parse_mac, {"type": "string", "pattern": MAC_PATTERN})
-ADDRESS: Final = Kind(parse_address, _PLAIN, str)
-GUEST_ADDRESS: Final = Kind(parse_guest_address, _PLAIN, str)
-CIDR: Final = Kind(parse_cidr, _PLAIN, str)
+ADDRESS: Final = Kind(parse_address, _IP_ADDRESS, str)
+GUEST_ADDRESS: Final = Kind(parse_guest_address, _IP_ADDRESS, str)
+CIDR: Final = Kind(parse_cidr, {"type": "string", "pattern": "^[0-9A-Fa-f.:]+/[0-9]{1,3}$"}, str)
 HOSTNAME: Final = Kind(
     lambda field: field.matched(_HOSTNAME, "labels of letters, digits and -, joined by dots"),
-    _PLAIN,
+    {"type": "string", "maxLength": _LONGEST_HOSTNAME, "pattern": f"^{_LABELS}$"},
 )
 """A host name (RFC 1123, underscores let pass), at most 253 characters."""
 
-MOMENT: Final = Kind(parse_moment, {"anyOf": [{"type": "integer"}, {"type": "string"}]})
+MOMENT: Final = Kind(
+    parse_moment,
+    {
+        "anyOf": [
+            {"type": "integer", "minimum": 0, "maximum": LAST_SECOND},
+            {"type": "string", "pattern": _MOMENT_PATTERN},
+        ]
+    },
+)
 
 _DEEPEST: Final = 64
+_LONGEST_PATH: Final = 4096
 
 
 def _decode_base64(field: Field) -> bytes:
@@ -216,7 +252,12 @@ _BASE64: Final[Table[Any]] = Table(
     "Base64",
     lambda base64: base64,
     "Bytes that are no UTF-8 text.",
-    Key("base64", Kind(_decode_base64, {"type": "string"}), required=True),
+    Key(
+        "base64",
+        Kind(_decode_base64, {"type": "string", "pattern": "^[A-Za-z0-9+/]*={0,2}$"}),
+        "The bytes in base64 (RFC 4648 §4), on one line.",
+        required=True,
+    ),
 )
 
 
@@ -230,7 +271,7 @@ def _parse_user_data(field: Field) -> bytes | None:
 
 
 def _parse_user_data_file(field: Field) -> bytes:
-    field.text(longest=4096)
+    field.text(longest=_LONGEST_PATH)
     if field.findings.read_file is None:
         raise field.error("files are not read here", "send the bytes as user_data")
     return _encode(field, field.findings.read_file(field))
@@ -296,7 +337,7 @@ def render_payload(payload: bytes | model.StoredBytes) -> Json:
 
 
 USER_DATA: Final = Kind(_parse_user_data, {"type": "string"}, render_payload, (_BASE64,))
-USER_DATA_FILE: Final = Kind(_parse_user_data_file, {"type": "string"})
+USER_DATA_FILE: Final = Kind(_parse_user_data_file, one_line(_LONGEST_PATH))
 VENDOR_DATA: Final = Kind(
     _parse_vendor_data,
     {"anyOf": [{"type": "string"}, {"type": "object"}]},
