@@ -285,6 +285,9 @@ def test_a_hundred_and_fifty_requests_at_once_and_twenty_crawls_in_a_row_pass(wo
     busiest = world.daemon.status()["busiest"][0]
     assert (busiest["instance"], busiest["limited"]) == ("red-5", False)
     assert busiest["requests"] > 3000
+    usage = world.daemon.admin.get("/v1/instances/red-5/usage")
+    assert usage["most_requests"] >= usage["requests"] > 3000
+    assert world.daemon.admin.get("/v1/instances/green-5/usage")["requests"] == 0
 
 
 @pytest.mark.slow

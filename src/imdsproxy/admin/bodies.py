@@ -140,6 +140,16 @@ class InstanceSummary(InstanceView):
     vendor_data_bytes: int
 
 
+class InstancePage(_Record):
+    """Some of the instances that match."""
+
+    found: int = Field(description="How many match, on all pages.")
+    instances: list[InstanceSummary]
+    next: str | None = Field(
+        description="To be given as `after` for the page behind; null where this is the last."
+    )
+
+
 class RecordResponse(JSONResponse):
     """JSON in which records, and what else stands in reports, are still the core's values."""
 

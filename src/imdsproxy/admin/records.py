@@ -113,17 +113,22 @@ def _describe_networks(controller: Controller, networks: Sequence[Network]) -> l
     ]
 
 
-def report_instances(controller: Controller, network: NetworkId | None = None) -> list[Report]:
-    """Every instance, or those with a port in `network`, by id, for `summarise`.
+def list_ids(inventory: Inventory, network: NetworkId | None = None) -> list[InstanceId]:
+    """Of every instance, or of those with a port in `network`, in order; contested ones included."""
+    every = inventory.instances.keys() | inventory.contested_instances.keys()
+    return sorted(every if network is None else inventory.instances_in(network))
 
-    Of a contested one the first version.
-    """
-    inventory = controller.inventory
-    known, contested = inventory.instances, inventory.contested_instances
-    every = known.keys() | contested.keys()
-    ids = every if network is None else inventory.instances_in(network)
-    first = [contested[one][0] if one in contested else known[one] for one in sorted(ids)]
-    return _describe_instances(controller, first)
+
+def find_record(inventory: Inventory, instance: InstanceId) -> Instance | None:
+    """The record of an instance, of a contested one the first version; `None` where it is gone."""
+    contested = inventory.contested_instances.get(instance)
+    return inventory.instances.get(instance) if contested is None else contested[0]
+
+
+def report_instances(controller: Controller, instances: Iterable[InstanceId]) -> list[Report]:
+    """These instances, as far as they are still there, for `summarise`."""
+    found = (find_record(controller.inventory, one) for one in instances)
+    return _describe_instances(controller, [one for one in found if one is not None])
 
 
 def report_instance(controller: Controller, instance: InstanceId) -> Report:

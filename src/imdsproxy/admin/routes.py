@@ -11,11 +11,12 @@ from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, PlainTextResponse
 
-from imdsproxy.admin import bodies, guests, records, status, tokens
+from imdsproxy.admin import bodies, guests, records, search, status, tokens, usage
 from imdsproxy.config.changes import SettingsReload
 from imdsproxy.controller.controller import Controller
 from imdsproxy.controller.reload import reload_settings
 from imdsproxy.core.addresses import normalise_address
+from imdsproxy.core.haproxy.limits import Usage
 from imdsproxy.core.haproxy.request_log import WatchReport
 from imdsproxy.core.model import Instance, InstanceId, IpAddress, NetworkId
 from imdsproxy.core.records import INSTANCE, NETWORK, parse_instance, parse_network, render_record
@@ -248,7 +249,32 @@ async def list_instances(
 ) -> JSONResponse:
     """Every instance, by id, without payloads."""
     chosen = None if network is None else records.find_network(controller.inventory, network)
-    return await _listed(map(records.summarise, records.report_instances(controller, chosen)))
+    every = records.list_ids(controller.inventory, chosen)
+    return await _listed(map(records.summarise, records.report_instances(controller, every)))
+
+
+@router.get("/search/instances", responses={200: {"model": bodies.InstancePage}})
+async def search_instances(
+    controller: _Uses,
+    text: Annotated[
+        str,
+        Query(
+            max_length=200,
+            description="Words that each must be in an id, name, host name, project, MAC, address or tag, in any case.",
+        ),
+    ] = "",
+    network: Annotated[str | None, Query(description="Only those with a port in it.")] = None,
+    after: Annotated[str | None, Query(description="`next` of the page before.")] = None,
+    limit: Annotated[int, Query(ge=1, le=search.MOST, description="The most of a page.")] = 50,
+) -> JSONResponse:
+    """Instances that match, by id, a page at a time, without payloads."""
+    inventory = controller.inventory
+    chosen = None if network is None else records.find_network(inventory, network)
+    found = await search.find_instances(inventory, text, chosen)
+    page = search.cut_page(found, after, limit)
+    reports = records.report_instances(controller, page.ids)
+    shown = [records.summarise(one) for one in reports]
+    return bodies.RecordResponse({"found": len(found), "instances": shown, "next": page.next})
 
 
 @router.post("/instances", status_code=201, openapi_extra=_takes(bodies.InstanceRecord))
@@ -310,6 +336,12 @@ async def clear_password(instance: _Instance, controller: _Uses) -> records.Writ
     if not await guests.clear_password(controller, instance):
         raise _no_password(instance)
     return records.Written(instances=1)
+
+
+@router.get("/instances/{instance}/usage")
+async def show_usage(instance: _Instance, controller: _Uses) -> Usage | None:
+    """How much it asks for, and what its limits are; null where nothing is counted, or HAProxy cannot be asked."""
+    return await usage.report_usage(controller, instance)
 
 
 @router.delete("/instances/{instance}")

@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imdsproxy.core.haproxy.counting import ONE_IN, CountedRow, parse_guests, parse_readers
-from imdsproxy.core.haproxy.limits import MOST_SHOWN, Asker, busiest, refused_lately
+from imdsproxy.core.haproxy.limits import (
+    MOST_SHOWN,
+    Asker,
+    Usage,
+    busiest,
+    read_usage,
+    refused_lately,
+)
 from imdsproxy.core.haproxy.request_log import AnsweredBy, Watched, parse_events, read_audit
 from imdsproxy.core.haproxy.runtime import (
     Load,
@@ -24,6 +31,7 @@ from imdsproxy.core.haproxy.runtime import (
     parse_version,
 )
 from imdsproxy.core.model import InstanceId, NetworkId
+from imdsproxy.core.policy import Policy
 from imdsproxy.core.tokens import TokenKey
 from support.haproxy_alone import mint_token
 
@@ -173,6 +181,25 @@ def test_who_is_limited_comes_first_and_then_who_is_closest_to_its_limit() -> No
     ]
     every = [_entry(f"i-{n}", conn_cur=1, gpc0_rate=n) for n in range(99)]
     assert len(_busiest(every, [])) == MOST_SHOWN
+
+
+@pytest.mark.parametrize(
+    ("policy", "usage"),
+    [
+        (Policy(), Usage(900, 4000, 40, 3, 160, limited=False)),
+        (Policy(requests_per_s=1), Usage(20, 40, 40, 3, 160, limited=False)),
+        (Policy(burst=7), Usage(7, 7, 10, 3, 160, limited=True)),
+        (Policy(connections=2), Usage(900, 4000, 40, 3, 2, limited=True)),
+    ],
+)
+def test_what_an_instance_asks_for_is_beside_the_limit_that_it_has(
+    policy: Policy, usage: Usage
+) -> None:
+    usual = f"{_HEAD}\n{_entry('web', conn_cur=3, gpc0_rate=900)}"
+    own = f"{_HEAD}\n{_entry('web', gpt0=int(_NOW) - 60, gpc0_rate=20, gpc1_rate=7)}"
+    asked = partial(read_usage, requests_per_s=100, burst=4000, connections=160, now=_NOW)
+    assert asked(usual, own, policy=policy) == usage
+    assert asked("", "", policy=Policy()) == Usage(0, 4000, 40, 0, 160, limited=False)
 
 
 # Requests

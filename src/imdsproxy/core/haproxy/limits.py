@@ -18,6 +18,7 @@ from typing import Final
 from imdsproxy.core.haproxy.model import Limits
 from imdsproxy.core.haproxy.runtime import parse_table
 from imdsproxy.core.haproxy.text import Value
+from imdsproxy.core.policy import Policy
 
 COUNTERS: Final = "fairness"
 """The table's name, and that of the peers that carry it over a reload."""
@@ -37,6 +38,8 @@ _NETWORK: Final = "/"
 """How the key of a network's unknown guests begins."""
 
 _LATELY_S: Final = 10
+_BURST_S: Final = 10
+"""A policy's burst may come in so many seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,25 @@ class Asker:
     network: str | None
     requests: int
     connections: int
+    limited: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What one instance asks for, beside what it may.
+
+    Attributes:
+        requests: That were let pass in the last `window_s` seconds.
+        most_requests: The most in that time; more are refused.
+        connections: Open now.
+        limited: Some of what it asks for is refused, or was in the last seconds.
+    """
+
+    requests: int
+    most_requests: int
+    window_s: int
+    connections: int
+    most_connections: int
     limited: bool
 
 
@@ -105,6 +127,40 @@ def busiest(usual: str, own: str, *, requests: int, connections: int, now: float
             found.append(Asker(key, None, asked, open_now, over or open_now > connections))
     found.sort(key=lambda one: (-one.limited, -one.requests, -one.connections, one.instance or ""))
     return [one for one in found if one.requests or one.connections][:MOST_SHOWN]
+
+
+def read_usage(
+    usual: str,
+    own: str,
+    *,
+    requests_per_s: int,
+    burst: int,
+    policy: Policy,
+    connections: int,
+    now: float,
+) -> Usage:
+    """One instance's counters beside its limits.
+
+    Args:
+        usual: Its entry of the table of all instances, as `show table` prints it.
+        own: The same of the table of instances whose policy has limits.
+        requests_per_s: Of the settings, as the next and `connections`.
+        burst: Requests at once.
+        policy: The instance's, whose limits win.
+        connections: Open at once.
+        now: Unix time.
+    """
+    counted = next((one for _, one in parse_table(usual)), {})
+    window_s = most_s = _window_s(requests_per_s, burst)
+    asked, most = counted.get("gpc0_rate", 0), most_in_window(requests_per_s, burst)
+    theirs = next((one for _, one in parse_table(own)), {})
+    if policy.requests_per_s is not None:
+        asked, most = theirs.get("gpc0_rate", 0), policy.requests_per_s * window_s
+    elif policy.burst is not None:
+        asked, most, most_s = theirs.get("gpc1_rate", 0), policy.burst, _BURST_S
+    open_now, most_open = counted.get("conn_cur", 0), policy.connections or connections
+    limited = asked >= most or open_now > most_open or _is_late(theirs, now)
+    return Usage(asked, most, most_s, open_now, most_open, limited)
 
 
 def refused_lately(own: str, now: float) -> list[str]:

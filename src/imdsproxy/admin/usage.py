@@ -1,0 +1,45 @@
+"""How much an instance asks for, beside its limits."""
+
+from imdsproxy.admin.records import find_record, no_such
+from imdsproxy.controller.controller import Controller
+from imdsproxy.core.haproxy.limits import COUNTERS, POLICY_COUNTERS, Usage, read_usage
+from imdsproxy.core.model import InstanceId
+from imdsproxy.core.plan import policy_place
+from imdsproxy.core.policy import DEFAULT
+from imdsproxy.dataplane.master import WorkerEnded
+from imdsproxy.errors import DataplaneError
+
+
+async def report_usage(controller: Controller, instance: InstanceId) -> Usage | None:
+    """Of HAProxy's worker that takes connections; `None` where limits are off, or it cannot be asked.
+
+    Limits of a policy are those in the network of the first port.
+
+    Raises:
+        NotFound: There is no such instance.
+    """
+    record = find_record(controller.inventory, instance)
+    if record is None:
+        raise no_such("instance", instance)
+    allowed, haproxy = controller.holder.settings.limits, controller.haproxy
+    if not allowed.enabled or (worker := haproxy.worker) is None:
+        return None
+    tables = (f"show table {name} key {instance}" for name in (COUNTERS, POLICY_COUNTERS))
+    try:
+        usual, own = [await haproxy.master.send(worker, command) for command in tables]
+    except (DataplaneError, WorkerEnded):
+        return None
+    policy = DEFAULT
+    for port in record.ports[:1]:
+        project = port.project or record.project
+        place = policy_place(controller.inventory, port.network, project, record)
+        policy = controller.records.policies().fold(place).policy
+    return read_usage(
+        usual,
+        own,
+        requests_per_s=allowed.requests_per_s,
+        burst=allowed.burst,
+        policy=policy,
+        connections=allowed.connections,
+        now=controller.clock.now().timestamp(),
+    )
