@@ -1,4 +1,4 @@
-"""The tables of the documents and of SECURITY.md that name tests: complete, honest, and each test is there."""
+"""Tests that documents name are there, and the tables of tests are complete and honest."""
 
 import ast
 import re
@@ -10,6 +10,7 @@ import pytest
 
 from support.demonstration import REPOSITORY
 from support.document_blocks import section
+from support.pages import each_page
 
 _CHECKLIST: Final = (REPOSITORY / "docs/reference/neutron-features.md", "## The checklist")
 _THREATS: Final = (REPOSITORY / "SECURITY.md", "## Tests by threat")
@@ -33,11 +34,9 @@ def _names_in(file: Path) -> frozenset[str]:
     return frozenset(node.name for node in tree if isinstance(node, functions))
 
 
-@tables
-def test_every_test_that_is_named_exists_in_the_one_file_of_that_name(
-    table: tuple[Path, str],
-) -> None:
-    named = [found for row in _rows(table) for found in _NAME.findall(row[-1])]
+@each_page
+def test_every_test_that_is_named_exists_in_the_one_file_of_that_name(page: Path) -> None:
+    named = _NAME.findall(page.read_text())
     files = {name: sorted((REPOSITORY / "tests").rglob(name)) for name, _ in named}
     assert {name: found for name, found in files.items() if len(found) != 1} == {}
     missing = [f"{name}::{test}" for name, test in named if test not in _names_in(files[name][0])]
