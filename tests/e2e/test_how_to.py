@@ -5,23 +5,44 @@ from typing import Final
 
 import pytest
 
-from support.how_to import Host, open_host
-from support.systemd_daemon import wait_served
+from support.guest import Load
+from support.how_to import META_DATA, Host, open_host
+from support.systemd_daemon import named
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(600)]
 
-_FOLLOWED: Final = ("back-up.md", "seal-user-data.md", "upgrade.md")
+# 20 a second: within the limits of a guest.
+_PAUSE_S: Final = 0.05
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     with open_host(tmp_path_factory.mktemp("host")) as host:
         yield host
 
 
-@pytest.mark.parametrize("page", _FOLLOWED)
-def test_a_page_does_what_it_says_and_leaves_the_host_as_it_was(host: Host, page: str) -> None:
-    before = host.state()
+@pytest.fixture
+def host(shared: Host) -> Iterator[Host]:
+    """All of it runs, and does so again afterwards, as before."""
+    before = shared.state()
+    yield shared
+    assert shared.state() == before
+    shared.wait_served()
+
+
+@pytest.mark.parametrize(
+    "page",
+    ["back-up.md", "require-tokens.md", "rotate-a-secret.md", "seal-user-data.md"],
+)
+def test_a_page_does_what_it_says_and_no_other_guest_loses_a_request(host: Host, page: str) -> None:
+    others = [host.guest("db-1"), host.guest("vm-1")]
+    with Load(others, META_DATA, named, keep_alive=False, pause_s=_PAUSE_S) as load:
+        load.wait_answers(5)
+        assert host.follow(page) == ""
+        load.wait_answers(5)
+    assert load.report.lost == []
+
+
+@pytest.mark.parametrize("page", ["upgrade.md"])
+def test_a_page_does_what_it_says(host: Host, page: str) -> None:
     assert host.follow(page) == ""
-    assert host.state() == before
-    wait_served(*host.daemon.guests)

@@ -1,6 +1,7 @@
-"""The host that the how-to pages speak of: the package, two networks with equal addresses, a guest in each."""
+"""The host that the how-to pages speak of: the package, three networks with equal addresses, a guest in each."""
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,21 +9,57 @@ from typing import Any, Final
 
 from support.demonstration import REPOSITORY
 from support.document_blocks import Block, blocks_of, find_fault, script_of
+from support.guest import Guest, Lost
+from support.lab import until
 from support.packaged_daemon import PackagedDaemon, machine_with_dependencies
 from support.packages import build_packages
-from support.systemd_daemon import journal_of_failures, wait_served
+from support.systemd_daemon import journal_of_failures, named
 
 PAGES: Final = REPOSITORY / "docs/how-to"
 HOME: Final = "/srv/operator"
 """Where the operator works: with the package that runs in `old`, and the version after it in `new`."""
+META_DATA: Final = "/openstack/latest/meta_data.json"
+"""What every guest may read at any time."""
 
-FOLLOWING: Final = "99.0"
-
-_IN_GUEST: Final = "# in the guest\n"
-_NETWORKS: Final = {"blue": "web-1", "red": "db-1"}
-_MACS: Final = {"blue": "fa:16:3e:00:00:01", "red": "fa:16:3e:00:00:02"}
-# Long ago: its boot is over.
+_FOLLOWING: Final = "99.0"
+_GUESTS: Final = {"web-1": "blue", "db-1": "red", "vm-1": "cloud"}
+"""The network of each instance; Nova has the documents of the last."""
+_MACS: Final = {name: f"fa:16:3e:00:00:{last:02}" for last, name in enumerate(_GUESTS, 1)}
+# Long ago: the boot of each is over.
 _CREATED: Final = 1_700_000_000
+
+_SECRET: Final = "before"
+_NOVA_SETTINGS: Final = """\
+nova:
+  endpoint_sets:
+    default:
+      secret_file: /etc/imdsproxy/nova.secret
+      endpoints:
+      - url: "http://127.0.0.1:8771"
+      - url: "http://127.0.0.1:8772"
+"""
+_NOVA_UNIT: Final = "nova-api-metadata@"
+_NOVA: Final = """\
+import hashlib, hmac, http.server, json, re, sys
+number = sys.argv[1]
+conf = open(f"/srv/nova-{number}/nova.conf").read()
+secret = re.search("^metadata_proxy_shared_secret = (.*)$", conf, re.MULTILINE)[1].encode()
+class Nova(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        instance = self.headers.get("X-Instance-ID", "")
+        signature = hmac.new(secret, instance.encode(), hashlib.sha256).hexdigest()
+        right = signature == self.headers.get("X-Instance-ID-Signature")
+        body = json.dumps({"name": instance}).encode() if right else b""
+        self.send_response(200 if right or self.path == "/" else 403)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def log_message(self, *_): pass
+http.server.ThreadingHTTPServer(("127.0.0.1", int(f"877{number}")), Nova).serve_forever()
+"""
+"""A stand-in for Nova's metadata API: it knows every instance, and who may ask."""
+
+_ELSEWHERE: Final = re.compile(r"# (in the guest(?: [\w-]+)?|on nova-[12])\n")
 
 
 def page_blocks(name: str) -> list[Block]:
@@ -33,15 +70,24 @@ def page_blocks(name: str) -> list[Block]:
 
 
 def _placed(block: Block) -> Block:
-    if _IN_GUEST not in block.script:
+    places = list(_ELSEWHERE.finditer(block.script))
+    if not places:
         return block
-    assert block.script.rindex(_IN_GUEST) == 0, (
-        f"line {block.line}: prose is needed before what a guest does"
-    )
-    script = f"""nsenter --net=/run/netns/guest-blue bash -euo pipefail <<'THE_GUEST'
-{block.script}
-THE_GUEST"""
-    return replace(block, script=script)
+    (place,) = places
+    assert place.start() == 0, f"line {block.line}: there must be prose before {place[0]}"
+    words = place[1].split()
+    if words[0] == "in":
+        network = _GUESTS[words[3] if len(words) > 3 else "web-1"]
+        shell = f"nsenter --net=/run/netns/guest-{network} bash -euo pipefail"
+        before = ""
+    else:
+        number = words[1].removeprefix("nova-")
+        shell = "unshare --mount bash -euo pipefail"
+        before = (
+            f"mount --bind /srv/nova-{number} /etc/nova\n"
+            f'systemctl() {{ command systemctl "${{@/nova-api-metadata/{_NOVA_UNIT}{number}}}"; }}\n'
+        )
+    return replace(block, script=f"{shell} <<'ELSEWHERE'\n{before}{block.script}\nELSEWHERE")
 
 
 @dataclass(slots=True)
@@ -49,6 +95,11 @@ class Host:
     """A host in operation."""
 
     daemon: PackagedDaemon
+
+    def guest(self, name: str) -> Guest:
+        """The guest that is this instance."""
+        (found,) = (one for one in self.daemon.guests if one.name == name)
+        return found
 
     def follow(self, name: str) -> str:
         """Run all of a page in one shell; how it did not go as the page says."""
@@ -61,21 +112,33 @@ class Host:
     def state(self) -> Mapping[str, Any]:
         """What a page leaves as it was."""
         machine = self.daemon.machine
+        listing = f"""
+            find {HOME} /etc/imdsproxy | sort
+            find /etc/imdsproxy -type f -not -name nova.secret | sort | xargs sha256sum
+            ip netns list | sort
+            dpkg-query --show imdsproxy
+        """
         records = {
             kind: [one["record"] for one in self.daemon.admin.get(f"/v1/{kind}")]
             for kind in ("networks", "instances")
         }
-        files = machine.run(
-            "sh", "-c", f"cd / && find etc/imdsproxy -type f | sort | xargs sha256sum; ls -A {HOME}"
-        )
         return {
             "records": records,
-            "files": files,
-            "namespaces": sorted(machine.run("ip", "netns", "list").splitlines()),
+            "host": machine.run("sh", "-c", listing).splitlines(),
             "units": self.daemon.active(),
-            "version": machine.run("dpkg-query", "--show", "imdsproxy"),
             "ready": self.daemon.status()["readiness"],
         }
+
+    def wait_served(self) -> None:
+        """Until every guest gets its own document."""
+        until(lambda: all(map(_is_served, self.daemon.guests)), what="documents for every guest")
+
+
+def _is_served(guest: Guest) -> bool:
+    try:
+        return named(guest, guest.ask(META_DATA, timeout_s=1)) is None
+    except Lost:
+        return False
 
 
 def records() -> dict[str, list[dict[str, object]]]:
@@ -86,17 +149,21 @@ def records() -> dict[str, list[dict[str, object]]]:
             "listener": {"namespace": f"net-{network}"},
             "subnets": [{"cidr": "10.0.0.0/24"}],
         }
-        for network in _NETWORKS
+        for network in _GUESTS.values()
     ]
     instances: list[dict[str, object]] = [
         {
             "id": name,
             "name": name,
             "created_at": _CREATED,
-            "ports": [{"network": network, "mac": _MACS[network], "addresses": ["10.0.0.11"]}],
-            "user_data": f"#!/bin/sh\necho {name}\n",
+            "ports": [{"network": network, "mac": _MACS[name], "addresses": ["10.0.0.11"]}],
+            **(
+                {"upstream": "nova", "project": "shop"}
+                if network == "cloud"
+                else {"user_data": f"#!/bin/sh\necho {name}\n"}
+            ),
         }
-        for network, name in _NETWORKS.items()
+        for name, network in _GUESTS.items()
     ]
     return {"networks": networks, "instances": instances}
 
@@ -109,14 +176,30 @@ def open_host(work: Path) -> Iterator[Host]:
         daemon = PackagedDaemon(machine)
         host = Host(daemon)
         with journal_of_failures(daemon):
-            for place, built in (("old", packages), ("new", build_packages(FOLLOWING))):
+            for place, built in (("old", packages), ("new", build_packages(_FOLLOWING))):
                 machine.run("install", "-D", "-m", "644", "-t", f"{HOME}/{place}", str(built.deb))
+            _run_novas(daemon)
             daemon.guests = tuple(
-                replace(daemon.plug_in_one(network, _MACS[network]), name=instance)
-                for network, instance in _NETWORKS.items()
+                replace(daemon.plug_in_one(network, _MACS[name]), name=name)
+                for name, network in _GUESTS.items()
             )
+            machine.write("/etc/imdsproxy/nova.secret", f"{_SECRET}\n")
+            machine.run("chmod", "600", "/etc/imdsproxy/nova.secret")
+            machine.write("/etc/imdsproxy/conf.d/nova.yaml", _NOVA_SETTINGS)
             daemon.replace(packages)
             daemon.wait_active()
             daemon.admin.request("POST", "/v1/records", body=records())
-            wait_served(*daemon.guests)
+            host.wait_served()
             yield host
+
+
+def _run_novas(daemon: PackagedDaemon) -> None:
+    machine = daemon.machine
+    machine.write("/srv/nova.py", _NOVA)
+    unit = "[Service]\nExecStart=/usr/bin/python3 /srv/nova.py %i\n"
+    machine.write(f"/etc/systemd/system/{_NOVA_UNIT}.service", unit)
+    machine.run("mkdir", "-p", "/etc/nova")
+    for number in (1, 2):
+        conf = f"[neutron]\nmetadata_proxy_shared_secret = {_SECRET}\n"
+        machine.write(f"/srv/nova-{number}/nova.conf", conf)
+        machine.run("systemctl", "start", f"{_NOVA_UNIT}{number}")
