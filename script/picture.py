@@ -74,7 +74,7 @@ class Box:
     top: int
     width: int
     height: int
-    lines: list[str] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list, kw_only=True)
 
 
 def render(picture: str, colours: Mapping[str, str]) -> str:
@@ -92,7 +92,7 @@ def render(picture: str, colours: Mapping[str, str]) -> str:
             place = f'x="{zone.left + 18}" y="34" font-size="13"'
             drawn.append(_text(place, " ".join(words[4:]), colours["soft"]))
         elif kind == "box":
-            boxes[words[0]] = Box(*map(int, words[1:5]), [" ".join(words[5:]), *more])
+            boxes[words[0]] = Box(*map(int, words[1:5]), lines=[" ".join(words[5:]), *more])
             drawn += _box(boxes[words[0]], colours)
         elif kind == "arrow":
             ends = (boxes[words[0]], boxes[words[1]])
