@@ -134,6 +134,7 @@ def render_errors_page() -> str:
             str(kind.http_status),
             "yes" if kind.http_status == HTTPStatus.SERVICE_UNAVAILABLE else "no",
             _one_line(kind.__doc__),
+            kind.remedy,
         )
         for kind in sorted(kinds, key=lambda kind: kind.code)
         if kind is not ImdsproxyError
@@ -147,7 +148,7 @@ def render_errors_page() -> str:
         for status, meaning in _STATUSES
     ]
     lines = [*_head("Error codes", _TEXTS["errors"]), ""]
-    lines += _table(("code", "exit status", "HTTP status", "again", "meaning"), rows)
+    lines += _table(("code", "exit status", "HTTP status", "again", "meaning", "remedy"), rows)
     lines += ["", "## Exit statuses", ""]
     lines += _table(("status", "meaning", "codes"), by_status)
     lines += ["", "## Networks that are not served", "", _TEXTS["not_served"], ""]

@@ -87,6 +87,9 @@ class ImdsproxyError(Exception):
     http_status: ClassVar[int] = 500
     """Of the admin API's answer; 503 where trying again can help."""
 
+    remedy: ClassVar[str] = ""
+    """What the reference has an operator do; the hint of the moment is more exact."""
+
     def __init_subclass__(cls) -> None:
         # A module's own exception is for others one of the kind that it is made of.
         if cls.__module__ == __name__:
@@ -111,104 +114,166 @@ class ConfigError(ImdsproxyError):
 
     exit_status = 78
     http_status = 422
+    remedy = "Change the file that the message names; `imdsproxy check` shows all problems at once."
 
 
 class ConfigInvalid(ConfigError):
     """The configuration breaks the schema; `problems` has every breach."""
 
+    remedy = (
+        "Correct each field that is listed, as the reference of settings or records has it; then "
+        "`imdsproxy reload`."
+    )
+
 
 class ConfigUnreadable(ConfigError):
     """A configuration file is missing, unreadable or not YAML."""
+
+    remedy = (
+        "Create the file, make it readable for root, or mend its YAML at the line that is named."
+    )
 
 
 class SettingsDropped(ConfigError):
     """A settings file is blank, was emptied or removed, or every policy is missing; `problems` says which."""
 
+    remedy = (
+        "Restore the file. If the settings are meant to go: `imdsproxy reload --allow-dropped`, "
+        "or `{}` in the file before a start."
+    )
+
 
 class SecretUnreadable(ConfigError):
     """A file that should hold a secret is missing, empty, or open to others."""
+
+    remedy = "Write the secret into the file, owned by root with mode 0600."
 
 
 class SourceError(ImdsproxyError):
     """A source must be mended."""
 
     exit_status = 69
+    remedy = "Mend the source that `imdsproxy status` names; known guests are served meanwhile."
 
 
 class SourceUnavailable(SourceError):
     """The source does not answer now."""
 
     http_status = 503
+    remedy = (
+        "Wait: it is tried again. If it lasts, look at the service that the message names: "
+        "libvirtd, Neutron, Keystone."
+    )
 
 
 class LibraryMissing(SourceUnavailable):
     """An optional library, which a source or a command needs, is not installed."""
+
+    remedy = "Install what the hint names, and restart the controller."
 
 
 class SourceRefused(SourceError):
     """The source refused what was asked of it; `problems` says which fields."""
 
     http_status = 409
+    remedy = "Correct the fields that are listed, or the record that has the id or address already."
 
 
 class SourceCorrupt(SourceError):
     """The source's store is damaged."""
+
+    remedy = "Restore the store from a backup, or move it away and add its records again."
 
 
 class DataplaneError(ImdsproxyError):
     """HAProxy or the host refused something."""
 
     exit_status = 70
+    remedy = (
+        "Read the message, which has HAProxy's or the kernel's own words, and `journalctl -u "
+        "imdsproxy-haproxy`."
+    )
 
 
 class HaproxyMissing(DataplaneError):
     """HAProxy is not installed, cannot be run, or is too old."""
 
     exit_status = 71
+    remedy = "Install HAProxy 3.0 or later, or name it in `haproxy.binary`."
 
 
 class ConfigRejected(DataplaneError):
     """HAProxy refuses the configuration; the message holds its own words."""
+
+    remedy = (
+        "Known guests are served on. Undo the last change of settings; if nothing has "
+        "changed, report it with the message."
+    )
 
 
 class ReloadFailed(DataplaneError):
     """The master could not start a new worker; the old one goes on."""
 
     http_status = 503
+    remedy = (
+        "Wait: it is tried again. If it lasts, look for memory and open files in `journalctl "
+        "-u imdsproxy-haproxy`."
+    )
 
 
 class CommandRefused(DataplaneError):
     """A Runtime API command was answered with an error."""
+
+    remedy = (
+        "Wait: it is tried again. If `imdsproxy status` goes on naming it, report it with the "
+        "message."
+    )
 
 
 class RuntimeUnavailable(DataplaneError):
     """HAProxy's master or worker socket does not answer."""
 
     http_status = 503
+    remedy = (
+        "Wait: HAProxy is started again within a second. If it lasts, `systemctl status "
+        "imdsproxy-haproxy`."
+    )
 
 
 class HostRefused(DataplaneError):
     """The operating system refused a namespace, link, address, process or file operation."""
 
     exit_status = 71
+    remedy = (
+        "Do what the hint says: it depends on what the kernel refused (space, memory, a "
+        "device that is gone)."
+    )
 
 
 class RecordCorrupt(DataplaneError):
     """A compiled record is truncated, damaged, or of a format that this version does not read."""
 
     http_status = 503
+    remedy = (
+        "Restart the controller, which compiles the record again; if it comes again, check "
+        "the disk."
+    )
 
 
 class PrivilegeMissing(DataplaneError):
     """Root, or a capability, is needed."""
 
     exit_status = 77
+    remedy = (
+        "Run the command as root, or as a member of the group `imdsproxy`; the daemon by its unit."
+    )
 
 
 class AdminError(ImdsproxyError):
     """The caller of the admin API must act."""
 
     exit_status = 64
+    remedy = "Correct the request; the message says what is wrong with it."
 
 
 class AdminUnavailable(AdminError):
@@ -216,6 +281,10 @@ class AdminUnavailable(AdminError):
 
     exit_status = 69
     http_status = 503
+    remedy = (
+        "Start the daemon: `systemctl start imdsproxy`. If it runs, compare `admin.socket` "
+        "with `--socket`."
+    )
 
 
 class NotFound(AdminError):
@@ -223,6 +292,7 @@ class NotFound(AdminError):
 
     exit_status = 66
     http_status = 404
+    remedy = "List what there is: `imdsproxy network list`, `imdsproxy instance list`."
 
 
 class AlreadyExists(AdminError):
@@ -230,12 +300,14 @@ class AlreadyExists(AdminError):
 
     exit_status = 73
     http_status = 409
+    remedy = "Use `set` instead of `add`, or another id."
 
 
 class RequestRefused(AdminError):
     """The body of a request is not acceptable; `problems` says which fields."""
 
     http_status = 422
+    remedy = "Correct the fields that are listed."
 
 
 @contextmanager

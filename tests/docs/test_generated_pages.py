@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.errors import KINDS
+from imdsproxy.errors import KINDS, ImdsproxyError
 
 REPOSITORY = Path(__file__).parents[2]
 MADE = (
@@ -48,6 +48,18 @@ def test_every_exit_status_of_an_error_is_documented(made: Path) -> None:
         r"^\| (\d+) \| ", (made / "reference/cli.md").read_text("utf-8"), re.MULTILINE
     )
     assert {str(kind.exit_status) for kind in KINDS} <= set(documented)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.code)
+def test_every_error_code_has_a_remedy_of_its_own_in_the_reference(
+    made: Path, kind: type[ImdsproxyError]
+) -> None:
+    assert "remedy" in vars(kind)
+    if kind is not ImdsproxyError:
+        page = (made / "reference/errors.md").read_text("utf-8")
+        (row,) = re.findall(rf"^\| `{kind.code}` \|.* \| ([^|]+) \|$", page, re.MULTILINE)
+        assert row == kind.remedy
+        assert len(row) > 20
 
 
 @pytest.mark.parametrize("name", MANUALS)
