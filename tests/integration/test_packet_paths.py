@@ -38,6 +38,12 @@ _FORWARD: Final = (
 )
 """As Docker's; bridged packets meet it where br_netfilter hands them over."""
 
+_MASQUERADE: Final = (
+    f"table ip nat {{ chain POSTROUTING {{ type nat hook postrouting priority srcnat; "
+    f"ip saddr {_SUBNET}.0/24 ip daddr != {_SUBNET}.0/24 masquerade; }}; }}"
+)
+"""As libvirt's; it is for packets that leave the host, and meets bridged ones too where br_netfilter is loaded."""
+
 _WALL: Final = "table inet wall { chain in { type filter hook input priority 0; policy drop; udp dport 67 accept; }; }"
 
 _SCRIPT: Final = """#!/bin/sh
@@ -173,10 +179,17 @@ def _walled(host: VmHost) -> None:
     run(*within(host.lab.host), "nft", _WALL)
 
 
+def _masquerading(host: VmHost) -> None:
+    """Of libvirt's, with its NAT."""
+    host.nat_network("virbr0")
+    run(*within(host.lab.host), "nft", _MASQUERADE)
+
+
 @pytest.mark.parametrize(
     ("make", "reach", "device", "routes"),
     [
         (_nat, "--interface", "virbr0", {"default"}),
+        (_masquerading, "--bridge", "virbr0", {"default"}),
         (_nat, "--bridge", "virbr0", {"default"}),
         (_walled, "--bridge", "virbr0", {"default"}),
         (_isolated, "--bridge", "iso0", {_METADATA}),

@@ -9,6 +9,9 @@ a bridge that has a listener the kernel replaces the destination MAC of such fra
 before the bridge forwards them. Answers to ARP or ND do not matter any more: several hosts on one LAN may each have the
 address, and so may an impostor. Frames that a guest sends *from* the metadata address are dropped where the port is a
 guest's (tap, veth); a NIC may lead to a cloud that has that address too, for this host.
+
+With br_netfilter, as Docker loads it, bridged packets pass the host's NAT too: libvirt's rule would replace a guest's
+address by the host's. It spares what connection tracking does not see.
 """
 
 import re
@@ -74,7 +77,8 @@ def render_diversions(
         "  chain arriving {",
         "    type filter hook prerouting priority -300; policy accept;",
         *(f"    iifname @guests {family} saddr {address} drop" for family, address in _ADDRESSES),
-        *(f"    {one} ether daddr set iifname map @cables" for one in _WANTED),
+        *(f"    {one} ether daddr set iifname map @cables notrack" for one in _WANTED),
+        *(f"    iifname @links {family} saddr {address} notrack" for family, address in _ADDRESSES),
         "  }",
         # A bridge that has not met our MAC yet sends the frame to every port.
         "  chain leaving {",
