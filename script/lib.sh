@@ -55,6 +55,12 @@ vm_packages=(
     busybox:busybox
     ssh:openssh-client
 )
+# builds and runs container images
+container_packages=(
+    mmdebstrap:mmdebstrap
+    podman:podman
+    crun:crun
+)
 policy_mark='# laid by script/lib.sh of imdsproxy while it installs, in process'
 
 say() {

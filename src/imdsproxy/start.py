@@ -1,6 +1,7 @@
 """`imdsproxy run`, the controller's life: what runs beside what, from start to end.
 
-HAProxy and the document server are not in it: they are started or adopted, watched, and left running.
+HAProxy and the document server are not in it: they are started or adopted, watched, and left running. Only in a
+container, where they would be killed with the controller, do they end with it, in order.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from imdsproxy.errors import DataplaneError, HostRefused, ImdsproxyError
 from imdsproxy.host.account import owner_of
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import hold_directory, limit_log, remove_file
+from imdsproxy.host.log_copies import LogCopies
 from imdsproxy.host.logs import open_logging
 from imdsproxy.host.notify import Heartbeat, ServiceNotifier, is_journal
 from imdsproxy.host.process import leave_no_dumps, raise_descriptor_limit, release_memory
@@ -56,9 +58,16 @@ _log = structlog.get_logger()
 
 
 async def run_controller(
-    holder: SettingsHolder, config: Path | None, environment: Mapping[str, str], clock: Clock
+    holder: SettingsHolder,
+    config: Path | None,
+    environment: Mapping[str, str],
+    clock: Clock,
+    *,
+    container: bool = False,
 ) -> None:
     """Run until stopped; the data plane goes on unless it was to be stopped too.
+
+    With `container` it always is, and what its processes log goes to standard error.
 
     Raises:
         ConfigError: A setting cannot be used here.
@@ -94,6 +103,11 @@ async def run_controller(
             config=config,
             environment=environment,
         )
+        controller.with_data_plane = container
+        if container:
+            copies = LogCopies((layout.haproxy_log, layout.documents_log), sys.stderr.buffer)
+            stack.callback(copies.copy)
+            stack.callback(asyncio.create_task(copies.run()).cancel)
         stack.callback(settings.admin_socket.unlink, missing_ok=True)
         await _live(controller, admin, health, heartbeat)
 
@@ -276,13 +290,20 @@ async def _wait_for_records(controller: Controller) -> None:
     controller.lookup.follow_routes()
 
 
-def run(load: Callable[[], Loaded], *, config: Path | None, environment: Mapping[str, str]) -> None:
+def run(
+    load: Callable[[], Loaded],
+    *,
+    config: Path | None,
+    environment: Mapping[str, str],
+    container: bool = False,
+) -> None:
     """Be the controller until stopped.
 
     Args:
         load: Reads the settings; called again at each reload.
         config: The file that was named on the command line, handed on to the document server.
         environment: The process's variables, for the settings in it and the service manager's.
+        container: Be the program of a container: HAProxy and the document server end with it.
 
     Raises:
         ImdsproxyError: It cannot start; says who must act.
@@ -305,7 +326,7 @@ def run(load: Callable[[], Loaded], *, config: Path | None, environment: Mapping
     # systemd's watchdog ends a process that hangs by SIGABRT: the log then says where it hung.
     faulthandler.enable()
     try:
-        asyncio.run(run_controller(holder, config, environment, clock))
+        asyncio.run(run_controller(holder, config, environment, clock, container=container))
     except BaseExceptionGroup as group:
         expected, others = group.split(ImdsproxyError)
         if expected is None or others is not None:

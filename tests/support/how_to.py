@@ -62,11 +62,11 @@ http.server.ThreadingHTTPServer(("127.0.0.1", int(f"877{number}")), Nova).serve_
 _ELSEWHERE: Final = re.compile(r"# (in the guest(?: [\w-]+)?|on nova-[12])\n")
 
 
-def page_blocks(name: str) -> list[Block]:
-    """All command blocks of a page, as the host's shell runs them."""
+def page_blocks(name: str, heading: str | None = None) -> list[Block]:
+    """The command blocks of a page, or below one of its headings, as the host's shell runs them."""
     page = PAGES / name
     title = page.read_text().partition("\n")[0]
-    return [_placed(block) for block in blocks_of(page, title)]
+    return [_placed(block) for block in blocks_of(page, heading or title)]
 
 
 def _placed(block: Block) -> Block:

@@ -21,14 +21,25 @@ _POLL_S: Final = 0.02
 
 
 @options.config_command
-def run(run: options.Invocation) -> None:
+def run(
+    run: options.Invocation,
+    *,
+    container: Annotated[
+        bool,
+        flag(
+            "--container",
+            "Be the program of a container: HAProxy and the document server end with it, and all log to standard "
+            "error.",
+        ),
+    ] = False,
+) -> None:
     """Be the controller: keep HAProxy and the documents in step with the sources, until stopped."""
     # Nothing that a start makes is garbage; to look for it takes 5 % of it. The controller enables it again.
     gc.disable()
     import imdsproxy.host.logs  # noqa: F401, PLC0415 - before all that logs
     from imdsproxy import start  # noqa: PLC0415 - the other commands need not load it
 
-    start.run(run.load, config=run.config, environment=dict(os.environ))
+    start.run(run.load, config=run.config, environment=dict(os.environ), container=container)
 
 
 @options.config_command

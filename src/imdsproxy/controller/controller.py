@@ -266,7 +266,7 @@ class Controller:
 
     def end(self, *, data_plane: bool) -> None:
         """Ask for the end; the admin API gives the answers that it has begun before it ends."""
-        self.with_data_plane = data_plane
+        self.with_data_plane = self.with_data_plane or data_plane
         self.ended.set()
 
     def work(self) -> tuple[Coroutine[object, object, None], ...]:
