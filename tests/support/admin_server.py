@@ -29,6 +29,7 @@ from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.app.tickets import Tickets
 from imdsproxy.app.watching import Watching
 from imdsproxy.config.changes import SettingChange, SettingsReload
+from imdsproxy.config.policy import LimitsSettings
 from imdsproxy.core.documents.respond import Answer
 from imdsproxy.core.endpoints import Endpoint, LeftOut, LeftOutCode
 from imdsproxy.core.hoststate import NamespaceRef, ObservedHost
@@ -271,6 +272,7 @@ async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous gen
         companion=SimpleNamespace(needed=True),
         watching=watching,
         documents_problem=lambda: None,
+        holder=SimpleNamespace(settings=SimpleNamespace(limits=LimitsSettings())),
         **{name: asyncio.Lock() for name in ("patching", "claiming", "overriding")},
     )
     server = AdminServer(

@@ -48,6 +48,7 @@ class FakeHaproxy:
         commands: Every line that was sent to a worker, with its pid.
         stop_answering_after: Commands to workers that are still answered; `None` for all.
         events: What a ring of a worker holds.
+        tables: What a worker has in its tables, by their names.
         refuse_reload: What the master says of a reload that fails; empty for one that succeeds.
     """
 
@@ -58,6 +59,7 @@ class FakeHaproxy:
     commands: list[tuple[int, str]] = field(default_factory=list)
     stop_answering_after: int | None = None
     events: str = ""
+    tables: dict[str, str] = field(default_factory=dict)
     refuse_reload: str = ""
     reloads: int = 0
     next_pid: int = 1001
@@ -116,9 +118,14 @@ class FakeHaproxy:
         self.commands.append((pid, command))
         for worker in self.all():
             if worker.pid == pid:
-                ring = command.startswith("show events ")
-                return self.events if ring else _run(worker, command, payload)
+                shown = command.startswith(("show events ", "show table "))
+                return self._show(command) if shown else _run(worker, command, payload)
         return f"Can't find the target PID matching the prefix '@!{pid}'\n"
+
+    def _show(self, command: str) -> str:
+        """What it keeps for reports: rings and tables."""
+        _, kind, name, *_ = command.split()
+        return self.events if kind == "events" else self.tables.get(name, "# table\n")
 
     def _show_proc(self) -> str:
         lines = [

@@ -59,7 +59,10 @@ class Secured:
         foreign = refuse_foreign(request.method, _by_name(request.headers), opens=opens)
         if foreign is not None:
             return PlainTextResponse(f"Refused: {foreign}.\n", 403)
-        if opens or access.has_session(request.cookies.get(COOKIE)):
+        if opens:
+            return None
+        if access.has_session(request.cookies.get(COOKIE)):
+            access.see()
             return None
         return PlainTextResponse(_NO_SESSION, 403)
 

@@ -1,0 +1,32 @@
+"""What of documents is a secret: hidden until the operator asks for it."""
+
+import re
+from typing import Final
+
+HIDDEN: Final = "(hidden)"
+_SECRET: Final = frozenset(
+    {
+        "user-data",
+        "user_data",
+        "vendor-data",
+        "vendor_data",
+        "vendor_data.json",
+        "vendor_data2.json",
+        "password",
+    }
+)
+"""Names of documents that are secrets as a whole."""
+
+_KEY: Final = re.compile(r"((?:ssh|ecdsa|sk-ssh|sk-ecdsa)-[\w@.-]+ )[A-Za-z0-9+/=\\]{16,}")
+_VALUE: Final = re.compile(r'("(?:random_seed|admin_pass|password)": ?")(?:[^"\\]|\\.)*')
+
+
+def is_secret(path: str) -> bool:
+    """Whether a document is a secret as a whole, however its path is spelled."""
+    names = [name for name in path.partition("?")[0].split("/") if name]
+    return any(name in _SECRET for name in names) or "%" in path
+
+
+def mask_secrets(text: str) -> str:
+    """A document without the keys and passwords in it."""
+    return _VALUE.sub(rf"\1{HIDDEN}", _KEY.sub(rf"\1{HIDDEN}", text))
