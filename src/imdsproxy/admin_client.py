@@ -5,11 +5,13 @@ import http.client
 import json
 import select
 import socket
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 from urllib.parse import quote, urlencode
 
 from imdsproxy import errors
@@ -36,12 +38,27 @@ def read_problem(shape: Mapping[str, Any]) -> errors.Problem:
     return errors.Problem(*(shape[key] for key in ("field", "reason", "hint", "file", "line")))
 
 
+OnStarting: TypeAlias = Callable[[errors.Starting], None]
+
+
+@contextlib.contextmanager
+def _silently() -> Iterator[OnStarting]:
+    yield lambda _: None
+
+
 @dataclass(frozen=True, slots=True)
 class AdminClient:
-    """Talks to one daemon. Each request has its own connection; nothing is tried twice."""
+    """Talks to one daemon. Each request has its own connection; it is sent again only while the daemon starts.
+
+    Attributes:
+        timeout_s: How long one answer may take, and a start show no progress.
+        waiting: Entered when the daemon turns out to be starting; what it gives is called now and then with how far
+            that is. `None` does not wait for the start.
+    """
 
     socket: Path
     timeout_s: float = _TIMEOUT_S
+    waiting: Callable[[], AbstractContextManager[OnStarting]] | None = _silently
 
     def get(self, path: str, query: Mapping[str, str] | None = None) -> Any:  # noqa: ANN401 - JSON
         """The daemon's answer, decoded."""
@@ -54,15 +71,38 @@ class AdminClient:
 
         Raises:
             AdminUnavailable: No daemon answers on the socket, or not in time.
+            Starting: The daemon starts, and it takes too long.
             PrivilegeMissing: The socket is not for this account.
             ImdsproxyError: What the daemon refused, as the class that it raised.
         """
         target = f"{path}?{urlencode(query)}" if query else path
         raw = None if body is None else json.dumps(body).encode()
         headers = {} if raw is None else {"content-type": "application/json"}
-        with self._connection() as connection:
-            connection.request(method, target, raw, headers)
-            return _decoded(connection.getresponse())
+
+        def ask() -> Any:  # noqa: ANN401 - JSON
+            with self._connection() as connection:
+                connection.request(method, target, raw, headers)
+                return _decoded(connection.getresponse())
+
+        return self._when_started(ask)
+
+    def _when_started(self, ask: Callable[[], Any]) -> Any:  # noqa: ANN401 - JSON
+        """The answer; again and again as long as the daemon starts, and that goes on."""
+        before, deadline = "", 0.0
+        with contextlib.ExitStack() as stack:
+            note: OnStarting | None = None
+            while True:
+                try:
+                    return ask()
+                except errors.Starting as error:
+                    now = time.monotonic()
+                    if error.message != before:
+                        before, deadline = error.message, now + self.timeout_s
+                    if self.waiting is None or now >= deadline:
+                        raise
+                    note = note or stack.enter_context(self.waiting())
+                    note(error)
+                time.sleep(_LOOK_EVERY_S)
 
     def post_records(
         self,
@@ -75,12 +115,16 @@ class AdminClient:
         Args:
             lines: See the route `/v1/records`.
             query: Of the request.
-            on_wait: Given `/v1/progress` now and then.
+            on_wait: Given `/v1/progress` now and then, and before that what a daemon does that is starting.
 
         Raises:
             ImdsproxyError: As `request`.
         """
         target = f"{path_to('records')}?{urlencode(query)}"
+        # Lines can be sent only once.
+        replace(self, waiting=lambda: nullcontext(lambda error: on_wait(error.steps))).get(
+            path_to("progress")
+        )
         with self._connection() as connection:
             # A body that is refused may be so before its end: then there is an answer nevertheless.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -143,6 +187,8 @@ def _decoded(response: http.client.HTTPResponse) -> Any:  # noqa: ANN401 - JSON
         raise errors.AdminError(
             f"the daemon answered {response.status}", hint="is it the same version?"
         )
+    if decoded["code"] == errors.Starting.code:
+        raise errors.Starting.at(decoded.get("progress", ()))
     kinds = {kind.code: kind for kind in errors.KINDS} | {"internal": errors.ImdsproxyError}
     raised = kinds.get(str(decoded["code"]), errors.AdminError)
     problems = [read_problem(one) for one in decoded.get("problems", ())]

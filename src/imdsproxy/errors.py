@@ -22,6 +22,7 @@
     │   └── PrivilegeMissing
     └── AdminError             the caller of the admin API must act    exit 64, 66, 69 or 73
         ├── AdminUnavailable       the daemon does not answer
+        │   └── Starting               it starts, and answers soon
         ├── NotFound
         ├── AlreadyExists          what `add` should make is there
         └── RequestRefused         carries the fields
@@ -34,10 +35,10 @@ chained with `raise … from`.
 import errno
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final, Self
 
 _SHOWN: Final = 60
 
@@ -285,6 +286,25 @@ class AdminUnavailable(AdminError):
         "Start the daemon: `systemctl start imdsproxy`. If it runs, compare `admin.socket` "
         "with `--socket`."
     )
+
+
+class Starting(AdminUnavailable):
+    """The daemon is starting, and answers once it has."""
+
+    remedy = "Wait; `imdsproxy status --wait` returns when it is ready, and shows how far it is."
+    steps: Sequence[Mapping[str, Any]] = ()
+    """Long work that is under way, each `{what, done, of}`; `of` is 0 where that is not known."""
+
+    @classmethod
+    def at(cls, steps: Sequence[Mapping[str, Any]]) -> Self:
+        """The error with these steps, and a message that names the first of them."""
+        words = "the daemon is starting"
+        if steps:
+            what, done, of = (steps[0][key] for key in ("what", "done", "of"))
+            words += f": {what}, {done:,} of {of:,}" if of else f": {what}"
+        error = cls(words, hint="`imdsproxy status --wait` waits for it")
+        error.steps = steps
+        return error
 
 
 class NotFound(AdminError):

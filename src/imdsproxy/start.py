@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from imdsproxy.admin.health import HealthServer
+from imdsproxy.admin.starting import StartingServer
 from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.config.changes import SettingsHolder, refuse_dropped
@@ -76,7 +77,7 @@ async def run_controller(
     settings, layout = holder.settings, Layout.of(holder.settings)
     notifier = ServiceNotifier(environment.get("NOTIFY_SOCKET", ""))
     heartbeat = Heartbeat(notifier, environment, clock.monotonic)
-    with contextlib.ExitStack() as stack:
+    async with contextlib.AsyncExitStack() as stack:
         stack.callback(asyncio.create_task(heartbeat.run()).cancel)
         build.prepare_directories(settings, layout)
         nova = NovaUpstream(layout.runtime)
@@ -86,6 +87,7 @@ async def run_controller(
         mode = int(settings.admin.mode, 8)
         admin = open_sole_socket(settings.admin_socket, mode=mode, owner=owner)
         stack.callback(admin.close)
+        starting = await stack.enter_async_context(StartingServer(admin))
         host = build.build_host(settings, layout)
         stack.callback(host.thread.close)
         stack.enter_context(hold_directory(layout.state))
@@ -109,11 +111,16 @@ async def run_controller(
             stack.callback(copies.copy)
             stack.callback(asyncio.create_task(copies.run()).cancel)
         stack.callback(settings.admin_socket.unlink, missing_ok=True)
-        await _live(controller, admin, health, heartbeat)
+        starting.steps = lambda: controller.records.progress.steps
+        await _live(controller, admin, starting, health, heartbeat)
 
 
 async def _live(
-    controller: Controller, admin: socket.socket, health: HealthServer | None, heartbeat: Heartbeat
+    controller: Controller,
+    admin: socket.socket,
+    starting: StartingServer,
+    health: HealthServer | None,
+    heartbeat: Heartbeat,
 ) -> None:
     """Start in order, serve until the end is asked for, and stop what is ours."""
     settings, layout = controller.holder.settings, controller.layout
@@ -153,6 +160,7 @@ async def _live(
         resolving = group.create_task(serve(resolver, resolver_socket))
         tasks.append(group.create_task(_count(metrics, layout.haproxy_log)))
         api = await asyncio.to_thread(_load_admin, controller)
+        await starting.end()
         administering = group.create_task(serve(api, admin))
         if health is not None:
             health.reports = metrics

@@ -290,7 +290,7 @@ async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous gen
     controller.unapplied = lambda: tuple(server.unapplied)
     controller.counting = SimpleNamespace(report=server.count_tokens)
 
-    app = _make_app()
+    app = make_app()
     app.state.controller = controller
     listener = open_unix_socket(server.socket, mode=0o600)
     records.observe(Observation("file", full=True))
@@ -324,7 +324,7 @@ async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous gen
 
 
 @functools.cache
-def _make_app() -> FastAPI:
+def make_app() -> FastAPI:
     """Made once: that takes longer than most tests."""
     return admin_app(None)
 

@@ -144,7 +144,8 @@ class Invocation:
         """The daemon, by the socket that was named or that the settings name."""
         from imdsproxy.admin_client import AdminClient  # noqa: PLC0415 - the daemon itself need not load it
 
-        return AdminClient(self.socket or self.settings.admin_socket)
+        socket = self.socket or self.settings.admin_socket
+        return AdminClient(socket, waiting=self.output.starting)
 
 
 def invocation(

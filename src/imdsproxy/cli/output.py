@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from imdsproxy.errors import ImdsproxyError
+    from imdsproxy.errors import ImdsproxyError, Starting
 
 MOST_SHOWN: Final = 20
 """Lines of one kind that are printed; the rest is counted."""
@@ -123,6 +123,19 @@ class Output:
             yield lambda what, done, of: bar.update(
                 task, description=clean(what), completed=done, total=of or None
             )
+
+    @contextlib.contextmanager
+    def starting(self) -> Iterator[Callable[[Starting], None]]:
+        """How far the start of a daemon has come, as `progress`."""
+        with self.progress() as note:
+
+            def show(error: Starting) -> None:
+                for step in error.steps[:1]:
+                    note(f"the daemon is starting: {step['what']}", step["done"], step["of"])
+                if not error.steps:
+                    note(error.message, 0, 0)
+
+            yield show
 
     def table(
         self,

@@ -1,15 +1,22 @@
 """`imdsproxy status`: everything at one moment."""
 
+import time
 from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Annotated, Final
 
 import typer
 
-from imdsproxy.admin_client import read_problem
+from imdsproxy.admin_client import AdminClient, read_problem
 from imdsproxy.cli import options
 from imdsproxy.cli.options import NO, NOT_IN_FORCE, flag
 from imdsproxy.cli.output import MOST_SHOWN, Output, Shape, and_more, clean, clean_all, first_lines
+from imdsproxy.errors import AdminUnavailable, Starting
 
+_STATUS: Final = "/v1/status"
+_APPEARS_WITHIN_S: Final = 10.0
+_LOOK_EVERY_S: Final = 0.3
 _UNITS: Final = (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1))
 
 
@@ -20,15 +27,51 @@ def status(
     check: Annotated[
         bool, flag("--check", "Exit 1 while the daemon is not ready, 75 while it is degraded.")
     ] = False,
+    wait: Annotated[
+        bool,
+        flag(
+            "--wait",
+            "Wait until the daemon is ready, at most ten seconds for one that answers nothing yet.",
+        ),
+    ] = False,
 ) -> None:
     """Networks, instances, sources, HAProxy, and everything that is wrong."""
-    report = run.daemon().get("/v1/status")
-    run.output.answer(report, _show_status)
+    daemon = run.daemon()
+    try:
+        report = _wait(run.output, daemon) if wait else replace(daemon, waiting=None).get(_STATUS)
+    except Starting as error:
+        facts = {"state": f"[yellow]{clean(error.message)}[/]"}
+        unready = {"ready": False, "reasons": [error.message], "degraded": []}
+        report = {"readiness": unready, "progress": [*error.steps]}
+        run.output.answer(report, lambda output, _: output.facts(facts))
+    else:
+        run.output.answer(report, _show_status)
     readiness = report["readiness"]
     if check and not readiness["ready"]:
         raise typer.Exit(NO)
     if check and readiness["degraded"]:
         raise typer.Exit(NOT_IN_FORCE)
+
+
+def _wait(output: Output, daemon: AdminClient) -> Shape:
+    """The report of a daemon that is ready."""
+    deadline = time.monotonic() + _APPEARS_WITHIN_S
+    with output.starting() as show:
+        daemon = replace(daemon, waiting=lambda: nullcontext(show))
+        while True:
+            try:
+                report: Shape = daemon.get(_STATUS)
+            except Starting:
+                pass  # a step that takes long shows no progress
+            except AdminUnavailable:
+                if time.monotonic() > deadline:
+                    raise
+            else:
+                readiness = report["readiness"]
+                if readiness["ready"]:
+                    return report
+                show(Starting.at([{"what": readiness["reasons"][0], "done": 0, "of": 0}]))
+            time.sleep(_LOOK_EVERY_S)
 
 
 def _show_status(output: Output, answer: Shape) -> None:
