@@ -163,6 +163,10 @@ class AdminServer:
     def instances(self) -> Mapping[InstanceId, Instance]:
         return self.inventory.instances
 
+    def instance_record(self, name: str) -> Any:  # noqa: ANN401 - JSON
+        """As the API shows it."""
+        return self.client.get(f"/v1/instances/{name}")["record"]
+
     def leave_out(
         self, network: str, reason: str, hint: str = "", code: LeftOutCode = LeftOutCode.PORT_BUSY
     ) -> None:

@@ -73,8 +73,9 @@ def _record_of(installed: str | None) -> str:
         return "nothing"
     if installed == "!":
         return "a conflict"
-    words = installed.removeprefix("!").split("|")
-    return words[1] if installed.startswith("+") and len(words) > 1 else words[0]
+    # As in `core.wire`: a policy's word may come first, and of Nova's records the third is the instance.
+    words = installed.split("|")[1 if installed.startswith("+") else 0 :]
+    return words[2] if words[0].startswith("@") else words[0]
 
 
 def _owner(found: Mapping[str, Any]) -> Step:
