@@ -1,36 +1,16 @@
 """Every block of code in the documents is well-formed in its language."""
 
 import json
-import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 from xml.etree import ElementTree as ET
 
 import yaml
-from markdown_it import MarkdownIt
 
-from support.pages import each_page
+from support.pages import code_blocks, each_page
 
-_YAML: Final = re.compile(r"(#.*\n|-? *[\w.-]+:(\s|$))")
 _TEXT: Final = frozenset({"text", "ini", "diff"})
-
-
-def blocks(page: Path) -> Iterator[tuple[int, str, str]]:
-    """The line, the language and the text of each block. One without a language is YAML, XML or for a shell."""
-    for token in MarkdownIt().parse(page.read_text()):
-        if token.type == "fence":
-            yield token.map[0] + 1 if token.map else 0, token.info.split(" ")[0], token.content
-        elif token.type == "code_block":
-            yield token.map[0] + 1 if token.map else 0, guess(token.content), token.content
-
-
-def guess(text: str) -> str:
-    first = next(line for line in text.splitlines() if not line.startswith("#"))
-    if first.startswith("<"):
-        return "xml"
-    return "yaml" if _YAML.match(first) else "sh"
 
 
 def fault(language: str, text: str) -> str:
@@ -60,5 +40,5 @@ def fault(language: str, text: str) -> str:
 
 @each_page
 def test_every_block_is_well_formed_in_its_language(page: Path) -> None:
-    faults = [(line, fault(language, text)) for line, language, text in blocks(page)]
+    faults = [(one.line, fault(one.language, one.text)) for one in code_blocks(page)]
     assert [one for one in faults if one[1]] == []

@@ -1,15 +1,11 @@
 """What the documents say is there: links, paths, commands, settings, metrics, codes."""
 
 import re
-import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-import pytest
-
-from imdsproxy.cli.main import main
 from imdsproxy.config.describe import find_setting
 from imdsproxy.config.schema import Settings
 from imdsproxy.core.endpoints import LeftOutCode
@@ -36,16 +32,6 @@ def words_in_code(page: Path) -> Iterator[str]:
     yield from _CODE.findall(page.read_text())
 
 
-def commands(page: Path) -> Iterator[str]:
-    """Every command line of imdsproxy, from blocks and from inline code."""
-    for line in page.read_text().splitlines():
-        if line.startswith("    imdsproxy "):
-            yield line.strip()
-    for code in words_in_code(page):
-        if re.match(r"imdsproxy [a-z]", code):
-            yield code
-
-
 @each_page
 def test_every_link_leads_somewhere(page: Path) -> None:
     broken = []
@@ -67,20 +53,6 @@ def test_every_path_of_the_repository_that_is_named_exists(page: Path) -> None:
     lines = page.read_text().splitlines()
     named += [line.split()[0] for line in lines if line.startswith("    script/")]
     assert [name for name in named if not (REPOSITORY / name).exists()] == []
-
-
-@each_page
-def test_every_command_of_imdsproxy_is_one_that_it_takes(
-    page: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    refused = {}
-    for line in commands(page):
-        words = shlex.split(re.split(r"[>|…]", line)[0], comments=True)
-        status = main([*words[1:], "--help"])
-        told = capsys.readouterr()
-        if status != 0 or not told.out:
-            refused[line] = told.err
-    assert refused == {}
 
 
 @each_page

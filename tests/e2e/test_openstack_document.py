@@ -33,7 +33,9 @@ def directory() -> Iterator[Path]:
 def test_a_newcomer_moves_a_network_over_and_back_and_tries_every_way_as_the_document_says(
     directory: Path,
 ) -> None:
-    blocks = blocks_of(REPOSITORY / "docs/tutorials/first-openstack-node.md", "## Trying it here")
+    blocks = blocks_of(
+        REPOSITORY / "docs/tutorials/first-openstack-node.md", "# Your first OpenStack node"
+    )
     transcript = directory / "transcript"
     with transcript.open("wb") as sink:
         # Its own session: Ctrl-C of the tests is not for the daemon that it starts.
