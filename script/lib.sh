@@ -44,6 +44,15 @@ package_packages=(
     /usr/lib/python3/dist-packages/hatchling:python3-hatchling
     man:man-db
     lintian:lintian
+    autopkgtest:autopkgtest
+    apt-ftparchive:apt-utils
+)
+# what makes releases, and checks them
+release_packages=(
+    git:git
+    rpmbuild:rpm
+    rpmlint:rpmlint
+    ssh-keygen:openssh-client
 )
 # virtual machines, and the network that they are on
 vm_packages=(

@@ -1,5 +1,6 @@
 """The Debian package: what is in it, and its life in a machine, from its installation to its purge."""
 
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,12 @@ _SUITE: Final = (
 )
 """The unit tests of what stands on other people's libraries."""
 
+_DEBIAN_CHANGELOG: Final = """imdsproxy (0.1.0) trixie; urgency=medium
+
+  * Of the tests.
+
+ -- imdsproxy maintainers <maintainers@imdsproxy.invalid>  Thu, 01 Jan 2026 00:00:00 +0000
+"""
 _RUN_SUITE: Final = """
 import os, sys
 # Behind Debian's own: of the virtual environment only what Debian's packages do not have, as pytest.
@@ -250,6 +257,31 @@ def test_what_stands_on_libraries_works_on_debians(
     assert "/usr/lib/python3/dist-packages/typer/" in fresh.machine.run(
         *python[:3], "import typer; print(typer.__file__)"
     )
+
+
+def test_debians_own_tests_of_the_installed_package_pass(
+    fresh: PackagedDaemon, packages: Packages
+) -> None:
+    source, package = "/tmp/autopkgtest-source", f"/tmp/{packages.deb.name}"  # noqa: S108 - of the machine
+    fresh.machine.write(f"{source}/debian/changelog", _DEBIAN_CHANGELOG)
+    fresh.machine.run("cp", "-R", f"{REPOSITORY}/packaging/debian", source)
+    fresh.machine.run("install", "-m", "644", str(packages.deb), package)
+    # There is no way out, where it would look for newer lists.
+    sources = "/etc/apt/sources.list.d"
+    fresh.machine.run("mv", sources, f"{sources}.away")
+    fresh.machine.run("mkdir", sources)
+
+    status, output = fresh.machine.attempt(
+        *("autopkgtest", "--ignore-restrictions=isolation-machine", package, f"{source}/"),
+        *("--", "null"),
+    )
+    fresh.machine.run("rm", "-r", sources)
+    fresh.machine.run("mv", f"{sources}.away", sources)
+
+    assert status == 0, output
+    passed = re.findall(r"^(\S+) +PASS", output, re.MULTILINE)
+    tests = sorted((REPOSITORY / "packaging/debian/tests").iterdir())
+    assert sorted(set(passed)) == [one.name for one in tests if one.name != "control"], output
 
 
 def test_lintian_finds_nothing(packages: Packages) -> None:
