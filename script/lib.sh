@@ -52,6 +52,7 @@ release_packages=(
     git:git
     rpmbuild:rpm
     rpmlint:rpmlint
+    faketime:faketime
     ssh-keygen:openssh-client
 )
 # virtual machines, and the network that they are on
@@ -69,6 +70,10 @@ container_packages=(
     mmdebstrap:mmdebstrap
     podman:podman
     crun:crun
+)
+all_packages=(
+    "${base_packages[@]}" "${test_packages[@]}" "${package_packages[@]}" "${release_packages[@]}"
+    "${vm_packages[@]}" "${container_packages[@]}"
 )
 policy_mark='# laid by script/lib.sh of imdsproxy while it installs, in process'
 

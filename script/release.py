@@ -1,7 +1,7 @@
 """Make a release; `script/release` installs what this needs and runs it. See docs/how-to/release.md."""
 
 import argparse
-import datetime
+import datetime as dt
 import hashlib
 import os
 import re
@@ -45,10 +45,10 @@ class Section:
 def parse_changelog(changelog: str) -> list[Section]:
     """Its sections, the newest first."""
     found = list(_HEADING.finditer(changelog))
-    ends = [one.start() for one in found[1:]] + [len(changelog)]
+    # Each heading gives version and date between the texts before and behind it.
+    texts = _HEADING.split(changelog)[3::3]
     return [
-        Section(one[1], one[2], changelog[one.end() : end].strip() + "\n")
-        for one, end in zip(found, ends, strict=True)
+        Section(one[1], one[2], text.strip() + "\n") for one, text in zip(found, texts, strict=True)
     ]
 
 
@@ -112,9 +112,9 @@ def prepare(version: str, date: str) -> None:
     changelog, init = plan_prepare(_read(_CHANGELOG), _read(_INIT), version, date)
     (_REPOSITORY / _CHANGELOG).write_text(changelog, "utf-8")
     (_REPOSITORY / _INIT).write_text(init, "utf-8")
-    print(f"{_CHANGELOG} and {_INIT} say {version} of {date}. Read the difference, then:")
-    print(f"    git commit --all --message 'Release {version}'")
-    print(f"    script/release build {version} --key FILE")
+    sys.stdout.write(
+        f"{_CHANGELOG} and {_INIT} say {version} of {date}: read the difference, and commit it\n"
+    )
 
 
 def build(version: str, key: Path | None, output: Path, tools: Path) -> None:
@@ -126,7 +126,7 @@ def build(version: str, key: Path | None, output: Path, tools: Path) -> None:
     if key is not None:
         _need_key(key)
     # Whatever the clock, the commit and the directory are.
-    epoch = int(datetime.datetime.fromisoformat(f"{section.date}T00:00:00+00:00").timestamp())
+    epoch = int(dt.datetime.fromisoformat(f"{section.date}T00:00:00+00:00").timestamp())
     environment = {
         **os.environ,
         "SOURCE_DATE_EPOCH": str(epoch),
@@ -148,9 +148,9 @@ def build(version: str, key: Path | None, output: Path, tools: Path) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(made, output)
     for path in sorted(output.iterdir()):
-        print(path)
+        sys.stdout.write(f"{path}\n")
     if key is None:
-        print("SHA256SUMS is not signed: give --key for a release that others install", file=sys.stderr)
+        sys.stderr.write("SHA256SUMS is not signed: others cannot verify this\n")
 
 
 def _make_all(
@@ -202,9 +202,8 @@ def _need_clean_tree() -> None:
 
 
 def _need_key(key: Path) -> None:
-    done = subprocess.run(
-        ("ssh-keygen", "-l", "-f", str(key)), capture_output=True, text=True, check=False
-    )
+    asking = ("/usr/bin/ssh-keygen", "-l", "-f", str(key))
+    done = subprocess.run(asking, capture_output=True, text=True, check=False)
     if done.returncode != 0 or "(ED25519)" not in done.stdout:
         raise Refused(
             f"{key} is no ed25519 key of ssh, and only their signatures are the same each time: "
@@ -238,11 +237,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tools", type=Path, required=True, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", required=True)
     preparing = commands.add_parser("prepare", help="write version and date into the sources")
-    building = commands.add_parser("build", help="make the files of a release, equal bytes each time")
+    building = commands.add_parser(
+        "build", help="make the files of a release, equal bytes each time"
+    )
     for one in (preparing, building):
         one.add_argument("version")
-    today = datetime.datetime.now(datetime.UTC).date()
-    preparing.add_argument("--date", type=datetime.date.fromisoformat, default=today)
+    today = dt.datetime.now(dt.UTC).date()
+    preparing.add_argument("--date", type=dt.date.fromisoformat, default=today)
     signing = building.add_mutually_exclusive_group(required=True)
     signing.add_argument("--key", type=Path, help="ssh's private ed25519 key that signs SHA256SUMS")
     signing.add_argument("--unsigned", action="store_true", help="to compare with another's build")
@@ -255,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             output = words.output or _REPOSITORY / "dist" / words.version
             build(words.version, words.key, output.absolute(), words.tools)
     except Refused as refused:
-        print(f"script/release: {refused}", file=sys.stderr)
+        sys.stderr.write(f"script/release: {refused}\n")
         return 1
     return 0
 

@@ -11,7 +11,7 @@ import pytest
 from support.demonstration import REPOSITORY
 from support.patience import patience
 
-NEED_ROOT = ("demo", "test", "bench", "vm-image", "container")
+NEED_ROOT = ("demo", "test", "bench", "vm-image", "container", "try-package")
 
 
 def run(argv: list[str], **environment: str) -> tuple[int, str]:
@@ -42,7 +42,9 @@ def test_without_root_a_script_says_so_in_one_line(name: str) -> None:
 
 
 @pytest.mark.root
-@pytest.mark.parametrize("name", [*NEED_ROOT, "setup", "check", "openstack-lab", "package"])
+@pytest.mark.parametrize(
+    "name", [*NEED_ROOT, "setup", "check", "openstack-lab", "package", "release"]
+)
 def test_on_an_unknown_system_a_script_says_so_in_one_line(name: str, tmp_path: Path) -> None:
     release = tmp_path / "os-release"
     release.write_text('ID=fedora\nPRETTY_NAME="Fedora Linux 41"\n')
