@@ -349,7 +349,7 @@ def test_what_opens_something_is_told_to_nobody_who_asks_how_things_are(world: N
     for words in (("status",), ("config", "show"), ("render",), ("check",), ("instance", "list"),
                   ("instance", "show", INSTANCES["red"])):  # fmt: skip
         done = daemon.command(*words)
-        assert "No such command" not in done.err, done
+        assert "there is no command" not in done.err, done
         told[" ".join(words)] = done.out + done.err
     assert not {
         name: found for name, text in told.items() if (found := _found(secrets, text.encode()))

@@ -77,20 +77,20 @@ def import_settings(
     neutron: Annotated[bool, flag("--neutron", "The files are those of Neutron's agents.")] = False,
     output: Annotated[
         Path | None,
-        flag("--output -o FILE", "Write the settings there (0640) and not to standard output."),
+        flag("--output -o FILE", "Write the settings there, mode 0640 (default: standard output)."),
     ] = None,
     secret_file: Annotated[
         Path | None,
         flag(
             "--secret-file FILE",
-            "Write the secret there (0600); nova.secret beside --output without it. It is shown nowhere.",
+            "Write the secret there, mode 0600 (default: nova.secret beside --output). It is shown nowhere.",
         ),
     ] = None,
     agent_user: Annotated[
         str,
         flag(
             "--agent-user NAME",
-            "Account, and group, that Neutron's agents run as; neutron without it.",
+            "Account, and group, that Neutron's agents run as (default: neutron).",
         ),
     ] = "neutron",
     server_name: Annotated[

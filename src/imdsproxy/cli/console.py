@@ -15,7 +15,7 @@ def console(
     run: options.Invocation,
     *,
     port: Annotated[
-        int, flag("--port -p PORT", "Of 127.0.0.1, for ssh -L; any free one without it.")
+        int, flag("--port -p PORT", "Of 127.0.0.1, for ssh -L (default: 0, any free one).")
     ] = 0,
 ) -> None:
     """Open pages on 127.0.0.1 that show networks, guests, requests and problems; until Ctrl-C.

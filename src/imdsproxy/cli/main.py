@@ -67,6 +67,7 @@ _OTHERS_WORDS: Final = {
 _ALSO: Final[Mapping[str, str]] = {"tokens": "token"}
 """A command's other name: works when it is named, and is in no help."""
 
+_UNKNOWN: Final = re.compile(r"No such (command|option):? '?([^' ]+?)'?(?:[. ]|$)")
 _MEANT: Final[Mapping[str, str]] = {
     **dict.fromkeys(("delete", "del", "rm", "destroy"), "remove"),
     **dict.fromkeys(("create", "new", "define"), "add"),
@@ -136,17 +137,40 @@ def _usage(error: CommandLineError, invocation: options.Invocation) -> int:
         sys.stderr.write(f"{message}\n")
         return options.USAGE
     context = getattr(error, "ctx", None)
-    command = "imdsproxy" if context is None else context.command_path
-    hint = f"`{command} --help` says what it takes"
-    unknown = re.search("No such command '([^']+)'", message)
-    known = getattr(getattr(context, "command", None), "commands", {})
-    meant = None if unknown is None else _MEANT.get(unknown[1])
-    if meant in known:
-        hint = f"did you mean `{command} {meant}`?"
+    path = "imdsproxy" if context is None else context.command_path
+    hint = f"`{path} --help` says what it takes"
     # The list of what an option may be comes with line breaks and tabs.
     message = " ".join(message.split())
+    if (unknown := _UNKNOWN.match(message)) is not None and context is not None:
+        kind, word = unknown.groups()
+        message = f"there is no {kind} {word}"
+        meant = _find_meant(context.command, kind, word)
+        if meant:
+            lead = f"{path} " if kind == "command" else ""
+            hint = f"did you mean {' or '.join(f'`{lead}{one}`' for one in meant)}?"
     invocation.output.error(RequestRefused(message, hint=hint))
     return options.USAGE
+
+
+def _find_meant(command: Any, kind: str, word: str) -> list[str]:  # noqa: ANN401 - as typer keeps its classes private
+    """What is called like a command or option that there is not, the likeliest first."""
+    if kind == "option":
+        known = [name for one in command.params for name in (*one.opts, *one.secondary_opts)]
+        return _similar(word, [name for name in known if name.startswith("--")])
+    known = command.list_commands(None)
+    meant = _MEANT.get(word, word)
+    if meant in known:
+        return [meant]
+    of_records = [f"{group} {meant}" for group in ("network", "instance")]
+    if command.name == "imdsproxy" and set(of_records) <= EXAMPLES.keys():
+        return of_records
+    return _similar(word, known)
+
+
+def _similar(word: str, known: Sequence[str]) -> list[str]:
+    import difflib  # noqa: PLC0415 - only where something is wrong
+
+    return difflib.get_close_matches(word, known, n=1)
 
 
 def _show_version(wanted: bool) -> None:  # noqa: FBT001 - typer passes it so
@@ -211,6 +235,9 @@ def _load_command(name: str) -> Any:  # noqa: ANN401 - as above
         if path in EXAMPLES:
             each.epilog = f"Example: {EXAMPLES[path]}"
         _hide_type_of_help(each)
+        for parameter in each.params:
+            if parameter.param_type_name == "argument":
+                _show_as_written(parameter)
     return command
 
 
@@ -236,6 +263,12 @@ def iterate_commands(command: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     yield path, command
     for name in command.list_commands(None) if hasattr(command, "list_commands") else ():
         yield from iterate_commands(command.get_command(None, name), f"{path} {name}".strip())
+
+
+def _show_as_written(argument: Any) -> None:  # noqa: ANN401 - as above
+    """An argument as its metavar has it: `[INSTANCE]`, without typer's brackets and type around it."""
+    argument.get_usage_pieces = lambda *_, **_ignored: [argument.metavar]
+    argument.display_type_rich = lambda *_, **_ignored: None
 
 
 def _hide_type_of_help(command: Any) -> None:  # noqa: ANN401 - as above

@@ -102,11 +102,11 @@ def network_flag(help_text: str) -> OptionInfo:
 
 
 Config: TypeAlias = Annotated[
-    Path | None, flag("--config -c FILE", "Settings; /etc/imdsproxy/imdsproxy.yaml without it.")
+    Path | None, flag("--config -c FILE", "Settings (default: /etc/imdsproxy/imdsproxy.yaml).")
 ]
 Socket: TypeAlias = Annotated[
     Path | None,
-    flag("--socket -s PATH", "The daemon's admin socket; the settings name it otherwise."),
+    flag("--socket -s PATH", "The daemon's admin socket (default: as the settings have it)."),
 ]
 Json: TypeAlias = Annotated[bool, flag("--json", "Print JSON, for programs.")]
 Instance: TypeAlias = Annotated[

@@ -34,23 +34,32 @@ _KEY_TYPES: Final = ("ssh-", "ecdsa-", "sk-")
 _PRIVATE: Final = "PRIVATE KEY-----"
 
 
-def flags_of(table: Table[Any]) -> Iterator[tuple[str, object]]:
-    """Each flag's name as a parameter, and its annotation for typer."""
+def flags_of(table: Table[Any], *, new: bool = False) -> Iterator[tuple[str, object]]:
+    """Each flag's name as a parameter, and its annotation for typer.
+
+    Args:
+        table: Of the record.
+        new: For a record that is made: with what a key is that no flag gives.
+    """
     for key in table.keys:
         if key.name in _SPECIAL:
             yield from _SPECIAL[key.name][1].items()
         elif key.kind.tables:
             for inner in key.kind.tables:
-                yield from flags_of(inner)
+                yield from flags_of(inner, new=new)
         elif key.name != "id" and not key.only_in_files:
-            annotation = _annotation(key)
+            annotation = _annotation(key, table.default(key) if new else None)
             if annotation is not None:
                 yield key.name, annotation
 
 
-def _annotation(key: Key) -> object:
+def _annotation(key: Key, default: Any) -> object:  # noqa: ANN401 - as the record has it
     name, schema = key.name.replace("_", "-"), key.kind.schema or {}
     text = key.summary.replace("`", "")
+    if default not in (None, ""):
+        switch = {True: "on", False: "off"}
+        spelled = switch[default] if isinstance(default, bool) else key.kind.render(default)
+        text = f"{text.removesuffix('.')} (default: {spelled})."
     match schema:
         case {"type": "boolean"}:
             off = _OFF.get(key.name, f"no-{name}")

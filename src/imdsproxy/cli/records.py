@@ -16,6 +16,7 @@ from imdsproxy.cli.output import Shape, decode_bytes, spell_count
 from imdsproxy.cli.record_flags import flags_of, keys_of, wrong_flag
 from imdsproxy.core.records import INSTANCE, NETWORK, Json
 from imdsproxy.core.records.network import LISTENER_KEYS
+from imdsproxy.core.records.schema import Table
 from imdsproxy.errors import RequestRefused
 
 _NAMED: Final = 5
@@ -182,6 +183,7 @@ def _make_app(
     new_id: str,
     list_help: str,
     remove_help: str,
+    table: Table[Any],
     flags: Mapping[str, object],
     add_flags: Mapping[str, object],
     list_flags: Mapping[str, object],
@@ -194,7 +196,8 @@ def _make_app(
         new_id: What the argument of `add` is.
         list_help: What `list` does.
         remove_help: What `remove` does.
-        flags: Of `add` and `set`: annotations by the parameter's name.
+        table: Of its record, whose keys are flags of `add` and `set`.
+        flags: Further ones of both: annotations by the parameter's name.
         add_flags: Those of `add` that are described in another way.
         list_flags: Those of `list`, which go into the query.
     """
@@ -203,7 +206,8 @@ def _make_app(
     article, other = ("a", "instances") if kind == "network" else ("an", "networks")
 
     def define_change(verb: str, text: str, record: object, more: Mapping[str, object]) -> None:
-        given = {"record": Annotated[str | None, record], **_FILE, **flags, **more}
+        of_table = dict(flags_of(table, new=verb == "add"))
+        given = {"record": Annotated[str | None, record], **_FILE, **flags, **of_table, **more}
 
         @app.command(verb, help=text)
         @partial(command, flags=given)
@@ -256,10 +260,11 @@ def _make_app(
 network_app = _make_app(
     "network",
     "Networks: add, list, show, set, remove.",
-    new_id="Its id; the name of the bridge, interface or namespace without it.",
+    new_id="Its id (default: the name of the bridge, interface or namespace).",
     list_help="Every network, how it is reached, and whether it is served.",
     remove_help="Remove networks that no instance has a port in.",
-    flags=dict(flags_of(NETWORK)),
+    table=NETWORK,
+    flags={},
     add_flags={},
     list_flags={},
 )
@@ -267,14 +272,15 @@ network_app = _make_app(
 instance_app = _make_app(
     "instance",
     "Instances: add, list, show, set, remove, reopen, password.",
-    new_id="Its id; made of --name, or the domain's UUID, without it.",
+    new_id="Its id (default: made of --name, or the domain's UUID).",
     list_help="Every instance, or those with a port in --network.",
     remove_help="Remove instances; their guests get no more answers.",
-    flags=_FROM_LIBVIRT | dict(flags_of(INSTANCE)),
+    table=INSTANCE,
+    flags=_FROM_LIBVIRT,
     add_flags={
         "network": Annotated[
             str | None,
-            network_flag("The network of its port, by id or name; the only one without it."),
+            network_flag("The network of its port, by id or name (default: the only one)."),
         ]
     },
     list_flags={"network": Annotated[str | None, network_flag("Only those in this network.")]},

@@ -27,8 +27,8 @@ def snippet(
         Dialect | None,
         options.flag(
             f"--dialect {'|'.join(Dialect)}",
-            "Which documents the guest is to ask for; without it openstack, nocloud for Incus, "
-            "or what the instance has.",
+            "Which documents the guest is to ask for (default: openstack, nocloud for Incus, "
+            "or what the instance has).",
         ),
     ] = None,
 ) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -27,7 +28,7 @@ from imdsproxy.errors import (
     Problem,
     ReloadFailed,
 )
-from support.cli import Cli, Ran
+from support.cli import Cli, Ran, run_main
 
 SET_BLUE, SET_WEB = ["network", "set", "blue"], ["instance", "set", "web-1"]
 ADD_X = ["network", "add", "x", "--bridge", "a"]
@@ -48,8 +49,73 @@ def test_each_command_has_an_example_in_its_help_that_is_no_wrong_command_line(c
         if path != "namespace-proxy":
             shown = cli(*path.split(), "--help").out
             assert "--help" in shown
-            assert "bool" not in shown.lower(), "a switch is shown with a type"
+            assert re.findall("<[a-z]|[{]|boolean|TEXT", shown) == [], "a type of Python's"
     assert seen == EXAMPLES.keys()
+
+
+def test_each_option_says_what_it_is_what_it_takes_and_what_it_is_without() -> None:
+    for path, command in iterate_commands(build_program()):
+        for one in command.params:
+            assert one.help, (path, one.opts)
+            if one.param_type_name == "argument":
+                assert one.metavar
+                continue
+            assert (one.metavar == "") is one.is_flag, (path, one.opts)
+            if "--network" in one.opts:
+                assert "-n" in one.opts, path
+            if one.default not in (None, False):
+                assert "(default: " in one.help, (path, one.opts)
+
+
+@pytest.mark.parametrize(
+    ("kind", "flag", "default"),
+    [
+        ("network", "--scope", "network"),
+        ("network", "--mac-check", "on"),
+        ("network", "--manage-addresses", "off"),
+        ("instance", "--upstream", "embedded"),
+        ("instance", "--nocloud", "on"),
+    ],
+)
+def test_what_a_new_record_has_by_default_is_said_where_it_is_added_and_not_where_it_is_changed(
+    kind: str, flag: str, default: str
+) -> None:
+    commands = dict(iterate_commands(build_program()))
+    helps = {
+        verb: next(one.help for one in commands[f"{kind} {verb}"].params if flag in one.opts)
+        for verb in ("add", "set")
+    }
+    assert helps["add"].endswith(f" (default: {default}).")
+    assert "default" not in helps["set"]
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("instance delete web", "did you mean `imdsproxy instance remove`?"),
+        ("instance rm web", "did you mean `imdsproxy instance remove`?"),
+        ("network create", "did you mean `imdsproxy network add`?"),
+        ("rm web", "did you mean `imdsproxy network remove` or `imdsproxy instance remove`?"),
+        ("create", "did you mean `imdsproxy network add` or `imdsproxy instance add`?"),
+        ("ls", "did you mean `imdsproxy network list` or `imdsproxy instance list`?"),
+        ("statsu", "did you mean `imdsproxy status`?"),
+        ("token revok web", "did you mean `imdsproxy token revoke`?"),
+        ("config shw", "did you mean `imdsproxy config show`?"),
+        ("instance list --nework blue", "did you mean `--network`?"),
+        ("status --chekc", "did you mean `--check`?"),
+        ("network add --no-mac-chek", "did you mean `--no-mac-check`?"),
+        ("--verson", "did you mean `--version`?"),
+        ("xyzzy", "`imdsproxy --help` says what it takes"),
+        ("status -n blue", "`imdsproxy status --help` says what it takes"),
+    ],
+)
+def test_what_is_misspelt_or_called_as_elsewhere_gets_a_suggestion(
+    cli: Cli, line: str, hint: str
+) -> None:
+    ran = run_main(cli.capture, *line.split())
+    assert (ran.status, ran.out) == (64, "")
+    assert re.fullmatch(r"imdsproxy: there is no (command|option) \S+\nhint: (.+)\n", ran.err)
+    assert ran.err.endswith(f"hint: {hint}\n")
 
 
 @pytest.mark.parametrize(
