@@ -32,7 +32,13 @@ def host(shared: Host) -> Iterator[Host]:
 
 @pytest.mark.parametrize(
     "page",
-    ["back-up.md", "require-tokens.md", "rotate-a-secret.md", "seal-user-data.md"],
+    [
+        "back-up.md",
+        "require-tokens.md",
+        "rotate-a-secret.md",
+        "seal-user-data.md",
+        "support-bundle.md",
+    ],
 )
 def test_a_page_does_what_it_says_and_no_other_guest_loses_a_request(host: Host, page: str) -> None:
     others = [host.guest("db-1"), host.guest("vm-1")]

@@ -1,0 +1,149 @@
+"""Asks for the parts of a bundle; one that cannot be had has a reason in its place."""
+
+import asyncio
+import http.client
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from imdsproxy.admin_client import AdminClient
+from imdsproxy.cli.bundle.plan import (
+    MOST_BYTES,
+    Admin,
+    Endpoint,
+    File,
+    Part,
+    Program,
+    Worker,
+    keep_end,
+)
+from imdsproxy.core.wire import hide_signatures
+from imdsproxy.dataplane.master import MasterClient, WorkerEnded
+from imdsproxy.errors import ImdsproxyError, RuntimeUnavailable
+from imdsproxy.host.process import run_program
+
+_DEADLINE_S: Final = 10.0
+_FREE: Final = ("logs/", "daemon/", "checks.json")
+_RECORD_FIELDS: Final = frozenset(
+    (
+        *("id", "name", "hostname", "project", "ports", "upstream", "policy", "dialects"),
+        *("created_at", "listener", "subnets", "mtu", "domain"),
+    )
+)
+"""What of records is shown: never what is in a guest's documents alone."""
+
+
+@dataclass(slots=True)
+class Collected:
+    """Parts by name, and what is lacking with its reason."""
+
+    texts: dict[str, str] = field(default_factory=dict)
+    lacking: list[tuple[str, str]] = field(default_factory=list)
+
+    def take(self, name: str, ask: Callable[[], str | None]) -> None:
+        """Keep what is answered; nothing where there is none."""
+        try:
+            text = ask()
+        except (ImdsproxyError, OSError, ValueError, http.client.HTTPException) as error:
+            message = getattr(error, "message", None) or str(error) or type(error).__name__
+            self.lacking.append((name, " ".join(message.split())))
+            return
+        if text is not None:
+            self.texts[name] = keep_end(text)
+
+    def withhold(self, unread: Sequence[str]) -> None:
+        """Give up what programs and operators write freely, where some secrets are not known.
+
+        Args:
+            unread: What could not be read, and why.
+        """
+        if not unread:
+            return
+        reason = f"what is secret here is not fully known: {unread[0]}"
+        for name in [one for one in self.texts if one.startswith(_FREE)]:
+            del self.texts[name]
+            self.lacking.append((name, reason))
+
+
+def collect(
+    parts: Iterable[Part], daemon: AdminClient, master: MasterClient, into: Collected
+) -> None:
+    """Ask for each part, one after the other."""
+    for part in parts:
+        into.take(part.name, lambda part=part: _ask(part, daemon, master))  # type: ignore[misc]
+
+
+def _ask(part: Part, daemon: AdminClient, master: MasterClient) -> str | None:
+    match part:
+        case Admin():
+            return json.dumps(without_payloads(daemon.get(part.path)), indent=1, ensure_ascii=False)
+        case Program():
+            return _run(part.words)
+        case File():
+            return _read_end(Path(part.path))
+        case Worker():
+            return asyncio.run(_ask_worker(master, part.command))
+        case Endpoint():
+            return _fetch(part)
+
+
+def without_payloads(value: Any) -> Any:  # noqa: ANN401 - JSON
+    """An answer of the admin API, whose records have only what identifies and places them."""
+    match value:
+        case dict():
+            return {
+                key: {name: one for name, one in inner.items() if name in _RECORD_FIELDS}
+                if key == "record" and isinstance(inner, Mapping)
+                else without_payloads(inner)
+                for key, inner in value.items()
+            }
+        case list():
+            return [without_payloads(one) for one in value]
+        case _:
+            return value
+
+
+def _run(words: tuple[str, ...]) -> str:
+    status, text = asyncio.run(run_program(*words, deadline_s=_DEADLINE_S))
+    return text if status == 0 else f"{text}[ended with {status}]\n"
+
+
+def _read_end(path: Path) -> str | None:
+    """Of maps without signatures: with one, Nova answers as that instance."""
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size > MOST_BYTES:
+            file.seek(size - MOST_BYTES)
+            # Of a part of a line nothing is known.
+            file.readline()
+        else:
+            file.seek(0)
+        text = file.read().decode("utf-8", "replace")
+    if path.suffix == ".map":
+        lines = (line.partition(" ") for line in text.splitlines())
+        return "".join(f"{key} {hide_signatures(value)}\n" for key, _, value in lines)
+    return text
+
+
+async def _ask_worker(master: MasterClient, command: str) -> str:
+    worker = (await master.read_processes()).worker
+    if worker is None:
+        raise RuntimeUnavailable("HAProxy has no worker")
+    try:
+        return await master.send(worker, command) + "\n"
+    except WorkerEnded as error:
+        raise RuntimeUnavailable("HAProxy's worker ended") from error
+
+
+def _fetch(part: Endpoint) -> str:
+    connection = http.client.HTTPConnection(part.host, part.port, timeout=_DEADLINE_S)
+    with closing(connection):
+        connection.request("GET", part.path)
+        response = connection.getresponse()
+        return f"{response.status} {response.reason}\n{response.read().decode('utf-8', 'replace')}"

@@ -1,0 +1,46 @@
+"""The command `imdsproxy bundle`."""
+
+from pathlib import Path
+from typing import Annotated
+
+from imdsproxy.cli import options
+from imdsproxy.cli.output import Output, Shape, clean, spell_count
+
+
+@options.command
+def bundle(
+    run: options.Invocation,
+    *,
+    output: Annotated[
+        Path | None,
+        options.flag(
+            "--output -o FILE",
+            "Where to; imdsproxy-HOST-DATE.tar.gz in this directory without it. It must not exist yet.",
+        ),
+    ] = None,
+) -> None:
+    """Collect settings, status, logs and HAProxy's view in one file, without secrets and user-data.
+
+    Works without a daemon too; README.txt in it says what is lacking.
+    """
+    from imdsproxy.cli.bundle.make import make_bundle  # noqa: PLC0415 - `--help` need not load it
+
+    with run.output.waiting("collecting"):
+        made = make_bundle(run, output)
+    shape = {
+        "file": str(made.path),
+        "parts": list(made.parts),
+        "lacking": [{"part": one, "reason": reason} for one, reason in made.lacking],
+    }
+    run.output.answer(shape, _show)
+
+
+def _show(output: Output, shape: Shape) -> None:
+    output.styled(f"{clean(shape['file'])}: {spell_count(len(shape['parts']), 'part')}")
+    rows = (
+        {"LACKING": clean(one["part"]), "REASON": clean(one["reason"])} for one in shape["lacking"]
+    )
+    output.table(rows, apart=True, keep=("LACKING",))
+    output.styled(
+        "Look through it before you give it to others: README.txt in it says what was removed."
+    )

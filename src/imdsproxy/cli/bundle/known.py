@@ -1,0 +1,189 @@
+"""Which secrets this host has: read wherever they are kept, so that they can be found everywhere else."""
+
+import base64
+import contextlib
+import json
+import re
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from imdsproxy.config.schema import Settings
+from imdsproxy.core.compiled import parse_compiled
+from imdsproxy.dataplane.layout import Layout
+from imdsproxy.errors import RecordCorrupt
+from imdsproxy.sources.file.record_file import SUFFIXES
+
+_SECRET_FILE: Final = re.compile(r"(secret|key)_file$")
+_SECRET_KEY: Final = re.compile(r"pass|secret|token|key|credential", re.IGNORECASE)
+_DATA_FIELDS: Final = ("user_data", "vendor_data", "ssh_keys", "user_data_base64")
+_STORES: Final = (("store.sqlite", "instances"), ("last-good.sqlite", "last_good"))
+
+
+@dataclass(slots=True)
+class Known:
+    """What must not be in a bundle.
+
+    Attributes:
+        secrets: Values as a whole.
+        data: User-data, vendor-data, keys and the like, of which each line is a secret.
+        names: Ids, names and host names of instances: they stand in user-data too, and are none.
+        unread: What could not be read, and why: of that nothing is known.
+    """
+
+    secrets: list[bytes] = field(default_factory=list)
+    data: list[bytes] = field(default_factory=list)
+    names: set[bytes] = field(default_factory=set)
+    unread: list[str] = field(default_factory=list)
+
+
+def read_known(settings: Settings, layout: Layout) -> Known:
+    """Everything secret that settings name and that our own files hold."""
+    known = Known()
+    files = [*_secret_files(settings.model_dump()), layout.token_keys]
+    for path in dict.fromkeys(files):
+        _read(known, path, lambda content: known.secrets.extend([content, *content.splitlines()]))
+    clouds = settings.sources.neutron.clouds_path
+    for path in (clouds, clouds.with_name("secure.yaml")):
+        _read(known, path, lambda content: known.secrets.extend(_cloud_secrets(content)))
+    for path in _below(known, layout.passwords, "*"):
+        _read(known, path, known.data.append)
+    for path in _below(known, layout.records, "*/*.rec"):
+        _read(known, path, lambda content: _take_compiled(known, content))
+    for name, table in _STORES:
+        _read_store(known, layout.state / name, table)
+    directory = settings.sources.file.directory
+    for path in _below(known, directory, "**/*"):
+        read = _record_file_data if path.suffix in SUFFIXES else _whole
+        _read(known, path, lambda content, read=read: known.data.extend(read(content)))  # type: ignore[misc]
+    return known
+
+
+def _read(known: Known, path: Path, take: Callable[[bytes], object]) -> None:
+    try:
+        if path.is_file():
+            take(path.read_bytes())
+    except OSError as error:
+        known.unread.append(f"{path}: {error}")
+
+
+def _below(known: Known, directory: Path, pattern: str) -> list[Path]:
+    try:
+        return sorted(directory.glob(pattern))
+    except OSError as error:
+        known.unread.append(f"{directory}: {error}")
+        return []
+
+
+def _secret_files(section: dict[str, Any]) -> Iterator[Path]:
+    """The files that settings of such a name hold, whatever section they are in."""
+    for name, value in section.items():
+        if isinstance(value, dict):
+            yield from _secret_files(value)
+        elif _SECRET_FILE.search(str(name)) and isinstance(value, Path):
+            yield value
+
+
+def _cloud_secrets(content: bytes) -> Iterator[bytes]:
+    """What stands behind a key that sounds like a secret; every line of a file that is no YAML."""
+    try:
+        found = yaml.safe_load(content)
+    except yaml.YAMLError:
+        yield from content.splitlines()
+        return
+    yield from _named(found)
+
+
+def _named(value: object, *, secret: bool = False) -> Iterator[bytes]:
+    match value:
+        case dict():
+            for name, inner in value.items():
+                yield from _named(inner, secret=secret or bool(_SECRET_KEY.search(str(name))))
+        case list():
+            for inner in value:
+                yield from _named(inner, secret=secret)
+        case _ if secret:
+            yield str(value).encode()
+        case _:
+            pass
+
+
+def _take_compiled(known: Known, content: bytes) -> None:
+    try:
+        record = parse_compiled(content)
+    except RecordCorrupt:
+        known.data.append(content)
+        return
+    known.names.update(record[name].encode() for name in ("id", "name", "hostname"))
+    known.data.extend(key.encode() for _, key in record["ssh_keys"])
+    known.data.append(record["vendor_data"] or b"")
+    if (blob := record["user_data"]) is not None:
+        known.data.append(content[blob.offset : blob.offset + blob.length])
+
+
+def _read_store(known: Known, path: Path, table: str) -> None:
+    if not path.exists():
+        return
+    try:
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5)) as store:
+            for record, user_data in store.execute(f"SELECT record, user_data FROM {table}"):  # noqa: S608 - ours
+                known.data.extend((user_data or b"", *_record_data(json.loads(record))))
+    except (sqlite3.Error, ValueError) as error:
+        known.unread.append(f"{path}: {error}")
+
+
+def _whole(content: bytes) -> Iterator[bytes]:
+    """A file beside records is user-data that they name."""
+    yield content
+
+
+def _record_file_data(content: bytes) -> Iterator[bytes]:
+    """The payloads of all records in a file; the whole of one that is no YAML."""
+    try:
+        documents = list(yaml.safe_load_all(content))
+    except yaml.YAMLError:
+        yield content
+        return
+    for one in documents:
+        yield from _record_data(one)
+
+
+def _record_data(value: object) -> Iterator[bytes]:
+    """Payloads of records, however deep in a document they are."""
+    match value:
+        case dict():
+            for name, inner in value.items():
+                if name in _DATA_FIELDS:
+                    yield from _texts(inner)
+                else:
+                    yield from _record_data(inner)
+        case list():
+            for inner in value:
+                yield from _record_data(inner)
+        case _:
+            pass
+
+
+def _texts(value: object) -> Iterator[bytes]:
+    match value:
+        case dict():
+            yield json.dumps(value).encode()
+            with contextlib.suppress(TypeError, ValueError):
+                # As records spell bytes that are no UTF-8.
+                yield base64.b64decode(value.get("base64", ""))
+            for inner in value.values():
+                yield from _texts(inner)
+        case list():
+            for inner in value:
+                yield from _texts(inner)
+        case bytes():
+            yield value
+        case str():
+            yield value.encode()
+        case _:
+            yield str(value).encode()

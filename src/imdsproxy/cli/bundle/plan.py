@@ -1,0 +1,137 @@
+"""What a bundle holds, and what is asked to get it. Pure."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+UNITS: Final = ("imdsproxy", "imdsproxy-haproxy", "imdsproxy-documents")
+MOST_BYTES: Final = 4 << 20
+"""Of each part; of a log its end."""
+
+_JOURNAL_LINES: Final = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class Admin:
+    """A route of the admin API, as JSON."""
+
+    name: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What a program prints."""
+
+    name: str
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """The end of a file; absent where there is none."""
+
+    name: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A command to HAProxy's worker."""
+
+    name: str
+    command: str
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A page of an address where metrics are."""
+
+    name: str
+    host: str
+    port: int
+    path: str
+
+
+Part: TypeAlias = Admin | Program | File | Worker | Endpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where this host has things.
+
+    Attributes:
+        files: Of HAProxy and of logs, by their name in a bundle.
+        haproxy: HAProxy's program.
+        metrics: Addresses and ports, as settings have them.
+    """
+
+    files: Sequence[tuple[str, str]]
+    haproxy: str
+    metrics: Sequence[tuple[str, str, int]]
+
+
+def plan_parts(places: Places) -> Iterator[Part]:
+    """Everything, in the order in which it is collected."""
+    for kind in ("status", "networks", "instances", "token-report"):
+        yield Admin(f"daemon/{kind}.json", f"/v1/{kind}")
+    for name, host, port in places.metrics:
+        pages = ("metrics", "livez", "readyz") if name == "controller" else ("metrics",)
+        yield from (Endpoint(f"daemon/{name}-{page}.txt", host, port, f"/{page}") for page in pages)
+    for command in ("show info", "show stat", "show servers state", "show map", "show table"):
+        yield Worker(f"haproxy/{command.replace(' ', '-')}.txt", command)
+    yield from (File(name, path) for name, path in places.files)
+    for unit in UNITS:
+        words = ("journalctl", "--no-pager", f"--lines={_JOURNAL_LINES}", f"--unit={unit}")
+        yield Program(f"logs/{unit}.txt", (*words, "--output=short-iso-precise"))
+        yield Program(
+            f"host/{unit}.unit.txt", ("systemctl", "status", "--no-pager", "--lines=0", unit)
+        )
+    yield Program("versions/haproxy.txt", (places.haproxy, "-vv"))
+    yield Program("versions/kernel.txt", ("uname", "-a"))
+    yield Program("versions/nftables.txt", ("nft", "--version"))
+    yield File("versions/os-release.txt", "/etc/os-release")
+    yield Program("host/namespaces.txt", ("ip", "netns", "list-id"))
+    yield Program("host/links.txt", ("ip", "-details", "link", "show"))
+    yield Program("host/addresses.txt", ("ip", "address", "show"))
+    yield Program("host/routes.txt", ("ip", "route", "show", "table", "all"))
+    yield Program("host/nftables.txt", ("nft", "list", "ruleset"))
+    yield Program("host/listeners.txt", ("ss", "-Hltnp"))
+    yield Program("host/processes.txt", ("ps", "-eo", "pid,ppid,user,rss,etime,stat,comm"))
+
+
+def keep_end(text: str, most: int = MOST_BYTES) -> str:
+    """The end of a long text, from the beginning of a line."""
+    if len(text) <= most:
+        return text
+    end = text[-most:].partition("\n")[2]
+    return f"[the beginning is not in the bundle]\n{end}"
+
+
+def render_readme(
+    host: str, time: str, version: str, names: Sequence[str], lacking: Sequence[tuple[str, str]]
+) -> str:
+    """The first file of a bundle: what is in it, what is not, and why."""
+    missing = "\n".join(f"- {name}: {reason}" for name, reason in lacking) or "- nothing"
+    listed = "\n".join(f"- {name}" for name in names)
+    return f"""Support bundle of imdsproxy {version}, host {host}, {time}
+
+What is in it
+
+{listed}
+
+What is lacking, and why
+
+{missing}
+
+What was removed
+
+User-data, vendor-data, SSH keys, posted passwords, session tokens and their keys, Nova's shared secrets and
+signatures, private keys, and the passwords of clouds.yaml: wherever one stood, there is [removed]. Each was looked for
+by its value, as it is and in base64, hexadecimal, JSON, Python and URL form; of user-data each line, and the values in
+it. What is shorter than 4 characters, or 6 in user-data, was not looked for. Words that are also in user-data may be
+missing in other places.
+
+What is still in it: names, ids and addresses of instances and networks, MACs, projects, paths, the settings, and this
+host's links, addresses, routes and firewall rules. Look through it before you give it to others.
+"""
