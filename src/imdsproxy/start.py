@@ -13,9 +13,9 @@ import gc
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import structlog
 
@@ -49,12 +49,16 @@ from imdsproxy.unix_listener.listener import sweep_unix_socket
 
 if TYPE_CHECKING:
     from imdsproxy.admin.metrics import Metrics
+    from imdsproxy.core.timing import Step
     from imdsproxy.serving.http import AsgiApp
+
+ShowStart: TypeAlias = "Callable[[Sequence[Step] | None], None]"
 
 _FIRST_SYNC_S = 5.0
 """How long the first configuration waits for sources that publish nothing; a running HAProxy is not affected."""
 
 _METRICS_EVERY_S = 10.0
+_SHOW_EVERY_S = 0.5
 _log = structlog.get_logger()
 
 
@@ -65,6 +69,7 @@ async def run_controller(
     clock: Clock,
     *,
     container: bool = False,
+    show: ShowStart | None = None,
 ) -> None:
     """Run until stopped; the data plane goes on unless it was to be stopped too.
 
@@ -88,6 +93,8 @@ async def run_controller(
         admin = open_sole_socket(settings.admin_socket, mode=mode, owner=owner)
         stack.callback(admin.close)
         starting = await stack.enter_async_context(StartingServer(admin))
+        if show is not None:
+            stack.callback(asyncio.create_task(_show_start(show, starting, heartbeat)).cancel)
         host = build.build_host(settings, layout)
         stack.callback(host.thread.close)
         stack.enter_context(hold_directory(layout.state))
@@ -184,6 +191,16 @@ async def _live(
         if controller.with_data_plane:
             await sweep_host(controller.host, controller.mac_filters, controller.hop_limits)
             sweep_unix_socket(layout.config, SocketFiles().observe)
+
+
+async def _show_start(show: ShowStart, starting: StartingServer, heartbeat: Heartbeat) -> None:
+    """Show how far a start is that takes long."""
+    try:
+        while heartbeat.starting:
+            await asyncio.sleep(_SHOW_EVERY_S)
+            show(starting.steps())
+    finally:
+        show(None)
 
 
 async def _count(metrics: Metrics, log: Path) -> None:
@@ -304,6 +321,7 @@ def run(
     config: Path | None,
     environment: Mapping[str, str],
     container: bool = False,
+    show: ShowStart | None = None,
 ) -> None:
     """Be the controller until stopped.
 
@@ -312,6 +330,7 @@ def run(
         config: The file that was named on the command line, handed on to the document server.
         environment: The process's variables, for the settings in it and the service manager's.
         container: Be the program of a container: HAProxy and the document server end with it.
+        show: Given what is under way now and then while it starts, and `None` at the end of that.
 
     Raises:
         ImdsproxyError: It cannot start; says who must act.
@@ -334,7 +353,8 @@ def run(
     # systemd's watchdog ends a process that hangs by SIGABRT: the log then says where it hung.
     faulthandler.enable()
     try:
-        asyncio.run(run_controller(holder, config, environment, clock, container=container))
+        running = run_controller(holder, config, environment, clock, container=container, show=show)
+        asyncio.run(running)
     except BaseExceptionGroup as group:
         expected, others = group.split(ImdsproxyError)
         if expected is None or others is not None:

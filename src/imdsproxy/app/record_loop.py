@@ -43,6 +43,9 @@ _AT_ONCE: Final = 100
 _MANY: Final = 20_000
 """Addresses of which a list is not worth its memory: all are looked at instead."""
 
+_WORTH_SHOWING: Final = 2_000
+"""So many addresses take a second where records have to be compiled."""
+
 _Item = TypeVar("_Item")
 
 
@@ -258,7 +261,7 @@ class RecordLoop:
     ) -> AsyncIterator[list[AddressKey]]:
         """Every address that anybody has, then `keys`, some at a time; who has them is compiled then."""
         count = self.inventory.address_count
-        async for owned in self._parts(self.inventory.addresses(), "comparing addresses", count):
+        async for owned in self._parts(self.inventory.addresses(), "comparing records", count):
             owners = {owner for _, owner in owned if isinstance(owner, str)}
             self.compiler.compile(owners & compiling.left, compiling, starting=not self._swept)
             yield [key for key, _ in owned]
@@ -276,7 +279,7 @@ class RecordLoop:
             yield part
             done += len(part)
             self.looked += len(part)
-            if step and of > _MANY:
+            if step and of > _WORTH_SHOWING:
                 self.progress.note(step, done, of)
             await asyncio.sleep(0)
         self.progress.end(step)

@@ -68,7 +68,7 @@ def import_settings(
     files: Annotated[
         list[Path],
         argument(
-            "FILE",
+            "FILE...",
             "Neutron's files in the order in which its agent is given them: later ones win. Nova's nova.conf "
             "may be among them.",
         ),

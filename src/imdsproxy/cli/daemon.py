@@ -6,14 +6,14 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, TextIO, cast
 
 import typer
 
 from imdsproxy import __version__
 from imdsproxy.cli import options
 from imdsproxy.cli.options import flag
-from imdsproxy.cli.output import Output, Shape, clean, spell_count
+from imdsproxy.cli.output import BottomLine, Output, Shape, clean, spell_count
 from imdsproxy.errors import AdminUnavailable, HostRefused, SettingsDropped
 
 _END_DEADLINE_S: Final = 40.0
@@ -39,7 +39,17 @@ def run(
     import imdsproxy.host.logs  # noqa: F401, PLC0415 - before all that logs
     from imdsproxy import start  # noqa: PLC0415 - the other commands need not load it
 
-    start.run(run.load, config=run.config, environment=dict(os.environ), container=container)
+    show = None
+    if sys.stderr.isatty() and not container:
+        line = BottomLine(sys.stderr)
+        sys.stderr, show = cast("TextIO", line), line.show_start
+    start.run(
+        run.load,
+        config=run.config,
+        environment=dict(os.environ),
+        container=container,
+        show=show,
+    )
 
 
 @options.config_command

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -270,6 +271,10 @@ def _show_as_written(argument: Any) -> None:  # noqa: ANN401 - as above
     """An argument as its metavar has it: `[INSTANCE]`, without typer's brackets and type around it."""
     argument.get_usage_pieces = lambda *_, **_ignored: [argument.metavar]
     argument.display_type_rich = lambda *_, **_ignored: None
+    if hasattr(argument, "type"):
+        # Debian 13's typer shows the type's name where the metavar is the argument's own.
+        argument.type = copy(argument.type)
+        argument.type.name = argument.metavar
 
 
 def _hide_type_of_help(command: Any) -> None:  # noqa: ANN401 - as above

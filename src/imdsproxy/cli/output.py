@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from imdsproxy.core.timing import Step
     from imdsproxy.errors import ImdsproxyError, Starting
 
 MOST_SHOWN: Final = 20
@@ -29,6 +30,8 @@ MOST_SHOWN: Final = 20
 
 _UNCUT: Final = 4000
 _LINE_EVERY_S: Final = 5.0
+_BAR_WIDTH: Final = 16
+_USUAL_WIDTH: Final = 80
 
 Shape: TypeAlias = "Mapping[str, Any]"
 """An object in the daemon's JSON."""
@@ -252,6 +255,45 @@ def _printable(text: str) -> str:
         letter if letter.isprintable() or letter == "\n" else f"\\x{ord(letter):02x}"
         for letter in text
     )
+
+
+class BottomLine:
+    """A terminal's stream with a line at its end that stays there: what is written goes above it.
+
+    Without rich, which takes longer to load than a daemon to start.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._line = stream, ""
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - the stream's own
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write above the line."""
+        erase = "\r\x1b[K" if self._line else ""
+        after = self._line if text.endswith("\n") else ""
+        return self._stream.write(f"{erase}{text}{after}")
+
+    def show_start(self, steps: Sequence[Step] | None) -> None:
+        """Show how far a daemon's start is; `None` takes the line away."""
+        line = ""
+        if steps is not None:
+            width = os.get_terminal_size(self._stream.fileno()).columns or _USUAL_WIDTH
+            line = _start_line(steps)[: width - 1]
+        if line != self._line:
+            self._stream.write(f"\r\x1b[K{line}")
+            self._stream.flush()
+            self._line = line
+
+
+def _start_line(steps: Sequence[Step]) -> str:
+    if not steps:
+        return "the daemon is starting"
+    step = steps[0]
+    filled = _BAR_WIDTH * step.done // step.of if step.of else 0
+    bar = f" [{'#' * filled:-<{_BAR_WIDTH}}] {step.done:,} of {step.of:,}" if step.of else ""
+    return f"the daemon is starting: {step.what}{bar}"
 
 
 def _note_lines() -> Note:
