@@ -15,6 +15,8 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
 
+import yaml
+
 from imdsproxy.admin.api import admin_app
 from imdsproxy.admin.metrics import METRICS, NETWORK_SUM
 from imdsproxy.app.namespace_proxy.command import run_parser
@@ -33,6 +35,7 @@ _TEXTS: Final[Mapping[str, Any]] = tomllib.loads(
 )
 """Introductions of pages, and what exit statuses mean."""
 
+_RULES: Final = Path(__file__).resolve().parents[1] / "packaging/prometheus"
 _MADE: Final = "Made by `script/docgen.py`; edit the code instead."
 _DEFAULTS: Final = Settings().model_dump(mode="json")
 _STATUSES: Final = list(_TEXTS["exit_statuses"].items())
@@ -122,6 +125,22 @@ def render_metrics_page() -> str:
     table = _table(("metric", "type", "labels", "meaning"), rows)
     introduction = _TEXTS["metrics"].format(network_sum=NETWORK_SUM)
     return _page([*_head("Metrics", introduction), "", *table])
+
+
+def render_alerts_page() -> str:
+    """docs/reference/alerts.md."""
+    lines = _head("Alerts", _TEXTS["alerts"])
+    for file in sorted(_RULES.glob("*.rules.yml")):
+        groups = yaml.safe_load(file.read_text())["groups"]
+        for rule in (one for group in groups for one in group["rules"]):
+            notes = rule["annotations"]
+            since = f", for {rule['for']}" if "for" in rule else ""
+            lines += ["", f"## {rule['alert']}", "", f"**{_one_line(notes['summary'])}.**"]
+            lines[-1] += f" {notes['description']}"
+            lines += ["", f"*To do:* {notes['action']}"]
+            severity = rule["labels"]["severity"]
+            lines += ["", f"Severity {severity}, in `{file.name}`: `{rule['expr']}`{since}."]
+    return _page(lines)
 
 
 def render_errors_page() -> str:
@@ -387,6 +406,7 @@ PAGES: Final[Mapping[str, Callable[[], str]]] = {
     "cli.md": render_cli_page,
     "neutron-options.md": render_neutron_page,
     "metrics.md": render_metrics_page,
+    "alerts.md": render_alerts_page,
     "errors.md": render_errors_page,
     "admin-api.md": render_admin_api_page,
     "records.md": render_records_page,

@@ -139,7 +139,7 @@ def _usual() -> dict[str, object]:
         "companion.restarts": 0,
         "companion.needed": True,
         "companion.failure": None,
-        "companion.read": lambda: _tree({"pids": (1, 2, 3)}),
+        "companion.read": lambda: _tree({"pids": (1, 2, 3), "workers": (2, 3)}),
         "probe.problem": None,
     }
 

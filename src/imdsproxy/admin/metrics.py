@@ -244,7 +244,7 @@ class Metrics(Collector):
         }
 
     def source_refused_records(self) -> Annotated[By, "gauge", "source"]:
-        """Records of the source that are refused now."""
+        """Problems of the source now: records that are refused, and what keeps the source itself from being read."""
         return {name: len(one.problems) for name, one in self.one.inventory.reports.items()}
 
     def haproxy_up(self) -> Gauge:
@@ -276,7 +276,7 @@ class Metrics(Collector):
     def documents_processes(self) -> Gauge:
         """Workers of the document server that run; no series where the settings switch it off."""
         companion = self.one.companion
-        return max(0, len(companion.read().pids) - 1) if companion.needed else None
+        return len(companion.read().workers) if companion.needed else None
 
     def plan_seconds(self) -> Annotated[Durations, "histogram"]:
         """Time that applying a plan took."""

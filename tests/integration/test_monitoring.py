@@ -1,0 +1,128 @@
+"""Alerts, dashboard and the page about both, with a real Prometheus that scrapes real daemons."""
+
+import contextlib
+import json
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from support.demonstration import REPOSITORY
+from support.faults import TOGETHER
+from support.lab import until
+from support.monitored import Monitored, open_monitored
+from support.pages import code_blocks
+from support.prometheus import RULES, alerts, promtool
+
+pytestmark = [pytest.mark.root, pytest.mark.slow]
+
+_WITHIN_S: Final = 20.0
+"""The controller reads HAProxy's counters every ten seconds."""
+
+_PAGE: Final = REPOSITORY / "docs/how-to/monitor.md"
+_DASHBOARD: Final = REPOSITORY / "packaging/grafana/imdsproxy.json"
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[Monitored]:
+    with open_monitored() as one:
+        yield one
+
+
+def test_each_alert_fires_when_its_fault_is_there(host: Monitored) -> None:
+    missing: list[str] = []
+    for faults in TOGETHER:
+        wanted = {name for fault in faults for name in fault.alerts}
+        began = time.monotonic()
+
+        def left(wanted: set[str] = wanted, began: float = began) -> set[str]:
+            return wanted - host.prometheus.fired(time.monotonic() - began)
+
+        with contextlib.ExitStack() as stack:
+            for fault in faults:
+                stack.enter_context(fault.cause(host))
+            with contextlib.suppress(AssertionError):
+                until(lambda left=left: not left(), within_s=_WITHIN_S)  # type: ignore[misc] # as above
+            missing += sorted(left())
+    assert missing == []
+
+
+def test_no_alert_is_without_its_fault() -> None:
+    caused = [name for faults in TOGETHER for fault in faults for name in fault.alerts]
+    assert sorted(caused) == sorted(one.name for one in alerts())
+
+
+def _queries(of: Any) -> Iterator[str]:  # noqa: ANN401 - JSON
+    """Every query of a dashboard, wherever it is."""
+    if isinstance(of, dict):
+        yield from (value for key, value in of.items() if key == "expr")
+        of = list(of.values())
+    if isinstance(of, list):
+        for each in of:
+            yield from _queries(each)
+
+
+def _filled_in(query: str) -> str:
+    """With its variables as Grafana has them for all hosts."""
+    return query.replace("$instance", ".*").replace("$__rate_interval", "10s")
+
+
+def test_each_query_of_the_dashboard_has_data(host: Monitored) -> None:
+    board = json.loads(_DASHBOARD.read_text())
+    queries = {_filled_in(one) for one in _queries(board["panels"])}
+    assert len(queries) > 30
+    assert not [one for one in queries if "$" in one]
+    for guest in host.world.guests.values():
+        guest.ask("/latest/meta-data/instance-id")
+    empty: set[str] = set()
+
+    def filled() -> bool:
+        nonlocal empty
+        empty = {one for one in queries if not host.prometheus.query(one)}
+        return not empty
+
+    with contextlib.suppress(AssertionError):
+        until(filled, within_s=_WITHIN_S, pause_s=0.5)
+    assert empty == set()
+
+
+def test_the_dashboard_lists_the_hosts_and_its_panels_do_not_overlap(host: Monitored) -> None:
+    board = json.loads(_DASHBOARD.read_text())
+    variables = {one["name"]: one["query"] for one in board["templating"]["list"]}
+    found = re.fullmatch(r"label_values\((\w+), (\w+)\)", variables["instance"])
+    assert found is not None
+    labels = host.prometheus.get(f"label/{found[2]}/values", **{"match[]": found[1]})
+    assert labels == ["127.0.0.1:9465", "127.0.0.1:9475"]
+    taken = [
+        (place["x"] + right, place["y"] + down)
+        for place in (one["gridPos"] for one in board["panels"])
+        for right in range(place["w"])
+        for down in range(place["h"])
+    ]
+    assert len(taken) == len(set(taken))
+    assert len({one["id"] for one in board["panels"]}) == len(board["panels"])
+
+
+def test_the_commands_of_the_page_do_what_it_says(host: Monitored, tmp_path: Path) -> None:
+    blocks = [one.text for one in code_blocks(_PAGE)]
+    (settings,) = (one for one in blocks if "scrape_configs" in one)
+    (check,) = (one for one in blocks if "promtool" in one)
+    for file in RULES.glob("*.yml"):
+        (tmp_path / file.name).write_text(file.read_text())
+    (tmp_path / "prometheus.yml").write_text(settings.replace("/etc/prometheus", str(tmp_path)))
+    checked = promtool(*check.replace("/etc/prometheus", str(tmp_path)).split()[1:])
+    assert "SUCCESS" in checked
+    (percentile,) = (one for one in blocks if "audit.log" in one)
+    host.world.red.ask("/latest/meta-data/instance-id")
+    command = percentile.replace("/var/log/imdsproxy", str(host.daemon.directory / "log"))
+
+    def printed() -> str:
+        done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)  # noqa: S602 - the page's
+        return done.stdout.strip()
+
+    # A line of the log is written a moment after its request.
+    until(lambda: printed().isdecimal(), what="a percentile")
