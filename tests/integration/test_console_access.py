@@ -1,6 +1,7 @@
 """Attacks on the console by programs that ask as they like, and how its command ends."""
 
 import http.client
+import re
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from imdsproxy.cli.main import main
 from support.admin_server import INSTANCE, NETWORK, AdminServer, admin_server
 from support.console import RunningConsole, run_console
+from support.demonstration import REPOSITORY
 from support.patience import patience
 
 _SECRET: Final = "the-secret-of-web"
@@ -279,6 +281,27 @@ def test_ctrl_c_ends_the_session_and_the_streams_in_it(server: AdminServer) -> N
         host, _, port = console.host.partition(":")
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection((host, int(port)))
+
+
+_PAGE: Final = (REPOSITORY / "docs/how-to/console.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "line", re.findall(r"^    .*\bimdsproxy (console\b.*)$", _PAGE, re.MULTILINE)
+)
+def test_each_command_of_the_page_about_the_console_prints_what_the_page_says(
+    server: AdminServer, line: str
+) -> None:
+    said = _PAGE.partition("```text\n")[2].partition("```")[0]
+    words = (sys.executable, "-m", "imdsproxy", "--socket", str(server.socket), *line.split())
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    with process:
+        assert process.stdout is not None
+        printed = process.stdout.readline() + process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+    assert re.fullmatch(re.escape(said).replace("…", "[^/ ]+"), printed)
+    port = re.search("--port ([0-9]+)", line)
+    assert port is None or f"127.0.0.1:{port[1]}/" in printed
 
 
 def test_it_listens_on_this_host_alone(console: RunningConsole) -> None:

@@ -38,14 +38,15 @@ def plan_path(found: Mapping[str, Any]) -> list[Step]:
 def _steps(found: Mapping[str, Any]) -> Iterator[Step]:
     pair = found["pair"]
     seen = None if pair is None else pair["seen"]
-    yield Step("Guest", found["address"], lines=(f"MAC {seen}",) if seen else ())
+    yield Step("Guest", found["address"], lines=("last seen with MAC", seen) if seen else ())
     not_served = found["verdict"] in {"left-out", "no-network"}
     yield Step("Listener", found["network"], "bad" if not_served else "good", _listener(found))
     if pair is not None:
         yield _mac_filter(pair)
     installed = found["installed"]
-    revision = (f"revision {found['revision']}",) if installed and found["revision"] else ()
-    yield Step("HAProxy's map", _record_of(installed), "good" if installed else "bad", revision)
+    older = installed and found["revision"] and found["revision"] not in installed
+    lines = ("of an older record",) if older else ()
+    yield Step("HAProxy's map", _record_of(installed), "good" if installed else "bad", lines)
     yield _owner(found)
     if found["rules"] is not None:
         yield _policy(found["rules"])

@@ -97,4 +97,6 @@ def _names(status: Mapping[str, Any]) -> Iterator[Trouble]:
     for one in status["policy_for_nobody"]:
         yield Trouble("warn", "policy", f"{one} is for a name that is not known", "mend the name")
     for one in status["warnings"]:
-        yield Trouble("warn", "documents", one, "guests see this name otherwise, or not at all")
+        yield Trouble(
+            "warn", "documents", one, "give it a name that documents can have, where guests need it"
+        )
