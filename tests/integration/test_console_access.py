@@ -6,13 +6,19 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
+from urllib.request import urlopen
 
 import pytest
 
 from imdsproxy.cli.main import main
+from imdsproxy.console import access
+from imdsproxy.console.server import run_console as run_until_over
+from imdsproxy.host.servers import open_tcp_socket
 from support.admin_server import INSTANCE, NETWORK, AdminServer, admin_server
 from support.console import RunningConsole, run_console
 from support.demonstration import REPOSITORY
@@ -91,6 +97,36 @@ def test_the_link_opens_one_session_and_then_nothing(server: AdminServer) -> Non
         assert first.status == 200
         again = console.ask(console.link)
         assert (again.status, "set-cookie" in again.headers) == (403, False)
+
+
+def test_of_many_who_open_the_link_at_once_one_gets_the_session(server: AdminServer) -> None:
+    with run_console(server.socket) as console, ThreadPoolExecutor(16) as pool:
+        opened = [*pool.map(console.ask, [console.link] * 32)]
+    assert sorted(reply.status for reply in opened) == [200] + [403] * 31
+
+
+def test_a_link_that_is_not_opened_ends_the_command(
+    server: AdminServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(access, "LINK_S", 0.0)
+    assert main(["--socket", str(server.socket), "console"]) == 0
+    assert capsys.readouterr().out.endswith("ended: the link was not opened in time\n")
+
+
+def test_a_session_that_is_not_used_ends_the_command(
+    server: AdminServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(access, "IDLE_S", 0.0)
+    opened: list[threading.Thread] = []
+
+    def follow(link: str) -> None:
+        opened.append(threading.Thread(target=lambda: urlopen(link).close()))  # noqa: S310 - ours
+        opened[0].start()
+
+    with open_tcp_socket("127.0.0.1", 0) as listener:
+        reason = run_until_over(server.client, listener, follow)
+    opened[0].join()
+    assert reason == "the session was not used for an hour"
 
 
 def test_the_cookie_goes_to_the_consoles_own_paths_only(
@@ -223,7 +259,9 @@ def test_every_answer_has_the_headers_that_keep_others_out(
         assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self';")
         assert "unsafe" not in policy
         assert reply.headers["x-content-type-options"] == "nosniff"
-        assert reply.headers["cache-control"] == "no-store"
+        is_file = path.startswith("/static/") and reply.status == 200
+        kept = "private, max-age=3600" if is_file else "no-store"
+        assert reply.headers["cache-control"] == kept
         assert reply.headers["x-frame-options"] == "DENY"
         assert "access-control-allow-origin" not in reply.headers
         assert "server" not in reply.headers
@@ -331,6 +369,11 @@ def test_without_jinja_the_command_says_how_to_install_it(
     monkeypatch.setitem(sys.modules, "jinja2", None)
     assert main(["--socket", str(server.socket), "console"]) == 69
     assert "apt install python3-jinja2" in capsys.readouterr().err
+
+
+def test_a_port_that_there_cannot_be_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["console", "--port", "65536"]) == 64
+    assert "there is no port 65536" in capsys.readouterr().err
 
 
 def test_a_port_that_is_in_use_is_reported(

@@ -35,7 +35,7 @@ def machine_with_dependencies(work: Path, packages: Packages) -> Iterator[Machin
         # All at once instead of one package after the other: half a minute becomes some seconds.
         machine.write(_COMPILE, "#!/bin/sh\n")
         machine.run("chmod", "755", _COMPILE)
-        machine.run(*_APT, "--no-install-recommends", "satisfy", f"{depends}, {RECOMMENDED}")
+        machine.run(*_APT, "--no-install-recommends", "satisfy", ", ".join((depends, *RECOMMENDED)))
         machine.run("rm", _COMPILE)
         machine.attempt("/usr/bin/python3", "-m", "compileall", "-q", "-j", "0", _LIBRARIES)
         yield machine

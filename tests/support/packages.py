@@ -16,7 +16,7 @@ from support.lab import run
 
 _CACHE: Final = REPOSITORY / ".cache" / "packages"
 _SOURCES: Final = ("src", "packaging", "docs", "pyproject.toml", "LICENSE")
-RECOMMENDED: Final = "python3-openstacksdk (>= 4.0)"
+RECOMMENDED: Final = ("python3-jinja2", "python3-openstacksdk (>= 4.0)")
 """Of what the package recommends, what its tests need."""
 _KEPT: Final = 4
 EPOCH: Final = "1767225600"
@@ -49,11 +49,12 @@ def build_packages(version: str | None = None) -> Packages:
 def download_dependencies(deb: Path) -> Path:
     """A directory with every package that this host lacks for one to be installed, as apt lays them down."""
     place = REPOSITORY / ".cache" / "package-archives"
+    names = [one.split()[0] for one in RECOMMENDED]
     install = ("install", "--yes", "--no-install-recommends", "--download-only", str(deb))
     with (place.parent / "package-archives.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         (place / "partial").mkdir(parents=True, exist_ok=True)
-        apt_get("-o", f"Dir::Cache::archives={place}", *install, RECOMMENDED.split()[0])
+        apt_get("-o", f"Dir::Cache::archives={place}", *install, *names)
     return place
 
 

@@ -1,13 +1,14 @@
 """`imdsproxy console`: pages about networks and guests, for a browser on this host or over `ssh -L`."""
 
-from typing import Annotated
+from typing import Annotated, Final
 
 from imdsproxy.cli import options
 from imdsproxy.cli.options import flag
-from imdsproxy.errors import optional_library
+from imdsproxy.errors import RequestRefused, optional_library
 from imdsproxy.host.servers import open_tcp_socket
 
-_HINT = "apt install python3-jinja2, or pip install 'imdsproxy[console]'"
+_HIGHEST: Final = 65535
+_HINT: Final = "apt install python3-jinja2, or pip install 'imdsproxy[console]'"
 
 
 @options.command
@@ -22,6 +23,8 @@ def console(
 
     The link works once, within five minutes, in one browser.
     """
+    if not 0 <= port <= _HIGHEST:
+        raise RequestRefused(f"there is no port {port}", hint=f"0 to {_HIGHEST}")
     daemon = run.daemon()
     with optional_library("jinja2", _HINT):
         from imdsproxy.console.server import run_console  # noqa: PLC0415 - `--help` need not load it
@@ -36,4 +39,5 @@ def console(
             run.output.text(f"{link}\nOpen it once, within five minutes. Ctrl-C ends the console.")
 
     with listener:
-        run_console(daemon, listener, announce)
+        reason = run_console(daemon, listener, announce)
+    run.output.styled(f"[dim]ended:[/] {reason}")

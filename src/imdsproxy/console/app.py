@@ -74,8 +74,8 @@ def console_app(daemon: AdminClient, access: Access) -> Secured:
     return Secured(app, access)
 
 
-def _open(console: Console, request: Request) -> Response:
-    """The link: the browser gets the session's cookie, once."""
+async def _open(console: Console, request: Request) -> Response:
+    """The link: the browser gets the session's cookie, once. Not in a thread, where two could be the first."""
     if not console.access.open(request.query_params.get("key", "")):
         reason = "this link is not valid any more: it works once, for five minutes"
         return PlainTextResponse(f"Refused: {reason}. Run `imdsproxy console` again.\n", 403)

@@ -1,6 +1,7 @@
 """The console's outer layer: what no page may do without. It sees each request before any route does."""
 
 from collections.abc import MutableMapping
+from http import HTTPStatus
 from typing import Any, Final
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -26,6 +27,9 @@ HEADERS: Final = {
 }
 """Of every answer, refusals included."""
 
+_KEPT: Final = "private, max-age=3600"
+"""Of scripts and styles, which are the same for everybody: an ssh connection may be slow."""
+
 _NO_SESSION: Final = (
     "This page needs the session of `imdsproxy console`.\n\n"
     "Its link works once, for five minutes, in one browser. Run the command again for another.\n"
@@ -44,11 +48,12 @@ class Secured:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                _add_headers(message)
+                _add_headers(message, kept=message["status"] == HTTPStatus.OK and is_file)
             await send(message)
 
         if scope["type"] != "http":
             return
+        is_file = scope["path"].startswith(f"/{self._access.place}/static/")
         refusal = self._refuse(Request(scope))
         answer = self._app if refusal is None else refusal
         await answer(scope, receive, send_with_headers)
@@ -75,7 +80,9 @@ def _by_name(headers: Headers) -> dict[str, str]:
     return found
 
 
-def _add_headers(message: MutableMapping[str, Any]) -> None:
+def _add_headers(message: MutableMapping[str, Any], *, kept: bool) -> None:
     headers = MutableHeaders(scope=message)
     for name, value in HEADERS.items():
         headers[name] = value
+    if kept:
+        headers["cache-control"] = _KEPT

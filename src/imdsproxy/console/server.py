@@ -18,13 +18,16 @@ _END_S: Final = 1
 
 def run_console(
     daemon: AdminClient, listener: socket.socket, announce: Callable[[str], None]
-) -> None:
-    """Serve until the link was not opened in time, the session not used for long, or a signal ends it.
+) -> str:
+    """Serve until the link was not opened in time, or the session not used for long; a signal ends it, too.
 
     Args:
         daemon: Whose networks and guests.
         listener: On 127.0.0.1.
         announce: Given the link.
+
+    Returns:
+        Why it has ended.
     """
     access = Access(time.monotonic)
     port = listener.getsockname()[1]
@@ -38,6 +41,11 @@ def run_console(
         timeout_graceful_shutdown=_END_S,
     )
     asyncio.run(_serve(Server(config), listener, access))
+    return (
+        "the session was not used for an hour"
+        if access.opened
+        else "the link was not opened in time"
+    )
 
 
 async def _serve(server: Server, listener: socket.socket, access: Access) -> None:
