@@ -3,6 +3,7 @@
 import argparse
 import datetime as dt
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from typing import Final
 _REPOSITORY: Final = Path(__file__).resolve().parents[1]
 _INIT: Final = Path("src/imdsproxy/__init__.py")
 _CHANGELOG: Final = Path("CHANGELOG.md")
+_VENDORED: Final = Path("src/imdsproxy/console/static/vendor/README.md")
 _SIGNED_AS: Final = "imdsproxy-release"
 """The namespace of signatures: one made for another purpose does not verify."""
 _UNRELEASED: Final = "unreleased"
@@ -102,6 +104,31 @@ def check_release(changelog: str, init: str, version: str) -> Section:
     return section
 
 
+def add_vendored(bill: str, readme: str) -> str:
+    """A bill of materials with the npm package that a README of vendored files describes.
+
+    Raises:
+        Refused: It names no package with its licence and hash.
+    """
+    package = re.search(r"npm package `(\S+)` ([\d.]+\d)", readme)
+    digest = re.search(r"SHA-256 \| `([0-9a-f]{64})`", readme)
+    if package is None or digest is None:
+        raise Refused(f"{_VENDORED} no longer says which npm package and SHA-256 the file has")
+    purl = f"pkg:npm/{package[1]}@{package[2]}"
+    component = {
+        "bom-ref": purl,
+        "hashes": [{"alg": "SHA-256", "content": digest[1]}],
+        "licenses": [{"license": {"id": "0BSD"}}],
+        "name": package[1],
+        "purl": purl,
+        "type": "library",
+        "version": package[2],
+    }
+    parsed = json.loads(bill)
+    parsed["components"].append(component)
+    return json.dumps(parsed, indent=2, sort_keys=True) + "\n"
+
+
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("."))
 
@@ -181,6 +208,9 @@ def _make_all(
         cwd=work / name,
         env=environment,
     )
+    bill = made / f"{name}.cdx.json"
+    vendored = (work / name / _VENDORED).read_text("utf-8")
+    bill.write_text(add_vendored(bill.read_text("utf-8"), vendored), "utf-8")
     uploaded = [str(made / f"{name}.tar.gz"), str(made / f"{name}-py3-none-any.whl")]
     _run(str(tools / "twine"), "check", "--strict", *uploaded, env=environment)
 

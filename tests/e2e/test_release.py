@@ -1,5 +1,6 @@
 """A release: equal bytes wherever and whenever it is built, signed, described, made of its own sources."""
 
+import hashlib
 import json
 import os
 import re
@@ -166,7 +167,10 @@ def test_the_source_archive_is_the_commit_and_gives_the_same_wheel(
     with tarfile.open(archive) as opened:
         names = {name.partition("/")[2] for name in opened.getnames()}
     committed = set(git(tree, "ls-files", "-z").split("\0")) - {""}
-    assert names - {"PKG-INFO"} == {name for name in committed if not name.startswith(".ci/")}
+    # Those are of no use there, and of another licence.
+    not_in_it = (".ci/", "tests/support/axe/")
+    wanted = {name for name in committed if not name.startswith(not_in_it)}
+    assert names - {"PKG-INFO"} == wanted
 
     dated = re.search(r"^## \S+ \((.+)\)$", (tree / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert dated is not None
@@ -203,15 +207,21 @@ def test_pipx_runs_the_wheel(place: Path, tools: Path, released: Path, python: s
     assert found == f"imdsproxy {_VERSION}\n"
 
 
-def test_the_bill_of_materials_names_each_pinned_library_with_its_hashes(released: Path) -> None:
+def test_the_bill_of_materials_names_each_library_with_its_hashes(released: Path) -> None:
     bill = json.loads((released / f"imdsproxy-{_VERSION}.cdx.json").read_text())
     pinned = (REPOSITORY / "requirements/runtime.txt").read_text()
     wanted = dict(re.findall(r"^([a-z0-9-]+)==(\S+)", pinned, re.MULTILINE))
 
+    vendor = REPOSITORY / "src/imdsproxy/console/static/vendor"
+    vendored = re.search(r"`htmx.org` ([0-9.]+),", (vendor / "README.md").read_text())
+    assert vendored is not None
+
     assert bill["bomFormat"] == "CycloneDX"
     assert bill["metadata"]["component"]["version"] == _VERSION
+    wanted["htmx.org"] = vendored[1]
     assert {one["name"]: one["version"] for one in bill["components"]} == wanted
-    hashes = re.findall(r"sha256:([0-9a-f]{64})", pinned)
+    own = hashlib.sha256((vendor / "htmx.js").read_bytes()).hexdigest()
+    hashes = [own, *re.findall(r"sha256:([0-9a-f]{64})", pinned)]
     text = json.dumps(bill["components"])
     assert [one for one in hashes if one not in text] == []
 
@@ -239,6 +249,11 @@ def test_the_rpm_builds_with_its_dependencies_and_rpmlint_finds_nothing(
     missing = [one for one in wanted if not any(f"dist({one})" in line for line in required)]
     assert missing == []
     assert {"haproxy >= 3.0", "nftables"} <= set(required)
+    control = (REPOSITORY / "packaging/debian/control").read_text()
+    debians = re.findall(
+        r"^ (python3-\S+?)(?:,| \()", control.partition("\nRecommends:")[2], re.MULTILINE
+    )
+    assert sorted(line.split()[0] for line in run(*query, "--recommends").splitlines()) == debians
     files = set(run(*query, "--list").splitlines())
     assert {"/usr/bin/imdsproxy", "/usr/lib/systemd/system/imdsproxy.service"} <= files
     scripts = re.split(r"^\w+ scriptlet.*\n", run(*query, "--scripts"), flags=re.MULTILINE)
