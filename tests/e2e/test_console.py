@@ -281,7 +281,7 @@ def test_requests_appear_as_they_are_answered_and_only_those_that_are_asked_for(
     looker: Looker, world: World
 ) -> None:
     page = looker.open("/live?network=red&status=4")
-    expect(page.locator("#stream")).to_have_text("0 requests")
+    expect(page.locator("#seen")).to_have_text("0 requests")
     world.guests["green"].ask("/latest/none-green")
     world.red.ask("/latest/meta-data/")
     world.red.ask("/latest/<img/src=x/onerror=alert(1)>", headers=(f"User-Agent: {_XSS}",))
@@ -291,7 +291,7 @@ def test_requests_appear_as_they_are_answered_and_only_those_that_are_asked_for(
     expect(page.get_by_role("row")).to_have_count(2)
     page.get_by_role("button", name="Pause").click()
     world.red.ask("/latest/none-red")
-    expect(page.locator("#stream")).to_have_text("2 requests")
+    expect(page.locator("#seen")).to_have_text("2 requests")
     expect(page.get_by_role("row")).to_have_count(2)
     page.get_by_role("button", name="Go on").click()
     expect(page.get_by_role("row")).to_have_count(3)
@@ -391,7 +391,7 @@ def test_pictures_of_the_documentation_are_these_pages(looker: Looker, world: Wo
     images = os.environ.get("CONSOLE_IMAGES")
     world.daemon.remove_instance("hostile")
     page = looker.open("/live")
-    expect(page.locator("#stream")).to_have_text("0 requests")
+    expect(page.locator("#seen")).to_have_text("0 requests")
     for path in ("meta-data/", "meta-data/hostname", "user-data", "meta-data/none"):
         world.red.ask(f"/latest/{path}")
     expect(page.get_by_role("row")).to_have_count(5)

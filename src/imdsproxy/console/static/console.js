@@ -32,6 +32,8 @@ function addRequest(body, guests, one) {
 
 function watchRequests(table) {
   const body = table.tBodies[0], state = document.getElementById("stream");
+  // Apart from the state, so that a screen reader does not read out every number.
+  const count = document.getElementById("seen");
   const pause = document.getElementById("pause");
   let seen = 0, paused = false, waiting = [];
   const show = () => {
@@ -51,13 +53,15 @@ function watchRequests(table) {
     const answer = JSON.parse(event.data);
     if (answer.problem) {
       state.textContent = answer.problem + (answer.hint ? " (" + answer.hint + ")" : "");
+      count.textContent = "";
       return;
     }
     waiting.push(...answer.requests);
     waiting = waiting.slice(-MOST_ROWS);
     seen += answer.requests.length;
     if (!paused) show();
-    const text = seen + (seen === 1 ? " request" : " requests") + (answer.missed ? ", some were too many to show" : "");
+    count.textContent = seen + (seen === 1 ? " request" : " requests");
+    const text = answer.missed ? "Watching, some were too many to show:" : "Watching:";
     if (state.textContent !== text) state.textContent = text;
   };
   source.onerror = () => { state.textContent = "The stream broke off; trying again"; };
