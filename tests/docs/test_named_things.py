@@ -3,8 +3,10 @@
 Links, paths of the repository and metrics are in test_documents.py.
 """
 
+import fnmatch
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -32,6 +34,10 @@ _FLAG: Final = re.compile(r"--[a-z][a-z0-9-]*")
 _FILE: Final = re.compile(r"/(?:run|var/lib|var/log|etc)/imdsproxy/([\w.-]*\w)")
 _UNIT: Final = re.compile(r"\bimdsproxy[\w-]*\.service\b")
 _ROUTE: Final = re.compile(r"/v1(?:/[\w-]+|/\{\w+\})+")
+_INSTALLED: Final = re.compile(
+    r"/usr/(?:lib|share)/(?:[\w.-]+/)*(?:_?imdsproxy|neutron-ns)[\w./*-]*[\w*]"
+)
+_BY_THE_PACKAGER: Final = frozenset({"/usr/share/doc/imdsproxy"})
 _SHIPPED: Final = ("src", "packaging", "script", "bench", "demo", "requirements")
 
 _FOREIGN_FLAGS: Final = frozenset(
@@ -135,6 +141,22 @@ def file_names() -> frozenset[str]:
 @each_page
 def test_every_file_of_the_daemon_is_one_that_it_has(page: Path) -> None:
     assert {*_FILE.findall(page.read_text())} - file_names() - _EXAMPLES == set()
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> frozenset[str]:
+    """Every path that a package brings, directories too."""
+    root = tmp_path_factory.mktemp("installed")
+    subprocess.run([str(REPOSITORY / "packaging/install"), str(root)], check=True, timeout=60)
+    return frozenset(f"/{path.relative_to(root)}" for path in root.rglob("*"))
+
+
+@each_page
+def test_every_installed_path_is_one_that_a_package_brings(
+    page: Path, installed: frozenset[str]
+) -> None:
+    named = {*_INSTALLED.findall(page.read_text())} - _BY_THE_PACKAGER
+    assert [one for one in named if not fnmatch.filter(installed, one)] == []
 
 
 @each_page
