@@ -167,8 +167,9 @@ def test_no_secret_is_in_a_bundle_and_what_explains_the_host_is(host: Host) -> N
     assert {one["id"] for one in map(_record, json.loads(files["daemon/networks.json"]))} >= {"red"}
     assert "refused" in files["daemon/status.json"] or "broken.yaml" in files["daemon/status.json"]
     assert "|signed|blue-5|p1" in files["haproxy/overlay.map"] + files["haproxy/base.map"]
+    assert f"netns: {host.world.lab.name('red')}" in files["host/nftables-in-namespaces.txt"]
+    assert "lo " in files["host/addresses-in-namespaces.txt"]
     for name in ("show-info", "show-stat", "show-servers-state", "show-map", "show-table"):
-        assert "[ended" not in files[f"haproxy/{name}.txt"]
         assert files[f"haproxy/{name}.txt"].strip()
 
 
@@ -183,6 +184,19 @@ def test_a_file_that_exists_is_not_overwritten(host: Host, tmp_path: Path) -> No
     assert done.status != 0
     assert "exists" in done.err
     assert path.read_text() == "mine"
+
+
+def test_with_broken_settings_whose_secrets_are_not_known_logs_are_lacking(host: Host) -> None:
+    daemon = host.world.daemon
+    good = daemon.config.read_text()
+    daemon.config.write_text(f"{good}\nnonsense: 1\n")
+    try:
+        files = host.bundle("broken")
+    finally:
+        daemon.config.write_text(good)
+    assert host.leaks(files) == []
+    assert not [name for name in files if name.startswith(("logs/", "daemon/", "settings"))]
+    assert "settings.json: " in files["README.txt"]
 
 
 @contextlib.contextmanager

@@ -80,7 +80,7 @@ def collect(
 def _ask(part: Part, daemon: AdminClient, master: MasterClient) -> str | None:
     match part:
         case Admin():
-            return json.dumps(without_payloads(daemon.get(part.path)), indent=1, ensure_ascii=False)
+            return _render(without_payloads(daemon.get(part.path)))
         case Program():
             return _run(part.words)
         case File():
@@ -89,6 +89,14 @@ def _ask(part: Part, daemon: AdminClient, master: MasterClient) -> str | None:
             return asyncio.run(_ask_worker(master, part.command))
         case Endpoint():
             return _fetch(part)
+
+
+def _render(value: object) -> str:
+    """JSON; of a list each element on a line, so that the end of a long one can be read."""
+    if not isinstance(value, list):
+        return json.dumps(value, indent=1, ensure_ascii=False)
+    lines = ",\n".join(json.dumps(one, ensure_ascii=False) for one in value)
+    return f"[\n{lines}\n]\n"
 
 
 def without_payloads(value: Any) -> Any:  # noqa: ANN401 - JSON

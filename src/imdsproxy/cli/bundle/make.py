@@ -63,9 +63,15 @@ def make_bundle(run: options.Invocation, output: Path | None) -> Made:
     name = f"imdsproxy-{host}-{time.strftime('%Y%m%d-%H%M%S', now)}"
     path = output or Path(f"{name}.tar.gz")
     collected = Collected()
-    settings = _read_settings(run, collected)
+    settings, broken = _read_settings(run)
     layout = Layout.of(settings)
     known = read_known(settings, layout)
+    if broken is None:
+        collected.texts["settings.json"] = settings.model_dump_json(indent=1)
+    else:
+        collected.lacking.append(("settings.json", f"{broken}: the defaults are taken instead"))
+        # They name files of secrets.
+        known.unread.append(broken)
     redactor = Redactor.of(known.secrets, known.data, known.names)
     daemon = AdminClient(run.socket or settings.admin_socket, timeout_s=_TIMEOUT_S)
     collected.take("checks.json", lambda: _check(run))
@@ -81,15 +87,12 @@ def make_bundle(run: options.Invocation, output: Path | None) -> Made:
     return Made(path, tuple(files), lacking)
 
 
-def _read_settings(run: options.Invocation, collected: Collected) -> Settings:
-    """The settings in force; the defaults where they are broken, which is said."""
+def _read_settings(run: options.Invocation) -> tuple[Settings, str | None]:
+    """The settings; the defaults, and what is wrong, where they are broken."""
     try:
-        settings = run.settings
+        return run.settings, None
     except ConfigError as error:
-        collected.lacking.append(("settings.json", f"{error.message}: defaults are taken instead"))
-        return Settings()
-    collected.texts["settings.json"] = settings.model_dump_json(indent=1)
-    return settings
+        return Settings(), error.message
 
 
 def _check(run: options.Invocation) -> str:

@@ -91,7 +91,12 @@ def plan_parts(places: Places) -> Iterator[Part]:
     yield Program("versions/kernel.txt", ("uname", "-a"))
     yield Program("versions/nftables.txt", ("nft", "--version"))
     yield File("versions/os-release.txt", "/etc/os-release")
-    yield Program("host/namespaces.txt", ("ip", "netns", "list-id"))
+    yield Program("host/namespaces.txt", ("ip", "netns", "list"))
+    everywhere = ("ip", "-all", "netns", "exec")
+    yield Program(
+        "host/addresses-in-namespaces.txt", (*everywhere, "ip", "-brief", "address", "show")
+    )
+    yield Program("host/nftables-in-namespaces.txt", (*everywhere, "nft", "list", "ruleset"))
     yield Program("host/links.txt", ("ip", "-details", "link", "show"))
     yield Program("host/addresses.txt", ("ip", "address", "show"))
     yield Program("host/routes.txt", ("ip", "route", "show", "table", "all"))
