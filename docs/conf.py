@@ -27,7 +27,8 @@ html_copy_source = False
 html_theme_options = {"navigation_with_keys": True}
 
 _MENUS: Final = frozenset({"docs/index", "docs/adr/README"})
-_LINK: Final = re.compile(r"\]\(([^)#\s]+)\.md\)")
+_LINK: Final = re.compile(r"^(?:- |\| )\[[^]]*\]\(([^)#\s]+)\.md\)", re.MULTILINE)
+"""A link with which an item of a list begins, or a row of a table."""
 
 
 def add_menu(_app: Sphinx, name: str, content: list[str]) -> None:
