@@ -60,6 +60,9 @@ vm_packages=(
     qemu-system-x86_64:qemu-system-x86
     mmdebstrap:mmdebstrap
     mke2fs:e2fsprogs
+    mkfs.vfat:dosfstools
+    sfdisk:fdisk
+    qemu-img:qemu-utils
     dnsmasq:dnsmasq-base
     udhcpc:udhcpc
     busybox:busybox

@@ -53,3 +53,11 @@ def _openstack_mended(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if lab is not None:
         lab.heal()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print how long what a document times has taken: what tests have recorded as `timed`."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name == "timed":
+                terminalreporter.write_line(f"timed: {value}")

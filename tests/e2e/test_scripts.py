@@ -11,7 +11,7 @@ import pytest
 from support.demonstration import REPOSITORY
 from support.patience import patience
 
-NEED_ROOT = ("demo", "test", "bench", "vm-image", "container", "try-package")
+NEED_ROOT = ("demo", "test", "bench", "vm-image", "test-images", "container", "try-package")
 
 
 def run(argv: list[str], **environment: str) -> tuple[int, str]:

@@ -26,7 +26,7 @@ _INIT: Final = "/usr/lib/systemd/systemd"
 # Runs as process 1 of the new namespaces; everything it mounts goes with them.
 _SET_UP: Final = r"""
 set -eu
-work=$1 python=$2 repository=$3 propagation=$4 group=$5
+work=$1 python=$2 repository=$3 propagation=$4 group=$5 lower=$6
 # The control group named here becomes the root of the machine's own hierarchy.
 mount --make-rprivate /
 mkdir "$work/groups"
@@ -34,11 +34,11 @@ mount -t cgroup2 none "$work/groups"
 mkdir "$work/groups/$group"
 echo $$ >"$work/groups/$group/cgroup.procs"
 exec unshare --cgroup sh -eu -c '
-work=$1 python=$2 repository=$3 propagation=$4
+work=$1 python=$2 repository=$3 propagation=$4 lower=$5
 mount -t tmpfs none "$work"
 mkdir "$work/upper" "$work/work" "$work/root" "$work/proc"
 root=$work/root
-mount -t overlay none -o "lowerdir=/,upperdir=$work/upper,workdir=$work/work" "$root"
+mount -t overlay none -o "lowerdir=$lower,upperdir=$work/upper,workdir=$work/work" "$root"
 mount -t tmpfs -o mode=755 none "$root/run"
 mount -t tmpfs -o mode=1777 none "$root/tmp"
 for path in "$repository" "$python"; do
@@ -79,7 +79,7 @@ umount -l /.host
 mount "--make-r$propagation" /
 exec env -i container=imdst PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     LANG=C.UTF-8 INIT --system --unit=imdst.target --show-status=no --log-target=journal
-' sh "$work" "$python" "$repository" "$propagation"
+' sh "$work" "$python" "$repository" "$propagation" "$lower"
 """.replace("INIT", _INIT)
 
 
@@ -160,7 +160,7 @@ class Machine:
 
 @contextlib.contextmanager
 def systemd_machine(
-    work: Path, *, propagation: Literal["shared", "private"] = "shared"
+    work: Path, *, propagation: Literal["shared", "private"] = "shared", lower: Path = Path("/")
 ) -> Iterator[Machine]:
     """Boot it; it is gone at the end.
 
@@ -168,6 +168,7 @@ def systemd_machine(
         work: An empty directory; stays empty on this host.
         propagation: How its mounts are: `shared`, as systemd makes them on a host, or `private`, as
             they may be in a container, where it leaves them as they are.
+        lower: The tree that its root is a throw-away copy of; this host's own without it.
     """
     group = f"imdst-{secrets.token_hex(4)}"
     output = work.parent / f"{group}.out"
@@ -176,7 +177,7 @@ def systemd_machine(
         outer = subprocess.Popen(
             [
                 *(*ends_with_us(), "/usr/bin/unshare", *namespaces, "/bin/sh", "-c", _SET_UP, "sh"),
-                *(str(work), sys.base_prefix, str(REPOSITORY), propagation, group),
+                *(str(work), sys.base_prefix, str(REPOSITORY), propagation, group, str(lower)),
             ],
             stdin=subprocess.DEVNULL,
             stdout=sink,
