@@ -150,7 +150,7 @@ def test_what_is_misspelt_or_called_as_elsewhere_gets_a_suggestion(
         (["network", "remove"], "ID..."),
         (["network", "delete", "blue"], "hint: did you mean `imdsproxy network remove`?"),
         (["config", "import", "x.ini"], "--neutron"),
-        (["config", "import", "--neutron"], "Missing argument 'FILE'"),
+        (["config", "import", "--neutron"], "Missing argument 'FILE"),
         (["networks"], "hint: did you mean `imdsproxy network`?"),
     ],
 )

@@ -232,10 +232,16 @@ INSTANCE: Final = Table(
             {
                 "type": "object",
                 "propertyNames": values.one_line(MAX_TEXT),
+                # Not a list of two types: Debian's FastAPI does not take that.
                 "additionalProperties": {
-                    "type": ["string", "null"],
-                    "maxLength": _LONGEST_TAG_VALUE,
-                    "pattern": f"^[^{_NOT_IN_TAG_VALUE}]*$",
+                    "anyOf": [
+                        {
+                            "type": "string",
+                            "maxLength": _LONGEST_TAG_VALUE,
+                            "pattern": f"^[^{_NOT_IN_TAG_VALUE}]*$",
+                        },
+                        {"type": "null"},
+                    ]
                 },
             },
             dict,
