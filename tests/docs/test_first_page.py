@@ -1,10 +1,10 @@
-"""What the first page says of imdsproxy and of others can be checked, and a booted image takes five commands."""
+"""What the first page says of imdsproxy and of others can be checked."""
 
 import re
 from typing import Final
 
 from support.demonstration import REPOSITORY
-from support.document_blocks import blocks_of, section
+from support.document_blocks import section
 
 _PAGE: Final = REPOSITORY / "README.md"
 _PROOFS: Final = REPOSITORY / "docs/explanation/alternatives.md"
@@ -24,8 +24,3 @@ def test_each_line_of_the_comparison_leads_to_a_test_of_ours_and_to_a_page_of_th
         proof = "\n".join(section(_PROOFS, f"## {name[0].upper()}{name[1:]}")[1])
         assert re.search(r"`test_\w+\.py::test_\w+`", proof), name
         assert "](https://" in proof, name
-
-
-def test_from_nothing_to_a_booted_image_is_five_commands() -> None:
-    (block,) = blocks_of(_PAGE, "## From nothing to a booted cloud image")
-    assert len(block.script.splitlines()) == 5

@@ -50,7 +50,15 @@ _FOREIGN_WORDS: Final = frozenset({"config-2", "no-mac-spoofing", "set-fc-mark"}
 """Words of other programs that look like codes of ours."""
 
 _EXAMPLES: Final = frozenset(
-    {"nova.secret", "nova.secret.next", "store.copy", "zone-re", "zone-red", "imds-hops"}
+    {
+        "nova.secret",
+        "nova.secret.next",
+        "store.copy",
+        "bundle.tar.gz",
+        "zone-re",
+        "zone-red",
+        "imds-hops",
+    }
 )
 """Names that an operator has chosen, or the daemon makes of a setting."""
 
