@@ -36,7 +36,7 @@ def build_image(packages: Packages) -> Path:
             for old in _CACHE.glob("*/"):
                 shutil.rmtree(old)
             part = place.with_suffix(".part")
-            command = (str(RECIPE / "build"), str(packages.deb), str(part))
+            command = (str(REPOSITORY / "script/container"), str(part), str(packages.deb))
             run(*command, timeout_s=_BUILD_S, environment={"SOURCE_DATE_EPOCH": EPOCH})
             part.rename(place)
         os.utime(place)
