@@ -1,5 +1,6 @@
 """`imdsproxy console`: pages about networks and guests, for a browser on this host or over `ssh -L`."""
 
+from dataclasses import replace
 from typing import Annotated, Final
 
 from imdsproxy.cli import options
@@ -39,5 +40,6 @@ def console(
             run.output.text(f"{link}\nOpen it once, within five minutes. Ctrl-C ends the console.")
 
     with listener:
-        reason = run_console(daemon, listener, announce)
+        # A page says that the daemon starts; it does not wait for that.
+        reason = run_console(replace(daemon, waiting=None), listener, announce)
     run.output.styled(f"[dim]ended:[/] {reason}")

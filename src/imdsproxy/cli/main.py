@@ -234,13 +234,18 @@ def _load_command(name: str) -> Any:  # noqa: ANN401 - as above
         )
     command = typer.main.get_group(app).commands[name]
     for path, each in iterate_commands(command, name):
-        if path in EXAMPLES:
-            each.epilog = f"Example: {EXAMPLES[path]}"
+        each.epilog = _example(path)
         _hide_type_of_help(each)
         for parameter in each.params:
             if parameter.param_type_name == "argument":
                 _show_as_written(parameter)
     return command
+
+
+def _example(path: str) -> str:
+    """For a group the first of its commands'."""
+    words = (words for name, words in EXAMPLES.items() if f"{name} ".startswith(f"{path} "))
+    return f"Example: {next(words)}"
 
 
 def build_program() -> Any:  # noqa: ANN401 - as above
@@ -252,6 +257,7 @@ def build_program() -> Any:  # noqa: ANN401 - as above
         no_args_is_help=True,
         add_completion=False,
         rich_markup_mode="rich",
+        epilog=_example("network add"),
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback(no_args_is_help=True)(_root)

@@ -39,6 +39,8 @@ def test_each_command_has_an_example_in_its_help_that_is_no_wrong_command_line(c
     seen = set()
     for path, command in iterate_commands(program):
         if not path or hasattr(command, "commands"):
+            shown = cli(*path.split(), "--help").out
+            assert "Example: imdsproxy " in " ".join(shown.split())
             continue
         seen.add(path)
         name, *words = shlex.split(EXAMPLES[path].partition("|")[0])

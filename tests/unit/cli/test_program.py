@@ -9,11 +9,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+from jsonschema import Draft7Validator
 
 from imdsproxy.cli.main import render_completion
 from imdsproxy.config.load import load_settings
 from imdsproxy.config.schema import Settings
+from imdsproxy.config.strict_yaml import parse_yaml
 from imdsproxy.core.model import InstanceId, NetworkId
+from imdsproxy.core.records.json_schema import schema_of_records
 from imdsproxy.core.token_report import GuestWithoutToken, OpenTree, ReaderWithoutToken, TokenReport
 from support.cli import Cli, Ran, run_main
 from support.demonstration import REPOSITORY
@@ -227,7 +230,17 @@ def test_the_sample_is_a_configuration_and_the_schema_json(
     config.write_text(run("config sample").out)
     for line in (f"config show --json --config {config}", "config sample --json"):
         assert Settings.model_validate_json(run(line).out) == Settings()
-    assert "haproxy" in run("config schema").json["properties"]
+    schema = run("config schema").json
+    Draft7Validator.check_schema(schema)
+    sample = parse_yaml(run("config sample").out, "sample").value
+    assert list(Draft7Validator(schema).iter_errors(sample)) == []
+    wrong: tuple[dict[str, object], ...] = (
+        {"haproxi": {}},
+        {"haproxy": {"maxconn": -1}},
+        {"log": {"level": "loud"}},
+    )
+    assert not any(map(Draft7Validator(schema).is_valid, wrong))
+    assert run("config schema --records").json == schema_of_records()
     assert f"# {config}:" in run(f"config show --origin -c {config}").out
 
 
