@@ -58,6 +58,7 @@ _FIRST_SYNC_S = 5.0
 """How long the first configuration waits for sources that publish nothing; a running HAProxy is not affected."""
 
 _METRICS_EVERY_S = 10.0
+_LAST_LOOK_S = 0.5
 _SHOW_EVERY_S = 0.5
 _log = structlog.get_logger()
 
@@ -178,7 +179,7 @@ async def _live(
         controller.notifier.ready(f"{networks} networks")
         _log.info("ready", networks=networks, instances=instances, admin=str(settings.admin_socket))
         await controller.ended.wait()
-        controller.records.settle()
+        await _settle(controller)
         for task in (*tasks, administering):
             task.cancel()
         if controller.with_data_plane:
@@ -209,6 +210,16 @@ async def _count(metrics: Metrics, log: Path) -> None:
         await metrics.refresh()
         limit_log(log)
         await asyncio.sleep(_METRICS_EVERY_S)
+
+
+async def _settle(controller: Controller) -> None:
+    """Have on disk what the next controller begins with."""
+    controller.records.settle()
+    # A worker that hangs must not keep this process from its end.
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_LAST_LOOK_S):
+            await controller.counting.refresh()
+    await controller.counting.save()
 
 
 def _collect_garbage() -> None:

@@ -285,6 +285,35 @@ def test_who_reads_without_a_token_is_named_and_trees_that_stay_open_too(world: 
     assert _report(world, "blue")[0]["open_trees"] == []
 
 
+def test_counts_outlive_the_controller_and_the_verdict_goes_by_them(world: World) -> None:
+    guest = world.guests["blue"]
+    for _ in range(3):
+        assert _read(guest, USER_DATA) == 200
+    _, before = _report(world, "blue")
+    assert before["reads"] >= 3
+    # HAProxy's tables are read on.
+    world.daemon.kill_controller()
+    guest.ask(USER_DATA)
+    world.daemon.start()
+    assert _report(world, "blue")[1]["reads"] == before["reads"] + 1
+    # After an orderly end and another HAProxy, what is on disk.
+    world.daemon.stop()
+    world.daemon.start()
+    report, found = _report(world, "blue")
+    assert found["reads"] == before["reads"] + 1
+    assert [one["client"] for one in found["readers"]] == [
+        one["client"] for one in before["readers"]
+    ]
+    assert (report["verdicts"][0]["scope"], report["verdicts"][0]["ready"]) == ("host", "no")
+    shown = world.daemon.command("token", "report", "--network", "blue", "--check")
+    assert (shown.status, "ready for required: no, because 1 guest reads" in shown.out) == (1, True)
+    # A policy of its own, so that none is refused; but only a sample, or less than a week, is not enough.
+    world.have_policy({"instances": {"blue-5": {"tokens": "optional"}}})
+    shown = world.daemon.command("token", "report", "--network", "blue", "--check", "--days", "1")
+    assert shown.status == 75
+    assert "ready for required: unknown, because no guest has read without a token" in shown.out
+
+
 def test_sums_grow_over_reloads_and_a_worker_that_drains_is_asked_too(world: World) -> None:
     guest = world.guests["grey"]
 

@@ -44,7 +44,7 @@ from imdsproxy.core.model import (
     NetworkId,
 )
 from imdsproxy.core.observation import Observation
-from imdsproxy.core.token_report import TokenReport
+from imdsproxy.core.token_report import TokenReport, TokenVerdict
 from imdsproxy.core.tokens import render_key_map
 from imdsproxy.core.wire import MapRecord
 from imdsproxy.dataplane.haproxy import Haproxy
@@ -220,7 +220,8 @@ class AdminServer:
         self.socket.unlink(missing_ok=True)
 
     async def count_tokens(self, *_: object) -> TokenReport:
-        return self.token_report
+        verdict = TokenVerdict("host", "", "no", "1 guest reads without a token: web", 1)
+        return replace(self.token_report, verdicts=self.token_report.verdicts or (verdict,))
 
 
 @contextlib.asynccontextmanager

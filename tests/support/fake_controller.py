@@ -111,6 +111,8 @@ def _usual() -> dict[str, object]:
         "sources.look_up": neutron,
         "policy_store.keys.failure": None,
         "policy_store.for_nobody": lambda _: ("policy.networks.bleu",),
+        "counting.recalled": True,
+        "counting.problem": None,
         "counting.ledger.read": {"blue": 8, "red": 1},
         "counting.ledger.refused": {"blue": 2},
         "audit.written": 40,

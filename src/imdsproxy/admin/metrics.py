@@ -331,13 +331,19 @@ class Metrics(Collector):
 
     def metadata_no_token(self) -> Annotated[By, "counter", "network"]:
         """Reads of EC2's tree, or of one that requires tokens, without a session token and not refused for it, by
-        network as above: each, or an estimate by one in 20, or none, as `tokens.count_reads` says.
+        network as above: each, or an estimate by one in 20, or none, as `tokens.count_reads` says. It goes on over
+        restarts of the controller.
         """
-        return self._by_network(self.one.counting.ledger.read)
+        return self._counted_reads("read")
 
     def metadata_no_token_rejected(self) -> Annotated[By, "counter", "network"]:
         """Reads that were refused because a session token is required, each of them, by network as above."""
-        return self._by_network(self.one.counting.ledger.refused)
+        return self._counted_reads("refused")
+
+    def _counted_reads(self, which: Literal["read", "refused"]) -> Mapping[str, int] | None:
+        """Nothing until those of the controllers before are known: they would count as new ones."""
+        counting = self.one.counting
+        return self._by_network(getattr(counting.ledger, which)) if counting.recalled else None
 
     def learned_addresses(self) -> Gauge:
         """Addresses that guests are known by because the neighbour table has their MAC there."""

@@ -157,9 +157,22 @@ async def watch(
 
 
 @router.get("/token-report")
-async def token_report(controller: _Uses) -> TokenReport:
-    """Guests and clients that still read without session tokens, and what required tokens leave open."""
-    return await controller.counting.report(controller.inventory, controller.records.policies)
+async def token_report(
+    controller: _Uses,
+    days: Annotated[
+        int, Query(ge=1, le=7, description="For so long no guest may have read without one.")
+    ] = 7,
+    network: Annotated[str | None, Query(description="A verdict on this network alone.")] = None,
+    project: Annotated[str | None, Query(description="A verdict on this project alone.")] = None,
+) -> TokenReport:
+    """Who still reads without session tokens, what required tokens leave open, and whether to require them."""
+    inventory, scope = controller.inventory, None
+    if network is not None:
+        scope = ("network", str(records.find_network(inventory, network)))
+    elif project is not None:
+        scope = ("project", project)
+    policies = controller.records.policies
+    return await controller.counting.report(inventory, policies, days, scope)
 
 
 @router.get("/haproxy-configuration", response_class=PlainTextResponse)

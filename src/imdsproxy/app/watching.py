@@ -1,4 +1,4 @@
-"""What HAProxy's workers have seen: requests for `imdsproxy watch`, and counts of reads without session tokens."""
+"""What HAProxy's workers have seen: requests for `imdsproxy watch`."""
 
 import asyncio
 from collections import deque
@@ -8,14 +8,9 @@ from typing import Final
 
 import structlog
 
-from imdsproxy.core.haproxy.counting import GUESTS_TABLE, READERS_TABLE, parse_guests, parse_readers
 from imdsproxy.core.haproxy.request_log import WATCH_RING, Watched, WatchReport, parse_events
-from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.policy import PolicyBook
-from imdsproxy.core.token_report import TokenLedger, TokenReport, open_trees
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.errors import RuntimeUnavailable
-from imdsproxy.host.clock import Clock
 
 _KEPT: Final = 5000
 """Requests that are kept for watchers who ask a little later."""
@@ -119,50 +114,3 @@ class Watching:
         if request.instance is not None or not request.network:
             return request
         return replace(request, instance=self.owner_of(request.network, request.address))
-
-
-@dataclass(slots=True)
-class TokenCounting:
-    """Adds up what workers have counted: for a report, and before a reload ends a worker.
-
-    Args:
-        haproxy: Whose workers are asked, draining ones too.
-        clock: Of this host.
-        one_in: Of so many reads that are not refused one is counted now; 0 for none.
-
-    Attributes:
-        ledger: The sums; they begin with this controller.
-    """
-
-    haproxy: Haproxy
-    clock: Clock
-    one_in: Callable[[], int]
-    ledger: TokenLedger = field(init=False)
-    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    def __post_init__(self) -> None:
-        self.ledger = TokenLedger(self.clock.now().timestamp())
-        self.haproxy.before_reload.append(self.refresh)
-
-    async def refresh(self) -> None:
-        """Read all workers' tables once; what cannot be read is read the next time."""
-        async with self._lock:
-            tables = (f"show table {GUESTS_TABLE}", f"show table {READERS_TABLE}")
-            workers: list[int] = []
-            try:
-                async for worker, found in self.haproxy.master.ask_workers(*tables):
-                    workers.append(worker)
-                    if found:
-                        # At once: another worker may hang until there is no time left.
-                        rows = parse_guests(found[0]), parse_readers(found[1])
-                        self.ledger.add(worker, *rows, self.clock.now().timestamp())
-            except RuntimeUnavailable as error:
-                structlog.get_logger().debug("token counts cannot be read", reason=error.message)
-                return
-            self.ledger.keep_workers(workers)
-
-    async def report(self, inventory: Inventory, policies: Callable[[], PolicyBook]) -> TokenReport:
-        """Who still reads without session tokens, and which trees required tokens leave open."""
-        await self.refresh()
-        report = self.ledger.report(open_trees(inventory, policies()))
-        return replace(report, one_in=self.one_in())

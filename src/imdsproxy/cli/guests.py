@@ -25,6 +25,7 @@ _HOW: Final[Mapping[str, str]] = {
     "router": "by its address behind the router",
 }
 _TREES_SHOWN: Final = 5
+_DAY_S: Final = 86_400
 _WATCH_EVERY_S: Final = 0.5
 _HEAD: Final = (
     f"{'TIME':12} {'NETWORK':16} {'ADDRESS':15} {'INSTANCE':20} {'BY':9} {'MS':>5} {'':3} REQUEST"
@@ -249,18 +250,48 @@ def rotate(run: options.Invocation) -> None:
 
 @token_app.command("report")
 @options.command
-def report(run: options.Invocation) -> None:
-    """Name guests and clients that still read without tokens, and what required tokens leave open."""
-    answer = run.daemon().get("/v1/token-report")
+def report(
+    run: options.Invocation,
+    *,
+    days: Annotated[
+        int,
+        flag("--days N", "For so long no guest may have read without one: 1 to 7, by default 7."),
+    ] = 7,
+    network: Annotated[
+        str | None, options.network_flag("The verdict on this network, not on the host.")
+    ] = None,
+    project: Annotated[
+        str | None, flag("--project ID", "The verdict on this project, not on the host.")
+    ] = None,
+    check: Annotated[
+        bool,
+        flag("--check", "Exit 1 while tokens cannot be required, 75 while it is not known."),
+    ] = False,
+) -> None:
+    """Whether tokens can be required, which guests and clients still read without, and what stays open."""
+    if network is not None and project is not None:
+        raise RequestRefused(
+            "token report takes --network or --project", hint="leave one of the two away"
+        )
+    scope = {"network": network, "project": project}
+    query = {name: value for name, value in scope.items() if value is not None}
+    answer = run.daemon().get("/v1/token-report", {"days": str(days), **query})
     run.output.answer(answer, lambda output, _: _show_report(output, clean_all(answer)))
+    ready = answer["verdicts"][0]["ready"]
+    if check and ready != "yes":
+        raise typer.Exit(NO if ready == "no" else options.NOT_IN_FORCE)
 
 
 def _show_report(output: Output, report: Shape) -> None:
-    """A line for each client of each guest, then the trees that stay open."""
+    """The verdict, a line for each client of each guest, then the trees that stay open."""
+    verdict = report["verdicts"][0]
+    answer = verdict["ready"]
+    colour = {"yes": "green", "no": "red"}.get(answer, "yellow")
+    output.styled(f"ready for required: [{colour}]{answer}[/], because {verdict['because']}")
     about = "~" if report["one_in"] > 1 else ""
     output.table(
         (row for guest in report["guests"] for row in _rows(guest, about)),
-        empty=f"since {spell_time(report['since'])} no read without a token was seen",
+        empty="no read without a token was seen",
         keep=("READS", "REFUSED", "LAST"),
         right=("READS", "REFUSED"),
         spare=("LAST",),
@@ -270,9 +301,15 @@ def _show_report(output: Output, report: Shape) -> None:
 
 def _remarks(report: Shape) -> Iterator[str]:
     one_in, trees = report["one_in"], report["open_trees"][:_TREES_SHOWN]
+    days = max(0.0, (time.time() - report["since"]) / _DAY_S)
+    yield f"[dim]counted since {spell_time(report['since'])}, {days:.1f} days[/]"
     if report["guests"]:
-        since = spell_time(report["since"])
-        yield f"[dim]since {since}; READS and REFUSED are the guest's, its clients are samples[/]"
+        yield "[dim]READS and REFUSED are the guest's, its clients are samples[/]"
+    others = [one for one in report["verdicts"] if one["scope"] != "host" and one["ready"] == "no"]
+    if others and len(others) < len(report["verdicts"]) - 1:
+        named = (f"{one['scope']} {one['id']}" for one in others[:_TREES_SHOWN])
+        more = ", …" if len(others) > _TREES_SHOWN else ""
+        yield f"[dim]not ready: {', '.join(named)}{more}[/]"
     if one_in == 0:
         yield "[yellow]warning:[/] only refused reads are counted, and no others"
         yield "[dim]hint:[/] tokens.count_reads: sampled, then imdsproxy reload, and come back after a while"

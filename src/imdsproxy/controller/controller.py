@@ -22,8 +22,9 @@ from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.policy_store import PolicyStore, TokenKeys
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.rule_sets import RuleSets
+from imdsproxy.app.token_counting import TokenCounting
 from imdsproxy.app.watchdog import HaproxyWatchdog
-from imdsproxy.app.watching import TokenCounting, Watching
+from imdsproxy.app.watching import Watching
 from imdsproxy.config.changes import SettingsHolder
 from imdsproxy.controller import build
 from imdsproxy.core.addresses import normalise_address
@@ -179,7 +180,9 @@ class Controller:
             self.lookup.look, lambda: holder.settings.resolver, clock.monotonic
         )
         self.audit = Audit(lambda: holder.settings.audit, self._keep_worker)
-        self.counting = TokenCounting(self.haproxy, clock, lambda: holder.settings.tokens.one_in)
+        self.counting = TokenCounting(
+            self.haproxy, clock, lambda: holder.settings.tokens.one_in, layout.token_counts
+        )
 
     def _trust_changed(self, networks: frozenset[NetworkId]) -> None:
         """Guests of these networks are trusted by another rule than before."""
@@ -262,7 +265,7 @@ class Controller:
 
     def unnoticed_problems(self) -> tuple[Problem, ...]:
         """What is wrong and no guest notices."""
-        return _found(self.audit.problem, *self.holder.problems)
+        return _found(self.audit.problem, self.counting.problem, *self.holder.problems)
 
     def end(self, *, data_plane: bool) -> None:
         """Ask for the end; the admin API gives the answers that it has begun before it ends."""

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from http import HTTPStatus
-from typing import Final, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 from imdsproxy.core.haproxy.counting import READS_KEPT_S, CountedRow
 from imdsproxy.core.inventory import Inventory
@@ -17,11 +17,16 @@ from imdsproxy.core.policy_report import decide_read
 
 _GUESTS_KEPT: Final = 50_000
 _READERS_KEPT: Final = 10_000
+_GUEST_PARTS: Final = 2
+# The first part of the key of a row that is kept.
+_SUM, _SEEN, _TOTAL, _MODE = "sum", "seen", "total", "mode"
 _OPEN_TREES_SHOWN: Final = 100
 _EC2: Final = "/latest"
 _TREES: Final = {Dialect.EC2: _EC2, Dialect.OPENSTACK: "/openstack", Dialect.NOCLOUD: "/nocloud"}
 
 _Key: TypeAlias = tuple[str, ...]
+Kept: TypeAlias = tuple[float, ...]
+"""The numbers of a row that outlives the controller."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +81,37 @@ class OpenTree:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenVerdict:
+    """Whether `tokens: required` would refuse a client that reads today.
+
+    Attributes:
+        scope: What the policy would be for.
+        id: The network's or project's; empty of the host.
+        ready: `unknown` where not enough was counted to say so.
+        because: Why, in one sentence without a full stop.
+        guests: How many guests read without a token.
+    """
+
+    scope: Literal["host", "network", "project"]
+    id: str
+    ready: Literal["yes", "no", "unknown"]
+    because: str
+    guests: int
+
+
+@dataclass(frozen=True, slots=True)
 class TokenReport:
     """Attributes as of their classes.
 
     Attributes:
-        since: Its first second, Unix time; what is a week old is forgotten.
+        since: Since when reads are counted, over restarts of the controller, Unix time; what is a week old is
+            forgotten.
         guests: The last seen first.
         open_trees: At most a hundred of `open_tree_count`.
         one_in: Of so many reads that are not refused one is counted now; 0 for none (`tokens.count_reads`).
+        all_since: Since when each read is counted, Unix time; `None` while not each is.
+        days: For the verdict yes, no guest may have read without a token for so long.
+        verdicts: Of the host first; of the networks and projects then those that are no first, at most a hundred.
     """
 
     since: float
@@ -91,6 +119,9 @@ class TokenReport:
     open_trees: tuple[OpenTree, ...]
     open_tree_count: int
     one_in: int = 1
+    all_since: float | None = None
+    days: int = 7
+    verdicts: tuple[TokenVerdict, ...] = ()
 
 
 @dataclass(slots=True)
@@ -98,11 +129,12 @@ class _Sums:
     """Counts by key, over workers that each begin at 0 and forget entries as they please."""
 
     kept: int
+    changed: dict[_Key, Kept | None]
     totals: dict[_Key, tuple[int, int, float]] = field(default_factory=dict)
-    before: dict[int, dict[_Key, CountedRow]] = field(default_factory=dict)
+    before: dict[str, dict[_Key, CountedRow]] = field(default_factory=dict)
 
     def add(
-        self, worker: int, rows: Iterable[CountedRow], now: float
+        self, worker: str, rows: Iterable[CountedRow], now: float
     ) -> list[tuple[_Key, int, int]]:
         """Take in one worker's table; what is more than at its last look."""
         before, seen = self.before.get(worker, {}), dict[_Key, CountedRow]()
@@ -110,6 +142,7 @@ class _Sums:
             # Clients whose names differ only where they are not shown are one.
             seen[row.key] = row.plus(seen[row.key]) if row.key in seen else row
         self.before[worker] = seen
+        self.changed.update({(_SEEN, worker, *key): None for key in before.keys() - seen.keys()})
         # Where an entry is new, or was forgotten and made anew.
         nothing = CountedRow((), 0, 0, 0)
         grown: list[tuple[_Key, int, int]] = []
@@ -122,41 +155,91 @@ class _Sums:
                 reads, refused, last = self.totals.get(key, (0, 0, 0.0))
                 last = max(last, now - row.age_s)
                 self.totals[key] = (reads + more[0], refused + more[1], last)
+                self.changed[_SUM, *key] = self.totals[key]
+                self.changed[_SEEN, worker, *key] = (row.reads, row.refused)
                 grown.append((key, *more))
         for key in sorted(self.totals, key=lambda key: self.totals[key][2]):
             if len(self.totals) <= self.kept and self.totals[key][2] >= now - READS_KEPT_S:
                 break
             del self.totals[key]
+            self.changed[_SUM, *key] = None
         return grown
+
+    def forget_others(self, workers: Collection[str]) -> None:
+        """Forget how far workers had counted that are gone."""
+        for gone in self.before.keys() - set(workers):
+            self.changed.update({(_SEEN, gone, *key): None for key in self.before.pop(gone)})
 
 
 @dataclass(slots=True)
 class TokenLedger:
     """What all workers have counted since `since`; bounded, as their tables are.
 
+    A worker is named by what no later one has. How far each had counted is kept with the sums, so that the next
+    controller goes on where this one ended.
+
     Attributes:
         read: Reads by network, as of `GuestWithoutToken`; only ever grows.
         refused: Refused reads by network; only ever grows.
+        all_since: Since when each read is counted, Unix time; `None` while only some are, or none.
+        changes: Rows to be kept by their keys, `None` for those that are gone; whoever keeps them clears it.
     """
 
     since: float
     read: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
-    _guests: _Sums = field(default_factory=lambda: _Sums(_GUESTS_KEPT))
-    _readers: _Sums = field(default_factory=lambda: _Sums(_READERS_KEPT))
+    all_since: float | None = None
+    changes: dict[_Key, Kept | None] = field(default_factory=dict)
+    _one_in: int | None = None
+    _guests: _Sums = field(init=False)
+    _readers: _Sums = field(init=False)
 
-    def keep_workers(self, workers: Collection[int]) -> None:
-        """Forget how far others had counted: they are gone, and a pid can come again."""
+    def __post_init__(self) -> None:
+        self._guests = _Sums(_GUESTS_KEPT, self.changes)
+        self._readers = _Sums(_READERS_KEPT, self.changes)
+
+    def recall(self, rows: Iterable[tuple[_Key, Kept]]) -> None:
+        """Take over what an earlier controller kept; to be called before anything else."""
+        for (kind, *key), numbers in rows:
+            if kind == _MODE:
+                since, all_since, one_in = numbers
+                self.since, self.all_since = since, all_since or None
+                self._one_in = int(one_in)
+            elif kind == _TOTAL:
+                self.read[key[0]], self.refused[key[0]] = int(numbers[0]), int(numbers[1])
+            elif kind == _SUM:
+                reads, refused, last = numbers
+                self._sums_of(key).totals[tuple(key)] = (int(reads), int(refused), last)
+            else:
+                row = CountedRow(tuple(key[1:]), int(numbers[0]), int(numbers[1]), 0)
+                self._sums_of(row.key).before.setdefault(key[0], {})[row.key] = row
+
+    def _sums_of(self, key: Collection[str]) -> _Sums:
+        return self._guests if len(key) == _GUEST_PARTS else self._readers
+
+    def note_mode(self, one_in: int, now: float) -> None:
+        """Of so many reads one is counted from now on."""
+        if one_in == self._one_in:
+            return
+        if one_in and self._one_in == 0:
+            self.since = now
+        self.all_since = now if one_in == 1 else None
+        self._one_in = one_in
+        self.changes[_MODE,] = (self.since, self.all_since or 0, one_in)
+
+    def keep_workers(self, workers: Collection[str]) -> None:
+        """Forget how far others had counted: they are gone."""
         for sums in (self._guests, self._readers):
-            sums.before = {one: sums.before[one] for one in workers if one in sums.before}
+            sums.forget_others(workers)
 
     def add(
-        self, worker: int, guests: Iterable[CountedRow], readers: Iterable[CountedRow], now: float
+        self, worker: str, guests: Iterable[CountedRow], readers: Iterable[CountedRow], now: float
     ) -> None:
         """Take in one worker's tables, of guests and of their clients."""
         for (network, _), reads, refused in self._guests.add(worker, guests, now):
             self.read[network] += reads
             self.refused[network] += refused
+            self.changes[_TOTAL, network] = (self.read[network], self.refused[network])
         self._readers.add(worker, readers, now)
 
     def report(self, trees: Iterable[OpenTree]) -> TokenReport:
@@ -176,7 +259,13 @@ class TokenLedger:
         ]  # fmt: skip
         guests.sort(key=lambda one: (-one.last_at, one.network, one.instance))
         found = tuple(trees)
-        return TokenReport(self.since, tuple(guests), found[:_OPEN_TREES_SHOWN], len(found))
+        return TokenReport(
+            self.since,
+            tuple(guests),
+            found[:_OPEN_TREES_SHOWN],
+            len(found),
+            all_since=self.all_since,
+        )
 
 
 def open_trees(inventory: Inventory, book: PolicyBook) -> list[OpenTree]:

@@ -138,6 +138,9 @@ class Layout:
     compiled_index = _Below("compiled.sqlite", state=True)
     """What compiled records were made of."""
 
+    token_counts = _Below("token-counts.sqlite", state=True)
+    """What was counted of reads without session tokens."""
+
     guards = _Below("guards.json", state=True)
     """What operators did about single instances."""
 

@@ -1,20 +1,17 @@
-import asyncio
 import json
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import cast
 
 import pytest
 
 from imdsproxy.app import watching as module
-from imdsproxy.app.watching import TokenCounting, Watching
+from imdsproxy.app.watching import Watching
 from imdsproxy.core.haproxy.runtime import Processes
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.master import MasterClient, WorkerEnded
 from imdsproxy.errors import RuntimeUnavailable
-from support.hand_clock import HandClock
 from support.tasks import background, until
 
 
@@ -137,23 +134,3 @@ async def test_haproxy_stops_reporting_when_there_is_no_watcher_any_more(
     assert not world.watching.wanted
     await world.watching.read(None)
     assert world.applied[:3] == [True, False, True]
-
-
-class CountingMaster(FakeMaster):
-    """Worker 1 answers, and worker 2, which drains, hangs."""
-
-    async def send(self, worker: int, command: str) -> str:
-        if worker == 2:
-            await asyncio.Event().wait()
-        key = "blue|vm-1||" if "readers" in command else "blue|vm-1"
-        return f"0x55d8: key={key} use=0 exp=604740000 shard=0 gpc0=5 gpc1=0 gpc2=2"
-
-
-async def test_what_a_worker_has_counted_is_kept_over_a_reload_where_another_one_hangs() -> None:
-    haproxy = SimpleNamespace(master=CountingMaster({1: [], 2: []}), before_reload=[])
-    counting = TokenCounting(cast("Haproxy", haproxy), HandClock(), lambda: 1)
-    for look in haproxy.before_reload:
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.05):
-                await look()
-    assert (counting.ledger.read["blue"], counting.ledger.refused["blue"]) == (5, 2)

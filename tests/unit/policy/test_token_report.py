@@ -47,15 +47,15 @@ def test_what_each_worker_counts_more_is_added_up(
     ledger = TokenLedger(_NOW)
     for worker, counts in looks:
         if worker is None:
-            ledger.keep_workers([2])
+            ledger.keep_workers(["2"])
         else:
-            ledger.add(worker, [] if counts is None else [_guest(*counts)], [], _NOW)
+            ledger.add(str(worker), [] if counts is None else [_guest(*counts)], [], _NOW)
     assert (ledger.read["blue"], ledger.refused["blue"]) == sums
 
 
 def test_guests_are_reported_with_their_clients_the_last_seen_first() -> None:
     ledger = TokenLedger(_NOW)
-    ledger.add(1, [_guest(3, 2, age_s=60), _guest(1, name="db", age_s=5)],
+    ledger.add("1", [_guest(3, 2, age_s=60), _guest(1, name="db", age_s=5)],
                [_reader(3, 1, age_s=60)], _NOW)  # fmt: skip
     trees = [OpenTree(NetworkId("blue"), InstanceId(f"i-{n}"), "/openstack") for n in range(150)]
     told = ledger.report(trees)
@@ -70,15 +70,15 @@ def test_guests_are_reported_with_their_clients_the_last_seen_first() -> None:
 def test_two_clients_whose_names_are_shown_alike_are_added_up_once() -> None:
     ledger = TokenLedger(_NOW)
     for _ in range(3):
-        ledger.add(1, [_guest(5)], [_reader(3, 1, age_s=60), _reader(2, age_s=9)], _NOW)
+        ledger.add("1", [_guest(5)], [_reader(3, 1, age_s=60), _reader(2, age_s=9)], _NOW)
     (guest,) = ledger.report([]).guests
     assert guest.readers == (ReaderWithoutToken("latest/user-data", "curl/8", 5, 1, _NOW - 9),)
 
 
 def test_what_is_a_week_old_is_not_told_and_the_sums_stay() -> None:
     ledger = TokenLedger(_NOW)
-    ledger.add(1, [_guest(3)], [_reader(3)], _NOW)
-    ledger.add(1, [_guest(1, name="db")], [], _NOW + _WEEK_S)
+    ledger.add("1", [_guest(3)], [_reader(3)], _NOW)
+    ledger.add("1", [_guest(1, name="db")], [], _NOW + _WEEK_S)
     assert [one.instance for one in ledger.report([]).guests] == ["db"]
     assert ledger.read["blue"] == 4
 
@@ -89,7 +89,7 @@ def test_of_too_many_guests_those_seen_longest_ago_are_forgotten(
     monkeypatch.setattr("imdsproxy.core.token_report._GUESTS_KEPT", 2)
     ledger = TokenLedger(_NOW)
     rows = [_guest(1, name=name, age_s=age) for name, age in (("a", 9), ("b", 1), ("c", 5))]
-    ledger.add(1, rows, [], _NOW)
+    ledger.add("1", rows, [], _NOW)
     assert [one.instance for one in ledger.report([]).guests] == ["b", "c"]
     assert ledger.read["blue"] == 3
 

@@ -1,0 +1,158 @@
+"""Reads without session tokens, as HAProxy's workers count them, added up over workers and controllers."""
+
+import asyncio
+import json
+import sqlite3
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final, TypeAlias
+
+import structlog
+
+from imdsproxy.core.haproxy.counting import GUESTS_TABLE, READERS_TABLE, parse_guests, parse_readers
+from imdsproxy.core.inventory import Inventory
+from imdsproxy.core.policy import PolicyBook
+from imdsproxy.core.token_report import Kept, TokenLedger, TokenReport, open_trees
+from imdsproxy.core.token_verdict import Counted, judge_tokens
+from imdsproxy.dataplane.haproxy import Haproxy
+from imdsproxy.errors import NotFound, Problem, RuntimeUnavailable
+from imdsproxy.host.clock import Clock
+from imdsproxy.host.process import read_stat
+from imdsproxy.sources.sqlite_file import SideCache
+
+_Key: TypeAlias = tuple[str, ...]
+
+_SAVE_EVERY_S: Final = 60.0
+_VERDICTS_SHOWN: Final = 100
+_SCHEMA: Final = "CREATE TABLE kept (key TEXT PRIMARY KEY, numbers TEXT NOT NULL) WITHOUT ROWID"
+
+
+def _read(connection: sqlite3.Connection) -> Iterator[tuple[_Key, Kept]]:
+    for key, numbers in connection.execute("SELECT key, numbers FROM kept"):
+        yield tuple(json.loads(key)), tuple(json.loads(numbers))
+
+
+def _write(connection: sqlite3.Connection, key: _Key, numbers: Kept | None) -> None:
+    name = json.dumps(key)
+    if numbers is None:
+        connection.execute("DELETE FROM kept WHERE key = ?", (name,))
+    else:
+        row = (name, json.dumps(numbers))
+        connection.execute("INSERT OR REPLACE INTO kept VALUES (?, ?)", row)
+
+
+@dataclass(slots=True)
+class TokenCounting:
+    """Adds up what workers have counted: for a report, and before a reload ends a worker.
+
+    It is on disk a minute later, with how far each worker had counted. Their tables outlive a controller, so that the
+    next one misses nothing while the worker lives.
+
+    Args:
+        haproxy: Whose workers are asked, draining ones too.
+        clock: Of this host.
+        one_in: Of so many reads that are not refused one is counted now; 0 for none.
+        path: Where sums are kept; the file may be deleted.
+
+    Attributes:
+        ledger: The sums.
+        recalled: They have those of the controllers before.
+    """
+
+    haproxy: Haproxy
+    clock: Clock
+    one_in: Callable[[], int]
+    path: Path
+    ledger: TokenLedger = field(init=False)
+    recalled: bool = False
+    _cache: SideCache[_Key, Kept] = field(init=False)
+    _saved: float = field(init=False)
+    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def __post_init__(self) -> None:
+        self.ledger = TokenLedger(self.clock.now().timestamp())
+        lost = "counts of reads without tokens are not kept"
+        self._cache = SideCache(self.path, _SCHEMA, _read, _write, "tokens.count_reads", lost)
+        self._saved = self.clock.monotonic()
+        self.haproxy.before_reload.append(self.refresh)
+
+    @property
+    def problem(self) -> Problem | None:
+        """Why counts do not outlive this controller."""
+        return self._cache.problem
+
+    async def refresh(self) -> None:
+        """Read all workers' tables once; what cannot be read is read the next time."""
+        async with self._lock:
+            if not self.recalled:
+                rows = await asyncio.to_thread(self._cache.load)
+                self.ledger.recall(rows)
+                self.recalled = True
+            self.ledger.note_mode(self.one_in(), self.clock.now().timestamp())
+            await self._look()
+            if self.clock.monotonic() - self._saved >= _SAVE_EVERY_S:
+                await self._save()
+
+    async def save(self) -> None:
+        """Have on disk what is known now."""
+        async with self._lock:
+            # What was not read must not be overwritten by less.
+            if self.recalled:
+                await self._save()
+
+    async def _save(self) -> None:
+        self._cache.keep(self.ledger.changes)
+        self.ledger.changes.clear()
+        self._saved = self.clock.monotonic()
+        await asyncio.to_thread(self._cache.save)
+
+    async def _look(self) -> None:
+        tables = (f"show table {GUESTS_TABLE}", f"show table {READERS_TABLE}")
+        workers: list[str] = []
+        try:
+            async for pid, found in self.haproxy.master.ask_workers(*tables):
+                stat = read_stat(pid)
+                # A pid can come again.
+                worker = f"{pid}.{0 if stat is None else stat.started}"
+                workers.append(worker)
+                if found:
+                    # At once: another worker may hang until there is no time left.
+                    rows = parse_guests(found[0]), parse_readers(found[1])
+                    self.ledger.add(worker, *rows, self.clock.now().timestamp())
+        except RuntimeUnavailable as error:
+            structlog.get_logger().debug("token counts cannot be read", reason=error.message)
+            return
+        self.ledger.keep_workers(workers)
+
+    async def report(
+        self,
+        inventory: Inventory,
+        policies: Callable[[], PolicyBook],
+        days: int,
+        scope: tuple[str, str] | None = None,
+    ) -> TokenReport:
+        """Who still reads without session tokens, which trees required tokens leave open, and whether to require them.
+
+        Args:
+            inventory: Everything known.
+            policies: Those in force.
+            days: For so long no guest may have read without one, for the verdict yes.
+            scope: `network` or `project`, and its id, for a verdict on that alone.
+
+        Raises:
+            NotFound: There is none.
+        """
+        await self.refresh()
+        book, one_in = policies(), self.one_in()
+        report = replace(self.ledger.report(open_trees(inventory, book)), one_in=one_in)
+        counted = Counted(report.since, report.all_since, one_in)
+        now = self.clock.now().timestamp()
+        verdicts = judge_tokens(report.guests, inventory, book, counted, now=now, days=days)
+        if scope is not None:
+            verdicts = [one for one in verdicts if (one.scope, one.id) == scope]
+            if not verdicts:
+                raise NotFound(f"no instance is in {' '.join(scope)}")
+            return replace(report, days=days, verdicts=tuple(verdicts))
+        host, others = verdicts[0], sorted(verdicts[1:], key=lambda one: one.ready != "no")
+        return replace(report, days=days, verdicts=(host, *others[: _VERDICTS_SHOWN - 1]))

@@ -1,0 +1,135 @@
+"""Whether session tokens can be required: of the host, of each network, of each project."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from imdsproxy.core.inventory import Inventory
+from imdsproxy.core.model import InstanceId, NetworkId
+from imdsproxy.core.plan import policy_place
+from imdsproxy.core.policy import PolicyBook, PolicyScope, TokenMode
+from imdsproxy.core.token_report import GuestWithoutToken, TokenVerdict
+
+_DAY_S: Final = 86_400
+_NAMED: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """How long reads have been counted, and how.
+
+    Attributes:
+        since: Since when any are, Unix time.
+        all_since: Since when each of them is; `None` while only a sample is.
+        one_in: Of so many reads one is counted now; 0 for none.
+    """
+
+    since: float
+    all_since: float | None
+    one_in: int
+
+
+def judge_tokens(
+    guests: Iterable[GuestWithoutToken],
+    inventory: Inventory,
+    book: PolicyBook,
+    counted: Counted,
+    *,
+    now: float,
+    days: int,
+) -> list[TokenVerdict]:
+    """A verdict on the host, then on each network, then on each project.
+
+    A guest that is gone, and one whose own policy is `optional` or `off`, is in nobody's way: the latter would go on
+    reading.
+
+    Args:
+        guests: Who read without tokens.
+        inventory: Everything known.
+        book: The policies in force.
+        counted: How they were counted.
+        now: Unix time.
+        days: For so long none may have read.
+    """
+    late = [one for one in guests if one.last_at >= now - days * _DAY_S]
+    in_the_way = [(one, theirs) for one in late if (theirs := _concerned(one, inventory, book))]
+    networks: dict[str, list[GuestWithoutToken]] = {str(one): [] for one in inventory.networks}
+    projects: dict[str, list[GuestWithoutToken]] = {
+        each: []
+        for instance in inventory.instances.values()
+        for each in (instance.project, *(port.project for port in instance.ports))
+        if each is not None
+    }
+    for guest, theirs in in_the_way:
+        networks.setdefault(guest.network, []).append(guest)
+        for project in theirs - {None}:
+            projects.setdefault(str(project), []).append(guest)
+    enough = _enough(counted, now, days)
+    return [
+        _judge("host", "", [guest for guest, _ in in_the_way], enough, days),
+        *(_judge("network", name, found, enough, days) for name, found in sorted(networks.items())),
+        *(_judge("project", name, found, enough, days) for name, found in sorted(projects.items())),
+    ]
+
+
+def _concerned(
+    guest: GuestWithoutToken, inventory: Inventory, book: PolicyBook
+) -> frozenset[str | None]:
+    """The projects in which a policy of a wider scope would apply to it; none where its own one does."""
+    instance = inventory.instances.get(InstanceId(guest.instance))
+    if instance is None:
+        return frozenset()
+    network = NetworkId(guest.network)
+    ports = [port for port in instance.ports if port.network == network] or instance.ports
+    found: set[str | None] = set()
+    for project in {port.project or instance.project for port in ports}:
+        folded = book.fold(policy_place(inventory, network, project, instance))
+        of_its_own = dict(folded.origins).get("tokens") is PolicyScope.INSTANCE
+        if not of_its_own or folded.policy.tokens is TokenMode.REQUIRED:
+            found.add(project)
+    return frozenset(found)
+
+
+def _enough(counted: Counted, now: float, days: int) -> str | None:
+    """Why what was counted does not suffice to say yes; `None` where it does."""
+    if counted.one_in == 0:
+        return "reads are not counted: tokens.count_reads is off"
+    if counted.all_since is None:
+        return (
+            f"one read in {counted.one_in} is counted, so rare readers may not be seen: "
+            "tokens.count_reads: all counts each"
+        )
+    passed = (now - counted.all_since) / _DAY_S
+    if passed < days:
+        return f"each read is counted for {passed:.1f} days of {days}"
+    return None
+
+
+def _judge(
+    scope: Literal["host", "network", "project"],
+    name: str,
+    found: list[GuestWithoutToken],
+    enough: str | None,
+    days: int,
+) -> TokenVerdict:
+    guests: Mapping[str, GuestWithoutToken] = {one.instance: one for one in reversed(found)}
+    over = f"in the last {days} days"
+    if guests:
+        shown = ", ".join(_named(list(guests.values())[::-1]))
+        many = "1 guest reads" if len(guests) == 1 else f"{len(guests)} guests read"
+        return TokenVerdict(
+            scope, name, "no", f"{many} without a token {over}: {shown}", len(guests)
+        )
+    none = f"no guest has read without a token {over}"
+    if enough is not None:
+        return TokenVerdict(scope, name, "unknown", f"{none}, but {enough}", 0)
+    return TokenVerdict(scope, name, "yes", f"{none}, and each read is counted", 0)
+
+
+def _named(guests: list[GuestWithoutToken]) -> Iterator[str]:
+    """The first ones with their clients, and how many more."""
+    for one in guests[:_NAMED]:
+        client = next((reader.client for reader in one.readers if reader.client), "")
+        yield f"{one.instance} ({client})" if client else one.instance
+    if len(guests) > _NAMED:
+        yield f"and {len(guests) - _NAMED} more"
