@@ -255,7 +255,7 @@ def report(
     *,
     days: Annotated[
         int,
-        flag("--days N", "For so long no guest may have read without one: 1 to 7, by default 7."),
+        flag("--days N", "For so long no guest may have read without one, 1 to 7 (default: 7)."),
     ] = 7,
     network: Annotated[
         str | None, options.network_flag("The verdict on this network, not on the host.")
