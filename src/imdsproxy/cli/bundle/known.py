@@ -22,7 +22,6 @@ from imdsproxy.sources.file.record_file import SUFFIXES
 _SECRET_FILE: Final = re.compile(r"(secret|key)_file$")
 _SECRET_KEY: Final = re.compile(r"pass|secret|token|key|credential", re.IGNORECASE)
 _DATA_FIELDS: Final = ("user_data", "vendor_data", "ssh_keys", "user_data_base64")
-_STORES: Final = (("store.sqlite", "instances"), ("last-good.sqlite", "last_good"))
 
 
 @dataclass(slots=True)
@@ -55,8 +54,8 @@ def read_known(settings: Settings, layout: Layout) -> Known:
         _read(known, path, known.data.append)
     for path in _below(known, layout.records, "*/*.rec"):
         _read(known, path, lambda content: _take_compiled(known, content))
-    for name, table in _STORES:
-        _read_store(known, layout.state / name, table)
+    _read_store(known, settings.store_path, "instances")
+    _read_store(known, layout.state / "last-good.sqlite", "last_good")
     directory = settings.sources.file.directory
     for path in _below(known, directory, "**/*"):
         read = _record_file_data if path.suffix in SUFFIXES else _whole
