@@ -26,8 +26,9 @@ _INVENTORY: Final = """\
 kvm1 ansible_connection=local ansible_become=false ansible_python_interpreter=/usr/bin/python3
 """
 _MAKE_S: Final = 300
-_GUEST: Final = """
+_HOST: Final = """
 set -eu
+apt-get --yes --quiet=2 --no-install-recommends install python3 python3-apt curl
 ip link add br0 type bridge
 ip link set br0 up
 ip address add 10.0.0.1/24 dev br0
@@ -52,17 +53,7 @@ def control(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     deb = build_packages().deb
     work = tmp_path_factory.mktemp("host")
     with systemd_machine(work, lower=blank_tree()) as machine:
-        machine.run(
-            "apt-get",
-            "--yes",
-            "--quiet=2",
-            "--no-install-recommends",
-            "install",
-            "python3",
-            "python3-apt",
-            "curl",
-        )
-        machine.run("sh", "-c", _GUEST)
+        machine.run("sh", "-c", _HOST)
         machine.run("mkdir", "-p", _HOME)
         machine.run("install", "-m", "644", str(deb), f"{_HOME}/")
         machine.run("ln", "-s", str(REPOSITORY), f"{_HOME}/imdsproxy")
