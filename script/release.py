@@ -96,7 +96,7 @@ def check_release(changelog: str, init: str, version: str) -> Section:
             f"run script/release prepare {version} and commit, or check out its tag"
         )
     section = next((one for one in parse_changelog(changelog) if one.version == version), None)
-    if section is None or section.date == _UNRELEASED:
+    if section is None or not re.fullmatch(r"\d{4}-\d\d-\d\d", section.date):
         raise Refused(
             f"CHANGELOG.md has no section '## {version} (DATE)': "
             f"run script/release prepare {version} and commit"

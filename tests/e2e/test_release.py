@@ -91,8 +91,8 @@ script/release() {{
 set -eu
 {script_of(blocks)}
 """
-    status, said = run_script(script, cwd=tree, home=place)
-    assert find_fault(blocks, status, said) == ""
+    status, printed = run_script(script, cwd=tree, home=place)
+    assert find_fault(blocks, status, printed) == ""
     return tree / "dist" / _VERSION
 
 
@@ -272,9 +272,9 @@ def test_nothing_is_built_of_a_tree_that_is_no_release_nor_signed_with_another_k
     program = f'exec "{sys.executable}" script/release.py --tools "{tools}"'
 
     def refused(words: str) -> str:
-        status, said = run_script(f"{program} {words}", cwd=tree, home=place)
+        status, printed = run_script(f"{program} {words}", cwd=tree, home=place)
         assert status == 1
-        return said
+        return printed
 
     built = f"build {_VERSION} --output {place}/refused"
     assert "are version 1.0.0, not 9.9.9: run" in refused("build 9.9.9 --unsigned")

@@ -51,5 +51,6 @@ def test_what_is_no_next_version_is_refused(version: str, changelog: str, why: s
     ],
 )
 def test_what_was_not_prepared_is_not_built(version: str, why: str) -> None:
-    with pytest.raises(Refused, match=why):
-        check_release(CHANGELOG.replace("2026-01-31", "unreleased"), INIT, version)
+    for date in ("unreleased", "soon"):
+        with pytest.raises(Refused, match=why):
+            check_release(CHANGELOG.replace("2026-01-31", date), INIT, version)
