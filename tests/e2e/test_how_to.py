@@ -1,12 +1,13 @@
 """The how-to pages, each followed to the letter on one host, which each leaves as it was."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
 import pytest
 
 from support.guest import Load
-from support.how_to import META_DATA, Host, open_host
+from support.how_to import META_DATA, Host, open_host, open_new_host
 from support.systemd_daemon import named
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -52,3 +53,8 @@ def test_a_page_does_what_it_says_and_no_other_guest_loses_a_request(host: Host,
 @pytest.mark.parametrize("page", ["upgrade.md"])
 def test_a_page_does_what_it_says(host: Host, page: str) -> None:
     assert host.follow(page) == ""
+
+
+def test_a_host_is_moved_to_another_as_the_page_says(host: Host, tmp_path: Path) -> None:
+    with open_new_host(tmp_path, host) as new:
+        assert host.follow("move-a-host.md", new) == ""

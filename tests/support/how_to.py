@@ -2,8 +2,11 @@
 
 import contextlib
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,6 +17,7 @@ from support.lab import until
 from support.packaged_daemon import PackagedDaemon, machine_with_dependencies
 from support.packages import build_packages
 from support.systemd_daemon import journal_of_failures, named
+from support.systemd_machine import Machine
 
 PAGES: Final = REPOSITORY / "docs/how-to"
 HOME: Final = "/srv/operator"
@@ -22,6 +26,7 @@ META_DATA: Final = "/openstack/latest/meta_data.json"
 """What every guest may read at any time."""
 
 _FOLLOWING: Final = "99.0"
+_SENT: Final = "/srv/sent"
 _GUESTS: Final = {"web-1": "blue", "db-1": "red", "vm-1": "cloud"}
 """The network of each instance; Nova has the documents of the last."""
 _MACS: Final = {name: f"fa:16:3e:00:00:{last:02}" for last, name in enumerate(_GUESTS, 1)}
@@ -59,35 +64,44 @@ http.server.ThreadingHTTPServer(("127.0.0.1", int(f"877{number}")), Nova).serve_
 """
 """A stand-in for Nova's metadata API: it knows every instance, and who may ask."""
 
-_ELSEWHERE: Final = re.compile(r"# (in the guest(?: [\w-]+)?|on nova-[12])\n")
+_ELSEWHERE: Final = re.compile(r"# (in the guest(?: [\w-]+)?|on nova-[12]|on the new host)\n")
 
 
 def page_blocks(name: str, heading: str | None = None) -> list[Block]:
     """The command blocks of a page, or below one of its headings, as the host's shell runs them."""
+    return [block for _, block in _blocks_by_host(name, heading)]
+
+
+def _blocks_by_host(name: str, heading: str | None = None) -> list[tuple[str, Block]]:
+    """The same, each with whose shell that is: the `old` or the `new` host's."""
     page = PAGES / name
     title = page.read_text().partition("\n")[0]
     return [_placed(block) for block in blocks_of(page, heading or title)]
 
 
-def _placed(block: Block) -> Block:
+def _placed(block: Block) -> tuple[str, Block]:
     places = list(_ELSEWHERE.finditer(block.script))
     if not places:
-        return block
+        return "old", block
     (place,) = places
     assert place.start() == 0, f"line {block.line}: there must be prose before {place[0]}"
     words = place[1].split()
-    if words[0] == "in":
-        network = _GUESTS[words[3] if len(words) > 3 else "web-1"]
-        shell = f"nsenter --net=/run/netns/guest-{network} bash -euo pipefail"
-        before = ""
-    else:
-        number = words[1].removeprefix("nova-")
-        shell = "unshare --mount bash -euo pipefail"
-        before = (
-            f"mount --bind /srv/nova-{number} /etc/nova\n"
-            f'systemctl() {{ command systemctl "${{@/nova-api-metadata/{_NOVA_UNIT}{number}}}"; }}\n'
-        )
-    return replace(block, script=f"{shell} <<'ELSEWHERE'\n{before}{block.script}\nELSEWHERE")
+    shell, before = "unshare --mount bash -euo pipefail", ""
+    match words:
+        case ["on", "the", "new", "host"]:
+            return "new", block
+        case ["in", "the", "guest", *named_guest]:
+            network = _GUESTS["".join(named_guest) or "web-1"]
+            shell = f"nsenter --net=/run/netns/guest-{network} bash -euo pipefail"
+        case _:
+            number = words[1].removeprefix("nova-")
+            unit = f"{_NOVA_UNIT}{number}"
+            before = (
+                f"mount --bind /srv/nova-{number} /etc/nova\n"
+                f'systemctl() {{ command systemctl "${{@/nova-api-metadata/{unit}}}"; }}\n'
+            )
+    script = f"{shell} <<'ELSEWHERE'\n{before}{block.script}\nELSEWHERE"
+    return "old", replace(block, script=script)
 
 
 @dataclass(slots=True)
@@ -101,13 +115,30 @@ class Host:
         (found,) = (one for one in self.daemon.guests if one.name == name)
         return found
 
-    def follow(self, name: str) -> str:
-        """Run all of a page in one shell; how it did not go as the page says."""
-        blocks = page_blocks(name)
-        self.daemon.machine.write("/tmp/page", script_of(blocks))  # noqa: S108 - of the machine
-        command = f"cd {HOME} && exec timeout 300 bash -euo pipefail /tmp/page"
-        status, output = self.daemon.machine.attempt("sh", "-c", command, within_s=310)
-        return find_fault(blocks, status, output)
+    def follow(self, name: str, new: Machine | None = None) -> str:
+        """Run all of a page, what follows on one host in one shell; how it did not go as the page says.
+
+        Args:
+            new: The page's new host.
+        """
+        machines = {"old": self.daemon.machine, "new": new}
+        for host, placed in groupby(_blocks_by_host(name), key=itemgetter(0)):
+            machine = machines[host]
+            assert machine is not None
+            blocks = [block for _, block in placed]
+            machine.write("/tmp/page", script_of(blocks))  # noqa: S108 - of the machine
+            command = f"cd {HOME} && exec timeout 300 bash -euo pipefail /tmp/page"
+            status, output = machine.attempt("sh", "-c", command, within_s=310)
+            if fault := find_fault(blocks, status, output):
+                return fault
+            if new is not None:
+                self._carry(new)
+        return ""
+
+    def _carry(self, new: Machine) -> None:
+        """What `scp` has sent arrives."""
+        for path in (self.daemon.machine.root / _SENT.lstrip("/")).iterdir():
+            shutil.move(path, new.root / HOME.lstrip("/"))
 
     def state(self) -> Mapping[str, Any]:
         """What a page leaves as it was."""
@@ -115,7 +146,8 @@ class Host:
         listing = f"""
             find {HOME} /etc/imdsproxy | sort
             find /etc/imdsproxy -type f -not -name nova.secret | sort | xargs sha256sum
-            ip netns list | sort
+            ip netns list | cut -d " " -f 1 | sort
+            systemctl is-enabled imdsproxy
             dpkg-query --show imdsproxy
         """
         records = {
@@ -166,6 +198,23 @@ def records() -> dict[str, list[dict[str, object]]]:
         for name, network in _GUESTS.items()
     ]
     return {"networks": networks, "instances": instances}
+
+
+@contextlib.contextmanager
+def open_new_host(work: Path, old: Host) -> Iterator[Machine]:
+    """Boot another, with the package at hand, and with the old one's networks and guests as they will be there."""
+    old.daemon.machine.write("/usr/local/bin/scp", f"#!/bin/sh\ncp -- $1 {_SENT}\n")
+    old.daemon.machine.run("chmod", "755", "/usr/local/bin/scp")
+    old.daemon.machine.run("mkdir", "-p", _SENT)
+    packages = build_packages()
+    with machine_with_dependencies(work, packages) as machine:
+        machine.run("install", "-D", "-m", "644", "-t", HOME, str(packages.deb))
+        daemon = PackagedDaemon(machine)
+        _run_novas(daemon)
+        for name, network in _GUESTS.items():
+            daemon.plug_in_one(network, _MACS[name])
+        with journal_of_failures(daemon):
+            yield machine
 
 
 @contextlib.contextmanager

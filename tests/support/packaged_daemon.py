@@ -1,13 +1,16 @@
 """imdsproxy installed from its Debian package in a machine of its own, as an operator installs it."""
 
 import contextlib
+import fcntl
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
 
-from support.packages import RECOMMENDED, Packages, download_dependencies
+from support.lab import run
+from support.packages import CACHE, RECOMMENDED, Packages, download_dependencies
 from support.systemd_daemon import UnitDaemon
 from support.systemd_machine import Machine, systemd_machine
 
@@ -15,6 +18,7 @@ _APT: Final = ("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "--yes", "--q
 _COMPILE: Final = "/usr/local/sbin/py3compile"
 _LIBRARIES: Final = "/usr/lib/python3/dist-packages"
 _ARCHIVES: Final = "/var/cache/apt/archives"
+_STATUS: Final = Path("/var/lib/dpkg/status")
 
 
 @contextlib.contextmanager
@@ -24,21 +28,46 @@ def machine_with_dependencies(work: Path, packages: Packages) -> Iterator[Machin
     Raises:
         AssertionError: Debian's packages cannot be had, or do not satisfy it.
     """
-    archives = download_dependencies(packages.deb)
-    with systemd_machine(work) as machine:
-        # What a container's image brings so that nothing is ever started.
-        machine.run("rm", "-f", "/usr/sbin/policy-rc.d")
-        # The index of all manual pages would be made anew each time.
-        machine.write("/etc/dpkg/dpkg.cfg.d/machine", "path-exclude=/usr/share/man/*\n")
-        machine.run("sh", "-c", f"cp {archives}/*.deb {_ARCHIVES} 2>/dev/null || true")
-        depends = machine.run("dpkg-deb", "--field", str(packages.deb), "Depends")
-        # All at once instead of one package after the other: half a minute becomes some seconds.
-        machine.write(_COMPILE, "#!/bin/sh\n")
-        machine.run("chmod", "755", _COMPILE)
-        machine.run(*_APT, "--no-install-recommends", "satisfy", ", ".join((depends, *RECOMMENDED)))
-        machine.run("rm", _COMPILE)
-        machine.attempt("/usr/bin/python3", "-m", "compileall", "-q", "-j", "0", _LIBRARIES)
+    with systemd_machine(work, changes=_dependencies(work, packages)) as machine:
         yield machine
+
+
+def _dependencies(work: Path, packages: Packages) -> Path:
+    """What installing the dependencies changes in a machine; made once for a state of this host and of the package."""
+    archives = download_dependencies(packages.deb)
+    own = run("dpkg-deb", "--field", str(packages.deb), "Depends").strip()
+    depends = ", ".join((own, *RECOMMENDED))
+    names = sorted(path.name for path in archives.glob("*.deb"))
+    state = "\n".join([depends, *names, _STATUS.read_text(), Path(__file__).read_text()])
+    target = CACHE / f"dependencies-{hashlib.sha256(state.encode()).hexdigest()[:16]}.tar"
+    with (CACHE / "dependencies.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            for old in CACHE.glob("dependencies-*.tar"):
+                old.unlink()
+            part = target.with_suffix(".part")
+            with systemd_machine(work) as machine:
+                _install(machine, archives, depends)
+                machine.save_changes(part)
+            part.rename(target)
+    return target
+
+
+def _install(machine: Machine, archives: Path, depends: str) -> None:
+    # What a container's image brings so that nothing is ever started.
+    machine.run("rm", "-f", "/usr/sbin/policy-rc.d")
+    # The index of all manual pages would be made anew each time.
+    machine.write("/etc/dpkg/dpkg.cfg.d/machine", "path-exclude=/usr/share/man/*\n")
+    # A machine has no network.
+    machine.write("/etc/apt/apt.conf.d/machine", 'APT::Install-Recommends "false";\n')
+    machine.run("sh", "-c", f"cp {archives}/*.deb {_ARCHIVES} 2>/dev/null || true")
+    # All at once instead of one package after the other: half a minute becomes some seconds.
+    machine.write(_COMPILE, "#!/bin/sh\n")
+    machine.run("chmod", "755", _COMPILE)
+    machine.run(*_APT, "satisfy", depends)
+    machine.run("rm", _COMPILE)
+    machine.attempt("/usr/bin/python3", "-m", "compileall", "-q", "-j", "0", _LIBRARIES)
+    machine.run("sh", "-c", f"rm -f {_ARCHIVES}/*.deb")
 
 
 @dataclass(slots=True)

@@ -14,7 +14,8 @@ from typing import Final
 from support.demonstration import REPOSITORY
 from support.lab import run
 
-_CACHE: Final = REPOSITORY / ".cache" / "packages"
+CACHE: Final = REPOSITORY / ".cache"
+_CACHE: Final = CACHE / "packages"
 _SOURCES: Final = ("src", "packaging", "docs", "pyproject.toml", "LICENSE")
 RECOMMENDED: Final = ("python3-jinja2", "python3-openstacksdk (>= 4.0)")
 """Of what the package recommends, what its tests need."""
@@ -48,7 +49,7 @@ def build_packages(version: str | None = None) -> Packages:
 
 def download_dependencies(deb: Path) -> Path:
     """A directory with every package that this host lacks for one to be installed, as apt lays them down."""
-    place = REPOSITORY / ".cache" / "package-archives"
+    place = CACHE / "package-archives"
     names = [one.split()[0] for one in RECOMMENDED]
     install = ("install", "--yes", "--no-install-recommends", "--download-only", str(deb))
     with (place.parent / "package-archives.lock").open("w") as lock:
@@ -60,7 +61,7 @@ def download_dependencies(deb: Path) -> Path:
 
 def unpacked(package: str) -> Path:
     """The root that a package of Debian's unpacks to, which is not installed; the first call fetches it."""
-    cache = REPOSITORY / ".cache" / "debian-files"
+    cache = CACHE / "debian-files"
     target = cache / package
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / f"{package}.lock").open("w") as lock:

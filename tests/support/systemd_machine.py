@@ -26,7 +26,7 @@ _INIT: Final = "/usr/lib/systemd/systemd"
 # Runs as process 1 of the new namespaces; everything it mounts goes with them.
 _SET_UP: Final = r"""
 set -eu
-work=$1 python=$2 repository=$3 propagation=$4 group=$5 lower=$6
+work=$1 python=$2 repository=$3 propagation=$4 group=$5 lower=$6 changes=$7
 # The control group named here becomes the root of the machine's own hierarchy.
 mount --make-rprivate /
 mkdir "$work/groups"
@@ -34,10 +34,11 @@ mount -t cgroup2 none "$work/groups"
 mkdir "$work/groups/$group"
 echo $$ >"$work/groups/$group/cgroup.procs"
 exec unshare --cgroup sh -eu -c '
-work=$1 python=$2 repository=$3 propagation=$4 lower=$5
+work=$1 python=$2 repository=$3 propagation=$4 lower=$5 changes=$6
 mount -t tmpfs none "$work"
 mkdir "$work/upper" "$work/work" "$work/root" "$work/proc"
 root=$work/root
+[ -z "$changes" ] || tar --extract --xattrs --xattrs-include="*" --file "$changes" --directory "$work/upper"
 mount -t overlay none -o "lowerdir=$lower,upperdir=$work/upper,workdir=$work/work" "$root"
 mount -t tmpfs -o mode=755 none "$root/run"
 mount -t tmpfs -o mode=1777 none "$root/tmp"
@@ -73,13 +74,15 @@ rm -rf "$root/etc/imdsproxy" "$root/var/lib/imdsproxy" "$root/var/log/journal"
 printf "[Unit]\nRequires=basic.target\nAfter=basic.target\n" >"$root/etc/systemd/system/imdst.target"
 ip link set lo up
 cd "$root"
-mkdir .host
+mkdir -p .host
 pivot_root . .host
+# For `save_changes`.
+mount --bind "/.host$work/upper" /mnt
 umount -l /.host
 mount "--make-r$propagation" /
 exec env -i container=imdst PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     LANG=C.UTF-8 INIT --system --unit=imdst.target --show-status=no --log-target=journal
-' sh "$work" "$python" "$repository" "$propagation" "$lower"
+' sh "$work" "$python" "$repository" "$propagation" "$lower" "$changes"
 """.replace("INIT", _INIT)
 
 
@@ -151,6 +154,12 @@ class Machine:
         chosen = [f"--unit={unit}" for unit in units]
         return self.run("journalctl", "--no-pager", *self._journal_from, *options, *chosen)
 
+    def save_changes(self, target: Path) -> None:
+        """Write all that has changed in its files into an archive, for `systemd_machine`."""
+        options = ("--create", "--xattrs", "--xattrs-include=*", "--directory=/mnt", ".")
+        with target.open("wb") as sink:
+            subprocess.run(self.arguments("tar", *options), stdout=sink, check=True, timeout=100)
+
     def forget_journal(self) -> None:
         """Have `journal` show only what is logged from now on."""
         self.run("journalctl", "--sync")
@@ -160,7 +169,11 @@ class Machine:
 
 @contextlib.contextmanager
 def systemd_machine(
-    work: Path, *, propagation: Literal["shared", "private"] = "shared", lower: Path = Path("/")
+    work: Path,
+    *,
+    propagation: Literal["shared", "private"] = "shared",
+    lower: Path = Path("/"),
+    changes: Path | None = None,
 ) -> Iterator[Machine]:
     """Boot it; it is gone at the end.
 
@@ -169,6 +182,7 @@ def systemd_machine(
         propagation: How its mounts are: `shared`, as systemd makes them on a host, or `private`, as
             they may be in a container, where it leaves them as they are.
         lower: The tree that its root is a throw-away copy of; this host's own without it.
+        changes: What another machine has saved of its files: this one has them from the beginning.
     """
     group = f"imdst-{secrets.token_hex(4)}"
     output = work.parent / f"{group}.out"
@@ -178,6 +192,7 @@ def systemd_machine(
             [
                 *(*ends_with_us(), "/usr/bin/unshare", *namespaces, "/bin/sh", "-c", _SET_UP, "sh"),
                 *(str(work), sys.base_prefix, str(REPOSITORY), propagation, group, str(lower)),
+                "" if changes is None else str(changes),
             ],
             stdin=subprocess.DEVNULL,
             stdout=sink,
