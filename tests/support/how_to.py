@@ -15,13 +15,15 @@ from support.document_blocks import Block, blocks_of, find_fault, script_of
 from support.guest import Guest, Lost
 from support.lab import until
 from support.packaged_daemon import PackagedDaemon, machine_with_dependencies
-from support.packages import build_packages
+from support.packages import archive_of, build_packages
 from support.systemd_daemon import journal_of_failures, named
 from support.systemd_machine import Machine
 
 PAGES: Final = REPOSITORY / "docs/how-to"
 HOME: Final = "/srv/operator"
 """Where the operator works: with the package that runs in `old`, and the version after it in `new`."""
+ARCHIVES: Final = "/srv/archives"
+"""Debian's packages that a remedy installs: a machine has no network."""
 META_DATA: Final = "/openstack/latest/meta_data.json"
 """What every guest may read at any time."""
 
@@ -45,7 +47,7 @@ nova:
 """
 _NOVA_UNIT: Final = "nova-api-metadata@"
 _NOVA: Final = """\
-import hashlib, hmac, http.server, json, re, sys
+import hashlib, hmac, http.server, json, os, re, sys
 number = sys.argv[1]
 conf = open(f"/srv/nova-{number}/nova.conf").read()
 secret = re.search("^metadata_proxy_shared_secret = (.*)$", conf, re.MULTILINE)[1].encode()
@@ -55,14 +57,15 @@ class Nova(http.server.BaseHTTPRequestHandler):
         signature = hmac.new(secret, instance.encode(), hashlib.sha256).hexdigest()
         right = signature == self.headers.get("X-Instance-ID-Signature")
         body = json.dumps({"name": instance}).encode() if right else b""
-        self.send_response(200 if right or self.path == "/" else 403)
+        busy = os.path.exists("/srv/nova-busy")
+        self.send_response(200 if self.path == "/" else 429 if busy else 200 if right else 403)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
     def log_message(self, *_): pass
 http.server.ThreadingHTTPServer(("127.0.0.1", int(f"877{number}")), Nova).serve_forever()
 """
-"""A stand-in for Nova's metadata API: it knows every instance, and who may ask."""
+"""A stand-in for Nova's metadata API: it knows every instance, and who may ask; overloaded where a file says so."""
 
 _ELSEWHERE: Final = re.compile(r"# (in the guest(?: [\w-]+)?|on nova-[12]|on the new host)\n")
 
@@ -232,9 +235,14 @@ def open_host(work: Path) -> Iterator[Host]:
                 replace(daemon.plug_in_one(network, _MACS[name]), name=name)
                 for name, network in _GUESTS.items()
             )
+            machine.run("mkdir", "-p", "/etc/imdsproxy/records")
             machine.write("/etc/imdsproxy/nova.secret", f"{_SECRET}\n")
             machine.run("chmod", "600", "/etc/imdsproxy/nova.secret")
             machine.write("/etc/imdsproxy/conf.d/nova.yaml", _NOVA_SETTINGS)
+            files = "sources: {file: {enabled: true}}\n"
+            machine.write("/etc/imdsproxy/conf.d/records.yaml", files)
+            archive = archive_of("haproxy")
+            machine.run("install", "-D", "-m", "644", "-t", ARCHIVES, str(archive))
             daemon.replace(packages)
             daemon.wait_active()
             daemon.admin.request("POST", "/v1/records", body=records())

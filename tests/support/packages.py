@@ -59,6 +59,17 @@ def download_dependencies(deb: Path) -> Path:
     return place
 
 
+def archive_of(package: str) -> Path:
+    """A package of Debian's as it is now."""
+    place = CACHE / "debian-archives" / package
+    place.mkdir(parents=True, exist_ok=True)
+    with (place.parent / f"{package}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # What is there and right is not fetched again.
+        apt_get("download", package, cwd=place)
+        return max(place.glob("*.deb"), key=lambda path: path.stat().st_mtime)
+
+
 def unpacked(package: str) -> Path:
     """The root that a package of Debian's unpacks to, which is not installed; the first call fetches it."""
     cache = CACHE / "debian-files"
