@@ -94,7 +94,7 @@ def test_every_decision_is_in_the_index_with_its_title_and_says_what_was_decided
 
 
 def test_the_runbook_knows_every_reason_for_which_a_network_is_not_served() -> None:
-    table = (REPOSITORY / "docs/how-to/operating.md").read_text()
+    table = (REPOSITORY / "docs/how-to/troubleshoot.md").read_text()
     section = table.partition("### A network is not served")[2].partition("\n### ")[0]
     told = {
         code

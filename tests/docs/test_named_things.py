@@ -46,18 +46,15 @@ _FOREIGN_FLAGS: Final = frozenset(
 )
 """Flags of other programs that documents name by themselves, and those of Neutron's that are taken in that spelling."""
 
-_FOREIGN_WORDS: Final = frozenset({"config-2", "no-mac-spoofing", "set-fc-mark"})
+_FOREIGN_WORDS: Final = frozenset(
+    {"bind-interfaces", "config-2", "listen-address", "no-mac-spoofing", "set-fc-mark"}
+)
 """Words of other programs that look like codes of ours."""
 
 _EXAMPLES: Final = frozenset(
     {
-        "nova.secret",
-        "nova.secret.next",
-        "store.copy",
-        "bundle.tar.gz",
-        "zone-re",
-        "zone-red",
-        "imds-hops",
+        *("nova.secret", "nova.secret.next", "store.copy", "bundle.tar.gz"),
+        *("zone-re", "zone-red", "imds-hops", "net-blue", "new-host", "vm-1"),
     }
 )
 """Names that an operator has chosen, or the daemon makes of a setting."""

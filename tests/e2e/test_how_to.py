@@ -41,14 +41,11 @@ def host(shared: Host) -> Iterator[Host]:
     "page",
     [
         "back-up.md",
-    [
-        "back-up.md",
         "debug-a-guest.md",
         "require-tokens.md",
         "rotate-a-secret.md",
         "seal-user-data.md",
         "support-bundle.md",
-    ],
     ],
 )
 def test_a_page_does_what_it_says_and_no_other_guest_loses_a_request(host: Host, page: str) -> None:

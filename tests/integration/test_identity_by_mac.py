@@ -145,6 +145,7 @@ def test_a_mismatch_is_403_counted_and_explained(world: World, to: str, address:
     assert told["pair"]["expected"] == "fa:16:3e:99:99:99"
     shown = world.daemon.command("explain", "--network", "red", "--from", address)
     assert world.red.mac in shown.out
+    assert "None" not in shown.out
     assert shown.status == 1
     got = world.daemon.command("get", "--network", "red", "--from", address, _TARGET)
     assert got.status == 1

@@ -169,7 +169,7 @@ TROUBLES: Final[Mapping[str, Trouble]] = {
         "chmod g-x /var/lib/imdsproxy; imdsproxy instance set web-1 --tag new=1 || true",
         "web $meta",
         "503",
-        undo="imdsproxy instance set web-1 --clear tags",
+        undo="imdsproxy instance set web-1 --clear tags || true",
     ),
     "503 for every guest of Nova": Trouble(
         "systemctl stop nova-api-metadata; command systemctl stop nova-api-metadata@2",

@@ -133,11 +133,13 @@ def _explanation(shape: Shape) -> Iterator[tuple[str, str]]:
         colour = "red" if probe["status"] >= HTTPStatus.BAD_REQUEST else "green"
         yield "probe", f"GET {probe['path']}: [{colour}]{spell_status(probe['status'])}[/]"
     if shape["instance"] is not None:
-        how = _HOW.get(shape["how"], shape["how"])
         yield "instance", f"{shape['instance']} ({shape['instance_name']})"
-        yield "known", f"{how}, from source {shape['source']}"
-        if "upstream" not in shape["policy"]:
-            yield "revision", shape["revision"] or "not compiled yet"
+        # Of another MAC than the record's, nothing else is known.
+        if shape["how"] is not None:
+            how = _HOW.get(shape["how"], shape["how"])
+            yield "known", f"{how}, from source {shape['source']}"
+            if "upstream" not in shape["policy"]:
+                yield "revision", shape["revision"] or "not compiled yet"
         yield "in HAProxy", shape["installed"] or "not there"
     if claimants := [f"{one['instance']} (source {one['source']})" for one in shape["claimants"]]:
         yield "claimed by", "\n".join(claimants)

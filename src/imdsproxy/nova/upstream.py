@@ -263,6 +263,7 @@ class NovaWatch:
     refused: WorkerTotals[str] = field(default_factory=WorkerTotals)
     _good: WorkerTotals[str] = field(default_factory=WorkerTotals)
     _refusing: set[str] = field(default_factory=set)
+    _looked: bool = False
 
     @property
     def problems(self) -> tuple[Problem, ...]:
@@ -306,7 +307,11 @@ class NovaWatch:
         self.endpoints = tuple(found.values())
         well = self._good.add(worker, good)
         log = structlog.get_logger()
+        # What a worker has counted before the controller started may be over since.
+        earlier, self._looked = not self._looked, True
         for name in refused:
+            if earlier and well[name] > 0:
+                continue
             if more[name] > 0 and name not in self._refusing:
                 self._refusing.add(name)
                 hint = _refused(name).hint

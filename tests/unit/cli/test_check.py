@@ -266,6 +266,22 @@ def test_check_shows_all_problems_at_once(
     assert "no user nobody-here" in shown[1]
 
 
+def test_the_port_of_a_haproxy_that_runs_on_without_its_controller_is_not_taken(
+    tmp_path: Path,
+) -> None:
+    runtime = tmp_path / "r"
+    runtime.mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as exporter, socket.socket(socket.AF_UNIX) as own:
+        port = exporter.getsockname()[1]
+        metrics = {"listen": None, "haproxy_listen": f"127.0.0.1:{port}"}
+        on = subject({"paths": {"runtime_dir": str(runtime)}, "metrics": metrics})
+        taken = f"metrics.haproxy_listen: 127.0.0.1:{port}: Address already in use"
+        assert [one.text for one in host.check_ports(on)] == [taken]
+        own.bind(str(on.layout.master_socket))
+        own.listen()
+        assert [one.text for one in host.check_ports(on)] == ["are free"]
+
+
 def test_check_goes_on_with_defaults_when_the_settings_are_broken(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -248,6 +248,15 @@ def test_a_refused_signature_is_told_once_until_nova_has_answered_well(watch: No
     assert watch.refused.totals == {"default": 504}
 
 
+def test_what_nova_refused_before_a_start_is_a_problem_only_if_it_has_answered_nothing_well(
+    watch: NovaWatch,
+) -> None:
+    assert _look(watch, [_row("nova.default", good=4)], refused=3) == []
+    assert watch.problems == ()
+    assert watch.refused.totals == {"default": 3}
+    assert _look(watch, [_row("nova.default", good=4)], refused=4) == ["nova refuses our signature"]
+
+
 @pytest.mark.parametrize(
     ("text", "url"),
     [

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import socket
 import stat
 from collections.abc import Callable
 from operator import attrgetter
@@ -147,7 +148,8 @@ def check_ports(on: Subject) -> list[Finding]:
     findings: list[Finding] = []
     for setting in ("metrics.listen", "metrics.haproxy_listen"):
         endpoint = attrgetter(setting)(on.settings)
-        if endpoint is None:
+        # HAProxy runs on while the controller is stopped, and has its own.
+        if endpoint is None or (setting == "metrics.haproxy_listen" and _haproxy_runs(on)):
             continue
         try:
             open_tcp_socket(endpoint.host, endpoint.port).close()
@@ -155,6 +157,11 @@ def check_ports(on: Subject) -> list[Finding]:
             reason = getattr(error.__cause__, "strerror", None) or error.message
             findings.append(found("port-taken", setting=setting, endpoint=endpoint, reason=reason))
     return findings or [found("ports")]
+
+
+def _haproxy_runs(on: Subject) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(on.layout.master_socket)) == 0
 
 
 def check_audit(on: Subject, journal: Path = _JOURNAL_SOCKET) -> list[Finding]:
