@@ -133,14 +133,7 @@ def _explanation(shape: Shape) -> Iterator[tuple[str, str]]:
         colour = "red" if probe["status"] >= HTTPStatus.BAD_REQUEST else "green"
         yield "probe", f"GET {probe['path']}: [{colour}]{spell_status(probe['status'])}[/]"
     if shape["instance"] is not None:
-        yield "instance", f"{shape['instance']} ({shape['instance_name']})"
-        # Of another MAC than the record's, nothing else is known.
-        if shape["how"] is not None:
-            how = _HOW.get(shape["how"], shape["how"])
-            yield "known", f"{how}, from source {shape['source']}"
-            if "upstream" not in shape["policy"]:
-                yield "revision", shape["revision"] or "not compiled yet"
-        yield "in HAProxy", shape["installed"] or "not there"
+        yield from _identity(shape)
     if claimants := [f"{one['instance']} (source {one['source']})" for one in shape["claimants"]]:
         yield "claimed by", "\n".join(claimants)
     yield from shape["policy"].items()
@@ -153,6 +146,17 @@ def _explanation(shape: Shape) -> Iterator[tuple[str, str]]:
         yield "policy", f"to GET {decision['path']}:\n{without}\n{given}"
     if steps := [f"{number}. {step}" for number, step in enumerate(shape["why"], 1)]:
         yield "why", "\n".join(steps)
+
+
+def _identity(shape: Shape) -> Iterator[tuple[str, str]]:
+    yield "instance", f"{shape['instance']} ({shape['instance_name']})"
+    # Of another MAC than the record's, nothing else is known.
+    if shape["how"] is not None:
+        how = _HOW.get(shape["how"], shape["how"])
+        yield "known", f"{how}, from source {shape['source']}"
+        if "upstream" not in shape["policy"]:
+            yield "revision", shape["revision"] or "not compiled yet"
+    yield "in HAProxy", shape["installed"] or "not there"
 
 
 def _policy(policy: Shape) -> Iterator[tuple[str, str]]:
