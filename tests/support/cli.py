@@ -1,6 +1,11 @@
 """The command line against an admin API on a real unix socket, in this process."""
 
 import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,3 +57,24 @@ class Cli:
     def claim_twice(self) -> None:
         """Another source has an instance with the address of web-1."""
         self.server.claim_twice(instance("web-2", ports=[port("blue", "10.0.0.5")]))
+
+
+def on_a_terminal(
+    cli: Cli, command: str, columns: int = 80, environment: Mapping[str, str] | None = None
+) -> list[str]:
+    """The lines that a command writes to a terminal."""
+    program = shlex.join([sys.executable, "-m", "imdsproxy", "--socket", str(cli.server.socket)])
+    ran = subprocess.run(
+        [
+            "/usr/bin/script",
+            "-qec",
+            f"stty cols {columns} rows 24; {program} {command}",
+            "/dev/null",
+        ],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        env={"PATH": os.environ["PATH"], "TERM": "xterm-256color", **(environment or {})},
+        check=False,
+        timeout=30,
+    )
+    return ran.stdout.decode().splitlines()

@@ -122,7 +122,7 @@ class Output:
             progress.TimeElapsedColumn(),
         )
         with progress.Progress(*columns, console=_console(sys.stderr), transient=True) as bar:
-            task = bar.add_task("")
+            task = bar.add_task("", total=None)
             yield lambda what, done, of: bar.update(
                 task, description=clean(what), completed=done, total=of or None
             )

@@ -2,10 +2,9 @@
 
 import os
 import re
-import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,33 +17,12 @@ from imdsproxy.config.strict_yaml import parse_yaml
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.records.json_schema import schema_of_records
 from imdsproxy.core.token_report import GuestWithoutToken, OpenTree, ReaderWithoutToken, TokenReport
-from support.cli import Cli, Ran, run_main
+from support.cli import Cli, Ran, on_a_terminal, run_main
 from support.demonstration import REPOSITORY
 from support.umask import umask
 
 _AT = 1_795_000_000.0
 _LONG = "5f6a1d0e-7d0f-4a53-9d5f-0d4b5c1f7a10"
-
-
-def _on_a_terminal(
-    cli: Cli, command: str, columns: int = 80, environment: Mapping[str, str] | None = None
-) -> list[str]:
-    """The lines that a command writes to a terminal."""
-    program = shlex.join([sys.executable, "-m", "imdsproxy", "--socket", str(cli.server.socket)])
-    ran = subprocess.run(
-        [
-            "/usr/bin/script",
-            "-qec",
-            f"stty cols {columns} rows 24; {program} {command}",
-            "/dev/null",
-        ],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        env={"PATH": os.environ["PATH"], "TERM": "xterm-256color", **(environment or {})},
-        check=False,
-        timeout=30,
-    )
-    return ran.stdout.decode().splitlines()
 
 
 def _plain(lines: list[str]) -> list[str]:
@@ -57,7 +35,7 @@ def _plain(lines: list[str]) -> list[str]:
 def test_colour_is_for_terminals_that_want_it(
     cli: Cli, environment: dict[str, str], *, coloured: bool
 ) -> None:
-    written = "\n".join(_on_a_terminal(cli, "status", environment=environment))
+    written = "\n".join(on_a_terminal(cli, "status", environment=environment))
     assert "ready" in written
     assert ("\x1b[3" in written) is coloured
 
@@ -67,7 +45,7 @@ def test_tables_fit_a_terminal_without_spare_columns_and_never_break_an_id(
     cli: Cli, name: str, *, spare: bool
 ) -> None:
     cli("network", "add", _LONG[:13], "--name", name, "--namespace", "qdhcp-blue")
-    lines = _plain(_on_a_terminal(cli, "network list"))
+    lines = _plain(on_a_terminal(cli, "network list"))
     assert max(map(len, lines)) <= 80
     assert _LONG[:13] in lines[2]
     assert "serving" in lines[2]
@@ -77,7 +55,7 @@ def test_tables_fit_a_terminal_without_spare_columns_and_never_break_an_id(
 def test_a_posted_password_cannot_steer_a_terminal(cli: Cli) -> None:
     cli("instance", "add", "web")
     cli.server.passwords.keep(InstanceId("web"), b"abc\x1b]0;owned\x07")
-    assert _on_a_terminal(cli, "instance password web") == ["abc\\x1b]0;owned\\x07"]
+    assert on_a_terminal(cli, "instance password web") == ["abc\\x1b]0;owned\\x07"]
 
 
 def _clients(*paths: str) -> tuple[ReaderWithoutToken, ...]:
@@ -96,7 +74,7 @@ _GUESTS = (
 @pytest.mark.parametrize(("command", "columns"), [("token report", 80), ("tokens report", 160)])
 def test_the_token_report_fits_a_terminal(cli: Cli, command: str, columns: int) -> None:
     cli.server.token_report = TokenReport(_AT, _GUESTS, (), 0, one_in=20)
-    lines = _plain(_on_a_terminal(cli, command, columns))
+    lines = _plain(on_a_terminal(cli, command, columns))
     assert max(map(len, lines)) <= columns
     words = " ".join(" ".join(lines).split())
     for text in (

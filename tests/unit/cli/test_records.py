@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from imdsproxy.core.records import parse_network
 from imdsproxy.core.timing import Step
 from imdsproxy.errors import AdminError, Problem, RequestRefused, SourceUnavailable
 from imdsproxy.sources.libvirt.xml import METADATA_URI
-from support.cli import Cli
+from support.cli import Cli, on_a_terminal
 from support.libvirt_backing import FakeLibvirt, domain_xml, uuid_of
 from support.record_builders import port
 
@@ -462,6 +463,17 @@ def test_what_takes_long_is_shown_line_by_line_and_no_program_is_bothered(
         assert line in shown.err.splitlines()
     quiet = cli("instance", "set", "--file", file, "--json")
     assert (quiet.json["instances"], quiet.err) == (2000, "")
+
+
+def test_a_terminal_shows_a_bar_while_records_of_a_file_are_stored_and_then_takes_it_away(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _slow_down(monkeypatch, (Step("storing instances", 1000, 2000),) * 6)
+    file = _write(tmp_path / "many.json", 200)
+    shown = "\n".join(on_a_terminal(cli, f"instance add --file {file}"))
+    bar, _, rest = re.sub(r"\x1b\[[0-9;]*m", "", shown).rpartition("\x1b[2K")
+    assert re.search(r"storing instances \u2501+.* 1000/2000 ", bar)
+    assert "done: 0 networks, 200 instances added" in rest
 
 
 def test_work_may_take_longer_than_any_single_answer(

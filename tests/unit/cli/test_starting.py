@@ -3,13 +3,16 @@
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Final
 
 import pytest
 
 from imdsproxy import admin_client
+from imdsproxy.admin.status import Readiness
 from imdsproxy.admin_client import AdminClient
 from imdsproxy.cli import output
+from imdsproxy.cli import status as status_command
 from imdsproxy.core.timing import Step
 from imdsproxy.errors import Starting
 from support.cli import Cli, Ran, run_main
@@ -60,6 +63,28 @@ def test_a_command_shows_how_far_the_start_is_and_then_its_answer(
     assert ran.status == 0
     assert out in ran.words
     assert "the daemon is starting: reading instances: 3,000 of 10,000\n" in ran.err
+
+
+def test_who_waits_sees_why_a_daemon_is_not_ready_and_gets_its_status_once_it_is(
+    filled: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output, "_LINE_EVERY_S", 0.0)
+    status = filled.server.status
+    status["readiness"] = Readiness(ready=False, reasons=("source file is not in sync",))
+    threading.Timer(0.5, status.clear).start()
+    ran = filled("status", "--wait", "--check")
+    assert ran.status == 0
+    assert "state ready" in ran.words
+    assert "the daemon is starting: source file is not in sync\n" in ran.err
+
+
+def test_a_daemon_that_never_appears_is_not_waited_for_long(
+    filled: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(status_command, "_APPEARS_WITHIN_S", 0.5)
+    ran = run_main(filled.capture, "--socket", str(tmp_path / "none.sock"), "status", "--wait")
+    assert ran.status == 69
+    assert "no daemon answers" in ran.err
 
 
 def test_a_program_that_waits_is_not_bothered(filled: Cli, daemon: StartingDaemon) -> None:
