@@ -118,6 +118,12 @@ def test_from_the_archive_to_a_served_guest_an_upgrade_and_an_end_as_the_page_sa
     assert "imds" not in machine.run("nft", "list", "tables")
     assert "haproxy" not in machine.run("ps", "-eo", "args")
 
+    machine.write("/etc/imdsproxy/imdsproxy.yaml", "nonsense: 1\n")
+    assert machine.attempt("systemctl", "start", _UNIT)[0] != 0
+    assert machine.unit(_UNIT, "ActiveState") == "failed"
+    assert machine.unit(_UNIT, "NRestarts") == "0"
+    assert "nonsense" in machine.journal(_UNIT)
+
 
 def test_a_container_without_a_controller_that_answers_is_not_healthy(operator: Operator) -> None:
     image = "localhost/imdsproxy:latest"

@@ -148,7 +148,7 @@ def _seed_logs(host: Host) -> None:
         # A token is known by its look alone: no process keeps one.
         for spelling in (spellings_of(secret) if where != "a session token" else [secret.decode()])
     ]
-    for name in ("haproxy.log", "documents.log"):
+    for name in ("haproxy.log", "documents.log", "haproxy.cfg.rejected"):
         with (host.world.daemon.runtime / name).open("a") as log:
             log.write("\n".join([_MARK, *lines, _MARK, ""]))
 
@@ -160,6 +160,7 @@ def test_no_secret_is_in_a_bundle_and_what_explains_the_host_is(host: Host) -> N
     assert host.leaks(files) == []
     assert files["logs/haproxy.log"].count(_MARK) >= 2
     assert files["logs/documents.log"].count(_MARK) >= 2
+    assert files["haproxy/haproxy.cfg.rejected"].count(_MARK) >= 2
     assert next(iter(files)) == "README.txt"
     instances = json.loads(files["daemon/instances.json"])
     assert {one["record"]["id"] for one in instances} >= {"red-5", "green-5", "blue-5", "grey-5"}
