@@ -40,8 +40,11 @@ def host(shared: Host) -> Iterator[Host]:
 @pytest.mark.parametrize(
     "page",
     [
+        "audit-log.md",
         "back-up.md",
         "debug-a-guest.md",
+        "import-many-records.md",
+        "operating.md",
         "require-tokens.md",
         "rotate-a-secret.md",
         "seal-user-data.md",
