@@ -27,11 +27,16 @@ _START_S: Final = 20.0
 
 @dataclass(frozen=True, slots=True)
 class Alert:
-    """A rule, as its file has it."""
+    """A rule, as its file has it.
+
+    Attributes:
+        waits: For how long its expression must hold, as `5m`; empty for no time.
+        texts: Its annotations.
+    """
 
     name: str
     severity: str
-    expression: str
+    waits: str
     runbook: str
     texts: Mapping[str, str]
 
@@ -45,7 +50,7 @@ def alerts(file: Path | None = None) -> list[Alert]:
         Alert(
             rule["alert"],
             rule["labels"]["severity"],
-            rule["expr"],
+            rule.get("for", ""),
             rule["annotations"]["runbook_url"],
             rule["annotations"],
         )
