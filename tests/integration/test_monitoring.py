@@ -2,15 +2,18 @@
 
 import contextlib
 import json
+import os
 import re
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
+from xml.etree import ElementTree as ET
 
 import pytest
 
+from support.charts import Panel, draw
 from support.demonstration import REPOSITORY
 from support.faults import TOGETHER
 from support.lab import until
@@ -25,6 +28,18 @@ _WITHIN_S: Final = 20.0
 
 _PAGE: Final = REPOSITORY / "docs/how-to/monitor.md"
 _DASHBOARD: Final = REPOSITORY / "packaging/grafana/imdsproxy.json"
+
+
+_IMAGE: Final = REPOSITORY / "docs/images/monitor.svg"
+_SHOWN: Final = (
+    "Requests by status",
+    "Time until a change is in force",
+    "Look-ups of unknown addresses",
+    "Refused by network",
+)
+"""Panels that the page shows. Draw them anew with `IMAGES=write script/test tests/integration/test_monitoring.py`."""
+
+_SHOWN_S: Final = 90.0
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +103,36 @@ def test_each_query_of_the_dashboard_has_data(host: Monitored) -> None:
     with contextlib.suppress(AssertionError):
         until(filled, within_s=_WITHIN_S, pause_s=0.5)
     assert empty == set()
+
+
+def test_panels_of_the_dashboard_are_drawn_for_the_page(host: Monitored) -> None:
+    board = json.loads(_DASHBOARD.read_text())
+    shown = {one["title"]: one for one in board["panels"]}
+    for guest in host.world.guests.values():
+        guest.ask("/latest/meta-data/instance-id")
+    host.world.reload()
+    panels = []
+    for title in _SHOWN:
+        unit = shown[title]["fieldConfig"]["defaults"]["unit"]
+        lines = {
+            name: line
+            for target in shown[title]["targets"]
+            for name, line in host.prometheus.lines(
+                _filled_in(target["expr"]), target["legendFormat"], _SHOWN_S
+            ).items()
+            if line
+        }
+        assert lines, title
+        panels.append(Panel(title, unit, lines))
+    drawn = draw(panels)
+    assert ET.fromstring(drawn).tag.endswith("svg")  # noqa: S314 - our own
+    assert drawn.count("<polyline") >= len(_SHOWN)
+    if os.environ.get("IMAGES") == "write":
+        _IMAGE.parent.mkdir(exist_ok=True)
+        _IMAGE.write_text(drawn)
+    assert f"](../images/{_IMAGE.name})" in _PAGE.read_text()
+    # As it was drawn the last time, of the same panels.
+    assert all(title in _IMAGE.read_text() for title in _SHOWN)
 
 
 def test_the_dashboard_lists_the_hosts_and_its_panels_do_not_overlap(host: Monitored) -> None:

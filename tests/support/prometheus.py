@@ -6,6 +6,7 @@ import math
 import re
 import signal
 import subprocess
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,23 @@ class Prometheus:
         """The series that an expression has now."""
         found: list[dict[str, Any]] = self.get("query", query=expression)["result"]
         return found
+
+    def lines(
+        self, expression: str, legend: str, over_s: float
+    ) -> dict[str, list[tuple[float, float]]]:
+        """What a panel of Grafana draws of a query for the last seconds: moments and values by legend."""
+        now = time.time()
+        window = {"start": now - over_s, "end": now, "step": max(1.0, over_s / 200)}
+        found = self.get("query_range", query=expression, **window)["result"]
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for one in found:
+            name = legend
+            for label, text in one["metric"].items():
+                name = name.replace(f"{{{{{label}}}}}", text)
+            lines[name] = [
+                (float(at), float(value)) for at, value in one["values"] if value != "NaN"
+            ]
+        return lines
 
     def fired(self, within_s: float) -> frozenset[str]:
         """The names of the alerts that have fired in the last seconds, or do now."""
