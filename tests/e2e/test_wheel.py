@@ -93,4 +93,7 @@ def test_its_installer_puts_units_pages_and_settings_in_place(
         "usr/share/man/man5/imdsproxy.yaml.5",
         "usr/share/imdsproxy/schema/settings.json",
         "usr/share/imdsproxy/schema/records.json",
+        "usr/share/imdsproxy/prometheus/imdsproxy.rules.yml",
+        "usr/share/imdsproxy/prometheus/imdsproxy-tokens.rules.yml",
+        "usr/share/imdsproxy/grafana/imdsproxy.json",
     }
