@@ -291,26 +291,17 @@ def _ask_nova(host: Monitored) -> Callable[[], object]:
 
 
 @contextlib.contextmanager
-def _nova_has_another_secret(host: Monitored) -> Iterator[None]:
+def _novas_that_refuse_and_that_break_off(host: Monitored) -> Iterator[None]:
+    """One has another secret; the other answers checks alone."""
     ask = _ask_nova(host)
-    for nova in host.novas:
-        nova.always(reply(status=403))
-    with _Often(ask):
+    host.novas[0].always(reply(status=403))
+    host.novas[1].always(RESET)
+    with _Often(ask, ask):
         yield
     for nova in host.novas:
         nova.forget()
     # A secret is good again once a guest gets an answer.
     until(lambda: ask() and host.daemon.status()["readiness"]["ready"], what="being ready")
-
-
-@contextlib.contextmanager
-def _nova_answers_checks_alone(host: Monitored) -> Iterator[None]:
-    for nova in host.novas:
-        nova.always(RESET)
-    with _Often(_ask_nova(host)):
-        yield
-    for nova in host.novas:
-        nova.forget()
 
 
 @contextlib.contextmanager
@@ -438,14 +429,11 @@ TOGETHER: Final = (
     ),
     (
         Fault(_no_reader_of_the_audit_log, ("ImdsproxyAuditLinesLost",)),
-        Fault(_nova_has_another_secret, ("ImdsproxyNovaRefusesSecret",)),
+        Fault(_novas_that_refuse_and_that_break_off, ("ImdsproxyNovaRefusesSecret", "ImdsproxyNovaFailing")),
         Fault(_a_configuration_that_is_refused, ("ImdsproxyReloadFailed",)),
     ),
     (
         Fault(_the_socket_is_left_to_an_agent, ("ImdsproxyUnixListenerDown",)),
-        Fault(_nova_answers_checks_alone, ("ImdsproxyNovaFailing",)),
-    ),
-    (
         Fault(_all_novas_are_down, ("ImdsproxyNovaDown",)),
         Fault(_more_connections_than_haproxy_has, ("ImdsproxyHaproxyFull",)),
     ),
