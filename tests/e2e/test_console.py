@@ -5,6 +5,7 @@ With `CONSOLE_IMAGES=docs/images` the test of looks writes the pictures of the d
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -191,6 +192,23 @@ def test_a_guests_page_shows_who_it_is_and_why_as_a_path_to_its_answer(looker: L
     ]
     expect(path.get_by_role("listitem").last).to_contain_text("200 OK")
     expect(path).to_contain_text("by an address of its port")
+
+
+def test_a_guests_page_shows_what_it_asks_for_and_whether_it_can_be_made_to_use_tokens(
+    looker: Looker, world: World
+) -> None:
+    page = looker.open("/guests/vm-70123")
+    expect(page.get_by_text("not known yet")).to_be_visible()
+    expect(page.get_by_role("img", name="Requests lately")).to_be_visible()
+    page = looker.open("/guests/red-5")
+    with world.red.connect() as connection:
+        for _ in range(300):
+            connection.request("/latest/meta-data/", headers=("User-Agent: old-client/1",))
+    # By itself, while the page is open.
+    expect(page.get_by_text("of 4,000 in 40 s")).to_have_text(re.compile("^[3-9][0-9][0-9] of"))
+    page = looker.open("/guests/red-5")
+    expect(page.get_by_text("not ready for required")).to_be_visible()
+    expect(page.get_by_role("cell", name="old-client/1")).to_be_visible()
 
 
 def test_documents_are_shown_in_each_dialect_and_their_secrets_once_asked_for(

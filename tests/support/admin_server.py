@@ -44,7 +44,7 @@ from imdsproxy.core.model import (
     NetworkId,
 )
 from imdsproxy.core.observation import Observation
-from imdsproxy.core.token_report import TokenReport, TokenVerdict
+from imdsproxy.core.token_report import InstanceTokens, TokenReport, TokenVerdict
 from imdsproxy.core.tokens import render_key_map
 from imdsproxy.core.wire import MapRecord
 from imdsproxy.dataplane.haproxy import Haproxy
@@ -223,6 +223,10 @@ class AdminServer:
         verdict = TokenVerdict("host", "", "no", "1 guest reads without a token: web", 1)
         return replace(self.token_report, verdicts=self.token_report.verdicts or (verdict,))
 
+    async def count_tokens_of(self, *asked: object) -> InstanceTokens:
+        verdict = TokenVerdict("instance", str(asked[-1]), "yes", "no guest has read", 0)
+        return InstanceTokens(0.0, 1, verdict, (), ())
+
 
 @contextlib.asynccontextmanager
 async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous generator of one server
@@ -293,7 +297,9 @@ async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous gen
     )
     controller.forward, controller.end = server.forward, server.end
     controller.unapplied = lambda: tuple(server.unapplied)
-    controller.counting = SimpleNamespace(report=server.count_tokens)
+    controller.counting = SimpleNamespace(
+        report=server.count_tokens, report_instance=server.count_tokens_of
+    )
 
     app = make_app()
     app.state.controller = controller

@@ -21,7 +21,7 @@ from imdsproxy.core.haproxy.request_log import WatchReport
 from imdsproxy.core.model import Instance, InstanceId, IpAddress, NetworkId
 from imdsproxy.core.records import INSTANCE, NETWORK, parse_instance, parse_network, render_record
 from imdsproxy.core.timing import Step
-from imdsproxy.core.token_report import TokenReport
+from imdsproxy.core.token_report import InstanceTokens, TokenReport
 from imdsproxy.errors import NotFound, Problem, RequestRefused
 
 router = APIRouter()
@@ -349,6 +349,13 @@ async def clear_password(instance: _Instance, controller: _Uses) -> records.Writ
     if not await guests.clear_password(controller, instance):
         raise _no_password(instance)
     return records.Written(instances=1)
+
+
+@router.get("/instances/{instance}/tokens")
+async def show_tokens(instance: _Instance, controller: _Uses) -> InstanceTokens:
+    """How it reads without session tokens, and whether they can be required of it."""
+    policies = controller.records.policies
+    return await controller.counting.report_instance(controller.inventory, policies, instance)
 
 
 @router.get("/instances/{instance}/usage")

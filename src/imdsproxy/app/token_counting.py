@@ -12,9 +12,16 @@ import structlog
 
 from imdsproxy.core.haproxy.counting import GUESTS_TABLE, READERS_TABLE, parse_guests, parse_readers
 from imdsproxy.core.inventory import Inventory
+from imdsproxy.core.model import InstanceId
 from imdsproxy.core.policy import PolicyBook
-from imdsproxy.core.token_report import Kept, TokenLedger, TokenReport, open_trees
-from imdsproxy.core.token_verdict import Counted, judge_tokens
+from imdsproxy.core.token_report import (
+    InstanceTokens,
+    Kept,
+    TokenLedger,
+    TokenReport,
+    open_trees,
+)
+from imdsproxy.core.token_verdict import Counted, judge_instance, judge_tokens
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.errors import NotFound, Problem, RuntimeUnavailable
 from imdsproxy.host.clock import Clock
@@ -156,3 +163,16 @@ class TokenCounting:
             return replace(report, days=days, verdicts=tuple(verdicts))
         host, others = verdicts[0], sorted(verdicts[1:], key=lambda one: one.ready != "no")
         return replace(report, days=days, verdicts=(host, *others[: _VERDICTS_SHOWN - 1]))
+
+    async def report_instance(
+        self, inventory: Inventory, policies: Callable[[], PolicyBook], instance: InstanceId
+    ) -> InstanceTokens:
+        """How one instance reads without session tokens, without a look at any other."""
+        await self.refresh()
+        one_in, trees = self.one_in(), open_trees(inventory, policies(), instance)
+        report = self.ledger.report(trees)
+        guests = tuple(one for one in report.guests if one.instance == instance)
+        counted = Counted(report.since, report.all_since, one_in)
+        now = self.clock.now().timestamp()
+        verdict = judge_instance(instance, guests, counted, now=now, days=report.days)
+        return InstanceTokens(report.since, one_in, verdict, guests, tuple(trees))

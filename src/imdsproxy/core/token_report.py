@@ -86,13 +86,13 @@ class TokenVerdict:
 
     Attributes:
         scope: What the policy would be for.
-        id: The network's or project's; empty of the host.
+        id: The network's, project's or instance's; empty of the host.
         ready: `unknown` where not enough was counted to say so.
         because: Why, in one sentence without a full stop.
         guests: How many guests read without a token.
     """
 
-    scope: Literal["host", "network", "project"]
+    scope: Literal["host", "network", "project", "instance"]
     id: str
     ready: Literal["yes", "no", "unknown"]
     because: str
@@ -122,6 +122,25 @@ class TokenReport:
     all_since: float | None = None
     days: int = 7
     verdicts: tuple[TokenVerdict, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceTokens:
+    """How one instance reads without session tokens.
+
+    Attributes:
+        since: As of a `TokenReport`, as the next.
+        one_in: Of so many reads one is counted.
+        verdict: Whether tokens can be required of it.
+        guests: What it read in each of its networks.
+        open_trees: Those of it alone.
+    """
+
+    since: float
+    one_in: int
+    verdict: TokenVerdict
+    guests: tuple[GuestWithoutToken, ...]
+    open_trees: tuple[OpenTree, ...]
 
 
 @dataclass(slots=True)
@@ -268,10 +287,21 @@ class TokenLedger:
         )
 
 
-def open_trees(inventory: Inventory, book: PolicyBook) -> list[OpenTree]:
-    """Where user-data is had without a token although another tree keeps it (`open_user_data`)."""
+def open_trees(
+    inventory: Inventory, book: PolicyBook, only: InstanceId | None = None
+) -> list[OpenTree]:
+    """Where user-data is had without a token although another tree keeps it (`open_user_data`).
+
+    Args:
+        inventory: Everything known.
+        book: The policies in force.
+        only: One instance, of all that there are.
+    """
     found: list[OpenTree] = []
-    for _, instance in sorted(inventory.instances.items()):
+    for one in sorted(inventory.instances) if only is None else (only,):
+        instance = inventory.instances.get(one)
+        if instance is None:
+            continue
         if instance.user_data is None and instance.upstream is not Upstream.NOVA:
             continue
         served = frozenset(_TREES[one] for one in instance.served)

@@ -72,6 +72,19 @@ def judge_tokens(
     ]
 
 
+def judge_instance(
+    instance: InstanceId,
+    guests: Iterable[GuestWithoutToken],
+    counted: Counted,
+    *,
+    now: float,
+    days: int,
+) -> TokenVerdict:
+    """A verdict on one instance alone, whatever its policy says now; arguments as of `judge_tokens`."""
+    late = [one for one in guests if one.last_at >= now - days * _DAY_S]
+    return _judge("instance", instance, late, _enough(counted, now, days), days)
+
+
 def _concerned(
     guest: GuestWithoutToken, inventory: Inventory, book: PolicyBook
 ) -> frozenset[str | None]:
@@ -106,7 +119,7 @@ def _enough(counted: Counted, now: float, days: int) -> str | None:
 
 
 def _judge(
-    scope: Literal["host", "network", "project"],
+    scope: Literal["host", "network", "project", "instance"],
     name: str,
     found: list[GuestWithoutToken],
     enough: str | None,

@@ -10,6 +10,10 @@ import pytest
 
 from imdsproxy.app.token_counting import TokenCounting
 from imdsproxy.core.haproxy.runtime import Processes
+from imdsproxy.core.inventory import Inventory
+from imdsproxy.core.model import InstanceId
+from imdsproxy.core.policy import PolicyBook
+from imdsproxy.core.token_report import InstanceTokens
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.master import MasterClient
 from support.hand_clock import HandClock
@@ -154,3 +158,22 @@ async def test_since_when_each_read_is_counted_begins_anew_when_only_a_sample_wa
     begun = 1e9
     assert [since for since, _ in found] == [100.0, 100.0, 100.0, 100.0, 500.0]
     assert [each for _, each in found] == [None, begun + 200, begun + 200, None, begun + 500]
+
+
+async def test_of_one_instance_only_its_own_reads_are_reported_and_judged(host: _Host) -> None:
+    host.workers.counts = {1: (5, 2)}
+    counting, inventory = host.controller(), Inventory(["sqlite"])
+
+    async def report(instance: str) -> InstanceTokens:
+        return await counting.report_instance(inventory, PolicyBook, InstanceId(instance))
+
+    reads, none = await report("vm-1"), await report("vm-2")
+    assert [(one.network, one.reads, one.refused) for one in reads.guests] == [("blue", 5, 2)]
+    assert (reads.verdict.scope, reads.verdict.id, reads.verdict.ready) == (
+        "instance",
+        "vm-1",
+        "no",
+    )
+    assert none.guests == ()
+    # Nothing is known of the days before.
+    assert none.verdict.ready == "unknown"

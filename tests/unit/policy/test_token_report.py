@@ -142,3 +142,5 @@ def test_a_tree_is_open_that_gives_the_user_data_that_another_one_keeps(
     book = PolicyBook(networks={"blue": rules})
     expected = [OpenTree(NetworkId("blue"), InstanceId("web"), tree) for tree in trees]
     assert open_trees(_inventory(instance), book) == expected
+    assert open_trees(_inventory(instance), book, InstanceId("web")) == expected
+    assert open_trees(_inventory(instance), book, InstanceId("gone")) == []

@@ -7,7 +7,7 @@ from imdsproxy.core.model import Instance, InstanceId, NetworkId, Port
 from imdsproxy.core.observation import Observation, SourceName
 from imdsproxy.core.policy import PolicyBook, PolicyRules, TokenMode
 from imdsproxy.core.token_report import GuestWithoutToken, ReaderWithoutToken
-from imdsproxy.core.token_verdict import Counted, judge_tokens
+from imdsproxy.core.token_verdict import Counted, judge_instance, judge_tokens
 from support.record_builders import network
 
 _DAY_S = 86_400
@@ -103,3 +103,12 @@ def test_it_is_yes_only_where_each_read_was_counted_for_long_enough(
     assert _ready(counted=counted, days=days)["host"] == ready
     # One that reads is in the way however little was counted.
     assert _ready(_guest("web", "blue"), counted=counted, days=days)["host"] == "no"
+
+
+def test_an_instance_is_judged_by_its_own_reads_whatever_its_policy_says() -> None:
+    def judge(*guests: GuestWithoutToken, counted: Counted = _LONG) -> str:
+        return judge_instance(InstanceId("web"), guests, counted, now=_NOW, days=7).ready
+
+    assert judge(_guest("web", "blue")) == "no"
+    assert judge(_guest("web", "blue", days_ago=8)) == "yes"
+    assert judge(counted=Counted(_LONG.since, None, 20)) == "unknown"

@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 from imdsproxy.admin_client import path_to
 from imdsproxy.console.explained import plan_path
-from imdsproxy.console.pages import Console, Shape
+from imdsproxy.console.pages import Console
 from imdsproxy.console.rates import HEIGHT, WIDTH, draw_line
 
 _PAGE: Final = 50
@@ -37,7 +37,7 @@ def show_guest(console: Console, request: Request) -> Response:
         "paths": [(one, plan_path(one)) for one in shown],
         "more": len(explanations) - len(shown),
         "rules": next((one["rules"] for one in explanations if one["rules"]), None),
-        "tokens": _judge_tokens(console.daemon.get("/v1/token-report"), record["id"]),
+        "tokens": console.daemon.get(path_to("instances", name, "tokens")),
         **_usage_of(console, record["id"]),
     }
     return console.page(request, "guest.html", values)
@@ -61,18 +61,3 @@ def _size(payload: Any) -> int:  # noqa: ANN401 - text, or a mapping with base64
     if isinstance(payload, str):
         return len(payload.encode())
     return 0 if payload is None else len(payload.get("base64", "")) * 3 // 4
-
-
-def _judge_tokens(report: Shape, guest: str) -> dict[str, object]:
-    """Whether this guest can be made to use session tokens, by what was counted."""
-    reads = [one for one in report["guests"] if one["instance"] == guest]
-    open_trees = [one for one in report["open_trees"] if one["instance"] == guest]
-    return {
-        "since": report["since"],
-        "one_in": report["one_in"],
-        "reads": sum(one["reads"] for one in reads),
-        "refused": sum(one["refused"] for one in reads),
-        "readers": [reader for one in reads for reader in one["readers"]],
-        "open_trees": open_trees,
-        "ready": report["one_in"] > 0 and not reads,
-    }
