@@ -13,6 +13,7 @@ from support.guest import Load
 from support.lab import run
 from support.packaged_daemon import PackagedDaemon, machine_with_dependencies
 from support.packages import EPOCH, RECOMMENDED, Packages, build_packages
+from support.prometheus import alerts
 from support.systemd_daemon import (
     CONTROLLER,
     DOCUMENTS,
@@ -282,6 +283,17 @@ def test_debians_own_tests_of_the_installed_package_pass(
     passed = re.findall(r"^(\S+) +PASS", output, re.MULTILINE)
     tests = sorted((REPOSITORY / "packaging/debian/tests").iterdir())
     assert sorted(set(passed)) == [one.name for one in tests if one.name != "control"], output
+
+
+def test_the_package_brings_alerts_and_the_pages_that_they_link_to(packages: Packages) -> None:
+    found = {
+        line.split()[-1] for line in run("dpkg-deb", "--contents", str(packages.deb)).splitlines()
+    }
+    for name in ("prometheus/imdsproxy.rules.yml", "grafana/imdsproxy.json"):
+        assert f"./usr/share/imdsproxy/{name}" in found
+    assert {
+        f"./{one.runbook.partition('#')[0].removeprefix('file:///')}" for one in alerts()
+    } <= found
 
 
 def test_lintian_finds_nothing(packages: Packages) -> None:
