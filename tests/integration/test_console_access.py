@@ -330,14 +330,14 @@ _PAGE: Final = (REPOSITORY / "docs/how-to/console.md").read_text()
 def test_each_command_of_the_page_about_the_console_prints_what_the_page_says(
     server: AdminServer, line: str
 ) -> None:
-    said = _PAGE.partition("```text\n")[2].partition("```")[0]
+    wanted = _PAGE.partition("```text\n")[2].partition("```")[0]
     words = (sys.executable, "-m", "imdsproxy", "--socket", str(server.socket), *line.split())
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     with process:
         assert process.stdout is not None
         printed = process.stdout.readline() + process.stdout.readline()
         process.send_signal(signal.SIGINT)
-    assert re.fullmatch(re.escape(said).replace("…", "[^/ ]+"), printed)
+    assert re.fullmatch(re.escape(wanted).replace("…", "[^/ ]+"), printed)
     port = re.search("--port ([0-9]+)", line)
     assert port is None or f"127.0.0.1:{port[1]}/" in printed
 

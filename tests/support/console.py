@@ -87,12 +87,12 @@ def run_console(socket: Path, *options: str) -> Iterator[RunningConsole]:
     process = subprocess.Popen((*words, *options), stdout=subprocess.PIPE)
     assert process.stdout is not None
     try:
-        said = b""
-        while not said.endswith(b"}\n"):
+        printed = b""
+        while not printed.endswith(b"}\n"):
             line = process.stdout.readline()
             assert line, "the console ended"
-            said += line
-        yield RunningConsole(json.loads(said)["link"], process)
+            printed += line
+        yield RunningConsole(json.loads(printed)["link"], process)
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(_WITHIN_S * patience())

@@ -29,7 +29,7 @@ def console(
     daemon = run.daemon()
     with optional_library("jinja2", _HINT):
         from imdsproxy.console.server import run_console  # noqa: PLC0415 - `--help` need not load it
-    # Whoever may not ask the daemon gets no page either.
+    # An account that may not ask the daemon gets no page either.
     daemon.get("/v1/status")
     listener = open_tcp_socket("127.0.0.1", port)
 

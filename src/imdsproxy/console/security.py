@@ -28,7 +28,7 @@ HEADERS: Final = {
 """Of every answer, refusals included."""
 
 _KEPT: Final = "private, max-age=3600"
-"""Of scripts and styles, which are the same for everybody: an ssh connection may be slow."""
+"""Of scripts and styles, which hold nothing of a session: an ssh connection may be slow."""
 
 _NO_SESSION: Final = (
     "This page needs the session of `imdsproxy console`.\n\n"
