@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -18,12 +19,14 @@ set -eu
 part=$1 packages=$2
 LC_ALL=C.UTF-8 mmdebstrap --quiet --mode=root --variant=important --format=directory \\
     --include=ca-certificates --dpkgopt=force-unsafe-io --skip=cleanup/apt/lists \\
-    --dpkgopt='path-exclude=/usr/share/man/*' --aptopt='Acquire::Languages "none"' trixie "$part"
+    --dpkgopt='path-exclude=/usr/share/man/*' \\
+    --aptopt='Acquire::Languages "none"; Acquire::Check-Valid-Until "false"' trixie "$part"
 cp /etc/resolv.conf "$part/etc/resolv.conf"
 chroot "$part" apt-get satisfy --quiet --yes --no-install-recommends --download-only "$packages"
 : >"$part/etc/resolv.conf"
 """
 _MAKE_S: Final = 500
+_KEPT: Final = 2
 
 
 def blank_debian(deb: Path, packages: Sequence[str]) -> Path:
@@ -44,9 +47,12 @@ def blank_debian(deb: Path, packages: Sequence[str]) -> Path:
     with _CACHE.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not tree.is_dir():
-            for old in _CACHE.iterdir():
-                shutil.rmtree(old)
             part = tree.with_suffix(".part")
+            shutil.rmtree(part, ignore_errors=True)
             run("sh", "-c", _MAKE, "sh", str(part), wanted, timeout_s=_MAKE_S)
             part.rename(tree)
+        os.utime(tree)
+        # A machine may be running on the last one.
+        for old in sorted(_CACHE.iterdir(), key=lambda one: one.stat().st_mtime)[:-_KEPT]:
+            shutil.rmtree(old)
     return tree
