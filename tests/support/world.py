@@ -114,7 +114,7 @@ class World:
         try:
             until(lambda: not self.daemon.left_out(), what="no left-out listener")
         except AssertionError as error:
-            error.add_note(f"left out: {self.daemon.left_out()}")
+            error.add_note(f"not served: {self.daemon.left_out()}")
             error.add_note(self.daemon.log.read_text()[-4000:])
             raise
         until(self.daemon.resolver_up, what="the resolver's return")

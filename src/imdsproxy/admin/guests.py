@@ -263,7 +263,7 @@ def _origin(inventory: Inventory, listeners: ListenerLoop, network: model.Networ
     if listeners.unix.serving:
         return unreported
     problem = listeners.unix.problem
-    return f"{unreported}, which is {'off' if problem is None else f'left out: {problem.reason}'}"
+    return f"{unreported}, which is {'off' if problem is None else f'not served: {problem.reason}'}"
 
 
 async def _owner(lookup: Lookup, key: AddressKey) -> _Owner:

@@ -224,13 +224,13 @@ def import_domain(daemon: AdminClient, uri: str, name: str, network: str | None)
         )
     if not domain.interfaces:
         raise RequestRefused(
-            f"domain {domain.name} has no network card on a bridge of this host",
+            f"domain {domain.name} has no NIC on a bridge of this host",
             hint="its guest does not reach the host; macvtap and user mode do not either",
         )
     if network is not None and len(domain.interfaces) > 1:
         raise RequestRefused(
-            f"domain {domain.name} has {len(domain.interfaces)} network cards, and --network is one",
-            hint="leave it out, or name each card with --port network=NET,mac=MAC",
+            f"domain {domain.name} has {len(domain.interfaces)} NICs, and --network is one",
+            hint="omit it, or name each NIC with --port network=NET,mac=MAC",
         )
     records = [shape["record"] for shape in daemon.get("/v1/networks")]
     by_id = {record["id"]: record["id"] for record in records}

@@ -47,7 +47,7 @@ _FROM_LIBVIRT: Final = {
         str | None,
         flag(
             "--from-libvirt DOMAIN",
-            "Take network cards, keys, user data and id of a domain, once; other flags of a record win.",
+            "Take NICs, keys, user data and id of a domain, once; other flags of a record win.",
         ),
     ]
 }

@@ -135,7 +135,7 @@ def _facts(report: Shape) -> Iterator[tuple[str, list[str]]]:
     yield "haproxy", list(_haproxy(report["haproxy"]))
     yield "documents", list(_documents(report["documents"]))
     if (unix := report["unix_listener"]) is not None:
-        line = f"{unix['path']}, [red]left out[/] {unix['problem']}".rstrip()
+        line = f"{unix['path']}, [red]not served[/] {unix['problem']}".rstrip()
         if unix["serving"]:
             owner = f"mode {unix['mode']} {unix['user']}:{unix['group']}"
             taken = f", taken over from {unix['taken_from']}" if unix["taken_from"] else ""
@@ -145,7 +145,7 @@ def _facts(report: Shape) -> Iterator[tuple[str, list[str]]]:
     if unmatched := ", ".join(report["policy_for_nobody"]):
         yield "policy", [f"[yellow]for names that are not known[/]: {unmatched}"]
     if (audit := report["audit"]) is not None:
-        left_out = f", [yellow]{audit['left_out']} left out[/]" if audit["left_out"] else ""
+        left_out = f", [yellow]{audit['left_out']} skipped[/]" if audit["left_out"] else ""
         problem = [f"[red]not written[/] {audit['problem']}"] if audit["problem"] else []
         line = f"{audit['mode']}, to {audit['destination']}, {audit['written']} lines{left_out}"
         yield "audit log", [line, *problem]

@@ -137,7 +137,7 @@ class ListenerLoop:
         refused = try_tcp_listen(host.strip("[]"), int(port))
         if refused is None:
             return wanted
-        reason = f"HAProxy's exporter is left out: {refused}"
+        reason = f"HAProxy's exporter is not served: {refused}"
         hint = "free the port, or choose another; guests are served all the same"
         self.unexported = Problem("metrics.haproxy_listen", reason, hint)
         return None
@@ -287,7 +287,7 @@ class ListenerLoop:
             # Those that come by themselves are no trouble; foreign listeners have their own line.
             if left.code not in {LeftOutCode.PENDING, LeftOutCode.FOREIGN_LISTENER}:
                 why = {"code": left.code.value, "reason": left.reason, "hint": left.hint}
-                log.warning("listener left out", network=left.network, **why)
+                log.warning("listener not served", network=left.network, **why)
         for foreign in self.report.foreign:
             if foreign not in before.foreign:
                 owners = foreign.socket.owners

@@ -135,7 +135,7 @@ class NovaEndpointSettings(Section):
 
     url: Url = setting(..., Change.RELOAD)
     """`http://HOST:PORT` or `https://HOST:PORT`; HOST is a name, an IPv4 address or an IPv6 address in brackets, PORT
-    is 8775 when left out. A name is looked up again every half minute, and each of its addresses is one endpoint.
+    is 8775 by default. A name is looked up again every half minute, and each of its addresses is one endpoint.
     """
 
     secret: Literal["current", "next"] = setting("current", Change.RELOAD)

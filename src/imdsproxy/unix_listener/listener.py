@@ -70,7 +70,7 @@ class UnixListener:
             if settings.enabled:
                 bind, problem = await self._choose(settings)
         except DataplaneError as error:
-            reason = f"{error.message}: the unix listener is left out"
+            reason = f"{error.message}: the unix listener is not served"
             problem = Problem("unix_listener", reason, error.hint)
         self._decide(bind, problem)
 
@@ -108,7 +108,7 @@ class UnixListener:
         # Where no HAProxy runs it is worth a try without it, whatever the reason.
         if self.haproxy.processes is not None and not any(word in error.message for word in words):
             return False
-        reason = f"{error.message}: the unix listener is left out"
+        reason = f"{error.message}: the unix listener is not served"
         problem = Problem("unix_listener.path", reason, "see which user and unit HAProxy runs as")
         if self._refused is None:
             self._backoff.succeed()

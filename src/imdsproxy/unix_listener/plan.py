@@ -42,7 +42,7 @@ def judge_socket(path: str, seen: SeenSocket, *, take_over: bool, pause_s: float
     if seen.state is SocketState.OCCUPIED:
         return Problem(
             "unix_listener.path",
-            f"{path} is there and is no socket: the unix listener is left out",
+            f"{path} is there and is no socket: the unix listener is not served",
             "move it away, or choose another path",
         )
     if seen.state is not SocketState.FOREIGN or (take_over and not pause_s):
@@ -56,7 +56,7 @@ def judge_socket(path: str, seen: SeenSocket, *, take_over: bool, pause_s: float
         )
     return Problem(
         "unix_listener.path",
-        f"{name_owners(seen)} listens on {path}: the unix listener is left out",
+        f"{name_owners(seen)} listens on {path}: the unix listener is not served",
         "end it, and the socket is taken within a second; where it has to run on, as OVN's agent has, set "
         "unix_listener.take_over",
     )

@@ -496,7 +496,7 @@ async def test_a_guest_is_explained_with_its_listener_its_router_and_the_age_of_
     assert told.why[0] == f"{_UNLISTED}, which is off"
     rig.unix.problem = Problem("unix_listener.path", "an agent listens there")
     told = await rig.explain()
-    assert told.why[0] == f"{_UNLISTED}, which is left out: an agent listens there"
+    assert told.why[0] == f"{_UNLISTED}, which is not served: an agent listens there"
     rig.answer(_FOUND, scope=Scope.ROUTER)
     told = await rig.explain(_BEHIND)
     assert (told.network, told.how) == ("router", "router")

@@ -381,12 +381,12 @@ _BUSY = UnixListenerReport(_PATH, serving=False, problem="agent (pid 7) is there
         ),
         ("unix listener", {"unix_listener": _LISTENER}, f"{_PATH}, mode 0644 64055:64056, serving"),
         ("unix listener", {"unix_listener": _TAKEN}, "serving, taken over from agent (pid 7)"),
-        ("unix listener", {"unix_listener": _BUSY}, f"{_PATH}, left out agent (pid 7) is there"),
+        ("unix listener", {"unix_listener": _BUSY}, f"{_PATH}, not served agent (pid 7) is there"),
         ("audit log", {"audit": AuditReport("all", "/x.log", 17)}, "all, to /x.log, 17 lines"),
         (
             "audit log",
             {"audit": AuditReport("sampled", "/x.log", 17, 3, "/x.log: no room")},
-            "to /x.log, 17 lines, 3 left out not written /x.log: no room",
+            "to /x.log, 17 lines, 3 skipped not written /x.log: no room",
         ),
     ],
 )

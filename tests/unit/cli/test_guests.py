@@ -237,7 +237,7 @@ def test_a_snippet_is_made_of_the_daemons_record(plugged: Cli) -> None:
     shape = plugged("snippet", "web-1", "--for", "incus", "--json").json
     assert (shape["instance"], shape["for"], shape["dialect"]) == ("web-1", "incus", "nocloud")
     kinds = {part["kind"] for part in shape["parts"]}
-    assert kinds == {"SMBIOS", "container", "network card", "route", "systemd-imdsd"}
+    assert kinds == {"SMBIOS", "container", "NIC", "route", "systemd-imdsd"}
 
 
 def test_no_route_is_wanted_where_this_host_is_the_gateway(

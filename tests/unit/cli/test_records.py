@@ -320,8 +320,8 @@ def test_flags_win_over_the_domain_and_a_network_may_have_libvirts_name(
     [
         ([("bridge=br7", MAC)], "", [], "imdsproxy network add --bridge br7"),
         ([("network=gone", MAC)], "", [], "no network is reached through gone"),
-        ([("user=x", MAC)], "", [], "no network card on a bridge"),
-        ([("bridge=virbr0", MAC)] * 2, "", ["--network", "virbr0"], "has 2 network cards"),
+        ([("user=x", MAC)], "", [], "no NIC on a bridge"),
+        ([("bridge=virbr0", MAC)] * 2, "", ["--network", "virbr0"], "has 2 NICs"),
         ([("bridge=virbr0", MAC)], "", ["--mac", MAC], "the domain's own MACs"),
         ([("bridge=virbr0", MAC)], _ELEMENT.replace("hostname", "nonsense"), [], "unknown element"),
     ],

@@ -60,9 +60,9 @@ def test_a_line_is_json_where_there_is_no_terminal() -> None:
 @pytest.mark.parametrize("colours", [False, True])
 def test_a_line_is_text_on_a_terminal_with_colours_where_asked(*, colours: bool) -> None:
     stream = _open(form="auto", terminal=True, colours=colours)
-    structlog.get_logger().warning("listener left out", network="n1")
+    structlog.get_logger().warning("listener not served", network="n1")
     line = stream.getvalue()
-    assert "listener left out" in line
+    assert "listener not served" in line
     assert ("network=n1" in line) is not colours
     assert ("\x1b[" in line) is colours
 

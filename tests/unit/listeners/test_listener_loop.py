@@ -210,7 +210,7 @@ async def test_a_missing_namespace_leaves_out_its_network_and_no_other_and_is_lo
         await rig.settle("networks changed", "red", "blue")
         await rig.settle("again", "red", "blue")
     # That red has no IPv6 address is no trouble.
-    left = [one for one in logs if one["event"] == "listener left out"]
+    left = [one for one in logs if one["event"] == "listener not served"]
     assert [(one["network"], one["code"]) for one in left] == [("blue", "namespace-missing")]
     assert rig.bound() == {"red"}
     assert [str(one.readlink()) for one in rig.host.links.iterdir()] == ["/nowhere/red"]
@@ -345,7 +345,7 @@ async def test_a_haproxy_that_does_not_start_with_the_agents_socket_starts_witho
     await rig.serve("red")
     assert rig.bound() == {"red"}
     (problem,) = rig.loop.report.problems
-    assert problem.reason.endswith("the unix listener is left out")
+    assert problem.reason.endswith("the unix listener is not served")
 
 
 @pytest.mark.parametrize("rig", ["metadata_proxy"], indirect=True)

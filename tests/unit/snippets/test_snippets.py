@@ -8,7 +8,7 @@ from support.snippets import MAC, UUID, machine_of, network, snippet
 
 VIRBR0 = InterfaceListener("virbr0")
 every_target = pytest.mark.parametrize("target", list(Target))
-_KINDS = {"SMBIOS", "container", "network card", "route", "systemd-imdsd", "note"}
+_KINDS = {"SMBIOS", "container", "NIC", "route", "systemd-imdsd", "note"}
 
 
 @every_target
@@ -38,7 +38,7 @@ def test_every_port_has_its_card_and_every_network_its_route(target: Target) -> 
     made = snippet(target, Dialect.OPENSTACK, network(), other, foreign, macs=[MAC, None])
 
     assert {part.kind for part in made.parts} <= _KINDS
-    cards = [part.text.lower() for part in made.parts if part.kind == "network card"]
+    cards = [part.text.lower() for part in made.parts if part.kind == "NIC"]
     unknown, macs = _DEVICE_OF_OTHERS[target], [True, False] * 3
     devices = ["br0", "br0", "eno1", "eno1", unknown, unknown]
     assert [device in card for device, card in zip(devices, cards, strict=True)] == [True] * 6

@@ -146,7 +146,7 @@ class Part:
     """Lines that belong to one place.
 
     Attributes:
-        kind: `SMBIOS`, `container`, `network card`, `route`, `systemd-imdsd`, or `note` (which has no text).
+        kind: `SMBIOS`, `container`, `NIC`, `route`, `systemd-imdsd`, or `note` (which has no text).
         place: Where they go, a line or more.
         text: The lines as they are to be pasted; empty when there is nothing to do.
     """
@@ -184,7 +184,7 @@ def _card(place: str, port: model.Port, text: str) -> Part:
     known = "the guest is known by this MAC."
     if port.mac is None:
         known = "the record has no MAC, so any will do."
-    return Part("network card", f"{place}Network {port.network}: {known}", text)
+    return Part("NIC", f"{place}Network {port.network}: {known}", text)
 
 
 def _routes(
