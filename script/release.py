@@ -202,7 +202,7 @@ def _make_all(
     project.write_text(declared.replace('dynamic = ["version"]', f'version = "{version}"'))
     _run(
         *(str(tools / "cyclonedx-py"), "requirements", "requirements/runtime.txt"),
-        *("--pyproject", str(project), "--index-url", "https://pypi.org/simple"),
+        *("--pyproject", str(project)),
         *("--output-reproducible", "--spec-version", "1.6", "--output-format", "JSON"),
         *("--output-file", str(made / f"{name}.cdx.json")),
         cwd=work / name,
