@@ -7,13 +7,9 @@ would want disks, users and a package manager.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import itertools
 import json
-import os
 import shutil
-import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,8 +29,6 @@ _SOURCES: Final = {
     Dialect.OPENSTACK: "OpenStack",
     Dialect.NOCLOUD: "NoCloud",
 }
-_DHCP_CLIENTS: Final = ("dhclient", "dhcpcd", "udhcpc")
-"""What the machine has of these, cloud-init would use before it asks, and wait a minute for a server."""
 _ACCOUNTS: Final = """\
 root:x:0:0:root:/root:/bin/sh
 systemd-network:x:998:998::/:/usr/sbin/nologin
@@ -95,9 +89,8 @@ def boot(guest: Guest, dialect: Dialect, *, unpacked: Path, directory: Path) -> 
     root = directory / f"{guest.name}.{dialect}"
     shutil.rmtree(root, ignore_errors=True)
     _lay(root, dialect, unpacked)
-    layer = _lay_layer(directory / "layer")
     argv = ["unshare", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child=KILL"]
-    argv += ["sh", str(_SCRIPT), str(root), str(layer), str(unpacked)]
+    argv += ["sh", str(_SCRIPT), str(root), str(unpacked)]
     begin = time.monotonic()
     try:
         output = run(inside(guest.netns, argv), timeout_s=_TIMEOUT_S, must_succeed=False)
@@ -122,23 +115,6 @@ def _lay(root: Path, dialect: Dialect, unpacked: Path) -> None:
     (etc / certificates).parent.mkdir(parents=True)
     shutil.copyfile(Path("/etc") / certificates, etc / certificates)
     shutil.copyfile("/etc/ld.so.cache", etc / "ld.so.cache")
-
-
-def _lay_layer(layer: Path) -> Path:
-    """The files over the machine's /usr: no service manager runs in the guest, and it has its address already."""
-    systemctl = layer / "usr" / "bin" / "systemctl"
-    if not systemctl.exists():
-        systemctl.parent.mkdir(parents=True, exist_ok=True)
-        systemctl.write_text("#!/bin/sh\nexit 0\n")
-        systemctl.chmod(0o755)
-    for directory, client in itertools.product(("bin", "sbin"), _DHCP_CLIENTS):
-        hidden = layer / "usr" / directory / client
-        hidden.parent.mkdir(parents=True, exist_ok=True)
-        # Guests boot side by side, and share the layer.
-        with contextlib.suppress(FileExistsError):
-            # This is how overlayfs hides a file of the layers below.
-            os.mknod(hidden, stat.S_IFCHR, os.makedev(0, 0))
-    return layer
 
 
 def _inspect(root: Path, seconds: float, failure: str) -> Boot:

@@ -1,9 +1,8 @@
 #!/bin/sh
 # Boots one guest as far as cloud-init is concerned: its four stages, in a throw-away root.
 #
-# usage: guest-boot.sh ROOT LAYER UNPACKED
+# usage: guest-boot.sh ROOT UNPACKED
 #   ROOT      a directory that holds the guest's own files (etc/ is laid by the caller)
-#   LAYER     files that lie over everything else in usr/
 #   UNPACKED  cloud-init's Debian packages, unpacked
 #
 # Runs as the first process of new mount, PID, UTS and IPC namespaces, inside the guest's network
@@ -11,8 +10,7 @@
 # machine is seen but three device nodes. Mounts end with the mount namespace.
 set -eu
 root=$1
-layer=$2
-unpacked=$3
+unpacked=$2
 
 cd "$root"
 mkdir -p usr proc sys dev run tmp root proof var/lib var/log var/tmp etc/alternatives
@@ -21,7 +19,19 @@ for link in /bin /sbin /lib /lib32 /lib64 /libx32; do
         ln -sfn "$(readlink "$link")" "$root$link"
     fi
 done
-mount -t overlay -o "ro,lowerdir=$layer/usr:$unpacked/usr:/usr" imdsdemo usr
+# Over the machine's /usr: no service manager runs in the guest, and it has its address already. What the machine has of
+# DHCP clients, cloud-init would use before it asks, and wait a minute for a server. The device 0, 0 is how overlayfs hides
+# a file of the layers below; on a tmpfs, because not every file system takes it (an overlay does not).
+mount -t tmpfs -o mode=755,size=64k tmpfs proof
+mkdir proof/bin proof/sbin
+printf '#!/bin/sh\nexit 0\n' >proof/bin/systemctl
+chmod 755 proof/bin/systemctl
+for client in dhclient dhcpcd udhcpc; do
+    mknod "proof/bin/$client" c 0 0
+    mknod "proof/sbin/$client" c 0 0
+done
+mount -t overlay -o "ro,lowerdir=$root/proof:$unpacked/usr:/usr" imdsdemo usr
+umount proof
 if [ -d usr/local ]; then
     # Python libraries that the machine's owner put there are not the ones cloud-init was made for.
     mount -t tmpfs -o ro tmpfs usr/local
