@@ -11,7 +11,7 @@ from imdsproxy.config.schema import Settings
 from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.dataplane.layout import Layout
 from support.demonstration import REPOSITORY
-from support.pages import each_page
+from support.pages import each_page, prose
 
 _ADR: Final = REPOSITORY / "docs/adr"
 _LINK: Final = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -43,6 +43,17 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         if not target.exists() or (anchor and anchor not in headings(target)):
             broken.append(link)
     assert broken == []
+
+
+@each_page
+def test_no_page_has_a_word_that_is_not_used_here(page: Path) -> None:
+    contributing = REPOSITORY / "CONTRIBUTING.md"
+    table = contributing.read_text().partition("| not used | instead |")[2].partition("\n\n")[0]
+    words = ", ".join(re.findall(r"^\| ([a-z ,]+) \|", table, re.MULTILINE)).split(", ")
+    assert len(words) > 10
+    if page != contributing:
+        used = rf"\b(?:{'|'.join(words)})s?\b.{{0,30}}"
+        assert re.findall(used, prose(page), re.IGNORECASE) == []
 
 
 @each_page

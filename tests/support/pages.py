@@ -64,3 +64,9 @@ def inline_code(page: Path) -> Iterator[str]:
         for child in token.children or ():
             if child.type == "code_inline":
                 yield child.content
+
+
+def prose(page: Path) -> str:
+    """Its text without any code."""
+    children = (child for token in _tokens(page) for child in token.children or ())
+    return " ".join(child.content for child in children if child.type == "text")

@@ -54,10 +54,10 @@ class PairReport:
 
 @dataclass(frozen=True, slots=True)
 class CardReport:
-    """A network card of the record.
+    """A NIC of the record.
 
     Attributes:
-        seen: The MACs that the neighbour table has for its addresses: those of the guest's real network cards.
+        seen: The MACs that the neighbour table has for its addresses: those of the guest's real NICs.
     """
 
     network: model.NetworkId
@@ -93,7 +93,7 @@ class Explanation:
     """Who a guest is, why, and what it gets.
 
     Attributes:
-        verdict: `found`, `unknown`, `mismatch`, `conflict`, `no-network` or `left-out`.
+        verdict: `found`, `unknown`, `mismatch`, `conflict`, `no-network` or `not-served`.
         answer: The HTTP status a document of an enabled dialect has: 200, 403, 404 or 503; `None` where the
             request is sent to Nova, which decides.
         why: The steps that led there, one sentence each, in order.
@@ -102,7 +102,7 @@ class Explanation:
             could not be asked.
         policy: What applies to the guest's requests, as name and value (dialects, endpoint, hold).
         pair: The address and its MAC; `None` where the network does not check them.
-        cards: The record's network cards, where an instance was found.
+        cards: The record's NICs, where an instance was found.
         rules: What the guest may read and which scope sets it, where an instance was found.
         decision: Of the policy, where it was asked for by a path and an instance was found.
         probe: What a GET got, where one was asked for.
@@ -222,7 +222,7 @@ async def explain(
     """
     network, lookup, listeners = key[0], controller.lookup, controller.listeners
     if not _may_know(lookup, network):
-        return Explanation(*key, "no-network", 404, (f"no source tells of network {network}",))
+        return Explanation(*key, "no-network", 404, (f"no source reports network {network}",))
     owner, inventory = await _owner(lookup, key), lookup.inventory
     found = Explanation(*key, "found", None, (_origin(inventory, listeners, network),))
     wrong = [one.reason for one in listeners.degraded() if one.network == network]
@@ -239,7 +239,7 @@ async def explain(
     served = networks_of(listeners.report.endpoints)
     if not (network in served if network in inventory.networks else listeners.unix.serving):
         # No listener is there: the guest gets no answer, whatever it would be.
-        found.verdict, found.answer = "left-out", 503
+        found.verdict, found.answer = "not-served", 503
     if probe:
         asked = path or _common_path(inventory, found.instance)
         found.probe = Probe(asked, (await get_document(controller, key, asked)).status)
@@ -259,7 +259,7 @@ def _origin(inventory: Inventory, listeners: ListenerLoop, network: model.Networ
     if sources := inventory.sources_of_network(network):
         return f"network {network} comes from {', '.join(sources)}"
     why = "its guests come through the unix listener"
-    unreported = f"no source tells how {network} is reached: {why}"
+    unreported = f"no source reports how {network} is reached: {why}"
     if listeners.unix.serving:
         return unreported
     problem = listeners.unix.problem

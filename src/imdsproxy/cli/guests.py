@@ -125,7 +125,7 @@ def _explanation(shape: Shape) -> Iterator[tuple[str, str]]:
     outcome = f"its documents are answered {shape['answer']}"
     if shape["answer"] is None:
         outcome = "its requests are sent to Nova"
-    elif shape["verdict"] == "left-out":
+    elif shape["verdict"] == "not-served":
         outcome = "no listener serves it"
     yield "guest", f"{shape['address']} in network {shape['network']}"
     yield "verdict", f"[{colour}]{shape['verdict']}[/], {outcome}"

@@ -39,7 +39,7 @@ def _steps(found: Mapping[str, Any]) -> Iterator[Step]:
     pair = found["pair"]
     seen = None if pair is None else pair["seen"]
     yield Step("Guest", found["address"], lines=("last seen with MAC", seen) if seen else ())
-    not_served = found["verdict"] in {"left-out", "no-network"}
+    not_served = found["verdict"] in {"not-served", "no-network"}
     yield Step("Listener", found["network"], "bad" if not_served else "good", _listener(found))
     if pair is not None:
         yield _mac_filter(pair)

@@ -473,7 +473,7 @@ async def test_a_private_address_is_asked_for_by_the_mac_of_the_neighbour_table(
 
 # Explained
 
-_UNLISTED: Final = "no source tells how net is reached: its guests come through the unix listener"
+_UNLISTED: Final = "no source reports how net is reached: its guests come through the unix listener"
 
 
 async def test_a_guest_is_explained_with_its_listener_its_router_and_the_age_of_its_confirmation() -> (
@@ -492,7 +492,7 @@ async def test_a_guest_is_explained_with_its_listener_its_router_and_the_age_of_
     assert told.policy == {"upstream": "nova", "endpoint set": "default", "project": "blue"}
     rig.unix.serving = False
     told = await rig.explain()
-    assert (told.verdict, told.answer, told.instance) == ("left-out", 503, "web")
+    assert (told.verdict, told.answer, told.instance) == ("not-served", 503, "web")
     assert told.why[0] == f"{_UNLISTED}, which is off"
     rig.unix.problem = Problem("unix_listener.path", "an agent listens there")
     told = await rig.explain()

@@ -123,7 +123,7 @@ def test_explain_of_novas_guest_says_that_nova_decides(filled: Cli) -> None:
 def test_explain_in_a_network_without_its_listener_says_that_none_serves_it(filled: Cli) -> None:
     filled.server.leave_out("blue", "nginx has port 80", "stop it")
     ran = filled("explain", "web-1")
-    assert (ran.status, "verdict left-out, no listener serves it" in ran.words) == (1, True)
+    assert (ran.status, "verdict not-served, no listener serves it" in ran.words) == (1, True)
 
 
 def test_explain_of_no_instance_or_of_two_exits_1(filled: Cli) -> None:

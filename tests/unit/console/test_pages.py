@@ -58,7 +58,7 @@ def test_a_guest_that_is_found_has_a_good_path_to_its_answer() -> None:
 
 
 def test_a_network_that_is_not_served_is_bad_at_its_listener_and_its_answer() -> None:
-    steps = _explained(**_FOUND, verdict="left-out", answer=503)
+    steps = _explained(**_FOUND, verdict="not-served", answer=503)
     bad = [one.title for one in steps if one.state == "bad"]
     assert bad == ["Listener", "Answer"]
 
