@@ -270,7 +270,7 @@ TROUBLES: Final[Mapping[str, Trouble]] = {
         "fails imdsproxy instance show new-1",
         "failed",
         by_hand=f"sed --in-place s/nam:/name:/ {_OLD_RECORD}",
-        undo=f"rm {_OLD_RECORD}",
+        undo=f"rm {_OLD_RECORD}; while imdsproxy instance show new-1 >/dev/null 2>&1; do sleep 0.1; done",
     ),
     '"ready, degraded"': Trouble(
         "imdsproxy network add green --interface eth9 || true",

@@ -72,7 +72,7 @@ async def test_another_configuration_is_a_reload_with_known_workers(rig: Rig) ->
     assert rig.fake.reloads == 1
     assert rig.haproxy.processes is not None
     assert set(rig.haproxy.processes.workers) == rig.haproxy.records.known
-    assert rig.haproxy.reload_counts == {"ok": 2}
+    assert rig.haproxy.reload_counts == {"ok": 2, "failed": 0}
 
 
 async def test_a_look_at_workers_that_hangs_keeps_none_from_being_replaced(
