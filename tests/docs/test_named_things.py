@@ -166,6 +166,21 @@ def test_every_installed_path_is_one_that_a_package_brings(
     assert [one for one in named if not fnmatch.filter(installed, one)] == []
 
 
+def test_all_that_is_installed_without_a_package_is_removed_as_the_page_says(
+    installed: frozenset[str],
+) -> None:
+    page = REPOSITORY / "docs/how-to/install.md"
+    lines = page.read_text().partition("\nWithout the package:\n")[2].splitlines()
+    removed = [word for line in lines if line.startswith("    rm ") for word in line.split()[1:]]
+    patterns = [part for word in removed for part in (word, f"{word}/*")]
+    left = [
+        one
+        for one in installed
+        if "imdsproxy" in one and not any(fnmatch.fnmatch(one, part) for part in patterns)
+    ]
+    assert (removed != [], left) == (True, [])
+
+
 @each_page
 def test_every_unit_is_one_that_is_packaged(page: Path) -> None:
     packaged = {path.name for path in (REPOSITORY / "packaging/systemd").iterdir()}
