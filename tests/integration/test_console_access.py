@@ -1,6 +1,7 @@
 """Attacks on the console by programs that ask as they like, and how its command ends."""
 
 import http.client
+import os
 import re
 import signal
 import socket
@@ -332,7 +333,9 @@ def test_each_command_of_the_page_about_the_console_prints_what_the_page_says(
 ) -> None:
     wanted = _PAGE.partition("```text\n")[2].partition("```")[0]
     words = (sys.executable, "-m", "imdsproxy", "--socket", str(server.socket), *line.split())
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    # Python would hide a link that waits in a buffer.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment)
     with process:
         assert process.stdout is not None
         printed = process.stdout.readline() + process.stdout.readline()

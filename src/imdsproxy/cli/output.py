@@ -61,8 +61,9 @@ class Output:
         self.raw(f"{text}\n".encode(errors="backslashreplace"))
 
     def text(self, text: str) -> None:
-        """Text as it is."""
+        """Text as it is, at once also where it goes through a pipe: the command may go on for hours."""
         sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
+        sys.stdout.flush()
 
     def raw(self, body: bytes) -> None:
         """Bytes as they are."""
