@@ -85,12 +85,14 @@ def render_drop_in(dialect: Dialect) -> str:
 
 
 def boot(guest: Guest, dialect: Dialect, *, unpacked: Path, directory: Path) -> Boot:
-    """Boots the guest once; its root stays below `directory` to be looked at."""
+    """Boots the guest once; its root stays below `directory` to be looked at, whose `layer` lies over the machine's /usr."""
     root = directory / f"{guest.name}.{dialect}"
     shutil.rmtree(root, ignore_errors=True)
     _lay(root, dialect, unpacked)
     argv = ["unshare", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child=KILL"]
-    argv += ["sh", str(_SCRIPT), str(root), str(unpacked)]
+    layer = directory / "layer" / "usr"
+    layer.mkdir(parents=True, exist_ok=True)
+    argv += ["sh", str(_SCRIPT), str(root), str(layer), str(unpacked)]
     begin = time.monotonic()
     try:
         output = run(inside(guest.netns, argv), timeout_s=_TIMEOUT_S, must_succeed=False)

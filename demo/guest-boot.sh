@@ -1,8 +1,9 @@
 #!/bin/sh
 # Boots one guest as far as cloud-init is concerned: its four stages, in a throw-away root.
 #
-# usage: guest-boot.sh ROOT UNPACKED
+# usage: guest-boot.sh ROOT LAYER UNPACKED
 #   ROOT      a directory that holds the guest's own files (etc/ is laid by the caller)
+#   LAYER     files that lie over the machine's /usr
 #   UNPACKED  cloud-init's Debian packages, unpacked
 #
 # Runs as the first process of new mount, PID, UTS and IPC namespaces, inside the guest's network
@@ -10,7 +11,8 @@
 # machine is seen but three device nodes. Mounts end with the mount namespace.
 set -eu
 root=$1
-unpacked=$2
+layer=$2
+unpacked=$3
 
 cd "$root"
 mkdir -p usr proc sys dev run tmp root proof var/lib var/log var/tmp etc/alternatives
@@ -30,7 +32,7 @@ for client in dhclient dhcpcd udhcpc; do
     mknod "proof/bin/$client" c 0 0
     mknod "proof/sbin/$client" c 0 0
 done
-mount -t overlay -o "ro,lowerdir=$root/proof:$unpacked/usr:/usr" imdsdemo usr
+mount -t overlay -o "ro,lowerdir=$root/proof:$layer:$unpacked/usr:/usr" imdsdemo usr
 umount proof
 if [ -d usr/local ]; then
     # Python libraries that the machine's owner put there are not the ones cloud-init was made for.

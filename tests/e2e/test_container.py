@@ -34,6 +34,7 @@ class Operator:
     """Who has Podman, the archive and the unit, and follows the page."""
 
     machine: Machine
+    archive: str
 
     def follow(self, heading: str) -> None:
         """Do what the page says below a heading."""
@@ -65,7 +66,7 @@ def operator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
     with podman_machine(tmp_path_factory.mktemp("machine")) as machine:
         files = (str(image), str(RECIPE / "imdsproxy.container"))
         machine.run("install", "-D", "-m", "644", "-t", HOME, *files)
-        yield Operator(machine)
+        yield Operator(machine, f"{HOME}/{image.name}")
 
 
 def test_from_the_archive_to_a_served_guest_an_upgrade_and_an_end_as_the_page_says(
@@ -127,6 +128,7 @@ def test_from_the_archive_to_a_served_guest_an_upgrade_and_an_end_as_the_page_sa
 
 def test_a_container_without_a_controller_that_answers_is_not_healthy(operator: Operator) -> None:
     image = "localhost/imdsproxy:latest"
+    operator.machine.run("podman", "load", "--quiet", "--input", operator.archive)
     operator.machine.run(
         *("podman", "run", "--detach", "--rm", "--name=idle", "--network=host"),
         *("--entrypoint=sleep", image, "infinity"),
