@@ -25,7 +25,7 @@ class AuditLog:
 
     def lines(self) -> list[dict[str, Any]]:
         """All whole lines, each of which has to be JSON."""
-        return [json.loads(line) for line in self.text().splitlines()]
+        return [json.loads(line) for line in self.text().rpartition("\n")[0].splitlines()]
 
     def has(self, **wanted: object) -> bool:
         return any(wanted.items() <= one.items() for one in self.lines())
