@@ -85,7 +85,10 @@ def render_drop_in(dialect: Dialect) -> str:
 
 
 def boot(guest: Guest, dialect: Dialect, *, unpacked: Path, directory: Path) -> Boot:
-    """Boots the guest once; its root stays below `directory` to be looked at, whose `layer` lies over the machine's /usr."""
+    """Boots the guest once; its root stays below `directory` to be looked at.
+
+    Files below `layer/usr` in it lie over the machine's.
+    """
     root = directory / f"{guest.name}.{dialect}"
     shutil.rmtree(root, ignore_errors=True)
     _lay(root, dialect, unpacked)
