@@ -201,7 +201,7 @@ class TokenLedger:
         read: Reads by network, as of `GuestWithoutToken`; only ever grows.
         refused: Refused reads by network; only ever grows.
         all_since: Since when each read is counted, Unix time; `None` while only some are, or none.
-        changes: Rows to be kept by their keys, `None` for those that are gone; whoever keeps them clears it.
+        changes: Rows to be kept by their keys, `None` for those that are gone; who keeps them clears it.
     """
 
     since: float

@@ -40,7 +40,7 @@ def judge_tokens(
 ) -> list[TokenVerdict]:
     """A verdict on the host, then on each network, then on each project.
 
-    A guest that is gone, and one whose own policy is `optional` or `off`, is in nobody's way: the latter would go on
+    A guest that is gone does not count, nor does one whose own policy is `optional` or `off`: the latter would go on
     reading.
 
     Args:

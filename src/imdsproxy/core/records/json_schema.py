@@ -1,4 +1,4 @@
-"""The JSON Schema of record files, made of the tables of records: for editors, and whoever checks files before us.
+"""The JSON Schema of record files, made of the tables of records: for editors, and checks in other programs.
 
 It accepts every file that `parse_records` accepts. It cannot say what spans several values (that two ports have the
 same address) or what needs arithmetic (that a MAC is a multicast one).
