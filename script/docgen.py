@@ -223,8 +223,11 @@ def _shape(schema: Mapping[str, Any]) -> str:
         return f"list of {_shape(schema['items'])}" if "items" in schema else "list"
     if "enum" in schema:
         return " or ".join(f"`{one}`" for one in schema["enum"])
-    if schema.get("type") == "object" and isinstance(schema.get("additionalProperties"), dict):
-        return f"mapping to {_shape(schema['additionalProperties'])}"
+    if schema.get("type") == "object":
+        others = [schema["additionalProperties"]] if "additionalProperties" in schema else []
+        for value in (*schema.get("patternProperties", {}).values(), *others):
+            if isinstance(value, dict):
+                return f"mapping to {_shape(value)}"
     return str(schema.get("type", "any"))
 
 
@@ -287,7 +290,8 @@ def _takes(schema: Mapping[str, Any]) -> str:
             words = f"list of: {_takes(items)}"
         case {"minimum": least, "maximum": most}:
             words = f"{least} to {most}"
-        case {"additionalProperties": value}:
+        case {"patternProperties": named}:
+            (value,) = named.values()
             words = f"mapping to: {_takes(value)}"
         case _:
             types = {"boolean": "true or false", "object": "a mapping", "string": "text"}

@@ -87,6 +87,21 @@ def test_whatever_is_changed_in_a_document_the_parser_takes_only_what_is_valid(
         assert list(_VALIDATOR.iter_errors(changed)) == []
 
 
+@pytest.mark.parametrize("name", ["", "x", "a\nb", "x" * 300, "availability_zone"])
+@pytest.mark.parametrize(("kind", "word"), [("tags", "a"), ("paths", "deny")])
+def test_an_entry_that_is_null_is_omitted_whatever_its_name_is(
+    kind: str, word: str, name: str
+) -> None:
+    def document(value: object) -> dict[str, object]:
+        entries: dict[str, object] = {kind: {"/latest/x": word, name: value}}
+        rest = entries if kind == "tags" else {"policy": entries}
+        return {"instances": [{"id": "a", "name": "a", **rest}]}
+
+    assert _is_taken(document(None))
+    assert list(_VALIDATOR.iter_errors(document(None))) == []
+    assert _is_taken(document(word)) == (not list(_VALIDATOR.iter_errors(document(word))))
+
+
 _Wrap: TypeAlias = Callable[[Any], object]
 """Puts a mapping into a document."""
 

@@ -208,7 +208,16 @@ class Daemon:
         return True
 
     def wait_ready(self, *, within_s: float = 10.0) -> None:
-        until(lambda: self.status()["readiness"]["ready"], within_s=within_s, what="being ready")
+        seen: dict[str, Any] = {}
+
+        def is_ready() -> bool:
+            seen.update(self.status()["readiness"])
+            return bool(seen["ready"])
+
+        try:
+            until(is_ready, within_s=within_s, what="being ready")
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {seen}") from error
 
     def resolver_up(self) -> bool:
         """Whether HAProxy has seen that the controller takes unknown guests' requests."""

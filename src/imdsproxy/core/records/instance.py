@@ -229,11 +229,10 @@ INSTANCE: Final = Table(
         "tags",
         Kind(
             _parse_tags,
-            {
-                "type": "object",
-                "propertyNames": values.one_line(MAX_TEXT),
+            values.entries(
+                f"^[^{CONTROL}]{{1,{MAX_TEXT}}}$",
                 # Not a list of two types: Debian's FastAPI does not take that.
-                "additionalProperties": {
+                {
                     "anyOf": [
                         {
                             "type": "string",
@@ -243,7 +242,7 @@ INSTANCE: Final = Table(
                         {"type": "null"},
                     ]
                 },
-            },
+            ),
             dict,
         ),
         "Names and values that the guest can read. EC2's documents have only names of letters, digits and `+-=.,_:@`, "

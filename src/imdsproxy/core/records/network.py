@@ -44,9 +44,7 @@ _RULE_KINDS: Final[dict[type[object], Kind]] = {
     tuple: Kind(
         _parse_paths,
         {
-            "type": "object",
-            "propertyNames": {"pattern": path_rules.PATH_PATTERN},
-            "additionalProperties": {"enum": [*path_rules.PathWord, None]},
+            **values.entries(path_rules.PATH_PATTERN, {"enum": [*path_rules.PathWord, None]}),
             "maxProperties": path_rules.MOST_PATH_RULES,
         },
         lambda rules: {path: word.value for path, word in rules},

@@ -83,6 +83,18 @@ def one_line(longest: int) -> dict[str, Json]:
     }
 
 
+def entries(names: str, value: Json) -> dict[str, Json]:
+    """The JSON Schema of what `Field.mapping` takes: values by names of a pattern.
+
+    An entry that is null is omitted without a look at its name.
+    """
+    return {
+        "type": "object",
+        "patternProperties": {names: value},
+        "additionalProperties": {"type": "null"},
+    }
+
+
 TEXT: Final = Kind(Field.text, one_line(MAX_TEXT))
 INSTANCE_ID: Final = _matching(model.ID_PATTERN, _ID_WANTED)
 NETWORK_ID: Final = _matching(model.ID_PATTERN, _ID_WANTED, shared=True)
