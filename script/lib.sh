@@ -35,6 +35,11 @@ test_packages=(
     virt-qemu-run:libvirt-daemon-driver-qemu
     /etc/libvirt/network.conf:libvirt-daemon-driver-network
     /usr/lib/python3/dist-packages/libvirt.py:python3-libvirt
+    ovn-northd:ovn-central
+    ovn-controller:ovn-host
+    ovs-vswitchd:openvswitch-switch
+    /usr/lib/python3/dist-packages/ovs/poller.py:python3-openvswitch
+    ethtool:ethtool
 )
 # what builds and checks packages
 package_packages=(
@@ -259,8 +264,8 @@ pinned_venv() {
     printf '%s\n' "$environment"
 }
 
-# link_libvirt: the distribution's module, the one that the .deb uses too, for .venv; PyPI's would need a compiler
-link_libvirt() {
+# link_modules: the distribution's libvirt and python-ovs, which the .deb uses too, for .venv; PyPI's would need a compiler
+link_modules() {
     local modules=/usr/lib/python3/dist-packages from file
     [[ -e $modules/libvirt.py ]] || return 0
     from=$("$venv/bin/python" -c 'import sysconfig as s; print(s.get_config_var("EXT_SUFFIX"), s.get_path("platlib"))')
@@ -271,6 +276,7 @@ link_libvirt() {
         fi
         ln -sfn "$modules/$file" "${from#* }/$file"
     done
+    [[ ! -e $modules/ovs ]] || ln -sfn "$modules/ovs" "${from#* }/ovs"
 }
 
 # set_up PRESENCE:PACKAGE...: one at a time in this work tree
@@ -289,6 +295,6 @@ set_up() {
         wait "$!"
         need_haproxy_3
         build_venv
-        link_libvirt
+        link_modules
     ) 9>"$cache/setup.lock"
 }

@@ -119,6 +119,7 @@ def _usual() -> dict[str, object]:
         "audit.left_out": 4,
         "audit.problem": Problem("audit.destination", "/x: disk full"),
         "audit.settings": lambda: _tree({"one_in": 1, "mode": "all", "destination": "/x"}),
+        "ovn": None,
         "nova.problems": (),
         "nova_watch.endpoints": (
             NovaEndpointReport("default", "192.0.2.1:8775", up=True, failures=4),

@@ -30,6 +30,7 @@ from imdsproxy.sources.api import Source
 from imdsproxy.sources.libvirt.source import LibvirtClient, LibvirtSource
 from imdsproxy.sources.neutron.client import NeutronClient
 from imdsproxy.sources.neutron.source import NeutronSource
+from imdsproxy.sources.ovn.source import OvnSource
 from imdsproxy.sources.sqlite.source import SqliteSource
 
 _SYSTEMD = Path("/run/systemd/system")
@@ -131,11 +132,13 @@ class Sources:
     Attributes:
         writable: The one that the admin API writes to.
         look_up: The one that is asked for addresses that were not reported.
+        ovn: The one whose networks are provisioned.
     """
 
     all: tuple[Source, ...]
     writable: SqliteSource | None
     look_up: NeutronSource | None
+    ovn: OvnSource | None
 
 
 def build_sources(
@@ -152,6 +155,7 @@ def build_sources(
     state, wanted = settings.paths.state_dir, settings.sources
     sqlite: SqliteSource | None = None
     neutron: NeutronSource | None = None
+    ovn: OvnSource | None = None
     found: list[Source] = []
     if wanted.sqlite.enabled:
         sqlite = SqliteSource(
@@ -177,7 +181,10 @@ def build_sources(
         found.append(neutron)
     if wanted.libvirt.enabled:
         found.append(LibvirtSource(LibvirtClient(wanted.libvirt.uri), wanted.libvirt))
-    return Sources(tuple(found), sqlite, neutron)
+    if wanted.ovn.enabled:
+        ovn = OvnSource(wanted.ovn)
+        found.append(ovn)
+    return Sources(tuple(found), sqlite, neutron, ovn)
 
 
 def build_companion(

@@ -46,6 +46,7 @@ from imdsproxy.host.socket_file import SocketFiles
 from imdsproxy.listeners.host import KeptNetworks, SystemHost
 from imdsproxy.listeners.loop import ListenerLoop
 from imdsproxy.nova.upstream import NovaUpstream, NovaWatch
+from imdsproxy.ovn.host import OvnHost
 from imdsproxy.serving.resolver import Resolver
 from imdsproxy.serving.store import DiskFiles, PasswordStore
 from imdsproxy.unix_listener.listener import UnixListener
@@ -180,6 +181,8 @@ class Controller:
             self.lookup.look, lambda: holder.settings.resolver, clock.monotonic
         )
         self.audit = Audit(lambda: holder.settings.audit, self._keep_worker)
+        ovn = self.sources.ovn
+        self.ovn = None if ovn is None else OvnHost(ovn, host.thread, host.naming.protocol)
         self.counting = TokenCounting(
             self.haproxy, clock, lambda: holder.settings.tokens.one_in, layout.token_counts
         )
@@ -244,6 +247,7 @@ class Controller:
             self.watchdog.failure,
             self.documents_problem(),
             *self.listeners.report.problems,
+            *(() if self.ovn is None else self.ovn.problems()),
         )
 
     def own_problems(self) -> tuple[Problem, ...]:
@@ -288,6 +292,7 @@ class Controller:
             self.nova.follow(lambda: self.touch("nova's addresses changed")),
             self.policy_store.keys.run(self.records.applier),
             self._review(),
+            *(() if self.ovn is None else self.ovn.work()),
         )
 
     def _learned_key(self, change: NeighbourChange) -> AddressKey | None:

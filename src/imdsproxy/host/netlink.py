@@ -11,7 +11,7 @@ import struct
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface, ip_interface
 from typing import Final
 
 from imdsproxy.core.hoststate import AddressState, Family, ObservedAddress, ObservedDevice
@@ -292,15 +292,21 @@ def parse_neighbour(payload: bytes) -> ObservedNeighbour:
 
 
 def create_veth(
-    channel: nl.NetlinkSocket, *, link: str, master: int, mtu: int, peer: str, peer_namespace: int
+    channel: nl.NetlinkSocket,
+    *,
+    link: str,
+    master: int | None,
+    mtu: int | None,
+    peer: str,
+    peer_namespace: int,
 ) -> None:
-    """Make a veth pair, `link` here as an up port of `master`, `peer` in another namespace.
+    """Make a veth pair, `link` here, up, `peer` in another namespace.
 
     Args:
         channel: Of the namespace where `link` is to be.
         link: Name of this end.
-        master: Index of the bridge.
-        mtu: Of both ends, in bytes.
+        master: Index of the bridge that `link` is a port of; `None` for none.
+        mtu: Of both ends, in bytes; `None` for the kernel's.
         peer: Name of the other end; it comes down, and is set up from inside.
         peer_namespace: Open descriptor of its namespace.
     """
@@ -323,9 +329,16 @@ def set_link(
     master: int | None = None,
     mtu: int | None = None,
     alias: str | None = None,
+    mac: MacAddress | None = None,
 ) -> None:
     """Set a device up, change what is given and leave the rest."""
-    given: dict[int, nl.Value] = {_IFLA_MASTER: master, _IFLA_MTU: mtu, _IFLA_IFALIAS: alias}
+    address = None if mac is None else bytes.fromhex(mac.replace(":", ""))
+    given: dict[int, nl.Value] = {
+        _IFLA_ADDRESS: address,
+        _IFLA_MASTER: master,
+        _IFLA_MTU: mtu,
+        _IFLA_IFALIAS: alias,
+    }
     up = _IFINFO.pack(0, 0, index, _IFF_UP, _IFF_UP)
     channel.change(RTM_NEWLINK, up + nl.pack_attributes(given))
 
@@ -333,6 +346,22 @@ def set_link(
 def delete_link(channel: nl.NetlinkSocket, index: int) -> None:
     """Remove a device (and a veth's other end with it)."""
     channel.change(RTM_DELLINK, _IFINFO.pack(0, 0, index, 0, 0))
+
+
+def list_interfaces(channel: nl.NetlinkSocket, index: int) -> list[IPv4Interface | IPv6Interface]:
+    """The addresses of a device with their prefixes, but for the metadata addresses and the kernel's link-local one."""
+    found: list[IPv4Interface | IPv6Interface] = []
+    for message in channel.dump(RTM_GETADDR, _IFADDR.pack(0, 0, 0, 0, index)):
+        _, prefix, _, _, at = _IFADDR.unpack_from(message)
+        values = nl.parse_attributes(message, _IFADDR.size)
+        packed = values.get(_IFA_LOCAL) or values.get(_IFA_ADDRESS) or b""
+        # Not every kernel heeds the index in the question.
+        if at != index or packed in _METADATA:
+            continue
+        one = ip_interface((packed, prefix))
+        if not one.is_link_local:
+            found.append(one)
+    return found
 
 
 def add_address(

@@ -27,6 +27,14 @@ HostName = Annotated[
 ConnectionUri = Annotated[
     str, form(r"^[a-z][a-z0-9+.-]*://[\x21-\x7e]*$", "a URI, as qemu:///system")
 ]
+OvsdbRemotes = Annotated[
+    str,
+    form(
+        r"^(unix:/[^,\s]+|(tcp|ssl):(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):[0-9]{1,5})"
+        r"(,(unix:/[^,\s]+|(tcp|ssl):(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}))*$",
+        "unix:PATH, tcp:ADDRESS:PORT or ssl:ADDRESS:PORT, several joined by commas",
+    ),
+]
 NetworkName = Annotated[str, form(r"^[^\x00-\x1f/]{1,255}$", "a name without a slash")]
 
 
@@ -146,6 +154,48 @@ class LibvirtSourceSettings(Section):
     """
 
 
+class OvnSourceSettings(Section):
+    """Ports bound to this host, from OVN's Southbound database; their instances' documents come from Nova."""
+
+    enabled: bool = setting(False, Change.RESTART)
+    """Follow OVN. Off, because most hosts have none."""
+
+    open_vswitch: OvsdbRemotes = setting("unix:/run/openvswitch/db.sock", Change.RESTART)
+    """This host's Open vSwitch database: it has this chassis's name and its integration bridge."""
+
+    southbound: OvsdbRemotes | None = setting(None, Change.RESTART)
+    """The Southbound database; null takes `external_ids:ovn-remote` of Open vSwitch's, as ovn-controller does. Any
+    member of a cluster will do.
+    """
+
+    private_key_file: AbsolutePath | None = setting(None, Change.RESTART)
+    """PEM file of the key for `ssl:`. ovn-controller's is in `ovs-vsctl get-ssl`."""
+
+    certificate_file: AbsolutePath | None = setting(None, Change.RESTART)
+    """PEM file of the certificate shown to an `ssl:` server."""
+
+    ca_file: AbsolutePath | None = setting(None, Change.RESTART)
+    """PEM file of the authorities that may have signed an `ssl:` server's certificate."""
+
+    probe_s: float = setting(60.0, Change.RESTART, ge=1, le=3600)
+    """Seconds of silence after which a database is asked whether it is there, and as long after that counts as lost."""
+
+    grace_s: float = setting(600.0, Change.RESTART, ge=0, le=86_400)
+    """Seconds that guests are served on after this chassis's row has gone, as when ovn-controller is stopped: its ports
+    go with it, and its guests run on.
+    """
+
+    def model_post_init(self, _: object) -> None:
+        """All three files for TLS, or none."""
+        files = (self.private_key_file, self.certificate_file, self.ca_file)
+        if any(files) and not all(files):
+            raise cross(
+                "private_key_file",
+                "TLS needs `private_key_file`, `certificate_file` and `ca_file`",
+                "give all three or none",
+            )
+
+
 class SourcesSettings(Section):
     """Where networks, ports and instances come from. Several at once are allowed."""
 
@@ -160,6 +210,9 @@ class SourcesSettings(Section):
 
     libvirt: LibvirtSourceSettings = section(LibvirtSourceSettings)
     """Libvirt."""
+
+    ovn: OvnSourceSettings = section(OvnSourceSettings)
+    """OVN, without Neutron's metadata agent."""
 
     def model_post_init(self, _: object) -> None:
         """At least one source is enabled."""

@@ -15,7 +15,7 @@ from imdsproxy.cli.bundle.known import read_known
 from imdsproxy.config.schema import Settings
 from imdsproxy.dataplane.layout import Layout
 
-_NO_SECRET: Final = {"ca_file", "client_cert_file", "clouds_file"}
+_NO_SECRET: Final = {"ca_file", "certificate_file", "client_cert_file", "clouds_file"}
 """Settings that name a file without secrets, or one that is read for its passwords alone."""
 
 

@@ -1,0 +1,45 @@
+"""All that is done for OVN on this host beside reporting its ports."""
+
+from collections.abc import Coroutine
+from dataclasses import InitVar, dataclass, field
+from random import SystemRandom
+
+from imdsproxy.errors import Problem
+from imdsproxy.host.namespaces import NamespaceThread
+from imdsproxy.ovn.heartbeat import OvnHeartbeat
+from imdsproxy.ovn.provision import Provisioner
+from imdsproxy.sources.ovn.source import OvnSource
+
+
+@dataclass(slots=True)
+class OvnHost:
+    """The provisioner and the heartbeat over one source.
+
+    Args:
+        source: The databases.
+        thread: Where namespaces are entered.
+        protocol: Marks addresses that are added here (`Naming.protocol`).
+    """
+
+    source: OvnSource
+    thread: InitVar[NamespaceThread]
+    protocol: InitVar[int]
+    provisioner: Provisioner = field(init=False)
+    heartbeat: OvnHeartbeat = field(init=False)
+
+    def __post_init__(self, thread: NamespaceThread, protocol: int) -> None:
+        self.provisioner = Provisioner(self.source, thread, protocol)
+        self.heartbeat = OvnHeartbeat(self.source, SystemRandom().random)
+        self.source.on_change = self._changed
+
+    def work(self) -> tuple[Coroutine[object, object, None], ...]:
+        """What runs as long as the controller does."""
+        return self.provisioner.run(), self.heartbeat.run()
+
+    def problems(self) -> tuple[Problem, ...]:
+        """What the host refuses."""
+        return tuple(self.provisioner.problems.values())
+
+    def _changed(self) -> None:
+        self.provisioner.changed.set()
+        self.heartbeat.changed.set()

@@ -1,0 +1,194 @@
+"""Guests of a genuine OVN are served by imdsproxy alone: no Neutron, no agent, nothing but OVN's databases."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+
+from support.daemon import Daemon
+from support.guest import IPV4, IPV6, Guest, Lost
+from support.lab import until
+from support.nova_world import SECRET
+from support.ovn_lab import OvnLab, open_ovn
+from support.recorder import Recorder, signature_of
+
+pytestmark = pytest.mark.root
+
+
+@dataclass(slots=True)
+class OvnWorld:
+    """Two networks with equal addresses, and a pair of guests with the same MAC as well."""
+
+    ovn: OvnLab
+    daemon: Daemon
+    nova: Recorder
+    guests: dict[str, Guest]
+
+    def asks_as(self, name: str, *, to: str = IPV4) -> str:
+        """The instance that Nova is asked for when a guest asks; the status where it is not asked."""
+        self.nova.forget()
+        try:
+            reply = self.guests[name].ask("/openstack", to=to, timeout_s=2)
+        except Lost as lost:
+            return str(lost)
+        if reply.status != 200:
+            return str(reply.status)
+        (request,) = self.nova.requests
+        headers = dict(request.headers)
+        instance = headers[b"x-instance-id"].decode()
+        assert headers[b"x-instance-id-signature"].decode() == signature_of(SECRET, instance)
+        return instance
+
+    def wait_own(self, *names: str) -> None:
+        """Wait until these guests are asked for as themselves."""
+        for name in names or tuple(self.guests):
+            own = self.ovn.ports[name].instance
+            until(partial(self._is, name, own), what=f"{name} is itself", within_s=3)
+
+    def _is(self, name: str, instance: str) -> bool:
+        return self.asks_as(name) == instance
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[OvnWorld]:
+    with contextlib.ExitStack() as stack:
+        ovn = stack.enter_context(open_ovn())
+        nova = stack.enter_context(Recorder(namespace=ovn.lab.host, secret=SECRET))
+        for name in ("a", "b"):
+            ovn.add_network(name)
+        for name, number, mac in (("a1", 11, ""), ("b1", 11, "")):
+            ovn.add_port(name, name[0], number, mac=mac)
+        for name in ("a2", "b2"):
+            ovn.add_port(name, name[0], 12, mac="fa:16:3e:02:00:02")
+        guests = {name: ovn.guest(name) for name in ovn.ports}
+        daemon = Daemon(ovn.lab)
+        stack.callback(daemon.close)
+        secret = daemon.directory / "secret"
+        secret.write_text(f"{SECRET}\n")
+        secret.chmod(0o600)
+        daemon.configure(
+            {
+                "sources": {
+                    "sqlite": {"enabled": False},
+                    "ovn": {"enabled": True, "open_vswitch": ovn.open_vswitch},
+                },
+                "documents": {"supervisor": "spawn", "enabled": False},
+                "nova": {
+                    "health_check": "tcp",
+                    "endpoint_sets": {
+                        "default": {
+                            "endpoints": [{"url": nova.url}],
+                            "secret_file": str(secret),
+                        }
+                    },
+                },
+            }
+        )
+        daemon.start()
+        made = OvnWorld(ovn, daemon, nova, guests)
+        made.wait_own()
+        yield made
+
+
+@pytest.mark.parametrize("to", [IPV4, IPV6])
+def test_every_guest_is_itself_in_networks_with_equal_addresses_and_macs(
+    world: OvnWorld, to: str
+) -> None:
+    for name in world.guests:
+        assert world.asks_as(name, to=to) == world.ovn.ports[name].instance
+
+
+def test_each_network_has_the_namespace_and_the_port_that_neutron_would_make(
+    world: OvnWorld,
+) -> None:
+    plugged = world.ovn.plugged()
+    for network in (world.ovn.networks[name] for name in "ab"):
+        assert network.namespace in world.ovn.left_over()
+        assert plugged[network.devices[0]] == network.metadata_port
+
+
+def test_neutron_sees_a_metadata_agent_that_is_alive(world: OvnWorld) -> None:
+    world.ovn.sync()
+    until(
+        lambda: re.search(r"neutron:ovn-metadata-sb-cfg=\d", world.ovn.agent_ids()),
+        what="the heartbeat",
+        within_s=15,
+    )
+    assert "neutron:ovn-metadata-id=" in world.ovn.agent_ids()
+
+
+def test_a_port_that_comes_changes_moves_and_goes_is_in_force_at_once(world: OvnWorld) -> None:
+    before = world.daemon.status()["instances"]
+    world.ovn.add_port("a3", "a", 13)
+    world.guests["a3"] = world.ovn.guest("a3")
+    try:
+        world.wait_own("a3")
+        world.ovn.change("a3", device_id="other-instance")
+        until(lambda: world.asks_as("a3") == "other-instance", what="the new instance")
+        world.ovn.change("a3", cidrs="10.0.0.14/24")
+        until(lambda: world.asks_as("a3") == "404", what="no instance at the old address")
+        world.ovn.change("a3", cidrs="10.0.0.13/24")
+        until(lambda: world.asks_as("a3") == "other-instance", what="the instance again")
+        world.ovn.remove_port("a3")
+        until(lambda: world.daemon.status()["instances"] == before, what="no record of it")
+    finally:
+        del world.guests["a3"]
+
+
+def test_two_ports_with_one_address_in_a_network_are_a_conflict_and_no_guess(
+    world: OvnWorld,
+) -> None:
+    world.ovn.add_port("a4", "a", 11)
+    world.ovn.guest("a4")
+    until(lambda: world.daemon.status()["conflicts"], what="the conflict")
+    assert world.asks_as("a1") != world.ovn.ports["a4"].instance
+    world.ovn.remove_port("a4")
+    world.wait_own("a1")
+
+
+def test_guests_are_served_on_while_ovn_controller_is_stopped_and_its_row_is_gone(
+    world: OvnWorld,
+) -> None:
+    world.ovn.stop_controller()
+    for name in world.guests:
+        assert world.asks_as(name) == world.ovn.ports[name].instance
+    assert {world.ovn.networks[name].namespace for name in "ab"} <= set(world.ovn.left_over())
+    world.ovn.start_controller()
+    world.ovn.sync()
+    world.wait_own()
+
+
+@pytest.mark.parametrize("empty", [False, True], ids=["full", "empty"])
+def test_guests_are_served_on_over_a_southbound_database_that_is_killed_and_started(
+    world: OvnWorld, *, empty: bool
+) -> None:
+    world.ovn.kill("sb")
+    until(lambda: not world.daemon.status()["sources"][0]["in_sync"], what="the loss")
+    for name in world.guests:
+        assert world.asks_as(name) == world.ovn.ports[name].instance
+    if empty:
+        # Version 25.03 of ovn-controller aborts now and then when its chassis's row is replaced.
+        world.ovn.kill("ovn-controller")
+        world.ovn.empty_southbound()
+    world.ovn.start_database("sb")
+    until(lambda: world.daemon.status()["sources"][0]["in_sync"], what="in sync", within_s=30)
+    for name in world.guests:
+        assert world.asks_as(name) == world.ovn.ports[name].instance
+    world.ovn.start_controller()
+    world.ovn.sync()
+    world.wait_own()
+
+
+def test_a_network_without_ports_here_loses_its_namespace_and_its_port(world: OvnWorld) -> None:
+    network = world.ovn.add_network("c")
+    world.ovn.add_port("c1", "c", 11)
+    world.guests["c1"] = world.ovn.guest("c1")
+    world.wait_own("c1")
+    del world.guests["c1"]
+    world.ovn.unbind("c1")
+    until(lambda: network.namespace not in world.ovn.left_over(), what="the namespace's end")
+    until(lambda: network.devices[0] not in world.ovn.plugged(), what="the port's end")
+    assert network.devices[0] not in world.ovn.lab.host_links()

@@ -1,0 +1,365 @@
+"""A genuine OVN: its two databases, northd, a hypervisor with Open vSwitch in user space, and ovn-controller.
+
+The northbound database is written as Neutron's driver writes it (neutron/plugins/ml2/drivers/ovn/mech_driver). The
+hypervisor is the lab's host; guests are namespaces, plugged into the integration bridge.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from support.guest import Guest
+from support.lab import NETNS, Lab, batch, ip, run, until, within
+from support.reaper import reap, reap_at_the_end
+
+_SCHEMAS: Final[Mapping[str, str]] = {
+    "vswitch": "/usr/share/openvswitch/vswitch.ovsschema",
+    "nb": "/usr/share/ovn/ovn-nb.ovsschema",
+    "sb": "/usr/share/ovn/ovn-sb.ovsschema",
+}
+_CHASSIS: Final = "imdst-chassis"
+_OTHER: Final = "imdst-other"
+_MTU: Final = 1442
+_GONE_S: Final = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class OvnNetwork:
+    """A network with a metadata port at 10.0.0.2 and fd00:10::2."""
+
+    id: str
+    project: str
+    metadata_port: str
+    metadata_mac: str
+
+    @property
+    def namespace(self) -> str:
+        return f"ovnmeta-{self.id}"
+
+    @property
+    def switch(self) -> str:
+        return f"neutron-{self.id}"
+
+    @property
+    def devices(self) -> tuple[str, str]:
+        """On the integration bridge, and in the namespace."""
+        return f"tap{self.id[:10]}0", f"tap{self.id[:10]}1"
+
+
+@dataclass(frozen=True, slots=True)
+class OvnPort:
+    """An instance's port."""
+
+    id: str
+    name: str
+    network: OvnNetwork
+    mac: str
+    cidrs: tuple[str, ...]
+    instance: str
+
+    @property
+    def device(self) -> str:
+        """Of the guest on the integration bridge."""
+        return f"vm{self.name}"[:15]
+
+
+@dataclass(slots=True)
+class OvnLab:
+    """Starts the programs, and makes networks, ports and guests."""
+
+    lab: Lab = field(default_factory=Lab)
+    directory: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="imdst-ovn-")))
+    networks: dict[str, OvnNetwork] = field(default_factory=dict)
+    ports: dict[str, OvnPort] = field(default_factory=dict)
+    _made: int = 0
+
+    def __post_init__(self) -> None:
+        reap_at_the_end(directory=self.directory)
+        reap_at_the_end(namespaces=self.namespaces)
+        for name, schema in _SCHEMAS.items():
+            run("ovsdb-tool", "create", str(self.directory / f"{name}.db"), schema)
+        self.start_database("vswitch")
+        self.start_database("nb")
+        self.start_database("sb")
+        self._nb("init")
+        self._sb("init")
+        self._start(
+            "ovn-northd", f"--ovnnb-db={self.remote('nb')}", f"--ovnsb-db={self.southbound}"
+        )
+        self._vs("--no-wait", "init")
+        ids = {
+            "system-id": _CHASSIS,
+            "hostname": _CHASSIS,
+            "ovn-remote": self.southbound,
+            "ovn-encap-type": "geneve",
+            "ovn-encap-ip": "127.0.0.1",
+            "ovn-bridge-datapath-type": "netdev",
+            "ovn-bridge": "br-int",
+        }
+        values = [f'external-ids:{key}="{value}"' for key, value in ids.items()]
+        self._vs("--no-wait", "set", "Open_vSwitch", ".", *values)
+        self._start("ovs-vswitchd", self.open_vswitch, "--disable-system", in_host=True)
+        self._vs(
+            *("--may-exist", "add-br", "br-int", "--"),
+            *("set", "Bridge", "br-int", "datapath_type=netdev", "fail-mode=secure"),
+        )
+        self.start_controller()
+        self._sb("--may-exist", "chassis-add", _OTHER, "geneve", "127.0.0.2")
+
+    @property
+    def namespaces(self) -> str:
+        """What the names of its metadata namespaces begin with."""
+        return f"ovnmeta-{self.lab.token}"
+
+    def remote(self, database: str) -> str:
+        return f"unix:{self.directory / database}.sock"
+
+    @property
+    def southbound(self) -> str:
+        return self.remote("sb")
+
+    @property
+    def open_vswitch(self) -> str:
+        return self.remote("vswitch")
+
+    # Programs
+
+    def start_database(self, name: str) -> None:
+        """Start a database server; it goes on with what its file has."""
+        words = [str(self.directory / f"{name}.db"), f"--remote=p{self.remote(name)}"]
+        self._start("ovsdb-server", *words, name=name)
+
+    def start_controller(self) -> None:
+        """Start ovn-controller, unless it runs."""
+        if self._pid("ovn-controller") is not None:
+            return
+        self._start("ovn-controller", self.open_vswitch, in_host=True)
+
+    def stop_controller(self) -> None:
+        """As Debian's unit does it: this chassis's row goes, and with it every binding."""
+        socket = self.directory / "ovn-controller.ctl"
+        run("ovn-appctl", "-t", str(socket), "exit")
+        until(lambda: self._pid("ovn-controller") is None, within_s=_GONE_S)
+
+    def kill(self, name: str) -> None:
+        """End a program at once."""
+        if (pid := self._pid(name)) is not None:
+            os.kill(pid, signal.SIGKILL)
+        until(lambda: self._pid(name) is None, within_s=_GONE_S)
+
+    def empty_southbound(self) -> None:
+        """Have a database without rows in the place of one that was ended."""
+        path = self.directory / "sb.db"
+        path.unlink()
+        run("ovsdb-tool", "create", str(path), _SCHEMAS["sb"])
+
+    def _pid(self, name: str) -> int | None:
+        """Of a program that runs: a pid may be another process's by now."""
+        try:
+            pid = int((self.directory / f"{name}.pid").read_text())
+            words = Path(f"/proc/{pid}/cmdline").read_text()
+        except (FileNotFoundError, ProcessLookupError, ValueError):
+            return None
+        return pid if str(self.directory) in words else None
+
+    def _start(self, program: str, *words: str, name: str = "", in_host: bool = False) -> None:
+        name = name or program
+        options = [
+            f"--pidfile={self.directory / name}.pid",
+            f"--unixctl={self.directory / name}.ctl",
+            f"--log-file={self.directory / name}.log",
+            *("-vconsole:off", "-vsyslog:off", "--detach", "--no-chdir"),
+        ]
+        place = within(self.lab.host) if in_host else ()
+        run(*place, program, *words, *options, environment=self._environment)
+
+    @property
+    def _environment(self) -> Mapping[str, str]:
+        names = ("RUNDIR", "DBDIR", "LOGDIR", "SYSCONFDIR")
+        return {f"{who}_{name}": str(self.directory) for who in ("OVS", "OVN") for name in names}
+
+    def _nb(self, *words: str) -> str:
+        return run("ovn-nbctl", f"--db={self.remote('nb')}", "--timeout=60", *words)
+
+    def _sb(self, *words: str) -> str:
+        return run("ovn-sbctl", f"--db={self.southbound}", "--timeout=60", *words)
+
+    def _vs(self, *words: str) -> str:
+        return run("ovs-vsctl", f"--db={self.open_vswitch}", "--timeout=60", *words)
+
+    def sync(self) -> None:
+        """Wait until the hypervisor has what the northbound database has, with ovn-controller as its unit has it."""
+        self.start_controller()
+        self._nb("--wait=hv", "sync")
+
+    # Networks and ports
+
+    def add_network(self, name: str) -> OvnNetwork:
+        """Make a network and its metadata port."""
+        number = len(self.networks)
+        network = OvnNetwork(
+            id=f"{self.lab.token}{number:04x}-0000-4000-8000-000000000001",
+            project=f"{number:032x}",
+            metadata_port=str(uuid.uuid4()),
+            metadata_mac=f"fa:16:3e:00:{number:02x}:fe",
+        )
+        self.networks[name] = network
+        addresses = "10.0.0.2 fd00:10::2"
+        self._nb(
+            *("ls-add", network.switch, "--", "lsp-add", network.switch, network.metadata_port),
+            *("--", "lsp-set-type", network.metadata_port, "localport"),
+            *("--", "lsp-set-addresses", network.metadata_port),
+            f"{network.metadata_mac} {addresses}",
+            *_ids(
+                network.metadata_port,
+                {
+                    "device_id": network.namespace,
+                    "device_owner": "network:distributed",
+                    "cidrs": "10.0.0.2/24 fd00:10::2/64",
+                    "network_name": network.switch,
+                    "project_id": network.project,
+                    "mtu": str(_MTU),
+                },
+            ),
+        )
+        return network
+
+    def add_port(
+        self,
+        name: str,
+        network: str,
+        number: int = 11,
+        *,
+        mac: str = "",
+        chassis: str = _CHASSIS,
+    ) -> OvnPort:
+        """Make a port of an instance, 10.0.0.`number` and fd00:10::`number`; it is bound once it is plugged in."""
+        place = self.networks[network]
+        self._made += 1
+        port = OvnPort(
+            id=str(uuid.uuid4()),
+            name=name,
+            network=place,
+            mac=mac or f"fa:16:3e:01:{self._made >> 8:02x}:{self._made & 255:02x}",
+            cidrs=(f"10.0.0.{number}/24", f"fd00:10::{number:x}/64"),
+            instance=str(uuid.uuid5(uuid.NAMESPACE_DNS, f"{self.lab.token}-{name}")),
+        )
+        self.ports[name] = port
+        addresses = " ".join((port.mac, *(one.partition("/")[0] for one in port.cidrs)))
+        self._nb(
+            *("lsp-add", place.switch, port.id, "--", "set", "Logical_Switch_Port", port.id),
+            # Not `lsp-set-addresses`, which refuses an address that another port has: Neutron does not ask.
+            *(f'addresses="{addresses}"', f"options:requested-chassis={chassis}"),
+            *_ids(
+                port.id,
+                {
+                    "device_id": port.instance,
+                    "device_owner": "compute:nova",
+                    "cidrs": " ".join(port.cidrs),
+                    "network_name": place.switch,
+                    "project_id": place.project,
+                },
+            ),
+        )
+        return port
+
+    def change(self, name: str, **values: str) -> None:
+        """Write other `neutron:` values of a port."""
+        self._nb("--wait=sb", "set", *_ids(self.ports[name].id, values)[2:])
+
+    def remove_port(self, name: str) -> None:
+        """Have a port gone, and its guest with it."""
+        port = self.ports.pop(name)
+        self._nb("--wait=sb", "lsp-del", port.id)
+        self._vs("--if-exists", "del-port", port.device)
+        if (NETNS / self.lab.name(f"vm-{name}")).exists():
+            self.lab.delete_namespace(f"vm-{name}")
+
+    def guest(self, name: str) -> Guest:
+        """Plug a port's guest in."""
+        port = self.ports[name]
+        namespace = self.lab.namespace(f"vm-{name}")
+        ip(
+            *("-n", self.lab.host, "link", "add", port.device, "mtu", str(_MTU), "type", "veth"),
+            *("peer", "name", "eth0", "address", port.mac, "mtu", str(_MTU), "netns", namespace),
+        )
+        ip("-n", self.lab.host, "link", "set", port.device, "up")
+        batch(
+            namespace,
+            [
+                "link set eth0 up",
+                *(f"address add {one} dev eth0 {_nodad(one)}" for one in port.cidrs),
+                "route add 169.254.169.254/32 via 10.0.0.2",
+            ],
+        )
+        # A datapath in user space has no network card that fills in checksums.
+        run(*within(namespace), "ethtool", "-K", "eth0", "tx", "off")
+        self.bind(name)
+        addresses = tuple(one.partition("/")[0] for one in port.cidrs)
+        return Guest(name, namespace, port.network.id, port.mac, addresses)
+
+    def bind(self, name: str) -> None:
+        """Plug a guest's device into the integration bridge."""
+        port = self.ports[name]
+        self._vs(
+            *("--may-exist", "add-port", "br-int", port.device, "--"),
+            *("set", "Interface", port.device, f"external_ids:iface-id={port.id}"),
+        )
+
+    def unbind(self, name: str) -> None:
+        """Unplug it again: the guest has no network."""
+        self._vs("remove", "Interface", self.ports[name].device, "external_ids", "iface-id")
+
+    def plugged(self) -> Mapping[str, str]:
+        """The devices on the integration bridge, each with the logical port that it stands for."""
+        lines = self._vs("--bare", "--columns=name,external_ids", "list", "Interface").split("\n\n")
+        found: dict[str, str] = {}
+        for block in lines:
+            name, _, ids = block.strip().partition("\n")
+            found[name] = ids.partition("iface-id=")[2].split(" ")[0]
+        return found
+
+    def agent_ids(self) -> str:
+        """What agents have written of this chassis."""
+        return self._sb("--bare", "--columns=external_ids", "list", "Chassis_Private", _CHASSIS)
+
+    def left_over(self) -> Sequence[str]:
+        """Metadata namespaces that are there."""
+        return sorted(one.name for one in NETNS.iterdir() if one.name.startswith(self.namespaces))
+
+    def close(self) -> None:
+        for name in ("ovn-controller", "ovs-vswitchd", "ovn-northd", "nb", "sb", "vswitch"):
+            if (pid := self._pid(name)) is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        reap((self.directory,), (self.namespaces,))
+        self.lab.close()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _nodad(address: str) -> str:
+    return "nodad" if ":" in address else ""
+
+
+def _ids(port: str, values: Mapping[str, str]) -> list[str]:
+    pairs = [f'external_ids:neutron\\:{key}="{value}"' for key, value in values.items()]
+    return ["--", "set", "Logical_Switch_Port", port, *pairs]
+
+
+@contextlib.contextmanager
+def open_ovn() -> Iterator[OvnLab]:
+    """A running OVN; all of it is gone at the end."""
+    lab = OvnLab()
+    try:
+        yield lab
+    finally:
+        lab.close()
