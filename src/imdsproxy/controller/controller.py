@@ -182,7 +182,7 @@ class Controller:
         )
         self.audit = Audit(lambda: holder.settings.audit, self._keep_worker)
         ovn = self.sources.ovn
-        self.ovn = None if ovn is None else OvnHost(ovn, host.thread, host.naming.protocol)
+        self.ovn = None if ovn is None else OvnHost(ovn, host.thread, host.naming)
         self.counting = TokenCounting(
             self.haproxy, clock, lambda: holder.settings.tokens.one_in, layout.token_counts
         )

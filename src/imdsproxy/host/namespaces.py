@@ -202,8 +202,12 @@ class NamespaceThread:
             finally:
                 self._come_home()
 
-    def create_now(self, name: str) -> NamespaceRef:
+    def create_now(self, name: str, prepare: Callable[[], object] = lambda: None) -> NamespaceRef:
         """Make a namespace of this name unless there is one; for code that runs in this thread already.
+
+        Args:
+            name: A file in the directory.
+            prepare: Called in it before it has its name: what has the name is prepared.
 
         Raises:
             HostRefused: The kernel refused.
@@ -217,13 +221,15 @@ class NamespaceThread:
         self.directory.prepare()
         path = Path(self.directory.file(name))
         with refusing(f"create namespace {name}"):
-            path.touch(mode=0, exist_ok=False)
             try:
                 unshare_network()
-                _mount(_SELF, path, _MS_BIND)
-            except OSError:
-                path.unlink()
-                raise
+                prepare()
+                path.touch(mode=0, exist_ok=False)
+                try:
+                    _mount(_SELF, path, _MS_BIND)
+                except OSError:
+                    path.unlink()
+                    raise
             finally:
                 self._come_home()
             return NamespaceRef(name, path.stat().st_ino)

@@ -349,7 +349,7 @@ def delete_link(channel: nl.NetlinkSocket, index: int) -> None:
 
 
 def list_interfaces(channel: nl.NetlinkSocket, index: int) -> list[IPv4Interface | IPv6Interface]:
-    """The addresses of a device with their prefixes, but for the metadata addresses and the kernel's link-local one."""
+    """The addresses of a device with their prefixes, but for the metadata addresses."""
     found: list[IPv4Interface | IPv6Interface] = []
     for message in channel.dump(RTM_GETADDR, _IFADDR.pack(0, 0, 0, 0, index)):
         _, prefix, _, _, at = _IFADDR.unpack_from(message)
@@ -358,9 +358,7 @@ def list_interfaces(channel: nl.NetlinkSocket, index: int) -> list[IPv4Interface
         # Not every kernel heeds the index in the question.
         if at != index or packed in _METADATA:
             continue
-        one = ip_interface((packed, prefix))
-        if not one.is_link_local:
-            found.append(one)
+        found.append(ip_interface((packed, prefix)))
     return found
 
 

@@ -5,6 +5,7 @@ The server counts an agent as alive that repeats the configuration's number (neu
 """
 
 import asyncio
+import contextlib
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,8 @@ from typing import Final
 
 import structlog
 
-from imdsproxy.errors import SourceUnavailable
+from imdsproxy.core.timing import Backoff
+from imdsproxy.errors import Problem, SourceUnavailable
 from imdsproxy.host.ovsdb import Table, Transaction
 from imdsproxy.sources.ovn.source import OvnSource
 
@@ -25,7 +27,11 @@ _BRIDGE: Final = "neutron:ovn-bridge"
 _LONGEST_DELAY_S: Final = 10.0
 """As Neutron's agent has it: a third of the server's default `agent_down_time`, and at most this."""
 
-_AGAIN_S: Final = 5.0
+_FIRST_AGAIN_S: Final = 1.0
+_LONGEST_AGAIN_S: Final = 30.0
+_HINT: Final = (
+    "`openstack network agent list` shows this host's agent as down meanwhile; it is tried again"
+)
 _log: Final = structlog.get_logger()
 
 
@@ -51,41 +57,58 @@ class OvnHeartbeat:
     Args:
         source: The Southbound database.
         random: From 0 to 1.
+
+    Attributes:
+        problems: Why the server does not see it.
+        changed: Set to look at once.
     """
 
     source: OvnSource
     random: Callable[[], float]
     changed: asyncio.Event = field(default_factory=asyncio.Event)
-    _begun: bool = False
+    problems: tuple[Problem, ...] = ()
+    _due: float | None = None
 
     async def run(self) -> None:
         """Follow until cancelled."""
+        backoff = Backoff(_FIRST_AGAIN_S, _LONGEST_AGAIN_S)
         while True:
-            await self.changed.wait()
             self.changed.clear()
             try:
-                await self._beat()
+                pause = await self._beat()
+                self.problems = ()
+                backoff.succeed()
             except SourceUnavailable as error:
+                self.problems = (Problem("ovn.heartbeat", error.message, error.hint or _HINT),)
                 _log.warning("heartbeat not written", error=error.message)
-                await asyncio.sleep(_AGAIN_S)
-                self.changed.set()
+                pause = backoff.fail()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.changed.wait(), pause)
 
-    async def _beat(self) -> None:
+    async def _beat(self) -> float | None:
+        """Write what is due; in how many seconds something will be due, if nothing changes."""
         view, local = self.source.view, self.source.local
         if view is None or view.private is None or local is None:
-            return
+            return None
         missing = plan_registration(local.name, local.bridge, view.private)
+        written = view.private.get(_SB_CFG)
+        if view.nb_cfg is None or written == str(view.nb_cfg):
+            self._due = None
+        else:
+            now = asyncio.get_running_loop().time()
+            if self._due is None:
+                # A row without a number is new: the server takes its agent for one that is down.
+                delay_s = 0.0 if written is None else self.random() * _LONGEST_DELAY_S
+                self._due = now + delay_s
+            if self._due <= now:
+                missing[_SB_CFG] = str(view.nb_cfg)
         if missing:
             await self.source.change_southbound(partial(_write, missing))
-        if view.nb_cfg is None or view.private.get(_SB_CFG) == str(view.nb_cfg):
-            return
-        if self._begun:
-            await asyncio.sleep(self.random() * _LONGEST_DELAY_S)
-        self._begun = True
-        latest = self.source.view
-        if latest is not None and latest.nb_cfg is not None:
-            number = {_SB_CFG: str(latest.nb_cfg)}
-            await self.source.change_southbound(partial(_write, number))
+        if _SB_CFG in missing:
+            self._due = None
+        return (
+            None if self._due is None else max(0.0, self._due - asyncio.get_running_loop().time())
+        )
 
 
 def _write(

@@ -4,6 +4,7 @@ from collections.abc import Coroutine
 from dataclasses import InitVar, dataclass, field
 from random import SystemRandom
 
+from imdsproxy.core.hostnames import Naming
 from imdsproxy.errors import Problem
 from imdsproxy.host.namespaces import NamespaceThread
 from imdsproxy.ovn.heartbeat import OvnHeartbeat
@@ -18,17 +19,17 @@ class OvnHost:
     Args:
         source: The databases.
         thread: Where namespaces are entered.
-        protocol: Marks addresses that are added here (`Naming.protocol`).
+        naming: Marks what is made here.
     """
 
     source: OvnSource
     thread: InitVar[NamespaceThread]
-    protocol: InitVar[int]
+    naming: InitVar[Naming]
     provisioner: Provisioner = field(init=False)
     heartbeat: OvnHeartbeat = field(init=False)
 
-    def __post_init__(self, thread: NamespaceThread, protocol: int) -> None:
-        self.provisioner = Provisioner(self.source, thread, protocol)
+    def __post_init__(self, thread: NamespaceThread, naming: Naming) -> None:
+        self.provisioner = Provisioner(self.source, thread, naming)
         self.heartbeat = OvnHeartbeat(self.source, SystemRandom().random)
         self.source.on_change = self._changed
 
@@ -38,7 +39,7 @@ class OvnHost:
 
     def problems(self) -> tuple[Problem, ...]:
         """What the host refuses."""
-        return tuple(self.provisioner.problems.values())
+        return (*self.provisioner.problems.values(), *self.heartbeat.problems)
 
     def _changed(self) -> None:
         self.provisioner.changed.set()

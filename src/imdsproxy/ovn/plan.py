@@ -9,10 +9,12 @@ As Neutron's agent makes it, so that either can take over from the other (neutro
 (`imdsproxy.listeners.plan`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from ipaddress import IPv4Interface, ip_interface
 from typing import Final
 
+from imdsproxy.core.addresses import link_local_of
 from imdsproxy.core.hoststate import ObservedDevice
 from imdsproxy.core.model import MacAddress, NetworkId
 from imdsproxy.sources.ovn.chassis import BridgePort, LocalChassis
@@ -25,6 +27,7 @@ from imdsproxy.sources.ovn.ports import (
 
 NAMESPACE_PREFIX: Final = "ovnmeta-"
 _DATAPATH_IN_USER_SPACE: Final = "netdev"
+_LINK_LOCAL_BITS: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,7 @@ class MetadataPlace:
     Attributes:
         port: Id of the network's metadata port, which the device on the bridge stands for.
         mtu: In bytes; `None` leaves it as it is.
-        interfaces: The metadata port's addresses in the subnets that have ports here.
+        interfaces: The metadata port's addresses in the subnets that have ports here, and the link-local one.
         bridge: The integration bridge.
         in_user_space: Open vSwitch forwards packets itself, and needs their checksums.
     """
@@ -65,7 +68,13 @@ class MetadataPlace:
     @property
     def plugged(self) -> BridgePort:
         """The device on the bridge, as Open vSwitch is to have it."""
-        return BridgePort(self.bridge, self.port)
+        return BridgePort(self.bridge, self.port, self.network)
+
+    def addresses(self, *, ipv6: bool) -> frozenset[IpInterface]:
+        """What the inner device is to have, with IPv6 or without."""
+        if ipv6:
+            return self.interfaces
+        return frozenset(one for one in self.interfaces if isinstance(one, IPv4Interface))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +82,18 @@ class SeenPlace:
     """What there is of a namespace on this host.
 
     Attributes:
-        interfaces: On the inner device, without link-local and metadata addresses.
+        interfaces: On the inner device, without the metadata addresses.
+        ipv6: The inner device takes IPv6 addresses: it is not switched off, and the MTU is large enough.
+        has_checksums: The inner device does not leave them to a network card.
+        is_ours: It bears our mark, or is only a file that a program left which was killed.
     """
 
     inner: ObservedDevice | None = None
     outer: ObservedDevice | None = None
     interfaces: frozenset[IpInterface] = frozenset()
+    ipv6: bool = True
+    has_checksums: bool = False
+    is_ours: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +124,7 @@ def plan_places(known: OvnKnown, local: LocalChassis) -> dict[NetworkId, Metadat
         if port is None or port.mac is None:
             continue
         addresses = {one.ip for row in rows for one in row.interfaces}
+        link_local = ip_interface((link_local_of(port.mac), _LINK_LOCAL_BITS))
         places[network] = MetadataPlace(
             network=network,
             port=port.port,
@@ -116,11 +132,22 @@ def plan_places(known: OvnKnown, local: LocalChassis) -> dict[NetworkId, Metadat
             mtu=port.mtu,
             interfaces=frozenset(
                 one for one in port.interfaces if any(each in one.network for each in addresses)
-            ),
+            )
+            | {link_local},
             bridge=local.bridge,
             in_user_space=local.datapath == _DATAPATH_IN_USER_SPACE,
         )
     return places
+
+
+def networks_without_port(known: OvnKnown) -> tuple[NetworkId, ...]:
+    """Networks with ports on this host of which no metadata port with a MAC is known."""
+    found = known.metadata_ports
+    return tuple(
+        network
+        for network in sorted(known.ports_by_network())
+        if network not in found or found[network].mac is None
+    )
 
 
 def plan_host(
@@ -128,31 +155,42 @@ def plan_host(
     seen: Mapping[str, SeenPlace],
     local: LocalChassis,
     *,
+    whole: Collection[MetadataPlace] = (),
+    spared: Iterable[NetworkId] = (),
     sweep: bool,
 ) -> OvnPlan:
     """Compare.
 
     Args:
         places: What is needed.
-        seen: Every namespace of OVN's networks that is on this host, by name.
+        seen: The namespaces of OVN's networks that are on this host, by name.
         local: What is plugged into Open vSwitch.
+        whole: Places that were whole at the last look, and were not looked at again.
+        spared: Networks that have ports here and no place: what there is of them stays as it is.
         sweep: Also remove what no network needs; off while the ports on this host are not known for certain.
     """
     needed = {place.namespace: place for place in places.values()}
-    devices = {place.outer for place in places.values()}
-    unneeded = {
-        name: devices_of(NetworkId(name.removeprefix(NAMESPACE_PREFIX)))[0]
-        for name in (seen if sweep else ())
-        if name not in needed
-    }
+    kept = {namespace_of(network) for network in spared}
     # A namespace whose device is not on this host belongs to another one that has the same directory.
-    remove = [n for n, d in unneeded.items() if seen[n].outer is not None or d in local.ports]
-    stale = {unneeded[name] for name in remove}
+    remove = {
+        name: device
+        for name, one in seen.items()
+        if sweep and name not in needed and name not in kept
+        for device in (device_of_namespace(name),)
+        if one.is_ours or one.outer is not None or device in local.ports
+    }
+    gone = {
+        device
+        for device, port in local.ports.items()
+        if device in remove.values()
+        or (sweep and port.network and namespace_of(NetworkId(port.network)) not in kept)
+    }
+    devices = {place.outer for place in places.values()}
     return OvnPlan(
-        make=tuple(p for name, p in needed.items() if _lacks(p, seen.get(name))),
+        make=tuple(p for name, p in needed.items() if p not in whole and _lacks(p, seen.get(name))),
         plug=tuple(p for p in needed.values() if local.ports.get(p.outer) != p.plugged),
         remove=tuple(sorted(remove)),
-        unplug=tuple(sorted(one for one in stale - devices if one in local.ports)),
+        unplug=tuple(sorted(gone - devices)),
     )
 
 
@@ -162,9 +200,15 @@ def _lacks(place: MetadataPlace, seen: SeenPlace | None) -> bool:
     return (
         not (seen.inner.up and seen.outer.up)
         or seen.inner.mac != place.mac
-        or (place.mtu is not None and seen.inner.mtu != place.mtu)
-        or seen.interfaces != place.interfaces
+        or (place.mtu is not None and {seen.inner.mtu, seen.outer.mtu} != {place.mtu})
+        or (place.in_user_space and not seen.has_checksums)
+        or seen.interfaces != place.addresses(ipv6=seen.ipv6)
     )
+
+
+def device_of_namespace(name: str) -> str:
+    """The device on the bridge that belongs to a namespace."""
+    return devices_of(NetworkId(name.removeprefix(NAMESPACE_PREFIX)))[0]
 
 
 def is_metadata_namespace(name: str) -> bool:

@@ -2,42 +2,45 @@
 
 import asyncio
 import contextlib
-import ctypes
-import errno
-import fcntl
-import socket
-import struct
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
 import structlog
 
-from imdsproxy.core.endpoints import LOOPBACK
-from imdsproxy.core.model import NetworkId
-from imdsproxy.errors import DataplaneError, ImdsproxyError, Problem, host_refused
-from imdsproxy.host import netlink
-from imdsproxy.host.namespaces import NamespaceMissing, NamespaceThread
-from imdsproxy.host.nlmessages import NetlinkSocket
+from imdsproxy.core.hostnames import Naming
+from imdsproxy.core.timing import Backoff
+from imdsproxy.errors import (
+    DataplaneError,
+    ImdsproxyError,
+    Problem,
+    SourceUnavailable,
+    refusing,
+)
+from imdsproxy.host.namespaces import NamespaceThread
 from imdsproxy.host.ovsdb import Row, Table, Transaction
+from imdsproxy.ovn.places import look_at_places, make_place, remove_place
 from imdsproxy.ovn.plan import (
-    NAMESPACE_PREFIX,
     MetadataPlace,
     OvnPlan,
-    SeenPlace,
-    is_metadata_namespace,
+    networks_without_port,
     plan_host,
     plan_places,
 )
-from imdsproxy.sources.ovn.ports import devices_of
+from imdsproxy.sources.ovn.chassis import NETWORK_KEY, LocalChassis
 from imdsproxy.sources.ovn.source import OvnSource
 
 _LOOK_EVERY_S: Final = 10.0
-"""How often the host is looked at without an event: another program may have changed a namespace."""
+"""How often all of the host is looked at: another program may have changed a namespace."""
 
-_SIOCETHTOOL: Final = 0x8946
-_ETHTOOL_STXCSUM: Final = 0x17
+_FIRST_AGAIN_S: Final = 0.5
+_LONGEST_AGAIN_S: Final = 30.0
+_WRITTEN_S: Final = 10.0
+_VSWITCH: Final = "ovn.open_vswitch"
+_NO_BRIDGE: Final = "ovn-controller makes it; another name belongs in external_ids:ovn-bridge"
+_NO_WRITE: Final = "look at ovsdb-server and its log; it is tried again"
+_NO_PORT: Final = "neutron-ovn-db-sync-util makes it again"
 _log: Final = structlog.get_logger()
 
 
@@ -48,44 +51,59 @@ class Provisioner:
     Args:
         source: Which networks have ports here, and Open vSwitch's database.
         thread: Where namespaces are entered.
-        protocol: Marks the addresses that are added here (`Naming.protocol`).
+        naming: Marks namespaces and addresses that are made here.
 
     Attributes:
-        problems: What the host refuses, by network or namespace.
+        problems: What the host refuses, by network, namespace or database.
         changed: Set to look at once.
     """
 
     source: OvnSource
     thread: NamespaceThread
-    protocol: int
+    naming: Naming
     problems: dict[str, Problem] = field(default_factory=dict)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _whole: frozenset[MetadataPlace] = frozenset()
 
     async def run(self) -> None:
         """Compare and act until cancelled, at each change of the databases and now and then."""
+        clock = asyncio.get_running_loop().time
+        backoff = Backoff(_FIRST_AGAIN_S, _LONGEST_AGAIN_S)
+        due = clock()
         while True:
             self.changed.clear()
+            if clock() >= due:
+                self._whole, due = frozenset(), clock() + _LOOK_EVERY_S
+            before = self.problems
             try:
                 await self.converge()
             except ImdsproxyError as error:
                 self.problems = {"": Problem("ovn", error.message, error.hint)}
-                _log.warning("networks not provisioned", error=error.message)
+            if self.problems:
+                due = min(due, clock() + backoff.fail())
+            else:
+                backoff.succeed()
+            for key, problem in self.problems.items():
+                if problem != before.get(key):
+                    _log.warning("network not provisioned", at=key, problem=str(problem))
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.changed.wait(), _LOOK_EVERY_S)
+                await asyncio.wait_for(self.changed.wait(), max(0.0, due - clock()))
 
     async def converge(self) -> OvnPlan:
         """Look, plan and act once; what was planned.
 
         Raises:
             DataplaneError: The host cannot be looked at.
-            SourceUnavailable: Open vSwitch refuses.
         """
         local, known = self.source.local, self.source.known
         if local is None:
             return OvnPlan()
         places = plan_places(known, local)
-        seen = await self.thread.run(self._look)
-        plan = plan_host(places, seen, local, sweep=self.source.settled)
+        spared = networks_without_port(known)
+        whole = self._whole & frozenset(places.values())
+        skip = frozenset(place.namespace for place in whole)
+        seen = await self.thread.run(lambda: look_at_places(self.thread, self.naming, skip=skip))
+        plan = plan_host(places, seen, local, whole=whole, spared=spared, sweep=self.source.settled)
         if plan:
             _log.info(
                 "networks provisioned",
@@ -93,112 +111,64 @@ class Provisioner:
                 plugged=[place.network for place in plan.plug],
                 removed=plan.remove,
             )
-        self.problems = await self.thread.run(lambda: self._make(plan.make))
-        plug = [place for place in plan.plug if place.network not in self.problems]
-        if plug or plan.unplug:
-            await self.source.change_vswitch(partial(_plug, plug, plan.unplug))
-        self.problems |= await self.thread.run(lambda: self._remove(plan.remove))
+        problems: dict[str, Problem] = {
+            network: Problem(
+                "ovn.metadata_port", f"network {network} has none", _NO_PORT, record=network
+            )
+            for network in spared
+        }
+        problems |= await self.thread.run(lambda: self._make(plan.make))
+        self._whole = frozenset(p for p in places.values() if p.network not in problems)
+        problems |= await self._plug(
+            local, [place for place in plan.plug if place.network not in problems], plan.unplug
+        )
+        problems |= await self.thread.run(lambda: self._remove(plan.remove))
+        self.problems = problems
         return plan
+
+    async def _plug(
+        self, local: LocalChassis, places: Collection[MetadataPlace], unplug: Collection[str]
+    ) -> dict[str, Problem]:
+        problems: dict[str, Problem] = {}
+        if places and local.datapath is None:
+            reason = f"there is no bridge {local.bridge}"
+            problems[local.bridge] = Problem(_VSWITCH, reason, _NO_BRIDGE)
+            places = ()
+        if places or unplug:
+            try:
+                async with asyncio.timeout(_WRITTEN_S):
+                    await self.source.change_vswitch(partial(_plug, places, unplug))
+            except SourceUnavailable as error:
+                problems[_VSWITCH] = Problem(_VSWITCH, error.message, error.hint or _NO_WRITE)
+            except TimeoutError:
+                reason = f"no answer within {_WRITTEN_S:g} s"
+                problems[_VSWITCH] = Problem(_VSWITCH, reason, _NO_WRITE)
+        return problems
 
     # In the namespaces' thread
 
-    def _look(self) -> Mapping[str, SeenPlace]:
-        names = [one for one in self.thread.directory.names() if is_metadata_namespace(one)]
-        found: dict[str, SeenPlace] = {}
-        with NetlinkSocket() as outside:
-            for name in names:
-                outer, inner = devices_of(NetworkId(name.removeprefix(NAMESPACE_PREFIX)))
-                there = netlink.find_link(outside, outer)
-                found[name] = SeenPlace(outer=there)
-                with (
-                    contextlib.suppress(NamespaceMissing),
-                    self.thread.inside(name),
-                    NetlinkSocket() as channel,
-                ):
-                    device = netlink.find_link(channel, inner)
-                    if device is not None:
-                        interfaces = frozenset(netlink.list_interfaces(channel, device.index))
-                        found[name] = SeenPlace(device, there, interfaces)
-        return found
-
     def _make(self, places: Collection[MetadataPlace]) -> dict[str, Problem]:
-        problems: dict[str, Problem] = {}
-        for place in places:
-            try:
-                self._make_one(place)
-            except (DataplaneError, OSError) as error:
-                if isinstance(error, OSError):
-                    error = host_refused(f"make namespace {place.namespace}", error)
-                problems[place.network] = Problem("ovn", error.message, error.hint)
-        return problems
-
-    def _make_one(self, place: MetadataPlace) -> None:
-        self.thread.create_now(place.namespace)
-        with self.thread.inside(place.namespace), NetlinkSocket() as channel:
-            loopback = netlink.find_link(channel, LOOPBACK)
-            if loopback is not None and not loopback.up:
-                netlink.set_link(channel, loopback.index)
-            inside = netlink.find_link(channel, place.inner)
-        opened = self.thread.directory.open(place.namespace)
-        with contextlib.closing(opened), NetlinkSocket() as channel:
-            outside = netlink.find_link(channel, place.outer)
-            if outside is not None and inside is None:
-                netlink.delete_link(channel, outside.index)
-            if outside is None or inside is None:
-                netlink.create_veth(
-                    channel,
-                    link=place.outer,
-                    master=None,
-                    mtu=place.mtu,
-                    peer=place.inner,
-                    peer_namespace=opened.descriptor,
-                )
-            elif not outside.up or (place.mtu is not None and outside.mtu != place.mtu):
-                netlink.set_link(channel, outside.index, mtu=place.mtu)
-        with self.thread.inside(place.namespace), NetlinkSocket() as channel:
-            self._set_up_inner(channel, place)
-
-    def _set_up_inner(self, channel: NetlinkSocket, place: MetadataPlace) -> None:
-        inside = netlink.find_link(channel, place.inner)
-        if inside is None:
-            raise host_refused(f"find {place.inner}", OSError(errno.ENODEV, "No such device"))
-        mac = None if inside.mac == place.mac else place.mac
-        netlink.set_link(channel, inside.index, mtu=place.mtu, mac=mac)
-        if place.in_user_space:
-            # Nothing fills in the checksums that the kernel leaves to a network card.
-            _switch_checksums_off(place.inner)
-        present = frozenset(netlink.list_interfaces(channel, inside.index))
-        for one in present - place.interfaces:
-            netlink.remove_address(channel, inside.index, one.ip, one.network.prefixlen)
-        for one in place.interfaces - present:
-            netlink.add_address(
-                channel, inside.index, one.ip, one.network.prefixlen, protocol=self.protocol
-            )
+        each: dict[str, Callable[[], None]] = {
+            p.network: partial(make_place, self.thread, self.naming, p) for p in places
+        }
+        return _try_each("make the namespace of network", each)
 
     def _remove(self, names: Collection[str]) -> dict[str, Problem]:
-        problems: dict[str, Problem] = {}
-        for name in names:
-            try:
-                with NetlinkSocket() as channel:
-                    outer = devices_of(NetworkId(name.removeprefix(NAMESPACE_PREFIX)))[0]
-                    link = netlink.find_link(channel, outer)
-                    if link is not None:
-                        netlink.delete_link(channel, link.index)
-                self.thread.directory.delete(name)
-            except (DataplaneError, OSError) as error:
-                if isinstance(error, OSError):
-                    error = host_refused(f"remove namespace {name}", error)
-                problems[name] = Problem("ovn", error.message, error.hint)
-        return problems
+        each: dict[str, Callable[[], None]] = {
+            name: partial(remove_place, self.thread, self.naming, name) for name in names
+        }
+        return _try_each("remove namespace", each)
 
 
-def _switch_checksums_off(device: str) -> None:
-    """In the namespace that the calling thread is in (linux/ethtool.h, `struct ethtool_value`)."""
-    value = bytearray(struct.pack("=II", _ETHTOOL_STXCSUM, 0))
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as channel:
-        buffer = (ctypes.c_char * len(value)).from_buffer(value)
-        request = struct.pack("@16sP", device.encode(), ctypes.addressof(buffer))
-        fcntl.ioctl(channel.fileno(), _SIOCETHTOOL, request)
+def _try_each(what: str, works: Mapping[str, Callable[[], None]]) -> dict[str, Problem]:
+    problems: dict[str, Problem] = {}
+    for key, work in works.items():
+        try:
+            with refusing(f"{what} {key}"):
+                work()
+        except DataplaneError as error:
+            problems[key] = Problem(f"ovn.{error.code}", error.message, error.hint)
+    return problems
 
 
 def _plug(
@@ -212,9 +182,6 @@ def _plug(
     ports = {row.name: row for row in tables["Port"].rows.values()}
     interfaces = {row.name: row for row in tables["Interface"].rows.values()}
     for place in places:
-        bridge = bridges.get(place.bridge)
-        if bridge is None:
-            continue
         port, interface = ports.get(place.outer), interfaces.get(place.outer)
         if port is None or interface is None:
             interface = transaction.insert(tables["Interface"])
@@ -222,16 +189,17 @@ def _plug(
             port = transaction.insert(tables["Port"])
             port.name = place.outer
             port.interfaces = [interface.uuid]
-        interface.external_ids = {"iface-id": place.port}
-        _move(port, bridges, bridge)
+        interface.setkey("external_ids", "iface-id", place.port)
+        interface.setkey("external_ids", NETWORK_KEY, place.network)
+        _move(port, bridges, place.bridge)
     for name in unplug:
         if (port := ports.get(name)) is not None:
             _move(port, bridges, None)
 
 
-def _move(port: Row, bridges: Mapping[str, Row], to: Row | None) -> None:
-    for bridge in bridges.values():
-        if bridge is not to and port.uuid in bridge.ports:
+def _move(port: Row, bridges: Mapping[str, Row], to: str | None) -> None:
+    for name, bridge in bridges.items():
+        if name != to and port.uuid in bridge.ports:
             bridge.delvalue("ports", port.uuid)
-    if to is not None and port.uuid not in to.ports:
-        to.addvalue("ports", port.uuid)
+        elif name == to and port.uuid not in bridge.ports:
+            bridge.addvalue("ports", port.uuid)

@@ -7,8 +7,13 @@ from typing import Final
 import pytest
 
 from imdsproxy.core.hoststate import ObservedDevice
-from imdsproxy.ovn.heartbeat import agent_id, plan_registration
-from imdsproxy.ovn.plan import MetadataPlace, SeenPlace, plan_host, plan_places
+from imdsproxy.ovn.plan import (
+    MetadataPlace,
+    SeenPlace,
+    networks_without_port,
+    plan_host,
+    plan_places,
+)
 from imdsproxy.sources.ovn.chassis import BridgePort, LocalChassis
 from support.ovn_rows import METADATA, NETWORK, PORT, known
 
@@ -18,8 +23,11 @@ NAMESPACE: Final = f"ovnmeta-{NETWORK}"
 MAC: Final = "fa:16:3e:00:00:05"
 INNER: Final = ObservedDevice("tap11111111-01", 2, up=True, mtu=1442, mac=MAC)
 OUTSIDE: Final = ObservedDevice(OUTER, 7, up=True, mtu=1442)
-WHOLE: Final = SeenPlace(INNER, OUTSIDE, frozenset({ip_interface("10.0.0.2/24")}))
-PLUGGED: Final = replace(LOCAL, ports={OUTER: BridgePort("br-int", "port-m")})
+LINK_LOCAL: Final = ip_interface("fe80::f816:3eff:fe00:5/64")
+WHOLE: Final = SeenPlace(
+    INNER, OUTSIDE, frozenset({ip_interface("10.0.0.2/24"), LINK_LOCAL}), has_checksums=True
+)
+PLUGGED: Final = replace(LOCAL, ports={OUTER: BridgePort("br-int", "port-m", NETWORK)})
 
 
 def place() -> MetadataPlace:
@@ -30,14 +38,18 @@ def test_a_network_gets_the_metadata_ports_mac_mtu_and_addresses() -> None:
     found = place()
     assert (found.namespace, found.outer, found.inner) == (NAMESPACE, OUTER, INNER.name)
     assert (found.mac, found.mtu, found.port, found.bridge) == (MAC, 1442, "port-m", "br-int")
-    assert found.interfaces == {ip_interface("10.0.0.2/24")}
+    assert found.interfaces == {ip_interface("10.0.0.2/24"), LINK_LOCAL}
 
 
 def test_only_subnets_that_have_ports_here_get_an_address() -> None:
     cidrs = "10.0.0.2/24 10.9.0.2/24 fd00::2/64 fd99::2/64"
     metadata = replace(METADATA, external_ids={**METADATA.external_ids, "neutron:cidrs": cidrs})
     found = plan_places(known(PORT, metadata), LOCAL)[NETWORK]
-    assert found.interfaces == {ip_interface("10.0.0.2/24"), ip_interface("fd00::2/64")}
+    assert found.interfaces == {
+        ip_interface("10.0.0.2/24"),
+        ip_interface("fd00::2/64"),
+        LINK_LOCAL,
+    }
 
 
 @pytest.mark.parametrize(
@@ -70,7 +82,9 @@ def test_a_whole_place_needs_nothing() -> None:
         replace(WHOLE, outer=replace(OUTSIDE, up=False)),
         replace(WHOLE, inner=replace(INNER, mac="02:00:00:00:00:01")),
         replace(WHOLE, inner=replace(INNER, mtu=1500)),
+        replace(WHOLE, outer=replace(OUTSIDE, mtu=1500)),
         replace(WHOLE, interfaces=frozenset()),
+        replace(WHOLE, interfaces=WHOLE.interfaces - {LINK_LOCAL}),
         replace(WHOLE, interfaces=WHOLE.interfaces | {ip_interface("10.9.0.2/24")}),
     ],
 )
@@ -84,8 +98,9 @@ def test_a_place_that_lacks_something_is_made(seen: SeenPlace) -> None:
     "ports",
     [
         {},
-        {OUTER: BridgePort("br-old", "port-m")},
-        {OUTER: BridgePort("br-int", "port-x")},
+        {OUTER: BridgePort("br-old", "port-m", NETWORK)},
+        {OUTER: BridgePort("br-int", "port-x", NETWORK)},
+        {OUTER: BridgePort("br-int", "port-m")},
     ],
 )
 def test_a_device_is_plugged_into_the_integration_bridge_as_the_metadata_port(
@@ -102,21 +117,42 @@ def test_a_place_that_no_network_needs_is_removed_once_all_is_known() -> None:
     assert not plan_host({}, {NAMESPACE: WHOLE}, PLUGGED, sweep=False)
 
 
+def test_a_datapath_in_user_space_needs_checksums_that_are_there() -> None:
+    user_space = replace(PLUGGED, datapath="netdev")
+    places = plan_places(known(PORT, METADATA), user_space)
+    without = replace(WHOLE, has_checksums=False)
+    assert plan_host(places, {NAMESPACE: without}, user_space, sweep=True).make
+    assert not plan_host(places, {NAMESPACE: WHOLE}, user_space, sweep=True)
+    assert not plan_host({NETWORK: place()}, {NAMESPACE: without}, PLUGGED, sweep=True)
+
+
+def test_without_ipv6_a_place_is_whole_without_ipv6_addresses() -> None:
+    without = replace(WHOLE, ipv6=False, interfaces=frozenset({ip_interface("10.0.0.2/24")}))
+    assert not plan_host({NETWORK: place()}, {NAMESPACE: without}, PLUGGED, sweep=True)
+
+
+def test_a_place_that_was_whole_is_not_looked_at_for_another_networks_change() -> None:
+    assert not plan_host({NETWORK: place()}, {}, PLUGGED, whole={place()}, sweep=True)
+
+
+def test_a_network_with_ports_and_without_a_metadata_port_keeps_what_it_has() -> None:
+    assert networks_without_port(known(PORT)) == (NETWORK,)
+    assert networks_without_port(known(PORT, METADATA)) == ()
+    assert not plan_host({}, {NAMESPACE: WHOLE}, PLUGGED, spared=(NETWORK,), sweep=True)
+
+
+def test_a_port_of_ours_in_open_vswitch_goes_although_a_boot_took_its_device() -> None:
+    plan = plan_host({}, {}, PLUGGED, sweep=True)
+    assert (plan.remove, plan.unplug) == ((), (OUTER,))
+    assert not plan_host({}, {}, PLUGGED, sweep=False)
+    foreign = replace(LOCAL, ports={OUTER: BridgePort("br-int", "port-m")})
+    assert not plan_host({}, {}, foreign, sweep=True)
+
+
+def test_what_is_left_of_a_removal_that_was_killed_is_removed() -> None:
+    left = SeenPlace(is_ours=True)
+    assert plan_host({}, {NAMESPACE: left}, LOCAL, sweep=True).remove == (NAMESPACE,)
+
+
 def test_a_namespace_of_another_host_that_has_the_same_directory_stays() -> None:
     assert not plan_host({}, {NAMESPACE: replace(WHOLE, outer=None)}, LOCAL, sweep=True)
-
-
-def test_the_agents_id_is_that_of_neutrons_own_agent() -> None:
-    # As uuid5(chassis, "metadata_agent") gives it, and for a name that is no UUID in Neutron's name space.
-    chassis = "3f3c5b7a-0000-4000-8000-000000000001"
-    assert agent_id(chassis) == "c8882852-b669-5d1b-bc41-863db87e89e5"
-    assert agent_id("host-1") == "dddb9eaa-ad62-5189-a7e1-426ef2b15c19"
-
-
-def test_an_agents_id_that_is_registered_stays() -> None:
-    assert plan_registration("host-1", "br-int", {}) == {
-        "neutron:ovn-metadata-id": agent_id("host-1"),
-        "neutron:ovn-bridge": "br-int",
-    }
-    present = {"neutron:ovn-metadata-id": "older", "neutron:ovn-bridge": "br-int"}
-    assert plan_registration("host-1", "br-int", present) == {}

@@ -2,6 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Final
+
+NETWORK_KEY: Final = "imdsproxy-network"
+"""Marks the interfaces in Open vSwitch's database that we look after: they outlive a boot, their devices do not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -10,10 +14,12 @@ class BridgePort:
 
     Attributes:
         interface_id: `external_ids:iface-id`, the logical port that it is; empty without one.
+        network: `external_ids:imdsproxy-network`, the network that we have it for; empty for all others.
     """
 
     bridge: str
     interface_id: str
+    network: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from imdsproxy.core.observation import Observation, StrandedPort
 from imdsproxy.errors import Problem, SourceUnavailable
 from imdsproxy.host.ovsdb import Change, Conditions, Ovsdb, Row, Rows, Schema, Tls
 from imdsproxy.sources.api import Publish, Reports
-from imdsproxy.sources.ovn.chassis import BridgePort, LocalChassis
+from imdsproxy.sources.ovn.chassis import NETWORK_KEY, BridgePort, LocalChassis
 from imdsproxy.sources.ovn.ports import OvnKnown, PortBinding, SouthboundView
 from imdsproxy.sources.settings import OvnSourceSettings
 
@@ -272,7 +272,11 @@ def read_chassis(tables: Rows) -> tuple[LocalChassis, Conditions]:
     interfaces = {row.uuid: row for row in tables["Interface"]}
     ports = {row.uuid: row for row in tables["Port"]}
     plugged = {
-        interface.name: BridgePort(name, interface.external_ids.get("iface-id", ""))
+        interface.name: BridgePort(
+            name,
+            interface.external_ids.get("iface-id", ""),
+            interface.external_ids.get(NETWORK_KEY, ""),
+        )
         for name, row in bridges.items()
         for port in row.ports
         for interface in (
