@@ -1,94 +1,28 @@
 """Guests of a genuine OVN are served by imdsproxy alone: no Neutron, no agent, nothing but OVN's databases."""
 
-import contextlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
 
 import pytest
 
-from support.daemon import Daemon
-from support.guest import IPV4, IPV6, Guest, Lost
+from support.guest import IPV4, IPV6
 from support.lab import until
-from support.nova_world import SECRET
-from support.ovn_lab import OvnLab, open_ovn
-from support.recorder import Recorder, signature_of
+from support.ovn_world import OvnWorld, open_ovn_world
 
 pytestmark = pytest.mark.root
 
 
-@dataclass(slots=True)
-class OvnWorld:
-    """Two networks with equal addresses, and a pair of guests with the same MAC as well."""
-
-    ovn: OvnLab
-    daemon: Daemon
-    nova: Recorder
-    guests: dict[str, Guest]
-
-    def asks_as(self, name: str, *, to: str = IPV4) -> str:
-        """The instance that Nova is asked for when a guest asks; the status where it is not asked."""
-        self.nova.forget()
-        try:
-            reply = self.guests[name].ask("/openstack", to=to, timeout_s=2)
-        except Lost as lost:
-            return str(lost)
-        if reply.status != 200:
-            return str(reply.status)
-        (request,) = self.nova.requests
-        headers = dict(request.headers)
-        instance = headers[b"x-instance-id"].decode()
-        assert headers[b"x-instance-id-signature"].decode() == signature_of(SECRET, instance)
-        return instance
-
-    def wait_own(self, *names: str) -> None:
-        """Wait until these guests are asked for as themselves."""
-        for name in names or tuple(self.guests):
-            own = self.ovn.ports[name].instance
-            until(partial(self._is, name, own), what=f"{name} is itself", within_s=3)
-
-    def _is(self, name: str, instance: str) -> bool:
-        return self.asks_as(name) == instance
-
-
 @pytest.fixture(scope="module")
 def world() -> Iterator[OvnWorld]:
-    with contextlib.ExitStack() as stack:
-        ovn = stack.enter_context(open_ovn())
-        nova = stack.enter_context(Recorder(namespace=ovn.lab.host, secret=SECRET))
+    """Two networks with equal addresses, and a pair of guests with the same MAC as well."""
+    with open_ovn_world() as made:
         for name in ("a", "b"):
-            ovn.add_network(name)
-        for name, number, mac in (("a1", 11, ""), ("b1", 11, "")):
-            ovn.add_port(name, name[0], number, mac=mac)
+            made.ovn.add_network(name)
+        for name in ("a1", "b1"):
+            made.add(name, name[0], 11)
         for name in ("a2", "b2"):
-            ovn.add_port(name, name[0], 12, mac="fa:16:3e:02:00:02")
-        guests = {name: ovn.guest(name) for name in ovn.ports}
-        daemon = Daemon(ovn.lab)
-        stack.callback(daemon.close)
-        secret = daemon.directory / "secret"
-        secret.write_text(f"{SECRET}\n")
-        secret.chmod(0o600)
-        daemon.configure(
-            {
-                "sources": {
-                    "sqlite": {"enabled": False},
-                    "ovn": {"enabled": True, "open_vswitch": ovn.open_vswitch},
-                },
-                "documents": {"supervisor": "spawn", "enabled": False},
-                "nova": {
-                    "health_check": "tcp",
-                    "endpoint_sets": {
-                        "default": {
-                            "endpoints": [{"url": nova.url}],
-                            "secret_file": str(secret),
-                        }
-                    },
-                },
-            }
-        )
-        daemon.start()
-        made = OvnWorld(ovn, daemon, nova, guests)
+            made.add(name, name[0], 12, mac="fa:16:3e:02:00:02")
+        made.daemon.start()
         made.wait_own()
         yield made
 
@@ -122,8 +56,7 @@ def test_neutron_sees_a_metadata_agent_that_is_alive(world: OvnWorld) -> None:
 
 def test_a_port_that_comes_changes_moves_and_goes_is_in_force_at_once(world: OvnWorld) -> None:
     before = world.daemon.status()["instances"]
-    world.ovn.add_port("a3", "a", 13)
-    world.guests["a3"] = world.ovn.guest("a3")
+    world.add("a3", "a", 13)
     try:
         world.wait_own("a3")
         world.ovn.change("a3", device_id="other-instance")
@@ -184,8 +117,7 @@ def test_guests_are_served_on_over_a_southbound_database_that_is_killed_and_star
 
 def test_a_network_without_ports_here_loses_its_namespace_and_its_port(world: OvnWorld) -> None:
     network = world.ovn.add_network("c")
-    world.ovn.add_port("c1", "c", 11)
-    world.guests["c1"] = world.ovn.guest("c1")
+    world.add("c1", "c")
     world.wait_own("c1")
     del world.guests["c1"]
     world.ovn.unbind("c1")

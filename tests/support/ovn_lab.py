@@ -26,8 +26,10 @@ _SCHEMAS: Final[Mapping[str, str]] = {
     "nb": "/usr/share/ovn/ovn-nb.ovsschema",
     "sb": "/usr/share/ovn/ovn-sb.ovsschema",
 }
-_CHASSIS: Final = "imdst-chassis"
-_OTHER: Final = "imdst-other"
+CHASSIS: Final = "imdst-chassis"
+OTHER: Final = "imdst-other"
+"""A chassis that is a row only."""
+
 _MTU: Final = 1442
 _GONE_S: Final = 20.0
 
@@ -40,6 +42,7 @@ class OvnNetwork:
     project: str
     metadata_port: str
     metadata_mac: str
+    cidrs: tuple[str, ...] = ("10.0.0.2/24", "fd00:10::2/64")
 
     @property
     def namespace(self) -> str:
@@ -80,6 +83,8 @@ class OvnLab:
     directory: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="imdst-ovn-")))
     networks: dict[str, OvnNetwork] = field(default_factory=dict)
     ports: dict[str, OvnPort] = field(default_factory=dict)
+    bridge: str = "br-int"
+    chassis: str = CHASSIS
     _made: int = 0
 
     def __post_init__(self) -> None:
@@ -97,8 +102,8 @@ class OvnLab:
         )
         self._vs("--no-wait", "init")
         ids = {
-            "system-id": _CHASSIS,
-            "hostname": _CHASSIS,
+            "system-id": CHASSIS,
+            "hostname": CHASSIS,
             "ovn-remote": self.southbound,
             "ovn-encap-type": "geneve",
             "ovn-encap-ip": "127.0.0.1",
@@ -108,12 +113,20 @@ class OvnLab:
         values = [f'external-ids:{key}="{value}"' for key, value in ids.items()]
         self._vs("--no-wait", "set", "Open_vSwitch", ".", *values)
         self._start("ovs-vswitchd", self.open_vswitch, "--disable-system", in_host=True)
-        self._vs(
-            *("--may-exist", "add-br", "br-int", "--"),
-            *("set", "Bridge", "br-int", "datapath_type=netdev", "fail-mode=secure"),
-        )
+        self.add_bridge(self.bridge)
         self.start_controller()
-        self._sb("--may-exist", "chassis-add", _OTHER, "geneve", "127.0.0.2")
+        self._sb("--may-exist", "chassis-add", OTHER, "geneve", "127.0.0.2")
+
+    def add_bridge(self, name: str) -> None:
+        """Make a bridge as an integration bridge is."""
+        self._vs(
+            *("--may-exist", "add-br", name, "--"),
+            *("set", "Bridge", name, "datapath_type=netdev", "fail-mode=secure"),
+        )
+
+    def set_up(self, key: str, value: str) -> None:
+        """Set up ovn-controller, and all that reads this of Open vSwitch's database."""
+        self._vs("--no-wait", "set", "Open_vSwitch", ".", f'external-ids:{key}="{value}"')
 
     @property
     def namespaces(self) -> str:
@@ -203,35 +216,57 @@ class OvnLab:
 
     # Networks and ports
 
-    def add_network(self, name: str) -> OvnNetwork:
-        """Make a network and its metadata port."""
+    def add_network(
+        self, name: str, *, cidrs: Sequence[str] = ("10.0.0.2/24", "fd00:10::2/64")
+    ) -> OvnNetwork:
+        """Make a network and its metadata port, which has these addresses."""
         number = len(self.networks)
         network = OvnNetwork(
             id=f"{self.lab.token}{number:04x}-0000-4000-8000-000000000001",
             project=f"{number:032x}",
             metadata_port=str(uuid.uuid4()),
             metadata_mac=f"fa:16:3e:00:{number:02x}:fe",
+            cidrs=tuple(cidrs),
         )
         self.networks[name] = network
-        addresses = "10.0.0.2 fd00:10::2"
+        self._nb("ls-add", network.switch)
+        self.add_metadata_port(network)
+        return network
+
+    def add_metadata_port(self, network: OvnNetwork) -> None:
+        """Make a network's metadata port."""
+        addresses = [one.partition("/")[0] for one in network.cidrs]
         self._nb(
-            *("ls-add", network.switch, "--", "lsp-add", network.switch, network.metadata_port),
+            *("lsp-add", network.switch, network.metadata_port),
             *("--", "lsp-set-type", network.metadata_port, "localport"),
             *("--", "lsp-set-addresses", network.metadata_port),
-            f"{network.metadata_mac} {addresses}",
+            " ".join((network.metadata_mac, *addresses)),
             *_ids(
                 network.metadata_port,
                 {
                     "device_id": network.namespace,
                     "device_owner": "network:distributed",
-                    "cidrs": "10.0.0.2/24 fd00:10::2/64",
+                    "cidrs": " ".join(network.cidrs),
                     "network_name": network.switch,
                     "project_id": network.project,
                     "mtu": str(_MTU),
                 },
             ),
         )
-        return network
+
+    def remove_metadata_port(self, network: OvnNetwork) -> None:
+        self._nb("--wait=sb", "lsp-del", network.metadata_port)
+
+    def change_metadata_port(self, network: OvnNetwork, **values: str) -> None:
+        """Write other `neutron:` values of a network's metadata port."""
+        self._nb("--wait=sb", "set", *_ids(network.metadata_port, values)[2:])
+
+    def remove_network(self, name: str) -> None:
+        """Have a network gone, and its ports and their guests with it."""
+        network = self.networks[name]
+        for port in [one.name for one in self.ports.values() if one.network == network]:
+            self._unplug(self.ports.pop(port))
+        self._nb("--wait=sb", "ls-del", network.switch)
 
     def add_port(
         self,
@@ -240,9 +275,15 @@ class OvnLab:
         number: int = 11,
         *,
         mac: str = "",
-        chassis: str = _CHASSIS,
+        cidrs: Sequence[str] = (),
+        chassis: str = CHASSIS,
     ) -> OvnPort:
-        """Make a port of an instance, 10.0.0.`number` and fd00:10::`number`; it is bound once it is plugged in."""
+        """Make a port of an instance, 10.0.0.`number` and fd00:10::`number`; it is bound once it is plugged in.
+
+        Args:
+            cidrs: Its addresses, where they are others.
+            chassis: Which it is meant for, with commas between them.
+        """
         place = self.networks[network]
         self._made += 1
         port = OvnPort(
@@ -250,7 +291,7 @@ class OvnLab:
             name=name,
             network=place,
             mac=mac or f"fa:16:3e:01:{self._made >> 8:02x}:{self._made & 255:02x}",
-            cidrs=(f"10.0.0.{number}/24", f"fd00:10::{number:x}/64"),
+            cidrs=tuple(cidrs) or (f"10.0.0.{number}/24", f"fd00:10::{number:x}/64"),
             instance=str(uuid.uuid5(uuid.NAMESPACE_DNS, f"{self.lab.token}-{name}")),
         )
         self.ports[name] = port
@@ -258,7 +299,7 @@ class OvnLab:
         self._nb(
             *("lsp-add", place.switch, port.id, "--", "set", "Logical_Switch_Port", port.id),
             # Not `lsp-set-addresses`, which refuses an address that another port has: Neutron does not ask.
-            *(f'addresses="{addresses}"', f"options:requested-chassis={chassis}"),
+            *(f'addresses="{addresses}"', f'options:requested-chassis="{chassis}"'),
             *_ids(
                 port.id,
                 {
@@ -276,16 +317,54 @@ class OvnLab:
         """Write other `neutron:` values of a port."""
         self._nb("--wait=sb", "set", *_ids(self.ports[name].id, values)[2:])
 
+    def request(self, name: str, *chassis: str) -> None:
+        """Mean a port for other chassis: for two while its instance moves from the first to the second."""
+        port, wanted = self.ports[name].id, ",".join(chassis)
+        self._nb("--wait=sb", "lsp-set-options", port, f"requested-chassis={wanted}")
+
+    def be_external(self, name: str) -> None:
+        """Have a port be one that Open vSwitch does not see, as an SR-IOV port: its guest is behind a bridge `br-phys`.
+
+        This chassis is the only one of the port's HA chassis group.
+        """
+        port, group = self.ports[name], f"group-{name}"
+        self._vs(
+            *("--may-exist", "add-br", "br-phys", "--"),
+            *("set", "Bridge", "br-phys", "datapath_type=netdev", "fail-mode=standalone"),
+            *("--", "set", "Open_vSwitch", ".", "external-ids:ovn-bridge-mappings=phys:br-phys"),
+        )
+        localnet = f"localnet-{name}"
+        self._nb(
+            *("ha-chassis-group-add", group),
+            *("--", "ha-chassis-group-add-chassis", group, CHASSIS, "10"),
+            *("--", "lsp-add", port.network.switch, localnet),
+            *("--", "lsp-set-type", localnet, "localnet"),
+            *("--", "lsp-set-addresses", localnet, "unknown"),
+            *("--", "lsp-set-options", localnet, "network_name=phys"),
+        )
+        found = self._nb("--bare", "--columns=_uuid", "find", "HA_Chassis_Group", f"name={group}")
+        self._nb(
+            *("lsp-set-type", port.id, "external", "--", "lsp-set-options", port.id),
+            *("--", "set", "Logical_Switch_Port", port.id, f"ha_chassis_group={found.strip()}"),
+        )
+
     def remove_port(self, name: str) -> None:
         """Have a port gone, and its guest with it."""
         port = self.ports.pop(name)
         self._nb("--wait=sb", "lsp-del", port.id)
-        self._vs("--if-exists", "del-port", port.device)
-        if (NETNS / self.lab.name(f"vm-{name}")).exists():
-            self.lab.delete_namespace(f"vm-{name}")
+        self._unplug(port)
 
-    def guest(self, name: str) -> Guest:
-        """Plug a port's guest in."""
+    def _unplug(self, port: OvnPort) -> None:
+        self._vs("--if-exists", "del-port", port.device)
+        if (NETNS / self.lab.name(f"vm-{port.name}")).exists():
+            self.lab.delete_namespace(f"vm-{port.name}")
+
+    def guest(self, name: str, *, bridge: str = "") -> Guest:
+        """Plug a port's guest in.
+
+        Args:
+            bridge: Where a guest is that Open vSwitch does not know as the port; else it is on the integration bridge.
+        """
         port = self.ports[name]
         namespace = self.lab.namespace(f"vm-{name}")
         ip(
@@ -293,17 +372,18 @@ class OvnLab:
             *("peer", "name", "eth0", "address", port.mac, "mtu", str(_MTU), "netns", namespace),
         )
         ip("-n", self.lab.host, "link", "set", port.device, "up")
-        batch(
-            namespace,
-            [
-                "link set eth0 up",
-                *(f"address add {one} dev eth0 {_nodad(one)}" for one in port.cidrs),
-                "route add 169.254.169.254/32 via 10.0.0.2",
-            ],
-        )
+        lines = [
+            "link set eth0 up",
+            *(f"address add {one} dev eth0 {_nodad(one)}" for one in port.cidrs),
+        ]
+        ways = [one.partition("/")[0] for one in port.network.cidrs if ":" not in one]
+        batch(namespace, lines + [f"route add 169.254.169.254/32 via {way}" for way in ways[:1]])
         # A datapath in user space has no network card that fills in checksums.
         run(*within(namespace), "ethtool", "-K", "eth0", "tx", "off")
-        self.bind(name)
+        if bridge:
+            self._vs("add-port", bridge, port.device)
+        else:
+            self.bind(name)
         addresses = tuple(one.partition("/")[0] for one in port.cidrs)
         return Guest(name, namespace, port.network.id, port.mac, addresses)
 
@@ -311,7 +391,7 @@ class OvnLab:
         """Plug a guest's device into the integration bridge."""
         port = self.ports[name]
         self._vs(
-            *("--may-exist", "add-port", "br-int", port.device, "--"),
+            *("--may-exist", "add-port", self.bridge, port.device, "--"),
             *("set", "Interface", port.device, f"external_ids:iface-id={port.id}"),
         )
 
@@ -330,7 +410,7 @@ class OvnLab:
 
     def agent_ids(self) -> str:
         """What agents have written of this chassis."""
-        return self._sb("--bare", "--columns=external_ids", "list", "Chassis_Private", _CHASSIS)
+        return self._sb("--bare", "--columns=external_ids", "list", "Chassis_Private", self.chassis)
 
     def left_over(self) -> Sequence[str]:
         """Metadata namespaces that are there."""
