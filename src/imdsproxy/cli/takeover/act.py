@@ -1,0 +1,270 @@
+"""Takes the actions of a plan. Each can be taken again: what is done already is not done twice."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, assert_never
+
+from imdsproxy.admin_client import AdminClient
+from imdsproxy.cli.takeover import plan
+from imdsproxy.cli.takeover.observe import find_proxies, read_options
+from imdsproxy.config.load import Loaded
+from imdsproxy.errors import AdminUnavailable, HostRefused, ImdsproxyError, refusing
+from imdsproxy.host.files import write_atomic
+from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
+from imdsproxy.host.process import open_process
+
+_POLL_S: Final = 0.1
+_FOREIGN: Final = "foreign-listener"
+_MIGRATE: Final = Path("/proc/sys/net/ipv4/tcp_migrate_req")
+"""Connections that a closing listener has not accepted go to another one of its address (ip-sysctl(7))."""
+
+_SETTINGS_MODE: Final = 0o640
+_SECRET_MODE: Final = 0o600
+_SERVER_ERROR: Final = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Actor:
+    """Acts on this host.
+
+    Args:
+        daemon: That is taken over to, or given back from.
+        load: Reads the settings as they are now.
+        timeout_s: The longest that one action may wait.
+    """
+
+    daemon: AdminClient
+    load: Callable[[], Loaded]
+    timeout_s: float
+
+    def do(self, action: plan.Action) -> str:
+        """Take one action; what came of it, in words.
+
+        Raises:
+            ImdsproxyError: It failed, or did not come about in time.
+        """
+        match action:
+            case plan.ImportSettings():
+                result = self._import(action)
+            case plan.WriteSettings(path, text):
+                self._write({Path(path): (text.encode(), _SETTINGS_MODE)})
+                result = "written"
+            case plan.Restart(command) | plan.StartAgent(command):
+                _run(command, self.timeout_s)
+                result = command
+            case plan.WaitServed(prefix):
+                result = self._wait_served(prefix)
+            case plan.EndProxies(prefix):
+                with migrating(prefix):
+                    result = f"{self._end_proxies(prefix)} ended"
+            case plan.StopAgent():
+                result = self._stop_agent(action)
+            case plan.WaitProxies(prefix):
+                result = self._wait_proxies(prefix)
+            case plan.LetGo():
+                result = self._let_go(action)
+            case never:
+                assert_never(never)
+        return result
+
+    def _import(self, action: plan.ImportSettings) -> str:
+        from imdsproxy.config.neutron_import import plan_import  # noqa: PLC0415 - only here
+
+        options = [read_options(path) for path in action.files]
+        imported = plan_import(options, Path(action.secret))
+        self._write(
+            {
+                Path(action.secret): (imported.secret.encode(), _SECRET_MODE),
+                Path(action.settings): (imported.text.encode(), _SETTINGS_MODE),
+            }
+        )
+        return f"written, and {action.secret}"
+
+    def _write(self, files: dict[Path, tuple[bytes, int]]) -> None:
+        """Write files that make good settings; else they are as they were."""
+        before = {path: path.read_bytes() if path.exists() else None for path in files}
+        try:
+            for path, (data, mode) in files.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(path, data, mode=mode, durable=True)
+            self.load()
+        except ImdsproxyError:
+            for path, old in before.items():
+                if old is None:
+                    path.unlink(missing_ok=True)
+                else:
+                    write_atomic(path, old, mode=files[path][1])
+            raise
+
+    def _wait_served(self, prefix: str) -> str:
+        served: set[str] = set()
+        answered: dict[str, str] = {}
+
+        def lacks() -> str:
+            readiness = self.daemon.get("/v1/status")["readiness"]
+            if not readiness["ready"]:
+                return f"imdsproxy is not ready: {readiness['reasons'][0]}"
+            known = {one["record"]["id"]: one for one in self.daemon.get("/v1/networks")}
+            wanted = {one.namespace.removeprefix(prefix) for one in find_proxies(prefix)}
+            if missing := sorted(wanted - known.keys()):
+                return f"imdsproxy does not know network {missing[0]}"
+            for network, one in known.items():
+                left_out = one["left_out"]
+                if left_out is not None and left_out["code"] != _FOREIGN:
+                    return f"network {network} is not served: {left_out['reason']}"
+            served.update(known)
+            return self._ask_in_each(known.keys() - answered.keys(), answered)
+
+        self._wait(lacks)
+        return f"{len(served)} networks, a request answered in {len(answered)}"
+
+    def _ask_in_each(self, networks: set[str], answered: dict[str, str]) -> str:
+        addresses: dict[str, str] = {}
+        for one in self.daemon.get("/v1/instances") if networks else ():
+            for port in one["record"].get("ports", ()):
+                for address in port.get("addresses", ())[:1]:
+                    addresses.setdefault(port["network"], address)
+        for network in sorted(networks & addresses.keys()):
+            query = {"network": network, "address": addresses[network], "probe": "true"}
+            status = self.daemon.get("/v1/explain", query)["probe"]["status"]
+            if status >= _SERVER_ERROR:
+                return f"{addresses[network]} in network {network} gets {status}"
+            answered[network] = str(status)
+        return ""
+
+    def _end_proxies(self, prefix: str) -> int:
+        asked: set[int] = set()
+
+        def lacks() -> str:
+            left = find_proxies(prefix)
+            for one in left:
+                if one.pid not in asked and (handle := open_process(one.pid)) is not None:
+                    with contextlib.closing(handle):
+                        handle.kill(signal.SIGUSR1)
+                    asked.add(one.pid)
+            return f"HAProxy {left[0].pid} in {left[0].namespace} still answers" if left else ""
+
+        self._wait(lacks)
+        return len(asked)
+
+    def _stop_agent(self, action: plan.StopAgent) -> str:
+        # An agent that is held still starts no HAProxy; systemd has it go on as it stops it.
+        held = None if action.pid is None else open_process(action.pid)
+        with migrating(action.prefix), contextlib.ExitStack() as stack:
+            if held is not None:
+                stack.callback(held.close)
+                stack.callback(held.kill, signal.SIGCONT)
+                held.kill(signal.SIGSTOP)
+                while find_proxies(action.prefix):
+                    held.kill(signal.SIGCONT)
+                    self._end_proxies(action.prefix)
+                    held.kill(signal.SIGSTOP)
+            _run(action.command, self.timeout_s)
+            self._end_proxies(action.prefix)
+        return action.command
+
+    def _wait_proxies(self, prefix: str) -> str:
+        networks = {
+            one["record"]["id"]
+            for one in self.daemon.get("/v1/networks")
+            if one["record"]["listener"].get("namespace", "").startswith(prefix)
+        }
+
+        def lacks() -> str:
+            there = {one.namespace.removeprefix(prefix) for one in find_proxies(prefix)}
+            missing = sorted(networks - there)
+            return f"no HAProxy of the agent's in network {missing[0]}" if missing else ""
+
+        self._wait(lacks)
+        return f"{len(networks)} networks"
+
+    def _let_go(self, action: plan.LetGo) -> str:
+        Path(action.path).unlink(missing_ok=True)
+        with migrating(action.prefix):
+            _run(action.command, self.timeout_s)
+
+            def lacks() -> str:
+                readiness = self.daemon.get("/v1/status")["readiness"]
+                still = any(
+                    one["record"]["listener"].get("namespace", "").startswith(action.prefix)
+                    for one in self.daemon.get("/v1/networks")
+                )
+                if not readiness["ready"]:
+                    return f"imdsproxy is not ready: {readiness['reasons'][0]}"
+                return "imdsproxy still listens there" if still else ""
+
+            self._wait(lacks)
+        return action.command
+
+    def _wait(self, lacks: Callable[[], str]) -> None:
+        """Until nothing lacks any more."""
+        deadline = time.monotonic() + self.timeout_s
+        while True:
+            try:
+                reason = lacks()
+            except AdminUnavailable as error:
+                reason = error.message
+            if not reason:
+                return
+            if time.monotonic() > deadline:
+                raise HostRefused(
+                    f"not within {self.timeout_s:.0f} s: {reason}",
+                    hint="run it again: it goes on from here",
+                )
+            time.sleep(_POLL_S)
+
+
+@contextlib.contextmanager
+def migrating(prefix: str) -> Iterator[None]:
+    """What a closing listener has not accepted goes to another one in the same namespace, for the block."""
+    directory = NamespaceDirectory()
+    thread = NamespaceThread(directory)
+    names = [name for name in directory.namespaces() if name.startswith(prefix)]
+    changed: list[str] = []
+    try:
+        changed += (name for name in names if _set_migrate(thread, name, b"1"))
+        yield
+    finally:
+        for name in changed:
+            _set_migrate(thread, name, b"0")
+        thread.close()
+
+
+def _set_migrate(thread: NamespaceThread, name: str, value: bytes) -> bool:
+    """Whether it was another value before."""
+    with (
+        contextlib.suppress(FileNotFoundError),
+        refusing(f"set {_MIGRATE} in {name}"),
+        thread.inside(name),
+    ):
+        if _MIGRATE.read_bytes().strip() == value:
+            return False
+        _MIGRATE.write_bytes(value)
+        return True
+    return False
+
+
+def _run(command: str, timeout_s: float) -> None:
+    """Run a command line of the operator's, or of systemd's."""
+    try:
+        done = subprocess.run(
+            ["/bin/sh", "-c", command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            check=False,
+            env=dict(os.environ),
+        )
+    except subprocess.TimeoutExpired as error:
+        raise HostRefused(f"`{command}` has not ended within {timeout_s:.0f} s") from error
+    if done.returncode != 0:
+        raise HostRefused(f"`{command}` ended with {done.returncode}: {done.stdout.strip()[-500:]}")

@@ -1,0 +1,192 @@
+"""The commands `imdsproxy takeover` and `imdsproxy handback`."""
+
+import importlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Final
+
+from imdsproxy.cli import options
+from imdsproxy.cli.options import argument, flag
+from imdsproxy.cli.output import Output, clean, spell_count
+from imdsproxy.cli.takeover.plan import Commands, Kind, Seen, Step, shape_of
+from imdsproxy.config.files import DEFAULT_CONFIG
+from imdsproxy.errors import HostRefused, ImdsproxyError, Problem, RequestRefused
+
+KINDS: Final = ("ovn",)
+"""Each has a module of its name, with its `KIND`."""
+
+_TIMEOUT_S: Final = 120.0
+_NAMES: Final = "|".join(KINDS)
+_BOTH: Final = "guests are served all the while"
+
+What = Annotated[str, argument(_NAMES, "Whose networks: those of OVN's agent.")]
+DryRun = Annotated[bool, flag("--dry-run", "Print the plan, and change nothing.")]
+StopAgent = Annotated[
+    str,
+    flag(
+        "--stop-agent COMMAND",
+        "Stops the agent for good (default: disables and stops its unit of systemd); 'docker stop NAME' for a "
+        "container.",
+    ),
+]
+StartAgent = Annotated[
+    str, flag("--start-agent COMMAND", "Starts it again (default: enables and starts its unit).")
+]
+Restart = Annotated[
+    str, flag("--restart COMMAND", "Restarts imdsproxy's controller (default: its unit).")
+]
+Timeout = Annotated[
+    float,
+    flag("--timeout SECONDS", f"The longest wait of one step (default: {_TIMEOUT_S:.0f})."),
+]
+
+
+@options.command
+def takeover(
+    run: options.Invocation,
+    what: What,
+    *,
+    dry_run: DryRun = False,
+    stop_agent: StopAgent = "",
+    start_agent: StartAgent = "",
+    restart: Restart = "",
+    timeout: Timeout = _TIMEOUT_S,
+) -> None:
+    """Serve in the place of Neutron's agent, without a request lost: prints its plan, then what came of it."""
+    kind, seen = _observe(run, what, Commands(stop_agent, start_agent, restart))
+    plan = _Plan(
+        f"takeover {what}",
+        tuple(kind.takeover(seen)),
+        (*kind.refuse(seen), *_lacks_commands(seen)),
+        remembers={kind.name: seen.commands} if seen.agents else {},
+    )
+    _carry_out(run, plan, None if dry_run else timeout)
+
+
+@options.command
+def handback(
+    run: options.Invocation,
+    what: What,
+    *,
+    dry_run: DryRun = False,
+    start_agent: StartAgent = "",
+    restart: Restart = "",
+    timeout: Timeout = _TIMEOUT_S,
+) -> None:
+    """Give the place back to Neutron's agent, without a request lost: prints its plan, then what came of it."""
+    kind, seen = _observe(run, what, Commands("", start_agent, restart))
+    steps = tuple(kind.handback(seen))
+    problems = tuple(_lacks_commands(seen, back=True)) if steps else ()
+    plan = _Plan(f"handback {what}", steps, problems, forgets=kind.name)
+    _carry_out(run, plan, None if dry_run else timeout)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What one run of a command is to do.
+
+    Attributes:
+        name: The command, in words.
+        problems: Why it cannot begin.
+        remembers: Commands of an agent's to be kept for the way back, by kind.
+        forgets: The kind whose commands are not needed any more at the end.
+    """
+
+    name: str
+    steps: tuple[Step, ...]
+    problems: tuple[Problem, ...]
+    remembers: Mapping[str, Commands] = field(default_factory=dict)
+    forgets: str = ""
+
+
+def _observe(run: options.Invocation, what: str, given: Commands) -> tuple[Kind, Seen]:
+    from imdsproxy.cli.takeover.observe import observe  # noqa: PLC0415 - `--help` need not load it
+
+    if what not in KINDS:
+        raise RequestRefused(f"there is no takeover of {what}", hint=f"one of {', '.join(KINDS)}")
+    kind: Kind = importlib.import_module(f"imdsproxy.cli.takeover.{what}").KIND
+    directory = (run.config or DEFAULT_CONFIG).absolute().parent
+    return kind, observe(kind, run.daemon(), run.load(), directory=directory, given=given)
+
+
+def _lacks_commands(seen: Seen, *, back: bool = False) -> Iterator[Problem]:
+    if not seen.commands.restart:
+        yield Problem(
+            "--restart",
+            "imdsproxy's controller has no unit of systemd",
+            "--restart 'podman restart imdsproxy'",
+        )
+    if back and not seen.agents and not seen.commands.start:
+        yield Problem(
+            "--start-agent", "it is not known how the agent is started", "give the command"
+        )
+    if not back and seen.agents and not (seen.commands.stop and seen.commands.start):
+        agent = seen.agents[0]
+        yield Problem(
+            "--stop-agent and --start-agent",
+            f"{agent.program} (pid {agent.pid}) has no unit of systemd",
+            "--stop-agent 'docker stop NAME' --start-agent 'docker start NAME'",
+        )
+
+
+def _carry_out(run: options.Invocation, plan: _Plan, timeout_s: float | None) -> None:
+    """Print the plan, act on it unless there is no time to wait, and report."""
+    from imdsproxy.cli.takeover.observe import remember  # noqa: PLC0415 - `--help` need not load it
+
+    output = run.output
+    if plan.problems:
+        raise HostRefused(f"{plan.name} cannot begin", problems=plan.problems)
+    if not output.as_json:
+        _show_plan(output, plan)
+    report: list[Mapping[str, str]] = []
+    if timeout_s is not None and plan.steps:
+        state = run.settings.paths.state_dir
+        for kind, commands in plan.remembers.items():
+            remember(state, kind, commands)
+        report = list(_act(run, plan, timeout_s))
+        if plan.forgets:
+            remember(state, plan.forgets, None)
+    if output.as_json:
+        output.json({"plan": [dict(shape_of(one)) for one in plan.steps], "report": report})
+    elif report:
+        output.styled(f"[green]{plan.name} is done[/]; {_BOTH}")
+
+
+def _act(run: options.Invocation, plan: _Plan, timeout_s: float) -> Iterator[Mapping[str, str]]:
+    from imdsproxy.cli.takeover.act import Actor  # noqa: PLC0415 - `--help` need not load it
+
+    actor = Actor(run.daemon(), run.load, timeout_s)
+    for number, step in enumerate(plan.steps, 1):
+        began = time.monotonic()
+        try:
+            with run.output.waiting(clean(step.words)):
+                result = actor.do(step.action)
+        except ImdsproxyError as error:
+            raise _stopped(plan, number, error) from error
+        took = f"{time.monotonic() - began:.1f}"
+        if not run.output.as_json:
+            run.output.styled(f"{number}. [green]done[/] in {took} s: {clean(result)}")
+        yield {"step": step.words, "result": result, "took_s": took}
+
+
+def _show_plan(output: Output, plan: _Plan) -> None:
+    if not plan.steps:
+        output.styled(f"{plan.name}: all is done already")
+        return
+    output.styled(f"[bold]{plan.name}[/]: {spell_count(len(plan.steps), 'step')}")
+    for number, step in enumerate(plan.steps, 1):
+        output.styled(f"{number}. {clean(step.words)}")
+        output.styled(f"   [dim]by hand:[/] {clean(step.by_hand)}")
+        if step.undo:
+            output.styled(f"   [dim]undone by:[/] {clean(step.undo)}")
+    output.styled("")
+
+
+def _stopped(plan: _Plan, number: int, error: ImdsproxyError) -> HostRefused:
+    done = f"{spell_count(number - 1, 'step')} before it done" if number > 1 else "nothing was done"
+    return HostRefused(
+        f"step {number} of {len(plan.steps)} of {plan.name} failed: {error.message}; {done}, and {_BOTH}",
+        hint=error.hint or f"mend it, and run `imdsproxy {plan.name}` again: it goes on from here",
+        problems=error.problems,
+    )

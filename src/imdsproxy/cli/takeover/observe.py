@@ -1,0 +1,188 @@
+"""What there is on this host of Neutron's agents: processes, their namespaces, units and settings files."""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from imdsproxy.admin_client import AdminClient
+from imdsproxy.cli.takeover.plan import Agent, Commands, Kind, Proxy, Seen
+from imdsproxy.config.load import Loaded
+from imdsproxy.core.neutron_ini import IniOption, decode_ini, parse_ini
+from imdsproxy.errors import ConfigUnreadable, LibraryMissing, optional_library
+from imdsproxy.host.files import write_atomic
+from imdsproxy.host.namespaces import NamespaceDirectory
+from imdsproxy.host.process import PROC, command_name, read_arguments, read_stat
+
+_UNIT: Final = re.compile(r"/([^/]+\.service)$", re.MULTILINE)
+_HAPROXY: Final = "haproxy"
+_REMEMBERED: Final = "takeover.json"
+
+
+def _pids() -> list[int]:
+    return sorted(int(one.name) for one in PROC.iterdir() if one.name.isdecimal())
+
+
+def unit_of(pid: int) -> str:
+    """The unit of systemd's that a process belongs to; empty for none, as in most containers."""
+    try:
+        groups = (PROC / str(pid) / "cgroup").read_text()
+    except OSError:
+        return ""
+    found = _UNIT.search(groups.strip())
+    return "" if found is None else found[1]
+
+
+def find_agents(programs: Sequence[str]) -> Iterator[Agent]:
+    """The running agents of these names; of an agent's processes the one that the others come from."""
+    found: dict[int, tuple[str, list[str]]] = {}
+    for pid in _pids():
+        # An agent gives its process a title, which holds its command line: `NAME (python3 /usr/bin/NAME --opt …)`.
+        words = " ".join(read_arguments(pid)).replace("(", " ").replace(")", " ").split()
+        names = [Path(word).name for word in words[:4]]
+        program = next((name for name in names if name in programs), None)
+        if program is not None and read_stat(pid) is not None:
+            found[pid] = program, words
+    for pid, (program, words) in found.items():
+        stat = read_stat(pid)
+        if stat is not None and stat.parent not in found:
+            yield Agent(pid, program, unit_of(pid), tuple(_files(pid, words)))
+
+
+def _files(pid: int, words: Sequence[str]) -> Iterator[str]:
+    """Files of `--config-file` and `--config-dir`; in a container they are below its root."""
+    root = PROC / str(pid) / "root"
+    here = _same(root, Path("/"))
+    options = iter(words)
+    for word in options:
+        name, equals, value = word.partition("=")
+        if name not in {"--config-file", "--config-dir"}:
+            continue
+        path = Path(value if equals else next(options, ""))
+        reached = path if here else root / path.relative_to("/")
+        yield from map(str, sorted(reached.glob("*.conf")) if name.endswith("dir") else [reached])
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
+
+
+def find_proxies(prefix: str) -> tuple[Proxy, ...]:
+    """HAProxies in namespaces whose names begin so."""
+    directory = NamespaceDirectory()
+    names = {
+        ref.inode: name for name, ref in directory.namespaces().items() if name.startswith(prefix)
+    }
+    found: list[Proxy] = []
+    for pid in _pids() if names else ():
+        if command_name(pid) != _HAPROXY or read_stat(pid) is None:
+            continue
+        try:
+            inode = (PROC / str(pid) / "ns" / "net").stat().st_ino
+        except OSError:
+            continue
+        if inode in names:
+            found.append(Proxy(pid, names[inode]))
+    return tuple(found)
+
+
+def observe(
+    kind: Kind,
+    daemon: AdminClient,
+    loaded: Loaded,
+    *,
+    directory: Path,
+    given: Commands,
+) -> Seen:
+    """All that a plan is made of.
+
+    Args:
+        kind: Whose agents.
+        daemon: That runs.
+        loaded: The settings as their files are now.
+        directory: Of the settings; `conf.d/` is in it.
+        given: Commands that the operator has given.
+
+    Raises:
+        AdminUnavailable: No daemon answers.
+        ConfigUnreadable: A settings file of the agent's cannot be read.
+    """
+    status = daemon.get("/v1/status")
+    agents = tuple(find_agents(kind.programs))
+    drop_in = directory / "conf.d" / f"{kind.name}.yaml"
+    own = unit_of(status["controller"])
+    unit = next((one.unit for one in agents if one.unit), "")
+    before = recall(loaded.settings.paths.state_dir).get(kind.name, {})
+    return Seen(
+        agents=agents,
+        proxies=find_proxies(kind.prefix),
+        options=tuple(read_options(path) for path in (agents[0].files if agents else ())),
+        commands=Commands(
+            stop=given.stop
+            or (unit and f"systemctl disable --now {unit}")
+            or before.get("stop", ""),
+            start=given.start
+            or (unit and f"systemctl enable --now {unit}")
+            or before.get("start", ""),
+            restart=given.restart or (own and f"systemctl restart {own}"),
+        ),
+        drop_in=str(drop_in),
+        present=drop_in.read_text() if drop_in.exists() else None,
+        source=any(one["name"] == kind.source for one in status["sources"]),
+        nova=bool(loaded.settings.nova.endpoint_sets),
+        imported=(
+            str(directory / "conf.d" / "openstack.yaml"),
+            str(directory / "nova.secret"),
+        ),
+        networks=frozenset(one["record"]["id"] for one in daemon.get("/v1/networks")),
+        library=_lacks_library() if kind.source == "ovn" else "",
+    )
+
+
+def _lacks_library() -> str:
+    import importlib  # noqa: PLC0415 - only here
+
+    try:
+        with optional_library("python-ovs", "apt install python3-openvswitch"):
+            importlib.import_module("ovs.db.idl")
+    except LibraryMissing as error:
+        return str(error)
+    return ""
+
+
+def read_options(path: str) -> tuple[IniOption, ...]:
+    """What a settings file of the agent's holds.
+
+    Raises:
+        ConfigError: It cannot be read, or is no such file.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigUnreadable(f"cannot read {path}: {error.strerror}") from error
+    return parse_ini(decode_ini(data, path), path)
+
+
+def recall(state: Path) -> Mapping[str, Mapping[str, Any]]:
+    """By which commands agents were stopped, by kind: no process shows it once they are."""
+    try:
+        found: Mapping[str, Mapping[str, Any]] = json.loads((state / _REMEMBERED).read_text())
+    except FileNotFoundError:
+        return {}
+    return found
+
+
+def remember(state: Path, kind: str, commands: Commands | None) -> None:
+    """Keep an agent's commands for the way back; `None` forgets them."""
+    known = {name: value for name, value in recall(state).items() if name != kind}
+    if commands is not None:
+        known[kind] = {"stop": commands.stop, "start": commands.start}
+    if known:
+        write_atomic(state / _REMEMBERED, json.dumps(known, indent=2).encode(), mode=0o600)
+    elif (state / _REMEMBERED).exists():
+        os.unlink(state / _REMEMBERED)  # noqa: PTH108 - as written

@@ -1,0 +1,154 @@
+"""OVN: in the place of neutron-ovn-metadata-agent, or of neutron-ovn-agent with its extension `metadata`."""
+
+from collections.abc import Iterator
+from typing import Final
+
+from imdsproxy.cli.takeover.plan import (
+    EndProxies,
+    ImportSettings,
+    Kind,
+    LetGo,
+    Seen,
+    StartAgent,
+    Step,
+    StopAgent,
+    WaitProxies,
+    WaitServed,
+    WriteSettings,
+    list_pids,
+    option_of,
+    restart_steps,
+)
+from imdsproxy.config.strict_yaml import render_value
+from imdsproxy.errors import Problem
+
+_PREFIX: Final = "ovnmeta-"
+_EXTENSION: Final = "metadata"
+_FILES: Final = {
+    "private_key_file": "ovn_sb_private_key",
+    "certificate_file": "ovn_sb_certificate",
+    "ca_file": "ovn_sb_ca_cert",
+}
+
+
+def _takeover(seen: Seen) -> Iterator[Step]:
+    if not (seen.agents or seen.proxies) and seen.source:
+        return
+    if not seen.nova:
+        files = seen.agents[0].files
+        settings, secret = seen.imported
+        yield Step(
+            f"import Nova's address and secret from the agent's settings into {settings}",
+            f"imdsproxy config import --neutron {' '.join(files)} --output {settings} --secret-file {secret}",
+            f"rm {settings} {secret}",
+            ImportSettings(files, settings, secret),
+        )
+    text = render_settings(seen)
+    if seen.present is None:
+        yield Step(
+            f"write {seen.drop_in}: the source `ovn`, without the socket for the agent's HAProxies",
+            f"cat >{seen.drop_in}",
+            f"rm {seen.drop_in}",
+            WriteSettings(seen.drop_in, text),
+        )
+    if not (seen.source and seen.nova and seen.present is not None):
+        yield from restart_steps(seen)
+    yield Step(
+        "wait until imdsproxy listens in every network of the agent's, and answers a request in each",
+        "imdsproxy status; imdsproxy explain --probe --network NETWORK --from ADDRESS",
+        "",
+        WaitServed(_PREFIX),
+    )
+    if seen.proxies:
+        yield Step(
+            f"end the agent's {len(seen.proxies)} HAProxies softly; what waits to be accepted comes to imdsproxy",
+            f"kill -USR1 {list_pids(seen)}",
+            "the agent starts them again while it runs",
+            EndProxies(_PREFIX),
+        )
+    for agent in seen.agents:
+        yield Step(
+            f"stop {agent.program} (pid {agent.pid})",
+            seen.commands.stop,
+            seen.commands.start,
+            StopAgent(seen.commands.stop, agent.pid if agent.unit else None, _PREFIX),
+        )
+
+
+def _handback(seen: Seen) -> Iterator[Step]:
+    if not seen.agents:
+        yield Step(
+            "start the agent",
+            seen.commands.start,
+            seen.commands.stop,
+            StartAgent(seen.commands.start),
+        )
+    if seen.present is None:
+        return
+    yield Step(
+        "wait until a HAProxy of the agent's listens in each network's namespace",
+        f"for each namespace {_PREFIX}…: ip netns exec NAMESPACE ss -lntp",
+        "",
+        WaitProxies(_PREFIX),
+    )
+    yield Step(
+        f"remove {seen.drop_in}, and restart imdsproxy's controller: its listeners there end softly",
+        f"rm {seen.drop_in}; {seen.commands.restart}",
+        "imdsproxy takeover ovn",
+        LetGo(seen.drop_in, seen.commands.restart, _PREFIX),
+    )
+
+
+def _refuse(seen: Seen) -> Iterator[Problem]:
+    if seen.library:
+        yield Problem("sources.ovn", seen.library)
+    if not seen.nova and not seen.agents:
+        yield Problem(
+            "nova.endpoint_sets",
+            "no Nova is configured, and no agent runs whose settings could be imported",
+            "imdsproxy config import --neutron FILE…",
+        )
+    others = [
+        one.strip()
+        for one in option_of(seen, "agent", "extensions").split(",")
+        if one.strip() and one.strip() != _EXTENSION
+    ]
+    if others and any(one.unit for one in seen.agents) and "--now" in seen.commands.stop:
+        yield Problem(
+            "[agent] extensions",
+            f"the agent also does {', '.join(others)}, which would end with it",
+            "take `metadata` out of its extensions, and give --stop-agent 'systemctl restart UNIT'",
+        )
+
+
+def render_settings(seen: Seen) -> str:
+    """The settings file: where the agent finds its databases, imdsproxy finds them."""
+    values = {
+        "open_vswitch": option_of(seen, "ovs", "ovsdb_connection"),
+        "southbound": option_of(seen, "ovn", "ovn_sb_connection"),
+        **{name: option_of(seen, "ovn", option) for name, option in _FILES.items()},
+    }
+    lines = [f"    {name}: {render_value(value)}" for name, value in values.items() if value]
+    return "\n".join(
+        [
+            "# Made by `imdsproxy takeover ovn`; `imdsproxy handback ovn` removes it.",
+            "sources:",
+            "  ovn:",
+            "    enabled: true",
+            *lines,
+            "unix_listener:",
+            "  enabled: false",
+            "",
+        ]
+    )
+
+
+KIND: Final = Kind(
+    "ovn",
+    ("neutron-ovn-metadata-agent", "neutron-ovn-agent"),
+    _PREFIX,
+    "ovn",
+    _takeover,
+    _handback,
+    _refuse,
+)

@@ -1,0 +1,236 @@
+"""What is to be done so that imdsproxy serves in the place of Neutron's agents, and back: pure.
+
+The order of a takeover loses no request: imdsproxy listens beside the agent's HAProxies and answers, then these end
+softly one by one, and only then the agent is stopped, which would start them again. Handing back is the reverse.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from imdsproxy.core.neutron_ini import IniOption
+from imdsproxy.errors import Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Agent:
+    """A running agent of Neutron's.
+
+    Attributes:
+        program: Its name, as `neutron-ovn-metadata-agent`.
+        unit: Its unit of systemd; empty where it has none, as in a container.
+        files: Its settings files in the order in which it was given them, as they are reached from here.
+    """
+
+    pid: int
+    program: str
+    unit: str = ""
+    files: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Proxy:
+    """A HAProxy that an agent keeps in a namespace."""
+
+    pid: int
+    namespace: str
+
+
+@dataclass(frozen=True, slots=True)
+class Commands:
+    """How agent and imdsproxy are stopped and started, each a command line for a shell; empty where it is not known."""
+
+    stop: str = ""
+    start: str = ""
+    restart: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What there is on this host.
+
+    Attributes:
+        agents: Those of the kind that run.
+        proxies: HAProxies in the kind's namespaces.
+        options: What each of the agent's files holds.
+        commands: By which agent and imdsproxy are stopped and started.
+        drop_in: The kind's file in `conf.d/`.
+        present: Its text; `None` where there is none.
+        source: The kind's source is enabled in the running daemon.
+        nova: An endpoint set of Nova is configured.
+        imported: Where the agent's settings for Nova are written to: the YAML file and the secret's.
+        networks: Ids of the networks that imdsproxy has.
+        library: Why the source's library cannot be used; empty where it can, or none is needed.
+    """
+
+    agents: tuple[Agent, ...] = ()
+    proxies: tuple[Proxy, ...] = ()
+    options: Sequence[Sequence[IniOption]] = ()
+    commands: Commands = field(default_factory=Commands)
+    drop_in: str = ""
+    present: str | None = None
+    source: bool = False
+    nova: bool = False
+    imported: tuple[str, str] = ("", "")
+    networks: frozenset[str] = frozenset()
+    library: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ImportSettings:
+    """Write what `config import --neutron` makes of the agent's files."""
+
+    files: tuple[str, ...]
+    settings: str
+    secret: str
+
+
+@dataclass(frozen=True, slots=True)
+class WriteSettings:
+    """Write a settings file."""
+
+    path: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """Have the controller read settings that need a start; HAProxy answers all the while."""
+
+    command: str
+
+
+@dataclass(frozen=True, slots=True)
+class WaitServed:
+    """Wait until imdsproxy listens in the network of each of the agent's HAProxies, and a request is answered there.
+
+    Attributes:
+        prefix: What the names of the kind's namespaces begin with; a network's id follows.
+    """
+
+    prefix: str
+
+
+@dataclass(frozen=True, slots=True)
+class EndProxies:
+    """End the agent's HAProxies softly: connections that wait to be accepted come to imdsproxy's listener."""
+
+    prefix: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopAgent:
+    """Stop the agent, once none of its HAProxies is there; it would start them again.
+
+    Attributes:
+        pid: Held still while that is looked at, where a unit is stopped; `None` for a command of the operator's.
+    """
+
+    command: str
+    pid: int | None
+    prefix: str
+
+
+@dataclass(frozen=True, slots=True)
+class StartAgent:
+    """Start the agent."""
+
+    command: str
+
+
+@dataclass(frozen=True, slots=True)
+class WaitProxies:
+    """Wait until a HAProxy of the agent's listens in each namespace in which imdsproxy does."""
+
+    prefix: str
+
+
+@dataclass(frozen=True, slots=True)
+class LetGo:
+    """Remove a settings file and restart the controller: its listeners end softly, as `EndProxies`."""
+
+    path: str
+    command: str
+    prefix: str
+
+
+Action: TypeAlias = (
+    ImportSettings
+    | WriteSettings
+    | Restart
+    | WaitServed
+    | EndProxies
+    | StopAgent
+    | StartAgent
+    | WaitProxies
+    | LetGo
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of a plan.
+
+    Attributes:
+        words: What is done, in the imperative, on one line.
+        by_hand: How an operator would do it.
+        undo: How it is undone; empty where there is nothing to undo.
+    """
+
+    words: str
+    by_hand: str
+    undo: str
+    action: Action
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of agent whose place imdsproxy takes.
+
+    Attributes:
+        programs: Names of the agents' programs.
+        prefix: What the names of their namespaces begin with.
+        source: The source of imdsproxy's that this kind needs; empty for none.
+        takeover: The steps, none where all is done.
+        handback: The same for the way back.
+        refuse: What has to be mended by the operator before a takeover.
+    """
+
+    name: str
+    programs: tuple[str, ...]
+    prefix: str
+    source: str
+    takeover: Callable[[Seen], Iterator[Step]]
+    handback: Callable[[Seen], Iterator[Step]]
+    refuse: Callable[[Seen], Iterator[Problem]]
+
+
+def option_of(seen: Seen, section: str, name: str) -> str:
+    """The value of an agent's option as it is written; empty where no file has it."""
+    found = [
+        one.value
+        for file in seen.options
+        for one in file
+        if (one.section, one.name) == (section, name)
+    ]
+    return found[-1] if found else ""
+
+
+def restart_steps(seen: Seen) -> Iterator[Step]:
+    """Have the controller start again, where its settings are to be read anew."""
+    yield Step(
+        "restart imdsproxy's controller; its HAProxy answers all the while",
+        seen.commands.restart,
+        "",
+        Restart(seen.commands.restart),
+    )
+
+
+def list_pids(seen: Seen) -> str:
+    """The agent's HAProxies, for a command line."""
+    return " ".join(str(one.pid) for one in sorted(seen.proxies, key=lambda one: one.pid))
+
+
+def shape_of(step: Step) -> Mapping[str, str]:
+    """A step as JSON has it."""
+    return {"step": step.words, "by_hand": step.by_hand, "undo": step.undo}
