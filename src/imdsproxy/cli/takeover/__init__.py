@@ -8,6 +8,6 @@
 | `act.py` | takes the actions, one after the other; each can be taken again, and ends at once where all is done |
 | `command.py` | both commands: plan, then report |
 
-To add a kind: a module of its name with a `KIND`, and the name in `command.KINDS`. What it needs to be done is one of the actions in
-`plan.py`, or a new one there with its case in `act.py`.
+To add a kind: a module of its name with a `KIND`, and the name in `command.KINDS`. What it needs to be done is one of
+the actions in `plan.py`, or a new one there with its case in `act.py`.
 """
