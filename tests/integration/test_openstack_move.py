@@ -1,4 +1,4 @@
-"""The steps of docs/how-to/openstack.md on a host with systemd: over from an agent, and back, command for command.
+"""The steps of docs/how-to/behind-neutrons-proxies.md on a host with systemd: over and back, command for command.
 
 The agent is a stand-in that treats its socket as Neutron's does: it removes what is at the path, and listens there. The
 genuine one is in tests/e2e/test_openstack_document.py.
@@ -20,7 +20,7 @@ from support.systemd_machine import Machine
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 
-_PAGE: Final = REPOSITORY / "docs/how-to/openstack.md"
+_PAGE: Final = REPOSITORY / "docs/how-to/behind-neutrons-proxies.md"
 _AGENT: Final = "neutron-metadata-agent"
 _OVN_AGENT: Final = "neutron-ovn-metadata-agent"
 _SOCKET: Final = "/var/lib/neutron/metadata_proxy"
@@ -170,7 +170,7 @@ def test_with_ovn_a_host_moves_over_and_back_while_its_agent_runs_on(machine: Ma
     machine.run("systemctl", "disable", "--now", _AGENT)
     machine.run("systemctl", "enable", "--now", _OVN_AGENT)
     until(lambda: _says(machine) == "foreign", within_s=_WITHIN_S, what="the agent")
-    settings, look, take, back = _blocks("## With OVN")
+    settings, look, take, back = _blocks("## Where OVN's agent stays")
     assert "unix_listener.take_over: true" in _run(machine, [settings])
     _run(machine, _blocks("### 3. Say where Neutron is"))
     checked = _run(machine, _blocks("### 4. Check"))

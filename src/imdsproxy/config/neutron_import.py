@@ -52,7 +52,7 @@ _OVN: Final = """\
 unix_listener.take_over: true, since {} says that the agent is OVN's. It listens \
 on the socket and makes the networks' namespaces, so it has to run on: imdsproxy takes the path from it \
 as soon as it starts, and each time that the agent starts. How to look first, and the way back: \
-docs/how-to/openstack.md"""
+docs/how-to/behind-neutrons-proxies.md"""
 
 _Files: TypeAlias = "Sequence[Sequence[IniOption]]"
 
