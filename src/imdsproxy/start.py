@@ -13,7 +13,7 @@ import gc
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -44,6 +44,7 @@ from imdsproxy.host.servers import open_tcp_socket, open_unix_socket
 from imdsproxy.host.socket_file import SocketFiles, open_sole_socket
 from imdsproxy.listeners.apply import apply_links
 from imdsproxy.listeners.host import SystemHost
+from imdsproxy.neutron_namespaces.routers import Routers
 from imdsproxy.nova.upstream import NovaUpstream
 from imdsproxy.unix_listener.listener import sweep_unix_socket
 
@@ -190,7 +191,7 @@ async def _live(
         # After HAProxy: while that runs, a request may be on its way on each connection that it keeps.
         resolving.cancel()
         if controller.with_data_plane:
-            await sweep_host(controller.host, controller.mac_filters, controller.hop_limits)
+            await sweep_host(controller.host, controller.tables)
             sweep_unix_socket(layout.config, SocketFiles().observe)
 
 
@@ -377,14 +378,14 @@ def run(
         raise first from group
 
 
-async def sweep_host(host: SystemHost, mac_filters: MacFilters, hop_limits: HopLimits) -> None:
+async def sweep_host(host: SystemHost, tables: Iterable[MacFilters | HopLimits | Routers]) -> None:
     """Remove every MAC filter, rule, namespace, link and address of ours, once they are no longer needed.
 
     Raises:
         DataplaneError: The host refuses.
     """
-    await mac_filters.close_all()
-    await hop_limits.close_all()
+    for one in tables:
+        await one.close_all()
     host.touch(None)
     left = await host.settle({}, {})
     apply_links(host.links, {})
@@ -404,7 +405,8 @@ async def stop_data_plane(settings: Settings, environment: Mapping[str, str]) ->
     try:
         await Launcher(settings.haproxy.binary, build.unit_of(settings.haproxy), layout).stop()
         await companion.stop()
-        await sweep_host(host, *build.build_filters(layout, host, Inventory(), Clock()))
+        filters = build.build_filters(layout, host, Inventory(), Clock())
+        await sweep_host(host, (*filters, build.build_routers(settings, host)))
     finally:
         host.thread.close()
     sockets = (layout.master_socket, layout.probe_socket, layout.resolver_socket)

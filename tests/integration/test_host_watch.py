@@ -20,10 +20,11 @@ from imdsproxy.core.model import (
     NetworkId,
 )
 from imdsproxy.errors import HostRefused
+from imdsproxy.host.namespace_watch import NamespaceWatch
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.listeners.host import SystemHost
-from imdsproxy.listeners.watch import HostWatch, NamespaceWatch
+from imdsproxy.listeners.watch import HostWatch
 from support.hostlab import HostLab, create_namespace
 from support.patience import patience
 

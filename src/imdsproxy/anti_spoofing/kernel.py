@@ -18,7 +18,7 @@ from imdsproxy.errors import DataplaneError, HostRefused, Ignoring, host_refused
 from imdsproxy.host.files import Journal
 from imdsproxy.host.namespaces import NamespaceMissing, NamespaceThread
 from imdsproxy.host.netlink import correct_neighbours
-from imdsproxy.host.nftables import INET, NETDEV, Batch, NetfilterSocket, commit
+from imdsproxy.host.nftables import INET, NETDEV, Batch, NetfilterSocket, commit, ensure_table
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.host.sockets import SOCK_DIAG, end_connections, list_connections, try_bind
 
@@ -54,7 +54,7 @@ class TableGone(HostRefused):
     """A table, or its namespace, was removed by another program."""
 
 
-class _Tables:
+class KernelTables:
     """Tables of one family in many namespaces.
 
     Args:
@@ -105,10 +105,12 @@ class _Tables:
             raise host_refused(action, error, hint=f"{need}{self.hint}") from error
         raise TableGone(f"cannot {action}: namespace {name} is gone", hint=self.hint)
 
-    async def _attempt(
+    async def attempt(
         self, works: Mapping[K, tuple[NamespaceRef | None, str, Callable[[], T]]]
     ) -> dict[K, T | DataplaneError]:
-        def attempt() -> dict[K, T | DataplaneError]:
+        """Do work in many namespaces (each with what it is, in words); its results, or why it failed."""
+
+        def try_all() -> dict[K, T | DataplaneError]:
             found: dict[K, T | DataplaneError] = {}
             for key, work in works.items():
                 try:
@@ -117,10 +119,10 @@ class _Tables:
                     found[key] = error
             return found
 
-        return await self.thread.run(attempt) if works else {}
+        return await self.thread.run(try_all) if works else {}
 
 
-class KernelMacFilters(_Tables):
+class KernelMacFilters(KernelTables):
     """MAC filters: a table of family `netdev` for each network."""
 
     family = NETDEV
@@ -139,7 +141,7 @@ class KernelMacFilters(_Tables):
         Returns:
             For each network the pairs that its filter has from before; `None` where it was created just now.
         """
-        return await self._attempt(
+        return await self.attempt(
             {one.network: (one.namespace, _action(one), partial(_open, one)) for one in filters}
         )
 
@@ -163,7 +165,7 @@ class KernelMacFilters(_Tables):
             name = one.network
             fill = partial(_fill, one, has, wanted, busy=name in busy, fresh=name in fresh)
             works[name] = (one.namespace, _action(one), fill)
-        return await self._attempt(works)
+        return await self.attempt(works)
 
     async def change(
         self, one: MacFilter, *, has: PairMap = _NO_PAIRS, wanted: PairMap = _NO_PAIRS
@@ -229,7 +231,7 @@ class KernelMacFilters(_Tables):
         return await self.thread.run(lambda: self._at(one.namespace, _action(one), change))
 
 
-class KernelHopLimits(_Tables):
+class KernelHopLimits(KernelTables):
     """The rule for hop limits: one table of family `inet` in each namespace.
 
     Args:
@@ -253,10 +255,10 @@ class KernelHopLimits(_Tables):
 
         def create() -> None:
             with NetfilterSocket() as channel:
-                _ensure(channel, Batch(self.table, INET), _HOPS_COMMENT, rules.fill_hop_limit)
+                ensure_table(channel, Batch(self.table, INET), _HOPS_COMMENT, rules.fill_hop_limit)
 
         action = "limit the hops of answers"
-        return await self._attempt({one: (one, action, create) for one in places})
+        return await self.attempt({one: (one, action, create) for one in places})
 
     async def restore(self, names: Collection[str | None]) -> frozenset[HopPlace]:
         """Create the rule in namespaces of these names (`None`: the host's own); where it is then."""
@@ -264,22 +266,6 @@ class KernelHopLimits(_Tables):
         found = {None if name is None else identity(name) for name in names}
         results = await self.open(found if None in names else found - {None})
         return frozenset(place for place, error in results.items() if error is None)
-
-
-def _ensure(
-    channel: NetfilterSocket, batch: Batch, comment: str, fill: Callable[[Batch], None]
-) -> bool:
-    """Create a table, or replace one with another comment; false where it is as it should be."""
-    present = channel.comment(batch.table, batch.family)
-    if present == comment:
-        return False
-    if present is not None:
-        # Only then: the kernel waits 12 ms until no packet is in what is dropped.
-        batch.drop_table()
-    batch.make_table(comment)
-    fill(batch)
-    channel.commit(batch)
-    return True
 
 
 def _action(one: MacFilter) -> str:
@@ -301,7 +287,7 @@ def _open(one: MacFilter) -> PairMap | None:
     devices = ",".join(f"{name}={index}" for name, index in one.devices)
     with NetfilterSocket() as channel:
         comment = f"imdsproxy {rules.FORMAT} {one.network} {devices}"
-        if _ensure(channel, Batch(one.table), comment, fill):
+        if ensure_table(channel, Batch(one.table), comment, fill):
             return None
         return dict(
             rules.pair_of(name, key)

@@ -61,7 +61,7 @@ from typing import Final
 from imdsproxy.anti_spoofing.plan import ANY_MAC
 from imdsproxy.core.hoststate import Family
 from imdsproxy.core.model import METADATA_PORT, IpAddress, MacAddress
-from imdsproxy.core.wire import ANSWER_DSCP, VERIFIED_PORT
+from imdsproxy.core.wire import ANSWER_DSCP, REDIRECTED_PORT, VERIFIED_PORT
 from imdsproxy.host import nftables as nft
 from imdsproxy.host.nftables import LINK, NETWORK, TRANSPORT, Batch, Change
 
@@ -78,6 +78,7 @@ _FLOWS: Final = 8192
 
 _TCP: Final = bytes((socket.IPPROTO_TCP,))
 _GUESTS: Final = struct.pack(">H", METADATA_PORT)
+_REDIRECTED: Final = struct.pack(">H", REDIRECTED_PORT)
 _VERIFIED: Final = struct.pack(">H", VERIFIED_PORT)
 _VLANS: Final = (b"\x81\x00", b"\x88\xa8")
 _FRAGMENT_HEADER: Final = 44
@@ -95,7 +96,7 @@ _DROP: Final = nft.verdict(nft.DROP)
 _RETURN: Final = nft.verdict(nft.RETURN)
 
 
-class _Layout:
+class Layout:
     """Where things are in a family's header.
 
     Attributes:
@@ -131,6 +132,11 @@ class _Layout:
             dscp = nft.payload(NETWORK, 0, 2) + shifted
             self.word = dscp + nft.bitwise(b"\x00\x3f", _TCP + b"\x00")
 
+    @property
+    def is_tcp(self) -> bytes:
+        """Go on only with a TCP packet of the family."""
+        return nft.meta(nft.FAMILY) + nft.compare(bytes((self.protocol,))) + _IS_TCP
+
     def load(self, offset: int) -> bytes:
         """Load an address of the header."""
         return nft.payload(NETWORK, offset, len(self.metadata))
@@ -140,7 +146,7 @@ class _Layout:
         return f"{what}{self._version}"
 
 
-_LAYOUTS: Final = tuple(map(_Layout, Family))
+LAYOUTS: Final = tuple(map(Layout, Family))
 
 
 def fill_mac_filter(batch: Batch, devices: Sequence[str]) -> None:
@@ -157,7 +163,7 @@ def _filter_rules() -> tuple[Change, ...]:
     for ethertype in _VLANS:
         tagged = nft.meta(nft.PROTOCOL) + nft.compare(ethertype) + nft.payload(LINK, _VLAN_ID, 2)
         batch.make_rule("ingress", tagged, nft.bitwise(b"\x0f\xff"), nft.compare(b"\0\0"), _DROP)
-    for layout in _LAYOUTS:
+    for layout in LAYOUTS:
         _make_sets(batch, layout)
         for chain in ("pass", "in", "back", "out"):
             batch.make_chain(layout.name(chain))
@@ -172,7 +178,7 @@ def _filter_rules() -> tuple[Change, ...]:
     return tuple(batch.changes)
 
 
-def _make_sets(batch: Batch, layout: _Layout) -> None:
+def _make_sets(batch: Batch, layout: Layout) -> None:
     address, name, length = layout.kind, layout.name, len(layout.metadata)
     flow = ((address, _SERVICE), length + 4)
     mac = (_ETHER, _MAC_BYTES)
@@ -183,7 +189,7 @@ def _make_sets(batch: Batch, layout: _Layout) -> None:
     batch.make_set(name("told"), *flow, size=_FLOWS, timeout_ms=_TOLD_MS, value=mac)
 
 
-def _inward(batch: Batch, layout: _Layout) -> None:
+def _inward(batch: Batch, layout: Layout) -> None:
     name, words = layout.name, len(layout.metadata) // 4
     source = layout.load(layout.source)
     pair = source + nft.payload(LINK, _SADDR_MAC, _MAC_BYTES, into=words)
@@ -208,7 +214,7 @@ def _inward(batch: Batch, layout: _Layout) -> None:
         batch.make_rule(name(chain), *rule)
 
 
-def _outward(batch: Batch, layout: _Layout) -> None:
+def _outward(batch: Batch, layout: Layout) -> None:
     name, words = layout.name, len(layout.metadata) // 4
     target = layout.load(layout.target)
     pair = target + nft.payload(LINK, _DADDR_MAC, _MAC_BYTES, into=words)
@@ -236,22 +242,36 @@ def _outward(batch: Batch, layout: _Layout) -> None:
 def fill_hop_limit(batch: Batch) -> None:
     """Put chains and rules into a table that is new."""
     batch.make_base_chain("output", nft.OUTPUT, _BEFORE_OTHERS)
-    for layout in _LAYOUTS:
-        chain, source = layout.name("limit"), layout.load(layout.source)
-        is_ours = nft.meta(nft.FAMILY) + nft.compare(bytes((layout.protocol,))) + _IS_TCP
-        from_metadata = source + nft.compare(layout.metadata)
-        jump = nft.verdict(nft.JUMP, chain)
-        batch.make_chain(chain)
+    for layout in LAYOUTS:
+        jump = _make_limit_chain(batch, layout)
+        from_metadata = layout.load(layout.source) + nft.compare(layout.metadata)
         for port in (_GUESTS, _VERIFIED):
-            sent_by = nft.payload(TRANSPORT, _SPORT, 2) + nft.compare(port)
-            batch.make_rule("output", is_ours, from_metadata, sent_by, jump)
-        head = nft.payload(NETWORK, 0, 2)
-        for ours in (0, ANSWER_DSCP):
-            is_it = nft.compare(struct.pack(">H", ours << layout.bits))
-            batch.make_rule(chain, head, nft.bitwise(layout.dscp), is_it, _RETURN)
-        rest = bytes(0xFF ^ byte for byte in layout.dscp)
-        for offset, word in ((layout.limit, layout.word), (0, head + nft.bitwise(rest))):
-            batch.make_rule(chain, word, nft.store(NETWORK, offset, 2, checksum=layout.checksum))
+            batch.make_rule("output", layout.is_tcp, from_metadata, _sent_by(port), jump)
+
+
+def fill_redirected_hop_limit(batch: Batch) -> None:
+    """The same for answers to requests that were redirected, whose own address is written into them later."""
+    batch.make_base_chain("output", nft.OUTPUT, _BEFORE_OTHERS)
+    for layout in LAYOUTS:
+        jump = _make_limit_chain(batch, layout)
+        batch.make_rule("output", layout.is_tcp, _sent_by(_REDIRECTED), jump)
+
+
+def _sent_by(port: bytes) -> bytes:
+    return nft.payload(TRANSPORT, _SPORT, 2) + nft.compare(port)
+
+
+def _make_limit_chain(batch: Batch, layout: Layout) -> bytes:
+    """The verdict that leads there."""
+    chain, head = layout.name("limit"), nft.payload(NETWORK, 0, 2)
+    batch.make_chain(chain)
+    for ours in (0, ANSWER_DSCP):
+        is_it = nft.compare(struct.pack(">H", ours << layout.bits))
+        batch.make_rule(chain, head, nft.bitwise(layout.dscp), is_it, _RETURN)
+    rest = bytes(0xFF ^ byte for byte in layout.dscp)
+    for offset, word in ((layout.limit, layout.word), (0, head + nft.bitwise(rest))):
+        batch.make_rule(chain, word, nft.store(NETWORK, offset, 2, checksum=layout.checksum))
+    return nft.verdict(nft.JUMP, chain)
 
 
 def element_of(address: IpAddress, mac: MacAddress) -> tuple[str, bytes]:

@@ -25,11 +25,13 @@ from imdsproxy.host.files import ensure_directory, write_atomic
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.sockets import SocketOwners
 from imdsproxy.listeners.host import SystemHost
+from imdsproxy.neutron_namespaces.routers import Routers
 from imdsproxy.nova.upstream import NovaUpstream
 from imdsproxy.sources.api import Source
 from imdsproxy.sources.libvirt.source import LibvirtClient, LibvirtSource
 from imdsproxy.sources.neutron.client import NeutronClient
 from imdsproxy.sources.neutron.source import NeutronSource
+from imdsproxy.sources.neutron_namespaces.source import NeutronNamespacesSource
 from imdsproxy.sources.ovn.source import OvnSource
 from imdsproxy.sources.sqlite.source import SqliteSource
 
@@ -95,6 +97,12 @@ def build_filters(
     return mac_filters, HopLimits(kernel, table_journal(layout.hops_journal))
 
 
+def build_routers(settings: Settings, host: SystemHost) -> Routers:
+    """The tables in the namespaces of Neutron's routers."""
+    enabled = settings.sources.neutron_namespaces.routers
+    return Routers(host.thread.directory, host.naming.prefix, enabled=enabled)
+
+
 def build_spec(settings: Settings, layout: Layout, nova: NovaUpstream) -> DataplaneSpec:
     """HAProxy's configuration as the settings have it, without binds."""
     listen = settings.metrics.haproxy_listen
@@ -133,12 +141,14 @@ class Sources:
         writable: The one that the admin API writes to.
         look_up: The one that is asked for addresses that were not reported.
         ovn: The one whose networks are provisioned.
+        namespaces: The one that reports namespaces of Neutron's agents.
     """
 
     all: tuple[Source, ...]
     writable: SqliteSource | None
     look_up: NeutronSource | None
     ovn: OvnSource | None
+    namespaces: NeutronNamespacesSource | None
 
 
 def build_sources(
@@ -156,6 +166,7 @@ def build_sources(
     sqlite: SqliteSource | None = None
     neutron: NeutronSource | None = None
     ovn: OvnSource | None = None
+    namespaces: NeutronNamespacesSource | None = None
     found: list[Source] = []
     if wanted.sqlite.enabled:
         sqlite = SqliteSource(
@@ -184,7 +195,11 @@ def build_sources(
     if wanted.ovn.enabled:
         ovn = OvnSource(wanted.ovn)
         found.append(ovn)
-    return Sources(tuple(found), sqlite, neutron, ovn)
+    if wanted.neutron_namespaces.enabled:
+        directory = NamespaceDirectory(settings.paths.netns_dir)
+        namespaces = NeutronNamespacesSource(wanted.neutron_namespaces, directory)
+        found.append(namespaces)
+    return Sources(tuple(found), sqlite, neutron, ovn, namespaces)
 
 
 def build_companion(

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
+from imdsproxy.anti_spoofing.hop_limits import HopLimits
+from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.app.audit import KEPT_WORKERS, Audit
 from imdsproxy.app.companion import DocumentProbe
 from imdsproxy.app.compiler import CompiledIndex, RecordCompiler
@@ -45,6 +47,7 @@ from imdsproxy.host.notify import ServiceNotifier, kept_sockets
 from imdsproxy.host.socket_file import SocketFiles
 from imdsproxy.listeners.host import KeptNetworks, SystemHost
 from imdsproxy.listeners.loop import ListenerLoop
+from imdsproxy.neutron_namespaces.routers import Routers
 from imdsproxy.nova.upstream import NovaUpstream, NovaWatch
 from imdsproxy.ovn.host import OvnHost
 from imdsproxy.serving.resolver import Resolver
@@ -129,6 +132,9 @@ class Controller:
         self.mac_filters.on_change = self.hop_limits.on_change = self._trust_changed
         self.mac_filters.on_missing = lambda one: self.touch("MAC filter is gone", (one,))
         self.hop_limits.on_need = lambda networks: self.touch("hop limits", networks)
+        self.routers = build.build_routers(settings, host)
+        if self.sources.namespaces is not None:
+            self.sources.namespaces.prepare = self.routers.guard
         index = CompiledIndex(layout.compiled_index)
         sets = RuleSets(applier, clock)
         sets.load()
@@ -156,6 +162,7 @@ class Controller:
             lambda: holder.settings.host.audit_per_second,
             self.mac_filters,
             self.hop_limits,
+            self.routers,
             kept=KeptNetworks(layout.networks),
             unix=UnixListener(
                 lambda: holder.settings.unix_listener, self.haproxy, SocketFiles().observe, clock
@@ -316,11 +323,20 @@ class Controller:
 
     async def _follow_tables(self) -> None:
         """Create tables again that another program has removed, as `nft flush ruleset` does."""
-        kernel, filters = self.hop_limits.kernel, self.mac_filters
-        with watch_tables(lambda: {*filters.tables(), kernel.table}) as removals:
+        with watch_tables(self._own_tables) as removals:
             async for table in removals:
                 self.mac_filters.lost(table)
                 await self.hop_limits.lost(table)
+                await self.routers.lost(table)
+
+    @property
+    def tables(self) -> tuple[MacFilters, HopLimits, Routers]:
+        """All that is in nf_tables."""
+        return self.mac_filters, self.hop_limits, self.routers
+
+    def _own_tables(self) -> set[str]:
+        kernel = self.hop_limits.kernel
+        return {*self.mac_filters.tables(), kernel.table, *self.routers.tables}
 
     async def _expire(self) -> None:
         """Withdraw pairs of addresses that have no owner any more."""

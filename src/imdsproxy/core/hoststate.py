@@ -3,8 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
+from ipaddress import IPv4Address, IPv6Address
+from typing import Final
 
 from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, IpAddress
+
+REDIRECTED: Final = "*"
+"""In place of a device: the port that requests are redirected to, at every address."""
 
 
 class Family(IntEnum):
@@ -17,6 +22,11 @@ class Family(IntEnum):
     def metadata_address(self) -> IpAddress:
         """The address at which guests of this family read metadata."""
         return METADATA_IPV4 if self is Family.IPV4 else METADATA_IPV6
+
+    @property
+    def any_address(self) -> IpAddress:
+        """The address that stands for every one."""
+        return IPv4Address(0) if self is Family.IPV4 else IPv6Address(0)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -156,9 +166,10 @@ class ObservedNamespace:
         devices: By name.
         addresses: Where the metadata addresses are.
         default_routes: (family, device) of every default route in the main table; only of namespaces of ours.
-        sockets: Who listens on a metadata address and the metadata port, ours included.
+        sockets: Who listens on a metadata address and the metadata port, ours included; where requests are redirected,
+            on a port that they are redirected to.
         trials: The kernel's answer (errno, 0 when it went through) to a bind just like HAProxy's, made and dropped at
-            once, for each family and device that was of interest.
+            once, for each family and device that was of interest, or `REDIRECTED`.
         problem: Why it could not be looked at; everything else is empty then.
         own_metadata: By what it shows that the host reads metadata of its own at the same address;
             empty when nothing shows it.

@@ -78,11 +78,14 @@ class NamespaceListener:
             the addresses are looked for on every interface of the namespace.
         manage_addresses: Put the metadata addresses on `device` and take them away again. Off: they
             are left to the program that made the namespace, and reported when missing.
+        redirected: Rules in the namespace lead requests to a port of ours at every address
+            (`wire.REDIRECTED_PORT`): a router must not have the metadata addresses.
     """
 
     namespace: str
     device: str | None = None
     manage_addresses: bool = False
+    redirected: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,9 @@ from imdsproxy.core.policy_word import HOP_LIMIT, POLICY_WORD, word_of
 VERIFIED_PORT: Final = 254
 """Requests that passed the kernel's MAC filter arrive here. Reserved by IANA, and below what rpc clients bind."""
 
+REDIRECTED_PORT: Final = 9254
+"""Requests that rules in a router's namespace redirect arrive here, at every address. Neutron's proxies have 9697."""
+
 ANSWER_DSCP: Final = 0x2F
 """Marks answers to unverified requests that only the instance may read (RFC 2474's pool for local use)."""
 

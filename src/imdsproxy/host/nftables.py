@@ -6,7 +6,7 @@ Changes are batches: all of one is done, or nothing. The numbers of attributes a
 
 import errno
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final, TypeAlias
 
 from imdsproxy.host import nlmessages as nl
@@ -37,10 +37,16 @@ _REGISTER: Final = 8
 """The first of sixteen registers of four bytes; what is looked up lies in several, one after the other."""
 
 LINK, NETWORK, TRANSPORT = 0, 1, 2
-PROTOCOL, FAMILY, L4_PROTOCOL = 1, 15, 16
+PROTOCOL, INPUT_DEVICE, FAMILY, L4_PROTOCOL = 1, 6, 15, 16
 
-INGRESS, EGRESS, OUTPUT = 0, 1, 3
-"""Hooks of base chains: the first two of family `netdev`, the last of `inet`."""
+_CONNECTION_STATUS: Final = 2
+_DESTINATION_REWRITTEN: Final = 1 << 5
+
+INGRESS, EGRESS = 0, 1
+"""Hooks of base chains of family `netdev`."""
+
+PREROUTING, INPUT, OUTPUT = 0, 1, 3
+"""Those of family `inet`."""
 
 DROP, ACCEPT, JUMP, GOTO, RETURN = 0, 1, -3, -4, -5
 """Verdicts of rules."""
@@ -116,6 +122,19 @@ def rewrite(offset: int, value: bytes, *, checksum: int) -> bytes:
     return load + store(TRANSPORT, offset, len(value), checksum=checksum)
 
 
+def is_redirected(*, differs: bool = False) -> bytes:
+    """Go on only with a packet of a connection whose destination was rewritten, or `differs`."""
+    load = _expression("ct", {1: _REGISTER, 2: _CONNECTION_STATUS})
+    rewritten = load + bitwise(struct.pack("=I", _DESTINATION_REWRITTEN))
+    return rewritten + compare(bytes(4), differs=not differs)
+
+
+def redirect(port: int) -> bytes:
+    """Lead a new connection to a port of this namespace, at the address of the device that it came in by."""
+    load = _expression("immediate", {1: _REGISTER, 2: {1: struct.pack(">H", port)}})
+    return load + _expression("redir", {1: _REGISTER})
+
+
 def present6(header: int) -> bytes:
     """Go on only where an IPv6 packet has an extension header."""
     flags = {3: 0, 4: 1, 5: 1, 6: 0}
@@ -188,11 +207,20 @@ class Batch:
         self._add(_NEWCHAIN, nl.CREATE, {3: name})
 
     def make_base_chain(
-        self, name: str, hook: int, priority: int, devices: Sequence[str] = ()
+        self,
+        name: str,
+        hook: int,
+        priority: int,
+        devices: Sequence[str] = (),
+        *,
+        kind: str = "filter",
     ) -> None:
-        """Make a chain that every packet goes through: of these devices, in family `netdev`."""
+        """Make a chain that every packet goes through (`nat`: the first one of a connection).
+
+        In family `netdev` those of these devices.
+        """
         where = {1: hook, 2: priority, 4: devices or None}
-        self._add(_NEWCHAIN, nl.CREATE, {3: name, 4: where, 5: ACCEPT, 7: "filter"})
+        self._add(_NEWCHAIN, nl.CREATE, {3: name, 4: where, 5: ACCEPT, 7: kind})
 
     def make_rule(self, chain: str, *expressions: bytes) -> None:
         """Append a rule."""
@@ -280,6 +308,26 @@ def commit(batch: Batch) -> None:
     """
     with NetfilterSocket() as channel:
         channel.commit(batch)
+
+
+def ensure_table(
+    channel: NetfilterSocket, batch: Batch, comment: str, fill: Callable[[Batch], None]
+) -> bool:
+    """Create a table, or replace one with another comment; false where it is as it should be.
+
+    Raises:
+        NetlinkRefused: See `NetfilterSocket.commit`.
+    """
+    present = channel.comment(batch.table, batch.family)
+    if present == comment:
+        return False
+    if present is not None:
+        # Only then: the kernel waits 12 ms until no packet is in what is dropped.
+        batch.drop_table()
+    batch.make_table(comment)
+    fill(batch)
+    channel.commit(batch)
+    return True
 
 
 def table_of(payload: bytes) -> str:

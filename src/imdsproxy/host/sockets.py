@@ -64,39 +64,47 @@ class TcpSocket:
     message: bytes
 
 
-def _tcp_sockets(channel: NetlinkSocket, port: int, states: Iterable[int]) -> Iterator[TcpSocket]:
-    sport, nothing = socket.htons(port), bytes(16)
+def _tcp_sockets(
+    channel: NetlinkSocket, ports: Collection[int], states: Iterable[int]
+) -> Iterator[tuple[int, TcpSocket]]:
+    """Sockets with their own port."""
+    wanted_ports = {socket.htons(port): port for port in ports}
+    # 0 asks for those of every port.
+    sport, nothing = next(iter(wanted_ports)) if len(ports) == 1 else 0, bytes(16)
     wanted = sum(1 << state for state in states)
     question = _QUESTION.pack(0, 0, 0, 0, sport, 0, nothing, nothing, 0, b"\xff" * 8, wanted, 0)
     for message in channel.dump(_TCPDIAG_GETSOCK, question):
         family, *_, own, dport, source, target, index, _, _, _, _, _, inode = _ANSWER.unpack_from(
             message
         )
-        if own == sport:
+        if own in wanted_ports:
             peer = socket.ntohs(dport)
             local, remote = _address(family, source), _address(family, target)
-            yield TcpSocket(local, remote, peer, index, inode, message)
+            yield wanted_ports[own], TcpSocket(local, remote, peer, index, inode, message)
 
 
 def _address(family: int, packed: bytes) -> IpAddress:
     return IPv4Address(packed[:4]) if family == socket.AF_INET else IPv6Address(packed)
 
 
-def listening_sockets(channel: NetlinkSocket) -> list[ListeningSocket]:
-    """Every TCP socket that listens on the metadata port of a metadata address or a wildcard.
+def listening_sockets(
+    channel: NetlinkSocket, ports: Collection[int] = (METADATA_PORT,)
+) -> list[ListeningSocket]:
+    """Every TCP socket that listens on one of these ports of a metadata address or a wildcard.
 
     Args:
         channel: Speaks SOCK_DIAG in the namespace of the calling thread.
+        ports: The ports.
     """
     found: list[ListeningSocket] = []
-    for one in _tcp_sockets(channel, METADATA_PORT, (_LISTEN,)):
+    for port, one in _tcp_sockets(channel, ports, (_LISTEN,)):
         address = one.local
         if isinstance(address, IPv6Address):
             address = address.ipv4_mapped or address
         if address in _METADATA | _WILDCARDS:
             device = (device_name(one.index) or str(one.index)) if one.index else None
             only = bool(number(parse_attributes(one.message, _ANSWER.size).get(_V6_ONLY)))
-            found.append(ListeningSocket(address, METADATA_PORT, device, one.inode, v6_only=only))
+            found.append(ListeningSocket(address, port, device, one.inode, v6_only=only))
     return found
 
 
@@ -107,7 +115,7 @@ def list_connections(channel: NetlinkSocket, port: int) -> Iterator[TcpSocket]:
         channel: Speaks SOCK_DIAG.
         port: Ours.
     """
-    return (one for one in _tcp_sockets(channel, port, _ALIVE) if one.local in _METADATA)
+    return (one for _, one in _tcp_sockets(channel, (port,), _ALIVE) if one.local in _METADATA)
 
 
 def end_connections(port: int, peers: Collection[IpAddress]) -> None:
@@ -126,7 +134,13 @@ def end_connections(port: int, peers: Collection[IpAddress]) -> None:
                     channel.change(_DESTROY, request + one.message[_ID_AT : _ID_AT + _ID.size])
 
 
-def try_bind(family: Family, device: str | None, index: int = 0, port: int = METADATA_PORT) -> int:
+def try_bind(
+    family: Family,
+    device: str | None,
+    index: int = 0,
+    port: int = METADATA_PORT,
+    address: IpAddress | None = None,
+) -> int:
     """Try a bind like HAProxy's in the calling thread's namespace: errno or 0.
 
     The socket never listens, so no connection can come to it, and it is closed at once.
@@ -136,10 +150,15 @@ def try_bind(family: Family, device: str | None, index: int = 0, port: int = MET
         device: The device to bind to, or `None`.
         index: The device's index, the scope of the link-local address; IPv6 only.
         port: The port.
+        address: The address; the metadata address by default.
     """
     number = socket.AF_INET if family is Family.IPV4 else socket.AF_INET6
-    address = (str(family.metadata_address), port)
-    with socket.socket(number, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as trial:
+    place = (str(address or family.metadata_address), port)
+    try:
+        trial = socket.socket(number, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    except OSError as error:  # a kernel without IPv6
+        return error.errno or 0
+    with trial:
         try:
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -147,9 +166,9 @@ def try_bind(family: Family, device: str | None, index: int = 0, port: int = MET
                 trial.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode() + b"\0")
             if family is Family.IPV6:
                 trial.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                trial.bind((*address, 0, index))
+                trial.bind((*place, 0, index))
             else:
-                trial.bind(address)
+                trial.bind(place)
         except OSError as error:
             return error.errno or 0
     return 0

@@ -9,13 +9,15 @@ from typing import Final
 from imdsproxy.core.endpoints import LOOPBACK, Endpoint, Foreign, LeftOut, LeftOutCode
 from imdsproxy.core.haproxy.model import Bind, count_namespaces
 from imdsproxy.core.hoststate import (
+    REDIRECTED,
     AddressState,
     Effect,
     Family,
     ListeningSocket,
     ObservedNamespace,
 )
-from imdsproxy.core.model import METADATA_PORT, Network, NetworkId
+from imdsproxy.core.model import METADATA_PORT, IpAddress, Network, NetworkId
+from imdsproxy.core.wire import REDIRECTED_PORT
 from imdsproxy.errors import HostRefused
 
 _NO_ADDRESS = frozenset({LeftOutCode.ADDRESS_MISSING, LeftOutCode.ADDRESS_ON_LOOPBACK})
@@ -65,6 +67,32 @@ def listen(
     yield from (one for one in found if not isinstance(one, LeftOut))
 
 
+def listen_redirected(
+    network: NetworkId, seen: ObservedNamespace, family: Family
+) -> Iterator[Endpoint | LeftOut | Foreign]:
+    """Endpoints for one family in a namespace whose rules redirect requests to a port of ours.
+
+    What listens where others' rules redirect them to gets none while ours are there.
+    """
+    others = [
+        Foreign(network, family, effect, one)
+        for one in seen.sockets
+        if not one.ours and (effect := effect_of(one, family, None)) is not None
+    ]
+    error = seen.trials.get((family, REDIRECTED), 0)
+    if error in _NO_FAMILY:
+        reason = f"the kernel has no IPv{family.value} there"
+        yield LeftOut(network, family, LeftOutCode.ADDRESS_MISSING, reason)
+    elif error:
+        at = (family.any_address, REDIRECTED_PORT)
+        yield _refused(network, family, error, others, at)
+    else:
+        yield Endpoint(network, family.any_address, REDIRECTED_PORT, None, seen.ref)
+    yield from others
+
+
+_NO_FAMILY: Final = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
+
 _UNUSABLE: Final = {
     LeftOutCode.PENDING: ("{} is being added {}", ""),
     LeftOutCode.ADDRESS_TENTATIVE: ("{} on {} is still tentative", "add it with nodad"),
@@ -96,19 +124,31 @@ def _bind(
     error = seen.trials.get((family, device), 0)
     if error == errno.EADDRINUSE:
         others = [replace(one, effect=Effect.BLOCKS) for one in others]
-        sockets = tuple(one.socket for one in others)
-        reason = f"{address} port {METADATA_PORT} is in use by {owners_of(sockets)}"
-        hint = "stop it; the listener comes back within a second"
-        yield LeftOut(network, family, LeftOutCode.PORT_BUSY, reason, hint, sockets)
-    elif error:
-        name = errno.errorcode.get(error, str(error))
-        reason = f"the kernel refuses to bind {address}: {name}"
-        yield LeftOut(network, family, LeftOutCode.BIND_REFUSED, reason)
+    if error:
+        yield _refused(network, family, error, others, (address, METADATA_PORT))
     else:
         bound_to = seen.devices.get(device or "")
         index = 0 if bound_to is None else bound_to.index
         yield Endpoint(network, address, METADATA_PORT, device, seen.ref, index)
     yield from others
+
+
+def _refused(
+    network: NetworkId,
+    family: Family,
+    error: int,
+    others: Iterable[Foreign],
+    at: tuple[IpAddress, int],
+) -> LeftOut:
+    address, port = at
+    if error != errno.EADDRINUSE:
+        name = errno.errorcode.get(error, str(error))
+        reason = f"the kernel refuses to bind {address}: {name}"
+        return LeftOut(network, family, LeftOutCode.BIND_REFUSED, reason)
+    sockets = tuple(one.socket for one in others if one.socket.port == port)
+    reason = f"{address} port {port} is in use by {owners_of(sockets)}"
+    hint = "stop it; the listener comes back within a second"
+    return LeftOut(network, family, LeftOutCode.PORT_BUSY, reason, hint, sockets)
 
 
 def owners_of(sockets: Iterable[ListeningSocket]) -> str:
@@ -134,6 +174,8 @@ def effect_of(other: ListeningSocket, family: Family, device: str | None) -> Eff
         covers = family is Family.IPV6 or not other.v6_only
     if not covers or (device is not None and other.device not in (None, device)):
         return None
+    if other.port == REDIRECTED_PORT:
+        return Effect.SHARES
     return Effect.YIELDS if address.is_unspecified else Effect.SHARES
 
 

@@ -18,6 +18,7 @@ import structlog
 from imdsproxy.core.endpoints import LOOPBACK
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hoststate import (
+    REDIRECTED,
     AddressState,
     Family,
     ListeningSocket,
@@ -28,8 +29,16 @@ from imdsproxy.core.hoststate import (
     ObservedNamespace,
     merge_observed,
 )
-from imdsproxy.core.model import METADATA_IPV4, IpAddress, MacAddress, Network, NetworkId
+from imdsproxy.core.model import (
+    METADATA_IPV4,
+    METADATA_PORT,
+    IpAddress,
+    MacAddress,
+    Network,
+    NetworkId,
+)
 from imdsproxy.core.records import Refused, parse_network, render_record
+from imdsproxy.core.wire import REDIRECTED_PORT
 from imdsproxy.errors import DataplaneError, HostRefused, Problem, refusing
 from imdsproxy.host import netlink
 from imdsproxy.host.files import Journal, write_atomic
@@ -70,6 +79,9 @@ _SIGNS: Final[Mapping[str, tuple[str, ...]]] = {
     ),
 }
 _HOST_ROUTE: Final = 32
+
+_REDIRECTED_PORTS: Final = (REDIRECTED_PORT, 9697)
+"""Ours, and that of the proxies of Neutron's L3 agent (`metadata_port`)."""
 
 _TRIES: Final = 3
 
@@ -241,7 +253,8 @@ class SystemHost:
         managed = {name for name, _ in self.managed()} if everything else frozenset()
         wanted: dict[str | None, set[str | None]] = {}
         for place in places:
-            wanted.setdefault(place.namespace, set()).add(place.device)
+            device = REDIRECTED if place.redirected else place.device
+            wanted.setdefault(place.namespace, set()).add(device)
         asked = frozenset(name for name in wanted if name is not None)
         near = {name for place in places for name in place.host_devices}
         pids = self.our_pids()
@@ -277,7 +290,8 @@ class SystemHost:
             # The proper look, due as soon as this differs from the last one, says why it is refused.
             with contextlib.suppress(DataplaneError, OSError), self.thread.inside(place) as ref:
                 with NetlinkSocket(SOCK_DIAG) as channel:
-                    inodes = frozenset(one.inode for one in listening_sockets(channel))
+                    ports = (METADATA_PORT, *_REDIRECTED_PORTS)
+                    inodes = frozenset(one.inode for one in listening_sockets(channel, ports))
                 return 0 if ref is None else ref.inode, inodes
             return None
 
@@ -325,7 +339,8 @@ class SystemHost:
         sockets: list[ListeningSocket] = []
         if wanted or near:
             with NetlinkSocket(SOCK_DIAG) as channel:
-                sockets = listening_sockets(channel)
+                ports = _REDIRECTED_PORTS if REDIRECTED in wanted else (METADATA_PORT,)
+                sockets = listening_sockets(channel, ports)
         return ObservedNamespace(
             ref=ref,
             devices=devices,
@@ -440,6 +455,9 @@ def _trials(
     addresses: tuple[ObservedAddress, ...],
     devices: dict[str, ObservedDevice],
 ) -> Iterator[tuple[tuple[Family, str | None], int]]:
+    for family in Family if REDIRECTED in wanted else ():
+        error = try_bind(family, None, port=REDIRECTED_PORT, address=family.any_address)
+        yield (family, REDIRECTED), error
     usable = [one for one in addresses if one.state is AddressState.USABLE]
     if any(one.address == Family.IPV4.metadata_address for one in usable):
         for device in sorted(wanted, key=str):

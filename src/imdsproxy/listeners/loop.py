@@ -36,6 +36,7 @@ from imdsproxy.listeners.endpoints import (
 from imdsproxy.listeners.host import KeptNetworks, SystemHost
 from imdsproxy.listeners.plan import ListenerPlan
 from imdsproxy.listeners.watch import HostWatch
+from imdsproxy.neutron_namespaces.routers import Routers
 from imdsproxy.unix_listener.listener import UnixListener, bound_path
 
 _RECHECK_S = 1.0
@@ -60,6 +61,7 @@ class ListenerLoop:
     audits_per_s: Callable[[], float]
     mac_filters: MacFilters
     hop_limits: HopLimits
+    routers: Routers
     kept: KeptNetworks
     unix: UnixListener
     tickets: Tickets = field(default_factory=Tickets)
@@ -156,6 +158,8 @@ class ListenerLoop:
         Raises:
             HostRefused: The host's own namespace cannot be looked at.
         """
+        if not self.routers.enabled:
+            await self.routers.close_all()
         await self._settle(self._networks())
 
     async def first_round(self) -> None:
@@ -225,7 +229,10 @@ class ListenerLoop:
         self.kept.keep({key: one for key, one in networks.items() if key not in shared})
         own = (one for one in (self.unexported, self.unix.problem) if one is not None)
         no_tables = (self.mac_filters.refused, self.hop_limits.refused)
-        refused = (some[network] for some in no_tables for network in sorted(some))
+        refused = (
+            *(some[network] for some in no_tables for network in sorted(some)),
+            *self.routers.problems.values(),
+        )
         self.watch.expect(networks, {one.network for one in plan.left_out if one.code.silent})
         self.rounds += 1
         self.durations.add(self.clock.monotonic() - began)
@@ -262,11 +269,13 @@ class ListenerLoop:
         # The old worker does not look at the links any more, the next one needs all of its own.
         namespaces = str(self.host.thread.directory.path)
         apply_links(self.host.links, plan_links(self._listening.binds, namespaces))
+        await self.routers.withdraw(self._listening.binds)
         before = bound_path(self.haproxy.in_force())
         spec = self.spec()
         if self.unix.rebind:
             await self.haproxy.apply(replace(spec, unix=None), ", ".join(reasons))
         done = await self.haproxy.apply(spec, ", ".join(reasons))
+        await self.routers.redirect(self._listening.binds)
         await self.mac_filters.settle(self._listening, sweep=self.inventory.in_sync)
         await self.hop_limits.sweep()
         await self.unix.settle(before)

@@ -34,7 +34,7 @@ from imdsproxy.core.model import (
     NetworkId,
 )
 from imdsproxy.errors import Problem
-from imdsproxy.listeners.endpoints import listen
+from imdsproxy.listeners.endpoints import listen, listen_redirected
 
 _NAMING = Naming()
 
@@ -138,12 +138,14 @@ class Place(NamedTuple):
         device: In that namespace; `None` for all.
         bridge: The bridge that a namespace of ours is attached to, and the name of the link that does it.
         managed: The metadata addresses on the device are our business.
+        redirected: Requests come to a port of ours, at every address.
     """
 
     namespace: str | None
     device: str | None
     bridge: tuple[str, str] | None = None
     managed: bool = True
+    redirected: bool = False
 
     @property
     def host_devices(self) -> tuple[str, ...]:
@@ -156,8 +158,9 @@ class Place(NamedTuple):
 def place_of(network: Network, naming: Naming) -> Place:
     """The place of a network's listener."""
     match network.listener:
-        case NamespaceListener(namespace, device, manage):
-            return Place(namespace, device, managed=manage and device is not None)
+        case NamespaceListener(namespace, device, manage, redirected):
+            managed = manage and device is not None
+            return Place(namespace, device, managed=managed, redirected=redirected)
         case InterfaceListener(device):
             return Place(None, device)
         case BridgeListener(bridge):
@@ -276,7 +279,10 @@ def plan_network(network: Network, observed: ObservedHost, naming: Naming) -> It
         here = tuple(one for one in root.addresses if one.device == place.device)
         seen = replace(root, addresses=here)
     for family in Family:
-        yield from listen(network.id, seen, family, device=place.device, managed=place.managed)
+        if place.redirected:
+            yield from listen_redirected(network.id, seen, family)
+        else:
+            yield from listen(network.id, seen, family, device=place.device, managed=place.managed)
 
 
 _NOTHING = ObservedNamespace(None)

@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import functools
-import os
-import select
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Self, TypeVar
 
 from imdsproxy.core.hoststate import NamespaceRef, ObservedHost, ObservedNamespace, merge_observed
 from imdsproxy.core.model import Network, NetworkId
-from imdsproxy.errors import DataplaneError, host_refused, refusing
+from imdsproxy.errors import DataplaneError
 from imdsproxy.host.events import KernelEvents, LinkChange, watch_links
-from imdsproxy.host.inotify import ENTRIES, IN_DELETE, IN_MOVED_FROM, ITSELF, Inotify
-from imdsproxy.host.namespaces import MISSING, NamespaceDirectory, NamespaceMissing
+from imdsproxy.host.namespace_watch import NamespaceWatch
+from imdsproxy.host.namespaces import NamespaceMissing
 from imdsproxy.host.netlink import assign_nsid
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.listeners.host import Peek, SystemHost
@@ -33,15 +30,6 @@ T = TypeVar("T")
 
 _AT_ONCE: Final = 64
 """Namespaces looked at in one go: the thread is free for others every 20 ms."""
-
-_SETTLE_S: Final = 0.01
-"""A namespace is made in several steps, each an event."""
-
-_SHARE: Final = 20
-"""Scans take at most one part in so many of the time, however many mounts there are."""
-
-_LONGEST_PAUSE_S: Final = 0.5
-"""Except where that would hold a new namespace up, as on a busy host that has thousands of them."""
 
 
 @dataclass(eq=False, slots=True)
@@ -276,88 +264,3 @@ def _ports(seen: ObservedNamespace) -> dict[int, set[str]]:
 
 def _batches(things: Sequence[T]) -> list[Sequence[T]]:
     return [things[start : start + _AT_ONCE] for start in range(0, len(things), _AT_ONCE)]
-
-
-@dataclass(eq=False)
-class NamespaceWatch:
-    """The namespaces of a directory, kept up to date. A context manager, and an asynchronous iterator without an end.
-
-    Each item is a namespace, and whether its name leads to it now or does not any more: its sockets may keep it alive.
-    The directory need not exist yet.
-
-    A namespace is a mount, or a symbolic link to one. `/proc/self/mountinfo` reports mounts, by POLLPRI, and inotify
-    names, both without what there is now: each event leads to a scan of the whole directory.
-
-    Attributes:
-        directory: What to watch.
-        current: Every usable namespace by name, as of the last scan.
-    """
-
-    directory: NamespaceDirectory
-    current: dict[str, NamespaceRef] = field(default_factory=dict)
-    _removed: set[str] = field(default_factory=set)
-    _changed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def __enter__(self) -> Self:
-        try:
-            self._inotify = Inotify()
-            self._mounts = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
-            # An epoll of our own, since asyncio knows no POLLPRI.
-            self._epoll = select.epoll()
-            self._epoll.register(self._inotify.descriptor, select.EPOLLIN)
-            self._epoll.register(self._mounts, select.EPOLLPRI | select.EPOLLERR)
-        except OSError as error:
-            # EMFILE of inotify_init is about its instances, not about descriptors.
-            hint = "raise fs.inotify.max_user_instances" if error.errno == errno.EMFILE else ""
-            raise host_refused("watch the network namespaces", error, hint=hint) from error
-        self._follow()
-        self.current = self.directory.namespaces()
-        asyncio.get_running_loop().add_reader(self._epoll.fileno(), self._take)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        asyncio.get_running_loop().remove_reader(self._epoll.fileno())
-        self._epoll.close()
-        os.close(self._mounts)
-        self._inotify.close()
-
-    def _take(self) -> None:
-        # asyncio's own epoll has looked at ours to learn that it is ready, and with that the mount
-        # event is used up: being called at all is the event.
-        self._epoll.poll(0)
-        self._drain()
-        self._changed.set()
-
-    def _drain(self) -> None:
-        gone = IN_DELETE | IN_MOVED_FROM
-        self._removed.update(name for _, mask, name in self._inotify.read() if mask & gone)
-
-    async def __aiter__(self) -> AsyncIterator[tuple[NamespaceRef, bool]]:
-        time, earliest = asyncio.get_running_loop().time, 0.0
-        while True:
-            await self._changed.wait()
-            await asyncio.sleep(max(_SETTLE_S, earliest - time()))
-            self._changed.clear()
-            began = time()
-            changes = self._scan()
-            earliest = time() + min(_SHARE * (time() - began), _LONGEST_PAUSE_S)
-            for change in changes:
-                yield change
-
-    def _scan(self) -> list[tuple[NamespaceRef, bool]]:
-        """Look at the whole directory: what is gone, and what has come."""
-        self._follow()
-        self._drain()
-        before, self.current = self.current, self.directory.namespaces()
-        # A name that was removed leads to another namespace now, though the kernel may have used the inode again.
-        changed, self._removed = self._removed, set()
-        changed |= {name for name, _ in before.items() ^ self.current.items()}
-        gone = [(ref, False) for name, ref in before.items() if name in changed]
-        return gone + [(ref, True) for name, ref in self.current.items() if name in changed]
-
-    def _follow(self) -> None:
-        """Watch the directory, or its nearest parent that exists, by inotify; a second time changes nothing."""
-        for place in (self.directory.path, *self.directory.path.parents):
-            with refusing(f"watch {place}"), contextlib.suppress(*MISSING):
-                self._inotify.add(place, ENTRIES | ITSELF)
-                return

@@ -196,6 +196,20 @@ class OvnSourceSettings(Section):
             )
 
 
+class NeutronNamespacesSettings(Section):
+    """Namespaces that Neutron's L3 agent makes on this host, served in place of its metadata proxies."""
+
+    routers: bool = setting(False, Change.RESTART)
+    """Serve each `qrouter-UUID`. Rules in it redirect guests' requests to imdsproxy, whether or not the agent's
+    own proxy listens. Instances come from `sources.neutron`.
+    """
+
+    @property
+    def enabled(self) -> bool:
+        """Whether any of them are served."""
+        return self.routers
+
+
 class SourcesSettings(Section):
     """Where networks, ports and instances come from. Several at once are allowed."""
 
@@ -213,6 +227,9 @@ class SourcesSettings(Section):
 
     ovn: OvnSourceSettings = section(OvnSourceSettings)
     """OVN, without Neutron's metadata agent."""
+
+    neutron_namespaces: NeutronNamespacesSettings = section(NeutronNamespacesSettings)
+    """Routers, without the proxies of Neutron's L3 agent."""
 
     def model_post_init(self, _: object) -> None:
         """At least one source is enabled."""

@@ -36,6 +36,7 @@ from imdsproxy.core.observation import Observation
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.errors import HostRefused, Problem
 from imdsproxy.host.clock import Clock
+from imdsproxy.host.namespaces import NamespaceDirectory
 from imdsproxy.listeners.apply import NftTable
 from imdsproxy.listeners.host import KeptNetworks, SystemHost
 from imdsproxy.listeners.loop import ListenerLoop
@@ -47,6 +48,7 @@ from imdsproxy.listeners.plan import (
     Place,
     RemoveAddress,
 )
+from imdsproxy.neutron_namespaces.routers import Routers
 from imdsproxy.unix_listener.listener import UnixListener
 from imdsproxy.unix_listener.settings import UnixListenerSettings
 from support.fake_haproxy import FakeHaproxy, control_fake
@@ -184,6 +186,7 @@ async def rig(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[R
         lambda: 0,
         no_mac_filters(inventory),
         no_hop_limits(),
+        Routers(NamespaceDirectory(directory / "netns"), "imds", enabled=False),
         kept=KeptNetworks(directory / "networks.json"),
         unix=UnixListener(
             lambda: wanted, haproxy, lambda _path, _pids: SeenSocket(SocketState.MISSING), Clock()

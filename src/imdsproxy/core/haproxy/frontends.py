@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import asdict
 from functools import lru_cache
+from ipaddress import IPv6Address
 from typing import Final
 
 from imdsproxy.core.haproxy.model import Bind, DataplaneSpec, UnixBind
@@ -12,6 +13,7 @@ from imdsproxy.core.model import ID_PATTERN, IpAddress
 AGENTS: Final = "agents"
 """The frontend's name and the bind's."""
 
+_EVERY_IPV6: Final = IPv6Address(0)
 _OCTET: Final = "(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 _QUAD: Final = rf"(?:{_OCTET}\.){{3}}{_OCTET}"
 _MAPPED: Final = (
@@ -57,7 +59,9 @@ def _bind_lines(binds: Iterable[Bind], spec: DataplaneSpec) -> Text:
 def _bind(bind: Bind) -> str:
     device, namespace = option("interface", bind.device), option("namespace", bind.namespace)
     start = f"bind {_host(bind.address)}:{bind.port} name {quote(bind.network)}"
-    return " ".join(filter(None, (start, device, namespace)))
+    # Without it the one for every IPv6 address would take those of IPv4 too.
+    only = "v6only" if bind.address == _EVERY_IPV6 else ""
+    return " ".join(filter(None, (start, only, device, namespace)))
 
 
 def _bind_order(bind: Bind) -> tuple[str, int, str, int, str, str]:

@@ -23,8 +23,8 @@ class Bind:
 
     Attributes:
         network: Becomes the bind's `name`, which is what identifies the network in every request.
-        address: The metadata address of either family.
-        port: TCP port, 80 for guests.
+        address: The metadata address of either family, or the one for every address.
+        port: TCP port, 80 for guests that are not redirected.
         device: `SO_BINDTODEVICE`; needed for link-local IPv6, since a `%DEV` scope is refused.
         namespace: The name that HAProxy resolves below `/var/run/netns`, or `None` for the host's own.
     """

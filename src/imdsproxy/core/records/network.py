@@ -71,6 +71,8 @@ def _check_namespace(entries: Mapping[str, Field], found: dict[str, Any]) -> Non
         entries["manage_addresses"].refuse(
             "needs device", "name the device that is to carry the metadata addresses"
         )
+    if found.get("redirected") and "device" in entries:
+        entries["redirected"].refuse("does not go with device", "leave device out: all are meant")
 
 
 _LISTENERS: Final[dict[type[model.Listener], Table[Any]]] = {
@@ -86,6 +88,12 @@ _LISTENERS: Final[dict[type[model.Listener], Table[Any]]] = {
             "manage_addresses",
             values.SWITCH,
             "Put the metadata addresses on the device, or leave that to others.",
+        ),
+        Key(
+            "redirected",
+            values.SWITCH,
+            "Rules of imdsproxy's in the namespace redirect requests from its `qr-` devices: a router's namespace of "
+            "Neutron's.",
         ),
         check=_check_namespace,
     ),

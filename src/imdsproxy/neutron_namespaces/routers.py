@@ -1,0 +1,140 @@
+"""Keeps the tables in the namespaces of Neutron's routers as they should be (`neutron_namespaces.rules`)."""
+
+import contextlib
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Final
+
+import structlog
+
+from imdsproxy.anti_spoofing.kernel import KernelTables, TableGone
+from imdsproxy.core.endpoints import Endpoint
+from imdsproxy.core.hoststate import NamespaceRef
+from imdsproxy.core.wire import REDIRECTED_PORT
+from imdsproxy.errors import DataplaneError, Problem
+from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
+from imdsproxy.host.nftables import INET, Batch, NetfilterSocket, ensure_table
+from imdsproxy.neutron_namespaces import rules
+from imdsproxy.sources.neutron_namespaces.records import router_of
+
+_log: Final = structlog.get_logger()
+
+
+class _RouterTables(KernelTables):
+    family = INET
+    family_name = "inet"
+    hint = "nf_tables with family inet and NAT is needed; guests behind this router get no answer until then"
+
+
+@dataclass(slots=True)
+class Routers:
+    """Both tables of each router.
+
+    Args:
+        directory: The namespaces.
+        prefix: What the tables' names begin with.
+        enabled: A source reports routers: tables of an earlier process may stay.
+
+    Attributes:
+        problems: What the kernel refuses, by namespace.
+    """
+
+    directory: NamespaceDirectory
+    prefix: str
+    enabled: bool
+    problems: dict[str, Problem] = field(default_factory=dict)
+    _known: frozenset[NamespaceRef] = frozenset()
+    _guarded: frozenset[NamespaceRef] = frozenset()
+    _redirected: frozenset[NamespaceRef] = frozenset()
+
+    @property
+    def tables(self) -> tuple[str, str]:
+        """The names of the two tables, the first one's first."""
+        return f"{self.prefix}-guard", f"{self.prefix}-redirect"
+
+    async def guard(self, routers: Collection[NamespaceRef]) -> None:
+        """See that no request leaves these namespaces."""
+        self._known = frozenset(filter(self._is_there, self._known)) | frozenset(routers)
+        self._guarded &= self._known
+        missing = self._known - self._guarded
+        self._guarded |= await self._ensure(missing, self.tables[0], rules.fill_guard)
+
+    async def withdraw(self, endpoints: Iterable[Endpoint]) -> None:
+        """Redirect nothing any more where HAProxy is about to stop listening.
+
+        Raises:
+            HostRefused: The kernel refuses.
+        """
+        gone = self._redirected - _places(endpoints)
+        self._redirected -= gone
+        await self._drop([(ref.name, self.tables[1]) for ref in gone if self._is_there(ref)])
+
+    async def redirect(self, endpoints: Iterable[Endpoint]) -> None:
+        """Redirect requests where HAProxy listens now."""
+        places, self.problems = _places(endpoints), {}
+        if not places <= self._guarded or self._known != self._guarded:
+            await self.guard(places)
+        missing = places - self._redirected
+        self._redirected |= await self._ensure(missing, self.tables[1], rules.fill_redirect)
+
+    async def lost(self, table: str | None) -> None:
+        """A table of this name (`None`: any) was removed, perhaps by us: make ours again."""
+        if table in (None, *self.tables):
+            guarded, redirected = self._guarded, self._redirected
+            await self._ensure(filter(self._is_there, guarded), self.tables[0], rules.fill_guard)
+            await self._ensure(
+                filter(self._is_there, redirected), self.tables[1], rules.fill_redirect
+            )
+
+    async def close_all(self) -> None:
+        """Remove all of ours, also those of an earlier process.
+
+        Raises:
+            HostRefused: The kernel refuses.
+        """
+        self._known = self._guarded = self._redirected = frozenset()
+        names = [name for name in self.directory.names() if router_of(name) is not None]
+        # First what leads to HAProxy.
+        for table in reversed(self.tables):
+            await self._drop([(name, table) for name in names])
+
+    def _is_there(self, ref: NamespaceRef) -> bool:
+        return self.directory.identity(ref.name) == ref
+
+    async def _drop(self, places: Collection[tuple[str, str]]) -> None:
+        if places:
+            with contextlib.closing(NamespaceThread(self.directory)) as thread:
+                await _RouterTables(thread).close(places)
+
+    async def _ensure(
+        self, routers: Iterable[NamespaceRef], table: str, fill: Callable[[Batch], None]
+    ) -> frozenset[NamespaceRef]:
+        """Have a table in these namespaces; those that have it."""
+        wanted = tuple(routers)
+        if not wanted:
+            return frozenset()
+        comment = f"imdsproxy {rules.FORMAT}"
+
+        def ensure() -> None:
+            with NetfilterSocket() as channel:
+                ensure_table(channel, Batch(table, INET), comment, fill)
+
+        # Not in the thread for looks at the host: with many namespaces one takes seconds.
+        with contextlib.closing(NamespaceThread(self.directory)) as thread:
+            action = f"make table {table}"
+            results = await _RouterTables(thread).attempt(
+                {ref: (ref, action, ensure) for ref in wanted}
+            )
+        for ref, error in results.items():
+            if isinstance(error, DataplaneError) and not isinstance(error, TableGone):
+                self.problems[ref.name] = Problem("host", error.message, error.hint)
+                _log.error("router not redirected", namespace=ref.name, reason=error.message)
+        return frozenset(ref for ref, error in results.items() if error is None)
+
+
+def _places(endpoints: Iterable[Endpoint]) -> frozenset[NamespaceRef]:
+    return frozenset(
+        one.namespace
+        for one in endpoints
+        if one.port == REDIRECTED_PORT and one.namespace is not None
+    )

@@ -1,0 +1,173 @@
+"""Namespaces as Neutron's L3 agent makes them, by hand: routers with guests behind them, and what is outside."""
+
+import contextlib
+import socket
+import struct
+import tempfile
+import threading
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from support.guest import Guest, inside
+from support.lab import NETNS, Lab, batch, ip, run, within
+from support.reaper import reap_at_the_end
+
+_EVERY_PROTOCOL: Final = 3
+_OUTSIDE: Final = "198.51.100.1"
+_METADATA: Final = (
+    socket.inet_aton("169.254.169.254"),
+    socket.inet_pton(socket.AF_INET6, "fe80::a9fe:a9fe"),
+)
+
+
+@dataclass(slots=True)
+class Router:
+    """One router: its namespace is that of a lab under another name."""
+
+    id: str
+    what: str
+    link: Path
+    _devices: int = 0
+
+    @property
+    def name(self) -> str:
+        """Of its namespace, as imdsproxy sees it."""
+        return self.link.name
+
+    def next_device(self) -> str:
+        self._devices += 1
+        return f"qr-{self.id[:8]}{self._devices:x}"
+
+
+@dataclass(slots=True)
+class RouterLab:
+    """Makes routers in a directory of namespaces that no other test has."""
+
+    lab: Lab = field(default_factory=Lab)
+    directory: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="imdst-netns-")))
+    routers: dict[str, Router] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        reap_at_the_end(directory=self.directory)
+
+    def add(self, what: str) -> Router:
+        """Make a router's namespace, with nothing in it."""
+        known = self.routers.get(what)
+        router_id = str(uuid.uuid4()) if known is None else known.id
+        namespace = self.lab.namespace(what)
+        # As the agent does it.
+        for setting in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"):
+            inside(namespace, partial(Path("/proc/sys/net", setting).write_text, "1"))
+        made = Router(router_id, what, self.directory / f"qrouter-{router_id}")
+        self.routers[what] = made
+        made.link.symlink_to(NETNS / namespace)
+        return made
+
+    def remove(self, what: str) -> None:
+        """Remove a router's namespace."""
+        self.routers[what].link.unlink()
+        self.lab.delete_namespace(what)
+
+    def namespace(self, what: str) -> str:
+        return self.lab.name(what)
+
+    def guest(self, what: str, name: str, subnet: int, number: int) -> Guest:
+        """Plug a guest into a network of its own, 10.0.`subnet`.0/24, behind the router."""
+        router, namespace = self.routers[what], self.lab.namespace(name)
+        device = router.next_device()
+        mac = f"fa:16:3e:00:{subnet:02x}:{number:02x}"
+        ip(
+            *("-n", self.namespace(what), "link", "add", device, "type", "veth"),
+            *("peer", "name", "eth0", "address", mac, "netns", namespace),
+        )
+        batch(
+            self.namespace(what),
+            [f"link set {device} up", f"address add 10.0.{subnet}.1/24 dev {device}"],
+        )
+        batch(
+            namespace,
+            [
+                "link set eth0 up",
+                f"address add 10.0.{subnet}.{number}/24 dev eth0",
+                f"route add default via 10.0.{subnet}.1",
+            ],
+        )
+        inner = _link_local(self.namespace(what), device)
+        # As radvd announces it.
+        ip("-n", namespace, "route", "add", "fe80::a9fe:a9fe/128", "via", inner, "dev", "eth0")
+        return Guest(name, namespace, router.id, mac, (f"10.0.{subnet}.{number}",))
+
+    def gateway(self, what: str) -> str:
+        """Give a router a way outside; the namespace that is there."""
+        outside = self.lab.namespace(f"{what}-out")
+        ip(
+            *("-n", self.namespace(what), "link", "add", "qg-1", "type", "veth"),
+            *("peer", "name", "eth0", "netns", outside),
+        )
+        batch(
+            outside,
+            ["link set eth0 up", f"address add {_OUTSIDE}/24 dev eth0", "link set lo up"],
+        )
+        batch(
+            self.namespace(what),
+            [
+                "link set qg-1 up",
+                "address add 198.51.100.2/24 dev qg-1",
+                f"route add default via {_OUTSIDE}",
+            ],
+        )
+        return outside
+
+    def tables(self, what: str) -> str:
+        return run(*within(self.namespace(what)), "nft", "list", "tables")
+
+    def close(self) -> None:
+        for router in self.routers.values():
+            router.link.unlink(missing_ok=True)
+        self.lab.close()
+        self.directory.rmdir()
+
+
+def _link_local(namespace: str, device: str) -> str:
+    text = inside(namespace, Path("/proc/thread-self/net/if_inet6").read_text)
+    (found,) = (
+        line.split()[0]
+        for line in text.splitlines()
+        if line.split()[5] == device and line.startswith("fe80")
+    )
+    return socket.inet_ntop(socket.AF_INET6, bytes.fromhex(found))
+
+
+@contextlib.contextmanager
+def sniffing(namespace: str) -> Iterator[list[bytes]]:
+    """Every packet to or from a metadata address that is seen in a namespace."""
+    found: list[bytes] = []
+    done = threading.Event()
+
+    def open_socket() -> socket.socket:
+        made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_EVERY_PROTOCOL))
+        made.settimeout(0.1)
+        return made
+
+    def read(sniffer: socket.socket) -> None:
+        while not done.is_set():
+            with contextlib.suppress(TimeoutError):
+                frame = sniffer.recv(65536)
+                (kind,) = struct.unpack_from(">H", frame, 12)
+                addresses = frame[26:34] if kind == 0x800 else frame[22:54]
+                if kind in (0x800, 0x86DD) and any(one in addresses for one in _METADATA):
+                    found.append(frame)
+
+    sniffer: socket.socket = inside(namespace, open_socket)
+    thread = threading.Thread(target=read, args=(sniffer,))
+    thread.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        thread.join()
+        sniffer.close()
