@@ -40,6 +40,13 @@ test_packages=(
     ovs-vswitchd:openvswitch-switch
     /usr/lib/python3/dist-packages/ovs/poller.py:python3-openvswitch
     ethtool:ethtool
+    /usr/lib/rabbitmq/bin/rabbitmq-server:rabbitmq-server
+    dhcp_release:dnsmasq-utils
+    iptables:iptables
+    conntrack:conntrack
+    radvd:radvd
+    keepalived:keepalived
+    arping:iputils-arping
 )
 # what builds and checks packages
 package_packages=(

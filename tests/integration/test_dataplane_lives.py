@@ -232,7 +232,9 @@ def test_who_empties_the_runtime_directory_leaves_no_process_of_before_and_a_sta
         until(lambda: not any(map(alive, before.data_plane)), what="the end of the old ones")
         # A check of HAProxy's configuration is one more for a moment.
         until(
-            lambda: len(daemon.processes()) == len({*(now := world.pids()).data_plane, now.controller}),
+            lambda: (
+                len(daemon.processes()) == len({*(now := world.pids()).data_plane, now.controller})
+            ),
             what="no other process",
         )
         for entry in daemon.runtime.iterdir():

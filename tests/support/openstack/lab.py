@@ -89,7 +89,14 @@ class OpenStack:
             ("X-Tenant-ID", project_id),
             ("X-Instance-ID-Signature", signature_of(secret or self.secret, uuid)),
         )
-        return ask(self.nova_url, method, target, headers=(*signed, *headers), body=body)
+        return ask(
+            self.nova_url,
+            method,
+            target,
+            headers=(*signed, *headers),
+            body=body,
+            namespace=self.place.namespace,
+        )
 
     def ask_agent(self, path: str, scope: tuple[str, str], address: str) -> Answer:
         """Asks Neutron's own metadata agent, as the HAProxy of a namespace does.
@@ -135,19 +142,23 @@ class OpenStack:
 
 
 @contextlib.contextmanager
-def open_openstack(directory: Path | None = None) -> Iterator[OpenStack]:
+def open_openstack(
+    directory: Path | None = None, *, namespace: str = "", broker: str = ""
+) -> Iterator[OpenStack]:
     """A lab of its own; all of its servers have ended afterwards.
 
     The first of a checkout installs Nova and Neutron, which needs the network and a minute; others take seconds.
 
     Args:
         directory: Where it lives, and finds what another has left there; by default a new one, which goes at the end.
+        namespace: In which network namespace its servers run; the machine's own by default.
+        broker: A message broker's URL, for agents of Neutron's.
     """
     with contextlib.ExitStack() as stack:
         if directory is None:
             made = stack.enter_context(tempfile.TemporaryDirectory(prefix="imdst-openstack-"))
             directory = Path(made)
-        place = Place(directory, environments())
+        place = Place(directory, environments(), namespace, broker)
         seed = fill(place)
         secret = secrets.token_hex(16)
         ports = [stack.enter_context(free_port()).getsockname()[1] for _ in range(2)]
@@ -160,7 +171,7 @@ def open_openstack(directory: Path | None = None) -> Iterator[OpenStack]:
             nova_url=nova_url,
             secret=secret,
             neutron=neutron_server(place, port=ports[0]),
-            rest=NeutronClient(neutron_url),
+            rest=NeutronClient(neutron_url, namespace),
             agent=agent_server(place, nova_port=ports[1], secret=secret),
             lookups=lookups_of(seed),
         )

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from support.guest import inside
+
 Shape = dict[str, Any]
 
 _TIMEOUT_S: Final = 30.0
@@ -39,6 +41,7 @@ def ask(
     headers: Iterable[tuple[str, str]] = (),
     body: bytes | None = None,
     timeout_s: float = _TIMEOUT_S,
+    namespace: str = "",
 ) -> Answer:
     """One request on a connection of its own, the target as it is given.
 
@@ -46,12 +49,13 @@ def ask(
         url: `http://HOST:PORT`, or `unix:PATH`.
         target: Path and query, neither decoded nor encoded.
         headers: Beside Host, and Content-Length where there is a body.
+        namespace: Where it is asked; the machine's own by default.
 
     Raises:
         OSError: It cannot be reached, or does not answer in time.
         http.client.HTTPException: The answer is none, or is not complete.
     """
-    connection = _connection(url, timeout_s)
+    connection = _connection(url, timeout_s, namespace)
     try:
         connection.putrequest(method, target, skip_accept_encoding=True)
         for name, value in headers:
@@ -65,7 +69,7 @@ def ask(
         connection.close()
 
 
-def _connection(url: str, timeout_s: float) -> http.client.HTTPConnection:
+def _connection(url: str, timeout_s: float, namespace: str) -> http.client.HTTPConnection:
     if url.startswith("unix:"):
         connection = http.client.HTTPConnection("metadata", timeout=timeout_s)
         connection.sock = socket.socket(socket.AF_UNIX)
@@ -73,7 +77,10 @@ def _connection(url: str, timeout_s: float) -> http.client.HTTPConnection:
         connection.sock.connect(url.removeprefix("unix:"))
         return connection
     place = urllib.parse.urlsplit(url)
-    return http.client.HTTPConnection(place.hostname or "", place.port, timeout=timeout_s)
+    connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=timeout_s)
+    if namespace:
+        inside(namespace, connection.connect)
+    return connection
 
 
 class NeutronClient:
@@ -81,10 +88,12 @@ class NeutronClient:
 
     Args:
         url: The root, without `/v2.0`.
+        namespace: Where it is asked; the machine's own by default.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, namespace: str = "") -> None:
         self.url = url
+        self._namespace = namespace
 
     def create(self, kind: str, **attributes: object) -> Shape:
         """Makes one.
@@ -117,6 +126,7 @@ class NeutronClient:
             f"/v2.0{path}",
             headers=(("Content-Type", "application/json"),),
             body=None if body is None else json.dumps(body).encode(),
+            namespace=self._namespace,
         )
         if answer.status >= 300:
             raise Refused(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from imdsproxy.host.socket_file import find_socket_holder
-from support.lab import run
+from support.lab import run, within
 from support.openstack.install import INSIDE, Environments
 from support.openstack.neutron_rest import ask
 from support.openstack.servers import Server, ends_with_us
@@ -22,10 +22,17 @@ _ON_THREADS: Final = {"OS_NOVA_DISABLE_EVENTLET_PATCHING": "1"}
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a lab lives; its servers run in this directory and find their databases by it."""
+    """Where a lab lives; its servers run in this directory and find their databases by it.
+
+    Attributes:
+        namespace: In which network namespace they run; the machine's own by default.
+        broker: A message broker's URL, where agents of Neutron's run.
+    """
 
     path: Path
     environments: Environments
+    namespace: str = ""
+    broker: str = ""
 
     @property
     def etc(self) -> Path:
@@ -45,8 +52,13 @@ class Place:
             (self.path / name).mkdir(parents=True, exist_ok=True)
         (self.etc / "vendor_data.json").write_text(VENDOR_DATA)
         (self.etc / "neutron.conf").write_text(
-            render_neutron(paste=self.environments.paste("neutron"))
+            render_neutron(paste=self.environments.paste("neutron"), broker=self.broker)
         )
+
+    @property
+    def prefix(self) -> list[str]:
+        """The words before a server's own."""
+        return [*ends_with_us(), *(within(self.namespace) if self.namespace else ())]
 
     def write_nova(self, *, neutron_port: int, secret: str) -> Path:
         """Writes nova.conf."""
@@ -92,7 +104,7 @@ def agent_server(place: Place, *, nova_port: int, secret: str) -> Server:
     words = (python, script, place.etc / "neutron.conf", settings)
     return Server(
         name="agent",
-        argv=[*ends_with_us(), *map(str, words)],
+        argv=[*place.prefix, *map(str, words)],
         cwd=place.path,
         environment={},
         log=place.log / "agent.log",
@@ -110,7 +122,7 @@ def _wsgi(
     place: Place, name: str, module: tuple[str, str], files: str, *, port: int, ready: str
 ) -> Server:
     argv = [
-        *ends_with_us(),
+        *place.prefix,
         str(place.environments.uwsgi(name)),
         # As devstack runs them.
         *("--http-socket", f"127.0.0.1:{port}", "--add-header", "Connection: close"),
@@ -127,12 +139,12 @@ def _wsgi(
         cwd=place.path,
         environment={f"{option}_DIR": str(place.etc), f"{option}_FILES": files},
         log=place.log / f"{name}.log",
-        is_up=lambda: _answers(url, ready),
+        is_up=lambda: _answers(url, ready, place.namespace),
     )
 
 
-def _answers(url: str, path: str) -> bool:
+def _answers(url: str, path: str, namespace: str) -> bool:
     try:
-        return ask(url, "GET", path).status == http.client.OK
+        return ask(url, "GET", path, namespace=namespace).status == http.client.OK
     except (OSError, http.client.HTTPException):
         return False

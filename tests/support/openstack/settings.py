@@ -9,21 +9,25 @@ from pathlib import Path
 VENDOR_DATA = '{"lab": {"vendor": "static vendor data"}}'
 
 
-def render_neutron(*, paste: Path) -> str:
-    """neutron.conf: REST API alone; every caller is admin, and ports bind although no agent runs."""
+def render_neutron(*, paste: Path, broker: str = "") -> str:
+    """neutron.conf: every caller is admin, and ports bind although no Open vSwitch agent runs.
+
+    Args:
+        broker: A message broker's URL; without one it is the REST API alone.
+    """
     return f"""\
 [DEFAULT]
 host = lab
 auth_strategy = noauth
 core_plugin = ml2
 service_plugins = router
-transport_url = fake://
+transport_url = {broker or "fake://"}
 api_paste_config = {paste}
 state_path = .
 dns_domain = lab.example.
 notify_nova_on_port_status_changes = false
 notify_nova_on_port_data_changes = false
-dhcp_agent_notification = false
+dhcp_agent_notification = {bool(broker)}
 # The one Open vSwitch agent is a row whose heartbeat lies in the future: it stays alive, so that ports bind.
 agent_down_time = 2147483
 use_stderr = true
@@ -100,6 +104,8 @@ nova_metadata_host = 127.0.0.1
 nova_metadata_port = {nova_port}
 metadata_proxy_shared_secret = {secret}
 metadata_workers = 2
+# It has ML2's own end in its process.
+transport_url = fake://
 [AGENT]
 report_interval = 0
 """

@@ -1,0 +1,263 @@
+"""A host with genuine agents of Neutron's: neutron-dhcp-agent, neutron-l3-agent, and the metadata agent behind them.
+
+Nova, Neutron and what is in them are those of `support.openstack`; RabbitMQ is between Neutron and its agents. All of
+it runs in the lab's host, a network namespace. The integration bridge is Open vSwitch's in user space. What is not
+genuine is neutron-openvswitch-agent: the lab itself gives each port of the bridge its network's tag.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from support.guest import Guest
+from support.lab import NETNS, Lab, batch, ip, run, until, within
+from support.message_broker import URL, open_broker
+from support.openstack.lab import OpenStack, open_openstack
+from support.openstack.servers import Server
+from support.openstack.table import Port
+from support.reaper import reap, reap_at_the_end
+
+AgentName = Literal["dhcp", "l3"]
+
+_SCHEMA: Final = "/usr/share/openvswitch/vswitch.ovsschema"
+_DEAD_TAG: Final = 4095
+_KINDS: Final[Mapping[AgentName, str]] = {"dhcp": "networks", "l3": "routers"}
+_READY_S: Final = 60.0
+
+
+@dataclass(slots=True)
+class NeutronHost:
+    """A network node.
+
+    Attributes:
+        openstack: Nova, Neutron and the metadata agent; all of them in `lab.host`.
+        agents: Those that run, by their names.
+    """
+
+    lab: Lab
+    directory: Path
+    openstack: OpenStack = field(repr=False)
+    agents: Mapping[AgentName, Server] = field(repr=False)
+    _tags: dict[str, int] = field(default_factory=dict)
+
+    def network(self, name: str) -> str:
+        """The id of a network of the table."""
+        return self.openstack.seed.networks[name]
+
+    def router(self, name: str) -> str:
+        """The id of a router of the table."""
+        return self.openstack.seed.routers[name]
+
+    def dhcp_namespace(self, name: str) -> str:
+        return f"qdhcp-{self.network(name)}"
+
+    def give(self, agent: AgentName, name: str) -> None:
+        """Have an agent look after a network or router of the table, and wait until its guests can be served."""
+        binary = f"neutron-{agent}-agent"
+        rest = self.openstack.rest
+        ident = next(one["id"] for one in rest.list("agent") if one["binary"] == binary)
+        if agent == "dhcp":
+            body, namespace = {"network_id": self.network(name)}, f"qdhcp-{self.network(name)}"
+        else:
+            body, namespace = {"router_id": self.router(name)}, f"qrouter-{self.router(name)}"
+        rest.send("POST", f"/agents/{ident}/{agent}-{_KINDS[agent]}", body)
+        until(lambda: self._is_served(namespace), within_s=_READY_S, what=f"a proxy in {namespace}")
+        self.wire()
+
+    def _is_served(self, namespace: str) -> bool:
+        if not (NETNS / namespace).exists():
+            return False
+        return "haproxy" in run(*within(namespace), "ss", "--listening", "--tcp", "--processes")
+
+    def wire(self) -> None:
+        """Give ports of the integration bridge their networks' tags; those that agents have just plugged have none."""
+        networks = {one["id"]: one["network_id"] for one in self.openstack.rest.list("port")}
+        for device, port in self._dead_ports().items():
+            if port in networks:
+                self._vs(*_tagged(device, self._tag(networks[port])))
+
+    def _dead_ports(self) -> Mapping[str, str]:
+        found = self._rows("Port", "name,tag", f"tag={_DEAD_TAG}")
+        ids = {name: dict(pairs[1]) for name, pairs in self._rows("Interface", "name,external_ids")}
+        return {name: ids[name].get("iface-id", "") for name, _ in found if name in ids}
+
+    def _tag(self, network: str) -> int:
+        return self._tags.setdefault(network, len(self._tags) + 1)
+
+    def _rows(self, table: str, columns: str, *where: str) -> list[list[Any]]:
+        verb = "find" if where else "list"
+        text = self._vs("--format=json", f"--columns={columns}", verb, table, *where)
+        return json.loads(text)["data"]  # type: ignore[no-any-return]
+
+    def _vs(self, *words: str) -> str:
+        return run("ovs-vsctl", f"--db={_database(self.directory)}", "--timeout=60", *words)
+
+    def guest(self, port: Port, *, via: str | None = None) -> Guest:
+        """Plug an instance's guest in.
+
+        Args:
+            port: Of the table.
+            via: Where its route to 169.254.169.254 leads; none by default.
+        """
+        name = f"vm-{port.id[:8]}"
+        namespace = self.lab.namespace(name)
+        device = f"vm{port.id[:11]}"
+        ip(
+            *("-n", self.lab.host, "link", "add", device, "type", "veth"),
+            *("peer", "name", "eth0", "address", port.plan.mac, "netns", namespace),
+        )
+        ip("-n", self.lab.host, "link", "set", device, "up")
+        addresses = port.plan.addresses
+        batch(
+            namespace,
+            [
+                "link set eth0 up",
+                *(
+                    f"address add {one}/64 dev eth0 nodad"
+                    if ":" in one
+                    else f"address add {one}/24 dev eth0"
+                    for one in addresses
+                ),
+                *([f"route add 169.254.169.254/32 via {via}"] if via else []),
+            ],
+        )
+        # A datapath in user space has no network card that fills in checksums.
+        run(*within(namespace), "ethtool", "-K", "eth0", "tx", "off")
+        words = _tagged(device, self._tag(port.network_id))
+        self._vs("add-port", "br-int", device, "--", *words)
+        return Guest(name, namespace, port.network_id, port.plan.mac, addresses)
+
+    def port(self, network: str, address: str) -> Port:
+        """The port of the table with an address in a network."""
+        ident = self.network(network)
+        return next(
+            one
+            for one in self.openstack.seed.ports
+            if one.network_id == ident and address in one.plan.addresses
+        )
+
+    def dhcp_address(self, network: str) -> str:
+        """Where the network's DHCP server is, of IPv4."""
+        ident = self.network(network)
+        (port,) = (
+            one
+            for one in self.openstack.rest.list("port")
+            if one["network_id"] == ident and one["device_owner"] == "network:dhcp"
+        )
+        (address,) = (
+            one["ip_address"] for one in port["fixed_ips"] if ":" not in one["ip_address"]
+        )
+        return str(address)
+
+
+def _tagged(device: str, tag: int) -> Sequence[str]:
+    return (
+        *("set", "Port", device, f"tag={tag}", "--"),
+        *("clear", "Port", device, "vlan_mode", "--", "clear", "Port", device, "trunks"),
+    )
+
+
+def _database(directory: Path) -> str:
+    return f"unix:{directory / 'vswitch.sock'}"
+
+
+@contextlib.contextmanager
+def open_agents(*names: AgentName, **options: str) -> Iterator[NeutronHost]:
+    """A host with these agents, which have nothing to do yet.
+
+    Args:
+        options: Of their section `DEFAULT`.
+    """
+    with contextlib.ExitStack() as stack:
+        lab = Lab()
+        stack.callback(lab.close)
+        directory = Path(tempfile.mkdtemp(prefix="imdst-agents-"))
+        reap_at_the_end(directory=directory)
+        stack.callback(reap, (directory,))
+        # dnsmasq reads its files as another user.
+        directory.chmod(0o755)
+        stack.enter_context(open_broker(lab.host, directory / "broker"))
+        _start_open_vswitch(directory, lab.host)
+        place = directory / "openstack"
+        place.mkdir()
+        openstack = stack.enter_context(open_openstack(place, namespace=lab.host, broker=URL))
+        stack.callback(_take_away, openstack)
+        for ident in (*openstack.seed.networks.values(), *openstack.seed.routers.values()):
+            reap_at_the_end(namespaces=f"qdhcp-{ident}")
+            reap_at_the_end(namespaces=f"qrouter-{ident}")
+        openstack.agent.launch()
+        agents = {name: _agent(openstack, directory, name, options) for name in names}
+        host = NeutronHost(lab, directory, openstack, agents)
+        for agent in agents.values():
+            stack.callback(agent.kill)
+            agent.launch()
+        for server in (openstack.agent, *agents.values()):
+            server.wait_up()
+        yield host
+
+
+def _agent(
+    openstack: OpenStack, directory: Path, name: AgentName, options: Mapping[str, str]
+) -> Server:
+    place = openstack.place
+    settings = place.etc / f"{name}_agent.ini"
+    own = "".join(f"{key} = {value}\n" for key, value in options.items())
+    settings.write_text(f"""\
+[DEFAULT]
+interface_driver = openvswitch
+state_path = {place.path}
+{own}[AGENT]
+root_helper = env
+report_interval = 5
+[OVS]
+ovsdb_connection = {_database(directory)}
+datapath_type = netdev
+""")
+    tools = place.environments.python("neutron").parent
+    program = f"neutron-{name}-agent"
+    log = place.log / f"{program}.log"
+    files = (place.etc / "neutron.conf", settings)
+    words = [word for file in files for word in ("--config-file", str(file))]
+    return Server(
+        name=program,
+        argv=[*place.prefix, str(tools / program), *words],
+        cwd=place.path,
+        environment={"PATH": f"{tools}:/usr/sbin:/usr/bin:/sbin:/bin"},
+        log=log,
+        is_up=lambda: any(one["binary"] == program for one in openstack.rest.list("agent")),
+    )
+
+
+def _start_open_vswitch(directory: Path, namespace: str) -> None:
+    run("ovsdb-tool", "create", str(directory / "vswitch.db"), _SCHEMA)
+    environment = {f"OVS_{name}DIR": str(directory) for name in ("RUN", "DB", "LOG", "SYSCONF")}
+    database = _database(directory)
+    for program, *words in (
+        ("ovsdb-server", str(directory / "vswitch.db"), f"--remote=p{database}"),
+        ("ovs-vswitchd", database, "--disable-system"),
+    ):
+        run(
+            *(*within(namespace), program, *words),
+            f"--pidfile={directory / program}.pid",
+            f"--unixctl={directory / program}.ctl",
+            f"--log-file={directory / program}.log",
+            *("-vconsole:off", "-vsyslog:off", "--detach", "--no-chdir"),
+            environment=environment,
+        )
+    run(
+        *("ovs-vsctl", f"--db={database}", "--timeout=60", "add-br", "br-int", "--"),
+        *("set", "Bridge", "br-int", "datapath_type=netdev"),
+    )
+
+
+def _take_away(openstack: OpenStack) -> None:
+    """The namespaces that agents have made, with all that runs in them."""
+    seed = openstack.seed
+    reap(namespaces=tuple(f"qdhcp-{one}" for one in seed.networks.values()))
+    reap(namespaces=tuple(f"qrouter-{one}" for one in seed.routers.values()))
