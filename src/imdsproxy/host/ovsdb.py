@@ -1,32 +1,31 @@
 """Databases of Open vSwitch and OVN, followed in a thread by python-ovs (ovsdb(7), RFC 7047).
 
-python-ovs has an event loop of its own and no descriptor to wait for from outside, so each connection has a thread. It
-is installed by the distribution (Debian: python3-openvswitch) or as `imdsproxy[ovn]`, and imported only when a
-connection is made; no other module imports it.
+python-ovs has an event loop of its own and no descriptor to wait for from outside, so each connection has a thread.
 """
 
 import asyncio
 import contextlib
-import importlib
 import os
 import threading
+import uuid
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import SystemRandom
 from typing import Any, Final, Generic, TypeAlias, TypeVar
 
-from imdsproxy.errors import SourceUnavailable, optional_library
+from imdsproxy.errors import SourceUnavailable
+from imdsproxy.host.python_ovs import Library, import_library, plan_pauses
 
 View = TypeVar("View")
 
 _Idl: TypeAlias = Any
 Transaction: TypeAlias = Any
-_Library: TypeAlias = Any
 Row: TypeAlias = Any
 Table: TypeAlias = Any
 
-Rows: TypeAlias = Mapping[str, Iterable[Row]]
+Rows: TypeAlias = Mapping[str, Iterable[Any]]
 Conditions: TypeAlias = Mapping[str, Sequence[object]]
 Change: TypeAlias = Callable[[Mapping[str, Table], Transaction], None]
 
@@ -95,19 +94,24 @@ class Ovsdb(Generic[View]):
         read: Makes a view of the rows of each table, and says which rows it wants; called in the thread, after each
             change. A view counts once the rows are there that were asked for with it.
         conditions: Which rows are wanted at first, as RFC 7047 has conditions; of a table without one all are.
+        parse: What `read` gets instead of the rows of a table; called in the thread, again only when a row has changed.
         probe_s: Seconds after which a silent server is asked whether it is there.
         tls: For `ssl:`.
+        random: From 0 to 1, for pauses between attempts to connect.
     """
 
     remotes: str
     schema: Schema
     read: Callable[[Rows], tuple[View, Conditions]]
     conditions: Conditions = field(default_factory=dict)
+    parse: Mapping[str, Callable[[Row], object]] = field(default_factory=dict)
     probe_s: float = 60.0
     tls: Tls | None = None
-    _library: _Library = None
+    random: Callable[[], float] = field(default_factory=lambda: SystemRandom().random)
+    _library: Library = None
     _changes: list[tuple[Change, Future[None]]] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _parsed: dict[uuid.UUID, tuple[Row, object]] = field(default_factory=dict)
     _wake: int | None = None
     _ended: bool = False
 
@@ -174,43 +178,90 @@ class Ovsdb(Generic[View]):
     # In the thread
 
     def _run(self, wake: int, publish: Callable[[Reading[View]], None]) -> None:
-        library, idl = self._library, self._open()
+        idl = self._open()
         seen, view, made = 0, None, None
         published: Reading[View] | None = None
         running: list[_Waiting] = []
+        was_connected = False
+        self._spread(idl)
         try:
             while not self._ended:
-                idl.run()
-                if idl.change_seqno != seen:
+                failed = _step(idl)
+                changed = idl.change_seqno != seen
+                if changed:
                     seen = idl.change_seqno
-                    made, wanted = self.read(
-                        {name: table.rows.values() for name, table in idl.tables.items()}
-                    )
+                    made, wanted = self.read(self._rows(idl.tables))
                     for table, condition in wanted.items():
                         idl.cond_change(table, list(condition))
                 # The rows that were asked for last may be no more than those that are there: no change then.
                 if _is_settled(idl):
                     view = made
                 connected = idl._session.is_connected()  # noqa: SLF001 - python-ovs has no other way to ask
-                lost = None if connected and seen else f"no connection to {self.remotes}"
+                if was_connected and not connected:
+                    self._spread(idl)
+                was_connected = connected
+                lost = None
+                if failed is not None or not (connected and seen):
+                    lost = (
+                        f"no connection to {self.remotes}{'' if failed is None else f': {failed}'}"
+                    )
                 reading = Reading(view, lost)
                 if reading != published:
                     published = reading
                     publish(reading)
                 running = self._commit(idl, running)
-                poller = library.poller.Poller()
-                idl.wait(poller)
-                for one in running:
-                    one.transaction.wait(poller)
-                poller.fd_wait(wake, library.poller.POLLIN)
-                poller.timer_wait(int(_CHECK_S * 1000))
-                poller.block()
-                with contextlib.suppress(BlockingIOError):
-                    os.read(wake, 4096)
+                # It reads 50 messages at a time, and TLS may have more of them than the socket shows.
+                self._wait(wake, None if failed else idl, running, 0 if changed else _CHECK_S)
         finally:
             idl.close()
             os.close(wake)
             self._abandon(running)
+
+    def _wait(
+        self, wake: int, idl: _Idl | None, running: Iterable[_Waiting], longest_s: float
+    ) -> None:
+        poller = self._library.poller.Poller()
+        if idl is not None:
+            idl.wait(poller)
+        for one in running:
+            one.transaction.wait(poller)
+        poller.fd_wait(wake, self._library.poller.POLLIN)
+        poller.timer_wait(int(longest_s * 1000))
+        poller.block()
+        with contextlib.suppress(BlockingIOError):
+            os.read(wake, 4096)
+
+    def _reason(self, failed: str | None) -> str:
+        return f"no connection to {self.remotes}{f': {failed}' if failed else ''}"
+
+    def _spread(self, idl: _Idl) -> None:
+        """Have pauses between attempts to connect of which no two hosts have the same."""
+        first_ms, longest_ms = plan_pauses(self.random())
+        idl._session.reconnect.set_backoff(first_ms, longest_ms)  # noqa: SLF001 - as above
+
+    def _rows(self, tables: Mapping[str, Table]) -> Rows:
+        kept: dict[uuid.UUID, tuple[Row, object]] = {}
+        found: dict[str, Iterable[Any]] = {}
+        for name, table in tables.items():
+            parse = self.parse.get(name)
+            if parse is None:
+                found[name] = table.rows.values()
+                continue
+            made = []
+            for row in table.rows.values():
+                # After a full resync each row is another object.
+                before = self._parsed.get(row.uuid)
+                kept[row.uuid] = one = (
+                    before if before is not None and before[0] is row else (row, parse(row))
+                )
+                made.append(one[1])
+            found[name] = made
+        self._parsed = kept
+        return found
+
+    def _forget(self, _event: str, row: Row, _updates: Row | None = None) -> None:
+        """A row has come, changed or gone."""
+        self._parsed.pop(row.uuid, None)
 
     def _open(self) -> _Idl:
         library = self._library
@@ -225,6 +276,7 @@ class Ovsdb(Generic[View]):
         idl = library.db.idl.Idl(
             self.remotes, helper, probe_interval=int(self.probe_s * 1000), leader_only=False
         )
+        idl.notify = self._forget
         for table, condition in self.conditions.items():
             idl.cond_change(table, list(condition))
         return idl
@@ -264,26 +316,16 @@ class Ovsdb(Generic[View]):
             done.set_exception(error)
 
 
+def _step(idl: _Idl) -> str | None:
+    """Let python-ovs work; what it cannot do, as read the files for TLS."""
+    try:
+        idl.run()
+    except OSError as error:
+        return str(error)
+    return None
+
+
 def _is_settled(idl: _Idl) -> bool:
     """Whether the rows are there that were asked for last."""
     states = (table.condition_state for table in idl.tables.values())
     return not any(state.latest is not state.acked for state in states)
-
-
-def import_library() -> _Library:
-    """Python-ovs.
-
-    Raises:
-        LibraryMissing: It is not installed, or not for this Python.
-    """
-    with optional_library(
-        "Open vSwitch's Python module",
-        "apt install python3-openvswitch, or pip install 'imdsproxy[ovn]'",
-    ):
-        library = importlib.import_module("ovs")
-        for name in ("db.idl", "poller", "stream", "vlog"):
-            importlib.import_module(f"ovs.{name}")
-    # What it has to say is in `Reading.lost`; else it writes to standard error.
-    library.vlog.Vlog.init(None)
-    library.vlog.Vlog.set_level("any", "any", "off")
-    return library

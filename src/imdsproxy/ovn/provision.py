@@ -34,6 +34,9 @@ from imdsproxy.sources.ovn.source import OvnSource
 _LOOK_EVERY_S: Final = 10.0
 """How often all of the host is looked at: another program may have changed a namespace."""
 
+_TOGETHER_S: Final = 0.02
+"""So long other changes may join one: records of guests come into force meanwhile, which must not wait for this."""
+
 _FIRST_AGAIN_S: Final = 0.5
 _LONGEST_AGAIN_S: Final = 30.0
 _WRITTEN_S: Final = 10.0
@@ -88,6 +91,7 @@ class Provisioner:
                     _log.warning("network not provisioned", at=key, problem=str(problem))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.changed.wait(), max(0.0, due - clock()))
+                await asyncio.sleep(_TOGETHER_S)
 
     async def converge(self) -> OvnPlan:
         """Look, plan and act once; what was planned.

@@ -90,10 +90,11 @@ class NeutronPort:
     @property
     def serves(self) -> bool:
         """It is an instance's port with valid ids, so that its guest gets documents."""
-        return self._names_instance and self.problem() is None
+        return self.names_instance and self.problem() is None
 
     @property
-    def _names_instance(self) -> bool:
+    def names_instance(self) -> bool:
+        """It is an instance's port, whether its ids are valid or not."""
         return bool(self.device) and not self.owner.startswith(_SERVICE)
 
     @property
@@ -104,7 +105,7 @@ class NeutronPort:
 
     def problem(self) -> Problem | None:
         """Why its guest gets nothing although the port names an instance, if so."""
-        if not self._names_instance:
+        if not self.names_instance:
             return None
         for field, value in (
             ("device_id", self.device),

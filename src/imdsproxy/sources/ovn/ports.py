@@ -10,6 +10,7 @@ Source for rows: ovn-sb(5), "Port_Binding TABLE".
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from ipaddress import IPv4Interface, IPv6Interface, ip_interface
 from typing import Final, TypeAlias, TypeVar
 
@@ -41,9 +42,9 @@ _TAP_DIGITS: Final = 10
 _VIF_TYPES: Final = frozenset(("", "external"))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PortBinding:
-    """A row of Port_Binding.
+    """A row of Port_Binding. What is made of it is made once, as long as the row does not change.
 
     Attributes:
         chassis: UUID of the row in Chassis that has claimed it, or empty.
@@ -59,26 +60,26 @@ class PortBinding:
     requested: tuple[str, ...]
     external_ids: Mapping[str, str]
 
-    @property
+    @cached_property
     def network(self) -> NetworkId | None:
         """The network's id in Neutron; `None` where the row is not Neutron's."""
         name = self.external_ids.get("neutron:network_name", "")
         return NetworkId(name.removeprefix(_SWITCH)) if name.startswith(_SWITCH) else None
 
-    @property
+    @cached_property
     def is_metadata_port(self) -> bool:
         """It is the port that metadata of its network is served through, the same on every chassis."""
         owner = self.external_ids.get("neutron:device_owner")
         return self.kind == "localport" and owner == METADATA_OWNER
 
-    @property
+    @cached_property
     def mac(self) -> MacAddress | None:
         """The port's MAC; `None` where OVN was not given it, as for a port without port security and DHCP."""
         first = self.macs[0].split() if self.macs else []
         mac = first[0].lower() if first else ""
         return MacAddress(mac) if _MAC.fullmatch(mac) else None
 
-    @property
+    @cached_property
     def interfaces(self) -> tuple[IpInterface, ...]:
         """Its addresses with their prefixes, from `neutron:cidrs`: `mac` may have none of them ("unknown")."""
         return tuple(_interfaces(self.external_ids.get("neutron:cidrs", "").split()))
@@ -89,6 +90,7 @@ class PortBinding:
         text = self.external_ids.get("neutron:mtu", "")
         return int(text) if text.isdecimal() else None
 
+    @cached_property
     def neutron_port(self) -> NeutronPort | None:
         """The port of an instance; `None` for every other row."""
         network = self.network
@@ -108,6 +110,11 @@ class PortBinding:
             owner=self.external_ids.get("neutron:device_owner", ""),
             project=self.external_ids.get("neutron:project_id", ""),
         )
+
+    @cached_property
+    def problem(self) -> Problem | None:
+        """Why its guest gets nothing although it is the port of an instance, if so."""
+        return None if self.neutron_port is None else self.neutron_port.problem()
 
 
 def _interfaces(texts: Iterable[str]) -> Iterable[IpInterface]:
@@ -173,6 +180,7 @@ class OvnKnown:
     problems: tuple[Problem, ...] = ()
     metadata_ports: Mapping[NetworkId, PortBinding] = field(default_factory=dict)
     _here: dict[str, PortBinding] = field(default_factory=dict)
+    _made: dict[InstanceId, tuple[tuple[NeutronPort, ...], Instance]] = field(default_factory=dict)
 
     @property
     def records(self) -> Observation:
@@ -201,18 +209,23 @@ class OvnKnown:
                 here[name] = before
             elif now is not None and keep_unclaimed and view.may_claim(now):
                 here[name] = now
-        ports = [(row, port) for row in here.values() if (port := row.neutron_port()) is not None]
+        ports = [(row, port) for row in here.values() if (port := row.neutron_port) is not None]
         self._here = {row.port: row for row, _ in ports}
-        self.problems = tuple(problem for _, port in ports if (problem := port.problem()))
+        self.problems = tuple(one for row, _ in ports if (one := row.problem) is not None)
         by_instance: dict[InstanceId, list[NeutronPort]] = {}
-        for _, port in sorted(ports, key=lambda pair: pair[1].id):
-            if port.serves:
+        for row, port in sorted(ports, key=lambda pair: pair[1].id):
+            if port.names_instance and row.problem is None:
                 by_instance.setdefault(port.instance, []).append(port)
         instances: dict[InstanceId, Instance] = {}
+        made = self._made
+        self._made = {}
         for key, own in by_instance.items():
-            made = plan_instance(key, tuple(own))
-            if made is not None:
-                instances[key] = made
+            ports_before, planned = made.get(key, ((), None))
+            if ports_before != tuple(own):
+                planned = plan_instance(key, tuple(own))
+            if planned is not None:
+                instances[key] = planned
+                self._made[key] = (tuple(own), planned)
         served = {port.network for own in by_instance.values() for port in own}
         metadata = {
             row.network: row

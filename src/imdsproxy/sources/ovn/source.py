@@ -95,7 +95,7 @@ class OvnSource:
     async def run(self, publish: Publish) -> None:
         """Report until cancelled."""
         following: asyncio.Task[None] | None = None
-        at: tuple[str, frozenset[str]] | None = None
+        at: tuple[str, str, frozenset[str]] | None = None
         self._vswitch = database = Ovsdb(self.settings.open_vswitch, _OPEN_VSWITCH, read_chassis)
         async with asyncio.TaskGroup() as group, aclosing(database.follow()) as readings:
             async for reading in readings:
@@ -131,15 +131,17 @@ class OvnSource:
             raise SourceUnavailable("the Southbound database was not read yet")
         await self._southbound.transact(change)
 
-    def _where(self, local: LocalChassis) -> tuple[str, frozenset[str]] | None:
-        """The Southbound database, and our names in it."""
+    def _where(self, local: LocalChassis) -> tuple[str, str, frozenset[str]] | None:
+        """The Southbound database, this chassis's name in it, and the names that ports may be meant for."""
         remotes = self.settings.southbound or local.southbound
         self._failures["setup"] = (
             _NO_REMOTE if not remotes else _NO_NAME if not local.name else None
         )
-        return (remotes, local.names) if remotes and local.name else None
+        return (remotes, local.name, local.names) if remotes and local.name else None
 
-    async def _follow(self, publish: Publish, remotes: str, names: frozenset[str]) -> None:
+    async def _follow(
+        self, publish: Publish, remotes: str, name: str, names: frozenset[str]
+    ) -> None:
         settings = self.settings
         tls = None
         if settings.private_key_file and settings.certificate_file and settings.ca_file:
@@ -147,8 +149,9 @@ class OvnSource:
         database = Ovsdb(
             remotes,
             _SOUTHBOUND,
-            partial(read_southbound, names),
-            _conditions(names, None, ()),
+            partial(read_southbound, name, names),
+            _conditions(name, names, None, ()),
+            parse={"Port_Binding": parse_binding},
             probe_s=settings.probe_s,
             tls=tls,
         )
@@ -167,7 +170,7 @@ class OvnSource:
         before, changes = self.view, Observation()
         if view is not None and view != before:
             self.view, self._complete = view, True
-            if before is not None and view.chassis != before.chassis:
+            if view.chassis != before.chassis if before is not None else view.chassis is None:
                 self._chassis_changed = asyncio.get_running_loop().time()
             changes = self._update(publish, view)
         self._report(publish, changes)
@@ -177,6 +180,12 @@ class OvnSource:
         absent_s = grace_s if view.chassis is None else min(_CLAIM_S, grace_s)
         since = None if self._chassis_changed is None else loop.time() - self._chassis_changed
         self._keeps_absent = since is not None and since < absent_s
+        # Until then its guests are not known: what asks is answered 503, not 404.
+        self._failures["chassis"] = (
+            "OVN has no row of this chassis: what was bound to it stays as it was"
+            if view.chassis is None and self._keeps_absent
+            else None
+        )
         keep_unclaimed = since is not None and since < grace_s
         if self._timer is not None:
             self._timer.cancel()
@@ -216,11 +225,11 @@ class OvnSource:
 
 
 def _conditions(
-    names: frozenset[str], chassis: str | None, networks: tuple[str, ...]
+    name: str, names: frozenset[str], chassis: str | None, networks: tuple[str, ...]
 ) -> Conditions:
     """This chassis, its ports, and the metadata ports of their networks: not the rest of the cloud."""
     ports: list[object] = [
-        ["options", "includes", ["map", [["requested-chassis", name]]]] for name in sorted(names)
+        ["options", "includes", ["map", [["requested-chassis", one]]]] for one in sorted(names)
     ]
     if chassis is not None:
         uuid = ["uuid", chassis]
@@ -229,7 +238,7 @@ def _conditions(
         ["external_ids", "includes", ["map", [["neutron:device_id", f"ovnmeta-{network}"]]]]
         for network in networks
     ]
-    own = [["name", "==", name] for name in sorted(names)]
+    own = [["name", "==", name]]
     return {
         "Chassis": own,
         "Chassis_Private": own,
@@ -237,20 +246,23 @@ def _conditions(
     }
 
 
-def read_southbound(names: frozenset[str], tables: Rows) -> tuple[SouthboundView, Conditions]:
+def read_southbound(
+    name: str, names: frozenset[str], tables: Rows
+) -> tuple[SouthboundView, Conditions]:
     """The rows of interest; called in the connection's thread."""
     chassis = next((str(row.uuid) for row in tables["Chassis"]), None)
-    bindings = tuple(_binding(row) for row in tables["Port_Binding"])
+    bindings: tuple[PortBinding, ...] = tuple(tables["Port_Binding"])
     networks = {
         row.network for row in bindings if row.network is not None and not row.is_metadata_port
     }
     private = next((dict(row.external_ids) for row in tables["Chassis_Private"]), None)
     nb_cfg = next((int(row.nb_cfg) for row in tables["SB_Global"]), None)
     view = SouthboundView(chassis, names, bindings, private, nb_cfg)
-    return view, _conditions(names, chassis, tuple(sorted(networks)))
+    return view, _conditions(name, names, chassis, tuple(sorted(networks)))
 
 
-def _binding(row: Row) -> PortBinding:
+def parse_binding(row: Row) -> PortBinding:
+    """A row of Port_Binding; called in the connection's thread."""
     options: Mapping[str, str] = row.options
     requested = options.get("requested-chassis", "")
     return PortBinding(
