@@ -228,7 +228,7 @@ _RACING: Final = """#!/bin/sh
 case " $* " in *" -c "*)
   if [ -e "{here}/armed" ]; then
     rm "{here}/armed"
-    nsenter --net={namespace} -- {python} -c '{program}' {address} "" 0 0 taken \\
+    nsenter --net={namespace} -- {python} -c '{program}' {address} "" 0 0 80 taken \\
       >"{here}/taken" 2>/dev/null </dev/null &
     echo $! >"{here}/taker"
     until grep -q ready "{here}/taken"; do sleep 0.01; done

@@ -42,7 +42,8 @@ _METADATA: Final = (("169.254.169.254/32",), ("fe80::a9fe:a9fe/64", "nodad"))
 
 SERVER: Final = """
 import os, socket, sys
-address, device, reuse, uid, answer = sys.argv[1:6]
+address, device, reuse, uid, port, answer = sys.argv[1:7]
+port = int(port)
 v6 = ":" in address
 def listen():
     made = socket.socket(socket.AF_INET6 if v6 else socket.AF_INET)
@@ -61,7 +62,7 @@ if int(uid):
     listener.close()
     os.setuid(int(uid))
     listener = listen()
-listener.bind((address, 80, 0, scope) if v6 else (address, 80))
+listener.bind((address, port, 0, scope) if v6 else (address, port))
 listener.listen()
 print("ready", flush=True)
 while True:
@@ -80,16 +81,17 @@ def serve(
     *,
     reuse_port: bool,
     uid: int = 0,
+    port: int = 80,
     answer: str = FOREIGN,
 ) -> Server:
-    """Start a foreign program at port 80 of an address.
+    """Start a foreign program at a port of an address.
 
     Args:
         place: The words before it (`within`).
         uid: Whose its socket is.
         answer: With `PEER` for the client's address.
     """
-    words = (address, device, "1" if reuse_port else "0", str(uid), answer)
+    words = (address, device, "1" if reuse_port else "0", str(uid), str(port), answer)
     process = subprocess.Popen(
         (*place, sys.executable, "-c", SERVER, *words),
         stdout=subprocess.PIPE,

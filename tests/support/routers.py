@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Final
 
 from support.guest import Guest, inside
-from support.lab import NETNS, Lab, batch, ip, run, within
+from support.lab import NETNS, Lab, batch, ip, run, until, within
 from support.reaper import reap_at_the_end
 
 _EVERY_PROTOCOL: Final = 3
-_OUTSIDE: Final = "198.51.100.1"
+OUTSIDE: Final = "198.51.100.1"
 _METADATA: Final = (
     socket.inet_aton("169.254.169.254"),
     socket.inet_pton(socket.AF_INET6, "fe80::a9fe:a9fe"),
@@ -110,14 +110,18 @@ class RouterLab:
         )
         batch(
             outside,
-            ["link set eth0 up", f"address add {_OUTSIDE}/24 dev eth0", "link set lo up"],
+            [
+                "link set eth0 up",
+                f"address add {OUTSIDE}/24 dev eth0",
+                "route add default via 198.51.100.2",
+            ],
         )
         batch(
             self.namespace(what),
             [
                 "link set qg-1 up",
                 "address add 198.51.100.2/24 dev qg-1",
-                f"route add default via {_OUTSIDE}",
+                f"route add default via {OUTSIDE}",
             ],
         )
         return outside
@@ -133,13 +137,17 @@ class RouterLab:
 
 
 def _link_local(namespace: str, device: str) -> str:
-    text = inside(namespace, Path("/proc/thread-self/net/if_inet6").read_text)
-    (found,) = (
-        line.split()[0]
-        for line in text.splitlines()
-        if line.split()[5] == device and line.startswith("fe80")
-    )
-    return socket.inet_ntop(socket.AF_INET6, bytes.fromhex(found))
+    """A device's own address; the kernel gives it a moment after both ends are up."""
+    found: list[str] = []
+
+    def look() -> bool:
+        text = inside(namespace, Path("/proc/thread-self/net/if_inet6").read_text)
+        words = (line.split() for line in text.splitlines())
+        found[:] = [one[0] for one in words if one[5] == device and one[0].startswith("fe80")]
+        return bool(found)
+
+    until(look, what=f"an address of {device}")
+    return socket.inet_ntop(socket.AF_INET6, bytes.fromhex(found[0]))
 
 
 @contextlib.contextmanager

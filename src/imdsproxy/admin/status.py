@@ -1,7 +1,7 @@
 """The state of the controller and of what it looks after: readiness, and everything that `status` reports."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -9,14 +9,17 @@ from imdsproxy import __version__
 from imdsproxy.admin.records import LeftOut
 from imdsproxy.controller.controller import Controller
 from imdsproxy.core.documents.ec2 import list_warnings
+from imdsproxy.core.endpoints import Foreign
 from imdsproxy.core.haproxy import limits
 from imdsproxy.core.haproxy.runtime import Processes
+from imdsproxy.core.hoststate import Effect
 from imdsproxy.core.inventory import Report
 from imdsproxy.core.observation import Conflict, SourceName
 from imdsproxy.core.timing import Step
 from imdsproxy.dataplane.haproxy import ReloadReport
 from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import DataplaneError, Problem
+from imdsproxy.listeners.endpoints import owners_of
 from imdsproxy.nova.upstream import NovaEndpointReport
 
 _SHOWN: Final = 20
@@ -165,6 +168,8 @@ class StatusReport:
         problems: What is wrong and belongs to no source, network or instance.
         unix_listener: `None` where it is off.
         warnings: Names in records that documents change or lack; twenty at most, then how many more.
+        foreign: Other programs that listen where guests of a network are answered, and get no request; twenty at most,
+            then how many more. Those that do get some are in `left_out`.
         policy_for_nobody: Where settings speak of a network, project or instance that no source tells of.
         busiest: Who is kept to its limits now, and then who asks for most; ten at most.
         audit: `None` where there is none.
@@ -191,6 +196,7 @@ class StatusReport:
     unix_listener: UnixListenerReport | None = None
     macs: MacsReport = field(default_factory=MacsReport)
     warnings: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
     policy_for_nobody: tuple[str, ...] = ()
     busiest: tuple[limits.Asker, ...] = ()
     audit: AuditReport | None = None
@@ -221,6 +227,17 @@ def _list_degraded(controller: Controller) -> list[str]:
     ]
     more = len({one.network for one in found[_SHOWN:]})
     return [*lines, f"and {more} more networks: imdsproxy status"] if more else lines
+
+
+def _list_idle(foreign: Iterable[Foreign]) -> tuple[str, ...]:
+    """A line for each program that listens beside HAProxy and gets no request."""
+    found = dict.fromkeys(
+        f"network {one.network}: {owners_of([one.socket])} listens on {one.socket.address} port {one.socket.port}"
+        for one in foreign
+        if one.effect is Effect.YIELDS
+    )
+    lines, more = list(found)[:_SHOWN], len(found) - _SHOWN
+    return (*lines, f"and {more} more") if more > 0 else tuple(lines)
 
 
 async def report_status(controller: Controller) -> StatusReport:
@@ -255,6 +272,7 @@ async def report_status(controller: Controller) -> StatusReport:
         warnings=list_warnings(
             each for found in records.compiler.warnings.values() for each in found
         ),
+        foreign=_list_idle(plan.foreign),
         policy_for_nobody=controller.policy_store.for_nobody(inventory),
         busiest=await find_busiest(controller),
         audit=_report_audit(controller),

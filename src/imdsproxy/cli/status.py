@@ -212,6 +212,9 @@ def _show_problems(output: Output, report: Shape) -> None:
     if warnings := report.get("warnings"):
         output.styled("", "[bold yellow]names that guests see otherwise, or not at all[/]")
         output.styled(*(f"  {clean(one)}" for one in warnings))
+    if foreign := report.get("foreign"):
+        output.styled("", "[bold yellow]other programs that listen there, and get no request[/]")
+        output.styled(*(f"  {clean(one)}" for one in foreign))
     if count := sum(map(len, groups)):
         output.styled("", f"[bold red]{count:,} problem{'s' if count > 1 else ''}[/]")
         # Cleaned as a whole: parts of several texts may make a tag together.

@@ -64,7 +64,8 @@ class NeutronNamespacesSource:
 
     async def _follow(self, publish: Publish) -> None:
         with NamespaceWatch(self.directory) as watch:
-            await self._take(publish, tuple(watch.current.values()), ())
+            # After a failure some may have gone unnoticed.
+            await self._take(publish, tuple(watch.current.values()), None)
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._audit(watch))
                 async for changes in watch.scans():
@@ -77,12 +78,13 @@ class NeutronNamespacesSource:
             watch.look_again()
 
     async def _take(
-        self, publish: Publish, come: Iterable[NamespaceRef], gone: Iterable[NamespaceRef]
+        self, publish: Publish, come: Iterable[NamespaceRef], gone: Iterable[NamespaceRef] | None
     ) -> None:
+        """Report what has come, and what is gone: all the rest where that is not known."""
         found = {ref: self._network_of(ref) for ref in come}
         await self.prepare([ref for ref, network in found.items() if network is not None])
         networks = {network.id: network for network in found.values() if network is not None}
-        lost = (self._network_of(ref) for ref in gone)
+        lost = self._networks.values() if gone is None else map(self._network_of, gone)
         removed = {network.id for network in lost if network is not None} - networks.keys()
         changed = {key: one for key, one in networks.items() if self._networks.get(key) != one}
         self._networks |= changed
