@@ -230,13 +230,20 @@ def test_who_empties_the_runtime_directory_leaves_no_process_of_before_and_a_sta
         daemon.start()
         world.all_right()
         until(lambda: not any(map(alive, before.data_plane)), what="the end of the old ones")
+        now = world.pids()
+        expected = {*now.data_plane, now.controller}
         # A check of HAProxy's configuration is one more for a moment.
-        until(
-            lambda: (
-                len(daemon.processes()) == len({*(now := world.pids()).data_plane, now.controller})
-            ),
-            what="no other process",
-        )
+        others: dict[int, str] = {}
+
+        def are_alone() -> bool:
+            others.clear()
+            others.update(daemon.processes())
+            return others.keys() == expected
+
+        try:
+            until(are_alone, what="no other process")
+        except AssertionError as error:
+            raise AssertionError(f"{others} in place of {expected}") from error
         for entry in daemon.runtime.iterdir():
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         done = daemon.command("stop", "--data-plane")

@@ -191,13 +191,13 @@ def open_world(
             world = _fill(lab, daemon)
             yield world
         finally:
-            pids = list(daemon.processes())
+            processes = daemon.processes()
             daemon.close()
             made = lab.made_by_daemon()
             links = [name for name in lab.host_links() if name.startswith(lab.prefix)]
         assert not made, f"namespaces that the daemon left: {made}"
         assert not links, f"links that the daemon left: {links}"
-        assert not [pid for pid in pids if alive(pid)]
+        assert not {pid: name for pid, name in processes.items() if alive(pid)}
     finally:
         lab.close()
     assert not lab.leftovers()
