@@ -3,6 +3,9 @@
 Nova, Neutron and what is in them are those of `support.openstack`; RabbitMQ is between Neutron and its agents. All of
 it runs in the lab's host, a network namespace. The integration bridge is Open vSwitch's in user space. What is not
 genuine is neutron-openvswitch-agent: the lab itself gives each port of the bridge its network's tag.
+
+All labs of a checkout have the same ids, and agents name namespaces by them: a network or router of the table may be
+given to agents by the tests of one file only.
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ class NeutronHost:
     openstack: OpenStack = field(repr=False)
     agents: Mapping[AgentName, Server] = field(repr=False)
     _tags: dict[str, int] = field(default_factory=dict)
+    _made: list[str] = field(default_factory=list)
 
     def network(self, name: str) -> str:
         """The id of a network of the table."""
@@ -57,6 +61,20 @@ class NeutronHost:
     def dhcp_namespace(self, name: str) -> str:
         return f"qdhcp-{self.network(name)}"
 
+    def settings(self, namespaces: Mapping[str, object]) -> dict[str, dict[str, object]]:
+        """A daemon's settings: instances of Neutron's, documents of Nova's, and what of the agents' it serves."""
+        own = {"state_path": str(self.openstack.place.path), **namespaces}
+        cloud = {"enabled": True, "cloud": "lab", "clouds_file": str(self.openstack.clouds_yaml)}
+        nova = {
+            "endpoints": [{"url": self.openstack.nova_url}],
+            "secret_file": str(self.openstack.secret_file),
+        }
+        return {
+            "sources": {"neutron": cloud, "neutron_namespaces": own},
+            "nova": {"endpoint_sets": {"default": nova}},
+            "documents": {"enabled": False, "supervisor": "spawn"},
+        }
+
     def give(self, agent: AgentName, name: str) -> None:
         """Have an agent look after a network or router of the table, and wait until its guests can be served."""
         binary = f"neutron-{agent}-agent"
@@ -66,6 +84,8 @@ class NeutronHost:
             body, namespace = {"network_id": self.network(name)}, f"qdhcp-{self.network(name)}"
         else:
             body, namespace = {"router_id": self.router(name)}, f"qrouter-{self.router(name)}"
+        reap_at_the_end(namespaces=namespace)
+        self._made.append(namespace)
         rest.send("POST", f"/agents/{ident}/{agent}-{_KINDS[agent]}", body)
         until(lambda: self._is_served(namespace), within_s=_READY_S, what=f"a proxy in {namespace}")
         self.wire()
@@ -74,6 +94,10 @@ class NeutronHost:
         if not (NETNS / namespace).exists():
             return False
         return "haproxy" in run(*within(namespace), "ss", "--listening", "--tcp", "--processes")
+
+    def take_away(self) -> None:
+        """The namespaces that agents have made, with all that runs in them."""
+        reap(namespaces=tuple(self._made))
 
     def wire(self) -> None:
         """Give ports of the integration bridge their networks' tags; those that agents have just plugged have none."""
@@ -187,13 +211,10 @@ def open_agents(*names: AgentName, **options: str) -> Iterator[NeutronHost]:
         place = directory / "openstack"
         place.mkdir()
         openstack = stack.enter_context(open_openstack(place, namespace=lab.host, broker=URL))
-        stack.callback(_take_away, openstack)
-        for ident in (*openstack.seed.networks.values(), *openstack.seed.routers.values()):
-            reap_at_the_end(namespaces=f"qdhcp-{ident}")
-            reap_at_the_end(namespaces=f"qrouter-{ident}")
         openstack.agent.launch()
         agents = {name: _agent(openstack, directory, name, options) for name in names}
         host = NeutronHost(lab, directory, openstack, agents)
+        stack.callback(host.take_away)
         for agent in agents.values():
             stack.callback(agent.kill)
             agent.launch()
@@ -254,10 +275,3 @@ def _start_open_vswitch(directory: Path, namespace: str) -> None:
         *("ovs-vsctl", f"--db={database}", "--timeout=60", "add-br", "br-int", "--"),
         *("set", "Bridge", "br-int", "datapath_type=netdev"),
     )
-
-
-def _take_away(openstack: OpenStack) -> None:
-    """The namespaces that agents have made, with all that runs in them."""
-    seed = openstack.seed
-    reap(namespaces=tuple(f"qdhcp-{one}" for one in seed.networks.values()))
-    reap(namespaces=tuple(f"qrouter-{one}" for one in seed.routers.values()))

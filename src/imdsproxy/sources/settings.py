@@ -197,17 +197,25 @@ class OvnSourceSettings(Section):
 
 
 class NeutronNamespacesSettings(Section):
-    """Namespaces that Neutron's L3 agent makes on this host, served in place of its metadata proxies."""
+    """Namespaces that Neutron's agents make on this host, served in place of their metadata proxies."""
 
     routers: bool = setting(False, Change.RESTART)
     """Serve each `qrouter-UUID`. Rules in it redirect guests' requests to imdsproxy, whether or not the agent's
     own proxy listens. Instances come from `sources.neutron`.
     """
 
+    dhcp: bool = setting(False, Change.RESTART)
+    """Serve each `qdhcp-UUID` where the DHCP agent wants metadata served: its settings decide, and whether the network
+    has a router. Instances come from `sources.neutron`.
+    """
+
+    state_path: AbsolutePath = setting(Path("/var/lib/neutron"), Change.RESTART)
+    """The DHCP agent's `state_path`: `ns-metadata-proxy` in it has the configurations of its proxies."""
+
     @property
     def enabled(self) -> bool:
         """Whether any of them are served."""
-        return self.routers
+        return self.routers or self.dhcp
 
 
 class SourcesSettings(Section):

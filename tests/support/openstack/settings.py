@@ -28,6 +28,9 @@ dns_domain = lab.example.
 notify_nova_on_port_status_changes = false
 notify_nova_on_port_data_changes = false
 dhcp_agent_notification = {bool(broker)}
+# Agents get what a test gives them.
+network_auto_schedule = false
+router_auto_schedule = false
 # The one Open vSwitch agent is a row whose heartbeat lies in the future: it stays alive, so that ports bind.
 agent_down_time = 2147483
 use_stderr = true

@@ -4,7 +4,7 @@ It reports no instances: those behind a router or in a network are looked up by 
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar, Final
@@ -16,13 +16,15 @@ from imdsproxy.errors import HostRefused, Problem
 from imdsproxy.host.namespace_watch import NamespaceWatch
 from imdsproxy.host.namespaces import NamespaceDirectory
 from imdsproxy.sources.api import Publish, Reports
-from imdsproxy.sources.neutron_namespaces.records import network_of
+from imdsproxy.sources.neutron_namespaces.proxies import DhcpProxies
+from imdsproxy.sources.neutron_namespaces.records import router_network, router_of
 from imdsproxy.sources.settings import NeutronNamespacesSettings
 
 _AUDIT_S: Final = 60.0
 """How often the directory is read without an event."""
 
 _AGAIN_S: Final = 5.0
+_PROXIES: Final = "ns-metadata-proxy"
 
 
 async def _nothing(_: Collection[NamespaceRef]) -> None:
@@ -38,7 +40,7 @@ class NeutronNamespacesSource:
         directory: Where they are.
 
     Attributes:
-        prepare: Called with namespaces that have come, before their networks are reported.
+        prepare: Called with routers' namespaces that have come, before they are reported.
     """
 
     name: ClassVar = "neutron_namespaces"
@@ -57,45 +59,56 @@ class NeutronNamespacesSource:
         while True:
             try:
                 await self._follow(publish)
-            except HostRefused as error:
-                problem = Problem("sources.neutron_namespaces", error.message, error.hint)
+            except* HostRefused as refused:
+                problem = Problem("sources.neutron_namespaces", str(refused.exceptions[0]))
                 self._report(publish, Observation(), problem)
             await asyncio.sleep(_AGAIN_S)
 
     async def _follow(self, publish: Publish) -> None:
+        proxies = DhcpProxies(self.settings.state_path / _PROXIES, self.directory)
+        if self.settings.dhcp:
+            await proxies.read()
         with NamespaceWatch(self.directory) as watch:
-            # After a failure some may have gone unnoticed.
-            await self._take(publish, tuple(watch.current.values()), None)
+            await self._settle(publish, watch, proxies, watch.current.values())
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._audit(watch))
+                if self.settings.dhcp:
+                    group.create_task(self._follow_proxies(publish, watch, proxies))
                 async for changes in watch.scans():
                     come = [ref for ref, came in changes if came]
-                    await self._take(publish, come, [ref for ref, came in changes if not came])
+                    await self._settle(publish, watch, proxies, come)
 
     async def _audit(self, watch: NamespaceWatch) -> None:
         while True:
             await asyncio.sleep(_AUDIT_S)
             watch.look_again()
 
-    async def _take(
-        self, publish: Publish, come: Iterable[NamespaceRef], gone: Iterable[NamespaceRef] | None
+    async def _follow_proxies(
+        self, publish: Publish, watch: NamespaceWatch, proxies: DhcpProxies
     ) -> None:
-        """Report what has come, and what is gone: all the rest where that is not known."""
-        found = {ref: self._network_of(ref) for ref in come}
-        await self.prepare([ref for ref, network in found.items() if network is not None])
-        networks = {network.id: network for network in found.values() if network is not None}
-        lost = self._networks.values() if gone is None else map(self._network_of, gone)
-        removed = {network.id for network in lost if network is not None} - networks.keys()
-        changed = {key: one for key, one in networks.items() if self._networks.get(key) != one}
-        self._networks |= changed
-        for network_id in removed:
-            self._networks.pop(network_id, None)
-        self._report(
-            publish, Observation(networks=changed, networks_removed=tuple(sorted(removed)))
-        )
+        async for _ in proxies.changes():
+            await self._settle(publish, watch, proxies, ())
 
-    def _network_of(self, ref: NamespaceRef) -> Network | None:
-        return network_of(ref.name, routers=self.settings.routers)
+    async def _settle(
+        self,
+        publish: Publish,
+        watch: NamespaceWatch,
+        proxies: DhcpProxies,
+        come: Collection[NamespaceRef],
+    ) -> None:
+        if self.settings.routers:
+            await self.prepare([ref for ref in come if router_of(ref.name) is not None])
+        found: dict[NetworkId, Network] = {}
+        for name in watch.current:
+            network = proxies.networks.get(name)
+            if network is None and self.settings.routers:
+                network = router_network(name)
+            if network is not None:
+                found[network.id] = network
+        changed = {key: one for key, one in found.items() if self._networks.get(key) != one}
+        removed = tuple(sorted(self._networks.keys() - found.keys()))
+        self._networks = found
+        self._report(publish, Observation(networks=changed, networks_removed=removed))
 
     def _report(
         self, publish: Publish, changes: Observation, problem: Problem | None = None
