@@ -4,6 +4,7 @@ Names are symbolic links to a namespace that is there anyway; those of real moun
 `tests/integration/test_host_watch.py`.
 """
 
+import os
 import uuid
 from collections.abc import Collection
 from pathlib import Path
@@ -14,7 +15,8 @@ import pytest
 from imdsproxy.core.hoststate import NamespaceRef
 from imdsproxy.core.model import NamespaceListener, Network, NetworkId, Scope
 from imdsproxy.host.namespaces import NamespaceDirectory
-from imdsproxy.sources.neutron_namespaces.records import network_of
+from imdsproxy.sources.neutron_namespaces.proxies import DhcpProxies
+from imdsproxy.sources.neutron_namespaces.records import parse_proxy, router_network
 from imdsproxy.sources.neutron_namespaces.source import NeutronNamespacesSource
 from imdsproxy.sources.settings import NeutronNamespacesSettings
 from support.source_runs import Heard, running
@@ -36,15 +38,14 @@ _NAMESPACE: Final = "/proc/self/ns/net"
     ],
 )
 def test_other_namespaces_are_no_networks(name: str) -> None:
-    assert network_of(name, routers=True) is None
+    assert router_network(name) is None
 
 
 def test_a_routers_namespace_is_a_network_that_is_redirected() -> None:
     name = f"qrouter-{_ID}"
     listener = NamespaceListener(name, redirected=True)
     expected = Network(NetworkId(_ID), listener, scope=Scope.ROUTER)
-    assert network_of(name, routers=True) == expected
-    assert network_of(name, routers=False) is None
+    assert router_network(name) == expected
 
 
 async def test_namespaces_are_prepared_before_their_networks_are_reported(tmp_path: Path) -> None:
@@ -72,6 +73,85 @@ async def test_namespaces_are_prepared_before_their_networks_are_reported(tmp_pa
     async with running(NeutronNamespacesSource(settings, source.directory)) as heard:
         await heard.until(lambda one: one.inventory.in_sync)
         assert _networks(heard) == set(names[1:])
+
+
+def _proxy(what: str = "Network", *, bind: str = "169.254.169.254:80", pid_file: str = "/p") -> str:
+    """What an agent writes for its HAProxy."""
+    return (
+        f"global\n    pidfile     {pid_file}\n    daemon\n\nlisten listener\n    bind {bind}\n    \n"
+        f"    server metadata /s\n\n    http-request del-header X-Neutron-Router-ID\n"
+        f"    http-request set-header X-Neutron-{what}-ID {_ID}\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(_proxy("Router", bind="0.0.0.0:9697"), id="the L3 agent's"),
+        pytest.param(_proxy("Router", bind=":::9697"), id="of both families"),
+        pytest.param(_proxy().replace(_ID, "x"), id="no id"),
+        pytest.param(_proxy()[:20], id="half written"),
+        pytest.param("", id="empty"),
+    ],
+)
+def test_other_proxies_than_the_dhcp_agents_make_no_network(text: str) -> None:
+    assert parse_proxy(text) is None
+
+
+async def test_networks_are_those_for_which_the_agent_has_a_proxy(tmp_path: Path) -> None:
+    directory, names = tmp_path / "netns", [str(uuid.uuid4()) for _ in range(3)]
+    directory.mkdir()
+    for name in names:
+        (directory / f"qdhcp-{name}").symlink_to(_NAMESPACE)
+    settings = NeutronNamespacesSettings(dhcp=True, state_path=tmp_path)
+    async with running(NeutronNamespacesSource(settings, NamespaceDirectory(directory))) as heard:
+        await heard.until(lambda one: one.inventory.in_sync)
+        assert not heard.inventory.networks
+        # The agent makes it with its first proxy.
+        (tmp_path / "ns-metadata-proxy").mkdir()
+        for name in names[:2]:
+            file = tmp_path / "ns-metadata-proxy" / f"{name}.conf"
+            file.write_text(_proxy().replace(_ID, name))
+        await heard.until(lambda one: _networks(one) == set(names[:2]))
+        (directory / f"qdhcp-{names[0]}").unlink()
+        await heard.until(lambda one: _networks(one) == {names[1]})
+
+
+async def test_a_proxy_whose_agent_starts_again_counts_on_until_it_stays_away(
+    tmp_path: Path,
+) -> None:
+    now, file = 0.0, tmp_path / f"{_ID}.conf"
+    proxies = DhcpProxies(tmp_path, NamespaceDirectory(tmp_path), lambda: now)
+    file.write_text(_proxy())
+    assert await proxies.read()
+    assert set(proxies.networks) == {f"qdhcp-{_ID}"}
+    file.unlink()
+    assert not await proxies.read()
+    now = 59.0
+    file.write_text(_proxy())
+    assert not await proxies.read()
+    file.unlink()
+    assert not await proxies.read()
+    now = 119.5
+    assert await proxies.read()
+    assert not proxies.networks
+
+
+async def test_a_network_that_leads_from_a_router_to_metadata_has_the_routers_id(
+    tmp_path: Path,
+) -> None:
+    names, pid_file = tmp_path / "netns", tmp_path / "pid"
+    names.mkdir()
+    (names / f"qdhcp-{uuid.UUID(int=1)}").symlink_to(_NAMESPACE)
+    (tmp_path / f"{_ID}.conf").write_text(_proxy("Router", pid_file=str(pid_file)))
+    proxies = DhcpProxies(tmp_path, NamespaceDirectory(names))
+    # Only the process shows the namespace; it starts later.
+    assert not await proxies.read()
+    pid_file.write_text(f"{os.getpid()}\n")
+    assert await proxies.read()
+    (network,) = proxies.networks.values()
+    assert (network.id, network.scope) == (_ID, Scope.ROUTER)
+    assert network.listener == NamespaceListener(f"qdhcp-{uuid.UUID(int=1)}")
 
 
 def _networks(heard: Heard) -> set[str]:

@@ -7,7 +7,7 @@ that starts writes each file anew, hence one that goes counts for a while longer
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -32,6 +32,7 @@ class DhcpProxies:
     Args:
         directory: Of the configurations: `ns-metadata-proxy` in the agent's state path. It need not exist yet.
         namespaces: Where the agent's namespaces are.
+        monotonic: Seconds.
 
     Attributes:
         networks: By the name of the namespace.
@@ -39,6 +40,7 @@ class DhcpProxies:
 
     directory: Path
     namespaces: NamespaceDirectory
+    monotonic: Callable[[], float] = time.monotonic
     networks: dict[str, Network] = field(default_factory=dict)
     _gone: dict[str, float] = field(default_factory=dict)
     _unplaced: bool = False
@@ -69,7 +71,7 @@ class DhcpProxies:
                     await watch.changes(_AGAIN_S if self._unplaced or self._gone else _AUDIT_S)
 
     def _with_gone(self, found: Mapping[str, Network]) -> dict[str, Network]:
-        now, gone = time.monotonic(), self.networks.keys() - found.keys()
+        now, gone = self.monotonic(), self.networks.keys() - found.keys()
         until = {name: self._gone.get(name, now + _GRACE_S) for name in gone}
         self._gone = {name: end for name, end in until.items() if end > now}
         return {**{name: self.networks[name] for name in self._gone}, **found}
