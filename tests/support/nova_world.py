@@ -175,11 +175,15 @@ class _LocalGuest(Guest):
 
 
 @contextlib.contextmanager
-def open_nova_alone() -> Iterator[NovaGuests]:
-    """HAProxy alone in front of two Novas: what comes in chunks has no resolver to go to."""
+def open_nova_alone(response_s: float = RESPONSE_TIMEOUT_S) -> Iterator[NovaGuests]:
+    """HAProxy alone in front of two Novas: what comes in chunks has no resolver to go to.
+
+    Args:
+        response_s: As of `NovaTimes`.
+    """
     with ExitStack() as stack:
         recorders = [stack.enter_context(Recorder(secret=SECRET)) for _ in range(2)]
-        times = NovaTimes(response_s=RESPONSE_TIMEOUT_S, check="tcp", check_interval_s=0.2)
+        times = NovaTimes(response_s=response_s, check="tcp", check_interval_s=0.2)
         ports = [one.port for one in recorders]
         alone = stack.enter_context(open_alone(nova=True, novas=ports, times=times))
         guests: dict[str, Guest] = {}

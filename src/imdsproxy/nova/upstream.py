@@ -13,7 +13,7 @@ from typing import Final
 import structlog
 
 from imdsproxy.core.haproxy.model import NovaBackend, NovaServer, NovaTimes, NovaTls
-from imdsproxy.core.haproxy.nova import refused_counter, set_of_backend
+from imdsproxy.core.haproxy.nova import refused_counter, set_of_server
 from imdsproxy.core.haproxy.runtime import WorkerTotals, parse_count
 from imdsproxy.core.model import IpAddress
 from imdsproxy.core.nova import EndpointSet, NovaRouting, find_secret_fault
@@ -297,12 +297,12 @@ class NovaWatch:
         found: dict[tuple[str, str], NovaEndpointReport] = {}
         good: Counter[str] = Counter()
         for row in rows:
-            name = set_of_backend(row["pxname"])
+            endpoint = row["svname"]
+            name = set_of_server(row["pxname"], endpoint)
             if name is None or row["type"] != _SERVER:
                 continue
             good[name] += parse_count(row, "hrsp_2xx")
             # A set has a backend for each way in which its requests are looked at and sent again.
-            endpoint = row["svname"]
             found[name, endpoint] = _endpoint(name, row, found.get((name, endpoint)))
         self.endpoints = tuple(found.values())
         well = self._good.add(worker, good)

@@ -207,11 +207,13 @@ def test_each_endpoint_is_listed_once_with_all_its_backends_added_up(watch: Nova
             _row("nova.default.once.checked", requests=1),
             _row("nova.default.sampled", requests=2, failed=1),
             _row("nova.default.once", _TWO, "DOWN"),
+            _row("nova.default.again", requests=1),
+            _row("nova.default", "again-1", requests=1),
             _row("nova.default.hop.192.0.2.1:8775"),
         ],
     )
     assert watch.endpoints == (
-        NovaEndpointReport("default", _ONE, True, "", 15, 1),
+        NovaEndpointReport("default", _ONE, True, "", 16, 1),
         NovaEndpointReport("default", _TWO, False, "L4CON Connection refused", 0, 2),
     )
     assert watch.problems == ()

@@ -1,12 +1,13 @@
 """The upstream `nova` in HAProxy's rules: sections that send a signed request and nothing else.
 
 Of a guest's request Nova gets method, path, query, body and the allow-listed headers, each as it was, and four
-headers that we set out of the record. Two backends stand for each endpoint set: what may be asked twice is asked
-again when an endpoint fails; everything else is sent once, over a connection of its own, since a kept one may
-close just then and there is no way to know whether it had arrived.
+headers that we set out of the record. Two backends stand for each endpoint set: what may be asked twice shares
+connections, and is asked again when an endpoint fails, by a loopback through HAProxy itself (ADR 53); everything else
+is sent once, over a connection of its own, since a shared one may close just then and there is no way to know whether
+it had arrived.
 
-Endpoints of one set that have different secrets, as while these are replaced, are reached by a loopback through
-HAProxy itself: which signature is right depends on the endpoint, and rules run before one is chosen.
+Endpoints of one set that have different secrets, as while these are replaced, are reached by another
+loopback: which signature is right depends on the endpoint, and rules run before one is chosen.
 """
 
 import hashlib
@@ -22,6 +23,8 @@ _LOOPBACK_SOCKET: Final = re.compile(r"\bhop-[0-9a-f]{16}\.sock\b")
 _BLOCKS: Final = text.blocks_of(text.read_template("nova"))
 # Now: by the time that a set is given its next secret, an upgrade may have put another one there.
 _LOOPBACK: Final = text.read_template("nova_loopback")
+_AGAIN: Final = text.read_template("nova_again")
+_AGAIN_SERVERS: Final = ("again-1", "again-2")
 _SIGNATURE: Final = 64
 """Characters of a signature."""
 
@@ -47,19 +50,19 @@ def longest_s(times: model.NovaTimes) -> float:
     return (_RETRIES + 1) * times.connect_s + times.response_s + _BEYOND_LOOPBACK_S
 
 
-def set_of_backend(backend: str) -> str | None:
-    """The endpoint set that a backend of HAProxy's counters stands for; `None` for any other proxy."""
+def set_of_server(backend: str, server: str) -> str | None:
+    """The endpoint set that a server of HAProxy's counters is an endpoint of; `None` for any other server."""
     nova, _, name = backend.partition(".")
-    for ending in (model.SAMPLED, model.CHECKED, ".once"):
+    for ending in (model.SAMPLED, model.CHECKED, ".once", ".again"):
         name = name.removesuffix(ending)
-    return name if nova == "nova" and "." not in name else None
+    return name if nova == "nova" and "." not in name and server not in _AGAIN_SERVERS else None
 
 
 def names_of_nova(spec: model.DataplaneSpec) -> dict[str, text.Value]:
     """What `use_nova` names, and the counters for `global`: they begin at 0, so they can be read before a count."""
     names = [_names(backend, spec.nova_times) for backend in spec.nova]
     return {
-        "nova_counters": text.Block("set-var <refused> int(0)", names),
+        "nova_counters": text.Block("set-var <refused> int(0)\nset-var <turn> int(0)", names),
         "use_for_reads": replace(_BLOCKS["use_for_reads"], rows=names),
         "use_for_others": replace(_BLOCKS["use_for_others"], rows=names),
     }
@@ -75,6 +78,15 @@ def nova_backends(spec: model.DataplaneSpec, values: dict[str, text.Value]) -> I
         named = values | _names(backend, spec.nova_times)
         mixed = len({server.slot for server in backend.servers}) > 1
         servers = [_server_names(spec, backend.name, one) for one in backend.servers]
+        turns: list[dict[str, text.Value]] = [
+            {"name": one.name, "number": number} for number, one in enumerate(backend.servers)
+        ]
+        named |= {
+            **_socket_names(spec, f"{backend.name} again", "again_"),
+            "again": replace(_BLOCKS["again"], rows=[{"name": one} for one in _AGAIN_SERVERS]),
+            "in_turn": replace(_BLOCKS["in_turn"], rows=turns[:-1]),
+            "any_endpoint": replace(_BLOCKS["any_endpoint"], rows=turns[-1:] + turns[:-1]),
+        }
         for kind, once in kinds:
             checking = not (once or kind or mixed)
             own: dict[str, text.Value] = {
@@ -84,12 +96,19 @@ def nova_backends(spec: model.DataplaneSpec, values: dict[str, text.Value]) -> I
                 "sampled": kind == model.SAMPLED,
                 "kind": text.Text(f"{'.once' if once else ''}{kind}"),
                 "once": once,
+                "backup": text.Text("" if once else "backup"),
                 "next": not mixed and bool(backend.servers and backend.servers[0].slot),
                 "server_ms": named["loopback_ms" if mixed else "server_ms"],
                 "http_check": checking and by_http,
                 "servers": replace(_BLOCKS["servers"], rows=servers),
             }
             yield from text.fill_sections(text.read_template("nova"), named | own)
+        own = {"mixed": mixed, "checking": False, "backup": text.Text("")}
+        own |= {
+            "server_ms": named["loopback_ms" if mixed else "server_ms"],
+            "servers": replace(_BLOCKS["servers"], rows=servers),
+        }
+        yield from text.fill_sections(_AGAIN, named | own)
         # One that is not used is there for workers that still have the configuration before: the sockets are the same.
         for server in servers if mixed or backend.loopback else ():
             own = {**server, "http_check": mixed and by_http}
@@ -110,6 +129,10 @@ def _names(backend: model.NovaBackend, times: model.NovaTimes) -> dict[str, text
         "rest": text.Text(f"var(txn.record),bytes({begin + _SIGNATURE + 1})"),
         "host": backend.host,
         "refused": refused_counter(backend.name),
+        "turn": f"proc.nova_turn_{backend.name.replace('-', '_')}"
+        if len(backend.servers) > 1
+        else None,
+        "endpoints": len(backend.servers),
         "tls": _BLOCKS["tls"] if backend.tls else text.Text(""),
         "check_sni": text.option("check-sni", tls.name if backend.tls and checked else None),
         "checks": _BLOCKS["checks"] if checked else text.Text(""),
@@ -135,17 +158,26 @@ def _server_names(
     spec: model.DataplaneSpec, backend: str, server: model.NovaServer
 ) -> dict[str, text.Value]:
     checked = spec.nova_times.check != "off"
-    # HAProxy takes paths of 97 characters, and set and address alone may have 65.
-    digest = hashlib.sha256(f"{backend} {server.name}".encode()).hexdigest()[:16]
     loopback = f"nova.{backend}.hop.{server.name}"
-    jail = spec.paths.named["jail"]
     return {
         "name": server.name,
         "authority": server.authority,
         "next": bool(server.slot),
         "loopback_name": loopback,
-        "socket": f"unix@{jail}/hop-{digest}.sock",
-        "inside": f"unix@{'' if spec.paths.chroot else jail}/hop-{digest}.sock",
+        **_socket_names(spec, f"{backend} {server.name}"),
         "track_loopback": text.option("track", f"{loopback}/{server.name}" if checked else None),
         "track_first": text.option("track", f"nova.{backend}/{server.name}" if checked else None),
+    }
+
+
+def _socket_names(
+    spec: model.DataplaneSpec, purpose: str, prefix: str = ""
+) -> dict[str, text.Value]:
+    """A socket of HAProxy to itself: where it is bound, and where the worker finds it."""
+    # HAProxy takes paths of 97 characters, and set and address alone may have 65.
+    name = f"hop-{hashlib.sha256(purpose.encode()).hexdigest()[:16]}.sock"
+    jail = spec.paths.named["jail"]
+    return {
+        f"{prefix}socket": f"unix@{jail}/{name}",
+        f"{prefix}inside": f"unix@{'' if spec.paths.chroot else jail}/{name}",
     }
