@@ -87,10 +87,10 @@ class OvsdbClient:
                 self._socket.sendall(json.dumps(answer).encode())
             elif message.get("id") == self._number:
                 break
-        results: list[Mapping[str, Any]] = message["result"] or []
+        results: list[Mapping[str, Any]] = message.get("result") or []
         refused = [one for one in results if one and one.get("error")]
-        if message["error"] or refused:
-            raise RuntimeError(message["error"] or refused)
+        if message.get("error") or refused:
+            raise RuntimeError(message.get("error") or refused)
         return results
 
     def _read(self) -> dict[str, Any]:
@@ -170,12 +170,12 @@ class OvsdbServer:
         self.path.unlink(missing_ok=True)
         self.process = subprocess.Popen(
             [
-                *(*self.within, "/usr/sbin/ovsdb-server", str(self.file)),
+                *(*self.within, "/usr/sbin/ovsdb-server", "-vconsole:off", "-vsyslog:off"),
+                str(self.file),
                 f"--remote=p{self.remote}",
                 *(f"--remote={one}" for one in self.remotes),
                 f"--unixctl={self.directory / self.name}.ctl",
                 f"--log-file={self.directory / self.name}.log",
-                *("-vconsole:off", "-vsyslog:off"),
                 *self.options,
             ],
             stdin=subprocess.DEVNULL,
@@ -358,11 +358,11 @@ class Southbound:
                         "table": "Datapath_Binding",
                         "uuid-name": f"d{one.number}",
                         "row": {
-                            "tunnel_key": one.number + 1,
+                            "tunnel_key": len(self.datapaths) + number,
                             "external_ids": _map({"name": f"neutron-{one.id}"}),
                         },
                     }
-                    for one in some
+                    for number, one in enumerate(some, 1)
                 ),
                 *(
                     {

@@ -20,7 +20,7 @@ from bench.southbound import (
 )
 from support.daemon import Daemon
 from support.guest import IPV4, Guest, Lost
-from support.lab import Lab, batch, until, within
+from support.lab import Lab, batch, ip, until, within
 from support.nova_world import SECRET
 from support.reaper import reap, reap_at_the_end
 from support.recorder import Recorder, signature_of
@@ -71,6 +71,26 @@ class SouthboundWorld:
     def rows_of(self, server: OvsdbServer) -> Southbound:
         """Who writes into a server that runs."""
         return Southbound(self._stack.enter_context(contextlib.closing(server.client())))
+
+    def reopen(self, server: OvsdbServer) -> None:
+        """Write on into a server that was started again with its rows."""
+        self.rows.client = self._stack.enter_context(contextlib.closing(server.client()))
+
+    def name_southbound(self, remote: str) -> None:
+        """Have Open vSwitch's database name another Southbound database, as `ovs-vsctl set` does."""
+        mutations = [
+            ["external_ids", "delete", ["set", ["ovn-remote"]]],
+            ["external_ids", "insert", ["map", [["ovn-remote", remote]]]],
+        ]
+        change = {"op": "mutate", "table": "Open_vSwitch", "where": [], "mutations": mutations}
+        with contextlib.closing(self.vswitch.client()) as client:
+            client.transact("Open_vSwitch", change)
+
+    def spare_address(self, port: SbPort) -> str:
+        """Have a port's guest own an address that no port has."""
+        address = f"10.0.99.{port.number}"
+        ip("-n", self.guests[port].namespace, "address", "replace", f"{address}/16", "dev", "eth0")
+        return address
 
     def network(self, number: int) -> SbNetwork:
         return SbNetwork(number, self.lab.token)

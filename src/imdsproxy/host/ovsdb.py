@@ -6,6 +6,7 @@ python-ovs has an event loop of its own and no descriptor to wait for from outsi
 import asyncio
 import contextlib
 import os
+import ssl
 import threading
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
@@ -62,6 +63,19 @@ class Tls:
     private_key: Path
     certificate: Path
     ca: Path
+
+
+def check_tls(tls: Tls) -> None:
+    """Read the files.
+
+    Raises:
+        OSError: One cannot be read, or they do not fit each other.
+    """
+    for file in (tls.private_key, tls.certificate, tls.ca):
+        file.read_bytes()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(tls.ca)
+    context.load_cert_chain(tls.certificate, tls.private_key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +200,7 @@ class Ovsdb(Generic[View]):
         self._spread(idl)
         try:
             while not self._ended:
-                failed = _step(idl)
+                failed = self._step(idl, connected=was_connected)
                 changed = idl.change_seqno != seen
                 if changed:
                     seen = idl.change_seqno
@@ -216,6 +230,17 @@ class Ovsdb(Generic[View]):
             idl.close()
             os.close(wake)
             self._abandon(running)
+
+    def _step(self, idl: _Idl, *, connected: bool) -> str | None:
+        """Let python-ovs work; why it cannot."""
+        try:
+            if self.tls is not None and not connected:
+                # It would end, and leave a socket, at what it cannot read.
+                check_tls(self.tls)
+            idl.run()
+        except OSError as error:
+            return str(error)
+        return None
 
     def _wait(
         self, wake: int, idl: _Idl | None, running: Iterable[_Waiting], longest_s: float
@@ -314,15 +339,6 @@ class Ovsdb(Generic[View]):
             new, self._changes = self._changes, []
         for done in (*(one.done for one in running), *(done for _, done in new)):
             done.set_exception(error)
-
-
-def _step(idl: _Idl) -> str | None:
-    """Let python-ovs work; what it cannot do, as read the files for TLS."""
-    try:
-        idl.run()
-    except OSError as error:
-        return str(error)
-    return None
 
 
 def _is_settled(idl: _Idl) -> bool:

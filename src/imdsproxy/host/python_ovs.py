@@ -27,7 +27,7 @@ def import_library() -> Library:
         "apt install python3-openvswitch, or pip install 'imdsproxy[ovn]'",
     ):
         library = importlib.import_module("ovs")
-        for name in ("db.idl", "poller", "stream", "vlog"):
+        for name in ("db.idl", "poller", "reconnect", "stream", "vlog"):
             importlib.import_module(f"ovs.{name}")
     library.poller.SelectPoll = _Poll
     # What it has to say is in `Reading.lost`; else it writes to standard error.

@@ -1,6 +1,7 @@
 """The source `ovn`: ports bound to this host, by events of OVN's Southbound database."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -83,7 +84,8 @@ class OvnSource:
     _southbound: Ovsdb[SouthboundView] | None = None
     _chassis_changed: float | None = None
     _keeps_absent: bool = False
-    _timer: asyncio.TimerHandle | None = None
+    _due: float | None = None
+    _rescheduled: asyncio.Event = field(default_factory=asyncio.Event)
     _reports: Reports = field(default_factory=partial(Reports, name, defers=True))
     _failures: dict[str, str | None] = field(default_factory=dict)
     _complete: bool = False
@@ -98,6 +100,7 @@ class OvnSource:
         at: tuple[str, str, frozenset[str]] | None = None
         self._vswitch = database = Ovsdb(self.settings.open_vswitch, _OPEN_VSWITCH, read_chassis)
         async with asyncio.TaskGroup() as group, aclosing(database.follow()) as readings:
+            group.create_task(self._watch_deadlines(publish))
             async for reading in readings:
                 self._failures["open_vswitch"] = reading.lost
                 if reading.view is not None:
@@ -163,8 +166,6 @@ class OvnSource:
                     self._take(publish, reading.view)
             finally:
                 self._southbound = None
-                if self._timer is not None:
-                    self._timer.cancel()
 
     def _take(self, publish: Publish, view: SouthboundView | None) -> None:
         before, changes = self.view, Observation()
@@ -172,10 +173,10 @@ class OvnSource:
             self.view, self._complete = view, True
             if view.chassis != before.chassis if before is not None else view.chassis is None:
                 self._chassis_changed = asyncio.get_running_loop().time()
-            changes = self._update(publish, view)
+            changes = self._update(view)
         self._report(publish, changes)
 
-    def _update(self, publish: Publish, view: SouthboundView) -> Observation:
+    def _update(self, view: SouthboundView) -> Observation:
         loop, grace_s = asyncio.get_running_loop(), self.settings.grace_s
         absent_s = grace_s if view.chassis is None else min(_CLAIM_S, grace_s)
         since = None if self._chassis_changed is None else loop.time() - self._chassis_changed
@@ -187,19 +188,25 @@ class OvnSource:
             else None
         )
         keep_unclaimed = since is not None and since < grace_s
-        if self._timer is not None:
-            self._timer.cancel()
         ends = [end for end in (absent_s, grace_s) if since is not None and since < end]
+        self._due = None
         if self._chassis_changed is not None and ends:
-            at = self._chassis_changed + min(ends)
-            self._timer = loop.call_at(at, lambda: self._again(publish))
+            self._due = self._chassis_changed + min(ends)
+            self._rescheduled.set()
         return self.known.update(
             view, keep_absent=self._keeps_absent, keep_unclaimed=keep_unclaimed
         )
 
-    def _again(self, publish: Publish) -> None:
-        if self.view is not None:
-            self._report(publish, self._update(publish, self.view))
+    async def _watch_deadlines(self, publish: Publish) -> None:
+        """Look again when ports need not be kept any longer."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(self._due):
+                    await self._rescheduled.wait()
+            self._rescheduled.clear()
+            is_due = self._due is not None and asyncio.get_running_loop().time() >= self._due
+            if is_due and self.view is not None:
+                self._report(publish, self._update(self.view))
 
     @property
     def settled(self) -> bool:
