@@ -129,15 +129,32 @@ class NeutronHost:
             port: Of the table.
             via: Where its route to 169.254.169.254 leads; none by default.
         """
-        name = f"vm-{port.id[:8]}"
+        return self.plug(port.id, port.network_id, port.plan.mac, port.plan.addresses, via=via)
+
+    def plug(
+        self,
+        port: str,
+        network: str,
+        mac: str,
+        addresses: tuple[str, ...],
+        *,
+        via: str | None = None,
+    ) -> Guest:
+        """Plug a machine in.
+
+        Args:
+            port: What its names are made of.
+            network: Its network's id.
+            via: As for `guest`.
+        """
+        name = f"vm-{port[:8]}"
         namespace = self.lab.namespace(name)
-        device = f"vm{port.id[:11]}"
+        device = f"vm{port[:11]}"
         ip(
             *("-n", self.lab.host, "link", "add", device, "type", "veth"),
-            *("peer", "name", "eth0", "address", port.plan.mac, "netns", namespace),
+            *("peer", "name", "eth0", "address", mac, "netns", namespace),
         )
         ip("-n", self.lab.host, "link", "set", device, "up")
-        addresses = port.plan.addresses
         batch(
             namespace,
             [
@@ -153,9 +170,9 @@ class NeutronHost:
         )
         # A datapath in user space has no network card that fills in checksums.
         run(*within(namespace), "ethtool", "-K", "eth0", "tx", "off")
-        words = _tagged(device, self._tag(port.network_id))
+        words = _tagged(device, self._tag(network))
         self._vs("add-port", "br-int", device, "--", *words)
-        return Guest(name, namespace, port.network_id, port.plan.mac, addresses)
+        return Guest(name, namespace, network, mac, addresses)
 
     def port(self, network: str, address: str) -> Port:
         """The port of the table with an address in a network."""

@@ -1,0 +1,184 @@
+"""Routers of the genuine neutron-l3-agent, which neither redirects nor starts a proxy, are served by imdsproxy."""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import pytest
+
+from support.daemon import Daemon
+from support.guest import IPV4, IPV6, Guest, Lost
+from support.l3_routers import (
+    MadeRouter,
+    activate_ha,
+    addresses,
+    entrust,
+    made_router,
+    plug_outside,
+    solicit,
+    watch_making,
+)
+from support.lab import ip, until
+from support.neutron_agents import NeutronHost, open_agents
+from support.routers import sniffing
+
+pytestmark = pytest.mark.root
+
+_GUESTS = {
+    "blue": ("net-blue", "10.0.0.5", "10.0.0.1"),
+    "blue2": ("net-blue2", "10.0.1.6", "10.0.1.1"),
+    "red": ("net-red", "10.0.0.5", "10.0.0.1"),
+}
+
+
+@dataclass(slots=True)
+class L3World:
+    """Two routers with equal addresses behind them, and a guest in each of their networks.
+
+    Attributes:
+        outside: The namespace of a machine on the external network.
+    """
+
+    host: NeutronHost
+    daemon: Daemon
+    outside: str
+    guests: dict[str, Guest] = field(default_factory=dict)
+    instances: dict[str, str] = field(default_factory=dict)
+
+    def wait_own(self, name: str, *, to: str = IPV4) -> None:
+        """Wait until a guest is asked for as itself; ports that the agent plugs meanwhile get their tags."""
+        own = self.instances[name]
+        until(lambda: self._asks_as(name, to) == own, what=f"{name} is itself", within_s=30)
+
+    def _asks_as(self, name: str, to: str) -> str:
+        self.host.wire()
+        return asks_as(self.guests[name], to=to)
+
+
+def asks_as(guest: Guest, *, to: str = IPV4) -> str:
+    """The instance that Nova takes a guest for; what happens where it is none."""
+    try:
+        reply = guest.ask("/openstack/latest/meta_data.json", to=to, timeout_s=2)
+    except Lost as lost:
+        return str(lost)
+    return str(json.loads(reply.body)["uuid"]) if reply.status == 200 else str(reply.status)
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[L3World]:
+    with ExitStack() as stack:
+        # This mode is for routers of every kind.
+        options = {"enable_metadata_proxy": "false", "agent_mode": "dvr_snat"}
+        host = stack.enter_context(open_agents("l3", **options))
+        daemon = Daemon(host.lab)
+        stack.callback(daemon.close)
+        daemon.configure(host.settings({"routers": True}))
+        daemon.start()
+        world = L3World(host, daemon, plug_outside(host))
+        for router in ("r-blue", "r-red"):
+            host.give("l3", router)
+        for name, (network, address, gateway) in _GUESTS.items():
+            port = host.port(network, address)
+            world.guests[name] = host.guest(port, via=gateway)
+            world.instances[name] = port.device_id
+        for name in _GUESTS:
+            world.wait_own(name)
+        yield world
+
+
+@pytest.mark.parametrize("name", _GUESTS)
+def test_guests_behind_routers_of_the_agent_are_themselves(world: L3World, name: str) -> None:
+    assert asks_as(world.guests[name]) == world.instances[name]
+
+
+def test_a_guest_is_served_over_ipv6_by_the_route_that_the_router_announces(
+    world: L3World,
+) -> None:
+    rest, network = world.host.openstack.rest, world.host.network("net-blue")
+    (subnet,) = (
+        one["id"]
+        for one in rest.list("subnet")
+        if (one["network_id"], one["ip_version"]) == (network, 6)
+    )
+    way = f"/routers/{world.host.router('r-blue')}"
+    rest.send("PUT", f"{way}/add_router_interface", {"subnet_id": subnet})
+    guest, own = world.guests["blue"], world.instances["blue"]
+
+    def is_itself() -> bool:
+        world.host.wire()
+        solicit(guest)
+        return asks_as(guest, to=IPV6) == own
+
+    try:
+        until(is_itself, what="the guest is itself", within_s=40)
+        assert "fe80::a9fe:a9fe via fe80::" in ip("-n", guest.namespace, "-6", "route")
+    finally:
+        rest.send("PUT", f"{way}/remove_router_interface", {"subnet_id": subnet})
+
+
+@pytest.mark.parametrize("kind", ["plain", "distributed"])
+def test_no_request_leaves_a_router_from_its_first_moment_on(world: L3World, kind: str) -> None:
+    table = f"{world.host.lab.prefix}-guard"
+    options = {"distributed": True} if kind == "distributed" else {}
+    with (
+        made_router(world.host, kind, **options) as router,
+        sniffing(world.outside) as seen,
+        _asking(router.guest),
+    ):
+        entrust(world.host, router)
+        moments = watch_making(router.namespace, table)
+        assert 0 < moments.guarded < moments.device, moments
+        _wait_served(world, router)
+        assert seen == []
+
+
+@pytest.mark.slow
+def test_a_router_is_served_when_it_becomes_the_primary_and_again_after_it_was_a_backup(
+    world: L3World,
+) -> None:
+    with made_router(world.host, "ha", ha=True) as router, sniffing(world.outside) as seen:
+        entrust(world.host, router)
+        until(lambda: "ha-" in addresses(router.namespace), what="its namespace", within_s=30)
+        activate_ha(world.host, router)
+        device = next(
+            line.split()[0]
+            for line in addresses(router.namespace).splitlines()
+            if line.startswith("ha-")
+        )
+        _wait_served(world, router)
+        # keepalived takes the addresses away, as where another node is the primary.
+        ip("-n", router.namespace, "link", "set", device, "down")
+        until(lambda: "10.0.0.1" not in addresses(router.namespace), what="a backup")
+        assert not router.guest.reaches()
+        ip("-n", router.namespace, "link", "set", device, "up")
+        _wait_served(world, router)
+        assert seen == []
+
+
+def _wait_served(world: L3World, router: MadeRouter) -> None:
+    def is_served() -> bool:
+        world.host.wire()
+        return asks_as(router.guest) == router.instance
+
+    until(is_served, what=f"{router.namespace} is served", within_s=40)
+
+
+class _asking:  # noqa: N801 - a block that is read as a word
+    """Asks all the time, on a new connection each time, from before there is a router."""
+
+    def __init__(self, guest: Guest) -> None:
+        self._guest, self._done = guest, threading.Event()
+        self._thread = threading.Thread(target=self._ask)
+
+    def _ask(self) -> None:
+        while not self._done.is_set():
+            self._guest.reaches(timeout_s=0.02)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
