@@ -46,6 +46,7 @@ from imdsproxy.listeners.apply import apply_links
 from imdsproxy.listeners.host import SystemHost
 from imdsproxy.neutron_namespaces.routers import Routers
 from imdsproxy.nova.upstream import NovaUpstream
+from imdsproxy.ovn.sweep import sweep_places
 from imdsproxy.unix_listener.listener import sweep_unix_socket
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ async def _live(
         # After HAProxy: while that runs, a request may be on its way on each connection that it keeps.
         resolving.cancel()
         if controller.with_data_plane:
-            await sweep_host(controller.host, controller.tables)
+            await sweep_host(settings, controller.host, controller.tables)
             sweep_unix_socket(layout.config, SocketFiles().observe)
 
 
@@ -378,11 +379,14 @@ def run(
         raise first from group
 
 
-async def sweep_host(host: SystemHost, tables: Iterable[MacFilters | HopLimits | Routers]) -> None:
+async def sweep_host(
+    settings: Settings, host: SystemHost, tables: Iterable[MacFilters | HopLimits | Routers]
+) -> None:
     """Remove every MAC filter, rule, namespace, link and address of ours, once they are no longer needed.
 
     Raises:
         DataplaneError: The host refuses.
+        SourceUnavailable: Open vSwitch's database refuses.
     """
     for one in tables:
         await one.close_all()
@@ -391,6 +395,8 @@ async def sweep_host(host: SystemHost, tables: Iterable[MacFilters | HopLimits |
     apply_links(host.links, {})
     if left.problems:
         raise HostRefused("not everything of ours could be taken away", problems=left.problems)
+    if settings.sources.ovn.enabled:
+        await sweep_places(settings.sources.ovn.open_vswitch, host.thread, host.naming)
 
 
 async def stop_data_plane(settings: Settings, environment: Mapping[str, str]) -> None:
@@ -398,6 +404,7 @@ async def stop_data_plane(settings: Settings, environment: Mapping[str, str]) ->
 
     Raises:
         DataplaneError: A process does not end, or the host refuses.
+        SourceUnavailable: Open vSwitch's database refuses.
     """
     layout = Layout.of(settings)
     host = build.build_host(settings, layout)
@@ -406,7 +413,7 @@ async def stop_data_plane(settings: Settings, environment: Mapping[str, str]) ->
         await Launcher(settings.haproxy.binary, build.unit_of(settings.haproxy), layout).stop()
         await companion.stop()
         filters = build.build_filters(layout, host, Inventory(), Clock())
-        await sweep_host(host, (*filters, build.build_routers(settings, host)))
+        await sweep_host(settings, host, (*filters, build.build_routers(settings, host)))
     finally:
         host.thread.close()
     sockets = (layout.master_socket, layout.probe_socket, layout.resolver_socket)

@@ -26,6 +26,7 @@ _CONTEXT.set_forkserver_preload(
         "imdsproxy.admin_client",
         "imdsproxy.start",
         "imdsproxy.admin.api",
+        "ovs.db.idl",
         __name__,
     ]
 )

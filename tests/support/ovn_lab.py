@@ -13,7 +13,8 @@ import signal
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from ipaddress import IPv4Interface
 from pathlib import Path
 from typing import Final
 
@@ -86,6 +87,7 @@ class OvnLab:
     bridge: str = "br-int"
     chassis: str = CHASSIS
     _made: int = 0
+    _together: list[str] | None = None
 
     def __post_init__(self) -> None:
         reap_at_the_end(directory=self.directory)
@@ -201,6 +203,9 @@ class OvnLab:
         return {f"{who}_{name}": str(self.directory) for who in ("OVS", "OVN") for name in names}
 
     def _nb(self, *words: str) -> str:
+        if self._together is not None:
+            self._together += ["--", *words]
+            return ""
         return run("ovn-nbctl", f"--db={self.remote('nb')}", "--timeout=60", *words)
 
     def _sb(self, *words: str) -> str:
@@ -208,6 +213,23 @@ class OvnLab:
 
     def _vs(self, *words: str) -> str:
         return run("ovs-vsctl", f"--db={self.open_vswitch}", "--timeout=60", *words)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Write all that the block writes into the northbound database at its end, in one transaction."""
+        self._together = []
+        yield
+        words, self._together = self._together[1:], None
+        self._nb(*words)
+
+    def bind_without_guests(self, *names: str) -> None:
+        """Plug in devices for ports that have no guests."""
+        words: list[str] = []
+        for port in (self.ports[name] for name in names):
+            words += ["--", "add-port", self.bridge, port.device]
+            ids = f"external_ids:iface-id={port.id}"
+            words += ["--", "set", "Interface", port.device, "type=internal", ids]
+        self._vs(*words[1:])
 
     def sync(self) -> None:
         """Wait until the hypervisor has what the northbound database has, with ovn-controller as its unit has it."""
@@ -257,16 +279,31 @@ class OvnLab:
     def remove_metadata_port(self, network: OvnNetwork) -> None:
         self._nb("--wait=sb", "lsp-del", network.metadata_port)
 
+    def renew_metadata_port(self, name: str) -> OvnNetwork:
+        """Make a network's metadata port again, with another id and MAC."""
+        before = self.networks[name]
+        self.networks[name] = network = replace(
+            before,
+            metadata_port=str(uuid.uuid4()),
+            metadata_mac=before.metadata_mac.replace("fa:16:3e:00", "fa:16:3e:0a"),
+        )
+        self.add_metadata_port(network)
+        return network
+
     def change_metadata_port(self, network: OvnNetwork, **values: str) -> None:
         """Write other `neutron:` values of a network's metadata port."""
         self._nb("--wait=sb", "set", *_ids(network.metadata_port, values)[2:])
 
-    def remove_network(self, name: str) -> None:
-        """Have a network gone, and its ports and their guests with it."""
-        network = self.networks[name]
-        for port in [one.name for one in self.ports.values() if one.network == network]:
-            self._unplug(self.ports.pop(port))
-        self._nb("--wait=sb", "ls-del", network.switch)
+    def remove_networks(self, *names: str) -> None:
+        """Have networks gone, and their ports and guests with them."""
+        ids = {self.networks[name].id for name in names}
+        ports = [one for one in self.ports.values() if one.network.id in ids]
+        self._unplug(*ports)
+        for port in ports:
+            del self.ports[port.name]
+        with self.together():
+            for name in names:
+                self._nb("ls-del", self.networks[name].switch)
 
     def add_port(
         self,
@@ -322,6 +359,53 @@ class OvnLab:
         port, wanted = self.ports[name].id, ",".join(chassis)
         self._nb("--wait=sb", "lsp-set-options", port, f"requested-chassis={wanted}")
 
+    def claim(self, name: str) -> None:
+        """Bind a port to the other chassis."""
+        self._nb("--wait=sb", "sync")
+        self._sb("lsp-bind", self.ports[name].id, OTHER)
+
+    def is_claimed(self, name: str) -> bool:
+        """Whether a port is bound to the other chassis."""
+        found = self._sb("--bare", "--columns=_uuid", "find", "Chassis", f"name={OTHER}")
+        port = f"logical_port={self.ports[name].id}"
+        return self._sb("--bare", "--columns=chassis", "find", "Port_Binding", port) == found
+
+    def delete_chassis(self) -> None:
+        """Have this chassis's rows deleted; ovn-controller makes them again."""
+        self._sb("chassis-del", self.chassis)
+        self._sb("--if-exists", "destroy", "Chassis_Private", self.chassis)
+        self.sync()
+
+    def rename_chassis(self, name: str) -> None:
+        """Give this chassis another name, while ovn-controller does not run; its host name stays."""
+        self.chassis = name
+        self.set_up("system-id", name)
+
+    def use_bridge(self, name: str) -> None:
+        """Have a bridge, and the guests on it in place of the integration bridge before."""
+        self.add_bridge(name)
+        before, self.bridge = self.bridge, name
+        for port in self.ports.values():
+            if port.device in self.ports_of_bridge(before):
+                self._vs("del-port", port.device)
+                self.bind(port.name)
+
+    def ports_of_bridge(self, name: str) -> Sequence[str]:
+        return self._vs("list-ports", name).split()
+
+    @contextlib.contextmanager
+    def interface_in_another_port(self, device: str) -> Iterator[None]:
+        """Have Open vSwitch refuse a port for a device: its interface belongs to another port."""
+        self._vs(
+            *("--id=@i", "create", "Interface", f"name={device}", "--"),
+            *("--id=@p", "create", "Port", "name=imdst-bond", "interfaces=@i", "--"),
+            *("add", "Bridge", self.bridge, "ports", "@p"),
+        )
+        try:
+            yield
+        finally:
+            self._vs("del-port", "imdst-bond")
+
     def be_external(self, name: str) -> None:
         """Have a port be one that Open vSwitch does not see, as an SR-IOV port: its guest is behind a bridge `br-phys`.
 
@@ -354,10 +438,13 @@ class OvnLab:
         self._nb("--wait=sb", "lsp-del", port.id)
         self._unplug(port)
 
-    def _unplug(self, port: OvnPort) -> None:
-        self._vs("--if-exists", "del-port", port.device)
-        if (NETNS / self.lab.name(f"vm-{port.name}")).exists():
-            self.lab.delete_namespace(f"vm-{port.name}")
+    def _unplug(self, *ports: OvnPort) -> None:
+        words = [word for one in ports for word in ("--", "--if-exists", "del-port", one.device)]
+        if words:
+            self._vs(*words[1:])
+        for name in (self.lab.name(f"vm-{one.name}") for one in ports):
+            if (NETNS / name).exists():
+                ip("netns", "del", name)
 
     def guest(self, name: str, *, bridge: str = "") -> Guest:
         """Plug a port's guest in.
@@ -376,7 +463,8 @@ class OvnLab:
             "link set eth0 up",
             *(f"address add {one} dev eth0 {_nodad(one)}" for one in port.cidrs),
         ]
-        ways = [one.partition("/")[0] for one in port.network.cidrs if ":" not in one]
+        # A subnet's address of the metadata port is its second one.
+        ways = [IPv4Interface(one).network[2] for one in port.cidrs if ":" not in one]
         batch(namespace, lines + [f"route add 169.254.169.254/32 via {way}" for way in ways[:1]])
         # A datapath in user space has no network card that fills in checksums.
         run(*within(namespace), "ethtool", "-K", "eth0", "tx", "off")
@@ -408,9 +496,42 @@ class OvnLab:
             found[name] = ids.partition("iface-id=")[2].split(" ")[0]
         return found
 
+    def interface_ids(self, device: str) -> str:
+        """The `external_ids` of an interface."""
+        return self._vs("get", "Interface", device, "external_ids")
+
+    def provision_as_agent(self, network: OvnNetwork) -> None:
+        """Make what Neutron's agent makes, in its order (neutron/agent/ovn/metadata/agent.py, `provision_datapath`)."""
+        outer, inner = network.devices
+        host, namespace = self.lab.host, network.namespace
+        ip("netns", "add", namespace)
+        ip("-n", namespace, "link", "set", "lo", "up")
+        ip(
+            *("-n", host, "link", "add", outer, "type", "veth"),
+            *("peer", "name", inner, "netns", namespace),
+        )
+        batch(
+            namespace,
+            [
+                f"link set {inner} address {network.metadata_mac}",
+                f"link set {inner} mtu {_MTU}",
+                f"link set {inner} up",
+                *(f"address add {one} dev {inner}" for one in network.cidrs if ":" not in one),
+                f"address add 169.254.169.254/32 dev {inner}",
+                f"address add fe80::a9fe:a9fe/128 dev {inner} nodad",
+            ],
+        )
+        ip("-n", host, "link", "set", outer, "mtu", str(_MTU), "up")
+        self._vs("add-port", self.bridge, outer)
+        self._vs("set", "Interface", outer, f"external_ids:iface-id={network.metadata_port}")
+        # Neutron's agent has a rule of iptables that fills in checksums.
+        run(*within(namespace), "ethtool", "-K", inner, "tx", "off")
+
     def agent_ids(self) -> str:
         """What agents have written of this chassis."""
-        return self._sb("--bare", "--columns=external_ids", "list", "Chassis_Private", self.chassis)
+        return self._sb(
+            *("--bare", "--columns=external_ids", "find", "Chassis_Private", f"name={self.chassis}")
+        )
 
     def left_over(self) -> Sequence[str]:
         """Metadata namespaces that are there."""

@@ -35,8 +35,9 @@ class OvnWorld:
     def remove(self, *networks: str) -> None:
         """Have networks gone with their ports, and wait until nothing of them is left."""
         gone = [self.ovn.networks[name] for name in networks]
-        for name in networks:
-            self.ovn.remove_network(name)
+        if not networks:
+            return
+        self.ovn.remove_networks(*networks)
         self.guests = {name: one for name, one in self.guests.items() if name in self.ovn.ports}
         namespaces = {one.namespace for one in gone}
         devices = {one.devices[0] for one in gone}

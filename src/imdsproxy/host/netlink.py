@@ -349,16 +349,15 @@ def delete_link(channel: nl.NetlinkSocket, index: int) -> None:
 
 
 def list_interfaces(channel: nl.NetlinkSocket, index: int) -> list[IPv4Interface | IPv6Interface]:
-    """The addresses of a device with their prefixes, but for the metadata addresses."""
+    """The addresses of a device with their prefixes."""
     found: list[IPv4Interface | IPv6Interface] = []
     for message in channel.dump(RTM_GETADDR, _IFADDR.pack(0, 0, 0, 0, index)):
         _, prefix, _, _, at = _IFADDR.unpack_from(message)
         values = nl.parse_attributes(message, _IFADDR.size)
         packed = values.get(_IFA_LOCAL) or values.get(_IFA_ADDRESS) or b""
         # Not every kernel heeds the index in the question.
-        if at != index or packed in _METADATA:
-            continue
-        found.append(ip_interface((packed, prefix)))
+        if at == index:
+            found.append(ip_interface((packed, prefix)))
     return found
 
 

@@ -23,14 +23,16 @@ from imdsproxy.errors import Ignoring, host_refused
 from imdsproxy.host import netlink
 from imdsproxy.host.namespaces import MISSING, NamespaceMissing, NamespaceThread
 from imdsproxy.host.nlmessages import NetlinkSocket
+from imdsproxy.host.sockets import SOCK_DIAG, listening_sockets
 from imdsproxy.ovn.plan import (
     NAMESPACE_PREFIX,
     MetadataPlace,
     SeenPlace,
     device_of_namespace,
     is_metadata_namespace,
+    plan_interface,
 )
-from imdsproxy.sources.ovn.ports import devices_of
+from imdsproxy.sources.ovn.ports import IpInterface, devices_of
 
 _SIOCETHTOOL: Final = 0x8946
 _ETHTOOL_GTXCSUM: Final = 0x16
@@ -70,15 +72,18 @@ def _look(thread: NamespaceThread, naming: Naming, outside: NetlinkSocket, name:
             loopback = netlink.find_link(channel, LOOPBACK)
             ours = loopback is not None and naming.owner_of(loopback.alias) == network
             inner = netlink.find_link(channel, inner_name)
+            with NetlinkSocket(SOCK_DIAG) as sockets:
+                listened = bool(listening_sockets(sockets))
             if inner is None:
-                return SeenPlace(outer=outer, is_ours=ours)
+                return SeenPlace(outer=outer, is_ours=ours, is_listened=listened)
             return SeenPlace(
                 inner,
                 outer,
-                frozenset(netlink.list_interfaces(channel, inner.index)),
+                frozenset(map(plan_interface, netlink.list_interfaces(channel, inner.index))),
                 ipv6=_has_ipv6(inner_name),
                 has_checksums=not _ask_ethtool(inner_name, _ETHTOOL_GTXCSUM),
                 is_ours=ours,
+                is_listened=listened,
             )
     except NamespaceMissing:
         return SeenPlace(outer=outer, is_ours=_is_abandoned(Path(thread.directory.file(name))))
@@ -157,15 +162,23 @@ def _set_up_inner(channel: NetlinkSocket, naming: Naming, place: MetadataPlace) 
         _ask_ethtool(place.inner, _ETHTOOL_STXCSUM)
     mac = None if inside.mac == place.mac else place.mac
     netlink.set_link(channel, inside.index, mtu=place.mtu, mac=mac)
-    wanted = place.addresses(ipv6=_has_ipv6(place.inner))
-    present = frozenset(netlink.list_interfaces(channel, inside.index))
-    for one in wanted - present:
-        with Ignoring(errno.EEXIST):  # the kernel's own link-local address has come meanwhile
-            netlink.add_address(
-                channel, inside.index, one.ip, one.network.prefixlen, protocol=naming.protocol
-            )
-    for one in present - wanted:
-        netlink.remove_address(channel, inside.index, one.ip, one.network.prefixlen)
+    _set_addresses(channel, inside.index, place.addresses(ipv6=_has_ipv6(place.inner)), naming)
+
+
+def _set_addresses(
+    channel: NetlinkSocket, index: int, wanted: frozenset[IpInterface], naming: Naming
+) -> None:
+    for _ in range(2):
+        # A device's first address of a subnet takes the others with it when it goes: they are added again.
+        present = {plan_interface(one): one for one in netlink.list_interfaces(channel, index)}
+        for one in sorted(wanted - present.keys(), key=str):
+            with Ignoring(errno.EEXIST):  # the kernel's own link-local address has come meanwhile
+                prefix, protocol = one.network.prefixlen, naming.protocol
+                netlink.add_address(channel, index, one.ip, prefix, protocol=protocol)
+        for planned, one in present.items():
+            if planned not in wanted:
+                with Ignoring(errno.EADDRNOTAVAIL):
+                    netlink.remove_address(channel, index, one.ip, one.network.prefixlen)
 
 
 def remove_place(thread: NamespaceThread, naming: Naming, name: str) -> None:

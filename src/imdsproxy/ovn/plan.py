@@ -5,8 +5,7 @@ As Neutron's agent makes it, so that either can take over from the other (neutro
 
     integration bridge ── tap<10>0 ══veth══ tap<10>1 in namespace ovnmeta-NETWORK: the metadata port's MAC and addresses
 
-`<10>` is the beginning of the network's id. The metadata addresses themselves are the listener's business
-(`imdsproxy.listeners.plan`).
+`<10>` is the beginning of the network's id. The metadata addresses are on the inner device too.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -15,7 +14,7 @@ from ipaddress import IPv4Interface, ip_interface
 from typing import Final
 
 from imdsproxy.core.addresses import link_local_of
-from imdsproxy.core.hoststate import ObservedDevice
+from imdsproxy.core.hoststate import Family, ObservedDevice
 from imdsproxy.core.model import MacAddress, NetworkId
 from imdsproxy.sources.ovn.chassis import BridgePort, LocalChassis
 from imdsproxy.sources.ovn.ports import (
@@ -28,6 +27,7 @@ from imdsproxy.sources.ovn.ports import (
 NAMESPACE_PREFIX: Final = "ovnmeta-"
 _DATAPATH_IN_USER_SPACE: Final = "netdev"
 _LINK_LOCAL_BITS: Final = 64
+_METADATA: Final = tuple(family.metadata_address for family in Family)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,8 @@ class MetadataPlace:
     Attributes:
         port: Id of the network's metadata port, which the device on the bridge stands for.
         mtu: In bytes; `None` leaves it as it is.
-        interfaces: The metadata port's addresses in the subnets that have ports here, and the link-local one.
+        interfaces: The metadata port's addresses in the subnets that have ports here, its link-local one, and
+            the metadata addresses.
         bridge: The integration bridge.
         in_user_space: Open vSwitch forwards packets itself, and needs their checksums.
     """
@@ -82,10 +83,11 @@ class SeenPlace:
     """What there is of a namespace on this host.
 
     Attributes:
-        interfaces: On the inner device, without the metadata addresses.
+        interfaces: On the inner device, as `plan_interface` has them.
         ipv6: The inner device takes IPv6 addresses: it is not switched off, and the MTU is large enough.
         has_checksums: The inner device does not leave them to a network card.
         is_ours: It bears our mark, or is only a file that a program left which was killed.
+        is_listened: A process listens at a metadata address in it.
     """
 
     inner: ObservedDevice | None = None
@@ -94,6 +96,7 @@ class SeenPlace:
     ipv6: bool = True
     has_checksums: bool = False
     is_ours: bool = False
+    is_listened: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +108,15 @@ class OvnPlan:
         plug: Those whose device Open vSwitch does not have, or has elsewhere.
         remove: Names of namespaces that no network needs.
         unplug: Devices of those that Open vSwitch still has.
+        wait: Names that are removed once no process listens in them: HAProxy could not read a configuration that
+            names a namespace which has gone.
     """
 
     make: tuple[MetadataPlace, ...] = ()
     plug: tuple[MetadataPlace, ...] = ()
     remove: tuple[str, ...] = ()
     unplug: tuple[str, ...] = ()
+    wait: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.make or self.plug or self.remove or self.unplug)
@@ -133,11 +139,16 @@ def plan_places(known: OvnKnown, local: LocalChassis) -> dict[NetworkId, Metadat
             interfaces=frozenset(
                 one for one in port.interfaces if any(each in one.network for each in addresses)
             )
-            | {link_local},
+            | {link_local, *map(ip_interface, _METADATA)},
             bridge=local.bridge,
             in_user_space=local.datapath == _DATAPATH_IN_USER_SPACE,
         )
     return places
+
+
+def plan_interface(one: IpInterface) -> IpInterface:
+    """An address as a place has it: a metadata address has no subnet, however another program has added it."""
+    return ip_interface(one.ip) if one.ip in _METADATA else one
 
 
 def networks_without_port(known: OvnKnown) -> tuple[NetworkId, ...]:
@@ -157,6 +168,7 @@ def plan_host(
     *,
     whole: Collection[MetadataPlace] = (),
     spared: Iterable[NetworkId] = (),
+    overdue: Collection[str] = (),
     sweep: bool,
 ) -> OvnPlan:
     """Compare.
@@ -167,18 +179,22 @@ def plan_host(
         local: What is plugged into Open vSwitch.
         whole: Places that were whole at the last look, and were not looked at again.
         spared: Networks that have ports here and no place: what there is of them stays as it is.
+        overdue: Namespaces that no longer wait for those who listen in them.
         sweep: Also remove what no network needs; off while the ports on this host are not known for certain.
     """
     needed = {place.namespace: place for place in places.values()}
     kept = {namespace_of(network) for network in spared}
     # A namespace whose device is not on this host belongs to another one that has the same directory.
-    remove = {
+    unneeded = {
         name: device
         for name, one in seen.items()
         if sweep and name not in needed and name not in kept
         for device in (device_of_namespace(name),)
         if one.is_ours or one.outer is not None or device in local.ports
     }
+    wait = {name for name in unneeded if seen[name].is_listened and name not in overdue}
+    kept |= wait
+    remove = {name: device for name, device in unneeded.items() if name not in wait}
     gone = {
         device
         for device, port in local.ports.items()
@@ -191,6 +207,7 @@ def plan_host(
         plug=tuple(p for p in needed.values() if local.ports.get(p.outer) != p.plugged),
         remove=tuple(sorted(remove)),
         unplug=tuple(sorted(gone - devices)),
+        wait=tuple(sorted(wait)),
     )
 
 

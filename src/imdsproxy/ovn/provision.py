@@ -19,7 +19,7 @@ from imdsproxy.errors import (
     refusing,
 )
 from imdsproxy.host.namespaces import NamespaceThread
-from imdsproxy.host.ovsdb import Row, Table, Transaction
+from imdsproxy.ovn.bridge_ports import write_ports
 from imdsproxy.ovn.places import look_at_places, make_place, remove_place
 from imdsproxy.ovn.plan import (
     MetadataPlace,
@@ -28,7 +28,7 @@ from imdsproxy.ovn.plan import (
     plan_host,
     plan_places,
 )
-from imdsproxy.sources.ovn.chassis import NETWORK_KEY, LocalChassis
+from imdsproxy.sources.ovn.chassis import LocalChassis
 from imdsproxy.sources.ovn.source import OvnSource
 
 _LOOK_EVERY_S: Final = 10.0
@@ -36,6 +36,12 @@ _LOOK_EVERY_S: Final = 10.0
 
 _TOGETHER_S: Final = 0.02
 """So long other changes may join one: records of guests come into force meanwhile, which must not wait for this."""
+
+_LOOK_AGAIN_S: Final = 0.2
+"""How soon it is looked at again whether a process still listens in a namespace that is to go."""
+
+_LISTENED_S: Final = 10.0
+"""How long such a namespace waits: HAProxy closes its sockets in it at its next reload."""
 
 _FIRST_AGAIN_S: Final = 0.5
 _LONGEST_AGAIN_S: Final = 30.0
@@ -67,6 +73,7 @@ class Provisioner:
     problems: dict[str, Problem] = field(default_factory=dict)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     _whole: frozenset[MetadataPlace] = frozenset()
+    _waits: dict[str, float] = field(default_factory=dict)
 
     async def run(self) -> None:
         """Compare and act until cancelled, at each change of the databases and now and then."""
@@ -77,9 +84,10 @@ class Provisioner:
             self.changed.clear()
             if clock() >= due:
                 self._whole, due = frozenset(), clock() + _LOOK_EVERY_S
-            before = self.problems
+            before, again = self.problems, due
             try:
-                await self.converge()
+                plan = await self.converge()
+                again = clock() + _LOOK_AGAIN_S if plan.wait else due
             except ImdsproxyError as error:
                 self.problems = {"": Problem("ovn", error.message, error.hint)}
             if self.problems:
@@ -90,7 +98,8 @@ class Provisioner:
                 if problem != before.get(key):
                     _log.warning("network not provisioned", at=key, problem=str(problem))
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.changed.wait(), max(0.0, due - clock()))
+                pause_s = max(0.0, min(due, again) - clock())
+                await asyncio.wait_for(self.changed.wait(), pause_s)
                 await asyncio.sleep(_TOGETHER_S)
 
     async def converge(self) -> OvnPlan:
@@ -107,7 +116,17 @@ class Provisioner:
         whole = self._whole & frozenset(places.values())
         skip = frozenset(place.namespace for place in whole)
         seen = await self.thread.run(lambda: look_at_places(self.thread, self.naming, skip=skip))
-        plan = plan_host(places, seen, local, whole=whole, spared=spared, sweep=self.source.settled)
+        now = asyncio.get_running_loop().time()
+        plan = plan_host(
+            places,
+            seen,
+            local,
+            whole=whole,
+            spared=spared,
+            overdue={name for name, since in self._waits.items() if now - since > _LISTENED_S},
+            sweep=self.source.settled,
+        )
+        self._waits = {name: self._waits.get(name, now) for name in plan.wait}
         if plan:
             _log.info(
                 "networks provisioned",
@@ -141,7 +160,7 @@ class Provisioner:
         if places or unplug:
             try:
                 async with asyncio.timeout(_WRITTEN_S):
-                    await self.source.change_vswitch(partial(_plug, places, unplug))
+                    await self.source.change_vswitch(partial(write_ports, places, unplug))
             except SourceUnavailable as error:
                 problems[_VSWITCH] = Problem(_VSWITCH, error.message, error.hint or _NO_WRITE)
             except TimeoutError:
@@ -173,37 +192,3 @@ def _try_each(what: str, works: Mapping[str, Callable[[], None]]) -> dict[str, P
         except DataplaneError as error:
             problems[key] = Problem(f"ovn.{error.code}", error.message, error.hint)
     return problems
-
-
-def _plug(
-    places: Collection[MetadataPlace],
-    unplug: Collection[str],
-    tables: Mapping[str, Table],
-    transaction: Transaction,
-) -> None:
-    """Have Open vSwitch's bridges as planned; in the connection's thread."""
-    bridges = {row.name: row for row in tables["Bridge"].rows.values()}
-    ports = {row.name: row for row in tables["Port"].rows.values()}
-    interfaces = {row.name: row for row in tables["Interface"].rows.values()}
-    for place in places:
-        port, interface = ports.get(place.outer), interfaces.get(place.outer)
-        if port is None or interface is None:
-            interface = transaction.insert(tables["Interface"])
-            interface.name = place.outer
-            port = transaction.insert(tables["Port"])
-            port.name = place.outer
-            port.interfaces = [interface.uuid]
-        interface.setkey("external_ids", "iface-id", place.port)
-        interface.setkey("external_ids", NETWORK_KEY, place.network)
-        _move(port, bridges, place.bridge)
-    for name in unplug:
-        if (port := ports.get(name)) is not None:
-            _move(port, bridges, None)
-
-
-def _move(port: Row, bridges: Mapping[str, Row], to: str | None) -> None:
-    for name, bridge in bridges.items():
-        if name != to and port.uuid in bridge.ports:
-            bridge.delvalue("ports", port.uuid)
-        elif name == to and port.uuid not in bridge.ports:
-            bridge.addvalue("ports", port.uuid)

@@ -23,10 +23,10 @@ NAMESPACE: Final = f"ovnmeta-{NETWORK}"
 MAC: Final = "fa:16:3e:00:00:05"
 INNER: Final = ObservedDevice("tap11111111-01", 2, up=True, mtu=1442, mac=MAC)
 OUTSIDE: Final = ObservedDevice(OUTER, 7, up=True, mtu=1442)
-LINK_LOCAL: Final = ip_interface("fe80::f816:3eff:fe00:5/64")
-WHOLE: Final = SeenPlace(
-    INNER, OUTSIDE, frozenset({ip_interface("10.0.0.2/24"), LINK_LOCAL}), has_checksums=True
+ALWAYS: Final = frozenset(
+    map(ip_interface, ("fe80::f816:3eff:fe00:5/64", "169.254.169.254/32", "fe80::a9fe:a9fe/128"))
 )
+WHOLE: Final = SeenPlace(INNER, OUTSIDE, ALWAYS | {ip_interface("10.0.0.2/24")}, has_checksums=True)
 PLUGGED: Final = replace(LOCAL, ports={OUTER: BridgePort("br-int", "port-m", NETWORK)})
 
 
@@ -38,17 +38,16 @@ def test_a_network_gets_the_metadata_ports_mac_mtu_and_addresses() -> None:
     found = place()
     assert (found.namespace, found.outer, found.inner) == (NAMESPACE, OUTER, INNER.name)
     assert (found.mac, found.mtu, found.port, found.bridge) == (MAC, 1442, "port-m", "br-int")
-    assert found.interfaces == {ip_interface("10.0.0.2/24"), LINK_LOCAL}
+    assert found.interfaces == ALWAYS | {ip_interface("10.0.0.2/24")}
 
 
 def test_only_subnets_that_have_ports_here_get_an_address() -> None:
     cidrs = "10.0.0.2/24 10.9.0.2/24 fd00::2/64 fd99::2/64"
     metadata = replace(METADATA, external_ids={**METADATA.external_ids, "neutron:cidrs": cidrs})
     found = plan_places(known(PORT, metadata), LOCAL)[NETWORK]
-    assert found.interfaces == {
+    assert found.interfaces == ALWAYS | {
         ip_interface("10.0.0.2/24"),
         ip_interface("fd00::2/64"),
-        LINK_LOCAL,
     }
 
 
@@ -84,7 +83,7 @@ def test_a_whole_place_needs_nothing() -> None:
         replace(WHOLE, inner=replace(INNER, mtu=1500)),
         replace(WHOLE, outer=replace(OUTSIDE, mtu=1500)),
         replace(WHOLE, interfaces=frozenset()),
-        replace(WHOLE, interfaces=WHOLE.interfaces - {LINK_LOCAL}),
+        replace(WHOLE, interfaces=WHOLE.interfaces - {next(iter(ALWAYS))}),
         replace(WHOLE, interfaces=WHOLE.interfaces | {ip_interface("10.9.0.2/24")}),
     ],
 )
@@ -127,7 +126,8 @@ def test_a_datapath_in_user_space_needs_checksums_that_are_there() -> None:
 
 
 def test_without_ipv6_a_place_is_whole_without_ipv6_addresses() -> None:
-    without = replace(WHOLE, ipv6=False, interfaces=frozenset({ip_interface("10.0.0.2/24")}))
+    ipv4 = frozenset(map(ip_interface, ("10.0.0.2/24", "169.254.169.254/32")))
+    without = replace(WHOLE, ipv6=False, interfaces=ipv4)
     assert not plan_host({NETWORK: place()}, {NAMESPACE: without}, PLUGGED, sweep=True)
 
 
@@ -152,6 +152,14 @@ def test_a_port_of_ours_in_open_vswitch_goes_although_a_boot_took_its_device() -
 def test_what_is_left_of_a_removal_that_was_killed_is_removed() -> None:
     left = SeenPlace(is_ours=True)
     assert plan_host({}, {NAMESPACE: left}, LOCAL, sweep=True).remove == (NAMESPACE,)
+
+
+def test_a_namespace_waits_for_the_process_that_listens_in_it_and_not_for_ever() -> None:
+    listened = replace(WHOLE, is_listened=True)
+    plan = plan_host({}, {NAMESPACE: listened}, PLUGGED, sweep=True)
+    assert (plan.remove, plan.unplug, plan.wait) == ((), (), (NAMESPACE,))
+    plan = plan_host({}, {NAMESPACE: listened}, PLUGGED, overdue={NAMESPACE}, sweep=True)
+    assert (plan.remove, plan.unplug, plan.wait) == ((NAMESPACE,), (OUTER,), ())
 
 
 def test_a_namespace_of_another_host_that_has_the_same_directory_stays() -> None:

@@ -21,7 +21,7 @@ _UUIDS: Final = {"key": "uuid", "min": 0, "max": "unlimited"}
 _TEXTS: Final = {"key": "string", "min": 0, "max": "unlimited"}
 _TEXT_MAP: Final = {"key": "string", "value": "string", "min": 0, "max": "unlimited"}
 
-_OPEN_VSWITCH: Final = Schema(
+OPEN_VSWITCH: Final = Schema(
     "Open_vSwitch",
     {
         "Open_vSwitch": {"external_ids": _TEXT_MAP},
@@ -98,7 +98,7 @@ class OvnSource:
         """Report until cancelled."""
         following: asyncio.Task[None] | None = None
         at: tuple[str, str, frozenset[str]] | None = None
-        self._vswitch = database = Ovsdb(self.settings.open_vswitch, _OPEN_VSWITCH, read_chassis)
+        self._vswitch = database = Ovsdb(self.settings.open_vswitch, OPEN_VSWITCH, read_chassis)
         async with asyncio.TaskGroup() as group, aclosing(database.follow()) as readings:
             group.create_task(self._watch_deadlines(publish))
             async for reading in readings:
