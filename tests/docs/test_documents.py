@@ -86,7 +86,7 @@ def test_every_metric_that_is_named_exists(page: Path) -> None:
     pages = ("docs/reference/metrics.md", "packaging/ansible/roles/imdsproxy/defaults/main.yml")
     text = "".join((REPOSITORY / name).read_text() for name in pages)
     known = set(re.findall(r"imdsproxy_[a-z]\w+", text))
-    assert set(re.findall(r"imdsproxy_[a-z]\w+", page.read_text())) - known == set()
+    assert set(re.findall(r"\bimdsproxy_[a-z]\w+", page.read_text())) - known == set()
 
 
 def test_every_decision_is_in_the_index_with_its_title_and_says_what_was_decided_and_why() -> None:

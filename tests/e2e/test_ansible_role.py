@@ -1,4 +1,7 @@
-"""The Ansible role, by its page: on a blank Debian 13 with a bridge, and a namespace for a guest."""
+"""The Ansible role, by its pages: on a blank Debian 13 with a bridge, and on a node of OpenStack with a genuine OVN.
+
+The node's agent is a stand-in with its unit, its files and a HAProxy in each network's namespace.
+"""
 
 import os
 import re
@@ -12,6 +15,8 @@ import pytest
 from support.demonstration import REPOSITORY
 from support.document_blocks import Block, blocks_of, missing_lines
 from support.lab import run
+from support.ovn_machine import AGENTS_FILES, NAMESPACE, OvnMachine, start_ovn
+from support.packaged_daemon import machine_with_dependencies
 from support.packages import build_packages
 from support.systemd_machine import Machine, systemd_machine
 from support.vm.newcomer import blank_tree
@@ -19,11 +24,41 @@ from support.vm.newcomer import blank_tree
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(600)]
 
 _PAGE: Final = REPOSITORY / "docs/how-to/ansible.md"
+_NODE_PAGE: Final = REPOSITORY / "docs/how-to/openstack-deployments.md"
+_AGENT: Final = "neutron-ovn-metadata-agent"
 _HOME: Final = "/srv/control"
 _PLAY_S: Final = 200
 _INVENTORY: Final = """\
 [kvm]
 kvm1 ansible_connection=local ansible_become=false ansible_python_interpreter=/usr/bin/python3
+"""
+_NODES: Final = _INVENTORY.replace("kvm1", "compute1").replace("kvm", "compute")
+_SERVICE: Final = f"""
+[Service]
+ExecStart=/bin/sh /usr/bin/{_AGENT} --config-file /etc/neutron/neutron.conf \\
+    --config-file /etc/neutron/neutron_ovn_metadata_agent.ini
+[Install]
+WantedBy=multi-user.target
+"""
+_PROGRAM: Final = """
+cat >/run/agent.cfg <<END
+defaults
+    mode http
+    timeout client 9s
+    timeout connect 9s
+    timeout server 9s
+listen metadata
+    bind 169.254.169.254:80
+    http-request return status 200 content-type text/plain string foreign
+END
+while sleep 0.2; do
+    for place in /run/netns/ovnmeta-*; do
+        [ -e "$place" ] || continue
+        name=${place##*/}
+        [ -e "/run/$name.pid" ] && kill -0 "$(cat "/run/$name.pid")" ||
+            ip netns exec "$name" haproxy -D -f /run/agent.cfg -p "/run/$name.pid"
+    done
+done
 """
 _MAKE_S: Final = 300
 _HOST: Final = """
@@ -50,23 +85,46 @@ def programs() -> Path:
 @pytest.fixture(scope="module")
 def control(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     """A blank host with what Ansible needs there, which is also where Ansible runs, in the page's directory."""
-    deb = build_packages().deb
     work = tmp_path_factory.mktemp("host")
     with systemd_machine(work, lower=blank_tree()) as machine:
         machine.run("sh", "-c", _HOST)
-        machine.run("mkdir", "-p", _HOME)
-        machine.run("install", "-m", "644", str(deb), f"{_HOME}/")
-        machine.run("ln", "-s", str(REPOSITORY), f"{_HOME}/imdsproxy")
-        machine.write(f"{_HOME}/hosts", _INVENTORY)
-        (playbook,) = re.findall(
-            r"^```yaml\n(.*?)^```", _PAGE.read_text(), re.DOTALL | re.MULTILINE
-        )
-        machine.write(f"{_HOME}/site.yml", playbook)
-        machine.write(
-            "/usr/local/bin/ansible-playbook", f'#!/bin/sh\nexec {programs}/ansible-playbook "$@"\n'
-        )
-        machine.run("chmod", "755", "/usr/local/bin/ansible-playbook")
+        _prepare(machine, programs, _INVENTORY, site=_playbook(_PAGE))
         yield machine
+
+
+@pytest.fixture
+def node(programs: Path, tmp_path: Path) -> Iterator[OvnMachine]:
+    """A node with OVN and its agent, on which Ansible runs too."""
+    with machine_with_dependencies(tmp_path, build_packages()) as machine:
+        _prepare(machine, programs, _NODES, openstack=_playbook(_NODE_PAGE))
+        machine.run("systemd-sysusers", "-", text="u neutron - - /var/lib/neutron\n")
+        machine.run("install", "-d", "-o", "neutron", "-g", "neutron", "/var/lib/neutron")
+        for name, text in AGENTS_FILES.items():
+            machine.write(f"/etc/neutron/{name}", text)
+        machine.write(f"/usr/bin/{_AGENT}", _PROGRAM)
+        machine.write(f"/etc/systemd/system/{_AGENT}.service", _SERVICE)
+        machine.run("systemctl", "enable", "--now", _AGENT)
+        yield start_ovn(machine)
+
+
+def _prepare(machine: Machine, programs: Path, inventory: str, **playbooks: str) -> None:
+    machine.run("mkdir", "-p", _HOME)
+    machine.run("install", "-m", "644", str(build_packages().deb), f"{_HOME}/")
+    machine.run("ln", "-s", str(REPOSITORY), f"{_HOME}/imdsproxy")
+    machine.write(f"{_HOME}/hosts", inventory)
+    for name, text in playbooks.items():
+        machine.write(f"{_HOME}/{name}.yml", text)
+    machine.write(
+        "/usr/local/bin/ansible-playbook", f'#!/bin/sh\nexec {programs}/ansible-playbook "$@"\n'
+    )
+    machine.run("chmod", "755", "/usr/local/bin/ansible-playbook")
+
+
+def _playbook(page: Path) -> str:
+    """The one playbook on a page."""
+    blocks = re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    (playbook,) = (one for one in blocks if "hosts:" in one)
+    return str(playbook)
 
 
 def _follow(machine: Machine, block: Block) -> tuple[int, str]:
@@ -95,6 +153,28 @@ def test_the_role_installs_changes_and_removes_as_its_page_says(control: Machine
     assert answers[1:4] == ["web-1 200", "web-1 200", "401"]
     assert answers[4] == "000"
     assert control.attempt("test", "-e", "/etc/imdsproxy/records/ansible.yaml")[0] == 0
+
+
+def test_the_role_takes_the_place_of_ovns_agent_on_a_node_and_gives_it_back_as_the_page_says(
+    node: OvnMachine,
+) -> None:
+    copy, converge, again, back = blocks_of(_NODE_PAGE, "## With Ansible")
+    for block in (copy, converge, again):
+        _follows(node.machine, block)
+    node.wait_served()
+    assert node.namespaces() == [NAMESPACE]
+    assert node.machine.unit(_AGENT, "ActiveState") == "inactive"
+    assert node.machine.attempt("systemctl", "is-enabled", _AGENT)[1].strip() == "disabled"
+
+    _follows(node.machine, back)
+    assert node.machine.unit(_AGENT, "ActiveState") == "active"
+    assert not node.is_served()
+
+
+def _follows(machine: Machine, block: Block) -> None:
+    status, output = _follow(machine, block)
+    assert status == 0, output
+    assert missing_lines(block, output) == [], output
 
 
 def _refuses_a_wrong_setting(machine: Machine, converge: Block) -> None:

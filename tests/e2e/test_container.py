@@ -13,6 +13,7 @@ from support.document_blocks import find_fault, script_of
 from support.guest import IPV6, Guest
 from support.how_to import HOME, PAGES, page_blocks
 from support.lab import until
+from support.ovn_machine import AGENTS_FILES, DEVICE, NAMESPACE, start_ovn
 from support.packages import build_packages
 from support.patience import patience
 from support.systemd_daemon import UnitDaemon, serves, wait_served
@@ -24,6 +25,8 @@ _PAGE: Final = "container.md"
 _HOSTNAME: Final = "/latest/meta-data/hostname"
 _TOKEN: Final = "X-aws-ec2-metadata-token"
 _UNIT: Final = "imdsproxy.service"
+_SETTINGS: Final = "/etc/imdsproxy"
+_DROP_INS: Final = "/etc/containers/systemd/imdsproxy.container.d"
 _ACCOUNT: Final = "51690"
 _ADMIN_GROUP: Final = "51691"
 _GAP_S: Final = 10.0
@@ -64,7 +67,10 @@ class Operator:
 def operator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
     image = build_image(build_packages())
     with podman_machine(tmp_path_factory.mktemp("machine")) as machine:
-        files = (str(image), str(RECIPE / "imdsproxy.container"))
+        files = (
+            str(image),
+            *(str(RECIPE / name) for name in ("imdsproxy.container", "openstack.conf")),
+        )
         machine.run("install", "-D", "-m", "644", "-t", HOME, *files)
         yield Operator(machine, f"{HOME}/{image.name}")
 
@@ -124,6 +130,26 @@ def test_from_the_archive_to_a_served_guest_an_upgrade_and_an_end_as_the_page_sa
     assert machine.unit(_UNIT, "ActiveState") == "failed"
     assert machine.unit(_UNIT, "NRestarts") == "0"
     assert "nonsense" in machine.journal(_UNIT)
+
+
+def test_on_a_node_with_ovn_it_makes_each_networks_namespace_which_the_host_sees(
+    operator: Operator,
+) -> None:
+    machine = operator.machine
+    ovn = start_ovn(machine)
+    for name, text in AGENTS_FILES.items():
+        machine.write(f"/etc/kolla/neutron-ovn-metadata-agent/{name}", text)
+    machine.run("rm", "-f", f"{_SETTINGS}/imdsproxy.yaml")
+    try:
+        operator.follow("## On a node of OpenStack")
+        ovn.wait_served()
+        assert ovn.namespaces() == [NAMESPACE]
+        assert machine.run("ovs-vsctl", "port-to-br", DEVICE) == "br-int"
+        assert operator.granted() == CAPABILITIES
+    finally:
+        machine.attempt("systemctl", "stop", _UNIT)
+        machine.run("rm", "-rf", f"{_SETTINGS}/conf.d", f"{_SETTINGS}/nova.secret", _DROP_INS)
+        machine.attempt("ip", "netns", "delete", NAMESPACE)
 
 
 def test_a_container_without_a_controller_that_answers_is_not_healthy(operator: Operator) -> None:
