@@ -159,6 +159,19 @@ async def test_connections_from_before_the_filter_go_on(rig: Rig) -> None:
             assert _ask(later) == b"v"
 
 
+async def test_a_released_filter_leads_connections_that_begin_past_it_and_keeps_those_that_are_open(
+    rig: Rig,
+) -> None:
+    await rig.have(rig.pair)
+    with rig.connect() as before:
+        assert _ask(before) == b"v"
+        assert await rig.kernel.has_connections(rig.place)
+        await rig.kernel.release([(rig.place, rig.mac_filter.table)])
+        with rig.connect() as after:
+            assert [_ask(after) for _ in range(2)] == [b"u"] * 2
+        assert _ask(before) == b"v"
+
+
 async def test_a_withdrawn_pair_ends_its_connections_on_both_sides(rig: Rig) -> None:
     await rig.have(rig.pair)
     with rig.connect() as connection:

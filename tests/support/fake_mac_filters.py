@@ -31,7 +31,10 @@ class FakeMacFilters(KernelMacFilters):
         watch: Called after each change, to check every state in between.
         busy: Networks in which connections might be open, at each filling.
         refuse: Why no filter is created; empty where it is.
+        connected: Namespaces in which verified connections are open.
     """
+
+    connected: set[str | None] = field(default_factory=set)
 
     tables: dict[NetworkId, dict[IpAddress, MacAddress]] = field(default_factory=dict)
     log: list[str] = field(default_factory=list)
@@ -39,6 +42,12 @@ class FakeMacFilters(KernelMacFilters):
     refuse: str = ""
     busy: list[frozenset[NetworkId]] = field(default_factory=list)
     _filters: dict[NetworkId, MacFilter] = field(default_factory=dict)
+
+    async def release(self, places: Collection[Sequence[str | None]]) -> None:
+        self.log += [f"release {table}" for _, table in places]
+
+    async def has_connections(self, namespace: str | None) -> bool:
+        return namespace in self.connected
 
     async def open(
         self, filters: Iterable[MacFilter]

@@ -363,6 +363,8 @@ class Load(Background):
         target: What for.
         expect: What is wrong with an answer, or `None` if it is right.
         keep_alive: Many requests on a connection, or each on one of its own.
+        again: Where a connection that was kept is closed, ask over another one, as HTTP clients do.
+        to: The metadata address.
     """
 
     def __init__(
@@ -372,13 +374,17 @@ class Load(Background):
         expect: Callable[[Guest, Reply], str | None],
         *,
         keep_alive: bool = True,
+        again: bool = False,
         connections: int = 1,
         pause_s: float = 0.005,
+        to: str = IPV4,
     ) -> None:
         self.report = LoadReport()
         self._target = target
         self._expect = expect
         self._keep_alive = keep_alive
+        self._again = again
+        self._to = to
         self._pause_s = pause_s
         self._lock = threading.Lock()
         super().__init__(*(partial(self._run, one) for one in guests for _ in range(connections)))
@@ -392,7 +398,7 @@ class Load(Background):
             time.sleep(0.005)
 
     def _run(self, guest: Guest) -> None:
-        with contextlib.closing(Asker(guest.connect)) as asker:
+        with contextlib.closing(Asker(partial(guest.connect, to=self._to))) as asker:
             while not self._stop.is_set():
                 self._ask(guest, asker)
                 time.sleep(self._pause_s)
@@ -400,7 +406,8 @@ class Load(Background):
     def _ask(self, guest: Guest, asker: Asker) -> None:
         began = time.monotonic()
         try:
-            wrong = self._expect(guest, asker.ask_once(self._target))
+            ask = asker.ask if self._again else asker.ask_once
+            wrong = self._expect(guest, ask(self._target))
         except Lost as error:
             wrong = f"{guest.name}: {error}"
         took = time.monotonic() - began

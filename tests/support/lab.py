@@ -150,9 +150,14 @@ class LabState:
 
 @dataclass(slots=True)
 class Lab:
-    """Makes networks and guests, and takes all of it away."""
+    """Makes networks and guests, and takes all of it away.
+
+    Args:
+        host_of: A process in whose namespace the daemon runs; a new one is made without it.
+    """
 
     token: str = field(default_factory=lambda: secrets.token_hex(2))
+    host_of: int | None = None
     _namespaces: list[str] = field(default_factory=list)
     _intruders: list[Server] = field(default_factory=list)
     _places: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -161,7 +166,7 @@ class Lab:
     def __post_init__(self) -> None:
         for begin in (self.name(""), self.prefix):
             reap_at_the_end(namespaces=begin)
-        self.namespace("host")
+        self.namespace("host", of=self.host_of)
 
     @property
     def host(self) -> str:
@@ -176,12 +181,12 @@ class Lab:
     def name(self, what: str) -> str:
         return f"imdst-{self.token}-{what}"
 
-    def namespace(self, what: str) -> str:
-        """Make a namespace as somebody else would: `ip netns add`."""
+    def namespace(self, what: str, *, of: int | None = None) -> str:
+        """Make a namespace as another program would: `ip netns add`; or give a process's a name."""
         name = self.name(what)
         if name not in self._namespaces:
             self._namespaces.append(name)
-        ip("netns", "add", name)
+        ip("netns", *(("add", name) if of is None else ("attach", name, str(of))))
         inside(name, _write_settings)
         ip("-n", name, "link", "set", "lo", "up")
         return name

@@ -85,6 +85,12 @@ class ReloadBody(_Order):
     )
 
 
+class LetGoBody(_Order):
+    """Where another process is to listen."""
+
+    networks: list[str]
+
+
 class Stopping(BaseModel):
     """Sent before it happens; `controller` is the pid to wait for."""
 
@@ -185,6 +191,14 @@ async def render(controller: _Uses) -> str:
 async def reload(controller: _Uses, body: ReloadBody | None = None) -> SettingsReload:
     """Read the settings again and take over what can be; a broken or emptied file changes nothing."""
     return await reload_settings(controller, allow_dropped=body is not None and body.allow_dropped)
+
+
+@router.post("/let-go")
+async def let_go(body: LetGoBody, controller: _Uses) -> LetGoBody:
+    """Listen in these networks no more, until the controller starts again; connections that are open are answered."""
+    found = [records.find_network(controller.inventory, one) for one in body.networks]
+    await controller.listeners.let_go(found)
+    return body
 
 
 @router.post("/stop", status_code=202)

@@ -178,6 +178,39 @@ class KernelMacFilters(KernelTables):
         """
         await self._change(one, partial(_fill, one, has, wanted))
 
+    async def release(self, places: Collection[Sequence[str | None]]) -> None:
+        """Have filters redirect only connections that are open now: new ones are another process's.
+
+        Args:
+            places: Namespace, or `None` for the host's own, and the table's name.
+
+        Raises:
+            HostRefused: The kernel refuses.
+        """
+
+        def release() -> None:
+            for namespace, table in places:
+                # A filter that is gone redirects nothing.
+                none = Ignoring(*_NO_TABLES)
+                with refusing(f"release table {table}"), none, self.thread.inside(namespace):
+                    _release(table or "")
+
+        await self.thread.run(release)
+
+    async def has_connections(self, namespace: str | None) -> bool:
+        """Whether verified connections are open there."""
+
+        def look() -> bool:
+            with (
+                contextlib.suppress(NamespaceMissing),
+                self.thread.inside(namespace),
+                NetlinkSocket(SOCK_DIAG) as diagnosis,
+            ):
+                return any(list_connections(diagnosis, VERIFIED_PORT))
+            return False
+
+        return await self.thread.run(look)
+
     async def bind_answers(
         self, one: MacFilter, address: IpAddress, port: int, mac: MacAddress
     ) -> bool:
@@ -324,6 +357,20 @@ def _fill(
         with NetlinkSocket() as route:
             for _, index in one.devices:
                 correct_neighbours(route, index, macs)
+
+
+def _release(table: str) -> None:
+    """In the namespace of the calling thread."""
+    batch = Batch(table)
+    rules.pass_by_new(batch)
+    commit(batch)
+    flows: dict[Family, list[bytes]] = {}
+    with NetlinkSocket(SOCK_DIAG) as diagnosis:
+        for one in list_connections(diagnosis, VERIFIED_PORT):
+            flows.setdefault(Family(one.peer.version), []).append(rules.flow_of(one.peer, one.port))
+    batch = Batch(table)
+    rules.keep_only(batch, flows)
+    commit(batch)
 
 
 def _elements(pairs: PairMap) -> dict[str, list[bytes]]:

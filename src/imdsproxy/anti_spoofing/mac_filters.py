@@ -35,6 +35,9 @@ from imdsproxy.host.clock import Clock
 T = TypeVar("T")
 _Mac = TypeVar("_Mac", MacAddress, MacAddress | None)
 
+_RELEASED: Final = "released"
+"""In the journal: the filter redirects nothing new, and is created anew before it is used again."""
+
 _LINGER_S: Final = 30.0
 """Longer than HAProxy keeps an idle connection."""
 
@@ -73,6 +76,7 @@ class MacFilters:
     _found: dict[NetworkId, PairMap] = field(default_factory=dict)
     _lingering: dict[AddressKey, float] = field(default_factory=dict)
     _suspect: set[NetworkId] = field(default_factory=set)
+    _released_at: dict[NetworkId, float] = field(default_factory=dict)
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     # State
@@ -122,7 +126,10 @@ class MacFilters:
         """
         plan = plan_mac_filters(networks, endpoints, observed, self.naming, self._checkable)
         listened = plan if running and not self._settled else self.plan
-        self._busy = {one.network for one in listened.binds}
+        # Connections that another process has there go on as well.
+        self._busy = {one.network for one in listened.binds} | {
+            name for name, one in plan.filters.items() if _is_shared(one, observed)
+        }
         # Before HAProxy is: a record that comes meanwhile must not rely on a filter that is not there.
         self._plain |= plan.plain_networks
         async with self._lock:
@@ -131,6 +138,7 @@ class MacFilters:
                 for name, one in plan.filters.items()
                 if self._open.get(name) != one or name in self._suspect
             }
+            await self._close(new.keys() & self._released().keys())
             if new:
                 places = {name: [name_of(one.namespace), one.table] for name, one in new.items()}
                 self.journal.store({**self.journal.load(), **places})
@@ -178,6 +186,35 @@ class MacFilters:
         if found != granted:
             self._found[name] = found
 
+    async def release(self, plan: MacFilterPlan, *, sweep: bool) -> None:
+        """Have the filters of what is listened on no more redirect only connections that are open.
+
+        HAProxy still listens: whatever else does gets each connection that begins from now on.
+
+        Args:
+            plan: Of `open`.
+            sweep: As for `settle`.
+
+        Raises:
+            HostRefused: A filter cannot be changed, or our journal cannot be written.
+        """
+        async with self._lock:
+            places, released = self.journal.load(), self._released()
+            going = (self._unneeded(plan, sweep=sweep) & places.keys()) - released.keys()
+            if not going:
+                return
+            await self.kernel.release([places[name] for name in going])
+            self._released_at |= dict.fromkeys(going, self.clock.monotonic())
+            self.journal.store(places | {name: [*places[name], _RELEASED] for name in going})
+
+    def _released(self) -> dict[NetworkId, list[str | None]]:
+        """Filters that redirect nothing new, by our journal."""
+        return {n: place for n, place in self.journal.load().items() if _RELEASED in place[2:]}
+
+    def _unneeded(self, plan: MacFilterPlan, *, sweep: bool) -> set[NetworkId]:
+        known = self._open.keys() | (self.journal.load().keys() if sweep else set())
+        return known - plan.filters.keys()
+
     async def settle(self, plan: MacFilterPlan, *, sweep: bool) -> None:
         """HAProxy listens: fill what was created, remove what is no longer needed.
 
@@ -206,8 +243,7 @@ class MacFilters:
                     self._refuse(network, error)
             self.plan = plan
             self._plain = plan.plain_networks
-            known = self._open.keys() | (self.journal.load().keys() if sweep else set())
-            await self._close(known - plan.filters.keys())
+            await self._close_idle(self._unneeded(plan, sweep=sweep))
         first, self._settled = not self._settled, True
         changed = before.plain_networks ^ plan.plain_networks
         changed |= empty
@@ -224,11 +260,25 @@ class MacFilters:
         async with self._lock:
             await self._close(self.journal.load().keys() | self._open.keys())
 
+    async def _close_idle(self, networks: Collection[NetworkId]) -> None:
+        """Remove filters; one that was released stays while connections are open that it redirects, for a while."""
+        released, now = self._released(), self.clock.monotonic()
+        kept = {
+            name
+            for name in released.keys() & networks
+            if now - self._released_at.setdefault(name, now) < _LINGER_S
+            and await self.kernel.has_connections(released[name][0])
+        }
+        for name in kept:
+            self._drop(name)
+        await self._close(set(networks) - kept)
+
     async def _close(self, networks: Collection[NetworkId]) -> None:
         if not networks:
             return
-        places = self.journal.load()
+        places = {name: place[:2] for name, place in self.journal.load().items()}
         await self.kernel.close([places[one] for one in networks if one in places])
+        places = self.journal.load()
         for name in networks:
             self._drop(name)
         self.journal.store({name: place for name, place in places.items() if name not in networks})
@@ -287,7 +337,7 @@ class MacFilters:
             await self._withdraw(gone)
 
     async def expire(self) -> None:
-        """Withdraw the pairs of addresses that have had no owner for a while.
+        """Withdraw the pairs of addresses that have had no owner for a while, and remove filters that are idle.
 
         Raises:
             HostRefused: The kernel refuses.
@@ -295,6 +345,7 @@ class MacFilters:
         now = self.clock.monotonic()
         async with self._lock:
             await self._withdraw([key for key, until in self._lingering.items() if until <= now])
+            await self._close_idle(self._released())
 
     async def _withdraw(self, keys: Iterable[AddressKey]) -> None:
         for network, addresses in _by_network((key, None) for key in keys).items():
@@ -380,6 +431,13 @@ class MacFilters:
         """The network whose guests use a device."""
         network = self._devices.get((namespace, index))
         return network if network in self._open else None
+
+
+def _is_shared(one: MacFilter, observed: ObservedHost) -> bool:
+    """Whether another process listens where a filter is."""
+    name = name_of(one.namespace)
+    seen = observed.root if name is None else observed.namespaces.get(name)
+    return seen is not None and any(not each.ours for each in seen.sockets)
 
 
 def _by_network(pairs: Iterable[tuple[AddressKey, _Mac]]) -> dict[NetworkId, dict[IpAddress, _Mac]]:

@@ -53,7 +53,7 @@ The rule that turns DSCPs into hop limits (`core.wire`), for IPv6 into its hop l
 
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from ipaddress import ip_address
 from typing import Final
@@ -113,7 +113,8 @@ class Layout:
 
     def __init__(self, family: Family) -> None:
         four = family is Family.IPV4
-        self._version, self.metadata = family.value, family.metadata_address.packed
+        self.family, self._version = family, family.value
+        self.metadata = family.metadata_address.packed
         self.ethertype = b"\x08\x00" if four else b"\x86\xdd"
         self.protocol, self.kind = (2, 7) if four else (10, 8)
         self.source, self.target = (12, 16) if four else (8, 24)
@@ -237,6 +238,30 @@ def _outward(batch: Batch, layout: Layout) -> None:
         ("back", _DROP),
     ):
         batch.make_rule(name(chain), *rule)
+
+
+def pass_by_new(batch: Batch) -> None:
+    """From now on, have connections that begin go on as unverified ones do."""
+    for layout in LAYOUTS:
+        flow = layout.load(layout.source) + nft.payload(
+            TRANSPORT, _SPORT, 2, into=len(layout.metadata) // 4
+        )
+        noted = nft.remember(layout.name("open"))
+        batch.insert_rule(layout.name("pass"), _BEGINS, flow, noted, _RETURN)
+
+
+def keep_only(batch: Batch, flows: Mapping[Family, Sequence[bytes]]) -> None:
+    """Have nothing redirected any more but these connections."""
+    for layout in LAYOUTS:
+        words, kept = len(layout.metadata) // 4, layout.name("kept")
+        kind = (layout.kind, _SERVICE)
+        flow = layout.load(layout.source) + nft.payload(TRANSPORT, _SPORT, 2, into=words)
+        batch.make_set(kept, kind, len(layout.metadata) + 4)
+        batch.add_elements(kept, flows.get(layout.family, ()))
+        redirected = nft.rewrite(_DPORT, _VERIFIED, checksum=_CHECKSUM)
+        chain = layout.name("pass")
+        batch.insert_rule(chain, _RETURN)
+        batch.insert_rule(chain, _IS_TCP, flow, nft.lookup(kept), redirected, _RETURN)
 
 
 def fill_hop_limit(batch: Batch) -> None:

@@ -96,7 +96,12 @@ class Imported:
 
 
 def plan_import(
-    files: _Files, secret_file: Path, *, agent_user: str = "neutron", server_name: str | None = None
+    files: _Files,
+    secret_file: Path,
+    *,
+    agent_user: str = "neutron",
+    server_name: str | None = None,
+    behind_proxies: bool = True,
 ) -> Imported:
     """Translate what Neutron's files say.
 
@@ -106,6 +111,7 @@ def plan_import(
         secret_file: Where the secret is to be.
         agent_user: The account that Neutron's agents run as, which no file says.
         server_name: The name in the certificate of a Nova that is given by address.
+        behind_proxies: Serve on the socket that the agents' proxies connect to, and ask Neutron.
 
     Raises:
         ConfigInvalid: Values that Neutron would not take, or imdsproxy does not; all at once, with file and line.
@@ -113,7 +119,9 @@ def plan_import(
     reading = _Reading(files)
     url = reading.url()
     secret = reading.secret()
-    _put_settings(reading, url, secret_file, agent_user, server_name)
+    _put_settings(reading, url, secret_file, server_name)
+    if behind_proxies:
+        _put_unix_listener(reading, agent_user)
     if not reading.problems:
         reading.problems += reading.breaches()
     if reading.problems or secret is None:
@@ -130,7 +138,8 @@ def plan_import(
         "others": len({(one.section, one.name) for one in reading.each} - _OPTIONS.keys()),
         "secret_file": str(secret_file),
     }
-    return Imported(reading.settings, reading.render(), *secret, report)
+    text = reading.render(asks_neutron=behind_proxies)
+    return Imported(reading.settings, text, *secret, report)
 
 
 def render_report(imported: Imported, written: Collection[Path]) -> Iterator[str]:
@@ -246,7 +255,7 @@ class _Reading:
         for one in map(self.__getitem__, names):
             self.put(one.option.becomes, one.value or None, one)
 
-    def render(self) -> str:
+    def render(self, *, asks_neutron: bool) -> str:
         """The settings file."""
         lines = [_HEAD]
         for node, line in render_nodes(walk_values(self.settings)):
@@ -256,7 +265,7 @@ class _Reading:
             lines.append(line if node.opens else f"{line.ljust(_COLUMN)} # {comment}")
         host = self["host"].value
         listed = f"#    # list_host: {render_value(host)}\n" if host else ""
-        return "\n".join([*lines, "", _BY_HAND + listed])
+        return "\n".join([*lines, "", _BY_HAND + listed if asks_neutron else ""])
 
     @property
     def has_client(self) -> bool:
@@ -356,13 +365,13 @@ class _Reading:
                 yield {**_where(one), "near": near[0]}
 
 
-def _put_settings(
-    reading: _Reading, url: str, secret_file: Path, agent_user: str, server_name: str | None
-) -> None:
+def _put_settings(reading: _Reading, url: str, secret_file: Path, server_name: str | None) -> None:
     """What the files come to, in the order of the settings file."""
     host, port, scheme = (reading[f"nova_metadata_{one}"] for one in ("host", "port", "protocol"))
-    wait, state = reading["metadata_haproxy", "timeout_server"], reading["state_path"]
-    insecure, socket = reading["nova_metadata_insecure"], reading["metadata_proxy_socket"]
+    wait, insecure = (
+        reading["metadata_haproxy", "timeout_server"],
+        reading["nova_metadata_insecure"],
+    )
     put = reading.put
     put(f"{_SET}.endpoints", [{"url": url}], scheme, host, port)
     in_file = "its value is Neutron's metadata_proxy_shared_secret"
@@ -377,6 +386,11 @@ def _put_settings(
         seconds = min(max(int(wait.value) - _BEFORE_THE_FRONT_S, low), high)
         put("nova.response_timeout_s", seconds, wait)
     put("documents.enabled", value=False, otherwise="all documents are Nova's")
+
+
+def _put_unix_listener(reading: _Reading, agent_user: str) -> None:
+    state, socket = reading["state_path"], reading["metadata_proxy_socket"]
+    put = reading.put
     put("unix_listener.enabled", value=True, otherwise="in the place of neutron-metadata-agent")
     put("unix_listener.path", f"{state.or_default}/metadata_proxy", state)
     put("unix_listener.path", socket.value, socket)

@@ -226,6 +226,10 @@ class Batch:
         """Append a rule."""
         self._add(_NEWRULE, nl.CREATE | _APPEND, {2: chain, 4 | nl.NESTED: b"".join(expressions)})
 
+    def insert_rule(self, chain: str, *expressions: bytes) -> None:
+        """Put a rule before all others."""
+        self._add(_NEWRULE, nl.CREATE, {2: chain, 4 | nl.NESTED: b"".join(expressions)})
+
     def add_elements(self, name: str, keys: Sequence[bytes]) -> None:
         """Add keys to a set; those that are in it stay."""
         self._elements(_NEWSETELEM, nl.CREATE, name, keys)

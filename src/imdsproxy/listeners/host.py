@@ -57,6 +57,7 @@ from imdsproxy.listeners.plan import (
     Removal,
     RemoveAddress,
     explain_pending,
+    find_left_to_others,
     place_of,
     plan_listeners,
 )
@@ -176,6 +177,9 @@ class SystemHost:
         problems, _ = await asyncio.gather(guarding, self._observe(networks))
         failures: Mapping[HostOp, Problem] = {}
         operations = 0
+        if sweep and (managed := self.managed()):
+            theirs = find_left_to_others(networks.values(), self.seen, self.naming, managed)
+            self._note(managed - theirs)
         for _ in range(_HOST_ROUNDS):
             plan = plan_listeners(
                 networks,
@@ -337,7 +341,7 @@ class SystemHost:
             routes = netlink.default_routes(channel, devices.values()) if own else frozenset()
             metadata = _own_metadata(channel) if ref is None else ""
         sockets: list[ListeningSocket] = []
-        if wanted or near:
+        if wanted or near or not (own or ref is None):
             with NetlinkSocket(SOCK_DIAG) as channel:
                 ports = _REDIRECTED_PORTS if REDIRECTED in wanted else (METADATA_PORT,)
                 sockets = listening_sockets(channel, ports)

@@ -74,6 +74,7 @@ class ListenerLoop:
     watch: HostWatch = field(init=False)
     _listening: MacFilterPlan = field(default_factory=MacFilterPlan)
     _degraded: frozenset[LeftOut] = frozenset()
+    _let_go: frozenset[NetworkId] = frozenset()
     _reasons: set[str] = field(default_factory=set)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -93,6 +94,14 @@ class ListenerLoop:
         self._reasons.add(reason)
         self._wake.set()
         return self.tickets.take()
+
+    async def let_go(self, networks: Iterable[NetworkId]) -> None:
+        """Listen in these networks no more, for as long as this controller runs: another process does.
+
+        Their records stay in force: connections that are open get their answers. Returns when it is in force.
+        """
+        self._let_go |= frozenset(networks)
+        await self.tickets.wait(self.touch("let go", self._let_go))
 
     def degraded(self) -> tuple[LeftOut, ...]:
         """Networks that are configured and not served, as of the last round."""
@@ -254,8 +263,9 @@ class ListenerLoop:
 
     def _networks(self) -> dict[NetworkId, Network]:
         """Networks to listen in; until all sources are in sync, also the networks of before."""
-        known = self.inventory.networks
-        return dict(known) if self.inventory.in_sync else {**self.kept.load(), **known}
+        before = {} if self.inventory.in_sync else self.kept.load()
+        known = {**before, **self.inventory.networks}
+        return {name: one for name, one in known.items() if name not in self._let_go}
 
     async def _apply(
         self, endpoints: tuple[Endpoint, ...], reasons: tuple[str, ...]
@@ -266,6 +276,7 @@ class ListenerLoop:
         self._listening = await self.mac_filters.open(
             self._networks(), endpoints, self.host.seen, running=self.haproxy.processes is not None
         )
+        await self.mac_filters.release(self._listening, sweep=self.inventory.in_sync)
         # The old worker does not look at the links any more, the next one needs all of its own.
         namespaces = str(self.host.thread.directory.path)
         apply_links(self.host.links, plan_links(self._listening.binds, namespaces))

@@ -450,6 +450,24 @@ def find_shared(
     return shared
 
 
+def find_left_to_others(
+    networks: Iterable[Network],
+    observed: ObservedHost,
+    naming: Naming,
+    managed: Collection[ManagedPlace],
+) -> frozenset[ManagedPlace]:
+    """Places where we have put addresses that no network needs, and another process listens at: they are that one's."""
+    places = [place_of(network, naming) for network in networks]
+    wanted = {(one.namespace, one.device) for one in places}
+    return frozenset(
+        (name, device)
+        for name, device in managed
+        if (name, device) not in wanted and name is not None and name in observed.namespaces
+        for seen in (observed.namespaces[name],)
+        if any(not one.ours and one.address in _addresses_on(seen, device) for one in seen.sockets)
+    )
+
+
 def plan_sweep(
     served: Iterable[Network],
     observed: ObservedHost,

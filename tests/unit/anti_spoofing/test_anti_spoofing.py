@@ -26,7 +26,13 @@ from imdsproxy.anti_spoofing.plan import (
 )
 from imdsproxy.core.endpoints import Endpoint
 from imdsproxy.core.hostnames import Naming
-from imdsproxy.core.hoststate import NamespaceRef, ObservedDevice, ObservedHost, ObservedNamespace
+from imdsproxy.core.hoststate import (
+    ListeningSocket,
+    NamespaceRef,
+    ObservedDevice,
+    ObservedHost,
+    ObservedNamespace,
+)
 from imdsproxy.core.identity import Learned
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import (
@@ -80,13 +86,22 @@ class Rig:
             self.inventory.observe(type(told)("file", in_sync=False))
 
     async def round(
-        self, *, inode: int = 7, sweep: bool = True, listening: bool = True, running: bool = True
+        self,
+        *,
+        inode: int = 7,
+        sweep: bool = True,
+        listening: bool = True,
+        running: bool = True,
+        sockets: tuple[ListeningSocket, ...] = (),
     ) -> None:
         """The listener loop's: with one device of the network, if it listens there."""
         place = NamespaceRef("ns", inode)
         endpoints = [Endpoint(_N1, METADATA_IPV4, 80, "eth0", place, 2)] * listening
         plan = await self.filters.open(
-            self.inventory.networks, endpoints, ObservedHost(), running=running
+            self.inventory.networks,
+            endpoints,
+            ObservedHost(namespaces={"ns": ObservedNamespace(place, sockets=sockets)}),
+            running=running,
         )
         await self.filters.settle(plan, sweep=sweep)
 
@@ -198,6 +213,36 @@ async def test_a_filter_that_is_not_needed_is_removed(rig: Rig, *, check: bool) 
     await rig.round(listening=not check)
     assert rig.kernel.tables == {}
     assert (rig.directory / "gates.json").read_text() == "{}"
+
+
+async def test_a_filter_that_goes_is_released_first_and_removed_when_its_connections_have_ended(
+    rig: Rig,
+) -> None:
+    await rig.round()
+    rig.kernel.connected = {"ns"}
+    gone = MacFilterPlan()
+    await rig.filters.release(gone, sweep=True)
+    await rig.filters.release(gone, sweep=True)
+    assert rig.kernel.log == ["open n1", "fill n1", f"release {Naming().link(_N1)}"]
+    await rig.filters.settle(gone, sweep=True)
+    assert _N1 in rig.kernel.tables
+    rig.kernel.connected.clear()
+    await rig.filters.expire()
+    assert rig.kernel.tables == {}
+
+
+async def test_a_released_filter_is_created_anew_also_by_a_later_process(rig: Rig) -> None:
+    await rig.round()
+    rig.kernel.connected = {"ns"}
+    await rig.filters.release(MacFilterPlan(), sweep=True)
+    await rig.later(_MAC).round()
+    assert rig.kernel.log.count("open n1") == 2
+
+
+async def test_connections_to_another_process_that_listens_there_go_on(rig: Rig) -> None:
+    sockets = (ListeningSocket(METADATA_IPV4, 80, None, 1),)
+    await rig.round(running=False, sockets=sockets)
+    assert rig.kernel.busy == [frozenset({_N1})]
 
 
 async def test_a_kernel_that_refuses_leaves_no_guest_verified_and_is_reported(rig: Rig) -> None:

@@ -109,14 +109,33 @@ _SET = "nova.endpoint_sets.default"
 _URL = f"{_SET}.endpoints[0].url"
 
 
-def _import(*texts: str, names: Sequence[str] = (), **given: str) -> Imported:
+def _import(
+    *texts: str,
+    names: Sequence[str] = (),
+    server_name: str | None = None,
+    agent_user: str = "neutron",
+    behind_proxies: bool = True,
+) -> Imported:
     """Import files named a.ini, b.ini and so on; a text without a section is in [DEFAULT]."""
     named = zip(names or [f"{one}.ini" for one in "abcdef"], texts, strict=False)
     files = [
         parse_ini(text if text.startswith("[") else f"[DEFAULT]\n{text}", name)
         for name, text in named
     ]
-    return plan_import(files, _SECRET_FILE, **given)
+    return plan_import(
+        files,
+        _SECRET_FILE,
+        server_name=server_name,
+        agent_user=agent_user,
+        behind_proxies=behind_proxies,
+    )
+
+
+def test_without_the_agents_proxies_neither_their_socket_nor_neutron_is_in_the_settings() -> None:
+    text = _import(f"{_SECRET}state_path = /x\n", behind_proxies=False).text
+    assert "nova:" in text
+    assert "unix_listener" not in text
+    assert "neutron:" not in text
 
 
 def _settings(text: str, tmp_path: Path) -> dict[str, object]:
@@ -128,9 +147,11 @@ def _settings(text: str, tmp_path: Path) -> dict[str, object]:
     }
 
 
-def _problems(*texts: str, **given: str) -> list[Problem]:
+def _problems(
+    *texts: str, server_name: str | None = None, agent_user: str = "neutron"
+) -> list[Problem]:
     with pytest.raises(ConfigInvalid) as caught:
-        _import(*texts, **given)
+        _import(*texts, server_name=server_name, agent_user=agent_user)
     return list(caught.value.problems)
 
 

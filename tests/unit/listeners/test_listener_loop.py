@@ -269,6 +269,15 @@ async def test_what_is_ours_and_no_network_s_is_removed_once_and_known_to_be_gon
     assert rig.host.seen.namespaces.keys() == {"red"}
 
 
+async def test_a_network_that_was_let_go_is_listened_in_no_more_and_its_records_stay(
+    rig: Rig,
+) -> None:
+    await rig.serve("red", "blue")
+    await rig.loop.let_go([NetworkId("red")])
+    assert rig.bound() == {"blue"}
+    assert rig.inventory.networks.keys() == {"red", "blue"}
+
+
 async def test_what_the_host_refuses_is_told_and_tried_again(rig: Rig) -> None:
     rig.host.make("red", 7, addressed=False)
     rig.add(NamespaceListener("red", "eth0", manage_addresses=True))

@@ -47,6 +47,7 @@ from imdsproxy.listeners.plan import (
     PlanMemo,
     RemoveAddress,
     explain_pending,
+    find_left_to_others,
     plan_listeners,
 )
 
@@ -577,6 +578,18 @@ def test_frames_of_every_port_of_a_bridge_but_our_own_go_to_our_veth() -> None:
     assert f'set links {{ type ifname; elements = {{ "{OUR_LINK}" }} }}' in script
     # Only guests are forbidden to answer as the metadata service.
     assert 'set guests { type ifname; elements = { "tap0" } }' in script
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_an_address_of_ours_is_left_to_another_process_that_listens_at_it(*, other: bool) -> None:
+    socket = ListeningSocket(METADATA_IPV4, 80, None, 9, ours=not other)
+    seen = ObservedNamespace(REF, {"lo": LO, "tap0": TAP}, (V4,), sockets=(socket,))
+    host = ObservedHost(namespaces={"ns-blue": seen})
+    managed = frozenset({("ns-blue", "tap0")})
+    theirs = find_left_to_others([], host, NAMING, managed)
+    assert theirs == (managed if other else frozenset())
+    network = Network(BLUE, NamespaceListener("ns-blue", "tap0", manage_addresses=True))
+    assert find_left_to_others([network], host, NAMING, managed) == frozenset()
 
 
 def test_without_a_namespace_a_mac_and_a_port_the_table_is_only_removed() -> None:

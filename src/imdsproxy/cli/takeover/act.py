@@ -1,6 +1,7 @@
 """Takes the actions of a plan. Each can be taken again: what is done already is not done twice."""
 
 import contextlib
+import http.client
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from imdsproxy.admin_client import AdminClient
 from imdsproxy.cli.takeover import plan
 from imdsproxy.cli.takeover.observe import find_proxies, read_options
 from imdsproxy.config.load import Loaded
+from imdsproxy.core.model import METADATA_IPV4, METADATA_PORT
 from imdsproxy.errors import AdminUnavailable, HostRefused, ImdsproxyError, refusing
 from imdsproxy.host.files import write_atomic
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
@@ -27,6 +29,12 @@ _MIGRATE: Final = Path("/proc/sys/net/ipv4/tcp_migrate_req")
 _SETTINGS_MODE: Final = 0o640
 _SECRET_MODE: Final = 0o600
 _SERVER_ERROR: Final = 500
+_ANSWER_S: Final = 10.0
+_DRAIN_S: Final = 60.0
+"""Longer than HAProxy keeps an idle connection."""
+
+_SHOWN: Final = 500
+"""Characters of what a command has printed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +85,7 @@ class Actor:
         from imdsproxy.config.neutron_import import plan_import  # noqa: PLC0415 - only here
 
         options = [read_options(path) for path in action.files]
-        imported = plan_import(options, Path(action.secret))
+        imported = plan_import(options, Path(action.secret), behind_proxies=False)
         self._write(
             {
                 Path(action.secret): (imported.secret.encode(), _SECRET_MODE),
@@ -170,41 +178,58 @@ class Actor:
         return action.command
 
     def _wait_proxies(self, prefix: str) -> str:
-        networks = {
+        networks = self._networks_in(prefix)
+
+        def lacks() -> str:
+            there = {one.namespace.removeprefix(prefix) for one in find_proxies(prefix)}
+            if missing := sorted(networks - there):
+                return f"no HAProxy of the agent's in network {missing[0]}"
+            for network in sorted(networks - answering):
+                if reason := _ask_inside(thread, f"{prefix}{network}"):
+                    return f"the agent's HAProxy in network {network}: {reason}"
+                answering.add(network)
+            return ""
+
+        thread, answering = NamespaceThread(NamespaceDirectory()), set[str]()
+        with contextlib.closing(thread):
+            self._wait(lacks)
+        return f"{len(networks)} networks"
+
+    def _let_go(self, action: plan.LetGo) -> str:
+        networks = sorted(self._networks_in(action.prefix))
+        with migrating(action.prefix):
+            # Listeners first, and records, by which open connections are answered, when none is left.
+            self.daemon.request("POST", "/v1/let-go", body={"networks": networks})
+            draining = set(self.daemon.get("/v1/status")["haproxy"]["old_workers"])
+            with contextlib.suppress(HostRefused):
+                self._wait(lambda: self._still_drains(draining), within_s=_DRAIN_S)
+        Path(action.path).unlink(missing_ok=True)
+        _run(action.command, self.timeout_s)
+        self._wait(lambda: self._lacks_end(action.prefix))
+        return action.command
+
+    def _networks_in(self, prefix: str) -> set[str]:
+        """Ids of networks that imdsproxy serves in namespaces whose names begin so."""
+        return {
             one["record"]["id"]
             for one in self.daemon.get("/v1/networks")
             if one["record"]["listener"].get("namespace", "").startswith(prefix)
         }
 
-        def lacks() -> str:
-            there = {one.namespace.removeprefix(prefix) for one in find_proxies(prefix)}
-            missing = sorted(networks - there)
-            return f"no HAProxy of the agent's in network {missing[0]}" if missing else ""
+    def _still_drains(self, workers: set[int]) -> str:
+        left = workers & set(self.daemon.get("/v1/status")["haproxy"]["old_workers"])
+        return "connections are open" if left else ""
 
-        self._wait(lacks)
-        return f"{len(networks)} networks"
+    def _lacks_end(self, prefix: str) -> str:
+        readiness = self.daemon.get("/v1/status")["readiness"]
+        if not readiness["ready"]:
+            return f"imdsproxy is not ready: {readiness['reasons'][0]}"
+        return "imdsproxy still serves there" if self._networks_in(prefix) else ""
 
-    def _let_go(self, action: plan.LetGo) -> str:
-        Path(action.path).unlink(missing_ok=True)
-        with migrating(action.prefix):
-            _run(action.command, self.timeout_s)
-
-            def lacks() -> str:
-                readiness = self.daemon.get("/v1/status")["readiness"]
-                still = any(
-                    one["record"]["listener"].get("namespace", "").startswith(action.prefix)
-                    for one in self.daemon.get("/v1/networks")
-                )
-                if not readiness["ready"]:
-                    return f"imdsproxy is not ready: {readiness['reasons'][0]}"
-                return "imdsproxy still listens there" if still else ""
-
-            self._wait(lacks)
-        return action.command
-
-    def _wait(self, lacks: Callable[[], str]) -> None:
+    def _wait(self, lacks: Callable[[], str], *, within_s: float | None = None) -> None:
         """Until nothing lacks any more."""
-        deadline = time.monotonic() + self.timeout_s
+        within_s = self.timeout_s if within_s is None else within_s
+        deadline = time.monotonic() + within_s
         while True:
             try:
                 reason = lacks()
@@ -214,7 +239,7 @@ class Actor:
                 return
             if time.monotonic() > deadline:
                 raise HostRefused(
-                    f"not within {self.timeout_s:.0f} s: {reason}",
+                    f"not within {within_s:.0f} s: {reason}",
                     hint="run it again: it goes on from here",
                 )
             time.sleep(_POLL_S)
@@ -234,6 +259,25 @@ def migrating(prefix: str) -> Iterator[None]:
         for name in changed:
             _set_migrate(thread, name, b"0")
         thread.close()
+
+
+def _ask_inside(thread: NamespaceThread, namespace: str) -> str:
+    """What is wrong with the answer of the agent's HAProxy; empty where it passes requests on to the agent.
+
+    In the namespace itself, that is over loopback: imdsproxy's own listeners are bound to the guests' device.
+    """
+    connection = http.client.HTTPConnection(str(METADATA_IPV4), METADATA_PORT, timeout=_ANSWER_S)
+    try:
+        with thread.inside(namespace):
+            connection.connect()
+        connection.request("GET", "/")
+        status = connection.getresponse().status
+    except (OSError, http.client.HTTPException) as error:
+        return str(error) or type(error).__name__
+    finally:
+        connection.close()
+    # It knows no guest of this address.
+    return f"status {status}" if status >= _SERVER_ERROR else ""
 
 
 def _set_migrate(thread: NamespaceThread, name: str, value: bytes) -> bool:
@@ -267,4 +311,5 @@ def _run(command: str, timeout_s: float) -> None:
     except subprocess.TimeoutExpired as error:
         raise HostRefused(f"`{command}` has not ended within {timeout_s:.0f} s") from error
     if done.returncode != 0:
-        raise HostRefused(f"`{command}` ended with {done.returncode}: {done.stdout.strip()[-500:]}")
+        said = done.stdout.strip()[-_SHOWN:]
+        raise HostRefused(f"`{command}` ended with {done.returncode}{said and f': {said}'}")

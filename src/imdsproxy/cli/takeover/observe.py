@@ -17,6 +17,7 @@ from imdsproxy.host.namespaces import NamespaceDirectory
 from imdsproxy.host.process import PROC, command_name, read_arguments, read_stat
 
 _UNIT: Final = re.compile(r"/([^/]+\.service)$", re.MULTILINE)
+_BETWEEN_WORDS: Final = re.compile(r"[()\[\]]")
 _HAPROXY: Final = "haproxy"
 _REMEMBERED: Final = "takeover.json"
 
@@ -39,9 +40,10 @@ def find_agents(programs: Sequence[str]) -> Iterator[Agent]:
     """The running agents of these names; of an agent's processes the one that the others come from."""
     found: dict[int, tuple[str, list[str]]] = {}
     for pid in _pids():
-        # An agent gives its process a title, which holds its command line: `NAME (python3 /usr/bin/NAME --opt …)`.
-        words = " ".join(read_arguments(pid)).replace("(", " ").replace(")", " ").split()
-        names = [Path(word).name for word in words[:4]]
+        # An agent gives its process a title, which holds its command line: `NAME (python3 /usr/bin/NAME --opt …)`, and
+        # one that runs services a second one around it, in brackets.
+        words = _BETWEEN_WORDS.sub(" ", " ".join(read_arguments(pid))).split()
+        names = [Path(word).name for word in words[:6]]
         program = next((name for name in names if name in programs), None)
         if program is not None and read_stat(pid) is not None:
             found[pid] = program, words

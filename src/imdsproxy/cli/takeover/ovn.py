@@ -92,7 +92,7 @@ def _handback(seen: Seen) -> Iterator[Step]:
         WaitProxies(_PREFIX),
     )
     yield Step(
-        f"remove {seen.drop_in}, and restart imdsproxy's controller: its listeners there end softly",
+        f"end imdsproxy's listeners there softly, remove {seen.drop_in}, and restart its controller",
         f"rm {seen.drop_in}; {seen.commands.restart}",
         "imdsproxy takeover ovn",
         LetGo(seen.drop_in, seen.commands.restart, _PREFIX),

@@ -147,7 +147,7 @@ class WaitProxies:
 
 @dataclass(frozen=True, slots=True)
 class LetGo:
-    """Remove a settings file and restart the controller: its listeners end softly, as `EndProxies`."""
+    """Have imdsproxy listen there no more, softly, as `EndProxies`; then remove a settings file and restart it."""
 
     path: str
     command: str

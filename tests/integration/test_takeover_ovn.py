@@ -1,0 +1,116 @@
+"""A hypervisor moves from Neutron's own OVN agents to imdsproxy and back while its guests ask, and loses no request."""
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from support.document_blocks import blocks_of, find_fault, script_of
+from support.guest import IPV4, IPV6, Load
+from support.how_to import PAGES
+from support.lab import until
+from support.ovn_agent import AGENT, NEW_AGENT, TARGET, AgentWorld, open_agent_world
+
+pytestmark = [pytest.mark.root, pytest.mark.slow]
+
+_OURS = Path("etc/imdsproxy/conf.d/ovn.yaml")
+_PAUSE_S = 0.02
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AgentWorld]:
+    with open_agent_world(tmp_path_factory.mktemp("takeover")) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def _no_request_is_lost(world: AgentWorld) -> Iterator[None]:
+    """Guests open a connection for each request over IPv4 and IPv6, and some keep theirs."""
+    # No more at once: the agent's socket takes five connections, and its HAProxies answer 503 beyond that.
+    asking = (
+        (("a1", "b1"), IPV4, False),
+        (("a2",), IPV6, False),
+        (("b2",), IPV4, True),
+    )
+    with contextlib.ExitStack() as stack:
+        loads = [
+            stack.enter_context(
+                Load(
+                    [world.guests[name] for name in names],
+                    TARGET,
+                    world.wrong,
+                    keep_alive=kept,
+                    again=kept,
+                    pause_s=_PAUSE_S,
+                    to=to,
+                )
+            )
+            for names, to, kept in asking
+        ]
+        for load in loads:
+            load.wait_answers(20)
+        yield
+        for load in loads:
+            load.wait_answers(20)
+    for load in loads:
+        assert load.report.lost == []
+
+
+def _shows_beside(world: AgentWorld, proxies: list[int]) -> bool:
+    """Whether `status` has imdsproxy's listeners, and each of the agent's HAProxies beside them."""
+    seen = world.daemon.status()["left_out"]
+    shown = {f"haproxy (pid {pid})" for pid in proxies}
+    named = {one for one in shown if any(one in each["reason"] for each in seen)}
+    return named == shown and {one["code"] for one in seen} == {"foreign-listener"}
+
+
+def test_a_takeover_that_fails_leaves_both_serving_and_goes_on_when_it_is_run_again(
+    world: AgentWorld,
+) -> None:
+    world.fresh(AGENT)
+    machine, ours = world.daemon.machine, world.daemon.machine.root / _OURS
+    before = world.proxies()
+    with _no_request_is_lost(world):
+        planned = world.daemon.command("takeover", "ovn", "--dry-run")
+        assert f"stop {AGENT} (pid " in planned
+        assert not ours.exists()
+        assert world.proxies() == before
+
+        status, said = machine.attempt("imdsproxy", "takeover", "ovn", "--restart", "false")
+        assert status == 71
+        assert "`false` ended with 1; 2 steps before it done" in said
+        assert world.proxies() == before
+
+        machine.run("systemctl", "restart", "imdsproxy")
+        until(partial(_shows_beside, world, before), what="both in status", within_s=30)
+
+        status, said = machine.attempt("imdsproxy", "takeover", "ovn", "--stop-agent", "false")
+        assert status == 71
+        assert "step 3 of 3" in said
+        assert world.proxies() == []
+
+        assert "takeover ovn is done" in world.daemon.command("takeover", "ovn")
+        assert machine.unit(AGENT, "ActiveState") == "inactive"
+        assert "all is done already" in world.daemon.command("takeover", "ovn")
+        for network in world.ovn.networks.values():
+            migrates = ("cat", "/proc/sys/net/ipv4/tcp_migrate_req")
+            assert world.daemon.inside(network.namespace, *migrates) == "0"
+        world.daemon.command("status", "--check")
+
+
+def test_the_page_moves_a_host_over_and_back_to_the_letter(world: AgentWorld) -> None:
+    world.fresh(NEW_AGENT)
+    with _no_request_is_lost(world):
+        for heading in ("## Move a host", "## Go back"):
+            blocks = blocks_of(PAGES / "ovn.md", heading)
+            script = script_of(blocks)
+            done = world.daemon.machine.attempt("bash", "-euo", "pipefail", "-c", script)
+            assert not (fault := find_fault(blocks, *done)), fault
+            moved = heading == "## Move a host"
+            assert bool(world.proxies()) != moved
+            state = "inactive" if moved else "active"
+            assert world.daemon.machine.unit(NEW_AGENT, "ActiveState") == state
+    assert "all is done already" in world.daemon.command("handback", "ovn")
+    assert not (world.daemon.machine.root / _OURS).exists()
