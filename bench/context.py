@@ -26,6 +26,9 @@ class Scale:
         many: Instances of the rows about very many records; half of them where they are in files.
         settle_s: How long to wait before memory and idle time are read.
         replacing: Numbers of networks in front of Nova.
+        ovn_ports: Ports of an OVN cloud, from the smallest one on.
+        ovn_local: Those that are on the host.
+        ovn_events: Changes of a port.
         warm_up: Load each side once more at first.
     """
 
@@ -48,6 +51,9 @@ class Scale:
     many_networks: int = 5_000
     settle_s: float = 2
     replacing: tuple[int, ...] = (100, 500)
+    ovn_ports: tuple[int, ...] = (1_000, 10_000, 20_000)
+    ovn_local: int = 200
+    ovn_events: int = 300
     warm_up: bool = True
 
     @staticmethod
@@ -74,6 +80,9 @@ class Scale:
                 many_networks=4,
                 settle_s=0.1,
                 replacing=(1, 2),
+                ovn_ports=(60,),
+                ovn_local=2,
+                ovn_events=4,
                 warm_up=False,
             )
         if quick:
@@ -95,6 +104,9 @@ class Scale:
                 flood_s=3,
                 many=20_000,
                 many_networks=500,
+                ovn_ports=(1_000,),
+                ovn_local=40,
+                ovn_events=50,
             )
         return Scale(
             networks=1_000,

@@ -110,10 +110,15 @@ class Daemon:
     Args:
         directory: Made if need be.
         overrides: Settings that differ, by section.
+        within: The words before the command, where it runs in a namespace.
     """
 
     def __init__(
-        self, directory: Path, overrides: Mapping[str, Mapping[str, object]] | None = None
+        self,
+        directory: Path,
+        overrides: Mapping[str, Mapping[str, object]] | None = None,
+        *,
+        within: Sequence[str] = (),
     ) -> None:
         self.directory = directory
         directory.mkdir(exist_ok=True)
@@ -121,6 +126,7 @@ class Daemon:
         self.config = directory / "imdsproxy.yaml"
         self.config.write_text(render_settings(directory, overrides or {}))
         self.cli = [str(Path(sys.executable).parent / "imdsproxy"), "--config", str(self.config)]
+        self._within = within
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -137,7 +143,7 @@ class Daemon:
         """Start the controller; it is not waited for."""
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [*self.cli, "run"],
+                [*self._within, *self.cli, "run"],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -6,9 +6,11 @@ the way from guest to host is to count, a guest is plugged in: a namespace of it
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import subprocess
+from collections.abc import Sequence
 from ipaddress import IPv4Address, IPv4Interface, IPv6Address
 from pathlib import Path
 from typing import Final
@@ -18,9 +20,11 @@ from imdsproxy.host.namespaces import DEFAULT_DIRECTORY, NamespaceDirectory, Nam
 from imdsproxy.host.netlink import add_address, find_link, set_link
 from imdsproxy.host.nlmessages import CREATE, REPLACE, NetlinkSocket, pack_attributes
 
-__all__ = ["DEVICE", "GUESTS", "PLUGGED", "PREFIX", "Lab", "guest", "network_name"]
+__all__ = ["DEVICE", "GUESTS", "OVN_IDS", "PLUGGED", "PREFIX", "Lab", "guest", "network_name"]
 
 PREFIX: Final = "imdsb-"
+OVN_IDS: Final = "be9c"
+"""What ids of OVN's networks begin with."""
 DEVICE: Final = "imdsb0"
 GUESTS: Final = IPv4Interface("10.0.0.0/16")
 """All of it is local in every network, so a client can take any of its addresses."""
@@ -108,6 +112,58 @@ class Lab:
             subprocess.run(["/usr/sbin/ip", *words.split()], check=True, capture_output=True)
         return own
 
+    def add_host(self, name: str) -> None:
+        """A namespace that is a host: nothing but its loopback device; one that was there is gone."""
+        if name in self._directory.names():
+            self._directory.delete(name)
+        self._thread.create_now(name)
+        with self._thread.inside(name), NetlinkSocket() as channel:
+            set_link(channel, _LOOPBACK)
+
+    def add_bridge(self, host: str, name: str) -> None:
+        """A bridge of a host.
+
+        Raises:
+            subprocess.CalledProcessError: It could not be made.
+        """
+        plain = "forward_delay 0 stp_state 0 mcast_snooping 0"
+        _ip(host, f"link add {name} type bridge {plain}", f"link set {name} up")
+
+    def plug_at(self, host: str, bridge: str, name: str, *, mac: str, lines: Sequence[str]) -> None:
+        """A guest on a bridge of a host.
+
+        Args:
+            host: The host's namespace.
+            bridge: The bridge.
+            name: The guest's namespace.
+            mac: The guest's, on `eth0`.
+            lines: Further ones of ip(8) in its namespace.
+
+        Raises:
+            subprocess.CalledProcessError: It could not be made.
+        """
+        self._thread.create_now(name)
+        outer = f"g{name.removeprefix(host)}"
+        peer = f"peer name eth0 address {mac} netns {name}"
+        _ip(host, f"link add {outer} master {bridge} type veth {peer}", f"link set {outer} up")
+        _ip(name, "link set eth0 up", *lines)
+
+    def join(self, host: str, bridge: str, device: str) -> bool:
+        """Have a device on a bridge of a host; whether it is there."""
+        with self._thread.inside(host), NetlinkSocket() as channel:
+            link = find_link(channel, device)
+        if link is None:
+            return False
+        if not link.master:
+            with contextlib.suppress(subprocess.CalledProcessError):  # it has gone again
+                _ip(host, f"link set {device} master {bridge}")
+        return True
+
+    def has(self, host: str, device: str) -> bool:
+        """Whether a host has a device."""
+        with self._thread.inside(host), NetlinkSocket() as channel:
+            return find_link(channel, device) is not None
+
     def socket(self, name: str, kind: int = socket.SOCK_STREAM) -> socket.socket:
         """An unconnected IPv4 socket of a network."""
         with self._thread.inside(name):
@@ -117,6 +173,16 @@ class Lab:
         """Remove all networks."""
         self.sweep()
         self._thread.close()
+
+
+def _ip(namespace: str, *lines: str) -> None:
+    subprocess.run(
+        ["/usr/sbin/ip", "-n", namespace, "-batch", "-"],
+        input="\n".join(lines),
+        text=True,
+        check=True,
+        capture_output=True,
+    )
 
 
 def _furnish(*, ipv6: bool) -> None:

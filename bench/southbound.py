@@ -20,6 +20,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from bench.place import BenchError
+
 __all__ = [
     "CHASSIS",
     "HOST",
@@ -73,8 +75,7 @@ class OvsdbClient:
         """One transaction; the result of each operation.
 
         Raises:
-            RuntimeError: The server refuses.
-            EOFError: The connection ends.
+            BenchError: The server refuses, or the connection ends.
         """
         self._number += 1
         params: list[object] = [database, *operations]
@@ -90,7 +91,7 @@ class OvsdbClient:
         results: list[Mapping[str, Any]] = message.get("result") or []
         refused = [one for one in results if one and one.get("error")]
         if message.get("error") or refused:
-            raise RuntimeError(message.get("error") or refused)
+            raise BenchError(f"ovsdb-server refuses: {message.get('error') or refused}")
         return results
 
     def _read(self) -> dict[str, Any]:
@@ -106,7 +107,7 @@ class OvsdbClient:
                 if self._text.endswith("}"):
                     break
             else:
-                raise EOFError
+                raise BenchError("ovsdb-server has closed the connection")
 
 
 @dataclass(slots=True)
@@ -165,7 +166,7 @@ class OvsdbServer:
         """Start it, and wait until it listens.
 
         Raises:
-            RuntimeError: It does not.
+            BenchError: It does not.
         """
         self.path.unlink(missing_ok=True)
         self.process = subprocess.Popen(
@@ -184,7 +185,7 @@ class OvsdbServer:
         deadline = time.monotonic() + _START_S
         while not self._listens():
             if self.process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"ovsdb-server {self.name} does not start")
+                raise BenchError(f"ovsdb-server {self.name} does not start")
             time.sleep(0.005)
         return self
 

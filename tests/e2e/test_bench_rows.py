@@ -22,7 +22,7 @@ def test_each_row_gives_its_figure(rows: tuple[str, ...], tmp_path: Path) -> Non
     only = ("--only", ",".join(rows))
     ran = subprocess.run(
         [sys.executable, "-P", "-m", "bench", "--smallest", *only, "--json", str(file)],
-        env={**os.environ, "PYTHONPATH": str(_REPOSITORY)},
+        env={**os.environ, "PYTHONPATH": f"{_REPOSITORY}:{_REPOSITORY / 'tests'}"},
         capture_output=True,
         text=True,
         check=False,

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import re
 import resource
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.place import BenchError
 from bench.southbound import (
     CHASSIS,
     HOST,
@@ -22,6 +24,9 @@ from bench.southbound import (
     add_chassis_to_vswitch,
     plan_cloud,
 )
+from imdsproxy.core.hostnames import Naming
+from imdsproxy.host.namespaces import DEFAULT_DIRECTORY, NamespaceDirectory, NamespaceThread
+from imdsproxy.ovn import places
 from imdsproxy.sources.ovn.source import OvnSource
 from imdsproxy.sources.settings import OvnSourceSettings
 from support.certificates import make_authority
@@ -109,7 +114,7 @@ def takes_writes(server: OvsdbServer) -> bool:
     with contextlib.closing(server.client()) as client:
         try:
             client.transact("OVN_Southbound", nothing)
-        except RuntimeError:
+        except BenchError:
             return False
     return True
 
@@ -425,3 +430,18 @@ def test_another_endpoint_with_other_truth_is_taken_over_where_open_vswitch_name
     world.name_southbound(world.sb.remote)
     until(lambda: ask_all(world) == own(world), what="as before", within_s=20)
     other.kill()
+
+
+def test_a_device_that_another_program_takes_away_during_a_look_is_not_there(
+    world: SouthboundWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(_device: str, _command: int) -> int:
+        raise OSError(errno.ENODEV, "No such device")
+
+    monkeypatch.setattr(places, "_ask_ethtool", gone)
+    namespace = world.network(0).namespace
+    thread = NamespaceThread(NamespaceDirectory(DEFAULT_DIRECTORY))
+    with contextlib.closing(thread):
+        names = frozenset(thread.directory.names()) - {namespace}
+        seen = places.look_at_places(thread, Naming(world.lab.prefix), skip=names)
+    assert seen[namespace].inner is None

@@ -87,6 +87,11 @@ def _look(thread: NamespaceThread, naming: Naming, outside: NetlinkSocket, name:
             )
     except NamespaceMissing:
         return SeenPlace(outer=outer, is_ours=_is_abandoned(Path(thread.directory.file(name))))
+    except OSError as error:
+        if error.errno != errno.ENODEV:
+            raise host_refused(f"look at namespace {name}", error) from error
+        # Another program takes the device away just now.
+        return SeenPlace(outer=outer)
 
 
 def _is_abandoned(file: Path) -> bool:
