@@ -27,6 +27,7 @@ _CONTEXT.set_forkserver_preload(
         "imdsproxy.start",
         "imdsproxy.admin.api",
         "ovs.db.idl",
+        "support.ovn_steps",
         __name__,
     ]
 )

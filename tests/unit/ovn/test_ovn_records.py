@@ -24,7 +24,7 @@ def test_a_bound_port_is_an_instance_of_nova_in_its_network() -> None:
     assert port.mac == "fa:16:3e:00:00:05"
     assert port.addresses == (ip_address("10.0.0.5"), ip_address("fd00::5"))
     network = found.networks[NETWORK]
-    assert network.listener == NamespaceListener(f"ovnmeta-{NETWORK}", "tap11111111-01", True)
+    assert network.listener == NamespaceListener(f"ovnmeta-{NETWORK}", "tap11111111-01")
     assert network.project == "p1"
 
 

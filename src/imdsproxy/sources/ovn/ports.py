@@ -239,9 +239,8 @@ class OvnKnown:
         networks = {
             network: Network(
                 network,
-                NamespaceListener(
-                    namespace_of(network), devices_of(network)[1], manage_addresses=True
-                ),
+                # Its addresses are on the device before it is plugged in (`imdsproxy.ovn`).
+                NamespaceListener(namespace_of(network), devices_of(network)[1]),
                 project=self._project_of(network),
             )
             for network in served
