@@ -13,7 +13,7 @@ from support.how_to import PAGES
 from support.lab import until
 from support.ovn_agent import AGENT, NEW_AGENT, TARGET, AgentWorld, open_agent_world
 
-pytestmark = [pytest.mark.root, pytest.mark.slow]
+pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(600)]
 
 _OURS = Path("etc/imdsproxy/conf.d/ovn.yaml")
 _PAUSE_S = 0.02
@@ -103,14 +103,27 @@ def test_a_takeover_that_fails_leaves_both_serving_and_goes_on_when_it_is_run_ag
 def test_the_page_moves_a_host_over_and_back_to_the_letter(world: AgentWorld) -> None:
     world.fresh(NEW_AGENT)
     with _no_request_is_lost(world):
-        for heading in ("## Move a host", "## Go back"):
-            blocks = blocks_of(PAGES / "ovn.md", heading)
-            script = script_of(blocks)
-            done = world.daemon.machine.attempt("bash", "-euo", "pipefail", "-c", script)
-            assert not (fault := find_fault(blocks, *done)), fault
-            moved = heading == "## Move a host"
-            assert bool(world.proxies()) != moved
-            state = "inactive" if moved else "active"
-            assert world.daemon.machine.unit(NEW_AGENT, "ActiveState") == state
+        _follow(world, "## Move a host")
+        assert world.proxies() == []
+        assert world.daemon.machine.unit(NEW_AGENT, "ActiveState") == "inactive"
+        # A namespace that the agent has not made.
+        world.ovn.add_network("c")
+        world.ovn.add_port("c1", "c")
+        world.guests["c1"] = world.ovn.guest("c1")
+        world.wait_served()
+        _follow(world, "## Go back")
+        assert len(world.proxies()) == 3
+        assert world.daemon.machine.unit(NEW_AGENT, "ActiveState") == "active"
+        world.wait_served()
     assert "all is done already" in world.daemon.command("handback", "ovn")
     assert not (world.daemon.machine.root / _OURS).exists()
+    assert world.daemon.status()["networks"] == 0
+    del world.guests["c1"]
+    world.ovn.remove_port("c1")
+
+
+def _follow(world: AgentWorld, heading: str) -> None:
+    """Run what the page says below a heading."""
+    blocks = blocks_of(PAGES / "ovn.md", heading)
+    done = world.daemon.machine.attempt("bash", "-euo", "pipefail", "-c", script_of(blocks))
+    assert not (fault := find_fault(blocks, *done)), fault

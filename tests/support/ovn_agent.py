@@ -107,8 +107,10 @@ class AgentWorld:
         machine.run("rm", "-f", *_MADE)
         machine.run("systemctl", "restart", "imdsproxy")
         machine.run("systemctl", "enable", "--now", agent)
-        until(lambda: len(self.proxies()) == 2, what="the agent's HAProxies", within_s=40)
-        for network in self.ovn.networks.values():
+        networks = {port.network for port in self.ovn.ports.values()}
+        started = lambda: len(self.proxies()) == len(networks)  # noqa: E731 - twice as long otherwise
+        until(started, what="the agent's HAProxies", within_s=_AGENT_START_S)
+        for network in networks:
             # The agent's rule that fills in checksums for a datapath in user space is for IPv4 only.
             checksums = ("ethtool", "-K", network.devices[1], "tx", "off")
             self.daemon.inside(network.namespace, *checksums)

@@ -251,12 +251,13 @@ def migrating(prefix: str) -> Iterator[None]:
     directory = NamespaceDirectory()
     thread = NamespaceThread(directory)
     names = [name for name in directory.namespaces() if name.startswith(prefix)]
-    changed: list[str] = []
     try:
-        changed += (name for name in names if _set_migrate(thread, name, b"1"))
+        for name in names:
+            _set_migrate(thread, name, b"1")
         yield
     finally:
-        for name in changed:
+        # Also where a command that was killed has left it.
+        for name in names:
             _set_migrate(thread, name, b"0")
         thread.close()
 
@@ -280,18 +281,14 @@ def _ask_inside(thread: NamespaceThread, namespace: str) -> str:
     return f"status {status}" if status >= _SERVER_ERROR else ""
 
 
-def _set_migrate(thread: NamespaceThread, name: str, value: bytes) -> bool:
-    """Whether it was another value before."""
+def _set_migrate(thread: NamespaceThread, name: str, value: bytes) -> None:
+    """Nothing where the namespace has gone."""
     with (
         contextlib.suppress(FileNotFoundError),
         refusing(f"set {_MIGRATE} in {name}"),
         thread.inside(name),
     ):
-        if _MIGRATE.read_bytes().strip() == value:
-            return False
         _MIGRATE.write_bytes(value)
-        return True
-    return False
 
 
 def _run(command: str, timeout_s: float) -> None:

@@ -1,0 +1,50 @@
+from pathlib import Path
+
+import pytest
+
+from imdsproxy.admin_client import AdminClient
+from imdsproxy.cli.takeover.act import Actor
+from imdsproxy.cli.takeover.observe import recall, remember
+from imdsproxy.cli.takeover.plan import Commands, Restart, WriteSettings
+from imdsproxy.config.load import Loaded, load_settings
+from imdsproxy.errors import ConfigInvalid, HostRefused
+
+
+def _actor(directory: Path) -> Actor:
+    def load() -> Loaded:
+        return load_settings(directory / "imdsproxy.yaml", {})
+
+    (directory / "imdsproxy.yaml").write_text("{}\n")
+    return Actor(AdminClient(directory / "no.sock"), load, 5.0)
+
+
+@pytest.mark.parametrize("before", [None, "sources: {}\n"])
+def test_settings_that_are_not_acceptable_are_taken_back(
+    tmp_path: Path, before: str | None
+) -> None:
+    actor, file = _actor(tmp_path), tmp_path / "conf.d" / "ovn.yaml"
+    file.parent.mkdir()
+    if before is not None:
+        file.write_text(before)
+    with pytest.raises(ConfigInvalid):
+        actor.do(WriteSettings(str(file), "sources: {ovn: {southbound: nonsense}}\n"))
+    assert (file.read_text() if file.exists() else None) == before
+    actor.do(WriteSettings(str(file), "sources: {ovn: {enabled: true}}\n"))
+    assert actor.load().settings.sources.ovn.enabled
+
+
+def test_a_command_that_fails_is_an_error_with_what_it_printed(tmp_path: Path) -> None:
+    with pytest.raises(HostRefused, match="ended with 3: no such unit"):
+        _actor(tmp_path).do(Restart("echo no such unit; exit 3"))
+
+
+def test_how_an_agent_is_started_is_known_until_it_has_been_given_its_place_back(
+    tmp_path: Path,
+) -> None:
+    remember(tmp_path, "ovn", Commands("docker stop x", "docker start x"))
+    remember(tmp_path, "l3", Commands("a", "b"))
+    assert recall(tmp_path)["ovn"] == {"stop": "docker stop x", "start": "docker start x"}
+    remember(tmp_path, "ovn", None)
+    assert recall(tmp_path).keys() == {"l3"}
+    remember(tmp_path, "l3", None)
+    assert list(tmp_path.iterdir()) == []
