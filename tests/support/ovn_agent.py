@@ -104,8 +104,8 @@ class AgentWorld:
         """Have this agent serve, started as at a boot, and imdsproxy as after its installation."""
         machine = self.daemon.machine
         machine.run("systemctl", "disable", "--now", AGENT, NEW_AGENT)
-        machine.run("rm", "-f", *_MADE)
-        machine.run("systemctl", "restart", "imdsproxy")
+        if machine.run("rm", "--force", "--verbose", *_MADE):
+            machine.run("systemctl", "restart", "imdsproxy")
         machine.run("systemctl", "enable", "--now", agent)
         networks = {port.network for port in self.ovn.ports.values()}
         started = lambda: len(self.proxies()) == len(networks)  # noqa: E731 - twice as long otherwise

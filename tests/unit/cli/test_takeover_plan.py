@@ -11,7 +11,7 @@ _INI = """
 [ovs]
 ovsdb_connection = unix:/run/ovs.sock
 [ovn]
-ovn_sb_connection = ssl:192.0.2.1:6642,ssl:192.0.2.2:6642
+ovn_sb_connection = ssl:192.0.2.1:6642, ssl:192.0.2.2:6642
 ovn_sb_private_key = /etc/neutron/key.pem
 ovn_sb_certificate = /etc/neutron/cert.pem
 ovn_sb_ca_cert = /etc/neutron/ca.pem

@@ -124,8 +124,8 @@ def _refuse(seen: Seen) -> Iterator[Problem]:
 def render_settings(seen: Seen) -> str:
     """The settings file: where the agent finds its databases, imdsproxy finds them."""
     values = {
-        "open_vswitch": option_of(seen, "ovs", "ovsdb_connection"),
-        "southbound": option_of(seen, "ovn", "ovn_sb_connection"),
+        "open_vswitch": option_of(seen, "ovs", "ovsdb_connection").replace(" ", ""),
+        "southbound": option_of(seen, "ovn", "ovn_sb_connection").replace(" ", ""),
         **{name: option_of(seen, "ovn", option) for name, option in _FILES.items()},
     }
     lines = [f"    {name}: {render_value(value)}" for name, value in values.items() if value]
