@@ -1,15 +1,19 @@
 """Networks without a router: neutron-dhcp-agent makes their namespaces; its HAProxies or imdsproxy listen there."""
 
 import json
+import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 
+from imdsproxy.host.process import command_name
 from support.daemon import Daemon
-from support.guest import Guest
-from support.lab import until
+from support.guest import Guest, Load, Reply
+from support.lab import processes_in, until
 from support.neutron_agents import NeutronHost, open_agents
 
 pytestmark = pytest.mark.root
@@ -40,6 +44,30 @@ class DhcpWorld:
             for one in self.daemon.admin.get("/v1/networks")
         }
 
+    def programs(self) -> set[str]:
+        """What runs in the network's namespace."""
+        found = processes_in(self.host.dhcp_namespace("net-green"))
+        return {name for pid in found if (name := command_name(pid))}
+
+    def run(self, *words: str) -> None:
+        """Run a command of imdsproxy's, which has the controller restarted by a file in the place of systemd."""
+        asked, done = (self.daemon.directory / name for name in ("asked", "done"))
+        restart = f"touch {asked}; while [ ! -e {done} ]; do sleep 0.05; done; rm {done}"
+
+        def restarts() -> bool:
+            if asked.exists():
+                asked.unlink()
+                self.daemon.kill_controller(signal.SIGTERM)
+                self.daemon.start(ready=False)
+                done.touch()
+            return running.done()
+
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(self.daemon.command, *words, "--restart", restart)
+            until(restarts, within_s=_WITHIN_S, what="the end of the command")
+        ended = running.result()
+        assert ended.status == 0, f"{ended.out}{ended.err}"
+
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[DhcpWorld]:
@@ -49,7 +77,7 @@ def world() -> Iterator[DhcpWorld]:
         port = host.port("net-green", "10.0.0.5")
         guest = host.guest(port, via=host.dhcp_address("net-green"))
         until(guest.reaches, within_s=_WITHIN_S)
-        daemon.configure(host.settings({"dhcp": True}))
+        daemon.configure(host.settings())
         daemon.start()
         yield DhcpWorld(host, daemon, guest, port.device_id)
 
@@ -60,8 +88,27 @@ def test_a_guest_of_an_isolated_network_is_answered_by_neutrons_own_agents(
     assert world.asked_uuid() == world.instance
 
 
-def test_imdsproxy_listens_where_the_agent_wants_metadata_and_reports_its_haproxy(
-    world: DhcpWorld,
-) -> None:
-    wanted = {world.host.dhcp_namespace("net-green"): "foreign-listener"}
-    until(lambda: world.networks() == wanted, within_s=_WITHIN_S)
+def test_takeover_and_handback_lose_no_request_and_the_agent_runs_on(world: DhcpWorld) -> None:
+    namespace = world.host.dhcp_namespace("net-green")
+    target = "/openstack/latest/meta_data.json"
+    with Load([world.guest], target, partial(_wrong, world.instance), keep_alive=False) as load:
+        load.wait_answers(20)
+        world.run("takeover", "dhcp")
+        assert world.programs() == {"dnsmasq", "sleep"}
+        assert world.networks() == {namespace: ""}
+        load.wait_answers(50)
+        # An agent that starts ends each of its proxies, writes its configuration anew, and starts it again.
+        world.host.restart_dhcp_agent()
+        assert world.programs() == {"dnsmasq", "sleep"}
+        assert world.networks() == {namespace: ""}
+        load.wait_answers(50)
+        world.run("handback", "dhcp")
+        assert world.programs() == {"dnsmasq", "haproxy"}
+        load.wait_answers(50)
+    assert load.report.lost == []
+    assert not list(world.host.programs.iterdir())
+
+
+def _wrong(instance: str, _: Guest, reply: Reply) -> str | None:
+    ours = reply.status == 200 and json.loads(reply.body)["uuid"] == instance
+    return None if ours else f"{reply.status} {reply.body[:80]!r}"

@@ -61,16 +61,22 @@ class NeutronHost:
     def dhcp_namespace(self, name: str) -> str:
         return f"qdhcp-{self.network(name)}"
 
-    def settings(self, namespaces: Mapping[str, object]) -> dict[str, dict[str, object]]:
+    @property
+    def programs(self) -> Path:
+        """The directory in which agents look for programs first."""
+        return self.directory / "bin"
+
+    def settings(
+        self, namespaces: Mapping[str, object] | None = None
+    ) -> dict[str, dict[str, object]]:
         """A daemon's settings: instances of Neutron's, documents of Nova's, and what of the agents' it serves."""
-        own = {"state_path": str(self.openstack.place.path), **namespaces}
         cloud = {"enabled": True, "cloud": "lab", "clouds_file": str(self.openstack.clouds_yaml)}
         nova = {
             "endpoints": [{"url": self.openstack.nova_url}],
             "secret_file": str(self.openstack.secret_file),
         }
         return {
-            "sources": {"neutron": cloud, "neutron_namespaces": own},
+            "sources": {"neutron": cloud, "neutron_namespaces": dict(namespaces or {})},
             "nova": {"endpoint_sets": {"default": nova}},
             "documents": {"enabled": False, "supervisor": "spawn"},
         }
@@ -94,6 +100,18 @@ class NeutronHost:
         if not (NETNS / namespace).exists():
             return False
         return "haproxy" in run(*within(namespace), "ss", "--listening", "--tcp", "--processes")
+
+    def restart_dhcp_agent(self) -> None:
+        """Have the agent begin again, and wait until it has done all that it does at first."""
+        agent = self.agents["dhcp"]
+
+        def synchronisations() -> int:
+            return agent.log.read_text().count("Synchronizing state complete")
+
+        agent.stop()
+        before = synchronisations()
+        agent.start()
+        until(lambda: synchronisations() > before, within_s=_READY_S, what="a synchronisation")
 
     def take_away(self) -> None:
         """The namespaces that agents have made, with all that runs in them."""
@@ -224,10 +242,13 @@ def open_agents(*names: AgentName, **options: str) -> Iterator[NeutronHost]:
         # dnsmasq reads its files as another user.
         directory.chmod(0o755)
         stack.enter_context(open_broker(lab.host, directory / "broker"))
+        (directory / "bin").mkdir()
         _start_open_vswitch(directory, lab.host)
         place = directory / "openstack"
         place.mkdir()
         openstack = stack.enter_context(open_openstack(place, namespace=lab.host, broker=URL))
+        # With threads that wait for messages it takes its time.
+        stack.callback(openstack.neutron.kill)
         openstack.agent.launch()
         agents = {name: _agent(openstack, directory, name, options) for name in names}
         host = NeutronHost(lab, directory, openstack, agents)
@@ -253,6 +274,7 @@ state_path = {place.path}
 {own}[AGENT]
 root_helper = env
 report_interval = 5
+check_child_processes_interval = 1
 [OVS]
 ovsdb_connection = {_database(directory)}
 datapath_type = netdev
@@ -266,7 +288,8 @@ datapath_type = netdev
         name=program,
         argv=[*place.prefix, str(tools / program), *words],
         cwd=place.path,
-        environment={"PATH": f"{tools}:/usr/sbin:/usr/bin:/sbin:/bin"},
+        # The first one stands for /usr/local/sbin.
+        environment={"PATH": f"{directory}/bin:{tools}:/usr/sbin:/usr/bin:/sbin:/bin"},
         log=log,
         is_up=lambda: any(one["binary"] == program for one in openstack.rest.list("agent")),
     )

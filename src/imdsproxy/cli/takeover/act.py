@@ -6,14 +6,14 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, assert_never
 
 from imdsproxy.admin_client import AdminClient
 from imdsproxy.cli.takeover import plan
-from imdsproxy.cli.takeover.observe import find_proxies, read_options
+from imdsproxy.cli.takeover.observe import find_proxies, find_stand_ins, read_options
 from imdsproxy.config.load import Loaded
 from imdsproxy.core.model import METADATA_IPV4, METADATA_PORT
 from imdsproxy.errors import AdminUnavailable, HostRefused, ImdsproxyError, refusing
@@ -28,6 +28,7 @@ _MIGRATE: Final = Path("/proc/sys/net/ipv4/tcp_migrate_req")
 
 _SETTINGS_MODE: Final = 0o640
 _SECRET_MODE: Final = 0o600
+_PROGRAM_MODE: Final = 0o755
 _SERVER_ERROR: Final = 500
 _ANSWER_S: Final = 10.0
 _DRAIN_S: Final = 60.0
@@ -77,6 +78,8 @@ class Actor:
                 result = self._wait_proxies(prefix)
             case plan.LetGo():
                 result = self._let_go(action)
+            case plan.PlaceStandIn() | plan.WaitStandIns() | plan.RemoveStandIn():
+                result = self._do_stand_ins(action)
             case never:
                 assert_never(never)
         return result
@@ -119,9 +122,9 @@ class Actor:
             if not readiness["ready"]:
                 return f"imdsproxy is not ready: {readiness['reasons'][0]}"
             known = {one["record"]["id"]: one for one in self.daemon.get("/v1/networks")}
-            wanted = {one.namespace.removeprefix(prefix) for one in find_proxies(prefix)}
-            if missing := sorted(wanted - known.keys()):
-                return f"imdsproxy does not know network {missing[0]}"
+            places = {one["record"]["listener"].get("namespace") for one in known.values()}
+            if missing := sorted({one.namespace for one in find_proxies(prefix)} - places):
+                return f"imdsproxy does not know namespace {missing[0]}"
             for network, one in known.items():
                 left_out = one["left_out"]
                 if left_out is not None and left_out["code"] != _FOREIGN:
@@ -178,22 +181,21 @@ class Actor:
         return action.command
 
     def _wait_proxies(self, prefix: str) -> str:
-        networks = self._networks_in(prefix)
+        places = set(self._networks_in(prefix).values())
 
         def lacks() -> str:
-            there = {one.namespace.removeprefix(prefix) for one in find_proxies(prefix)}
-            if missing := sorted(networks - there):
-                return f"no HAProxy of the agent's in network {missing[0]}"
-            for network in sorted(networks - answering):
-                if reason := _ask_inside(thread, f"{prefix}{network}"):
-                    return f"the agent's HAProxy in network {network}: {reason}"
-                answering.add(network)
+            if missing := sorted(places - {one.namespace for one in find_proxies(prefix)}):
+                return f"no HAProxy of the agent's in {missing[0]}"
+            for place in sorted(places - answering):
+                if reason := _ask_inside(thread, place):
+                    return f"the agent's HAProxy in {place}: {reason}"
+                answering.add(place)
             return ""
 
         thread, answering = NamespaceThread(NamespaceDirectory()), set[str]()
         with contextlib.closing(thread):
             self._wait(lacks)
-        return f"{len(networks)} networks"
+        return f"{len(places)} networks"
 
     def _let_go(self, action: plan.LetGo) -> str:
         networks = sorted(self._networks_in(action.prefix))
@@ -208,13 +210,50 @@ class Actor:
         self._wait(lambda: self._lacks_end(action.prefix))
         return action.command
 
-    def _networks_in(self, prefix: str) -> set[str]:
-        """Ids of networks that imdsproxy serves in namespaces whose names begin so."""
+    def _networks_in(self, prefix: str) -> Mapping[str, str]:
+        """By id, the namespaces whose names begin so and that imdsproxy serves networks in."""
         return {
-            one["record"]["id"]
+            one["record"]["id"]: one["record"]["listener"]["namespace"]
             for one in self.daemon.get("/v1/networks")
             if one["record"]["listener"].get("namespace", "").startswith(prefix)
         }
+
+    def _do_stand_ins(
+        self, action: plan.PlaceStandIn | plan.WaitStandIns | plan.RemoveStandIn
+    ) -> str:
+        match action:
+            case plan.PlaceStandIn(path, text):
+                with refusing(f"write {path}"):
+                    write_atomic(Path(path), text.encode(), mode=_PROGRAM_MODE, durable=True)
+                return "written"
+            case plan.WaitStandIns(prefix):
+                return self._wait_stand_ins(prefix)
+            case plan.RemoveStandIn(path, prefix):
+                return f"{self._remove_stand_in(path, prefix)} ended"
+            case never:
+                assert_never(never)
+
+    def _wait_stand_ins(self, prefix: str) -> str:
+        places = set(self._networks_in(prefix).values())
+
+        def lacks() -> str:
+            if back := find_proxies(prefix):
+                return f"HAProxy {back[0].pid} in {back[0].namespace} has come: the agent does not find the stand-in"
+            missing = sorted(places - {one.namespace for one in find_stand_ins(prefix)})
+            return f"no stand-in in {missing[0]}" if missing else ""
+
+        self._wait(lacks)
+        return f"{len(places)} networks"
+
+    def _remove_stand_in(self, path: str, prefix: str) -> int:
+        with refusing(f"remove {path}"):
+            Path(path).unlink(missing_ok=True)
+        found = find_stand_ins(prefix)
+        for one in found:
+            if (handle := open_process(one.pid)) is not None:
+                with contextlib.closing(handle):
+                    handle.kill(signal.SIGTERM)
+        return len(found)
 
     def _still_drains(self, workers: set[int]) -> str:
         left = workers & set(self.daemon.get("/v1/status")["haproxy"]["old_workers"])

@@ -13,14 +13,14 @@ from imdsproxy.cli.takeover.plan import Commands, Kind, Seen, Step, shape_of
 from imdsproxy.config.files import DEFAULT_CONFIG
 from imdsproxy.errors import HostRefused, ImdsproxyError, Problem, RequestRefused
 
-KINDS: Final = ("ovn",)
+KINDS: Final = ("ovn", "dhcp")
 """Each has a module of its name, with its `KIND`."""
 
 _TIMEOUT_S: Final = 120.0
 _NAMES: Final = "|".join(KINDS)
 _BOTH: Final = "guests are served all the while"
 
-What = Annotated[str, argument(_NAMES, "Whose networks: those of OVN's agent.")]
+What = Annotated[str, argument(_NAMES, "Whose networks: those of OVN's or the DHCP agent.")]
 DryRun = Annotated[bool, flag("--dry-run", "Print the plan, and change nothing.")]
 StopAgent = Annotated[
     str,
@@ -58,7 +58,7 @@ def takeover(
     plan = _Plan(
         f"takeover {what}",
         tuple(kind.takeover(seen)),
-        (*kind.refuse(seen), *_lacks_commands(seen)),
+        (*kind.refuse(seen), *_lacks_commands(kind, seen)),
         remembers={kind.name: seen.commands} if seen.agents else {},
     )
     _carry_out(run, plan, None if dry_run else timeout)
@@ -77,7 +77,7 @@ def handback(
     """Give the place back to Neutron's agent, without a request lost: prints its plan, then what came of it."""
     kind, seen = _observe(run, what, Commands("", start_agent, restart))
     steps = tuple(kind.handback(seen))
-    problems = tuple(_lacks_commands(seen, back=True)) if steps else ()
+    problems = tuple(_lacks_commands(kind, seen, back=True)) if steps else ()
     plan = _Plan(f"handback {what}", steps, problems, forgets=kind.name)
     _carry_out(run, plan, None if dry_run else timeout)
 
@@ -110,7 +110,7 @@ def _observe(run: options.Invocation, what: str, given: Commands) -> tuple[Kind,
     return kind, observe(kind, run.daemon(), run.load(), directory=directory, given=given)
 
 
-def _lacks_commands(seen: Seen, *, back: bool = False) -> Iterator[Problem]:
+def _lacks_commands(kind: Kind, seen: Seen, *, back: bool = False) -> Iterator[Problem]:
     if not seen.commands.restart:
         yield Problem(
             "--restart",
@@ -121,6 +121,8 @@ def _lacks_commands(seen: Seen, *, back: bool = False) -> Iterator[Problem]:
         yield Problem(
             "--start-agent", "it is not known how the agent is started", "give the command"
         )
+    if kind.runs_on:
+        return
     if not back and seen.agents and not (seen.commands.stop and seen.commands.start):
         agent = seen.agents[0]
         yield Problem(

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from imdsproxy.admin_client import AdminClient
 from imdsproxy.cli.takeover.plan import Agent, Commands, Kind, Proxy, Seen
+from imdsproxy.cli.takeover.stand_in import STAND_IN, is_stand_in
 from imdsproxy.config.load import Loaded
 from imdsproxy.core.neutron_ini import IniOption, decode_ini, parse_ini
 from imdsproxy.errors import ConfigUnreadable, LibraryMissing, optional_library
@@ -19,6 +20,7 @@ from imdsproxy.host.process import PROC, command_name, read_arguments, read_stat
 _UNIT: Final = re.compile(r"/([^/]+\.service)$", re.MULTILINE)
 _BETWEEN_WORDS: Final = re.compile(r"[()\[\]]")
 _HAPROXY: Final = "haproxy"
+_PAGE: Final = 4096
 _REMEMBERED: Final = "takeover.json"
 
 
@@ -74,23 +76,74 @@ def _same(one: Path, other: Path) -> bool:
         return False
 
 
+def find_haproxy(prefix: str) -> tuple[str, str]:
+    """Where the agent of these namespaces finds HAProxy, and the place before it where it would find another.
+
+    Its other programs there were looked for in the same directories. In a container they are below its root.
+    """
+    for pid, _ in _processes_in(prefix):
+        try:
+            variables = (PROC / str(pid) / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        for one in variables:
+            if one.startswith(b"PATH="):
+                root = PROC / str(pid) / "root"
+                base = "" if _same(root, Path("/")) else str(root)
+                return _look_up(base, os.fsdecode(one.removeprefix(b"PATH=")).split(":"))
+    return "", ""
+
+
+def _look_up(base: str, directories: Sequence[str]) -> tuple[str, str]:
+    before = ""
+    for directory in directories:
+        place = f"{base}{directory}/{_HAPROXY}"
+        if (text := _text_of(place)) is None:
+            before = before or (place if Path(place).parent.is_dir() else "")
+        elif is_stand_in(text):
+            before = place
+        else:
+            return f"{directory}/{_HAPROXY}", before
+    return "", ""
+
+
+def _text_of(path: str) -> str | None:
+    """How a file begins, as text; `None` where there is none."""
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123 - an empty path is no directory
+            return file.read(_PAGE).decode(errors="replace")
+    except OSError:
+        return None
+
+
+def find_stand_ins(prefix: str) -> tuple[Proxy, ...]:
+    """Processes that stand in for HAProxies in namespaces whose names begin so."""
+    return tuple(
+        Proxy(pid, name)
+        for pid, name in _processes_in(prefix)
+        if next(iter(read_arguments(pid)), "").startswith(STAND_IN)
+    )
+
+
 def find_proxies(prefix: str) -> tuple[Proxy, ...]:
     """HAProxies in namespaces whose names begin so."""
+    return tuple(
+        Proxy(pid, name) for pid, name in _processes_in(prefix) if command_name(pid) == _HAPROXY
+    )
+
+
+def _processes_in(prefix: str) -> Iterator[tuple[int, str]]:
     directory = NamespaceDirectory()
     names = {
         ref.inode: name for name, ref in directory.namespaces().items() if name.startswith(prefix)
     }
-    found: list[Proxy] = []
     for pid in _pids() if names else ():
-        if command_name(pid) != _HAPROXY or read_stat(pid) is None:
-            continue
         try:
             inode = (PROC / str(pid) / "ns" / "net").stat().st_ino
         except OSError:
             continue
-        if inode in names:
-            found.append(Proxy(pid, names[inode]))
-    return tuple(found)
+        if inode in names and read_stat(pid) is not None:
+            yield pid, names[inode]
 
 
 def observe(
@@ -119,6 +172,7 @@ def observe(
     drop_in = directory / "conf.d" / f"{kind.name}.yaml"
     own = unit_of(status["controller"])
     unit = next((one.unit for one in agents if one.unit), "")
+    haproxy = find_haproxy(kind.prefix) if kind.runs_on else ("", "")
     before = recall(loaded.settings.paths.state_dir).get(kind.name, {})
     return Seen(
         agents=agents,
@@ -143,6 +197,9 @@ def observe(
         ),
         networks=frozenset(one["record"]["id"] for one in daemon.get("/v1/networks")),
         library=_lacks_library() if kind.source == "ovn" else "",
+        sources=frozenset(one["name"] for one in status["sources"]),
+        haproxy=haproxy,
+        stand_in=_text_of(haproxy[1]),
     )
 
 

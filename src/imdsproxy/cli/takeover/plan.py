@@ -61,6 +61,9 @@ class Seen:
         imported: Where the agent's settings for Nova are written to: the YAML file and the secret's.
         networks: Ids of the networks that imdsproxy has.
         library: Why the source's library cannot be used; empty where it can, or none is needed.
+        sources: Names of the sources that the running daemon has.
+        haproxy: Where the agent finds HAProxy, and where it would find a stand-in first; empty where not.
+        stand_in: What is there; `None` where nothing is.
     """
 
     agents: tuple[Agent, ...] = ()
@@ -74,6 +77,9 @@ class Seen:
     imported: tuple[str, str] = ("", "")
     networks: frozenset[str] = frozenset()
     library: str = ""
+    sources: frozenset[str] = frozenset()
+    haproxy: tuple[str, str] = ("", "")
+    stand_in: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +160,29 @@ class LetGo:
     prefix: str
 
 
+@dataclass(frozen=True, slots=True)
+class PlaceStandIn:
+    """Write the program that an agent finds before HAProxy."""
+
+    path: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class WaitStandIns:
+    """Wait until the agent has started a stand-in in each namespace in which imdsproxy listens."""
+
+    prefix: str
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveStandIn:
+    """Remove the program, and end the stand-ins that run: the agent starts HAProxies in their places."""
+
+    path: str
+    prefix: str
+
+
 Action: TypeAlias = (
     ImportSettings
     | WriteSettings
@@ -164,6 +193,9 @@ Action: TypeAlias = (
     | StartAgent
     | WaitProxies
     | LetGo
+    | PlaceStandIn
+    | WaitStandIns
+    | RemoveStandIn
 )
 
 
@@ -194,6 +226,7 @@ class Kind:
         takeover: The steps, none where all is done.
         handback: The same for the way back.
         refuse: What has to be mended by the operator before a takeover.
+        runs_on: The agent has other work and is not stopped.
     """
 
     name: str
@@ -203,6 +236,7 @@ class Kind:
     takeover: Callable[[Seen], Iterator[Step]]
     handback: Callable[[Seen], Iterator[Step]]
     refuse: Callable[[Seen], Iterator[Problem]]
+    runs_on: bool = False
 
 
 def option_of(seen: Seen, section: str, name: str) -> str:
