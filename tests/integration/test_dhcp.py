@@ -1,19 +1,25 @@
 """Networks without a router: neutron-dhcp-agent makes their namespaces; its HAProxies or imdsproxy listen there."""
 
+import asyncio
 import json
+import re
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import pytest
 
+from imdsproxy.core.model import Scope
+from imdsproxy.host.namespaces import NamespaceDirectory
 from imdsproxy.host.process import command_name
+from imdsproxy.sources.neutron_namespaces.proxies import DhcpProxies
 from support.daemon import Daemon
 from support.guest import Guest, Load, Reply
-from support.lab import processes_in, until
+from support.lab import NETNS, processes_in, until
 from support.neutron_agents import NeutronHost, open_agents
 
 pytestmark = pytest.mark.root
@@ -44,6 +50,26 @@ class DhcpWorld:
             for one in self.daemon.admin.get("/v1/networks")
         }
 
+    def is_wanted(self) -> bool:
+        """Whether the agent wants metadata served in the network's namespace."""
+        return (self.state / "ns-metadata-proxy" / f"{self._network}.conf").exists()
+
+    def ways(self) -> set[tuple[str, str]]:
+        """Where the DHCP server sends guests for metadata: option and next hop."""
+        text = (self.state / "dhcp" / self._network / "opts").read_text()
+        return set(
+            re.findall(r"^tag:[^,]+,([^,]+),169\.254\.169\.254/32,([^,\n]+)", text, re.MULTILINE)
+        )
+
+    @property
+    def state(self) -> Path:
+        """The agent's files."""
+        return self.host.openstack.place.path
+
+    @property
+    def _network(self) -> str:
+        return self.host.network("net-green")
+
     def programs(self) -> set[str]:
         """What runs in the network's namespace."""
         found = processes_in(self.host.dhcp_namespace("net-green"))
@@ -71,7 +97,7 @@ class DhcpWorld:
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[DhcpWorld]:
-    options = {"enable_isolated_metadata": "true"}
+    options = {"enable_isolated_metadata": "true", "enable_metadata_network": "true"}
     with open_agents("dhcp", **options) as host, closing(Daemon(host.lab)) as daemon:
         host.give("dhcp", "net-green")
         port = host.port("net-green", "10.0.0.5")
@@ -112,3 +138,43 @@ def test_takeover_and_handback_lose_no_request_and_the_agent_runs_on(world: Dhcp
 def _wrong(instance: str, _: Guest, reply: Reply) -> str | None:
     ours = reply.status == 200 and json.loads(reply.body)["uuid"] == instance
     return None if ours else f"{reply.status} {reply.body[:80]!r}"
+
+
+def test_a_lease_names_the_way_to_metadata_and_a_network_with_a_router_has_another(
+    world: DhcpWorld,
+) -> None:
+    rest, network = world.host.openstack.rest, world.host.network("net-green")
+    own = world.host.dhcp_address("net-green")
+    assert world.ways() == {("option:classless-static-route", own), ("249", own)}
+    assert world.is_wanted()
+    (subnet,) = (one["id"] for one in rest.list("subnet") if one["network_id"] == network)
+    router = rest.create("router", name="r-green")["id"]
+    join = {"subnet_id": subnet}
+    rest.send("PUT", f"/routers/{router}/add_router_interface", join)
+    # The router answers for metadata: the agent ends its proxy, and imdsproxy's listener follows a minute later.
+    until(lambda: not world.is_wanted(), within_s=_WITHIN_S)
+    assert {way for _, way in world.ways()} == {"10.0.0.1"}
+    rest.send("PUT", f"/routers/{router}/remove_router_interface", join)
+    rest.delete("router", router)
+    until(world.is_wanted, within_s=_WITHIN_S)
+    until(lambda: {way for _, way in world.ways()} == {own}, within_s=_WITHIN_S)
+
+
+def test_a_network_that_leads_from_a_router_to_metadata_is_served_for_the_routers_guests(
+    world: DhcpWorld,
+) -> None:
+    rest = world.host.openstack.rest
+    network = rest.create("network", name="metadata")["id"]
+    range4 = {"ip_version": 4, "cidr": "169.254.169.252/30"}
+    subnet = rest.create("subnet", network_id=network, **range4)["id"]
+    router = rest.create("router", name="of another driver")["id"]
+    rest.send("PUT", f"/routers/{router}/add_router_interface", {"subnet_id": subnet})
+    world.host.give_id("dhcp", network)
+    proxies = DhcpProxies(world.state / "ns-metadata-proxy", NamespaceDirectory())
+    asyncio.run(proxies.read())
+    served = proxies.networks[f"qdhcp-{network}"]
+    assert (served.id, served.scope) == (router, Scope.ROUTER)
+    rest.send("PUT", f"/routers/{router}/remove_router_interface", {"subnet_id": subnet})
+    rest.delete("router", router)
+    rest.delete("network", network)
+    until(lambda: not (NETNS / f"qdhcp-{network}").exists(), within_s=_WITHIN_S)

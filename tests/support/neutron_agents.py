@@ -83,13 +83,17 @@ class NeutronHost:
 
     def give(self, agent: AgentName, name: str) -> None:
         """Have an agent look after a network or router of the table, and wait until its guests can be served."""
+        self.give_id(agent, self.network(name) if agent == "dhcp" else self.router(name))
+
+    def give_id(self, agent: AgentName, its_id: str) -> None:
+        """The same for any network or router."""
         binary = f"neutron-{agent}-agent"
         rest = self.openstack.rest
         ident = next(one["id"] for one in rest.list("agent") if one["binary"] == binary)
         if agent == "dhcp":
-            body, namespace = {"network_id": self.network(name)}, f"qdhcp-{self.network(name)}"
+            body, namespace = {"network_id": its_id}, f"qdhcp-{its_id}"
         else:
-            body, namespace = {"router_id": self.router(name)}, f"qrouter-{self.router(name)}"
+            body, namespace = {"router_id": its_id}, f"qrouter-{its_id}"
         reap_at_the_end(namespaces=namespace)
         self._made.append(namespace)
         rest.send("POST", f"/agents/{ident}/{agent}-{_KINDS[agent]}", body)

@@ -51,12 +51,8 @@ class DhcpProxy:
         return f"{DHCP_PREFIX}{self.id}" if self.scope is Scope.NETWORK else None
 
     def network_in(self, namespace: str) -> Network:
-        """The record of the namespace that it is for.
-
-        MACs are not checked: a filter leads guests to a port at which only imdsproxy listens, and these namespaces go
-        back to the agent's HAProxies, and come from them, while guests ask. Neutron's port security checks addresses.
-        """
-        return Network(self.id, NamespaceListener(namespace), scope=self.scope, mac_check=False)
+        """The record of the namespace that it is for."""
+        return Network(self.id, NamespaceListener(namespace), scope=self.scope)
 
 
 def parse_proxy(text: str) -> DhcpProxy | None:
