@@ -48,12 +48,11 @@ class _Kind:
     what: str
     headers: tuple[str, ...] = ()
     slow: bool = False
-    bar: Bar | None = _BAR
 
 
 _KINDS: Final = (
     _Kind("nova-signed", "signed and sent to Nova, keep-alive"),
-    _Kind("nova-signed-close", "the same, `Connection: close`", _CLOSE, bar=None),
+    _Kind("nova-signed-close", "the same, `Connection: close`", _CLOSE),
     _Kind("nova-slow", f"the same, keep-alive, by a Nova that takes {SLOW_MS} ms", slow=True),
 )
 
@@ -120,7 +119,7 @@ class _Stage:
                 "constant headers and forwards over kept connections; both to the same stand-in for Nova (HAProxy, "
                 "1.1 kB), which checks the signature; HAProxy on one processor, wrk and the stand-in on the other"
             ),
-            bar=kind.bar,
+            bar=_BAR,
             beside="bare",
             more={"bare_config": self.bare.config},
         )
