@@ -1,15 +1,19 @@
 """Routers of the genuine neutron-l3-agent, which neither redirects nor starts a proxy, are served by imdsproxy."""
 
 import json
+import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import pytest
 
+from imdsproxy.cli.takeover.l3 import disable_proxies
+from imdsproxy.cli.takeover.observe import find_proxies
 from support.daemon import Daemon
-from support.guest import IPV4, IPV6, Guest, Lost
+from support.guest import IPV4, IPV6, Guest, Load, Lost, Reply
 from support.l3_routers import (
     MadeRouter,
     activate_ha,
@@ -22,10 +26,12 @@ from support.l3_routers import (
 )
 from support.lab import ip, until
 from support.neutron_agents import NeutronHost, open_agents
+from support.openstack.lab import OpenStack
 from support.routers import sniffing
 
 pytestmark = pytest.mark.root
 
+_ROUTERS = ("r-blue", "r-red")
 _GUESTS = {
     "blue": ("net-blue", "10.0.0.5", "10.0.0.1"),
     "blue2": ("net-blue2", "10.0.1.6", "10.0.1.1"),
@@ -52,6 +58,42 @@ class L3World:
         own = self.instances[name]
         until(lambda: self._asks_as(name, to) == own, what=f"{name} is itself", within_s=30)
 
+    def command(self, *words: str) -> None:
+        """Run a command of imdsproxy's, which has agent and controller restarted by files in the place of systemd."""
+        agent = self.host.agents["l3"]
+
+        def restart_controller() -> None:
+            self.daemon.kill_controller(signal.SIGTERM)
+            self.daemon.start(ready=False)
+
+        def restart_agent() -> None:
+            agent.stop()
+            agent.launch()
+
+        restarts = {"restart": restart_controller, "start-agent": restart_agent}
+        asked, done = self.daemon.directory / "asked", self.daemon.directory / "done"
+        options = [
+            word
+            for name in restarts
+            for word in (
+                f"--{name}",
+                f"echo {name} >{asked}; while [ ! -e {done} ]; do sleep 0.05; done; rm {done}",
+            )
+        ]
+
+        def ended() -> bool:
+            if asked.exists() and (name := asked.read_text().strip()):
+                asked.unlink()
+                restarts[name]()
+                done.touch()
+            return running.done()
+
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(self.daemon.command, *words, *options)
+            until(ended, within_s=90, what="the end of the command")
+        result = running.result()
+        assert result.status == 0, f"{result.out}{result.err}"
+
     def _asks_as(self, name: str, to: str) -> str:
         self.host.wire()
         return asks_as(self.guests[name], to=to)
@@ -74,10 +116,14 @@ def world() -> Iterator[L3World]:
         host = stack.enter_context(open_agents("l3", **options))
         daemon = Daemon(host.lab)
         stack.callback(daemon.close)
-        daemon.configure(host.settings({"routers": True}))
+        daemon.configure(_settings(host.openstack))
+        # What `takeover l3` writes.
+        drop_in = daemon.config.parent / "conf.d" / "l3.yaml"
+        drop_in.parent.mkdir()
+        drop_in.write_text("sources: {neutron_namespaces: {routers: true}}\n")
         daemon.start()
         world = L3World(host, daemon, plug_outside(host))
-        for router in ("r-blue", "r-red"):
+        for router in _ROUTERS:
             host.give("l3", router)
         for name, (network, address, gateway) in _GUESTS.items():
             port = host.port(network, address)
@@ -86,6 +132,19 @@ def world() -> Iterator[L3World]:
         for name in _GUESTS:
             world.wait_own(name)
         yield world
+
+
+def _settings(openstack: OpenStack) -> dict[str, dict[str, object]]:
+    """Instances of Neutron's, and documents of Nova's."""
+    nova = {
+        "endpoints": [{"url": openstack.nova_url}],
+        "secret_file": str(openstack.secret_file),
+    }
+    return {
+        "sources": {"neutron": {"enabled": True, "endpoint": openstack.neutron_url}},
+        "nova": {"endpoint_sets": {"default": nova}},
+        "documents": {"enabled": False, "supervisor": "spawn"},
+    }
 
 
 @pytest.mark.parametrize("name", _GUESTS)
@@ -120,7 +179,7 @@ def test_a_guest_is_served_over_ipv6_by_the_route_that_the_router_announces(
 
 @pytest.mark.parametrize("kind", ["plain", "distributed"])
 def test_no_request_leaves_a_router_from_its_first_moment_on(world: L3World, kind: str) -> None:
-    table = f"{world.host.lab.prefix}-guard"
+    table = f"{world.host.lab.prefix}-drop"
     options = {"distributed": True} if kind == "distributed" else {}
     with (
         made_router(world.host, kind, **options) as router,
@@ -129,7 +188,7 @@ def test_no_request_leaves_a_router_from_its_first_moment_on(world: L3World, kin
     ):
         entrust(world.host, router)
         moments = watch_making(router.namespace, table)
-        assert 0 < moments.guarded < moments.device, moments
+        assert 0 < moments.closed < moments.device, moments
         _wait_served(world, router)
         assert seen == []
 
@@ -155,6 +214,32 @@ def test_a_router_is_served_when_it_becomes_the_primary_and_again_after_it_was_a
         ip("-n", router.namespace, "link", "set", device, "up")
         _wait_served(world, router)
         assert seen == []
+
+
+@pytest.mark.slow
+def test_a_node_goes_back_to_the_agents_proxies_and_over_again_and_loses_no_request(
+    world: L3World,
+) -> None:
+    settings = world.host.openstack.place.etc / "l3_agent.ini"
+    plain = settings.read_text().replace("enable_metadata_proxy = false\n", "")
+    settings.write_text(disable_proxies(plain))
+    guests = [world.guests[name] for name in _GUESTS]
+    own = {world.guests[name].name: world.instances[name].encode() for name in _GUESTS}
+
+    def wrong(guest: Guest, reply: Reply) -> str | None:
+        return None if own[guest.name] in reply.body else f"{guest.name}: {reply.status}"
+
+    target = "/openstack/latest/meta_data.json"
+    with Load(guests, target, wrong, keep_alive=False, pause_s=0.02) as load:
+        load.wait_answers(20)
+        world.command("handback", "l3")
+        assert settings.read_text() == plain
+        assert len(find_proxies("qrouter-")) == len(_ROUTERS)
+        load.wait_answers(50, within_s=30)
+        world.command("takeover", "l3")
+        assert find_proxies("qrouter-") == ()
+        load.wait_answers(50, within_s=30)
+    assert load.report.lost == []
 
 
 def _wait_served(world: L3World, router: MadeRouter) -> None:

@@ -88,7 +88,7 @@ def test_guests_of_several_networks_behind_routers_with_equal_addresses_are_them
 def test_no_request_leaves_a_router_however_early_its_guest_asks(world: RouterWorld) -> None:
     routers = world.routers
     routers.add("r3")
-    until(lambda: "-guard" in routers.tables("r3"), what="the first table")
+    until(lambda: "-drop" in routers.tables("r3"), what="the first table")
     outside = routers.gateway("r3")
     with sniffing(outside) as seen:
         guest = routers.guest("r3", "r3-g1", 1, 5)
@@ -116,7 +116,7 @@ def test_no_request_leaves_a_router_however_early_its_guest_asks(world: RouterWo
 
 def has_both(routers: RouterLab, what: str) -> bool:
     tables = routers.tables(what)
-    return "-guard" in tables and "-redirect" in tables
+    return "-drop" in tables and "-redirect" in tables
 
 
 def remove_tables(routers: RouterLab, what: str) -> None:

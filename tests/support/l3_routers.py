@@ -123,7 +123,7 @@ def plug_outside(host: NeutronHost) -> str:
 class Moments:
     """When a namespace had what, in seconds after its name."""
 
-    guarded: float = 0.0
+    closed: float = 0.0
     device: float = 0.0
 
 
@@ -141,8 +141,8 @@ def watch_making(namespace: str, table: str, *, within_s: float = 60.0) -> Momen
             while not found.device:
                 assert time.monotonic() < deadline, f"no device in {namespace}: {found}"
                 now = time.monotonic() - began
-                if not found.guarded and channel.comment(table, INET) is not None:
-                    found.guarded = now
+                if not found.closed and channel.comment(table, INET) is not None:
+                    found.closed = now
                 if "qr-" in Path("/proc/thread-self/net/dev").read_text():
                     found.device = now
                 time.sleep(0.001)
@@ -153,4 +153,7 @@ def watch_making(namespace: str, table: str, *, within_s: float = 60.0) -> Momen
 
 
 def addresses(namespace: str) -> str:
+    """Its devices and their addresses; nothing where it is not there."""
+    if NamespaceDirectory().identity(namespace) is None:
+        return ""
     return run(*within(namespace), "ip", "-br", "address")

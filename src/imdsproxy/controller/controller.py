@@ -134,7 +134,7 @@ class Controller:
         self.hop_limits.on_need = lambda networks: self.touch("hop limits", networks)
         self.routers = build.build_routers(settings, host)
         if self.sources.namespaces is not None:
-            self.sources.namespaces.prepare = self.routers.guard
+            self.sources.namespaces.prepare = self.routers.drop_others
         index = CompiledIndex(layout.compiled_index)
         sets = RuleSets(applier, clock)
         sets.load()

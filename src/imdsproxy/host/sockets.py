@@ -27,6 +27,9 @@ from imdsproxy.host.nlmessages import NetlinkSocket, number, parse_attributes
 SOCK_DIAG: Final = 4
 """The netlink protocol whose channel `listening_sockets` needs."""
 
+L3_PROXY_PORT: Final = 9697
+"""Where the HAProxies of Neutron's L3 agent listen, unless its `metadata_port` says otherwise."""
+
 # Both families in one answer: only the older of the two questions can ask for that.
 _TCPDIAG_GETSOCK: Final = 18
 _QUESTION: Final = struct.Struct("=BBBB HH16s16sI8s II")

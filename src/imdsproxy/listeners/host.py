@@ -44,7 +44,13 @@ from imdsproxy.host import netlink
 from imdsproxy.host.files import Journal, write_atomic
 from imdsproxy.host.namespaces import NamespaceMissing, NamespaceThread
 from imdsproxy.host.nlmessages import NetlinkSocket
-from imdsproxy.host.sockets import SOCK_DIAG, SocketOwners, listening_sockets, try_bind
+from imdsproxy.host.sockets import (
+    L3_PROXY_PORT,
+    SOCK_DIAG,
+    SocketOwners,
+    listening_sockets,
+    try_bind,
+)
 from imdsproxy.listeners.apply import NftTable, apply_ops
 from imdsproxy.listeners.nft_scripts import render_arp_guard, render_diversions
 from imdsproxy.listeners.plan import (
@@ -81,8 +87,7 @@ _SIGNS: Final[Mapping[str, tuple[str, ...]]] = {
 }
 _HOST_ROUTE: Final = 32
 
-_REDIRECTED_PORTS: Final = (REDIRECTED_PORT, 9697)
-"""Ours, and that of the proxies of Neutron's L3 agent (`metadata_port`)."""
+_REDIRECTED_PORTS: Final = (REDIRECTED_PORT, L3_PROXY_PORT)
 
 _TRIES: Final = 3
 

@@ -44,20 +44,21 @@ class Routers:
     enabled: bool
     problems: dict[str, Problem] = field(default_factory=dict)
     _known: frozenset[NamespaceRef] = frozenset()
-    _guarded: frozenset[NamespaceRef] = frozenset()
+    _dropping: frozenset[NamespaceRef] = frozenset()
     _redirected: frozenset[NamespaceRef] = frozenset()
 
     @property
     def tables(self) -> tuple[str, str]:
         """The names of the two tables, the first one's first."""
-        return f"{self.prefix}-guard", f"{self.prefix}-redirect"
+        return f"{self.prefix}-drop", f"{self.prefix}-redirect"
 
-    async def guard(self, routers: Collection[NamespaceRef]) -> None:
-        """See that no request leaves these namespaces."""
-        self._known = frozenset(filter(self._is_there, self._known)) | frozenset(routers)
-        self._guarded &= self._known
-        missing = self._known - self._guarded
-        self._guarded |= await self._ensure(missing, self.tables[0], rules.fill_guard)
+    async def drop_others(self, routers: Collection[NamespaceRef]) -> None:
+        """See that no request leaves these namespaces, which have just come: what was known of their names is over."""
+        come = frozenset(routers)
+        self._dropping -= come
+        self._redirected -= come
+        self._known |= come
+        await self._close_known()
 
     async def withdraw(self, endpoints: Iterable[Endpoint]) -> None:
         """Redirect nothing any more where HAProxy is about to stop listening.
@@ -67,21 +68,21 @@ class Routers:
         """
         gone = self._redirected - _places(endpoints)
         self._redirected -= gone
-        await self._drop([(ref.name, self.tables[1]) for ref in gone if self._is_there(ref)])
+        await self._remove([(ref.name, self.tables[1]) for ref in gone if self._is_there(ref)])
 
     async def redirect(self, endpoints: Iterable[Endpoint]) -> None:
         """Redirect requests where HAProxy listens now."""
         places, self.problems = _places(endpoints), {}
-        if not places <= self._guarded or self._known != self._guarded:
-            await self.guard(places)
+        self._known |= places
+        await self._close_known()
         missing = places - self._redirected
         self._redirected |= await self._ensure(missing, self.tables[1], rules.fill_redirect)
 
     async def lost(self, table: str | None) -> None:
         """A table of this name (`None`: any) was removed, perhaps by us: make ours again."""
         if table in (None, *self.tables):
-            guarded, redirected = self._guarded, self._redirected
-            await self._ensure(filter(self._is_there, guarded), self.tables[0], rules.fill_guard)
+            dropping, redirected = self._dropping, self._redirected
+            await self._ensure(filter(self._is_there, dropping), self.tables[0], rules.fill_drop)
             await self._ensure(
                 filter(self._is_there, redirected), self.tables[1], rules.fill_redirect
             )
@@ -92,16 +93,22 @@ class Routers:
         Raises:
             HostRefused: The kernel refuses.
         """
-        self._known = self._guarded = self._redirected = frozenset()
+        self._known = self._dropping = self._redirected = frozenset()
         names = [name for name in self.directory.names() if router_of(name) is not None]
         # First what leads to HAProxy.
         for table in reversed(self.tables):
-            await self._drop([(name, table) for name in names])
+            await self._remove([(name, table) for name in names])
+
+    async def _close_known(self) -> None:
+        self._known = frozenset(filter(self._is_there, self._known))
+        self._dropping &= self._known
+        missing = self._known - self._dropping
+        self._dropping |= await self._ensure(missing, self.tables[0], rules.fill_drop)
 
     def _is_there(self, ref: NamespaceRef) -> bool:
         return self.directory.identity(ref.name) == ref
 
-    async def _drop(self, places: Collection[tuple[str, str]]) -> None:
+    async def _remove(self, places: Collection[tuple[str, str]]) -> None:
         if places:
             with contextlib.closing(NamespaceThread(self.directory)) as thread:
                 await _RouterTables(thread).close(places)

@@ -38,7 +38,7 @@ _FILTER: Final = 0
 _DROP: Final = nft.verdict(nft.DROP)
 
 
-def fill_guard(batch: Batch) -> None:
+def fill_drop(batch: Batch) -> None:
     """Put the rules into a table that is new: nothing for the metadata addresses goes on to another router."""
     batch.make_base_chain("arriving", nft.PREROUTING, _AFTER_NAT)
     batch.make_base_chain("input", nft.INPUT, _FILTER)

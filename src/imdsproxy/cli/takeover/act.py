@@ -13,13 +13,21 @@ from typing import Final, assert_never
 
 from imdsproxy.admin_client import AdminClient
 from imdsproxy.cli.takeover import plan
-from imdsproxy.cli.takeover.observe import find_proxies, find_stand_ins, read_options
+from imdsproxy.cli.takeover.observe import (
+    find_proxies,
+    find_stand_ins,
+    is_idle_router,
+    read_options,
+)
 from imdsproxy.config.load import Loaded
 from imdsproxy.core.model import METADATA_IPV4, METADATA_PORT
 from imdsproxy.errors import AdminUnavailable, HostRefused, ImdsproxyError, refusing
 from imdsproxy.host.files import write_atomic
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
+from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.host.process import open_process
+from imdsproxy.host.sockets import L3_PROXY_PORT, SOCK_DIAG, listening_sockets
+from imdsproxy.sources.neutron_namespaces.records import ROUTER_PREFIX
 
 _POLL_S: Final = 0.1
 _FOREIGN: Final = "foreign-listener"
@@ -61,9 +69,8 @@ class Actor:
         match action:
             case plan.ImportSettings():
                 result = self._import(action)
-            case plan.WriteSettings(path, text):
-                self._write({Path(path): (text.encode(), _SETTINGS_MODE)})
-                result = "written"
+            case plan.WriteSettings() | plan.EditSettings():
+                result = self._change(action)
             case plan.Restart(command) | plan.StartAgent(command):
                 _run(command, self.timeout_s)
                 result = command
@@ -96,6 +103,14 @@ class Actor:
             }
         )
         return f"written, and {action.secret}"
+
+    def _change(self, action: plan.WriteSettings | plan.EditSettings) -> str:
+        match action:
+            case plan.WriteSettings(path, text):
+                self._write({Path(path): (text.encode(), _SETTINGS_MODE)})
+            case plan.EditSettings(path, edit):
+                _edit(Path(path), edit)
+        return "written"
 
     def _write(self, files: dict[Path, tuple[bytes, int]]) -> None:
         """Write files that make good settings; else they are as they were."""
@@ -184,9 +199,10 @@ class Actor:
         places = set(self._networks_in(prefix).values())
 
         def lacks() -> str:
-            if missing := sorted(places - {one.namespace for one in find_proxies(prefix)}):
+            wanted = {one for one in places if not is_idle_router(one)}
+            if missing := sorted(wanted - {one.namespace for one in find_proxies(prefix)}):
                 return f"no HAProxy of the agent's in {missing[0]}"
-            for place in sorted(places - answering):
+            for place in sorted(wanted - answering):
                 if reason := _ask_inside(thread, place):
                     return f"the agent's HAProxy in {place}: {reason}"
                 answering.add(place)
@@ -284,6 +300,15 @@ class Actor:
             time.sleep(_POLL_S)
 
 
+def _edit(path: Path, edit: Callable[[str], str]) -> None:
+    with refusing(f"change {path}"):
+        status = path.stat()
+        text = path.read_bytes().decode()
+    owner = (status.st_uid, status.st_gid)
+    mode = status.st_mode & 0o777
+    write_atomic(path, edit(text).encode(), mode=mode, owner=owner, durable=True)
+
+
 @contextlib.contextmanager
 def migrating(prefix: str) -> Iterator[None]:
     """What a closing listener has not accepted goes to another one in the same namespace, for the block."""
@@ -304,8 +329,12 @@ def migrating(prefix: str) -> Iterator[None]:
 def _ask_inside(thread: NamespaceThread, namespace: str) -> str:
     """What is wrong with the answer of the agent's HAProxy; empty where it passes requests on to the agent.
 
-    In the namespace itself, that is over loopback: imdsproxy's own listeners are bound to the guests' device.
+    In the namespace itself, that is over loopback: imdsproxy's own listeners are bound to the guests' device. In a
+    router's the agent's rules let in nothing but guests' requests, so a listener has to do.
     """
+    if namespace.startswith(ROUTER_PREFIX):
+        with thread.inside(namespace), NetlinkSocket(SOCK_DIAG) as channel:
+            return "" if listening_sockets(channel, (L3_PROXY_PORT,)) else "it does not listen yet"
     connection = http.client.HTTPConnection(str(METADATA_IPV4), METADATA_PORT, timeout=_ANSWER_S)
     try:
         with thread.inside(namespace):

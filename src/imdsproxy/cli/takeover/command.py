@@ -13,14 +13,14 @@ from imdsproxy.cli.takeover.plan import Commands, Kind, Seen, Step, shape_of
 from imdsproxy.config.files import DEFAULT_CONFIG
 from imdsproxy.errors import HostRefused, ImdsproxyError, Problem, RequestRefused
 
-KINDS: Final = ("ovn", "dhcp")
+KINDS: Final = ("ovn", "l3", "dhcp")
 """Each has a module of its name, with its `KIND`."""
 
 _TIMEOUT_S: Final = 120.0
 _NAMES: Final = "|".join(KINDS)
 _BOTH: Final = "guests are served all the while"
 
-What = Annotated[str, argument(_NAMES, "Whose networks: those of OVN's or the DHCP agent.")]
+What = Annotated[str, argument(_NAMES, "Whose networks: those of OVN's, the L3 or the DHCP agent.")]
 DryRun = Annotated[bool, flag("--dry-run", "Print the plan, and change nothing.")]
 StopAgent = Annotated[
     str,

@@ -1,5 +1,6 @@
 """What there is on this host of Neutron's agents: processes, their namespaces, units and settings files."""
 
+import contextlib
 import json
 import os
 import re
@@ -14,13 +15,15 @@ from imdsproxy.config.load import Loaded
 from imdsproxy.core.neutron_ini import IniOption, decode_ini, parse_ini
 from imdsproxy.errors import ConfigUnreadable, LibraryMissing, optional_library
 from imdsproxy.host.files import write_atomic
-from imdsproxy.host.namespaces import NamespaceDirectory
+from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.process import PROC, command_name, read_arguments, read_stat
+from imdsproxy.sources.neutron_namespaces.records import ROUTER_PREFIX
 
 _UNIT: Final = re.compile(r"/([^/]+\.service)$", re.MULTILINE)
 _BETWEEN_WORDS: Final = re.compile(r"[()\[\]]")
 _HAPROXY: Final = "haproxy"
 _PAGE: Final = 4096
+_ROUTES: Final = Path("/proc/thread-self/net/route")
 _REMEMBERED: Final = "takeover.json"
 
 
@@ -123,6 +126,17 @@ def find_stand_ins(prefix: str) -> tuple[Proxy, ...]:
         for pid, name in _processes_in(prefix)
         if next(iter(read_arguments(pid)), "").startswith(STAND_IN)
     )
+
+
+def is_idle_router(namespace: str) -> bool:
+    """Whether a router has no IPv4 address for guests here, as where another node is the primary: it needs no proxy."""
+    if not namespace.startswith(ROUTER_PREFIX):
+        return False
+    thread = NamespaceThread(NamespaceDirectory())
+    gone = contextlib.suppress(FileNotFoundError)
+    with contextlib.closing(thread), gone, thread.inside(namespace):
+        return "\nqr-" not in _ROUTES.read_text()
+    return True
 
 
 def find_proxies(prefix: str) -> tuple[Proxy, ...]:

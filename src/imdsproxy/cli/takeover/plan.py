@@ -100,6 +100,14 @@ class WriteSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class EditSettings:
+    """Change a settings file of the agent's; what it is for other programs (mode, owner) stays."""
+
+    path: str
+    edit: Callable[[str], str]
+
+
+@dataclass(frozen=True, slots=True)
 class Restart:
     """Have the controller read settings that need a start; HAProxy answers all the while."""
 
@@ -186,6 +194,7 @@ class RemoveStandIn:
 Action: TypeAlias = (
     ImportSettings
     | WriteSettings
+    | EditSettings
     | Restart
     | WaitServed
     | EndProxies
