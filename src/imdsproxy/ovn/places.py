@@ -163,7 +163,7 @@ def _set_up_inner(channel: NetlinkSocket, naming: Naming, place: MetadataPlace) 
     if inside is None:
         raise host_refused(f"find {place.inner}", OSError(errno.ENODEV, "No such device"))
     if place.in_user_space:
-        # Nothing fills in the checksums that the kernel leaves to a network card.
+        # Nothing fills in the checksums that the kernel leaves to a NIC.
         _ask_ethtool(place.inner, _ETHTOOL_STXCSUM)
     mac = None if inside.mac == place.mac else place.mac
     netlink.set_link(channel, inside.index, mtu=place.mtu, mac=mac)

@@ -85,7 +85,7 @@ class SeenPlace:
     Attributes:
         interfaces: On the inner device, as `plan_interface` has them.
         ipv6: The inner device takes IPv6 addresses: it is not switched off, and the MTU is large enough.
-        has_checksums: The inner device does not leave them to a network card.
+        has_checksums: The inner device does not leave them to a NIC.
         is_ours: It bears our mark, or is only a file that a program left which was killed.
         is_listened: A process listens at a metadata address in it.
     """

@@ -376,5 +376,5 @@ def _run(command: str, timeout_s: float) -> None:
     except subprocess.TimeoutExpired as error:
         raise HostRefused(f"`{command}` has not ended within {timeout_s:.0f} s") from error
     if done.returncode != 0:
-        said = done.stdout.strip()[-_SHOWN:]
-        raise HostRefused(f"`{command}` ended with {done.returncode}{said and f': {said}'}")
+        printed = done.stdout.strip()[-_SHOWN:]
+        raise HostRefused(f"`{command}` ended with {done.returncode}{printed and f': {printed}'}")

@@ -40,7 +40,7 @@ sources:
 
 
 def disable_proxies(text: str) -> str:
-    """The agent's settings file with its proxies off; what was said of them before becomes a comment."""
+    """The agent's settings file with its proxies off; the option as it was becomes a comment."""
     kept = _LINE.sub(_MARK, restore_proxies(text))
     at = _DEFAULT.search(kept)
     if at is None:
