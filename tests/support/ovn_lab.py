@@ -69,6 +69,8 @@ class OvnPort:
     mac: str
     cidrs: tuple[str, ...]
     instance: str
+    project: str
+    owner: str = "compute:nova"
 
     @property
     def device(self) -> str:
@@ -250,10 +252,15 @@ class OvnLab:
             metadata_mac=f"fa:16:3e:00:{number:02x}:fe",
             cidrs=tuple(cidrs),
         )
+        self.put_network(name, network)
+        return network
+
+    def put_network(self, name: str, network: OvnNetwork) -> None:
+        """Make a network with ids that are known."""
+        reap_at_the_end(namespaces=network.namespace)
         self.networks[name] = network
         self._nb("ls-add", network.switch)
         self.add_metadata_port(network)
-        return network
 
     def add_metadata_port(self, network: OvnNetwork) -> None:
         """Make a network's metadata port."""
@@ -330,25 +337,31 @@ class OvnLab:
             mac=mac or f"fa:16:3e:01:{self._made >> 8:02x}:{self._made & 255:02x}",
             cidrs=tuple(cidrs) or (f"10.0.0.{number}/24", f"fd00:10::{number:x}/64"),
             instance=str(uuid.uuid5(uuid.NAMESPACE_DNS, f"{self.lab.token}-{name}")),
+            project=place.project,
         )
-        self.ports[name] = port
+        self.put_port(port, chassis=chassis)
+        return port
+
+    def put_port(self, port: OvnPort, *, chassis: str = CHASSIS) -> None:
+        """Make a port with ids that are known; see `add_port`."""
+        self.ports[port.name] = port
         addresses = " ".join((port.mac, *(one.partition("/")[0] for one in port.cidrs)))
         self._nb(
-            *("lsp-add", place.switch, port.id, "--", "set", "Logical_Switch_Port", port.id),
+            *("lsp-add", port.network.switch, port.id),
+            *("--", "set", "Logical_Switch_Port", port.id),
             # Not `lsp-set-addresses`, which refuses an address that another port has: Neutron does not ask.
             *(f'addresses="{addresses}"', f'options:requested-chassis="{chassis}"'),
             *_ids(
                 port.id,
                 {
                     "device_id": port.instance,
-                    "device_owner": "compute:nova",
+                    "device_owner": port.owner,
                     "cidrs": " ".join(port.cidrs),
-                    "network_name": place.switch,
-                    "project_id": place.project,
+                    "network_name": port.network.switch,
+                    "project_id": port.project,
                 },
             ),
         )
-        return port
 
     def change(self, name: str, **values: str) -> None:
         """Write other `neutron:` values of a port."""
@@ -542,7 +555,9 @@ class OvnLab:
             if (pid := self._pid(name)) is not None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-        reap((self.directory,), (self.namespaces,))
+        reap(
+            (self.directory,), (self.namespaces, *(one.namespace for one in self.networks.values()))
+        )
         self.lab.close()
         shutil.rmtree(self.directory, ignore_errors=True)
 

@@ -1,9 +1,10 @@
 """A genuine OVN with guests, Nova, and a daemon that serves them."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 from support.daemon import Daemon
 from support.guest import IPV4, Guest, Lost, Reply
@@ -82,6 +83,24 @@ def _own(request: Received) -> Answer:
     return reply(b"".join(request.values("X-Instance-ID")))
 
 
+def ovn_settings(ovn: OvnLab, *, nova: str, secret: Path) -> Mapping[str, Mapping[str, object]]:
+    """Of a daemon that knows its guests by OVN alone.
+
+    Args:
+        nova: Its URL.
+        secret: The file with the secret that it shares.
+    """
+    endpoints = {"endpoints": [{"url": nova}], "secret_file": str(secret)}
+    return {
+        "sources": {
+            "sqlite": {"enabled": False},
+            "ovn": {"enabled": True, "open_vswitch": ovn.open_vswitch},
+        },
+        "documents": {"supervisor": "spawn", "enabled": False},
+        "nova": {"health_check": "tcp", "endpoint_sets": {"default": endpoints}},
+    }
+
+
 @contextlib.contextmanager
 def open_ovn_world() -> Iterator[OvnWorld]:
     """A world whose daemon is configured, and not started yet."""
@@ -94,15 +113,5 @@ def open_ovn_world() -> Iterator[OvnWorld]:
         secret = daemon.directory / "secret"
         secret.write_text(f"{SECRET}\n")
         secret.chmod(0o600)
-        endpoints = {"endpoints": [{"url": nova.url}], "secret_file": str(secret)}
-        daemon.configure(
-            {
-                "sources": {
-                    "sqlite": {"enabled": False},
-                    "ovn": {"enabled": True, "open_vswitch": ovn.open_vswitch},
-                },
-                "documents": {"supervisor": "spawn", "enabled": False},
-                "nova": {"health_check": "tcp", "endpoint_sets": {"default": endpoints}},
-            }
-        )
+        daemon.configure(ovn_settings(ovn, nova=nova.url, secret=secret))
         yield OvnWorld(ovn, daemon, nova)
