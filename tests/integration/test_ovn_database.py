@@ -6,6 +6,7 @@ import errno
 import re
 import resource
 import shutil
+import signal
 import socket
 import tracemalloc
 from collections.abc import AsyncIterator, Iterator
@@ -117,6 +118,17 @@ def takes_writes(server: OvsdbServer) -> bool:
         except BenchError:
             return False
     return True
+
+
+@contextlib.contextmanager
+def hanging(server: OvsdbServer) -> Iterator[None]:
+    """The server answers nothing; connections to it stay open, and the kernel accepts new ones."""
+    assert server.process is not None
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        server.process.send_signal(signal.SIGCONT)
 
 
 @pytest.fixture
@@ -389,6 +401,30 @@ def test_the_chassis_row_goes_and_comes_and_what_changed_meanwhile_is_true_then(
     world.wait_asks_as(kept, "another-instance")
     until(lambda: world.source()["in_sync"], what="in sync")
     world.rows.change(kept, device_id=kept.instance)
+
+
+def test_a_server_that_hangs_counts_as_lost_after_twice_the_probe_and_until_it_answers(
+    world: SouthboundWorld,
+) -> None:
+    world.daemon.kill_controller()
+    world.start_daemon(probe_s=1)
+    assert unknown(world) == "404"
+    with hanging(world.sb):
+        until(lambda: unknown(world) == "503", what="503", within_s=6)
+        assert ask_all(world) == own(world)
+        # Another connection, which the kernel has accepted, is no answer.
+        until(lambda: "no answer from" in str(world.source()["problems"]), what="the reason")
+        assert unknown(world) == "503"
+        assert not world.source()["in_sync"]
+    until(lambda: world.source()["in_sync"], what="in sync")
+    assert unknown(world) == "404"
+    port = next(iter(world.guests))
+    world.rows.bind(port, "")
+    world.wait_asks_as(port, "404")
+    world.rows.bind(port, CHASSIS)
+    world.wait_asks_as(port, port.instance)
+    world.daemon.kill_controller()
+    world.start_daemon()
 
 
 @pytest.mark.parametrize("empty", [False, True], ids=["full", "empty"])

@@ -33,6 +33,10 @@ Change: TypeAlias = Callable[[Mapping[str, Table], Transaction], None]
 _CHECK_S: Final = 1.0
 """How often the thread looks whether its connection is still there; python-ovs wakes it for everything else."""
 
+_FIRST_ANSWER_S: Final = 30.0
+"""Silence after which a new connection is asked: a server that has started again may have all hosts to answer first,
+and each that leaves and comes back makes it more."""
+
 
 @dataclass(frozen=True, slots=True)
 class Schema:
@@ -84,7 +88,7 @@ class Reading(Generic[View]):
 
     Attributes:
         view: What the reader made of the rows; as before where the connection is lost.
-        lost: Why there is no connection, if so.
+        lost: Why the rows are not followed now, if so: no connection, or no answer yet on a new one.
     """
 
     view: View | None
@@ -109,7 +113,8 @@ class Ovsdb(Generic[View]):
             change. A view counts once the rows are there that were asked for with it.
         conditions: Which rows are wanted at first, as RFC 7047 has conditions; of a table without one all are.
         parse: What `read` gets instead of the rows of a table; called in the thread, again only when a row has changed.
-        probe_s: Seconds after which a silent server is asked whether it is there.
+        probe_s: Seconds after which a silent server is asked whether it is there; as long after that the connection is
+            lost. At least 1.
         tls: For `ssl:`.
         random: From 0 to 1, for pauses between attempts to connect.
     """
@@ -214,11 +219,10 @@ class Ovsdb(Generic[View]):
                 if was_connected and not connected:
                     self._spread(idl)
                 was_connected = connected
-                lost = None
-                if failed is not None or not (connected and seen):
-                    lost = (
-                        f"no connection to {self.remotes}{'' if failed is None else f': {failed}'}"
-                    )
+                # A server that hangs accepts connections, too: the kernel does.
+                following = connected and idl.state == idl.IDL_S_MONITORING
+                self._probe(idl, following=following)
+                lost = self._reason(failed, connected=connected, following=following)
                 reading = Reading(view, lost)
                 if reading != published:
                     published = reading
@@ -256,8 +260,17 @@ class Ovsdb(Generic[View]):
         with contextlib.suppress(BlockingIOError):
             os.read(wake, 4096)
 
-    def _reason(self, failed: str | None) -> str:
-        return f"no connection to {self.remotes}{f': {failed}' if failed else ''}"
+    def _reason(self, failed: str | None, *, connected: bool, following: bool) -> str | None:
+        if failed is not None:
+            return f"no connection to {self.remotes}: {failed}"
+        if following:
+            return None
+        return f"no {'answer from' if connected else 'connection to'} {self.remotes}"
+
+    def _probe(self, idl: _Idl, *, following: bool) -> None:
+        """Have a silent server asked; python-ovs itself asks none at a unix socket."""
+        silence_s = self.probe_s if following else max(self.probe_s, _FIRST_ANSWER_S)
+        idl._session.reconnect.set_probe_interval(int(silence_s * 1000))  # noqa: SLF001 - as above
 
     def _spread(self, idl: _Idl) -> None:
         """Have pauses between attempts to connect of which no two hosts have the same."""
@@ -298,9 +311,7 @@ class Ovsdb(Generic[View]):
         helper = library.db.idl.SchemaHelper(schema_json=self.schema.as_json())
         for table, columns in self.schema.tables.items():
             helper.register_columns(table, list(columns))
-        idl = library.db.idl.Idl(
-            self.remotes, helper, probe_interval=int(self.probe_s * 1000), leader_only=False
-        )
+        idl = library.db.idl.Idl(self.remotes, helper, leader_only=False)
         idl.notify = self._forget
         for table, condition in self.conditions.items():
             idl.cond_change(table, list(condition))

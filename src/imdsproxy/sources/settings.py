@@ -177,8 +177,10 @@ class OvnSourceSettings(Section):
     ca_file: AbsolutePath | None = setting(None, Change.RESTART)
     """PEM file of the authorities that may have signed an `ssl:` server's certificate."""
 
-    probe_s: float = setting(60.0, Change.RESTART, ge=1, le=3600)
-    """Seconds of silence after which a database is asked whether it is there, and as long after that counts as lost."""
+    probe_s: float = setting(5.0, Change.RESTART, ge=1, le=3600)
+    """Seconds of silence after which the Southbound database's server is asked whether it is there; as long after that
+    it counts as lost, and addresses that are not known get 503. ovn-controller's default, too.
+    """
 
     grace_s: float = setting(600.0, Change.RESTART, ge=0, le=86_400)
     """Seconds that guests are served on after this chassis's row has gone, as when ovn-controller is stopped: its ports

@@ -66,6 +66,32 @@ def test_an_id_that_nova_could_not_know_is_refused_and_reported() -> None:
     assert "device_id" in problem.field
 
 
+def test_ports_without_neutrons_keys_are_one_problem_that_counts_them() -> None:
+    foreign = [replace(PORT, port=f"pod-{number}", external_ids={}) for number in range(3)]
+    older = {key: value for key, value in IDS.items() if key != "neutron:device_id"}
+    found = known(*foreign, replace(PORT, port="old", external_ids=older), PORT, METADATA)
+    assert served(found) == ["vm-1"]
+    (problem,) = found.problems
+    assert problem.reason.endswith("not served: 4, for example old")
+    assert "Queens" in problem.hint
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        replace(PORT, external_ids={**IDS, "neutron:device_id": ""}),
+        replace(PORT, kind="patch", external_ids={}),
+        replace(PORT, kind="localport", external_ids={}),
+        replace(PORT, chassis="c2", external_ids={}),
+        replace(PORT, chassis="", external_ids={}),
+    ],
+)
+def test_ports_of_neutron_without_an_instance_and_those_of_no_guest_are_no_problem(
+    row: PortBinding,
+) -> None:
+    assert known(row).problems == ()
+
+
 def test_addresses_that_every_host_has_are_no_guests() -> None:
     ids = {**IDS, "neutron:cidrs": "127.0.0.1/8 0.0.0.0/0 224.0.0.1/4 nonsense 10.0.0.5/24"}
     (port,) = known(replace(PORT, external_ids=ids)).instances[InstanceId("vm-1")].ports

@@ -8,7 +8,7 @@ Source for rows: ovn-sb(5), "Port_Binding TABLE".
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from ipaddress import IPv4Interface, IPv6Interface, ip_interface
@@ -83,6 +83,12 @@ class PortBinding:
     def interfaces(self) -> tuple[IpInterface, ...]:
         """Its addresses with their prefixes, from `neutron:cidrs`: `mac` may have none of them ("unknown")."""
         return tuple(_interfaces(self.external_ids.get("neutron:cidrs", "").split()))
+
+    @property
+    def lacks_keys(self) -> bool:
+        """It is like a guest's port, and has not what Neutron writes on each."""
+        known = self.network is not None and "neutron:device_id" in self.external_ids
+        return self.kind == "" and not known
 
     @property
     def mtu(self) -> int | None:
@@ -211,7 +217,10 @@ class OvnKnown:
                 here[name] = now
         ports = [(row, port) for row in here.values() if (port := row.neutron_port) is not None]
         self._here = {row.port: row for row, _ in ports}
-        self.problems = tuple(one for row, _ in ports if (one := row.problem) is not None)
+        self.problems = (
+            *_list_unserved(sorted(row.port for row in here.values() if row.lacks_keys)),
+            *(one for row, _ in ports if (one := row.problem) is not None),
+        )
         by_instance: dict[InstanceId, list[NeutronPort]] = {}
         for row, port in sorted(ports, key=lambda pair: pair[1].id):
             if port.names_instance and row.problem is None:
@@ -271,6 +280,17 @@ class OvnKnown:
             if view.chassis is not None
             and (row.chassis == view.chassis or view.chassis in row.additional)
         }
+
+
+def _list_unserved(ports: Sequence[str]) -> Iterator[Problem]:
+    """One problem for all ports that lack Neutron's keys."""
+    if ports:
+        yield Problem(
+            "Port_Binding",
+            "ports bound here that lack neutron:network_name or neutron:device_id, and are not served: "
+            f"{len(ports)}, for example {ports[0]}",
+            "Neutron writes them since Queens (networking-ovn 4.0); ports that are not Neutron's have none",
+        )
 
 
 def _changes(before: Mapping[_K, _V], after: Mapping[_K, _V]) -> dict[_K, _V | None]:
