@@ -362,17 +362,22 @@ def test_unknown_addresses_are_taken_from_neutron_and_link_local_ones_from_the_m
 ) -> None:
     port = SbPort(world.network(1), 0)
     link_local = world.guests[port].link_local
-    assert world.asks_as(port, to="fe80::a9fe:a9fe", source=link_local) == port.instance
+
+    def wait_link_local(expected: str) -> None:
+        until(
+            lambda: world.asks_as(port, to="fe80::a9fe:a9fe", source=link_local) == expected,
+            what=f"{expected} at the link-local address",
+        )
+
+    wait_link_local(port.instance)
     world.rows.change(port, row={"mac": "unknown"})
     try:
         # Without its MAC the link-local address is not known, and is not guessed.
-        until(
-            lambda: world.asks_as(port, to="fe80::a9fe:a9fe", source=link_local) == "404",
-            what="no instance at the link-local address",
-        )
+        wait_link_local("404")
         assert world.asks_as(port) == port.instance
     finally:
         world.rows.change(port, row={"mac": f"{port.mac} {port.address}"})
+        wait_link_local(port.instance)
 
 
 def test_two_ports_with_one_address_in_a_network_are_a_conflict(world: SouthboundWorld) -> None:
