@@ -67,7 +67,8 @@ class _Client:
     path: Path
     name: str = "haproxy"
 
-    def connect(self) -> Connection:
+    def connect(self, *, to: str) -> Connection:
+        del to
         return _Asking(connect(self.path).socket)
 
 

@@ -67,6 +67,8 @@ for unit in systemd-sysctl systemd-udevd systemd-random-seed systemd-timesyncd s
     systemd-journal-catalog-update systemd-journal-flush systemd-update-done ldconfig networking; do
     ln -sf /dev/null "$root/etc/systemd/system/$unit.service"
 done
+# RabbitMQ brings this one, and basic.target starts all sockets.
+ln -sf /dev/null "$root/etc/systemd/system/epmd.socket"
 for unit in dev-hugepages dev-mqueue sys-kernel-debug sys-kernel-tracing sys-fs-fuse-connections; do
     ln -sf /dev/null "$root/etc/systemd/system/$unit.mount"
 done
