@@ -2,7 +2,6 @@
 
 import contextlib
 import socket
-import sqlite3
 import struct
 import time
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from typing import Final
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.nftables import INET, NetfilterSocket
 from support.guest import Guest, inside
-from support.lab import NETNS, run, until, within
+from support.lab import NETNS, until
 from support.neutron_agents import NeutronHost
 from support.openstack.table import BLUE, INSTANCES
 from support.patience import patience
@@ -41,7 +40,7 @@ class MadeRouter:
 
 @contextlib.contextmanager
 def made_router(host: NeutronHost, name: str, **kind: object) -> Iterator[MadeRouter]:
-    """A router of a kind (`ha`, `distributed`) with a gateway, in no agent's care yet, and its guest."""
+    """A router of a kind (`distributed`) with a gateway, in no agent's care yet, and its guest."""
     rest = host.openstack.rest
     (instance,) = (one for one in INSTANCES if one.name == "blue-3")
     outside = {"network_id": host.network("net-ext")}
@@ -86,16 +85,6 @@ def entrust(host: NeutronHost, router: MadeRouter) -> None:
         return
     ident = next(one["id"] for one in rest.list("agent") if one["binary"] == "neutron-l3-agent")
     rest.send("POST", f"/agents/{ident}/l3-routers", {"router_id": router.id})
-
-
-def activate_ha(host: NeutronHost, router: MadeRouter) -> None:
-    """Report the router's port for keepalived as plugged, as neutron-openvswitch-agent does."""
-    database = host.openstack.place.path / "db" / "neutron.sqlite"
-    with contextlib.closing(sqlite3.connect(database, timeout=30)) as connection, connection:
-        connection.execute(
-            "UPDATE ports SET status='ACTIVE' WHERE device_owner='network:router_ha_interface'"
-        )
-    host.openstack.rest.update("router", router.id, description="plugged")
 
 
 def solicit(guest: Guest) -> None:
@@ -150,10 +139,3 @@ def watch_making(namespace: str, table: str, *, within_s: float = 60.0) -> Momen
     with contextlib.closing(NamespaceThread(directory)) as thread, thread.inside(namespace):
         look()
     return found
-
-
-def addresses(namespace: str) -> str:
-    """Its devices and their addresses; nothing where it is not there."""
-    if NamespaceDirectory().identity(namespace) is None:
-        return ""
-    return run(*within(namespace), "ip", "-br", "address")

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from imdsproxy.host.namespaces import NamespaceDirectory
 from support.guest import Guest
-from support.lab import NETNS, Lab, batch, ip, run, until, within
+from support.lab import Lab, batch, ip, run, until, within
 from support.message_broker import URL, open_broker
 from support.openstack.lab import OpenStack, open_openstack
 from support.openstack.servers import Server
@@ -101,7 +102,8 @@ class NeutronHost:
         self.wire()
 
     def _is_served(self, namespace: str) -> bool:
-        if not (NETNS / namespace).exists():
+        # Its name is there before it is.
+        if NamespaceDirectory().identity(namespace) is None:
             return False
         return "haproxy" in run(*within(namespace), "ss", "--listening", "--tcp", "--processes")
 
