@@ -205,7 +205,8 @@ def test_stop_with_the_data_plane_ends_everything(how: str) -> None:
         done = world.daemon.command("stop", "--data-plane")
         assert done.status == 0, done.err
         until(lambda: not world.daemon.processes(), what="the end of everything")
-        assert not any(alive(pid) for pid in pids.data_plane)
+        # A process that ends has no command line any more before it is gone.
+        until(lambda: not any(map(alive, pids.data_plane)), what="the end of the data plane")
         assert not world.lab.made_by_daemon()
         assert not [name for name in world.lab.host_links() if name.startswith(world.lab.prefix)]
         assert not world.red.reaches()

@@ -27,7 +27,7 @@ from support.neutron_agents import NeutronHost, open_agents
 from support.openstack.lab import OpenStack
 from support.routers import sniffing
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.alone]
 
 _ROUTERS = ("r-blue", "r-red")
 _GUESTS = {

@@ -197,7 +197,7 @@ def open_world(
             links = [name for name in lab.host_links() if name.startswith(lab.prefix)]
         assert not made, f"namespaces that the daemon left: {made}"
         assert not links, f"links that the daemon left: {links}"
-        assert not {pid: name for pid, name in processes.items() if alive(pid)}
+        until(lambda: not any(map(alive, processes)), what=f"the end of {processes}")
     finally:
         lab.close()
     assert not lab.leftovers()
