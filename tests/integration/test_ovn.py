@@ -9,7 +9,8 @@ from support.guest import IPV4, IPV6
 from support.lab import until
 from support.ovn_world import OvnWorld, open_ovn_world
 
-pytestmark = pytest.mark.root
+# A killed database and a stopped ovn-controller take their time beside much else.
+pytestmark = [pytest.mark.root, pytest.mark.alone]
 
 
 @pytest.fixture(scope="module")
