@@ -94,7 +94,7 @@ def test_a_handback_waits_for_the_agent_before_imdsproxy_lets_go() -> None:
     ("seen", "field"),
     [
         (replace(_SERVING, agents=()), "nova.endpoint_sets"),
-        (replace(_SERVING, library="python-ovs cannot be imported"), "sources.ovn"),
+        (replace(_SERVING, import_error="python-ovs cannot be imported"), "sources.ovn"),
         (
             replace(_SERVING, options=(parse_ini("[agent]\nextensions = metadata,qos\n", "a"),)),
             "[agent] extensions",

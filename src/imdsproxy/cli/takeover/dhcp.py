@@ -6,19 +6,19 @@ from typing import Final
 from imdsproxy.cli.takeover.plan import (
     EndProxies,
     Kind,
-    LetGo,
     PlaceStandIn,
     RemoveStandIn,
     Seen,
-    StartAgent,
     Step,
-    WaitProxies,
     WaitServed,
     WaitStandIns,
-    WriteSettings,
+    let_go_step,
     list_pids,
     option_of,
     restart_steps,
+    settings_steps,
+    start_steps,
+    wait_step,
 )
 from imdsproxy.cli.takeover.stand_in import is_stand_in, render_stand_in
 from imdsproxy.config.strict_yaml import render_value
@@ -34,13 +34,7 @@ def _takeover(seen: Seen) -> Iterator[Step]:
     placed = seen.stand_in is not None
     if ready and placed and not seen.proxies:
         return
-    if seen.present is None:
-        yield Step(
-            f"write {seen.drop_in}: the agent's namespaces are networks",
-            f"cat >{seen.drop_in}",
-            f"rm {seen.drop_in}",
-            WriteSettings(seen.drop_in, render_settings(seen)),
-        )
+    yield from settings_steps(seen, "the agent's namespaces are networks", render_settings(seen))
     if not ready:
         yield from restart_steps(seen)
     yield Step(
@@ -73,13 +67,7 @@ def _takeover(seen: Seen) -> Iterator[Step]:
 
 
 def _handback(seen: Seen) -> Iterator[Step]:
-    if not seen.agents:
-        yield Step(
-            "start the agent",
-            seen.commands.start,
-            seen.commands.stop,
-            StartAgent(seen.commands.start),
-        )
+    yield from start_steps(seen)
     if seen.present is None:
         return
     path = seen.haproxy[1]
@@ -90,18 +78,11 @@ def _handback(seen: Seen) -> Iterator[Step]:
             "imdsproxy takeover dhcp",
             RemoveStandIn(path, _PREFIX),
         )
-    yield Step(
-        "wait until a HAProxy of the agent's listens in each network's namespace",
-        f"for each namespace {_PREFIX}…: ip netns exec NAMESPACE ss -lntp",
-        "",
-        WaitProxies(_PREFIX),
+    yield wait_step(_PREFIX)
+    words = (
+        f"remove {seen.drop_in}, and restart imdsproxy's controller: its listeners there end softly"
     )
-    yield Step(
-        f"remove {seen.drop_in}, and restart imdsproxy's controller: its listeners there end softly",
-        f"rm {seen.drop_in}; {seen.commands.restart}",
-        "imdsproxy takeover dhcp",
-        LetGo(seen.drop_in, seen.commands.restart, _PREFIX),
-    )
+    yield let_go_step(seen, words, "dhcp", _PREFIX)
 
 
 def _refuse(seen: Seen) -> Iterator[Problem]:

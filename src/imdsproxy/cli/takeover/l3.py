@@ -11,16 +11,16 @@ from imdsproxy.cli.takeover.plan import (
     EditSettings,
     EndProxies,
     Kind,
-    LetGo,
     Seen,
     StartAgent,
     Step,
-    WaitProxies,
     WaitServed,
-    WriteSettings,
+    let_go_step,
     list_pids,
     option_of,
     restart_steps,
+    settings_steps,
+    wait_step,
 )
 from imdsproxy.errors import Problem
 
@@ -57,13 +57,7 @@ def _takeover(seen: Seen) -> Iterator[Step]:
     ready, off = seen.present is not None and seen.source, _is_off(seen)
     if ready and off and not seen.proxies:
         return
-    if seen.present is None:
-        yield Step(
-            f"write {seen.drop_in}: the agent's routers are served",
-            f"cat >{seen.drop_in}",
-            f"rm {seen.drop_in}",
-            WriteSettings(seen.drop_in, _SETTINGS),
-        )
+    yield from settings_steps(seen, "the agent's routers are served", _SETTINGS)
     if not ready:
         yield from restart_steps(seen)
     yield Step(
@@ -102,18 +96,9 @@ def _handback(seen: Seen) -> Iterator[Step]:
             EditSettings(path, restore_proxies),
         )
     yield from _restart_agent(seen)
-    yield Step(
-        "wait until a HAProxy of the agent's listens behind each router that has addresses here",
-        f"for each namespace {_PREFIX}…: ip netns exec NAMESPACE ss -lntp",
-        "",
-        WaitProxies(_PREFIX),
-    )
-    yield Step(
-        f"remove {seen.drop_in}, and restart imdsproxy's controller: its rules go, then its listeners, softly",
-        f"rm {seen.drop_in}; {seen.commands.restart}",
-        "imdsproxy takeover l3",
-        LetGo(seen.drop_in, seen.commands.restart, _PREFIX),
-    )
+    yield wait_step(_PREFIX, "behind each router that has addresses here")
+    words = f"remove {seen.drop_in}, and restart imdsproxy's controller: its rules go, then its listeners, softly"
+    yield let_go_step(seen, words, "l3", _PREFIX)
 
 
 def _restart_agent(seen: Seen) -> Iterator[Step]:

@@ -210,7 +210,7 @@ def observe(
             str(directory / "nova.secret"),
         ),
         networks=frozenset(one["record"]["id"] for one in daemon.get("/v1/networks")),
-        library=_lacks_library() if kind.source == "ovn" else "",
+        import_error=_lacks_library() if kind.source == "ovn" else "",
         sources=frozenset(one["name"] for one in status["sources"]),
         haproxy=haproxy,
         stand_in=_text_of(haproxy[1]),

@@ -7,17 +7,17 @@ from imdsproxy.cli.takeover.plan import (
     EndProxies,
     ImportSettings,
     Kind,
-    LetGo,
     Seen,
-    StartAgent,
     Step,
     StopAgent,
-    WaitProxies,
     WaitServed,
-    WriteSettings,
+    let_go_step,
     list_pids,
     option_of,
     restart_steps,
+    settings_steps,
+    start_steps,
+    wait_step,
 )
 from imdsproxy.config.strict_yaml import render_value
 from imdsproxy.errors import Problem
@@ -44,13 +44,9 @@ def _takeover(seen: Seen) -> Iterator[Step]:
             ImportSettings(files, settings, secret),
         )
     text = render_settings(seen)
-    if seen.present is None:
-        yield Step(
-            f"write {seen.drop_in}: the source `ovn`, without the socket for the agent's HAProxies",
-            f"cat >{seen.drop_in}",
-            f"rm {seen.drop_in}",
-            WriteSettings(seen.drop_in, text),
-        )
+    yield from settings_steps(
+        seen, "the source `ovn`, without the socket for the agent's HAProxies", text
+    )
     if not (seen.source and seen.nova and seen.present is not None):
         yield from restart_steps(seen)
     yield Step(
@@ -76,32 +72,19 @@ def _takeover(seen: Seen) -> Iterator[Step]:
 
 
 def _handback(seen: Seen) -> Iterator[Step]:
-    if not seen.agents:
-        yield Step(
-            "start the agent",
-            seen.commands.start,
-            seen.commands.stop,
-            StartAgent(seen.commands.start),
-        )
+    yield from start_steps(seen)
     if seen.present is None:
         return
-    yield Step(
-        "wait until a HAProxy of the agent's listens in each network's namespace",
-        f"for each namespace {_PREFIX}…: ip netns exec NAMESPACE ss -lntp",
-        "",
-        WaitProxies(_PREFIX),
+    yield wait_step(_PREFIX)
+    words = (
+        f"end imdsproxy's listeners there softly, remove {seen.drop_in}, and restart its controller"
     )
-    yield Step(
-        f"end imdsproxy's listeners there softly, remove {seen.drop_in}, and restart its controller",
-        f"rm {seen.drop_in}; {seen.commands.restart}",
-        "imdsproxy takeover ovn",
-        LetGo(seen.drop_in, seen.commands.restart, _PREFIX),
-    )
+    yield let_go_step(seen, words, "ovn", _PREFIX)
 
 
 def _refuse(seen: Seen) -> Iterator[Problem]:
-    if seen.library:
-        yield Problem("sources.ovn", seen.library)
+    if seen.import_error:
+        yield Problem("sources.ovn", seen.import_error)
     if not seen.nova and not seen.agents:
         yield Problem(
             "nova.endpoint_sets",

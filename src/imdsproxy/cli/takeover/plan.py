@@ -60,7 +60,7 @@ class Seen:
         nova: An endpoint set of Nova is configured.
         imported: Where the agent's settings for Nova are written to: the YAML file and the secret's.
         networks: Ids of the networks that imdsproxy has.
-        library: Why the source's library cannot be used; empty where it can, or none is needed.
+        import_error: Why the source's library cannot be imported; empty where it can, or none is needed.
         sources: Names of the sources that the running daemon has.
         haproxy: Where the agent finds HAProxy, and where it would find a stand-in first; empty where not.
         stand_in: What is there; `None` where nothing is.
@@ -76,7 +76,7 @@ class Seen:
     nova: bool = False
     imported: tuple[str, str] = ("", "")
     networks: frozenset[str] = frozenset()
-    library: str = ""
+    import_error: str = ""
     sources: frozenset[str] = frozenset()
     haproxy: tuple[str, str] = ("", "")
     stand_in: str | None = None
@@ -266,6 +266,48 @@ def restart_steps(seen: Seen) -> Iterator[Step]:
         seen.commands.restart,
         "",
         Restart(seen.commands.restart),
+    )
+
+
+def settings_steps(seen: Seen, what: str, text: str) -> Iterator[Step]:
+    """Write the kind's settings file, unless there is one; `what` says what it does."""
+    if seen.present is None:
+        yield Step(
+            f"write {seen.drop_in}: {what}",
+            f"cat >{seen.drop_in}",
+            f"rm {seen.drop_in}",
+            WriteSettings(seen.drop_in, text),
+        )
+
+
+def start_steps(seen: Seen) -> Iterator[Step]:
+    """Start the agent, unless it runs."""
+    if not seen.agents:
+        yield Step(
+            "start the agent",
+            seen.commands.start,
+            seen.commands.stop,
+            StartAgent(seen.commands.start),
+        )
+
+
+def wait_step(prefix: str, where: str = "in each network's namespace") -> Step:
+    """Wait for the agent's HAProxies, on the way back."""
+    return Step(
+        f"wait until a HAProxy of the agent's listens {where}",
+        f"for each namespace {prefix}…: ip netns exec NAMESPACE ss -lntp",
+        "",
+        WaitProxies(prefix),
+    )
+
+
+def let_go_step(seen: Seen, words: str, kind: str, prefix: str) -> Step:
+    """Leave the networks to the agent: the last step of the way back."""
+    return Step(
+        words,
+        f"rm {seen.drop_in}; {seen.commands.restart}",
+        f"imdsproxy takeover {kind}",
+        LetGo(seen.drop_in, seen.commands.restart, prefix),
     )
 
 
