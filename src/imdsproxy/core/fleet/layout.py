@@ -1,0 +1,230 @@
+"""Where records of a fleet are in etcd, and how their values are written.
+
+Everything below `PREFIX` is followed by every hub. What is large or only compared (user data, claims) is elsewhere.
+A record is never deleted: its removal is written, so that a key that is absent never means one that was removed.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, Final, NewType, TypeAlias, cast
+
+from imdsproxy.core.model import InstanceId, NetworkId
+
+HostId = NewType("HostId", str)
+"""A host's name in the fleet, as `model.ID_PATTERN`; the common name of its certificate."""
+
+PREFIX: Final = "/imds/1/"
+BLOBS: Final = "/imds/blob/"
+CLAIMS: Final = "/imds/claim/"
+
+META: Final = f"{PREFIX}meta"
+BEAT: Final = f"{PREFIX}beat"
+SUSPECT: Final = f"{PREFIX}suspect"
+"""Why a restored backup is suspected; while it is there, nothing is written."""
+
+NETWORKS: Final = f"{PREFIX}net/"
+INSTANCES: Final = f"{PREFIX}inst/"
+POLICIES: Final = f"{PREFIX}pol/"
+GUARDS: Final = f"{PREFIX}guard/"
+KEYS: Final = f"{PREFIX}key/"
+HOSTS: Final = f"{PREFIX}host/"
+CERTIFICATES: Final = f"{PREFIX}cert/"
+HUBS: Final = f"{PREFIX}live/"
+
+CHUNK_BYTES: Final = 256 * 1024
+"""Of user data in one key: a request to etcd has at most 1.5 MiB."""
+
+FORMAT: Final = 1
+"""Raise it when values mean something else: a hub that does not know it refuses to start."""
+
+Json: TypeAlias = dict[str, Any]
+
+
+class Unreadable(ValueError):
+    """A value is not what hubs write: another program wrote it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Meta:
+    """The fleet.
+
+    Attributes:
+        fleet: A UUID, made with the fleet.
+        incarnation: One more each time that an operator accepts a restored backup.
+    """
+
+    fleet: str
+    incarnation: int = 1
+    format: int = FORMAT
+
+
+@dataclass(frozen=True, slots=True)
+class UserData:
+    """Where an instance's user data is.
+
+    Attributes:
+        sha256: Of the bytes, hexadecimal; names the chunks.
+        size: In bytes.
+    """
+
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredInstance:
+    """An instance as it is stored.
+
+    Attributes:
+        hosts: Where it is served; two while it moves, none when it was removed.
+        record: As `core.records.render_record`, without `user_data`; empty when it was removed.
+        request: Names the write, so that one whose answer was lost is recognised.
+        removed_at: Unix time of the removal.
+    """
+
+    hosts: tuple[HostId, ...]
+    record: Json
+    user_data: UserData | None = None
+    request: str = ""
+    removed_at: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredNetwork:
+    """A network as it is stored.
+
+    Attributes:
+        record: As `core.records.render_record`; empty when it was removed.
+        request: As `StoredInstance.request`.
+        removed_at: Unix time of the removal.
+    """
+
+    record: Json
+    request: str = ""
+    removed_at: int | None = None
+
+
+def network_key(network: NetworkId) -> str:
+    """Of a network's record."""
+    return f"{NETWORKS}{network}"
+
+
+def instance_key(instance: InstanceId) -> str:
+    """Of an instance's record."""
+    return f"{INSTANCES}{instance}"
+
+
+def address_claim(network: NetworkId, address: str) -> str:
+    """Whose value is the instance that has the address there."""
+    return f"{CLAIMS}{network}/addr/{address}"
+
+
+def mac_claim(network: NetworkId, mac: str) -> str:
+    """Whose value is the instance that has the MAC there."""
+    return f"{CLAIMS}{network}/mac/{mac}"
+
+
+def port_claim(network: NetworkId, instance: InstanceId) -> str:
+    """Whose presence keeps the network from being removed: the instance has a port in it."""
+    return f"{CLAIMS}{network}/port/{instance}"
+
+
+def blob_key(sha256: str, number: int) -> str:
+    """Of one chunk of user data."""
+    return f"{BLOBS}{sha256}/{number:02}"
+
+
+def encode(value: Json) -> bytes:
+    """A value as it is written."""
+    return json.dumps(value, separators=(",", ":"), sort_keys=True).encode()
+
+
+def decode(value: bytes) -> Json:
+    """The reverse of `encode`; `Unreadable` where it is no JSON object."""
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise Unreadable(f"it is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise Unreadable("it is no object")
+    return cast("Json", found)
+
+
+def render_meta(meta: Meta) -> bytes:
+    """The value of `META`."""
+    return encode({"fleet": meta.fleet, "incarnation": meta.incarnation, "format": meta.format})
+
+
+def parse_meta(value: bytes) -> Meta:
+    """The reverse of `render_meta`; raises `Unreadable`."""
+    found = decode(value)
+    fleet, incarnation, form = (found.get(one) for one in ("fleet", "incarnation", "format"))
+    if not (isinstance(fleet, str) and type(incarnation) is int and type(form) is int):
+        raise Unreadable("`fleet`, `incarnation` and `format` are not a text and two numbers")
+    return Meta(fleet, incarnation, form)
+
+
+def render_instance(stored: StoredInstance) -> bytes:
+    """The value of an instance's key."""
+    data = stored.user_data
+    return encode(
+        {
+            "hosts": list(stored.hosts),
+            "record": stored.record,
+            "user_data": data and {"sha256": data.sha256, "size": data.size},
+            "request": stored.request,
+            "removed_at": stored.removed_at,
+        }
+    )
+
+
+def parse_instance(value: bytes) -> StoredInstance:
+    """The reverse of `render_instance`; raises `Unreadable`. The record itself is not checked."""
+    found = decode(value)
+    hosts, data, removed = (found.get(one) for one in ("hosts", "user_data", "removed_at"))
+    if not (isinstance(hosts, list) and all(isinstance(one, str) for one in hosts)):
+        raise Unreadable("`hosts` is no list of names")
+    return StoredInstance(
+        tuple(HostId(one) for one in hosts),
+        _record(found),
+        None if data is None else _parse_user_data(data),
+        str(found.get("request", "")),
+        _removed(removed),
+    )
+
+
+def render_network(stored: StoredNetwork) -> bytes:
+    """The value of a network's key."""
+    return encode(
+        {"record": stored.record, "request": stored.request, "removed_at": stored.removed_at}
+    )
+
+
+def parse_network(value: bytes) -> StoredNetwork:
+    """The reverse of `render_network`; raises `Unreadable`. The record itself is not checked."""
+    found = decode(value)
+    removed = _removed(found.get("removed_at"))
+    return StoredNetwork(_record(found), str(found.get("request", "")), removed)
+
+
+def _record(found: Json) -> Json:
+    record = found.get("record")
+    if not isinstance(record, dict):
+        raise Unreadable("`record` is no object")
+    return cast("Json", record)
+
+
+def _removed(value: object) -> int | None:
+    if value is None or type(value) is int:
+        return value
+    raise Unreadable("`removed_at` is no time")
+
+
+def _parse_user_data(value: object) -> UserData:
+    match value:
+        case {"sha256": str(sha256), "size": int(size)}:
+            return UserData(sha256, size)
+        case _:
+            raise Unreadable("`user_data` does not say `sha256` and `size`")

@@ -1,0 +1,273 @@
+"""Lines of a host's stream: one JSON object each, both ways, after `101 Switching Protocols`.
+
+A host says hello with what it has, gets what differs, then each change. It acknowledges a revision when all up to it is
+in force. It gets nothing but what is placed on it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Final, TypeAlias, cast
+
+from imdsproxy.core.fleet.layout import Json
+
+STREAM_PATH: Final = "/fleet/stream"
+BLOB_PATH: Final = "/fleet/blob/"
+"""Followed by the SHA-256 of user data: the bytes, for hosts that have an instance with it."""
+
+UPGRADE: Final = "imdsproxy-fleet"
+FORMAT: Final = 1
+MAX_LINE: Final = 16 * 1024 * 1024
+"""Bytes; a longer line ends the stream."""
+
+ItemKey: TypeAlias = str
+"""`network/ID`, `instance/ID`, `guard/ID`, `keys/ID` (of an instance), `policy/fleet`, `policy/host/ID`,
+`policy/project/ID`."""
+
+
+class Broken(ValueError):
+    """A line is not what the other side may send."""
+
+
+class ByeCode(StrEnum):
+    """Why a hub ends a stream."""
+
+    BEHIND = "behind"
+    """The hub has not yet what the host has: another hub may."""
+
+    REVOKED = "revoked"
+    REPLACED = "replaced"
+    """The host has a newer stream."""
+
+    SLOW = "slow"
+    """The host did not read for too long."""
+
+    FORMAT = "format"
+    """The host speaks another format."""
+
+    OTHER_FLEET = "other-fleet"
+    STOPPING = "stopping"
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """What a host has.
+
+    Attributes:
+        fleet: The fleet's UUID; `None` for a host that has nothing.
+        incarnation: The highest that it has seen.
+        revision: The highest that it has applied; 0 for none.
+        items: The revision of each item that it has.
+    """
+
+    fleet: str | None = None
+    incarnation: int = 0
+    revision: int = 0
+    items: Mapping[ItemKey, int] = field(default_factory=dict)
+    format: int = FORMAT
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """Everything up to `revision` is in force, except what failed, with the reasons."""
+
+    revision: int
+    failed: Mapping[ItemKey, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the host's admin API answers to `Ask`."""
+
+    number: int
+    status: int
+    body: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Changes that are applied together.
+
+    Attributes:
+        revision: Everything up to it is known with this batch.
+        put: By item, its revision and value.
+        remove: Items that are not here any more: the hub has the record, and it says so.
+        held: Items that the host has and the hub cannot vouch for, and why: they stay.
+        more: Another batch belongs to these changes.
+        fleet: The fleet's UUID.
+        incarnation: Where it is higher than the host's, what is held is removed and older values are taken.
+    """
+
+    revision: int
+    fleet: str = ""
+    incarnation: int = 0
+    put: Mapping[ItemKey, tuple[int, Json]] = field(default_factory=dict)
+    remove: tuple[ItemKey, ...] = ()
+    held: Mapping[ItemKey, str] = field(default_factory=dict)
+    more: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """The hub is there.
+
+    Attributes:
+        revision: The highest that it knows.
+        time: Its clock, Unix time.
+        age_s: Seconds since it last heard from etcd.
+    """
+
+    revision: int
+    time: float
+    age_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A GET of a route of the host's admin API."""
+
+    number: int
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Bye:
+    """The hub ends the stream."""
+
+    code: ByeCode
+    reason: str = ""
+
+
+FromHost: TypeAlias = Hello | Ack | Answer
+FromHub: TypeAlias = Batch | Ping | Ask | Bye
+
+
+def render_line(message: FromHost | FromHub) -> bytes:
+    """A line, with its end."""
+    match message:
+        case Hello():
+            shape: Json = {
+                "hello": {
+                    "format": message.format,
+                    "fleet": message.fleet,
+                    "incarnation": message.incarnation,
+                    "revision": message.revision,
+                    "items": dict(message.items),
+                }
+            }
+        case Ack():
+            shape = {"ack": message.revision}
+            if message.failed:
+                shape["failed"] = dict(message.failed)
+        case Answer():
+            shape = {"answer": message.number, "status": message.status, "body": message.body}
+        case Batch():
+            shape = {"batch": _render_batch(message)}
+        case Ping():
+            shape = {
+                "ping": {
+                    "revision": message.revision,
+                    "time": message.time,
+                    "age_s": message.age_s,
+                }
+            }
+        case Ask():
+            shape = {"ask": message.number, "path": message.path}
+        case Bye():
+            shape = {"bye": message.code.value, "reason": message.reason}
+    return json.dumps(shape, separators=(",", ":")).encode() + b"\n"
+
+
+def _render_batch(batch: Batch) -> Json:
+    shape: Json = {
+        "revision": batch.revision,
+        "fleet": batch.fleet,
+        "incarnation": batch.incarnation,
+        "put": {key: list(one) for key, one in batch.put.items()},
+        "remove": list(batch.remove),
+        "held": dict(batch.held),
+        "more": batch.more,
+    }
+    return {key: one for key, one in shape.items() if key == "revision" or one}
+
+
+def parse_from_host(line: bytes) -> FromHost:
+    """A line that a host sent; raises `Broken`."""
+    match _decode(line):
+        case {"hello": {"format": int(form), "incarnation": int(incarnation), **rest}}:
+            fleet, revision = rest.get("fleet"), _number(rest.get("revision", 0))
+            if not (fleet is None or isinstance(fleet, str)):
+                raise Broken("`fleet` is no text")
+            items = rest.get("items", {})
+            if not isinstance(items, dict):
+                raise Broken("`items` is no object")
+            known = {key: _number(one) for key, one in items.items()}
+            return Hello(fleet, incarnation, revision, known, form)
+        case {"ack": int(revision), **rest}:
+            failed = rest.get("failed", {})
+            if not isinstance(failed, dict):
+                raise Broken("`failed` is no object")
+            return Ack(revision, {key: str(why) for key, why in failed.items()})
+        case {"answer": int(number), "status": int(status), "body": body}:
+            return Answer(number, status, body)
+        case _:
+            raise Broken("a host sends `hello`, `ack` or `answer`")
+
+
+def parse_from_hub(line: bytes) -> FromHub:
+    """A line that a hub sent; raises `Broken`."""
+    match _decode(line):
+        case {"batch": {"revision": int(revision), **rest}}:
+            return _parse_batch(revision, cast("Json", rest))
+        case {"ping": {"revision": int(revision), "time": int() | float() as time, **rest}}:
+            age_s = rest.get("age_s", 0.0)
+            if not isinstance(age_s, int | float):
+                raise Broken("`age_s` is no number")
+            return Ping(revision, float(time), float(age_s))
+        case {"ask": int(number), "path": str(path)}:
+            return Ask(number, path)
+        case {"bye": str(code), **rest}:
+            try:
+                return Bye(ByeCode(code), str(rest.get("reason", "")))
+            except ValueError as error:
+                raise Broken(str(error)) from error
+        case _:
+            raise Broken("a hub sends `batch`, `ping`, `ask` or `bye`")
+
+
+def _parse_batch(revision: int, shape: Json) -> Batch:
+    put: dict[ItemKey, tuple[int, Json]] = {}
+    for key, one in cast("Json", shape.get("put", {})).items():
+        match one:
+            case [int(number), dict(value)]:
+                put[key] = number, value
+            case _:
+                raise Broken(f"{key} has no revision and value")
+    return Batch(
+        revision,
+        str(shape.get("fleet", "")),
+        _number(shape.get("incarnation", 0)),
+        put,
+        tuple(map(str, shape.get("remove", ()))),
+        {key: str(why) for key, why in shape.get("held", {}).items()},
+        shape.get("more") is True,
+    )
+
+
+def _number(value: object) -> int:
+    if type(value) is int and value >= 0:
+        return value
+    raise Broken("a revision is a number")
+
+
+def _decode(line: bytes) -> Json:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise Broken("it is no JSON") from error
+    if not isinstance(found, dict):
+        raise Broken("it is no object")
+    return cast("Json", found)
