@@ -112,7 +112,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Ping:
-    """The hub is there.
+    """The hub is there; a host answers with its last acknowledgement.
 
     Attributes:
         revision: The highest that it knows.

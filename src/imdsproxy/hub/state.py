@@ -1,0 +1,317 @@
+"""What etcd has of a fleet, folded from its changes, and which of it each host gets.
+
+Memory holds the values as they are in etcd; they are parsed again when a host needs them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeAlias
+
+from imdsproxy.core.fleet import layout
+from imdsproxy.core.fleet.layout import HostId, Json, Meta, Unreadable
+from imdsproxy.core.fleet.stream import Batch, Bye, ByeCode, Hello, ItemKey
+from imdsproxy.core.model import InstanceId
+
+Item: TypeAlias = tuple[int, Json]
+"""Its revision and value."""
+
+InstanceKeys: TypeAlias = "Callable[[InstanceId], Json | None]"
+"""The token keys of an instance, as the value of an item; `None` while the fleet has none."""
+
+_FLEET_POLICY: Final = "policy/fleet"
+_KINDS: Final[Mapping[str, str]] = {
+    "network": layout.NETWORKS,
+    "instance": layout.INSTANCES,
+    "guard": layout.GUARDS,
+    "policy": layout.POLICIES,
+}
+_OF_INSTANCE: Final = ("guard", "keys")
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A key's new value; `None` where the key was deleted, which hubs never do."""
+
+    key: str
+    value: bytes | None
+    mod_revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    value: bytes
+    mod_revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Placement:
+    hosts: tuple[HostId, ...] = ()
+    needs: tuple[ItemKey, ...] = ()
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What a host that says hello gets.
+
+    Attributes:
+        batch: All of it.
+        suspicious: Why etcd seems to be restored from a backup: the host has what etcd lacks.
+    """
+
+    batch: Batch
+    suspicious: str | None = None
+
+
+@dataclass(slots=True)
+class FleetState:
+    """All keys below `layout.PREFIX`, as of `revision`.
+
+    Args:
+        keys_of: See `InstanceKeys`.
+
+    Attributes:
+        problems: By key, values that another program wrote, and keys that one deleted: what was before counts.
+    """
+
+    keys_of: InstanceKeys = lambda _: None
+    revision: int = 0
+    meta: Meta = field(default_factory=lambda: Meta(""))
+    problems: dict[str, str] = field(default_factory=dict)
+    _entries: dict[str, _Entry] = field(default_factory=dict)
+    _placements: dict[InstanceId, _Placement] = field(default_factory=dict)
+    _placed: dict[HostId, set[InstanceId]] = field(default_factory=dict)
+    _where: dict[ItemKey, Counter[HostId]] = field(default_factory=dict)
+    _keys_revision: int = 0
+
+    def apply(self, revision: int, changes: Iterable[Change]) -> dict[HostId, set[ItemKey]]:
+        """Fold changes in that are complete up to `revision`.
+
+        Returns:
+            By host, items that may be others than before; `every_host` items come under the name `*`.
+        """
+        touched: dict[HostId, set[ItemKey]] = {}
+        for change in changes:
+            self._apply(change, touched)
+        self.revision = max(self.revision, revision)
+        return touched
+
+    def _apply(self, change: Change, touched: dict[HostId, set[ItemKey]]) -> None:
+        key = change.key
+        if change.value is None:
+            if key.startswith(layout.HUBS) or key == layout.SUSPECT:
+                self._entries.pop(key, None)
+            else:
+                self.problems[key] = f"deleted at revision {change.mod_revision} by another program"
+            return
+        try:
+            self._fold(change, change.value, touched)
+        except Unreadable as error:
+            self.problems[key] = f"revision {change.mod_revision} is not readable: {error}"
+            return
+        self.problems.pop(key, None)
+        self._entries[key] = _Entry(change.value, change.mod_revision)
+
+    def _fold(self, change: Change, value: bytes, touched: dict[HostId, set[ItemKey]]) -> None:
+        key = change.key
+        if key == layout.META:
+            self.meta = layout.parse_meta(value)
+        elif key.startswith(layout.INSTANCES):
+            self._place(InstanceId(key.removeprefix(layout.INSTANCES)), value, touched)
+        elif key.startswith(layout.NETWORKS):
+            layout.parse_network(value)
+            self._touch(f"network/{key.removeprefix(layout.NETWORKS)}", touched)
+        elif key.startswith(layout.GUARDS):
+            layout.decode(value)
+            self._touch(f"guard/{key.removeprefix(layout.GUARDS)}", touched)
+        elif key.startswith(layout.POLICIES):
+            layout.decode(value)
+            self._touch(f"policy/{key.removeprefix(layout.POLICIES)}", touched)
+        elif key.startswith(layout.KEYS):
+            layout.decode(value)
+            self._keys_revision = max(self._keys_revision, change.mod_revision)
+            for instance, placement in self._placements.items():
+                for host in placement.hosts:
+                    touched.setdefault(host, set()).add(f"keys/{instance}")
+
+    def _place(
+        self, instance: InstanceId, value: bytes, touched: dict[HostId, set[ItemKey]]
+    ) -> None:
+        stored = layout.parse_instance(value)
+        before = self._placements.get(instance, _Placement())
+        needs = _needs(instance, stored.record)
+        data = stored.user_data
+        now = _Placement(stored.hosts, needs, None if data is None else data.sha256)
+        for host in before.hosts:
+            self._placed[host].discard(instance)
+            touched.setdefault(host, set()).update(before.needs)
+            for item in before.needs:
+                there = self._where[item]
+                there[host] -= 1
+                if not there[host]:
+                    del there[host]
+                    if not there:
+                        del self._where[item]
+        for host in now.hosts:
+            self._placed.setdefault(host, set()).add(instance)
+            touched.setdefault(host, set()).update(needs)
+            for item in needs:
+                self._where.setdefault(item, Counter())[host] += 1
+        self._placements[instance] = now
+
+    def _touch(self, item: ItemKey, touched: dict[HostId, set[ItemKey]]) -> None:
+        kind, _, rest = item.partition("/")
+        if item == _FLEET_POLICY:
+            touched.setdefault(HostId("*"), set()).add(item)
+        elif kind == "policy" and rest.startswith("host/"):
+            touched.setdefault(HostId(rest.removeprefix("host/")), set()).add(item)
+        for host in self._where.get(item, ()):
+            touched.setdefault(host, set()).add(item)
+
+    # What hosts get
+
+    def reaches(self, host: HostId, item: ItemKey) -> bool:
+        """Whether the host gets the item."""
+        if item in {_FLEET_POLICY, f"policy/host/{host}"}:
+            return True
+        return host in self._where.get(item, ())
+
+    def items_for(self, host: HostId) -> set[ItemKey]:
+        """Every item that the host gets, as far as there are such."""
+        found: set[ItemKey] = {_FLEET_POLICY, f"policy/host/{host}"}
+        for instance in self._placed.get(host, ()):
+            found.update(self._placements[instance].needs)
+        return found
+
+    def item(self, item: ItemKey) -> Item | None:
+        """An item's revision and value; `None` where etcd has none."""
+        kind, _, rest = item.partition("/")
+        if kind == "keys":
+            value = self.keys_of(InstanceId(rest))
+            return None if value is None else (self._keys_revision, value)
+        entry = self._entries.get(_KINDS[kind] + rest) if kind in _KINDS else None
+        if entry is None:
+            return None
+        value = layout.decode(entry.value)
+        if kind == "instance":
+            value = {key: value[key] for key in ("record", "user_data")}
+        elif kind == "network":
+            value = {"record": value["record"]}
+        return entry.mod_revision, value
+
+    def has_blob(self, host: HostId, sha256: str) -> bool:
+        """Whether an instance on the host has this user data."""
+        placed = self._placed.get(host, ())
+        return any(self._placements[one].sha256 == sha256 for one in placed)
+
+    def changes_for(self, host: HostId, items: Iterable[ItemKey]) -> Batch:
+        """The items as they are now, for a host that had everything before they were touched."""
+        put: dict[ItemKey, Item] = {}
+        removed: list[ItemKey] = []
+        for item in sorted(items):
+            if not self.reaches(host, item):
+                removed.append(item)
+            elif (found := self.item(item)) is not None:
+                put[item] = found
+        return self._batch(put, removed, {})
+
+    def compare(self, host: HostId, hello: Hello) -> Difference | Bye:
+        """What a host gets that says hello."""
+        meta, have = self.meta, hello.items
+        if hello.fleet not in {None, meta.fleet}:
+            return Bye(ByeCode.OTHER_FLEET, f"this is fleet {meta.fleet}, not {hello.fleet}")
+        accepts = meta.incarnation > hello.incarnation
+        behind = self.revision < hello.revision and not accepts
+        if behind or meta.incarnation < hello.incarnation:
+            return Bye(ByeCode.BEHIND, f"this hub has revision {self.revision}")
+        wanted = self.items_for(host)
+        put: dict[ItemKey, Item] = {}
+        held: dict[ItemKey, str] = {}
+        for item in sorted(wanted):
+            found, known = self.item(item), have.get(item)
+            if found is not None and (known is None or found[0] > known):
+                put[item] = found
+            elif known is not None and (why := _doubt(found, known)) is not None:
+                held[item] = why
+        removed: list[ItemKey] = []
+        for item in sorted(have.keys() - wanted, key=_instances_first):
+            why = self._doubt_removal(item, have[item], held)
+            if why is None:
+                removed.append(item)
+            else:
+                held[item] = why
+        if accepts:
+            older = ((item, self.item(item)) for item in held if item in wanted)
+            put |= {item: found for item, found in older if found is not None}
+            removed += [item for item in held if item not in put]
+            held = {}
+        suspicious = None
+        if held:
+            item, why = next(iter(held.items()))
+            suspicious = f"{host} has {item} of revision {have[item]}: {why}"
+        return Difference(self._batch(put, removed, held), suspicious)
+
+    def _doubt_removal(self, item: ItemKey, known: int, held: Mapping[ItemKey, str]) -> str | None:
+        """Why an item may not be removed from a host that is not to have it: etcd has to say that it went."""
+        kind, _, rest = item.partition("/")
+        if kind in _OF_INSTANCE:
+            return held.get(f"instance/{rest}")
+        if kind == "network" and any(one.startswith("instance/") for one in held):
+            return "instances that are held may need it"
+        return _doubt(self.item(item), known)
+
+    def _batch(
+        self, put: Mapping[ItemKey, Item], removed: Iterable[ItemKey], held: Mapping[ItemKey, str]
+    ) -> Batch:
+        meta = self.meta
+        return Batch(self.revision, meta.fleet, meta.incarnation, put, tuple(removed), held)
+
+    # What operators and hubs ask
+
+    def value(self, key: str) -> tuple[bytes, int] | None:
+        """A key's value and revision; `None` where it is absent."""
+        entry = self._entries.get(key)
+        return None if entry is None else (entry.value, entry.mod_revision)
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        """Every key below it."""
+        return (key for key in self._entries if key.startswith(prefix))
+
+    def hosts_of(self, instance: InstanceId) -> tuple[HostId, ...]:
+        """Where an instance is placed."""
+        return self._placements.get(instance, _Placement()).hosts
+
+    def instances_on(self, host: HostId) -> frozenset[InstanceId]:
+        """What is placed on a host."""
+        return frozenset(self._placed.get(host, ()))
+
+    def hosts_with(self, item: ItemKey) -> frozenset[HostId]:
+        """Every host that an item reaches by its instances."""
+        return frozenset(self._where.get(item, ()))
+
+
+def _needs(instance: InstanceId, record: Mapping[str, Any]) -> tuple[ItemKey, ...]:
+    ports = record.get("ports", [])
+    if not (isinstance(ports, list) and all(isinstance(one, dict) for one in ports)):
+        raise Unreadable("`ports` is no list of objects")
+    found = [f"instance/{instance}", f"guard/{instance}", f"keys/{instance}"]
+    projects = {record.get("project"), *(port.get("project") for port in ports)}
+    found += sorted({f"network/{port.get('network')}" for port in ports})
+    found += sorted(f"policy/project/{one}" for one in projects if one is not None)
+    return tuple(found)
+
+
+def _instances_first(item: ItemKey) -> tuple[bool, ItemKey]:
+    return not item.startswith("instance/"), item
+
+
+def _doubt(found: Item | None, known: int) -> str | None:
+    """Why what etcd has of an item is not newer than what a host has."""
+    if found is None:
+        return "the store has it no more"
+    if found[0] < known:
+        return f"the store has it as of revision {found[0]}, which is older"
+    return None

@@ -1,0 +1,394 @@
+"""The streams of a hub's hosts: each gets what is placed on it, and acknowledges what is in force.
+
+A host that reads slowly costs a set of item keys, not a queue: it gets the items as they are when it reads again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import socket
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, cast
+
+import structlog
+
+from imdsproxy.core.fleet.layout import HostId
+from imdsproxy.core.fleet.stream import (
+    MAX_LINE,
+    STREAM_PATH,
+    UPGRADE,
+    Ack,
+    Answer,
+    Ask,
+    Batch,
+    Broken,
+    Bye,
+    ByeCode,
+    FromHub,
+    Hello,
+    ItemKey,
+    Ping,
+    parse_from_host,
+    render_line,
+)
+from imdsproxy.errors import SourceUnavailable
+from imdsproxy.host.clock import Clock
+from imdsproxy.hub.state import FleetState
+
+_HEAD_BYTES: Final = 16 * 1024
+_PING_S: Final = 20.0
+_PARTS: Final = 10
+"""Of the hosts, one at a time is pinged."""
+
+_SLOW_S: Final = 60.0
+"""So long a host may not read, or not answer pings."""
+
+_BATCH_BYTES: Final = 256 * 1024
+_ALL: Final = HostId("*")
+
+_log = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class Streams:
+    """All streams of this hub.
+
+    Args:
+        state: What etcd has.
+        clock: Monotonic, and Unix time for pings.
+        admits: Whether a host's certificate of this serial number is good now.
+        suspect: Called with the host and the reason where etcd seems to be restored from a backup.
+        age_s: Seconds since etcd was heard.
+    """
+
+    state: FleetState
+    clock: Clock
+    admits: Callable[[HostId, str], bool]
+    suspect: Callable[[HostId, str], object] = lambda _host, _why: None
+    age_s: Callable[[], float] = lambda: 0.0
+    hosts: dict[HostId, HostStream] = field(default_factory=dict)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def run(self, listener: socket.socket) -> None:
+        """Serve hosts that HAProxy passes on, until cancelled."""
+        loop = asyncio.get_running_loop()
+        server = await loop.create_unix_server(lambda: HostStream(self), sock=listener)
+        try:
+            for part in itertools.cycle(range(_PARTS)):
+                await asyncio.sleep(_PING_S / _PARTS)
+                self._ping(part)
+        finally:
+            server.close()
+            for stream in tuple(self.hosts.values()):
+                stream.leave(ByeCode.STOPPING)
+
+    def _ping(self, part: int) -> None:
+        now = self.clock.monotonic()
+        ping = Ping(self.state.revision, self.clock.now().timestamp(), round(self.age_s(), 1))
+        line = render_line(ping)
+        for stream in tuple(self.hosts.values())[part::_PARTS]:
+            stream.keep_alive(now, line)
+
+    def deliver(self, touched: Mapping[HostId, Collection[ItemKey]]) -> None:
+        """Send what `FleetState.apply` found to the hosts that are here."""
+        everywhere = touched.get(_ALL, ())
+        for host in self.hosts if everywhere else touched.keys() & self.hosts.keys():
+            self.hosts[host].touch((*touched.get(host, ()), *everywhere))
+
+    def renew_all(self) -> None:
+        """End every stream: hosts come back, and get what the fleet's new incarnation has."""
+        for stream in tuple(self.hosts.values()):
+            stream.leave(ByeCode.STOPPING, "the fleet has another incarnation")
+
+    def review(self) -> None:
+        """End streams of hosts whose certificate is no longer good."""
+        for host, stream in tuple(self.hosts.items()):
+            if not self.admits(host, stream.serial):
+                stream.leave(ByeCode.REVOKED)
+
+    # What is in force where
+
+    def lacks(self, host: HostId, revision: int) -> str | None:
+        """Why a revision is not in force on a host, as far as it is known here; `None` where it is."""
+        stream = self.hosts.get(host)
+        if stream is None:
+            return "not connected"
+        if self.state.revision < revision:
+            return "not received"
+        return stream.lacks(revision)
+
+    async def wait(
+        self, hosts: Collection[HostId], revision: int, timeout_s: float
+    ) -> dict[HostId, str]:
+        """Wait until a revision is in force on these hosts.
+
+        Returns:
+            Those on which it is not yet, and why.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                while pending := self._pending(hosts, revision):
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            return self._pending(hosts, revision)
+        return pending
+
+    def _pending(self, hosts: Collection[HostId], revision: int) -> dict[HostId, str]:
+        found = {host: self.lacks(host, revision) for host in hosts}
+        return {host: why for host, why in found.items() if why is not None}
+
+    def progressed(self) -> None:
+        """Let those who wait look again."""
+        self._changed.set()
+
+    async def ask(self, host: HostId, path: str, timeout_s: float) -> Answer:
+        """What the host's admin API answers to a GET.
+
+        Raises:
+            SourceUnavailable: The host is not connected here, or does not answer in time.
+        """
+        stream = self.hosts.get(host)
+        if stream is None:
+            raise SourceUnavailable(f"host {host} is not connected", hint="imdsproxy fleet hosts")
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await stream.ask(path)
+        except TimeoutError as error:
+            raise SourceUnavailable(f"host {host} did not answer in {timeout_s:g} s") from error
+
+
+class HostStream(asyncio.Protocol):
+    """One connection that HAProxy passes on."""
+
+    __slots__ = (
+        "_asked",
+        "_buffer",
+        "_dirty",
+        "_heard",
+        "_paused_at",
+        "_scheduled",
+        "_sent",
+        "_streams",
+        "_transport",
+        "acked",
+        "failed",
+        "greeted",
+        "host",
+        "serial",
+    )
+
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
+        self._buffer = bytearray()
+        self._dirty: set[ItemKey] = set()
+        self._asked: dict[int, asyncio.Future[Answer]] = {}
+        self._sent, self._heard = 0, streams.clock.monotonic()
+        self._paused_at: float | None = None
+        self._scheduled = False
+        self._transport: asyncio.Transport | None = None
+        self.host, self.serial = HostId(""), ""
+        self.greeted, self.acked = False, 0
+        self.failed: Mapping[ItemKey, str] = {}
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Of asyncio."""
+        self._transport = cast("asyncio.Transport", transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Of asyncio."""
+        if self._streams.hosts.get(self.host) is self:
+            del self._streams.hosts[self.host]
+            self._streams.progressed()
+            _log.info("host left", host=self.host, reason="" if exc is None else str(exc))
+        for future in self._asked.values():
+            future.cancel()
+        self._transport = None
+
+    def pause_writing(self) -> None:
+        """Of asyncio."""
+        self._paused_at = self._streams.clock.monotonic()
+
+    def resume_writing(self) -> None:
+        """Of asyncio."""
+        self._paused_at = None
+        self._schedule()
+
+    def data_received(self, data: bytes) -> None:
+        """Of asyncio."""
+        self._buffer += data
+        self._heard = self._streams.clock.monotonic()
+        if not self.host and not self._read_head():
+            return
+        *lines, rest = bytes(self._buffer).split(b"\n")
+        self._buffer = bytearray(rest)
+        try:
+            for line in lines:
+                self._take(line)
+        except Broken as error:
+            self._give_up(str(error))
+        if len(rest) > MAX_LINE:
+            self._give_up("a line is too long")
+
+    def _give_up(self, reason: str) -> None:
+        _log.warning("stream ended", host=self.host, reason=reason)
+        self.leave(ByeCode.FORMAT, reason)
+
+    # The beginning
+
+    def _read_head(self) -> bool:
+        end = self._buffer.find(b"\r\n\r\n")
+        if end < 0:
+            if len(self._buffer) > _HEAD_BYTES:
+                self._refuse(b"431 Request Header Fields Too Large")
+            return False
+        first, *lines = self._buffer[:end].decode("latin-1").split("\r\n")
+        del self._buffer[: end + 4]
+        pairs = (line.partition(":") for line in lines)
+        headers = {name.strip().lower(): value.strip() for name, _, value in pairs}
+        if first.split(" ")[:2] != ["GET", STREAM_PATH] or headers.get("upgrade") != UPGRADE:
+            self._refuse(b"426 Upgrade Required")
+            return False
+        host, serial = (headers.get(f"x-imdsproxy-{one}", "") for one in ("name", "serial"))
+        good = headers.get("x-imdsproxy-role") == "host" and host
+        if not (good and self._streams.admits(HostId(host), serial)):
+            self._refuse(b"403 Forbidden")
+            return False
+        self.host, self.serial = HostId(host), serial
+        self._write(
+            b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: "
+            + UPGRADE.encode()
+            + b"\r\n\r\n"
+        )
+        return True
+
+    def _refuse(self, status: bytes) -> None:
+        self._buffer.clear()
+        self._write(b"HTTP/1.1 " + status + b"\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        if self._transport is not None:
+            self._transport.close()
+
+    # Lines
+
+    def _take(self, line: bytes) -> None:
+        match parse_from_host(line):
+            case Hello() as hello if not self.greeted:
+                self._greet(hello)
+            case Hello():
+                raise Broken("a second hello")
+            case Ack(revision, failed) if self.greeted:
+                self.acked, self.failed = max(self.acked, revision), failed
+                self._streams.progressed()
+            case Answer() as answer:
+                future = self._asked.pop(answer.number, None)
+                if future is not None and not future.done():
+                    future.set_result(answer)
+            case Ack():
+                raise Broken("an acknowledgement before hello")
+
+    def _greet(self, hello: Hello) -> None:
+        streams = self._streams
+        found = streams.state.compare(self.host, hello)
+        if isinstance(found, Bye):
+            if found.code is ByeCode.BEHIND:
+                streams.suspect(self.host, f"it has revision {hello.revision}")
+            self.leave(found.code, found.reason)
+            return
+        if found.suspicious is not None:
+            streams.suspect(self.host, found.suspicious)
+        before = streams.hosts.get(self.host)
+        if before is not None:
+            before.leave(ByeCode.REPLACED)
+        streams.hosts[self.host] = self
+        self.greeted = True
+        _log.info("host joined", host=self.host, revision=hello.revision)
+        self._send_batch(found.batch)
+
+    def _send_batch(self, batch: Batch) -> None:
+        """A batch, in pieces of a size that does not hold other hosts up."""
+        piece: dict[ItemKey, tuple[int, Any]] = {}
+        size = 0
+        for item, (revision, value) in batch.put.items():
+            piece[item] = revision, value
+            size += len(str(value))
+            if size > _BATCH_BYTES:
+                part = Batch(batch.revision, batch.fleet, batch.incarnation, piece, more=True)
+                self.send(part)
+                piece, size = {}, 0
+        self._sent = batch.revision
+        last = Batch(
+            batch.revision, batch.fleet, batch.incarnation, piece, batch.remove, batch.held
+        )
+        self.send(last)
+
+    # Changes
+
+    def touch(self, items: Collection[ItemKey]) -> None:
+        """These items may be others than before."""
+        if self.greeted:
+            self._dirty.update(items)
+            self._schedule()
+
+    def _schedule(self) -> None:
+        if self._dirty and not self._scheduled and self._paused_at is None:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._scheduled = False
+        if self._transport is None or self._paused_at is not None or not self._dirty:
+            return
+        items, self._dirty = self._dirty, set()
+        self._send_batch(self._streams.state.changes_for(self.host, items))
+
+    def lacks(self, revision: int) -> str | None:
+        """Why a revision that the hub has is not in force on this host; `None` where it is."""
+        if self._dirty:
+            return "not sent yet"
+        if self.acked < min(revision, self._sent):
+            return "not acknowledged yet"
+        return "; ".join(f"{item}: {why}" for item, why in self.failed.items()) or None
+
+    async def ask(self, path: str) -> Answer:
+        """See `Streams.ask`."""
+        number = max(self._asked, default=0) + 1
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._asked[number] = future
+        self.send(Ask(number, path))
+        try:
+            return await future
+        finally:
+            self._asked.pop(number, None)
+
+    def keep_alive(self, now: float, ping: bytes) -> None:
+        """Ping, or end the stream of a host that does not read, or does not answer."""
+        if now - (self._heard if self._paused_at is None else self._paused_at) > _SLOW_S:
+            self.leave(ByeCode.SLOW)
+        elif self._paused_at is None:
+            self._write(ping)
+
+    def leave(self, code: ByeCode, reason: str = "") -> None:
+        """End the stream; what is written and not read is lost."""
+        self.send(Bye(code, reason))
+        if self._streams.hosts.get(self.host) is self:
+            del self._streams.hosts[self.host]
+            self._streams.progressed()
+        transport = self._transport
+        if transport is None:
+            return
+        if self._paused_at is None:
+            transport.close()
+        else:
+            transport.abort()
+
+    def send(self, message: FromHub) -> None:
+        """Write one line."""
+        self._write(render_line(message))
+
+    def _write(self, data: bytes) -> None:
+        if self._transport is not None:
+            self._transport.write(data)
