@@ -87,6 +87,12 @@ class FleetState:
     _where: dict[ItemKey, Counter[HostId]] = field(default_factory=dict)
     _keys_revision: int = 0
 
+    def clear(self) -> None:
+        """Forget everything: what is read next counts, whatever was there before."""
+        self.revision, self._keys_revision = 0, 0
+        for each in (self.problems, self._entries, self._placements, self._placed, self._where):
+            each.clear()
+
     def apply(self, revision: int, changes: Iterable[Change]) -> dict[HostId, set[ItemKey]]:
         """Fold changes in that are complete up to `revision`.
 
@@ -106,6 +112,12 @@ class FleetState:
                 self._entries.pop(key, None)
             else:
                 self.problems[key] = f"deleted at revision {change.mod_revision} by another program"
+            return
+        before = self._entries.get(key)
+        if before is not None and change.mod_revision < before.mod_revision and key != layout.META:
+            self.problems[key] = (
+                f"of revision {change.mod_revision}, and before it was of {before.mod_revision}"
+            )
             return
         try:
             self._fold(change, change.value, touched)

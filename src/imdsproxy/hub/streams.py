@@ -59,14 +59,15 @@ class Streams:
         state: What etcd has.
         clock: Monotonic, and Unix time for pings.
         admits: Whether a host's certificate of this serial number is good now.
-        suspect: Called with the host and the reason where etcd seems to be restored from a backup.
+        suspect: Called with a host, a reason and a revision (0 for none) where etcd seems to be restored from a
+            backup: it is, if etcd has not that revision.
         age_s: Seconds since etcd was heard.
     """
 
     state: FleetState
     clock: Clock
     admits: Callable[[HostId, str], bool]
-    suspect: Callable[[HostId, str], object] = lambda _host, _why: None
+    suspect: Callable[[HostId, str, int], object] = lambda _host, _why, _revision: None
     age_s: Callable[[], float] = lambda: 0.0
     hosts: dict[HostId, HostStream] = field(default_factory=dict)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -295,11 +296,12 @@ class HostStream(asyncio.Protocol):
         found = streams.state.compare(self.host, hello)
         if isinstance(found, Bye):
             if found.code is ByeCode.BEHIND:
-                streams.suspect(self.host, f"it has revision {hello.revision}")
+                why = f"it has revision {hello.revision}, which etcd has not"
+                streams.suspect(self.host, why, hello.revision)
             self.leave(found.code, found.reason)
             return
         if found.suspicious is not None:
-            streams.suspect(self.host, found.suspicious)
+            streams.suspect(self.host, found.suspicious, 0)
         before = streams.hosts.get(self.host)
         if before is not None:
             before.leave(ByeCode.REPLACED)

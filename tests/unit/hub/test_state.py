@@ -1,0 +1,213 @@
+"""What each host gets of a fleet: its own, in every order of changes, and nothing is removed because it is absent."""
+
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imdsproxy.core.fleet import layout
+from imdsproxy.core.fleet.layout import HostId, Json, Meta, StoredInstance, StoredNetwork
+from imdsproxy.core.fleet.stream import Batch, Bye, ByeCode, Hello, ItemKey
+from imdsproxy.core.model import InstanceId, NetworkId
+from imdsproxy.hub.state import Change, Difference, FleetState
+
+A, B = HostId("a"), HostId("b")
+HOSTS = (A, B, HostId("c"))
+WEB, DB = InstanceId("web"), InstanceId("db")
+
+
+def network(name: str, revision: int) -> Change:
+    stored = StoredNetwork({"id": name, "listener": {"bridge": f"br-{name}"}})
+    return Change(layout.network_key(NetworkId(name)), layout.render_network(stored), revision)
+
+
+def instance(name: str, revision: int, *hosts: HostId, on: str = "blue", mark: int = 0) -> Change:
+    record: Json = {"id": name, "name": f"{name}-{mark}", "ports": [{"network": on}]}
+    stored = StoredInstance(hosts, {**record, "project": f"of-{name}"})
+    return Change(layout.instance_key(InstanceId(name)), layout.render_instance(stored), revision)
+
+
+def fleet(*changes: Change, incarnation: int = 1) -> FleetState:
+    state = FleetState()
+    meta = layout.render_meta(Meta("a-fleet", incarnation))
+    state.apply(1, [Change(layout.META, meta, 1)])
+    state.apply(max((one.mod_revision for one in changes), default=1), changes)
+    return state
+
+
+def everything_of(state: FleetState, host: HostId) -> dict[ItemKey, tuple[int, Json]]:
+    found = state.compare(host, Hello())
+    assert isinstance(found, Difference)
+    return dict(found.batch.put)
+
+
+def compare(
+    state: FleetState, items: dict[ItemKey, int], revision: int = 0, seen: int = 1
+) -> Batch:
+    found = state.compare(A, Hello("a-fleet", seen, revision, items))
+    assert isinstance(found, Difference)
+    assert (found.suspicious is None) == (not found.batch.held)
+    return found.batch
+
+
+def test_a_host_gets_its_instances_and_what_they_need_and_nothing_else() -> None:
+    others = network("red", 3), instance("db", 5, B, on="red")
+    state = fleet(network("blue", 2), *others, instance("web", 4, A))
+    assert everything_of(state, A).keys() == {"network/blue", "instance/web"}
+    assert everything_of(state, HostId("c")) == {}
+
+
+def test_policies_reach_the_hosts_of_their_scope() -> None:
+    def policy(scope: str, revision: int) -> Change:
+        return Change(layout.POLICIES + scope, layout.encode({"tokens": "required"}), revision)
+
+    scopes = ("fleet", "host/b", "project/of-web", "project/of-db")
+    policies = [policy(scope, number) for number, scope in enumerate(scopes, 5)]
+    state = fleet(instance("web", 2, A), instance("db", 3, B), *policies)
+    assert everything_of(state, A).keys() == {
+        "instance/web",
+        "policy/fleet",
+        "policy/project/of-web",
+    }
+    assert state.apply(9, [policy("host/b", 9)]) == {B: {"policy/host/b"}}
+    assert everything_of(state, B)["policy/host/b"][0] == 9
+
+
+def test_nothing_of_another_host_is_in_an_item() -> None:
+    put = everything_of(fleet(instance("web", 2, A, HostId("a-secret-name"))), A)
+    assert "a-secret-name" not in str(put)
+
+
+def test_a_record_that_says_that_it_went_is_removed() -> None:
+    state = fleet(network("blue", 2), instance("web", 4, B), instance("db", 5))
+    have = {"instance/web": 3, "instance/db": 3, "guard/db": 3, "network/blue": 2}
+    batch = compare(state, have, revision=3)
+    assert set(batch.remove) == have.keys()
+    assert not batch.held
+
+
+@pytest.mark.parametrize("item", ["instance/web", "network/blue", "policy/project/p"])
+def test_what_etcd_lacks_is_held_and_not_removed(item: ItemKey) -> None:
+    batch = compare(fleet(), {item: 1}, revision=1)
+    assert batch.held.keys() == {item}
+    assert not batch.remove
+
+
+def test_what_etcd_has_of_an_older_revision_is_held_whether_placed_here_or_not() -> None:
+    state = fleet(network("blue", 2), instance("web", 3, A), instance("db", 4, B))
+    state.apply(90, [])
+    have = {
+        "instance/web": 50,
+        "keys/web": 50,
+        "instance/db": 50,
+        "guard/db": 50,
+        "network/blue": 2,
+    }
+    batch = compare(state, have, revision=60)
+    assert batch.held.keys() == {"instance/web", "keys/web", "instance/db", "guard/db"}
+    assert not batch.put
+    assert not batch.remove
+
+
+def test_the_network_of_an_instance_that_is_held_stays() -> None:
+    batch = compare(fleet(network("blue", 2)), {"instance/web": 2, "network/blue": 2}, revision=2)
+    assert not batch.remove
+
+
+def test_a_higher_incarnation_is_taken_at_its_word() -> None:
+    state = fleet(network("blue", 2), instance("web", 3, A), incarnation=2)
+    have = {"instance/web": 50, "instance/gone": 50, "network/blue": 2}
+    batch = compare(state, have, revision=60, seen=1)
+    assert batch.put["instance/web"][0] == 3
+    assert set(batch.remove) == {"instance/gone"}
+    assert not batch.held
+
+
+@pytest.mark.parametrize(
+    ("hello", "code"),
+    [
+        (Hello("a-fleet", 1, 9), ByeCode.BEHIND),
+        (Hello("a-fleet", 2, 0), ByeCode.BEHIND),
+        (Hello("another", 1, 0), ByeCode.OTHER_FLEET),
+    ],
+)
+def test_a_host_that_knows_more_or_another_fleet_goes_elsewhere(
+    hello: Hello, code: ByeCode
+) -> None:
+    found = fleet(instance("web", 3, A)).compare(A, hello)
+    assert isinstance(found, Bye)
+    assert found.code is code
+
+
+def test_a_value_that_another_program_wrote_or_deleted_changes_nothing() -> None:
+    state = fleet(network("blue", 2), instance("web", 3, A))
+    before, key = everything_of(state, A), layout.instance_key(WEB)
+    for value in (b"", b"[]", b'{"hosts":"a"}', b'{"hosts":[],"record":{"ports":7}}', None):
+        assert state.apply(9, [Change(key, value, 9)]) == {}
+        assert everything_of(state, A) == before
+        assert key in state.problems
+    state.apply(10, [instance("web", 10, A)])
+    assert not state.problems
+
+
+def test_a_value_of_an_older_revision_is_not_taken() -> None:
+    state = fleet(instance("web", 30, A))
+    assert state.apply(31, [instance("web", 7, B)]) == {}
+    assert everything_of(state, A)["instance/web"][0] == 30
+
+
+def test_token_keys_are_sent_to_the_hosts_of_their_instances_when_the_fleet_has_others() -> None:
+    state = fleet(instance("web", 2, A), instance("db", 3, B))
+    state.keys_of = lambda one: {"current": one}
+    touched = state.apply(4, [Change(f"{layout.KEYS}0011", layout.encode({}), 4)])
+    assert touched == {A: {"keys/web"}, B: {"keys/db"}}
+    assert state.item("keys/db") == (4, {"current": "db"})
+
+
+@dataclass
+class Follower:
+    """A host that applies batches."""
+
+    items: dict[ItemKey, tuple[int, Json]] = field(default_factory=dict)
+
+    def take(self, batch: Batch) -> None:
+        for item in batch.remove:
+            self.items.pop(item, None)
+        self.items.update(batch.put)
+
+
+_MOVES = st.tuples(
+    st.sampled_from(["web", "db", "mail"]),
+    st.sets(st.sampled_from(HOSTS), max_size=2),
+    st.sampled_from(["blue", "red"]),
+)
+
+
+@given(st.lists(_MOVES, min_size=1, max_size=12), st.data())
+def test_a_stream_that_breaks_anywhere_leaves_each_host_with_exactly_its_own(
+    moves: list[tuple[str, set[HostId], str]], data: st.DataObject
+) -> None:
+    state = fleet(network("blue", 2), network("red", 3))
+    followers = {host: Follower() for host in HOSTS}
+    left: dict[HostId, set[ItemKey]] = {}
+    for revision, (name, hosts, on) in enumerate(moves, start=10):
+        change = instance(name, revision, *sorted(hosts), on=on, mark=revision)
+        for host, items in state.apply(revision, [change]).items():
+            left.setdefault(host, set()).update(items)
+        for host in HOSTS:
+            match data.draw(st.sampled_from(["reads", "waits", "comes again"])):
+                case "reads":
+                    followers[host].take(state.changes_for(host, left.pop(host, set())))
+                case "comes again":
+                    have = {item: one[0] for item, one in followers[host].items.items()}
+                    found = state.compare(host, Hello("a-fleet", 1, 0, have))
+                    assert isinstance(found, Difference)
+                    assert not found.batch.held
+                    followers[host].take(found.batch)
+                    left.pop(host, None)
+                case _:
+                    pass
+    for host in HOSTS:
+        followers[host].take(state.changes_for(host, left.pop(host, set())))
+        assert followers[host].items == everything_of(state, host)
