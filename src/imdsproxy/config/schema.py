@@ -34,6 +34,7 @@ from imdsproxy.core.haproxy.namespace_proxy import (
     parse_facility,
 )
 from imdsproxy.errors import RequestRefused
+from imdsproxy.hub.settings import HubSettings
 from imdsproxy.nova.settings import NovaSettings
 from imdsproxy.sources.settings import SourcesSettings
 from imdsproxy.unix_listener.settings import UnixListenerSettings
@@ -351,6 +352,9 @@ class Settings(Section):
 
     host: HostSettings = section(HostSettings)
     """What is made on the host."""
+
+    hub: HubSettings = section(HubSettings)
+    """A hub of a fleet; only `imdsproxy hub` reads it."""
 
     log: LogSettings = section(LogSettings)
     """Messages."""

@@ -1,0 +1,95 @@
+"""The settings of a hub."""
+
+from pathlib import Path
+from typing import Annotated
+
+from imdsproxy.config.section import (
+    AbsolutePath,
+    Change,
+    Identifier,
+    Listed,
+    Section,
+    cross,
+    form,
+    section,
+    setting,
+)
+
+HubUrl = Annotated[
+    str,
+    form(
+        r"^https://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}$",
+        "https://ADDRESS:PORT, as https://hub1.example.net:8469",
+    ),
+]
+ListenAddress = Annotated[
+    str,
+    form(
+        r"^(\[[0-9A-Fa-f:.]+\]|[0-9.]+):[0-9]{1,5}$",
+        "an address and a port, as 192.0.2.10:8469 or [::]:8469",
+    ),
+]
+EtcdUrl = Annotated[
+    str,
+    form(
+        r"^https?://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}$",
+        "https://ADDRESS:PORT, as https://etcd1.example.net:2379",
+    ),
+]
+
+
+class EtcdSettings(Section):
+    """The store of the fleet. Only hubs reach it."""
+
+    endpoints: Listed[EtcdUrl] = setting(("http://127.0.0.1:2379",), Change.RESTART, min_length=1)
+    """Every member, by the address of its clients; where a member has `--listen-client-http-urls`, by that one."""
+
+    ca_file: AbsolutePath | None = setting(None, Change.RESTART)
+    """PEM file of the authority that signed the members' certificates; needed for `https`."""
+
+    certificate_file: AbsolutePath | None = setting(None, Change.RESTART)
+    """PEM file of the certificate that members are shown. Its subject needs an empty CN."""
+
+    key_file: AbsolutePath | None = setting(None, Change.RESTART)
+    """PEM file of its key."""
+
+    user: str = setting("", Change.RESTART)
+    """Where etcd has authentication enabled."""
+
+    password_file: AbsolutePath | None = setting(None, Change.RESTART)
+    """File with the user's password, 0600."""
+
+    def model_post_init(self, _: object) -> None:
+        """What belongs together is given together."""
+        if (self.certificate_file is None) != (self.key_file is None):
+            raise cross("key_file", "a certificate needs its key", "give both or none")
+        if self.user and self.password_file is None:
+            raise cross("password_file", "`user` needs a password", "name a file with it")
+        secure = any(one.startswith("https:") for one in self.endpoints)
+        if secure and self.ca_file is None:
+            raise cross("ca_file", "`https` needs an authority", "name its PEM file")
+
+
+class HubSettings(Section):
+    """`imdsproxy hub`: between etcd and the hosts of a fleet."""
+
+    name: Identifier | None = setting(None, Change.RESTART)
+    """This hub's name in the fleet; null takes it from its certificate."""
+
+    listen: Listed[ListenAddress] = setting(("0.0.0.0:8469", "[::]:8469"), Change.RESTART)
+    """Where hosts, operators and other hubs connect, with TLS and a certificate of the fleet."""
+
+    url: HubUrl | None = setting(None, Change.RESTART)
+    """How other hubs and hosts reach this one; null makes it of the first name in its certificate."""
+
+    directory: AbsolutePath = setting(Path("/etc/imdsproxy/fleet"), Change.RESTART)
+    """What `fleet init` made: the authority, this hub's certificate, the key that seals user data in etcd. Secret."""
+
+    runtime_dir: AbsolutePath = setting(Path("/run/imdsproxy-hub"), Change.RESTART)
+    """Sockets between HAProxy and the hub."""
+
+    user_data_kib: int = setting(1024, Change.RESTART, ge=16, le=16_384)
+    """The largest user data of an instance. It is in etcd, which is slow with large values."""
+
+    etcd: EtcdSettings = section(EtcdSettings)
+    """The store."""
