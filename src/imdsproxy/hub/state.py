@@ -6,8 +6,9 @@ Memory holds the values as they are in etcd; they are parsed again when a host n
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from sys import intern
 from typing import Any, Final, TypeAlias
 
 from imdsproxy.core.fleet import layout
@@ -28,7 +29,7 @@ _KINDS: Final[Mapping[str, str]] = {
     "guard": layout.GUARDS,
     "policy": layout.POLICIES,
 }
-_OF_INSTANCE: Final = ("guard", "keys")
+_OF_INSTANCE: Final = ("instance", "guard", "keys")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +49,14 @@ class _Entry:
 
 @dataclass(frozen=True, slots=True)
 class _Placement:
+    """Where an instance is, and the items of others that it needs: networks, and policies of projects."""
+
     hosts: tuple[HostId, ...] = ()
     needs: tuple[ItemKey, ...] = ()
     sha256: str | None = None
+
+
+_NOWHERE: Final = _Placement()
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,13 +159,14 @@ class FleetState:
         self, instance: InstanceId, value: bytes, touched: dict[HostId, set[ItemKey]]
     ) -> None:
         stored = layout.parse_instance(value)
-        before = self._placements.get(instance, _Placement())
-        needs = _needs(instance, stored.record)
+        before = self._placements.get(instance, _NOWHERE)
+        needs = _needs(stored.record)
+        own = _own_items(instance)
         data = stored.user_data
         now = _Placement(stored.hosts, needs, None if data is None else data.sha256)
         for host in before.hosts:
             self._placed[host].discard(instance)
-            touched.setdefault(host, set()).update(before.needs)
+            touched.setdefault(host, set()).update(own, before.needs)
             for item in before.needs:
                 there = self._where[item]
                 there[host] -= 1
@@ -169,7 +176,7 @@ class FleetState:
                         del self._where[item]
         for host in now.hosts:
             self._placed.setdefault(host, set()).add(instance)
-            touched.setdefault(host, set()).update(needs)
+            touched.setdefault(host, set()).update(own, needs)
             for item in needs:
                 self._where.setdefault(item, Counter())[host] += 1
         self._placements[instance] = now
@@ -180,8 +187,15 @@ class FleetState:
             touched.setdefault(HostId("*"), set()).add(item)
         elif kind == "policy" and rest.startswith("host/"):
             touched.setdefault(HostId(rest.removeprefix("host/")), set()).add(item)
-        for host in self._where.get(item, ()):
+        for host in self._hosts(item):
             touched.setdefault(host, set()).add(item)
+
+    def _hosts(self, item: ItemKey) -> Collection[HostId]:
+        """Every host that an item reaches by its instances."""
+        kind, _, rest = item.partition("/")
+        if kind in _OF_INSTANCE:
+            return self._placements.get(InstanceId(rest), _NOWHERE).hosts
+        return self._where.get(item, ())
 
     # What hosts get
 
@@ -189,13 +203,13 @@ class FleetState:
         """Whether the host gets the item."""
         if item in {_FLEET_POLICY, f"policy/host/{host}"}:
             return True
-        return host in self._where.get(item, ())
+        return host in self._hosts(item)
 
     def items_for(self, host: HostId) -> set[ItemKey]:
         """Every item that the host gets, as far as there are such."""
         found: set[ItemKey] = {_FLEET_POLICY, f"policy/host/{host}"}
         for instance in self._placed.get(host, ()):
-            found.update(self._placements[instance].needs)
+            found.update(_own_items(instance), self._placements[instance].needs)
         return found
 
     def item(self, item: ItemKey) -> Item | None:
@@ -204,7 +218,7 @@ class FleetState:
         if kind == "keys":
             value = self.keys_of(InstanceId(rest))
             return None if value is None else (self._keys_revision, value)
-        entry = self._entries.get(_KINDS[kind] + rest) if kind in _KINDS else None
+        entry = self._entry(item)
         if entry is None:
             return None
         value = layout.decode(entry.value)
@@ -213,6 +227,23 @@ class FleetState:
         elif kind == "network":
             value = {"record": value["record"]}
         return entry.mod_revision, value
+
+    def _entry(self, item: ItemKey) -> _Entry | None:
+        kind, _, rest = item.partition("/")
+        return self._entries.get(_KINDS[kind] + rest) if kind in _KINDS else None
+
+    def _revision_of(self, item: ItemKey) -> int | None:
+        """As the first of `item`."""
+        if item.startswith("keys/"):
+            found = self.item(item)
+            return None if found is None else found[0]
+        entry = self._entry(item)
+        return None if entry is None else entry.mod_revision
+
+    def size(self, item: ItemKey) -> int:
+        """How many bytes the value of an item has in etcd; 0 where it is not there."""
+        entry = self._entry(item)
+        return 0 if entry is None else len(entry.value)
 
     def has_blob(self, host: HostId, sha256: str) -> bool:
         """Whether an instance on the host has this user data."""
@@ -243,11 +274,11 @@ class FleetState:
         put: dict[ItemKey, Item] = {}
         held: dict[ItemKey, str] = {}
         for item in sorted(wanted):
-            found, known = self.item(item), have.get(item)
-            if found is not None and (known is None or found[0] > known):
-                put[item] = found
-            elif known is not None and (why := _doubt(found, known)) is not None:
+            revision, known = self._revision_of(item), have.get(item)
+            if known is not None and (why := _doubt(revision, known)) is not None:
                 held[item] = why
+            elif revision != known and (found := self.item(item)) is not None:
+                put[item] = found
         removed: list[ItemKey] = []
         for item in sorted(have.keys() - wanted, key=_instances_first):
             why = self._doubt_removal(item, have[item], held)
@@ -269,11 +300,11 @@ class FleetState:
     def _doubt_removal(self, item: ItemKey, known: int, held: Mapping[ItemKey, str]) -> str | None:
         """Why an item may not be removed from a host that is not to have it: etcd has to say that it went."""
         kind, _, rest = item.partition("/")
-        if kind in _OF_INSTANCE:
+        if kind in {"guard", "keys"}:
             return held.get(f"instance/{rest}")
         if kind == "network" and any(one.startswith("instance/") for one in held):
             return "instances that are held may need it"
-        return _doubt(self.item(item), known)
+        return _doubt(self._revision_of(item), known)
 
     def _batch(
         self, put: Mapping[ItemKey, Item], removed: Iterable[ItemKey], held: Mapping[ItemKey, str]
@@ -294,7 +325,7 @@ class FleetState:
 
     def hosts_of(self, instance: InstanceId) -> tuple[HostId, ...]:
         """Where an instance is placed."""
-        return self._placements.get(instance, _Placement()).hosts
+        return self._placements.get(instance, _NOWHERE).hosts
 
     def instances_on(self, host: HostId) -> frozenset[InstanceId]:
         """What is placed on a host."""
@@ -302,28 +333,31 @@ class FleetState:
 
     def hosts_with(self, item: ItemKey) -> frozenset[HostId]:
         """Every host that an item reaches by its instances."""
-        return frozenset(self._where.get(item, ()))
+        return frozenset(self._hosts(item))
 
 
-def _needs(instance: InstanceId, record: Mapping[str, Any]) -> tuple[ItemKey, ...]:
+def _own_items(instance: InstanceId) -> tuple[ItemKey, ...]:
+    return f"instance/{instance}", f"guard/{instance}", f"keys/{instance}"
+
+
+def _needs(record: Mapping[str, Any]) -> tuple[ItemKey, ...]:
     ports = record.get("ports", [])
     if not (isinstance(ports, list) and all(isinstance(one, dict) for one in ports)):
         raise Unreadable("`ports` is no list of objects")
-    found = [f"instance/{instance}", f"guard/{instance}", f"keys/{instance}"]
-    projects = {record.get("project"), *(port.get("project") for port in ports)}
-    found += sorted({f"network/{port.get('network')}" for port in ports})
-    found += sorted(f"policy/project/{one}" for one in projects if one is not None)
-    return tuple(found)
+    projects = (record.get("project"), *(port.get("project") for port in ports))
+    found = {f"network/{port.get('network')}" for port in ports}
+    found |= {f"policy/project/{one}" for one in projects if one is not None}
+    return tuple(intern(one) for one in sorted(found))
 
 
 def _instances_first(item: ItemKey) -> tuple[bool, ItemKey]:
     return not item.startswith("instance/"), item
 
 
-def _doubt(found: Item | None, known: int) -> str | None:
+def _doubt(revision: int | None, known: int) -> str | None:
     """Why what etcd has of an item is not newer than what a host has."""
-    if found is None:
+    if revision is None:
         return "the store has it no more"
-    if found[0] < known:
-        return f"the store has it as of revision {found[0]}, which is older"
+    if revision < known:
+        return f"the store has it as of revision {revision}, which is older"
     return None

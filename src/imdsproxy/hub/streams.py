@@ -37,9 +37,12 @@ from imdsproxy.errors import SourceUnavailable
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.state import FleetState
 
+_BACKLOG: Final = 4096
+"""After a loss of the other hub, thousands of hosts come at once."""
+
 _HEAD_BYTES: Final = 16 * 1024
 _PING_S: Final = 20.0
-_PARTS: Final = 10
+_PARTS: Final = 100
 """Of the hosts, one at a time is pinged."""
 
 _SLOW_S: Final = 60.0
@@ -49,6 +52,15 @@ _BATCH_BYTES: Final = 256 * 1024
 _ALL: Final = HostId("*")
 
 _log = structlog.get_logger()
+
+
+@dataclass(slots=True, eq=False)
+class _Wait:
+    """For a revision to be in force on hosts; `hosts` are those where it is not yet."""
+
+    revision: int
+    hosts: set[HostId]
+    over: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 @dataclass(slots=True)
@@ -70,12 +82,15 @@ class Streams:
     suspect: Callable[[HostId, str, int], object] = lambda _host, _why, _revision: None
     age_s: Callable[[], float] = lambda: 0.0
     hosts: dict[HostId, HostStream] = field(default_factory=dict)
-    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _waits: dict[HostId, list[_Wait]] = field(default_factory=dict)
+    _delivered: int = 0
 
     async def run(self, listener: socket.socket) -> None:
         """Serve hosts that HAProxy passes on, until cancelled."""
         loop = asyncio.get_running_loop()
-        server = await loop.create_unix_server(lambda: HostStream(self), sock=listener)
+        server = await loop.create_unix_server(
+            lambda: HostStream(self), sock=listener, backlog=_BACKLOG
+        )
         try:
             for part in itertools.cycle(range(_PARTS)):
                 await asyncio.sleep(_PING_S / _PARTS)
@@ -97,6 +112,10 @@ class Streams:
         everywhere = touched.get(_ALL, ())
         for host in self.hosts if everywhere else touched.keys() & self.hosts.keys():
             self.hosts[host].touch((*touched.get(host, ()), *everywhere))
+        before, self._delivered = self._delivered, self.state.revision
+        for host, waits in self._waits.items():
+            if host not in touched and any(one.revision > before for one in waits):
+                self.progressed(host)
 
     def renew_all(self) -> None:
         """End every stream: hosts come back, and get what the fleet's new incarnation has."""
@@ -128,22 +147,34 @@ class Streams:
         Returns:
             Those on which it is not yet, and why.
         """
+        wait = _Wait(revision, set(self._pending(hosts, revision)))
+        for host in wait.hosts:
+            self._waits.setdefault(host, []).append(wait)
+        waited = tuple(wait.hosts)
         try:
             async with asyncio.timeout(timeout_s):
-                while pending := self._pending(hosts, revision):
-                    self._changed.clear()
-                    await self._changed.wait()
+                if wait.hosts:
+                    await wait.over.wait()
         except TimeoutError:
-            return self._pending(hosts, revision)
-        return pending
+            pass
+        finally:
+            for host in waited:
+                self._waits[host].remove(wait)
+                if not self._waits[host]:
+                    del self._waits[host]
+        return self._pending(wait.hosts, revision)
 
     def _pending(self, hosts: Collection[HostId], revision: int) -> dict[HostId, str]:
         found = {host: self.lacks(host, revision) for host in hosts}
         return {host: why for host, why in found.items() if why is not None}
 
-    def progressed(self) -> None:
-        """Let those who wait look again."""
-        self._changed.set()
+    def progressed(self, host: HostId) -> None:
+        """Look again whether a host has what is waited for."""
+        for wait in self._waits.get(host, ()):
+            if host in wait.hosts and self.lacks(host, wait.revision) is None:
+                wait.hosts.discard(host)
+                if not wait.hosts:
+                    wait.over.set()
 
     async def ask(self, host: HostId, path: str, timeout_s: float) -> Answer:
         """What the host's admin API answers to a GET.
@@ -204,7 +235,7 @@ class HostStream(asyncio.Protocol):
         """Of asyncio."""
         if self._streams.hosts.get(self.host) is self:
             del self._streams.hosts[self.host]
-            self._streams.progressed()
+            self._streams.progressed(self.host)
             _log.info("host left", host=self.host, reason="" if exc is None else str(exc))
         for future in self._asked.values():
             future.cancel()
@@ -283,7 +314,7 @@ class HostStream(asyncio.Protocol):
                 raise Broken("a second hello")
             case Ack(revision, failed) if self.greeted:
                 self.acked, self.failed = max(self.acked, revision), failed
-                self._streams.progressed()
+                self._streams.progressed(self.host)
             case Answer() as answer:
                 future = self._asked.pop(answer.number, None)
                 if future is not None and not future.done():
@@ -316,7 +347,7 @@ class HostStream(asyncio.Protocol):
         size = 0
         for item, (revision, value) in batch.put.items():
             piece[item] = revision, value
-            size += len(str(value))
+            size += self._streams.state.size(item)
             if size > _BATCH_BYTES:
                 part = Batch(batch.revision, batch.fleet, batch.incarnation, piece, more=True)
                 self.send(part)
@@ -349,10 +380,11 @@ class HostStream(asyncio.Protocol):
 
     def lacks(self, revision: int) -> str | None:
         """Why a revision that the hub has is not in force on this host; `None` where it is."""
-        if self._dirty:
-            return "not sent yet"
-        if self.acked < min(revision, self._sent):
-            return "not acknowledged yet"
+        if self.acked < revision:
+            if self._dirty:
+                return "not sent yet"
+            if self.acked < self._sent:
+                return "not acknowledged yet"
         return "; ".join(f"{item}: {why}" for item, why in self.failed.items()) or None
 
     async def ask(self, path: str) -> Answer:
@@ -378,7 +410,7 @@ class HostStream(asyncio.Protocol):
         self.send(Bye(code, reason))
         if self._streams.hosts.get(self.host) is self:
             del self._streams.hosts[self.host]
-            self._streams.progressed()
+            self._streams.progressed(self.host)
         transport = self._transport
         if transport is None:
             return

@@ -144,7 +144,7 @@ def encode(value: Json) -> bytes:
 def decode(value: bytes) -> Json:
     """The reverse of `encode`; `Unreadable` where it is no JSON object."""
     try:
-        found = json.loads(value)
+        found = json.loads(value.decode())
     except (ValueError, RecursionError) as error:
         raise Unreadable(f"it is no JSON: {error}") from error
     if not isinstance(found, dict):

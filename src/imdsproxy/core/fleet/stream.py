@@ -265,7 +265,7 @@ def _number(value: object) -> int:
 
 def _decode(line: bytes) -> Json:
     try:
-        found = json.loads(line)
+        found = json.loads(line.decode())
     except (ValueError, RecursionError) as error:
         raise Broken("it is no JSON") from error
     if not isinstance(found, dict):
