@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import shutil
 import socket
 import stat
@@ -23,6 +24,7 @@ __all__ = [
     "mounts_below",
     "prepare",
     "put_in_memory",
+    "raise_open_files",
     "sweep",
 ]
 
@@ -94,6 +96,13 @@ def put_in_memory(directory: Path) -> None:
     )
     if done.returncode != 0:
         raise BenchError(f"cannot mount a tmpfs on {directory}: {done.stderr.strip()}")
+
+
+def raise_open_files() -> int:
+    """Let this process and its children open as many files as they may; how many."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
 
 
 def mounts_below(directory: Path, mountinfo: str) -> list[Path]:
