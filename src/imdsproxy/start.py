@@ -35,11 +35,16 @@ from imdsproxy.dataplane.layout import Layout
 from imdsproxy.errors import DataplaneError, HostRefused, ImdsproxyError
 from imdsproxy.host.account import owner_of
 from imdsproxy.host.clock import Clock
-from imdsproxy.host.files import hold_directory, limit_log, remove_file
+from imdsproxy.host.files import find_directory_holder, hold_directory, limit_log, remove_file
 from imdsproxy.host.log_copies import LogCopies
 from imdsproxy.host.logs import open_logging
 from imdsproxy.host.notify import Heartbeat, ServiceNotifier, is_journal
-from imdsproxy.host.process import leave_no_dumps, raise_descriptor_limit, release_memory
+from imdsproxy.host.process import (
+    leave_no_dumps,
+    open_process,
+    raise_descriptor_limit,
+    release_memory,
+)
 from imdsproxy.host.servers import open_tcp_socket, open_unix_socket
 from imdsproxy.host.socket_file import SocketFiles, open_sole_socket
 from imdsproxy.listeners.apply import apply_links
@@ -61,6 +66,7 @@ _FIRST_SYNC_S = 5.0
 
 _METRICS_EVERY_S = 10.0
 _LAST_LOOK_S = 0.5
+_END_GRACE_S = 30.0
 _SHOW_EVERY_S = 0.5
 _log = structlog.get_logger()
 
@@ -399,14 +405,24 @@ async def sweep_host(
         await sweep_places(settings.sources.ovn.open_vswitch, host.thread, host.naming)
 
 
+async def _end_unreachable(state: Path) -> None:
+    """End the controller whose socket's file was removed: it would make again what is taken away beside it."""
+    pid = find_directory_holder(state)
+    controller = None if pid is None else open_process(pid)
+    if controller is not None:
+        await controller.stop(_END_GRACE_S)
+        controller.close()
+
+
 async def stop_data_plane(settings: Settings, environment: Mapping[str, str]) -> None:
-    """End the data plane without a controller, which may be dead.
+    """End the data plane without a controller, which has ended or cannot be asked.
 
     Raises:
         DataplaneError: A process does not end, or the host refuses.
         SourceUnavailable: Open vSwitch's database refuses.
     """
     layout = Layout.of(settings)
+    await _end_unreachable(layout.state)
     host = build.build_host(settings, layout)
     companion = build.build_companion(settings, layout, None, environment)
     try:

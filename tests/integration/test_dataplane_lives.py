@@ -249,6 +249,9 @@ def test_who_empties_the_runtime_directory_leaves_no_process_of_before_and_a_sta
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         done = daemon.command("stop", "--data-plane")
         assert done.status == 0, done.err
+        # It was asked to end before anything else did: it makes nothing again of what is taken away.
+        assert daemon.process is not None
+        assert daemon.process.wait(0) == 0
         until(lambda: not daemon.processes(), what="the end of everything")
 
 

@@ -287,6 +287,31 @@ def hold_directory(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def find_directory_holder(path: Path) -> int | None:
+    """The pid of the process that has locked a directory by `hold_directory`; `None` without one, or one that we see.
+
+    Raises:
+        HostRefused: It cannot be looked at.
+    """
+    with refusing(f"find out which process has locked {path}"):
+        lines = Path("/proc/locks").read_text().splitlines()
+    # Not by device and inode: the kernel lists other numbers than stat(2) for some file systems.
+    for kind, _, _, pid in (line.split()[1:5] for line in lines):
+        if kind == "FLOCK" and _has_open(pid, path):
+            return int(pid)
+    return None
+
+
+def _has_open(pid: str, path: Path) -> bool:
+    """Whether a process has a file open; false where there is none, or we may not look."""
+    with contextlib.suppress(OSError):
+        for entry in Path("/proc", pid, "fd").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.samefile(path):
+                    return True
+    return False
+
+
 def read_secret(path: Path) -> bytes:
     """The secret in `path`, without the newline at its end.
 

@@ -21,6 +21,8 @@ from imdsproxy.host import socket_file
 from imdsproxy.host.files import (
     MAX_SECRET_BYTES,
     ensure_directory,
+    find_directory_holder,
+    hold_directory,
     limit_log,
     open_log,
     read_secret,
@@ -55,6 +57,14 @@ def test_a_file_has_its_bytes_and_its_mode_whatever_the_umask_is(tmp_path: Path)
     assert (tmp_path / "f").read_bytes() == b"\0data\n"
     assert _mode(tmp_path / "f") == 0o644
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def test_the_process_that_holds_a_directory_is_found(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    with hold_directory(tmp_path):
+        assert find_directory_holder(tmp_path) == os.getpid()
+        assert find_directory_holder(tmp_path / "other") is None
+    assert find_directory_holder(tmp_path) is None
 
 
 def test_a_reader_beside_two_writers_sees_one_version_whole(tmp_path: Path) -> None:
