@@ -13,7 +13,7 @@ import asyncio
 import json
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from imdsproxy.errors import Problem, SourceRefused
 from imdsproxy.sources.api import Source
 from imdsproxy.sources.file.source import FileSource
 from imdsproxy.sources.sqlite.source import SqliteSource
+from support.fleet_backing import FleetBacking
 from support.libvirt_backing import LibvirtBacking
 from support.neutron_backing import NeutronBacking
 from support.record_builders import instance, network, port
@@ -133,7 +134,7 @@ class SqliteBacking(WholeRecords):
             connection.execute(statement, (instance_id, record))
 
 
-Keeper: TypeAlias = FileBacking | SqliteBacking | LibvirtBacking
+Keeper: TypeAlias = FileBacking | SqliteBacking | LibvirtBacking | FleetBacking
 """One whose records are whole: networks, and all that documents are made of."""
 
 Backing: TypeAlias = Keeper | NeutronBacking
@@ -142,20 +143,23 @@ KEEPERS: Final[dict[str, Callable[[Path], Keeper]]] = {
     "file": FileBacking,
     "sqlite": SqliteBacking,
     "libvirt": LibvirtBacking,
+    "fleet": FleetBacking,
 }
 BACKINGS: Final[dict[str, Callable[[Path], Backing]]] = {**KEEPERS, "neutron": NeutronBacking}
 
 
 @pytest.fixture(params=BACKINGS)
-def backing(request: pytest.FixtureRequest, tmp_path: Path) -> Backing:
+def backing(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Backing]:
     """Of any source."""
-    return BACKINGS[str(request.param)](tmp_path)
+    yield (made := BACKINGS[str(request.param)](tmp_path))
+    made.close()
 
 
 @pytest.fixture(params=KEEPERS)
-def keeper(request: pytest.FixtureRequest, tmp_path: Path) -> Keeper:
+def keeper(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Keeper]:
     """Of a source whose records are whole."""
-    return KEEPERS[str(request.param)](tmp_path)
+    yield (made := KEEPERS[str(request.param)](tmp_path))
+    made.close()
 
 
 def has(backing: Backing, *instances: Instance) -> Callable[[Heard], bool]:

@@ -109,6 +109,7 @@ def _usual() -> dict[str, object]:
         "resolver.durations": Durations(Counter({0.005: 3}), 0.01),
         "sources.all": (neutron, SimpleNamespace(name="sqlite")),
         "sources.look_up": neutron,
+        "sources.fleet": None,
         "policy_store.keys.failure": None,
         "policy_store.for_nobody": lambda _: ("policy.networks.bleu",),
         "counting.recalled": True,

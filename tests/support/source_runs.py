@@ -23,6 +23,9 @@ class WholeRecords:
     def seen(self, instance: Instance) -> Instance:
         return instance
 
+    def close(self) -> None:
+        """End what it has started."""
+
 
 class Heard:
     """Everything that a source has reported, folded into an inventory."""

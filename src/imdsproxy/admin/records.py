@@ -7,29 +7,22 @@ state before. It raises `SourceRefused` where no writable source is enabled or t
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Self, TypeAlias, TypeVar
 
 from imdsproxy.controller.controller import UNCONFIRMED, Controller
+from imdsproxy.controller.in_force import find_unserved, wait_confirmed
 from imdsproxy.core import endpoints
 from imdsproxy.core.documents.ec2 import list_warnings, warn_of_names
-from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId, Upstream
 from imdsproxy.core.observation import Conflict
 from imdsproxy.errors import AlreadyExists, NotFound, Problem, RequestRefused, SourceRefused
 from imdsproxy.listeners.endpoints import networks_of
-from imdsproxy.listeners.loop import ListenerLoop
 from imdsproxy.listeners.plan import find_shared
 from imdsproxy.sources.sqlite.source import SqliteSource
 
-_APPLY_DEADLINE_S = 10.0
-"""How long nothing may come forward before the answer is that it is not in force yet."""
-
-_LISTENER_DEADLINE_S = 2.0
-_POLL_S = 0.05
-_COMING = frozenset({LeftOutCode.PENDING, LeftOutCode.ADDRESS_TENTATIVE})
 _AT_ONCE = 500
 
 _Id = TypeVar("_Id", NetworkId, InstanceId)
@@ -371,54 +364,14 @@ async def _refuse_shared(controller: Controller, networks: Sequence[Network], pr
 async def _in_force(
     controller: Controller, networks: Sequence[NetworkId], *, instances: int = 0
 ) -> Written:
-    records, listeners = controller.records, controller.listeners
     pending: list[str] = []
-    waits = [records.tickets.wait(records.tickets.given)]
-    if networks:
-        waits.append(listeners.tickets.wait(listeners.tickets.given))
-    if not await _confirmed(controller, waits):
+    if not await wait_confirmed(controller, listeners=bool(networks)):
         pending.append(UNCONFIRMED)
     pending += [problem.reason for problem in controller.unapplied()]
     if networks:
-        pending += map(str, await _unserved(listeners, frozenset(networks)))
+        pending += map(str, await find_unserved(controller.listeners, frozenset(networks)))
     reasons = tuple(dict.fromkeys(pending))
     return Written(len(networks), instances, applied=not reasons, pending=reasons)
-
-
-async def _confirmed(controller: Controller, waits: Sequence[Awaitable[None]]) -> bool:
-    """Wait until it is in force, for as long as the work on it comes forward."""
-    records, listeners = controller.records, controller.listeners
-
-    async def both() -> None:
-        await asyncio.gather(*waits)
-        if records.withheld:
-            # The first MAC in a network: it takes another listener, and then the records again.
-            await listeners.tickets.wait(listeners.tickets.given)
-            await records.tickets.wait(records.tickets.given)
-
-    waiting = asyncio.ensure_future(both())
-    before = None
-    while not (await asyncio.wait([waiting], timeout=_APPLY_DEADLINE_S))[0]:
-        now = records.looked, listeners.rounds
-        failing = listeners.failure is not None or records.failure is not None
-        if failing or (now == before and not listeners.working):
-            waiting.cancel()
-            return False
-        before = now
-    return True
-
-
-async def _unserved(
-    listeners: ListenerLoop, networks: frozenset[NetworkId]
-) -> list[endpoints.LeftOut]:
-    """Why these are not served, once what comes by itself had its time to come."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + _LISTENER_DEADLINE_S
-    while True:
-        found = [one for one in listeners.degraded() if one.network in networks]
-        if not any(one.code in _COMING for one in found) or loop.time() > deadline:
-            return found
-        await asyncio.sleep(_POLL_S)
 
 
 async def _enumerated(instances: Iterable[Instance]) -> AsyncIterator[tuple[int, Instance]]:

@@ -330,9 +330,11 @@ def _report_source(controller: Controller, name: str, report: Report) -> SourceR
     source = next(each for each in sources.all if each.name == name)
     ports = [port for port in controller.inventory.stranded() if port.source == name]
     stranded = [source.explain_stranded(port) for port in ports]
-    asked = sources.look_up
+    asked, fleet = sources.look_up, sources.fleet
     # Others are in sync only while they can be read.
     stale_s = asked.queries.stale_s if asked is not None and asked is source else 0.0
+    if fleet is not None and fleet is source and not fleet.in_sync:
+        stale_s = fleet.age_s
     networks, instances = len(report.networks), len(report.instances)
     problems = (*report.problems, *stranded)
     return SourceReport(name, report.in_sync, networks, instances, stale_s, problems)

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import SystemRandom
+from typing import TYPE_CHECKING
 
 from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.anti_spoofing.kernel import KernelHopLimits, KernelMacFilters, table_journal
@@ -15,7 +16,7 @@ from imdsproxy.config.schema import DocumentsSettings, HaproxySettings, Settings
 from imdsproxy.core.haproxy.model import DataplaneSpec, Limits
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.timing import Progress
+from imdsproxy.core.timing import Backoff, Progress
 from imdsproxy.core.wire import RETRY_AFTER_S
 from imdsproxy.dataplane.haproxy import link_jail_to_itself
 from imdsproxy.dataplane.layout import Layout
@@ -34,6 +35,9 @@ from imdsproxy.sources.neutron.source import NeutronSource
 from imdsproxy.sources.neutron_namespaces.source import NeutronNamespacesSource
 from imdsproxy.sources.ovn.source import OvnSource
 from imdsproxy.sources.sqlite.source import SqliteSource
+
+if TYPE_CHECKING:
+    from imdsproxy.sources.fleet.source import FleetSource
 
 _SYSTEMD = Path("/run/systemd/system")
 _UNIT_DIRECTORIES = tuple(Path(root, "systemd/system") for root in ("/etc", "/usr/lib", "/lib"))
@@ -142,6 +146,7 @@ class Sources:
         look_up: The one that is asked for addresses that were not reported.
         ovn: The one whose networks are provisioned.
         namespaces: The one that reports namespaces of Neutron's agents.
+        fleet: The one whose hub learns what is in force.
     """
 
     all: tuple[Source, ...]
@@ -149,6 +154,7 @@ class Sources:
     look_up: NeutronSource | None
     ovn: OvnSource | None
     namespaces: NeutronNamespacesSource | None
+    fleet: "FleetSource | None"
 
 
 def build_sources(
@@ -199,7 +205,35 @@ def build_sources(
         directory = NamespaceDirectory(settings.paths.netns_dir)
         namespaces = NeutronNamespacesSource(wanted.neutron_namespaces, directory)
         found.append(namespaces)
-    return Sources(tuple(found), sqlite, neutron, ovn, namespaces)
+    fleet = build_fleet(settings, clock) if wanted.fleet.enabled else None
+    if fleet is not None:
+        found.append(fleet)
+    return Sources(tuple(found), sqlite, neutron, ovn, namespaces, fleet)
+
+
+def build_fleet(settings: Settings, clock: Clock) -> "FleetSource":
+    """The source that follows a fleet's hubs."""
+    # TLS and its libraries, which most hosts do not need.
+    from imdsproxy.sources.fleet.client import HostFiles, HubClient  # noqa: PLC0415 - see above
+    from imdsproxy.sources.fleet.source import FleetSource  # noqa: PLC0415 - as above
+
+    state, wanted = settings.paths.state_dir, settings.sources.fleet
+    joined = HostFiles.of(state / "fleet")
+    files = HostFiles(
+        joined.hubs,
+        wanted.certificate_file or joined.certificate,
+        wanted.private_key_file or joined.key,
+        wanted.ca_file or joined.authority,
+    )
+    return FleetSource(
+        HubClient(files, wanted.timeout_s),
+        lambda: wanted.hubs or files.read_hubs(),
+        state / "fleet.sqlite",
+        wanted.silent_s,
+        clock,
+        SystemRandom().random,
+        Backoff(min(0.5, wanted.retry_s), wanted.retry_s),
+    )
 
 
 def build_companion(

@@ -56,6 +56,7 @@ from imdsproxy.unix_listener.listener import UnixListener
 
 if TYPE_CHECKING:
     from imdsproxy.serving.resolver_app import Forward
+    from imdsproxy.sources.fleet.source import FleetSource
 
 UNCONFIRMED: Final = "the data plane has not confirmed it yet"
 """Why a change is not in force yet, before what keeps it from guests."""
@@ -190,6 +191,8 @@ class Controller:
         self.audit = Audit(lambda: holder.settings.audit, self._keep_worker)
         ovn = self.sources.ovn
         self.ovn = None if ovn is None else OvnHost(ovn, host.thread, host.naming)
+        if self.sources.fleet is not None:
+            _serve_hubs(self, self.sources.fleet)
         self.counting = TokenCounting(
             self.haproxy, clock, lambda: holder.settings.tokens.one_in, layout.token_counts
         )
@@ -357,6 +360,14 @@ class Controller:
             if self.listeners.unix.changed():
                 self.touch("unix socket changed", ())
             await self.lookup.review()
+
+
+def _serve_hubs(controller: Controller, source: FleetSource) -> None:
+    # Most hosts are of no fleet, and do without what this needs.
+    from imdsproxy.controller.fleet import FleetHost  # noqa: PLC0415 - see above
+
+    host = FleetHost(controller)
+    source.confirm, source.answer = host.confirm, host.answer
 
 
 def _owner_of(inventory: Inventory, network: str, address: str) -> str | None:

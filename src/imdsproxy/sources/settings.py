@@ -35,6 +35,13 @@ OvsdbRemotes = Annotated[
         "unix:PATH, tcp:ADDRESS:PORT or ssl:ADDRESS:PORT, several joined by commas",
     ),
 ]
+HubUrl = Annotated[
+    str,
+    form(
+        r"^https://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)(:[0-9]{1,5})?$",
+        "a URL that ends after the port, as https://hub1.example.org:7443",
+    ),
+]
 NetworkName = Annotated[str, form(r"^[^\x00-\x1f/]{1,255}$", "a name without a slash")]
 
 
@@ -220,6 +227,38 @@ class NeutronNamespacesSettings(Section):
         return self.routers or self.dhcp
 
 
+class FleetSourceSettings(Section):
+    """Records that a fleet places on this host; hubs send them."""
+
+    enabled: bool = setting(False, Change.RESTART)
+    """Follow a hub. Off, because a host belongs to no fleet until `imdsproxy fleet join`."""
+
+    hubs: Listed[HubUrl] = setting((), Change.RESTART)
+    """URLs of hubs, in any order: one is followed, another when that one fails. None is what `imdsproxy fleet join`
+    stored.
+    """
+
+    certificate_file: AbsolutePath | None = setting(None, Change.RESTART)
+    """PEM file of this host's certificate; null is `fleet/host.crt` in `paths.state_dir`. It is renewed in time."""
+
+    private_key_file: AbsolutePath | None = setting(None, Change.RESTART)
+    """PEM file of its key; null is `fleet/host.key` in `paths.state_dir`."""
+
+    ca_file: AbsolutePath | None = setting(None, Change.RESTART)
+    """PEM file of the fleet's CA, which signed hubs' certificates; null is `fleet/ca.crt` in `paths.state_dir`."""
+
+    timeout_s: float = setting(10.0, Change.RESTART, ge=1, le=60)
+    """Seconds that a connection to a hub may take."""
+
+    silent_s: float = setting(60.0, Change.RESTART, ge=2, le=3600)
+    """Seconds of silence after which a hub counts as lost. Hubs send something every 20 seconds."""
+
+    retry_s: float = setting(30.0, Change.RESTART, ge=0.2, le=600)
+    """Seconds between two attempts when no hub is reached, in the long run and on average: hosts take between half and
+    one and a half of it, so that they do not come back all at once.
+    """
+
+
 class SourcesSettings(Section):
     """Where networks, ports and instances come from. Several at once are allowed."""
 
@@ -240,6 +279,9 @@ class SourcesSettings(Section):
 
     neutron_namespaces: NeutronNamespacesSettings = section(NeutronNamespacesSettings)
     """Routers, without the proxies of Neutron's L3 agent."""
+
+    fleet: FleetSourceSettings = section(FleetSourceSettings)
+    """A fleet's hubs."""
 
     def model_post_init(self, _: object) -> None:
         """At least one source is enabled."""

@@ -1,0 +1,100 @@
+"""What a fleet's hub learns of this host: which of its items are in force, and what the admin API says."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import httpcore
+
+from imdsproxy.controller.in_force import find_unserved, wait_confirmed
+from imdsproxy.core.fleet.stream import ItemKey
+from imdsproxy.core.inventory import Inventory
+from imdsproxy.core.model import InstanceId, NetworkId
+from imdsproxy.core.observation import Conflict
+
+if TYPE_CHECKING:
+    from imdsproxy.controller.controller import Controller
+
+_MAY_ASK: Final = re.compile(
+    r"/v1/(status|explain|documents|watch|instances(/[^/?]+(/explain)?)?|networks(/[^/?]+)?)(\?[^#]*)?"
+)
+_MOST_OF_ANSWER: Final = 1024 * 1024
+_TIMES: Final = dict.fromkeys(("connect", "read", "write", "pool"), 30.0)
+_UNCONFIRMED: Final = "the data plane has not confirmed it yet"
+
+
+@dataclass(frozen=True, slots=True)
+class FleetHost:
+    """This host, as its hub sees it."""
+
+    controller: Controller
+
+    async def confirm(self, items: Collection[ItemKey]) -> Mapping[ItemKey, str]:
+        """Wait until what the source has published is in force; which of these items are not, and why."""
+        controller = self.controller
+        networks = {NetworkId(name) for kind, name in map(_parts, items) if kind == "network"}
+        confirmed = await wait_confirmed(controller, listeners=bool(networks))
+        failures = (controller.records.failure, controller.watchdog.failure)
+        reasons = [one.reason for one in failures if one is not None]
+        if not confirmed:
+            reasons.append(_UNCONFIRMED)
+        unserved = {}
+        if networks and not reasons:
+            left_out = await find_unserved(controller.listeners, frozenset(networks))
+            unserved = {one.network: f"{one.reason} ({one.code.value})" for one in left_out}
+        found: dict[ItemKey, str] = {}
+        for item in items:
+            kind, name = _parts(item)
+            own = list(reasons)
+            if kind == "network":
+                own += [unserved[NetworkId(name)]] if NetworkId(name) in unserved else []
+            elif kind == "instance":
+                own += self._reasons(InstanceId(name))
+            if own:
+                found[item] = "; ".join(dict.fromkeys(own))
+        return found
+
+    def _reasons(self, instance: InstanceId) -> list[str]:
+        controller, inventory = self.controller, self.controller.inventory
+        failure = controller.records.compiler.failures.get(instance)
+        found = [] if failure is None else [failure.reason]
+        documents = controller.documents_problem()
+        if documents is not None and instance in controller.records.compiler.revisions:
+            found.append(documents.reason)
+        return found + list(_contradictions(inventory, instance))
+
+    async def answer(self, path: str) -> tuple[int, Any]:
+        """Status and body of a GET of the admin API, as far as hubs may ask."""
+        if not _MAY_ASK.fullmatch(path):
+            return 403, {"message": f"hubs may not ask for {path}"}
+        socket = str(self.controller.holder.settings.admin_socket)
+        try:
+            async with httpcore.AsyncConnectionPool(uds=socket) as pool:
+                extensions = {"timeout": _TIMES}
+                answer = await pool.request("GET", f"http://host{path}", extensions=extensions)
+        except (httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError) as error:
+            return 503, {"message": f"the admin API does not answer: {error}"}
+        if len(answer.content) > _MOST_OF_ANSWER:
+            return 413, {"message": f"the answer is longer than {_MOST_OF_ANSWER} bytes"}
+        try:
+            return answer.status, json.loads(answer.content)
+        except ValueError:
+            return answer.status, answer.content.decode("utf-8", "replace")
+
+
+def _contradictions(inventory: Inventory, instance: InstanceId) -> list[str]:
+    """Where other sources of this host say otherwise."""
+    if instance in inventory.contested_instances:
+        sources = " and ".join(inventory.sources_of_instance(instance))
+        return [f"{sources} describe it differently"]
+    owners = map(inventory.owner, sorted(inventory.addresses_of(instance), key=str))
+    return [str(one) for one in owners if isinstance(one, Conflict)]
+
+
+def _parts(item: ItemKey) -> tuple[str, str]:
+    kind, _, name = item.partition("/")
+    return kind, name

@@ -1,0 +1,67 @@
+"""Waiting until what sources have published is what guests get."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Final
+
+from imdsproxy.core import endpoints
+from imdsproxy.core.endpoints import LeftOutCode
+from imdsproxy.core.model import NetworkId
+from imdsproxy.listeners.loop import ListenerLoop
+
+if TYPE_CHECKING:
+    from imdsproxy.controller.controller import Controller
+
+_APPLY_DEADLINE_S: Final = 10.0
+"""How long nothing may come forward before the answer is that it is not in force yet."""
+
+_LISTENER_DEADLINE_S: Final = 2.0
+_POLL_S: Final = 0.05
+_COMING: Final = frozenset({LeftOutCode.PENDING, LeftOutCode.ADDRESS_TENTATIVE})
+
+
+async def wait_confirmed(controller: Controller, *, listeners: bool) -> bool:
+    """Wait until every worker of HAProxy has what is published by now, for as long as the work on it comes forward.
+
+    Args:
+        controller: Whose.
+        listeners: Networks have changed, too.
+    """
+    records, networks = controller.records, controller.listeners
+    waits = [records.tickets.wait(records.tickets.given)]
+    if listeners:
+        waits.append(networks.tickets.wait(networks.tickets.given))
+
+    async def both() -> None:
+        await asyncio.gather(*waits)
+        if records.withheld:
+            # The first MAC in a network: it takes another listener, and then the records again.
+            await networks.tickets.wait(networks.tickets.given)
+            await records.tickets.wait(records.tickets.given)
+
+    waiting = asyncio.ensure_future(both())
+    before = None
+    try:
+        while not (await asyncio.wait([waiting], timeout=_APPLY_DEADLINE_S))[0]:
+            now = records.looked, networks.rounds
+            failing = networks.failure is not None or records.failure is not None
+            if failing or (now == before and not networks.working):
+                return False
+            before = now
+    finally:
+        waiting.cancel()
+    return True
+
+
+async def find_unserved(
+    listeners: ListenerLoop, networks: frozenset[NetworkId]
+) -> list[endpoints.LeftOut]:
+    """Why these are not served, once what comes by itself had its time to come."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + _LISTENER_DEADLINE_S
+    while True:
+        found = [one for one in listeners.degraded() if one.network in networks]
+        if not any(one.code in _COMING for one in found) or loop.time() > deadline:
+            return found
+        await asyncio.sleep(_POLL_S)

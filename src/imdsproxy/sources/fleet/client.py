@@ -1,0 +1,247 @@
+"""A host's connection to a hub: TLS, an upgrade to the stream of lines, and requests beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+from collections.abc import AsyncIterator, Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import sha256 as sha256_of
+from pathlib import Path
+from typing import Final, Self
+from urllib.parse import urlsplit
+
+import httpcore
+
+from imdsproxy.core.fleet.stream import (
+    BLOB_PATH,
+    MAX_LINE,
+    STREAM_PATH,
+    UPGRADE,
+    Broken,
+    FromHost,
+    FromHub,
+    parse_from_hub,
+    render_line,
+)
+from imdsproxy.errors import SourceError, SourceRefused, SourceUnavailable
+
+_HTTPS_PORT: Final = 443
+_JOIN: Final = "join the fleet: `imdsproxy fleet join`, with what `imdsproxy fleet enrol` printed"
+_MOST_OF_ANSWER: Final = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class HostFiles:
+    """What a host that joined a fleet has on disk, beside its items.
+
+    Attributes:
+        hubs: URLs of hubs, one a line.
+        certificate: The host's, PEM.
+        key: Its key, PEM.
+        authority: The certificate of the fleet's CA, PEM.
+    """
+
+    hubs: Path
+    certificate: Path
+    key: Path
+    authority: Path
+
+    @classmethod
+    def of(cls, directory: Path) -> Self:
+        """What `imdsproxy fleet join` writes into `fleet` of `paths.state_dir`."""
+        names = ("hubs", "host.crt", "host.key", "ca.crt")
+        return cls(*(directory / name for name in names))
+
+    def read_hubs(self) -> tuple[str, ...]:
+        """The URLs; `SourceUnavailable` where there are none."""
+        try:
+            found = tuple(self.hubs.read_text("ascii").split())
+        except (OSError, ValueError) as error:
+            raise SourceUnavailable(f"{self.hubs} cannot be read: {error}", hint=_JOIN) from error
+        if not found:
+            raise SourceUnavailable(f"{self.hubs} names no hub", hint=_JOIN)
+        return found
+
+    def context(self) -> ssl.SSLContext:
+        """The client's side of TLS, of the files as they are now.
+
+        Raises:
+            SourceUnavailable: A file is missing, or is not what it should be.
+        """
+        try:
+            context = ssl.create_default_context(cafile=self.authority)
+            context.minimum_version = ssl.TLSVersion.TLSv1_3
+            context.load_cert_chain(self.certificate, self.key)
+        except (OSError, ssl.SSLError) as error:
+            raise SourceUnavailable(
+                f"the certificate of this host in {self.certificate.parent} cannot be used: {error}",
+                hint=_JOIN,
+            ) from error
+        return context
+
+
+@dataclass(slots=True)
+class HubStream:
+    """The lines of one connection."""
+
+    _reader: asyncio.StreamReader
+    _writer: asyncio.StreamWriter
+
+    async def read(self, within_s: float) -> FromHub:
+        """The next line.
+
+        Raises:
+            SourceUnavailable: None came in time, the connection ended, or it is none of a hub.
+        """
+        try:
+            async with asyncio.timeout(within_s):
+                line = await self._reader.readline()
+        except TimeoutError as error:
+            raise SourceUnavailable(f"the hub is silent for {within_s:g} s") from error
+        except (OSError, ValueError) as error:
+            raise SourceUnavailable(f"the stream broke: {error}") from error
+        if not line.endswith(b"\n"):
+            raise SourceUnavailable("the hub ended the stream")
+        try:
+            return parse_from_hub(line)
+        except Broken as error:
+            raise SourceUnavailable(f"the hub sent what is no line of a stream: {error}") from error
+
+    def close(self) -> None:
+        """End it at once."""
+        self._writer.transport.abort()
+
+    async def send(self, *messages: FromHost) -> None:
+        """Write lines; `SourceUnavailable` where the connection has ended."""
+        try:
+            self._writer.write(b"".join(map(render_line, messages)))
+            await self._writer.drain()
+        except OSError as error:
+            raise SourceUnavailable(f"the stream broke: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class HubClient:
+    """Reaches hubs by their URLs, `https://NAME:PORT`.
+
+    Attributes:
+        identity: `None` only where hubs are reached without TLS.
+        timeout_s: How long a connection, or the answer to a request, may take.
+    """
+
+    identity: HostFiles | None
+    timeout_s: float
+
+    @contextlib.asynccontextmanager
+    async def stream(self, hub: str) -> AsyncIterator[HubStream]:
+        """The stream of a hub, for as long as the block lasts.
+
+        Raises:
+            SourceUnavailable: The hub is not reached, or does not answer with one.
+            SourceRefused: It refuses this host.
+        """
+        url = urlsplit(hub)
+        context = self._context(hub)
+        writer: asyncio.StreamWriter | None = None
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                with _failures(hub):
+                    reader, writer = await asyncio.open_connection(
+                        url.hostname, url.port or _HTTPS_PORT, ssl=context, limit=MAX_LINE
+                    )
+                    writer.write(
+                        f"GET {STREAM_PATH} HTTP/1.1\r\nhost: {url.netloc}\r\nconnection: upgrade\r\n"
+                        f"upgrade: {UPGRADE}\r\n\r\n".encode()
+                    )
+                    head = await reader.readuntil(b"\r\n\r\n")
+            _check_status(hub, head)
+            yield HubStream(reader, writer)
+        except TimeoutError as error:
+            raise SourceUnavailable(f"{hub} did not answer in {self.timeout_s:g} s") from error
+        finally:
+            if writer is not None:
+                # TLS waits for the other side's farewell, which a hub that hangs does not say.
+                writer.transport.abort()
+
+    async def user_data(self, hub: str, sha256: str, size: int) -> bytes:
+        """User data of an instance on this host.
+
+        Raises:
+            SourceRefused: The hub has none such for this host.
+            SourceUnavailable: It cannot be had now.
+        """
+        status, data = await self.request("GET", hub, f"{BLOB_PATH}{sha256}", most=size)
+        if status != 200:  # noqa: PLR2004 - HTTP's
+            kind: type[SourceError] = SourceRefused if status in {403, 404} else SourceUnavailable
+            raise kind(f"{hub} answers {status} for user data {sha256}")
+        if len(data) != size or sha256_of(data).hexdigest() != sha256:
+            raise SourceUnavailable(f"{hub} gives other user data than {sha256}")
+        return data
+
+    async def request(
+        self,
+        method: str,
+        hub: str,
+        path: str,
+        *,
+        body: bytes = b"",
+        headers: Mapping[bytes | str, bytes | str] | None = None,
+        most: int = _MOST_OF_ANSWER,
+    ) -> tuple[int, bytes]:
+        """One request; its status and body, of at most `most` bytes.
+
+        Raises:
+            SourceUnavailable: There was no answer, or it is longer.
+        """
+        times = dict.fromkeys(("connect", "read", "write", "pool"), self.timeout_s)
+        try:
+            async with (
+                httpcore.AsyncConnectionPool(ssl_context=self._context(hub)) as pool,
+                pool.stream(
+                    method,
+                    f"{hub.rstrip('/')}{path}",
+                    headers=headers,
+                    content=body or None,
+                    extensions={"timeout": times},
+                ) as answer,
+            ):
+                found = bytearray()
+                async for part in answer.aiter_stream():
+                    found += part
+                    if len(found) > most:
+                        raise SourceUnavailable(f"{hub} answers more than {most} bytes for {path}")
+                return answer.status, bytes(found)
+        except (httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError) as error:
+            why = str(error) or type(error).__name__
+            raise SourceUnavailable(f"{hub} does not answer {path}: {why}") from error
+
+    def _context(self, hub: str) -> ssl.SSLContext | None:
+        return self.identity.context() if self.identity and hub.startswith("https:") else None
+
+
+@contextlib.contextmanager
+def _failures(hub: str) -> Iterator[None]:
+    try:
+        yield
+    except ssl.SSLCertVerificationError as error:
+        raise SourceUnavailable(
+            f"{hub} has no certificate of this fleet: {error.verify_message}",
+            hint="compare its URL with the names in its certificate, and its CA with this host's",
+        ) from error
+    except (OSError, EOFError, asyncio.LimitOverrunError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it ended the connection"
+        raise SourceUnavailable(f"{hub} is not reached: {why or error}") from error
+
+
+def _check_status(hub: str, head: bytes) -> None:
+    status = head.partition(b"\r\n")[0].decode("latin-1").split(" ")[1:2]
+    if status == ["101"]:
+        return
+    if status in (["401"], ["403"]):
+        raise SourceRefused(
+            f"{hub} does not admit this host",
+            hint="`imdsproxy fleet hosts` says whether it is revoked; `imdsproxy fleet enrol` admits it again",
+        )
+    raise SourceUnavailable(f"{hub} answers {' '.join(status) or 'no HTTP'}, and no stream")

@@ -1,0 +1,372 @@
+"""What a host has of its fleet: items with their revisions, and what they say. Pure.
+
+An item is never replaced by an older one. One that cannot be read, or that claims what another instance has, is
+refused, and the version before it stays.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, TypeAlias, cast
+
+from imdsproxy.core.claims import claim_places
+from imdsproxy.core.fleet.layout import Json
+from imdsproxy.core.fleet.stream import Batch, Hello, ItemKey
+from imdsproxy.core.model import Instance, InstanceId, StoredBytes
+from imdsproxy.core.observation import Observation
+from imdsproxy.core.packed import PackedInstance
+from imdsproxy.core.policy import NO_RULES, OperatorOverride, PolicyRules
+from imdsproxy.core.records import Path, Refused, parse_listed
+from imdsproxy.core.records.network import POLICY
+from imdsproxy.core.tokens import KEY_BYTES, TokenKey
+from imdsproxy.errors import Problem
+from imdsproxy.sources.in_force import Entry, InForce
+
+Item: TypeAlias = tuple[int, Json]
+"""Its revision and value."""
+
+UserDataOf: TypeAlias = Callable[[InstanceId, str], "StoredBytes | None"]
+"""User data by the instance and its SHA-256; `None` where this host does not have it."""
+
+_RECORDS: Final = {"network": "networks", "instance": "instances"}
+_ACCEPT: Final = "compare the fleet with its backup, then `imdsproxy fleet accept-restore`"
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """How far a host has followed its fleet.
+
+    Attributes:
+        fleet: The fleet's UUID; `None` before its first complete set.
+        revision: Everything up to it is known.
+    """
+
+    fleet: str | None = None
+    incarnation: int = 0
+    revision: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FleetPolicies:
+    """What items other than records say.
+
+    Attributes:
+        fleet: The policy of all hosts.
+        host: That of this host.
+        projects: Those of projects that have instances here.
+        overrides: What operators did about instances here.
+        keys: The token keys of instances here, the one in force first.
+    """
+
+    fleet: PolicyRules = NO_RULES
+    host: PolicyRules = NO_RULES
+    projects: Mapping[str, PolicyRules] = field(default_factory=dict)
+    overrides: Mapping[InstanceId, OperatorOverride] = field(default_factory=dict)
+    keys: Mapping[InstanceId, tuple[TokenKey, ...]] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What a set of changes did.
+
+    Attributes:
+        records: The records that changed in force.
+        stored: What the copy on disk is to have of each item; `None` for one that is gone.
+        policies: Whether `FleetKnown.policies` changed.
+    """
+
+    records: Observation
+    stored: Mapping[ItemKey, Item | None]
+    policies: bool
+
+
+class _Unreadable(ValueError):
+    """An item's value is not what hubs send."""
+
+
+@dataclass(slots=True)
+class FleetKnown:
+    """All items of this host.
+
+    Args:
+        user_data: Where user data is.
+
+    Attributes:
+        items: The revision of each that is in force.
+        held: Items that the hub cannot vouch for, and why: they stay.
+    """
+
+    user_data: UserDataOf
+    position: Position = field(default_factory=Position)
+    items: dict[ItemKey, int] = field(default_factory=dict)
+    held: dict[ItemKey, str] = field(default_factory=dict)
+    _refused: dict[ItemKey, Problem] = field(default_factory=dict)
+    _waiting: dict[ItemKey, Item] = field(default_factory=dict)
+    _others: dict[ItemKey, Any] = field(default_factory=dict, repr=False)
+    _kinds: dict[str, InForce[Any]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._kinds = {
+            "networks": InForce(lambda _: (), lambda entry: _where("networks", entry)),
+            "instances": InForce(_claims, lambda entry: _where("instances", entry)),
+        }
+
+    # What is known
+
+    def hello(self) -> Hello:
+        """What this host has."""
+        at = self.position
+        return Hello(at.fleet, at.incarnation, at.revision, dict(self.items))
+
+    def everything(self) -> Observation:
+        """All records in force."""
+        return Observation.of_changes(*(one.records for one in self._kinds.values()))
+
+    def policies(self) -> FleetPolicies:
+        """What the other items say."""
+        others: dict[str, dict[str, Any]] = {"guard": {}, "keys": {}, "policy": {}}
+        for key, value in self._others.items():
+            kind, _, name = key.partition("/")
+            others[kind][name] = value
+        of_scope = others["policy"]
+        hosts = (rules for name, rules in of_scope.items() if name.startswith("host/"))
+        return FleetPolicies(
+            of_scope.get("fleet", NO_RULES),
+            next(hosts, NO_RULES),
+            {
+                name.removeprefix("project/"): rules
+                for name, rules in of_scope.items()
+                if name.startswith("project/")
+            },
+            {InstanceId(name): one for name, one in others["guard"].items()},
+            {InstanceId(name): one for name, one in others["keys"].items()},
+        )
+
+    def failed(self) -> dict[ItemKey, str]:
+        """Why items are refused, whose version before, if any, stays in force."""
+        found = {key: str(problem) for key, problem in self._refused.items()}
+        for kind, problem in self._clashes():
+            key = f"{kind}/{problem.record}"
+            if key in self._waiting:
+                found.setdefault(key, problem.reason)
+        return found
+
+    def problems(self) -> tuple[Problem, ...]:
+        """Everything that is refused, or held."""
+        held = (
+            Problem(key, f"held: {why}; it is served on", _ACCEPT, record=key.partition("/")[2])
+            for key, why in sorted(self.held.items())
+        )
+        refused = (self._refused[key] for key in sorted(self._refused))
+        return (*refused, *(problem for _, problem in self._clashes()), *held)
+
+    def _clashes(self) -> Iterator[tuple[str, Problem]]:
+        for kind, listed in _RECORDS.items():
+            for problem in self._kinds[listed].problems():
+                yield kind, problem
+
+    # What changes it
+
+    def load(self, position: Position, items: Mapping[ItemKey, Item]) -> None:
+        """Take what was in force before a restart; what this version cannot read is asked for again."""
+        self.position = position
+        for key, (revision, value) in sorted(items.items()):
+            try:
+                self._load_item(key, revision, value)
+            except _Unreadable as error:
+                self._refuse(key, revision, str(error))
+            else:
+                self.items[key] = revision
+
+    def _load_item(self, key: ItemKey, revision: int, value: Json) -> None:
+        kind = key.partition("/")[0]
+        if kind not in _RECORDS:
+            self._others[key] = _parse_other(kind, value, None)
+            return
+        entry = self._entry(key, revision, value)
+        if entry.problems:
+            raise _Unreadable(str(entry.problems[0]))
+        self._kinds[_RECORDS[kind]].prime(entry)
+
+    def missing_user_data(self, batch: Batch) -> dict[ItemKey, tuple[str, int]]:
+        """SHA-256 and size of user data that a set needs and this host does not have, by item."""
+        found: dict[ItemKey, tuple[str, int]] = {}
+        for key, (_, value) in batch.put.items():
+            kind, _, name = key.partition("/")
+            data = value.get("user_data") if kind == "instance" else None
+            match data:
+                case {"sha256": str(sha256), "size": int(size)}:
+                    if self.user_data(InstanceId(name), sha256) is None:
+                        found[key] = sha256, size
+                case _:
+                    pass
+        return found
+
+    def apply(
+        self, batch: Batch, *, whole: bool, unavailable: Mapping[ItemKey, str] | None = None
+    ) -> Applied:
+        """Take over a set of changes.
+
+        Args:
+            batch: All of it; not of an older incarnation, nor of an older revision of the same.
+            whole: It is what the hub answered to `hello`: no item but those in it is held.
+            unavailable: Items whose user data could not be had, and why.
+        """
+        newer = batch.incarnation > self.position.incarnation
+        stored: dict[ItemKey, Item | None] = {}
+        others = False
+        if whole:
+            self.held.clear()
+        for key in (*batch.remove, *(batch.held if newer else ())):
+            others |= self._remove(key)
+            stored[key] = None
+        for key, (revision, value) in batch.put.items():
+            known = self.items.get(key, 0)
+            self.held.pop(key, None)
+            if why := (unavailable or {}).get(key):
+                self._refuse(key, revision, why)
+            elif revision < known and not newer:
+                self._refuse(key, revision, f"revision {known} is in force already")
+            elif revision != known or newer or key in self._refused:
+                others |= self._take(key, revision, value, stored)
+        if not newer:
+            self.held.update((key, why) for key, why in batch.held.items() if key in self.items)
+        self.position = Position(batch.fleet, batch.incarnation, batch.revision)
+        changes = {kind: in_force.settle() for kind, in_force in self._kinds.items()}
+        self._accept_waiting(stored)
+        moves = self._kinds["instances"].moved
+        return Applied(Observation.of_changes(**changes, moves=moves), stored, others)
+
+    def _take(
+        self, key: ItemKey, revision: int, value: Json, stored: dict[ItemKey, Item | None]
+    ) -> bool:
+        """Take over an item; whether one that is no record changed."""
+        self._refused.pop(key, None)
+        kind, _, _ = key.partition("/")
+        try:
+            if kind in _RECORDS:
+                entry = self._entry(key, revision, value)
+                self._kinds[_RECORDS[kind]].replace_file(key, [entry])
+                self._waiting[key] = revision, value
+                return False
+            before = self._others.get(key)
+            found = _parse_other(kind, value, before)
+        except _Unreadable as error:
+            self._refuse(key, revision, str(error))
+            return False
+        self._others[key], self.items[key] = found, revision
+        if isinstance(found, OperatorOverride):
+            # As it is in force: what is on disk may not take a revocation back.
+            value = {"epoch": found.epoch, "reopened_at": found.reopened_at}
+        stored[key] = revision, value
+        return found != before
+
+    def _remove(self, key: ItemKey) -> bool:
+        kind = key.partition("/")[0]
+        for mapping in (self.items, self.held, self._refused, self._waiting):
+            cast("dict[ItemKey, object]", mapping).pop(key, None)
+        if kind in _RECORDS:
+            self._kinds[_RECORDS[kind]].replace_file(key, [])
+            return False
+        return self._others.pop(key, None) is not None
+
+    def _accept_waiting(self, stored: dict[ItemKey, Item | None]) -> None:
+        for key, (revision, value) in tuple(self._waiting.items()):
+            kind, _, name = key.partition("/")
+            held = self._kinds[_RECORDS[kind]].entry_of(name)
+            if held is not None and held.position == revision:
+                self.items[key] = revision
+                stored[key] = revision, value
+                del self._waiting[key]
+
+    def _refuse(self, key: ItemKey, revision: int, reason: str) -> None:
+        note = "the version before it stays in force" if key in self.items else ""
+        name = key.partition("/")[2]
+        self._refused[key] = Problem(key, reason, note, _place(key, revision), record=name)
+
+    def _entry(self, key: ItemKey, revision: int, value: Json) -> Entry[Any]:
+        """A record as an entry: its file is the item, its position the revision."""
+        kind, _, name = key.partition("/")
+        unknown = sorted(value.keys() - {"record", "user_data"})
+        if unknown:
+            raise _Unreadable(f"this version does not know {', '.join(unknown)}")
+        found = parse_listed((_RECORDS[kind], name), value.get("record"))
+        if not isinstance(found, Refused) and found.id != name:
+            found = Refused((Problem("id", f"it is the record of {found.id}"),))
+        if isinstance(found, Refused):
+            place = _place(key, revision)
+            problems = tuple(replace(one, file=place) for one in found.problems)
+            return Entry(name, key, revision, problems=problems)
+        if not isinstance(found, Instance):
+            return Entry(name, key, revision, record=found)
+        data = value.get("user_data")
+        if data is not None:
+            sha256 = data.get("sha256") if isinstance(data, dict) else None
+            stored = self.user_data(found.id, sha256) if isinstance(sha256, str) else None
+            if stored is None:
+                raise _Unreadable("its user data is not here")
+            found = replace(found, user_data=stored)
+        return Entry(name, key, revision, record=PackedInstance.of(found))
+
+
+def merge(before: Batch | None, batch: Batch) -> Batch:
+    """Two sets, one after the other, as one; both of the same incarnation."""
+    if before is None:
+        return batch
+    gone = frozenset(batch.remove)
+    put = {key: item for key, item in before.put.items() if key not in gone} | dict(batch.put)
+    remove = (*(key for key in before.remove if key not in batch.put), *batch.remove)
+    held = {
+        key: why for key, why in before.held.items() if key not in gone and key not in batch.put
+    }
+    return replace(
+        batch, put=put, remove=tuple(dict.fromkeys(remove)), held=held | dict(batch.held)
+    )
+
+
+def _parse_other(kind: str, value: Json, before: object) -> object:
+    match kind, value:
+        case "policy", _:
+            rules = POLICY.read(value)
+            if isinstance(rules, Refused):
+                raise _Unreadable("; ".join(map(str, rules.problems)))
+            return rules
+        case "guard", {"epoch": int(epoch), "reopened_at": int(reopened_at)}:
+            # Neither ever goes back, whatever backup a fleet was restored from.
+            known = before if isinstance(before, OperatorOverride) else OperatorOverride()
+            return OperatorOverride(max(epoch, known.epoch), max(reopened_at, known.reopened_at))
+        case "keys", {"current": str(current), "keys": dict(keys)}:
+            return _parse_keys(current, keys)
+        case _:
+            raise _Unreadable(f"this version cannot read such an item of kind {kind}")
+
+
+def _parse_keys(current: str, keys: Mapping[str, object]) -> tuple[TokenKey, ...]:
+    found: dict[str, TokenKey] = {}
+    for kid, text in keys.items():
+        try:
+            secret = base64.b64decode(str(text), validate=True)
+        except binascii.Error:
+            # Its cause would show a part of the secret.
+            raise _Unreadable("a key is no base64") from None
+        if len(secret) != KEY_BYTES:
+            raise _Unreadable(f"a key is not {KEY_BYTES} bytes long")
+        found[kid] = TokenKey(secret)
+    if current not in found:
+        raise _Unreadable("its key in force is missing")
+    return (found.pop(current), *found.values())
+
+
+def _claims(instance: PackedInstance) -> list[Any]:
+    return [address for address, _ in claim_places(instance.open())]
+
+
+def _where(listed: str, entry: Entry[Any]) -> tuple[Path, str]:
+    return (listed, entry.id), _place(entry.file, entry.position)
+
+
+def _place(key: ItemKey, revision: int) -> str:
+    return f"{key} at revision {revision}"

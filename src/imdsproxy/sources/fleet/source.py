@@ -1,0 +1,442 @@
+"""The source `fleet`: follows one hub at a time, and serves what is on disk while none is reached.
+
+One task reads the stream, one brings what came into force, one acknowledges it: what comes meanwhile is taken
+together the next time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Final, TypeAlias, TypeVar
+
+import structlog
+
+from imdsproxy.core.fleet.stream import (
+    Ack,
+    Answer,
+    Ask,
+    Batch,
+    Bye,
+    ByeCode,
+    FromHub,
+    ItemKey,
+    Ping,
+)
+from imdsproxy.core.observation import Observation, StrandedPort
+from imdsproxy.core.timing import Backoff
+from imdsproxy.errors import Problem, SourceError, SourceRefused, SourceUnavailable
+from imdsproxy.host.clock import Clock
+from imdsproxy.sources.api import Publish, Reports, publish_in_pieces
+from imdsproxy.sources.fleet.client import HubClient, HubStream
+from imdsproxy.sources.fleet.kept import KeptItems
+from imdsproxy.sources.fleet.known import FleetKnown, FleetPolicies, merge
+
+_T = TypeVar("_T")
+
+Confirm: TypeAlias = Callable[[Collection[ItemKey]], Awaitable[Mapping[ItemKey, str]]]
+"""Waits until what was published is in force; gives those of the items that are not, and why."""
+
+AnswerTo: TypeAlias = Callable[[str], Awaitable[tuple[int, Any]]]
+"""Status and body of a GET of the admin API."""
+
+_LOOK_EVERY_S: Final = 1.0
+_NOTE_EVERY_S: Final = 60.0
+_AGAIN_S: Final = 2.0
+"""After so long, what was not in force is looked at again."""
+
+_GRACE_S: Final = 5.0
+"""So long after a stream ended the source is in sync: hubs are restarted, and another one is there."""
+
+_STALE_S: Final = 15.0
+"""A hub that has not heard from etcd for longer does not know what is new."""
+
+_SKEW_S: Final = 1.0
+_SPREAD_S: Final = 1.0
+"""Hosts whose hub has ended come to the others within this time."""
+
+_FINAL: Final = frozenset({ByeCode.REVOKED, ByeCode.REPLACED, ByeCode.FORMAT, ByeCode.OTHER_FLEET})
+"""Other hubs say the same."""
+
+_log: Final = structlog.get_logger()
+
+
+class _Left(Exception):
+    """The hub has ended the stream, or has to be left."""
+
+    def __init__(self, code: ByeCode, reason: str) -> None:
+        super().__init__(reason or code.value)
+        self.code = code
+
+
+async def _confirm_nothing(_: Collection[ItemKey]) -> Mapping[ItemKey, str]:
+    return {}
+
+
+async def _answer_nothing(_: str) -> tuple[int, Any]:
+    return 503, None
+
+
+@dataclass(slots=True)
+class FleetSource:
+    """The items that a fleet places on this host.
+
+    Args:
+        client: Reaches hubs.
+        hubs: Their URLs, as of now; raises `SourceUnavailable` where there are none.
+        path: The file that keeps the items.
+        silent_s: Seconds of silence after which a hub is left.
+        clock: Monotonic, and Unix time.
+        random: From 0 to 1: the order of hubs and the length of pauses.
+        backoff: Pauses after no hub could be followed.
+
+    Attributes:
+        take_policies: Called with policies and token keys before the records that came with them are published.
+        confirm: See `Confirm`.
+        answer: What hubs may ask this host.
+        hub: The one that is followed.
+        failing: Why items are not in force, or not in their newest version; as it was acknowledged.
+        acknowledged: The revision up to which all others are in force.
+        skew_s: By how much the hub's clock is ahead of this host's.
+    """
+
+    name: ClassVar = "fleet"
+    client: HubClient
+    hubs: Callable[[], tuple[str, ...]]
+    path: Path
+    silent_s: float = 60.0
+    clock: Clock = field(default_factory=Clock)
+    random: Callable[[], float] = lambda: 0.5
+    backoff: Backoff = field(default_factory=lambda: Backoff(0.5, 30.0))
+    take_policies: Callable[[FleetPolicies], object] = lambda _: None
+    confirm: Confirm = _confirm_nothing
+    answer: AnswerTo = _answer_nothing
+    hub: str | None = None
+    failing: Mapping[ItemKey, str] = field(default_factory=dict)
+    acknowledged: int = 0
+    skew_s: float = 0.0
+    kept: KeptItems = field(init=False)
+    known: FleetKnown = field(init=False)
+    _thread: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="imdsproxy-fleet")
+    )
+    _reports: Reports = field(default_factory=partial(Reports, name))
+    _publishing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _stream: HubStream | None = None
+    _partial: Batch | None = None
+    _pending: Batch | None = None
+    _whole: bool = False
+    _arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    _leaving: SourceError | None = None
+    _published: int = 0
+    _unconfirmed: set[ItemKey] = field(default_factory=set)
+    _to_confirm: asyncio.Event = field(default_factory=asyncio.Event)
+    _last_ack: Ack = field(default_factory=lambda: Ack(0))
+    _answering: set[asyncio.Task[None]] = field(default_factory=set)
+    _applying: bool = False
+    _complete: bool = False
+    _lost_at: float | None = None
+    _etcd_at: float | None = None
+    _hub_age_s: float = 0.0
+    _disk_problem: Problem | None = None
+    _hub_problem: Problem | None = None
+
+    def __post_init__(self) -> None:
+        self.kept = KeptItems(self.path)
+        self.known = FleetKnown(self.kept.stored)
+
+    def explain_stranded(self, port: StrandedPort) -> Problem:
+        """By the record's own field."""
+        return port.problem()
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since a hub that was followed heard from etcd; 0 before the first."""
+        if self._etcd_at is not None:
+            return max(0.0, self.clock.monotonic() - self._etcd_at)
+        return max(0.0, self.clock.now().timestamp() - self.kept.at) if self.kept.at else 0.0
+
+    @property
+    def in_sync(self) -> bool:
+        """Everything is known that the fleet places here."""
+        if self._complete:
+            return self._hub_age_s < _STALE_S
+        return self._lost_at is not None and self.clock.monotonic() - self._lost_at < _GRACE_S
+
+    async def run(self, publish: Publish) -> None:
+        """Report until cancelled."""
+        try:
+            await self._load(publish)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._follow_hubs(publish))
+                group.create_task(self._apply_all(publish))
+                group.create_task(self._acknowledge_all())
+                group.create_task(self._look(publish))
+        finally:
+            await self._in_thread(self.kept.close)
+            self._thread.shutdown(wait=False)
+
+    async def _load(self, publish: Publish) -> None:
+        position, items = await self._on_disk(publish, self.kept.open)
+        if position.fleet is None:
+            return
+        await self._in_thread(lambda: self.known.load(position, items))
+        self.take_policies(self.known.policies())
+        await self._report(publish, self.known.everything())
+
+    async def _look(self, publish: Publish) -> None:
+        """Report what changes by itself, and keep how old the items are."""
+        noted = self.clock.monotonic()
+        while True:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            await self._report(publish, Observation())
+            now = self.clock.monotonic()
+            if self._complete and now - noted > _NOTE_EVERY_S:
+                noted, at = now, self.clock.now().timestamp() - self.age_s
+                await self._on_disk(publish, partial(self.kept.note, at))
+
+    async def _report(self, publish: Publish, changes: Observation) -> None:
+        in_sync = self.in_sync
+        found = (self._disk_problem, None if in_sync else self._hub_problem, self._skew())
+        async with self._publishing:
+            observation = self._reports.next(
+                changes,
+                self.known.everything,
+                in_sync=in_sync,
+                problems=(
+                    *(one for one in found if one is not None),
+                    *self.known.problems(),
+                ),
+            )
+            if observation is not None:
+                await publish_in_pieces(publish, observation)
+
+    def _skew(self) -> Problem | None:
+        if self.hub is None or abs(self.skew_s) <= _SKEW_S:
+            return None
+        return Problem(
+            "clock",
+            f"this host's clock and that of {self.hub} differ by {abs(self.skew_s):.0f} s",
+            "expiry of tokens and the end of a boot go by it: look at the time service of both",
+        )
+
+    # One hub after another
+
+    async def _follow_hubs(self, publish: Publish) -> None:
+        left: list[str] = []
+        last: str | None = None
+        while True:
+            try:
+                # The one that has just ended comes last.
+                left = left or sorted(self.hubs(), key=lambda one: (one != last, self.random()))
+            except SourceError as error:
+                self._hub_problem = _problem_of("hubs", error)
+                await self._report(publish, Observation())
+                await asyncio.sleep(self.backoff.fail())
+                continue
+            last = hub = left.pop()
+            good, final = await self._follow(hub)
+            await self._report(publish, Observation())
+            if final:
+                left = []
+                await asyncio.sleep(self.backoff.longest_s * (0.5 + self.random()))
+            elif good:
+                left = []
+                self.backoff.succeed()
+                await asyncio.sleep(_SPREAD_S * self.random())
+            elif not left:
+                await asyncio.sleep(self.backoff.fail() * (0.5 + self.random()))
+
+    async def _follow(self, hub: str) -> tuple[bool, bool]:
+        """Follow a hub until it is lost: whether it sent all items, and whether another will not do better."""
+        final = False
+        try:
+            async with self.client.stream(hub) as stream:
+                self._partial = self._pending = self._leaving = None
+                self._whole = True
+                await stream.send(self.known.hello())
+                self._stream, self.hub = stream, hub
+                while True:
+                    await self._take(stream, await stream.read(self.silent_s))
+        except _Left as left:
+            final = left.code in _FINAL
+            self._hub_problem = Problem("hub", f"it ended the stream: {left}", "", hub)
+        except SourceError as error:
+            self._hub_problem = _problem_of(hub, self._leaving or error)
+        finally:
+            good, self._stream, self.hub = self._complete, None, None
+            if good:
+                self._lost_at = self.clock.monotonic() if self.in_sync else None
+            self._complete = False
+        _log.info("hub lost", hub=hub, reason=self._hub_problem.reason)
+        return good, final
+
+    async def _take(self, stream: HubStream, message: FromHub) -> None:
+        match message:
+            case Batch() as batch:
+                self._check(batch)
+                self._partial = merge(self._partial, batch)
+                if not batch.more:
+                    self._pending = merge(self._pending, self._partial)
+                    self._partial = None
+                    self._arrived.set()
+            case Ping() as ping:
+                self.skew_s = ping.time - self.clock.now().timestamp()
+                self._hub_age_s = ping.age_s
+                self._etcd_at = self.clock.monotonic() - ping.age_s
+                await stream.send(self._last_ack)
+            case Ask() as ask:
+                task = asyncio.create_task(self._answer(stream, ask))
+                self._answering.add(task)
+                task.add_done_callback(self._answering.discard)
+            case Bye(code, reason):
+                raise _Left(code, reason)
+
+    def _check(self, batch: Batch) -> None:
+        at = self.known.position
+        if at.fleet not in {None, batch.fleet}:
+            raise _Left(ByeCode.OTHER_FLEET, f"it is of fleet {batch.fleet}, not {at.fleet}")
+        if (batch.incarnation, batch.revision) < (at.incarnation, at.revision):
+            raise _Left(
+                ByeCode.BEHIND, f"it has revision {batch.revision}, this host {at.revision}"
+            )
+        before = self._pending or self._partial
+        if before is not None and before.incarnation != batch.incarnation:
+            raise _Left(ByeCode.STOPPING, "the fleet has another incarnation")
+
+    async def _answer(self, stream: HubStream, ask: Ask) -> None:
+        status, body = await self.answer(ask.path)
+        # Where the stream has ended there is no hub that waits.
+        with contextlib.suppress(SourceUnavailable):
+            await stream.send(Answer(ask.number, status, body))
+
+    # Into force
+
+    async def _apply_all(self, publish: Publish) -> None:
+        while True:
+            await self._arrived.wait()
+            self._arrived.clear()
+            batch, hub, stream = self._pending, self.hub, self._stream
+            if batch is None or hub is None or stream is None:
+                continue
+            whole, self._pending, self._whole = self._whole, None, False
+            self._applying = True
+            try:
+                unavailable = await self._fetch_user_data(publish, hub, batch)
+                await self._apply(publish, batch, unavailable, stream if whole else None)
+            except SourceError as error:
+                # The hub sends all of it again, or another one does.
+                self._leaving = error
+                stream.close()
+                continue
+            finally:
+                self._applying = False
+
+    async def _fetch_user_data(
+        self, publish: Publish, hub: str, batch: Batch
+    ) -> dict[ItemKey, str]:
+        """Have user data on disk that a batch needs; of which items it is not to be had, and why.
+
+        Raises:
+            SourceUnavailable: The hub does not answer.
+        """
+        unavailable: dict[ItemKey, str] = {}
+        for item, (sha256, size) in self.known.missing_user_data(batch).items():
+            try:
+                data = await self.client.user_data(hub, sha256, size)
+            except SourceRefused as error:
+                unavailable[item] = error.message
+                continue
+            await self._on_disk(publish, partial(self.kept.keep_user_data, data), batch)
+        return unavailable
+
+    async def _apply(
+        self,
+        publish: Publish,
+        batch: Batch,
+        unavailable: Mapping[ItemKey, str],
+        whole_of: HubStream | None,
+    ) -> None:
+        """Bring a set of changes into force; `whole_of` is the stream to whose `hello` it is the answer."""
+        known, whole = self.known, whole_of is not None
+        applied = await self._in_thread(
+            lambda: known.apply(batch, whole=whole, unavailable=unavailable)
+        )
+        now = self.clock.now().timestamp()
+        await self._on_disk(
+            publish, partial(self.kept.keep, known.position, applied.stored, now), batch
+        )
+        if applied.policies:
+            self.take_policies(known.policies())
+        if whole and whole_of is self._stream:
+            self._complete, self._lost_at, self._hub_problem = True, None, None
+            self._hub_age_s, self._etcd_at = 0.0, self.clock.monotonic()
+        await self._report(publish, applied.records)
+        self._published = known.position.revision
+        self._unconfirmed.update(batch.put, batch.remove)
+        self._to_confirm.set()
+
+    async def _on_disk(
+        self, publish: Publish, work: Callable[[], _T], batch: Batch | None = None
+    ) -> _T:
+        """Do something with the file, again and again until it is done; a hub learns of a batch that waits for it."""
+        while True:
+            try:
+                done = await self._in_thread(work)
+            except SourceError as error:
+                if self._disk_problem is None:
+                    _log.error("items not stored", code=error.code, error=error.message)
+                self._disk_problem = _problem_of(str(self.path), error)
+                await self._report(publish, Observation())
+                if batch is not None:
+                    items = (*batch.put, *batch.remove)
+                    await self._send(Ack(batch.revision, dict.fromkeys(items, error.message)))
+                await asyncio.sleep(_AGAIN_S)
+                continue
+            self._disk_problem = None
+            return done
+
+    # Acknowledgements
+
+    async def _acknowledge_all(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_AGAIN_S if self.failing else None):
+                    await self._to_confirm.wait()
+            news = self._to_confirm.is_set()
+            self._to_confirm.clear()
+            revision, items = self._published, {*self._unconfirmed, *self.failing}
+            self._unconfirmed = set()
+            self.failing = {**await self.confirm(items), **self.known.failed()}
+            self.acknowledged = revision
+            ack = Ack(revision, self.failing)
+            if news or ack != self._last_ack:
+                await self._send(ack)
+            if news and not self._applying:
+                await self._sweep()
+
+    async def _sweep(self) -> None:
+        """Delete user data that was in force until now; that of a batch under way no item names yet."""
+        try:
+            await self._in_thread(self.kept.sweep)
+        except SourceError as error:
+            _log.warning("user data not swept", error=error.message)
+
+    async def _send(self, ack: Ack) -> None:
+        self._last_ack = ack
+        if self._stream is not None:
+            # Where the stream has ended, the next hub gets it.
+            with contextlib.suppress(SourceUnavailable):
+                await self._stream.send(ack)
+
+    async def _in_thread(self, work: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+def _problem_of(where: str, error: SourceError) -> Problem:
+    return Problem("fleet", error.message, error.hint, where)

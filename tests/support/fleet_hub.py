@@ -1,0 +1,273 @@
+"""A hub with genuine streams whose etcd is in memory, for what a host makes of its fleet.
+
+In front of it, as HAProxy does, something takes connections (TLS where there is a certificate), and says who the
+host is. It has a thread of its own, so that the hub of a daemon goes on while a test waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from hashlib import sha256 as sha256_of
+from pathlib import Path
+from ssl import SSLContext
+from typing import Any, Final, TypeVar
+
+from imdsproxy.core.fleet import layout
+from imdsproxy.core.fleet.layout import HostId, Meta, StoredInstance, StoredNetwork, UserData
+from imdsproxy.core.fleet.stream import BLOB_PATH, STREAM_PATH
+from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
+from imdsproxy.core.records import render_record
+from imdsproxy.host.clock import Clock
+from imdsproxy.hub.state import Change, FleetState
+from imdsproxy.hub.streams import Streams
+from support.patience import patience
+
+_T = TypeVar("_T")
+
+HOST: Final = HostId("h1")
+FLEET: Final = "6d0f3f0e-6b5f-4d0c-9f0e-3b9c7f1f2a11"
+_WAIT_S: Final = 20.0
+
+
+@dataclass(slots=True)
+class FleetStore:
+    """What etcd has; hubs that share it are of one fleet."""
+
+    revision: int = 1
+    incarnation: int = 1
+    entries: dict[str, tuple[int, bytes]] = field(default_factory=dict)
+    blobs: dict[str, bytes] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.entries[layout.META] = self.revision, layout.render_meta(Meta(FLEET))
+
+    def write(self, values: Mapping[str, bytes]) -> list[Change]:
+        """Write keys in one transaction."""
+        self.revision += 1
+        self.entries.update({key: (self.revision, value) for key, value in values.items()})
+        return [Change(key, value, self.revision) for key, value in values.items()]
+
+    def instance(self, instance: Instance, *hosts: str) -> tuple[str, bytes]:
+        """The key and value of an instance on hosts."""
+        data, stored = instance.user_data, None
+        if data is not None:
+            sha256 = sha256_of(bytes(data)).hexdigest()
+            self.blobs[sha256] = bytes(data)
+            stored = UserData(sha256, len(data))
+        record = dict(render_record(replace(instance, user_data=None)))
+        places = tuple(map(HostId, hosts or (HOST,)))
+        value = layout.render_instance(StoredInstance(places, record, stored))
+        return layout.instance_key(instance.id), value
+
+
+def network_item(network: Network) -> tuple[str, bytes]:
+    """The key and value of a network."""
+    value = layout.render_network(StoredNetwork(dict(render_record(network))))
+    return layout.network_key(network.id), value
+
+
+class FleetHub:
+    """One hub.
+
+    Args:
+        store: What etcd has.
+        context: The server's side of TLS; without it hosts connect by `http:`.
+        listen: Makes the socket, in whatever namespace; on loopback of this one by default.
+    """
+
+    def __init__(
+        self,
+        store: FleetStore | None = None,
+        *,
+        context: SSLContext | None = None,
+        listen: Callable[[], socket.socket] = lambda: socket.create_server(("127.0.0.1", 0)),
+    ) -> None:
+        self.store = store or FleetStore()
+        self.state, self.age_s, self.skew_s = FleetState(), 0.0, 0.0
+        self.renewals: list[bytes] = []
+        self.blob_requests: list[str] = []
+        self.refuses = False
+        self._context = context
+        self._listener = listen()
+        self.port = int(self._listener.getsockname()[1])
+        self.url = f"{'https' if context else 'http'}://127.0.0.1:{self.port}"
+        self._directory = tempfile.TemporaryDirectory(prefix="imdst-")
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="fleet-hub")
+        self._connections: set[asyncio.StreamWriter] = set()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._server: asyncio.Server | None = None
+        self._thread.start()
+        self.streams = self._do(self._begin())
+
+    def _do(self, work: Coroutine[Any, Any, _T]) -> _T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(_WAIT_S * patience())
+
+    async def _begin(self) -> Streams:
+        changes = [Change(key, value, at) for key, (at, value) in self.store.entries.items()]
+        self.state.apply(self.store.revision, changes)
+        hub = self
+
+        class SkewedClock(Clock):
+            def now(self) -> datetime:
+                return super().now() + timedelta(seconds=hub.skew_s)
+
+        streams = Streams(
+            self.state,
+            SkewedClock(),
+            lambda _host, _serial: not self.refuses,
+            age_s=lambda: self.age_s,
+        )
+        inner = socket.socket(socket.AF_UNIX)
+        inner.bind(self._inner)
+        inner.listen()
+        self._tasks.append(asyncio.ensure_future(streams.run(inner)))
+        await self._open()
+        return streams
+
+    @property
+    def _inner(self) -> str:
+        return str(Path(self._directory.name) / "streams")
+
+    async def _open(self) -> None:
+        listener = self._listener.dup()
+        self._server = await asyncio.start_server(self._serve, sock=listener, ssl=self._context)
+
+    # What tests do
+
+    def put(
+        self, networks: Iterable[Network] = (), instances: Iterable[Instance] = (), *hosts: str
+    ) -> int:
+        """Write records in one transaction; the instances are on `HOST`, or on `hosts`."""
+        items = dict(map(network_item, networks))
+        items |= dict(self.store.instance(one, *hosts) for one in instances)
+        return self.write(items)
+
+    def remove_instance(self, instance: str) -> int:
+        """Write that an instance is gone."""
+        value = layout.render_instance(StoredInstance((), {}, removed_at=1))
+        return self.write({layout.instance_key(InstanceId(instance)): value})
+
+    def remove_network(self, network: str) -> int:
+        """The same of a network."""
+        value = layout.render_network(StoredNetwork({}, removed_at=1))
+        return self.write({layout.network_key(NetworkId(network)): value})
+
+    def write(self, values: Mapping[str, bytes]) -> int:
+        """Write keys in one transaction, and send what that changes; the revision."""
+
+        async def apply() -> int:
+            changes = self.store.write(values)
+            self.streams.deliver(self.state.apply(self.store.revision, changes))
+            return self.store.revision
+
+        return self._do(apply())
+
+    def wait(self, revision: int, within_s: float = _WAIT_S) -> dict[HostId, str]:
+        """Wait until a revision is in force on the host; else why it is not."""
+        return self._do(self.streams.wait([HOST], revision, within_s))
+
+    def ask(self, path: str) -> tuple[int, Any]:
+        """What the host's admin API answers."""
+        answer = self._do(self.streams.ask(HOST, path, _WAIT_S))
+        return answer.status, answer.body
+
+    def ping(self) -> None:
+        """Ping all hosts at once."""
+
+        async def ping() -> None:
+            for part in range(10):
+                self.streams._ping(part)
+
+        self._do(ping())
+
+    def connected(self) -> bool:
+        """Whether the host's stream has begun."""
+        return HOST in self.streams.hosts
+
+    def away(self) -> None:
+        """Be as a hub that was killed: no connection is accepted, and those that there are end."""
+
+        async def leave() -> None:
+            assert self._server is not None
+            self._server.close()
+            for writer in tuple(self._connections):
+                writer.transport.abort()
+
+        self._do(leave())
+        self._listener.close()
+
+    def close(self) -> None:
+        """End it."""
+
+        async def end() -> None:
+            if self._server is not None:
+                self._server.close()
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            for writer in tuple(self._connections):
+                writer.transport.abort()
+            await asyncio.sleep(0)
+
+        self._do(end())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        self._listener.close()
+        self._directory.cleanup()
+
+    # In front of it
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._connections.add(writer)
+        try:
+            with contextlib.suppress(OSError, EOFError):
+                head = await reader.readuntil(b"\r\n\r\n")
+                _, path, _ = head.partition(b"\r\n")[0].decode().split(" ")
+                if path == STREAM_PATH:
+                    await self._pass_on(head, reader, writer)
+                elif path.startswith(BLOB_PATH):
+                    self._give_blob(path.removeprefix(BLOB_PATH), writer)
+                await writer.drain()
+        finally:
+            self._connections.discard(writer)
+            writer.close()
+
+    def _give_blob(self, sha256: str, writer: asyncio.StreamWriter) -> None:
+        self.blob_requests.append(sha256)
+        data = self.store.blobs.get(sha256)
+        status = "404 Not Found" if data is None else "200 OK"
+        body = data or b""
+        head = f"HTTP/1.1 {status}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        writer.write(head.encode() + body)
+
+    async def _pass_on(
+        self, head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        inner, behind = await asyncio.open_unix_connection(self._inner)
+        who = f"x-imdsproxy-role: host\r\nx-imdsproxy-name: {HOST}\r\nx-imdsproxy-serial: 1\r\n"
+        behind.write(head[:-2] + who.encode() + b"\r\n")
+        ways = [
+            asyncio.ensure_future(_copy(reader, behind)),
+            asyncio.ensure_future(_copy(inner, writer)),
+        ]
+        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        for one in ways:
+            one.cancel()
+        await asyncio.gather(*ways, return_exceptions=True)
+        behind.close()
+
+
+async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        while data := await reader.read(65_536):
+            writer.write(data)
+            await writer.drain()
