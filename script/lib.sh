@@ -10,6 +10,7 @@ repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 script=script/$(basename "$0")
 cache=$repository/.cache
 setup_log=$cache/setup.log
+beside= # of set_up
 venv=$repository/.venv
 
 # command or file whose presence makes the Debian package unnecessary : package
@@ -254,6 +255,7 @@ build_venv() {
 # pinned_venv NAME: the path of a virtual environment with requirements/NAME.txt alone, made where it is missing or stale
 pinned_venv() {
     local environment=$cache/venv-$1 wanted python
+    local setup_log=$environment.log
     wanted=$(sha256sum "$repository/requirements/$1.txt")
     mkdir -p "$cache"
     (
@@ -267,7 +269,7 @@ pinned_venv() {
         logged "$environment/bin/python" -m pip --quiet --disable-pip-version-check install \
             --require-hashes -r "$repository/requirements/$1.txt"
         printf '%s\n' "$wanted" >"$environment/.set-up"
-    ) 9>"$cache/setup.lock"
+    ) 9>"$environment.lock"
     printf '%s\n' "$environment"
 }
 
@@ -286,7 +288,35 @@ link_modules() {
     [[ ! -e $modules/ovs ]] || ln -sfn "$modules/ovs" "${from#* }/ovs"
 }
 
+# check_sources: what script/check says that it does
+check_sources() {
+    local sources=() wrong=() folder
+    cd "$repository"
+    for folder in src tests demo bench script; do
+        [[ -d $folder ]] && sources+=("$folder")
+    done
+    check format ruff format --check "${sources[@]}"
+    check lint ruff check --quiet "${sources[@]}"
+    check types mypy --no-error-summary "${sources[@]}"
+    check layers lint-imports --no-logo
+    check dependencies deptry --no-ansi src
+    "$venv/bin/python" script/counts.py
+    ((${#wrong[@]} == 0)) || die "found something in: ${wrong[*]}"
+}
+
+# check NAME PROGRAM...: adds the name to `wrong` where one of .venv's programs fails
+check() {
+    local name=$1 program=$2
+    shift 2
+    if PATH=$venv/bin:$PATH "$venv/bin/$program" "$@"; then
+        say "check: $name is clean"
+    else
+        wrong+=("$name")
+    fi
+}
+
 # set_up PRESENCE:PACKAGE...: one at a time in this work tree
+# Where `beside` names a function, it is called too, beside the packages' installation: it needs .venv alone.
 set_up() {
     need_system
     mkdir -p "$cache"
@@ -298,10 +328,17 @@ set_up() {
         ! is_there haproxy || need_haproxy_3
         # At once: each of them uses one processor, and waits for the network.
         install_missing "$@" &
-        [[ $(id -u) -ne 0 || -z $(find_python) ]] || build_venv
-        wait "$!"
+        installing=$! called='' status=0
+        if [[ $(id -u) -eq 0 && -n $(find_python) ]]; then
+            build_venv
+            called=yes
+            (${beside:-:}) || status=$?
+        fi
+        wait "$installing"
         need_haproxy_3
         build_venv
         link_modules
+        [[ -n $called ]] || (${beside:-:}) || status=$?
+        exit "$status"
     ) 9>"$cache/setup.lock"
 }
