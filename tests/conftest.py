@@ -28,9 +28,17 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if hasattr(config, "workerinput"):
         # What takes minutes begins at once, and what takes moments comes last: nothing long is left for one worker.
-        items.sort(
-            key=lambda item: [item.get_closest_marker(name) is None for name in ("slow", "root")]
-        )
+        items.sort(key=lambda item: (-_allowed_s(item), _lacks(item, "slow"), _lacks(item, "root")))
+
+
+def _allowed_s(item: pytest.Item) -> float:
+    """How long a test may take where it may take longer than others; else 0."""
+    marker = item.get_closest_marker("timeout")
+    return 0.0 if marker is None else float(marker.args[0])
+
+
+def _lacks(item: pytest.Item, name: str) -> bool:
+    return item.get_closest_marker(name) is None
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from demo.roster import guests
 from support.demonstration import Demonstration, host_view, start
 from support.lab import until
 
-pytestmark = [pytest.mark.root, pytest.mark.slow]
+pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(600)]
 
 _UP_S: Final = 240.0
 
