@@ -20,9 +20,10 @@
     │   ├── HostRefused            a namespace, a link, an address, a file
     │   ├── RecordCorrupt          a compiled record is truncated or damaged
     │   └── PrivilegeMissing
-    └── AdminError             the caller of the admin API must act    exit 64, 66, 69 or 73
+    └── AdminError             the caller of the admin API must act    exit 64, 66, 69, 73 or 77
         ├── AdminUnavailable       the daemon does not answer
         │   └── Starting               it starts, and answers soon
+        ├── AccessDenied           the certificate or token does not allow it
         ├── NotFound
         ├── AlreadyExists          what `add` should make is there
         └── RequestRefused         carries the fields
@@ -305,6 +306,17 @@ class Starting(AdminUnavailable):
         error = cls(words, hint="`imdsproxy status --wait` waits for it")
         error.steps = steps
         return error
+
+
+class AccessDenied(AdminError):
+    """A fleet's hub does not accept the certificate or the token, or not for this."""
+
+    exit_status = 77
+    http_status = 403
+    remedy = (
+        "Use a certificate whose role allows it (`imdsproxy fleet operator`); a host that was "
+        "refused joins again with a new token (`imdsproxy fleet enrol`)."
+    )
 
 
 class NotFound(AdminError):

@@ -1,0 +1,134 @@
+"""Who speaks to a hub: roles, the headers in which HAProxy names them, and the string with which a host joins."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from imdsproxy.core.fleet.layout import HostId
+from imdsproxy.core.model import ID_PATTERN
+
+ENROL_PATH: Final = "/fleet/enrol"
+RENEW_PATH: Final = "/fleet/renew"
+AUTHORITY_PATH: Final = "/fleet/ca"
+"""The fleet's CA certificate in PEM: a client compares it with the fingerprint that it has."""
+
+HEADER_ROLE: Final = "x-imdsproxy-role"
+HEADER_NAME: Final = "x-imdsproxy-name"
+HEADER_SERIAL: Final = "x-imdsproxy-serial"
+HEADER_SCOPE: Final = "x-imdsproxy-scope"
+HEADER_PEER: Final = "x-imdsproxy-peer"
+"""The client's address; all others are of its verified certificate. HAProxy removes what a client sends under these
+names."""
+
+_NAME: Final = re.compile(ID_PATTERN)
+_PREFIX: Final = "imdsproxy-join-1."
+_FINGERPRINT: Final = re.compile("[0-9a-f]{64}")
+
+
+class Role(StrEnum):
+    """What a certificate is for: its OU."""
+
+    HUB = "hub"
+    HOST = "host"
+    OPERATOR = "operator"
+    """May do everything."""
+
+    MOVER = "mover"
+    """May read, and place instances on hosts."""
+
+    READER = "reader"
+    """May read."""
+
+
+OPERATOR_ROLES: Final = frozenset({Role.OPERATOR, Role.MOVER, Role.READER})
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Whose certificate HAProxy has verified.
+
+    Attributes:
+        name: The certificate's CN: of a host or hub its id.
+        serial: The certificate's number, two hexadecimal digits in upper case for each byte.
+        scope: The project that an operator is limited to, the certificate's O; `None` for all.
+    """
+
+    role: Role
+    name: str
+    serial: str
+    scope: str | None = None
+
+
+def read_identity(headers: Mapping[str, str]) -> Identity | None:
+    """Who sent a request, by the headers that HAProxy set; `None` without a certificate."""
+    role = headers.get(HEADER_ROLE)
+    if role is None:
+        return None
+    scope = headers.get(HEADER_SCOPE)
+    return Identity(Role(role), headers[HEADER_NAME], headers[HEADER_SERIAL], scope)
+
+
+def spell_serial(number: int) -> str:
+    """A certificate's number as `Identity.serial` has it."""
+    return number.to_bytes((number.bit_length() + 7) // 8).hex().upper()
+
+
+@dataclass(frozen=True, slots=True)
+class Invitation:
+    """What a host needs to join, which is one string for an operator.
+
+    Attributes:
+        host: Its name in the fleet.
+        urls: Of hubs, `https://HOST:PORT`.
+        fingerprint: SHA-256 of the CA certificate (DER), hexadecimal in lower case.
+        token: Good once. A secret.
+    """
+
+    host: HostId
+    urls: tuple[str, ...]
+    fingerprint: str
+    token: str
+
+    def __repr__(self) -> str:
+        return f"Invitation(host={self.host!r}, urls={self.urls!r})"
+
+
+def render_invitation(invitation: Invitation) -> str:
+    """The string, one word."""
+    shape = [invitation.host, list(invitation.urls), invitation.fingerprint, invitation.token]
+    text = json.dumps(shape, separators=(",", ":")).encode()
+    return _PREFIX + base64.urlsafe_b64encode(text).rstrip(b"=").decode()
+
+
+def parse_invitation(text: str) -> Invitation:
+    """The reverse of `render_invitation`.
+
+    Raises:
+        ValueError: It is no such string; the message does not repeat it.
+    """
+    word = text.strip()
+    if not word.startswith(_PREFIX):
+        raise ValueError(f"it does not begin with {_PREFIX}")
+    try:
+        encoded = word.removeprefix(_PREFIX).encode("ascii")
+        found = json.loads(base64.b64decode(encoded + b"=" * (-len(encoded) % 4), b"-_"))
+    except (ValueError, RecursionError):
+        # Its cause would show a part of the secret.
+        raise ValueError("it is incomplete") from None
+    match found:
+        case [str(host), list(urls), str(fingerprint), str(token)] if (
+            _NAME.fullmatch(host)
+            and urls
+            and all(isinstance(one, str) and one.startswith("https://") for one in urls)
+            and _FINGERPRINT.fullmatch(fingerprint)
+            and token
+        ):
+            return Invitation(HostId(host), tuple(urls), fingerprint, token)
+        case _:
+            raise ValueError("it is incomplete")

@@ -1,0 +1,56 @@
+"""Keys and certificates of a fleet's hosts and hubs, which a library makes, and reads."""
+
+from datetime import datetime
+from typing import Final, TypeAlias
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+
+from imdsproxy.errors import ConfigInvalid
+
+HINT: Final = "apt install python3-cryptography, or pip install 'imdsproxy[fleet]'"
+"""For where that library is missing."""
+
+PrivateKey: TypeAlias = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
+
+
+def make_key() -> ec.EllipticCurvePrivateKey:
+    """A new key on P-256."""
+    return ec.generate_private_key(ec.SECP256R1())
+
+
+def render_key(key: PrivateKey) -> bytes:
+    """A key as PEM (PKCS #8, not encrypted)."""
+    form, plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    return key.private_bytes(serialization.Encoding.PEM, form, plain)
+
+
+def render_request(key: PrivateKey) -> bytes:
+    """A certificate signing request as PEM; it says nothing but the key: the hub knows who asks."""
+    request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
+    return request.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+def render_certificate(certificate: x509.Certificate) -> bytes:
+    """A certificate as PEM."""
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def parse_certificate(pem: bytes, where: str) -> x509.Certificate:
+    """The first certificate of a PEM file; `ConfigInvalid`, which names `where`, if there is none."""
+    try:
+        return x509.load_pem_x509_certificate(pem)
+    except ValueError as error:
+        raise ConfigInvalid(f"{where} holds no certificate in PEM") from error
+
+
+def fingerprint(certificate: x509.Certificate) -> str:
+    """SHA-256 of a certificate (DER), hexadecimal in lower case."""
+    return certificate.fingerprint(hashes.SHA256()).hex()
+
+
+def renewal_due(certificate: x509.Certificate, now: datetime) -> bool:
+    """Whether two thirds of a certificate's life are over."""
+    begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    return now >= begin + (end - begin) * 2 / 3

@@ -1,0 +1,250 @@
+"""The fleet's certificate authority: certificates of hubs, hosts and operators.
+
+All keys are ECDSA on P-256. A certificate's subject says who it is: OU the role, CN the name, O the project that an
+operator is limited to. Whose certificates are accepted is for hubs to decide, too: they keep a host's serial numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from ipaddress import ip_address
+from typing import Final, TypeAlias
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from imdsproxy.core.fleet.identity import Role
+from imdsproxy.core.model import ID_PATTERN
+from imdsproxy.errors import ConfigInvalid, RequestRefused
+from imdsproxy.host.certificates import PrivateKey, fingerprint, make_key, parse_certificate
+
+HOST_LIFE: Final = timedelta(days=30)
+HUB_LIFE: Final = timedelta(days=90)
+OPERATOR_LIFE: Final = timedelta(days=365)
+AUTHORITY_LIFE: Final = timedelta(days=3650)
+MAX_REQUEST: Final = 8192
+"""Bytes of a certificate signing request; one of P-256 has some 400."""
+
+_SKEW: Final = timedelta(hours=1)
+"""Certificates are good from so long before, for hosts whose clocks are behind."""
+
+_NAME: Final = re.compile(ID_PATTERN)
+_DNS_NAME: Final = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*")
+_BOTH: Final = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
+_CLIENT: Final = (ExtendedKeyUsageOID.CLIENT_AUTH,)
+
+PublicKey: TypeAlias = ec.EllipticCurvePublicKey
+
+
+@dataclass(frozen=True, slots=True)
+class _Life:
+    begin: datetime
+    length: timedelta
+
+
+@dataclass(frozen=True, slots=True)
+class Authority:
+    """A CA: its certificate, and the key that signs."""
+
+    certificate: x509.Certificate
+    key: PrivateKey
+
+    def __repr__(self) -> str:
+        return f"Authority({self.certificate.subject.rfc4514_string()})"
+
+    @property
+    def fingerprint(self) -> str:
+        """As `fingerprint` of its certificate."""
+        return fingerprint(self.certificate)
+
+    def certify_hub(
+        self, key: PublicKey, name: str, addresses: Sequence[str], now: datetime
+    ) -> x509.Certificate:
+        """A hub's certificate, with which it is a server, and a client of other hubs.
+
+        Args:
+            key: The hub's public key.
+            name: The hub's id.
+            addresses: DNS names and IP addresses by which hosts and operators reach it.
+            now: The time.
+
+        Raises:
+            RequestRefused: The name or an address is none.
+        """
+        subject = _subject(Role.HUB, name)
+        return self._sign(key, subject, _BOTH, _Life(now, HUB_LIFE), addresses)
+
+    def certify_host(self, key: PublicKey, name: str, now: datetime) -> x509.Certificate:
+        """A host's certificate; `RequestRefused` where the name is none."""
+        return self._sign(key, _subject(Role.HOST, name), _CLIENT, _Life(now, HOST_LIFE))
+
+    def certify_operator(
+        self, key: PublicKey, name: str, role: Role, scope: str | None, now: datetime
+    ) -> x509.Certificate:
+        """An operator's certificate, limited to the project `scope`; `RequestRefused` where a name is none."""
+        return self._sign(key, _subject(role, name, scope), _CLIENT, _Life(now, OPERATOR_LIFE))
+
+    def _sign(
+        self,
+        key: PublicKey,
+        subject: x509.Name,
+        uses: Sequence[x509.ObjectIdentifier],
+        life: _Life,
+        addresses: Sequence[str] = (),
+    ) -> x509.Certificate:
+        own = self.certificate
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(own.subject)
+            .public_key(key)
+            .serial_number(x509.random_serial_number())
+            # Python's ssl and OpenSSL refuse what is good longer than what signed it only when that has ended.
+            .not_valid_before(max(life.begin - _SKEW, own.not_valid_before_utc))
+            .not_valid_after(min(life.begin + life.length, own.not_valid_after_utc))
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(_key_usage(signs_certificates=False), critical=True)
+            .add_extension(x509.ExtendedKeyUsage(uses), critical=False)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+            .add_extension(_authority_key_identifier(own), critical=False)
+        )
+        if addresses:
+            names = x509.SubjectAlternativeName([_general_name(one) for one in addresses])
+            # Where a subject is empty the standard wants it critical (RFC 5280, 4.2.1.6).
+            builder = builder.add_extension(names, critical=not list(subject))
+        return builder.sign(self.key, hashes.SHA256())
+
+
+def make_authority(name: str, now: datetime) -> Authority:
+    """A new CA with a certificate that it signs itself."""
+    key = make_key()
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    public = key.public_key()
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(public)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - _SKEW)
+        .not_valid_after(now + AUTHORITY_LIFE)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_key_usage(signs_certificates=True), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    return Authority(certificate, key)
+
+
+def parse_authority(certificate: bytes, key: bytes, where: str) -> Authority:
+    """A CA out of the PEM of its certificate and its key.
+
+    Raises:
+        ConfigInvalid: They are none, don't belong together, or may not sign certificates.
+    """
+    own = parse_certificate(certificate, where)
+    try:
+        secret = serialization.load_pem_private_key(key, None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        # Its cause may show parts of the key.
+        raise ConfigInvalid(
+            f"the key of {where} cannot be read",
+            hint="it has to be in PEM and not encrypted: openssl pkey -in KEY",
+        ) from None
+    if not isinstance(secret, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey):
+        raise ConfigInvalid(f"the key of {where} is neither ECDSA nor RSA")
+    if secret.public_key() != own.public_key():
+        raise ConfigInvalid(f"the key does not belong to {where}")
+    if not _may_sign(own):
+        raise ConfigInvalid(
+            f"{where} may not sign certificates",
+            hint="a CA certificate has basicConstraints CA:TRUE and keyUsage keyCertSign",
+        )
+    return Authority(own, secret)
+
+
+def _may_sign(own: x509.Certificate) -> bool:
+    try:
+        constraints = own.extensions.get_extension_for_class(x509.BasicConstraints).value
+        # Python's ssl refuses a CA whose certificate has none.
+        usage = own.extensions.get_extension_for_class(x509.KeyUsage).value
+    except x509.ExtensionNotFound:
+        return False
+    return constraints.ca and usage.key_cert_sign
+
+
+def parse_request(pem: str) -> PublicKey:
+    """The key of a certificate signing request, whose owner has proved that it has the private one.
+
+    Subject and extensions that are asked for are ignored: a hub knows who asks.
+
+    Raises:
+        RequestRefused: It is no such request, not signed by its own key, or the key is not on P-256.
+    """
+    hint = "make it with `imdsproxy fleet join`"
+    if len(pem) > MAX_REQUEST:
+        raise RequestRefused("the certificate signing request is too long", hint=hint)
+    try:
+        request = x509.load_pem_x509_csr(pem.encode())
+        key, signed = request.public_key(), request.is_signature_valid
+    except (ValueError, UnsupportedAlgorithm, InvalidSignature) as error:
+        raise RequestRefused("it is no certificate signing request in PEM", hint=hint) from error
+    if not signed:
+        raise RequestRefused("the certificate signing request is not signed by its key", hint=hint)
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise RequestRefused("the key is not on the curve P-256", hint=hint)
+    return key
+
+
+def _subject(role: Role, name: str, scope: str | None = None) -> x509.Name:
+    for word in (name, scope):
+        if word is not None and _NAME.fullmatch(word) is None:
+            raise RequestRefused(
+                f"{word!r} is no name for a certificate",
+                hint="letters, digits, dots, dashes and underscores, at most 64",
+            )
+    parts = [(NameOID.ORGANIZATIONAL_UNIT_NAME, role.value), (NameOID.COMMON_NAME, name)]
+    if scope is not None:
+        parts.insert(0, (NameOID.ORGANIZATION_NAME, scope))
+    return x509.Name([x509.NameAttribute(oid, word) for oid, word in parts])
+
+
+def _general_name(address: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ip_address(address))
+    except ValueError:
+        pass
+    if _DNS_NAME.fullmatch(address) is None:
+        raise RequestRefused(f"{address!r} is neither an IP address nor a DNS name")
+    return x509.DNSName(address)
+
+
+def _authority_key_identifier(own: x509.Certificate) -> x509.AuthorityKeyIdentifier:
+    try:
+        found = own.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    except x509.ExtensionNotFound:
+        key = own.public_key()
+        if not isinstance(key, ec.EllipticCurvePublicKey | rsa.RSAPublicKey):
+            raise ConfigInvalid("the CA's key is neither ECDSA nor RSA") from None
+        return x509.AuthorityKeyIdentifier.from_issuer_public_key(key)
+    return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(found)
+
+
+def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not signs_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        encipher_only=False,
+        decipher_only=False,
+    )

@@ -1,0 +1,203 @@
+"""The files of a fleet on a hub: `fleet init` makes them, a hub reads them, and renews its own certificate."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Final
+
+from cryptography import x509
+
+from imdsproxy.core.fleet.identity import Role
+from imdsproxy.errors import AlreadyExists, ConfigUnreadable, RequestRefused
+from imdsproxy.host.certificates import (
+    make_key,
+    parse_certificate,
+    render_certificate,
+    render_key,
+    renewal_due,
+)
+from imdsproxy.host.files import ensure_directory, read_secret, write_atomic
+from imdsproxy.hub.authority import Authority, make_authority, parse_authority
+from imdsproxy.hub.envelope import Envelope, make_envelope, parse_envelope
+
+_SECRET: Final = 0o600
+_OPEN: Final = 0o644
+
+
+@dataclass(frozen=True, slots=True)
+class FleetFiles:
+    """What is in the directory of a fleet; all but `ca.crt` is secret."""
+
+    directory: Path
+
+    @property
+    def ca_certificate(self) -> Path:
+        """The CA certificate, which every host and operator gets."""
+        return self.directory / "ca.crt"
+
+    @property
+    def ca_key(self) -> Path:
+        """With which hubs sign hosts' certificates."""
+        return self.directory / "ca.key"
+
+    @property
+    def hub(self) -> Path:
+        """The certificate and key of the hub on this machine."""
+        return self.directory / "hub.pem"
+
+    @property
+    def envelope_key(self) -> Path:
+        """What seals secrets in etcd, the same on all hubs."""
+        return self.directory / "envelope.key"
+
+    def load_authority(self) -> Authority:
+        """The CA.
+
+        Raises:
+            ConfigUnreadable: There is no certificate.
+            ConfigInvalid: The files are no CA.
+            SecretUnreadable: The key cannot be read, or others may.
+        """
+        certificate = _read(self.ca_certificate)
+        return parse_authority(certificate, read_secret(self.ca_key), str(self.ca_certificate))
+
+    def load_envelope(self) -> Envelope:
+        """The keys that seal; `SecretUnreadable` where they cannot be read, or others may."""
+        return parse_envelope(read_secret(self.envelope_key), str(self.envelope_key))
+
+    def load_hub(self) -> x509.Certificate:
+        """This hub's certificate; raises as `load_authority`."""
+        return parse_certificate(read_secret(self.hub), str(self.hub))
+
+
+@dataclass(frozen=True, slots=True)
+class HubNames:
+    """How a hub is called: its id, and the DNS names and IP addresses by which it is reached."""
+
+    name: str
+    addresses: tuple[str, ...]
+
+
+def read_hub_names(certificate: x509.Certificate) -> HubNames:
+    """The names that are in a hub's certificate."""
+    (name,) = certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
+    found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    dns = found.get_values_for_type(x509.DNSName)
+    addresses = map(str, found.get_values_for_type(x509.IPAddress))
+    return HubNames(str(name.value), (*dns, *addresses))
+
+
+def make_hub_pem(authority: Authority, names: HubNames, now: datetime) -> bytes:
+    """A new key with its certificate; `RequestRefused` where a name is none."""
+    if not names.addresses:
+        raise RequestRefused("a hub needs an address", hint="--address hub1.example.net")
+    key = make_key()
+    signed = authority.certify_hub(key.public_key(), names.name, names.addresses, now)
+    return render_certificate(signed) + render_key(key)
+
+
+def renew_hub(files: FleetFiles, authority: Authority, now: datetime) -> bytes | None:
+    """Replace this hub's certificate where two thirds of its life are over.
+
+    Returns:
+        The new one with its key, for `Front.replace_certificate`; `None` where it is not time yet.
+
+    Raises:
+        ConfigInvalid: The file is no certificate.
+        HostRefused: It cannot be written.
+        SecretUnreadable: It cannot be read.
+    """
+    certificate = files.load_hub()
+    if not renewal_due(certificate, now):
+        return None
+    pem = make_hub_pem(authority, read_hub_names(certificate), now)
+    write_atomic(files.hub, pem, mode=_SECRET, durable=True)
+    return pem
+
+
+def init_fleet(files: FleetFiles, given: Authority | None, hub: HubNames, now: datetime) -> str:
+    """Make a fleet: its CA, unless one is given, its first hub's certificate, and the key that seals.
+
+    Returns:
+        The CA certificate's fingerprint.
+
+    Raises:
+        AlreadyExists: There is a fleet in the directory.
+        HostRefused: A file cannot be written.
+        RequestRefused: A name is none.
+    """
+    there = [
+        one
+        for one in (files.ca_certificate, files.ca_key, files.hub, files.envelope_key)
+        if one.exists()
+    ]
+    if there:
+        raise AlreadyExists(
+            f"{there[0]} is there already",
+            hint="a fleet is made once; --directory names another place",
+        )
+    authority = given or make_authority("imdsproxy fleet", now)
+    pem = make_hub_pem(authority, hub, now)
+    _write_hub(files, authority, make_envelope(), pem)
+    return authority.fingerprint
+
+
+def add_hub(files: FleetFiles, output: Path, hub: HubNames, now: datetime) -> None:
+    """Put what a further hub needs into a new directory: all that this one has, and a certificate of its own.
+
+    Raises:
+        AlreadyExists: The directory is there.
+        ImdsproxyError: As `FleetFiles.load_authority`, `make_hub_pem` and `write_atomic`.
+    """
+    if output.exists():
+        raise AlreadyExists(f"{output} is there already", hint="--output names another directory")
+    authority, envelope = files.load_authority(), read_secret(files.envelope_key)
+    parse_envelope(envelope, str(files.envelope_key))
+    pem = make_hub_pem(authority, hub, now)
+    _write_hub(FleetFiles(output), authority, envelope + b"\n", pem)
+
+
+def make_operator_pem(
+    authority: Authority, name: str, role: Role, scope: str | None, now: datetime
+) -> bytes:
+    """All that an operator needs, in one file: key, certificate, and at its end the CA certificate.
+
+    Raises:
+        RequestRefused: The name or the project is none.
+    """
+    key = make_key()
+    signed = authority.certify_operator(key.public_key(), name, role, scope, now)
+    ca = render_certificate(authority.certificate)
+    return render_key(key) + render_certificate(signed) + ca
+
+
+def write_secret(path: Path, pem: bytes) -> None:
+    """A new file that is for this account only.
+
+    Raises:
+        AlreadyExists: It is there.
+        HostRefused: It cannot be written.
+    """
+    if path.exists():
+        raise AlreadyExists(f"{path} is there already", hint="--output names another file")
+    write_atomic(path, pem, mode=_SECRET, durable=True)
+
+
+def _write_hub(files: FleetFiles, authority: Authority, envelope: bytes, pem: bytes) -> None:
+    ensure_directory(files.directory, mode=0o700)
+    # The CA certificate is last: with it the fleet is there.
+    write_atomic(files.ca_key, render_key(authority.key), mode=_SECRET, durable=True)
+    write_atomic(files.envelope_key, envelope, mode=_SECRET, durable=True)
+    write_atomic(files.hub, pem, mode=_SECRET, durable=True)
+    ca = render_certificate(authority.certificate)
+    write_atomic(files.ca_certificate, ca, mode=_OPEN, durable=True)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigUnreadable(
+            f"cannot read {path}: {error.strerror}",
+            hint="`imdsproxy fleet init` makes it; --directory names another place",
+        ) from error

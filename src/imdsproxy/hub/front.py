@@ -1,0 +1,257 @@
+"""HAProxy in front of a hub: it ends TLS, verifies certificates, and says in headers whose they are.
+
+A child of the hub's process, in front of two sockets: of streams, and of all else (`front.cfg`). A renewed certificate
+is put in place by a command, so that no stream ends. It ends with the hub, also when that is killed.
+"""
+
+import asyncio
+import contextlib
+import json
+import pkgutil
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from imdsproxy.core.fleet import identity, stream
+from imdsproxy.core.haproxy.runtime import parse_failure
+from imdsproxy.core.haproxy.text import Block, Value, blocks_of, fill_sections, name_values, render
+from imdsproxy.core.model import ID_PATTERN
+from imdsproxy.core.wire import RETRY_AFTER_S
+from imdsproxy.dataplane.master import exchange
+from imdsproxy.errors import ConfigRejected, HaproxyMissing, RuntimeUnavailable
+from imdsproxy.host import process
+from imdsproxy.host.files import write_atomic
+
+MAX_CONNECTIONS: Final = 25_000
+ENROLMENTS_A_MINUTE: Final = 60
+"""From one address."""
+
+_ENROLMENT_BYTES: Final = 16_384
+_STRANGERS: Final = 32
+"""Connections without a certificate that one address may have."""
+
+_ANSWER_S: Final = 330
+"""How long a hub may take to answer: an operator may wait for hosts."""
+
+_CHECK_S: Final = 10.0
+_START_S: Final = 20.0
+_COMMAND_S: Final = 5.0
+_STOP_S: Final = 5.0
+_POLL_S: Final = 0.02
+_LINES: Final = 40
+_OWN_DESCRIPTORS: Final = 200
+
+_JSON: Final = "application/problem+json"
+_ANSWERS: Final = {
+    "bad_request": (
+        400,
+        "request-refused",
+        "the request is not acceptable",
+        "a body needs a Content-Length, and is not sent in chunks",
+    ),
+    "no_certificate": (
+        401,
+        "certificate-missing",
+        "a client certificate of this fleet is needed",
+        "hosts get theirs by `imdsproxy fleet join`, operators by `imdsproxy fleet operator`",
+    ),
+    "not_allowed": (
+        403,
+        "access-denied",
+        "the client certificate's role may not use this route",
+        "operators' certificates are made by `imdsproxy fleet operator`",
+    ),
+    "no_method": (405, "method-not-allowed", "this route does not take this method", ""),
+    "too_slow": (408, "request-refused", "the request did not arrive in time", ""),
+    "too_large": (413, "request-refused", "the request is too large", ""),
+    "too_often": (429, "too-many-requests", "too many attempts to enrol", "wait a minute"),
+    "unavailable": (503, "hub-unavailable", "the hub does not answer", "another hub may"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class FrontSpec:
+    """Everything that the configuration is a function of.
+
+    Attributes:
+        listen: Addresses with ports, as HAProxy's `bind` takes them: `192.0.2.1:8469`, `[::]:8469`.
+        certificate: PEM file of the hub's certificate and key.
+        authority: PEM file of the CA certificate.
+        stream_socket: Unix socket of hosts' streams.
+        api_socket: Unix socket of all else.
+        control: Where HAProxy takes commands.
+        maxconn: The most connections at once.
+        nbthread: HAProxy's threads.
+    """
+
+    listen: Sequence[str]
+    certificate: Path
+    authority: Path
+    stream_socket: Path
+    api_socket: Path
+    control: Path
+    maxconn: int = MAX_CONNECTIONS
+    nbthread: int = 1
+
+
+def fitting_maxconn(descriptors: int) -> int:
+    """The most connections with so many open files (-1: no limit); each needs two."""
+    if descriptors < 0:
+        return MAX_CONNECTIONS
+    return max(1, min(MAX_CONNECTIONS, (descriptors - _OWN_DESCRIPTORS) // 2))
+
+
+def render_front(spec: FrontSpec) -> str:
+    """The configuration's text; raises `UnquotableWord` where a path holds a control character."""
+    template = (pkgutil.get_data(__package__, "front.cfg") or b"").decode()
+    blocks = blocks_of(template)
+    values: dict[str, Value] = {
+        **name_values(vars(identity)),
+        **{f"role_{role.name.lower()}": role.value for role in identity.Role},
+        **{name: _problem(name) for name in _ANSWERS},
+        "json": _JSON,
+        # In PCRE `$` is also before a line break at the end.
+        "name": ID_PATTERN.replace("$", r"\z"),
+        "own_headers": "x-imdsproxy-",
+        "stream_path": stream.STREAM_PATH,
+        "blob_path": f"^{stream.BLOB_PATH}[0-9a-f]{{64}}$",
+        "hub_paths": "/fleet/",
+        "upgrade": stream.UPGRADE,
+        "retry_after_s": RETRY_AFTER_S,
+        "answer_s": _ANSWER_S,
+        "strangers": _STRANGERS,
+        "enrolments": ENROLMENTS_A_MINUTE,
+        "enrolment_bytes": _ENROLMENT_BYTES,
+        "maxconn": spec.maxconn,
+        "nbthread": spec.nbthread,
+        "control": str(spec.control),
+        "certificate": str(spec.certificate),
+        "authority": str(spec.authority),
+        "stream_socket": f"unix@{spec.stream_socket}",
+        "api_socket": f"unix@{spec.api_socket}",
+        "binds": Block(blocks["bind"].template, [{"address": one} for one in spec.listen]),
+    }
+    return render(fill_sections(template, values))
+
+
+def _problem(name: str) -> str:
+    status, code, message, hint = _ANSWERS[name]
+    shape = {"status": status, "code": code, "message": message, "hint": hint, "problems": []}
+    return json.dumps(shape)
+
+
+class Front:
+    """HAProxy, from its start to its end.
+
+    Args:
+        program: HAProxy's path.
+        spec: What it does.
+        config: Where its configuration is written.
+    """
+
+    def __init__(self, program: str, spec: FrontSpec, config: Path) -> None:
+        self._program, self._spec, self._config = program, spec, config
+        self._child: asyncio.subprocess.Process | None = None
+        self._reading: asyncio.Task[None] | None = None
+        self._last: deque[str] = deque(maxlen=_LINES)
+
+    async def start(self) -> None:
+        """Check the configuration, start, and wait until connections are taken.
+
+        Raises:
+            ConfigRejected: HAProxy refuses, in its own words: a certificate, or an address that is in use.
+            HaproxyMissing: It cannot be run.
+            HostRefused: The file cannot be written, or a check does not end.
+            RuntimeUnavailable: It doesn't come up in time.
+        """
+        write_atomic(self._config, render_front(self._spec).encode(), mode=0o600)
+        arguments = (self._program, "-f", str(self._config))
+        try:
+            status, words = await process.run_program(*arguments, "-c", deadline_s=_CHECK_S)
+            if status != 0:
+                raise ConfigRejected(f"HAProxy refuses {self._config}: {parse_failure(words)}")
+            # The signal comes when the thread that starts it ends: it is the main one.
+            self._child = await asyncio.create_subprocess_exec(
+                *("setpriv", "--pdeathsig", "KILL", *arguments, "-db"),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE,
+            )
+        except OSError as error:
+            raise HaproxyMissing(
+                f"cannot run {error.filename or self._program}: {error.strerror}"
+            ) from error
+        self._reading = asyncio.create_task(self._read(self._child))
+        try:
+            async with asyncio.timeout(_START_S):
+                await self._wait_until_up(self._child)
+        except TimeoutError as error:
+            await self.stop()
+            raise RuntimeUnavailable(f"HAProxy did not come up within {_START_S:g} s") from error
+
+    async def _wait_until_up(self, child: asyncio.subprocess.Process) -> None:
+        while True:
+            if child.returncode is not None:
+                raise ConfigRejected(f"HAProxy did not start: {await self.wait()}")
+            with contextlib.suppress(RuntimeUnavailable):
+                # A socket of one that ended before is another process's.
+                if f"Pid: {child.pid}\n" in await self._send("show info"):
+                    return
+            await asyncio.sleep(_POLL_S)
+
+    async def _read(self, child: asyncio.subprocess.Process) -> None:
+        assert child.stderr is not None  # noqa: S101 - it is a pipe
+        while line := (await child.stderr.readline()).decode("utf-8", "replace").strip():
+            self._last.append(line)
+            structlog.get_logger().info("connection to the hub", haproxy=line)
+
+    async def wait(self) -> str:
+        """Wait until it has ended; why it did."""
+        if self._child is None or self._reading is None:
+            return "it was not started"
+        status = await self._child.wait()
+        await self._reading
+        words = parse_failure("\n".join(self._last))[-2000:] or "it wrote nothing"
+        return f"exit status {status}: {words}"
+
+    async def replace_certificate(self, pem: bytes) -> None:
+        """Show this certificate (with its key, PEM) on new connections; those that are open stay.
+
+        Raises:
+            ConfigRejected: HAProxy refuses it; the one before stays.
+            RuntimeUnavailable: HAProxy does not answer.
+        """
+        path = self._spec.certificate
+        text = "\n".join(line for line in pem.decode().splitlines() if line.strip())
+        answer = await self._send(f"set ssl cert {path} <<\n{text}\n")
+        if "Transaction created" in answer or "Transaction updated" in answer:
+            answer = await self._send(f"commit ssl cert {path}")
+        if "Success!" not in answer:
+            await self._send(f"abort ssl cert {path}")
+            raise ConfigRejected(f"HAProxy refuses the renewed certificate: {answer.strip()}")
+
+    async def _send(self, command: str) -> str:
+        try:
+            answer = await exchange(self._spec.control, f"{command}\n", _COMMAND_S, end=True)
+        except OSError as error:
+            raise RuntimeUnavailable(f"HAProxy does not answer: {error}") from error
+        return answer.decode("utf-8", "replace")
+
+    async def stop(self) -> None:
+        """End it, with all connections."""
+        if self._child is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            self._child.terminate()
+        try:
+            async with asyncio.timeout(_STOP_S):
+                await self._child.wait()
+        except TimeoutError:
+            self._child.kill()
+            await self._child.wait()
+        if self._reading is not None:
+            await self._reading

@@ -1,0 +1,161 @@
+"""HAProxy in front of a hub: its start, its end, and a certificate that is renewed under open streams."""
+
+import asyncio
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from imdsproxy.errors import ConfigRejected
+from imdsproxy.host.process import find_processes
+from imdsproxy.hub.front import Front, FrontSpec
+from support.fleet_front import Certificates, client_context, make_certificates
+from support.lab import until
+from support.patience import patience
+
+pytestmark = pytest.mark.root
+
+_HUB = """
+import asyncio, sys
+from pathlib import Path
+from imdsproxy.hub.front import Front, FrontSpec
+
+async def main(port, directory):
+    directory = Path(directory)
+    spec = FrontSpec((f"127.0.0.1:{port}",), directory / "hub.pem", directory / "ca.crt",
+                     directory / "s.sock", directory / "a.sock", directory / "c.sock", maxconn=50)
+    await Front("haproxy", spec, directory / "front.cfg").start()
+    print("up", flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+def _free_port() -> int:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        return int(holder.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return make_certificates(tmp_path_factory.mktemp("fleet") / "certificates")
+
+
+@pytest.fixture
+def spec(certificates: Certificates, tmp_path: Path) -> FrontSpec:
+    return FrontSpec(
+        listen=(f"127.0.0.1:{_free_port()}",),
+        certificate=certificates.hub().pem,
+        authority=certificates.ca_file,
+        stream_socket=tmp_path / "stream.sock",
+        api_socket=tmp_path / "api.sock",
+        control=tmp_path / "control.sock",
+        maxconn=50,
+    )
+
+
+async def _shown(spec: FrontSpec, ca_file: Path) -> int:
+    """The number of the certificate that a new connection is shown."""
+    port = int(spec.listen[0].rpartition(":")[2])
+    context = client_context(ca_file)
+    _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context)
+    found = writer.get_extra_info("peercert")
+    writer.transport.abort()
+    return int(found["serialNumber"], 16)
+
+
+async def test_a_renewed_certificate_is_shown_to_new_connections_and_no_stream_ends(
+    certificates: Certificates, spec: FrontSpec, tmp_path: Path
+) -> None:
+    async def stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(
+            b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: imdsproxy-fleet\r\n\r\n"
+        )
+        while line := await reader.readline():
+            writer.write(line)
+        writer.close()
+
+    host = certificates.host("host-1")
+    server = await asyncio.start_unix_server(stream, spec.stream_socket)
+    front = Front("haproxy", spec, tmp_path / "front.cfg")
+    await front.start()
+    try:
+        port = int(spec.listen[0].rpartition(":")[2])
+        context = client_context(certificates.ca_file, host)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context)
+        writer.write(
+            b"GET /fleet/stream HTTP/1.1\r\nHost: hub\r\nConnection: upgrade\r\nUpgrade: imdsproxy-fleet\r\n\r\n"
+        )
+        await reader.readuntil(b"\r\n\r\n")
+        before = await _shown(spec, certificates.ca_file)
+        renewed = certificates.hub()
+        await front.replace_certificate(renewed.pem.read_bytes())
+        after = await _shown(spec, certificates.ca_file)
+        assert (f"{before:X}" != renewed.serial, f"{after:X}".lstrip("0")) == (
+            True,
+            renewed.serial.lstrip("0"),
+        )
+        writer.write(b"still here\n")
+        assert await reader.readline() == b"still here\n"
+        with pytest.raises(ConfigRejected):
+            await front.replace_certificate(b"-----BEGIN CERTIFICATE-----\nno\n")
+        assert await _shown(spec, certificates.ca_file) == after
+        writer.transport.abort()
+    finally:
+        await front.stop()
+        server.close()
+        await server.wait_closed()
+
+
+async def test_a_front_that_cannot_start_says_why(spec: FrontSpec, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.pem"
+    broken.write_text("no certificate")
+    front = Front("haproxy", replace(spec, certificate=broken), tmp_path / "broken.cfg")
+    with pytest.raises(ConfigRejected, match=r"broken\.pem"):
+        await front.start()
+    one = Front("haproxy", spec, tmp_path / "front.cfg")
+    await one.start()
+    try:
+        other = Front(
+            "haproxy", replace(spec, control=tmp_path / "other.sock"), tmp_path / "other.cfg"
+        )
+        with pytest.raises(ConfigRejected, match="in use"):
+            await other.start()
+    finally:
+        await one.stop()
+
+
+async def test_the_end_of_a_front_is_noticed_with_its_reason(
+    spec: FrontSpec, tmp_path: Path
+) -> None:
+    front = Front("haproxy", spec, tmp_path / "front.cfg")
+    await front.start()
+    ending = asyncio.create_task(front.wait())
+    (child,) = find_processes("haproxy", {str(tmp_path / "front.cfg")})
+    child.kill(signal.SIGKILL)
+    async with asyncio.timeout(10 * patience()):
+        assert "-9" in await ending
+    child.close()
+    await front.stop()
+
+
+def test_a_front_ends_with_its_hub_that_is_killed(
+    certificates: Certificates, tmp_path: Path
+) -> None:
+    (tmp_path / "hub.pem").write_bytes(certificates.hub().pem.read_bytes())
+    (tmp_path / "ca.crt").write_bytes(certificates.ca_file.read_bytes())
+    command = [sys.executable, "-c", _HUB, str(_free_port()), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as hub:
+        assert hub.stdout is not None
+        assert hub.stdout.readline() == b"up\n"
+        (child,) = find_processes("haproxy", {str(tmp_path / "front.cfg")})
+        hub.kill()
+    until(lambda: not child.alive(), what="HAProxy's end")
+    child.close()

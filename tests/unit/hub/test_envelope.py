@@ -1,0 +1,60 @@
+"""Secrets as they are in etcd."""
+
+import pytest
+
+from imdsproxy.errors import SecretUnreadable, SourceCorrupt
+from imdsproxy.hub.envelope import Envelope, make_envelope, parse_envelope
+
+_PLACE, _SECRET = "/imds/1/key/1", b"the key of all tokens"
+
+
+def test_what_is_sealed_opens_in_its_place_with_a_key_of_that_name_only() -> None:
+    one, other = (parse_envelope(make_envelope(), "f") for _ in range(2))
+    sealed = one.seal(_PLACE, _SECRET)
+    assert one.open(_PLACE, sealed) == _SECRET
+    assert _SECRET not in sealed
+    assert one.seal(_PLACE, _SECRET) != sealed
+    renamed = Envelope({"2": one.keys["1"]})
+    changed = sealed[:-1] + bytes([sealed[-1] ^ 1])
+    for envelope, place, data in (
+        (one, "/imds/1/key/2", sealed),
+        (other, _PLACE, sealed),
+        (renamed, _PLACE, sealed),
+        (one, _PLACE, changed),
+        (one, _PLACE, sealed[:8]),
+        (one, _PLACE, b""),
+        (one, _PLACE, b"\xff\0" + sealed),
+    ):
+        with pytest.raises(SourceCorrupt) as raised:
+            envelope.open(place, data)
+        assert _SECRET.decode() not in str(raised.value)
+
+
+def test_the_first_key_seals_and_the_others_still_open() -> None:
+    before = make_envelope("old")
+    sealed = parse_envelope(before, "f").seal(_PLACE, _SECRET)
+    both = parse_envelope(make_envelope("new") + before, "f")
+    assert both.open(_PLACE, sealed) == _SECRET
+    assert both.seal(_PLACE, _SECRET).startswith(b"new\0")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"secret",
+        b"1 c2VjcmV0",
+        b"1  " + make_envelope()[2:],
+        make_envelope() + make_envelope(),
+        b"\xff\n",
+    ],
+)
+def test_a_file_that_holds_no_keys_is_refused_and_not_repeated(text: bytes) -> None:
+    with pytest.raises(SecretUnreadable) as raised:
+        parse_envelope(text, "envelope.key")
+    assert "c2Vj" not in str(raised.value)
+    assert raised.value.__cause__ is None
+
+
+def test_keys_are_in_no_text_of_an_envelope() -> None:
+    assert repr(parse_envelope(make_envelope("a"), "f")) == "Envelope(a)"
