@@ -13,6 +13,7 @@ from typing import Any, Final, TypeAlias
 
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.layout import HostId, Json, Meta, Unreadable
+from imdsproxy.core.fleet.members import parse_host
 from imdsproxy.core.fleet.stream import Batch, Bye, ByeCode, Hello, ItemKey
 from imdsproxy.core.model import InstanceId
 
@@ -148,6 +149,8 @@ class FleetState:
         elif key.startswith(layout.POLICIES):
             layout.decode(value)
             self._touch(f"policy/{key.removeprefix(layout.POLICIES)}", touched)
+        elif key.startswith(layout.HOSTS):
+            parse_host(value)
         elif key.startswith(layout.KEYS):
             layout.decode(value)
             self._keys_revision = max(self._keys_revision, change.mod_revision)

@@ -14,6 +14,7 @@ from typing import Any, Final, cast
 
 import structlog
 
+from imdsproxy.core.fleet.identity import Role, read_identity
 from imdsproxy.core.fleet.layout import HostId
 from imdsproxy.core.fleet.stream import (
     MAX_LINE,
@@ -49,6 +50,7 @@ _SLOW_S: Final = 60.0
 """So long a host may not read, or not answer pings."""
 
 _BATCH_BYTES: Final = 256 * 1024
+_HELLO_S: Final = 30.0
 _ALL: Final = HostId("*")
 
 _log = structlog.get_logger()
@@ -230,16 +232,24 @@ class HostStream(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Of asyncio."""
         self._transport = cast("asyncio.Transport", transport)
+        asyncio.get_running_loop().call_later(_HELLO_S, self._expect_hello)
+
+    def _expect_hello(self) -> None:
+        if not self.greeted and self._transport is not None:
+            self._transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Of asyncio."""
-        if self._streams.hosts.get(self.host) is self:
-            del self._streams.hosts[self.host]
-            self._streams.progressed(self.host)
-            _log.info("host left", host=self.host, reason="" if exc is None else str(exc))
+        self._forget("closed" if exc is None else str(exc))
         for future in self._asked.values():
             future.cancel()
         self._transport = None
+
+    def _forget(self, reason: str) -> None:
+        if self._streams.hosts.get(self.host) is self:
+            del self._streams.hosts[self.host]
+            self._streams.progressed(self.host)
+            _log.info("host left", host=self.host, reason=reason)
 
     def pause_writing(self) -> None:
         """Of asyncio."""
@@ -285,12 +295,14 @@ class HostStream(asyncio.Protocol):
         if first.split(" ")[:2] != ["GET", STREAM_PATH] or headers.get("upgrade") != UPGRADE:
             self._refuse(b"426 Upgrade Required")
             return False
-        host, serial = (headers.get(f"x-imdsproxy-{one}", "") for one in ("name", "serial"))
-        good = headers.get("x-imdsproxy-role") == "host" and host
-        if not (good and self._streams.admits(HostId(host), serial)):
+        who = read_identity(headers)
+        if who is None or who.role is not Role.HOST:
             self._refuse(b"403 Forbidden")
             return False
-        self.host, self.serial = HostId(host), serial
+        if not self._streams.admits(HostId(who.name), who.serial):
+            self._refuse(b"403 Forbidden")
+            return False
+        self.host, self.serial = HostId(who.name), who.serial
         self._write(
             b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: "
             + UPGRADE.encode()
@@ -408,9 +420,7 @@ class HostStream(asyncio.Protocol):
     def leave(self, code: ByeCode, reason: str = "") -> None:
         """End the stream; what is written and not read is lost."""
         self.send(Bye(code, reason))
-        if self._streams.hosts.get(self.host) is self:
-            del self._streams.hosts[self.host]
-            self._streams.progressed(self.host)
+        self._forget(code.value)
         transport = self._transport
         if transport is None:
             return

@@ -20,7 +20,7 @@ BLOB_PATH: Final = "/fleet/blob/"
 
 UPGRADE: Final = "imdsproxy-fleet"
 FORMAT: Final = 1
-MAX_LINE: Final = 16 * 1024 * 1024
+MAX_LINE: Final = 4 * 1024 * 1024
 """Bytes; a longer line ends the stream."""
 
 ItemKey: TypeAlias = str

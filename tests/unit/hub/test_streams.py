@@ -1,0 +1,308 @@
+"""A host's stream: who is let in, what is sent to a host that reads, and to one that does not."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from imdsproxy.core.fleet import layout
+from imdsproxy.core.fleet.layout import HostId, Meta, StoredInstance
+from imdsproxy.core.fleet.stream import (
+    MAX_LINE,
+    Ack,
+    Answer,
+    Ask,
+    Batch,
+    Bye,
+    ByeCode,
+    FromHost,
+    FromHub,
+    Hello,
+    Ping,
+    parse_from_hub,
+    render_line,
+)
+from imdsproxy.core.model import InstanceId
+from imdsproxy.errors import SourceUnavailable
+from imdsproxy.host.servers import open_unix_socket
+from imdsproxy.hub.state import Change, FleetState
+from imdsproxy.hub.streams import Streams
+from support.hand_clock import HandClock
+from support.patience import patience
+
+A, B = HostId("a"), HostId("b")
+
+_M = TypeVar("_M", Batch, Ping, Ask, Bye)
+
+
+def instance(name: str, revision: int, *hosts: HostId, size: int = 0) -> Change:
+    stored = StoredInstance(hosts, {"id": name, "name": f"{name}-{revision}", "tags": "x" * size})
+    return Change(layout.instance_key(InstanceId(name)), layout.render_instance(stored), revision)
+
+
+@dataclass
+class Host:
+    """The other end of a stream."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    def send(self, *messages: FromHost) -> None:
+        self.writer.write(b"".join(map(render_line, messages)))
+
+    async def line(self) -> FromHub | None:
+        async with asyncio.timeout(10 * patience()):
+            line = await self.reader.readline()
+        return parse_from_hub(line) if line else None
+
+    async def next(self, kind: type[_M]) -> _M:
+        found = await self.line()
+        assert isinstance(found, kind), found
+        return found
+
+
+@dataclass
+class World:
+    """Streams on a socket, as HAProxy has it before it."""
+
+    socket: Path
+    state: FleetState = field(default_factory=FleetState)
+    clock: HandClock = field(default_factory=lambda: HandClock(pace=1))
+    revoked: set[str] = field(default_factory=set)
+    suspicions: list[tuple[HostId, str, int]] = field(default_factory=list)
+    writers: list[asyncio.StreamWriter] = field(default_factory=list)
+    streams: Streams = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.streams = Streams(self.state, self.clock, lambda _, serial: serial not in self.revoked)
+        self.streams.suspect = lambda *words: self.suspicions.append(words)
+        self.state.apply(1, [Change(layout.META, layout.render_meta(Meta("f")), 1)])
+
+    def commit(self, *changes: Change) -> int:
+        revision = changes[-1].mod_revision
+        self.streams.deliver(self.state.apply(revision, changes))
+        return revision
+
+    async def head(
+        self, *lines: str, first: str = "GET /fleet/stream HTTP/1.1"
+    ) -> tuple[bytes, Host]:
+        reader, writer = await asyncio.open_unix_connection(str(self.socket), limit=2**18)
+        self.writers.append(writer)
+        writer.write("\r\n".join((first, *lines, "", "")).encode())
+        async with asyncio.timeout(10 * patience()):
+            answer = await reader.readuntil(b"\r\n\r\n")
+        return answer.split(b"\r\n")[0], Host(reader, writer)
+
+    async def join(self, name: str, serial: str = "1", hello: Hello | None = None) -> Host:
+        answer, host = await self.head(
+            "Upgrade: imdsproxy-fleet",
+            "X-Imdsproxy-Role: host",
+            f"X-Imdsproxy-Name: {name}",
+            f"X-Imdsproxy-Serial: {serial}",
+        )
+        assert answer == b"HTTP/1.1 101 Switching Protocols"
+        host.send(hello or Hello())
+        return host
+
+    async def until(self, host: HostId, why: str | None, revision: int) -> None:
+        async with asyncio.timeout(10 * patience()):
+            while self.streams.lacks(host, revision) != why:
+                await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    one = World(tmp_path / "s")
+    task = asyncio.create_task(one.streams.run(open_unix_socket(one.socket, mode=0o600)))
+    yield one
+    task.cancel()
+    await asyncio.wait([task])
+    for writer in one.writers:
+        writer.close()
+    for writer in one.writers:
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+async def test_a_host_gets_what_it_lacks_and_then_each_change(world: World) -> None:
+    world.commit(instance("web", 2, A), instance("db", 3, B))
+    host = await world.join("a", hello=Hello("f", 1, 1, {}))
+    first = await host.next(Batch)
+    assert (first.revision, set(first.put), first.fleet) == (3, {"instance/web"}, "f")
+    world.commit(instance("web", 4, A))
+    assert (await host.next(Batch)).put["instance/web"][0] == 4
+    world.commit(instance("web", 5, B))
+    assert "instance/web" in (await host.next(Batch)).remove
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        (),
+        ("X-Imdsproxy-Role: operator", "X-Imdsproxy-Name: a", "X-Imdsproxy-Serial: 1"),
+        ("X-Imdsproxy-Role: host", "X-Imdsproxy-Name: a", "X-Imdsproxy-Serial: BAD"),
+    ],
+)
+async def test_only_an_admitted_hosts_certificate_opens_a_stream(
+    world: World, headers: tuple[str, ...]
+) -> None:
+    world.revoked.add("BAD")
+    answer, host = await world.head("Upgrade: imdsproxy-fleet", *headers)
+    assert answer == b"HTTP/1.1 403 Forbidden"
+    assert await host.line() is None
+    assert not world.streams.hosts
+
+
+async def test_what_is_no_upgrade_is_refused(world: World) -> None:
+    answer, _ = await world.head("X-Imdsproxy-Role: host")
+    assert answer == b"HTTP/1.1 426 Upgrade Required"
+
+
+async def test_a_revoked_hosts_stream_ends_at_once_and_the_others_go_on(world: World) -> None:
+    first, second = await world.join("a", "AA"), await world.join("b", "BB")
+    await first.next(Batch)
+    await second.next(Batch)
+    world.revoked.add("AA")
+    world.streams.review()
+    assert (await first.next(Bye)).code is ByeCode.REVOKED
+    assert await first.line() is None
+    world.commit(instance("web", 7, A, B))
+    assert (await second.next(Batch)).revision == 7
+
+
+async def test_a_revision_is_in_force_when_every_host_of_it_has_acknowledged(world: World) -> None:
+    first, second = await world.join("a"), await world.join("b")
+    await first.next(Batch)
+    await second.next(Batch)
+    revision = world.commit(instance("web", 8, A, B))
+    waiting = asyncio.create_task(world.streams.wait([A, B], revision, 60))
+    assert (await first.next(Batch)).revision == revision
+    first.send(Ack(revision))
+    await world.until(A, None, revision)
+    assert not waiting.done()
+    assert await world.streams.wait([A, B], revision, 0.01) == {B: "not acknowledged yet"}
+    second.send(Ack(revision))
+    assert await waiting == {}
+
+
+async def test_what_a_host_could_not_apply_is_named(world: World) -> None:
+    host = await world.join("a")
+    await host.next(Batch)
+    revision = world.commit(instance("web", 8, A))
+    host.send(Ack(revision, {"instance/web": "its MAC is not one"}))
+    await world.until(A, "instance/web: its MAC is not one", revision)
+
+
+async def test_a_host_that_is_away_has_nothing_in_force(world: World) -> None:
+    host = await world.join("a")
+    await host.next(Batch)
+    host.writer.close()
+    await world.until(A, "not connected", 1)
+
+
+async def test_a_host_that_does_not_read_costs_no_queue_and_then_gets_the_latest(
+    world: World,
+) -> None:
+    host = await world.join("a")
+    await host.next(Batch)
+    revision = 10
+    while not world.streams.hosts[A]._paused_at:
+        revision += 1
+        world.commit(instance("web", revision, A, size=100_000))
+        await asyncio.sleep(0)
+    for _ in range(200):
+        revision += 1
+        world.commit(instance("web", revision, A, size=100_000))
+        await asyncio.sleep(0)
+    buffered = world.streams.hosts[A]._transport
+    assert buffered is not None
+    assert buffered.get_write_buffer_size() < 1_000_000
+    batches = 0
+    while (await host.next(Batch)).revision < revision:
+        batches += 1
+    assert batches < 100
+
+
+async def test_a_host_that_does_not_read_for_a_minute_is_cut(world: World) -> None:
+    host = await world.join("a")
+    await host.next(Batch)
+    while not world.streams.hosts[A]._paused_at:
+        world.commit(instance("web", world.state.revision + 1, A, size=100_000))
+        await asyncio.sleep(0)
+    world.clock.time += 61
+    world.streams.hosts[A].keep_alive(world.clock.monotonic(), b"")
+    assert A not in world.streams.hosts
+
+
+async def test_a_host_that_comes_again_takes_the_place_of_its_old_stream(world: World) -> None:
+    old = await world.join("a")
+    await old.next(Batch)
+    new = await world.join("a")
+    await new.next(Batch)
+    assert (await old.next(Bye)).code is ByeCode.REPLACED
+    assert await old.line() is None
+    world.commit(instance("web", 5, A))
+    assert (await new.next(Batch)).revision == 5
+
+
+async def test_a_host_that_is_ahead_is_sent_away_and_the_store_is_doubted(world: World) -> None:
+    host = await world.join("a", hello=Hello("f", 1, 99, {}))
+    assert (await host.next(Bye)).code is ByeCode.BEHIND
+    assert [(one, revision) for one, _, revision in world.suspicions] == [(A, 99)]
+
+
+async def test_a_host_that_has_what_etcd_lacks_keeps_it_and_the_store_is_doubted(
+    world: World,
+) -> None:
+    host = await world.join("a", hello=Hello("f", 1, 1, {"instance/web": 1}))
+    batch = await host.next(Batch)
+    assert (batch.remove, set(batch.held)) == ((), {"instance/web"})
+    assert [(one, revision) for one, _, revision in world.suspicions] == [(A, 0)]
+
+
+@pytest.mark.parametrize("sent", [b"no json\n", b'{"ack":1}\n', render_line(Hello()) * 2])
+async def test_a_line_that_no_host_sends_ends_the_stream(world: World, sent: bytes) -> None:
+    _, host = await world.head(
+        "Upgrade: imdsproxy-fleet",
+        "X-Imdsproxy-Role: host",
+        "X-Imdsproxy-Name: a",
+        "X-Imdsproxy-Serial: 1",
+    )
+    host.writer.write(sent)
+    last = None
+    while (found := await host.line()) is not None:
+        last = found
+    assert isinstance(last, Bye)
+    assert last.code is ByeCode.FORMAT
+    assert not world.streams.hosts
+
+
+async def test_a_line_without_end_ends_the_stream(world: World) -> None:
+    host = await world.join("a")
+    await host.next(Batch)
+    host.writer.write(b"x" * (MAX_LINE + 1))
+    async with asyncio.timeout(10 * patience()):
+        while world.streams.hosts:
+            await asyncio.sleep(0.001)
+
+
+async def test_a_question_is_answered_by_the_host_that_is_asked(world: World) -> None:
+    host = await world.join("a")
+    await host.next(Batch)
+    asking = asyncio.create_task(world.streams.ask(A, "/v1/status", 60))
+    asked = await host.next(Ask)
+    assert asked.path == "/v1/status"
+    host.send(Answer(asked.number, 200, {"networks": 3}))
+    assert (await asking).body == {"networks": 3}
+
+
+@pytest.mark.parametrize("name", ["a", "c"])
+async def test_a_host_that_does_not_answer_is_named(world: World, name: str) -> None:
+    host = await world.join("a")
+    await host.next(Batch)
+    with pytest.raises(SourceUnavailable, match=f"host {name} "):
+        await world.streams.ask(HostId(name), "/v1/status", 0.05)
