@@ -40,6 +40,8 @@ test_packages=(
     ovn-controller:ovn-host
     ovs-vswitchd:openvswitch-switch
     /usr/lib/python3/dist-packages/ovs/poller.py:python3-openvswitch
+    etcd:etcd-server
+    etcdctl:etcd-client
     ethtool:ethtool
     /usr/lib/rabbitmq/bin/rabbitmq-server:rabbitmq-server
     dhcp_release:dnsmasq-utils

@@ -8,7 +8,10 @@
     │   └── SecretUnreadable
     ├── SourceError            a source must be mended             exit 69
     │   ├── SourceUnavailable      try again later
-    │   │   └── LibraryMissing         an optional library that a source or a command needs
+    │   │   ├── LibraryMissing         an optional library that a source or a command needs
+    │   │   └── EtcdUnavailable        of a fleet's hub: no member answers
+    │   │       ├── EtcdFull               nothing can be written
+    │   │       └── WriteUnknown           a write may be done or not
     │   ├── SourceRefused          a record or a store was refused
     │   └── SourceCorrupt          the store's file is damaged
     ├── DataplaneError         HAProxy or the host refused             exit 70, 71 or 77
@@ -172,6 +175,30 @@ class LibraryMissing(SourceUnavailable):
     """An optional library, which a source or a command needs, is not installed."""
 
     remedy = "Install what the hint names, and restart the controller."
+
+
+class EtcdUnavailable(SourceUnavailable):
+    """No member of etcd answers as it should; what was known stays in force on the hosts."""
+
+    remedy = (
+        "Wait: it is tried again with each member. If it lasts, look at etcd: `etcdctl endpoint "
+        "status --cluster`."
+    )
+
+
+class EtcdFull(EtcdUnavailable):
+    """etcd's database has reached its quota: it is read, and takes no writes."""
+
+    remedy = (
+        "`etcdctl compact` to a recent revision, `etcdctl defrag` member by member, `etcdctl alarm "
+        "disarm`; raise `--quota-backend-bytes` if it fills again."
+    )
+
+
+class WriteUnknown(EtcdUnavailable):
+    """etcd has not confirmed a write: it may be done or not."""
+
+    remedy = "Read what was to be written, and write it again where it is missing."
 
 
 class SourceRefused(SourceError):

@@ -38,18 +38,21 @@ class Authority:
     def ca_file(self) -> Path:
         return self.own.certificate
 
-    def issue(self, name: str, *, names: Sequence[str] = ()) -> Certificate:
+    def issue(
+        self, name: str, *, names: Sequence[str] = (), subject: str | None = None
+    ) -> Certificate:
         """Sign a certificate.
 
         Args:
-            name: Its common name, and that of its files.
+            name: Of its files.
             names: Whom it is for, as `DNS:…` or `IP:…`.
+            subject: As openssl(1) takes it; without it the name is the common name.
         """
         signer = ("-CA", str(self.own.certificate), "-CAkey", str(self.own.key))
         extensions = ["basicConstraints=critical,CA:FALSE"]
         if names:
             extensions.append(f"subjectAltName={','.join(names)}")
-        return _make(self.own.certificate.parent, name, extensions, *signer)
+        return _make(self.own.certificate.parent, name, extensions, *signer, subject=subject)
 
 
 def make_authority(directory: Path, name: str) -> Authority:
@@ -72,11 +75,17 @@ def server_context(certificate: Certificate, *, clients: Authority | None = None
     return context
 
 
-def _make(directory: Path, name: str, extensions: Sequence[str], *options: str) -> Certificate:
+def _make(
+    directory: Path,
+    name: str,
+    extensions: Sequence[str],
+    *options: str,
+    subject: str | None = None,
+) -> Certificate:
     certificate, key, bundle = (directory / f"{name}.{end}" for end in ("crt", "key", "pem"))
     added = [word for extension in extensions for word in ("-addext", extension)]
     subprocess.run(
-        ("/usr/bin/openssl", "req", "-x509", "-config", "/dev/stdin", *_KEY, "-subj", f"/CN={name}",
+        ("/usr/bin/openssl", "req", "-x509", "-config", "/dev/stdin", *_KEY, "-subj", subject or f"/CN={name}",
          *added, *options, "-keyout", str(key), "-out", str(certificate)),
         input=_CONFIGURATION.encode(),
         check=True,

@@ -1,0 +1,408 @@
+"""A client of etcd v3 by its JSON gateway: reads at one revision, writes by compare-and-swap, leases, and watches.
+
+What a stale, full, lost or restarted member answers is never taken for the state of etcd: it is an outage
+(`EtcdUnavailable`), and the next member is asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from random import Random
+from typing import Final, TypeVar
+
+from imdsproxy.errors import EtcdFull, EtcdUnavailable, SourceRefused, WriteUnknown
+from imdsproxy.host.clock import Clock
+from imdsproxy.hub import etcd_messages as messages
+from imdsproxy.hub.etcd_messages import (
+    Compare,
+    Deleted,
+    Fault,
+    Header,
+    Json,
+    KeyValue,
+    Kind,
+    MemberStatus,
+)
+from imdsproxy.hub.gateway import Failed, Gateway, failing
+from imdsproxy.hub.members import Members
+
+T = TypeVar("T")
+
+_READ_S: Final = 2.0
+"""How long a member has for an answer before the next one is asked."""
+
+_PAGE_BYTES: Final = 2 * 1024 * 1024
+_FIRST_PAGE: Final = 100
+_LARGEST_PAGE: Final = 5000
+_WHOLE_READS: Final = 3
+_RIGHTS: Final = (Kind.AUTHENTICATE, Kind.DENIED)
+_FULL: Final = "etcd is full: nothing can be written"
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Keys as they were at one revision, in the order of their names."""
+
+    revision: int
+    kvs: list[KeyValue]
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """A write is done, at this revision."""
+
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """A compare did not hold, and nothing was written; `kvs` are the compared keys as they are (ten of a range)."""
+
+    revision: int
+    kvs: list[KeyValue]
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """All that one or several transactions have changed, none in part.
+
+    Attributes:
+        revision: Of the last of them.
+        events: In their order; each has its own revision.
+    """
+
+    revision: int
+    events: tuple[KeyValue | Deleted, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MemberSilent:
+    """A member that does not answer."""
+
+    url: str
+    reason: str
+
+
+class Compacted(Exception):
+    """etcd has no more what was asked for; `oldest` is the oldest revision that it has, where it says so."""
+
+    def __init__(self, oldest: int = 0) -> None:
+        super().__init__(f"compacted up to {oldest}")
+        self.oldest = oldest
+
+
+class LeaseGone(Exception):
+    """A lease has ended, and its keys with it: grant another one."""
+
+
+class Behind(EtcdUnavailable):
+    """A member answered with an older revision or raft term than one before, and no other member was newer.
+
+    Either it is stale, or etcd was restored from a backup: then `Etcd.accept_older` makes it readable.
+    """
+
+
+class Etcd:
+    """A client for one etcd, whatever member answers.
+
+    Args:
+        endpoints: Of the JSON gateways, `https://HOST:PORT`; with `--listen-client-http-urls`, those.
+        tls: See `open_tls`.
+        user: With its password, where etcd has authentication enabled.
+        random: Order of the members, and jitter of pauses.
+        timeout_s: How long all members together have for an answer.
+        silence_s: After so long without an event a watch is taken for broken. Something must be written that often.
+    """
+
+    def __init__(
+        self,
+        endpoints: Sequence[str],
+        *,
+        tls: ssl.SSLContext | None = None,
+        user: str = "",
+        password: str = "",
+        random: Random,
+        clock: Clock,
+        timeout_s: float = 6.0,
+        silence_s: float = 15.0,
+    ) -> None:
+        self._gateway = Gateway(tls=tls, user=user, password=password)
+        self._members = Members(endpoints, random=random, clock=clock)
+        self._clock, self._timeout_s, self._silence_s = clock, timeout_s, silence_s
+        self._newest = Header(0, 0)
+        self._quotas: dict[str, int] = {}
+
+    async def close(self) -> None:
+        """End all connections; those that wait for an answer fail."""
+        await self._gateway.close()
+
+    def accept_older(self) -> None:
+        """Believe the next answer, whatever revision and term it has: etcd was restored, and that is known."""
+        self._newest = Header(0, 0)
+
+    async def read(self, key: str, range_end: str = "", *, revision: int = 0) -> Snapshot:
+        """A key, or all from it to before `range_end` (`prefix_end`), as of one revision.
+
+        With `revision` 0 it is the newest: nothing that was committed before the call is missing.
+
+        Raises:
+            Compacted: `revision` was compacted.
+            EtcdUnavailable: No member answers.
+        """
+        for attempt in range(_WHOLE_READS):
+            try:
+                return await self._read_pages(key, range_end, revision)
+            except Compacted:
+                # A revision that was only chosen here: it is read again at a newer one.
+                if revision or attempt == _WHOLE_READS - 1:
+                    raise
+        raise AssertionError
+
+    async def _read_pages(self, key: str, range_end: str, revision: int) -> Snapshot:
+        found: list[KeyValue] = []
+        limit = _FIRST_PAGE
+        while True:
+            body = messages.render_range(key, range_end)
+            body |= {"limit": str(limit), "revision": str(revision)}
+            page = await self._ask("/v3/kv/range", body, messages.parse_page, linear=True)
+            revision = revision or page.revision
+            found += page.kvs
+            if not page.more:
+                return Snapshot(revision, found)
+            key = page.kvs[-1].key + "\0"
+            size = sum(len(one.value) for one in page.kvs)
+            limit = min(_LARGEST_PAGE, max(1, limit * _PAGE_BYTES // max(size, 1)))
+
+    async def commit(
+        self,
+        compares: Iterable[Compare] = (),
+        puts: Mapping[str, bytes] | None = None,
+        deletes: Iterable[str] = (),
+        *,
+        lease: int = 0,
+    ) -> Committed | Conflict:
+        """Write all of it in one transaction if all compares hold.
+
+        etcd takes 128 operations and 1.5 MiB at once. The written keys end with `lease`, if one is given.
+
+        Raises:
+            WriteUnknown: No answer came: it may be written or not, now or within seconds. Read, and compare again.
+            EtcdFull: Nothing can be written until an operator acts.
+            EtcdUnavailable: No member answers; nothing was written.
+            LeaseGone: The lease has ended.
+            SourceRefused: It is too large, or the user may not write this.
+        """
+        body = messages.render_commit(compares, puts or {}, deletes, lease)
+        return await self._ask("/v3/kv/txn", body, _parse_commit, linear=True, write=True)
+
+    async def grant(self, ttl_s: int) -> int:
+        """A new lease, by its id: keys written with it go when it is not kept alive for `ttl_s`."""
+        body = {"TTL": str(ttl_s)}
+        return await self._ask("/v3/lease/grant", body, partial(messages.parse_int, name="ID"))
+
+    async def keep_alive(self, lease: int) -> int:
+        """Begin the time of a lease again; its length in seconds, or 0: it has ended, with its keys."""
+        body = {"ID": str(lease)}
+        return await self._ask("/v3/lease/keepalive", body, messages.parse_keep_alive)
+
+    async def revoke(self, lease: int) -> None:
+        """End a lease with its keys; it may have ended already."""
+        with contextlib.suppress(LeaseGone):
+            await self._ask("/v3/lease/revoke", {"ID": str(lease)}, lambda _: None)
+
+    async def status(self) -> tuple[MemberStatus | MemberSilent, ...]:
+        """What each member says of itself, in the order of their endpoints."""
+        return tuple(
+            await asyncio.gather(*(self._status(url) for url in sorted(self._members.urls)))
+        )
+
+    async def follow(self, prefix: str, start_revision: int) -> AsyncGenerator[Changes, None]:
+        """All changes below a prefix from a revision on, from one member, for as long as that is sound.
+
+        Go on behind the last revision that it has given. What was received in part is given whole then.
+
+        Raises:
+            Compacted: Changes are missing: read all of it again.
+            EtcdFull: No change comes, because nothing can be written.
+            EtcdUnavailable: It ended, was silent or behind; the next attempt takes another member.
+            SourceRefused: The user may not read this.
+        """
+        url = await self._choose(self._clock.monotonic() + self._timeout_s)
+        token = self._gateway.token
+        try:
+            async with contextlib.aclosing(self._watch(url, prefix, start_revision)) as watch:
+                async for changes in watch:
+                    yield changes
+        except Failed as failed:
+            if failed.silent and await self._is_full(url):
+                # Every other member would be as silent.
+                raise EtcdFull(_FULL) from failed
+            if failed.fault.kind in _RIGHTS and self._gateway.drop_token(token):
+                # A member may know an older state of users and rights: the next attempt logs in anew.
+                self._members.fail(url, str(failed))
+            else:
+                self._give_up(url, failed)
+            kind = Behind if failed.behind else EtcdUnavailable
+            raise kind(f"{url}: {failed}") from failed
+
+    async def _watch(
+        self, url: str, prefix: str, start_revision: int
+    ) -> AsyncGenerator[Changes, None]:
+        create = messages.render_range(prefix, messages.prefix_end(prefix)) | {
+            "start_revision": str(start_revision),
+            "fragment": True,
+        }
+        part: list[KeyValue | Deleted] = []
+        next_revision = start_revision
+        stream = self._gateway.follow(url, "/v3/watch", {"create_request": create}, self._silence_s)
+        async with contextlib.aclosing(stream) as lines:
+            async for line in lines:
+                with failing():
+                    message = messages.parse_watch(line)
+                if message.fault is not None:
+                    raise Failed(message.fault)
+                if message.header.term < self._newest.term:
+                    raise _behind(message.header, self._newest)
+                if message.created:
+                    if message.header.revision < start_revision - 1:
+                        raise _behind(
+                            message.header, replace(self._newest, revision=start_revision - 1)
+                        )
+                    self._members.succeed(url)
+                # Some releases repeat older events to a watch that begins at a revision to come.
+                part += (one for one in message.events if one.mod_revision >= next_revision)
+                if part and not message.fragment:
+                    revision = part[-1].mod_revision
+                    next_revision = revision + 1
+                    self._newest = _later(self._newest, Header(revision, 0))
+                    yield Changes(revision, tuple(part))
+                    part = []
+        raise Failed(Fault(Kind.OUTAGE, "the watch ended without a reason", certain=True))
+
+    async def _ask(
+        self,
+        path: str,
+        body: Json,
+        parse: Callable[[Json], T],
+        *,
+        linear: bool = False,
+        write: bool = False,
+    ) -> T:
+        """The answer of the first member that gives one, as `parse` reads it.
+
+        `linear`: a member answers it when it is as far as etcd was. `write`: what may be done is not sent again.
+        """
+        deadline = self._clock.monotonic() + self._timeout_s
+        behind: Failed | None = None
+        logged_in_anew = False
+        while True:
+            try:
+                url = await self._choose(deadline)
+            except EtcdUnavailable:
+                if behind is None:
+                    raise
+                raise Behind(str(behind)) from behind
+            token = self._gateway.token
+            left_s = max(0.0, deadline - self._clock.monotonic())
+            timeout_s = left_s if write else min(left_s, _READ_S)
+            try:
+                parsed = await self._ask_one(
+                    url, path, body, parse, linear=linear, timeout_s=timeout_s
+                )
+            except Failed as failed:
+                if failed.fault.kind in _RIGHTS and not logged_in_anew:
+                    logged_in_anew = True
+                    if self._gateway.drop_token(token):
+                        continue
+                self._give_up(url, failed, write=write)
+                behind = failed if failed.behind else behind
+            else:
+                self._members.succeed(url)
+                return parsed
+
+    async def _ask_one(
+        self,
+        url: str,
+        path: str,
+        body: Json,
+        parse: Callable[[Json], T],
+        *,
+        linear: bool,
+        timeout_s: float,
+    ) -> T:
+        newest = self._newest
+        with failing():
+            answer = await self._gateway.ask(url, path, body, timeout_s)
+            if linear:
+                header = messages.parse_header(answer)
+                if header.term < newest.term or header.revision < newest.revision:
+                    raise _behind(header, newest)
+                self._newest = _later(self._newest, header)
+            return parse(answer)
+
+    async def _choose(self, deadline: float) -> str:
+        """The member to ask, after its pause."""
+        url, pause_s = self._members.choose()
+        if self._clock.monotonic() + pause_s >= deadline:
+            raise EtcdUnavailable(f"etcd does not answer: {self._members.failures}")
+        await asyncio.sleep(pause_s)
+        return url
+
+    def _give_up(self, url: str, failed: Failed, *, write: bool = False) -> None:
+        """Raise what no other member would answer otherwise; else let the member rest."""
+        reason = f"{url}: {failed}"
+        match failed.fault.kind:
+            case Kind.COMPACTED:
+                raise Compacted from failed
+            case Kind.NO_LEASE:
+                raise LeaseGone(reason) from failed
+            case Kind.FULL:
+                raise EtcdFull(_FULL) from failed
+            case Kind.REFUSED:
+                raise SourceRefused(f"etcd refuses it: {reason}") from failed
+            case Kind.AUTHENTICATE | Kind.DENIED:
+                hint = "check the user, its password and its role in etcd"
+                raise SourceRefused(f"etcd refuses it: {reason}", hint=hint) from failed
+            case Kind.OUTAGE:
+                self._members.fail(url, str(failed))
+        if write and not failed.fault.certain:
+            raise WriteUnknown(f"etcd has not confirmed the write: {reason}") from failed
+
+    async def _is_full(self, url: str) -> bool:
+        status = await self._status(url)
+        return isinstance(status, MemberStatus) and status.full
+
+    async def _status(self, url: str) -> MemberStatus | MemberSilent:
+        try:
+            with failing():
+                answer = await self._gateway.ask(url, "/v3/maintenance/status", {}, _READ_S)
+                status = messages.parse_status(url, answer)
+            if not status.quota and url not in self._quotas:
+                self._quotas[url] = await self._gateway.quota(url)
+        except Failed as failed:
+            return MemberSilent(url, str(failed))
+        return replace(status, quota=status.quota or self._quotas[url])
+
+
+def _parse_commit(answer: Json) -> Committed | Conflict:
+    revision = messages.parse_header(answer).revision
+    if answer.get("succeeded"):
+        return Committed(revision)
+    return Conflict(revision, messages.parse_conflict(answer))
+
+
+def _later(one: Header, other: Header) -> Header:
+    return Header(max(one.revision, other.revision), max(one.term, other.term))
+
+
+def _behind(header: Header, newest: Header) -> Failed:
+    reason = (
+        f"it is at revision {header.revision} of raft term {header.term}, "
+        f"after revision {newest.revision} of term {newest.term}"
+    )
+    return Failed(Fault(Kind.OUTAGE, reason, certain=False), behind=True)

@@ -1,0 +1,393 @@
+"""What etcd's JSON gateway takes and answers, as values. Pure.
+
+Bytes are base64, 64-bit integers are strings, and what is zero, empty or false is not there (etcd's `rpc.proto`, the
+mapping of protobuf to JSON). Errors have other fields in etcd 3.5 than in 3.6.
+"""
+
+from __future__ import annotations
+
+import base64
+import enum
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal, TypeAlias
+
+Json: TypeAlias = dict[str, Any]
+
+
+class Garbled(ValueError):
+    """An answer is not one of etcd's: another program is at the address."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyValue:
+    """A key that is there.
+
+    Attributes:
+        mod_revision: Of the transaction that wrote it last.
+        create_revision: Of the one that made it.
+        lease: The lease that it ends with, or 0.
+    """
+
+    key: str
+    value: bytes
+    mod_revision: int
+    create_revision: int
+    lease: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Deleted:
+    """A key that the transaction of a revision deleted."""
+
+    key: str
+    mod_revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """How far the member was that answered."""
+
+    revision: int
+    term: int
+
+
+@dataclass(frozen=True, slots=True)
+class Compare:
+    """A condition of a write: all keys of a range have this revision, where 0 is that of no key.
+
+    Attributes:
+        range_end: The first key behind the range; empty for the one key.
+    """
+
+    key: str
+    target: Literal["MOD", "CREATE"]
+    revision: int
+    range_end: str = ""
+
+
+def unchanged(key: str, mod_revision: int) -> Compare:
+    """The key was last written at this revision; 0: it is not there."""
+    return Compare(key, "MOD", mod_revision)
+
+
+def absent(key: str) -> Compare:
+    """The key is not there."""
+    return Compare(key, "CREATE", 0)
+
+
+def none_below(prefix: str) -> Compare:
+    """No key begins so."""
+    return Compare(prefix, "CREATE", 0, prefix_end(prefix))
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Keys of a range, in their order; `more` follow."""
+
+    revision: int
+    kvs: list[KeyValue]
+    more: bool
+
+
+class Kind(enum.Enum):
+    """What an error of etcd's asks of the client."""
+
+    AUTHENTICATE = enum.auto()
+    DENIED = enum.auto()
+    REFUSED = enum.auto()
+    FULL = enum.auto()
+    COMPACTED = enum.auto()
+    NO_LEASE = enum.auto()
+    OUTAGE = enum.auto()
+    """The member, or etcd, can't answer now. So is every error that is not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """An error that etcd answered.
+
+    Attributes:
+        certain: Whether nothing was written for certain.
+    """
+
+    kind: Kind
+    message: str
+    certain: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WatchMessage:
+    """One line of a watch.
+
+    Attributes:
+        created: It is the first one; its revision is the member's, and says nothing of events.
+        fragment: The next message belongs to the same revision.
+        fault: Why the watch has ended.
+        compacted: The oldest revision that etcd still has, where that is why.
+    """
+
+    header: Header
+    events: tuple[KeyValue | Deleted, ...] = ()
+    created: bool = False
+    fragment: bool = False
+    fault: Fault | None = None
+    compacted: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MemberStatus:
+    """A member that answers.
+
+    Attributes:
+        url: Its endpoint.
+        db_size: Of its database's file, in bytes.
+        in_use: The part of it that is not free, in bytes.
+        quota: The largest `db_size`, in bytes; 0 where the member does not say it.
+        problems: Alarms, and that it knows no leader, in etcd's words.
+        leader: The leader's id, or 0.
+    """
+
+    url: str
+    id: int
+    version: str
+    db_size: int
+    in_use: int
+    quota: int
+    problems: tuple[str, ...]
+    leader: int
+    header: Header
+
+    @property
+    def full(self) -> bool:
+        """Whether nothing can be written until an operator acts."""
+        return any("NOSPACE" in one for one in self.problems)
+
+
+_INVALID: Final = 3
+_NOT_FOUND: Final = 5
+_DENIED: Final = 7
+_EXHAUSTED: Final = 8
+_PRECONDITION: Final = 9
+_OUT_OF_RANGE: Final = 11
+_UNAUTHENTICATED: Final = 16
+_CERTAIN: Final = frozenset(
+    (
+        _INVALID,
+        _NOT_FOUND,
+        _DENIED,
+        _EXHAUSTED,
+        _PRECONDITION,
+        _OUT_OF_RANGE,
+        _UNAUTHENTICATED,
+    )
+)
+"""Numbers of gRPC that etcd answers with before a write, or in place of it."""
+
+_BY_WORDS: Final = (
+    ("invalid auth token", Kind.AUTHENTICATE),
+    ("revision of auth store is old", Kind.AUTHENTICATE),
+    ("revision in header is old", Kind.AUTHENTICATE),
+    ("user name is empty", Kind.AUTHENTICATE),
+    ("permission denied", Kind.DENIED),
+    ("database space exceeded", Kind.FULL),
+    ("revision has been compacted", Kind.COMPACTED),
+    ("lease not found", Kind.NO_LEASE),
+    ("larger than max", Kind.REFUSED),
+)
+
+
+def prefix_end(prefix: str) -> str:
+    """The first key behind all that begin so; a prefix ends in ASCII."""
+    return prefix[:-1] + chr(ord(prefix[-1]) + 1)
+
+
+def encode(text: str | bytes) -> str:
+    """A key or value as the gateway takes it."""
+    data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
+    return base64.b64encode(data).decode()
+
+
+def render_range(key: str, range_end: str = "") -> Json:
+    """A key, or all from it to before `range_end`."""
+    return {"key": encode(key)} | ({"range_end": encode(range_end)} if range_end else {})
+
+
+def render_commit(
+    compares: Iterable[Compare], puts: Mapping[str, bytes], deletes: Iterable[str], lease: int
+) -> Json:
+    """A transaction that writes if all compares hold, and reads the compared keys if not."""
+    compared = tuple(compares)
+    return {
+        "compare": [
+            render_range(one.key, one.range_end)
+            | {
+                "target": one.target,
+                "result": "EQUAL",
+                f"{one.target.lower()}_revision": str(one.revision),
+            }
+            for one in compared
+        ],
+        "success": [
+            *(
+                {
+                    "request_put": {
+                        "key": encode(key),
+                        "value": encode(value),
+                        "lease": str(lease),
+                    }
+                }
+                for key, value in puts.items()
+            ),
+            *({"request_delete_range": render_range(key)} for key in deletes),
+        ],
+        "failure": [
+            {"request_range": render_range(key, end) | {"limit": "10"}}
+            for key, end in dict.fromkeys((one.key, one.range_end) for one in compared)
+        ],
+    }
+
+
+def parse_header(answer: Json) -> Header:
+    """How far the member was that answered; raises `Garbled`."""
+    found = answer.get("header")
+    if not isinstance(found, dict):
+        raise Garbled("an answer without header")
+    return Header(_int(found, "revision"), _int(found, "raft_term"))
+
+
+def parse_page(answer: Json) -> Page:
+    """The answer to a range; raises `Garbled`."""
+    kvs = parse_keys(answer)
+    return Page(parse_header(answer).revision, kvs, more=bool(answer.get("more") and kvs))
+
+
+def parse_keys(answer: Json) -> list[KeyValue]:
+    """The keys of an answer to a range; raises `Garbled`."""
+    try:
+        return [_key_value(one) for one in answer.get("kvs", ())]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise Garbled(f"keys that cannot be read: {error!r}") from error
+
+
+def parse_conflict(answer: Json) -> list[KeyValue]:
+    """The compared keys, of the answer to a transaction whose compares did not hold."""
+    parts = (one.get("response_range", {}) for one in answer.get("responses", ()))
+    return [found for part in parts for found in parse_keys(part)]
+
+
+def parse_fault(answer: Json) -> Fault:
+    """The error of an answer without success, or of a line of a stream.
+
+    etcd 3.5: `{error, code, message}`, and in a stream `{error: {grpc_code, message}}`; etcd 3.6: `{code, message}`,
+    and in a stream `{error: {code, message}}`.
+    """
+    inner = answer.get("error")
+    found = inner if isinstance(inner, dict) else answer
+    code = found.get("code", found.get("grpc_code", 0))
+    message = str(found.get("message") or inner or "an error without message")
+    return _fault(code if isinstance(code, int) else 0, message)
+
+
+def parse_watch(line: Json) -> WatchMessage:
+    """One line of a watch; raises `Garbled`."""
+    if "error" in line:
+        return WatchMessage(Header(0, 0), fault=parse_fault(line))
+    found = line.get("result")
+    if not isinstance(found, dict):
+        raise Garbled("a line without result")
+    compacted = _int(found, "compact_revision")
+    fault = None
+    if compacted:
+        fault = Fault(Kind.COMPACTED, f"compacted up to {compacted}", certain=True)
+    elif found.get("canceled"):
+        # Some releases give the whole text of a gRPC error here, number and all.
+        fault = _fault(0, str(found.get("cancel_reason") or "canceled without a reason"))
+    try:
+        events = tuple(_event(one) for one in found.get("events", ()))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise Garbled(f"events that cannot be read: {error!r}") from error
+    return WatchMessage(
+        parse_header(found),
+        events,
+        created=bool(found.get("created")),
+        fragment=bool(found.get("fragment")),
+        fault=fault,
+        compacted=compacted,
+    )
+
+
+def parse_status(url: str, answer: Json) -> MemberStatus:
+    """What a member says of itself; raises `Garbled`. etcd 3.5 does not say its quota here."""
+    header = answer.get("header")
+    return MemberStatus(
+        url,
+        _int(header if isinstance(header, dict) else {}, "member_id"),
+        str(answer.get("version", "")),
+        _int(answer, "dbSize"),
+        _int(answer, "dbSizeInUse"),
+        _int(answer, "dbSizeQuota"),
+        tuple(str(one).strip() for one in answer.get("errors", ())),
+        _int(answer, "leader"),
+        parse_header(answer),
+    )
+
+
+def parse_quota(metrics: bytes) -> int:
+    """The quota of a member's database in bytes, out of its metrics; 0 where it is not there."""
+    name = b"etcd_server_quota_backend_bytes "
+    for line in metrics.splitlines():
+        if line.startswith(name):
+            return int(float(line.removeprefix(name)))
+    return 0
+
+
+def parse_int(found: Json, name: str) -> int:
+    """A 64-bit integer, which is a string, or not there where it is 0; raises `Garbled`."""
+    return _int(found, name)
+
+
+def parse_keep_alive(answer: Json) -> int:
+    """How long a lease lasts from now on, in seconds; 0 when it has ended. Raises `Garbled`."""
+    found = answer.get("result")
+    if not isinstance(found, dict):
+        raise Garbled("an answer without result")
+    return _int(found, "TTL")
+
+
+def _fault(code: int, message: str) -> Fault:
+    kind = next((kind for words, kind in _BY_WORDS if words in message), None)
+    if kind is None:
+        kind = {_UNAUTHENTICATED: Kind.AUTHENTICATE, _DENIED: Kind.DENIED}.get(code)
+    if kind is None:
+        kind = Kind.REFUSED if code == _INVALID else Kind.OUTAGE
+    # Without a leader a member refuses before it begins.
+    return Fault(kind, message, certain=code in _CERTAIN or message.endswith("no leader"))
+
+
+def _int(found: Json, name: str) -> int:
+    try:
+        return int(found.get(name, 0))
+    except (TypeError, ValueError) as error:
+        raise Garbled(f"`{name}` is no number") from error
+
+
+def _text(found: Json, name: str) -> str:
+    return base64.b64decode(found.get(name, "")).decode("utf-8", "surrogateescape")
+
+
+def _key_value(found: Json) -> KeyValue:
+    return KeyValue(
+        _text(found, "key"),
+        base64.b64decode(found.get("value", "")),
+        int(found["mod_revision"]),
+        int(found["create_revision"]),
+        int(found.get("lease", 0)),
+    )
+
+
+def _event(found: Json) -> KeyValue | Deleted:
+    kv = found["kv"]
+    if found.get("type", "PUT") == "DELETE":
+        return Deleted(_text(kv, "key"), int(kv["mod_revision"]))
+    return _key_value(kv)
