@@ -240,7 +240,12 @@ def parse_from_hub(line: bytes) -> FromHub:
 
 def _parse_batch(revision: int, shape: Json) -> Batch:
     put: dict[ItemKey, tuple[int, Json]] = {}
-    for key, one in cast("Json", shape.get("put", {})).items():
+    puts, remove, held = (shape.get(one, {}) for one in ("put", "remove", "held"))
+    if not (isinstance(puts, dict) and isinstance(held, dict)):
+        raise Broken("`put` or `held` is no object")
+    if remove and not isinstance(remove, list):
+        raise Broken("`remove` is no list")
+    for key, one in puts.items():
         match one:
             case [int(number), dict(value)]:
                 put[key] = number, value
@@ -251,8 +256,8 @@ def _parse_batch(revision: int, shape: Json) -> Batch:
         str(shape.get("fleet", "")),
         _number(shape.get("incarnation", 0)),
         put,
-        tuple(map(str, shape.get("remove", ()))),
-        {key: str(why) for key, why in shape.get("held", {}).items()},
+        tuple(map(str, remove)),
+        {key: str(why) for key, why in held.items()},
         shape.get("more") is True,
     )
 

@@ -44,7 +44,7 @@ DELETE FROM user_data WHERE sha256 NOT IN (
 """
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class KeptItems:
     """The file at `path`. Everything here blocks; `fetch` may be called in any thread, the rest in one.
 
@@ -171,10 +171,10 @@ class KeptItems:
 
 @dataclass(frozen=True, slots=True)
 class UserDataFile:
-    """Gets one user data; equal where the user data is."""
+    """Gets user data of a file; equal where both are the same."""
 
-    kept: KeptItems = field(compare=False, repr=False)
-    sha256: str = ""
+    kept: KeptItems = field(repr=False)
+    sha256: str
 
     def __call__(self, _: InstanceId) -> bytes:
         """The bytes."""

@@ -191,16 +191,16 @@ class FleetKnown:
             raise _Unreadable(str(entry.problems[0]))
         self._kinds[_RECORDS[kind]].prime(entry)
 
-    def missing_user_data(self, batch: Batch) -> dict[ItemKey, tuple[str, int]]:
-        """SHA-256 and size of user data that a set needs and this host does not have, by item."""
-        found: dict[ItemKey, tuple[str, int]] = {}
+    def missing_user_data(self, batch: Batch) -> dict[tuple[str, int], list[ItemKey]]:
+        """Items of a set, by SHA-256 and size of user data that they need and this host does not have."""
+        found: dict[tuple[str, int], list[ItemKey]] = {}
         for key, (_, value) in batch.put.items():
             kind, _, name = key.partition("/")
             data = value.get("user_data") if kind == "instance" else None
             match data:
                 case {"sha256": str(sha256), "size": int(size)}:
                     if self.user_data(InstanceId(name), sha256) is None:
-                        found[key] = sha256, size
+                        found.setdefault((sha256, size), []).append(key)
                 case _:
                     pass
         return found

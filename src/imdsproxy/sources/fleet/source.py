@@ -346,11 +346,11 @@ class FleetSource:
             SourceUnavailable: The hub does not answer.
         """
         unavailable: dict[ItemKey, str] = {}
-        for item, (sha256, size) in self.known.missing_user_data(batch).items():
+        for (sha256, size), items in self.known.missing_user_data(batch).items():
             try:
                 data = await self.client.user_data(hub, sha256, size)
             except SourceRefused as error:
-                unavailable[item] = error.message
+                unavailable |= dict.fromkeys(items, error.message)
                 continue
             await self._on_disk(publish, partial(self.kept.keep_user_data, data), batch)
         return unavailable

@@ -1,0 +1,401 @@
+"""What a host makes of its fleet: never older, never less because a store has less, and only what is in force."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import sqlite3
+from collections.abc import Callable, Collection, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from imdsproxy.core.fleet import layout
+from imdsproxy.core.fleet.layout import Meta
+from imdsproxy.core.fleet.stream import Batch, ItemKey
+from imdsproxy.core.model import Instance
+from imdsproxy.core.policy import OperatorOverride
+from imdsproxy.sources.fleet import source as source_module
+from imdsproxy.sources.fleet.known import FleetPolicies, merge
+from imdsproxy.sources.fleet.source import FleetSource
+from support.fleet_backing import fleet_source
+from support.fleet_hub import FLEET, HOST, FleetHub, FleetStore
+from support.patience import patience
+from support.record_builders import instance, network
+from support.source_runs import DEADLINE_S, Heard, running
+
+N1: Final = network("n1")
+A: Final = instance("a", "10.0.0.5", text="of a")
+B: Final = instance("b", "10.0.0.6")
+NEWER: Final = replace(A, hostname="newer")
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_module, "_AGAIN_S", 0.05)
+    monkeypatch.setattr(source_module, "_LOOK_EVERY_S", 0.05)
+
+
+@pytest.fixture
+def hubs() -> Iterator[Callable[..., FleetHub]]:
+    """Makes hubs that are ended after the test."""
+    with contextlib.ExitStack() as stack:
+
+        def make(store: FleetStore | None = None) -> FleetHub:
+            hub = FleetHub(store)
+            stack.callback(hub.close)
+            return hub
+
+        yield make
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Path:
+    return tmp_path / "fleet.sqlite"
+
+
+async def until(holds: Callable[[], object]) -> None:
+    """Wait for something that no observation announces."""
+    async with asyncio.timeout(DEADLINE_S * patience()):
+        while not holds():
+            await asyncio.sleep(0.01)
+
+
+async def refusal(hub: FleetHub, revision: int) -> str:
+    """Why a revision is not in force, once the host has acknowledged it."""
+    await until(lambda: hub.streams.hosts[HOST].acked == revision)
+    return hub.wait(revision, 0.0)[HOST]
+
+
+def names(heard: Heard) -> dict[str, str]:
+    return {key: one.hostname for key, one in heard.inventory.instances.items()}
+
+
+def reasons(heard: Heard) -> str:
+    return "\n".join(map(str, heard.last.problems))
+
+
+def _mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+def _replace(path: Path, data: bytes) -> bytes:
+    before = path.read_bytes()
+    path.write_bytes(data)
+    return before
+
+
+async def fill(hub: FleetHub, kept: Path, *instances: Instance) -> None:
+    """Have a host know what is in force now."""
+    hub.put([N1], instances)
+    async with running(fleet_source(kept, hub)) as heard:
+        assert heard.last.in_sync
+
+
+def restored(store: FleetStore, *, incarnation: int = 1, without: str = "") -> FleetStore:
+    """A store as it was, under revisions that go on from later ones."""
+    older = deepcopy(store)
+    older.revision += 1000
+    older.entries.pop(without, None)
+    if incarnation > 1:
+        meta = layout.render_meta(Meta(FLEET, incarnation))
+        older.entries[layout.META] = older.revision, meta
+    return older
+
+
+async def test_records_and_user_data_are_served_from_disk_without_a_hub(
+    hubs: Callable[..., FleetHub], kept: Path
+) -> None:
+    await fill(hubs(), kept, A, B)
+    async with running(fleet_source(kept)) as heard:
+        assert not heard.last.in_sync
+        assert names(heard) == {"a": "a", "b": "b"}
+        data = heard.inventory.instances[A.id].user_data
+        assert data is not None
+        assert bytes(data) == b"of a"
+    assert _mode(kept) == 0o600
+
+
+async def test_user_data_is_fetched_once_and_deleted_when_no_instance_has_it(
+    hubs: Callable[..., FleetHub], kept: Path
+) -> None:
+    hub = hubs()
+    await fill(hub, kept, A, instance("b", "10.0.0.6", text="of a"))
+    assert len(hub.blob_requests) == 1
+    source = fleet_source(kept, hub)
+    async with running(source):
+        hub.put([], [replace(A, user_data=b"other"), B])
+        await until(lambda: [*source.kept._stored] == [sha256(b"other").hexdigest()])
+        assert len(hub.blob_requests) == 2
+    with contextlib.closing(sqlite3.connect(kept)) as connection:
+        assert connection.execute("SELECT data FROM user_data").fetchall() == [(b"other",)]
+
+
+async def test_another_hub_is_followed_when_one_goes_and_nothing_is_out_of_sync(
+    hubs: Callable[..., FleetHub], kept: Path
+) -> None:
+    first = hubs()
+    first.put([N1], [A])
+    second = hubs(first.store)
+    source = fleet_source(kept, first, second)
+    async with running(source) as heard:
+        used, left = (first, second) if source.hub == first.url else (second, first)
+        used.away()
+        await until(lambda: source.hub == left.url)
+        left.put([], [NEWER])
+        await heard.until(lambda each: names(each) == {"a": "newer"})
+        assert all(one.in_sync for one in heard.observations)
+
+
+async def test_a_hub_that_is_silent_is_left(hubs: Callable[..., FleetHub], kept: Path) -> None:
+    async def be_silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 101 Switching Protocols\r\n\r\n")
+        await reader.read()
+        writer.close()
+
+    hub = hubs()
+    hub.put([N1], [A])
+    silent = await asyncio.start_server(be_silent, "127.0.0.1")
+    port = silent.sockets[0].getsockname()[1]
+    source = fleet_source(kept, hub)
+    urls = iter([(f"http://127.0.0.1:{port}",)])
+    source.hubs = lambda: next(urls, (hub.url,))
+    source.silent_s = 0.2
+    async with silent, running(source) as heard:
+        await heard.until(lambda each: each.last.in_sync)
+        assert "silent" in str(heard.observations[0].problems[0])
+
+
+async def test_a_hub_that_is_behind_is_not_followed(
+    hubs: Callable[..., FleetHub], kept: Path
+) -> None:
+    hub = hubs()
+    hub.put([N1], [A])
+    behind = hubs(deepcopy(hub.store))
+    await fill(hub, kept, NEWER)
+    async with running(fleet_source(kept, behind)) as heard:
+        await heard.until(lambda each: "revision" in reasons(each))
+        assert names(heard) == {"a": "newer"}
+        assert not heard.last.in_sync
+
+
+@pytest.mark.parametrize("lost", ["older", "absent"])
+async def test_what_a_restored_store_lacks_is_held_until_the_restore_is_accepted(
+    hubs: Callable[..., FleetHub], kept: Path, lost: str
+) -> None:
+    hub = hubs()
+    hub.put([N1], [A, B])
+    backup = deepcopy(hub.store)
+    await fill(hub, kept, NEWER)
+    without = layout.instance_key(A.id) if lost == "absent" else ""
+    backup = restored(backup, without=without)
+    async with running(fleet_source(kept, hubs(backup))) as heard:
+        await heard.until(lambda each: each.last.in_sync)
+        assert names(heard) == {"a": "newer", "b": "b"}
+        assert "held" in reasons(heard)
+        assert "accept-restore" in reasons(heard)
+    accepted = restored(backup, incarnation=2)
+    async with running(fleet_source(kept, hubs(accepted))) as heard:
+        await heard.until(lambda each: each.last.in_sync)
+        assert names(heard) == ({"b": "b"} if lost == "absent" else {"a": "a", "b": "b"})
+        assert not heard.last.problems
+
+
+async def test_a_refused_record_leaves_the_last_good_one_in_force_and_is_acknowledged_as_failed(
+    hubs: Callable[..., FleetHub], kept: Path
+) -> None:
+    hub = hubs()
+    hub.put([N1], [A, B])
+    async with running(fleet_source(kept, hub)) as heard:
+        key = layout.instance_key(A.id)
+        value = {"hosts": [HOST], "record": {"id": "a", "name": 7}, "user_data": None}
+        revision = hub.write(
+            {key: json.dumps(value).encode(), **_put(hub, replace(B, hostname="x"))}
+        )
+        await heard.until(lambda each: names(each) == {"a": "a", "b": "x"})
+        why = await refusal(hub, revision)
+        assert f"instance/a at revision {revision}" in reasons(heard)
+        assert why.startswith("instance/a: ")
+        revision = hub.put([], [NEWER])
+        assert await asyncio.to_thread(hub.wait, revision) == {}
+        assert names(heard) == {"a": "newer", "b": "x"}
+        assert not heard.last.problems
+
+
+def _put(hub: FleetHub, one: Instance) -> dict[str, bytes]:
+    return dict([hub.store.instance(one)])
+
+
+async def test_a_field_of_a_newer_version_refuses_its_record_alone(
+    hubs: Callable[..., FleetHub], kept: Path
+) -> None:
+    hub = hubs()
+    hub.put([N1], [A])
+    async with running(fleet_source(kept, hub)) as heard:
+        record = {"id": "b", "name": "b", "quantum": True}
+        value = {"hosts": [HOST], "record": record, "user_data": None}
+        hub.write({layout.instance_key(B.id): json.dumps(value).encode()})
+        await heard.until(lambda each: "quantum" in reasons(each))
+        assert names(heard) == {"a": "a"}
+
+
+async def test_user_data_that_the_hub_does_not_have_refuses_its_record_alone(
+    hubs: Callable[..., FleetHub], kept: Path
+) -> None:
+    hub = hubs()
+    values = _put(hub, A)
+    hub.store.blobs.clear()
+    hub.put([N1], [B])
+    hub.write(values)
+    async with running(fleet_source(kept, hub)) as heard:
+        assert names(heard) == {"b": "b"}
+        assert "404" in reasons(heard)
+        hub.put([], [A])
+        await heard.until(lambda each: names(each) == {"a": "a", "b": "b"})
+        assert not heard.last.problems
+
+
+async def test_a_revision_is_acknowledged_with_reasons_until_it_is_in_force(
+    hubs: Callable[..., FleetHub], kept: Path
+) -> None:
+    hub, blocked = hubs(), True
+
+    async def confirm(items: Collection[ItemKey]) -> Mapping[ItemKey, str]:
+        return dict.fromkeys(items, "no room") if blocked else {}
+
+    source = fleet_source(kept, hub)
+    source.confirm = confirm
+    revision = hub.put([N1], [A])
+    async with running(source):
+        why = await refusal(hub, revision)
+        assert "instance/a: no room" in why
+        blocked = False
+        assert await asyncio.to_thread(hub.wait, revision) == {}
+
+
+async def test_what_the_disk_does_not_take_is_neither_in_force_nor_acknowledged_as_such(
+    hubs: Callable[..., FleetHub], kept: Path
+) -> None:
+    hub = hubs()
+    source = fleet_source(kept, hub)
+    hub.put([N1], [A])
+    async with running(source) as heard:
+        await _limit_pages(source, 1)
+        revision = hub.put([], [replace(NEWER, user_data=bytes(300_000))])
+        await heard.until(lambda each: "full" in reasons(each))
+        assert names(heard) == {"a": "a"}
+        why = await refusal(hub, revision)
+        assert "instance/a" in why
+        assert "full" in why
+        await _limit_pages(source, 1_000_000)
+        assert await asyncio.to_thread(hub.wait, revision) == {}
+        assert names(heard) == {"a": "newer"}
+        assert not heard.last.problems
+
+
+async def _limit_pages(source: FleetSource, most: int) -> None:
+    """Have SQLite refuse to let the file grow, as on a full disk."""
+    connection = source.kept._connection
+    assert connection is not None
+    await source._in_thread(
+        lambda: connection.execute(f"PRAGMA max_page_count = {most}").fetchall()
+    )
+
+
+async def test_guards_never_go_back_whatever_a_store_says(
+    hubs: Callable[..., FleetHub], kept: Path
+) -> None:
+    hub, taken = hubs(), list[FleetPolicies]()
+    key, keys = (
+        layout.GUARDS + "a",
+        {"current": "k", "keys": {"k": base64.b64encode(bytes(32)).decode()}},
+    )
+    hub.write({key: b'{"epoch": 2, "reopened_at": 7}', **_put(hub, A)})
+    hub.state.keys_of = lambda _: keys
+    source = fleet_source(kept, hub)
+    source.take_policies = taken.append
+    hub.write({layout.POLICIES + "fleet": b'{"tokens": "required"}'})
+    async with running(source):
+        (policies,) = taken
+        assert policies.overrides == {"a": OperatorOverride(2, 7)}
+        assert policies.fleet.tokens == "required"
+        assert [one.secret for one in policies.keys[A.id]] == [bytes(32)]
+        assert "AAAA" not in repr(policies)
+    store = restored(hub.store, incarnation=2)
+    store.entries[key] = 1, b'{"epoch": 1, "reopened_at": 9}'
+    source = fleet_source(kept, hubs(store))
+    source.take_policies = taken.append
+    async with running(source) as heard:
+        await heard.until(lambda each: each.last.in_sync)
+    assert taken[-1].overrides == {"a": OperatorOverride(2, 9)}
+
+
+async def test_a_hub_that_does_not_hear_from_etcd_and_one_of_another_time_are_reported(
+    hubs: Callable[..., FleetHub], kept: Path
+) -> None:
+    hub = hubs()
+    hub.put([N1], [A])
+    async with running(fleet_source(kept, hub)) as heard:
+        hub.age_s, hub.skew_s = 60.0, 5.0
+        hub.ping()
+        await heard.until(lambda each: not each.last.in_sync and "5 s" in reasons(each))
+        hub.age_s, hub.skew_s = 0.0, 0.0
+        hub.ping()
+        await heard.until(lambda each: each.last.in_sync and not each.last.problems)
+
+
+async def test_a_host_that_is_not_admitted_serves_on_and_says_so(
+    hubs: Callable[..., FleetHub], kept: Path
+) -> None:
+    hub = hubs()
+    await fill(hub, kept, A)
+    hub.refuses = True
+    async with running(fleet_source(kept, hub)) as heard:
+        await heard.until(lambda each: "does not admit this host" in reasons(each))
+        assert names(heard) == {"a": "a"}
+        hub.refuses = False
+        await heard.until(lambda each: each.last.in_sync)
+
+
+async def test_a_damaged_copy_is_reported_and_used_once_it_is_mended(
+    hubs: Callable[..., FleetHub], kept: Path
+) -> None:
+    hub = hubs()
+    await fill(hub, kept, A)
+    whole = _replace(kept, b"no database at all, but long enough to be looked at" * 20)
+    async with running(fleet_source(kept, hub)) as heard:
+        assert not heard.last.in_sync
+        assert "damaged" in reasons(heard)
+        _replace(kept, whole)
+        await heard.until(lambda each: each.last.in_sync)
+        assert names(heard) == {"a": "a"}
+
+
+async def test_hubs_are_answered_what_the_admin_api_says(
+    hubs: Callable[..., FleetHub], kept: Path
+) -> None:
+    async def answer(path: str) -> tuple[int, Any]:
+        return 200, {"asked": path}
+
+    hub = hubs()
+    source = fleet_source(kept, hub)
+    source.answer = answer
+    async with running(source):
+        assert await asyncio.to_thread(hub.ask, "/v1/x") == (200, {"asked": "/v1/x"})
+
+
+def test_two_sets_that_are_merged_are_the_later_one_where_they_differ() -> None:
+    first = Batch(5, put={"a": (5, {}), "b": (5, {})}, remove=("c", "d"), held={"e": "", "f": ""})
+    then = Batch(6, put={"c": (6, {}), "e": (6, {})}, remove=("b",), held={"g": ""})
+    assert merge(first, then) == Batch(
+        6,
+        put={"a": (5, {}), "c": (6, {}), "e": (6, {})},
+        remove=("d", "b"),
+        held={"f": "", "g": ""},
+    )
