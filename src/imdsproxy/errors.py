@@ -13,6 +13,7 @@
     │   │       ├── EtcdFull               nothing can be written
     │   │       └── WriteUnknown           a write may be done or not
     │   ├── SourceRefused          a record or a store was refused
+    │   │   └── RestoreSuspected       of a fleet: etcd may be restored from a backup
     │   └── SourceCorrupt          the store's file is damaged
     ├── DataplaneError         HAProxy or the host refused             exit 70, 71 or 77
     │   ├── HaproxyMissing         not installed, or older than 3.0
@@ -29,6 +30,7 @@
         ├── AccessDenied           the certificate or token does not allow it
         ├── NotFound
         ├── AlreadyExists          what `add` should make is there
+        ├── RevisionOutdated       of a fleet: the record was changed meanwhile
         └── RequestRefused         carries the fields
 
 Each has a stable `code` (kebab-case: logs, metrics, admin API and the reference use it), the statuses with which
@@ -208,6 +210,15 @@ class SourceRefused(SourceError):
     remedy = "Correct the fields that are listed, or the record that has the id or address already."
 
 
+class RestoreSuspected(SourceRefused):
+    """A host has what the fleet's etcd lacks: it may be restored from a backup, and nothing is written."""
+
+    remedy = (
+        "If etcd was restored on purpose, an operator accepts that; until then hosts keep what "
+        "they have. If not, compare the members of etcd."
+    )
+
+
 class SourceCorrupt(SourceError):
     """The source's store is damaged."""
 
@@ -360,6 +371,14 @@ class AlreadyExists(AdminError):
     exit_status = 73
     http_status = 409
     remedy = "Use `set` instead of `add`, or another id."
+
+
+class RevisionOutdated(AdminError):
+    """A record of a fleet has another revision than the one that was to be changed."""
+
+    exit_status = 73
+    http_status = 409
+    remedy = "Read the record again, and change what it is now."
 
 
 class RequestRefused(AdminError):

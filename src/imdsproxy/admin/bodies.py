@@ -7,8 +7,8 @@ made of its tables, and only describe them to clients.
 import asyncio
 import json
 from base64 import b64encode
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import AsyncIterator, Callable, Mapping, MutableMapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Final, Self, TypeAlias, TypeVar, Union
 
@@ -16,10 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, create_model
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from imdsproxy.admin.records import LeftOut, find_network
-from imdsproxy.core import records
-from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import Instance, Network
+from imdsproxy.core import endpoints, records
+from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
 from imdsproxy.core.observation import Conflict
 from imdsproxy.core.packed import PackedInstances
 from imdsproxy.core.records.schema import Key, Kind, Table
@@ -35,6 +33,45 @@ _INLINE: Final = 64 * 1024
 _MOST_PROBLEMS: Final = 1000
 _LINE_HINT: Final = '{"network": {…}} or {"instance": {…}}'
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A network that is configured and not served now.
+
+    Attributes:
+        code: Stable and kebab-case, as `namespace-missing`, `port-busy`, `foreign-listener`.
+        reason: What is wrong, with pid and program where another program is in the way.
+        hint: What the operator can do.
+    """
+
+    network: NetworkId
+    code: str
+    reason: str
+    hint: str = ""
+
+    @classmethod
+    def of(cls, one: endpoints.LeftOut) -> Self:
+        """As reports have it."""
+        family = "" if one.family is None else f"IPv{one.family.value}: "
+        return cls(one.network, one.code.value, f"{family}{one.reason}", one.hint)
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a change did: acknowledged once no worker of HAProxy answers with the old state.
+
+    Attributes:
+        applied: HAProxy has it. Off: it is stored, and comes in force when `pending` is mended.
+        pending: Why it is not in force yet, as `namespace n1 is missing`.
+        warnings: Names in the records that documents change or lack; twenty at most, then how many more.
+    """
+
+    networks: int = 0
+    instances: int = 0
+    applied: bool = True
+    pending: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 class _Record(BaseModel):
@@ -70,8 +107,10 @@ def _type_of(kind: Kind) -> Any:  # noqa: ANN401 - as above
 if TYPE_CHECKING:
     NetworkRecord: TypeAlias = BaseModel
     InstanceRecord: TypeAlias = BaseModel
+    PlacedRecord: TypeAlias = BaseModel
 else:
     NetworkRecord, InstanceRecord = _model_of(records.NETWORK), _model_of(records.INSTANCE)
+    PlacedRecord = _model_of(records.PLACED)
 
 
 class DocumentBody(BaseModel):
@@ -150,6 +189,13 @@ class InstancePage(_Record):
     )
 
 
+def takes(model: type[BaseModel]) -> dict[str, Any]:
+    """A route's body for OpenAPI; the routes read and check it themselves."""
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs", None)
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
 class RecordResponse(JSONResponse):
     """JSON in which records, and what else stands in reports, are still the core's values."""
 
@@ -189,9 +235,9 @@ def read_record(kind: str, parse: Callable[[object], _T | records.Refused], body
     return parsed
 
 
-async def read_records(body: object) -> records.Records:
+async def read_records(body: object, tables: records.Tables = records.TABLES) -> records.Records:
     """The records of a bulk body; `RequestRefused` with every field of every record."""
-    found = await asyncio.to_thread(records.parse_records, body)
+    found = await asyncio.to_thread(records.parse_records, body, tables=tables)
     _refuse_bad(found.all_problems)
     return found
 
@@ -206,6 +252,17 @@ async def read_lines(request: Request) -> tuple[list[Network], PackedInstances]:
     """
     networks: list[Network] = []
     instances = PackedInstances()
+    await read_each_line(request, networks.append, instances)
+    return networks, instances
+
+
+async def read_each_line(
+    request: Request,
+    take: Callable[[Network], object],
+    instances: MutableMapping[InstanceId, Instance],
+    tables: records.Tables = records.TABLES,
+) -> None:
+    """The same; each network is given to `take`, and each instance is put where it belongs."""
     problems: list[Problem] = []
     counts = {"network": 0, "instance": 0}
     async for raw in _lines(request):
@@ -215,18 +272,17 @@ async def read_lines(request: Request) -> tuple[list[Network], PackedInstances]:
             raise _refused("has a line that is neither a network nor an instance", _LINE_HINT)
         path = (f"{kind}s", counts[kind])
         counts[kind] += 1
-        match records.parse_listed(path, body[kind]):
+        match records.parse_listed(path, body[kind], tables=tables):
             case records.Refused(problems=found):
                 problems += found
             case Network() as network:
-                networks.append(network)
+                take(network)
             case instance if instance.id in instances:
                 field = f"instances[{path[1]}].id"
                 problems.append(Problem(field, f"{instance.id} is there twice"))
             case instance:
                 instances[instance.id] = instance
     _refuse_bad(problems[:_MOST_PROBLEMS])
-    return networks, instances
 
 
 def _refuse_bad(problems: Sequence[Problem]) -> None:
@@ -286,12 +342,12 @@ def refuse_unclearable(patch: Mapping[str, object], record: Table[Any], *more: s
         raise RequestRefused(f"{names} cannot be cleared", hint=problems[0].hint, problems=problems)
 
 
-def name_networks(body: object, inventory: Inventory) -> object:
-    """An instance's body with the ids of the networks that its ports name."""
+def name_networks(body: object, find: Callable[[str], NetworkId]) -> object:
+    """An instance's body with the ids of the networks that its ports name by id or name."""
     ports = body.get("ports") if isinstance(body, dict) else None
     for port in ports if isinstance(ports, list) else ():
         if isinstance(port, dict) and isinstance(port.get("network"), str):
-            port["network"] = find_network(inventory, port["network"])
+            port["network"] = find(port["network"])
     return body
 
 

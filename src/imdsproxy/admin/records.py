@@ -8,12 +8,12 @@ state before. It raises `SourceRefused` where no writable source is enabled or t
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Final, Self, TypeAlias, TypeVar
+from dataclasses import replace
+from typing import Any, Final, TypeAlias, TypeVar
 
+from imdsproxy.admin.bodies import LeftOut, Written
 from imdsproxy.controller.controller import UNCONFIRMED, Controller
 from imdsproxy.controller.in_force import find_unserved, wait_confirmed
-from imdsproxy.core import endpoints
 from imdsproxy.core.documents.ec2 import list_warnings, warn_of_names
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId, Upstream
@@ -30,28 +30,6 @@ _SHOWN: Final = 5
 
 Report: TypeAlias = dict[str, Any]
 """As the views in `bodies`, with the core's values in it (see `bodies.RecordResponse`)."""
-
-
-@dataclass(frozen=True, slots=True)
-class LeftOut:
-    """A network that is configured and not served now.
-
-    Attributes:
-        code: Stable and kebab-case, as `namespace-missing`, `port-busy`, `foreign-listener`.
-        reason: What is wrong, with pid and program where another program is in the way.
-        hint: What the operator can do.
-    """
-
-    network: NetworkId
-    code: str
-    reason: str
-    hint: str = ""
-
-    @classmethod
-    def of(cls, one: endpoints.LeftOut) -> Self:
-        """As reports have it."""
-        family = "" if one.family is None else f"IPv{one.family.value}: "
-        return cls(one.network, one.code.value, f"{family}{one.reason}", one.hint)
 
 
 def find_network(inventory: Inventory, text: str) -> NetworkId:
@@ -218,23 +196,6 @@ def _find_id(text: _Id, records: Mapping[_Id, Network] | Mapping[_Id, Instance])
         shown = ", ".join(found[:_SHOWN]) + (", …" if len(found) > _SHOWN else "")
         raise RequestRefused(f"{len(found)} have the name {text}", hint=f"use an id: {shown}")
     return found[0] if found else text
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What a change did: acknowledged once no worker of HAProxy answers with the old state.
-
-    Attributes:
-        applied: HAProxy has it. Off: it is stored, and comes in force when `pending` is mended.
-        pending: Why it is not in force yet, as `namespace n1 is missing`.
-        warnings: Names in the records that documents change or lack; twenty at most, then how many more.
-    """
-
-    networks: int = 0
-    instances: int = 0
-    applied: bool = True
-    pending: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
 
 
 async def put_records(

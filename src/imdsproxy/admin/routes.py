@@ -5,7 +5,7 @@ import os
 from collections.abc import Collection, Iterable
 from functools import partial
 from ipaddress import ip_address
-from typing import Annotated, Any, Final, TypeAlias, cast
+from typing import Annotated, Final, TypeAlias, cast
 
 from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,6 +15,7 @@ from imdsproxy.admin import bodies, guests, records, search, status, tokens, usa
 from imdsproxy.config.changes import SettingsReload
 from imdsproxy.controller.controller import Controller
 from imdsproxy.controller.reload import reload_settings
+from imdsproxy.core import matching
 from imdsproxy.core.addresses import normalise_address
 from imdsproxy.core.haproxy.limits import Usage
 from imdsproxy.core.haproxy.request_log import WatchReport
@@ -44,7 +45,8 @@ async def _instance_id(instance: Annotated[str, _NAMED], controller: _Uses) -> I
 
 
 async def _instance_body(request: Request, controller: _Uses) -> object:
-    return bodies.name_networks(await bodies.read_json(request), controller.inventory)
+    find = partial(records.find_network, controller.inventory)
+    return bodies.name_networks(await bodies.read_json(request), find)
 
 
 _Body: TypeAlias = Annotated[object, Depends(bodies.read_json)]
@@ -56,13 +58,6 @@ _Path = Annotated[str | None, Query(description="Also what the policy says to a 
 _Probe = Annotated[
     bool, Query(description="Also send a GET of it, as the guest would, and say the status.")
 ]
-
-
-def _takes(model: type[BaseModel]) -> dict[str, Any]:
-    """A route's body for OpenAPI; the routes read and check it themselves."""
-    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 class _Order(BaseModel):
@@ -233,8 +228,8 @@ async def list_networks(controller: _Uses) -> JSONResponse:
     return await _listed(records.report_networks(controller))
 
 
-@router.post("/networks", status_code=201, openapi_extra=_takes(bodies.NetworkRecord))
-async def add_network(body: _Body, controller: _Uses) -> records.Written:
+@router.post("/networks", status_code=201, openapi_extra=bodies.takes(bodies.NetworkRecord))
+async def add_network(body: _Body, controller: _Uses) -> bodies.Written:
     """Add a network; refused when there is one of this id."""
     return await records.put_records(controller, [_read_network(body)], [], create=True)
 
@@ -245,15 +240,15 @@ async def show_network(network: _Network, controller: _Uses) -> JSONResponse:
     return bodies.RecordResponse(records.report_network(controller, network))
 
 
-@router.put("/networks/{network}", openapi_extra=_takes(bodies.NetworkRecord))
-async def put_network(network: str, body: _Body, controller: _Uses) -> records.Written:
+@router.put("/networks/{network}", openapi_extra=bodies.takes(bodies.NetworkRecord))
+async def put_network(network: str, body: _Body, controller: _Uses) -> bodies.Written:
     """Add a network, or replace its whole record."""
     record = _read_network(bodies.refuse_unlike(body, network))
     return await records.put_records(controller, [record], [])
 
 
-@router.patch("/networks/{network}", openapi_extra=_takes(bodies.NetworkRecord))
-async def patch_network(network: _Network, body: _Body, controller: _Uses) -> records.Written:
+@router.patch("/networks/{network}", openapi_extra=bodies.takes(bodies.NetworkRecord))
+async def patch_network(network: _Network, body: _Body, controller: _Uses) -> bodies.Written:
     """Change some keys of a network (RFC 7396: null takes a key away)."""
     patch = bodies.refuse_unlike(body, network)
     bodies.refuse_unclearable(patch, NETWORK)
@@ -264,7 +259,7 @@ async def patch_network(network: _Network, body: _Body, controller: _Uses) -> re
 
 
 @router.delete("/networks/{network}")
-async def remove_network(network: _Network, controller: _Uses) -> records.Written:
+async def remove_network(network: _Network, controller: _Uses) -> bodies.Written:
     """Remove a network; refused while instances have ports in it."""
     return await records.remove_network(controller, network)
 
@@ -292,20 +287,20 @@ async def search_instances(
     ] = "",
     network: Annotated[str | None, Query(description="Only those with a port in it.")] = None,
     after: Annotated[str | None, Query(description="`next` of the page before.")] = None,
-    limit: Annotated[int, Query(ge=1, le=search.MOST, description="The most of a page.")] = 50,
+    limit: Annotated[int, Query(ge=1, le=matching.MOST, description="The most of a page.")] = 50,
 ) -> JSONResponse:
     """Instances that match, by id, a page at a time, without payloads."""
     inventory = controller.inventory
     chosen = None if network is None else records.find_network(inventory, network)
     found = await search.find_instances(inventory, text, chosen)
-    page = search.cut_page(found, after, limit)
+    page = matching.cut_page(found, after, limit)
     reports = records.report_instances(controller, page.ids)
     shown = [records.summarise(one) for one in reports]
     return bodies.RecordResponse({"found": len(found), "instances": shown, "next": page.next})
 
 
-@router.post("/instances", status_code=201, openapi_extra=_takes(bodies.InstanceRecord))
-async def add_instance(body: _InstanceBody, controller: _Uses) -> records.Written:
+@router.post("/instances", status_code=201, openapi_extra=bodies.takes(bodies.InstanceRecord))
+async def add_instance(body: _InstanceBody, controller: _Uses) -> bodies.Written:
     """Add an instance; refused when there is one of this id."""
     return await records.put_records(controller, [], [_read_instance(body)], create=True)
 
@@ -316,17 +311,17 @@ async def show_instance(instance: _Instance, controller: _Uses) -> JSONResponse:
     return bodies.RecordResponse(records.report_instance(controller, instance))
 
 
-@router.put("/instances/{instance}", openapi_extra=_takes(bodies.InstanceRecord))
-async def put_instance(instance: str, body: _InstanceBody, controller: _Uses) -> records.Written:
+@router.put("/instances/{instance}", openapi_extra=bodies.takes(bodies.InstanceRecord))
+async def put_instance(instance: str, body: _InstanceBody, controller: _Uses) -> bodies.Written:
     """Add an instance, or replace its whole record."""
     record = _read_instance(bodies.refuse_unlike(body, instance))
     return await records.put_records(controller, [], [record])
 
 
-@router.patch("/instances/{instance}", openapi_extra=_takes(bodies.InstanceRecord))
+@router.patch("/instances/{instance}", openapi_extra=bodies.takes(bodies.InstanceRecord))
 async def patch_instance(
     instance: _Instance, body: _InstanceBody, controller: _Uses
-) -> records.Written:
+) -> bodies.Written:
     """Change some keys of an instance (RFC 7396: null takes a key away, lists are replaced).
 
     `password: null` forgets the password that its guest posted.
@@ -340,7 +335,7 @@ async def patch_instance(
         known = render_record(records.report_instance(controller, instance)["record"])
         changed = _read_instance(bodies.merge_patch(known, patch))
         # A password is no part of the record, which may be another source's.
-        written = records.Written(instances=1)
+        written = bodies.Written(instances=1)
         if not (clears_password and patch.keys() == {"id"}):
             written = await records.put_records(controller, [], [changed])
         if clears_password:
@@ -358,11 +353,11 @@ async def show_password(instance: _Instance, controller: _Uses) -> bodies.Passwo
 
 
 @router.delete("/instances/{instance}/password")
-async def clear_password(instance: _Instance, controller: _Uses) -> records.Written:
+async def clear_password(instance: _Instance, controller: _Uses) -> bodies.Written:
     """Forget that password, so that the guest can post another."""
     if not await guests.clear_password(controller, instance):
         raise _no_password(instance)
-    return records.Written(instances=1)
+    return bodies.Written(instances=1)
 
 
 @router.get("/instances/{instance}/tokens")
@@ -379,17 +374,17 @@ async def show_usage(instance: _Instance, controller: _Uses) -> Usage | None:
 
 
 @router.delete("/instances/{instance}")
-async def remove_instance(instance: _Instance, controller: _Uses) -> records.Written:
+async def remove_instance(instance: _Instance, controller: _Uses) -> bodies.Written:
     """Remove an instance."""
     return await records.remove_instance(controller, instance)
 
 
-@router.post("/records", openapi_extra=_takes(bodies.RecordsBody))
+@router.post("/records", openapi_extra=bodies.takes(bodies.RecordsBody))
 async def put_records(
     request: Request,
     controller: _Uses,
     create: Annotated[bool, Query(description="Refuse ids that are there.")] = False,  # noqa: FBT002 - FastAPI passes it by name
-) -> records.Written:
+) -> bodies.Written:
     """Add or replace many networks and instances: all of them, or none.
 
     A body of type `application/x-ndjson` has a record a line, `{"network": {…}}` or `{"instance": {…}}`, and may be of

@@ -80,7 +80,7 @@ class StartingServer:
 
 
 def _render(steps: Sequence[Step]) -> bytes:
-    """The answer, as `admin.api.ProblemBody`, and the steps that are under way."""
+    """The answer, as `admin.problems.ProblemBody`, and the steps that are under way."""
     error = Starting.at([asdict(step) for step in steps])
     body = {
         "status": error.http_status,

@@ -334,6 +334,10 @@ class FleetState:
         """What is placed on a host."""
         return frozenset(self._placed.get(host, ()))
 
+    def count_with(self, item: ItemKey) -> int:
+        """How many instances need an item; one that moves counts for each of its hosts."""
+        return sum(self._where.get(item, Counter()).values())
+
     def hosts_with(self, item: ItemKey) -> frozenset[HostId]:
         """Every host that an item reaches by its instances."""
         return frozenset(self._hosts(item))

@@ -62,6 +62,7 @@ class _Wait:
 
     revision: int
     hosts: set[HostId]
+    items: Collection[ItemKey] | None = None
     over: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -132,24 +133,36 @@ class Streams:
 
     # What is in force where
 
-    def lacks(self, host: HostId, revision: int) -> str | None:
-        """Why a revision is not in force on a host, as far as it is known here; `None` where it is."""
+    def lacks(
+        self, host: HostId, revision: int, items: Collection[ItemKey] | None = None
+    ) -> str | None:
+        """Why a revision is not in force on a host, as far as it is known here; `None` where it is.
+
+        Args:
+            host: Which.
+            revision: All up to it.
+            items: What failed counts only if it is one of these; `None` for all.
+        """
         stream = self.hosts.get(host)
         if stream is None:
             return "not connected"
         if self.state.revision < revision:
             return "not received"
-        return stream.lacks(revision)
+        return stream.lacks(revision, items)
 
     async def wait(
-        self, hosts: Collection[HostId], revision: int, timeout_s: float
+        self,
+        hosts: Collection[HostId],
+        revision: int,
+        timeout_s: float,
+        items: Collection[ItemKey] | None = None,
     ) -> dict[HostId, str]:
-        """Wait until a revision is in force on these hosts.
+        """Wait until a revision is in force on these hosts; `items` as of `lacks`.
 
         Returns:
             Those on which it is not yet, and why.
         """
-        wait = _Wait(revision, set(self._pending(hosts, revision)))
+        wait = _Wait(revision, set(self._pending(hosts, revision, items)), items)
         for host in wait.hosts:
             self._waits.setdefault(host, []).append(wait)
         waited = tuple(wait.hosts)
@@ -164,16 +177,18 @@ class Streams:
                 self._waits[host].remove(wait)
                 if not self._waits[host]:
                     del self._waits[host]
-        return self._pending(wait.hosts, revision)
+        return self._pending(wait.hosts, revision, items)
 
-    def _pending(self, hosts: Collection[HostId], revision: int) -> dict[HostId, str]:
-        found = {host: self.lacks(host, revision) for host in hosts}
+    def _pending(
+        self, hosts: Collection[HostId], revision: int, items: Collection[ItemKey] | None
+    ) -> dict[HostId, str]:
+        found = {host: self.lacks(host, revision, items) for host in hosts}
         return {host: why for host, why in found.items() if why is not None}
 
     def progressed(self, host: HostId) -> None:
         """Look again whether a host has what is waited for."""
         for wait in self._waits.get(host, ()):
-            if host in wait.hosts and self.lacks(host, wait.revision) is None:
+            if host in wait.hosts and self.lacks(host, wait.revision, wait.items) is None:
                 wait.hosts.discard(host)
                 if not wait.hosts:
                     wait.over.set()
@@ -390,14 +405,15 @@ class HostStream(asyncio.Protocol):
         items, self._dirty = self._dirty, set()
         self._send_batch(self._streams.state.changes_for(self.host, items))
 
-    def lacks(self, revision: int) -> str | None:
-        """Why a revision that the hub has is not in force on this host; `None` where it is."""
+    def lacks(self, revision: int, items: Collection[ItemKey] | None = None) -> str | None:
+        """See `Streams.lacks`; of a revision that the hub has."""
         if self.acked < revision:
             if self._dirty:
                 return "not sent yet"
             if self.acked < self._sent:
                 return "not acknowledged yet"
-        return "; ".join(f"{item}: {why}" for item, why in self.failed.items()) or None
+        failed = (one for one in self.failed.items() if items is None or one[0] in items)
+        return "; ".join(f"{item}: {why}" for item, why in failed) or None
 
     async def ask(self, path: str) -> Answer:
         """See `Streams.ask`."""

@@ -10,7 +10,8 @@ import json
 from dataclasses import dataclass
 from typing import Any, Final, NewType, TypeAlias, cast
 
-from imdsproxy.core.model import InstanceId, NetworkId
+from imdsproxy.core.model import InstanceId, IpAddress, NetworkId
+from imdsproxy.core.policy import OperatorOverride
 
 HostId = NewType("HostId", str)
 """A host's name in the fleet, as `model.ID_PATTERN`; the common name of its certificate."""
@@ -18,6 +19,7 @@ HostId = NewType("HostId", str)
 PREFIX: Final = "/imds/1/"
 BLOBS: Final = "/imds/blob/"
 CLAIMS: Final = "/imds/claim/"
+IMPORTS: Final = "/imds/import/"
 
 META: Final = f"{PREFIX}meta"
 BEAT: Final = f"{PREFIX}beat"
@@ -27,6 +29,8 @@ SUSPECT: Final = f"{PREFIX}suspect"
 NETWORKS: Final = f"{PREFIX}net/"
 INSTANCES: Final = f"{PREFIX}inst/"
 POLICIES: Final = f"{PREFIX}pol/"
+"""Followed by `fleet`, `host/ID` or `project/ID`; rules as `core.records.network.POLICY` has them."""
+
 GUARDS: Final = f"{PREFIX}guard/"
 KEYS: Final = f"{PREFIX}key/"
 HOSTS: Final = f"{PREFIX}host/"
@@ -116,19 +120,29 @@ def instance_key(instance: InstanceId) -> str:
     return f"{INSTANCES}{instance}"
 
 
-def address_claim(network: NetworkId, address: str) -> str:
-    """Whose value is the instance that has the address there."""
+def claims_in(network: NetworkId) -> str:
+    """What the claims of a network begin with; while there is one, the network cannot be removed."""
+    return f"{CLAIMS}{network}/"
+
+
+def address_claim(network: NetworkId, address: IpAddress) -> str:
+    """Whose value is the instance that has the address there; a MAC is claimed as its link-local address."""
     return f"{CLAIMS}{network}/addr/{address}"
 
 
-def mac_claim(network: NetworkId, mac: str) -> str:
-    """Whose value is the instance that has the MAC there."""
-    return f"{CLAIMS}{network}/mac/{mac}"
-
-
 def port_claim(network: NetworkId, instance: InstanceId) -> str:
-    """Whose presence keeps the network from being removed: the instance has a port in it."""
+    """Of an instance with a port there that has neither MAC nor address."""
     return f"{CLAIMS}{network}/port/{instance}"
+
+
+def guard_key(instance: InstanceId) -> str:
+    """Of what operators did about an instance."""
+    return f"{GUARDS}{instance}"
+
+
+def import_key(request: str) -> str:
+    """Of an import that is under way, or was broken off."""
+    return f"{IMPORTS}{request}"
 
 
 def blob_key(sha256: str, number: int) -> str:
@@ -207,6 +221,20 @@ def parse_network(value: bytes) -> StoredNetwork:
     found = decode(value)
     removed = _removed(found.get("removed_at"))
     return StoredNetwork(_record(found), str(found.get("request", "")), removed)
+
+
+def render_guard(override: OperatorOverride) -> bytes:
+    """The value of a guard's key."""
+    return encode({"epoch": override.epoch, "reopened_at": override.reopened_at})
+
+
+def parse_guard(value: bytes) -> OperatorOverride:
+    """The reverse of `render_guard`; raises `Unreadable`."""
+    match decode(value):
+        case {"epoch": int(epoch), "reopened_at": int(reopened_at)}:
+            return OperatorOverride(epoch, reopened_at)
+        case _:
+            raise Unreadable("`epoch` and `reopened_at` are not two numbers")
 
 
 def _record(found: Json) -> Json:

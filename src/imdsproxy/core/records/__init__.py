@@ -11,18 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
 from imdsproxy.core.model import Instance, Network
-from imdsproxy.core.records.instance import INSTANCE
+from imdsproxy.core.records.instance import INSTANCE, PLACED, PlacedInstance
 from imdsproxy.core.records.network import NETWORK
 from imdsproxy.core.records.schema import Fault, Field, Findings, Json, Path, Refused, Table
 from imdsproxy.errors import Problem
 
-TABLES: Final[Mapping[str, Table[Network] | Table[Instance]]] = {
-    "networks": NETWORK,
-    "instances": INSTANCE,
-}
+Tables: TypeAlias = Mapping[str, Table[Network] | Table[Instance] | Table[PlacedInstance]]
+"""Of a document's lists, by their names."""
+
+TABLES: Final[Tables] = {"networks": NETWORK, "instances": INSTANCE}
+PLACED_TABLES: Final[Tables] = {"networks": NETWORK, "instances": PLACED}
+"""Of a fleet's records."""
+
 LISTS: Final = tuple(TABLES)
 
 
@@ -67,13 +70,18 @@ class Records:
 
 parse_network: Final = NETWORK.read
 parse_instance: Final = INSTANCE.read
+parse_placed: Final = PLACED.read
 
 
 def parse_listed(
-    path: Path, record: object, findings: Findings | None = None, faults: Iterable[Fault] = ()
+    path: Path,
+    record: object,
+    findings: Findings | None = None,
+    faults: Iterable[Fault] = (),
+    tables: Tables = TABLES,
 ) -> Network | Instance | Refused:
     """One record of a document, as `Table.read` gives it; `path` is its list and its place there: `("networks", 3)`."""
-    return TABLES[str(path[0])].read(record, path, findings, faults)
+    return tables[str(path[0])].read(record, path, findings, faults)
 
 
 def render_record(record: Network | Instance) -> dict[str, Json]:
@@ -85,7 +93,7 @@ def render_record(record: Network | Instance) -> dict[str, Json]:
 
 
 def parse_each(
-    document: object, findings: Findings, faults: Iterable[Fault] = ()
+    document: object, findings: Findings, faults: Iterable[Fault] = (), tables: Tables = TABLES
 ) -> Iterator[tuple[Path, Network | Instance | Refused, float]]:
     """Each record of a document `{networks: [...], instances: [...]}`, and the share of its list that is parsed.
 
@@ -96,6 +104,7 @@ def parse_each(
         findings: Where problems of the document itself are noted. With one, none of its records counts.
         faults: What the decoder found; one inside a record refuses that record, another the
             document.
+        tables: What the records may have.
     """
     by_record: dict[Path, list[Fault]] = {}
     for fault in faults:
@@ -107,15 +116,22 @@ def parse_each(
         for done, item in enumerate(items, 1):
             own = by_record.pop(item.path, ())
             reading = Findings(findings.file, findings.line_of, findings.read_file)
-            yield item.path, parse_listed(item.path, item.value, reading, own), done / len(items)
+            yield (
+                item.path,
+                parse_listed(item.path, item.value, reading, own, tables),
+                done / len(items),
+            )
     for fault in (fault for left in by_record.values() for fault in left):
         findings.add(fault)
 
 
 def parse_records(
-    document: object, findings: Findings | None = None, faults: Iterable[Fault] = ()
+    document: object,
+    findings: Findings | None = None,
+    faults: Iterable[Fault] = (),
+    tables: Tables = TABLES,
 ) -> Records:
     """Every record of a document; arguments as of `parse_each`."""
     findings = findings or Findings()
-    found = [(path, record) for path, record, _ in parse_each(document, findings, faults)]
+    found = [(path, record) for path, record, _ in parse_each(document, findings, faults, tables)]
     return Records.of(found, findings.problems)

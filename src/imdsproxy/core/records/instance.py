@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from imdsproxy.core.model import Dialect, Instance, Port, SshKey, Upstream, free_name
@@ -286,6 +287,39 @@ INSTANCE: Final = Table(
         values.MOMENT,
         "When it was made or built anew: Unix time, or text of RFC 3339 with its zone. Without it the store notes when "
         "it was first put. The boot grace counts from it.",
+    ),
+    check=_check_instance,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedInstance(Instance):
+    """An instance of a fleet.
+
+    Attributes:
+        hosts: Where it is served; two while it moves.
+    """
+
+    hosts: tuple[str, ...] = ()
+
+
+def _refuse_repeated_hosts(hosts: Sequence[tuple[Field, str]]) -> None:
+    seen: set[str] = set()
+    for field, host in hosts:
+        if host in seen:
+            field.refuse(f"{host} is there twice")
+        seen.add(host)
+
+
+PLACED: Final = Table(
+    "PlacedInstanceRecord",
+    PlacedInstance,
+    "An instance of a fleet, and where it is.",
+    *INSTANCE.keys,
+    Key(
+        "hosts",
+        list_of(values.HOST_ID, _refuse_repeated_hosts),
+        "The fleet's hosts that serve it; two while it moves.",
     ),
     check=_check_instance,
 )

@@ -98,6 +98,7 @@ def entries(names: str, value: Json) -> dict[str, Json]:
 TEXT: Final = Kind(Field.text, one_line(MAX_TEXT))
 INSTANCE_ID: Final = _matching(model.ID_PATTERN, _ID_WANTED)
 NETWORK_ID: Final = _matching(model.ID_PATTERN, _ID_WANTED, shared=True)
+HOST_ID: Final = NETWORK_ID
 PROJECT_ID: Final = NETWORK_ID
 """A project's id as Keystone makes it: it is a header's value and a part of a map's."""
 
