@@ -1,0 +1,243 @@
+"""`imdsproxy hub`, from start to end: HAProxy in front, etcd behind, hosts and operators served between."""
+
+import asyncio
+import contextlib
+import resource
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from random import SystemRandom
+from typing import Final
+
+import structlog
+
+from imdsproxy.config.schema import Settings
+from imdsproxy.core.fleet import layout
+from imdsproxy.core.fleet.layout import HostId
+from imdsproxy.core.fleet.members import admits_host, host_key, parse_host
+from imdsproxy.dataplane.launch import read_program
+from imdsproxy.errors import ImdsproxyError, RuntimeUnavailable, SourceUnavailable
+from imdsproxy.host.clock import Clock
+from imdsproxy.host.files import ensure_directory, read_secret
+from imdsproxy.host.logs import open_logging
+from imdsproxy.host.notify import ServiceNotifier, is_journal
+from imdsproxy.host.process import leave_no_dumps, raise_descriptor_limit
+from imdsproxy.host.servers import open_unix_socket
+from imdsproxy.hub.api import build_api
+from imdsproxy.hub.authority import Authority
+from imdsproxy.hub.envelope import Envelope
+from imdsproxy.hub.etcd import Etcd
+from imdsproxy.hub.files import FleetFiles, HubNames, read_hub_names, renew_hub
+from imdsproxy.hub.front import Front, FrontSpec, fitting_maxconn
+from imdsproxy.hub.gateway import open_tls
+from imdsproxy.hub.replica import Replica
+from imdsproxy.hub.settings import EtcdSettings, HubSettings
+from imdsproxy.hub.state import FleetState
+from imdsproxy.hub.streams import Streams
+from imdsproxy.serving.http import serve
+
+_FIRST_READ_S: Final = 60.0
+_RENEW_EVERY_S: Final = 3600.0
+
+_log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Hub:
+    """The parts of a hub, which its routes use.
+
+    Attributes:
+        names: Its name, and the addresses by which it is reached.
+        url: How others reach it.
+    """
+
+    settings: HubSettings
+    files: FleetFiles
+    names: HubNames
+    url: str
+    authority: Authority
+    envelope: Envelope
+    etcd: Etcd
+    state: FleetState
+    streams: Streams
+    replica: Replica
+    clock: Clock
+
+
+def open_etcd(settings: EtcdSettings, clock: Clock) -> Etcd:
+    """The client of the store.
+
+    Raises:
+        SecretUnreadable: The password cannot be read, or others may.
+        SourceUnavailable: A file for TLS cannot be used.
+    """
+    tls = None
+    if settings.ca_file is not None:
+        try:
+            tls = open_tls(settings.ca_file, settings.certificate_file, settings.key_file)
+        except OSError as error:
+            raise SourceUnavailable(
+                f"the files for TLS to etcd cannot be used: {error}",
+                hint="hub.etcd.ca_file, certificate_file, key_file: PEM files that this account can read",
+            ) from error
+    password = ""
+    if settings.password_file is not None:
+        password = read_secret(settings.password_file).decode().strip()
+    return Etcd(
+        settings.endpoints,
+        tls=tls,
+        user=settings.user,
+        password=password,
+        random=SystemRandom(),
+        clock=clock,
+    )
+
+
+def build_hub(settings: HubSettings, clock: Clock) -> Hub:
+    """Read the files of the fleet, and make the parts.
+
+    Raises:
+        ConfigError: A file is missing or not what it should be.
+        SourceUnavailable: As `open_etcd`.
+    """
+    files = FleetFiles(settings.directory)
+    authority, envelope = files.load_authority(), files.load_envelope()
+    names = read_hub_names(files.load_hub())
+    port = settings.listen[0].rpartition(":")[2]
+    address = names.addresses[0]
+    url = settings.url or f"https://{f'[{address}]' if ':' in address else address}:{port}"
+    state = FleetState()
+
+    def is_admitted(host: HostId, serial: str) -> bool:
+        found = state.value(host_key(host))
+        return found is not None and admits_host(parse_host(found[0]), serial)
+
+    streams = Streams(state, clock, is_admitted)
+    etcd = open_etcd(settings.etcd, clock)
+    name = settings.name or names.name
+    replica = Replica(etcd, state, streams, name, url, clock, SystemRandom())
+    streams.suspect, streams.age_s = replica.suspect, replica.age_s
+    return Hub(
+        settings, files, names, url, authority, envelope, etcd, state, streams, replica, clock
+    )
+
+
+async def run_hub(
+    settings: Settings, haproxy: str, environment: Mapping[str, str], clock: Clock
+) -> None:
+    """Serve until stopped.
+
+    Raises:
+        ConfigError: A file of the fleet cannot be used.
+        DataplaneError: HAProxy does not start, or has ended.
+        SourceUnavailable: etcd did not answer at the start.
+    """
+    hub = build_hub(settings.hub, clock)
+    notifier = ServiceNotifier(environment.get("NOTIFY_SOCKET", ""))
+    program = await read_program(haproxy)
+    runtime = settings.hub.runtime_dir
+    ensure_directory(runtime, mode=0o700)
+    stream_socket = open_unix_socket(runtime / "stream.sock", mode=0o600)
+    api_socket = open_unix_socket(runtime / "api.sock", mode=0o600)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    spec = FrontSpec(
+        settings.hub.listen,
+        hub.files.hub,
+        hub.files.ca_certificate,
+        stream_socket=runtime / "stream.sock",
+        api_socket=runtime / "api.sock",
+        control=runtime / "haproxy.sock",
+        maxconn=fitting_maxconn(-1 if limit == resource.RLIM_INFINITY else limit),
+    )
+    front = Front(program.path, spec, runtime / "haproxy.cfg")
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(hub.etcd.close)
+        group = await stack.enter_async_context(asyncio.TaskGroup())
+        replica = hub.replica
+        tasks = [group.create_task(replica.run(), name="etcd")]
+        await _first_read(hub, ended)
+        if not ended.is_set():
+            tasks += [
+                group.create_task(replica.beat(), name="beat"),
+                group.create_task(replica.note_suspicions(), name="suspicions"),
+                group.create_task(hub.streams.run(stream_socket), name="streams"),
+                group.create_task(serve(build_api(hub), api_socket), name="api"),
+            ]
+            await front.start()
+            stack.push_async_callback(front.stop)
+            tasks += [
+                group.create_task(_watch_front(front, ended), name="haproxy"),
+                group.create_task(_renew(hub, front), name="certificate"),
+            ]
+            hosts = sum(1 for _ in hub.state.keys(layout.HOSTS))
+            notifier.ready(f"{hosts} hosts")
+            _log.info("ready", name=replica.name, url=hub.url, hosts=hosts)
+            await ended.wait()
+            notifier.send(STOPPING="1")
+        for task in tasks:
+            task.cancel()
+
+
+async def _first_read(hub: Hub, ended: asyncio.Event) -> None:
+    """Wait until all of etcd was read."""
+    waits = {asyncio.ensure_future(one.wait()) for one in (hub.replica.complete, ended)}
+    done, left = await asyncio.wait(
+        waits, timeout=_FIRST_READ_S, return_when=asyncio.FIRST_COMPLETED
+    )
+    for one in left:
+        one.cancel()
+    if not done:
+        failure = hub.replica.failure
+        raise SourceUnavailable(
+            f"etcd was not read in {_FIRST_READ_S:g} s: {failure.reason if failure else 'it is slow'}",
+            hint="hub.etcd.endpoints names its members: `etcdctl endpoint health`",
+        )
+
+
+async def _watch_front(front: Front, ended: asyncio.Event) -> None:
+    why = await front.wait()
+    if not ended.is_set():
+        raise RuntimeUnavailable(
+            f"HAProxy in front of the hub has ended: {why}", hint="start the hub again"
+        )
+
+
+async def _renew(hub: Hub, front: Front) -> None:
+    """Keep this hub's own certificate good."""
+    while True:
+        try:
+            renewed = await asyncio.to_thread(renew_hub, hub.files, hub.authority, hub.clock.now())
+            if renewed is not None:
+                await front.replace_certificate(renewed)
+                _log.info("certificate renewed", name=hub.replica.name)
+        except ImdsproxyError as error:
+            _log.error("certificate not renewed", reason=error.message)
+        await asyncio.sleep(_RENEW_EVERY_S)
+
+
+def run(settings: Settings, environment: Mapping[str, str]) -> None:
+    """Be a hub until stopped.
+
+    Raises:
+        ImdsproxyError: It cannot start, or cannot go on; says who must act.
+    """
+    clock, log = Clock(), settings.log
+    journal = is_journal(sys.stderr, environment)
+    open_logging(log.level, log.format, sys.stderr, clock=clock, journal=journal)
+    raise_descriptor_limit()
+    leave_no_dumps()
+    try:
+        asyncio.run(run_hub(settings, settings.haproxy.binary, environment, clock))
+    except BaseExceptionGroup as group:
+        expected, others = group.split(ImdsproxyError)
+        if expected is None or others is not None:
+            raise
+        first: BaseException = expected
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        raise first from group

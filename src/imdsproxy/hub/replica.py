@@ -1,0 +1,207 @@
+"""A hub's copy of what etcd has: read once, then followed; what etcd loses is noticed, and stays here.
+
+A hub writes three keys for itself: a beat every few seconds, by which every watch shows that it is alive, where the hub
+is, and why a restored backup is suspected.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from random import Random
+from typing import Final
+from uuid import UUID
+
+import structlog
+
+from imdsproxy.core.fleet import layout
+from imdsproxy.core.fleet.layout import HostId, Meta
+from imdsproxy.core.timing import Backoff
+from imdsproxy.errors import EtcdUnavailable, Problem, SourceCorrupt
+from imdsproxy.host.clock import Clock
+from imdsproxy.hub.etcd import Behind, Compacted, Etcd
+from imdsproxy.hub.etcd_messages import Deleted, KeyValue, absent, prefix_end, unchanged
+from imdsproxy.hub.state import Change, FleetState
+from imdsproxy.hub.streams import Streams
+
+BEAT_S: Final = 5.0
+LEASE_S: Final = 15
+_AGAIN_S: Final = 1.0
+
+_log = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class Replica:
+    """The copy, and who is told of its changes.
+
+    Args:
+        etcd: The store.
+        state: The copy.
+        streams: The hosts of this hub.
+        name: This hub's.
+        url: How others reach it.
+        clock: The time.
+        random: Jitter, and the fleet's UUID where there is none yet.
+
+    Attributes:
+        complete: Set while the copy has everything.
+        failure: Why etcd is not followed now.
+        heard: When etcd was last heard, by the monotonic clock.
+    """
+
+    etcd: Etcd
+    state: FleetState
+    streams: Streams
+    name: str
+    url: str
+    clock: Clock
+    random: Random
+    complete: asyncio.Event = field(default_factory=asyncio.Event)
+    failure: Problem | None = None
+    heard: float = 0.0
+    _at: int = 0
+    _incarnation: int = 0
+    _beat_seen: float = 0.0
+    _suspicions: asyncio.Queue[tuple[HostId, str, int]] = field(default_factory=asyncio.Queue)
+
+    def age_s(self) -> float:
+        """Seconds since etcd was heard."""
+        return self.clock.monotonic() - self.heard
+
+    async def run(self) -> None:
+        """Follow etcd until cancelled; while it is away the copy stays.
+
+        Raises:
+            SourceCorrupt: The fleet is of a format that this hub does not know.
+        """
+        backoff = Backoff(0.1, 5.0)
+        reading = True
+        while True:
+            try:
+                if reading:
+                    await self._read()
+                    reading = False
+                async with aclosing(self.etcd.follow(layout.PREFIX, self._at + 1)) as following:
+                    async for changes in following:
+                        backoff.succeed()
+                        self._take(changes.revision, map(_change, changes.events))
+                        if reading := self._is_accepted():
+                            break
+            except Compacted:
+                reading = True
+            except Behind as error:
+                self.suspect(HostId(self.name), f"etcd went back: {error.message}", 0)
+                self.etcd.accept_older()
+                reading = True
+            except EtcdUnavailable as error:
+                self.failure = Problem("hub.etcd", error.message, error.hint)
+                _log.warning("etcd not followed", reason=error.message)
+                await asyncio.sleep(backoff.fail() * self.random.uniform(0.5, 1.0))
+
+    def _is_accepted(self) -> bool:
+        """Whether an operator accepted a restored backup: all that was held back is let go."""
+        return self._incarnation not in {0, self.state.meta.incarnation}
+
+    async def _read(self) -> None:
+        """Read all keys, and make the fleet where there is none."""
+        snapshot = await self.etcd.read(layout.PREFIX, prefix_end(layout.PREFIX))
+        if not any(one.key == layout.META for one in snapshot.kvs):
+            fleet = UUID(int=self.random.getrandbits(128), version=4)
+            meta = layout.render_meta(Meta(str(fleet)))
+            await self.etcd.commit([absent(layout.META)], {layout.META: meta})
+            snapshot = await self.etcd.read(layout.PREFIX, prefix_end(layout.PREFIX))
+        if self._is_accepted():
+            self.state.clear()
+        found = {one.key for one in snapshot.kvs}
+        gone = [key for key in self.state.keys(layout.PREFIX) if key not in found]
+        self._take(
+            snapshot.revision,
+            [*map(_change, snapshot.kvs), *(Change(one, None, snapshot.revision) for one in gone)],
+        )
+        meta_now = self.state.meta
+        if meta_now.format != layout.FORMAT:
+            raise SourceCorrupt(
+                f"etcd has a fleet of format {meta_now.format}, and this hub knows {layout.FORMAT}",
+                hint="upgrade this hub",
+            )
+        if self._is_accepted():
+            self.streams.renew_all()
+        self._incarnation = meta_now.incarnation
+        self.complete.set()
+        _log.info("etcd read", revision=snapshot.revision, keys=len(snapshot.kvs))
+
+    def _take(self, revision: int, changes: Iterable[Change]) -> None:
+        self.heard, self.failure, self._at = self.clock.monotonic(), None, revision
+        folded = list(changes)
+        touched = self.state.apply(revision, folded)
+        for change in folded:
+            if change.key == layout.BEAT:
+                self._beat_seen = self.heard
+            elif change.key in self.state.problems:
+                _log.warning(
+                    "value not taken", key=change.key, reason=self.state.problems[change.key]
+                )
+        self.streams.deliver(touched)
+        if any(change.key.startswith(layout.HOSTS) for change in folded):
+            self.streams.review()
+
+    # What hubs write for themselves
+
+    def suspect(self, host: HostId, why: str, revision: int) -> None:
+        """Note that etcd seems to be restored from a backup.
+
+        Args:
+            host: Who says so.
+            why: What is missing.
+            revision: etcd has to be older than this; 0 where the reason is enough.
+        """
+        self._suspicions.put_nowait((host, why, revision))
+
+    async def note_suspicions(self) -> None:
+        """Write why a restored backup is suspected, so that every hub refuses to write; until cancelled."""
+        while True:
+            host, why, revision = await self._suspicions.get()
+            while True:
+                try:
+                    now = await self.etcd.read(layout.SUSPECT)
+                    if not now.kvs and not 0 < revision <= now.revision:
+                        _log.error("a restored backup is suspected", host=host, reason=why)
+                        value = layout.encode({"host": host, "why": why})
+                        await self.etcd.commit([absent(layout.SUSPECT)], {layout.SUSPECT: value})
+                    break
+                except (EtcdUnavailable, Compacted) as error:
+                    _log.warning("suspicion not written yet", reason=str(error))
+                    await asyncio.sleep(_AGAIN_S)
+
+    async def beat(self) -> None:
+        """Write the beat where no other hub does, and where this hub is; until cancelled."""
+        lease = 0
+        await self.complete.wait()
+        while True:
+            try:
+                if not lease or not await self.etcd.keep_alive(lease):
+                    lease = await self.etcd.grant(LEASE_S)
+                    where = layout.encode({"url": self.url})
+                    await self.etcd.commit([], {layout.HUBS + self.name: where}, lease=lease)
+                if self.clock.monotonic() - self._beat_seen > BEAT_S:
+                    await self._beat_once()
+            except EtcdUnavailable as error:
+                # `run` reports it: the watch is silent then.
+                _log.debug("beat not written", reason=error.message)
+            await asyncio.sleep(BEAT_S * self.random.uniform(0.5, 1.0))
+
+    async def _beat_once(self) -> None:
+        found = self.state.value(layout.BEAT)
+        count, revision = 0, 0
+        if found is not None:
+            count, revision = int(layout.decode(found[0]).get("count", 0)), found[1]
+        value = layout.encode({"count": count + 1, "hub": self.name})
+        await self.etcd.commit([unchanged(layout.BEAT, revision)], {layout.BEAT: value})
+
+
+def _change(event: KeyValue | Deleted) -> Change:
+    value = event.value if isinstance(event, KeyValue) else None
+    return Change(event.key, value, event.mod_revision)
