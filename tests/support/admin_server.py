@@ -275,7 +275,7 @@ async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous gen
         listeners=listeners,
         lookup=lookup,
         haproxy=haproxy,
-        sources=SimpleNamespace(all=sources, writable=store, look_up=None),
+        sources=SimpleNamespace(all=sources, writable=store, look_up=None, fleet=None),
         policy_store=policy_store,
         passwords=passwords,
         companion=SimpleNamespace(needed=True),

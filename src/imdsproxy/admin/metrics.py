@@ -404,6 +404,35 @@ class Metrics(Collector):
         """Answers 403 of Nova, by endpoint set: it refuses our signature, most likely for another secret."""
         return {**dict.fromkeys(self.one.nova.names(), 0), **self.one.nova_watch.refused.totals}
 
+    def _fleet(self, read: Callable[[status.FleetReport], _Figure]) -> _Figure | None:
+        """A figure of the fleet; `None` where this host is of none."""
+        report = status.report_fleet(self.one)
+        return None if report is None else read(report)
+
+    def fleet_connected(self) -> Gauge:
+        """1 while a hub of the fleet is followed. Without one, guests are served on from disk."""
+        return self._fleet(lambda one: bool(one.hub))
+
+    def fleet_age_seconds(self) -> Gauge:
+        """Seconds since a hub that was followed knew the state of the fleet."""
+        return self._fleet(lambda one: one.age_s)
+
+    def fleet_revision(self) -> Gauge:
+        """Revision of the fleet's store up to which everything for this host is in force, but for what fails."""
+        return self._fleet(lambda one: one.revision)
+
+    def fleet_failing(self) -> Gauge:
+        """Items of the fleet that are not in force in their newest version; `imdsproxy status` has the reasons."""
+        return self._fleet(lambda one: len(one.failing))
+
+    def fleet_held(self) -> Gauge:
+        """Items that are served on although the fleet's store lacks them, as after a restore from a backup."""
+        return self._fleet(lambda one: len(one.held))
+
+    def fleet_clock_difference_seconds(self) -> Gauge:
+        """Seconds by which the hub's clock is ahead of this host's."""
+        return self._fleet(lambda one: one.skew_s)
+
     def neutron_queries(self) -> Annotated[By, "counter", "result"]:
         """Queries to Neutron by result: ok, failed or timeout."""
         return self._neutron(lambda one: {**_NO_QUERIES, **one.queries.results})

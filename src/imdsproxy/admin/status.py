@@ -145,6 +145,29 @@ class AuditReport:
 
 
 @dataclass(frozen=True, slots=True)
+class FleetReport:
+    """What this host has of its fleet.
+
+    Attributes:
+        hub: URL of the one that is followed; empty for none.
+        age_s: Seconds since a hub that was followed knew the state of the fleet.
+        revision: All items up to it are in force, but for those in `failing`.
+        items: How many are in force.
+        held: Items that the fleet's store lacks, or has in an older version: they are served on.
+        failing: Why items are not in force in their newest version.
+        skew_s: By how much the hub's clock is ahead of this host's.
+    """
+
+    hub: str
+    age_s: float
+    revision: int
+    items: int
+    held: tuple[str, ...] = ()
+    failing: Mapping[str, str] = field(default_factory=dict)
+    skew_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Readiness:
     """Whether guests get what the sources say.
 
@@ -173,6 +196,7 @@ class StatusReport:
         policy_for_nobody: Where settings speak of a network, project or instance that no source tells of.
         busiest: Who is kept to its limits now, and then who asks for most; ten at most.
         audit: `None` where there is none.
+        fleet: `None` on a host of no fleet.
         progress: Long work that is under way.
     """
 
@@ -200,6 +224,7 @@ class StatusReport:
     policy_for_nobody: tuple[str, ...] = ()
     busiest: tuple[limits.Asker, ...] = ()
     audit: AuditReport | None = None
+    fleet: FleetReport | None = None
     progress: tuple[Step, ...] = ()
 
 
@@ -276,6 +301,7 @@ async def report_status(controller: Controller) -> StatusReport:
         policy_for_nobody=controller.policy_store.for_nobody(inventory),
         busiest=await find_busiest(controller),
         audit=_report_audit(controller),
+        fleet=report_fleet(controller),
         progress=records.progress.steps,
     )
 
@@ -310,6 +336,22 @@ def _report_audit(controller: Controller) -> AuditReport | None:
     if not settings.one_in:
         return None
     return AuditReport(settings.mode, settings.destination, audit.written, audit.left_out, problem)
+
+
+def report_fleet(controller: Controller) -> FleetReport | None:
+    """What this host has of its fleet; `None` where it is of none."""
+    source = controller.sources.fleet
+    if source is None:
+        return None
+    return FleetReport(
+        source.hub or "",
+        source.age_s,
+        source.acknowledged,
+        len(source.known.items),
+        tuple(sorted(source.known.held)),
+        source.failing,
+        source.skew_s,
+    )
 
 
 def report_macs(controller: Controller) -> MacsReport:

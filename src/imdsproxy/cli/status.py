@@ -149,6 +149,8 @@ def _facts(report: Shape) -> Iterator[tuple[str, list[str]]]:
         problem = [f"[red]not written[/] {audit['problem']}"] if audit["problem"] else []
         line = f"{audit['mode']}, to {audit['destination']}, {audit['written']} lines{left_out}"
         yield "audit log", [line, *problem]
+    if (fleet := report.get("fleet")) is not None:
+        yield "fleet", list(_fleet(fleet))
     if (plan := report["last_plan"]) is not None:
         reasons = ": " + ", ".join(plan["reasons"]) if plan["reasons"] else ""
         line = f"{plan['operations']} operations in {plan['took_s'] * 1000:.0f} ms{reasons}"
@@ -188,6 +190,15 @@ def _documents(documents: Shape) -> Iterator[str]:
     else:
         yield f"parent {parent}, workers {' '.join(map(str, workers)) or '[red]none[/]'}"
         yield from [f"[red]{documents['problem']}[/]"] if documents["problem"] else []
+
+
+def _fleet(fleet: Shape) -> Iterator[str]:
+    age = f"{spell_duration(fleet['age_s'])} old"
+    hub = f"by {fleet['hub']}, {age}" if fleet["hub"] else f"[red]no hub[/], {age}"
+    yield f"revision {fleet['revision']} with {fleet['items']} items, {hub}"
+    if fleet["held"]:
+        yield f"[yellow]held[/]: {', '.join(first_lines(fleet['held']))}"
+    yield from first_lines([f"[red]{item}[/]: {why}" for item, why in fleet["failing"].items()])
 
 
 def _macs(macs: Shape) -> Iterator[str]:

@@ -49,7 +49,7 @@ async def test_every_part_is_in_the_report() -> None:
     assert [one["endpoint"] for one in report["nova"]] == ["192.0.2.1:8775", "192.0.2.2:8775"]
     values = {
         name: tuple(report[name].values())
-        for name in ("documents", "last_plan", "unix_listener", "macs", "audit", "haproxy")
+        for name in ("documents", "last_plan", "unix_listener", "macs", "audit", "fleet", "haproxy")
     }
     reload = dict(zip(_RELOAD, (8, 6.0, "networks changed", False, "no file", 0.5), strict=True))
     assert values == {
@@ -58,6 +58,15 @@ async def test_every_part_is_in_the_report() -> None:
         "unix_listener": ("/run/agent", True, "0644", 1, 2, "", 2, "agent (pid 7)"),
         "macs": (3, 4, 2, 1, {"red": 3}),
         "audit": ("all", "/x", 40, 4, "/x: disk full"),
+        "fleet": (
+            "https://hub1:7443",
+            2.5,
+            812,
+            2,
+            ("instance/b",),
+            {"instance/a": "the disk is full"},
+            0.25,
+        ),
         "haproxy": ("3.0.11", 100, 102, (101,), 8, reload, ""),
     }
 
@@ -300,6 +309,12 @@ audit_failing 1.0
 metadata_no_token_total{{network="blue"}} 8.0
 metadata_no_token_rejected_total{{network="blue"}} 2.0
 metadata_no_token_rejected_total{{network="red"}} 0.0
+fleet_connected 1.0
+fleet_age_seconds 2.5
+fleet_revision 812.0
+fleet_failing 1.0
+fleet_held 1.0
+fleet_clock_difference_seconds 0.25
 neutron_queries_total{{result="timeout"}} 1.0
 neutron_look_ups_total{{result="negative-cached"}} 3.0
 neutron_look_ups_total{{result="known"}} 0.0
@@ -324,10 +339,16 @@ def test_a_figure_has_its_name(figure: str) -> None:
 
 
 def test_what_is_off_has_no_series() -> None:
-    off = {"sources.look_up": None, "audit.settings": lambda: SimpleNamespace(one_in=0)}
+    off = {
+        "sources.look_up": None,
+        "sources.fleet": None,
+        "audit.settings": lambda: SimpleNamespace(one_in=0),
+    }
     names = _names(_exposed(**off, **{"companion.needed": False}))
     absent = ("audit_failing", "documents_processes")
-    assert not [name for name in names if "neutron" in name or name.endswith(absent)]
+    assert not [
+        name for name in names if "neutron" in name or "fleet" in name or name.endswith(absent)
+    ]
 
 
 def test_the_room_on_the_disks_of_both_directories_is_exposed(tmp_path: Path) -> None:

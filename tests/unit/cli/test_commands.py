@@ -16,7 +16,13 @@ import pytest
 import typer
 
 from imdsproxy import __version__, admin_client
-from imdsproxy.admin.status import AuditReport, Readiness, SourceReport, UnixListenerReport
+from imdsproxy.admin.status import (
+    AuditReport,
+    FleetReport,
+    Readiness,
+    SourceReport,
+    UnixListenerReport,
+)
 from imdsproxy.admin_client import AdminClient
 from imdsproxy.cli.main import EXAMPLES, build_program, iterate_commands, main
 from imdsproxy.core.timing import Step
@@ -363,6 +369,8 @@ def test_status_lists_some_of_what_is_wrong_and_counts_the_rest(filled: Cli) -> 
 _PATH = "/var/lib/neutron/metadata_proxy"
 _LISTENER = UnixListenerReport(_PATH, serving=True, mode="0644", user=64055, group=64056)
 _TAKEN = UnixListenerReport(_PATH, serving=True, mode="0644", taken_from="agent (pid 7)")
+_FOLLOWING = FleetReport("https://hub1", 2.5, 812, 3)
+_ALONE = FleetReport("", 3_660.0, 812, 3, ("instance/a",), {"instance/b": "the disk is full"})
 _BUSY = UnixListenerReport(_PATH, serving=False, problem="agent (pid 7) is there")
 
 
@@ -382,6 +390,12 @@ _BUSY = UnixListenerReport(_PATH, serving=False, problem="agent (pid 7) is there
         ("unix listener", {"unix_listener": _LISTENER}, f"{_PATH}, mode 0644 64055:64056, serving"),
         ("unix listener", {"unix_listener": _TAKEN}, "serving, taken over from agent (pid 7)"),
         ("unix listener", {"unix_listener": _BUSY}, f"{_PATH}, not served agent (pid 7) is there"),
+        ("fleet", {"fleet": _FOLLOWING}, "revision 812 with 3 items, by https://hub1, 2 s old"),
+        (
+            "fleet",
+            {"fleet": _ALONE},
+            "no hub, 1 h 1 min old held: instance/a instance/b: the disk is full",
+        ),
         ("audit log", {"audit": AuditReport("all", "/x.log", 17)}, "all, to /x.log, 17 lines"),
         (
             "audit log",
