@@ -310,6 +310,17 @@ async def test_a_leader_without_the_others_answers_nothing_old(
             await mirror.until(lambda: mirror.keys == {f"{below}a": b"2"})
 
 
+async def test_a_member_that_clients_do_not_reach_is_left(cluster: EtcdLab, below: str) -> None:
+    async with (
+        opened(cluster, silence_s=1.0, timeout_s=2.0) as etcd,
+        mirrored(etcd, below) as mirror,
+    ):
+        url, _ = etcd._members.choose()
+        with cluster.partitioned(cluster.members[cluster.endpoints.index(url)], clients=True):
+            await persist(etcd, {f"{below}a": b""})
+            await mirror.knows(f"{below}a", b"")
+
+
 async def test_a_client_goes_from_a_member_without_leader_to_one_with(
     cluster: EtcdLab, below: str
 ) -> None:
@@ -427,21 +438,22 @@ async def test_a_write_that_is_too_large_is_refused(etcd: Etcd, below: str) -> N
 # A full etcd, one with users, and one that is restored
 
 
-@pytest.fixture
-def single(request: pytest.FixtureRequest) -> Iterator[EtcdLab]:
-    flags = getattr(request, "param", ())
-    with etcd_lab(1, tls=False, flags=flags) as lab:
+@pytest.fixture(scope="module")
+def single() -> Iterator[EtcdLab]:
+    """One member with room for 8 MiB."""
+    with etcd_lab(1, tls=False, flags=[f"--quota-backend-bytes={8 << 20}"]) as lab:
         yield lab
 
 
-@pytest.mark.parametrize("single", [[f"--quota-backend-bytes={8 << 20}"]], indirect=True)
-async def test_a_full_etcd_is_read_and_watched_and_takes_no_writes(single: EtcdLab) -> None:
+async def test_a_full_etcd_is_read_and_watched_and_takes_no_writes(
+    single: EtcdLab, below: str
+) -> None:
     async with opened(single, silence_s=0.5) as etcd:
-        await commit(etcd, {"/imds/a": b"1"})
-        async with mirrored(etcd, "/imds/") as mirror:
+        await commit(etcd, {f"{below}a": b"1"})
+        async with mirrored(etcd, below) as mirror:
             with pytest.raises(EtcdFull):
                 await fill(etcd)
-            assert (await etcd.read("/imds/a")).kvs[0].value == b"1"
+            assert (await etcd.read(f"{below}a")).kvs[0].value == b"1"
             (status,) = await etcd.status()
             assert isinstance(status, MemberStatus)
             assert status.full
@@ -452,42 +464,42 @@ async def test_a_full_etcd_is_read_and_watched_and_takes_no_writes(single: EtcdL
                 EtcdFull
             }
             # Deletions are still taken.
-            assert isinstance(await etcd.commit(deletes=["/imds/a"]), Committed)
+            assert isinstance(await etcd.commit(deletes=[f"{below}a"]), Committed)
             single.ctl("compact", str((await etcd.read("/filling")).revision))
             single.ctl("defrag")
             single.ctl("alarm", "disarm")
-            await commit(etcd, {"/imds/b": b"2"})
-            await mirror.knows("/imds/b", b"2")
+            await commit(etcd, {f"{below}b": b"2"})
+            await mirror.knows(f"{below}b", b"2")
 
 
 @pytest.mark.parametrize("bump", [False, True])
 async def test_an_etcd_that_was_restored_is_behind_until_that_is_accepted(
-    single: EtcdLab, *, bump: bool
+    single: EtcdLab, below: str, *, bump: bool
 ) -> None:
     backup = single.directory / "backup"
-    async with opened(single, timeout_s=2.0) as etcd:
-        kept = await commit(etcd, {"/imds/a": b"1"})
+    async with opened(single, timeout_s=1.0) as etcd:
+        kept = await commit(etcd, {f"{below}a": b"1"})
         single.ctl("snapshot", "save", str(backup))
-        for count in range(3):
+        for count in range(2):
             # Each start is an election, and so a higher raft term than the restored one will have.
             single.kill(*single.members)
             single.start(*single.members)
-            lost = await persist(etcd, {"/imds/a": b"2", "/imds/b": b"%d" % count})
-        async with mirrored(etcd, "/imds/") as mirror:
+            lost = await persist(etcd, {f"{below}a": b"2", f"{below}b": b"%d" % count})
+        async with mirrored(etcd, below) as mirror:
             single.restore(backup, *(("--bump-revision=1000", "--mark-compacted") if bump else ()))
             with pytest.raises(Behind):
-                await etcd.read("/imds/a")
+                await etcd.read(f"{below}a")
             await mirror.until(lambda: mirror.outages and "after revision" in mirror.outages[-1])
-            assert mirror.keys == {"/imds/a": b"2", "/imds/b": b"2"}
+            assert mirror.keys == {f"{below}a": b"2", f"{below}b": b"1"}
         etcd.accept_older()
-        found = await etcd.read("/imds/", prefix_end("/imds/"))
+        found = await etcd.read(below, prefix_end(below))
         assert [(one.key, one.value, one.mod_revision) for one in found.kvs] == [
-            ("/imds/a", b"1", kept)
+            (f"{below}a", b"1", kept)
         ]
         assert (found.revision > lost) == bump
         if bump:
             with pytest.raises(Compacted):
-                await anext(etcd.follow("/imds/", lost + 1))
+                await anext(etcd.follow(below, lost + 1))
 
 
 async def fill(etcd: Etcd) -> None:
@@ -499,9 +511,15 @@ ROOT = "root-password"
 LIMITED = "limited-password"
 
 
-@pytest.fixture
-def guarded(single: EtcdLab) -> EtcdLab:
-    """An etcd with authentication: `hub` may do what is below /imds/ only."""
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[EtcdLab]:
+    """One member with authentication: `hub` may do what is below /imds/ only. Tokens last for a second."""
+    with etcd_lab(1, tls=False, flags=["--auth-token-ttl=1"]) as lab:
+        guard(lab)
+        yield lab
+
+
+def guard(lab: EtcdLab) -> None:
     for words in (
         ("put", "/other/key", "of another"),
         ("user", "add", f"root:{ROOT}"),
@@ -512,14 +530,12 @@ def guarded(single: EtcdLab) -> EtcdLab:
         ("user", "grant-role", "hub", "hub"),
         ("auth", "enable"),
     ):
-        single.ctl(*words)
-    return single
+        lab.ctl(*words)
 
 
-@pytest.mark.parametrize("single", [["--auth-token-ttl=1"]], indirect=True)
 async def test_a_token_that_ended_is_got_again(guarded: EtcdLab) -> None:
     async with (
-        opened(guarded, user="hub", password=LIMITED, silence_s=1.0) as etcd,
+        opened(guarded, user="hub", password=LIMITED) as etcd,
         mirrored(etcd, "/imds/") as mirror,
     ):
         guarded.kill(*guarded.members)

@@ -242,12 +242,15 @@ class EtcdLab:
     def partitioned(self, member: Member, *, clients: bool = False) -> Iterator[None]:
         """A member reaches no other one during the block; with `clients`, it is those that it does not reach."""
         ports = f"{{ {_GRPC}, {_HTTP} }}" if clients else str(_PEERS)
-        chains = "".join(
-            f"chain {hook} {{ type filter hook {hook} priority 0; tcp sport {ports} drop; tcp dport {ports} drop; }}\n"
+        # Members learn of it at once: else they would wait for longer and longer when it is over.
+        verdict = "drop" if clients else "reject with tcp reset"
+        rules = " ".join(f"tcp {side} {ports} {verdict};" for side in ("sport", "dport"))
+        chains = "\n".join(
+            f"chain {hook} {{ type filter hook {hook} priority 0; {rules} }}"
             for hook in ("input", "output")
         )
         nft = (*within(member.namespace), "nft")
-        run(*nft, "-f", "-", stdin=f"table inet cut {{ {chains} }}\n")
+        run(*nft, "-f", "-", stdin=f"table inet cut {{\n{chains}\n}}\n")
         try:
             if not clients:
                 self._elected(member)

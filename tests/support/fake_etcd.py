@@ -125,7 +125,7 @@ async def client_of(
     """A client of such members; it begins with the first."""
     async with fake_members(*handlers) as members:
         urls = [one.url for one in members]
-        options = {"timeout_s": 1.0, "silence_s": 1.0} | options
+        options = {"timeout_s": 5.0, "silence_s": 1.0} | options
         etcd = Etcd(urls, random=_InOrder(), clock=Clock(), **options)
         try:
             yield etcd, members

@@ -144,6 +144,8 @@ class Etcd:
     def accept_older(self) -> None:
         """Believe the next answer, whatever revision and term it has: etcd was restored, and that is known."""
         self._newest = Header(0, 0)
+        for url in self._members.urls:
+            self._members.succeed(url)
 
     async def read(self, key: str, range_end: str = "", *, revision: int = 0) -> Snapshot:
         """A key, or all from it to before `range_end` (`prefix_end`), as of one revision.
@@ -298,15 +300,9 @@ class Etcd:
         `linear`: a member answers it when it is as far as etcd was. `write`: what may be done is not sent again.
         """
         deadline = self._clock.monotonic() + self._timeout_s
-        behind: Failed | None = None
         logged_in_anew = False
         while True:
-            try:
-                url = await self._choose(deadline)
-            except EtcdUnavailable:
-                if behind is None:
-                    raise
-                raise Behind(str(behind)) from behind
+            url = await self._choose(deadline)
             token = self._gateway.token
             left_s = max(0.0, deadline - self._clock.monotonic())
             timeout_s = left_s if write else min(left_s, _READ_S)
@@ -320,7 +316,6 @@ class Etcd:
                     if self._gateway.drop_token(token):
                         continue
                 self._give_up(url, failed, write=write)
-                behind = failed if failed.behind else behind
             else:
                 self._members.succeed(url)
                 return parsed
@@ -349,7 +344,8 @@ class Etcd:
         """The member to ask, after its pause."""
         url, pause_s = self._members.choose()
         if self._clock.monotonic() + pause_s >= deadline:
-            raise EtcdUnavailable(f"etcd does not answer: {self._members.failures}")
+            kind = Behind if self._members.behind else EtcdUnavailable
+            raise kind(f"etcd does not answer: {self._members.failures}")
         await asyncio.sleep(pause_s)
         return url
 
@@ -369,7 +365,7 @@ class Etcd:
                 hint = "check the user, its password and its role in etcd"
                 raise SourceRefused(f"etcd refuses it: {reason}", hint=hint) from failed
             case Kind.OUTAGE:
-                self._members.fail(url, str(failed))
+                self._members.fail(url, str(failed), behind=failed.behind)
         if write and not failed.fault.certain:
             raise WriteUnknown(f"etcd has not confirmed the write: {reason}") from failed
 

@@ -11,7 +11,7 @@ from imdsproxy.core.timing import Backoff
 from imdsproxy.host.clock import Clock
 
 _FIRST_S: Final = 0.05
-_LONGEST_S: Final = 5.0
+_LONGEST_S: Final = 2.0
 
 
 @dataclass(slots=True)
@@ -20,6 +20,7 @@ class _Member:
     backoff: Backoff = field(default_factory=lambda: Backoff(_FIRST_S, _LONGEST_S))
     rests_until: float = 0.0
     failure: str = ""
+    behind: bool = False
 
 
 class Members:
@@ -45,6 +46,11 @@ class Members:
         """What was last wrong with each that fails, in words."""
         return "; ".join(f"{one.url}: {one.failure}" for one in self._members if one.failure)
 
+    @property
+    def behind(self) -> bool:
+        """Whether one answered what was so once, and has not answered since."""
+        return any(one.behind for one in self._members)
+
     def choose(self) -> tuple[str, float]:
         """The member to ask, and in how many seconds: the one before while it answers."""
         now = self._clock.monotonic()
@@ -52,13 +58,13 @@ class Members:
         best = min(self._members, key=lambda one: max(one.rests_until, now))
         return best.url, max(0.0, best.rests_until - now)
 
-    def fail(self, url: str, reason: str) -> None:
+    def fail(self, url: str, reason: str, *, behind: bool = False) -> None:
         """It has not answered as it should: others come first, and it rests for longer each time."""
         member = self._find(url)
         # Where others fail as well, it is asked again after its pause.
         self._members.remove(member)
         self._members.append(member)
-        member.failure = reason
+        member.failure, member.behind = reason, behind
         pause = member.backoff.fail() * self._random.uniform(0.5, 1.0)
         member.rests_until = self._clock.monotonic() + pause
 
@@ -66,7 +72,7 @@ class Members:
         """It has answered."""
         member = self._find(url)
         member.backoff.succeed()
-        member.rests_until, member.failure = 0.0, ""
+        member.rests_until, member.failure, member.behind = 0.0, "", False
 
     def _find(self, url: str) -> _Member:
         return next(one for one in self._members if one.url == url)

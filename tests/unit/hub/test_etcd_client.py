@@ -79,7 +79,7 @@ async def test_an_error_that_is_not_known_is_an_outage_and_the_next_member_is_as
     async with client_of(refusing, by_path(range=range_of(put("/imds/a", 3)))) as (etcd, members):
         assert [one.key for one in (await etcd.read("/imds/a")).kvs] == ["/imds/a"]
         assert [len(one.requests) for one in members] == [1, 1]
-    async with client_of(refusing) as (etcd, _):
+    async with client_of(refusing, timeout_s=0.2) as (etcd, _):
         with pytest.raises(EtcdUnavailable):
             await etcd.read("/imds/a")
 
@@ -98,7 +98,7 @@ async def test_an_error_that_is_not_known_is_an_outage_and_the_next_member_is_as
     ],
 )
 async def test_what_is_not_etcds_is_an_outage(content: bytes) -> None:
-    async with client_of(by_path(range=Answer([content]))) as (etcd, _):
+    async with client_of(by_path(range=Answer([content])), timeout_s=0.2) as (etcd, _):
         with pytest.raises(EtcdUnavailable):
             await etcd.read("/imds/a")
 
@@ -107,7 +107,10 @@ async def test_what_is_not_etcds_is_an_outage(content: bytes) -> None:
     "kvs", [[{}], [7], [{"key": "***"}], [{"key": text("a"), "mod_revision": "x"}]]
 )
 async def test_keys_that_cannot_be_read_are_an_outage(kvs: list[Any]) -> None:
-    async with client_of(by_path(range=answer({**header(5), "kvs": kvs}))) as (etcd, _):
+    async with client_of(by_path(range=answer({**header(5), "kvs": kvs})), timeout_s=0.2) as (
+        etcd,
+        _,
+    ):
         with pytest.raises(EtcdUnavailable):
             await etcd.read("/imds/a")
 
@@ -128,7 +131,7 @@ async def test_an_answer_older_than_one_before_is_never_given() -> None:
 
 async def test_a_store_that_went_back_is_behind_until_that_is_accepted() -> None:
     restored = in_turn(range_of(revision=9, term=3), range_of(revision=4, term=2))
-    async with client_of(restored) as (etcd, _):
+    async with client_of(restored, timeout_s=0.5) as (etcd, _):
         await etcd.read("/imds/a")
         with pytest.raises(Behind, match="revision 4 of raft term 2, after revision 9 of term 3"):
             await etcd.read("/imds/a")
@@ -428,6 +431,7 @@ async def test_no_message_has_a_secret() -> None:
         by_path(authenticate=answer({"code": 2, "message": "no"}, 500)),
         user="hub",
         password="secret-password",
+        timeout_s=0.5,
     ) as (etcd, _):
         with pytest.raises(ImdsproxyError) as caught:
             await etcd.read("/imds/a")
