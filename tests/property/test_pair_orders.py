@@ -16,6 +16,7 @@ from imdsproxy.anti_spoofing.plan import ANY_MAC, Pairs, plan_pair
 from imdsproxy.app.compiler import RecordCompiler
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.rule_sets import RuleSets
+from imdsproxy.app.token_keys import TokenKeys
 from imdsproxy.core.endpoints import Endpoint
 from imdsproxy.core.haproxy.maps import MapState
 from imdsproxy.core.hostnames import Naming
@@ -89,6 +90,7 @@ class World:
             self.filters,
             no_hop_limits(),
             RuleSets(applier, Clock()),
+            TokenKeys(nothing),
         )
 
     async def apply(self, wanted: Mapping[str, str | None]) -> int:

@@ -23,15 +23,18 @@ from imdsproxy.admin.status import StatusReport, report_status
 from imdsproxy.admin_client import AdminClient
 from imdsproxy.app.compiler import CompiledIndex, RecordCompiler
 from imdsproxy.app.lookup import Lookup
-from imdsproxy.app.policy_store import PolicyStore, TokenKeys
+from imdsproxy.app.policy_store import PolicyStore
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.app.tickets import Tickets
+from imdsproxy.app.token_keys import TokenKeys
 from imdsproxy.app.watching import Watching
 from imdsproxy.config.changes import SettingChange, SettingsReload
 from imdsproxy.config.policy import LimitsSettings
+from imdsproxy.controller.controller import Controller
 from imdsproxy.core.documents.respond import Answer
 from imdsproxy.core.endpoints import Endpoint, LeftOut, LeftOutCode
+from imdsproxy.core.fleet.policies import FleetPolicies
 from imdsproxy.core.hoststate import NamespaceRef, ObservedHost
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import (
@@ -184,6 +187,14 @@ class AdminServer:
         told = {one.id: one for one in instances}
         self._observe(Observation("file", full=True, instances=told))
 
+    def take_fleet(self, fleet: FleetPolicies) -> None:
+        """A fleet says all that it says of guests, and that is in force."""
+
+        async def take() -> None:
+            await self.records.tickets.wait(Controller.take_fleet(self.controller, fleet))
+
+        asyncio.run_coroutine_threadsafe(take(), self.loop).result(20)
+
     def _observe(self, observation: Observation) -> None:
         async def observe() -> None:
             await self.records.tickets.wait(self.records.observe(observation))
@@ -260,6 +271,7 @@ async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous gen
         mac_filters,
         no_hop_limits(),
         RuleSets(applier, clock),
+        keys,
         policies=policy_store.book,
     )
     store = SqliteSource(layout.state / "store.sqlite", now=clock.now().timestamp)

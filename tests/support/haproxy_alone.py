@@ -217,11 +217,12 @@ class Alone:
         """Have no record of a network's guest."""
         self.command(f"del map {self.directory}/base.map {network}/{_ADDRESS}")
 
-    def write_keys(self, *keys: TokenKey) -> None:
-        """Have exactly these keys of session tokens, the first in force."""
+    def write_keys(self, *keys: TokenKey, **of_instances: tuple[TokenKey, ...]) -> None:
+        """Have exactly these keys of session tokens, the first in force; of an instance `i-red` as `i_red`."""
         path = f"{self.directory}/token-keys.map"
+        theirs = {InstanceId(name.replace("_", "-")): own for name, own in of_instances.items()}
         self.command(f"clear map {path}")
-        for kid, text in render_key_map(keys).items() if keys else ():
+        for kid, text in render_key_map(keys, theirs).items():
             self.command(f"add map {path} {kid} {text}")
 
     def token(
@@ -311,6 +312,7 @@ def open_alone(
     watched: bool = False,
     novas: Sequence[int] = (),
     times: NovaTimes = _UNCHECKED,
+    fleet: bool = False,
 ) -> Iterator[Alone]:
     """Run one for the time of the context.
 
@@ -323,6 +325,7 @@ def open_alone(
         watched: The same.
         novas: The ports of Novas that stand there already, where the stand-in is none.
         times: How they are waited for and checked.
+        fleet: As of `DataplaneSpec`.
     """
     # Not below pytest's own directory: a socket's path has 97 characters.
     place = Path(tempfile.mkdtemp(prefix="imdst-"))
@@ -351,6 +354,7 @@ def open_alone(
         count_reads=count_reads,
         audit=audit,
         watched=watched,
+        fleet=fleet,
     )
     more = f"\nglobal\n  stats socket {place}/cli.sock mode 600 level admin\n"
     alone = Alone(place, ports, nova)

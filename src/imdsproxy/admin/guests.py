@@ -3,7 +3,7 @@
 import asyncio
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final, assert_never
 
@@ -337,7 +337,9 @@ def _explain_found(
     now, project = int(lookup.clock.now().timestamp()), known.port.project or instance.project
     book, place = records.policies(), policy_place(lookup.inventory, key[0], project, instance)
     folded = book.fold(place)
-    found.rules = report_policy(folded, book.override(instance.id), instance.created_at, now)
+    rules = report_policy(folded, book.override(instance.id), instance.created_at, now)
+    of_fleet = controller.policy_store.is_of_fleet(instance.id)
+    found.rules = replace(rules, of_fleet=of_fleet)
     if path is not None:
         paths = folded.policy.paths
         decide = partial(decide_read, found.rules.word, now, path, paths=paths)

@@ -14,6 +14,7 @@ from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.plan import record_key
 from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.core.wire import parse_map_value
+from imdsproxy.errors import SourceRefused
 
 _APPLY_DEADLINE_S: Final = 10.0
 
@@ -46,6 +47,7 @@ class KeyRotation:
         kid: Its name, with which its tokens begin.
         keys: How many keys are believed, with this one.
         file: Where they are.
+        of_fleet: So many instances have keys of a fleet, and go on with those.
         applied: Every worker of HAProxy knows it.
         pending: Why not yet.
     """
@@ -55,6 +57,7 @@ class KeyRotation:
     file: str
     applied: bool = True
     pending: tuple[str, ...] = ()
+    of_fleet: int = 0
 
 
 async def revoke_tokens(controller: Controller, instance: InstanceId) -> GuardChange:
@@ -62,6 +65,7 @@ async def revoke_tokens(controller: Controller, instance: InstanceId) -> GuardCh
 
     Raises:
         NotFound: No source has the instance, and no operator ever changed anything about it.
+        SourceRefused: It is a fleet's: revoked here alone, they would be good again on the host that it moves to.
         HostRefused: It cannot be written; nothing has changed.
     """
     shared = controller.policy_store.keys.shared
@@ -79,6 +83,8 @@ async def reopen_boot(controller: Controller, instance: InstanceId) -> GuardChan
 async def rotate_keys(controller: Controller) -> KeyRotation:
     """Let a fresh key sign tokens; those of the two keys before it stay good as long as they would be.
 
+    It is the host's own: a fleet's instances have keys that its operators replace.
+
     Raises:
         SecretUnreadable: The file of the keys cannot be used; nothing has changed.
         HostRefused: It cannot be written; nothing has changed.
@@ -88,7 +94,8 @@ async def rotate_keys(controller: Controller) -> KeyRotation:
         fresh = await asyncio.to_thread(keys.rotate)
         keys.send()
     pending = await _pending(controller, keys.confirmed())
-    return KeyRotation(fresh.kid, len(keys.keys), str(keys.path), not pending, pending)
+    applied, of_fleet = not pending, len(controller.policy_store.fleet.keys)
+    return KeyRotation(fresh.kid, len(keys.keys), str(keys.path), applied, pending, of_fleet)
 
 
 async def _override(
@@ -100,6 +107,11 @@ async def _override(
         missing = ", ".join(name for name, one in inventory.reports.items() if not one.in_sync)
         late = f"source {missing} is not in sync yet and may tell of it: try again"
         raise no_such("instance", instance, late if missing else "")
+    if controller.policy_store.is_of_fleet(instance):
+        raise SourceRefused(
+            f"instance {instance} is a fleet's: its tokens and its boot are the same on each of the fleet's hosts",
+            hint="the same command with --fleet URL, where a hub is",
+        )
     async with controller.overriding:
         override = await asyncio.to_thread(change, instance)
     keys = records.addresses_of(instance)

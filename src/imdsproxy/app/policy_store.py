@@ -1,146 +1,26 @@
-"""The policies in force: settings, what operators did about single instances, and the keys of session tokens.
+"""The policies in force: settings, what operators did about single instances, and what a fleet says of both.
 
-What operators did is on disk before it counts, and outlives every restart. The keys are in a file, and in a map by
-which HAProxy looks them up.
+What operators did is on disk before it counts, and outlives every restart.
 """
 
-import asyncio
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from random import SystemRandom
 from typing import Final, cast
 
-from imdsproxy.app.tickets import report_failure
+from imdsproxy.app.token_keys import TokenKeys
 from imdsproxy.config.schema import Settings
-from imdsproxy.core import tokens
+from imdsproxy.core.fleet.policies import FleetPolicies, join_guards
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.policy import OperatorOverride, PolicyBook
-from imdsproxy.core.timing import Backoff
-from imdsproxy.dataplane.layout import Layout
-from imdsproxy.dataplane.records import RecordApplier, write_table
-from imdsproxy.errors import DataplaneError, HostRefused, Problem, SecretUnreadable
-from imdsproxy.host.files import read_secret, write_atomic
+from imdsproxy.errors import HostRefused
+from imdsproxy.host.files import write_atomic
 
 _FORMAT: Final = 1
 _write: Final = partial(write_atomic, mode=0o600, durable=True)
-
-
-@dataclass(slots=True)
-class TokenKeys:
-    """The keys in force.
-
-    Args:
-        layout: Where they are while settings name no other file; made where it is missing.
-        random: So many random bytes.
-
-    Attributes:
-        failure: Why a worker may not know the keys in force.
-    """
-
-    layout: Layout
-    random: Callable[[int], bytes] = field(default=SystemRandom().randbytes, repr=False)
-    keys: tuple[tokens.TokenKey, ...] = field(default=(), repr=False)
-    failure: Problem | None = None
-    _path: Path | None = None
-    _changed: asyncio.Event = field(default_factory=asyncio.Event)
-    _confirmed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def read(self, configured: Path | None) -> bool:
-        """Take over the keys of the file; whether they are others than before.
-
-        Raises:
-            SecretUnreadable: The file is missing, can be read by others, or holds something else; what was in force
-                stays.
-            HostRefused: The first key cannot be written.
-        """
-        path = configured or self.layout.token_keys
-        if configured is None and not path.exists():
-            first = tokens.TokenKey(self.random(tokens.KEY_BYTES))
-            _write(path, tokens.render_token_keys((first,)).encode())
-        keys = read_token_keys(path)
-        changed = keys != self.keys
-        self.keys, self._path = keys, path
-        if changed:
-            self.send()
-        return changed
-
-    def send(self) -> None:
-        """Let `run` send the keys to every worker; `confirmed` waits for it."""
-        self._confirmed.clear()
-        self._changed.set()
-
-    async def confirmed(self) -> None:
-        """Return once every worker knows the keys, and every one to come."""
-        await self._confirmed.wait()
-
-    async def run(self, applier: RecordApplier) -> None:
-        """Send until cancelled; what fails is kept and tried again, ever more slowly.
-
-        A HAProxy that was there before the controller may have read another map, so it gets them at the start too.
-        """
-        backoff = Backoff(0.2, 10.0)
-        while True:
-            await self._changed.wait()
-            self._changed.clear()
-            try:
-                entries = tokens.render_key_map(self.keys)
-                await applier.apply_table(self.layout.token_keys_map, entries, secret=True)
-            except DataplaneError as error:
-                self._changed.set()
-                self.failure, delay = report_failure(
-                    "tokens.key_file", "token keys not applied", error, backoff
-                )
-                await asyncio.sleep(delay)
-                continue
-            backoff.succeed()
-            self.failure = None
-            if not self._changed.is_set():
-                self._confirmed.set()
-
-    @property
-    def shared(self) -> Path | None:
-        """The file that settings name, since other hosts have it too; `None` where it is this host's own."""
-        return None if self._path == self.layout.token_keys else self._path
-
-    @property
-    def path(self) -> Path:
-        """Where they are."""
-        return self._path or self.layout.token_keys
-
-    def rotate(self) -> tokens.TokenKey:
-        """Put a fresh key in the file; tokens of those before it are good as long as they would be. Then `send`.
-
-        What is before it is read from the file once more: an operator may have changed it without a reload.
-
-        Raises:
-            SecretUnreadable: The file cannot be used; the keys stay as they are.
-            HostRefused: The file system refuses; the keys stay as they are.
-        """
-        fresh = tokens.TokenKey(self.random(tokens.KEY_BYTES))
-        keys = tokens.rotate_token_keys(read_token_keys(self.path), fresh)
-        _write(self.path, tokens.render_token_keys(keys).encode())
-        self.keys = keys
-        return fresh
-
-
-def read_token_keys(path: Path) -> tuple[tokens.TokenKey, ...]:
-    """The keys in a file, the one in force first.
-
-    Raises:
-        SecretUnreadable: It is missing, can be read by others, or holds something else.
-    """
-    try:
-        return tokens.parse_token_keys(read_secret(path).decode("ascii"))
-    except (tokens.TokenKeysUnreadable, UnicodeDecodeError) as error:
-        why = str(error) if isinstance(error, tokens.TokenKeysUnreadable) else "it is not ASCII"
-        raise SecretUnreadable(
-            f"the token keys {path} cannot be used: {why}",
-            hint="one key a line: `openssl rand -base64 32`, the one in force first",
-        ) from error
 
 
 def read_overrides(path: Path) -> Mapping[str, OperatorOverride]:
@@ -179,18 +59,41 @@ def _override(name: str, epoch: object, reopened_at: object) -> OperatorOverride
     return OperatorOverride(epoch, reopened_at)
 
 
-@dataclass(slots=True)
-class PolicyStore:
-    """Changed by `read`, and by what operators do.
+@dataclass(frozen=True, slots=True)
+class FleetChange:
+    """What differs of what a fleet says.
 
     Attributes:
-        overrides: By instance, also those that are gone: one that comes again under its id must not get its old
-            tokens back.
+        rules: Any guest may be concerned.
+        guards: Of these instances something else is in force than before.
+        keys: HAProxy has to get keys, or to lose them.
+    """
+
+    rules: bool = False
+    guards: frozenset[InstanceId] = frozenset()
+    keys: bool = False
+
+    def __bool__(self) -> bool:
+        """Whether anything differs."""
+        return self.rules or self.keys or bool(self.guards)
+
+
+@dataclass(slots=True)
+class PolicyStore:
+    """Changed by `read`, `take_fleet`, and by what operators do.
+
+    Attributes:
+        overrides: What operators of this host did, by instance, also those that are gone: one that comes again under
+            its id must not get its old tokens back.
+        fleet: What `take_fleet` got last.
     """
 
     keys: TokenKeys
     overrides: Mapping[str, OperatorOverride] = field(default_factory=dict)
+    fleet: FleetPolicies = field(default_factory=FleetPolicies)
     _book: PolicyBook = field(default_factory=PolicyBook)
+    _in_force: PolicyBook = field(default_factory=PolicyBook)
+    _made_of: tuple[object, ...] = ()
 
     def revoke(self, instance: InstanceId) -> OperatorOverride:
         """Revoke the instance's tokens.
@@ -219,6 +122,30 @@ class PolicyStore:
         self.overrides = overrides
         return override
 
+    def take_fleet(self, fleet: FleetPolicies) -> FleetChange:
+        """Take over what the fleet says now, in place of what it said before; what the caller has to do about it.
+
+        To be called before the records are published that belong to it. HAProxy gets the keys before its next records,
+        and has those of an instance that goes until its record has gone.
+        """
+        book, before = self.book(), self.fleet
+        self.fleet, self.keys.of_instances = fleet, fleet.keys
+        in_force = self.book()
+        changed = {
+            instance
+            for instance in {*before.guards, *fleet.guards, *self.overrides}
+            if book.override(instance) != in_force.override(instance)
+        }
+        return FleetChange(
+            before.rules != fleet.rules,
+            frozenset(map(InstanceId, changed)),
+            keys=before.keys != fleet.keys,
+        )
+
+    def is_of_fleet(self, instance: InstanceId) -> bool:
+        """Whether the fleet's keys sign its tokens, and its operators revoke them."""
+        return bool(self.fleet.keys.get(instance))
+
     def read(self, settings: Settings) -> tuple[bool, bool]:
         """Take over settings, and the keys in the file that they name.
 
@@ -244,9 +171,8 @@ class PolicyStore:
         self.read(settings)
         # To go on without what cannot be read would make revoked tokens good again.
         self.overrides = read_overrides(self.keys.layout.guards)
-        keys = tokens.render_key_map(self.keys.keys)
-        # HAProxy is to find them when it loads.
-        write_table(self.keys.layout.token_keys_map, keys, secret=True)
+        self.keys.load()
+        self.keys.preload()
 
     def for_nobody(self, inventory: Inventory) -> tuple[str, ...]:
         """Sections of settings for a network, project or instance that no source has.
@@ -268,4 +194,10 @@ class PolicyStore:
 
     def book(self) -> PolicyBook:
         """All policy rules except those in records."""
-        return replace(self._book, overrides=self.overrides)
+        made_of = self._book, self.overrides, self.fleet
+        # Each is replaced as a whole when it changes.
+        if [id(one) for one in made_of] != [id(one) for one in self._made_of]:
+            overrides = join_guards(self.overrides, self.fleet)
+            self._in_force = replace(self._book, overrides=overrides, fleet=self.fleet.rules)
+            self._made_of = made_of
+        return self._in_force

@@ -19,6 +19,8 @@ from imdsproxy.anti_spoofing.plan import plan_pairs
 from imdsproxy.app.compiler import COMPILER, Compiling, RecordCompiler
 from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.app.tickets import Tickets, report_failure
+from imdsproxy.app.token_keys import TokenKeys
+from imdsproxy.core.fleet.policies import FLEET
 from imdsproxy.core.haproxy.maps import PackedMap
 from imdsproxy.core.identity import Learned
 from imdsproxy.core.inventory import Inventory
@@ -83,6 +85,7 @@ class RecordLoop:
         routing: Where requests go whose documents Nova has, as of now; `resync` after it changed.
         policies: What settings and operators say of guests, as of now; `resync` after it changed.
         sets: Who has HAProxy know path rules.
+        keys: Who has it know keys of tokens.
 
     Attributes:
         failure: Why the last round could not be brought into force.
@@ -101,6 +104,7 @@ class RecordLoop:
     mac_filters: MacFilters
     hop_limits: HopLimits
     sets: RuleSets
+    keys: TokenKeys
     routing: Callable[[], NovaRouting] = NovaRouting
     policies: Callable[[], PolicyBook] = PolicyBook
     learned: dict[AddressKey, Learned] = field(default_factory=dict)
@@ -158,6 +162,11 @@ class RecordLoop:
         self._wake.set()
         return self.tickets.take()
 
+    def wake(self) -> int:
+        """Begin a round, as after keys of instances changed."""
+        self._wake.set()
+        return self.tickets.take()
+
     def touch(self, key: AddressKey) -> int:
         """Look at the address again; the ticket says when its record is in force."""
         self._work.addresses.add(key)
@@ -189,6 +198,7 @@ class RecordLoop:
         in_sync = self.inventory.in_sync
         if not (in_sync and applier.restore_copies(self._made_of) and applier.load()):
             return False
+        self.keys.preload()
         async for part in self._parts(key for key, _ in self.inventory.addresses()):
             self.mac_filters.preload(plan_pairs(self.inventory, part, self.learned))
         self.resync()
@@ -240,6 +250,7 @@ class RecordLoop:
                 packed.extend(sorted((key, values.pop(key)) for key in done))
         self.mac_filters.preload({})
         self.sets.preload(sets)
+        self.keys.preload()
         packed.extend(sorted(values.items()))
         if whole:
             self._remove_all(compiling.unneeded)
@@ -324,6 +335,7 @@ class RecordLoop:
         self._wake.set()
 
     async def _round(self, work: _Work) -> None:
+        token_keys = self.keys.needed(self._is_of_fleet)
         full = work.everything or (self.inventory.in_sync and not self._swept)
         if full:
             work.everything = True
@@ -348,10 +360,13 @@ class RecordLoop:
         if sweeping:
             await self._plan_sweep(plan)
         await self.sets.ensure(plan.sets, sweep=sweeping)
+        await self.keys.ensure(self.applier)
         # The present owner of an address is not let through any more when it becomes another's.
         await self.mac_filters.withdraw(plan.pairs)
         await self.applier.apply(plan.wanted)
         await self.mac_filters.grant(plan.pairs)
+        if sweeping or self._swept:
+            await self.keys.sweep(self.applier, token_keys)
         self.withheld = plan.withheld
         if self.withheld:
             self.on_networks(frozenset(network for network, _ in self.withheld))
@@ -363,6 +378,9 @@ class RecordLoop:
             self.compiler.index.close()
         self.hop_limits.commit(plan.armed, complete=self._swept)
         self.on_applied(None if full else keys)
+
+    def _is_of_fleet(self, instance: InstanceId) -> bool:
+        return FLEET in self.inventory.sources_of_instance(instance)
 
     async def _plan_round(
         self, parts: AsyncIterator[list[AddressKey]], *, full: bool

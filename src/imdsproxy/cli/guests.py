@@ -174,8 +174,10 @@ def _policy(policy: Shape) -> Iterator[tuple[str, str]]:
         if reopened is not None:
             boot += f", opened again at {spell_time(reopened, zone=True)}"
     yield "boot", boot
-    if policy["token_epoch"]:
-        yield "tokens", f"revoked {policy['token_epoch']} times"
+    signed = ["signed by the fleet's key of the instance"] if policy["of_fleet"] else []
+    revoked = [f"revoked {policy['token_epoch']} times"] if policy["token_epoch"] else []
+    if signed or revoked:
+        yield "tokens", ", ".join((*signed, *revoked))
 
 
 def _value(value: Any) -> str:  # noqa: ANN401 - JSON

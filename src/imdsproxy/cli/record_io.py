@@ -10,7 +10,7 @@ import typer
 
 from imdsproxy.admin_client import AdminClient
 from imdsproxy.cli.options import NOT_IN_FORCE
-from imdsproxy.cli.output import Note, Output, Shape, clean, first_lines
+from imdsproxy.cli.output import Note, Output, Shape, clean, first_lines, spell_count
 from imdsproxy.cli.record_flags import STDIN, read_bytes
 from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.records import Records, Refused, parse_network, render_record
@@ -146,6 +146,12 @@ def say_written(output: Output, what: str, written: Shape) -> None:
             "[yellow]warning:[/] on this host only: its tokens go on being good on every other host that has the keys "
             f"of {clean(shared)}",
             "[dim]hint:[/] revoke there too, where it may run within the six hours that a token can live",
+        )
+    if of_fleet := written.get("of_fleet"):
+        number = spell_count(of_fleet, "instance")
+        output.styled(
+            f"[yellow]warning:[/] {number} of the fleet: the fleet's keys sign their tokens as before",
+            "[dim]hint:[/] the same command with --fleet URL, where a hub is",
         )
 
 

@@ -21,15 +21,17 @@ from imdsproxy.app.audit import KEPT_WORKERS, Audit
 from imdsproxy.app.companion import DocumentProbe
 from imdsproxy.app.compiler import CompiledIndex, RecordCompiler
 from imdsproxy.app.lookup import Lookup
-from imdsproxy.app.policy_store import PolicyStore, TokenKeys
+from imdsproxy.app.policy_store import PolicyStore
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.app.token_counting import TokenCounting
+from imdsproxy.app.token_keys import TokenKeys
 from imdsproxy.app.watchdog import HaproxyWatchdog
 from imdsproxy.app.watching import Watching
 from imdsproxy.config.changes import SettingsHolder
 from imdsproxy.controller import build
 from imdsproxy.core.addresses import normalise_address
+from imdsproxy.core.fleet.policies import FLEET, FleetPolicies
 from imdsproxy.core.haproxy.model import DataplaneSpec
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import NetworkId
@@ -149,6 +151,7 @@ class Controller:
             self.mac_filters,
             self.hop_limits,
             sets,
+            self.policy_store.keys,
             lambda: nova.routing,
             self.policy_store.book,
             progress=progress,
@@ -197,6 +200,19 @@ class Controller:
             self.haproxy, clock, lambda: holder.settings.tokens.one_in, layout.token_counts
         )
 
+    def take_fleet(self, fleet: FleetPolicies) -> int:
+        """Put in force what the fleet says of guests now, in place of what it said before; the ticket says when it is.
+
+        The source publishes the records that belong to it afterwards (`PolicyStore.take_fleet`).
+        """
+        change, records = self.policy_store.take_fleet(fleet), self.records
+        if change.rules:
+            records.resync()
+        for instance in change.guards:
+            for key in records.addresses_of(instance):
+                records.touch(key)
+        return records.wake() if change else records.tickets.given
+
     def _trust_changed(self, networks: frozenset[NetworkId]) -> None:
         """Guests of these networks are trusted by another rule than before."""
         self.records.touch_networks(networks)
@@ -216,7 +232,8 @@ class Controller:
 
     def _spec(self) -> DataplaneSpec:
         spec = build.build_spec(self.holder.settings, self.layout, self.nova)
-        return replace(spec, watched=self.watching.wanted)
+        of_fleet = FLEET in self.inventory.reports
+        return replace(spec, watched=self.watching.wanted, fleet=of_fleet)
 
     async def _apply_watching(self) -> None:
         ticket = self.touch("watching begins or ends", frozenset())

@@ -40,9 +40,14 @@ class TokenMode(StrEnum):
 class PolicyScope(StrEnum):
     """Where a rule is set; a later scope is more specific."""
 
+    FLEET = "fleet"
     HOST = "host"
+    FLEET_HOST = "fleet-host"
+    """Of this host, as its fleet says: as specific as `HOST`."""
+
     NETWORK = "network"
     PROJECT = "project"
+    FLEET_PROJECT = "fleet-project"
     INSTANCE = "instance"
 
 
@@ -242,8 +247,25 @@ def fold_policy(scopes: Iterable[tuple[PolicyScope, PolicyRules]]) -> Folded:
 
 
 @dataclass(frozen=True, slots=True)
+class FleetRules:
+    """What a fleet says of guests of this host.
+
+    Attributes:
+        everywhere: Of guests of each host of the fleet.
+        host: Of all guests of this host.
+    """
+
+    everywhere: PolicyRules = NO_RULES
+    host: PolicyRules = NO_RULES
+    projects: Mapping[str, PolicyRules] = field(default_factory=dict)
+
+
+_NO_FLEET: Final = FleetRules()
+
+
+@dataclass(frozen=True, slots=True)
 class PolicyBook:
-    """All that settings and operators say; what records say of themselves comes with the records.
+    """All that settings, operators and the fleet say; what records say of themselves comes with the records.
 
     Attributes:
         networks: By the id of a network, or of a router whose guests come through one listener.
@@ -255,6 +277,7 @@ class PolicyBook:
     projects: Mapping[str, PolicyRules] = field(default_factory=dict)
     instances: Mapping[str, PolicyRules] = field(default_factory=dict)
     overrides: Mapping[str, OperatorOverride] = field(default_factory=dict)
+    fleet: FleetRules = _NO_FLEET
 
     def fold(self, place: PolicyPlace) -> Folded:
         """What is in force for an instance there."""
@@ -270,12 +293,16 @@ class PolicyBook:
         return render_policy_word(policy, self.override(place.instance), created_at), policy.paths
 
     def _scopes(self, place: PolicyPlace) -> Iterator[tuple[PolicyScope, PolicyRules]]:
-        # Settings come after the record of the same scope: the host's operator decides last.
+        # Settings come after the record of the same scope: the host's operator decides last. What a fleet says of the
+        # same scope comes after both.
+        yield PolicyScope.FLEET, self.fleet.everywhere
         yield PolicyScope.HOST, self.host
+        yield PolicyScope.FLEET_HOST, self.fleet.host
         yield PolicyScope.NETWORK, place.of_network
         yield PolicyScope.NETWORK, self.networks.get(place.network, NO_RULES)
         if place.project is not None:
             yield PolicyScope.PROJECT, self.projects.get(place.project, NO_RULES)
+            yield PolicyScope.FLEET_PROJECT, self.fleet.projects.get(place.project, NO_RULES)
         yield PolicyScope.INSTANCE, place.of_instance
         yield PolicyScope.INSTANCE, self.instances.get(place.instance, NO_RULES)
 

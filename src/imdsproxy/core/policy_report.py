@@ -30,7 +30,8 @@ class RuleInForce:
 
     Attributes:
         name: As the settings have it; each path rule has one of its own (`path_rule_name`).
-        origin: The scope that set it: `host`, `network`, `project` or `instance`; `default` where none did.
+        origin: The scope that set it: `host`, `network`, `project` or `instance`, of a fleet `fleet`, `fleet-host` or
+            `fleet-project`; `default` where none did.
     """
 
     name: str
@@ -48,6 +49,7 @@ class PolicyInForce:
         boot_over: What is locked after the boot is locked.
         reopened_at: When an operator let it boot anew, Unix time; `None` for never.
         word: What HAProxy goes by, empty where that is the default.
+        of_fleet: A fleet's keys sign its tokens, and the fleet's operators revoke them.
     """
 
     rules: tuple[RuleInForce, ...]
@@ -56,6 +58,7 @@ class PolicyInForce:
     boot_over: bool
     reopened_at: int | None
     word: str
+    of_fleet: bool = False
 
 
 def report_policy(

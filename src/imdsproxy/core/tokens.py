@@ -7,10 +7,14 @@ metadata"; the form of a token is nowhere prescribed.)
 
 import base64
 import hashlib
+import hmac
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from types import MappingProxyType
+from typing import Final, TypeAlias
+
+from imdsproxy.core.model import InstanceId
 
 TOKEN_HEADER: Final = "x-aws-ec2-metadata-token"  # noqa: S105 - a header's name
 TTL_HEADER: Final = "x-aws-ec2-metadata-token-ttl-seconds"
@@ -27,6 +31,8 @@ KEPT_KEYS: Final = 3
 
 CURRENT: Final = "@current"
 """The key map's name for the kid that new tokens have; no kid begins so."""
+
+_OF_INSTANCE: Final = b"imdsproxy instance key|"
 
 TOKEN_PATTERN: Final = r"^[0-9a-f]{8}\.[0-9]{10}\.[A-Za-z0-9_-]{43}$"  # noqa: S105 - what one looks like
 
@@ -95,7 +101,48 @@ def rotate_token_keys(keys: Iterable[TokenKey], fresh: TokenKey) -> tuple[TokenK
     return (fresh, *(key for key in keys if key != fresh))[:KEPT_KEYS]
 
 
-def render_key_map(keys: Iterable[TokenKey]) -> dict[str, str]:
-    """What HAProxy looks up: the kid in force, and each kid's key."""
-    each = tuple(keys)
-    return {CURRENT: each[0].kid, **{key.kid: key.text for key in each}}
+InstanceKeys: TypeAlias = Mapping[InstanceId, tuple[TokenKey, ...]]
+"""Token keys of a fleet's instances, of each the one in force first."""
+
+_NONE: Final[InstanceKeys] = MappingProxyType({})
+
+
+def instance_key(fleet_key: TokenKey, instance: str) -> TokenKey:
+    """The key that signs tokens of one instance of a fleet, on whatever host it is.
+
+    HMAC-SHA256 of the instance's id, by the fleet's key: whoever has it can compute neither that key nor another
+    instance's.
+    """
+    message = _OF_INSTANCE + instance.encode()
+    return TokenKey(hmac.digest(fleet_key.secret, message, hashlib.sha256))
+
+
+def render_key_map(keys: Iterable[TokenKey], of_instances: InstanceKeys = _NONE) -> dict[str, str]:
+    """What HAProxy looks up: each kid's key, and after the keys the kid in force, which refers to one of them.
+
+    Args:
+        keys: The host's own, the one in force first.
+        of_instances: Their entries' names end with `|INSTANCE`. An instance that has any is signed for by none of the
+            host's own keys.
+    """
+    entries = _entries(tuple(keys), "")
+    for instance, own in of_instances.items():
+        entries |= _entries(own, f"|{instance}")
+    return entries
+
+
+def _entries(keys: tuple[TokenKey, ...], whose: str) -> dict[str, str]:
+    entries = {f"{key.kid}{whose}": key.text for key in keys}
+    return entries | ({f"{CURRENT}{whose}": keys[0].kid} if keys else {})
+
+
+def parse_key_map(entries: Mapping[str, str]) -> dict[InstanceId, tuple[TokenKey, ...]]:
+    """The keys of instances in a key map."""
+    found: dict[InstanceId, list[TokenKey]] = {}
+    for name, text in entries.items():
+        kid, _, instance = name.partition("|")
+        if instance and kid != CURRENT:
+            key = TokenKey(base64.b64decode(text))
+            own = found.setdefault(InstanceId(instance), [])
+            own.insert(0 if entries.get(f"{CURRENT}|{instance}") == kid else len(own), key)
+    return {instance: tuple(own) for instance, own in found.items()}

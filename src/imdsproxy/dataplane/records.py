@@ -32,6 +32,7 @@ class RecordApplier:
         known: Workers whose maps are known to mirror the files.
         behind: A change reached the files and perhaps not every worker; the next one makes up for it.
         tables: What `apply_table` last got, by file: a worker that we know nothing of gets it as well.
+        unconfirmed: Files of tables that perhaps not every known worker has.
     """
 
     layout: Layout
@@ -40,7 +41,8 @@ class RecordApplier:
     known: set[int] = field(default_factory=set)
     compact_above: int = maps.COMPACT_ABOVE
     behind: bool = False
-    tables: dict[Path, Mapping[str, str]] = field(default_factory=dict, repr=False)
+    tables: dict[Path, dict[str, str]] = field(default_factory=dict, repr=False)
+    unconfirmed: set[Path] = field(default_factory=set)
     master: MasterClient = field(init=False)
 
     def __post_init__(self) -> None:
@@ -129,19 +131,32 @@ class RecordApplier:
         return True
 
     async def apply_table(
-        self, path: Path, entries: Mapping[str, str], *, secret: bool = False
+        self, path: Path, entries: Mapping[str, str], *, secret: bool = False, single: bool = False
     ) -> None:
         """Make a small map exactly this, on disk (as `write_table`) and in every worker.
+
+        Args:
+            path: Its file.
+            entries: All of it.
+            secret: Only root may read the file.
+            single: Send what differs alone, as `maps.plan_table_changes`, where that is little; no key or value has a
+                semicolon then. Otherwise all of it is replaced at once.
 
         Raises:
             HostRefused: The file cannot be written; nothing has changed anywhere.
             RuntimeUnavailable: HAProxy's master does not answer; the file holds the new state.
+            CommandRefused: A worker refused; the file holds the new state.
         """
         async with self.lock:
+            sure = single and path not in self.unconfirmed
+            before = self.tables.get(path) if sure else None
             write_table(path, entries, secret=secret)
-            self.tables[path] = entries
+            self.tables[path] = dict(entries)
+            self.unconfirmed.add(path)
             workers = (await self.master.read_processes()).workers
-            await self._each(workers, lambda worker: self._swap(worker, path, entries))
+            changes = None if before is None else maps.plan_table_changes(before, entries)
+            await self._each(workers, lambda worker: self._send_table(worker, path, changes))
+            self.unconfirmed.discard(path)
 
     async def apply(self, wanted: Mapping[str, str | None]) -> int:
         """Make each key's value as wanted (`None`: gone) on disk and in all workers; how many changed.
@@ -228,6 +243,13 @@ class RecordApplier:
             await self._swap_base(worker)
         await self._swap_overlay(worker, self.state)
         self.known.add(worker)
+
+    async def _send_table(self, worker: int, path: Path, changes: maps.MapChanges | None) -> None:
+        if changes is None or worker not in self.known or len(changes) > _SWAP_ABOVE:
+            await self._swap(worker, path, self.tables[path])
+            return
+        await self.master.send_additions(worker, str(path), list(changes.added))
+        await self._send_going(worker, str(path), changes)
 
     async def _swap_base(self, worker: int) -> None:
         await self._swap(worker, self.layout.base_map, self.state.base, self.state.generation)

@@ -14,11 +14,13 @@ import pytest
 
 from imdsproxy.admin import tokens
 from imdsproxy.core.endpoints import LeftOutCode
+from imdsproxy.core.fleet.policies import FleetPolicies
 from imdsproxy.core.hoststate import NamespaceRef, ObservedHost, ObservedNamespace
 from imdsproxy.core.identity import Learned
 from imdsproxy.core.model import InstanceId, NamespaceListener, Network, NetworkId
 from imdsproxy.core.observation import Observation
 from imdsproxy.core.policy import OperatorOverride
+from imdsproxy.core.tokens import TokenKey, instance_key
 from imdsproxy.errors import NotFound, Problem, SourceRefused
 from imdsproxy.sources.sqlite.source import SqliteSource
 from support.admin_server import AdminServer
@@ -337,6 +339,34 @@ def test_an_unknown_instance_is_refused_with_a_hint(server: AdminServer, what: s
     assert not server.policy_store.overrides
 
 
+_KEY = TokenKey(b"f" * 32)
+
+
+def _of_fleet(epoch: int = 0, *names: str) -> FleetPolicies:
+    """A fleet that has revoked web-1's tokens so often, and has keys for these beside it."""
+    keys = {InstanceId(name): (instance_key(_KEY, name),) for name in ("web-1", *names)}
+    return FleetPolicies(guards={"web-1": OperatorOverride(epoch)}, keys=keys)
+
+
+@pytest.mark.parametrize("what", ["revoke-tokens", "reopen"])
+def test_of_an_instance_of_a_fleet_this_host_alone_revokes_nothing(
+    server: AdminServer, what: str
+) -> None:
+    server.policy_store.take_fleet(_of_fleet())
+    with pytest.raises(SourceRefused, match="instance web-1 is a fleet's") as refused:
+        _act(server, what)
+    assert "--fleet URL" in refused.value.hint
+    assert not server.policy_store.overrides
+    server.policy_store.take_fleet(FleetPolicies())
+    assert _act(server, what)["applied"]
+
+
+def test_what_a_fleet_revokes_is_in_force_with_its_ticket(server: AdminServer) -> None:
+    for epoch in (1, 2):
+        server.take_fleet(_of_fleet(epoch))
+        assert _epoch(server, "10.0.0.5") == str(epoch)
+
+
 def test_what_haproxy_has_of_a_source_that_is_silent_is_reported(server: AdminServer) -> None:
     _act(server)
     server.client.request("DELETE", "/v1/instances/web-1")
@@ -366,6 +396,10 @@ def test_a_rotation_returns_when_workers_know_the_key(server: AdminServer) -> No
     keys = server.policy_store.keys
     rotated = server.client.request("POST", "/v1/token-keys/rotate")
     assert (rotated["kid"], rotated["applied"]) == (keys.keys[0].kid, True)
+    assert rotated["of_fleet"] == 0
+    server.policy_store.take_fleet(_of_fleet(0, "web-2"))
+    rotated = server.client.request("POST", "/v1/token-keys/rotate")
+    assert rotated["of_fleet"] == 2
     (worker,) = server.haproxy.workers
     (known,) = (entries for path, entries in worker.maps.items() if "token" in Path(path).name)
     assert rotated["kid"] in {name for name, _ in known}

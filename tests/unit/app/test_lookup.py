@@ -138,6 +138,7 @@ class Rig:
             self.filters,
             no_hop_limits(),
             none,
+            none,
             routing=lambda: NovaRouting((EndpointSet("default", b"secret"),)),
             tickets=_AtOnce(),
         )
@@ -195,6 +196,7 @@ class Rig:
                 report=SimpleNamespace(endpoints=()), degraded=tuple, unix=self.unix
             ),
             haproxy=SimpleNamespace(worker=None, layout=None),
+            policy_store=SimpleNamespace(is_of_fleet=lambda _: False),
         )
         return await explain(controller, key)
 

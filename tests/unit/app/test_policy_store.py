@@ -9,10 +9,12 @@ from typing import cast
 
 import pytest
 
-from imdsproxy.app.policy_store import PolicyStore, TokenKeys, read_overrides
+from imdsproxy.app.policy_store import FleetChange, PolicyStore, read_overrides
+from imdsproxy.app.token_keys import TokenKeys
 from imdsproxy.config.schema import Settings
+from imdsproxy.core.fleet.policies import FleetPolicies
 from imdsproxy.core.model import InstanceId
-from imdsproxy.core.policy import OperatorOverride
+from imdsproxy.core.policy import FleetRules, OperatorOverride, PolicyBook, PolicyRules, TokenMode
 from imdsproxy.core.tokens import TokenKey, parse_token_keys, render_key_map, render_token_keys
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.records import RecordApplier, write_table
@@ -79,6 +81,36 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "guards.json").mkdir()
     with pytest.raises(HostRefused, match=r"^cannot read .*guards\.json: Is a directory$"):
         read_overrides(tmp_path / "guards.json")
+
+
+# A fleet
+
+_REQUIRED = PolicyRules(tokens=TokenMode.REQUIRED)
+_KEYS = {_WEB: (TokenKey(b"f" * 32),)}
+
+
+def test_what_differs_of_what_a_fleet_says_is_reported_and_it_takes_the_place_of_what_was_before(
+    tmp_path: Path,
+) -> None:
+    store = _open(tmp_path)
+    store.revoke(_WEB)
+    assert not store.take_fleet(FleetPolicies())
+    rules, guards = FleetRules(host=_REQUIRED), {"web": OperatorOverride(4)}
+    steps = (
+        (FleetPolicies(rules), FleetChange(rules=True), OperatorOverride(1)),
+        (FleetPolicies(rules, keys=_KEYS), FleetChange(guards=frozenset({_WEB}), keys=True), OperatorOverride(0)),
+        (FleetPolicies(rules, guards, _KEYS), FleetChange(guards=frozenset({_WEB})), OperatorOverride(4)),
+        (FleetPolicies(FleetRules(), guards, _KEYS), FleetChange(rules=True), OperatorOverride(4)),
+        (FleetPolicies(), FleetChange(guards=frozenset({_WEB}), keys=True), OperatorOverride(1)),
+    )  # fmt: skip
+    for fleet, change, override in steps:
+        assert store.take_fleet(fleet) == change
+        assert not store.take_fleet(fleet)
+        assert store.book() == PolicyBook(overrides=store.book().overrides, fleet=fleet.rules)
+        assert store.book().override("web") == override
+        assert store.keys.of_instances == fleet.keys
+        assert store.is_of_fleet(_WEB) is bool(fleet.keys)
+    assert _KEYS[_WEB][0].text not in repr(store)
 
 
 # The keys
@@ -171,7 +203,10 @@ class Workers:
     deaf: int = 0
     given: list[Mapping[str, str]] = field(default_factory=list)
 
-    async def apply_table(self, path: Path, entries: Mapping[str, str], *, secret: bool) -> None:
+    async def apply_table(
+        self, path: Path, entries: Mapping[str, str], *, secret: bool, single: bool
+    ) -> None:
+        assert single
         write_table(path, entries, secret=secret)
         if self.deaf:
             self.deaf -= 1

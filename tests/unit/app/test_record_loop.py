@@ -16,8 +16,10 @@ from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.app.compiler import CompiledIndex, RecordCompiler
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.rule_sets import RuleSets
+from imdsproxy.app.token_keys import TokenKeys
 from imdsproxy.core import policy
 from imdsproxy.core.compiled import CompiledRecord, compile_instance
+from imdsproxy.core.fleet.policies import FLEET
 from imdsproxy.core.haproxy.maps import parse_map
 from imdsproxy.core.identity import Learned
 from imdsproxy.core.inventory import Inventory
@@ -34,6 +36,7 @@ from imdsproxy.core.model import (
 from imdsproxy.core.nova import EndpointSet, NovaRouting
 from imdsproxy.core.observation import AddressKey, Observation
 from imdsproxy.core.path_rules import PathRules, PathWord, render_set, set_id
+from imdsproxy.core.tokens import CURRENT, TokenKey, render_key_map
 from imdsproxy.dataplane import records as records_on_disk
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.records import RecordApplier
@@ -51,18 +54,21 @@ _OLD = InstanceId("old")
 
 
 class Rig:
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, second: str = "b") -> None:
         layout = Layout(directory, directory)
         self.base, self.overlay = layout.base_map, layout.overlay_map
-        maps = (self.base, self.overlay, layout.path_rules_map)
+        maps = (self.base, self.overlay, layout.path_rules_map, layout.token_keys_map)
         self.haproxy = FakeHaproxy(layout.master_socket, maps)
         passwords = PasswordStore(directory / "passwords")
         self.files = LoggedFiles(directory / "documents", passwords, None)
         self.applied: list[set[AddressKey] | None] = []
         self.networks: list[frozenset[NetworkId]] = []
-        self.inventory = Inventory(["a", "b"])
+        self.inventory = Inventory(["a", second])
         index = CompiledIndex(directory / "compiled.sqlite")
         self.applier, self.clock = RecordApplier(layout), HandClock()
+        self.keys = TokenKeys(layout, keys=(TokenKey(b"o" * 32),))
+        self.keys.load()
+        self.keys.preload()
         self.sets = self.begin_sets()
         self.loop = RecordLoop(
             self.inventory,
@@ -74,6 +80,7 @@ class Rig:
             no_mac_filters(self.inventory),
             no_hop_limits(),
             self.sets,
+            self.keys,
         )
 
     def begin_sets(self) -> RuleSets:
@@ -88,6 +95,15 @@ class Rig:
         assert parse_map(self.sets.path.read_text())[1] == wanted
         for worker in self.haproxy.all():
             assert dict(worker.maps[str(self.sets.path)]) == wanted
+
+    def keys_of(self, name: str) -> set[frozenset[str]]:
+        """What workers have of the keys of an instance, draining ones too, and a worker that starts now."""
+        path = str(self.keys.layout.token_keys_map)
+        workers = [*self.haproxy.all(), self.haproxy.fork()]
+        return {
+            frozenset(key for key, _ in worker.maps[path] if key.endswith(f"|{name}"))
+            for worker in workers
+        }
 
     def report(
         self,
@@ -112,8 +128,8 @@ class Rig:
 
 
 @asynccontextmanager
-async def _rig(directory: Path) -> AsyncIterator[Rig]:
-    rig = Rig(directory)
+async def _rig(directory: Path, second: str = "b") -> AsyncIterator[Rig]:
+    rig = Rig(directory, second)
     rig.applier.write_all({})
     await rig.haproxy.start()
     rig.applier.trust(await rig.applier.master.read_processes())
@@ -671,3 +687,138 @@ def test_a_file_of_sets_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "path-rules.map").write_bytes(b"\xff\xfe")
     with pytest.raises(HostRefused, match="path-rules"):
         Rig(tmp_path)
+
+
+# Keys of a fleet's instances
+
+_OWNER = InstanceId("web")
+_FIRST, _SECOND = (TokenKey(letter * 32) for letter in (b"1", b"2"))
+
+
+def _names(*keys: TokenKey) -> set[frozenset[str]]:
+    """The entries of web's keys."""
+    return {frozenset({f"{CURRENT}|web", *(f"{key.kid}|web" for key in keys)})}
+
+
+@pytest.fixture
+async def of_fleet(tmp_path: Path) -> AsyncIterator[Rig]:
+    """A rig with the source `fleet`; both sources have reported that they have nothing."""
+    async with _rig(tmp_path, FLEET) as found:
+        await found.say()
+        await found.say(source=FLEET)
+        yield found
+
+
+async def test_an_instances_keys_are_in_every_worker_before_its_record_and_until_it_has_gone(
+    of_fleet: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = of_fleet
+    await rig.applier.master.send_reload()
+    rig.applier.trust(await rig.applier.master.read_processes())
+    seen: list[bool] = []
+    answer = FakeHaproxy._answer
+
+    def look(haproxy: FakeHaproxy, text: str) -> str | None:
+        found = answer(haproxy, text)
+        served = any(
+            worker.lookup(rig.overlay, rig.base, "red/10.0.0.5") for worker in haproxy.all()
+        )
+        seen.append(served)
+        assert not served or rig.keys_of("web") == _names(_FIRST)
+        return found
+
+    monkeypatch.setattr(FakeHaproxy, "_answer", look)
+    rig.keys.of_instances = {_OWNER: (_FIRST,)}
+    await rig.say(_instance("web", "10.0.0.5"), source=FLEET)
+    assert rig.keys_of("web") == _names(_FIRST)
+    rig.keys.of_instances = {}
+    # A round begins before the source publishes what has gone.
+    await rig.loop.tickets.wait(rig.loop.wake())
+    await rig.say(source=FLEET)
+    assert rig.keys_of("web") == {frozenset()}
+    assert set(seen) == {True, False}
+
+
+async def test_an_instance_that_leaves_the_fleet_and_is_another_sources_loses_the_fleets_keys(
+    of_fleet: Rig,
+) -> None:
+    of_fleet.keys.of_instances = {_OWNER: (_FIRST,)}
+    await of_fleet.say(_instance("web", "10.0.0.5"), source=FLEET)
+    of_fleet.keys.of_instances = {}
+    of_fleet.report(_instance("web", "10.0.0.5"))
+    await of_fleet.say(source=FLEET)
+    assert of_fleet.keys_of("web") == {frozenset()}
+    assert of_fleet.told("10.0.0.5") is not None
+
+
+async def test_a_key_that_takes_the_place_of_another_is_known_when_that_is_acknowledged(
+    rig: Rig,
+) -> None:
+    await rig.say(_instance("web", "10.0.0.5"))
+    await rig.say(source="b")
+    async with background(rig.keys.run(rig.applier)):
+        rig.keys.send()
+        await rig.keys.confirmed()
+    for keys in ((_FIRST,), (_FIRST, _SECOND), (_SECOND, _FIRST), (_SECOND,)):
+        rig.keys.of_instances = {_OWNER: keys}
+        rig.haproxy.commands.clear()
+        await rig.loop.tickets.wait(rig.loop.wake())
+        assert rig.keys_of("web") == _names(*keys)
+        # By single entries: a host of a fleet has thousands.
+        assert not [line for _, line in rig.haproxy.commands if line.startswith("prepare")]
+        (worker,) = rig.haproxy.workers
+        table = dict(worker.maps[str(rig.keys.layout.token_keys_map)])
+        assert table == render_key_map(rig.keys.keys, rig.keys.of_instances)
+
+
+async def test_a_silent_worker_gets_keys_and_record_once_it_answers(rig: Rig) -> None:
+    await rig.say()
+    await rig.say(source="b")
+    for after in range(3):
+        rig.haproxy.stop_answering_after = after
+        keys = (_FIRST, _SECOND)[after % 2 :]
+        rig.keys.of_instances = {_OWNER: keys}
+        ticket = rig.report(_instance("web", "10.0.0.5", hostname=f"h{after}"))
+        await until(lambda: rig.loop.failure)
+        rig.haproxy.stop_answering_after = None
+        await rig.loop.tickets.wait(ticket)
+        assert rig.keys_of("web") == _names(*keys)
+        assert rig.told("10.0.0.5") is not None
+
+
+async def test_keys_that_an_earlier_controller_left_stay_until_every_source_has_told_all(
+    tmp_path: Path,
+) -> None:
+    before = TokenKeys(
+        Layout(tmp_path, tmp_path), keys=(_SECOND,), of_instances={_OWNER: (_FIRST,)}
+    )
+    before.preload()
+    async with _rig(tmp_path) as rig:
+        await rig.say()
+        await rig.loop.tickets.wait(rig.loop.resync())
+        assert rig.keys_of("web") == _names(_FIRST)
+        await rig.say(source="b")
+        assert rig.keys_of("web") == {frozenset()}
+
+
+async def test_a_haproxy_that_is_yet_to_start_finds_the_keys_of_all_instances(
+    tmp_path: Path,
+) -> None:
+    rig = Rig(tmp_path)
+    rig.keys.of_instances = {_OWNER: (_FIRST, _SECOND)}
+    rig.report(_instance("web", "10.0.0.5"))
+    await rig.loop.compile_all()
+    assert parse_map(rig.keys.layout.token_keys_map.read_text())[1] == render_key_map(
+        rig.keys.keys, rig.keys.of_instances
+    )
+
+
+def test_a_map_of_keys_that_is_damaged_is_made_again(tmp_path: Path) -> None:
+    layout = Layout(tmp_path, tmp_path)
+    for damaged in (b"\xff", b"aaaaaaaa|web x\n", b"aaaaaaaa|web AAAA\n"):
+        layout.token_keys_map.write_bytes(damaged)
+        keys = TokenKeys(layout, keys=(_FIRST,))
+        keys.load()
+        keys.preload()
+        found = parse_map(layout.token_keys_map.read_text())[1]
+        assert found == render_key_map((_FIRST,))

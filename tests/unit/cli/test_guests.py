@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.cli import snippet
+from imdsproxy.core.fleet.policies import FleetPolicies
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.nova import EndpointSet, NovaRouting
-from imdsproxy.core.policy import OperatorOverride, PolicyBook, PolicyRules, TokenMode
+from imdsproxy.core.policy import FleetRules, OperatorOverride, PolicyBook, PolicyRules, TokenMode
+from imdsproxy.core.tokens import TokenKey
 from imdsproxy.core.wire import HEADER_LOGGED
 from support.admin_server import NOW
 from support.cli import Cli, Ran
@@ -80,6 +82,28 @@ def test_explain_names_the_instance_its_source_and_the_origin_of_each_rule(fille
     filled.server.policy_store._book = PolicyBook()
     filled("instance", "set", "web-1", "--no-ec2", "--no-openstack", "--no-nocloud")
     assert "found, its documents are answered 404" in filled(*EXPLAIN).words
+
+
+def test_of_an_instance_of_a_fleet_commands_say_whose_its_rules_and_tokens_are(
+    filled: Cli,
+) -> None:
+    filled.server.take_fleet(
+        FleetPolicies(
+            FleetRules(host=PolicyRules(tokens=TokenMode.REQUIRED)),
+            {"web-1": OperatorOverride(2)},
+            {InstanceId("web-1"): (TokenKey(b"f" * 32),)},
+        )
+    )
+    words = filled(*EXPLAIN).words
+    assert "tokens required (fleet-host)" in words
+    assert "tokens signed by the fleet's key of the instance, revoked 2 times" in words
+    for refused in (filled("token", "revoke", "web-1"), filled("instance", "reopen", "web-1")):
+        assert refused.status != 0
+        assert "instance web-1 is a fleet's" in refused.err
+        assert "--fleet URL" in refused.err
+    rotated = filled("token", "rotate")
+    assert rotated.status == 0
+    assert "1 instance of the fleet: the fleet's keys sign their tokens as before" in rotated.words
 
 
 def test_explain_names_the_rule_that_decides_about_a_path(filled: Cli) -> None:

@@ -163,6 +163,80 @@ def test_after_any_history_all_workers_and_the_disk_say_what_was_wanted_last(
         asyncio.run(work(Path(name)))
 
 
+# Tables
+
+
+class TableRig(Rig):
+    """The same with a table."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.path = self.layout.token_keys_map
+        self.path.touch()
+        self.haproxy.maps = (*self.haproxy.maps, self.path)
+
+    async def put(self, entries: dict[str, str]) -> list[str]:
+        """Have exactly these entries; the commands that it took, without `show proc`."""
+        before = len(self.haproxy.commands)
+        await self.applier.apply_table(self.path, entries, secret=True, single=True)
+        return [command for _, command in self.haproxy.commands[before:]]
+
+    def has(self, entries: dict[str, str]) -> bool:
+        """Every worker has them, and one that starts now."""
+        workers = [*self.haproxy.all(), self.haproxy.fork()]
+        return all(sorted(one.maps[str(self.path)]) == sorted(entries.items()) for one in workers)
+
+
+async def test_of_a_table_that_workers_have_only_what_differs_is_sent(tmp_path: Path) -> None:
+    rig = TableRig(tmp_path)
+    await rig.start({})
+    table = {f"n/{number}": "a" for number in range(1000)}
+    await rig.put(table)
+    del table["n/5"]
+    table |= {"n/7": "b", "m/1": "a", "m/2": "a"}
+    path = rig.path
+    expected = [f"add map {path} <<", f"set map {path} n/7 b", f"del map {path} n/5"]
+    assert await rig.put(table) == expected
+    assert rig.has(table)
+    # Beyond some hundred changes all of it is replaced at once.
+    others = {f"o/{number}": "a" for number in range(300)}
+    assert (await rig.put(others))[0] == f"prepare map {path}"
+    assert rig.has(others)
+    await rig.haproxy.close()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(_ENTRIES, st.sampled_from(["", "reload", "stranger", "silent"])), max_size=6)
+)
+def test_after_any_history_all_workers_and_the_disk_have_the_table_that_was_wanted_last(
+    steps: list[tuple[dict[str, str], str]],
+) -> None:
+    async def work(directory: Path) -> None:
+        rig = TableRig(directory)
+        await rig.start({})
+        for number, (wanted, event) in enumerate(steps):
+            if event == "reload":
+                await rig.applier.master.send_reload()
+                rig.applier.trust(await rig.applier.master.read_processes())
+            elif event == "stranger":
+                rig.haproxy.workers = [rig.haproxy.fork()]
+            elif event == "silent":
+                rig.haproxy.stop_answering_after = number
+            try:
+                await rig.put(wanted)
+            except RuntimeUnavailable:
+                assert event == "silent"
+                rig.haproxy.stop_answering_after = None
+                await rig.put(wanted)
+            rig.haproxy.stop_answering_after = None
+            assert rig.has(wanted), event
+        await rig.haproxy.close()
+
+    with tempfile.TemporaryDirectory() as name:
+        asyncio.run(work(Path(name)))
+
+
 # The files and what is sent of them
 
 

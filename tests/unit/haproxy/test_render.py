@@ -111,6 +111,7 @@ _CASES = {
         _PLAIN, nova=(_DEFAULT,), unix=_UNIX, unverified=(_UNVERIFIED,), watched=True
     ),
     "audited": replace(_PLAIN, unix=_UNIX, unverified=(_UNVERIFIED,), audit=100),
+    "of-a-fleet": replace(_PLAIN, fleet=True),
     "audited-and-watched": replace(_PLAIN, nova=(_DEFAULT,), watched=True, audit=100),
     "while-a-secret-is-replaced": replace(
         _PLAIN, nova=_REPLACED, nova_times=NovaTimes(check="http")

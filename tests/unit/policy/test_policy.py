@@ -3,11 +3,16 @@
 from dataclasses import fields, replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from imdsproxy.core.fleet.policies import FleetPolicies, join_guards
+from imdsproxy.core.model import InstanceId
 from imdsproxy.core.path_rules import PathRules, PathWord, set_id
 from imdsproxy.core.policy import (
     DEFAULT,
     NO_RULES,
+    FleetRules,
     Folded,
     OperatorOverride,
     Policy,
@@ -21,12 +26,14 @@ from imdsproxy.core.policy import (
     rule_set_of,
 )
 from imdsproxy.core.policy_report import DEFAULT_ORIGIN, decide_read, report_policy
+from imdsproxy.core.tokens import TokenKey
 from support.access_table import READS, Read
 
 _REQUIRED = PolicyRules(tokens=TokenMode.REQUIRED)
 _OFF = PolicyRules(tokens=TokenMode.OFF)
 _PLACE = PolicyPlace("red", "acme", "web")
 _BORN = 1_795_000_000
+_OF_ACME = FleetRules(projects={"acme": _REQUIRED})
 _RECORDS = replace(_PLACE, of_network=_OFF, of_instance=_OFF)
 
 
@@ -44,6 +51,14 @@ _RECORDS = replace(_PLACE, of_network=_OFF, of_instance=_OFF)
         (replace(_RECORDS, of_instance=NO_RULES), PolicyBook(networks={"red": _REQUIRED}), TokenMode.REQUIRED),
         (_RECORDS, PolicyBook(networks={"red": _REQUIRED}), TokenMode.OFF),
         (_RECORDS, PolicyBook(instances={"web": _REQUIRED}), TokenMode.REQUIRED),
+        # What a fleet says of all hosts gives way to all else, what it says of one scope wins there.
+        (_PLACE, PolicyBook(fleet=FleetRules(_REQUIRED)), TokenMode.REQUIRED),
+        (_PLACE, PolicyBook(host=_REQUIRED, fleet=FleetRules(_OFF)), TokenMode.REQUIRED),
+        (_PLACE, PolicyBook(host=_OFF, fleet=FleetRules(host=_REQUIRED)), TokenMode.REQUIRED),
+        (_PLACE, PolicyBook(networks={"red": _OFF}, fleet=FleetRules(host=_REQUIRED)), TokenMode.OFF),
+        (_PLACE, PolicyBook(projects={"acme": _OFF}, fleet=_OF_ACME), TokenMode.REQUIRED),
+        (_PLACE, PolicyBook(instances={"web": _OFF}, fleet=_OF_ACME), TokenMode.OFF),
+        (replace(_PLACE, project="other"), PolicyBook(fleet=_OF_ACME), TokenMode.OPTIONAL),
     ],
 )  # fmt: skip
 def test_an_instances_word_counts_before_its_projects_its_networks_and_the_hosts(
@@ -132,6 +147,53 @@ def test_every_rule_and_path_is_reported_with_its_value_and_scope() -> None:
     assert by_name["hop_limit"] == (64, DEFAULT_ORIGIN)
     assert by_name["paths./"] == ("deny", "host")
     assert by_name["paths./latest"] == ("optional", "project")
+
+
+def test_of_one_scope_a_fleet_sets_rule_by_rule_and_each_names_whose_it_is() -> None:
+    host = PolicyRules(tokens=TokenMode.OFF, hop_limit=1, paths=(("/latest", PathWord.DENY),))
+    of_fleet = PolicyRules(tokens=TokenMode.REQUIRED, paths=(("/nocloud", PathWord.DENY),))
+    everywhere = PolicyRules(seal_user_data=True, hop_limit=2)
+    book = PolicyBook(host=host, fleet=FleetRules(everywhere, of_fleet))
+    assert dict(book.fold(_PLACE).origins) == {
+        "tokens": PolicyScope.FLEET_HOST,
+        "hop_limit": PolicyScope.HOST,
+        "seal_user_data": PolicyScope.FLEET,
+        "paths./latest": PolicyScope.HOST,
+        "paths./nocloud": PolicyScope.FLEET_HOST,
+    }
+
+
+# What operators do
+
+_GUARDS = st.builds(OperatorOverride, st.integers(0, 3), st.integers(0, 3))
+_KEYS = (TokenKey(b"k" * 32),)
+
+
+@given(ours=_GUARDS, theirs=_GUARDS, keyed=st.booleans())
+def test_each_revocation_of_a_fleet_ends_the_tokens_of_before_whatever_this_host_has_revoked(
+    ours: OperatorOverride, theirs: OperatorOverride, *, keyed: bool
+) -> None:
+    keys = {InstanceId("web"): _KEYS} if keyed else {}
+
+    def in_force(one: OperatorOverride) -> OperatorOverride:
+        own = {"web": ours, "other": ours}
+        joined = join_guards(own, FleetPolicies(guards={"web": one}, keys=keys))
+        assert joined["other"] == ours
+        return joined["web"]
+
+    now = in_force(theirs)
+    assert now.reopened_at == max(ours.reopened_at, theirs.reopened_at)
+    assert in_force(replace(theirs, epoch=theirs.epoch + 1)).epoch > now.epoch
+    # Tokens go on being good on the next host, which has revoked nothing.
+    assert not keyed or now.epoch == theirs.epoch
+    assert keyed or now.epoch >= ours.epoch
+
+
+def test_what_this_host_revoked_before_an_instance_came_to_a_fleet_is_none_of_its_fleets_tokens() -> (
+    None
+):
+    fleet = FleetPolicies(keys={InstanceId("web"): _KEYS})
+    assert join_guards({"web": OperatorOverride(3, 7)}, fleet) == {"web": OperatorOverride(0, 7)}
 
 
 @pytest.mark.parametrize(

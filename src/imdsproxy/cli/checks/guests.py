@@ -9,7 +9,8 @@ from typing import Final
 
 from imdsproxy.anti_spoofing import host_rules
 from imdsproxy.anti_spoofing.host_rules import DroppingChain
-from imdsproxy.app.policy_store import read_overrides, read_token_keys
+from imdsproxy.app.policy_store import read_overrides
+from imdsproxy.app.token_keys import read_token_keys
 from imdsproxy.cli.checks import Finding, Subject, found, refused
 from imdsproxy.cli.output import spell_count
 from imdsproxy.core.documents.respond import can_be_served

@@ -62,6 +62,9 @@ def _values(spec: DataplaneSpec) -> dict[str, Value]:
         | names_of_nova(spec)
         | {
             "nova": bool(spec.nova),
+            "fleet": spec.fleet,
+            # `find_whose_keys` has set it, or nothing.
+            "whose_keys": Text(",concat(,txn.whose_keys)" if spec.fleet else ""),
             "cache": sizes.cache_mb > 0,
             "counts_reads": spec.count_reads > 0,
             # In front of Nova most requests have nothing to do with documents of ours.

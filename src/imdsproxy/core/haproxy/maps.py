@@ -155,6 +155,17 @@ def plan_changes(present: Mapping[str, str], wanted: Mapping[str, str | None]) -
     return MapChanges((*changed, *tombstones), tuple(removed), tuple(added))
 
 
+def plan_table_changes(before: dict[str, str], after: Mapping[str, str]) -> MapChanges:
+    """The changes of a table whose entries refer to others before them: `added`, then `changed`, then `removed`.
+
+    So what an entry refers to is there before it, and goes after it.
+    """
+    changed = tuple((key, one) for key, one in after.items() if before.get(key, one) != one)
+    removed = tuple(key for key in reversed(before) if key not in after)
+    added = tuple((key, one) for key, one in after.items() if key not in before)
+    return MapChanges(changed, removed, added)
+
+
 def render_map(entries: Mapping[str, str], generation: str) -> str:
     """A map file: the generation first, then one `KEY VALUE` a line, in the order given."""
     # One text after the other: of hundreds of thousands of entries a list would be three times as much.

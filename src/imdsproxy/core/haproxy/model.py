@@ -194,6 +194,7 @@ class DataplaneSpec:
         watched: A client of the admin API watches requests.
         count_reads: Of so many reads without a token, where none is required, one is counted; 0 for none.
         audit: Of so many requests one has a line in the audit log; 0 for none.
+        fleet: Instances of a fleet may be here, which have token keys of their own.
     """
 
     binds: tuple[Bind, ...]
@@ -209,3 +210,4 @@ class DataplaneSpec:
     watched: bool = False
     count_reads: int = 0
     audit: int = 0
+    fleet: bool = False

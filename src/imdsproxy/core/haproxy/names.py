@@ -58,6 +58,7 @@ _VALUES: Final[dict[str, Value]] = {
     "mac": Text(
         "concat(|,sess.network),concat(|,txn.instance),concat(|,txn.epoch),hmac(sha256,txn.key),ub64enc"
     ),
+    "key_of_token": Block("var(txn.token),bytes(0,8)<whose_keys>,map_str(<token_keys_map>)"),
     "without_token": Block("!{ req.fhdr(<token_header>) -m found }"),
     "short_document": Block("path,concat(|,txn.record),map_str(<short_map>)"),
     "status_503": Block("status 503 hdr Retry-After <retry_after_s>"),

@@ -1,0 +1,47 @@
+"""What a host does with what its fleet says of guests: rules, guards, and keys of session tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from imdsproxy.core.observation import SourceName
+from imdsproxy.core.policy import FleetRules, OperatorOverride
+from imdsproxy.core.tokens import InstanceKeys
+
+FLEET: Final[SourceName] = "fleet"
+"""The source of records that a fleet places on this host."""
+
+_UNTOUCHED: Final = OperatorOverride()
+
+
+@dataclass(frozen=True, slots=True)
+class FleetPolicies:
+    """All that a fleet says of guests of this host.
+
+    Attributes:
+        guards: What the fleet's operators did about single instances.
+        keys: Of each instance of the fleet that is here (`core.tokens.instance_key`), the one in force first.
+    """
+
+    rules: FleetRules = field(default_factory=FleetRules)
+    guards: Mapping[str, OperatorOverride] = field(default_factory=dict)
+    keys: InstanceKeys = field(default_factory=dict, repr=False)
+
+
+def join_guards(
+    own: Mapping[str, OperatorOverride], fleet: FleetPolicies
+) -> dict[str, OperatorOverride]:
+    """What is in force of what this host's operators and the fleet's did about instances.
+
+    A boot begins when it was opened last. The epoch of an instance with keys of the fleet is the fleet's alone: a
+    maximum would hide the fleet's next revocation where this host counted further, and what was revoked here were
+    tokens by this host's keys, which are not believed for it. Without such keys each revocation counts.
+    """
+    joined = dict(own)
+    for instance in {*fleet.guards, *(own.keys() & fleet.keys.keys())}:
+        theirs, ours = fleet.guards.get(instance, _UNTOUCHED), own.get(instance, _UNTOUCHED)
+        epoch = theirs.epoch if instance in fleet.keys else theirs.epoch + ours.epoch
+        joined[instance] = OperatorOverride(epoch, max(theirs.reopened_at, ours.reopened_at))
+    return joined
