@@ -385,6 +385,7 @@ def _serve_hubs(controller: Controller, source: FleetSource) -> None:
 
     host = FleetHost(controller)
     source.confirm, source.answer = host.confirm, host.answer
+    source.take_policies = controller.take_fleet
 
 
 def _owner_of(inventory: Inventory, network: str, address: str) -> str | None:

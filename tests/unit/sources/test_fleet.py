@@ -18,11 +18,12 @@ import pytest
 
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.layout import Meta
+from imdsproxy.core.fleet.policies import FleetPolicies
 from imdsproxy.core.fleet.stream import Batch, ItemKey
 from imdsproxy.core.model import Instance
 from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.sources.fleet import source as source_module
-from imdsproxy.sources.fleet.known import FleetPolicies, merge
+from imdsproxy.sources.fleet.known import merge
 from imdsproxy.sources.fleet.source import FleetSource
 from support.fleet_backing import fleet_source
 from support.fleet_hub import FLEET, HOST, FleetHub, FleetStore
@@ -323,8 +324,8 @@ async def test_guards_never_go_back_whatever_a_store_says(
     hub.write({layout.POLICIES + "fleet": b'{"tokens": "required"}'})
     async with running(source):
         (policies,) = taken
-        assert policies.overrides == {"a": OperatorOverride(2, 7)}
-        assert policies.fleet.tokens == "required"
+        assert policies.guards == {"a": OperatorOverride(2, 7)}
+        assert policies.rules.everywhere.tokens == "required"
         assert [one.secret for one in policies.keys[A.id]] == [bytes(32)]
         assert "AAAA" not in repr(policies)
     store = restored(hub.store, incarnation=2)
@@ -333,7 +334,7 @@ async def test_guards_never_go_back_whatever_a_store_says(
     source.take_policies = taken.append
     async with running(source) as heard:
         await heard.until(lambda each: each.last.in_sync)
-    assert taken[-1].overrides == {"a": OperatorOverride(2, 9)}
+    assert taken[-1].guards == {"a": OperatorOverride(2, 9)}
 
 
 async def test_a_hub_that_does_not_hear_from_etcd_and_one_of_another_time_are_reported(

@@ -14,11 +14,12 @@ from typing import Any, Final, TypeAlias, cast
 
 from imdsproxy.core.claims import claim_places
 from imdsproxy.core.fleet.layout import Json
+from imdsproxy.core.fleet.policies import FleetPolicies
 from imdsproxy.core.fleet.stream import Batch, Hello, ItemKey
 from imdsproxy.core.model import Instance, InstanceId, StoredBytes
 from imdsproxy.core.observation import Observation
 from imdsproxy.core.packed import PackedInstance
-from imdsproxy.core.policy import NO_RULES, OperatorOverride, PolicyRules
+from imdsproxy.core.policy import NO_RULES, FleetRules, OperatorOverride
 from imdsproxy.core.records import Path, Refused, parse_listed
 from imdsproxy.core.records.network import POLICY
 from imdsproxy.core.tokens import KEY_BYTES, TokenKey
@@ -47,25 +48,6 @@ class Position:
     fleet: str | None = None
     incarnation: int = 0
     revision: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class FleetPolicies:
-    """What items other than records say.
-
-    Attributes:
-        fleet: The policy of all hosts.
-        host: That of this host.
-        projects: Those of projects that have instances here.
-        overrides: What operators did about instances here.
-        keys: The token keys of instances here, the one in force first.
-    """
-
-    fleet: PolicyRules = NO_RULES
-    host: PolicyRules = NO_RULES
-    projects: Mapping[str, PolicyRules] = field(default_factory=dict)
-    overrides: Mapping[InstanceId, OperatorOverride] = field(default_factory=dict)
-    keys: Mapping[InstanceId, tuple[TokenKey, ...]] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,14 +116,16 @@ class FleetKnown:
         of_scope = others["policy"]
         hosts = (rules for name, rules in of_scope.items() if name.startswith("host/"))
         return FleetPolicies(
-            of_scope.get("fleet", NO_RULES),
-            next(hosts, NO_RULES),
-            {
-                name.removeprefix("project/"): rules
-                for name, rules in of_scope.items()
-                if name.startswith("project/")
-            },
-            {InstanceId(name): one for name, one in others["guard"].items()},
+            FleetRules(
+                of_scope.get("fleet", NO_RULES),
+                next(hosts, NO_RULES),
+                {
+                    name.removeprefix("project/"): rules
+                    for name, rules in of_scope.items()
+                    if name.startswith("project/")
+                },
+            ),
+            others["guard"],
             {InstanceId(name): one for name, one in others["keys"].items()},
         )
 

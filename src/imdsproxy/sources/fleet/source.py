@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Final, TypeAlias, TypeVar
 
 import structlog
 
+from imdsproxy.core.fleet.policies import FleetPolicies
 from imdsproxy.core.fleet.stream import (
     Ack,
     Answer,
@@ -35,7 +36,7 @@ from imdsproxy.host.clock import Clock
 from imdsproxy.sources.api import Publish, Reports, publish_in_pieces
 from imdsproxy.sources.fleet.client import HubClient, HubStream
 from imdsproxy.sources.fleet.kept import KeptItems
-from imdsproxy.sources.fleet.known import FleetKnown, FleetPolicies, merge
+from imdsproxy.sources.fleet.known import FleetKnown, merge
 
 _T = TypeVar("_T")
 
