@@ -13,6 +13,7 @@ from imdsproxy.anti_spoofing.kernel import KernelHopLimits, KernelMacFilters, ta
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.app.companion import Companion
 from imdsproxy.config.schema import DocumentsSettings, HaproxySettings, Settings
+from imdsproxy.core.fleet.identity import LIBRARY_HINT
 from imdsproxy.core.haproxy.model import DataplaneSpec, Limits
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.inventory import Inventory
@@ -20,6 +21,7 @@ from imdsproxy.core.timing import Backoff, Progress
 from imdsproxy.core.wire import RETRY_AFTER_S
 from imdsproxy.dataplane.haproxy import link_jail_to_itself
 from imdsproxy.dataplane.layout import Layout
+from imdsproxy.errors import optional_library
 from imdsproxy.host.account import group_id
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import ensure_directory, write_atomic
@@ -225,14 +227,27 @@ def build_fleet(settings: Settings, clock: Clock) -> "FleetSource":
         wanted.private_key_file or joined.key,
         wanted.ca_file or joined.authority,
     )
+    client = HubClient(files, wanted.timeout_s)
+
+    def hubs() -> tuple[str, ...]:
+        return wanted.hubs or files.read_hubs()
+
+    async def renew() -> None:
+        # Another PKI renews what it has made itself.
+        if files.certificate == joined.certificate and files.certificate.exists():
+            with optional_library("cryptography", LIBRARY_HINT):
+                from imdsproxy.sources.fleet.membership import renew_if_due  # noqa: PLC0415 - slow
+            await renew_if_due(files, client, hubs(), clock.now())
+
     return FleetSource(
-        HubClient(files, wanted.timeout_s),
-        lambda: wanted.hubs or files.read_hubs(),
+        client,
+        hubs,
         state / "fleet.sqlite",
         wanted.silent_s,
         clock,
         SystemRandom().random,
         Backoff(min(0.5, wanted.retry_s), wanted.retry_s),
+        renew=renew,
     )
 
 

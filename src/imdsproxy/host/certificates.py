@@ -1,16 +1,13 @@
 """Keys and certificates of a fleet's hosts and hubs, which a library makes, and reads."""
 
 from datetime import datetime
-from typing import Final, TypeAlias
+from typing import TypeAlias
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from imdsproxy.errors import ConfigInvalid
-
-HINT: Final = "apt install python3-cryptography, or pip install 'imdsproxy[fleet]'"
-"""For where that library is missing."""
 
 PrivateKey: TypeAlias = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 

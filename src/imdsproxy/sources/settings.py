@@ -239,10 +239,12 @@ class FleetSourceSettings(Section):
     """
 
     certificate_file: AbsolutePath | None = setting(None, Change.RESTART)
-    """PEM file of this host's certificate; null is `fleet/host.crt` in `paths.state_dir`. It is renewed in time."""
+    """PEM file of this host's certificate; null is `fleet/host.pem` in `paths.state_dir`, which is renewed in
+    time; another one is not.
+    """
 
     private_key_file: AbsolutePath | None = setting(None, Change.RESTART)
-    """PEM file of its key; null is `fleet/host.key` in `paths.state_dir`."""
+    """PEM file of its key; null is `fleet/host.pem` in `paths.state_dir`."""
 
     ca_file: AbsolutePath | None = setting(None, Change.RESTART)
     """PEM file of the fleet's CA, which signed hubs' certificates; null is `fleet/ca.crt` in `paths.state_dir`."""

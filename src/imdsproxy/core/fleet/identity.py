@@ -26,6 +26,9 @@ HEADER_PEER: Final = "x-imdsproxy-peer"
 """The client's address; all others are of its verified certificate. HAProxy removes what a client sends under these
 names."""
 
+LIBRARY_HINT: Final = "apt install python3-cryptography, or pip install 'imdsproxy[fleet]'"
+"""Where the library that makes keys and certificates is missing."""
+
 _NAME: Final = re.compile(ID_PATTERN)
 _PREFIX: Final = "imdsproxy-join-1."
 _FINGERPRINT: Final = re.compile("[0-9a-f]{64}")

@@ -39,7 +39,7 @@ class HostFiles:
     Attributes:
         hubs: URLs of hubs, one a line.
         certificate: The host's, PEM.
-        key: Its key, PEM.
+        key: Its key, PEM; may be the same file.
         authority: The certificate of the fleet's CA, PEM.
     """
 
@@ -51,7 +51,7 @@ class HostFiles:
     @classmethod
     def of(cls, directory: Path) -> Self:
         """What `imdsproxy fleet join` writes into `fleet` of `paths.state_dir`."""
-        names = ("hubs", "host.crt", "host.key", "ca.crt")
+        names = ("hubs", "host.pem", "host.pem", "ca.crt")
         return cls(*(directory / name for name in names))
 
     def read_hubs(self) -> tuple[str, ...]:
@@ -73,6 +73,8 @@ class HostFiles:
         try:
             context = ssl.create_default_context(cafile=self.authority)
             context.minimum_version = ssl.TLSVersion.TLSv1_3
+            # The fleet's CA may be one that another CA has signed.
+            context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
             context.load_cert_chain(self.certificate, self.key)
         except (OSError, ssl.SSLError) as error:
             raise SourceUnavailable(

@@ -31,7 +31,7 @@ from imdsproxy.core.fleet.stream import (
 )
 from imdsproxy.core.observation import Observation, StrandedPort
 from imdsproxy.core.timing import Backoff
-from imdsproxy.errors import Problem, SourceError, SourceRefused, SourceUnavailable
+from imdsproxy.errors import ImdsproxyError, Problem, SourceError, SourceRefused, SourceUnavailable
 from imdsproxy.host.clock import Clock
 from imdsproxy.sources.api import Publish, Reports, publish_in_pieces
 from imdsproxy.sources.fleet.client import HubClient, HubStream
@@ -43,6 +43,9 @@ _T = TypeVar("_T")
 Confirm: TypeAlias = Callable[[Collection[ItemKey]], Awaitable[Mapping[ItemKey, str]]]
 """Waits until what was published is in force; gives those of the items that are not, and why."""
 
+Renew: TypeAlias = Callable[[], Awaitable[object]]
+"""Renews this host's certificate, where it is time."""
+
 AnswerTo: TypeAlias = Callable[[str], Awaitable[tuple[int, Any]]]
 """Status and body of a GET of the admin API."""
 
@@ -51,6 +54,7 @@ _NOTE_EVERY_S: Final = 60.0
 _AGAIN_S: Final = 2.0
 """After so long, what was not in force is looked at again."""
 
+_RENEW_EVERY_S: Final = 600.0
 _GRACE_S: Final = 5.0
 """So long after a stream ended the source is in sync: hubs are restarted, and another one is there."""
 
@@ -79,6 +83,9 @@ async def _confirm_nothing(_: Collection[ItemKey]) -> Mapping[ItemKey, str]:
     return {}
 
 
+async def _renew_nothing() -> None: ...
+
+
 async def _answer_nothing(_: str) -> tuple[int, Any]:
     return 503, None
 
@@ -100,6 +107,7 @@ class FleetSource:
         take_policies: Called with policies and token keys before the records that came with them are published.
         confirm: See `Confirm`.
         answer: What hubs may ask this host.
+        renew: See `Renew`.
         hub: The one that is followed.
         failing: Why items are not in force, or not in their newest version; as it was acknowledged.
         acknowledged: The revision up to which all others are in force.
@@ -117,6 +125,7 @@ class FleetSource:
     take_policies: Callable[[FleetPolicies], object] = lambda _: None
     confirm: Confirm = _confirm_nothing
     answer: AnswerTo = _answer_nothing
+    renew: Renew = _renew_nothing
     hub: str | None = None
     failing: Mapping[ItemKey, str] = field(default_factory=dict)
     acknowledged: int = 0
@@ -146,6 +155,7 @@ class FleetSource:
     _hub_age_s: float = 0.0
     _disk_problem: Problem | None = None
     _hub_problem: Problem | None = None
+    _certificate_problem: Problem | None = None
 
     def __post_init__(self) -> None:
         self.kept = KeptItems(self.path)
@@ -178,6 +188,7 @@ class FleetSource:
                 group.create_task(self._apply_all(publish))
                 group.create_task(self._acknowledge_all())
                 group.create_task(self._look(publish))
+                group.create_task(self._keep_renewed())
         finally:
             await self._in_thread(self.kept.close)
             self._thread.shutdown(wait=False)
@@ -201,9 +212,25 @@ class FleetSource:
                 noted, at = now, self.clock.now().timestamp() - self.age_s
                 await self._on_disk(publish, partial(self.kept.note, at))
 
+    async def _keep_renewed(self) -> None:
+        """Renew this host's certificate in time; reported by `_look` where that fails."""
+        while True:
+            try:
+                await self.renew()
+                self._certificate_problem = None
+            except ImdsproxyError as error:
+                self._certificate_problem = _problem_of("certificate", error)
+                _log.warning("certificate not renewed", reason=error.message, hint=error.hint)
+            await asyncio.sleep(_RENEW_EVERY_S)
+
     async def _report(self, publish: Publish, changes: Observation) -> None:
         in_sync = self.in_sync
-        found = (self._disk_problem, None if in_sync else self._hub_problem, self._skew())
+        found = (
+            self._disk_problem,
+            self._certificate_problem,
+            None if in_sync else self._hub_problem,
+            self._skew(),
+        )
         async with self._publishing:
             observation = self._reports.next(
                 changes,
@@ -439,5 +466,5 @@ class FleetSource:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
 
-def _problem_of(where: str, error: SourceError) -> Problem:
+def _problem_of(where: str, error: ImdsproxyError) -> Problem:
     return Problem("fleet", error.message, error.hint, where)

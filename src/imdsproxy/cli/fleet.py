@@ -1,0 +1,176 @@
+"""`imdsproxy fleet init|hub-certificate|operator|enrol|revoke|join`: certificates of a fleet, and who belongs to it."""
+
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from imdsproxy.cli import options
+from imdsproxy.cli.options import argument, flag
+from imdsproxy.core.fleet.identity import LIBRARY_HINT, OPERATOR_ROLES, Role, parse_invitation
+from imdsproxy.errors import ConfigUnreadable, RequestRefused, optional_library
+
+_DIRECTORY: Final = Path("/etc/imdsproxy/fleet")
+_STANDARD_INPUT: Final = "-"
+
+fleet_app = typer.Typer(
+    help="A fleet of hosts with one store: init, hub-certificate, operator, enrol, revoke, join.",
+    no_args_is_help=True,
+)
+
+Directory = Annotated[
+    Path, flag("--directory -d DIR", f"The fleet's files on a hub (default: {_DIRECTORY}).")
+]
+Addresses = Annotated[
+    list[str],
+    flag(
+        "--address -a ADDRESS",
+        "A DNS name or IP address by which hosts and operators reach the hub; may be repeated.",
+    ),
+]
+HubName = Annotated[str, flag("--name NAME", "The hub's name in the fleet.")]
+
+
+@fleet_app.command("init")
+@options.json_command
+def init(
+    run: options.Invocation,
+    *,
+    name: HubName,
+    address: Addresses,
+    directory: Directory = _DIRECTORY,
+    ca_certificate: Annotated[
+        Path | None,
+        flag("--ca-certificate FILE", "Use this CA, PEM (default: a new one). Needs --ca-key."),
+    ] = None,
+    ca_key: Annotated[Path | None, flag("--ca-key FILE", "Its key, PEM, not encrypted.")] = None,
+) -> None:
+    """Make a fleet on its first hub: a CA, this hub's certificate, and the key that seals secrets in etcd."""
+    with optional_library("cryptography", LIBRARY_HINT):
+        from imdsproxy.hub import files  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.hub.authority import parse_authority  # noqa: PLC0415 - as above
+
+    given = None
+    if (ca_certificate is None) != (ca_key is None):
+        raise RequestRefused("a CA is a certificate and a key", hint="give both or none")
+    if ca_certificate is not None and ca_key is not None:
+        given = parse_authority(_read(ca_certificate), _read(ca_key), str(ca_certificate))
+    made = files.FleetFiles(directory)
+    print_ = files.init_fleet(made, given, files.HubNames(name, tuple(address)), _now())
+    answer = {"directory": str(directory), "hub": name, "fingerprint": print_}
+    run.output.answer(
+        answer,
+        f"{directory} has the fleet's CA (SHA-256 {print_}), the certificate of {name}, and the key of its store.\n"
+        "Keep a copy in a safe place: without it no host joins, and no secret in etcd opens.",
+    )
+
+
+@fleet_app.command("hub-certificate")
+@options.json_command
+def hub_certificate(
+    run: options.Invocation,
+    *,
+    name: HubName,
+    address: Addresses,
+    output: Annotated[
+        Path, flag("--output -o DIR", "A new directory, for the other hub's /etc/imdsproxy/fleet.")
+    ],
+    directory: Directory = _DIRECTORY,
+) -> None:
+    """What a further hub needs, with a certificate of its own: to be copied there, over ssh."""
+    with optional_library("cryptography", LIBRARY_HINT):
+        from imdsproxy.hub import files  # noqa: PLC0415 - `--help` need not load it
+
+    hub = files.HubNames(name, tuple(address))
+    files.add_hub(files.FleetFiles(directory), output, hub, _now())
+    run.output.answer(
+        {"directory": str(output), "hub": name},
+        f"{output} has what hub {name} needs: copy it there as {_DIRECTORY}, and remove it here.",
+    )
+
+
+@fleet_app.command("operator")
+@options.json_command
+def operator(
+    run: options.Invocation,
+    name: Annotated[str, argument("NAME", "The operator's name; a new one for each certificate.")],
+    *,
+    role: Annotated[
+        Role,
+        flag(
+            f"--role {'|'.join(sorted(OPERATOR_ROLES))}",
+            "What the operator may do: everything, read and place instances on hosts, or read (default: operator).",
+        ),
+    ] = Role.OPERATOR,
+    project: Annotated[
+        str | None, flag("--project PROJECT", "Limit the operator to records of this project.")
+    ] = None,
+    output: Annotated[
+        Path | None, flag("--output -o FILE", "Where it goes, mode 0600 (default: NAME.pem).")
+    ] = None,
+    directory: Directory = _DIRECTORY,
+) -> None:
+    """A certificate for an operator: one file with key, certificate and CA certificate, good for a year."""
+    with optional_library("cryptography", LIBRARY_HINT):
+        from imdsproxy.hub import files  # noqa: PLC0415 - `--help` need not load it
+
+    if role not in OPERATOR_ROLES:
+        raise RequestRefused(
+            f"{role} is no role of operators", hint=f"one of {', '.join(sorted(OPERATOR_ROLES))}"
+        )
+    authority = files.FleetFiles(directory).load_authority()
+    pem = files.make_operator_pem(authority, name, role, project, _now())
+    path = output or Path(f"{name}.pem")
+    files.write_secret(path, pem)
+    run.output.answer(
+        {"file": str(path), "name": name, "role": role, "project": project},
+        f"{path} is {name}'s certificate with its key, for the role {role}: "
+        "`imdsproxy --fleet URL --certificate FILE`.",
+    )
+
+
+@fleet_app.command("join")
+@partial(options.command, shared=("as_json", "config"))
+def join(
+    run: options.Invocation,
+    invitation: Annotated[
+        str,
+        argument("STRING", "What `imdsproxy fleet enrol` printed; - reads it from standard input."),
+    ],
+) -> None:
+    """Make this host a member of a fleet: get its certificate from a hub, with the one-time token in the string."""
+    with optional_library("cryptography", LIBRARY_HINT):
+        from imdsproxy.sources.fleet import membership  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.sources.fleet.client import HostFiles  # noqa: PLC0415 - as above
+
+    text = (
+        typer.get_text_stream("stdin").readline() if invitation == _STANDARD_INPUT else invitation
+    )
+    try:
+        parsed = parse_invitation(text)
+    except ValueError as error:
+        raise RequestRefused(
+            f"this is no string of `imdsproxy fleet enrol`: {error}",
+            hint="copy all of it, one word",
+        ) from None
+    files = HostFiles.of(run.settings.paths.state_dir / "fleet")
+    with run.output.waiting("asking a hub for a certificate"):
+        url = membership.join(parsed, files)
+    run.output.answer(
+        {"host": parsed.host, "hub": url, "certificate": str(files.certificate)},
+        f"This host is {parsed.host} of the fleet; its certificate is {files.certificate}.\n"
+        "Set sources.fleet.enabled, then `systemctl restart imdsproxy`.",
+    )
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigUnreadable(f"cannot read {path}: {error.strerror}") from error

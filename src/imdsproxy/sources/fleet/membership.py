@@ -1,0 +1,194 @@
+"""This host's membership of a fleet: the files that `fleet join` makes, and its certificate, which it renews."""
+
+import contextlib
+import http.client
+import json
+import ssl
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from imdsproxy.core.fleet.identity import AUTHORITY_PATH, ENROL_PATH, RENEW_PATH, Invitation
+from imdsproxy.errors import (
+    AccessDenied,
+    AlreadyExists,
+    ImdsproxyError,
+    RequestRefused,
+    SourceRefused,
+    SourceUnavailable,
+)
+from imdsproxy.host.certificates import (
+    PrivateKey,
+    fingerprint,
+    make_key,
+    parse_certificate,
+    render_key,
+    render_request,
+    renewal_due,
+)
+from imdsproxy.host.files import ensure_directory, read_secret, write_atomic
+from imdsproxy.sources.fleet.client import HostFiles, HubClient
+
+_TIMEOUT_S: Final = 15.0
+_MAX_ANSWER: Final = 64 * 1024
+_OK: Final = 200
+_DENIED: Final = (401, 403)
+_SECRET: Final = 0o600
+
+
+def join(invitation: Invitation, files: HostFiles) -> str:
+    """Join a fleet: get a certificate for a new key with the token, from a hub whose CA has the fingerprint.
+
+    Returns:
+        The URL of the hub that gave it.
+
+    Raises:
+        AccessDenied: The token is not good.
+        AlreadyExists: This host is a member of another fleet.
+        HostRefused: A file cannot be written.
+        RequestRefused: A hub does not take the request.
+        SourceUnavailable: No hub answers.
+        SourceRefused: What answers is not a hub of the fleet.
+    """
+    _refuse_another_fleet(invitation, files)
+    key = make_key()
+    reasons: list[str] = []
+    for url in invitation.urls:
+        try:
+            authority = _fetch_authority(url, invitation.fingerprint)
+            certificate = _enrol(url, authority, invitation, key)
+        except SourceUnavailable as error:
+            reasons.append(error.message)
+            continue
+        ensure_directory(files.certificate.parent, mode=0o700)
+        write_atomic(files.authority, authority, mode=0o644, durable=True)
+        hubs = "".join(f"{one}\n" for one in invitation.urls)
+        write_atomic(files.hubs, hubs.encode(), mode=0o644, durable=True)
+        _write_pair(files, key, certificate)
+        return url
+    raise SourceUnavailable("; ".join(reasons), hint="the token is not used up: try again")
+
+
+def _refuse_another_fleet(invitation: Invitation, files: HostFiles) -> None:
+    if not files.authority.exists():
+        return
+    known = parse_certificate(files.authority.read_bytes(), str(files.authority))
+    if fingerprint(known) != invitation.fingerprint:
+        raise AlreadyExists(
+            f"this host is a member of another fleet: {files.authority}",
+            hint=f"to leave it, remove {files.authority.parent} and the records that it had",
+        )
+
+
+def _fetch_authority(url: str, wanted: str) -> bytes:
+    """The CA certificate that a hub gives, PEM; not before it is compared anything is believed, or sent."""
+    anyone = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    anyone.check_hostname = False
+    anyone.verify_mode = ssl.CERT_NONE
+    status, pem = _exchange(url, anyone, "GET", AUTHORITY_PATH, None)
+    if status == _OK:
+        with contextlib.suppress(ImdsproxyError):
+            if fingerprint(parse_certificate(pem, url)) == wanted:
+                return pem
+    raise SourceRefused(
+        f"{url} is not a hub of this fleet: its CA certificate has another fingerprint",
+        hint="nothing was sent to it; compare the URL, or make a new string with `imdsproxy fleet enrol`",
+    )
+
+
+def _enrol(url: str, authority: bytes, invitation: Invitation, key: PrivateKey) -> bytes:
+    context = ssl.create_default_context(cadata=authority.decode())
+    # The fleet's CA may be one that another CA has signed.
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    request = render_request(key).decode()
+    body = {"host": invitation.host, "token": invitation.token, "request": request}
+    status, answer = _exchange(url, context, "POST", ENROL_PATH, json.dumps(body).encode())
+    return _read_certificate(url, status, answer, key)
+
+
+def _exchange(
+    url: str, context: ssl.SSLContext, method: str, path: str, body: bytes | None
+) -> tuple[int, bytes]:
+    place = urlsplit(url)
+    connection = http.client.HTTPSConnection(
+        place.hostname or "", place.port, context=context, timeout=_TIMEOUT_S
+    )
+    headers = {} if body is None else {"content-type": "application/json"}
+    with _refusing(url), contextlib.closing(connection):
+        connection.request(method, path, body, headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read(_MAX_ANSWER)
+
+
+@contextlib.contextmanager
+def _refusing(url: str) -> Iterator[None]:
+    try:
+        yield
+    except ssl.SSLCertVerificationError as error:
+        raise SourceRefused(
+            f"{url} has no certificate for that name by this fleet's CA: {error.verify_message}",
+            hint="`imdsproxy fleet hub-certificate` makes one with the names of its URLs",
+        ) from error
+    except (OSError, http.client.HTTPException) as error:
+        raise SourceUnavailable(
+            f"{url} does not answer: {str(error) or type(error).__name__}"
+        ) from error
+
+
+def _read_certificate(url: str, status: int, answer: bytes, key: PrivateKey) -> bytes:
+    """The certificate for a key in a hub's answer, PEM."""
+    shape: dict[str, Any] = {}
+    with contextlib.suppress(ValueError):
+        found = json.loads(answer)
+        shape = found if isinstance(found, dict) else {}
+    if status == _OK:
+        pem = str(shape.get("certificate", "")).encode()
+        if parse_certificate(pem, f"the answer of {url}").public_key() != key.public_key():
+            raise SourceUnavailable(f"{url} answers with a certificate for another key")
+        return pem
+    message = str(shape.get("message", f"{url} answers {status}"))
+    hint = str(shape.get("hint", ""))
+    if status in _DENIED:
+        raise AccessDenied(message, hint=hint)
+    if status < 500:  # noqa: PLR2004 - HTTP's
+        raise RequestRefused(message, hint=hint)
+    raise SourceUnavailable(f"{url}: {message}", hint=hint)
+
+
+async def renew_if_due(
+    files: HostFiles, client: HubClient, hubs: Sequence[str], now: datetime
+) -> bool:
+    """Replace the certificate, with a new key, where two thirds of its life are over; whether it was.
+
+    Raises:
+        AccessDenied: A hub does not accept the present one any more.
+        ConfigInvalid: The file holds no certificate.
+        HostRefused: The file cannot be written.
+        RequestRefused: A hub does not take the request.
+        SecretUnreadable: The file cannot be read, or others may.
+        SourceUnavailable: No hub answers.
+    """
+    present = parse_certificate(read_secret(files.certificate), str(files.certificate))
+    if not renewal_due(present, now):
+        return False
+    key = make_key()
+    body = json.dumps({"request": render_request(key).decode()}).encode()
+    reasons: list[str] = []
+    for url in hubs:
+        try:
+            status, answer = await client.request(
+                "POST", url, RENEW_PATH, body=body, headers={"content-type": "application/json"}
+            )
+            certificate = _read_certificate(url, status, answer, key)
+        except SourceUnavailable as error:
+            reasons.append(error.message)
+            continue
+        _write_pair(files, key, certificate)
+        return True
+    raise SourceUnavailable("; ".join(reasons), hint="hubs are asked again")
+
+
+def _write_pair(files: HostFiles, key: PrivateKey, certificate: bytes) -> None:
+    """Key and certificate in one file, so that both are replaced at once."""
+    write_atomic(files.certificate, render_key(key) + certificate, mode=_SECRET, durable=True)

@@ -1,0 +1,180 @@
+"""How a host joins a fleet through the genuine HAProxy of a hub, and renews its certificate by itself."""
+
+import json
+import ssl
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from imdsproxy.core.fleet.identity import Invitation, read_identity, render_invitation
+from imdsproxy.core.fleet.layout import HostId
+from imdsproxy.errors import (
+    AccessDenied,
+    AlreadyExists,
+    SourceRefused,
+    SourceUnavailable,
+)
+from imdsproxy.host.certificates import parse_certificate, render_certificate
+from imdsproxy.hub.authority import parse_request
+from imdsproxy.sources.fleet.client import HostFiles, HubClient
+from imdsproxy.sources.fleet.membership import join, renew_if_due
+from support.cli import run_main
+from support.fleet_front import Fronted, make_certificates, open_front
+from support.recorder import Answer, Received, reply
+
+pytestmark = pytest.mark.root
+
+_TOKEN = "one-time-token"
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fronted]:
+    with open_front(tmp_path_factory.mktemp("front")) as one:
+        yield one
+
+
+@pytest.fixture
+def front(shared: Fronted) -> Fronted:
+    """Whose hub certifies any host that has the token, or a certificate."""
+    shared.forget()
+    shared.api.default = lambda request: _certify(shared, request)
+    return shared
+
+
+def _certify(front: Fronted, request: Received) -> Answer:
+    if not request.body:
+        return reply()
+    asked = json.loads(request.body)
+    headers = {name.decode().lower(): value.decode() for name, value in request.headers}
+    identity = read_identity(headers)
+    if identity is None and asked["token"] != _TOKEN:
+        problem = {
+            "code": "access-denied",
+            "message": "the token was used",
+            "hint": "make a new one",
+        }
+        return reply(json.dumps(problem).encode(), status=403)
+    name = asked["host"] if identity is None else identity.name
+    authority, now = front.certificates.authority, datetime.now(UTC)
+    signed = authority.certify_host(parse_request(asked["request"]), name, now)
+    return reply(json.dumps({"certificate": render_certificate(signed).decode()}).encode())
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> HostFiles:
+    return HostFiles.of(tmp_path / "fleet")
+
+
+def _invitation(front: Fronted, **changed: Any) -> Invitation:  # noqa: ANN401 - of its fields
+    urls = (f"https://127.0.0.1:{front.port}",)
+    prints = front.certificates.authority.fingerprint
+    return replace(Invitation(HostId("host-1"), urls, prints, _TOKEN), **changed)
+
+
+def test_a_host_that_joins_has_a_key_for_itself_and_a_certificate_that_hubs_accept(
+    front: Fronted, files: HostFiles
+) -> None:
+    dead = "https://127.0.0.1:1"
+    invitation = _invitation(front)
+    invitation = replace(invitation, urls=(dead, *invitation.urls))
+    assert join(invitation, files) == invitation.urls[1]
+    assert files.read_hubs() == invitation.urls
+    assert oct(files.certificate.stat().st_mode)[-4:] == "0600"
+    assert oct(files.certificate.parent.stat().st_mode)[-4:] == "0700"
+    assert files.authority.read_bytes() == front.certificates.ca_file.read_bytes()
+    held = files.certificate.read_bytes()
+    assert held.count(b"PRIVATE KEY") == 2
+    sent = front.api.only()
+    assert b"PRIVATE" not in sent.raw_body
+    with front.connect(context=files.context()) as sock:
+        sock.sendall(
+            b"GET /fleet/blob/"
+            + b"0f" * 32
+            + b" HTTP/1.1\r\nHost: hub\r\nConnection: close\r\n\r\n"
+        )
+        sock.recv(1)
+    assert front.api.heads[-1].values("x-imdsproxy-name") == (b"host-1",)
+
+
+def test_the_token_is_sent_to_no_server_whose_ca_or_name_is_another(
+    front: Fronted, files: HostFiles
+) -> None:
+    for changed in (
+        {"fingerprint": "0f" * 32},
+        {"urls": (f"https://localhost:{front.port}",)},
+    ):
+        with pytest.raises(SourceRefused) as raised:
+            join(_invitation(front, **changed), files)
+        assert _TOKEN not in f"{raised.value!r}{raised.value.__cause__!r}"
+    assert not front.api.heads
+    assert not files.certificate.parent.exists()
+
+
+def test_a_host_that_is_refused_learns_why_and_keeps_nothing(
+    front: Fronted, files: HostFiles
+) -> None:
+    with pytest.raises(AccessDenied, match="the token was used") as denied:
+        join(_invitation(front, token="another"), files)
+    assert denied.value.hint == "make a new one"
+    with pytest.raises(SourceUnavailable):
+        join(_invitation(front, urls=("https://127.0.0.1:1",)), files)
+    other = front.certificates.host("other")
+    swapped = parse_certificate(other.pem.read_bytes(), "other")
+    answer = {"certificate": render_certificate(swapped).decode()}
+    front.api.always(reply(json.dumps(answer).encode()))
+    with pytest.raises(SourceUnavailable, match="another key"):
+        join(_invitation(front), files)
+    assert not files.certificate.parent.exists()
+
+
+def test_a_host_does_not_change_its_fleet_by_itself(
+    front: Fronted, files: HostFiles, tmp_path: Path
+) -> None:
+    join(_invitation(front), files)
+    before = files.certificate.read_bytes()
+    join(_invitation(front), files)
+    again = files.certificate.read_bytes()
+    assert again != before
+    other = make_certificates(tmp_path / "other").authority.fingerprint
+    with pytest.raises(AlreadyExists, match="another fleet"):
+        join(_invitation(front, fingerprint=other), files)
+    assert files.certificate.read_bytes() == again
+
+
+async def test_a_certificate_is_renewed_with_a_new_key_once_two_thirds_of_its_life_are_over(
+    front: Fronted, files: HostFiles
+) -> None:
+    join(_invitation(front), files)
+    first = files.certificate.read_bytes()
+    client, now = HubClient(files, 10), datetime.now(UTC)
+    hubs = ("https://127.0.0.1:1", *files.read_hubs())
+    assert not await renew_if_due(files, client, hubs, now + timedelta(days=19))
+    assert await renew_if_due(files, client, hubs, now + timedelta(days=21))
+    second = files.certificate.read_bytes()
+    assert second.partition(b"-----END PRIVATE")[0] != first.partition(b"-----END PRIVATE")[0]
+    request = front.api.requests[-1]
+    assert (request.target, request.values("x-imdsproxy-name")) == (b"/fleet/renew", (b"host-1",))
+    assert isinstance(files.context(), ssl.SSLContext)
+    front.api.always(reply(b'{"message": "it is revoked"}', status=403))
+    with pytest.raises(AccessDenied, match="it is revoked"):
+        await renew_if_due(files, client, hubs, now + timedelta(days=21))
+    assert files.certificate.read_bytes() == second
+
+
+def test_the_command_with_which_a_host_joins_shows_no_secret(
+    front: Fronted, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = render_invitation(_invitation(front))
+    config = tmp_path / "imdsproxy.yaml"
+    config.write_text(f"paths:\n  state_dir: {tmp_path}/state\n")
+    joined = run_main(capsys, "--config", str(config), "fleet", "join", text)
+    assert joined.status == 0, joined
+    assert "host-1" in joined.out
+    assert _TOKEN not in joined.out + joined.err
+    cut = run_main(capsys, "--config", str(config), "fleet", "join", text[:-8])
+    assert cut.status == 64
+    assert text[-40:-8] not in cut.out + cut.err

@@ -1,0 +1,144 @@
+"""`imdsproxy fleet`: the files that it makes, and what it refuses."""
+
+import ssl
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+
+from imdsproxy.core.fleet.identity import Role
+from imdsproxy.host.certificates import fingerprint, parse_certificate
+from imdsproxy.hub.authority import HUB_LIFE
+from imdsproxy.hub.files import FleetFiles, read_hub_names, renew_hub
+from support.cli import Ran, run_main
+
+
+class _Fleet:
+    def __init__(self, directory: Path, capture: pytest.CaptureFixture[str]) -> None:
+        self.directory, self._capture = directory, capture
+        self.files = FleetFiles(directory / "fleet")
+
+    def __call__(self, command: str, *words: str) -> Ran:
+        return run_main(
+            self._capture, "fleet", command, *words, "--directory", str(self.files.directory)
+        )
+
+    def init(self, *words: str) -> Ran:
+        return self("init", "--name", "hub-1", "--address", "hub1.example.net", "-a", "::1", *words)
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> _Fleet:
+    return _Fleet(tmp_path, capsys)
+
+
+def _modes(directory: Path) -> dict[str, str]:
+    return {one.name: oct(one.stat().st_mode)[-3:] for one in directory.iterdir()}
+
+
+def test_a_fleet_is_made_once_with_secrets_for_its_account_only(fleet: _Fleet) -> None:
+    made = fleet.init("--json")
+    assert made.status == 0, made
+    authority = fleet.files.load_authority()
+    assert made.json["fingerprint"] == authority.fingerprint
+    assert "PRIVATE" not in made.out + made.err
+    secret = dict.fromkeys(("ca.key", "hub.pem", "envelope.key"), "600")
+    assert _modes(fleet.files.directory) == {"ca.crt": "644", **secret}
+    assert oct(fleet.files.directory.stat().st_mode)[-3:] == "700"
+    names = read_hub_names(fleet.files.load_hub())
+    assert (names.name, names.addresses) == ("hub-1", ("hub1.example.net", "::1"))
+    fleet.files.load_envelope()
+    again = fleet.init()
+    assert (again.status, "there already" in again.err) == (73, True)
+    assert fleet.files.load_authority().certificate == authority.certificate
+
+
+def test_a_fleet_can_have_a_ca_that_is_given(fleet: _Fleet, tmp_path: Path) -> None:
+    fleet.init()
+    given = fleet.files
+    fleet.files = FleetFiles(tmp_path / "second")
+    ca = ("--ca-certificate", str(given.ca_certificate))
+    assert fleet.init(*ca).status == 64
+    assert fleet.init(*ca, "--ca-key", str(given.hub)).status == 78
+    assert not fleet.files.directory.exists()
+    made = fleet.init(*ca, "--ca-key", str(given.ca_key))
+    assert made.status == 0, made
+    assert fleet.files.ca_key.read_bytes() == given.ca_key.read_bytes()
+    fleet.files.load_authority()
+    assert fleet.files.envelope_key.read_bytes() != given.envelope_key.read_bytes()
+
+
+def test_a_further_hub_gets_the_same_secrets_and_a_certificate_of_its_own(
+    fleet: _Fleet, tmp_path: Path
+) -> None:
+    fleet.init()
+    other = FleetFiles(tmp_path / "hub-2")
+    words = ("--name", "hub-2", "--address", "192.0.2.2", "--output", str(other.directory))
+    made = fleet("hub-certificate", *words)
+    assert made.status == 0, made
+    other.load_authority()
+    assert other.ca_key.read_bytes() == fleet.files.ca_key.read_bytes()
+    assert other.load_envelope() == fleet.files.load_envelope()
+    assert read_hub_names(other.load_hub()).addresses == ("192.0.2.2",)
+    assert _modes(other.directory) == _modes(fleet.files.directory)
+    assert fleet("hub-certificate", *words).status == 73
+
+
+def test_an_operator_gets_one_file_with_all_that_tls_needs(fleet: _Fleet, tmp_path: Path) -> None:
+    fleet.init()
+    path = tmp_path / "anna.pem"
+    made = fleet("operator", "anna", "--role", "mover", "--project", "p-1", "-o", str(path))
+    assert made.status == 0, made
+    assert oct(path.stat().st_mode)[-3:] == "600"
+    context = ssl.create_default_context(cafile=str(path))
+    context.load_cert_chain(path)
+    own, ca = x509.load_pem_x509_certificates(path.read_bytes())
+    names = {one.rfc4514_attribute_name: one.value for one in own.subject}
+    assert names == {"O": "p-1", "OU": Role.MOVER, "CN": "anna"}
+    assert fingerprint(ca) == fleet.files.load_authority().fingerprint
+    for words, status in (
+        (("anna", "-o", str(path)), 73),
+        (("a b", "-o", str(tmp_path / "x.pem")), 64),
+        (("ben", "--role", "host", "-o", str(tmp_path / "x.pem")), 64),
+        (("ben", "--role", "hub", "-o", str(tmp_path / "x.pem")), 64),
+        (("ben", "--project", "p/1", "-o", str(tmp_path / "x.pem")), 64),
+    ):
+        assert fleet("operator", *words).status == status, words
+    assert not (tmp_path / "x.pem").exists()
+
+
+def test_a_directory_that_is_no_fleets_or_whose_key_others_can_read_is_refused(
+    fleet: _Fleet, tmp_path: Path
+) -> None:
+    words = ("operator", "anna", "-o", str(tmp_path / "anna.pem"))
+    none = fleet(*words)
+    assert (none.status, "fleet init" in none.err) == (78, True)
+    fleet.init()
+    fleet.files.ca_key.chmod(0o644)
+    open_to_all = fleet(*words)
+    assert (open_to_all.status, "0644" in open_to_all.err) == (78, True)
+
+
+def test_a_hub_renews_its_certificate_with_its_names_after_two_thirds_of_its_life(
+    fleet: _Fleet,
+) -> None:
+    fleet.init()
+    authority, now = fleet.files.load_authority(), datetime.now(UTC)
+    before = fleet.files.load_hub()
+    assert renew_hub(fleet.files, authority, now + HUB_LIFE / 2) is None
+    pem = renew_hub(fleet.files, authority, now + HUB_LIFE * 3 / 4)
+    assert pem == fleet.files.hub.read_bytes()
+    after = parse_certificate(pem, "renewed")
+    assert read_hub_names(after) == read_hub_names(before)
+    assert after.public_key() != before.public_key()
+    assert after.not_valid_after_utc > before.not_valid_after_utc + timedelta(days=30)
+
+
+def test_a_string_that_is_no_invitation_is_refused_without_repeating_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for text in ("", "secret", "imdsproxy-join-1.c2VjcmV0", "imdsproxy-join-1.\xe4"):
+        ran = run_main(capsys, "fleet", "join", text)
+        assert (ran.status, ran.out) == (64, "")
+        assert "c2Vj" not in ran.err
