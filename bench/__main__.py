@@ -25,7 +25,7 @@ from bench.figures import Row, Verdict
 from bench.lab import Lab
 from bench.peer import Peer, peer_at
 from bench.place import BenchError, alone, choose, clear, prepare, sweep
-from bench.rows import agents, audit, fairness, many, ovn, replacing, sizes, tokens
+from bench.rows import agents, audit, fairness, fleet, many, ovn, replacing, sizes, tokens
 from bench.rows.additions import measure_additions
 from bench.rows.flooding import measure_flood
 from bench.rows.forwarding import measure_forwarding
@@ -71,6 +71,7 @@ GROUPS: Final = (
     many.ROWS,
     sizes.ROWS,
     ovn.ROWS,
+    fleet.ROWS,
 )
 """Rows that are measured together, without those of `WITH_PEER`."""
 
@@ -234,6 +235,7 @@ def _stages(
         (many.ROWS, lambda: many.measure_many(bench, wanted)),
         (sizes.ROWS, lambda: sizes.measure_sizes(bench, wanted)),
         (ovn.ROWS, lambda: ovn.measure_ovn(bench, wanted)),
+        (fleet.ROWS, lambda: fleet.measure_fleet(bench, wanted)),
     ]
 
 

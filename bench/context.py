@@ -29,6 +29,11 @@ class Scale:
         ovn_ports: Ports of an OVN cloud, from the smallest one on.
         ovn_local: Those that are on the host.
         ovn_events: Changes of a port.
+        fleet_hosts: Simulated hosts of a fleet.
+        fleet_real: Complete ones.
+        fleet_instances: On each simulated host.
+        fleet_changes: Of one host each.
+        fleet_policies: Changes that reach all hosts.
         warm_up: Load each side once more at first.
     """
 
@@ -54,6 +59,11 @@ class Scale:
     ovn_ports: tuple[int, ...] = (1_000, 10_000, 20_000)
     ovn_local: int = 200
     ovn_events: int = 300
+    fleet_hosts: int = 10_000
+    fleet_real: int = 3
+    fleet_instances: int = 10
+    fleet_changes: int = 300
+    fleet_policies: int = 5
     warm_up: bool = True
 
     @staticmethod
@@ -83,6 +93,11 @@ class Scale:
                 ovn_ports=(60,),
                 ovn_local=2,
                 ovn_events=4,
+                fleet_hosts=20,
+                fleet_real=1,
+                fleet_instances=2,
+                fleet_changes=3,
+                fleet_policies=1,
                 warm_up=False,
             )
         if quick:
@@ -107,6 +122,9 @@ class Scale:
                 ovn_ports=(1_000,),
                 ovn_local=40,
                 ovn_events=50,
+                fleet_hosts=1_000,
+                fleet_changes=100,
+                fleet_policies=3,
             )
         return Scale(
             networks=1_000,

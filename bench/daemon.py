@@ -227,6 +227,22 @@ class Daemon:
                 f"{status['serving']} of {networks} served: {status['left_out']!r:.500}"
             )
 
+    def wait_in_sync(self, source: str, patience_s: float = 60) -> None:
+        """Wait until a source has everything.
+
+        Raises:
+            BenchError: Not in time.
+        """
+
+        def in_sync() -> bool:
+            found = self.status()["sources"]
+            return isinstance(found, list) and any(
+                one["name"] == source and one["in_sync"] for one in found
+            )
+
+        if not wait_until(in_sync, patience_s, every_s=0.05):
+            raise BenchError(f"the source {source} is not in sync: {self.last_words()}")
+
     def wait_settled(self, patience_s: float = 60) -> Processes:
         """Wait until no old worker drains; the processes then."""
         found: list[Processes] = []

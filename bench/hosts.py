@@ -22,6 +22,7 @@ from typing import Any, Final
 
 from bench.place import raise_open_files
 from imdsproxy.core.fleet.stream import STREAM_PATH, UPGRADE
+from imdsproxy.core.timing import Backoff
 
 __all__ = ["HostsSpec", "host_name", "instance_name", "main", "network_of"]
 
@@ -31,7 +32,7 @@ _HEAD: Final = (
 _BY_HAPROXY: Final = "x-imdsproxy-role: host\r\nx-imdsproxy-serial: 1\r\nx-imdsproxy-name: "
 _RECEIVE: Final = 65536
 _AT_ONCE: Final = 64
-_AGAIN_S: Final = 0.5
+_BACKOFF_S: Final = (0.5, 30.0)
 _SYNC_S: Final = 60.0
 _FAULTS: Final = 100
 _PARTS_OF_AN_ADDRESS: Final = 250
@@ -125,8 +126,10 @@ class _Host(asyncio.Protocol):
         return context
 
     async def live(self) -> None:
-        """Have a connection, to the next hub when one ends."""
+        """Follow one hub after another, with the pauses of a real host."""
         hubs = self._crowd.spec.hubs
+        backoff = Backoff(*_BACKOFF_S)
+        failed = 0
         for turn in range(self._number, sys.maxsize):
             self._ready.clear()
             self._gone.clear()
@@ -135,10 +138,17 @@ class _Host(asyncio.Protocol):
                     async with asyncio.timeout(_SYNC_S):
                         await self._connect(hubs[turn % len(hubs)])
                         await self._ready.wait()
-            if self._transport is not None:
+            if self.synced_at is not None:
                 await self._gone.wait()
-            self.synced_at = None
-            await asyncio.sleep(random.uniform(0, _AGAIN_S))  # noqa: S311 - no secret
+                self.synced_at, failed = None, 0
+                backoff.succeed()
+                await asyncio.sleep(random.random())  # noqa: S311 - no secret
+                continue
+            if self._transport is not None:
+                self._transport.abort()
+            failed += 1
+            if failed % len(hubs) == 0:
+                await asyncio.sleep(backoff.fail() * (0.5 + random.random()))  # noqa: S311 - as above
 
     async def _connect(self, hub: str) -> None:
         loop = asyncio.get_running_loop()
@@ -259,6 +269,8 @@ class _Host(asyncio.Protocol):
         for item, (revision, value) in batch.get("put", {}).items():
             self._check(item, revision, value)
             self._items[item] = revision
+            if self.synced_at is not None:
+                self._crowd.received.setdefault(revision, []).append(now)
         for item in batch.get("remove", ()):
             self._items.pop(item, None)
         if batch.get("held"):
@@ -271,7 +283,6 @@ class _Host(asyncio.Protocol):
         has = {item for item in self._items if item.startswith(("instance/", "network/"))}
         if has != self._wanted:
             self._crowd.fault(f"{self._name}: it has {len(has)}, not {len(self._wanted)}")
-        self._crowd.received.setdefault(batch["revision"], []).append(now)
         if self.synced_at is None:
             self.synced_at = now
             self._ready.set()

@@ -145,8 +145,8 @@ class Replica:
                     "value not taken", key=change.key, reason=self.state.problems[change.key]
                 )
         self.streams.deliver(touched)
-        if any(change.key.startswith(layout.HOSTS) for change in folded):
-            self.streams.review()
+        of_hosts = (one.key for one in folded if one.key.startswith(layout.HOSTS))
+        self.streams.review(HostId(key.removeprefix(layout.HOSTS)) for key in of_hosts)
 
     # What hubs write for themselves
 

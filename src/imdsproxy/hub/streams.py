@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import socket
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, cast
 
@@ -125,10 +125,11 @@ class Streams:
         for stream in tuple(self.hosts.values()):
             stream.leave(ByeCode.STOPPING, "the fleet has another incarnation")
 
-    def review(self) -> None:
-        """End streams of hosts whose certificate is no longer good."""
-        for host, stream in tuple(self.hosts.items()):
-            if not self.admits(host, stream.serial):
+    def review(self, hosts: Iterable[HostId]) -> None:
+        """End streams of those of the hosts whose certificate is no longer good."""
+        for host in hosts:
+            stream = self.hosts.get(host)
+            if stream is not None and not self.admits(host, stream.serial):
                 stream.leave(ByeCode.REVOKED)
 
     # What is in force where

@@ -167,7 +167,7 @@ async def test_a_revoked_hosts_stream_ends_at_once_and_the_others_go_on(world: W
     await first.next(Batch)
     await second.next(Batch)
     world.revoked.add("AA")
-    world.streams.review()
+    world.streams.review([A, B])
     assert (await first.next(Bye)).code is ByeCode.REVOKED
     assert await first.line() is None
     world.commit(instance("web", 7, A, B))
