@@ -1,23 +1,27 @@
-"""The client's side of the admin API: HTTP over a unix socket, errors as the daemon's."""
+"""The client's side of the admin API: HTTP over a unix socket, or to a fleet's hub over TLS; errors as the daemon's."""
 
 import contextlib
 import http.client
 import json
 import select
 import socket
+import ssl
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final, TypeAlias
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, urlencode, urlsplit
 
 from imdsproxy import errors
 
 _TIMEOUT_S: Final = 60.0
 _LOOK_EVERY_S: Final = 0.5
+_IMPORT_S: Final = 3600.0
 _UNIT: Final = "imdsproxy.service"
 _UNIT_DIRECTORIES: Final = (
     "/etc/systemd/system",
@@ -78,13 +82,12 @@ class AdminClient:
         target = f"{path}?{urlencode(query)}" if query else path
         raw = None if body is None else json.dumps(body).encode()
         headers = {} if raw is None else {"content-type": "application/json"}
+        return self._when_started(lambda: self._ask(method, target, raw, headers))
 
-        def ask() -> Any:  # noqa: ANN401 - JSON
-            with self._connection() as connection:
-                connection.request(method, target, raw, headers)
-                return _decoded(connection.getresponse())
-
-        return self._when_started(ask)
+    def _ask(self, method: str, target: str, raw: bytes | None, headers: Mapping[str, str]) -> Any:  # noqa: ANN401 - JSON
+        with self._connection() as connection:
+            connection.request(method, target, raw, headers)
+            return _decoded(connection.getresponse())
 
     def _when_started(self, ask: Callable[[], Any]) -> Any:  # noqa: ANN401 - JSON
         """The answer; again and again as long as the daemon starts, and that goes on."""
@@ -194,3 +197,104 @@ def _decoded(response: http.client.HTTPResponse) -> Any:  # noqa: ANN401 - JSON
     problems = [read_problem(one) for one in decoded.get("problems", ())]
     hint = str(decoded.get("hint", ""))
     raise raised(str(decoded["message"]), hint=hint, problems=problems)
+
+
+@dataclass(frozen=True, slots=True)
+class FleetClient(AdminClient):
+    """Talks to the hubs of a fleet: to the first one that answers.
+
+    A write has a name of its own, so that it is done once when another hub is asked because the first one's answer was
+    lost.
+
+    Attributes:
+        socket: The operator's certificate with its key, and the fleet's CA certificate, in one PEM file.
+        urls: Of hubs, `https://HOST:PORT`.
+    """
+
+    urls: tuple[str, ...] = ()
+
+    def _ask(self, method: str, target: str, raw: bytes | None, headers: Mapping[str, str]) -> Any:  # noqa: ANN401 - JSON
+        named = {**headers, "idempotency-key": uuid.uuid4().hex}
+        context, reasons = self._context(), []
+        for url in self.urls:
+            try:
+                with self._hub(url, context) as connection:
+                    connection.request(method, target, raw, named)
+                    return _decoded(connection.getresponse())
+            except (errors.AdminUnavailable, errors.SourceUnavailable) as error:
+                reasons.append(error)
+        raise _joined(reasons)
+
+    def post_records(
+        self,
+        lines: Iterable[bytes],
+        query: Mapping[str, str],
+        on_wait: Callable[[Sequence[Mapping[str, Any]]], None],
+    ) -> Any:  # noqa: ANN401 - JSON
+        """As `AdminClient.post_records`, to one hub; where it goes away, the same records sent again go on."""
+        target = f"{path_to('records')}?{urlencode(query)}"
+        context, reasons = self._context(), []
+        for url in self.urls:
+            one = replace(self, urls=(url,))
+            try:
+                one.get(path_to("progress"))
+            except (errors.AdminUnavailable, errors.SourceUnavailable) as error:
+                reasons.append(error)
+                continue
+            with self._hub(url, context, timeout_s=_IMPORT_S) as connection:
+                # A body that is refused may be so before its end: then there is an answer nevertheless.
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    headers = {"content-type": "application/x-ndjson"}
+                    connection.request("POST", target, lines, headers)
+                with ThreadPoolExecutor(1) as thread:
+                    # Not `select`: TLS has records of its own before the answer.
+                    answer = thread.submit(connection.getresponse)
+                    while not wait([answer], _LOOK_EVERY_S).done:
+                        on_wait(one.get(path_to("progress")))
+                    return _decoded(answer.result())
+        raise _joined(reasons)
+
+    def _context(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        try:
+            context.load_cert_chain(self.socket)
+            context.load_verify_locations(self.socket)
+        except (OSError, ValueError) as error:
+            raise errors.SecretUnreadable(
+                f"the operator's certificate {self.socket} cannot be used: {error}",
+                hint="`imdsproxy fleet operator` on a hub makes one; --fleet-certificate names it",
+            ) from error
+        return context
+
+    @contextlib.contextmanager
+    def _hub(
+        self, url: str, context: ssl.SSLContext, timeout_s: float | None = None
+    ) -> Iterator[http.client.HTTPConnection]:
+        where = urlsplit(url)
+        connection = http.client.HTTPSConnection(
+            where.hostname or "", where.port, timeout=timeout_s or self.timeout_s, context=context
+        )
+        try:
+            yield connection
+        except ssl.SSLError as error:
+            raise errors.AdminUnavailable(
+                f"{url} does not prove that it is a hub of this fleet: {error.reason or error}",
+                hint="compare its URL with the names in its certificate",
+            ) from error
+        except TimeoutError as error:
+            raise errors.AdminUnavailable(f"{url} did not answer in time") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise errors.AdminUnavailable(
+                f"{url} does not answer: {str(error) or type(error).__name__}",
+                hint="is the hub running, and its port open to this machine?",
+            ) from error
+        finally:
+            connection.close()
+
+
+def _joined(reasons: Sequence[errors.ImdsproxyError]) -> errors.ImdsproxyError:
+    """The error of the only hub, or one that says what is wrong with each."""
+    if len(reasons) == 1:
+        return reasons[0]
+    words = "; ".join(one.message for one in reasons)
+    return errors.AdminUnavailable(f"no hub answers: {words}", hint=reasons[0].hint)

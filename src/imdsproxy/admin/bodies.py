@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Final, Self, TypeAlias, TypeVar, Union
 
+from fastapi import Depends
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, create_model
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -20,6 +21,7 @@ from imdsproxy.core import endpoints, records
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
 from imdsproxy.core.observation import Conflict
 from imdsproxy.core.packed import PackedInstances
+from imdsproxy.core.records.network import POLICY
 from imdsproxy.core.records.schema import Key, Kind, Table
 from imdsproxy.errors import Problem, RequestRefused
 
@@ -108,9 +110,10 @@ if TYPE_CHECKING:
     NetworkRecord: TypeAlias = BaseModel
     InstanceRecord: TypeAlias = BaseModel
     PlacedRecord: TypeAlias = BaseModel
+    PolicyRecord: TypeAlias = BaseModel
 else:
     NetworkRecord, InstanceRecord = _model_of(records.NETWORK), _model_of(records.INSTANCE)
-    PlacedRecord = _model_of(records.PLACED)
+    PlacedRecord, PolicyRecord = _model_of(records.PLACED), _model_of(POLICY)
 
 
 class DocumentBody(BaseModel):
@@ -225,6 +228,9 @@ async def read_json(request: Request) -> object:
     raw = b"".join(chunks)
     # Large bodies are decoded in a thread: the loop has guests waiting in the resolver.
     return _decode(raw) if size <= _INLINE else await asyncio.to_thread(_decode, raw)
+
+
+JsonBody: TypeAlias = Annotated[object, Depends(read_json)]
 
 
 def read_record(kind: str, parse: Callable[[object], _T | records.Refused], body: object) -> _T:

@@ -49,7 +49,6 @@ async def _instance_body(request: Request, controller: _Uses) -> object:
     return bodies.name_networks(await bodies.read_json(request), find)
 
 
-_Body: TypeAlias = Annotated[object, Depends(bodies.read_json)]
 _InstanceBody: TypeAlias = Annotated[object, Depends(_instance_body)]
 _Network: TypeAlias = Annotated[NetworkId, Depends(_network_id)]
 _Instance: TypeAlias = Annotated[InstanceId, Depends(_instance_id)]
@@ -229,7 +228,7 @@ async def list_networks(controller: _Uses) -> JSONResponse:
 
 
 @router.post("/networks", status_code=201, openapi_extra=bodies.takes(bodies.NetworkRecord))
-async def add_network(body: _Body, controller: _Uses) -> bodies.Written:
+async def add_network(body: bodies.JsonBody, controller: _Uses) -> bodies.Written:
     """Add a network; refused when there is one of this id."""
     return await records.put_records(controller, [_read_network(body)], [], create=True)
 
@@ -241,14 +240,16 @@ async def show_network(network: _Network, controller: _Uses) -> JSONResponse:
 
 
 @router.put("/networks/{network}", openapi_extra=bodies.takes(bodies.NetworkRecord))
-async def put_network(network: str, body: _Body, controller: _Uses) -> bodies.Written:
+async def put_network(network: str, body: bodies.JsonBody, controller: _Uses) -> bodies.Written:
     """Add a network, or replace its whole record."""
     record = _read_network(bodies.refuse_unlike(body, network))
     return await records.put_records(controller, [record], [])
 
 
 @router.patch("/networks/{network}", openapi_extra=bodies.takes(bodies.NetworkRecord))
-async def patch_network(network: _Network, body: _Body, controller: _Uses) -> bodies.Written:
+async def patch_network(
+    network: _Network, body: bodies.JsonBody, controller: _Uses
+) -> bodies.Written:
     """Change some keys of a network (RFC 7396: null takes a key away)."""
     patch = bodies.refuse_unlike(body, network)
     bodies.refuse_unclearable(patch, NETWORK)

@@ -1,4 +1,8 @@
-"""What a hub answers behind HAProxy, except streams: routes of operators, hosts and other hubs."""
+"""The API of a hub: for operators the routes of a host's admin API, for the whole fleet, and those of `fleet`.
+
+HAProxy has verified who asks, and says so in headers (`core.fleet.identity`); it listens nowhere else. Every answer
+from 400 up is one `ProblemBody`.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,39 @@ from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
+from imdsproxy.admin.problems import ERRORS, new_app
+from imdsproxy.hub.operations import Operations
+from imdsproxy.hub.peers import Peers
+from imdsproxy.hub.routes import records
+from imdsproxy.hub.routes_fleet import fleet
+from imdsproxy.hub.routes_guests import guests
+from imdsproxy.hub.writes import Writes
+
 if TYPE_CHECKING:
     from imdsproxy.hub.hub import Hub
 
 
 def build_api(hub: Hub) -> FastAPI:
-    """The application."""
-    app = FastAPI(title="imdsproxy hub", docs_url=None, redoc_url=None)
+    """The application of a hub."""
+    replica = hub.replica
+    writes = Writes(hub.etcd, hub.state, hub.envelope, hub.clock, hub.settings.user_data_kib)
+    peers = Peers(hub.state, replica.name, hub.clock, (hub.files.hub, hub.files.ca_certificate))
+    app = operators_app(
+        Operations(hub.etcd, hub.state, hub.streams, writes, peers, hub.clock, replica.complete)
+    )
     app.state.hub = hub
+    return app
+
+
+def operators_app(operations: Operations | None) -> FastAPI:
+    """The application; `/openapi.json` describes it.
+
+    Args:
+        operations: What its routes use; `None` where it is only described.
+    """
+    app = new_app("imdsproxy hub API", "Networks, instances and the state of a fleet.")
+    app.state.operations = operations
+    app.include_router(records, prefix="/v1", responses=ERRORS)
+    app.include_router(guests, prefix="/v1", responses=ERRORS)
+    app.include_router(fleet, prefix="/fleet", responses=ERRORS)
     return app

@@ -7,10 +7,11 @@ A record is never deleted: its removal is written, so that a key that is absent 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any, Final, NewType, TypeAlias, cast
 
-from imdsproxy.core.model import InstanceId, IpAddress, NetworkId
+from imdsproxy.core.model import ID_PATTERN, InstanceId, IpAddress, NetworkId
 from imdsproxy.core.policy import OperatorOverride
 
 HostId = NewType("HostId", str)
@@ -42,6 +43,8 @@ CHUNK_BYTES: Final = 256 * 1024
 
 FORMAT: Final = 1
 """Raise it when values mean something else: a hub that does not know it refuses to start."""
+
+_ID: Final = re.compile(ID_PATTERN)
 
 Json: TypeAlias = dict[str, Any]
 
@@ -108,6 +111,11 @@ class StoredNetwork:
     record: Json
     request: str = ""
     removed_at: int | None = None
+
+
+def is_id(text: str) -> bool:
+    """Whether a text may be the id of a host or a project."""
+    return _ID.fullmatch(text) is not None
 
 
 def network_key(network: NetworkId) -> str:

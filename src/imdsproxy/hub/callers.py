@@ -1,0 +1,140 @@
+"""Who uses a hub's API, and what each may: HAProxy has verified the certificate, and says whose it is in headers."""
+
+import asyncio
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Final, TypeAlias, cast
+
+from fastapi import Depends, Header, Query, Request
+from pydantic import Field
+
+from imdsproxy.core.fleet.identity import OPERATOR_ROLES, Identity, Role, read_identity
+from imdsproxy.core.fleet.layout import HostId
+from imdsproxy.core.fleet.members import admits_operator, operator_key
+from imdsproxy.core.model import InstanceId, NetworkId
+from imdsproxy.errors import AccessDenied, SourceUnavailable
+from imdsproxy.hub.operations import Operations
+from imdsproxy.hub.plan_writes import Terms
+from imdsproxy.hub.views import Views
+
+_COMPLETE_S: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks."""
+
+    identity: Identity
+
+    @property
+    def scope(self) -> str | None:
+        """The project that it is limited to; `None` for all."""
+        return self.identity.scope
+
+    @property
+    def reads_secrets(self) -> bool:
+        """Whether it may see user data, and what a guest is answered."""
+        return self.identity.role is Role.OPERATOR
+
+    def require(self, *roles: Role, all_projects: bool = False) -> None:
+        """`AccessDenied` unless it has one of these roles."""
+        if self.identity.role not in roles:
+            raise AccessDenied(
+                f"{self.identity.name} is {self.identity.role}, and may not do this",
+                hint=f"a certificate of role {' or '.join(roles)} may: imdsproxy fleet operator",
+            )
+        if all_projects and self.scope is not None:
+            raise AccessDenied(
+                f"{self.identity.name} is limited to project {self.scope}, and may not do this",
+                hint="an operator without that limit may",
+            )
+
+    def views(self, operations: Operations) -> Views:
+        """The records that it may read."""
+        return Views(operations.state, self.scope)
+
+
+async def admit(operations: Operations, headers: Mapping[str, str]) -> Caller:
+    """Who asks, by the headers that HAProxy set.
+
+    Raises:
+        AccessDenied: It has no certificate, or one that is not good here.
+        SourceUnavailable: This hub has not read etcd yet.
+    """
+    identity = read_identity(headers)
+    if identity is None:
+        raise AccessDenied(
+            "this needs a certificate of the fleet", hint="imdsproxy fleet operator makes one"
+        )
+    try:
+        async with asyncio.timeout(_COMPLETE_S):
+            await operations.complete.wait()
+    except TimeoutError as error:
+        raise SourceUnavailable("this hub has not read etcd yet", hint="ask another hub") from error
+    revoked = operations.state.value(operator_key(identity.name))
+    known = identity.role in OPERATOR_ROLES or identity.role is Role.HUB
+    if known and not admits_operator(identity, None if revoked is None else revoked[0]):
+        raise AccessDenied(f"the certificate of {identity.name} is revoked")
+    if identity.role is Role.HOST and not operations.streams.admits(
+        HostId(identity.name), identity.serial
+    ):
+        raise AccessDenied(f"the certificate of host {identity.name} is not good any more")
+    return Caller(identity)
+
+
+async def _operations(request: Request) -> Operations:
+    return cast("Operations", request.app.state.operations)
+
+
+Uses: TypeAlias = Annotated[Operations, Depends(_operations)]
+
+
+async def _caller(request: Request, operations: Uses) -> Caller:
+    caller = await admit(operations, request.headers)
+    caller.require(Role.OPERATOR, Role.MOVER, Role.READER)
+    return caller
+
+
+Reader: TypeAlias = Annotated[Caller, Depends(_caller)]
+
+
+async def _operator(caller: Reader) -> Caller:
+    caller.require(Role.OPERATOR)
+    return caller
+
+
+Operator: TypeAlias = Annotated[Caller, Depends(_operator)]
+_NAMED: Final = Field(description="Its id, or its name where no other has that.")
+
+
+async def _network_id(
+    network: Annotated[str, _NAMED], operations: Uses, caller: Reader
+) -> NetworkId:
+    return caller.views(operations).find_network(network)
+
+
+async def _instance_id(
+    instance: Annotated[str, _NAMED], operations: Uses, caller: Reader
+) -> InstanceId:
+    return caller.views(operations).find_instance(instance)
+
+
+async def _terms(
+    operations: Uses,
+    caller: Reader,
+    if_revision: Annotated[
+        int | None, Query(ge=1, description="Refuse unless the record has this revision.")
+    ] = None,
+    idempotency_key: Annotated[
+        str | None,
+        Header(max_length=64, description="Names the write: sent again, it is done once."),
+    ] = None,
+) -> Terms:
+    request = idempotency_key or uuid.uuid4().hex
+    return operations.writes.terms(request, revision=if_revision, scope=caller.scope)
+
+
+NetworkOf: TypeAlias = Annotated[NetworkId, Depends(_network_id)]
+InstanceOf: TypeAlias = Annotated[InstanceId, Depends(_instance_id)]
+TermsOf: TypeAlias = Annotated[Terms, Depends(_terms)]

@@ -1,0 +1,124 @@
+"""Whether a change is in force on its hosts, whichever hub each is connected to."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from imdsproxy.core.fleet.layout import HostId
+from imdsproxy.core.fleet.stream import ItemKey
+from imdsproxy.hub.peers import Peers
+from imdsproxy.hub.streams import Streams
+
+APPLIED_PATH: Final = "/fleet/applied"
+WAIT_S: Final = 10.0
+_ABSENT_S: Final = 3.0
+"""A host that is connected to no hub may be on its way to another one."""
+
+_AGAIN_S: Final = 0.1
+_ROUND_S: Final = 1.0
+"""Then hosts are looked for anew: one may have gone to another hub."""
+
+_NETWORK_S: Final = 2.0
+NOT_CONNECTED: Final = "not connected"
+
+
+@dataclass(slots=True)
+class InForce:
+    """Waits for acknowledgements.
+
+    Args:
+        streams: The hosts of this hub.
+        peers: The other hubs.
+    """
+
+    streams: Streams
+    peers: Peers
+
+    async def wait(
+        self,
+        hosts: Collection[HostId],
+        revision: int,
+        items: Collection[ItemKey] | None = None,
+        timeout_s: float = WAIT_S,
+    ) -> dict[HostId, str]:
+        """Wait until a revision is in force on these hosts.
+
+        Args:
+            hosts: Which.
+            revision: All up to it.
+            items: What failed counts only if it is one of these; `None` for all.
+            timeout_s: How long at most.
+
+        Returns:
+            Those on which it is not yet, and why, in the order of their names.
+        """
+        loop = asyncio.get_running_loop()
+        begun, pending = loop.time(), dict.fromkeys(sorted(hosts), NOT_CONNECTED)
+        while pending:
+            left = begun + timeout_s - loop.time()
+            part = max(0.0, min(left, _ROUND_S))
+            here = await self._round(frozenset(pending), revision, items, part)
+            pending = {one: why for one in pending if (why := here.get(one, NOT_CONNECTED))}
+            passed = loop.time() - begun
+            absent = all(why == NOT_CONNECTED for why in pending.values())
+            if passed >= timeout_s or (absent and passed >= min(_ABSENT_S, timeout_s)):
+                break
+            await asyncio.sleep(_AGAIN_S)
+        return pending
+
+    async def _round(
+        self,
+        hosts: frozenset[HostId],
+        revision: int,
+        items: Collection[ItemKey] | None,
+        timeout_s: float,
+    ) -> dict[HostId, str]:
+        """What each hub says of those of the hosts that are connected to it; empty where it is in force."""
+        elsewhere = hosts - self.streams.hosts.keys()
+        mine = self.here(hosts, revision, items, timeout_s)
+        if not (elsewhere and self.peers.urls()):
+            return await mine
+        query = {
+            "revision": str(revision),
+            "hosts": ",".join(sorted(elsewhere)),
+            "within_s": str(timeout_s),
+            **({} if items is None else {"items": ",".join(sorted(items))}),
+        }
+        asking = self.peers.ask_all(APPLIED_PATH, query, timeout_s + _NETWORK_S)
+        theirs = asyncio.ensure_future(asking)
+        found = await mine
+        for answer in (await theirs).values():
+            found |= {HostId(host): str(why) for host, why in answer.items()}
+        return found
+
+    async def here(
+        self,
+        hosts: Collection[HostId],
+        revision: int,
+        items: Collection[ItemKey] | None,
+        timeout_s: float,
+    ) -> dict[HostId, str]:
+        """The same of this hub; hosts that are not connected to it are missing."""
+        mine = [one for one in hosts if one in self.streams.hosts]
+        pending = await self.streams.wait(mine, revision, timeout_s, items)
+        return {host: pending.get(host, "") for host in mine}
+
+    def report(self) -> dict[HostId, dict[str, Any]]:
+        """Each host of this hub: what it has acknowledged, and what failed there."""
+        return {
+            host: {"acknowledged": one.acked, "failed": dict(one.failed), "serial": one.serial}
+            for host, one in self.streams.hosts.items()
+        }
+
+    async def report_all(self) -> Mapping[HostId, Mapping[str, Any]]:
+        """The same of all hubs; each with the name of its hub."""
+        found = {host: {**one, "hub": self.peers.name} for host, one in self.report().items()}
+        for name, answer in (await self.peers.ask_all(APPLIED_PATH, {}, _NETWORK_S)).items():
+            for host, one in answer.items():
+                known = found.get(HostId(host))
+                if known is None or one["acknowledged"] > known["acknowledged"]:
+                    found[HostId(host)] = {**one, "hub": name}
+        return found

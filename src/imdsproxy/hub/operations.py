@@ -1,0 +1,243 @@
+"""What the routes of a hub's API work with, and who may use them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+from urllib.parse import quote, urlencode
+
+from imdsproxy.admin.bodies import Written
+from imdsproxy.core.fleet import layout
+from imdsproxy.core.fleet.layout import HostId
+from imdsproxy.core.fleet.members import HostState, parse_host
+from imdsproxy.core.fleet.stream import ItemKey
+from imdsproxy.core.model import NetworkId
+from imdsproxy.core.timing import Progress
+from imdsproxy.errors import SourceUnavailable
+from imdsproxy.host.clock import Clock
+from imdsproxy.hub.etcd import Etcd
+from imdsproxy.hub.etcd_messages import prefix_end
+from imdsproxy.hub.in_force import APPLIED_PATH, NOT_CONNECTED, InForce
+from imdsproxy.hub.peers import Peers
+from imdsproxy.hub.state import FleetState
+from imdsproxy.hub.streams import Streams
+from imdsproxy.hub.writes import Done, Writes
+
+ASK_PATH: Final = "/fleet/ask"
+_ASK_S: Final = 10.0
+_COMPLETE_S: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class FleetWritten(Written):
+    """A change of a fleet's records.
+
+    Attributes:
+        revision: With which it came.
+        hosts: Where it has to be in force.
+    """
+
+    revision: int = 0
+    hosts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FleetHost:
+    """A host of the fleet.
+
+    Attributes:
+        state: `invited`, `enrolled` or `revoked`.
+        hub: To which it is connected; `None` where to none.
+        acknowledged: The revision up to which everything is in force there.
+        instances: How many are placed on it.
+        failed: What is not in force there, and why.
+    """
+
+    host: str
+    state: str
+    hub: str | None
+    acknowledged: int | None
+    instances: int
+    failed: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class FleetStatus:
+    """A fleet at one moment, as this hub sees it.
+
+    Attributes:
+        incarnation: One more each time that a restored backup was accepted.
+        revision: Up to which this hub knows etcd.
+        suspect: Why etcd may be restored from a backup; then nothing is written.
+        hubs: Every hub, with its URL, and whether it answers this one.
+        hosts: How many are enrolled.
+        connected: How many of them are connected to a hub.
+        behind: Connected ones on which something is not in force.
+        absent: Enrolled ones that are not connected, by name.
+        problems: By key of etcd, values that another program wrote.
+        imports: Unfinished ones: how many records of how many.
+    """
+
+    fleet: str
+    incarnation: int
+    revision: int
+    suspect: str | None
+    hubs: list[dict[str, Any]]
+    networks: int
+    instances: int
+    hosts: int
+    connected: int
+    behind: list[str]
+    absent: list[str]
+    problems: dict[str, str]
+    imports: list[dict[str, Any]]
+
+
+@dataclass(slots=True)
+class Operations:
+    """The parts of a hub that its API uses.
+
+    Args:
+        etcd: The store.
+        state: This hub's copy of it.
+        streams: The hosts of this hub.
+        writes: What changes records.
+        peers: The other hubs.
+        clock: The time.
+        complete: Set while the copy has everything.
+    """
+
+    etcd: Etcd
+    state: FleetState
+    streams: Streams
+    writes: Writes
+    peers: Peers
+    clock: Clock
+    complete: asyncio.Event = field(default_factory=asyncio.Event)
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def in_force(self) -> InForce:
+        """What waits for acknowledgements."""
+        return InForce(self.streams, self.peers)
+
+    def enrolled(self) -> list[HostId]:
+        """Every host that may connect."""
+        found = []
+        for key in self.state.keys(layout.HOSTS):
+            value = self.state.value(key)
+            if value is not None and parse_host(value[0]).state is HostState.ENROLLED:
+                found.append(HostId(key.removeprefix(layout.HOSTS)))
+        return sorted(found)
+
+    async def confirm(self, done: Done, items: Collection[ItemKey], **counts: int) -> FleetWritten:
+        """Wait until a change is in force on its hosts, and say where it is not.
+
+        Args:
+            done: The change.
+            items: What it changed: only these count where something failed.
+            counts: Of `Written`.
+        """
+        pending = await self.in_force.wait(done.hosts, done.revision, items)
+        return self.written(done.hosts, done.revision, pending, **counts)
+
+    def written(
+        self,
+        hosts: Collection[HostId],
+        revision: int,
+        pending: Mapping[HostId, str],
+        **counts: int,
+    ) -> FleetWritten:
+        """The answer to a change that is to be in force on these hosts."""
+        return FleetWritten(
+            counts.get("networks", 0),
+            counts.get("instances", 0),
+            applied=not pending,
+            pending=tuple(f"host {host}: {why}" for host, why in pending.items()),
+            revision=revision,
+            hosts=tuple(sorted(hosts)),
+        )
+
+    async def confirm_network(self, done: Done, network: NetworkId) -> FleetWritten:
+        """The same of a network: it has to be in force on every host with an instance in it."""
+        item = f"network/{network}"
+        everywhere = Done(done.revision, done.hosts | self.state.hosts_with(item))
+        return await self.confirm(everywhere, {item}, networks=1)
+
+    async def report_hosts(self) -> list[FleetHost]:
+        """Every host, by name."""
+        reported, found = await self.in_force.report_all(), []
+        for key in sorted(self.state.keys(layout.HOSTS)):
+            host, value = HostId(key.removeprefix(layout.HOSTS)), self.state.value(key)
+            if value is not None:
+                known = reported.get(host, {})
+                found.append(
+                    FleetHost(
+                        host,
+                        parse_host(value[0]).state.value,
+                        known.get("hub"),
+                        known.get("acknowledged"),
+                        len(self.state.instances_on(host)),
+                        dict(known.get("failed", {})),
+                    )
+                )
+        return found
+
+    async def report(self) -> FleetStatus:
+        """The fleet at one moment."""
+        state, hosts = self.state, await self.report_hosts()
+        enrolled = [one for one in hosts if one.state == HostState.ENROLLED]
+        suspect, urls = state.value(layout.SUSPECT), self.peers.urls()
+        answering = await self.peers.ask_all(APPLIED_PATH, {"hosts": ""}, _ASK_S)
+        journals = await self.etcd.read(layout.IMPORTS, prefix_end(layout.IMPORTS))
+        return FleetStatus(
+            fleet=state.meta.fleet,
+            incarnation=state.meta.incarnation,
+            revision=state.revision,
+            suspect=None if suspect is None else str(layout.decode(suspect[0]).get("why")),
+            hubs=[
+                {"name": self.peers.name, "url": None, "answers": True},
+                *(
+                    {"name": name, "url": url, "answers": name in answering}
+                    for name, url in sorted(urls.items())
+                ),
+            ],
+            networks=sum(1 for _ in state.keys(layout.NETWORKS)),
+            instances=sum(1 for _ in state.keys(layout.INSTANCES)),
+            hosts=len(enrolled),
+            connected=sum(1 for one in enrolled if one.hub is not None),
+            behind=[one.host for one in enrolled if one.failed],
+            absent=[one.host for one in enrolled if one.hub is None],
+            problems=dict(state.problems),
+            imports=[layout.decode(one.value) for one in journals.kvs],
+        )
+
+    async def ask_host(self, host: HostId, path: str, query: Mapping[str, str]) -> Any:  # noqa: ANN401 - JSON
+        """What a host's admin API answers to a GET, wherever the host is connected.
+
+        Raises:
+            HostAnswered: It answered with an error.
+            SourceUnavailable: It is not connected, or does not answer.
+        """
+        answer = await self.ask_here(host, f"{path}?{urlencode(query)}" if query else path)
+        if answer is None:
+            asked = {"host": host, "path": f"{path}?{urlencode(query)}" if query else path}
+            found = await self.peers.ask_all(ASK_PATH, asked, _ASK_S)
+            answer = next((one for one in found.values() if one.get("status")), None)
+        if answer is None:
+            raise SourceUnavailable(f"host {host} is {NOT_CONNECTED}", hint="imdsproxy fleet hosts")
+        return answer
+
+    async def ask_here(self, host: HostId, path: str) -> dict[str, Any] | None:
+        """Its answer, where it is connected to this hub: `status` and `body`."""
+        if host not in self.streams.hosts:
+            return None
+        answer = await self.streams.ask(host, path, _ASK_S)
+        return {"status": answer.status, "body": answer.body}
+
+
+def path_on_host(*steps: str) -> str:
+    """A route of a host's admin API, each step quoted."""
+    return "/v1/" + "/".join(quote(step, safe="") for step in steps)

@@ -1,0 +1,671 @@
+"""What a change of a fleet's records writes to etcd, and why it is refused. Pure.
+
+Each instance claims its addresses: `layout.address_claim` is written together with the record, where it is absent. Who
+holds a claim is changed by nothing but a write that finds the holder's record unchanged. So two hubs never give an
+address to two instances.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, TypeAlias, TypeVar
+
+from imdsproxy.core.claims import claim_places
+from imdsproxy.core.fleet import layout
+from imdsproxy.core.fleet.layout import HostId, StoredInstance, StoredNetwork, UserData
+from imdsproxy.core.fleet.members import HostState, host_key, parse_host
+from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
+from imdsproxy.core.observation import AddressKey
+from imdsproxy.core.policy import OperatorOverride
+from imdsproxy.core.records import PlacedInstance, Refused, parse_instance, render_record
+from imdsproxy.core.records.schema import Path, render_path
+from imdsproxy.errors import (
+    AccessDenied,
+    AlreadyExists,
+    NotFound,
+    Problem,
+    RequestRefused,
+    RestoreSuspected,
+    RevisionOutdated,
+    SourceCorrupt,
+    SourceRefused,
+)
+from imdsproxy.hub.etcd_messages import Compare, absent, none_below, unchanged
+from imdsproxy.sources.in_force import taken_address, taken_id
+
+MOST_OPERATIONS: Final = 120
+"""Of one transaction; etcd takes 128 (`--max-txn-ops`)."""
+
+MOST_BYTES: Final = 1024 * 1024
+"""Of the values of one transaction; etcd takes 1.5 MiB (`--max-request-bytes`)."""
+
+_SHOWN: Final = 5
+_T = TypeVar("_T")
+
+View: TypeAlias = "Callable[[str], tuple[bytes, int] | None]"
+"""A key's value and the revision that wrote it, as far as they are known; claims may be unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transaction:
+    """What is written if every compare holds.
+
+    Attributes:
+        revision: Of the newest record that is as it is to be already.
+        hosts: Where something may change: those of the records before and after.
+    """
+
+    compares: tuple[Compare, ...] = ()
+    puts: Mapping[str, bytes] = field(default_factory=dict)
+    deletes: tuple[str, ...] = ()
+    revision: int = 0
+    hosts: frozenset[HostId] = frozenset()
+
+    @property
+    def fits(self) -> bool:
+        """Whether etcd takes it at once."""
+        most = max(len(self.compares), len(self.puts) + len(self.deletes))
+        return most <= MOST_OPERATIONS and sum(map(len, self.puts.values())) <= MOST_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class InstancePut:
+    """An instance that is to be stored.
+
+    Attributes:
+        record: Without its user data; no host leaves it where it is.
+        user_data: Where that is: its chunks are there already.
+        chunk_revision: Of the first of them: while it is unchanged, no hub has swept them.
+        path: Where the record is in its document.
+    """
+
+    record: PlacedInstance
+    user_data: UserData | None = None
+    chunk_revision: int = 0
+    path: Path = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How records are to be written.
+
+    Attributes:
+        request: Names the write.
+        now: Unix time.
+        create: There must be none of these ids.
+        revision: Of the record that is there; `None` for any.
+        scope: The project that the operator is limited to; `None` for all.
+    """
+
+    request: str
+    now: int
+    create: bool = False
+    revision: int | None = None
+    scope: str | None = None
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A transaction in the making."""
+
+    view: View
+    terms: Terms
+    compares: dict[Compare, None] = field(default_factory=dict)
+    puts: dict[str, bytes] = field(default_factory=dict)
+    deletes: dict[str, None] = field(default_factory=dict)
+    hosts: set[HostId] = field(default_factory=set)
+    revision: int = 0
+    freed: dict[str, InstanceId] = field(default_factory=dict)
+    taken: dict[str, InstanceId] = field(default_factory=dict)
+
+    def finish(self) -> Transaction:
+        """All of it; nothing is compared where nothing is written."""
+        if not (self.puts or self.deletes):
+            return Transaction(revision=self.revision, hosts=frozenset(self.hosts))
+        return Transaction(
+            (absent(layout.SUSPECT), *self.compares),
+            self.puts,
+            # An address may move from one record of this write to another one.
+            tuple(key for key in self.deletes if key not in self.puts),
+            self.revision,
+            frozenset(self.hosts),
+        )
+
+    def hold(self, key: str) -> None:
+        """The key must be as it is known."""
+        found = self.view(key)
+        self.compares[unchanged(key, 0 if found is None else found[1])] = None
+
+
+def read_instance(view: View, instance: InstanceId) -> tuple[StoredInstance, int] | None:
+    """An instance as it is stored, and its revision; `None` where there is none, or it was removed."""
+    found = view(layout.instance_key(instance))
+    if found is None:
+        return None
+    stored = _readable(layout.parse_instance, found[0], f"instance {instance}")
+    return None if stored.removed_at is not None else (stored, found[1])
+
+
+def read_network(view: View, network: NetworkId) -> tuple[StoredNetwork, int] | None:
+    """The same of a network."""
+    found = view(layout.network_key(network))
+    if found is None:
+        return None
+    stored = _readable(layout.parse_network, found[0], f"network {network}")
+    return None if stored.removed_at is not None else (stored, found[1])
+
+
+def record_of(stored: StoredInstance) -> Instance:
+    """The record without its user data; `SourceCorrupt` where another program has written it."""
+    parsed = parse_instance(stored.record)
+    if isinstance(parsed, Refused):
+        raise SourceCorrupt(
+            "the fleet has an instance that another program has written", problems=parsed.problems
+        )
+    return parsed
+
+
+def in_scope(record: Mapping[str, object], scope: str | None) -> bool:
+    """Whether a record is of the project that an operator is limited to."""
+    return scope is None or record.get("project") == scope
+
+
+def claims_of(instance: Instance) -> dict[str, AddressKey | None]:
+    """The keys that an instance claims, and the address that each is of; `None` of a port that has none."""
+    claims: dict[str, AddressKey | None] = {
+        layout.address_claim(*key): key for key, _ in claim_places(instance)
+    }
+    for port in instance.ports:
+        if port.mac is None and not port.addresses:
+            claims[layout.port_claim(port.network, instance.id)] = None
+    return claims
+
+
+def refuse_suspect(view: View) -> None:
+    """`RestoreSuspected` while etcd may be restored from a backup."""
+    found = view(layout.SUSPECT)
+    if found is not None:
+        why = layout.decode(found[0]).get("why", "")
+        raise RestoreSuspected(
+            f"etcd seems to be restored from a backup, and nothing is written: {why}",
+            hint="look at `imdsproxy fleet status`, then `imdsproxy fleet accept-restore`",
+        )
+
+
+def plan_put(
+    view: View, networks: Sequence[Network], instances: Sequence[InstancePut], terms: Terms
+) -> Transaction:
+    """Store networks and instances, all or none.
+
+    Args:
+        view: What is known.
+        networks: Their records.
+        instances: Theirs. Of two with one id, or one address, the second is refused.
+        terms: How.
+
+    Raises:
+        AlreadyExists: There is one of an id, and only new ones are to be made.
+        RestoreSuspected: etcd may be restored from a backup.
+        RevisionOutdated: A record is another one than `terms.revision`.
+        SourceRefused: A network is unknown, a host is not enrolled, or an address is taken (`problems` has the fields).
+    """
+    refuse_suspect(view)
+    draft = _Draft(view, terms)
+    for network in networks:
+        _put_network(draft, network, terms)
+    coming = {one.id for one in networks}
+    known = {one.record.id: _owned(view, one.record.id, terms) for one in instances}
+    writing = [one for one in instances if not _is_done(draft, one, known[one.record.id], terms)]
+    problems = [*_repeated(writing)]
+    for one in writing:
+        problems += _unknown_networks(draft, one, coming, terms)
+        before = known[one.record.id]
+        hosts = () if before is None else before[0].hosts
+        problems += _unknown_hosts(view, one.record.hosts, hosts, (*one.path, "hosts"))
+    draft.freed = _freed(writing, known)
+    for one in writing:
+        problems += _claim(draft, one, known[one.record.id])
+        _put_instance(draft, one, known[one.record.id], terms)
+    if problems:
+        raise SourceRefused("the fleet refuses the records", problems=problems)
+    draft.deletes |= dict.fromkeys(key for key in draft.freed if key not in draft.taken)
+    return draft.finish()
+
+
+def plan_removal(view: View, instance: InstanceId, terms: Terms) -> Transaction:
+    """Remove an instance, and free its addresses; raises as `plan_put`, and `NotFound`."""
+    refuse_suspect(view)
+    draft = _Draft(view, terms)
+    key, known = layout.instance_key(instance), _owned(view, instance, terms)
+    if known is None:
+        done = _removed_by(view, key, terms.request)
+        if done is not None:
+            return Transaction(revision=done)
+        raise no_such("instance", instance)
+    stored, revision = known
+    _refuse_other_revision("instance", instance, revision, terms)
+    draft.hold(key)
+    draft.puts[key] = layout.render_instance(
+        StoredInstance((), {}, request=terms.request, removed_at=terms.now)
+    )
+    draft.deletes |= dict.fromkeys(claims_of(record_of(stored)))
+    draft.hosts.update(stored.hosts)
+    return draft.finish()
+
+
+def plan_network_removal(
+    view: View, network: NetworkId, terms: Terms, users: Sequence[str]
+) -> Transaction:
+    """Remove a network.
+
+    Args:
+        view: What is known.
+        network: Which.
+        terms: How.
+        users: Instances that have a port in it, some of them; none as far as it is known.
+
+    Raises:
+        SourceRefused: It has such.
+        NotFound: There is none.
+        RevisionOutdated: As `plan_put`, as the rest.
+    """
+    refuse_suspect(view)
+    draft = _Draft(view, terms)
+    key, known = layout.network_key(network), read_network(view, network)
+    if known is None:
+        done = _removed_by(view, key, terms.request)
+        if done is not None:
+            return Transaction(revision=done)
+        raise no_such("network", network)
+    _refuse_scope("network", network, known[0].record, terms)
+    _refuse_other_revision("network", network, known[1], terms)
+    if users:
+        shown = ", ".join(users[:_SHOWN]) + (" and others" if len(users) > _SHOWN else "")
+        raise SourceRefused(
+            f"instances have ports in network {network}: {shown}",
+            hint="remove or change these first",
+            problems=[Problem("id", f"instance {shown}: a port is in {network}")],
+        )
+    draft.hold(key)
+    draft.compares[none_below(layout.claims_in(network))] = None
+    draft.puts[key] = layout.render_network(
+        StoredNetwork({}, request=terms.request, removed_at=terms.now)
+    )
+    return draft.finish()
+
+
+def plan_hosts(
+    view: View,
+    instance: InstanceId,
+    choose: Callable[[tuple[HostId, ...]], tuple[HostId, ...]],
+    terms: Terms,
+) -> Transaction:
+    """Place an instance on other hosts, and leave its record.
+
+    Args:
+        view: What is known.
+        instance: Which.
+        choose: The hosts that it is to be on, given those where it is; may refuse.
+        terms: How.
+
+    Raises:
+        ImdsproxyError: As `plan_put`, and what `choose` raises.
+    """
+    refuse_suspect(view)
+    known = _owned(view, instance, terms)
+    if known is None:
+        raise no_such("instance", instance)
+    stored, revision = known
+    hosts = choose(stored.hosts)
+    draft = _Draft(view, terms, hosts={*stored.hosts, *hosts}, revision=revision)
+    if hosts == stored.hosts:
+        return draft.finish()
+    _refuse_other_revision("instance", instance, revision, terms)
+    if problems := _unknown_hosts(view, hosts, stored.hosts, ("hosts",)):
+        raise SourceRefused("the fleet refuses the hosts", problems=problems)
+    key = layout.instance_key(instance)
+    draft.hold(key)
+    draft.puts[key] = layout.render_instance(replace(stored, hosts=hosts, request=terms.request))
+    return draft.finish()
+
+
+def plan_guard(
+    view: View,
+    instance: InstanceId,
+    change: Callable[[OperatorOverride], OperatorOverride],
+    terms: Terms,
+) -> tuple[Transaction, int]:
+    """Change what operators did about an instance; also how often its tokens were revoked then.
+
+    An instance that was removed keeps it: one that comes again under its id must not get its old tokens back.
+
+    Raises:
+        ImdsproxyError: As `plan_put`, and `NotFound`.
+    """
+    refuse_suspect(view)
+    key, known = layout.guard_key(instance), _owned(view, instance, terms)
+    found = view(key)
+    if known is None and found is None:
+        raise no_such("instance", instance)
+    old = OperatorOverride()
+    if found is not None:
+        old = _readable(layout.parse_guard, found[0], f"the guard of {instance}")
+    new = change(old)
+    draft = _Draft(view, terms, hosts=set() if known is None else set(known[0].hosts))
+    draft.hold(key)
+    draft.puts[key] = layout.render_guard(new)
+    return draft.finish(), new.epoch
+
+
+def read_policy(view: View, place: str) -> tuple[Mapping[str, Any], int]:
+    """The rules of a scope, and their revision; none of revision 0 where there never were any."""
+    found = view(layout.POLICIES + place)
+    if found is None:
+        return {}, 0
+    return _readable(layout.decode, found[0], f"the policy of {place}"), found[1]
+
+
+def plan_policy(
+    view: View,
+    place: str,
+    change: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+    terms: Terms,
+) -> Transaction:
+    """Change the rules of a scope; see `Writes.put_policy`."""
+    refuse_suspect(view)
+    scope, _, subject = place.partition("/")
+    if terms.scope is not None and (scope, subject) != ("project", terms.scope):
+        raise AccessDenied(f"the policy of {place} is not of project {terms.scope}")
+    if scope == "host" and (problems := _unknown_hosts(view, [subject], (), ("host",))):
+        raise SourceRefused("the fleet refuses the policy", problems=problems)
+    old, revision = read_policy(view, place)
+    new = change(old)
+    draft = _Draft(view, terms, revision=revision)
+    _refuse_other_revision("policy", place, revision, terms)
+    if new != old:
+        draft.hold(layout.POLICIES + place)
+        draft.puts[layout.POLICIES + place] = layout.encode(dict(new))
+    return draft.finish()
+
+
+def plan_acceptance(view: View) -> Transaction:
+    """Take what etcd has as the truth: one incarnation more, and no suspicion.
+
+    Raises:
+        RequestRefused: Nothing is suspected.
+    """
+    meta, suspect = view(layout.META), view(layout.SUSPECT)
+    if meta is None or suspect is None:
+        raise RequestRefused(
+            "no restored backup is suspected", hint="`imdsproxy fleet status` shows a suspicion"
+        )
+    now = _readable(layout.parse_meta, meta[0], "the fleet")
+    return Transaction(
+        (unchanged(layout.META, meta[1]), unchanged(layout.SUSPECT, suspect[1])),
+        {layout.META: layout.render_meta(replace(now, incarnation=now.incarnation + 1))},
+        (layout.SUSPECT,),
+    )
+
+
+def choose_move(
+    instance: InstanceId, to: HostId | None, *, finish: bool, cancel: bool
+) -> Callable[[tuple[HostId, ...]], tuple[HostId, ...]]:
+    """Which hosts an instance is on, one step of its move later.
+
+    Args:
+        instance: Which.
+        to: Where it moves; may be omitted at the end, as it is on two hosts then.
+        finish: The guest is there: the other host no longer serves it.
+        cancel: The guest stays where it was.
+    """
+
+    def choose(hosts: tuple[HostId, ...]) -> tuple[HostId, ...]:
+        moving = len(hosts) > 1
+        target = to if to is not None or not moving else hosts[-1]
+        if target is None:
+            raise RequestRefused(
+                f"instance {instance} is not on its way to another host",
+                hint=f"imdsproxy instance move {instance} --to HOST",
+            )
+        if cancel:
+            stays = tuple(one for one in hosts if one != target)
+            return stays or hosts
+        if finish:
+            if target not in hosts:
+                raise SourceRefused(
+                    f"instance {instance} is not on host {target} yet",
+                    hint=f"first `imdsproxy instance move {instance} --to {target}`",
+                )
+            return (target,)
+        if target in hosts:
+            return hosts
+        if moving:
+            raise SourceRefused(
+                f"instance {instance} is on its way from {hosts[0]} to {hosts[-1]}",
+                hint="finish that move, or cancel it",
+            )
+        return (*hosts, target)
+
+    return choose
+
+
+# Parts of a write
+
+
+def _put_network(draft: _Draft, network: Network, terms: Terms) -> None:
+    key, known = layout.network_key(network.id), read_network(draft.view, network.id)
+    record = render_record(network)
+    _refuse_scope("network", network.id, record, terms)
+    if known is not None:
+        stored, revision = known
+        _refuse_scope("network", network.id, stored.record, terms)
+        draft.revision = max(draft.revision, revision)
+        if stored.request == terms.request:
+            return
+        _refuse_other_revision("network", network.id, revision, terms)
+        if terms.create:
+            raise AlreadyExists(
+                f"there is a network {network.id} already", hint="use set to change it"
+            )
+        if stored.record == record:
+            return
+    elif terms.revision is not None:
+        raise no_such("network", network.id)
+    draft.hold(key)
+    draft.puts[key] = layout.render_network(StoredNetwork(record, terms.request))
+
+
+def _is_done(
+    draft: _Draft, put: InstancePut, known: tuple[StoredInstance, int] | None, terms: Terms
+) -> bool:
+    """Whether the record is as it is to be; raises where it may not be written."""
+    identity = put.record.id
+    if known is None:
+        if terms.revision is not None:
+            raise no_such("instance", identity)
+        return False
+    stored, revision = known
+    if stored.request != terms.request:
+        _refuse_other_revision("instance", identity, revision, terms)
+        if terms.create:
+            raise AlreadyExists(
+                f"there is an instance {identity} already", hint="use set to change it"
+            )
+        wanted = _stored(put, known, terms)
+        if replace(wanted, request=stored.request) != stored:
+            return False
+    draft.revision = max(draft.revision, revision)
+    draft.hosts.update(stored.hosts)
+    return True
+
+
+def _put_instance(
+    draft: _Draft, put: InstancePut, known: tuple[StoredInstance, int] | None, terms: Terms
+) -> None:
+    key, stored = layout.instance_key(put.record.id), _stored(put, known, terms)
+    _refuse_scope("instance", put.record.id, stored.record, terms)
+    draft.hold(key)
+    if put.user_data is not None and put.chunk_revision:
+        chunk = layout.blob_key(put.user_data.sha256, 0)
+        draft.compares[unchanged(chunk, put.chunk_revision)] = None
+    draft.puts[key] = layout.render_instance(stored)
+    draft.hosts.update(stored.hosts)
+    if known is not None:
+        draft.hosts.update(known[0].hosts)
+
+
+def _stored(
+    put: InstancePut, known: tuple[StoredInstance, int] | None, terms: Terms
+) -> StoredInstance:
+    """The value; of a record that was there before, a time that is not known is not made up."""
+    created_at, hosts = put.record.created_at, tuple(HostId(one) for one in put.record.hosts)
+    if known is None:
+        created_at = terms.now if created_at is None else created_at
+    else:
+        created_at = record_of(known[0]).created_at if created_at is None else created_at
+        hosts = hosts or known[0].hosts
+    record = render_record(replace(put.record, created_at=created_at, user_data=None))
+    return StoredInstance(hosts, record, put.user_data, terms.request)
+
+
+def _repeated(puts: Sequence[InstancePut]) -> Iterator[Problem]:
+    first: dict[InstanceId, Path] = {}
+    for one in puts:
+        if one.record.id in first:
+            place = ".".join(map(str, first[one.record.id]))
+            yield taken_id(one.record.id, path=one.path, place=place)
+        first.setdefault(one.record.id, one.path)
+
+
+def _unknown_networks(
+    draft: _Draft, put: InstancePut, coming: Collection[str], terms: Terms
+) -> list[Problem]:
+    problems: list[Problem] = []
+    for number, port in enumerate(put.record.ports):
+        if port.network in coming:
+            continue
+        known = read_network(draft.view, port.network)
+        project = None if known is None else known[0].record.get("project")
+        if known is None or (terms.scope is not None and project not in {None, terms.scope}):
+            where = render_path((*put.path, "ports", number, "network"))
+            reason = f"there is no network {port.network}"
+            problems.append(Problem(where, reason, "imdsproxy --fleet URL network list"))
+        else:
+            # It cannot be removed meanwhile.
+            draft.hold(layout.network_key(port.network))
+    return problems
+
+
+def _unknown_hosts(
+    view: View, hosts: Sequence[str], before: Sequence[str], path: Path
+) -> list[Problem]:
+    where = render_path(path)
+    if not hosts and not before:
+        return [Problem(where, "it is on no host", "name one: --host HOST, or `hosts: [HOST]`")]
+    problems: list[Problem] = []
+    # Where it is already it may stay, also when the host was revoked meanwhile.
+    for host in (one for one in hosts if one not in before):
+        found = view(host_key(HostId(host)))
+        state = None if found is None else _readable(parse_host, found[0], f"host {host}").state
+        if state is not HostState.ENROLLED:
+            why = f"the fleet has no host {host}" if state is None else f"host {host} is {state}"
+            problems.append(Problem(where, why, "imdsproxy fleet hosts"))
+    return problems
+
+
+def _freed(
+    writing: Sequence[InstancePut], known: Mapping[InstanceId, tuple[StoredInstance, int] | None]
+) -> dict[str, InstanceId]:
+    """The claims that records of this write have now and let go of, and whose they are."""
+    freed: dict[str, InstanceId] = {}
+    for one in writing:
+        before = known[one.record.id]
+        if before is not None:
+            mine = claims_of(one.record)
+            gone = (key for key in claims_of(record_of(before[0])) if key not in mine)
+            freed |= dict.fromkeys(gone, one.record.id)
+    return freed
+
+
+def _claim(
+    draft: _Draft,
+    put: InstancePut,
+    known: tuple[StoredInstance, int] | None,
+) -> list[Problem]:
+    """Claim what the record has and had not; what others have is a problem each."""
+    instance = put.record
+    before = {} if known is None else claims_of(record_of(known[0]))
+    problems: list[Problem] = []
+    for key, address in claims_of(instance).items():
+        found = draft.view(key)
+        holder = draft.taken.setdefault(key, instance.id)
+        if holder == instance.id and (key in before or key in draft.freed):
+            # The record that has it now is compared, its own or the one that lets go of it.
+            if key in draft.freed:
+                draft.puts[key] = instance.id.encode()
+            continue
+        if holder == instance.id and found is not None:
+            holder = InstanceId(found[0].decode())
+        if holder != instance.id and address is not None:
+            problems.append(_taken(draft.view, put, address, holder, draft.terms))
+            continue
+        draft.compares[absent(key) if found is None else unchanged(key, found[1])] = None
+        draft.puts[key] = instance.id.encode()
+    return problems
+
+
+def _taken(
+    view: View, put: InstancePut, address: AddressKey, holder: InstanceId, terms: Terms
+) -> Problem:
+    known = read_instance(view, holder)
+    if known is not None and not in_scope(known[0].record, terms.scope):
+        problem = taken_address(put.record, address, holder, path=put.path)
+        return replace(problem, reason=f"{address[1]} in network {address[0]} is taken")
+    hosts = () if known is None else known[0].hosts
+    place = f"on {', '.join(hosts)}" if hosts else ""
+    return taken_address(put.record, address, holder, path=put.path, place=place)
+
+
+def _owned(view: View, instance: InstanceId, terms: Terms) -> tuple[StoredInstance, int] | None:
+    """An instance as it is stored; one of another project is refused as one that the operator may not know."""
+    known = read_instance(view, instance)
+    if known is not None:
+        _refuse_scope("instance", instance, known[0].record, terms)
+    return known
+
+
+def _refuse_scope(kind: str, subject: str, record: Mapping[str, object], terms: Terms) -> None:
+    if not in_scope(record, terms.scope):
+        raise AccessDenied(
+            f"{kind} {subject} is not of project {terms.scope}, to which this certificate is limited",
+            hint="an operator without that limit may",
+        )
+
+
+def _refuse_other_revision(kind: str, subject: str, revision: int, terms: Terms) -> None:
+    if terms.revision not in {None, revision}:
+        raise RevisionOutdated(
+            f"{kind} {subject} has revision {revision}, not {terms.revision}",
+            hint=f"read it again: imdsproxy --fleet URL {kind} show {subject}",
+        )
+
+
+def _removed_by(view: View, key: str, request: str) -> int | None:
+    """The revision of a removal that this request has written."""
+    found = view(key)
+    if found is None or not request or layout.decode(found[0]).get("request") != request:
+        return None
+    return found[1]
+
+
+def no_such(kind: str, subject: str) -> NotFound:
+    """The error to raise where there is no network or instance of this id."""
+    return NotFound(f"the fleet has no {kind} {subject}", hint=f"imdsproxy --fleet URL {kind} list")
+
+
+def _readable(parse: Callable[[bytes], _T], value: bytes, what: str) -> _T:
+    try:
+        return parse(value)
+    except layout.Unreadable as error:
+        raise SourceCorrupt(f"{what} was written by another program: {error}") from error

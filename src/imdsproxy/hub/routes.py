@@ -1,0 +1,302 @@
+"""The routes below `/v1`: those of a host's admin API that make sense for a fleet, with the same bodies."""
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Annotated, Any, TypeAlias, cast
+
+from fastapi import APIRouter, Depends, Query, Request
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import JSONResponse
+
+from imdsproxy.admin import bodies
+from imdsproxy.core import matching
+from imdsproxy.core.fleet.identity import Role
+from imdsproxy.core.fleet.layout import HostId, StoredInstance
+from imdsproxy.core.fleet.stream import ItemKey
+from imdsproxy.core.model import Instance, InstanceId, Network
+from imdsproxy.core.records import (
+    INSTANCE,
+    NETWORK,
+    PLACED_TABLES,
+    PlacedInstance,
+    parse_network,
+    parse_placed,
+)
+from imdsproxy.core.timing import Step
+from imdsproxy.errors import RequestRefused
+from imdsproxy.hub import plan_writes
+from imdsproxy.hub.callers import InstanceOf, NetworkOf, Operator, Reader, TermsOf, Uses
+from imdsproxy.hub.operations import FleetWritten, Operations
+from imdsproxy.hub.plan_writes import Terms, choose_move
+
+records = APIRouter()
+
+
+async def _instance_body(request: Request, operations: Uses, caller: Operator) -> object:
+    find = caller.views(operations).find_network
+    return bodies.name_networks(await bodies.read_json(request), find)
+
+
+_InstanceBody: TypeAlias = Annotated[object, Depends(_instance_body)]
+
+
+class MoveBody(BaseModel):
+    """One step of a move, or with `now` both at once."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    to: str | None = Field(
+        default=None, description="The host that it moves to; may be omitted at the end of a move."
+    )
+    finish: bool = Field(default=False, description="The guest is there: no other host serves it.")
+    cancel: bool = Field(default=False, description="The guest stays where it was.")
+    now: bool = Field(
+        default=False, description="Finish once the new host serves it, without a hypervisor."
+    )
+
+
+@records.get("/progress")
+async def show_progress(operations: Uses, _: Reader) -> list[Step]:
+    """Imports that are under way on this hub; for a client that waits for its answer."""
+    return list(operations.progress.steps)
+
+
+@records.get("/networks", responses={200: {"model": list[bodies.NetworkView]}})
+async def list_networks(operations: Uses, caller: Reader) -> JSONResponse:
+    """Every network, by id."""
+    views, reported = caller.views(operations), await operations.in_force.report_all()
+    return bodies.RecordResponse([views.network(one, reported) for one in views.networks()])
+
+
+@records.post("/networks", status_code=201, openapi_extra=bodies.takes(bodies.NetworkRecord))
+async def add_network(
+    body: bodies.JsonBody, operations: Uses, terms: TermsOf, _: Operator
+) -> FleetWritten:
+    """Add a network; refused when there is one of this id."""
+    return await _put_network(operations, _read_network(body), _creating(terms))
+
+
+@records.get("/networks/{network}", responses={200: {"model": bodies.NetworkView}})
+async def show_network(network: NetworkOf, operations: Uses, caller: Reader) -> JSONResponse:
+    """One network."""
+    reported = await operations.in_force.report_all()
+    return bodies.RecordResponse(caller.views(operations).network(network, reported))
+
+
+@records.put("/networks/{network}", openapi_extra=bodies.takes(bodies.NetworkRecord))
+async def put_network(
+    network: str, body: bodies.JsonBody, operations: Uses, terms: TermsOf, _: Operator
+) -> FleetWritten:
+    """Add a network, or replace its whole record."""
+    record = _read_network(bodies.refuse_unlike(body, network))
+    return await _put_network(operations, record, terms)
+
+
+@records.patch("/networks/{network}", openapi_extra=bodies.takes(bodies.NetworkRecord))
+async def patch_network(
+    network: NetworkOf, body: bodies.JsonBody, operations: Uses, terms: TermsOf, _: Operator
+) -> FleetWritten:
+    """Change some keys of a network (RFC 7396: null takes a key away)."""
+    patch = bodies.refuse_unlike(body, network)
+    bodies.refuse_unclearable(patch, NETWORK)
+
+    def plan(view: plan_writes.View) -> plan_writes.Transaction:
+        known = plan_writes.read_network(view, network)
+        if known is None:
+            raise plan_writes.no_such("network", network)
+        changed = _read_network(bodies.merge_patch(known[0].record, patch))
+        return plan_writes.plan_put(view, [changed], [], terms)
+
+    done = await operations.writes.write(plan)
+    return await operations.confirm_network(done, network)
+
+
+@records.delete("/networks/{network}")
+async def remove_network(
+    network: NetworkOf, operations: Uses, terms: TermsOf, _: Operator
+) -> FleetWritten:
+    """Remove a network; refused while instances have ports in it."""
+    done = await operations.writes.remove_network(network, terms)
+    return await operations.confirm_network(done, network)
+
+
+@records.get("/instances", responses={200: {"model": list[bodies.InstanceSummary]}})
+async def list_instances(
+    operations: Uses,
+    caller: Reader,
+    network: Annotated[str | None, Query(description="Only those with a port in it.")] = None,
+) -> JSONResponse:
+    """Every instance, by id, without payloads."""
+    views, reported = caller.views(operations), await operations.in_force.report_all()
+    chosen = None if network is None else views.find_network(network)
+    # In a thread: the loop has hosts to serve.
+    return await asyncio.to_thread(
+        lambda: bodies.RecordResponse(
+            [views.summary(one, reported) for one, _, _ in views.instances(chosen)]
+        )
+    )
+
+
+@records.get("/search/instances", responses={200: {"model": bodies.InstancePage}})
+async def search_instances(  # noqa: PLR0917 - FastAPI passes them by name
+    operations: Uses,
+    caller: Reader,
+    text: Annotated[
+        str,
+        Query(
+            max_length=200,
+            description="Words that each must be in an id, name, host name, project, MAC, address or tag, in any case.",
+        ),
+    ] = "",
+    network: Annotated[str | None, Query(description="Only those with a port in it.")] = None,
+    after: Annotated[str | None, Query(description="`next` of the page before.")] = None,
+    limit: Annotated[int, Query(ge=1, le=matching.MOST, description="The most of a page.")] = 50,
+) -> JSONResponse:
+    """Instances that match, by id, a page at a time, without payloads."""
+    views, reported = caller.views(operations), await operations.in_force.report_all()
+    chosen = None if network is None else views.find_network(network)
+    found = await asyncio.to_thread(views.search, text, chosen)
+    page = matching.cut_page(found, after, limit)
+    shown = [views.summary(one, reported) for one in page.ids]
+    return bodies.RecordResponse({"found": len(found), "instances": shown, "next": page.next})
+
+
+@records.post("/instances", status_code=201, openapi_extra=bodies.takes(bodies.PlacedRecord))
+async def add_instance(
+    body: _InstanceBody, operations: Uses, terms: TermsOf, _: Operator
+) -> FleetWritten:
+    """Add an instance; refused when there is one of this id."""
+    return await _put_instance(operations, _read_instance(body), _creating(terms))
+
+
+@records.get("/instances/{instance}", responses={200: {"model": bodies.InstanceView}})
+async def show_instance(instance: InstanceOf, operations: Uses, caller: Reader) -> JSONResponse:
+    """One instance; user data included for who may read it."""
+    views, reported = caller.views(operations), await operations.in_force.report_all()
+    stored, _ = views.stored(instance)
+    data = None
+    if stored.user_data is not None and caller.reads_secrets:
+        data = await operations.writes.read_blob(stored.user_data)
+    shape = views.instance(instance, reported, data)
+    if not caller.reads_secrets:
+        shape["record"].pop("vendor_data", None)
+    return bodies.RecordResponse(shape)
+
+
+@records.put("/instances/{instance}", openapi_extra=bodies.takes(bodies.PlacedRecord))
+async def put_instance(
+    instance: str, body: _InstanceBody, operations: Uses, terms: TermsOf, _: Operator
+) -> FleetWritten:
+    """Add an instance, or replace its whole record; without `hosts` it stays where it is."""
+    record = _read_instance(bodies.refuse_unlike(body, instance))
+    return await _put_instance(operations, record, terms)
+
+
+@records.patch("/instances/{instance}", openapi_extra=bodies.takes(bodies.PlacedRecord))
+async def patch_instance(
+    instance: InstanceOf, body: _InstanceBody, operations: Uses, terms: TermsOf, _: Operator
+) -> FleetWritten:
+    """Change some keys of an instance (RFC 7396: null takes a key away, lists are replaced)."""
+    patch = bodies.refuse_unlike(body, instance)
+    bodies.refuse_unclearable(patch, INSTANCE)
+
+    def change(stored: StoredInstance) -> PlacedInstance:
+        known = {**stored.record, "hosts": list(stored.hosts)}
+        read: PlacedInstance = _read_instance(bodies.merge_patch(known, patch))
+        return read
+
+    done = await operations.writes.change(
+        instance, change, terms, keeps_data="user_data" not in patch
+    )
+    record = (await operations.writes.find(instance)).record
+    return await operations.confirm(done, _items_of(instance, record), instances=1)
+
+
+@records.delete("/instances/{instance}")
+async def remove_instance(
+    instance: InstanceOf, operations: Uses, terms: TermsOf, _: Operator
+) -> FleetWritten:
+    """Remove an instance."""
+    done = await operations.writes.remove_instance(instance, terms)
+    return await operations.confirm(done, {f"instance/{instance}"}, instances=1)
+
+
+@records.post("/instances/{instance}/move")
+async def move_instance(
+    instance: InstanceOf, body: MoveBody, operations: Uses, terms: TermsOf, caller: Reader
+) -> FleetWritten:
+    """Place an instance on another host too; then, once its guest is there, on no other one."""
+    caller.require(Role.OPERATOR, Role.MOVER)
+    if body.now + body.finish + body.cancel > 1:
+        raise RequestRefused("a step of a move is one of `now`, `finish` and `cancel`")
+    to = None if body.to is None else HostId(body.to)
+    items = {f"instance/{instance}"}
+
+    async def step(*, finish: bool, cancel: bool, request: str) -> FleetWritten:
+        choose = choose_move(instance, to, finish=finish, cancel=cancel)
+        named = replace(terms, request=request)
+        done = await operations.writes.write(
+            lambda view: plan_writes.plan_hosts(view, instance, choose, named)
+        )
+        return await operations.confirm(done, items, instances=1)
+
+    written = await step(finish=body.finish, cancel=body.cancel, request=terms.request)
+    if body.now and written.applied:
+        written = await step(finish=True, cancel=False, request=f"{terms.request}+")
+    return written
+
+
+@records.post("/records", openapi_extra=bodies.takes(bodies.RecordsBody))
+async def put_records(
+    request: Request,
+    operations: Uses,
+    caller: Operator,
+    terms: TermsOf,
+    create: Annotated[bool, Query(description="Refuse ids that are there.")] = False,  # noqa: FBT002 - FastAPI passes it by name
+) -> FleetWritten:
+    """Add or replace many networks and instances; up to some forty instances all or none.
+
+    More are all checked first, and then written in parts: a request that broke off is sent again as it was, and goes
+    on. A body of type `application/x-ndjson` has a record a line, and may be of any length.
+    """
+    del caller
+    networks: list[Network] = []
+    instances: dict[InstanceId, Instance] = {}
+    if request.headers.get("content-type") == "application/x-ndjson":
+        await bodies.read_each_line(request, networks.append, instances, PLACED_TABLES)
+        placed = cast("list[PlacedInstance]", list(instances.values()))
+    else:
+        read = await bodies.read_records(await bodies.read_json(request), PLACED_TABLES)
+        networks, placed = read.networks, cast("list[PlacedInstance]", read.instances)
+    terms = _creating(terms) if create else terms
+    done = await operations.writes.put(networks, placed, terms, bulk=True)
+    items = {f"instance/{one.id}" for one in placed} | {f"network/{one.id}" for one in networks}
+    return await operations.confirm(done, items, networks=len(networks), instances=len(placed))
+
+
+async def _put_network(operations: Operations, record: Network, terms: Terms) -> FleetWritten:
+    done = await operations.writes.put([record], [], terms)
+    return await operations.confirm_network(done, record.id)
+
+
+async def _put_instance(
+    operations: Operations, record: PlacedInstance, terms: Terms
+) -> FleetWritten:
+    done = await operations.writes.put([], [record], terms)
+    items = {f"instance/{record.id}", *(f"network/{one.network}" for one in record.ports)}
+    return await operations.confirm(done, items, instances=1)
+
+
+def _items_of(instance: InstanceId, record: Mapping[str, Any]) -> set[ItemKey]:
+    ports = record.get("ports", [])
+    return {f"instance/{instance}", *(f"network/{port['network']}" for port in ports)}
+
+
+def _creating(terms: Terms) -> Terms:
+    return replace(terms, create=True)
+
+
+_read_network = partial(bodies.read_record, "network", parse_network)
+_read_instance: Any = partial(bodies.read_record, "instance", parse_placed)

@@ -1,0 +1,101 @@
+"""The routes below `/fleet`: its hosts and hubs, what is in force where, and what hubs ask each other."""
+
+from typing import Annotated, TypeAlias
+
+from fastapi import APIRouter, Depends, Query, Request
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import JSONResponse, Response
+
+from imdsproxy.core.fleet import layout
+from imdsproxy.core.fleet.identity import Role
+from imdsproxy.core.fleet.layout import HostId
+from imdsproxy.errors import NotFound
+from imdsproxy.hub.callers import Caller, Reader, Uses, admit
+from imdsproxy.hub.operations import FleetHost, FleetStatus, FleetWritten
+
+fleet = APIRouter()
+
+
+async def _hub(request: Request, operations: Uses) -> Caller:
+    caller = await admit(operations, request.headers)
+    caller.require(Role.HUB)
+    return caller
+
+
+_Hub: TypeAlias = Annotated[Caller, Depends(_hub)]
+
+
+class WaitBody(BaseModel):
+    """What has to be in force, and where."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    revision: int = Field(ge=0)
+    hosts: list[str] | None = Field(default=None, description="Null for every enrolled host.")
+    timeout_s: float = Field(default=60.0, ge=0, le=3600)
+
+
+@fleet.get("/status")
+async def show_fleet(operations: Uses, caller: Reader) -> FleetStatus:
+    """The fleet at one moment."""
+    caller.require(Role.OPERATOR, Role.READER, all_projects=True)
+    return await operations.report()
+
+
+@fleet.get("/hosts")
+async def list_hosts(operations: Uses, caller: Reader) -> list[FleetHost]:
+    """Every host, and what is in force there."""
+    caller.require(Role.OPERATOR, Role.MOVER, Role.READER, all_projects=True)
+    return await operations.report_hosts()
+
+
+@fleet.post("/wait")
+async def wait(body: WaitBody, operations: Uses, _: Reader) -> FleetWritten:
+    """Return once a revision is in force on these hosts, or say where it is not."""
+    hosts = operations.enrolled() if body.hosts is None else [HostId(one) for one in body.hosts]
+    pending = await operations.in_force.wait(hosts, body.revision, timeout_s=body.timeout_s)
+    return operations.written(hosts, body.revision, pending)
+
+
+@fleet.post("/accept-restore")
+async def accept_restore(operations: Uses, caller: Reader) -> FleetWritten:
+    """Take what etcd has as the truth, after it was restored from a backup: hosts let go of what it lacks."""
+    caller.require(Role.OPERATOR, all_projects=True)
+    revision = await operations.writes.accept_restore()
+    hosts = operations.enrolled()
+    pending = await operations.in_force.wait(hosts, revision)
+    return operations.written(hosts, revision, pending)
+
+
+@fleet.get("/applied", include_in_schema=False)
+async def show_applied(
+    operations: Uses,
+    _: _Hub,
+    hosts: Annotated[str | None, Query()] = None,
+    revision: Annotated[int, Query()] = 0,
+    items: Annotated[str | None, Query()] = None,
+    within_s: Annotated[float, Query(le=60)] = 0.0,
+) -> JSONResponse:
+    """For other hubs: what hosts of this one have acknowledged, or which of some have not a revision in force."""
+    if hosts is None:
+        return JSONResponse(operations.in_force.report())
+    asked = [HostId(one) for one in hosts.split(",") if one]
+    chosen = None if items is None else items.split(",")
+    return JSONResponse(await operations.in_force.here(asked, revision, chosen, within_s))
+
+
+@fleet.get("/ask", include_in_schema=False)
+async def ask(operations: Uses, _: _Hub, host: str, path: str) -> JSONResponse:
+    """For other hubs: what a host of this one answers."""
+    return JSONResponse(await operations.ask_here(HostId(host), path) or {})
+
+
+@fleet.get("/blob/{sha256}", include_in_schema=False)
+async def show_blob(sha256: str, request: Request, operations: Uses) -> Response:
+    """For hosts: user data of an instance that is placed on it."""
+    caller = await admit(operations, request.headers)
+    caller.require(Role.HOST)
+    if not operations.state.has_blob(HostId(caller.identity.name), sha256):
+        raise NotFound(f"no instance on this host has user data {sha256}")
+    data = await operations.writes.read_blob(layout.UserData(sha256, 0))
+    return Response(data, media_type="application/octet-stream")

@@ -1,0 +1,291 @@
+"""The routes below `/v1` that are about guests: asked of the host that has them, and what revokes their tokens."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Annotated, Any, Final
+
+from fastapi import APIRouter, Query
+from starlette.responses import JSONResponse
+
+from imdsproxy.admin import bodies
+from imdsproxy.core.addresses import normalise_address
+from imdsproxy.core.fleet import layout
+from imdsproxy.core.fleet.identity import Role
+from imdsproxy.core.fleet.layout import HostId, Json
+from imdsproxy.core.model import InstanceId
+from imdsproxy.core.records import Refused
+from imdsproxy.core.records.network import POLICY
+from imdsproxy.errors import NotFound, Problem, RequestRefused, SourceUnavailable
+from imdsproxy.hub import plan_writes
+from imdsproxy.hub.callers import Caller, InstanceOf, Operator, Reader, TermsOf, Uses
+from imdsproxy.hub.operations import FleetWritten, Operations, path_on_host
+from imdsproxy.hub.plan_writes import Terms
+from imdsproxy.hub.writes import Done
+
+guests = APIRouter()
+
+_Query = Annotated[str | None, Query(description="As of a host's admin API.")]
+_Host = Annotated[str | None, Query(description="Which host, where it is on several.")]
+
+
+@dataclass(frozen=True, slots=True)
+class FleetGuardChange:
+    """What an operator did about one instance, everywhere.
+
+    Attributes:
+        epoch: How often its tokens were revoked.
+        applied: Every host that serves it has confirmed it.
+        pending: The others, and why.
+    """
+
+    instance: InstanceId
+    epoch: int
+    applied: bool = True
+    pending: tuple[str, ...] = ()
+    revision: int = 0
+    hosts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FleetPolicy:
+    """The rules of a scope.
+
+    Attributes:
+        place: `fleet`, `host/ID` or `project/ID`.
+        rules: As the policy of a record.
+    """
+
+    place: str
+    rules: Json
+    revision: int
+
+
+@guests.post("/instances/{instance}/revoke-tokens")
+async def revoke_tokens(
+    instance: InstanceOf, operations: Uses, terms: TermsOf, _: Operator
+) -> FleetGuardChange:
+    """Revoke the instance's tokens, and return once every host that serves it has confirmed it."""
+    done, epoch = await operations.writes.revoke_tokens(instance, terms)
+    return await _guarded(operations, instance, done, epoch)
+
+
+@guests.post("/instances/{instance}/reopen")
+async def reopen_instance(
+    instance: InstanceOf, operations: Uses, terms: TermsOf, _: Operator
+) -> FleetGuardChange:
+    """Let the instance's boot begin now, on every host."""
+    done, epoch = await operations.writes.reopen(instance, terms)
+    return await _guarded(operations, instance, done, epoch)
+
+
+async def _guarded(
+    operations: Operations, instance: InstanceId, done: Done, epoch: int
+) -> FleetGuardChange:
+    found = await operations.confirm(done, {f"guard/{instance}"})
+    return FleetGuardChange(
+        instance, epoch, found.applied, found.pending, found.revision, found.hosts
+    )
+
+
+@guests.get("/instances/{instance}/explain")
+async def explain_instance(
+    instance: InstanceOf,
+    operations: Uses,
+    caller: Reader,
+    path: _Query = None,
+    probe: Annotated[bool, Query()] = False,  # noqa: FBT002 - FastAPI passes it by name
+) -> JSONResponse:
+    """What each of its hosts explains of it, with the host's name."""
+    query = _given(path=path, probe="true" if probe else None)
+    found: list[Any] = []
+    for host in caller.views(operations).stored(instance)[0].hosts:
+        route = path_on_host("instances", instance, "explain")
+        answer = await operations.ask_host(host, route, query)
+        found += [{**one, "host": host} for one in _body(host, answer)]
+    return JSONResponse(found)
+
+
+@guests.get("/instances/{instance}/password")
+async def show_password(instance: InstanceOf, operations: Uses, caller: Operator) -> JSONResponse:
+    """The password that its guest posted, from the first of its hosts that has it."""
+    problem: Exception = plan_writes.no_such("instance", instance)
+    for host in caller.views(operations).stored(instance)[0].hosts:
+        route = path_on_host("instances", instance, "password")
+        try:
+            return JSONResponse(_body(host, await operations.ask_host(host, route, {})))
+        except (NotFound, SourceUnavailable) as error:
+            problem = error
+    raise problem
+
+
+@guests.get("/explain")
+async def explain(  # noqa: PLR0917 - FastAPI passes them by name
+    network: str,
+    address: str,
+    operations: Uses,
+    caller: Reader,
+    path: _Query = None,
+    host: _Host = None,
+) -> JSONResponse:
+    """Who has an address in a network: asked of the host of the instance that has it, or of `host`."""
+    at, one = await _host_of(operations, caller, network, address, host)
+    query = _given(network=at, address=address, path=path)
+    return JSONResponse(
+        {**_body(one, await operations.ask_host(one, "/v1/explain", query)), "host": one}
+    )
+
+
+@guests.get("/documents")
+async def get_document(  # noqa: PLR0917 - FastAPI passes them by name
+    network: str, address: str, path: str, operations: Uses, caller: Operator, host: _Host = None
+) -> JSONResponse:
+    """The answer that a guest gets to `GET path`."""
+    at, one = await _host_of(operations, caller, network, address, host)
+    query = {"network": at, "address": address, "path": path}
+    return JSONResponse(_body(one, await operations.ask_host(one, "/v1/documents", query)))
+
+
+@guests.get("/watch")
+async def watch(
+    operations: Uses,
+    caller: Reader,
+    cursor: _Query = None,
+    instance: _Query = None,
+    host: _Host = None,
+) -> JSONResponse:
+    """What an instance's guest asked for since `cursor`, on the host of the answer before, or the first one."""
+    if instance is None:
+        if host is None:
+            raise RequestRefused("a fleet is watched by instance or host", hint="--instance ID")
+        caller.require(*Role, all_projects=True)
+        hosts: tuple[HostId, ...] = (HostId(host),)
+        query = _given(cursor=cursor)
+    else:
+        views = caller.views(operations)
+        identity = views.find_instance(instance)
+        hosts = views.stored(identity)[0].hosts
+        query = _given(instance=identity, cursor=cursor if host in hosts else None)
+    one = HostId(host) if host in hosts else hosts[-1]
+    answer = _body(one, await operations.ask_host(one, "/v1/watch", query))
+    return JSONResponse({**answer, "host": one})
+
+
+# Policies
+
+
+@guests.get("/policies")
+async def list_policies(operations: Uses, caller: Reader) -> list[FleetPolicy]:
+    """Every scope that has rules."""
+    places = (key.removeprefix(layout.POLICIES) for key in operations.state.keys(layout.POLICIES))
+    found = [_policy(operations, one) for one in sorted(places) if _may_see(caller, one)]
+    return [one for one in found if one.rules]
+
+
+@guests.get("/policies/{place:path}")
+async def show_policy(place: str, operations: Uses, caller: Reader) -> FleetPolicy:
+    """The rules of a scope: `fleet`, `host/ID` or `project/ID`."""
+    if not _may_see(caller, _checked(place)):
+        raise NotFound(f"there is no policy of {place}")
+    return _policy(operations, place)
+
+
+@guests.patch("/policies/{place:path}", openapi_extra=bodies.takes(bodies.PolicyRecord))
+async def patch_policy(
+    place: str, body: bodies.JsonBody, operations: Uses, terms: TermsOf, _: Operator
+) -> FleetWritten:
+    """Change some rules of a scope (RFC 7396: null leaves a rule to less specific scopes)."""
+    return await _put_policy(operations, place, body, terms)
+
+
+@guests.delete("/policies/{place:path}")
+async def clear_policy(place: str, operations: Uses, terms: TermsOf, _: Operator) -> FleetWritten:
+    """Leave all rules of a scope to less specific ones."""
+    return await _put_policy(operations, place, None, terms)
+
+
+async def _put_policy(
+    operations: Operations, place: str, patch: object, terms: Terms
+) -> FleetWritten:
+    def change(old: Mapping[str, Any]) -> Mapping[str, Any]:
+        if patch is None:
+            return {}
+        merged = bodies.merge_patch(old, patch)
+        read = POLICY.read(merged)
+        if isinstance(read, Refused):
+            raise RequestRefused("the policy is not acceptable", problems=read.problems)
+        return POLICY.render(read)
+
+    done = await operations.writes.put_policy(_checked(place), change, terms)
+    item = f"policy/{place}"
+    hosts = (
+        frozenset(operations.enrolled()) if place == "fleet" else operations.state.hosts_with(item)
+    )
+    if place.startswith("host/"):
+        hosts = frozenset([HostId(place.removeprefix("host/"))])
+    return await operations.confirm(Done(done.revision, hosts), {item})
+
+
+def _checked(place: str) -> str:
+    scope, _, subject = place.partition("/")
+    if place != "fleet" and not (scope in {"host", "project"} and layout.is_id(subject)):
+        raise RequestRefused(
+            f"{place} is no scope of a policy",
+            hint="fleet, host/ID or project/ID; networks and instances have theirs in their records",
+        )
+    return place
+
+
+def _may_see(caller: Caller, place: str) -> bool:
+    return caller.scope is None or place == f"project/{caller.scope}"
+
+
+def _policy(operations: Operations, place: str) -> FleetPolicy:
+    rules, revision = plan_writes.read_policy(operations.state.value, place)
+    return FleetPolicy(place, dict(rules), revision)
+
+
+# Hosts
+
+
+def _given(**query: str | None) -> dict[str, str]:
+    return {key: value for key, value in query.items() if value is not None}
+
+
+async def _host_of(
+    operations: Operations, caller: Caller, network: str, address: str, host: str | None
+) -> tuple[str, HostId]:
+    """The network's id, and the host of the instance that has the address there."""
+    views = caller.views(operations)
+    at = views.find_network(network)
+    try:
+        ip = normalise_address(ip_address(address))
+    except ValueError as error:
+        problem = Problem("address", f"{address} is no IP address", "10.0.0.5 or 2001:db8::5")
+        raise RequestRefused(problem.reason, problems=[problem]) from error
+    claims = (await operations.etcd.read(layout.address_claim(at, ip))).kvs
+    if not claims:
+        if host is not None and caller.scope is None:
+            return at, HostId(host)
+        raise NotFound(
+            f"no instance of the fleet has {ip} in network {at}",
+            hint="imdsproxy --fleet URL instance list",
+        )
+    hosts = views.stored(InstanceId(claims[0].value.decode()))[0].hosts
+    return at, HostId(host) if host in hosts else hosts[-1]
+
+
+def _body(host: HostId, answer: Json) -> Any:  # noqa: ANN401 - JSON
+    """What a host answered; its errors are raised as it raised them."""
+    status, body = answer["status"], answer["body"]
+    if status < _BAD:
+        return body
+    message, hint = f"host {host} answered {status}", ""
+    if isinstance(body, dict):
+        message, hint = f"host {host}: {body.get('message', message)}", str(body.get("hint", ""))
+    kind = NotFound if status == _NOT_FOUND else SourceUnavailable
+    raise kind(message, hint=hint)
+
+
+_BAD: Final = 400
+_NOT_FOUND: Final = 404

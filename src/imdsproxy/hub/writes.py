@@ -1,0 +1,390 @@
+"""Changes of a fleet's records, as `plan_writes` has them: planned of what this hub knows, written where that is so.
+
+What another hub wrote meanwhile is in etcd's answer, and the write is planned again. A write whose answer is lost is
+found by its request in the record.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import structlog
+
+from imdsproxy.core.fleet import layout
+from imdsproxy.core.fleet.layout import HostId, StoredInstance, UserData
+from imdsproxy.core.model import InstanceId, Network, NetworkId
+from imdsproxy.core.policy import OperatorOverride
+from imdsproxy.core.records import PlacedInstance
+from imdsproxy.errors import (
+    AdminError,
+    Problem,
+    RequestRefused,
+    SourceCorrupt,
+    SourceRefused,
+    SourceUnavailable,
+    WriteUnknown,
+)
+from imdsproxy.host.clock import Clock
+from imdsproxy.hub import plan_writes
+from imdsproxy.hub.envelope import Envelope
+from imdsproxy.hub.etcd import Committed, Etcd
+from imdsproxy.hub.etcd_messages import Compare, KeyValue, prefix_end
+from imdsproxy.hub.plan_writes import InstancePut, Terms, Transaction, View
+from imdsproxy.hub.state import FleetState
+
+_ATTEMPTS: Final = 5
+_READS_AT_ONCE: Final = 16
+_KIB: Final = 1024
+
+_log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A write is in etcd.
+
+    Attributes:
+        revision: With which it came, or the record's own where it was so already.
+        hosts: Where it has to come in force.
+    """
+
+    revision: int
+    hosts: frozenset[HostId]
+
+
+class _Swept(Exception):
+    """The chunks of user data went before the record was written."""
+
+
+@dataclass(slots=True)
+class _Fresh:
+    """What the hub's copy has, and over it what etcd answered since."""
+
+    state: FleetState
+    read: dict[str, tuple[bytes, int] | None] = field(default_factory=dict)
+    asked: dict[str, None] = field(default_factory=dict)
+    in_ranges: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __call__(self, key: str) -> tuple[bytes, int] | None:
+        if key in self.read:
+            return self.read[key]
+        self.asked[key] = None
+        return self.state.value(key)
+
+    def take(self, compares: Iterable[Compare], kvs: Sequence[KeyValue]) -> None:
+        """What a write was refused for."""
+        found = {one.key: (one.value, one.mod_revision) for one in kvs}
+        for one in compares:
+            if one.range_end:
+                users = (kv for kv in kvs if kv.key.startswith(one.key))
+                self.in_ranges[one.key] = tuple(dict.fromkeys(kv.value.decode() for kv in users))
+            else:
+                self.read[one.key] = found.get(one.key)
+
+    async def refresh(self, etcd: Etcd, keys: Iterable[str] | None = None) -> bool:
+        """Read these keys, or those that only the copy was asked for; whether one is another than there."""
+        asked = list(self.asked if keys is None else keys)
+        limit, changed = asyncio.Semaphore(_READS_AT_ONCE), False
+
+        async def read(key: str) -> bool:
+            async with limit:
+                kvs = (await etcd.read(key)).kvs
+            found = (kvs[0].value, kvs[0].mod_revision) if kvs else None
+            before, self.read[key] = self(key), found
+            return found != before
+
+        for one in await asyncio.gather(*map(read, asked)):
+            changed = changed or one
+        self.asked.clear()
+        return changed
+
+
+@dataclass(slots=True)
+class Writes:
+    """Writes to a fleet's etcd.
+
+    Args:
+        etcd: The store.
+        state: This hub's copy of it.
+        envelope: What seals user data.
+        clock: Unix time.
+        user_data_kib: The largest user data of an instance.
+    """
+
+    etcd: Etcd
+    state: FleetState
+    envelope: Envelope
+    clock: Clock
+    user_data_kib: int = 1024
+
+    def terms(
+        self,
+        request: str,
+        *,
+        create: bool = False,
+        revision: int | None = None,
+        scope: str | None = None,
+    ) -> Terms:
+        """How records are to be written now; see `plan_writes.Terms`."""
+        return Terms(request, int(self.clock.now().timestamp()), create, revision, scope)
+
+    async def put(
+        self,
+        networks: Sequence[Network],
+        instances: Sequence[PlacedInstance],
+        terms: Terms,
+        *,
+        bulk: bool = False,
+    ) -> Done:
+        """Store records, or replace them: all of them, or none.
+
+        Args:
+            networks: The whole records.
+            instances: The same, with their user data.
+            terms: How.
+            bulk: The field of a problem begins with the kind and number of its record.
+
+        Raises:
+            ImdsproxyError: As `plan_writes.plan_put`.
+            RequestRefused: User data is too large, or all of it for one write.
+            SourceUnavailable: etcd does not answer, or is full, or others write the same all the time.
+        """
+
+        def path(number: int) -> tuple[str | int, ...]:
+            return ("instances", number) if bulk else ()
+
+        self.refuse_large([(path(number), one) for number, one in enumerate(instances)])
+        while True:
+            puts = [await self.prepare(one, path(number)) for number, one in enumerate(instances)]
+            try:
+                return await self.write(
+                    lambda view, puts=puts: plan_writes.plan_put(view, networks, puts, terms)  # type: ignore[misc] # mypy#4226
+                )
+            except _Swept:
+                continue
+
+    def refuse_large(
+        self, instances: Iterable[tuple[tuple[str | int, ...], PlacedInstance]]
+    ) -> None:
+        """`RequestRefused` where user data is larger than hubs are set to take."""
+        most = self.user_data_kib * _KIB
+        problems = [
+            Problem(
+                ".".join(map(str, (*path, "user_data"))),
+                f"has {len(one.user_data):,} bytes",
+                f"a fleet takes {self.user_data_kib} KiB: hub.user_data_kib",
+            )
+            for path, one in instances
+            if one.user_data is not None and len(one.user_data) > most
+        ]
+        if problems:
+            raise RequestRefused("user data is too large for a fleet", problems=problems)
+
+    async def prepare(
+        self, instance: PlacedInstance, path: tuple[str | int, ...] = ()
+    ) -> InstancePut:
+        """An instance whose user data is in etcd."""
+        if instance.user_data is None:
+            return InstancePut(instance, path=path)
+        found, revision = await self.store_blob(bytes(instance.user_data))
+        return InstancePut(instance, found, revision, path)
+
+    async def change(
+        self,
+        instance: InstanceId,
+        make: Callable[[StoredInstance], PlacedInstance],
+        terms: Terms,
+        *,
+        keeps_data: bool,
+    ) -> Done:
+        """Read an instance, change it and write it; again where another write was between.
+
+        Args:
+            instance: Which.
+            make: The new record of the old one.
+            terms: How.
+            keeps_data: Its user data stays; otherwise it is the new record's.
+
+        Raises:
+            ImdsproxyError: As `put`, and what `make` raises.
+        """
+        data: tuple[UserData | None, int] | None = None
+        while True:
+            if not keeps_data:
+                record = make(await self.find(instance))
+                self.refuse_large([((), record)])
+                put = await self.prepare(record)
+                data = put.user_data, put.chunk_revision
+
+            def plan(view: View, data: tuple[UserData | None, int] | None = data) -> Transaction:
+                known = plan_writes.read_instance(view, instance)
+                if known is None:
+                    raise plan_writes.no_such("instance", instance)
+                stored = known[0]
+                user_data, revision = (stored.user_data, 0) if data is None else data
+                put = InstancePut(make(stored), user_data, revision)
+                return plan_writes.plan_put(view, [], [put], terms)
+
+            try:
+                return await self.write(plan)
+            except _Swept:
+                continue
+
+    async def find(self, instance: InstanceId) -> StoredInstance:
+        """An instance as etcd has it; `NotFound` where there is none."""
+        view = _Fresh(self.state)
+        known = plan_writes.read_instance(view, instance)
+        if known is None:
+            # This hub's copy may be behind.
+            await view.refresh(self.etcd)
+            known = plan_writes.read_instance(view, instance)
+        if known is None:
+            raise plan_writes.no_such("instance", instance)
+        return known[0]
+
+    async def remove_instance(self, instance: InstanceId, terms: Terms) -> Done:
+        """Remove an instance; raises as `put`, and `NotFound`."""
+        return await self.write(lambda view: plan_writes.plan_removal(view, instance, terms))
+
+    async def remove_network(self, network: NetworkId, terms: Terms) -> Done:
+        """Remove a network; raises as `put`, `NotFound`, and `SourceRefused` where instances have ports in it."""
+        claims = layout.claims_in(network)
+
+        def plan(view: _Fresh) -> Transaction:
+            users = view.in_ranges.get(claims, ())
+            return plan_writes.plan_network_removal(view, network, terms, users)
+
+        hosts = self.state.hosts_with(f"network/{network}")
+        done = await self.write(plan)
+        return Done(done.revision, done.hosts | hosts)
+
+    async def write(self, plan: Callable[[_Fresh], Transaction]) -> Done:
+        """Write what is planned of what is known, again where that has changed.
+
+        Raises:
+            ImdsproxyError: What `plan` raises of what etcd has.
+            SourceUnavailable: As `put`.
+        """
+        view = _Fresh(self.state)
+        for _ in range(_ATTEMPTS):
+            try:
+                planned = plan(view)
+            except (AdminError, SourceRefused, SourceCorrupt):
+                # This hub's copy may be behind.
+                if await view.refresh(self.etcd):
+                    continue
+                raise
+            if not (planned.puts or planned.deletes):
+                return Done(planned.revision, planned.hosts)
+            if not planned.fits:
+                raise RequestRefused(
+                    "this is too much for one write",
+                    hint="at most some forty instances are stored all or none; `--file` takes more",
+                )
+            try:
+                answer = await self.etcd.commit(planned.compares, planned.puts, planned.deletes)
+            except WriteUnknown:
+                keys = [one.key for one in planned.compares if not one.range_end]
+                await view.refresh(self.etcd, keys)
+                continue
+            if isinstance(answer, Committed):
+                return Done(answer.revision, planned.hosts)
+            view.take(planned.compares, answer.kvs)
+            _refuse_swept(view, planned.compares)
+        raise SourceUnavailable("others write the same records all the time", hint="try again")
+
+    async def revoke_tokens(self, instance: InstanceId, terms: Terms) -> tuple[Done, int]:
+        """Revoke the tokens that an instance has now; raises as `put`, and `NotFound`.
+
+        Returns:
+            Also how often its tokens were revoked.
+        """
+        return await self._guard(instance, lambda old: replace(old, epoch=old.epoch + 1), terms)
+
+    async def reopen(self, instance: InstanceId, terms: Terms) -> tuple[Done, int]:
+        """Let an instance's boot begin now; as `revoke_tokens`."""
+        return await self._guard(instance, lambda old: replace(old, reopened_at=terms.now), terms)
+
+    async def _guard(
+        self,
+        instance: InstanceId,
+        change: Callable[[OperatorOverride], OperatorOverride],
+        terms: Terms,
+    ) -> tuple[Done, int]:
+        epoch = 0
+
+        def plan(view: View) -> Transaction:
+            nonlocal epoch
+            planned, epoch = plan_writes.plan_guard(view, instance, change, terms)
+            return planned
+
+        return await self.write(plan), epoch
+
+    async def put_policy(
+        self, place: str, change: Callable[[Mapping[str, Any]], Mapping[str, Any]], terms: Terms
+    ) -> Done:
+        """Change the policy of a scope.
+
+        Args:
+            place: `fleet`, `host/ID` or `project/ID`.
+            change: The new rules of the old ones, as `core.records.network.POLICY` has them; none clears it.
+            terms: How.
+
+        Raises:
+            ImdsproxyError: As `put`, and what `change` raises.
+        """
+        return await self.write(lambda view: plan_writes.plan_policy(view, place, change, terms))
+
+    async def accept_restore(self) -> int:
+        """Take what etcd has as the truth, though hosts had newer; the revision with which it is so."""
+        return (await self.write(plan_writes.plan_acceptance)).revision
+
+    # User data
+
+    async def store_blob(self, data: bytes) -> tuple[UserData, int]:
+        """Put user data into etcd, unless it is there; where it is, and the revision of its first chunk."""
+        found = UserData(hashlib.sha256(data).hexdigest(), len(data))
+        first = layout.blob_key(found.sha256, 0)
+        there = (await self.etcd.read(first)).kvs
+        if there:
+            return found, there[0].mod_revision
+        revision = 0
+        # The first is the last one that is written: with it all of them are there.
+        for number in reversed(range(_chunks(found))):
+            begin = number * layout.CHUNK_BYTES
+            key = layout.blob_key(found.sha256, number)
+            sealed = self.envelope.seal(key, data[begin : begin + layout.CHUNK_BYTES])
+            revision = (await self.etcd.commit((), {key: sealed})).revision
+        return found, revision
+
+    async def read_blob(self, found: UserData) -> bytes:
+        """User data that is in etcd.
+
+        Raises:
+            SourceCorrupt: It is not as it was written.
+            SourceUnavailable: etcd does not answer.
+        """
+        prefix = f"{layout.BLOBS}{found.sha256}/"
+        chunks = (await self.etcd.read(prefix, prefix_end(prefix))).kvs
+        data = b"".join(self.envelope.open(one.key, one.value) for one in chunks)
+        if hashlib.sha256(data).hexdigest() != found.sha256:
+            raise SourceCorrupt(
+                f"user data {found.sha256} is not as it was written", hint="write it again"
+            )
+        return data
+
+
+def _chunks(data: UserData) -> int:
+    return max(1, -(-data.size // layout.CHUNK_BYTES))
+
+
+def _refuse_swept(view: _Fresh, compares: Iterable[Compare]) -> None:
+    for one in compares:
+        if one.key.startswith(layout.BLOBS):
+            found = view.read.get(one.key)
+            if found is None or found[1] != one.revision:
+                raise _Swept

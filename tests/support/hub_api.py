@@ -1,0 +1,250 @@
+"""A hub's API on a unix socket, over a real etcd, and hosts that acknowledge what they get."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import tempfile
+import threading
+import uuid
+from collections.abc import Coroutine, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from imdsproxy.admin_client import AdminClient
+from imdsproxy.core.fleet import layout
+from imdsproxy.core.fleet.layout import HostId
+from imdsproxy.core.fleet.members import (
+    HostState,
+    StoredHost,
+    admits_host,
+    host_key,
+    parse_host,
+    render_host,
+)
+from imdsproxy.core.fleet.stream import (
+    STREAM_PATH,
+    UPGRADE,
+    Ack,
+    Answer,
+    Ask,
+    Batch,
+    Hello,
+    parse_from_hub,
+    render_line,
+)
+from imdsproxy.host.clock import Clock
+from imdsproxy.host.servers import open_unix_socket
+from imdsproxy.hub.api import operators_app
+from imdsproxy.hub.envelope import make_envelope, parse_envelope
+from imdsproxy.hub.etcd import Etcd
+from imdsproxy.hub.etcd_messages import KeyValue, prefix_end
+from imdsproxy.hub.operations import Operations
+from imdsproxy.hub.peers import Peers
+from imdsproxy.hub.state import Change, FleetState
+from imdsproxy.hub.streams import Streams
+from imdsproxy.hub.writes import Writes
+from imdsproxy.serving.http import serve
+from support.etcd_lab import EtcdLab
+
+ENVELOPE = parse_envelope(make_envelope(), "test")
+SERIAL = "7F"
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class HubClient(AdminClient):
+    """Asks with the headers that HAProxy sets."""
+
+    role: str = "operator"
+    scope: str | None = None
+    key: str | None = None
+
+    def _ask(self, method: str, target: str, raw: bytes | None, headers: Mapping[str, str]) -> Any:  # noqa: ANN401 - JSON
+        said = {"role": self.role, "name": f"{self.role}-1", "serial": SERIAL}
+        said |= {} if self.scope is None else {"scope": self.scope}
+        named = {f"x-imdsproxy-{key}": value for key, value in said.items()}
+        named |= {} if self.key is None else {"idempotency-key": self.key}
+        return AdminClient._ask(self, method, target, raw, {**headers, **named})
+
+
+@dataclass
+class HostOfFleet:
+    """A host that applies everything at once.
+
+    Attributes:
+        has: Its items.
+        answers: What its admin API answers, by path.
+        failed: What it says of items.
+    """
+
+    name: str
+    socket: Path
+    has: dict[str, Any] = field(default_factory=dict)
+    answers: dict[str, Any] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)
+
+    async def run(self) -> None:
+        reader, writer = await asyncio.open_unix_connection(str(self.socket), limit=2**26)
+        lines = [
+            f"GET {STREAM_PATH} HTTP/1.1",
+            "connection: upgrade",
+            f"upgrade: {UPGRADE}",
+            "x-imdsproxy-role: host",
+            f"x-imdsproxy-name: {self.name}",
+            f"x-imdsproxy-serial: {SERIAL}",
+        ]
+        writer.write("\r\n".join([*lines, "", ""]).encode())
+        try:
+            assert b" 101 " in await reader.readuntil(b"\r\n\r\n")
+            writer.write(render_line(Hello()))
+            while line := await reader.readline():
+                match parse_from_hub(line):
+                    case Batch() as batch:
+                        self.has |= {key: value for key, (_, value) in batch.put.items()}
+                        for one in batch.remove:
+                            self.has.pop(one, None)
+                        if not batch.more:
+                            writer.write(render_line(Ack(batch.revision, self.failed)))
+                    case Ask(number, path):
+                        self.asked.append(path)
+                        body = self.answers.get(path.partition("?")[0])
+                        status = 404 if body is None else 200
+                        writer.write(render_line(Answer(number, status, body)))
+                    case _:
+                        pass
+        finally:
+            writer.close()
+
+
+@dataclass
+class Hub:
+    """A hub without its HAProxy.
+
+    Attributes:
+        directory: Of its sockets.
+        etcd: Its client.
+    """
+
+    name: str
+    directory: Path
+    etcd: Etcd
+    state: FleetState
+    streams: Streams
+    operations: Operations
+    loop: asyncio.AbstractEventLoop
+    _hosts: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+
+    @property
+    def client(self) -> HubClient:
+        return HubClient(self.directory / "api.sock", waiting=None)
+
+    def run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+        """Run it in the hub's loop."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(60)
+
+    def enrol(self, *hosts: str) -> None:
+        """Let the fleet have hosts."""
+        value = render_host(StoredHost(HostState.ENROLLED, (SERIAL,)))
+        for host in hosts:
+            self.run(self.etcd.commit((), {host_key(HostId(host)): value}))
+
+    def connect(self, host: str) -> HostOfFleet:
+        """A host that is enrolled connects."""
+        one = HostOfFleet(host, self.directory / "stream.sock")
+
+        async def connect() -> None:
+            async with asyncio.timeout(20):
+                while not admits(self.state, HostId(host), SERIAL):
+                    await asyncio.sleep(0.005)
+                self._hosts[host] = asyncio.get_running_loop().create_task(one.run())
+                while host not in self.streams.hosts:
+                    await asyncio.sleep(0.005)
+
+        self.run(connect())
+        return one
+
+    def disconnect(self, host: str) -> None:
+        """It goes away."""
+
+        async def leave() -> None:
+            self._hosts.pop(host).cancel()
+            async with asyncio.timeout(20):
+                while host in self.streams.hosts:
+                    await asyncio.sleep(0.005)
+
+        self.run(leave())
+
+
+def admits(state: FleetState, host: HostId, serial: str) -> bool:
+    found = state.value(host_key(host))
+    return admits_host(None if found is None else parse_host(found[0]), serial)
+
+
+async def _follow(etcd: Etcd, state: FleetState, streams: Streams, ready: asyncio.Event) -> None:
+    snapshot = await etcd.read(layout.PREFIX, prefix_end(layout.PREFIX))
+    state.apply(
+        snapshot.revision, [Change(one.key, one.value, one.mod_revision) for one in snapshot.kvs]
+    )
+    ready.set()
+    async for changes in etcd.follow(layout.PREFIX, snapshot.revision + 1):
+        folded = [
+            Change(one.key, one.value if isinstance(one, KeyValue) else None, one.mod_revision)
+            for one in changes.events
+        ]
+        streams.deliver(state.apply(changes.revision, folded))
+
+
+@contextlib.contextmanager
+def open_hub(lab: EtcdLab, name: str = "hub-1") -> Iterator[Hub]:
+    """A hub in a thread of its own, in the namespace from which etcd is reached."""
+    directory = Path(tempfile.mkdtemp(prefix="imdst-hub-"))
+    made: list[Hub] = []
+    up, end = threading.Event(), threading.Event()
+
+    async def serve_hub() -> None:
+        etcd, state, clock = lab.client(), FleetState(), Clock()
+        streams = Streams(state, clock, lambda host, serial: admits(state, host, serial))
+        writes = Writes(etcd, state, ENVELOPE, clock)
+        operations = Operations(etcd, state, streams, writes, Peers(state, name, clock), clock)
+        meta = layout.render_meta(layout.Meta(str(uuid.UUID(int=7))))
+        if not (await etcd.read(layout.META)).kvs:
+            await etcd.commit((), {layout.META: meta})
+        hub = Hub(name, directory, etcd, state, streams, operations, asyncio.get_running_loop())
+        sockets = [
+            open_unix_socket(directory / f"{one}.sock", mode=0o600) for one in ("api", "stream")
+        ]
+        tasks = [
+            asyncio.ensure_future(one)
+            for one in (
+                _follow(etcd, state, streams, operations.complete),
+                streams.run(sockets[1]),
+                serve(operators_app(operations), sockets[0]),
+            )
+        ]
+        await operations.complete.wait()
+        made.append(hub)
+        up.set()
+        await asyncio.to_thread(end.wait)
+        for task in [*tasks, *hub._hosts.values()]:
+            task.cancel()
+        await asyncio.gather(*tasks, *hub._hosts.values(), return_exceptions=True)
+        await etcd.close()
+
+    def run() -> None:
+        with lab.entered():
+            asyncio.run(serve_hub())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert up.wait(30), "the hub has not come up"
+    try:
+        yield made[0]
+    finally:
+        end.set()
+        thread.join()
+        for one in directory.iterdir():
+            one.unlink()
+        directory.rmdir()

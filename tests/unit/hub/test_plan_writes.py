@@ -1,0 +1,181 @@
+"""Two hubs that write at the same time, with any interleaving, never give one address to two instances."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from imdsproxy.core.fleet import layout
+from imdsproxy.core.fleet.layout import HostId
+from imdsproxy.core.fleet.members import HostState, StoredHost, host_key, render_host
+from imdsproxy.core.model import InstanceId, Network, NetworkId
+from imdsproxy.core.records import PlacedInstance, parse_network, parse_placed
+from imdsproxy.errors import ImdsproxyError
+from imdsproxy.hub.etcd_messages import Compare
+from imdsproxy.hub.plan_writes import (
+    InstancePut,
+    Terms,
+    Transaction,
+    claims_of,
+    plan_network_removal,
+    plan_put,
+    plan_removal,
+    read_instance,
+    record_of,
+)
+
+NETWORKS = ("blue", "red")
+ADDRESSES = ("10.0.0.1", "10.0.0.2", "fe80::5054:ff:fe00:1")
+MACS = ("52:54:00:00:00:01", "52:54:00:00:00:02")
+NAMES = ("one", "two", "three")
+
+Known: TypeAlias = "tuple[bytes, int] | None"
+
+
+@dataclass
+class Store:
+    """What etcd does with a transaction."""
+
+    revision: int = 1
+    keys: dict[str, tuple[bytes, int]] = field(default_factory=dict)
+
+    def commit(self, planned: Transaction) -> dict[str, Known] | None:
+        """Nothing where it is written, else the compared keys as they are."""
+        if not all(map(self._holds, planned.compares)):
+            return {one.key: self.keys.get(one.key) for one in planned.compares}
+        self.revision += 1
+        for key, value in planned.puts.items():
+            self.keys[key] = value, self.revision
+        for key in planned.deletes:
+            self.keys.pop(key, None)
+        return None
+
+    def _holds(self, compare: Compare) -> bool:
+        if compare.range_end:
+            return not any(compare.key <= key < compare.range_end for key in self.keys)
+        found = self.keys.get(compare.key)
+        return (0 if found is None else found[1]) == compare.revision
+
+
+def placed(name: str, ports: list[dict[str, object]]) -> PlacedInstance:
+    found = parse_placed({"id": name, "name": name, "hosts": ["a"], "ports": ports})
+    assert isinstance(found, PlacedInstance)
+    return found
+
+
+def network(name: str) -> Network:
+    found = parse_network({"id": name, "listener": {"bridge": name}})
+    assert isinstance(found, Network)
+    return found
+
+
+def fresh() -> Store:
+    store = Store()
+    enrolled = render_host(StoredHost(HostState.ENROLLED, ("1",)))
+    store.keys[host_key(HostId("a"))] = enrolled, 1
+    return store
+
+
+PORTS = st.lists(
+    st.fixed_dictionaries(
+        {"network": st.sampled_from(NETWORKS)},
+        optional={
+            "mac": st.sampled_from(MACS),
+            "addresses": st.lists(st.sampled_from(ADDRESSES), unique=True, max_size=2),
+        },
+    ),
+    max_size=2,
+)
+ONE_PORT = st.sampled_from(ADDRESSES).map(lambda one: [{"network": "blue", "addresses": [one]}])
+CHANGES = st.one_of(
+    st.tuples(st.just("put"), st.dictionaries(st.sampled_from(NAMES), PORTS, min_size=1)),
+    st.tuples(st.just("put"), st.fixed_dictionaries({"one": ONE_PORT})),
+    st.tuples(st.just("put"), st.fixed_dictionaries({"two": ONE_PORT})),
+    st.tuples(st.just("remove"), st.sampled_from(NAMES)),
+    st.tuples(st.just("network"), st.sampled_from(NETWORKS)),
+    st.tuples(st.just("no network"), st.sampled_from(NETWORKS)),
+)
+
+
+def write(store: Store, change: tuple[str, object], number: int) -> Generator[None, None, None]:
+    """A hub's write, which stops wherever another hub may come between."""
+    # Hubs do not follow claims.
+    seen = {key: one for key, one in store.keys.items() if not key.startswith(layout.CLAIMS)}
+    terms = Terms(f"request-{number}", now=1_700_000_000)
+    users: tuple[str, ...] = ()
+    for _ in range(4):
+        yield
+        try:
+            match change:
+                case "put", dict(wanted):
+                    try:
+                        puts = [InstancePut(placed(name, ports)) for name, ports in wanted.items()]
+                    except AssertionError:
+                        return  # a record that has an address twice
+                    planned = plan_put(seen.get, [], puts, terms)
+                case "network", str(name):
+                    planned = plan_put(seen.get, [network(name)], [], terms)
+                case "no network", str(name):
+                    planned = plan_network_removal(seen.get, NetworkId(name), terms, users)
+                case _, name:
+                    planned = plan_removal(seen.get, InstanceId(str(name)), terms)
+        except ImdsproxyError:
+            return
+        yield
+        if not (planned.puts or planned.deletes):
+            return
+        found = store.commit(planned)
+        if found is None:
+            return
+        seen = {key: one for key, one in (seen | found).items() if one is not None}
+        claims = tuple(layout.claims_in(NetworkId(str(change[1]))) for _ in "1")
+        users = tuple(v.decode() for k, (v, _) in store.keys.items() if k.startswith(claims[0]))
+
+
+def check(store: Store) -> None:
+    """Claims are those of the records, and of one record each; no port is in a network that was removed."""
+    wanted: dict[str, str] = {}
+    for name in NAMES:
+        known = read_instance(store.keys.get, InstanceId(name))
+        if known is None:
+            continue
+        record = record_of(known[0])
+        for key in claims_of(record):
+            assert key not in wanted, f"{wanted[key]} and {name} both have {key}"
+            wanted[key] = name
+        for port in record.ports:
+            stored = layout.parse_network(store.keys[layout.network_key(port.network)][0])
+            assert stored.removed_at is None, f"{name} is in {port.network}"
+    claims = {
+        key: value.decode()
+        for key, (value, _) in store.keys.items()
+        if key.startswith(layout.CLAIMS)
+    }
+    assert claims == wanted
+
+
+@settings(max_examples=120)
+@given(
+    before=st.lists(CHANGES, max_size=4),
+    changes=st.tuples(CHANGES, CHANGES, CHANGES),
+    order=st.lists(st.integers(0, 2), max_size=24),
+)
+def test_writers_with_any_interleaving_never_give_one_address_to_two_instances(
+    before: list[tuple[str, object]], changes: tuple[tuple[str, object], ...], order: list[int]
+) -> None:
+    store = fresh()
+    for number, one in enumerate([("network", "blue"), *before]):
+        for _ in write(store, one, 100 + number):
+            pass
+        check(store)
+    writers = [write(store, one, number) for number, one in enumerate(changes)]
+    revision = store.revision
+    for turn in [*order, *(0, 1, 2) * 9]:
+        next(writers[turn], None)
+        if revision != store.revision:
+            check(store)
+            revision = store.revision
