@@ -9,8 +9,7 @@ from support.guest import IPV4, IPV6
 from support.lab import until
 from support.ovn_world import OvnWorld, open_ovn_world
 
-# A killed database and a stopped ovn-controller take their time beside much else.
-pytestmark = [pytest.mark.root, pytest.mark.alone]
+pytestmark = pytest.mark.root
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +76,11 @@ def test_two_ports_with_one_address_in_a_network_are_a_conflict_and_no_guess(
 ) -> None:
     world.ovn.add_port("a4", "a", 11)
     world.ovn.guest("a4")
-    until(lambda: world.daemon.status()["conflicts"], what="the conflict")
-    assert world.asks_as("a1") != world.ovn.ports["a4"].instance
-    world.ovn.remove_port("a4")
+    try:
+        until(lambda: world.daemon.status()["conflicts"], what="the conflict")
+        assert world.asks_as("a1") != world.ovn.ports["a4"].instance
+    finally:
+        world.ovn.remove_port("a4")
     world.wait_own("a1")
 
 
@@ -87,11 +88,11 @@ def test_guests_are_served_on_while_ovn_controller_is_stopped_and_its_row_is_gon
     world: OvnWorld,
 ) -> None:
     world.ovn.stop_controller()
-    for name in world.guests:
-        assert world.asks_as(name) == world.ovn.ports[name].instance
-    assert {world.ovn.networks[name].namespace for name in "ab"} <= set(world.ovn.left_over())
-    world.ovn.start_controller()
-    world.ovn.sync()
+    try:
+        _are_served(world)
+        assert {world.ovn.networks[name].namespace for name in "ab"} <= set(world.ovn.left_over())
+    finally:
+        world.ovn.sync()
     world.wait_own()
 
 
@@ -99,31 +100,34 @@ def test_guests_are_served_on_while_ovn_controller_is_stopped_and_its_row_is_gon
 def test_guests_are_served_on_over_a_southbound_database_that_is_killed_and_started(
     world: OvnWorld, *, empty: bool
 ) -> None:
-    world.ovn.kill("sb")
-    until(lambda: not world.daemon.status()["sources"][0]["in_sync"], what="the loss")
-    for name in world.guests:
-        assert world.asks_as(name) == world.ovn.ports[name].instance
-    if empty:
-        # Version 25.03 of ovn-controller aborts now and then when its chassis's row is replaced.
-        world.ovn.kill("ovn-controller")
-        world.ovn.empty_southbound()
-    world.ovn.start_database("sb")
-    until(
-        lambda: "no connection" not in str(world.daemon.status()), what="a connection", within_s=30
-    )
-    for name in world.guests:
-        assert world.asks_as(name) == world.ovn.ports[name].instance
-    world.ovn.start_controller()
-    world.ovn.sync()
+    try:
+        with world.ovn.without_southbound(empty=empty):
+            until(lambda: not world.daemon.status()["sources"][0]["in_sync"], what="the loss")
+            _are_served(world)
+        until(
+            lambda: "no connection" not in str(world.daemon.status()),
+            what="a connection",
+            within_s=30,
+        )
+        _are_served(world)
+    finally:
+        world.ovn.sync()
     world.wait_own()
+
+
+def _are_served(world: OvnWorld) -> None:
+    for name in world.guests:
+        assert world.asks_as(name) == world.ovn.ports[name].instance
 
 
 def test_a_network_without_ports_here_loses_its_namespace_and_its_port(world: OvnWorld) -> None:
     network = world.ovn.add_network("c")
     world.add("c1", "c")
-    world.wait_own("c1")
-    del world.guests["c1"]
-    world.ovn.unbind("c1")
+    try:
+        world.wait_own("c1")
+    finally:
+        del world.guests["c1"]
+        world.ovn.unbind("c1")
     until(lambda: network.namespace not in world.ovn.left_over(), what="the namespace's end")
     until(lambda: network.devices[0] not in world.ovn.plugged(), what="the port's end")
     assert network.devices[0] not in world.ovn.lab.host_links()

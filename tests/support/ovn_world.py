@@ -11,6 +11,7 @@ from support.guest import IPV4, Guest, Lost, Reply
 from support.lab import until
 from support.nova_world import SECRET
 from support.ovn_lab import OvnLab, open_ovn
+from support.patience import patience
 from support.recorder import Answer, Received, Recorder, reply
 
 
@@ -49,7 +50,7 @@ class OvnWorld:
     def asks_as(self, name: str, *, to: str = IPV4) -> str:
         """The instance that Nova is asked for when a guest asks; the status where it is not asked."""
         try:
-            answer = self.guests[name].ask("/openstack", to=to, timeout_s=2)
+            answer = self.guests[name].ask("/openstack", to=to, timeout_s=2 * patience())
         except Lost as lost:
             return str(lost)
         return answer.text if answer.status == 200 else str(answer.status)
