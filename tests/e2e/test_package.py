@@ -12,7 +12,7 @@ from support.demonstration import REPOSITORY
 from support.guest import Load
 from support.lab import run
 from support.packaged_daemon import PackagedDaemon, machine_with_dependencies
-from support.packages import EPOCH, RECOMMENDED, Packages, build_packages
+from support.packages import RECOMMENDED, Packages, build_packages
 from support.prometheus import alerts
 from support.systemd_daemon import (
     CONTROLLER,
@@ -299,23 +299,6 @@ def test_the_package_brings_alerts_and_the_pages_that_they_link_to(packages: Pac
 def test_lintian_finds_nothing(packages: Packages) -> None:
     fail_on = ("--fail-on", "error,warning,pedantic")
     assert run("lintian", "--allow-root", *fail_on, str(packages.deb), timeout_s=100) == ""
-
-
-def test_script_package_gives_the_same_bytes_of_the_same_sources_wherever_and_whenever(
-    tmp_path: Path, packages: Packages
-) -> None:
-    shell = f"umask 077; exec {REPOSITORY}/script/package {tmp_path}/dist"
-    elsewhere = {"TZ": "Asia/Tokyo", "LC_ALL": "C", "PYTHONPATH": "/nonexistent"}
-    said = run(
-        *("sh", "-c", shell), timeout_s=200, environment={"SOURCE_DATE_EPOCH": EPOCH, **elsewhere}
-    )
-
-    built = sorted((tmp_path / "dist").iterdir())
-    assert said.splitlines()[-2:] == [str(path) for path in built]
-    # packages were made in a copy, at another time, of files with other modes.
-    kept = sorted((packages.wheel, packages.deb))
-    assert [path.name for path in built] == [path.name for path in kept]
-    assert [path.read_bytes() for path in built] == [path.read_bytes() for path in kept]
 
 
 def test_the_package_depends_on_every_library_and_recommends_what_only_some_of_it_needs(

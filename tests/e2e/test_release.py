@@ -85,7 +85,7 @@ def released(place: Path, tree: Path, tools: Path) -> Path:
 script/release() {{
     case $PWD in
         {tree}) {program} "$@" ;;
-        *) (umask 077; TZ=Asia/Tokyo LC_ALL=C exec faketime "+400 days" {program} "$@") ;;
+        *) (umask 077; TZ=Asia/Tokyo LC_ALL=C PYTHONPATH=/nonexistent exec faketime "+400 days" {program} "$@") ;;
     esac
 }}
 set -eu

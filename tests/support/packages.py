@@ -100,17 +100,17 @@ def _build(place: Path, version: str | None) -> None:
     work = place.with_suffix(".part")
     shutil.rmtree(work, ignore_errors=True)
     sources = work / "sources"
-    for path in _sources():
-        copy = sources / path.relative_to(REPOSITORY)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        # Neither time nor mode is part of what is built.
-        shutil.copyfile(path, copy)
-        copy.chmod(0o700 if os.access(path, os.X_OK) else 0o600)
+    command = [str(REPOSITORY / "script/package"), str(work)]
     if version is not None:
+        for path in _sources():
+            copy = sources / path.relative_to(REPOSITORY)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
         _set_version(sources, version)
-    command = [str(sources / "packaging/build"), sys.executable, str(work)]
-    run(*command, timeout_s=_BUILD_S, environment={"SOURCE_DATE_EPOCH": EPOCH})
-    shutil.rmtree(sources)
+        command = [str(sources / "packaging/build"), sys.executable, str(work)]
+    printed = run(*command, timeout_s=_BUILD_S, environment={"SOURCE_DATE_EPOCH": EPOCH})
+    shutil.rmtree(sources, ignore_errors=True)
+    assert printed.splitlines()[-2:] == sorted(map(str, work.iterdir()))
     work.rename(place)
 
 
