@@ -32,7 +32,7 @@ from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.host.certificates import make_key, render_certificate, render_key
 from imdsproxy.hub.files import FleetFiles, HubNames, add_hub, init_fleet
 
-__all__ = ["GUESTS", "Cost", "Crowd", "Fleet", "guest_record", "open_fleet"]
+__all__ = ["GUESTS", "Cost", "Crowd", "Fleet", "guest_name", "guest_record", "open_fleet"]
 
 _ADDRESS: Final = "127.0.0.1"
 _START_S: Final = 120.0
@@ -297,12 +297,12 @@ class Fleet:
             self.etcd.fill(self.records(first, end))
             self.filled = end
 
-    def record(self, host: int, number: int, tag: str = "") -> tuple[str, bytes]:
+    def record(self, host: int, number: int) -> tuple[str, bytes]:
         """An instance of a simulated host, as etcd has it."""
         name = instance_name(host, number)
         address = f"10.{host // 65536}.{host // 256 % 256}.{host % 256}"
         ports = {network_of(host, number, self.networks): [address]}
-        record = instance(name, ports, with_user_data=False, tag=tag)
+        record = instance(name, ports, with_user_data=False)
         return _instance(record, HostId(host_name(host)))
 
     def shared(self) -> Iterator[tuple[str, bytes]]:
@@ -320,10 +320,10 @@ class Fleet:
             for one in range(GUESTS):
                 yield self.guest(number, one)
 
-    def guest(self, number: int, one: int, tag: str = "") -> tuple[str, bytes]:
+    def guest(self, number: int, one: int) -> tuple[str, bytes]:
         """A guest of a complete host, as etcd has it."""
         host = HostId(host_name(self.hosts + number))
-        record = guest_record(network_name(number), one, tag)
+        record = guest_record(network_name(number), one)
         return _instance(record, host)
 
     def start_hubs(self) -> float:
@@ -369,10 +369,15 @@ class Fleet:
         return daemon
 
 
-def guest_record(name: str, number: int, tag: str = "") -> dict[str, object]:
+def guest_name(number: int, one: int) -> str:
+    """A guest of a complete host."""
+    return f"guest-{network_name(number)}-{one}"
+
+
+def guest_record(name: str, number: int) -> dict[str, object]:
     """A guest of a complete host's network."""
     ports = {name: [guest(number)]}
-    return instance(f"guest-{name}-{number}", ports, with_user_data=False, tag=tag)
+    return instance(f"guest-{name}-{number}", ports, with_user_data=False)
 
 
 def _instance(record: dict[str, object], host: HostId) -> tuple[str, bytes]:

@@ -1,63 +1,94 @@
-"""Writes to a fleet's store, one after the other, on kept connections."""
+"""An operator of a fleet: a hub's API, on a kept connection with a certificate, as `imdsproxy --fleet` uses it."""
 
 from __future__ import annotations
 
-import asyncio
-import threading
+import contextlib
+import json
+import ssl
 import time
 from dataclasses import dataclass
-from typing import Self
+from datetime import UTC, datetime
+from http.client import HTTPException, HTTPSConnection
+from typing import Any, Self
 
-from bench.etcd import EtcdMembers
+from bench.fleet import Fleet
 from bench.place import BenchError
-from imdsproxy.hub.etcd import Committed, Etcd
+from imdsproxy.core.fleet.identity import Role
+from imdsproxy.hub.files import make_operator_pem
 
 __all__ = ["Operator", "Written"]
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A write; times are of the monotonic clock.
+    """A change; times are of the monotonic clock.
 
     Attributes:
-        sent: When it was sent.
-        committed: When the answer was there.
+        sent: When the request was sent.
+        answered: When the answer was there: it is in force on every host that it concerns.
     """
 
     revision: int
     sent: float
-    committed: float
+    answered: float
 
 
 class Operator:
-    """What a hub does for an operator's write, without its checks."""
+    """Asks the first hub; makes its certificate."""
 
-    def __init__(self, members: EtcdMembers) -> None:
-        self._members = members
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._etcd: Etcd | None = None
+    def __init__(self, fleet: Fleet) -> None:
+        self._port = fleet.hubs[0].port
+        pem = fleet.directory / "operator.pem"
+        authority, now = fleet.files.load_authority(), datetime.now(UTC)
+        pem.write_bytes(make_operator_pem(authority, "bench", Role.OPERATOR, None, now))
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        self._context.load_verify_locations(pem)
+        self._context.load_cert_chain(pem)
+        self._connection: HTTPSConnection | None = None
 
     def __enter__(self) -> Self:
-        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._etcd is not None:
-            asyncio.run_coroutine_threadsafe(self._etcd.close(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        if self._connection is not None:
+            self._connection.close()
 
-    def write(self, key: str, value: bytes) -> Written:
-        """One key."""
-        return asyncio.run_coroutine_threadsafe(self._write(key, value), self._loop).result()
+    def tag(self, instance: str, tag: str) -> Written:
+        """Change an instance's tag."""
+        return self._change("PATCH", f"/v1/instances/{instance}", {"tags": {"role": tag}})
 
-    async def _write(self, key: str, value: bytes) -> Written:
-        if self._etcd is None:
-            self._etcd = self._members.open()
+    def set_policy(self, rules: dict[str, object]) -> Written:
+        """Change the policy of the fleet."""
+        return self._change("PATCH", "/v1/policies/fleet", rules)
+
+    def _change(self, method: str, path: str, body: object) -> Written:
         sent = time.monotonic()
-        done = await self._etcd.commit((), {key: value})
-        if not isinstance(done, Committed):
-            raise BenchError("etcd refused a write without a condition")
-        return Written(done.revision, sent, time.monotonic())
+        answer = self.ask(method, path, body)
+        if answer["applied"] is not True:
+            raise BenchError(f"{method} {path}: {str(answer['pending'])[:300]}")
+        return Written(answer["revision"], sent, time.monotonic())
+
+    def ask(self, method: str, path: str, body: object = None) -> Any:  # noqa: ANN401 - JSON
+        """One request; the decoded answer.
+
+        Raises:
+            BenchError: It is an error, or none comes.
+        """
+        if self._connection is None:
+            self._connection = HTTPSConnection(
+                "127.0.0.1", self._port, timeout=120, context=self._context
+            )
+        raw = None if body is None else json.dumps(body).encode()
+        headers = {"content-type": "application/json"}
+        try:
+            self._connection.request(method, path, raw, headers)
+            response = self._connection.getresponse()
+            answer = response.read()
+        except (OSError, HTTPException) as error:
+            with contextlib.suppress(OSError):
+                self._connection.close()
+            self._connection = None
+            raise BenchError(f"{method} {path}: {error}") from error
+        if response.status >= 400:  # noqa: PLR2004 - HTTP's errors
+            raise BenchError(f"{method} {path}: {response.status} {answer[:500]!r}")
+        return json.loads(answer)

@@ -62,6 +62,8 @@ class InForce:
             part = max(0.0, min(left, _ROUND_S))
             here = await self._round(frozenset(pending), revision, items, part)
             pending = {one: why for one in pending if (why := here.get(one, NOT_CONNECTED))}
+            if not pending:
+                break
             passed = loop.time() - begun
             absent = all(why == NOT_CONNECTED for why in pending.values())
             if passed >= timeout_s or (absent and passed >= min(_ABSENT_S, timeout_s)):
@@ -81,13 +83,14 @@ class InForce:
         mine = self.here(hosts, revision, items, timeout_s)
         if not (elsewhere and self.peers.urls()):
             return await mine
-        query = {
-            "revision": str(revision),
-            "hosts": ",".join(sorted(elsewhere)),
-            "within_s": str(timeout_s),
-            **({} if items is None else {"items": ",".join(sorted(items))}),
+        # In a body: a URL with the names of thousands of hosts is refused.
+        body = {
+            "revision": revision,
+            "hosts": sorted(elsewhere),
+            "items": None if items is None else sorted(items),
+            "within_s": timeout_s,
         }
-        asking = self.peers.ask_all(APPLIED_PATH, query, timeout_s + _NETWORK_S)
+        asking = self.peers.ask_all(APPLIED_PATH, {}, timeout_s + _NETWORK_S, body)
         theirs = asyncio.ensure_future(asking)
         found = await mine
         for answer in (await theirs).values():

@@ -190,7 +190,7 @@ class Operations:
         state, hosts = self.state, await self.report_hosts()
         enrolled = [one for one in hosts if one.state == HostState.ENROLLED]
         suspect, urls = state.value(layout.SUSPECT), self.peers.urls()
-        answering = await self.peers.ask_all(APPLIED_PATH, {"hosts": ""}, _ASK_S)
+        answering = await self.peers.ask_all(APPLIED_PATH, {}, _ASK_S, {"hosts": []})
         journals = await self.etcd.read(layout.IMPORTS, prefix_end(layout.IMPORTS))
         return FleetStatus(
             fleet=state.meta.fleet,

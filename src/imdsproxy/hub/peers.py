@@ -52,21 +52,32 @@ class Peers:
         return found
 
     async def ask_all(
-        self, path: str, query: Mapping[str, str], timeout_s: float
+        self, path: str, query: Mapping[str, str], timeout_s: float, body: object = None
     ) -> dict[str, Any]:
-        """What each other hub answers to a GET; those that do not answer are missing."""
+        """What each other hub answers to a GET, or to a POST of a body; those that do not answer are missing."""
         urls = self.urls()
-        asked = (self.ask(url, path, query, timeout_s) for url in urls.values())
+        asked = (self.ask(url, path, query, timeout_s, body) for url in urls.values())
         answers = await asyncio.gather(*asked)
         return {name: one for name, one in zip(urls, answers, strict=True) if one is not None}
 
-    async def ask(self, url: str, path: str, query: Mapping[str, str], timeout_s: float) -> Any:  # noqa: ANN401 - JSON
-        """What one answers to a GET, decoded; `None` where it does not answer, or refuses."""
+    async def ask(
+        self,
+        url: str,
+        path: str,
+        query: Mapping[str, str],
+        timeout_s: float,
+        body: object = None,
+    ) -> Any:  # noqa: ANN401 - JSON
+        """What one answers, decoded; `None` where it does not answer, or refuses."""
         pool = self._connections()
         limits = {"connect": _CONNECT_S, "write": timeout_s, "pool": timeout_s, "read": timeout_s}
         try:
             answer = await pool.request(
-                "GET", f"{url}{path}?{urlencode(query)}", extensions={"timeout": limits}
+                "GET" if body is None else "POST",
+                f"{url}{path}?{urlencode(query)}",
+                headers={} if body is None else {"content-type": "application/json"},
+                content=None if body is None else json.dumps(body).encode(),
+                extensions={"timeout": limits},
             )
             return json.loads(answer.content) if answer.status == 200 else None  # noqa: PLR2004 - HTTP
         except (

@@ -2,7 +2,7 @@
 
 from typing import Annotated, TypeAlias
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
@@ -33,6 +33,17 @@ class WaitBody(BaseModel):
     revision: int = Field(ge=0)
     hosts: list[str] | None = Field(default=None, description="Null for every enrolled host.")
     timeout_s: float = Field(default=60.0, ge=0, le=3600)
+
+
+class AppliedBody(BaseModel):
+    """As `WaitBody`, of hosts that may be connected to the hub that is asked."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    hosts: list[str]
+    revision: int = Field(default=0, ge=0)
+    items: list[str] | None = None
+    within_s: float = Field(default=0.0, ge=0, le=60)
 
 
 @fleet.get("/status")
@@ -68,20 +79,17 @@ async def accept_restore(operations: Uses, caller: Reader) -> FleetWritten:
 
 
 @fleet.get("/applied", include_in_schema=False)
-async def show_applied(
-    operations: Uses,
-    _: _Hub,
-    hosts: Annotated[str | None, Query()] = None,
-    revision: Annotated[int, Query()] = 0,
-    items: Annotated[str | None, Query()] = None,
-    within_s: Annotated[float, Query(le=60)] = 0.0,
-) -> JSONResponse:
-    """For other hubs: what hosts of this one have acknowledged, or which of some have not a revision in force."""
-    if hosts is None:
-        return JSONResponse(operations.in_force.report())
-    asked = [HostId(one) for one in hosts.split(",") if one]
-    chosen = None if items is None else items.split(",")
-    return JSONResponse(await operations.in_force.here(asked, revision, chosen, within_s))
+async def show_applied(operations: Uses, _: _Hub) -> JSONResponse:
+    """For other hubs: what hosts of this one have acknowledged."""
+    return JSONResponse(operations.in_force.report())
+
+
+@fleet.post("/applied", include_in_schema=False)
+async def wait_here(body: AppliedBody, operations: Uses, _: _Hub) -> JSONResponse:
+    """For other hubs: which of some hosts of this one have not a revision in force, and why."""
+    asked = [HostId(one) for one in body.hosts]
+    found = await operations.in_force.here(asked, body.revision, body.items, body.within_s)
+    return JSONResponse(found)
 
 
 @fleet.get("/ask", include_in_schema=False)

@@ -88,7 +88,7 @@ class FleetState:
     revision: int = 0
     meta: Meta = field(default_factory=lambda: Meta(""))
     problems: dict[str, str] = field(default_factory=dict)
-    _entries: dict[str, _Entry] = field(default_factory=dict)
+    _entries: dict[str, dict[str, _Entry]] = field(default_factory=dict)
     _placements: dict[InstanceId, _Placement] = field(default_factory=dict)
     _placed: dict[HostId, set[InstanceId]] = field(default_factory=dict)
     _where: dict[ItemKey, Counter[HostId]] = field(default_factory=dict)
@@ -116,11 +116,12 @@ class FleetState:
         key = change.key
         if change.value is None:
             if key.startswith(layout.HUBS) or key == layout.SUSPECT:
-                self._entries.pop(key, None)
+                self._kin(key).pop(key, None)
             else:
                 self.problems[key] = f"deleted at revision {change.mod_revision} by another program"
             return
-        before = self._entries.get(key)
+        entries = self._kin(key)
+        before = entries.get(key)
         if before is not None and change.mod_revision < before.mod_revision and key != layout.META:
             self.problems[key] = (
                 f"of revision {change.mod_revision}, and before it was of {before.mod_revision}"
@@ -132,7 +133,12 @@ class FleetState:
             self.problems[key] = f"revision {change.mod_revision} is not readable: {error}"
             return
         self.problems.pop(key, None)
-        self._entries[key] = _Entry(change.value, change.mod_revision)
+        entries[key] = _Entry(change.value, change.mod_revision)
+
+    def _kin(self, key: str) -> dict[str, _Entry]:
+        """The entries of a key's kind."""
+        kind = key[: key.find("/", len(layout.PREFIX)) + 1]
+        return self._entries.setdefault(kind, {})
 
     def _fold(self, change: Change, value: bytes, touched: dict[HostId, set[ItemKey]]) -> None:
         key = change.key
@@ -233,7 +239,10 @@ class FleetState:
 
     def _entry(self, item: ItemKey) -> _Entry | None:
         kind, _, rest = item.partition("/")
-        return self._entries.get(_KINDS[kind] + rest) if kind in _KINDS else None
+        if kind not in _KINDS:
+            return None
+        prefix = _KINDS[kind]
+        return self._entries.get(prefix, {}).get(prefix + rest)
 
     def _revision_of(self, item: ItemKey) -> int | None:
         """As the first of `item`."""
@@ -319,12 +328,17 @@ class FleetState:
 
     def value(self, key: str) -> tuple[bytes, int] | None:
         """A key's value and revision; `None` where it is absent."""
-        entry = self._entries.get(key)
+        entry = self._kin(key).get(key)
         return None if entry is None else (entry.value, entry.mod_revision)
 
     def keys(self, prefix: str) -> Iterator[str]:
-        """Every key below it."""
-        return (key for key in self._entries if key.startswith(prefix))
+        """Every key below it; those of other kinds are not looked at."""
+        kinds = (
+            kin
+            for kind, kin in self._entries.items()
+            if kind.startswith(prefix) or prefix.startswith(kind)
+        )
+        return (key for kin in kinds for key in kin if key.startswith(prefix))
 
     def hosts_of(self, instance: InstanceId) -> tuple[HostId, ...]:
         """Where an instance is placed."""

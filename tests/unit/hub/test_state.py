@@ -211,3 +211,13 @@ def test_a_stream_that_breaks_anywhere_leaves_each_host_with_exactly_its_own(
     for host in HOSTS:
         followers[host].take(state.changes_for(host, left.pop(host, set())))
         assert followers[host].items == everything_of(state, host)
+
+
+def test_keys_are_listed_by_what_they_begin_with() -> None:
+    state = fleet(network("blue", 2), instance("web", 3, A), instance("webmail", 4, A))
+    assert set(state.keys(layout.INSTANCES)) == {
+        layout.instance_key(WEB),
+        layout.instance_key(InstanceId("webmail")),
+    }
+    assert len(set(state.keys(f"{layout.INSTANCES}webm"))) == 1
+    assert len(set(state.keys(layout.PREFIX))) == 4
