@@ -210,7 +210,7 @@ class Operations:
             connected=sum(1 for one in enrolled if one.hub is not None),
             behind=[one.host for one in enrolled if one.failed],
             absent=[one.host for one in enrolled if one.hub is None],
-            problems=dict(state.problems),
+            problems={**state.problems, **state.lost},
             imports=[layout.decode(one.value) for one in journals.kvs],
         )
 

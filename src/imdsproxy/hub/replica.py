@@ -140,10 +140,10 @@ class Replica:
         for change in folded:
             if change.key == layout.BEAT:
                 self._beat_seen = self.heard
-            elif change.key in self.state.problems:
-                _log.warning(
-                    "value not taken", key=change.key, reason=self.state.problems[change.key]
-                )
+            if (lost := self.state.lost.get(change.key)) is not None:
+                self.suspect(HostId(self.name), f"{change.key} is {lost}", 0)
+            elif (why := self.state.problems.get(change.key)) is not None:
+                _log.warning("value not taken", key=change.key, reason=why)
         self.streams.deliver(touched)
         of_hosts = (one.key for one in folded if one.key.startswith(layout.HOSTS))
         self.streams.review(HostId(key.removeprefix(layout.HOSTS)) for key in of_hosts)

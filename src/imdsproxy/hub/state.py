@@ -30,6 +30,7 @@ _KINDS: Final[Mapping[str, str]] = {
     "guard": layout.GUARDS,
     "policy": layout.POLICIES,
 }
+_SWEPT: Final = (layout.INSTANCES, layout.NETWORKS, layout.POLICIES)
 _OF_INSTANCE: Final = ("instance", "guard", "keys")
 
 
@@ -81,13 +82,15 @@ class FleetState:
         keys_of: See `InstanceKeys`.
 
     Attributes:
-        problems: By key, values that another program wrote, and keys that one deleted: what was before counts.
+        problems: By key, values that another program wrote: what was before counts.
+        lost: By key, those that were deleted, or are older than before, as after a restore: what was before counts.
     """
 
     keys_of: InstanceKeys = lambda _: None
     revision: int = 0
     meta: Meta = field(default_factory=lambda: Meta(""))
     problems: dict[str, str] = field(default_factory=dict)
+    lost: dict[str, str] = field(default_factory=dict)
     _entries: dict[str, dict[str, _Entry]] = field(default_factory=dict)
     _placements: dict[InstanceId, _Placement] = field(default_factory=dict)
     _placed: dict[HostId, set[InstanceId]] = field(default_factory=dict)
@@ -97,7 +100,14 @@ class FleetState:
     def clear(self) -> None:
         """Forget everything: what is read next counts, whatever was there before."""
         self.revision, self._keys_revision = 0, 0
-        for each in (self.problems, self._entries, self._placements, self._placed, self._where):
+        for each in (
+            self.problems,
+            self.lost,
+            self._entries,
+            self._placements,
+            self._placed,
+            self._where,
+        ):
             each.clear()
 
     def apply(self, revision: int, changes: Iterable[Change]) -> dict[HostId, set[ItemKey]]:
@@ -114,16 +124,16 @@ class FleetState:
 
     def _apply(self, change: Change, touched: dict[HostId, set[ItemKey]]) -> None:
         key = change.key
-        if change.value is None:
-            if key.startswith(layout.HUBS) or key == layout.SUSPECT:
-                self._kin(key).pop(key, None)
-            else:
-                self.problems[key] = f"deleted at revision {change.mod_revision} by another program"
-            return
         entries = self._kin(key)
         before = entries.get(key)
+        if change.value is None:
+            if before is None or _may_go(key, before.value):
+                entries.pop(key, None)
+            else:
+                self.lost[key] = f"deleted at revision {change.mod_revision} by another program"
+            return
         if before is not None and change.mod_revision < before.mod_revision and key != layout.META:
-            self.problems[key] = (
+            self.lost[key] = (
                 f"of revision {change.mod_revision}, and before it was of {before.mod_revision}"
             )
             return
@@ -133,6 +143,7 @@ class FleetState:
             self.problems[key] = f"revision {change.mod_revision} is not readable: {error}"
             return
         self.problems.pop(key, None)
+        self.lost.pop(key, None)
         entries[key] = _Entry(change.value, change.mod_revision)
 
     def _kin(self, key: str) -> dict[str, _Entry]:
@@ -369,6 +380,13 @@ def _needs(record: Mapping[str, Any]) -> tuple[ItemKey, ...]:
     found = {f"network/{port.get('network')}" for port in ports}
     found |= {f"policy/project/{one}" for one in projects if one is not None}
     return tuple(intern(one) for one in sorted(found))
+
+
+def _may_go(key: str, value: bytes) -> bool:
+    """Whether hubs themselves delete a key: what says where a hub is, and removals that are old."""
+    if key.startswith(layout.HUBS) or key == layout.SUSPECT:
+        return True
+    return key.startswith(_SWEPT) and layout.decode(value).get("removed_at") is not None
 
 
 def _instances_first(item: ItemKey) -> tuple[bool, ItemKey]:

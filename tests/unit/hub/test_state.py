@@ -146,15 +146,25 @@ def test_a_value_that_another_program_wrote_or_deleted_changes_nothing() -> None
     for value in (b"", b"[]", b'{"hosts":"a"}', b'{"hosts":[],"record":{"ports":7}}', None):
         assert state.apply(9, [Change(key, value, 9)]) == {}
         assert everything_of(state, A) == before
-        assert key in state.problems
+        assert key in (state.lost if value is None else state.problems)
     state.apply(10, [instance("web", 10, A)])
     assert not state.problems
+    assert not state.lost
 
 
 def test_a_value_of_an_older_revision_is_not_taken() -> None:
     state = fleet(instance("web", 30, A))
     assert state.apply(31, [instance("web", 7, B)]) == {}
     assert everything_of(state, A)["instance/web"][0] == 30
+
+
+def test_an_old_removal_may_be_deleted_and_nothing_else() -> None:
+    removed = StoredInstance((), {}, removed_at=7)
+    key = layout.instance_key(WEB)
+    state = fleet(Change(key, layout.render_instance(removed), 3), instance("db", 4))
+    state.apply(9, [Change(key, None, 9), Change(layout.instance_key(DB), None, 9)])
+    assert set(state.lost) == {layout.instance_key(DB)}
+    assert state.value(key) is None
 
 
 def test_token_keys_are_sent_to_the_hosts_of_their_instances_when_the_fleet_has_others() -> None:
