@@ -514,7 +514,7 @@ LIMITED = "limited-password"
 @pytest.fixture(scope="module")
 def guarded() -> Iterator[EtcdLab]:
     """One member with authentication: `hub` may do what is below /imds/ only. Tokens last for a second."""
-    with etcd_lab(1, tls=False, flags=["--auth-token-ttl=1"]) as lab:
+    with etcd_lab(1, flags=["--auth-token-ttl=1"]) as lab:
         guard(lab)
         yield lab
 
@@ -567,6 +567,13 @@ async def test_a_wrong_password_or_no_right_is_refused_without_secrets(guarded: 
             await etcd.read("/other/key")
         with pytest.raises(SourceRefused, match="permission denied"):
             await etcd.commit(puts={"/other/key": b"taken"})
+
+
+async def test_a_certificate_that_names_a_user_is_an_outage_that_says_so(guarded: EtcdLab) -> None:
+    named = guarded.context_of("hub-with-name", "/CN=hub")
+    async with opened(guarded, user="hub", password=LIMITED, tls=named, timeout_s=1.0) as etcd:
+        with pytest.raises(EtcdUnavailable, match="CommonName of client"):
+            await etcd.read("/imds/a")
 
 
 async def test_etcds_own_rights_do_not_keep_a_user_from_other_keys(guarded: EtcdLab) -> None:

@@ -80,7 +80,8 @@ class EtcdLab:
         if self.tls:
             self._authority = make_authority(self.directory, "etcd-ca")
             addresses = [f"IP:10.250.0.{number}" for number in range(1, self.size + 1)]
-            self._authority.issue("server", names=addresses)
+            # The worst name that it can have: etcd takes some requests for the user of this name.
+            self._authority.issue("server", names=addresses, subject="/CN=root")
             self._client = self._authority.issue("hub", names=["DNS:hub"], subject="/")
         lines = [f"link add {BRIDGE} type bridge", f"link set {BRIDGE} up"]
         batch(self.lab.host, [*lines, f"address add {_HOST}/24 dev {BRIDGE}"])
@@ -121,6 +122,12 @@ class EtcdLab:
         if self._authority is None or self._client is None:
             return None
         return open_tls(self._authority.ca_file, self._client.certificate, self._client.key)
+
+    def context_of(self, name: str, subject: str) -> ssl.SSLContext:
+        """A client's side of TLS, with another certificate."""
+        assert self._authority is not None
+        made = self._authority.issue(name, names=["DNS:hub"], subject=subject)
+        return open_tls(self._authority.ca_file, made.certificate, made.key)
 
     def client(self, *members: Member, **options: Any) -> Etcd:  # noqa: ANN401
         """A client of these members, else of all."""

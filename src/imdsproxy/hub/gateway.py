@@ -13,6 +13,7 @@ from typing import Final, cast
 
 import httpcore
 
+from imdsproxy.errors import quoted
 from imdsproxy.hub import etcd_messages as messages
 from imdsproxy.hub.etcd_messages import Fault, Garbled, Json, Kind
 
@@ -98,7 +99,7 @@ class Gateway:
                 extensions={"timeout": _limits(silence_s)},
             ) as response:
                 if response.status != _OK:
-                    raise Failed(messages.parse_fault(_object(await response.aread())))
+                    raise _refused(response.status, await response.aread())
                 rest: list[bytes] = []
                 async for chunk in response.aiter_stream():
                     *whole, last = chunk.split(b"\n")
@@ -124,15 +125,22 @@ class Gateway:
                 content=json.dumps(body).encode(),
                 extensions={"timeout": _limits(timeout_s)},
             )
+            if response.status != _OK:
+                raise _refused(response.status, response.content)
             answer = _object(response.content)
-        if response.status != _OK or "error" in answer:
+        if "error" in answer:
             raise Failed(messages.parse_fault(answer))
         return answer
 
     @property
     def _headers(self) -> list[tuple[str, str]]:
-        # A member that has lost its leader refuses, in place of waiting for it.
-        headers = [("Content-Type", "application/json"), ("Grpc-Metadata-hasleader", "true")]
+        headers = [
+            # Without it etcd takes the request for one of the user that its own certificate names.
+            ("Accept", "application/json"),
+            ("Content-Type", "application/json"),
+            # A member that has lost its leader refuses, in place of waiting for it.
+            ("Grpc-Metadata-hasleader", "true"),
+        ]
         return [*headers, ("Authorization", self.token)] if self.token else headers
 
     async def _log_in(self, url: str) -> None:
@@ -180,6 +188,15 @@ def _object(content: bytes) -> Json:
     if not isinstance(found, dict):
         raise Garbled("an answer that is no object")
     return cast("Json", found)
+
+
+def _refused(status: int, content: bytes) -> Failed:
+    try:
+        return Failed(messages.parse_fault(_object(content)))
+    except ValueError:
+        # Of what is before the gateway: etcd's checks of certificates and host names, or another program.
+        words = quoted(content.decode(errors="replace").strip())
+        return Failed(Fault(Kind.OUTAGE, f"it answers {status}, {words}", certain=False))
 
 
 def _words(error: Exception) -> str:

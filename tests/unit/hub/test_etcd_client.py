@@ -231,7 +231,7 @@ async def test_compaction_ends_a_watch_after_what_came_before(end: Json) -> None
         {"error": {"code": 14, "message": "etcdserver: no leader", "details": []}},
         {"result": 7},
         watched(9, {"kv": {}}),
-        watched(9, term=1),
+        watched(9, put("/imds/a", 9), term=1),
     ],
 )
 async def test_whatever_else_ends_a_watch_is_an_outage(end: Json) -> None:
