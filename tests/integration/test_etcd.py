@@ -31,7 +31,6 @@ from imdsproxy.hub.etcd_messages import (
     unchanged,
 )
 from imdsproxy.hub.gateway import open_tls
-from imdsproxy.hub.watch import Outage, mirror
 from support.etcd_lab import EtcdLab, etcd_lab
 from support.patience import patience
 
@@ -74,15 +73,27 @@ async def commit(etcd: Etcd, puts: dict[str, bytes]) -> int:
 
 
 class Mirror:
-    """What `mirror` gives, in the background."""
+    """All keys below a prefix, kept up to date in the background as a hub does it."""
 
     def __init__(self, etcd: Etcd, prefix: str) -> None:
-        self.given: list[Snapshot | Changes | Outage] = []
+        self.given: list[Snapshot | Changes | EtcdUnavailable] = []
         self._task = asyncio.create_task(self._run(etcd, prefix))
 
     async def _run(self, etcd: Etcd, prefix: str) -> None:
-        async for one in mirror(etcd, prefix):
-            self.given.append(one)
+        revision = 0
+        while True:
+            try:
+                if not revision:
+                    self.given.append(found := await etcd.read(prefix, prefix_end(prefix)))
+                    revision = found.revision
+                async with contextlib.aclosing(etcd.follow(prefix, revision + 1)) as follow:
+                    async for changes in follow:
+                        self.given.append(changes)
+                        revision = changes.revision
+            except Compacted:
+                revision = 0
+            except EtcdUnavailable as error:
+                self.given.append(error)
 
     @property
     def keys(self) -> dict[str, bytes]:
@@ -99,13 +110,13 @@ class Mirror:
                                 found[event.key] = event.value
                             case Deleted():
                                 found.pop(event.key, None)
-                case Outage():
+                case EtcdUnavailable():
                     pass
         return found
 
     @property
-    def outages(self) -> list[str]:
-        return [str(one.error) for one in self.given if isinstance(one, Outage)]
+    def outages(self) -> list[EtcdUnavailable]:
+        return [one for one in self.given if isinstance(one, EtcdUnavailable)]
 
     async def until(self, holds: Callable[[], object]) -> None:
         async with asyncio.timeout(20 * patience()):
@@ -460,9 +471,7 @@ async def test_a_full_etcd_is_read_and_watched_and_takes_no_writes(
             assert status.quota == 8 << 20
             mirror.given.clear()
             await mirror.until(lambda: mirror.given)
-            assert {type(one.error) for one in mirror.given if isinstance(one, Outage)} == {
-                EtcdFull
-            }
+            assert {type(one) for one in mirror.outages} == {EtcdFull}
             # Deletions are still taken.
             assert isinstance(await etcd.commit(deletes=[f"{below}a"]), Committed)
             single.ctl("compact", str((await etcd.read("/filling")).revision))
@@ -489,7 +498,7 @@ async def test_an_etcd_that_was_restored_is_behind_until_that_is_accepted(
             single.restore(backup, *(("--bump-revision=1000", "--mark-compacted") if bump else ()))
             with pytest.raises(Behind):
                 await etcd.read(f"{below}a")
-            await mirror.until(lambda: mirror.outages and "after revision" in mirror.outages[-1])
+            await mirror.until(lambda: any(isinstance(one, Behind) for one in mirror.outages))
             assert mirror.keys == {f"{below}a": b"2", f"{below}b": b"1"}
         etcd.accept_older()
         found = await etcd.read(below, prefix_end(below))

@@ -101,9 +101,9 @@ class LeaseGone(Exception):
 
 
 class Behind(EtcdUnavailable):
-    """A member answered with an older revision or raft term than one before, and no other member was newer.
+    """What members answer is older, by its revision or raft term, than what was known; and no member was newer in time.
 
-    Either it is stale, or etcd was restored from a backup: then `Etcd.accept_older` makes it readable.
+    etcd was restored from a backup: `Etcd.accept_older` makes it readable. A member that lags does not cause it.
     """
 
 
@@ -153,6 +153,7 @@ class Etcd:
         With `revision` 0 it is the newest: nothing that was committed before the call is missing.
 
         Raises:
+            Behind: All that members answer is older than what was known.
             Compacted: `revision` was compacted.
             EtcdUnavailable: No member answers.
         """
@@ -230,8 +231,9 @@ class Etcd:
 
         Raises:
             Compacted: Changes are missing: read all of it again.
+            Behind: No member is as far as `start_revision`.
             EtcdFull: No change comes, because nothing can be written.
-            EtcdUnavailable: It ended, was silent or behind; the next attempt takes another member.
+            EtcdUnavailable: It ended, was silent or lagged; the next attempt takes another member.
             SourceRefused: The user may not read this.
         """
         url = await self._choose(self._clock.monotonic() + self._timeout_s)
@@ -249,8 +251,10 @@ class Etcd:
                 self._members.fail(url, str(failed))
             else:
                 self._give_up(url, failed)
-            kind = Behind if failed.behind else EtcdUnavailable
-            raise kind(f"{url}: {failed}") from failed
+            if failed.behind:
+                # A member may lag behind the others; whether all of them do, a read shows.
+                await self.read(prefix)
+            raise EtcdUnavailable(f"{url}: {failed}") from failed
 
     async def _watch(
         self, url: str, prefix: str, start_revision: int
@@ -316,6 +320,8 @@ class Etcd:
                     if self._gateway.drop_token(token):
                         continue
                 self._give_up(url, failed, write=write)
+                if failed.behind:
+                    self._members.note_behind(url)
             else:
                 self._members.succeed(url)
                 return parsed
@@ -365,7 +371,7 @@ class Etcd:
                 hint = "check the user, its password and its role in etcd"
                 raise SourceRefused(f"etcd refuses it: {reason}", hint=hint) from failed
             case Kind.OUTAGE:
-                self._members.fail(url, str(failed), behind=failed.behind)
+                self._members.fail(url, str(failed))
         if write and not failed.fault.certain:
             raise WriteUnknown(f"etcd has not confirmed the write: {reason}") from failed
 

@@ -58,15 +58,19 @@ class Members:
         best = min(self._members, key=lambda one: max(one.rests_until, now))
         return best.url, max(0.0, best.rests_until - now)
 
-    def fail(self, url: str, reason: str, *, behind: bool = False) -> None:
+    def fail(self, url: str, reason: str) -> None:
         """It has not answered as it should: others come first, and it rests for longer each time."""
         member = self._find(url)
         # Where others fail as well, it is asked again after its pause.
         self._members.remove(member)
         self._members.append(member)
-        member.failure, member.behind = reason, behind
+        member.failure, member.behind = reason, False
         pause = member.backoff.fail() * self._random.uniform(0.5, 1.0)
         member.rests_until = self._clock.monotonic() + pause
+
+    def note_behind(self, url: str) -> None:
+        """It failed because it answered what was so once."""
+        self._find(url).behind = True
 
     def succeed(self, url: str) -> None:
         """It has answered."""

@@ -13,7 +13,6 @@ import pytest
 from imdsproxy.errors import EtcdFull, EtcdUnavailable, ImdsproxyError, SourceRefused, WriteUnknown
 from imdsproxy.hub.etcd import Behind, Changes, Committed, Compacted, Etcd, Snapshot
 from imdsproxy.hub.etcd_messages import Deleted, KeyValue
-from imdsproxy.hub.watch import Outage, mirror
 from support.fake_etcd import (
     Answer,
     Handler,
@@ -26,7 +25,6 @@ from support.fake_etcd import (
     text,
     watched,
 )
-from support.patience import patience
 
 OUTAGES = [
     {
@@ -273,61 +271,39 @@ async def test_events_from_before_the_start_are_dropped() -> None:
     assert [one.key for one in found.events] == ["/imds/b"]
 
 
-async def test_a_watch_of_a_member_that_lags_is_not_begun() -> None:
-    lagging = by_path(watch=lines(watched(7, created=True)))
-    current = by_path(watch=lines(watched(8, created=True), watched(9, put("/imds/a", 9))))
+async def test_a_member_that_lags_is_left_and_does_not_mean_that_etcd_went_back() -> None:
+    lagging = by_path(watch=lines(watched(7, created=True)), range=range_of(revision=9))
+    events = lines(watched(8, created=True), watched(9, put("/imds/a", 9)))
+    current = by_path(watch=events, range=range_of(revision=9))
     async with client_of(lagging, current) as (etcd, _):
-        with pytest.raises(Behind):
+        with pytest.raises(EtcdUnavailable, match="at revision 7") as caught:
             await changes_of(etcd, 9)
+        assert not isinstance(caught.value, Behind)
         assert revisions(await changes_of(etcd, 9)) == [9]
 
 
-async def test_a_mirror_goes_on_after_the_last_change_and_not_after_what_a_watch_began_with() -> (
-    None
-):
-    first = lines(watched(50, created=True), watched(50, put("/imds/a", 6)), ends=True)
-    second = lines(watched(90, created=True), ends=True)
-    third = lines(watched(90, created=True), watched(90, put("/imds/b", 7)))
-    watch = in_turn(first, second, third)
+async def test_a_watch_of_an_etcd_that_went_back_says_so() -> None:
+    for old in ({"revision": 7, "term": 2}, {"revision": 900, "term": 1}):
+        restored = range_of(**old)
+        watch = lines(watched(old["revision"], created=True, term=old["term"]))
+        ranges = in_turn(range_of(revision=9), restored)
 
-    def handle(path: str, body: Json) -> Answer:
-        return range_of(revision=5) if path.endswith("range") else watch(path, body)
+        def handle(
+            path: str, body: Json, ranges: Handler = ranges, watch: Answer = watch
+        ) -> Answer:
+            return watch if path.endswith("watch") else ranges(path, body)
 
-    async with client_of(handle) as (etcd, members):
-        given = []
-        async with asyncio.timeout(10 * patience()):
-            async with contextlib.aclosing(mirror(etcd, "/imds/")) as running:
-                async for one in running:
-                    given.append(one)
-                    if isinstance(one, Changes) and one.revision == 7:
-                        break
-    assert [type(one) for one in given] == [Snapshot, Changes, Outage, Outage, Changes]
-    starts = [
-        body["create_request"]["start_revision"]
-        for path, body in members[0].requests
-        if "watch" in path
-    ]
-    assert starts == ["6", "7", "7"]
+        async with client_of(handle, timeout_s=0.5) as (etcd, _):
+            await etcd.read("/imds/a")
+            with pytest.raises(Behind):
+                await changes_of(etcd, 10)
 
 
-async def test_a_mirror_reads_all_again_where_changes_were_compacted() -> None:
-    pages = in_turn(range_of(put("/imds/a", 5)), range_of(put("/imds/b", 9), revision=9))
-    watches = in_turn(
-        lines(watched(9, created=True), watched(9, compact_revision="8")),
-        lines(watched(9, created=True)),
-    )
-
-    def handle(path: str, body: Json) -> Answer:
-        return (pages if path.endswith("range") else watches)(path, body)
-
-    async with (
-        client_of(handle) as (etcd, _),
-        contextlib.aclosing(mirror(etcd, "/imds/")) as running,
-    ):
-        first, second = await anext(running), await anext(running)
-    assert isinstance(first, Snapshot)
-    assert isinstance(second, Snapshot)
-    assert [one.key for one in second.kvs] == ["/imds/b"]
+async def test_what_a_watch_begins_with_is_no_change() -> None:
+    begun = lines(watched(90, created=True), watched(95), ends=True)
+    async with client_of(by_path(watch=begun)) as (etcd, _):
+        with pytest.raises(EtcdUnavailable, match="ended without a reason"):
+            await changes_of(etcd, 5)
 
 
 async def test_pages_whose_revision_was_compacted_meanwhile_are_read_again() -> None:
@@ -445,3 +421,8 @@ async def test_a_member_that_failed_rests_and_the_others_are_asked() -> None:
         for _ in range(20):
             await etcd.read("/imds/a")
         assert [len(one.requests) for one in members] == [1, 20]
+    async with client_of(failing, failing, timeout_s=1.0) as (etcd, members):
+        with pytest.raises(EtcdUnavailable, match=r"stopped.*stopped"):
+            await etcd.read("/imds/a")
+        # Without pauses there would be hundreds.
+        assert sum(len(one.requests) for one in members) < 20
