@@ -101,7 +101,7 @@ class LeaseGone(Exception):
 
 
 class Behind(EtcdUnavailable):
-    """What members answer is older, by its revision or raft term, than what was known; and no member was newer in time.
+    """More than half of the members answer what is older, by its revision or raft term, than what was known.
 
     etcd was restored from a backup: `Etcd.accept_older` makes it readable. A member that lags does not cause it.
     """
@@ -153,7 +153,7 @@ class Etcd:
         With `revision` 0 it is the newest: nothing that was committed before the call is missing.
 
         Raises:
-            Behind: All that members answer is older than what was known.
+            Behind: etcd was restored from a backup.
             Compacted: `revision` was compacted.
             EtcdUnavailable: No member answers.
         """
@@ -227,11 +227,11 @@ class Etcd:
     async def follow(self, prefix: str, start_revision: int) -> AsyncGenerator[Changes, None]:
         """All changes below a prefix from a revision on, from one member, for as long as that is sound.
 
-        Go on behind the last revision that it has given. What was received in part is given whole then.
+        Go on after the last revision that it has given. What was received in part is given whole then.
 
         Raises:
             Compacted: Changes are missing: read all of it again.
-            Behind: No member is as far as `start_revision`.
+            Behind: etcd was restored from a backup.
             EtcdFull: No change comes, because nothing can be written.
             EtcdUnavailable: It ended, was silent or lagged; the next attempt takes another member.
             SourceRefused: The user may not read this.
@@ -305,6 +305,7 @@ class Etcd:
         """
         deadline = self._clock.monotonic() + self._timeout_s
         logged_in_anew = False
+        older: set[str] = set()
         while True:
             url = await self._choose(deadline)
             token = self._gateway.token
@@ -320,8 +321,9 @@ class Etcd:
                     if self._gateway.drop_token(token):
                         continue
                 self._give_up(url, failed, write=write)
-                if failed.behind:
-                    self._members.note_behind(url)
+                older |= {url} if failed.behind else set()
+                if len(older) > len(self._members.urls) // 2:
+                    raise Behind(f"etcd went back: {self._members.failures}") from failed
             else:
                 self._members.succeed(url)
                 return parsed
@@ -350,8 +352,7 @@ class Etcd:
         """The member to ask, after its pause."""
         url, pause_s = self._members.choose()
         if self._clock.monotonic() + pause_s >= deadline:
-            kind = Behind if self._members.behind else EtcdUnavailable
-            raise kind(f"etcd does not answer: {self._members.failures}")
+            raise EtcdUnavailable(f"etcd does not answer: {self._members.failures}")
         await asyncio.sleep(pause_s)
         return url
 

@@ -20,7 +20,6 @@ class _Member:
     backoff: Backoff = field(default_factory=lambda: Backoff(_FIRST_S, _LONGEST_S))
     rests_until: float = 0.0
     failure: str = ""
-    behind: bool = False
 
 
 class Members:
@@ -46,11 +45,6 @@ class Members:
         """What was last wrong with each that fails, in words."""
         return "; ".join(f"{one.url}: {one.failure}" for one in self._members if one.failure)
 
-    @property
-    def behind(self) -> bool:
-        """Whether one answered what was so once, and has not answered since."""
-        return any(one.behind for one in self._members)
-
     def choose(self) -> tuple[str, float]:
         """The member to ask, and in how many seconds: the one before while it answers."""
         now = self._clock.monotonic()
@@ -64,19 +58,15 @@ class Members:
         # Where others fail as well, it is asked again after its pause.
         self._members.remove(member)
         self._members.append(member)
-        member.failure, member.behind = reason, False
+        member.failure = reason
         pause = member.backoff.fail() * self._random.uniform(0.5, 1.0)
         member.rests_until = self._clock.monotonic() + pause
-
-    def note_behind(self, url: str) -> None:
-        """It failed because it answered what was so once."""
-        self._find(url).behind = True
 
     def succeed(self, url: str) -> None:
         """It has answered."""
         member = self._find(url)
         member.backoff.succeed()
-        member.rests_until, member.failure, member.behind = 0.0, "", False
+        member.rests_until, member.failure = 0.0, ""
 
     def _find(self, url: str) -> _Member:
         return next(one for one in self._members if one.url == url)

@@ -137,6 +137,16 @@ async def test_a_store_that_went_back_is_behind_until_that_is_accepted() -> None
         assert (await etcd.read("/imds/a")).revision == 4
 
 
+async def test_one_member_that_is_old_does_not_mean_that_etcd_went_back() -> None:
+    old = in_turn(range_of(revision=9), range_of(revision=8))
+    stopped = by_path(range=answer({"code": 14, "message": "etcdserver: stopped"}, 503))
+    async with client_of(old, stopped, stopped, timeout_s=0.5) as (etcd, _):
+        await etcd.read("/imds/a")
+        with pytest.raises(EtcdUnavailable) as caught:
+            await etcd.read("/imds/a")
+        assert not isinstance(caught.value, Behind)
+
+
 async def test_requests_that_overtake_each_other_are_not_old() -> None:
     async with client_of(
         by_path(range=range_of(revision=9), txn=answer({**header(8), "succeeded": True}))
