@@ -40,7 +40,10 @@ def test_the_first_key_seals_and_the_others_still_open() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", [b"", b"secret", b"1 c2VjcmV0", b"1  " + _KEY, b"1 " + _KEY + b"\n1 " + _KEY, b"\xff\n"]
+    "text",
+    [b"", b"secret", b"1 c2VjcmV0", b"1  " + _KEY, b"1 " + _KEY + b"\n1 " + _KEY, b"\xff\n"],
+    # Keys are others in each process that collects tests.
+    ids=["nothing", "a word", "a short key", "two blanks", "a name twice", "no text"],
 )
 def test_a_file_that_holds_no_keys_is_refused_and_not_repeated(text: bytes) -> None:
     with pytest.raises(SecretUnreadable) as raised:
