@@ -333,6 +333,24 @@ def test_no_request_is_smuggled_in_a_body(front: Fronted, host: Client) -> None:
         assert not front.api.fragments, lines
 
 
+def test_chunks_are_taken_from_an_operator_who_imports_records_only(
+    front: Fronted, host: Client, operator: Client
+) -> None:
+    chunks, body = b"Transfer-Encoding: chunked", b"2\r\n{}\r\n0\r\n\r\n"
+    reader = front.certificates.operator("rita", Role.READER)
+    for client, path, status in (
+        (operator, b"/v1/records", 200),
+        (operator, b"/v1/instances", 400),
+        (reader, b"/v1/records", 400),
+        (host, b"/fleet/renew", 400),
+        (None, b"/fleet/enrol", 400),
+    ):
+        answer = front.send(_get(path, chunks, method=b"POST") + body, client)
+        assert (path, _status(answer)) == (path, status)
+    assert front.api.only().body == b"{}"
+    assert _seen(front.api.only()) == Identity(Role.OPERATOR, "anna", operator.serial)
+
+
 def test_a_certificate_whose_names_are_ambiguous_or_could_end_a_header_is_refused(
     front: Fronted,
 ) -> None:

@@ -1,9 +1,10 @@
 """`imdsproxy fleet init|hub-certificate|operator|enrol|revoke|join`: certificates of a fleet, and who belongs to it."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -12,8 +13,13 @@ from imdsproxy.cli.options import argument, flag
 from imdsproxy.core.fleet.identity import LIBRARY_HINT, OPERATOR_ROLES, Role, parse_invitation
 from imdsproxy.errors import ConfigUnreadable, RequestRefused, optional_library
 
+if TYPE_CHECKING:
+    from imdsproxy.admin_client import AdminClient
+
 _DIRECTORY: Final = Path("/etc/imdsproxy/fleet")
+_OPERATOR: Final = Path("/etc/imdsproxy/operator.pem")
 _STANDARD_INPUT: Final = "-"
+_VALID_H: Final = 24.0
 
 fleet_app = typer.Typer(
     help="A fleet of hosts with one store: init, hub-certificate, operator, enrol, revoke, join.",
@@ -28,6 +34,16 @@ Addresses = Annotated[
     flag(
         "--address -a ADDRESS",
         "A DNS name or IP address by which hosts and operators reach the hub; may be repeated.",
+    ),
+]
+Fleet = Annotated[
+    list[str], flag("--fleet URL", "A hub, https://HOST:PORT; may be repeated: one is asked.")
+]
+Certificate = Annotated[
+    Path,
+    flag(
+        "--fleet-certificate FILE",
+        f"What `imdsproxy fleet operator` made (default: {_OPERATOR}).",
     ),
 ]
 HubName = Annotated[str, flag("--name NAME", "The hub's name in the fleet.")]
@@ -131,6 +147,48 @@ def operator(
     )
 
 
+@fleet_app.command("enrol")
+@options.json_command
+def enrol(
+    run: options.Invocation,
+    host: Annotated[str, argument("HOST", "The host's name in the fleet.")],
+    *,
+    fleet: Fleet,
+    valid: Annotated[
+        float, flag("--valid HOURS", "How long the string is good (default: 24).")
+    ] = _VALID_H,
+    fleet_certificate: Certificate = _OPERATOR,
+) -> None:
+    """Invite a host: print one word for `imdsproxy fleet join` there, which is good once. It is a secret."""
+    body = {"host": host, "valid_s": valid * 3600}
+    made = _hubs(fleet, fleet_certificate).request("POST", "/fleet/invitations", body=body)
+    run.output.answer(made, str(made["invitation"]))
+
+
+@fleet_app.command("revoke")
+@options.json_command
+def revoke(
+    run: options.Invocation,
+    name: Annotated[str, argument("NAME", "A host's name in the fleet.")],
+    *,
+    fleet: Fleet,
+    operator: Annotated[
+        bool,
+        flag(
+            "--operator",
+            "It is the name of an operator or a hub: no certificate of it is good any more.",
+        ),
+    ] = False,
+    fleet_certificate: Certificate = _OPERATOR,
+) -> None:
+    """Accept a host no more: its stream is cut at once, and neither certificate nor token is good any more."""
+    kind = "operators" if operator else "hosts"
+    hubs = _hubs(fleet, fleet_certificate)
+    done = hubs.request("POST", f"/fleet/revoked-{kind}", body={"name": name})
+    left = "" if operator else " It serves its guests from its own copy until it is stopped."
+    run.output.answer(done, f"{name} is revoked since revision {done['revision']}.{left}")
+
+
 @fleet_app.command("join")
 @partial(options.command, shared=("as_json", "config"))
 def join(
@@ -163,6 +221,12 @@ def join(
         f"This host is {parsed.host} of the fleet; its certificate is {files.certificate}.\n"
         "Set sources.fleet.enabled, then `systemctl restart imdsproxy`.",
     )
+
+
+def _hubs(urls: Sequence[str], certificate: Path) -> "AdminClient":
+    from imdsproxy.admin_client import FleetClient  # noqa: PLC0415 - `--help` need not load it
+
+    return FleetClient(certificate, urls=tuple(urls))
 
 
 def _now() -> datetime:

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 
 from imdsproxy.admin.problems import ERRORS, new_app
+from imdsproxy.hub.enrolment import Enrolment
 from imdsproxy.hub.operations import Operations
 from imdsproxy.hub.peers import Peers
 from imdsproxy.hub.routes import records
+from imdsproxy.hub.routes_enrolment import enrolment
 from imdsproxy.hub.routes_fleet import fleet
 from imdsproxy.hub.routes_guests import guests
 from imdsproxy.hub.writes import Writes
@@ -31,6 +33,7 @@ def build_api(hub: Hub) -> FastAPI:
         Operations(hub.etcd, hub.state, hub.streams, writes, peers, hub.clock, replica.complete)
     )
     app.state.hub = hub
+    app.state.enrolment = Enrolment(hub.etcd, hub.authority, hub.clock)
     return app
 
 
@@ -45,4 +48,5 @@ def operators_app(operations: Operations | None) -> FastAPI:
     app.include_router(records, prefix="/v1", responses=ERRORS)
     app.include_router(guests, prefix="/v1", responses=ERRORS)
     app.include_router(fleet, prefix="/fleet", responses=ERRORS)
+    app.include_router(enrolment, prefix="/fleet", responses=ERRORS)
     return app

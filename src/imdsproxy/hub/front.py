@@ -120,6 +120,7 @@ def render_front(spec: FrontSpec) -> str:
         "stream_path": stream.STREAM_PATH,
         "blob_path": f"^{stream.BLOB_PATH}[0-9a-f]{{64}}$",
         "hub_paths": "/fleet/",
+        "import_path": "/v1/records",
         "upgrade": stream.UPGRADE,
         "retry_after_s": RETRY_AFTER_S,
         "answer_s": _ANSWER_S,

@@ -1,0 +1,166 @@
+"""How hosts come into a fleet and out of it: invited with a one-time token, certified, renewed, revoked.
+
+What becomes of a host's value is decided in `core.fleet.members`; here it is read and written, again where another hub
+was faster.
+"""
+
+import asyncio
+import math
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import structlog
+
+from imdsproxy.core.fleet.identity import Identity, Invitation, spell_serial
+from imdsproxy.core.fleet.layout import HostId
+from imdsproxy.core.fleet.members import (
+    StoredHost,
+    StoredOperator,
+    host_key,
+    operator_key,
+    parse_host,
+    plan_enrolment,
+    plan_invitation,
+    plan_renewal,
+    plan_revocation,
+    render_host,
+    render_operator,
+)
+from imdsproxy.errors import SourceUnavailable, WriteUnknown
+from imdsproxy.host.certificates import render_certificate
+from imdsproxy.host.clock import Clock
+from imdsproxy.hub.authority import Authority, parse_request
+from imdsproxy.hub.etcd import Committed, Etcd
+from imdsproxy.hub.etcd_messages import unchanged
+
+INVITATION_S: Final = 24 * 3600
+_TOKEN_BYTES: Final = 32
+_ATTEMPTS: Final = 5
+_PAUSE_S: Final = 0.02
+
+_log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Certified:
+    """What a host gets: its certificate and the CA's, PEM."""
+
+    certificate: str
+    authority: str
+
+
+@dataclass(frozen=True, slots=True)
+class Enrolment:
+    """The hosts of a fleet, and who may not be an operator any more.
+
+    Args:
+        etcd: Where they are.
+        authority: What signs.
+        clock: Unix time.
+    """
+
+    etcd: Etcd
+    authority: Authority
+    clock: Clock
+
+    async def invite(
+        self, host: HostId, urls: Sequence[str], life_s: float = INVITATION_S
+    ) -> Invitation:
+        """A new token for a host, in the place of one before.
+
+        Args:
+            host: A name as `model.ID_PATTERN`.
+            urls: Of the hubs.
+            life_s: How long the token is good.
+
+        Raises:
+            SourceUnavailable: etcd does not answer, or others write the host all the time.
+        """
+        token = secrets.token_urlsafe(_TOKEN_BYTES)
+        expires_at = math.ceil(self.clock.now().timestamp() + life_s)
+        await self._write(host, lambda stored: plan_invitation(stored, token, expires_at))
+        _log.info("host invited", host=host)
+        return Invitation(host, tuple(urls), self.authority.fingerprint, token)
+
+    async def enrol(self, host: HostId, token: str, request: str) -> Certified:
+        """A certificate for a host that has its token, once.
+
+        Args:
+            host: Its name.
+            token: Of its invitation.
+            request: Its certificate signing request, PEM.
+
+        Raises:
+            AccessDenied: The token is not good.
+            RequestRefused: The request is none.
+            SourceUnavailable: As `invite`.
+        """
+        key, now = parse_request(request), self.clock.now()
+        signed = self.authority.certify_host(key, host, now)
+        serial = spell_serial(signed.serial_number)
+        await self._write(
+            host, lambda stored: plan_enrolment(stored, token, serial, now.timestamp())
+        )
+        _log.info("host enrolled", host=host, serial=serial)
+        return self._certified(render_certificate(signed))
+
+    async def renew(self, identity: Identity, request: str) -> Certified:
+        """The next certificate for a host that has shown one.
+
+        Raises:
+            AccessDenied: The one that it has shown is not good any more.
+            RequestRefused: The request is none.
+            SourceUnavailable: As `invite`.
+        """
+        host, key = HostId(identity.name), parse_request(request)
+        signed = self.authority.certify_host(key, host, self.clock.now())
+        serial = spell_serial(signed.serial_number)
+        await self._write(host, lambda stored: plan_renewal(stored, identity.serial, serial))
+        _log.info("host's certificate renewed", host=host, serial=serial)
+        return self._certified(render_certificate(signed))
+
+    async def revoke(self, host: HostId) -> int:
+        """Accept no certificate and no token of a host any more; hubs cut its stream when they see it.
+
+        Returns:
+            The revision from which on it is so.
+
+        Raises:
+            NotFound: The fleet has no such host.
+            SourceUnavailable: As `invite`.
+        """
+        revision = await self._write(host, lambda stored: plan_revocation(host, stored))
+        _log.warning("host revoked", host=host)
+        return revision
+
+    async def revoke_operator(self, name: str) -> int:
+        """Accept no certificate of an operator's or hub's name any more; the revision from which on it is so."""
+        value = render_operator(StoredOperator(int(self.clock.now().timestamp())))
+        done = await self.etcd.commit((), {operator_key(name): value})
+        _log.warning("operator revoked", name=name)
+        return done.revision
+
+    async def _write(self, host: HostId, plan: Callable[[StoredHost | None], StoredHost]) -> int:
+        key, wanted = host_key(host), None
+        for attempt in range(_ATTEMPTS):
+            found = (await self.etcd.read(key)).kvs
+            stored = parse_host(found[0].value) if found else None
+            if found and stored == wanted:
+                # Written, though etcd did not confirm it.
+                return found[0].mod_revision
+            wanted = plan(stored)
+            before = unchanged(key, found[0].mod_revision if found else 0)
+            try:
+                done = await self.etcd.commit([before], {key: render_host(wanted)})
+            except WriteUnknown:
+                done = None
+            if isinstance(done, Committed):
+                return done.revision
+            await asyncio.sleep(_PAUSE_S * 2**attempt)
+        raise SourceUnavailable(f"host {host} could not be written", hint="try again")
+
+    def _certified(self, certificate: bytes) -> Certified:
+        ca = render_certificate(self.authority.certificate)
+        return Certified(certificate.decode(), ca.decode())

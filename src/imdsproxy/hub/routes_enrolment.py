@@ -1,0 +1,117 @@
+"""The routes by which hosts come into a fleet and out of it: for hosts to enrol and renew, for operators the rest."""
+
+from typing import Annotated, Final, TypeAlias, cast
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import BaseModel, ConfigDict, Field
+
+from imdsproxy.core.fleet import layout
+from imdsproxy.core.fleet.identity import Role, render_invitation
+from imdsproxy.core.fleet.layout import HostId
+from imdsproxy.core.model import ID_PATTERN
+from imdsproxy.hub.authority import MAX_REQUEST
+from imdsproxy.hub.callers import Operator, Uses, admit
+from imdsproxy.hub.enrolment import INVITATION_S, Certified, Enrolment
+
+enrolment = APIRouter()
+
+_LONGEST_S: Final = 30 * 24 * 3600
+_Name = Annotated[str, Field(pattern=ID_PATTERN)]
+_SigningRequest = Annotated[str, Field(max_length=MAX_REQUEST, description="PEM.")]
+
+
+async def _enrolment(request: Request) -> Enrolment:
+    return cast("Enrolment", request.app.state.enrolment)
+
+
+_Uses: TypeAlias = Annotated[Enrolment, Depends(_enrolment)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class EnrolBody(_Body):
+    """What a host sends that joins."""
+
+    host: _Name
+    token: str = Field(max_length=128, description="Of its invitation; good once.")
+    request: _SigningRequest
+
+
+class RenewBody(_Body):
+    """What a host sends that renews its certificate."""
+
+    request: _SigningRequest
+
+
+class InviteBody(_Body):
+    """Which host is invited."""
+
+    host: _Name
+    valid_s: float = Field(default=INVITATION_S, ge=60, le=_LONGEST_S)
+
+
+class RevokeBody(_Body):
+    """Which host, or which operator or hub, is not accepted any more."""
+
+    name: _Name
+
+
+class InvitationShape(BaseModel):
+    """What a host joins with."""
+
+    host: str
+    invitation: str = Field(description="For `imdsproxy fleet join`. A secret, good once.")
+
+
+class RevokedShape(BaseModel):
+    """From which revision on it is so."""
+
+    name: str
+    revision: int
+
+
+@enrolment.post("/enrol")
+async def enrol(body: EnrolBody, enrolment: _Uses) -> Certified:
+    """For a host with a token: its certificate."""
+    return await enrolment.enrol(HostId(body.host), body.token, body.request)
+
+
+@enrolment.post("/renew")
+async def renew(body: RenewBody, request: Request, operations: Uses, enrolment: _Uses) -> Certified:
+    """For a host with a certificate: the next one."""
+    caller = await admit(operations, request.headers)
+    caller.require(Role.HOST)
+    return await enrolment.renew(caller.identity, body.request)
+
+
+@enrolment.post("/invitations")
+async def invite(
+    body: InviteBody, operations: Uses, caller: Operator, enrolment: _Uses
+) -> InvitationShape:
+    """A one-time token for a host, in a string with what else it needs."""
+    caller.require(Role.OPERATOR, all_projects=True)
+    urls = [
+        str(layout.decode(found[0])["url"])
+        for key in operations.state.keys(layout.HUBS)
+        if (found := operations.state.value(key)) is not None
+    ]
+    made = await enrolment.invite(HostId(body.host), sorted(urls), body.valid_s)
+    return InvitationShape(host=body.host, invitation=render_invitation(made))
+
+
+@enrolment.post("/revoked-hosts")
+async def revoke_host(body: RevokeBody, caller: Operator, enrolment: _Uses) -> RevokedShape:
+    """Accept a host no more: its stream is cut, its certificate and token are no longer good."""
+    caller.require(Role.OPERATOR, all_projects=True)
+    revision = await enrolment.revoke(HostId(body.name))
+    return RevokedShape(name=body.name, revision=revision)
+
+
+@enrolment.post("/revoked-operators")
+async def revoke_operator(body: RevokeBody, caller: Operator, enrolment: _Uses) -> RevokedShape:
+    """Accept no certificate of this name of an operator or hub any more, also none that is made later."""
+    caller.require(Role.OPERATOR, all_projects=True)
+    revision = await enrolment.revoke_operator(body.name)
+    return RevokedShape(name=body.name, revision=revision)
