@@ -3,27 +3,28 @@
 import asyncio
 import json
 import re
-import signal
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from imdsproxy.cli.takeover.plan import Action, EditSettings, StartAgent
 from imdsproxy.core.model import Scope
 from imdsproxy.host.namespaces import NamespaceDirectory
 from imdsproxy.host.process import command_name
 from imdsproxy.sources.neutron_namespaces.proxies import DhcpProxies
 from support.daemon import Daemon
-from support.guest import Guest, Load, Lost, Reply
-from support.lab import NETNS, processes_in, until
+from support.dhcp_client import take_lease
+from support.guest import IPV4, IPV6, Guest, Load, Lost, Reply
+from support.lab import NETNS, ip, processes_in, until
 from support.neutron_agents import NeutronHost, open_agents
+from support.takeovers import run_takeover
 
 # Neutron's server and agents have time-outs of their own, and one of their hosts is enough for a machine.
-pytestmark = [pytest.mark.root, pytest.mark.alone]
+pytestmark = [pytest.mark.root, pytest.mark.alone, pytest.mark.timeout(900)]
 
 _WITHIN_S = 60.0
 
@@ -37,10 +38,10 @@ class DhcpWorld:
     guest: Guest
     instance: str
 
-    def asked_uuid(self) -> str:
+    def asked_uuid(self, *, to: str = IPV4) -> str:
         """Who the guest is, by what it reads; else the status, or why nothing listens."""
         try:
-            reply = self.guest.ask("/openstack/latest/meta_data.json")
+            reply = self.guest.ask("/openstack/latest/meta_data.json", to=to)
         except Lost as error:
             return str(error)
         return str(json.loads(reply.body)["uuid"]) if reply.status == 200 else str(reply.status)
@@ -65,6 +66,32 @@ class DhcpWorld:
             re.findall(r"^tag:[^,]+,([^,]+),169\.254\.169\.254/32,([^,\n]+)", text, re.MULTILINE)
         )
 
+    @contextmanager
+    def subnet6(self) -> Iterator[None]:
+        """The network has a subnet of IPv6 for the block."""
+        rest = self.host.openstack.rest
+        six = {"ip_version": 6, "cidr": "fd00:9::/64", "network_id": self._network}
+        modes = dict.fromkeys(("ipv6_ra_mode", "ipv6_address_mode"), "dhcpv6-stateful")
+        subnet = rest.create("subnet", **six, **modes)["id"]
+        try:
+            yield
+        finally:
+            rest.delete("subnet", subnet)
+
+    @contextmanager
+    def routed(self) -> Iterator[None]:
+        """The network has a router for the block."""
+        rest = self.host.openstack.rest
+        (subnet,) = (one["id"] for one in rest.list("subnet") if one["network_id"] == self._network)
+        router = rest.create("router", name="r-green")["id"]
+        join = {"subnet_id": subnet}
+        rest.send("PUT", f"/routers/{router}/add_router_interface", join)
+        try:
+            yield
+        finally:
+            rest.send("PUT", f"/routers/{router}/remove_router_interface", join)
+            rest.delete("router", router)
+
     @property
     def state(self) -> Path:
         """The agent's files."""
@@ -79,24 +106,36 @@ class DhcpWorld:
         found = processes_in(self.host.dhcp_namespace("net-green"))
         return {name for pid in found if (name := command_name(pid))}
 
-    def run(self, *words: str) -> None:
-        """Run a command of imdsproxy's, which has the controller restarted by a file in the place of systemd."""
-        asked, done = (self.daemon.directory / name for name in ("asked", "done"))
-        restart = f"touch {asked}; while [ ! -e {done} ]; do sleep 0.05; done; rm {done}"
+    def run(self, *words: str, killed_after: type[Action] | None = None) -> None:
+        """Run a command of imdsproxy's, which has agent and controller restarted."""
+        agent = self.host.agents["dhcp"]
+        run_takeover(self.daemon, agent, *words, killed_after=killed_after)
 
-        def restarts() -> bool:
-            if asked.exists():
-                asked.unlink()
-                self.daemon.kill_controller(signal.SIGTERM)
-                self.daemon.start(ready=False)
-                done.touch()
-            return running.done()
+    def lease(self, directory: Path) -> str:
+        """The route to metadata that a lease of now brings the guest."""
+        assert take_lease(self.guest.namespace, directory) == "10.0.0.5"
+        return ip("-n", self.guest.namespace, "route", "show", "169.254.169.254")
 
-        with ThreadPoolExecutor(1) as pool:
-            running = pool.submit(self.daemon.command, *words, "--restart", restart)
-            until(restarts, within_s=_WITHIN_S, what="the end of the command")
-        ended = running.result()
-        assert ended.status == 0, f"{ended.out}{ended.err}"
+    def dry_run(self, *words: str) -> str:
+        """What the command would do."""
+        return run_takeover(self.daemon, self.host.agents["dhcp"], *words, "--dry-run").out
+
+    @contextmanager
+    def agent_with(self, line: str) -> Iterator[Path]:
+        """The agent runs with a line in the place of `enable_isolated_metadata` for the block; its settings file."""
+        settings = self.state / "etc" / "dhcp_agent.ini"
+        before = settings.read_text()
+        settings.write_text(before.replace("enable_isolated_metadata = true\n", line))
+        assert settings.read_text() != before
+        self.host.restart_dhcp_agent()
+        try:
+            yield settings
+        finally:
+            settings.write_text(before)
+            self.host.restart_dhcp_agent()
+            # As the guest was plugged in.
+            way = ("169.254.169.254", "via", self.host.dhcp_address("net-green"))
+            ip("-n", self.guest.namespace, "route", "replace", *way)
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +179,54 @@ def test_takeover_and_handback_lose_no_request_and_the_agent_runs_on(world: Dhcp
     assert not list(world.host.programs.iterdir())
 
 
+def test_takeover_has_leases_name_the_route_where_the_agent_named_none_and_handback_takes_it_back(
+    world: DhcpWorld, tmp_path: Path
+) -> None:
+    def routes() -> str:
+        return world.lease(tmp_path)
+
+    own = world.host.dhcp_address("net-green")
+    with world.agent_with("") as settings:
+        before = settings.read_text()
+        assert (world.ways(), routes(), world.is_wanted()) == (set(), "", False)
+        dry = world.dry_run("takeover", "dhcp")
+        assert f"set enable_isolated_metadata = True in {settings}" in dry
+        assert settings.read_text() == before
+        for action in (EditSettings, StartAgent):
+            world.run("takeover", "dhcp", killed_after=action)
+        # The agent does its part alone; while it starts its DHCP servers anew there is nothing to see of it.
+        until(world.is_wanted, within_s=_WITHIN_S)
+        world.run("takeover", "dhcp")
+        assert f"via {own} " in routes()
+        assert world.asked_uuid() == world.instance
+        with world.subnet6():
+            until(lambda: world.asked_uuid(to=IPV6) == world.instance, within_s=_WITHIN_S)
+        assert world.programs() == {"dnsmasq", "sleep"}
+        assert "all is done already" in world.dry_run("takeover", "dhcp")
+        world.run("handback", "dhcp")
+        assert settings.read_text() == before
+        until(lambda: world.ways() == set(), within_s=_WITHIN_S)
+        assert routes() == ""
+        assert world.programs() == {"dnsmasq"}
+        assert not list(world.host.programs.iterdir())
+
+
+def test_where_metadata_is_forced_guests_with_a_router_are_served_too(
+    world: DhcpWorld, tmp_path: Path
+) -> None:
+    own = world.host.dhcp_address("net-green")
+    with world.agent_with("force_metadata = true\n") as settings, world.routed():
+        before = settings.read_text()
+        until(lambda: {way for _, way in world.ways()} == {own}, within_s=_WITHIN_S)
+        world.run("takeover", "dhcp")
+        assert settings.read_text() == before
+        assert f"via {own} " in world.lease(tmp_path)
+        assert world.asked_uuid() == world.instance
+        assert world.programs() == {"dnsmasq", "sleep"}
+        world.run("handback", "dhcp")
+        until(lambda: world.asked_uuid() == world.instance, within_s=_WITHIN_S)
+
+
 def _wrong(instance: str, _: Guest, reply: Reply) -> str | None:
     ours = reply.status == 200 and json.loads(reply.body)["uuid"] == instance
     return None if ours else f"{reply.status} {reply.body[:80]!r}"
@@ -148,19 +235,13 @@ def _wrong(instance: str, _: Guest, reply: Reply) -> str | None:
 def test_a_lease_names_the_way_to_metadata_and_a_network_with_a_router_has_another(
     world: DhcpWorld,
 ) -> None:
-    rest, network = world.host.openstack.rest, world.host.network("net-green")
     own = world.host.dhcp_address("net-green")
     assert world.ways() == {("option:classless-static-route", own), ("249", own)}
     assert world.is_wanted()
-    (subnet,) = (one["id"] for one in rest.list("subnet") if one["network_id"] == network)
-    router = rest.create("router", name="r-green")["id"]
-    join = {"subnet_id": subnet}
-    rest.send("PUT", f"/routers/{router}/add_router_interface", join)
-    # The router answers for metadata: the agent ends its proxy, and imdsproxy's listener follows a minute later.
-    until(lambda: not world.is_wanted(), within_s=_WITHIN_S)
-    assert {way for _, way in world.ways()} == {"10.0.0.1"}
-    rest.send("PUT", f"/routers/{router}/remove_router_interface", join)
-    rest.delete("router", router)
+    with world.routed():
+        # The router answers for metadata: the agent ends its proxy, and imdsproxy's listener follows a minute later.
+        until(lambda: not world.is_wanted(), within_s=_WITHIN_S)
+        assert {way for _, way in world.ways()} == {"10.0.0.1"}
     until(world.is_wanted, within_s=_WITHIN_S)
     until(lambda: {way for _, way in world.ways()} == {own}, within_s=_WITHIN_S)
 

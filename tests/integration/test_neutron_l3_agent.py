@@ -1,17 +1,23 @@
 """Routers of the genuine neutron-l3-agent, which neither redirects nor starts a proxy, are served by imdsproxy."""
 
 import json
-import signal
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import pytest
 
-from imdsproxy.cli.takeover.l3 import disable_proxies
+from imdsproxy.cli.takeover.l3 import PROXIES
 from imdsproxy.cli.takeover.observe import find_proxies
+from imdsproxy.cli.takeover.plan import (
+    Action,
+    EditSettings,
+    Restart,
+    StartAgent,
+    WaitServed,
+    WriteSettings,
+)
 from support.daemon import Daemon
 from support.guest import IPV4, IPV6, Guest, Load, Lost, Reply
 from support.l3_routers import (
@@ -26,9 +32,12 @@ from support.lab import ip, until
 from support.neutron_agents import NeutronHost, open_agents
 from support.openstack.lab import OpenStack
 from support.routers import sniffing
+from support.takeovers import run_takeover
 
-pytestmark = [pytest.mark.root, pytest.mark.alone]
+pytestmark = [pytest.mark.root, pytest.mark.alone, pytest.mark.timeout(900)]
 
+# This mode is for routers of every kind.
+_OPTIONS = {"enable_metadata_proxy": "false", "agent_mode": "dvr_snat"}
 _ROUTERS = ("r-blue", "r-red")
 _GUESTS = {
     "blue": ("net-blue", "10.0.0.5", "10.0.0.1"),
@@ -56,41 +65,9 @@ class L3World:
         own = self.instances[name]
         until(lambda: self._asks_as(name, to) == own, what=f"{name} is itself", within_s=30)
 
-    def command(self, *words: str) -> None:
-        """Run a command of imdsproxy's, which has agent and controller restarted by files in the place of systemd."""
-        agent = self.host.agents["l3"]
-
-        def restart_controller() -> None:
-            self.daemon.kill_controller(signal.SIGTERM)
-            self.daemon.start(ready=False)
-
-        def restart_agent() -> None:
-            agent.stop()
-            agent.launch()
-
-        restarts = {"restart": restart_controller, "start-agent": restart_agent}
-        asked, done = self.daemon.directory / "asked", self.daemon.directory / "done"
-        options = [
-            word
-            for name in restarts
-            for word in (
-                f"--{name}",
-                f"echo {name} >{asked}; while [ ! -e {done} ]; do sleep 0.05; done; rm {done}",
-            )
-        ]
-
-        def ended() -> bool:
-            if asked.exists() and (name := asked.read_text().strip()):
-                asked.unlink()
-                restarts[name]()
-                done.touch()
-            return running.done()
-
-        with ThreadPoolExecutor(1) as pool:
-            running = pool.submit(self.daemon.command, *words, *options)
-            until(ended, within_s=90, what="the end of the command")
-        result = running.result()
-        assert result.status == 0, f"{result.out}{result.err}"
+    def command(self, *words: str, killed_after: type[Action] | None = None) -> None:
+        """Run a command of imdsproxy's, which has agent and controller restarted."""
+        run_takeover(self.daemon, self.host.agents["l3"], *words, killed_after=killed_after)
 
     def _asks_as(self, name: str, to: str) -> str:
         self.host.wire()
@@ -109,9 +86,7 @@ def asks_as(guest: Guest, *, to: str = IPV4) -> str:
 @pytest.fixture(scope="module")
 def world() -> Iterator[L3World]:
     with ExitStack() as stack:
-        # This mode is for routers of every kind.
-        options = {"enable_metadata_proxy": "false", "agent_mode": "dvr_snat"}
-        host = stack.enter_context(open_agents("l3", **options))
+        host = stack.enter_context(open_agents("l3", **_OPTIONS))
         daemon = Daemon(host.lab)
         stack.callback(daemon.close)
         daemon.configure(_settings(host.openstack))
@@ -142,6 +117,8 @@ def _settings(openstack: OpenStack) -> dict[str, dict[str, object]]:
         "sources": {"neutron": {"enabled": True, "endpoint": openstack.neutron_url}},
         "nova": {"endpoint_sets": {"default": nova}},
         "documents": {"enabled": False, "supervisor": "spawn"},
+        # On a busy machine Neutron takes longer to list its ports than a request is held by default.
+        "resolver": {"hold_s": 30.0},
     }
 
 
@@ -192,12 +169,12 @@ def test_no_request_leaves_a_router_from_its_first_moment_on(world: L3World, kin
 
 
 @pytest.mark.slow
-def test_a_node_goes_back_to_the_agents_proxies_and_over_again_and_loses_no_request(
+def test_a_node_goes_back_to_the_agents_proxies_and_over_again_killed_after_each_step_and_loses_no_request(
     world: L3World,
 ) -> None:
     settings = world.host.openstack.place.etc / "l3_agent.ini"
-    plain = settings.read_text().replace("enable_metadata_proxy = false\n", "")
-    settings.write_text(disable_proxies(plain))
+    plain = settings.read_text().replace("enable_metadata_proxy = false", "metadata_port = 9797")
+    settings.write_text(PROXIES.set_in(plain))
     guests = [world.guests[name] for name in _GUESTS]
     own = {world.guests[name].name: world.instances[name].encode() for name in _GUESTS}
 
@@ -211,6 +188,8 @@ def test_a_node_goes_back_to_the_agents_proxies_and_over_again_and_loses_no_requ
         assert settings.read_text() == plain
         assert len(find_proxies("qrouter-")) == len(_ROUTERS)
         load.wait_answers(50, within_s=30)
+        for action in (WriteSettings, Restart, WaitServed, EditSettings, StartAgent):
+            world.command("takeover", "l3", killed_after=action)
         world.command("takeover", "l3")
         assert find_proxies("qrouter-") == ()
         load.wait_answers(50, within_s=30)

@@ -17,6 +17,7 @@ from imdsproxy.anti_spoofing.host_rules import observe_bridge, read_rules
 from imdsproxy.core.model import Dialect, InterfaceListener
 from imdsproxy.core.snippets import Target
 from support.daemon import Daemon
+from support.dhcp_client import take_lease
 from support.guest import inside
 from support.hostlab import HostLab
 from support.impostor import open_wire
@@ -46,28 +47,6 @@ _MASQUERADE: Final = (
 
 _WALL: Final = "table inet wall { chain in { type filter hook input priority 0; policy drop; udp dport 67 accept; }; }"
 
-_SCRIPT: Final = """#!/bin/sh
-# Does with a lease what Debian's own script does, for a namespace.
-case $1 in
-bound | renew)
-    ip -4 address flush dev "$interface"
-    ip address add "$ip/$mask" dev "$interface"
-    if [ -n "$staticroutes" ]; then
-        set -- $staticroutes
-        while [ $# -ge 2 ]; do
-            case $2 in
-            0.0.0.0) ip route replace "$1" dev "$interface" ;;
-            *) ip route replace "$1" via "$2" dev "$interface" ;;
-            esac
-            shift 2
-        done
-    else
-        for gateway in $router; do ip route replace default via "$gateway" dev "$interface"; done
-    fi
-    ;;
-esac
-"""
-
 
 @pytest.fixture
 def host(tmp_path: Path) -> Iterator[VmHost]:
@@ -83,13 +62,7 @@ def daemon(host: VmHost) -> Iterator[Daemon]:
 
 def _lease(host: VmHost, guest: str) -> str:
     """Have a guest ask for its address by DHCP; the address."""
-    script = host.directory / "udhcpc.sh"
-    script.write_text(_SCRIPT)
-    script.chmod(0o755)
-    words = ("udhcpc", "-i", "eth0", "-n", "-q", "-f", "-t", "10", "-T", "1", "-O", "staticroutes")
-    run(*within(guest), *words, "-s", str(script))
-    (line,) = [one for one in ip("-n", guest, "-br", "-4", "address").splitlines() if "eth0" in one]
-    return line.split()[2].partition("/")[0]
+    return take_lease(guest, host.directory)
 
 
 def _ask(guest: str, url: str = "http://169.254.169.254/latest/meta-data/hostname") -> str:

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -15,7 +15,7 @@ from typing import Final
 from imdsproxy.cli.main import main
 from support.patience import patience
 
-_WITHIN_S: Final = 60.0
+_WITHIN_S: Final = 180.0
 _CONTEXT: Final = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
@@ -44,18 +44,23 @@ class Command:
 
 
 def run_command(
-    arguments: Sequence[str], *, environment: Mapping[str, str], stdin: str = ""
+    arguments: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    stdin: str = "",
+    before: Callable[[], None] | None = None,
 ) -> Command:
     """Run it to its end.
 
     Args:
         arguments: Without the program's name.
         environment: All of it.
+        before: Done in its process first.
     """
     with tempfile.TemporaryDirectory(prefix="imdst-") as directory:
         files = [Path(directory, name) for name in ("in", "out", "err")]
         files[0].write_text(stdin)
-        process = _CONTEXT.Process(target=_run, args=(arguments, environment, files))
+        process = _CONTEXT.Process(target=_run, args=(arguments, environment, files, before))
         process.start()
         process.join(_WITHIN_S * patience())
         if process.exitcode is None:
@@ -118,7 +123,14 @@ def _be_controller(
     _run(("--config", str(config), "run"), environment, (Path(os.devnull), log, log))
 
 
-def _run(arguments: Sequence[str], environment: Mapping[str, str], files: Sequence[Path]) -> None:
+def _run(
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    files: Sequence[Path],
+    before: Callable[[], None] | None = None,
+) -> None:
+    if before is not None:
+        before()
     os.environ.clear()
     os.environ.update(environment)
     for number, file in enumerate(files):

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, cast
@@ -290,10 +290,12 @@ class Daemon:
 
     # Asking and telling
 
-    def command(self, *arguments: str, stdin: str = "") -> Command:
-        """Run the command line."""
+    def command(
+        self, *arguments: str, stdin: str = "", before: Callable[[], None] | None = None
+    ) -> Command:
+        """Run the command line; `before` is done in its process first."""
         words = ("--config", str(self.config), *arguments)
-        return run_command(words, environment=self._environment(), stdin=stdin)
+        return run_command(words, environment=self._environment(), stdin=stdin, before=before)
 
     def status(self) -> Shape:
         return cast("Shape", self.admin.get("/v1/status"))

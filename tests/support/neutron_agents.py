@@ -20,11 +20,12 @@ from typing import Any, Final, Literal
 
 from imdsproxy.host.namespaces import NamespaceDirectory
 from support.guest import Guest
-from support.lab import Lab, batch, ip, run, until, within
+from support.lab import NETNS, Lab, batch, ip, run, until, within
 from support.message_broker import URL, open_broker
 from support.openstack.lab import OpenStack, open_openstack
+from support.openstack.processes import Place
 from support.openstack.servers import Server
-from support.openstack.table import Port
+from support.openstack.table import HOSTS, Port
 from support.reaper import reap, reap_at_the_end
 
 AgentName = Literal["dhcp", "l3"]
@@ -40,14 +41,18 @@ class NeutronHost:
     """A network node.
 
     Attributes:
-        openstack: Nova, Neutron and the metadata agent; all of them in `lab.host`.
+        openstack: Nova, Neutron and the metadata agent; all of them in `lab.host`, or in that of a first node.
         agents: Those that run, by their names.
+        name: What Neutron calls it.
+        netns: Where its namespaces are.
     """
 
     lab: Lab
     directory: Path
     openstack: OpenStack = field(repr=False)
     agents: Mapping[AgentName, Server] = field(repr=False)
+    name: str = HOSTS[0]
+    netns: Path = NETNS
     _tags: dict[str, int] = field(default_factory=dict)
     _made: list[str] = field(default_factory=list)
 
@@ -80,6 +85,8 @@ class NeutronHost:
             "sources": {"neutron": cloud, "neutron_namespaces": dict(namespaces or {})},
             "nova": {"endpoint_sets": {"default": nova}},
             "documents": {"enabled": False, "supervisor": "spawn"},
+            # On a busy machine Neutron takes longer to list its ports than a request is held by default.
+            "resolver": {"hold_s": 30.0},
         }
 
     def give(self, agent: AgentName, name: str) -> None:
@@ -88,9 +95,7 @@ class NeutronHost:
 
     def give_id(self, agent: AgentName, its_id: str) -> None:
         """The same for any network or router."""
-        binary = f"neutron-{agent}-agent"
-        rest = self.openstack.rest
-        ident = next(one["id"] for one in rest.list("agent") if one["binary"] == binary)
+        rest, ident = self.openstack.rest, self.agent_id(agent)
         if agent == "dhcp":
             body, namespace = {"network_id": its_id}, f"qdhcp-{its_id}"
         else:
@@ -100,6 +105,12 @@ class NeutronHost:
         rest.send("POST", f"/agents/{ident}/{agent}-{_KINDS[agent]}", body)
         until(lambda: self._is_served(namespace), within_s=_READY_S, what=f"a proxy in {namespace}")
         self.wire()
+
+    def agent_id(self, agent: AgentName) -> str:
+        """The id that Neutron has for an agent of this node."""
+        own = (f"neutron-{agent}-agent", self.name)
+        agents = self.openstack.rest.list("agent")
+        return next(str(one["id"]) for one in agents if (one["binary"], one["host"]) == own)
 
     def _is_served(self, namespace: str) -> bool:
         # Its name is there before it is.
@@ -129,6 +140,15 @@ class NeutronHost:
         for device, port in self._dead_ports().items():
             if port in networks:
                 self._vs(*_tagged(device, self._tag(networks[port])))
+
+    def join(self, other: NeutronHost, device: str) -> None:
+        """Have a device be a wire between the integration bridges of both, for ports of every network."""
+        pair = ("link", "add", device, "type", "veth", "peer", "name", device)
+        ip("-n", self.lab.host, *pair, "netns", other.lab.host)
+        for one in (self, other):
+            ip("-n", one.lab.host, "link", "set", device, "up")
+            one._vs("add-port", "br-int", device)
+        other._tags = self._tags
 
     def _dead_ports(self) -> Mapping[str, str]:
         found = self._rows("Port", "name,tag", f"tag={_DEAD_TAG}")
@@ -249,14 +269,14 @@ def open_agents(*names: AgentName, **options: str) -> Iterator[NeutronHost]:
         directory.chmod(0o755)
         stack.enter_context(open_broker(lab.host, directory / "broker"))
         (directory / "bin").mkdir()
-        _start_open_vswitch(directory, lab.host)
+        start_open_vswitch(directory, lab.host)
         place = directory / "openstack"
         place.mkdir()
         openstack = stack.enter_context(open_openstack(place, namespace=lab.host, broker=URL))
         # With threads that wait for messages it takes its time.
         stack.callback(openstack.neutron.kill)
         openstack.agent.launch()
-        agents = {name: _agent(openstack, directory, name, options) for name in names}
+        agents = {name: agent_of(openstack, directory, name, options) for name in names}
         host = NeutronHost(lab, directory, openstack, agents)
         stack.callback(host.take_away)
         for agent in agents.values():
@@ -267,10 +287,25 @@ def open_agents(*names: AgentName, **options: str) -> Iterator[NeutronHost]:
         yield host
 
 
-def _agent(
-    openstack: OpenStack, directory: Path, name: AgentName, options: Mapping[str, str]
+def agent_of(
+    openstack: OpenStack,
+    directory: Path,
+    name: AgentName,
+    options: Mapping[str, str],
+    *,
+    place: Place | None = None,
+    prefix: Sequence[str] = (),
 ) -> Server:
-    place = openstack.place
+    """An agent, not started yet.
+
+    Args:
+        directory: Where Open vSwitch is, and a `bin`.
+        options: Of its section `DEFAULT`.
+        place: Where it lives; where Neutron does by default.
+        prefix: The words before its own.
+    """
+    place = place or openstack.place
+    host = options.get("host", HOSTS[0])
     settings = place.etc / f"{name}_agent.ini"
     own = "".join(f"{key} = {value}\n" for key, value in options.items())
     settings.write_text(f"""\
@@ -287,21 +322,25 @@ datapath_type = netdev
 """)
     tools = place.environments.python("neutron").parent
     program = f"neutron-{name}-agent"
-    log = place.log / f"{program}.log"
     files = (place.etc / "neutron.conf", settings)
     words = [word for file in files for word in ("--config-file", str(file))]
+
+    def is_up() -> bool:
+        agents = openstack.rest.list("agent")
+        return any((one["binary"], one["host"]) == (program, host) for one in agents)
+
     return Server(
         name=program,
-        argv=[*place.prefix, str(tools / program), *words],
+        argv=[*place.prefix, *prefix, str(tools / program), *words],
         cwd=place.path,
         # The first one stands for /usr/local/sbin.
         environment={"PATH": f"{directory}/bin:{tools}:/usr/sbin:/usr/bin:/sbin:/bin"},
-        log=log,
-        is_up=lambda: any(one["binary"] == program for one in openstack.rest.list("agent")),
+        log=place.log / f"{program}.log",
+        is_up=is_up,
     )
 
 
-def _start_open_vswitch(directory: Path, namespace: str) -> None:
+def start_open_vswitch(directory: Path, namespace: str) -> None:
     run("ovsdb-tool", "create", str(directory / "vswitch.db"), _SCHEMA)
     environment = {f"OVS_{name}DIR": str(directory) for name in ("RUN", "DB", "LOG", "SYSCONF")}
     database = _database(directory)

@@ -35,7 +35,8 @@ router_auto_schedule = false
 agent_down_time = 2147483
 use_stderr = true
 [database]
-connection = sqlite:///db/neutron.sqlite
+# So long is the longest wait for the lock of one who writes, in seconds.
+connection = sqlite:///db/neutron.sqlite?timeout=60
 sqlite_synchronous = false
 [oslo_concurrency]
 lock_path = lock

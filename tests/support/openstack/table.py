@@ -12,6 +12,9 @@ from typing import Final
 from imdsproxy.core.addresses import link_local_of
 from imdsproxy.core.model import MacAddress
 
+HOSTS: Final = ("lab", "lab-2")
+"""Whose ports bind: nodes of Neutron's."""
+
 BLUE: Final = "b1000000000040008000000000000001"
 RED: Final = "b2000000000040008000000000000002"
 PUBLIC_KEY: Final = (

@@ -14,6 +14,7 @@ from support.openstack.processes import Place, neutron_server
 from support.openstack.servers import free_port
 from support.openstack.table import (
     BLUE,
+    HOSTS,
     INSTANCES,
     NETWORKS,
     PORTS,
@@ -55,7 +56,7 @@ def _make(path: Path, environments: Environments) -> None:
         port = holder.getsockname()[1]
         settings = str(place.write_nova(neutron_port=port, secret="none"))
         nova = pool.submit(place.run_inside, "nova", "make_nova.py", settings)
-        place.run_inside("neutron", "make_neutron.py", str(place.etc / "neutron.conf"))
+        place.run_inside("neutron", "make_neutron.py", str(place.etc / "neutron.conf"), *HOSTS)
         server = neutron_server(place, port=port)
         try:
             server.start()

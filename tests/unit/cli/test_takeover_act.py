@@ -5,7 +5,7 @@ import pytest
 from imdsproxy.admin_client import AdminClient
 from imdsproxy.cli.takeover.act import Actor
 from imdsproxy.cli.takeover.observe import recall, remember
-from imdsproxy.cli.takeover.plan import Commands, Restart, WriteSettings
+from imdsproxy.cli.takeover.plan import Commands, Restart, Seen, WriteSettings
 from imdsproxy.config.load import Loaded, load_settings
 from imdsproxy.errors import ConfigInvalid, HostRefused
 
@@ -41,9 +41,11 @@ def test_a_command_that_fails_is_an_error_with_what_it_printed(tmp_path: Path) -
 def test_how_an_agent_is_started_is_known_until_it_has_been_given_its_place_back(
     tmp_path: Path,
 ) -> None:
-    remember(tmp_path, "ovn", Commands("docker stop x", "docker start x"))
-    remember(tmp_path, "l3", Commands("a", "b"))
-    assert recall(tmp_path)["ovn"] == {"stop": "docker stop x", "start": "docker start x"}
+    remember(tmp_path, "ovn", Seen(commands=Commands("docker stop x", "docker start x")))
+    remember(tmp_path, "l3", Seen(commands=Commands("a", "b"), files=("l3_agent.ini",)))
+    known = {"stop": "docker stop x", "start": "docker start x", "files": []}
+    assert recall(tmp_path)["ovn"] == known
+    assert recall(tmp_path)["l3"]["files"] == ["l3_agent.ini"]
     remember(tmp_path, "ovn", None)
     assert recall(tmp_path).keys() == {"l3"}
     remember(tmp_path, "l3", None)

@@ -11,15 +11,16 @@ from typing import Final
 import pytest
 
 from imdsproxy.cli.takeover.dhcp import KIND
-from imdsproxy.cli.takeover.plan import Agent, Proxy, Seen, WaitStandIns
+from imdsproxy.cli.takeover.plan import Agent, Commands, EditSettings, Proxy, Seen, WaitStandIns
 from imdsproxy.cli.takeover.stand_in import STAND_IN, is_stand_in, render_stand_in
 from imdsproxy.core.neutron_ini import parse_ini
 from imdsproxy.host.process import read_arguments
 from support.lab import until
 
 _SEEN: Final = Seen(
-    agents=(Agent(1, "neutron-dhcp-agent"),),
+    agents=(Agent(1, "neutron-dhcp-agent", "neutron-dhcp-agent.service"),),
     proxies=(Proxy(2, "qdhcp-1"),),
+    files=("dhcp_agent.ini",),
     options=(parse_ini("[DEFAULT]\nenable_isolated_metadata = True\n", "dhcp_agent.ini"),),
     nova=True,
     sources=frozenset({"neutron"}),
@@ -34,7 +35,7 @@ _CONFIGURATION: Final = "global\n    pidfile     {pid_file}\nlisten listener\n  
         (replace(_SEEN, nova=False), "nova.endpoint_sets"),
         (replace(_SEEN, sources=frozenset()), "sources.neutron"),
         (replace(_SEEN, agents=()), "neutron-dhcp-agent"),
-        (replace(_SEEN, options=()), "enable_isolated_metadata"),
+        (replace(_SEEN, options=(), agents=(Agent(1, "neutron-dhcp-agent"),)), "--start-agent"),
         (replace(_SEEN, haproxy=("/sbin/haproxy", "")), "PATH"),
         (replace(_SEEN, stand_in="#!/bin/sh\n"), "PATH"),
     ],
@@ -50,6 +51,57 @@ def test_nothing_is_refused_where_all_is_there_and_nothing_is_done_twice() -> No
     done = replace(_SEEN, present="", source=True, stand_in=text, proxies=())
     assert not list(KIND.refuse(done))
     assert not list(KIND.takeover(done))
+
+
+_OFF: Final = replace(_SEEN, options=(parse_ini("[DEFAULT]\n", "dhcp_agent.ini"),), proxies=())
+
+
+@pytest.mark.parametrize(
+    ("seen", "steps"),
+    [
+        (
+            _OFF,
+            "WriteSettings Restart WaitServed PlaceStandIn EditSettings StartAgent WaitRoutes WaitStandIns WaitServed",
+        ),
+        # Killed before the agent was restarted, and before it had done its work.
+        (
+            replace(
+                _SEEN,
+                present="",
+                source=True,
+                proxies=(),
+                stand_in=render_stand_in(""),
+                marked=True,
+                unrouted=("qdhcp-1",),
+            ),
+            "WaitServed StartAgent WaitRoutes WaitStandIns WaitServed",
+        ),
+    ],
+)
+def test_an_agent_that_serves_no_metadata_gets_the_option_once_its_haproxies_are_replaced(
+    seen: Seen, steps: str
+) -> None:
+    assert not list(KIND.refuse(seen))
+    assert [type(one.action).__name__ for one in KIND.takeover(seen)] == steps.split()
+
+
+def test_where_metadata_is_forced_the_agents_settings_stay() -> None:
+    forced = parse_ini("[DEFAULT]\nforce_metadata = True\n", "dhcp_agent.ini")
+    actions = [type(one.action) for one in KIND.takeover(replace(_OFF, options=(forced,)))]
+    assert EditSettings not in actions
+
+
+def test_a_handback_puts_back_the_option_that_a_takeover_has_set_and_waits_for_no_haproxy() -> None:
+    seen = replace(
+        _SEEN, present="", source=True, proxies=(), stand_in=render_stand_in(""), marked=True
+    )
+    steps = [type(one.action).__name__ for one in KIND.handback(seen)]
+    assert steps == ["EditSettings", "StartAgent", "RemoveStandIn", "LetGo"]
+    # The agent may be stopped meanwhile.
+    stopped = replace(seen, agents=(), commands=Commands(start="systemctl enable --now X"))
+    assert [type(one.action).__name__ for one in KIND.handback(stopped)] == steps
+    unmarked = [type(one.action).__name__ for one in KIND.handback(replace(seen, marked=False))]
+    assert unmarked == ["RemoveStandIn", "WaitProxies", "LetGo"]
 
 
 def test_a_stand_in_is_what_the_agent_looks_for_and_ends_on_request(tmp_path: Path) -> None:

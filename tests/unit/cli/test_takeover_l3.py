@@ -2,7 +2,7 @@
 
 import pytest
 
-from imdsproxy.cli.takeover.l3 import disable_proxies, restore_proxies
+from imdsproxy.cli.takeover.l3 import PROXIES
 from imdsproxy.core.neutron_ini import parse_ini
 
 
@@ -18,13 +18,13 @@ from imdsproxy.core.neutron_ini import parse_ini
     ],
 )
 def test_the_option_is_off_once_and_the_file_comes_back(text: str) -> None:
-    changed = disable_proxies(text)
+    changed = PROXIES.set_in(text)
     found = [
         (one.section, one.value)
         for one in parse_ini(changed, "l3_agent.ini")
         if one.name == "enable_metadata_proxy"
     ]
     assert found == [("DEFAULT", "False")]
-    assert disable_proxies(changed) == changed
-    back = restore_proxies(changed)
+    assert PROXIES.set_in(changed) == changed
+    back = PROXIES.restore_in(changed)
     assert back == text or parse_ini(back, "") == parse_ini(text, "")

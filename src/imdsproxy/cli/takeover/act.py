@@ -16,17 +16,18 @@ from imdsproxy.cli.takeover import plan
 from imdsproxy.cli.takeover.observe import (
     find_proxies,
     find_stand_ins,
+    find_unrouted,
     is_idle_router,
     read_options,
 )
 from imdsproxy.config.load import Loaded
-from imdsproxy.core.model import METADATA_IPV4, METADATA_PORT
+from imdsproxy.core.model import METADATA_IPV4
 from imdsproxy.errors import AdminUnavailable, HostRefused, ImdsproxyError, refusing
 from imdsproxy.host.files import write_atomic
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.host.process import open_process
-from imdsproxy.host.sockets import L3_PROXY_PORT, SOCK_DIAG, listening_sockets
+from imdsproxy.host.sockets import SOCK_DIAG, listening_sockets
 from imdsproxy.sources.neutron_namespaces.records import ROUTER_PREFIX
 
 _POLL_S: Final = 0.1
@@ -74,15 +75,13 @@ class Actor:
             case plan.Restart(command) | plan.StartAgent(command):
                 _run(command, self.timeout_s)
                 result = command
-            case plan.WaitServed(prefix):
-                result = self._wait_served(prefix)
+            case plan.WaitServed() | plan.WaitProxies() | plan.WaitRoutes():
+                result = self._wait_for(action)
             case plan.EndProxies(prefix):
                 with migrating(prefix):
                     result = f"{self._end_proxies(prefix)} ended"
             case plan.StopAgent():
                 result = self._stop_agent(action)
-            case plan.WaitProxies(prefix):
-                result = self._wait_proxies(prefix)
             case plan.LetGo():
                 result = self._let_go(action)
             case plan.PlaceStandIn() | plan.WaitStandIns() | plan.RemoveStandIn():
@@ -128,6 +127,17 @@ class Actor:
                     write_atomic(path, old, mode=files[path][1])
             raise
 
+    def _wait_for(self, action: plan.WaitServed | plan.WaitProxies | plan.WaitRoutes) -> str:
+        match action:
+            case plan.WaitServed(prefix):
+                return self._wait_served(prefix)
+            case plan.WaitProxies(prefix, port):
+                return self._wait_proxies(prefix, port)
+            case plan.WaitRoutes(prefix, state_path):
+                return self._wait_routes(prefix, Path(state_path))
+            case never:
+                assert_never(never)
+
     def _wait_served(self, prefix: str) -> str:
         served: set[str] = set()
         answered: dict[str, str] = {}
@@ -138,7 +148,8 @@ class Actor:
                 return f"imdsproxy is not ready: {readiness['reasons'][0]}"
             known = {one["record"]["id"]: one for one in self.daemon.get("/v1/networks")}
             places = {one["record"]["listener"].get("namespace") for one in known.values()}
-            if missing := sorted({one.namespace for one in find_proxies(prefix)} - places):
+            theirs = {one.namespace for one in (*find_proxies(prefix), *find_stand_ins(prefix))}
+            if missing := sorted(theirs - places):
                 return f"imdsproxy does not know namespace {missing[0]}"
             for network, one in known.items():
                 left_out = one["left_out"]
@@ -195,15 +206,15 @@ class Actor:
             self._end_proxies(action.prefix)
         return action.command
 
-    def _wait_proxies(self, prefix: str) -> str:
-        places = set(self._networks_in(prefix).values())
-
+    def _wait_proxies(self, prefix: str, port: int) -> str:
         def lacks() -> str:
+            # Looked up each time: the agent may want one served no more.
+            places = set(self._networks_in(prefix).values())
             wanted = {one for one in places if not is_idle_router(one)}
             if missing := sorted(wanted - {one.namespace for one in find_proxies(prefix)}):
                 return f"no HAProxy of the agent's in {missing[0]}"
             for place in sorted(wanted - answering):
-                if reason := _ask_inside(thread, place):
+                if reason := _ask_inside(thread, place, port):
                     return f"the agent's HAProxy in {place}: {reason}"
                 answering.add(place)
             return ""
@@ -211,7 +222,7 @@ class Actor:
         thread, answering = NamespaceThread(NamespaceDirectory()), set[str]()
         with contextlib.closing(thread):
             self._wait(lacks)
-        return f"{len(places)} networks"
+        return f"{len(answering)} answer"
 
     def _let_go(self, action: plan.LetGo) -> str:
         networks = sorted(self._networks_in(action.prefix))
@@ -260,6 +271,14 @@ class Actor:
 
         self._wait(lacks)
         return f"{len(places)} networks"
+
+    def _wait_routes(self, prefix: str, state_path: Path) -> str:
+        def lacks() -> str:
+            missing = find_unrouted(prefix, state_path)
+            return f"leases in {missing[0]} name no route to {METADATA_IPV4}" if missing else ""
+
+        self._wait(lacks)
+        return "guests take it with their next lease"
 
     def _remove_stand_in(self, path: str, prefix: str) -> int:
         with refusing(f"remove {path}"):
@@ -326,7 +345,7 @@ def migrating(prefix: str) -> Iterator[None]:
         thread.close()
 
 
-def _ask_inside(thread: NamespaceThread, namespace: str) -> str:
+def _ask_inside(thread: NamespaceThread, namespace: str, port: int) -> str:
     """What is wrong with the answer of the agent's HAProxy; empty where it passes requests on to the agent.
 
     In the namespace itself, that is over loopback: imdsproxy's own listeners are bound to the guests' device. In a
@@ -334,8 +353,8 @@ def _ask_inside(thread: NamespaceThread, namespace: str) -> str:
     """
     if namespace.startswith(ROUTER_PREFIX):
         with thread.inside(namespace), NetlinkSocket(SOCK_DIAG) as channel:
-            return "" if listening_sockets(channel, (L3_PROXY_PORT,)) else "it does not listen yet"
-    connection = http.client.HTTPConnection(str(METADATA_IPV4), METADATA_PORT, timeout=_ANSWER_S)
+            return "" if listening_sockets(channel, (port,)) else "it does not listen yet"
+    connection = http.client.HTTPConnection(str(METADATA_IPV4), port, timeout=_ANSWER_S)
     try:
         with thread.inside(namespace):
             connection.connect()

@@ -59,7 +59,7 @@ def takeover(
         f"takeover {what}",
         tuple(kind.takeover(seen)),
         (*kind.refuse(seen), *_lacks_commands(kind, seen)),
-        remembers={kind.name: seen.commands} if seen.agents else {},
+        remembers={kind.name: seen} if seen.agents else {},
     )
     _carry_out(run, plan, None if dry_run else timeout)
 
@@ -89,14 +89,14 @@ class _Plan:
     Attributes:
         name: The command, in words.
         problems: Why it cannot begin.
-        remembers: Commands of an agent's to be kept for the way back, by kind.
+        remembers: Whose agent's commands and files are to be kept for the way back, by kind.
         forgets: The kind whose commands are not needed any more at the end.
     """
 
     name: str
     steps: tuple[Step, ...]
     problems: tuple[Problem, ...]
-    remembers: Mapping[str, Commands] = field(default_factory=dict)
+    remembers: Mapping[str, Seen] = field(default_factory=dict)
     forgets: str = ""
 
 
@@ -144,8 +144,8 @@ def _carry_out(run: options.Invocation, plan: _Plan, timeout_s: float | None) ->
     report: list[Mapping[str, str]] = []
     if timeout_s is not None and plan.steps:
         state = run.settings.paths.state_dir
-        for kind, commands in plan.remembers.items():
-            remember(state, kind, commands)
+        for kind, seen in plan.remembers.items():
+            remember(state, kind, seen)
         report = list(_act(run, plan, timeout_s))
         if plan.forgets:
             remember(state, plan.forgets, None)

@@ -3,6 +3,13 @@
 from collections.abc import Iterator
 from typing import Final
 
+from imdsproxy.cli.takeover.agent_settings import (
+    AgentOption,
+    refuse_restart,
+    restart_agent_steps,
+    restore_steps,
+    set_steps,
+)
 from imdsproxy.cli.takeover.plan import (
     EndProxies,
     Kind,
@@ -10,6 +17,7 @@ from imdsproxy.cli.takeover.plan import (
     RemoveStandIn,
     Seen,
     Step,
+    WaitRoutes,
     WaitServed,
     WaitStandIns,
     let_go_step,
@@ -26,23 +34,24 @@ from imdsproxy.errors import Problem
 
 _PREFIX: Final = "qdhcp-"
 _SOURCE: Final = "neutron_namespaces"
-_METADATA: Final = ("enable_isolated_metadata", "force_metadata")
+_PROGRAM: Final = "neutron-dhcp-agent"
+_FORCED: Final = "force_metadata"
+
+ISOLATED: Final = AgentOption(
+    "dhcp", "enable_isolated_metadata", True, False, "leases name the route to metadata"
+)
 
 
 def _takeover(seen: Seen) -> Iterator[Step]:
     ready = seen.present is not None and seen.source
-    placed = seen.stand_in is not None
-    if ready and placed and not seen.proxies:
+    placed, on = seen.stand_in is not None, _is_on(seen)
+    unread = not on or _is_unread(seen)
+    if ready and placed and not (seen.proxies or unread):
         return
     yield from settings_steps(seen, "the agent's namespaces are networks", render_settings(seen))
     if not ready:
         yield from restart_steps(seen)
-    yield Step(
-        "wait until imdsproxy listens in every network in which the agent has a HAProxy",
-        "imdsproxy status",
-        "",
-        WaitServed(_PREFIX),
-    )
+    yield _wait_served("in which the agent has a HAProxy")
     haproxy, path = seen.haproxy
     if not placed:
         yield Step(
@@ -51,6 +60,11 @@ def _takeover(seen: Seen) -> Iterator[Step]:
             f"rm {path}",
             PlaceStandIn(path, render_stand_in(haproxy)),
         )
+    if not on:
+        yield from set_steps(seen, ISOLATED)
+    if unread:
+        yield from restart_agent_steps(seen, "leases stay in force")
+        yield _wait_routes(seen)
     if seen.proxies:
         yield Step(
             f"end the agent's {len(seen.proxies)} HAProxies softly; what waits to be accepted comes to imdsproxy",
@@ -64,25 +78,62 @@ def _takeover(seen: Seen) -> Iterator[Step]:
         "",
         WaitStandIns(_PREFIX),
     )
+    if unread:
+        yield _wait_served("in which the agent has a stand-in")
+
+
+def _wait_served(where: str) -> Step:
+    return Step(
+        f"wait until imdsproxy listens in every network {where}",
+        "imdsproxy status",
+        "",
+        WaitServed(_PREFIX),
+    )
+
+
+def _wait_routes(seen: Seen) -> Step:
+    return Step(
+        "wait until the leases of every network name the route to 169.254.169.254",
+        f"grep -L 169.254.169.254 {seen.state_path}/dhcp/*/opts",
+        "",
+        WaitRoutes(_PREFIX, seen.state_path),
+    )
 
 
 def _handback(seen: Seen) -> Iterator[Step]:
-    yield from start_steps(seen)
+    if seen.marked:
+        # Without the option the agent serves no metadata: it ends the stand-ins, and there is no HAProxy to wait for.
+        yield from restore_steps(seen, ISOLATED)
+        yield from restart_agent_steps(seen, "leases stay in force")
+    else:
+        yield from start_steps(seen)
     if seen.present is None:
         return
     path = seen.haproxy[1]
     if seen.stand_in is not None:
+        then = "" if seen.marked else ": the agent starts HAProxies in their places"
         yield Step(
-            f"remove {path}, and end the stand-ins: the agent starts HAProxies in their places",
+            f"remove {path}, and end the stand-ins{then}",
             f"rm {path}; pkill -f imdsproxy-for-haproxy",
             "imdsproxy takeover dhcp",
             RemoveStandIn(path, _PREFIX),
         )
-    yield wait_step(_PREFIX)
+    if not seen.marked:
+        yield wait_step(_PREFIX)
     words = (
         f"remove {seen.drop_in}, and restart imdsproxy's controller: its listeners there end softly"
     )
     yield let_go_step(seen, words, "dhcp", _PREFIX)
+
+
+def _is_on(seen: Seen) -> bool:
+    """Whether the agent serves metadata where no router does."""
+    return ISOLATED.is_set(seen) or option_of(seen, "DEFAULT", _FORCED).lower() == "true"
+
+
+def _is_unread(seen: Seen) -> bool:
+    """Whether a takeover was killed when it had set the agent's option, and the agent runs without it."""
+    return seen.marked and bool(seen.unrouted)
 
 
 def _refuse(seen: Seen) -> Iterator[Problem]:
@@ -99,14 +150,10 @@ def _refuse(seen: Seen) -> Iterator[Problem]:
             "enable it, and set `cloud`",
         )
     if not seen.agents:
-        yield Problem("neutron-dhcp-agent", "it does not run", "start it")
+        yield Problem(_PROGRAM, "it does not run", "start it")
         return
-    if not any(option_of(seen, "DEFAULT", name).lower() == "true" for name in _METADATA):
-        yield Problem(
-            "enable_isolated_metadata",
-            "the agent serves no metadata in its namespaces: it neither puts the addresses there nor names the route",
-            "set it to True in dhcp_agent.ini, and restart the agent",
-        )
+    if not _is_on(seen) or _is_unread(seen):
+        yield from refuse_restart(seen, _PROGRAM)
     haproxy, path = seen.haproxy
     if not path:
         yield Problem(
@@ -135,7 +182,7 @@ def render_settings(seen: Seen) -> str:
 
 KIND: Final = Kind(
     "dhcp",
-    ("neutron-dhcp-agent",),
+    (_PROGRAM,),
     _PREFIX,
     _SOURCE,
     _takeover,

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from imdsproxy.admin_client import AdminClient
-from imdsproxy.cli.takeover.plan import Agent, Commands, Kind, Proxy, Seen
+from imdsproxy.cli.takeover.plan import Agent, Commands, Kind, Proxy, Seen, find_option
 from imdsproxy.cli.takeover.stand_in import STAND_IN, is_stand_in
 from imdsproxy.config.load import Loaded
+from imdsproxy.core.haproxy.namespace_proxy import DEFAULT_STATE_PATH
 from imdsproxy.core.neutron_ini import IniOption, decode_ini, parse_ini
 from imdsproxy.errors import ConfigUnreadable, LibraryMissing, optional_library
 from imdsproxy.host.files import write_atomic
@@ -25,6 +26,8 @@ _HAPROXY: Final = "haproxy"
 _PAGE: Final = 4096
 _ROUTES: Final = Path("/proc/thread-self/net/route")
 _REMEMBERED: Final = "takeover.json"
+_IPV4_OPTION: Final = ",option:"
+_ROUTE: Final = "169.254.169.254/32,"
 
 
 def _pids() -> list[int]:
@@ -110,11 +113,11 @@ def _look_up(base: str, directories: Sequence[str]) -> tuple[str, str]:
     return "", ""
 
 
-def _text_of(path: str) -> str | None:
+def _text_of(path: str, limit: int = _PAGE) -> str | None:
     """How a file begins, as text; `None` where there is none."""
     try:
         with open(path, "rb") as file:  # noqa: PTH123 - an empty path is no directory
-            return file.read(_PAGE).decode(errors="replace")
+            return file.read(limit).decode(errors="replace")
     except OSError:
         return None
 
@@ -126,6 +129,20 @@ def find_stand_ins(prefix: str) -> tuple[Proxy, ...]:
         for pid, name in _processes_in(prefix)
         if next(iter(read_arguments(pid)), "").startswith(STAND_IN)
     )
+
+
+def find_unrouted(prefix: str, state_path: Path) -> tuple[str, ...]:
+    """Namespaces whose DHCP server names no route to 169.254.169.254, by what the agent has written for it."""
+    found = []
+    for name in sorted(NamespaceDirectory().namespaces()):
+        network = name.removeprefix(prefix)
+        if (
+            network != name
+            and (text := _text_of(f"{state_path}/dhcp/{network}/opts", -1)) is not None
+        ):
+            # Those of IPv6 have no such option.
+            found += [name] if _IPV4_OPTION in text and _ROUTE not in text else []
+    return tuple(found)
 
 
 def is_idle_router(namespace: str) -> bool:
@@ -188,10 +205,16 @@ def observe(
     unit = next((one.unit for one in agents if one.unit), "")
     haproxy = find_haproxy(kind.prefix) if kind.runs_on else ("", "")
     before = recall(loaded.settings.paths.state_dir).get(kind.name, {})
+    files = agents[0].files if agents else _existing(before.get("files", ()))
+    options = tuple(read_options(path) for path in files)
+    state_path = find_option(options, "DEFAULT", "state_path") or DEFAULT_STATE_PATH
     return Seen(
         agents=agents,
         proxies=find_proxies(kind.prefix),
-        options=tuple(read_options(path) for path in (agents[0].files if agents else ())),
+        files=files,
+        options=options,
+        state_path=state_path,
+        marked=any(kind.mark in (_text_of(path, -1) or "") for path in files),
         commands=Commands(
             stop=given.stop
             or (unit and f"systemctl disable --now {unit}")
@@ -214,7 +237,13 @@ def observe(
         sources=frozenset(one["name"] for one in status["sources"]),
         haproxy=haproxy,
         stand_in=_text_of(haproxy[1]),
+        unrouted=find_unrouted(kind.prefix, Path(state_path)),
     )
+
+
+def _existing(paths: Sequence[str]) -> tuple[str, ...]:
+    # Those of a container that has ended are out of reach.
+    return tuple(path for path in paths if Path(path).exists())
 
 
 def _lacks_library() -> str:
@@ -242,7 +271,7 @@ def read_options(path: str) -> tuple[IniOption, ...]:
 
 
 def recall(state: Path) -> Mapping[str, Mapping[str, Any]]:
-    """By which commands agents were stopped, by kind: no process shows it once they are."""
+    """By which commands agents were stopped, and their settings files, by kind: no process shows it once they are."""
     try:
         found: Mapping[str, Mapping[str, Any]] = json.loads((state / _REMEMBERED).read_text())
     except FileNotFoundError:
@@ -250,11 +279,12 @@ def recall(state: Path) -> Mapping[str, Mapping[str, Any]]:
     return found
 
 
-def remember(state: Path, kind: str, commands: Commands | None) -> None:
-    """Keep an agent's commands for the way back; `None` forgets them."""
+def remember(state: Path, kind: str, seen: Seen | None) -> None:
+    """Keep an agent's commands and files for the way back; `None` forgets them."""
     known = {name: value for name, value in recall(state).items() if name != kind}
-    if commands is not None:
-        known[kind] = {"stop": commands.stop, "start": commands.start}
+    if seen is not None:
+        commands = seen.commands
+        known[kind] = {"stop": commands.stop, "start": commands.start, "files": seen.files}
     if known:
         write_atomic(state / _REMEMBERED, json.dumps(known, indent=2).encode(), mode=0o600)
     elif (state / _REMEMBERED).exists():

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from imdsproxy.core.model import METADATA_PORT
 from imdsproxy.core.neutron_ini import IniOption
 from imdsproxy.errors import Problem
 
@@ -52,7 +53,10 @@ class Seen:
     Attributes:
         agents: Those of the kind that run.
         proxies: HAProxies in the kind's namespaces.
-        options: What each of the agent's files holds.
+        files: The agent's settings files; also of one that does not run, once there was a takeover.
+        options: What each of these files holds.
+        state_path: The agent's directory.
+        marked: One of them has what a takeover of this kind has set.
         commands: By which agent and imdsproxy are stopped and started.
         drop_in: The kind's file in `conf.d/`.
         present: Its text; `None` where there is none.
@@ -64,11 +68,15 @@ class Seen:
         sources: Names of the sources that the running daemon has.
         haproxy: Where the agent finds HAProxy, and where it would find a stand-in first; empty where not.
         stand_in: What is there; `None` where nothing is.
+        unrouted: Namespaces in which the agent gives leases that name no route to 169.254.169.254.
     """
 
     agents: tuple[Agent, ...] = ()
     proxies: tuple[Proxy, ...] = ()
+    files: tuple[str, ...] = ()
     options: Sequence[Sequence[IniOption]] = ()
+    state_path: str = ""
+    marked: bool = False
     commands: Commands = field(default_factory=Commands)
     drop_in: str = ""
     present: str | None = None
@@ -80,6 +88,7 @@ class Seen:
     sources: frozenset[str] = frozenset()
     haproxy: tuple[str, str] = ("", "")
     stand_in: str | None = None
+    unrouted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +163,14 @@ class StartAgent:
 
 @dataclass(frozen=True, slots=True)
 class WaitProxies:
-    """Wait until a HAProxy of the agent's listens in each namespace in which imdsproxy does."""
+    """Wait until a HAProxy of the agent's listens in each namespace in which imdsproxy does.
+
+    Attributes:
+        port: Where it listens in routers' namespaces.
+    """
 
     prefix: str
+    port: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +198,18 @@ class WaitStandIns:
 
 
 @dataclass(frozen=True, slots=True)
+class WaitRoutes:
+    """Wait until the agent names the route to 169.254.169.254 in leases of each namespace.
+
+    Attributes:
+        state_path: The agent's directory.
+    """
+
+    prefix: str
+    state_path: str
+
+
+@dataclass(frozen=True, slots=True)
 class RemoveStandIn:
     """Remove the program, and end the stand-ins that run: the agent starts HAProxies in their places."""
 
@@ -204,6 +230,7 @@ Action: TypeAlias = (
     | LetGo
     | PlaceStandIn
     | WaitStandIns
+    | WaitRoutes
     | RemoveStandIn
 )
 
@@ -247,14 +274,26 @@ class Kind:
     refuse: Callable[[Seen], Iterator[Problem]]
     runs_on: bool = False
 
+    @property
+    def mark(self) -> str:
+        """How a settings file of the agent's shows that a takeover has changed it."""
+        return mark_of(self.name)
+
+
+def mark_of(kind: str) -> str:
+    """What comments begin with that a takeover of a kind makes in a settings file of the agent's."""
+    return f"# imdsproxy takeover {kind}: "
+
 
 def option_of(seen: Seen, section: str, name: str) -> str:
     """The value of an agent's option as it is written; empty where no file has it."""
+    return find_option(seen.options, section, name)
+
+
+def find_option(options: Sequence[Sequence[IniOption]], section: str, name: str) -> str:
+    """The same of what the files hold."""
     found = [
-        one.value
-        for file in seen.options
-        for one in file
-        if (one.section, one.name) == (section, name)
+        one.value for file in options for one in file if (one.section, one.name) == (section, name)
     ]
     return found[-1] if found else ""
 
@@ -291,13 +330,15 @@ def start_steps(seen: Seen) -> Iterator[Step]:
         )
 
 
-def wait_step(prefix: str, where: str = "in each network's namespace") -> Step:
+def wait_step(
+    prefix: str, where: str = "in each network's namespace", *, port: int = METADATA_PORT
+) -> Step:
     """Wait for the agent's HAProxies, on the way back."""
     return Step(
         f"wait until a HAProxy of the agent's listens {where}",
         f"for each namespace {prefix}…: ip netns exec NAMESPACE ss -lntp",
         "",
-        WaitProxies(prefix),
+        WaitProxies(prefix, port),
     )
 
 

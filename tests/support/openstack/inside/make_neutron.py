@@ -4,6 +4,7 @@ Neutron's migrations need ALTER of constraints, which SQLite has not: the tables
 own unit tests do, and stamped with the migrations' heads.
 """
 
+import contextlib
 import datetime as dt
 import sys
 
@@ -19,10 +20,13 @@ from oslo_config import cfg
 from oslo_utils import uuidutils
 
 
-def main(config_file: str) -> None:
+def main(config_file: str, *hosts: str) -> None:
     config.register_common_config_options()
     config.init(["--config-file", config_file])
     engine = api.CONTEXT_WRITER.get_engine()
+    with contextlib.closing(engine.raw_connection()) as connection:
+        # Those who read hinder nobody who writes.
+        connection.cursor().execute("PRAGMA journal_mode = WAL")
     head.get_metadata().create_all(engine)
     with engine.begin() as connection:
         connection.execute(
@@ -36,6 +40,11 @@ def main(config_file: str) -> None:
                     {"version": version},
                 )
     register_objects()
+    for host in hosts:
+        make_agent(host)
+
+
+def make_agent(host: str) -> None:
     now = dt.datetime.now(dt.UTC).replace(tzinfo=None)
     agent.Agent(
         context.get_admin_context(),
@@ -43,7 +52,7 @@ def main(config_file: str) -> None:
         agent_type="Open vSwitch agent",
         binary="neutron-openvswitch-agent",
         topic="N/A",
-        host="lab",
+        host=host,
         admin_state_up=True,
         created_at=now,
         started_at=now,
@@ -58,4 +67,4 @@ def main(config_file: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
