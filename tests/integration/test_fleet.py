@@ -1,13 +1,27 @@
 """A fleet as it is run: etcd, hubs, hosts and guests."""
 
-from collections.abc import Iterator
+import asyncio
+import contextlib
+import socket
+import ssl
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 
+from imdsproxy.core.fleet.identity import Role, parse_invitation
+from imdsproxy.core.fleet.stream import STREAM_PATH, UPGRADE, Hello, render_line
+from imdsproxy.sources.fleet.client import HostFiles, HubClient
+from imdsproxy.sources.fleet.membership import join, renew_if_due
+from support.cli import Ran, run_main
 from support.daemon import instance
 from support.fleet_world import FleetWorld, fleet_world
 from support.guest import Guest, Lost
 from support.lab import until
+from support.patience import patience
 
 pytestmark = pytest.mark.root
 
@@ -46,3 +60,109 @@ def test_an_instance_that_is_stored_once_is_served_on_its_host_and_follows_its_p
     assert _name(there) == "web"
     world.place(record)
     until(lambda: _name(there) in {404, None}, within_s=20, what="its removal")
+
+
+# Who belongs to the fleet
+
+
+@contextlib.contextmanager
+def _stream(world: FleetWorld, url: str, files: HostFiles) -> Iterator[ssl.SSLSocket]:
+    """A host's stream as far as the hub's answer to its hello."""
+    address, port = url.removeprefix("https://").split(":")
+    with world.etcd.entered():
+        sock = socket.create_connection((address, int(port)), timeout=10 * patience())
+    with files.context().wrap_socket(sock, server_hostname=address) as stream:
+        upgrade = f"Connection: Upgrade\r\nUpgrade: {UPGRADE}\r\n\r\n"
+        stream.sendall(f"GET {STREAM_PATH} HTTP/1.1\r\nHost: hub\r\n{upgrade}".encode())
+        yield stream
+
+
+def _refused(world: FleetWorld, url: str, files: HostFiles) -> bool:
+    with _stream(world, url, files) as stream:
+        return stream.recv(65_536).startswith(b"HTTP/1.1 403 ")
+
+
+def test_a_host_joins_with_a_token_once_and_is_cut_off_within_a_second_when_it_is_revoked(
+    world: FleetWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    operator = ("--fleet-certificate", str(world.operator("anna")), "--fleet", world.urls[0])
+    with world.etcd.entered():
+        invited = run_main(capsys, "fleet", "enrol", "late", *operator)
+        assert invited.status == 0, invited
+        word = invited.out.strip()
+        ran = []
+        for name in ("one", "two"):
+            config = tmp_path / f"{name}.yaml"
+            config.write_text(f"paths:\n  state_dir: {tmp_path / name}\n")
+            ran.append(run_main(capsys, "--config", str(config), "fleet", "join", word))
+    assert [one.status for one in ran] == [0, 77], ran
+    files = HostFiles.of(tmp_path / "one/fleet")
+    assert sorted(files.read_hubs()) == sorted(world.urls)
+    with _stream(world, world.urls[1], files) as stream:
+        stream.sendall(render_line(Hello()))
+        found = b""
+        while b'"batch"' not in found:
+            found += stream.recv(65_536)
+        with world.etcd.entered():
+            revoked = run_main(capsys, "fleet", "revoke", "late", *operator)
+        at = time.monotonic()
+        assert revoked.status == 0, revoked
+        found = b""
+        while chunk := stream.recv(65_536):
+            found += chunk
+        took = time.monotonic() - at
+    assert b'"bye":"revoked"' in found
+    assert took < patience()
+    assert [_refused(world, url, files) for url in world.urls] == [True, True]
+    token = parse_invitation(word).token
+    logs = "".join(hub.log.read_text() for hub in world.hubs)
+    seen = logs + "".join(one.out + one.err for one in ran)
+    assert (token in seen, word in seen, "PRIVATE KEY" in seen) == (False, False, False)
+    assert token.encode() not in b"".join(
+        one.value for one in world.ask(lambda etcd: etcd.read("/", "0")).kvs
+    )
+
+
+async def _renew(files: HostFiles, hubs: Sequence[str]) -> bool:
+    return await renew_if_due(
+        files, HubClient(files, 10 * patience()), hubs, datetime.now(UTC) + timedelta(days=21)
+    )
+
+
+def test_a_host_renews_at_a_hub_and_its_certificate_before_the_last_is_not_good_any_more(
+    world: FleetWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    operator = ("--fleet-certificate", str(world.operator("ben")), "--fleet", world.urls[0])
+    files, kept = HostFiles.of(tmp_path / "fleet"), tmp_path / "kept.pem"
+    with world.etcd.entered():
+        invited = run_main(capsys, "fleet", "enrol", "renewed", *operator)
+        join(parse_invitation(invited.out), files)
+        kept.write_bytes(files.certificate.read_bytes())
+        first = replace(files, certificate=kept, key=kept)
+        assert asyncio.run(_renew(files, world.urls[:1]))
+        assert not _refused(world, world.urls[0], first)
+        assert asyncio.run(_renew(files, world.urls[1:]))
+    assert not _refused(world, world.urls[1], files)
+    until(lambda: all(_refused(world, url, first) for url in world.urls), what="its end")
+
+
+def test_an_operator_whose_name_is_revoked_is_refused_by_every_hub(
+    world: FleetWorld, capsys: pytest.CaptureFixture[str]
+) -> None:
+    boss, left, reader = (
+        world.operator("boss"), world.operator("left"), world.operator("rita", Role.READER),
+    )  # fmt: skip
+
+    def run(pem: Path, url: str, *words: str) -> Ran:
+        with world.etcd.entered():
+            return run_main(
+                capsys, "fleet", *words, "--fleet-certificate", str(pem), "--fleet", url
+            )
+
+    assert run(left, world.urls[1], "enrol", "x").status == 0
+    assert run(reader, world.urls[0], "enrol", "x").status == 77
+    assert run(reader, world.urls[0], "revoke", "left", "--operator").status == 77
+    assert run(boss, world.urls[0], "revoke", "left", "--operator").status == 0
+    for url in world.urls:
+        until(lambda: run(left, url, "enrol", "x").status == 77, what="its end")  # noqa: B023
+    assert run(boss, world.urls[0], "revoke", "no-host").status == 66
