@@ -24,7 +24,6 @@ _NAMES: Final[dict[type[Exception], str]] = {
     httpcore.ConnectTimeout: "no connection in time",
     httpcore.ReadTimeout: "no answer in time",
     httpcore.WriteTimeout: "it takes no request",
-    httpcore.PoolTimeout: "all connections are in use",
 }
 
 
@@ -64,7 +63,11 @@ class Gateway:
 
     def __init__(self, *, tls: ssl.SSLContext | None, user: str, password: str) -> None:
         self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=tls, max_connections=64, keepalive_expiry=30.0
+            # One that waits here for another's connection would take the member for one that fails.
+            ssl_context=tls,
+            max_connections=None,
+            max_keepalive_connections=64,
+            keepalive_expiry=30.0,
         )
         self._user, self._password = user, password
         self._logging_in = asyncio.Lock()
@@ -163,7 +166,7 @@ def failing() -> Iterator[None]:
     """Raise what goes wrong with a connection or an answer as `Failed`."""
     try:
         yield
-    except (httpcore.ConnectError, httpcore.ConnectTimeout, httpcore.PoolTimeout) as error:
+    except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
         raise Failed(Fault(Kind.OUTAGE, _words(error), certain=True)) from error
     except (
         httpcore.NetworkError,
@@ -180,7 +183,7 @@ def failing() -> Iterator[None]:
 
 
 def _limits(read_s: float) -> dict[str, float]:
-    return {"connect": _CONNECT_S, "write": _SMALL_S, "pool": _SMALL_S, "read": read_s}
+    return {"connect": _CONNECT_S, "write": _SMALL_S, "read": read_s}
 
 
 def _object(content: bytes) -> Json:
