@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
+from imdsproxy.core.fleet import layout
 from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.records import parse_instance, parse_network
+from imdsproxy.core.tokens import TokenKey, instance_key
 from support.certificates import make_authority, server_context
 from support.daemon import Daemon, instance, user_data_of
-from support.fleet_hub import FleetHub, FleetStore
-from support.guest import Guest, inside
+from support.fleet_hub import HOST, FleetHub, FleetStore
+from support.guest import Guest, inside, take_token, with_token
 from support.lab import Lab, RecordMapping, until
 
 pytestmark = pytest.mark.root
@@ -147,3 +149,63 @@ def test_a_host_serves_what_is_placed_on_it_without_hubs_after_a_restart_and_nev
     world.start_hub(newer)
     until(lambda: world.source()["in_sync"], what="being in sync")
     assert world.other.ask(_TARGET).status == 404
+
+
+_FIRST, _SECOND = (TokenKey(letter * 32) for letter in (b"f", b"g"))
+
+
+def _status(world: FleetWorld, token: str = "") -> int:
+    return world.guest.ask(_TARGET, headers=with_token(token) if token else ()).status
+
+
+def _signed_by(token: str, fleet_key: TokenKey) -> bool:
+    return token.startswith(instance_key(fleet_key, "red-5").kid)
+
+
+def test_a_fleet_signs_its_instances_tokens_revokes_them_and_requires_them_over_every_restart(
+    world: FleetWorld,
+) -> None:
+    daemon, old = world.daemon, take_token(world.guest)
+    hub = world.hub
+    assert hub.wait(hub.have_token_keys(_FIRST)) == {}
+    tokens = [take_token(world.guest)]
+    assert _signed_by(tokens[0], _FIRST)
+    # That of this host's own key is none of the instance's any more.
+    assert [_status(world, one) for one in (old, *tokens)] == [401, 200]
+    for keys in ((_FIRST, _SECOND), (_SECOND, _FIRST)):
+        assert hub.wait(hub.have_token_keys(*keys)) == {}
+        tokens.append(take_token(world.guest))
+        assert _signed_by(tokens[-1], keys[0])
+        assert {_status(world, one) for one in tokens} == {200}
+    # A host alone revokes nothing; the fleet does.
+    refused = daemon.command("token", "revoke", "red-5")
+    assert refused.status != 0
+    assert "--fleet URL" in refused.err
+    assert {_status(world, one) for one in tokens} == {200}
+    revoked = {f"{layout.GUARDS}red-5": b'{"epoch": 1, "reopened_at": 0}'}
+    assert hub.wait(hub.write(revoked)) == {}
+    assert {_status(world, one) for one in tokens} == {401}
+    tokens = [take_token(world.guest)]
+    required = {f"{layout.POLICIES}host/{HOST}": b'{"tokens": "required"}'}
+    assert hub.wait(hub.write(required)) == {}
+    assert [_status(world), _status(world, tokens[0])] == [401, 200]
+    explained = daemon.explain("red", "10.0.0.5")["rules"]
+    assert (explained["of_fleet"], explained["token_epoch"]) == (True, 1)
+    assert {"name": "tokens", "value": "required", "origin": "fleet-host"} in explained["rules"]
+    # Without a hub the same is in force, through a death of the controller and a restart of all.
+    hub.away()
+    daemon.kill_controller()
+    assert [_status(world), _status(world, tokens[0])] == [401, 200]
+    daemon.start(ready=False)
+    until(lambda: not world.source()["in_sync"], what="a source without hubs", within_s=20)
+    assert [_status(world), _status(world, tokens[0])] == [401, 200]
+    daemon.stop()
+    daemon.start(ready=False)
+    until(lambda: _status(world, tokens[0]) == 200, what="an answer", within_s=20)
+    assert _status(world) == 401
+    assert _signed_by(take_token(world.guest), _SECOND)
+    world.start_hub(hub.store)
+    until(lambda: world.source()["in_sync"], what="being in sync")
+    done = world.hub.write({f"{layout.POLICIES}host/{HOST}": b"{}"})
+    assert world.hub.wait(done) == {}
+    assert _status(world) == 200

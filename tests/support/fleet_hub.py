@@ -24,6 +24,8 @@ from imdsproxy.core.fleet.layout import HostId, Meta, StoredInstance, StoredNetw
 from imdsproxy.core.fleet.stream import BLOB_PATH, STREAM_PATH
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
 from imdsproxy.core.records import render_record
+from imdsproxy.core.tokens import TokenKey
+from imdsproxy.core.tokens import instance_key as token_key_of
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.state import Change, FleetState
 from imdsproxy.hub.streams import Streams
@@ -38,15 +40,26 @@ _WAIT_S: Final = 20.0
 
 @dataclass(slots=True)
 class FleetStore:
-    """What etcd has; hubs that share it are of one fleet."""
+    """What etcd has; hubs that share it are of one fleet.
+
+    Attributes:
+        token_keys: The fleet's, the one in force first.
+    """
 
     revision: int = 1
     incarnation: int = 1
     entries: dict[str, tuple[int, bytes]] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
+    token_keys: tuple[TokenKey, ...] = ()
 
     def __post_init__(self) -> None:
         self.entries[layout.META] = self.revision, layout.render_meta(Meta(FLEET))
+
+    def keys_of(self, instance: InstanceId) -> layout.Json | None:
+        """An instance's item of keys."""
+        own = [token_key_of(key, instance) for key in self.token_keys]
+        keys = {key.kid: key.text for key in own}
+        return {"current": own[0].kid, "keys": keys} if own else None
 
     def write(self, values: Mapping[str, bytes]) -> list[Change]:
         """Write keys in one transaction."""
@@ -90,7 +103,7 @@ class FleetHub:
         listen: Callable[[], socket.socket] = lambda: socket.create_server(("127.0.0.1", 0)),
     ) -> None:
         self.store = store or FleetStore()
-        self.state, self.age_s, self.skew_s = FleetState(), 0.0, 0.0
+        self.state, self.age_s, self.skew_s = FleetState(self.store.keys_of), 0.0, 0.0
         self.renewals: list[bytes] = []
         self.blob_requests: list[str] = []
         self.refuses = False
@@ -169,6 +182,11 @@ class FleetHub:
             return self.store.revision
 
         return self._do(apply())
+
+    def have_token_keys(self, *keys: TokenKey) -> int:
+        """Sign tokens by the first of these; the revision."""
+        self.store.token_keys = keys
+        return self.write({f"{layout.KEYS}{keys[0].kid}": b"{}"})
 
     def wait(self, revision: int, within_s: float = _WAIT_S) -> dict[HostId, str]:
         """Wait until a revision is in force on the host; else why it is not."""
