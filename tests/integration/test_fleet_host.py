@@ -1,10 +1,12 @@
 """A host of a fleet: what a hub sends is what guests read, and stays so when hubs go, and after a restart."""
 
 import socket
+import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 
@@ -12,16 +14,26 @@ from imdsproxy.core.fleet import layout
 from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.records import parse_instance, parse_network
 from imdsproxy.core.tokens import TokenKey, instance_key
-from support.certificates import make_authority, server_context
+from imdsproxy.host.certificates import (
+    make_key,
+    parse_certificate,
+    render_certificate,
+    render_key,
+)
+from imdsproxy.hub.authority import Authority, make_authority, parse_request
+from imdsproxy.sources.fleet.client import HostFiles
 from support.daemon import Daemon, instance, user_data_of
-from support.fleet_hub import HOST, FleetHub, FleetStore
+from support.fleet_hub import HOST, FleetHub
 from support.guest import Guest, inside, take_token, with_token
 from support.lab import Lab, RecordMapping, until
 
 pytestmark = pytest.mark.root
 
-_TARGET = "/latest/user-data"
-_NAME = "/latest/meta-data/hostname"
+_TARGET: Final = "/latest/user-data"
+_NAME: Final = "/latest/meta-data/hostname"
+_NOW: Final = datetime.now(UTC)
+_LONG_AGO: Final = _NOW - timedelta(days=25)
+"""More than two thirds of a certificate's life."""
 
 
 def _instance(name: str, number: int = 5, **fields: object) -> Instance:
@@ -38,7 +50,7 @@ def _network(record: RecordMapping) -> Network:
 
 @dataclass
 class FleetWorld:
-    """A lab whose daemon follows a hub."""
+    """A lab whose daemon has joined a fleet, and follows a hub."""
 
     lab: Lab
     daemon: Daemon
@@ -51,102 +63,92 @@ class FleetWorld:
         (found,) = (one for one in self.daemon.status()["sources"] if one["name"] == "fleet")
         return dict(found)
 
-    def start_hub(self, store: FleetStore) -> None:
-        """Have a hub with this store at the same address."""
-        self.hub.close()
-        self.hub = _hub(self.lab, self.daemon.directory, store, self.hub.port)
+
+def _join(authority: Authority, files: HostFiles, hub: str) -> None:
+    """Have a host what `imdsproxy fleet join` gave it long ago."""
+    files.hubs.parent.mkdir(parents=True, mode=0o700)
+    files.hubs.write_text(f"{hub}\n")
+    files.authority.write_bytes(render_certificate(authority.certificate))
+    key = make_key()
+    signed = authority.certify_host(key.public_key(), HOST, _LONG_AGO)
+    files.certificate.write_bytes(render_key(key) + render_certificate(signed))
+    files.certificate.chmod(0o600)
 
 
-def _hub(lab: Lab, directory: Path, store: FleetStore | None = None, port: int = 0) -> FleetHub:
-    authority = make_authority(directory, "ca")
-    own = authority.issue("hub", names=["IP:127.0.0.1"])
-    authority.issue("host")
-    context = server_context(own, clients=authority)
-
-    def listen() -> socket.socket:
-        return inside(lab.host, lambda: socket.create_server(("127.0.0.1", port)))
-
-    return FleetHub(store, context=context, listen=listen)
+def _server(authority: Authority, directory: Path) -> ssl.SSLContext:
+    key = make_key()
+    signed = authority.certify_hub(key.public_key(), "hub1", ["127.0.0.1"], _NOW)
+    pem, ca_file = directory / "hub.pem", directory / "ca.crt"
+    pem.write_bytes(render_key(key) + render_certificate(signed))
+    ca_file.write_bytes(render_certificate(authority.certificate))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem)
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(ca_file)
+    return context
 
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[FleetWorld]:
     lab = Lab()
+    authority = make_authority("fleet", _LONG_AGO)
+
+    def listen(port: int) -> socket.socket:
+        return inside(lab.host, lambda: socket.create_server(("127.0.0.1", port)))
+
+    def certify(request: str) -> bytes:
+        return render_certificate(authority.certify_host(parse_request(request), HOST, _NOW))
+
     try:
         daemon = Daemon(lab)
+        hub = FleetHub(context=_server(authority, daemon.directory), listen=listen)
+        hub.certify = certify
         try:
-            hub = _hub(lab, daemon.directory)
-            files = {
-                "certificate_file": str(daemon.directory / "host.crt"),
-                "private_key_file": str(daemon.directory / "host.key"),
-                "ca_file": str(daemon.directory / "ca.crt"),
-            }
-            fleet = {"enabled": True, "hubs": [hub.url], "silent_s": 5.0, "retry_s": 0.5, **files}
-            daemon.configure(
-                {
-                    "sources": {"fleet": fleet, "sqlite": {"enabled": False}},
-                    "resolver": {"hold_s": 0.5},
-                }
-            )
+            _join(authority, HostFiles.of(daemon.state / "fleet"), hub.url)
+            fleet = {"enabled": True, "silent_s": 5.0, "retry_s": 0.5}
+            sources = {"fleet": fleet, "sqlite": {"enabled": False}}
+            daemon.configure({"sources": sources, "resolver": {"hold_s": 0.5}})
             network = _network(lab.namespace_network("red"))
-            guests = lab.guest("red", 5), lab.guest("red", 6)
-            made = FleetWorld(lab, daemon, hub, *guests, network)
             hub.put([network], [_instance("red-5")])
             daemon.start()
-            yield made
+            guests = lab.guest("red", 5), lab.guest("red", 6)
+            yield FleetWorld(lab, daemon, hub, *guests, network)
         finally:
             daemon.close()
-            made.hub.close()
+            hub.close()
     finally:
         lab.close()
 
 
-def _reports(world: FleetWorld, words: str) -> bool:
-    return any(words in one["reason"] for one in world.source()["problems"])
-
-
-def test_a_host_serves_what_is_placed_on_it_without_hubs_after_a_restart_and_never_an_older_version(
+def test_a_host_serves_what_its_hub_sends_and_from_disk_without_one_also_after_a_restart(
     world: FleetWorld,
 ) -> None:
-    guest, daemon = world.guest, world.daemon
+    guest, daemon, hub = world.guest, world.daemon, world.hub
     assert guest.ask(_TARGET).body == user_data_of("red-5")
     # A change is acknowledged once guests read it.
-    older = world.hub.store
-    before = FleetStore(older.revision, older.incarnation, dict(older.entries), dict(older.blobs))
-    revision = world.hub.put([], [_instance("red-5", hostname="second"), _instance("red-6", 6)])
-    assert world.hub.wait(revision) == {}
+    revision = hub.put([], [_instance("red-5", hostname="second"), _instance("red-6", 6)])
+    assert hub.wait(revision) == {}
     assert guest.ask(_NAME).text == "second"
     assert world.other.ask(_TARGET).body == user_data_of("red-6")
-    assert world.hub.ask("/v1/instances/red-6")[1]["record"]["id"] == "red-6"
-    assert world.hub.ask("/v1/reload")[0] == 403
-    revision = world.hub.remove_instance("red-6")
-    assert world.hub.wait(revision) == {}
+    # What the hub may ask for, and no more.
+    assert hub.ask("/v1/instances/red-6")[1]["record"]["id"] == "red-6"
+    assert hub.ask("/v1/instances/red-6/../../reload")[0] == 403
+    assert hub.wait(hub.remove_instance("red-6")) == {}
     assert world.other.ask(_TARGET).status == 404
     # Without a hub guests get the same, and it is not known who else there is.
-    world.hub.away()
-    until(lambda: not world.source()["in_sync"], what="being out of sync", within_s=20)
+    hub.away()
+    until(lambda: not world.source()["in_sync"], what="being out of sync")
     assert guest.ask(_NAME).text == "second"
     assert world.other.ask(_TARGET).is_to_come_again
     assert world.source()["stale_s"] > 0
     # All processes end, as at a reboot.
     daemon.stop()
     daemon.start(ready=False)
-    until(lambda: guest.ask(_NAME).status == 200, what="an answer", within_s=20)
+    until(lambda: guest.ask(_NAME).status == 200, what="an answer")
     assert guest.ask(_NAME).text == "second"
     assert guest.ask(_TARGET).body == user_data_of("red-5")
     assert world.other.ask(_TARGET).is_to_come_again
-    # A hub with an older state is not followed.
-    newer = world.hub.store
-    world.start_hub(before)
-    until(
-        lambda: any(
-            "behind" in one["reason"] or "revision" in one["reason"]
-            for one in world.source()["problems"]
-        ),
-        within_s=60,
-    )
-    assert guest.ask(_NAME).text == "second"
-    world.start_hub(newer)
+    hub.back()
     until(lambda: world.source()["in_sync"], what="being in sync")
     assert world.other.ask(_TARGET).status == 404
 
@@ -204,8 +206,40 @@ def test_a_fleet_signs_its_instances_tokens_revokes_them_and_requires_them_over_
     until(lambda: _status(world, tokens[0]) == 200, what="an answer", within_s=20)
     assert _status(world) == 401
     assert _signed_by(take_token(world.guest), _SECOND)
-    world.start_hub(hub.store)
+    hub.back()
     until(lambda: world.source()["in_sync"], what="being in sync")
-    done = world.hub.write({f"{layout.POLICIES}host/{HOST}": b"{}"})
-    assert world.hub.wait(done) == {}
+    done = hub.write({f"{layout.POLICIES}host/{HOST}": b"{}"})
+    assert hub.wait(done) == {}
     assert _status(world) == 200
+
+
+def test_a_network_that_cannot_be_served_is_acknowledged_with_the_reason_and_then_without(
+    world: FleetWorld,
+) -> None:
+    lab, hub = world.lab, world.hub
+    namespace = lab.name("late")
+    record: RecordMapping = {"id": "late", "listener": {"namespace": namespace}}
+    late = parse_instance(instance("late-5", "late"))
+    assert isinstance(late, Instance)
+    revision = hub.put([_network(record)], [late])
+    until(lambda: "late" in world.daemon.left_out(), what="the network that is not served")
+    until(lambda: f"namespace {namespace}" in hub.wait(revision, 0.0).get(HOST, ""))
+    lab.namespace_network("late")
+    until(lambda: hub.wait(revision, 0.0) == {}, what="the acknowledgement")
+    assert lab.guest("late").ask(_TARGET).body == user_data_of("late-5")
+    assert hub.wait(hub.remove_instance("late-5")) == {}
+
+
+def test_a_host_renews_its_certificate_without_what_that_needs_staying_in_memory(
+    world: FleetWorld,
+) -> None:
+    files = HostFiles.of(world.daemon.state / "fleet")
+    until(lambda: not _is_old(files), what="the next certificate")
+    assert files.certificate.stat().st_mode & 0o777 == 0o600
+    maps = Path(f"/proc/{world.daemon.pids().controller}/maps").read_text()
+    assert "cryptography" not in maps
+
+
+def _is_old(files: HostFiles) -> bool:
+    found = parse_certificate(files.certificate.read_bytes(), "the host's")
+    return found.not_valid_before_utc < _NOW - timedelta(days=2)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import re
 import socket
 import tempfile
 import threading
@@ -20,6 +22,7 @@ from ssl import SSLContext
 from typing import Any, Final, TypeVar
 
 from imdsproxy.core.fleet import layout
+from imdsproxy.core.fleet.identity import RENEW_PATH
 from imdsproxy.core.fleet.layout import HostId, Meta, StoredInstance, StoredNetwork, UserData
 from imdsproxy.core.fleet.stream import BLOB_PATH, STREAM_PATH
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
@@ -92,7 +95,7 @@ class FleetHub:
     Args:
         store: What etcd has.
         context: The server's side of TLS; without it hosts connect by `http:`.
-        listen: Makes the socket, in whatever namespace; on loopback of this one by default.
+        listen: Makes the socket at a port, 0 for any, in whatever namespace.
     """
 
     def __init__(
@@ -100,15 +103,17 @@ class FleetHub:
         store: FleetStore | None = None,
         *,
         context: SSLContext | None = None,
-        listen: Callable[[], socket.socket] = lambda: socket.create_server(("127.0.0.1", 0)),
+        listen: Callable[[int], socket.socket] = lambda port: socket.create_server(
+            ("127.0.0.1", port)
+        ),
     ) -> None:
         self.store = store or FleetStore()
         self.state, self.age_s, self.skew_s = FleetState(self.store.keys_of), 0.0, 0.0
-        self.renewals: list[bytes] = []
+        self.certify: Callable[[str], bytes] = lambda _: b""
         self.blob_requests: list[str] = []
         self.refuses = False
         self._context = context
-        self._listener = listen()
+        self._listen, self._listener = listen, listen(0)
         self.port = int(self._listener.getsockname()[1])
         self.url = f"{'https' if context else 'http'}://127.0.0.1:{self.port}"
         self._directory = tempfile.TemporaryDirectory(prefix="imdst-")
@@ -211,7 +216,7 @@ class FleetHub:
         return HOST in self.streams.hosts
 
     def away(self) -> None:
-        """Be as a hub that was killed: no connection is accepted, and those that there are end."""
+        """Be as a hub that was killed: every connection ends, until it is `back`."""
 
         async def leave() -> None:
             assert self._server is not None
@@ -221,6 +226,11 @@ class FleetHub:
 
         self._do(leave())
         self._listener.close()
+
+    def back(self) -> None:
+        """Accept connections again."""
+        self._listener = self._listen(self.port)
+        self._do(self._open())
 
     def close(self) -> None:
         """End it."""
@@ -252,6 +262,11 @@ class FleetHub:
                 _, path, _ = head.partition(b"\r\n")[0].decode().split(" ")
                 if path == STREAM_PATH:
                     await self._pass_on(head, reader, writer)
+                elif path == RENEW_PATH:
+                    length = re.search(rb"(?i)content-length: *(\d+)", head)
+                    asked = json.loads(await reader.readexactly(int(length[1]) if length else 0))
+                    signed = self.certify(asked["request"]).decode()
+                    _give(writer, "200 OK", json.dumps({"certificate": signed}).encode())
                 elif path.startswith(BLOB_PATH):
                     self._give_blob(path.removeprefix(BLOB_PATH), writer)
                 await writer.drain()
@@ -262,10 +277,7 @@ class FleetHub:
     def _give_blob(self, sha256: str, writer: asyncio.StreamWriter) -> None:
         self.blob_requests.append(sha256)
         data = self.store.blobs.get(sha256)
-        status = "404 Not Found" if data is None else "200 OK"
-        body = data or b""
-        head = f"HTTP/1.1 {status}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
-        writer.write(head.encode() + body)
+        _give(writer, "404 Not Found" if data is None else "200 OK", data or b"")
 
     async def _pass_on(
         self, head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -282,6 +294,11 @@ class FleetHub:
             one.cancel()
         await asyncio.gather(*ways, return_exceptions=True)
         behind.close()
+
+
+def _give(writer: asyncio.StreamWriter, status: str, body: bytes) -> None:
+    head = f"HTTP/1.1 {status}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+    writer.write(head.encode() + body)
 
 
 async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

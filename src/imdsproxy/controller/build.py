@@ -13,7 +13,6 @@ from imdsproxy.anti_spoofing.kernel import KernelHopLimits, KernelMacFilters, ta
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.app.companion import Companion
 from imdsproxy.config.schema import DocumentsSettings, HaproxySettings, Settings
-from imdsproxy.core.fleet.identity import LIBRARY_HINT
 from imdsproxy.core.haproxy.model import DataplaneSpec, Limits
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.inventory import Inventory
@@ -21,7 +20,6 @@ from imdsproxy.core.timing import Backoff, Progress
 from imdsproxy.core.wire import RETRY_AFTER_S
 from imdsproxy.dataplane.haproxy import link_jail_to_itself
 from imdsproxy.dataplane.layout import Layout
-from imdsproxy.errors import optional_library
 from imdsproxy.host.account import group_id
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import ensure_directory, write_atomic
@@ -217,6 +215,7 @@ def build_fleet(settings: Settings, clock: Clock) -> "FleetSource":
     """The source that follows a fleet's hubs."""
     # TLS and its libraries, which most hosts do not need.
     from imdsproxy.sources.fleet.client import HostFiles, HubClient  # noqa: PLC0415 - see above
+    from imdsproxy.sources.fleet.renewal import renew_apart  # noqa: PLC0415 - as above
     from imdsproxy.sources.fleet.source import FleetSource  # noqa: PLC0415 - as above
 
     state, wanted = settings.paths.state_dir, settings.sources.fleet
@@ -227,7 +226,6 @@ def build_fleet(settings: Settings, clock: Clock) -> "FleetSource":
         wanted.private_key_file or joined.key,
         wanted.ca_file or joined.authority,
     )
-    client = HubClient(files, wanted.timeout_s)
 
     def hubs() -> tuple[str, ...]:
         return wanted.hubs or files.read_hubs()
@@ -235,12 +233,10 @@ def build_fleet(settings: Settings, clock: Clock) -> "FleetSource":
     async def renew() -> None:
         # Another PKI renews what it has made itself.
         if files.certificate == joined.certificate and files.certificate.exists():
-            with optional_library("cryptography", LIBRARY_HINT):
-                from imdsproxy.sources.fleet.membership import renew_if_due  # noqa: PLC0415 - slow
-            await renew_if_due(files, client, hubs(), clock.now())
+            await renew_apart(files, hubs(), wanted.timeout_s)
 
     return FleetSource(
-        client,
+        HubClient(files, wanted.timeout_s),
         hubs,
         state / "fleet.sqlite",
         wanted.silent_s,

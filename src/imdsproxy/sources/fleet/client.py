@@ -86,10 +86,17 @@ class HostFiles:
 
 @dataclass(slots=True)
 class HubStream:
-    """The lines of one connection."""
+    """The lines of one connection, and user data beside them.
 
+    Attributes:
+        hub: The URL.
+    """
+
+    hub: str
     _reader: asyncio.StreamReader
     _writer: asyncio.StreamWriter
+    _pool: httpcore.AsyncConnectionPool
+    _timeout_s: float
 
     async def read(self, within_s: float) -> FromHub:
         """The next line.
@@ -122,6 +129,24 @@ class HubStream:
             await self._writer.drain()
         except OSError as error:
             raise SourceUnavailable(f"the stream broke: {error}") from error
+
+    async def user_data(self, sha256: str, size: int) -> bytes:
+        """User data of an instance on this host.
+
+        Raises:
+            SourceRefused: The hub has none such for this host.
+            SourceUnavailable: It cannot be had now.
+        """
+        most = max(size, _MOST_OF_ANSWER)
+        status, data = await _ask(
+            self._pool, "GET", f"{self.hub}{BLOB_PATH}{sha256}", self._timeout_s, most=most
+        )
+        if status != 200:  # noqa: PLR2004 - HTTP's
+            kind: type[SourceError] = SourceRefused if status in {403, 404} else SourceUnavailable
+            raise kind(f"{self.hub} answers {status} for user data {sha256}")
+        if len(data) != size or sha256_of(data).hexdigest() != sha256:
+            raise SourceUnavailable(f"{self.hub} gives other user data than {sha256}")
+        return data
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,28 +184,15 @@ class HubClient:
                     )
                     head = await reader.readuntil(b"\r\n\r\n")
             _check_status(hub, head)
-            yield HubStream(reader, writer)
+            # What is asked again and again has a connection that stays.
+            async with httpcore.AsyncConnectionPool(ssl_context=context, max_connections=1) as pool:
+                yield HubStream(hub.rstrip("/"), reader, writer, pool, self.timeout_s)
         except TimeoutError as error:
             raise SourceUnavailable(f"{hub} did not answer in {self.timeout_s:g} s") from error
         finally:
             if writer is not None:
                 # TLS waits for the other side's farewell, which a hub that hangs does not say.
                 writer.transport.abort()
-
-    async def user_data(self, hub: str, sha256: str, size: int) -> bytes:
-        """User data of an instance on this host.
-
-        Raises:
-            SourceRefused: The hub has none such for this host.
-            SourceUnavailable: It cannot be had now.
-        """
-        status, data = await self.request("GET", hub, f"{BLOB_PATH}{sha256}", most=size)
-        if status != 200:  # noqa: PLR2004 - HTTP's
-            kind: type[SourceError] = SourceRefused if status in {403, 404} else SourceUnavailable
-            raise kind(f"{hub} answers {status} for user data {sha256}")
-        if len(data) != size or sha256_of(data).hexdigest() != sha256:
-            raise SourceUnavailable(f"{hub} gives other user data than {sha256}")
-        return data
 
     async def request(
         self,
@@ -190,37 +202,44 @@ class HubClient:
         *,
         body: bytes = b"",
         headers: Mapping[bytes | str, bytes | str] | None = None,
-        most: int = _MOST_OF_ANSWER,
     ) -> tuple[int, bytes]:
-        """One request; its status and body, of at most `most` bytes.
+        """One request; its status and body.
 
         Raises:
             SourceUnavailable: There was no answer, or it is longer.
         """
-        times = dict.fromkeys(("connect", "read", "write", "pool"), self.timeout_s)
-        try:
-            async with (
-                httpcore.AsyncConnectionPool(ssl_context=self._context(hub)) as pool,
-                pool.stream(
-                    method,
-                    f"{hub.rstrip('/')}{path}",
-                    headers=headers,
-                    content=body or None,
-                    extensions={"timeout": times},
-                ) as answer,
-            ):
-                found = bytearray()
-                async for part in answer.aiter_stream():
-                    found += part
-                    if len(found) > most:
-                        raise SourceUnavailable(f"{hub} answers more than {most} bytes for {path}")
-                return answer.status, bytes(found)
-        except (httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError) as error:
-            why = str(error) or type(error).__name__
-            raise SourceUnavailable(f"{hub} does not answer {path}: {why}") from error
+        async with httpcore.AsyncConnectionPool(ssl_context=self._context(hub)) as pool:
+            url = f"{hub.rstrip('/')}{path}"
+            return await _ask(pool, method, url, self.timeout_s, body=body, headers=headers)
 
     def _context(self, hub: str) -> ssl.SSLContext | None:
         return self.identity.context() if self.identity and hub.startswith("https:") else None
+
+
+async def _ask(
+    pool: httpcore.AsyncConnectionPool,
+    method: str,
+    url: str,
+    timeout_s: float,
+    *,
+    body: bytes = b"",
+    headers: Mapping[bytes | str, bytes | str] | None = None,
+    most: int = _MOST_OF_ANSWER,
+) -> tuple[int, bytes]:
+    times = dict.fromkeys(("connect", "read", "write", "pool"), timeout_s)
+    found = bytearray()
+    try:
+        async with pool.stream(
+            method, url, headers=headers, content=body or None, extensions={"timeout": times}
+        ) as answer:
+            async for part in answer.aiter_stream():
+                found += part
+                if len(found) > most:
+                    raise SourceUnavailable(f"{url} has more than {most} bytes")
+            return answer.status, bytes(found)
+    except (httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError) as error:
+        why = str(error) or type(error).__name__
+        raise SourceUnavailable(f"{url} does not answer: {why}") from error
 
 
 @contextlib.contextmanager
@@ -232,9 +251,9 @@ def _failures(hub: str) -> Iterator[None]:
             f"{hub} has no certificate of this fleet: {error.verify_message}",
             hint="compare its URL with the names in its certificate, and its CA with this host's",
         ) from error
-    except (OSError, EOFError, asyncio.LimitOverrunError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it ended the connection"
-        raise SourceUnavailable(f"{hub} is not reached: {why or error}") from error
+    except (OSError, EOFError, ValueError, asyncio.LimitOverrunError) as error:
+        why = "it ended the connection" if isinstance(error, EOFError) else error
+        raise SourceUnavailable(f"{hub} is not reached: {why}") from error
 
 
 def _check_status(hub: str, head: bytes) -> None:

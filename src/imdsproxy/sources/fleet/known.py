@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeAlias, cast
@@ -33,6 +34,7 @@ UserDataOf: TypeAlias = Callable[[InstanceId, str], "StoredBytes | None"]
 """User data by the instance and its SHA-256; `None` where this host does not have it."""
 
 _RECORDS: Final = {"network": "networks", "instance": "instances"}
+_SHA256: Final = re.compile("[0-9a-f]{64}")
 _ACCEPT: Final = "compare the fleet with its backup, then `imdsproxy fleet accept-restore`"
 
 
@@ -182,7 +184,7 @@ class FleetKnown:
             kind, _, name = key.partition("/")
             data = value.get("user_data") if kind == "instance" else None
             match data:
-                case {"sha256": str(sha256), "size": int(size)}:
+                case {"sha256": str(sha256), "size": int(size)} if _SHA256.fullmatch(sha256):
                     if self.user_data(InstanceId(name), sha256) is None:
                         found.setdefault((sha256, size), []).append(key)
                 case _:

@@ -54,7 +54,7 @@ _NOTE_EVERY_S: Final = 60.0
 _AGAIN_S: Final = 2.0
 """After so long, what was not in force is looked at again."""
 
-_RENEW_EVERY_S: Final = 600.0
+_RENEW_EVERY_S: Final = 3600.0
 _GRACE_S: Final = 5.0
 """So long after a stream ended the source is in sync: hubs are restarted, and another one is there."""
 
@@ -349,13 +349,13 @@ class FleetSource:
         while True:
             await self._arrived.wait()
             self._arrived.clear()
-            batch, hub, stream = self._pending, self.hub, self._stream
-            if batch is None or hub is None or stream is None:
+            batch, stream = self._pending, self._stream
+            if batch is None or stream is None:
                 continue
             whole, self._pending, self._whole = self._whole, None, False
             self._applying = True
             try:
-                unavailable = await self._fetch_user_data(publish, hub, batch)
+                unavailable = await self._fetch_user_data(publish, stream, batch)
                 await self._apply(publish, batch, unavailable, stream if whole else None)
             except SourceError as error:
                 # The hub sends all of it again, or another one does.
@@ -366,7 +366,7 @@ class FleetSource:
                 self._applying = False
 
     async def _fetch_user_data(
-        self, publish: Publish, hub: str, batch: Batch
+        self, publish: Publish, stream: HubStream, batch: Batch
     ) -> dict[ItemKey, str]:
         """Have user data on disk that a batch needs; of which items it is not to be had, and why.
 
@@ -376,7 +376,7 @@ class FleetSource:
         unavailable: dict[ItemKey, str] = {}
         for (sha256, size), items in self.known.missing_user_data(batch).items():
             try:
-                data = await self.client.user_data(hub, sha256, size)
+                data = await stream.user_data(sha256, size)
             except SourceRefused as error:
                 unavailable |= dict.fromkeys(items, error.message)
                 continue
@@ -406,7 +406,7 @@ class FleetSource:
             self._hub_age_s, self._etcd_at = 0.0, self.clock.monotonic()
         await self._report(publish, applied.records)
         self._published = known.position.revision
-        self._unconfirmed.update(batch.put, batch.remove)
+        self._unconfirmed.update(applied.stored)
         self._to_confirm.set()
 
     async def _on_disk(

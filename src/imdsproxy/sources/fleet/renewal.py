@@ -1,0 +1,51 @@
+"""Renewal of this host's certificate in a process of its own: what it needs would stay in the controller's memory."""
+
+import asyncio
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from imdsproxy.core.fleet.identity import LIBRARY_HINT
+from imdsproxy.errors import ImdsproxyError, SourceUnavailable, optional_library
+from imdsproxy.host.clock import Clock
+from imdsproxy.host.process import run_program
+from imdsproxy.sources.fleet.client import HostFiles, HubClient
+
+_CHILD: Final = f"import sys; from {__name__} import renew_here; renew_here(sys.argv[1])"
+_DEADLINE_S: Final = 120.0
+_FAILED: Final = 1
+
+
+async def renew_apart(files: HostFiles, hubs: Sequence[str], timeout_s: float) -> None:
+    """Replace the certificate where it is time.
+
+    Raises:
+        SourceUnavailable: It is not renewed; the present one stays.
+        HostRefused: The process hangs.
+    """
+    paths = files.hubs, files.certificate, files.key, files.authority
+    order = json.dumps([list(map(str, paths)), list(hubs), timeout_s])
+    command = (sys.executable, "-P", "-c", _CHILD, order)
+    status, words = await run_program(*command, deadline_s=_DEADLINE_S)
+    if status == 0:
+        return
+    message, hint = words.rpartition("\n")[2], "the process for it ended"
+    if status == _FAILED and message.startswith("["):
+        message, hint = json.loads(message)
+    raise SourceUnavailable(f"this host's certificate is not renewed: {message}", hint=hint)
+
+
+def renew_here(order: str) -> None:
+    """Be that process; the last line says what went wrong."""
+    paths, hubs, timeout_s = json.loads(order)
+    files = HostFiles(*map(Path, paths))
+    try:
+        with optional_library("cryptography", LIBRARY_HINT):
+            from imdsproxy.sources.fleet.membership import renew_if_due  # noqa: PLC0415 - it may be missing
+        client, now = HubClient(files, timeout_s), Clock().now()
+        asyncio.run(renew_if_due(files, client, hubs, now))
+    except ImdsproxyError as error:
+        sys.stdout.write(json.dumps([error.message, error.hint]))
+        sys.exit(_FAILED)
