@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, ClassVar, Final, TypeAlias
 from urllib.parse import quote, urlencode, urlsplit
 
 from imdsproxy import errors
@@ -61,6 +61,9 @@ class AdminClient:
     """
 
     socket: Path
+    of_host: ClassVar[bool] = True
+    """Whether it is a host's daemon, and no fleet."""
+
     timeout_s: float = _TIMEOUT_S
     waiting: Callable[[], AbstractContextManager[OnStarting]] | None = _silently
 
@@ -211,6 +214,7 @@ class FleetClient(AdminClient):
         urls: Of hubs, `https://HOST:PORT`.
     """
 
+    of_host: ClassVar[bool] = False
     urls: tuple[str, ...] = ()
 
     def _ask(self, method: str, target: str, raw: bytes | None, headers: Mapping[str, str]) -> Any:  # noqa: ANN401 - JSON

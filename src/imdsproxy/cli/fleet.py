@@ -1,28 +1,30 @@
-"""`imdsproxy fleet init|hub-certificate|operator|enrol|revoke|join`: certificates of a fleet, and who belongs to it."""
+"""`imdsproxy fleet …`: certificates of a fleet, who belongs to it, and what is in force where."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import Annotated, Final
 
 import typer
 
 from imdsproxy.cli import options
 from imdsproxy.cli.options import argument, flag
+from imdsproxy.cli.output import Output, Shape, clean, clean_all, spell_count
+from imdsproxy.cli.record_io import show_written
 from imdsproxy.core.fleet.identity import LIBRARY_HINT, OPERATOR_ROLES, Role, parse_invitation
 from imdsproxy.errors import ConfigUnreadable, RequestRefused, optional_library
 
-if TYPE_CHECKING:
-    from imdsproxy.admin_client import AdminClient
-
 _DIRECTORY: Final = Path("/etc/imdsproxy/fleet")
-_OPERATOR: Final = Path("/etc/imdsproxy/operator.pem")
 _STANDARD_INPUT: Final = "-"
 _VALID_H: Final = 24.0
+_NAMED: Final = 10
+_ANSWER_S: Final = 10.0
 
 fleet_app = typer.Typer(
-    help="A fleet of hosts with one store: init, hub-certificate, operator, enrol, revoke, join.",
+    help="A fleet of hosts with one store: init, hub-certificate, operator, enrol, revoke, join, status, hosts, wait, "
+    "accept-restore.",
     no_args_is_help=True,
 )
 
@@ -34,16 +36,6 @@ Addresses = Annotated[
     flag(
         "--address -a ADDRESS",
         "A DNS name or IP address by which hosts and operators reach the hub; may be repeated.",
-    ),
-]
-Fleet = Annotated[
-    list[str], flag("--fleet URL", "A hub, https://HOST:PORT; may be repeated: one is asked.")
-]
-Certificate = Annotated[
-    Path,
-    flag(
-        "--fleet-certificate FILE",
-        f"What `imdsproxy fleet operator` made (default: {_OPERATOR}).",
     ),
 ]
 HubName = Annotated[str, flag("--name NAME", "The hub's name in the fleet.")]
@@ -143,35 +135,32 @@ def operator(
     run.output.answer(
         {"file": str(path), "name": name, "role": role, "project": project},
         f"{path} is {name}'s certificate with its key, for the role {role}: "
-        "`imdsproxy --fleet URL --certificate FILE`.",
+        "`imdsproxy --fleet URL --fleet-certificate FILE`.",
     )
 
 
 @fleet_app.command("enrol")
-@options.json_command
+@options.fleet_command
 def enrol(
     run: options.Invocation,
     host: Annotated[str, argument("HOST", "The host's name in the fleet.")],
     *,
-    fleet: Fleet,
     valid: Annotated[
         float, flag("--valid HOURS", "How long the string is good (default: 24).")
     ] = _VALID_H,
-    fleet_certificate: Certificate = _OPERATOR,
 ) -> None:
     """Invite a host: print one word for `imdsproxy fleet join` there, which is good once. It is a secret."""
     body = {"host": host, "valid_s": valid * 3600}
-    made = _hubs(fleet, fleet_certificate).request("POST", "/fleet/invitations", body=body)
+    made = run.hubs().request("POST", "/fleet/invitations", body=body)
     run.output.answer(made, str(made["invitation"]))
 
 
 @fleet_app.command("revoke")
-@options.json_command
+@options.fleet_command
 def revoke(
     run: options.Invocation,
     name: Annotated[str, argument("NAME", "A host's name in the fleet.")],
     *,
-    fleet: Fleet,
     operator: Annotated[
         bool,
         flag(
@@ -179,11 +168,10 @@ def revoke(
             "It is the name of an operator or a hub: no certificate of it is good any more.",
         ),
     ] = False,
-    fleet_certificate: Certificate = _OPERATOR,
 ) -> None:
     """Accept a host no more: its stream is cut at once, and neither certificate nor token is good any more."""
     kind = "operators" if operator else "hosts"
-    hubs = _hubs(fleet, fleet_certificate)
+    hubs = run.hubs()
     done = hubs.request("POST", f"/fleet/revoked-{kind}", body={"name": name})
     left = "" if operator else " It serves its guests from its own copy until it is stopped."
     run.output.answer(done, f"{name} is revoked since revision {done['revision']}.{left}")
@@ -223,10 +211,103 @@ def join(
     )
 
 
-def _hubs(urls: Sequence[str], certificate: Path) -> "AdminClient":
-    from imdsproxy.admin_client import FleetClient  # noqa: PLC0415 - `--help` need not load it
+@fleet_app.command("status")
+@options.fleet_command
+def status(run: options.Invocation) -> None:
+    """The fleet at one moment: hubs, hosts that are absent or behind, and why nothing is written where that is so."""
+    run.output.answer(run.hubs().get("/fleet/status"), _show_status)
 
-    return FleetClient(certificate, urls=tuple(urls))
+
+def _show_status(output: Output, shape: Shape) -> None:
+    hubs = (
+        f"{one['name']}{'' if one['answers'] else ' [red]does not answer[/]'}"
+        for one in clean_all(shape["hubs"])
+    )
+    unfinished = (f"{one['done']:,} of {one['of']:,} records" for one in shape["imports"])
+    facts = {
+        "fleet": f"{clean(shape['fleet'])}, incarnation {shape['incarnation']}",
+        "revision": str(shape["revision"]),
+        "hubs": "\n".join(hubs),
+        "records": f"{spell_count(shape['networks'], 'network')}, {spell_count(shape['instances'], 'instance')}",
+        "hosts": f"{shape['connected']} of {shape['hosts']} connected",
+        "absent": _named(shape["absent"]),
+        "not in force on": _named(shape["behind"]),
+        "imports": "\n".join(unfinished) or None,
+        "refused values": "\n".join(
+            f"{clean(key)}: {clean(why)}" for key, why in shape["problems"].items()
+        )
+        or None,
+        "suspect": None if shape["suspect"] is None else f"[red]{clean(shape['suspect'])}[/]",
+    }
+    output.facts(facts)
+    if shape["suspect"] is not None:
+        output.styled(
+            "[dim]hint:[/] nothing is written; if etcd was restored on purpose: imdsproxy fleet accept-restore"
+        )
+
+
+def _named(hosts: Sequence[str]) -> str | None:
+    shown = " ".join(hosts[:_NAMED]) + (
+        f" and {len(hosts) - _NAMED} more" if len(hosts) > _NAMED else ""
+    )
+    return f"[yellow]{clean(shown)}[/]" if hosts else None
+
+
+@fleet_app.command("hosts")
+@options.fleet_command
+def hosts(run: options.Invocation) -> None:
+    """Every host: to which hub it is connected, and up to which revision all is in force there."""
+    run.output.answer(
+        run.hubs().get("/fleet/hosts"),
+        lambda output, shapes: output.table(
+            map(_host_row, shapes),
+            empty="no host: `imdsproxy fleet enrol` invites one",
+            keep=("HOST",),
+        ),
+    )
+
+
+def _host_row(shape: Shape) -> dict[str, str]:
+    state = clean(shape["state"])
+    if shape["state"] == "enrolled":
+        state = "[green]connected[/]" if shape["hub"] else "[yellow]absent[/]"
+        if shape["failed"]:
+            item, why = next(iter(shape["failed"].items()))
+            state = f"[red]not in force:[/] {clean(item)}: {clean(why)}"
+    return {
+        "HOST": clean(shape["host"]),
+        "HUB": clean(shape["hub"] or "-"),
+        "INSTANCES": str(shape["instances"]),
+        "REVISION": str(shape["acknowledged"] or "-"),
+        "STATE": state,
+    }
+
+
+@fleet_app.command("wait")
+@options.fleet_command
+def wait(
+    run: options.Invocation,
+    revision: Annotated[int, argument("REVISION", "As a change printed it with --json.")],
+    *,
+    host: Annotated[
+        list[str] | None, flag("--host HOST", "Only on this host; may be repeated.")
+    ] = None,
+    timeout: Annotated[int, flag("--timeout S", "Seconds, at most 3600 (default: 50).")] = 50,
+) -> None:
+    """Return once a revision is in force on every host; exit 75 and name the others."""
+    body = {"revision": revision, "hosts": host or None, "timeout_s": float(timeout)}
+    answer = replace(run.hubs(), timeout_s=timeout + _ANSWER_S).request(
+        "POST", "/fleet/wait", body=body
+    )
+    show_written(run.output, f"revision {revision} is in force", answer)
+
+
+@fleet_app.command("accept-restore")
+@options.fleet_command
+def accept_restore(run: options.Invocation) -> None:
+    """Take what etcd has as the truth, after it was restored from a backup: hosts remove what it lacks."""
+    answer = run.hubs().request("POST", "/fleet/accept-restore")
+    show_written(run.output, "the restored store is accepted", answer)
 
 
 def _now() -> datetime:

@@ -43,7 +43,7 @@ def get(
 ) -> None:
     """The answer that the guest at this address would get; exit 1 from status 400 up."""
     query = {"network": network, "address": address, "path": path}
-    answer = run.daemon().get("/v1/documents", query)
+    answer = run.api().get("/v1/documents", query)
     status = answer["status"]
     if run.output.as_json:
         run.output.json(answer)
@@ -100,7 +100,7 @@ def explain(
             "explain takes either an INSTANCE or both --network and --from",
             hint="`imdsproxy explain web`, or `imdsproxy explain -n red --from 10.0.0.5`",
         )
-    answer = run.daemon().get(route, query)
+    answer = run.api().get(route, query)
     explained = [answer] if instance is None else answer
     if run.output.as_json:
         run.output.json(answer)
@@ -128,6 +128,8 @@ def _explanation(shape: Shape) -> Iterator[tuple[str, str]]:
     elif shape["verdict"] == "not-served":
         outcome = "no listener serves it"
     yield "guest", f"{shape['address']} in network {shape['network']}"
+    if "host" in shape:  # a fleet's
+        yield "host", shape["host"]
     yield "verdict", f"[{colour}]{shape['verdict']}[/], {outcome}"
     if (probe := shape["probe"]) is not None:
         colour = "red" if probe["status"] >= HTTPStatus.BAD_REQUEST else "green"
@@ -209,13 +211,15 @@ def watch(
     ] = None,
 ) -> None:
     """Every request of a guest as it is answered, until Ctrl-C; with --json a line each."""
-    daemon, as_json = run.daemon(), run.output.as_json
+    daemon, as_json = run.api(), run.output.as_json
     query = {} if network is None else {"network": network}
     query |= {} if instance is None else {"instance": instance}
     lines = [] if as_json else [_HEAD]
     while True:
         answer = daemon.get("/v1/watch", query)
         query["cursor"] = str(answer["cursor"])
+        if "host" in answer:  # a fleet's
+            query["host"] = answer["host"]
         if answer["missed"]:
             lines.append('{"missed": true}' if as_json else "… some were too many to show")
         lines += [_line_of(one, as_json=as_json) for one in answer["requests"]]
@@ -244,7 +248,7 @@ token_app = typer.Typer(
 @options.command
 def revoke(run: options.Invocation, instance: options.Instance) -> None:
     """Revoke the instance's tokens; it can get a new one at once."""
-    answer = run.daemon().request("POST", path_to("instances", instance, "revoke-tokens"))
+    answer = run.api().request("POST", path_to("instances", instance, "revoke-tokens"))
     show_written(run.output, f"all tokens of instance {instance} revoked", answer)
 
 

@@ -55,7 +55,7 @@ _MODULES: Final[Mapping[str, str]] = {
     "completion": "main",
 }
 _PANELS: Final[Mapping[str, str]] = {
-    **dict.fromkeys(("network", "instance"), "Records"),
+    **dict.fromkeys(("network", "instance", "policy"), "Records"),
     **dict.fromkeys(("get", "explain", "watch", "token", "doctor", "snippet"), "Guests"),
     "fleet": "Fleet",
 }
@@ -189,6 +189,8 @@ def _root(
     config: options.Config = None,
     socket: options.Socket = None,
     as_json: options.Json = False,
+    fleet: options.Fleet = None,
+    fleet_certificate: options.Certificate = None,
     version: Annotated[
         bool,
         typer.Option(
@@ -202,7 +204,14 @@ def _root(
     ] = False,
 ) -> None:
     del version
-    options.invocation(context, config=config, socket=socket, as_json=as_json)
+    options.invocation(
+        context,
+        config=config,
+        socket=socket,
+        as_json=as_json,
+        fleet=fleet,
+        fleet_certificate=fleet_certificate,
+    )
 
 
 class _Program(typer.core.TyperGroup):

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, cast
+from urllib.parse import urlsplit
 
 import typer
 
 from imdsproxy.cli.output import Output
-from imdsproxy.errors import ImdsproxyError
+from imdsproxy.errors import ImdsproxyError, RequestRefused
 
 if TYPE_CHECKING:
     from typer.models import ArgumentInfo, OptionInfo
 
-    from imdsproxy.admin_client import AdminClient
+    from imdsproxy.admin_client import AdminClient, FleetClient
     from imdsproxy.config.load import Loaded
     from imdsproxy.config.schema import Settings
 
@@ -81,9 +82,11 @@ def _complete(context: typer.Context, kind: str, incomplete: str) -> list[str]:
     while place is not None:
         run.socket = run.socket or _path_of(place.params.get("socket"))
         run.config = run.config or _path_of(place.params.get("config"))
+        run.fleet = run.fleet or tuple(place.params.get("fleet") or ())
+        run.certificate = run.certificate or _path_of(place.params.get("fleet_certificate"))
         place = place.parent
     try:
-        shapes = replace(run.daemon(), timeout_s=_AT_A_PROMPT_S).get(f"/v1/{kind}")
+        shapes = replace(run.api(), timeout_s=_AT_A_PROMPT_S).get(f"/v1/{kind}")
     except ImdsproxyError:
         # There is no place for an error: the shell puts all output into the command line.
         return []
@@ -108,6 +111,20 @@ Socket: TypeAlias = Annotated[
     Path | None,
     flag("--socket -s PATH", "The daemon's admin socket (default: as the settings have it)."),
 ]
+Fleet: TypeAlias = Annotated[
+    list[str] | None,
+    flag(
+        "--fleet URL",
+        "A fleet's hub, https://ADDRESS:PORT, in place of this host's daemon; of several the first that answers.",
+    ),
+]
+Certificate: TypeAlias = Annotated[
+    Path | None,
+    flag(
+        "--fleet-certificate FILE",
+        "With --fleet, what `fleet operator` made (default: /etc/imdsproxy/fleet/operator.pem).",
+    ),
+]
 Json: TypeAlias = Annotated[bool, flag("--json", "Print JSON, for programs.")]
 Instance: TypeAlias = Annotated[
     str, argument("INSTANCE", "The instance's id or name.", complete_instances)
@@ -118,7 +135,13 @@ Network: TypeAlias = Annotated[str, _NETWORK]
 Address: TypeAlias = Annotated[str, _ADDRESS]
 MaybeNetwork: TypeAlias = Annotated[str | None, _NETWORK]
 MaybeAddress: TypeAlias = Annotated[str | None, _ADDRESS]
-_SHARED: Final = {"as_json": (Json, False), "socket": (Socket, None), "config": (Config, None)}
+_SHARED: Final = {
+    "as_json": (Json, False),
+    "socket": (Socket, None),
+    "config": (Config, None),
+    "fleet": (Fleet, None),
+    "fleet_certificate": (Certificate, None),
+}
 
 
 @dataclass(slots=True)
@@ -127,6 +150,8 @@ class Invocation:
 
     config: Path | None = None
     socket: Path | None = None
+    fleet: tuple[str, ...] = ()
+    certificate: Path | None = None
     output: Output = field(default_factory=Output)
 
     def load(self) -> Loaded:
@@ -140,10 +165,38 @@ class Invocation:
         """The settings; `ConfigError` with every problem."""
         return self.load().settings
 
+    def api(self) -> AdminClient:
+        """The fleet that was named or that the settings name, else the daemon."""
+        if self.fleet or (self.socket is None and self.settings.operator.hubs):
+            return self.hubs()
+        return self.daemon()
+
+    def hubs(self) -> FleetClient:
+        """The fleet; `RequestRefused` where none is named."""
+        from imdsproxy.admin_client import FleetClient  # noqa: PLC0415 - as below
+
+        urls = self.fleet or tuple(self.settings.operator.hubs)
+        if not urls:
+            raise RequestRefused(
+                "this command is about a fleet, and none is named",
+                hint="`imdsproxy --fleet https://HUB:8469 …`, or operator.hubs in the settings",
+            )
+        for url in urls:
+            where = urlsplit(url)
+            if where.scheme != "https" or not where.hostname:
+                raise RequestRefused(f"{url} is no URL of a hub", hint="https://ADDRESS:8469")
+        certificate = self.certificate or self.settings.operator.certificate
+        return FleetClient(certificate, waiting=None, urls=urls)
+
     def daemon(self) -> AdminClient:
         """The daemon, by the socket that was named or that the settings name."""
         from imdsproxy.admin_client import AdminClient  # noqa: PLC0415 - the daemon itself need not load it
 
+        if self.fleet:
+            raise RequestRefused(
+                "this command is about one host, and --fleet names a fleet",
+                hint="run it on the host, without --fleet",
+            )
         socket = self.socket or self.settings.admin_socket
         return AdminClient(socket, waiting=self.output.starting)
 
@@ -154,11 +207,15 @@ def invocation(
     as_json: bool = False,
     config: Path | None = None,
     socket: Path | None = None,
+    fleet: Sequence[str] | None = None,
+    fleet_certificate: Path | None = None,
 ) -> Invocation:
     """What was asked for, options after the command's name winning over those before it."""
     run: Invocation = context.find_root().obj
     run.config = config or run.config
     run.socket = socket or run.socket
+    run.fleet = tuple(fleet or run.fleet)
+    run.certificate = fleet_certificate or run.certificate
     run.output.as_json = as_json or run.output.as_json
     return run
 
@@ -166,14 +223,14 @@ def invocation(
 def command(
     function: Callable[..., int | None],
     *,
-    shared: Iterable[str] = _SHARED,
+    shared: Iterable[str] = ("as_json", "socket", "config"),
     flags: Mapping[str, object] | None = None,
 ) -> Callable[..., int | None]:
     """A function of an `Invocation` as a command: in its place typer sees --json, --socket and --config.
 
     Args:
         function: Its first parameter is the invocation.
-        shared: Which of the three it takes.
+        shared: Which of those options it takes.
         flags: Annotations of what typer sees in the place of `**values`, by name. Their default is `None`.
     """
     signature = inspect.signature(function, eval_str=True)
@@ -194,6 +251,9 @@ def command(
 
 json_command = partial(command, shared=("as_json",))
 """As `command`; it asks no daemon and reads no settings."""
+
+fleet_command = partial(command, shared=("as_json", "config", "fleet", "fleet_certificate"))
+"""As `command`; it asks a fleet."""
 
 bare_command = partial(command, shared=())
 """As `command`; none of the three may stand after its name."""

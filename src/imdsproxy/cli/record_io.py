@@ -13,7 +13,16 @@ from imdsproxy.cli.options import NOT_IN_FORCE
 from imdsproxy.cli.output import Note, Output, Shape, clean, first_lines, spell_count
 from imdsproxy.cli.record_flags import STDIN, read_bytes
 from imdsproxy.core.model import Instance, Network
-from imdsproxy.core.records import Records, Refused, parse_network, render_record
+from imdsproxy.core.records import (
+    PLACED,
+    TABLES,
+    PlacedInstance,
+    Records,
+    Refused,
+    Tables,
+    parse_network,
+    render_record,
+)
 from imdsproxy.errors import AdminError, RequestRefused
 
 _T = TypeVar("_T")
@@ -42,7 +51,7 @@ def _network_row(shape: Shape) -> dict[str, str]:
         "NAME": clean(record.get("name", "")),
         "LISTENER": clean(f"{kind} {value}"),
         "INSTANCES": str(shape["instances"]),
-        "SOURCE": clean(shape["source"]),
+        **_where(shape),
         "STATE": f"[red]{clean(left_out['code'])}[/]" if left_out else "[green]serving[/]",
     }
 
@@ -59,9 +68,16 @@ def _instance_row(shape: Shape) -> dict[str, str]:
         "NAME": clean(record["name"]),
         "PORTS": clean("\n".join(map(_port, record.get("ports", ())))),
         "USER DATA": _size(shape["user_data_bytes"]),
-        "SOURCE": clean(shape["source"]),
+        **_where(shape),
         "STATE": state,
     }
+
+
+def _where(shape: Shape) -> dict[str, str]:
+    """Where a record is from; of a fleet, the hosts that serve it."""
+    if "hosts" not in shape:
+        return {"SOURCE": clean(shape["source"])}
+    return {"HOSTS": clean(" ".join(shape["hosts"]))}
 
 
 def _port(port: Shape) -> str:
@@ -96,12 +112,16 @@ def render_yaml(kind: str, shape: Shape) -> str:
     notes = _network_notes(shape) if kind == "network" else _instance_notes(shape)
     comments = [f"# {name}: {' '.join(str(value).split())}\n" for name, value in notes]
     return "".join(comments) + yaml.dump(
-        {f"{kind}s": [dict(shape["record"])]},
+        {f"{kind}s": [dict(shape["record"]) | _placed(kind, shape)]},
         Dumper=Dumper,
         sort_keys=False,
         allow_unicode=True,
         width=100,
     )
+
+
+def _placed(kind: str, shape: Shape) -> dict[str, Any]:
+    return {"hosts": shape["hosts"]} if kind == "instance" and "hosts" in shape else {}
 
 
 def _network_notes(shape: Shape) -> Iterator[tuple[str, object]]:
@@ -155,7 +175,7 @@ def say_written(output: Output, what: str, written: Shape) -> None:
         )
 
 
-def read_record_file(path: Path, note: Note) -> Records:
+def read_record_file(path: Path, note: Note, tables: Tables = TABLES) -> Records:
     """Every record of the file, or `RequestRefused` with all problems.
 
     `user_data_file` is read here, relative to the file: the daemon reads no file for a caller.
@@ -169,6 +189,7 @@ def read_record_file(path: Path, note: Note) -> Records:
         file=name,
         read_file=payload_reader(Path.cwd() if path == STDIN else path.parent),
         note=lambda done, of: note(f"checking {name}", done, of),
+        tables=tables,
     )
     if records.all_problems:
         raise RequestRefused(f"{name} is not acceptable", problems=records.all_problems)
@@ -186,8 +207,12 @@ def render_lines(records: Records, note: Note) -> Iterator[bytes]:
         part = found[begin : begin + _LINES]
         note("sending records", begin + len(part), len(found))
         kinds = ("network" if isinstance(one, Network) else "instance" for one in part)
-        lines = ({kind: render_record(one)} for kind, one in zip(kinds, part, strict=True))
+        lines = ({kind: _render(one)} for kind, one in zip(kinds, part, strict=True))
         yield "".join(f"{json.dumps(line)}\n" for line in lines).encode()
+
+
+def _render(record: Network | Instance) -> dict[str, Any]:
+    return PLACED.render(record) if isinstance(record, PlacedInstance) else render_record(record)
 
 
 def read_record(kind: str, parse: Callable[[object], _T | Refused], record: Shape) -> _T:

@@ -14,7 +14,7 @@ from imdsproxy.cli import options, record_io
 from imdsproxy.cli.options import Invocation, argument, command, flag, network_flag
 from imdsproxy.cli.output import Shape, decode_bytes, spell_count
 from imdsproxy.cli.record_flags import flags_of, keys_of, wrong_flag
-from imdsproxy.core.records import INSTANCE, NETWORK, Json
+from imdsproxy.core.records import INSTANCE, NETWORK, PLACED_TABLES, TABLES, Json
 from imdsproxy.core.records.network import LISTENER_KEYS
 from imdsproxy.core.records.schema import Table
 from imdsproxy.errors import RequestRefused
@@ -42,6 +42,16 @@ _CLEAR: Final = {
         list[str] | None, flag("--clear KEY", "Clear a key, as user_data; may be repeated.")
     ]
 }
+_IfRevision: TypeAlias = Annotated[
+    int | None,
+    flag("--if-revision N", "In a fleet, refuse unless the record has this revision."),
+]
+_HOST: Final = {
+    "host": Annotated[
+        list[str] | None,
+        flag("--host HOST", "In a fleet, a host that serves it; may be repeated."),
+    ]
+}
 _FROM_LIBVIRT: Final = {
     "from_libvirt": Annotated[
         str | None,
@@ -65,19 +75,23 @@ def _change(run: Invocation, kind: str, values: _Values, *, create: bool) -> Non
         return
     # Flags have hyphens where keys have underscores.
     cleared = dict.fromkeys(key.replace("-", "_") for key in values.pop("clear", None) or ())
+    query = _if_revision(values.pop("if_revision", None))
+    hosts = values.pop("host", None)
     if kind == "network":
         name, keys = _network_keys(name, values, create=create)
     else:
         name, keys = _instance_keys(run, name, values, create=create)
     body = {**cleared, **keys}
+    if hosts:
+        body["hosts"] = hosts
     if name is None:
         raise RequestRefused(
             f"the {kind}'s id is missing", hint=f"imdsproxy {kind} … ID, or --file FILE"
         )
     if create:
-        answer = run.daemon().request("POST", path_to(f"{kind}s"), body={"id": name, **body})
+        answer = run.api().request("POST", path_to(f"{kind}s"), body={"id": name, **body})
     elif body:
-        answer = run.daemon().request("PATCH", path_to(f"{kind}s", name), body=body)
+        answer = run.api().request("PATCH", path_to(f"{kind}s", name), query=query, body=body)
     else:
         raise RequestRefused(
             "nothing to change was given", hint=f"see `imdsproxy {kind} set --help`"
@@ -120,7 +134,7 @@ def _instance_keys(run: Invocation, name: str | None, values: _Values, *, create
                 hint="leave --mac and --address out; a static host of libvirt's network is its address",
             )
         uri = run.settings.sources.libvirt.uri
-        keys = record_io.import_domain(run.daemon(), uri, domain, values.pop("network"))
+        keys = record_io.import_domain(run.api(), uri, domain, values.pop("network"))
     elif create and values["network"] is None and (values["mac"] or values["address"]):
         values["network"] = _only_network(run)
     identity = keys.pop("id", None)
@@ -134,7 +148,7 @@ def _instance_keys(run: Invocation, name: str | None, values: _Values, *, create
 
 
 def _only_network(run: Invocation) -> str:
-    ids: list[str] = [shape["record"]["id"] for shape in run.daemon().get("/v1/networks")]
+    ids: list[str] = [shape["record"]["id"] for shape in run.api().get("/v1/networks")]
     if len(ids) == 1:
         return ids[0]
     if not ids:
@@ -151,23 +165,29 @@ def _only_network(run: Invocation) -> str:
 def _send_file(run: Invocation, file: Path, *, create: bool) -> None:
     """Add the records of a file, or add and replace them: all, or none."""
     with run.output.progress() as note:
-        records = record_io.read_record_file(file, note)
+        daemon = run.api()
+        tables = TABLES if daemon.of_host else PLACED_TABLES
+        records = record_io.read_record_file(file, note, tables)
 
         def show(steps: Sequence[Shape]) -> None:
             for step in steps or ({"what": "waiting until it is in force", "done": 0, "of": 0},):
                 note(step["what"], step["done"], step["of"])
 
         query = {"create": "true"} if create else {}
-        answer = run.daemon().post_records(record_io.render_lines(records, note), query, show)
+        answer = daemon.post_records(record_io.render_lines(records, note), query, show)
     counted = ", ".join(spell_count(answer[f"{one}s"], one) for one in ("network", "instance"))
     record_io.show_written(run.output, f"{counted} {'added' if create else 'stored'}", answer)
 
 
-def _remove(run: Invocation, kind: str, names: Sequence[str]) -> None:
+def _if_revision(revision: int | None) -> dict[str, str] | None:
+    return None if revision is None else {"if_revision": str(revision)}
+
+
+def _remove(run: Invocation, kind: str, names: Sequence[str], query: dict[str, str] | None) -> None:
     """Remove one after the other; the first that cannot be removed ends it."""
-    daemon, answers = run.daemon(), []
+    daemon, answers = run.api(), []
     for name in names:
-        answers.append(daemon.request("DELETE", path_to(f"{kind}s", name)))
+        answers.append(daemon.request("DELETE", path_to(f"{kind}s", name), query=query))
         if not run.output.as_json:
             record_io.say_written(run.output, f"{kind} {name} removed", answers[-1])
     if run.output.as_json:
@@ -208,6 +228,8 @@ def _make_app(
     def define_change(verb: str, text: str, record: object, more: Mapping[str, object]) -> None:
         of_table = dict(flags_of(table, new=verb == "add"))
         given = {"record": Annotated[str | None, record], **_FILE, **flags, **of_table, **more}
+        if verb == "set":
+            given["if_revision"] = _IfRevision
 
         @app.command(verb, help=text)
         @partial(command, flags=given)
@@ -232,7 +254,7 @@ def _make_app(
     def list_records(run: Invocation, **query: str | None) -> None:
         given = {key: value for key, value in query.items() if value is not None}
         run.output.answer(
-            run.daemon().get(path_to(f"{kind}s"), given),
+            run.api().get(path_to(f"{kind}s"), given),
             lambda output, shapes: record_io.show_rows(output, kind, shapes),
         )
 
@@ -242,7 +264,7 @@ def _make_app(
         run: Invocation, record: Annotated[str, argument("ID", f"The {kind}'s id or name.", names)]
     ) -> None:
         run.output.answer(
-            run.daemon().get(path_to(f"{kind}s", record)),
+            run.api().get(path_to(f"{kind}s", record)),
             lambda output, shape: output.text(record_io.render_yaml(kind, shape)),
         )
 
@@ -251,8 +273,10 @@ def _make_app(
     def remove(
         run: Invocation,
         records: Annotated[list[str], argument("ID...", "Their ids or names.", names)],
+        *,
+        if_revision: _IfRevision = None,
     ) -> None:
-        _remove(run, kind, records)
+        _remove(run, kind, records, _if_revision(if_revision))
 
     return app
 
@@ -271,12 +295,12 @@ network_app = _make_app(
 
 instance_app = _make_app(
     "instance",
-    "Instances: add, list, show, set, remove, reopen, password.",
+    "Instances: add, list, show, set, remove, reopen, password, move.",
     new_id="Its id (default: made of --name, or the domain's UUID).",
     list_help="Every instance, or those with a port in --network.",
     remove_help="Remove instances; their guests get no more answers.",
     table=INSTANCE,
-    flags=_FROM_LIBVIRT,
+    flags=_FROM_LIBVIRT | _HOST,
     add_flags={
         "network": Annotated[
             str | None,
@@ -300,11 +324,11 @@ def password(
     """The password that its guest posted, encrypted with the instance's key; with --clear forget it."""
     route = path_to("instances", instance, "password")
     if clear:
-        cleared = run.daemon().request("DELETE", route)
+        cleared = run.api().request("DELETE", route)
         record_io.show_written(run.output, f"password of instance {instance} cleared", cleared)
         return
     run.output.answer(
-        run.daemon().get(route),
+        run.api().get(route),
         lambda output, shape: output.foreign(decode_bytes(shape["password"])),
     )
 
@@ -313,5 +337,29 @@ def password(
 @command
 def reopen(run: Invocation, instance: _Id) -> None:
     """Have its boot begin anew: sealed user-data and locked trees are open until that is over."""
-    answer = run.daemon().request("POST", path_to("instances", instance, "reopen"))
+    answer = run.api().request("POST", path_to("instances", instance, "reopen"))
     record_io.show_written(run.output, f"instance {instance} boots anew", answer)
+
+
+@instance_app.command("move")
+@options.fleet_command
+def move(
+    run: Invocation,
+    instance: _Id,
+    *,
+    to: Annotated[
+        str | None, flag("--to HOST", "The host that it moves to; needless with --finish.")
+    ] = None,
+    finish: Annotated[
+        bool, flag("--finish", "Its guest runs there now: no other host serves it.")
+    ] = False,
+    cancel: Annotated[bool, flag("--cancel", "Its guest stays where it was.")] = False,
+    now: Annotated[
+        bool, flag("--now", "Finish as soon as the new host serves it: nothing migrates.")
+    ] = False,
+) -> None:
+    """In a fleet, serve an instance on another host too, before its guest migrates there; then --finish."""
+    body = {"to": to, "finish": finish, "cancel": cancel, "now": now}
+    answer = run.hubs().request("POST", path_to("instances", instance, "move"), body=body)
+    where = " and ".join(answer["serving"])
+    record_io.show_written(run.output, f"instance {instance} is on {where}", answer)

@@ -34,7 +34,7 @@ from imdsproxy.core.haproxy.namespace_proxy import (
     parse_facility,
 )
 from imdsproxy.errors import RequestRefused
-from imdsproxy.hub.settings import HubSettings
+from imdsproxy.hub.settings import HubSettings, OperatorSettings
 from imdsproxy.nova.settings import NovaSettings
 from imdsproxy.sources.settings import SourcesSettings
 from imdsproxy.unix_listener.settings import UnixListenerSettings
@@ -355,6 +355,9 @@ class Settings(Section):
 
     hub: HubSettings = section(HubSettings)
     """A hub of a fleet; only `imdsproxy hub` reads it."""
+
+    operator: OperatorSettings = section(OperatorSettings)
+    """A machine from which a fleet is operated; the daemon does not read it."""
 
     log: LogSettings = section(LogSettings)
     """Messages."""

@@ -44,6 +44,17 @@ class FleetWritten(Written):
 
 
 @dataclass(frozen=True, slots=True)
+class Moved(FleetWritten):
+    """A step of a move.
+
+    Attributes:
+        serving: The hosts that the instance is on now; `hosts` has those that it left too.
+    """
+
+    serving: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class FleetHost:
     """A host of the fleet.
 

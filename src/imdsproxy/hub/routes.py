@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Annotated, Any, TypeAlias, cast
 
@@ -28,7 +28,7 @@ from imdsproxy.core.timing import Step
 from imdsproxy.errors import RequestRefused
 from imdsproxy.hub import plan_writes
 from imdsproxy.hub.callers import InstanceOf, NetworkOf, Operator, Reader, TermsOf, Uses
-from imdsproxy.hub.operations import FleetWritten, Operations
+from imdsproxy.hub.operations import FleetWritten, Moved, Operations
 from imdsproxy.hub.plan_writes import Terms, choose_move
 
 records = APIRouter()
@@ -226,7 +226,7 @@ async def remove_instance(
 @records.post("/instances/{instance}/move")
 async def move_instance(
     instance: InstanceOf, body: MoveBody, operations: Uses, terms: TermsOf, caller: Reader
-) -> FleetWritten:
+) -> Moved:
     """Place an instance on another host too; then, once its guest is there, on no other one."""
     caller.require(Role.OPERATOR, Role.MOVER)
     if body.now + body.finish + body.cancel > 1:
@@ -245,7 +245,10 @@ async def move_instance(
     written = await step(finish=body.finish, cancel=body.cancel, request=terms.request)
     if body.now and written.applied:
         written = await step(finish=True, cancel=False, request=f"{terms.request}+")
-    return written
+    serving = (await operations.writes.find(instance)).hosts
+    return Moved(
+        **{one.name: getattr(written, one.name) for one in fields(written)}, serving=serving
+    )
 
 
 @records.post("/records", openapi_extra=bodies.takes(bodies.RecordsBody))

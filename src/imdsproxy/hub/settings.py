@@ -38,6 +38,18 @@ EtcdUrl = Annotated[
 ]
 
 
+class OperatorSettings(Section):
+    """For a machine of operators: commands on records go to a fleet."""
+
+    hubs: Listed[HubUrl] = setting((), Change.RESTART)
+    """Hubs, asked in turn until one answers. With any, `network`, `instance`, `policy`, `token revoke`, `explain`,
+    `get` and `watch` go to the fleet and not to this host's daemon, as with `--fleet`.
+    """
+
+    certificate: AbsolutePath = setting(Path("/etc/imdsproxy/fleet/operator.pem"), Change.RESTART)
+    """What `fleet operator` made: key, certificate and CA certificate."""
+
+
 class EtcdSettings(Section):
     """The store of the fleet. Only hubs reach it."""
 

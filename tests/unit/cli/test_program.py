@@ -152,7 +152,7 @@ def bash_completes(words: str, *before: str) -> list[str]:
         ("inst", "instance"),
         ("instance re", "remove reopen"),
         ("instance add --from", "--from-libvirt"),
-        ("instance ", "add set list show remove password reopen"),
+        ("instance ", "add set list show remove password reopen move"),
         ("token r", "revoke rotate report"),
         ("instance nothing", ""),
     ],

@@ -14,7 +14,7 @@ from typing import Final, TypeAlias, TypeVar
 
 from imdsproxy.config.strict_yaml import Decoded, Tree, Undecodable, decode_yaml, find_part
 from imdsproxy.core.model import Instance, Network
-from imdsproxy.core.records import LISTS, Records, parse_each, parse_listed
+from imdsproxy.core.records import LISTS, TABLES, Records, Tables, parse_each, parse_listed
 from imdsproxy.core.records.schema import (
     MAX_PAYLOAD,
     Fault,
@@ -52,7 +52,12 @@ TakeRecord: TypeAlias = "Callable[[Path, Network | Instance | Refused, LineOf, f
 
 
 def read_records(
-    data: bytes, *, file: str, take: TakeRecord, read_file: ReadFile | None = None
+    data: bytes,
+    *,
+    file: str,
+    take: TakeRecord,
+    read_file: ReadFile | None = None,
+    tables: Tables = TABLES,
 ) -> tuple[Problem, ...]:
     """Read the records of a file one by one.
 
@@ -61,6 +66,7 @@ def read_records(
         file: Its name, for the problems.
         take: Given each record. What it got holds only if the file itself has no problems.
         read_file: Reads what `user_data_file` names (`payload_reader`); without it the key is refused.
+        tables: What the records may have.
 
     Returns:
         What is wrong with the file itself.
@@ -75,7 +81,8 @@ def read_records(
 
     def take_item(path: Path, item: Decoded, share: float) -> None:
         findings = Findings(file, item.line_of, read_file)
-        take(path, parse_listed(path, item.value, findings, item.faults), item.line_of, share)
+        found = parse_listed(path, item.value, findings, item.faults, tables)
+        take(path, found, item.line_of, share)
 
     # YAML record by record: the tree of a large file is 60 times its size.
     decoded = (
@@ -86,13 +93,18 @@ def read_records(
     if isinstance(decoded, Undecodable):
         return (Problem("file", decoded.reason, "", file, decoded.line),)
     findings = Findings(file, decoded.line_of, read_file)
-    for path, record, share in parse_each(decoded.value, findings, decoded.faults):
+    for path, record, share in parse_each(decoded.value, findings, decoded.faults, tables):
         take(path, record, decoded.line_of, share)
     return tuple(findings.problems)
 
 
 def decode_records(
-    data: bytes, *, file: str, read_file: ReadFile | None = None, note: Note | None = None
+    data: bytes,
+    *,
+    file: str,
+    read_file: ReadFile | None = None,
+    note: Note | None = None,
+    tables: Tables = TABLES,
 ) -> Records:
     """All records of a file; arguments as of `read_records`.
 
@@ -107,7 +119,8 @@ def decode_records(
         if note is not None and len(found) % _NOTED == 0:
             note(len(found), max(len(found), round(len(found) / share)))
 
-    return Records.of(found, read_records(data, file=file, take=take, read_file=read_file))
+    problems = read_records(data, file=file, take=take, read_file=read_file, tables=tables)
+    return Records.of(found, problems)
 
 
 def decode_json(text: str) -> Decoded | Undecodable:
