@@ -249,7 +249,8 @@ class FleetClient(AdminClient):
                 # A body that is refused may be so before its end: then there is an answer nevertheless.
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                     headers = {"content-type": "application/x-ndjson"}
-                    connection.request("POST", target, lines, headers)
+                    # Hubs take no body without a length.
+                    connection.request("POST", target, b"".join(lines), headers)
                 with ThreadPoolExecutor(1) as thread:
                     # Not `select`: TLS has records of its own before the answer.
                     answer = thread.submit(connection.getresponse)

@@ -143,7 +143,7 @@ class Views:
         """The same of an instance; of its user data what is given."""
         stored, revision = self.stored(instance)
         record = record_of(stored)
-        shown: Json = dict(stored.record)
+        shown: Json = render_record(record)
         if user_data is not None:
             shown = render_record(_with_data(record, user_data))
         items = {f"instance/{instance}", *(f"network/{one.network}" for one in record.ports)}
