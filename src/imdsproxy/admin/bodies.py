@@ -8,7 +8,7 @@ import asyncio
 import json
 from base64 import b64encode
 from collections.abc import AsyncIterator, Callable, Mapping, MutableMapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Final, Self, TypeAlias, TypeVar, Union
 
@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, create_model
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from imdsproxy.core import endpoints, records
+from imdsproxy.admin.answers import LeftOut
+from imdsproxy.core import records
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
 from imdsproxy.core.observation import Conflict
 from imdsproxy.core.packed import PackedInstances
@@ -35,45 +36,6 @@ _INLINE: Final = 64 * 1024
 _MOST_PROBLEMS: Final = 1000
 _LINE_HINT: Final = '{"network": {…}} or {"instance": {…}}'
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True)
-class LeftOut:
-    """A network that is configured and not served now.
-
-    Attributes:
-        code: Stable and kebab-case, as `namespace-missing`, `port-busy`, `foreign-listener`.
-        reason: What is wrong, with pid and program where another program is in the way.
-        hint: What the operator can do.
-    """
-
-    network: NetworkId
-    code: str
-    reason: str
-    hint: str = ""
-
-    @classmethod
-    def of(cls, one: endpoints.LeftOut) -> Self:
-        """As reports have it."""
-        family = "" if one.family is None else f"IPv{one.family.value}: "
-        return cls(one.network, one.code.value, f"{family}{one.reason}", one.hint)
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What a change did: acknowledged once no worker of HAProxy answers with the old state.
-
-    Attributes:
-        applied: HAProxy has it. Off: it is stored, and comes in force when `pending` is mended.
-        pending: Why it is not in force yet, as `namespace n1 is missing`.
-        warnings: Names in the records that documents change or lack; twenty at most, then how many more.
-    """
-
-    networks: int = 0
-    instances: int = 0
-    applied: bool = True
-    pending: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
 
 
 class _Record(BaseModel):

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, PlainTextResponse
 
 from imdsproxy.admin import bodies, guests, records, search, status, tokens, usage
+from imdsproxy.admin.answers import Written
 from imdsproxy.config.changes import SettingsReload
 from imdsproxy.controller.controller import Controller
 from imdsproxy.controller.reload import reload_settings
@@ -228,7 +229,7 @@ async def list_networks(controller: _Uses) -> JSONResponse:
 
 
 @router.post("/networks", status_code=201, openapi_extra=bodies.takes(bodies.NetworkRecord))
-async def add_network(body: bodies.JsonBody, controller: _Uses) -> bodies.Written:
+async def add_network(body: bodies.JsonBody, controller: _Uses) -> Written:
     """Add a network; refused when there is one of this id."""
     return await records.put_records(controller, [_read_network(body)], [], create=True)
 
@@ -240,16 +241,14 @@ async def show_network(network: _Network, controller: _Uses) -> JSONResponse:
 
 
 @router.put("/networks/{network}", openapi_extra=bodies.takes(bodies.NetworkRecord))
-async def put_network(network: str, body: bodies.JsonBody, controller: _Uses) -> bodies.Written:
+async def put_network(network: str, body: bodies.JsonBody, controller: _Uses) -> Written:
     """Add a network, or replace its whole record."""
     record = _read_network(bodies.refuse_unlike(body, network))
     return await records.put_records(controller, [record], [])
 
 
 @router.patch("/networks/{network}", openapi_extra=bodies.takes(bodies.NetworkRecord))
-async def patch_network(
-    network: _Network, body: bodies.JsonBody, controller: _Uses
-) -> bodies.Written:
+async def patch_network(network: _Network, body: bodies.JsonBody, controller: _Uses) -> Written:
     """Change some keys of a network (RFC 7396: null takes a key away)."""
     patch = bodies.refuse_unlike(body, network)
     bodies.refuse_unclearable(patch, NETWORK)
@@ -260,7 +259,7 @@ async def patch_network(
 
 
 @router.delete("/networks/{network}")
-async def remove_network(network: _Network, controller: _Uses) -> bodies.Written:
+async def remove_network(network: _Network, controller: _Uses) -> Written:
     """Remove a network; refused while instances have ports in it."""
     return await records.remove_network(controller, network)
 
@@ -301,7 +300,7 @@ async def search_instances(
 
 
 @router.post("/instances", status_code=201, openapi_extra=bodies.takes(bodies.InstanceRecord))
-async def add_instance(body: _InstanceBody, controller: _Uses) -> bodies.Written:
+async def add_instance(body: _InstanceBody, controller: _Uses) -> Written:
     """Add an instance; refused when there is one of this id."""
     return await records.put_records(controller, [], [_read_instance(body)], create=True)
 
@@ -313,16 +312,14 @@ async def show_instance(instance: _Instance, controller: _Uses) -> JSONResponse:
 
 
 @router.put("/instances/{instance}", openapi_extra=bodies.takes(bodies.InstanceRecord))
-async def put_instance(instance: str, body: _InstanceBody, controller: _Uses) -> bodies.Written:
+async def put_instance(instance: str, body: _InstanceBody, controller: _Uses) -> Written:
     """Add an instance, or replace its whole record."""
     record = _read_instance(bodies.refuse_unlike(body, instance))
     return await records.put_records(controller, [], [record])
 
 
 @router.patch("/instances/{instance}", openapi_extra=bodies.takes(bodies.InstanceRecord))
-async def patch_instance(
-    instance: _Instance, body: _InstanceBody, controller: _Uses
-) -> bodies.Written:
+async def patch_instance(instance: _Instance, body: _InstanceBody, controller: _Uses) -> Written:
     """Change some keys of an instance (RFC 7396: null takes a key away, lists are replaced).
 
     `password: null` forgets the password that its guest posted.
@@ -336,7 +333,7 @@ async def patch_instance(
         known = render_record(records.report_instance(controller, instance)["record"])
         changed = _read_instance(bodies.merge_patch(known, patch))
         # A password is no part of the record, which may be another source's.
-        written = bodies.Written(instances=1)
+        written = Written(instances=1)
         if not (clears_password and patch.keys() == {"id"}):
             written = await records.put_records(controller, [], [changed])
         if clears_password:
@@ -354,11 +351,11 @@ async def show_password(instance: _Instance, controller: _Uses) -> bodies.Passwo
 
 
 @router.delete("/instances/{instance}/password")
-async def clear_password(instance: _Instance, controller: _Uses) -> bodies.Written:
+async def clear_password(instance: _Instance, controller: _Uses) -> Written:
     """Forget that password, so that the guest can post another."""
     if not await guests.clear_password(controller, instance):
         raise _no_password(instance)
-    return bodies.Written(instances=1)
+    return Written(instances=1)
 
 
 @router.get("/instances/{instance}/tokens")
@@ -375,7 +372,7 @@ async def show_usage(instance: _Instance, controller: _Uses) -> Usage | None:
 
 
 @router.delete("/instances/{instance}")
-async def remove_instance(instance: _Instance, controller: _Uses) -> bodies.Written:
+async def remove_instance(instance: _Instance, controller: _Uses) -> Written:
     """Remove an instance."""
     return await records.remove_instance(controller, instance)
 
@@ -385,7 +382,7 @@ async def put_records(
     request: Request,
     controller: _Uses,
     create: Annotated[bool, Query(description="Refuse ids that are there.")] = False,  # noqa: FBT002 - FastAPI passes it by name
-) -> bodies.Written:
+) -> Written:
     """Add or replace many networks and instances: all of them, or none.
 
     A body of type `application/x-ndjson` has a record a line, `{"network": {…}}` or `{"instance": {…}}`, and may be of

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from imdsproxy import __version__
-from imdsproxy.admin.bodies import LeftOut
+from imdsproxy.admin.answers import LeftOut
 from imdsproxy.controller.controller import Controller
 from imdsproxy.core.documents.ec2 import list_warnings
 from imdsproxy.core.endpoints import Foreign

@@ -52,7 +52,7 @@ def show(run: Invocation, place: Annotated[str, _PLACE]) -> None:
 
 
 @policy_app.command("set")
-@partial(command, flags={"place": Annotated[str, _PLACE], **dict(flags_of(POLICY)), **_CLEAR})
+@partial(fleet_command, flags={"place": Annotated[str, _PLACE], **dict(flags_of(POLICY)), **_CLEAR})
 def set_policy(run: Invocation, **values: Any) -> None:  # noqa: ANN401 - of flags
     """Set rules of a scope; the others stay."""
     place = values.pop("place")

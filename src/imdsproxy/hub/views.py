@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias
 
-from imdsproxy.admin.bodies import LeftOut
+from imdsproxy.admin.answers import LeftOut
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.layout import HostId, Json, StoredInstance
 from imdsproxy.core.matching import matcher

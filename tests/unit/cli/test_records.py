@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from imdsproxy.admin import records
-from imdsproxy.admin.bodies import Written
+from imdsproxy.admin.answers import Written
 from imdsproxy.admin_client import AdminClient
 from imdsproxy.cli import output
 from imdsproxy.cli.record_io import read_record
