@@ -565,16 +565,16 @@ async def test_a_token_that_ended_is_got_again(guarded: EtcdLab) -> None:
 
 async def test_a_wrong_password_or_no_right_is_refused_without_secrets(guarded: EtcdLab) -> None:
     async with opened(guarded, user="hub", password="wrong-password") as etcd:
-        with pytest.raises(SourceRefused, match="authentication failed") as caught:
+        with pytest.raises(EtcdUnavailable, match="authentication failed") as caught:
             await etcd.read("/imds/a")
         assert "wrong-password" not in str(caught.value)
     async with opened(guarded) as etcd:
-        with pytest.raises(SourceRefused, match="user name is empty"):
+        with pytest.raises(EtcdUnavailable, match="user name is empty"):
             await etcd.read("/imds/a")
     async with opened(guarded, user="hub", password=LIMITED) as etcd:
-        with pytest.raises(SourceRefused, match="permission denied"):
+        with pytest.raises(EtcdUnavailable, match="permission denied"):
             await etcd.read("/other/key")
-        with pytest.raises(SourceRefused, match="permission denied"):
+        with pytest.raises(EtcdUnavailable, match="permission denied"):
             await etcd.commit(puts={"/other/key": b"taken"})
 
 
@@ -588,7 +588,7 @@ async def test_a_certificate_that_names_a_user_is_an_outage_that_says_so(guarded
 async def test_etcds_own_rights_do_not_keep_a_user_from_other_keys(guarded: EtcdLab) -> None:
     """Why hosts never reach etcd: with this release a user of one prefix has all keys."""
     async with opened(guarded, user="hub", password=LIMITED) as attacker:
-        with pytest.raises(SourceRefused):
+        with pytest.raises(EtcdUnavailable):
             await attacker.read("/other/key")
         whole = await attacker._ask(
             "/v3/kv/txn", nested({"request_range": {"key": encode("/other/key")}}), dict

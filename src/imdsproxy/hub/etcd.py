@@ -96,7 +96,7 @@ class Compacted(Exception):
         self.oldest = oldest
 
 
-class LeaseGone(Exception):
+class LeaseGone(EtcdUnavailable):
     """A lease has ended, and its keys with it: grant another one."""
 
 
@@ -198,7 +198,7 @@ class Etcd:
             EtcdFull: Nothing can be written until an operator acts.
             EtcdUnavailable: No member answers; nothing was written.
             LeaseGone: The lease has ended.
-            SourceRefused: It is too large, or the user may not write this.
+            SourceRefused: It is too large.
         """
         body = messages.render_commit(compares, puts or {}, deletes, lease)
         return await self._ask("/v3/kv/txn", body, _parse_commit, linear=True, write=True)
@@ -234,7 +234,6 @@ class Etcd:
             Behind: etcd was restored from a backup.
             EtcdFull: No change comes, because nothing can be written.
             EtcdUnavailable: It ended, was silent or lagged; the next attempt takes another member.
-            SourceRefused: The user may not read this.
         """
         url = await self._choose(self._clock.monotonic() + self._timeout_s)
         token = self._gateway.token
@@ -369,8 +368,9 @@ class Etcd:
             case Kind.REFUSED:
                 raise SourceRefused(f"etcd refuses it: {reason}") from failed
             case Kind.AUTHENTICATE | Kind.DENIED:
+                # Hosts are served on; an operator changes it while the hub runs.
                 hint = "check the user, its password and its role in etcd"
-                raise SourceRefused(f"etcd refuses it: {reason}", hint=hint) from failed
+                raise EtcdUnavailable(f"etcd refuses it: {reason}", hint=hint) from failed
             case Kind.OUTAGE:
                 self._members.fail(url, str(failed))
         if write and not failed.fault.certain:

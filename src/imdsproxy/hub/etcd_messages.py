@@ -190,6 +190,7 @@ _BY_WORDS: Final = (
     ("revision in header is old", Kind.AUTHENTICATE),
     ("user name is empty", Kind.AUTHENTICATE),
     ("permission denied", Kind.DENIED),
+    ("authentication failed", Kind.DENIED),
     ("database space exceeded", Kind.FULL),
     ("revision has been compacted", Kind.COMPACTED),
     ("lease not found", Kind.NO_LEASE),

@@ -183,9 +183,11 @@ class Replica:
         while True:
             try:
                 if not lease or not await self.etcd.keep_alive(lease):
-                    lease = await self.etcd.grant(LEASE_S)
+                    lease, granted = 0, await self.etcd.grant(LEASE_S)
                     where = layout.encode({"url": self.url})
-                    await self.etcd.commit([], {layout.HUBS + self.name: where}, lease=lease)
+                    await self.etcd.commit([], {layout.HUBS + self.name: where}, lease=granted)
+                    # Only now: a lease without the key would be kept alive for ever.
+                    lease = granted
                 if self.clock.monotonic() - self._beat_seen > BEAT_S:
                     await self._beat_once()
             except EtcdUnavailable as error:

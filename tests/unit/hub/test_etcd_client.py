@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from imdsproxy.errors import EtcdFull, EtcdUnavailable, ImdsproxyError, SourceRefused, WriteUnknown
+from imdsproxy.errors import EtcdFull, EtcdUnavailable, ImdsproxyError, WriteUnknown
 from imdsproxy.hub.etcd import Behind, Changes, Committed, Compacted, Etcd, Snapshot
 from imdsproxy.hub.etcd_messages import Deleted, KeyValue
 from support.fake_etcd import (
@@ -384,7 +384,7 @@ async def test_the_client_logs_in_again_once(code: int, message: str) -> None:
         await etcd.read("/imds/a")
         await etcd.read("/imds/a")
         assert b"authorization: token-1" in members[0].headers[-1].lower()
-        with pytest.raises(SourceRefused) as caught:
+        with pytest.raises(EtcdUnavailable, match="check the user") as caught:
             await etcd.read("/imds/a")
     assert "secret" not in repr(caught.value)
     assert [path for path, _ in members[0].requests].count("/v3/auth/authenticate") == 3
