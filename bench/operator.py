@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import ssl
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from http.client import HTTPException, HTTPSConnection
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from bench.fleet import Fleet
 from bench.place import BenchError
@@ -17,6 +16,8 @@ from imdsproxy.core.fleet.identity import Role
 from imdsproxy.hub.files import make_operator_pem
 
 __all__ = ["Operator", "Written"]
+
+_KEPT_S: Final = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +46,19 @@ class Operator:
         self._context.load_verify_locations(pem)
         self._context.load_cert_chain(pem)
         self._connection: HTTPSConnection | None = None
+        self._used = 0.0
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the connection."""
         if self._connection is not None:
             self._connection.close()
+            self._connection = None
 
     def tag(self, instance: str, tag: str) -> Written:
         """Change an instance's tag."""
@@ -74,7 +81,9 @@ class Operator:
         Raises:
             BenchError: It is an error, or none comes.
         """
-        if self._connection is None:
+        if self._connection is None or time.monotonic() - self._used > _KEPT_S:
+            # The hub's HAProxy ends a connection on which nothing is asked for a minute.
+            self.close()
             self._connection = HTTPSConnection(
                 "127.0.0.1", self._port, timeout=120, context=self._context
             )
@@ -85,10 +94,8 @@ class Operator:
             response = self._connection.getresponse()
             answer = response.read()
         except (OSError, HTTPException) as error:
-            with contextlib.suppress(OSError):
-                self._connection.close()
-            self._connection = None
             raise BenchError(f"{method} {path}: {error}") from error
+        self._used = time.monotonic()
         if response.status >= 400:  # noqa: PLR2004 - HTTP's errors
             raise BenchError(f"{method} {path}: {response.status} {answer[:500]!r}")
         return json.loads(answer)

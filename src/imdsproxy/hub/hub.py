@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import os
 import resource
 import signal
 import sys
@@ -40,6 +41,7 @@ from imdsproxy.serving.http import serve
 
 _FIRST_READ_S: Final = 60.0
 _RENEW_EVERY_S: Final = 3600.0
+_THREADS: Final = 4
 
 _log = structlog.get_logger()
 
@@ -150,6 +152,8 @@ async def run_hub(
         api_socket=runtime / "api.sock",
         control=runtime / "haproxy.sock",
         maxconn=fitting_maxconn(-1 if limit == resource.RLIM_INFINITY else limit),
+        # A TLS handshake takes a millisecond, and thousands of hosts come at once when another hub ends.
+        nbthread=min(_THREADS, len(os.sched_getaffinity(0))),
     )
     front = Front(program.path, spec, runtime / "haproxy.cfg")
     ended = asyncio.Event()
