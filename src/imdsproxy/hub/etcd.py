@@ -36,7 +36,7 @@ T = TypeVar("T")
 _READ_S: Final = 2.0
 """How long a member has for an answer before the next one is asked."""
 
-_PAGE_BYTES: Final = 2 * 1024 * 1024
+_PAGE_BYTES: Final = 512 * 1024
 _FIRST_PAGE: Final = 100
 _LARGEST_PAGE: Final = 5000
 _WHOLE_READS: Final = 3

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from random import SystemRandom
-from typing import Final
+from typing import Any, Final
 
 import structlog
 
@@ -193,17 +193,21 @@ async def run_hub(
 async def _first_read(hub: Hub, ended: asyncio.Event) -> None:
     """Wait until all of etcd was read."""
     waits = {asyncio.ensure_future(one.wait()) for one in (hub.replica.complete, ended)}
-    done, left = await asyncio.wait(
-        waits, timeout=_FIRST_READ_S, return_when=asyncio.FIRST_COMPLETED
-    )
-    for one in left:
-        one.cancel()
-    if not done:
-        failure = hub.replica.failure
-        raise SourceUnavailable(
-            f"etcd was not read in {_FIRST_READ_S:g} s: {failure.reason if failure else 'it is slow'}",
-            hint="hub.etcd.endpoints names its members: `etcdctl endpoint health`",
-        )
+    done: set[asyncio.Future[Any]] = set()
+    try:
+        while not done:
+            done, _ = await asyncio.wait(
+                waits, timeout=_FIRST_READ_S, return_when=asyncio.FIRST_COMPLETED
+            )
+            # Very many keys take longer; they come while nothing fails.
+            if not done and (failure := hub.replica.failure) is not None:
+                raise SourceUnavailable(
+                    f"etcd was not read in {_FIRST_READ_S:g} s: {failure.reason}",
+                    hint="hub.etcd.endpoints names its members: `etcdctl endpoint health`",
+                )
+    finally:
+        for one in waits:
+            one.cancel()
 
 
 def _collect_garbage() -> None:
