@@ -11,6 +11,7 @@ import pytest
 
 from imdsproxy.core.fleet.identity import Identity, Role, read_identity
 from imdsproxy.core.fleet.stream import UPGRADE
+from imdsproxy.hub.front import ENROLMENTS_A_MINUTE, STRANGERS
 from support.fleet_front import (
     ADDRESS,
     Client,
@@ -71,6 +72,18 @@ def _ask(sock: ssl.SSLSocket) -> bytes:
     with sock:
         sock.sendall(_get())
         return read_to_end(sock)
+
+
+def _answer(sock: ssl.SSLSocket) -> bytes:
+    """One answer that has a length, and what came with it."""
+    found = b""
+    while b"\r\n\r\n" not in found:
+        found += sock.recv(65_536)
+    head, _, body = found.lower().partition(b"\r\n\r\n")
+    length = int(head.partition(b"content-length: ")[2].partition(b"\r")[0])
+    while len(body) < length:
+        body += sock.recv(65_536)
+    return found
 
 
 def _seen(request: Received) -> Identity | None:
@@ -329,19 +342,15 @@ def test_no_request_is_smuggled_in_a_body(front: Fronted, host: Client) -> None:
         for request in front.api.requests:
             assert request.target == b"/fleet/renew", (lines, request)
             assert _seen(request) == Identity(Role.HOST, "host-1", host.serial)
-            assert request.trailers == ()
         assert not front.api.fragments, lines
 
 
-def test_chunks_are_taken_from_an_operator_who_imports_records_only(
+def test_a_body_whose_size_is_not_known_is_taken_from_operators_only(
     front: Fronted, host: Client, operator: Client
 ) -> None:
     chunks, body = b"Transfer-Encoding: chunked", b"2\r\n{}\r\n0\r\n\r\n"
-    reader = front.certificates.operator("rita", Role.READER)
     for client, path, status in (
         (operator, b"/v1/records", 200),
-        (operator, b"/v1/instances", 400),
-        (reader, b"/v1/records", 400),
         (host, b"/fleet/renew", 400),
         (None, b"/fleet/enrol", 400),
     ):
@@ -349,6 +358,50 @@ def test_chunks_are_taken_from_an_operator_who_imports_records_only(
         assert (path, _status(answer)) == (path, status)
     assert front.api.only().body == b"{}"
     assert _seen(front.api.only()) == Identity(Role.OPERATOR, "anna", operator.serial)
+
+
+def test_one_address_can_try_sixty_tokens_a_minute_and_send_no_large_request(
+    front: Fronted,
+) -> None:
+    context = client_context(front.certificates.ca_file)
+    enrol = b"POST /fleet/enrol HTTP/1.1\r\nHost: hub\r\nContent-Length: %d\r\n\r\n"
+    with context.wrap_socket(front.open("127.0.0.9"), server_hostname=ADDRESS) as sock:
+        statuses: list[int] = []
+        while len(statuses) < ENROLMENTS_A_MINUTE + 1:
+            sock.sendall(enrol % 0)
+            statuses.append(_status(_answer(sock)))
+    assert statuses == [*[200] * ENROLMENTS_A_MINUTE, 429]
+    assert len(front.api.requests) == ENROLMENTS_A_MINUTE
+    with context.wrap_socket(front.open("127.0.0.10"), server_hostname=ADDRESS) as sock:
+        sock.sendall(enrol % 0)
+        assert _status(sock.recv(65_536)) == 200
+    with context.wrap_socket(front.open("127.0.0.11"), server_hostname=ADDRESS) as sock:
+        sock.sendall(enrol % 100_000)
+        assert _status(sock.recv(65_536)) == 413
+
+
+def test_one_address_has_few_connections_without_a_certificate_and_any_number_with_one(
+    front: Fronted, host: Client
+) -> None:
+    with contextlib.ExitStack() as stack:
+        answers: dict[Client | None, list[bytes]] = {}
+        for client in (None, host):
+            context = client_context(front.certificates.ca_file, client)
+            socks = [
+                stack.enter_context(
+                    context.wrap_socket(front.open("127.0.0.12"), server_hostname=ADDRESS)
+                )
+                for _ in range(STRANGERS + 1)
+            ]
+            answers[client] = []
+            for sock in socks:
+                with contextlib.suppress(OSError):
+                    sock.sendall(b"GET /fleet/ca HTTP/1.1\r\nHost: hub\r\n\r\n")
+                    answers[client].append(sock.recv(12))
+        assert [len([one for one in found if one]) for found in answers.values()] == [
+            STRANGERS,
+            STRANGERS + 1,
+        ]
 
 
 def test_a_certificate_whose_names_are_ambiguous_or_could_end_a_header_is_refused(

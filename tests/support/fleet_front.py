@@ -124,9 +124,11 @@ class Fronted:
         self.streams.forget()
         self.api.forget()
 
-    def open(self) -> socket.socket:
-        """A connection without TLS yet."""
-        return socket.create_connection((ADDRESS, self.port), timeout=10 * patience())
+    def open(self, source: str = ADDRESS) -> socket.socket:
+        """A connection without TLS yet, from an address of loopback."""
+        return socket.create_connection(
+            (ADDRESS, self.port), timeout=10 * patience(), source_address=(source, 0)
+        )
 
     def connect(
         self, client: Client | None = None, *, context: ssl.SSLContext | None = None

@@ -166,6 +166,11 @@ def parse_authority(certificate: bytes, key: bytes, where: str) -> Authority:
             f"{where} may not sign certificates",
             hint="a CA certificate has basicConstraints CA:TRUE and keyUsage keyCertSign",
         )
+    if own.issuer != own.subject:
+        raise ConfigInvalid(
+            f"{where} is signed by another CA",
+            hint="HAProxy trusts a chain from its root only: make a CA for the fleet alone, signed by itself",
+        )
     return Authority(own, secret)
 
 

@@ -8,7 +8,7 @@ from typing import Final
 from cryptography import x509
 
 from imdsproxy.core.fleet.identity import Role
-from imdsproxy.errors import AlreadyExists, ConfigUnreadable, RequestRefused
+from imdsproxy.errors import AlreadyExists, ConfigInvalid, ConfigUnreadable, RequestRefused
 from imdsproxy.host.certificates import (
     make_key,
     parse_certificate,
@@ -68,6 +68,24 @@ class FleetFiles:
     def load_hub(self) -> x509.Certificate:
         """This hub's certificate; raises as `load_authority`."""
         return parse_certificate(read_secret(self.hub), str(self.hub))
+
+
+def refuse_shared_authority(authority: Authority, etcd_ca: Path) -> None:
+    """Refuse a CA of etcd's that is the fleet's: with it a host's certificate would open etcd, all of it.
+
+    Raises:
+        ConfigInvalid: It is, or the file is no certificate.
+        ConfigUnreadable: It cannot be read.
+    """
+    try:
+        found = x509.load_pem_x509_certificates(_read(etcd_ca))
+    except ValueError as error:
+        raise ConfigInvalid(f"{etcd_ca} holds no certificate in PEM") from error
+    if authority.certificate.public_key() in [one.public_key() for one in found]:
+        raise ConfigInvalid(
+            f"{etcd_ca} is the fleet's own CA: etcd would let every host in",
+            hint="hub.etcd.ca_file: give etcd a CA of its own, which signs members and hubs only",
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,9 +30,10 @@ MAX_CONNECTIONS: Final = 25_000
 ENROLMENTS_A_MINUTE: Final = 60
 """From one address."""
 
-_ENROLMENT_BYTES: Final = 16_384
-_STRANGERS: Final = 32
+STRANGERS: Final = 32
 """Connections without a certificate that one address may have."""
+
+_ENROLMENT_BYTES: Final = 16_384
 
 _ANSWER_S: Final = 330
 """How long a hub may take to answer: an operator may wait for hosts."""
@@ -51,7 +52,7 @@ _ANSWERS: Final = {
         400,
         "request-refused",
         "the request is not acceptable",
-        "a body needs a Content-Length, and is not sent in chunks",
+        "hosts' bodies need a Content-Length",
     ),
     "no_certificate": (
         401,
@@ -120,11 +121,10 @@ def render_front(spec: FrontSpec) -> str:
         "stream_path": stream.STREAM_PATH,
         "blob_path": f"^{stream.BLOB_PATH}[0-9a-f]{{64}}$",
         "hub_paths": "/fleet/",
-        "import_path": "/v1/records",
         "upgrade": stream.UPGRADE,
         "retry_after_s": RETRY_AFTER_S,
         "answer_s": _ANSWER_S,
-        "strangers": _STRANGERS,
+        "strangers": STRANGERS,
         "enrolments": ENROLMENTS_A_MINUTE,
         "enrolment_bytes": _ENROLMENT_BYTES,
         "maxconn": spec.maxconn,

@@ -30,7 +30,13 @@ from imdsproxy.hub.api import build_api
 from imdsproxy.hub.authority import Authority
 from imdsproxy.hub.envelope import Envelope
 from imdsproxy.hub.etcd import Etcd
-from imdsproxy.hub.files import FleetFiles, HubNames, read_hub_names, renew_hub
+from imdsproxy.hub.files import (
+    FleetFiles,
+    HubNames,
+    read_hub_names,
+    refuse_shared_authority,
+    renew_hub,
+)
 from imdsproxy.hub.front import Front, FrontSpec, fitting_maxconn
 from imdsproxy.hub.gateway import open_tls
 from imdsproxy.hub.replica import Replica
@@ -107,6 +113,8 @@ def build_hub(settings: HubSettings, clock: Clock) -> Hub:
     files = FleetFiles(settings.directory)
     authority, envelope = files.load_authority(), files.load_envelope()
     names = read_hub_names(files.load_hub())
+    if settings.etcd.ca_file is not None:
+        refuse_shared_authority(authority, settings.etcd.ca_file)
     port = settings.listen[0].rpartition(":")[2]
     address = names.addresses[0]
     url = settings.url or f"https://{f'[{address}]' if ':' in address else address}:{port}"

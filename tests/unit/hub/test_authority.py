@@ -160,6 +160,25 @@ def _bare_ca(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
     )
 
 
+def _signed_ca(root: Authority) -> tuple[bytes, bytes]:
+    """A CA that another one has signed, and its key."""
+    key = make_key()
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "below")])
+    made = make_authority("below", _NOW).certificate
+    builder = x509.CertificateBuilder().subject_name(name).issuer_name(root.certificate.subject)
+    for one in made.extensions:
+        if not isinstance(one.value, x509.SubjectKeyIdentifier):
+            builder = builder.add_extension(one.value, critical=one.critical)
+    signed = (
+        builder.public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(_NOW)
+        .not_valid_after(_NOW + timedelta(days=1))
+        .sign(root.key, hashes.SHA256())
+    )
+    return render_certificate(signed), render_key(key)
+
+
 def test_a_ca_that_cannot_sign_is_refused_without_showing_the_key(authority: Authority) -> None:
     ca, key = render_certificate(authority.certificate), render_key(authority.key)
     leaf_key = make_key()
@@ -179,6 +198,7 @@ def test_a_ca_that_cannot_sign_is_refused_without_showing_the_key(authority: Aut
         (ca, render_key(make_key()), "does not belong"),
         (leaf, render_key(leaf_key), "may not sign"),
         (bare, render_key(bare_key), "may not sign"),
+        (*_signed_ca(authority), "is signed by another CA"),
     ):
         with pytest.raises(ConfigInvalid, match=why) as raised:
             parse_authority(certificate, secret, "ca.crt")

@@ -73,8 +73,6 @@ class HostFiles:
         try:
             context = ssl.create_default_context(cafile=self.authority)
             context.minimum_version = ssl.TLSVersion.TLSv1_3
-            # The fleet's CA may be one that another CA has signed.
-            context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
             context.load_cert_chain(self.certificate, self.key)
         except (OSError, ssl.SSLError) as error:
             raise SourceUnavailable(

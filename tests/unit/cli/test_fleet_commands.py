@@ -8,9 +8,10 @@ import pytest
 from cryptography import x509
 
 from imdsproxy.core.fleet.identity import Role
-from imdsproxy.host.certificates import fingerprint, parse_certificate
-from imdsproxy.hub.authority import HUB_LIFE
-from imdsproxy.hub.files import FleetFiles, read_hub_names, renew_hub
+from imdsproxy.errors import ConfigInvalid
+from imdsproxy.host.certificates import fingerprint, parse_certificate, render_certificate
+from imdsproxy.hub.authority import HUB_LIFE, make_authority
+from imdsproxy.hub.files import FleetFiles, read_hub_names, refuse_shared_authority, renew_hub
 from support.cli import Ran, run_main
 
 
@@ -118,6 +119,18 @@ def test_a_directory_that_is_no_fleets_or_whose_key_others_can_read_is_refused(
     fleet.files.ca_key.chmod(0o644)
     open_to_all = fleet(*words)
     assert (open_to_all.status, "0644" in open_to_all.err) == (78, True)
+
+
+def test_etcd_may_not_have_the_fleets_ca(fleet: _Fleet, tmp_path: Path) -> None:
+    fleet.init()
+    authority = fleet.files.load_authority()
+    own, both = tmp_path / "own.crt", tmp_path / "both.crt"
+    own.write_bytes(render_certificate(make_authority("etcd", datetime.now(UTC)).certificate))
+    both.write_bytes(own.read_bytes() + fleet.files.ca_certificate.read_bytes())
+    refuse_shared_authority(authority, own)
+    for path in (fleet.files.ca_certificate, both):
+        with pytest.raises(ConfigInvalid, match="let every host in"):
+            refuse_shared_authority(authority, path)
 
 
 def test_a_hub_renews_its_certificate_with_its_names_after_two_thirds_of_its_life(
