@@ -62,6 +62,7 @@ if TYPE_CHECKING:
 ShowStart: TypeAlias = "Callable[[Sequence[Step] | None], None]"
 
 _FIRST_SYNC_S = 5.0
+_LOOK_EVERY_S = 0.05
 """How long the first configuration waits for sources that publish nothing; a running HAProxy is not affected."""
 
 _METRICS_EVERY_S = 10.0
@@ -329,9 +330,26 @@ async def _wait_for_records(controller: Controller) -> None:
         before = known
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_FIRST_SYNC_S):
-                await controller.records.in_sync.wait()
+                await _enough_records(controller)
+        if _is_alone(controller):
+            _log.warning("starting with the fleet's records that are on disk: no hub answers")
+            break
     # Before anything is swept: guests behind routers are known on, as they were before a restart.
     controller.lookup.follow_routes()
+
+
+async def _enough_records(controller: Controller) -> None:
+    """Wait until all sources are in sync, or the only one that is not serves what it has on disk."""
+    while True:
+        if controller.inventory.in_sync or _is_alone(controller):
+            return
+        await asyncio.sleep(_LOOK_EVERY_S)
+
+
+def _is_alone(controller: Controller) -> bool:
+    fleet, reports = controller.sources.fleet, controller.inventory.reports.items()
+    missing = [name for name, report in reports if not report.in_sync]
+    return fleet is not None and fleet.alone and missing == [fleet.name]
 
 
 def run(

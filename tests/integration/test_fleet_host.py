@@ -145,6 +145,8 @@ def test_a_host_serves_what_its_hub_sends_and_from_disk_without_one_also_after_a
     daemon.stop()
     daemon.start(ready=False)
     until(lambda: guest.ask(_NAME).status == 200, what="an answer")
+    # It did not wait for a hub.
+    assert any("on disk" in str(entry["message"]) for entry in daemon.log_entries())
     assert guest.ask(_NAME).text == "second"
     assert guest.ask(_TARGET).body == user_data_of("red-5")
     assert world.other.ask(_TARGET).is_to_come_again

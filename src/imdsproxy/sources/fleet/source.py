@@ -109,6 +109,7 @@ class FleetSource:
         answer: What hubs may ask this host.
         renew: See `Renew`.
         hub: The one that is followed.
+        alone: Each hub was tried and none was followed since, so what is on disk is all there is.
         failing: Why items are not in force, or not in their newest version; as it was acknowledged.
         acknowledged: The revision up to which all others are in force.
         skew_s: By how much the hub's clock is ahead of this host's.
@@ -127,6 +128,7 @@ class FleetSource:
     answer: AnswerTo = _answer_nothing
     renew: Renew = _renew_nothing
     hub: str | None = None
+    alone: bool = False
     failing: Mapping[ItemKey, str] = field(default_factory=dict)
     acknowledged: int = 0
     skew_s: float = 0.0
@@ -278,6 +280,7 @@ class FleetSource:
                 self.backoff.succeed()
                 await asyncio.sleep(_SPREAD_S * self.random())
             elif not left:
+                self.alone = self.known.position.fleet is not None
                 await asyncio.sleep(self.backoff.fail() * (0.5 + self.random()))
 
     async def _follow(self, hub: str) -> tuple[bool, bool]:
@@ -403,6 +406,7 @@ class FleetSource:
             self.take_policies(known.policies())
         if whole and whole_of is self._stream:
             self._complete, self._lost_at, self._hub_problem = True, None, None
+            self.alone = False
             self._hub_age_s, self._etcd_at = 0.0, self.clock.monotonic()
         await self._report(publish, applied.records)
         self._published = known.position.revision
