@@ -47,3 +47,10 @@ def test_an_address_that_another_instance_has_is_refused_with_its_hosts(hub: Hub
         hub.client.request("POST", "/v1/instances", body=instance("second", "10.0.0.6", "b"))
     (problem,) = refused.value.problems
     assert problem.reason == "10.0.0.6 in network blue belongs to instance first (on a)"
+
+
+def test_the_status_of_a_fleet_has_each_member_of_etcd(hub: Hub) -> None:
+    (member,) = hub.client.get("/fleet/status")["etcd"]
+    assert member["leads"]
+    assert 0 < member["bytes"] < member["quota_bytes"]
+    assert member["problems"] == []

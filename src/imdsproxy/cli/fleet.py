@@ -228,6 +228,7 @@ def _show_status(output: Output, shape: Shape) -> None:
         "fleet": f"{clean(shape['fleet'])}, incarnation {shape['incarnation']}",
         "revision": str(shape["revision"]),
         "hubs": "\n".join(hubs),
+        "etcd": _etcd(shape["etcd"]),
         "records": f"{spell_count(shape['networks'], 'network')}, {spell_count(shape['instances'], 'instance')}",
         "hosts": f"{shape['connected']} of {shape['hosts']} connected",
         "absent": _named(shape["absent"]),
@@ -244,6 +245,15 @@ def _show_status(output: Output, shape: Shape) -> None:
         output.styled(
             "[dim]hint:[/] nothing is written; if etcd was restored on purpose: imdsproxy fleet accept-restore"
         )
+
+
+def _etcd(members: Sequence[Shape]) -> str:
+    problems = [
+        f"{clean(one['url'])} [red]{clean(problem)}[/]"
+        for one in members
+        for problem in one["problems"]
+    ]
+    return "\n".join(problems) or spell_count(len(members), "member")
 
 
 def _named(hosts: Sequence[str]) -> str | None:

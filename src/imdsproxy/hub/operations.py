@@ -15,10 +15,10 @@ from imdsproxy.core.fleet.members import HostState, parse_host
 from imdsproxy.core.fleet.stream import ItemKey
 from imdsproxy.core.model import NetworkId
 from imdsproxy.core.timing import Progress
-from imdsproxy.errors import SourceUnavailable
+from imdsproxy.errors import EtcdUnavailable, SourceUnavailable
 from imdsproxy.host.clock import Clock
-from imdsproxy.hub.etcd import Etcd
-from imdsproxy.hub.etcd_messages import prefix_end
+from imdsproxy.hub.etcd import Etcd, MemberSilent
+from imdsproxy.hub.etcd_messages import MemberStatus, prefix_end
 from imdsproxy.hub.in_force import APPLIED_PATH, NOT_CONNECTED, InForce
 from imdsproxy.hub.peers import Peers
 from imdsproxy.hub.state import FleetState
@@ -28,6 +28,7 @@ from imdsproxy.hub.writes import Done, Writes
 ASK_PATH: Final = "/fleet/ask"
 _ASK_S: Final = 10.0
 _COMPLETE_S: Final = 5.0
+_NEARLY_FULL: Final = 0.7
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,8 @@ class FleetStatus:
         behind: Connected ones on which something is not in force.
         absent: Enrolled ones that are not connected, by name.
         problems: By key of etcd, values that another program wrote.
-        imports: Unfinished ones: how many records of how many.
+        imports: Unfinished ones: how many records of how many. None is known while etcd is away.
+        etcd: Its members: `url`, `leads`, size and quota of the database in bytes, and `problems` in words.
     """
 
     fleet: str
@@ -104,6 +106,7 @@ class FleetStatus:
     absent: list[str]
     problems: dict[str, str]
     imports: list[dict[str, Any]]
+    etcd: list[dict[str, Any]]
 
 
 @dataclass(slots=True)
@@ -202,7 +205,7 @@ class Operations:
         enrolled = [one for one in hosts if one.state == HostState.ENROLLED]
         suspect, urls = state.value(layout.SUSPECT), self.peers.urls()
         answering = await self.peers.ask_all(APPLIED_PATH, {}, _ASK_S, {"hosts": []})
-        journals = await self.etcd.read(layout.IMPORTS, prefix_end(layout.IMPORTS))
+        imports, members = await asyncio.gather(self._imports(), self.etcd.status())
         return FleetStatus(
             fleet=state.meta.fleet,
             incarnation=state.meta.incarnation,
@@ -222,8 +225,17 @@ class Operations:
             behind=[one.host for one in enrolled if one.failed],
             absent=[one.host for one in enrolled if one.hub is None],
             problems={**state.problems, **state.lost},
-            imports=[layout.decode(one.value) for one in journals.kvs],
+            imports=imports,
+            etcd=[_member(one) for one in members],
         )
+
+    async def _imports(self) -> list[dict[str, Any]]:
+        try:
+            journals = await self.etcd.read(layout.IMPORTS, prefix_end(layout.IMPORTS))
+        except EtcdUnavailable:
+            # The members' problems are reported beside it.
+            return []
+        return [layout.decode(one.value) for one in journals.kvs]
 
     async def ask_host(self, host: HostId, path: str, query: Mapping[str, str]) -> Any:  # noqa: ANN401 - JSON
         """What a host's admin API answers to a GET, wherever the host is connected.
@@ -247,6 +259,24 @@ class Operations:
             return None
         answer = await self.streams.ask(host, path, _ASK_S)
         return {"status": answer.status, "body": answer.body}
+
+
+def _member(member: MemberStatus | MemberSilent) -> dict[str, Any]:
+    match member:
+        case MemberSilent(url, reason):
+            return {"url": url, "problems": [f"does not answer: {reason}"]}
+        case MemberStatus():
+            problems = list(member.problems)
+            if member.quota and member.db_size > _NEARLY_FULL * member.quota:
+                share = f"{member.db_size / member.quota:.0%}"
+                problems.append(f"its database has {share} of its quota: compact and defragment it")
+            return {
+                "url": member.url,
+                "leads": member.leader == member.id,
+                "bytes": member.db_size,
+                "quota_bytes": member.quota,
+                "problems": problems,
+            }
 
 
 def path_on_host(*steps: str) -> str:

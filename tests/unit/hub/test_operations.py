@@ -1,0 +1,52 @@
+"""What a hub reports of the members of etcd."""
+
+from dataclasses import replace
+from typing import cast
+
+from imdsproxy.host.clock import Clock
+from imdsproxy.hub.etcd_messages import Header, MemberStatus
+from imdsproxy.hub.operations import Operations, _member
+from imdsproxy.hub.peers import Peers
+from imdsproxy.hub.state import FleetState
+from imdsproxy.hub.streams import Streams
+from imdsproxy.hub.writes import Writes
+from support.fake_etcd import answer, client_of
+
+STATUS = MemberStatus(
+    "https://a:2378",
+    id=7,
+    version="3.5.16",
+    db_size=69,
+    in_use=50,
+    quota=100,
+    problems=(),
+    leader=7,
+    header=Header(5, 2),
+)
+
+
+def test_a_member_that_is_soon_full_is_a_problem() -> None:
+    assert _member(STATUS)["problems"] == []
+    (problem,) = _member(replace(STATUS, db_size=71))["problems"]
+    assert problem == "its database has 71% of its quota: compact and defragment it"
+    assert _member(replace(STATUS, db_size=71, quota=0))["problems"] == []
+
+
+def test_a_members_alarm_is_a_problem() -> None:
+    alarm = "memberID:7 alarm:NOSPACE"
+    assert _member(replace(STATUS, problems=(alarm,)))["problems"] == [alarm]
+
+
+async def test_a_hub_reports_the_fleet_while_no_member_answers() -> None:
+    stopped = answer({"code": 14, "message": "etcdserver: stopped"}, 503)
+    async with client_of(lambda *_: stopped, timeout_s=0.2) as (etcd, members):
+        state, clock = FleetState(), Clock()
+        streams = Streams(state, clock, lambda *_: True)
+        unused = cast("Writes", None)
+        report = await Operations(
+            etcd, state, streams, unused, Peers(state, "hub-1", clock), clock
+        ).report()
+    assert report.etcd == [
+        {"url": members[0].url, "problems": ["does not answer: etcdserver: stopped"]}
+    ]
+    assert report.imports == []
