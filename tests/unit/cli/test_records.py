@@ -26,6 +26,7 @@ from imdsproxy.errors import AdminError, Problem, RequestRefused, SourceUnavaila
 from imdsproxy.sources.libvirt.xml import METADATA_URI
 from support.cli import Cli, on_a_terminal
 from support.libvirt_backing import FakeLibvirt, domain_xml, uuid_of
+from support.patience import patience
 from support.record_builders import port
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGnJ root@host"
@@ -480,7 +481,7 @@ def test_work_may_take_longer_than_any_single_answer(
     cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _slow_down(monkeypatch, _STEPS * 4)
-    client = AdminClient(cli.server.socket, timeout_s=1)
+    client = AdminClient(cli.server.socket, timeout_s=patience())
     seen: list[object] = []
     line = b'{"instance": {"id": "web", "name": "web"}}\n'
     assert client.post_records([line], {}, seen.extend)["instances"] == 1
