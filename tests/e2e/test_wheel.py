@@ -36,7 +36,8 @@ def environment(packages: Packages) -> Iterator[Path]:
     shutil.copy(REPOSITORY / "requirements/runtime.txt", pinned)
     target = directory / "environment"
     run(shutil.which("python3.11") or sys.executable, "-m", "venv", str(target))
-    pip = (str(target / "bin/pip"), "--quiet", "install")
+    # Python compiles what it imports, which is a small part.
+    pip = (str(target / "bin/pip"), "--quiet", "install", "--no-compile")
     run(*pip, "--require-hashes", "--requirement", str(pinned), timeout_s=300)
     run(*pip, "--no-deps", "--no-index", str(wheel))
     yield target
