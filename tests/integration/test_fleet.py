@@ -19,7 +19,7 @@ from imdsproxy.sources.fleet.membership import join, renew_if_due
 from support.cli import Ran, run_main
 from support.daemon import instance
 from support.fleet_world import FleetWorld, fleet_world
-from support.guest import Guest, Lost
+from support.guest import Guest, Load, Lost, Reply
 from support.lab import until
 from support.patience import patience
 
@@ -166,3 +166,56 @@ def test_an_operator_whose_name_is_revoked_is_refused_by_every_hub(
     for url in world.urls:
         until(lambda: run(left, url, "enrol", "x").status == 77, what="its end")  # noqa: B023
     assert run(boss, world.urls[0], "revoke", "no-host").status == 66
+
+
+# Without hubs
+
+
+def test_guests_read_on_without_any_hub_also_after_a_restart_and_get_what_operators_change_then(
+    world: FleetWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    host = world.add_host("c", networks=("green",))
+    guest = host.lab.guest("green")
+    urls = (word for url in world.urls for word in ("--fleet", url))
+    operator = ("--fleet-certificate", str(world.operator("carla")), *urls)
+
+    def run(*words: str) -> Ran:
+        with world.etcd.entered():
+            return run_main(capsys, *operator, *words)
+
+    (tmp_path / "data").write_bytes(bytes(range(256)) * 400)
+    assert run("network", "add", "green", "--bridge", "green").status == 0
+    added = run(
+        *("instance", "add", "cd", "--network", "green", "--mac", guest.mac, "--host", "c"),
+        *("--address", guest.addresses[0], "--user-data", str(tmp_path / "data")),
+    )
+    assert added.status == 0, added
+    # It is answered once guests read it.
+    assert guest.ask("/latest/user-data").body == bytes(range(256)) * 400
+    with Load([guest], "/latest/user-data", _has_data) as load:
+        for hub in world.hubs:
+            hub.end(9)
+        until(lambda: not host.source["in_sync"], within_s=20, what="being out of sync")
+        host.daemon.kill_controller()
+        load.wait_answers(20)
+        host.daemon.start(ready=False)
+        load.wait_answers(20)
+    assert load.report.lost == []
+    host.daemon.stop()
+    host.daemon.start(ready=False)
+    until(lambda: _name(guest) == "cd", within_s=20, what="an answer from disk")
+    # It did not wait for a hub.
+    assert any("on disk" in str(entry["message"]) for entry in host.daemon.log_entries())
+    assert _has_data(guest, guest.ask("/latest/user-data")) is None
+    for hub in world.hubs:
+        hub.start()
+    until(lambda: host.source["in_sync"], within_s=30, what="being in sync")
+    changed = run("instance", "set", "cd", "--hostname", "after")
+    assert changed.status == 0, changed
+    assert _name(guest) == "after"
+
+
+def _has_data(guest: Guest, reply: Reply) -> str | None:
+    found = reply.status, reply.body
+    wanted = 200, bytes(range(256)) * 400
+    return None if found == wanted else f"{guest.name} got {reply.status}"
