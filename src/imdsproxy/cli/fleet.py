@@ -55,7 +55,10 @@ def init(
     ] = None,
     ca_key: Annotated[Path | None, flag("--ca-key FILE", "Its key, PEM, not encrypted.")] = None,
 ) -> None:
-    """Make a fleet on its first hub: a CA, this hub's certificate, and the key that seals secrets in etcd."""
+    """Make a fleet on its first hub: a CA, certificates of the hub and of the operator `admin`, a key that seals secrets.
+
+    All of it is for this account only.
+    """
     with optional_library("cryptography", LIBRARY_HINT):
         from imdsproxy.hub import files  # noqa: PLC0415 - `--help` need not load it
     from imdsproxy.hub.authority import parse_authority  # noqa: PLC0415 - as above
@@ -70,7 +73,8 @@ def init(
     answer = {"directory": str(directory), "hub": name, "fingerprint": print_}
     run.output.answer(
         answer,
-        f"{directory} has the fleet's CA (SHA-256 {print_}), the certificate of {name}, and the key of its store.\n"
+        f"{directory} has the fleet's CA (SHA-256 {print_}), certificates of hub {name} and of the operator "
+        f"{files.FIRST_OPERATOR}, and the key that seals secrets in etcd.\n"
         "Keep a copy in a safe place: without it no host joins, and no secret in etcd opens.",
     )
 

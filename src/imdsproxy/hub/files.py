@@ -20,6 +20,8 @@ from imdsproxy.host.files import ensure_directory, read_secret, write_atomic
 from imdsproxy.hub.authority import Authority, make_authority, parse_authority
 from imdsproxy.hub.envelope import Envelope, make_envelope, parse_envelope
 
+FIRST_OPERATOR: Final = "admin"
+
 _SECRET: Final = 0o600
 _OPEN: Final = 0o644
 
@@ -49,6 +51,11 @@ class FleetFiles:
     def envelope_key(self) -> Path:
         """What seals secrets in etcd, the same on all hubs."""
         return self.directory / "envelope.key"
+
+    @property
+    def operator(self) -> Path:
+        """The certificate of the first operator, for commands on this hub."""
+        return self.directory / "operator.pem"
 
     def load_authority(self) -> Authority:
         """The CA.
@@ -134,7 +141,7 @@ def renew_hub(files: FleetFiles, authority: Authority, now: datetime) -> bytes |
 
 
 def init_fleet(files: FleetFiles, given: Authority | None, hub: HubNames, now: datetime) -> str:
-    """Make a fleet: its CA, unless one is given, its first hub's certificate, and the key that seals.
+    """Make a fleet: its CA, unless one is given, its first hub's and operator's certificates, and the key that seals.
 
     Returns:
         The CA certificate's fingerprint.
@@ -146,7 +153,10 @@ def init_fleet(files: FleetFiles, given: Authority | None, hub: HubNames, now: d
     """
     there = [
         one
-        for one in (files.ca_certificate, files.ca_key, files.hub, files.envelope_key)
+        for one in (
+            *(files.ca_certificate, files.ca_key, files.hub),
+            *(files.envelope_key, files.operator),
+        )
         if one.exists()
     ]
     if there:
@@ -156,7 +166,9 @@ def init_fleet(files: FleetFiles, given: Authority | None, hub: HubNames, now: d
         )
     authority = given or make_authority("imdsproxy fleet", now)
     pem = make_hub_pem(authority, hub, now)
+    operator = make_operator_pem(authority, FIRST_OPERATOR, Role.OPERATOR, None, now)
     _write_hub(files, authority, make_envelope(), pem)
+    write_atomic(files.operator, operator, mode=_SECRET, durable=True)
     return authority.fingerprint
 
 
