@@ -93,7 +93,7 @@ class Replica:
             except Compacted:
                 reading = True
             except Behind as error:
-                self.suspect(HostId(self.name), f"etcd went back: {error.message}", 0)
+                self.suspect(HostId(self.name), error.message, 0)
                 self.etcd.accept_older()
                 reading = True
             except EtcdUnavailable as error:

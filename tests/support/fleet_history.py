@@ -1,0 +1,138 @@
+"""What guests of a fleet were answered while everything was broken around them, and what of it may not be. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Final
+
+_NAME: Final = re.compile(r"(i\d+)-v(\d+)")
+
+
+class Outcome(StrEnum):
+    """What an operator was answered to a write."""
+
+    APPLIED = "in force on all its hosts"
+    STORED = "stored, not in force everywhere yet"
+    UNKNOWN = "no answer: written or not"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """One version of an instance; times are of one monotonic clock.
+
+    Attributes:
+        hosts: Where this version places it; none removes it.
+    """
+
+    instance: str
+    version: int
+    hosts: frozenset[str]
+    sent: float
+    done: float
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the guest that `instance` names was answered on a host.
+
+    Attributes:
+        status: `None` where there was no answer.
+        text: The host name that it got, which is `INSTANCE-vVERSION`.
+    """
+
+    host: str
+    instance: str
+    begun: float
+    ended: float
+    status: int | None
+    text: str = ""
+
+
+@dataclass(slots=True)
+class History:
+    """All that happened.
+
+    Attributes:
+        resets: From when to when an operator accepted a restored backup: from then on older versions are right.
+    """
+
+    writes: list[Write] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
+    resets: list[tuple[float, float]] = field(default_factory=list)
+
+    def counts(self) -> Counter[str]:
+        """How many answers of each status there were, and writes of each outcome."""
+        found = Counter(f"answered {one.status or 'nothing'}" for one in self.answers)
+        found.update(f"written: {one.outcome}" for one in self.writes)
+        return found
+
+    def violations(self) -> Iterator[str]:
+        """Every answer that no guest may get, in words."""
+        by_instance: dict[str, list[Write]] = {}
+        for write in self.writes:
+            by_instance.setdefault(write.instance, []).append(write)
+        newest: dict[tuple[str, str], tuple[int, float]] = {}
+        for answer in sorted(self.answers, key=lambda one: one.begun):
+            writes = by_instance.get(answer.instance, [])
+            since = max((end for begin, end in self.resets if begin <= answer.ended), default=0.0)
+            where = answer.host, answer.instance
+            version, seen = newest.get(where, (0, 0.0))
+            floor = version if seen > since else 0
+            if answer.status == 404:
+                if (known := _certain(answer, writes, since)) is not None:
+                    yield f"{answer}: 404 for what is in force since version {known.version}"
+            elif answer.status == 200:
+                found = _NAME.fullmatch(answer.text)
+                if found is None or found[1] != answer.instance:
+                    yield f"{answer}: another instance's document"
+                    continue
+                got = int(found[2])
+                yield from _judge(answer, got, floor, writes, since)
+                newest[where] = max(floor, got), answer.begun
+
+
+def _judge(
+    answer: Answer, got: int, floor: int, writes: Sequence[Write], since: float
+) -> Iterator[str]:
+    of_version = [one for one in writes if one.version == got]
+    if not any(_may_count(one) and one.sent <= answer.ended for one in of_version):
+        yield f"{answer}: a version that was never committed"
+    elif not any(answer.host in one.hosts for one in of_version):
+        yield f"{answer}: a version that was never placed on this host"
+    if got < floor:
+        yield f"{answer}: older than version {floor}, which this host answered before"
+    in_force = [
+        one
+        for one in writes
+        if one.outcome is Outcome.APPLIED
+        and since < one.sent
+        and one.done <= answer.begun
+        and answer.host in one.hosts
+    ]
+    newest = max((one.version for one in in_force), default=0)
+    if got < newest:
+        yield f"{answer}: older than version {newest}, which was acknowledged"
+
+
+def _may_count(write: Write) -> bool:
+    return write.outcome is not Outcome.REFUSED
+
+
+def _certain(answer: Answer, writes: Iterable[Write], since: float) -> Write | None:
+    """The write by which an instance is certainly served on a host while this was answered."""
+    # What etcd had before a restore is not known here: only later writes count.
+    writes = [one for one in writes if one.sent >= since]
+    in_force = [
+        one for one in writes if one.outcome is Outcome.APPLIED and one.done <= answer.begun
+    ]
+    last = max(in_force, key=lambda one: one.version, default=None)
+    if last is None or answer.host not in last.hosts:
+        return None
+    later = (one for one in writes if one.version > last.version and one.sent <= answer.ended)
+    return None if any(answer.host not in one.hosts for one in later if _may_count(one)) else last
