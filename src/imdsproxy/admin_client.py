@@ -227,6 +227,11 @@ class FleetClient(AdminClient):
                     return _decoded(connection.getresponse())
             except (errors.AdminUnavailable, errors.SourceUnavailable) as error:
                 reasons.append(error)
+            except errors.RestoreSuspected as error:
+                if not reasons or method == "GET":
+                    raise
+                # The hub before may have written it, and hosts may have got it before the restore.
+                raise errors.WriteUnknown(_joined(reasons).message, hint=error.hint) from error
         raise _joined(reasons)
 
     def post_records(

@@ -380,6 +380,8 @@ def main(words: Sequence[str] | None = None) -> int:
         found = chaos.run(options.minutes * 60)
     for words_of, number in sorted((chaos.history.counts() + chaos.faults).items()):
         sys.stdout.write(f"{number:>9,} {words_of}\n")
+    for where, number in chaos.history.unserved().items():
+        sys.stdout.write(f"{number:>9,} not served: {where}\n")
     for one in found[:20]:
         sys.stdout.write(f"{one}\n")
     sys.stdout.write(f"{len(found):>9,} answers that may not be\n")

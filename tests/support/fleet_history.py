@@ -72,6 +72,18 @@ class History:
         found.update(f"written: {one.outcome}" for one in self.writes)
         return found
 
+    def unserved(self) -> Counter[str]:
+        """By instance, how often a guest was not answered what is certainly in force."""
+        found: Counter[str] = Counter()
+        for answer in self.answers:
+            if answer.status not in {200, 404}:
+                since = max((end for begin, end in self.resets if begin <= answer.ended), default=0)
+                writes = [one for one in self.writes if one.instance == answer.instance]
+                found[f"{answer.instance} on {answer.host}"] += bool(
+                    _certain(answer, writes, since)
+                )
+        return +found
+
     def violations(self) -> Iterator[str]:
         """Every answer that no guest may get, in words."""
         by_instance: dict[str, list[Write]] = {}

@@ -179,6 +179,7 @@ async def run_hub(
         if not ended.is_set():
             tasks += [
                 group.create_task(replica.beat(), name="beat"),
+                group.create_task(replica.compare(), name="comparison"),
                 group.create_task(replica.note_suspicions(), name="suspicions"),
                 group.create_task(hub.streams.run(stream_socket), name="streams"),
                 group.create_task(serve(build_api(hub), api_socket), name="api"),

@@ -21,13 +21,14 @@ from imdsproxy.core.fleet.layout import HostId, Meta
 from imdsproxy.core.timing import Backoff
 from imdsproxy.errors import EtcdUnavailable, Problem, SourceCorrupt
 from imdsproxy.host.clock import Clock
-from imdsproxy.hub.etcd import Behind, Compacted, Etcd
+from imdsproxy.hub.etcd import Behind, Compacted, Conflict, Etcd, Snapshot
 from imdsproxy.hub.etcd_messages import Deleted, KeyValue, absent, prefix_end, unchanged
 from imdsproxy.hub.state import Change, FleetState
 from imdsproxy.hub.streams import Streams
 
 BEAT_S: Final = 5.0
 LEASE_S: Final = 15
+COMPARE_S: Final = 600.0
 _AGAIN_S: Final = 1.0
 
 _log = structlog.get_logger()
@@ -87,7 +88,8 @@ class Replica:
                 async with aclosing(self.etcd.follow(layout.PREFIX, self._at + 1)) as following:
                     async for changes in following:
                         backoff.succeed()
-                        self._take(changes.revision, map(_change, changes.events))
+                        self._at = changes.revision
+                        self._fold(changes.revision, map(_change, changes.events))
                         if reading := self._is_accepted():
                             break
             except Compacted:
@@ -115,12 +117,8 @@ class Replica:
             snapshot = await self.etcd.read(layout.PREFIX, prefix_end(layout.PREFIX))
         if self._is_accepted():
             self.state.clear()
-        found = {one.key for one in snapshot.kvs}
-        gone = [key for key in self.state.keys(layout.PREFIX) if key not in found]
-        self._take(
-            snapshot.revision,
-            [*map(_change, snapshot.kvs), *(Change(one, None, snapshot.revision) for one in gone)],
-        )
+        self._at = snapshot.revision
+        self._fold_all(snapshot)
         meta_now = self.state.meta
         if meta_now.format != layout.FORMAT:
             raise SourceCorrupt(
@@ -133,8 +131,16 @@ class Replica:
         self.complete.set()
         _log.info("etcd read", revision=snapshot.revision, keys=len(snapshot.kvs))
 
-    def _take(self, revision: int, changes: Iterable[Change]) -> None:
-        self.heard, self.failure, self._at = self.clock.monotonic(), None, revision
+    def _fold_all(self, snapshot: Snapshot) -> None:
+        """Everything that etcd has: what is not in it is gone."""
+        found = {one.key for one in snapshot.kvs}
+        gone = [key for key in self.state.keys(layout.PREFIX) if key not in found]
+        changes = [_change(one) for one in snapshot.kvs]
+        changes += (Change(key, None, snapshot.revision) for key in gone)
+        self._fold(snapshot.revision, changes)
+
+    def _fold(self, revision: int, changes: Iterable[Change]) -> None:
+        self.heard, self.failure = self.clock.monotonic(), None
         folded = list(changes)
         touched = self.state.apply(revision, folded)
         for change in folded:
@@ -201,7 +207,22 @@ class Replica:
         if found is not None:
             count, revision = int(layout.decode(found[0]).get("count", 0)), found[1]
         value = layout.encode({"count": count + 1, "hub": self.name})
-        await self.etcd.commit([unchanged(layout.BEAT, revision)], {layout.BEAT: value})
+        done = await self.etcd.commit([unchanged(layout.BEAT, revision)], {layout.BEAT: value})
+        if isinstance(done, Conflict):
+            # By another hub, whose beat comes by the watch; or it is older, and no watch would say so.
+            self._fold(self.state.revision, [_change(one) for one in done.kvs])
+
+    async def compare(self) -> None:
+        """Read all of etcd now and then: a watch does not show what a restore has changed; until cancelled."""
+        await self.complete.wait()
+        while True:
+            await asyncio.sleep(COMPARE_S * self.random.uniform(0.8, 1.2))
+            try:
+                snapshot = await self.etcd.read(layout.PREFIX, prefix_end(layout.PREFIX))
+            except (EtcdUnavailable, Compacted) as error:
+                _log.debug("not compared", reason=str(error))
+                continue
+            self._fold_all(snapshot)
 
 
 def _change(event: KeyValue | Deleted) -> Change:

@@ -132,12 +132,13 @@ class FleetState:
             else:
                 self.lost[key] = f"deleted at revision {change.mod_revision} by another program"
             return
-        if before is not None and change.mod_revision < before.mod_revision and key != layout.META:
-            self.lost[key] = (
-                f"of revision {change.mod_revision}, and before it was of {before.mod_revision}"
-            )
+        if before == _Entry(change.value, change.mod_revision):
             return
         try:
+            why = None if before is None else _doubt_entry(key, before, change)
+            if why is not None:
+                self.lost[key] = why
+                return
             self._fold(change, change.value, touched)
         except Unreadable as error:
             self.problems[key] = f"revision {change.mod_revision} is not readable: {error}"
@@ -380,6 +381,25 @@ def _needs(record: Mapping[str, Any]) -> tuple[ItemKey, ...]:
     found = {f"network/{port.get('network')}" for port in ports}
     found |= {f"policy/project/{one}" for one in projects if one is not None}
     return tuple(intern(one) for one in sorted(found))
+
+
+def _doubt_entry(key: str, before: _Entry, change: Change) -> str | None:
+    """Why a value cannot have come after the one before it in the same etcd."""
+    if key == layout.META or change.value is None:
+        return None
+    revision = change.mod_revision
+    if revision < before.mod_revision:
+        return f"of revision {revision}, and before it was of {before.mod_revision}"
+    if revision == before.mod_revision:
+        return f"another one than before, of the same revision {revision}"
+    if key == layout.BEAT and (now := _count(change.value)) <= (last := _count(before.value)):
+        return f"of count {now}, and before it was {last}"
+    return None
+
+
+def _count(value: bytes) -> int:
+    found = layout.decode(value).get("count")
+    return found if type(found) is int else 0
 
 
 def _may_go(key: str, value: bytes) -> bool:

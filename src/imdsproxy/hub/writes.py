@@ -23,6 +23,7 @@ from imdsproxy.errors import (
     AdminError,
     Problem,
     RequestRefused,
+    RestoreSuspected,
     SourceCorrupt,
     SourceRefused,
     SourceUnavailable,
@@ -270,13 +271,17 @@ class Writes:
             SourceUnavailable: As `put`.
         """
         view = _Fresh(self.state)
+        unknown: WriteUnknown | None = None
         for _ in range(_ATTEMPTS):
             try:
                 planned = plan(view)
-            except (AdminError, SourceRefused, SourceCorrupt):
+            except (AdminError, SourceRefused, SourceCorrupt) as error:
                 # This hub's copy may be behind.
                 if await view.refresh(self.etcd):
                     continue
+                if unknown is not None and isinstance(error, RestoreSuspected):
+                    # Hosts may have got it before the restore.
+                    raise unknown from error
                 raise
             if not (planned.puts or planned.deletes):
                 return Done(planned.revision, planned.hosts)
@@ -287,7 +292,8 @@ class Writes:
                 )
             try:
                 answer = await self.etcd.commit(planned.compares, planned.puts, planned.deletes)
-            except WriteUnknown:
+            except WriteUnknown as lost:
+                unknown = lost
                 keys = [one.key for one in planned.compares if not one.range_end]
                 await view.refresh(self.etcd, keys)
                 continue

@@ -167,6 +167,24 @@ def test_an_old_removal_may_be_deleted_and_nothing_else() -> None:
     assert state.value(key) is None
 
 
+def beat(count: int, revision: int) -> Change:
+    return Change(layout.BEAT, layout.encode({"count": count}), revision)
+
+
+@pytest.mark.parametrize("change", [beat(9, 12), beat(8, 13), beat(9, 11), beat(11, 10)])
+def test_a_beat_that_is_no_later_than_the_one_before_shows_a_restore(change: Change) -> None:
+    state = fleet(beat(9, 11))
+    state.apply(11, [beat(10, 12)])
+    state.apply(change.mod_revision, [change])
+    assert set(state.lost) == {layout.BEAT}
+
+
+def test_a_beat_that_is_read_again_shows_nothing() -> None:
+    state = fleet(beat(9, 11))
+    state.apply(11, [beat(9, 11)])
+    assert not state.lost
+
+
 def test_token_keys_are_sent_to_the_hosts_of_their_instances_when_the_fleet_has_others() -> None:
     state = fleet(instance("web", 2, A), instance("db", 3, B))
     state.keys_of = lambda one: {"current": one}
