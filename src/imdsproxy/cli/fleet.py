@@ -55,9 +55,9 @@ def init(
     ] = None,
     ca_key: Annotated[Path | None, flag("--ca-key FILE", "Its key, PEM, not encrypted.")] = None,
 ) -> None:
-    """Make a fleet on its first hub: a CA, certificates of the hub and of the operator `admin`, a key that seals secrets.
+    """Make a fleet on its first hub: a CA, certificates of hub and operator, and the key that seals secrets.
 
-    All of it is for this account only.
+    The operator is `admin`. All files are for this account only.
     """
     with optional_library("cryptography", LIBRARY_HINT):
         from imdsproxy.hub import files  # noqa: PLC0415 - `--help` need not load it
