@@ -11,7 +11,6 @@ import contextlib
 import ssl
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from random import Random
 from typing import Final, TypeVar
 
@@ -206,7 +205,7 @@ class Etcd:
     async def grant(self, ttl_s: int) -> int:
         """A new lease, by its id: keys written with it go when it is not kept alive for `ttl_s`."""
         body = {"TTL": str(ttl_s)}
-        return await self._ask("/v3/lease/grant", body, partial(messages.parse_int, name="ID"))
+        return await self._ask("/v3/lease/grant", body, messages.parse_lease)
 
     async def keep_alive(self, lease: int) -> int:
         """Begin the time of a lease again; its length in seconds, or 0: it has ended, with its keys."""

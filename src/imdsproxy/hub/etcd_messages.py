@@ -343,9 +343,9 @@ def parse_quota(metrics: bytes) -> int:
     return 0
 
 
-def parse_int(found: Json, name: str) -> int:
-    """A 64-bit integer, which is a string, or not there where it is 0; raises `Garbled`."""
-    return _int(found, name)
+def parse_lease(answer: Json) -> int:
+    """The id of a lease that was granted; raises `Garbled`."""
+    return _int(answer, "ID")
 
 
 def parse_keep_alive(answer: Json) -> int:

@@ -1,7 +1,7 @@
 """The settings of a hub."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 from imdsproxy.config.section import (
     AbsolutePath,
@@ -37,6 +37,8 @@ EtcdUrl = Annotated[
     ),
 ]
 
+_LOOPBACK: Final = ("http://127.", "http://[::1]:", "http://localhost:")
+
 
 class OperatorSettings(Section):
     """For a machine of operators: commands on records go to a fleet."""
@@ -54,7 +56,9 @@ class EtcdSettings(Section):
     """The store of the fleet. Only hubs reach it."""
 
     endpoints: Listed[EtcdUrl] = setting(("http://127.0.0.1:2379",), Change.RESTART, min_length=1)
-    """Every member, by the address of its clients; where a member has `--listen-client-http-urls`, by that one."""
+    """Every member, by the address of its clients; where a member has `--listen-client-http-urls`, by that one.
+    `http` only on loopback.
+    """
 
     ca_file: AbsolutePath | None = setting(None, Change.RESTART)
     """PEM file of the authority that signed the members' certificates; needed for `https`."""
@@ -77,6 +81,13 @@ class EtcdSettings(Section):
             raise cross("key_file", "a certificate needs its key", "give both or none")
         if self.user and self.password_file is None:
             raise cross("password_file", "`user` needs a password", "name a file with it")
+        for one in self.endpoints:
+            if not one.startswith(("https://", *_LOOPBACK)):
+                raise cross(
+                    "endpoints",
+                    f"{one} would carry records and passwords unencrypted",
+                    "https, or a member on this host",
+                )
         secure = any(one.startswith("https:") for one in self.endpoints)
         if secure and self.ca_file is None:
             raise cross("ca_file", "`https` needs an authority", "name its PEM file")
