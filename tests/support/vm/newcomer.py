@@ -7,6 +7,7 @@ does the same and prints how long it took; `--ahead` only makes what it takes mi
 
 import contextlib
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -98,9 +99,19 @@ def follow(work: Path, distribution: str = "debian-13") -> Followed:
         status, output = machine.attempt("sh", "-c", command, within_s=limit_s + 20)
         took_s = time.monotonic() - start
         journal = machine.journal()
+        if status != 0:
+            _keep_screen(machine, distribution)
     LOGS.mkdir(parents=True, exist_ok=True)
     (LOGS / f"{distribution}.log").write_text(f"{output}\n{journal}")
     return Followed(find_fault(blocks, status, output), took_s)
+
+
+def _keep_screen(machine: Machine, distribution: str) -> None:
+    """Keep what the guest's screen shows, if there is a guest: how far its boot came."""
+    screen = "/srv/screen.ppm"
+    if machine.attempt("virsh", "screenshot", "web-1", screen)[0] == 0:
+        LOGS.mkdir(parents=True, exist_ok=True)
+        shutil.copy(machine.root / screen.removeprefix("/"), LOGS / f"{distribution}.ppm")
 
 
 @contextlib.contextmanager
