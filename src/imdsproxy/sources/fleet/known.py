@@ -210,7 +210,7 @@ class FleetKnown:
             others |= self._remove(key)
             stored[key] = None
         for key, (revision, value) in batch.put.items():
-            known = self.items.get(key, 0)
+            known = self.items.get(key, -1)
             self.held.pop(key, None)
             if why := (unavailable or {}).get(key):
                 self._refuse(key, revision, why)

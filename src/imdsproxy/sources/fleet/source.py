@@ -395,9 +395,11 @@ class FleetSource:
     ) -> None:
         """Bring a set of changes into force; `whole_of` is the stream to whose `hello` it is the answer."""
         known, whole = self.known, whole_of is not None
-        applied = await self._in_thread(
-            lambda: known.apply(batch, whole=whole, unavailable=unavailable)
-        )
+        # Another task that reports would look at items while a thread changes them.
+        async with self._publishing:
+            applied = await self._in_thread(
+                lambda: known.apply(batch, whole=whole, unavailable=unavailable)
+            )
         now = self.clock.now().timestamp()
         await self._on_disk(
             publish, partial(self.kept.keep, known.position, applied.stored, now), batch
@@ -444,7 +446,9 @@ class FleetSource:
             self._to_confirm.clear()
             revision, items = self._published, {*self._unconfirmed, *self.failing}
             self._unconfirmed = set()
-            self.failing = {**await self.confirm(items), **self.known.failed()}
+            pending = await self.confirm(items)
+            async with self._publishing:
+                self.failing = {**pending, **self.known.failed()}
             self.acknowledged = revision
             ack = Ack(revision, self.failing)
             if news or ack != self._last_ack:
