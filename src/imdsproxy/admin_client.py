@@ -9,7 +9,6 @@ import ssl
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from http import HTTPStatus
@@ -21,7 +20,6 @@ from imdsproxy import errors
 
 _TIMEOUT_S: Final = 60.0
 _LOOK_EVERY_S: Final = 0.5
-_IMPORT_S: Final = 3600.0
 _UNIT: Final = "imdsproxy.service"
 _UNIT_DIRECTORIES: Final = (
     "/etc/systemd/system",
@@ -250,18 +248,17 @@ class FleetClient(AdminClient):
             except (errors.AdminUnavailable, errors.SourceUnavailable) as error:
                 reasons.append(error)
                 continue
-            with self._hub(url, context, timeout_s=_IMPORT_S) as connection:
+            with self._hub(url, context) as connection:
                 # A body that is refused may be so before its end: then there is an answer nevertheless.
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                     headers = {"content-type": "application/x-ndjson"}
                     # Hubs take no body without a length.
                     connection.request("POST", target, b"".join(lines), headers)
-                with ThreadPoolExecutor(1) as thread:
-                    # Not `select`: TLS has records of its own before the answer.
-                    answer = thread.submit(connection.getresponse)
-                    while not wait([answer], _LOOK_EVERY_S).done:
-                        on_wait(one.get(path_to("progress")))
-                    return _decoded(answer.result())
+                answer = _decoded(connection.getresponse())
+            while "importing" in answer:
+                on_wait(answer["progress"])
+                answer = one.get(path_to("imports", answer["importing"]))
+            return answer
         raise _joined(reasons)
 
     def _context(self) -> ssl.SSLContext:
@@ -277,12 +274,10 @@ class FleetClient(AdminClient):
         return context
 
     @contextlib.contextmanager
-    def _hub(
-        self, url: str, context: ssl.SSLContext, timeout_s: float | None = None
-    ) -> Iterator[http.client.HTTPConnection]:
+    def _hub(self, url: str, context: ssl.SSLContext) -> Iterator[http.client.HTTPConnection]:
         where = urlsplit(url)
         connection = http.client.HTTPSConnection(
-            where.hostname or "", where.port, timeout=timeout_s or self.timeout_s, context=context
+            where.hostname or "", where.port, timeout=self.timeout_s, context=context
         )
         try:
             yield connection

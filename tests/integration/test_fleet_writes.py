@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from imdsproxy.errors import SourceRefused
+from imdsproxy.core.fleet import layout
+from imdsproxy.errors import (
+    AccessDenied,
+    AlreadyExists,
+    EtcdUnavailable,
+    NotFound,
+    RequestRefused,
+    RestoreSuspected,
+    RevisionOutdated,
+    SourceRefused,
+    SourceUnavailable,
+    WriteUnknown,
+)
+from imdsproxy.hub import in_force
 from support.etcd_lab import EtcdLab, etcd_lab
 from support.hub_api import Hub, open_hub
+from support.lab import until
 
 pytestmark = pytest.mark.root
 
@@ -17,7 +33,8 @@ NETWORK = {"id": "blue", "listener": {"bridge": "br-blue"}}
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[EtcdLab]:
-    with etcd_lab(1, tls=False) as made:
+    with etcd_lab(1, tls=False) as made, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(in_force, "_ABSENT_S", 0.3)
         yield made
 
 
@@ -54,3 +71,230 @@ def test_the_status_of_a_fleet_has_each_member_of_etcd(hub: Hub) -> None:
     assert member["leads"]
     assert 0 < member["bytes"] < member["quota_bytes"]
     assert member["problems"] == []
+
+
+def test_a_host_that_is_away_is_named_and_gets_the_change_when_it_is_back(hub: Hub) -> None:
+    written = hub.client.request("POST", "/v1/instances", body=instance("away", "10.0.0.7", "c"))
+    assert not written["applied"]
+    assert written["pending"] == ["host c: not connected"]
+    host = hub.connect("c")
+    waited = hub.client.request(
+        "POST", "/fleet/wait", body={"revision": written["revision"], "hosts": ["c"]}
+    )
+    assert waited["applied"]
+    assert host.has["instance/away"]["record"]["name"] == "away"
+    hub.disconnect("c")
+
+
+def test_a_host_on_which_a_record_fails_is_named_with_the_reason(hub: Hub) -> None:
+    host = hub.connect("c")
+    host.failed = {"instance/bad": "no bridge br-blue"}
+    written = hub.client.request("POST", "/v1/instances", body=instance("bad", "10.0.0.8", "c"))
+    assert written["pending"] == ["host c: instance/bad: no bridge br-blue"]
+    other = hub.client.request("POST", "/v1/instances", body=instance("good", "10.0.0.9", "c"))
+    assert other["applied"], "another record's failure does not count"
+    hub.disconnect("c")
+
+
+def test_a_move_serves_on_both_hosts_until_it_is_finished(hub: Hub) -> None:
+    ask, b = hub.client.request, hub.connect("b")
+    ask("POST", "/v1/instances", body=instance("moving", "10.0.1.1", "a", user_data="secret"))
+    begun = ask("POST", "/v1/instances/moving/move", body={"to": "b"})
+    assert (begun["applied"], begun["serving"]) == (True, ["a", "b"])
+    assert b.has["instance/moving"]["user_data"]["size"] == 6
+    finished = ask("POST", "/v1/instances/moving/move", body={"finish": True})
+    assert (finished["applied"], finished["serving"]) == (True, ["b"])
+    back = ask("POST", "/v1/instances/moving/move", body={"to": "a", "now": True})
+    assert (back["applied"], back["serving"]) == (True, ["a"])
+    assert "instance/moving" not in b.has
+    hub.disconnect("b")
+
+
+def test_a_move_at_once_keeps_the_old_host_while_the_new_one_has_not_confirmed(hub: Hub) -> None:
+    ask = hub.client.request
+    ask("POST", "/v1/instances", body=instance("stays", "10.0.1.2", "a"))
+    moved = ask("POST", "/v1/instances/stays/move", body={"to": "b", "now": True})
+    assert (moved["applied"], moved["serving"]) == (False, ["a", "b"])
+    cancelled = ask("POST", "/v1/instances/stays/move", body={"cancel": True})
+    assert cancelled["serving"] == ["a"]
+
+
+def test_a_write_that_is_sent_again_is_done_once(hub: Hub) -> None:
+    client = replace(hub.client, key="a-request")
+    body = instance("once", "10.0.1.3", "a")
+    first = client.request("POST", "/v1/instances", body=body)
+    assert client.request("POST", "/v1/instances", body=body)["revision"] == first["revision"]
+    with pytest.raises(AlreadyExists):
+        hub.client.request("POST", "/v1/instances", body=body)
+
+
+def test_a_write_whose_answer_is_lost_is_found_by_its_request(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = hub.etcd.commit
+    lost: list[Any] = []
+
+    async def lose(*args: Any, **more: Any) -> Any:  # noqa: ANN401 - as of `commit`
+        done = await commit(*args, **more)
+        if not lost:
+            lost.append(done)
+            raise WriteUnknown("no answer came")
+        return done
+
+    monkeypatch.setattr(hub.etcd, "commit", lose)
+    written = hub.client.request("POST", "/v1/instances", body=instance("lost", "10.0.1.4", "a"))
+    assert written["revision"] == lost[0].revision
+
+
+def test_a_change_of_an_older_revision_is_refused(hub: Hub) -> None:
+    added = hub.client.request("POST", "/v1/instances", body=instance("locked", "10.0.1.5", "a"))
+    old = {"if_revision": str(added["revision"])}
+    ask = hub.client.request
+    ask("PATCH", "/v1/instances/locked", query=old, body={"name": "new"})
+    with pytest.raises(RevisionOutdated):
+        ask("PATCH", "/v1/instances/locked", query=old, body={"name": "newer"})
+    assert ask("GET", "/v1/instances/locked")["record"]["name"] == "new"
+
+
+def test_a_network_with_ports_is_not_removed_and_a_removed_instance_frees_its_address(
+    hub: Hub,
+) -> None:
+    ask = hub.client.request
+    ask("POST", "/v1/networks", body={"id": "red", "listener": {"bridge": "br-red"}})
+    port = [{"network": "red", "mac": "52:54:00:00:00:01"}]
+    ask("POST", "/v1/instances", body=instance("there", "10.0.1.6", "a", ports=port))
+    with pytest.raises(SourceRefused, match="there"):
+        ask("DELETE", "/v1/networks/red")
+    ask("DELETE", "/v1/instances/there")
+    ask("POST", "/v1/instances", body=instance("next", "10.0.1.6", "a", ports=port))
+    ask("DELETE", "/v1/instances/next")
+    assert ask("DELETE", "/v1/networks/red")["applied"]
+    with pytest.raises(NotFound):
+        ask("GET", "/v1/networks/red")
+
+
+def test_user_data_is_sealed_in_etcd_and_comes_back_whole_to_those_who_may_read_it(
+    hub: Hub,
+) -> None:
+    data = "#!/bin/sh\n" + "x" * 300_000
+    body = instance("data", "10.0.1.7", "a", user_data=data)
+    hub.client.request("POST", "/v1/instances", body=body)
+    assert hub.client.get("/v1/instances/data")["record"]["user_data"] == data
+    reader = replace(hub.client, role="reader")
+    assert "user_data" not in reader.get("/v1/instances/data")["record"]
+    chunks = hub.run(hub.etcd.read("/imds/blob/", "/imds/blob0")).kvs
+    assert not any(b"xxxxxxxx" in one.value for one in chunks)
+    with pytest.raises(RequestRefused, match="too large"):
+        hub.client.request(
+            "PATCH", "/v1/instances/data", body={"user_data": "y" * (1024 * 1024 + 1)}
+        )
+    hub.client.request("PATCH", "/v1/instances/data", body={"name": "kept"})
+    assert hub.client.get("/v1/instances/data")["record"]["user_data"] == data
+
+
+def test_roles_and_projects_limit_what_an_operator_may_do(hub: Hub) -> None:
+    hub.client.request(
+        "POST", "/v1/instances", body=instance("theirs", "10.0.1.8", "a", project="other")
+    )
+    reader, mover = (replace(hub.client, role=one) for one in ("reader", "mover"))
+    with pytest.raises(AccessDenied):
+        reader.request("DELETE", "/v1/instances/theirs")
+    with pytest.raises(AccessDenied):
+        mover.request("PATCH", "/v1/instances/theirs", body={"name": "x"})
+    assert mover.request("POST", "/v1/instances/theirs/move", body={"to": "a"})["applied"]
+    shop = replace(hub.client, scope="shop")
+    with pytest.raises(NotFound):
+        shop.get("/v1/instances/theirs")
+    refusals: tuple[Callable[[], object], ...] = (
+        lambda: shop.request("DELETE", "/v1/instances/theirs"),
+        lambda: shop.request("POST", "/v1/instances", body=instance("nobodys", "10.0.1.9", "a")),
+        lambda: shop.get("/fleet/status"),
+        lambda: replace(hub.client, role="host").get("/v1/instances"),
+        lambda: hub.client.get("/fleet/applied"),
+    )
+    for refused in refusals:
+        with pytest.raises(AccessDenied):
+            refused()
+    mine = instance("mine", "10.0.1.9", "a", project="shop")
+    assert shop.request("POST", "/v1/instances", body=mine)["applied"]
+    assert [one["record"]["id"] for one in shop.get("/v1/instances")] == ["mine"]
+
+
+def test_policies_and_revocations_reach_the_hosts_that_they_are_for(hub: Hub) -> None:
+    ask, b = hub.client.request, hub.connect("b")
+    ask("POST", "/v1/instances", body=instance("guarded", "10.0.2.1", "b", project="p"))
+    assert ask("PATCH", "/v1/policies/project/p", body={"tokens": "required"})["hosts"] == ["b"]
+    assert b.has["policy/project/p"] == {"tokens": "required"}
+    assert ask("POST", "/v1/instances/guarded/revoke-tokens")["epoch"] == 1
+    again = ask("POST", "/v1/instances/guarded/revoke-tokens")
+    assert (again["epoch"], again["applied"]) == (2, True)
+    assert b.has["guard/guarded"]["epoch"] == 2
+    hub.disconnect("b")
+    away = ask("POST", "/v1/instances/guarded/revoke-tokens")
+    assert away["pending"] == ["host b: not connected"]
+    with pytest.raises(RequestRefused):
+        ask("PATCH", "/v1/policies/project/p", body={"tokens": "sometimes"})
+
+
+def test_what_a_guest_gets_is_asked_of_its_host(hub: Hub) -> None:
+    host = hub.connect("b")
+    hub.client.request("POST", "/v1/instances", body=instance("asked", "10.0.2.2", "b"))
+    host.answers["/v1/explain"] = {"verdict": "found"}
+    found = hub.client.get("/v1/explain", {"network": "blue", "address": "10.0.2.2"})
+    assert found == {"verdict": "found", "host": "b"}
+    with pytest.raises(NotFound):
+        hub.client.get("/v1/explain", {"network": "blue", "address": "10.9.9.9"})
+    hub.disconnect("b")
+    with pytest.raises(SourceUnavailable):
+        hub.client.get("/v1/explain", {"network": "blue", "address": "10.0.2.2"})
+
+
+def test_nothing_is_written_while_a_restore_is_suspected_until_an_operator_accepts_it(
+    hub: Hub,
+) -> None:
+    before = hub.client.get("/fleet/status")["incarnation"]
+    value = layout.encode({"host": "a", "why": "it has revision 999"})
+    hub.run(hub.etcd.commit((), {layout.SUSPECT: value}))
+    with pytest.raises(RestoreSuspected, match="999"):
+        hub.client.request("POST", "/v1/instances", body=instance("late", "10.0.2.3", "a"))
+    hub.client.request("POST", "/fleet/accept-restore")
+    until(lambda: hub.client.get("/fleet/status")["incarnation"] == before + 1)
+    assert hub.client.request("POST", "/v1/instances", body=instance("late", "10.0.2.3", "a"))
+
+
+def test_an_import_is_checked_as_a_whole_and_goes_on_where_it_broke_off(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = [instance(f"m{one}", f"10.1.0.{one}", "a") for one in range(1, 121)]
+    bad = [*many, instance("clash", "10.0.3.1", "a")]
+    hub.client.request("POST", "/v1/instances", body=instance("holder", "10.0.3.1", "a"))
+    with pytest.raises(SourceRefused, match="holder"):
+        send(hub, bad)
+    assert not any(one["record"]["id"] == "m1" for one in hub.client.get("/v1/instances"))
+    commit, left = hub.etcd.commit, [3]
+
+    async def fail(*args: Any, **more: Any) -> Any:  # noqa: ANN401 - as of `commit`
+        left[0] -= 1
+        if left[0] < 0:
+            raise EtcdUnavailable("no member answers")
+        return await commit(*args, **more)
+
+    monkeypatch.setattr(hub.etcd, "commit", fail)
+    with pytest.raises(EtcdUnavailable):
+        send(hub, many)
+    monkeypatch.undo()
+    (journal,) = hub.client.get("/fleet/status")["imports"]
+    assert 0 < journal["done"] < journal["of"] == 120
+    written = send(hub, many)
+    assert (written["instances"], written["applied"]) == (120, True)
+    assert hub.client.get("/fleet/status")["imports"] == []
+    with pytest.raises(AlreadyExists):
+        send(hub, many)
+
+
+def send(hub: Hub, instances: list[dict[str, object]]) -> dict[str, Any]:
+    body = {"instances": instances}
+    answer = hub.client.request("POST", "/v1/records", query={"create": "true"}, body=body)
+    while "importing" in answer:
+        answer = hub.client.get(f"/v1/imports/{answer['importing']}")
+    return dict(answer)

@@ -23,6 +23,8 @@ _ROUND_S: Final = 1.0
 
 _NETWORK_S: Final = 2.0
 NOT_CONNECTED: Final = "not connected"
+_COMING: Final = frozenset((NOT_CONNECTED, "not received", "not sent yet", "not acknowledged yet"))
+"""What may pass by itself; the rest are failures on a host, in its words."""
 
 
 @dataclass(slots=True)
@@ -66,7 +68,8 @@ class InForce:
                 break
             passed = loop.time() - begun
             absent = all(why == NOT_CONNECTED for why in pending.values())
-            if passed >= timeout_s or (absent and passed >= min(_ABSENT_S, timeout_s)):
+            failed = all(why not in _COMING for why in pending.values())
+            if failed or passed >= (min(_ABSENT_S, timeout_s) if absent else timeout_s):
                 break
             await asyncio.sleep(_AGAIN_S)
         return pending

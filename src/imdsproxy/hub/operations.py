@@ -14,11 +14,12 @@ from imdsproxy.core.fleet.layout import HostId
 from imdsproxy.core.fleet.members import HostState, parse_host
 from imdsproxy.core.fleet.stream import ItemKey
 from imdsproxy.core.model import NetworkId
-from imdsproxy.core.timing import Progress
+from imdsproxy.core.timing import Progress, Step
 from imdsproxy.errors import EtcdUnavailable, SourceUnavailable
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.etcd import Etcd, MemberSilent
 from imdsproxy.hub.etcd_messages import MemberStatus, prefix_end
+from imdsproxy.hub.imports import Import
 from imdsproxy.hub.in_force import APPLIED_PATH, NOT_CONNECTED, InForce
 from imdsproxy.hub.peers import Peers
 from imdsproxy.hub.state import FleetState
@@ -42,6 +43,19 @@ class FleetWritten(Written):
 
     revision: int = 0
     hosts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Importing:
+    """A large import that goes on, whether it is asked about or not.
+
+    Attributes:
+        importing: Its name.
+        progress: How far it is.
+    """
+
+    importing: str
+    progress: list[Step]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +145,19 @@ class Operations:
     clock: Clock
     complete: asyncio.Event = field(default_factory=asyncio.Event)
     progress: Progress = field(default_factory=Progress)
+    imports: dict[str, asyncio.Task[FleetWritten]] = field(default_factory=dict)
+
+    def begin(self, one: Import) -> str:
+        """Begin an import, unless it is under way; its name."""
+
+        async def run() -> FleetWritten:
+            done = await one.run()
+            counts = {"networks": len(one.networks), "instances": len(one.instances)}
+            return await self.confirm(done, None, **counts)
+
+        if one.name not in self.imports:
+            self.imports[one.name] = asyncio.get_running_loop().create_task(run())
+        return one.name
 
     @property
     def in_force(self) -> InForce:
@@ -146,7 +173,9 @@ class Operations:
                 found.append(HostId(key.removeprefix(layout.HOSTS)))
         return sorted(found)
 
-    async def confirm(self, done: Done, items: Collection[ItemKey], **counts: int) -> FleetWritten:
+    async def confirm(
+        self, done: Done, items: Collection[ItemKey] | None, **counts: int
+    ) -> FleetWritten:
         """Wait until a change is in force on its hosts, and say where it is not.
 
         Args:

@@ -34,8 +34,8 @@ from imdsproxy.errors import (
 from imdsproxy.hub.etcd_messages import Compare, absent, none_below, unchanged
 from imdsproxy.sources.in_force import taken_address, taken_id
 
-MOST_OPERATIONS: Final = 120
-"""Of one transaction; etcd takes 128 (`--max-txn-ops`)."""
+MOST_OPERATIONS: Final = 128
+"""Of one transaction (etcd's `--max-txn-ops`)."""
 
 MOST_BYTES: Final = 1024 * 1024
 """Of the values of one transaction; etcd takes 1.5 MiB (`--max-request-bytes`)."""
@@ -194,7 +194,12 @@ def refuse_suspect(view: View) -> None:
 
 
 def plan_put(
-    view: View, networks: Sequence[Network], instances: Sequence[InstancePut], terms: Terms
+    view: View,
+    networks: Sequence[Network],
+    instances: Sequence[InstancePut],
+    terms: Terms,
+    *,
+    at_once: bool = True,
 ) -> Transaction:
     """Store networks and instances, all or none.
 
@@ -203,6 +208,7 @@ def plan_put(
         networks: Their records.
         instances: Theirs. Of two with one id, or one address, the second is refused.
         terms: How.
+        at_once: An address may go from one of these instances to another one.
 
     Raises:
         AlreadyExists: There is one of an id, and only new ones are to be made.
@@ -223,7 +229,7 @@ def plan_put(
         before = known[one.record.id]
         hosts = () if before is None else before[0].hosts
         problems += _unknown_hosts(view, one.record.hosts, hosts, (*one.path, "hosts"))
-    draft.freed = _freed(writing, known)
+    draft.freed = _freed(writing, known) if at_once else {}
     for one in writing:
         problems += _claim(draft, one, known[one.record.id])
         _put_instance(draft, one, known[one.record.id], terms)

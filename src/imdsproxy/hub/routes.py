@@ -1,10 +1,11 @@
 """The routes below `/v1`: those of a host's admin API that make sense for a fleet, with the same bodies."""
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import partial
-from typing import Annotated, Any, TypeAlias, cast
+from typing import Annotated, Any, Final, TypeAlias, cast
 
 from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
@@ -25,13 +26,19 @@ from imdsproxy.core.records import (
     parse_placed,
 )
 from imdsproxy.core.timing import Step
-from imdsproxy.errors import RequestRefused
+from imdsproxy.errors import NotFound, RequestRefused
 from imdsproxy.hub import plan_writes
 from imdsproxy.hub.callers import InstanceOf, NetworkOf, Operator, Reader, TermsOf, Uses
-from imdsproxy.hub.operations import FleetWritten, Moved, Operations
+from imdsproxy.hub.imports import Import
+from imdsproxy.hub.operations import FleetWritten, Importing, Moved, Operations
 from imdsproxy.hub.plan_writes import Terms, choose_move
+from imdsproxy.hub.writes import TooMuch
 
 records = APIRouter()
+
+_IMPORT_S: Final = 1.0
+_AT_ONCE: Final = 40
+"""So many records are stored all or none."""
 
 
 async def _instance_body(request: Request, operations: Uses, caller: Operator) -> object:
@@ -258,11 +265,12 @@ async def put_records(
     caller: Operator,
     terms: TermsOf,
     create: Annotated[bool, Query(description="Refuse ids that are there.")] = False,  # noqa: FBT002 - FastAPI passes it by name
-) -> FleetWritten:
+) -> FleetWritten | Importing:
     """Add or replace many networks and instances; up to some forty instances all or none.
 
-    More are all checked first, and then written in parts: a request that broke off is sent again as it was, and goes
-    on. A body of type `application/x-ndjson` has a record a line, and may be of any length.
+    More are all checked first, and then written in parts, also when nothing waits for the answer: `/v1/imports` has it.
+    What broke off is sent again as it was, and goes on. A body of type `application/x-ndjson` has a record a line, and
+    may be of any length.
     """
     del caller
     networks: list[Network] = []
@@ -274,9 +282,33 @@ async def put_records(
         read = await bodies.read_records(await bodies.read_json(request), PLACED_TABLES)
         networks, placed = read.networks, cast("list[PlacedInstance]", read.instances)
     terms = _creating(terms) if create else terms
-    done = await operations.writes.put(networks, placed, terms, bulk=True)
-    items = {f"instance/{one.id}" for one in placed} | {f"network/{one.id}" for one in networks}
+    items: set[ItemKey] = set()
+    done = None
+    if len(networks) + len(placed) <= _AT_ONCE:
+        items = {f"instance/{one.id}" for one in placed} | {f"network/{one.id}" for one in networks}
+        with contextlib.suppress(TooMuch):
+            done = await operations.writes.put(networks, placed, terms, bulk=True)
+    if done is None:
+        one = Import(operations.writes, operations.progress, networks, placed, terms)
+        one.name = await asyncio.to_thread(one.make_name)
+        return await _imported(operations, operations.begin(one))
     return await operations.confirm(done, items, networks=len(networks), instances=len(placed))
+
+
+@records.get("/imports/{name}")
+async def show_import(name: str, operations: Uses, _: Operator) -> FleetWritten | Importing:
+    """The answer to a large import, or how far it is."""
+    if name not in operations.imports:
+        raise NotFound(f"there is no import {name} on this hub", hint="send the same records again")
+    return await _imported(operations, name)
+
+
+async def _imported(operations: Operations, name: str) -> FleetWritten | Importing:
+    task = operations.imports[name]
+    if not (await asyncio.wait([task], timeout=_IMPORT_S))[0]:
+        return Importing(name, list(operations.progress.steps))
+    del operations.imports[name]
+    return await task
 
 
 async def _put_network(operations: Operations, record: Network, terms: Terms) -> FleetWritten:

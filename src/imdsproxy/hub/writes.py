@@ -57,12 +57,16 @@ class Done:
     hosts: frozenset[HostId]
 
 
+class TooMuch(RequestRefused):
+    """etcd does not take it in one transaction."""
+
+
 class _Swept(Exception):
     """The chunks of user data went before the record was written."""
 
 
 @dataclass(slots=True)
-class _Fresh:
+class Fresh:
     """What the hub's copy has, and over it what etcd answered since."""
 
     state: FleetState
@@ -71,6 +75,7 @@ class _Fresh:
     in_ranges: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __call__(self, key: str) -> tuple[bytes, int] | None:
+        """See `plan_writes.View`."""
         if key in self.read:
             return self.read[key]
         self.asked[key] = None
@@ -140,6 +145,7 @@ class Writes:
         terms: Terms,
         *,
         bulk: bool = False,
+        finish: Callable[[Transaction], Transaction] = lambda planned: planned,
     ) -> Done:
         """Store records, or replace them: all of them, or none.
 
@@ -148,6 +154,7 @@ class Writes:
             instances: The same, with their user data.
             terms: How.
             bulk: The field of a problem begins with the kind and number of its record.
+            finish: Adds to what is written.
 
         Raises:
             ImdsproxyError: As `plan_writes.plan_put`.
@@ -163,7 +170,9 @@ class Writes:
             puts = [await self.prepare(one, path(number)) for number, one in enumerate(instances)]
             try:
                 return await self.write(
-                    lambda view, puts=puts: plan_writes.plan_put(view, networks, puts, terms)  # type: ignore[misc] # mypy#4226
+                    lambda view, puts=puts: finish(  # type: ignore[misc] # mypy#4226
+                        plan_writes.plan_put(view, networks, puts, terms)
+                    )
                 )
             except _Swept:
                 continue
@@ -237,7 +246,7 @@ class Writes:
 
     async def find(self, instance: InstanceId) -> StoredInstance:
         """An instance as etcd has it; `NotFound` where there is none."""
-        view = _Fresh(self.state)
+        view = Fresh(self.state)
         known = plan_writes.read_instance(view, instance)
         if known is None:
             # This hub's copy may be behind.
@@ -255,7 +264,7 @@ class Writes:
         """Remove a network; raises as `put`, `NotFound`, and `SourceRefused` where instances have ports in it."""
         claims = layout.claims_in(network)
 
-        def plan(view: _Fresh) -> Transaction:
+        def plan(view: Fresh) -> Transaction:
             users = view.in_ranges.get(claims, ())
             return plan_writes.plan_network_removal(view, network, terms, users)
 
@@ -263,14 +272,14 @@ class Writes:
         done = await self.write(plan)
         return Done(done.revision, done.hosts | hosts)
 
-    async def write(self, plan: Callable[[_Fresh], Transaction]) -> Done:
+    async def write(self, plan: Callable[[Fresh], Transaction]) -> Done:
         """Write what is planned of what is known, again where that has changed.
 
         Raises:
             ImdsproxyError: What `plan` raises of what etcd has.
             SourceUnavailable: As `put`.
         """
-        view = _Fresh(self.state)
+        view = Fresh(self.state)
         unknown: WriteUnknown | None = None
         for _ in range(_ATTEMPTS):
             try:
@@ -286,9 +295,9 @@ class Writes:
             if not (planned.puts or planned.deletes):
                 return Done(planned.revision, planned.hosts)
             if not planned.fits:
-                raise RequestRefused(
+                raise TooMuch(
                     "this is too much for one write",
-                    hint="at most some forty instances are stored all or none; `--file` takes more",
+                    hint="etcd takes some forty addresses of an instance, and 1 MiB, at once",
                 )
             try:
                 answer = await self.etcd.commit(planned.compares, planned.puts, planned.deletes)
@@ -388,7 +397,7 @@ def _chunks(data: UserData) -> int:
     return max(1, -(-data.size // layout.CHUNK_BYTES))
 
 
-def _refuse_swept(view: _Fresh, compares: Iterable[Compare]) -> None:
+def _refuse_swept(view: Fresh, compares: Iterable[Compare]) -> None:
     for one in compares:
         if one.key.startswith(layout.BLOBS):
             found = view.read.get(one.key)

@@ -1,0 +1,158 @@
+"""Many records at once: all checked first, then written in parts, each with how far the import is.
+
+An import that broke off is sent again as it was: what it has written is known by its request, and it goes on. Its name
+is made of its content, so any hub can go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import structlog
+
+from imdsproxy.core.fleet import layout
+from imdsproxy.core.fleet.layout import HostId
+from imdsproxy.core.model import Network
+from imdsproxy.core.records import NETWORK, PLACED, PlacedInstance
+from imdsproxy.core.timing import Progress
+from imdsproxy.hub import plan_writes
+from imdsproxy.hub.etcd_messages import prefix_end
+from imdsproxy.hub.plan_writes import InstancePut, Terms, Transaction
+from imdsproxy.hub.writes import Done, Fresh, Writes
+
+_CHECKING: Final = "checking records against the fleet"
+_STORING: Final = "storing records"
+_NETWORKS_AT_ONCE: Final = 50
+_OPERATIONS: Final = 110
+_BYTES: Final = 768 * 1024
+
+_log = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class Import:
+    """One import.
+
+    Args:
+        writes: What writes its parts.
+        progress: Where it says how far it is.
+        networks: All of them are written before the first instance.
+        instances: With their user data.
+        terms: How; the request is the import's name.
+        name: As of `make_name`.
+    """
+
+    writes: Writes
+    progress: Progress
+    networks: Sequence[Network]
+    instances: Sequence[PlacedInstance]
+    terms: Terms
+    name: str = ""
+
+    async def run(self) -> Done:
+        """Check and write all of it.
+
+        Raises:
+            ImdsproxyError: As `Writes.put`; before the first part is written nothing is.
+        """
+        request = self.name
+        key = layout.import_key(request)
+        of = len(self.networks) + len(self.instances)
+        try:
+            begun = bool((await self.writes.etcd.read(key)).kvs)
+            # A new one finds other records where they are; one that goes on finds its own.
+            terms = replace(self.terms, request=request if begun else f"{request}+")
+            await self._check(terms)
+            terms = replace(terms, request=request)
+            await self.writes.etcd.commit((), {key: _journal(0, of, terms.now)})
+            done = await self._write(key, of, terms)
+            await self.writes.etcd.commit((), {}, [key])
+        finally:
+            self.progress.end(_CHECKING)
+            self.progress.end(_STORING)
+        return done
+
+    def make_name(self) -> str:
+        """Of the content: of the same records the same."""
+        digest = hashlib.sha256(b"1" if self.terms.create else b"0")
+        for network in self.networks:
+            digest.update(layout.encode(NETWORK.render(network)))
+        for one in self.instances:
+            digest.update(layout.encode(PLACED.render(replace(one, user_data=None))))
+            digest.update(
+                b"" if one.user_data is None else hashlib.sha256(bytes(one.user_data)).digest()
+            )
+        return digest.hexdigest()[:32]
+
+    async def _check(self, terms: Terms) -> None:
+        """Refuse all of it where one record is not acceptable."""
+        writes = self.writes
+        writes.refuse_large(
+            (("instances", number), one) for number, one in enumerate(self.instances)
+        )
+        view = Fresh(writes.state)
+        wanted = {port.network for one in self.instances for port in one.ports}
+        for number, network in enumerate(sorted(wanted)):
+            self.progress.note(_CHECKING, number, len(wanted))
+            await view.refresh(writes.etcd, [layout.network_key(network)])
+            prefix = layout.claims_in(network)
+            found = await writes.etcd.read(prefix, prefix_end(prefix))
+            view.read |= {one.key: (one.value, one.mod_revision) for one in found.kvs}
+        puts = [
+            InstancePut(one, path=("instances", number))
+            for number, one in enumerate(self.instances)
+        ]
+        # Its parts are written one after the other: an address may not go from one of its records to another one.
+        await asyncio.to_thread(
+            plan_writes.plan_put, view, self.networks, puts, terms, at_once=False
+        )
+
+    async def _write(self, key: str, of: int, terms: Terms) -> Done:
+        revision, hosts, done = 0, set[HostId](), 0
+
+        async def write(networks: Sequence[Network], instances: Sequence[PlacedInstance]) -> None:
+            nonlocal revision, done
+            done += len(networks) + len(instances)
+            journal = _journal(done, of, terms.now)
+
+            def keep(planned: Transaction) -> Transaction:
+                return (
+                    replace(planned, puts={**planned.puts, key: journal})
+                    if planned.puts
+                    else planned
+                )
+
+            found = await self.writes.put(networks, instances, terms, bulk=True, finish=keep)
+            revision = max(revision, found.revision)
+            hosts.update(found.hosts)
+            self.progress.note(_STORING, done, of)
+
+        for begin in range(0, len(self.networks), _NETWORKS_AT_ONCE):
+            await write(self.networks[begin : begin + _NETWORKS_AT_ONCE], [])
+        for part in _parts(self.instances):
+            await write([], part)
+        return Done(revision, frozenset(hosts))
+
+
+def _parts(instances: Sequence[PlacedInstance]) -> Iterator[Sequence[PlacedInstance]]:
+    """Instances as many at a time as etcd takes in one transaction."""
+    begin, operations, size = 0, 0, 0
+    for number, one in enumerate(instances):
+        most = 1 + len(plan_writes.claims_of(one)) + len({port.network for port in one.ports})
+        # A record's payload of its own is all that may be large.
+        length = 1024 + len(one.vendor_data or b"") * 2
+        if number > begin and (operations + most > _OPERATIONS or size + length > _BYTES):
+            yield instances[begin:number]
+            begin, operations, size = number, 0, 0
+        operations += most + (one.user_data is not None)
+        size += length
+    if instances:
+        yield instances[begin:]
+
+
+def _journal(done: int, of: int, at: int) -> bytes:
+    return layout.encode({"done": done, "of": of, "at": at})
