@@ -36,7 +36,7 @@ __all__ = ["GUESTS", "Cost", "Crowd", "Fleet", "guest_name", "guest_record", "op
 
 _ADDRESS: Final = "127.0.0.1"
 _START_S: Final = 120.0
-_SYNC_S: Final = 240.0
+_SYNC_S: Final = 420.0
 _RECEIVE_S: Final = 60.0
 _PROCESSES: Final = 4
 GUESTS: Final = 50

@@ -189,6 +189,30 @@ async def test_a_revision_is_in_force_when_every_host_of_it_has_acknowledged(wor
     assert await waiting == {}
 
 
+async def test_a_newer_change_that_is_on_its_way_holds_no_older_one_back(world: World) -> None:
+    host = await world.join("a")
+    await host.next(Batch)
+    revision = world.commit(instance("web", 8, A))
+    assert (await host.next(Batch)).revision == revision
+    host.send(Ack(revision))
+    await world.until(A, None, revision)
+    newer = world.commit(instance("web", 9, A))
+    assert world.streams.lacks(A, revision) is None
+    assert world.streams.lacks(A, newer) == "not sent yet"
+
+
+async def test_what_concerns_no_item_of_a_host_is_in_force_there_once_the_hub_has_it(
+    world: World,
+) -> None:
+    host = await world.join("a")
+    host.send(Ack((await host.next(Batch)).revision))
+    await world.until(A, None, 1)
+    waiting = asyncio.create_task(world.streams.wait([A], 8, 60))
+    assert await world.streams.wait([A], 8, 0.01) == {A: "not received"}
+    world.commit(instance("db", 8, B))
+    assert await waiting == {}
+
+
 async def test_what_a_host_could_not_apply_is_named(world: World) -> None:
     host = await world.join("a")
     await host.next(Batch)
