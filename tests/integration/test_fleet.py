@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from imdsproxy.admin_client import FleetClient
 from imdsproxy.core.fleet.identity import Role, parse_invitation
 from imdsproxy.core.fleet.stream import STREAM_PATH, UPGRADE, Hello, render_line
 from imdsproxy.sources.fleet.client import HostFiles, HubClient
@@ -19,7 +20,7 @@ from imdsproxy.sources.fleet.membership import join, renew_if_due
 from support.cli import Ran, run_main
 from support.daemon import instance
 from support.fleet_world import FleetWorld, fleet_world
-from support.guest import Guest, Load, Lost, Reply
+from support.guest import Guest, Load, Lost, Reply, take_token, with_token
 from support.lab import until
 from support.patience import patience
 
@@ -35,7 +36,8 @@ def world() -> Iterator[FleetWorld]:
 def _name(guest: Guest) -> str | int | None:
     """Its host name, or the status of another answer, or nothing where there is none."""
     try:
-        answer = guest.ask("/latest/meta-data/hostname")
+        # Where its network has gone nothing answers at all.
+        answer = guest.ask("/latest/meta-data/hostname", timeout_s=3 * patience())
     except Lost:
         return None
     return answer.text if answer.status == 200 else answer.status
@@ -55,11 +57,39 @@ def test_an_instance_that_is_stored_once_is_served_on_its_host_and_follows_its_p
     world.place(record, "a", "b")
     until(lambda: _name(there) == "web", within_s=20, what="an answer at the other host")
     assert _name(here) == "web"
+    _sign_anew(world, here, there)
     world.place(record, "b")
     until(lambda: _name(here) in {404, None}, within_s=20, what="its end at the first host")
     assert _name(there) == "web"
     world.place(record)
     until(lambda: _name(there) in {404, None}, within_s=20, what="its removal")
+
+
+def _sign_anew(world: FleetWorld, *guests: Guest) -> None:
+    """Tokens of one host are good on the others, and a key that the fleet replaces goes on being believed."""
+
+    def reads() -> set[int]:
+        return {
+            guest.ask("/latest/meta-data/hostname", headers=with_token(token)).status
+            for guest in guests
+            for token in tokens
+        }
+
+    client, tokens = FleetClient(world.operator("signer"), urls=(world.urls[0],)), list[str]()
+    for _ in range(3):
+        with world.etcd.entered():
+            done = client.request("POST", "/v1/token-keys/rotate")
+        assert (done["applied"], done["pending"]) == (True, []), done
+        tokens += [take_token(guest) for guest in guests]
+        assert reads() == {200}
+    # Of all hosts the same key signs, and another one after each rotation.
+    kids = [token.split(".")[0] for token in tokens]
+    assert kids[::2] == kids[1::2]
+    assert len(set(kids)) == 3
+    with world.etcd.entered():
+        revoked = client.request("POST", "/v1/instances/web/revoke-tokens")
+    assert revoked["applied"], revoked
+    assert reads() == {401}
 
 
 # Who belongs to the fleet

@@ -43,6 +43,8 @@ from imdsproxy.hub.replica import Replica
 from imdsproxy.hub.settings import EtcdSettings, HubSettings
 from imdsproxy.hub.state import FleetState
 from imdsproxy.hub.streams import Streams
+from imdsproxy.hub.token_keys import TokenKeyRing, make_first_key
+from imdsproxy.hub.writes import Writes
 from imdsproxy.serving.http import serve
 
 _FIRST_READ_S: Final = 60.0
@@ -119,6 +121,7 @@ def build_hub(settings: HubSettings, clock: Clock) -> Hub:
     address = names.addresses[0]
     url = settings.url or f"https://{f'[{address}]' if ':' in address else address}:{port}"
     state = FleetState()
+    state.keys_of = TokenKeyRing(state, envelope).item_of
 
     def is_admitted(host: HostId, serial: str) -> bool:
         found = state.value(host_key(host))
@@ -183,6 +186,10 @@ async def run_hub(
                 group.create_task(replica.note_suspicions(), name="suspicions"),
                 group.create_task(hub.streams.run(stream_socket), name="streams"),
                 group.create_task(serve(build_api(hub), api_socket), name="api"),
+                group.create_task(
+                    make_first_key(Writes(hub.etcd, hub.state, hub.envelope, clock)),
+                    name="first token key",
+                ),
             ]
             await front.start()
             stack.push_async_callback(front.stop)

@@ -21,6 +21,7 @@ from imdsproxy.hub import plan_writes
 from imdsproxy.hub.callers import Caller, InstanceOf, Operator, Reader, TermsOf, Uses
 from imdsproxy.hub.operations import FleetWritten, Operations, path_on_host
 from imdsproxy.hub.plan_writes import Terms
+from imdsproxy.hub.token_keys import FleetKeyRotation, rotate_keys
 from imdsproxy.hub.writes import Done
 
 guests = APIRouter()
@@ -86,6 +87,13 @@ async def _guarded(
     return FleetGuardChange(
         instance, epoch, found.applied, found.pending, found.revision, found.hosts
     )
+
+
+@guests.post("/token-keys/rotate")
+async def rotate_token_keys(operations: Uses, caller: Operator) -> FleetKeyRotation:
+    """Let a new key of the fleet sign session tokens; existing tokens stay valid until they expire."""
+    caller.require(Role.OPERATOR, all_projects=True)
+    return await rotate_keys(operations)
 
 
 @guests.get("/instances/{instance}/explain")
