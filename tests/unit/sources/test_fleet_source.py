@@ -22,6 +22,7 @@ from imdsproxy.core.fleet.policies import FleetPolicies
 from imdsproxy.core.fleet.stream import Batch, ItemKey
 from imdsproxy.core.model import Instance
 from imdsproxy.core.policy import OperatorOverride
+from imdsproxy.errors import AccessDenied
 from imdsproxy.sources.fleet import source as source_module
 from imdsproxy.sources.fleet.known import merge
 from imdsproxy.sources.fleet.source import FleetSource
@@ -400,3 +401,21 @@ def test_two_sets_that_are_merged_are_the_later_one_where_they_differ() -> None:
         remove=("d", "b"),
         held={"f": "", "g": ""},
     )
+
+
+async def test_that_the_certificate_is_not_renewed_is_reported_until_it_is(
+    hubs: Callable[..., FleetHub], kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source_module, "_RENEW_EVERY_S", 0.02)
+    failing = [AccessDenied("this certificate is revoked")]
+
+    async def renew() -> None:
+        for error in failing:
+            raise error
+
+    source = fleet_source(kept, hubs())
+    source.renew = renew
+    async with running(source) as heard:
+        await until(lambda: "certificate: fleet: this certificate is revoked" in reasons(heard))
+        failing.clear()
+        await until(lambda: "certificate" not in reasons(heard))
