@@ -13,7 +13,10 @@ import yaml
 
 from imdsproxy.cli.bundle.known import read_known
 from imdsproxy.config.schema import Settings
+from imdsproxy.core.model import InstanceId
+from imdsproxy.core.tokens import TokenKey, render_key_map
 from imdsproxy.dataplane.layout import Layout
+from imdsproxy.dataplane.records import write_table
 
 _NO_SECRET: Final = {"ca_file", "certificate_file", "client_cert_file", "clouds_file"}
 """Settings that name a file without secrets, or one that is read for its passwords alone."""
@@ -51,6 +54,19 @@ def test_the_files_that_settings_name_and_what_clouds_hide_are_secrets(tmp_path:
     assert set(known.secrets) >= named | {b"deep-one", b"other-one"}
     assert b"me" not in known.secrets
     assert known.unread == []
+
+
+def test_token_keys_of_a_fleets_instances_are_secrets_and_their_names_are_none(
+    tmp_path: Path,
+) -> None:
+    settings = _settings(tmp_path)
+    layout = Layout.of(settings)
+    layout.runtime.mkdir()
+    own, of_web = TokenKey(b"o" * 32), TokenKey(b"w" * 32)
+    entries = render_key_map((own,), {InstanceId("web"): (of_web,)})
+    write_table(layout.token_keys_map, entries, secret=True)
+    known = read_known(settings, layout)
+    assert set(known.secrets) == {own.text.encode(), of_web.text.encode()}
 
 
 def test_payloads_are_known_from_the_store_and_from_record_files_that_are_not_in_force(

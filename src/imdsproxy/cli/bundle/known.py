@@ -20,6 +20,8 @@ from imdsproxy.errors import RecordCorrupt
 from imdsproxy.sources.file.record_file import SUFFIXES
 
 _SECRET_FILE: Final = re.compile(r"(secret|key)_file$")
+_TOKEN_KEY: Final = re.compile(rb"[A-Za-z0-9+/]{43}=")
+"""Those of a fleet's instances are in no file of the settings."""
 _SECRET_KEY: Final = re.compile(r"pass|secret|token|key|credential", re.IGNORECASE)
 _DATA_FIELDS: Final = ("user_data", "vendor_data", "ssh_keys", "user_data_base64")
 
@@ -47,6 +49,7 @@ def read_known(settings: Settings, layout: Layout) -> Known:
     files = [*_secret_files(settings.model_dump()), layout.token_keys]
     for path in dict.fromkeys(files):
         _read(known, path, lambda content: known.secrets.extend([content, *content.splitlines()]))
+    _read(known, layout.token_keys_map, lambda one: known.secrets.extend(_TOKEN_KEY.findall(one)))
     clouds = settings.sources.neutron.clouds_path
     for path in (clouds, clouds.with_name("secure.yaml")):
         _read(known, path, lambda content: known.secrets.extend(_cloud_secrets(content)))
