@@ -115,7 +115,7 @@ def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
 
 def test_each_setting_that_names_a_file_is_one_whose_secrets_are_known_or_has_none() -> None:
     named = {name for name in _names(Settings) if name.endswith("_file")}
-    found = {name for name in named if name.endswith(("secret_file", "key_file"))}
+    found = {name for name in named if name.endswith(("secret_file", "key_file", "password_file"))}
     assert named - found == _NO_SECRET
 
 

@@ -19,7 +19,7 @@ from imdsproxy.dataplane.layout import Layout
 from imdsproxy.errors import RecordCorrupt
 from imdsproxy.sources.file.record_file import SUFFIXES
 
-_SECRET_FILE: Final = re.compile(r"(secret|key)_file$")
+_SECRET_FILE: Final = re.compile(r"(secret|key|password)_file$")
 _TOKEN_KEY: Final = re.compile(rb"[A-Za-z0-9+/]{43}=")
 """Those of a fleet's instances are in no file of the settings."""
 _SECRET_KEY: Final = re.compile(r"pass|secret|token|key|credential", re.IGNORECASE)
