@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from typing import Final
 
 from support.guest import Guest
 from support.lab import NETNS, Lab, batch, ip, run, until, within
+from support.patience import patience
 from support.reaper import reap, reap_at_the_end
 
 _SCHEMAS: Final[Mapping[str, str]] = {
@@ -33,7 +35,8 @@ OTHER: Final = "imdst-other"
 
 _MTU: Final = 1442
 _GONE_S: Final = 20.0
-_BACK_S: Final = 30.0
+_BACK_S: Final = 60.0
+_SYNC_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,15 +255,18 @@ class OvnLab:
 
     def sync(self) -> None:
         """Wait until the hypervisor has what the northbound database has, with ovn-controller as its unit has it."""
-        # Where this chassis has no row, OVN waits for no hypervisor.
-        until(self._is_registered, within_s=_BACK_S, what="the row of this chassis")
-        self._nb("--wait=hv", "sync")
+        until(self._has_all, within_s=_BACK_S, what="the hypervisor's state")
 
-    def _is_registered(self) -> bool:
+    def _has_all(self) -> bool:
         # Version 25.03 of ovn-controller aborts now and then when its chassis's row is replaced.
         self.start_controller()
         row = ("find", "Chassis_Private", f"name={self.chassis}")
-        return bool(self._sb("--bare", "--columns=_uuid", *row).strip())
+        # Where this chassis has no row, OVN waits for no hypervisor.
+        if not self._sb("--bare", "--columns=_uuid", *row).strip():
+            return False
+        words = (f"--timeout={round(_SYNC_S * patience())}", "--wait=hv", "sync")
+        asked = ("ovn-nbctl", f"--db={self.remote('nb')}", *words)
+        return subprocess.run(asked, capture_output=True, check=False).returncode == 0
 
     # Networks and ports
 
