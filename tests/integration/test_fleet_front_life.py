@@ -1,19 +1,22 @@
 """HAProxy in front of a hub: its start, its end, and a certificate that is renewed under open streams."""
 
 import asyncio
+import contextlib
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from imdsproxy.errors import ConfigRejected
 from imdsproxy.host.process import find_processes
 from imdsproxy.hub.front import Front, FrontSpec
-from support.fleet_front import Certificates, client_context, make_certificates
+from support.fleet_front import Certificates, client_context, expired_at, make_certificates
 from support.lab import until
 from support.patience import patience
 
@@ -130,6 +133,33 @@ async def test_a_front_that_cannot_start_says_why(spec: FrontSpec, tmp_path: Pat
             await other.start()
     finally:
         await one.stop()
+
+
+async def test_the_log_says_why_a_client_was_refused_and_nothing_of_its_query(
+    certificates: Certificates, spec: FrontSpec, tmp_path: Path
+) -> None:
+    front = Front("haproxy", spec, tmp_path / "front.cfg")
+    port = int(spec.listen[0].rpartition(":")[2])
+    with capture_logs() as logs:
+        await front.start()
+        try:
+            late = client_context(certificates.ca_file, certificates.host("late", at=expired_at()))
+            # In TLS 1.3 a client learns at its first read that its certificate is not accepted.
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=late)
+            with contextlib.suppress(ssl.SSLError, ConnectionError):
+                await reader.read(1)
+            writer.transport.abort()
+            stranger = client_context(certificates.ca_file)
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=stranger)
+            writer.write(b"GET /v1/x?secret HTTP/1.1\r\nHost: hub\r\nConnection: close\r\n\r\n")
+            await reader.read()
+            writer.transport.abort()
+            async with asyncio.timeout(10 * patience()):
+                while not (" 401 " in str(logs) and "verify 10" in str(logs)):
+                    await asyncio.sleep(0.02)
+        finally:
+            await front.stop()
+    assert "secret" not in str(logs)
 
 
 async def test_the_end_of_a_front_is_noticed_with_its_reason(
