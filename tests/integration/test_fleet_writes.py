@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -22,7 +23,10 @@ from imdsproxy.errors import (
     WriteUnknown,
 )
 from imdsproxy.hub import in_force
+from imdsproxy.hub.etcd_messages import prefix_end
+from imdsproxy.hub.sweep import UNUSED_S, Sweep
 from support.etcd_lab import EtcdLab, etcd_lab
+from support.hand_clock import HandClock
 from support.hub_api import Hub, open_hub
 from support.lab import until
 
@@ -298,3 +302,25 @@ def send(hub: Hub, instances: list[dict[str, object]]) -> dict[str, Any]:
     while "importing" in answer:
         answer = hub.client.get(f"/v1/imports/{answer['importing']}")
     return dict(answer)
+
+
+def test_user_data_that_no_instance_has_is_removed_after_an_hour(hub: Hub) -> None:
+    ask, clock = hub.client.request, HandClock()
+    sweep = Sweep(hub.etcd, hub.state, clock)
+    for name, address in (("keeps", "10.0.4.1"), ("drops", "10.0.4.2")):
+        ask("POST", "/v1/instances", body=instance(name, address, "a", user_data=name * 100))
+    ask("DELETE", "/v1/instances/drops")
+
+    def chunks(data: str) -> int:
+        prefix = f"/imds/blob/{hashlib.sha256(data.encode()).hexdigest()}/"
+        return len(hub.run(hub.etcd.read(prefix, prefix_end(prefix))).kvs)
+
+    hub.run(sweep.look())
+    clock.time += UNUSED_S - 1
+    hub.run(sweep.look())
+    assert (chunks("keeps" * 100), chunks("drops" * 100)) == (1, 1)
+    clock.time += 2
+    hub.run(sweep.look())
+    assert (chunks("keeps" * 100), chunks("drops" * 100)) == (1, 0)
+    ask("POST", "/v1/instances", body=instance("drops", "10.0.4.2", "a", user_data="drops" * 100))
+    assert hub.client.get("/v1/instances/drops")["record"]["user_data"] == "drops" * 100

@@ -146,10 +146,13 @@ class Etcd:
         for url in self._members.urls:
             self._members.succeed(url)
 
-    async def read(self, key: str, range_end: str = "", *, revision: int = 0) -> Snapshot:
+    async def read(
+        self, key: str, range_end: str = "", *, revision: int = 0, keys_only: bool = False
+    ) -> Snapshot:
         """A key, or all from it to before `range_end` (`prefix_end`), as of one revision.
 
-        With `revision` 0 it is the newest: nothing that was committed before the call is missing.
+        With `revision` 0 it is the newest: nothing that was committed before the call is missing. With `keys_only` the
+        values are empty.
 
         Raises:
             Behind: etcd was restored from a backup.
@@ -158,19 +161,21 @@ class Etcd:
         """
         for attempt in range(_WHOLE_READS):
             try:
-                return await self._read_pages(key, range_end, revision)
+                return await self._read_pages(key, range_end, revision, keys_only=keys_only)
             except Compacted:
                 # A revision that was only chosen here: it is read again at a newer one.
                 if revision or attempt == _WHOLE_READS - 1:
                     raise
         raise AssertionError
 
-    async def _read_pages(self, key: str, range_end: str, revision: int) -> Snapshot:
+    async def _read_pages(
+        self, key: str, range_end: str, revision: int, *, keys_only: bool
+    ) -> Snapshot:
         found: list[KeyValue] = []
         limit = _FIRST_PAGE
         while True:
             body = messages.render_range(key, range_end)
-            body |= {"limit": str(limit), "revision": str(revision)}
+            body |= {"limit": str(limit), "revision": str(revision), "keys_only": keys_only}
             page = await self._ask("/v3/kv/range", body, messages.parse_page, linear=True)
             revision = revision or page.revision
             found += page.kvs

@@ -45,6 +45,7 @@ from imdsproxy.hub.state import FleetState
 from imdsproxy.hub.streams import Streams
 from imdsproxy.hub.token_keys import TokenKeyRing, make_first_key
 from imdsproxy.hub.writes import Writes
+from imdsproxy.hub.sweep import Sweep
 from imdsproxy.serving.http import serve
 
 _FIRST_READ_S: Final = 60.0
@@ -183,6 +184,7 @@ async def run_hub(
             tasks += [
                 group.create_task(replica.beat(), name="beat"),
                 group.create_task(replica.compare(), name="comparison"),
+                group.create_task(Sweep(hub.etcd, hub.state, clock).run(), name="sweep"),
                 group.create_task(replica.note_suspicions(), name="suspicions"),
                 group.create_task(hub.streams.run(stream_socket), name="streams"),
                 group.create_task(serve(build_api(hub), api_socket), name="api"),

@@ -515,6 +515,7 @@ def _put_instance(
     if put.user_data is not None and put.chunk_revision:
         chunk = layout.blob_key(put.user_data.sha256, 0)
         draft.compares[unchanged(chunk, put.chunk_revision)] = None
+        draft.puts[layout.blob_use_key(put.user_data.sha256)] = b"{}"
     draft.puts[key] = layout.render_instance(stored)
     draft.hosts.update(stored.hosts)
     if known is not None:

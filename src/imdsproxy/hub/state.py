@@ -360,6 +360,10 @@ class FleetState:
         """What is placed on a host."""
         return frozenset(self._placed.get(host, ()))
 
+    def blobs(self) -> set[str]:
+        """The user data of all instances, by SHA-256."""
+        return {one.sha256 for one in self._placements.values() if one.sha256 is not None}
+
     def count_with(self, item: ItemKey) -> int:
         """How many instances need an item; one that moves counts for each of its hosts."""
         return sum(self._where.get(item, Counter()).values())

@@ -19,6 +19,7 @@ HostId = NewType("HostId", str)
 
 PREFIX: Final = "/imds/1/"
 BLOBS: Final = "/imds/blob/"
+BLOB_USES: Final = "/imds/use/"
 CLAIMS: Final = "/imds/claim/"
 IMPORTS: Final = "/imds/import/"
 
@@ -156,6 +157,11 @@ def import_key(request: str) -> str:
 def blob_key(sha256: str, number: int) -> str:
     """Of one chunk of user data."""
     return f"{BLOBS}{sha256}/{number:02}"
+
+
+def blob_use_key(sha256: str) -> str:
+    """Written with each record that begins to have this user data, so that no hub removes it at the same time."""
+    return f"{BLOB_USES}{sha256}"
 
 
 def encode(value: Json) -> bytes:
