@@ -43,9 +43,9 @@ from imdsproxy.hub.replica import Replica
 from imdsproxy.hub.settings import EtcdSettings, HubSettings
 from imdsproxy.hub.state import FleetState
 from imdsproxy.hub.streams import Streams
+from imdsproxy.hub.sweep import Sweep
 from imdsproxy.hub.token_keys import TokenKeyRing, make_first_key
 from imdsproxy.hub.writes import Writes
-from imdsproxy.hub.sweep import Sweep
 from imdsproxy.serving.http import serve
 
 _FIRST_READ_S: Final = 60.0

@@ -29,6 +29,7 @@ _STORING: Final = "storing records"
 _NETWORKS_AT_ONCE: Final = 50
 _OPERATIONS: Final = 110
 _BYTES: Final = 768 * 1024
+_KNOWN_S: Final = 3600
 
 _log = structlog.get_logger()
 
@@ -70,7 +71,9 @@ class Import:
             terms = replace(terms, request=request)
             await self.writes.etcd.commit((), {key: _journal(0, of, terms.now)})
             done = await self._write(key, of, terms)
-            await self.writes.etcd.commit((), {}, [key])
+            # Where the answer was lost the same records are sent once more, and are no new ones.
+            lease = await self.writes.etcd.grant(_KNOWN_S)
+            await self.writes.etcd.commit((), {key: _journal(of, of, terms.now)}, lease=lease)
         finally:
             self.progress.end(_CHECKING)
             self.progress.end(_STORING)

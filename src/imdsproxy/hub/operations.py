@@ -264,7 +264,8 @@ class Operations:
         except EtcdUnavailable:
             # The members' problems are reported beside it.
             return []
-        return [layout.decode(one.value) for one in journals.kvs]
+        found = (layout.decode(one.value) for one in journals.kvs)
+        return [one for one in found if one["done"] < one["of"]]
 
     async def ask_host(self, host: HostId, path: str, query: Mapping[str, str]) -> Any:  # noqa: ANN401 - JSON
         """What a host's admin API answers to a GET, wherever the host is connected.
