@@ -41,7 +41,14 @@ _BY_THE_PACKAGER: Final = frozenset({"/usr/share/doc/imdsproxy"})
 _SHIPPED: Final = ("src", "packaging", "script", "bench", "demo", "requirements")
 
 _FOREIGN_FLAGS: Final = frozenset(
-    {"--etag-compare", "--fork-strategy", "--group", "--listen-client-http-urls", "--no-binary"}
+    {
+        "--etag-compare",
+        "--fork-strategy",
+        "--group",
+        "--listen-client-http-urls",
+        "--quota-backend-bytes",
+        "--no-binary",
+    }
     | {"--nodaemonize", "--nodebug", "--nouse-syslog"}
 )
 """Flags of other programs that documents name by themselves, and those of Neutron's that are taken in that spelling."""
