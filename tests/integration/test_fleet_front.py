@@ -299,6 +299,7 @@ def test_only_the_stream_route_becomes_a_tunnel(
         _STREAM.replace(UPGRADE.encode(), b"websocket"),
         _STREAM.replace(UPGRADE.encode(), UPGRADE.encode() + b", websocket"),
         _STREAM[:-2] + b"Upgrade: websocket\r\n\r\n",
+        _STREAM.replace(b"Connection:", b"Upgrade: websocket\r\nConnection:"),
         _STREAM.replace(b"GET", b"POST"),
         _STREAM.replace(b"GET", b"CONNECT"),
         _STREAM[:-2] + b"Content-Length: 5\r\n\r\nhello",
