@@ -22,16 +22,21 @@ from support.daemon import Daemon
 from support.guest import IPV4, IPV6, Guest, Load, Lost, Reply
 from support.l3_routers import (
     MadeRouter,
+    enter,
     entrust,
     made_router,
     plug_outside,
+    set_ha_device,
     solicit,
+    wait_primary,
+    wait_scheduled,
     watch_making,
 )
-from support.lab import ip, until
+from support.lab import ip, run, until
 from support.neutron_agents import NeutronHost, open_agents
 from support.openstack.lab import OpenStack
 from support.routers import sniffing
+from support.second_node import open_second_node
 from support.takeovers import run_takeover
 
 pytestmark = [pytest.mark.root, pytest.mark.alone, pytest.mark.timeout(900)]
@@ -165,6 +170,51 @@ def test_no_request_leaves_a_router_from_its_first_moment_on(world: L3World, kin
         moments = watch_making(router.namespace, table)
         assert 0 < moments.closed < moments.device, moments
         _wait_served(world, router)
+        assert seen == []
+
+
+@pytest.mark.slow
+def test_guests_of_a_router_on_two_nodes_get_nothing_wrong_while_its_primary_changes(
+    world: L3World,
+) -> None:
+    with ExitStack() as stack:
+        second = stack.enter_context(open_second_node(world.host, "l3", **_OPTIONS))
+        nodes = (world.host, second)
+        other = Daemon(second.lab)
+        stack.callback(other.close)
+        own = {"paths": {"netns_dir": str(second.netns)}}
+        namespaces = {"neutron_namespaces": {"routers": True}}
+        settings = _settings(world.host.openstack)
+        settings["sources"].update(namespaces)
+        other.configure({**settings, **own})
+        other.start()
+        seen = stack.enter_context(sniffing(world.outside))
+        router = stack.enter_context(made_router(world.host, "ha", ha=True))
+        stack.enter_context(_asking(router.guest))
+        wait_scheduled(nodes, router)
+        primary = wait_primary(nodes, router)
+        # The backup is as ready as the primary is: it redirects, and lets nothing out.
+        for node, daemon in zip(nodes, (world.daemon, other), strict=True):
+            rules = run(*enter(node, router), "nft", "list", "tables")
+            assert {f"{daemon.lab.prefix}-{one}" for one in ("drop", "redirect")} <= set(
+                rules.split()
+            )
+        until(lambda: asks_as(router.guest) == router.instance, what="an answer", within_s=40)
+
+        def wrong(_: Guest, reply: Reply) -> str | None:
+            return None if router.instance.encode() in reply.body else f"wrong: {reply.status}"
+
+        target = "/openstack/latest/meta_data.json"
+        with Load([router.guest], target, wrong, keep_alive=False, pause_s=0.02) as load:
+            for _ in nodes:
+                load.wait_answers(20)
+                before = primary
+                set_ha_device(before, router, "down")
+                primary = wait_primary(nodes, router, but=before)
+                load.wait_answers(20, within_s=30)
+                set_ha_device(before, router, "up")
+        assert not [one for one in load.report.lost if "wrong" in one]
+        assert len(load.report.lost) <= len(nodes), load.report.lost
         assert seen == []
 
 

@@ -2,9 +2,10 @@
 
 import contextlib
 import socket
+import sqlite3
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -12,7 +13,7 @@ from typing import Final
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.nftables import INET, NetfilterSocket
 from support.guest import Guest, inside
-from support.lab import NETNS, until
+from support.lab import NETNS, run, until
 from support.neutron_agents import NeutronHost
 from support.openstack.table import BLUE, INSTANCES
 from support.patience import patience
@@ -29,6 +30,7 @@ class MadeRouter:
     """A router with a network behind it, 10.0.0.0/24 as everywhere."""
 
     id: str
+    ha: bool
     network: str
     instance: str
     guest: Guest
@@ -40,7 +42,7 @@ class MadeRouter:
 
 @contextlib.contextmanager
 def made_router(host: NeutronHost, name: str, **kind: object) -> Iterator[MadeRouter]:
-    """A router of a kind (`distributed`) with a gateway, in no agent's care yet, and its guest."""
+    """A router of a kind (`ha`, `distributed`) with a gateway, in no agent's care yet, and its guest."""
     rest = host.openstack.rest
     (instance,) = (one for one in INSTANCES if one.name == "blue-3")
     outside = {"network_id": host.network("net-ext")}
@@ -66,7 +68,7 @@ def made_router(host: NeutronHost, name: str, **kind: object) -> Iterator[MadeRo
     guest = host.plug(port["id"], network, port["mac_address"], (_GUEST,), via=GATEWAY)
     try:
         rest.send("PUT", f"/routers/{router}/add_router_interface", {"subnet_id": subnet})
-        yield MadeRouter(router, network, instance.uuid, guest)
+        yield MadeRouter(router, bool(kind.get("ha")), network, instance.uuid, guest)
     finally:
         rest.send("PUT", f"/routers/{router}/remove_router_interface", {"subnet_id": subnet})
         rest.delete("router", router)
@@ -81,10 +83,78 @@ def made_router(host: NeutronHost, name: str, **kind: object) -> Iterator[MadeRo
 def entrust(host: NeutronHost, router: MadeRouter) -> None:
     """Give it to the agent, unless the server has done that."""
     rest = host.openstack.rest
-    if rest.send("GET", f"/routers/{router.id}/l3-agents")["agents"]:
-        return
-    ident = next(one["id"] for one in rest.list("agent") if one["binary"] == "neutron-l3-agent")
-    rest.send("POST", f"/agents/{ident}/l3-routers", {"router_id": router.id})
+    if not _agents_of(host, router):
+        way = f"/agents/{host.agent_id('l3')}/l3-routers"
+        rest.send("POST", way, {"router_id": router.id})
+
+
+def _agents_of(host: NeutronHost, router: MadeRouter) -> set[str]:
+    """The nodes whose agents have it."""
+    found = host.openstack.rest.send("GET", f"/routers/{router.id}/l3-agents")
+    return {str(one["host"]) for one in found["agents"]}
+
+
+def wait_scheduled(nodes: Sequence[NeutronHost], router: MadeRouter) -> None:
+    """Wait until each node's agent has a router and has plugged its port for keepalived."""
+    names = {one.name for one in nodes}
+    until(lambda: _agents_of(nodes[0], router) == names, what="a router on each node")
+    until(
+        lambda: all("ha-" in devices(node, router) for node in nodes),
+        what="its namespaces",
+        within_s=40,
+    )
+
+
+def _wire_ha(nodes: Sequence[NeutronHost], router: MadeRouter) -> None:
+    """Plug ports in, and report those for keepalived as plugged, as neutron-openvswitch-agent does.
+
+    Each time: Neutron takes a port for unplugged again when it binds it to its node.
+    """
+    for node in nodes:
+        node.wire()
+    openstack = nodes[0].openstack
+    database = openstack.place.path / "db" / "neutron.sqlite"
+    with contextlib.closing(sqlite3.connect(database, timeout=60)) as connection, connection:
+        changed = connection.execute(
+            "UPDATE ports SET status='ACTIVE' "
+            "WHERE device_owner='network:router_ha_interface' AND status!='ACTIVE'"
+        ).rowcount
+    if changed:
+        openstack.rest.update("router", router.id, description=f"plugged at {time.monotonic()}")
+
+
+def devices(node: NeutronHost, router: MadeRouter) -> str:
+    """The router's devices on a node with their addresses; nothing where it is not there."""
+    if NamespaceDirectory(node.netns).identity(router.namespace) is None:
+        return ""
+    return run(*enter(node, router), "ip", "-br", "address")
+
+
+def enter(node: NeutronHost, router: MadeRouter) -> Sequence[str]:
+    """The words before a command that is to run in the router's namespace on a node."""
+    return ("nsenter", f"--net={node.netns / router.namespace}", "--")
+
+
+def wait_primary(
+    nodes: Sequence[NeutronHost], router: MadeRouter, *, but: NeutronHost | None = None
+) -> NeutronHost:
+    """Wait until one node alone has the router's addresses, and not the node `but`; it."""
+    found: list[NeutronHost] = []
+
+    def is_one() -> bool:
+        _wire_ha(nodes, router)
+        found[:] = [node for node in nodes if GATEWAY in devices(node, router)]
+        return len(found) == 1 and found[0] is not but
+
+    until(is_one, what="one primary", within_s=40)
+    return found[0]
+
+
+def set_ha_device(node: NeutronHost, router: MadeRouter, state: str) -> None:
+    """Have the device over which keepalived hears the other nodes up or down; down, it gives up all addresses."""
+    names = (line.split()[0] for line in devices(node, router).splitlines())
+    device = next(name for name in names if name.startswith("ha-"))
+    run(*enter(node, router), "ip", "link", "set", device, state)
 
 
 def solicit(guest: Guest) -> None:

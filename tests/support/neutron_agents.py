@@ -141,14 +141,20 @@ class NeutronHost:
             if port in networks:
                 self._vs(*_tagged(device, self._tag(networks[port])))
 
-    def join(self, other: NeutronHost, device: str) -> None:
-        """Have a device be a wire between the integration bridges of both, for ports of every network."""
+    @contextlib.contextmanager
+    def joined(self, other: NeutronHost, device: str) -> Iterator[None]:
+        """The integration bridges of both have a wire between them for the block, for ports of every network."""
         pair = ("link", "add", device, "type", "veth", "peer", "name", device)
         ip("-n", self.lab.host, *pair, "netns", other.lab.host)
         for one in (self, other):
             ip("-n", one.lab.host, "link", "set", device, "up")
             one._vs("add-port", "br-int", device)
         other._tags = self._tags
+        try:
+            yield
+        finally:
+            self._vs("del-port", "br-int", device)
+            ip("-n", self.lab.host, "link", "del", device)
 
     def _dead_ports(self) -> Mapping[str, str]:
         found = self._rows("Port", "name,tag", f"tag={_DEAD_TAG}")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from support.guest import inside
+from support.patience import patience
 
 Shape = dict[str, Any]
 
@@ -40,7 +41,7 @@ def ask(
     *,
     headers: Iterable[tuple[str, str]] = (),
     body: bytes | None = None,
-    timeout_s: float = _TIMEOUT_S,
+    timeout_s: float | None = None,
     namespace: str = "",
 ) -> Answer:
     """One request on a connection of its own, the target as it is given.
@@ -55,7 +56,9 @@ def ask(
         OSError: It cannot be reached, or does not answer in time.
         http.client.HTTPException: The answer is none, or is not complete.
     """
-    connection = _connection(url, timeout_s, namespace)
+    connection = _connection(
+        url, _TIMEOUT_S * patience() if timeout_s is None else timeout_s, namespace
+    )
     try:
         connection.putrequest(method, target, skip_accept_encoding=True)
         for name, value in headers:
