@@ -84,6 +84,7 @@ def test_its_installer_puts_units_pages_and_settings_in_place(
         "etc/logrotate.d/imdsproxy",
         "usr/lib/systemd/system/imdsproxy.service",
         "usr/lib/systemd/system/imdsproxy-haproxy.service",
+        "usr/lib/systemd/system/imdsproxy-hub.service",
         "usr/lib/systemd/system/imdsproxy-documents.service",
         "usr/lib/sysusers.d/imdsproxy.conf",
         "usr/lib/tmpfiles.d/imdsproxy.conf",
