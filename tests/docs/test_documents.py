@@ -17,7 +17,7 @@ _ADR: Final = REPOSITORY / "docs/adr"
 _LINK: Final = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _CODE: Final = re.compile(r"`([^`\n]+)`")
 _PLACES: Final = ("src/", "tests/", "docs/", "packaging/", "script/", "demo/", "bench/")
-_ARCHITECTURE_LINES: Final = 300
+_ARCHITECTURE_LINES: Final = 320
 _EXPOSURE: Final = re.compile(r"^\| `(\S+\.service)` \| ([0-9.]+) \|", re.MULTILINE)
 
 

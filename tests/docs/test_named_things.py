@@ -42,6 +42,7 @@ _SHIPPED: Final = ("src", "packaging", "script", "bench", "demo", "requirements"
 
 _FOREIGN_FLAGS: Final = frozenset(
     {
+        "--bump-revision",
         "--etag-compare",
         "--fork-strategy",
         "--group",
