@@ -40,6 +40,9 @@ MOST_OPERATIONS: Final = 128
 MOST_BYTES: Final = 1024 * 1024
 """Of the values of one transaction; etcd takes 1.5 MiB (`--max-request-bytes`)."""
 
+_EPOCHS: Final = 1_000_000
+"""More than any instance's tokens are revoked between two restores."""
+
 _SHOWN: Final = 5
 _T = TypeVar("_T")
 
@@ -180,6 +183,11 @@ def claims_of(instance: Instance) -> dict[str, AddressKey | None]:
         if port.mac is None and not port.addresses:
             claims[layout.port_claim(port.network, instance.id)] = None
     return claims
+
+
+def next_epoch(epoch: int, incarnation: int) -> int:
+    """An epoch that no host has had: a backup that was restored may have lost revocations that hosts remember."""
+    return max(epoch, (incarnation - 1) * _EPOCHS) + 1
 
 
 def refuse_suspect(view: View) -> None:

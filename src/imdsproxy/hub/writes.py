@@ -316,9 +316,14 @@ class Writes:
         """Revoke the tokens that an instance has now; raises as `put`, and `NotFound`.
 
         Returns:
-            Also how often its tokens were revoked.
+            Also its new epoch.
         """
-        return await self._guard(instance, lambda old: replace(old, epoch=old.epoch + 1), terms)
+
+        def revoke(old: OperatorOverride) -> OperatorOverride:
+            epoch = plan_writes.next_epoch(old.epoch, self.state.meta.incarnation)
+            return replace(old, epoch=epoch)
+
+        return await self._guard(instance, revoke, terms)
 
     async def reopen(self, instance: InstanceId, terms: Terms) -> tuple[Done, int]:
         """Let an instance's boot begin now; as `revoke_tokens`."""

@@ -21,6 +21,7 @@ from imdsproxy.hub.plan_writes import (
     Terms,
     Transaction,
     claims_of,
+    next_epoch,
     plan_network_removal,
     plan_put,
     plan_removal,
@@ -179,3 +180,10 @@ def test_writers_with_any_interleaving_never_give_one_address_to_two_instances(
         if revision != store.revision:
             check(store)
             revision = store.revision
+
+
+def test_a_revocation_after_a_restore_is_newer_than_all_that_the_backup_lost() -> None:
+    assert [next_epoch(epoch, 1) for epoch in (0, 1, 7)] == [1, 2, 8]
+    after = next_epoch(3, 2)
+    assert after > 100_000
+    assert next_epoch(after, 2) == after + 1
