@@ -126,6 +126,9 @@ class HubProcess:
     def _listens(self) -> bool:
         if self._process is None or self._process.poll() is not None:
             raise BenchError(f"the hub has ended: {self._log.read_text()[-500:]}")
+        return self._accepts()
+
+    def _accepts(self) -> bool:
         with contextlib.suppress(OSError), create_connection((_ADDRESS, self.port), timeout=1):
             return True
         return False
@@ -144,6 +147,8 @@ class HubProcess:
             end_all([self._process.pid, *find_by_argument(self._directory)])
             self._process.wait()
             self._process = None
+            # A process with threads is a zombie before the last of them has closed thousands of sockets.
+            wait_until(lambda: not self._accepts(), _START_S)
 
 
 class Crowd:
