@@ -214,8 +214,8 @@ class RestoreSuspected(SourceRefused):
     """A host has what the fleet's etcd lacks: it may be restored from a backup, and nothing is written."""
 
     remedy = (
-        "If etcd was restored on purpose, an operator accepts that; until then hosts keep what "
-        "they have. If not, compare the members of etcd."
+        "Look at `imdsproxy fleet status`. If etcd was restored on purpose: `imdsproxy fleet "
+        "accept-restore`; until then hosts keep what they have."
     )
 
 

@@ -92,6 +92,32 @@ def _sign_anew(world: FleetWorld, *guests: Guest) -> None:
     assert reads() == {401}
 
 
+def test_any_hub_answers_a_change_once_its_host_has_it_and_asks_that_host(
+    world: FleetWorld,
+) -> None:
+    host = world.add_host("e", networks=("grey",))
+    guest, operator = host.lab.guest("grey"), world.operator("olga")
+    hubs = [FleetClient(operator, urls=(url,)) for url in world.urls]
+    port = {"network": "grey", "mac": guest.mac, "addresses": [guest.addresses[0]]}
+    record = {"id": "asked", "name": "asked", "ports": [port], "hosts": ["e"]}
+    with world.etcd.entered():
+        until(lambda: "e" in _connected(hubs[0]), within_s=20, what="host e is connected")
+        hubs[0].request("POST", "/v1/networks", body={"id": "grey", "listener": {"bridge": "grey"}})
+        assert hubs[1].request("POST", "/v1/instances", body=record)["applied"]
+    for number, hub in enumerate(hubs):
+        with world.etcd.entered():
+            body = {"hostname": f"named-{number}"}
+            written = hub.request("PATCH", "/v1/instances/asked", body=body)
+            (explained,) = hub.get("/v1/instances/asked/explain")
+        assert written["applied"], written
+        assert _name(guest) == f"named-{number}"
+        assert (explained["host"], explained["verdict"]) == ("e", "found")
+
+
+def _connected(hub: FleetClient) -> set[str]:
+    return {one["host"] for one in hub.get("/fleet/hosts") if one["hub"] is not None}
+
+
 # Who belongs to the fleet
 
 
