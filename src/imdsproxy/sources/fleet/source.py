@@ -59,7 +59,7 @@ _GRACE_S: Final = 5.0
 """So long after a stream ended the source is in sync: hubs are restarted, and another one is there."""
 
 _STALE_S: Final = 15.0
-"""A hub that has not heard from etcd for longer does not know what is new."""
+"""A hub whose last answer of etcd is older does not know what is new."""
 
 _SKEW_S: Final = 1.0
 _SPREAD_S: Final = 1.0
@@ -169,7 +169,7 @@ class FleetSource:
 
     @property
     def age_s(self) -> float:
-        """Seconds since a hub that was followed heard from etcd; 0 before the first."""
+        """Seconds since a hub that was followed had an answer of etcd; 0 before the first."""
         if self._etcd_at is not None:
             return max(0.0, self.clock.monotonic() - self._etcd_at)
         return max(0.0, self.clock.now().timestamp() - self.kept.at) if self.kept.at else 0.0
