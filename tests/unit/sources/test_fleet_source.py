@@ -209,6 +209,34 @@ async def test_what_a_restored_store_lacks_is_held_until_the_restore_is_accepted
         assert not heard.last.problems
 
 
+async def test_what_was_held_is_not_any_more_once_a_hub_has_it(
+    hubs: Callable[..., FleetHub], kept: Path
+) -> None:
+    hub = hubs()
+    hub.put([N1], [A])
+    backup = deepcopy(hub.store)
+    await fill(hub, kept, NEWER)
+    doubtful, mended = hubs(restored(backup)), hubs(restored(hub.store))
+    source = fleet_source(kept, doubtful)
+    async with running(source) as heard:
+        await heard.until(lambda each: "held" in reasons(each))
+        source.hubs = lambda: (mended.url,)
+        doubtful.away()
+        await heard.until(lambda each: each.last.in_sync and not each.last.problems)
+        assert names(heard) == {"a": "newer"}
+
+
+async def test_a_host_answers_pings(hubs: Callable[..., FleetHub], kept: Path) -> None:
+    hub = hubs()
+    revision = hub.put([N1], [A])
+    async with running(fleet_source(kept, hub)):
+        assert await asyncio.to_thread(hub.wait, revision) == {}
+        stream = hub.streams.hosts[HOST]
+        before = stream._heard
+        hub.ping()
+        await until(lambda: stream._heard > before)
+
+
 async def test_a_refused_record_leaves_the_last_good_one_in_force_and_is_acknowledged_as_failed(
     hubs: Callable[..., FleetHub], kept: Path
 ) -> None:
