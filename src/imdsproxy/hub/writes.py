@@ -71,15 +71,15 @@ class Fresh:
 
     state: FleetState
     read: dict[str, tuple[bytes, int] | None] = field(default_factory=dict)
-    asked: dict[str, None] = field(default_factory=dict)
+    asked: dict[str, tuple[bytes, int] | None] = field(default_factory=dict)
     in_ranges: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __call__(self, key: str) -> tuple[bytes, int] | None:
         """See `plan_writes.View`."""
         if key in self.read:
             return self.read[key]
-        self.asked[key] = None
-        return self.state.value(key)
+        # The copy goes on while a write waits: what is planned is all of one moment, or is refreshed against that.
+        return self.asked.setdefault(key, self.state.value(key))
 
     def take(self, compares: Iterable[Compare], kvs: Sequence[KeyValue]) -> None:
         """What a write was refused for."""
@@ -100,7 +100,8 @@ class Fresh:
             async with limit:
                 kvs = (await etcd.read(key)).kvs
             found = (kvs[0].value, kvs[0].mod_revision) if kvs else None
-            before, self.read[key] = self(key), found
+            before = self.read[key] if key in self.read else self.asked.get(key)
+            self.read[key] = found
             return found != before
 
         for one in await asyncio.gather(*map(read, asked)):
