@@ -39,6 +39,7 @@ _TARGET: Final = "/latest/meta-data/hostname"
 _ANSWER_S: Final = 3.0
 _READ_PAUSE_S: Final = 0.02
 _WRITE_PAUSE_S: Final = 0.2
+_LINES: Final = 60
 
 Fault: TypeAlias = Callable[["Chaos"], AbstractContextManager[object]]
 
@@ -377,7 +378,13 @@ def main(words: Sequence[str] | None = None) -> int:
         chaos = Chaos(world, options.seed, sys.stderr)
         chaos.prepare()
         chaos.note(f"seed {options.seed}, for {options.minutes:g} minutes")
-        found = chaos.run(options.minutes * 60)
+        try:
+            found = chaos.run(options.minutes * 60)
+        except BaseException:
+            for hub in world.hubs:
+                lines = hub.log.read_text().splitlines()
+                sys.stderr.write("\n".join((hub.name, *lines[-_LINES:], "")))
+            raise
     for words_of, number in sorted((chaos.history.counts() + chaos.faults).items()):
         sys.stdout.write(f"{number:>9,} {words_of}\n")
     for where, number in chaos.history.unserved().items():
