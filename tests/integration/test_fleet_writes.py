@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from imdsproxy.core.fleet import layout
+from imdsproxy.core.model import InstanceId
 from imdsproxy.errors import (
     AccessDenied,
     AlreadyExists,
@@ -24,7 +26,7 @@ from imdsproxy.errors import (
 )
 from imdsproxy.hub import in_force
 from imdsproxy.hub.etcd_messages import prefix_end
-from imdsproxy.hub.sweep import UNUSED_S, Sweep
+from imdsproxy.hub.sweep import REMOVED_S, UNUSED_S, Sweep
 from support.etcd_lab import EtcdLab, etcd_lab
 from support.hand_clock import HandClock
 from support.hub_api import Hub, open_hub
@@ -326,3 +328,17 @@ def test_user_data_that_no_instance_has_is_removed_after_an_hour(hub: Hub) -> No
     assert (chunks("keeps" * 100), chunks("drops" * 100)) == (1, 0)
     ask("POST", "/v1/instances", body=instance("drops", "10.0.4.2", "a", user_data="drops" * 100))
     assert hub.client.get("/v1/instances/drops")["record"]["user_data"] == "drops" * 100
+
+
+def test_a_removal_is_forgotten_after_thirty_days_and_no_restore_is_suspected(hub: Hub) -> None:
+    ask, clock = hub.client.request, HandClock(pace=1)
+    sweep, key = Sweep(hub.etcd, hub.state, clock), layout.instance_key(InstanceId("goes"))
+    ask("POST", "/v1/instances", body=instance("goes", "10.0.5.1", "a"))
+    ask("DELETE", "/v1/instances/goes")
+    clock.time += time.time() - clock.now().timestamp() + REMOVED_S - 60
+    hub.run(sweep.forget_removals())
+    assert hub.state.value(key) is not None
+    clock.time += 120
+    hub.run(sweep.forget_removals())
+    until(lambda: hub.state.value(key) is None, what="a removal that is forgotten")
+    assert not hub.state.lost

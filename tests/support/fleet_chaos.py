@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -25,7 +26,13 @@ from pathlib import Path
 from typing import Any, Final, TextIO, TypeAlias
 
 from imdsproxy.admin_client import FleetClient
-from imdsproxy.errors import AdminError, AdminUnavailable, ImdsproxyError, SourceUnavailable
+from imdsproxy.errors import (
+    AdminError,
+    AdminUnavailable,
+    EtcdFull,
+    ImdsproxyError,
+    SourceUnavailable,
+)
 from support.daemon import alive
 from support.fleet_history import Answer, History, Outcome, Write
 from support.fleet_world import FleetHost, FleetWorld, HubProcess, fleet_world
@@ -40,6 +47,10 @@ _ANSWER_S: Final = 3.0
 _READ_PAUSE_S: Final = 0.02
 _WRITE_PAUSE_S: Final = 0.2
 _LINES: Final = 60
+_JUNK_BYTES: Final = 1_000_000
+ETCD_FLAGS: Final = ("--quota-backend-bytes=16777216",)
+"""So that it is full soon."""
+
 
 Fault: TypeAlias = Callable[["Chaos"], AbstractContextManager[object]]
 
@@ -66,6 +77,7 @@ class Chaos:
     _ended: threading.Event = field(default_factory=threading.Event)
     _failures: list[BaseException] = field(default_factory=list)
     _client: FleetClient | None = None
+    _next: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)  # noqa: S311 - it is to come out the same again
@@ -188,7 +200,9 @@ class Chaos:
             self._failures.append(error)
 
     def _break_once(self) -> None:
-        name = self.random.choice(sorted(FAULTS))
+        if not self._next:
+            self._next = self.random.sample(sorted(FAULTS), len(FAULTS))
+        name = self._next.pop()
         hold, rest = self.random.uniform(0.5, 4.0), self.random.uniform(0.2, 1.5)
         self.note(f"{name} for {hold:.1f} s")
         with FAULTS[name](self):
@@ -332,6 +346,22 @@ def _compacted(chaos: Chaos) -> Iterator[None]:
         etcd.ctl("defrag", member=member)
 
 
+@contextlib.contextmanager
+def _full(chaos: Chaos) -> Iterator[None]:
+    etcd = chaos.world.etcd
+    with contextlib.suppress(EtcdFull):
+        for number in itertools.count():
+            value = chaos.random.randbytes(_JUNK_BYTES)
+            chaos.world.write({f"junk/{number}": value})
+    yield
+    etcd.ctl("del", "--prefix", "junk/")
+    revision = json.loads(etcd.ctl("get", "x", "-w", "json"))["header"]["revision"]
+    etcd.ctl("compact", str(revision))
+    for member in etcd.members:
+        etcd.ctl("defrag", member=member)
+    etcd.ctl("alarm", "disarm")
+
+
 def _restored(*options: str) -> Fault:
     @contextlib.contextmanager
     def fault(chaos: Chaos) -> Iterator[None]:
@@ -358,6 +388,7 @@ FAULTS: Final[dict[str, Fault]] = {
     "a controller hangs": _controller_paused,
     "a host is cut off": _host_partitioned,
     "etcd is compacted and defragmented": _compacted,
+    "etcd is full": _full,
     "etcd is restored": _restored(),
     "etcd is restored with newer revisions": _restored(
         "--bump-revision=1000000", "--mark-compacted"
@@ -374,7 +405,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=int(time.time()))
     options = parser.parse_args(words)
     with ExitStack() as stack:
-        world = stack.enter_context(fleet_world())
+        world = stack.enter_context(fleet_world(etcd_flags=ETCD_FLAGS))
         chaos = Chaos(world, options.seed, sys.stderr)
         chaos.prepare()
         chaos.note(f"seed {options.seed}, for {options.minutes:g} minutes")

@@ -281,9 +281,11 @@ class FleetWorld:
 
 
 @contextlib.contextmanager
-def fleet_world(hubs: int = 2, **settings: Mapping[str, object]) -> Iterator[FleetWorld]:
+def fleet_world(
+    hubs: int = 2, *, etcd_flags: Sequence[str] = (), **settings: Mapping[str, object]
+) -> Iterator[FleetWorld]:
     """A fleet that is gone at the end."""
-    made = FleetWorld(hubs, settings)
+    made = FleetWorld(hubs, settings, EtcdLab(flags=etcd_flags))
     try:
         yield made
     finally:

@@ -410,7 +410,7 @@ def _may_go(key: str, value: bytes) -> bool:
     """Whether hubs themselves delete a key: what says where a hub is, and removals that are old."""
     if key.startswith(layout.HUBS) or key == layout.SUSPECT:
         return True
-    return key.startswith(_SWEPT) and layout.decode(value).get("removed_at") is not None
+    return key.startswith(_SWEPT) and layout.removal_time(value) is not None
 
 
 def _instances_first(item: ItemKey) -> tuple[bool, ItemKey]:

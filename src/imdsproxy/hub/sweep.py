@@ -1,4 +1,8 @@
-"""User data in etcd that no instance has any more is removed after an hour."""
+"""What is in etcd for nothing: user data that no instance has, after an hour, and old removals.
+
+A host that was away for longer than `REMOVED_S` keeps what was removed meanwhile, and reports it: etcd does not say any
+more that it went.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +20,22 @@ from imdsproxy.hub.etcd_messages import prefix_end, unchanged
 from imdsproxy.hub.state import FleetState
 
 UNUSED_S: Final = 3600.0
+REMOVED_S: Final = 30 * 86_400.0
 _EVERY_S: Final = 600.0
+_AT_ONCE: Final = 1000
+_RECORDS: Final = (layout.INSTANCES, layout.NETWORKS)
 
 _log = structlog.get_logger()
 
 
 @dataclass(slots=True)
 class Sweep:
-    """Removes user data.
+    """Removes both.
 
     Args:
         etcd: The store.
         state: This hub's copy of it.
-        clock: Monotonic.
+        clock: Monotonic, and Unix time.
     """
 
     etcd: Etcd
@@ -40,10 +47,14 @@ class Sweep:
         """Look now and then, until cancelled."""
         while True:
             await asyncio.sleep(_EVERY_S)
+            if self.state.value(layout.SUSPECT) is not None:
+                # What a restored backup lacks is not unused.
+                continue
             try:
                 await self.look()
+                await self.forget_removals()
             except EtcdUnavailable as error:
-                _log.warning("user data not swept", reason=error.message)
+                _log.warning("etcd not swept", reason=error.message)
 
     async def look(self) -> None:
         """Remove what has had no use for long enough.
@@ -70,6 +81,19 @@ class Sweep:
             if isinstance(await self.etcd.commit(compares, {}, gone), Committed):
                 del self._unused[sha256]
                 _log.info("user data removed", sha256=sha256)
+
+    async def forget_removals(self) -> None:
+        """Delete the keys of records that were removed long ago."""
+        now = self.clock.now().timestamp()
+        keys = [key for prefix in _RECORDS for key in self.state.keys(prefix)]
+        for number, key in enumerate(keys):
+            if number % _AT_ONCE == 0:
+                await asyncio.sleep(0)
+            found = self.state.value(key)
+            removed = None if found is None else layout.removal_time(found[0])
+            if found is not None and removed is not None and now - removed > REMOVED_S:
+                await self.etcd.commit([unchanged(key, found[1])], {}, [key])
+                _log.info("removal forgotten", key=key)
 
     async def _keys(self, prefix: str) -> dict[str, int]:
         found = await self.etcd.read(prefix, prefix_end(prefix), keys_only=True)

@@ -251,6 +251,14 @@ def parse_guard(value: bytes) -> OperatorOverride:
             raise Unreadable("`epoch` and `reopened_at` are not two numbers")
 
 
+def removal_time(value: bytes) -> int | None:
+    """When a record was removed, Unix time; `None` where it was not."""
+    # Of hundreds of thousands next to none is one.
+    if b'"removed_at":null' in value or b'"removed_at"' not in value:
+        return None
+    return _removed(decode(value).get("removed_at"))
+
+
 def _record(found: Json) -> Json:
     record = found.get("record")
     if not isinstance(record, dict):
