@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from imdsproxy.core.fleet import layout
+from imdsproxy.core.fleet.layout import HostId
 from imdsproxy.core.model import InstanceId
 from imdsproxy.errors import (
     AccessDenied,
@@ -259,7 +260,10 @@ def test_nothing_is_written_while_a_restore_is_suspected_until_an_operator_accep
     hub: Hub,
 ) -> None:
     before = hub.client.get("/fleet/status")["incarnation"]
-    value = layout.encode({"host": "a", "why": "it has revision 999"})
+    alone = layout.Suspicion("it has revision 999", (HostId("a"),), refuses=False)
+    hub.run(hub.etcd.commit((), {layout.SUSPECT: layout.render_suspicion(alone)}))
+    assert hub.client.request("POST", "/v1/instances", body=instance("soon", "10.0.2.4", "a"))
+    value = layout.render_suspicion(replace(alone, refuses=True))
     hub.run(hub.etcd.commit((), {layout.SUSPECT: value}))
     with pytest.raises(RestoreSuspected, match="999"):
         hub.client.request("POST", "/v1/instances", body=instance("late", "10.0.2.3", "a"))

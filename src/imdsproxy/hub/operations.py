@@ -10,7 +10,7 @@ from urllib.parse import quote, urlencode
 
 from imdsproxy.admin.answers import Written
 from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import HostId
+from imdsproxy.core.fleet.layout import HostId, Suspicion
 from imdsproxy.core.fleet.members import HostState, parse_host
 from imdsproxy.core.fleet.stream import ItemKey
 from imdsproxy.core.model import NetworkId
@@ -96,7 +96,7 @@ class FleetStatus:
     Attributes:
         incarnation: One more each time that a restored backup was accepted.
         revision: Up to which this hub knows etcd.
-        suspect: Why etcd may be restored from a backup; then nothing is written.
+        suspect: Why etcd may be restored from a backup; then nothing is written, unless a single host says so.
         hubs: Every hub, with its URL, and whether it answers this one.
         hosts: How many are enrolled.
         connected: How many of them are connected to a hub.
@@ -239,7 +239,7 @@ class Operations:
             fleet=state.meta.fleet,
             incarnation=state.meta.incarnation,
             revision=state.revision,
-            suspect=None if suspect is None else str(layout.decode(suspect[0]).get("why")),
+            suspect=None if suspect is None else _spell(layout.parse_suspicion(suspect[0])),
             hubs=[
                 {"name": self.peers.name, "url": None, "answers": True},
                 *(
@@ -312,3 +312,8 @@ def _member(member: MemberStatus | MemberSilent) -> dict[str, Any]:
 def path_on_host(*steps: str) -> str:
     """A route of a host's admin API, each step quoted."""
     return "/v1/" + "/".join(quote(step, safe="") for step in steps)
+
+
+def _spell(suspicion: Suspicion) -> str:
+    alone = " (by this host alone: changes go on)"
+    return suspicion.why if suspicion.refuses else f"{suspicion.why}{alone}"

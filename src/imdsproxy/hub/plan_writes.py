@@ -127,7 +127,7 @@ class _Draft:
         if not (self.puts or self.deletes):
             return Transaction(revision=self.revision, hosts=frozenset(self.hosts))
         return Transaction(
-            (absent(layout.SUSPECT), *self.compares),
+            (refuse_suspect(self.view), *self.compares),
             self.puts,
             # An address may move from one record of this write to another one.
             tuple(key for key in self.deletes if key not in self.puts),
@@ -190,15 +190,22 @@ def next_epoch(epoch: int, incarnation: int) -> int:
     return max(epoch, (incarnation - 1) * _EPOCHS) + 1
 
 
-def refuse_suspect(view: View) -> None:
-    """`RestoreSuspected` while etcd may be restored from a backup."""
+def refuse_suspect(view: View) -> Compare:
+    """That etcd is not suspected to be restored, as each write compares it.
+
+    Raises:
+        RestoreSuspected: It is, by more than what a single host says.
+    """
     found = view(layout.SUSPECT)
-    if found is not None:
-        why = layout.decode(found[0]).get("why", "")
+    if found is None:
+        return absent(layout.SUSPECT)
+    suspicion = _readable(layout.parse_suspicion, found[0], "the suspicion")
+    if suspicion.refuses:
         raise RestoreSuspected(
-            f"etcd seems to be restored from a backup, and nothing is written: {why}",
+            f"etcd seems to be restored from a backup, and nothing is written: {suspicion.why}",
             hint="look at `imdsproxy fleet status`, then `imdsproxy fleet accept-restore`",
         )
+    return unchanged(layout.SUSPECT, found[1])
 
 
 def plan_put(
@@ -261,7 +268,7 @@ def plan_removal(view: View, instance: InstanceId, terms: Terms) -> Transaction:
     _refuse_other_revision("instance", instance, revision, terms)
     draft.hold(key)
     draft.puts[key] = layout.render_instance(
-        StoredInstance((), {}, request=terms.request, removed_at=terms.now)
+        StoredInstance((), {}, request=terms.request, removed_at=terms.now, left=stored.leaves(()))
     )
     draft.deletes |= dict.fromkeys(claims_of(record_of(stored)))
     draft.hosts.update(stored.hosts)
@@ -340,7 +347,8 @@ def plan_hosts(
         raise SourceRefused("the fleet refuses the hosts", problems=problems)
     key = layout.instance_key(instance)
     draft.hold(key)
-    draft.puts[key] = layout.render_instance(replace(stored, hosts=hosts, request=terms.request))
+    moved = replace(stored, hosts=hosts, request=terms.request, left=stored.leaves(hosts))
+    draft.puts[key] = layout.render_instance(moved)
     return draft.finish()
 
 
@@ -518,6 +526,10 @@ def _put_instance(
     draft: _Draft, put: InstancePut, known: tuple[StoredInstance, int] | None, terms: Terms
 ) -> None:
     key, stored = layout.instance_key(put.record.id), _stored(put, known, terms)
+    if known is None and (removed := draft.view(key)) is not None:
+        # Under the id of one that was removed.
+        before = _readable(layout.parse_instance, removed[0], f"instance {put.record.id}")
+        stored = replace(stored, left=before.leaves(stored.hosts))
     _refuse_scope("instance", put.record.id, stored.record, terms)
     draft.hold(key)
     if put.user_data is not None and put.chunk_revision:
@@ -541,7 +553,8 @@ def _stored(
         created_at = record_of(known[0]).created_at if created_at is None else created_at
         hosts = hosts or known[0].hosts
     record = render_record(replace(put.record, created_at=created_at, user_data=None))
-    return StoredInstance(hosts, record, put.user_data, terms.request)
+    left = () if known is None else known[0].leaves(hosts)
+    return StoredInstance(hosts, record, put.user_data, terms.request, left=left)
 
 
 def _repeated(puts: Sequence[InstancePut]) -> Iterator[Problem]:

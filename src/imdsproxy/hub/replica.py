@@ -17,11 +17,11 @@ from uuid import UUID
 import structlog
 
 from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import HostId, Meta
+from imdsproxy.core.fleet.layout import HostId, Meta, Suspicion
 from imdsproxy.core.timing import Backoff
 from imdsproxy.errors import EtcdUnavailable, Problem, SourceCorrupt
 from imdsproxy.host.clock import Clock
-from imdsproxy.hub.etcd import Behind, Compacted, Conflict, Etcd, Snapshot
+from imdsproxy.hub.etcd import Behind, Committed, Compacted, Conflict, Etcd, Snapshot
 from imdsproxy.hub.etcd_messages import Deleted, KeyValue, absent, prefix_end, unchanged
 from imdsproxy.hub.state import Change, FleetState
 from imdsproxy.hub.streams import Streams
@@ -30,6 +30,7 @@ BEAT_S: Final = 5.0
 LEASE_S: Final = 15
 COMPARE_S: Final = 600.0
 _AGAIN_S: Final = 1.0
+_WITNESSES: Final = 2
 
 _log = structlog.get_logger()
 
@@ -167,20 +168,36 @@ class Replica:
         self._suspicions.put_nowait((host, why, revision))
 
     async def note_suspicions(self) -> None:
-        """Write why a restored backup is suspected, so that every hub refuses to write; until cancelled."""
+        """Write why a restored backup is suspected, for every hub; until cancelled."""
         while True:
             host, why, revision = await self._suspicions.get()
-            while True:
+            noted = False
+            while not noted:
                 try:
-                    now = await self.etcd.read(layout.SUSPECT)
-                    if not now.kvs and not 0 < revision <= now.revision:
-                        _log.error("a restored backup is suspected", host=host, reason=why)
-                        value = layout.encode({"host": host, "why": why})
-                        await self.etcd.commit([absent(layout.SUSPECT)], {layout.SUSPECT: value})
-                    break
+                    noted = await self._note(host, why, revision)
                 except (EtcdUnavailable, Compacted) as error:
                     _log.warning("suspicion not written yet", reason=str(error))
                     await asyncio.sleep(_AGAIN_S)
+
+    async def _note(self, host: HostId, why: str, revision: int) -> bool:
+        """Whether it is written, or need not be."""
+        found = await self.etcd.read(layout.SUSPECT)
+        if 0 < revision <= found.revision:
+            return True
+        before, at = Suspicion(why, (), refuses=False), 0
+        if found.kvs:
+            before, at = layout.parse_suspicion(found.kvs[0].value), found.kvs[0].mod_revision
+        hosts = tuple(dict.fromkeys((*before.hosts, host)))
+        # A single host that is captured must not keep operators from writing.
+        enrolled = sum(1 for _ in self.state.keys(layout.HOSTS))
+        enough = host == self.name or len(hosts) >= min(_WITNESSES, enrolled)
+        now = Suspicion(before.why, hosts, refuses=before.refuses or enough)
+        if now == before:
+            return True
+        _log.error("a restored backup is suspected", host=host, reason=why)
+        value = layout.render_suspicion(now)
+        done = await self.etcd.commit([unchanged(layout.SUSPECT, at)], {layout.SUSPECT: value})
+        return isinstance(done, Committed)
 
     async def beat(self) -> None:
         """Write the beat where no other hub does, and where this hub is; until cancelled."""

@@ -56,6 +56,7 @@ class _Placement:
     hosts: tuple[HostId, ...] = ()
     needs: tuple[ItemKey, ...] = ()
     sha256: str | None = None
+    left: tuple[HostId, ...] = ()
 
 
 _NOWHERE: Final = _Placement()
@@ -184,7 +185,8 @@ class FleetState:
         needs = _needs(stored.record)
         own = _own_items(instance)
         data = stored.user_data
-        now = _Placement(stored.hosts, needs, None if data is None else data.sha256)
+        sha256 = None if data is None else data.sha256
+        now = _Placement(stored.hosts, needs, sha256, stored.left)
         for host in before.hosts:
             self._placed[host].discard(instance)
             touched.setdefault(host, set()).update(own, before.needs)
@@ -305,7 +307,7 @@ class FleetState:
                 put[item] = found
         removed: list[ItemKey] = []
         for item in sorted(have.keys() - wanted, key=_instances_first):
-            why = self._doubt_removal(item, have[item], held)
+            why = self._doubt_removal(host, item, have[item], held)
             if why is None:
                 removed.append(item)
             else:
@@ -321,14 +323,23 @@ class FleetState:
             suspicious = f"{host} has {item} of revision {have[item]}: {why}"
         return Difference(self._batch(put, removed, held), suspicious)
 
-    def _doubt_removal(self, item: ItemKey, known: int, held: Mapping[ItemKey, str]) -> str | None:
-        """Why an item may not be removed from a host that is not to have it: etcd has to say that it went."""
+    def _doubt_removal(
+        self, host: HostId, item: ItemKey, known: int, held: Mapping[ItemKey, str]
+    ) -> str | None:
+        """Why an item may not be removed from a host that is not to have it: etcd has to say that it went from there.
+
+        To a host that asks for what it never had, the answer is the same whether there is such an instance or not.
+        """
         kind, _, rest = item.partition("/")
         if kind in {"guard", "keys"}:
             return held.get(f"instance/{rest}")
-        if kind == "network" and any(one.startswith("instance/") for one in held):
-            return "instances that are held may need it"
-        return _doubt(self._revision_of(item), known)
+        if kind == "instance":
+            went = host in self._placements.get(InstanceId(rest), _NOWHERE).left
+            revision = self._revision_of(item)
+            certain = went and revision is not None and revision >= known
+            return None if certain else "the store does not say that it went"
+        needed = any(one.startswith("instance/") for one in held)
+        return "instances that are held may need it" if needed else None
 
     def _batch(
         self, put: Mapping[ItemKey, Item], removed: Iterable[ItemKey], held: Mapping[ItemKey, str]

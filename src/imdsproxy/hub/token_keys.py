@@ -21,7 +21,7 @@ from imdsproxy.core.model import InstanceId
 from imdsproxy.core.tokens import KEPT_KEYS, KEY_BYTES, TokenKey, instance_key
 from imdsproxy.errors import ImdsproxyError, SourceCorrupt
 from imdsproxy.hub.envelope import Envelope
-from imdsproxy.hub.etcd_messages import absent, unchanged
+from imdsproxy.hub.etcd_messages import unchanged
 from imdsproxy.hub.in_force import NOT_CONNECTED
 from imdsproxy.hub.operations import Operations
 from imdsproxy.hub.plan_writes import Transaction, View, refuse_suspect
@@ -141,11 +141,11 @@ async def make_first_key(writes: Writes) -> None:
     """Have a key in etcd, if there is none; again until it is there."""
 
     def plan(view: View) -> Transaction:
-        refuse_suspect(view)
+        unsuspected = refuse_suspect(view)
         if view(PLACE) is not None:
             return Transaction()
         value = seal_keys(FleetKeys(_fresh()), writes.envelope)
-        return Transaction((absent(layout.SUSPECT), unchanged(PLACE, 0)), {PLACE: value})
+        return Transaction((unsuspected, unchanged(PLACE, 0)), {PLACE: value})
 
     while True:
         try:
@@ -208,14 +208,14 @@ async def _change(
 
     def plan(view: View) -> Transaction:
         nonlocal after
-        refuse_suspect(view)
+        unsuspected = refuse_suspect(view)
         found = view(PLACE)
         before = first if found is None else open_keys(found[0], writes.envelope)
         revision = 0 if found is None else found[1]
         after = change(before)
         if after == before and found is not None:
             return Transaction(revision=revision)
-        compares = absent(layout.SUSPECT), unchanged(PLACE, revision)
+        compares = unsuspected, unchanged(PLACE, revision)
         return Transaction(compares, {PLACE: seal_keys(after, writes.envelope)})
 
     done = await writes.write(plan)

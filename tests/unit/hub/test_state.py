@@ -1,5 +1,6 @@
 """What each host gets of a fleet: its own, in every order of changes, and nothing is removed because it is absent."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import pytest
@@ -22,9 +23,18 @@ def network(name: str, revision: int) -> Change:
     return Change(layout.network_key(NetworkId(name)), layout.render_network(stored), revision)
 
 
-def instance(name: str, revision: int, *hosts: HostId, on: str = "blue", mark: int = 0) -> Change:
+def instance(
+    name: str,
+    revision: int,
+    *hosts: HostId,
+    on: str = "blue",
+    mark: int = 0,
+    left: Iterable[HostId] = HOSTS,
+) -> Change:
     record: Json = {"id": name, "name": f"{name}-{mark}", "ports": [{"network": on}]}
-    stored = StoredInstance(hosts, {**record, "project": f"of-{name}"})
+    stored = StoredInstance(
+        hosts, {**record, "project": f"of-{name}"}, left=tuple({*left} - {*hosts})
+    )
     return Change(layout.instance_key(InstanceId(name)), layout.render_instance(stored), revision)
 
 
@@ -87,11 +97,28 @@ def test_a_record_that_says_that_it_went_is_removed() -> None:
     assert not batch.held
 
 
-@pytest.mark.parametrize("item", ["instance/web", "network/blue", "policy/project/p"])
-def test_what_etcd_lacks_is_held_and_not_removed(item: ItemKey) -> None:
-    batch = compare(fleet(), {item: 1}, revision=1)
-    assert batch.held.keys() == {item}
+def test_what_etcd_lacks_is_held_and_not_removed() -> None:
+    have = {"instance/web": 1, "keys/web": 1, "network/blue": 1, "policy/project/p": 1}
+    batch = compare(fleet(), have, revision=1)
+    assert batch.held.keys() == have.keys()
     assert not batch.remove
+
+
+def test_a_host_that_asks_for_what_it_never_had_learns_nothing() -> None:
+    state = fleet(network("red", 2), instance("db", 30, B, on="red", left=()))
+    state.apply(90, [])
+    answers = []
+    for kind in ("instance", "guard", "keys", "network", "policy/project"):
+        for revision in (0, 7, 30, 80):
+            there, absent = ("red", "none") if kind == "network" else ("db", "none")
+            found = [compare(state, {f"{kind}/{one}": revision}) for one in (there, absent)]
+            answers.append(
+                [
+                    (len(one.put), len(one.remove), [*one.held.values()], one.revision)
+                    for one in found
+                ]
+            )
+    assert all(known == unknown for known, unknown in answers)
 
 
 def test_what_etcd_has_of_an_older_revision_is_held_whether_placed_here_or_not() -> None:
@@ -105,7 +132,7 @@ def test_what_etcd_has_of_an_older_revision_is_held_whether_placed_here_or_not()
         "network/blue": 2,
     }
     batch = compare(state, have, revision=60)
-    assert batch.held.keys() == {"instance/web", "keys/web", "instance/db", "guard/db"}
+    assert batch.held.keys() == have.keys() - {"network/blue"}
     assert not batch.put
     assert not batch.remove
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Final, NewType, TypeAlias, cast
 
@@ -41,6 +42,8 @@ HUBS: Final = f"{PREFIX}live/"
 
 CHUNK_BYTES: Final = 256 * 1024
 """Of user data in one key: a request to etcd has at most 1.5 MiB."""
+
+MOST_LEFT: Final = 32
 
 FORMAT: Final = 1
 """Raise it when values mean something else: a hub that does not know it refuses to start."""
@@ -90,6 +93,8 @@ class StoredInstance:
         record: As `core.records.render_record`, without `user_data`; empty when it was removed.
         request: Names the write, so that one whose answer was lost is recognised.
         removed_at: Unix time of the removal.
+        left: Hosts where it was before, the last `MOST_LEFT`: they may be answered that it went. To another host that
+            asks for it nothing is answered of it.
     """
 
     hosts: tuple[HostId, ...]
@@ -97,6 +102,12 @@ class StoredInstance:
     user_data: UserData | None = None
     request: str = ""
     removed_at: int | None = None
+    left: tuple[HostId, ...] = ()
+
+    def leaves(self, hosts: Collection[HostId]) -> tuple[HostId, ...]:
+        """`left` of what places it on these hosts."""
+        before = dict.fromkeys((*self.left, *self.hosts))
+        return tuple(one for one in before if one not in hosts)[-MOST_LEFT:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +128,21 @@ class StoredNetwork:
 def is_id(text: str) -> bool:
     """Whether a text may be the id of a host or a project."""
     return _ID.fullmatch(text) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Suspicion:
+    """Why a restored backup is suspected.
+
+    Attributes:
+        why: What was noticed first.
+        hosts: Who noticed something, hosts or hubs.
+        refuses: Nothing may be written. What one host alone says is no reason: it may be captured.
+    """
+
+    why: str
+    hosts: tuple[HostId, ...]
+    refuses: bool
 
 
 def network_key(network: NetworkId) -> str:
@@ -194,6 +220,25 @@ def parse_meta(value: bytes) -> Meta:
     return Meta(fleet, incarnation, form)
 
 
+def render_suspicion(suspicion: Suspicion) -> bytes:
+    """The value of `SUSPECT`."""
+    return encode(
+        {
+            "why": suspicion.why,
+            "hosts": list(suspicion.hosts),
+            "refuses": suspicion.refuses,
+        }
+    )
+
+
+def parse_suspicion(value: bytes) -> Suspicion:
+    """The reverse of `render_suspicion`; raises `Unreadable`."""
+    found = decode(value)
+    return Suspicion(
+        str(found.get("why", "")), _names(found, "hosts"), found.get("refuses") is not False
+    )
+
+
 def render_instance(stored: StoredInstance) -> bytes:
     """The value of an instance's key."""
     data = stored.user_data
@@ -204,6 +249,7 @@ def render_instance(stored: StoredInstance) -> bytes:
             "user_data": data and {"sha256": data.sha256, "size": data.size},
             "request": stored.request,
             "removed_at": stored.removed_at,
+            "left": list(stored.left),
         }
     )
 
@@ -211,15 +257,14 @@ def render_instance(stored: StoredInstance) -> bytes:
 def parse_instance(value: bytes) -> StoredInstance:
     """The reverse of `render_instance`; raises `Unreadable`. The record itself is not checked."""
     found = decode(value)
-    hosts, data, removed = (found.get(one) for one in ("hosts", "user_data", "removed_at"))
-    if not (isinstance(hosts, list) and all(isinstance(one, str) for one in hosts)):
-        raise Unreadable("`hosts` is no list of names")
+    data, removed = found.get("user_data"), found.get("removed_at")
     return StoredInstance(
-        tuple(HostId(one) for one in hosts),
+        _names(found, "hosts"),
         _record(found),
         None if data is None else _parse_user_data(data),
         str(found.get("request", "")),
         _removed(removed),
+        _names(found, "left") if "left" in found else (),
     )
 
 
@@ -257,6 +302,13 @@ def removal_time(value: bytes) -> int | None:
     if b'"removed_at":null' in value or b'"removed_at"' not in value:
         return None
     return _removed(decode(value).get("removed_at"))
+
+
+def _names(found: Json, field: str) -> tuple[HostId, ...]:
+    names = found.get(field)
+    if not (isinstance(names, list) and all(isinstance(one, str) for one in names)):
+        raise Unreadable(f"`{field}` is no list of names")
+    return tuple(HostId(one) for one in names)
 
 
 def _record(found: Json) -> Json:
