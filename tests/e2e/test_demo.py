@@ -12,7 +12,7 @@ from typing import Final
 import pytest
 
 from demo.roster import guests
-from support.demonstration import Demonstration, host_view, start
+from support.demonstration import REPOSITORY, Demonstration, host_view, start
 from support.lab import until
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -114,3 +114,17 @@ def test_a_signal_half_way_cleans_up(directory: Path, number: signal.Signals) ->
 
     assert status == 128 + number, output
     assert not demonstration.json_file.exists()
+
+
+def test_a_fleet_whose_parts_are_killed_shows_that_each_guest_read_its_own_always() -> None:
+    ran = subprocess.run(
+        (REPOSITORY / "script/demo", "--fleet"),
+        capture_output=True,
+        text=True,
+        timeout=_UP_S,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "a → b" in ran.stdout
+    assert "mail → mail-2 → mail-3" in ran.stdout
+    assert ran.stdout.endswith("Every guest read its own, always.\n")

@@ -79,7 +79,9 @@ def _sign_anew(world: FleetWorld, *guests: Guest) -> None:
     for _ in range(3):
         with world.etcd.entered():
             done = client.request("POST", "/v1/token-keys/rotate")
-        assert (done["applied"], done["pending"]) == (True, []), done
+        assert done["applied"], done
+        # Other tests may have hosts that are away.
+        assert all(one.endswith(": not connected") for one in done["pending"]), done
         tokens += [take_token(guest) for guest in guests]
         assert reads() == {200}
     # Of all hosts the same key signs, and another one after each rotation.
