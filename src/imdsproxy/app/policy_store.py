@@ -123,7 +123,7 @@ class PolicyStore:
         return override
 
     def take_fleet(self, fleet: FleetPolicies) -> FleetChange:
-        """Take over what the fleet says now, in place of what it said before; what the caller has to do about it.
+        """Take over what the fleet says now, in place of all before; what the caller has to do about it.
 
         To be called before the records are published that belong to it. HAProxy gets the keys before its next records,
         and has those of an instance that goes until its record has gone.

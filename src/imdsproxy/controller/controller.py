@@ -201,7 +201,7 @@ class Controller:
         )
 
     def take_fleet(self, fleet: FleetPolicies) -> int:
-        """Put in force what the fleet says of guests now, in place of what it said before; the ticket says when it is.
+        """Put in force what the fleet says of guests now, in place of all before; the ticket says when it is.
 
         The source publishes the records that belong to it afterwards (`PolicyStore.take_fleet`).
         """

@@ -110,7 +110,7 @@ _NONE: Final[InstanceKeys] = MappingProxyType({})
 def instance_key(fleet_key: TokenKey, instance: str) -> TokenKey:
     """The key that signs tokens of one instance of a fleet, on whatever host it is.
 
-    HMAC-SHA256 of the instance's id, by the fleet's key: whoever has it can compute neither that key nor another
+    HMAC-SHA256 of the instance's id, by the fleet's key: a process that has it can compute neither that key nor another
     instance's.
     """
     message = _OF_INSTANCE + instance.encode()

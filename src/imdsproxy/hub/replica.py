@@ -37,7 +37,7 @@ _log = structlog.get_logger()
 
 @dataclass(slots=True)
 class Replica:
-    """The copy, and who is told of its changes.
+    """The copy, and where its changes go.
 
     Args:
         etcd: The store.
