@@ -16,6 +16,7 @@ from support.systemd_daemon import (
     CONTROLLER,
     DOCUMENTS,
     HAPROXY,
+    HUB,
     UNITS,
     USER_DATA,
     UnitDaemon,
@@ -343,3 +344,24 @@ def test_the_end_of_the_controllers_whole_control_group_loses_no_request_and_no_
     if end == "restart":
         # A controller that is killed between writing and taking out leaves both to the next.
         assert len(numbers()) == asked
+
+
+def test_a_hub_runs_as_its_unit_and_comes_back_with_its_haproxy(daemon: UnitDaemon) -> None:
+    machine, url = daemon.machine, "https://127.0.0.1:8469"
+    daemon.configure("hub: {listen: ['127.0.0.1:8469']}\n")
+    words = ("--collect", "--unit=etcd-here", "etcd", "--data-dir=/var/lib/etcd-here")
+    machine.run("systemd-run", *words)
+    try:
+        machine.run("imdsproxy", "fleet", "init", "--name", "hub1", "--address", "127.0.0.1")
+        machine.run("systemctl", "start", HUB)
+        assert "hub1" in machine.run("imdsproxy", "--fleet", url, "fleet", "status")
+        before = machine.main_pid(HUB)
+        # With its HAProxy it ends, and says why; systemd starts both again.
+        machine.run("pkill", "--signal", "KILL", "--full", "imdsproxy-hub/haproxy.cfg")
+        wait_other(daemon, HUB, before)
+        daemon.wait_active(HUB)
+        assert "hub1" in machine.run("imdsproxy", "--fleet", url, "fleet", "status")
+        assert "HAProxy in front of the hub has ended" in machine.journal(HUB)
+    finally:
+        machine.run("systemctl", "stop", HUB, "etcd-here")
+        machine.run("rm", "--recursive", "/etc/imdsproxy/fleet", "/var/lib/etcd-here")

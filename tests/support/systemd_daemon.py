@@ -18,6 +18,7 @@ CONTROLLER: Final = "imdsproxy.service"
 HAPROXY: Final = "imdsproxy-haproxy.service"
 DOCUMENTS: Final = "imdsproxy-documents.service"
 UNITS: Final = (CONTROLLER, HAPROXY, DOCUMENTS)
+HUB: Final = "imdsproxy-hub.service"
 
 USER_DATA: Final = "/latest/user-data"
 
@@ -113,8 +114,9 @@ class UnitDaemon:
             *(["PrivateTmp=no"] if places & {"tmp", "var"} else []),
         ]
         if lines:
-            drop_in = f"/etc/systemd/system/{DOCUMENTS}.d/places.conf"
-            self.machine.write(drop_in, "\n".join(["[Service]", *lines, ""]))
+            for unit in (DOCUMENTS, HUB):
+                drop_in = f"/etc/systemd/system/{unit}.d/places.conf"
+                self.machine.write(drop_in, "\n".join(["[Service]", *lines, ""]))
         self.machine.run(f"{REPOSITORY}/packaging/install")
 
     def raise_limits(self) -> None:
