@@ -318,6 +318,7 @@ def agent_of(
 [DEFAULT]
 interface_driver = openvswitch
 state_path = {place.path}
+graceful_shutdown_timeout = 2
 {own}[AGENT]
 root_helper = env
 report_interval = 5
