@@ -247,7 +247,7 @@ def _show_status(output: Output, shape: Shape) -> None:
     output.facts(facts)
     if shape["suspect"] is not None:
         output.styled(
-            "[dim]hint:[/] nothing is written; if etcd was restored on purpose: imdsproxy fleet accept-restore"
+            "[dim]hint:[/] if etcd was restored on purpose: imdsproxy fleet accept-restore"
         )
 
 

@@ -315,5 +315,5 @@ def path_on_host(*steps: str) -> str:
 
 
 def _spell(suspicion: Suspicion) -> str:
-    alone = " (by this host alone: changes go on)"
-    return suspicion.why if suspicion.refuses else f"{suspicion.why}{alone}"
+    meanwhile = "nothing is written" if suspicion.refuses else "one host says so: changes go on"
+    return f"{suspicion.why} ({meanwhile})"
