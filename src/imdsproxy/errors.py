@@ -458,3 +458,14 @@ class Ignoring:
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> bool:
         return isinstance(error, OSError) and error.errno in self._numbers
+
+
+def first_expected(group: BaseExceptionGroup[BaseException]) -> ImdsproxyError | None:
+    """The failure of tasks that failed together: the first, the reason of the others; `None` if one is not ours."""
+    expected, others = group.split(ImdsproxyError)
+    if expected is None or others is not None:
+        return None
+    first: BaseException = expected
+    while isinstance(first, BaseExceptionGroup):
+        first = first.exceptions[0]
+    return first if isinstance(first, ImdsproxyError) else None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import faulthandler
-import gc
 import signal
 import socket
 import sys
@@ -32,7 +31,7 @@ from imdsproxy.controller.reload import hang_up
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.dataplane.launch import Launcher, read_program
 from imdsproxy.dataplane.layout import Layout
-from imdsproxy.errors import DataplaneError, HostRefused, ImdsproxyError
+from imdsproxy.errors import DataplaneError, HostRefused, first_expected
 from imdsproxy.host.account import owner_of
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import find_directory_holder, hold_directory, limit_log, remove_file
@@ -40,10 +39,10 @@ from imdsproxy.host.log_copies import LogCopies
 from imdsproxy.host.logs import open_logging
 from imdsproxy.host.notify import Heartbeat, ServiceNotifier, is_journal
 from imdsproxy.host.process import (
+    freeze_garbage,
     leave_no_dumps,
     open_process,
     raise_descriptor_limit,
-    release_memory,
 )
 from imdsproxy.host.servers import open_tcp_socket, open_unix_socket
 from imdsproxy.host.socket_file import SocketFiles, open_sole_socket
@@ -181,7 +180,8 @@ async def _live(
         administering = group.create_task(serve(api, admin))
         if health is not None:
             health.reports = metrics
-        _collect_garbage()
+        # Enabled again (`cli.daemon`): guests would wait 70 ms for each look through 1,000 networks.
+        freeze_garbage()
         heartbeat.starting = False
         networks = len(controller.inventory.networks)
         instances = len(controller.inventory.instances)
@@ -229,17 +229,6 @@ async def _settle(controller: Controller) -> None:
         async with asyncio.timeout(_LAST_LOOK_S):
             await controller.counting.refresh()
     await controller.counting.save()
-
-
-def _collect_garbage() -> None:
-    """Records mostly stay, so garbage was not collected until guests are served (`cli.daemon`).
-
-    To look through them again and again takes 70 ms each time at 1,000 networks, and guests wait meanwhile.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.enable()
-    release_memory()
 
 
 async def _load_http(controller: Controller) -> tuple[Metrics, AsgiApp]:
@@ -393,13 +382,9 @@ def run(
         running = run_controller(holder, config, environment, clock, container=container, show=show)
         asyncio.run(running)
     except BaseExceptionGroup as group:
-        expected, others = group.split(ImdsproxyError)
-        if expected is None or others is not None:
+        first = first_expected(group)
+        if first is None:
             raise
-        # The first failure of tasks that failed together is the reason of the others.
-        first: BaseException = expected
-        while isinstance(first, BaseExceptionGroup):
-            first = first.exceptions[0]
         raise first from group
 
 

@@ -34,6 +34,7 @@ from imdsproxy.errors import (
     SourceUnavailable,
 )
 from support.daemon import alive
+from support.etcd_lab import EtcdLab
 from support.fleet_history import Answer, History, Outcome, Write
 from support.fleet_world import FleetHost, FleetWorld, HubProcess, fleet_world
 from support.guest import Guest, Lost
@@ -340,8 +341,13 @@ def _compacted(chaos: Chaos) -> Iterator[None]:
     # A hub that does not follow meanwhile finds that its place is gone.
     with _hub_paused(chaos):
         yield
-        revision = json.loads(etcd.ctl("get", "x", "-w", "json"))["header"]["revision"]
-        etcd.ctl("compact", str(revision))
+        _compact(etcd)
+
+
+def _compact(etcd: EtcdLab) -> None:
+    """Forget all versions but the newest, and give their space back."""
+    revision = json.loads(etcd.ctl("get", "x", "-w", "json"))["header"]["revision"]
+    etcd.ctl("compact", str(revision))
     for member in etcd.members:
         etcd.ctl("defrag", member=member)
 
@@ -355,10 +361,7 @@ def _full(chaos: Chaos) -> Iterator[None]:
             chaos.world.write({f"junk/{number}": value})
     yield
     etcd.ctl("del", "--prefix", "junk/")
-    revision = json.loads(etcd.ctl("get", "x", "-w", "json"))["header"]["revision"]
-    etcd.ctl("compact", str(revision))
-    for member in etcd.members:
-        etcd.ctl("defrag", member=member)
+    _compact(etcd)
     etcd.ctl("alarm", "disarm")
 
 

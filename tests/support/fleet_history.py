@@ -77,12 +77,16 @@ class History:
         found: Counter[str] = Counter()
         for answer in self.answers:
             if answer.status not in {200, 404}:
-                since = max((end for begin, end in self.resets if begin <= answer.ended), default=0)
+                since = self._reset_before(answer)
                 writes = [one for one in self.writes if one.instance == answer.instance]
                 found[f"{answer.instance} on {answer.host}"] += bool(
                     _certain(answer, writes, since)
                 )
         return +found
+
+    def _reset_before(self, answer: Answer) -> float:
+        """When the last reset was over that began before an answer ended; 0 where none did."""
+        return max((end for begin, end in self.resets if begin <= answer.ended), default=0.0)
 
     def violations(self) -> Iterator[str]:
         """Every answer that no guest may get, in words."""
@@ -92,7 +96,7 @@ class History:
         newest: dict[tuple[str, str], tuple[int, float]] = {}
         for answer in sorted(self.answers, key=lambda one: one.begun):
             writes = by_instance.get(answer.instance, [])
-            since = max((end for begin, end in self.resets if begin <= answer.ended), default=0.0)
+            since = self._reset_before(answer)
             where = answer.host, answer.instance
             version, seen = newest.get(where, (0, 0.0))
             floor = version if seen > since else 0

@@ -12,13 +12,13 @@ from dataclasses import asdict
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Final, Self, TypeAlias, TypeVar, Union
 
-from fastapi import Depends
+from fastapi import Depends, Query
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, create_model
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from imdsproxy.admin.answers import LeftOut
-from imdsproxy.core import records
+from imdsproxy.core import matching, records
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
 from imdsproxy.core.observation import Conflict
 from imdsproxy.core.packed import PackedInstances
@@ -191,6 +191,20 @@ async def read_json(request: Request) -> object:
     # Large bodies are decoded in a thread: the loop has guests waiting in the resolver.
     return _decode(raw) if size <= _INLINE else await asyncio.to_thread(_decode, raw)
 
+
+InNetwork: TypeAlias = Annotated[str | None, Query(description="Only those with a port in it.")]
+SearchText: TypeAlias = Annotated[
+    str,
+    Query(
+        max_length=200,
+        description="Words that each must be in an id, name, host name, project, MAC, address or tag, in any case.",
+    ),
+]
+AfterPage: TypeAlias = Annotated[str | None, Query(description="`next` of the page before.")]
+PageSize: TypeAlias = Annotated[
+    int, Query(ge=1, le=matching.MOST, description="The most of a page.")
+]
+"""What lists and searches of instances take, on a host and on a hub."""
 
 JsonBody: TypeAlias = Annotated[object, Depends(read_json)]
 

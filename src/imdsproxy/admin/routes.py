@@ -267,7 +267,7 @@ async def remove_network(network: _Network, controller: _Uses) -> Written:
 @router.get("/instances", responses={200: {"model": list[bodies.InstanceSummary]}})
 async def list_instances(
     controller: _Uses,
-    network: Annotated[str | None, Query(description="Only those with a port in it.")] = None,
+    network: bodies.InNetwork = None,
 ) -> JSONResponse:
     """Every instance, by id, without payloads."""
     chosen = None if network is None else records.find_network(controller.inventory, network)
@@ -278,16 +278,10 @@ async def list_instances(
 @router.get("/search/instances", responses={200: {"model": bodies.InstancePage}})
 async def search_instances(
     controller: _Uses,
-    text: Annotated[
-        str,
-        Query(
-            max_length=200,
-            description="Words that each must be in an id, name, host name, project, MAC, address or tag, in any case.",
-        ),
-    ] = "",
-    network: Annotated[str | None, Query(description="Only those with a port in it.")] = None,
-    after: Annotated[str | None, Query(description="`next` of the page before.")] = None,
-    limit: Annotated[int, Query(ge=1, le=matching.MOST, description="The most of a page.")] = 50,
+    text: bodies.SearchText = "",
+    network: bodies.InNetwork = None,
+    after: bodies.AfterPage = None,
+    limit: bodies.PageSize = 50,
 ) -> JSONResponse:
     """Instances that match, by id, a page at a time, without payloads."""
     inventory = controller.inventory

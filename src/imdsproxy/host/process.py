@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import ctypes
 import errno
+import gc
 import os
 import re
 import resource
@@ -402,6 +403,14 @@ def release_memory() -> None:
     """Give free memory back to the kernel, as far as the C library can (`malloc_trim(3)`, of glibc alone)."""
     if hasattr(_libc, "malloc_trim"):
         _libc.malloc_trim(0)
+
+
+def freeze_garbage() -> None:
+    """Collect garbage, and look for it from now on among what comes later only: what a start has read mostly stays."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+    release_memory()
 
 
 def call_libc(name: str, *arguments: object) -> int:

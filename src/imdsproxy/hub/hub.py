@@ -19,12 +19,17 @@ from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.layout import HostId
 from imdsproxy.core.fleet.members import admits_host, host_key, parse_host
 from imdsproxy.dataplane.launch import read_program
-from imdsproxy.errors import ImdsproxyError, RuntimeUnavailable, SourceUnavailable
+from imdsproxy.errors import (
+    ImdsproxyError,
+    RuntimeUnavailable,
+    SourceUnavailable,
+    first_expected,
+)
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import ensure_directory, read_secret
 from imdsproxy.host.logs import open_logging
 from imdsproxy.host.notify import ServiceNotifier, is_journal
-from imdsproxy.host.process import leave_no_dumps, raise_descriptor_limit, release_memory
+from imdsproxy.host.process import freeze_garbage, leave_no_dumps, raise_descriptor_limit
 from imdsproxy.host.servers import open_unix_socket
 from imdsproxy.hub.api import build_api
 from imdsproxy.hub.authority import Authority
@@ -179,7 +184,8 @@ async def run_hub(
         tasks = [group.create_task(replica.run(), name="etcd")]
         gc.disable()
         await _first_read(hub, ended)
-        _collect_garbage()
+        # Hosts would wait half a second for a look through 300,000 instances.
+        freeze_garbage()
         if not ended.is_set():
             tasks += [
                 group.create_task(replica.beat(), name="beat"),
@@ -228,14 +234,6 @@ async def _first_read(hub: Hub, ended: asyncio.Event) -> None:
             one.cancel()
 
 
-def _collect_garbage() -> None:
-    """What etcd has mostly stays: to look through 300,000 instances takes half a second, and hosts wait meanwhile."""
-    gc.collect()
-    gc.freeze()
-    gc.enable()
-    release_memory()
-
-
 async def _watch_front(front: Front, ended: asyncio.Event) -> None:
     why = await front.wait()
     if not ended.is_set():
@@ -271,10 +269,7 @@ def run(settings: Settings, environment: Mapping[str, str]) -> None:
     try:
         asyncio.run(run_hub(settings, settings.haproxy.binary, environment, clock))
     except BaseExceptionGroup as group:
-        expected, others = group.split(ImdsproxyError)
-        if expected is None or others is not None:
+        first = first_expected(group)
+        if first is None:
             raise
-        first: BaseException = expected
-        while isinstance(first, BaseExceptionGroup):
-            first = first.exceptions[0]
         raise first from group

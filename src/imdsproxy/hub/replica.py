@@ -147,10 +147,13 @@ class Replica:
         for change in folded:
             if change.key == layout.BEAT:
                 self._beat_seen = self.heard
-            if (lost := self.state.lost.get(change.key)) is not None:
-                self.suspect(HostId(self.name), f"{change.key} is {lost}", 0)
-            elif (why := self.state.problems.get(change.key)) is not None:
+            why = self.state.problems.get(change.key)
+            if why is not None and change.key not in self.state.lost:
                 _log.warning("value not taken", key=change.key, reason=why)
+        # The first, however many keys there are: each would be a read of etcd.
+        lost = next((one.key for one in folded if one.key in self.state.lost), None)
+        if lost is not None:
+            self.suspect(HostId(self.name), f"{lost} is {self.state.lost[lost]}", 0)
         self.streams.deliver(touched)
         of_hosts = (one.key for one in folded if one.key.startswith(layout.HOSTS))
         self.streams.review(HostId(key.removeprefix(layout.HOSTS)) for key in of_hosts)

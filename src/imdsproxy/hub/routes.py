@@ -133,7 +133,7 @@ async def remove_network(
 async def list_instances(
     operations: Uses,
     caller: Reader,
-    network: Annotated[str | None, Query(description="Only those with a port in it.")] = None,
+    network: bodies.InNetwork = None,
 ) -> JSONResponse:
     """Every instance, by id, without payloads."""
     views, reported = caller.views(operations), await operations.in_force.report_all()
@@ -150,16 +150,10 @@ async def list_instances(
 async def search_instances(  # noqa: PLR0917 - FastAPI passes them by name
     operations: Uses,
     caller: Reader,
-    text: Annotated[
-        str,
-        Query(
-            max_length=200,
-            description="Words that each must be in an id, name, host name, project, MAC, address or tag, in any case.",
-        ),
-    ] = "",
-    network: Annotated[str | None, Query(description="Only those with a port in it.")] = None,
-    after: Annotated[str | None, Query(description="`next` of the page before.")] = None,
-    limit: Annotated[int, Query(ge=1, le=matching.MOST, description="The most of a page.")] = 50,
+    text: bodies.SearchText = "",
+    network: bodies.InNetwork = None,
+    after: bodies.AfterPage = None,
+    limit: bodies.PageSize = 50,
 ) -> JSONResponse:
     """Instances that match, by id, a page at a time, without payloads."""
     views, reported = caller.views(operations), await operations.in_force.report_all()
