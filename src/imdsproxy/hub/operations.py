@@ -274,9 +274,10 @@ class Operations:
             HostAnswered: It answered with an error.
             SourceUnavailable: It is not connected, or does not answer.
         """
-        answer = await self.ask_here(host, f"{path}?{urlencode(query)}" if query else path)
+        target = f"{path}?{urlencode(query)}" if query else path
+        answer = await self.ask_here(host, target)
         if answer is None:
-            asked = {"host": host, "path": f"{path}?{urlencode(query)}" if query else path}
+            asked = {"host": host, "path": target}
             found = await self.peers.ask_all(ASK_PATH, asked, _ASK_S)
             answer = next((one for one in found.values() if one.get("status")), None)
         if answer is None:
