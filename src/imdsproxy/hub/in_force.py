@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from imdsproxy.core.fleet.layout import HostId
 from imdsproxy.core.fleet.stream import ItemKey
@@ -25,6 +25,10 @@ _NETWORK_S: Final = 2.0
 NOT_CONNECTED: Final = "not connected"
 _COMING: Final = frozenset((NOT_CONNECTED, "not received", "not sent yet", "not acknowledged yet"))
 """What may pass by itself; the rest are failures on a host, in its words."""
+
+Reported: TypeAlias = Mapping[HostId, Mapping[str, Any]]
+"""By host what it has acknowledged, what failed there, and the name of its hub; those that are connected to none are
+missing."""
 
 
 @dataclass(slots=True)
@@ -119,12 +123,17 @@ class InForce:
             for host, one in self.streams.hosts.items()
         }
 
-    async def report_all(self) -> Mapping[HostId, Mapping[str, Any]]:
+    async def report_all(self) -> Reported:
         """The same of all hubs; each with the name of its hub."""
+        return (await self.ask_hubs())[0]
+
+    async def ask_hubs(self) -> tuple[Reported, Collection[str]]:
+        """As `report_all`, and which of the other hubs answered."""
+        answers = await self.peers.ask_all(APPLIED_PATH, {}, _NETWORK_S)
         found = {host: {**one, "hub": self.peers.name} for host, one in self.report().items()}
-        for name, answer in (await self.peers.ask_all(APPLIED_PATH, {}, _NETWORK_S)).items():
+        for name, answer in answers.items():
             for host, one in answer.items():
                 known = found.get(HostId(host))
                 if known is None or one["acknowledged"] > known["acknowledged"]:
                     found[HostId(host)] = {**one, "hub": name}
-        return found
+        return found, answers.keys()

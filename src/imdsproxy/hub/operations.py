@@ -20,7 +20,7 @@ from imdsproxy.host.clock import Clock
 from imdsproxy.hub.etcd import Etcd, MemberSilent
 from imdsproxy.hub.etcd_messages import MemberStatus, prefix_end
 from imdsproxy.hub.imports import Import
-from imdsproxy.hub.in_force import APPLIED_PATH, NOT_CONNECTED, InForce
+from imdsproxy.hub.in_force import NOT_CONNECTED, InForce, Reported
 from imdsproxy.hub.peers import Peers
 from imdsproxy.hub.state import FleetState
 from imdsproxy.hub.streams import Streams
@@ -164,15 +164,6 @@ class Operations:
         """What waits for acknowledgements."""
         return InForce(self.streams, self.peers)
 
-    def enrolled(self) -> list[HostId]:
-        """Every host that may connect."""
-        found = []
-        for key in self.state.keys(layout.HOSTS):
-            value = self.state.value(key)
-            if value is not None and parse_host(value[0]).state is HostState.ENROLLED:
-                found.append(HostId(key.removeprefix(layout.HOSTS)))
-        return sorted(found)
-
     async def confirm(
         self, done: Done, items: Collection[ItemKey] | None, **counts: int
     ) -> FleetWritten:
@@ -211,7 +202,10 @@ class Operations:
 
     async def report_hosts(self) -> list[FleetHost]:
         """Every host, by name."""
-        reported, found = await self.in_force.report_all(), []
+        return self._hosts(await self.in_force.report_all())
+
+    def _hosts(self, reported: Reported) -> list[FleetHost]:
+        found = []
         for key in sorted(self.state.keys(layout.HOSTS)):
             host, value = HostId(key.removeprefix(layout.HOSTS)), self.state.value(key)
             if value is not None:
@@ -230,11 +224,12 @@ class Operations:
 
     async def report(self) -> FleetStatus:
         """The fleet at one moment."""
-        state, hosts = self.state, await self.report_hosts()
-        enrolled = [one for one in hosts if one.state == HostState.ENROLLED]
+        (reported, answering), imports, members = await asyncio.gather(
+            self.in_force.ask_hubs(), self._imports(), self.etcd.status()
+        )
+        state = self.state
+        enrolled = [one for one in self._hosts(reported) if one.state == HostState.ENROLLED]
         suspect, urls = state.value(layout.SUSPECT), self.peers.urls()
-        answering = await self.peers.ask_all(APPLIED_PATH, {}, _ASK_S, {"hosts": []})
-        imports, members = await asyncio.gather(self._imports(), self.etcd.status())
         return FleetStatus(
             fleet=state.meta.fleet,
             incarnation=state.meta.incarnation,
@@ -247,8 +242,8 @@ class Operations:
                     for name, url in sorted(urls.items())
                 ),
             ],
-            networks=sum(1 for _ in state.keys(layout.NETWORKS)),
-            instances=sum(1 for _ in state.keys(layout.INSTANCES)),
+            networks=state.count_records(layout.NETWORKS),
+            instances=state.count_records(layout.INSTANCES),
             hosts=len(enrolled),
             connected=sum(1 for one in enrolled if one.hub is not None),
             behind=[one.host for one in enrolled if one.failed],

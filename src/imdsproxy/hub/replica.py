@@ -31,6 +31,7 @@ LEASE_S: Final = 15
 COMPARE_S: Final = 600.0
 _AGAIN_S: Final = 1.0
 _WITNESSES: Final = 2
+_LEAVE_S: Final = 2.0
 
 _log = structlog.get_logger()
 
@@ -191,9 +192,11 @@ class Replica:
         if found.kvs:
             before, at = layout.parse_suspicion(found.kvs[0].value), found.kvs[0].mod_revision
         hosts = tuple(dict.fromkeys((*before.hosts, host)))
-        # A single host that is captured must not keep operators from writing.
-        enrolled = sum(1 for _ in self.state.keys(layout.HOSTS))
-        enough = host == self.name or len(hosts) >= min(_WITNESSES, enrolled)
+        # A single host that is captured must not keep operators from writing. One that was revoked has no say, and
+        # none that has not joined could agree with it.
+        enrolled = self.state.enrolled()
+        agree = len(set(hosts).intersection(enrolled))
+        enough = host == self.name or agree >= min(_WITNESSES, max(1, len(enrolled)))
         now = Suspicion(before.why, hosts, refuses=before.refuses or enough)
         if now == before:
             return True
@@ -203,23 +206,36 @@ class Replica:
         return isinstance(done, Committed)
 
     async def beat(self) -> None:
-        """Write the beat where no other hub does, and where this hub is; until cancelled."""
+        """Write the beat where no other hub does, and where this hub is; until cancelled: then it is there no more."""
         lease = 0
         await self.complete.wait()
-        while True:
-            try:
-                if not lease or not await self.etcd.keep_alive(lease):
-                    lease, granted = 0, await self.etcd.grant(LEASE_S)
-                    where = layout.encode({"url": self.url})
-                    await self.etcd.commit([], {layout.HUBS + self.name: where}, lease=granted)
-                    # Only now: a lease without the key would be kept alive for ever.
-                    lease = granted
-                if self.clock.monotonic() - self._beat_seen > BEAT_S:
-                    await self._beat_once()
-            except EtcdUnavailable as error:
-                # `run` reports it: the watch is silent then.
-                _log.debug("beat not written", reason=error.message)
-            await asyncio.sleep(BEAT_S * self.random.uniform(0.5, 1.0))
+        try:
+            while True:
+                try:
+                    if not lease or not await self.etcd.keep_alive(lease):
+                        lease, granted = 0, await self.etcd.grant(LEASE_S)
+                        where = layout.encode({"url": self.url})
+                        await self.etcd.commit([], {layout.HUBS + self.name: where}, lease=granted)
+                        # Only now: a lease without the key would be kept alive for ever.
+                        lease = granted
+                    if self.clock.monotonic() - self._beat_seen > BEAT_S:
+                        await self._beat_once()
+                except EtcdUnavailable as error:
+                    # `run` reports it: the watch is silent then.
+                    _log.debug("beat not written", reason=error.message)
+                await asyncio.sleep(BEAT_S * self.random.uniform(0.5, 1.0))
+        finally:
+            if lease:
+                await self._leave(lease)
+
+    async def _leave(self, lease: int) -> None:
+        """Have other hubs ask this one no more."""
+        try:
+            async with asyncio.timeout(_LEAVE_S):
+                await self.etcd.revoke(lease)
+        except (EtcdUnavailable, TimeoutError) as error:
+            # It ends by itself, after `LEASE_S`.
+            _log.info("lease not ended", reason=str(error))
 
     async def _beat_once(self) -> None:
         found = self.state.value(layout.BEAT)

@@ -63,7 +63,9 @@ async def list_hosts(operations: Uses, caller: Reader) -> list[FleetHost]:
 @fleet.post("/wait")
 async def wait(body: WaitBody, operations: Uses, _: Reader) -> FleetWritten:
     """Return once a revision is in force on these hosts, or say where it is not."""
-    hosts = operations.enrolled() if body.hosts is None else [HostId(one) for one in body.hosts]
+    hosts = (
+        operations.state.enrolled() if body.hosts is None else [HostId(one) for one in body.hosts]
+    )
     pending = await operations.in_force.wait(hosts, body.revision, timeout_s=body.timeout_s)
     return operations.written(hosts, body.revision, pending)
 
@@ -73,7 +75,7 @@ async def accept_restore(operations: Uses, caller: Reader) -> FleetWritten:
     """Take what etcd has as the truth, after it was restored from a backup: hosts let go of what it lacks."""
     caller.require(Role.OPERATOR, all_projects=True)
     revision = await operations.writes.accept_restore()
-    hosts = operations.enrolled()
+    hosts = operations.state.enrolled()
     pending = await operations.in_force.wait(hosts, revision)
     return operations.written(hosts, revision, pending)
 

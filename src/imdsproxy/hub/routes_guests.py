@@ -227,7 +227,9 @@ async def _put_policy(
     done = await operations.writes.put_policy(_checked(place), change, terms)
     item = f"policy/{place}"
     hosts = (
-        frozenset(operations.enrolled()) if place == "fleet" else operations.state.hosts_with(item)
+        frozenset(operations.state.enrolled())
+        if place == "fleet"
+        else operations.state.hosts_with(item)
     )
     if place.startswith("host/"):
         hosts = frozenset([HostId(place.removeprefix("host/"))])

@@ -13,7 +13,7 @@ from typing import Any, Final, TypeAlias
 
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.layout import HostId, Json, Meta, Unreadable
-from imdsproxy.core.fleet.members import parse_host
+from imdsproxy.core.fleet.members import HostState, parse_host
 from imdsproxy.core.fleet.stream import Batch, Bye, ByeCode, Hello, ItemKey
 from imdsproxy.core.model import InstanceId
 
@@ -85,6 +85,7 @@ class FleetState:
     Attributes:
         problems: By key, values that another program wrote: what was before counts.
         lost: By key, those that were deleted, or are older than before, as after a restore: what was before counts.
+        removed: Keys of records that were removed; they stay in etcd for a while, so that hosts learn of it.
     """
 
     keys_of: InstanceKeys = lambda _: None
@@ -92,6 +93,7 @@ class FleetState:
     meta: Meta = field(default_factory=lambda: Meta(""))
     problems: dict[str, str] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
+    removed: set[str] = field(default_factory=set)
     _entries: dict[str, dict[str, _Entry]] = field(default_factory=dict)
     _placements: dict[InstanceId, _Placement] = field(default_factory=dict)
     _placed: dict[HostId, set[InstanceId]] = field(default_factory=dict)
@@ -104,6 +106,7 @@ class FleetState:
         for each in (
             self.problems,
             self.lost,
+            self.removed,
             self._entries,
             self._placements,
             self._placed,
@@ -130,6 +133,7 @@ class FleetState:
         if change.value is None:
             if before is None or _may_go(key, before.value):
                 entries.pop(key, None)
+                self.removed.discard(key)
             else:
                 self.lost[key] = f"deleted at revision {change.mod_revision} by another program"
             return
@@ -147,6 +151,10 @@ class FleetState:
         self.problems.pop(key, None)
         self.lost.pop(key, None)
         entries[key] = _Entry(change.value, change.mod_revision)
+        if key.startswith(_SWEPT) and layout.removal_time(change.value) is not None:
+            self.removed.add(key)
+        else:
+            self.removed.discard(key)
 
     def _kin(self, key: str) -> dict[str, _Entry]:
         """The entries of a key's kind."""
@@ -362,6 +370,20 @@ class FleetState:
             if kind.startswith(prefix) or prefix.startswith(kind)
         )
         return (key for kin in kinds for key in kin if key.startswith(prefix))
+
+    def count_records(self, prefix: str) -> int:
+        """How many records there are, `layout.INSTANCES` or another kind; those that were removed do not count."""
+        removed = sum(1 for key in self.removed if key.startswith(prefix))
+        return len(self._kin(prefix)) - removed
+
+    def enrolled(self) -> list[HostId]:
+        """Every host that may connect, in order."""
+        found = (
+            key.removeprefix(layout.HOSTS)
+            for key, entry in self._kin(layout.HOSTS).items()
+            if parse_host(entry.value).state is HostState.ENROLLED
+        )
+        return sorted(map(HostId, found))
 
     def hosts_of(self, instance: InstanceId) -> tuple[HostId, ...]:
         """Where an instance is placed."""

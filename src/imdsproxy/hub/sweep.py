@@ -23,7 +23,6 @@ UNUSED_S: Final = 3600.0
 REMOVED_S: Final = 30 * 86_400.0
 _EVERY_S: Final = 600.0
 _AT_ONCE: Final = 1000
-_RECORDS: Final = (layout.INSTANCES, layout.NETWORKS)
 
 _log = structlog.get_logger()
 
@@ -85,8 +84,7 @@ class Sweep:
     async def forget_removals(self) -> None:
         """Delete the keys of records that were removed long ago."""
         now = self.clock.now().timestamp()
-        keys = [key for prefix in _RECORDS for key in self.state.keys(prefix)]
-        for number, key in enumerate(keys):
+        for number, key in enumerate(sorted(self.state.removed)):
             if number % _AT_ONCE == 0:
                 await asyncio.sleep(0)
             found = self.state.value(key)

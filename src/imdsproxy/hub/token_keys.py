@@ -219,6 +219,6 @@ async def _change(
         return Transaction(compares, {PLACE: seal_keys(after, writes.envelope)})
 
     done = await writes.write(plan)
-    hosts, state = operations.enrolled(), operations.state
+    hosts, state = operations.state.enrolled(), operations.state
     items = {f"keys/{one}" for host in hosts for one in state.instances_on(host)}
     return after, await operations.in_force.wait(hosts, done.revision, items)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Final, TypeAlias
+from typing import Final
 
 from imdsproxy.admin.answers import LeftOut
 from imdsproxy.core.fleet import layout
@@ -13,7 +13,7 @@ from imdsproxy.core.matching import matcher
 from imdsproxy.core.model import Instance, InstanceId, NetworkId
 from imdsproxy.core.records import render_record
 from imdsproxy.errors import RequestRefused, SourceCorrupt
-from imdsproxy.hub.in_force import NOT_CONNECTED
+from imdsproxy.hub.in_force import NOT_CONNECTED, Reported
 from imdsproxy.hub.plan_writes import (
     in_scope,
     no_such,
@@ -25,9 +25,6 @@ from imdsproxy.hub.state import FleetState
 
 _SHOWN: Final = 5
 _SOURCE: Final = "fleet"
-
-Reported: TypeAlias = "Mapping[HostId, Mapping[str, Any]]"
-"""As `InForce.report_all`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,16 +1,19 @@
 """What a hub reports of the members of etcd."""
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import cast
 
+from imdsproxy.core.fleet import layout
+from imdsproxy.core.fleet.members import HostState, StoredHost, render_host
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.etcd_messages import Header, MemberStatus
 from imdsproxy.hub.operations import Operations, _member
 from imdsproxy.hub.peers import Peers
-from imdsproxy.hub.state import FleetState
+from imdsproxy.hub.state import Change, FleetState
 from imdsproxy.hub.streams import Streams
 from imdsproxy.hub.writes import Writes
-from support.fake_etcd import answer, client_of
+from support.fake_etcd import answer, client_of, header
 
 STATUS = MemberStatus(
     "https://a:2378",
@@ -50,3 +53,39 @@ async def test_a_hub_reports_the_fleet_while_no_member_answers() -> None:
         {"url": members[0].url, "problems": ["does not answer: etcdserver: stopped"]}
     ]
     assert report.imports == []
+
+
+@dataclass
+class _Asked(Peers):
+    """Another hub, which has host `b`, and one that does not answer."""
+
+    asked: list[str] = field(default_factory=list)
+
+    def urls(self) -> dict[str, str]:
+        return {"hub-2": "https://hub2", "hub-3": "https://hub3"}
+
+    async def ask(
+        self,
+        url: str,
+        path: str,
+        query: Mapping[str, str],
+        timeout_s: float,
+        body: object = None,
+    ) -> object:
+        del query, timeout_s, body
+        self.asked.append(f"{url}{path}")
+        return {"b": {"acknowledged": 4, "failed": {}}} if url == "https://hub2" else None
+
+
+async def test_a_hub_asks_each_other_one_once_for_the_state_of_the_fleet() -> None:
+    value = render_host(StoredHost(HostState.ENROLLED, ("1",)))
+    hosts = [Change(f"{layout.HOSTS}{name}", value, 1) for name in "ab"]
+    async with client_of(lambda *_: answer({**header(5), "kvs": []})) as (etcd, _):
+        state, clock = FleetState(), Clock()
+        state.apply(1, hosts)
+        streams, peers = Streams(state, clock, lambda *_: True), _Asked(state, "hub-1", clock)
+        unused = cast("Writes", None)
+        report = await Operations(etcd, state, streams, unused, peers, clock).report()
+    assert peers.asked == ["https://hub2/fleet/applied", "https://hub3/fleet/applied"]
+    assert [one["answers"] for one in report.hubs] == [True, True, False]
+    assert (report.hosts, report.connected, report.absent) == (2, 1, ["a"])

@@ -7,7 +7,7 @@ import pytest
 
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.layout import HostId
-from imdsproxy.core.fleet.members import HostState, StoredHost, render_host
+from imdsproxy.core.fleet.members import HostState, StoredHost, host_key, render_host
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub import replica as module
 from imdsproxy.hub.replica import Replica
@@ -92,12 +92,46 @@ async def test_writes_are_refused_when_a_hub_or_two_hosts_notice_a_restore(
     assert found is refuses
 
 
-async def test_a_fleet_of_one_host_is_doubted_by_that_one() -> None:
+@pytest.mark.parametrize(
+    ("invited", "revoked", "noticed", "refuses"),
+    [
+        ("", "", "a", True),
+        # Those that cannot connect could never agree with it,
+        ("b", "c", "a", True),
+        # and their word is no reason to stop.
+        ("b", "c", "c", False),
+        ("", "cd", "cd", False),
+    ],
+)
+async def test_the_only_enrolled_host_of_a_fleet_is_believed_and_those_that_are_not_enrolled_are_not(
+    invited: str, revoked: str, noticed: str, *, refuses: bool
+) -> None:
     store, clock = _Store(), Clock()
+    hosts = dict.fromkeys(invited, StoredHost(HostState.INVITED))
+    hosts |= dict.fromkeys(revoked, StoredHost(HostState.REVOKED))
     async with client_of(store.handle) as (etcd, _):
         state = FleetState()
         state.apply(1, [Change(f"{layout.HOSTS}a", _HOST, 1)])
+        state.apply(1, [Change(host_key(HostId(k)), render_host(v), 1) for k, v in hosts.items()])
         streams = Streams(state, clock, lambda *_: True)
         replica = Replica(etcd, state, streams, "hub-1", "https://hub", clock, Random(1))  # noqa: S311
-        assert await replica._note(HostId("a"), "why", 0)
-    assert layout.parse_suspicion(store.value).refuses
+        for host in noticed:
+            assert await replica._note(HostId(host), "why", 0)
+    assert layout.parse_suspicion(store.value).refuses is refuses
+
+
+async def test_a_hub_that_ends_takes_back_where_it_is() -> None:
+    asked: list[tuple[str, Json]] = []
+
+    def handle(path: str, body: Json) -> Answer:
+        asked.append((path.rpartition("/")[2], body))
+        return answer({**header(5), "ID": "7", "succeeded": True})
+
+    async with client_of(handle) as (etcd, _):
+        state, clock = FleetState(), Clock()
+        streams = Streams(state, clock, lambda *_: True)
+        replica = Replica(etcd, state, streams, "hub-1", "https://hub", clock, Random(1))  # noqa: S311
+        replica.complete.set()
+        async with background(replica.beat()):
+            await until(lambda: sum(path == "txn" for path, _ in asked) > 1)
+    assert asked[-1] == ("revoke", {"ID": "7"})

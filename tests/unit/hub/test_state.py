@@ -46,6 +46,21 @@ def fleet(*changes: Change, incarnation: int = 1) -> FleetState:
     return state
 
 
+def test_records_that_were_removed_are_not_counted() -> None:
+    gone = StoredInstance((), {}, removed_at=7)
+    key, network_key = layout.instance_key(WEB), layout.network_key(NetworkId("blue"))
+    state = fleet(network("blue", 2), instance("web", 3, A), instance("db", 4, B))
+    state.apply(5, [Change(key, layout.render_instance(gone), 5)])
+    no_network = layout.render_network(StoredNetwork({}, removed_at=7))
+    state.apply(6, [Change(network_key, no_network, 6)])
+    assert [state.count_records(one) for one in (layout.INSTANCES, layout.NETWORKS)] == [1, 0]
+    assert state.removed == {key, network_key}
+    # It is added again, and the other removal is forgotten.
+    state.apply(8, [instance("web", 7, A), Change(network_key, None, 8)])
+    assert [state.count_records(one) for one in (layout.INSTANCES, layout.NETWORKS)] == [2, 0]
+    assert state.removed == set()
+
+
 def everything_of(state: FleetState, host: HostId) -> dict[ItemKey, tuple[int, Json]]:
     found = state.compare(host, Hello())
     assert isinstance(found, Difference)
