@@ -125,7 +125,7 @@ class FleetWorld:
 
     Args:
         hubs_wanted: How many hubs.
-        host_settings: Laid over those of each host.
+        host_settings: Laid over those of each host; `log` over those of hubs too.
     """
 
     hubs_wanted: int = 2
@@ -181,7 +181,7 @@ class FleetWorld:
                 "listen": [f"{address}:{PORT}"],
                 "etcd": etcd,
             },
-            "log": {"format": "json"},
+            "log": {"format": "json", **self.host_settings.get("log", {})},
         }
         hub.config.write_text(yaml.safe_dump(settings))
         self.hubs.append(hub)
