@@ -18,7 +18,8 @@ from typing import Any, Final
 import yaml
 
 from imdsproxy.admin.api import admin_app
-from imdsproxy.admin.metrics import METRICS, NETWORK_SUM
+from imdsproxy.admin.exposition import Exposed
+from imdsproxy.admin.metrics import NETWORK_SUM, Metrics
 from imdsproxy.app.namespace_proxy.command import run_parser
 from imdsproxy.cli.main import SHELLS, build_program, iterate_commands, render_completion
 from imdsproxy.config.describe import Setting, iterate_settings
@@ -29,6 +30,7 @@ from imdsproxy.config.strict_yaml import render_value
 from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.core.records.json_schema import schema_of_records
 from imdsproxy.errors import KINDS, ImdsproxyError
+from imdsproxy.hub.metrics import HubMetrics
 
 _TEXTS: Final[Mapping[str, Any]] = tomllib.loads(
     Path(__file__).with_name("docgen_texts.toml").read_text("utf-8")
@@ -113,18 +115,24 @@ def _parameters(command: Any) -> list[tuple[str, str]]:  # noqa: ANN401 - typer 
 
 def render_metrics_page() -> str:
     """docs/reference/metrics.md."""
-    rows = [
+    introduction = _TEXTS["metrics"].format(network_sum=NETWORK_SUM)
+    lines = [*_head("Metrics", introduction), "", *_metrics_table(Metrics)]
+    return _page(
+        [*lines, "", "## Of a hub", "", _TEXTS["hub_metrics"], "", *_metrics_table(HubMetrics)]
+    )
+
+
+def _metrics_table(of: type[Exposed]) -> list[str]:
+    rows = (
         (
             f"`{metric.exposed}`",
             metric.kind,
             ", ".join(f"`{label}`" for label in metric.labels) or "-",
             metric.help,
         )
-        for metric in METRICS
-    ]
-    table = _table(("metric", "type", "labels", "meaning"), rows)
-    introduction = _TEXTS["metrics"].format(network_sum=NETWORK_SUM)
-    return _page([*_head("Metrics", introduction), "", *table])
+        for metric in of.metrics
+    )
+    return _table(("metric", "type", "labels", "meaning"), rows)
 
 
 def render_alerts_page() -> str:

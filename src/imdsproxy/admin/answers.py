@@ -44,3 +44,17 @@ class Written:
     applied: bool = True
     pending: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """Whether guests get what the sources say; of a hub, whether hosts get what etcd has.
+
+    Attributes:
+        reasons: Why not, a line each.
+        degraded: Networks that are configured and not served, then what is wrong and no guest notices; a line each.
+    """
+
+    ready: bool
+    reasons: tuple[str, ...] = ()
+    degraded: tuple[str, ...] = ()

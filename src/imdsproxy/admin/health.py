@@ -1,8 +1,8 @@
 """`/livez`, `/readyz` and `/metrics`, on an address of the host that no guest reaches.
 
-Three questions, three answers: is the controller's loop alive; do guests get what the sources say;
+Three questions, three answers: is the loop of the process alive; do guests get what the sources say;
 and how much of everything. Read-only, without authentication: nothing here is about a guest's
-documents. A thread answers: it does so from the beginning of a start, and when the controller's loop is stuck.
+documents. A thread answers: it does so from the beginning of a start, and when that loop is stuck.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from imdsproxy.core.wire import RETRY_AFTER_S
 if TYPE_CHECKING:
     import socket
 
-    from imdsproxy.admin.metrics import Metrics
+    from imdsproxy.admin.exposition import Exposed
 
 _ROUTES: Final = ("/livez", "/readyz", "/metrics")
 _END: Final = b"\r\n\r\n"
@@ -37,16 +37,19 @@ class HealthServer:
 
     Args:
         listener: A listening TCP socket; closed at the end.
-        alive: Whether the controller's loop makes progress; called in the thread.
+        alive: Whether the process's loop makes progress; called in the thread.
+        who: The process, in words.
 
     Attributes:
-        reports: What the controller's loop is asked for; unset while it starts.
+        reports: What the process's loop is asked for; unset while it starts.
     """
 
-    def __init__(self, listener: socket.socket, *, alive: Callable[[], bool]) -> None:
-        self.reports: Metrics | None = None
-        self._listener, self._alive = listener, alive
-        self._controller, self._own = asyncio.get_running_loop(), asyncio.new_event_loop()
+    def __init__(
+        self, listener: socket.socket, *, alive: Callable[[], bool], who: str = "the controller"
+    ) -> None:
+        self.reports: Exposed | None = None
+        self._listener, self._alive, self._who = listener, alive, who
+        self._asked, self._own = asyncio.get_running_loop(), asyncio.new_event_loop()
         self._over = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="health", daemon=True)
 
@@ -99,19 +102,19 @@ class HealthServer:
             alive = self._alive()
             status = HTTPStatus.OK if alive else HTTPStatus.SERVICE_UNAVAILABLE
             return _reply(status, {"alive": alive})
-        reason = "the controller is starting"
+        reason = f"{self._who} is starting"
         if self.reports is not None:
             accept = _ACCEPT.search(head)
             report = self._report(self.reports, path, "" if accept is None else accept[1].strip())
-            waiting = asyncio.run_coroutine_threadsafe(report, self._controller)
+            waiting = asyncio.run_coroutine_threadsafe(report, self._asked)
             with suppress(TimeoutError):
                 async with asyncio.timeout(_REPORT_S):
                     return await asyncio.wrap_future(waiting)
-            reason = "the controller's event loop does not answer"
+            reason = f"{self._who}'s event loop does not answer"
         return _readiness(reason)
 
-    async def _report(self, reports: Metrics, path: str, accept: str) -> bytes:
-        """Runs in the controller's loop."""
+    async def _report(self, reports: Exposed, path: str, accept: str) -> bytes:
+        """Runs in the loop that is asked."""
         if path == "/metrics":
             content_type, text = reports.expose(accept)
             return _reply(HTTPStatus.OK, text, content_type)

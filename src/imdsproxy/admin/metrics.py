@@ -1,26 +1,22 @@
 """What the controller counts for Prometheus.
 
-Every metric is a method of `Metrics`: its name, its help (the docstring), its kind and labels (the return type), and
-where its value comes from. No label has values that guests or operators choose freely, except `network`, whose number
-of series is bounded (see `NETWORK_SUM`). HAProxy's own exporter has connections, queues and bytes.
+Every metric is a method of `Metrics` (`admin.exposition`). No label has values that guests or operators choose freely,
+except `network`, whose number of series is bounded (see `NETWORK_SUM`). HAProxy's own exporter has connections,
+queues and bytes.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from shutil import disk_usage
-from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar, get_args, get_type_hints
-
-from prometheus_client import metrics_core
-from prometheus_client.exposition import choose_encoder
-from prometheus_client.process_collector import ProcessCollector
-from prometheus_client.registry import Collector, CollectorRegistry
+from typing import Annotated, Final, Literal, TypeAlias, TypeVar, get_args
 
 from imdsproxy import __version__
 from imdsproxy.admin import status
+from imdsproxy.admin.answers import Readiness
+from imdsproxy.admin.exposition import By, Count, Exposed, Gauge, Times
 from imdsproxy.controller.controller import Controller
 from imdsproxy.core.haproxy.frontends import AGENTS
 from imdsproxy.core.haproxy.runtime import WorkerTotals, parse_count
@@ -43,76 +39,19 @@ TRAFFIC_COLUMNS: Final = frozenset({"pxname", "svname", "type", *_COUNTED})
 _GUESTS: Final = ("guests", "unverified")
 _LISTENER: Final = "3"
 
-_Kind: TypeAlias = Literal["gauge", "counter", "histogram"]
 _TrafficKey: TypeAlias = tuple[str, str, str]
-_SUFFIXES: Final[Mapping[_Kind, tuple[str, ...]]] = {
-    "gauge": ("",),
-    "counter": ("_total",),
-    "histogram": ("_bucket", "_count", "_sum"),
-}
-
-# The kinds of metrics; `None` is no series.
-Gauge: TypeAlias = Annotated[float | None, "gauge"]
-Count: TypeAlias = Annotated[float | None, "counter"]
-Times: TypeAlias = Annotated[Durations | None, "histogram"]
-By: TypeAlias = Mapping[str, float] | Mapping[tuple[str, str], float] | None
-"""Values by their label, or by two."""
-
 _Figure = TypeVar("_Figure")
 _NO_QUERIES: Final = dict.fromkeys(get_args(QueryResult), 0)
 _NO_LOOK_UPS: Final = dict.fromkeys(get_args(LookUpResult), 0)
 
 
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """One metric family.
-
-    Attributes:
-        name: As exposed, but for the suffixes that follow from `kind`.
-    """
-
-    name: str
-    kind: _Kind
-    help: str
-    labels: tuple[str, ...]
-    read: Callable[[Metrics], Any]
-
-    @property
-    def exposed(self) -> str:
-        """The name that a query uses."""
-        return ", ".join(self.name + suffix for suffix in _SUFFIXES[self.kind])
-
-    def collect(self, now: Metrics) -> metrics_core.Metric:
-        """The family with the values of now."""
-        value, about = self.read(now), (self.name, self.help)
-        if isinstance(value, Durations):
-            within = value.within().items()
-            buckets = [("+Inf" if le == math.inf else str(le), count) for le, count in within]
-            return metrics_core.HistogramMetricFamily(*about, buckets, value.total_s)
-        make = (
-            metrics_core.GaugeMetricFamily
-            if self.kind == "gauge"
-            else metrics_core.CounterMetricFamily
-        )
-        family = make(*about, labels=self.labels)
-        series = value if isinstance(value, Mapping) else {(): value}
-        for key in sorted(series) if value is not None else ():
-            family.add_metric([key] if isinstance(key, str) else key, series[key])
-        return family
-
-
 @dataclass(eq=False)
-class Metrics(Collector):
+class Metrics(Exposed, prefix="imdsproxy_"):
     """Reads every metric when Prometheus asks for it."""
 
     one: Controller
     traffic: WorkerTotals[_TrafficKey] = field(default_factory=WorkerTotals)
     limited: int = 0
-
-    def __post_init__(self) -> None:
-        self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(self)
-        ProcessCollector(registry=self._registry)
 
     async def refresh(self) -> None:
         """Read HAProxy's counters once."""
@@ -129,16 +68,7 @@ class Metrics(Collector):
         self.traffic.add(worker, count_traffic(rows))
         self.limited = sum(one.limited for one in await status.find_busiest(self.one))
 
-    def expose(self, accept: str) -> tuple[str, bytes]:
-        """Content type and text of all metrics, for the value of a request's `Accept`."""
-        encode, content_type = choose_encoder(accept)
-        return content_type, encode(self._registry)
-
-    def collect(self) -> Iterator[metrics_core.Metric]:
-        """Every family with the values of now."""
-        return (metric.collect(self) for metric in METRICS)
-
-    def readiness(self) -> status.Readiness:
+    def readiness(self) -> Readiness:
         """Whether guests get what the sources say, as /readyz reports it."""
         return status.report_readiness(self.one)
 
@@ -459,19 +389,6 @@ class Metrics(Collector):
     def neutron_backoff_seconds(self) -> Gauge:
         """Seconds until Neutron is asked again, while it does not answer; else 0."""
         return self._neutron(lambda one: one.queries.backoff_s)
-
-
-def _metrics() -> Iterator[Metric]:
-    for name, read in vars(Metrics).items():
-        hint: Any = callable(read) and get_type_hints(read, include_extras=True).get("return")
-        if hasattr(hint, "__metadata__"):
-            kind, *labels = hint.__metadata__
-            text = " ".join((read.__doc__ or "").split())
-            yield Metric(f"imdsproxy_{name}", kind, text, tuple(labels), read)
-
-
-METRICS: Final = tuple(_metrics())
-"""All of them, in the order in which they are exposed."""
 
 
 def count_traffic(rows: Iterable[Mapping[str, str]]) -> Counter[_TrafficKey]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from imdsproxy import __version__
-from imdsproxy.admin.answers import LeftOut
+from imdsproxy.admin.answers import LeftOut, Readiness
 from imdsproxy.controller.controller import Controller
 from imdsproxy.core.documents.ec2 import list_warnings
 from imdsproxy.core.endpoints import Foreign
@@ -165,20 +165,6 @@ class FleetReport:
     held: tuple[str, ...] = ()
     failing: Mapping[str, str] = field(default_factory=dict)
     skew_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Readiness:
-    """Whether guests get what the sources say.
-
-    Attributes:
-        reasons: Why not, a line each.
-        degraded: Networks that are configured and not served, then what is wrong and no guest notices; a line each.
-    """
-
-    ready: bool
-    reasons: tuple[str, ...] = ()
-    degraded: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

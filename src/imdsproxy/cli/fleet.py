@@ -242,6 +242,9 @@ def _show_status(output: Output, shape: Shape) -> None:
             f"{clean(key)}: {clean(why)}" for key, why in shape["problems"].items()
         )
         or None,
+        "token keys": None
+        if shape["token_keys"] is None
+        else f"[red]{clean(shape['token_keys'])}[/]",
         "suspect": None if shape["suspect"] is None else f"[red]{clean(shape['suspect'])}[/]",
     }
     output.facts(facts)

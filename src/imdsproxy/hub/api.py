@@ -28,13 +28,20 @@ def build_api(hub: Hub) -> FastAPI:
     """The application of a hub."""
     replica = hub.replica
     writes = Writes(hub.etcd, hub.state, hub.envelope, hub.clock, hub.settings.user_data_kib)
-    peers = Peers(hub.state, replica.name, hub.clock, (hub.files.hub, hub.files.ca_certificate))
-    app = operators_app(
-        Operations(hub.etcd, hub.state, hub.streams, writes, peers, hub.clock, replica.complete)
+    operations = Operations(
+        hub.etcd, hub.state, hub.streams, writes, peers_of(hub), hub.clock, replica.complete
     )
+    operations.token_key_problem = lambda: hub.token_keys.problem
+    app = operators_app(operations)
     app.state.hub = hub
     app.state.enrolment = Enrolment(hub.etcd, hub.authority, hub.clock)
     return app
+
+
+def peers_of(hub: Hub) -> Peers:
+    """The other hubs, as this one asks them."""
+    files = hub.files.hub, hub.files.ca_certificate
+    return Peers(hub.state, hub.replica.name, hub.clock, files)
 
 
 def operators_app(operations: Operations | None) -> FastAPI:

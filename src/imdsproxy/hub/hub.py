@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import structlog
 
+from imdsproxy.admin.health import HealthServer
 from imdsproxy.config.schema import Settings
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.layout import HostId
@@ -28,10 +29,10 @@ from imdsproxy.errors import (
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import ensure_directory, read_secret
 from imdsproxy.host.logs import open_logging
-from imdsproxy.host.notify import ServiceNotifier, is_journal
+from imdsproxy.host.notify import Heartbeat, ServiceNotifier, is_journal
 from imdsproxy.host.process import freeze_garbage, leave_no_dumps, raise_descriptor_limit
-from imdsproxy.host.servers import open_unix_socket
-from imdsproxy.hub.api import build_api
+from imdsproxy.host.servers import open_tcp_socket, open_unix_socket
+from imdsproxy.hub.api import build_api, peers_of
 from imdsproxy.hub.authority import Authority
 from imdsproxy.hub.envelope import Envelope
 from imdsproxy.hub.etcd import Etcd
@@ -44,6 +45,7 @@ from imdsproxy.hub.files import (
 )
 from imdsproxy.hub.front import Front, FrontSpec, fitting_maxconn
 from imdsproxy.hub.gateway import open_tls
+from imdsproxy.hub.metrics import HubMetrics
 from imdsproxy.hub.replica import Replica
 from imdsproxy.hub.settings import EtcdSettings, HubSettings
 from imdsproxy.hub.state import FleetState
@@ -75,6 +77,7 @@ class Hub:
     url: str
     authority: Authority
     envelope: Envelope
+    token_keys: TokenKeyRing
     etcd: Etcd
     state: FleetState
     streams: Streams
@@ -127,7 +130,8 @@ def build_hub(settings: HubSettings, clock: Clock) -> Hub:
     address = names.addresses[0]
     url = settings.url or f"https://{f'[{address}]' if ':' in address else address}:{port}"
     state = FleetState()
-    state.keys_of = TokenKeyRing(state, envelope).item_of
+    token_keys = TokenKeyRing(state, envelope)
+    state.keys_of = token_keys.item_of
 
     def is_admitted(host: HostId, serial: str) -> bool:
         found = state.value(host_key(host))
@@ -139,7 +143,18 @@ def build_hub(settings: HubSettings, clock: Clock) -> Hub:
     replica = Replica(etcd, state, streams, name, url, clock, SystemRandom())
     streams.suspect, streams.age_s = replica.suspect, replica.age_s
     return Hub(
-        settings, files, names, url, authority, envelope, etcd, state, streams, replica, clock
+        settings=settings,
+        files=files,
+        names=names,
+        url=url,
+        authority=authority,
+        envelope=envelope,
+        token_keys=token_keys,
+        etcd=etcd,
+        state=state,
+        streams=streams,
+        replica=replica,
+        clock=clock,
     )
 
 
@@ -160,6 +175,7 @@ async def run_hub(
     ensure_directory(runtime, mode=0o700)
     stream_socket = open_unix_socket(runtime / "stream.sock", mode=0o600)
     api_socket = open_unix_socket(runtime / "api.sock", mode=0o600)
+    heartbeat = Heartbeat(notifier, environment, clock.monotonic)
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     spec = FrontSpec(
         settings.hub.listen,
@@ -179,9 +195,17 @@ async def run_hub(
         loop.add_signal_handler(number, ended.set)
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(hub.etcd.close)
+        health = None
+        if (listen := settings.hub.metrics_listen) is not None:
+            sock = open_tcp_socket(listen.host, listen.port)
+            server = HealthServer(sock, alive=heartbeat.alive, who="the hub")
+            health = stack.enter_context(server)
         group = await stack.enter_async_context(asyncio.TaskGroup())
         replica = hub.replica
-        tasks = [group.create_task(replica.run(), name="etcd")]
+        tasks = [
+            group.create_task(replica.run(), name="etcd"),
+            group.create_task(heartbeat.run(), name="heartbeat"),
+        ]
         gc.disable()
         await _first_read(hub, ended)
         # Hosts would wait half a second for a look through 300,000 instances.
@@ -205,6 +229,11 @@ async def run_hub(
                 group.create_task(_watch_front(front, ended), name="haproxy"),
                 group.create_task(_renew(hub, front), name="certificate"),
             ]
+            heartbeat.starting = False
+            if health is not None:
+                metrics = HubMetrics(hub, peers_of(hub), clock.now().timestamp())
+                tasks.append(group.create_task(metrics.run(), name="metrics"))
+                health.reports = metrics
             hosts = sum(1 for _ in hub.state.keys(layout.HOSTS))
             notifier.ready(f"{hosts} hosts")
             _log.info("ready", name=replica.name, url=hub.url, hosts=hosts)

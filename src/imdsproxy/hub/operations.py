@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import quote, urlencode
@@ -103,6 +103,7 @@ class FleetStatus:
         behind: Connected ones on which something is not in force.
         absent: Enrolled ones that are not connected, by name.
         problems: By key of etcd, values that another program wrote.
+        token_keys: Why the newest keys of session tokens cannot be read; those before them stay in force.
         imports: Unfinished ones: how many records of how many. None is known while etcd is away.
         etcd: Its members: `url`, `leads`, size and quota of the database in bytes, and `problems` in words.
     """
@@ -119,6 +120,7 @@ class FleetStatus:
     behind: list[str]
     absent: list[str]
     problems: dict[str, str]
+    token_keys: str | None
     imports: list[dict[str, Any]]
     etcd: list[dict[str, Any]]
 
@@ -135,6 +137,7 @@ class Operations:
         peers: The other hubs.
         clock: The time.
         complete: Set while the copy has everything.
+        token_key_problem: Why the newest keys of session tokens cannot be read.
     """
 
     etcd: Etcd
@@ -144,6 +147,7 @@ class Operations:
     peers: Peers
     clock: Clock
     complete: asyncio.Event = field(default_factory=asyncio.Event)
+    token_key_problem: Callable[[], str | None] = lambda: None
     progress: Progress = field(default_factory=Progress)
     imports: dict[str, asyncio.Task[FleetWritten]] = field(default_factory=dict)
 
@@ -249,6 +253,7 @@ class Operations:
             behind=[one.host for one in enrolled if one.failed],
             absent=[one.host for one in enrolled if one.hub is None],
             problems={**state.problems, **state.lost},
+            token_keys=self.token_key_problem(),
             imports=imports,
             etcd=[_member(one) for one in members],
         )

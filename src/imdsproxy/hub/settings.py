@@ -6,6 +6,8 @@ from typing import Annotated, Final
 from imdsproxy.config.section import (
     AbsolutePath,
     Change,
+    Endpoint,
+    HostEndpoint,
     Identifier,
     Listed,
     Section,
@@ -104,6 +106,9 @@ class HubSettings(Section):
 
     url: HubUrl | None = setting(None, Change.RESTART)
     """How other hubs and hosts reach this one; null makes it of the first name in its certificate."""
+
+    metrics_listen: HostEndpoint | None = setting(Endpoint("127.0.0.1", 9467), Change.RESTART)
+    """Address and port of the hub's `/livez`, `/readyz` and `/metrics`, without TLS; null for none."""
 
     directory: AbsolutePath = setting(Path("/etc/imdsproxy/fleet"), Change.RESTART)
     """What `fleet init` made: the authority, this hub's certificate, the key that seals user data in etcd. Secret."""

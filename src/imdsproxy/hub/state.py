@@ -393,6 +393,10 @@ class FleetState:
         """What is placed on a host."""
         return frozenset(self._placed.get(host, ()))
 
+    def count_placed(self) -> int:
+        """How many instances are on hosts; one that moves counts for each of its hosts."""
+        return sum(map(len, self._placed.values()))
+
     def blobs(self) -> set[str]:
         """The user data of all instances, by SHA-256."""
         return {one.sha256 for one in self._placements.values() if one.sha256 is not None}

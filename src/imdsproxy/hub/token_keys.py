@@ -103,15 +103,11 @@ def _key(text: str) -> TokenKey:
 
 @dataclass(slots=True)
 class TokenKeyRing:
-    """The keys as this hub's copy of etcd has them.
-
-    Attributes:
-        problem: Why the newest ones cannot be read; those before them are in force.
-    """
+    """The keys as this hub's copy of etcd has them."""
 
     state: FleetState
     envelope: Envelope
-    problem: str | None = None
+    _problem: str | None = None
     _revision: int = 0
     _keys: FleetKeys | None = field(default=None, repr=False)
 
@@ -121,11 +117,17 @@ class TokenKeyRing:
         if found is not None and found[1] != self._revision:
             self._revision = found[1]
             try:
-                self._keys, self.problem = open_keys(found[0], self.envelope), None
+                self._keys, self._problem = open_keys(found[0], self.envelope), None
             except SourceCorrupt as error:
-                self.problem = error.message
+                self._problem = error.message
                 _log.error("token keys not read", code=error.code, error=error.message)
         return self._keys
+
+    @property
+    def problem(self) -> str | None:
+        """Why the newest ones cannot be read; those before them are in force."""
+        self.keys()
+        return self._problem
 
     def item_of(self, instance: InstanceId) -> Json | None:
         """As `FleetKeys.item_of`; `None` while there are no keys."""

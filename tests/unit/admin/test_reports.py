@@ -18,9 +18,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from imdsproxy import __version__
+from imdsproxy.admin.answers import Readiness
 from imdsproxy.admin.health import HealthServer
-from imdsproxy.admin.metrics import METRICS, Metrics, count_traffic
-from imdsproxy.admin.status import Readiness, report_readiness, report_status
+from imdsproxy.admin.metrics import Metrics, count_traffic
+from imdsproxy.admin.status import report_readiness, report_status
 from imdsproxy.core.endpoints import LeftOut, LeftOutCode
 from imdsproxy.core.haproxy.runtime import WorkerTotals
 from imdsproxy.core.inventory import Report
@@ -363,13 +364,15 @@ def test_the_room_on_the_disks_of_both_directories_is_exposed(tmp_path: Path) ->
 
 def test_each_metric_is_exposed_once_with_help_and_type_and_no_other_of_ours() -> None:
     text = _exposed()
-    described = {name for metric in METRICS for name in metric.exposed.split(", ")}
+    described = {name for metric in Metrics.metrics for name in metric.exposed.split(", ")}
     assert {name for name in _names(text) if name.startswith("imdsproxy_")} == described
     assert "process_resident_memory_bytes" in _names(text)
     for word in ("HELP", "TYPE"):
         names = re.findall(rf"^# {word} (\S+)", text, re.MULTILINE)
         assert len(names) == len(set(names))
-        assert {name.removesuffix("_total") for name in names} >= {one.name for one in METRICS}
+        assert {name.removesuffix("_total") for name in names} >= {
+            one.name for one in Metrics.metrics
+        }
 
 
 def test_with_more_networks_than_wanted_there_is_one_sum() -> None:

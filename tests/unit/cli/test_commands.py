@@ -16,13 +16,8 @@ import pytest
 import typer
 
 from imdsproxy import __version__, admin_client
-from imdsproxy.admin.status import (
-    AuditReport,
-    FleetReport,
-    Readiness,
-    SourceReport,
-    UnixListenerReport,
-)
+from imdsproxy.admin.answers import Readiness
+from imdsproxy.admin.status import AuditReport, FleetReport, SourceReport, UnixListenerReport
 from imdsproxy.admin_client import AdminClient
 from imdsproxy.cli.main import EXAMPLES, build_program, iterate_commands, main
 from imdsproxy.core.timing import Step

@@ -9,7 +9,7 @@ from typing import Final
 import pytest
 
 from imdsproxy import admin_client
-from imdsproxy.admin.status import Readiness
+from imdsproxy.admin.answers import Readiness
 from imdsproxy.admin_client import AdminClient
 from imdsproxy.cli import output
 from imdsproxy.cli import status as status_command

@@ -1,0 +1,115 @@
+"""How a process exposes what it counts to Prometheus: each metric is a method of an `Exposed`.
+
+The method's name is the metric's, its docstring the help, its return type the kind and the labels.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias, get_type_hints
+
+from prometheus_client import metrics_core
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector, CollectorRegistry
+
+from imdsproxy.admin.answers import Readiness
+from imdsproxy.core.timing import Durations
+
+_Kind: TypeAlias = Literal["gauge", "counter", "histogram"]
+_SUFFIXES: Final[Mapping[_Kind, tuple[str, ...]]] = {
+    "gauge": ("",),
+    "counter": ("_total",),
+    "histogram": ("_bucket", "_count", "_sum"),
+}
+
+# The kinds of metrics; `None` is no series.
+Gauge: TypeAlias = Annotated[float | None, "gauge"]
+Count: TypeAlias = Annotated[float | None, "counter"]
+Times: TypeAlias = Annotated[Durations | None, "histogram"]
+By: TypeAlias = Mapping[str, float] | Mapping[tuple[str, str], float] | None
+"""Values by their label, or by two."""
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One metric family.
+
+    Attributes:
+        name: As exposed, but for the suffixes that follow from `kind`.
+    """
+
+    name: str
+    kind: _Kind
+    help: str
+    labels: tuple[str, ...]
+    read: Callable[[Any], Any]
+
+    @property
+    def exposed(self) -> str:
+        """The name that a query uses."""
+        return ", ".join(self.name + suffix for suffix in _SUFFIXES[self.kind])
+
+    def collect(self, now: Exposed) -> metrics_core.Metric:
+        """The family with the values of now."""
+        value, about = self.read(now), (self.name, self.help)
+        if isinstance(value, Durations):
+            within = value.within().items()
+            buckets = [("+Inf" if le == math.inf else str(le), count) for le, count in within]
+            return metrics_core.HistogramMetricFamily(*about, buckets, value.total_s)
+        make = (
+            metrics_core.GaugeMetricFamily
+            if self.kind == "gauge"
+            else metrics_core.CounterMetricFamily
+        )
+        family = make(*about, labels=self.labels)
+        series = value if isinstance(value, Mapping) else {(): value}
+        for key in sorted(series) if value is not None else ():
+            family.add_metric([key] if isinstance(key, str) else key, series[key])
+        return family
+
+
+class Exposed(Collector):
+    """Reads every metric when Prometheus asks for it; subclasses say by `prefix` how the names begin.
+
+    Attributes:
+        metrics: All of them, in the order in which they are exposed.
+    """
+
+    metrics: ClassVar[tuple[Metric, ...]] = ()
+
+    def __init_subclass__(cls, prefix: str) -> None:
+        cls.metrics = tuple(_metrics(cls, prefix))
+
+    @abstractmethod
+    def readiness(self) -> Readiness:
+        """As /readyz reports it."""
+
+    @cached_property
+    def _registry(self) -> CollectorRegistry:
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(self)
+        ProcessCollector(registry=registry)
+        return registry
+
+    def expose(self, accept: str) -> tuple[str, bytes]:
+        """Content type and text of all metrics, for the value of a request's `Accept`."""
+        encode, content_type = choose_encoder(accept)
+        return content_type, encode(self._registry)
+
+    def collect(self) -> Iterator[metrics_core.Metric]:
+        """Every family with the values of now."""
+        return (metric.collect(self) for metric in self.metrics)
+
+
+def _metrics(of: type[Exposed], prefix: str) -> Iterator[Metric]:
+    for name, read in vars(of).items():
+        hint: Any = callable(read) and get_type_hints(read, include_extras=True).get("return")
+        if hasattr(hint, "__metadata__"):
+            kind, *labels = hint.__metadata__
+            text = " ".join((read.__doc__ or "").split())
+            yield Metric(f"{prefix}{name}", kind, text, tuple(labels), read)

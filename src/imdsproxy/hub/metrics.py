@@ -1,0 +1,186 @@
+"""What a hub counts for Prometheus, each metric a method (`admin.exposition`), and whether the hub is ready.
+
+Every hub says what it sees itself: the hosts of a fleet are the sum over its hubs, what etcd has is the same on all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Final
+
+from imdsproxy import __version__
+from imdsproxy.admin.answers import Readiness
+from imdsproxy.admin.exposition import By, Exposed, Gauge
+from imdsproxy.core.fleet import layout
+from imdsproxy.core.fleet.layout import Suspicion
+from imdsproxy.core.fleet.members import HostState, parse_host
+from imdsproxy.errors import ConfigError
+from imdsproxy.host.certificates import parse_certificate
+from imdsproxy.hub.etcd_messages import MemberStatus
+from imdsproxy.hub.in_force import APPLIED_PATH
+
+if TYPE_CHECKING:
+    from imdsproxy.hub.etcd import MemberSilent
+    from imdsproxy.hub.hub import Hub
+    from imdsproxy.hub.peers import Peers
+
+_LOOK_EVERY_S: Final = 10.0
+_PEERS_S: Final = 5.0
+_SILENT_S: Final = 30.0
+"""So long after its last sign etcd is taken for gone: a beat is due every five seconds."""
+
+
+@dataclass(eq=False)
+class HubMetrics(Exposed, prefix="imdsproxy_hub_"):
+    """Reads every metric when Prometheus asks for it; what takes a request is asked now and then."""
+
+    hub: Hub
+    peers: Peers
+    started_at: float
+    members: Collection[MemberStatus | MemberSilent] = ()
+    silent: int = 0
+    behind: int = 0
+    ends: Mapping[str, float] = field(default_factory=dict)
+    _revision: int = 0
+
+    async def run(self) -> None:
+        """Look, until cancelled."""
+        while True:
+            await self.refresh()
+            await asyncio.sleep(_LOOK_EVERY_S)
+
+    async def refresh(self) -> None:
+        """Ask the members of etcd and the other hubs once, and look at certificates and hosts."""
+        hub = self.hub
+        self.ends = await asyncio.to_thread(self._read_ends)
+        self.members = await hub.etcd.status()
+        urls = self.peers.urls()
+        answers = await self.peers.ask_all(APPLIED_PATH, {}, _PEERS_S, {"hosts": []})
+        self.silent = len(urls.keys() - answers.keys())
+        before, self._revision = self._revision, hub.state.revision
+        lacking = (one.lacks(before) for one in hub.streams.hosts.values())
+        self.behind = sum(why is not None for why in lacking)
+
+    def _read_ends(self) -> Mapping[str, float]:
+        """When each certificate on this machine ends, by what it is."""
+        files, found = self.hub.files, {}
+        places = {"authority": files.ca_certificate, "hub": files.hub, "operator": files.operator}
+        for name, path in places.items():
+            try:
+                certificate = parse_certificate(path.read_bytes(), str(path))
+            except (OSError, ConfigError):
+                # Not every hub has the operator's; the others it cannot start without.
+                continue
+            found[name] = certificate.not_valid_after_utc.timestamp()
+        return found
+
+    def readiness(self) -> Readiness:
+        """Whether hosts and operators get what etcd has."""
+        replica = self.hub.replica
+        if not replica.complete.is_set():
+            return Readiness(ready=False, reasons=("etcd was not read yet",))
+        if replica.failure is not None:
+            reason = f"etcd is not followed: {replica.failure.reason}"
+            return Readiness(ready=False, reasons=(reason,))
+        if replica.age_s() > _SILENT_S:
+            return Readiness(ready=False, reasons=(f"etcd is silent for {replica.age_s():.0f} s",))
+        return Readiness(ready=True)
+
+    def _suspicion(self) -> Suspicion | None:
+        found = self.hub.state.value(layout.SUSPECT)
+        return None if found is None else layout.parse_suspicion(found[0])
+
+    def _answering(self) -> list[MemberStatus]:
+        return [one for one in self.members if isinstance(one, MemberStatus)]
+
+    def build_info(self) -> Annotated[By, "gauge", "version"]:
+        """Always 1; the label says which version runs."""
+        return {__version__: 1}
+
+    def ready(self) -> Gauge:
+        """1 while the hub follows etcd, so that hosts and operators get what it has; its /readyz has the reason for a
+        0.
+        """
+        return self.readiness().ready
+
+    def start_time_seconds(self) -> Gauge:
+        """Unix time of the hub's start."""
+        return self.started_at
+
+    def etcd_age_seconds(self) -> Gauge:
+        """Seconds since the last sign of etcd; five or less while it answers."""
+        return self.hub.replica.age_s()
+
+    def etcd_revision(self) -> Gauge:
+        """Up to which the hub knows etcd."""
+        return self.hub.state.revision
+
+    def etcd_member_up(self) -> Annotated[By, "gauge", "member"]:
+        """1 while the member of etcd answers this hub."""
+        return {one.url: isinstance(one, MemberStatus) for one in self.members}
+
+    def etcd_member_problems(self) -> Annotated[By, "gauge", "member"]:
+        """What a member that answers says is wrong with it: an alarm as NOSPACE, or that it knows no leader;
+        `imdsproxy fleet status` has its words.
+        """
+        return {one.url: len(one.problems) for one in self._answering()}
+
+    def etcd_database_bytes(self) -> Annotated[By, "gauge", "member"]:
+        """Size of a member's database."""
+        return {one.url: one.db_size for one in self._answering()}
+
+    def etcd_quota_bytes(self) -> Annotated[By, "gauge", "member"]:
+        """How large it may be: then nothing is written any more."""
+        return {one.url: one.quota for one in self._answering() if one.quota}
+
+    def placed_instances(self) -> Gauge:
+        """Instances on hosts, as etcd has it; one that moves counts on both. All hubs have the same."""
+        return self.hub.state.count_placed()
+
+    def hosts(self) -> Annotated[By, "gauge", "state"]:
+        """Hosts of the fleet by state: invited, enrolled or revoked. All hubs have the same."""
+        state = self.hub.state
+        values = (state.value(key) for key in state.keys(layout.HOSTS))
+        states = Counter(parse_host(one[0]).state.value for one in values if one is not None)
+        return {one.value: states[one.value] for one in HostState}
+
+    def connected_hosts(self) -> Gauge:
+        """Hosts that are connected to this hub."""
+        return len(self.hub.streams.hosts)
+
+    def behind_hosts(self) -> Gauge:
+        """Those on which something is not in force: it failed there, or was not acknowledged for ten seconds."""
+        return self.behind
+
+    def silent_hubs(self) -> Gauge:
+        """Other hubs that follow etcd and do not answer this one; of their hosts nothing is known here."""
+        return self.silent
+
+    def restore_suspected(self) -> Gauge:
+        """1 while hubs or hosts suspect that etcd was restored from a backup; `imdsproxy fleet status` says why."""
+        return self._suspicion() is not None
+
+    def writes_stopped(self) -> Gauge:
+        """1 while nothing is written because of that, until `imdsproxy fleet accept-restore`."""
+        found = self._suspicion()
+        return found is not None and found.refuses
+
+    def refused_values(self) -> Gauge:
+        """Keys of etcd that another program wrote or deleted: what was before counts. `imdsproxy fleet status` names
+        them.
+        """
+        state = self.hub.state
+        return len({**state.problems, **state.lost})
+
+    def token_keys_unreadable(self) -> Gauge:
+        """1 while the newest keys of session tokens in etcd cannot be read: those before stay in force."""
+        return self.hub.token_keys.problem is not None
+
+    def certificate_end_seconds(self) -> Annotated[By, "gauge", "certificate"]:
+        """Unix time at which a certificate in the hub's directory ends: authority, hub, and operator where that one is
+        there.
+        """
+        return self.ends
