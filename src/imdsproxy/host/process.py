@@ -413,6 +413,19 @@ def freeze_garbage() -> None:
     release_memory()
 
 
+@contextlib.contextmanager
+def garbage_left() -> Iterator[None]:
+    """Look for no garbage while very much is made that stays, and later not among it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.freeze()
+            gc.enable()
+
+
 def call_libc(name: str, *arguments: object) -> int:
     """Call a function of the C library that the standard library lacks.
 

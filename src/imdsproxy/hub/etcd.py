@@ -37,7 +37,7 @@ _READ_S: Final = 2.0
 
 _PAGE_BYTES: Final = 512 * 1024
 _FIRST_PAGE: Final = 100
-_LARGEST_PAGE: Final = 5000
+_LARGEST_PAGE: Final = 2000
 _WHOLE_READS: Final = 3
 _RIGHTS: Final = (Kind.AUTHENTICATE, Kind.DENIED)
 _FULL: Final = "etcd is full: nothing can be written"

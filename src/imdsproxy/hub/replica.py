@@ -7,8 +7,8 @@ is, and why a restored backup is suspected.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from random import Random
 from typing import Final
@@ -18,9 +18,11 @@ import structlog
 
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.layout import HostId, Meta, Suspicion
+from imdsproxy.core.fleet.stream import ItemKey
 from imdsproxy.core.timing import Backoff
 from imdsproxy.errors import EtcdUnavailable, Problem, SourceCorrupt
 from imdsproxy.host.clock import Clock
+from imdsproxy.host.process import garbage_left
 from imdsproxy.hub.etcd import Behind, Committed, Compacted, Conflict, Etcd, Snapshot
 from imdsproxy.hub.etcd_messages import Deleted, KeyValue, absent, prefix_end, unchanged
 from imdsproxy.hub.state import Change, FleetState
@@ -29,9 +31,13 @@ from imdsproxy.hub.streams import Streams
 BEAT_S: Final = 5.0
 LEASE_S: Final = 15
 COMPARE_S: Final = 600.0
+AT_ONCE: Final = 500
+"""Keys that are folded in before the event loop, which has hosts waiting, does other work: 10 ms."""
+
 _AGAIN_S: Final = 1.0
 _WITNESSES: Final = 2
 _LEAVE_S: Final = 2.0
+_REVIEWED: Final = (layout.BEAT, layout.HOSTS)
 
 _log = structlog.get_logger()
 
@@ -68,6 +74,7 @@ class Replica:
     _at: int = 0
     _incarnation: int = 0
     _beat_seen: float = 0.0
+    _doubtful: bool = False
     _suspicions: asyncio.Queue[tuple[HostId, str, int]] = field(default_factory=asyncio.Queue)
 
     def age_s(self) -> float:
@@ -84,16 +91,18 @@ class Replica:
         reading = True
         while True:
             try:
-                if reading:
+                if reading or self._doubtful:
                     await self._read()
                     reading = False
                 async with aclosing(self.etcd.follow(layout.PREFIX, self._at + 1)) as following:
                     async for changes in following:
                         backoff.succeed()
-                        self._at = changes.revision
-                        self._fold(changes.revision, map(_change, changes.events))
-                        if reading := self._is_accepted():
+                        folded = [_change(one) for one in changes.events]
+                        # All else of another incarnation is to be seen with it.
+                        if reading := self._doubtful or self._begins_anew(folded):
                             break
+                        self._at = changes.revision
+                        self._fold(changes.revision, folded)
             except Compacted:
                 reading = True
             except Behind as error:
@@ -105,9 +114,10 @@ class Replica:
                 _log.warning("etcd not followed", reason=error.message)
                 await asyncio.sleep(backoff.fail() * self.random.uniform(0.5, 1.0))
 
-    def _is_accepted(self) -> bool:
-        """Whether an operator accepted a restored backup: all that was held back is let go."""
-        return self._incarnation not in {0, self.state.meta.incarnation}
+    def _begins_anew(self, changes: Iterable[Change]) -> bool:
+        """Whether the fleet gets another incarnation: an operator accepted a restored backup."""
+        metas = [one for one in changes if one.key == layout.META]
+        return any(_meta_of(one, self.state.meta).incarnation != self._incarnation for one in metas)
 
     async def _read(self) -> None:
         """Read all keys, and make the fleet where there is none."""
@@ -117,46 +127,76 @@ class Replica:
             meta = layout.render_meta(Meta(str(fleet)))
             await self.etcd.commit([absent(layout.META)], {layout.META: meta})
             snapshot = await self.etcd.read(layout.PREFIX, prefix_end(layout.PREFIX))
-        if self._is_accepted():
-            self.state.clear()
-        self._at = snapshot.revision
-        self._fold_all(snapshot)
-        meta_now = self.state.meta
+        self._doubtful = False
+        self._at, count = snapshot.revision, len(snapshot.kvs)
+        found = next(one for one in snapshot.kvs if one.key == layout.META)
+        meta_now = _meta_of(_change(found), self.state.meta)
         if meta_now.format != layout.FORMAT:
             raise SourceCorrupt(
                 f"etcd has a fleet of format {meta_now.format}, and this hub knows {layout.FORMAT}",
                 hint="upgrade this hub",
             )
-        if self._is_accepted():
+        before, self._incarnation = self._incarnation, meta_now.incarnation
+        if meta_now.incarnation > before:
+            # The first, or an operator accepted a restored backup: all that was held back is let go.
+            await self._replace(FleetState(self.state.keys_of), snapshot.revision, snapshot.kvs)
+        else:
+            await self._fold_all(snapshot)
+        if before not in {0, meta_now.incarnation}:
             self.streams.renew_all()
-        self._incarnation = meta_now.incarnation
         self.complete.set()
-        _log.info("etcd read", revision=snapshot.revision, keys=len(snapshot.kvs))
+        _log.info("etcd read", revision=snapshot.revision, keys=count)
 
-    def _fold_all(self, snapshot: Snapshot) -> None:
+    async def _fold_all(self, snapshot: Snapshot) -> None:
         """Everything that etcd has: what is not in it is gone."""
-        found = {one.key for one in snapshot.kvs}
-        gone = [key for key in self.state.keys(layout.PREFIX) if key not in found]
-        changes = [_change(one) for one in snapshot.kvs]
-        changes += (Change(key, None, snapshot.revision) for key in gone)
-        self._fold(snapshot.revision, changes)
+        changes = await self._differing(snapshot, max(snapshot.revision, self.state.revision))
+        if len(changes) <= AT_ONCE:
+            self._fold(snapshot.revision, changes)
+        else:
+            await self._replace(self.state.copy(), snapshot.revision, changes)
 
-    def _fold(self, revision: int, changes: Iterable[Change]) -> None:
+    async def _differing(self, snapshot: Snapshot, newest: int) -> list[Change]:
+        """What folding a snapshot in would change of values that are not newer than `newest`; it is used up."""
+        found, differing = set[str](), list[Change]()
+        async for part in _slices(snapshot.kvs):
+            found.update(one.key for one in part)
+            differing += (one for one in part if self.state.differs(one, newest))
+        gone = (Change(key, None, snapshot.revision) for key in self.state.keys_beyond(found))
+        return differing + [one for one in gone if self.state.differs(one, newest)]
+
+    async def _replace(
+        self, draft: FleetState, revision: int, changes: list[KeyValue] | list[Change]
+    ) -> None:
+        """Fold changes into a copy in slices, and have it take the place of the state at once."""
+        touched: dict[HostId, set[ItemKey]] = {}
+        keys: list[str] = []
+        with garbage_left():
+            async for part in _slices(changes):
+                for host, items in draft.apply(revision, part).items():
+                    touched.setdefault(host, set()).update(items)
+                keys += (one.key for one in part if one.key.startswith(_REVIEWED))
+            self.state.become(draft)
+        self._take(touched, (*keys, *draft.problems, *draft.lost))
+
+    def _fold(self, revision: int, changes: Sequence[Change]) -> None:
+        touched = self.state.apply(revision, changes)
+        self._take(touched, [one.key for one in changes])
+
+    def _take(self, touched: Mapping[HostId, set[ItemKey]], keys: Sequence[str]) -> None:
+        """See to what has changed."""
         self.heard, self.failure = self.clock.monotonic(), None
-        folded = list(changes)
-        touched = self.state.apply(revision, folded)
-        for change in folded:
-            if change.key == layout.BEAT:
+        for key in keys:
+            if key == layout.BEAT:
                 self._beat_seen = self.heard
-            why = self.state.problems.get(change.key)
-            if why is not None and change.key not in self.state.lost:
-                _log.warning("value not taken", key=change.key, reason=why)
+            why = self.state.problems.get(key)
+            if why is not None and key not in self.state.lost:
+                _log.warning("value not taken", key=key, reason=why)
         # The first, however many keys there are: each would be a read of etcd.
-        lost = next((one.key for one in folded if one.key in self.state.lost), None)
+        lost = next((key for key in keys if key in self.state.lost), None)
         if lost is not None:
             self.suspect(HostId(self.name), f"{lost} is {self.state.lost[lost]}", 0)
         self.streams.deliver(touched)
-        of_hosts = (one.key for one in folded if one.key.startswith(layout.HOSTS))
+        of_hosts = (key for key in keys if key.startswith(layout.HOSTS))
         self.streams.review(HostId(key.removeprefix(layout.HOSTS)) for key in of_hosts)
 
     # What hubs write for themselves
@@ -244,23 +284,48 @@ class Replica:
             count, revision = int(layout.decode(found[0]).get("count", 0)), found[1]
         value = layout.encode({"count": count + 1, "hub": self.name})
         done = await self.etcd.commit([unchanged(layout.BEAT, revision)], {layout.BEAT: value})
-        if isinstance(done, Conflict):
-            # By another hub, whose beat comes by the watch; or it is older, and no watch would say so.
-            self._fold(self.state.revision, [_change(one) for one in done.kvs])
+        if isinstance(done, Conflict) and any(one.mod_revision < revision for one in done.kvs):
+            # Otherwise it is by another hub, and comes by the watch. What is older, no watch would say.
+            self._doubtful = True
 
     async def compare(self) -> None:
-        """Read all of etcd now and then: a watch does not show what a restore has changed; until cancelled."""
+        """Compare with all of etcd now and then: a watch does not show what a restore has changed; until cancelled.
+
+        What differs is read again by `run`, between two changes.
+        """
         await self.complete.wait()
         while True:
             await asyncio.sleep(COMPARE_S * self.random.uniform(0.8, 1.2))
+            known = self.state.revision
             try:
                 snapshot = await self.etcd.read(layout.PREFIX, prefix_end(layout.PREFIX))
             except (EtcdUnavailable, Compacted) as error:
                 _log.debug("not compared", reason=str(error))
                 continue
-            self._fold_all(snapshot)
+            # What has changed since is newer here than there.
+            if differing := await self._differing(snapshot, max(known, snapshot.revision)):
+                _log.info("etcd differs", keys=len(differing))
+                self._doubtful = True
 
 
 def _change(event: KeyValue | Deleted) -> Change:
     value = event.value if isinstance(event, KeyValue) else None
     return Change(event.key, value, event.mod_revision)
+
+
+def _meta_of(change: Change, known: Meta) -> Meta:
+    """The fleet as a value of `META` says it; `known` where that is not readable."""
+    with suppress(layout.Unreadable):
+        return known if change.value is None else layout.parse_meta(change.value)
+    return known
+
+
+async def _slices(of: list[KeyValue] | list[Change]) -> AsyncIterator[list[Change]]:
+    """A list from its end, a part at a time, between which the loop does other work; it is empty in the end.
+
+    Backwards, so that token keys come before the instances that each of them touches.
+    """
+    while of:
+        yield [one if isinstance(one, Change) else _change(one) for one in of[-AT_ONCE:]]
+        del of[-AT_ONCE:]
+        await asyncio.sleep(0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from sys import intern
 from typing import Any, Final, TypeAlias
 
@@ -100,19 +100,36 @@ class FleetState:
     _where: dict[ItemKey, Counter[HostId]] = field(default_factory=dict)
     _keys_revision: int = 0
 
-    def clear(self) -> None:
-        """Forget everything: what is read next counts, whatever was there before."""
-        self.revision, self._keys_revision = 0, 0
-        for each in (
-            self.problems,
-            self.lost,
-            self.removed,
-            self._entries,
-            self._placements,
-            self._placed,
-            self._where,
-        ):
-            each.clear()
+    def copy(self) -> FleetState:
+        """One that may be changed apart from this one, until this one `become`s it."""
+        return replace(
+            self,
+            problems=dict(self.problems),
+            lost=dict(self.lost),
+            removed=set(self.removed),
+            _entries={kind: dict(entries) for kind, entries in self._entries.items()},
+            _placements=dict(self._placements),
+            _placed={host: set(placed) for host, placed in self._placed.items()},
+            _where={item: Counter(hosts) for item, hosts in self._where.items()},
+        )
+
+    def become(self, other: FleetState) -> None:
+        """Have all that the other one has, which is not used any more."""
+        for one in fields(self):
+            setattr(self, one.name, getattr(other, one.name))
+
+    def differs(self, change: Change, newest: int) -> bool:
+        """Whether a key is not as in `change`, and its value here not newer than revision `newest`."""
+        entry = self._kin(change.key).get(change.key)
+        if entry is None:
+            return change.value is not None
+        if entry.mod_revision > newest:
+            return False
+        return (entry.mod_revision, entry.value) != (change.mod_revision, change.value)
+
+    def keys_beyond(self, found: Collection[str]) -> list[str]:
+        """Every key that is not among those."""
+        return [key for kin in self._entries.values() for key in kin if key not in found]
 
     def apply(self, revision: int, changes: Iterable[Change]) -> dict[HostId, set[ItemKey]]:
         """Fold changes in that are complete up to `revision`.

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,8 +30,9 @@ from imdsproxy.core.fleet.stream import (
 from imdsproxy.core.model import InstanceId
 from imdsproxy.errors import SourceUnavailable
 from imdsproxy.host.servers import open_unix_socket
+from imdsproxy.hub import streams as module
 from imdsproxy.hub.state import Change, FleetState
-from imdsproxy.hub.streams import Streams
+from imdsproxy.hub.streams import HostStream, Streams
 from support.hand_clock import HandClock
 from support.patience import patience
 
@@ -330,3 +332,24 @@ async def test_a_host_that_does_not_answer_is_named(world: World, name: str) -> 
     await host.next(Batch)
     with pytest.raises(SourceUnavailable, match=f"host {name} "):
         await world.streams.ask(HostId(name), "/v1/status", 0.05)
+
+
+async def test_a_change_of_very_many_hosts_is_sent_to_some_of_them_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "AT_ONCE", 3)
+    streams, sent, turns = (
+        Streams(FleetState(), HandClock(), lambda *_: True),
+        list[str](),
+        list[int](),
+    )
+    monkeypatch.setattr(HostStream, "flush", lambda self: sent.append(self.host))
+    for number in range(10):
+        stream = streams.hosts[HostId(str(number))] = HostStream(streams)
+        stream.host, stream.greeted = HostId(str(number)), True
+    streams.deliver({HostId("*"): {"policy/fleet"}})
+    while len(sent) < 10:
+        turns.append(len(sent))
+        await asyncio.sleep(0)
+    assert sent == [str(number) for number in range(10)]
+    assert max(after - before for before, after in itertools.pairwise([*turns, len(sent)])) == 3

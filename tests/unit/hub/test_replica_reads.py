@@ -1,0 +1,163 @@
+"""A hub that reads all of etcd: in slices, seen as a whole, and what differs from what its watch has shown."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from random import Random
+from typing import Any, cast
+
+import pytest
+
+from imdsproxy.core.fleet import layout
+from imdsproxy.core.fleet.layout import HostId, Meta, StoredInstance
+from imdsproxy.core.model import InstanceId
+from imdsproxy.host.clock import Clock
+from imdsproxy.hub import replica as module
+from imdsproxy.hub.etcd import Changes, Etcd, Snapshot
+from imdsproxy.hub.etcd_messages import KeyValue
+from imdsproxy.hub.replica import Replica
+from imdsproxy.hub.state import Change, FleetState
+from imdsproxy.hub.streams import Streams
+from support.tasks import background, until
+
+
+class _Etcd:
+    """What the hub reads, and what its watch says; `on_read` is called while a read is under way."""
+
+    def __init__(self, *kvs: KeyValue) -> None:
+        self.kvs = list(kvs)
+        self.changes: asyncio.Queue[Changes] = asyncio.Queue()
+        self.on_read: Callable[[], object] = lambda: None
+        self.reads = 0
+
+    @property
+    def revision(self) -> int:
+        return max(one.mod_revision for one in self.kvs)
+
+    async def read(self, *_range: str) -> Snapshot:
+        self.reads += 1
+        snapshot = Snapshot(self.revision, list(self.kvs))
+        self.on_read()
+        # What was written meanwhile is there by the watch.
+        for _ in range(9):
+            await asyncio.sleep(0)
+        return snapshot
+
+    async def follow(self, *_: object) -> AsyncIterator[Changes]:
+        while True:
+            yield await self.changes.get()
+
+    def write(self, *kvs: KeyValue, reports: bool = True) -> None:
+        keys = {one.key for one in kvs}
+        self.kvs = [one for one in self.kvs if one.key not in keys] + [*kvs]
+        if reports:
+            self.changes.put_nowait(Changes(self.revision, kvs))
+
+    def replica(self) -> Replica:
+        state, clock = FleetState(), Clock()
+        streams = Streams(state, clock, lambda *_: True)
+        return Replica(cast("Etcd", self), state, streams, "hub-1", "https://hub", clock, Random(1))  # noqa: S311
+
+
+def _meta(revision: int, incarnation: int = 1) -> KeyValue:
+    value = layout.render_meta(Meta("a-fleet", incarnation))
+    return KeyValue(layout.META, value, revision, 1)
+
+
+def _instance(number: int, revision: int, host: str = "a") -> KeyValue:
+    name = InstanceId(f"i{number}")
+    record = {"id": name, "name": f"at-{revision}", "ports": []}
+    value = layout.render_instance(StoredInstance((HostId(host),), record))
+    return KeyValue(layout.instance_key(name), value, revision, revision)
+
+
+def _revisions(state: FleetState) -> set[int]:
+    found = (state.value(key) for key in state.keys(layout.INSTANCES))
+    return {one[1] for one in found if one is not None}
+
+
+@pytest.mark.parametrize("incarnation", [1, 2])
+async def test_a_hub_that_reads_all_again_goes_on_with_other_work_and_shows_all_of_it_at_once(
+    monkeypatch: pytest.MonkeyPatch, incarnation: int
+) -> None:
+    monkeypatch.setattr(module, "AT_ONCE", 10)
+    etcd = _Etcd(_meta(1), *(_instance(one, 2) for one in range(100)))
+    replica, folded, seen = etcd.replica(), list[int](), list[set[int]]()
+    apply = FleetState.apply
+
+    def counted(self: FleetState, revision: int, changes: Sequence[Change]) -> Any:  # noqa: ANN401 - what it gives
+        folded.append(len(changes))
+        return apply(self, revision, changes)
+
+    async def look() -> None:
+        while True:
+            seen.append(_revisions(replica.state))
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(FleetState, "apply", counted)
+    await replica._read()
+    etcd.write(_meta(1 if incarnation == 1 else 3, incarnation), reports=False)
+    etcd.write(*(_instance(one, 3) for one in range(100)), reports=False)
+    async with background(look()):
+        await replica._read()
+    assert _revisions(replica.state) == {3}
+    assert replica.state.meta.incarnation == incarnation
+    assert max(folded) <= 10
+    assert seen.count({2}) >= 10
+    assert all(one in ({2}, {3}) for one in seen)
+
+
+async def test_what_changes_while_a_hub_compares_is_not_taken_for_a_restored_backup(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "COMPARE_S", 0.001)
+    etcd = _Etcd(_meta(1), _instance(1, 2))
+    replica = etcd.replica()
+
+    def change() -> None:
+        number = etcd.revision + 1
+        etcd.write(_instance(1, number), _instance(number, number))
+
+    async with background(replica.run()):
+        await until(replica.complete.is_set)
+        etcd.on_read = change
+        async with background(replica.compare()):
+            await until(lambda: etcd.reads > 10)
+        await until(lambda: replica.state.revision == etcd.revision)
+    assert replica._suspicions.empty()
+    assert not replica.state.lost
+
+
+async def test_what_a_watch_has_not_shown_is_found_by_comparison(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "COMPARE_S", 0.001)
+    etcd = _Etcd(_meta(1), _instance(1, 2), _instance(2, 3), _instance(3, 4))
+    replica = etcd.replica()
+    async with background(replica.run()), background(replica.compare()):
+        await until(replica.complete.is_set)
+        etcd.kvs = [one for one in etcd.kvs if not one.key.endswith("i1")]
+        etcd.write(_instance(2, 5), reports=False)
+        await until(lambda: replica._doubtful)
+        etcd.write(KeyValue(layout.BEAT, b'{"count":1}', 6, 6))
+        await until(lambda: replica.state.lost)
+        assert "i1" in replica._suspicions.get_nowait()[1]
+        assert _revisions(replica.state) == {2, 4, 5}
+
+
+async def test_an_accepted_backup_is_seen_with_its_incarnation_and_not_before() -> None:
+    etcd = _Etcd(_meta(1), _instance(1, 2), _instance(2, 3))
+    replica, seen = etcd.replica(), list[tuple[int, int]]()
+
+    def look() -> None:
+        seen.append(
+            (replica.state.meta.incarnation, sum(1 for _ in replica.state.keys(layout.INSTANCES)))
+        )
+
+    async with background(replica.run()):
+        await until(replica.complete.is_set)
+        etcd.on_read = look
+        etcd.kvs = [one for one in etcd.kvs if not one.key.endswith("i1")]
+        etcd.write(_meta(9, 2))
+        await until(lambda: replica.state.meta.incarnation == 2)
+        look()
+    assert seen == [(1, 2), (2, 1)]
