@@ -411,8 +411,12 @@ def plan_policy(
     return draft.finish()
 
 
-def plan_acceptance(view: View) -> Transaction:
+def plan_acceptance(view: View, known: int) -> Transaction:
     """Take what etcd has as the truth: one incarnation more, and no suspicion.
+
+    Args:
+        view: What etcd has.
+        known: The incarnation that hosts may have: the backup may be older than the last acceptance.
 
     Raises:
         RequestRefused: Nothing is suspected.
@@ -423,9 +427,10 @@ def plan_acceptance(view: View) -> Transaction:
             "no restored backup is suspected", hint="`imdsproxy fleet status` shows a suspicion"
         )
     now = _readable(layout.parse_meta, meta[0], "the fleet")
+    after = replace(now, incarnation=max(now.incarnation, known) + 1)
     return Transaction(
         (unchanged(layout.META, meta[1]), unchanged(layout.SUSPECT, suspect[1])),
-        {layout.META: layout.render_meta(replace(now, incarnation=now.incarnation + 1))},
+        {layout.META: layout.render_meta(after)},
         (layout.SUSPECT,),
     )
 

@@ -75,7 +75,7 @@ class Replica:
     _incarnation: int = 0
     _beat_seen: float = 0.0
     _doubtful: bool = False
-    _suspicions: asyncio.Queue[tuple[HostId, str, int]] = field(default_factory=asyncio.Queue)
+    _suspicions: asyncio.Queue[tuple[HostId, str, int, int]] = field(default_factory=asyncio.Queue)
 
     def age_s(self) -> float:
         """Seconds since etcd was heard."""
@@ -209,24 +209,27 @@ class Replica:
             why: What is missing.
             revision: etcd has to be older than this; 0 where the reason is enough.
         """
-        self._suspicions.put_nowait((host, why, revision))
+        self._suspicions.put_nowait((host, why, revision, self._incarnation))
 
     async def note_suspicions(self) -> None:
         """Write why a restored backup is suspected, for every hub; until cancelled."""
         while True:
-            host, why, revision = await self._suspicions.get()
+            suspicion = await self._suspicions.get()
             noted = False
             while not noted:
                 try:
-                    noted = await self._note(host, why, revision)
+                    noted = await self._note(*suspicion)
                 except (EtcdUnavailable, Compacted) as error:
                     _log.warning("suspicion not written yet", reason=str(error))
                     await asyncio.sleep(_AGAIN_S)
 
-    async def _note(self, host: HostId, why: str, revision: int) -> bool:
-        """Whether it is written, or need not be."""
-        found = await self.etcd.read(layout.SUSPECT)
+    async def _note(self, host: HostId, why: str, revision: int, incarnation: int) -> bool:
+        """Whether it is written, or need not be; `incarnation` is of what was compared with etcd."""
+        found, meta = await self.etcd.read(layout.SUSPECT), await self.etcd.read(layout.META)
         if 0 < revision <= found.revision:
+            return True
+        # What another hub noticed earlier an operator may have accepted by now.
+        if meta.kvs and layout.parse_meta(meta.kvs[0].value).incarnation > incarnation > 0:
             return True
         before, at = Suspicion(why, (), refuses=False), 0
         if found.kvs:
@@ -242,7 +245,9 @@ class Replica:
             return True
         _log.error("a restored backup is suspected", host=host, reason=why)
         value = layout.render_suspicion(now)
-        done = await self.etcd.commit([unchanged(layout.SUSPECT, at)], {layout.SUSPECT: value})
+        same = [unchanged(layout.SUSPECT, at)]
+        same += [unchanged(layout.META, one.mod_revision) for one in meta.kvs]
+        done = await self.etcd.commit(same, {layout.SUSPECT: value})
         return isinstance(done, Committed)
 
     async def beat(self) -> None:

@@ -328,7 +328,8 @@ class FleetState:
             revision, known = self._revision_of(item), have.get(item)
             if known is not None and (why := _doubt(revision, known)) is not None:
                 held[item] = why
-            elif revision != known and (found := self.item(item)) is not None:
+            # A restored store gives revisions again.
+            elif (revision != known or accepts) and (found := self.item(item)) is not None:
                 put[item] = found
         removed: list[ItemKey] = []
         for item in sorted(have.keys() - wanted, key=_instances_first):
@@ -443,8 +444,11 @@ def _needs(record: Mapping[str, Any]) -> tuple[ItemKey, ...]:
 
 def _doubt_entry(key: str, before: _Entry, change: Change) -> str | None:
     """Why a value cannot have come after the one before it in the same etcd."""
-    if key == layout.META or change.value is None:
+    if change.value is None:
         return None
+    if key == layout.META:
+        now, last = (layout.parse_meta(one).incarnation for one in (change.value, before.value))
+        return f"of incarnation {now}, and before it was of {last}" if now < last else None
     revision = change.mod_revision
     if revision < before.mod_revision:
         return f"of revision {revision}, and before it was of {before.mod_revision}"

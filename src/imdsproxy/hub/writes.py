@@ -362,7 +362,8 @@ class Writes:
 
     async def accept_restore(self) -> int:
         """Take what etcd has as the truth, though hosts had newer; the revision with which it is so."""
-        return (await self.write(plan_writes.plan_acceptance)).revision
+        known = self.state.meta.incarnation
+        return (await self.write(lambda view: plan_writes.plan_acceptance(view, known))).revision
 
     # User data
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import HostId
+from imdsproxy.core.fleet.layout import HostId, Meta, Suspicion
 from imdsproxy.core.fleet.members import HostState, StoredHost, host_key, render_host
 from imdsproxy.core.model import InstanceId, Network, NetworkId
 from imdsproxy.core.records import PlacedInstance, parse_network, parse_placed
@@ -22,6 +22,7 @@ from imdsproxy.hub.plan_writes import (
     Transaction,
     claims_of,
     next_epoch,
+    plan_acceptance,
     plan_network_removal,
     plan_put,
     plan_removal,
@@ -187,3 +188,13 @@ def test_a_revocation_after_a_restore_is_newer_than_all_that_the_backup_lost() -
     after = next_epoch(3, 2)
     assert after > 100_000
     assert next_epoch(after, 2) == after + 1
+
+
+def test_an_accepted_backup_gets_an_incarnation_that_no_host_has_yet() -> None:
+    store = Store()
+    store.keys[layout.META] = layout.render_meta(Meta("f", 2)), 1
+    suspicion = Suspicion("why", (), refuses=True)
+    store.keys[layout.SUSPECT] = layout.render_suspicion(suspicion), 1
+    assert store.commit(plan_acceptance(store.keys.get, 5)) is None
+    assert layout.parse_meta(store.keys[layout.META][0]).incarnation == 6
+    assert layout.SUSPECT not in store.keys

@@ -1,12 +1,14 @@
 """What a hub writes for itself."""
 
+import contextlib
 from base64 import b64decode, b64encode
+from collections.abc import AsyncIterator
 from random import Random
 
 import pytest
 
 from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import HostId
+from imdsproxy.core.fleet.layout import HostId, Meta, Suspicion
 from imdsproxy.core.fleet.members import HostState, StoredHost, host_key, render_host
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub import replica as module
@@ -47,22 +49,44 @@ async def test_a_hub_whose_address_was_not_written_writes_it_again(
 
 
 class _Store:
-    """The one key of an etcd, as its JSON gateway has it."""
+    """An etcd, as its JSON gateway has it: single keys are read and written, or all are read."""
 
-    def __init__(self, revision: int = 50) -> None:
-        self.revision, self.value, self.at = revision, b"", 0
+    def __init__(self, incarnation: int = 1, revision: int = 50) -> None:
+        self.revision = revision
+        self.values = {layout.META: (layout.render_meta(Meta("f", incarnation)), 1)}
+
+    @property
+    def suspicion(self) -> Suspicion | None:
+        found = self.values.get(layout.SUSPECT)
+        return None if found is None else layout.parse_suspicion(found[0])
 
     def handle(self, path: str, body: Json) -> Answer:
         if path.endswith("range"):
-            kvs = [] if not self.at else [{"key": text(layout.SUSPECT), **self._kv()}]
+            wanted = (
+                [b64decode(body["key"]).decode()] if not body.get("range_end") else [*self.values]
+            )
+            kvs = [self._kv(key) for key in wanted if key in self.values]
             return answer({**header(self.revision), "kvs": kvs})
         self.revision += 1
-        self.value, self.at = b64decode(body["success"][0]["request_put"]["value"]), self.revision
+        for one in body["success"]:
+            put = one["request_put"]
+            key, value = (b64decode(put[part]) for part in ("key", "value"))
+            self.values[key.decode()] = value, self.revision
         return answer({**header(self.revision), "succeeded": True})
 
-    def _kv(self) -> Json:
-        at = str(self.at)
-        return {"value": b64encode(self.value).decode(), "mod_revision": at, "create_revision": at}
+    def _kv(self, key: str) -> Json:
+        value, at = self.values[key]
+        numbers = {"mod_revision": str(at), "create_revision": str(at)}
+        return {"key": text(key), "value": b64encode(value).decode(), **numbers}
+
+
+@contextlib.asynccontextmanager
+async def _replica_of(store: _Store, hosts: str = "abc") -> AsyncIterator[Replica]:
+    clock, state = Clock(), FleetState()
+    state.apply(1, [Change(f"{layout.HOSTS}{name}", _HOST, 1) for name in hosts])
+    streams = Streams(state, clock, lambda *_: True)
+    async with client_of(store.handle) as (etcd, _):
+        yield Replica(etcd, state, streams, "hub-1", "https://hub", clock, Random(1))  # noqa: S311
 
 
 @pytest.mark.parametrize(
@@ -80,16 +104,11 @@ class _Store:
 async def test_writes_are_refused_when_a_hub_or_two_hosts_notice_a_restore(
     *, noticed: list[tuple[str, int]], refuses: bool | None
 ) -> None:
-    store, clock = _Store(), Clock()
-    async with client_of(store.handle) as (etcd, _):
-        state = FleetState()
-        state.apply(1, [Change(f"{layout.HOSTS}{name}", _HOST, 1) for name in "abc"])
-        streams = Streams(state, clock, lambda *_: True)
-        replica = Replica(etcd, state, streams, "hub-1", "https://hub", clock, Random(1))  # noqa: S311
+    store = _Store()
+    async with _replica_of(store) as replica:
         for host, revision in noticed:
-            assert await replica._note(HostId(host), "why", revision)
-    found = layout.parse_suspicion(store.value).refuses if store.at else None
-    assert found is refuses
+            assert await replica._note(HostId(host), "why", revision, 1)
+    assert (store.suspicion and store.suspicion.refuses) is refuses
 
 
 @pytest.mark.parametrize(
@@ -106,18 +125,16 @@ async def test_writes_are_refused_when_a_hub_or_two_hosts_notice_a_restore(
 async def test_the_only_enrolled_host_of_a_fleet_is_believed_and_those_that_are_not_enrolled_are_not(
     invited: str, revoked: str, noticed: str, *, refuses: bool
 ) -> None:
-    store, clock = _Store(), Clock()
+    store = _Store()
     hosts = dict.fromkeys(invited, StoredHost(HostState.INVITED))
     hosts |= dict.fromkeys(revoked, StoredHost(HostState.REVOKED))
-    async with client_of(store.handle) as (etcd, _):
-        state = FleetState()
-        state.apply(1, [Change(f"{layout.HOSTS}a", _HOST, 1)])
-        state.apply(1, [Change(host_key(HostId(k)), render_host(v), 1) for k, v in hosts.items()])
-        streams = Streams(state, clock, lambda *_: True)
-        replica = Replica(etcd, state, streams, "hub-1", "https://hub", clock, Random(1))  # noqa: S311
+    async with _replica_of(store, "a") as replica:
+        changes = [Change(host_key(HostId(k)), render_host(v), 1) for k, v in hosts.items()]
+        replica.state.apply(1, changes)
         for host in noticed:
-            assert await replica._note(HostId(host), "why", 0)
-    assert layout.parse_suspicion(store.value).refuses is refuses
+            assert await replica._note(HostId(host), "why", 0, 1)
+    assert store.suspicion is not None
+    assert store.suspicion.refuses is refuses
 
 
 async def test_a_hub_that_ends_takes_back_where_it_is() -> None:
@@ -135,3 +152,43 @@ async def test_a_hub_that_ends_takes_back_where_it_is() -> None:
         async with background(replica.beat()):
             await until(lambda: sum(path == "txn" for path, _ in asked) > 1)
     assert asked[-1] == ("revoke", {"ID": "7"})
+
+
+@pytest.mark.parametrize(("seen", "suspected"), [(1, False), (2, True), (3, True), (0, True)])
+async def test_what_an_operator_has_accepted_meanwhile_is_not_suspected_again(
+    *, seen: int, suspected: bool
+) -> None:
+    store = _Store(incarnation=2)
+    async with _replica_of(store) as replica:
+        assert await replica._note(HostId("hub-1"), "why", 0, seen)
+    assert (store.suspicion is not None) is suspected
+
+
+async def test_a_hub_that_reads_an_accepted_restore_all_at_once_keeps_nothing_of_before() -> None:
+    store, older, gone = _Store(), f"{layout.HOSTS}older", f"{layout.HOSTS}gone"
+    store.values |= {older: (_HOST, 40), gone: (_HOST, 41)}
+    async with _replica_of(store, "") as replica:
+        await replica._read()
+        del store.values[gone]
+        store.values |= {
+            older: (_HOST, 30),
+            layout.META: (layout.render_meta(Meta("f", 2)), 51),
+        }
+        store.revision = 60
+        await replica._read()
+        assert replica.state.value(older) == (_HOST, 30)
+        assert replica.state.value(gone) is None
+        assert not replica.state.lost
+        assert replica.state.meta.incarnation == 2
+
+
+async def test_a_backup_from_before_the_last_acceptance_is_no_acceptance() -> None:
+    store, key = _Store(incarnation=2), f"{layout.HOSTS}a"
+    store.values[key] = _HOST, 40
+    async with _replica_of(store, "") as replica:
+        await replica._read()
+        store.values = {layout.META: (layout.render_meta(Meta("f", 1)), 1)}
+        await replica._read()
+        assert replica.state.lost.keys() == {layout.META, key}
+        assert replica.state.value(key) is not None
+        assert replica.state.meta.incarnation == 2

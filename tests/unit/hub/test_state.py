@@ -162,6 +162,8 @@ def test_a_higher_incarnation_is_taken_at_its_word() -> None:
     have = {"instance/web": 50, "instance/gone": 50, "network/blue": 2}
     batch = compare(state, have, revision=60, seen=1)
     assert batch.put["instance/web"][0] == 3
+    # A restored store gives revisions again: the same one may be of another value.
+    assert "network/blue" in batch.put
     assert set(batch.remove) == {"instance/gone"}
     assert not batch.held
 
