@@ -16,6 +16,7 @@ from structlog.testing import capture_logs
 from imdsproxy.errors import ConfigRejected
 from imdsproxy.host.process import find_processes
 from imdsproxy.hub.front import Front, FrontSpec
+from imdsproxy.hub.settings import HubSettings
 from support.fleet_front import Certificates, client_context, expired_at, make_certificates
 from support.lab import until
 from support.patience import patience
@@ -115,6 +116,21 @@ async def test_a_renewed_certificate_is_shown_to_new_connections_and_no_stream_e
         await front.stop()
         server.close()
         await server.wait_closed()
+
+
+async def test_a_front_takes_connections_by_ipv4_and_by_ipv6_on_all_addresses(
+    spec: FrontSpec, tmp_path: Path
+) -> None:
+    port = spec.listen[0].rpartition(":")[2]
+    everywhere = tuple(f"{one.rpartition(':')[0]}:{port}" for one in HubSettings().listen)
+    front = Front("haproxy", replace(spec, listen=everywhere), tmp_path / "front.cfg")
+    await front.start()
+    try:
+        for address in ("127.0.0.1", "::1"):
+            _, writer = await asyncio.open_connection(address, int(port))
+            writer.transport.abort()
+    finally:
+        await front.stop()
 
 
 async def test_a_front_that_cannot_start_says_why(spec: FrontSpec, tmp_path: Path) -> None:
