@@ -72,6 +72,7 @@ class Replica:
     failure: Problem | None = None
     heard: float = 0.0
     _at: int = 0
+    _last: frozenset[KeyValue | Deleted] = frozenset()
     _incarnation: int = 0
     _beat_seen: float = 0.0
     _doubtful: bool = False
@@ -93,15 +94,24 @@ class Replica:
             try:
                 if reading or self._doubtful:
                     await self._read()
-                    reading = False
-                async with aclosing(self.etcd.follow(layout.PREFIX, self._at + 1)) as following:
+                    reading, self._last = False, frozenset()
+                # What came last comes again: unless etcd has another history, which has revisions of the same numbers.
+                expected = self._last
+                begin = self._at if expected else self._at + 1
+                async with aclosing(self.etcd.follow(layout.PREFIX, begin)) as following:
                     async for changes in following:
                         backoff.succeed()
+                        if reading := not expected.issubset(changes.events):
+                            break
+                        expected = frozenset()
                         folded = [_change(one) for one in changes.events]
                         # All else of another incarnation is to be seen with it.
                         if reading := self._doubtful or self._begins_anew(folded):
                             break
                         self._at = changes.revision
+                        self._last = frozenset(
+                            one for one in changes.events if one.mod_revision == self._at
+                        )
                         self._fold(changes.revision, folded)
             except Compacted:
                 reading = True

@@ -15,7 +15,18 @@ from imdsproxy.hub import replica as module
 from imdsproxy.hub.replica import Replica
 from imdsproxy.hub.state import Change, FleetState
 from imdsproxy.hub.streams import Streams
-from support.fake_etcd import Answer, Json, answer, client_of, header, text
+from support.fake_etcd import (
+    Answer,
+    Handler,
+    Json,
+    answer,
+    client_of,
+    header,
+    lines,
+    put,
+    text,
+    watched,
+)
 from support.tasks import background, until
 
 _HOST = render_host(StoredHost(HostState.ENROLLED, ("1",)))
@@ -81,11 +92,13 @@ class _Store:
 
 
 @contextlib.asynccontextmanager
-async def _replica_of(store: _Store, hosts: str = "abc") -> AsyncIterator[Replica]:
+async def _replica_of(
+    store: _Store, hosts: str = "abc", handle: Handler | None = None
+) -> AsyncIterator[Replica]:
     clock, state = Clock(), FleetState()
     state.apply(1, [Change(f"{layout.HOSTS}{name}", _HOST, 1) for name in hosts])
     streams = Streams(state, clock, lambda *_: True)
-    async with client_of(store.handle) as (etcd, _):
+    async with client_of(handle or store.handle) as (etcd, _):
         yield Replica(etcd, state, streams, "hub-1", "https://hub", clock, Random(1))  # noqa: S311
 
 
@@ -192,3 +205,32 @@ async def test_a_backup_from_before_the_last_acceptance_is_no_acceptance() -> No
         assert replica.state.lost.keys() == {layout.META, key}
         assert replica.state.value(key) is not None
         assert replica.state.meta.incarnation == 2
+
+
+@pytest.mark.parametrize("same", [True, False])
+async def test_a_hub_that_was_away_notices_another_history_whose_revisions_have_the_same_numbers(
+    *, same: bool
+) -> None:
+    store, key = _Store(revision=50), f"{layout.HOSTS}a"
+    other = f"{layout.HOSTS}b"
+    begun: list[int] = []
+
+    def handle(path: str, body: Json) -> Answer:
+        if path.endswith(("range", "txn")):
+            return store.handle(path, body)
+        if not path.endswith("watch"):
+            return answer({"code": 14, "message": "no"}, 503)
+        begun.append(int(body["create_request"]["start_revision"]))
+        created = watched(52, created=True)
+        if len(begun) == 1:
+            return lines(created, watched(52, put(key, 52, _HOST.decode())), ends=True)
+        store.revision = 53
+        written = put(key if same else other, 52, _HOST.decode())
+        return lines(created, watched(53, written, put(other, 53, _HOST.decode())))
+
+    async with _replica_of(store, "", handle) as replica, background(replica.run()):
+        await until(lambda: replica.state.revision == 53)
+        await until(lambda: same or replica._suspicions.qsize() == 1)
+        assert begun[:2] == [51, 52]
+        assert replica.state.value(key) == (_HOST, 52)
+        assert bool(replica.state.lost) is not same
