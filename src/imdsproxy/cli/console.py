@@ -12,7 +12,7 @@ _HIGHEST: Final = 65535
 _HINT: Final = "apt install python3-jinja2, or pip install 'imdsproxy[console]'"
 
 
-@options.command
+@options.host_command
 def console(
     run: options.Invocation,
     *,

@@ -95,7 +95,7 @@ def namespace_proxy(
     return main(words or [], program="imdsproxy namespace-proxy", config=run.config)
 
 
-@options.command
+@options.host_command
 def check(run: options.Invocation) -> None:
     """Settings, HAProxy, privileges, namespaces, directories, ports, records, tokens, Nova: all problems at once.
 
@@ -129,14 +129,14 @@ def _show_findings(output: Output, shape: Shape) -> None:
         output.styled(f"[bold red]{spell_count(wrong, 'problem')}[/]")
 
 
-@options.command
+@options.host_command
 def render(run: options.Invocation) -> None:
     """HAProxy's configuration as it would be written now; nothing is touched."""
     text = str(run.daemon().get("/v1/haproxy-configuration"))
     run.output.answer({"haproxy_configuration": text}, text)
 
 
-@options.command
+@options.host_command
 def reload(
     run: options.Invocation,
     *,
@@ -184,7 +184,7 @@ def _show_reload(output: Output, done: Shape) -> None:
         output.styled("[yellow]HAProxy has not taken it over:[/]", *pending)
 
 
-@options.command
+@options.host_command
 def stop(
     run: options.Invocation,
     *,

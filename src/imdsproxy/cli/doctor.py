@@ -33,7 +33,7 @@ _MOST_BYTES: Final = 17 << 20
 _SAFE: Final = "/?=&:%+,@;~!$'()*"
 
 
-@options.command
+@options.host_command
 def doctor(
     run: options.Invocation,
     url: Annotated[

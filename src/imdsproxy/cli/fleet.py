@@ -316,7 +316,8 @@ def wait(
     answer = replace(run.hubs(), timeout_s=timeout + _ANSWER_S).request(
         "POST", "/fleet/wait", body=body
     )
-    show_written(run.output, f"revision {revision} is in force", answer)
+    waiting = f"revision {revision} is in force on all but"
+    show_written(run.output, f"revision {revision} is in force", answer, waiting=waiting)
 
 
 @fleet_app.command("accept-restore")

@@ -209,11 +209,17 @@ def watch(
     instance: Annotated[
         str | None, flag("--instance ID", "Only this instance, by id or name.", complete_instances)
     ] = None,
+    host: Annotated[
+        str | None, flag("--host HOST", "In a fleet, the guests of this host; or give --instance.")
+    ] = None,
 ) -> None:
     """Every request of a guest as it is answered, until Ctrl-C; with --json a line each."""
     daemon, as_json = run.api(), run.output.as_json
     query = {} if network is None else {"network": network}
     query |= {} if instance is None else {"instance": instance}
+    if host is not None and daemon.of_host:
+        raise RequestRefused("--host is of a fleet, and none is named", hint="--fleet URL")
+    query |= {} if host is None else {"host": host}
     lines = [] if as_json else [_HEAD]
     while True:
         answer = daemon.get("/v1/watch", query)
@@ -256,12 +262,14 @@ def revoke(run: options.Invocation, instance: options.Instance) -> None:
 @options.command
 def rotate(run: options.Invocation) -> None:
     """Sign tokens with a new key; existing tokens stay valid, by the two keys before it."""
-    done = run.daemon().request("POST", path_to("token-keys", "rotate"))
-    show_written(run.output, f"key {done['kid']} signs tokens, {done['file']} has it", done)
+    done = run.api().request("POST", path_to("token-keys", "rotate"))
+    key = f"key {done['kid']}"
+    waiting = f"{key} signs once these hosts have it, and the same command is given again"
+    show_written(run.output, f"{key} signs tokens, {done['file']} has it", done, waiting=waiting)
 
 
 @token_app.command("report")
-@options.command
+@options.host_command
 def report(
     run: options.Invocation,
     *,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -135,6 +135,7 @@ Network: TypeAlias = Annotated[str, _NETWORK]
 Address: TypeAlias = Annotated[str, _ADDRESS]
 MaybeNetwork: TypeAlias = Annotated[str | None, _NETWORK]
 MaybeAddress: TypeAlias = Annotated[str | None, _ADDRESS]
+_OF_FLEET: Final = ("fleet", "fleet_certificate")
 _SHARED: Final = {
     "as_json": (Json, False),
     "socket": (Socket, None),
@@ -192,11 +193,6 @@ class Invocation:
         """The daemon, by the socket that was named or that the settings name."""
         from imdsproxy.admin_client import AdminClient  # noqa: PLC0415 - the daemon itself need not load it
 
-        if self.fleet:
-            raise RequestRefused(
-                "this command is about one host, and --fleet names a fleet",
-                hint="run it on the host, without --fleet",
-            )
         socket = self.socket or self.settings.admin_socket
         return AdminClient(socket, waiting=self.output.starting)
 
@@ -223,10 +219,12 @@ def invocation(
 def command(
     function: Callable[..., int | None],
     *,
-    shared: Iterable[str] = ("as_json", "socket", "config"),
+    shared: Collection[str] = ("as_json", "socket", "config", *_OF_FLEET),
     flags: Mapping[str, object] | None = None,
 ) -> Callable[..., int | None]:
-    """A function of an `Invocation` as a command: in its place typer sees --json, --socket and --config.
+    """A function of an `Invocation` as a command, which asks this host's daemon, or a fleet.
+
+    In the place of the invocation typer sees --json, --socket, --config, --fleet and --fleet-certificate.
 
     Args:
         function: Its first parameter is the invocation.
@@ -241,7 +239,13 @@ def command(
 
     def run(context: typer.Context, **values: Any) -> int | None:  # noqa: ANN401 - of flags
         given = {name: values.pop(name) for name in shared}
-        return function(invocation(context, **given), **values)
+        asked = invocation(context, **given)
+        if asked.fleet and "fleet" not in shared:
+            raise RequestRefused(
+                f"`{context.command_path}` is about this host, and --fleet names a fleet",
+                hint="run it on the host, without --fleet; `imdsproxy fleet --help` has what is about a fleet",
+            )
+        return function(asked, **values)
 
     run.__name__, run.__doc__ = function.__name__, function.__doc__
     context = inspect.signature(run, eval_str=True).parameters["context"]
@@ -249,14 +253,17 @@ def command(
     return run
 
 
+host_command = partial(command, shared=("as_json", "socket", "config"))
+"""As `command`; it asks this host's daemon, and no fleet."""
+
 json_command = partial(command, shared=("as_json",))
 """As `command`; it asks no daemon and reads no settings."""
 
-fleet_command = partial(command, shared=("as_json", "config", "fleet", "fleet_certificate"))
+fleet_command = partial(command, shared=("as_json", "config", *_OF_FLEET))
 """As `command`; it asks a fleet."""
 
 bare_command = partial(command, shared=())
-"""As `command`; none of the three may stand after its name."""
+"""As `command`; none of these options may stand after its name."""
 
 config_command = partial(command, shared=("config",))
 """As `command`; it is one of the daemon's processes."""

@@ -52,8 +52,13 @@ def _network_row(shape: Shape) -> dict[str, str]:
         "LISTENER": clean(f"{kind} {value}"),
         "INSTANCES": str(shape["instances"]),
         **_where(shape),
-        "STATE": f"[red]{clean(left_out['code'])}[/]" if left_out else "[green]serving[/]",
+        "STATE": f"[red]{clean(left_out['code'])}[/]" if left_out else _served(shape),
     }
+
+
+def _served(shape: Shape) -> str:
+    # Of a fleet's networks, one that no host needs has no listener anywhere.
+    return "on no host" if shape.get("hosts") == [] else "[green]serving[/]"
 
 
 def _instance_row(shape: Shape) -> dict[str, str]:
@@ -126,8 +131,12 @@ def _placed(kind: str, shape: Shape) -> dict[str, Any]:
 
 def _network_notes(shape: Shape) -> Iterator[tuple[str, object]]:
     left_out = shape["left_out"]
-    state = f"not served: {left_out['reason']} ({left_out['code']})" if left_out else "serving"
+    state = "on no host" if shape.get("hosts") == [] else "serving"
+    if left_out:
+        state = f"not served: {left_out['reason']} ({left_out['code']})"
     yield from {"source": shape["source"], "state": state, "instances": shape["instances"]}.items()
+    if "hosts" in shape:  # a fleet's
+        yield from {"hosts": " ".join(shape["hosts"]), "revision": shape["revision"]}.items()
 
 
 def _instance_notes(shape: Shape) -> Iterator[tuple[str, object]]:
@@ -145,21 +154,31 @@ def _instance_notes(shape: Shape) -> Iterator[tuple[str, object]]:
         yield f"not in force {number}", reason
 
 
-def show_written(output: Output, what: str, written: Shape) -> None:
-    """That a change is in force, or why it is not yet, which ends the command with a status of its own."""
-    output.answer(written, lambda _, answer: say_written(output, what, answer))
+def show_written(output: Output, what: str, written: Shape, *, waiting: str | None = None) -> None:
+    """That a change is in force, or why it is not yet, which ends the command with a status of its own.
+
+    Args:
+        output: Where to.
+        what: Was done.
+        written: The answer to it.
+        waiting: What is not so yet; `None` where `what` is stored.
+    """
+    output.answer(written, lambda _, answer: say_written(output, what, answer, waiting=waiting))
     if not written["applied"]:
         raise typer.Exit(NOT_IN_FORCE)
 
 
-def say_written(output: Output, what: str, written: Shape) -> None:
+def say_written(output: Output, what: str, written: Shape, *, waiting: str | None = None) -> None:
     """The same for people, and the command goes on."""
+    rest = "imdsproxy fleet hosts" if "hosts" in written else "imdsproxy status"
+    lines = first_lines(written.get("pending", ()), rest)
     if written["applied"]:
-        output.styled(f"[green]done:[/] {clean(what)}")
+        output.styled(f"[green]done:[/] {clean(what)}{'; later on:' if lines else ''}")
+    elif waiting is not None:
+        output.styled(f"[yellow]not yet:[/] {clean(waiting)}:")
     else:
-        lines = first_lines(written["pending"], "imdsproxy status")
         output.styled(f"[yellow]stored:[/] {clean(what)}; not in force yet:")
-        output.styled(*(f"  {clean(line)}" for line in lines))
+    output.styled(*(f"  {clean(line)}" for line in lines))
     output.styled(*(f"[yellow]warning:[/] {clean(one)}" for one in written.get("warnings", ())))
     if (shared := written.get("shared")) is not None:
         output.styled(

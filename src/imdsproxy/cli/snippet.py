@@ -14,7 +14,7 @@ from imdsproxy.core.records import parse_instance, parse_network
 from imdsproxy.errors import RequestRefused
 
 
-@options.command
+@options.host_command
 def snippet(
     run: options.Invocation,
     instance: options.Instance,

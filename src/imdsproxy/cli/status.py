@@ -20,7 +20,7 @@ _LOOK_EVERY_S: Final = 0.3
 _UNITS: Final = (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1))
 
 
-@options.command
+@options.host_command
 def status(
     run: options.Invocation,
     *,

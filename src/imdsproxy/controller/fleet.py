@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import httpcore
 
 from imdsproxy.controller.in_force import find_unserved, wait_confirmed
-from imdsproxy.core.fleet.stream import ItemKey
+from imdsproxy.core.fleet.stream import Ask, ItemKey
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.observation import Conflict
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from imdsproxy.controller.controller import Controller
 
 _MAY_ASK: Final = re.compile(
-    r"/v1/(status|explain|documents|watch|instances(/[^/?]+(/explain)?)?|networks(/[^/?]+)?)(\?[^#]*)?"
+    r"GET /v1/(status|explain|documents|watch|instances(/[^/?]+(/(explain|password))?)?|networks(/[^/?]+)?)(\?[^#]*)?"
+    r"|DELETE /v1/instances/[^/?]+/password"
 )
 _MOST_OF_ANSWER: Final = 1024 * 1024
 _TIMES: Final = dict.fromkeys(("connect", "read", "write", "pool"), 30.0)
@@ -67,15 +68,16 @@ class FleetHost:
             found.append(documents.reason)
         return found + list(_contradictions(inventory, instance))
 
-    async def answer(self, path: str) -> tuple[int, Any]:
-        """Status and body of a GET of the admin API, as far as hubs may ask."""
-        if not _MAY_ASK.fullmatch(path):
-            return 403, {"message": f"hubs may not ask for {path}"}
+    async def answer(self, ask: Ask) -> tuple[int, Any]:
+        """Status and body of the admin API's answer, as far as hubs may ask."""
+        if not _MAY_ASK.fullmatch(f"{ask.method} {ask.path}"):
+            return 403, {"message": f"hubs may not ask for {ask.method} {ask.path}"}
         socket = str(self.controller.holder.settings.admin_socket)
         try:
             async with httpcore.AsyncConnectionPool(uds=socket) as pool:
                 extensions = {"timeout": _TIMES}
-                answer = await pool.request("GET", f"http://host{path}", extensions=extensions)
+                url = f"http://host{ask.path}"
+                answer = await pool.request(ask.method, url, extensions=extensions)
         except (httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError) as error:
             return 503, {"message": f"the admin API does not answer: {error}"}
         if len(answer.content) > _MOST_OF_ANSWER:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import quote, urlencode
@@ -11,11 +11,11 @@ from urllib.parse import quote, urlencode
 from imdsproxy.admin.answers import Written
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.layout import HostId, Suspicion
-from imdsproxy.core.fleet.members import HostState, parse_host
+from imdsproxy.core.fleet.members import HostState, host_key, parse_host
 from imdsproxy.core.fleet.stream import ItemKey
 from imdsproxy.core.model import NetworkId
 from imdsproxy.core.timing import Progress, Step
-from imdsproxy.errors import EtcdUnavailable, SourceUnavailable
+from imdsproxy.errors import EtcdUnavailable, NotFound, SourceUnavailable
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.etcd import Etcd, MemberSilent
 from imdsproxy.hub.etcd_messages import MemberStatus, prefix_end
@@ -168,6 +168,12 @@ class Operations:
         """What waits for acknowledgements."""
         return InForce(self.streams, self.peers)
 
+    def refuse_unknown(self, hosts: Iterable[HostId]) -> None:
+        """`NotFound` where the fleet has not all of these hosts."""
+        for host in hosts:
+            if self.state.value(host_key(host)) is None:
+                raise NotFound(f"the fleet has no host {host}", hint="imdsproxy fleet hosts")
+
     async def confirm(
         self, done: Done, items: Collection[ItemKey] | None, **counts: int
     ) -> FleetWritten:
@@ -267,28 +273,30 @@ class Operations:
         found = (layout.decode(one.value) for one in journals.kvs)
         return [one for one in found if one["done"] < one["of"]]
 
-    async def ask_host(self, host: HostId, path: str, query: Mapping[str, str]) -> Any:  # noqa: ANN401 - JSON
-        """What a host's admin API answers to a GET, wherever the host is connected.
+    async def ask_host(
+        self, host: HostId, path: str, query: Mapping[str, str], method: str = "GET"
+    ) -> Any:  # noqa: ANN401 - JSON
+        """What a host's admin API answers, wherever the host is connected.
 
         Raises:
             HostAnswered: It answered with an error.
             SourceUnavailable: It is not connected, or does not answer.
         """
         target = f"{path}?{urlencode(query)}" if query else path
-        answer = await self.ask_here(host, target)
+        answer = await self.ask_here(host, target, method)
         if answer is None:
-            asked = {"host": host, "path": target}
-            found = await self.peers.ask_all(ASK_PATH, asked, _ASK_S)
+            asked = {"host": host, "path": target, "method": method}
+            found = await self.peers.ask_all(ASK_PATH, {}, _ASK_S, asked)
             answer = next((one for one in found.values() if one.get("status")), None)
         if answer is None:
             raise SourceUnavailable(f"host {host} is {NOT_CONNECTED}", hint="imdsproxy fleet hosts")
         return answer
 
-    async def ask_here(self, host: HostId, path: str) -> dict[str, Any] | None:
+    async def ask_here(self, host: HostId, path: str, method: str) -> dict[str, Any] | None:
         """Its answer, where it is connected to this hub: `status` and `body`."""
         if host not in self.streams.hosts:
             return None
-        answer = await self.streams.ask(host, path, _ASK_S)
+        answer = await self.streams.ask(host, path, _ASK_S, method)
         return {"status": answer.status, "body": answer.body}
 
 

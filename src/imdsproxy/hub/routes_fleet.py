@@ -46,6 +46,16 @@ class AppliedBody(BaseModel):
     within_s: float = Field(default=0.0, ge=0, le=60)
 
 
+class AskBody(BaseModel):
+    """A request to the admin API of a host."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    host: str
+    path: str
+    method: str
+
+
 @fleet.get("/status")
 async def show_fleet(operations: Uses, caller: Reader) -> FleetStatus:
     """The fleet at one moment."""
@@ -63,9 +73,10 @@ async def list_hosts(operations: Uses, caller: Reader) -> list[FleetHost]:
 @fleet.post("/wait")
 async def wait(body: WaitBody, operations: Uses, _: Reader) -> FleetWritten:
     """Return once a revision is in force on these hosts, or say where it is not."""
-    hosts = (
-        operations.state.enrolled() if body.hosts is None else [HostId(one) for one in body.hosts]
-    )
+    hosts = operations.state.enrolled()
+    if body.hosts is not None:
+        hosts = [HostId(one) for one in body.hosts]
+        operations.refuse_unknown(hosts)
     pending = await operations.in_force.wait(hosts, body.revision, timeout_s=body.timeout_s)
     return operations.written(hosts, body.revision, pending)
 
@@ -94,10 +105,11 @@ async def wait_here(body: AppliedBody, operations: Uses, _: _Hub) -> JSONRespons
     return JSONResponse(found)
 
 
-@fleet.get("/ask", include_in_schema=False)
-async def ask(operations: Uses, _: _Hub, host: str, path: str) -> JSONResponse:
+@fleet.post("/ask", include_in_schema=False)
+async def ask(body: AskBody, operations: Uses, _: _Hub) -> JSONResponse:
     """For other hubs: what a host of this one answers."""
-    return JSONResponse(await operations.ask_here(HostId(host), path) or {})
+    answer = await operations.ask_here(HostId(body.host), body.path, body.method)
+    return JSONResponse(answer or {})
 
 
 @fleet.get("/blob/{sha256}", include_in_schema=False)

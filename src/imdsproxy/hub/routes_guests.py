@@ -9,6 +9,7 @@ from fastapi import APIRouter, Query
 from starlette.responses import JSONResponse
 
 from imdsproxy.admin import bodies
+from imdsproxy.admin.answers import Written
 from imdsproxy.core.addresses import normalise_address
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.identity import Role
@@ -127,6 +128,23 @@ async def show_password(instance: InstanceOf, operations: Uses, caller: Operator
     raise problem
 
 
+@guests.delete("/instances/{instance}/password")
+async def clear_password(instance: InstanceOf, operations: Uses, caller: Operator) -> Written:
+    """Have each of its hosts forget that password, so that the guest can post another."""
+    problem: NotFound | None = None
+    cleared = False
+    for host in caller.views(operations).stored(instance)[0].hosts:
+        route = path_on_host("instances", instance, "password")
+        try:
+            _body(host, await operations.ask_host(host, route, {}, "DELETE"))
+            cleared = True
+        except NotFound as error:
+            problem = error
+    if problem is not None and not cleared:
+        raise problem
+    return Written(instances=1)
+
+
 @guests.get("/explain")
 async def explain(  # noqa: PLR0917 - FastAPI passes them by name
     network: str,
@@ -155,25 +173,31 @@ async def get_document(  # noqa: PLR0917 - FastAPI passes them by name
 
 
 @guests.get("/watch")
-async def watch(
+async def watch(  # noqa: PLR0917 - FastAPI passes them by name
     operations: Uses,
     caller: Reader,
     cursor: _Query = None,
+    network: _Query = None,
     instance: _Query = None,
     host: _Host = None,
 ) -> JSONResponse:
-    """What an instance's guest asked for since `cursor`, on the host of the answer before, or the first one."""
+    """What an instance's guest asked for since `cursor`, on the host of the answer before, or all guests of a host."""
+    views = caller.views(operations)
+    at = None if network is None else views.find_network(network)
     if instance is None:
         if host is None:
-            raise RequestRefused("a fleet is watched by instance or host", hint="--instance ID")
+            raise RequestRefused(
+                "the guests of a whole fleet are too many to watch",
+                hint="name an instance or a host: --instance ID or --host HOST",
+            )
         caller.require(*Role, all_projects=True)
         hosts: tuple[HostId, ...] = (HostId(host),)
-        query = _given(cursor=cursor)
+        operations.refuse_unknown(hosts)
+        query = _given(cursor=cursor, network=at)
     else:
-        views = caller.views(operations)
         identity = views.find_instance(instance)
         hosts = views.stored(identity)[0].hosts
-        query = _given(instance=identity, cursor=cursor if host in hosts else None)
+        query = _given(instance=identity, cursor=cursor if host in hosts else None, network=at)
     one = HostId(host) if host in hosts else hosts[-1]
     answer = _body(one, await operations.ask_host(one, "/v1/watch", query))
     return JSONResponse({**answer, "host": one})

@@ -212,8 +212,8 @@ class Streams:
                 if not wait.hosts:
                     wait.over.set()
 
-    async def ask(self, host: HostId, path: str, timeout_s: float) -> Answer:
-        """What the host's admin API answers to a GET.
+    async def ask(self, host: HostId, path: str, timeout_s: float, method: str = "GET") -> Answer:
+        """What the host's admin API answers.
 
         Raises:
             SourceUnavailable: The host is not connected here, or does not answer in time.
@@ -223,7 +223,7 @@ class Streams:
             raise SourceUnavailable(f"host {host} is not connected", hint="imdsproxy fleet hosts")
         try:
             async with asyncio.timeout(timeout_s):
-                return await stream.ask(path)
+                return await stream.ask(path, method)
         except TimeoutError as error:
             raise SourceUnavailable(f"host {host} did not answer in {timeout_s:g} s") from error
 
@@ -435,12 +435,12 @@ class HostStream(asyncio.Protocol):
         failed = (one for one in self.failed.items() if items is None or one[0] in items)
         return "; ".join(f"{item}: {why}" for item, why in failed) or None
 
-    async def ask(self, path: str) -> Answer:
+    async def ask(self, path: str, method: str) -> Answer:
         """See `Streams.ask`."""
         number = max(self._asked, default=0) + 1
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._asked[number] = future
-        self.send(Ask(number, path))
+        self.send(Ask(number, path, method))
         try:
             return await future
         finally:

@@ -1,5 +1,6 @@
 """`imdsproxy fleet`: the files that it makes, and what it refuses."""
 
+import shlex
 import ssl
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
+from imdsproxy.cli.main import EXAMPLES, build_program, iterate_commands
 from imdsproxy.core.fleet.identity import Role
 from imdsproxy.errors import ConfigInvalid
 from imdsproxy.host.certificates import fingerprint, parse_certificate, render_certificate
@@ -155,3 +157,27 @@ def test_a_string_that_is_no_invitation_is_refused_without_repeating_it(
         ran = run_main(capsys, "fleet", "join", text)
         assert (ran.status, ran.out) == (64, "")
         assert "c2Vj" not in ran.err
+
+
+_ASKING = frozenset(
+    path
+    for path, command in iterate_commands(build_program())
+    if any(one.name == "fleet" for one in command.params)
+)
+
+
+def test_commands_on_records_guests_and_the_fleet_itself_ask_one() -> None:
+    wholly = tuple(path for path in EXAMPLES if path.startswith(("network", "instance", "policy")))
+    of_guests = ("get", "explain", "watch", "token revoke", "token rotate")
+    of_fleet = ("enrol", "revoke", "status", "hosts", "wait", "accept-restore")
+    assert {"", *wholly, *of_guests, *(f"fleet {one}" for one in of_fleet)} == _ASKING
+
+
+@pytest.mark.parametrize("path", [path for path in EXAMPLES if path not in _ASKING])
+def test_a_command_that_asks_no_fleet_refuses_that_one_is_named(
+    path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = shlex.split(EXAMPLES[path].partition("|")[0])[1:]
+    ran = run_main(capsys, "--fleet", "https://127.0.0.1:9", *words)
+    assert (ran.status, ran.out) == (64, "")
+    assert f"`imdsproxy {path}` is about this host, and --fleet names a fleet" in ran.err

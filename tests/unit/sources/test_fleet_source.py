@@ -19,7 +19,7 @@ import pytest
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.layout import Meta
 from imdsproxy.core.fleet.policies import FleetPolicies
-from imdsproxy.core.fleet.stream import Batch, ItemKey
+from imdsproxy.core.fleet.stream import Ask, Batch, ItemKey
 from imdsproxy.core.model import Instance
 from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.errors import AccessDenied
@@ -410,14 +410,14 @@ async def test_a_damaged_copy_is_reported_and_used_once_it_is_mended(
 async def test_hubs_are_answered_what_the_admin_api_says(
     hubs: Callable[..., FleetHub], kept: Path
 ) -> None:
-    async def answer(path: str) -> tuple[int, Any]:
-        return 200, {"asked": path}
+    async def answer(ask: Ask) -> tuple[int, Any]:
+        return 200, {"asked": f"{ask.method} {ask.path}"}
 
     hub = hubs()
     source = fleet_source(kept, hub)
     source.answer = answer
     async with running(source):
-        assert await asyncio.to_thread(hub.ask, "/v1/x") == (200, {"asked": "/v1/x"})
+        assert await asyncio.to_thread(hub.ask, "/v1/x") == (200, {"asked": "GET /v1/x"})
 
 
 def test_two_sets_that_are_merged_are_the_later_one_where_they_differ() -> None:

@@ -7,7 +7,7 @@ from imdsproxy.cli import options
 from imdsproxy.cli.output import Output, Shape, clean, spell_count
 
 
-@options.command
+@options.host_command
 def bundle(
     run: options.Invocation,
     *,

@@ -42,7 +42,7 @@ Timeout = Annotated[
 ]
 
 
-@options.command
+@options.host_command
 def takeover(
     run: options.Invocation,
     what: What,
@@ -64,7 +64,7 @@ def takeover(
     _carry_out(run, plan, None if dry_run else timeout)
 
 
-@options.command
+@options.host_command
 def handback(
     run: options.Invocation,
     what: What,

@@ -127,10 +127,11 @@ class Ping:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A GET of a route of the host's admin API."""
+    """A request to the host's admin API, without a body; which ones a host answers, it decides itself."""
 
     number: int
     path: str
+    method: str = "GET"
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +176,7 @@ def render_line(message: FromHost | FromHub) -> bytes:
                 }
             }
         case Ask():
-            shape = {"ask": message.number, "path": message.path}
+            shape = {"ask": message.number, "path": message.path, "method": message.method}
         case Bye():
             shape = {"bye": message.code.value, "reason": message.reason}
     return json.dumps(shape, separators=(",", ":")).encode() + b"\n"
@@ -227,8 +228,8 @@ def parse_from_hub(line: bytes) -> FromHub:
             if not isinstance(age_s, int | float):
                 raise Broken("`age_s` is no number")
             return Ping(revision, float(time), float(age_s))
-        case {"ask": int(number), "path": str(path)}:
-            return Ask(number, path)
+        case {"ask": int(number), "path": str(path), **rest}:
+            return Ask(number, path, str(rest.get("method", "GET")))
         case {"bye": str(code), **rest}:
             try:
                 return Bye(ByeCode(code), str(rest.get("reason", "")))

@@ -46,7 +46,7 @@ Confirm: TypeAlias = Callable[[Collection[ItemKey]], Awaitable[Mapping[ItemKey, 
 Renew: TypeAlias = Callable[[], Awaitable[object]]
 """Renews this host's certificate, where it is time."""
 
-AnswerTo: TypeAlias = Callable[[str], Awaitable[tuple[int, Any]]]
+AnswerTo: TypeAlias = Callable[[Ask], Awaitable[tuple[int, Any]]]
 """Status and body of a GET of the admin API."""
 
 _LOOK_EVERY_S: Final = 1.0
@@ -86,7 +86,7 @@ async def _confirm_nothing(_: Collection[ItemKey]) -> Mapping[ItemKey, str]:
 async def _renew_nothing() -> None: ...
 
 
-async def _answer_nothing(_: str) -> tuple[int, Any]:
+async def _answer_nothing(_: Ask) -> tuple[int, Any]:
     return 503, None
 
 
@@ -341,7 +341,7 @@ class FleetSource:
             raise _Left(ByeCode.STOPPING, "the fleet has another incarnation")
 
     async def _answer(self, stream: HubStream, ask: Ask) -> None:
-        status, body = await self.answer(ask.path)
+        status, body = await self.answer(ask)
         # Where the stream has ended there is no hub that waits.
         with contextlib.suppress(SourceUnavailable):
             await stream.send(Answer(ask.number, status, body))

@@ -1,0 +1,177 @@
+"""The command line against a whole fleet, as an operator uses it."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from imdsproxy.core.fleet import layout
+from imdsproxy.core.fleet.identity import Role
+from support.cli import Ran, run_main
+from support.fleet_world import FleetWorld, fleet_world
+from support.guest import Guest, take_token, with_token
+from support.lab import until, within
+
+pytestmark = pytest.mark.root
+
+_HOSTNAME = "/latest/meta-data/hostname"
+_PASSWORD = "/openstack/latest/password"
+
+
+@dataclass(frozen=True)
+class _Fleet:
+    """Its host `a` has the instance `web`; `away` is enrolled, and never connected. Both hubs know all of it."""
+
+    world: FleetWorld
+    guest: Guest
+    capture: pytest.CaptureFixture[str]
+
+    def __call__(self, *words: str, hub: int = 0, name: str = "anna") -> Ran:
+        with self.world.etcd.entered():
+            return run_main(self.capture, *_of(self.world, hub, name), *words)
+
+
+def _of(world: FleetWorld, hub: int = 0, name: str = "anna") -> tuple[str, ...]:
+    certificate = world.directory / f"{name}.pem"
+    return "--fleet", world.urls[hub], "--fleet-certificate", str(certificate)
+
+
+@pytest.fixture(scope="module")
+def opened() -> Iterator[tuple[FleetWorld, Guest]]:
+    with fleet_world() as world:
+        host = world.add_host("a")
+        world.add_host("away", start=False)
+        world.operator("anna")
+        world.operator("rita", Role.READER)
+        yield world, host.lab.guest("blue")
+
+
+@pytest.fixture
+def fleet(opened: tuple[FleetWorld, Guest], capsys: pytest.CaptureFixture[str]) -> _Fleet:
+    made = _Fleet(*opened, capsys)
+    if made("instance", "show", "web").status != 0:
+        guest = made.guest
+        assert made("network", "add", "blue", "--bridge", "blue").status == 0
+        port = ("-n", "blue", "--mac", guest.mac, "--address", guest.addresses[0])
+        added = made("instance", "add", "web", *port, "--host", "a")
+        assert added.status == 0, added
+    for hub in (0, 1):
+        until(lambda: made("instance", "show", "web", hub=hub).status == 0, what="it at both hubs")  # noqa: B023
+    return made
+
+
+@pytest.mark.parametrize("hub", [0, 1])
+def test_what_a_guest_reads_is_asked_of_its_host_by_any_hub(fleet: _Fleet, hub: int) -> None:
+    at = ("-n", "blue", "--from", fleet.guest.addresses[0])
+    read = fleet("get", _HOSTNAME, *at, hub=hub)
+    assert (read.status, read.out) == (0, fleet.guest.ask(_HOSTNAME).text)
+    for words in (("web",), at):
+        explained = fleet("explain", *words, "--json", hub=hub)
+        assert explained.status == 0, explained
+        (one,) = [explained.json] if words is at else explained.json
+        assert (one["host"], one["instance"], one["verdict"]) == ("a", "web", "found")
+    probed = fleet("explain", "web", "--probe", hub=hub)
+    assert "host a" in probed.words
+    assert "200 OK" in probed.words
+    nowhere = fleet("get", _HOSTNAME, "-n", "blue", "--from", "10.0.0.77", hub=hub)
+    assert (nowhere.status, "no instance of the fleet has 10.0.0.77" in nowhere.err) == (66, True)
+
+
+@pytest.mark.parametrize("hub", [0, 1])
+def test_a_password_that_a_guest_posts_is_read_and_cleared_by_any_hub(
+    fleet: _Fleet, hub: int
+) -> None:
+    none = fleet("instance", "password", "web", hub=hub)
+    assert (none.status, "has posted no password" in none.err) == (66, True)
+    assert fleet.guest.ask(_PASSWORD, method="POST", body=b"c2VjcmV0").status == 200
+    assert fleet("instance", "password", "web", hub=hub).out.strip() == "c2VjcmV0"
+    assert fleet("instance", "password", "web", hub=hub, name="rita").status == 77
+    cleared = fleet("instance", "password", "web", "--clear", hub=hub)
+    assert (cleared.status, cleared.out) == (0, "done: password of instance web cleared\n")
+    assert fleet("instance", "password", "web", "--clear", hub=hub).status == 66
+    assert fleet.guest.ask(_PASSWORD).body == b""
+
+
+@pytest.mark.parametrize("words", [("--instance", "web"), ("--host", "a", "-n", "blue")])
+def test_guests_of_an_instance_or_a_host_are_watched_by_a_hub(
+    fleet: _Fleet, words: tuple[str, ...]
+) -> None:
+    program = (sys.executable, "-m", "imdsproxy", *_of(fleet.world, hub=1))
+    with subprocess.Popen(
+        (*within(fleet.world.etcd.lab.host), *program, "watch", "--json", *words),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "LANG": "C.UTF-8"},
+    ) as watching:
+        try:
+            assert watching.stdout is not None
+            os.set_blocking(watching.stdout.fileno(), False)
+            found = b""
+
+            def is_seen() -> bool:
+                nonlocal found
+                fleet.guest.ask("/latest/meta-data/watched")
+                assert watching.stdout is not None
+                found += watching.stdout.read() or b""
+                return b"\n" in found
+
+            until(is_seen, within_s=20, what="a request that is shown")
+        finally:
+            watching.kill()
+    first = json.loads(found.splitlines()[0])
+    assert (first["instance"], first["path"]) == ("web", "/latest/meta-data/watched")
+
+
+def test_a_watch_of_a_whole_fleet_is_refused_with_what_to_give_in_its_place(fleet: _Fleet) -> None:
+    for words in ((), ("-n", "blue")):
+        ran = fleet("watch", *words)
+        assert (ran.status, "--instance ID or --host HOST" in ran.err) == (64, True), ran
+    ran = fleet("watch", "--host", "none")
+    assert (ran.status, "the fleet has no host none" in ran.err) == (66, True)
+
+
+def test_a_new_key_signs_tokens_by_the_command_line_and_hosts_that_are_away_are_named(
+    fleet: _Fleet,
+) -> None:
+    before = take_token(fleet.guest)
+    ran = fleet("token", "rotate")
+    assert ran.status == 0, ran
+    assert "signs tokens, the fleet's etcd has it; later on: host away: not connected" in ran.words
+    after = take_token(fleet.guest)
+    assert after.split(".")[0] != before.split(".")[0]
+    for token in (before, after):
+        assert fleet.guest.ask(_HOSTNAME, headers=with_token(token)).status == 200
+
+
+def test_what_is_not_in_force_is_said_by_words_and_exit_status(fleet: _Fleet) -> None:
+    late = fleet("fleet", "wait", "1", "--timeout", "1")
+    assert (late.status, late.words) == (
+        75,
+        "not yet: revision 1 is in force on all but: host away: not connected",
+    )
+    assert fleet("fleet", "wait", "1", "--host", "a").words == "done: revision 1 is in force"
+    unknown = fleet("fleet", "wait", "1", "--host", "none")
+    assert (unknown.status, "the fleet has no host none" in unknown.err) == (66, True)
+    assert fleet("network", "add", "lonely", "--bridge", "lonely").status == 0
+    assert "lonely bridge lonely 0 on no host" in fleet("network", "list").words
+    assert "# hosts: a # revision: " in fleet("network", "show", "blue").words
+    assert fleet("network", "remove", "lonely").status == 0
+    assert "lonely" not in fleet("network", "list").words
+    status = fleet("fleet", "status").words
+    assert "records 1 network, 1 instance" in status
+    assert "hosts 1 of 2 connected absent away" in status
+
+
+def test_a_hub_that_is_stopped_is_no_hub_of_the_fleet_from_then_on(fleet: _Fleet) -> None:
+    left = fleet.world.hubs[1]
+    key = layout.HUBS + left.name
+    assert fleet.world.ask(lambda etcd: etcd.read(key)).kvs
+    left.end()
+    assert not fleet.world.ask(lambda etcd: etcd.read(key)).kvs
+    until(lambda: len(fleet("fleet", "status", "--json").json["hubs"]) == 1, what="one hub")
+    left.start()
+    until(lambda: len(fleet("fleet", "status", "--json").json["hubs"]) == 2, what="both hubs")
