@@ -296,6 +296,15 @@ def test_the_package_brings_alerts_and_the_pages_that_they_link_to(packages: Pac
     } <= found
 
 
+def test_the_package_brings_libvirts_hook_executable(packages: Packages) -> None:
+    (line,) = (
+        line
+        for line in run("dpkg-deb", "--contents", str(packages.deb)).splitlines()
+        if line.endswith("./usr/share/imdsproxy/libvirt/qemu.d-hook")
+    )
+    assert line.startswith("-rwxr-xr-x root/root")
+
+
 def test_lintian_finds_nothing(packages: Packages) -> None:
     fail_on = ("--fail-on", "error,warning,pedantic")
     assert run("lintian", "--allow-root", *fail_on, str(packages.deb), timeout_s=100) == ""

@@ -98,4 +98,5 @@ def test_its_installer_puts_units_pages_and_settings_in_place(
         "usr/share/imdsproxy/prometheus/imdsproxy.rules.yml",
         "usr/share/imdsproxy/prometheus/imdsproxy-tokens.rules.yml",
         "usr/share/imdsproxy/grafana/imdsproxy.json",
+        "usr/share/imdsproxy/libvirt/qemu.d-hook",
     }

@@ -101,7 +101,7 @@ def test_an_operator_is_named_to_the_hub_with_role_name_project_and_serial(front
 def test_without_a_certificate_a_client_reaches_enrolment_and_the_ca_certificate_only(
     front: Fronted,
 ) -> None:
-    for path in (b"/", b"/v1/instances", b"/fleet/stream", b"/fleet/renew", b"/fleet/enrol/", _BLOB,
+    for path in (b"/", b"/v1/instances", b"/fleet/stream", b"/fleet/renew", b"/fleet/leave", b"/fleet/enrol/", _BLOB,
                  b"/fleet/%65nrol", b"//fleet/enrol", b"/fleet/enrol;a", b"/v1/../fleet/enrol"):  # fmt: skip
         answer = front.send(_get(path))
         assert (path, _status(answer)) == (path, 401)
@@ -228,11 +228,10 @@ def test_a_hosts_certificate_reaches_the_routes_of_hosts_only(front: Fronted, ho
     assert not front.api.heads
     assert not front.streams.heads
     assert _status(front.send(_get(_BLOB), host)) == 200
-    assert (
-        _status(front.send(_get(b"/fleet/renew", b"Content-Length: 0", method=b"POST"), host))
-        == 200
-    )
-    assert [_seen(one) for one in front.api.requests] == 2 * [
+    for path in (b"/fleet/renew", b"/fleet/leave"):
+        answer = front.send(_get(path, b"Content-Length: 0", method=b"POST"), host)
+        assert (path, _status(answer)) == (path, 200)
+    assert [_seen(one) for one in front.api.requests] == 3 * [
         Identity(Role.HOST, "host-1", host.serial)
     ]
 
@@ -246,6 +245,7 @@ def test_operators_and_hubs_do_not_reach_the_routes_of_hosts_nor_hubs_those_of_o
             _STREAM,
             _get(_BLOB),
             _get(b"/fleet/renew", b"Content-Length: 0", method=b"POST"),
+            _get(b"/fleet/leave", b"Content-Length: 0", method=b"POST"),
         ):
             with front.connect(client) as sock:
                 sock.sendall(data)
@@ -353,6 +353,7 @@ def test_a_body_whose_size_is_not_known_is_taken_from_operators_only(
     for client, path, status in (
         (operator, b"/v1/records", 200),
         (host, b"/fleet/renew", 400),
+        (host, b"/fleet/leave", 400),
         (None, b"/fleet/enrol", 400),
     ):
         answer = front.send(_get(path, chunks, method=b"POST") + body, client)

@@ -7,11 +7,12 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from support.lab import until
+from support.lab import until, within
 from support.openstack.servers import ends_with_us
 
 _CAPABILITIES: Final = Path(__file__).parents[2] / ".cache" / "libvirt"
@@ -28,6 +29,7 @@ _UNSHARE: Final = "/usr/bin/unshare"
 
 _SETTINGS: Final = """\
 unix_sock_dir = "{home}/socket"
+host_uuid = "{uuid}"
 auth_unix_ro = "none"
 auth_unix_rw = "none"
 """
@@ -47,6 +49,7 @@ _NO_TC: Final = "#!/bin/sh\nexit 0\n"
 
 _INSIDE: Final = """\
 set -e
+hostname {hostname}
 mount --make-rprivate /
 {mounts}
 ip link set lo up
@@ -90,9 +93,11 @@ class Libvirtd:
     def clear(self) -> None:
         """Take all domains and networks away."""
         for one in (*self.connection.listAllDomains(), *self.connection.listAllNetworks()):
+            # What is not persistent is gone once it is destroyed.
+            persistent = one.isPersistent()
             if one.isActive():
                 one.destroy()
-            if one.isPersistent():
+            if persistent:
                 one.undefine()
 
     def stop(self) -> None:
@@ -152,12 +157,19 @@ class Libvirtd:
 
 
 @contextlib.contextmanager
-def open_libvirtd() -> Iterator[Libvirtd]:
-    """One that has no domain and no network; it, its guests and its networks are gone afterwards."""
+def open_libvirtd(
+    namespace: str | None = None, scripts: Mapping[str, str] | None = None
+) -> Iterator[Libvirtd]:
+    """One that has no domain and no network; it, its guests and its networks are gone afterwards.
+
+    Args:
+        namespace: Its network namespace; without it one of its own.
+        scripts: By place in its directory: those in `bin` are found before all others, `etc/hooks/qemu.d` has hooks.
+    """
     # Not below pytest's own directory: a socket's path has 107 bytes.
     home = Path(tempfile.mkdtemp(prefix="imdst-libvirt-"))
     try:
-        _lay_out(home)
+        _lay_out(home, {"bin/tc": _NO_TC, **(scripts or {})})
         mounts = [
             f"mkdir -p {place} && mount --bind {home}/{name} {place}"
             for name, place in _BOUND.items()
@@ -166,11 +178,18 @@ def open_libvirtd() -> Iterator[Libvirtd]:
         mounts.append(
             f"mkdir -p /var/cache/libvirt && mount --bind {_CAPABILITIES} /var/cache/libvirt"
         )
-        script = _INSIDE.format(home=home, mounts="\n".join(mounts))
-        own = ["--mount", "--net", "--pid", "--mount-proc", "--fork", "--kill-child=SIGKILL"]
+        # No guest migrates between two of one name, or UUID. One without a dot would be looked up in DNS.
+        script = _INSIDE.format(
+            home=home, hostname=f"{uuid.uuid4().hex}.example", mounts="\n".join(mounts)
+        )
+        own = ["--mount", "--uts", "--pid", "--mount-proc", "--fork", "--kill-child=SIGKILL"]
+        where = () if namespace is None else within(namespace)
+        own += ["--net"] if namespace is None else []
         with (home / "holder.out").open("wb") as output:
             holder = subprocess.Popen(
-                [*ends_with_us(), _UNSHARE, *own, "sh", "-c", script], stdout=output, stderr=output
+                [*ends_with_us(), *where, _UNSHARE, *own, "sh", "-c", script],
+                stdout=output,
+                stderr=output,
             )
         libvirtd = Libvirtd(home, holder)
         try:
@@ -189,12 +208,14 @@ def open_libvirtd() -> Iterator[Libvirtd]:
         shutil.rmtree(home)
 
 
-def _lay_out(home: Path) -> None:
+def _lay_out(home: Path, scripts: Mapping[str, str]) -> None:
     for name in (*_BOUND, "socket", "bin"):
         (home / name).mkdir()
     home.chmod(0o755)
-    (home / "libvirtd.conf").write_text(_SETTINGS.format(home=home))
+    (home / "libvirtd.conf").write_text(_SETTINGS.format(home=home, uuid=uuid.uuid4()))
     (home / "etc" / "qemu.conf").write_text(_QEMU)
-    tc = home / "bin" / "tc"
-    tc.write_text(_NO_TC)
-    tc.chmod(0o755)
+    for place, text in scripts.items():
+        path = home / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)

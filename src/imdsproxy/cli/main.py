@@ -57,7 +57,7 @@ _MODULES: Final[Mapping[str, str]] = {
 _PANELS: Final[Mapping[str, str]] = {
     **dict.fromkeys(("network", "instance", "policy"), "Records"),
     **dict.fromkeys(("get", "explain", "watch", "token", "doctor", "snippet"), "Guests"),
-    "fleet": "Fleet",
+    **dict.fromkeys(("fleet", "libvirt-hook"), "Fleet"),
 }
 """Headings of the help; the other commands are the daemon's."""
 

@@ -219,20 +219,14 @@ def build_fleet(settings: Settings, clock: Clock) -> "FleetSource":
     from imdsproxy.sources.fleet.source import FleetSource  # noqa: PLC0415 - as above
 
     state, wanted = settings.paths.state_dir, settings.sources.fleet
-    joined = HostFiles.of(state / "fleet")
-    files = HostFiles(
-        joined.hubs,
-        wanted.certificate_file or joined.certificate,
-        wanted.private_key_file or joined.key,
-        wanted.ca_file or joined.authority,
-    )
+    files = HostFiles.configured(wanted, state)
 
     def hubs() -> tuple[str, ...]:
         return wanted.hubs or files.read_hubs()
 
     async def renew() -> None:
         # Another PKI renews what it has made itself.
-        if files.certificate == joined.certificate and files.certificate.exists():
+        if wanted.certificate_file is None and files.certificate.exists():
             await renew_apart(files, hubs(), wanted.timeout_s)
 
     return FleetSource(

@@ -477,6 +477,30 @@ def choose_move(
     return choose
 
 
+def choose_departure(
+    instance: InstanceId, host: HostId, *, cancel: bool
+) -> Callable[[tuple[HostId, ...]], tuple[HostId, ...]]:
+    """Which hosts an instance is on once one of them says how a migration has ended.
+
+    A host takes away nothing but itself, and that only where another host serves the instance. So what a captured host
+    says changes nothing for guests of other hosts.
+
+    Args:
+        instance: Which.
+        host: Who says so. Where the instance is not on it, it is answered as if there were none.
+        cancel: The migration to this host has failed; else its guest has gone to another one.
+    """
+
+    def choose(hosts: tuple[HostId, ...]) -> tuple[HostId, ...]:
+        if host not in hosts:
+            raise no_such("instance", instance)
+        others = tuple(one for one in hosts if one != host)
+        stays = cancel and hosts[-1] != host
+        return hosts if stays or not others else others
+
+    return choose
+
+
 # Parts of a write
 
 

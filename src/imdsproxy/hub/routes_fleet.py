@@ -1,5 +1,6 @@
 """The routes below `/fleet`: its hosts and hubs, what is in force where, and what hubs ask each other."""
 
+import uuid
 from typing import Annotated, TypeAlias
 
 from fastapi import APIRouter, Depends, Request
@@ -9,9 +10,11 @@ from starlette.responses import JSONResponse, Response
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.identity import Role
 from imdsproxy.core.fleet.layout import HostId
+from imdsproxy.core.model import InstanceId
 from imdsproxy.errors import NotFound
 from imdsproxy.hub.callers import Caller, Reader, Uses, admit
 from imdsproxy.hub.operations import FleetHost, FleetStatus, FleetWritten
+from imdsproxy.hub.plan_writes import choose_departure, no_such, plan_hosts
 
 fleet = APIRouter()
 
@@ -54,6 +57,21 @@ class AskBody(BaseModel):
     host: str
     path: str
     method: str
+
+
+class LeaveBody(BaseModel):
+    """Of which instance a host is no longer the place."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    instance: str = Field(max_length=255, description="Its id.")
+    cancel: bool = Field(default=False, description="Its guest was to come here, and has not.")
+
+
+class LeftShape(BaseModel):
+    """Whether the host is no longer one of the instance's."""
+
+    left: bool
 
 
 @fleet.get("/status")
@@ -110,6 +128,28 @@ async def ask(body: AskBody, operations: Uses, _: _Hub) -> JSONResponse:
     """For other hubs: what a host of this one answers."""
     answer = await operations.ask_here(HostId(body.host), body.path, body.method)
     return JSONResponse(answer or {})
+
+
+@fleet.post("/leave", include_in_schema=False)
+async def leave(body: LeaveBody, request: Request, operations: Uses) -> LeftShape:
+    """For hosts: a guest has migrated away from this one, or was to come here and has not."""
+    caller = await admit(operations, request.headers)
+    caller.require(Role.HOST)
+    host, instance = HostId(caller.identity.name), InstanceId(body.instance)
+    # Looked up here first: a host must not have etcd asked about instances of others.
+    if instance not in operations.state.instances_on(host):
+        raise no_such("instance", instance)
+    decide = choose_departure(instance, host, cancel=body.cancel)
+    remaining: tuple[HostId, ...] = ()
+
+    def choose(hosts: tuple[HostId, ...]) -> tuple[HostId, ...]:
+        nonlocal remaining
+        remaining = decide(hosts)
+        return remaining
+
+    terms = operations.writes.terms(uuid.uuid4().hex)
+    await operations.writes.write(lambda view: plan_hosts(view, instance, choose, terms))
+    return LeftShape(left=host not in remaining)
 
 
 @fleet.get("/blob/{sha256}", include_in_schema=False)

@@ -26,6 +26,7 @@ from imdsproxy.core.fleet.stream import (
     render_line,
 )
 from imdsproxy.errors import SourceError, SourceRefused, SourceUnavailable
+from imdsproxy.sources.settings import FleetSourceSettings
 
 _HTTPS_PORT: Final = 443
 _JOIN: Final = "join the fleet: `imdsproxy fleet join`, with what `imdsproxy fleet enrol` printed"
@@ -53,6 +54,17 @@ class HostFiles:
         """What `imdsproxy fleet join` writes into `fleet` of `paths.state_dir`."""
         names = ("hubs", "host.pem", "host.pem", "ca.crt")
         return cls(*(directory / name for name in names))
+
+    @classmethod
+    def configured(cls, wanted: FleetSourceSettings, state_dir: Path) -> Self:
+        """Those that the settings name, else what `imdsproxy fleet join` wrote."""
+        joined = cls.of(state_dir / "fleet")
+        return cls(
+            joined.hubs,
+            wanted.certificate_file or joined.certificate,
+            wanted.private_key_file or joined.key,
+            wanted.ca_file or joined.authority,
+        )
 
     def read_hubs(self) -> tuple[str, ...]:
         """The URLs; `SourceUnavailable` where there are none."""
