@@ -225,6 +225,8 @@ def test_roles_and_projects_limit_what_an_operator_may_do(hub: Hub) -> None:
     mine = instance("mine", "10.0.1.9", "a", project="shop")
     assert shop.request("POST", "/v1/instances", body=mine)["applied"]
     assert [one["record"]["id"] for one in shop.get("/v1/instances")] == ["mine"]
+    chosen = hub.client.get("/v1/instances", {"host": "a", "project": "shop", "text": "MINE"})
+    assert [one["record"]["id"] for one in chosen] == ["mine"]
 
 
 def test_policies_and_revocations_reach_the_hosts_that_they_are_for(hub: Hub) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Self, TypeAlias, TypeVa
 from fastapi import Depends, Query
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, create_model
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, StreamingResponse
 
 from imdsproxy.admin.answers import LeftOut
 from imdsproxy.core import matching, records
@@ -166,12 +166,32 @@ class RecordResponse(JSONResponse):
 
     def render(self, content: object) -> bytes:
         """As UTF-8."""
-        text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), default=_render_part)
-        return text.encode()
+        return _render(content)
+
+
+def _render(content: object) -> bytes:
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), default=_render_part)
+    return text.encode()
 
 
 def _render_part(value: Any) -> object:  # noqa: ANN401 - a dataclass
     return records.render_record(value) if isinstance(value, Network | Instance) else asdict(value)
+
+
+def stream_list(values: AsyncIterator[object]) -> StreamingResponse:
+    """A list as JSON, sent part by part as it is made, however long it is; values as of `RecordResponse`."""
+    return StreamingResponse(_render_list(values), media_type="application/json")
+
+
+async def _render_list(values: AsyncIterator[object]) -> AsyncIterator[bytes]:
+    part = bytearray(b"[")
+    async for value in values:
+        part += b"," if not part.endswith(b"[") else b""
+        part += _render(value)
+        if len(part) > _INLINE:
+            yield bytes(part)
+            part.clear()
+    yield bytes(part + b"]")
 
 
 async def read_json(request: Request) -> object:
@@ -200,6 +220,7 @@ SearchText: TypeAlias = Annotated[
         description="Words that each must be in an id, name, host name, project, MAC, address or tag, in any case.",
     ),
 ]
+OfProject: TypeAlias = Annotated[str | None, Query(description="Only those of this project.")]
 AfterPage: TypeAlias = Annotated[str | None, Query(description="`next` of the page before.")]
 PageSize: TypeAlias = Annotated[
     int, Query(ge=1, le=matching.MOST, description="The most of a page.")

@@ -7,7 +7,7 @@ state before. It raises `SourceRefused` where no writable source is enabled or t
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, TypeAlias, TypeVar
 
@@ -96,10 +96,12 @@ def find_record(inventory: Inventory, instance: InstanceId) -> Instance | None:
     return inventory.instances.get(instance) if contested is None else contested[0]
 
 
-def report_instances(controller: Controller, instances: Iterable[InstanceId]) -> list[Report]:
-    """These instances, as far as they are still there, for `summarise`."""
+def report_instances(controller: Controller, instances: Iterable[InstanceId]) -> Iterator[Report]:
+    """These instances, as far as they are there when it is their turn, as `bodies.InstanceSummary`."""
     found = (find_record(controller.inventory, one) for one in instances)
-    return _describe_instances(controller, [one for one in found if one is not None])
+    return map(
+        _summarise, _describe_instances(controller, (one for one in found if one is not None))
+    )
 
 
 def report_instance(controller: Controller, instance: InstanceId) -> Report:
@@ -114,10 +116,10 @@ def report_instance(controller: Controller, instance: InstanceId) -> Report:
         )
     if found is None:
         raise no_such("instance", instance)
-    return _complete(_describe_instances(controller, [found])[0])
+    return _complete(next(_describe_instances(controller, [found])))
 
 
-def _describe_instances(controller: Controller, instances: Sequence[Instance]) -> list[Report]:
+def _describe_instances(controller: Controller, instances: Iterable[Instance]) -> Iterator[Report]:
     inventory, listeners = controller.inventory, controller.listeners
     contested: dict[str, list[Conflict]] = {}
     for conflict in inventory.conflicts():
@@ -132,16 +134,14 @@ def _describe_instances(controller: Controller, instances: Sequence[Instance]) -
         for problem in report.problems
         if problem.record is not None and problem.field.startswith("instance")
     }
-    return [
-        {
+    for instance in instances:
+        yield {
             "record": instance,
             "source": ", ".join(inventory.sources_of_instance(instance.id)),
             "revision": controller.records.compiler.revisions.get(instance.id, ""),
             "conflicts": contested.get(instance.id, []),
             "pending": _list_reasons(controller, instance, unserved, refused),
         }
-        for instance in instances
-    ]
 
 
 def _list_reasons(
@@ -169,8 +169,7 @@ def _list_reasons(
     return found
 
 
-def summarise(report: Report) -> Report:
-    """An instance as `bodies.InstanceSummary`; in any thread, which is most of the work for a long list."""
+def _summarise(report: Report) -> Report:
     record: Instance = report["record"]
     return {
         **_complete(report),

@@ -1,15 +1,14 @@
 """The routes below `/v1`: records first read and checked, then handed to the parts of the controller behind them."""
 
-import asyncio
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from functools import partial
 from ipaddress import ip_address
 from typing import Annotated, Final, TypeAlias, cast
 
 from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
 from imdsproxy.admin import bodies, guests, records, search, status, tokens, usage
 from imdsproxy.admin.answers import Written
@@ -25,6 +24,7 @@ from imdsproxy.core.records import INSTANCE, NETWORK, parse_instance, parse_netw
 from imdsproxy.core.timing import Step
 from imdsproxy.core.token_report import InstanceTokens, TokenReport
 from imdsproxy.errors import NotFound, Problem, RequestRefused
+from imdsproxy.host.turns import in_turns
 
 router = APIRouter()
 
@@ -223,9 +223,9 @@ async def rotate_token_keys(controller: _Uses) -> tokens.KeyRotation:
 
 
 @router.get("/networks", responses={200: {"model": list[bodies.NetworkView]}})
-async def list_networks(controller: _Uses) -> JSONResponse:
+async def list_networks(controller: _Uses) -> StreamingResponse:
     """Every network, by id."""
-    return await _listed(records.report_networks(controller))
+    return bodies.stream_list(in_turns(records.report_networks(controller)))
 
 
 @router.post("/networks", status_code=201, openapi_extra=bodies.takes(bodies.NetworkRecord))
@@ -267,12 +267,15 @@ async def remove_network(network: _Network, controller: _Uses) -> Written:
 @router.get("/instances", responses={200: {"model": list[bodies.InstanceSummary]}})
 async def list_instances(
     controller: _Uses,
+    text: bodies.SearchText = "",
     network: bodies.InNetwork = None,
-) -> JSONResponse:
-    """Every instance, by id, without payloads."""
-    chosen = None if network is None else records.find_network(controller.inventory, network)
-    every = records.list_ids(controller.inventory, chosen)
-    return await _listed(map(records.summarise, records.report_instances(controller, every)))
+    project: bodies.OfProject = None,
+) -> StreamingResponse:
+    """Every instance that matches, by id, without payloads; each as it is when it is sent."""
+    inventory = controller.inventory
+    chosen = None if network is None else records.find_network(inventory, network)
+    found = await search.find_instances(inventory, text, chosen, project)
+    return bodies.stream_list(in_turns(records.report_instances(controller, found)))
 
 
 @router.get("/search/instances", responses={200: {"model": bodies.InstancePage}})
@@ -288,8 +291,7 @@ async def search_instances(
     chosen = None if network is None else records.find_network(inventory, network)
     found = await search.find_instances(inventory, text, chosen)
     page = matching.cut_page(found, after, limit)
-    reports = records.report_instances(controller, page.ids)
-    shown = [records.summarise(one) for one in reports]
+    shown = [one async for one in in_turns(records.report_instances(controller, page.ids))]
     return bodies.RecordResponse({"found": len(found), "instances": shown, "next": page.next})
 
 
@@ -400,11 +402,6 @@ def _no_password(instance: InstanceId) -> NotFound:
         f"the guest of instance {instance} has posted no password",
         hint="a guest posts it to /openstack/latest/password; Nova keeps those of its own instances",
     )
-
-
-async def _listed(reports: Iterable[records.Report]) -> JSONResponse:
-    """A list made and rendered in a thread: the loop has guests waiting in the resolver."""
-    return await asyncio.to_thread(lambda: bodies.RecordResponse([*reports]))
 
 
 def _ip(text: str) -> IpAddress:

@@ -17,15 +17,17 @@ from imdsproxy.core.policy import PolicyBook
 from imdsproxy.core.token_report import (
     InstanceTokens,
     Kept,
+    OpenTree,
     TokenLedger,
     TokenReport,
     open_trees,
 )
-from imdsproxy.core.token_verdict import Counted, judge_instance, judge_tokens
+from imdsproxy.core.token_verdict import Counted, judge_instance, judge_tokens, projects_of
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.errors import NotFound, Problem, RuntimeUnavailable
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.process import read_stat
+from imdsproxy.host.turns import in_turns
 from imdsproxy.sources.sqlite_file import SideCache
 
 _Key: TypeAlias = tuple[str, ...]
@@ -152,10 +154,17 @@ class TokenCounting:
         """
         await self.refresh()
         book, one_in = policies(), self.one_in()
-        report = replace(self.ledger.report(open_trees(inventory, book)), one_in=one_in)
+        trees, projects = list[OpenTree](), set[str]()
+        async for identity in in_turns(sorted(inventory.instances)):
+            if (instance := inventory.instances.get(identity)) is not None:
+                trees += open_trees(inventory, book, identity)
+                projects |= projects_of(instance)
+        report = replace(self.ledger.report(trees), one_in=one_in)
         counted = Counted(report.since, report.all_since, one_in)
         now = self.clock.now().timestamp()
-        verdicts = judge_tokens(report.guests, inventory, book, counted, now=now, days=days)
+        verdicts = judge_tokens(
+            report.guests, inventory, book, counted, projects=projects, now=now, days=days
+        )
         if scope is not None:
             verdicts = [one for one in verdicts if (one.scope, one.id) == scope]
             if not verdicts:

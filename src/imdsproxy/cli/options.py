@@ -86,7 +86,9 @@ def _complete(context: typer.Context, kind: str, incomplete: str) -> list[str]:
         run.certificate = run.certificate or _path_of(place.params.get("fleet_certificate"))
         place = place.parent
     try:
-        shapes = replace(run.api(), timeout_s=_AT_A_PROMPT_S).get(f"/v1/{kind}")
+        # A fleet has very many instances: only those that may be meant.
+        query = {"text": incomplete} if kind == "instances" else None
+        shapes = replace(run.api(), timeout_s=_AT_A_PROMPT_S).get(f"/v1/{kind}", query)
     except ImdsproxyError:
         # There is no place for an error: the shell puts all output into the command line.
         return []

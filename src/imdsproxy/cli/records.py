@@ -253,8 +253,11 @@ def _make_app(
     @partial(command, flags=list_flags)
     def list_records(run: Invocation, **query: str | None) -> None:
         given = {key: value for key, value in query.items() if value is not None}
+        api = run.api()
+        if "host" in given and api.of_host:
+            raise RequestRefused("--host: this is no fleet", hint="--fleet URL names a hub of one")
         run.output.answer(
-            run.api().get(path_to(f"{kind}s"), given),
+            api.get(path_to(f"{kind}s"), given),
             lambda output, shapes: record_io.show_rows(output, kind, shapes),
         )
 
@@ -297,7 +300,7 @@ instance_app = _make_app(
     "instance",
     "Instances: add, list, show, set, remove, reopen, password, move.",
     new_id="Its id (default: made of --name, or the domain's UUID).",
-    list_help="Every instance, or those with a port in --network.",
+    list_help="Every instance, or those that match.",
     remove_help="Remove instances; their guests get no more answers.",
     table=INSTANCE,
     flags=_FROM_LIBVIRT | _HOST,
@@ -307,7 +310,15 @@ instance_app = _make_app(
             network_flag("The network of its port, by id or name (default: the only one)."),
         ]
     },
-    list_flags={"network": Annotated[str | None, network_flag("Only those in this network.")]},
+    list_flags={
+        "network": Annotated[str | None, network_flag("Only those in this network.")],
+        "project": Annotated[str | None, flag("--project ID", "Only those of this project.")],
+        "host": Annotated[str | None, flag("--host HOST", "In a fleet, only those on this host.")],
+        "text": Annotated[
+            str | None,
+            flag("--search WORDS", "Only those with each word in an id, name, tag or address."),
+        ],
+    },
 )
 
 

@@ -33,21 +33,24 @@ def cut_page(found: Sequence[InstanceId], after: str | None, limit: int) -> Page
     return Page(ids, ids[-1] if len(found) > begin + limit else None)
 
 
-def matcher(text: str) -> Callable[[Instance], bool] | None:
+def matcher(text: str, project: str | None = None) -> Callable[[Instance], bool] | None:
     """Whether an instance matches; `None` where each does.
 
     Args:
         text: Words that each must be in an id, name, host name, project, MAC, address or tag, in any case.
+        project: The only one whose instances match.
     """
     words = text.lower().split()
     # To spell addresses is most of the work.
     spelled = any(map(_OF_ADDRESSES.fullmatch, words))
 
     def matches(record: Instance) -> bool:
+        if project is not None and record.project != project:
+            return False
         shown = "\n".join(_parts(record, spelled=spelled)).lower()
         return all(word in shown for word in words)
 
-    return matches if words else None
+    return matches if words or project is not None else None
 
 
 def _parts(record: Instance, *, spelled: bool) -> Iterator[str]:

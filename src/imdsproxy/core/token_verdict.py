@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import InstanceId, NetworkId
+from imdsproxy.core.model import Instance, InstanceId, NetworkId
 from imdsproxy.core.plan import policy_place
 from imdsproxy.core.policy import PolicyBook, PolicyScope, TokenMode
 from imdsproxy.core.token_report import GuestWithoutToken, TokenVerdict
@@ -35,6 +35,7 @@ def judge_tokens(
     book: PolicyBook,
     counted: Counted,
     *,
+    projects: Iterable[str],
     now: float,
     days: int,
 ) -> list[TokenVerdict]:
@@ -48,28 +49,33 @@ def judge_tokens(
         inventory: Everything known.
         book: The policies in force.
         counted: How they were counted.
+        projects: See `projects_of`, of all instances.
         now: Unix time.
         days: For so long none may have read.
     """
     late = [one for one in guests if one.last_at >= now - days * _DAY_S]
     in_the_way = [(one, theirs) for one in late if (theirs := _concerned(one, inventory, book))]
     networks: dict[str, list[GuestWithoutToken]] = {str(one): [] for one in inventory.networks}
-    projects: dict[str, list[GuestWithoutToken]] = {
-        each: []
-        for instance in inventory.instances.values()
-        for each in (instance.project, *(port.project for port in instance.ports))
-        if each is not None
-    }
+    in_projects: dict[str, list[GuestWithoutToken]] = {one: [] for one in projects}
     for guest, theirs in in_the_way:
         networks.setdefault(guest.network, []).append(guest)
         for project in theirs - {None}:
-            projects.setdefault(str(project), []).append(guest)
+            in_projects.setdefault(str(project), []).append(guest)
     enough = _enough(counted, now, days)
     return [
         _judge("host", "", [guest for guest, _ in in_the_way], enough, days),
         *(_judge("network", name, found, enough, days) for name, found in sorted(networks.items())),
-        *(_judge("project", name, found, enough, days) for name, found in sorted(projects.items())),
+        *(
+            _judge("project", name, found, enough, days)
+            for name, found in sorted(in_projects.items())
+        ),
     ]
+
+
+def projects_of(instance: Instance) -> set[str]:
+    """The projects of an instance and of its ports."""
+    found = {instance.project, *(port.project for port in instance.ports)}
+    return {one for one in found if one is not None}
 
 
 def judge_instance(

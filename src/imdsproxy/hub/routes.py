@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, TypeAlias, cast
 
 from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, StreamingResponse
 
 from imdsproxy.admin import bodies
 from imdsproxy.core import matching
@@ -32,6 +32,7 @@ from imdsproxy.hub.callers import InstanceOf, NetworkOf, Operator, Reader, Terms
 from imdsproxy.hub.imports import Import
 from imdsproxy.hub.operations import FleetWritten, Importing, Moved, Operations
 from imdsproxy.hub.plan_writes import Terms, choose_move
+from imdsproxy.hub.views import Wanted
 from imdsproxy.hub.writes import TooMuch
 
 records = APIRouter()
@@ -130,20 +131,19 @@ async def remove_network(
 
 
 @records.get("/instances", responses={200: {"model": list[bodies.InstanceSummary]}})
-async def list_instances(
+async def list_instances(  # noqa: PLR0917 - FastAPI passes them by name
     operations: Uses,
     caller: Reader,
+    text: bodies.SearchText = "",
     network: bodies.InNetwork = None,
-) -> JSONResponse:
-    """Every instance, by id, without payloads."""
+    project: bodies.OfProject = None,
+    host: Annotated[str | None, Query(description="Only those that are placed on it.")] = None,
+) -> StreamingResponse:
+    """Every instance that matches, by id, without payloads; each as it is when it is sent."""
     views, reported = caller.views(operations), await operations.in_force.report_all()
     chosen = None if network is None else views.find_network(network)
-    # In a thread: the loop has hosts to serve.
-    return await asyncio.to_thread(
-        lambda: bodies.RecordResponse(
-            [views.summary(one, reported) for one, _, _ in views.instances(chosen)]
-        )
-    )
+    wanted = Wanted(text, chosen, project, None if host is None else HostId(host))
+    return bodies.stream_list(views.summaries(wanted, reported))
 
 
 @records.get("/search/instances", responses={200: {"model": bodies.InstancePage}})
@@ -158,9 +158,9 @@ async def search_instances(  # noqa: PLR0917 - FastAPI passes them by name
     """Instances that match, by id, a page at a time, without payloads."""
     views, reported = caller.views(operations), await operations.in_force.report_all()
     chosen = None if network is None else views.find_network(network)
-    found = await asyncio.to_thread(views.search, text, chosen)
+    found = [one async for one, _, _ in views.instances(Wanted(text, chosen))]
     page = matching.cut_page(found, after, limit)
-    shown = [views.summary(one, reported) for one in page.ids]
+    shown = [views.summary(*views.stored(one), reported) for one in page.ids]
     return bodies.RecordResponse({"found": len(found), "instances": shown, "next": page.next})
 
 

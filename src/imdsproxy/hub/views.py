@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -13,6 +13,7 @@ from imdsproxy.core.matching import matcher
 from imdsproxy.core.model import Instance, InstanceId, NetworkId
 from imdsproxy.core.records import render_record
 from imdsproxy.errors import RequestRefused, SourceCorrupt
+from imdsproxy.host.turns import in_turns
 from imdsproxy.hub.in_force import NOT_CONNECTED, Reported
 from imdsproxy.hub.plan_writes import (
     in_scope,
@@ -25,6 +26,16 @@ from imdsproxy.hub.state import FleetState
 
 _SHOWN: Final = 5
 _SOURCE: Final = "fleet"
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which instances a list is to have; see `core.matching.matcher`."""
+
+    text: str = ""
+    network: NetworkId | None = None
+    project: str | None = None
+    host: HostId | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +63,29 @@ class Views:
     def _shares(self, project: object) -> bool:
         return self.scope is None or project in {None, self.scope}
 
-    def instances(
-        self, network: NetworkId | None = None
-    ) -> Iterator[tuple[InstanceId, StoredInstance, int]]:
-        """Every instance with its revision, by id; with `network` those that have a port there."""
-        word = None if network is None else f'"network":"{network}"'.encode()
-        for key in sorted(self.state.keys(layout.INSTANCES)):
+    async def instances(
+        self, wanted: Wanted
+    ) -> AsyncIterator[tuple[InstanceId, StoredInstance, int]]:
+        """Every instance that matches with its revision, by id; other work of the event loop goes on."""
+        word = b"" if wanted.network is None else f'"network":"{wanted.network}"'.encode()
+        matches = matcher(wanted.text, wanted.project)
+        if wanted.host is None:
+            keys = sorted(self.state.keys(layout.INSTANCES))
+        else:
+            keys = sorted(map(layout.instance_key, self.state.instances_on(wanted.host)))
+        async for key in in_turns(keys):
             found = self.state.value(key)
-            if found is None or (word is not None and word not in found[0]):
+            if found is None or word not in found[0]:
                 continue
             instance = InstanceId(key.removeprefix(layout.INSTANCES))
             known = read_instance(self.state.value, instance)
-            if known is not None and in_scope(known[0].record, self.scope):
+            if known is None or not in_scope(known[0].record, self.scope):
+                continue
+            try:
+                fits = matches is None or matches(record_of(known[0]))
+            except SourceCorrupt:
+                continue  # its hosts refuse it, and report so
+            if fits:
                 yield instance, *known
 
     def find_network(self, text: str) -> NetworkId:
@@ -139,51 +161,43 @@ class Views:
     ) -> Json:
         """The same of an instance; of its user data what is given."""
         stored, revision = self.stored(instance)
-        record = record_of(stored)
-        shown: Json = render_record(record)
-        if user_data is not None:
-            shown = render_record(_with_data(record, user_data))
-        items = {f"instance/{instance}", *(f"network/{one.network}" for one in record.ports)}
-        pending = [
-            f"host {host}: {why}"
-            for host in stored.hosts
-            if (why := _pending(reported, host, items))
-        ]
-        return {
-            "record": shown,
-            "ec2_id": record.ec2_id,
-            "uuid": record.uuid,
-            "source": _SOURCE,
-            "revision": str(revision),
-            "conflicts": [],
-            "pending": pending,
-            "hosts": list(stored.hosts),
-        }
+        record = replace(record_of(stored), user_data=user_data)
+        return _describe(record, stored, revision, reported)
 
-    def summary(self, instance: InstanceId, reported: Reported) -> Json:
+    def summary(self, stored: StoredInstance, revision: int, reported: Reported) -> Json:
         """The same without payloads."""
-        stored, _ = self.stored(instance)
-        shape = self.instance(instance, reported)
-        vendor_data = record_of(stored).vendor_data
-        shape["record"].pop("vendor_data", None)
-        size = 0 if stored.user_data is None else stored.user_data.size
-        return {**shape, "user_data_bytes": size, "vendor_data_bytes": len(vendor_data or b"")}
+        record = record_of(stored)
+        sizes = {
+            "user_data_bytes": 0 if stored.user_data is None else stored.user_data.size,
+            "vendor_data_bytes": len(record.vendor_data or b""),
+        }
+        return _describe(replace(record, vendor_data=None), stored, revision, reported) | sizes
 
-    def search(self, text: str, network: NetworkId | None) -> list[InstanceId]:
-        """The ids of all instances that match, in order; see `core.matching.matcher`."""
-        matches = matcher(text)
-        found = []
-        for instance, stored, _ in self.instances(network):
+    async def summaries(self, wanted: Wanted, reported: Reported) -> AsyncIterator[Json]:
+        """Those of all instances that match, by id."""
+        async for _, stored, revision in self.instances(wanted):
             try:
-                if matches is None or matches(record_of(stored)):
-                    found.append(instance)
+                shown = self.summary(stored, revision, reported)
             except SourceCorrupt:
-                continue  # `fleet status` has it
-        return found
+                continue  # as above
+            yield shown
 
 
-def _with_data(record: Instance, user_data: bytes) -> Instance:
-    return replace(record, user_data=user_data)
+def _describe(record: Instance, stored: StoredInstance, revision: int, reported: Reported) -> Json:
+    items = {f"instance/{record.id}", *(f"network/{one.network}" for one in record.ports)}
+    pending = [
+        f"host {host}: {why}" for host in stored.hosts if (why := _pending(reported, host, items))
+    ]
+    return {
+        "record": render_record(record),
+        "ec2_id": record.ec2_id,
+        "uuid": record.uuid,
+        "source": _SOURCE,
+        "revision": str(revision),
+        "conflicts": [],
+        "pending": pending,
+        "hosts": list(stored.hosts),
+    }
 
 
 def _pending(reported: Reported, host: HostId, items: set[str]) -> str | None:

@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import socket
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from imdsproxy.errors import (
     Problem,
     SourceUnavailable,
 )
+from imdsproxy.host import turns
 from support.admin_server import INSTANCE, NETWORK, NOW, AdminServer
 
 WEB = InstanceId("web-1")
@@ -111,16 +113,34 @@ def test_a_password_is_cleared_where_the_record_is_another_sources(server: Admin
     assert _raw(server, "PATCH", "/v1/instances/f", b'{"name": "g"}')[0] == 409
 
 
-def test_a_list_is_worked_out_beside_the_event_loop(
+def test_a_list_of_instances_takes_turns_with_other_work_of_the_event_loop(
     server: AdminServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def make(_instance: Instance) -> str:
-        with pytest.raises(RuntimeError, match="no running event loop"):
-            asyncio.get_running_loop()
+    monkeypatch.setattr(turns, "AT_ONCE", 2)
+    turn, seen = [0], dict[str, int]()
+
+    def make(instance: Instance) -> str:
+        loop = asyncio.get_running_loop()
+
+        def tick() -> None:
+            turn[0] += 1
+            if turn[0] < 1000:
+                loop.call_soon(tick)
+
+        if not seen:
+            tick()
+        seen.setdefault(instance.id, turn[0])
         return "u"
 
+    for number in range(5):
+        body = {"id": f"many-{number}", "name": "many", "project": "p" if number else None}
+        server.client.request("POST", "/v1/instances", body=body)
     monkeypatch.setattr(Instance, "uuid", property(make))
-    assert [one["uuid"] for one in server.client.get("/v1/instances")] == ["u"]
+    assert [one["uuid"] for one in server.client.get("/v1/instances")] == ["u"] * 6
+    assert max(Counter(seen.values()).values()) == 2
+    chosen = server.client.get("/v1/instances", {"project": "p", "text": "many-3"})
+    assert [one["record"]["id"] for one in chosen] == ["many-3"]
+    assert server.client.get("/v1/instances", {"text": "none such"}) == []
 
 
 def test_a_name_stands_for_an_id_unless_it_is_one_or_two_have_it(server: AdminServer) -> None:

@@ -1,23 +1,25 @@
 """Counts of reads without tokens, over workers and over controllers."""
 
 import asyncio
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
 from imdsproxy.app.token_counting import TokenCounting
 from imdsproxy.core.haproxy.runtime import Processes
 from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import InstanceId
+from imdsproxy.core.model import Instance, InstanceId
 from imdsproxy.core.policy import PolicyBook
 from imdsproxy.core.token_report import InstanceTokens
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.master import MasterClient
+from imdsproxy.host.turns import AT_ONCE
 from support.hand_clock import HandClock
-from support.tasks import until
+from support.tasks import background, until
 
 
 @dataclass
@@ -177,3 +179,28 @@ async def test_of_one_instance_only_its_own_reads_are_reported_and_judged(host: 
     assert none.guests == ()
     # Nothing is known of the days before.
     assert none.verdict.ready == "unknown"
+
+
+async def test_a_report_on_very_many_instances_takes_turns_with_other_work(host: _Host) -> None:
+    turn, turns = 0, list[int]()
+    names = [InstanceId(f"vm-{number}") for number in range(3 * AT_ONCE)]
+    known = {name: Instance(name, name, name, project="shop") for name in names}
+
+    class Watched(dict[InstanceId, Instance]):
+        def get(self, *asked: Any) -> Any:  # noqa: ANN401 - as of a mapping
+            turns.append(turn)
+            return super().get(*asked)
+
+    async def other() -> None:
+        nonlocal turn
+        while True:
+            turn += 1
+            await asyncio.sleep(0)
+
+    watched = cast("Inventory", SimpleNamespace(instances=Watched(known), networks={}))
+    host.workers.counts[1] = 5, 0
+    async with background(other()):
+        report = await host.controller().report(watched, PolicyBook, 7)
+    assert [one.id for one in report.verdicts] == ["", "shop"]
+    assert len(set(turns)) >= 3
+    assert max(Counter(turns).values()) <= 2 * AT_ONCE

@@ -1,13 +1,15 @@
 """Whether tokens can be required, and of whom."""
 
+from collections.abc import Sequence
+
 import pytest
 
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Instance, InstanceId, NetworkId, Port
 from imdsproxy.core.observation import Observation, SourceName
 from imdsproxy.core.policy import PolicyBook, PolicyRules, TokenMode
-from imdsproxy.core.token_report import GuestWithoutToken, ReaderWithoutToken
-from imdsproxy.core.token_verdict import Counted, judge_instance, judge_tokens
+from imdsproxy.core.token_report import GuestWithoutToken, ReaderWithoutToken, TokenVerdict
+from imdsproxy.core.token_verdict import Counted, judge_instance, judge_tokens, projects_of
 from support.record_builders import network
 
 _DAY_S = 86_400
@@ -40,13 +42,21 @@ def _guest(name: str, place: str, *, days_ago: float = 1, client: str = "") -> G
     return GuestWithoutToken(place, name, 5, 0, last, readers)
 
 
+def _judge(
+    guests: Sequence[GuestWithoutToken], book: PolicyBook, counted: Counted, days: int
+) -> list[TokenVerdict]:
+    inventory = _inventory()
+    projects = set[str]().union(*map(projects_of, inventory.instances.values()))
+    return judge_tokens(guests, inventory, book, counted, projects=projects, now=_NOW, days=days)
+
+
 def _ready(
     *guests: GuestWithoutToken,
     book: PolicyBook | None = None,
     counted: Counted = _LONG,
     days: int = 7,
 ) -> dict[str, str]:
-    found = judge_tokens(guests, _inventory(), book or PolicyBook(), counted, now=_NOW, days=days)
+    found = _judge(guests, book or PolicyBook(), counted, days)
     return {f"{one.scope} {one.id}".strip(): one.ready for one in found}
 
 
@@ -62,7 +72,7 @@ def test_a_guest_that_reads_without_a_token_is_in_the_way_of_all_its_scopes() ->
 
 def test_the_reason_names_the_guests_and_their_clients() -> None:
     guests = [_guest(name, "blue", client="curl/8") for name in ("web", "db", "ci")]
-    (host, *_) = judge_tokens(guests, _inventory(), PolicyBook(), _LONG, now=_NOW, days=7)
+    (host, *_) = _judge(guests, PolicyBook(), _LONG, 7)
     assert host.because == (
         "3 guests read without a token in the last 7 days: web (curl/8), db (curl/8), ci (curl/8)"
     )
