@@ -6,11 +6,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.identity import Role
+from imdsproxy.hub.envelope import name_of
+from imdsproxy.hub.etcd_messages import prefix_end
+from imdsproxy.hub.files import FleetFiles
+from imdsproxy.hub.token_keys import PLACE, sealed_keys
 from support.cli import Ran, run_main
 from support.fleet_world import FleetWorld, fleet_world
 from support.guest import Guest, take_token, with_token
@@ -175,3 +180,43 @@ def test_a_hub_that_is_stopped_is_no_hub_of_the_fleet_from_then_on(fleet: _Fleet
     until(lambda: len(fleet("fleet", "status", "--json").json["hubs"]) == 1, what="one hub")
     left.start()
     until(lambda: len(fleet("fleet", "status", "--json").json["hubs"]) == 2, what="both hubs")
+
+
+def _sealing(fleet: _Fleet) -> set[str]:
+    """Names of the keys that open what is sealed in etcd."""
+    blobs = fleet.world.ask(lambda etcd: etcd.read(layout.BLOBS, prefix_end(layout.BLOBS))).kvs
+    keys = fleet.world.ask(lambda etcd: etcd.read(PLACE)).kvs
+    assert (len(blobs), len(keys)) == (2, 1)
+    return {name_of(one.value) for one in blobs} | {name_of(sealed_keys(keys[0].value))}
+
+
+def test_secrets_are_sealed_anew_once_every_hub_has_the_next_key(
+    fleet: _Fleet, tmp_path: Path
+) -> None:
+    files = [FleetFiles(fleet.world.directory / f"{hub.name}.fleet") for hub in fleet.world.hubs]
+    data = os.urandom(layout.CHUNK_BYTES).hex()
+    (tmp_path / "data").write_text(data)
+    assert fleet("instance", "set", "web", "--user-data", str(tmp_path / "data")).status == 0
+    assert _sealing(fleet) == {"1"}
+    made = run_main(fleet.capture, "fleet", "envelope-key", "-d", str(files[0].directory), "--json")
+    assert (made.status, made.json["key"]) == (0, "2")
+    for number, hub in enumerate(fleet.world.hubs):
+        hub.end()
+        hub.start()
+        if number == 0:
+            early = fleet("fleet", "reseal")
+            assert (early.status, "hub2 does not have the key 2" in early.err) == (64, True), early
+            files[1].envelope_key.write_bytes(files[0].envelope_key.read_bytes())
+    done = fleet("fleet", "reseal", hub=1)
+    assert done.status == 0, done
+    assert "all secrets in etcd are sealed with the key 2, 3 of them since now" in done.words
+    assert _sealing(fleet) == {"2"}
+    again = fleet("fleet", "reseal", "--json")
+    assert again.json == {"key": "2", "changed": 0}
+    # The key before opens nothing any more.
+    files[0].envelope_key.write_bytes(files[0].envelope_key.read_bytes().splitlines(True)[1])
+    fleet.world.hubs[0].end()
+    fleet.world.hubs[0].start()
+    assert fleet("instance", "show", "web", "--json").json["record"]["user_data"] == data
+    assert fleet("token", "revoke", "web").status == 0
+    assert fleet.guest.ask("/latest/user-data").text == data

@@ -24,7 +24,7 @@ _ANSWER_S: Final = 10.0
 
 fleet_app = typer.Typer(
     help="A fleet of hosts with one store: init, hub-certificate, operator, enrol, revoke, join, status, hosts, wait, "
-    "accept-restore.",
+    "accept-restore, envelope-key, reseal.",
     no_args_is_help=True,
 )
 
@@ -326,6 +326,45 @@ def accept_restore(run: options.Invocation) -> None:
     """Take what etcd has as the truth, after it was restored from a backup: hosts remove what it lacks."""
     answer = run.hubs().request("POST", "/fleet/accept-restore")
     show_written(run.output, "the restored store is accepted", answer)
+
+
+@fleet_app.command("envelope-key")
+@options.json_command
+def envelope_key(run: options.Invocation, *, directory: Directory = _DIRECTORY) -> None:
+    """Add a key that seals secrets in etcd; hubs seal with it from `fleet reseal` on."""
+    with optional_library("cryptography", LIBRARY_HINT):
+        from imdsproxy.hub import files  # noqa: PLC0415 - `--help` need not load it
+
+    made = files.FleetFiles(directory)
+    name = files.add_envelope_key(made)
+    run.output.answer(
+        {"file": str(made.envelope_key), "key": name},
+        f"{made.envelope_key} has the key {name} too: copy the file to every other hub, restart them one after the "
+        "other, then `imdsproxy fleet reseal`.",
+    )
+
+
+@fleet_app.command("reseal")
+@options.fleet_command
+def reseal(run: options.Invocation) -> None:
+    """Seal all secrets in etcd with the newest key of `fleet envelope-key`; again where it was broken off."""
+    hubs, changed = run.hubs(), 0
+    after: str | None
+    with run.output.progress() as note:
+        # Until all was looked at without a change: what was being written at the first time has the key before.
+        of_round = 1
+        while of_round:
+            of_round, after = 0, ""
+            while after is not None:
+                done = hubs.request("POST", "/fleet/reseal", body={"after": after})
+                of_round, after = of_round + done["changed"], done["after"]
+                note("sealing anew", done["done"], done["of"])
+            changed += of_round
+    run.output.answer(
+        {"key": done["key"], "changed": changed},
+        f"all secrets in etcd are sealed with the key {done['key']}, {changed} of them since now. Older keys are "
+        "needed for backups only: keep a copy off-line, and remove them from envelope.key on every hub.",
+    )
 
 
 def _now() -> datetime:

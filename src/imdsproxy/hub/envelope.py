@@ -5,11 +5,12 @@ keys can be replaced one after the other.
 """
 
 import base64
+import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -21,18 +22,43 @@ _NONCE_BYTES: Final = 12
 _LINE: Final = re.compile(r"([a-z0-9-]{1,32}) ([A-Za-z0-9+/]{43}=)")
 
 
+def _first() -> None:
+    """As `Envelope.chosen`, where none is."""
+
+
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """The keys, by their names; the first one seals."""
+    """The keys, by their names.
+
+    Args:
+        keys: In the order of the file.
+        chosen: The name of the one that seals; `None` for the first.
+    """
 
     keys: Mapping[str, bytes]
+    chosen: Callable[[], str | None] = _first
 
     def __repr__(self) -> str:
         return f"Envelope({', '.join(self.keys)})"
 
+    @property
+    def sealing(self) -> str:
+        """The name of the key that seals."""
+        return self.chosen() or next(iter(self.keys))
+
+    def report(self) -> dict[str, Any]:
+        """For other hubs: `sealing`, and `keys`, by whose fingerprints two hubs see that they have the same."""
+        keys = {name: hashlib.sha256(key).hexdigest() for name, key in self.keys.items()}
+        return {"sealing": self.sealing, "keys": keys}
+
     def seal(self, place: str, secret: bytes) -> bytes:
-        """A secret as it may be written to the key `place` of etcd."""
-        name = next(iter(self.keys))
+        """A secret as it may be written to the key `place` of etcd; `SourceCorrupt` where this hub lacks the key."""
+        name = self.sealing
+        if name not in self.keys:
+            raise SourceCorrupt(
+                f"the fleet seals secrets with the key {name}, which this hub does not have",
+                hint="copy envelope.key from a hub that has it, and restart this one",
+            )
         nonce = os.urandom(_NONCE_BYTES)
         sealed = AESGCM(self.keys[name]).encrypt(nonce, secret, place.encode())
         return name.encode() + b"\0" + nonce + sealed
@@ -43,8 +69,8 @@ class Envelope:
         Raises:
             SourceCorrupt: No key opens it here: it was changed, moved from another place, or sealed by another fleet.
         """
-        name, _, rest = sealed.partition(b"\0")
-        key = self.keys.get(name.decode("latin-1"))
+        rest = sealed.partition(b"\0")[2]
+        key = self.keys.get(name_of(sealed))
         if key is None:
             raise SourceCorrupt(
                 f"{place} is sealed with a key that this hub does not have",
@@ -54,6 +80,19 @@ class Envelope:
             return AESGCM(key).decrypt(rest[:_NONCE_BYTES], rest[_NONCE_BYTES:], place.encode())
         except (InvalidTag, ValueError) as error:
             raise SourceCorrupt(f"{place} does not open: another program has changed it") from error
+
+
+def name_of(sealed: bytes) -> str:
+    """Of the key that opens a sealed value."""
+    return sealed.partition(b"\0")[0].decode("latin-1")
+
+
+def add_key(text: bytes, where: str) -> tuple[bytes, str]:
+    """The text of a file with one more key, which does not seal yet, and its name; raises as `parse_envelope`."""
+    known = parse_envelope(text, where).keys
+    # Never one that a key had before: backups name it.
+    name = str(1 + max((int(one) for one in known if one.isdecimal()), default=0))
+    return text.rstrip() + b"\n" + make_envelope(name), name
 
 
 def make_envelope(name: str = "1") -> bytes:

@@ -18,7 +18,7 @@ from imdsproxy.host.certificates import (
 )
 from imdsproxy.host.files import ensure_directory, read_secret, write_atomic
 from imdsproxy.hub.authority import Authority, make_authority, parse_authority
-from imdsproxy.hub.envelope import Envelope, make_envelope, parse_envelope
+from imdsproxy.hub.envelope import Envelope, add_key, make_envelope, parse_envelope
 
 FIRST_OPERATOR: Final = "admin"
 
@@ -185,6 +185,18 @@ def add_hub(files: FleetFiles, output: Path, hub: HubNames, now: datetime) -> No
     parse_envelope(envelope, str(files.envelope_key))
     pem = make_hub_pem(authority, hub, now)
     _write_hub(FleetFiles(output), authority, envelope + b"\n", pem)
+
+
+def add_envelope_key(files: FleetFiles) -> str:
+    """Put a further key that seals into the file of such keys; its name.
+
+    Raises:
+        HostRefused: The file cannot be written.
+        SecretUnreadable: It cannot be read, or others may.
+    """
+    text, name = add_key(read_secret(files.envelope_key), str(files.envelope_key))
+    write_atomic(files.envelope_key, text, mode=_SECRET, durable=True)
+    return name
 
 
 def make_operator_pem(

@@ -8,7 +8,7 @@ import resource
 import signal
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import SystemRandom
 from typing import Any, Final
 
@@ -130,6 +130,7 @@ def build_hub(settings: HubSettings, clock: Clock) -> Hub:
     address = names.addresses[0]
     url = settings.url or f"https://{f'[{address}]' if ':' in address else address}:{port}"
     state = FleetState()
+    envelope = replace(envelope, chosen=state.sealing_key)
     token_keys = TokenKeyRing(state, envelope)
     state.keys_of = token_keys.item_of
 

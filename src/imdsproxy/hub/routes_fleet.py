@@ -15,6 +15,7 @@ from imdsproxy.errors import NotFound
 from imdsproxy.hub.callers import Caller, Reader, Uses, admit
 from imdsproxy.hub.operations import FleetHost, FleetStatus, FleetWritten
 from imdsproxy.hub.plan_writes import choose_departure, no_such, plan_hosts
+from imdsproxy.hub.reseal import Resealed, reseal
 
 fleet = APIRouter()
 
@@ -47,6 +48,14 @@ class AppliedBody(BaseModel):
     revision: int = Field(default=0, ge=0)
     items: list[str] | None = None
     within_s: float = Field(default=0.0, ge=0, le=60)
+
+
+class ResealBody(BaseModel):
+    """From where to go on."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    after: str = Field(default="", description="Of the answer before.")
 
 
 class AskBody(BaseModel):
@@ -107,6 +116,19 @@ async def accept_restore(operations: Uses, caller: Reader) -> FleetWritten:
     hosts = operations.state.enrolled()
     pending = await operations.in_force.wait(hosts, revision)
     return operations.written(hosts, revision, pending)
+
+
+@fleet.post("/reseal")
+async def reseal_secrets(body: ResealBody, operations: Uses, caller: Reader) -> Resealed:
+    """Seal secrets with the newest key of this hub, and for some seconds those that another key has sealed."""
+    caller.require(Role.OPERATOR, all_projects=True)
+    return await reseal(operations, body.after)
+
+
+@fleet.get("/envelope", include_in_schema=False)
+async def show_envelope(operations: Uses, _: _Hub) -> JSONResponse:
+    """For other hubs: which keys this one opens secrets with, by their fingerprints."""
+    return JSONResponse(operations.writes.envelope.report())
 
 
 @fleet.get("/applied", include_in_schema=False)

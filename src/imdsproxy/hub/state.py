@@ -187,14 +187,15 @@ class FleetState:
         elif key.startswith(layout.NETWORKS):
             layout.parse_network(value)
             self._touch(f"network/{key.removeprefix(layout.NETWORKS)}", touched)
-        elif key.startswith(layout.GUARDS):
+        elif key.startswith((layout.GUARDS, layout.POLICIES)):
             layout.decode(value)
-            self._touch(f"guard/{key.removeprefix(layout.GUARDS)}", touched)
-        elif key.startswith(layout.POLICIES):
-            layout.decode(value)
-            self._touch(f"policy/{key.removeprefix(layout.POLICIES)}", touched)
+            guard = key.startswith(layout.GUARDS)
+            kind, prefix = ("guard", layout.GUARDS) if guard else ("policy", layout.POLICIES)
+            self._touch(f"{kind}/{key.removeprefix(prefix)}", touched)
         elif key.startswith(layout.HOSTS):
             parse_host(value)
+        elif key == layout.ENVELOPE:
+            layout.decode(value)
         elif key.startswith(layout.KEYS):
             layout.decode(value)
             self._keys_revision = max(self._keys_revision, change.mod_revision)
@@ -393,6 +394,11 @@ class FleetState:
         """How many records there are, `layout.INSTANCES` or another kind; those that were removed do not count."""
         removed = sum(1 for key in self.removed if key.startswith(prefix))
         return len(self._kin(prefix)) - removed
+
+    def sealing_key(self) -> str | None:
+        """The name of the key with which hubs seal secrets; `None` for the first that they have."""
+        found = self.value(layout.ENVELOPE)
+        return None if found is None else str(layout.decode(found[0]).get("key"))
 
     def enrolled(self) -> list[HostId]:
         """Every host that may connect, in order."""

@@ -78,17 +78,21 @@ def seal_keys(keys: FleetKeys, envelope: Envelope) -> bytes:
     return layout.encode({"sealed": base64.b64encode(sealed).decode()})
 
 
+def sealed_keys(value: bytes) -> bytes:
+    """What the envelope opens of it; `SourceCorrupt` where another program wrote it."""
+    try:
+        return base64.b64decode(str(layout.decode(value)["sealed"]), validate=True)
+    except (layout.Unreadable, KeyError, ValueError) as error:
+        raise SourceCorrupt(f"{PLACE} is not what hubs write") from error
+
+
 def open_keys(value: bytes, envelope: Envelope) -> FleetKeys:
     """The reverse of `seal_keys`.
 
     Raises:
         SourceCorrupt: Another program wrote it, or no key of the envelope opens it.
     """
-    try:
-        sealed = base64.b64decode(str(layout.decode(value)["sealed"]), validate=True)
-    except (layout.Unreadable, KeyError, ValueError) as error:
-        raise SourceCorrupt(f"{PLACE} is not what hubs write") from error
-    shape: dict[str, Any] = json.loads(envelope.open(PLACE, sealed))
+    shape: dict[str, Any] = json.loads(envelope.open(PLACE, sealed_keys(value)))
     pending = shape["pending"]
     return FleetKeys(
         _key(shape["current"]),

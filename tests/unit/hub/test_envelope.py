@@ -3,7 +3,7 @@
 import pytest
 
 from imdsproxy.errors import SecretUnreadable, SourceCorrupt
-from imdsproxy.hub.envelope import Envelope, make_envelope, parse_envelope
+from imdsproxy.hub.envelope import Envelope, add_key, make_envelope, name_of, parse_envelope
 
 _KEY = b"c2Vj" + b"A" * 39 + b"="
 _PLACE, _SECRET = "/imds/1/key/1", b"the key of all tokens"
@@ -54,3 +54,17 @@ def test_a_file_that_holds_no_keys_is_refused_and_not_repeated(text: bytes) -> N
 
 def test_keys_are_in_no_text_of_an_envelope() -> None:
     assert repr(parse_envelope(make_envelope("a"), "f")) == "Envelope(a)"
+
+
+def test_a_key_that_is_added_seals_once_it_is_chosen_and_has_a_name_that_none_had() -> None:
+    chosen: str | None = None
+    text, name = add_key(make_envelope("7"), "f")
+    assert name == "8"
+    both = Envelope(parse_envelope(text, "f").keys, lambda: chosen)
+    assert name_of(both.seal(_PLACE, _SECRET)) == "7"
+    chosen = "8"
+    sealed = both.seal(_PLACE, _SECRET)
+    assert (name_of(sealed), both.open(_PLACE, sealed)) == ("8", _SECRET)
+    chosen = "9"
+    with pytest.raises(SourceCorrupt, match="the key 9, which this hub does not have"):
+        both.seal(_PLACE, _SECRET)

@@ -29,6 +29,9 @@ BEAT: Final = f"{PREFIX}beat"
 SUSPECT: Final = f"{PREFIX}suspect"
 """Why a restored backup is suspected; while it is there, nothing is written."""
 
+ENVELOPE: Final = f"{PREFIX}envelope"
+"""Which of their keys hubs seal secrets with; without it the first in their file."""
+
 NETWORKS: Final = f"{PREFIX}net/"
 INSTANCES: Final = f"{PREFIX}inst/"
 POLICIES: Final = f"{PREFIX}pol/"

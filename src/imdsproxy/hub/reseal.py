@@ -1,0 +1,140 @@
+"""Another key for what is sealed in etcd: all hubs seal with it from one moment on, then each value is sealed anew.
+
+A value names the key that opens it. So this can be broken off anywhere, and begun again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import Final
+
+import structlog
+
+from imdsproxy.core.fleet import layout
+from imdsproxy.errors import RequestRefused, SourceUnavailable
+from imdsproxy.hub.envelope import name_of
+from imdsproxy.hub.etcd import Committed
+from imdsproxy.hub.etcd_messages import prefix_end, unchanged
+from imdsproxy.hub.operations import Operations
+from imdsproxy.hub.plan_writes import Transaction, View, refuse_suspect
+from imdsproxy.hub.token_keys import PLACE, open_keys, seal_keys, sealed_keys
+
+ENVELOPE_PATH: Final = "/fleet/envelope"
+_PEERS_S: Final = 5.0
+_PART_S: Final = 3.0
+_AT_ONCE: Final = 8
+_LOOKS: Final = 50
+_LOOK_EVERY_S: Final = 0.1
+
+_log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Resealed:
+    """How far it is.
+
+    Attributes:
+        key: The name of the key that seals.
+        done: How many parts of user data were looked at, of `of`.
+        changed: How many values were sealed anew by this request.
+        after: From where the next request goes on; `None` where nothing is left.
+    """
+
+    key: str
+    done: int
+    of: int
+    changed: int
+    after: str | None
+
+
+async def reseal(operations: Operations, after: str) -> Resealed:
+    """Have all hubs seal with the newest key of this one, and seal anew what another one has sealed, for some seconds.
+
+    Args:
+        operations: Of this hub.
+        after: Of the answer before; empty at first.
+
+    Raises:
+        ImdsproxyError: As `Writes.write`.
+        RequestRefused: A hub lacks the key, or does not answer.
+        SourceCorrupt: No key of this hub opens a value.
+    """
+    key = list(operations.writes.envelope.keys)[-1]
+    await _ask_hubs(operations, key)
+    await operations.writes.write(lambda view: _plan_sealing(view, key))
+    for _ in range(_LOOKS):
+        behind = await _ask_hubs(operations, key)
+        if operations.writes.envelope.sealing == key and not behind:
+            break
+        await asyncio.sleep(_LOOK_EVERY_S)
+    else:
+        names = ", ".join(behind) or operations.peers.name
+        raise SourceUnavailable(f"another key seals yet at {names}", hint="try again")
+    changed = int(await _reseal_token_keys(operations, key))
+    found = await operations.etcd.read(layout.BLOBS, prefix_end(layout.BLOBS), keys_only=True)
+    keys = sorted(one.key for one in found.kvs)
+    left = [one for one in keys if one > after]
+    until = time.monotonic() + _PART_S
+    while left and time.monotonic() < until:
+        part, left = left[:_AT_ONCE], left[_AT_ONCE:]
+        done = await asyncio.gather(*(_reseal_chunk(operations, one, key) for one in part))
+        changed, after = changed + sum(done), part[-1]
+    _log.info("sealed anew", key=key, done=len(keys) - len(left), of=len(keys))
+    return Resealed(key, len(keys) - len(left), len(keys), changed, after if left else None)
+
+
+async def _ask_hubs(operations: Operations, key: str) -> list[str]:
+    """Those hubs that seal with another key yet; each has to open what is sealed with this one."""
+    fingerprint = operations.writes.envelope.report()["keys"][key]
+    answers = await operations.peers.ask_all(ENVELOPE_PATH, {}, _PEERS_S)
+    for name in operations.peers.urls():
+        if name not in answers:
+            raise RequestRefused(
+                f"hub {name} does not answer, and may lack the key {key}",
+                hint="start it, or wait fifteen seconds where it is gone",
+            )
+        if answers[name]["keys"].get(key) != fingerprint:
+            raise RequestRefused(
+                f"hub {name} does not have the key {key} that seals next",
+                hint=f"copy envelope.key to {name}, and restart it",
+            )
+    return [name for name, one in answers.items() if one["sealing"] != key]
+
+
+def _plan_sealing(view: View, key: str) -> Transaction:
+    unsuspected, found = refuse_suspect(view), view(layout.ENVELOPE)
+    value = layout.encode({"key": key})
+    if found is not None and found[0] == value:
+        return Transaction(revision=found[1])
+    before = unchanged(layout.ENVELOPE, 0 if found is None else found[1])
+    return Transaction((unsuspected, before), {layout.ENVELOPE: value})
+
+
+async def _reseal_token_keys(operations: Operations, key: str) -> bool:
+    changed = False
+
+    def plan(view: View) -> Transaction:
+        nonlocal changed
+        unsuspected, found = refuse_suspect(view), view(PLACE)
+        changed = found is not None and name_of(sealed_keys(found[0])) != key
+        if found is None or not changed:
+            return Transaction()
+        envelope = operations.writes.envelope
+        value = seal_keys(open_keys(found[0], envelope), envelope)
+        return Transaction((unsuspected, unchanged(PLACE, found[1])), {PLACE: value})
+
+    await operations.writes.write(plan)
+    return changed
+
+
+async def _reseal_chunk(operations: Operations, place: str, key: str) -> bool:
+    """Whether it was sealed with another key; one that goes meanwhile, or is written anew, needs it no more."""
+    etcd, envelope = operations.etcd, operations.writes.envelope
+    for one in (await etcd.read(place)).kvs:
+        if name_of(one.value) != key:
+            sealed = envelope.seal(place, envelope.open(place, one.value))
+            done = await etcd.commit([unchanged(place, one.mod_revision)], {place: sealed})
+            return isinstance(done, Committed)
+    return False
