@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 from imdsproxy import __version__
 from imdsproxy.admin.answers import Readiness
-from imdsproxy.admin.exposition import By, Exposed, Gauge
+from imdsproxy.admin.exposition import By, Count, Exposed, Gauge
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.layout import Suspicion
 from imdsproxy.core.fleet.members import HostState, parse_host
@@ -154,6 +154,12 @@ class HubMetrics(Exposed, prefix="imdsproxy_hub_"):
     def behind_hosts(self) -> Gauge:
         """Those on which something is not in force: it failed there, or was not acknowledged for ten seconds."""
         return self.behind
+
+    def host_differences(self) -> Count:
+        """How often a host had other items than are placed on it, and was given the difference: a fault of imdsproxy's,
+        or of its disk or memory. The hub's log and `imdsproxy fleet status` name it.
+        """
+        return self.hub.streams.differed
 
     def silent_hubs(self) -> Gauge:
         """Other hubs that follow etcd and do not answer this one; of their hosts nothing is known here."""

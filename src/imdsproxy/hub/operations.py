@@ -102,7 +102,8 @@ class FleetStatus:
         connected: How many of them are connected to a hub.
         behind: Connected ones on which something is not in force.
         absent: Enrolled ones that are not connected, by name.
-        problems: By key of etcd, values that another program wrote.
+        problems: By key of etcd, values that another program wrote; by `host NAME`, that a host had other items than
+            are placed on it.
         token_keys: Why the newest keys of session tokens cannot be read; those before them stay in force.
         imports: Unfinished ones: how many records of how many. None is known while etcd is away.
         etcd: Its members: `url`, `leads`, size and quota of the database in bytes, and `problems` in words.
@@ -258,7 +259,11 @@ class Operations:
             connected=sum(1 for one in enrolled if one.hub is not None),
             behind=[one.host for one in enrolled if one.failed],
             absent=[one.host for one in enrolled if one.hub is None],
-            problems={**state.problems, **state.lost},
+            problems={
+                **state.problems,
+                **state.lost,
+                **{f"host {host}": why for host, why in self.streams.differing().items()},
+            },
             token_keys=self.token_key_problem(),
             imports=imports,
             etcd=[_member(one) for one in members],

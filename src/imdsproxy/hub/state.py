@@ -14,7 +14,7 @@ from typing import Any, Final, TypeAlias
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.layout import HostId, Json, Meta, Unreadable
 from imdsproxy.core.fleet.members import HostState, parse_host
-from imdsproxy.core.fleet.stream import Batch, Bye, ByeCode, Hello, ItemKey
+from imdsproxy.core.fleet.stream import Batch, Bye, ByeCode, Hello, ItemKey, digest_items
 from imdsproxy.core.model import InstanceId
 
 Item: TypeAlias = tuple[int, Json]
@@ -301,6 +301,20 @@ class FleetState:
         """Whether an instance on the host has this user data."""
         placed = self._placed.get(host, ())
         return any(self._placements[one].sha256 == sha256 for one in placed)
+
+    def digest(self, host: HostId, without: Collection[ItemKey]) -> str:
+        """`digest_items` of all that the host is to have, without some."""
+        revisions: dict[ItemKey, int] = {}
+        keys: int | None = None
+        for item in self.items_for(host).difference(without):
+            if not item.startswith("keys/"):
+                revision = self._revision_of(item)
+            else:
+                # Of all the same: to make the keys of each is most of the work.
+                revision = keys = self._revision_of(item) if keys is None else keys
+            if revision is not None:
+                revisions[item] = revision
+        return digest_items(revisions)
 
     def changes_for(self, host: HostId, items: Iterable[ItemKey]) -> Batch:
         """The items as they are now, for a host that had everything before they were touched."""

@@ -55,6 +55,7 @@ AT_ONCE: Final = 200
 
 _BATCH_BYTES: Final = 256 * 1024
 _HELLO_S: Final = 30.0
+_SHOWN_S: Final = 3600.0
 _ALL: Final = HostId("*")
 
 _log = structlog.get_logger()
@@ -81,6 +82,10 @@ class Streams:
         suspect: Called with a host, a reason and a revision (0 for none) where etcd seems to be restored from a
             backup: it is, if etcd has not that revision.
         age_s: Seconds since etcd was heard.
+
+    Attributes:
+        hosts: Those that are connected to this hub.
+        differed: How often a host had other items than are placed on it.
     """
 
     state: FleetState
@@ -89,6 +94,8 @@ class Streams:
     suspect: Callable[[HostId, str, int], object] = lambda _host, _why, _revision: None
     age_s: Callable[[], float] = lambda: 0.0
     hosts: dict[HostId, HostStream] = field(default_factory=dict)
+    differed: int = 0
+    _differing: dict[HostId, tuple[float, str]] = field(default_factory=dict)
     _waits: dict[HostId, list[_Wait]] = field(default_factory=dict)
     _delivered: int = 0
     _unsent: deque[HostStream] = field(default_factory=deque)
@@ -151,6 +158,22 @@ class Streams:
                 stream.leave(ByeCode.REVOKED)
 
     # What is in force where
+
+    def note_differing(self, host: HostId, why: str | None) -> None:
+        """A host has other items than are placed on it; `None`: it has those."""
+        self._differing.pop(host, None)
+        if why is not None:
+            self.differed += 1
+            self._differing[host] = self.clock.monotonic(), why
+            _log.error("host differs", host=host, reason=why)
+
+    def differing(self) -> dict[HostId, str]:
+        """Hosts that had other items within the last hour, and have not shown here since that they have the right ones.
+
+        Each with when that was.
+        """
+        since = self.clock.monotonic() - _SHOWN_S
+        return {host: why for host, (at, why) in self._differing.items() if at > since}
 
     def lacks(
         self, host: HostId, revision: int, items: Collection[ItemKey] | None = None
@@ -358,15 +381,29 @@ class HostStream(asyncio.Protocol):
                 self._greet(hello)
             case Hello():
                 raise Broken("a second hello")
-            case Ack(revision, failed) if self.greeted:
+            case Ack(revision, failed, digest) if self.greeted:
                 self.acked, self.failed = max(self.acked, revision), failed
                 self._streams.progressed(self.host)
+                # What is on its way it cannot have yet.
+                if digest and not self._dirty and revision >= self._sent:
+                    self._compare(digest)
             case Answer() as answer:
                 future = self._asked.pop(answer.number, None)
                 if future is not None and not future.done():
                     future.set_result(answer)
             case Ack():
                 raise Broken("an acknowledgement before hello")
+
+    def _compare(self, digest: str) -> None:
+        """Have the host say hello again if it has other items than are placed on it."""
+        streams = self._streams
+        if digest == streams.state.digest(self.host, self.failed):
+            streams.note_differing(self.host, None)
+            return
+        at = streams.clock.now().strftime("%Y-%m-%d %H:%M:%S UTC")
+        why = f"at {at} it had other items than are placed on it"
+        streams.note_differing(self.host, why)
+        self.leave(ByeCode.DIFFERS, why)
 
     def _greet(self, hello: Hello) -> None:
         streams = self._streams

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.layout import HostId, Json, Meta, StoredInstance, StoredNetwork
-from imdsproxy.core.fleet.stream import Batch, Bye, ByeCode, Hello, ItemKey
+from imdsproxy.core.fleet.stream import Batch, Bye, ByeCode, Hello, ItemKey, digest_items
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.hub.state import Change, Difference, FleetState
 
@@ -293,3 +293,19 @@ def test_keys_are_listed_by_what_they_begin_with() -> None:
     }
     assert len(set(state.keys(f"{layout.INSTANCES}webm"))) == 1
     assert len(set(state.keys(layout.PREFIX))) == 4
+
+
+def test_a_digest_is_that_of_what_a_host_gets_and_of_nothing_else() -> None:
+    state = fleet(
+        network("blue", 2), network("red", 3), instance("web", 4, A), instance("db", 5, A, B)
+    )
+    state.keys_of = lambda instance: {"current": "k", "keys": {"k": instance}}
+    state.apply(6, [Change(f"{layout.KEYS}tokens", b"{}", 6)])
+    for host in HOSTS:
+        items = {item: revision for item, (revision, _) in everything_of(state, host).items()}
+        assert state.digest(host, ()) == digest_items(items)
+        assert state.digest(host, ()) == digest_items(dict(reversed(items.items())))
+    others = {item: revision for item, revision in items.items() if item != "instance/web"}
+    assert state.digest(A, {"instance/web"}) != state.digest(A, ())
+    assert state.digest(HostId("c"), {"instance/web"}) == digest_items(others)
+    assert len({state.digest(host, ()) for host in HOSTS}) == len(HOSTS)

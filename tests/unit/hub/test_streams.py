@@ -24,6 +24,7 @@ from imdsproxy.core.fleet.stream import (
     FromHub,
     Hello,
     Ping,
+    digest_items,
     parse_from_hub,
     render_line,
 )
@@ -353,3 +354,32 @@ async def test_a_change_of_very_many_hosts_is_sent_to_some_of_them_at_a_time(
         await asyncio.sleep(0)
     assert sent == [str(number) for number in range(10)]
     assert max(after - before for before, after in itertools.pairwise([*turns, len(sent)])) == 3
+
+
+async def test_a_host_that_differs_says_hello_again_and_is_reported_until_it_does_not(
+    world: World,
+) -> None:
+    world.commit(instance("web", 2, A), instance("db", 3, A))
+    have = {"instance/web": 2, "instance/db": 3}
+    right, wrong = digest_items(have), digest_items({"instance/web": 2})
+    host = await world.join("a", hello=Hello("f", 1, 3, have))
+    await host.next(Batch)
+    host.send(Ack(3, digest=right))
+    host.send(Ack(3, {"instance/db": "refused"}, wrong))
+    world.commit(instance("db", 4, A))
+    await host.next(Batch)
+    host.send(Ack(3, digest="of before the change"), Ack(4))
+    await world.until(A, None, 4)
+    assert not world.streams.differing()
+    host.send(Ack(4, digest=right))
+    bye = await host.next(Bye)
+    assert bye.code is ByeCode.DIFFERS
+    assert world.streams.differing() == {A: bye.reason}
+    host = await world.join("a", hello=Hello("f", 1, 4, have))
+    assert (await host.next(Batch)).put.keys() == {"instance/db"}
+    assert A in world.streams.differing()
+    host.send(Ack(4, digest=digest_items(have | {"instance/db": 4})), Ack(4))
+    async with asyncio.timeout(10 * patience()):
+        while world.streams.differing():
+            await asyncio.sleep(0.001)
+    assert world.streams.differed == 1

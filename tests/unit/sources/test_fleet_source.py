@@ -447,3 +447,32 @@ async def test_that_the_certificate_is_not_renewed_is_reported_until_it_is(
         await until(lambda: "certificate: fleet: this certificate is revoked" in reasons(heard))
         failing.clear()
         await until(lambda: "certificate" not in reasons(heard))
+
+
+async def test_a_host_whose_items_differ_without_a_reason_is_found_and_healed(
+    hubs: Callable[..., FleetHub], kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source_module, "_COMPARE_EVERY_S", 0.0)
+    hub = hubs()
+    hub.put([N1], [A, B])
+    source = fleet_source(kept, hub)
+    async with running(source) as heard:
+        await heard.until(lambda one: names(one).keys() == {"a", "b"})
+        right = dict(source.known.items)
+
+        async def compared(count: int) -> None:
+            """Pings, and so digests, until the host has what it is to have and has shown it."""
+            async with asyncio.timeout(DEADLINE_S * patience()):
+                while hub.streams.differed != count or hub.streams.differing():
+                    hub.ping()
+                    await asyncio.sleep(0.01)
+
+        hub.ping()
+        await compared(0)
+        del source.known.items["instance/a"]
+        await compared(1)
+        assert source.known.items == right
+        source.known.items["instance/b"] -= 1
+        await compared(2)
+        assert source.known.items == right
+        assert names(heard).keys() == {"a", "b"}

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from hashlib import blake2b
 from typing import Any, Final, TypeAlias, cast
 
 from imdsproxy.core.fleet.layout import Json
@@ -50,6 +51,8 @@ class ByeCode(StrEnum):
 
     OTHER_FLEET = "other-fleet"
     STOPPING = "stopping"
+    DIFFERS = "differs"
+    """The host has other items than the fleet places on it: it shows what it has, and gets the difference."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +75,15 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Ack:
-    """Everything up to `revision` is in force, except what failed, with the reasons."""
+    """Everything up to `revision` is in force, except what failed, with the reasons.
+
+    Attributes:
+        digest: Now and then, `digest_items` of all that the host has without what failed; else empty.
+    """
 
     revision: int
     failed: Mapping[ItemKey, str] = field(default_factory=dict)
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +154,12 @@ FromHost: TypeAlias = Hello | Ack | Answer
 FromHub: TypeAlias = Batch | Ping | Ask | Bye
 
 
+def digest_items(items: Mapping[ItemKey, int]) -> str:
+    """Which items there are, and of which revisions, in any order, as a few characters."""
+    lines = sorted(f"{item} {revision}" for item, revision in items.items())
+    return blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
+
+
 def render_line(message: FromHost | FromHub) -> bytes:
     """A line, with its end."""
     match message:
@@ -163,6 +177,8 @@ def render_line(message: FromHost | FromHub) -> bytes:
             shape = {"ack": message.revision}
             if message.failed:
                 shape["failed"] = dict(message.failed)
+            if message.digest:
+                shape["digest"] = message.digest
         case Answer():
             shape = {"answer": message.number, "status": message.status, "body": message.body}
         case Batch():
@@ -211,7 +227,8 @@ def parse_from_host(line: bytes) -> FromHost:
             failed = rest.get("failed", {})
             if not isinstance(failed, dict):
                 raise Broken("`failed` is no object")
-            return Ack(revision, {key: str(why) for key, why in failed.items()})
+            why = {key: str(one) for key, one in failed.items()}
+            return Ack(revision, why, str(rest.get("digest", "")))
         case {"answer": int(number), "status": int(status), "body": body}:
             return Answer(number, status, body)
         case _:

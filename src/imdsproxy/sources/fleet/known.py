@@ -9,14 +9,14 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeAlias, cast
 
 from imdsproxy.core.claims import claim_places
 from imdsproxy.core.fleet.layout import Json
 from imdsproxy.core.fleet.policies import FleetPolicies
-from imdsproxy.core.fleet.stream import Batch, Hello, ItemKey
+from imdsproxy.core.fleet.stream import Batch, Hello, ItemKey, digest_items
 from imdsproxy.core.model import Instance, InstanceId, StoredBytes
 from imdsproxy.core.observation import Observation
 from imdsproxy.core.packed import PackedInstance
@@ -104,6 +104,10 @@ class FleetKnown:
         """What this host has."""
         at = self.position
         return Hello(at.fleet, at.incarnation, at.revision, dict(self.items))
+
+    def digest(self, without: Collection[ItemKey]) -> str:
+        """`digest_items` of what is in force, without some."""
+        return digest_items({key: one for key, one in self.items.items() if key not in without})
 
     def everything(self) -> Observation:
         """All records in force."""

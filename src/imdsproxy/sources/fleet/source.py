@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Final, TypeAlias, TypeVar
@@ -61,6 +61,7 @@ _GRACE_S: Final = 5.0
 _STALE_S: Final = 15.0
 """A hub whose last answer of etcd is older does not know what is new."""
 
+_COMPARE_EVERY_S: Final = 600.0
 _SKEW_S: Final = 1.0
 _SPREAD_S: Final = 1.0
 """Hosts whose hub has ended come to the others within this time."""
@@ -151,6 +152,7 @@ class FleetSource:
     _last_ack: Ack = field(default_factory=lambda: Ack(0))
     _answering: set[asyncio.Task[None]] = field(default_factory=set)
     _applying: bool = False
+    _compare_at: float = 0.0
     _complete: bool = False
     _lost_at: float | None = None
     _etcd_at: float | None = None
@@ -292,6 +294,8 @@ class FleetSource:
                 self._whole = True
                 await stream.send(self.known.hello())
                 self._stream, self.hub = stream, hub
+                # The hub has just compared; thousands of hosts come at once.
+                self._compare_at = self.clock.monotonic() + _COMPARE_EVERY_S * self.random()
                 while True:
                     await self._take(stream, await stream.read(self.silent_s))
         except _Left as left:
@@ -320,13 +324,23 @@ class FleetSource:
                 self.skew_s = ping.time - self.clock.now().timestamp()
                 self._hub_age_s = ping.age_s
                 self._etcd_at = self.clock.monotonic() - ping.age_s
-                await stream.send(self._last_ack)
+                await stream.send(replace(self._last_ack, digest=self._digest_in_time()))
             case Ask() as ask:
                 task = asyncio.create_task(self._answer(stream, ask))
                 self._answering.add(task)
                 task.add_done_callback(self._answering.discard)
             case Bye(code, reason):
                 raise _Left(code, reason)
+
+    def _digest_in_time(self) -> str:
+        """Now and then what a hub compares with what it places here; empty while items are on their way or held."""
+        now, known, ack = self.clock.monotonic(), self.known, self._last_ack
+        moving = self._applying or self._partial or self._pending
+        settled = self._complete and not moving and ack.revision == known.position.revision
+        if now < self._compare_at or not settled or known.held:
+            return ""
+        self._compare_at = now + _COMPARE_EVERY_S * (0.8 + 0.4 * self.random())
+        return known.digest(ack.failed)
 
     def _check(self, batch: Batch) -> None:
         at = self.known.position
