@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, settings
 
 from support.libvirt_daemon import Libvirtd, open_libvirtd
 from support.openstack.lab import OpenStack, open_openstack
+from support.own_netns import take_own_netns
 from support.own_tree import foreign_programs
 
 pytest_plugins = ("support.flaky",)
@@ -23,6 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"{foreign}: run script/setup in this clone, and use its .venv")
     # A shell ignores Ctrl-C for what it starts in the background, and so would every program that tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    take_own_netns()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

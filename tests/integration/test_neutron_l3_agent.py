@@ -39,11 +39,13 @@ from support.routers import sniffing
 from support.second_node import open_second_node
 from support.takeovers import run_takeover
 
-pytestmark = [pytest.mark.root, pytest.mark.alone, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
 # This mode is for routers of every kind.
 _OPTIONS = {"enable_metadata_proxy": "false", "agent_mode": "dvr_snat"}
 _ROUTERS = ("r-blue", "r-red")
+# A look asks Neutron for all ports, which the agent waits for meanwhile.
+_PAUSE_S = 0.3
 _GUESTS = {
     "blue": ("net-blue", "10.0.0.5", "10.0.0.1"),
     "blue2": ("net-blue2", "10.0.1.6", "10.0.1.1"),
@@ -68,7 +70,12 @@ class L3World:
     def wait_own(self, name: str, *, to: str = IPV4) -> None:
         """Wait until a guest is asked for as itself; ports that the agent plugs meanwhile get their tags."""
         own = self.instances[name]
-        until(lambda: self._asks_as(name, to) == own, what=f"{name} is itself", within_s=30)
+        until(
+            lambda: self._asks_as(name, to) == own,
+            what=f"{name} is itself",
+            within_s=30,
+            pause_s=_PAUSE_S,
+        )
 
     def command(self, *words: str, killed_after: type[Action] | None = None) -> None:
         """Run a command of imdsproxy's, which has agent and controller restarted."""
@@ -151,7 +158,7 @@ def test_a_guest_is_served_over_ipv6_by_the_route_that_the_router_announces(
         return asks_as(guest, to=IPV6) == own
 
     try:
-        until(is_itself, what="the guest is itself", within_s=40)
+        until(is_itself, what="the guest is itself", within_s=40, pause_s=_PAUSE_S)
         assert "fe80::a9fe:a9fe via fe80::" in ip("-n", guest.namespace, "-6", "route")
     finally:
         rest.send("PUT", f"{way}/remove_router_interface", {"subnet_id": subnet})
@@ -251,7 +258,7 @@ def _wait_served(world: L3World, router: MadeRouter) -> None:
         world.host.wire()
         return asks_as(router.guest) == router.instance
 
-    until(is_served, what=f"{router.namespace} is served", within_s=40)
+    until(is_served, what=f"{router.namespace} is served", within_s=40, pause_s=_PAUSE_S)
 
 
 class _asking:  # noqa: N801 - a block that is read as a word

@@ -23,6 +23,8 @@ GATEWAY: Final = "10.0.0.1"
 _GUEST: Final = "10.0.0.9"
 _ROUTER_SOLICITATION: Final = struct.pack(">BBHI", 133, 0, 0, 0)
 _ALL_ROUTERS: Final = "ff02::2"
+# A look asks Neutron, or starts programs.
+_PAUSE_S: Final = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +99,16 @@ def _agents_of(host: NeutronHost, router: MadeRouter) -> set[str]:
 def wait_scheduled(nodes: Sequence[NeutronHost], router: MadeRouter) -> None:
     """Wait until each node's agent has a router and has plugged its port for keepalived."""
     names = {one.name for one in nodes}
-    until(lambda: _agents_of(nodes[0], router) == names, what="a router on each node")
+    until(
+        lambda: _agents_of(nodes[0], router) == names,
+        what="a router on each node",
+        pause_s=_PAUSE_S,
+    )
     until(
         lambda: all("ha-" in devices(node, router) for node in nodes),
         what="its namespaces",
         within_s=40,
+        pause_s=_PAUSE_S,
     )
 
 
@@ -146,7 +153,7 @@ def wait_primary(
         found[:] = [node for node in nodes if GATEWAY in devices(node, router)]
         return len(found) == 1 and found[0] is not but
 
-    until(is_one, what="one primary", within_s=40)
+    until(is_one, what="one primary", within_s=40, pause_s=_PAUSE_S)
     return found[0]
 
 

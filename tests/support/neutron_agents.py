@@ -4,8 +4,8 @@ Nova, Neutron and what is in them are those of `support.openstack`; RabbitMQ is 
 it runs in the lab's host, a network namespace. The integration bridge is Open vSwitch's in user space. What is not
 genuine is neutron-openvswitch-agent: the lab itself gives each port of the bridge its network's tag.
 
-All labs of a checkout have the same ids, and agents name namespaces by them: a network or router of the table may be
-given to agents by the tests of one file only.
+All labs of a checkout have the same ids, and agents name namespaces by them, and remove others of their kind: of these
+hosts there may be one at a time in a test process, which has a /run/netns of its own (`support.own_netns`).
 """
 
 from __future__ import annotations
@@ -103,7 +103,12 @@ class NeutronHost:
         reap_at_the_end(namespaces=namespace)
         self._made.append(namespace)
         rest.send("POST", f"/agents/{ident}/{agent}-{_KINDS[agent]}", body)
-        until(lambda: self._is_served(namespace), within_s=_READY_S, what=f"a proxy in {namespace}")
+        until(
+            lambda: self._is_served(namespace),
+            within_s=_READY_S,
+            what=f"a proxy in {namespace}",
+            pause_s=0.2,
+        )
         self.wire()
 
     def agent_id(self, agent: AgentName) -> str:

@@ -15,7 +15,7 @@ from support.patience import patience
 
 _UP_S: Final = 90.0
 _END_S: Final = 20.0
-_PAUSE_S: Final = 0.05
+_PAUSE_S: Final = 0.2
 
 
 class NotUp(Exception):

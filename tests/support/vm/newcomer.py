@@ -1,8 +1,9 @@
-"""The first tutorial, followed to the letter on a blank Debian 13 with the image of one distribution.
+"""The first tutorial, followed to the letter on a blank Debian 13.
 
-    python -P -m support.vm.newcomer [DISTRIBUTION]
+    python -P -m support.vm.newcomer DISTRIBUTION
 
-does the same and prints how long it took; `--ahead` only makes what it takes minutes to make.
+follows all of it, with the image of a distribution, and prints how long it took; `--ahead` only makes what it takes
+minutes to make.
 """
 
 import contextlib
@@ -67,7 +68,7 @@ def blank_tree() -> Path:
     return blank_debian(build_packages().deb, [*packages_of_the_page(), "python3-apt"])
 
 
-def vm_image(distribution: str = "debian-13") -> Path:
+def vm_image(distribution: str) -> Path:
     """The disk image; made when there is none of this month and this recipe."""
     done = subprocess.run(
         [str(REPOSITORY / "script" / "vm-image"), distribution],
@@ -81,14 +82,21 @@ def vm_image(distribution: str = "debian-13") -> Path:
     return Path(done.stdout.strip())
 
 
-def follow(work: Path, distribution: str = "debian-13") -> Followed:
-    """Do what the page says, with the image of a distribution where it says Debian's.
+def follow(work: Path, distribution: str = "") -> Followed:
+    """Do what the page says.
 
     Args:
         work: An empty directory.
+        distribution: Whose image the guest boots, where the page says Debian's. Without one, its disk is empty, and
+            what asks for the guest's address is not done.
     """
-    image = vm_image(distribution)
-    blocks = page_blocks()
+    blocks, name = page_blocks(), distribution or "empty"
+    if distribution:
+        image = vm_image(distribution)
+    else:
+        blocks = [one for one in blocks if "$(address)" not in one.script]
+        image = work / "empty.qcow2"
+        run("qemu-img", "create", "-q", "-f", "qcow2", str(image), "3G")
     script = script_of(blocks).replace("debian@", f"{distribution.partition('-')[0]}@")
     with _blank_host(work) as machine, _site(machine, work, image):
         # Not by standard input: ssh would read the rest of it.
@@ -100,18 +108,18 @@ def follow(work: Path, distribution: str = "debian-13") -> Followed:
         took_s = time.monotonic() - start
         journal = machine.journal()
         if status != 0:
-            _keep_screen(machine, distribution)
+            _keep_screen(machine, name)
     LOGS.mkdir(parents=True, exist_ok=True)
-    (LOGS / f"{distribution}.log").write_text(f"{output}\n{journal}")
+    (LOGS / f"{name}.log").write_text(f"{output}\n{journal}")
     return Followed(find_fault(blocks, status, output), took_s)
 
 
-def _keep_screen(machine: Machine, distribution: str) -> None:
+def _keep_screen(machine: Machine, name: str) -> None:
     """Keep what the guest's screen shows, if there is a guest: how far its boot came."""
     screen = "/srv/screen.ppm"
     if machine.attempt("virsh", "screenshot", "web-1", screen)[0] == 0:
         LOGS.mkdir(parents=True, exist_ok=True)
-        shutil.copy(machine.root / screen.removeprefix("/"), LOGS / f"{distribution}.ppm")
+        shutil.copy(machine.root / screen.removeprefix("/"), LOGS / f"{name}.ppm")
 
 
 @contextlib.contextmanager
@@ -163,6 +171,6 @@ if __name__ == "__main__":
         blank_tree()
         sys.exit()
     with tempfile.TemporaryDirectory(prefix="imdst-") as name:
-        done = follow(Path(name), *sys.argv[1:])
+        done = follow(Path(name), sys.argv[1])
     sys.stdout.write(f"{done.fault or f'as the page says, in {done.took_s:.0f} s'}\n")
     sys.exit(bool(done.fault))
