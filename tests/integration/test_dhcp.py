@@ -23,7 +23,7 @@ from support.lab import NETNS, ip, processes_in, until
 from support.neutron_agents import NeutronHost, open_agents
 from support.takeovers import run_takeover
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.root, pytest.mark.timeout(600)]
 
 _WITHIN_S = 60.0
 

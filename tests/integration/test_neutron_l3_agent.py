@@ -39,7 +39,7 @@ from support.routers import sniffing
 from support.second_node import open_second_node
 from support.takeovers import run_takeover
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.root, pytest.mark.timeout(600)]
 
 # This mode is for routers of every kind.
 _OPTIONS = {"enable_metadata_proxy": "false", "agent_mode": "dvr_snat"}
