@@ -11,6 +11,7 @@ import pytest
 
 from support.demonstration import REPOSITORY
 from support.document_blocks import blocks_of, find_fault, script_of
+from support.patience import patience
 from support.reaper import processes_of, reap
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
@@ -47,7 +48,7 @@ def test_a_newcomer_moves_a_network_over_and_back_and_tries_every_way_as_the_doc
             stdout=sink,
             stderr=subprocess.STDOUT,
             check=False,
-            timeout=_RUN_S,
+            timeout=_RUN_S * patience(),
             start_new_session=True,
         )
     assert find_fault(blocks, done.returncode, transcript.read_text(errors="replace")) == ""
