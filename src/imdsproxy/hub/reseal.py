@@ -6,7 +6,6 @@ A value names the key that opens it. So this can be broken off anywhere, and beg
 from __future__ import annotations
 
 import asyncio
-import time
 from dataclasses import dataclass
 from typing import Final
 
@@ -76,8 +75,8 @@ async def reseal(operations: Operations, after: str) -> Resealed:
     found = await operations.etcd.read(layout.BLOBS, prefix_end(layout.BLOBS), keys_only=True)
     keys = sorted(one.key for one in found.kvs)
     left = [one for one in keys if one > after]
-    until = time.monotonic() + _PART_S
-    while left and time.monotonic() < until:
+    until = operations.clock.monotonic() + _PART_S
+    while left and operations.clock.monotonic() < until:
         part, left = left[:_AT_ONCE], left[_AT_ONCE:]
         done = await asyncio.gather(*(_reseal_chunk(operations, one, key) for one in part))
         changed, after = changed + sum(done), part[-1]
