@@ -73,6 +73,29 @@ def test_an_address_that_another_instance_has_is_refused_with_its_hosts(hub: Hub
     assert problem.reason == "10.0.0.6 in network blue belongs to instance first (on a)"
 
 
+def test_a_host_gets_no_second_network_with_the_listener_of_another_one(hub: Hub) -> None:
+    hub.enrol("own-1", "own-2")
+    ask = hub.client.request
+    ask("POST", "/v1/networks", body={**NETWORK, "id": "same"})
+    there = {**instance("same-1", "10.0.77.7", "own-1"), "ports": [{"network": "same"}]}
+    ask("POST", "/v1/instances", body=there)
+    ask("POST", "/v1/instances", body=instance("blue-1", "10.0.77.8", "own-2"))
+    for path, body in (
+        ("/v1/instances", {**there, "id": "same-2", "hosts": ["own-2"]}),
+        ("/v1/instances/same-1/move", {"to": "own-2"}),
+        ("/v1/records", {"instances": [{**there, "id": "same-2", "hosts": ["own-2"]}]}),
+    ):
+        with pytest.raises(SourceRefused) as refused:
+            ask("POST", path, body=body)
+        (problem,) = refused.value.problems
+        assert problem.reason == (
+            "network same has on host own-2 the listener of network blue, in which instance blue-1 is"
+        )
+    for name in ("same-1", "blue-1"):
+        ask("DELETE", f"/v1/instances/{name}")
+    ask("DELETE", "/v1/networks/same")
+
+
 def test_the_status_of_a_fleet_has_each_member_of_etcd(hub: Hub) -> None:
     (member,) = hub.client.get("/fleet/status")["etcd"]
     assert member["leads"]

@@ -22,6 +22,7 @@ from imdsproxy.core.timing import Progress
 from imdsproxy.hub import plan_writes
 from imdsproxy.hub.etcd_messages import prefix_end
 from imdsproxy.hub.plan_writes import InstancePut, Terms, Transaction
+from imdsproxy.hub.shared_listeners import refuse_shared
 from imdsproxy.hub.writes import Done, Fresh, Writes
 
 _CHECKING: Final = "checking records against the fleet"
@@ -110,9 +111,10 @@ class Import:
             for number, one in enumerate(self.instances)
         ]
         # Its parts are written one after the other: an address may not go from one of its records to another one.
-        await asyncio.to_thread(
+        planned = await asyncio.to_thread(
             plan_writes.plan_put, view, self.networks, puts, terms, at_once=False
         )
+        await asyncio.to_thread(refuse_shared, writes.state, planned)
 
     async def _write(self, key: str, of: int, terms: Terms) -> Done:
         revision, hosts, done = 0, set[HostId](), 0

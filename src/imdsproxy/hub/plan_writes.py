@@ -57,6 +57,7 @@ class Transaction:
     Attributes:
         revision: Of the newest record that is as it is to be already.
         hosts: Where something may change: those of the records before and after.
+        scope: As `Terms.scope`.
     """
 
     compares: tuple[Compare, ...] = ()
@@ -64,6 +65,7 @@ class Transaction:
     deletes: tuple[str, ...] = ()
     revision: int = 0
     hosts: frozenset[HostId] = frozenset()
+    scope: str | None = None
 
     @property
     def fits(self) -> bool:
@@ -133,6 +135,7 @@ class _Draft:
             tuple(key for key in self.deletes if key not in self.puts),
             self.revision,
             frozenset(self.hosts),
+            self.terms.scope,
         )
 
     def hold(self, key: str) -> None:

@@ -12,10 +12,12 @@ from sys import intern
 from typing import Any, Final, TypeAlias
 
 from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import HostId, Json, Meta, Unreadable
+from imdsproxy.core.fleet.layout import HostId, Json, Meta, StoredNetwork, Unreadable
 from imdsproxy.core.fleet.members import HostState, parse_host
 from imdsproxy.core.fleet.stream import Batch, Bye, ByeCode, Hello, ItemKey, digest_items
-from imdsproxy.core.model import InstanceId
+from imdsproxy.core.model import InstanceId, Network, NetworkId
+from imdsproxy.core.records import parse_network
+from imdsproxy.listeners.plan import place_of
 
 Item: TypeAlias = tuple[int, Json]
 """Its revision and value."""
@@ -98,6 +100,8 @@ class FleetState:
     _placements: dict[InstanceId, _Placement] = field(default_factory=dict)
     _placed: dict[HostId, set[InstanceId]] = field(default_factory=dict)
     _where: dict[ItemKey, Counter[HostId]] = field(default_factory=dict)
+    _listeners: dict[NetworkId, str] = field(default_factory=dict)
+    _sharing: dict[str, set[NetworkId]] = field(default_factory=dict)
     _keys_revision: int = 0
 
     def copy(self) -> FleetState:
@@ -111,6 +115,8 @@ class FleetState:
             _placements=dict(self._placements),
             _placed={host: set(placed) for host, placed in self._placed.items()},
             _where={item: Counter(hosts) for item, hosts in self._where.items()},
+            _listeners=dict(self._listeners),
+            _sharing={where: set(networks) for where, networks in self._sharing.items()},
         )
 
     def become(self, other: FleetState) -> None:
@@ -185,7 +191,7 @@ class FleetState:
         elif key.startswith(layout.INSTANCES):
             self._place(InstanceId(key.removeprefix(layout.INSTANCES)), value, touched)
         elif key.startswith(layout.NETWORKS):
-            layout.parse_network(value)
+            self._listen(NetworkId(key.removeprefix(layout.NETWORKS)), layout.parse_network(value))
             self._touch(f"network/{key.removeprefix(layout.NETWORKS)}", touched)
         elif key.startswith((layout.GUARDS, layout.POLICIES)):
             layout.decode(value)
@@ -203,12 +209,22 @@ class FleetState:
                 for host in placement.hosts:
                     touched.setdefault(host, set()).add(f"keys/{instance}")
 
+    def _listen(self, network: NetworkId, stored: StoredNetwork) -> None:
+        where = self._listeners.pop(network, None)
+        if where is not None:
+            self._sharing[where].discard(network)
+        read = parse_network(stored.record)
+        if isinstance(read, Network):
+            where = place_of(read).where
+            self._listeners[network] = where
+            self._sharing.setdefault(where, set()).add(network)
+
     def _place(
         self, instance: InstanceId, value: bytes, touched: dict[HostId, set[ItemKey]]
     ) -> None:
         stored = layout.parse_instance(value)
         before = self._placements.get(instance, _NOWHERE)
-        needs = _needs(stored.record)
+        needs = needs_of(stored.record)
         own = _own_items(instance)
         data = stored.user_data
         sha256 = None if data is None else data.sha256
@@ -443,6 +459,20 @@ class FleetState:
         """How many instances need an item; one that moves counts for each of its hosts."""
         return sum(self._where.get(item, Counter()).values())
 
+    def count_on(self, host: HostId, item: ItemKey) -> int:
+        """How many instances on a host need an item."""
+        there = self._where.get(item)
+        return 0 if there is None else there.get(host, 0)
+
+    def placement(self, instance: InstanceId) -> tuple[tuple[HostId, ...], tuple[ItemKey, ...]]:
+        """An instance's hosts, and the items of others that it needs."""
+        found = self._placements.get(instance, _NOWHERE)
+        return found.hosts, found.needs
+
+    def networks_at(self, where: str) -> tuple[NetworkId, ...]:
+        """The networks whose listeners have a device or namespace in common (`listeners.plan.Place.where`)."""
+        return tuple(self._sharing.get(where, ()))
+
     def hosts_with(self, item: ItemKey) -> frozenset[HostId]:
         """Every host that an item reaches by its instances."""
         return frozenset(self._hosts(item))
@@ -452,7 +482,8 @@ def _own_items(instance: InstanceId) -> tuple[ItemKey, ...]:
     return f"instance/{instance}", f"guard/{instance}", f"keys/{instance}"
 
 
-def _needs(record: Mapping[str, Any]) -> tuple[ItemKey, ...]:
+def needs_of(record: Mapping[str, Any]) -> tuple[ItemKey, ...]:
+    """The items that a host with an instance needs beside its own: networks, and policies of projects."""
     ports = record.get("ports", [])
     if not (isinstance(ports, list) and all(isinstance(one, dict) for one in ports)):
         raise Unreadable("`ports` is no list of objects")

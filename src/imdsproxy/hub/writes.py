@@ -35,6 +35,7 @@ from imdsproxy.hub.envelope import Envelope
 from imdsproxy.hub.etcd import Committed, Etcd
 from imdsproxy.hub.etcd_messages import Compare, KeyValue, prefix_end
 from imdsproxy.hub.plan_writes import InstancePut, Terms, Transaction, View
+from imdsproxy.hub.shared_listeners import refuse_shared
 from imdsproxy.hub.state import FleetState
 
 _ATTEMPTS: Final = 5
@@ -295,6 +296,7 @@ class Writes:
                 raise
             if not (planned.puts or planned.deletes):
                 return Done(planned.revision, planned.hosts)
+            refuse_shared(self.state, planned)
             if not planned.fits:
                 raise TooMuch(
                     "this is too much for one write",

@@ -154,8 +154,15 @@ class Place(NamedTuple):
             return (self.device,)
         return self.bridge or ()
 
+    @property
+    def where(self) -> str:
+        """By name what networks share that may share a listener: a device of the host, or a namespace."""
+        if self.host_devices:
+            return f"device {self.host_devices[0]}"
+        return f"namespace {self.namespace}"
 
-def place_of(network: Network, naming: Naming) -> Place:
+
+def place_of(network: Network, naming: Naming = _NAMING) -> Place:
     """The place of a network's listener."""
     match network.listener:
         case NamespaceListener(namespace, device, manage, redirected):
@@ -432,13 +439,13 @@ def find_shared(
     places: dict[str | int, dict[str | None, NetworkId]] = {}
     shared: dict[NetworkId, NetworkId] = {}
     for network in sorted(networks, key=lambda one: (not unchanged(one), one.id)):
-        place = place_of(network, _NAMING)
+        place = place_of(network)
         seen = observed.namespaces.get(place.namespace or "", _NOTHING)
+        where: str | int = place.where
+        device = None if place.host_devices else place.device
         # Two names may lead to one namespace (`ip netns attach`): the inode is its identity.
-        where = f"namespace {place.namespace}" if seen.ref is None else seen.ref.inode
-        device = place.device
-        if place.host_devices:
-            where, device = f"device {place.host_devices[0]}", None
+        if seen.ref is not None and not place.host_devices:
+            where = seen.ref.inode
         taken = places.setdefault(where, {})
         holder = taken.get(None) or taken.get(device)
         if holder is None and device is None:

@@ -1,0 +1,141 @@
+"""Which writes would have two networks of a host share a listener: the host would serve only one of them. Pure.
+
+Networks of one listener are fine where no host has instances in both. Of what another hub writes at the same moment
+nothing is known here: then the host acknowledges that it cannot serve the second one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+from imdsproxy.core.fleet import layout
+from imdsproxy.core.fleet.layout import HostId
+from imdsproxy.core.hoststate import ObservedHost
+from imdsproxy.core.model import InstanceId, Network, NetworkId
+from imdsproxy.core.records import parse_network
+from imdsproxy.errors import Problem, SourceRefused
+from imdsproxy.hub.plan_writes import Transaction
+from imdsproxy.hub.state import FleetState, needs_of
+from imdsproxy.listeners.plan import find_shared, place_of
+
+_ITEM: Final = "network/"
+_BY_NAME: Final = ObservedHost()
+"""Nothing is known of hosts here: networks share a listener by its names."""
+
+
+def refuse_shared(state: FleetState, planned: Transaction) -> None:
+    """Refuse a write by which a host has two networks with one listener; `SourceRefused` names both."""
+    problems = list(_After(state, planned).problems())
+    if problems:
+        raise SourceRefused("a listener is in use", problems=problems)
+
+
+@dataclass(slots=True)
+class _After:
+    """A fleet as it is after a write."""
+
+    state: FleetState
+    planned: Transaction
+    written: set[NetworkId] = field(default_factory=set)
+    written_at: dict[str, set[NetworkId]] = field(default_factory=dict)
+    records: dict[NetworkId, Network | None] = field(default_factory=dict)
+    added: Counter[tuple[HostId, NetworkId]] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        for key, value in self.planned.puts.items():
+            if key.startswith(layout.NETWORKS):
+                network, record = NetworkId(key.removeprefix(layout.NETWORKS)), _read(value)
+                self.written.add(network)
+                self.records[network] = record
+                if record is not None:
+                    self.written_at.setdefault(place_of(record).where, set()).add(network)
+            elif key.startswith(layout.INSTANCES):
+                before = self.state.placement(InstanceId(key.removeprefix(layout.INSTANCES)))
+                stored = layout.parse_instance(value)
+                self._add(*before, -1)
+                self._add(stored.hosts, needs_of(stored.record), 1)
+
+    def _add(self, hosts: tuple[HostId, ...], needs: tuple[str, ...], number: int) -> None:
+        for item in needs:
+            if item.startswith(_ITEM):
+                network = NetworkId(item.removeprefix(_ITEM))
+                for host in hosts:
+                    self.added[host, network] += number
+
+    def problems(self) -> Iterator[Problem]:
+        """One for each network that comes to a host, or changes its listener, and finds another one there."""
+        reported = set[tuple[HostId, frozenset[NetworkId]]]()
+        for host, network in sorted(self._new()):
+            record = self._record(network)
+            if record is None:
+                continue
+            others = self._others(host, record)
+            holder = find_shared([record, *others.values()], _BY_NAME, others).get(network)
+            if holder is None or (host, frozenset({network, holder})) in reported:
+                continue
+            reported.add((host, frozenset({network, holder})))
+            yield self._explain(host, network, others[holder])
+
+    def _new(self) -> set[tuple[HostId, NetworkId]]:
+        """Networks that come to hosts by this write, and those whose listener it changes."""
+        new = {
+            (host, network)
+            for (host, network), number in self.added.items()
+            if number > 0 and not self.state.count_on(host, f"{_ITEM}{network}")
+        }
+        for network in self.written:
+            known, record = self._known(network), self.records[network]
+            if record is not None and known is not None and known.listener != record.listener:
+                hosts = self.state.hosts_with(f"{_ITEM}{network}")
+                new |= {(host, network) for host in hosts if self._count(host, network) > 0}
+        return new
+
+    def _others(self, host: HostId, record: Network) -> dict[NetworkId, Network]:
+        """What else the host has at the place of a network's listener."""
+        where, found = place_of(record).where, dict[NetworkId, Network]()
+        beside = self.written_at.get(where, set())
+        for one in {*self.state.networks_at(where), *beside} - {record.id}:
+            other = self._record(one) if self._count(host, one) > 0 else None
+            if other is not None and place_of(other).where == where:
+                found[one] = other
+        return found
+
+    def _count(self, host: HostId, network: NetworkId) -> int:
+        return self.state.count_on(host, f"{_ITEM}{network}") + self.added.get((host, network), 0)
+
+    def _record(self, network: NetworkId) -> Network | None:
+        if network not in self.records:
+            self.records[network] = self._known(network)
+        return self.records[network]
+
+    def _known(self, network: NetworkId) -> Network | None:
+        found = self.state.value(layout.network_key(network))
+        return None if found is None else _read(found[0])
+
+    def _explain(self, host: HostId, network: NetworkId, holder: Network) -> Problem:
+        scope, who = self.planned.scope, "another network"
+        if scope is None or holder.project in {None, scope}:
+            who = f"network {holder.id}"
+            user = self._user(host, holder.id)
+            # An operator of a project learns of no other project's instances.
+            if user is not None and scope is None:
+                who += f", in which instance {user} is"
+        return Problem(
+            "listener" if network in self.written else "hosts",
+            f"network {network} has on host {host} the listener of {who}",
+            "give one of the two networks another listener, or place the instance on another host",
+        )
+
+    def _user(self, host: HostId, network: NetworkId) -> InstanceId | None:
+        item = f"{_ITEM}{network}"
+        on_host = sorted(self.state.instances_on(host))
+        return next((one for one in on_host if item in self.state.placement(one)[1]), None)
+
+
+def _read(value: bytes) -> Network | None:
+    """`None` of a network that was removed, or that another program wrote."""
+    read = parse_network(layout.parse_network(value).record)
+    return read if isinstance(read, Network) else None
