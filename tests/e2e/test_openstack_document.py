@@ -14,7 +14,7 @@ from support.document_blocks import blocks_of, find_fault, script_of
 from support.patience import patience
 from support.reaper import processes_of, reap
 
-pytestmark = [pytest.mark.root, pytest.mark.slow]
+pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(600)]
 
 _RUN_S: Final = 240
 _NAMESPACES: Final = "imdst-try-"
