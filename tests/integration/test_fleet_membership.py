@@ -3,6 +3,7 @@
 import json
 import ssl
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,10 +21,18 @@ from imdsproxy.errors import (
 )
 from imdsproxy.host.certificates import parse_certificate, render_certificate
 from imdsproxy.hub.authority import parse_request
+from imdsproxy.hub.files import (
+    FleetFiles,
+    HubNames,
+    begin_rotation,
+    finish_rotation,
+    init_fleet,
+    switch_rotation,
+)
 from imdsproxy.sources.fleet.client import HostFiles, HubClient
 from imdsproxy.sources.fleet.membership import join, renew_if_due
 from support.cli import run_main
-from support.fleet_front import Fronted, make_certificates, open_front
+from support.fleet_front import Certificates, Fronted, make_certificates, open_front
 from support.recorder import Answer, Received, reply
 
 pytestmark = pytest.mark.root
@@ -178,3 +187,67 @@ def test_the_command_with_which_a_host_joins_shows_no_secret(
     cut = run_main(capsys, "--config", str(config), "fleet", "join", text[:-8])
     assert cut.status == 64
     assert text[-40:-8] not in cut.out + cut.err
+
+
+async def test_hosts_follow_a_ca_that_is_replaced_and_none_is_cut_off_by_a_step(
+    tmp_path: Path, files: HostFiles
+) -> None:
+    fleet, now = FleetFiles(tmp_path / "hub"), datetime.now(UTC)
+    init_fleet(fleet, None, HubNames("hub-1", ("127.0.0.1",)), now)
+
+    @contextmanager
+    def opened() -> Iterator[Fronted]:
+        certificates = Certificates(fleet.directory, fleet.load_authority())
+        with open_front(tmp_path, certificates) as front:
+            front.api.default = lambda request: _certify(front, request)
+            yield front
+
+    async def renews(front: Fronted) -> bool:
+        hubs = (f"https://127.0.0.1:{front.port}",)
+        return await renew_if_due(files, HubClient(files, 10), hubs, now)
+
+    with opened() as front:
+        join(_invitation(front), files)
+        assert not await renews(front)
+    old = fleet.load_authority()
+    for step in (begin_rotation, switch_rotation):
+        step(fleet, now)
+        before = files.certificate.read_bytes()
+        with opened() as front:
+            assert await renews(front)
+            assert files.certificate.read_bytes() != before
+            assert files.authority.read_bytes() == fleet.ca_certificate.read_bytes()
+            assert not await renews(front)
+    stale = files.certificate.with_name("stale.pem")
+    stale.write_bytes(before)
+    present = parse_certificate(files.certificate.read_bytes(), "the host's")
+    new = fleet.load_authority()
+    assert (new.has_signed(present), old.has_signed(present)) == (True, False)
+    assert new.others == (old.certificate,)
+    finish_rotation(fleet)
+    with opened() as front:
+        assert await renews(front)
+        assert files.authority.read_bytes() == render_certificate(new.certificate)
+        # What the CA before has signed is good for nothing, and proves nothing.
+        request = b"GET /fleet/blob/" + b"0f" * 32 + b" HTTP/1.1\r\nHost: hub\r\n\r\n"
+        with front.connect(context=files.context()) as sock:
+            sock.sendall(request)
+            assert sock.recv(64).startswith(b"HTTP/1.1 200")
+        signed_before = replace(files, certificate=stale, key=stale).context()
+        with front.connect(context=signed_before) as sock, pytest.raises(ssl.SSLError, match="CA"):
+            sock.recv(64)
+        files.authority.write_bytes(old.trusted)
+        assert not await renews(front)
+        assert files.authority.read_bytes() == old.trusted
+
+
+async def test_a_host_whose_settings_name_a_file_of_cas_leaves_it_as_it_is(
+    front: Fronted, files: HostFiles, tmp_path: Path
+) -> None:
+    join(_invitation(front), files)
+    own = tmp_path / "own.crt"
+    other = make_certificates(tmp_path / "other").ca_file.read_bytes()
+    own.write_bytes(files.authority.read_bytes() + other)
+    files = replace(files, authority=own)
+    assert not await renew_if_due(files, HubClient(files, 10), files.read_hubs(), datetime.now(UTC))
+    assert own.read_bytes().endswith(other)

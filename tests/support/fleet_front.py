@@ -167,9 +167,9 @@ def read_to_end(sock: ssl.SSLSocket) -> bytes:
 
 
 @contextmanager
-def open_front(directory: Path) -> Iterator[Fronted]:
-    """HAProxy with a hub's configuration, for the time of the context."""
-    certificates = make_certificates(directory / "certificates")
+def open_front(directory: Path, certificates: Certificates | None = None) -> Iterator[Fronted]:
+    """HAProxy with a hub's configuration, for the time of the context; with new certificates unless some are given."""
+    certificates = certificates or make_certificates(directory / "certificates")
     with socket.socket() as holder:
         holder.bind((ADDRESS, 0))
         port = holder.getsockname()[1]

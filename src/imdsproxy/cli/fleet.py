@@ -1,5 +1,6 @@
 """`imdsproxy fleet …`: certificates of a fleet, who belongs to it, and what is in force where."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -11,7 +12,7 @@ import typer
 
 from imdsproxy.cli import options
 from imdsproxy.cli.options import argument, flag
-from imdsproxy.cli.output import Output, Shape, clean, clean_all, spell_count
+from imdsproxy.cli.output import Output, Shape, clean, clean_all, spell_count, spell_time
 from imdsproxy.cli.record_io import show_written
 from imdsproxy.core.fleet.identity import LIBRARY_HINT, OPERATOR_ROLES, Role, parse_invitation
 from imdsproxy.errors import ConfigUnreadable, RequestRefused, optional_library
@@ -21,10 +22,14 @@ _STANDARD_INPUT: Final = "-"
 _VALID_H: Final = 24.0
 _NAMED: Final = 10
 _ANSWER_S: Final = 10.0
+_STEPS: Final = ("begin", "switch", "finish")
+_SOON_S: Final = 366 * 86_400
+"""Operators have certificates that are good for a year."""
+
 
 fleet_app = typer.Typer(
     help="A fleet of hosts with one store: init, hub-certificate, operator, enrol, revoke, join, status, hosts, wait, "
-    "accept-restore, envelope-key, reseal.",
+    "accept-restore, rotate-ca, envelope-key, reseal.",
     no_args_is_help=True,
 )
 
@@ -236,6 +241,8 @@ def _show_status(output: Output, shape: Shape) -> None:
         "records": f"{spell_count(shape['networks'], 'network')}, {spell_count(shape['instances'], 'instance')}",
         "hosts": f"{shape['connected']} of {shape['hosts']} connected",
         "absent": _named(shape["absent"]),
+        "CAs not known to": _named(shape["renewing"]),
+        "CA": _authority(shape["authority_ends"]),
         "not in force on": _named(shape["behind"]),
         "imports": "\n".join(unfinished) or None,
         "refused values": "\n".join(
@@ -252,6 +259,12 @@ def _show_status(output: Output, shape: Shape) -> None:
         output.styled(
             "[dim]hint:[/] if etcd was restored on purpose: imdsproxy fleet accept-restore"
         )
+
+
+def _authority(ends: float | None) -> str | None:
+    if ends is None or ends > time.time() + _SOON_S:
+        return None
+    return f"[yellow]ends {spell_time(ends)}[/]: imdsproxy fleet rotate-ca"
 
 
 def _etcd(members: Sequence[Shape]) -> str:
@@ -326,6 +339,44 @@ def accept_restore(run: options.Invocation) -> None:
     """Take what etcd has as the truth, after it was restored from a backup: hosts remove what it lacks."""
     answer = run.hubs().request("POST", "/fleet/accept-restore")
     show_written(run.output, "the restored store is accepted", answer)
+
+
+@fleet_app.command("rotate-ca")
+@options.json_command
+def rotate_ca(
+    run: options.Invocation,
+    step: Annotated[str, argument("|".join(_STEPS), "Each once, in this order.")],
+    *,
+    directory: Directory = _DIRECTORY,
+) -> None:
+    """Replace the CA: begin trusts a new one too, switch has it sign, and finish trusts no other.
+
+    After each step the other hubs need the same files, and all hosts a certificate since then: `fleet status` names
+    those that have none yet.
+    """
+    with optional_library("cryptography", LIBRARY_HINT):
+        from imdsproxy.hub import files  # noqa: PLC0415 - `--help` need not load it
+
+    made = files.FleetFiles(directory)
+    match step:
+        case "begin":
+            files.begin_rotation(made, _now())
+            changed, more = [made.ca_certificate], "Append it to the certificates of operators too."
+        case "switch":
+            files.switch_rotation(made, _now())
+            changed = [made.ca_certificate, made.ca_key]
+            more = "Make new certificates for operators: `imdsproxy fleet operator`."
+        case "finish":
+            files.finish_rotation(made)
+            changed, more = [made.ca_certificate], "The CA before is good for nothing more."
+        case _:
+            raise RequestRefused(f"{step} is no step", hint=f"one of {', '.join(_STEPS)}")
+    names = " and ".join(map(str, changed))
+    run.output.answer(
+        {"step": step, "files": list(map(str, changed))},
+        f"Copy {names} to every other hub, and restart all hubs one after the other. {more}\n"
+        "Hosts renew their certificates within two hours; `imdsproxy fleet status` names those that have not.",
+    )
 
 
 @fleet_app.command("envelope-key")

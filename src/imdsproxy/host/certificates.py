@@ -42,6 +42,14 @@ def parse_certificate(pem: bytes, where: str) -> x509.Certificate:
         raise ConfigInvalid(f"{where} holds no certificate in PEM") from error
 
 
+def parse_certificates(pem: bytes, where: str) -> list[x509.Certificate]:
+    """All certificates of a PEM file; raises as `parse_certificate`."""
+    try:
+        return x509.load_pem_x509_certificates(pem)
+    except ValueError as error:
+        raise ConfigInvalid(f"{where} holds no certificate in PEM") from error
+
+
 def fingerprint(certificate: x509.Certificate) -> str:
     """SHA-256 of a certificate (DER), hexadecimal in lower case."""
     return certificate.fingerprint(hashes.SHA256()).hex()

@@ -6,6 +6,7 @@ operator is limited to. Whose certificates are accepted is for hubs to decide, t
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,14 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from imdsproxy.core.fleet.identity import Role
 from imdsproxy.core.model import ID_PATTERN
 from imdsproxy.errors import ConfigInvalid, RequestRefused
-from imdsproxy.host.certificates import PrivateKey, fingerprint, make_key, parse_certificate
+from imdsproxy.host.certificates import (
+    PrivateKey,
+    fingerprint,
+    make_key,
+    parse_certificate,
+    parse_certificates,
+    render_certificate,
+)
 
 HOST_LIFE: Final = timedelta(days=30)
 HUB_LIFE: Final = timedelta(days=90)
@@ -50,10 +58,15 @@ class _Life:
 
 @dataclass(frozen=True, slots=True)
 class Authority:
-    """A CA: its certificate, and the key that signs."""
+    """A CA: its certificate, and the key that signs.
+
+    Attributes:
+        others: Certificates of CAs that are trusted beside it, while one takes the place of another.
+    """
 
     certificate: x509.Certificate
     key: PrivateKey
+    others: tuple[x509.Certificate, ...] = ()
 
     def __repr__(self) -> str:
         return f"Authority({self.certificate.subject.rfc4514_string()})"
@@ -62,6 +75,24 @@ class Authority:
     def fingerprint(self) -> str:
         """As `fingerprint` of its certificate."""
         return fingerprint(self.certificate)
+
+    @property
+    def trusted(self) -> bytes:
+        """Certificates of all CAs whose certificates are good, PEM; its own is the first."""
+        return b"".join(map(render_certificate, (self.certificate, *self.others)))
+
+    @property
+    def trusted_digest(self) -> str:
+        """By what one sees whether a host knows all of these, in this order."""
+        return hashlib.sha256(self.trusted).hexdigest()[:16]
+
+    def has_signed(self, certificate: x509.Certificate) -> bool:
+        """Whether a certificate is of this CA, and not of one of the others."""
+        try:
+            certificate.verify_directly_issued_by(self.certificate)
+        except (ValueError, TypeError, InvalidSignature):
+            return False
+        return True
 
     def certify_hub(
         self, key: PublicKey, name: str, addresses: Sequence[str], now: datetime
@@ -148,17 +179,7 @@ def parse_authority(certificate: bytes, key: bytes, where: str) -> Authority:
     Raises:
         ConfigInvalid: They are none, don't belong together, or may not sign certificates.
     """
-    own = parse_certificate(certificate, where)
-    try:
-        secret = serialization.load_pem_private_key(key, None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        # Its cause may show parts of the key.
-        raise ConfigInvalid(
-            f"the key of {where} cannot be read",
-            hint="it has to be in PEM and not encrypted: openssl pkey -in KEY",
-        ) from None
-    if not isinstance(secret, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey):
-        raise ConfigInvalid(f"the key of {where} is neither ECDSA nor RSA")
+    own, secret = parse_certificate(certificate, where), parse_key(key, where)
     if secret.public_key() != own.public_key():
         raise ConfigInvalid(f"the key does not belong to {where}")
     if not _may_sign(own):
@@ -171,7 +192,22 @@ def parse_authority(certificate: bytes, key: bytes, where: str) -> Authority:
             f"{where} is signed by another CA",
             hint="HAProxy trusts a chain from its root only: make a CA for the fleet alone, signed by itself",
         )
-    return Authority(own, secret)
+    return Authority(own, secret, tuple(parse_certificates(certificate, where)[1:]))
+
+
+def parse_key(key: bytes, where: str) -> PrivateKey:
+    """The key of a CA whose certificate is called `where`; raises as `parse_authority`."""
+    try:
+        secret = serialization.load_pem_private_key(key, None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        # Its cause may show parts of the key.
+        raise ConfigInvalid(
+            f"the key of {where} cannot be read",
+            hint="it has to be in PEM and not encrypted: openssl pkey -in KEY",
+        ) from None
+    if not isinstance(secret, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey):
+        raise ConfigInvalid(f"the key of {where} is neither ECDSA nor RSA")
+    return secret
 
 
 def _may_sign(own: x509.Certificate) -> bool:

@@ -45,7 +45,7 @@ _log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Certified:
-    """What a host gets: its certificate and the CA's, PEM."""
+    """What a host gets: its certificate, and those of all CAs that it is to trust, PEM."""
 
     certificate: str
     authority: str
@@ -97,11 +97,11 @@ class Enrolment:
             RequestRefused: The request is none.
             SourceUnavailable: As `invite`.
         """
-        key, now = parse_request(request), self.clock.now()
+        key, now, trusts = parse_request(request), self.clock.now(), self.authority.trusted_digest
         signed = self.authority.certify_host(key, host, now)
         serial = spell_serial(signed.serial_number)
         await self._write(
-            host, lambda stored: plan_enrolment(stored, token, serial, now.timestamp())
+            host, lambda stored: plan_enrolment(stored, token, serial, now.timestamp(), trusts)
         )
         _log.info("host enrolled", host=host, serial=serial)
         return self._certified(render_certificate(signed))
@@ -115,9 +115,12 @@ class Enrolment:
             SourceUnavailable: As `invite`.
         """
         host, key = HostId(identity.name), parse_request(request)
+        trusts = self.authority.trusted_digest
         signed = self.authority.certify_host(key, host, self.clock.now())
         serial = spell_serial(signed.serial_number)
-        await self._write(host, lambda stored: plan_renewal(stored, identity.serial, serial))
+        await self._write(
+            host, lambda stored: plan_renewal(stored, identity.serial, serial, trusts)
+        )
         _log.info("host's certificate renewed", host=host, serial=serial)
         return self._certified(render_certificate(signed))
 
@@ -162,5 +165,4 @@ class Enrolment:
         raise SourceUnavailable(f"host {host} could not be written", hint="try again")
 
     def _certified(self, certificate: bytes) -> Certified:
-        ca = render_certificate(self.authority.certificate)
-        return Certified(certificate.decode(), ca.decode())
+        return Certified(certificate.decode(), self.authority.trusted.decode())

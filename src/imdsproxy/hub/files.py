@@ -1,6 +1,6 @@
 """The files of a fleet on a hub: `fleet init` makes them, a hub reads them, and renews its own certificate."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Final
@@ -12,12 +12,13 @@ from imdsproxy.errors import AlreadyExists, ConfigInvalid, ConfigUnreadable, Req
 from imdsproxy.host.certificates import (
     make_key,
     parse_certificate,
+    parse_certificates,
     render_certificate,
     render_key,
     renewal_due,
 )
 from imdsproxy.host.files import ensure_directory, read_secret, write_atomic
-from imdsproxy.hub.authority import Authority, make_authority, parse_authority
+from imdsproxy.hub.authority import Authority, make_authority, parse_authority, parse_key
 from imdsproxy.hub.envelope import Envelope, add_key, make_envelope, parse_envelope
 
 FIRST_OPERATOR: Final = "admin"
@@ -41,6 +42,11 @@ class FleetFiles:
     def ca_key(self) -> Path:
         """With which hubs sign hosts' certificates."""
         return self.directory / "ca.key"
+
+    @property
+    def next_key(self) -> Path:
+        """Of the CA that takes the place of the one before, until it does."""
+        return self.directory / "ca-next.key"
 
     @property
     def hub(self) -> Path:
@@ -88,7 +94,8 @@ def refuse_shared_authority(authority: Authority, etcd_ca: Path) -> None:
         found = x509.load_pem_x509_certificates(_read(etcd_ca))
     except ValueError as error:
         raise ConfigInvalid(f"{etcd_ca} holds no certificate in PEM") from error
-    if authority.certificate.public_key() in [one.public_key() for one in found]:
+    own = [one.public_key() for one in (authority.certificate, *authority.others)]
+    if any(one.public_key() in own for one in found):
         raise ConfigInvalid(
             f"{etcd_ca} is the fleet's own CA: etcd would let every host in",
             hint="hub.etcd.ca_file: give etcd a CA of its own, which signs members and hubs only",
@@ -122,7 +129,7 @@ def make_hub_pem(authority: Authority, names: HubNames, now: datetime) -> bytes:
 
 
 def renew_hub(files: FleetFiles, authority: Authority, now: datetime) -> bytes | None:
-    """Replace this hub's certificate where two thirds of its life are over.
+    """Replace this hub's certificate where two thirds of its life are over, or another CA has signed it.
 
     Returns:
         The new one with its key, for `Front.replace_certificate`; `None` where it is not time yet.
@@ -133,7 +140,7 @@ def renew_hub(files: FleetFiles, authority: Authority, now: datetime) -> bytes |
         SecretUnreadable: It cannot be read.
     """
     certificate = files.load_hub()
-    if not renewal_due(certificate, now):
+    if not renewal_due(certificate, now) and authority.has_signed(certificate):
         return None
     pem = make_hub_pem(authority, read_hub_names(certificate), now)
     write_atomic(files.hub, pem, mode=_SECRET, durable=True)
@@ -165,6 +172,8 @@ def init_fleet(files: FleetFiles, given: Authority | None, hub: HubNames, now: d
             hint="a fleet is made once; --directory names another place",
         )
     authority = given or make_authority("imdsproxy fleet", now)
+    # Whatever else is in the file of a CA that is given, the fleet trusts that one.
+    authority = replace(authority, others=())
     pem = make_hub_pem(authority, hub, now)
     operator = make_operator_pem(authority, FIRST_OPERATOR, Role.OPERATOR, None, now)
     _write_hub(files, authority, make_envelope(), pem)
@@ -209,8 +218,7 @@ def make_operator_pem(
     """
     key = make_key()
     signed = authority.certify_operator(key.public_key(), name, role, scope, now)
-    ca = render_certificate(authority.certificate)
-    return render_key(key) + render_certificate(signed) + ca
+    return render_key(key) + render_certificate(signed) + authority.trusted
 
 
 def write_secret(path: Path, pem: bytes) -> None:
@@ -231,8 +239,66 @@ def _write_hub(files: FleetFiles, authority: Authority, envelope: bytes, pem: by
     write_atomic(files.ca_key, render_key(authority.key), mode=_SECRET, durable=True)
     write_atomic(files.envelope_key, envelope, mode=_SECRET, durable=True)
     write_atomic(files.hub, pem, mode=_SECRET, durable=True)
-    ca = render_certificate(authority.certificate)
-    write_atomic(files.ca_certificate, ca, mode=_OPEN, durable=True)
+    write_atomic(files.ca_certificate, authority.trusted, mode=_OPEN, durable=True)
+
+
+def begin_rotation(files: FleetFiles, now: datetime) -> None:
+    """Make the next CA, which is trusted beside the one that signs.
+
+    Raises:
+        ImdsproxyError: As `FleetFiles.load_authority` and `write_atomic`.
+        RequestRefused: There are two already.
+    """
+    present = files.load_authority()
+    if present.others or files.next_key.exists():
+        raise RequestRefused(
+            f"{files.ca_certificate} is being replaced already",
+            hint="`imdsproxy fleet rotate-ca switch`, or `finish`",
+        )
+    made = make_authority(f"imdsproxy fleet {now:%Y-%m-%d}", now)
+    write_atomic(files.next_key, render_key(made.key), mode=_SECRET, durable=True)
+    both = replace(present, others=(made.certificate,))
+    write_atomic(files.ca_certificate, both.trusted, mode=_OPEN, durable=True)
+
+
+def switch_rotation(files: FleetFiles, now: datetime) -> None:
+    """Have the next CA sign, and the one before trusted beside it; and make the first operator's certificate anew.
+
+    It may be done again where it was broken off.
+
+    Raises:
+        ImdsproxyError: As `begin_rotation`.
+        RequestRefused: There is no next one.
+    """
+    if not files.next_key.exists():
+        raise RequestRefused(
+            "there is no CA that could take over",
+            hint="`imdsproxy fleet rotate-ca begin` makes one",
+        )
+    key, known = read_secret(files.next_key), _read(files.ca_certificate)
+    old, new = parse_certificates(known, str(files.ca_certificate))
+    if parse_key(key, files.next_key.name).public_key() == old.public_key():
+        old, new = new, old  # it was broken off
+    authority = replace(
+        parse_authority(render_certificate(new), key, str(files.ca_certificate)), others=(old,)
+    )
+    write_atomic(files.ca_certificate, authority.trusted, mode=_OPEN, durable=True)
+    write_atomic(files.ca_key, render_key(authority.key), mode=_SECRET, durable=True)
+    if files.operator.exists():
+        pem = make_operator_pem(authority, FIRST_OPERATOR, Role.OPERATOR, None, now)
+        write_atomic(files.operator, pem, mode=_SECRET, durable=True)
+    files.next_key.unlink()
+
+
+def finish_rotation(files: FleetFiles) -> None:
+    """Trust the CA that signs alone; raises as `begin_rotation`, and `RequestRefused` where it has not taken over."""
+    present = files.load_authority()
+    if files.next_key.exists() or not present.others:
+        raise RequestRefused(
+            "no CA was replaced", hint="`imdsproxy fleet rotate-ca begin`, then `switch`"
+        )
+    alone = replace(present, others=())
+    write_atomic(files.ca_certificate, alone.trusted, mode=_OPEN, durable=True)
 
 
 def _read(path: Path) -> bytes:

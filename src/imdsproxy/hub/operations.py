@@ -17,6 +17,7 @@ from imdsproxy.core.model import NetworkId
 from imdsproxy.core.timing import Progress, Step
 from imdsproxy.errors import EtcdUnavailable, NotFound, SourceUnavailable
 from imdsproxy.host.clock import Clock
+from imdsproxy.hub.authority import Authority
 from imdsproxy.hub.etcd import Etcd, MemberSilent
 from imdsproxy.hub.etcd_messages import MemberStatus, prefix_end
 from imdsproxy.hub.imports import Import
@@ -102,6 +103,8 @@ class FleetStatus:
         connected: How many of them are connected to a hub.
         behind: Connected ones on which something is not in force.
         absent: Enrolled ones that are not connected, by name.
+        renewing: Enrolled ones that have no certificate yet since the fleet's CAs were changed.
+        authority_ends: When the certificate of the CA that signs ends, Unix time; no other is good for longer.
         problems: By key of etcd, values that another program wrote; by `host NAME`, that a host had other items than
             are placed on it.
         token_keys: Why the newest keys of session tokens cannot be read; those before them stay in force.
@@ -120,6 +123,8 @@ class FleetStatus:
     connected: int
     behind: list[str]
     absent: list[str]
+    renewing: list[str]
+    authority_ends: float | None
     problems: dict[str, str]
     token_keys: str | None
     imports: list[dict[str, Any]]
@@ -139,6 +144,7 @@ class Operations:
         clock: The time.
         complete: Set while the copy has everything.
         token_key_problem: Why the newest keys of session tokens cannot be read.
+        authority: The fleet's CA, where this hub has certificates.
     """
 
     etcd: Etcd
@@ -149,6 +155,7 @@ class Operations:
     clock: Clock
     complete: asyncio.Event = field(default_factory=asyncio.Event)
     token_key_problem: Callable[[], str | None] = lambda: None
+    authority: Authority | None = None
     progress: Progress = field(default_factory=Progress)
     imports: dict[str, asyncio.Task[FleetWritten]] = field(default_factory=dict)
 
@@ -259,6 +266,10 @@ class Operations:
             connected=sum(1 for one in enrolled if one.hub is not None),
             behind=[one.host for one in enrolled if one.failed],
             absent=[one.host for one in enrolled if one.hub is None],
+            renewing=self._renewing(),
+            authority_ends=None
+            if self.authority is None
+            else self.authority.certificate.not_valid_after_utc.timestamp(),
             problems={
                 **state.problems,
                 **state.lost,
@@ -268,6 +279,16 @@ class Operations:
             imports=imports,
             etcd=[_member(one) for one in members],
         )
+
+    def _renewing(self) -> list[str]:
+        if self.authority is None:
+            return []
+        known, found = {"", self.authority.trusted_digest}, []
+        for host in self.state.enrolled():
+            value = self.state.value(host_key(host))
+            if value is not None and parse_host(value[0]).trusts not in known:
+                found.append(str(host))
+        return found
 
     async def _imports(self) -> list[dict[str, Any]]:
         try:

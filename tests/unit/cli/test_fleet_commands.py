@@ -159,6 +159,42 @@ def test_a_string_that_is_no_invitation_is_refused_without_repeating_it(
         assert "c2Vj" not in ran.err
 
 
+def test_a_ca_is_replaced_in_three_steps_each_of_which_has_its_time(fleet: _Fleet) -> None:
+    fleet.init()
+    files, now = fleet.files, datetime.now(UTC)
+    old, old_operator = files.load_authority(), files.operator.read_bytes()
+    assert [fleet("rotate-ca", one).status for one in ("switch", "finish", "end")] == [64, 64, 64]
+    begun = fleet("rotate-ca", "begin", "--json")
+    assert begun.json["files"] == [str(files.ca_certificate)]
+    assert [fleet("rotate-ca", one).status for one in ("begin", "finish")] == [64, 64]
+    both = files.load_authority()
+    assert (both.certificate, len(both.others)) == (old.certificate, 1)
+    assert renew_hub(files, both, now) is None
+    with pytest.raises(ConfigInvalid, match="let every host in"):
+        refuse_shared_authority(both, files.ca_certificate)
+
+    key = files.next_key.read_bytes()
+    assert fleet("rotate-ca", "switch").status == 0
+    # Broken off before its end, and done again.
+    files.next_key.write_bytes(key)
+    files.next_key.chmod(0o600)
+    assert fleet("rotate-ca", "switch").status == 0
+    assert not files.next_key.exists()
+    new = files.load_authority()
+    assert (new.certificate, new.others) == (both.others[0], (old.certificate,))
+    assert len({one.trusted_digest for one in (old, both, new)}) == 3
+    operator = files.operator.read_bytes()
+    assert operator != old_operator
+    assert operator.endswith(new.trusted)
+    pem = renew_hub(files, new, now)
+    assert pem is not None
+    assert new.has_signed(parse_certificate(pem, "renewed"))
+    assert fleet("rotate-ca", "finish").status == 0
+    assert files.ca_certificate.read_bytes() == render_certificate(new.certificate)
+    assert files.load_authority().others == ()
+    assert "PRIVATE" not in begun.out + begun.err
+
+
 _ASKING = frozenset(
     path
     for path, command in iterate_commands(build_program())

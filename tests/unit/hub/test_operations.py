@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import cast
 
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.members import HostState, StoredHost, render_host
 from imdsproxy.host.clock import Clock
+from imdsproxy.hub.authority import make_authority
 from imdsproxy.hub.etcd_messages import Header, MemberStatus
 from imdsproxy.hub.operations import Operations, _member
 from imdsproxy.hub.peers import Peers
@@ -89,3 +91,25 @@ async def test_a_hub_asks_each_other_one_once_for_the_state_of_the_fleet() -> No
     assert peers.asked == ["https://hub2/fleet/applied", "https://hub3/fleet/applied"]
     assert [one["answers"] for one in report.hubs] == [True, True, False]
     assert (report.hosts, report.connected, report.absent) == (2, 1, ["a"])
+
+
+async def test_hosts_that_have_no_certificate_since_the_cas_were_changed_are_named() -> None:
+    authority = make_authority("fleet", datetime(2026, 1, 1, tzinfo=UTC))
+    trusts = {"a": authority.trusted_digest, "b": "0f" * 8, "c": ""}
+    hosts = [
+        Change(
+            f"{layout.HOSTS}{name}",
+            render_host(StoredHost(HostState.ENROLLED, ("1",), trusts=one)),
+            1,
+        )
+        for name, one in trusts.items()
+    ]
+    async with client_of(lambda *_: answer({**header(5), "kvs": []})) as (etcd, _):
+        state, clock = FleetState(), Clock()
+        state.apply(1, hosts)
+        streams, peers = Streams(state, clock, lambda *_: True), Peers(state, "hub-1", clock)
+        one = Operations(etcd, state, streams, cast("Writes", None), peers, clock)
+        one.authority = authority
+        report = await one.report()
+    assert report.renewing == ["b"]
+    assert report.authority_ends == datetime(2035, 12, 30, tzinfo=UTC).timestamp()

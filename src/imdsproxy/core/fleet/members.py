@@ -34,12 +34,15 @@ class StoredHost:
         serials: Of the certificates that are good: the host's, and while it renews that, the next one.
         token_sha256: Of the one-time token, hexadecimal, until it is used.
         expires_at: When the token ends, Unix time.
+        trusts: Which CAs it was given with its newest certificate, as hubs name all of them; empty where that was not
+            noted.
     """
 
     state: HostState
     serials: tuple[str, ...] = ()
     token_sha256: str | None = None
     expires_at: int = 0
+    trusts: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,7 @@ def render_host(stored: StoredHost) -> bytes:
             "serials": list(stored.serials),
             "token_sha256": stored.token_sha256,
             "expires_at": stored.expires_at,
+            "trusts": stored.trusts,
         }
     )
 
@@ -83,8 +87,10 @@ def parse_host(value: bytes) -> StoredHost:
             "serials": list(serials),
             "token_sha256": (str() | None) as token,
             "expires_at": int(expires),
+            **rest,
         } if state in set(HostState) and all(isinstance(one, str) for one in serials):
-            return StoredHost(HostState(state), tuple(serials), token, expires)
+            trusts = str(rest.get("trusts", ""))
+            return StoredHost(HostState(state), tuple(serials), token, expires, trusts)
         case _:
             raise Unreadable("it does not say `state`, `serials`, `token_sha256` and `expires_at`")
 
@@ -106,7 +112,9 @@ def plan_invitation(stored: StoredHost | None, token: str, expires_at: int) -> S
     return StoredHost(HostState.INVITED, (), hash_token(token), expires_at)
 
 
-def plan_enrolment(stored: StoredHost | None, token: str, serial: str, now: float) -> StoredHost:
+def plan_enrolment(
+    stored: StoredHost | None, token: str, serial: str, now: float, trusts: str = ""
+) -> StoredHost:
     """A host joins: the token is used up, and only the new certificate is good.
 
     Raises:
@@ -118,10 +126,12 @@ def plan_enrolment(stored: StoredHost | None, token: str, serial: str, now: floa
         raise AccessDenied("the token is not this host's, or was used already", hint=_AGAIN)
     if stored is None or now >= stored.expires_at:
         raise AccessDenied("the token has ended", hint=_AGAIN)
-    return StoredHost(HostState.ENROLLED, (serial,))
+    return StoredHost(HostState.ENROLLED, (serial,), trusts=trusts)
 
 
-def plan_renewal(stored: StoredHost | None, presented: str, serial: str) -> StoredHost:
+def plan_renewal(
+    stored: StoredHost | None, presented: str, serial: str, trusts: str = ""
+) -> StoredHost:
     """A host renews its certificate: the one that it has shown stays good beside the new one, and no other.
 
     Raises:
@@ -129,7 +139,7 @@ def plan_renewal(stored: StoredHost | None, presented: str, serial: str) -> Stor
     """
     if stored is None or not admits_host(stored, presented):
         raise AccessDenied("this certificate is revoked, or another has replaced it", hint=_AGAIN)
-    return replace(stored, serials=(presented, serial))
+    return replace(stored, serials=(presented, serial), trusts=trusts)
 
 
 def plan_revocation(host: HostId, stored: StoredHost | None) -> StoredHost:

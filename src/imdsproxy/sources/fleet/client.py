@@ -41,7 +41,7 @@ class HostFiles:
         hubs: URLs of hubs, one a line.
         certificate: The host's, PEM.
         key: Its key, PEM; may be the same file.
-        authority: The certificate of the fleet's CA, PEM.
+        authority: The certificate of the fleet's CA, PEM; of several while one takes the place of another.
     """
 
     hubs: Path
@@ -65,6 +65,11 @@ class HostFiles:
             wanted.private_key_file or joined.key,
             wanted.ca_file or joined.authority,
         )
+
+    @property
+    def keeps_authority(self) -> bool:
+        """Whether it is the file of `imdsproxy fleet join`, which follows the fleet."""
+        return self.authority == self.of(self.hubs.parent).authority
 
     def read_hubs(self) -> tuple[str, ...]:
         """The URLs; `SourceUnavailable` where there are none."""

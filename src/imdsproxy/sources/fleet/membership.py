@@ -23,6 +23,7 @@ from imdsproxy.host.certificates import (
     fingerprint,
     make_key,
     parse_certificate,
+    parse_certificates,
     render_key,
     render_request,
     renewal_due,
@@ -73,8 +74,8 @@ def join(invitation: Invitation, files: HostFiles) -> str:
 def _refuse_another_fleet(invitation: Invitation, files: HostFiles) -> None:
     if not files.authority.exists():
         return
-    known = parse_certificate(files.authority.read_bytes(), str(files.authority))
-    if fingerprint(known) != invitation.fingerprint:
+    known = parse_certificates(files.authority.read_bytes(), str(files.authority))
+    if invitation.fingerprint not in map(fingerprint, known):
         raise AlreadyExists(
             f"this host is a member of another fleet: {files.authority}",
             hint=f"to leave it, remove {files.authority.parent} and the records that it had",
@@ -157,7 +158,10 @@ def _read_certificate(url: str, status: int, answer: bytes, key: PrivateKey) -> 
 async def renew_if_due(
     files: HostFiles, client: HubClient, hubs: Sequence[str], now: datetime
 ) -> bool:
-    """Replace the certificate, with a new key, where two thirds of its life are over; whether it was.
+    """Replace the certificate, with a new key, where it is time; whether it was.
+
+    It is where two thirds of its life are over, and where the fleet has other CAs than this host knows: a hub that has
+    proved by one of these that it is of the fleet says which, and they are kept.
 
     Raises:
         AccessDenied: A hub does not accept the present one any more.
@@ -168,13 +172,15 @@ async def renew_if_due(
         SourceUnavailable: No hub answers.
     """
     present = parse_certificate(read_secret(files.certificate), str(files.certificate))
-    if not renewal_due(present, now):
-        return False
+    due = renewal_due(present, now)
     key = make_key()
     body = json.dumps({"request": render_request(key).decode()}).encode()
     reasons: list[str] = []
     for url in hubs:
         try:
+            authorities = await _find_other_authorities(files, client, url)
+            if not due and authorities is None:
+                return False
             status, answer = await client.request(
                 "POST", url, RENEW_PATH, body=body, headers={"content-type": "application/json"}
             )
@@ -183,8 +189,25 @@ async def renew_if_due(
             reasons.append(error.message)
             continue
         _write_pair(files, key, certificate)
+        if authorities is not None:
+            # Last: where it is not written, all of it is done again.
+            write_atomic(files.authority, authorities, mode=0o644, durable=True)
         return True
+    if not due:
+        # That no hub answers is reported by the source.
+        return False
     raise SourceUnavailable("; ".join(reasons), hint="hubs are asked again")
+
+
+async def _find_other_authorities(files: HostFiles, client: HubClient, url: str) -> bytes | None:
+    """The CA certificates of the fleet, PEM, where they are others than here; not where the settings name a file."""
+    if not files.keeps_authority:
+        return None
+    status, pem = await client.request("GET", url, AUTHORITY_PATH)
+    if status != _OK or pem == files.authority.read_bytes():
+        return None
+    parse_certificates(pem, f"the answer of {url}")
+    return pem
 
 
 def _write_pair(files: HostFiles, key: PrivateKey, certificate: bytes) -> None:

@@ -225,7 +225,7 @@ class FleetSource:
             except ImdsproxyError as error:
                 self._certificate_problem = _problem_of("certificate", error)
                 _log.warning("certificate not renewed", reason=error.message, hint=error.hint)
-            await asyncio.sleep(_RENEW_EVERY_S)
+            await asyncio.sleep(_RENEW_EVERY_S * (0.5 + self.random()))
 
     async def _report(self, publish: Publish, changes: Observation) -> None:
         in_sync = self.in_sync
