@@ -194,7 +194,10 @@ def _decoded(response: http.client.HTTPResponse) -> Any:  # noqa: ANN401 - JSON
     if decoded["code"] == errors.Starting.code:
         raise errors.Starting.at(decoded.get("progress", ()))
     kinds = {kind.code: kind for kind in errors.KINDS} | {"internal": errors.ImdsproxyError}
-    raised = kinds.get(str(decoded["code"]), errors.AdminError)
+    # HAProxy answers for a hub that has ended or hangs.
+    away = response.status >= HTTPStatus.BAD_GATEWAY
+    other = errors.AdminUnavailable if away else errors.AdminError
+    raised = kinds.get(str(decoded["code"]), other)
     problems = [read_problem(one) for one in decoded.get("problems", ())]
     hint = str(decoded.get("hint", ""))
     raise raised(str(decoded["message"]), hint=hint, problems=problems)
@@ -238,26 +241,28 @@ class FleetClient(AdminClient):
         query: Mapping[str, str],
         on_wait: Callable[[Sequence[Mapping[str, Any]]], None],
     ) -> Any:  # noqa: ANN401 - JSON
-        """As `AdminClient.post_records`, to one hub; where it goes away, the same records sent again go on."""
+        """As `AdminClient.post_records`, to one hub; where it goes away, the next one goes on.
+
+        What one hub has stored, the next one knows. `lines` are gone through again for each.
+        """
         target = f"{path_to('records')}?{urlencode(query)}"
         context, reasons = self._context(), []
         for url in self.urls:
             one = replace(self, urls=(url,))
             try:
                 one.get(path_to("progress"))
+                with self._hub(url, context) as connection:
+                    # A body that is refused may be so before its end: then there is an answer nevertheless.
+                    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                        headers = {"content-type": "application/x-ndjson"}
+                        connection.request("POST", target, lines, headers)
+                    answer = _decoded(connection.getresponse())
+                while "importing" in answer:
+                    on_wait(answer["progress"])
+                    answer = one.get(path_to("imports", answer["importing"]))
             except (errors.AdminUnavailable, errors.SourceUnavailable) as error:
                 reasons.append(error)
                 continue
-            with self._hub(url, context) as connection:
-                # A body that is refused may be so before its end: then there is an answer nevertheless.
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                    headers = {"content-type": "application/x-ndjson"}
-                    # Hubs take no body without a length.
-                    connection.request("POST", target, b"".join(lines), headers)
-                answer = _decoded(connection.getresponse())
-            while "importing" in answer:
-                on_wait(answer["progress"])
-                answer = one.get(path_to("imports", answer["importing"]))
             return answer
         raise _joined(reasons)
 

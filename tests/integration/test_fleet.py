@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import socket
 import ssl
 import time
@@ -14,6 +15,8 @@ import pytest
 
 from imdsproxy.admin_client import FleetClient
 from imdsproxy.core.fleet.identity import Role, parse_invitation
+from imdsproxy.core.fleet.layout import HostId
+from imdsproxy.core.fleet.members import HostState, StoredHost, host_key, render_host
 from imdsproxy.core.fleet.stream import STREAM_PATH, UPGRADE, Hello, render_line
 from imdsproxy.sources.fleet.client import HostFiles, HubClient
 from imdsproxy.sources.fleet.membership import join, renew_if_due
@@ -277,3 +280,35 @@ def _has_data(guest: Guest, reply: Reply) -> str | None:
     found = reply.status, reply.body
     wanted = 200, bytes(range(256)) * 400
     return None if found == wanted else f"{guest.name} got {reply.status}"
+
+
+# Many records
+
+
+def test_an_import_goes_on_by_another_hub_where_its_hub_is_killed(world: FleetWorld) -> None:
+    name = HostId("imported")
+    world.write({host_key(name): render_host(StoredHost(HostState.ENROLLED, ("7",)))})
+    client, tries = FleetClient(world.operator("ivan"), urls=tuple(world.urls)), list[int]()
+
+    class Lines:
+        """Its first hub ends while it gets them."""
+
+        def __iter__(self) -> Iterator[bytes]:
+            tries.append(0)
+            yield b'{"network": {"id": "many", "listener": {"bridge": "many"}}}\n'
+            if len(tries) == 1:
+                world.hubs[0].end(9)
+            for number in range(200):
+                port = {"network": "many", "addresses": [f"10.3.0.{number}"]}
+                record = {"id": f"i{number}", "name": "i", "hosts": [name], "ports": [port]}
+                yield json.dumps({"instance": record}).encode() + b"\n"
+
+    try:
+        with world.etcd.entered():
+            written = client.post_records(Lines(), {}, lambda _: None)
+            found = client.get("/v1/instances", {"host": name})
+    finally:
+        world.hubs[0].start()
+        world.write({host_key(name): render_host(StoredHost(HostState.REVOKED))})
+    assert (written["networks"], written["instances"], len(tries)) == (1, 200, 2)
+    assert len(found) == 200

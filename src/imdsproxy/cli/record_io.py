@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -219,15 +220,22 @@ def read_record_file(path: Path, note: Note, tables: Tables = TABLES) -> Records
     return records
 
 
-def render_lines(records: Records, note: Note) -> Iterator[bytes]:
-    """The body of a bulk request: a record a line, some thousand bytes at a time."""
-    found: list[Network | Instance] = [*records.networks, *records.instances]
-    for begin in range(0, len(found), _LINES):
-        part = found[begin : begin + _LINES]
-        note("sending records", begin + len(part), len(found))
-        kinds = ("network" if isinstance(one, Network) else "instance" for one in part)
-        lines = ({kind: _render(one)} for kind, one in zip(kinds, part, strict=True))
-        yield "".join(f"{json.dumps(line)}\n" for line in lines).encode()
+@dataclass(frozen=True, slots=True)
+class RecordLines:
+    """The body of a bulk request, as often as it is needed: a record a line, some thousand bytes at a time."""
+
+    records: Records
+    note: Note
+
+    def __iter__(self) -> Iterator[bytes]:
+        """From its beginning."""
+        found: list[Network | Instance] = [*self.records.networks, *self.records.instances]
+        for begin in range(0, len(found), _LINES):
+            part = found[begin : begin + _LINES]
+            self.note("sending records", begin + len(part), len(found))
+            kinds = ("network" if isinstance(one, Network) else "instance" for one in part)
+            lines = ({kind: _render(one)} for kind, one in zip(kinds, part, strict=True))
+            yield "".join(f"{json.dumps(line)}\n" for line in lines).encode()
 
 
 def _render(record: Network | Instance) -> dict[str, Any]:

@@ -174,7 +174,7 @@ def _send_file(run: Invocation, file: Path, *, create: bool) -> None:
                 note(step["what"], step["done"], step["of"])
 
         query = {"create": "true"} if create else {}
-        answer = daemon.post_records(record_io.render_lines(records, note), query, show)
+        answer = daemon.post_records(record_io.RecordLines(records, note), query, show)
     counted = ", ".join(spell_count(answer[f"{one}s"], one) for one in ("network", "instance"))
     record_io.show_written(run.output, f"{counted} {'added' if create else 'stored'}", answer)
 

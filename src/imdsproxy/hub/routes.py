@@ -26,7 +26,7 @@ from imdsproxy.core.records import (
     parse_placed,
 )
 from imdsproxy.core.timing import Step
-from imdsproxy.errors import NotFound, RequestRefused
+from imdsproxy.errors import RequestRefused, SourceUnavailable
 from imdsproxy.hub import plan_writes
 from imdsproxy.hub.callers import InstanceOf, NetworkOf, Operator, Reader, TermsOf, Uses
 from imdsproxy.hub.imports import Import
@@ -293,7 +293,10 @@ async def put_records(
 async def show_import(name: str, operations: Uses, _: Operator) -> FleetWritten | Importing:
     """The answer to a large import, or how far it is."""
     if name not in operations.imports:
-        raise NotFound(f"there is no import {name} on this hub", hint="send the same records again")
+        raise SourceUnavailable(
+            f"this hub does not know import {name}: it was started since",
+            hint="send the same records again: what is stored is known",
+        )
     return await _imported(operations, name)
 
 
