@@ -21,7 +21,7 @@ from imdsproxy.core.fleet.identity import LEAVE_PATH, Role
 from imdsproxy.sources.fleet.client import HostFiles, HubClient
 from support.daemon import instance
 from support.fleet_world import FleetHost, FleetWorld, fleet_world
-from support.guest import Guest, Load, Lost, Reply
+from support.guest import Guest, Load, Reply
 from support.lab import until, within
 from support.libvirt_backing import domain_xml
 from support.libvirt_daemon import Libvirtd, open_libvirtd
@@ -71,10 +71,7 @@ class _Place:
 
     def is_gone(self) -> bool:
         """Whether its end of the network gets nothing of the instance."""
-        try:
-            return self.guest.ask(_PATH, timeout_s=3 * patience()).status == 404
-        except Lost:
-            return True
+        return self.guest.ask(_PATH).status == 404
 
 
 @dataclass

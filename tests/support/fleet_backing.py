@@ -10,6 +10,7 @@ from imdsproxy.core.model import Instance, InstanceId, Network
 from imdsproxy.core.timing import Backoff
 from imdsproxy.errors import Problem
 from imdsproxy.sources.fleet.client import HubClient
+from imdsproxy.sources.fleet.leaving import LeavingNetworks
 from imdsproxy.sources.fleet.source import FleetSource
 from support.fleet_hub import HOST, FleetHub
 from support.source_runs import WholeRecords
@@ -19,7 +20,12 @@ def fleet_source(path: Path, *hubs: FleetHub) -> FleetSource:
     """A source that follows hubs without TLS, and does not wait long for one."""
     urls = tuple(hub.url for hub in hubs)
     return FleetSource(
-        HubClient(None, 10.0), lambda: urls, path, random=lambda: 0.0, backoff=Backoff(0.02, 0.2)
+        HubClient(None, 10.0),
+        lambda: urls,
+        path,
+        random=lambda: 0.0,
+        backoff=Backoff(0.02, 0.2),
+        leaving=LeavingNetworks(0),
     )
 
 

@@ -37,6 +37,7 @@ from imdsproxy.sources.api import Publish, Reports, publish_in_pieces
 from imdsproxy.sources.fleet.client import HubClient, HubStream
 from imdsproxy.sources.fleet.kept import KeptItems
 from imdsproxy.sources.fleet.known import FleetKnown, merge
+from imdsproxy.sources.fleet.leaving import LeavingNetworks
 
 _T = TypeVar("_T")
 
@@ -60,6 +61,9 @@ _GRACE_S: Final = 5.0
 
 _STALE_S: Final = 15.0
 """A hub whose last answer of etcd is older does not know what is new."""
+
+_STAY_S: Final = 60.0
+"""As long as most clients keep a connection that is idle."""
 
 _COMPARE_EVERY_S: Final = 600.0
 _SKEW_S: Final = 1.0
@@ -103,6 +107,7 @@ class FleetSource:
         clock: Monotonic, and Unix time.
         random: From 0 to 1: the order of hubs and the length of pauses.
         backoff: Pauses after no hub could be followed.
+        leaving: Networks whose last instance has gone.
 
     Attributes:
         take_policies: Called with policies and token keys before the records that came with them are published.
@@ -124,6 +129,7 @@ class FleetSource:
     clock: Clock = field(default_factory=Clock)
     random: Callable[[], float] = lambda: 0.5
     backoff: Backoff = field(default_factory=lambda: Backoff(0.5, 30.0))
+    leaving: LeavingNetworks = field(default_factory=lambda: LeavingNetworks(_STAY_S))
     take_policies: Callable[[FleetPolicies], object] = lambda _: None
     confirm: Confirm = _confirm_nothing
     answer: AnswerTo = _answer_nothing
@@ -210,8 +216,8 @@ class FleetSource:
         noted = self.clock.monotonic()
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
-            await self._report(publish, Observation())
             now = self.clock.monotonic()
+            await self._report(publish, self.leaving.due(now))
             if self._complete and now - noted > _NOTE_EVERY_S:
                 noted, at = now, self.clock.now().timestamp() - self.age_s
                 await self._on_disk(publish, partial(self.kept.note, at))
@@ -424,7 +430,8 @@ class FleetSource:
             self._complete, self._lost_at, self._hub_problem = True, None, None
             self.alone = False
             self._hub_age_s, self._etcd_at = 0.0, self.clock.monotonic()
-        await self._report(publish, applied.records)
+        delayed = self.leaving.delay(applied.records, self.clock.monotonic())
+        await self._report(publish, delayed)
         self._published = known.position.revision
         self._unconfirmed.update(applied.stored)
         self._to_confirm.set()
