@@ -42,6 +42,7 @@ test_packages=(
     /usr/lib/python3/dist-packages/ovs/poller.py:python3-openvswitch
     etcd:etcd-server
     etcdctl:etcd-client
+    faketime:faketime
     ethtool:ethtool
     /usr/lib/rabbitmq/bin/rabbitmq-server:rabbitmq-server
     dhcp_release:dnsmasq-utils
@@ -67,7 +68,6 @@ release_packages=(
     git:git
     rpmbuild:rpm
     rpmlint:rpmlint
-    faketime:faketime
     ssh-keygen:openssh-client
 )
 # virtual machines, and the network that they are on

@@ -54,7 +54,7 @@ def front(shared: Fronted) -> Fronted:
     return shared
 
 
-def _certify(front: Fronted, request: Received) -> Answer:
+def _certify(front: Fronted, request: Received, ahead: timedelta = timedelta()) -> Answer:
     if not request.body:
         return reply()
     asked = json.loads(request.body)
@@ -68,7 +68,7 @@ def _certify(front: Fronted, request: Received) -> Answer:
         }
         return reply(json.dumps(problem).encode(), status=403)
     name = asked["host"] if identity is None else identity.name
-    authority, now = front.certificates.authority, datetime.now(UTC)
+    authority, now = front.certificates.authority, datetime.now(UTC) + ahead
     signed = authority.certify_host(parse_request(asked["request"]), name, now)
     return reply(json.dumps({"certificate": render_certificate(signed).decode()}).encode())
 
@@ -172,6 +172,19 @@ async def test_a_certificate_is_renewed_with_a_new_key_once_two_thirds_of_its_li
     with pytest.raises(AccessDenied, match="it is revoked"):
         await renew_if_due(files, client, hubs, now + timedelta(days=21))
     assert files.certificate.read_bytes() == second
+
+
+@pytest.mark.parametrize("ahead", [timedelta(days=60), timedelta(days=-40)])
+async def test_a_host_keeps_its_certificate_where_that_of_a_hub_with_a_wrong_clock_is_not_good_now(
+    front: Fronted, files: HostFiles, ahead: timedelta
+) -> None:
+    join(_invitation(front), files)
+    first = files.certificate.read_bytes()
+    front.api.default = lambda request: _certify(front, request, ahead)
+    client, now = HubClient(files, 10), datetime.now(UTC) + timedelta(days=21)
+    with pytest.raises(SourceUnavailable, match="is not good now by this host's clock"):
+        await renew_if_due(files, client, files.read_hubs(), now)
+    assert files.certificate.read_bytes() == first
 
 
 def test_the_command_with_which_a_host_joins_shows_no_secret(

@@ -10,7 +10,15 @@ from typing import Final
 _CONFIGURATION: Final = "[req]\ndistinguished_name = subject\n[subject]\n"
 """No extension but those that are asked for."""
 
-_KEY: Final = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2")
+_KEY: Final = (
+    "-newkey",
+    "ec",
+    "-pkeyopt",
+    "ec_paramgen_curve:prime256v1",
+    "-nodes",
+    "-days",
+    "400",
+)
 
 
 @dataclass(frozen=True, slots=True)

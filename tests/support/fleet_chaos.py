@@ -9,36 +9,29 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
-import json
-import os
 import random
-import signal
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, TextIO, TypeAlias
+from typing import Any, Final, TextIO
 
 from imdsproxy.admin_client import FleetClient
 from imdsproxy.errors import (
     AdminError,
     AdminUnavailable,
-    EtcdFull,
     ImdsproxyError,
     SourceUnavailable,
 )
-from support.daemon import alive
-from support.etcd_lab import EtcdLab
+from support.fleet_faults import FAULTS
 from support.fleet_history import Answer, History, Outcome, Write
 from support.fleet_world import FleetHost, FleetWorld, HubProcess, fleet_world
 from support.guest import Guest, Lost
-from support.lab import run, until, within
+from support.lab import until
 
 HOSTS: Final = ("a", "b", "c")
 NETWORKS: Final = ("blue", "red")
@@ -48,12 +41,8 @@ _ANSWER_S: Final = 3.0
 _READ_PAUSE_S: Final = 0.02
 _WRITE_PAUSE_S: Final = 0.2
 _LINES: Final = 60
-_JUNK_BYTES: Final = 1_000_000
 ETCD_FLAGS: Final = ("--quota-backend-bytes=16777216",)
 """So that it is full soon."""
-
-
-Fault: TypeAlias = Callable[["Chaos"], AbstractContextManager[object]]
 
 
 @dataclass(slots=True)
@@ -71,6 +60,7 @@ class Chaos:
     say: TextIO
     history: History = field(default_factory=History)
     faults: Counter[str] = field(default_factory=Counter)
+    backup: Path | None = None
     unfounded: list[str] = field(default_factory=list)
     random: random.Random = field(init=False)
     _guests: dict[tuple[str, str], Guest] = field(default_factory=dict)
@@ -203,7 +193,8 @@ class Chaos:
 
     def _break_once(self) -> None:
         if not self._next:
-            self._next = self.random.sample(sorted(FAULTS), len(FAULTS))
+            names = [one for one in sorted(FAULTS) if self.world.clocks or "clock" not in one]
+            self._next = self.random.sample(names, len(names))
         name = self._next.pop()
         hold, rest = self.random.uniform(0.5, 4.0), self.random.uniform(0.2, 1.5)
         self.note(f"{name} for {hold:.1f} s")
@@ -214,6 +205,7 @@ class Chaos:
         if self.is_suspected():
             # A fault that restores has accepted it already: no other one looks like it.
             self.unfounded.append(f"after {name!r} a restored backup is suspected")
+            self.note(f"  {self.unfounded[-1]}")
             self.accept_restore()
 
     def settle(self) -> None:
@@ -255,6 +247,11 @@ class Chaos:
         self.say.write(f"{time.strftime('%H:%M:%S')} {words}\n")
         self.say.flush()
 
+    @staticmethod
+    def at(moment: float) -> str:
+        """The time of day of a moment of the monotonic clock."""
+        return time.strftime("%H:%M:%S", time.localtime(time.time() + moment - time.monotonic()))
+
     def a_hub(self) -> HubProcess:
         """One of the hubs."""
         return self.random.choice(self.world.hubs)
@@ -262,148 +259,6 @@ class Chaos:
     def a_host(self) -> FleetHost:
         """One of the hosts."""
         return self.random.choice(sorted(self.world.hosts.values(), key=lambda one: one.name))
-
-
-@contextlib.contextmanager
-def _stopped(pid: int, number: signal.Signals = signal.SIGSTOP) -> Iterator[None]:
-    os.kill(pid, number)
-    try:
-        yield
-    finally:
-        if alive(pid):
-            os.kill(pid, signal.SIGCONT)
-
-
-def _member_killed(chaos: Chaos) -> AbstractContextManager[object]:
-    return chaos.world.etcd.killed(chaos.random.choice(chaos.world.etcd.members))
-
-
-def _member_paused(chaos: Chaos) -> AbstractContextManager[object]:
-    return chaos.world.etcd.paused(chaos.random.choice(chaos.world.etcd.members))
-
-
-def _member_partitioned(chaos: Chaos) -> AbstractContextManager[object]:
-    member = chaos.random.choice(chaos.world.etcd.members)
-    return chaos.world.etcd.partitioned(member, clients=chaos.random.random() < 0.5)
-
-
-def _quorum_lost(chaos: Chaos) -> AbstractContextManager[object]:
-    return chaos.world.etcd.killed(*chaos.random.sample(chaos.world.etcd.members, 2))
-
-
-@contextlib.contextmanager
-def _hub_killed(chaos: Chaos) -> Iterator[None]:
-    hub = chaos.a_hub()
-    hub.end(signal.SIGKILL)
-    yield
-    hub.start()
-
-
-@contextlib.contextmanager
-def _hubs_restarted(chaos: Chaos) -> Iterator[None]:
-    for hub in chaos.world.hubs:
-        hub.end(signal.SIGTERM)
-    yield
-    for hub in chaos.world.hubs:
-        hub.start()
-
-
-def _hub_paused(chaos: Chaos) -> AbstractContextManager[object]:
-    process = chaos.a_hub().process
-    assert process is not None
-    return _stopped(process.pid)
-
-
-@contextlib.contextmanager
-def _controller_killed(chaos: Chaos) -> Iterator[None]:
-    host = chaos.a_host()
-    host.daemon.kill_controller()
-    yield
-    host.daemon.start(ready=False)
-
-
-def _controller_paused(chaos: Chaos) -> AbstractContextManager[object]:
-    process = chaos.a_host().daemon.process
-    assert process is not None
-    return _stopped(process.pid)
-
-
-@contextlib.contextmanager
-def _host_partitioned(chaos: Chaos) -> Iterator[None]:
-    nft = (*within(chaos.a_host().lab.host), "nft")
-    rules = "".join(
-        f"chain {hook} {{ type filter hook {hook} priority 0; tcp {way} 8469 drop; }}\n"
-        for hook, way in (("input", "sport"), ("output", "dport"))
-    )
-    run(*nft, "-f", "-", stdin=f"table inet cut {{ {rules} }}\n")
-    yield
-    run(*nft, "delete", "table", "inet", "cut")
-
-
-@contextlib.contextmanager
-def _compacted(chaos: Chaos) -> Iterator[None]:
-    etcd = chaos.world.etcd
-    # A hub that does not follow meanwhile finds that its place is gone.
-    with _hub_paused(chaos):
-        yield
-        # etcd refuses to compact where nothing was written since.
-        chaos.world.write({"junk/compacted": b""})
-        _compact(etcd)
-
-
-def _compact(etcd: EtcdLab) -> None:
-    """Forget all versions but the newest, and give their space back."""
-    revision = json.loads(etcd.ctl("get", "x", "-w", "json"))["header"]["revision"]
-    etcd.ctl("compact", str(revision))
-    for member in etcd.members:
-        etcd.ctl("defrag", member=member)
-
-
-@contextlib.contextmanager
-def _full(chaos: Chaos) -> Iterator[None]:
-    etcd = chaos.world.etcd
-    with contextlib.suppress(EtcdFull):
-        for number in itertools.count():
-            value = chaos.random.randbytes(_JUNK_BYTES)
-            chaos.world.write({f"junk/{number}": value})
-    yield
-    etcd.ctl("del", "--prefix", "junk/")
-    _compact(etcd)
-    etcd.ctl("alarm", "disarm")
-
-
-def _restored(*options: str) -> Fault:
-    @contextlib.contextmanager
-    def fault(chaos: Chaos) -> Iterator[None]:
-        etcd = chaos.world.etcd
-        snapshot = Path(tempfile.mkdtemp(dir=chaos.world.directory), "backup")
-        etcd.ctl("snapshot", "save", str(snapshot))
-        yield
-        etcd.restore(snapshot, *options)
-        until(chaos.is_suspected, within_s=30, what="a suspicion")
-        chaos.accept_restore()
-
-    return fault
-
-
-FAULTS: Final[dict[str, Fault]] = {
-    "a member is killed": _member_killed,
-    "a member hangs": _member_paused,
-    "a member is cut off": _member_partitioned,
-    "two members are killed": _quorum_lost,
-    "a hub is killed": _hub_killed,
-    "all hubs are restarted": _hubs_restarted,
-    "a hub hangs": _hub_paused,
-    "a controller is killed": _controller_killed,
-    "a controller hangs": _controller_paused,
-    "a host is cut off": _host_partitioned,
-    "etcd is compacted and defragmented": _compacted,
-    "etcd is full": _full,
-    "etcd is restored": _restored(),
-    "etcd is restored with newer revisions": _restored(
-        "--bump-revision=1000000", "--mark-compacted"
-    ),
-}
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -415,7 +270,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=int(time.time()))
     options = parser.parse_args(words)
     with ExitStack() as stack:
-        world = stack.enter_context(fleet_world(etcd_flags=ETCD_FLAGS))
+        world = stack.enter_context(fleet_world(etcd_flags=ETCD_FLAGS, clocks=True))
         chaos = Chaos(world, options.seed, sys.stderr)
         chaos.prepare()
         chaos.note(f"seed {options.seed}, for {options.minutes:g} minutes")
@@ -428,10 +283,12 @@ def main(words: Sequence[str] | None = None) -> int:
             raise
     for words_of, number in sorted((chaos.history.counts() + chaos.faults).items()):
         sys.stdout.write(f"{number:>9,} {words_of}\n")
-    for where, number in chaos.history.unserved().items():
-        sys.stdout.write(f"{number:>9,} not served: {where}\n")
-    for one in found[:20]:
-        sys.stdout.write(f"{one}\n")
+    unserved = chaos.history.unserved()
+    for one in unserved:
+        sys.stdout.write(f"not served at {chaos.at(one.begun)}: {one}\n")
+    sys.stdout.write(f"{len(unserved):>9,} not served\n")
+    for violation in found[:20]:
+        sys.stdout.write(f"{violation}\n")
     sys.stdout.write(f"{len(found):>9,} answers that may not be\n")
     return 1 if found else 0
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import re
+import time
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
@@ -59,12 +63,22 @@ class History:
     """All that happened.
 
     Attributes:
+        outages: From when to when a host was not there at all.
         resets: From when to when an operator accepted a restored backup: from then on older versions are right.
     """
 
     writes: list[Write] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
     resets: list[tuple[float, float]] = field(default_factory=list)
+    outages: list[tuple[str, float, float]] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def outage(self, host: str) -> Iterator[None]:
+        """A host is not there, or starts, during the block."""
+        begun = time.monotonic()
+        self.outages.append((host, begun, float("inf")))
+        yield
+        self.outages[-1] = host, begun, time.monotonic()
 
     def counts(self) -> Counter[str]:
         """How many answers of each status there were, and writes of each outcome."""
@@ -72,17 +86,29 @@ class History:
         found.update(f"written: {one.outcome}" for one in self.writes)
         return found
 
-    def unserved(self) -> Counter[str]:
-        """By instance, how often a guest was not answered what is certainly in force."""
-        found: Counter[str] = Counter()
-        for answer in self.answers:
-            if answer.status not in {200, 404}:
-                since = self._reset_before(answer)
-                writes = [one for one in self.writes if one.instance == answer.instance]
-                found[f"{answer.instance} on {answer.host}"] += bool(
-                    _certain(answer, writes, since)
-                )
-        return +found
+    def unserved(self) -> list[Answer]:
+        """Where a guest was not answered what is certainly in force, though its host was there."""
+        writes = self._by_instance()
+        return [
+            answer
+            for answer in self.answers
+            if answer.status not in {200, 404}
+            and not self._is_out(answer)
+            and _certain(answer, writes[answer.instance], self._reset_before(answer))
+        ]
+
+    def _by_instance(self) -> dict[str, list[Write]]:
+        """Each one's writes, by version, which is the order in which they were sent."""
+        found: dict[str, list[Write]] = {}
+        for write in self.writes:
+            found.setdefault(write.instance, []).append(write)
+        return found
+
+    def _is_out(self, answer: Answer) -> bool:
+        return any(
+            host == answer.host and begun <= answer.ended and answer.begun <= ended
+            for host, begun, ended in self.outages
+        )
 
     def _reset_before(self, answer: Answer) -> float:
         """When the last reset was over that began before an answer ended; 0 where none did."""
@@ -90,9 +116,7 @@ class History:
 
     def violations(self) -> Iterator[str]:
         """Every answer that no guest may get, in words."""
-        by_instance: dict[str, list[Write]] = {}
-        for write in self.writes:
-            by_instance.setdefault(write.instance, []).append(write)
+        by_instance = self._by_instance()
         newest: dict[tuple[str, str], tuple[int, float]] = {}
         for answer in sorted(self.answers, key=lambda one: one.begun):
             writes = by_instance.get(answer.instance, [])
@@ -116,21 +140,21 @@ class History:
 def _judge(
     answer: Answer, got: int, floor: int, writes: Sequence[Write], since: float
 ) -> Iterator[str]:
-    of_version = [one for one in writes if one.version == got]
-    if not any(_may_count(one) and one.sent <= answer.ended for one in of_version):
+    this = next(iter(writes[got - 1 : got]), None) if got else None
+    if this is None or not _may_count(this) or this.sent > answer.ended:
         yield f"{answer}: a version that was never committed"
-    elif not any(answer.host in one.hosts for one in of_version):
+    elif answer.host not in this.hosts:
         yield f"{answer}: a version that was never placed on this host"
     if got < floor:
         yield f"{answer}: older than version {floor}, which this host answered before"
-    in_force = [
+    in_force = (
         one
-        for one in writes
+        for one in itertools.takewhile(lambda one: one.sent <= answer.begun, writes[got:])
         if one.outcome is Outcome.APPLIED
         and since < one.sent
         and one.done <= answer.begun
         and answer.host in one.hosts
-    ]
+    )
     newest = max((one.version for one in in_force), default=0)
     if got < newest:
         yield f"{answer}: older than version {newest}, which was acknowledged"
@@ -140,15 +164,16 @@ def _may_count(write: Write) -> bool:
     return write.outcome is not Outcome.REFUSED
 
 
-def _certain(answer: Answer, writes: Iterable[Write], since: float) -> Write | None:
+def _certain(answer: Answer, writes: Sequence[Write], since: float) -> Write | None:
     """The write by which an instance is certainly served on a host while this was answered."""
+    sent = bisect_right(writes, answer.ended, key=lambda one: one.sent)
     # What etcd had before a restore is not known here: only later writes count.
-    writes = [one for one in writes if one.sent >= since]
-    in_force = [
-        one for one in writes if one.outcome is Outcome.APPLIED and one.done <= answer.begun
-    ]
-    last = max(in_force, key=lambda one: one.version, default=None)
-    if last is None or answer.host not in last.hosts:
-        return None
-    later = (one for one in writes if one.version > last.version and one.sent <= answer.ended)
-    return None if any(answer.host not in one.hosts for one in later if _may_count(one)) else last
+    for number in range(sent - 1, -1, -1):
+        write = writes[number]
+        if write.sent < since:
+            return None
+        if write.outcome is Outcome.APPLIED and write.done <= answer.begun:
+            return write if answer.host in write.hosts else None
+        if _may_count(write) and answer.host not in write.hosts:
+            return None
+    return None

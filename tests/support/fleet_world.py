@@ -37,6 +37,7 @@ from imdsproxy.hub.files import (
 from support.daemon import Daemon
 from support.etcd_lab import EtcdLab
 from support.lab import Lab, RecordMapping, until, within
+from support.wall_clock import WallClock
 
 PORT: Final = 8469
 _PROGRAM: Final = (sys.executable, "-m", "imdsproxy")
@@ -57,6 +58,7 @@ class HubProcess:
     namespace: str
     address: str
     directory: Path
+    clock: WallClock | None = None
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -80,7 +82,11 @@ class HubProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "LANG": "C.UTF-8"},
+                env={
+                    **os.environ,
+                    "LANG": "C.UTF-8",
+                    **({} if self.clock is None else self.clock.environment),
+                },
             )
         if ready:
             until(lambda: self._starts() > before, within_s=30, what=f"{self.name} is ready")
@@ -103,6 +109,7 @@ class FleetHost:
     lab: Lab
     daemon: Daemon
     serial: str
+    clock: WallClock | None = None
 
     @property
     def source(self) -> Mapping[str, Any]:
@@ -131,6 +138,7 @@ class FleetWorld:
     hubs_wanted: int = 2
     host_settings: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     etcd: EtcdLab = field(default_factory=EtcdLab)
+    clocks: bool = False
     hubs: list[HubProcess] = field(default_factory=list)
     hosts: dict[str, FleetHost] = field(default_factory=dict)
 
@@ -166,7 +174,8 @@ class FleetWorld:
             add_hub(self.files, place, names, now)
         namespace = self.etcd.lab.namespace(name)
         self.etcd.plug(namespace, address)
-        hub = HubProcess(name, namespace, address, self.directory)
+        clock = WallClock(self.directory / f"{name}.clock") if self.clocks else None
+        hub = HubProcess(name, namespace, address, self.directory, clock)
         etcd: dict[str, object] = {"endpoints": self.etcd.endpoints}
         if self.etcd.tls:
             etcd |= {
@@ -194,11 +203,15 @@ class FleetWorld:
         self.etcd.plug(lab.host, _host_address(len(self.hosts) + 1))
         for network in networks:
             lab.bridge_network(network)
-        daemon = Daemon(lab)
+        daemon, clock = Daemon(lab), None
+        if self.clocks:
+            # In its jail the worker of HAProxy finds it too.
+            clock = WallClock(daemon.runtime / "jail/clock")
+            daemon.environment = clock.environment
         key = make_key()
         signed = self.files.load_authority().certify_host(key.public_key(), name, datetime.now(UTC))
         serial = spell_serial(signed.serial_number)
-        host = FleetHost(HostId(name), lab, daemon, serial)
+        host = FleetHost(HostId(name), lab, daemon, serial, clock)
         host.certificate.write_bytes(render_certificate(signed))
         host.key.write_bytes(render_key(key))
         host.key.chmod(0o600)
@@ -217,6 +230,9 @@ class FleetWorld:
             {
                 "sources": {"fleet": fleet, "sqlite": {"enabled": False}},
                 "resolver": {"hold_s": 0.5},
+                "haproxy": {}
+                if clock is None
+                else {"binary": str(clock.haproxy(daemon.directory))},
                 **self.host_settings,
             }
         )
@@ -282,10 +298,14 @@ class FleetWorld:
 
 @contextlib.contextmanager
 def fleet_world(
-    hubs: int = 2, *, etcd_flags: Sequence[str] = (), **settings: Mapping[str, object]
+    hubs: int = 2,
+    *,
+    etcd_flags: Sequence[str] = (),
+    clocks: bool = False,
+    **settings: Mapping[str, object],
 ) -> Iterator[FleetWorld]:
     """A fleet that is gone at the end."""
-    made = FleetWorld(hubs, settings, EtcdLab(flags=etcd_flags))
+    made = FleetWorld(hubs, settings, EtcdLab(flags=etcd_flags), clocks)
     try:
         yield made
     finally:

@@ -76,12 +76,16 @@ def paths_below(directory: Path) -> Paths:
 
 @contextmanager
 def run_haproxy(
-    spec: DataplaneSpec, directory: Path, more: str = "", arguments: Sequence[str] = ()
+    spec: DataplaneSpec,
+    directory: Path,
+    more: str = "",
+    arguments: Sequence[str] = (),
+    program: str = "haproxy",
 ) -> Iterator[None]:
     """Run it for the time of the context; `more` is put behind its configuration."""
     config = directory / "h.cfg"
     config.write_text(render_config(spec) + more)
-    command = ["haproxy", *arguments, "-f", str(config)]
+    command = [program, *arguments, "-f", str(config)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         yield
@@ -313,6 +317,7 @@ def open_alone(
     novas: Sequence[int] = (),
     times: NovaTimes = _UNCHECKED,
     fleet: bool = False,
+    program: str = "haproxy",
 ) -> Iterator[Alone]:
     """Run one for the time of the context.
 
@@ -326,6 +331,7 @@ def open_alone(
         novas: The ports of Novas that stand there already, where the stand-in is none.
         times: How they are waited for and checked.
         fleet: As of `DataplaneSpec`.
+        program: HAProxy.
     """
     # Not below pytest's own directory: a socket's path has 97 characters.
     place = Path(tempfile.mkdtemp(prefix="imdst-"))
@@ -359,7 +365,10 @@ def open_alone(
     more = f"\nglobal\n  stats socket {place}/cli.sock mode 600 level admin\n"
     alone = Alone(place, ports, nova)
     try:
-        with alone.documents.serve(documents, upstream), run_haproxy(spec, place, more):
+        with (
+            alone.documents.serve(documents, upstream),
+            run_haproxy(spec, place, more, program=program),
+        ):
             until(alone.is_up, what="HAProxy's answer")
             yield alone
             alone.close()

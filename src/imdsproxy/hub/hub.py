@@ -56,7 +56,9 @@ from imdsproxy.hub.writes import Writes
 from imdsproxy.serving.http import serve
 
 _FIRST_READ_S: Final = 60.0
-_RENEW_EVERY_S: Final = 3600.0
+_RENEW_EVERY_S: Final = 60.0
+"""Soon after a clock that was ahead at the last renewal is set right."""
+
 _THREADS: Final = 4
 
 _log = structlog.get_logger()

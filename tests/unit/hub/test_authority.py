@@ -62,6 +62,14 @@ def test_a_hosts_certificate_is_good_for_thirty_days_and_renewed_after_two_third
     assert renewal_due(host, _NOW + timedelta(days=21))
 
 
+def test_a_certificate_that_was_made_by_a_clock_that_is_set_right_since_is_to_be_renewed(
+    authority: Authority,
+) -> None:
+    host = authority.certify_host(make_key().public_key(), "host-1", _NOW)
+    assert not renewal_due(host, _NOW - timedelta(minutes=59))
+    assert renewal_due(host, _NOW - timedelta(minutes=61))
+
+
 def test_no_certificate_outlives_the_cas(authority: Authority) -> None:
     end = authority.certificate.not_valid_after_utc
     late = authority.certify_host(make_key().public_key(), "host-1", end - HOST_LIFE / 2)

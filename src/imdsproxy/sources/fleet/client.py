@@ -31,6 +31,11 @@ from imdsproxy.sources.settings import FleetSourceSettings
 _HTTPS_PORT: Final = 443
 _JOIN: Final = "join the fleet: `imdsproxy fleet join`, with what `imdsproxy fleet enrol` printed"
 _MOST_OF_ANSWER: Final = 1024 * 1024
+_OUT_OF_TIME: Final = (9, 10)
+"""OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED."""
+
+_CLOCKS: Final = "compare the clocks of both; a hub renews its certificate by itself while it runs"
+_NAMES: Final = "compare its URL with the names in its certificate, and its CA with this host's"
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +269,7 @@ def _failures(hub: str) -> Iterator[None]:
     except ssl.SSLCertVerificationError as error:
         raise SourceUnavailable(
             f"{hub} has no certificate of this fleet: {error.verify_message}",
-            hint="compare its URL with the names in its certificate, and its CA with this host's",
+            hint=_CLOCKS if error.verify_code in _OUT_OF_TIME else _NAMES,
         ) from error
     except (OSError, EOFError, ValueError, asyncio.LimitOverrunError) as error:
         why = "it ended the connection" if isinstance(error, EOFError) else error

@@ -185,6 +185,7 @@ async def renew_if_due(
                 "POST", url, RENEW_PATH, body=body, headers={"content-type": "application/json"}
             )
             certificate = _read_certificate(url, status, answer, key)
+            _refuse_unusable(url, certificate, now)
         except SourceUnavailable as error:
             reasons.append(error.message)
             continue
@@ -208,6 +209,15 @@ async def _find_other_authorities(files: HostFiles, client: HubClient, url: str)
         return None
     parse_certificates(pem, f"the answer of {url}")
     return pem
+
+
+def _refuse_unusable(url: str, certificate: bytes, now: datetime) -> None:
+    """Have the present one stay where a hub's clock is wrong: with the new one this host would be refused."""
+    found = parse_certificate(certificate, f"the answer of {url}")
+    if not found.not_valid_before_utc <= now < found.not_valid_after_utc:
+        raise SourceUnavailable(
+            f"the certificate that {url} gives is not good now by this host's clock: one of both is wrong"
+        )
 
 
 def _write_pair(files: HostFiles, key: PrivateKey, certificate: bytes) -> None:

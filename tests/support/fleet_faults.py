@@ -1,0 +1,279 @@
+"""What is broken of a fleet by `support.fleet_chaos`: each fault lasts as long as its context."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+from imdsproxy.core.fleet.layout import HostId, StoredInstance, instance_key, render_instance
+from imdsproxy.core.model import InstanceId
+from imdsproxy.errors import EtcdFull
+from support.daemon import alive
+from support.etcd_lab import EtcdLab
+from support.fleet_history import Outcome
+from support.fleet_world import FleetHost
+from support.lab import run, until, within
+from support.wall_clock import NOTICED_S, WallClock
+
+if TYPE_CHECKING:
+    from support.fleet_chaos import Chaos
+
+Fault: TypeAlias = Callable[["Chaos"], AbstractContextManager[object]]
+
+_JUNK_BYTES: Final = 1_000_000
+_STEPS_S: Final = (2, 90, 2 * 3600, 25 * 86_400, 40 * 86_400, 100 * 86_400)
+"""Tokens end, then certificates are not good yet, or are to be renewed, or have ended: a host's, and a hub's."""
+
+_RESTARTS: Final = 0.5
+"""How often it starts with the wrong clock."""
+
+_FRESH: Final = 0.7
+"""How often a backup is made; else the last one is used again."""
+
+_TAGS: Final = 200
+_TAG_BYTES: Final = 250
+
+
+@contextlib.contextmanager
+def _stopped(pid: int, number: signal.Signals = signal.SIGSTOP) -> Iterator[None]:
+    os.kill(pid, number)
+    try:
+        yield
+    finally:
+        if alive(pid):
+            os.kill(pid, signal.SIGCONT)
+
+
+def _member_killed(chaos: Chaos) -> AbstractContextManager[object]:
+    return chaos.world.etcd.killed(chaos.random.choice(chaos.world.etcd.members))
+
+
+def _member_paused(chaos: Chaos) -> AbstractContextManager[object]:
+    return chaos.world.etcd.paused(chaos.random.choice(chaos.world.etcd.members))
+
+
+def _member_partitioned(chaos: Chaos) -> AbstractContextManager[object]:
+    member = chaos.random.choice(chaos.world.etcd.members)
+    return chaos.world.etcd.partitioned(member, clients=chaos.random.random() < 0.5)
+
+
+def _quorum_lost(chaos: Chaos) -> AbstractContextManager[object]:
+    return chaos.world.etcd.killed(*chaos.random.sample(chaos.world.etcd.members, 2))
+
+
+@contextlib.contextmanager
+def _hub_killed(chaos: Chaos) -> Iterator[None]:
+    hub = chaos.a_hub()
+    hub.end(signal.SIGKILL)
+    yield
+    hub.start()
+
+
+@contextlib.contextmanager
+def _hubs_restarted(chaos: Chaos) -> Iterator[None]:
+    for hub in chaos.world.hubs:
+        hub.end(signal.SIGTERM)
+    yield
+    for hub in chaos.world.hubs:
+        hub.start()
+
+
+def _hub_paused(chaos: Chaos) -> AbstractContextManager[object]:
+    process = chaos.a_hub().process
+    assert process is not None
+    return _stopped(process.pid)
+
+
+@contextlib.contextmanager
+def _controller_killed(chaos: Chaos) -> Iterator[None]:
+    host = chaos.a_host()
+    host.daemon.kill_controller()
+    yield
+    host.daemon.start(ready=False)
+
+
+def _controller_paused(chaos: Chaos) -> AbstractContextManager[object]:
+    process = chaos.a_host().daemon.process
+    assert process is not None
+    return _stopped(process.pid)
+
+
+@contextlib.contextmanager
+def _host_partitioned(chaos: Chaos) -> Iterator[None]:
+    nft = (*within(chaos.a_host().lab.host), "nft")
+    rules = "".join(
+        f"chain {hook} {{ type filter hook {hook} priority 0; tcp {way} 8469 drop; }}\n"
+        for hook, way in (("input", "sport"), ("output", "dport"))
+    )
+    run(*nft, "-f", "-", stdin=f"table inet cut {{ {rules} }}\n")
+    yield
+    run(*nft, "delete", "table", "inet", "cut")
+
+
+@contextlib.contextmanager
+def _host_restarted(chaos: Chaos) -> Iterator[None]:
+    host = chaos.a_host()
+    daemon, down = host.daemon, time.monotonic()
+    with chaos.history.outage(host.name):
+        while left := daemon.processes():
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        assert daemon.process is not None
+        daemon.process.wait()
+        shutil.rmtree(daemon.runtime)
+        yield
+        up = time.monotonic()
+        daemon.start(ready=False)
+        daemon.wait_ready(within_s=60)
+    chaos.note(
+        f"  {host.name} was down for {up - down:.1f} s, and ready {time.monotonic() - up:.1f} s later"
+    )
+
+
+@contextlib.contextmanager
+def _host_not_reading(chaos: Chaos) -> Iterator[None]:
+    """Its controller stands still while far more is sent to it than all buffers take."""
+    host = chaos.a_host()
+    process = host.daemon.process
+    assert process is not None
+    with _stopped(process.pid):
+        until(lambda: _is_full(chaos, host), within_s=60, what="more than the buffers take")
+        yield
+
+
+def _is_full(chaos: Chaos, host: FleetHost) -> bool:
+    """Whether the hub has not sent all yet, after one more change of 50 kB."""
+    mark = f"{time.monotonic():f}".ljust(_TAG_BYTES, "x")
+    record = {"id": "big", "name": "big", "tags": {f"t{number}": mark for number in range(_TAGS)}}
+    left = tuple(HostId(name) for name in chaos.world.hosts if name != host.name)
+    stored = StoredInstance((host.name,), record, left=left)
+    revision = chaos.world.write({instance_key(InstanceId("big")): render_instance(stored)})
+    body = {"revision": revision, "timeout_s": 0.1}
+    pending = chaos.request("POST", "/fleet/wait", body)["pending"]
+    return f"host {host.name}: not sent yet" in pending
+
+
+@contextlib.contextmanager
+def _host_clock_stepped(chaos: Chaos) -> Iterator[None]:
+    host = chaos.a_host()
+    _step(chaos, host.name, host.clock)
+    if chaos.random.random() < _RESTARTS:
+        host.daemon.kill_controller()
+        host.daemon.start(ready=False)
+    yield
+    assert host.clock is not None
+    host.clock.step(0)
+
+
+@contextlib.contextmanager
+def _hub_clock_stepped(chaos: Chaos) -> Iterator[None]:
+    hub = chaos.a_hub()
+    _step(chaos, hub.name, hub.clock)
+    if chaos.random.random() < _RESTARTS:
+        hub.end(signal.SIGKILL)
+        hub.start(ready=False)
+    yield
+    assert hub.clock is not None
+    assert hub.process is not None
+    hub.clock.step(0)
+    if hub.process.poll() is not None:
+        # etcd's certificates were not good by its clock, and it ended.
+        hub.start()
+
+
+def _step(chaos: Chaos, name: str, clock: WallClock | None) -> None:
+    assert clock is not None
+    seconds = chaos.random.choice(_STEPS_S) * chaos.random.choice((-1, 1))
+    chaos.note(f"  {name}'s by {seconds:+,} s")
+    clock.step(seconds)
+    time.sleep(NOTICED_S)
+
+
+@contextlib.contextmanager
+def _compacted(chaos: Chaos) -> Iterator[None]:
+    etcd = chaos.world.etcd
+    # A hub that does not follow meanwhile finds that its place is gone.
+    with _hub_paused(chaos):
+        yield
+        # etcd refuses to compact where nothing was written since.
+        chaos.world.write({"junk/compacted": b""})
+        _compact(etcd)
+
+
+def _compact(etcd: EtcdLab) -> None:
+    """Forget all versions but the newest, and give their space back."""
+    revision = json.loads(etcd.ctl("get", "x", "-w", "json"))["header"]["revision"]
+    etcd.ctl("compact", str(revision))
+    for member in etcd.members:
+        etcd.ctl("defrag", member=member)
+
+
+@contextlib.contextmanager
+def _full(chaos: Chaos) -> Iterator[None]:
+    etcd = chaos.world.etcd
+    with contextlib.suppress(EtcdFull):
+        for number in itertools.count():
+            value = chaos.random.randbytes(_JUNK_BYTES)
+            chaos.world.write({f"junk/{number}": value})
+    yield
+    etcd.ctl("del", "--prefix", "junk/")
+    _compact(etcd)
+    etcd.ctl("alarm", "disarm")
+
+
+def _is_written(chaos: Chaos, since: float) -> bool:
+    known = {Outcome.APPLIED, Outcome.STORED}
+    return any(one.sent > since and one.outcome in known for one in chaos.history.writes[-50:])
+
+
+def _restored(*options: str) -> Fault:
+    @contextlib.contextmanager
+    def fault(chaos: Chaos) -> Iterator[None]:
+        etcd = chaos.world.etcd
+        if chaos.backup is None or chaos.random.random() < _FRESH:
+            chaos.backup = Path(tempfile.mkdtemp(dir=chaos.world.directory), "backup")
+            etcd.ctl("snapshot", "save", str(chaos.backup))
+        saved = time.monotonic()
+        yield
+        # Where nothing is lost, nothing is to be suspected.
+        until(lambda: _is_written(chaos, saved), within_s=60, what="a write after the backup")
+        etcd.restore(chaos.backup, *options)
+        until(chaos.is_suspected, within_s=30, what="a suspicion")
+        chaos.accept_restore()
+
+    return fault
+
+
+FAULTS: Final[dict[str, Fault]] = {
+    "a member is killed": _member_killed,
+    "a member hangs": _member_paused,
+    "a member is cut off": _member_partitioned,
+    "two members are killed": _quorum_lost,
+    "a hub is killed": _hub_killed,
+    "all hubs are restarted": _hubs_restarted,
+    "a hub hangs": _hub_paused,
+    "a controller is killed": _controller_killed,
+    "a controller hangs": _controller_paused,
+    "a host is cut off": _host_partitioned,
+    "a host is restarted": _host_restarted,
+    "a host does not read": _host_not_reading,
+    "a host's clock is stepped": _host_clock_stepped,
+    "a hub's clock is stepped": _hub_clock_stepped,
+    "etcd is compacted and defragmented": _compacted,
+    "etcd is full": _full,
+    "etcd is restored": _restored(),
+    "etcd is restored with newer revisions": _restored(
+        "--bump-revision=1000000", "--mark-compacted"
+    ),
+}
