@@ -84,6 +84,8 @@ class HubProcess:
             "hub": {
                 "listen": [f"{_ADDRESS}:{self.port}"],
                 "url": self.url,
+                # Of two hubs in one place only one can have the port that is so by default.
+                "metrics_listen": None,
                 "directory": str(files),
                 "runtime_dir": str(directory / "run"),
                 "etcd": {"endpoints": list(endpoints)},
