@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import yaml
+from fastapi import FastAPI
+from fastapi.dependencies.models import Dependant
+from fastapi.routing import APIRoute
 
 from imdsproxy.admin.api import admin_app
 from imdsproxy.admin.exposition import Exposed
@@ -28,8 +31,11 @@ from imdsproxy.config.render import render_records_schema, render_schema
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.strict_yaml import render_value
 from imdsproxy.core.endpoints import LeftOutCode
+from imdsproxy.core.fleet.identity import Role
 from imdsproxy.core.records.json_schema import schema_of_records
 from imdsproxy.errors import KINDS, ImdsproxyError
+from imdsproxy.hub.api import ROUTERS, operators_app
+from imdsproxy.hub.callers import Admits
 from imdsproxy.hub.metrics import HubMetrics
 
 _TEXTS: Final[Mapping[str, Any]] = tomllib.loads(
@@ -184,11 +190,30 @@ def render_errors_page() -> str:
 
 def render_admin_api_page() -> str:
     """docs/reference/admin-api.md."""
-    document = admin_app(None).openapi()
-    lines = _head("Admin API", _TEXTS["admin_api"])
+    return _api_page("Admin API", _TEXTS["admin_api"], admin_app(None), {})
+
+
+def render_hub_api_page() -> str:
+    """docs/reference/hub-api.md."""
+    who = {
+        (prefix + route.path_format, method.lower()): _who_may(route)
+        for router, prefix in ROUTERS
+        for route in router.routes
+        if isinstance(route, APIRoute)
+        for method in route.methods or ()
+    }
+    return _api_page("Hub API", _TEXTS["hub_api"], operators_app(None), who)
+
+
+def _api_page(title: str, text: str, app: FastAPI, who: Mapping[tuple[str, str], str]) -> str:
+    """Every route, with who may use it where that differs, and every shape."""
+    document = app.openapi()
+    lines = _head(title, text)
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
-            lines += ["", f"## {method.upper()} {path}", "", _one_line(operation["description"])]
+            may = who[path, method] if who else ""
+            about = f"{_one_line(operation['description'])} {may}".rstrip()
+            lines += ["", f"## {method.upper()} {path}", "", about]
             lines += ["", *_table(("part", "shape", "meaning"), _parts(operation))]
     lines += ["", "## Shapes"]
     for name, schema in sorted(document["components"]["schemas"].items()):
@@ -206,6 +231,26 @@ def render_admin_api_page() -> str:
         if rows:
             lines += ["", *_table(("key", "shape", "always", "meaning"), rows)]
     return _page(lines)
+
+
+def _who_may(route: APIRoute) -> str:
+    """Whose certificate a route of a hub takes."""
+    found = [one for one in _dependencies(route.dependant) if isinstance(one, Admits)]
+    if not found:
+        return "For all, also without a certificate."
+    may = [role for role in Role if all(role in one.roles for one in found)]
+    words = f"For {', '.join(f'`{role}`' for role in may)}"
+    return (
+        f"{words}, not limited to a project."
+        if any(one.all_projects for one in found)
+        else f"{words}."
+    )
+
+
+def _dependencies(of: Dependant) -> Iterator[object]:
+    for one in of.dependencies:
+        yield one.call
+        yield from _dependencies(one)
 
 
 def _parts(operation: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -421,6 +466,7 @@ PAGES: Final[Mapping[str, Callable[[], str]]] = {
     "alerts.md": render_alerts_page,
     "errors.md": render_errors_page,
     "admin-api.md": render_admin_api_page,
+    "hub-api.md": render_hub_api_page,
     "records.md": render_records_page,
 }
 MANUALS: Final[Mapping[str, Callable[[], str]]] = {

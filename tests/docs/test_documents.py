@@ -82,9 +82,10 @@ def has_setting(name: str) -> bool:
 
 @each_page
 def test_every_metric_that_is_named_exists(page: Path) -> None:
-    # The variables of the Ansible role look like metrics.
-    pages = ("docs/reference/metrics.md", "packaging/ansible/roles/imdsproxy/defaults/main.yml")
-    text = "".join((REPOSITORY / name).read_text() for name in pages)
+    # The names and variables of the Ansible roles look like metrics.
+    roles = (REPOSITORY / "packaging/ansible/roles").glob("*/meta/*.yml")
+    sources = (REPOSITORY / "docs/reference/metrics.md", *roles)
+    text = "".join(one.read_text() for one in sources)
     known = set(re.findall(r"imdsproxy_[a-z]\w+", text))
     assert set(re.findall(r"\bimdsproxy_[a-z]\w+", page.read_text())) - known == set()
 

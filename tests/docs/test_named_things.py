@@ -23,6 +23,7 @@ from imdsproxy.config.strict_yaml import parse_yaml
 from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.core.records import parse_records
 from imdsproxy.errors import KINDS
+from imdsproxy.hub.api import operators_app
 from support.demonstration import REPOSITORY
 from support.pages import PAGES, code_blocks, each_page, inline_code
 
@@ -199,12 +200,12 @@ def test_every_unit_is_one_that_is_packaged(page: Path) -> None:
 @cache
 def routes() -> frozenset[str]:
     """Each route of the admin API, with `X` for what is in braces."""
-    paths = admin_app(None).openapi()["paths"]
+    paths = (*admin_app(None).openapi()["paths"], *operators_app(None).openapi()["paths"])
     return frozenset(re.sub(r"\{\w+\}", "X", path) for path in paths)
 
 
 @each_page
-def test_every_route_of_the_admin_api_is_there(page: Path) -> None:
+def test_every_route_of_an_api_is_there(page: Path) -> None:
     named = {re.sub(r"\{\w+\}|[A-Z]{2,}", "X", path) for path in _ROUTE.findall(page.read_text())}
     assert named - routes() == set()
 

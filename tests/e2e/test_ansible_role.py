@@ -4,7 +4,6 @@ The node's agent is a stand-in with its unit, its files and a HAProxy in each ne
 """
 
 import os
-import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +11,9 @@ from typing import Final
 
 import pytest
 
+from support.ansible import playbook_of, programs
 from support.demonstration import REPOSITORY
 from support.document_blocks import Block, blocks_of, missing_lines
-from support.lab import run
 from support.ovn_machine import AGENTS_FILES, NAMESPACE, OvnMachine, start_ovn
 from support.packaged_daemon import machine_with_dependencies
 from support.packages import build_packages
@@ -60,7 +59,6 @@ while sleep 0.2; do
     done
 done
 """
-_MAKE_S: Final = 300
 _HOST: Final = """
 set -eu
 apt-get --yes --quiet=2 --no-install-recommends install python3 python3-apt curl
@@ -76,27 +74,20 @@ ip -n guest route add default via 10.0.0.1
 
 
 @pytest.fixture(scope="module")
-def programs() -> Path:
-    """Ansible's, as `requirements/ansible.txt` pins them."""
-    shell = f". {REPOSITORY}/script/lib.sh; pinned_venv ansible"
-    return Path(run("bash", "-c", shell, "script/test", timeout_s=_MAKE_S).strip()) / "bin"
-
-
-@pytest.fixture(scope="module")
-def control(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+def control(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     """A blank host with what Ansible needs there, which is also where Ansible runs, in the page's directory."""
     work = tmp_path_factory.mktemp("host")
     with systemd_machine(work, lower=blank_tree()) as machine:
         machine.run("sh", "-c", _HOST)
-        _prepare(machine, programs, _INVENTORY, site=_playbook(_PAGE))
+        _prepare(machine, _INVENTORY, site=playbook_of(_PAGE))
         yield machine
 
 
 @pytest.fixture
-def node(programs: Path, tmp_path: Path) -> Iterator[OvnMachine]:
+def node(tmp_path: Path) -> Iterator[OvnMachine]:
     """A node with OVN and its agent, on which Ansible runs too."""
     with machine_with_dependencies(tmp_path, build_packages()) as machine:
-        _prepare(machine, programs, _NODES, openstack=_playbook(_NODE_PAGE))
+        _prepare(machine, _NODES, openstack=playbook_of(_NODE_PAGE))
         machine.run("systemd-sysusers", "-", text="u neutron - - /var/lib/neutron\n")
         machine.run("install", "-d", "-o", "neutron", "-g", "neutron", "/var/lib/neutron")
         for name, text in AGENTS_FILES.items():
@@ -107,7 +98,7 @@ def node(programs: Path, tmp_path: Path) -> Iterator[OvnMachine]:
         yield start_ovn(machine)
 
 
-def _prepare(machine: Machine, programs: Path, inventory: str, **playbooks: str) -> None:
+def _prepare(machine: Machine, inventory: str, **playbooks: str) -> None:
     machine.run("mkdir", "-p", _HOME)
     machine.run("install", "-m", "644", str(build_packages().deb), f"{_HOME}/")
     machine.run("ln", "-s", str(REPOSITORY), f"{_HOME}/imdsproxy")
@@ -115,16 +106,9 @@ def _prepare(machine: Machine, programs: Path, inventory: str, **playbooks: str)
     for name, text in playbooks.items():
         machine.write(f"{_HOME}/{name}.yml", text)
     machine.write(
-        "/usr/local/bin/ansible-playbook", f'#!/bin/sh\nexec {programs}/ansible-playbook "$@"\n'
+        "/usr/local/bin/ansible-playbook", f'#!/bin/sh\nexec {programs()}/ansible-playbook "$@"\n'
     )
     machine.run("chmod", "755", "/usr/local/bin/ansible-playbook")
-
-
-def _playbook(page: Path) -> str:
-    """The one playbook on a page."""
-    blocks = re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
-    (playbook,) = (one for one in blocks if "hosts:" in one)
-    return str(playbook)
 
 
 def _follow(machine: Machine, block: Block) -> tuple[int, str]:
@@ -185,11 +169,11 @@ def _refuses_a_wrong_setting(machine: Machine, converge: Block) -> None:
     assert _ask(machine).strip().endswith("401")
 
 
-def test_the_role_is_as_ansible_lint_wants_it_in_production(programs: Path) -> None:
+def test_the_roles_are_as_ansible_lint_wants_them_in_production() -> None:
     done = subprocess.run(
-        (str(programs / "ansible-lint"),),
+        (str(programs() / "ansible-lint"),),
         cwd=REPOSITORY / "packaging/ansible",
-        env={**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"},
+        env={**os.environ, "PATH": f"{programs()}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
         check=False,

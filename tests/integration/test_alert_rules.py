@@ -34,6 +34,13 @@ def _slow(metric: str, bound: str) -> Mapping[str, str]:
             f'{metric}_bucket{{le="+Inf"}}': _grows()}  # fmt: skip
 
 
+def _ends(metric: str, certificate: str, *, days: int) -> Mapping[str, str]:
+    """A certificate that is good for longer than so many days, and then for less: a new one is worse."""
+    label = f'{{certificate="{certificate}"}}' if certificate else ""
+    # Times of these tests begin at 0.
+    return {f"{metric}{label}": _becomes(f"{days * 86_400 + 7200}", f"{days * 86_400}")}
+
+
 _ON, _OFF = _becomes("0", "1"), _becomes("1", "0")
 _SERIES: Final[Mapping[str, Mapping[str, str]]] = {
     "Down": {'up{job="imdsproxy"}': _OFF},
@@ -94,6 +101,52 @@ _SERIES: Final[Mapping[str, Mapping[str, str]]] = {
         'imdsproxy_nova_endpoint_failures_total{endpoint="a"}': _grows(3),
         'imdsproxy_nova_endpoint_up{endpoint="a"}': "1x130",
     },
+    "NoHub": {
+        'imdsproxy_hub_ready{job="imdsproxy-hub",instance="a"}': _OFF,
+        'up{job="imdsproxy-hub",instance="a"}': "1x130",
+        # A hub that has ended has no series of its own.
+        'up{job="imdsproxy-hub",instance="b"}': "0x130",
+    },
+    "HubDown": {'up{job="imdsproxy-hub"}': _OFF},
+    "HubNotFollowing": {"imdsproxy_hub_ready": _OFF},
+    "HubsApart": {"imdsproxy_hub_silent_hubs": _ON},
+    "EtcdMemberDown": {
+        'imdsproxy_hub_etcd_member_up{member="m1",instance="a"}': "1x130",
+        'imdsproxy_hub_etcd_member_up{member="m1",instance="b"}': _OFF,
+    },
+    "EtcdProblem": {'imdsproxy_hub_etcd_member_problems{member="m1"}': _ON},
+    "EtcdNearlyFull": {
+        'imdsproxy_hub_etcd_database_bytes{member="m1"}': _becomes("70", "71"),
+        'imdsproxy_hub_etcd_quota_bytes{member="m1"}': "100x130",
+    },
+    "FleetWritesStopped": {
+        "imdsproxy_hub_writes_stopped": _ON,
+        "imdsproxy_hub_restore_suspected": _ON,
+    },
+    "FleetRestoreSuspected": {
+        "imdsproxy_hub_writes_stopped": "0x130",
+        "imdsproxy_hub_restore_suspected": _ON,
+    },
+    "FleetValuesRefused": {"imdsproxy_hub_refused_values": _ON},
+    "FleetTokenKeysUnreadable": {"imdsproxy_hub_token_keys_unreadable": _ON},
+    "FleetHostsAbsent": {
+        'imdsproxy_hub_hosts{state="enrolled",instance="a"}': "3x130",
+        'imdsproxy_hub_hosts{state="enrolled",instance="b"}': "3x130",
+        'imdsproxy_hub_connected_hosts{instance="a"}': "1x130",
+        'imdsproxy_hub_connected_hosts{instance="b"}': _becomes("2", "1"),
+    },
+    "FleetHostsBehind": {"imdsproxy_hub_behind_hosts": _ON},
+    "FleetAuthorityEnds": _ends("imdsproxy_hub_certificate_end_seconds", "authority", days=180),
+    "HubCertificateEnds": _ends("imdsproxy_hub_certificate_end_seconds", "hub", days=20),
+    "OperatorCertificateEnds": _ends("imdsproxy_hub_certificate_end_seconds", "operator", days=30),
+    "FleetNotReached": {"imdsproxy_fleet_connected": _OFF},
+    "FleetStale": {
+        "imdsproxy_fleet_connected": "1x130",
+        "imdsproxy_fleet_age_seconds": _becomes("300", "301"),
+    },
+    "FleetHeld": {"imdsproxy_fleet_held": _ON},
+    "FleetFailing": {"imdsproxy_fleet_failing": _ON},
+    "HostCertificateEnds": _ends("imdsproxy_fleet_certificate_end_seconds", "", days=7),
 }
 
 
@@ -137,7 +190,7 @@ def test_each_alert_fires_after_as_long_as_it_says_and_not_before(tmp_path: Path
 
 def test_the_files_of_rules_are_well_formed() -> None:
     files = sorted(map(str, RULES.glob("*.rules.yml")))
-    assert promtool("check", "rules", *files).count("SUCCESS") == len(files) == 2
+    assert promtool("check", "rules", *files).count("SUCCESS") == len(files) == 3
 
 
 def _anchors(page: Path) -> Iterator[str]:

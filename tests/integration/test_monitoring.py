@@ -8,12 +8,13 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 from xml.etree import ElementTree as ET
 
 import pytest
 
 from support.charts import Panel, draw
+from support.dashboards import filled_in, layout_faults, queries_of
 from support.demonstration import REPOSITORY
 from support.faults import TOGETHER
 from support.lab import until
@@ -68,29 +69,15 @@ def test_each_alert_fires_when_its_fault_is_there(host: Monitored) -> None:
 
 def test_no_alert_is_without_its_fault() -> None:
     caused = [name for faults in TOGETHER for fault in faults for name in fault.alerts]
-    assert sorted(caused) == sorted(one.name for one in alerts())
-
-
-def _queries(of: Any) -> Iterator[str]:  # noqa: ANN401 - JSON
-    """Every query of a dashboard, wherever it is."""
-    if isinstance(of, dict):
-        yield from (value for key, value in of.items() if key == "expr")
-        of = list(of.values())
-    if isinstance(of, list):
-        for each in of:
-            yield from _queries(each)
-
-
-def _filled_in(query: str) -> str:
-    """With its variables as Grafana has them for all hosts."""
-    return query.replace("$instance", ".*").replace("$__rate_interval", "10s")
+    # Those of a fleet have theirs in test_fleet_monitoring.py.
+    files = [one for one in RULES.glob("*.rules.yml") if one.name != "imdsproxy-fleet.rules.yml"]
+    assert sorted(caused) == sorted(one.name for file in files for one in alerts(file))
 
 
 def test_each_query_of_the_dashboard_has_data(host: Monitored) -> None:
     board = json.loads(_DASHBOARD.read_text())
-    queries = {_filled_in(one) for one in _queries(board["panels"])}
+    queries = {filled_in(one) for one in queries_of(board["panels"])}
     assert len(queries) > 30
-    assert not [one for one in queries if "$" in one]
     for guest in host.world.guests.values():
         guest.ask("/latest/meta-data/instance-id")
     empty: set[str] = set()
@@ -118,7 +105,7 @@ def test_panels_of_the_dashboard_are_drawn_for_the_page(host: Monitored) -> None
             name: line
             for target in shown[title]["targets"]
             for name, line in host.prometheus.lines(
-                _filled_in(target["expr"]), target["legendFormat"], _SHOWN_S
+                filled_in(target["expr"]), target["legendFormat"], _SHOWN_S
             ).items()
             if line
         }
@@ -142,14 +129,7 @@ def test_the_dashboard_lists_the_hosts_and_its_panels_do_not_overlap(host: Monit
     assert found is not None
     labels = host.prometheus.get(f"label/{found[2]}/values", **{"match[]": found[1]})
     assert labels == ["127.0.0.1:9465", "127.0.0.1:9475"]
-    taken = [
-        (place["x"] + right, place["y"] + down)
-        for place in (one["gridPos"] for one in board["panels"])
-        for right in range(place["w"])
-        for down in range(place["h"])
-    ]
-    assert len(taken) == len(set(taken))
-    assert len({one["id"] for one in board["panels"]}) == len(board["panels"])
+    assert layout_faults(board) == []
 
 
 def test_the_commands_of_the_page_do_what_it_says(host: Monitored, tmp_path: Path) -> None:

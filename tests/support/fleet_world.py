@@ -40,6 +40,7 @@ from support.lab import Lab, RecordMapping, until, within
 from support.wall_clock import WallClock
 
 PORT: Final = 8469
+METRICS_PORT: Final = 9467
 _PROGRAM: Final = (sys.executable, "-m", "imdsproxy")
 _DAY_S: Final = 86_400
 
@@ -188,6 +189,7 @@ class FleetWorld:
                 "directory": str(place),
                 "runtime_dir": str(self.directory / f"{name}.run"),
                 "listen": [f"{address}:{PORT}"],
+                "metrics_listen": f"{address}:{METRICS_PORT}",
                 "etcd": etcd,
             },
             "log": {"format": "json", **self.host_settings.get("log", {})},

@@ -363,6 +363,12 @@ class Metrics(Exposed, prefix="imdsproxy_"):
         """Seconds by which the hub's clock is ahead of this host's."""
         return self._fleet(lambda one: one.skew_s)
 
+    def fleet_certificate_end_seconds(self) -> Gauge:
+        """Unix time at which this host's certificate in the fleet ends; it is renewed ten days before. No series where
+        another program renews it.
+        """
+        return self._fleet(lambda one: one.certificate_end)
+
     def neutron_queries(self) -> Annotated[By, "counter", "result"]:
         """Queries to Neutron by result: ok, failed or timeout."""
         return self._neutron(lambda one: {**_NO_QUERIES, **one.queries.results})

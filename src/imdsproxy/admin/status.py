@@ -156,6 +156,7 @@ class FleetReport:
         held: Items that the fleet's store lacks, or has in an older version: they are served on.
         failing: Why items are not in force in their newest version.
         skew_s: By how much the hub's clock is ahead of this host's.
+        certificate_end: When this host's certificate ends, Unix time; `None` where another program renews it.
     """
 
     hub: str
@@ -165,6 +166,7 @@ class FleetReport:
     held: tuple[str, ...] = ()
     failing: Mapping[str, str] = field(default_factory=dict)
     skew_s: float = 0.0
+    certificate_end: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,6 +339,7 @@ def report_fleet(controller: Controller) -> FleetReport | None:
         tuple(sorted(source.known.held)),
         source.failing,
         source.skew_s,
+        source.certificate_end,
     )
 
 

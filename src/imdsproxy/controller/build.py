@@ -224,10 +224,11 @@ def build_fleet(settings: Settings, clock: Clock) -> "FleetSource":
     def hubs() -> tuple[str, ...]:
         return wanted.hubs or files.read_hubs()
 
-    async def renew() -> None:
+    async def renew() -> float | None:
         # Another PKI renews what it has made itself.
         if wanted.certificate_file is None and files.certificate.exists():
-            await renew_apart(files, hubs(), wanted.timeout_s)
+            return await renew_apart(files, hubs(), wanted.timeout_s)
+        return None
 
     return FleetSource(
         HubClient(files, wanted.timeout_s),

@@ -6,7 +6,7 @@ from 400 up is one `ProblemBody`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from fastapi import FastAPI
 
@@ -22,6 +22,10 @@ from imdsproxy.hub.writes import Writes
 
 if TYPE_CHECKING:
     from imdsproxy.hub.hub import Hub
+
+
+ROUTERS: Final = ((records, "/v1"), (guests, "/v1"), (fleet, "/fleet"), (enrolment, "/fleet"))
+"""All routes, and how their paths begin."""
 
 
 def build_api(hub: Hub) -> FastAPI:
@@ -53,8 +57,6 @@ def operators_app(operations: Operations | None) -> FastAPI:
     """
     app = new_app("imdsproxy hub API", "Networks, instances and the state of a fleet.")
     app.state.operations = operations
-    app.include_router(records, prefix="/v1", responses=ERRORS)
-    app.include_router(guests, prefix="/v1", responses=ERRORS)
-    app.include_router(fleet, prefix="/fleet", responses=ERRORS)
-    app.include_router(enrolment, prefix="/fleet", responses=ERRORS)
+    for router, prefix in ROUTERS:
+        app.include_router(router, prefix=prefix, responses=ERRORS)
     return app

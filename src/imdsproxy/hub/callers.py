@@ -90,21 +90,33 @@ async def _operations(request: Request) -> Operations:
 Uses: TypeAlias = Annotated[Operations, Depends(_operations)]
 
 
-async def _caller(request: Request, operations: Uses) -> Caller:
-    caller = await admit(operations, request.headers)
-    caller.require(Role.OPERATOR, Role.MOVER, Role.READER)
-    return caller
+class Admits:
+    """A dependency of a route: who asks, if it is one of those who may.
+
+    Attributes:
+        roles: Of which it has to have one.
+        all_projects: Whether it may be limited to none.
+    """
+
+    def __init__(self, *roles: Role, all_projects: bool = False) -> None:
+        self.roles, self.all_projects = roles, all_projects
+
+    async def __call__(self, request: Request, operations: Uses) -> Caller:
+        """Of FastAPI."""
+        caller = await admit(operations, request.headers)
+        caller.require(*self.roles, all_projects=self.all_projects)
+        return caller
 
 
-Reader: TypeAlias = Annotated[Caller, Depends(_caller)]
+_READERS: Final = (Role.OPERATOR, Role.MOVER, Role.READER)
+Reader: TypeAlias = Annotated[Caller, Depends(Admits(*_READERS))]
+Mover: TypeAlias = Annotated[Caller, Depends(Admits(Role.OPERATOR, Role.MOVER))]
+Operator: TypeAlias = Annotated[Caller, Depends(Admits(Role.OPERATOR))]
+FleetReader: TypeAlias = Annotated[Caller, Depends(Admits(*_READERS, all_projects=True))]
+FleetOperator: TypeAlias = Annotated[Caller, Depends(Admits(Role.OPERATOR, all_projects=True))]
+OfHost: TypeAlias = Annotated[Caller, Depends(Admits(Role.HOST))]
+OfHub: TypeAlias = Annotated[Caller, Depends(Admits(Role.HUB))]
 
-
-async def _operator(caller: Reader) -> Caller:
-    caller.require(Role.OPERATOR)
-    return caller
-
-
-Operator: TypeAlias = Annotated[Caller, Depends(_operator)]
 _NAMED: Final = Field(description="Its id, or its name where no other has that.")
 
 

@@ -13,7 +13,6 @@ from starlette.responses import JSONResponse, StreamingResponse
 
 from imdsproxy.admin import bodies
 from imdsproxy.core import matching
-from imdsproxy.core.fleet.identity import Role
 from imdsproxy.core.fleet.layout import HostId, StoredInstance
 from imdsproxy.core.fleet.stream import ItemKey
 from imdsproxy.core.model import Instance, InstanceId, Network
@@ -28,7 +27,7 @@ from imdsproxy.core.records import (
 from imdsproxy.core.timing import Step
 from imdsproxy.errors import RequestRefused, SourceUnavailable
 from imdsproxy.hub import plan_writes
-from imdsproxy.hub.callers import InstanceOf, NetworkOf, Operator, Reader, TermsOf, Uses
+from imdsproxy.hub.callers import InstanceOf, Mover, NetworkOf, Operator, Reader, TermsOf, Uses
 from imdsproxy.hub.imports import Import
 from imdsproxy.hub.operations import FleetWritten, Importing, Moved, Operations
 from imdsproxy.hub.plan_writes import Terms, choose_move
@@ -226,10 +225,9 @@ async def remove_instance(
 
 @records.post("/instances/{instance}/move")
 async def move_instance(
-    instance: InstanceOf, body: MoveBody, operations: Uses, terms: TermsOf, caller: Reader
+    instance: InstanceOf, body: MoveBody, operations: Uses, terms: TermsOf, _: Mover
 ) -> Moved:
     """Place an instance on another host too; then, once its guest is there, on no other one."""
-    caller.require(Role.OPERATOR, Role.MOVER)
     if body.now + body.finish + body.cancel > 1:
         raise RequestRefused("a step of a move is one of `now`, `finish` and `cancel`")
     to = None if body.to is None else HostId(body.to)
@@ -262,9 +260,9 @@ async def put_records(
 ) -> FleetWritten | Importing:
     """Add or replace many networks and instances; up to some forty instances all or none.
 
-    More are all checked first, and then written in parts, also when nothing waits for the answer: `/v1/imports` has it.
-    What broke off is sent again as it was, and goes on. A body of type `application/x-ndjson` has a record a line, and
-    may be of any length.
+    More are all checked first, and then written in parts, also when nothing waits for the answer:
+    `/v1/imports/{name}` has it. What broke off is sent again as it was, and goes on. A body of type
+    `application/x-ndjson` has a record a line, and may be of any length.
     """
     del caller
     networks: list[Network] = []

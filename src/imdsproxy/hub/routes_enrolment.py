@@ -6,11 +6,11 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.identity import Role, render_invitation
+from imdsproxy.core.fleet.identity import render_invitation
 from imdsproxy.core.fleet.layout import HostId
 from imdsproxy.core.model import ID_PATTERN
 from imdsproxy.hub.authority import MAX_REQUEST
-from imdsproxy.hub.callers import Operator, Uses, admit
+from imdsproxy.hub.callers import FleetOperator, OfHost, Uses
 from imdsproxy.hub.enrolment import INVITATION_S, Certified, Enrolment
 
 enrolment = APIRouter()
@@ -79,19 +79,16 @@ async def enrol(body: EnrolBody, enrolment: _Uses) -> Certified:
 
 
 @enrolment.post("/renew")
-async def renew(body: RenewBody, request: Request, operations: Uses, enrolment: _Uses) -> Certified:
+async def renew(body: RenewBody, caller: OfHost, enrolment: _Uses) -> Certified:
     """For a host with a certificate: the next one."""
-    caller = await admit(operations, request.headers)
-    caller.require(Role.HOST)
     return await enrolment.renew(caller.identity, body.request)
 
 
 @enrolment.post("/invitations")
 async def invite(
-    body: InviteBody, operations: Uses, caller: Operator, enrolment: _Uses
+    body: InviteBody, operations: Uses, _: FleetOperator, enrolment: _Uses
 ) -> InvitationShape:
     """A one-time token for a host, in a string with what else it needs."""
-    caller.require(Role.OPERATOR, all_projects=True)
     urls = [
         str(layout.decode(found[0])["url"])
         for key in operations.state.keys(layout.HUBS)
@@ -102,16 +99,14 @@ async def invite(
 
 
 @enrolment.post("/revoked-hosts")
-async def revoke_host(body: RevokeBody, caller: Operator, enrolment: _Uses) -> RevokedShape:
+async def revoke_host(body: RevokeBody, _: FleetOperator, enrolment: _Uses) -> RevokedShape:
     """Accept a host no more: its stream is cut, its certificate and token are no longer good."""
-    caller.require(Role.OPERATOR, all_projects=True)
     revision = await enrolment.revoke(HostId(body.name))
     return RevokedShape(name=body.name, revision=revision)
 
 
 @enrolment.post("/revoked-operators")
-async def revoke_operator(body: RevokeBody, caller: Operator, enrolment: _Uses) -> RevokedShape:
+async def revoke_operator(body: RevokeBody, _: FleetOperator, enrolment: _Uses) -> RevokedShape:
     """Accept no certificate of this name of an operator or hub any more, also none that is made later."""
-    caller.require(Role.OPERATOR, all_projects=True)
     revision = await enrolment.revoke_operator(body.name)
     return RevokedShape(name=body.name, revision=revision)

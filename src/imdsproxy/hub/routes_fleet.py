@@ -1,9 +1,9 @@
 """The routes below `/fleet`: its hosts and hubs, what is in force where, and what hubs ask each other."""
 
 import uuid
-from typing import Annotated, TypeAlias
+from typing import Annotated
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
@@ -12,21 +12,21 @@ from imdsproxy.core.fleet.identity import Role
 from imdsproxy.core.fleet.layout import HostId
 from imdsproxy.core.model import InstanceId
 from imdsproxy.errors import NotFound
-from imdsproxy.hub.callers import Caller, Reader, Uses, admit
+from imdsproxy.hub.callers import (
+    Admits,
+    Caller,
+    FleetOperator,
+    FleetReader,
+    OfHost,
+    OfHub,
+    Reader,
+    Uses,
+)
 from imdsproxy.hub.operations import FleetHost, FleetStatus, FleetWritten
 from imdsproxy.hub.plan_writes import choose_departure, no_such, plan_hosts
 from imdsproxy.hub.reseal import Resealed, reseal
 
 fleet = APIRouter()
-
-
-async def _hub(request: Request, operations: Uses) -> Caller:
-    caller = await admit(operations, request.headers)
-    caller.require(Role.HUB)
-    return caller
-
-
-_Hub: TypeAlias = Annotated[Caller, Depends(_hub)]
 
 
 class WaitBody(BaseModel):
@@ -84,16 +84,17 @@ class LeftShape(BaseModel):
 
 
 @fleet.get("/status")
-async def show_fleet(operations: Uses, caller: Reader) -> FleetStatus:
+async def show_fleet(
+    operations: Uses,
+    _: Annotated[Caller, Depends(Admits(Role.OPERATOR, Role.READER, all_projects=True))],
+) -> FleetStatus:
     """The fleet at one moment."""
-    caller.require(Role.OPERATOR, Role.READER, all_projects=True)
     return await operations.report()
 
 
 @fleet.get("/hosts")
-async def list_hosts(operations: Uses, caller: Reader) -> list[FleetHost]:
+async def list_hosts(operations: Uses, _: FleetReader) -> list[FleetHost]:
     """Every host, and what is in force there."""
-    caller.require(Role.OPERATOR, Role.MOVER, Role.READER, all_projects=True)
     return await operations.report_hosts()
 
 
@@ -109,9 +110,8 @@ async def wait(body: WaitBody, operations: Uses, _: Reader) -> FleetWritten:
 
 
 @fleet.post("/accept-restore")
-async def accept_restore(operations: Uses, caller: Reader) -> FleetWritten:
+async def accept_restore(operations: Uses, _: FleetOperator) -> FleetWritten:
     """Take what etcd has as the truth, after it was restored from a backup: hosts let go of what it lacks."""
-    caller.require(Role.OPERATOR, all_projects=True)
     revision = await operations.writes.accept_restore()
     hosts = operations.state.enrolled()
     pending = await operations.in_force.wait(hosts, revision)
@@ -119,26 +119,25 @@ async def accept_restore(operations: Uses, caller: Reader) -> FleetWritten:
 
 
 @fleet.post("/reseal")
-async def reseal_secrets(body: ResealBody, operations: Uses, caller: Reader) -> Resealed:
+async def reseal_secrets(body: ResealBody, operations: Uses, _: FleetOperator) -> Resealed:
     """Seal secrets with the newest key of this hub, and for some seconds those that another key has sealed."""
-    caller.require(Role.OPERATOR, all_projects=True)
     return await reseal(operations, body.after)
 
 
 @fleet.get("/envelope", include_in_schema=False)
-async def show_envelope(operations: Uses, _: _Hub) -> JSONResponse:
+async def show_envelope(operations: Uses, _: OfHub) -> JSONResponse:
     """For other hubs: which keys this one opens secrets with, by their fingerprints."""
     return JSONResponse(operations.writes.envelope.report())
 
 
 @fleet.get("/applied", include_in_schema=False)
-async def show_applied(operations: Uses, _: _Hub) -> JSONResponse:
+async def show_applied(operations: Uses, _: OfHub) -> JSONResponse:
     """For other hubs: what hosts of this one have acknowledged."""
     return JSONResponse(operations.in_force.report())
 
 
 @fleet.post("/applied", include_in_schema=False)
-async def wait_here(body: AppliedBody, operations: Uses, _: _Hub) -> JSONResponse:
+async def wait_here(body: AppliedBody, operations: Uses, _: OfHub) -> JSONResponse:
     """For other hubs: which of some hosts of this one have not a revision in force, and why."""
     asked = [HostId(one) for one in body.hosts]
     found = await operations.in_force.here(asked, body.revision, body.items, body.within_s)
@@ -146,17 +145,15 @@ async def wait_here(body: AppliedBody, operations: Uses, _: _Hub) -> JSONRespons
 
 
 @fleet.post("/ask", include_in_schema=False)
-async def ask(body: AskBody, operations: Uses, _: _Hub) -> JSONResponse:
+async def ask(body: AskBody, operations: Uses, _: OfHub) -> JSONResponse:
     """For other hubs: what a host of this one answers."""
     answer = await operations.ask_here(HostId(body.host), body.path, body.method)
     return JSONResponse(answer or {})
 
 
 @fleet.post("/leave", include_in_schema=False)
-async def leave(body: LeaveBody, request: Request, operations: Uses) -> LeftShape:
+async def leave(body: LeaveBody, operations: Uses, caller: OfHost) -> LeftShape:
     """For hosts: a guest has migrated away from this one, or was to come here and has not."""
-    caller = await admit(operations, request.headers)
-    caller.require(Role.HOST)
     host, instance = HostId(caller.identity.name), InstanceId(body.instance)
     # Looked up here first: a host must not have etcd asked about instances of others.
     if instance not in operations.state.instances_on(host):
@@ -175,10 +172,8 @@ async def leave(body: LeaveBody, request: Request, operations: Uses) -> LeftShap
 
 
 @fleet.get("/blob/{sha256}", include_in_schema=False)
-async def show_blob(sha256: str, request: Request, operations: Uses) -> Response:
+async def show_blob(sha256: str, operations: Uses, caller: OfHost) -> Response:
     """For hosts: user data of an instance that is placed on it."""
-    caller = await admit(operations, request.headers)
-    caller.require(Role.HOST)
     if not operations.state.has_blob(HostId(caller.identity.name), sha256):
         raise NotFound(f"no instance on this host has user data {sha256}")
     data = await operations.writes.read_blob(layout.UserData(sha256, 0))

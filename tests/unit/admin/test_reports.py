@@ -67,6 +67,7 @@ async def test_every_part_is_in_the_report() -> None:
             ("instance/b",),
             {"instance/a": "the disk is full"},
             0.25,
+            1_800_000_000.0,
         ),
         "haproxy": ("3.0.11", 100, 102, (101,), 8, reload, ""),
     }
@@ -315,6 +316,7 @@ fleet_age_seconds 2.5
 fleet_revision 812.0
 fleet_failing 1.0
 fleet_held 1.0
+fleet_certificate_end_seconds 1.8e+09
 fleet_clock_difference_seconds 0.25
 neutron_queries_total{{result="timeout"}} 1.0
 neutron_look_ups_total{{result="negative-cached"}} 3.0

@@ -9,6 +9,8 @@ from datetime import datetime
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+from cryptography.x509 import Certificate
+
 from imdsproxy.core.fleet.identity import AUTHORITY_PATH, ENROL_PATH, RENEW_PATH, Invitation
 from imdsproxy.errors import (
     AccessDenied,
@@ -171,8 +173,7 @@ async def renew_if_due(
         SecretUnreadable: The file cannot be read, or others may.
         SourceUnavailable: No hub answers.
     """
-    present = parse_certificate(read_secret(files.certificate), str(files.certificate))
-    due = renewal_due(present, now)
+    due = renewal_due(_read(files), now)
     key = make_key()
     body = json.dumps({"request": render_request(key).decode()}).encode()
     reasons: list[str] = []
@@ -218,6 +219,15 @@ def _refuse_unusable(url: str, certificate: bytes, now: datetime) -> None:
         raise SourceUnavailable(
             f"the certificate that {url} gives is not good now by this host's clock: one of both is wrong"
         )
+
+
+def end_of(files: HostFiles) -> datetime:
+    """When this host's certificate ends; raises as `renew_if_due`."""
+    return _read(files).not_valid_after_utc
+
+
+def _read(files: HostFiles) -> Certificate:
+    return parse_certificate(read_secret(files.certificate), str(files.certificate))
 
 
 def _write_pair(files: HostFiles, key: PrivateKey, certificate: bytes) -> None:

@@ -18,8 +18,11 @@ _DEADLINE_S: Final = 120.0
 _FAILED: Final = 1
 
 
-async def renew_apart(files: HostFiles, hubs: Sequence[str], timeout_s: float) -> None:
+async def renew_apart(files: HostFiles, hubs: Sequence[str], timeout_s: float) -> float:
     """Replace the certificate where it is time.
+
+    Returns:
+        When the one that is there now ends, Unix time.
 
     Raises:
         SourceUnavailable: It is not renewed; the present one stays.
@@ -29,23 +32,24 @@ async def renew_apart(files: HostFiles, hubs: Sequence[str], timeout_s: float) -
     order = json.dumps([list(map(str, paths)), list(hubs), timeout_s])
     command = (sys.executable, "-P", "-c", _CHILD, order)
     status, words = await run_program(*command, deadline_s=_DEADLINE_S)
-    if status == 0:
-        return
     message, hint = words.rpartition("\n")[2], "the process for it ended"
+    if status == 0:
+        return float(message)
     if status == _FAILED and message.startswith("["):
         message, hint = json.loads(message)
     raise SourceUnavailable(f"this host's certificate is not renewed: {message}", hint=hint)
 
 
 def renew_here(order: str) -> None:
-    """Be that process; the last line says what went wrong."""
+    """Be that process; the last line says when the certificate ends, or what went wrong."""
     paths, hubs, timeout_s = json.loads(order)
     files = HostFiles(*map(Path, paths))
     try:
         with optional_library("cryptography", LIBRARY_HINT):
-            from imdsproxy.sources.fleet.membership import renew_if_due  # noqa: PLC0415 - it may be missing
+            from imdsproxy.sources.fleet.membership import end_of, renew_if_due  # noqa: PLC0415 - it may be missing
         client, now = HubClient(files, timeout_s), Clock().now()
         asyncio.run(renew_if_due(files, client, hubs, now))
+        sys.stdout.write(str(end_of(files).timestamp()))
     except ImdsproxyError as error:
         sys.stdout.write(json.dumps([error.message, error.hint]))
         sys.exit(_FAILED)

@@ -44,8 +44,8 @@ _T = TypeVar("_T")
 Confirm: TypeAlias = Callable[[Collection[ItemKey]], Awaitable[Mapping[ItemKey, str]]]
 """Waits until what was published is in force; gives those of the items that are not, and why."""
 
-Renew: TypeAlias = Callable[[], Awaitable[object]]
-"""Renews this host's certificate, where it is time."""
+Renew: TypeAlias = Callable[[], Awaitable[float | None]]
+"""Renews this host's certificate, where it is time, and says when the one that is there ends, in Unix time."""
 
 AnswerTo: TypeAlias = Callable[[Ask], Awaitable[tuple[int, Any]]]
 """Status and body of a GET of the admin API."""
@@ -88,7 +88,8 @@ async def _confirm_nothing(_: Collection[ItemKey]) -> Mapping[ItemKey, str]:
     return {}
 
 
-async def _renew_nothing() -> None: ...
+async def _renew_nothing() -> float | None:
+    return None
 
 
 async def _answer_nothing(_: Ask) -> tuple[int, Any]:
@@ -119,6 +120,7 @@ class FleetSource:
         failing: Why items are not in force, or not in their newest version; as it was acknowledged.
         acknowledged: The revision up to which all others are in force.
         skew_s: By how much the hub's clock is ahead of this host's.
+        certificate_end: When this host's certificate ends, Unix time; `None` where that is not known.
     """
 
     name: ClassVar = "fleet"
@@ -139,6 +141,7 @@ class FleetSource:
     failing: Mapping[ItemKey, str] = field(default_factory=dict)
     acknowledged: int = 0
     skew_s: float = 0.0
+    certificate_end: float | None = None
     kept: KeptItems = field(init=False)
     known: FleetKnown = field(init=False)
     _thread: ThreadPoolExecutor = field(
@@ -226,7 +229,7 @@ class FleetSource:
         """Renew this host's certificate in time; reported by `_look` where that fails."""
         while True:
             try:
-                await self.renew()
+                self.certificate_end = await self.renew()
                 self._certificate_problem = None
             except ImdsproxyError as error:
                 self._certificate_problem = _problem_of("certificate", error)
