@@ -287,6 +287,13 @@ class FleetClient(AdminClient):
         try:
             yield connection
         except ssl.SSLError as error:
+            # An alert is what the hub says of our certificate; the rest is what we say of its.
+            alert = "ALERT" in (error.reason or "")
+            if alert and any(one in error.reason for one in ("CERTIFICATE", "UNKNOWN_CA")):
+                raise errors.AccessDenied(
+                    f"{url} refuses the operator's certificate {self.socket}: {error.reason}",
+                    hint="it has ended, or is of another CA: `imdsproxy fleet operator` on a hub makes a new one",
+                ) from error
             raise errors.AdminUnavailable(
                 f"{url} does not prove that it is a hub of this fleet: {error.reason or error}",
                 hint="compare its URL with the names in its certificate",

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
+from imdsproxy.admin_client import FleetClient
 from imdsproxy.core.fleet.identity import Invitation, read_identity, render_invitation
 from imdsproxy.core.fleet.layout import HostId
 from imdsproxy.errors import (
     AccessDenied,
+    AdminUnavailable,
     AlreadyExists,
     SourceRefused,
     SourceUnavailable,
@@ -264,3 +266,18 @@ async def test_a_host_whose_settings_name_a_file_of_cas_leaves_it_as_it_is(
     files = replace(files, authority=own)
     assert not await renew_if_due(files, HubClient(files, 10), files.read_hubs(), datetime.now(UTC))
     assert own.read_bytes().endswith(other)
+
+
+def test_an_operator_whose_certificate_is_of_another_ca_learns_that_the_hub_refuses_it(
+    front: Fronted, tmp_path: Path
+) -> None:
+    other, pem = make_certificates(tmp_path / "other"), tmp_path / "anna.pem"
+    own = other.operator("anna").pem.read_bytes()
+    pem.write_bytes(own + front.certificates.ca_file.read_bytes())
+    client = FleetClient(pem, waiting=None, urls=(f"https://127.0.0.1:{front.port}",))
+    with pytest.raises(AccessDenied, match="refuses the operator's certificate"):
+        client.get("/v1/networks")
+    # A server whose own certificate is not of the fleet is something else.
+    pem.write_bytes(own + other.ca_file.read_bytes())
+    with pytest.raises(AdminUnavailable, match="does not prove that it is a hub"):
+        client.get("/v1/networks")
