@@ -180,7 +180,8 @@ async def renew_if_due(
     for url in hubs:
         try:
             authorities = await _find_other_authorities(files, client, url)
-            if not due and authorities is None:
+            due = due or authorities is not None
+            if not due:
                 return False
             status, answer = await client.request(
                 "POST", url, RENEW_PATH, body=body, headers={"content-type": "application/json"}
