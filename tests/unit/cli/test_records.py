@@ -477,6 +477,15 @@ def test_a_terminal_shows_a_bar_while_records_of_a_file_are_stored_and_then_take
     assert "done: 0 networks, 200 instances added" in rest
 
 
+def test_a_list_has_what_is_searched_for_and_by_host_only_in_a_fleet(filled: Cli) -> None:
+    assert "web-1" in filled("instance", "list", "--search", "WEB").out
+    assert "web-1" not in filled("instance", "list", "--search", "none").out
+    assert "web-1" not in filled("instance", "list", "--project", "none").out
+    refused = filled("instance", "list", "--host", "a")
+    assert refused.status != 0
+    assert "--host: this is no fleet" in refused.err
+
+
 def test_work_may_take_longer_than_any_single_answer(
     cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
