@@ -314,4 +314,4 @@ def _joined(reasons: Sequence[errors.ImdsproxyError]) -> errors.ImdsproxyError:
     if len(reasons) == 1:
         return reasons[0]
     words = "; ".join(one.message for one in reasons)
-    return errors.AdminUnavailable(f"no hub answers: {words}", hint=reasons[0].hint)
+    return errors.AdminUnavailable(f"no hub can answer: {words}", hint=reasons[0].hint)

@@ -273,7 +273,7 @@ def _etcd(members: Sequence[Shape]) -> str:
         for one in members
         for problem in one["problems"]
     ]
-    return "\n".join(problems) or spell_count(len(members), "member")
+    return "\n".join([spell_count(len(members), "member"), *problems])
 
 
 def _named(hosts: Sequence[str]) -> str | None:

@@ -11,7 +11,16 @@ import typer
 from imdsproxy.admin_client import AdminClient, read_problem
 from imdsproxy.cli import options
 from imdsproxy.cli.options import NO, NOT_IN_FORCE, flag
-from imdsproxy.cli.output import MOST_SHOWN, Output, Shape, and_more, clean, clean_all, first_lines
+from imdsproxy.cli.output import (
+    MOST_SHOWN,
+    Output,
+    Shape,
+    and_more,
+    clean,
+    clean_all,
+    first_lines,
+    spell_count,
+)
 from imdsproxy.errors import AdminUnavailable, Starting
 
 _STATUS: Final = "/v1/status"
@@ -195,7 +204,7 @@ def _documents(documents: Shape) -> Iterator[str]:
 def _fleet(fleet: Shape) -> Iterator[str]:
     age = f"{spell_duration(fleet['age_s'])} old"
     hub = f"by {fleet['hub']}, {age}" if fleet["hub"] else f"[red]no hub[/], {age}"
-    yield f"revision {fleet['revision']} with {fleet['items']} items, {hub}"
+    yield f"revision {fleet['revision']} with {spell_count(fleet['items'], 'item')}, {hub}"
     if fleet["held"]:
         yield f"[yellow]held[/]: {', '.join(first_lines(fleet['held']))}"
     yield from first_lines([f"[red]{item}[/]: {why}" for item, why in fleet["failing"].items()])

@@ -1,6 +1,7 @@
 """The routes below `/fleet`: its hosts and hubs, what is in force where, and what hubs ask each other."""
 
 import uuid
+from dataclasses import replace
 from typing import Annotated
 
 from fastapi import APIRouter, Depends
@@ -111,11 +112,22 @@ async def wait(body: WaitBody, operations: Uses, _: Reader) -> FleetWritten:
 
 @fleet.post("/accept-restore")
 async def accept_restore(operations: Uses, _: FleetOperator) -> FleetWritten:
-    """Take what etcd has as the truth, after it was restored from a backup: hosts let go of what it lacks."""
+    """Take what etcd has as the truth, after it was restored from a backup: hosts let go of what it lacks.
+
+    Warns of hosts that this hub knows to be revoked, and of which etcd has an older state.
+    """
+    state = operations.state
+    enrolled = state.enrolled()
+    older = (key.removeprefix(layout.HOSTS) for key in state.lost if key.startswith(layout.HOSTS))
+    warnings = tuple(
+        f"host {host} may be a member again, as in the backup; if it was revoked since: imdsproxy fleet revoke {host}"
+        for host in sorted(older)
+        if host not in enrolled
+    )
     revision = await operations.writes.accept_restore()
-    hosts = operations.state.enrolled()
+    hosts = state.enrolled()
     pending = await operations.in_force.wait(hosts, revision)
-    return operations.written(hosts, revision, pending)
+    return replace(operations.written(hosts, revision, pending), warnings=warnings)
 
 
 @fleet.post("/reseal")
