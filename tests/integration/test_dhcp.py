@@ -161,6 +161,8 @@ def test_a_guest_of_an_isolated_network_is_answered_by_neutrons_own_agents(
 @pytest.mark.alone
 def test_takeover_and_handback_lose_no_request_and_the_agent_runs_on(world: DhcpWorld) -> None:
     namespace = world.host.dhcp_namespace("net-green")
+    # The agent's proxy listens before what is behind it answers.
+    until(lambda: world.asked_uuid() == world.instance, within_s=_WITHIN_S, what="its own answer")
     target = "/openstack/latest/meta_data.json"
     with Load([world.guest], target, partial(_wrong, world.instance), keep_alive=False) as load:
         load.wait_answers(20)
