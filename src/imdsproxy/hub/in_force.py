@@ -96,6 +96,7 @@ class InForce:
             "hosts": sorted(elsewhere),
             "items": None if items is None else sorted(items),
             "within_s": timeout_s,
+            "incarnation": self.streams.state.meta.incarnation,
         }
         asking = self.peers.ask_all(APPLIED_PATH, {}, timeout_s + _NETWORK_S, body)
         theirs = asyncio.ensure_future(asking)
@@ -110,9 +111,15 @@ class InForce:
         revision: int,
         items: Collection[ItemKey] | None,
         timeout_s: float,
+        incarnation: int = 0,
     ) -> dict[HostId, str]:
-        """The same of this hub; hosts that are not connected to it are missing."""
+        """The same of this hub, where it is as far as the fleet's incarnation: revisions of an older one say nothing.
+
+        Hosts that are not connected to it are missing.
+        """
         mine = [one for one in hosts if one in self.streams.hosts]
+        if self.streams.state.meta.incarnation < incarnation:
+            return dict.fromkeys(mine, "not received")
         pending = await self.streams.wait(mine, revision, timeout_s, items)
         return {host: pending.get(host, "") for host in mine}
 

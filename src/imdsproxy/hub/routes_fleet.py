@@ -49,6 +49,7 @@ class AppliedBody(BaseModel):
     revision: int = Field(default=0, ge=0)
     items: list[str] | None = None
     within_s: float = Field(default=0.0, ge=0, le=60)
+    incarnation: int = Field(default=0, ge=0)
 
 
 class ResealBody(BaseModel):
@@ -152,7 +153,9 @@ async def show_applied(operations: Uses, _: OfHub) -> JSONResponse:
 async def wait_here(body: AppliedBody, operations: Uses, _: OfHub) -> JSONResponse:
     """For other hubs: which of some hosts of this one have not a revision in force, and why."""
     asked = [HostId(one) for one in body.hosts]
-    found = await operations.in_force.here(asked, body.revision, body.items, body.within_s)
+    found = await operations.in_force.here(
+        asked, body.revision, body.items, body.within_s, body.incarnation
+    )
     return JSONResponse(found)
 
 

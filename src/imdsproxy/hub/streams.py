@@ -382,7 +382,10 @@ class HostStream(asyncio.Protocol):
             case Hello():
                 raise Broken("a second hello")
             case Ack(revision, failed, digest) if self.greeted:
-                self.acked, self.failed = max(self.acked, revision), failed
+                # A higher one is of before a restore that was accepted.
+                if revision <= self._sent:
+                    self.acked = max(self.acked, revision)
+                self.failed = failed
                 self._streams.progressed(self.host)
                 # What is on its way it cannot have yet.
                 if digest and not self._dirty and revision >= self._sent:

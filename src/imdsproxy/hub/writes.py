@@ -40,6 +40,7 @@ from imdsproxy.hub.state import FleetState
 
 _ATTEMPTS: Final = 5
 _READS_AT_ONCE: Final = 16
+_LOOK_S, _LOOKS = 0.05, 200
 _KIB: Final = 1024
 
 _log = structlog.get_logger()
@@ -363,9 +364,15 @@ class Writes:
         return await self.write(lambda view: plan_writes.plan_policy(view, place, change, terms))
 
     async def accept_restore(self) -> int:
-        """Take what etcd has as the truth, though hosts had newer; the revision with which it is so."""
+        """Take what etcd has as the truth, though hosts had newer; the revision with which it is so, here too."""
         known = self.state.meta.incarnation
-        return (await self.write(lambda view: plan_writes.plan_acceptance(view, known))).revision
+        done = await self.write(lambda view: plan_writes.plan_acceptance(view, known))
+        # Until this hub's copy has it, acknowledgements may be of higher revisions, from before.
+        for _ in range(_LOOKS):
+            if self.state.meta.incarnation > known:
+                break
+            await asyncio.sleep(_LOOK_S)
+        return done.revision
 
     # User data
 

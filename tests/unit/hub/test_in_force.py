@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from imdsproxy.core.fleet.layout import HostId
+from imdsproxy.core.fleet import layout
+from imdsproxy.core.fleet.layout import HostId, Meta
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.in_force import InForce
 from imdsproxy.hub.peers import Peers
-from imdsproxy.hub.state import FleetState
-from imdsproxy.hub.streams import Streams
+from imdsproxy.hub.state import Change, FleetState
+from imdsproxy.hub.streams import HostStream, Streams
 
 _MANY = 5_000
 
@@ -43,3 +44,17 @@ async def test_thousands_of_hosts_of_another_hub_are_asked_for_once_and_in_no_ur
     hosts = [HostId(f"host-{number}") for number in range(_MANY)]
     assert await InForce(streams, peers).wait(hosts, 7) == {}
     assert peers.targets == ["https://hub2.example.net:8469/fleet/applied"]
+
+
+async def test_a_hub_that_has_not_seen_that_a_restore_was_accepted_confirms_nothing_by_its_revisions() -> (
+    None
+):
+    state = FleetState()
+    state.apply(90, [Change(layout.META, layout.render_meta(Meta("f", 1)), 90)])
+    streams = Streams(state, Clock(), lambda _host, _serial: True)
+    host = HostId("a")
+    streams.hosts[host] = stream = HostStream(streams)
+    stream.acked = 90
+    in_force = InForce(streams, Peers(state, "this", Clock()))
+    assert await in_force.here([host], 40, None, 0, 1) == {host: ""}
+    assert await in_force.here([host], 40, None, 0, 2) == {host: "not received"}

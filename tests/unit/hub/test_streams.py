@@ -36,6 +36,7 @@ from imdsproxy.hub.state import Change, FleetState
 from imdsproxy.hub.streams import HostStream, Streams
 from support.hand_clock import HandClock
 from support.patience import patience
+from support.tasks import until
 
 A, B = HostId("a"), HostId("b")
 
@@ -223,8 +224,19 @@ async def test_what_a_host_could_not_apply_is_named(world: World) -> None:
     host = await world.join("a")
     await host.next(Batch)
     revision = world.commit(instance("web", 8, A))
+    await host.next(Batch)
     host.send(Ack(revision, {"instance/web": "its MAC is not one"}))
     await world.until(A, "instance/web: its MAC is not one", revision)
+
+
+async def test_an_acknowledgement_of_what_the_hub_has_not_sent_counts_for_nothing(
+    world: World,
+) -> None:
+    host = await world.join("a")
+    sent = (await host.next(Batch)).revision
+    host.send(Ack(sent + 1000, {"instance/web": "of before a restore"}))
+    await until(lambda: world.streams.hosts[A].failed)
+    assert world.streams.lacks(A, sent) == "not acknowledged yet"
 
 
 async def test_a_host_that_is_away_has_nothing_in_force(world: World) -> None:
