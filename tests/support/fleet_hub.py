@@ -22,7 +22,7 @@ from ssl import SSLContext
 from typing import Any, Final, TypeVar
 
 from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.identity import RENEW_PATH
+from imdsproxy.core.fleet.identity import AUTHORITY_PATH, RENEW_PATH
 from imdsproxy.core.fleet.layout import HostId, Meta, StoredInstance, StoredNetwork, UserData
 from imdsproxy.core.fleet.stream import BLOB_PATH, STREAM_PATH
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
@@ -267,6 +267,8 @@ class FleetHub:
                     asked = json.loads(await reader.readexactly(int(length[1]) if length else 0))
                     signed = self.certify(asked["request"]).decode()
                     _give(writer, "200 OK", json.dumps({"certificate": signed}).encode())
+                elif path == AUTHORITY_PATH:
+                    _give(writer, "404 Not Found", b"")
                 elif path.startswith(BLOB_PATH):
                     self._give_blob(path.removeprefix(BLOB_PATH), writer)
                 await writer.drain()
