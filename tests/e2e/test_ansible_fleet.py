@@ -143,7 +143,7 @@ def _write_inventory(site: Site) -> None:
 
 
 def test_the_roles_make_a_fleet_as_their_page_says(site: Site) -> None:
-    copy, converge, again = blocks_of(_PAGE, _PAGE.read_text().partition("\n")[0])
+    copy, converge, again, *_ = blocks_of(_PAGE, _PAGE.read_text().partition("\n")[0])
     for block in (copy, converge, again):
         _follows(site, block)
 

@@ -28,7 +28,7 @@ from support.fleet_world import METRICS_PORT, FleetHost, FleetWorld, fleet_world
 from support.lab import until
 from support.prometheus import RULES, Prometheus, alerts, open_prometheus
 
-pytestmark = [pytest.mark.root, pytest.mark.slow]
+pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(600)]
 
 _BOARD: Final = REPOSITORY / "packaging/grafana/imdsproxy-fleet.json"
 _METRICS: Final = "10.250.0.31:9465"
