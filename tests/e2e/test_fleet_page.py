@@ -208,7 +208,6 @@ def _restore_backup(fleet: FleetMachines) -> None:
     words = ("-n", "blue", "--mac", "52:54:00:12:34:57", "--address", "10.0.0.6")
     hub = fleet.machines["hub1"]
     hub.run("imdsproxy", "instance", "add", "late", "--host", "host2", *words)
-    hub.run("imdsproxy", "fleet", "revoke", "host1")
     with _nothing_lost(fleet):
         fleet.follow("## Back up and restore", 1)
         assert _change(fleet) == _UNAVAILABLE
@@ -218,7 +217,6 @@ def _restore_backup(fleet: FleetMachines) -> None:
         assert _change(fleet) == _UNAVAILABLE
         # What the backup lacks is served on.
         assert "late" in fleet.machines["host2"].run("imdsproxy", "instance", "list")
-        printed = fleet.follow("## Back up and restore", 4)
-    assert "host host1 may be a member again" in printed
+        fleet.follow("## Back up and restore", 4)
     assert "late" not in fleet.machines["host2"].run("imdsproxy", "instance", "list")
     assert _change(fleet) == 0
