@@ -3,9 +3,10 @@
 Ansible runs beside them. What it takes for ssh enters a machine's namespaces.
 """
 
+import json
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -31,6 +32,7 @@ _NAMES: Final = (
 )
 _FIRST, _SECOND = "hub1.example.net", "hub2.example.net"
 _HOST: Final = "kvm1.example.net"
+_URL: Final = "https://hub1.example.net:8469"
 
 
 @dataclass(slots=True)
@@ -48,6 +50,8 @@ class Site:
             "PATH": f"{programs()}:{os.environ['PATH']}",
             "ANSIBLE_NOCOLOR": "1",
             "ANSIBLE_PIPELINING": "1",
+            # With all that modules are given and answer, but for secrets.
+            "ANSIBLE_VERBOSITY": "3",
             "ANSIBLE_LOCAL_TEMP": str(self.directory / "tmp"),
         }
         done = subprocess.run(
@@ -142,13 +146,43 @@ def _write_inventory(site: Site) -> None:
     (site.directory / "hosts").write_text("\n".join(lines) + "\n")
 
 
-def test_the_roles_make_a_fleet_as_their_page_says(site: Site) -> None:
-    copy, converge, again, *_ = blocks_of(_PAGE, _PAGE.read_text().partition("\n")[0])
-    for block in (copy, converge, again):
-        _follows(site, block)
+def test_the_roles_make_a_fleet_as_their_page_says_and_refuse_what_is_wrong(site: Site) -> None:
+    copy, converge, again, check, rejoin = blocks_of(_PAGE, _PAGE.read_text().partition("\n")[0])
+    printed = [_follows(site, block) for block in (copy, converge, again)]
+    assert _hosts(site) == {"kvm1": "enrolled"}
+    status, output = site.play(f"{check.script} --limit {_HOST}")
+    assert status == 0, output
+    assert "changed=0" in output
+
+    for secret in ("ca.key", "envelope.key"):
+        text = site.first.run("cat", f"/etc/imdsproxy/fleet/{secret}")
+        assert site.second.run("cat", f"/etc/imdsproxy/fleet/{secret}") == text
+        longest = max(text.split(), key=len)
+        assert not [one for one in printed if longest in one]
+    assert site.first.attempt("sh", "-c", "ls -d /root/imdsproxy-*")[0] != 0
+
+    wrong = """ --limit hub1.example.net --extra-vars '{"imdsproxy_hub_settings": {"lisen": []}}'"""
+    status, output = site.play(converge.script + wrong)
+    assert status == 2
+    assert "there is no such setting" in output
+
+    site.first.run("imdsproxy", "--fleet", _URL, "fleet", "revoke", "kvm1")
+    status, output = site.play(f"{converge.script} --limit {_HOST}")
+    assert status == 2
+    assert "the fleet has revoked kvm1" in " ".join(output.split())
+    status, output = site.play(f"{rejoin.script}")
+    assert status == 0, output
+    assert _hosts(site) == {"kvm1": "enrolled"}
 
 
-def _follows(site: Site, block: Block) -> None:
+def _hosts(site: Site) -> Mapping[str, str]:
+    """The state of each host that is connected to a hub."""
+    found = json.loads(site.first.run("imdsproxy", "--fleet", _URL, "--json", "fleet", "hosts"))
+    return {one["host"]: one["state"] for one in found if one["hub"]}
+
+
+def _follows(site: Site, block: Block) -> str:
     status, output = site.play(block.script)
     assert status == 0, output
     assert missing_lines(block, output) == [], output
+    return output
