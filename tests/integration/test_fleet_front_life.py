@@ -145,8 +145,9 @@ async def test_a_front_that_cannot_start_says_why(spec: FrontSpec, tmp_path: Pat
         other = Front(
             "haproxy", replace(spec, control=tmp_path / "other.sock"), tmp_path / "other.cfg"
         )
-        with pytest.raises(ConfigRejected, match="in use"):
+        with capture_logs() as logs, pytest.raises(ConfigRejected, match="in use"):
             await other.start()
+        assert [one["log_level"] for one in logs if "in use" in one["haproxy"]] == ["error"]
     finally:
         await one.stop()
 

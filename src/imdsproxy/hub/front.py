@@ -46,6 +46,7 @@ _POLL_S: Final = 0.02
 _LINES: Final = 40
 _OWN_DESCRIPTORS: Final = 200
 
+_SERIOUS: Final = ("[ALERT]", "[EMERG]")
 _JSON: Final = "application/problem+json"
 _ANSWERS: Final = {
     "bad_request": (
@@ -72,6 +73,8 @@ _ANSWERS: Final = {
     "too_often": (429, "too-many-requests", "too many attempts to enrol", "wait a minute"),
     "unavailable": (503, "hub-unavailable", "the hub does not answer", "another hub may"),
 }
+
+_log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +211,10 @@ class Front:
         assert child.stderr is not None  # noqa: S101 - it is a pipe
         while line := (await child.stderr.readline()).decode("utf-8", "replace").strip():
             self._last.append(line)
-            structlog.get_logger().info("connection to the hub", haproxy=line)
+            if line.startswith(_SERIOUS):
+                _log.error("HAProxy in front of the hub", haproxy=line)
+            else:
+                _log.info("connection to the hub", haproxy=line)
 
     async def wait(self) -> str:
         """Wait until it has ended; why it did."""
