@@ -160,6 +160,7 @@ async def test_a_write_is_read_with_its_revisions(etcd: Etcd, below: str) -> Non
         KeyValue(f"{below}a", b"1", revision, revision),
         KeyValue(f"{below}b", b"\xff\n", revision, revision),
     ]
+    assert [one.version for one in found.kvs] == [1, 1]
     assert (await etcd.read(f"{below}b")).kvs == found.kvs[1:]
 
 

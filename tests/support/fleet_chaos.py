@@ -261,6 +261,19 @@ class Chaos:
         return self.random.choice(sorted(self.world.hosts.values(), key=lambda one: one.name))
 
 
+def _report(chaos: Chaos, found: Sequence[str]) -> None:
+    """Print what there was of all, and what may not be."""
+    for words, number in sorted((chaos.history.counts() + chaos.faults).items()):
+        sys.stdout.write(f"{number:>9,} {words}\n")
+    unserved = chaos.history.unserved()
+    for one in unserved:
+        sys.stdout.write(f"not served at {chaos.at(one.begun)}: {one}\n")
+    sys.stdout.write(f"{len(unserved):>9,} not served\n")
+    for violation in found[:20]:
+        sys.stdout.write(f"{violation}\n")
+    sys.stdout.write(f"{len(found):>9,} answers that may not be\n")
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -280,16 +293,10 @@ def main(words: Sequence[str] | None = None) -> int:
             for hub in world.hubs:
                 lines = hub.log.read_text().splitlines()
                 sys.stderr.write("\n".join((hub.name, *lines[-_LINES:], "")))
+            # What was answered until then is to be known nevertheless.
+            _report(chaos, list(chaos.history.violations()))
             raise
-    for words_of, number in sorted((chaos.history.counts() + chaos.faults).items()):
-        sys.stdout.write(f"{number:>9,} {words_of}\n")
-    unserved = chaos.history.unserved()
-    for one in unserved:
-        sys.stdout.write(f"not served at {chaos.at(one.begun)}: {one}\n")
-    sys.stdout.write(f"{len(unserved):>9,} not served\n")
-    for violation in found[:20]:
-        sys.stdout.write(f"{violation}\n")
-    sys.stdout.write(f"{len(found):>9,} answers that may not be\n")
+    _report(chaos, found)
     return 1 if found else 0
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import enum
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeAlias
 
 Json: TypeAlias = dict[str, Any]
@@ -27,6 +27,7 @@ class KeyValue:
         mod_revision: Of the transaction that wrote it last.
         create_revision: Of the one that made it.
         lease: The lease that it ends with, or 0.
+        version: How often it was written since it was made; 0 where that is not known.
     """
 
     key: str
@@ -34,6 +35,7 @@ class KeyValue:
     mod_revision: int
     create_revision: int
     lease: int = 0
+    version: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,6 +386,7 @@ def _key_value(found: Json) -> KeyValue:
         int(found["mod_revision"]),
         int(found["create_revision"]),
         int(found.get("lease", 0)),
+        int(found.get("version", 0)),
     )
 
 

@@ -324,8 +324,9 @@ class Replica:
 
 
 def _change(event: KeyValue | Deleted) -> Change:
-    value = event.value if isinstance(event, KeyValue) else None
-    return Change(event.key, value, event.mod_revision)
+    if isinstance(event, Deleted):
+        return Change(event.key, None, event.mod_revision)
+    return Change(event.key, event.value, event.mod_revision, event.create_revision, event.version)
 
 
 def _meta_of(change: Change, known: Meta) -> Meta:

@@ -38,17 +38,24 @@ _OF_INSTANCE: Final = ("instance", "guard", "keys")
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A key's new value; `None` where the key was deleted, which hubs never do."""
+    """A key's new value; `None` where the key was deleted, which hubs never do.
+
+    Attributes:
+        create_revision, version: As `etcd_messages.KeyValue`; 0 where they are not known.
+    """
 
     key: str
     value: bytes | None
     mod_revision: int
+    create_revision: int = 0
+    version: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
     value: bytes
     mod_revision: int
+    version: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +180,7 @@ class FleetState:
             return
         self.problems.pop(key, None)
         self.lost.pop(key, None)
-        entries[key] = _Entry(change.value, change.mod_revision)
+        entries[key] = _Entry(change.value, change.mod_revision, change.version)
         if key.startswith(_SWEPT) and layout.removal_time(change.value) is not None:
             self.removed.add(key)
         else:
@@ -505,14 +512,10 @@ def _doubt_entry(key: str, before: _Entry, change: Change) -> str | None:
         return f"of revision {revision}, and before it was of {before.mod_revision}"
     if revision == before.mod_revision:
         return f"another one than before, of the same revision {revision}"
-    if key == layout.BEAT and (now := _count(change.value)) <= (last := _count(before.value)):
-        return f"of count {now}, and before it was {last}"
+    # After a restore a key may have been written anew before it is read.
+    if change.create_revision <= before.mod_revision and 0 < change.version <= before.version:
+        return f"of version {change.version}, and before it was of {before.version}"
     return None
-
-
-def _count(value: bytes) -> int:
-    found = layout.decode(value).get("count")
-    return found if type(found) is int else 0
 
 
 def _may_go(key: str, value: bytes) -> bool:

@@ -1,7 +1,7 @@
 """What each host gets of a fleet: its own, in every order of changes, and nothing is removed because it is absent."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given
@@ -44,6 +44,23 @@ def fleet(*changes: Change, incarnation: int = 1) -> FleetState:
     state.apply(1, [Change(layout.META, meta, 1)])
     state.apply(max((one.mod_revision for one in changes), default=1), changes)
     return state
+
+
+def test_a_restore_is_noticed_whose_lost_write_another_one_has_replaced() -> None:
+    def written(revision: int, version: int, created: int = 3, mark: int = 0) -> Change:
+        one = instance("web", revision, A, mark=mark)
+        return replace(one, create_revision=created, version=version)
+
+    state = fleet(written(5, 2))
+    state.apply(9, [written(9, 3, mark=1)])
+    assert not state.lost
+    # The backup has the second version, and the third was written anew.
+    state.apply(1_000_007, [written(1_000_007, 3, mark=2)])
+    assert set(state.lost) == {layout.instance_key(WEB)}
+    # Made again, after it was deleted, it begins at one.
+    other = fleet(written(9, 3))
+    other.apply(20, [written(20, 1, created=20)])
+    assert not other.lost
 
 
 def test_records_that_were_removed_are_not_counted() -> None:
@@ -212,7 +229,7 @@ def test_an_old_removal_may_be_deleted_and_nothing_else() -> None:
 
 
 def beat(count: int, revision: int) -> Change:
-    return Change(layout.BEAT, layout.encode({"count": count}), revision)
+    return Change(layout.BEAT, layout.encode({"count": count}), revision, 1, count)
 
 
 @pytest.mark.parametrize("change", [beat(9, 12), beat(8, 13), beat(9, 11), beat(11, 10)])
