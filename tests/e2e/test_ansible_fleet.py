@@ -23,7 +23,7 @@ from support.packages import build_packages
 from support.patience import patience
 from support.systemd_machine import Machine
 
-pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 _PAGE: Final = REPOSITORY / "docs/how-to/ansible-fleet.md"
 _PLAY_S: Final = 200
