@@ -303,6 +303,7 @@ class Writes:
                     "this is too much for one write",
                     hint="etcd takes some forty addresses of an instance, and 1 MiB, at once",
                 )
+            known, incarnation = self.state.revision, self.state.meta.incarnation
             try:
                 answer = await self.etcd.commit(planned.compares, planned.puts, planned.deletes)
             except WriteUnknown as lost:
@@ -311,6 +312,9 @@ class Writes:
                 await view.refresh(self.etcd, keys)
                 continue
             if isinstance(answer, Committed):
+                if answer.revision <= known:
+                    # Only after a restore, which was accepted at another hub.
+                    await self._follow_acceptance(incarnation)
                 return Done(answer.revision, planned.hosts)
             view.take(planned.compares, answer.kvs)
             _refuse_swept(view, planned.compares)
@@ -367,12 +371,15 @@ class Writes:
         """Take what etcd has as the truth, though hosts had newer; the revision with which it is so, here too."""
         known = self.state.meta.incarnation
         done = await self.write(lambda view: plan_writes.plan_acceptance(view, known))
-        # Until this hub's copy has it, acknowledgements may be of higher revisions, from before.
+        await self._follow_acceptance(known)
+        return done.revision
+
+    async def _follow_acceptance(self, known: int) -> None:
+        """Wait until this hub's copy has an incarnation after `known`: acknowledgements from before it say nothing."""
         for _ in range(_LOOKS):
             if self.state.meta.incarnation > known:
                 break
             await asyncio.sleep(_LOOK_S)
-        return done.revision
 
     # User data
 

@@ -1,11 +1,15 @@
 """What a write is planned of, while the hub's copy goes on."""
 
-from typing import cast
+import asyncio
+from typing import Any, cast
 
-from imdsproxy.hub.etcd import Etcd, Snapshot
+from imdsproxy.core.fleet import layout
+from imdsproxy.core.fleet.layout import Meta
+from imdsproxy.hub.etcd import Committed, Etcd, Snapshot
 from imdsproxy.hub.etcd_messages import KeyValue
+from imdsproxy.hub.plan_writes import Transaction
 from imdsproxy.hub.state import Change, FleetState
-from imdsproxy.hub.writes import Fresh
+from imdsproxy.hub.writes import Fresh, Writes
 
 
 class _Store:
@@ -22,3 +26,26 @@ async def test_what_came_into_the_copy_after_the_plan_counts_as_another_than_was
     state.apply(2, [Change(key, b'{"state":"enrolled"}', 2)])
     assert await view.refresh(cast("Etcd", _Store()))
     assert view(key) == (b'{"state":"enrolled"}', 2)
+
+
+class _Restored:
+    async def commit(self, *_: object) -> Committed:
+        return Committed(3)
+
+
+async def test_a_write_to_a_restored_store_waits_until_the_hub_has_seen_that_it_was_accepted() -> (
+    None
+):
+    def meta(incarnation: int, revision: int) -> Change:
+        return Change(layout.META, layout.render_meta(Meta("f", incarnation)), revision)
+
+    state, unused = FleetState(), cast("Any", None)
+    state.apply(9, [meta(1, 9)])
+    writes = Writes(cast("Etcd", _Restored()), state, unused, unused)
+    writing = asyncio.create_task(writes.write(lambda _: Transaction(puts={"/imds/1/x": b"{}"})))
+    done, _ = await asyncio.wait([writing], timeout=0.1)
+    assert not done
+    after = FleetState()
+    after.apply(3, [meta(2, 2)])
+    state.become(after)
+    assert (await writing).revision == 3
