@@ -152,8 +152,8 @@ class Replica:
             await self._replace(FleetState(self.state.keys_of), snapshot.revision, snapshot.kvs)
         else:
             await self._fold_all(snapshot)
-        if before not in {0, meta_now.incarnation}:
-            self.streams.renew_all()
+            if meta_now.incarnation < before:
+                self.streams.renew_all()
         self.complete.set()
         _log.info("etcd read", revision=snapshot.revision, keys=count)
 
@@ -185,7 +185,11 @@ class Replica:
                 for host, items in draft.apply(revision, part).items():
                     touched.setdefault(host, set()).update(items)
                 keys += (one.key for one in part if one.key.startswith(_REVIEWED))
+            accepted = draft.meta.incarnation > self.state.meta.incarnation
             self.state.become(draft)
+        if accepted:
+            # Before waits look again: what hosts acknowledged until now says nothing of what was written since.
+            self.streams.renew_all()
         self._take(touched, (*keys, *draft.problems, *draft.lost))
 
     def _fold(self, revision: int, changes: Sequence[Change]) -> None:

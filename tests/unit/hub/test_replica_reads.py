@@ -16,7 +16,7 @@ from imdsproxy.hub.etcd import Changes, Etcd, Snapshot
 from imdsproxy.hub.etcd_messages import KeyValue
 from imdsproxy.hub.replica import Replica
 from imdsproxy.hub.state import Change, FleetState
-from imdsproxy.hub.streams import Streams
+from imdsproxy.hub.streams import HostStream, Streams
 from support.tasks import background, until
 
 
@@ -104,6 +104,24 @@ async def test_a_hub_that_reads_all_again_goes_on_with_other_work_and_shows_all_
     assert max(folded) <= 10
     assert seen.count({2}) >= 10
     assert all(one in ({2}, {3}) for one in seen)
+
+
+async def test_no_acknowledgement_from_before_an_accepted_restore_counts_for_what_came_after() -> (
+    None
+):
+    etcd = _Etcd(_meta(1), _instance(1, 100, host="b"))
+    replica = etcd.replica()
+    await replica._read()
+    host = HostStream(replica.streams)
+    host.host, host.greeted = HostId("b"), True
+    host.acked = host._sent = 100
+    replica.streams.hosts[host.host] = host
+    # As after a restore with newer revisions: the instance is on `a` then.
+    etcd.write(_meta(1_000_001, 2), _instance(1, 1_000_002), reports=False)
+    waiting = asyncio.create_task(replica.streams.wait([host.host], 1_000_002, 0.2))
+    await asyncio.sleep(0)
+    await replica._read()
+    assert await waiting == {"b": "not connected"}
 
 
 async def test_what_changes_while_a_hub_compares_is_not_taken_for_a_restored_backup(
