@@ -1,11 +1,9 @@
 """No secret of a fleet is in a log, a metric, an error or a packet: all of them are read, and searched."""
 
 import base64
-import contextlib
 import json
 import re
 import socket
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,17 +18,15 @@ from imdsproxy.hub.token_keys import PLACE, open_keys
 from support.cli import Ran, run_main
 from support.daemon import instance
 from support.fleet_world import FleetWorld, fleet_world
-from support.guest import inside, take_token, with_token
+from support.guest import take_token, with_token
 from support.health import METRICS, ask_operator
 from support.lab import until
+from support.wire import tapped
 
 pytestmark = pytest.mark.root
 
 _USER_DATA = "#!/bin/sh\necho user-data-that-only-its-guest-reads-4711\n"
 _PLAIN = "seen-in-plain-by-members-of-etcd"
-_EVERY_PROTOCOL = 3
-_SO_RCVBUFFORCE = 33
-_BUFFER = 64 << 20
 _PEM = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----\n(.+?)\n")
 
 
@@ -51,32 +47,6 @@ class _Wire:
 
     def text(self) -> bytes:
         return b"\n".join(self.flows.values())
-
-
-@contextlib.contextmanager
-def _tapped(namespace: str) -> Iterator[_Wire]:
-    wire, done = _Wire(), threading.Event()
-
-    def open_socket() -> socket.socket:
-        made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_EVERY_PROTOCOL))
-        made.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER)
-        made.settimeout(0.1)
-        return made
-
-    def read(tap: socket.socket) -> None:
-        while not done.is_set():
-            with contextlib.suppress(TimeoutError):
-                wire.take(tap.recv(1 << 17))
-
-    tap: socket.socket = inside(namespace, open_socket)
-    thread = threading.Thread(target=read, args=(tap,))
-    thread.start()
-    try:
-        yield wire
-    finally:
-        done.set()
-        thread.join()
-        tap.close()
 
 
 def _forms(secret: bytes) -> list[bytes]:
@@ -127,7 +97,8 @@ def test_no_secret_is_in_a_log_a_metric_an_error_or_a_packet(
     reader = FleetClient(looks, urls=tuple(world.urls))
     words = [word for url in world.urls for word in ("--fleet", url)]
     seen: list[str] = []
-    with _tapped(world.etcd.lab.host) as wire:
+    wire = _Wire()
+    with tapped(world.etcd.lab.host, wire.take):
         host = world.add_host("a")
         guest = host.lab.guest("blue")
         fields = {"user_data": _USER_DATA, "hostname": _PLAIN}

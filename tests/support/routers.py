@@ -4,7 +4,6 @@ import contextlib
 import socket
 import struct
 import tempfile
-import threading
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,8 +14,8 @@ from typing import Final
 from support.guest import Guest, inside
 from support.lab import NETNS, Lab, batch, ip, run, until, within
 from support.reaper import reap_at_the_end
+from support.wire import tapped
 
-_EVERY_PROTOCOL: Final = 3
 OUTSIDE: Final = "198.51.100.1"
 _METADATA: Final = (
     socket.inet_aton("169.254.169.254"),
@@ -154,28 +153,12 @@ def _link_local(namespace: str, device: str) -> str:
 def sniffing(namespace: str) -> Iterator[list[bytes]]:
     """Every packet to or from a metadata address that is seen in a namespace."""
     found: list[bytes] = []
-    done = threading.Event()
 
-    def open_socket() -> socket.socket:
-        made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_EVERY_PROTOCOL))
-        made.settimeout(0.1)
-        return made
+    def take(frame: bytes) -> None:
+        (kind,) = struct.unpack_from(">H", frame, 12)
+        addresses = frame[26:34] if kind == 0x800 else frame[22:54]
+        if kind in (0x800, 0x86DD) and any(one in addresses for one in _METADATA):
+            found.append(frame)
 
-    def read(sniffer: socket.socket) -> None:
-        while not done.is_set():
-            with contextlib.suppress(TimeoutError):
-                frame = sniffer.recv(65536)
-                (kind,) = struct.unpack_from(">H", frame, 12)
-                addresses = frame[26:34] if kind == 0x800 else frame[22:54]
-                if kind in (0x800, 0x86DD) and any(one in addresses for one in _METADATA):
-                    found.append(frame)
-
-    sniffer: socket.socket = inside(namespace, open_socket)
-    thread = threading.Thread(target=read, args=(sniffer,))
-    thread.start()
-    try:
+    with tapped(namespace, take):
         yield found
-    finally:
-        done.set()
-        thread.join()
-        sniffer.close()
