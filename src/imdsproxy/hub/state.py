@@ -411,6 +411,21 @@ class FleetState:
         meta = self.meta
         return Batch(self.revision, meta.fleet, meta.incarnation, put, tuple(removed), held)
 
+    def held_back(self, host: HostId, items: Collection[ItemKey] | None) -> str | None:
+        """Why hosts do not get what etcd has of an item: it is among `lost`.
+
+        Args:
+            host: Which.
+            items: Of one of these; `None` for all that reach the host.
+        """
+        for key, why in self.lost.items():
+            kind = next((one for one, prefix in _KINDS.items() if key.startswith(prefix)), None)
+            if kind is not None:
+                item = f"{kind}/{key.removeprefix(_KINDS[kind])}"
+                if self.reaches(host, item) if items is None else item in items:
+                    return f"{item} is {why}"
+        return None
+
     # What operators and hubs ask
 
     def value(self, key: str) -> tuple[bytes, int] | None:

@@ -190,7 +190,7 @@ class Streams:
             return "not connected"
         if self.state.revision < revision:
             return "not received"
-        return stream.lacks(revision, items)
+        return stream.lacks(revision, items) or self.state.held_back(host, items)
 
     async def wait(
         self,

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -133,6 +133,28 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
     for writer in one.writers:
         with contextlib.suppress(ConnectionError):
             await writer.wait_closed()
+
+
+async def test_what_a_hub_holds_back_since_a_restore_is_suspected_is_in_force_nowhere(
+    world: World,
+) -> None:
+    first, other = await world.join("a"), await world.join("b")
+    for host in (first, other):
+        await host.next(Batch)
+    made = replace(instance("web", 5, A), create_revision=5, version=3)
+    world.commit(made)
+    await first.next(Batch)
+    first.send(Ack(5))
+    other.send(Ack(1))
+    await world.until(A, None, 5)
+    await world.until(B, None, 5)
+    # Etcd was restored, and the record was written anew, to be on the other host.
+    anew = replace(instance("web", 1_000_009, B), create_revision=5, version=3)
+    revision = world.commit(anew)
+    why = "instance/web is of version 3, and before it was of 3"
+    waited = await world.streams.wait([A, B], revision, 0.01, {"instance/web"})
+    assert waited == {A: why, B: why}
+    assert await world.streams.wait([A, B], revision, 0.01) == {A: why}
 
 
 async def test_a_host_gets_what_it_lacks_and_then_each_change(world: World) -> None:
