@@ -122,6 +122,22 @@ def test_an_address_that_leaves_its_guest_is_forgotten_by_an_event(world: World)
     reads(guest, "bare")
 
 
+@pytest.mark.parametrize("to", [IPV4, IPV6])
+def test_a_connection_that_the_filter_has_not_seen_begin_is_answered_after_its_network_is_let_go(
+    world: World, to: str
+) -> None:
+    guest = world.lab.guest("red", 105)
+    world.daemon.put(instances=[by_mac(guest, "bare")])
+    try:
+        with guest.connect(to=to) as connection:
+            world.daemon.admin.request("POST", "/v1/let-go", body={"networks": ["red"]})
+            reply = connection.request(_TARGET)
+            assert (reply.status, reply.body) == (200, user_data_of("bare"))
+    finally:
+        # A controller that starts listens everywhere again.
+        world.daemon.kill_controller()
+
+
 def test_another_mac_in_the_record_ends_kept_connections(world: World) -> None:
     with world.red.connect() as kept:
         assert own(world.red, kept.request(_TARGET)) is None

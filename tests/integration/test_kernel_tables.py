@@ -173,6 +173,17 @@ async def test_a_released_filter_leads_connections_that_begin_past_it_and_keeps_
         assert _ask(before) == b"v"
 
 
+@pytest.mark.parametrize("verified", [False, True])
+async def test_a_connection_counts_as_open_whether_it_is_verified_or_not(
+    rig: Rig, *, verified: bool
+) -> None:
+    await rig.have(rig.pair if verified else {})
+    assert not await rig.kernel.has_connections(rig.place)
+    with rig.connect() as connection:
+        assert _ask(connection) == (b"v" if verified else b"u")
+        assert await rig.kernel.has_connections(rig.place)
+
+
 async def test_a_withdrawn_pair_ends_its_connections_on_both_sides(rig: Rig) -> None:
     await rig.have(rig.pair)
     with rig.connect() as connection:

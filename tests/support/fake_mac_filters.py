@@ -31,7 +31,7 @@ class FakeMacFilters(KernelMacFilters):
         watch: Called after each change, to check every state in between.
         busy: Networks in which connections might be open, at each filling.
         refuse: Why no filter is created; empty where it is.
-        connected: Namespaces in which verified connections are open.
+        connected: Namespaces in which connections to the metadata addresses are open.
     """
 
     connected: set[str | None] = field(default_factory=set)

@@ -198,7 +198,7 @@ class KernelMacFilters(KernelTables):
         await self.thread.run(release)
 
     async def has_connections(self, namespace: str | None) -> bool:
-        """Whether verified connections are open there."""
+        """Whether connections to the metadata addresses are open there, another process's too."""
 
         def look() -> bool:
             with (
@@ -206,7 +206,10 @@ class KernelMacFilters(KernelTables):
                 self.thread.inside(namespace),
                 NetlinkSocket(SOCK_DIAG) as diagnosis,
             ):
-                return any(list_connections(diagnosis, VERIFIED_PORT))
+                return any(
+                    any(list_connections(diagnosis, port))
+                    for port in (VERIFIED_PORT, METADATA_PORT)
+                )
             return False
 
         return await self.thread.run(look)

@@ -133,12 +133,13 @@ class MacFilters:
         # Before HAProxy is: a record that comes meanwhile must not rely on a filter that is not there.
         self._plain |= plan.plain_networks
         async with self._lock:
+            released = self._released().keys()
             new = {
                 name: one
                 for name, one in plan.filters.items()
-                if self._open.get(name) != one or name in self._suspect
+                if self._open.get(name) != one or name in self._suspect | released
             }
-            await self._close(new.keys() & self._released().keys())
+            await self._close(new.keys() & released)
             if new:
                 places = {name: [name_of(one.namespace), one.table] for name, one in new.items()}
                 self.journal.store({**self.journal.load(), **places})
@@ -261,7 +262,10 @@ class MacFilters:
             await self._close(self.journal.load().keys() | self._open.keys())
 
     async def _close_idle(self, networks: Collection[NetworkId]) -> None:
-        """Remove filters; one that was released stays while connections are open that it redirects, for a while."""
+        """Remove filters; one that was released stays while connections are open there, for a while.
+
+        Also those that it does not redirect: until they have ended, answers on them are bound to a MAC.
+        """
         released, now = self._released(), self.clock.monotonic()
         kept = {
             name
@@ -269,8 +273,6 @@ class MacFilters:
             if now - self._released_at.setdefault(name, now) < _LINGER_S
             and await self.kernel.has_connections(released[name][0])
         }
-        for name in kept:
-            self._drop(name)
         await self._close(set(networks) - kept)
 
     async def _close(self, networks: Collection[NetworkId]) -> None:

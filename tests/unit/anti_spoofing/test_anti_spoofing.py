@@ -226,16 +226,22 @@ async def test_a_filter_that_goes_is_released_first_and_removed_when_its_connect
     assert rig.kernel.log == ["open n1", "fill n1", f"release {Naming().link(_N1)}"]
     await rig.filters.settle(gone, sweep=True)
     assert _N1 in rig.kernel.tables
+    # Requests of before on connections that it does not redirect.
+    assert rig.filters.is_up(_N1)
     rig.kernel.connected.clear()
     await rig.filters.expire()
     assert rig.kernel.tables == {}
 
 
-async def test_a_released_filter_is_created_anew_also_by_a_later_process(rig: Rig) -> None:
+@pytest.mark.parametrize("later", [False, True])
+async def test_a_released_filter_is_created_anew_also_by_a_later_process(
+    rig: Rig, *, later: bool
+) -> None:
     await rig.round()
     rig.kernel.connected = {"ns"}
     await rig.filters.release(MacFilterPlan(), sweep=True)
-    await rig.later(_MAC).round()
+    await rig.filters.settle(MacFilterPlan(), sweep=True)
+    await (rig.later(_MAC) if later else rig).round()
     assert rig.kernel.log.count("open n1") == 2
 
 
