@@ -114,6 +114,21 @@ def test_a_controller_that_ends_and_the_next_lose_no_request_and_keep_haproxy(
     assert set(after.data_plane) == set(before.data_plane)
 
 
+def test_a_controller_that_starts_keeps_a_haproxy_whose_master_is_slow(world: World) -> None:
+    before, daemon = world.settled(), world.daemon
+
+    def go_on_when_noticed() -> None:
+        until(lambda: "haproxy is slow" in daemon.log.read_text(), what="a warning")
+        os.kill(before.master, signal.SIGCONT)
+
+    with _reading(world):
+        daemon.kill_controller()
+        os.kill(before.master, signal.SIGSTOP)
+        with Background(go_on_when_noticed):
+            daemon.start()
+    assert set(world.settled().data_plane) == set(before.data_plane)
+
+
 class _Changes(Background):
     """Changes red's user-data to ever greater numbers until the controller is gone."""
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import structlog
+
 from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.model import DataplaneSpec
 from imdsproxy.core.haproxy.nova import loopback_sockets
@@ -20,7 +22,8 @@ from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import ConfigRejected, Problem, ReloadFailed, RuntimeUnavailable, refusing
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import ensure_directory, write_atomic
-from imdsproxy.host.process import run_program, wait_gone
+from imdsproxy.host.process import Doubt, read_stat, run_program, wait_gone
+from imdsproxy.host.socket_file import read_listener
 
 _CHECK_DEADLINE_S = 60.0
 _BEFORE_RELOAD_S = 0.5
@@ -88,19 +91,33 @@ class Haproxy:
     async def adopt(self) -> bool:
         """Take over a master that runs already; whether there is one, and the maps that it was started with.
 
+        One that is slow serves all the same, and is asked until it counts as hung.
+
         Raises:
             RuntimeUnavailable: It went away meanwhile.
             CommandRefused: Its worker refused the records.
         """
-        try:
-            self.processes = await self.master.read_processes()
-        except RuntimeUnavailable:
-            return False
-        if not self.records.load():
+        self.processes = await self._find_processes()
+        if self.processes is None or not self.records.load():
             self.processes = None
             return False
         await self.records.adopt()
         return True
+
+    async def _find_processes(self) -> Processes | None:
+        doubt = Doubt()
+        while True:
+            try:
+                return await self.master.read_processes()
+            except RuntimeUnavailable as error:
+                master = read_listener(self.layout.master_socket)
+                stat = None if master is None else read_stat(master)
+                if master is None or stat is None:
+                    return None
+                doubt = doubt.after_silence(master, stat)
+                if doubt.hung:
+                    return None
+                structlog.get_logger().warning("haproxy is slow", reason=error.message)
 
     async def apply(
         self, spec: DataplaneSpec, reason: str

@@ -314,8 +314,8 @@ class Doubt:
         """Waiting longer is no use. A worker that has ended is its master's business."""
         if self.stat is None or self.silent < _SILENT_PROBES:
             return False
-        # One that waits for a disk can't be ended before the disk answers.
-        idle = self.stat.ticks == self.ticks and self.stat.state != "D"
+        # One that waits for a disk can't be ended before the disk answers, and one that waits for a processor is slow.
+        idle = self.stat.ticks == self.ticks and self.stat.state not in {"D", "R"}
         return idle or self.stat.state in {"T", "t"} or self.silent >= _BUSY_PROBES
 
 

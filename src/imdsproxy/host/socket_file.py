@@ -106,13 +106,30 @@ def _ask(path: Path, our_pids: Collection[int], *, orphaned: bool) -> SeenSocket
             return SeenSocket(SocketState.FOREIGN, orphaned=orphaned)
         except OSError as error:
             raise host_refused(f"find out who listens on {path}", error) from error
-        data = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    pid = _CREDENTIALS.unpack(data)[0]
+        pid = _peer(probe)
     # The process that began to listen may have handed the socket to another worker and ended.
     if pid in our_pids or (orphaned and not (PROC / str(pid)).exists()):
         return SeenSocket(SocketState.OURS)
     owners = (SocketOwner(pid, command_name(pid)),) if pid else ()
     return SeenSocket(SocketState.FOREIGN, owners, orphaned)
+
+
+def _peer(connected: socket.socket) -> int:
+    """The process that began to listen where a socket is connected to (`SO_PEERCRED` in unix(7))."""
+    data = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid: int = _CREDENTIALS.unpack(data)[0]
+    return pid
+
+
+def read_listener(path: Path) -> int | None:
+    """The pid of the process that listens at a path; `None` where none does, or its queue is full."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return None
+        return _peer(probe)
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,6 +136,7 @@ _WAITING = [_stat("D", 5)] * 8
         pytest.param([_stat("S", 5), _stat("S", 5)], True, id="sleeps"),
         pytest.param(_SLOW[:7], False, id="works, so it is only slow"),
         pytest.param(_SLOW, True, id="works for too long"),
+        pytest.param([_stat("R", 5)] * 7, False, id="waits for a processor"),
         pytest.param(_WAITING[:7], False, id="waits for a disk"),
         pytest.param(_WAITING, True, id="waits for a disk for too long"),
         pytest.param([None] * 3, False, id="has ended: its master's business"),
