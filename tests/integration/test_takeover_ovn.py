@@ -94,7 +94,7 @@ def test_a_takeover_that_fails_leaves_both_serving_and_goes_on_when_it_is_run_ag
         assert "takeover ovn is done" in world.daemon.command("takeover", "ovn")
         assert machine.unit(AGENT, "ActiveState") == "inactive"
         assert "all is done already" in world.daemon.command("takeover", "ovn")
-        for network in world.ovn.networks.values():
+        for network in {port.network for port in world.ovn.ports.values()}:
             migrates = ("cat", "/proc/sys/net/ipv4/tcp_migrate_req")
             assert world.daemon.inside(network.namespace, *migrates) == "0"
         world.daemon.command("status", "--check")
