@@ -154,10 +154,12 @@ class Chaos:
     def _read_on(self, host: str, instance: str) -> None:
         guest = self._guests[host, instance]
         while not self._ended.wait(_READ_PAUSE_S):
-            begun, status, text = time.monotonic(), None, ""
-            with contextlib.suppress(Lost):
+            begun, status = time.monotonic(), None
+            try:
                 reply = guest.ask(_TARGET, timeout_s=_ANSWER_S)
                 status, text = reply.status, reply.text if reply.status == 200 else ""
+            except Lost as lost:
+                text = str(lost)
             ended = time.monotonic()
             self.history.answers.append(Answer(host, instance, begun, ended, status, text))
 

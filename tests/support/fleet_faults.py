@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 Fault: TypeAlias = Callable[["Chaos"], AbstractContextManager[object]]
 
 _JUNK_BYTES: Final = 1_000_000
+_EMPTY_BYTES: Final = 4_000_000
 _STEPS_S: Final = (2, 90, 2 * 3600, 25 * 86_400, 40 * 86_400, 100 * 86_400)
 """Tokens end, then certificates are not good yet, or are to be renewed, or have ended: a host's, and a hub's."""
 
@@ -215,6 +216,10 @@ def _compact(etcd: EtcdLab) -> None:
     """Forget all versions but the newest, and give their space back."""
     revision = json.loads(etcd.ctl("get", "x", "-w", "json"))["header"]["revision"]
     etcd.ctl("compact", str(revision))
+    _defragment(etcd)
+
+
+def _defragment(etcd: EtcdLab) -> None:
     for member in etcd.members:
         etcd.ctl("defrag", member=member)
 
@@ -228,8 +233,16 @@ def _full(chaos: Chaos) -> Iterator[None]:
             chaos.world.write({f"junk/{number}": value})
     yield
     etcd.ctl("del", "--prefix", "junk/")
+    # Each member compacts when it comes to it: before that, its space is not to be had, and it is full again.
     _compact(etcd)
+    until(lambda: _has_room(etcd), within_s=60, what="room in each member's file")
     etcd.ctl("alarm", "disarm")
+
+
+def _has_room(etcd: EtcdLab) -> bool:
+    _defragment(etcd)
+    answers = (etcd.ctl("endpoint", "status", "-w", "json", member=one) for one in etcd.members)
+    return all(json.loads(one)[0]["Status"]["dbSize"] < _EMPTY_BYTES for one in answers)
 
 
 def _is_written(chaos: Chaos, since: float) -> bool:

@@ -13,6 +13,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
+_UNREACHABLE: Final = "No route to host"
+_LOOKS_S: Final = 3.0
+"""So long a guest's kernel looks for a MAC: then it gives up all that waits for it, what has just begun too."""
+
 _NAME: Final = re.compile(r"(i\d+)-v(\d+)")
 
 
@@ -47,7 +51,7 @@ class Answer:
 
     Attributes:
         status: `None` where there was no answer.
-        text: The host name that it got, which is `INSTANCE-vVERSION`.
+        text: The host name that it got, which is `INSTANCE-vVERSION`; without an answer, what happened instead.
     """
 
     host: str
@@ -94,7 +98,8 @@ class History:
             for answer in self.answers
             if answer.status not in {200, 404}
             and not self._is_out(answer)
-            and _certain(answer, writes[answer.instance], self._reset_before(answer))
+            and (known := _certain(answer, writes[answer.instance], self._reset_before(answer)))
+            and not (_UNREACHABLE in answer.text and answer.begun - known.done < _LOOKS_S)
         ]
 
     def _by_instance(self) -> dict[str, list[Write]]:

@@ -77,3 +77,21 @@ def test_after_a_restore_was_accepted_older_versions_are_right_and_no_older_than
     writes = [write(1, 0), write(2, 2), write(3, 20)]
     assert not violations(writes, [answer(5, "i1-v2"), answer(11, "i1-v1")], (9.0, 10.0))
     assert violations(writes, [answer(11, "i1-v2"), answer(22, "i1-v1")], (9.0, 10.0))
+
+
+@pytest.mark.parametrize(
+    ("begun", "text", "status", "noticed"),
+    [
+        (2, "refused", None, True),
+        (2, "", 503, True),
+        (2, "No route to host", None, False),
+        (5, "No route to host", None, True),
+        (0.5, "refused", None, False),
+        (2, "i1-v1", 200, False),
+    ],
+)
+def test_a_guest_that_is_not_answered_what_is_in_force_is_noticed(
+    begun: float, text: str, status: int | None, *, noticed: bool
+) -> None:
+    asked = answer(begun, text, status)
+    assert History([write(1, 0)], [asked]).unserved() == ([asked] if noticed else [])
