@@ -192,8 +192,9 @@ class EtcdFull(EtcdUnavailable):
     """etcd's database has reached its quota: it is read, and takes no writes."""
 
     remedy = (
-        "`etcdctl compact` to a recent revision, `etcdctl defrag` member by member, `etcdctl alarm "
-        "disarm`; raise `--quota-backend-bytes` if it fills again."
+        "`etcdctl compact` to a recent revision, `etcdctl defrag` member by member until `etcdctl endpoint status` "
+        "shows that its file is smaller (each compacts in the background), `etcdctl alarm disarm`; raise "
+        "`--quota-backend-bytes` if it fills again."
     )
 
 
