@@ -83,7 +83,9 @@ def _join(world: FleetWorld, host: FleetHost) -> None:
     files.hubs.write_text("\n".join(world.urls))
     stored = StoredHost(HostState.ENROLLED, (serial,))
     world.write({host_key(host.name): render_host(stored)})
-    sources = {"fleet": {"enabled": True, "retry_s": 0.5}, "sqlite": {"enabled": False}}
+    # A minute would pass until it left the other one, which is to stand still.
+    followed = {"enabled": True, "hubs": world.urls[:1], "retry_s": 0.5}
+    sources = {"fleet": followed, "sqlite": {"enabled": False}}
     host.daemon.configure({"sources": sources, **world.host_settings})
     host.daemon.start()
 
