@@ -167,16 +167,16 @@ def test_takeover_and_handback_lose_no_request_and_the_agent_runs_on(world: Dhcp
     with Load([world.guest], target, partial(_wrong, world.instance), keep_alive=False) as load:
         load.wait_answers(20)
         world.run("takeover", "dhcp")
-        assert world.programs() == {"dnsmasq", "sleep"}
-        assert world.networks() == {namespace: ""}
+        until(lambda: world.programs() == {"dnsmasq", "sleep"}, within_s=_WITHIN_S)
+        until(lambda: world.networks() == {namespace: ""}, within_s=_WITHIN_S)
         load.wait_answers(50)
         # An agent that starts ends each of its proxies, writes its configuration anew, and starts it again.
         world.host.restart_dhcp_agent()
-        assert world.programs() == {"dnsmasq", "sleep"}
-        assert world.networks() == {namespace: ""}
+        until(lambda: world.programs() == {"dnsmasq", "sleep"}, within_s=_WITHIN_S)
+        until(lambda: world.networks() == {namespace: ""}, within_s=_WITHIN_S)
         load.wait_answers(50)
         world.run("handback", "dhcp")
-        assert world.programs() == {"dnsmasq", "haproxy"}
+        until(lambda: world.programs() == {"dnsmasq", "haproxy"}, within_s=_WITHIN_S)
         load.wait_answers(50)
     assert load.report.lost == []
     assert not list(world.host.programs.iterdir())
@@ -211,7 +211,7 @@ def test_takeover_has_leases_name_the_route_where_the_agent_named_none_and_handb
         assert settings.read_text() == before
         until(lambda: world.ways() == set(), within_s=_WITHIN_S)
         assert routes() == ""
-        assert world.programs() == {"dnsmasq"}
+        until(lambda: world.programs() == {"dnsmasq"}, within_s=_WITHIN_S)
         assert not list(world.host.programs.iterdir())
 
 
@@ -226,7 +226,7 @@ def test_where_metadata_is_forced_guests_with_a_router_are_served_too(
         assert settings.read_text() == before
         assert f"via {own} " in world.lease(tmp_path)
         assert world.asked_uuid() == world.instance
-        assert world.programs() == {"dnsmasq", "sleep"}
+        until(lambda: world.programs() == {"dnsmasq", "sleep"}, within_s=_WITHIN_S)
         world.run("handback", "dhcp")
         until(lambda: world.asked_uuid() == world.instance, within_s=_WITHIN_S)
 
