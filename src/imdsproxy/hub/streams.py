@@ -327,6 +327,9 @@ class HostStream(asyncio.Protocol):
         self._buffer = bytearray(rest)
         try:
             for line in lines:
+                if self._transport is None or self._transport.is_closing():
+                    # What came with the line that ended it.
+                    return
                 self._take(line)
         except Broken as error:
             self._give_up(str(error))
