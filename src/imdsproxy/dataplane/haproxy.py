@@ -252,13 +252,11 @@ class Haproxy:
     async def _wait_stopping(self, worker: int) -> None:
         """Wait until a worker that was replaced takes no connections any more: it answers by the configuration before.
 
-        For a second at most: one that hangs does not keep the new one from being in force.
+        Only a busy processor keeps it from that; it is not waited for in vain.
         """
         with contextlib.suppress(TimeoutError, WorkerEnded, RuntimeUnavailable):
             async with asyncio.timeout(_STOPPING_S):
-                while True:
-                    if await self.master.read_stopping(worker):
-                        return
+                while not await self.master.read_stopping(worker):
                     await asyncio.sleep(_POLL_S)
 
     def _note(self, reason: str, failure: str | None = None, *, took_s: float = 0.0) -> None:
