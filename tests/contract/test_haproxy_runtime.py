@@ -1,7 +1,6 @@
 """What the master socket answers: the real HAProxy, and the fake that unit tests use instead."""
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,18 +96,6 @@ async def test_an_unknown_command_is_refused(subject: Subject) -> None:
 async def test_a_second_command_cannot_be_smuggled_in(subject: Subject, command: str) -> None:
     with pytest.raises(ValueError, match="one line"):
         await subject.master.send(1, command)
-
-
-async def test_a_worker_that_was_replaced_takes_no_connections_any_more(subject: Subject) -> None:
-    before = await _worker(subject)
-    assert not await subject.master.read_stopping(before)
-    await subject.master.send_reload()
-    # One that has no connections ends.
-    with contextlib.suppress(WorkerEnded):
-        async with asyncio.timeout(30):
-            while not await subject.master.read_stopping(before):
-                await asyncio.sleep(0.001)
-    assert not await subject.master.read_stopping(await _worker(subject))
 
 
 async def test_after_a_reload_another_worker_accepts(subject: Subject) -> None:

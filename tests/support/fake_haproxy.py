@@ -49,7 +49,6 @@ class FakeHaproxy:
         stop_answering_after: Commands to workers that are still answered; `None` for all.
         events: What a ring of a worker holds.
         tables: What a worker has in its tables, by their names.
-        slow_to_stop: How often workers say after a reload that they still take connections.
         refuse_reload: What the master says of a reload that fails; empty for one that succeeds.
     """
 
@@ -61,7 +60,6 @@ class FakeHaproxy:
     stop_answering_after: int | None = None
     events: str = ""
     tables: dict[str, str] = field(default_factory=dict)
-    slow_to_stop: int = 0
     refuse_reload: str = ""
     reloads: int = 0
     next_pid: int = 1001
@@ -104,8 +102,13 @@ class FakeHaproxy:
         line, _, payload = text.partition("\n")
         if line == "show proc":
             return self._show_proc()
+        if line == "reload" and self.refuse_reload:
+            return f"Success=0\n--\n{self.refuse_reload}\n"
         if line == "reload":
-            return self._reload()
+            self.reloads += 1
+            self.old = [*self.workers, *self.old]
+            self.workers = [self.fork()]
+            return "Success=1\n--\n[NOTICE] reloaded\n"
         prefix, _, command = line.partition(" ")
         pid = int(prefix.removeprefix("@!"))
         if self.stop_answering_after is not None:
@@ -115,8 +118,6 @@ class FakeHaproxy:
         self.commands.append((pid, command))
         for worker in self.all():
             if worker.pid == pid:
-                if command == "show info":
-                    return self._show_info(worker)
                 shown = command.startswith(("show events ", "show table "))
                 return self._show(command) if shown else _run(worker, command, payload)
         return f"Can't find the target PID matching the prefix '@!{pid}'\n"
@@ -125,19 +126,6 @@ class FakeHaproxy:
         """What it keeps for reports: rings and tables."""
         _, kind, name, *_ = command.split()
         return self.events if kind == "events" else self.tables.get(name, "# table\n")
-
-    def _reload(self) -> str:
-        if self.refuse_reload:
-            return f"Success=0\n--\n{self.refuse_reload}\n"
-        self.reloads += 1
-        self.old = [*self.workers, *self.old]
-        self.workers = [self.fork()]
-        return "Success=1\n--\n[NOTICE] reloaded\n"
-
-    def _show_info(self, worker: FakeWorker) -> str:
-        stops = worker in self.old and not self.slow_to_stop
-        self.slow_to_stop = max(0, self.slow_to_stop - 1)
-        return f"Name: HAProxy\nPid: {worker.pid}\nStopping: {stops:d}\n"
 
     def _show_proc(self) -> str:
         lines = [

@@ -17,7 +17,7 @@ from imdsproxy.core.haproxy.runtime import Processes, parse_failure
 from imdsproxy.core.timing import Durations
 from imdsproxy.dataplane.launch import Launcher
 from imdsproxy.dataplane.layout import Layout
-from imdsproxy.dataplane.master import MasterClient, WorkerEnded, exchange
+from imdsproxy.dataplane.master import MasterClient, exchange
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import ConfigRejected, Problem, ReloadFailed, RuntimeUnavailable, refusing
 from imdsproxy.host.clock import Clock
@@ -28,9 +28,6 @@ from imdsproxy.host.socket_file import read_listener
 _CHECK_DEADLINE_S = 60.0
 _BEFORE_RELOAD_S = 0.5
 """The binds of 5,000 networks take a few seconds; the records are not in it."""
-
-_STOPPING_S = 1.0
-_POLL_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,11 +228,8 @@ class Haproxy:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_BEFORE_RELOAD_S):
                     await look()
-        before = self.worker
         failed = await self.master.send_reload()
         self.processes = await self.master.read_processes()
-        if failed is None and before is not None:
-            await self._wait_stopping(before)
         took_s = asyncio.get_running_loop().time() - began
         if failed is None:
             self.records.trust(self.processes)
@@ -248,16 +242,6 @@ class Haproxy:
         message = parse_failure(failed)
         self._note(reason, message, took_s=took_s)
         raise ReloadFailed(f"HAProxy could not reload: {message}")
-
-    async def _wait_stopping(self, worker: int) -> None:
-        """Wait until a worker that was replaced takes no connections any more: it answers by the configuration before.
-
-        Only a busy processor keeps it from that; it is not waited for in vain.
-        """
-        with contextlib.suppress(TimeoutError, WorkerEnded, RuntimeUnavailable):
-            async with asyncio.timeout(_STOPPING_S):
-                while not await self.master.read_stopping(worker):
-                    await asyncio.sleep(_POLL_S)
 
     def _note(self, reason: str, failure: str | None = None, *, took_s: float = 0.0) -> None:
         self.reload_counts["ok" if failure is None else "failed"] += 1

@@ -70,15 +70,6 @@ class MasterClient:
         """
         return runtime.parse_load(await self.send(worker, "show info"))
 
-    async def read_stopping(self, worker: int) -> bool:
-        """Whether a worker takes no connections any more.
-
-        Raises:
-            RuntimeUnavailable: The master does not answer.
-            WorkerEnded: The worker is gone.
-        """
-        return "Stopping: 1" in (await self.send(worker, "show info")).splitlines()
-
     async def read_stat(
         self, worker: int, columns: Collection[str] | None = None
     ) -> list[dict[str, str]]:

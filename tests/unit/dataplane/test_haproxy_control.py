@@ -141,15 +141,6 @@ async def test_a_start_that_fails_says_why_and_is_tried_again(rig: Rig) -> None:
     assert rig.haproxy.processes is None
 
 
-async def test_a_configuration_is_in_force_once_the_worker_before_takes_no_connections(
-    rig: Rig,
-) -> None:
-    await rig.apply("red")
-    rig.fake.slow_to_stop = 3
-    assert await rig.apply("blue") == "reloaded"
-    assert rig.fake.slow_to_stop == 0
-
-
 async def test_a_master_that_runs_already_is_adopted_with_its_configuration(rig: Rig) -> None:
     await rig.apply("red")
     records = RecordApplier(rig.layout)
