@@ -87,6 +87,7 @@ def nova_backends(spec: model.DataplaneSpec, values: dict[str, text.Value]) -> I
             "in_turn": replace(_BLOCKS["in_turn"], rows=turns[:-1]),
             "any_endpoint": replace(_BLOCKS["any_endpoint"], rows=turns[-1:] + turns[:-1]),
         }
+        all_next = not mixed and bool(backend.servers and backend.servers[0].slot)
         for kind, once in kinds:
             checking = not (once or kind or mixed)
             own: dict[str, text.Value] = {
@@ -97,13 +98,13 @@ def nova_backends(spec: model.DataplaneSpec, values: dict[str, text.Value]) -> I
                 "kind": text.Text(f"{'.once' if once else ''}{kind}"),
                 "once": once,
                 "backup": text.Text("" if once else "backup"),
-                "next": not mixed and bool(backend.servers and backend.servers[0].slot),
+                "next": all_next,
                 "server_ms": named["loopback_ms" if mixed else "server_ms"],
                 "http_check": checking and by_http,
                 "servers": replace(_BLOCKS["servers"], rows=servers),
             }
             yield from text.fill_sections(text.read_template("nova"), named | own)
-        own = {"mixed": mixed, "checking": False, "backup": text.Text("")}
+        own = {"mixed": mixed, "next": all_next, "checking": False, "backup": text.Text("")}
         own |= {
             "server_ms": named["loopback_ms" if mixed else "server_ms"],
             "servers": replace(_BLOCKS["servers"], rows=servers),
