@@ -134,10 +134,11 @@ class MacFilters:
         self._plain |= plan.plain_networks
         async with self._lock:
             released = self._released().keys()
+            anew = self._suspect | released
             new = {
                 name: one
                 for name, one in plan.filters.items()
-                if self._open.get(name) != one or name in self._suspect | released
+                if self._open.get(name) != one or name in anew
             }
             await self._close(new.keys() & released)
             if new:
