@@ -29,8 +29,7 @@ _TARGET: Final = "/latest/user-data"
 
 @pytest.fixture(scope="module")
 def shared_world() -> Iterator[World]:
-    # On a busy machine a reload takes longer, and it has to come meanwhile.
-    with open_world({"resolver": {"hold_s": min(8.0, _HOLD_S * patience())}}) as world:
+    with open_world({"resolver": {"hold_s": _HOLD_S}}) as world:
         yield world
 
 
