@@ -105,7 +105,7 @@ def world() -> Iterator[FleetWorld]:
         hub.certify = certify
         try:
             _join(authority, HostFiles.of(daemon.state / "fleet"), hub.url)
-            fleet = {"enabled": True, "silent_s": 5.0, "retry_s": 0.5}
+            fleet = {"enabled": True, "retry_s": 0.5}
             sources = {"fleet": fleet, "sqlite": {"enabled": False}}
             daemon.configure({"sources": sources, "resolver": {"hold_s": 0.5}})
             network = _network(lab.namespace_network("red"))

@@ -206,8 +206,8 @@ class FleetHub:
         """Ping all hosts at once."""
 
         async def ping() -> None:
-            for part in range(10):
-                self.streams._ping(part)
+            for turn in range(len(self.streams._turns)):
+                self.streams._ping(turn)
 
         self._do(ping())
 

@@ -225,7 +225,6 @@ class FleetWorld:
             "certificate_file": str(host.certificate),
             "private_key_file": str(host.key),
             "ca_file": str(self.files.ca_certificate),
-            "silent_s": 60.0,
             "retry_s": 0.5,
         }
         daemon.configure(

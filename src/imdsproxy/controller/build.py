@@ -234,10 +234,9 @@ def build_fleet(settings: Settings, clock: Clock) -> "FleetSource":
         HubClient(files, wanted.timeout_s),
         hubs,
         state / "fleet.sqlite",
-        wanted.silent_s,
-        clock,
-        SystemRandom().random,
-        Backoff(min(0.5, wanted.retry_s), wanted.retry_s),
+        clock=clock,
+        random=SystemRandom().random,
+        backoff=Backoff(min(0.5, wanted.retry_s), wanted.retry_s),
         renew=renew,
     )
 

@@ -14,11 +14,11 @@ import httpcore
 import structlog
 
 from imdsproxy.core.fleet import layout
+from imdsproxy.core.fleet.stream import CONNECT_S
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.gateway import open_tls
 from imdsproxy.hub.state import FleetState
 
-_CONNECT_S: Final = 2.0
 _RENEWED_S: Final = 3600.0
 
 _log = structlog.get_logger()
@@ -70,7 +70,7 @@ class Peers:
     ) -> Any:  # noqa: ANN401 - JSON
         """What one answers, decoded; `None` where it does not answer, or refuses."""
         pool = self._connections()
-        limits = {"connect": _CONNECT_S, "write": timeout_s, "pool": timeout_s, "read": timeout_s}
+        limits = {"connect": CONNECT_S, "write": timeout_s, "pool": timeout_s, "read": timeout_s}
         try:
             answer = await pool.request(
                 "GET" if body is None else "POST",

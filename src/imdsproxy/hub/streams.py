@@ -9,7 +9,7 @@ import asyncio
 import itertools
 import socket
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, cast
 
@@ -19,6 +19,8 @@ from imdsproxy.core.fleet.identity import Role, read_identity
 from imdsproxy.core.fleet.layout import HostId
 from imdsproxy.core.fleet.stream import (
     MAX_LINE,
+    PING_S,
+    SILENCE_S,
     STREAM_PATH,
     UPGRADE,
     Ack,
@@ -43,12 +45,17 @@ _BACKLOG: Final = 4096
 """After a loss of the other hub, thousands of hosts come at once."""
 
 _HEAD_BYTES: Final = 16 * 1024
-_PING_S: Final = 20.0
-_PARTS: Final = 100
-"""Of the hosts, one at a time is pinged."""
+_TURNS: Final = 100
+"""Groups of hosts: one group after another is pinged."""
 
-_SLOW_S: Final = 60.0
-"""So long a host may not read, or not answer pings."""
+_UNANSWERED_S: Final = SILENCE_S - 1.5 * PING_S
+"""At the ping that comes so long after an unanswered one, the host has been silent for `SILENCE_S` at most.
+
+Time counts from a ping, so that a hub which hung itself takes no host for silent.
+"""
+
+_UNREAD_S: Final = SILENCE_S - PING_S / 2
+"""The same for a host that reads nothing, which is sent no ping."""
 
 AT_ONCE: Final = 200
 """Of the hosts that a change touches; then the loop does other work: 10 ms."""
@@ -99,6 +106,10 @@ class Streams:
     _waits: dict[HostId, list[_Wait]] = field(default_factory=dict)
     _delivered: int = 0
     _unsent: deque[HostStream] = field(default_factory=deque)
+    _turns: Sequence[dict[HostStream, None]] = field(
+        default_factory=lambda: [{} for _ in range(_TURNS)]
+    )
+    _next_turn: Iterator[int] = field(default_factory=lambda: itertools.cycle(range(_TURNS)))
 
     async def run(self, listener: socket.socket) -> None:
         """Serve hosts that HAProxy passes on, until cancelled."""
@@ -107,19 +118,34 @@ class Streams:
             lambda: HostStream(self), sock=listener, backlog=_BACKLOG
         )
         try:
-            for part in itertools.cycle(range(_PARTS)):
-                await asyncio.sleep(_PING_S / _PARTS)
-                self._ping(part)
+            for turn in itertools.cycle(range(_TURNS)):
+                await asyncio.sleep(PING_S / _TURNS)
+                self._ping(turn)
         finally:
             server.close()
             for stream in tuple(self.hosts.values()):
                 stream.leave(ByeCode.STOPPING)
 
-    def _ping(self, part: int) -> None:
+    def add(self, stream: HostStream) -> None:
+        """Count a host as connected by this stream, from its hello on; it keeps its turn of being pinged."""
+        self.hosts[stream.host] = stream
+        stream.turn = next(self._next_turn)
+        self._turns[stream.turn][stream] = None
+
+    def remove(self, stream: HostStream) -> bool:
+        """Count its host as absent; whether it was connected by this stream."""
+        self._turns[stream.turn].pop(stream, None)
+        if self.hosts.get(stream.host) is not stream:
+            return False
+        del self.hosts[stream.host]
+        self.progressed(stream.host)
+        return True
+
+    def _ping(self, turn: int) -> None:
         now = self.clock.monotonic()
         ping = Ping(self.state.revision, self.clock.now().timestamp(), round(self.age_s(), 1))
         line = render_line(ping)
-        for stream in tuple(self.hosts.values())[part::_PARTS]:
+        for stream in tuple(self._turns[turn]):
             stream.keep_alive(now, line)
 
     def deliver(self, touched: Mapping[HostId, Collection[ItemKey]]) -> None:
@@ -258,17 +284,18 @@ class HostStream(asyncio.Protocol):
         "_asked",
         "_buffer",
         "_dirty",
-        "_heard",
         "_paused_at",
         "_scheduled",
         "_sent",
         "_streams",
         "_transport",
+        "_unanswered_at",
         "acked",
         "failed",
         "greeted",
         "host",
         "serial",
+        "turn",
     )
 
     def __init__(self, streams: Streams) -> None:
@@ -276,8 +303,9 @@ class HostStream(asyncio.Protocol):
         self._buffer = bytearray()
         self._dirty: set[ItemKey] = set()
         self._asked: dict[int, asyncio.Future[Answer]] = {}
-        self._sent, self._heard = 0, streams.clock.monotonic()
+        self._sent, self.turn = 0, 0
         self._paused_at: float | None = None
+        self._unanswered_at: float | None = None
         self._scheduled = False
         self._transport: asyncio.Transport | None = None
         self.host, self.serial = HostId(""), ""
@@ -303,9 +331,7 @@ class HostStream(asyncio.Protocol):
         self._transport = None
 
     def _forget(self, reason: str) -> None:
-        if self._streams.hosts.get(self.host) is self:
-            del self._streams.hosts[self.host]
-            self._streams.progressed(self.host)
+        if self._streams.remove(self):
             _log.info("host left", host=self.host, reason=reason)
 
     def pause_writing(self) -> None:
@@ -320,7 +346,7 @@ class HostStream(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Of asyncio."""
         self._buffer += data
-        self._heard = self._streams.clock.monotonic()
+        self._unanswered_at = None
         if not self.host and not self._read_head():
             return
         *lines, rest = bytes(self._buffer).split(b"\n")
@@ -425,7 +451,7 @@ class HostStream(asyncio.Protocol):
         before = streams.hosts.get(self.host)
         if before is not None:
             before.leave(ByeCode.REPLACED)
-        streams.hosts[self.host] = self
+        streams.add(self)
         self.greeted = True
         _log.info("host joined", host=self.host, revision=hello.revision)
         self._send_batch(found.batch)
@@ -491,9 +517,13 @@ class HostStream(asyncio.Protocol):
 
     def keep_alive(self, now: float, ping: bytes) -> None:
         """Ping, or end the stream of a host that does not read, or does not answer."""
-        if now - (self._heard if self._paused_at is None else self._paused_at) > _SLOW_S:
+        unread = self._paused_at is not None and now - self._paused_at > _UNREAD_S
+        silent = self._unanswered_at is not None and now - self._unanswered_at > _UNANSWERED_S
+        if unread or silent:
             self.leave(ByeCode.SLOW)
         elif self._paused_at is None:
+            if self._unanswered_at is None:
+                self._unanswered_at = now
             self._write(ping)
 
     def leave(self, code: ByeCode, reason: str = "") -> None:

@@ -249,11 +249,10 @@ class FleetSourceSettings(Section):
     ca_file: AbsolutePath | None = setting(None, Change.RESTART)
     """PEM file of the fleet's CA, which signed hubs' certificates; null is `fleet/ca.crt` in `paths.state_dir`."""
 
-    timeout_s: float = setting(10.0, Change.RESTART, ge=1, le=60)
-    """Seconds that a connection to a hub may take."""
-
-    silent_s: float = setting(60.0, Change.RESTART, ge=2, le=3600)
-    """Seconds of silence after which a hub counts as lost. Hubs send something every 20 seconds."""
+    timeout_s: float = setting(10.0, Change.RESTART, ge=2, le=60)
+    """Seconds that a hub has for the answer to a request. For a connection it has two seconds before the next hub is
+    tried, and twice as long in each further round over all hubs, up to this.
+    """
 
     retry_s: float = setting(30.0, Change.RESTART, ge=0.2, le=600)
     """Seconds between two attempts when no hub is reached, in the long run and on average: hosts take between half and

@@ -14,6 +14,8 @@ from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.layout import HostId, Meta, StoredInstance
 from imdsproxy.core.fleet.stream import (
     MAX_LINE,
+    PING_S,
+    SILENCE_S,
     Ack,
     Answer,
     Ask,
@@ -291,13 +293,43 @@ async def test_a_host_that_does_not_read_costs_no_queue_and_then_gets_the_latest
     assert batches < 100
 
 
-async def test_a_host_that_does_not_read_for_a_minute_is_cut(world: World) -> None:
+async def test_a_host_that_answers_no_ping_for_fifteen_seconds_is_cut(world: World) -> None:
+    host = await world.join("a")
+    await host.next(Batch)
+    for _ in range(3):
+        assert A in world.streams.hosts
+        world.clock.time += PING_S
+        for turn in range(module._TURNS):
+            world.streams._ping(turn)
+    assert world.streams.lacks(A, 1) == "not connected"
+    last = None
+    while (line := await host.line()) is not None:
+        last = line
+    assert isinstance(last, Bye)
+    assert last.code is ByeCode.SLOW
+
+
+async def test_a_hub_that_hung_itself_takes_no_host_for_silent(world: World) -> None:
+    host = await world.join("a")
+    await host.next(Batch)
+    world.clock.time += 60
+    for turn in range(module._TURNS):
+        world.streams._ping(turn)
+    host.send(Ack(1))
+    await world.until(A, None, 1)
+    world.clock.time += 60
+    for turn in range(module._TURNS):
+        world.streams._ping(turn)
+    assert A in world.streams.hosts
+
+
+async def test_a_host_that_reads_nothing_for_fifteen_seconds_is_cut(world: World) -> None:
     host = await world.join("a")
     await host.next(Batch)
     while not world.streams.hosts[A]._paused_at:
         world.commit(instance("web", world.state.revision + 1, A, size=100_000))
         await asyncio.sleep(0)
-    world.clock.time += 61
+    world.clock.time += SILENCE_S
     world.streams.hosts[A].keep_alive(world.clock.monotonic(), b"")
     assert A not in world.streams.hosts
 

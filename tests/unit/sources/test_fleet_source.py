@@ -12,7 +12,7 @@ from copy import deepcopy
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import pytest
 
@@ -22,8 +22,9 @@ from imdsproxy.core.fleet.policies import FleetPolicies
 from imdsproxy.core.fleet.stream import Ask, Batch, ItemKey
 from imdsproxy.core.model import Instance
 from imdsproxy.core.policy import OperatorOverride
-from imdsproxy.errors import AccessDenied
+from imdsproxy.errors import AccessDenied, SourceUnavailable
 from imdsproxy.sources.fleet import source as source_module
+from imdsproxy.sources.fleet.client import HubClient
 from imdsproxy.sources.fleet.known import merge
 from imdsproxy.sources.fleet.source import FleetSource
 from support.fleet_backing import fleet_source
@@ -174,6 +175,35 @@ async def test_a_hub_that_is_silent_is_left(hubs: Callable[..., FleetHub], kept:
         assert "silent" in str(heard.observations[0].problems[0])
 
 
+async def test_a_host_that_hears_nothing_of_its_hub_is_not_in_sync(
+    hubs: Callable[..., FleetHub], kept: Path
+) -> None:
+    hub = hubs()
+    hub.put([N1], [A])
+    source = fleet_source(kept, hub)
+    source.silent_s = 0.2
+    async with running(source) as heard:
+        await heard.until(lambda each: not each.last.in_sync and names(each) == {"a": "a"})
+        assert "silent" in reasons(heard)
+
+
+async def test_a_hub_that_hangs_costs_two_seconds_and_twice_as_long_where_no_other_is_there(
+    hubs: Callable[..., FleetHub], kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[tuple[str, float]] = []
+
+    def hang(_: HubClient, url: str, within_s: float) -> NoReturn:
+        tried.append((url, within_s))
+        raise SourceUnavailable("it hangs")
+
+    monkeypatch.setattr(HubClient, "stream", hang)
+    first, second = hubs(), hubs()
+    async with running(fleet_source(kept, first, second)):
+        await until(lambda: len(tried) >= 10)
+    assert [within_s for _, within_s in tried[:10]] == [2, 2, 4, 4, 8, 8, 10, 10, 10, 10]
+    assert {url for url, _ in tried[:2]} == {first.url, second.url}
+
+
 async def test_a_hub_that_is_behind_is_not_followed(
     hubs: Callable[..., FleetHub], kept: Path
 ) -> None:
@@ -232,9 +262,8 @@ async def test_a_host_answers_pings(hubs: Callable[..., FleetHub], kept: Path) -
     async with running(fleet_source(kept, hub)):
         assert await asyncio.to_thread(hub.wait, revision) == {}
         stream = hub.streams.hosts[HOST]
-        before = stream._heard
         hub.ping()
-        await until(lambda: stream._heard > before)
+        await until(lambda: stream._unanswered_at is None)
 
 
 async def test_a_refused_record_leaves_the_last_good_one_in_force_and_is_acknowledged_as_failed(

@@ -24,6 +24,15 @@ FORMAT: Final = 1
 MAX_LINE: Final = 4 * 1024 * 1024
 """Bytes; a longer line ends the stream."""
 
+PING_S: Final = 5.0
+"""A hub pings each of its hosts so often, and a host answers each ping."""
+
+SILENCE_S: Final = 15.0
+"""After so long without a line, host and hub take each other for lost: two pings were not answered."""
+
+CONNECT_S: Final = 2.0
+"""A hub has so long for a connection before another hub is asked."""
+
 ItemKey: TypeAlias = str
 """`network/ID`, `instance/ID`, `guard/ID`, `keys/ID` (of an instance), `policy/fleet`, `policy/host/ID`,
 `policy/project/ID`."""

@@ -16,6 +16,7 @@ import httpcore
 
 from imdsproxy.core.fleet.stream import (
     BLOB_PATH,
+    CONNECT_S,
     MAX_LINE,
     STREAM_PATH,
     UPGRADE,
@@ -175,25 +176,25 @@ class HubClient:
 
     Attributes:
         identity: `None` only where hubs are reached without TLS.
-        timeout_s: How long a connection, or the answer to a request, may take.
+        timeout_s: How long the answer to a request may take.
     """
 
     identity: HostFiles | None
     timeout_s: float
 
     @contextlib.asynccontextmanager
-    async def stream(self, hub: str) -> AsyncIterator[HubStream]:
-        """The stream of a hub, for as long as the block lasts.
+    async def stream(self, hub: str, within_s: float = CONNECT_S) -> AsyncIterator[HubStream]:
+        """Open a hub's stream, for as long as the block lasts.
 
         Raises:
-            SourceUnavailable: The hub is not reached, or does not answer with one.
+            SourceUnavailable: The hub is not reached, or does not answer with a stream within `within_s`.
             SourceRefused: It refuses this host.
         """
         url = urlsplit(hub)
         context = self._context(hub)
         writer: asyncio.StreamWriter | None = None
         try:
-            async with asyncio.timeout(self.timeout_s):
+            async with asyncio.timeout(within_s):
                 with _failures(hub):
                     reader, writer = await asyncio.open_connection(
                         url.hostname, url.port or _HTTPS_PORT, ssl=context, limit=MAX_LINE
@@ -208,7 +209,7 @@ class HubClient:
             async with httpcore.AsyncConnectionPool(ssl_context=context, max_connections=1) as pool:
                 yield HubStream(hub.rstrip("/"), reader, writer, pool, self.timeout_s)
         except TimeoutError as error:
-            raise SourceUnavailable(f"{hub} did not answer in {self.timeout_s:g} s") from error
+            raise SourceUnavailable(f"{hub} did not answer in {within_s:g} s") from error
         finally:
             if writer is not None:
                 # TLS waits for the other side's farewell, which a hub that hangs does not say.
@@ -246,7 +247,7 @@ async def _ask(
     headers: Mapping[bytes | str, bytes | str] | None = None,
     most: int = _MOST_OF_ANSWER,
 ) -> tuple[int, bytes]:
-    times = dict.fromkeys(("connect", "read", "write", "pool"), timeout_s)
+    times = dict.fromkeys(("read", "write", "pool"), timeout_s) | {"connect": CONNECT_S}
     found = bytearray()
     try:
         async with pool.stream(

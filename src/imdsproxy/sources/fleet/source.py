@@ -19,6 +19,8 @@ import structlog
 
 from imdsproxy.core.fleet.policies import FleetPolicies
 from imdsproxy.core.fleet.stream import (
+    CONNECT_S,
+    SILENCE_S,
     Ack,
     Answer,
     Ask,
@@ -57,7 +59,9 @@ _AGAIN_S: Final = 2.0
 
 _RENEW_EVERY_S: Final = 3600.0
 _GRACE_S: Final = 5.0
-"""So long after a stream ended the source is in sync: hubs are restarted, and another one is there."""
+"""So long after a stream ended the source is in sync: hubs are restarted, and another one is there. Not after silence:
+nobody knows since when that hub was lost.
+"""
 
 _STALE_S: Final = 15.0
 """A hub whose last answer of etcd is older does not know what is new."""
@@ -127,7 +131,7 @@ class FleetSource:
     client: HubClient
     hubs: Callable[[], tuple[str, ...]]
     path: Path
-    silent_s: float = 60.0
+    silent_s: float = SILENCE_S
     clock: Clock = field(default_factory=Clock)
     random: Callable[[], float] = lambda: 0.5
     backoff: Backoff = field(default_factory=lambda: Backoff(0.5, 30.0))
@@ -163,6 +167,8 @@ class FleetSource:
     _applying: bool = False
     _compare_at: float = 0.0
     _complete: bool = False
+    _connect_s: float = CONNECT_S
+    _heard_at: float = 0.0
     _lost_at: float | None = None
     _etcd_at: float | None = None
     _hub_age_s: float = 0.0
@@ -288,17 +294,20 @@ class FleetSource:
                 await asyncio.sleep(self.backoff.longest_s * (0.5 + self.random()))
             elif good:
                 left = []
+                self._connect_s = CONNECT_S
                 self.backoff.succeed()
                 await asyncio.sleep(_SPREAD_S * self.random())
             elif not left:
                 self.alone = self.known.position.fleet is not None
+                # A hub that thousands of hosts come to at once needs longer than one that hangs may take.
+                self._connect_s = min(2 * self._connect_s, self.client.timeout_s)
                 await asyncio.sleep(self.backoff.fail() * (0.5 + self.random()))
 
     async def _follow(self, hub: str) -> tuple[bool, bool]:
         """Follow a hub until it is lost: whether it sent all items, and whether another will not do better."""
         final = False
         try:
-            async with self.client.stream(hub) as stream:
+            async with self.client.stream(hub, self._connect_s) as stream:
                 self._partial = self._pending = self._leaving = None
                 self._whole = True
                 await stream.send(self.known.hello())
@@ -306,7 +315,9 @@ class FleetSource:
                 # The hub has just compared; thousands of hosts come at once.
                 self._compare_at = self.clock.monotonic() + _COMPARE_EVERY_S * self.random()
                 while True:
-                    await self._take(stream, await stream.read(self.silent_s))
+                    message = await stream.read(self.silent_s)
+                    self._heard_at = self.clock.monotonic()
+                    await self._take(stream, message)
         except _Left as left:
             final = left.code in _FINAL
             self._hub_problem = Problem("hub", f"it ended the stream: {left}", "", hub)
@@ -315,7 +326,9 @@ class FleetSource:
         finally:
             good, self._stream, self.hub = self._complete, None, None
             if good:
-                self._lost_at = self.clock.monotonic() if self.in_sync else None
+                now = self.clock.monotonic()
+                heard = now - self._heard_at < self.silent_s
+                self._lost_at = now if heard and self.in_sync else None
             self._complete = False
         _log.info("hub lost", hub=hub, reason=self._hub_problem.reason)
         return good, final
