@@ -36,7 +36,7 @@ def build_api(hub: Hub) -> FastAPI:
         hub.etcd, hub.state, hub.streams, writes, peers_of(hub), hub.clock, replica.complete
     )
     operations.token_key_problem = lambda: hub.token_keys.problem
-    operations.authority = hub.authority
+    operations.authority, operations.loop_failures = hub.authority, hub.background.failures
     app = operators_app(operations)
     app.state.hub = hub
     app.state.enrolment = Enrolment(hub.etcd, hub.authority, hub.clock)

@@ -7,8 +7,9 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from random import SystemRandom
 from typing import Any, Final
 
@@ -23,6 +24,7 @@ from imdsproxy.dataplane.launch import read_program
 from imdsproxy.errors import (
     ImdsproxyError,
     RuntimeUnavailable,
+    SourceCorrupt,
     SourceUnavailable,
     first_expected,
 )
@@ -34,6 +36,7 @@ from imdsproxy.host.process import freeze_garbage, leave_no_dumps, raise_descrip
 from imdsproxy.host.servers import open_tcp_socket, open_unix_socket
 from imdsproxy.hub.api import build_api, peers_of
 from imdsproxy.hub.authority import Authority
+from imdsproxy.hub.background import Background
 from imdsproxy.hub.envelope import Envelope
 from imdsproxy.hub.etcd import Etcd
 from imdsproxy.hub.files import (
@@ -85,6 +88,7 @@ class Hub:
     streams: Streams
     replica: Replica
     clock: Clock
+    background: Background
 
 
 def open_etcd(settings: EtcdSettings, clock: Clock) -> Etcd:
@@ -158,6 +162,7 @@ def build_hub(settings: HubSettings, clock: Clock) -> Hub:
         streams=streams,
         replica=replica,
         clock=clock,
+        background=Background(clock, SystemRandom()),
     )
 
 
@@ -204,9 +209,10 @@ async def run_hub(
             server = HealthServer(sock, alive=heartbeat.alive, who="the hub")
             health = stack.enter_context(server)
         group = await stack.enter_async_context(asyncio.TaskGroup())
-        replica = hub.replica
+        replica, keep = hub.replica, hub.background.keep
         tasks = [
-            group.create_task(replica.run(), name="etcd"),
+            # A fleet of a format that is not known is for another version of this program.
+            group.create_task(keep("etcd", replica.run, final=(SourceCorrupt,)), name="etcd"),
             group.create_task(heartbeat.run(), name="heartbeat"),
         ]
         gc.disable()
@@ -214,28 +220,31 @@ async def run_hub(
         # Hosts would wait half a second for a look through 300,000 instances.
         freeze_garbage()
         if not ended.is_set():
+            writes = Writes(hub.etcd, hub.state, hub.envelope, clock)
+            loops: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
+                "beat": replica.beat,
+                "comparison": replica.compare,
+                "sweep": Sweep(hub.etcd, hub.state, clock).run,
+                "suspicions": replica.note_suspicions,
+                "first token key": partial(make_first_key, writes),
+            }
+            tasks += [group.create_task(keep(name, one), name=name) for name, one in loops.items()]
             tasks += [
-                group.create_task(replica.beat(), name="beat"),
-                group.create_task(replica.compare(), name="comparison"),
-                group.create_task(Sweep(hub.etcd, hub.state, clock).run(), name="sweep"),
-                group.create_task(replica.note_suspicions(), name="suspicions"),
                 group.create_task(hub.streams.run(stream_socket), name="streams"),
                 group.create_task(serve(build_api(hub), api_socket), name="api"),
-                group.create_task(
-                    make_first_key(Writes(hub.etcd, hub.state, hub.envelope, clock)),
-                    name="first token key",
-                ),
             ]
             await front.start()
             stack.push_async_callback(front.stop)
             tasks += [
                 group.create_task(_watch_front(front, ended), name="haproxy"),
-                group.create_task(_renew(hub, front), name="certificate"),
+                group.create_task(
+                    keep("certificate", partial(_renew, hub, front)), name="certificate"
+                ),
             ]
             heartbeat.starting = False
             if health is not None:
                 metrics = HubMetrics(hub, peers_of(hub), clock.now().timestamp())
-                tasks.append(group.create_task(metrics.run(), name="metrics"))
+                tasks.append(group.create_task(keep("metrics", metrics.run), name="metrics"))
                 health.reports = metrics
             hosts = sum(1 for _ in hub.state.keys(layout.HOSTS))
             notifier.ready(f"{hosts} hosts")

@@ -181,6 +181,12 @@ class HubMetrics(Exposed, prefix="imdsproxy_hub_"):
         state = self.hub.state
         return len({**state.problems, **state.lost})
 
+    def loop_failures(self) -> Annotated[By, "counter", "loop"]:
+        """How often a part of the hub failed unexpectedly, and was started again: a fault of imdsproxy's. The hub's log
+        has it, and `imdsproxy fleet status` for an hour.
+        """
+        return self.hub.background.failed
+
     def token_keys_unreadable(self) -> Gauge:
         """1 while the newest keys of session tokens in etcd cannot be read: those before stay in force."""
         return self.hub.token_keys.problem is not None

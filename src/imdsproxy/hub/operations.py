@@ -106,7 +106,7 @@ class FleetStatus:
         renewing: Enrolled ones that have no certificate yet since the fleet's CAs were changed.
         authority_ends: When the certificate of the CA that signs ends, Unix time; no other is good for longer.
         problems: By key of etcd, values that another program wrote; by `host NAME`, that a host had other items than
-            are placed on it.
+            are placed on it; by `loop NAME`, that a part of the hub failed and was started again.
         token_keys: Why the newest keys of session tokens cannot be read; those before them stay in force.
         imports: Unfinished ones: how many records of how many. None is known while etcd is away.
         etcd: Its members: `url`, `leads`, size and quota of the database in bytes, and `problems` in words.
@@ -145,6 +145,7 @@ class Operations:
         complete: Set while the copy has everything.
         token_key_problem: Why the newest keys of session tokens cannot be read.
         authority: The fleet's CA, where this hub has certificates.
+        loop_failures: See `Background.failures`.
     """
 
     etcd: Etcd
@@ -156,6 +157,7 @@ class Operations:
     complete: asyncio.Event = field(default_factory=asyncio.Event)
     token_key_problem: Callable[[], str | None] = lambda: None
     authority: Authority | None = None
+    loop_failures: Callable[[], Mapping[str, str]] = dict
     progress: Progress = field(default_factory=Progress)
     imports: dict[str, asyncio.Task[FleetWritten]] = field(default_factory=dict)
 
@@ -274,6 +276,7 @@ class Operations:
                 **state.problems,
                 **state.lost,
                 **{f"host {host}": why for host, why in self.streams.differing().items()},
+                **{f"loop {name}": why for name, why in self.loop_failures().items()},
             },
             token_keys=self.token_key_problem(),
             imports=imports,

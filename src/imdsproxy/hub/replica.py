@@ -20,7 +20,7 @@ from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.layout import HostId, Meta, Suspicion
 from imdsproxy.core.fleet.stream import ItemKey
 from imdsproxy.core.timing import Backoff
-from imdsproxy.errors import EtcdUnavailable, Problem, SourceCorrupt
+from imdsproxy.errors import EtcdUnavailable, Problem, SourceCorrupt, SourceRefused
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.process import garbage_left
 from imdsproxy.hub.etcd import Behind, Committed, Compacted, Conflict, Etcd, Snapshot
@@ -36,6 +36,9 @@ AT_ONCE: Final = 500
 
 _AGAIN_S: Final = 1.0
 _WITNESSES: Final = 2
+_MOST_PENDING: Final = 1000
+"""Suspicions that wait to be written: more witnesses would change nothing."""
+
 _LEAVE_S: Final = 2.0
 _REVIEWED: Final = (layout.BEAT, layout.HOSTS)
 
@@ -76,7 +79,8 @@ class Replica:
     _incarnation: int = 0
     _beat_seen: float = 0.0
     _doubtful: bool = False
-    _suspicions: asyncio.Queue[tuple[HostId, str, int, int]] = field(default_factory=asyncio.Queue)
+    _suspicions: dict[HostId, tuple[str, int, int]] = field(default_factory=dict)
+    _noticed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def age_s(self) -> float:
         """Seconds since etcd was heard."""
@@ -223,19 +227,32 @@ class Replica:
             why: What is missing.
             revision: etcd has to be older than this; 0 where the reason is enough.
         """
-        self._suspicions.put_nowait((host, why, revision, self._incarnation))
+        # One for each host, its last: a host may say hello as often as it likes.
+        if host in self._suspicions or len(self._suspicions) < _MOST_PENDING:
+            self._suspicions[host] = layout.plain(why), revision, self._incarnation
+            self._noticed.set()
 
     async def note_suspicions(self) -> None:
         """Write why a restored backup is suspected, for every hub; until cancelled."""
         while True:
-            suspicion = await self._suspicions.get()
-            noted = False
-            while not noted:
-                try:
-                    noted = await self._note(*suspicion)
-                except (EtcdUnavailable, Compacted) as error:
-                    _log.warning("suspicion not written yet", reason=str(error))
-                    await asyncio.sleep(_AGAIN_S)
+            while not self._suspicions:
+                self._noticed.clear()
+                await self._noticed.wait()
+            host = next(iter(self._suspicions))
+            await self._note_at_last(host, *self._suspicions.pop(host))
+
+    async def _note_at_last(self, host: HostId, why: str, revision: int, incarnation: int) -> None:
+        noted = False
+        while not noted:
+            try:
+                noted = await self._note(host, why, revision, incarnation)
+            except (EtcdUnavailable, Compacted) as error:
+                _log.warning("suspicion not written yet", reason=str(error))
+                await asyncio.sleep(_AGAIN_S)
+            except SourceRefused as error:
+                # Another attempt would be refused as well.
+                _log.error("suspicion not written", host=host, reason=error.message)
+                return
 
     async def _note(self, host: HostId, why: str, revision: int, incarnation: int) -> bool:
         """Whether it is written, or need not be; `incarnation` is of what was compared with etcd."""
@@ -243,12 +260,18 @@ class Replica:
         if 0 < revision <= found.revision:
             return True
         # What another hub noticed earlier an operator may have accepted by now.
-        if meta.kvs and layout.parse_meta(meta.kvs[0].value).incarnation > incarnation > 0:
+        metas = (_meta_of(_change(one), self.state.meta) for one in meta.kvs)
+        if any(one.incarnation > incarnation > 0 for one in metas):
             return True
         before, at = Suspicion(why, (), refuses=False), 0
         if found.kvs:
-            before, at = layout.parse_suspicion(found.kvs[0].value), found.kvs[0].mod_revision
-        hosts = tuple(dict.fromkeys((*before.hosts, host)))
+            at = found.kvs[0].mod_revision
+            # One that another program wrote is no suspicion, and is written over.
+            with suppress(layout.Unreadable):
+                before = layout.parse_suspicion(found.kvs[0].value)
+        if before.refuses and len(before.hosts) >= layout.MOST_WITNESSES:
+            return True
+        hosts = tuple(dict.fromkeys((*before.hosts, host)))[-layout.MOST_WITNESSES :]
         # A single host that is captured must not keep operators from writing. One that was revoked has no say, and
         # none that has not joined could agree with it.
         enrolled = self.state.enrolled()

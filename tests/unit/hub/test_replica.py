@@ -150,6 +150,45 @@ async def test_the_only_enrolled_host_of_a_fleet_is_believed_and_those_that_are_
     assert store.suspicion.refuses is refuses
 
 
+async def test_a_suspicion_that_etcd_refuses_is_dropped_and_those_after_it_are_written() -> None:
+    store = _Store()
+
+    def handle(path: str, body: Json) -> Answer:
+        if path.endswith("txn") and not refused:
+            refused.append(body)
+            return answer({"code": 3, "message": "etcdserver: request is too large"}, 400)
+        return store.handle(path, body)
+
+    refused: list[Json] = []
+    async with _replica_of(store, "abc", handle) as replica:
+        replica.suspect(HostId("c"), "it has what etcd lacks", 0)
+        async with background(replica.note_suspicions()):
+            await until(lambda: refused)
+            replica.suspect(HostId("a"), "x" * 2_000_000, 0)
+            await until(lambda: store.suspicion)
+    assert store.suspicion is not None
+    assert store.suspicion.hosts == ("a",)
+    assert len(store.suspicion.why) <= layout.MOST_TEXT
+
+
+async def test_a_host_that_says_hello_again_and_again_has_one_suspicion_that_waits() -> None:
+    async with _replica_of(_Store()) as replica:
+        for number in range(5000):
+            replica.suspect(HostId("a"), f"{number}", 0)
+            replica.suspect(HostId(f"h{number}"), "why", 0)
+        assert replica._suspicions[HostId("a")][0] == "4999"
+        assert len(replica._suspicions) <= 1000
+
+
+@pytest.mark.parametrize("value", [b"{}", b"\xff", b'{"hosts": [7]}'])
+async def test_a_suspicion_that_another_program_wrote_is_written_over(value: bytes) -> None:
+    store = _Store()
+    store.values[layout.SUSPECT] = value, 3
+    async with _replica_of(store) as replica:
+        assert await replica._note(HostId("a"), "why", 0, 1)
+    assert store.suspicion == Suspicion("why", (HostId("a"),), refuses=False)
+
+
 async def test_a_hub_that_ends_takes_back_where_it_is() -> None:
     asked: list[tuple[str, Json]] = []
 
@@ -230,7 +269,7 @@ async def test_a_hub_that_was_away_notices_another_history_whose_revisions_have_
 
     async with _replica_of(store, "", handle) as replica, background(replica.run()):
         await until(lambda: replica.state.revision == 53)
-        await until(lambda: same or replica._suspicions.qsize() == 1)
+        await until(lambda: same or len(replica._suspicions) == 1)
         assert begun[:2] == [51, 52]
         assert replica.state.value(key) == (_HOST, 52)
         assert bool(replica.state.lost) is not same

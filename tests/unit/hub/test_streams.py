@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -437,7 +438,7 @@ async def test_a_host_that_differs_says_hello_again_and_is_reported_until_it_doe
     host.send(Ack(3, {"instance/db": "refused"}, wrong))
     world.commit(instance("db", 4, A))
     await host.next(Batch)
-    host.send(Ack(3, digest="of before the change"), Ack(4))
+    host.send(Ack(3, digest=wrong), Ack(4))
     await world.until(A, None, 4)
     assert not world.streams.differing()
     # The second was on its way when the first was taken.
@@ -453,3 +454,27 @@ async def test_a_host_that_differs_says_hello_again_and_is_reported_until_it_doe
         while world.streams.differing():
             await asyncio.sleep(0.001)
     assert world.streams.differed == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"hello": {"format": 1, "incarnation": 1, "items": {"instance/" + "x" * 2_000_000: 1}}},
+        {"hello": {"format": 1, "incarnation": 1, "items": {"instance/../meta": 1}}},
+        {"hello": {"format": 1, "incarnation": 2**64}},
+        {"ack": -1},
+        {"answer": 1, "status": "200", "body": []},
+    ],
+)
+async def test_a_host_that_sends_what_is_no_line_loses_its_stream_and_no_other_does(
+    world: World, line: dict[str, object]
+) -> None:
+    other = await world.join("b")
+    await other.next(Batch)
+    host = await world.join("a", hello=Hello())
+    await host.next(Batch)
+    host.writer.write(json.dumps(line).encode() + b"\n")
+    assert (await host.next(Bye)).code is ByeCode.FORMAT
+    assert await host.line() is None
+    assert not world.suspicions
+    assert B in world.streams.hosts

@@ -47,9 +47,20 @@ CHUNK_BYTES: Final = 256 * 1024
 """Of user data in one key: a request to etcd has at most 1.5 MiB."""
 
 MOST_LEFT: Final = 32
+MOST_WITNESSES: Final = 32
+"""Hosts and hubs that a suspicion names."""
 
 FORMAT: Final = 1
 """Raise it when values mean something else: a hub that does not know it refuses to start."""
+
+ID_SHAPE: Final = ID_PATTERN.removeprefix("^").removesuffix("$")
+"""`ID_PATTERN` as a part of a longer expression."""
+
+MOST_NUMBER: Final = 2**63 - 1
+"""Largest number that etcd, SQLite and HAProxy take."""
+
+MOST_TEXT: Final = 1000
+"""Characters of a text that a machine of the fleet reports."""
 
 _ID: Final = re.compile(ID_PATTERN)
 
@@ -131,6 +142,17 @@ class StoredNetwork:
 def is_id(text: str) -> bool:
     """Whether a text may be the id of a host or a project."""
     return _ID.fullmatch(text) is not None
+
+
+def is_number(value: object) -> bool:
+    """Whether a JSON value is a whole number from 0 to `MOST_NUMBER`."""
+    return type(value) is int and 0 <= value <= MOST_NUMBER
+
+
+def plain(text: str, most: int = MOST_TEXT) -> str:
+    """Make a text of another machine fit to store and show: printable, one line, cut after `most` characters."""
+    cut = text if len(text) <= most else f"{text[: most - 1]}…"
+    return cut if cut.isprintable() else "".join(one if one.isprintable() else "?" for one in cut)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,15 @@ in force. It gets nothing but what is placed on it.
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import blake2b
 from typing import Any, Final, TypeAlias, cast
 
-from imdsproxy.core.fleet.layout import Json
+from imdsproxy.core.fleet.layout import ID_SHAPE, MOST_NUMBER, Json, is_number, plain
 
 STREAM_PATH: Final = "/fleet/stream"
 BLOB_PATH: Final = "/fleet/blob/"
@@ -36,6 +38,12 @@ CONNECT_S: Final = 2.0
 ItemKey: TypeAlias = str
 """`network/ID`, `instance/ID`, `guard/ID`, `keys/ID` (of an instance), `policy/fleet`, `policy/host/ID`,
 `policy/project/ID`."""
+
+_ITEM_KEY: Final = re.compile(
+    f"(?:network|instance|guard|keys)/{ID_SHAPE}|policy/(?:fleet|(?:host|project)/{ID_SHAPE})"
+)
+_DIGEST: Final = re.compile("[0-9a-f]{32}|")
+_STATUSES: Final = range(100, 600)
 
 
 class Broken(ValueError):
@@ -221,44 +229,49 @@ def _render_batch(batch: Batch) -> Json:
 
 
 def parse_from_host(line: bytes) -> FromHost:
-    """A line that a host sent; raises `Broken`."""
+    """Parse a line that a host sent: numbers have 64 bits, texts are short, and each item's name may be one.
+
+    Raises:
+        Broken: The line is none of a host. A host may be captured, so nothing behind this trusts more than this checks.
+    """
     match _decode(line):
-        case {"hello": {"format": int(form), "incarnation": int(incarnation), **rest}}:
-            fleet, revision = rest.get("fleet"), _number(rest.get("revision", 0))
+        case {"hello": {"format": form, "incarnation": incarnation, **rest}}:
+            fleet, items = rest.get("fleet"), _object(cast("Json", rest), "items")
             if not (fleet is None or isinstance(fleet, str)):
                 raise Broken("`fleet` is no text")
-            items = rest.get("items", {})
-            if not isinstance(items, dict):
-                raise Broken("`items` is no object")
-            known = {key: _number(one) for key, one in items.items()}
-            return Hello(fleet, incarnation, revision, known, form)
-        case {"ack": int(revision), **rest}:
-            failed = rest.get("failed", {})
-            if not isinstance(failed, dict):
-                raise Broken("`failed` is no object")
-            why = {key: str(one) for key, one in failed.items()}
-            return Ack(revision, why, str(rest.get("digest", "")))
-        case {"answer": int(number), "status": int(status), "body": body}:
-            return Answer(number, status, body)
+            return Hello(
+                None if fleet is None else plain(fleet),
+                _number(incarnation),
+                _number(rest.get("revision", 0)),
+                {_item(key): _number(one) for key, one in items.items()},
+                _number(form),
+            )
+        case {"ack": revision, **rest}:
+            why = {_item(key): _text(one) for key, one in _object(rest, "failed").items()}
+            digest = _text(rest.get("digest", ""))
+            if _DIGEST.fullmatch(digest) is None:
+                raise Broken("`digest` is none")
+            return Ack(_number(revision), why, digest)
+        case {"answer": number, "status": status, "body": body}:
+            if _number(status) not in _STATUSES:
+                raise Broken("`status` is none of HTTP")
+            return Answer(_number(number), status, body)
         case _:
             raise Broken("a host sends `hello`, `ack` or `answer`")
 
 
 def parse_from_hub(line: bytes) -> FromHub:
-    """A line that a hub sent; raises `Broken`."""
+    """Parse a line that a hub sent; raises `Broken`."""
     match _decode(line):
-        case {"batch": {"revision": int(revision), **rest}}:
-            return _parse_batch(revision, cast("Json", rest))
-        case {"ping": {"revision": int(revision), "time": int() | float() as time, **rest}}:
-            age_s = rest.get("age_s", 0.0)
-            if not isinstance(age_s, int | float):
-                raise Broken("`age_s` is no number")
-            return Ping(revision, float(time), float(age_s))
-        case {"ask": int(number), "path": str(path), **rest}:
-            return Ask(number, path, str(rest.get("method", "GET")))
+        case {"batch": {"revision": revision, **rest}}:
+            return _parse_batch(_number(revision), cast("Json", rest))
+        case {"ping": {"revision": revision, "time": time, **rest}}:
+            return Ping(_number(revision), _seconds(time), _seconds(rest.get("age_s", 0.0)))
+        case {"ask": number, "path": str(path), **rest}:
+            return Ask(_number(number), path, _text(rest.get("method", "GET")))
         case {"bye": str(code), **rest}:
             try:
-                return Bye(ByeCode(code), str(rest.get("reason", "")))
+                return Bye(ByeCode(code), _text(rest.get("reason", "")))
             except ValueError as error:
                 raise Broken(str(error)) from error
         case _:
@@ -267,32 +280,57 @@ def parse_from_hub(line: bytes) -> FromHub:
 
 def _parse_batch(revision: int, shape: Json) -> Batch:
     put: dict[ItemKey, tuple[int, Json]] = {}
-    puts, remove, held = (shape.get(one, {}) for one in ("put", "remove", "held"))
-    if not (isinstance(puts, dict) and isinstance(held, dict)):
-        raise Broken("`put` or `held` is no object")
-    if remove and not isinstance(remove, list):
-        raise Broken("`remove` is no list")
-    for key, one in puts.items():
+    remove = shape.get("remove", [])
+    if not (isinstance(remove, list) and all(isinstance(one, str) for one in remove)):
+        raise Broken("`remove` is no list of names")
+    for key, one in _object(shape, "put").items():
         match one:
-            case [int(number), dict(value)]:
-                put[key] = number, value
+            case [number, dict(value)]:
+                put[key] = _number(number), value
             case _:
                 raise Broken(f"{key} has no revision and value")
     return Batch(
         revision,
-        str(shape.get("fleet", "")),
+        _text(shape.get("fleet", "")),
         _number(shape.get("incarnation", 0)),
         put,
-        tuple(map(str, remove)),
-        {key: str(why) for key, why in held.items()},
+        tuple(remove),
+        {key: _text(why) for key, why in _object(shape, "held").items()},
         shape.get("more") is True,
     )
 
 
+def _object(shape: Mapping[str, Any], field_name: str) -> Json:
+    found = shape.get(field_name, {})
+    if not isinstance(found, dict):
+        raise Broken(f"`{field_name}` is no object")
+    return cast("Json", found)
+
+
+def _item(key: str) -> ItemKey:
+    if _ITEM_KEY.fullmatch(key) is None:
+        raise Broken("a name is no item's")
+    return key
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise Broken("a text is none")
+    return plain(value)
+
+
 def _number(value: object) -> int:
-    if type(value) is int and value >= 0:
+    if is_number(value):
+        return cast("int", value)
+    raise Broken(f"a number is none from 0 to {MOST_NUMBER}")
+
+
+def _seconds(value: object) -> float:
+    if type(value) is int and abs(value) <= MOST_NUMBER:
+        return float(value)
+    if type(value) is float and math.isfinite(value):
         return value
-    raise Broken("a revision is a number")
+    raise Broken("a time is no number")
 
 
 def _decode(line: bytes) -> Json:

@@ -1,0 +1,83 @@
+"""Loops of a hub that outlive their own faults: one that raises what nobody expected is reported and started again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any, Final
+
+import structlog
+
+from imdsproxy.core.fleet.layout import plain
+from imdsproxy.core.timing import Backoff
+from imdsproxy.host.clock import Clock
+
+_FIRST_S: Final = 1.0
+_LONGEST_S: Final = 60.0
+_SHOWN_S: Final = 3600.0
+
+_log = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class Background:
+    """Supervisor of a hub's loops.
+
+    A loop gets a value that it cannot handle, or has a fault of its own: that is one loop, and neither the hub nor its
+    hosts may end by it.
+
+    Args:
+        clock: Monotonic, and the time for reports.
+        random: Jitter of pauses.
+
+    Attributes:
+        failed: Number of failures by loop.
+    """
+
+    clock: Clock
+    random: Random
+    failed: Counter[str] = field(default_factory=Counter)
+    _failures: dict[str, tuple[float, str]] = field(default_factory=dict)
+
+    async def keep(
+        self,
+        name: str,
+        work: Callable[[], Coroutine[Any, Any, None]],
+        final: tuple[type[Exception], ...] = (),
+    ) -> None:
+        """Run a loop until it returns or is cancelled; start it again, with backoff, after an exception.
+
+        Args:
+            name: Of the loop, for reports.
+            work: Begins the loop anew.
+            final: Exceptions by which the hub is to end.
+        """
+        backoff = Backoff(_FIRST_S, _LONGEST_S)
+        while True:
+            begun = self.clock.monotonic()
+            try:
+                await work()
+            except final:
+                raise
+            except Exception as error:  # noqa: BLE001 - reported below; what it is, is not known
+                if self.clock.monotonic() - begun > _LONGEST_S:
+                    backoff.succeed()
+                self._report(name, error)
+                await asyncio.sleep(backoff.fail() * self.random.uniform(0.5, 1.0))
+            else:
+                return
+
+    def _report(self, name: str, error: Exception) -> None:
+        self.failed[name] += 1
+        reason = plain(f"{type(error).__name__}: {error}")
+        at = self.clock.now().strftime("%Y-%m-%d %H:%M:%S UTC")
+        self._failures[name] = self.clock.monotonic(), f"failed at {at} and began again: {reason}"
+        _log.error("loop failed", loop=name, reason=reason, exc_info=error)
+
+    def failures(self) -> dict[str, str]:
+        """Loops that failed within the last hour, each with the time and the reason of its last failure."""
+        since = self.clock.monotonic() - _SHOWN_S
+        return {name: why for name, (at, why) in self._failures.items() if at > since}
