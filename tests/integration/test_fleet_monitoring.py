@@ -14,8 +14,9 @@ import pytest
 
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.identity import Role, spell_serial
-from imdsproxy.core.fleet.layout import HostId, Suspicion
+from imdsproxy.core.fleet.layout import HostId
 from imdsproxy.core.fleet.members import HostState, StoredHost, host_key, render_host
+from imdsproxy.core.fleet.suspicion import Claim, Suspicion, render_suspicion
 from imdsproxy.core.model import InstanceId
 from imdsproxy.host.certificates import make_key, render_certificate, render_key
 from imdsproxy.hub import authority
@@ -115,8 +116,8 @@ def test_a_fleets_dashboard_has_data_and_each_fault_of_the_fleet_fires_its_alert
     world.store_network("away")
     world.place(instance("lost", "away"), "a")
     world.write({f"{layout.NETWORKS}bad": b"[", PLACE: layout.encode({"sealed": "x"})})
-    suspicion = Suspicion("instance/web is missing", (HostId("a"),), refuses=False)
-    world.write({layout.SUSPECT: layout.render_suspicion(suspicion)})
+    suspicion = Suspicion("instance/web is missing", {}, {HostId("a"): Claim(0)})
+    world.write({layout.SUSPECT: render_suspicion(suspicion)})
     world.etcd.kill(world.etcd.members[2])
     assert second.process is not None
     second.process.send_signal(signal.SIGSTOP)

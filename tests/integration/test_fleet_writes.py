@@ -12,6 +12,7 @@ import pytest
 
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.layout import HostId
+from imdsproxy.core.fleet.suspicion import Claim, Suspicion, render_suspicion
 from imdsproxy.core.model import InstanceId
 from imdsproxy.errors import (
     AccessDenied,
@@ -285,10 +286,10 @@ def test_nothing_is_written_while_a_restore_is_suspected_until_an_operator_accep
     hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = hub.client.get("/fleet/status")["incarnation"]
-    alone = layout.Suspicion("it has revision 999", (HostId("a"),), refuses=False)
-    hub.run(hub.etcd.commit((), {layout.SUSPECT: layout.render_suspicion(alone)}))
+    alone = Suspicion("it has revision 999", {}, {HostId("a"): Claim(0)})
+    hub.run(hub.etcd.commit((), {layout.SUSPECT: render_suspicion(alone)}))
     assert hub.client.request("POST", "/v1/instances", body=instance("soon", "10.0.2.4", "a"))
-    value = layout.render_suspicion(replace(alone, refuses=True))
+    value = render_suspicion(alone.add_hub("hub-1", 1))
     hub.run(hub.etcd.commit((), {layout.SUSPECT: value}))
     with pytest.raises(RestoreSuspected, match="999"):
         hub.client.request("POST", "/v1/instances", body=instance("late", "10.0.2.3", "a"))

@@ -39,7 +39,7 @@ def build_api(hub: Hub) -> FastAPI:
     operations.authority, operations.loop_failures = hub.authority, hub.background.failures
     app = operators_app(operations)
     app.state.hub = hub
-    app.state.enrolment = Enrolment(hub.etcd, hub.authority, hub.clock)
+    app.state.enrolment = Enrolment(hub.etcd, hub.authority, hub.clock, operations.holder_of)
     return app
 
 

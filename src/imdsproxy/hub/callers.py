@@ -80,6 +80,8 @@ async def admit(operations: Operations, headers: Mapping[str, str]) -> Caller:
         HostId(identity.name), identity.serial
     ):
         raise AccessDenied(f"the certificate of host {identity.name} is not good any more")
+    if identity.role in OPERATOR_ROLES:
+        operations.operators.add(identity.name)
     return Caller(identity)
 
 

@@ -28,7 +28,7 @@ from imdsproxy.core.fleet.members import (
     render_host,
     render_operator,
 )
-from imdsproxy.errors import SourceUnavailable, WriteUnknown
+from imdsproxy.errors import AlreadyExists, SourceUnavailable, WriteUnknown
 from imdsproxy.host.certificates import render_certificate
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.authority import Authority, parse_request
@@ -59,11 +59,13 @@ class Enrolment:
         etcd: Where they are.
         authority: What signs.
         clock: Unix time.
+        holder: Returns who has a name that is not a host's, in words; hubs, operators and hosts share one space.
     """
 
     etcd: Etcd
     authority: Authority
     clock: Clock
+    holder: Callable[[str], str | None] = lambda _: None
 
     async def invite(
         self, host: HostId, urls: Sequence[str], life_s: float = INVITATION_S
@@ -76,8 +78,10 @@ class Enrolment:
             life_s: How long the token is good.
 
         Raises:
+            AlreadyExists: The name is a hub's or an operator's.
             SourceUnavailable: etcd does not answer, or others write the host all the time.
         """
+        self._refuse_taken(host)
         token = secrets.token_urlsafe(_TOKEN_BYTES)
         expires_at = math.ceil(self.clock.now().timestamp() + life_s)
         await self._write(host, lambda stored: plan_invitation(stored, token, expires_at))
@@ -94,9 +98,11 @@ class Enrolment:
 
         Raises:
             AccessDenied: The token is not good.
+            AlreadyExists: As `invite`.
             RequestRefused: The request is none.
             SourceUnavailable: As `invite`.
         """
+        self._refuse_taken(host)
         key, now, trusts = parse_request(request), self.clock.now(), self.authority.trusted_digest
         signed = self.authority.certify_host(key, host, now)
         serial = spell_serial(signed.serial_number)
@@ -144,6 +150,14 @@ class Enrolment:
         done = await self.etcd.commit((), {operator_key(name): value})
         _log.warning("operator revoked", name=name)
         return done.revision
+
+    def _refuse_taken(self, host: HostId) -> None:
+        holder = self.holder(host)
+        if holder is not None:
+            raise AlreadyExists(
+                f"host {host} cannot join: {host} is the name of {holder}",
+                hint="hubs, hosts and operators share one space of names: choose another",
+            )
 
     async def _write(self, host: HostId, plan: Callable[[StoredHost | None], StoredHost]) -> int:
         key, wanted = host_key(host), None

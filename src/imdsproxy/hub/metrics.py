@@ -15,8 +15,8 @@ from imdsproxy import __version__
 from imdsproxy.admin.answers import Readiness
 from imdsproxy.admin.exposition import By, Count, Exposed, Gauge
 from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import Suspicion
 from imdsproxy.core.fleet.members import HostState, parse_host
+from imdsproxy.core.fleet.suspicion import Suspicion, read_suspicion
 from imdsproxy.errors import ConfigError
 from imdsproxy.host.certificates import parse_certificate
 from imdsproxy.hub.etcd_messages import MemberStatus
@@ -90,8 +90,7 @@ class HubMetrics(Exposed, prefix="imdsproxy_hub_"):
         return Readiness(ready=True)
 
     def _suspicion(self) -> Suspicion | None:
-        found = self.hub.state.value(layout.SUSPECT)
-        return None if found is None else layout.parse_suspicion(found[0])
+        return read_suspicion(self.hub.state.value)
 
     def _answering(self) -> list[MemberStatus]:
         return [one for one in self.members if isinstance(one, MemberStatus)]

@@ -10,9 +10,10 @@ from urllib.parse import quote, urlencode
 
 from imdsproxy.admin.answers import Written
 from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import HostId, Suspicion
-from imdsproxy.core.fleet.members import HostState, host_key, parse_host
+from imdsproxy.core.fleet.layout import HostId
+from imdsproxy.core.fleet.members import HostState, host_key, operator_key, parse_host
 from imdsproxy.core.fleet.stream import ItemKey
+from imdsproxy.core.fleet.suspicion import Suspicion, read_suspicion
 from imdsproxy.core.model import NetworkId
 from imdsproxy.core.timing import Progress, Step
 from imdsproxy.errors import EtcdUnavailable, NotFound, SourceUnavailable
@@ -146,6 +147,7 @@ class Operations:
         token_key_problem: Why the newest keys of session tokens cannot be read.
         authority: The fleet's CA, where this hub has certificates.
         loop_failures: See `Background.failures`.
+        operators: Names of operators that this hub admitted.
     """
 
     etcd: Etcd
@@ -160,6 +162,7 @@ class Operations:
     loop_failures: Callable[[], Mapping[str, str]] = dict
     progress: Progress = field(default_factory=Progress)
     imports: dict[str, asyncio.Task[FleetWritten]] = field(default_factory=dict)
+    operators: set[str] = field(default_factory=set)
 
     def begin(self, one: Import) -> str:
         """Begin an import, unless it is under way; its name."""
@@ -183,6 +186,15 @@ class Operations:
         for host in hosts:
             if self.state.value(host_key(host)) is None:
                 raise NotFound(f"the fleet has no host {host}", hint="imdsproxy fleet hosts")
+
+    def holder_of(self, name: str) -> str | None:
+        """Return who has a name that no host may have, in words; `None` if it is free."""
+        if name == self.peers.name or self.state.value(layout.HUBS + name) is not None:
+            return "a hub"
+        if name in self.operators:
+            return "an operator"
+        revoked = self.state.value(operator_key(name)) is not None
+        return "a hub or operator that was revoked" if revoked else None
 
     async def confirm(
         self, done: Done, items: Collection[ItemKey] | None, **counts: int
@@ -249,12 +261,12 @@ class Operations:
         )
         state = self.state
         enrolled = [one for one in self._hosts(reported) if one.state == HostState.ENROLLED]
-        suspect, urls = state.value(layout.SUSPECT), self.peers.urls()
+        suspicion, urls = read_suspicion(state.value), self.peers.urls()
         return FleetStatus(
             fleet=state.meta.fleet,
             incarnation=state.meta.incarnation,
             revision=state.revision,
-            suspect=None if suspect is None else _spell(layout.parse_suspicion(suspect[0])),
+            suspect=None if suspicion is None else _spell(suspicion),
             hubs=[
                 {"name": self.peers.name, "url": None, "answers": True},
                 *(
@@ -353,5 +365,7 @@ def path_on_host(*steps: str) -> str:
 
 
 def _spell(suspicion: Suspicion) -> str:
-    meanwhile = "nothing is written" if suspicion.refuses else "one host says so: changes go on"
-    return f"{suspicion.why} ({meanwhile})"
+    if suspicion.refuses:
+        return f"{suspicion.why} (nothing is written)"
+    (host,) = suspicion.hosts
+    return f"{suspicion.why} (host {host} alone claims that: changes go on)"

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, TypeAlias, TypeVar
+from typing import Any, Final, TypeVar
 
 from imdsproxy.core.claims import claim_places
 from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import HostId, StoredInstance, StoredNetwork, UserData
+from imdsproxy.core.fleet.layout import HostId, Meta, StoredInstance, StoredNetwork, UserData, View
 from imdsproxy.core.fleet.members import HostState, host_key, parse_host
+from imdsproxy.core.fleet.suspicion import MOST_AHEAD, Suspicion, read_suspicion
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
 from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.policy import OperatorOverride
@@ -45,9 +46,6 @@ _EPOCHS: Final = 1_000_000
 
 _SHOWN: Final = 5
 _T = TypeVar("_T")
-
-View: TypeAlias = "Callable[[str], tuple[bytes, int] | None]"
-"""A key's value and the revision that wrote it, as far as they are known; claims may be unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,21 +192,26 @@ def next_epoch(epoch: int, incarnation: int) -> int:
 
 
 def refuse_suspect(view: View) -> Compare:
-    """That etcd is not suspected to be restored, as each write compares it.
+    """Return the comparison that no further claim of a restore was written meanwhile.
 
     Raises:
-        RestoreSuspected: It is, by more than what a single host says.
+        RestoreSuspected: A hub, or two hosts, claim that etcd was restored.
     """
-    found = view(layout.SUSPECT)
-    if found is None:
-        return absent(layout.SUSPECT)
-    suspicion = _readable(layout.parse_suspicion, found[0], "the suspicion")
-    if suspicion.refuses:
+    suspicion = _suspicion(view)
+    if suspicion is not None and suspicion.refuses:
         raise RestoreSuspected(
             f"etcd seems to be restored from a backup, and nothing is written: {suspicion.why}",
             hint="look at `imdsproxy fleet status`, then `imdsproxy fleet accept-restore`",
         )
-    return unchanged(layout.SUSPECT, found[1])
+    found = view(layout.SUSPECT)
+    return absent(layout.SUSPECT) if found is None else unchanged(layout.SUSPECT, found[1])
+
+
+def _suspicion(view: View) -> Suspicion | None:
+    try:
+        return read_suspicion(view)
+    except layout.Unreadable as error:
+        raise SourceCorrupt(f"the suspicion was written by another program: {error}") from error
 
 
 def plan_put(
@@ -414,25 +417,38 @@ def plan_policy(
     return draft.finish()
 
 
-def plan_acceptance(view: View, known: int) -> Transaction:
-    """Take what etcd has as the truth: one incarnation more, and no suspicion.
+def plan_acceptance(view: View, known: Meta) -> Transaction:
+    """Accept what etcd has as the truth: raise the incarnation, and remove the suspicion.
+
+    The new incarnation is above that of every hub and host that claims a restore. A backup may be older than several
+    acceptances, and hosts refuse an incarnation below their own.
 
     Args:
         view: What etcd has.
-        known: The incarnation that hosts may have: the backup may be older than the last acceptance.
+        known: The fleet as this hub knows it. It is written again if etcd lost it.
 
     Raises:
-        RequestRefused: Nothing is suspected.
+        RequestRefused: No restore is suspected.
     """
-    meta, suspect = view(layout.META), view(layout.SUSPECT)
-    if meta is None or suspect is None:
+    meta, found, suspicion = view(layout.META), view(layout.SUSPECT), _suspicion(view)
+    if found is None or suspicion is None:
         raise RequestRefused(
             "no restored backup is suspected", hint="`imdsproxy fleet status` shows a suspicion"
         )
-    now = _readable(layout.parse_meta, meta[0], "the fleet")
-    after = replace(now, incarnation=max(now.incarnation, known) + 1)
+    now = known if meta is None else _readable(layout.parse_meta, meta[0], "the fleet")
+    if now.fleet != known.fleet:
+        raise SourceRefused(
+            f"etcd has another fleet, {now.fleet}", hint=f"restore a backup of fleet {known.fleet}"
+        )
+    newest = max(now.incarnation, known.incarnation)
+    # More than that no honest host knows.
+    newest = max(newest, min(suspicion.incarnation, newest + MOST_AHEAD))
+    after = replace(now, incarnation=newest + 1)
     return Transaction(
-        (unchanged(layout.META, meta[1]), unchanged(layout.SUSPECT, suspect[1])),
+        (
+            unchanged(layout.META, 0 if meta is None else meta[1]),
+            unchanged(layout.SUSPECT, found[1]),
+        ),
         {layout.META: layout.render_meta(after)},
         (layout.SUSPECT,),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Final
 from uuid import UUID
@@ -17,8 +17,17 @@ from uuid import UUID
 import structlog
 
 from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import HostId, Meta, Suspicion
+from imdsproxy.core.fleet.layout import HostId, Meta
+from imdsproxy.core.fleet.members import StoredHost
 from imdsproxy.core.fleet.stream import ItemKey
+from imdsproxy.core.fleet.suspicion import (
+    Claim,
+    Evidence,
+    Suspicion,
+    member_in,
+    parse_suspicion,
+    render_suspicion,
+)
 from imdsproxy.core.timing import Backoff
 from imdsproxy.errors import EtcdUnavailable, Problem, SourceCorrupt, SourceRefused
 from imdsproxy.host.clock import Clock
@@ -35,9 +44,8 @@ AT_ONCE: Final = 500
 """Keys that are folded in before the event loop, which has hosts waiting, does other work: 10 ms."""
 
 _AGAIN_S: Final = 1.0
-_WITNESSES: Final = 2
 _MOST_PENDING: Final = 1000
-"""Suspicions that wait to be written: more witnesses would change nothing."""
+"""Claims that wait to be written: more witnesses would change nothing."""
 
 _LEAVE_S: Final = 2.0
 _REVIEWED: Final = (layout.BEAT, layout.HOSTS)
@@ -79,7 +87,7 @@ class Replica:
     _incarnation: int = 0
     _beat_seen: float = 0.0
     _doubtful: bool = False
-    _suspicions: dict[HostId, tuple[str, int, int]] = field(default_factory=dict)
+    _evidence: dict[HostId | None, tuple[Evidence, int]] = field(default_factory=dict)
     _noticed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def age_s(self) -> float:
@@ -120,7 +128,7 @@ class Replica:
             except Compacted:
                 reading = True
             except Behind as error:
-                self.suspect(HostId(self.name), error.message, 0)
+                self.suspect(Evidence(error.message))
                 self.etcd.accept_older()
                 reading = True
             except EtcdUnavailable as error:
@@ -129,22 +137,30 @@ class Replica:
                 await asyncio.sleep(backoff.fail() * self.random.uniform(0.5, 1.0))
 
     def _begins_anew(self, changes: Iterable[Change]) -> bool:
-        """Whether the fleet gets another incarnation: an operator accepted a restored backup."""
-        metas = [one for one in changes if one.key == layout.META]
-        return any(_meta_of(one, self.state.meta).incarnation != self._incarnation for one in metas)
+        """Whether the fleet gets another incarnation, as an operator accepted a restore, or is another fleet."""
+        metas = [_meta_of(one, self.state.meta) for one in changes if one.key == layout.META]
+        known = self.state.meta.fleet, self._incarnation
+        return any((one.fleet, one.incarnation) != known for one in metas)
 
     async def _read(self) -> None:
-        """Read all keys, and make the fleet where there is none."""
+        """Read all keys; found the fleet if etcd is empty and this hub knows none."""
         snapshot = await self.etcd.read(layout.PREFIX, prefix_end(layout.PREFIX))
-        if not any(one.key == layout.META for one in snapshot.kvs):
-            fleet = UUID(int=self.random.getrandbits(128), version=4)
-            meta = layout.render_meta(Meta(str(fleet)))
-            await self.etcd.commit([absent(layout.META)], {layout.META: meta})
+        known = self.state.meta
+        if not known.fleet and not snapshot.kvs:
+            await self._found_fleet()
             snapshot = await self.etcd.read(layout.PREFIX, prefix_end(layout.PREFIX))
+        found = next((one for one in snapshot.kvs if one.key == layout.META), None)
+        # A fleet whose own key is deleted is the one that this hub knows.
+        meta_now = known if found is None else _meta_of(_change(found), known)
+        if not meta_now.fleet:
+            raise SourceCorrupt(
+                "etcd has records of a fleet, and not the fleet itself: its key was deleted, or cannot be read",
+                hint=f"restore etcd from a backup; or put {layout.META} back, which a running hub knows",
+            )
+        if known.fleet not in {"", meta_now.fleet}:
+            self._refuse_fleet(meta_now.fleet)
         self._doubtful = False
         self._at, count = snapshot.revision, len(snapshot.kvs)
-        found = next(one for one in snapshot.kvs if one.key == layout.META)
-        meta_now = _meta_of(_change(found), self.state.meta)
         if meta_now.format != layout.FORMAT:
             raise SourceCorrupt(
                 f"etcd has a fleet of format {meta_now.format}, and this hub knows {layout.FORMAT}",
@@ -160,6 +176,20 @@ class Replica:
                 self.streams.renew_all()
         self.complete.set()
         _log.info("etcd read", revision=snapshot.revision, keys=count)
+
+    async def _found_fleet(self) -> None:
+        fleet = UUID(int=self.random.getrandbits(128), version=4)
+        meta = layout.render_meta(Meta(str(fleet)))
+        await self.etcd.commit([absent(layout.META)], {layout.META: meta})
+
+    def _refuse_fleet(self, fleet: str) -> None:
+        """Take over nothing of another fleet: the hosts of this one would refuse it, and lose their hub."""
+        self.state.lost[layout.META] = f"of another fleet, {fleet}"
+        self.suspect(Evidence(f"etcd has another fleet, {fleet}"))
+        raise EtcdUnavailable(
+            f"etcd has fleet {fleet}, and this hub is of fleet {self.state.meta.fleet}",
+            hint="restore etcd from a backup of this fleet",
+        )
 
     async def _fold_all(self, snapshot: Snapshot) -> None:
         """Everything that etcd has: what is not in it is gone."""
@@ -212,80 +242,89 @@ class Replica:
         # The first, however many keys there are: each would be a read of etcd.
         lost = next((key for key in keys if key in self.state.lost), None)
         if lost is not None:
-            self.suspect(HostId(self.name), f"{lost} is {self.state.lost[lost]}", 0)
+            self.suspect(Evidence(f"{lost} is {self.state.lost[lost]}"))
         self.streams.deliver(touched)
         of_hosts = (key for key in keys if key.startswith(layout.HOSTS))
         self.streams.review(HostId(key.removeprefix(layout.HOSTS)) for key in of_hosts)
 
     # What hubs write for themselves
 
-    def suspect(self, host: HostId, why: str, revision: int) -> None:
-        """Note that etcd seems to be restored from a backup.
-
-        Args:
-            host: Who says so.
-            why: What is missing.
-            revision: etcd has to be older than this; 0 where the reason is enough.
-        """
+    def suspect(self, evidence: Evidence) -> None:
+        """Have the evidence of a restore written."""
         # One for each host, its last: a host may say hello as often as it likes.
-        if host in self._suspicions or len(self._suspicions) < _MOST_PENDING:
-            self._suspicions[host] = layout.plain(why), revision, self._incarnation
+        if evidence.host in self._evidence or len(self._evidence) < _MOST_PENDING:
+            plain = replace(evidence, why=layout.plain(evidence.why))
+            self._evidence[evidence.host] = plain, self._incarnation
             self._noticed.set()
 
     async def note_suspicions(self) -> None:
         """Write why a restored backup is suspected, for every hub; until cancelled."""
         while True:
-            while not self._suspicions:
+            while not self._evidence:
                 self._noticed.clear()
                 await self._noticed.wait()
-            host = next(iter(self._suspicions))
-            await self._note_at_last(host, *self._suspicions.pop(host))
+            host = next(iter(self._evidence))
+            await self._note_at_last(*self._evidence.pop(host))
 
-    async def _note_at_last(self, host: HostId, why: str, revision: int, incarnation: int) -> None:
+    async def _note_at_last(self, evidence: Evidence, incarnation: int) -> None:
         noted = False
         while not noted:
             try:
-                noted = await self._note(host, why, revision, incarnation)
+                noted = await self._note(evidence, incarnation)
             except (EtcdUnavailable, Compacted) as error:
                 _log.warning("suspicion not written yet", reason=str(error))
                 await asyncio.sleep(_AGAIN_S)
             except SourceRefused as error:
                 # Another attempt would be refused as well.
-                _log.error("suspicion not written", host=host, reason=error.message)
+                _log.error("suspicion not written", host=evidence.host, reason=error.message)
                 return
 
-    async def _note(self, host: HostId, why: str, revision: int, incarnation: int) -> bool:
-        """Whether it is written, or need not be; `incarnation` is of what was compared with etcd."""
+    async def _note(self, evidence: Evidence, incarnation: int) -> bool:
+        """Write evidence beside what is written already.
+
+        Args:
+            evidence: What was noticed.
+            incarnation: Of what was compared with etcd.
+
+        Returns:
+            Whether it is written, or need not be.
+        """
         found, meta = await self.etcd.read(layout.SUSPECT), await self.etcd.read(layout.META)
-        if 0 < revision <= found.revision:
+        meta_now = None
+        for one in meta.kvs:
+            with suppress(layout.Unreadable):
+                meta_now = layout.parse_meta(one.value)
+        if evidence.is_refuted(found.revision, meta_now):
             return True
         # What another hub noticed earlier an operator may have accepted by now.
-        metas = (_meta_of(_change(one), self.state.meta) for one in meta.kvs)
-        if any(one.incarnation > incarnation > 0 for one in metas):
+        if meta_now is not None and meta_now.incarnation > incarnation > 0:
             return True
-        before, at = Suspicion(why, (), refuses=False), 0
-        if found.kvs:
-            at = found.kvs[0].mod_revision
-            # One that another program wrote is no suspicion, and is written over.
+        at, before = 0, None
+        for one in found.kvs:
+            at = one.mod_revision
             with suppress(layout.Unreadable):
-                before = layout.parse_suspicion(found.kvs[0].value)
-        if before.refuses and len(before.hosts) >= layout.MOST_WITNESSES:
+                before = parse_suspicion(one.value).of_members(self._member)
+        now = self._add(evidence, before or Suspicion(evidence.why))
+        if now is None or now == before:
             return True
-        hosts = tuple(dict.fromkeys((*before.hosts, host)))[-layout.MOST_WITNESSES :]
-        # A single host that is captured must not keep operators from writing. One that was revoked has no say, and
-        # none that has not joined could agree with it.
-        enrolled = self.state.enrolled()
-        agree = len(set(hosts).intersection(enrolled))
-        enough = host == self.name or agree >= min(_WITNESSES, max(1, len(enrolled)))
-        now = Suspicion(before.why, hosts, refuses=before.refuses or enough)
-        if now == before:
-            return True
-        _log.error("a restored backup is suspected", host=host, reason=why)
-        value = layout.render_suspicion(now)
+        who = self.name if evidence.host is None else evidence.host
+        _log.error("a restored backup is suspected", claimed_by=who, reason=evidence.why)
         same = [unchanged(layout.SUSPECT, at)]
         same += [unchanged(layout.META, one.mod_revision) for one in meta.kvs]
-        done = await self.etcd.commit(same, {layout.SUSPECT: value})
+        done = await self.etcd.commit(same, {layout.SUSPECT: render_suspicion(now)})
         return isinstance(done, Committed)
+
+    def _add(self, evidence: Evidence, before: Suspicion) -> Suspicion | None:
+        """Return the suspicion with the evidence; `None` where no claim counts."""
+        if evidence.host is None:
+            return before.add_hub(self.name, max(evidence.incarnation, self._incarnation))
+        member = self._member(evidence.host)
+        revocations = 0 if member is None else member.revocations
+        claim = Claim(evidence.incarnation, revocations)
+        return before.add_host(evidence.host, claim).of_members(self._member)
+
+    def _member(self, host: HostId) -> StoredHost | None:
+        return member_in(self.state.value, host)
 
     async def beat(self) -> None:
         """Write the beat where no other hub does, and where this hub is; until cancelled: then it is there no more."""

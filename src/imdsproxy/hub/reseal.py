@@ -12,12 +12,13 @@ from typing import Final
 import structlog
 
 from imdsproxy.core.fleet import layout
+from imdsproxy.core.fleet.layout import View
 from imdsproxy.errors import RequestRefused, SourceUnavailable
 from imdsproxy.hub.envelope import name_of
 from imdsproxy.hub.etcd import Committed
 from imdsproxy.hub.etcd_messages import prefix_end, unchanged
 from imdsproxy.hub.operations import Operations
-from imdsproxy.hub.plan_writes import Transaction, View, refuse_suspect
+from imdsproxy.hub.plan_writes import Transaction, refuse_suspect
 from imdsproxy.hub.token_keys import PLACE, open_keys, seal_keys, sealed_keys
 
 ENVELOPE_PATH: Final = "/fleet/envelope"

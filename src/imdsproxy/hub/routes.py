@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 
 from imdsproxy.admin import bodies
 from imdsproxy.core import matching
-from imdsproxy.core.fleet.layout import HostId, StoredInstance
+from imdsproxy.core.fleet.layout import HostId, StoredInstance, View
 from imdsproxy.core.fleet.stream import ItemKey
 from imdsproxy.core.model import Instance, InstanceId, Network
 from imdsproxy.core.records import (
@@ -109,7 +109,7 @@ async def patch_network(
     patch = bodies.refuse_unlike(body, network)
     bodies.refuse_unclearable(patch, NETWORK)
 
-    def plan(view: plan_writes.View) -> plan_writes.Transaction:
+    def plan(view: View) -> plan_writes.Transaction:
         known = plan_writes.read_network(view, network)
         if known is None:
             raise plan_writes.no_such("network", network)

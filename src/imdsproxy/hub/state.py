@@ -15,6 +15,7 @@ from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.layout import HostId, Json, Meta, StoredNetwork, Unreadable
 from imdsproxy.core.fleet.members import HostState, parse_host
 from imdsproxy.core.fleet.stream import Batch, Bye, ByeCode, Hello, ItemKey, digest_items
+from imdsproxy.core.fleet.suspicion import MOST_AHEAD
 from imdsproxy.core.model import InstanceId, Network, NetworkId
 from imdsproxy.core.records import parse_network
 from imdsproxy.listeners.plan import place_of
@@ -352,13 +353,10 @@ class FleetState:
 
     def compare(self, host: HostId, hello: Hello) -> Difference | Bye:
         """What a host gets that says hello."""
-        meta, have = self.meta, hello.items
-        if hello.fleet not in {None, meta.fleet}:
-            return Bye(ByeCode.OTHER_FLEET, f"this is fleet {meta.fleet}, not {hello.fleet}")
-        accepts = meta.incarnation > hello.incarnation
-        behind = self.revision < hello.revision and not accepts
-        if behind or meta.incarnation < hello.incarnation:
-            return Bye(ByeCode.BEHIND, f"this hub has revision {self.revision}")
+        refused = self._refuse(hello)
+        if refused is not None:
+            return refused
+        have, accepts = hello.items, self.meta.incarnation > hello.incarnation
         wanted = self.items_for(host)
         put: dict[ItemKey, Item] = {}
         held: dict[ItemKey, str] = {}
@@ -386,6 +384,21 @@ class FleetState:
             item, why = next(iter(held.items()))
             suspicious = f"{host} has {item} of revision {have[item]}: {why}"
         return Difference(self._batch(put, removed, held), suspicious)
+
+    def _refuse(self, hello: Hello) -> Bye | None:
+        """Return why a host has to be sent away; `None` if this hub is as far as the host."""
+        meta, seen = self.meta, hello.incarnation
+        if hello.fleet not in {None, meta.fleet}:
+            return Bye(ByeCode.OTHER_FLEET, f"this is fleet {meta.fleet}, not {hello.fleet}")
+        if seen > meta.incarnation + MOST_AHEAD:
+            why = f"a fleet of incarnation {meta.incarnation} was never of incarnation {seen}"
+            return Bye(ByeCode.FORMAT, why)
+        if seen > meta.incarnation:
+            why = f"the fleet has incarnation {meta.incarnation}, and the host has seen {seen}"
+            return Bye(ByeCode.AHEAD, why)
+        if seen == meta.incarnation and hello.revision > self.revision:
+            return Bye(ByeCode.BEHIND, f"this hub has revision {self.revision}")
+        return None
 
     def _doubt_removal(
         self, host: HostId, item: ItemKey, known: int, held: Mapping[ItemKey, str]
@@ -520,8 +533,7 @@ def _doubt_entry(key: str, before: _Entry, change: Change) -> str | None:
     if change.value is None:
         return None
     if key == layout.META:
-        now, last = (layout.parse_meta(one).incarnation for one in (change.value, before.value))
-        return f"of incarnation {now}, and before it was of {last}" if now < last else None
+        return _doubt_meta(layout.parse_meta(change.value), layout.parse_meta(before.value))
     revision = change.mod_revision
     if revision < before.mod_revision:
         return f"of revision {revision}, and before it was of {before.mod_revision}"
@@ -530,6 +542,14 @@ def _doubt_entry(key: str, before: _Entry, change: Change) -> str | None:
     # After a restore a key may have been written anew before it is read.
     if change.create_revision <= before.mod_revision and 0 < change.version <= before.version:
         return f"of version {change.version}, and before it was of {before.version}"
+    return None
+
+
+def _doubt_meta(now: Meta, before: Meta) -> str | None:
+    if now.fleet != before.fleet:
+        return f"of another fleet, {now.fleet}"
+    if now.incarnation < before.incarnation:
+        return f"of incarnation {now.incarnation}, and before it was of {before.incarnation}"
     return None
 
 

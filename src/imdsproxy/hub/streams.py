@@ -37,6 +37,7 @@ from imdsproxy.core.fleet.stream import (
     parse_from_host,
     render_line,
 )
+from imdsproxy.core.fleet.suspicion import Evidence
 from imdsproxy.errors import SourceUnavailable
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.state import FleetState
@@ -86,8 +87,7 @@ class Streams:
         state: What etcd has.
         clock: Monotonic, and Unix time for pings.
         admits: Whether a host's certificate of this serial number is good now.
-        suspect: Called with a host, a reason and a revision (0 for none) where etcd seems to be restored from a
-            backup: it is, if etcd has not that revision.
+        suspect: Called with evidence that etcd was restored from a backup: a host has what etcd lacks.
         age_s: Seconds since etcd was heard.
 
     Attributes:
@@ -98,7 +98,7 @@ class Streams:
     state: FleetState
     clock: Clock
     admits: Callable[[HostId, str], bool]
-    suspect: Callable[[HostId, str, int], object] = lambda _host, _why, _revision: None
+    suspect: Callable[[Evidence], object] = lambda _: None
     age_s: Callable[[], float] = lambda: 0.0
     hosts: dict[HostId, HostStream] = field(default_factory=dict)
     differed: int = 0
@@ -441,13 +441,12 @@ class HostStream(asyncio.Protocol):
         streams = self._streams
         found = streams.state.compare(self.host, hello)
         if isinstance(found, Bye):
-            if found.code is ByeCode.BEHIND:
-                why = f"it has revision {hello.revision}, which etcd has not"
-                streams.suspect(self.host, why, hello.revision)
+            if (evidence := _evidence_of(self.host, hello, found.code)) is not None:
+                streams.suspect(evidence)
             self.leave(found.code, found.reason)
             return
         if found.suspicious is not None:
-            streams.suspect(self.host, found.suspicious, 0)
+            streams.suspect(Evidence(found.suspicious, self.host))
         before = streams.hosts.get(self.host)
         if before is not None:
             before.leave(ByeCode.REPLACED)
@@ -545,3 +544,18 @@ class HostStream(asyncio.Protocol):
     def _write(self, data: bytes) -> None:
         if self._transport is not None:
             self._transport.write(data)
+
+
+def _evidence_of(host: HostId, hello: Hello, code: ByeCode) -> Evidence | None:
+    """Return what a hello that is refused proves of etcd."""
+    match code:
+        case ByeCode.BEHIND:
+            why = f"{host} has revision {hello.revision}, which etcd has not"
+            return Evidence(why, host, revision=hello.revision)
+        case ByeCode.AHEAD:
+            why = (
+                f"{host} has seen incarnation {hello.incarnation} of the fleet, which etcd has not"
+            )
+            return Evidence(why, host, incarnation=hello.incarnation)
+        case _:
+            return None

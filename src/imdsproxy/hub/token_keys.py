@@ -16,7 +16,7 @@ from typing import Any, Final
 import structlog
 
 from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import HostId, Json
+from imdsproxy.core.fleet.layout import HostId, Json, View
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.tokens import KEPT_KEYS, KEY_BYTES, TokenKey, instance_key
 from imdsproxy.errors import ImdsproxyError, SourceCorrupt
@@ -24,7 +24,7 @@ from imdsproxy.hub.envelope import Envelope
 from imdsproxy.hub.etcd_messages import unchanged
 from imdsproxy.hub.in_force import NOT_CONNECTED
 from imdsproxy.hub.operations import Operations
-from imdsproxy.hub.plan_writes import Transaction, View, refuse_suspect
+from imdsproxy.hub.plan_writes import Transaction, refuse_suspect
 from imdsproxy.hub.state import FleetState
 from imdsproxy.hub.writes import Writes
 

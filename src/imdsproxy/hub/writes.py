@@ -15,7 +15,7 @@ from typing import Any, Final
 import structlog
 
 from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import HostId, StoredInstance, UserData
+from imdsproxy.core.fleet.layout import HostId, StoredInstance, UserData, View
 from imdsproxy.core.model import InstanceId, Network, NetworkId
 from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.core.records import PlacedInstance
@@ -34,7 +34,7 @@ from imdsproxy.hub import plan_writes
 from imdsproxy.hub.envelope import Envelope
 from imdsproxy.hub.etcd import Committed, Etcd
 from imdsproxy.hub.etcd_messages import Compare, KeyValue, prefix_end
-from imdsproxy.hub.plan_writes import InstancePut, Terms, Transaction, View
+from imdsproxy.hub.plan_writes import InstancePut, Terms, Transaction
 from imdsproxy.hub.shared_listeners import refuse_shared
 from imdsproxy.hub.state import FleetState
 
@@ -369,9 +369,9 @@ class Writes:
 
     async def accept_restore(self) -> int:
         """Take what etcd has as the truth, though hosts had newer; the revision with which it is so, here too."""
-        known = self.state.meta.incarnation
+        known = self.state.meta
         done = await self.write(lambda view: plan_writes.plan_acceptance(view, known))
-        await self._follow_acceptance(known)
+        await self._follow_acceptance(known.incarnation)
         return done.revision
 
     async def _follow_acceptance(self, known: int) -> None:

@@ -35,7 +35,7 @@ _INVITED = plan_invitation(None, "the-token", 100)
 
 def test_a_token_is_good_once_for_its_host_until_it_ends() -> None:
     enrolled = plan_enrolment(_INVITED, "the-token", "0A", 99)
-    assert enrolled == StoredHost(HostState.ENROLLED, ("0A",))
+    assert enrolled == StoredHost(HostState.ENROLLED, ("0A",), version=2)
     for stored, token, now in (
         (enrolled, "the-token", 99),
         (_INVITED, "another", 99),
@@ -96,6 +96,17 @@ def test_an_enrolled_host_that_is_invited_again_goes_on_until_it_joins() -> None
     assert joined.serials == ("0B",)
     revoked = plan_revocation(_HOST, stored)
     assert not admits_host(plan_invitation(revoked, "again", 100), "0A")
+
+
+def test_each_write_of_a_host_is_newer_and_a_revocation_is_counted() -> None:
+    joined = plan_enrolment(_INVITED, "the-token", "0A", 0)
+    renewed = plan_renewal(joined, "0A", "0B")
+    revoked = plan_revocation(_HOST, renewed)
+    again = plan_invitation(revoked, "again", 100)
+    written = (_INVITED, joined, renewed, revoked, again)
+    assert [(one.revocations, one.version) for one in written] == [
+        (0, 1), (0, 2), (0, 3), (1, 4), (1, 5),
+    ]  # fmt: skip
 
 
 def test_an_operator_is_admitted_until_the_name_is_revoked() -> None:

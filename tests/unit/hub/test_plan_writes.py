@@ -6,15 +6,17 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import HostId, Meta, Suspicion
+from imdsproxy.core.fleet.layout import HostId, Meta
 from imdsproxy.core.fleet.members import HostState, StoredHost, host_key, render_host
+from imdsproxy.core.fleet.suspicion import MOST_AHEAD, Claim, Suspicion, render_suspicion
 from imdsproxy.core.model import InstanceId, Network, NetworkId
 from imdsproxy.core.records import PlacedInstance, parse_network, parse_placed
-from imdsproxy.errors import ImdsproxyError
+from imdsproxy.errors import ImdsproxyError, SourceRefused
 from imdsproxy.hub.etcd_messages import Compare
 from imdsproxy.hub.plan_writes import (
     InstancePut,
@@ -193,8 +195,32 @@ def test_a_revocation_after_a_restore_is_newer_than_all_that_the_backup_lost() -
 def test_an_accepted_backup_gets_an_incarnation_that_no_host_has_yet() -> None:
     store = Store()
     store.keys[layout.META] = layout.render_meta(Meta("f", 2)), 1
-    suspicion = Suspicion("why", (), refuses=True)
-    store.keys[layout.SUSPECT] = layout.render_suspicion(suspicion), 1
-    assert store.commit(plan_acceptance(store.keys.get, 5)) is None
+    suspicion = Suspicion("why", {"hub-1": 4})
+    store.keys[layout.SUSPECT] = render_suspicion(suspicion), 1
+    assert store.commit(plan_acceptance(store.keys.get, Meta("f", 5))) is None
     assert layout.parse_meta(store.keys[layout.META][0]).incarnation == 6
     assert layout.SUSPECT not in store.keys
+
+
+@pytest.mark.parametrize(("claimed", "accepted"), [(7, 8), (10**9, 2 + MOST_AHEAD + 1)])
+def test_an_acceptance_is_above_what_a_host_has_seen_and_no_host_makes_it_more_than_a_thousand(
+    claimed: int, accepted: int
+) -> None:
+    store = Store()
+    store.keys[layout.META] = layout.render_meta(Meta("f", 2)), 1
+    enrolled = render_host(StoredHost(HostState.ENROLLED, ("1",)))
+    store.keys[host_key(HostId("a"))] = enrolled, 1
+    suspicion = Suspicion("why", {}, {HostId("a"): Claim(claimed)})
+    store.keys[layout.SUSPECT] = render_suspicion(suspicion), 1
+    assert store.commit(plan_acceptance(store.keys.get, Meta("f", 2))) is None
+    assert layout.parse_meta(store.keys[layout.META][0]).incarnation == accepted
+
+
+def test_an_etcd_that_was_emptied_keeps_its_fleet_when_that_is_accepted_and_gets_no_other() -> None:
+    store = Store()
+    store.keys[layout.SUSPECT] = render_suspicion(Suspicion("why", {"hub-1": 3})), 1
+    assert store.commit(plan_acceptance(store.keys.get, Meta("f", 3))) is None
+    assert layout.parse_meta(store.keys[layout.META][0]) == Meta("f", 4)
+    store.keys[layout.SUSPECT] = render_suspicion(Suspicion("why", {"hub-1": 3})), 1
+    with pytest.raises(SourceRefused, match="etcd has another fleet, f"):
+        plan_acceptance(store.keys.get, Meta("g", 3))

@@ -8,8 +8,10 @@ from random import Random
 import pytest
 
 from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import HostId, Meta, Suspicion
+from imdsproxy.core.fleet.layout import HostId, Meta
 from imdsproxy.core.fleet.members import HostState, StoredHost, host_key, render_host
+from imdsproxy.core.fleet.suspicion import Claim, Evidence, Suspicion, parse_suspicion
+from imdsproxy.errors import EtcdUnavailable, SourceCorrupt
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub import replica as module
 from imdsproxy.hub.replica import Replica
@@ -69,7 +71,7 @@ class _Store:
     @property
     def suspicion(self) -> Suspicion | None:
         found = self.values.get(layout.SUSPECT)
-        return None if found is None else layout.parse_suspicion(found[0])
+        return None if found is None else parse_suspicion(found[0])
 
     def handle(self, path: str, body: Json) -> Answer:
         if path.endswith("range"):
@@ -108,10 +110,16 @@ async def _replica_of(
         ([("a", 0)], False),
         ([("a", 0), ("a", 0)], False),
         ([("a", 0), ("b", 0)], True),
-        ([("hub-1", 0)], True),
+        ([("", 0)], True),
+        # A host that has a hub's name is a host.
+        ([("hub-1", 0)], False),
         ([("a", 99)], False),
         ([("a", 99), ("b", 99)], True),
         ([("a", 7), ("b", 7)], None),
+        # Those that are not members have no say.
+        ([("revoked", 0)], None),
+        ([("a", 0), ("revoked", 0)], False),
+        ([("invited", 0), ("revoked", 0), ("stranger", 0)], None),
     ],
 )
 async def test_writes_are_refused_when_a_hub_or_two_hosts_notice_a_restore(
@@ -119,35 +127,35 @@ async def test_writes_are_refused_when_a_hub_or_two_hosts_notice_a_restore(
 ) -> None:
     store = _Store()
     async with _replica_of(store) as replica:
+        others = {
+            host_key(HostId("hub-1")): _HOST,
+            host_key(HostId("invited")): render_host(StoredHost(HostState.INVITED)),
+            host_key(HostId("revoked")): render_host(StoredHost(HostState.REVOKED)),
+        }
+        replica.state.apply(1, [Change(*one, 1) for one in others.items()])
         for host, revision in noticed:
-            assert await replica._note(HostId(host), "why", revision, 1)
+            evidence = Evidence("why", HostId(host) if host else None, revision)
+            assert await replica._note(evidence, 1)
     assert (store.suspicion and store.suspicion.refuses) is refuses
 
 
-@pytest.mark.parametrize(
-    ("invited", "revoked", "noticed", "refuses"),
-    [
-        ("", "", "a", True),
-        # Those that cannot connect could never agree with it,
-        ("b", "c", "a", True),
-        # and their word is no reason to stop.
-        ("b", "c", "c", False),
-        ("", "cd", "cd", False),
-    ],
-)
-async def test_the_only_enrolled_host_of_a_fleet_is_believed_and_those_that_are_not_enrolled_are_not(
-    invited: str, revoked: str, noticed: str, *, refuses: bool
-) -> None:
+async def test_the_only_host_of_a_fleet_does_not_stop_writes() -> None:
     store = _Store()
-    hosts = dict.fromkeys(invited, StoredHost(HostState.INVITED))
-    hosts |= dict.fromkeys(revoked, StoredHost(HostState.REVOKED))
     async with _replica_of(store, "a") as replica:
-        changes = [Change(host_key(HostId(k)), render_host(v), 1) for k, v in hosts.items()]
-        replica.state.apply(1, changes)
-        for host in noticed:
-            assert await replica._note(HostId(host), "why", 0, 1)
+        assert await replica._note(Evidence("why", HostId("a")), 1)
     assert store.suspicion is not None
-    assert store.suspicion.refuses is refuses
+    assert not store.suspicion.refuses
+
+
+@pytest.mark.parametrize(("etcd", "counts"), [(1, True), (2, True), (3, False)])
+async def test_a_host_that_has_seen_a_later_incarnation_is_evidence_unless_etcd_has_that_by_now(
+    etcd: int, *, counts: bool
+) -> None:
+    store = _Store(incarnation=etcd, revision=50)
+    async with _replica_of(store) as replica:
+        assert await replica._note(Evidence("why", HostId("a"), incarnation=3), etcd)
+    assert (store.suspicion is not None) is counts
+    assert store.suspicion is None or store.suspicion.incarnation == 3
 
 
 async def test_a_suspicion_that_etcd_refuses_is_dropped_and_those_after_it_are_written() -> None:
@@ -161,23 +169,23 @@ async def test_a_suspicion_that_etcd_refuses_is_dropped_and_those_after_it_are_w
 
     refused: list[Json] = []
     async with _replica_of(store, "abc", handle) as replica:
-        replica.suspect(HostId("c"), "it has what etcd lacks", 0)
+        replica.suspect(Evidence("it has what etcd lacks", HostId("c")))
         async with background(replica.note_suspicions()):
             await until(lambda: refused)
-            replica.suspect(HostId("a"), "x" * 2_000_000, 0)
+            replica.suspect(Evidence("x" * 2_000_000, HostId("a")))
             await until(lambda: store.suspicion)
     assert store.suspicion is not None
-    assert store.suspicion.hosts == ("a",)
+    assert store.suspicion.hosts.keys() == {"a"}
     assert len(store.suspicion.why) <= layout.MOST_TEXT
 
 
 async def test_a_host_that_says_hello_again_and_again_has_one_suspicion_that_waits() -> None:
     async with _replica_of(_Store()) as replica:
         for number in range(5000):
-            replica.suspect(HostId("a"), f"{number}", 0)
-            replica.suspect(HostId(f"h{number}"), "why", 0)
-        assert replica._suspicions[HostId("a")][0] == "4999"
-        assert len(replica._suspicions) <= 1000
+            replica.suspect(Evidence(f"{number}", HostId("a")))
+            replica.suspect(Evidence("why", HostId(f"h{number}")))
+        assert replica._evidence[HostId("a")][0].why == "4999"
+        assert len(replica._evidence) <= 1000
 
 
 @pytest.mark.parametrize("value", [b"{}", b"\xff", b'{"hosts": [7]}'])
@@ -185,8 +193,8 @@ async def test_a_suspicion_that_another_program_wrote_is_written_over(value: byt
     store = _Store()
     store.values[layout.SUSPECT] = value, 3
     async with _replica_of(store) as replica:
-        assert await replica._note(HostId("a"), "why", 0, 1)
-    assert store.suspicion == Suspicion("why", (HostId("a"),), refuses=False)
+        assert await replica._note(Evidence("why", HostId("a")), 1)
+    assert store.suspicion == Suspicion("why", {}, {HostId("a"): Claim(0)})
 
 
 async def test_a_hub_that_ends_takes_back_where_it_is() -> None:
@@ -212,7 +220,7 @@ async def test_what_an_operator_has_accepted_meanwhile_is_not_suspected_again(
 ) -> None:
     store = _Store(incarnation=2)
     async with _replica_of(store) as replica:
-        assert await replica._note(HostId("hub-1"), "why", 0, seen)
+        assert await replica._note(Evidence("why"), seen)
     assert (store.suspicion is not None) is suspected
 
 
@@ -246,6 +254,45 @@ async def test_a_backup_from_before_the_last_acceptance_is_no_acceptance() -> No
         assert replica.state.meta.incarnation == 2
 
 
+async def test_a_hub_founds_no_fleet_in_an_etcd_that_was_emptied_under_it() -> None:
+    store, key = _Store(), f"{layout.HOSTS}a"
+    store.values[key] = _HOST, 40
+    async with _replica_of(store, "") as replica:
+        await replica._read()
+        store.values.clear()
+        await replica._read()
+        assert not store.values
+        assert replica.state.lost.keys() == {layout.META, key}
+        assert replica.state.meta.fleet == "f"
+        assert replica._evidence
+
+
+async def test_a_hub_that_knows_no_fleet_founds_one_only_where_etcd_has_nothing_at_all() -> None:
+    store = _Store()
+    store.values = {f"{layout.HOSTS}a": (_HOST, 40)}
+    async with _replica_of(store, "") as replica:
+        with pytest.raises(SourceCorrupt, match="its key was deleted"):
+            await replica._read()
+    assert layout.META not in store.values
+
+
+async def test_a_hub_takes_over_nothing_of_another_fleet() -> None:
+    store, key = _Store(), f"{layout.HOSTS}a"
+    store.values[key] = _HOST, 40
+    async with _replica_of(store, "") as replica:
+        await replica._read()
+        store.values = {
+            layout.META: (layout.render_meta(Meta("g", 7)), 60),
+            f"{layout.HOSTS}other": (_HOST, 61),
+        }
+        with pytest.raises(EtcdUnavailable, match="etcd has fleet g, and this hub is of fleet f"):
+            await replica._read()
+        assert replica.state.meta.fleet == "f"
+        assert replica.state.value(key) is not None
+        assert replica.state.value(f"{layout.HOSTS}other") is None
+        assert replica._evidence
+
+
 @pytest.mark.parametrize("same", [True, False])
 async def test_a_hub_that_was_away_notices_another_history_whose_revisions_have_the_same_numbers(
     *, same: bool
@@ -269,7 +316,7 @@ async def test_a_hub_that_was_away_notices_another_history_whose_revisions_have_
 
     async with _replica_of(store, "", handle) as replica, background(replica.run()):
         await until(lambda: replica.state.revision == 53)
-        await until(lambda: same or len(replica._suspicions) == 1)
+        await until(lambda: same or len(replica._evidence) == 1)
         assert begun[:2] == [51, 52]
         assert replica.state.value(key) == (_HOST, 52)
         assert bool(replica.state.lost) is not same

@@ -141,7 +141,7 @@ async def test_what_changes_while_a_hub_compares_is_not_taken_for_a_restored_bac
         async with background(replica.compare()):
             await until(lambda: etcd.reads > 10)
         await until(lambda: replica.state.revision == etcd.revision)
-    assert not replica._suspicions
+    assert not replica._evidence
     assert not replica.state.lost
 
 
@@ -158,7 +158,7 @@ async def test_what_a_watch_has_not_shown_is_found_by_comparison(
         await until(lambda: replica._doubtful)
         etcd.write(KeyValue(layout.BEAT, b'{"count":1}', 6, 6))
         await until(lambda: replica.state.lost)
-        assert "i1" in replica._suspicions[HostId("hub-1")][0]
+        assert "i1" in replica._evidence[None][0].why
         assert _revisions(replica.state) == {2, 4, 5}
 
 

@@ -189,7 +189,7 @@ def test_a_higher_incarnation_is_taken_at_its_word() -> None:
     ("hello", "code"),
     [
         (Hello("a-fleet", 1, 9), ByeCode.BEHIND),
-        (Hello("a-fleet", 2, 0), ByeCode.BEHIND),
+        (Hello("a-fleet", 2, 0), ByeCode.AHEAD),
         (Hello("another", 1, 0), ByeCode.OTHER_FLEET),
     ],
 )

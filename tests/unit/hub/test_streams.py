@@ -31,6 +31,7 @@ from imdsproxy.core.fleet.stream import (
     parse_from_hub,
     render_line,
 )
+from imdsproxy.core.fleet.suspicion import Evidence
 from imdsproxy.core.model import InstanceId
 from imdsproxy.errors import SourceUnavailable
 from imdsproxy.host.servers import open_unix_socket
@@ -83,13 +84,13 @@ class World:
     state: FleetState = field(default_factory=FleetState)
     clock: HandClock = field(default_factory=lambda: HandClock(pace=1))
     revoked: set[str] = field(default_factory=set)
-    suspicions: list[tuple[HostId, str, int]] = field(default_factory=list)
+    evidence: list[Evidence] = field(default_factory=list)
     writers: list[asyncio.StreamWriter] = field(default_factory=list)
     streams: Streams = field(init=False)
 
     def __post_init__(self) -> None:
         self.streams = Streams(self.state, self.clock, lambda _, serial: serial not in self.revoked)
-        self.streams.suspect = lambda *words: self.suspicions.append(words)
+        self.streams.suspect = self.evidence.append
         self.state.apply(1, [Change(layout.META, layout.render_meta(Meta("f")), 1)])
 
     def commit(self, *changes: Change) -> int:
@@ -349,7 +350,22 @@ async def test_a_host_that_comes_again_takes_the_place_of_its_old_stream(world: 
 async def test_a_host_that_is_ahead_is_sent_away_and_the_store_is_doubted(world: World) -> None:
     host = await world.join("a", hello=Hello("f", 1, 99, {}))
     assert (await host.next(Bye)).code is ByeCode.BEHIND
-    assert [(one, revision) for one, _, revision in world.suspicions] == [(A, 99)]
+    assert [(one.host, one.revision) for one in world.evidence] == [(A, 99)]
+
+
+async def test_a_host_that_has_seen_a_later_incarnation_is_told_so_and_one_that_no_fleet_had_is_no_evidence(
+    world: World,
+) -> None:
+    host = await world.join("a", hello=Hello("f", 3, 1, {}))
+    bye = await host.next(Bye)
+    assert (bye.code, bye.reason) == (
+        ByeCode.AHEAD,
+        "the fleet has incarnation 1, and the host has seen 3",
+    )
+    assert [(one.host, one.incarnation) for one in world.evidence] == [(A, 3)]
+    liar = await world.join("b", hello=Hello("f", 10**9, 1, {}))
+    assert (await liar.next(Bye)).code is ByeCode.FORMAT
+    assert len(world.evidence) == 1
 
 
 async def test_a_host_that_has_what_etcd_lacks_keeps_it_and_the_store_is_doubted(
@@ -358,7 +374,7 @@ async def test_a_host_that_has_what_etcd_lacks_keeps_it_and_the_store_is_doubted
     host = await world.join("a", hello=Hello("f", 1, 1, {"instance/web": 1}))
     batch = await host.next(Batch)
     assert (batch.remove, set(batch.held)) == ((), {"instance/web"})
-    assert [(one, revision) for one, _, revision in world.suspicions] == [(A, 0)]
+    assert [(one.host, one.revision) for one in world.evidence] == [(A, 0)]
 
 
 @pytest.mark.parametrize("sent", [b"no json\n", b'{"ack":1}\n', render_line(Hello()) * 2])
@@ -476,5 +492,5 @@ async def test_a_host_that_sends_what_is_no_line_loses_its_stream_and_no_other_d
     host.writer.write(json.dumps(line).encode() + b"\n")
     assert (await host.next(Bye)).code is ByeCode.FORMAT
     assert await host.line() is None
-    assert not world.suspicions
+    assert not world.evidence
     assert B in world.streams.hosts

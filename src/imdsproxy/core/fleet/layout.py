@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Final, NewType, TypeAlias, cast
 
@@ -27,7 +27,7 @@ IMPORTS: Final = "/imds/import/"
 META: Final = f"{PREFIX}meta"
 BEAT: Final = f"{PREFIX}beat"
 SUSPECT: Final = f"{PREFIX}suspect"
-"""Why a restored backup is suspected; while it is there, nothing is written."""
+"""Claims that etcd was restored from a backup (`core.fleet.suspicion`)."""
 
 ENVELOPE: Final = f"{PREFIX}envelope"
 """Which of their keys hubs seal secrets with; without it the first in their file."""
@@ -47,9 +47,6 @@ CHUNK_BYTES: Final = 256 * 1024
 """Of user data in one key: a request to etcd has at most 1.5 MiB."""
 
 MOST_LEFT: Final = 32
-MOST_WITNESSES: Final = 32
-"""Hosts and hubs that a suspicion names."""
-
 FORMAT: Final = 1
 """Raise it when values mean something else: a hub that does not know it refuses to start."""
 
@@ -65,6 +62,9 @@ MOST_TEXT: Final = 1000
 _ID: Final = re.compile(ID_PATTERN)
 
 Json: TypeAlias = dict[str, Any]
+
+View: TypeAlias = Callable[[str], tuple[bytes, int] | None]
+"""A key's value and the revision that wrote it; `None` for an absent key. Claims may be unknown."""
 
 
 class Unreadable(ValueError):
@@ -155,21 +155,6 @@ def plain(text: str, most: int = MOST_TEXT) -> str:
     return cut if cut.isprintable() else "".join(one if one.isprintable() else "?" for one in cut)
 
 
-@dataclass(frozen=True, slots=True)
-class Suspicion:
-    """Why a restored backup is suspected.
-
-    Attributes:
-        why: What was noticed first.
-        hosts: Who noticed something, hosts or hubs.
-        refuses: Nothing may be written. What one host alone says is no reason: it may be captured.
-    """
-
-    why: str
-    hosts: tuple[HostId, ...]
-    refuses: bool
-
-
 def network_key(network: NetworkId) -> str:
     """Of a network's record."""
     return f"{NETWORKS}{network}"
@@ -243,25 +228,6 @@ def parse_meta(value: bytes) -> Meta:
     if not (isinstance(fleet, str) and type(incarnation) is int and type(form) is int):
         raise Unreadable("`fleet`, `incarnation` and `format` are not a text and two numbers")
     return Meta(fleet, incarnation, form)
-
-
-def render_suspicion(suspicion: Suspicion) -> bytes:
-    """The value of `SUSPECT`."""
-    return encode(
-        {
-            "why": suspicion.why,
-            "hosts": list(suspicion.hosts),
-            "refuses": suspicion.refuses,
-        }
-    )
-
-
-def parse_suspicion(value: bytes) -> Suspicion:
-    """The reverse of `render_suspicion`; raises `Unreadable`."""
-    found = decode(value)
-    return Suspicion(
-        str(found.get("why", "")), _names(found, "hosts"), found.get("refuses") is not False
-    )
 
 
 def render_instance(stored: StoredInstance) -> bytes:

@@ -9,7 +9,7 @@ import hmac
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from hashlib import sha256
-from typing import Final
+from typing import Any, Final
 
 from imdsproxy.core.fleet.identity import OPERATOR_ROLES, Identity, Role
 from imdsproxy.core.fleet.layout import CERTIFICATES, HOSTS, HostId, Unreadable, decode, encode
@@ -36,6 +36,9 @@ class StoredHost:
         expires_at: When the token ends, Unix time.
         trusts: Which CAs it was given with its newest certificate, as hubs name all of them; empty where that was not
             noted.
+        revocations: How often the host was revoked.
+        version: How often the value was written. Of two values, the one with more revocations is newer, then the one
+            with the higher version: etcd's revisions say nothing of that after a restore.
     """
 
     state: HostState
@@ -43,6 +46,8 @@ class StoredHost:
     token_sha256: str | None = None
     expires_at: int = 0
     trusts: str = ""
+    revocations: int = 0
+    version: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,8 @@ def render_host(stored: StoredHost) -> bytes:
             "token_sha256": stored.token_sha256,
             "expires_at": stored.expires_at,
             "trusts": stored.trusts,
+            "revocations": stored.revocations,
+            "version": stored.version,
         }
     )
 
@@ -87,12 +94,15 @@ def parse_host(value: bytes) -> StoredHost:
             "serials": list(serials),
             "token_sha256": (str() | None) as token,
             "expires_at": int(expires),
-            **rest,
+            "trusts": str(trusts),
+            "revocations": int(revocations),
+            "version": int(version),
         } if state in set(HostState) and all(isinstance(one, str) for one in serials):
-            trusts = str(rest.get("trusts", ""))
-            return StoredHost(HostState(state), tuple(serials), token, expires, trusts)
+            return StoredHost(
+                HostState(state), tuple(serials), token, expires, trusts, revocations, version
+            )
         case _:
-            raise Unreadable("it does not say `state`, `serials`, `token_sha256` and `expires_at`")
+            raise Unreadable("it has not all fields of a host")
 
 
 def render_operator(stored: StoredOperator) -> bytes:
@@ -107,9 +117,14 @@ def hash_token(token: str) -> str:
 
 def plan_invitation(stored: StoredHost | None, token: str, expires_at: int) -> StoredHost:
     """A new token, in the place of one before; a host that is enrolled goes on until it joins with it."""
-    if stored is not None and stored.state is HostState.ENROLLED:
-        return replace(stored, token_sha256=hash_token(token), expires_at=expires_at)
-    return StoredHost(HostState.INVITED, (), hash_token(token), expires_at)
+    before = stored or StoredHost(HostState.INVITED)
+    enrolled = before.state is HostState.ENROLLED
+    return _next(
+        before,
+        state=before.state if enrolled else HostState.INVITED,
+        token_sha256=hash_token(token),
+        expires_at=expires_at,
+    )
 
 
 def plan_enrolment(
@@ -126,7 +141,14 @@ def plan_enrolment(
         raise AccessDenied("the token is not this host's, or was used already", hint=_AGAIN)
     if stored is None or now >= stored.expires_at:
         raise AccessDenied("the token has ended", hint=_AGAIN)
-    return StoredHost(HostState.ENROLLED, (serial,), trusts=trusts)
+    return _next(
+        stored,
+        state=HostState.ENROLLED,
+        serials=(serial,),
+        token_sha256=None,
+        expires_at=0,
+        trusts=trusts,
+    )
 
 
 def plan_renewal(
@@ -139,14 +161,20 @@ def plan_renewal(
     """
     if stored is None or not admits_host(stored, presented):
         raise AccessDenied("this certificate is revoked, or another has replaced it", hint=_AGAIN)
-    return replace(stored, serials=(presented, serial), trusts=trusts)
+    return _next(stored, serials=(presented, serial), trusts=trusts)
 
 
 def plan_revocation(host: HostId, stored: StoredHost | None) -> StoredHost:
     """No certificate and no token of the host is good any more; `NotFound` where the fleet has none of that name."""
     if stored is None:
         raise NotFound(f"the fleet has no host {host}", hint="imdsproxy fleet hosts")
-    return StoredHost(HostState.REVOKED)
+    return StoredHost(
+        HostState.REVOKED, revocations=stored.revocations + 1, version=stored.version + 1
+    )
+
+
+def _next(stored: StoredHost, **changes: Any) -> StoredHost:  # noqa: ANN401 - as of `replace`
+    return replace(stored, version=stored.version + 1, **changes)
 
 
 def admits_host(stored: StoredHost | None, serial: str) -> bool:

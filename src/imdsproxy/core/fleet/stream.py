@@ -56,6 +56,9 @@ class ByeCode(StrEnum):
     BEHIND = "behind"
     """The hub has not yet what the host has: another hub may."""
 
+    AHEAD = "ahead"
+    """The host has seen a later incarnation of the fleet: etcd was restored to before it."""
+
     REVOKED = "revoked"
     REPLACED = "replaced"
     """The host has a newer stream."""

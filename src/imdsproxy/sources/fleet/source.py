@@ -77,6 +77,11 @@ _SPREAD_S: Final = 1.0
 _FINAL: Final = frozenset({ByeCode.REVOKED, ByeCode.REPLACED, ByeCode.FORMAT, ByeCode.OTHER_FLEET})
 """Other hubs say the same."""
 
+_HINTS: Final = {
+    ByeCode.AHEAD: "etcd was restored to before that: look at `imdsproxy fleet status`, then `imdsproxy fleet "
+    "accept-restore`"
+}
+
 _log: Final = structlog.get_logger()
 
 
@@ -320,7 +325,8 @@ class FleetSource:
                     await self._take(stream, message)
         except _Left as left:
             final = left.code in _FINAL
-            self._hub_problem = Problem("hub", f"it ended the stream: {left}", "", hub)
+            hint = _HINTS.get(left.code, "")
+            self._hub_problem = Problem("hub", f"it ended the stream: {left}", hint, hub)
         except SourceError as error:
             self._hub_problem = _problem_of(hub, self._leaving or error)
         finally:
