@@ -94,11 +94,10 @@ def test_every_decision_is_in_the_index_with_its_title_and_says_what_was_decided
     index = (_ADR / "README.md").read_text()
     present = sorted(_ADR.glob("[0-9]*.md"))
     assert _LINK.findall(index) == [page.name for page in present]
-    for number, page in enumerate(present, 1):
+    for page in present:
         text = page.read_text()
         title = text.splitlines()[0]
-        assert title.startswith(f"# {number:04}: ")
-        assert page.name.startswith(f"{number:04}-")
+        assert title.startswith(f"# {page.name[:4]}: ")
         assert f"| {title.partition(': ')[2]} |" in index
         if "left-out" not in page.name:
             parts = ["The case", "The decision", "What follows"]

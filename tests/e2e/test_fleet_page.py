@@ -87,6 +87,10 @@ def _place_and_move(fleet: FleetMachines) -> None:
     assert new.ask(_HOSTNAME, headers=shown).text == "www"
     fleet.follow("### Policies and tokens")
     assert new.ask(_HOSTNAME, headers=shown).status == new.ask(_HOSTNAME).status == 401
+    for bridge in ("br-shop", "br-shop2"):
+        for name in HOSTS:
+            fleet.machines[name].run("ip", "link", "add", bridge, "up", "type", "bridge")
+    fleet.follow("### Projects")
 
 
 def _hosts(fleet: FleetMachines) -> str:

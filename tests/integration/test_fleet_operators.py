@@ -48,10 +48,11 @@ def _of(world: FleetWorld, hub: int = 0, name: str = "anna") -> tuple[str, ...]:
 @pytest.fixture(scope="module")
 def opened() -> Iterator[tuple[FleetWorld, Guest]]:
     with fleet_world() as world:
-        host = world.add_host("a")
+        host = world.add_host("a", networks=("blue", "red"))
         world.add_host("away", start=False)
         world.operator("anna")
         world.operator("rita", Role.READER)
+        world.operator("mallory", scope="shop")
         yield world, host.lab.guest("blue")
 
 
@@ -216,3 +217,38 @@ def test_hubs_that_are_stopped_go_at_once_and_secrets_are_sealed_anew_once_each_
     assert fleet("instance", "show", "web", "--json").json["record"]["user_data"] == data
     assert fleet("token", "revoke", "web").status == 0
     assert fleet.guest.ask("/latest/user-data").text == data
+
+
+def test_a_projects_operator_serves_no_guest_of_another_project_and_keeps_no_owner_out(
+    fleet: _Fleet,
+) -> None:
+    guest = fleet.world.hosts["a"].lab.guest("red")
+    address = guest.addresses[0]
+    made = fleet(
+        "network", "add", "shopred", "--bridge", "red", "--project", "shop", name="mallory"
+    )
+    assert (made.status, "may make no network with the listener bridge red" in made.err) == (
+        77,
+        True,
+    )
+    port = ("-n", "shopred", "--mac", guest.mac, "--address", address)
+    squat = ("instance", "add", "squat", *port, "--project", "shop", "--hostname", "owned-by-shop")
+    assert fleet(*squat, "--host", "a", name="mallory").status != 0
+    # Neither the host nor the listener alone is enough.
+    assert fleet("grant", "add", "shop", "--host", "a").status == 0
+    assert fleet(*squat, "--host", "a", name="mallory").status != 0
+    assert fleet("network", "add", "red", "--bridge", "red", "--project", "red").status == 0
+    port = ("-n", "red", "--mac", guest.mac, "--address", address)
+    assert fleet("instance", "add", "owner", *port, "--project", "red", "--host", "a").status == 0
+    assert guest.ask(_HOSTNAME).text == "owner"
+    assert fleet("instance", "remove", "owner").status == 0
+    assert fleet("network", "remove", "red").status == 0
+    # What was given is seen, added to and taken away.
+    given = ("--host", "away", "--address", "blue=10.0.0.64/26", "--listener", "bridge=br-shop")
+    assert fleet("grant", "add", "shop", *given).status == 0
+    shown = fleet("grant", "show", "shop", name="mallory").words
+    assert shown == "hosts: a, away listeners: bridge br-shop addresses: 10.0.0.64/26 in blue"
+    assert fleet("grant", "remove", "shop", *given).status == 0
+    assert fleet("grant", "list", name="mallory").words.endswith(" shop hosts: a")
+    assert fleet("grant", "clear", "shop").status == 0
+    assert fleet("grant", "show", "shop", name="mallory").words == "nothing"

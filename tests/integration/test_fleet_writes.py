@@ -234,10 +234,10 @@ def test_roles_and_projects_limit_what_an_operator_may_do(hub: Hub) -> None:
         mover.request("PATCH", "/v1/instances/theirs", body={"name": "x"})
     assert mover.request("POST", "/v1/instances/theirs/move", body={"to": "a"})["applied"]
     shop = replace(hub.client, scope="shop")
-    with pytest.raises(NotFound):
-        shop.get("/v1/instances/theirs")
+    for method in ("GET", "DELETE"):
+        with pytest.raises(NotFound):
+            shop.request(method, "/v1/instances/theirs")
     refusals: tuple[Callable[[], object], ...] = (
-        lambda: shop.request("DELETE", "/v1/instances/theirs"),
         lambda: shop.request("POST", "/v1/instances", body=instance("nobodys", "10.0.1.9", "a")),
         lambda: shop.get("/fleet/status"),
         lambda: replace(hub.client, role="host").get("/v1/instances"),
@@ -247,6 +247,8 @@ def test_roles_and_projects_limit_what_an_operator_may_do(hub: Hub) -> None:
         with pytest.raises(AccessDenied):
             refused()
     mine = instance("mine", "10.0.1.9", "a", project="shop")
+    given = {"hosts": ["a"], "addresses": [{"network": "blue", "cidr": "10.0.1.8/30"}]}
+    hub.client.request("PUT", "/v1/grants/shop", body=given)
     assert shop.request("POST", "/v1/instances", body=mine)["applied"]
     assert [one["record"]["id"] for one in shop.get("/v1/instances")] == ["mine"]
     chosen = hub.client.get("/v1/instances", {"host": "a", "project": "shop", "text": "MINE"})

@@ -22,6 +22,7 @@ from imdsproxy.core import matching, records
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
 from imdsproxy.core.observation import Conflict
 from imdsproxy.core.packed import PackedInstances
+from imdsproxy.core.records.grant import GRANT
 from imdsproxy.core.records.network import POLICY
 from imdsproxy.core.records.schema import Key, Kind, Table
 from imdsproxy.errors import Problem, RequestRefused
@@ -73,9 +74,11 @@ if TYPE_CHECKING:
     InstanceRecord: TypeAlias = BaseModel
     PlacedRecord: TypeAlias = BaseModel
     PolicyRecord: TypeAlias = BaseModel
+    GrantRecord: TypeAlias = BaseModel
 else:
     NetworkRecord, InstanceRecord = _model_of(records.NETWORK), _model_of(records.INSTANCE)
     PlacedRecord, PolicyRecord = _model_of(records.PLACED), _model_of(POLICY)
+    GrantRecord = _model_of(GRANT)
 
 
 class DocumentBody(BaseModel):

@@ -55,7 +55,7 @@ _MODULES: Final[Mapping[str, str]] = {
     "completion": "main",
 }
 _PANELS: Final[Mapping[str, str]] = {
-    **dict.fromkeys(("network", "instance", "policy"), "Records"),
+    **dict.fromkeys(("network", "instance", "policy", "grant"), "Records"),
     **dict.fromkeys(("get", "explain", "watch", "token", "doctor", "snippet"), "Guests"),
     **dict.fromkeys(("fleet", "libvirt-hook"), "Fleet"),
 }

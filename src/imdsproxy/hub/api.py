@@ -17,6 +17,7 @@ from imdsproxy.hub.peers import Peers
 from imdsproxy.hub.routes import records
 from imdsproxy.hub.routes_enrolment import enrolment
 from imdsproxy.hub.routes_fleet import fleet
+from imdsproxy.hub.routes_grants import grants
 from imdsproxy.hub.routes_guests import guests
 from imdsproxy.hub.writes import Writes
 
@@ -24,7 +25,13 @@ if TYPE_CHECKING:
     from imdsproxy.hub.hub import Hub
 
 
-ROUTERS: Final = ((records, "/v1"), (guests, "/v1"), (fleet, "/fleet"), (enrolment, "/fleet"))
+ROUTERS: Final = (
+    (records, "/v1"),
+    (guests, "/v1"),
+    (grants, "/v1"),
+    (fleet, "/fleet"),
+    (enrolment, "/fleet"),
+)
 """All routes, and how their paths begin."""
 
 

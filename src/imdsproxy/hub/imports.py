@@ -81,8 +81,9 @@ class Import:
         return done
 
     def make_name(self) -> str:
-        """Of the content: of the same records the same."""
+        """Return the digest of the records: the same for equal records of operators of one project."""
         digest = hashlib.sha256(b"1" if self.terms.create else b"0")
+        digest.update(layout.encode({"scope": self.terms.scope}))
         for network in self.networks:
             digest.update(layout.encode(NETWORK.render(network)))
         for one in self.instances:

@@ -19,7 +19,14 @@ from imdsproxy.core.fleet.suspicion import MOST_AHEAD, Suspicion, read_suspicion
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
 from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.policy import OperatorOverride
-from imdsproxy.core.records import PlacedInstance, Refused, parse_instance, render_record
+from imdsproxy.core.records import (
+    PlacedInstance,
+    Refused,
+    parse_instance,
+    parse_network,
+    render_record,
+)
+from imdsproxy.core.records.grant import EVERY_HOST, GRANT, Grant
 from imdsproxy.core.records.schema import Path, render_path
 from imdsproxy.errors import (
     AccessDenied,
@@ -33,6 +40,7 @@ from imdsproxy.errors import (
     SourceRefused,
 )
 from imdsproxy.hub.etcd_messages import Compare, absent, none_below, unchanged
+from imdsproxy.hub.scopes import Scope, new_ports, read_grant, read_scope
 from imdsproxy.sources.in_force import taken_address, taken_id
 
 MOST_OPERATIONS: Final = 128
@@ -126,6 +134,9 @@ class _Draft:
         """All of it; nothing is compared where nothing is written."""
         if not (self.puts or self.deletes):
             return Transaction(revision=self.revision, hosts=frozenset(self.hosts))
+        if self.terms.scope is not None:
+            # What the write uses may not be taken from the project meanwhile.
+            self.hold(layout.grant_key(self.terms.scope))
         return Transaction(
             (refuse_suspect(self.view), *self.compares),
             self.puts,
@@ -232,30 +243,39 @@ def plan_put(
         at_once: An address may go from one of these instances to another one.
 
     Raises:
-        AlreadyExists: There is one of an id, and only new ones are to be made.
+        AccessDenied: A record is not the operator's project's, or the project may not use a listener.
+        AlreadyExists: There is one of an id, and only new ones are to be made; or the id is another project's.
         RestoreSuspected: etcd may be restored from a backup.
         RevisionOutdated: A record is another one than `terms.revision`.
         SourceRefused: A network is unknown, a host is not enrolled, or an address is taken (`problems` has the fields).
     """
     refuse_suspect(view)
-    draft = _Draft(view, terms)
+    draft, scope = _Draft(view, terms), read_scope(view, terms.scope)
+    for one in instances:
+        _refuse_other_project("instance", one.record.id, render_record(one.record), terms)
     for network in networks:
-        _put_network(draft, network, terms)
+        _put_network(draft, network, scope)
     coming = {one.id for one in networks}
-    known = {one.record.id: _owned(view, one.record.id, terms) for one in instances}
+    known = {one.record.id: read_owned(view, one.record.id, terms.scope) for one in instances}
     writing = [one for one in instances if not _is_done(draft, one, known[one.record.id], terms)]
     problems = [*_repeated(writing)]
     for one in writing:
-        problems += _unknown_networks(draft, one, coming, terms)
         before = known[one.record.id]
         hosts = () if before is None else before[0].hosts
-        problems += _unknown_hosts(view, one.record.hosts, hosts, (*one.path, "hosts"))
+        problems += _port_problems(draft, one, before, coming, scope)
+        problems += _unknown_hosts(view, one.record.hosts, hosts, (*one.path, "hosts"), scope)
+    if scope is not None:
+        # Whether an id or an address is taken learns only who could have it.
+        _refuse(problems)
+    for one in writing:
+        key = layout.instance_key(one.record.id)
+        if known[one.record.id] is None:
+            _refuse_taken(one.record.id, _last_record(view, key, layout.parse_instance), terms)
     draft.freed = _freed(writing, known) if at_once else {}
     for one in writing:
         problems += _claim(draft, one, known[one.record.id])
         _put_instance(draft, one, known[one.record.id], terms)
-    if problems:
-        raise SourceRefused("the fleet refuses the records", problems=problems)
+    _refuse(problems)
     draft.deletes |= dict.fromkeys(key for key in draft.freed if key not in draft.taken)
     return draft.finish()
 
@@ -264,17 +284,18 @@ def plan_removal(view: View, instance: InstanceId, terms: Terms) -> Transaction:
     """Remove an instance, and free its addresses; raises as `plan_put`, and `NotFound`."""
     refuse_suspect(view)
     draft = _Draft(view, terms)
-    key, known = layout.instance_key(instance), _owned(view, instance, terms)
+    key, known = layout.instance_key(instance), read_owned(view, instance, terms.scope)
     if known is None:
-        done = _removed_by(view, key, terms.request)
+        done = _removed_by(view, key, terms)
         if done is not None:
             return Transaction(revision=done)
         raise no_such("instance", instance)
     stored, revision = known
     _refuse_other_revision("instance", instance, revision, terms)
     draft.hold(key)
+    project, left = _project_alone(stored.record), stored.leaves(())
     draft.puts[key] = layout.render_instance(
-        StoredInstance((), {}, request=terms.request, removed_at=terms.now, left=stored.leaves(()))
+        StoredInstance((), project, request=terms.request, removed_at=terms.now, left=left)
     )
     draft.deletes |= dict.fromkeys(claims_of(record_of(stored)))
     draft.hosts.update(stored.hosts)
@@ -300,15 +321,17 @@ def plan_network_removal(
     refuse_suspect(view)
     draft = _Draft(view, terms)
     key, known = layout.network_key(network), read_network(view, network)
-    if known is None:
-        done = _removed_by(view, key, terms.request)
+    if known is None or not in_scope(known[0].record, terms.scope):
+        done = _removed_by(view, key, terms)
         if done is not None:
             return Transaction(revision=done)
         raise no_such("network", network)
-    _refuse_scope("network", network, known[0].record, terms)
     _refuse_other_revision("network", network, known[1], terms)
     if users:
         shown = ", ".join(users[:_SHOWN]) + (" and others" if len(users) > _SHOWN else "")
+        if terms.scope is not None:
+            # They may be instances of other projects.
+            shown = f"imdsproxy --fleet URL instance list --network {network}"
         raise SourceRefused(
             f"instances have ports in network {network}: {shown}",
             hint="remove or change these first",
@@ -316,8 +339,9 @@ def plan_network_removal(
         )
     draft.hold(key)
     draft.compares[none_below(layout.claims_in(network))] = None
+    project = _project_alone(known[0].record)
     draft.puts[key] = layout.render_network(
-        StoredNetwork({}, request=terms.request, removed_at=terms.now)
+        StoredNetwork(project, request=terms.request, removed_at=terms.now)
     )
     return draft.finish()
 
@@ -340,7 +364,7 @@ def plan_hosts(
         ImdsproxyError: As `plan_put`, and what `choose` raises.
     """
     refuse_suspect(view)
-    known = _owned(view, instance, terms)
+    known = read_owned(view, instance, terms.scope)
     if known is None:
         raise no_such("instance", instance)
     stored, revision = known
@@ -349,7 +373,8 @@ def plan_hosts(
     if hosts == stored.hosts:
         return draft.finish()
     _refuse_other_revision("instance", instance, revision, terms)
-    if problems := _unknown_hosts(view, hosts, stored.hosts, ("hosts",)):
+    scope = read_scope(view, terms.scope)
+    if problems := _unknown_hosts(view, hosts, stored.hosts, ("hosts",), scope):
         raise SourceRefused("the fleet refuses the hosts", problems=problems)
     key = layout.instance_key(instance)
     draft.hold(key)
@@ -372,9 +397,10 @@ def plan_guard(
         ImdsproxyError: As `plan_put`, and `NotFound`.
     """
     refuse_suspect(view)
-    key, known = layout.guard_key(instance), _owned(view, instance, terms)
+    key, known = layout.guard_key(instance), read_owned(view, instance, terms.scope)
     found = view(key)
-    if known is None and found is None:
+    gone = _last_record(view, layout.instance_key(instance), layout.parse_instance) or {}
+    if known is None and (found is None or not in_scope(gone, terms.scope)):
         raise no_such("instance", instance)
     old = OperatorOverride()
     if found is not None:
@@ -405,7 +431,7 @@ def plan_policy(
     scope, _, subject = place.partition("/")
     if terms.scope is not None and (scope, subject) != ("project", terms.scope):
         raise AccessDenied(f"the policy of {place} is not of project {terms.scope}")
-    if scope == "host" and (problems := _unknown_hosts(view, [subject], (), ("host",))):
+    if scope == "host" and (problems := _unknown_hosts(view, [subject], (), ("host",), None)):
         raise SourceRefused("the fleet refuses the policy", problems=problems)
     old, revision = read_policy(view, place)
     new = change(old)
@@ -414,6 +440,34 @@ def plan_policy(
     if new != old:
         draft.hold(layout.POLICIES + place)
         draft.puts[layout.POLICIES + place] = layout.encode(dict(new))
+    return draft.finish()
+
+
+def plan_grant(
+    view: View, project: str, change: Callable[[Grant], Grant], terms: Terms
+) -> Transaction:
+    """Change what a project's operators may use.
+
+    Raises:
+        ImdsproxyError: As `plan_put`, and what `change` raises.
+    """
+    refuse_suspect(view)
+    old, revision = read_grant(view, project)
+    _refuse_other_revision("grant", project, revision, terms)
+    new, draft = change(old), _Draft(view, terms, revision=revision)
+    hosts = [one for one in new.hosts if one != EVERY_HOST]
+    problems = _unknown_hosts(view, hosts, old.hosts, ("hosts",), None) if hosts else []
+    for number, one in enumerate(new.addresses):
+        known = None if one in old.addresses else read_network(view, one.network)
+        if one not in old.addresses and (known is None or known[0].record.get("project")):
+            why = f"there is no shared network {one.network}"
+            field = render_path(("addresses", number, "network"))
+            problems.append(Problem(field, why, "a shared network has no project"))
+    if problems:
+        raise SourceRefused("the fleet refuses the grant", problems=problems)
+    if new != old:
+        draft.hold(layout.grant_key(project))
+        draft.puts[layout.grant_key(project)] = layout.encode(GRANT.render(new))
     return draft.finish()
 
 
@@ -523,13 +577,23 @@ def choose_departure(
 # Parts of a write
 
 
-def _put_network(draft: _Draft, network: Network, terms: Terms) -> None:
-    key, known = layout.network_key(network.id), read_network(draft.view, network.id)
-    record = render_record(network)
-    _refuse_scope("network", network.id, record, terms)
-    if known is not None:
+def _refuse(problems: Sequence[Problem]) -> None:
+    if problems:
+        raise SourceRefused("the fleet refuses the records", problems=problems)
+
+
+def _put_network(draft: _Draft, network: Network, scope: Scope | None) -> None:
+    terms, key, view = draft.terms, layout.network_key(network.id), draft.view
+    known, record = read_network(view, network.id), render_record(network)
+    _refuse_other_project("network", network.id, record, terms)
+    if known is None or not in_scope(known[0].record, terms.scope):
+        if terms.revision is not None:
+            raise no_such("network", network.id)
+        if scope is not None:
+            scope.refuse_listener(network)
+        _refuse_taken(network.id, _last_record(view, key, layout.parse_network), terms)
+    else:
         stored, revision = known
-        _refuse_scope("network", network.id, stored.record, terms)
         draft.revision = max(draft.revision, revision)
         if stored.request == terms.request:
             return
@@ -540,8 +604,10 @@ def _put_network(draft: _Draft, network: Network, terms: Terms) -> None:
             )
         if stored.record == record:
             return
-    elif terms.revision is not None:
-        raise no_such("network", network.id)
+        before = parse_network(stored.record)
+        has_listener = isinstance(before, Network) and before.listener == network.listener
+        if scope is not None and not has_listener:
+            scope.refuse_listener(network)
     draft.hold(key)
     draft.puts[key] = layout.render_network(StoredNetwork(record, terms.request))
 
@@ -578,7 +644,6 @@ def _put_instance(
         # Under the id of one that was removed.
         before = _readable(layout.parse_instance, removed[0], f"instance {put.record.id}")
         stored = replace(stored, left=before.leaves(stored.hosts))
-    _refuse_scope("instance", put.record.id, stored.record, terms)
     draft.hold(key)
     if put.user_data is not None and put.chunk_revision:
         chunk = layout.blob_key(put.user_data.sha256, 0)
@@ -614,34 +679,51 @@ def _repeated(puts: Sequence[InstancePut]) -> Iterator[Problem]:
         first.setdefault(one.record.id, one.path)
 
 
-def _unknown_networks(
-    draft: _Draft, put: InstancePut, coming: Collection[str], terms: Terms
+def _port_problems(
+    draft: _Draft,
+    put: InstancePut,
+    known: tuple[StoredInstance, int] | None,
+    coming: Collection[str],
+    scope: Scope | None,
 ) -> list[Problem]:
+    """Networks that are not there, and addresses that the operator's project may not use."""
     problems: list[Problem] = []
-    for number, port in enumerate(put.record.ports):
+    record, before = put.record, None if known is None else record_of(known[0])
+    new = dict(new_ports(record, before))
+    if scope is not None:
+        scope.refuse_projects(new)
+    for number, port in enumerate(record.ports):
         if port.network in coming:
             continue
-        known = read_network(draft.view, port.network)
-        project = None if known is None else known[0].record.get("project")
-        if known is None or (terms.scope is not None and project not in {None, terms.scope}):
+        found = read_network(draft.view, port.network)
+        # An operator of all projects may have placed it where this one's project has nothing.
+        limit = scope if number in new else None
+        if found is None or (limit is not None and not limit.knows_network(found[0].record)):
             where = render_path((*put.path, "ports", number, "network"))
             reason = f"there is no network {port.network}"
             problems.append(Problem(where, reason, "imdsproxy --fleet URL network list"))
-        else:
-            # It cannot be removed meanwhile.
-            draft.hold(layout.network_key(port.network))
+            continue
+        if limit is not None and found[0].record.get("project") is None:
+            problems += limit.address_problems(record, number, put.path)
+        # It cannot be removed meanwhile.
+        draft.hold(layout.network_key(port.network))
     return problems
 
 
 def _unknown_hosts(
-    view: View, hosts: Sequence[str], before: Sequence[str], path: Path
+    view: View, hosts: Sequence[str], before: Sequence[str], path: Path, scope: Scope | None
 ) -> list[Problem]:
+    """Hosts that are not there, or that the operator's project may not use: of which it learns nothing."""
     where = render_path(path)
     if not hosts and not before:
         return [Problem(where, "it is on no host", "name one: --host HOST, or `hosts: [HOST]`")]
     problems: list[Problem] = []
     # Where it is already it may stay, also when the host was revoked meanwhile.
     for host in (one for one in hosts if one not in before):
+        if scope is not None and not scope.grant.has_host(host):
+            hint = f"imdsproxy --fleet URL grant show {scope.project}"
+            problems.append(Problem(where, f"project {scope.project} has no host {host}", hint))
+            continue
         found = view(host_key(HostId(host)))
         state = None if found is None else _readable(parse_host, found[0], f"host {host}").state
         if state is not HostState.ENROLLED:
@@ -695,7 +777,7 @@ def _taken(
     view: View, put: InstancePut, address: AddressKey, holder: InstanceId, terms: Terms
 ) -> Problem:
     known = read_instance(view, holder)
-    if known is not None and not in_scope(known[0].record, terms.scope):
+    if terms.scope is not None and (known is None or not in_scope(known[0].record, terms.scope)):
         problem = taken_address(put.record, address, holder, path=put.path)
         return replace(problem, reason=f"{address[1]} in network {address[0]} is taken")
     hosts = () if known is None else known[0].hosts
@@ -703,19 +785,40 @@ def _taken(
     return taken_address(put.record, address, holder, path=put.path, place=place)
 
 
-def _owned(view: View, instance: InstanceId, terms: Terms) -> tuple[StoredInstance, int] | None:
-    """An instance as it is stored; one of another project is refused as one that the operator may not know."""
+def read_owned(
+    view: View, instance: InstanceId, project: str | None
+) -> tuple[StoredInstance, int] | None:
+    """An instance as it is stored; `None` as well where it is not of the project that an operator is limited to."""
     known = read_instance(view, instance)
-    if known is not None:
-        _refuse_scope("instance", instance, known[0].record, terms)
-    return known
+    return known if known is not None and in_scope(known[0].record, project) else None
 
 
-def _refuse_scope(kind: str, subject: str, record: Mapping[str, object], terms: Terms) -> None:
+def _last_record(
+    view: View, key: str, parse: Callable[[bytes], StoredInstance | StoredNetwork]
+) -> Mapping[str, object] | None:
+    """A record, or what is left of one that was removed: its project."""
+    found = view(key)
+    return None if found is None else _readable(parse, found[0], key).record
+
+
+def _project_alone(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of a record that is removed: nobody else may be taken for it."""
+    return {key: record[key] for key in ("project",) if key in record}
+
+
+def _refuse_taken(subject: str, last: Mapping[str, object] | None, terms: Terms) -> None:
+    if last is not None and not in_scope(last, terms.scope):
+        raise AlreadyExists(f"the id {subject} is taken", hint="use another id")
+
+
+def _refuse_other_project(
+    kind: str, subject: str, record: Mapping[str, object], terms: Terms
+) -> None:
+    """Refuse a record that is to be written; what is stored says nothing here."""
     if not in_scope(record, terms.scope):
         raise AccessDenied(
             f"{kind} {subject} is not of project {terms.scope}, to which this certificate is limited",
-            hint="an operator without that limit may",
+            hint=f"give it that project: --project {terms.scope}",
         )
 
 
@@ -727,12 +830,14 @@ def _refuse_other_revision(kind: str, subject: str, revision: int, terms: Terms)
         )
 
 
-def _removed_by(view: View, key: str, request: str) -> int | None:
+def _removed_by(view: View, key: str, terms: Terms) -> int | None:
     """The revision of a removal that this request has written."""
     found = view(key)
-    if found is None or not request or layout.decode(found[0]).get("request") != request:
+    if found is None or not terms.request:
         return None
-    return found[1]
+    stored = _readable(layout.parse_network, found[0], key)
+    is_done = stored.request == terms.request and in_scope(stored.record, terms.scope)
+    return found[1] if is_done else None
 
 
 def no_such(kind: str, subject: str) -> NotFound:

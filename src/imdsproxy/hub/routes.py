@@ -111,7 +111,7 @@ async def patch_network(
 
     def plan(view: View) -> plan_writes.Transaction:
         known = plan_writes.read_network(view, network)
-        if known is None:
+        if known is None or not plan_writes.in_scope(known[0].record, terms.scope):
             raise plan_writes.no_such("network", network)
         changed = _read_network(bodies.merge_patch(known[0].record, patch))
         return plan_writes.plan_put(view, [changed], [], terms)
@@ -210,7 +210,7 @@ async def patch_instance(
     done = await operations.writes.change(
         instance, change, terms, keeps_data="user_data" not in patch
     )
-    record = (await operations.writes.find(instance)).record
+    record = (await operations.writes.find(instance, terms.scope)).record
     return await operations.confirm(done, _items_of(instance, record), instances=1)
 
 
@@ -244,7 +244,7 @@ async def move_instance(
     written = await step(finish=body.finish, cancel=body.cancel, request=terms.request)
     if body.now and written.applied:
         written = await step(finish=True, cancel=False, request=f"{terms.request}+")
-    serving = (await operations.writes.find(instance)).hosts
+    serving = (await operations.writes.find(instance, terms.scope)).hosts
     return Moved(
         **{one.name: getattr(written, one.name) for one in fields(written)}, serving=serving
     )

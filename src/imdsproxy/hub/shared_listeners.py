@@ -1,7 +1,8 @@
 """Which writes would have two networks of a host share a listener: the host would serve only one of them. Pure.
 
-Networks of one listener are fine where no host has instances in both. Of what another hub writes at the same moment
-nothing is known here: then the host acknowledges that it cannot serve the second one.
+Networks of one listener are fine where no host has instances in both. An operator of one project must not bring a
+network to a host where another project's network may need the listener later. Of what another hub writes at the same
+moment nothing is known here: then the host acknowledges that it cannot serve the second one.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from imdsproxy.core.fleet.layout import HostId
 from imdsproxy.core.hoststate import ObservedHost
 from imdsproxy.core.model import InstanceId, Network, NetworkId
 from imdsproxy.core.records import parse_network
+from imdsproxy.core.records.grant import EVERY_HOST
 from imdsproxy.errors import Problem, SourceRefused
 from imdsproxy.hub.plan_writes import Transaction
+from imdsproxy.hub.scopes import read_grant
 from imdsproxy.hub.state import FleetState, needs_of
 from imdsproxy.listeners.plan import find_shared, place_of
 
@@ -98,10 +101,26 @@ class _After:
         where, found = place_of(record).where, dict[NetworkId, Network]()
         beside = self.written_at.get(where, set())
         for one in {*self.state.networks_at(where), *beside} - {record.id}:
-            other = self._record(one) if self._count(host, one) > 0 else None
-            if other is not None and place_of(other).where == where:
+            other = self._record(one)
+            if other is None or place_of(other).where != where:
+                continue
+            if self._count(host, one) > 0 or self._may_come(host, record, other):
                 found[one] = other
         return found
+
+    def _may_come(self, host: HostId, record: Network, other: Network) -> bool:
+        """Whether the listener on a host may be needed for another network, before an operator of one project takes it.
+
+        A network of the same project leaves it to whichever comes first. One of another project can come to those
+        hosts alone that were given to that project, where any were.
+        """
+        scope = self.planned.scope
+        if scope is None or record.project == other.project == scope:
+            return False
+        if other.project is None:
+            return True
+        hosts = read_grant(self.state.value, other.project)[0].hosts
+        return not hosts or EVERY_HOST in hosts or host in hosts
 
     def _count(self, host: HostId, network: NetworkId) -> int:
         return self.state.count_on(host, f"{_ITEM}{network}") + self.added.get((host, network), 0)

@@ -18,6 +18,7 @@ from imdsproxy.core.fleet.stream import Batch, Bye, ByeCode, Hello, ItemKey, dig
 from imdsproxy.core.fleet.suspicion import MOST_AHEAD
 from imdsproxy.core.model import InstanceId, Network, NetworkId
 from imdsproxy.core.records import parse_network
+from imdsproxy.hub.scopes import parse_grant
 from imdsproxy.listeners.plan import place_of
 
 Item: TypeAlias = tuple[int, Json]
@@ -206,8 +207,8 @@ class FleetState:
             guard = key.startswith(layout.GUARDS)
             kind, prefix = ("guard", layout.GUARDS) if guard else ("policy", layout.POLICIES)
             self._touch(f"{kind}/{key.removeprefix(prefix)}", touched)
-        elif key.startswith(layout.HOSTS):
-            parse_host(value)
+        elif key.startswith((layout.HOSTS, layout.GRANTS)):
+            (parse_host if key.startswith(layout.HOSTS) else parse_grant)(value)
         elif key == layout.ENVELOPE:
             layout.decode(value)
         elif key.startswith(layout.KEYS):

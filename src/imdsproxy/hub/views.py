@@ -22,6 +22,7 @@ from imdsproxy.hub.plan_writes import (
     read_network,
     record_of,
 )
+from imdsproxy.hub.scopes import read_scope
 from imdsproxy.hub.state import FleetState
 
 _SHOWN: Final = 5
@@ -53,15 +54,13 @@ class Views:
     # Which there are
 
     def networks(self) -> Iterator[NetworkId]:
-        """Every network, by id; to those of a project belong the shared ones, which have none."""
+        """Every network that the operator may know, by id."""
+        scope = read_scope(self.state.value, self.scope)
         for key in sorted(self.state.keys(layout.NETWORKS)):
             network = NetworkId(key.removeprefix(layout.NETWORKS))
             known = read_network(self.state.value, network)
-            if known is not None and self._shares(known[0].record.get("project")):
+            if known is not None and (scope is None or scope.knows_network(known[0].record)):
                 yield network
-
-    def _shares(self, project: object) -> bool:
-        return self.scope is None or project in {None, self.scope}
 
     async def instances(
         self, wanted: Wanted
@@ -138,8 +137,11 @@ class Views:
 
     def network(self, network: NetworkId, reported: Reported) -> Json:
         """As the view of a host's admin API, and its hosts and revision; `NotFound` otherwise."""
-        known = read_network(self.state.value, network)
-        if known is None or not self._shares(known[0].record.get("project")):
+        known, scope = (
+            read_network(self.state.value, network),
+            read_scope(self.state.value, self.scope),
+        )
+        if known is None or (scope is not None and not scope.knows_network(known[0].record)):
             raise no_such("network", network)
         item = f"network/{network}"
         hosts = sorted(self.state.hosts_with(item))

@@ -19,6 +19,7 @@ from imdsproxy.core.fleet.layout import HostId, StoredInstance, UserData, View
 from imdsproxy.core.model import InstanceId, Network, NetworkId
 from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.core.records import PlacedInstance
+from imdsproxy.core.records.grant import Grant
 from imdsproxy.errors import (
     AdminError,
     Problem,
@@ -228,13 +229,13 @@ class Writes:
         data: tuple[UserData | None, int] | None = None
         while True:
             if not keeps_data:
-                record = make(await self.find(instance))
+                record = make(await self.find(instance, terms.scope))
                 self.refuse_large([((), record)])
                 put = await self.prepare(record)
                 data = put.user_data, put.chunk_revision
 
             def plan(view: View, data: tuple[UserData | None, int] | None = data) -> Transaction:
-                known = plan_writes.read_instance(view, instance)
+                known = plan_writes.read_owned(view, instance, terms.scope)
                 if known is None:
                     raise plan_writes.no_such("instance", instance)
                 stored = known[0]
@@ -247,14 +248,14 @@ class Writes:
             except _Swept:
                 continue
 
-    async def find(self, instance: InstanceId) -> StoredInstance:
-        """An instance as etcd has it; `NotFound` where there is none."""
+    async def find(self, instance: InstanceId, project: str | None) -> StoredInstance:
+        """An instance as etcd has it; `NotFound` where there is none that an operator of this project may know."""
         view = Fresh(self.state)
-        known = plan_writes.read_instance(view, instance)
+        known = plan_writes.read_owned(view, instance, project)
         if known is None:
             # This hub's copy may be behind.
             await view.refresh(self.etcd)
-            known = plan_writes.read_instance(view, instance)
+            known = plan_writes.read_owned(view, instance, project)
         if known is None:
             raise plan_writes.no_such("instance", instance)
         return known[0]
@@ -366,6 +367,10 @@ class Writes:
             ImdsproxyError: As `put`, and what `change` raises.
         """
         return await self.write(lambda view: plan_writes.plan_policy(view, place, change, terms))
+
+    async def put_grant(self, project: str, change: Callable[[Grant], Grant], terms: Terms) -> Done:
+        """Change what a project's operators may use; raises as `put`, and what `change` raises."""
+        return await self.write(lambda view: plan_writes.plan_grant(view, project, change, terms))
 
     async def accept_restore(self) -> int:
         """Take what etcd has as the truth, though hosts had newer; the revision with which it is so, here too."""

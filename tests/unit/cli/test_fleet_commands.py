@@ -203,7 +203,8 @@ _ASKING = frozenset(
 
 
 def test_commands_on_records_guests_and_the_fleet_itself_ask_one() -> None:
-    wholly = tuple(path for path in EXAMPLES if path.startswith(("network", "instance", "policy")))
+    kinds = ("network", "instance", "policy", "grant")
+    wholly = tuple(path for path in EXAMPLES if path.startswith(kinds))
     of_guests = ("get", "explain", "watch", "token revoke", "token rotate")
     of_fleet = ("enrol", "revoke", "status", "hosts", "wait", "accept-restore", "reseal")
     assert {"", *wholly, *of_guests, *(f"fleet {one}" for one in of_fleet)} == _ASKING

@@ -37,6 +37,9 @@ INSTANCES: Final = f"{PREFIX}inst/"
 POLICIES: Final = f"{PREFIX}pol/"
 """Followed by `fleet`, `host/ID` or `project/ID`; rules as `core.records.network.POLICY` has them."""
 
+GRANTS: Final = f"{PREFIX}grant/"
+"""Followed by a project; what its operators may use, as `core.records.grant.GRANT` has it."""
+
 GUARDS: Final = f"{PREFIX}guard/"
 KEYS: Final = f"{PREFIX}key/"
 HOSTS: Final = f"{PREFIX}host/"
@@ -104,7 +107,7 @@ class StoredInstance:
 
     Attributes:
         hosts: Where it is served; two while it moves, none when it was removed.
-        record: As `core.records.render_record`, without `user_data`; empty when it was removed.
+        record: As `core.records.render_record`, without `user_data`; when it was removed only its `project`.
         request: Names the write, so that one whose answer was lost is recognised.
         removed_at: Unix time of the removal.
         left: Hosts where it was before, the last `MOST_LEFT`: they may be answered that it went. To another host that
@@ -129,7 +132,7 @@ class StoredNetwork:
     """A network as it is stored.
 
     Attributes:
-        record: As `core.records.render_record`; empty when it was removed.
+        record: As `core.records.render_record`; when it was removed only its `project`.
         request: As `StoredInstance.request`.
         removed_at: Unix time of the removal.
     """
@@ -178,6 +181,11 @@ def address_claim(network: NetworkId, address: IpAddress) -> str:
 def port_claim(network: NetworkId, instance: InstanceId) -> str:
     """Of an instance with a port there that has neither MAC nor address."""
     return f"{CLAIMS}{network}/port/{instance}"
+
+
+def grant_key(project: str) -> str:
+    """Of what a project's operators may use."""
+    return f"{GRANTS}{project}"
 
 
 def guard_key(instance: InstanceId) -> str:

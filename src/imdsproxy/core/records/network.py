@@ -133,6 +133,13 @@ def _parse_listener(field: Field) -> model.Listener | None:
     return listener
 
 
+LISTENER: Final = Kind(
+    _parse_listener,
+    render=lambda listener: _LISTENERS[type(listener)].render(listener),
+    tables=tuple(_LISTENERS.values()),
+)
+
+
 def _check_subnet(entries: Mapping[str, Field], found: dict[str, Any]) -> None:
     gateway, cidr = found.get("gateway"), found.get("cidr")
     if gateway is not None and cidr is not None and gateway.version != cidr.version:
@@ -183,16 +190,7 @@ NETWORK: Final = Table(
         values.TEXT,
         "The project that owns it. The policy of a project is for its instances, not for its networks.",
     ),
-    Key(
-        "listener",
-        Kind(
-            _parse_listener,
-            render=lambda listener: _LISTENERS[type(listener)].render(listener),
-            tables=tuple(_LISTENERS.values()),
-        ),
-        "How guests are reached.",
-        required=True,
-    ),
+    Key("listener", LISTENER, "How guests are reached.", required=True),
     Key(
         "subnets",
         list_of(_SUBNET.kind, _refuse_repeated),

@@ -1,0 +1,161 @@
+"""`imdsproxy grant list|show|add|remove|clear`: what operators of a fleet who are limited to a project may use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated, Any, Final, TypeAlias
+
+import typer
+
+from imdsproxy.admin_client import path_to
+from imdsproxy.cli import record_io
+from imdsproxy.cli.options import Invocation, argument, flag, fleet_command
+from imdsproxy.cli.output import Shape, clean
+from imdsproxy.cli.record_flags import wrong_flag
+from imdsproxy.errors import RequestRefused
+
+grant_app = typer.Typer(
+    help="What a project's operators may use in a fleet: list, show, add, remove, clear.",
+    no_args_is_help=True,
+)
+
+_KINDS: Final = ("bridge", "interface", "namespace")
+_Lists: TypeAlias = dict[str, list[Any]]
+
+Project = Annotated[str, argument("PROJECT", "The project's id.")]
+Hosts = Annotated[
+    list[str] | None,
+    flag("--host HOST", "A host for its instances, or * for every host; may be repeated."),
+]
+Listeners = Annotated[
+    list[str] | None,
+    flag(
+        f"--listener {'|'.join(_KINDS)}=NAME", "A listener for its own networks; may be repeated."
+    ),
+]
+Addresses = Annotated[
+    list[str] | None,
+    flag(
+        "--address NETWORK=CIDR",
+        "Addresses for its instances in a shared network, a MAC as its link-local one; may be repeated.",
+    ),
+]
+
+
+@grant_app.command("list")
+@fleet_command
+def list_grants(run: Invocation) -> None:
+    """List every project that was given anything."""
+    run.output.answer(
+        run.hubs().get("/v1/grants"),
+        lambda output, shapes: output.table(
+            ({"PROJECT": clean(one["project"]), "GRANT": clean(_spell(one))} for one in shapes),
+            empty="no project was given anything: `imdsproxy grant add` gives it hosts",
+            keep=("PROJECT",),
+        ),
+    )
+
+
+@grant_app.command("show")
+@fleet_command
+def show(run: Invocation, project: Project) -> None:
+    """Show what a project's operators may use."""
+    run.output.answer(
+        run.hubs().get(path_to("grants", project)),
+        lambda output, shape: output.text(_spell(shape) or "nothing"),
+    )
+
+
+@grant_app.command("add")
+@fleet_command
+def add(
+    run: Invocation,
+    project: Project,
+    *,
+    host: Hosts = None,
+    listener: Listeners = None,
+    address: Addresses = None,
+) -> None:
+    """Let a project's operators use hosts, listeners and addresses."""
+    given = _given(host, listener, address)
+    _change(run, project, lambda old, new: [*old, *(one for one in new if one not in old)], given)
+
+
+@grant_app.command("remove")
+@fleet_command
+def remove(
+    run: Invocation,
+    project: Project,
+    *,
+    host: Hosts = None,
+    listener: Listeners = None,
+    address: Addresses = None,
+) -> None:
+    """Let a project's operators use these no more; what they have made stays."""
+    given = _given(host, listener, address)
+    _change(run, project, lambda old, new: [one for one in old if one not in new], given)
+
+
+@grant_app.command("clear")
+@fleet_command
+def clear(run: Invocation, project: Project) -> None:
+    """Let a project's operators use nothing any more; what they have made stays."""
+    answer = run.hubs().request("DELETE", path_to("grants", project))
+    record_io.show_written(run.output, f"grant of project {project} cleared", answer)
+
+
+def _change(
+    run: Invocation,
+    project: str,
+    join: Callable[[Sequence[Any], Sequence[Any]], list[Any]],
+    given: _Lists,
+) -> None:
+    hubs, route = run.hubs(), path_to("grants", project)
+    known = hubs.get(route)
+    body = {key: join(known["grant"].get(key, []), values) for key, values in given.items()}
+    # Two operators at once lose nothing of each other.
+    query = {"if_revision": str(known["revision"])} if known["revision"] else {}
+    answer = hubs.request("PUT", route, query=query, body={**known["grant"], **body})
+    record_io.show_written(run.output, f"grant of project {project} changed", answer)
+
+
+def _given(
+    hosts: Sequence[str] | None, listeners: Sequence[str] | None, addresses: Sequence[str] | None
+) -> _Lists:
+    given: _Lists = {
+        "hosts": list(hosts or ()),
+        "listeners": [_listener(one) for one in listeners or ()],
+        "addresses": [_range(one) for one in addresses or ()],
+    }
+    if not any(given.values()):
+        raise RequestRefused("nothing was given", hint="see `imdsproxy grant add --help`")
+    return given
+
+
+def _listener(text: str) -> dict[str, str]:
+    kind, equals, name = text.partition("=")
+    if not equals or kind not in _KINDS:
+        raise wrong_flag("listener", f"{text} is no listener", "--listener bridge=br-shop")
+    return {kind: name}
+
+
+def _range(text: str) -> dict[str, str]:
+    network, equals, cidr = text.partition("=")
+    if not equals:
+        raise wrong_flag("address", f"{text} has no range", "--address public=10.0.0.64/26")
+    return {"network": network, "cidr": cidr}
+
+
+def _spell(shape: Shape) -> str:
+    grant = shape["grant"]
+    listeners = (
+        " ".join(f"{key} {value}" for key, value in one.items())
+        for one in grant.get("listeners", ())
+    )
+    ranges = (f"{one['cidr']} in {one['network']}" for one in grant.get("addresses", ()))
+    rows: Iterable[tuple[str, Iterable[str]]] = (
+        ("hosts", grant.get("hosts", ())),
+        ("listeners", listeners),
+        ("addresses", ranges),
+    )
+    return "\n".join(f"{name}: {', '.join(found)}" for name, found in rows if grant.get(name))

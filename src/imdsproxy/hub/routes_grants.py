@@ -1,0 +1,79 @@
+"""The routes below `/v1/grants`: what operators limited to a project may use."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import APIRouter, Path
+
+from imdsproxy.admin import bodies
+from imdsproxy.core.fleet import layout
+from imdsproxy.core.fleet.layout import Json
+from imdsproxy.core.model import ID_PATTERN
+from imdsproxy.core.records.grant import GRANT, NO_GRANT, Grant
+from imdsproxy.errors import NotFound
+from imdsproxy.hub.callers import FleetOperator, Reader, TermsOf, Uses
+from imdsproxy.hub.operations import FleetWritten, Operations
+from imdsproxy.hub.plan_writes import Terms
+from imdsproxy.hub.scopes import read_grant
+
+grants = APIRouter()
+
+_Project = Annotated[str, Path(pattern=ID_PATTERN, description="The project's id.")]
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectGrant:
+    """What a project's operators may use.
+
+    Attributes:
+        grant: As the body of a change.
+        revision: 0 where nothing was ever given.
+    """
+
+    project: str
+    grant: Json
+    revision: int
+
+
+@grants.get("/grants")
+async def list_grants(operations: Uses, caller: Reader) -> list[ProjectGrant]:
+    """Every project that was given anything; an operator of one project sees its own."""
+    keys = sorted(operations.state.keys(layout.GRANTS))
+    projects = (key.removeprefix(layout.GRANTS) for key in keys)
+    shown = (_show(operations, one) for one in projects if caller.scope in {None, one})
+    return [one for one in shown if one.grant]
+
+
+@grants.get("/grants/{project}")
+async def show_grant(project: _Project, operations: Uses, caller: Reader) -> ProjectGrant:
+    """What a project's operators may use."""
+    if caller.scope not in {None, project}:
+        raise NotFound(f"there is no grant of project {project}")
+    return _show(operations, project)
+
+
+@grants.put("/grants/{project}", openapi_extra=bodies.takes(bodies.GrantRecord))
+async def put_grant(
+    project: _Project, body: bodies.JsonBody, operations: Uses, terms: TermsOf, _: FleetOperator
+) -> FleetWritten:
+    """Say what a project's operators may use: nothing else. What they have made with more stays as it is."""
+    read = bodies.read_record("grant", GRANT.read, body)
+    return await _put(operations, project, read, terms)
+
+
+@grants.delete("/grants/{project}")
+async def clear_grant(
+    project: _Project, operations: Uses, terms: TermsOf, _: FleetOperator
+) -> FleetWritten:
+    """Take everything from a project's operators; what they have made stays as it is."""
+    return await _put(operations, project, NO_GRANT, terms)
+
+
+async def _put(operations: Operations, project: str, grant: Grant, terms: Terms) -> FleetWritten:
+    done = await operations.writes.put_grant(project, lambda _: grant, terms)
+    return operations.written((), done.revision, {})
+
+
+def _show(operations: Operations, project: str) -> ProjectGrant:
+    grant, revision = read_grant(operations.state.value, project)
+    return ProjectGrant(project, GRANT.render(grant), revision)

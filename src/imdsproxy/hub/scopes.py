@@ -1,0 +1,99 @@
+"""Rules for operators who are limited to a project: what they may use, and what they know. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from imdsproxy.core.claims import claim_places
+from imdsproxy.core.fleet import layout
+from imdsproxy.core.model import Instance, Network, Port
+from imdsproxy.core.records import Refused
+from imdsproxy.core.records.grant import GRANT, NO_GRANT, Grant, spell_listener
+from imdsproxy.core.records.schema import Path, render_path
+from imdsproxy.errors import AccessDenied, Problem, SourceCorrupt
+
+_View: TypeAlias = Callable[[str], tuple[bytes, int] | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """A project, and what the fleet gives it."""
+
+    project: str
+    grant: Grant
+
+    def knows_network(self, record: Mapping[str, object]) -> bool:
+        """Whether a network is the project's, or a shared one with addresses for the project."""
+        project = record.get("project")
+        if project is None:
+            return self.grant.has_network(str(record.get("id")))
+        return project == self.project
+
+    def refuse_listener(self, network: Network) -> None:
+        """`AccessDenied` unless the project may have the listener of a network."""
+        if not self.grant.has_listener(network.listener):
+            kind, _, name = spell_listener(network.listener).partition(" ")
+            raise AccessDenied(
+                f"project {self.project} may make no network with the listener {kind} {name}",
+                hint="an operator of all projects may allow it: imdsproxy grant add "
+                f"{self.project} --listener {kind}={name}",
+            )
+
+    def refuse_projects(self, ports: Mapping[int, Port]) -> None:
+        """`AccessDenied` where one of the ports is another project's: Nova would answer for that one."""
+        for number, port in ports.items():
+            if port.project not in {None, self.project}:
+                raise AccessDenied(
+                    f"ports[{number}] is not of project {self.project}, to which this certificate is limited",
+                    hint="omit the port's project: it is the instance's",
+                )
+
+    def address_problems(self, instance: Instance, number: int, path: Path) -> Iterator[Problem]:
+        """Addresses of a port in a shared network that the project has not; its MAC counts as an address."""
+        for (network, address), part in claim_places(instance):
+            if part[1] == number and not self.grant.has_address(network, address):
+                shown = instance.ports[number].mac if part[-1] == "mac" else address
+                yield Problem(
+                    render_path((*path, *part)),
+                    f"project {self.project} may not use {shown} in the shared network {network}",
+                    f"imdsproxy --fleet URL grant show {self.project}",
+                )
+
+
+def read_grant(view: _View, project: str) -> tuple[Grant, int]:
+    """What the fleet gives a project, and the revision of that: 0 where nothing was ever written.
+
+    Raises:
+        SourceCorrupt: Another program has written it.
+    """
+    found = view(layout.grant_key(project))
+    if found is None:
+        return NO_GRANT, 0
+    try:
+        grant = parse_grant(found[0])
+    except layout.Unreadable as error:
+        raise SourceCorrupt(f"the grant of project {project} is not readable: {error}") from error
+    return grant, found[1]
+
+
+def parse_grant(value: bytes) -> Grant:
+    """The value of a grant's key; raises `layout.Unreadable`."""
+    grant = GRANT.read(layout.decode(value))
+    if isinstance(grant, Refused):
+        raise layout.Unreadable("; ".join(map(str, grant.problems)))
+    return grant
+
+
+def read_scope(view: _View, project: str | None) -> Scope | None:
+    """The scope of an operator; `None` for one of all projects. Raises as `read_grant`."""
+    return None if project is None else Scope(project, read_grant(view, project)[0])
+
+
+def new_ports(instance: Instance, before: Instance | None) -> Iterator[tuple[int, Port]]:
+    """Ports that the record before had not, by their places."""
+    had = () if before is None else before.ports
+    for number, port in enumerate(instance.ports):
+        if port not in had:
+            yield number, port
