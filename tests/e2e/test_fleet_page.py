@@ -63,8 +63,9 @@ def _title() -> str:
 
 
 def _join_hosts(fleet: FleetMachines) -> None:
-    fleet.words["STRING"] = fleet.follow("## Hosts", 0).strip()
-    fleet.follow("## Hosts", 1, 2, 3)
+    fleet.follow("## Hosts", 0)
+    fleet.words["STRING"] = fleet.follow("## Hosts", 1).strip()
+    fleet.follow("## Hosts", 2, 3)
     until(lambda: _hosts(fleet).count("connected") == len(HOSTS), within_s=30, what="both connect")
     fleet.follow("## Hosts", 4)
 

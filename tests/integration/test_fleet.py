@@ -159,7 +159,7 @@ def test_a_host_joins_with_a_token_once_and_is_cut_off_within_a_second_when_it_i
         for name in ("one", "two"):
             config = tmp_path / f"{name}.yaml"
             config.write_text(f"paths:\n  state_dir: {tmp_path / name}\n")
-            ran.append(run_main(capsys, "--config", str(config), "fleet", "join", word))
+            ran.append(run_main(capsys, "--config", str(config), "fleet", "join", stdin=word))
     assert [one.status for one in ran] == [0, 77], ran
     files = HostFiles.of(tmp_path / "one/fleet")
     assert sorted(files.read_hubs()) == sorted(world.urls)

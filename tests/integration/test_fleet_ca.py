@@ -35,9 +35,9 @@ def test_a_ca_is_replaced_in_three_steps_while_a_guest_reads(
 ) -> None:
     operator = world.operator("anna")
 
-    def run(*words: str) -> Ran:
+    def run(*words: str, stdin: str = "") -> Ran:
         with world.etcd.entered():
-            ran = run_main(capsys, *words)
+            ran = run_main(capsys, *words, stdin=stdin)
         assert ran.status == 0, ran
         return ran
 
@@ -49,7 +49,7 @@ def test_a_ca_is_replaced_in_three_steps_while_a_guest_reads(
     guest = host.lab.guest("blue")
     host.daemon.configure({"sources": {"fleet": {"enabled": True, "retry_s": 0.5}}})
     invitation = ask("fleet", "enrol", "a").out.strip()
-    run("--config", str(host.daemon.config), "fleet", "join", invitation)
+    run("--config", str(host.daemon.config), "fleet", "join", stdin=invitation)
     host.daemon.start()
     ask("network", "add", "blue", "--bridge", "blue")
     words = ("--network", "blue", "--mac", guest.mac, "--address", guest.addresses[0])

@@ -21,6 +21,7 @@ from imdsproxy.host.certificates import (
     render_key,
 )
 from imdsproxy.hub.authority import Authority, make_authority, parse_request
+from imdsproxy.hub.enrolment import Certified
 from imdsproxy.sources.fleet.client import HostFiles
 from support.daemon import Daemon, instance, user_data_of
 from support.fleet_hub import HOST, FleetHub
@@ -96,8 +97,9 @@ def world() -> Iterator[FleetWorld]:
     def listen(port: int) -> socket.socket:
         return inside(lab.host, lambda: socket.create_server(("127.0.0.1", port)))
 
-    def certify(request: str) -> bytes:
-        return render_certificate(authority.certify_host(parse_request(request), HOST, _NOW))
+    def certify(request: str) -> Certified:
+        signed = authority.certify_host(parse_request(request), HOST, _NOW)
+        return Certified(render_certificate(signed).decode(), authority.trusted.decode())
 
     try:
         daemon = Daemon(lab)

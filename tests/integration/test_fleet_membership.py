@@ -1,10 +1,16 @@
 """How a host joins a fleet through the genuine HAProxy of a hub, and renews its certificate by itself."""
 
+import contextlib
 import json
+import os
+import pty
 import ssl
+import subprocess
+import sys
+import termios
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -23,6 +29,7 @@ from imdsproxy.errors import (
 )
 from imdsproxy.host.certificates import parse_certificate, render_certificate
 from imdsproxy.hub.authority import parse_request
+from imdsproxy.hub.enrolment import Certified
 from imdsproxy.hub.files import (
     FleetFiles,
     HubNames,
@@ -34,7 +41,15 @@ from imdsproxy.hub.files import (
 from imdsproxy.sources.fleet.client import HostFiles, HubClient
 from imdsproxy.sources.fleet.membership import join, renew_if_due
 from support.cli import run_main
-from support.fleet_front import Certificates, Fronted, make_certificates, open_front
+from support.fleet_front import (
+    Certificates,
+    Fronted,
+    client_context,
+    make_certificates,
+    open_front,
+)
+from support.lab import until
+from support.patience import patience
 from support.recorder import Answer, Received, reply
 
 pytestmark = pytest.mark.root
@@ -56,7 +71,12 @@ def front(shared: Fronted) -> Fronted:
     return shared
 
 
-def _certify(front: Fronted, request: Received, ahead: timedelta = timedelta()) -> Answer:
+def _certify(
+    front: Fronted,
+    request: Received,
+    ahead: timedelta = timedelta(),
+    trusted: str | None = None,
+) -> Answer:
     if not request.body:
         return reply()
     asked = json.loads(request.body)
@@ -72,7 +92,9 @@ def _certify(front: Fronted, request: Received, ahead: timedelta = timedelta()) 
     name = asked["host"] if identity is None else identity.name
     authority, now = front.certificates.authority, datetime.now(UTC) + ahead
     signed = authority.certify_host(parse_request(asked["request"]), name, now)
-    return reply(json.dumps({"certificate": render_certificate(signed).decode()}).encode())
+    trusted = authority.trusted.decode() if trusted is None else trusted
+    answer = Certified(render_certificate(signed).decode(), trusted)
+    return reply(json.dumps(asdict(answer)).encode())
 
 
 @pytest.fixture
@@ -135,9 +157,51 @@ def test_a_host_that_is_refused_learns_why_and_keeps_nothing(
         join(_invitation(front, urls=("https://127.0.0.1:1",)), files)
     other = front.certificates.host("other")
     swapped = parse_certificate(other.pem.read_bytes(), "other")
-    answer = {"certificate": render_certificate(swapped).decode()}
-    front.api.always(reply(json.dumps(answer).encode()))
+    trusted = front.certificates.authority.trusted.decode()
+    answer = Certified(render_certificate(swapped).decode(), trusted)
+    front.api.always(reply(json.dumps(asdict(answer)).encode()))
     with pytest.raises(SourceUnavailable, match="another key"):
+        join(_invitation(front), files)
+    assert not files.certificate.parent.exists()
+
+
+@pytest.mark.parametrize("given", ["own and fleet's", "fleet's and own", "fleet's"])
+def test_a_server_that_gives_the_fleets_ca_and_has_a_certificate_of_another_gets_no_token(
+    front: Fronted, files: HostFiles, tmp_path: Path, given: str
+) -> None:
+    attacker = make_certificates(tmp_path / "attacker")
+    cas = {
+        "fleet's": front.certificates.ca_file.read_bytes(),
+        "own": attacker.ca_file.read_bytes(),
+    }
+    own = tmp_path / "attackers.crt"
+    own.write_bytes(cas["own"])
+    attacker.ca_file.write_bytes(b"".join(cas[one] for one in given.split(" and ")))
+    with open_front(tmp_path, attacker) as attacked:
+        attacked.api.default = lambda request: _certify(attacked, request)
+        # Its certificate is good for its address.
+        with attacked.connect(context=client_context(own)):
+            pass
+        urls = (f"https://127.0.0.1:{attacked.port}",)
+        with pytest.raises(SourceRefused, match="no certificate for that name by this fleet's CA"):
+            join(_invitation(front, urls=urls), files)
+        assert not attacked.api.heads
+        assert not files.certificate.parent.exists()
+        # A hub of the fleet behind it in the list is asked; the host trusts the fleet's CA alone.
+        both = (*urls, f"https://127.0.0.1:{front.port}")
+        assert join(_invitation(front, urls=both), files) == both[1]
+        assert not attacked.api.heads
+    assert files.authority.read_bytes() == cas["fleet's"]
+
+
+@pytest.mark.parametrize("of_another", [True, False])
+def test_a_host_takes_no_answer_without_the_ca_that_it_was_invited_by(
+    front: Fronted, files: HostFiles, tmp_path: Path, *, of_another: bool
+) -> None:
+    other = make_certificates(tmp_path / "other").ca_file.read_text()
+    trusted = other if of_another else "no certificate"
+    front.api.default = lambda request: _certify(front, request, trusted=trusted)
+    with pytest.raises(SourceUnavailable, match=r"CA that it does not name|authority"):
         join(_invitation(front), files)
     assert not files.certificate.parent.exists()
 
@@ -195,13 +259,43 @@ def test_the_command_with_which_a_host_joins_shows_no_secret(
     text = render_invitation(_invitation(front))
     config = tmp_path / "imdsproxy.yaml"
     config.write_text(f"paths:\n  state_dir: {tmp_path}/state\n")
-    joined = run_main(capsys, "--config", str(config), "fleet", "join", text)
+    words = ("--config", str(config), "fleet", "join")
+    argued = run_main(capsys, *words, text)
+    assert (argued.status, front.api.heads) == (64, [])
+    joined = run_main(capsys, *words, stdin=text)
     assert joined.status == 0, joined
     assert "host-1" in joined.out
-    assert _TOKEN not in joined.out + joined.err
-    cut = run_main(capsys, "--config", str(config), "fleet", "join", text[:-8])
+    cut = run_main(capsys, *words, "-", stdin=text[:-8])
     assert cut.status == 64
-    assert text[-40:-8] not in cut.out + cut.err
+    printed = "".join(ran.out + ran.err for ran in (argued, joined, cut))
+    assert (_TOKEN in printed, text[-40:-8] in printed) == (False, False)
+
+
+def test_the_command_with_which_a_host_joins_asks_for_the_string_on_a_terminal_and_does_not_show_it(
+    front: Fronted, tmp_path: Path
+) -> None:
+    text = render_invitation(_invitation(front))
+    config = tmp_path / "imdsproxy.yaml"
+    config.write_text(f"paths:\n  state_dir: {tmp_path}/state\n")
+    ours, its = pty.openpty()
+    command = (sys.executable, "-m", "imdsproxy", "--config", str(config), "fleet", "join")
+    with (
+        contextlib.closing(os.fdopen(ours, "r+b", buffering=0)) as terminal,
+        subprocess.Popen(command, stdin=its, stdout=its, stderr=its, start_new_session=True) as ran,
+    ):
+        os.close(its)
+        shown = b""
+        while b"fleet enrol" not in shown:
+            shown += terminal.read(4096)
+        # What is typed before is thrown away.
+        until(lambda: not termios.tcgetattr(ours)[3] & termios.ECHO, what="no echo")
+        terminal.write(text.encode() + b"\n")
+        # At its end a terminal gives an error.
+        with contextlib.suppress(OSError):
+            while chunk := terminal.read(4096):
+                shown += chunk
+        assert ran.wait(10 * patience()) == 0, shown
+    assert (b"host-1" in shown, text[-40:].encode() in shown) == (True, False)
 
 
 async def test_hosts_follow_a_ca_that_is_replaced_and_none_is_cut_off_by_a_step(
@@ -224,7 +318,7 @@ async def test_hosts_follow_a_ca_that_is_replaced_and_none_is_cut_off_by_a_step(
     with opened() as front:
         join(_invitation(front), files)
         assert not await renews(front)
-    old = fleet.load_authority()
+    old, invited = fleet.load_authority(), _invitation(front)
     for step in (begin_rotation, switch_rotation):
         step(fleet, now)
         before = files.certificate.read_bytes()
@@ -233,6 +327,14 @@ async def test_hosts_follow_a_ca_that_is_replaced_and_none_is_cut_off_by_a_step(
             assert files.certificate.read_bytes() != before
             assert files.authority.read_bytes() == fleet.ca_certificate.read_bytes()
             assert not await renews(front)
+            # A host that joins between two steps trusts both CAs.
+            late = HostFiles.of(tmp_path / step.__name__)
+            join(_invitation(front), late)
+            assert late.authority.read_bytes() == fleet.ca_certificate.read_bytes()
+            if step is switch_rotation:
+                urls = (f"https://127.0.0.1:{front.port}",)
+                with pytest.raises(SourceRefused, match="by this fleet's CA"):
+                    join(replace(invited, urls=urls), HostFiles.of(tmp_path / "refused"))
     stale = files.certificate.with_name("stale.pem")
     stale.write_bytes(before)
     present = parse_certificate(files.certificate.read_bytes(), "the host's")

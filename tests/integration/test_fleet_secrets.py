@@ -198,7 +198,7 @@ def _join(
     words = ("--fleet-certificate", str(operator), "--fleet", world.urls[0])
     with world.etcd.entered():
         invited = run_main(capsys, "fleet", "enrol", "late", *words).out.strip()
-        first = run_main(capsys, "--config", str(config), "fleet", "join", invited)
-        again = run_main(capsys, "--config", str(config), "fleet", "join", invited)
+        first = run_main(capsys, "--config", str(config), "fleet", "join", stdin=invited)
+        again = run_main(capsys, "--config", str(config), "fleet", "join", stdin=invited)
     assert (first.status, again.status != 0) == (0, True), (first, again)
     return invited, Ran(0, first.out + again.out, first.err + again.err)

@@ -1,5 +1,6 @@
 """The command line against an admin API on a real unix socket, in this process."""
 
+import io
 import json
 import os
 import shlex
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -33,9 +35,11 @@ class Ran:
         return " ".join(f"{self.out} {self.err}".split())
 
 
-def run_main(capture: pytest.CaptureFixture[str], *arguments: str) -> Ran:
+def run_main(capture: pytest.CaptureFixture[str], *arguments: str, stdin: str = "") -> Ran:
     """Run a command line in this process."""
-    status = main(list(arguments))
+    given = io.TextIOWrapper(io.BytesIO(stdin.encode()), "utf-8")
+    with mock.patch.object(sys, "stdin", given):
+        status = main(list(arguments))
     captured = capture.readouterr()
     return Ran(status, captured.out, captured.err)
 

@@ -14,7 +14,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from hashlib import sha256 as sha256_of
 from pathlib import Path
@@ -30,6 +30,7 @@ from imdsproxy.core.records import render_record
 from imdsproxy.core.tokens import TokenKey
 from imdsproxy.core.tokens import instance_key as token_key_of
 from imdsproxy.host.clock import Clock
+from imdsproxy.hub.enrolment import Certified
 from imdsproxy.hub.state import Change, FleetState
 from imdsproxy.hub.streams import Streams
 from support.patience import patience
@@ -109,7 +110,7 @@ class FleetHub:
     ) -> None:
         self.store = store or FleetStore()
         self.state, self.age_s, self.skew_s = FleetState(self.store.keys_of), 0.0, 0.0
-        self.certify: Callable[[str], bytes] = lambda _: b""
+        self.certify: Callable[[str], Certified] = lambda _: Certified("", "")
         self.blob_requests: list[str] = []
         self.refuses = False
         self._context = context
@@ -265,8 +266,8 @@ class FleetHub:
                 elif path == RENEW_PATH:
                     length = re.search(rb"(?i)content-length: *(\d+)", head)
                     asked = json.loads(await reader.readexactly(int(length[1]) if length else 0))
-                    signed = self.certify(asked["request"]).decode()
-                    _give(writer, "200 OK", json.dumps({"certificate": signed}).encode())
+                    answer = asdict(self.certify(asked["request"]))
+                    _give(writer, "200 OK", json.dumps(answer).encode())
                 elif path == AUTHORITY_PATH:
                     _give(writer, "404 Not Found", b"")
                 elif path.startswith(BLOB_PATH):

@@ -1,5 +1,6 @@
 """`imdsproxy fleet …`: certificates of a fleet, who belongs to it, and what is in force where."""
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -190,21 +191,27 @@ def revoke(
 @partial(options.command, shared=("as_json", "config"))
 def join(
     run: options.Invocation,
-    invitation: Annotated[
+    source: Annotated[
         str,
-        argument("STRING", "What `imdsproxy fleet enrol` printed; - reads it from standard input."),
-    ],
+        argument("[-]", "Read the string from standard input; the default."),
+    ] = _STANDARD_INPUT,
 ) -> None:
-    """Make this host a member of a fleet: get its certificate from a hub, with the one-time token in the string."""
+    """Make this host a member of a fleet, with the string that `imdsproxy fleet enrol` printed.
+
+    The string comes by standard input. On a terminal the command asks for it. As an argument it would be shown to all
+    users of this host.
+    """
     with optional_library("cryptography", LIBRARY_HINT):
         from imdsproxy.sources.fleet import membership  # noqa: PLC0415 - `--help` need not load it
     from imdsproxy.sources.fleet.client import HostFiles  # noqa: PLC0415 - as above
 
-    text = (
-        typer.get_text_stream("stdin").readline() if invitation == _STANDARD_INPUT else invitation
-    )
+    if source != _STANDARD_INPUT:
+        raise RequestRefused(
+            "the string is a secret, and arguments are shown to all users of this host",
+            hint="`imdsproxy fleet join` asks for the string, or reads it from standard input",
+        )
     try:
-        parsed = parse_invitation(text)
+        parsed = parse_invitation(_read_invitation())
     except ValueError as error:
         raise RequestRefused(
             f"this is no string of `imdsproxy fleet enrol`: {error}",
@@ -218,6 +225,12 @@ def join(
         f"This host is {parsed.host} of the fleet; its certificate is {files.certificate}.\n"
         "Set sources.fleet.enabled, then `systemctl restart imdsproxy`.",
     )
+
+
+def _read_invitation() -> str:
+    if sys.stdin.isatty():
+        return str(typer.prompt("The string of `imdsproxy fleet enrol`", hide_input=True, err=True))
+    return typer.get_text_stream("stdin").readline()
 
 
 @fleet_app.command("status")

@@ -4,6 +4,7 @@ from datetime import datetime
 from typing import TypeAlias
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
@@ -53,6 +54,15 @@ def parse_certificates(pem: bytes, where: str) -> list[x509.Certificate]:
 def fingerprint(certificate: x509.Certificate) -> str:
     """SHA-256 of a certificate (DER), hexadecimal in lower case."""
     return certificate.fingerprint(hashes.SHA256()).hex()
+
+
+def is_issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
+    """Return whether a CA certificate's key signed a certificate."""
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
 
 
 def renewal_due(certificate: x509.Certificate, now: datetime) -> bool:

@@ -154,7 +154,7 @@ def test_a_string_that_is_no_invitation_is_refused_without_repeating_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for text in ("", "secret", "imdsproxy-join-1.c2VjcmV0", "imdsproxy-join-1.\xe4"):
-        ran = run_main(capsys, "fleet", "join", text)
+        ran = run_main(capsys, "fleet", "join", stdin=text)
         assert (ran.status, ran.out) == (64, "")
         assert "c2Vj" not in ran.err
 

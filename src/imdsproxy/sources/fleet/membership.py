@@ -5,6 +5,7 @@ import http.client
 import json
 import ssl
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -15,7 +16,7 @@ from imdsproxy.core.fleet.identity import AUTHORITY_PATH, ENROL_PATH, RENEW_PATH
 from imdsproxy.errors import (
     AccessDenied,
     AlreadyExists,
-    ImdsproxyError,
+    ConfigInvalid,
     RequestRefused,
     SourceRefused,
     SourceUnavailable,
@@ -23,9 +24,11 @@ from imdsproxy.errors import (
 from imdsproxy.host.certificates import (
     PrivateKey,
     fingerprint,
+    is_issued_by,
     make_key,
     parse_certificate,
     parse_certificates,
+    render_certificate,
     render_key,
     render_request,
     renewal_due,
@@ -38,13 +41,27 @@ _MAX_ANSWER: Final = 64 * 1024
 _OK: Final = 200
 _DENIED: Final = (401, 403)
 _SECRET: Final = 0o600
+_NOTHING_SENT: Final = (
+    "the token was not sent; compare the URL, or make a new string with `imdsproxy fleet enrol`"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Issued:
+    """Certificate of a host, and the CAs of its fleet; both PEM."""
+
+    certificate: bytes
+    authorities: bytes
 
 
 def join(invitation: Invitation, files: HostFiles) -> str:
-    """Join a fleet: get a certificate for a new key with the token, from a hub whose CA has the fingerprint.
+    """Join a fleet: exchange the one-time token for a certificate, at the first hub that proves its identity.
+
+    Only the CA certificate that the invitation names can prove it. The CA certificates to trust from then on come with
+    the hub's answer.
 
     Returns:
-        The URL of the hub that gave it.
+        The URL of the hub that issued the certificate.
 
     Raises:
         AccessDenied: The token is not good.
@@ -52,24 +69,31 @@ def join(invitation: Invitation, files: HostFiles) -> str:
         HostRefused: A file cannot be written.
         RequestRefused: A hub does not take the request.
         SourceUnavailable: No hub answers.
-        SourceRefused: What answers is not a hub of the fleet.
+        SourceRefused: No hub of the fleet answers, but another server does.
     """
     _refuse_another_fleet(invitation, files)
     key = make_key()
+    refusals: list[SourceRefused] = []
     reasons: list[str] = []
     for url in invitation.urls:
         try:
             authority = _fetch_authority(url, invitation.fingerprint)
-            certificate = _enrol(url, authority, invitation, key)
+            issued = _enrol(url, authority, invitation, key)
+        except SourceRefused as error:
+            refusals.append(error)
+            reasons.append(error.message)
+            continue
         except SourceUnavailable as error:
             reasons.append(error.message)
             continue
         ensure_directory(files.certificate.parent, mode=0o700)
-        write_atomic(files.authority, authority, mode=0o644, durable=True)
+        write_atomic(files.authority, issued.authorities, mode=0o644, durable=True)
         hubs = "".join(f"{one}\n" for one in invitation.urls)
         write_atomic(files.hubs, hubs.encode(), mode=0o644, durable=True)
-        _write_pair(files, key, certificate)
+        _write_pair(files, key, issued.certificate)
         return url
+    if refusals:
+        raise SourceRefused("; ".join(reasons), hint=refusals[0].hint)
     raise SourceUnavailable("; ".join(reasons), hint="the token is not used up: try again")
 
 
@@ -84,28 +108,34 @@ def _refuse_another_fleet(invitation: Invitation, files: HostFiles) -> None:
         )
 
 
-def _fetch_authority(url: str, wanted: str) -> bytes:
-    """The CA certificate that a hub gives, PEM; not before it is compared anything is believed, or sent."""
+def _fetch_authority(url: str, wanted: str) -> Certificate:
+    """Fetch the CA certificate with a fingerprint from a server that has proved nothing yet.
+
+    While the fleet replaces its CA, a hub sends several. A server may add any to them: all others are ignored.
+    """
     anyone = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     anyone.check_hostname = False
     anyone.verify_mode = ssl.CERT_NONE
     status, pem = _exchange(url, anyone, "GET", AUTHORITY_PATH, None)
     if status == _OK:
-        with contextlib.suppress(ImdsproxyError):
-            if fingerprint(parse_certificate(pem, url)) == wanted:
-                return pem
+        with contextlib.suppress(ConfigInvalid):
+            for found in parse_certificates(pem, url):
+                if fingerprint(found) == wanted:
+                    return found
     raise SourceRefused(
-        f"{url} is not a hub of this fleet: its CA certificate has another fingerprint",
-        hint="nothing was sent to it; compare the URL, or make a new string with `imdsproxy fleet enrol`",
+        f"{url} is not a hub of this fleet: it has no CA certificate with the fingerprint of the invitation",
+        hint=_NOTHING_SENT,
     )
 
 
-def _enrol(url: str, authority: bytes, invitation: Invitation, key: PrivateKey) -> bytes:
-    context = ssl.create_default_context(cadata=authority.decode())
+def _enrol(url: str, authority: Certificate, invitation: Invitation, key: PrivateKey) -> _Issued:
+    """Send the token over a connection that this CA certificate alone verifies."""
+    context = ssl.create_default_context(cadata=render_certificate(authority).decode())
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
     request = render_request(key).decode()
     body = {"host": invitation.host, "token": invitation.token, "request": request}
     status, answer = _exchange(url, context, "POST", ENROL_PATH, json.dumps(body).encode())
-    return _read_certificate(url, status, answer, key)
+    return _read_issued(url, status, answer, key, authority)
 
 
 def _exchange(
@@ -129,7 +159,7 @@ def _refusing(url: str) -> Iterator[None]:
     except ssl.SSLCertVerificationError as error:
         raise SourceRefused(
             f"{url} has no certificate for that name by this fleet's CA: {error.verify_message}",
-            hint="`imdsproxy fleet hub-certificate` makes one with the names of its URLs",
+            hint=f"{_NOTHING_SENT}; `imdsproxy fleet hub-certificate` makes a certificate with the names of its URLs",
         ) from error
     except (OSError, http.client.HTTPException) as error:
         raise SourceUnavailable(
@@ -137,17 +167,41 @@ def _refusing(url: str) -> Iterator[None]:
         ) from error
 
 
-def _read_certificate(url: str, status: int, answer: bytes, key: PrivateKey) -> bytes:
-    """The certificate for a key in a hub's answer, PEM."""
+def _read_issued(
+    url: str, status: int, answer: bytes, key: PrivateKey, invited_by: Certificate | None = None
+) -> _Issued:
+    """Read a certificate for a key, and the CAs, from the answer of a hub that has proved its identity.
+
+    Args:
+        url: The hub's.
+        status: The answer's.
+        answer: Its body.
+        key: The certificate is for this key.
+        invited_by: A CA certificate that has to be among those of the answer.
+    """
     shape: dict[str, Any] = {}
     with contextlib.suppress(ValueError):
         found = json.loads(answer)
         shape = found if isinstance(found, dict) else {}
     if status == _OK:
-        pem = str(shape.get("certificate", "")).encode()
-        if parse_certificate(pem, f"the answer of {url}").public_key() != key.public_key():
+        certificate, authorities = (
+            str(shape.get(part, "")).encode() for part in ("certificate", "authority")
+        )
+        where = f"the answer of {url}"
+        try:
+            issued = parse_certificate(certificate, where)
+            known = parse_certificates(authorities, f"`authority` in {where}")
+        except ConfigInvalid as error:
+            raise SourceUnavailable(error.message) from error
+        if issued.public_key() != key.public_key():
             raise SourceUnavailable(f"{url} answers with a certificate for another key")
-        return pem
+        if not any(is_issued_by(issued, one) for one in known):
+            raise SourceUnavailable(
+                f"{url} answers with a certificate of a CA that it does not name"
+            )
+        if invited_by is not None and invited_by not in known:
+            raise SourceUnavailable(f"{url} does not name the CA that signed its own certificate")
+        return _Issued(certificate, authorities)
     message = str(shape.get("message", f"{url} answers {status}"))
     hint = str(shape.get("hint", ""))
     if status in _DENIED:
@@ -179,22 +233,22 @@ async def renew_if_due(
     reasons: list[str] = []
     for url in hubs:
         try:
-            authorities = await _find_other_authorities(files, client, url)
-            due = due or authorities is not None
+            others = await _has_other_authorities(files, client, url)
+            due = due or others
             if not due:
                 return False
             status, answer = await client.request(
                 "POST", url, RENEW_PATH, body=body, headers={"content-type": "application/json"}
             )
-            certificate = _read_certificate(url, status, answer, key)
-            _refuse_unusable(url, certificate, now)
+            issued = _read_issued(url, status, answer, key)
+            _refuse_unusable(url, issued.certificate, now)
         except SourceUnavailable as error:
             reasons.append(error.message)
             continue
-        _write_pair(files, key, certificate)
-        if authorities is not None:
+        _write_pair(files, key, issued.certificate)
+        if others:
             # Last: where it is not written, all of it is done again.
-            write_atomic(files.authority, authorities, mode=0o644, durable=True)
+            write_atomic(files.authority, issued.authorities, mode=0o644, durable=True)
         return True
     if not due:
         # That no hub answers is reported by the source.
@@ -202,15 +256,15 @@ async def renew_if_due(
     raise SourceUnavailable("; ".join(reasons), hint="hubs are asked again")
 
 
-async def _find_other_authorities(files: HostFiles, client: HubClient, url: str) -> bytes | None:
-    """The CA certificates of the fleet, PEM, where they are others than here; not where the settings name a file."""
+async def _has_other_authorities(files: HostFiles, client: HubClient, url: str) -> bool:
+    """Return whether the fleet has other CAs than this host trusts; never if the settings name a file of CAs."""
     if not files.keeps_authority:
-        return None
+        return False
     status, pem = await client.request("GET", url, AUTHORITY_PATH)
-    if status != _OK or pem == files.authority.read_bytes():
-        return None
-    parse_certificates(pem, f"the answer of {url}")
-    return pem
+    if status != _OK:
+        return False
+    trusted = parse_certificates(files.authority.read_bytes(), str(files.authority))
+    return parse_certificates(pem, f"the answer of {url}") != trusted
 
 
 def _refuse_unusable(url: str, certificate: bytes, now: datetime) -> None:
