@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Final, TypeAlias
 from urllib.parse import quote, urlencode, urlsplit
 
 from imdsproxy import errors
+from imdsproxy.core.fleet.stream import ALIVE_PATH, CONNECT_S
 
 _TIMEOUT_S: Final = 60.0
 _LOOK_EVERY_S: Final = 0.5
@@ -220,16 +221,17 @@ class FleetClient(AdminClient):
 
     def _ask(self, method: str, target: str, raw: bytes | None, headers: Mapping[str, str]) -> Any:  # noqa: ANN401 - JSON
         named = {**headers, "idempotency-key": uuid.uuid4().hex}
-        context, reasons = self._context(), []
+        context, reasons, asked = self._context(), [], list[str]()
         for url in self.urls:
             try:
                 with self._hub(url, context) as connection:
+                    asked.append(url)
                     connection.request(method, target, raw, named)
                     return _decoded(connection.getresponse())
             except (errors.AdminUnavailable, errors.SourceUnavailable) as error:
                 reasons.append(error)
             except errors.RestoreSuspected as error:
-                if not reasons or method == "GET":
+                if asked == [url] or method == "GET":
                     raise
                 # The hub before may have written it, and hosts may have got it before the restore.
                 raise errors.WriteUnknown(_joined(reasons).message, hint=error.hint) from error
@@ -282,9 +284,15 @@ class FleetClient(AdminClient):
     def _hub(self, url: str, context: ssl.SSLContext) -> Iterator[http.client.HTTPConnection]:
         where = urlsplit(url)
         connection = http.client.HTTPSConnection(
-            where.hostname or "", where.port, timeout=self.timeout_s, context=context
+            where.hostname or "", where.port, timeout=CONNECT_S, context=context
         )
         try:
+            # A hub that hangs behind its HAProxy takes connections; an answer may take long for good reasons.
+            connection.request("GET", ALIVE_PATH)
+            _decoded(connection.getresponse())
+            connection.timeout = self.timeout_s
+            if connection.sock is not None:
+                connection.sock.settimeout(self.timeout_s)
             yield connection
         except ssl.SSLError as error:
             # An alert is what the hub says of our certificate; the rest is what we say of its.
@@ -299,7 +307,10 @@ class FleetClient(AdminClient):
                 hint="compare its URL with the names in its certificate",
             ) from error
         except TimeoutError as error:
-            raise errors.AdminUnavailable(f"{url} did not answer in time") from error
+            raise errors.AdminUnavailable(
+                f"{url} did not answer in time",
+                hint="is the hub running, or does it hang: `systemctl status imdsproxy-hub` there",
+            ) from error
         except (OSError, http.client.HTTPException) as error:
             raise errors.AdminUnavailable(
                 f"{url} does not answer: {str(error) or type(error).__name__}",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 from imdsproxy.core.fleet.layout import HostId
-from imdsproxy.core.fleet.stream import ItemKey
+from imdsproxy.core.fleet.stream import CONNECT_S, ItemKey
 from imdsproxy.hub.peers import Peers
 from imdsproxy.hub.streams import Streams
 
@@ -21,7 +21,6 @@ _AGAIN_S: Final = 0.1
 _ROUND_S: Final = 1.0
 """Then hosts are looked for anew: one may have gone to another hub."""
 
-_NETWORK_S: Final = 2.0
 NOT_CONNECTED: Final = "not connected"
 _COMING: Final = frozenset((NOT_CONNECTED, "not received", "not sent yet", "not acknowledged yet"))
 """What may pass by itself; the rest are failures on a host, in its words."""
@@ -98,7 +97,7 @@ class InForce:
             "within_s": timeout_s,
             "incarnation": self.streams.state.meta.incarnation,
         }
-        asking = self.peers.ask_all(APPLIED_PATH, {}, timeout_s + _NETWORK_S, body)
+        asking = self.peers.ask_all(APPLIED_PATH, {}, timeout_s + CONNECT_S, body)
         theirs = asyncio.ensure_future(asking)
         found = await mine
         for answer in (await theirs).values():
@@ -136,7 +135,7 @@ class InForce:
 
     async def ask_hubs(self) -> tuple[Reported, Collection[str]]:
         """As `report_all`, and which of the other hubs answered."""
-        answers = await self.peers.ask_all(APPLIED_PATH, {}, _NETWORK_S)
+        answers = await self.peers.ask_all(APPLIED_PATH, {}, CONNECT_S)
         found = {host: {**one, "hub": self.peers.name} for host, one in self.report().items()}
         for name, answer in answers.items():
             for host, one in answer.items():

@@ -16,6 +16,7 @@ from imdsproxy.admin.answers import Readiness
 from imdsproxy.admin.exposition import By, Count, Exposed, Gauge
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.members import HostState, parse_host
+from imdsproxy.core.fleet.stream import CONNECT_S
 from imdsproxy.core.fleet.suspicion import Suspicion, read_suspicion
 from imdsproxy.errors import ConfigError
 from imdsproxy.host.certificates import parse_certificate
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from imdsproxy.hub.peers import Peers
 
 _LOOK_EVERY_S: Final = 10.0
-_PEERS_S: Final = 5.0
 _SILENT_S: Final = 30.0
 """So long after its last sign etcd is taken for gone: a beat is due every five seconds."""
 
@@ -58,7 +58,7 @@ class HubMetrics(Exposed, prefix="imdsproxy_hub_"):
         self.ends = await asyncio.to_thread(self._read_ends)
         self.members = await hub.etcd.status()
         urls = self.peers.urls()
-        answers = await self.peers.ask_all(APPLIED_PATH, {}, _PEERS_S, {"hosts": []})
+        answers = await self.peers.ask_all(APPLIED_PATH, {}, CONNECT_S, {"hosts": []})
         self.silent = len(urls.keys() - answers.keys())
         before, self._revision = self._revision, hub.state.revision
         lacking = (one.lacks(before) for one in hub.streams.hosts.values())

@@ -12,7 +12,7 @@ from imdsproxy.admin.answers import Written
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.layout import HostId
 from imdsproxy.core.fleet.members import HostState, host_key, operator_key, parse_host
-from imdsproxy.core.fleet.stream import ItemKey
+from imdsproxy.core.fleet.stream import CONNECT_S, ItemKey
 from imdsproxy.core.fleet.suspicion import Suspicion, read_suspicion
 from imdsproxy.core.model import NetworkId
 from imdsproxy.core.timing import Progress, Step
@@ -327,7 +327,7 @@ class Operations:
         answer = await self.ask_here(host, target, method)
         if answer is None:
             asked = {"host": host, "path": target, "method": method}
-            found = await self.peers.ask_all(ASK_PATH, {}, _ASK_S, asked)
+            found = await self.peers.ask_all(ASK_PATH, {}, _ASK_S + CONNECT_S, asked)
             answer = next((one for one in found.values() if one.get("status")), None)
         if answer is None:
             raise SourceUnavailable(f"host {host} is {NOT_CONNECTED}", hint="imdsproxy fleet hosts")

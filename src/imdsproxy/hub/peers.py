@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlencode
@@ -14,12 +14,17 @@ import httpcore
 import structlog
 
 from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.stream import CONNECT_S
+from imdsproxy.core.fleet.stream import ALIVE_PATH, CONNECT_S
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.gateway import open_tls
 from imdsproxy.hub.state import FleetState
 
 _RENEWED_S: Final = 3600.0
+_REST_S: Final = 5.0
+"""A hub that did not answer is left out for so long: a hub that hangs must not cost each command two seconds."""
+
+_FRESH_S: Final = 1.0
+"""A hub that answered within this time does not hang."""
 
 _log = structlog.get_logger()
 
@@ -41,6 +46,8 @@ class Peers:
     files: tuple[Path, Path] | None = None
     _pool: httpcore.AsyncConnectionPool | None = None
     _opened: float = 0.0
+    _answered: dict[str, float] = field(default_factory=dict)
+    _rests_until: dict[str, float] = field(default_factory=dict)
 
     def urls(self) -> dict[str, str]:
         """Each hub's URL, by its name."""
@@ -68,7 +75,22 @@ class Peers:
         timeout_s: float,
         body: object = None,
     ) -> Any:  # noqa: ANN401 - JSON
-        """What one answers, decoded; `None` where it does not answer, or refuses."""
+        """Return what one answers, decoded; `None` where it does not answer, or refuses.
+
+        What may take long is asked only of a hub that shows within `CONNECT_S` that it runs.
+        """
+        now, quick = self.clock.monotonic(), timeout_s <= CONNECT_S
+        if now < self._rests_until.get(url, now):
+            return None
+        if not quick and now - self._answered.get(url, 0.0) > _FRESH_S:
+            alive = await self._send(url, ALIVE_PATH, {}, CONNECT_S, None)
+            if alive is None:
+                return None
+        return await self._send(url, path, query, timeout_s, body)
+
+    async def _send(
+        self, url: str, path: str, query: Mapping[str, str], timeout_s: float, body: object
+    ) -> Any:  # noqa: ANN401 - JSON
         pool = self._connections()
         limits = {"connect": CONNECT_S, "write": timeout_s, "pool": timeout_s, "read": timeout_s}
         try:
@@ -79,7 +101,10 @@ class Peers:
                 content=None if body is None else json.dumps(body).encode(),
                 extensions={"timeout": limits},
             )
-            return json.loads(answer.content) if answer.status == 200 else None  # noqa: PLR2004 - HTTP
+            if answer.status != 200:  # noqa: PLR2004 - HTTP's
+                return None
+            self._answered[url] = self.clock.monotonic()
+            return json.loads(answer.content)
         except (
             httpcore.TimeoutException,
             httpcore.NetworkError,
@@ -88,6 +113,8 @@ class Peers:
             OSError,
         ) as error:
             _log.warning("hub does not answer", url=url, reason=str(error) or type(error).__name__)
+            if timeout_s <= CONNECT_S or not isinstance(error, httpcore.ReadTimeout):
+                self._rests_until[url] = self.clock.monotonic() + _REST_S
             return None
 
     def _connections(self) -> httpcore.AsyncConnectionPool:

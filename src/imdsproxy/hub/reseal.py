@@ -13,6 +13,7 @@ import structlog
 
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.layout import View
+from imdsproxy.core.fleet.stream import CONNECT_S
 from imdsproxy.errors import RequestRefused, SourceUnavailable
 from imdsproxy.hub.envelope import name_of
 from imdsproxy.hub.etcd import Committed
@@ -22,7 +23,6 @@ from imdsproxy.hub.plan_writes import Transaction, refuse_suspect
 from imdsproxy.hub.token_keys import PLACE, open_keys, seal_keys, sealed_keys
 
 ENVELOPE_PATH: Final = "/fleet/envelope"
-_PEERS_S: Final = 5.0
 _PART_S: Final = 3.0
 _AT_ONCE: Final = 8
 _LOOKS: Final = 50
@@ -88,7 +88,7 @@ async def reseal(operations: Operations, after: str) -> Resealed:
 async def _ask_hubs(operations: Operations, key: str) -> list[str]:
     """Those hubs that seal with another key yet; each has to open what is sealed with this one."""
     fingerprint = operations.writes.envelope.report()["keys"][key]
-    answers = await operations.peers.ask_all(ENVELOPE_PATH, {}, _PEERS_S)
+    answers = await operations.peers.ask_all(ENVELOPE_PATH, {}, CONNECT_S)
     for name in operations.peers.urls():
         if name not in answers:
             raise RequestRefused(

@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.identity import Role
 from imdsproxy.core.fleet.layout import HostId
+from imdsproxy.core.fleet.stream import ALIVE_PATH
 from imdsproxy.core.model import InstanceId
 from imdsproxy.errors import NotFound
 from imdsproxy.hub.callers import (
@@ -135,6 +136,12 @@ async def accept_restore(operations: Uses, _: FleetOperator) -> FleetWritten:
 async def reseal_secrets(body: ResealBody, operations: Uses, _: FleetOperator) -> Resealed:
     """Seal secrets with the newest key of this hub, and for some seconds those that another key has sealed."""
     return await reseal(operations, body.after)
+
+
+@fleet.get(ALIVE_PATH.removeprefix("/fleet"), include_in_schema=False)
+async def show_alive() -> JSONResponse:
+    """For operators and hubs, before they ask what takes long: this hub does not hang."""
+    return JSONResponse({})
 
 
 @fleet.get("/envelope", include_in_schema=False)

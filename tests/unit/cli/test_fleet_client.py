@@ -3,8 +3,10 @@
 import contextlib
 import http.client
 import json
+import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,8 +15,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from imdsproxy import errors
+from imdsproxy import admin_client, errors
 from imdsproxy.admin_client import FleetClient
+from imdsproxy.core.fleet.stream import ALIVE_PATH
+from support.patience import patience
 
 _LINES = [b'{"instance": {"id": "a"}}\n', b'{"instance": {"id": "b"}}\n']
 _DONE = {"networks": 0, "instances": 2, "applied": True, "pending": []}
@@ -29,6 +33,12 @@ def _hub(answer: _Answer, bodies: list[bytes]) -> Iterator[str]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
+            if self.path == ALIVE_PATH:
+                self._send(200, {})
+            else:
+                self._answer()
+
+        def do_PUT(self) -> None:
             self._answer()
 
         def do_POST(self) -> None:
@@ -45,12 +55,15 @@ def _hub(answer: _Answer, bodies: list[bytes]) -> Iterator[str]:
             found = answer(self.command, self.path)
             self.close_connection = True
             if found is not None:
-                raw = json.dumps(found[1]).encode()
-                self.send_response(found[0])
-                self.send_header("content-type", "application/json")
-                self.send_header("content-length", str(len(raw)))
-                self.end_headers()
-                self.wfile.write(raw)
+                self._send(*found)
+
+        def _send(self, status: int, shape: object) -> None:
+            raw = json.dumps(shape).encode()
+            self.send_response(status)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(raw)))
+            self.end_headers()
+            self.wfile.write(raw)
 
         def log_message(self, *_: Any) -> None: ...  # noqa: ANN401 - of the library
 
@@ -111,6 +124,25 @@ def test_an_import_goes_on_by_the_next_hub_with_the_same_records(first: _Answer)
 def test_a_request_goes_to_the_next_hub_where_the_first_one_is_away(first: _Answer) -> None:
     with _hub(first, []) as one, _hub(_takes, []) as other:
         assert FleetClient(Path("none"), urls=(one, other)).get("/v1/progress") == []
+
+
+def _refuses(_method: str, _path: str) -> tuple[int, object]:
+    return 503, {"code": "restore-suspected", "message": "etcd seems to be restored"}
+
+
+def test_a_hub_that_hangs_costs_a_command_two_seconds_and_leaves_no_write_in_doubt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(admin_client, "CONNECT_S", 0.2)
+    # The kernel takes connections for a program that is stopped.
+    with socket.create_server(("127.0.0.1", 0)) as hung:
+        url = f"http://127.0.0.1:{hung.getsockname()[1]}"
+        with _hub(_takes, []) as other:
+            began = time.monotonic()
+            assert FleetClient(Path("none"), urls=(url, other)).get("/v1/progress") == []
+            assert time.monotonic() - began < 5 * patience()
+        with _hub(_refuses, []) as other, pytest.raises(errors.RestoreSuspected):
+            FleetClient(Path("none"), urls=(url, other)).request("PUT", "/v1/policies/fleet")
 
 
 def test_an_import_that_no_hub_ends_says_what_was_wrong_with_each() -> None:

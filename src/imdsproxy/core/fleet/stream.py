@@ -21,6 +21,9 @@ STREAM_PATH: Final = "/fleet/stream"
 BLOB_PATH: Final = "/fleet/blob/"
 """Followed by the SHA-256 of user data: the bytes, for hosts that have an instance with it."""
 
+ALIVE_PATH: Final = "/fleet/alive"
+"""Answered at once by a hub that runs, also while it has not read etcd."""
+
 UPGRADE: Final = "imdsproxy-fleet"
 FORMAT: Final = 1
 MAX_LINE: Final = 4 * 1024 * 1024
@@ -33,7 +36,7 @@ SILENCE_S: Final = 15.0
 """After so long without a line, host and hub take each other for lost: two pings were not answered."""
 
 CONNECT_S: Final = 2.0
-"""A hub has so long for a connection before another hub is asked."""
+"""A hub has so long for a connection, and to show that it runs, before another hub is asked."""
 
 ItemKey: TypeAlias = str
 """`network/ID`, `instance/ID`, `guard/ID`, `keys/ID` (of an instance), `policy/fleet`, `policy/host/ID`,

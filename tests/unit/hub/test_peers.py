@@ -1,0 +1,79 @@
+"""What a hub makes of other hubs that hang."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import pytest
+
+from imdsproxy.core.fleet import layout
+from imdsproxy.hub import peers as module
+from imdsproxy.hub.peers import Peers
+from imdsproxy.hub.state import Change, FleetState
+from support.hand_clock import HandClock
+from support.patience import patience
+
+_LONG_S = 3600.0
+
+
+@contextlib.asynccontextmanager
+async def _hub(answer: bytes) -> AsyncIterator[tuple[str, list[str]]]:
+    """A hub that answers each request so, or not at all; its URL, and what it is asked for."""
+    asked: list[str] = []
+    writers: list[asyncio.StreamWriter] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        with contextlib.suppress(OSError, EOFError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                asked.append(head.decode().split(" ")[1])
+                if answer:
+                    length = f"content-length: {len(answer)}"
+                    writer.write(f"HTTP/1.1 200 OK\r\n{length}\r\n\r\n".encode() + answer)
+
+    server = await asyncio.start_server(serve, "127.0.0.1")
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", asked
+    finally:
+        server.close()
+        for writer in writers:
+            writer.transport.abort()
+
+
+@contextlib.asynccontextmanager
+async def _peers(**urls: str) -> AsyncIterator[Peers]:
+    state = FleetState()
+    values = {name: layout.encode({"url": url}) for name, url in urls.items()}
+    state.apply(1, [Change(f"{layout.HUBS}{name}", value, 1) for name, value in values.items()])
+    peers = Peers(state, "this", HandClock())
+    async with peers._connections():
+        yield peers
+
+
+async def test_a_hub_that_hangs_is_noticed_before_it_is_asked_what_takes_long_and_is_left_out_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "CONNECT_S", 0.2)
+    async with (
+        _hub(b"") as (hung, asked),
+        _hub(b'{"a": ""}') as (good, _),
+        _peers(hung=hung, good=good) as peers,
+    ):
+        async with asyncio.timeout(5 * patience()):
+            assert await peers.ask_all("/fleet/applied", {}, _LONG_S) == {"good": {"a": ""}}
+        for _ in range(3):
+            assert await peers.ask_all("/fleet/applied", {}, _LONG_S) == {"good": {"a": ""}}
+        assert asked == ["/fleet/alive"]
+        assert isinstance(peers.clock, HandClock)
+        peers.clock.time += module._REST_S
+        async with asyncio.timeout(5 * patience()):
+            await peers.ask_all("/fleet/applied", {}, _LONG_S)
+        assert asked == ["/fleet/alive"] * 2
+
+
+async def test_a_hub_that_answers_is_asked_once_a_second_whether_it_runs() -> None:
+    async with _hub(b"{}") as (url, asked), _peers(good=url) as peers:
+        for _ in range(3):
+            assert await peers.ask_all("/fleet/applied", {}, _LONG_S) == {"good": {}}
+    assert asked == ["/fleet/alive", *["/fleet/applied"] * 3]
