@@ -147,6 +147,49 @@ def _refused(world: FleetWorld, url: str, files: HostFiles) -> bool:
         return stream.recv(65_536).startswith(b"HTTP/1.1 403 ")
 
 
+def _join(
+    operator: Sequence[str], name: str, directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Make the files of a host by a new invitation."""
+    config = directory / "imdsproxy.yaml"
+    directory.mkdir()
+    config.write_text(f"paths:\n  state_dir: {directory}\n")
+    word = run_main(capsys, "fleet", "enrol", name, *operator).out.strip()
+    joined = run_main(capsys, "--config", str(config), "fleet", "join", stdin=word)
+    assert joined.status == 0, joined
+
+
+@pytest.mark.parametrize("how", ["revoked", "enrolled again"])
+def test_no_stream_of_a_certificate_that_is_no_longer_good_stays_also_before_its_hello(
+    world: FleetWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str
+) -> None:
+    name = f"spare-{how.partition(' ')[0]}"
+    certificate = world.operator(f"over-{name}")
+    operator = ("--fleet-certificate", str(certificate), "--fleet", world.urls[0])
+    with world.etcd.entered():
+        _join(operator, name, tmp_path / "captured", capsys)
+    files = HostFiles.of(tmp_path / "captured/fleet")
+    with contextlib.ExitStack() as stack:
+        streams = [
+            stack.enter_context(_stream(world, url, files)) for url in world.urls for _ in range(2)
+        ]
+        for stream in streams:
+            assert stream.recv(65_536).startswith(b"HTTP/1.1 101 ")
+        with world.etcd.entered():
+            if how == "revoked":
+                assert run_main(capsys, "fleet", "revoke", name, *operator).status == 0
+            else:
+                _join(operator, name, tmp_path / "again", capsys)
+        at = time.monotonic()
+        for stream in streams:
+            found = b""
+            while chunk := stream.recv(65_536):
+                found += chunk
+            assert b'"bye":"revoked"' in found
+        assert time.monotonic() - at < patience()
+    assert [_refused(world, url, files) for url in world.urls] == [True, True]
+
+
 def test_a_host_joins_with_a_token_once_and_is_cut_off_within_a_second_when_it_is_revoked(
     world: FleetWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -49,6 +49,15 @@ _HEAD_BYTES: Final = 16 * 1024
 _TURNS: Final = 100
 """Groups of hosts: one group after another is pinged."""
 
+WAITING: Final = 4
+"""Streams of one host that may wait for its hello: each may have a long line that is not finished."""
+
+AT_A_TIME_S: Final = 0.005
+"""Time for the lines of one host, until other hosts have their turn."""
+
+SHARE: Final = 10
+"""After so many times the time that its lines took, a host has its next turn."""
+
 _UNANSWERED_S: Final = SILENCE_S - 1.5 * PING_S
 """At the ping that comes so long after an unanswered one, the host has been silent for `SILENCE_S` at most.
 
@@ -91,7 +100,7 @@ class Streams:
         age_s: Seconds since etcd was heard.
 
     Attributes:
-        hosts: Those that are connected to this hub.
+        hosts: Streams of hosts that are connected to this hub: they have said hello.
         differed: How often a host had other items than are placed on it.
     """
 
@@ -106,6 +115,7 @@ class Streams:
     _waits: dict[HostId, list[_Wait]] = field(default_factory=dict)
     _delivered: int = 0
     _unsent: deque[HostStream] = field(default_factory=deque)
+    _opened: dict[HostId, dict[HostStream, None]] = field(default_factory=dict)
     _turns: Sequence[dict[HostStream, None]] = field(
         default_factory=lambda: [{} for _ in range(_TURNS)]
     )
@@ -123,18 +133,34 @@ class Streams:
                 self._ping(turn)
         finally:
             server.close()
-            for stream in tuple(self.hosts.values()):
+            for stream in self._all():
                 stream.leave(ByeCode.STOPPING)
 
-    def add(self, stream: HostStream) -> None:
-        """Count a host as connected by this stream, from its hello on; it keeps its turn of being pinged."""
-        self.hosts[stream.host] = stream
+    def _all(self) -> list[HostStream]:
+        return [stream for opened in self._opened.values() for stream in opened]
+
+    def open(self, stream: HostStream) -> None:
+        """Note a stream of an admitted host, which has not said hello yet; it keeps its turn of being pinged."""
+        opened = self._opened.setdefault(stream.host, {})
+        waiting = [one for one in opened if not one.greeted]
+        if len(waiting) >= WAITING:
+            waiting[0].leave(ByeCode.REPLACED)
+            opened = self._opened.setdefault(stream.host, {})
+        opened[stream] = None
         stream.turn = next(self._next_turn)
         self._turns[stream.turn][stream] = None
 
+    def add(self, stream: HostStream) -> None:
+        """Count a host as connected by this stream, from its hello on."""
+        self.hosts[stream.host] = stream
+
     def remove(self, stream: HostStream) -> bool:
-        """Count its host as absent; whether it was connected by this stream."""
+        """Forget a stream; return whether its host was connected by it."""
         self._turns[stream.turn].pop(stream, None)
+        opened = self._opened.get(stream.host, {})
+        opened.pop(stream, None)
+        if not opened:
+            self._opened.pop(stream.host, None)
         if self.hosts.get(stream.host) is not stream:
             return False
         del self.hosts[stream.host]
@@ -179,9 +205,9 @@ class Streams:
     def review(self, hosts: Iterable[HostId]) -> None:
         """End streams of those of the hosts whose certificate is no longer good."""
         for host in hosts:
-            stream = self.hosts.get(host)
-            if stream is not None and not self.admits(host, stream.serial):
-                stream.leave(ByeCode.REVOKED)
+            for stream in tuple(self._opened.get(host, ())):
+                if not self.admits(host, stream.serial):
+                    stream.leave(ByeCode.REVOKED)
 
     # What is in force where
 
@@ -284,8 +310,10 @@ class HostStream(asyncio.Protocol):
         "_asked",
         "_buffer",
         "_dirty",
+        "_next",
         "_paused_at",
         "_scheduled",
+        "_searched",
         "_sent",
         "_streams",
         "_transport",
@@ -301,6 +329,8 @@ class HostStream(asyncio.Protocol):
     def __init__(self, streams: Streams) -> None:
         self._streams = streams
         self._buffer = bytearray()
+        self._searched = 0
+        self._next: asyncio.TimerHandle | None = None
         self._dirty: set[ItemKey] = set()
         self._asked: dict[int, asyncio.Future[Answer]] = {}
         self._sent, self.turn = 0, 0
@@ -317,11 +347,7 @@ class HostStream(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Of asyncio."""
         self._transport = cast("asyncio.Transport", transport)
-        asyncio.get_running_loop().call_later(_HELLO_S, self._expect_hello)
-
-    def _expect_hello(self) -> None:
-        if not self.greeted and self._transport is not None:
-            self._transport.abort()
+        self._next = asyncio.get_running_loop().call_later(_HELLO_S, self._transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Of asyncio."""
@@ -329,6 +355,14 @@ class HostStream(asyncio.Protocol):
         for future in self._asked.values():
             future.cancel()
         self._transport = None
+        self._buffer.clear()
+        self._plan(None)
+
+    def _plan(self, following: asyncio.TimerHandle | None) -> None:
+        """Have this be what comes next by itself, in the place of what was to come."""
+        if self._next is not None:
+            self._next.cancel()
+        self._next = following
 
     def _forget(self, reason: str) -> None:
         if self._streams.remove(self):
@@ -349,18 +383,38 @@ class HostStream(asyncio.Protocol):
         self._unanswered_at = None
         if not self.host and not self._read_head():
             return
-        *lines, rest = bytes(self._buffer).split(b"\n")
-        self._buffer = bytearray(rest)
+        self._take_lines()
+
+    def _take_lines(self) -> None:
+        """Take the lines that are complete; after `AT_A_TIME_S` the others wait for the host's next turn."""
+        clock = self._streams.clock
+        begin = clock.monotonic()
         try:
-            for line in lines:
-                if self._transport is None or self._transport.is_closing():
+            while (end := self._buffer.find(b"\n", self._searched)) >= 0:
+                if self._transport is not None and self._transport.is_closing():
                     # What came with the line that ended it.
                     return
+                line = bytes(self._buffer[:end])
+                del self._buffer[: end + 1]
+                self._searched = 0
                 self._take(line)
+                spent = clock.monotonic() - begin
+                if spent > AT_A_TIME_S and self._transport is not None:
+                    self._transport.pause_reading()
+                    loop = asyncio.get_running_loop()
+                    pause = min(SHARE * spent, PING_S)
+                    self._plan(loop.call_later(pause, self._go_on))
+                    return
         except Broken as error:
             self._give_up(str(error))
-        if len(rest) > MAX_LINE:
+        self._searched = len(self._buffer)
+        if self._searched > MAX_LINE:
             self._give_up("a line is too long")
+
+    def _go_on(self) -> None:
+        if self._transport is not None:
+            self._transport.resume_reading()
+            self._take_lines()
 
     def _give_up(self, reason: str) -> None:
         _log.warning("stream ended", host=self.host, reason=reason)
@@ -389,6 +443,7 @@ class HostStream(asyncio.Protocol):
             self._refuse(b"403 Forbidden")
             return False
         self.host, self.serial = HostId(who.name), who.serial
+        self._streams.open(self)
         self._write(
             b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: "
             + UPGRADE.encode()
@@ -419,12 +474,12 @@ class HostStream(asyncio.Protocol):
                 # What is on its way it cannot have yet.
                 if digest and not self._dirty and revision >= self._sent:
                     self._compare(digest)
-            case Answer() as answer:
+            case Answer() as answer if self.greeted:
                 future = self._asked.pop(answer.number, None)
                 if future is not None and not future.done():
                     future.set_result(answer)
-            case Ack():
-                raise Broken("an acknowledgement before hello")
+            case _:
+                raise Broken("the first line is no hello")
 
     def _compare(self, digest: str) -> None:
         """Have the host say hello again if it has other items than are placed on it."""
@@ -439,6 +494,9 @@ class HostStream(asyncio.Protocol):
 
     def _greet(self, hello: Hello) -> None:
         streams = self._streams
+        if not streams.admits(self.host, self.serial):
+            self.leave(ByeCode.REVOKED)
+            return
         found = streams.state.compare(self.host, hello)
         if isinstance(found, Bye):
             if (evidence := _evidence_of(self.host, hello, found.code)) is not None:
@@ -452,6 +510,7 @@ class HostStream(asyncio.Protocol):
             before.leave(ByeCode.REPLACED)
         streams.add(self)
         self.greeted = True
+        self._plan(None)
         _log.info("host joined", host=self.host, revision=hello.revision)
         self._send_batch(found.batch)
 
@@ -515,7 +574,12 @@ class HostStream(asyncio.Protocol):
             self._asked.pop(number, None)
 
     def keep_alive(self, now: float, ping: bytes) -> None:
-        """Ping, or end the stream of a host that does not read, or does not answer."""
+        """Ping, or end the stream of a host that is not admitted, does not read, or does not answer."""
+        if not self._streams.admits(self.host, self.serial):
+            self.leave(ByeCode.REVOKED)
+            return
+        if not self.greeted:
+            return
         unread = self._paused_at is not None and now - self._paused_at > _UNREAD_S
         silent = self._unanswered_at is not None and now - self._unanswered_at > _UNANSWERED_S
         if unread or silent:

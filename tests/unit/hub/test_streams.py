@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,7 +38,7 @@ from imdsproxy.errors import SourceUnavailable
 from imdsproxy.host.servers import open_unix_socket
 from imdsproxy.hub import streams as module
 from imdsproxy.hub.state import Change, FleetState
-from imdsproxy.hub.streams import HostStream, Streams
+from imdsproxy.hub.streams import AT_A_TIME_S, SHARE, WAITING, HostStream, Streams
 from support.hand_clock import HandClock
 from support.patience import patience
 from support.tasks import until
@@ -205,6 +206,74 @@ async def test_a_revoked_hosts_stream_ends_at_once_and_the_others_go_on(world: W
     assert await first.line() is None
     world.commit(instance("web", 7, A, B))
     assert (await second.next(Batch)).revision == 7
+
+
+async def _spare(world: World, name: str = "a", serial: str = "AA") -> Host:
+    """A stream whose host has not said hello."""
+    answer, host = await world.head(
+        "Upgrade: imdsproxy-fleet",
+        "X-Imdsproxy-Role: host",
+        f"X-Imdsproxy-Name: {name}",
+        f"X-Imdsproxy-Serial: {serial}",
+    )
+    assert answer == b"HTTP/1.1 101 Switching Protocols"
+    return host
+
+
+async def test_a_host_that_was_revoked_since_its_stream_was_opened_gets_nothing_for_its_hello(
+    world: World,
+) -> None:
+    world.commit(instance("web", 2, A))
+    spare = await _spare(world)
+    world.revoked.add("AA")
+    spare.send(Hello())
+    assert isinstance(bye := await spare.line(), Bye)
+    assert bye.code is ByeCode.REVOKED
+    assert await spare.line() is None
+    assert not world.streams.hosts
+
+
+async def test_every_stream_of_a_certificate_that_is_revoked_ends_and_those_of_the_next_one_stay(
+    world: World,
+) -> None:
+    spares = [await _spare(world) for _ in range(WAITING)]
+    joined = await world.join("a", "AA")
+    await joined.next(Batch)
+    renewed = await _spare(world, serial="AB")
+    world.revoked.add("AA")
+    world.streams.review([A])
+    # At once: a ping would end them as well.
+    assert [stream.serial for stream in world.streams._opened[A]] == ["AB"]
+    for host in (*spares[1:], joined):
+        assert (await host.next(Bye)).code is ByeCode.REVOKED
+        assert await host.line() is None
+    renewed.send(Hello())
+    assert (await renewed.next(Batch)).revision == 1
+
+
+async def test_a_ping_ends_the_stream_of_a_certificate_that_is_no_longer_good(
+    world: World,
+) -> None:
+    joined, spare = await world.join("a", "AA"), await _spare(world, "b", "BB")
+    await joined.next(Batch)
+    world.revoked |= {"AA", "BB"}
+    for turn in range(module._TURNS):
+        world.streams._ping(turn)
+    for host in (joined, spare):
+        assert isinstance(bye := await host.line(), Bye)
+        assert bye.code is ByeCode.REVOKED
+
+
+async def test_a_host_has_few_streams_without_a_hello_and_the_oldest_makes_room(
+    world: World,
+) -> None:
+    spares = [await _spare(world) for _ in range(WAITING + 1)]
+    assert (await spares[0].next(Bye)).code is ByeCode.REPLACED
+    other = await _spare(world, "b")
+    for host in (spares[-1], other):
+        host.send(Hello())
+        await host.next(Batch)
+    assert world.streams.hosts.keys() == {A, B}
 
 
 async def test_a_revision_is_in_force_when_every_host_of_it_has_acknowledged(world: World) -> None:
@@ -401,6 +470,66 @@ async def test_a_line_without_end_ends_the_stream(world: World) -> None:
     async with asyncio.timeout(10 * patience()):
         while world.streams.hosts:
             await asyncio.sleep(0.001)
+
+
+def test_a_byte_of_a_line_without_end_costs_as_much_as_the_first_one(tmp_path: Path) -> None:
+    stream = HostStream(World(tmp_path / "s").streams)
+    stream.host = A
+
+    def feed() -> float:
+        begin = time.perf_counter()
+        for _ in range(100):
+            stream.data_received(b"x")
+        return time.perf_counter() - begin
+
+    first = min(feed() for _ in range(10))
+    stream.data_received(b"x" * (MAX_LINE - 10_000))
+    assert min(feed() for _ in range(10)) < 20 * first
+
+
+class _SlowClock(HandClock):
+    """Each line that is taken takes a part of a second."""
+
+    def monotonic(self) -> float:
+        self.time += AT_A_TIME_S / 10
+        return self.time
+
+
+async def test_a_host_that_sends_many_lines_takes_a_part_of_the_hubs_time_only(
+    tmp_path: Path,
+) -> None:
+    world = World(tmp_path / "s", clock=_SlowClock(pace=1))
+    stream = HostStream(world.streams)
+    reads: list[bool] = []
+
+    class Wire(asyncio.Transport):
+        def write(self, data: object) -> None:
+            """Nobody reads it."""
+
+        def pause_reading(self) -> None:
+            reads.append(False)
+
+        def resume_reading(self) -> None:
+            reads.append(True)
+
+        def is_closing(self) -> bool:
+            return False
+
+    stream.connection_made(Wire())
+    stream.host, stream.serial = A, "AA"
+    lines: list[FromHost] = [
+        Hello(),
+        *(Ack(1, {f"instance/{number}": "why"}) for number in range(100)),
+    ]
+    begin = asyncio.get_running_loop().time()
+    stream.data_received(b"".join(render_line(line) for line in lines))
+    assert reads == [False]
+    assert len(stream.failed) < 2
+    await until(lambda: "instance/99" in stream.failed)
+    took = asyncio.get_running_loop().time() - begin
+    # A hundred lines take ten times as long as is taken at a time; between two of these the host waits.
+    assert (reads.count(False), took > 9 * AT_A_TIME_S * SHARE) == (reads.count(True), True)
+    stream.connection_lost(None)
 
 
 async def test_a_question_is_answered_by_the_host_that_is_asked(world: World) -> None:
