@@ -15,6 +15,7 @@
     │   ├── SourceRefused          a record or a store was refused
     │   │   └── RestoreSuspected       of a fleet: etcd may be restored from a backup
     │   └── SourceCorrupt          the store's file is damaged
+    │       └── UserDataUnreadable     of a fleet: etcd has it, and no hub can read it
     ├── DataplaneError         HAProxy or the host refused             exit 70, 71 or 77
     │   ├── HaproxyMissing         not installed, or older than 3.0
     │   ├── ConfigRejected         haproxy's own words
@@ -224,6 +225,15 @@ class SourceCorrupt(SourceError):
     """The source's store is damaged."""
 
     remedy = "Restore the store from a backup, or move it away and add its records again."
+
+
+class UserDataUnreadable(SourceCorrupt):
+    """The fleet's etcd has user data that was changed, or that is sealed with a key that the hub lacks."""
+
+    remedy = (
+        "Where the hub lacks a key, copy `envelope.key` from a hub that has it, and restart the hub; else write the "
+        "user data again: `imdsproxy --fleet URL instance set`. The host asks for it again by itself."
+    )
 
 
 class DataplaneError(ImdsproxyError):

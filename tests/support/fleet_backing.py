@@ -18,13 +18,18 @@ from support.source_runs import WholeRecords
 
 def fleet_source(path: Path, *hubs: FleetHub) -> FleetSource:
     """A source that follows hubs without TLS, and does not wait long for one."""
-    urls = tuple(hub.url for hub in hubs)
+    return source_of(path, *(hub.url for hub in hubs))
+
+
+def source_of(path: Path, *urls: str) -> FleetSource:
+    """As `fleet_source`, of hubs by their URLs."""
     return FleetSource(
         HubClient(None, 10.0),
         lambda: urls,
         path,
         random=lambda: 0.0,
         backoff=Backoff(0.02, 0.2),
+        fetching=Backoff(0.02, 0.2),
         leaving=LeavingNetworks(0),
     )
 

@@ -19,26 +19,39 @@ from datetime import datetime, timedelta
 from hashlib import sha256 as sha256_of
 from pathlib import Path
 from ssl import SSLContext
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
+from imdsproxy.admin.problems import answer_for
 from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.identity import AUTHORITY_PATH, RENEW_PATH
+from imdsproxy.core.fleet.identity import AUTHORITY_PATH, RENEW_PATH, Identity, Role
 from imdsproxy.core.fleet.layout import HostId, Meta, StoredInstance, StoredNetwork, UserData
 from imdsproxy.core.fleet.stream import BLOB_PATH, STREAM_PATH
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
 from imdsproxy.core.records import render_record
 from imdsproxy.core.tokens import TokenKey
 from imdsproxy.core.tokens import instance_key as token_key_of
+from imdsproxy.errors import EtcdUnavailable, ImdsproxyError
 from imdsproxy.host.clock import Clock
+from imdsproxy.hub.callers import Caller
 from imdsproxy.hub.enrolment import Certified
+from imdsproxy.hub.envelope import make_envelope, parse_envelope
+from imdsproxy.hub.etcd import Etcd, Snapshot
+from imdsproxy.hub.etcd_messages import KeyValue
+from imdsproxy.hub.operations import Operations
+from imdsproxy.hub.peers import Peers
+from imdsproxy.hub.routes_fleet import show_blob
 from imdsproxy.hub.state import Change, FleetState
 from imdsproxy.hub.streams import Streams
+from imdsproxy.hub.writes import Writes
+from support.host_front import pass_on
 from support.patience import patience
 
 _T = TypeVar("_T")
 
 HOST: Final = HostId("h1")
 FLEET: Final = "6d0f3f0e-6b5f-4d0c-9f0e-3b9c7f1f2a11"
+_CALLER: Final = Caller(Identity(Role.HOST, HOST, "1"))
+ENVELOPE: Final = parse_envelope(make_envelope(), "test")
 _WAIT_S: Final = 20.0
 
 
@@ -47,6 +60,8 @@ class FleetStore:
     """What etcd has; hubs that share it are of one fleet.
 
     Attributes:
+        blobs: Sealed chunks of user data, by their keys in etcd.
+        away: No member of etcd answers.
         token_keys: The fleet's, the one in force first.
     """
 
@@ -54,6 +69,7 @@ class FleetStore:
     incarnation: int = 1
     entries: dict[str, tuple[int, bytes]] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
+    away: bool = False
     token_keys: tuple[TokenKey, ...] = ()
 
     def __post_init__(self) -> None:
@@ -76,12 +92,23 @@ class FleetStore:
         data, stored = instance.user_data, None
         if data is not None:
             sha256 = sha256_of(bytes(data)).hexdigest()
-            self.blobs[sha256] = bytes(data)
             stored = UserData(sha256, len(data))
+            for number, begin in enumerate(range(0, max(1, len(data)), layout.CHUNK_BYTES)):
+                key = layout.blob_key(sha256, number)
+                self.blobs[key] = ENVELOPE.seal(key, bytes(data)[begin:][: layout.CHUNK_BYTES])
         record = dict(render_record(replace(instance, user_data=None)))
         places = tuple(map(HostId, hosts or (HOST,)))
         value = layout.render_instance(StoredInstance(places, record, stored))
         return layout.instance_key(instance.id), value
+
+    async def read(self, key: str, range_end: str) -> Snapshot:
+        """As `hub.etcd.Etcd.read`, of user data."""
+        if self.away:
+            raise EtcdUnavailable("etcd does not answer")
+        found = sorted(one for one in self.blobs.items() if key <= one[0] < range_end)
+        return Snapshot(
+            self.revision, [KeyValue(*one, self.revision, self.revision) for one in found]
+        )
 
 
 def network_item(network: Network) -> tuple[str, bytes]:
@@ -113,6 +140,8 @@ class FleetHub:
         self.certify: Callable[[str], Certified] = lambda _: Certified("", "")
         self.blob_requests: list[str] = []
         self.refuses = False
+        self.gives_blobs = threading.Event()
+        self.gives_blobs.set()
         self._context = context
         self._listen, self._listener = listen, listen(0)
         self.port = int(self._listener.getsockname()[1])
@@ -171,7 +200,7 @@ class FleetHub:
 
     def remove_instance(self, instance: str) -> int:
         """Write that an instance is gone."""
-        value = layout.render_instance(StoredInstance((), {}, removed_at=1))
+        value = layout.render_instance(StoredInstance((), {}, removed_at=1, left=(HOST,)))
         return self.write({layout.instance_key(InstanceId(instance)): value})
 
     def remove_network(self, network: str) -> int:
@@ -246,6 +275,7 @@ class FleetHub:
                 writer.transport.abort()
             await asyncio.sleep(0)
 
+        self.gives_blobs.set()
         self._do(end())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -262,7 +292,7 @@ class FleetHub:
                 head = await reader.readuntil(b"\r\n\r\n")
                 _, path, _ = head.partition(b"\r\n")[0].decode().split(" ")
                 if path == STREAM_PATH:
-                    await self._pass_on(head, reader, writer)
+                    await pass_on(head, reader, writer, self._inner, host=HOST)
                 elif path == RENEW_PATH:
                     length = re.search(rb"(?i)content-length: *(\d+)", head)
                     asked = json.loads(await reader.readexactly(int(length[1]) if length else 0))
@@ -271,41 +301,30 @@ class FleetHub:
                 elif path == AUTHORITY_PATH:
                     _give(writer, "404 Not Found", b"")
                 elif path.startswith(BLOB_PATH):
-                    self._give_blob(path.removeprefix(BLOB_PATH), writer)
+                    await self._give_blob(path.removeprefix(BLOB_PATH), writer)
                 await writer.drain()
         finally:
             self._connections.discard(writer)
             writer.close()
 
-    def _give_blob(self, sha256: str, writer: asyncio.StreamWriter) -> None:
+    async def _give_blob(self, sha256: str, writer: asyncio.StreamWriter) -> None:
+        """Answer as the route of a hub does."""
         self.blob_requests.append(sha256)
-        data = self.store.blobs.get(sha256)
-        _give(writer, "404 Not Found" if data is None else "200 OK", data or b"")
+        await asyncio.to_thread(self.gives_blobs.wait)
+        try:
+            answer = await show_blob(sha256, self._operations(), _CALLER)
+        except ImdsproxyError as error:
+            answer = answer_for(error)
+        _give(writer, f"{answer.status_code} x", bytes(answer.body))
 
-    async def _pass_on(
-        self, head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        inner, behind = await asyncio.open_unix_connection(self._inner)
-        who = f"x-imdsproxy-role: host\r\nx-imdsproxy-name: {HOST}\r\nx-imdsproxy-serial: 1\r\n"
-        behind.write(head[:-2] + who.encode() + b"\r\n")
-        ways = [
-            asyncio.ensure_future(_copy(reader, behind)),
-            asyncio.ensure_future(_copy(inner, writer)),
-        ]
-        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-        for one in ways:
-            one.cancel()
-        await asyncio.gather(*ways, return_exceptions=True)
-        behind.close()
+    def _operations(self) -> Operations:
+        """What `show_blob` uses; nothing else is asked of it."""
+        etcd, clock = cast("Etcd", self.store), Clock()
+        writes = Writes(etcd, self.state, ENVELOPE, clock)
+        peers = Peers(self.state, "hub", clock)
+        return Operations(etcd, self.state, self.streams, writes, peers, clock)
 
 
 def _give(writer: asyncio.StreamWriter, status: str, body: bytes) -> None:
     head = f"HTTP/1.1 {status}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
     writer.write(head.encode() + body)
-
-
-async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(OSError):
-        while data := await reader.read(65_536):
-            writer.write(data)
-            await writer.drain()

@@ -82,7 +82,7 @@ def new_app(title: str, description: str) -> FastAPI:
 async def _explain(request: Request, error: Exception) -> JSONResponse:
     match error:
         case ImdsproxyError() as one:
-            return _answer(one.http_status, one.code, one.message, one.hint, one.problems)
+            return answer_for(one)
         case RequestValidationError():
             each = ((list(map(str, one["loc"])), one["msg"]) for one in error.errors())
             found = [Problem(".".join(steps[1:] or steps), reason) for steps, reason in each]
@@ -95,6 +95,11 @@ async def _explain(request: Request, error: Exception) -> JSONResponse:
             message = f"imdsproxy has a fault: {type(error).__name__}"
             hint = "the daemon's log has the details; please report them"
             return _answer(500, "internal", message, hint)
+
+
+def answer_for(error: ImdsproxyError) -> JSONResponse:
+    """The answer to a request that this error ended."""
+    return _answer(error.http_status, error.code, error.message, error.hint, error.problems)
 
 
 def _answer(

@@ -34,10 +34,18 @@ class FleetHost:
 
     controller: Controller
 
-    async def confirm(self, items: Collection[ItemKey]) -> Mapping[ItemKey, str]:
-        """Wait until what the source has published is in force; which of these items are not, and why."""
+    async def confirm(
+        self, items: Collection[ItemKey], gone: Collection[ItemKey]
+    ) -> Mapping[ItemKey, str]:
+        """Wait until what the source has published is in force; which items are not, and why.
+
+        Args:
+            items: Those that changed and are here.
+            gone: Those that the fleet has removed: what others say of them since is no failure of theirs.
+        """
         controller = self.controller
-        networks = {NetworkId(name) for kind, name in map(_parts, items) if kind == "network"}
+        changed = map(_parts, (*items, *gone))
+        networks = {NetworkId(name) for kind, name in changed if kind == "network"}
         confirmed = await wait_confirmed(controller, listeners=bool(networks))
         failures = (controller.records.failure, controller.watchdog.failure)
         reasons = [one.reason for one in failures if one is not None]
@@ -47,7 +55,7 @@ class FleetHost:
         if networks and not reasons:
             left_out = await find_unserved(controller.listeners, frozenset(networks))
             unserved = {one.network: f"{one.reason} ({one.code.value})" for one in left_out}
-        found: dict[ItemKey, str] = {}
+        found: dict[ItemKey, str] = dict.fromkeys(gone, "; ".join(reasons)) if reasons else {}
         for item in items:
             kind, name = _parts(item)
             own = list(reasons)

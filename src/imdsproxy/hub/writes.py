@@ -22,12 +22,14 @@ from imdsproxy.core.records import PlacedInstance
 from imdsproxy.core.records.grant import Grant
 from imdsproxy.errors import (
     AdminError,
+    NotFound,
     Problem,
     RequestRefused,
     RestoreSuspected,
     SourceCorrupt,
     SourceRefused,
     SourceUnavailable,
+    UserDataUnreadable,
     WriteUnknown,
 )
 from imdsproxy.host.clock import Clock
@@ -408,14 +410,20 @@ class Writes:
         """User data that is in etcd.
 
         Raises:
-            SourceCorrupt: It is not as it was written.
+            NotFound: etcd has none of it: it was swept, or lost with a restore.
+            UserDataUnreadable: Another program has changed it, or this hub lacks the key that opens it.
             SourceUnavailable: etcd does not answer.
         """
         prefix = f"{layout.BLOBS}{found.sha256}/"
         chunks = (await self.etcd.read(prefix, prefix_end(prefix))).kvs
-        data = b"".join(self.envelope.open(one.key, one.value) for one in chunks)
+        if not chunks:
+            raise NotFound(f"etcd does not have user data {found.sha256}", hint="write it again")
+        try:
+            data = b"".join(self.envelope.open(one.key, one.value) for one in chunks)
+        except SourceCorrupt as error:
+            raise UserDataUnreadable(error.message, hint=error.hint) from error
         if hashlib.sha256(data).hexdigest() != found.sha256:
-            raise SourceCorrupt(
+            raise UserDataUnreadable(
                 f"user data {found.sha256} is not as it was written", hint="write it again"
             )
         return data

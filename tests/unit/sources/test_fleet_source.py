@@ -7,6 +7,8 @@ import base64
 import contextlib
 import json
 import sqlite3
+import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import replace
@@ -20,11 +22,12 @@ from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.layout import Meta
 from imdsproxy.core.fleet.policies import FleetPolicies
 from imdsproxy.core.fleet.stream import Ask, Batch, ItemKey
-from imdsproxy.core.model import Instance
+from imdsproxy.core.model import Instance, InstanceId, StoredBytes
 from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.errors import AccessDenied, SourceUnavailable
 from imdsproxy.sources.fleet import source as source_module
 from imdsproxy.sources.fleet.client import HubClient
+from imdsproxy.sources.fleet.kept import KeptItems
 from imdsproxy.sources.fleet.known import merge
 from imdsproxy.sources.fleet.source import FleetSource
 from support.fleet_backing import fleet_source
@@ -314,26 +317,149 @@ async def test_user_data_that_the_hub_does_not_have_refuses_its_record_alone(
     hub.write(values)
     async with running(fleet_source(kept, hub)) as heard:
         assert names(heard) == {"b": "b"}
-        assert "404" in reasons(heard)
+        assert "not-found" in reasons(heard)
         hub.put([], [A])
         await heard.until(lambda each: names(each) == {"a": "a", "b": "b"})
         assert not heard.last.problems
 
 
+async def test_user_data_that_comes_late_delays_neither_a_revocation_nor_another_instance(
+    hubs: Callable[..., FleetHub], kept: Path
+) -> None:
+    hub, taken = hubs(), list[FleetPolicies]()
+    hub.put([N1], [replace(A, user_data=None)])
+    source = fleet_source(kept, hub)
+    source.take_policies = taken.append
+    async with running(source) as heard:
+        hub.gives_blobs.clear()
+        revoked = {layout.GUARDS + "a": b'{"epoch": 1, "reopened_at": 0}'}
+        late = instance("c", "10.0.0.7", text="late")
+        revision = hub.write({**revoked, **_put(hub, B), **_put(hub, late)})
+        await heard.until(lambda each: names(each).keys() == {"a", "b"})
+        assert taken[-1].guards == {"a": OperatorOverride(1, 0)}
+        assert "instance/c: its user data is on its way" in await refusal(hub, revision)
+        # An address that is not known may be the one that is late.
+        await heard.until(lambda each: not each.last.in_sync)
+        hub.gives_blobs.set()
+        assert await asyncio.to_thread(hub.wait, revision) == {}
+        await heard.until(lambda each: each.last.in_sync and not each.last.problems)
+        assert names(heard).keys() == {"a", "b", "c"}
+
+
+async def test_user_data_that_is_deleted_while_it_is_looked_for_is_asked_for_again(
+    hubs: Callable[..., FleetHub], kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = hubs()
+    hub.put([N1], [A])
+    source = fleet_source(kept, hub)
+    sweep, swept = KeptItems.sweep, threading.Event()
+
+    def sweep_while_it_comes_back(self: KeptItems, needed: Collection[str] = ()) -> None:
+        if not swept.is_set():
+            hub.put([], [instance("b", "10.0.0.6", text="of a")])
+            deadline = time.monotonic() + DEADLINE_S * patience()
+            while not (source._pending or source._applying):
+                assert time.monotonic() < deadline
+                threading.Event().wait(0.01)
+        sweep(self, needed)
+        swept.set()
+
+    async with running(source) as heard:
+        await until(lambda: not source._sweepable)
+        monkeypatch.setattr(KeptItems, "sweep", sweep_while_it_comes_back)
+        hub.put([], [replace(A, user_data=None)])
+        await until(swept.is_set)
+        await heard.until(lambda each: names(each).keys() == {"a", "b"})
+        data = heard.inventory.instances[B.id].user_data
+        assert data is not None
+        assert bytes(data) == b"of a"
+
+
+async def test_the_failure_of_an_item_ends_with_the_item_also_while_no_hub_is_followed(
+    hubs: Callable[..., FleetHub], kept: Path
+) -> None:
+    hub = hubs()
+    value = {"hosts": [HOST], "record": {"id": "a", "name": 7}, "user_data": None}
+    lost = _put(hub, instance("c", "10.0.0.7", text="lost"))
+    hub.store.blobs.clear()
+    hub.put([N1], [B])
+    hub.write({**lost, layout.instance_key(A.id): json.dumps(value).encode()})
+    async with running(fleet_source(kept, hub)) as heard:
+        assert {one.record for one in heard.last.problems} == {"a", "c"}
+        hub.away()
+        hub.remove_instance("a")
+        revision = hub.remove_instance("c")
+        hub.back()
+        await heard.until(lambda each: each.last.in_sync and not each.last.problems)
+        assert await asyncio.to_thread(hub.wait, revision) == {}
+        assert names(heard) == {"b": "b"}
+
+
+@pytest.mark.parametrize("moment", ["before", "amid"])
+async def test_a_hub_is_told_of_no_half_of_a_change(
+    hubs: Callable[..., FleetHub], kept: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    hub = hubs()
+    hub.put([N1], [A])
+    source = fleet_source(kept, hub)
+    keep, look = KeptItems.keep_user_data, source.known.user_data
+    blocked, go_on = threading.Event(), threading.Event()
+
+    def keep_late(self: KeptItems, data: bytes) -> None:
+        if moment == "before":
+            blocked.set()
+            go_on.wait()
+        keep(self, data)
+
+    def look_late(owner: InstanceId, sha256: str) -> StoredBytes | None:
+        if moment == "amid" and threading.current_thread() is not threading.main_thread():
+            blocked.set()
+            go_on.wait()
+        return look(owner, sha256)
+
+    async with running(source) as heard:
+        monkeypatch.setattr(KeptItems, "keep_user_data", keep_late)
+        source.known.user_data = look_late
+        hub.put([], [instance("b", "10.0.0.6", text="of b")])
+        try:
+            await until(blocked.is_set)
+            hub.away()
+            await until(lambda: not hub.connected())
+            # As it went while no hub was followed, it is removed only if the host says that it has it.
+            hub.remove_instance("b")
+            hub.back()
+            await until(lambda: hub.connected() or source._publishing.locked())
+        finally:
+            go_on.set()
+        await until(lambda: hub.connected() and source._complete)
+        assert names(heard) == {"a": "a"}
+        assert source.known.items.keys() == {"network/n1", "instance/a"}
+
+
 async def test_a_revision_is_acknowledged_with_reasons_until_it_is_in_force(
     hubs: Callable[..., FleetHub], kept: Path
 ) -> None:
-    hub, blocked = hubs(), True
+    hub, blocked, confirmed = hubs(), True, dict[str, set[ItemKey]]()
 
-    async def confirm(items: Collection[ItemKey]) -> Mapping[ItemKey, str]:
+    async def confirm(
+        items: Collection[ItemKey], gone: Collection[ItemKey]
+    ) -> Mapping[ItemKey, str]:
+        confirmed.update({"here": {*items}, "gone": {*gone}})
         return dict.fromkeys(items, "no room") if blocked else {}
 
     source = fleet_source(kept, hub)
     source.confirm = confirm
-    revision = hub.put([N1], [A])
+    revision = hub.put([N1], [A, B])
     async with running(source):
         why = await refusal(hub, revision)
         assert "instance/a: no room" in why
+        revision = hub.remove_instance("a")
+        # What is gone fails no more, and the rest goes on failing.
+        await until(lambda: "instance/a" in confirmed.get("gone", ()))
+        await until(lambda: "instance/a" not in source.failing)
+        why = await refusal(hub, revision)
+        assert "instance/b: no room" in why
+        assert "instance/a" not in why
         blocked = False
         assert await asyncio.to_thread(hub.wait, revision) == {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import ssl
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,12 +27,23 @@ from imdsproxy.core.fleet.stream import (
     parse_from_hub,
     render_line,
 )
-from imdsproxy.errors import SourceError, SourceRefused, SourceUnavailable
+from imdsproxy.errors import (
+    AccessDenied,
+    NotFound,
+    SourceError,
+    SourceRefused,
+    SourceUnavailable,
+    UserDataUnreadable,
+)
 from imdsproxy.sources.settings import FleetSourceSettings
 
 _HTTPS_PORT: Final = 443
 _JOIN: Final = "join the fleet: `imdsproxy fleet join`, with what `imdsproxy fleet enrol` printed"
 _MOST_OF_ANSWER: Final = 1024 * 1024
+_REFUSALS: Final = frozenset({AccessDenied.code, NotFound.code, UserDataUnreadable.code})
+"""Codes of answers that another attempt changes only once somebody has acted."""
+
+_SHOWN: Final = 500
 _OUT_OF_TIME: Final = (9, 10)
 """OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED."""
 
@@ -155,16 +167,15 @@ class HubStream:
         """User data of an instance on this host.
 
         Raises:
-            SourceRefused: The hub has none such for this host.
-            SourceUnavailable: It cannot be had now.
+            SourceRefused: The hub does not have it for this host, or cannot read it.
+            SourceUnavailable: The hub, or its etcd, does not answer now.
         """
         most = max(size, _MOST_OF_ANSWER)
         status, data = await _ask(
             self._pool, "GET", f"{self.hub}{BLOB_PATH}{sha256}", self._timeout_s, most=most
         )
         if status != 200:  # noqa: PLR2004 - HTTP's
-            kind: type[SourceError] = SourceRefused if status in {403, 404} else SourceUnavailable
-            raise kind(f"{self.hub} answers {status} for user data {sha256}")
+            raise _refusal_of(self.hub, status, data)
         if len(data) != size or sha256_of(data).hexdigest() != sha256:
             raise SourceUnavailable(f"{self.hub} gives other user data than {sha256}")
         return data
@@ -235,6 +246,17 @@ class HubClient:
 
     def _context(self, hub: str) -> ssl.SSLContext | None:
         return self.identity.context() if self.identity and hub.startswith("https:") else None
+
+
+def _refusal_of(hub: str, status: int, body: bytes) -> SourceError:
+    """Why a hub does not give user data: its answer is a problem with a code, or another program's."""
+    try:
+        found = json.loads(body)
+        code, message = str(found["code"]), str(found["message"])[:_SHOWN]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return SourceUnavailable(f"{hub} answers {status} for user data")
+    kind = SourceRefused if code in _REFUSALS else SourceUnavailable
+    return kind(f"{hub} does not give its user data ({code}): {message}")
 
 
 async def _ask(

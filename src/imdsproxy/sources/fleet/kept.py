@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from hashlib import sha256 as sha256_of
@@ -40,7 +40,7 @@ CREATE TABLE position (
 _UNUSED: Final = """
 DELETE FROM user_data WHERE sha256 NOT IN (
     SELECT json_extract(value, '$.user_data.sha256') FROM items WHERE json_extract(value, '$.user_data') IS NOT NULL
-) RETURNING sha256
+) AND sha256 NOT IN (SELECT value FROM json_each(?)) RETURNING sha256
 """
 
 
@@ -142,10 +142,10 @@ class KeptItems:
             self._open().execute("UPDATE position SET at = ?", (now,))
         self.at = now
 
-    def sweep(self) -> None:
-        """Delete user data that no item names any more."""
+    def sweep(self, needed: Collection[str] = ()) -> None:
+        """Delete user data that no item names any more; `needed`, by SHA-256, has come before its item."""
         with store_failures(self.path):
-            for (sha256,) in self._open().execute(_UNUSED).fetchall():
+            for (sha256,) in self._open().execute(_UNUSED, [json.dumps([*needed])]).fetchall():
                 self._stored.pop(sha256, None)
 
     def fetch(self, sha256: str) -> bytes:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeAlias, cast
 
 from imdsproxy.core.claims import claim_places
-from imdsproxy.core.fleet.layout import Json
+from imdsproxy.core.fleet.layout import Json, UserData
 from imdsproxy.core.fleet.policies import FleetPolicies
 from imdsproxy.core.fleet.stream import Batch, Hello, ItemKey, digest_items
 from imdsproxy.core.model import Instance, InstanceId, StoredBytes
@@ -71,6 +71,10 @@ class _Unreadable(ValueError):
     """An item's value is not what hubs send."""
 
 
+class _NoUserData(_Unreadable):
+    """This host does not have the user data of an instance yet."""
+
+
 @dataclass(slots=True)
 class FleetKnown:
     """All items of this host.
@@ -89,6 +93,7 @@ class FleetKnown:
     held: dict[ItemKey, str] = field(default_factory=dict)
     _refused: dict[ItemKey, Problem] = field(default_factory=dict)
     _waiting: dict[ItemKey, Item] = field(default_factory=dict)
+    _lacking: dict[ItemKey, Item] = field(default_factory=dict)
     _others: dict[ItemKey, Any] = field(default_factory=dict, repr=False)
     _kinds: dict[str, InForce[Any]] = field(init=False)
 
@@ -181,44 +186,56 @@ class FleetKnown:
             raise _Unreadable(str(entry.problems[0]))
         self._kinds[_RECORDS[kind]].prime(entry)
 
-    def missing_user_data(self, batch: Batch) -> dict[tuple[str, int], list[ItemKey]]:
-        """Items of a set, by SHA-256 and size of user data that they need and this host does not have."""
-        found: dict[tuple[str, int], list[ItemKey]] = {}
-        for key, (_, value) in batch.put.items():
-            kind, _, name = key.partition("/")
-            data = value.get("user_data") if kind == "instance" else None
-            match data:
-                case {"sha256": str(sha256), "size": int(size)} if _SHA256.fullmatch(sha256):
-                    if self.user_data(InstanceId(name), sha256) is None:
-                        found.setdefault((sha256, size), []).append(key)
-                case _:
-                    pass
-        return found
+    def missing_user_data(self, batch: Batch | None = None) -> frozenset[UserData]:
+        """User data that items need and this host does not have: those of a set, else those that lack it since."""
+        items = self._lacking if batch is None else batch.put
+        found = (_user_data_of(key, value) for key, (_, value) in items.items())
+        return frozenset(
+            data for owner, data in found if data and self.user_data(owner, data.sha256) is None
+        )
 
-    def apply(
-        self, batch: Batch, *, whole: bool, unavailable: Mapping[ItemKey, str] | None = None
-    ) -> Applied:
+    def needed_user_data(self) -> frozenset[str]:
+        """User data by SHA-256 that items lack, or lacked until it came: nothing else on disk names it yet."""
+        found = (_user_data_of(key, value) for key, (_, value) in self._lacking.items())
+        return frozenset(data.sha256 for _, data in found if data)
+
+    def explain_lacking(self, reasons: Mapping[str, str]) -> None:
+        """Note why user data, by its SHA-256, could not be fetched."""
+        for key, (revision, value) in self._lacking.items():
+            _, data = _user_data_of(key, value)
+            if data and data.sha256 in reasons:
+                self._refuse(key, revision, reasons[data.sha256])
+
+    def supplied(self) -> Batch:
+        """The items whose user data has come since they were refused for the lack of it."""
+        put: dict[ItemKey, Item] = {}
+        for key, (revision, value) in self._lacking.items():
+            owner, data = _user_data_of(key, value)
+            if data and self.user_data(owner, data.sha256) is not None:
+                put[key] = revision, value
+        at = self.position
+        return Batch(at.revision, at.fleet or "", at.incarnation, put)
+
+    def apply(self, batch: Batch, *, whole: bool) -> Applied:
         """Take over a set of changes.
 
         Args:
             batch: All of it; not of an older incarnation, nor of an older revision of the same.
-            whole: It is what the hub answered to `hello`: no item but those in it is held.
-            unavailable: Items whose user data could not be had, and why.
+            whole: It is what the hub answered to `hello`: no item but those in it is held or refused.
         """
         newer = batch.incarnation > self.position.incarnation
         stored: dict[ItemKey, Item | None] = {}
         others = False
         if whole:
             self.held.clear()
+            self._forget_refused(batch)
         for key in (*batch.remove, *(batch.held if newer else ())):
             others |= self._remove(key)
             stored[key] = None
         for key, (revision, value) in batch.put.items():
             known = self.items.get(key, -1)
             self.held.pop(key, None)
-            if why := (unavailable or {}).get(key):
-                self._refuse(key, revision, why)
-            elif revision < known and not newer:
+            if revision < known and not newer:
                 self._refuse(key, revision, f"revision {known} is in force already")
             elif revision != known or newer or key in self._refused:
                 others |= self._take(key, revision, value, stored)
@@ -235,6 +252,7 @@ class FleetKnown:
     ) -> bool:
         """Take over an item; whether one that is no record changed."""
         self._refused.pop(key, None)
+        self._lacking.pop(key, None)
         kind, _, _ = key.partition("/")
         try:
             if kind in _RECORDS:
@@ -246,6 +264,8 @@ class FleetKnown:
             found = _parse_other(kind, value, before)
         except _Unreadable as error:
             self._refuse(key, revision, str(error))
+            if isinstance(error, _NoUserData):
+                self._lacking[key] = revision, value
             return False
         self._others[key], self.items[key] = found, revision
         if isinstance(found, OperatorOverride):
@@ -256,12 +276,25 @@ class FleetKnown:
 
     def _remove(self, key: ItemKey) -> bool:
         kind = key.partition("/")[0]
-        for mapping in (self.items, self.held, self._refused, self._waiting):
+        for mapping in (self.items, self.held, self._refused, self._waiting, self._lacking):
             cast("dict[ItemKey, object]", mapping).pop(key, None)
         if kind in _RECORDS:
             self._kinds[_RECORDS[kind]].replace_file(key, [])
             return False
         return self._others.pop(key, None) is not None
+
+    def _forget_refused(self, batch: Batch) -> None:
+        """Forget what was refused and is gone: the hub would have sent it again."""
+        for key in {*self._refused, *self._waiting, *self._lacking}.difference(batch.put):
+            if key not in self.items:
+                self._remove(key)
+                continue
+            for mapping in (self._refused, self._waiting, self._lacking):
+                cast("dict[ItemKey, object]", mapping).pop(key, None)
+            kind, _, name = key.partition("/")
+            held = self._kinds[_RECORDS[kind]].entry_of(name) if kind in _RECORDS else None
+            if held is not None:
+                self._kinds[_RECORDS[kind]].replace_file(key, [held])
 
     def _accept_waiting(self, stored: dict[ItemKey, Item | None]) -> None:
         for key, (revision, value) in tuple(self._waiting.items()):
@@ -292,14 +325,25 @@ class FleetKnown:
             return Entry(name, key, revision, problems=problems)
         if not isinstance(found, Instance):
             return Entry(name, key, revision, record=found)
-        data = value.get("user_data")
-        if data is not None:
-            sha256 = data.get("sha256") if isinstance(data, dict) else None
-            stored = self.user_data(found.id, sha256) if isinstance(sha256, str) else None
+        if value.get("user_data") is not None:
+            _, data = _user_data_of(key, value)
+            if data is None:
+                raise _Unreadable("`user_data` does not say `sha256` and `size`")
+            stored = self.user_data(found.id, data.sha256)
             if stored is None:
-                raise _Unreadable("its user data is not here")
+                raise _NoUserData("its user data is on its way")
             found = replace(found, user_data=stored)
         return Entry(name, key, revision, record=PackedInstance.of(found))
+
+
+def _user_data_of(key: ItemKey, value: Json) -> tuple[InstanceId, UserData | None]:
+    """Whose item it is, and the user data that it names."""
+    kind, _, name = key.partition("/")
+    match value.get("user_data") if kind == "instance" else None:
+        case {"sha256": str(sha256), "size": int(size)} if _SHA256.fullmatch(sha256):
+            return InstanceId(name), UserData(sha256, size)
+        case _:
+            return InstanceId(name), None
 
 
 def merge(before: Batch | None, batch: Batch) -> Batch:

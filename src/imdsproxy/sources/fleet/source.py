@@ -1,7 +1,9 @@
 """The source `fleet`: follows one hub at a time, and serves what is on disk while none is reached.
 
 One task reads the stream, one brings what came into force, one acknowledges it: what comes meanwhile is taken
-together the next time.
+together the next time. Another task fetches user data that was not to be had at once.
+
+`known` belongs to whoever has the lock: a thread changes it, and hubs are told of it.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any, ClassVar, Final, TypeAlias, TypeVar
 
 import structlog
 
+from imdsproxy.core.fleet.layout import UserData
 from imdsproxy.core.fleet.policies import FleetPolicies
 from imdsproxy.core.fleet.stream import (
     CONNECT_S,
@@ -33,18 +36,22 @@ from imdsproxy.core.fleet.stream import (
 )
 from imdsproxy.core.observation import Observation, StrandedPort
 from imdsproxy.core.timing import Backoff
-from imdsproxy.errors import ImdsproxyError, Problem, SourceError, SourceRefused, SourceUnavailable
+from imdsproxy.errors import ImdsproxyError, Problem, SourceError, SourceUnavailable
 from imdsproxy.host.clock import Clock
 from imdsproxy.sources.api import Publish, Reports, publish_in_pieces
 from imdsproxy.sources.fleet.client import HubClient, HubStream
+from imdsproxy.sources.fleet.fetching import UserDataFetcher
 from imdsproxy.sources.fleet.kept import KeptItems
 from imdsproxy.sources.fleet.known import FleetKnown, merge
 from imdsproxy.sources.fleet.leaving import LeavingNetworks
 
 _T = TypeVar("_T")
 
-Confirm: TypeAlias = Callable[[Collection[ItemKey]], Awaitable[Mapping[ItemKey, str]]]
-"""Waits until what was published is in force; gives those of the items that are not, and why."""
+Confirm: TypeAlias = Callable[
+    [Collection[ItemKey], Collection[ItemKey]], Awaitable[Mapping[ItemKey, str]]
+]
+"""Waits until what was published is in force: items that are here, and those that are gone. Gives those that are not in
+force, and why."""
 
 Renew: TypeAlias = Callable[[], Awaitable[float | None]]
 """Renews this host's certificate, where it is time, and says when the one that is there ends, in Unix time."""
@@ -56,6 +63,9 @@ _LOOK_EVERY_S: Final = 1.0
 _NOTE_EVERY_S: Final = 60.0
 _AGAIN_S: Final = 2.0
 """After so long, what was not in force is looked at again."""
+
+_FETCH_S: Final = 1.0
+"""So long changes wait for user data that came with them: an address that moves is never without an instance then."""
 
 _RENEW_EVERY_S: Final = 3600.0
 _GRACE_S: Final = 5.0
@@ -93,7 +103,9 @@ class _Left(Exception):
         self.code = code
 
 
-async def _confirm_nothing(_: Collection[ItemKey]) -> Mapping[ItemKey, str]:
+async def _confirm_nothing(
+    _items: Collection[ItemKey], _gone: Collection[ItemKey]
+) -> Mapping[ItemKey, str]:
     return {}
 
 
@@ -117,6 +129,7 @@ class FleetSource:
         clock: Monotonic, and Unix time.
         random: From 0 to 1: the order of hubs and the length of pauses.
         backoff: Pauses after no hub could be followed.
+        fetching: Pauses after user data could not be fetched.
         leaving: Networks whose last instance has gone.
 
     Attributes:
@@ -140,6 +153,7 @@ class FleetSource:
     clock: Clock = field(default_factory=Clock)
     random: Callable[[], float] = lambda: 0.5
     backoff: Backoff = field(default_factory=lambda: Backoff(0.5, 30.0))
+    fetching: Backoff = field(default_factory=lambda: Backoff(0.5, 30.0))
     leaving: LeavingNetworks = field(default_factory=lambda: LeavingNetworks(_STAY_S))
     take_policies: Callable[[FleetPolicies], object] = lambda _: None
     confirm: Confirm = _confirm_nothing
@@ -153,17 +167,22 @@ class FleetSource:
     certificate_end: float | None = None
     kept: KeptItems = field(init=False)
     known: FleetKnown = field(init=False)
+    _fetcher: UserDataFetcher = field(init=False)
     _thread: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="imdsproxy-fleet")
     )
     _reports: Reports = field(default_factory=partial(Reports, name))
     _publishing: asyncio.Lock = field(default_factory=asyncio.Lock)
     _stream: HubStream | None = None
+    _greeted: HubStream | None = None
     _partial: Batch | None = None
     _pending: Batch | None = None
     _whole: bool = False
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
-    _leaving: SourceError | None = None
+    _lacks_more: asyncio.Event = field(default_factory=asyncio.Event)
+    _missing: frozenset[UserData] = frozenset()
+    _awaits: bool = False
+    _sweepable: bool = False
     _published: int = 0
     _unconfirmed: set[ItemKey] = field(default_factory=set)
     _to_confirm: asyncio.Event = field(default_factory=asyncio.Event)
@@ -184,6 +203,7 @@ class FleetSource:
     def __post_init__(self) -> None:
         self.kept = KeptItems(self.path)
         self.known = FleetKnown(self.kept.stored)
+        self._fetcher = UserDataFetcher(self._keep_user_data)
 
     def explain_stranded(self, port: StrandedPort) -> Problem:
         """By the record's own field."""
@@ -200,7 +220,7 @@ class FleetSource:
     def in_sync(self) -> bool:
         """Everything is known that the fleet places here."""
         if self._complete:
-            return self._hub_age_s < _STALE_S
+            return not self._awaits and self._hub_age_s < _STALE_S
         return self._lost_at is not None and self.clock.monotonic() - self._lost_at < _GRACE_S
 
     async def run(self, publish: Publish) -> None:
@@ -210,6 +230,7 @@ class FleetSource:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._follow_hubs(publish))
                 group.create_task(self._apply_all(publish))
+                group.create_task(self._fetch_all())
                 group.create_task(self._acknowledge_all())
                 group.create_task(self._look(publish))
                 group.create_task(self._keep_renewed())
@@ -313,9 +334,12 @@ class FleetSource:
         final = False
         try:
             async with self.client.stream(hub, self._connect_s) as stream:
-                self._partial = self._pending = self._leaving = None
-                self._whole = True
-                await stream.send(self.known.hello())
+                async with self._publishing:
+                    # What another stream brought is known by now, or is brought by this one.
+                    hello, self._greeted = self.known.hello(), stream
+                    self._partial = self._pending = None
+                    self._whole = True
+                await stream.send(hello)
                 self._stream, self.hub = stream, hub
                 # The hub has just compared; thousands of hosts come at once.
                 self._compare_at = self.clock.monotonic() + _COMPARE_EVERY_S * self.random()
@@ -328,7 +352,7 @@ class FleetSource:
             hint = _HINTS.get(left.code, "")
             self._hub_problem = Problem("hub", f"it ended the stream: {left}", hint, hub)
         except SourceError as error:
-            self._hub_problem = _problem_of(hub, self._leaving or error)
+            self._hub_problem = _problem_of(hub, error)
         finally:
             good, self._stream, self.hub = self._complete, None, None
             if good:
@@ -395,60 +419,75 @@ class FleetSource:
             await self._arrived.wait()
             self._arrived.clear()
             batch, stream = self._pending, self._stream
-            if batch is None or stream is None:
-                continue
-            whole, self._pending, self._whole = self._whole, None, False
             self._applying = True
-            try:
-                unavailable = await self._fetch_user_data(publish, stream, batch)
-                await self._apply(publish, batch, unavailable, stream if whole else None)
-            except SourceError as error:
-                # The hub sends all of it again, or another one does.
-                self._leaving = error
-                stream.close()
-                continue
-            finally:
-                self._applying = False
+            if batch is not None and stream is not None:
+                whole, self._pending, self._whole = self._whole, None, False
+                # The rest is not delayed: what is on its way is refused until then.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_FETCH_S):
+                        await self._fetcher.fetch(stream, self.known.missing_user_data(batch))
+                await self._apply(publish, batch, stream, whole=whole)
+            async with self._publishing:
+                supplied = self.known.supplied()
+            if supplied.put:
+                await self._apply(publish, supplied, self._greeted)
+            self._applying = False
+            # What is on its way into force needs what was there before until it is confirmed.
+            if self._sweepable and not self._to_confirm.is_set():
+                await self._sweep()
 
-    async def _fetch_user_data(
-        self, publish: Publish, stream: HubStream, batch: Batch
-    ) -> dict[ItemKey, str]:
-        """Have user data on disk that a batch needs; of which items it is not to be had, and why.
+    async def _fetch_all(self) -> None:
+        """Fetch user data that was not to be had at once, again and again."""
+        pause_s: float | None = None
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await self._lacks_more.wait()
+            self._lacks_more.clear()
+            async with self._publishing:
+                wanted = self.known.missing_user_data()
+            if self._stream is not None:
+                await self._fetcher.fetch(self._stream, wanted)
+            async with self._publishing:
+                self._note_lacking()
+            if self._missing:
+                pause_s = self.fetching.fail() * (0.5 + self.random())
+            else:
+                pause_s = None
+                self.fetching.succeed()
+            self._arrived.set()
 
-        Raises:
-            SourceUnavailable: The hub does not answer.
-        """
-        unavailable: dict[ItemKey, str] = {}
-        for (sha256, size), items in self.known.missing_user_data(batch).items():
-            try:
-                data = await stream.user_data(sha256, size)
-            except SourceRefused as error:
-                unavailable |= dict.fromkeys(items, error.message)
-                continue
-            await self._on_disk(publish, partial(self.kept.keep_user_data, data), batch)
-        return unavailable
+    def _note_lacking(self) -> None:
+        """Look, with the lock, which user data is missing and why."""
+        missing = self.known.missing_user_data()
+        self._fetcher.forget(missing)
+        self.known.explain_lacking(self._fetcher.reasons())
+        self._awaits = not all(map(self._fetcher.is_refused, missing))
+        if missing - self._missing:
+            self._lacks_more.set()
+        self._missing = missing
+
+    async def _keep_user_data(self, data: bytes) -> None:
+        await self._in_thread(partial(self.kept.keep_user_data, data))
 
     async def _apply(
-        self,
-        publish: Publish,
-        batch: Batch,
-        unavailable: Mapping[ItemKey, str],
-        whole_of: HubStream | None,
+        self, publish: Publish, batch: Batch, stream: HubStream | None, *, whole: bool = False
     ) -> None:
-        """Bring a set of changes into force; `whole_of` is the stream to whose `hello` it is the answer."""
-        known, whole = self.known, whole_of is not None
-        # Another task that reports would look at items while a thread changes them.
+        """Bring a set of changes into force that a stream brought; `whole`: all of its answer to `hello`."""
+        known = self.known
         async with self._publishing:
-            applied = await self._in_thread(
-                lambda: known.apply(batch, whole=whole, unavailable=unavailable)
-            )
+            if stream is not self._greeted:
+                # Another hub was told what is known without it, and brings it.
+                return
+            applied = await self._in_thread(lambda: known.apply(batch, whole=whole))
+            self._note_lacking()
         now = self.clock.now().timestamp()
         await self._on_disk(
             publish, partial(self.kept.keep, known.position, applied.stored, now), batch
         )
         if applied.policies:
             self.take_policies(known.policies())
-        if whole and whole_of is self._stream:
+        if whole and stream is self._stream:
             self._complete, self._lost_at, self._hub_problem = True, None, None
             self.alone = False
             self._hub_age_s, self._etcd_at = 0.0, self.clock.monotonic()
@@ -487,22 +526,28 @@ class FleetSource:
                     await self._to_confirm.wait()
             news = self._to_confirm.is_set()
             self._to_confirm.clear()
-            revision, items = self._published, {*self._unconfirmed, *self.failing}
-            self._unconfirmed = set()
-            pending = await self.confirm(items)
+            async with self._publishing:
+                revision, changed = self._published, {*self._unconfirmed, *self.failing}
+                self._unconfirmed = set()
+                here = changed & self.known.items.keys()
+            pending = await self.confirm(here, changed - here)
             async with self._publishing:
                 self.failing = {**pending, **self.known.failed()}
             self.acknowledged = revision
             ack = Ack(revision, self.failing)
             if news or ack != self._last_ack:
                 await self._send(ack)
-            if news and not self._applying:
-                await self._sweep()
+            if news:
+                self._sweepable = True
+                self._arrived.set()
 
     async def _sweep(self) -> None:
-        """Delete user data that was in force until now; that of a batch under way no item names yet."""
+        """Delete user data that was in force until now."""
+        self._sweepable = False
+        async with self._publishing:
+            needed = self.known.needed_user_data()
         try:
-            await self._in_thread(self.kept.sweep)
+            await self._in_thread(partial(self.kept.sweep, needed))
         except SourceError as error:
             _log.warning("user data not swept", error=error.message)
 
