@@ -4,6 +4,7 @@
     ├── ConfigError            the operator must change a file        exit 78
     │   ├── ConfigInvalid          all problems at once, each with path and hint
     │   ├── ConfigUnreadable
+    │   ├── FileUntrusted          another user may change a file of another program
     │   ├── SettingsDropped        a settings file was emptied, or every policy is missing from it
     │   └── SecretUnreadable
     ├── SourceError            a source must be mended             exit 69
@@ -139,6 +140,15 @@ class ConfigUnreadable(ConfigError):
 
     remedy = (
         "Create the file, make it readable for root, or mend its YAML at the line that is named."
+    )
+
+
+class FileUntrusted(ConfigError):
+    """A user other than root and the program's own account may change another program's file, or the way to it."""
+
+    remedy = (
+        "See who has changed the file. If the file is genuine, give it and its directories to root, "
+        "writable by no other user."
     )
 
 

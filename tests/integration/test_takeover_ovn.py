@@ -12,11 +12,13 @@ from support.guest import IPV4, IPV6, Load
 from support.how_to import PAGES
 from support.lab import until
 from support.ovn_agent import AGENT, NEW_AGENT, TARGET, AgentWorld, open_agent_world
+from support.systemd_machine import Machine
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(600)]
 
 _OURS = Path("etc/imdsproxy/conf.d/ovn.yaml")
 _PAUSE_S = 0.02
+_EVIL = "/tmp/evil.conf"  # noqa: S108 - of the machine
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,20 @@ def _no_request_is_lost(world: AgentWorld) -> Iterator[None]:
         assert load.report.lost == []
 
 
+@contextlib.contextmanager
+def _forged_agent(machine: Machine) -> Iterator[int]:
+    """A process of another user's with the agent's command line and a settings file of that user's, for the block."""
+    machine.write(_EVIL, "[DEFAULT]\nnova_metadata_host = 192.0.2.66\n")
+    machine.run("chown", "nobody", _EVIL)
+    unit = "forged"
+    forged = ("bash", "-c", f"exec -a '{AGENT} --config-file {_EVIL}' sleep infinity")
+    machine.run("systemd-run", f"--unit={unit}", "--uid=65534", *forged)
+    try:
+        yield machine.main_pid(f"{unit}.service")
+    finally:
+        machine.run("systemctl", "stop", unit)
+
+
 def _shows_beside(world: AgentWorld, proxies: list[int]) -> bool:
     """Whether `status` has imdsproxy's listeners, and each of the agent's HAProxies beside them."""
     seen = world.daemon.status()["left_out"]
@@ -73,12 +89,22 @@ def test_a_takeover_that_fails_leaves_both_serving_and_goes_on_when_it_is_run_ag
     machine, ours = world.daemon.machine, world.daemon.machine.root / _OURS
     before = world.proxies()
     with _no_request_is_lost(world):
-        planned = world.daemon.command("takeover", "ovn", "--dry-run")
-        assert f"stop {AGENT} (pid " in planned
+        with _forged_agent(machine) as forged:
+            planned = world.daemon.command("takeover", "ovn", "--dry-run")
+            pid = machine.main_pid(f"{AGENT}.service")
+            assert f"agent: {AGENT} (pid {pid}, user root, {AGENT}.service)" in planned
+            assert planned.count(f"stop {AGENT} (pid ") == 1
+            assert f"ignored: process {forged}, which looks like {AGENT}: it belongs to" in planned
+            assert _EVIL not in planned
+            status, said = machine.attempt("imdsproxy", "takeover", "ovn")
+            assert status == 64
+            assert "--yes" in said
         assert not ours.exists()
         assert world.proxies() == before
 
-        status, said = machine.attempt("imdsproxy", "takeover", "ovn", "--restart", "false")
+        status, said = machine.attempt(
+            "imdsproxy", "takeover", "ovn", "--yes", "--restart", "false"
+        )
         assert status == 71
         assert "`false` ended with 1; 2 steps before it done" in said
         assert world.proxies() == before
@@ -86,12 +112,14 @@ def test_a_takeover_that_fails_leaves_both_serving_and_goes_on_when_it_is_run_ag
         machine.run("systemctl", "restart", "imdsproxy")
         until(partial(_shows_beside, world, before), what="both in status", within_s=30)
 
-        status, said = machine.attempt("imdsproxy", "takeover", "ovn", "--stop-agent", "false")
+        status, said = machine.attempt(
+            "imdsproxy", "takeover", "ovn", "--yes", "--stop-agent", "false"
+        )
         assert status == 71
         assert "step 3 of 3" in said
         assert world.proxies() == []
 
-        assert "takeover ovn is done" in world.daemon.command("takeover", "ovn")
+        assert "takeover ovn is done" in world.daemon.command("takeover", "ovn", "--yes")
         assert machine.unit(AGENT, "ActiveState") == "inactive"
         assert "all is done already" in world.daemon.command("takeover", "ovn")
         for network in {port.network for port in world.ovn.ports.values()}:

@@ -47,7 +47,8 @@ def run_takeover(
         )
     ]
 
-    options += ["--timeout", str(_STEP_S * patience())]
+    # The agent belongs to no unit here.
+    options += ["--timeout", str(_STEP_S * patience()), "--agent", str(agent.pid), "--yes"]
 
     def ended() -> bool:
         if asked.exists() and (name := asked.read_text().strip()):

@@ -96,6 +96,27 @@ class Output:
                 grid.add_row(*([""] if heading else []), name, value)
         _print_table(grid)
 
+    def confirm(self, question: str, *, instead: str) -> bool:
+        """Ask a question at a terminal; any answer but yes is no.
+
+        Args:
+            question: Without its question mark.
+            instead: The option that answers yes, for programs.
+
+        Raises:
+            RequestRefused: There is nobody to ask.
+        """
+        from imdsproxy.errors import RequestRefused  # noqa: PLC0415 - as above
+
+        if self.as_json or not (sys.stdin.isatty() and sys.stderr.isatty()):
+            raise RequestRefused(
+                f"nobody can be asked here: {question}?",
+                hint=f"give {instead} to go on without a question",
+            )
+        sys.stderr.write(f"{question}? [y/N] ")
+        sys.stderr.flush()
+        return sys.stdin.readline().strip().lower() in {"y", "yes"}
+
     @contextlib.contextmanager
     def waiting(self, text: str) -> Iterator[None]:
         """Something that turns on a terminal's standard error while the work takes; nothing elsewhere."""

@@ -5,7 +5,7 @@ import pytest
 from imdsproxy.admin_client import AdminClient
 from imdsproxy.cli.takeover.act import Actor
 from imdsproxy.cli.takeover.observe import recall, remember
-from imdsproxy.cli.takeover.plan import Commands, Restart, Seen, WriteSettings
+from imdsproxy.cli.takeover.plan import Commands, Reach, Restart, Seen, WriteSettings
 from imdsproxy.config.load import Loaded, load_settings
 from imdsproxy.errors import ConfigInvalid, HostRefused
 
@@ -43,9 +43,13 @@ def test_how_an_agent_is_started_is_known_until_it_has_been_given_its_place_back
 ) -> None:
     remember(tmp_path, "ovn", Seen(commands=Commands("docker stop x", "docker start x")))
     remember(tmp_path, "l3", Seen(commands=Commands("a", "b"), files=("l3_agent.ini",)))
-    known = {"stop": "docker stop x", "start": "docker start x", "files": []}
+    inside = Seen(files=("/proc/7/root/etc/dhcp_agent.ini",), reach=Reach("/proc/7/root", 42435))
+    remember(tmp_path, "dhcp", inside)
+    known = {"stop": "docker stop x", "start": "docker start x", "files": [], "owner": [0, 0]}
     assert recall(tmp_path)["ovn"] == known
     assert recall(tmp_path)["l3"]["files"] == ["l3_agent.ini"]
+    assert recall(tmp_path)["dhcp"]["files"] == []
+    remember(tmp_path, "dhcp", None)
     remember(tmp_path, "ovn", None)
     assert recall(tmp_path).keys() == {"l3"}
     remember(tmp_path, "l3", None)

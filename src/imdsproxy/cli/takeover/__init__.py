@@ -4,6 +4,8 @@
 |---|---|
 | `plan.py` | pure: what is observed (`Seen`), steps (`Step`) and the actions that they take, what refuses a plan |
 | `KIND.py` | pure: a `Kind`, which makes the steps of both directions out of what is observed |
+| `genuine.py` | pure: which processes are an agent, and not another user's |
+| `agents.py` | finds the agents that run, reads and changes their settings files |
 | `observe.py` | looks at the host, and at the daemon, for a `Seen` |
 | `act.py` | takes the actions, one after the other; each can be taken again, and ends at once where all is done |
 | `command.py` | both commands: plan, then report |

@@ -13,12 +13,12 @@ from typing import Final, assert_never
 
 from imdsproxy.admin_client import AdminClient
 from imdsproxy.cli.takeover import plan
+from imdsproxy.cli.takeover.agents import edit_file, read_options
 from imdsproxy.cli.takeover.observe import (
     find_proxies,
     find_stand_ins,
     find_unrouted,
     is_idle_router,
-    read_options,
 )
 from imdsproxy.config.load import Loaded
 from imdsproxy.core.model import METADATA_IPV4
@@ -26,7 +26,7 @@ from imdsproxy.errors import AdminUnavailable, HostRefused, ImdsproxyError, refu
 from imdsproxy.host.files import write_atomic
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.nlmessages import NetlinkSocket
-from imdsproxy.host.process import open_process
+from imdsproxy.host.process import ProcessHandle, open_process, read_stat
 from imdsproxy.host.sockets import SOCK_DIAG, listening_sockets
 from imdsproxy.sources.neutron_namespaces.records import ROUTER_PREFIX
 
@@ -93,7 +93,7 @@ class Actor:
     def _import(self, action: plan.ImportSettings) -> str:
         from imdsproxy.config.neutron_import import plan_import  # noqa: PLC0415 - only here
 
-        options = [read_options(path) for path in action.files]
+        options = [read_options(path, action.reach) for path in action.files]
         imported = plan_import(options, Path(action.secret), behind_proxies=False)
         self._write(
             {
@@ -107,8 +107,8 @@ class Actor:
         match action:
             case plan.WriteSettings(path, text):
                 self._write({Path(path): (text.encode(), _SETTINGS_MODE)})
-            case plan.EditSettings(path, edit):
-                _edit(Path(path), edit)
+            case plan.EditSettings(path, edit, reach):
+                edit_file(path, reach, edit)
         return "written"
 
     def _write(self, files: dict[Path, tuple[bytes, int]]) -> None:
@@ -192,7 +192,7 @@ class Actor:
 
     def _stop_agent(self, action: plan.StopAgent) -> str:
         # An agent that is held still starts no HAProxy; systemd has it go on as it stops it.
-        held = None if action.pid is None else open_process(action.pid)
+        held = None if action.agent is None else _open_agent(action.agent)
         with migrating(action.prefix), contextlib.ExitStack() as stack:
             if held is not None:
                 stack.callback(held.close)
@@ -319,15 +319,6 @@ class Actor:
             time.sleep(_POLL_S)
 
 
-def _edit(path: Path, edit: Callable[[str], str]) -> None:
-    with refusing(f"change {path}"):
-        status = path.stat()
-        text = path.read_bytes().decode()
-    owner = (status.st_uid, status.st_gid)
-    mode = status.st_mode & 0o777
-    write_atomic(path, edit(text).encode(), mode=mode, owner=owner, durable=True)
-
-
 @contextlib.contextmanager
 def migrating(prefix: str) -> Iterator[None]:
     """What a closing listener has not accepted goes to another one in the same namespace, for the block."""
@@ -366,6 +357,15 @@ def _ask_inside(thread: NamespaceThread, namespace: str, port: int) -> str:
         connection.close()
     # It knows no guest of this address.
     return f"status {status}" if status >= _SERVER_ERROR else ""
+
+
+def _open_agent(agent: plan.Agent) -> ProcessHandle | None:
+    """Open an agent's process; `None` where it has ended, also where another process has its pid."""
+    handle, stat = open_process(agent.pid), read_stat(agent.pid)
+    if handle is not None and (stat is None or stat.started != agent.started):
+        handle.close()
+        return None
+    return handle
 
 
 def _set_migrate(thread: NamespaceThread, name: str, value: bytes) -> None:

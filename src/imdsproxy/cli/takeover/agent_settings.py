@@ -78,7 +78,7 @@ def set_steps(seen: Seen, option: AgentOption) -> Iterator[Step]:
         f"set {option.line} in {path}",
         f"sed -i '/^\\[DEFAULT\\]/a {option.line}' {path}",
         f"take the line out of {path}",
-        EditSettings(path, option.set_in),
+        EditSettings(path, option.set_in, seen.reach),
     )
 
 
@@ -89,7 +89,7 @@ def restore_steps(seen: Seen, option: AgentOption) -> Iterator[Step]:
         f"have {option.name} in {path} as it was",
         f"take {option.line} out of {path}",
         f"imdsproxy takeover {option.kind}",
-        EditSettings(path, option.restore_in),
+        EditSettings(path, option.restore_in, seen.reach),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Final
 from imdsproxy.cli import options
 from imdsproxy.cli.options import argument, flag
 from imdsproxy.cli.output import Output, clean, spell_count
-from imdsproxy.cli.takeover.plan import Commands, Kind, Seen, Step, shape_of
+from imdsproxy.cli.takeover.plan import Commands, Kind, Seen, Step, shape_of, shape_of_agent
 from imdsproxy.config.files import DEFAULT_CONFIG
 from imdsproxy.errors import HostRefused, ImdsproxyError, Problem, RequestRefused
 
@@ -36,6 +36,14 @@ StartAgent = Annotated[
 Restart = Annotated[
     str, flag("--restart COMMAND", "Restarts imdsproxy's controller (default: its unit).")
 ]
+NamedAgent = Annotated[
+    int | None,
+    flag(
+        "--agent PID",
+        "This process is the agent, whatever unit or container it belongs to.",
+    ),
+]
+Yes = Annotated[bool, flag("--yes", "Do what the plan says without a question.")]
 Timeout = Annotated[
     float,
     flag("--timeout SECONDS", f"The longest wait of one step (default: {_TIMEOUT_S:.0f})."),
@@ -48,20 +56,23 @@ def takeover(
     what: What,
     *,
     dry_run: DryRun = False,
+    yes: Yes = False,
+    agent: NamedAgent = None,
     stop_agent: StopAgent = "",
     start_agent: StartAgent = "",
     restart: Restart = "",
     timeout: Timeout = _TIMEOUT_S,
-) -> None:
+) -> int:
     """Serve in the place of Neutron's agent, without a request lost: prints its plan, then what came of it."""
-    kind, seen = _observe(run, what, Commands(stop_agent, start_agent, restart))
+    kind, seen = _observe(run, what, Commands(stop_agent, start_agent, restart), agent)
     plan = _Plan(
         f"takeover {what}",
         tuple(kind.takeover(seen)),
-        (*kind.refuse(seen), *_lacks_commands(kind, seen)),
+        (*kind.refuse(seen), *_lacks_commands(kind, seen), *_lacks_belief(seen)),
+        seen,
         remembers={kind.name: seen} if seen.agents else {},
     )
-    _carry_out(run, plan, None if dry_run else timeout)
+    return _carry_out(run, plan, None if dry_run else timeout, asks=not yes)
 
 
 @options.host_command
@@ -70,16 +81,18 @@ def handback(
     what: What,
     *,
     dry_run: DryRun = False,
+    yes: Yes = False,
+    agent: NamedAgent = None,
     start_agent: StartAgent = "",
     restart: Restart = "",
     timeout: Timeout = _TIMEOUT_S,
-) -> None:
+) -> int:
     """Give the place back to Neutron's agent, without a request lost: prints its plan, then what came of it."""
-    kind, seen = _observe(run, what, Commands("", start_agent, restart))
+    kind, seen = _observe(run, what, Commands("", start_agent, restart), agent)
     steps = tuple(kind.handback(seen))
-    problems = tuple(_lacks_commands(kind, seen, back=True)) if steps else ()
-    plan = _Plan(f"handback {what}", steps, problems, forgets=kind.name)
-    _carry_out(run, plan, None if dry_run else timeout)
+    problems = (*_lacks_commands(kind, seen, back=True), *_lacks_belief(seen)) if steps else ()
+    plan = _Plan(f"handback {what}", steps, problems, seen, forgets=kind.name)
+    return _carry_out(run, plan, None if dry_run else timeout, asks=not yes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +102,7 @@ class _Plan:
     Attributes:
         name: The command, in words.
         problems: Why it cannot begin.
+        seen: What it was made of.
         remembers: Whose agent's commands and files are to be kept for the way back, by kind.
         forgets: The kind whose commands are not needed any more at the end.
     """
@@ -96,18 +110,22 @@ class _Plan:
     name: str
     steps: tuple[Step, ...]
     problems: tuple[Problem, ...]
+    seen: Seen
     remembers: Mapping[str, Seen] = field(default_factory=dict)
     forgets: str = ""
 
 
-def _observe(run: options.Invocation, what: str, given: Commands) -> tuple[Kind, Seen]:
+def _observe(
+    run: options.Invocation, what: str, given: Commands, named: int | None
+) -> tuple[Kind, Seen]:
     from imdsproxy.cli.takeover.observe import observe  # noqa: PLC0415 - `--help` need not load it
 
     if what not in KINDS:
         raise RequestRefused(f"there is no takeover of {what}", hint=f"one of {', '.join(KINDS)}")
     kind: Kind = importlib.import_module(f"imdsproxy.cli.takeover.{what}").KIND
     directory = (run.config or DEFAULT_CONFIG).absolute().parent
-    return kind, observe(kind, run.daemon(), run.load(), directory=directory, given=given)
+    seen = observe(kind, run.daemon(), run.load(), directory=directory, given=given, named=named)
+    return kind, seen
 
 
 def _lacks_commands(kind: Kind, seen: Seen, *, back: bool = False) -> Iterator[Problem]:
@@ -132,8 +150,18 @@ def _lacks_commands(kind: Kind, seen: Seen, *, back: bool = False) -> Iterator[P
         )
 
 
-def _carry_out(run: options.Invocation, plan: _Plan, timeout_s: float | None) -> None:
-    """Print the plan, act on it unless there is no time to wait, and report."""
+def _lacks_belief(seen: Seen) -> Iterator[Problem]:
+    """Where there is no agent but what looks like one, only the operator knows."""
+    for stranger in () if seen.agents else seen.strangers:
+        yield Problem(
+            f"process {stranger.pid}",
+            f"looks like {stranger.program}, and is not believed: {stranger.reason}",
+            f"--agent {stranger.pid} if it is the agent, else end it",
+        )
+
+
+def _carry_out(run: options.Invocation, plan: _Plan, timeout_s: float | None, *, asks: bool) -> int:
+    """Print the plan, act on it if there is time to wait and the operator says so, and report."""
     from imdsproxy.cli.takeover.observe import remember  # noqa: PLC0415 - `--help` need not load it
 
     output = run.output
@@ -143,6 +171,9 @@ def _carry_out(run: options.Invocation, plan: _Plan, timeout_s: float | None) ->
         _show_plan(output, plan)
     report: list[Mapping[str, str]] = []
     if timeout_s is not None and plan.steps:
+        if asks and not output.confirm("Do this", instead="--yes"):
+            output.text("nothing was done")
+            return options.NO
         state = run.settings.paths.state_dir
         for kind, seen in plan.remembers.items():
             remember(state, kind, seen)
@@ -150,9 +181,17 @@ def _carry_out(run: options.Invocation, plan: _Plan, timeout_s: float | None) ->
         if plan.forgets:
             remember(state, plan.forgets, None)
     if output.as_json:
-        output.json({"plan": [dict(shape_of(one)) for one in plan.steps], "report": report})
+        output.json(
+            {
+                "agents": [dict(shape_of_agent(agent)) for agent in plan.seen.agents],
+                "files": list(plan.seen.files),
+                "plan": [dict(shape_of(one)) for one in plan.steps],
+                "report": report,
+            }
+        )
     elif report:
         output.styled(f"[green]{plan.name} is done[/]; {_BOTH}")
+    return options.OK
 
 
 def _act(run: options.Invocation, plan: _Plan, timeout_s: float) -> Iterator[Mapping[str, str]]:
@@ -177,6 +216,14 @@ def _show_plan(output: Output, plan: _Plan) -> None:
         output.styled(f"{plan.name}: all is done already")
         return
     output.styled(f"[bold]{plan.name}[/]: {spell_count(len(plan.steps), 'step')}")
+    for agent in plan.seen.agents:
+        shown = f"{agent.program} (pid {agent.pid}, user {agent.account}, {agent.place})"
+        output.styled(f"[dim]agent:[/] {clean(shown)}")
+    for path in plan.seen.files:
+        output.styled(f"[dim]its settings, which are read:[/] {clean(path)}")
+    for stranger in plan.seen.strangers:
+        shown = f"process {stranger.pid}, which looks like {stranger.program}: {stranger.reason}"
+        output.styled(f"[yellow]ignored:[/] {clean(shown)}")
     for number, step in enumerate(plan.steps, 1):
         output.styled(f"{number}. {clean(step.words)}")
         output.styled(f"   [dim]by hand:[/] {clean(step.by_hand)}")

@@ -1,27 +1,26 @@
-"""What there is on this host of Neutron's agents: processes, their namespaces, units and settings files."""
+"""What there is on this host of Neutron's agents, of their HAProxies and namespaces, and of imdsproxy."""
 
 import contextlib
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from imdsproxy.admin_client import AdminClient
-from imdsproxy.cli.takeover.plan import Agent, Commands, Kind, Proxy, Seen, find_option
+from imdsproxy.cli.takeover.agents import find_agents, pids, read_file, root_of, unit_of
+from imdsproxy.cli.takeover.plan import Commands, Kind, Proxy, Reach, Seen, find_option
 from imdsproxy.cli.takeover.stand_in import STAND_IN, is_stand_in
 from imdsproxy.config.load import Loaded
 from imdsproxy.core.haproxy.namespace_proxy import DEFAULT_STATE_PATH
-from imdsproxy.core.neutron_ini import IniOption, decode_ini, parse_ini
+from imdsproxy.core.neutron_ini import decode_ini, parse_ini
 from imdsproxy.errors import ConfigUnreadable, LibraryMissing, optional_library
 from imdsproxy.host.files import write_atomic
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
+from imdsproxy.host.owned_files import list_owned
 from imdsproxy.host.process import PROC, command_name, read_arguments, read_stat
 from imdsproxy.sources.neutron_namespaces.records import ROUTER_PREFIX
 
-_UNIT: Final = re.compile(r"/([^/]+\.service)$", re.MULTILINE)
-_BETWEEN_WORDS: Final = re.compile(r"[()\[\]]")
 _HAPROXY: Final = "haproxy"
 _PAGE: Final = 4096
 _ROUTES: Final = Path("/proc/thread-self/net/route")
@@ -30,62 +29,13 @@ _IPV4_OPTION: Final = ",option:"
 _ROUTE: Final = "169.254.169.254/32,"
 
 
-def _pids() -> list[int]:
-    return sorted(int(one.name) for one in PROC.iterdir() if one.name.isdecimal())
-
-
-def unit_of(pid: int) -> str:
-    """The unit of systemd's that a process belongs to; empty for none, as in most containers."""
-    try:
-        groups = (PROC / str(pid) / "cgroup").read_text()
-    except OSError:
-        return ""
-    found = _UNIT.search(groups.strip())
-    return "" if found is None else found[1]
-
-
-def find_agents(programs: Sequence[str]) -> Iterator[Agent]:
-    """The running agents of these names; of an agent's processes the one that the others come from."""
-    found: dict[int, tuple[str, list[str]]] = {}
-    for pid in _pids():
-        # An agent gives its process a title, which holds its command line: `NAME (python3 /usr/bin/NAME --opt …)`, and
-        # one that runs services a second one around it, in brackets.
-        words = _BETWEEN_WORDS.sub(" ", " ".join(read_arguments(pid))).split()
-        names = [Path(word).name for word in words[:6]]
-        program = next((name for name in names if name in programs), None)
-        if program is not None and read_stat(pid) is not None:
-            found[pid] = program, words
-    for pid, (program, words) in found.items():
-        stat = read_stat(pid)
-        if stat is not None and stat.parent not in found:
-            yield Agent(pid, program, unit_of(pid), tuple(_files(pid, words)))
-
-
-def _files(pid: int, words: Sequence[str]) -> Iterator[str]:
-    """Files of `--config-file` and `--config-dir`; in a container they are below its root."""
-    root = PROC / str(pid) / "root"
-    here = _same(root, Path("/"))
-    options = iter(words)
-    for word in options:
-        name, equals, value = word.partition("=")
-        if name not in {"--config-file", "--config-dir"}:
-            continue
-        path = Path(value if equals else next(options, ""))
-        reached = path if here else root / path.relative_to("/")
-        yield from map(str, sorted(reached.glob("*.conf")) if name.endswith("dir") else [reached])
-
-
-def _same(one: Path, other: Path) -> bool:
-    try:
-        return one.samefile(other)
-    except OSError:
-        return False
-
-
 def find_haproxy(prefix: str) -> tuple[str, str]:
     """Where the agent of these namespaces finds HAProxy, and the place before it where it would find another.
 
     Its other programs there were looked for in the same directories. In a container they are below its root.
+
+    Raises:
+        FileUntrusted: A user other than root may change such a directory.
     """
     for pid, _ in _processes_in(prefix):
         try:
@@ -94,19 +44,23 @@ def find_haproxy(prefix: str) -> tuple[str, str]:
             continue
         for one in variables:
             if one.startswith(b"PATH="):
-                root = PROC / str(pid) / "root"
-                base = "" if _same(root, Path("/")) else str(root)
-                return _look_up(base, os.fsdecode(one.removeprefix(b"PATH=")).split(":"))
+                directories = os.fsdecode(one.removeprefix(b"PATH=")).split(":")
+                return _look_up(root_of(pid), [each for each in directories if each[:1] == "/"])
     return "", ""
 
 
-def _look_up(base: str, directories: Sequence[str]) -> tuple[str, str]:
-    before = ""
+def _look_up(root: Path, directories: Sequence[str]) -> tuple[str, str]:
+    base, before = "" if root == Path("/") else str(root), ""
     for directory in directories:
         place = f"{base}{directory}/{_HAPROXY}"
-        if (text := _text_of(place)) is None:
-            before = before or (place if Path(place).parent.is_dir() else "")
-        elif is_stand_in(text):
+        try:
+            # What is written or started from here on is root's: nobody else may exchange it.
+            names = list_owned(Path(directory), (0, 0), root)
+        except ConfigUnreadable:
+            continue
+        if _HAPROXY not in names:
+            before = before or place
+        elif is_stand_in(_text_of(place) or ""):
             before = place
         else:
             return f"{directory}/{_HAPROXY}", before
@@ -168,7 +122,7 @@ def _processes_in(prefix: str) -> Iterator[tuple[int, str]]:
     names = {
         ref.inode: name for name, ref in directory.namespaces().items() if name.startswith(prefix)
     }
-    for pid in _pids() if names else ():
+    for pid in pids() if names else ():
         try:
             inode = (PROC / str(pid) / "ns" / "net").stat().st_ino
         except OSError:
@@ -184,6 +138,7 @@ def observe(
     *,
     directory: Path,
     given: Commands,
+    named: int | None = None,
 ) -> Seen:
     """All that a plan is made of.
 
@@ -193,28 +148,35 @@ def observe(
         loaded: The settings as their files are now.
         directory: Of the settings; `conf.d/` is in it.
         given: Commands that the operator has given.
+        named: The process that the operator says is the agent.
 
     Raises:
         AdminUnavailable: No daemon answers.
         ConfigUnreadable: A settings file of the agent's cannot be read.
+        FileUntrusted: A user other than root and the agent's may change such a file.
+        RequestRefused: The process that was named is no agent.
     """
     status = daemon.get("/v1/status")
-    agents = tuple(find_agents(kind.programs))
+    agents, strangers = find_agents(kind.programs, named)
     drop_in = directory / "conf.d" / f"{kind.name}.yaml"
     own = unit_of(status["controller"])
     unit = next((one.unit for one in agents if one.unit), "")
     haproxy = find_haproxy(kind.prefix) if kind.runs_on else ("", "")
     before = recall(loaded.settings.paths.state_dir).get(kind.name, {})
     files = agents[0].files if agents else _existing(before.get("files", ()))
-    options = tuple(read_options(path) for path in files)
+    reach = agents[0].reach if agents else Reach("/", *before.get("owner", (0, 0)))
+    texts = {path: read_file(path, reach) for path in files}
+    options = tuple(parse_ini(decode_ini(data, path), path) for path, data in texts.items())
     state_path = find_option(options, "DEFAULT", "state_path") or DEFAULT_STATE_PATH
     return Seen(
         agents=agents,
+        strangers=strangers,
         proxies=find_proxies(kind.prefix),
         files=files,
+        reach=reach,
         options=options,
         state_path=state_path,
-        marked=any(kind.mark in (_text_of(path, -1) or "") for path in files),
+        marked=any(kind.mark.encode() in data for data in texts.values()),
         commands=Commands(
             stop=given.stop
             or (unit and f"systemctl disable --now {unit}")
@@ -242,7 +204,6 @@ def observe(
 
 
 def _existing(paths: Sequence[str]) -> tuple[str, ...]:
-    # Those of a container that has ended are out of reach.
     return tuple(path for path in paths if Path(path).exists())
 
 
@@ -255,19 +216,6 @@ def _lacks_library() -> str:
     except LibraryMissing as error:
         return str(error)
     return ""
-
-
-def read_options(path: str) -> tuple[IniOption, ...]:
-    """What a settings file of the agent's holds.
-
-    Raises:
-        ConfigError: It cannot be read, or is no such file.
-    """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise ConfigUnreadable(f"cannot read {path}: {error.strerror}") from error
-    return parse_ini(decode_ini(data, path), path)
 
 
 def recall(state: Path) -> Mapping[str, Mapping[str, Any]]:
@@ -284,7 +232,15 @@ def remember(state: Path, kind: str, seen: Seen | None) -> None:
     known = {name: value for name, value in recall(state).items() if name != kind}
     if seen is not None:
         commands = seen.commands
-        known[kind] = {"stop": commands.stop, "start": commands.start, "files": seen.files}
+        # A container's are out of reach when it has ended, and another process may get its pid then.
+        files = [] if seen.reach.root != "/" else seen.files
+        owner = [seen.reach.user, seen.reach.group]
+        known[kind] = {
+            "stop": commands.stop,
+            "start": commands.start,
+            "files": files,
+            "owner": owner,
+        }
     if known:
         write_atomic(state / _REMEMBERED, json.dumps(known, indent=2).encode(), mode=0o600)
     elif (state / _REMEMBERED).exists():

@@ -34,14 +34,14 @@ _FILES: Final = {
 def _takeover(seen: Seen) -> Iterator[Step]:
     if not (seen.agents or seen.proxies) and seen.source:
         return
-    if not seen.nova:
+    if not seen.nova and seen.agents:
         files = seen.agents[0].files
         settings, secret = seen.imported
         yield Step(
             f"import Nova's address and secret from the agent's settings into {settings}",
             f"imdsproxy config import --neutron {' '.join(files)} --output {settings} --secret-file {secret}",
             f"rm {settings} {secret}",
-            ImportSettings(files, settings, secret),
+            ImportSettings(files, settings, secret, seen.agents[0].reach),
         )
     text = render_settings(seen)
     yield from settings_steps(
@@ -67,7 +67,7 @@ def _takeover(seen: Seen) -> Iterator[Step]:
             f"stop {agent.program} (pid {agent.pid})",
             seen.commands.stop,
             seen.commands.start,
-            StopAgent(seen.commands.stop, agent.pid if agent.unit else None, _PREFIX),
+            StopAgent(seen.commands.stop, agent if agent.unit else None, _PREFIX),
         )
 
 

@@ -14,6 +14,21 @@ from imdsproxy.errors import Problem
 
 
 @dataclass(frozen=True, slots=True)
+class Reach:
+    """How an agent's files are reached, and who may own them beside root.
+
+    Attributes:
+        root: The root directory of the agent's container, as it is reached from here; `/` without one.
+        user: The agent's user.
+        group: The agent's group.
+    """
+
+    root: str = "/"
+    user: int = 0
+    group: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Agent:
     """A running agent of Neutron's.
 
@@ -21,12 +36,33 @@ class Agent:
         program: Its name, as `neutron-ovn-metadata-agent`.
         unit: Its unit of systemd; empty where it has none, as in a container.
         files: Its settings files in the order in which it was given them, as they are reached from here.
+        account: The name of its user.
+        place: What it belongs to: its unit, or its container.
+        started: When it was started: with the pid, the identity of a process.
     """
 
     pid: int
     program: str
     unit: str = ""
     files: tuple[str, ...] = ()
+    reach: Reach = Reach()
+    account: str = ""
+    place: str = ""
+    started: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Stranger:
+    """A process with an agent's command line that is not believed.
+
+    Attributes:
+        program: The agent that it says it is.
+        reason: Why it is not believed.
+    """
+
+    pid: int
+    program: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +89,9 @@ class Seen:
     Attributes:
         agents: Those of the kind that run.
         proxies: HAProxies in the kind's namespaces.
+        strangers: Processes that look like agents of the kind, and are not believed.
         files: The agent's settings files; also of one that does not run, once there was a takeover.
+        reach: How these files are reached.
         options: What each of these files holds.
         state_path: The agent's directory.
         marked: One of them has what a takeover of this kind has set.
@@ -72,8 +110,10 @@ class Seen:
     """
 
     agents: tuple[Agent, ...] = ()
+    strangers: tuple[Stranger, ...] = ()
     proxies: tuple[Proxy, ...] = ()
     files: tuple[str, ...] = ()
+    reach: Reach = Reach()
     options: Sequence[Sequence[IniOption]] = ()
     state_path: str = ""
     marked: bool = False
@@ -98,6 +138,7 @@ class ImportSettings:
     files: tuple[str, ...]
     settings: str
     secret: str
+    reach: Reach
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +155,7 @@ class EditSettings:
 
     path: str
     edit: Callable[[str], str]
+    reach: Reach
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +188,11 @@ class StopAgent:
     """Stop the agent, once none of its HAProxies is there; it would start them again.
 
     Attributes:
-        pid: Held still while that is looked at, where a unit is stopped; `None` for a command of the operator's.
+        agent: Held still while that is looked at, where a unit is stopped; `None` for a command of the operator's.
     """
 
     command: str
-    pid: int | None
+    agent: Agent | None
     prefix: str
 
 
@@ -360,3 +402,13 @@ def list_pids(seen: Seen) -> str:
 def shape_of(step: Step) -> Mapping[str, str]:
     """A step as JSON has it."""
     return {"step": step.words, "by_hand": step.by_hand, "undo": step.undo}
+
+
+def shape_of_agent(agent: Agent) -> Mapping[str, str | int]:
+    """An agent as JSON has it."""
+    return {
+        "program": agent.program,
+        "pid": agent.pid,
+        "user": agent.account,
+        "place": agent.place,
+    }

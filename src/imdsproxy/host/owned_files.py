@@ -1,0 +1,142 @@
+"""Files of another account: opened only if nobody but root and this account can change them, or the way to them."""
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from imdsproxy.errors import ConfigUnreadable, FileUntrusted
+from imdsproxy.host.files import Owner, opened
+
+_MOST_LINKS: Final = 40
+"""As the kernel has it (path_resolution(7))."""
+
+_HERE: Final = Path("/")
+
+
+@dataclass(frozen=True, slots=True)
+class OwnedFile:
+    """An open file, and the open directory that holds the file: neither changes when a name on the way does.
+
+    Attributes:
+        itself: Names the file (`O_PATH`).
+        directory: The directory's descriptor.
+        name: The file's name in the directory.
+    """
+
+    itself: int
+    directory: int
+    name: str
+
+    @property
+    def path(self) -> Path:
+        """Path by which the file can be replaced in its directory, wherever that is now."""
+        return Path(f"/proc/self/fd/{self.directory}") / self.name
+
+    def read(self) -> bytes:
+        """Read the whole file."""
+        return Path(f"/proc/self/fd/{self.itself}").read_bytes()
+
+
+@contextlib.contextmanager
+def open_owned(path: Path, owner: Owner, root: Path = _HERE) -> Iterator[OwnedFile]:
+    """Open a regular file for the block.
+
+    Every directory and symbolic link on the way, and the file, must belong to root or to the owner, and be writable by
+    no other user. A symbolic link is followed within the root.
+
+    Args:
+        path: The file, as the processes name it that have this root.
+        owner: User and group of the account that may own the file beside root.
+        root: A directory, as `/proc/PID/root`.
+
+    Raises:
+        ConfigUnreadable: There is no such file.
+        FileUntrusted: Another user may change the file, or which file it is.
+    """
+    shown = root / path.relative_to("/")
+    with _reading(shown), contextlib.ExitStack() as stack:
+        found = _walk(stack, path, owner, root)
+        if not stat.S_ISREG(os.fstat(found.itself).st_mode):
+            raise ConfigUnreadable(f"cannot read {shown}: it is no regular file")
+        yield found
+
+
+def list_owned(path: Path, owner: Owner, root: Path = _HERE) -> list[str]:
+    """List the names in a directory, in order; the directory is held to the same rules as in `open_owned`.
+
+    Raises:
+        ConfigUnreadable: There is no such directory.
+        FileUntrusted: Another user may change the directory, or which directory it is.
+    """
+    with _reading(root / path.relative_to("/")), contextlib.ExitStack() as stack:
+        directory = Path(f"/proc/self/fd/{_walk(stack, path, owner, root).itself}")
+        return sorted(entry.name for entry in directory.iterdir())
+
+
+@contextlib.contextmanager
+def _reading(shown: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigUnreadable(f"cannot read {shown}: {error.strerror}") from error
+
+
+def _walk(stack: contextlib.ExitStack, path: Path, owner: Owner, root: Path) -> OwnedFile:
+    """Open each part of a path in the one before, so that nobody can exchange a part behind its check."""
+    base = stack.enter_context(opened(root, os.O_PATH | os.O_DIRECTORY))
+    way = [(base, str(root))]
+    _check(base, str(root), owner)
+    left, links = _parts(str(path)), 0
+    while True:
+        name = left.pop()
+        if name == "..":
+            way = way[:-1] or way
+            if not left:
+                raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+            continue
+        directory, shown = way[-1][0], f"{way[-1][1].rstrip('/')}/{name}"
+        flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+        found = os.open(name, flags, dir_fd=directory)
+        stack.callback(os.close, found)
+        _check(found, shown, owner)
+        if stat.S_ISLNK(os.fstat(found).st_mode):
+            links += 1
+            if links > _MOST_LINKS:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+            target = os.readlink("", dir_fd=found)
+            way = way[:1] if target.startswith("/") else way
+            left += _parts(target)
+        elif left:
+            way.append((found, shown))
+        else:
+            return OwnedFile(found, directory, name)
+
+
+def _parts(path: str) -> list[str]:
+    """Parts of a path, the last one first; an empty path is the directory itself."""
+    return [part for part in reversed(path.split("/")) if part not in {"", "."}]
+
+
+def _check(descriptor: int, shown: str, owner: Owner) -> None:
+    status = os.fstat(descriptor)
+    user, group = owner
+    if status.st_uid not in {0, user}:
+        raise FileUntrusted(
+            f"{shown} belongs to user {status.st_uid}", hint=f"chown root {shown}, if it is genuine"
+        )
+    # The mode of a link says nothing; in a directory with the sticky bit only an entry's owner may replace the entry.
+    if stat.S_ISLNK(status.st_mode) or (
+        stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
+    ):
+        return
+    if status.st_mode & stat.S_IWOTH:
+        raise FileUntrusted(f"every user may write to {shown}", hint=f"chmod o-w {shown}")
+    if status.st_mode & stat.S_IWGRP and status.st_gid not in {0, group}:
+        raise FileUntrusted(
+            f"group {status.st_gid} may write to {shown}", hint=f"chmod g-w {shown}"
+        )
