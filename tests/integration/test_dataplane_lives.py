@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -33,12 +34,38 @@ _CACHED: Final = "/latest/user-data"
 _FRESH: Final = "/openstack/latest/meta_data.json"
 """Never cached, so each answer is the document server's."""
 
+_PASSWORD: Final = "/openstack/latest/password"
+_ROUNDS: Final = 5
+
 
 def _own_name(guest: Guest, reply: Reply) -> str | None:
     """What is wrong with an answer to `_FRESH`."""
     if reply.status == 200 and json.loads(reply.body)["name"] == own_name(guest):
         return None
     return f"{guest.name} got {reply.status} {reply.body[:80]!r}"
+
+
+def _are_replaced(world: World, gone: set[int]) -> bool:
+    """Whether the document server is whole again without these processes."""
+    pids = world.daemon.status()["documents"]["pids"]
+    return len(pids) == 3 and not gone & set(pids)
+
+
+def _own_or_later(guest: Guest, reply: Reply) -> str | None:
+    return None if reply.is_to_come_again else _own_name(guest, reply)
+
+
+def _post(guest: Guest, ended: threading.Event, lost: list[str]) -> None:
+    """Post a password again and again, over a connection that is kept; the first one is taken."""
+    while not ended.is_set():
+        with contextlib.closing(guest.connect()) as connection:
+            try:
+                while not ended.is_set():
+                    reply = connection.request(_PASSWORD, method="POST", body=b"secret")
+                    if reply.closes:
+                        break
+            except Lost as error:
+                lost.append(f"{guest.name} posted: {error}")
 
 
 @contextlib.contextmanager
@@ -190,15 +217,39 @@ def test_a_process_of_the_document_server_that_ends_or_hangs_is_replaced_and_no_
     if which == "a worker":
         gone = {before.document_workers[0]}
 
-    def is_replaced() -> bool:
-        pids = world.daemon.status()["documents"]["pids"]
-        return len(pids) == 3 and not gone & set(pids)
-
     with _reading(world):
         os.kill(before.document_workers[0] if which == "a worker" else before.documents, number)
-        until(is_replaced, what="another process")
+        until(partial(_are_replaced, world, gone), what="another process")
         until(lambda: not any(map(alive, gone)), what="the end of the old ones")
     assert world.settled().master == before.master
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["all workers", "the server"])
+def test_each_request_is_answered_though_all_of_the_document_server_ends_at_once(
+    world: World, which: str
+) -> None:
+    guests, lost = [world.red, world.guests["blue"]], list[str]()
+    for _ in range(_ROUNDS):
+        before, ended = world.settled(), threading.Event()
+        gone = [*before.document_workers, *([before.documents] * (which == "the server"))]
+        loads = [
+            Load(guests, _FRESH, _own_or_later, connections=8, pause_s=0),
+            Load(guests, _FRESH, _own_or_later, keep_alive=False, connections=4, pause_s=0),
+        ]
+        posts = Background(*(partial(_post, guest, ended, lost) for guest in guests * 4))
+        with posts, loads[0], loads[1]:
+            for load in loads:
+                load.wait_answers(20)
+            for number in (signal.SIGSTOP, signal.SIGKILL):
+                for pid in gone:
+                    os.kill(pid, number)
+            for load in loads:
+                load.wait_answers(40)
+            ended.set()
+        lost += [line for load in loads for line in load.report.lost]
+        until(partial(_are_replaced, world, {*gone}), what="other processes")
+    assert lost == []
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ def alone(opened: Alone) -> Alone:
 
 
 def _forgeries(other: str) -> Iterator[Sequence[str]]:
-    for name in ("instance", "network", "address", "revision"):
+    for name in ("instance", "network", "address", "revision", "turn"):
         value = {"instance": other, "network": "green", "address": "10.0.0.6"}.get(name, "x")
         yield (f"X-Imdsproxy-{name}: {value}",)
         yield (f"x-imdsproxy-{name}: {value}", f"X-IMDSPROXY-{name.upper()}: {value}")
@@ -77,7 +77,10 @@ def test_no_header_changes_who_a_guest_is_and_only_known_ones_go_on(alone: Alone
             assert first == f"GET {META} HTTP/1.1"
             fields = [line.partition(": ")[::2] for line in rest]
             assert len(fields) == len(dict(fields))
-            assert {**allowed, **identity, "host": record} == dict(fields), forged
+            named = dict(fields)
+            # Whose turn it is does not depend on the request.
+            assert named.pop("x-imdsproxy-turn") in {"0", "1"}
+            assert {**allowed, **identity, "host": record} == named, forged
 
 
 @pytest.mark.parametrize("method", ["CONNECT", "TRACE", "PROPFIND", "get", "X"])

@@ -40,6 +40,9 @@ HEADER_ADDRESS: Final = "x-imdsproxy-address"
 HEADER_INSTANCE: Final = "x-imdsproxy-instance"
 HEADER_REVISION: Final = "x-imdsproxy-revision"
 
+HEADER_TURN: Final = "x-imdsproxy-turn"
+"""Within HAProxy: the number of the document server's worker that a request was sent to first."""
+
 HEADER_SCOPE: Final = "x-imdsproxy-scope"
 """To the resolver: `router` where the id in `HEADER_NETWORK` came as a router's, else not there."""
 

@@ -24,11 +24,11 @@ _BLOCKS: Final = text.blocks_of(text.read_template("nova"))
 # Now: by the time that a set is given its next secret, an upgrade may have put another one there.
 _LOOPBACK: Final = text.read_template("nova_loopback")
 _AGAIN: Final = text.read_template("nova_again")
-_AGAIN_SERVERS: Final = ("again-1", "again-2")
+AGAIN_SERVERS: Final = ("again-1", "again-2")
 _SIGNATURE: Final = 64
 """Characters of a signature."""
 
-_RETRIES: Final = 2
+RETRIES: Final = 2
 _CHECK_S: Final = 3.0
 """A Nova whose workers are all busy answers late; one that takes longer twice in a row would keep guests waiting."""
 _BEYOND_LOOPBACK_S: Final = 1.0
@@ -47,7 +47,7 @@ def loopback_sockets(config: str) -> frozenset[str]:
 
 def longest_s(times: model.NovaTimes) -> float:
     """After how many seconds HAProxy has either Nova's answer or one of its own."""
-    return (_RETRIES + 1) * times.connect_s + times.response_s + _BEYOND_LOOPBACK_S
+    return (RETRIES + 1) * times.connect_s + times.response_s + _BEYOND_LOOPBACK_S
 
 
 def set_of_server(backend: str, server: str) -> str | None:
@@ -55,7 +55,7 @@ def set_of_server(backend: str, server: str) -> str | None:
     nova, _, name = backend.partition(".")
     for ending in (model.SAMPLED, model.CHECKED, ".once", ".again"):
         name = name.removesuffix(ending)
-    return name if nova == "nova" and "." not in name and server not in _AGAIN_SERVERS else None
+    return name if nova == "nova" and "." not in name and server not in AGAIN_SERVERS else None
 
 
 def names_of_nova(spec: model.DataplaneSpec) -> dict[str, text.Value]:
@@ -82,8 +82,8 @@ def nova_backends(spec: model.DataplaneSpec, values: dict[str, text.Value]) -> I
             {"name": one.name, "number": number} for number, one in enumerate(backend.servers)
         ]
         named |= {
-            **_socket_names(spec, f"{backend.name} again", "again_"),
-            "again": replace(_BLOCKS["again"], rows=[{"name": one} for one in _AGAIN_SERVERS]),
+            **loopback_names(spec, f"{backend.name} again", "again_"),
+            "again": replace(_BLOCKS["again"], rows=[{"name": one} for one in AGAIN_SERVERS]),
             "in_turn": replace(_BLOCKS["in_turn"], rows=turns[:-1]),
             "any_endpoint": replace(_BLOCKS["any_endpoint"], rows=turns[-1:] + turns[:-1]),
         }
@@ -147,7 +147,7 @@ def _names(backend: model.NovaBackend, times: model.NovaTimes) -> dict[str, text
         "pace": _ms(times.check_interval_s),
         "soon": _ms(min(times.check_interval_s, 0.5)),
         "down": _ms(min(times.check_interval_s, 2.0)),
-        "retries": _RETRIES,
+        "retries": RETRIES,
     }
 
 
@@ -165,13 +165,13 @@ def _server_names(
         "authority": server.authority,
         "next": bool(server.slot),
         "loopback_name": loopback,
-        **_socket_names(spec, f"{backend} {server.name}"),
+        **loopback_names(spec, f"{backend} {server.name}"),
         "track_loopback": text.option("track", f"{loopback}/{server.name}" if checked else None),
         "track_first": text.option("track", f"nova.{backend}/{server.name}" if checked else None),
     }
 
 
-def _socket_names(
+def loopback_names(
     spec: model.DataplaneSpec, purpose: str, prefix: str = ""
 ) -> dict[str, text.Value]:
     """A socket of HAProxy to itself: where it is bound, and where the worker finds it."""
