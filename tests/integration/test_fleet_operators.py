@@ -29,10 +29,15 @@ _PASSWORD = "/openstack/latest/password"
 
 @dataclass(frozen=True)
 class _Fleet:
-    """Its host `a` has the instance `web`; `away` is enrolled, and never connected. Both hubs know all of it."""
+    """Its host `a` has the instance `web`; `away` is enrolled, and never connected. Both hubs know all of it.
+
+    Attributes:
+        red: A guest on `a`, in a network that no record has.
+    """
 
     world: FleetWorld
     guest: Guest
+    red: Guest
     capture: pytest.CaptureFixture[str]
 
     def __call__(self, *words: str, hub: int = 0, name: str = "anna") -> Ran:
@@ -46,18 +51,18 @@ def _of(world: FleetWorld, hub: int = 0, name: str = "anna") -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def opened() -> Iterator[tuple[FleetWorld, Guest]]:
+def opened() -> Iterator[tuple[FleetWorld, Guest, Guest]]:
     with fleet_world() as world:
         host = world.add_host("a", networks=("blue", "red"))
         world.add_host("away", start=False)
         world.operator("anna")
         world.operator("rita", Role.READER)
         world.operator("mallory", scope="shop")
-        yield world, host.lab.guest("blue")
+        yield world, host.lab.guest("blue"), host.lab.guest("red")
 
 
 @pytest.fixture
-def fleet(opened: tuple[FleetWorld, Guest], capsys: pytest.CaptureFixture[str]) -> _Fleet:
+def fleet(opened: tuple[FleetWorld, Guest, Guest], capsys: pytest.CaptureFixture[str]) -> _Fleet:
     made = _Fleet(*opened, capsys)
     if made("instance", "show", "web").status != 0:
         guest = made.guest
@@ -222,7 +227,7 @@ def test_hubs_that_are_stopped_go_at_once_and_secrets_are_sealed_anew_once_each_
 def test_a_projects_operator_serves_no_guest_of_another_project_and_keeps_no_owner_out(
     fleet: _Fleet,
 ) -> None:
-    guest = fleet.world.hosts["a"].lab.guest("red")
+    guest = fleet.red
     address = guest.addresses[0]
     made = fleet(
         "network", "add", "shopred", "--bridge", "red", "--project", "shop", name="mallory"
@@ -252,3 +257,37 @@ def test_a_projects_operator_serves_no_guest_of_another_project_and_keeps_no_own
     assert fleet("grant", "list", name="mallory").words.endswith(" shop hosts: a")
     assert fleet("grant", "clear", "shop").status == 0
     assert fleet("grant", "show", "shop", name="mallory").words == "nothing"
+
+
+def test_a_projects_operator_serves_guests_behind_a_listener_that_the_project_was_given(
+    fleet: _Fleet,
+) -> None:
+    guest = fleet.red
+    given = ("--host", "a", "--listener", "bridge=red")
+    assert fleet("grant", "add", "shop", *given).status == 0
+    network = ("shopnet", "--bridge", "red", "--project", "shop")
+    assert fleet("network", "add", *network, name="mallory").status == 0
+    at = ("-n", "shopnet", "--address", guest.addresses[0])
+    added = ("instance", "add", "till", *at, "--mac", guest.mac, "--project", "shop", "--host", "a")
+    assert fleet(*added, name="mallory").status == 0
+    assert guest.ask(_HOSTNAME).text == "till"
+    asked = ("-n", "shopnet", "--from", guest.addresses[0])
+    assert fleet("get", _HOSTNAME, *asked, name="mallory").out == "till"
+    for hub in (0, 1):
+        explained = fleet("explain", *asked, "--json", hub=hub, name="mallory")
+        assert (explained.json["instance"], explained.json["verdict"]) == ("till", "found")
+    # Of `web` it learns nothing, by name, by address or by its host.
+    for words in (
+        ("instance", "show", "web"),
+        ("get", _HOSTNAME, "-n", "blue", "--from", fleet.guest.addresses[0]),
+        ("explain", "web"),
+        ("explain", "-n", "blue", "--from", fleet.guest.addresses[0]),
+        ("network", "show", "blue"),
+        ("fleet", "wait", "1", "--host", "away"),
+    ):
+        ran = fleet(*words, name="mallory")
+        assert (ran.status, "web" in ran.err.replace("instance web", "")) == (66, False), ran
+    assert fleet("fleet", "wait", "1", name="mallory").words == "done: revision 1 is in force"
+    assert fleet("instance", "remove", "till", name="mallory").status == 0
+    assert fleet("network", "remove", "shopnet", name="mallory").status == 0
+    assert fleet("grant", "clear", "shop").status == 0

@@ -1,100 +1,35 @@
-"""A captured certificate of a project's operator, mover or reader against a hub over a real etcd."""
+"""A captured certificate of a project's operator or mover against a hub over a real etcd."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import pytest
 
 from imdsproxy.errors import AccessDenied, AlreadyExists, ImdsproxyError, NotFound, SourceRefused
-from imdsproxy.hub import in_force
-from support.etcd_lab import etcd_lab
-from support.hub_api import Hub, HubClient, open_hub
+from support.hub_api import HubClient
+from support.scoped_fleet import (
+    GRANT,
+    RED_MAC,
+    ScopedFleet,
+    instance,
+    network,
+    open_scoped_fleet,
+    port,
+)
 
 pytestmark = pytest.mark.root
 
-_RED_MAC: Final = "52:54:00:00:ed:01"
-_GRANT: Final = {
-    "hosts": ["a", "c"],
-    "addresses": [
-        {"network": "public", "cidr": "10.9.0.64/26"},
-        {"network": "public", "cidr": "fe80::5054:ff:fe5a:0/112"},
-    ],
-}
-
-
-@dataclass(frozen=True)
-class _Fleet:
-    """Projects `red` and `shop` on the hosts a and b; the attacker has certificates of `shop`.
-
-    Each project has a network of its own, and both have instances in the shared network `public`.
-    """
-
-    hub: Hub
-
-    @property
-    def anna(self) -> HubClient:
-        """The operator of all projects."""
-        return self.hub.client
-
-    def shop(self, role: str = "operator") -> HubClient:
-        return replace(self.hub.client, role=role, scope="shop")
-
-    def refusal(self, method: str, path: str, body: object = None) -> ImdsproxyError:
-        """Why the attacker's request is refused."""
-        with pytest.raises(ImdsproxyError) as refused:
-            self.shop().request(method, path, body=body)
-        return refused.value
-
-
-def _network(name: str, project: str | None, bridge: str | None = None) -> dict[str, Any]:
-    record = {"id": name, "listener": {"bridge": bridge or f"br-{name}"}}
-    return record if project is None else {**record, "project": project}
-
-
-def _instance(
-    name: str, project: str | None, *ports: dict[str, Any], hosts: tuple[str, ...] = ("a",)
-) -> dict[str, Any]:
-    return {"id": name, "name": name, "project": project, "ports": ports, "hosts": hosts}
-
-
-def _port(network: str, address: str, **more: str) -> dict[str, Any]:
-    return {"network": network, "addresses": [address], **more}
-
-
-_RECORDS: Final = {
-    "networks": [
-        _network("rednet", "red"),
-        _network("shopnet", "shop"),
-        _network("public", None),
-    ],
-    "instances": [
-        _instance("red-web", "red", _port("rednet", "10.0.0.5", mac=_RED_MAC)),
-        _instance("red-pub", "red", _port("public", "10.9.0.70", mac="52:54:00:5a:00:01")),
-        _instance("shop-web", "shop", _port("shopnet", "10.0.0.5")),
-    ],
-}
-
 
 @pytest.fixture(scope="module")
-def fleet() -> Iterator[_Fleet]:
-    with etcd_lab(1, tls=False) as lab, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(in_force, "_ABSENT_S", 0.3)
-        with open_hub(lab) as hub:
-            hub.enrol("a", "b", "c")
-            hub.connect("a")
-            hub.connect("b")
-            hub.connect("c")
-            made = _Fleet(hub)
-            made.anna.request("POST", "/v1/records", body=_RECORDS)
-            made.anna.request("PUT", "/v1/grants/shop", body=_GRANT)
-            yield made
+def fleet() -> Iterator[ScopedFleet]:
+    with open_scoped_fleet() as made:
+        yield made
 
 
 @pytest.fixture(autouse=True)
-def _is_as_before(fleet: _Fleet) -> Iterator[None]:
+def _is_as_before(fleet: ScopedFleet) -> Iterator[None]:
     """No attack changes a record, or keeps the owner from moving the instance."""
 
     def records() -> list[object]:
@@ -121,9 +56,9 @@ _THIRD: Final = [
 
 @pytest.mark.parametrize("listener", [{"bridge": "br-rednet"}, *_THIRD])
 def test_a_project_makes_networks_on_no_listener_that_it_was_not_given(
-    fleet: _Fleet, listener: dict[str, str]
+    fleet: ScopedFleet, listener: dict[str, str]
 ) -> None:
-    record = {**_network("shopred", "shop"), "listener": listener}
+    record = {**network("shopred", "shop"), "listener": listener}
     for method, path, body in (
         ("POST", "/v1/networks", record),
         ("PUT", "/v1/networks/shopred", record),
@@ -135,7 +70,7 @@ def test_a_project_makes_networks_on_no_listener_that_it_was_not_given(
 
 
 def test_a_project_changes_its_network_but_not_to_a_listener_that_it_was_not_given(
-    fleet: _Fleet,
+    fleet: ScopedFleet,
 ) -> None:
     assert isinstance(
         fleet.refusal("PATCH", "/v1/networks/shopnet", {"listener": {"bridge": "br-rednet"}}),
@@ -152,26 +87,26 @@ def test_a_project_changes_its_network_but_not_to_a_listener_that_it_was_not_giv
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        (_instance("x", "shop", _port("rednet", "10.0.0.66")), "there is no network rednet"),
-        (_instance("x", "shop", _port("rednet", "10.0.0.5", mac=_RED_MAC)), "no network rednet"),
+        (instance("x", "shop", port("rednet", "10.0.0.66")), "there is no network rednet"),
+        (instance("x", "shop", port("rednet", "10.0.0.5", mac=RED_MAC)), "no network rednet"),
         # In a shared network addresses and MACs are given, or anybody could be served in another's place.
-        (_instance("x", "shop", _port("public", "10.9.0.5")), "may not use 10.9.0.5 in the shared"),
+        (instance("x", "shop", port("public", "10.9.0.5")), "may not use 10.9.0.5 in the shared"),
         (
-            _instance("x", "shop", _port("public", "10.9.0.71", mac=_RED_MAC)),
-            f"may not use {_RED_MAC} in the shared network public",
+            instance("x", "shop", port("public", "10.9.0.71", mac=RED_MAC)),
+            f"may not use {RED_MAC} in the shared network public",
         ),
-        (_instance("x", "shop", _port("public", "2001:db8::1")), "may not use 2001:db8::1"),
+        (instance("x", "shop", port("public", "2001:db8::1")), "may not use 2001:db8::1"),
         (
-            _instance("x", "shop", _port("public", "10.9.0.70")),
+            instance("x", "shop", port("public", "10.9.0.70")),
             "10.9.0.70 in network public is taken",
         ),
-        (_instance("x", "shop", _port("shopnet", "10.0.0.6"), hosts=("b",)), "has no host b"),
-        (_instance("x", "shop", _port("shopnet", "10.0.0.6"), hosts=("a", "b")), "has no host b"),
-        (_instance("x", "shop", _port("shopnet", "10.0.0.6"), hosts=("none",)), "has no host none"),
+        (instance("x", "shop", port("shopnet", "10.0.0.6"), hosts=("b",)), "has no host b"),
+        (instance("x", "shop", port("shopnet", "10.0.0.6"), hosts=("a", "b")), "has no host b"),
+        (instance("x", "shop", port("shopnet", "10.0.0.6"), hosts=("none",)), "has no host none"),
     ],
 )
 def test_a_project_has_instances_only_where_it_was_given_network_address_and_host(
-    fleet: _Fleet, record: dict[str, Any], reason: str
+    fleet: ScopedFleet, record: dict[str, Any], reason: str
 ) -> None:
     for method, path, body in (
         ("POST", "/v1/instances", record),
@@ -185,20 +120,20 @@ def test_a_project_has_instances_only_where_it_was_given_network_address_and_hos
         assert reason in problem.reason
 
 
-def test_a_port_is_of_no_other_project(fleet: _Fleet) -> None:
-    port = _port("shopnet", "10.0.0.6", project="red")
-    record = _instance("x", "shop", port)
+def test_a_port_is_of_no_other_project(fleet: ScopedFleet) -> None:
+    foreign = port("shopnet", "10.0.0.6", project="red-project")
+    record = instance("x", "shop", foreign)
     # Nova would answer with what it has of an instance of the port's project.
-    nova = {"name": "x", "project": "shop", "upstream": "nova", "ports": [port]}
+    nova = {"name": "x", "project": "shop", "upstream": "nova", "ports": [foreign]}
     attempts: list[tuple[str, str, object]] = [
         ("POST", "/v1/instances", record),
         ("PUT", "/v1/instances/shop-web", nova),
         ("POST", "/v1/records", {"instances": [record]}),
-        ("PATCH", "/v1/instances/shop-web", {"ports": [port]}),
-        ("PATCH", "/v1/instances/shop-web", {"project": "red"}),
-        ("PATCH", "/v1/networks/shopnet", {"project": "red"}),
+        ("PATCH", "/v1/instances/shop-web", {"ports": [foreign]}),
+        ("PATCH", "/v1/instances/shop-web", {"project": "red-project"}),
+        ("PATCH", "/v1/networks/shopnet", {"project": "red-project"}),
         ("PATCH", "/v1/networks/shopnet", {"project": None}),
-        ("POST", "/v1/instances", {**record, "project": "red"}),
+        ("POST", "/v1/instances", {**record, "project": "red-project"}),
         ("POST", "/v1/instances", {**record, "project": None}),
     ]
     for attempt in attempts:
@@ -207,16 +142,16 @@ def test_a_port_is_of_no_other_project(fleet: _Fleet) -> None:
         assert "is not of project shop" in refused.message
 
 
-def test_an_import_is_held_to_the_same_rules(fleet: _Fleet) -> None:
+def test_an_import_is_held_to_the_same_rules(fleet: ScopedFleet) -> None:
     many = [
-        _instance(f"x{number}", "shop", _port("shopnet", f"10.0.1.{number}"))
+        instance(f"x{number}", "shop", port("shopnet", f"10.0.1.{number}"))
         for number in range(1, 60)
     ]
     for bad in (
-        _instance("bad", "shop", _port("rednet", "10.0.0.6")),
-        _instance("bad", "shop", _port("shopnet", "10.0.0.6"), hosts=("b",)),
-        _instance("bad", "shop", _port("shopnet", "10.0.0.6", project="red")),
-        _instance("red-web", "shop", _port("shopnet", "10.0.0.6")),
+        instance("bad", "shop", port("rednet", "10.0.0.6")),
+        instance("bad", "shop", port("shopnet", "10.0.0.6"), hosts=("b",)),
+        instance("bad", "shop", port("shopnet", "10.0.0.6", project="red-project")),
+        instance("red-web", "shop", port("shopnet", "10.0.0.6")),
     ):
         with pytest.raises(ImdsproxyError):
             _send(fleet.shop(), [*many, bad])
@@ -231,7 +166,7 @@ def _send(client: HubClient, instances: list[dict[str, Any]]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("role", ["operator", "mover"])
 def test_an_instance_moves_only_to_hosts_that_its_project_was_given(
-    fleet: _Fleet, role: str
+    fleet: ScopedFleet, role: str
 ) -> None:
     client = fleet.shop(role)
     for body in ({"to": "b"}, {"to": "b", "now": True}):
@@ -245,48 +180,50 @@ def test_an_instance_moves_only_to_hosts_that_its_project_was_given(
 
 
 def test_what_an_operator_of_all_projects_has_placed_stays_as_the_rest_is_changed(
-    fleet: _Fleet,
+    fleet: ScopedFleet,
 ) -> None:
-    placed = _instance("lent", "shop", _port("rednet", "10.0.0.77"), hosts=("b",))
+    placed = instance("lent", "shop", port("rednet", "10.0.0.77"), hosts=("b",))
     fleet.anna.request("POST", "/v1/instances", body=placed)
     changed = fleet.shop().request("PATCH", "/v1/instances/lent", body={"hostname": "www"})
     assert changed["hosts"] == ["b"]
-    more = [*placed["ports"], _port("rednet", "10.0.0.78")]
+    more = [*placed["ports"], port("rednet", "10.0.0.78")]
     refused = fleet.refusal("PATCH", "/v1/instances/lent", {"ports": more})
     assert [one.reason for one in refused.problems] == ["there is no network rednet"]
     fleet.shop().request("DELETE", "/v1/instances/lent")
 
 
 def test_a_host_has_a_listener_for_the_project_that_may_need_it_though_another_one_comes_first(
-    fleet: _Fleet,
+    fleet: ScopedFleet,
 ) -> None:
-    # By mistake, or since it is `red`'s on other hosts.
-    given = {**_GRANT, "listeners": [{"bridge": "br-rednet"}]}
+    # By mistake, or since it is the other project's on other hosts.
+    given = {**GRANT, "listeners": [{"bridge": "br-rednet"}]}
     fleet.anna.request("PUT", "/v1/grants/shop", body=given)
     shop = fleet.shop()
-    shop.request("POST", "/v1/networks", body=_network("shopred", "shop", "br-rednet"))
-    record = _instance("squat", "shop", _port("shopred", "10.0.0.5"), hosts=("c",))
+    shop.request("POST", "/v1/networks", body=network("shopred", "shop", "br-rednet"))
+    record = instance("squat", "shop", port("shopred", "10.0.0.5"), hosts=("c",))
     refused = fleet.refusal("POST", "/v1/instances", record)
     assert [one.reason for one in refused.problems] == [
         "network shopred has on host c the listener of another network"
     ]
-    # `red` is on other hosts only, as an operator of all projects says.
-    fleet.anna.request("PUT", "/v1/grants/red", body={"hosts": ["a", "b"]})
+    # The project is on other hosts only, as an operator of all projects says.
+    fleet.anna.request("PUT", "/v1/grants/red-project", body={"hosts": ["a", "b"]})
     assert shop.request("POST", "/v1/instances", body=record)["applied"]
     for path in ("instances/squat", "networks/shopred"):
         shop.request("DELETE", f"/v1/{path}")
-    fleet.anna.request("DELETE", "/v1/grants/red")
-    fleet.anna.request("PUT", "/v1/grants/shop", body=_GRANT)
+    fleet.anna.request("DELETE", "/v1/grants/red-project")
+    fleet.anna.request("PUT", "/v1/grants/shop", body=GRANT)
 
 
-def test_an_id_that_another_project_has_or_had_is_taken(fleet: _Fleet) -> None:
+def test_an_id_that_another_project_has_or_had_is_taken(fleet: ScopedFleet) -> None:
     fleet.anna.request(
-        "POST", "/v1/instances", body=_instance("red-gone", "red", _port("rednet", "10.0.0.9"))
+        "POST",
+        "/v1/instances",
+        body=instance("red-gone", "red-project", port("rednet", "10.0.0.9")),
     )
     fleet.anna.request("POST", "/v1/instances/red-gone/revoke-tokens")
     fleet.anna.request("DELETE", "/v1/instances/red-gone")
     for name in ("red-web", "red-gone"):
-        record = _instance(name, "shop", _port("shopnet", "10.0.0.6"))
+        record = instance(name, "shop", port("shopnet", "10.0.0.6"))
         for attempt in (
             ("POST", "/v1/instances", record),
             ("PUT", f"/v1/instances/{name}", record),
@@ -297,33 +234,33 @@ def test_an_id_that_another_project_has_or_had_is_taken(fleet: _Fleet) -> None:
         for what in ("revoke-tokens", "reopen"):
             assert isinstance(fleet.refusal("POST", f"/v1/instances/{name}/{what}"), NotFound)
     # Who may not use any address at all learns not even that.
-    record = _instance("red-web", "shop", _port("rednet", "10.0.0.6"))
+    record = instance("red-web", "shop", port("rednet", "10.0.0.6"))
     assert isinstance(fleet.refusal("POST", "/v1/instances", record), SourceRefused)
     fleet.anna.request("PUT", "/v1/grants/shop", body={"listeners": [{"bridge": "br-new"}]})
     for name in ("rednet", "public"):
-        refused = fleet.refusal("POST", "/v1/networks", _network(name, "shop", "br-new"))
+        refused = fleet.refusal("POST", "/v1/networks", network(name, "shop", "br-new"))
         assert (type(refused), refused.message) == (AlreadyExists, f"the id {name} is taken")
-    fleet.anna.request("PUT", "/v1/grants/shop", body=_GRANT)
+    fleet.anna.request("PUT", "/v1/grants/shop", body=GRANT)
 
 
-def test_a_project_gives_itself_nothing(fleet: _Fleet) -> None:
+def test_a_project_gives_itself_nothing(fleet: ScopedFleet) -> None:
     for attempt in (
         ("PUT", "/v1/grants/shop", {"hosts": ["*"]}),
         ("DELETE", "/v1/grants/shop", None),
         ("PATCH", "/v1/policies/fleet", {"tokens": "off"}),
         ("PATCH", "/v1/policies/host/a", {"tokens": "off"}),
-        ("PATCH", "/v1/policies/project/red", {"tokens": "off"}),
-        ("DELETE", "/v1/policies/project/red", None),
+        ("PATCH", "/v1/policies/project/red-project", {"tokens": "off"}),
+        ("DELETE", "/v1/policies/project/red-project", None),
     ):
         assert isinstance(fleet.refusal(*attempt), AccessDenied)
-    assert fleet.shop("reader").get("/v1/grants/shop")["grant"] == _GRANT
+    assert fleet.shop("reader").get("/v1/grants/shop")["grant"] == GRANT
     assert [one["project"] for one in fleet.shop().get("/v1/grants")] == ["shop"]
     with pytest.raises(NotFound):
-        fleet.shop().get("/v1/grants/red")
+        fleet.shop().get("/v1/grants/red-project")
 
 
 def test_a_grant_is_of_hosts_and_shared_networks_that_are_there_and_what_was_made_stays(
-    fleet: _Fleet,
+    fleet: ScopedFleet,
 ) -> None:
     bad = {
         "hosts": ["none"],
@@ -340,16 +277,16 @@ def test_a_grant_is_of_hosts_and_shared_networks_that_are_there_and_what_was_mad
         "addresses[1].network",
     ]
     shop = fleet.shop()
-    record = _instance("kept", "shop", _port("public", "10.9.0.80", mac="52:54:00:5a:00:02"))
+    record = instance("kept", "shop", port("public", "10.9.0.80", mac="52:54:00:5a:00:02"))
     shop.request("POST", "/v1/instances", body=record)
     fleet.anna.request("DELETE", "/v1/grants/shop")
     for word in ("one", "two"):
         assert shop.request("PATCH", "/v1/instances/kept", body={"name": word})["applied"]
-    refusal = fleet.refusal("POST", "/v1/instances", _instance("x", "shop", hosts=("a",)))
+    refusal = fleet.refusal("POST", "/v1/instances", instance("x", "shop", hosts=("a",)))
     assert [one.reason for one in refusal.problems] == ["project shop has no host a"]
     shop.request("DELETE", "/v1/instances/kept")
     fleet.anna.request("PUT", "/v1/grants/shop", body={"hosts": ["*"]})
-    record = _instance("x", "shop", _port("shopnet", "10.0.0.6"), hosts=("b",))
+    record = instance("x", "shop", port("shopnet", "10.0.0.6"), hosts=("b",))
     assert shop.request("POST", "/v1/instances", body=record)["applied"]
     shop.request("DELETE", "/v1/instances/x")
-    fleet.anna.request("PUT", "/v1/grants/shop", body=_GRANT)
+    fleet.anna.request("PUT", "/v1/grants/shop", body=GRANT)

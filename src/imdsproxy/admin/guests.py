@@ -19,7 +19,7 @@ from imdsproxy.core.plan import policy_place, record_key
 from imdsproxy.core.policy_report import Decided, PolicyInForce, decide_read, report_policy
 from imdsproxy.core.wire import HEADER_LOGGED, MISMATCH_TEXT, NovaRecord, hide_signatures
 from imdsproxy.dataplane.master import WorkerEnded
-from imdsproxy.errors import RuntimeUnavailable
+from imdsproxy.errors import NotFound, RuntimeUnavailable
 from imdsproxy.listeners.endpoints import networks_of
 from imdsproxy.listeners.loop import ListenerLoop
 from imdsproxy.serving.resolver_app import CollectedAnswer, GuestRequest
@@ -169,15 +169,27 @@ def _refuse_unknown(inventory: Inventory, instance: model.InstanceId) -> None:
         raise no_such("instance", instance)
 
 
-async def get_document(controller: Controller, key: AddressKey, path: str) -> DocumentView:
+async def get_document(
+    controller: Controller, key: AddressKey, path: str, instance: model.InstanceId | None = None
+) -> DocumentView:
     """The answer that the guest at an address gets to `GET path` (with its query).
 
     Nothing is remembered of it; an unknown guest is answered as one is, without being held.
+
+    Raises:
+        NotFound: There is no such network, or the address is not the `instance`'s.
     """
     lookup = controller.lookup
     if not _may_know(lookup, key[0]):
         raise no_such("network", key[0])
     owner = await _owner(lookup, key)
+    if instance is not None and not (
+        isinstance(owner.known, identity.Found) and owner.known.instance.id == instance
+    ):
+        raise NotFound(
+            f"{key[1]} in network {key[0]} is not instance {instance}'s on this host",
+            hint="try again: a change may be on its way",
+        )
     if isinstance(owner.known, identity.Found):
         # Its MAC need not be checked.
         outcome = lookup.known(owner.known.instance, key)

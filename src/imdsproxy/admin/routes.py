@@ -137,10 +137,14 @@ async def get_document(
     address: _Address,
     path: Annotated[str, Query(description="As the guest would write it, with its query.")],
     controller: _Uses,
+    instance: Annotated[
+        str | None, Query(description="Refuse unless the address is this instance's.")
+    ] = None,
 ) -> bodies.DocumentView:
     """The answer that this guest gets to `GET path`."""
     _refuse_relative(path)
-    return await guests.get_document(controller, (network, _ip(address)), path)
+    owner = None if instance is None else InstanceId(instance)
+    return await guests.get_document(controller, (network, _ip(address)), path, owner)
 
 
 @router.get("/watch")

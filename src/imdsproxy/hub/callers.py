@@ -14,7 +14,8 @@ from imdsproxy.core.fleet.layout import HostId
 from imdsproxy.core.fleet.members import admits_operator, operator_key
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.errors import AccessDenied, SourceUnavailable
-from imdsproxy.hub.operations import Operations
+from imdsproxy.hub.in_force import Reported
+from imdsproxy.hub.operations import WITHHELD, Operations
 from imdsproxy.hub.plan_writes import Terms
 from imdsproxy.hub.views import Views
 
@@ -53,6 +54,16 @@ class Caller:
     def views(self, operations: Operations) -> Views:
         """The records that it may read."""
         return Views(operations.state, self.scope)
+
+    async def reported(self, operations: Operations) -> Reported:
+        """What hosts acknowledged; a host's words may name records of other projects."""
+        reported = await operations.in_force.report_all()
+        if self.scope is None:
+            return reported
+        return {
+            host: {**one, "failed": dict.fromkeys(one.get("failed", {}), WITHHELD)}
+            for host, one in reported.items()
+        }
 
 
 async def admit(operations: Operations, headers: Mapping[str, str]) -> Caller:

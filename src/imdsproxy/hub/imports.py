@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import structlog
@@ -41,19 +41,19 @@ class Import:
 
     Args:
         writes: What writes its parts.
-        progress: Where it says how far it is.
         networks: All of them are written before the first instance.
         instances: With their user data.
         terms: How; the request is the import's name.
         name: As of `make_name`.
+        progress: How far it is.
     """
 
     writes: Writes
-    progress: Progress
     networks: Sequence[Network]
     instances: Sequence[PlacedInstance]
     terms: Terms
     name: str = ""
+    progress: Progress = field(default_factory=Progress)
 
     async def run(self) -> Done:
         """Check and write all of it.
@@ -141,7 +141,7 @@ class Import:
             await write(self.networks[begin : begin + _NETWORKS_AT_ONCE], [])
         for part in _parts(self.instances):
             await write([], part)
-        return Done(revision, frozenset(hosts))
+        return Done(revision, frozenset(hosts), terms.scope)
 
 
 def _parts(instances: Sequence[PlacedInstance]) -> Iterator[Sequence[PlacedInstance]]:

@@ -22,7 +22,7 @@ _ROUND_S: Final = 1.0
 """Then hosts are looked for anew: one may have gone to another hub."""
 
 NOT_CONNECTED: Final = "not connected"
-_COMING: Final = frozenset((NOT_CONNECTED, "not received", "not sent yet", "not acknowledged yet"))
+COMING: Final = frozenset((NOT_CONNECTED, "not received", "not sent yet", "not acknowledged yet"))
 """What may pass by itself; the rest are failures on a host, in its words."""
 
 Reported: TypeAlias = Mapping[HostId, Mapping[str, Any]]
@@ -71,7 +71,7 @@ class InForce:
                 break
             passed = loop.time() - begun
             absent = all(why == NOT_CONNECTED for why in pending.values())
-            failed = all(why not in _COMING for why in pending.values())
+            failed = all(why not in COMING for why in pending.values())
             if failed or passed >= (min(_ABSENT_S, timeout_s) if absent else timeout_s):
                 break
             await asyncio.sleep(_AGAIN_S)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 from urllib.parse import quote, urlencode
 
@@ -15,14 +15,14 @@ from imdsproxy.core.fleet.members import HostState, host_key, operator_key, pars
 from imdsproxy.core.fleet.stream import CONNECT_S, ItemKey
 from imdsproxy.core.fleet.suspicion import Suspicion, read_suspicion
 from imdsproxy.core.model import NetworkId
-from imdsproxy.core.timing import Progress, Step
+from imdsproxy.core.timing import Step
 from imdsproxy.errors import EtcdUnavailable, NotFound, SourceUnavailable
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.authority import Authority
 from imdsproxy.hub.etcd import Etcd, MemberSilent
 from imdsproxy.hub.etcd_messages import MemberStatus, prefix_end
 from imdsproxy.hub.imports import Import
-from imdsproxy.hub.in_force import NOT_CONNECTED, InForce, Reported
+from imdsproxy.hub.in_force import COMING, NOT_CONNECTED, InForce, Reported
 from imdsproxy.hub.peers import Peers
 from imdsproxy.hub.state import FleetState
 from imdsproxy.hub.streams import Streams
@@ -32,6 +32,7 @@ ASK_PATH: Final = "/fleet/ask"
 _ASK_S: Final = 10.0
 _COMPLETE_S: Final = 5.0
 _NEARLY_FULL: Final = 0.7
+WITHHELD: Final = "it is not in force there: an operator of all projects sees why"
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +161,7 @@ class Operations:
     token_key_problem: Callable[[], str | None] = lambda: None
     authority: Authority | None = None
     loop_failures: Callable[[], Mapping[str, str]] = dict
-    progress: Progress = field(default_factory=Progress)
-    imports: dict[str, asyncio.Task[FleetWritten]] = field(default_factory=dict)
+    imports: dict[str, tuple[Import, asyncio.Task[FleetWritten]]] = field(default_factory=dict)
     operators: set[str] = field(default_factory=set)
 
     def begin(self, one: Import) -> str:
@@ -173,8 +173,18 @@ class Operations:
             return await self.confirm(done, None, **counts)
 
         if one.name not in self.imports:
-            self.imports[one.name] = asyncio.get_running_loop().create_task(run())
+            self.imports[one.name] = one, asyncio.get_running_loop().create_task(run())
         return one.name
+
+    def progress(self, scope: str | None) -> list[Step]:
+        """How far imports are; of an operator of one project those alone that such operators began."""
+        imports = (one for one, _ in self.imports.values())
+        return [
+            step
+            for one in imports
+            if scope in {None, one.terms.scope}
+            for step in one.progress.steps
+        ]
 
     @property
     def in_force(self) -> InForce:
@@ -185,7 +195,7 @@ class Operations:
         """`NotFound` where the fleet has not all of these hosts."""
         for host in hosts:
             if self.state.value(host_key(host)) is None:
-                raise NotFound(f"the fleet has no host {host}", hint="imdsproxy fleet hosts")
+                raise no_such_host(host)
 
     def holder_of(self, name: str) -> str | None:
         """Return who has a name that no host may have, in words; `None` if it is free."""
@@ -207,29 +217,29 @@ class Operations:
             counts: Of `Written`.
         """
         pending = await self.in_force.wait(done.hosts, done.revision, items)
-        return self.written(done.hosts, done.revision, pending, **counts)
+        return self.written(done, pending, **counts)
 
     def written(
-        self,
-        hosts: Collection[HostId],
-        revision: int,
-        pending: Mapping[HostId, str],
-        **counts: int,
+        self, done: Done, pending: Mapping[HostId, str] | None = None, **counts: int
     ) -> FleetWritten:
-        """The answer to a change that is to be in force on these hosts."""
+        """The answer to a change; an operator of one project does not get a host's words, as in `Caller.reported`."""
+        reasons = {
+            host: why if done.scope is None or why in COMING else WITHHELD
+            for host, why in (pending or {}).items()
+        }
         return FleetWritten(
             counts.get("networks", 0),
             counts.get("instances", 0),
             applied=not pending,
-            pending=tuple(f"host {host}: {why}" for host, why in pending.items()),
-            revision=revision,
-            hosts=tuple(sorted(hosts)),
+            pending=tuple(f"host {host}: {why}" for host, why in reasons.items()),
+            revision=done.revision,
+            hosts=tuple(sorted(done.hosts)),
         )
 
     async def confirm_network(self, done: Done, network: NetworkId) -> FleetWritten:
         """The same of a network: it has to be in force on every host with an instance in it."""
         item = f"network/{network}"
-        everywhere = Done(done.revision, done.hosts | self.state.hosts_with(item))
+        everywhere = replace(done, hosts=done.hosts | self.state.hosts_with(item))
         return await self.confirm(everywhere, {item}, networks=1)
 
     async def report_hosts(self) -> list[FleetHost]:
@@ -357,6 +367,11 @@ def _member(member: MemberStatus | MemberSilent) -> dict[str, Any]:
                 "quota_bytes": member.quota,
                 "problems": problems,
             }
+
+
+def no_such_host(host: HostId) -> NotFound:
+    """The error to raise where there is no host of this name that the caller may know."""
+    return NotFound(f"the fleet has no host {host}", hint="imdsproxy fleet hosts")
 
 
 def path_on_host(*steps: str) -> str:

@@ -133,7 +133,8 @@ class _Draft:
     def finish(self) -> Transaction:
         """All of it; nothing is compared where nothing is written."""
         if not (self.puts or self.deletes):
-            return Transaction(revision=self.revision, hosts=frozenset(self.hosts))
+            hosts = frozenset(self.hosts)
+            return Transaction(revision=self.revision, hosts=hosts, scope=self.terms.scope)
         if self.terms.scope is not None:
             # What the write uses may not be taken from the project meanwhile.
             self.hold(layout.grant_key(self.terms.scope))

@@ -65,15 +65,15 @@ class MoveBody(BaseModel):
 
 
 @records.get("/progress")
-async def show_progress(operations: Uses, _: Reader) -> list[Step]:
+async def show_progress(operations: Uses, caller: Reader) -> list[Step]:
     """Imports that are under way on this hub; for a client that waits for its answer."""
-    return list(operations.progress.steps)
+    return operations.progress(caller.scope)
 
 
 @records.get("/networks", responses={200: {"model": list[bodies.NetworkView]}})
 async def list_networks(operations: Uses, caller: Reader) -> JSONResponse:
     """Every network, by id."""
-    views, reported = caller.views(operations), await operations.in_force.report_all()
+    views, reported = caller.views(operations), await caller.reported(operations)
     return bodies.RecordResponse([views.network(one, reported) for one in views.networks()])
 
 
@@ -88,7 +88,7 @@ async def add_network(
 @records.get("/networks/{network}", responses={200: {"model": bodies.NetworkView}})
 async def show_network(network: NetworkOf, operations: Uses, caller: Reader) -> JSONResponse:
     """One network."""
-    reported = await operations.in_force.report_all()
+    reported = await caller.reported(operations)
     return bodies.RecordResponse(caller.views(operations).network(network, reported))
 
 
@@ -139,7 +139,7 @@ async def list_instances(  # noqa: PLR0917 - FastAPI passes them by name
     host: Annotated[str | None, Query(description="Only those that are placed on it.")] = None,
 ) -> StreamingResponse:
     """Every instance that matches, by id, without payloads; each as it is when it is sent."""
-    views, reported = caller.views(operations), await operations.in_force.report_all()
+    views, reported = caller.views(operations), await caller.reported(operations)
     chosen = None if network is None else views.find_network(network)
     wanted = Wanted(text, chosen, project, None if host is None else HostId(host))
     return bodies.stream_list(views.summaries(wanted, reported))
@@ -155,7 +155,7 @@ async def search_instances(  # noqa: PLR0917 - FastAPI passes them by name
     limit: bodies.PageSize = 50,
 ) -> JSONResponse:
     """Instances that match, by id, a page at a time, without payloads."""
-    views, reported = caller.views(operations), await operations.in_force.report_all()
+    views, reported = caller.views(operations), await caller.reported(operations)
     chosen = None if network is None else views.find_network(network)
     found = [one async for one, _, _ in views.instances(Wanted(text, chosen))]
     page = matching.cut_page(found, after, limit)
@@ -174,7 +174,7 @@ async def add_instance(
 @records.get("/instances/{instance}", responses={200: {"model": bodies.InstanceView}})
 async def show_instance(instance: InstanceOf, operations: Uses, caller: Reader) -> JSONResponse:
     """One instance; user data included for who may read it."""
-    views, reported = caller.views(operations), await operations.in_force.report_all()
+    views, reported = caller.views(operations), await caller.reported(operations)
     stored, _ = views.stored(instance)
     data = None
     if stored.user_data is not None and caller.reads_secrets:
@@ -281,27 +281,30 @@ async def put_records(
         with contextlib.suppress(TooMuch):
             done = await operations.writes.put(networks, placed, terms, bulk=True)
     if done is None:
-        one = Import(operations.writes, operations.progress, networks, placed, terms)
+        one = Import(operations.writes, networks, placed, terms)
         one.name = await asyncio.to_thread(one.make_name)
-        return await _imported(operations, operations.begin(one))
+        return await _imported(operations, operations.begin(one), terms.scope)
     return await operations.confirm(done, items, networks=len(networks), instances=len(placed))
 
 
 @records.get("/imports/{name}")
-async def show_import(name: str, operations: Uses, _: Operator) -> FleetWritten | Importing:
+async def show_import(name: str, operations: Uses, caller: Operator) -> FleetWritten | Importing:
     """The answer to a large import, or how far it is."""
-    if name not in operations.imports:
+    known = operations.imports.get(name)
+    if known is None or caller.scope not in {None, known[0].terms.scope}:
         raise SourceUnavailable(
             f"this hub does not know import {name}: it was started since",
             hint="send the same records again: what is stored is known",
         )
-    return await _imported(operations, name)
+    return await _imported(operations, name, caller.scope)
 
 
-async def _imported(operations: Operations, name: str) -> FleetWritten | Importing:
-    task = operations.imports[name]
+async def _imported(
+    operations: Operations, name: str, scope: str | None
+) -> FleetWritten | Importing:
+    task = operations.imports[name][1]
     if not (await asyncio.wait([task], timeout=_IMPORT_S))[0]:
-        return Importing(name, list(operations.progress.steps))
+        return Importing(name, operations.progress(scope))
     del operations.imports[name]
     return await task
 

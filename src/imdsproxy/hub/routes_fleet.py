@@ -24,9 +24,10 @@ from imdsproxy.hub.callers import (
     Reader,
     Uses,
 )
-from imdsproxy.hub.operations import FleetHost, FleetStatus, FleetWritten
+from imdsproxy.hub.operations import FleetHost, FleetStatus, FleetWritten, no_such_host
 from imdsproxy.hub.plan_writes import choose_departure, no_such, plan_hosts
 from imdsproxy.hub.reseal import Resealed, reseal
+from imdsproxy.hub.writes import Done
 
 fleet = APIRouter()
 
@@ -102,14 +103,21 @@ async def list_hosts(operations: Uses, _: FleetReader) -> list[FleetHost]:
 
 
 @fleet.post("/wait")
-async def wait(body: WaitBody, operations: Uses, _: Reader) -> FleetWritten:
-    """Return once a revision is in force on these hosts, or say where it is not."""
-    hosts = operations.state.enrolled()
+async def wait(body: WaitBody, operations: Uses, caller: Reader) -> FleetWritten:
+    """Return once a revision is in force on these hosts, or say where it is not; of a project, its records alone."""
+    views = caller.views(operations)
+    hosts = views.placed_hosts()
     if body.hosts is not None:
-        hosts = [HostId(one) for one in body.hosts]
-        operations.refuse_unknown(hosts)
-    pending = await operations.in_force.wait(hosts, body.revision, timeout_s=body.timeout_s)
-    return operations.written(hosts, body.revision, pending)
+        hosts = frozenset(map(HostId, body.hosts))
+        known = views.hosts()
+        for host in sorted(hosts - known):
+            if caller.scope is not None:
+                raise no_such_host(host)
+            operations.refuse_unknown([host])
+    pending = await operations.in_force.wait(
+        hosts, body.revision, views.items_on(hosts), body.timeout_s
+    )
+    return operations.written(Done(body.revision, hosts, caller.scope), pending)
 
 
 @fleet.post("/accept-restore")
@@ -127,9 +135,8 @@ async def accept_restore(operations: Uses, _: FleetOperator) -> FleetWritten:
         if host not in enrolled
     )
     revision = await operations.writes.accept_restore()
-    hosts = state.enrolled()
-    pending = await operations.in_force.wait(hosts, revision)
-    return replace(operations.written(hosts, revision, pending), warnings=warnings)
+    done = Done(revision, frozenset(state.enrolled()))
+    return replace(await operations.confirm(done, None), warnings=warnings)
 
 
 @fleet.post("/reseal")

@@ -70,8 +70,7 @@ async def clear_grant(
 
 
 async def _put(operations: Operations, project: str, grant: Grant, terms: Terms) -> FleetWritten:
-    done = await operations.writes.put_grant(project, lambda _: grant, terms)
-    return operations.written((), done.revision, {})
+    return operations.written(await operations.writes.put_grant(project, lambda _: grant, terms))
 
 
 def _show(operations: Operations, project: str) -> ProjectGrant:

@@ -1,7 +1,7 @@
 """The routes below `/v1` that are about guests: asked of the host that has them, and what revokes their tokens."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from typing import Annotated, Any, Final
 
@@ -20,7 +20,7 @@ from imdsproxy.core.records.network import POLICY
 from imdsproxy.errors import NotFound, Problem, RequestRefused, SourceUnavailable
 from imdsproxy.hub import plan_writes
 from imdsproxy.hub.callers import Caller, FleetOperator, InstanceOf, Operator, Reader, TermsOf, Uses
-from imdsproxy.hub.operations import FleetWritten, Operations, path_on_host
+from imdsproxy.hub.operations import WITHHELD, FleetWritten, Operations, path_on_host
 from imdsproxy.hub.plan_writes import Terms
 from imdsproxy.hub.token_keys import FleetKeyRotation, rotate_keys
 from imdsproxy.hub.writes import Done
@@ -109,8 +109,8 @@ async def explain_instance(
     found: list[Any] = []
     for host in caller.views(operations).stored(instance)[0].hosts:
         route = path_on_host("instances", instance, "explain")
-        answer = await operations.ask_host(host, route, query)
-        found += [{**one, "host": host} for one in _body(host, answer)]
+        answer = _body(host, await operations.ask_host(host, route, query))
+        found += [{**_explained(caller, one, instance), "host": host} for one in answer]
     return JSONResponse(found)
 
 
@@ -154,11 +154,10 @@ async def explain(  # noqa: PLR0917 - FastAPI passes them by name
     host: _Host = None,
 ) -> JSONResponse:
     """Who has an address in a network: asked of the host of the instance that has it, or of `host`."""
-    at, one = await _host_of(operations, caller, network, address, host)
+    at, one, instance = await _host_of(operations, caller, network, address, host)
     query = _given(network=at, address=address, path=path)
-    return JSONResponse(
-        {**_body(one, await operations.ask_host(one, "/v1/explain", query)), "host": one}
-    )
+    answer = _body(one, await operations.ask_host(one, "/v1/explain", query))
+    return JSONResponse({**_explained(caller, answer, instance), "host": one})
 
 
 @guests.get("/documents")
@@ -166,8 +165,10 @@ async def get_document(  # noqa: PLR0917 - FastAPI passes them by name
     network: str, address: str, path: str, operations: Uses, caller: Operator, host: _Host = None
 ) -> JSONResponse:
     """The answer that a guest gets to `GET path`."""
-    at, one = await _host_of(operations, caller, network, address, host)
-    query = {"network": at, "address": address, "path": path}
+    at, one, instance = await _host_of(operations, caller, network, address, host)
+    # The host may not know yet that the address is another instance's now.
+    owner = None if caller.scope is None else instance
+    query = _given(network=at, address=address, path=path, instance=owner)
     return JSONResponse(_body(one, await operations.ask_host(one, "/v1/documents", query)))
 
 
@@ -256,7 +257,7 @@ async def _put_policy(
     )
     if place.startswith("host/"):
         hosts = frozenset([HostId(place.removeprefix("host/"))])
-    return await operations.confirm(Done(done.revision, hosts), {item})
+    return await operations.confirm(replace(done, hosts=hosts), {item})
 
 
 def _checked(place: str) -> str:
@@ -287,8 +288,8 @@ def _given(**query: str | None) -> dict[str, str]:
 
 async def _host_of(
     operations: Operations, caller: Caller, network: str, address: str, host: str | None
-) -> tuple[str, HostId]:
-    """The network's id, and the host of the instance that has the address there."""
+) -> tuple[str, HostId, InstanceId | None]:
+    """The network's id, and the instance that has the address there with the host to ask."""
     views = caller.views(operations)
     at = views.find_network(network)
     try:
@@ -297,15 +298,26 @@ async def _host_of(
         problem = Problem("address", f"{address} is no IP address", "10.0.0.5 or 2001:db8::5")
         raise RequestRefused(problem.reason, problems=[problem]) from error
     claims = (await operations.etcd.read(layout.address_claim(at, ip))).kvs
-    if not claims:
+    instance = InstanceId(claims[0].value.decode()) if claims else None
+    known = None if instance is None else views.known(instance)
+    if known is None:
         if host is not None and caller.scope is None:
-            return at, HostId(host)
+            return at, HostId(host), None
         raise NotFound(
             f"no instance of the fleet has {ip} in network {at}",
             hint="imdsproxy --fleet URL instance list",
         )
-    hosts = views.stored(InstanceId(claims[0].value.decode()))[0].hosts
-    return at, HostId(host) if host in hosts else hosts[-1]
+    hosts = known[0].hosts
+    return at, HostId(host) if host in hosts else hosts[-1], instance
+
+
+def _explained(caller: Caller, answer: Json, instance: InstanceId | None) -> Json:
+    """A host's explanation; an operator of one project gets what is about the project's own instance."""
+    is_own = answer.get("instance") == instance and not answer.get("claimants")
+    if caller.scope is None or is_own:
+        return answer
+    shown = {key: answer.get(key) for key in ("network", "address", "verdict", "answer")}
+    return {**dict.fromkeys(answer), **_NOT_EXPLAINED, **shown}
 
 
 def _body(host: HostId, answer: Json) -> Any:  # noqa: ANN401 - JSON
@@ -320,5 +332,11 @@ def _body(host: HostId, answer: Json) -> Any:  # noqa: ANN401 - JSON
     raise kind(message, hint=hint)
 
 
+_NOT_EXPLAINED: Final[Json] = {
+    "why": [WITHHELD],
+    "claimants": [],
+    "policy": {},
+    "cards": [],
+}
 _BAD: Final = 400
 _NOT_FOUND: Final = 404

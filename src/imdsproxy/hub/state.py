@@ -491,14 +491,30 @@ class FleetState:
         """The user data of all instances, by SHA-256."""
         return {one.sha256 for one in self._placements.values() if one.sha256 is not None}
 
-    def count_with(self, item: ItemKey) -> int:
-        """How many instances need an item; one that moves counts for each of its hosts."""
-        return sum(self._where.get(item, Counter()).values())
+    def count_by_host(self, item: ItemKey) -> Counter[HostId]:
+        """How many instances need an item, by host; one that moves counts for each of its hosts."""
+        return Counter(self._where.get(item, Counter()))
 
     def count_on(self, host: HostId, item: ItemKey) -> int:
         """How many instances on a host need an item."""
         there = self._where.get(item)
         return 0 if there is None else there.get(host, 0)
+
+    def count_both(self, item: ItemKey, other: ItemKey) -> Counter[HostId]:
+        """How many instances need both items, by host."""
+        hosts = self._where.get(item, Counter()).keys() & self._where.get(other, Counter()).keys()
+        wanted = {item, other}
+        placed = ((host, one) for host in hosts for one in self._placed[host])
+        return Counter(host for host, one in placed if wanted <= {*self._placements[one].needs})
+
+    def items_beside(self, host: HostId, item: ItemKey) -> set[ItemKey]:
+        """Every item for those instances on a host that need this item."""
+        found: set[ItemKey] = set()
+        for one in self._placed.get(host, ()):
+            needs = self._placements[one].needs
+            if item in needs:
+                found.update(_own_items(one), needs)
+        return found
 
     def placement(self, instance: InstanceId) -> tuple[tuple[HostId, ...], tuple[ItemKey, ...]]:
         """An instance's hosts, and the items of others that it needs."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
 from imdsproxy.admin.answers import LeftOut
 from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import HostId, Json, StoredInstance
+from imdsproxy.core.fleet.layout import HostId, Json, StoredInstance, StoredNetwork
+from imdsproxy.core.fleet.stream import ItemKey
 from imdsproxy.core.matching import matcher
 from imdsproxy.core.model import Instance, InstanceId, NetworkId
 from imdsproxy.core.records import render_record
@@ -16,10 +18,9 @@ from imdsproxy.errors import RequestRefused, SourceCorrupt
 from imdsproxy.host.turns import in_turns
 from imdsproxy.hub.in_force import NOT_CONNECTED, Reported
 from imdsproxy.hub.plan_writes import (
-    in_scope,
     no_such,
-    read_instance,
     read_network,
+    read_owned,
     record_of,
 )
 from imdsproxy.hub.scopes import read_scope
@@ -55,11 +56,9 @@ class Views:
 
     def networks(self) -> Iterator[NetworkId]:
         """Every network that the operator may know, by id."""
-        scope = read_scope(self.state.value, self.scope)
         for key in sorted(self.state.keys(layout.NETWORKS)):
             network = NetworkId(key.removeprefix(layout.NETWORKS))
-            known = read_network(self.state.value, network)
-            if known is not None and (scope is None or scope.knows_network(known[0].record)):
+            if self._known_network(network) is not None:
                 yield network
 
     async def instances(
@@ -77,8 +76,8 @@ class Views:
             if found is None or word not in found[0]:
                 continue
             instance = InstanceId(key.removeprefix(layout.INSTANCES))
-            known = read_instance(self.state.value, instance)
-            if known is None or not in_scope(known[0].record, self.scope):
+            known = self.known(instance)
+            if known is None:
                 continue
             try:
                 fits = matches is None or matches(record_of(known[0]))
@@ -88,21 +87,19 @@ class Views:
                 yield instance, *known
 
     def find_network(self, text: str) -> NetworkId:
-        """The id of the network that has this id or name; the text itself where none has.
+        """The id of the network that has this id or name; the text itself where none has that the operator may know.
 
         Raises:
             RequestRefused: Several have the name.
         """
-        network = NetworkId(text)
-        if read_network(self.state.value, network) is not None:
-            return network
+        if self._known_network(NetworkId(text)) is not None:
+            return NetworkId(text)
         return NetworkId(self._find(text, layout.NETWORKS, self._network_name))
 
     def find_instance(self, text: str) -> InstanceId:
         """The same for instances."""
-        instance = InstanceId(text)
-        if read_instance(self.state.value, instance) is not None:
-            return instance
+        if self.known(InstanceId(text)) is not None:
+            return InstanceId(text)
         return InstanceId(self._find(text, layout.INSTANCES, self._instance_name))
 
     def _find(self, text: str, prefix: str, name_of: Callable[[str], object]) -> str:
@@ -119,17 +116,50 @@ class Views:
         return found[0] if found else text
 
     def _network_name(self, identity: str) -> object:
-        known = read_network(self.state.value, NetworkId(identity))
+        known = self._known_network(NetworkId(identity))
         return None if known is None else known[0].record.get("name")
 
     def _instance_name(self, identity: str) -> object:
-        known = read_instance(self.state.value, InstanceId(identity))
+        known = self.known(InstanceId(identity))
         return None if known is None else known[0].record.get("name")
+
+    def known(self, instance: InstanceId) -> tuple[StoredInstance, int] | None:
+        """An instance and its revision; `None` where there is none that the operator may know."""
+        return read_owned(self.state.value, instance, self.scope)
+
+    def _known_network(self, network: NetworkId) -> tuple[StoredNetwork, int] | None:
+        """The same of a network."""
+        known = read_network(self.state.value, network)
+        scope = read_scope(self.state.value, self.scope)
+        hidden = known is None or (scope is not None and not scope.knows_network(known[0].record))
+        return None if hidden else known
+
+    def hosts(self) -> frozenset[HostId]:
+        """Hosts that the operator may know: enrolled ones, of a project's those with its instances or granted to it."""
+        enrolled = frozenset(self.state.enrolled())
+        scope = read_scope(self.state.value, self.scope)
+        if scope is None:
+            return enrolled
+        granted = frozenset(one for one in enrolled if scope.grant.has_host(one))
+        return granted | self.state.hosts_with(_policy_of(scope.project))
+
+    def placed_hosts(self) -> frozenset[HostId]:
+        """Hosts on which something has to be in force: enrolled ones, of a project's those with its instances."""
+        if self.scope is None:
+            return frozenset(self.state.enrolled())
+        return self.state.hosts_with(_policy_of(self.scope))
+
+    def items_on(self, hosts: Iterable[HostId]) -> set[ItemKey] | None:
+        """Items that the operator may know on these hosts; `None` for all."""
+        if self.scope is None:
+            return None
+        item = _policy_of(self.scope)
+        return {one for host in hosts for one in self.state.items_beside(host, item)}
 
     def stored(self, instance: InstanceId) -> tuple[StoredInstance, int]:
         """An instance and its revision; `NotFound` where there is none that the operator may know."""
-        known = read_instance(self.state.value, instance)
-        if known is None or not in_scope(known[0].record, self.scope):
+        known = self.known(instance)
+        if known is None:
             raise no_such("instance", instance)
         return known
 
@@ -137,26 +167,30 @@ class Views:
 
     def network(self, network: NetworkId, reported: Reported) -> Json:
         """As the view of a host's admin API, and its hosts and revision; `NotFound` otherwise."""
-        known, scope = (
-            read_network(self.state.value, network),
-            read_scope(self.state.value, self.scope),
-        )
-        if known is None or (scope is not None and not scope.knows_network(known[0].record)):
+        known = self._known_network(network)
+        if known is None:
             raise no_such("network", network)
         item = f"network/{network}"
-        hosts = sorted(self.state.hosts_with(item))
+        use = self._use(item, known[0].record)
+        hosts = sorted(use)
         failed = [
             f"host {host}: {why}" for host in hosts if (why := _failure(reported, host, {item}))
         ]
         return {
             "record": known[0].record,
             "source": _SOURCE,
-            "instances": self.state.count_with(item),
+            "instances": use.total(),
             "serving": not failed,
             "left_out": LeftOut(network, "not-in-force", failed[0]) if failed else None,
             "hosts": hosts,
             "revision": known[1],
         }
+
+    def _use(self, item: ItemKey, record: Json) -> Counter[HostId]:
+        """How many instances have ports in a network, by host; of a shared one the operator's own."""
+        if self.scope is None or record.get("project") == self.scope:
+            return self.state.count_by_host(item)
+        return self.state.count_both(item, _policy_of(self.scope))
 
     def instance(
         self, instance: InstanceId, reported: Reported, user_data: bytes | None = None
@@ -183,6 +217,11 @@ class Views:
             except SourceCorrupt:
                 continue  # as above
             yield shown
+
+
+def _policy_of(project: str) -> ItemKey:
+    """The item that every host with an instance of a project needs."""
+    return f"policy/project/{project}"
 
 
 def _describe(record: Instance, stored: StoredInstance, revision: int, reported: Reported) -> Json:

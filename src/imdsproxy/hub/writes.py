@@ -56,10 +56,12 @@ class Done:
     Attributes:
         revision: With which it came, or the record's own where it was so already.
         hosts: Where it has to come in force.
+        scope: As `plan_writes.Terms.scope`.
     """
 
     revision: int
     hosts: frozenset[HostId]
+    scope: str | None = None
 
 
 class TooMuch(RequestRefused):
@@ -276,7 +278,7 @@ class Writes:
 
         hosts = self.state.hosts_with(f"network/{network}")
         done = await self.write(plan)
-        return Done(done.revision, done.hosts | hosts)
+        return replace(done, hosts=done.hosts | hosts)
 
     async def write(self, plan: Callable[[Fresh], Transaction]) -> Done:
         """Write what is planned of what is known, again where that has changed.
@@ -299,7 +301,7 @@ class Writes:
                     raise unknown from error
                 raise
             if not (planned.puts or planned.deletes):
-                return Done(planned.revision, planned.hosts)
+                return Done(planned.revision, planned.hosts, planned.scope)
             refuse_shared(self.state, planned)
             if not planned.fits:
                 raise TooMuch(
@@ -318,7 +320,7 @@ class Writes:
                 if answer.revision <= known:
                     # Only after a restore, which was accepted at another hub.
                     await self._follow_acceptance(incarnation)
-                return Done(answer.revision, planned.hosts)
+                return Done(answer.revision, planned.hosts, planned.scope)
             view.take(planned.compares, answer.kvs)
             _refuse_swept(view, planned.compares)
         raise SourceUnavailable("others write the same records all the time", hint="try again")

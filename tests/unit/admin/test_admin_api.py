@@ -23,6 +23,7 @@ from imdsproxy.errors import (
     ConfigInvalid,
     ConfigRejected,
     ImdsproxyError,
+    NotFound,
     Problem,
     SourceUnavailable,
 )
@@ -141,6 +142,20 @@ def test_a_list_of_instances_takes_turns_with_other_work_of_the_event_loop(
     chosen = server.client.get("/v1/instances", {"project": "p", "text": "many-3"})
     assert [one["record"]["id"] for one in chosen] == ["many-3"]
     assert server.client.get("/v1/instances", {"text": "none such"}) == []
+
+
+def test_a_document_of_another_instance_than_the_expected_one_is_not_shown(
+    server: AdminServer,
+) -> None:
+    asked = {"network": "blue", "address": "10.0.0.5", "path": "/"}
+    own = server.client.get("/v1/documents", {**asked, "instance": "web-1"})
+    assert own == server.client.get("/v1/documents", asked)
+    for query in (
+        {**asked, "instance": "web-2"},
+        {**asked, "address": "10.0.0.99", "instance": "web-1"},
+    ):
+        with pytest.raises(NotFound, match="on this host"):
+            server.client.get("/v1/documents", query)
 
 
 def test_a_name_stands_for_an_id_unless_it_is_one_or_two_have_it(server: AdminServer) -> None:
