@@ -35,9 +35,11 @@ class Ran:
         return " ".join(f"{self.out} {self.err}".split())
 
 
-def run_main(capture: pytest.CaptureFixture[str], *arguments: str, stdin: str = "") -> Ran:
-    """Run a command line in this process."""
-    given = io.TextIOWrapper(io.BytesIO(stdin.encode()), "utf-8")
+def run_main(capture: pytest.CaptureFixture[str], *arguments: str, stdin: str | None = None) -> Ran:
+    """Run a command line in this process; without `stdin` with this process's own."""
+    given = sys.stdin
+    if stdin is not None:
+        given = io.TextIOWrapper(io.BytesIO(stdin.encode()), "utf-8")
     with mock.patch.object(sys, "stdin", given):
         status = main(list(arguments))
     captured = capture.readouterr()
