@@ -26,6 +26,7 @@ from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.identity import AUTHORITY_PATH, RENEW_PATH, Identity, Role
 from imdsproxy.core.fleet.layout import HostId, Meta, StoredInstance, StoredNetwork, UserData
 from imdsproxy.core.fleet.stream import BLOB_PATH, STREAM_PATH
+from imdsproxy.core.fleet.values import SealedKeys, render_sealed_keys
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
 from imdsproxy.core.records import render_record
 from imdsproxy.core.tokens import TokenKey
@@ -40,7 +41,7 @@ from imdsproxy.hub.etcd_messages import KeyValue
 from imdsproxy.hub.operations import Operations
 from imdsproxy.hub.peers import Peers
 from imdsproxy.hub.routes_fleet import show_blob
-from imdsproxy.hub.state import Change, FleetState
+from imdsproxy.hub.state import Change, FleetState, Item
 from imdsproxy.hub.streams import Streams
 from imdsproxy.hub.writes import Writes
 from support.host_front import pass_on
@@ -75,11 +76,13 @@ class FleetStore:
     def __post_init__(self) -> None:
         self.entries[layout.META] = self.revision, layout.render_meta(Meta(FLEET))
 
-    def keys_of(self, instance: InstanceId) -> layout.Json | None:
+    def keys_of(self, instance: InstanceId) -> Item | None:
         """An instance's item of keys."""
         own = [token_key_of(key, instance) for key in self.token_keys]
-        keys = {key.kid: key.text for key in own}
-        return {"current": own[0].kid, "keys": keys} if own else None
+        if not own:
+            return None
+        value = {"current": own[0].kid, "keys": {key.kid: key.text for key in own}}
+        return self.entries[layout.TOKEN_KEYS][0], value
 
     def write(self, values: Mapping[str, bytes]) -> list[Change]:
         """Write keys in one transaction."""
@@ -221,7 +224,7 @@ class FleetHub:
     def have_token_keys(self, *keys: TokenKey) -> int:
         """Sign tokens by the first of these; the revision."""
         self.store.token_keys = keys
-        return self.write({f"{layout.KEYS}{keys[0].kid}": b"{}"})
+        return self.write({layout.TOKEN_KEYS: render_sealed_keys(SealedKeys(b"not opened"))})
 
     def wait(self, revision: int, within_s: float = _WAIT_S) -> dict[HostId, str]:
         """Wait until a revision is in force on the host; else why it is not."""

@@ -20,7 +20,6 @@ from imdsproxy.core.fleet.members import (
     StoredHost,
     admits_host,
     host_key,
-    parse_host,
     render_host,
 )
 from imdsproxy.core.fleet.stream import (
@@ -179,8 +178,7 @@ class Hub:
 
 
 def admits(state: FleetState, host: HostId, serial: str) -> bool:
-    found = state.value(host_key(host))
-    return admits_host(None if found is None else parse_host(found[0]), serial)
+    return admits_host(state.host(host), serial)
 
 
 async def _follow(etcd: Etcd, state: FleetState, streams: Streams, ready: asyncio.Event) -> None:

@@ -16,9 +16,10 @@ from imdsproxy.cli.options import argument, flag
 from imdsproxy.cli.output import Output, Shape, clean, clean_all, spell_count, spell_time
 from imdsproxy.cli.record_io import show_written
 from imdsproxy.core.fleet.identity import LIBRARY_HINT, OPERATOR_ROLES, Role, parse_invitation
-from imdsproxy.errors import ConfigUnreadable, RequestRefused, optional_library
+from imdsproxy.errors import ConfigUnreadable, RequestRefused, SourceCorrupt, optional_library
 
 _DIRECTORY: Final = Path("/etc/imdsproxy/fleet")
+_SHOWN: Final = 5
 _STANDARD_INPUT: Final = "-"
 _VALID_H: Final = 24.0
 _NAMED: Final = 10
@@ -412,18 +413,26 @@ def envelope_key(run: options.Invocation, *, directory: Directory = _DIRECTORY) 
 @options.fleet_command
 def reseal(run: options.Invocation) -> None:
     """Seal all secrets in etcd with the newest key of `fleet envelope-key`; again where it was broken off."""
-    hubs, changed = run.hubs(), 0
+    hubs, changed, unreadable = run.hubs(), 0, set[str]()
     after: str | None
     with run.output.progress() as note:
         # Until all was looked at without a change: what was being written at the first time has the key before.
         of_round = 1
         while of_round:
             of_round, after = 0, ""
+            unreadable.clear()
             while after is not None:
                 done = hubs.request("POST", "/fleet/reseal", body={"after": after})
                 of_round, after = of_round + done["changed"], done["after"]
+                unreadable.update(done["unreadable"])
                 note("sealing anew", done["done"], done["of"])
             changed += of_round
+    if unreadable:
+        keys, more = sorted(unreadable)[:_SHOWN], ", …" if len(unreadable) > _SHOWN else ""
+        raise SourceCorrupt(
+            f"{changed} secrets were sealed anew, and {len(unreadable)} in etcd do not open: {', '.join(keys)}{more}",
+            hint="keep all older keys: one may open them; write what these keys hold again",
+        )
     run.output.answer(
         {"key": done["key"], "changed": changed},
         f"all secrets in etcd are sealed with the key {done['key']}, {changed} of them since now. Older keys are "

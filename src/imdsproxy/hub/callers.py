@@ -83,8 +83,14 @@ async def admit(operations: Operations, headers: Mapping[str, str]) -> Caller:
             await operations.complete.wait()
     except TimeoutError as error:
         raise SourceUnavailable("this hub has not read etcd yet", hint="ask another hub") from error
-    revoked = operations.state.value(operator_key(identity.name))
+    key, state = operator_key(identity.name), operations.state
+    revoked = state.value(key)
     known = identity.role in OPERATOR_ROLES or identity.role is Role.HUB
+    if known and revoked is None and key in state.unreadable:
+        raise AccessDenied(
+            f"whether the certificate of {identity.name} is revoked is not readable in etcd",
+            hint=f"`imdsproxy fleet revoke {identity.name} --operator`, else `etcdctl del {key}`",
+        )
     if known and not admits_operator(identity, None if revoked is None else revoked[0]):
         raise AccessDenied(f"the certificate of {identity.name} is revoked")
     if identity.role is Role.HOST and not operations.streams.admits(

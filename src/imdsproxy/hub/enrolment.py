@@ -20,11 +20,11 @@ from imdsproxy.core.fleet.members import (
     StoredOperator,
     host_key,
     operator_key,
-    parse_host,
     plan_enrolment,
     plan_invitation,
     plan_renewal,
     plan_revocation,
+    read_host,
     render_host,
     render_operator,
 )
@@ -163,7 +163,7 @@ class Enrolment:
         key, wanted = host_key(host), None
         for attempt in range(_ATTEMPTS):
             found = (await self.etcd.read(key)).kvs
-            stored = parse_host(found[0].value) if found else None
+            stored = read_host(found[0].value, found[0].mod_revision) if found else None
             if found and stored == wanted:
                 # Written, though etcd did not confirm it.
                 return found[0].mod_revision

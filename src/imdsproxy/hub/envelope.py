@@ -15,15 +15,18 @@ from typing import Any, Final
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from imdsproxy.core.fleet.layout import Unreadable
+from imdsproxy.core.fleet.values import Sealing
 from imdsproxy.errors import SecretUnreadable, SourceCorrupt
 
+COPY_KEY: Final = "copy envelope.key from a hub that has it, and restart this one"
 _KEY_BYTES: Final = 32
 _NONCE_BYTES: Final = 12
 _LINE: Final = re.compile(r"([a-z0-9-]{1,32}) ([A-Za-z0-9+/]{43}=)")
 
 
-def _first() -> None:
-    """As `Envelope.chosen`, where none is."""
+def _nothing() -> None:
+    """Answer as an etcd that names no key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,32 +35,52 @@ class Envelope:
 
     Args:
         keys: In the order of the file.
-        chosen: The name of the one that seals; `None` for the first.
+        chosen: What etcd says of the one that seals: `None` for the first; raises `Unreadable`.
     """
 
     keys: Mapping[str, bytes]
-    chosen: Callable[[], str | None] = _first
+    chosen: Callable[[], Sealing | None] = _nothing
 
     def __repr__(self) -> str:
         return f"Envelope({', '.join(self.keys)})"
 
     @property
-    def sealing(self) -> str:
-        """The name of the key that seals."""
-        return self.chosen() or next(iter(self.keys))
+    def sealing(self) -> str | None:
+        """The name of the key that seals; `None` where etcd's choice cannot be read."""
+        try:
+            chosen = self.chosen()
+        except Unreadable:
+            return None
+        return next(iter(self.keys)) if chosen is None else chosen.key
+
+    def missing(self) -> str | None:
+        """Say that this hub does not have the key that seals; `None` where it has, and where that cannot be read."""
+        try:
+            chosen = self.chosen()
+        except Unreadable:
+            return None
+        if chosen is None or self.fingerprint(chosen.key) == chosen.sha256:
+            return None
+        return f"the fleet seals secrets with the key {chosen.key}, which this hub does not have"
+
+    def fingerprint(self, name: str) -> str | None:
+        """SHA-256 of a key, hexadecimal; `None` where this hub has none of that name."""
+        key = self.keys.get(name)
+        return None if key is None else hashlib.sha256(key).hexdigest()
 
     def report(self) -> dict[str, Any]:
         """For other hubs: `sealing`, and `keys`, by whose fingerprints two hubs see that they have the same."""
-        keys = {name: hashlib.sha256(key).hexdigest() for name, key in self.keys.items()}
+        keys = {name: self.fingerprint(name) for name in self.keys}
         return {"sealing": self.sealing, "keys": keys}
 
     def seal(self, place: str, secret: bytes) -> bytes:
         """A secret as it may be written to the key `place` of etcd; `SourceCorrupt` where this hub lacks the key."""
-        name = self.sealing
-        if name not in self.keys:
+        if (missing := self.missing()) is not None:
+            raise SourceCorrupt(missing, hint=COPY_KEY)
+        if (name := self.sealing) is None:
             raise SourceCorrupt(
-                f"the fleet seals secrets with the key {name}, which this hub does not have",
-                hint="copy envelope.key from a hub that has it, and restart this one",
+                "which key seals secrets is not readable in etcd",
+                hint="`imdsproxy fleet reseal` writes it anew",
             )
         nonce = os.urandom(_NONCE_BYTES)
         sealed = AESGCM(self.keys[name]).encrypt(nonce, secret, place.encode())
@@ -74,7 +97,7 @@ class Envelope:
         if key is None:
             raise SourceCorrupt(
                 f"{place} is sealed with a key that this hub does not have",
-                hint="copy envelope.key from a hub that has it",
+                hint=COPY_KEY,
             )
         try:
             return AESGCM(key).decrypt(rest[:_NONCE_BYTES], rest[_NONCE_BYTES:], place.encode())

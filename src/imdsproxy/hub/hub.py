@@ -19,7 +19,7 @@ from imdsproxy.admin.health import HealthServer
 from imdsproxy.config.schema import Settings
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.layout import HostId
-from imdsproxy.core.fleet.members import admits_host, host_key, parse_host
+from imdsproxy.core.fleet.members import admits_host
 from imdsproxy.dataplane.launch import read_program
 from imdsproxy.errors import (
     ImdsproxyError,
@@ -37,7 +37,7 @@ from imdsproxy.host.servers import open_tcp_socket, open_unix_socket
 from imdsproxy.hub.api import build_api, peers_of
 from imdsproxy.hub.authority import Authority
 from imdsproxy.hub.background import Background
-from imdsproxy.hub.envelope import Envelope
+from imdsproxy.hub.envelope import COPY_KEY, Envelope
 from imdsproxy.hub.etcd import Etcd
 from imdsproxy.hub.files import (
     FleetFiles,
@@ -62,6 +62,7 @@ _FIRST_READ_S: Final = 60.0
 _RENEW_EVERY_S: Final = 60.0
 """Soon after a clock that was ahead at the last renewal is set right."""
 
+_LOOK_EVERY_S: Final = 1.0
 _THREADS: Final = 4
 
 _log = structlog.get_logger()
@@ -89,6 +90,17 @@ class Hub:
     replica: Replica
     clock: Clock
     background: Background
+
+    def unready(self) -> str | None:
+        """Say why this hub may serve no host, though it has read etcd; `None` where it may.
+
+        What it cannot read it could neither send nor tell from what etcd lacks.
+        """
+        if not self.state.meta.fleet:
+            why = self.state.problems.get(layout.META, "it is not there")
+            return f"{layout.META} names no fleet: {why}; put back an older revision of this key"
+        missing = self.envelope.missing()
+        return None if missing is None else f"{missing}: {COPY_KEY}"
 
 
 def open_etcd(settings: EtcdSettings, clock: Clock) -> Etcd:
@@ -136,20 +148,19 @@ def build_hub(settings: HubSettings, clock: Clock) -> Hub:
     address = names.addresses[0]
     url = settings.url or f"https://{f'[{address}]' if ':' in address else address}:{port}"
     state = FleetState()
-    envelope = replace(envelope, chosen=state.sealing_key)
+    envelope = replace(envelope, chosen=state.sealing)
     token_keys = TokenKeyRing(state, envelope)
-    state.keys_of = token_keys.item_of
+    state.keys_of, state.keys_problem = token_keys.item_of, lambda: token_keys.problem
 
     def is_admitted(host: HostId, serial: str) -> bool:
-        found = state.value(host_key(host))
-        return found is not None and admits_host(parse_host(found[0]), serial)
+        return admits_host(state.host(host), serial)
 
     streams = Streams(state, clock, is_admitted)
     etcd = open_etcd(settings.etcd, clock)
     name = settings.name or names.name
     replica = Replica(etcd, state, streams, name, url, clock, SystemRandom())
     streams.suspect, streams.age_s = replica.suspect, replica.age_s
-    return Hub(
+    hub = Hub(
         settings=settings,
         files=files,
         names=names,
@@ -164,6 +175,8 @@ def build_hub(settings: HubSettings, clock: Clock) -> Hub:
         clock=clock,
         background=Background(clock, SystemRandom()),
     )
+    streams.unready = hub.unready
+    return hub
 
 
 async def run_hub(
@@ -249,6 +262,8 @@ async def run_hub(
             hosts = sum(1 for _ in hub.state.keys(layout.HOSTS))
             notifier.ready(f"{hosts} hosts")
             _log.info("ready", name=replica.name, url=hub.url, hosts=hosts)
+            readiness = partial(_report_readiness, hub, notifier, f"{hosts} hosts")
+            tasks.append(group.create_task(keep("readiness", readiness), name="readiness"))
             await ended.wait()
             notifier.send(STOPPING="1")
         for task in tasks:
@@ -281,6 +296,20 @@ async def _watch_front(front: Front, ended: asyncio.Event) -> None:
         raise RuntimeUnavailable(
             f"HAProxy in front of the hub has ended: {why}", hint="start the hub again"
         )
+
+
+async def _report_readiness(hub: Hub, notifier: ServiceNotifier, status: str) -> None:
+    """Say in the log and to the service manager when this hub may serve no host, and when it may again."""
+    before: str | None = None
+    while True:
+        if (why := hub.unready()) != before:
+            before = why
+            if why is None:
+                _log.info("hosts are served again", name=hub.replica.name)
+            else:
+                _log.error("no host is served", name=hub.replica.name, reason=why)
+            notifier.send(STATUS=status if why is None else f"no host is served: {why}")
+        await asyncio.sleep(_LOOK_EVERY_S)
 
 
 async def _renew(hub: Hub, front: Front) -> None:

@@ -16,6 +16,7 @@ import structlog
 
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.layout import HostId
+from imdsproxy.core.fleet.values import Journal, render_journal
 from imdsproxy.core.model import Network
 from imdsproxy.core.records import NETWORK, PLACED, PlacedInstance
 from imdsproxy.core.timing import Progress
@@ -161,4 +162,4 @@ def _parts(instances: Sequence[PlacedInstance]) -> Iterator[Sequence[PlacedInsta
 
 
 def _journal(done: int, of: int, at: int) -> bytes:
-    return layout.encode({"done": done, "of": of, "at": at})
+    return render_journal(Journal(done, of, at))

@@ -15,7 +15,8 @@ from imdsproxy import __version__
 from imdsproxy.admin.answers import Readiness
 from imdsproxy.admin.exposition import By, Count, Exposed, Gauge
 from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.members import HostState, parse_host
+from imdsproxy.core.fleet.layout import HostId
+from imdsproxy.core.fleet.members import HostState
 from imdsproxy.core.fleet.stream import CONNECT_S
 from imdsproxy.core.fleet.suspicion import Suspicion, read_suspicion
 from imdsproxy.errors import ConfigError
@@ -82,6 +83,8 @@ class HubMetrics(Exposed, prefix="imdsproxy_hub_"):
         replica = self.hub.replica
         if not replica.complete.is_set():
             return Readiness(ready=False, reasons=("etcd was not read yet",))
+        if (why := self.hub.unready()) is not None:
+            return Readiness(ready=False, reasons=(why,))
         if replica.failure is not None:
             reason = f"etcd is not followed: {replica.failure.reason}"
             return Readiness(ready=False, reasons=(reason,))
@@ -140,10 +143,14 @@ class HubMetrics(Exposed, prefix="imdsproxy_hub_"):
         return self.hub.state.count_placed()
 
     def hosts(self) -> Annotated[By, "gauge", "state"]:
-        """Hosts of the fleet by state: invited, enrolled or revoked. All hubs have the same."""
+        """Hosts of the fleet by state: invited, enrolled, revoked, or unreadable where another program wrote its value.
+        All hubs have the same.
+        """
         state = self.hub.state
-        values = (state.value(key) for key in state.keys(layout.HOSTS))
-        states = Counter(parse_host(one[0]).state.value for one in values if one is not None)
+        hosts = (
+            state.host(HostId(one.removeprefix(layout.HOSTS))) for one in state.keys(layout.HOSTS)
+        )
+        states = Counter(one.state.value for one in hosts if one is not None)
         return {one.value: states[one.value] for one in HostState}
 
     def connected_hosts(self) -> Gauge:
@@ -177,8 +184,7 @@ class HubMetrics(Exposed, prefix="imdsproxy_hub_"):
         """Keys of etcd that another program wrote or deleted: what was before counts. `imdsproxy fleet status` names
         them.
         """
-        state = self.hub.state
-        return len({**state.problems, **state.lost})
+        return len(self.hub.state.problems)
 
     def loop_failures(self) -> Annotated[By, "counter", "loop"]:
         """How often a part of the hub failed unexpectedly, and was started again: a fault of imdsproxy's. The hub's log

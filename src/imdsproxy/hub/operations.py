@@ -5,21 +5,22 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote, urlencode
 
 from imdsproxy.admin.answers import Written
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.layout import HostId
-from imdsproxy.core.fleet.members import HostState, host_key, operator_key, parse_host
+from imdsproxy.core.fleet.members import HostState, host_key, operator_key
 from imdsproxy.core.fleet.stream import CONNECT_S, ItemKey
 from imdsproxy.core.fleet.suspicion import Suspicion, read_suspicion
+from imdsproxy.core.fleet.values import Journal, parse_journal
 from imdsproxy.core.model import NetworkId
 from imdsproxy.core.timing import Step
 from imdsproxy.errors import EtcdUnavailable, NotFound, SourceUnavailable
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.authority import Authority
-from imdsproxy.hub.etcd import Etcd, MemberSilent
+from imdsproxy.hub.etcd import Compacted, Etcd, MemberSilent
 from imdsproxy.hub.etcd_messages import MemberStatus, prefix_end
 from imdsproxy.hub.imports import Import
 from imdsproxy.hub.in_force import COMING, NOT_CONNECTED, InForce, Reported
@@ -27,6 +28,9 @@ from imdsproxy.hub.peers import Peers
 from imdsproxy.hub.state import FleetState
 from imdsproxy.hub.streams import Streams
 from imdsproxy.hub.writes import Done, Writes
+
+if TYPE_CHECKING:
+    from imdsproxy.hub.token_keys import TokenKeyRing
 
 ASK_PATH: Final = "/fleet/ask"
 _ASK_S: Final = 10.0
@@ -77,7 +81,7 @@ class FleetHost:
     """A host of the fleet.
 
     Attributes:
-        state: `invited`, `enrolled` or `revoked`.
+        state: `invited`, `enrolled`, `revoked`, or `unreadable` where another program wrote its value.
         hub: To which it is connected; `None` where to none.
         acknowledged: The revision up to which everything is in force there.
         instances: How many are placed on it.
@@ -108,7 +112,8 @@ class FleetStatus:
         renewing: Enrolled ones that have no certificate yet since the fleet's CAs were changed.
         authority_ends: When the certificate of the CA that signs ends, Unix time; no other is good for longer.
         problems: By key of etcd, values that another program wrote; by `host NAME`, that a host had other items than
-            are placed on it; by `loop NAME`, that a part of the hub failed and was started again.
+            are placed on it; by `loop NAME`, that a part of the hub failed and was started again; by `hub NAME`, why
+            this hub serves no host.
         token_keys: Why the newest keys of session tokens cannot be read; those before them stay in force.
         imports: Unfinished ones: how many records of how many. None is known while etcd is away.
         etcd: Its members: `url`, `leads`, size and quota of the database in bytes, and `problems` in words.
@@ -145,10 +150,11 @@ class Operations:
         peers: The other hubs.
         clock: The time.
         complete: Set while the copy has everything.
-        token_key_problem: Why the newest keys of session tokens cannot be read.
+        token_keys: This hub's keys of session tokens, where it has certificates and so an envelope.
         authority: The fleet's CA, where this hub has certificates.
         loop_failures: See `Background.failures`.
         operators: Names of operators that this hub admitted.
+        unready: See `Hub.unready`.
     """
 
     etcd: Etcd
@@ -158,9 +164,10 @@ class Operations:
     peers: Peers
     clock: Clock
     complete: asyncio.Event = field(default_factory=asyncio.Event)
-    token_key_problem: Callable[[], str | None] = lambda: None
+    token_keys: TokenKeyRing | None = None
     authority: Authority | None = None
     loop_failures: Callable[[], Mapping[str, str]] = dict
+    unready: Callable[[], str | None] = lambda: None
     imports: dict[str, tuple[Import, asyncio.Task[FleetWritten]]] = field(default_factory=dict)
     operators: set[str] = field(default_factory=set)
 
@@ -194,7 +201,7 @@ class Operations:
     def refuse_unknown(self, hosts: Iterable[HostId]) -> None:
         """`NotFound` where the fleet has not all of these hosts."""
         for host in hosts:
-            if self.state.value(host_key(host)) is None:
+            if self.state.stored(host_key(host)) is None:
                 raise no_such_host(host)
 
     def holder_of(self, name: str) -> str | None:
@@ -249,13 +256,14 @@ class Operations:
     def _hosts(self, reported: Reported) -> list[FleetHost]:
         found = []
         for key in sorted(self.state.keys(layout.HOSTS)):
-            host, value = HostId(key.removeprefix(layout.HOSTS)), self.state.value(key)
-            if value is not None:
+            host = HostId(key.removeprefix(layout.HOSTS))
+            stored = self.state.host(host)
+            if stored is not None and layout.is_id(host):
                 known = reported.get(host, {})
                 found.append(
                     FleetHost(
                         host,
-                        parse_host(value[0]).state.value,
+                        stored.state.value,
                         known.get("hub"),
                         known.get("acknowledged"),
                         len(self.state.instances_on(host)),
@@ -266,12 +274,13 @@ class Operations:
 
     async def report(self) -> FleetStatus:
         """The fleet at one moment."""
-        (reported, answering), imports, members = await asyncio.gather(
+        (reported, answering), (imports, damaged), members = await asyncio.gather(
             self.in_force.ask_hubs(), self._imports(), self.etcd.status()
         )
         state = self.state
         enrolled = [one for one in self._hosts(reported) if one.state == HostState.ENROLLED]
         suspicion, urls = read_suspicion(state.value), self.peers.urls()
+        unready = self.unready()
         return FleetStatus(
             fleet=state.meta.fleet,
             incarnation=state.meta.incarnation,
@@ -295,13 +304,13 @@ class Operations:
             if self.authority is None
             else self.authority.certificate.not_valid_after_utc.timestamp(),
             problems={
-                **state.problems,
-                **state.lost,
+                **{layout.plain(key): why for key, why in (state.problems | damaged).items()},
                 **{f"host {host}": why for host, why in self.streams.differing().items()},
                 **{f"loop {name}": why for name, why in self.loop_failures().items()},
+                **({} if unready is None else {f"hub {self.peers.name}": unready}),
             },
-            token_keys=self.token_key_problem(),
-            imports=imports,
+            token_keys=None if self.token_keys is None else self.token_keys.problem,
+            imports=[{"done": one.done, "of": one.of, "at": one.at} for one in imports],
             etcd=[_member(one) for one in members],
         )
 
@@ -310,19 +319,27 @@ class Operations:
             return []
         known, found = {"", self.authority.trusted_digest}, []
         for host in self.state.enrolled():
-            value = self.state.value(host_key(host))
-            if value is not None and parse_host(value[0]).trusts not in known:
+            stored = self.state.host(host)
+            if stored is not None and stored.trusts not in known:
                 found.append(str(host))
         return found
 
-    async def _imports(self) -> list[dict[str, Any]]:
+    async def _imports(self) -> tuple[list[Journal], dict[str, str]]:
+        """Unfinished imports, and by key why a journal cannot be read."""
+        found, damaged = list[Journal](), dict[str, str]()
         try:
             journals = await self.etcd.read(layout.IMPORTS, prefix_end(layout.IMPORTS))
-        except EtcdUnavailable:
+        except (EtcdUnavailable, Compacted):
             # The members' problems are reported beside it.
-            return []
-        found = (layout.decode(one.value) for one in journals.kvs)
-        return [one for one in found if one["done"] < one["of"]]
+            return found, damaged
+        for one in journals.kvs:
+            try:
+                journal = parse_journal(one.value)
+            except layout.Unreadable as error:
+                damaged[one.key] = f"revision {one.mod_revision} is not readable: {error}"
+            else:
+                found += [journal] if journal.done < journal.of else []
+        return found, damaged
 
     async def ask_host(
         self, host: HostId, path: str, query: Mapping[str, str], method: str = "GET"
@@ -338,7 +355,7 @@ class Operations:
         if answer is None:
             asked = {"host": host, "path": target, "method": method}
             found = await self.peers.ask_all(ASK_PATH, {}, _ASK_S + CONNECT_S, asked)
-            answer = next((one for one in found.values() if one.get("status")), None)
+            answer = next((one for one in found.values() if "status" in one), None)
         if answer is None:
             raise SourceUnavailable(f"host {host} is {NOT_CONNECTED}", hint="imdsproxy fleet hosts")
         return answer

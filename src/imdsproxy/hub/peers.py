@@ -15,6 +15,7 @@ import structlog
 
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.stream import ALIVE_PATH, CONNECT_S
+from imdsproxy.core.fleet.values import parse_hub
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.gateway import open_tls
 from imdsproxy.hub.state import FleetState
@@ -55,7 +56,7 @@ class Peers:
         for key in self.state.keys(layout.HUBS):
             name, value = key.removeprefix(layout.HUBS), self.state.value(key)
             if name != self.name and value is not None:
-                found[name] = str(layout.decode(value[0]).get("url", ""))
+                found[name] = parse_hub(value[0]).url
         return found
 
     async def ask_all(
@@ -91,10 +92,9 @@ class Peers:
     async def _send(
         self, url: str, path: str, query: Mapping[str, str], timeout_s: float, body: object
     ) -> Any:  # noqa: ANN401 - JSON
-        pool = self._connections()
         limits = {"connect": CONNECT_S, "write": timeout_s, "pool": timeout_s, "read": timeout_s}
         try:
-            answer = await pool.request(
+            answer = await self._connections().request(
                 "GET" if body is None else "POST",
                 f"{url}{path}?{urlencode(query)}",
                 headers={} if body is None else {"content-type": "application/json"},
@@ -104,7 +104,7 @@ class Peers:
             if answer.status != 200:  # noqa: PLR2004 - HTTP's
                 return None
             self._answered[url] = self.clock.monotonic()
-            return json.loads(answer.content)
+            found = json.loads(answer.content)
         except (
             httpcore.TimeoutException,
             httpcore.NetworkError,
@@ -116,6 +116,8 @@ class Peers:
             if timeout_s <= CONNECT_S or not isinstance(error, httpcore.ReadTimeout):
                 self._rests_until[url] = self.clock.monotonic() + _REST_S
             return None
+        # All that hubs ask each other is answered with an object.
+        return found if isinstance(found, dict) else None
 
     def _connections(self) -> httpcore.AsyncConnectionPool:
         """Connections that show this hub's certificate as it is now, which is renewed now and then."""

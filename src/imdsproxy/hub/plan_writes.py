@@ -8,14 +8,16 @@ address to two instances.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeVar
 
 from imdsproxy.core.claims import claim_places
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.layout import HostId, Meta, StoredInstance, StoredNetwork, UserData, View
-from imdsproxy.core.fleet.members import HostState, host_key, parse_host
+from imdsproxy.core.fleet.members import HostState, host_key, read_host
 from imdsproxy.core.fleet.suspicion import MOST_AHEAD, Suspicion, read_suspicion
+from imdsproxy.core.fleet.values import parse_grant, parse_policy
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
 from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.policy import OperatorOverride
@@ -26,7 +28,7 @@ from imdsproxy.core.records import (
     parse_network,
     render_record,
 )
-from imdsproxy.core.records.grant import EVERY_HOST, GRANT, Grant
+from imdsproxy.core.records.grant import EVERY_HOST, GRANT, NO_GRANT, Grant
 from imdsproxy.core.records.schema import Path, render_path
 from imdsproxy.errors import (
     AccessDenied,
@@ -49,8 +51,8 @@ MOST_OPERATIONS: Final = 128
 MOST_BYTES: Final = 1024 * 1024
 """Of the values of one transaction; etcd takes 1.5 MiB (`--max-request-bytes`)."""
 
-_EPOCHS: Final = 1_000_000
-"""More than any instance's tokens are revoked between two restores."""
+_EPOCHS: Final = 2**40
+"""More than etcd has revisions between two restores, and so more than an instance's tokens are revoked."""
 
 _SHOWN: Final = 5
 _T = TypeVar("_T")
@@ -220,10 +222,11 @@ def refuse_suspect(view: View) -> Compare:
 
 
 def _suspicion(view: View) -> Suspicion | None:
+    """Return the suspicion as it counts now; what another program wrote in its place suspects nothing."""
     try:
         return read_suspicion(view)
-    except layout.Unreadable as error:
-        raise SourceCorrupt(f"the suspicion was written by another program: {error}") from error
+    except layout.Unreadable:
+        return None
 
 
 def plan_put(
@@ -257,7 +260,7 @@ def plan_put(
     for network in networks:
         _put_network(draft, network, scope)
     coming = {one.id for one in networks}
-    known = {one.record.id: read_owned(view, one.record.id, terms.scope) for one in instances}
+    known = {one.record.id: _owned_or_unread(view, one.record.id, terms) for one in instances}
     writing = [one for one in instances if not _is_done(draft, one, known[one.record.id], terms)]
     problems = [*_repeated(writing)]
     for one in writing:
@@ -285,21 +288,24 @@ def plan_removal(view: View, instance: InstanceId, terms: Terms) -> Transaction:
     """Remove an instance, and free its addresses; raises as `plan_put`, and `NotFound`."""
     refuse_suspect(view)
     draft = _Draft(view, terms)
-    key, known = layout.instance_key(instance), read_owned(view, instance, terms.scope)
-    if known is None:
+    key, known = layout.instance_key(instance), _owned_or_unread(view, instance, terms)
+    project: dict[str, Any] = {}
+    left: tuple[HostId, ...] = (layout.ANYWHERE,)
+    if known is not None:
+        stored, revision = known
+        _refuse_other_revision("instance", instance, revision, terms)
+        project, left = _project_alone(stored.record), stored.leaves(())
+        draft.deletes |= dict.fromkeys(claims_of(record_of(stored)))
+        draft.hosts.update(stored.hosts)
+    elif terms.scope is not None or not is_unread(view, key, layout.parse_instance):
         done = _removed_by(view, key, terms)
         if done is not None:
             return Transaction(revision=done)
         raise no_such("instance", instance)
-    stored, revision = known
-    _refuse_other_revision("instance", instance, revision, terms)
     draft.hold(key)
-    project, left = _project_alone(stored.record), stored.leaves(())
     draft.puts[key] = layout.render_instance(
         StoredInstance((), project, request=terms.request, removed_at=terms.now, left=left)
     )
-    draft.deletes |= dict.fromkeys(claims_of(record_of(stored)))
-    draft.hosts.update(stored.hosts)
     return draft.finish()
 
 
@@ -321,13 +327,16 @@ def plan_network_removal(
     """
     refuse_suspect(view)
     draft = _Draft(view, terms)
-    key, known = layout.network_key(network), read_network(view, network)
-    if known is None or not in_scope(known[0].record, terms.scope):
+    key, known = layout.network_key(network), _owned_network(view, network, terms)
+    project: dict[str, Any] = {}
+    if known is not None:
+        _refuse_other_revision("network", network, known[1], terms)
+        project = _project_alone(known[0].record)
+    elif terms.scope is not None or not is_unread(view, key, layout.parse_network):
         done = _removed_by(view, key, terms)
         if done is not None:
             return Transaction(revision=done)
         raise no_such("network", network)
-    _refuse_other_revision("network", network, known[1], terms)
     if users:
         shown = ", ".join(users[:_SHOWN]) + (" and others" if len(users) > _SHOWN else "")
         if terms.scope is not None:
@@ -340,7 +349,6 @@ def plan_network_removal(
         )
     draft.hold(key)
     draft.compares[none_below(layout.claims_in(network))] = None
-    project = _project_alone(known[0].record)
     draft.puts[key] = layout.render_network(
         StoredNetwork(project, request=terms.request, removed_at=terms.now)
     )
@@ -398,14 +406,13 @@ def plan_guard(
         ImdsproxyError: As `plan_put`, and `NotFound`.
     """
     refuse_suspect(view)
-    key, known = layout.guard_key(instance), read_owned(view, instance, terms.scope)
-    found = view(key)
-    gone = _last_record(view, layout.instance_key(instance), layout.parse_instance) or {}
-    if known is None and (found is None or not in_scope(gone, terms.scope)):
+    key, known = layout.guard_key(instance), _owned_or_unread(view, instance, terms)
+    found, there = view(key), layout.instance_key(instance)
+    gone = _last_record(view, there, layout.parse_instance) or {}
+    unread = is_unread(view, there, layout.parse_instance)
+    if known is None and ((found is None and not unread) or not in_scope(gone, terms.scope)):
         raise no_such("instance", instance)
-    old = OperatorOverride()
-    if found is not None:
-        old = _readable(layout.parse_guard, found[0], f"the guard of {instance}")
+    old = OperatorOverride() if found is None else _read_guard(view, found)
     new = change(old)
     draft = _Draft(view, terms, hosts=set() if known is None else set(known[0].hosts))
     draft.hold(key)
@@ -418,7 +425,8 @@ def read_policy(view: View, place: str) -> tuple[Mapping[str, Any], int]:
     found = view(layout.POLICIES + place)
     if found is None:
         return {}, 0
-    return _readable(layout.decode, found[0], f"the policy of {place}"), found[1]
+    hint = f"`imdsproxy policy clear {place.replace('/', ' ')}` clears it"
+    return _readable(parse_policy, found[0], f"the policy of {place}", hint).rules, found[1]
 
 
 def plan_policy(
@@ -434,11 +442,13 @@ def plan_policy(
         raise AccessDenied(f"the policy of {place} is not of project {terms.scope}")
     if scope == "host" and (problems := _unknown_hosts(view, [subject], (), ("host",), None)):
         raise SourceRefused("the fleet refuses the policy", problems=problems)
-    old, revision = read_policy(view, place)
-    new = change(old)
+    unread = is_unread(view, layout.POLICIES + place, parse_policy) and not change({})
+    # Rules that cannot be read are cleared, and not lost by the change of another one.
+    old, revision = ({}, 0) if unread else read_policy(view, place)
+    new = {} if unread else change(old)
     draft = _Draft(view, terms, revision=revision)
     _refuse_other_revision("policy", place, revision, terms)
-    if new != old:
+    if new != old or unread:
         draft.hold(layout.POLICIES + place)
         draft.puts[layout.POLICIES + place] = layout.encode(dict(new))
     return draft.finish()
@@ -453,7 +463,10 @@ def plan_grant(
         ImdsproxyError: As `plan_put`, and what `change` raises.
     """
     refuse_suspect(view)
-    old, revision = read_grant(view, project)
+    key = layout.grant_key(project)
+    # Nothing is given by what cannot be read, and it is written over.
+    unread = is_unread(view, key, parse_grant)
+    old, revision = (NO_GRANT, 0) if unread else read_grant(view, project)
     _refuse_other_revision("grant", project, revision, terms)
     new, draft = change(old), _Draft(view, terms, revision=revision)
     hosts = [one for one in new.hosts if one != EVERY_HOST]
@@ -466,9 +479,9 @@ def plan_grant(
             problems.append(Problem(field, why, "a shared network has no project"))
     if problems:
         raise SourceRefused("the fleet refuses the grant", problems=problems)
-    if new != old:
-        draft.hold(layout.grant_key(project))
-        draft.puts[layout.grant_key(project)] = layout.encode(GRANT.render(new))
+    if new != old or unread:
+        draft.hold(key)
+        draft.puts[key] = layout.encode(GRANT.render(new))
     return draft.finish()
 
 
@@ -585,9 +598,9 @@ def _refuse(problems: Sequence[Problem]) -> None:
 
 def _put_network(draft: _Draft, network: Network, scope: Scope | None) -> None:
     terms, key, view = draft.terms, layout.network_key(network.id), draft.view
-    known, record = read_network(view, network.id), render_record(network)
+    known, record = _owned_network(view, network.id, terms), render_record(network)
     _refuse_other_project("network", network.id, record, terms)
-    if known is None or not in_scope(known[0].record, terms.scope):
+    if known is None:
         if terms.revision is not None:
             raise no_such("network", network.id)
         if scope is not None:
@@ -643,8 +656,10 @@ def _put_instance(
     key, stored = layout.instance_key(put.record.id), _stored(put, known, terms)
     if known is None and (removed := draft.view(key)) is not None:
         # Under the id of one that was removed.
-        before = _readable(layout.parse_instance, removed[0], f"instance {put.record.id}")
-        stored = replace(stored, left=before.leaves(stored.hosts))
+        left: tuple[HostId, ...] = (layout.ANYWHERE,)
+        with suppress(layout.Unreadable):
+            left = layout.parse_instance(removed[0]).leaves(stored.hosts)
+        stored = replace(stored, left=left)
     draft.hold(key)
     if put.user_data is not None and put.chunk_revision:
         chunk = layout.blob_key(put.user_data.sha256, 0)
@@ -696,7 +711,14 @@ def _port_problems(
     for number, port in enumerate(record.ports):
         if port.network in coming:
             continue
-        found = read_network(draft.view, port.network)
+        if scope is None and is_unread(
+            draft.view, layout.network_key(port.network), layout.parse_network
+        ):
+            where = render_path((*put.path, "ports", number, "network"))
+            reason = f"network {port.network} is not readable in etcd"
+            problems.append(Problem(where, reason, "write the whole network again"))
+            continue
+        found = _owned_or_shared(draft.view, port.network)
         # An operator of all projects may have placed it where this one's project has nothing.
         limit = scope if number in new else None
         if found is None or (limit is not None and not limit.knows_network(found[0].record)):
@@ -726,7 +748,7 @@ def _unknown_hosts(
             problems.append(Problem(where, f"project {scope.project} has no host {host}", hint))
             continue
         found = view(host_key(HostId(host)))
-        state = None if found is None else _readable(parse_host, found[0], f"host {host}").state
+        state = None if found is None else read_host(*found).state
         if state is not HostState.ENROLLED:
             why = f"the fleet has no host {host}" if state is None else f"host {host} is {state}"
             problems.append(Problem(where, why, "imdsproxy fleet hosts"))
@@ -765,7 +787,17 @@ def _claim(
                 draft.puts[key] = instance.id.encode()
             continue
         if holder == instance.id and found is not None:
-            holder = InstanceId(found[0].decode())
+            try:
+                holder = layout.parse_claim(found[0])
+            except layout.Unreadable as error:
+                where = render_path(put.path)
+                reason = f"who has {key} is not readable in etcd: {error}"
+                problems.append(Problem(where, reason, f"etcdctl del {key}, if no instance has it"))
+                continue
+            if holder != instance.id and _is_void(draft.view, key, holder):
+                # As after a record that could not be read was written over: its holder must stay without it.
+                draft.hold(layout.instance_key(holder))
+                holder = instance.id
         if holder != instance.id and address is not None:
             problems.append(_taken(draft.view, put, address, holder, draft.terms))
             continue
@@ -777,7 +809,8 @@ def _claim(
 def _taken(
     view: View, put: InstancePut, address: AddressKey, holder: InstanceId, terms: Terms
 ) -> Problem:
-    known = read_instance(view, holder)
+    unread = is_unread(view, layout.instance_key(holder), layout.parse_instance)
+    known = None if unread else read_instance(view, holder)
     if terms.scope is not None and (known is None or not in_scope(known[0].record, terms.scope)):
         problem = taken_address(put.record, address, holder, path=put.path)
         return replace(problem, reason=f"{address[1]} in network {address[0]} is taken")
@@ -789,17 +822,87 @@ def _taken(
 def read_owned(
     view: View, instance: InstanceId, project: str | None
 ) -> tuple[StoredInstance, int] | None:
-    """An instance as it is stored; `None` as well where it is not of the project that an operator is limited to."""
+    """An instance as it is stored; `None` as well where it is not of the project that an operator is limited to.
+
+    Raises:
+        SourceCorrupt: The record cannot be read. Whose project it is of is not known, so only an operator of all learns
+            of it.
+    """
+    if project is not None and is_unread(
+        view, layout.instance_key(instance), layout.parse_instance
+    ):
+        return None
     known = read_instance(view, instance)
     return known if known is not None and in_scope(known[0].record, project) else None
+
+
+def _owned_or_unread(
+    view: View, instance: InstanceId, terms: Terms
+) -> tuple[StoredInstance, int] | None:
+    """As `read_owned`; `None` also of a record that cannot be read: an operator of all projects writes over it."""
+    if is_unread(view, layout.instance_key(instance), layout.parse_instance):
+        return None
+    return read_owned(view, instance, terms.scope)
+
+
+def _owned_network(
+    view: View, network: NetworkId, terms: Terms
+) -> tuple[StoredNetwork, int] | None:
+    """The same of a network."""
+    known = _owned_or_shared(view, network)
+    return known if known is not None and in_scope(known[0].record, terms.scope) else None
+
+
+def _owned_or_shared(view: View, network: NetworkId) -> tuple[StoredNetwork, int] | None:
+    """As `read_network`; `None` also of a record that cannot be read."""
+    unread = is_unread(view, layout.network_key(network), layout.parse_network)
+    return None if unread else read_network(view, network)
+
+
+def is_unread(view: View, key: str, parse: Callable[[bytes], object]) -> bool:
+    """Whether there is a value of a key that cannot be read."""
+    found = view(key)
+    if found is None:
+        return False
+    try:
+        parse(found[0])
+    except layout.Unreadable:
+        return True
+    return False
+
+
+def _is_void(view: View, key: str, holder: InstanceId) -> bool:
+    """Whether a claim is of an instance that there is not, or that does not have the address."""
+    if is_unread(view, layout.instance_key(holder), layout.parse_instance):
+        return False
+    known = read_instance(view, holder)
+    if known is None:
+        return True
+    parsed = parse_instance(known[0].record)
+    return not isinstance(parsed, Refused) and key not in claims_of(parsed)
+
+
+def _read_guard(view: View, found: tuple[bytes, int]) -> OperatorOverride:
+    """What operators did about an instance; where that cannot be read, no less than they can have done."""
+    try:
+        return layout.parse_guard(found[0])
+    except layout.Unreadable:
+        meta = view(layout.META)
+        incarnation = 1
+        if meta is not None:
+            incarnation = _readable(layout.parse_meta, meta[0], "the fleet").incarnation
+        # Each revocation was a write: there were fewer than revisions.
+        return OperatorOverride(next_epoch(0, incarnation) + found[1])
 
 
 def _last_record(
     view: View, key: str, parse: Callable[[bytes], StoredInstance | StoredNetwork]
 ) -> Mapping[str, object] | None:
-    """A record, or what is left of one that was removed: its project."""
+    """A record, or what is left of one that was removed: its project; of one that cannot be read, nothing."""
     found = view(key)
-    return None if found is None else _readable(parse, found[0], key).record
+    if found is None:
+        return None
+    return {} if is_unread(view, key, parse) else parse(found[0]).record
 
 
 def _project_alone(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -836,7 +939,9 @@ def _removed_by(view: View, key: str, terms: Terms) -> int | None:
     found = view(key)
     if found is None or not terms.request:
         return None
-    stored = _readable(layout.parse_network, found[0], key)
+    if is_unread(view, key, layout.parse_network):
+        return None
+    stored = layout.parse_network(found[0])
     is_done = stored.request == terms.request and in_scope(stored.record, terms.scope)
     return found[1] if is_done else None
 
@@ -846,8 +951,10 @@ def no_such(kind: str, subject: str) -> NotFound:
     return NotFound(f"the fleet has no {kind} {subject}", hint=f"imdsproxy --fleet URL {kind} list")
 
 
-def _readable(parse: Callable[[bytes], _T], value: bytes, what: str) -> _T:
+def _readable(
+    parse: Callable[[bytes], _T], value: bytes, what: str, hint: str = "write all of it again"
+) -> _T:
     try:
         return parse(value)
     except layout.Unreadable as error:
-        raise SourceCorrupt(f"{what} was written by another program: {error}") from error
+        raise SourceCorrupt(f"{what} is not readable in etcd: {error}", hint=hint) from error

@@ -28,6 +28,7 @@ from imdsproxy.core.fleet.suspicion import (
     parse_suspicion,
     render_suspicion,
 )
+from imdsproxy.core.fleet.values import Beat, HubPlace, parse_beat, render_beat, render_hub
 from imdsproxy.core.timing import Backoff
 from imdsproxy.errors import EtcdUnavailable, Problem, SourceCorrupt, SourceRefused
 from imdsproxy.host.clock import Clock
@@ -152,9 +153,10 @@ class Replica:
         found = next((one for one in snapshot.kvs if one.key == layout.META), None)
         # A fleet whose own key is deleted is the one that this hub knows.
         meta_now = known if found is None else _meta_of(_change(found), known)
-        if not meta_now.fleet:
+        # Where it cannot be read, this hub says so, and serves no host until it is mended.
+        if found is None and not meta_now.fleet:
             raise SourceCorrupt(
-                "etcd has records of a fleet, and not the fleet itself: its key was deleted, or cannot be read",
+                "etcd has records of a fleet, and not the fleet itself: its key was deleted",
                 hint=f"restore etcd from a backup; or put {layout.META} back, which a running hub knows",
             )
         if known.fleet not in {"", meta_now.fleet}:
@@ -169,7 +171,8 @@ class Replica:
         before, self._incarnation = self._incarnation, meta_now.incarnation
         if meta_now.incarnation > before:
             # The first, or an operator accepted a restored backup: all that was held back is let go.
-            await self._replace(FleetState(self.state.keys_of), snapshot.revision, snapshot.kvs)
+            fresh = FleetState(self.state.keys_of, self.state.keys_problem)
+            await self._replace(fresh, snapshot.revision, snapshot.kvs)
         else:
             await self._fold_all(snapshot)
             if meta_now.incarnation < before:
@@ -224,7 +227,7 @@ class Replica:
         if accepted:
             # Before waits look again: what hosts acknowledged until now says nothing of what was written since.
             self.streams.renew_all()
-        self._take(touched, (*keys, *draft.problems, *draft.lost))
+        self._take(touched, (*keys, *draft.unreadable, *draft.lost))
 
     def _fold(self, revision: int, changes: Sequence[Change]) -> None:
         touched = self.state.apply(revision, changes)
@@ -236,9 +239,13 @@ class Replica:
         for key in keys:
             if key == layout.BEAT:
                 self._beat_seen = self.heard
-            why = self.state.problems.get(key)
-            if why is not None and key not in self.state.lost:
-                _log.warning("value not taken", key=key, reason=why)
+            if (unread := self.state.unreadable.get(key)) is not None:
+                _log.warning(
+                    "value not taken",
+                    key=layout.plain(key),
+                    revision=unread.mod_revision,
+                    reason=unread.why,
+                )
         # The first, however many keys there are: each would be a read of etcd.
         lost = next((key for key in keys if key in self.state.lost), None)
         if lost is not None:
@@ -335,10 +342,11 @@ class Replica:
                 try:
                     if not lease or not await self.etcd.keep_alive(lease):
                         lease, granted = 0, await self.etcd.grant(LEASE_S)
-                        where = layout.encode({"url": self.url})
-                        await self.etcd.commit([], {layout.HUBS + self.name: where}, lease=granted)
+                        await self._say_where(granted)
                         # Only now: a lease without the key would be kept alive for ever.
                         lease = granted
+                    elif layout.HUBS + self.name in self.state.unreadable:
+                        await self._say_where(lease)
                     if self.clock.monotonic() - self._beat_seen > BEAT_S:
                         await self._beat_once()
                 except EtcdUnavailable as error:
@@ -348,6 +356,10 @@ class Replica:
         finally:
             if lease:
                 await self._leave(lease)
+
+    async def _say_where(self, lease: int) -> None:
+        where = render_hub(HubPlace(self.url))
+        await self.etcd.commit([], {layout.HUBS + self.name: where}, lease=lease)
 
     async def _leave(self, lease: int) -> None:
         """Have other hubs ask this one no more."""
@@ -359,11 +371,11 @@ class Replica:
             _log.info("lease not ended", reason=str(error))
 
     async def _beat_once(self) -> None:
-        found = self.state.value(layout.BEAT)
-        count, revision = 0, 0
-        if found is not None:
-            count, revision = int(layout.decode(found[0]).get("count", 0)), found[1]
-        value = layout.encode({"count": count + 1, "hub": self.name})
+        found, stored = self.state.value(layout.BEAT), self.state.stored(layout.BEAT)
+        count = 0 if found is None else parse_beat(found[0]).count
+        # What another program wrote there is written over: without beats all watches are silent.
+        revision = 0 if stored is None else stored[1]
+        value = render_beat(Beat(count + 1, self.name))
         done = await self.etcd.commit([unchanged(layout.BEAT, revision)], {layout.BEAT: value})
         if isinstance(done, Conflict) and any(one.mod_revision < revision for one in done.kvs):
             # Otherwise it is by another hub, and comes by the watch. What is older, no watch would say.

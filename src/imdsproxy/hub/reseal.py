@@ -14,7 +14,8 @@ import structlog
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.layout import View
 from imdsproxy.core.fleet.stream import CONNECT_S
-from imdsproxy.errors import RequestRefused, SourceUnavailable
+from imdsproxy.core.fleet.values import Sealing, render_sealing
+from imdsproxy.errors import RequestRefused, SourceCorrupt, SourceUnavailable
 from imdsproxy.hub.envelope import name_of
 from imdsproxy.hub.etcd import Committed
 from imdsproxy.hub.etcd_messages import prefix_end, unchanged
@@ -40,6 +41,7 @@ class Resealed:
         done: How many parts of user data were looked at, of `of`.
         changed: How many values were sealed anew by this request.
         after: From where the next request goes on; `None` where nothing is left.
+        unreadable: Keys of values that no key of this hub opens, of this request: they stay as they are.
     """
 
     key: str
@@ -47,6 +49,7 @@ class Resealed:
     of: int
     changed: int
     after: str | None
+    unreadable: tuple[str, ...] = ()
 
 
 async def reseal(operations: Operations, after: str) -> Resealed:
@@ -59,11 +62,11 @@ async def reseal(operations: Operations, after: str) -> Resealed:
     Raises:
         ImdsproxyError: As `Writes.write`.
         RequestRefused: A hub lacks the key, or does not answer.
-        SourceCorrupt: No key of this hub opens a value.
     """
-    key = list(operations.writes.envelope.keys)[-1]
+    key, unreadable = list(operations.writes.envelope.keys)[-1], list[str]()
     await _ask_hubs(operations, key)
-    await operations.writes.write(lambda view: _plan_sealing(view, key))
+    sealing = Sealing(key, operations.writes.envelope.fingerprint(key) or "")
+    await operations.writes.write(lambda view: _plan_sealing(view, sealing))
     for _ in range(_LOOKS):
         behind = await _ask_hubs(operations, key)
         if operations.writes.envelope.sealing == key and not behind:
@@ -72,22 +75,30 @@ async def reseal(operations: Operations, after: str) -> Resealed:
     else:
         names = ", ".join(behind) or operations.peers.name
         raise SourceUnavailable(f"another key seals yet at {names}", hint="try again")
-    changed = int(await _reseal_token_keys(operations, key))
+    changed = int(await _reseal_token_keys(operations, key, unreadable))
     found = await operations.etcd.read(layout.BLOBS, prefix_end(layout.BLOBS), keys_only=True)
     keys = sorted(one.key for one in found.kvs)
     left = [one for one in keys if one > after]
     until = operations.clock.monotonic() + _PART_S
     while left and operations.clock.monotonic() < until:
         part, left = left[:_AT_ONCE], left[_AT_ONCE:]
-        done = await asyncio.gather(*(_reseal_chunk(operations, one, key) for one in part))
+        parts = (_reseal_chunk(operations, one, key, unreadable) for one in part)
+        done = await asyncio.gather(*parts)
         changed, after = changed + sum(done), part[-1]
     _log.info("sealed anew", key=key, done=len(keys) - len(left), of=len(keys))
-    return Resealed(key, len(keys) - len(left), len(keys), changed, after if left else None)
+    return Resealed(
+        key,
+        len(keys) - len(left),
+        len(keys),
+        changed,
+        after if left else None,
+        tuple(map(layout.plain, unreadable)),
+    )
 
 
 async def _ask_hubs(operations: Operations, key: str) -> list[str]:
     """Those hubs that seal with another key yet; each has to open what is sealed with this one."""
-    fingerprint = operations.writes.envelope.report()["keys"][key]
+    fingerprint = operations.writes.envelope.fingerprint(key)
     answers = await operations.peers.ask_all(ENVELOPE_PATH, {}, CONNECT_S)
     for name in operations.peers.urls():
         if name not in answers:
@@ -95,46 +106,62 @@ async def _ask_hubs(operations: Operations, key: str) -> list[str]:
                 f"hub {name} does not answer, and may lack the key {key}",
                 hint="start it, or wait fifteen seconds where it is gone",
             )
-        if answers[name]["keys"].get(key) != fingerprint:
+        keys = answers[name].get("keys")
+        if not isinstance(keys, dict) or keys.get(key) != fingerprint:
             raise RequestRefused(
                 f"hub {name} does not have the key {key} that seals next",
                 hint=f"copy envelope.key to {name}, and restart it",
             )
-    return [name for name, one in answers.items() if one["sealing"] != key]
+    return [name for name, one in answers.items() if one.get("sealing") != key]
 
 
-def _plan_sealing(view: View, key: str) -> Transaction:
+def _plan_sealing(view: View, sealing: Sealing) -> Transaction:
     unsuspected, found = refuse_suspect(view), view(layout.ENVELOPE)
-    value = layout.encode({"key": key})
+    value = render_sealing(sealing)
     if found is not None and found[0] == value:
         return Transaction(revision=found[1])
     before = unchanged(layout.ENVELOPE, 0 if found is None else found[1])
     return Transaction((unsuspected, before), {layout.ENVELOPE: value})
 
 
-async def _reseal_token_keys(operations: Operations, key: str) -> bool:
-    changed = False
+async def _reseal_token_keys(operations: Operations, key: str, unreadable: list[str]) -> bool:
+    envelope, changed, damaged = operations.writes.envelope, False, False
 
     def plan(view: View) -> Transaction:
-        nonlocal changed
+        nonlocal changed, damaged
         unsuspected, found = refuse_suspect(view), view(PLACE)
-        changed = found is not None and name_of(sealed_keys(found[0])) != key
-        if found is None or not changed:
+        changed = damaged = False
+        if found is None:
             return Transaction()
-        envelope = operations.writes.envelope
-        value = seal_keys(open_keys(found[0], envelope), envelope)
+        try:
+            keys = open_keys(found[0], envelope)
+        except SourceCorrupt:
+            damaged = True
+            return Transaction()
+        changed = name_of(sealed_keys(found[0])) != key
+        if not changed:
+            return Transaction()
+        value = seal_keys(keys, envelope)
         return Transaction((unsuspected, unchanged(PLACE, found[1])), {PLACE: value})
 
     await operations.writes.write(plan)
+    unreadable += [PLACE] if damaged else []
     return changed
 
 
-async def _reseal_chunk(operations: Operations, place: str, key: str) -> bool:
+async def _reseal_chunk(
+    operations: Operations, place: str, key: str, unreadable: list[str]
+) -> bool:
     """Whether it was sealed with another key; one that goes meanwhile, or is written anew, needs it no more."""
     etcd, envelope = operations.etcd, operations.writes.envelope
     for one in (await etcd.read(place)).kvs:
+        try:
+            opened = envelope.open(place, one.value)
+        except SourceCorrupt:
+            unreadable.append(place)
+            continue
         if name_of(one.value) != key:
-            sealed = envelope.seal(place, envelope.open(place, one.value))
+            sealed = envelope.seal(place, opened)
             done = await etcd.commit([unchanged(place, one.mod_revision)], {place: sealed})
             return isinstance(done, Committed)
     return False

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.identity import render_invitation
 from imdsproxy.core.fleet.layout import HostId
+from imdsproxy.core.fleet.values import parse_hub
 from imdsproxy.core.model import ID_PATTERN
 from imdsproxy.hub.authority import MAX_REQUEST
 from imdsproxy.hub.callers import FleetOperator, OfHost, Uses
@@ -90,7 +91,7 @@ async def invite(
 ) -> InvitationShape:
     """A one-time token for a host, in a string with what else it needs."""
     urls = [
-        str(layout.decode(found[0])["url"])
+        parse_hub(found[0]).url
         for key in operations.state.keys(layout.HUBS)
         if (found := operations.state.value(key)) is not None
     ]

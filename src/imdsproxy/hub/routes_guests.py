@@ -1,6 +1,7 @@
 """The routes below `/v1` that are about guests: asked of the host that has them, and what revokes their tokens."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from typing import Annotated, Any, Final
@@ -17,9 +18,16 @@ from imdsproxy.core.fleet.layout import HostId, Json
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.records import Refused
 from imdsproxy.core.records.network import POLICY
-from imdsproxy.errors import NotFound, Problem, RequestRefused, SourceUnavailable
+from imdsproxy.errors import (
+    NotFound,
+    Problem,
+    RequestRefused,
+    SourceCorrupt,
+    SourceUnavailable,
+)
 from imdsproxy.hub import plan_writes
 from imdsproxy.hub.callers import Caller, FleetOperator, InstanceOf, Operator, Reader, TermsOf, Uses
+from imdsproxy.hub.etcd_messages import KeyValue
 from imdsproxy.hub.operations import WITHHELD, FleetWritten, Operations, path_on_host
 from imdsproxy.hub.plan_writes import Terms
 from imdsproxy.hub.token_keys import FleetKeyRotation, rotate_keys
@@ -84,10 +92,16 @@ async def reopen_instance(
 async def _guarded(
     operations: Operations, instance: InstanceId, done: Done, epoch: int
 ) -> FleetGuardChange:
-    found = await operations.confirm(done, {f"guard/{instance}"})
-    return FleetGuardChange(
-        instance, epoch, found.applied, found.pending, found.revision, found.hosts
-    )
+    state = operations.state
+    # Where its record cannot be read, the copy may still know its hosts.
+    hosts = done.hosts | set(state.hosts_of(instance))
+    found = await operations.confirm(Done(done.revision, hosts), {f"guard/{instance}"})
+    pending = found.pending
+    if not hosts and (why := state.unread(f"instance/{instance}")) is not None:
+        pending = (
+            f"instance {instance} is not readable in etcd ({why}): hosts get this once it is written again",
+        )
+    return FleetGuardChange(instance, epoch, not pending, pending, found.revision, found.hosts)
 
 
 @guests.post("/token-keys/rotate")
@@ -110,6 +124,8 @@ async def explain_instance(
     for host in caller.views(operations).stored(instance)[0].hosts:
         route = path_on_host("instances", instance, "explain")
         answer = _body(host, await operations.ask_host(host, route, query))
+        if not (isinstance(answer, list) and all(isinstance(one, dict) for one in answer)):
+            raise _odd(host)
         found += [{**_explained(caller, one, instance), "host": host} for one in answer]
     return JSONResponse(found)
 
@@ -156,7 +172,7 @@ async def explain(  # noqa: PLR0917 - FastAPI passes them by name
     """Who has an address in a network: asked of the host of the instance that has it, or of `host`."""
     at, one, instance = await _host_of(operations, caller, network, address, host)
     query = _given(network=at, address=address, path=path)
-    answer = _body(one, await operations.ask_host(one, "/v1/explain", query))
+    answer = _object(one, await operations.ask_host(one, "/v1/explain", query))
     return JSONResponse({**_explained(caller, answer, instance), "host": one})
 
 
@@ -198,8 +214,8 @@ async def watch(  # noqa: PLR0917 - FastAPI passes them by name
         identity = views.find_instance(instance)
         hosts = views.stored(identity)[0].hosts
         query = _given(instance=identity, cursor=cursor if host in hosts else None, network=at)
-    one = HostId(host) if host in hosts else hosts[-1]
-    answer = _body(one, await operations.ask_host(one, "/v1/watch", query))
+    one = _one_of(hosts, host)
+    answer = _object(one, await operations.ask_host(one, "/v1/watch", query))
     return JSONResponse({**answer, "host": one})
 
 
@@ -298,7 +314,7 @@ async def _host_of(
         problem = Problem("address", f"{address} is no IP address", "10.0.0.5 or 2001:db8::5")
         raise RequestRefused(problem.reason, problems=[problem]) from error
     claims = (await operations.etcd.read(layout.address_claim(at, ip))).kvs
-    instance = InstanceId(claims[0].value.decode()) if claims else None
+    instance = _holder(caller, claims[0]) if claims else None
     known = None if instance is None else views.known(instance)
     if known is None:
         if host is not None and caller.scope is None:
@@ -307,8 +323,27 @@ async def _host_of(
             f"no instance of the fleet has {ip} in network {at}",
             hint="imdsproxy --fleet URL instance list",
         )
-    hosts = known[0].hosts
-    return at, HostId(host) if host in hosts else hosts[-1], instance
+    return at, _one_of(known[0].hosts, host), instance
+
+
+def _holder(caller: Caller, claim: KeyValue) -> InstanceId | None:
+    """Who has an address; `None` where that cannot be read, which an operator of one project does not learn."""
+    try:
+        return layout.parse_claim(claim.value)
+    except layout.Unreadable as error:
+        if caller.scope is not None:
+            return None
+        raise SourceCorrupt(
+            f"who has {claim.key} is not readable in etcd: {error}",
+            hint=f"write the instance that has it again; etcdctl del {claim.key}, if none has it",
+        ) from error
+
+
+def _one_of(hosts: Sequence[HostId], wanted: str | None) -> HostId:
+    """The wanted host if it is one of these, else the last."""
+    if not hosts:
+        raise NotFound("the instance is on no host", hint="imdsproxy instance move ID --to HOST")
+    return next((one for one in hosts if one == wanted), hosts[-1])
 
 
 def _explained(caller: Caller, answer: Json, instance: InstanceId | None) -> Json:
@@ -321,13 +356,19 @@ def _explained(caller: Caller, answer: Json, instance: InstanceId | None) -> Jso
 
 
 def _body(host: HostId, answer: Json) -> Any:  # noqa: ANN401 - JSON
-    """What a host answered; its errors are raised as it raised them."""
-    status, body = answer["status"], answer["body"]
+    """What a host answered; its errors are raised as it raised them.
+
+    A host may be captured: what it answers is JSON that can be written again, and nothing else is known of it.
+    """
+    status, body = answer.get("status"), answer.get("body")
+    if not isinstance(status, int) or not _is_json(body):
+        raise _odd(host)
     if status < _BAD:
         return body
     message, hint = f"host {host} answered {status}", ""
     if isinstance(body, dict):
-        message, hint = f"host {host}: {body.get('message', message)}", str(body.get("hint", ""))
+        message = f"host {host}: {layout.plain(str(body.get('message', message)))}"
+        hint = layout.plain(str(body.get("hint", "")))
     kind = NotFound if status == _NOT_FOUND else SourceUnavailable
     raise kind(message, hint=hint)
 
@@ -338,5 +379,30 @@ _NOT_EXPLAINED: Final[Json] = {
     "policy": {},
     "cards": [],
 }
+
+
+def _object(host: HostId, answer: Json) -> Json:
+    """The same of an answer that is an object."""
+    body = _body(host, answer)
+    if not isinstance(body, dict):
+        raise _odd(host)
+    return body
+
+
+def _is_json(body: object) -> bool:
+    try:
+        json.dumps(body, allow_nan=False, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _odd(host: HostId) -> SourceUnavailable:
+    return SourceUnavailable(
+        f"host {host} answered what no imdsproxy of this version answers",
+        hint=f"look at host {host}: it may be of another version, or captured",
+    )
+
+
 _BAD: Final = 400
 _NOT_FOUND: Final = 404

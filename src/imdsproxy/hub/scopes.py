@@ -8,9 +8,9 @@ from typing import TypeAlias
 
 from imdsproxy.core.claims import claim_places
 from imdsproxy.core.fleet import layout
+from imdsproxy.core.fleet.values import parse_grant
 from imdsproxy.core.model import Instance, Network, Port
-from imdsproxy.core.records import Refused
-from imdsproxy.core.records.grant import GRANT, NO_GRANT, Grant, spell_listener
+from imdsproxy.core.records.grant import NO_GRANT, Grant, spell_listener
 from imdsproxy.core.records.schema import Path, render_path
 from imdsproxy.errors import AccessDenied, Problem, SourceCorrupt
 
@@ -76,14 +76,6 @@ def read_grant(view: _View, project: str) -> tuple[Grant, int]:
     except layout.Unreadable as error:
         raise SourceCorrupt(f"the grant of project {project} is not readable: {error}") from error
     return grant, found[1]
-
-
-def parse_grant(value: bytes) -> Grant:
-    """The value of a grant's key; raises `layout.Unreadable`."""
-    grant = GRANT.read(layout.decode(value))
-    if isinstance(grant, Refused):
-        raise layout.Unreadable("; ".join(map(str, grant.problems)))
-    return grant
 
 
 def read_scope(view: _View, project: str | None) -> Scope | None:

@@ -12,20 +12,36 @@ from sys import intern
 from typing import Any, Final, TypeAlias
 
 from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import HostId, Json, Meta, StoredNetwork, Unreadable
-from imdsproxy.core.fleet.members import HostState, parse_host
+from imdsproxy.core.fleet.layout import (
+    ANYWHERE,
+    HostId,
+    Json,
+    Meta,
+    StoredInstance,
+    StoredNetwork,
+    Unreadable,
+)
+from imdsproxy.core.fleet.members import HostState, StoredHost, host_key, parse_host, read_host
 from imdsproxy.core.fleet.stream import Batch, Bye, ByeCode, Hello, ItemKey, digest_items
 from imdsproxy.core.fleet.suspicion import MOST_AHEAD
+from imdsproxy.core.fleet.values import (
+    SealedKeys,
+    Sealing,
+    StoredPolicy,
+    Value,
+    parse_sealing,
+    parse_value,
+)
 from imdsproxy.core.model import InstanceId, Network, NetworkId
+from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.core.records import parse_network
-from imdsproxy.hub.scopes import parse_grant
 from imdsproxy.listeners.plan import place_of
 
 Item: TypeAlias = tuple[int, Json]
 """Its revision and value."""
 
-InstanceKeys: TypeAlias = "Callable[[InstanceId], Json | None]"
-"""The token keys of an instance, as the value of an item; `None` while the fleet has none."""
+InstanceKeys: TypeAlias = "Callable[[InstanceId], Item | None]"
+"""The token keys of an instance, as an item; `None` while the fleet has none that the hub can read."""
 
 _FLEET_POLICY: Final = "policy/fleet"
 _KINDS: Final[Mapping[str, str]] = {
@@ -36,6 +52,8 @@ _KINDS: Final[Mapping[str, str]] = {
 }
 _SWEPT: Final = (layout.INSTANCES, layout.NETWORKS, layout.POLICIES)
 _OF_INSTANCE: Final = ("instance", "guard", "keys")
+_NEEDED: Final = ("network/", "policy/")
+"""Items that hosts have because of instances."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +79,19 @@ class _Entry:
 
 
 @dataclass(frozen=True, slots=True)
+class Unread:
+    """What etcd has of a key, where that cannot be read.
+
+    Attributes:
+        why: In words.
+    """
+
+    value: bytes
+    mod_revision: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class _Placement:
     """Where an instance is, and the items of others that it needs: networks, and policies of projects."""
 
@@ -79,7 +110,8 @@ class Difference:
 
     Attributes:
         batch: All of it.
-        suspicious: Why etcd seems to be restored from a backup: the host has what etcd lacks.
+        suspicious: Why etcd seems to be restored from a backup: the host has what etcd lacks. What cannot be read is
+            none of that.
     """
 
     batch: Batch
@@ -90,19 +122,24 @@ class Difference:
 class FleetState:
     """All keys below `layout.PREFIX`, as of `revision`.
 
+    A key is readable, removed (its value says so), absent, or unreadable. An unreadable key keeps its last good value,
+    where this hub has one, and is never taken for absent.
+
     Args:
         keys_of: See `InstanceKeys`.
+        keys_problem: Why the newest token keys cannot be read.
 
     Attributes:
-        problems: By key, values that another program wrote: what was before counts.
+        unreadable: By key, values that another program wrote.
         lost: By key, those that were deleted, or are older than before, as after a restore: what was before counts.
         removed: Keys of records that were removed; they stay in etcd for a while, so that hosts learn of it.
     """
 
     keys_of: InstanceKeys = lambda _: None
+    keys_problem: Callable[[], str | None] = lambda: None
     revision: int = 0
     meta: Meta = field(default_factory=lambda: Meta(""))
-    problems: dict[str, str] = field(default_factory=dict)
+    unreadable: dict[str, Unread] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
     removed: set[str] = field(default_factory=set)
     _entries: dict[str, dict[str, _Entry]] = field(default_factory=dict)
@@ -111,13 +148,21 @@ class FleetState:
     _where: dict[ItemKey, Counter[HostId]] = field(default_factory=dict)
     _listeners: dict[NetworkId, str] = field(default_factory=dict)
     _sharing: dict[str, set[NetworkId]] = field(default_factory=dict)
-    _keys_revision: int = 0
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """By key, why what etcd has is not in force here: it is unreadable, or `lost`."""
+        unread = self.unreadable.items()
+        found = {
+            key: f"not readable: {one.why} (revision {one.mod_revision})" for key, one in unread
+        }
+        return found | self.lost
 
     def copy(self) -> FleetState:
         """One that may be changed apart from this one, until this one `become`s it."""
         return replace(
             self,
-            problems=dict(self.problems),
+            unreadable=dict(self.unreadable),
             lost=dict(self.lost),
             removed=set(self.removed),
             _entries={kind: dict(entries) for kind, entries in self._entries.items()},
@@ -135,7 +180,7 @@ class FleetState:
 
     def differs(self, change: Change, newest: int) -> bool:
         """Whether a key is not as in `change`, and its value here not newer than revision `newest`."""
-        entry = self._kin(change.key).get(change.key)
+        entry = self.unreadable.get(change.key) or self._kin(change.key).get(change.key)
         if entry is None:
             return change.value is not None
         if entry.mod_revision > newest:
@@ -144,7 +189,7 @@ class FleetState:
 
     def keys_beyond(self, found: Collection[str]) -> list[str]:
         """Every key that is not among those."""
-        return [key for kin in self._entries.values() for key in kin if key not in found]
+        return [key for key in self.keys(layout.PREFIX) if key not in found]
 
     def apply(self, revision: int, changes: Iterable[Change]) -> dict[HostId, set[ItemKey]]:
         """Fold changes in that are complete up to `revision`.
@@ -163,24 +208,29 @@ class FleetState:
         entries = self._kin(key)
         before = entries.get(key)
         if change.value is None:
+            self.unreadable.pop(key, None)
             if before is None or _may_go(key, before.value):
                 entries.pop(key, None)
                 self.removed.discard(key)
+                if key.startswith(layout.INSTANCES):
+                    self._placements.pop(InstanceId(key.removeprefix(layout.INSTANCES)), None)
             else:
                 self.lost[key] = f"deleted at revision {change.mod_revision} by another program"
             return
         if before == _Entry(change.value, change.mod_revision):
+            self.unreadable.pop(key, None)
             return
         try:
-            why = None if before is None else _doubt_entry(key, before, change)
-            if why is not None:
-                self.lost[key] = why
-                return
-            self._fold(change, change.value, touched)
+            found = parse_value(key, change.value)
         except Unreadable as error:
-            self.problems[key] = f"revision {change.mod_revision} is not readable: {error}"
+            self.unreadable[key] = Unread(change.value, change.mod_revision, str(error))
             return
-        self.problems.pop(key, None)
+        self.unreadable.pop(key, None)
+        why = None if before is None else _doubt_entry(key, before, change)
+        if why is not None:
+            self.lost[key] = why
+            return
+        self._fold(key, found, touched)
         self.lost.pop(key, None)
         entries[key] = _Entry(change.value, change.mod_revision, change.version)
         if key.startswith(_SWEPT) and layout.removal_time(change.value) is not None:
@@ -193,30 +243,25 @@ class FleetState:
         kind = key[: key.find("/", len(layout.PREFIX)) + 1]
         return self._entries.setdefault(kind, {})
 
-    def _fold(self, change: Change, value: bytes, touched: dict[HostId, set[ItemKey]]) -> None:
-        key = change.key
-        if key == layout.META:
-            self.meta = layout.parse_meta(value)
-        elif key.startswith(layout.INSTANCES):
-            self._place(InstanceId(key.removeprefix(layout.INSTANCES)), value, touched)
-        elif key.startswith(layout.NETWORKS):
-            self._listen(NetworkId(key.removeprefix(layout.NETWORKS)), layout.parse_network(value))
-            self._touch(f"network/{key.removeprefix(layout.NETWORKS)}", touched)
-        elif key.startswith((layout.GUARDS, layout.POLICIES)):
-            layout.decode(value)
-            guard = key.startswith(layout.GUARDS)
-            kind, prefix = ("guard", layout.GUARDS) if guard else ("policy", layout.POLICIES)
-            self._touch(f"{kind}/{key.removeprefix(prefix)}", touched)
-        elif key.startswith((layout.HOSTS, layout.GRANTS)):
-            (parse_host if key.startswith(layout.HOSTS) else parse_grant)(value)
-        elif key == layout.ENVELOPE:
-            layout.decode(value)
-        elif key.startswith(layout.KEYS):
-            layout.decode(value)
-            self._keys_revision = max(self._keys_revision, change.mod_revision)
-            for instance, placement in self._placements.items():
-                for host in placement.hosts:
-                    touched.setdefault(host, set()).add(f"keys/{instance}")
+    def _fold(self, key: str, found: Value, touched: dict[HostId, set[ItemKey]]) -> None:
+        match found:
+            case Meta():
+                self.meta = found
+            case StoredInstance():
+                self._place(InstanceId(key.removeprefix(layout.INSTANCES)), found, touched)
+            case StoredNetwork():
+                self._listen(NetworkId(key.removeprefix(layout.NETWORKS)), found)
+                self._touch(f"network/{key.removeprefix(layout.NETWORKS)}", touched)
+            case OperatorOverride():
+                self._touch(f"guard/{key.removeprefix(layout.GUARDS)}", touched)
+            case StoredPolicy():
+                self._touch(f"policy/{key.removeprefix(layout.POLICIES)}", touched)
+            case SealedKeys():
+                for instance, placement in self._placements.items():
+                    for host in placement.hosts:
+                        touched.setdefault(host, set()).add(f"keys/{instance}")
+            case _:
+                pass
 
     def _listen(self, network: NetworkId, stored: StoredNetwork) -> None:
         where = self._listeners.pop(network, None)
@@ -229,9 +274,8 @@ class FleetState:
             self._sharing.setdefault(where, set()).add(network)
 
     def _place(
-        self, instance: InstanceId, value: bytes, touched: dict[HostId, set[ItemKey]]
+        self, instance: InstanceId, stored: StoredInstance, touched: dict[HostId, set[ItemKey]]
     ) -> None:
-        stored = layout.parse_instance(value)
         before = self._placements.get(instance, _NOWHERE)
         needs = needs_of(stored.record)
         own = _own_items(instance)
@@ -290,8 +334,7 @@ class FleetState:
         """An item's revision and value; `None` where etcd has none."""
         kind, _, rest = item.partition("/")
         if kind == "keys":
-            value = self.keys_of(InstanceId(rest))
-            return None if value is None else (self._keys_revision, value)
+            return self.keys_of(InstanceId(rest))
         entry = self._entry(item)
         if entry is None:
             return None
@@ -341,37 +384,49 @@ class FleetState:
                 revisions[item] = revision
         return digest_items(revisions)
 
-    def changes_for(self, host: HostId, items: Iterable[ItemKey]) -> Batch:
-        """The items as they are now, for a host that had everything before they were touched."""
+    def changes_for(
+        self, host: HostId, items: Iterable[ItemKey], *, keeps_unread: bool = False
+    ) -> Batch:
+        """The items as they are now, for a host that had everything before they were touched.
+
+        Args:
+            host: Which.
+            items: Those that were touched.
+            keeps_unread: The host keeps instances that cannot be read: they may need what no other instance needs.
+        """
         put: dict[ItemKey, Item] = {}
         removed: list[ItemKey] = []
         for item in sorted(items):
             if not self.reaches(host, item):
-                removed.append(item)
+                if not (keeps_unread and item.startswith(_NEEDED)):
+                    removed.append(item)
             elif (found := self.item(item)) is not None:
                 put[item] = found
         return self._batch(put, removed, {})
 
     def compare(self, host: HostId, hello: Hello) -> Difference | Bye:
         """What a host gets that says hello."""
-        refused = self._refuse(hello)
-        if refused is not None:
+        if (refused := self._refuse(hello)) is not None:
             return refused
         have, accepts = hello.items, self.meta.incarnation > hello.incarnation
         wanted = self.items_for(host)
         put: dict[ItemKey, Item] = {}
         held: dict[ItemKey, str] = {}
+        unread: dict[ItemKey, str] = {}
         for item in sorted(wanted):
             revision, known = self._revision_of(item), have.get(item)
             if known is not None and (why := _doubt(revision, known)) is not None:
-                held[item] = why
+                reason = self.unread(item)
+                (held if reason is None else unread)[item] = reason or why
             # A restored store gives revisions again.
             elif (revision != known or accepts) and (found := self.item(item)) is not None:
                 put[item] = found
         removed: list[ItemKey] = []
         for item in sorted(have.keys() - wanted, key=_instances_first):
             why = self._doubt_removal(host, item, have[item], held)
-            if why is None:
+            if (reason := self._unread_with(item, why, unread)) is not None:
+                unread[item] = reason
+            elif why is None:
                 removed.append(item)
             else:
                 held[item] = why
@@ -384,7 +439,34 @@ class FleetState:
         if held:
             item, why = next(iter(held.items()))
             suspicious = f"{host} has {item} of revision {have[item]}: {why}"
-        return Difference(self._batch(put, removed, held), suspicious)
+        batch = replace(self._batch(put, removed, held), unreadable=unread)
+        return Difference(batch, suspicious)
+
+    def unread(self, item: ItemKey) -> str | None:
+        """Why what etcd has of an item cannot be read; `None` where it can, or where etcd has none."""
+        kind, _, rest = item.partition("/")
+        if kind == "keys":
+            return self.keys_problem()
+        found = self.unreadable.get(_KINDS[kind] + rest)
+        return None if found is None else found.why
+
+    def unread_instances(self, items: Iterable[ItemKey]) -> frozenset[ItemKey]:
+        """Those of the items that are instances which cannot be read."""
+        return frozenset(
+            one for one in items if one.startswith("instance/") and self.unread(one) is not None
+        )
+
+    def _unread_with(
+        self, item: ItemKey, doubt: str | None, unread: Mapping[ItemKey, str]
+    ) -> str | None:
+        """Why an item that no readable instance brings to a host stays there, because of what cannot be read."""
+        kind, _, rest = item.partition("/")
+        if kind in {"guard", "keys"}:
+            return unread.get(f"instance/{rest}")
+        if kind == "instance":
+            return None if doubt is None else self.unread(item)
+        needed = any(one.startswith("instance/") for one in unread)
+        return "instances that cannot be read may need it" if needed else None
 
     def _refuse(self, hello: Hello) -> Bye | None:
         """Return why a host has to be sent away; `None` if this hub is as far as the host."""
@@ -412,7 +494,8 @@ class FleetState:
         if kind in {"guard", "keys"}:
             return held.get(f"instance/{rest}")
         if kind == "instance":
-            went = host in self._placements.get(InstanceId(rest), _NOWHERE).left
+            left = self._placements.get(InstanceId(rest), _NOWHERE).left
+            went = host in left or ANYWHERE in left
             revision = self._revision_of(item)
             certain = went and revision is not None and revision >= known
             return None if certain else "the store does not say that it went"
@@ -426,13 +509,15 @@ class FleetState:
         return Batch(self.revision, meta.fleet, meta.incarnation, put, tuple(removed), held)
 
     def held_back(self, host: HostId, items: Collection[ItemKey] | None) -> str | None:
-        """Why hosts do not get what etcd has of an item: it is among `lost`.
+        """Why hosts do not get what etcd has of an item: it is among `problems`.
 
         Args:
             host: Which.
             items: Of one of these; `None` for all that reach the host.
         """
-        for key, why in self.lost.items():
+        if not (self.unreadable or self.lost):
+            return None
+        for key, why in self.problems.items():
             kind = next((one for one, prefix in _KINDS.items() if key.startswith(prefix)), None)
             if kind is not None:
                 item = f"{kind}/{key.removeprefix(_KINDS[kind])}"
@@ -443,28 +528,45 @@ class FleetState:
     # What operators and hubs ask
 
     def value(self, key: str) -> tuple[bytes, int] | None:
-        """A key's value and revision; `None` where it is absent."""
+        """A key's last good value and its revision; `None` where there is none."""
         entry = self._kin(key).get(key)
         return None if entry is None else (entry.value, entry.mod_revision)
 
+    def stored(self, key: str) -> tuple[bytes, int] | None:
+        """What etcd has of a key, readable or not; `None` where it is absent."""
+        found = self.unreadable.get(key)
+        return self.value(key) if found is None else (found.value, found.mod_revision)
+
     def keys(self, prefix: str) -> Iterator[str]:
-        """Every key below it; those of other kinds are not looked at."""
+        """Every key below it, readable or not; those of other kinds are not looked at."""
         kinds = (
             kin
             for kind, kin in self._entries.items()
             if kind.startswith(prefix) or prefix.startswith(kind)
         )
-        return (key for kin in kinds for key in kin if key.startswith(prefix))
+        yield from (key for kin in kinds for key in kin if key.startswith(prefix))
+        for key in self.unreadable:
+            if key.startswith(prefix) and key not in self._kin(key):
+                yield key
 
     def count_records(self, prefix: str) -> int:
         """How many records there are, `layout.INSTANCES` or another kind; those that were removed do not count."""
         removed = sum(1 for key in self.removed if key.startswith(prefix))
         return len(self._kin(prefix)) - removed
 
-    def sealing_key(self) -> str | None:
-        """The name of the key with which hubs seal secrets; `None` for the first that they have."""
-        found = self.value(layout.ENVELOPE)
-        return None if found is None else str(layout.decode(found[0]).get("key"))
+    def sealing(self) -> Sealing | None:
+        """The key with which hubs seal secrets; `None` where etcd names none; raises `Unreadable`."""
+        found = self.value(layout.ENVELOPE) or self.stored(layout.ENVELOPE)
+        return None if found is None else parse_sealing(found[0])
+
+    def host(self, host: HostId) -> StoredHost | None:
+        """A host as it is stored, `UNREADABLE` where no good value is known; `None` where there is none."""
+        key = host_key(host)
+        found = self.value(key)
+        if found is not None:
+            return parse_host(found[0])
+        unread = self.unreadable.get(key)
+        return None if unread is None else read_host(unread.value, unread.mod_revision)
 
     def enrolled(self) -> list[HostId]:
         """Every host that may connect, in order."""
@@ -537,10 +639,8 @@ def _own_items(instance: InstanceId) -> tuple[ItemKey, ...]:
 def needs_of(record: Mapping[str, Any]) -> tuple[ItemKey, ...]:
     """The items that a host with an instance needs beside its own: networks, and policies of projects."""
     ports = record.get("ports", [])
-    if not (isinstance(ports, list) and all(isinstance(one, dict) for one in ports)):
-        raise Unreadable("`ports` is no list of objects")
     projects = (record.get("project"), *(port.get("project") for port in ports))
-    found = {f"network/{port.get('network')}" for port in ports}
+    found = {f"network/{port['network']}" for port in ports}
     found |= {f"policy/project/{one}" for one in projects if one is not None}
     return tuple(intern(one) for one in sorted(found))
 

@@ -10,7 +10,7 @@ import itertools
 import socket
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, cast
 
 import structlog
@@ -98,6 +98,7 @@ class Streams:
         admits: Whether a host's certificate of this serial number is good now.
         suspect: Called with evidence that etcd was restored from a backup: a host has what etcd lacks.
         age_s: Seconds since etcd was heard.
+        unready: Why no host may be served by this hub.
 
     Attributes:
         hosts: Streams of hosts that are connected to this hub: they have said hello.
@@ -109,6 +110,7 @@ class Streams:
     admits: Callable[[HostId, str], bool]
     suspect: Callable[[Evidence], object] = lambda _: None
     age_s: Callable[[], float] = lambda: 0.0
+    unready: Callable[[], str | None] = lambda: None
     hosts: dict[HostId, HostStream] = field(default_factory=dict)
     differed: int = 0
     _differing: dict[HostId, tuple[float, str]] = field(default_factory=dict)
@@ -170,15 +172,20 @@ class Streams:
     def _ping(self, turn: int) -> None:
         now = self.clock.monotonic()
         ping = Ping(self.state.revision, self.clock.now().timestamp(), round(self.age_s(), 1))
-        line = render_line(ping)
+        line, unready = render_line(ping), self.unready()
         for stream in tuple(self._turns[turn]):
-            stream.keep_alive(now, line)
+            if unready is None:
+                stream.keep_alive(now, line)
+            else:
+                stream.leave(ByeCode.STOPPING, unready)
 
     def deliver(self, touched: Mapping[HostId, Collection[ItemKey]]) -> None:
         """Send what `FleetState.apply` found to the hosts that are here."""
         everywhere = touched.get(_ALL, ())
         for host in self.hosts if everywhere else touched.keys() & self.hosts.keys():
             self.hosts[host].touch((*touched.get(host, ()), *everywhere))
+        for stream in tuple(self.hosts.values()) if touched else ():
+            stream.compare_mended()
         before, self._delivered = self._delivered, self.state.revision
         for host, waits in self._waits.items():
             if host not in touched and any(one.revision > before for one in waits):
@@ -318,6 +325,7 @@ class HostStream(asyncio.Protocol):
         "_streams",
         "_transport",
         "_unanswered_at",
+        "_unread",
         "acked",
         "failed",
         "greeted",
@@ -337,6 +345,7 @@ class HostStream(asyncio.Protocol):
         self._paused_at: float | None = None
         self._unanswered_at: float | None = None
         self._scheduled = False
+        self._unread: frozenset[ItemKey] = frozenset()
         self._transport: asyncio.Transport | None = None
         self.host, self.serial = HostId(""), ""
         self.greeted, self.acked = False, 0
@@ -439,6 +448,9 @@ class HostStream(asyncio.Protocol):
         if who is None or who.role is not Role.HOST:
             self._refuse(b"403 Forbidden")
             return False
+        if self._streams.unready() is not None:
+            self._refuse(b"503 Service Unavailable")
+            return False
         if not self._streams.admits(HostId(who.name), who.serial):
             self._refuse(b"403 Forbidden")
             return False
@@ -497,6 +509,9 @@ class HostStream(asyncio.Protocol):
         if not streams.admits(self.host, self.serial):
             self.leave(ByeCode.REVOKED)
             return
+        if (unready := streams.unready()) is not None:
+            self.leave(ByeCode.STOPPING, unready)
+            return
         found = streams.state.compare(self.host, hello)
         if isinstance(found, Bye):
             if (evidence := _evidence_of(self.host, hello, found.code)) is not None:
@@ -509,7 +524,7 @@ class HostStream(asyncio.Protocol):
         if before is not None:
             before.leave(ByeCode.REPLACED)
         streams.add(self)
-        self.greeted = True
+        self.greeted, self._unread = True, streams.state.unread_instances(found.batch.unreadable)
         self._plan(None)
         _log.info("host joined", host=self.host, revision=hello.revision)
         self._send_batch(found.batch)
@@ -526,10 +541,7 @@ class HostStream(asyncio.Protocol):
                 self.send(part)
                 piece, size = {}, 0
         self._sent = batch.revision
-        last = Batch(
-            batch.revision, batch.fleet, batch.incarnation, piece, batch.remove, batch.held
-        )
-        self.send(last)
+        self.send(replace(batch, put=piece))
 
     # Changes
 
@@ -550,7 +562,14 @@ class HostStream(asyncio.Protocol):
         if self._transport is None or self._paused_at is not None or not self._dirty:
             return
         items, self._dirty = self._dirty, set()
-        self._send_batch(self._streams.state.changes_for(self.host, items))
+        state = self._streams.state
+        batch = state.changes_for(self.host, items, keeps_unread=bool(self._unread))
+        self._send_batch(batch)
+
+    def compare_mended(self) -> None:
+        """Have the host say hello again where an instance that it kept can be read again: it may be elsewhere."""
+        if self._unread and self._unread != self._streams.state.unread_instances(self._unread):
+            self.leave(ByeCode.DIFFERS, "an instance that it kept can be read again")
 
     def lacks(self, revision: int, items: Collection[ItemKey] | None = None) -> str | None:
         """See `Streams.lacks`; of a revision that the hub has."""

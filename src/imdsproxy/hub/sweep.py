@@ -13,9 +13,9 @@ from typing import Final
 import structlog
 
 from imdsproxy.core.fleet import layout
-from imdsproxy.errors import EtcdUnavailable
+from imdsproxy.errors import EtcdUnavailable, SourceRefused
 from imdsproxy.host.clock import Clock
-from imdsproxy.hub.etcd import Committed, Etcd
+from imdsproxy.hub.etcd import Committed, Compacted, Etcd
 from imdsproxy.hub.etcd_messages import prefix_end, unchanged
 from imdsproxy.hub.state import FleetState
 
@@ -52,8 +52,8 @@ class Sweep:
             try:
                 await self.look()
                 await self.forget_removals()
-            except EtcdUnavailable as error:
-                _log.warning("etcd not swept", reason=error.message)
+            except (EtcdUnavailable, SourceRefused, Compacted) as error:
+                _log.warning("etcd not swept", reason=str(error))
 
     async def look(self) -> None:
         """Remove what has had no use for long enough.

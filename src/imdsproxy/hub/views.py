@@ -160,8 +160,18 @@ class Views:
         """An instance and its revision; `NotFound` where there is none that the operator may know."""
         known = self.known(instance)
         if known is None:
+            self._refuse_unread("instance", layout.instance_key(instance))
             raise no_such("instance", instance)
         return known
+
+    def _refuse_unread(self, kind: str, key: str) -> None:
+        """`SourceCorrupt` where a record is there and cannot be read; whose project it is of is not known."""
+        found = self.state.unreadable.get(key)
+        if found is not None and self.scope is None:
+            raise SourceCorrupt(
+                f"{kind} {key.rpartition('/')[2]} is not readable in etcd: {found.why}",
+                hint=f"write the whole record again: imdsproxy --fleet URL {kind} add",
+            )
 
     # What is shown of one
 
@@ -169,6 +179,7 @@ class Views:
         """As the view of a host's admin API, and its hosts and revision; `NotFound` otherwise."""
         known = self._known_network(network)
         if known is None:
+            self._refuse_unread("network", layout.network_key(network))
             raise no_such("network", network)
         item = f"network/{network}"
         use = self._use(item, known[0].record)

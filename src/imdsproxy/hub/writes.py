@@ -86,7 +86,7 @@ class Fresh:
         if key in self.read:
             return self.read[key]
         # The copy goes on while a write waits: what is planned is all of one moment, or is refreshed against that.
-        return self.asked.setdefault(key, self.state.value(key))
+        return self.asked.setdefault(key, self.state.stored(key))
 
     def take(self, compares: Iterable[Compare], kvs: Sequence[KeyValue]) -> None:
         """What a write was refused for."""
@@ -94,7 +94,8 @@ class Fresh:
         for one in compares:
             if one.range_end:
                 users = (kv for kv in kvs if kv.key.startswith(one.key))
-                self.in_ranges[one.key] = tuple(dict.fromkeys(kv.value.decode() for kv in users))
+                holders = (layout.plain(kv.value.decode(errors="replace")) for kv in users)
+                self.in_ranges[one.key] = tuple(dict.fromkeys(holders))
             else:
                 self.read[one.key] = found.get(one.key)
 

@@ -17,6 +17,7 @@ from imdsproxy.core.fleet.members import (
     host_key,
     operator_key,
     parse_host,
+    read_host,
 )
 from imdsproxy.errors import AccessDenied, NotFound, RequestRefused, SourceUnavailable, WriteUnknown
 from imdsproxy.host.certificates import make_key, parse_certificate, render_request
@@ -178,3 +179,21 @@ async def test_tokens_and_keys_are_in_no_log_and_no_value(
     assert logs
     assert token not in seen
     assert "PRIVATE" not in seen
+
+
+async def test_a_host_whose_value_another_program_wrote_is_revoked_or_invited_again(
+    enrolment: Enrolment, store: _Store
+) -> None:
+    key = host_key(_HOST)
+    for value in (b"garbage", b"{}", b'{"state": "unreadable"}'):
+        for mend in (enrolment.revoke(_HOST), enrolment.invite(_HOST, _URLS)):
+            await store.commit((), {key: value})
+            assert read_host(value, 9).state is HostState.UNREADABLE
+            known = store.revision
+            await mend
+            mended = parse_host(store.values[key].value)
+            assert mended.state in {HostState.REVOKED, HostState.INVITED}
+            assert mended.revocations >= known
+    await store.commit((), {key: b"garbage"})
+    with pytest.raises(AccessDenied):
+        await enrolment.renew(Identity(Role.HOST, _HOST, "0A"), _request())

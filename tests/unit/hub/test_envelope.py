@@ -2,6 +2,8 @@
 
 import pytest
 
+from imdsproxy.core.fleet.layout import Unreadable
+from imdsproxy.core.fleet.values import Sealing
 from imdsproxy.errors import SecretUnreadable, SourceCorrupt
 from imdsproxy.hub.envelope import Envelope, add_key, make_envelope, name_of, parse_envelope
 
@@ -57,14 +59,36 @@ def test_keys_are_in_no_text_of_an_envelope() -> None:
 
 
 def test_a_key_that_is_added_seals_once_it_is_chosen_and_has_a_name_that_none_had() -> None:
-    chosen: str | None = None
+    chosen: Sealing | None = None
     text, name = add_key(make_envelope("7"), "f")
     assert name == "8"
     both = Envelope(parse_envelope(text, "f").keys, lambda: chosen)
     assert name_of(both.seal(_PLACE, _SECRET)) == "7"
-    chosen = "8"
+    chosen = Sealing("8", str(both.fingerprint("8")))
     sealed = both.seal(_PLACE, _SECRET)
-    assert (name_of(sealed), both.open(_PLACE, sealed)) == ("8", _SECRET)
-    chosen = "9"
-    with pytest.raises(SourceCorrupt, match="the key 9, which this hub does not have"):
-        both.seal(_PLACE, _SECRET)
+    assert (name_of(sealed), both.open(_PLACE, sealed), both.missing()) == ("8", _SECRET, None)
+
+
+@pytest.mark.parametrize("name", ["8", "9"])
+def test_a_hub_without_the_key_that_seals_or_with_another_of_its_name_seals_nothing(
+    name: str,
+) -> None:
+    other = parse_envelope(make_envelope(name), "f").fingerprint(name)
+    own = parse_envelope(make_envelope("8"), "f").keys
+    envelope = Envelope(own, lambda: Sealing(name, str(other)))
+    assert f"the key {name}, which this hub does not have" in str(envelope.missing())
+    with pytest.raises(SourceCorrupt, match=f"the key {name}, which this hub does not have"):
+        envelope.seal(_PLACE, _SECRET)
+
+
+def test_a_choice_that_cannot_be_read_is_no_missing_key_and_nothing_is_sealed_until_it_is_mended() -> (
+    None
+):
+    def chosen() -> Sealing:
+        raise Unreadable("it is no JSON")
+
+    envelope = Envelope(parse_envelope(make_envelope(), "f").keys, chosen)
+    assert (envelope.missing(), envelope.sealing) == (None, None)
+    with pytest.raises(SourceCorrupt, match="not readable") as caught:
+        envelope.seal(_PLACE, _SECRET)
+    assert "imdsproxy fleet reseal" in caught.value.hint

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from ipaddress import IPv4Address
 from typing import TypeAlias
 
 import pytest
@@ -15,8 +16,15 @@ from imdsproxy.core.fleet.layout import HostId, Meta
 from imdsproxy.core.fleet.members import HostState, StoredHost, host_key, render_host
 from imdsproxy.core.fleet.suspicion import MOST_AHEAD, Claim, Suspicion, render_suspicion
 from imdsproxy.core.model import InstanceId, Network, NetworkId
+from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.core.records import PlacedInstance, parse_network, parse_placed
-from imdsproxy.errors import ImdsproxyError, SourceRefused
+from imdsproxy.errors import (
+    ImdsproxyError,
+    NotFound,
+    RequestRefused,
+    SourceCorrupt,
+    SourceRefused,
+)
 from imdsproxy.hub.etcd_messages import Compare
 from imdsproxy.hub.plan_writes import (
     InstancePut,
@@ -25,7 +33,10 @@ from imdsproxy.hub.plan_writes import (
     claims_of,
     next_epoch,
     plan_acceptance,
+    plan_guard,
+    plan_hosts,
     plan_network_removal,
+    plan_policy,
     plan_put,
     plan_removal,
     read_instance,
@@ -224,3 +235,102 @@ def test_an_etcd_that_was_emptied_keeps_its_fleet_when_that_is_accepted_and_gets
     store.keys[layout.SUSPECT] = render_suspicion(Suspicion("why", {"hub-1": 3})), 1
     with pytest.raises(SourceRefused, match="etcd has another fleet, f"):
         plan_acceptance(store.keys.get, Meta("g", 3))
+
+
+# Over what cannot be read
+
+_ALL = Terms("r", now=1_700_000_000)
+_OF_SHOP = Terms("r", now=1_700_000_000, scope="shop")
+_WEB = InstanceId("web")
+
+
+def _written(store: Store, *puts: tuple[str, list[dict[str, object]]]) -> Store:
+    records = [InstancePut(placed(name, ports)) for name, ports in puts]
+    assert store.commit(plan_put(store.keys.get, [], records, _ALL)) is None
+    return store
+
+
+def _damaged(store: Store, key: str) -> Store:
+    store.keys[key] = b"garbage", store.revision
+    return store
+
+
+def _blue() -> Store:
+    store = fresh()
+    assert store.commit(plan_put(store.keys.get, [network("blue")], [], _ALL)) is None
+    return store
+
+
+def test_a_record_that_cannot_be_read_is_written_over_by_an_operator_of_all_projects() -> None:
+    port: list[dict[str, object]] = [{"network": "blue", "addresses": ["10.0.0.1"]}]
+    store = _damaged(_written(_blue(), ("web", port)), layout.instance_key(_WEB))
+    with pytest.raises(ImdsproxyError):
+        plan_put(store.keys.get, [], [InstancePut(placed("web", []))], _OF_SHOP)
+    with pytest.raises(SourceCorrupt):
+        plan_hosts(store.keys.get, _WEB, lambda _: (HostId("a"),), _ALL)
+    _written(store, ("web", port))
+    stored = layout.parse_instance(store.keys[layout.instance_key(_WEB)][0])
+    # Any host may have had it.
+    assert stored.left == (layout.ANYWHERE,)
+    # An address that it no longer has is free for others.
+    _written(_damaged(store, layout.instance_key(_WEB)), ("web", []))
+    _written(store, ("mail", port))
+    claim = layout.address_claim(NetworkId("blue"), IPv4Address("10.0.0.1"))
+    assert store.keys[claim][0] == b"mail"
+
+
+def test_a_record_that_cannot_be_read_is_removed() -> None:
+    store = _damaged(_written(_blue(), ("web", [])), layout.instance_key(_WEB))
+    with pytest.raises(NotFound):
+        plan_removal(store.keys.get, _WEB, _OF_SHOP)
+    assert store.commit(plan_removal(store.keys.get, _WEB, _ALL)) is None
+    assert read_instance(store.keys.get, _WEB) is None
+    key = layout.network_key(NetworkId("blue"))
+    _damaged(store, key)
+    planned = plan_network_removal(store.keys.get, NetworkId("blue"), _ALL, ())
+    assert store.commit(planned) is None
+    assert layout.parse_network(store.keys[key][0]).removed_at is not None
+
+
+@pytest.mark.parametrize("key", [layout.guard_key(_WEB), layout.instance_key(_WEB)])
+def test_tokens_are_revoked_though_the_record_or_the_guard_cannot_be_read(key: str) -> None:
+    store = _written(_blue(), ("web", []))
+    store.keys[layout.META] = layout.render_meta(Meta("f", 1)), 1
+
+    def revoke() -> int:
+        def change(old: OperatorOverride) -> OperatorOverride:
+            return replace(old, epoch=next_epoch(old.epoch, 1))
+
+        planned, epoch = plan_guard(store.keys.get, _WEB, change, _ALL)
+        assert store.commit(planned) is None
+        return epoch
+
+    before = [revoke() for _ in range(3)][-1]
+    _damaged(store, key)
+    # No host may know a higher one.
+    assert revoke() > before
+    assert revoke() > before + 1
+
+
+def test_a_policy_that_cannot_be_read_is_cleared_and_not_changed() -> None:
+    store = _damaged(fresh(), f"{layout.POLICIES}fleet")
+    with pytest.raises(SourceCorrupt) as caught:
+        plan_policy(store.keys.get, "fleet", lambda old: {**old, "tokens": "required"}, _ALL)
+    assert "imdsproxy policy clear fleet" in caught.value.hint
+    assert store.commit(plan_policy(store.keys.get, "fleet", lambda _: {}, _ALL)) is None
+    assert store.keys[f"{layout.POLICIES}fleet"][0] == b"{}"
+
+
+def test_a_claim_that_cannot_be_read_is_nobodys_to_take() -> None:
+    store, key = _blue(), layout.address_claim(NetworkId("blue"), IPv4Address("10.0.0.1"))
+    _damaged(store, key).keys[key] = b"\xff", 1
+    with pytest.raises(SourceRefused) as caught:
+        _written(store, ("web", [{"network": "blue", "addresses": ["10.0.0.1"]}]))
+    assert "is not readable in etcd" in caught.value.problems[0].reason
+
+
+def test_another_programs_value_of_the_suspicion_stops_no_write() -> None:
+    store = _damaged(_blue(), layout.SUSPECT)
+    _written(store, ("web", []))
+    with pytest.raises(RequestRefused):
+        plan_acceptance(store.keys.get, Meta("f", 1))

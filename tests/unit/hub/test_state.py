@@ -207,7 +207,7 @@ def test_a_value_that_another_program_wrote_or_deleted_changes_nothing() -> None
     for value in (b"", b"[]", b'{"hosts":"a"}', b'{"hosts":[],"record":{"ports":7}}', None):
         assert state.apply(9, [Change(key, value, 9)]) == {}
         assert everything_of(state, A) == before
-        assert key in (state.lost if value is None else state.problems)
+        assert key in (state.lost if value is None else state.unreadable)
     state.apply(10, [instance("web", 10, A)])
     assert not state.problems
     assert not state.lost
@@ -229,7 +229,7 @@ def test_an_old_removal_may_be_deleted_and_nothing_else() -> None:
 
 
 def beat(count: int, revision: int) -> Change:
-    return Change(layout.BEAT, layout.encode({"count": count}), revision, 1, count)
+    return Change(layout.BEAT, layout.encode({"count": count, "hub": "hub-1"}), revision, 1, count)
 
 
 @pytest.mark.parametrize("change", [beat(9, 12), beat(8, 13), beat(9, 11), beat(11, 10)])
@@ -248,8 +248,8 @@ def test_a_beat_that_is_read_again_shows_nothing() -> None:
 
 def test_token_keys_are_sent_to_the_hosts_of_their_instances_when_the_fleet_has_others() -> None:
     state = fleet(instance("web", 2, A), instance("db", 3, B))
-    state.keys_of = lambda one: {"current": one}
-    touched = state.apply(4, [Change(f"{layout.KEYS}0011", layout.encode({}), 4)])
+    state.keys_of = lambda one: (4, {"current": one})
+    touched = state.apply(4, [Change(layout.TOKEN_KEYS, layout.encode({"sealed": "AAAA"}), 4)])
     assert touched == {A: {"keys/web"}, B: {"keys/db"}}
     assert state.item("keys/db") == (4, {"current": "db"})
 
@@ -316,8 +316,8 @@ def test_a_digest_is_that_of_what_a_host_gets_and_of_nothing_else() -> None:
     state = fleet(
         network("blue", 2), network("red", 3), instance("web", 4, A), instance("db", 5, A, B)
     )
-    state.keys_of = lambda instance: {"current": "k", "keys": {"k": instance}}
-    state.apply(6, [Change(f"{layout.KEYS}tokens", b"{}", 6)])
+    state.keys_of = lambda instance: (6, {"current": "k", "keys": {"k": instance}})
+    state.apply(6, [Change(layout.TOKEN_KEYS, layout.encode({"sealed": "AAAA"}), 6)])
     for host in HOSTS:
         items = {item: revision for item, (revision, _) in everything_of(state, host).items()}
         assert state.digest(host, ()) == digest_items(items)
@@ -326,3 +326,98 @@ def test_a_digest_is_that_of_what_a_host_gets_and_of_nothing_else() -> None:
     assert state.digest(A, {"instance/web"}) != state.digest(A, ())
     assert state.digest(HostId("c"), {"instance/web"}) == digest_items(others)
     assert len({state.digest(host, ()) for host in HOSTS}) == len(HOSTS)
+
+
+# What cannot be read
+
+_HAS = {
+    "instance/web": 3, "guard/web": 4, "keys/web": 5, "network/blue": 2, "policy/project/of-web": 2,
+}  # fmt: skip
+
+
+def garbage(key: str, revision: int) -> Change:
+    return Change(key, b"garbage", revision)
+
+
+@pytest.mark.parametrize("seen", [1, 2])
+def test_a_host_keeps_what_a_hub_that_starts_afresh_cannot_read_and_nothing_is_suspected(
+    seen: int,
+) -> None:
+    state = fleet(network("blue", 2), garbage(layout.instance_key(WEB), 7), incarnation=2)
+    found = state.compare(A, Hello("a-fleet", seen, 7, _HAS))
+    assert isinstance(found, Difference)
+    assert found.suspicious is None
+    # Also where a restore was accepted, which takes the rest at its word.
+    assert found.batch.unreadable.keys() == _HAS.keys()
+    assert (found.batch.remove, found.batch.held, found.batch.put) == ((), {}, {})
+    assert "it is no JSON" in found.batch.unreadable["instance/web"]
+
+
+@pytest.mark.parametrize(
+    ("key", "item"),
+    [
+        (layout.network_key(NetworkId("blue")), "network/blue"),
+        (layout.guard_key(WEB), "guard/web"),
+        (f"{layout.POLICIES}project/of-web", "policy/project/of-web"),
+    ],
+)
+def test_what_an_instance_needs_and_cannot_be_read_stays_where_it_is(key: str, item: str) -> None:
+    state = fleet(instance("web", 3, A), garbage(key, 7), incarnation=2)
+    for seen in (1, 2):
+        found = state.compare(A, Hello("a-fleet", seen, 7, {"instance/web": 3, item: 4}))
+        assert isinstance(found, Difference)
+        assert found.suspicious is None
+        assert found.batch.unreadable.keys() == {item}
+        assert found.batch.remove == ()
+
+
+def test_keys_that_a_hub_cannot_open_are_not_keys_that_etcd_lacks() -> None:
+    state = fleet(instance("web", 3, A))
+    state.keys_problem = lambda: "sealed with a key that this hub does not have"
+    found = state.compare(A, Hello("a-fleet", 1, 3, {"instance/web": 3, "keys/web": 9}))
+    assert isinstance(found, Difference)
+    assert found.suspicious is None
+    assert set(found.batch.unreadable) == {"keys/web"}
+
+
+def test_a_hub_that_runs_sends_the_last_good_value_and_says_that_a_newer_one_is_unreadable() -> (
+    None
+):
+    state, key = fleet(network("blue", 2), instance("web", 3, A)), layout.instance_key(WEB)
+    before = everything_of(state, A)
+    state.apply(9, [garbage(key, 9)])
+    assert everything_of(state, A) == before
+    assert state.problems.keys() == {key}
+    assert state.held_back(A, None) == f"instance/web is {state.problems[key]}"
+    assert state.value(key) != state.stored(key) == (b"garbage", 9)
+    # Another hub has sent a newer good one before that.
+    found = state.compare(A, Hello("a-fleet", 1, 9, {"instance/web": 8}))
+    assert isinstance(found, Difference)
+    assert found.suspicious is None
+    assert found.batch.unreadable.keys() == {"instance/web"}
+
+
+def test_an_instance_that_is_written_over_garbage_elsewhere_leaves_the_host_that_kept_it() -> None:
+    state = fleet(network("blue", 2), garbage(layout.instance_key(WEB), 7))
+    assert state.unread_instances(_HAS) == {"instance/web"}
+    state.apply(8, [instance("web", 8, B, left=[layout.ANYWHERE])])
+    assert not state.unread_instances(_HAS)
+    assert set(compare(state, _HAS, revision=7).remove) == _HAS.keys()
+
+
+def test_nothing_is_left_of_an_instance_whose_removal_was_swept() -> None:
+    state, key = fleet(instance("web", 3, A)), layout.instance_key(WEB)
+    removed = layout.render_instance(StoredInstance((), {}, removed_at=7))
+    state.apply(4, [Change(key, removed, 4)])
+    state.apply(5, [Change(key, None, 5)])
+    assert (state.value(key), state._placements, state.count_placed()) == (None, {}, 0)
+
+
+def test_garbage_that_is_deleted_was_nothing() -> None:
+    state, key = fleet(network("blue", 2)), layout.instance_key(WEB)
+    change = garbage(key, 7)
+    state.apply(7, [change])
+    assert not state.differs(change, 7)
+    assert state.keys_beyond({layout.META, layout.network_key(NetworkId("blue"))}) == [key]
+    state.apply(8, [Change(key, None, 8)])
+    assert not state.problems

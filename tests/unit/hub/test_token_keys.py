@@ -41,13 +41,12 @@ def test_what_another_program_wrote_is_refused(value: bytes) -> None:
 
 def test_a_key_signs_in_two_steps_and_as_many_are_believed_after_it_as_of_a_hosts_own() -> None:
     fresh, keys = iter(_KEYS[1:]), FleetKeys(_KEYS[0])
-    assert keys.end_rotation() == keys
     for number in range(1, 5):
         begun = keys.begin_rotation(next(fresh))
         assert (begun.current, begun.pending) == (keys.current, _KEYS[number])
         # One that was not finished goes on.
         assert begun.begin_rotation(_KEYS[8]) == begun
-        before, keys = keys, begun.end_rotation()
+        before, keys = keys, begun.end_rotation(_KEYS[number])
         assert (keys.current, keys.pending) == (_KEYS[number], None)
         assert keys.old[0] == before.current
         assert len(keys.old) == min(number, KEPT_KEYS - 1)
@@ -73,13 +72,23 @@ def test_keys_that_a_hub_cannot_read_leave_those_of_before_in_force() -> None:
 
     assert ring.item_of(_WEB) is None
     write(seal_keys(_ALL, envelope))
-    assert (ring.item_of(_WEB), ring.problem) == (_ALL.item_of(_WEB), None)
+    assert (ring.item_of(_WEB), ring.problem) == ((1, _ALL.item_of(_WEB)), None)
     write(seal_keys(FleetKeys(_KEYS[5]), _envelope()))
-    assert ring.item_of(_WEB) == _ALL.item_of(_WEB)
+    # With the revision that they are of: another hub may have read the newer ones.
+    assert ring.item_of(_WEB) == (1, _ALL.item_of(_WEB))
     assert "a key that this hub does not have" in str(ring.problem) or "does not open" in str(
         ring.problem
     )
     write(layout.encode({"sealed": "x"}))
-    assert ring.item_of(_WEB) == _ALL.item_of(_WEB)
+    assert ring.item_of(_WEB) == (1, _ALL.item_of(_WEB))
+    assert "not what hubs write" in str(ring.problem)
     write(seal_keys(FleetKeys(_KEYS[5]), envelope))
-    assert (ring.item_of(_WEB), ring.problem) == (FleetKeys(_KEYS[5]).item_of(_WEB), None)
+    assert (ring.item_of(_WEB), ring.problem) == ((4, FleetKeys(_KEYS[5]).item_of(_WEB)), None)
+
+
+def test_a_pending_key_signs_only_if_it_is_the_one_that_hosts_confirmed() -> None:
+    first = FleetKeys(_KEYS[0]).begin_rotation(_KEYS[1])
+    # Another rotation ended this one, and began the next.
+    second = first.end_rotation(_KEYS[1]).begin_rotation(_KEYS[2])
+    assert second.end_rotation(_KEYS[1]) == second
+    assert second.end_rotation(_KEYS[2]).current == _KEYS[2]

@@ -242,6 +242,33 @@ async def test_what_a_restored_store_lacks_is_held_until_the_restore_is_accepted
         assert not heard.last.problems
 
 
+async def test_what_a_hub_cannot_read_is_kept_also_when_a_restore_is_accepted_until_it_is_mended(
+    hubs: Callable[..., FleetHub], kept: Path
+) -> None:
+    hub, key = hubs(), layout.instance_key(A.id)
+    hub.put([N1], [A, B])
+    backup = restored(hub.store, incarnation=2)
+    for _ in range(2000):
+        hub.store.write({})
+    await fill(hub, kept, NEWER)
+    assert hub.store.revision > backup.revision + 500
+    damaged = deepcopy(hub.store)
+    for store in (damaged, backup):
+        store.write({key: b"garbage"})
+        async with running(fleet_source(kept, hubs(store))) as heard:
+            await heard.until(lambda each: each.last.in_sync and each.last.problems)
+            assert names(heard) == {"a": "newer", "b": "b"}
+            assert "unreadable" in reasons(heard)
+            assert "write the whole record again" in reasons(heard)
+            assert "accept-restore" not in reasons(heard)
+    # Whatever revision it has been of: there is a good one of this incarnation.
+    mended = hubs(backup)
+    mended.put(instances=[replace(A, hostname="mended")])
+    async with running(fleet_source(kept, mended)) as heard:
+        await heard.until(lambda each: each.last.in_sync and not each.last.problems)
+        assert names(heard) == {"a": "mended", "b": "b"}
+
+
 async def test_what_was_held_is_not_any_more_once_a_hub_has_it(
     hubs: Callable[..., FleetHub], kept: Path
 ) -> None:
@@ -502,7 +529,7 @@ async def test_guards_never_go_back_whatever_a_store_says(
         {"current": "k", "keys": {"k": base64.b64encode(bytes(32)).decode()}},
     )
     hub.write({key: b'{"epoch": 2, "reopened_at": 7}', **_put(hub, A)})
-    hub.state.keys_of = lambda _: keys
+    hub.state.keys_of = lambda _: (1, keys)
     source = fleet_source(kept, hub)
     source.take_policies = taken.append
     hub.write({layout.POLICIES + "fleet": b'{"tokens": "required"}'})
@@ -577,12 +604,14 @@ async def test_hubs_are_answered_what_the_admin_api_says(
 
 def test_two_sets_that_are_merged_are_the_later_one_where_they_differ() -> None:
     first = Batch(5, put={"a": (5, {}), "b": (5, {})}, remove=("c", "d"), held={"e": "", "f": ""})
+    first = replace(first, unreadable={"c": "", "d": ""})
     then = Batch(6, put={"c": (6, {}), "e": (6, {})}, remove=("b",), held={"g": ""})
     assert merge(first, then) == Batch(
         6,
         put={"a": (5, {}), "c": (6, {}), "e": (6, {})},
         remove=("d", "b"),
         held={"f": "", "g": ""},
+        unreadable={"d": ""},
     )
 
 

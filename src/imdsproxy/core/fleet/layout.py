@@ -41,7 +41,9 @@ GRANTS: Final = f"{PREFIX}grant/"
 """Followed by a project; what its operators may use, as `core.records.grant.GRANT` has it."""
 
 GUARDS: Final = f"{PREFIX}guard/"
-KEYS: Final = f"{PREFIX}key/"
+TOKEN_KEYS: Final = f"{PREFIX}key/tokens"
+"""All keys of session tokens in one value, so that they change together."""
+
 HOSTS: Final = f"{PREFIX}host/"
 CERTIFICATES: Final = f"{PREFIX}cert/"
 HUBS: Final = f"{PREFIX}live/"
@@ -50,6 +52,9 @@ CHUNK_BYTES: Final = 256 * 1024
 """Of user data in one key: a request to etcd has at most 1.5 MiB."""
 
 MOST_LEFT: Final = 32
+ANYWHERE: Final = HostId("*")
+"""In `StoredInstance.left`: the record before could not be read, so any host may have had the instance."""
+
 FORMAT: Final = 1
 """Raise it when values mean something else: a hub that does not know it refuses to start."""
 
@@ -70,8 +75,12 @@ View: TypeAlias = Callable[[str], tuple[bytes, int] | None]
 """A key's value and the revision that wrote it; `None` for an absent key. Claims may be unknown."""
 
 
+SHA256: Final = re.compile("[0-9a-f]{64}")
+"""Hexadecimal, in lower case."""
+
+
 class Unreadable(ValueError):
-    """A value is not what hubs write: another program wrote it."""
+    """A value is not what hubs write: another program wrote it. It is never taken for one that is absent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,11 +240,13 @@ def render_meta(meta: Meta) -> bytes:
 
 def parse_meta(value: bytes) -> Meta:
     """The reverse of `render_meta`; raises `Unreadable`."""
-    found = decode(value)
-    fleet, incarnation, form = (found.get(one) for one in ("fleet", "incarnation", "format"))
-    if not (isinstance(fleet, str) and type(incarnation) is int and type(form) is int):
-        raise Unreadable("`fleet`, `incarnation` and `format` are not a text and two numbers")
-    return Meta(fleet, incarnation, form)
+    match decode(value):
+        case {"fleet": str(fleet), "incarnation": incarnation, "format": form} if (
+            is_id(fleet) and is_number(incarnation) and is_number(form)
+        ):
+            return Meta(fleet, incarnation, form)
+        case _:
+            raise Unreadable("`fleet`, `incarnation` and `format` are not an id and two numbers")
 
 
 def render_instance(stored: StoredInstance) -> bytes:
@@ -256,13 +267,16 @@ def render_instance(stored: StoredInstance) -> bytes:
 def parse_instance(value: bytes) -> StoredInstance:
     """The reverse of `render_instance`; raises `Unreadable`. The record itself is not checked."""
     found = decode(value)
-    data, removed = found.get("user_data"), found.get("removed_at")
+    data, record = found.get("user_data"), _record(found)
+    ports = record.get("ports", [])
+    if not (isinstance(ports, list) and all(map(_is_port, ports))):
+        raise Unreadable("`ports` is no list of objects with a network")
     return StoredInstance(
         _names(found, "hosts"),
-        _record(found),
+        record,
         None if data is None else _parse_user_data(data),
-        str(found.get("request", "")),
-        _removed(removed),
+        _request(found),
+        _removed(found),
         _names(found, "left") if "left" in found else (),
     )
 
@@ -277,8 +291,7 @@ def render_network(stored: StoredNetwork) -> bytes:
 def parse_network(value: bytes) -> StoredNetwork:
     """The reverse of `render_network`; raises `Unreadable`. The record itself is not checked."""
     found = decode(value)
-    removed = _removed(found.get("removed_at"))
-    return StoredNetwork(_record(found), str(found.get("request", "")), removed)
+    return StoredNetwork(_record(found), _request(found), _removed(found))
 
 
 def render_guard(override: OperatorOverride) -> bytes:
@@ -289,8 +302,8 @@ def render_guard(override: OperatorOverride) -> bytes:
 def parse_guard(value: bytes) -> OperatorOverride:
     """The reverse of `render_guard`; raises `Unreadable`."""
     match decode(value):
-        case {"epoch": int(epoch), "reopened_at": int(reopened_at)}:
-            return OperatorOverride(epoch, reopened_at)
+        case {"epoch": epoch, "reopened_at": at} if is_number(epoch) and is_number(at):
+            return OperatorOverride(epoch, at)
         case _:
             raise Unreadable("`epoch` and `reopened_at` are not two numbers")
 
@@ -300,32 +313,66 @@ def removal_time(value: bytes) -> int | None:
     # Of hundreds of thousands next to none is one.
     if b'"removed_at":null' in value or b'"removed_at"' not in value:
         return None
-    return _removed(decode(value).get("removed_at"))
+    return _removed(decode(value))
+
+
+def parse_claim(value: bytes) -> InstanceId:
+    """Parse who holds a claim; raises `Unreadable`."""
+    holder = value.decode(errors="replace")
+    if not is_id(holder):
+        raise Unreadable("it names no instance")
+    return InstanceId(holder)
 
 
 def _names(found: Json, field: str) -> tuple[HostId, ...]:
     names = found.get(field)
-    if not (isinstance(names, list) and all(isinstance(one, str) for one in names)):
+    if not (isinstance(names, list) and all(map(_is_host, names))):
         raise Unreadable(f"`{field}` is no list of names")
     return tuple(HostId(one) for one in names)
+
+
+def _is_host(name: object) -> bool:
+    return isinstance(name, str) and (is_id(name) or name == ANYWHERE)
+
+
+def _is_port(port: object) -> bool:
+    match port:
+        case {"network": str(network), **rest}:
+            return is_id(network) and _is_project(rest.get("project"))
+        case _:
+            return False
+
+
+def _is_project(project: object) -> bool:
+    return project is None or (isinstance(project, str) and is_id(project))
 
 
 def _record(found: Json) -> Json:
     record = found.get("record")
     if not isinstance(record, dict):
         raise Unreadable("`record` is no object")
+    if not _is_project(record.get("project")):
+        raise Unreadable("`project` is no id")
     return cast("Json", record)
 
 
-def _removed(value: object) -> int | None:
-    if value is None or type(value) is int:
-        return value
+def _request(found: Json) -> str:
+    request = found.get("request", "")
+    if not isinstance(request, str):
+        raise Unreadable("`request` is no text")
+    return request
+
+
+def _removed(found: Json) -> int | None:
+    removed = found.get("removed_at")
+    if removed is None or is_number(removed):
+        return cast("int | None", removed)
     raise Unreadable("`removed_at` is no time")
 
 
 def _parse_user_data(value: object) -> UserData:
     match value:
-        case {"sha256": str(sha256), "size": int(size)}:
+        case {"sha256": str(sha256), "size": size} if SHA256.fullmatch(sha256) and is_number(size):
             return UserData(sha256, size)
         case _:
             raise Unreadable("`user_data` does not say `sha256` and `size`")

@@ -12,7 +12,15 @@ from hashlib import sha256
 from typing import Any, Final
 
 from imdsproxy.core.fleet.identity import OPERATOR_ROLES, Identity, Role
-from imdsproxy.core.fleet.layout import CERTIFICATES, HOSTS, HostId, Unreadable, decode, encode
+from imdsproxy.core.fleet.layout import (
+    CERTIFICATES,
+    HOSTS,
+    HostId,
+    Unreadable,
+    decode,
+    encode,
+    is_number,
+)
 from imdsproxy.errors import AccessDenied, NotFound
 
 _AGAIN: Final = "`imdsproxy fleet enrol HOST` makes a new one"
@@ -24,6 +32,11 @@ class HostState(StrEnum):
     INVITED = "invited"
     ENROLLED = "enrolled"
     REVOKED = "revoked"
+    UNREADABLE = "unreadable"
+    """Never stored: another program wrote the host's value. The host is not admitted, and may be invited or revoked."""
+
+
+_STORED: Final = frozenset(HostState) - {HostState.UNREADABLE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +106,15 @@ def parse_host(value: bytes) -> StoredHost:
             "state": str(state),
             "serials": list(serials),
             "token_sha256": (str() | None) as token,
-            "expires_at": int(expires),
+            "expires_at": expires,
             "trusts": str(trusts),
-            "revocations": int(revocations),
-            "version": int(version),
-        } if state in set(HostState) and all(isinstance(one, str) for one in serials):
+            "revocations": revocations,
+            "version": version,
+        } if (
+            state in _STORED
+            and all(isinstance(one, str) for one in serials)
+            and all(map(is_number, (expires, revocations, version)))
+        ):
             return StoredHost(
                 HostState(state), tuple(serials), token, expires, trusts, revocations, version
             )
@@ -105,9 +122,30 @@ def parse_host(value: bytes) -> StoredHost:
             raise Unreadable("it has not all fields of a host")
 
 
+def read_host(value: bytes, revision: int) -> StoredHost:
+    """Parse the value of a host's key that was written at a revision.
+
+    One that cannot be read is a host in the state `UNREADABLE`. It was revoked and written no more often than etcd has
+    revisions, so whatever is written over it is newer than all that was known of the host.
+    """
+    try:
+        return parse_host(value)
+    except Unreadable:
+        return StoredHost(HostState.UNREADABLE, revocations=revision, version=revision)
+
+
 def render_operator(stored: StoredOperator) -> bytes:
     """The value of an operator's key."""
     return encode({"revoked_at": stored.revoked_at})
+
+
+def parse_operator(value: bytes) -> StoredOperator:
+    """Parse the value of an operator's key; raises `Unreadable`."""
+    match decode(value):
+        case {"revoked_at": revoked_at} if is_number(revoked_at):
+            return StoredOperator(revoked_at)
+        case _:
+            raise Unreadable("`revoked_at` is no time")
 
 
 def hash_token(token: str) -> str:

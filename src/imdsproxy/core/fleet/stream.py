@@ -127,6 +127,8 @@ class Batch:
         put: By item, its revision and value.
         remove: Items that are not here any more: the hub has the record, and it says so.
         held: Items that the host has and the hub cannot vouch for, and why: they stay.
+        unreadable: Items that the host has and whose values in etcd cannot be read, and why: they stay, also where
+            `incarnation` is higher.
         more: Another batch belongs to these changes.
         fleet: The fleet's UUID.
         incarnation: Where it is higher than the host's, what is held is removed and older values are taken.
@@ -138,6 +140,7 @@ class Batch:
     put: Mapping[ItemKey, tuple[int, Json]] = field(default_factory=dict)
     remove: tuple[ItemKey, ...] = ()
     held: Mapping[ItemKey, str] = field(default_factory=dict)
+    unreadable: Mapping[ItemKey, str] = field(default_factory=dict)
     more: bool = False
 
 
@@ -229,6 +232,7 @@ def _render_batch(batch: Batch) -> Json:
         "put": {key: list(one) for key, one in batch.put.items()},
         "remove": list(batch.remove),
         "held": dict(batch.held),
+        "unreadable": dict(batch.unreadable),
         "more": batch.more,
     }
     return {key: one for key, one in shape.items() if key == "revision" or one}
@@ -302,6 +306,7 @@ def _parse_batch(revision: int, shape: Json) -> Batch:
         put,
         tuple(remove),
         {key: _text(why) for key, why in _object(shape, "held").items()},
+        {key: _text(why) for key, why in _object(shape, "unreadable").items()},
         shape.get("more") is True,
     )
 

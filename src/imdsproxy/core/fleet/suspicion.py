@@ -19,6 +19,8 @@ from imdsproxy.core.fleet.layout import (
     View,
     decode,
     encode,
+    is_id,
+    is_number,
     plain,
 )
 from imdsproxy.core.fleet.members import HostState, StoredHost, host_key, parse_host
@@ -147,9 +149,9 @@ def parse_suspicion(value: bytes) -> Suspicion:
     """Reverse `render_suspicion`; raises `Unreadable`."""
     match decode(value):
         case {"why": str(why), "hubs": dict(hubs), "hosts": dict(hosts)} if all(
-            type(one) is int for one in hubs.values()
+            is_id(name) and is_number(one) for name, one in hubs.items()
         ):
-            return Suspicion(why, hubs, _parse_claims(hosts))
+            return Suspicion(plain(why), hubs, _parse_claims(hosts))
         case _:
             raise Unreadable("it does not say `why`, `hubs` and `hosts`")
 
@@ -158,8 +160,10 @@ def _parse_claims(shape: Json) -> dict[HostId, Claim]:
     claims: dict[HostId, Claim] = {}
     for host, claim in shape.items():
         match claim:
-            case [int(incarnation), int(revocations)]:
+            case [incarnation, revocations] if (
+                is_id(host) and is_number(incarnation) and is_number(revocations)
+            ):
                 claims[HostId(host)] = Claim(incarnation, revocations)
             case _:
-                raise Unreadable(f"the claim of host {host} is not two numbers")
+                raise Unreadable("the claim of a host is not two numbers")
     return claims

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from hashlib import sha256 as sha256_of
@@ -115,8 +115,20 @@ class KeptItems:
             cursor.execute(insert, (sha256, digest, len(data), data))
         self._stored[sha256] = len(data), digest
 
-    def keep(self, position: Position, items: Mapping[ItemKey, Item | None], now: float) -> None:
+    def keep(
+        self,
+        position: Position,
+        items: Mapping[ItemKey, Item | None],
+        now: float,
+        renumbered: Iterable[ItemKey] = (),
+    ) -> None:
         """Have the disk keep a set of changes, all or none.
+
+        Args:
+            position: How far the host is with them.
+            items: See `Applied.stored`.
+            now: Unix time.
+            renumbered: See `Applied.renumbered`.
 
         Raises:
             SourceError: It cannot be stored.
@@ -130,6 +142,8 @@ class KeptItems:
                 insert = "INSERT OR REPLACE INTO items VALUES (?, ?, ?)"
                 text = json.dumps(value, separators=(",", ":"))
                 connection.execute(insert, (key, revision, text))
+            for key in renumbered:
+                connection.execute("UPDATE items SET revision = 0 WHERE key = ?", (key,))
             connection.execute(
                 "INSERT OR REPLACE INTO position VALUES (1, ?, ?, ?, ?)",
                 (position.fleet, position.incarnation, position.revision, now),

@@ -35,6 +35,7 @@ UserDataOf: TypeAlias = Callable[[InstanceId, str], "StoredBytes | None"]
 
 _RECORDS: Final = {"network": "networks", "instance": "instances"}
 _SHA256: Final = re.compile("[0-9a-f]{64}")
+_REPAIR: Final = "another program changed it in etcd: write the whole record again"
 _ACCEPT: Final = "compare the fleet with its backup, then `imdsproxy fleet accept-restore`"
 
 
@@ -60,11 +61,13 @@ class Applied:
         records: The records that changed in force.
         stored: What the copy on disk is to have of each item; `None` for one that is gone.
         policies: Whether `FleetKnown.policies` changed.
+        renumbered: Items that stay as they are, of revision 0: theirs was one of a fleet before its restore.
     """
 
     records: Observation
     stored: Mapping[ItemKey, Item | None]
     policies: bool
+    renumbered: tuple[ItemKey, ...] = ()
 
 
 class _Unreadable(ValueError):
@@ -91,6 +94,7 @@ class FleetKnown:
     position: Position = field(default_factory=Position)
     items: dict[ItemKey, int] = field(default_factory=dict)
     held: dict[ItemKey, str] = field(default_factory=dict)
+    _unreadable: set[ItemKey] = field(default_factory=set)
     _refused: dict[ItemKey, Problem] = field(default_factory=dict)
     _waiting: dict[ItemKey, Item] = field(default_factory=dict)
     _lacking: dict[ItemKey, Item] = field(default_factory=dict)
@@ -152,7 +156,12 @@ class FleetKnown:
     def problems(self) -> tuple[Problem, ...]:
         """Everything that is refused, or held."""
         held = (
-            Problem(key, f"held: {why}; it is served on", _ACCEPT, record=key.partition("/")[2])
+            Problem(
+                key,
+                f"held: {why}; it is served on",
+                _REPAIR if key in self._unreadable else _ACCEPT,
+                record=key.partition("/")[2],
+            )
             for key, why in sorted(self.held.items())
         )
         refused = (self._refused[key] for key in sorted(self._refused))
@@ -239,13 +248,21 @@ class FleetKnown:
                 self._refuse(key, revision, f"revision {known} is in force already")
             elif revision != known or newer or key in self._refused:
                 others |= self._take(key, revision, value, stored)
+        unread = {
+            key: f"unreadable: {why}" for key, why in batch.unreadable.items() if key in self.items
+        }
         if not newer:
             self.held.update((key, why) for key, why in batch.held.items() if key in self.items)
+        self.held |= unread
+        self._unreadable = {*unread, *(self._unreadable & self.held.keys())}
+        renumbered = tuple(unread) if newer else ()
+        self.items |= dict.fromkeys(renumbered, 0)
         self.position = Position(batch.fleet, batch.incarnation, batch.revision)
         changes = {kind: in_force.settle() for kind, in_force in self._kinds.items()}
         self._accept_waiting(stored)
         moves = self._kinds["instances"].moved
-        return Applied(Observation.of_changes(**changes, moves=moves), stored, others)
+        records = Observation.of_changes(**changes, moves=moves)
+        return Applied(records, stored, others, renumbered)
 
     def _take(
         self, key: ItemKey, revision: int, value: Json, stored: dict[ItemKey, Item | None]
@@ -353,11 +370,16 @@ def merge(before: Batch | None, batch: Batch) -> Batch:
     gone = frozenset(batch.remove)
     put = {key: item for key, item in before.put.items() if key not in gone} | dict(batch.put)
     remove = (*(key for key in before.remove if key not in batch.put), *batch.remove)
-    held = {
-        key: why for key, why in before.held.items() if key not in gone and key not in batch.put
-    }
+    held, unreadable = (
+        {key: why for key, why in one.items() if key not in gone and key not in batch.put}
+        for one in (before.held, before.unreadable)
+    )
     return replace(
-        batch, put=put, remove=tuple(dict.fromkeys(remove)), held=held | dict(batch.held)
+        batch,
+        put=put,
+        remove=tuple(dict.fromkeys(remove)),
+        held=held | dict(batch.held),
+        unreadable=unreadable | dict(batch.unreadable),
     )
 
 

@@ -482,9 +482,10 @@ class FleetSource:
             applied = await self._in_thread(lambda: known.apply(batch, whole=whole))
             self._note_lacking()
         now = self.clock.now().timestamp()
-        await self._on_disk(
-            publish, partial(self.kept.keep, known.position, applied.stored, now), batch
+        keep = partial(
+            self.kept.keep, known.position, applied.stored, now, renumbered=applied.renumbered
         )
+        await self._on_disk(publish, keep, batch)
         if applied.policies:
             self.take_policies(known.policies())
         if whole and stream is self._stream:

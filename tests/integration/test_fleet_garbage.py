@@ -1,0 +1,264 @@
+"""What another program writes to etcd, and what a captured host sends: a genuine fleet goes on, and reports it."""
+
+import contextlib
+import json
+import socket
+import ssl
+from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from functools import partial
+from http.client import HTTPConnection
+
+import pytest
+
+from imdsproxy.core.fleet import layout
+from imdsproxy.core.fleet.layout import HostId
+from imdsproxy.core.fleet.members import host_key, operator_key
+from imdsproxy.core.fleet.stream import STREAM_PATH, UPGRADE
+from imdsproxy.core.model import InstanceId, NetworkId
+from support.cli import Ran, run_main
+from support.fleet_world import METRICS_PORT, FleetHost, FleetWorld, HubProcess, fleet_world
+from support.guest import Guest, take_token, with_token
+from support.lab import until
+from support.patience import patience
+
+pytestmark = pytest.mark.root
+
+_HOSTNAME = "/latest/meta-data/hostname"
+_WEB, _BLUE = InstanceId("web"), NetworkId("blue")
+_DAMAGED = {
+    layout.BEAT: b"garbage",
+    layout.SUSPECT: b"{}",
+    layout.ENVELOPE: b'{"key": []}',
+    layout.TOKEN_KEYS: b'{"sealed": 7}',
+    layout.instance_key(_WEB): b'{"hosts": "a"}',
+    layout.network_key(_BLUE): b"\xff\xfe",
+    layout.guard_key(_WEB): b'{"epoch": true, "reopened_at": []}',
+    f"{layout.POLICIES}fleet": b"[]",
+    layout.grant_key("shop"): b'{"hosts": 7}',
+    host_key(HostId("odd")): b'{"state": "enrolled"}',
+    operator_key("gone"): b"garbage",
+    f"{layout.HUBS}hubx": b"{}",
+    layout.import_key("broken"): b'{"done": "x"}',
+    f"{layout.PREFIX}other/kind": b"{}",
+    f"{layout.INSTANCES}no/id": b"{}",
+}
+_MENDED_BY_HUBS = {layout.BEAT}
+
+
+@dataclass(frozen=True)
+class _Fleet:
+    world: FleetWorld
+    host: FleetHost
+    guest: Guest
+    capture: pytest.CaptureFixture[str]
+
+    def __call__(self, *words: str, hub: int = 0) -> Ran:
+        certificate = str(self.world.directory / "anna.pem")
+        options = "--fleet", self.world.urls[hub], "--fleet-certificate", certificate
+        with self.world.etcd.entered():
+            return run_main(self.capture, *options, *words)
+
+    def problems(self, hub: int) -> dict[str, str]:
+        return dict(self("fleet", "status", "--json", hub=hub).json["problems"])
+
+    def name(self) -> str | int:
+        answer = self.guest.ask(_HOSTNAME, timeout_s=3 * patience())
+        return answer.text if answer.status == 200 else answer.status
+
+
+@pytest.fixture(scope="module")
+def opened() -> Iterator[tuple[FleetWorld, FleetHost, Guest]]:
+    with fleet_world() as world:
+        world.operator("anna")
+        world.operator("gone")
+        host = world.add_host("a", networks=("blue", "green"))
+        yield world, host, host.lab.guest("blue")
+
+
+@pytest.fixture
+def fleet(
+    opened: tuple[FleetWorld, FleetHost, Guest], capsys: pytest.CaptureFixture[str]
+) -> _Fleet:
+    made = _Fleet(*opened, capsys)
+    if made("instance", "show", "web").status != 0:
+        assert made("network", "add", "blue", "--bridge", "blue").status == 0
+        added = made("instance", "add", "web", *_port(made), "--host", "a")
+        assert added.status == 0, added
+    return made
+
+
+def _port(fleet: _Fleet) -> tuple[str, ...]:
+    guest = fleet.guest
+    return "-n", "blue", "--mac", guest.mac, "--address", guest.addresses[0]
+
+
+def _has_problems(fleet: _Fleet, hub: int, keys: AbstractSet[str]) -> bool:
+    return fleet.problems(hub).keys() - _MENDED_BY_HUBS == keys
+
+
+def _restart(hub: HubProcess) -> None:
+    hub.end()
+    hub.start()
+
+
+def test_a_fleet_goes_on_with_garbage_at_every_kind_of_key_and_names_each(fleet: _Fleet) -> None:
+    world = fleet.world
+    token = take_token(fleet.guest)
+    fleet("policy", "set", "fleet", "--sealed", "on")
+    world.write(_DAMAGED)
+    # The second has good versions of before, the first starts afresh.
+    _restart(world.hubs[0])
+    until(lambda: _is_followed(fleet), within_s=30, what="a hub that the host follows")
+    for hub in (0, 1):
+        wanted = _DAMAGED.keys() - _MENDED_BY_HUBS
+        until(partial(_has_problems, fleet, hub, wanted), within_s=20, what="each key")
+        status = fleet("fleet", "status", "--json", hub=hub).json
+        assert status["suspect"] is None, status
+    # Hosts keep what cannot be read, whichever hub they follow.
+    for other in (1, 0):
+        world.hubs[other].end()
+        until(lambda: _is_followed(fleet), within_s=30, what="the other hub")
+        assert fleet.name() == "web"
+        assert fleet.guest.ask(_HOSTNAME, headers=with_token(token)).status == 200
+        world.hubs[other].start()
+    # All else is written and in force.
+    assert fleet("network", "add", "green", "--bridge", "green").status == 0
+    mail = fleet.host.lab.guest("green")
+    port = "-n", "green", "--mac", mail.mac, "--address", mail.addresses[0]
+    added = fleet("instance", "add", "mail", *port, "--host", "a")
+    assert added.status == 0, added
+    assert mail.ask(_HOSTNAME).text == "mail"
+    for words in (
+        ("instance", "list"), ("network", "list"), ("fleet", "hosts"), ("policy", "list"),
+        ("instance", "show", "mail"), ("fleet", "status"),
+    ):  # fmt: skip
+        ran = fleet(*words)
+        assert ran.status == 0, (words, ran)
+    shown = fleet("instance", "show", "web")
+    assert shown.status != 66
+    assert "not readable in etcd" in shown.err
+    # What cannot be read is no reason to accept anything.
+    assert fleet("fleet", "accept-restore").status == 64
+    _mend(fleet)
+
+
+def _is_followed(fleet: _Fleet) -> bool:
+    return bool(fleet.host.source["in_sync"])
+
+
+def test_what_cannot_be_read_is_revoked_removed_and_written_over(fleet: _Fleet) -> None:
+    world = fleet.world
+    token = take_token(fleet.guest)
+    world.write(_DAMAGED)
+    for hub in world.hubs:
+        _restart(hub)
+    until(lambda: _is_followed(fleet), within_s=30, what="a hub that the host follows")
+    assert fleet("token", "revoke", "web").status == 75
+    _mend(fleet)
+    assert fleet("instance", "set", "web", "--hostname", "mended").status == 0
+    assert fleet.name() == "mended"
+    # The revocation is in force with the record.
+    assert fleet.guest.ask(_HOSTNAME, headers=with_token(token)).status == 401
+    assert fleet("instance", "set", "web", "--hostname", "web").status == 0
+
+
+def _mend(fleet: _Fleet) -> None:
+    """Write over what cannot be read, as an operator does, and delete what no command writes."""
+    assert fleet("fleet", "revoke", "odd").status == 0
+    assert fleet("fleet", "revoke", "gone", "--operator").status == 0
+    assert fleet("policy", "clear", "fleet").status == 0
+    assert fleet("fleet", "reseal").status != 0
+    assert fleet("token", "rotate").status == 0
+    assert fleet("fleet", "reseal").status == 0
+    assert fleet("network", "add", "blue", "--bridge", "blue").status == 0
+    written = fleet("instance", "add", "web", *_port(fleet), "--host", "a")
+    assert written.status == 0, written
+    assert fleet("token", "revoke", "web").status == 0
+    assert fleet("grant", "clear", "shop").status == 0
+    assert fleet.name() == "web"
+    left = {
+        layout.SUSPECT, f"{layout.HUBS}hubx", layout.import_key("broken"),
+        f"{layout.PREFIX}other/kind", f"{layout.INSTANCES}no/id",
+    }  # fmt: skip
+    for hub in (0, 1):
+        until(partial(_has_problems, fleet, hub, left), within_s=20, what=f"{left}")
+    for key in left:
+        fleet.world.etcd.ctl("del", key)
+    for hub in (0, 1):
+        until(partial(_has_problems, fleet, hub, set()), within_s=20, what="no problem")
+    assert fleet("fleet", "status", "--json").json["suspect"] is None
+
+
+def test_a_hub_without_the_key_that_seals_serves_no_host_and_says_why(fleet: _Fleet) -> None:
+    world = fleet.world
+    hub, other = world.hubs
+    place = world.files.envelope_key
+    before = place.read_bytes()
+    name = before.split()[0]
+    try:
+        place.write_bytes(name + b" " + b"A" * 43 + b"=\n")
+        _restart(hub)
+        until(lambda: _is_followed(fleet), within_s=30, what="the other hub")
+        with world.etcd.entered():
+            asked = HTTPConnection(hub.address, METRICS_PORT, timeout=20 * patience())
+            asked.request("GET", "/readyz")
+        with contextlib.closing(asked):
+            answer = asked.getresponse()
+            body = answer.read()
+        assert (answer.status, b"which this hub does not have" in body) == (503, True), body
+        assert "copy envelope.key" in fleet.problems(0)[f"hub {hub.name}"]
+        assert "no host is served" in hub.log.read_text()
+        other.end()
+        until(lambda: not _is_followed(fleet), within_s=30, what="no hub")
+        # It keeps its keys, as all else.
+        take_token(fleet.guest)
+        assert fleet.name() == "web"
+    finally:
+        place.write_bytes(before)
+        _restart(hub)
+        if other.process is not None and other.process.poll() is not None:
+            other.start()
+    until(lambda: _is_followed(fleet), within_s=30, what="a hub that the host follows")
+    assert fleet("fleet", "status", "--json").json["suspect"] is None
+
+
+def _stream(fleet: _Fleet, host: FleetHost, hub: int = 0) -> ssl.SSLSocket:
+    """A host's stream, by its certificate."""
+    context = ssl.create_default_context(cafile=str(fleet.world.files.ca_certificate))
+    context.load_cert_chain(host.certificate, host.key)
+    address, port = fleet.world.urls[hub].removeprefix("https://").split(":")
+    with fleet.world.etcd.entered():
+        sock = socket.create_connection((address, int(port)), timeout=20 * patience())
+    stream = context.wrap_socket(sock, server_hostname=address)
+    upgrade = f"Connection: Upgrade\r\nUpgrade: {UPGRADE}\r\n\r\n"
+    stream.sendall(f"GET {STREAM_PATH} HTTP/1.1\r\nHost: hub\r\n{upgrade}".encode())
+    assert b" 101 " in stream.recv(65_536)
+    return stream
+
+
+def test_what_a_captured_host_sends_ends_no_hub(fleet: _Fleet) -> None:
+    world = fleet.world
+    evil = world.add_host("evil", networks=(), start=False)
+    until(lambda: "evil" in fleet("fleet", "hosts").words, what="it at the hub")
+    at = [hub.process.pid for hub in world.hubs if hub.process is not None]
+    hello = {"format": 1, "fleet": None, "incarnation": 1, "revision": 1}
+    for items in ({"instance/" + "x" * 2_000_000: 1}, {"instance/web": 10**30}, [7]):
+        for hub in (0, 1):
+            with _stream(fleet, evil, hub) as stream:
+                stream.sendall(json.dumps({"hello": {**hello, "items": items}}).encode() + b"\n")
+                found = b""
+                while chunk := stream.recv(65_536):
+                    found += chunk
+            assert b'"bye":"format"' in found
+    # What it lacks or claims to have stops nothing.
+    with _stream(fleet, evil) as stream:
+        stream.sendall(
+            json.dumps({"hello": {**hello, "items": {"instance/none": 9}}}).encode() + b"\n"
+        )
+        assert fleet("instance", "set", "web", "--hostname", "web").status == 0
+    assert fleet("fleet", "revoke", "evil").status == 0
+    assert [hub.process.pid for hub in world.hubs if hub.process is not None] == at
+    assert [hub.process.poll() for hub in world.hubs if hub.process is not None] == [None, None]
+    assert fleet.name() == "web"
