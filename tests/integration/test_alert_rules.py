@@ -144,6 +144,7 @@ _SERIES: Final[Mapping[str, Mapping[str, str]]] = {
         "imdsproxy_fleet_connected": "1x130",
         "imdsproxy_fleet_age_seconds": _becomes("300", "301"),
     },
+    "FleetExpired": {"imdsproxy_fleet_expired": _ON},
     "FleetHeld": {"imdsproxy_fleet_held": _ON},
     "FleetFailing": {"imdsproxy_fleet_failing": _ON},
     "HostCertificateEnds": _ends("imdsproxy_fleet_certificate_end_seconds", "", days=7),

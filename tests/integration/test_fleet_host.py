@@ -1,6 +1,8 @@
 """A host of a fleet: what a hub sends is what guests read, and stays so when hubs go."""
 
+import contextlib
 import socket
+import sqlite3
 import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -107,7 +109,7 @@ def world() -> Iterator[FleetWorld]:
         hub.certify = certify
         try:
             _join(authority, HostFiles.of(daemon.state / "fleet"), hub.url)
-            fleet = {"enabled": True, "retry_s": 0.5}
+            fleet = {"enabled": True, "retry_s": 0.5, "serve_without_hubs_s": 3600.0}
             sources = {"fleet": fleet, "sqlite": {"enabled": False}}
             daemon.configure({"sources": sources, "resolver": {"hold_s": 0.5}})
             network = _network(lab.namespace_network("red"))
@@ -206,6 +208,39 @@ def test_a_fleet_signs_its_instances_tokens_revokes_them_and_requires_them_over_
     done = hub.write({f"{layout.POLICIES}host/{HOST}": b"{}"})
     assert hub.wait(done) == {}
     assert _status(world) == 200
+
+
+def test_what_no_hub_has_vouched_for_too_long_gets_neither_documents_nor_tokens(
+    world: FleetWorld,
+) -> None:
+    daemon, guest, hub = world.daemon, world.guest, world.hub
+    assert hub.wait(hub.put([], [_instance("red-6", 6)])) == {}
+    token = take_token(guest)
+    daemon.stop()
+    hub.away()
+    # As after an hour without a hub.
+    with contextlib.closing(sqlite3.connect(daemon.state / "fleet.sqlite")) as kept:
+        kept.execute("UPDATE position SET at = at - 3700, up_s = up_s - 3700")
+        kept.commit()
+    daemon.start(ready=False)
+    until(world.source, what="a source without hubs", within_s=20)
+    until(lambda: daemon.explain("red", "10.0.0.5")["installed"] == "!", what="the map's value")
+    for one in (guest, world.other):
+        assert one.ask(_TARGET).is_to_come_again
+        assert one.ask(_TARGET, headers=with_token(token)).is_to_come_again
+    lifetime = ["X-aws-ec2-metadata-token-ttl-seconds: 60"]
+    assert guest.ask("/latest/api/token", method="PUT", headers=lifetime).is_to_come_again
+    explained = daemon.explain("red", "10.0.0.5")
+    assert (explained["verdict"], explained["answer"]) == ("expired", 503)
+    fleet = daemon.status()["fleet"]
+    assert (fleet["serves_for_s"], fleet["items"] > 0) == (0.0, True)
+    assert "guests of its instances get 503" in daemon.command("status").out
+    # What was removed meanwhile is not served for a moment.
+    hub.remove_instance("red-6")
+    hub.back()
+    until(lambda: guest.ask(_TARGET).status == 200, what="being served again")
+    assert guest.ask(_TARGET, headers=with_token(token)).status == 200
+    assert world.other.ask(_TARGET).status == 404
 
 
 def test_a_network_that_cannot_be_served_is_acknowledged_with_the_reason_and_then_without(

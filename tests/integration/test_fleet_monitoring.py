@@ -37,7 +37,7 @@ _QUOTA: Final = 2**20
 _WITHIN_S: Final = 40.0
 """A hub asks members and other hubs every ten seconds, and waits five for each."""
 
-_NEEDS_TIME: Final = {"FleetStale"}
+_NEEDS_TIME: Final = {"FleetStale", "FleetExpired"}
 """What takes minutes; `test_alert_rules.py` has it."""
 
 

@@ -18,7 +18,7 @@ from imdsproxy.core.model import (
     NetworkId,
     Port,
 )
-from imdsproxy.core.observation import AddressKey, Affected, Conflict, Observation
+from imdsproxy.core.observation import AddressKey, Affected, Observation
 
 SOURCES = ("file", "sqlite")
 _K = TypeVar("_K")
@@ -73,7 +73,7 @@ def _served(inventory: Inventory) -> dict[AddressKey, object]:
     """What the guest at each address gets: the documents of an instance, or 503."""
     documents = _documents(inventory)
     return {
-        key: "conflict" if isinstance(owner, Conflict) else documents[owner]
+        key: documents[owner] if isinstance(owner, str) else "conflict"
         for key, owner in inventory.addresses()
     }
 

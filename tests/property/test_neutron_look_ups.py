@@ -119,7 +119,7 @@ class World:
         """Everything in force is of a port that Neutron has, with its own project."""
         ports = self.neutron.ports_by_id.values()
         for (network, address), owner in self.heard.inventory.addresses():
-            assert not isinstance(owner, Conflict)
+            assert isinstance(owner, str)
             instance = self.heard.inventory.instances[owner]
             mine = next(
                 port

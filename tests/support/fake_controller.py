@@ -118,6 +118,7 @@ def _usual() -> dict[str, object]:
         "sources.fleet.failing": {"instance/a": "the disk is full"},
         "sources.fleet.skew_s": 0.25,
         "sources.fleet.certificate_end": 1_800_000_000.0,
+        "sources.fleet.serves_for_s": 3600.0,
         "policy_store.keys.failure": None,
         "policy_store.for_nobody": lambda _: ("policy.networks.bleu",),
         "counting.recalled": True,

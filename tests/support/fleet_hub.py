@@ -202,7 +202,7 @@ class FleetHub:
         return self.write(items)
 
     def remove_instance(self, instance: str) -> int:
-        """Write that an instance is gone."""
+        """Write that an instance is gone, as hubs do."""
         value = layout.render_instance(StoredInstance((), {}, removed_at=1, left=(HOST,)))
         return self.write({layout.instance_key(InstanceId(instance)): value})
 

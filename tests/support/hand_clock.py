@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from imdsproxy.host.clock import Clock
+from imdsproxy.host.clock import Clock, Moment
 
 
 @dataclass(slots=True)
@@ -22,3 +22,6 @@ class HandClock(Clock):
 
     def now(self) -> datetime:
         return datetime.fromtimestamp(1e9 + self.pace * self.time, UTC)
+
+    def moment(self) -> Moment:
+        return Moment(self.now().timestamp(), "this boot", self.time)

@@ -14,7 +14,7 @@ from imdsproxy.app.lookup import Lookup
 from imdsproxy.controller.controller import Controller
 from imdsproxy.core import identity, model
 from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.observation import AddressKey, Claimant, SourceName
+from imdsproxy.core.observation import AddressKey, Claimant, Expired, SourceName
 from imdsproxy.core.plan import policy_place, record_key
 from imdsproxy.core.policy_report import Decided, PolicyInForce, decide_read, report_policy
 from imdsproxy.core.wire import HEADER_LOGGED, MISMATCH_TEXT, NovaRecord, hide_signatures
@@ -93,7 +93,7 @@ class Explanation:
     """Who a guest is, why, and what it gets.
 
     Attributes:
-        verdict: `found`, `unknown`, `mismatch`, `conflict`, `no-network` or `not-served`.
+        verdict: `found`, `unknown`, `mismatch`, `conflict`, `expired`, `no-network` or `not-served`.
         answer: The HTTP status a document of an enabled dialect has: 200, 403, 404 or 503; `None` where the
             request is sent to Nova, which decides.
         why: The steps that led there, one sentence each, in order.
@@ -314,7 +314,7 @@ async def _owner(lookup: Lookup, key: AddressKey) -> _Owner:
 def _explain_denied(
     found: Explanation,
     owner: _Owner,
-    known: identity.Unknown | identity.Ambiguous | identity.Mismatch,
+    known: identity.Unknown | identity.Ambiguous | identity.Mismatch | Expired,
     denial: identity.Denial,
 ) -> None:
     found.verdict, found.answer = denial.value, denial.status
@@ -325,6 +325,12 @@ def _explain_denied(
         case identity.Mismatch(instance=instance, expected=expected):
             found.add(f"instance {instance.id} has {found.address} with MAC {expected} only")
             found.instance, found.instance_name = instance.id, instance.name
+        case Expired(instance, sources):
+            found.verdict, found.instance = "expired", instance
+            found.add(
+                f"{' and '.join(sources)} may have removed instance {instance} since they were last reached, longer "
+                "ago than sources.fleet.serve_without_hubs_s allows: nothing is risked until a hub is reached"
+            )
         case identity.Unknown(reason=reason):
             found.verdict = "unknown"
             found.add(owner.why or reason.value)

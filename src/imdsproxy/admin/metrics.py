@@ -347,6 +347,10 @@ class Metrics(Exposed, prefix="imdsproxy_"):
         """Seconds since a hub that was followed knew the state of the fleet."""
         return self._fleet(lambda one: one.age_s)
 
+    def fleet_expired(self) -> Gauge:
+        """1 while guests of the fleet's instances get 503, because sources.fleet.serve_without_hubs_s is over."""
+        return self._fleet(lambda one: one.serves_for_s == 0)
+
     def fleet_revision(self) -> Gauge:
         """Revision of the fleet's store up to which everything for this host is in force, but for what fails."""
         return self._fleet(lambda one: one.revision)

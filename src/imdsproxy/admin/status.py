@@ -157,6 +157,8 @@ class FleetReport:
         failing: Why items are not in force in their newest version.
         skew_s: By how much the hub's clock is ahead of this host's.
         certificate_end: When this host's certificate ends, Unix time; `None` where another program renews it.
+        serves_for_s: Seconds for which instances are still served without a hub; 0 where guests get 503, `None` for
+            no end.
     """
 
     hub: str
@@ -167,6 +169,7 @@ class FleetReport:
     failing: Mapping[str, str] = field(default_factory=dict)
     skew_s: float = 0.0
     certificate_end: float | None = None
+    serves_for_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,6 +343,7 @@ def report_fleet(controller: Controller) -> FleetReport | None:
         source.failing,
         source.skew_s,
         source.certificate_end,
+        source.serves_for_s,
     )
 
 

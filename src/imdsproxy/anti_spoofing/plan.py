@@ -24,7 +24,7 @@ from imdsproxy.core.hoststate import NamespaceRef, ObservedHost
 from imdsproxy.core.identity import Learned, checks_macs, holds, port_at
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import IpAddress, MacAddress, Network, NetworkId
-from imdsproxy.core.observation import AddressKey, Conflict
+from imdsproxy.core.observation import AddressKey, Conflict, Expired
 from imdsproxy.core.wire import VERIFIED_PORT
 
 ANY_MAC: Final = MacAddress("*")
@@ -157,6 +157,9 @@ def plan_pair(
     if not checks_macs(inventory, key[0]):
         return None
     owner = inventory.owner(key)
+    if isinstance(owner, Expired):
+        # HAProxy answers its guest, with 503.
+        owner = owner.instance
     if isinstance(owner, Conflict):
         return None
     if owner is None:

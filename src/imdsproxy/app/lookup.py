@@ -29,7 +29,7 @@ from imdsproxy.core.identity import (
 )
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Instance, IpAddress, MacAddress, Network, Scope
-from imdsproxy.core.observation import AddressKey, Conflict
+from imdsproxy.core.observation import AddressKey, Conflict, Expired
 from imdsproxy.core.wire import MapRecord
 from imdsproxy.errors import DataplaneError
 from imdsproxy.host.clock import Clock
@@ -272,6 +272,8 @@ class Lookup:
         owner = self.inventory.owner((found.network, key[1]))
         if isinstance(owner, Conflict):
             return Denial.CONFLICT
+        if isinstance(owner, Expired):
+            return Denial.UNAVAILABLE
         instance = self.inventory.instances.get(found.instance)
         if instance is None or owner != found.instance:
             return Denial.UNAVAILABLE

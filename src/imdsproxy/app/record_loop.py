@@ -26,7 +26,7 @@ from imdsproxy.core.identity import Learned
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import InstanceId, MacAddress, NetworkId
 from imdsproxy.core.nova import NovaRouting
-from imdsproxy.core.observation import AddressKey, Affected, Conflict, Observation
+from imdsproxy.core.observation import AddressKey, Affected, Conflict, Expired, Observation
 from imdsproxy.core.path_rules import PathRules
 from imdsproxy.core.plan import RecordPlanner, parse_record_key, record_key
 from imdsproxy.core.policy import PolicyBook
@@ -426,10 +426,10 @@ class RecordLoop:
             del self.learned[key]
         return lost
 
-    def planned(self, key: AddressKey) -> MapRecord | Conflict | None:
+    def planned(self, key: AddressKey) -> MapRecord | Conflict | Expired | None:
         """What the data plane is to know of an address now."""
         record = self._planner().plan_record(key)
-        if record is None or isinstance(record, Conflict) or not record.policy:
+        if not isinstance(record, MapRecord) or not record.policy:
             return record
         return replace(record, policy=self.hop_limits.effective(key[0], record.policy))
 

@@ -205,6 +205,10 @@ def _fleet(fleet: Shape) -> Iterator[str]:
     age = f"{spell_duration(fleet['age_s'])} old"
     hub = f"by {fleet['hub']}, {age}" if fleet["hub"] else f"[red]no hub[/], {age}"
     yield f"revision {fleet['revision']} with {spell_count(fleet['items'], 'item')}, {hub}"
+    if (left_s := fleet["serves_for_s"]) == 0:
+        yield "[red]guests of its instances get 503[/]: sources.fleet.serve_without_hubs_s is over"
+    elif left_s is not None and not fleet["hub"]:
+        yield f"[yellow]without a hub its instances are served for {spell_duration(left_s)}[/]"
     if fleet["held"]:
         yield f"[yellow]held[/]: {', '.join(first_lines(fleet['held']))}"
     yield from first_lines([f"[red]{item}[/]: {why}" for item, why in fleet["failing"].items()])

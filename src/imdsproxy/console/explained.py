@@ -73,7 +73,7 @@ def _record_of(installed: str | None) -> str:
     if installed is None:
         return "nothing"
     if installed == "!":
-        return "a conflict"
+        return "no instance: 503"
     # As in `core.wire`: a policy's word may come first, and of Nova's records the third is the instance.
     words = installed.split("|")[1 if installed.startswith("+") else 0 :]
     return words[2] if words[0].startswith("@") else words[0]

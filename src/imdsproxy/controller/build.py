@@ -234,6 +234,7 @@ def build_fleet(settings: Settings, clock: Clock) -> "FleetSource":
         HubClient(files, wanted.timeout_s),
         hubs,
         state / "fleet.sqlite",
+        serve_s=wanted.serve_without_hubs_s,
         clock=clock,
         random=SystemRandom().random,
         backoff=Backoff(min(0.5, wanted.retry_s), wanted.retry_s),

@@ -17,7 +17,7 @@ from typing import TypeAlias
 from imdsproxy.core.addresses import link_local_of, mac_of, normalise_address
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Instance, InstanceId, IpAddress, MacAddress, NetworkId, Port
-from imdsproxy.core.observation import AddressKey, Claimant, Conflict
+from imdsproxy.core.observation import AddressKey, Claimant, Conflict, Expired
 
 
 class How(StrEnum):
@@ -90,7 +90,7 @@ class Denial(StrEnum):
         return {Denial.UNKNOWN: 404, Denial.MISMATCH: 403}.get(self, 503)
 
 
-Identity: TypeAlias = Found | Unknown | Ambiguous | Mismatch
+Identity: TypeAlias = Found | Unknown | Ambiguous | Mismatch | Expired
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +133,8 @@ def identify(
     owner = inventory.owner((network, address))
     if isinstance(owner, Conflict):
         return Ambiguous(owner.claimants)
+    if isinstance(owner, Expired):
+        return owner
     checked = checks_macs(inventory, network)
     if owner is not None:
         return _found(
@@ -143,7 +145,7 @@ def identify(
     return _by_neighbour(inventory, network, address, neighbour_mac)
 
 
-def deny(identity: Unknown | Ambiguous | Mismatch, *, in_sync: bool) -> Denial:
+def deny(identity: Unknown | Ambiguous | Mismatch | Expired, *, in_sync: bool) -> Denial:
     """Why the guest is denied.
 
     Args:
@@ -155,6 +157,8 @@ def deny(identity: Unknown | Ambiguous | Mismatch, *, in_sync: bool) -> Denial:
             return Denial.CONFLICT
         case Mismatch():
             return Denial.MISMATCH
+        case Expired():
+            return Denial.UNAVAILABLE
         case Unknown():
             return Denial.UNKNOWN if in_sync else Denial.UNAVAILABLE
 
@@ -204,6 +208,8 @@ def _by_neighbour(
     owner = inventory.owner((network, link_local_of(mac)))
     if isinstance(owner, Conflict):
         return Ambiguous(owner.claimants)
+    if isinstance(owner, Expired):
+        return owner
     if owner is None:
         return Unknown(UnknownReason.MAC)
     instance = inventory.instances[owner]

@@ -17,6 +17,7 @@ The rules, in the order in which they apply:
 - An address (or the link-local address of a MAC) that two instances claim in one network is
   contested. Their other addresses are not.
 - A port of an unknown network claims nothing until the network comes.
+- An instance whose sources have all expired keeps its record and its addresses, and is answered 503.
 """
 
 from collections import Counter, defaultdict
@@ -34,6 +35,7 @@ from imdsproxy.core.observation import (
     Claimant,
     Conflict,
     ConflictKind,
+    Expired,
     Observation,
     SourceName,
     StrandedPort,
@@ -55,6 +57,7 @@ class Report:
     in_sync: bool = False
     implied: frozenset[NetworkId] = frozenset()
     defers: bool = False
+    expired: bool = False
 
 
 class Inventory:
@@ -76,6 +79,7 @@ class Inventory:
         self._instance_conflicts: dict[InstanceId, tuple[Instance, ...]] = {}
         self._addresses = Claims()
         self._macs: Counter[NetworkId] = Counter()
+        self._expired = False
         self._idle: defaultdict[NetworkId, set[InstanceId]] = defaultdict(set)
 
     # What is in force
@@ -105,13 +109,22 @@ class Inventory:
         """Every source has reported all that it knows (and there is a source)."""
         return bool(self._reports) and all(report.in_sync for report in self._reports.values())
 
-    def owner(self, key: AddressKey) -> InstanceId | Conflict | None:
+    def owner(self, key: AddressKey) -> InstanceId | Expired | Conflict | None:
         """Whose address it is; a `Conflict` where that is contested, `None` if no record claims it."""
         return self._judge(key, self._addresses.owner(key))
 
+    def expired(self, instance: InstanceId) -> Expired | None:
+        """Whether all sources of an instance have expired."""
+        if not self._expired:
+            return None
+        counting = self._counting(instance)
+        if not counting or not all(report.expired for _, report in counting):
+            return None
+        return Expired(instance, tuple(name for name, _ in counting))
+
     def _judge(
         self, key: AddressKey, claimant: InstanceId | frozenset[InstanceId] | None
-    ) -> InstanceId | Conflict | None:
+    ) -> InstanceId | Expired | Conflict | None:
         network = key[0]
         if claimant is None or not self.knows(network):
             return None
@@ -121,9 +134,9 @@ class Inventory:
             return self._address_conflict(key)
         if claimant in self._instance_conflicts:
             return self._instance_conflict(claimant)
-        return claimant
+        return self.expired(claimant) or claimant
 
-    def addresses(self) -> Iterator[tuple[AddressKey, InstanceId | Conflict]]:
+    def addresses(self) -> Iterator[tuple[AddressKey, InstanceId | Expired | Conflict]]:
         """Every claimed address of a network that exists, and whose it is; network by network.
 
         It may go on while others observe: what comes or goes meanwhile is perhaps not in it.
@@ -180,8 +193,8 @@ class Inventory:
         return contested + len(self._network_conflicts) + len(self._instance_conflicts)
 
     def digest(self) -> bytes | None:
-        """What tells all that is in force from anything else, whatever its order; `None` where records conflict."""
-        if self.conflict_count:
+        """What tells all that is in force from anything else, whatever its order; `None` where some of it is not."""
+        if self.conflict_count or self._expired:
             return None
         implied = frozenset[NetworkId]().union(*(one.implied for one in self._reports.values()))
         others = sorted(self._networks.items()), sorted(implied)
@@ -237,6 +250,7 @@ class Inventory:
         for network_id, network in networks.items():
             self._set_network(report, network_id, network, change)
         self._imply(report, observation.implied_networks, change)
+        self._expire(report, observation.expired, change)
         report.problems = observation.problems
         report.in_sync = observation.in_sync
         for network_id in change.networks:
@@ -250,6 +264,15 @@ class Inventory:
         if source not in self._reports:
             self._reports = dict(sorted({**self._reports, source: Report()}.items()))
         return self._reports[source]
+
+    def _expire(self, report: Report, expired: bool, change: Affected) -> None:  # noqa: FBT001 - of the observation
+        if report.expired == expired:
+            return
+        report.expired = expired
+        self._expired = any(one.expired for one in self._reports.values())
+        for instance in report.instances:
+            change.instances.add(instance)
+            change.addresses |= self.addresses_of(instance)
 
     def _imply(self, report: Report, implied: frozenset[NetworkId], change: Affected) -> None:
         differing = report.implied ^ implied

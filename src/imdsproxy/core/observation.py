@@ -33,6 +33,8 @@ class Observation:
             a tenant: a port of Neutron's names any instance that its owner likes.
         more: Another observation follows at once: what these change is looked at together.
         moves: An address goes from one of the instances to another: they are published at once, not in pieces.
+        expired: Its instances may have been removed since it last knew: guests of instances that no other source has
+            are answered 503.
     """
 
     source: SourceName = ""
@@ -47,6 +49,7 @@ class Observation:
     defers: bool = False
     more: bool = False
     moves: bool = False
+    expired: bool = False
 
     @classmethod
     def of_changes(
@@ -135,6 +138,14 @@ class Conflict:
             for claimant in self.claimants
         )
         return f"{self.kind} {self.subject} is claimed differently by {who}"
+
+
+@dataclass(frozen=True, slots=True)
+class Expired:
+    """Owner of an address that is answered 503, because all its sources may have removed it since they last knew."""
+
+    instance: InstanceId
+    sources: tuple[SourceName, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from imdsproxy.core.identity import Learned, holds, port_at
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Instance, InstanceId, NetworkId, Upstream
 from imdsproxy.core.nova import NovaRouting
-from imdsproxy.core.observation import AddressKey, Conflict
+from imdsproxy.core.observation import AddressKey, Conflict, Expired
 from imdsproxy.core.path_rules import PathRules, set_id
 from imdsproxy.core.policy import NO_RULES, PolicyBook, PolicyPlace
 from imdsproxy.core.wire import MAP_CONFLICT, EmbeddedRecord, MapRecord, render_map_value
@@ -62,10 +62,10 @@ class RecordPlanner:
     routing: NovaRouting
     policies: PolicyBook = field(default_factory=PolicyBook)
 
-    def plan_record(self, key: AddressKey) -> MapRecord | Conflict | None:
+    def plan_record(self, key: AddressKey) -> MapRecord | Conflict | Expired | None:
         """The record of one address, or `None` where the data plane must not know it."""
         guest = self._guest(key)
-        return guest if guest is None or isinstance(guest, Conflict) else self._plan(key[0], *guest)
+        return self._plan(key[0], *guest) if isinstance(guest, tuple) else guest
 
     def plan_records(self, keys: Iterable[AddressKey]) -> PlannedRecords:
         """`plan_record` for many addresses."""
@@ -75,7 +75,8 @@ class RecordPlanner:
         shared: dict[tuple[InstanceId, NetworkId, NetworkId], str | None] = {}
         for key in keys:
             guest = self._guest(key)
-            if guest is None or isinstance(guest, Conflict):
+            if not isinstance(guest, tuple):
+                # `MAP_CONFLICT` for one that has expired, too: HAProxy answers 503 by itself.
                 values[record_key(key)] = None if guest is None else MAP_CONFLICT
                 continue
             owner, place = guest
@@ -92,12 +93,14 @@ class RecordPlanner:
                 shared[alike] = value
         return PlannedRecords(values, sets)
 
-    def _guest(self, key: AddressKey) -> tuple[InstanceId, AddressKey] | Conflict | None:
+    def _guest(self, key: AddressKey) -> tuple[InstanceId, AddressKey] | Conflict | Expired | None:
         """Whose address it is, and the address by which its port is found."""
         owner = self.inventory.owner(key)
         if owner is not None:
-            return owner if isinstance(owner, Conflict) else (owner, key)
+            return (owner, key) if isinstance(owner, str) else owner
         entry = self.learned.get(key)
+        if entry is not None and (expired := self.inventory.expired(entry.instance)) is not None:
+            return expired
         if entry is None or not holds(self.inventory, key, entry):
             return None
         # Of an address that a MAC has, the port is the one with the MAC, as for the address that the MAC makes.

@@ -169,10 +169,13 @@ class Streams:
         self.progressed(stream.host)
         return True
 
+    def ping(self) -> Ping:
+        """What this hub knows, and how old that is."""
+        return Ping(self.state.revision, self.clock.now().timestamp(), round(self.age_s(), 1))
+
     def _ping(self, turn: int) -> None:
-        now = self.clock.monotonic()
-        ping = Ping(self.state.revision, self.clock.now().timestamp(), round(self.age_s(), 1))
-        line, unready = render_line(ping), self.unready()
+        now, line = self.clock.monotonic(), render_line(self.ping())
+        unready = self.unready()
         for stream in tuple(self._turns[turn]):
             if unready is None:
                 stream.keep_alive(now, line)
@@ -527,6 +530,8 @@ class HostStream(asyncio.Protocol):
         self.greeted, self._unread = True, streams.state.unread_instances(found.batch.unreadable)
         self._plan(None)
         _log.info("host joined", host=self.host, revision=hello.revision)
+        # Before the items: how old they are.
+        self.send(streams.ping())
         self._send_batch(found.batch)
 
     def _send_batch(self, batch: Batch) -> None:
@@ -604,6 +609,8 @@ class HostStream(asyncio.Protocol):
         if unread or silent:
             self.leave(ByeCode.SLOW)
         elif self._paused_at is None:
+            # A ping vouches for all that came before.
+            self.flush()
             if self._unanswered_at is None:
                 self._unanswered_at = now
             self._write(ping)

@@ -104,7 +104,7 @@ class Reports:
 
     source: str
     defers: bool = False
-    _last: tuple[object, ...] = (False, (), frozenset())
+    _last: tuple[object, ...] = (False, (), frozenset(), False)
     _begun: bool = False
     _complete: bool = False
 
@@ -116,6 +116,7 @@ class Reports:
         in_sync: bool = True,
         problems: tuple[Problem, ...] = (),
         implied: frozenset[NetworkId] = frozenset(),
+        expired: bool = False,
     ) -> Observation | None:
         """The report that is due; `None` where it would repeat the one before.
 
@@ -125,9 +126,10 @@ class Reports:
             in_sync: Everything is known.
             problems: All of them.
             implied: As `Observation.implied_networks`.
+            expired: As `Observation.expired`.
         """
         full = in_sync and not self._complete
-        state = (in_sync, problems, implied)
+        state = (in_sync, problems, implied, expired)
         if not (full or changes.has_records or state != self._last):
             return None
         records = changes if self._begun and not full else everything()
@@ -140,6 +142,7 @@ class Reports:
             problems=problems,
             implied_networks=implied,
             defers=self.defers,
+            expired=expired,
         )
 
 

@@ -259,6 +259,12 @@ class FleetSourceSettings(Section):
     one and a half of it, so that they do not come back all at once.
     """
 
+    serve_without_hubs_s: float | None = setting(None, Change.RESTART, ge=60)
+    """Seconds since a hub last knew the state of the fleet after which the instances here, which may have been removed
+    meanwhile, are answered 503 until a hub is followed again: no document and no new token. Null serves them without
+    end, also after a reboot.
+    """
+
 
 class SourcesSettings(Section):
     """Where networks, ports and instances come from. Several at once are allowed."""

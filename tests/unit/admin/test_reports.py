@@ -68,6 +68,7 @@ async def test_every_part_is_in_the_report() -> None:
             {"instance/a": "the disk is full"},
             0.25,
             1_800_000_000.0,
+            3600.0,
         ),
         "haproxy": ("3.0.11", 100, 102, (101,), 8, reload, ""),
     }
@@ -313,6 +314,7 @@ metadata_no_token_rejected_total{{network="blue"}} 2.0
 metadata_no_token_rejected_total{{network="red"}} 0.0
 fleet_connected 1.0
 fleet_age_seconds 2.5
+fleet_expired 0.0
 fleet_revision 812.0
 fleet_failing 1.0
 fleet_held 1.0

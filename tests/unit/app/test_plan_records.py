@@ -57,6 +57,19 @@ def _inventory(*sources: tuple[str, Instance]) -> Inventory:
     return inventory
 
 
+def test_haproxy_answers_503_by_itself_for_an_instance_whose_source_has_expired() -> None:
+    inventory = _inventory(("fleet", _instance("web")))
+    learned = {build.key("n1", "10.0.0.99"): Learned(InstanceId("web"), 0, mac=_MAC)}
+    planner = RecordPlanner(inventory, {InstanceId("web"): "r"}, learned, NovaRouting())
+    keys = (_KEY, *learned)
+    before = planner.plan_records(keys).values
+    inventory.observe(Observation("fleet", in_sync=False, expired=True))
+    expired = dict.fromkeys(map(record_key, keys), wire.MAP_CONFLICT)
+    assert planner.plan_records(keys).values == expired
+    inventory.observe(Observation("fleet"))
+    assert planner.plan_records(keys).values == before
+
+
 def test_an_address_of_two_instances_is_a_conflict_and_what_was_learned_counts_only_without_a_record() -> (
     None
 ):

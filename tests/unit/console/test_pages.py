@@ -66,7 +66,7 @@ def test_a_network_that_is_not_served_is_bad_at_its_listener_and_its_answer() ->
 def test_a_conflict_names_all_that_claim_the_address() -> None:
     claimants = (Claimant("file", InstanceId("a")), Claimant("sqlite", InstanceId("b")))
     steps = _explained(verdict="conflict", answer=503, claimants=claimants, installed="!")
-    assert _named(steps, "HAProxy's map").name == "a conflict"
+    assert _named(steps, "HAProxy's map").name == "no instance: 503"
     assert _named(steps, "Instance").lines[:2] == ("a (file)", "b (sqlite)")
 
 
@@ -74,7 +74,7 @@ def test_a_conflict_names_all_that_claim_the_address() -> None:
     ("installed", "name"),
     [
         (None, "nothing"),
-        ("!", "a conflict"),
+        ("!", "no instance: 503"),
         ("web|abc", "web"),
         ("+1troo--:0:0:64|web|abc", "web"),
         ("@0|signature|web|project", "web"),

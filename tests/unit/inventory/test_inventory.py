@@ -30,7 +30,7 @@ from imdsproxy.core.model import (
     NetworkId,
     Upstream,
 )
-from imdsproxy.core.observation import Claimant, Conflict, ConflictKind, Observation
+from imdsproxy.core.observation import Claimant, Conflict, ConflictKind, Expired, Observation
 from imdsproxy.errors import Problem
 from support.record_builders import full, instance, key, network, port
 from support.record_strategies import macs
@@ -51,6 +51,28 @@ def loaded(*observations: Observation) -> Inventory:
 @pytest.fixture
 def inventory() -> Inventory:
     return loaded(full("file", [network("n1"), network("n2", bridge="br1")], [A]))
+
+
+def test_an_instance_is_withheld_once_all_its_sources_have_expired_and_comes_back_as_it_was(
+    inventory: Inventory,
+) -> None:
+    address, other = key("n1", "10.0.0.5"), instance("b", "10.0.0.6")
+    inventory.observe(full("fleet", [], [A, other]))
+    before = dict(inventory.addresses())
+    # The other source still knows of the first instance.
+    affected = inventory.observe(Observation("fleet", in_sync=False, expired=True))
+    assert affected.instances == {A.id, other.id}
+    assert inventory.owner(address) == A.id
+    assert inventory.owner(key("n1", "10.0.0.6")) == Expired(other.id, ("fleet",))
+    assert identify(inventory, *key("n1", "10.0.0.6")) == Expired(other.id, ("fleet",))
+    assert inventory.instances[other.id] == other
+    assert inventory.conflicts() == ()
+    inventory.observe(full("file", [network("n1")], []))
+    assert isinstance(inventory.owner(address), Expired)
+    by_mac = identify(inventory, N1, ip_address(_RANDOM), neighbour_mac=MAC)
+    assert by_mac == Expired(A.id, ("fleet",))
+    inventory.observe(Observation("fleet"))
+    assert dict(inventory.addresses()) == before
 
 
 _BY = Found(A, A.ports[0], How.NEIGHBOUR)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import itertools
 import json
 import sqlite3
 import threading
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import replace
+from datetime import datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -23,8 +25,10 @@ from imdsproxy.core.fleet.layout import Meta
 from imdsproxy.core.fleet.policies import FleetPolicies
 from imdsproxy.core.fleet.stream import Ask, Batch, ItemKey
 from imdsproxy.core.model import Instance, InstanceId, StoredBytes
+from imdsproxy.core.observation import Expired
 from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.errors import AccessDenied, SourceUnavailable
+from imdsproxy.host.clock import Clock, Moment
 from imdsproxy.sources.fleet import source as source_module
 from imdsproxy.sources.fleet.client import HubClient
 from imdsproxy.sources.fleet.kept import KeptItems
@@ -33,7 +37,7 @@ from imdsproxy.sources.fleet.source import FleetSource
 from support.fleet_backing import fleet_source
 from support.fleet_hub import FLEET, HOST, FleetHub, FleetStore
 from support.patience import patience
-from support.record_builders import instance, network
+from support.record_builders import instance, key, network
 from support.source_runs import DEADLINE_S, Heard, running
 
 N1: Final = network("n1")
@@ -205,6 +209,104 @@ async def test_a_hub_that_hangs_costs_two_seconds_and_twice_as_long_where_no_oth
         await until(lambda: len(tried) >= 10)
     assert [within_s for _, within_s in tried[:10]] == [2, 2, 4, 4, 8, 8, 10, 10, 10, 10]
     assert {url for url, _ in tried[:2]} == {first.url, second.url}
+
+
+class _Machine(Clock):
+    """A host's clocks, which a test moves.
+
+    Attributes:
+        passed_s: How much later it is.
+        wall_s: By how much more the wall clock is ahead.
+        boots: How often the host was rebooted.
+    """
+
+    def __init__(self) -> None:
+        self.passed_s, self.wall_s, self.boots = 0.0, 0.0, 0
+
+    def now(self) -> datetime:
+        return super().now() + timedelta(seconds=self.passed_s + self.wall_s)
+
+    def moment(self) -> Moment:
+        found = super().moment()
+        up_s = found.up_s + self.passed_s if self.boots == 0 else 10.0
+        return replace(found, boot=str(self.boots), up_s=up_s)
+
+
+async def test_instances_are_withheld_once_no_hub_has_vouched_for_them_for_too_long(
+    hubs: Callable[..., FleetHub], kept: Path
+) -> None:
+    hub, machine = hubs(), _Machine()
+    hub.put([N1], [A, B])
+    source = fleet_source(kept, hub)
+    source.clock, source.serve_s = machine, 60.0
+    async with running(source) as heard:
+        await heard.until(lambda each: each.last.in_sync)
+        hub.away()
+        await heard.until(lambda each: each.last.problems)
+        machine.passed_s += 50
+        assert 0 < (source.serves_for_s or 0) < 15
+        assert not any(one.expired for one in heard.observations)
+        # Whatever is done to the wall clock.
+        machine.wall_s = -3600
+        machine.passed_s += 20
+        await heard.until(lambda each: each.last.expired)
+        assert isinstance(heard.inventory.owner(key("n1", "10.0.0.5")), Expired)
+        assert "60 s" in reasons(heard)
+        # Not before what was removed meanwhile has gone.
+        hub.remove_instance("b")
+        begun = len(heard.observations)
+        hub.back()
+        await heard.until(lambda each: not each.last.expired)
+        before = list(itertools.takewhile(lambda one: one.expired, heard.observations[begun:]))
+        assert any(B.id in one.instances_removed for one in before)
+        assert names(heard) == {"a": "a"}
+        assert heard.inventory.owner(key("n1", "10.0.0.5")) == "a"
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        (30, 0, 0, False),
+        (90, 0, 0, True),
+        (30, 7200, 0, False),
+        (90, -7200, 0, True),
+        (30, 0, 1, False),
+        (90, 0, 1, True),
+        (30, 7200, 1, True),
+        # A clock that was set back before a reboot proves nothing.
+        (30, -7200, 1, True),
+    ],
+)
+async def test_how_long_no_hub_has_vouched_is_known_after_a_restart_and_a_reboot(
+    hubs: Callable[..., FleetHub], kept: Path, later: tuple[float, float, int, bool]
+) -> None:
+    passed_s, wall_s, boots, expired = later
+    await fill(hubs(), kept, A)
+    source, machine = fleet_source(kept), _Machine()
+    with contextlib.closing(sqlite3.connect(kept)) as connection:
+        connection.execute("UPDATE position SET boot = '0'")
+        connection.commit()
+    machine.passed_s, machine.wall_s, machine.boots = passed_s, wall_s, boots
+    source.clock, source.serve_s = machine, 60.0
+    async with running(source) as heard:
+        # From the first report on.
+        assert heard.observations[0].expired == expired
+        assert names(heard) == {"a": "a"}
+
+
+async def test_a_hub_that_has_lost_etcd_vouches_for_nothing(
+    hubs: Callable[..., FleetHub], kept: Path
+) -> None:
+    hub = hubs()
+    hub.put([N1], [A])
+    hub.age_s = 90.0
+    source = fleet_source(kept, hub)
+    source.serve_s = 60.0
+    async with running(source) as heard:
+        await heard.until(lambda each: each.last.expired and not each.last.in_sync)
+        hub.age_s = 0.0
+        hub.ping()
+        await heard.until(lambda each: each.last.in_sync and not each.last.expired)
 
 
 async def test_a_hub_that_is_behind_is_not_followed(

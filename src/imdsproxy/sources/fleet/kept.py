@@ -18,6 +18,7 @@ from typing import Final
 from imdsproxy.core.fleet.stream import ItemKey
 from imdsproxy.core.model import InstanceId, StoredBytes, digest_of
 from imdsproxy.errors import SourceCorrupt, SourceUnavailable
+from imdsproxy.host.clock import Moment
 from imdsproxy.sources.fleet.known import Item, Position
 from imdsproxy.sources.sqlite_file import open_store, store_failures, transaction
 
@@ -34,7 +35,9 @@ CREATE TABLE position (
     fleet TEXT NOT NULL,
     incarnation INTEGER NOT NULL,
     revision INTEGER NOT NULL,
-    at REAL NOT NULL
+    at REAL,
+    boot TEXT,
+    up_s REAL
 ) STRICT
 """
 _UNUSED: Final = """
@@ -49,11 +52,11 @@ class KeptItems:
     """The file at `path`. Everything here blocks; `fetch` may be called in any thread, the rest in one.
 
     Attributes:
-        at: When a hub last knew the fleet's state and this host had it, Unix time; 0 for never.
+        vouched: When a hub last knew the fleet's state and this host had it; `None` for never.
     """
 
     path: Path
-    at: float = 0.0
+    vouched: Moment | None = None
     _connection: sqlite3.Connection | None = None
     _reader: sqlite3.Connection | None = None
     _reading: Lock = field(default_factory=Lock)
@@ -72,9 +75,11 @@ class KeptItems:
             execute = self._connection.execute
             uri = f"{self.path.as_uri()}?mode=ro"
             self._reader = sqlite3.connect(uri, uri=True, check_same_thread=False)
-            row = execute("SELECT fleet, incarnation, revision, at FROM position").fetchone()
+            row = execute(
+                "SELECT fleet, incarnation, revision, at, boot, up_s FROM position"
+            ).fetchone()
             position = Position() if row is None else Position(*row[:3])
-            self.at = 0.0 if row is None else row[3]
+            self.vouched = None if row is None or row[3] is None else Moment(*row[3:])
             rows = execute("SELECT sha256, digest, length FROM user_data")
             self._stored = {sha256: (length, digest) for sha256, digest, length in rows}
             try:
@@ -119,7 +124,7 @@ class KeptItems:
         self,
         position: Position,
         items: Mapping[ItemKey, Item | None],
-        now: float,
+        vouched: Moment | None,
         renumbered: Iterable[ItemKey] = (),
     ) -> None:
         """Have the disk keep a set of changes, all or none.
@@ -127,7 +132,7 @@ class KeptItems:
         Args:
             position: How far the host is with them.
             items: See `Applied.stored`.
-            now: Unix time.
+            vouched: See `KeptItems.vouched`.
             renumbered: See `Applied.renumbered`.
 
         Raises:
@@ -145,16 +150,17 @@ class KeptItems:
             for key in renumbered:
                 connection.execute("UPDATE items SET revision = 0 WHERE key = ?", (key,))
             connection.execute(
-                "INSERT OR REPLACE INTO position VALUES (1, ?, ?, ?, ?)",
-                (position.fleet, position.incarnation, position.revision, now),
+                "INSERT OR REPLACE INTO position VALUES (1, ?, ?, ?, ?, ?, ?)",
+                (position.fleet, position.incarnation, position.revision, *_row_of(vouched)),
             )
-        self.at = now
+        self.vouched = vouched
 
-    def note(self, now: float) -> None:
+    def note(self, vouched: Moment) -> None:
         """Have the file say that what it has was still so."""
         with store_failures(self.path):
-            self._open().execute("UPDATE position SET at = ?", (now,))
-        self.at = now
+            update = "UPDATE position SET at = ?, boot = ?, up_s = ?"
+            self._open().execute(update, _row_of(vouched))
+        self.vouched = vouched
 
     def sweep(self, needed: Collection[str] = ()) -> None:
         """Delete user data that no item names any more; `needed`, by SHA-256, has come before its item."""
@@ -181,6 +187,10 @@ class KeptItems:
         if self._connection is None:
             raise SourceUnavailable(f"{self.path} is not open")
         return self._connection
+
+
+def _row_of(moment: Moment | None) -> tuple[float, str, float] | tuple[None, None, None]:
+    return (None, None, None) if moment is None else (moment.at, moment.boot, moment.up_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ from imdsproxy.core.fleet.stream import (
 from imdsproxy.core.observation import Observation, StrandedPort
 from imdsproxy.core.timing import Backoff
 from imdsproxy.errors import ImdsproxyError, Problem, SourceError, SourceUnavailable
-from imdsproxy.host.clock import Clock
+from imdsproxy.host.clock import Clock, Moment
 from imdsproxy.sources.api import Publish, Reports, publish_in_pieces
 from imdsproxy.sources.fleet.client import HubClient, HubStream
 from imdsproxy.sources.fleet.fetching import UserDataFetcher
@@ -126,6 +126,7 @@ class FleetSource:
         hubs: Their URLs, as of now; raises `SourceUnavailable` where there are none.
         path: The file that keeps the items.
         silent_s: Seconds of silence after which a hub is left.
+        serve_s: How long instances are served since a hub last vouched for them; `None` without end.
         clock: Monotonic, and Unix time.
         random: From 0 to 1: the order of hubs and the length of pauses.
         backoff: Pauses after no hub could be followed.
@@ -150,6 +151,7 @@ class FleetSource:
     hubs: Callable[[], tuple[str, ...]]
     path: Path
     silent_s: float = SILENCE_S
+    serve_s: float | None = None
     clock: Clock = field(default_factory=Clock)
     random: Callable[[], float] = lambda: 0.5
     backoff: Backoff = field(default_factory=lambda: Backoff(0.5, 30.0))
@@ -194,7 +196,9 @@ class FleetSource:
     _connect_s: float = CONNECT_S
     _heard_at: float = 0.0
     _lost_at: float | None = None
-    _etcd_at: float | None = None
+    _expired: bool = False
+    _vouched: Moment | None = None
+    _hub_at: Moment | None = None
     _hub_age_s: float = 0.0
     _disk_problem: Problem | None = None
     _hub_problem: Problem | None = None
@@ -211,10 +215,25 @@ class FleetSource:
 
     @property
     def age_s(self) -> float:
-        """Seconds since a hub that was followed had an answer of etcd; 0 before the first."""
-        if self._etcd_at is not None:
-            return max(0.0, self.clock.monotonic() - self._etcd_at)
-        return max(0.0, self.clock.now().timestamp() - self.kept.at) if self.kept.at else 0.0
+        """Seconds since a hub that was followed had an answer of etcd; 0 where that is not known."""
+        return self._age() or 0.0
+
+    def _age(self) -> float | None:
+        return None if self._vouched is None else self.clock.moment().since(self._vouched)
+
+    @property
+    def serves_for_s(self) -> float | None:
+        """Seconds for which instances are still served without a hub; `None` for no end."""
+        if self.serve_s is None or self.known.position.fleet is None:
+            return None
+        # A clock that was set back before a reboot proves nothing.
+        age = self._age()
+        return 0.0 if age is None else max(0.0, self.serve_s - age)
+
+    @property
+    def expired(self) -> bool:
+        """Whether no hub has vouched for the instances here for longer than they are served so."""
+        return self.serves_for_s == 0
 
     @property
     def in_sync(self) -> bool:
@@ -240,6 +259,7 @@ class FleetSource:
 
     async def _load(self, publish: Publish) -> None:
         position, items = await self._on_disk(publish, self.kept.open)
+        self._vouched = self.kept.vouched
         if position.fleet is None:
             return
         await self._in_thread(lambda: self.known.load(position, items))
@@ -253,9 +273,9 @@ class FleetSource:
             await asyncio.sleep(_LOOK_EVERY_S)
             now = self.clock.monotonic()
             await self._report(publish, self.leaving.due(now))
-            if self._complete and now - noted > _NOTE_EVERY_S:
-                noted, at = now, self.clock.now().timestamp() - self.age_s
-                await self._on_disk(publish, partial(self.kept.note, at))
+            if self._complete and self._vouched is not None and now - noted > _NOTE_EVERY_S:
+                noted = now
+                await self._on_disk(publish, partial(self.kept.note, self._vouched))
 
     async def _keep_renewed(self) -> None:
         """Renew this host's certificate in time; reported by `_look` where that fails."""
@@ -269,25 +289,37 @@ class FleetSource:
             await asyncio.sleep(_RENEW_EVERY_S * (0.5 + self.random()))
 
     async def _report(self, publish: Publish, changes: Observation) -> None:
-        in_sync = self.in_sync
+        in_sync, expired = self.in_sync, self.expired
         found = (
+            self._expiry() if expired else None,
             self._disk_problem,
             self._certificate_problem,
             None if in_sync else self._hub_problem,
             self._skew(),
         )
         async with self._publishing:
-            observation = self._reports.next(
-                changes,
-                self.known.everything,
-                in_sync=in_sync,
-                problems=(
-                    *(one for one in found if one is not None),
-                    *self.known.problems(),
-                ),
-            )
-            if observation is not None:
-                await publish_in_pieces(publish, observation)
+            problems = (*(one for one in found if one is not None), *self.known.problems())
+            # What had expired is served again only once everything that was removed meanwhile has been.
+            states = (True, False) if self._expired and not expired else (expired,)
+            for state in states:
+                observation = self._reports.next(
+                    changes,
+                    self.known.everything,
+                    in_sync=in_sync,
+                    problems=problems,
+                    expired=state,
+                )
+                if observation is not None:
+                    await publish_in_pieces(publish, observation)
+                changes = Observation()
+            self._expired = expired
+
+    def _expiry(self) -> Problem:
+        return Problem(
+            "fleet",
+            f"no hub has vouched for the fleet's instances for {self.serve_s:g} s: they may be removed, and get 503",
+            "sources.fleet.serve_without_hubs_s is the limit; `imdsproxy fleet status` on a hub",
+        )
 
     def _skew(self) -> Problem | None:
         if self.hub is None or abs(self.skew_s) <= _SKEW_S:
@@ -338,7 +370,7 @@ class FleetSource:
                     # What another stream brought is known by now, or is brought by this one.
                     hello, self._greeted = self.known.hello(), stream
                     self._partial = self._pending = None
-                    self._whole = True
+                    self._whole, self._hub_at = True, None
                 await stream.send(hello)
                 self._stream, self.hub = stream, hub
                 # The hub has just compared; thousands of hosts come at once.
@@ -375,7 +407,9 @@ class FleetSource:
             case Ping() as ping:
                 self.skew_s = ping.time - self.clock.now().timestamp()
                 self._hub_age_s = ping.age_s
-                self._etcd_at = self.clock.monotonic() - ping.age_s
+                self._hub_at = self.clock.moment().before(ping.age_s)
+                if self._complete and not (self._applying or self._partial or self._pending):
+                    self._vouched = self._newest()
                 await stream.send(replace(self._last_ack, digest=self._digest_in_time()))
             case Ask() as ask:
                 task = asyncio.create_task(self._answer(stream, ask))
@@ -383,6 +417,13 @@ class FleetSource:
                 task.add_done_callback(self._answering.discard)
             case Bye(code, reason):
                 raise _Left(code, reason)
+
+    def _newest(self) -> Moment | None:
+        """The later moment: a hub that has lost etcd vouches for less than the hub before."""
+        before, now = self._vouched, self._hub_at
+        if before is None or now is None or before.boot != now.boot:
+            return now or before
+        return max(before, now, key=lambda one: one.up_s)
 
     def _digest_in_time(self) -> str:
         """Now and then what a hub compares with what it places here; empty while items are on their way or held."""
@@ -481,9 +522,10 @@ class FleetSource:
                 return
             applied = await self._in_thread(lambda: known.apply(batch, whole=whole))
             self._note_lacking()
-        now = self.clock.now().timestamp()
+        complete = self._complete or (whole and stream is self._stream)
+        vouched = self._newest() if complete else self._vouched
         keep = partial(
-            self.kept.keep, known.position, applied.stored, now, renumbered=applied.renumbered
+            self.kept.keep, known.position, applied.stored, vouched, renumbered=applied.renumbered
         )
         await self._on_disk(publish, keep, batch)
         if applied.policies:
@@ -491,7 +533,7 @@ class FleetSource:
         if whole and stream is self._stream:
             self._complete, self._lost_at, self._hub_problem = True, None, None
             self.alone = False
-            self._hub_age_s, self._etcd_at = 0.0, self.clock.monotonic()
+            self._vouched = vouched
         delayed = self.leaving.delay(applied.records, self.clock.monotonic())
         await self._report(publish, delayed)
         self._published = known.position.revision
