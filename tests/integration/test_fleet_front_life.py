@@ -15,6 +15,7 @@ from structlog.testing import capture_logs
 
 from imdsproxy.errors import ConfigRejected
 from imdsproxy.host.process import find_processes
+from imdsproxy.hub import front as module
 from imdsproxy.hub.front import Front, FrontSpec
 from imdsproxy.hub.settings import HubSettings
 from support.fleet_front import Certificates, client_context, expired_at, make_certificates
@@ -177,6 +178,25 @@ async def test_the_log_says_why_a_client_was_refused_and_nothing_of_its_query(
         finally:
             await front.stop()
     assert "secret" not in str(logs)
+
+
+async def test_of_many_connections_that_fail_some_are_logged(
+    spec: FrontSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOGGED", 3)
+    front = Front("haproxy", spec, tmp_path / "front.cfg")
+    port = int(spec.listen[0].rpartition(":")[2])
+    with capture_logs() as logs:
+        await front.start()
+        try:
+            for _ in range(10):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(b"GET / HTTP/1.1\r\n\r\n")
+                await reader.read()
+                writer.close()
+        finally:
+            await front.stop()
+    assert len([one for one in logs if "handshake" in str(one.get("haproxy"))]) == 3
 
 
 async def test_the_end_of_a_front_is_noticed_with_its_reason(

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +20,7 @@ from imdsproxy.core.fleet.identity import Role, spell_serial
 from imdsproxy.host.certificates import make_key, render_certificate, render_key
 from imdsproxy.hub.authority import Authority, make_authority
 from imdsproxy.hub.front import FrontSpec, render_front
+from support.guest import inside
 from support.lab import until
 from support.openstack.servers import ends_with_us
 from support.patience import patience
@@ -167,28 +169,53 @@ def read_to_end(sock: ssl.SSLSocket) -> bytes:
 
 
 @contextmanager
-def open_front(directory: Path, certificates: Certificates | None = None) -> Iterator[Fronted]:
-    """HAProxy with a hub's configuration, for the time of the context; with new certificates unless some are given."""
+def open_front(
+    directory: Path,
+    certificates: Certificates | None = None,
+    *,
+    maxconn: int = 2000,
+    namespace: str | None = None,
+) -> Iterator[Fronted]:
+    """HAProxy with a hub's configuration, for the time of the context.
+
+    Args:
+        directory: Of its files.
+        certificates: New ones where none are given.
+        maxconn: The most connections.
+        namespace: The network namespace that it is in, by IPv6 as well.
+    """
     certificates = certificates or make_certificates(directory / "certificates")
     with socket.socket() as holder:
         holder.bind((ADDRESS, 0))
         port = holder.getsockname()[1]
+    listen = [f"{ADDRESS}:{port}"]
+    command = [*ends_with_us()]
+    if namespace is not None:
+        listen.append(f"[::]:{port}")
+        command += ["nsenter", f"--net=/run/netns/{namespace}"]
     spec = FrontSpec(
-        listen=(f"{ADDRESS}:{port}",),
+        listen=listen,
         certificate=certificates.hub().pem,
         authority=certificates.ca_file,
         stream_socket=directory / "stream.sock",
         api_socket=directory / "api.sock",
         control=directory / "control.sock",
-        maxconn=400,
+        maxconn=maxconn,
     )
     config = directory / "front.cfg"
     config.write_text(render_front(spec))
-    command = [*ends_with_us(), "haproxy", "-db", "-f", str(config)]
+    command += ["haproxy", "-db", "-f", str(config)]
     with Recorder(path=spec.stream_socket) as streams, Recorder(path=spec.api_socket) as api:
         haproxy = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         try:
-            until(lambda: _listens(port), what="HAProxy's start")
+            until(
+                lambda: (
+                    _listens(port)
+                    if namespace is None
+                    else inside(namespace, partial(_listens, port))
+                ),
+                what="HAProxy's start",
+            )
             yield Fronted(port, certificates, streams, api, spec)
         finally:
             haproxy.terminate()

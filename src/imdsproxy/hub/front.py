@@ -26,12 +26,52 @@ from imdsproxy.errors import ConfigRejected, HaproxyMissing, RuntimeUnavailable
 from imdsproxy.host import process
 from imdsproxy.host.files import write_atomic
 
-MAX_CONNECTIONS: Final = 25_000
-ENROLMENTS_A_MINUTE: Final = 60
-"""From one address."""
+MAX_CONNECTIONS: Final = 40_000
+"""Of 10,000 hosts two each, which is what hosts may have of all: `SHARE_OF_HOSTS`."""
+UNVERIFIED: Final = 256
+"""Connections without a verified certificate that one prefix may have: an IPv4 address, or an IPv6 /64.
 
-STRANGERS: Final = 32
-"""Connections without a certificate that one address may have."""
+A thousand hosts behind one NAT that come back at once are in after a few attempts.
+"""
+
+UNVERIFIED_OF_MEMBERS: Final = 1024
+"""The same for an address that has shown a certificate."""
+
+CONNECTS: Final = 3000
+"""New connections of a prefix in ten seconds: a thousand hosts, three times each."""
+
+STRANGERS: Final = 64
+"""Connections without a certificate, with TLS established, that one prefix may have."""
+
+ENROLMENTS_A_MINUTE: Final = 240
+"""From one prefix."""
+
+CONNECTIONS_OF_HOST: Final = 16
+"""By one certificate: a host needs two or three, and its old ones may not have ended yet."""
+
+CONNECTS_OF_HOST: Final = 120
+"""New connections by one certificate in a minute."""
+
+REQUESTS_OF_HOST: Final = 2000
+"""By one certificate in ten seconds: one for the user data of each instance. A host that is refused goes on later."""
+
+WRITES_OF_HOST: Final = 600
+"""Renewals, and instances that left, by one certificate in a minute."""
+
+CONNECTIONS_OF_OPERATOR: Final = 512
+"""By one certificate."""
+
+HANDSHAKE_S: Final = 10
+"""Time to establish TLS."""
+
+SHARE_OF_STRANGERS: Final = 0.15
+"""Part of all connections: above, an address that has not shown a certificate gets no further one."""
+
+SHARE_OF_UNVERIFIED: Final = 0.3
+"""Part of all connections: above, an address that only hosts' certificates came from gets no further one."""
+
+SHARE_OF_HOSTS: Final = 0.6
+"""Part of all connections. What is left is for operators and hubs."""
 
 _ENROLMENT_BYTES: Final = 16_384
 
@@ -45,6 +85,9 @@ _STOP_S: Final = 5.0
 _POLL_S: Final = 0.02
 _LINES: Final = 40
 _OWN_DESCRIPTORS: Final = 200
+_LOG_EVERY_S: Final = 10.0
+LOGGED: Final = 100
+"""Failed connections in ten seconds that are logged each: strangers can have any number of them."""
 
 _SERIOUS: Final = ("[ALERT]", "[EMERG]")
 _JSON: Final = "application/problem+json"
@@ -127,6 +170,20 @@ def render_front(spec: FrontSpec) -> str:
         "upgrade": stream.UPGRADE,
         "retry_after_s": RETRY_AFTER_S,
         "answer_s": _ANSWER_S,
+        "handshake_s": HANDSHAKE_S,
+        "of_hosts": 1,
+        "of_others": 2,
+        "connects": CONNECTS,
+        "unverified": UNVERIFIED,
+        "unverified_of_members": UNVERIFIED_OF_MEMBERS,
+        "share_of_strangers": int(SHARE_OF_STRANGERS * spec.maxconn),
+        "share_of_unverified": int(SHARE_OF_UNVERIFIED * spec.maxconn),
+        "share_of_hosts": int(SHARE_OF_HOSTS * spec.maxconn),
+        "connections_of_host": CONNECTIONS_OF_HOST,
+        "connects_of_host": CONNECTS_OF_HOST,
+        "connections_of_operator": CONNECTIONS_OF_OPERATOR,
+        "requests_of_host": REQUESTS_OF_HOST,
+        "writes_of_host": WRITES_OF_HOST,
         "strangers": STRANGERS,
         "enrolments": ENROLMENTS_A_MINUTE,
         "enrolment_bytes": _ENROLMENT_BYTES,
@@ -209,12 +266,22 @@ class Front:
 
     async def _read(self, child: asyncio.subprocess.Process) -> None:
         assert child.stderr is not None  # noqa: S101 - it is a pipe
+        loop = asyncio.get_running_loop()
+        until, left, more = 0.0, 0, 0
         while line := (await child.stderr.readline()).decode("utf-8", "replace").strip():
             self._last.append(line)
             if line.startswith(_SERIOUS):
                 _log.error("HAProxy in front of the hub", haproxy=line)
-            else:
+                continue
+            if loop.time() >= until:
+                if more:
+                    _log.warning("more connections to the hub failed", count=more)
+                until, left, more = loop.time() + _LOG_EVERY_S, LOGGED, 0
+            if left:
+                left -= 1
                 _log.info("connection to the hub", haproxy=line)
+            else:
+                more += 1
 
     async def wait(self) -> str:
         """Wait until it has ended; why it did."""
