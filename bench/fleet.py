@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from socket import create_connection
 from typing import Any, Final, Self
+from uuid import uuid4
 
 import yaml
 
@@ -26,7 +27,7 @@ from bench.procs import cpu_seconds, end_all, find_by_argument, memory, wait_unt
 from bench.records import instance, network
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.identity import spell_serial
-from imdsproxy.core.fleet.layout import HostId, StoredInstance, StoredNetwork
+from imdsproxy.core.fleet.layout import HostId, Meta, StoredInstance, StoredNetwork
 from imdsproxy.core.fleet.members import HostState, StoredHost, host_key, render_host
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.host.certificates import make_key, render_certificate, render_key
@@ -421,6 +422,8 @@ def open_fleet(bench: Bench) -> Iterator[Fleet]:
             hubs.append(HubProcess(directory / f"hub-{number}", place, etcd.endpoints))
         fleet = Fleet(bench, directory, files, etcd, hubs, hosts, real, instances, networks)
         bench.say(f"{hosts + real:,} certificates")
+        # First, as a hub makes a fleet: hubs refuse records without it.
+        etcd.fill([(layout.META, layout.render_meta(Meta(str(uuid4()))))])
         etcd.fill(fleet.certify())
         etcd.fill(fleet.shared())
         fleet.grow(fleet.size)
