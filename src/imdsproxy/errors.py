@@ -14,6 +14,7 @@
     │   │       ├── EtcdFull               nothing can be written
     │   │       └── WriteUnknown           a write may be done or not
     │   ├── SourceRefused          a record or a store was refused
+    │   │   ├── RecordConflict         it conflicts with another record     exit 73
     │   │   └── RestoreSuspected       of a fleet: etcd may be restored from a backup
     │   └── SourceCorrupt          the store's file is damaged
     │       └── UserDataUnreadable     of a fleet: etcd has it, and no hub can read it
@@ -219,7 +220,14 @@ class SourceRefused(SourceError):
     """The source refused what was asked of it; `problems` says which fields."""
 
     http_status = 409
-    remedy = "Correct the fields that are listed, or the record that has the id or address already."
+    remedy = "Correct the fields that are listed."
+
+
+class RecordConflict(SourceRefused):
+    """Another record has the address, listener or id, or needs what was to be removed or moved."""
+
+    exit_status = 73
+    remedy = "Give one of the records another address, listener or id; or change the one that is in the way first."
 
 
 class RestoreSuspected(SourceRefused):

@@ -79,7 +79,7 @@ def test_a_second_network_on_a_listener_is_refused_or_left_out_and_the_first_is_
 ) -> None:
     namespace = world.lab.name("red")
     done = world.daemon.command("network", "add", "second", "--namespace", namespace)
-    assert (done.status, "network red has this listener" in done.err) == (69, True)
+    assert (done.status, "network red has this listener" in done.err) == (73, True)
     with Load([world.red], _TARGET, own) as load:
         # By its id it would be first.
         _write(file, networks=[{"id": "a-second", "listener": {"namespace": namespace}}])

@@ -291,3 +291,17 @@ def test_a_projects_operator_serves_guests_behind_a_listener_that_the_project_wa
     assert fleet("instance", "remove", "till", name="mallory").status == 0
     assert fleet("network", "remove", "shopnet", name="mallory").status == 0
     assert fleet("grant", "clear", "shop").status == 0
+
+
+def test_a_conflict_and_a_move_that_is_over_are_said_by_exit_status(fleet: _Fleet) -> None:
+    port = ("-n", "blue", "--address", fleet.guest.addresses[0])
+    taken = fleet("instance", "add", "late", *port, "--host", "a")
+    assert (taken.status, "belongs to instance web (on a)" in taken.err) == (73, True)
+    assert fleet("network", "remove", "blue").status == 73
+    assert fleet("instance", "move", "web", "--finish", "--to", "away").status == 73
+    assert fleet("instance", "add", "late", "-n", "none", "--host", "a").status == 69
+    assert fleet("instance", "move", "web").status == 64
+    # The answer may have been lost.
+    for step in ("--finish", "--cancel"):
+        again = fleet("instance", "move", "web", step)
+        assert (again.status, again.words) == (0, "done: instance web is on a")

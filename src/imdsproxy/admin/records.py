@@ -18,7 +18,14 @@ from imdsproxy.core.documents.ec2 import list_warnings, warn_of_names
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId, Upstream
 from imdsproxy.core.observation import Conflict
-from imdsproxy.errors import AlreadyExists, NotFound, Problem, RequestRefused, SourceRefused
+from imdsproxy.errors import (
+    AlreadyExists,
+    NotFound,
+    Problem,
+    RecordConflict,
+    RequestRefused,
+    SourceRefused,
+)
 from imdsproxy.listeners.endpoints import networks_of
 from imdsproxy.listeners.plan import find_shared
 from imdsproxy.sources.sqlite.source import SqliteSource
@@ -216,7 +223,8 @@ async def put_records(
 
     Raises:
         AlreadyExists: With `create`, when there is one of an id.
-        SourceRefused: A network is unknown, or an address taken (`problems` has the fields).
+        RecordConflict: An address or a listener is taken (`problems` has the fields).
+        SourceRefused: A network is unknown.
     """
     store = _store(controller)
     prefix = "{}[{}]." if bulk else ""
@@ -252,7 +260,7 @@ async def remove_network(controller: Controller, network: NetworkId) -> Written:
 
     Raises:
         NotFound: There is none.
-        SourceRefused: Instances still have ports in it (`problems` names them).
+        RecordConflict: Instances still have ports in it (`problems` names them).
     """
     _require(controller, "network", network)
     await _store(controller).remove_network(network)
@@ -289,7 +297,7 @@ def _refuse_foreign(
         sources, article = inventory.sources_of_instance(InstanceId(subject)), "an"
     if sources and _store(controller).name not in sources:
         message = f"{kind} {subject} belongs to source {', '.join(sources)}"
-        raise SourceRefused(message, hint="change it there")
+        raise RecordConflict(message, hint="change it there")
     if sources and create:
         message = f"there is {article} {kind} {subject} already"
         raise AlreadyExists(message, hint="use set to change it")
@@ -318,7 +326,7 @@ async def _refuse_shared(controller: Controller, networks: Sequence[Network], pr
         and (network.id not in known or known[network.id].listener != network.listener)
     ]
     if problems:
-        raise SourceRefused("a listener is in use", problems=problems)
+        raise RecordConflict("a listener is in use", problems=problems)
 
 
 async def _in_force(

@@ -35,6 +35,7 @@ from imdsproxy.errors import (
     AlreadyExists,
     NotFound,
     Problem,
+    RecordConflict,
     RequestRefused,
     RestoreSuspected,
     RevisionOutdated,
@@ -251,7 +252,8 @@ def plan_put(
         AlreadyExists: There is one of an id, and only new ones are to be made; or the id is another project's.
         RestoreSuspected: etcd may be restored from a backup.
         RevisionOutdated: A record is another one than `terms.revision`.
-        SourceRefused: A network is unknown, a host is not enrolled, or an address is taken (`problems` has the fields).
+        RecordConflict: An address is taken, or an id is there twice (`problems` has the fields).
+        SourceRefused: A network is unknown, or a host is not enrolled.
     """
     refuse_suspect(view)
     draft, scope = _Draft(view, terms), read_scope(view, terms.scope)
@@ -262,7 +264,7 @@ def plan_put(
     coming = {one.id for one in networks}
     known = {one.record.id: _owned_or_unread(view, one.record.id, terms) for one in instances}
     writing = [one for one in instances if not _is_done(draft, one, known[one.record.id], terms)]
-    problems = [*_repeated(writing)]
+    problems: list[Problem] = []
     for one in writing:
         before = known[one.record.id]
         hosts = () if before is None else before[0].hosts
@@ -276,9 +278,12 @@ def plan_put(
         if known[one.record.id] is None:
             _refuse_taken(one.record.id, _last_record(view, key, layout.parse_instance), terms)
     draft.freed = _freed(writing, known) if at_once else {}
+    taken = [*_repeated(writing)]
     for one in writing:
-        problems += _claim(draft, one, known[one.record.id])
+        taken += _claim(draft, one, known[one.record.id])
         _put_instance(draft, one, known[one.record.id], terms)
+    if taken:
+        raise RecordConflict("the fleet refuses the records", problems=[*problems, *taken])
     _refuse(problems)
     draft.deletes |= dict.fromkeys(key for key in draft.freed if key not in draft.taken)
     return draft.finish()
@@ -321,7 +326,7 @@ def plan_network_removal(
         users: Instances that have a port in it, some of them; none as far as it is known.
 
     Raises:
-        SourceRefused: It has such.
+        RecordConflict: It has such.
         NotFound: There is none.
         RevisionOutdated: As `plan_put`, as the rest.
     """
@@ -342,7 +347,7 @@ def plan_network_removal(
         if terms.scope is not None:
             # They may be instances of other projects.
             shown = f"imdsproxy --fleet URL instance list --network {network}"
-        raise SourceRefused(
+        raise RecordConflict(
             f"instances have ports in network {network}: {shown}",
             hint="remove or change these first",
             problems=[Problem("id", f"instance {shown}: a port is in {network}")],
@@ -532,11 +537,15 @@ def choose_move(
         to: Where it moves; may be omitted at the end, as it is on two hosts then.
         finish: The guest is there: the other host no longer serves it.
         cancel: The guest stays where it was.
+
+    A move that has ended may be finished or canceled again, as long as it has ended so: its answer may have been lost.
     """
 
     def choose(hosts: tuple[HostId, ...]) -> tuple[HostId, ...]:
         moving = len(hosts) > 1
         target = to if to is not None or not moving else hosts[-1]
+        if target is None and (finish or cancel):
+            return hosts
         if target is None:
             raise RequestRefused(
                 f"instance {instance} is not on its way to another host",
@@ -544,10 +553,15 @@ def choose_move(
             )
         if cancel:
             stays = tuple(one for one in hosts if one != target)
-            return stays or hosts
+            if not stays:
+                raise RecordConflict(
+                    f"instance {instance} is on host {target} alone: its move there is finished",
+                    hint=f"to move it back: imdsproxy instance move {instance} --to HOST",
+                )
+            return stays
         if finish:
             if target not in hosts:
-                raise SourceRefused(
+                raise RecordConflict(
                     f"instance {instance} is not on host {target} yet",
                     hint=f"first `imdsproxy instance move {instance} --to {target}`",
                 )
@@ -555,7 +569,7 @@ def choose_move(
         if target in hosts:
             return hosts
         if moving:
-            raise SourceRefused(
+            raise RecordConflict(
                 f"instance {instance} is on its way from {hosts[0]} to {hosts[-1]}",
                 hint="finish that move, or cancel it",
             )

@@ -18,7 +18,7 @@ from imdsproxy.core.hoststate import ObservedHost
 from imdsproxy.core.model import InstanceId, Network, NetworkId
 from imdsproxy.core.records import parse_network
 from imdsproxy.core.records.grant import EVERY_HOST
-from imdsproxy.errors import Problem, SourceRefused
+from imdsproxy.errors import Problem, RecordConflict
 from imdsproxy.hub.plan_writes import Transaction
 from imdsproxy.hub.scopes import read_grant
 from imdsproxy.hub.state import FleetState, needs_of
@@ -30,10 +30,10 @@ _BY_NAME: Final = ObservedHost()
 
 
 def refuse_shared(state: FleetState, planned: Transaction) -> None:
-    """Refuse a write by which a host has two networks with one listener; `SourceRefused` names both."""
+    """Refuse a write by which a host has two networks with one listener; `RecordConflict` names both."""
     problems = list(_After(state, planned).problems())
     if problems:
-        raise SourceRefused("a listener is in use", problems=problems)
+        raise RecordConflict("a listener is in use", problems=problems)
 
 
 @dataclass(slots=True)

@@ -198,7 +198,7 @@ def test_every_key_that_can_be_cleared_is_cleared(
 _STATUS = {
     "already-exists": 409,
     "not-found": 404,
-    "source-refused": 409,
+    "record-conflict": 409,
     "request-refused": 422,
     "no-such-route": 404,
     "method-not-allowed": 405,
@@ -221,7 +221,7 @@ _SOME_BAD = {"networks": [_RED], "instances": [{"id": "x"}]}  # all are stored, 
             for method in ("GET", "DELETE", "PATCH")
             for kind in ("networks", "instances")
         ),
-        ("DELETE /v1/networks/blue", None, "source-refused", "id"),
+        ("DELETE /v1/networks/blue", None, "record-conflict", "id"),
         ("PUT /v1/networks/red", NETWORK, "request-refused", "id"),
         ("PATCH /v1/networks/blue", {"mtu": "wide", "name": "x"}, "request-refused", "mtu"),
         ("PATCH /v1/networks/blue", {"a": None, "listener": None}, "request-refused", "a listener"),

@@ -4,8 +4,8 @@ import pytest
 
 from imdsproxy.core.fleet.layout import HostId
 from imdsproxy.core.model import InstanceId
-from imdsproxy.errors import NotFound
-from imdsproxy.hub.plan_writes import choose_departure, no_such
+from imdsproxy.errors import NotFound, RecordConflict, RequestRefused
+from imdsproxy.hub.plan_writes import choose_departure, choose_move, no_such
 
 _A, _B, _C = (HostId(one) for one in "abc")
 _WEB = InstanceId("web")
@@ -41,3 +41,24 @@ def test_of_an_instance_that_is_elsewhere_a_host_is_answered_as_of_none(*, cance
         choose_departure(_WEB, _C, cancel=cancel)((_A, _B))
     none = no_such("instance", _WEB)
     assert (refused.value.message, refused.value.hint) == (none.message, none.hint)
+
+
+@pytest.mark.parametrize("to", [None, _B])
+def test_a_move_is_finished_or_canceled_again_as_its_answer_may_have_been_lost(
+    to: HostId | None,
+) -> None:
+    finish = choose_move(_WEB, to, finish=True, cancel=False)
+    assert finish((_A, _B)) == (_B,)
+    assert finish((_B,)) == (_B,)
+    cancel = choose_move(_WEB, to, finish=False, cancel=True)
+    assert cancel((_A, _B)) == (_A,)
+    assert cancel((_A,)) == (_A,)
+
+
+def test_a_move_that_has_ended_in_another_way_is_not_ended_again() -> None:
+    with pytest.raises(RecordConflict, match="web is not on host b yet"):
+        choose_move(_WEB, _B, finish=True, cancel=False)((_A,))
+    with pytest.raises(RecordConflict, match="its move there is finished"):
+        choose_move(_WEB, _B, finish=False, cancel=True)((_B,))
+    with pytest.raises(RequestRefused, match="not on its way"):
+        choose_move(_WEB, None, finish=False, cancel=False)((_A,))

@@ -31,7 +31,7 @@ from imdsproxy.core.records import (
 )
 from imdsproxy.core.records import Path as RecordPath
 from imdsproxy.core.timing import Progress
-from imdsproxy.errors import Problem, SourceRefused, SourceUnavailable
+from imdsproxy.errors import Problem, RecordConflict, SourceUnavailable
 from imdsproxy.host.files import open_locked
 from imdsproxy.sources.in_force import taken_address, taken_id
 from imdsproxy.sources.sqlite_file import open_store, store_failures, transaction
@@ -278,7 +278,7 @@ class Store:
             bulk: Problems name the record: `instances[3].ports[0].mac`, not `ports[0].mac`.
 
         Raises:
-            SourceRefused: An id stands twice, or an address belongs to another instance.
+            RecordConflict: An id stands twice, or an address belongs to another instance.
         """
         problems = [*_repeated("networks", networks), *_repeated("instances", instances)]
         changed_networks: dict[NetworkId, Network] = {}
@@ -312,11 +312,11 @@ class Store:
                     self.progress.note(_STORING, (len(instances) + number) // 2, len(instances))
             self.progress.end(_STORING)
             if problems:
-                raise SourceRefused("the store refuses the records", problems=problems)
+                raise RecordConflict("the store refuses the records", problems=problems)
         return Observation(networks=changed_networks, instances=packed, moves=moved)
 
     def remove_network(self, network: NetworkId) -> Observation:
-        """Remove a network, if there is one; `SourceRefused` where instances have ports in it."""
+        """Remove a network, if there is one; `RecordConflict` where instances have ports in it."""
         with store_failures(self.path), transaction(self._connection):
             users = self._connection.execute(
                 "SELECT instance FROM ports WHERE network = ? ORDER BY instance", (network,)
@@ -437,9 +437,9 @@ def _stamp(text: object, claims: object, ports: object, user_data: object) -> by
     return blake2b(made_of.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def _in_use(network: NetworkId, users: Sequence[str]) -> SourceRefused:
+def _in_use(network: NetworkId, users: Sequence[str]) -> RecordConflict:
     more = "" if len(users) <= _NAMED else f" and {len(users) - _NAMED} more"
-    return SourceRefused(
+    return RecordConflict(
         f"{len(users)} instance{'s have ports' if len(users) > 1 else ' has a port'} in network {network}",
         hint="remove or change these first",
         problems=[
