@@ -8,15 +8,19 @@ import ssl
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
 
-from imdsproxy.errors import ConfigRejected
+from imdsproxy.errors import ConfigRejected, HostRefused, RuntimeUnavailable
 from imdsproxy.host.process import find_processes
 from imdsproxy.hub import front as module
+from imdsproxy.hub.authority import HUB_LIFE
+from imdsproxy.hub.files import FleetFiles, HubNames, init_fleet
 from imdsproxy.hub.front import Front, FrontSpec
+from imdsproxy.hub.hub import renew_certificate
 from imdsproxy.hub.settings import HubSettings
 from support.fleet_front import Certificates, client_context, expired_at, make_certificates
 from support.lab import until
@@ -119,6 +123,28 @@ async def test_a_renewed_certificate_is_shown_to_new_connections_and_no_stream_e
         await server.wait_closed()
 
 
+async def test_a_hubs_certificate_that_haproxy_did_not_take_is_renewed_again(
+    spec: FrontSpec, tmp_path: Path
+) -> None:
+    files, now = FleetFiles(tmp_path / "hub"), datetime.now(UTC)
+    long_ago = now - HUB_LIFE * 3 / 4
+    init_fleet(files, None, HubNames("hub-1", ("127.0.0.1",)), long_ago)
+    authority, before = files.load_authority(), files.hub.read_bytes()
+    spec = replace(spec, certificate=files.hub, authority=files.ca_certificate)
+    front = Front("haproxy", spec, tmp_path / "front.cfg")
+    with pytest.raises(RuntimeUnavailable):
+        await renew_certificate(files, authority, front, now)
+    assert files.hub.read_bytes() == before
+    await front.start()
+    try:
+        assert await renew_certificate(files, authority, front, now)
+        assert await _shown(spec, files.ca_certificate) == files.load_hub().serial_number
+        assert files.hub.read_bytes() != before
+        assert not await renew_certificate(files, authority, front, now)
+    finally:
+        await front.stop()
+
+
 async def test_a_front_takes_connections_by_ipv4_and_by_ipv6_on_all_addresses(
     spec: FrontSpec, tmp_path: Path
 ) -> None:
@@ -146,8 +172,12 @@ async def test_a_front_that_cannot_start_says_why(spec: FrontSpec, tmp_path: Pat
         other = Front(
             "haproxy", replace(spec, control=tmp_path / "other.sock"), tmp_path / "other.cfg"
         )
-        with capture_logs() as logs, pytest.raises(ConfigRejected, match="in use"):
+        with capture_logs() as logs, pytest.raises(HostRefused, match="in use") as raised:
             await other.start()
+        assert (raised.value.exit_status, "hub.listen" in raised.value.hint) == (71, True)
+        elsewhere = Front("haproxy", replace(spec, listen=("192.0.2.77:8469",)), tmp_path / "e.cfg")
+        with pytest.raises(HostRefused, match="Cannot assign"):
+            await elsewhere.start()
         assert [one["log_level"] for one in logs if "in use" in one["haproxy"]] == ["error"]
     finally:
         await one.stop()

@@ -15,7 +15,14 @@ from imdsproxy.cli import options
 from imdsproxy.cli.options import argument, flag
 from imdsproxy.cli.output import Output, Shape, clean, clean_all, spell_count, spell_time
 from imdsproxy.cli.record_io import show_written
-from imdsproxy.core.fleet.identity import LIBRARY_HINT, OPERATOR_ROLES, Role, parse_invitation
+from imdsproxy.core.fleet.identity import (
+    LIBRARY_HINT,
+    LONGEST_INVITATION_S,
+    OPERATOR_ROLES,
+    SHORTEST_INVITATION_S,
+    Role,
+    parse_invitation,
+)
 from imdsproxy.errors import ConfigUnreadable, RequestRefused, SourceCorrupt, optional_library
 
 _DIRECTORY: Final = Path("/etc/imdsproxy/fleet")
@@ -157,10 +164,16 @@ def enrol(
     host: Annotated[str, argument("HOST", "The host's name in the fleet.")],
     *,
     valid: Annotated[
-        float, flag("--valid HOURS", "How long the string is good (default: 24).")
+        float,
+        flag("--valid HOURS", "How long the string is good, a minute to 30 days (default: 24)."),
     ] = _VALID_H,
 ) -> None:
     """Invite a host: print one word for `imdsproxy fleet join` there, which is good once. It is a secret."""
+    if not SHORTEST_INVITATION_S <= valid * 3600 <= LONGEST_INVITATION_S:
+        raise RequestRefused(
+            f"--valid {valid:g}: a string is good for a minute to {LONGEST_INVITATION_S // 3600} hours",
+            hint="--valid 24 is a day, --valid 0.5 half an hour",
+        )
     body = {"host": host, "valid_s": valid * 3600}
     made = run.hubs().request("POST", "/fleet/invitations", body=body)
     run.output.answer(made, str(made["invitation"]))

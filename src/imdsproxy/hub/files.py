@@ -128,23 +128,25 @@ def make_hub_pem(authority: Authority, names: HubNames, now: datetime) -> bytes:
     return render_certificate(signed) + render_key(key)
 
 
-def renew_hub(files: FleetFiles, authority: Authority, now: datetime) -> bytes | None:
-    """Replace this hub's certificate where two thirds of its life are over, or another CA has signed it.
+def make_renewed_hub(files: FleetFiles, authority: Authority, now: datetime) -> bytes | None:
+    """Make the next certificate of this hub, if two thirds of its life are over or another CA has signed it.
 
     Returns:
-        The new one with its key, for `Front.replace_certificate`; `None` where it is not time yet.
+        The certificate with its key, for `Front.replace_certificate`, then `write_hub`; `None` if it is not time yet.
 
     Raises:
         ConfigInvalid: The file is no certificate.
-        HostRefused: It cannot be written.
-        SecretUnreadable: It cannot be read.
+        SecretUnreadable: The file cannot be read.
     """
     certificate = files.load_hub()
     if not renewal_due(certificate, now) and authority.has_signed(certificate):
         return None
-    pem = make_hub_pem(authority, read_hub_names(certificate), now)
+    return make_hub_pem(authority, read_hub_names(certificate), now)
+
+
+def write_hub(files: FleetFiles, pem: bytes) -> None:
+    """Write this hub's certificate with its key; `HostRefused` where that cannot be done."""
     write_atomic(files.hub, pem, mode=_SECRET, durable=True)
-    return pem
 
 
 def init_fleet(files: FleetFiles, given: Authority | None, hub: HubNames, now: datetime) -> str:

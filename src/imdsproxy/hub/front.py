@@ -22,7 +22,7 @@ from imdsproxy.core.haproxy.text import Block, Value, blocks_of, fill_sections, 
 from imdsproxy.core.model import ID_PATTERN
 from imdsproxy.core.wire import RETRY_AFTER_S
 from imdsproxy.dataplane.master import exchange
-from imdsproxy.errors import ConfigRejected, HaproxyMissing, RuntimeUnavailable
+from imdsproxy.errors import ConfigRejected, HaproxyMissing, HostRefused, RuntimeUnavailable
 from imdsproxy.host import process
 from imdsproxy.host.files import write_atomic
 
@@ -85,6 +85,7 @@ _STOP_S: Final = 5.0
 _POLL_S: Final = 0.02
 _LINES: Final = 40
 _OWN_DESCRIPTORS: Final = 200
+_NO_ADDRESS: Final = ("Address already in use", "Cannot assign requested address")
 _LOG_EVERY_S: Final = 10.0
 LOGGED: Final = 100
 """Failed connections in ten seconds that are logged each: strangers can have any number of them."""
@@ -224,9 +225,9 @@ class Front:
         """Check the configuration, start, and wait until connections are taken.
 
         Raises:
-            ConfigRejected: HAProxy refuses, in its own words: a certificate, or an address that is in use.
+            ConfigRejected: HAProxy refuses, in its own words, for one a certificate.
             HaproxyMissing: It cannot be run.
-            HostRefused: The file cannot be written, or a check does not end.
+            HostRefused: An address is in use or not there, the file cannot be written, or a check does not end.
             RuntimeUnavailable: It doesn't come up in time.
         """
         write_atomic(self._config, render_front(self._spec).encode(), mode=0o600)
@@ -257,7 +258,13 @@ class Front:
     async def _wait_until_up(self, child: asyncio.subprocess.Process) -> None:
         while True:
             if child.returncode is not None:
-                raise ConfigRejected(f"HAProxy did not start: {await self.wait()}")
+                words = await self.wait()
+                if any(one in words for one in _NO_ADDRESS):
+                    raise HostRefused(
+                        f"the hub cannot listen on {', '.join(self._spec.listen)}: {words}",
+                        hint="hub.listen: `ss -ltnp` shows which process has the port",
+                    )
+                raise ConfigRejected(f"HAProxy did not start: {words}")
             with contextlib.suppress(RuntimeUnavailable):
                 # A socket of one that ended before is another process's.
                 if f"Pid: {child.pid}\n" in await self._send("show info"):

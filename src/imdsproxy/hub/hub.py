@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import partial
 from random import SystemRandom
 from typing import Any, Final
@@ -42,9 +43,10 @@ from imdsproxy.hub.etcd import Etcd
 from imdsproxy.hub.files import (
     FleetFiles,
     HubNames,
+    make_renewed_hub,
     read_hub_names,
     refuse_shared_authority,
-    renew_hub,
+    write_hub,
 )
 from imdsproxy.hub.front import Front, FrontSpec, fitting_maxconn
 from imdsproxy.hub.gateway import open_tls
@@ -312,13 +314,30 @@ async def _report_readiness(hub: Hub, notifier: ServiceNotifier, status: str) ->
         await asyncio.sleep(_LOOK_EVERY_S)
 
 
+async def renew_certificate(
+    files: FleetFiles, authority: Authority, front: Front, now: datetime
+) -> bool:
+    """Renew a hub's certificate if it is time; return whether it was.
+
+    HAProxy gets the new certificate before the file does. If HAProxy does not take it, the file still has the old one,
+    and the next attempt renews it again.
+
+    Raises:
+        ImdsproxyError: As `make_renewed_hub`, `Front.replace_certificate` and `write_hub`.
+    """
+    renewed = await asyncio.to_thread(make_renewed_hub, files, authority, now)
+    if renewed is None:
+        return False
+    await front.replace_certificate(renewed)
+    await asyncio.to_thread(write_hub, files, renewed)
+    return True
+
+
 async def _renew(hub: Hub, front: Front) -> None:
     """Keep this hub's own certificate good."""
     while True:
         try:
-            renewed = await asyncio.to_thread(renew_hub, hub.files, hub.authority, hub.clock.now())
-            if renewed is not None:
-                await front.replace_certificate(renewed)
+            if await renew_certificate(hub.files, hub.authority, front, hub.clock.now()):
                 _log.info("certificate renewed", name=hub.replica.name)
         except ImdsproxyError as error:
             _log.error("certificate not renewed", reason=error.message)

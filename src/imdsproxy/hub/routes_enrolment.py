@@ -1,12 +1,16 @@
 """The routes by which hosts come into a fleet and out of it: for hosts to enrol and renew, for operators the rest."""
 
-from typing import Annotated, Final, TypeAlias, cast
+from typing import Annotated, TypeAlias, cast
 
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.identity import render_invitation
+from imdsproxy.core.fleet.identity import (
+    LONGEST_INVITATION_S,
+    SHORTEST_INVITATION_S,
+    render_invitation,
+)
 from imdsproxy.core.fleet.layout import HostId
 from imdsproxy.core.fleet.values import parse_hub
 from imdsproxy.core.model import ID_PATTERN
@@ -16,7 +20,6 @@ from imdsproxy.hub.enrolment import INVITATION_S, Certified, Enrolment
 
 enrolment = APIRouter()
 
-_LONGEST_S: Final = 30 * 24 * 3600
 _Name = Annotated[str, Field(pattern=ID_PATTERN)]
 _SigningRequest = Annotated[str, Field(max_length=MAX_REQUEST, description="PEM.")]
 
@@ -50,7 +53,7 @@ class InviteBody(_Body):
     """Which host is invited."""
 
     host: _Name
-    valid_s: float = Field(default=INVITATION_S, ge=60, le=_LONGEST_S)
+    valid_s: float = Field(default=INVITATION_S, ge=SHORTEST_INVITATION_S, le=LONGEST_INVITATION_S)
 
 
 class RevokeBody(_Body):

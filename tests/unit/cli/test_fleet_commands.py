@@ -13,7 +13,12 @@ from imdsproxy.core.fleet.identity import Role
 from imdsproxy.errors import ConfigInvalid
 from imdsproxy.host.certificates import fingerprint, parse_certificate, render_certificate
 from imdsproxy.hub.authority import HUB_LIFE, make_authority
-from imdsproxy.hub.files import FleetFiles, read_hub_names, refuse_shared_authority, renew_hub
+from imdsproxy.hub.files import (
+    FleetFiles,
+    make_renewed_hub,
+    read_hub_names,
+    refuse_shared_authority,
+)
 from support.cli import Ran, run_main
 
 
@@ -141,9 +146,9 @@ def test_a_hub_renews_its_certificate_with_its_names_after_two_thirds_of_its_lif
     fleet.init()
     authority, now = fleet.files.load_authority(), datetime.now(UTC)
     before = fleet.files.load_hub()
-    assert renew_hub(fleet.files, authority, now + HUB_LIFE / 2) is None
-    pem = renew_hub(fleet.files, authority, now + HUB_LIFE * 3 / 4)
-    assert pem == fleet.files.hub.read_bytes()
+    assert make_renewed_hub(fleet.files, authority, now + HUB_LIFE / 2) is None
+    pem = make_renewed_hub(fleet.files, authority, now + HUB_LIFE * 3 / 4)
+    assert pem is not None
     after = parse_certificate(pem, "renewed")
     assert read_hub_names(after) == read_hub_names(before)
     assert after.public_key() != before.public_key()
@@ -159,6 +164,17 @@ def test_a_string_that_is_no_invitation_is_refused_without_repeating_it(
         assert "c2Vj" not in ran.err
 
 
+@pytest.mark.parametrize("hours", ["0", "-1", "0.01", "721", "nan"])
+def test_the_time_of_an_invitation_is_refused_in_the_unit_in_which_it_was_given(
+    hours: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--fleet", "https://127.0.0.1:9", "fleet", "enrol", "host-1", "--valid", hours)
+    ran = run_main(capsys, *words)
+    assert ran.status == 64
+    assert f"--valid {hours}: a string is good for a minute to 720 hours" in ran.err
+    assert "second" not in ran.err
+
+
 def test_a_ca_is_replaced_in_three_steps_each_of_which_has_its_time(fleet: _Fleet) -> None:
     fleet.init()
     files, now = fleet.files, datetime.now(UTC)
@@ -169,7 +185,7 @@ def test_a_ca_is_replaced_in_three_steps_each_of_which_has_its_time(fleet: _Flee
     assert [fleet("rotate-ca", one).status for one in ("begin", "finish")] == [64, 64]
     both = files.load_authority()
     assert (both.certificate, len(both.others)) == (old.certificate, 1)
-    assert renew_hub(files, both, now) is None
+    assert make_renewed_hub(files, both, now) is None
     with pytest.raises(ConfigInvalid, match="let every host in"):
         refuse_shared_authority(both, files.ca_certificate)
 
@@ -186,7 +202,7 @@ def test_a_ca_is_replaced_in_three_steps_each_of_which_has_its_time(fleet: _Flee
     operator = files.operator.read_bytes()
     assert operator != old_operator
     assert operator.endswith(new.trusted)
-    pem = renew_hub(files, new, now)
+    pem = make_renewed_hub(files, new, now)
     assert pem is not None
     assert new.has_signed(parse_certificate(pem, "renewed"))
     assert fleet("rotate-ca", "finish").status == 0

@@ -30,6 +30,10 @@ names."""
 LIBRARY_HINT: Final = "apt install python3-cryptography, or pip install 'imdsproxy[fleet]'"
 """Where the library that makes keys and certificates is missing."""
 
+SHORTEST_INVITATION_S: Final = 60
+LONGEST_INVITATION_S: Final = 30 * 24 * 3600
+"""Bounds of the time for which an invitation is good."""
+
 _NAME: Final = re.compile(ID_PATTERN)
 _PREFIX: Final = "imdsproxy-join-1."
 _FINGERPRINT: Final = re.compile("[0-9a-f]{64}")
