@@ -8,32 +8,51 @@ moment nothing is known here: then the host acknowledges that it cannot serve th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.layout import HostId
+from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hoststate import ObservedHost
 from imdsproxy.core.model import InstanceId, Network, NetworkId
 from imdsproxy.core.records import parse_network
 from imdsproxy.core.records.grant import EVERY_HOST
-from imdsproxy.errors import Problem, RecordConflict
+from imdsproxy.errors import AlreadyExists, Problem, RecordConflict
 from imdsproxy.hub.plan_writes import Transaction
-from imdsproxy.hub.scopes import read_grant
+from imdsproxy.hub.scopes import read_grant, read_scope
 from imdsproxy.hub.state import FleetState, needs_of
 from imdsproxy.listeners.plan import find_shared, place_of
 
 _ITEM: Final = "network/"
+_NAMING: Final = Naming()
 _BY_NAME: Final = ObservedHost()
 """Nothing is known of hosts here: networks share a listener by its names."""
 
 
 def refuse_shared(state: FleetState, planned: Transaction) -> None:
-    """Refuse a write by which a host has two networks with one listener; `RecordConflict` names both."""
-    problems = list(_After(state, planned).problems())
+    """Refuse a write by which a host has two networks with one listener; `RecordConflict` names both.
+
+    Raises:
+        AlreadyExists: An operator of one project makes a network whose objects on hosts would have another one's names.
+    """
+    after = _After(state, planned)
+    problems = list(after.problems())
     if problems:
         raise RecordConflict("a listener is in use", problems=problems)
+    if planned.scope is not None:
+        _refuse_names(state, after.written)
+
+
+def _refuse_names(state: FleetState, written: Collection[NetworkId]) -> None:
+    """Names are made of short digests, for which another id can be found in days."""
+    new = {one for one in written if state.value(layout.network_key(one)) is None}
+    links = {_NAMING.link(one): one for one in new}
+    for key in state.keys(layout.NETWORKS) if links else ():
+        link = _NAMING.link(NetworkId(key.removeprefix(layout.NETWORKS)))
+        if link in links:
+            raise AlreadyExists(f"the id {links[link]} is taken", hint="use another id")
 
 
 @dataclass(slots=True)
@@ -135,8 +154,8 @@ class _After:
         return None if found is None else _read(found[0])
 
     def _explain(self, host: HostId, network: NetworkId, holder: Network) -> Problem:
-        scope, who = self.planned.scope, "another network"
-        if scope is None or holder.project in {None, scope}:
+        scope, who = read_scope(self.state.value, self.planned.scope), "another network"
+        if scope is None or scope.knows_network({"id": holder.id, "project": holder.project}):
             who = f"network {holder.id}"
             user = self._user(host, holder.id)
             # An operator of a project learns of no other project's instances.

@@ -56,9 +56,11 @@ class Views:
 
     def networks(self) -> Iterator[NetworkId]:
         """Every network that the operator may know, by id."""
+        scope = read_scope(self.state.value, self.scope)
         for key in sorted(self.state.keys(layout.NETWORKS)):
             network = NetworkId(key.removeprefix(layout.NETWORKS))
-            if self._known_network(network) is not None:
+            known = read_network(self.state.value, network)
+            if known is not None and (scope is None or scope.knows_network(known[0].record)):
                 yield network
 
     async def instances(

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 
 import pytest
 
+from imdsproxy.core import hostnames
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.layout import HostId, Json, StoredInstance, StoredNetwork
 from imdsproxy.core.model import InstanceId, NetworkId
-from imdsproxy.errors import SourceRefused
+from imdsproxy.errors import AlreadyExists, SourceRefused
 from imdsproxy.hub.plan_writes import Transaction
 from imdsproxy.hub.shared_listeners import refuse_shared
 from imdsproxy.hub.state import Change, FleetState
@@ -114,3 +115,55 @@ def test_an_operator_of_one_project_learns_of_no_other_projects_network() -> Non
     assert refused(state, instance("new", "a", on="red"), scope="p2") == [
         "hosts: network red has on host a the listener of another network"
     ]
+
+
+def granted(project: str, *hosts: str) -> dict[str, bytes]:
+    return {layout.grant_key(project): layout.encode({"hosts": list(hosts)})}
+
+
+@pytest.mark.parametrize(
+    ("other", "grant", "is_refused"),
+    [
+        # `red` may come to any host as long as no hosts were given to its project.
+        ("p1", None, True),
+        ("p1", ("b", "a"), True),
+        ("p1", ("*",), True),
+        ("p1", ("b",), False),
+        # A shared network as well.
+        (None, None, True),
+        # Of two networks of one project the first has the listener.
+        ("p2", None, False),
+    ],
+)
+def test_an_operator_of_one_project_takes_no_listener_that_another_project_may_need_on_the_host(
+    other: str | None, grant: tuple[str, ...] | None, *, is_refused: bool
+) -> None:
+    grants = {} if grant is None else granted("p1", *grant)
+    state = fleet(network("red", project=other), network("mine", project="p2"), grants)
+    why = "hosts: network mine has on host a the listener of another network"
+    new = instance("new", "a", on="mine")
+    assert refused(state, new, scope="p2") == ([why] if is_refused else [])
+    # An operator of all projects decides for both.
+    assert refused(state, new) == []
+    # Where the network is already, no further instance takes anything.
+    state.apply(9, [Change(key, value, 9) for key, value in new.items()])
+    assert refused(state, instance("more", "a", on="mine"), scope="p2") == []
+
+
+def test_an_operator_of_one_project_makes_no_network_whose_names_on_hosts_another_one_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    state = fleet(network("red", project="p1"))
+    monkeypatch.setattr(hostnames, "_DIGITS", 1)
+    naming = hostnames.Naming()
+    alike = next(
+        name
+        for name in map("n{}".format, range(1000))
+        if naming.link(NetworkId(name)) == naming.link(NetworkId("red"))
+    )
+    written = network(alike, {"bridge": "br9"}, "p2")
+    with pytest.raises(AlreadyExists, match=f"the id {alike} is taken"):
+        refused(state, written, scope="p2")
+    assert refused(state, written) == []
+    state.apply(9, [Change(key, value, 9) for key, value in written.items()])
+    assert refused(state, written, scope="p2") == [], "it is there already"
