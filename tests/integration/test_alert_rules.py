@@ -69,6 +69,7 @@ _SERIES: Final[Mapping[str, Mapping[str, str]]] = {
     "ForeignListener": {'imdsproxy_foreign_listeners{effect="shares"}': _ON},
     "MacFilterMissing": {'imdsproxy_gates{state="refused"}': _ON},
     "MacMismatch": {'imdsproxy_mac_mismatches_total{network="red"}': _grows()},
+    "ForgedClaims": {'imdsproxy_forged_claims_total{network="red"}': _grows(10)},
     "UnixListenerDown": {"imdsproxy_unix_listener_serving": _OFF},
     "UnixListenerContested": {"imdsproxy_unix_listener_taken_over_total": _grows()},
     "SourceNotInSync": {'imdsproxy_source_in_sync{source="file"}': _OFF},

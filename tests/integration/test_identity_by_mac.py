@@ -199,15 +199,10 @@ def test_a_guest_that_takes_its_neighbour_s_address_reads_nothing(
     secret = user_data_of(f"{network}-5")
     with victim.connect(to=to) as kept, Impostor(thief, address) as impostor:
         tries = impostor.try_for(1.5, _TARGET, source=address, to=to, at_least=501)
-        # The victim goes on asking, and its answers go where ARP says, or nowhere.
-        kept.socket.settimeout(0.5)
-        cut(kept)
+        # The victim goes on asking, and gets its answers, whatever ARP says.
+        assert own(victim, kept.request(_TARGET)) is None
         for _ in range(3):
-            try:
-                reply = victim.ask(_TARGET, to=to, timeout_s=0.3)
-            except Lost:
-                continue
-            assert own(victim, reply) is None or reply.status in (403, 503)
+            assert own(victim, victim.ask(_TARGET, to=to)) is None
         heard = bytes(impostor.heard)
     assert secret not in heard
     assert tries.bodies == set()
@@ -258,6 +253,11 @@ def test_of_two_guests_known_by_mac_alone_neither_reads_the_other_s(world: World
     is_itself_again(victim, "victim")
 
 
+def _pairs4(listed: str) -> str:
+    """The sets of pairs in a table as nft(8) lists it."""
+    return listed.partition("set good4")[2].partition("set begun4")[0]
+
+
 def test_without_a_controller_known_guests_go_on_and_impostors_do_not(world: World) -> None:
     bare, thief = world.lab.guest("red", 110), world.lab.guest("red", 66)
     world.daemon.put(instances=[by_mac(bare, "bare"), instance("thief", "red", 66)])
@@ -273,7 +273,7 @@ def test_without_a_controller_known_guests_go_on_and_impostors_do_not(world: Wor
     assert set(tries.statuses) <= {503, None}, tries.statuses
     is_itself_again(world.red, "red-5")
     world.daemon.start()
-    assert before.split("set open4")[0] == table(world, "red").split("set open4")[0]
+    assert _pairs4(before) == _pairs4(table(world, "red"))
     reads(bare, "bare")
     assert macs(world)["learned"] == 1
     world.all_right()

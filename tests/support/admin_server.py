@@ -21,6 +21,7 @@ from imdsproxy.admin import routes, status
 from imdsproxy.admin.api import admin_app
 from imdsproxy.admin.status import StatusReport, report_status
 from imdsproxy.admin_client import AdminClient
+from imdsproxy.anti_spoofing.claims import ForgedClaims
 from imdsproxy.app.compiler import CompiledIndex, RecordCompiler
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.policy_store import PolicyStore
@@ -292,6 +293,7 @@ async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous gen
         passwords=passwords,
         companion=SimpleNamespace(needed=True),
         watching=watching,
+        forged_claims=ForgedClaims(mac_filters, clock),
         documents_problem=lambda: None,
         holder=SimpleNamespace(settings=SimpleNamespace(limits=LimitsSettings())),
         **{name: asyncio.Lock() for name in ("patching", "claiming", "overriding")},

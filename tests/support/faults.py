@@ -9,6 +9,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Final
 from support.agent_socket import squat
 from support.daemon import instance
 from support.guest import IPV4, Background, Guest, Lost, inside
+from support.impostor import claim_frame, mac_of_service, open_wire
 from support.lab import until, within
 from support.monitored import Monitored
 from support.recorder import RESET, reply
@@ -203,7 +205,10 @@ def _the_socket_is_left_to_an_agent(host: Monitored) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _guests_that_are_refused(host: Monitored) -> Iterator[None]:
-    """Over a limit, without a token, with another's address, with what is no HTTP, too many at once, not known."""
+    """Over a limit, without a token, with another's address, with what is no HTTP, too many at once, not known.
+
+    And one that claims another's address by ARP.
+    """
     red, green, blue, grey = (host.world.guests[name] for name in ("red", "green", "blue", "grey"))
     policy = {
         "instances": {"red-5": {"burst": 10}},
@@ -220,13 +225,17 @@ def _guests_that_are_refused(host: Monitored) -> Iterator[None]:
         with host.world.lab.neighbour("grey", "10.0.0.77", grey.mac):
             grey.ask(_DATA, source="10.0.0.77")
 
+    grey.ask(_DATA)
+    claim = claim_frame(grey.mac, "10.0.0.77", mac_of_service(grey, IPV4))
+    wire = open_wire(grey.namespace, grey.device, timeout_s=1)
     asks: list[Callable[[], object]] = [
+        partial(wire.send, claim),
         *[partial(red.ask, _DATA)] * 6,
         partial(green.ask, _DATA),
         malformed,
     ]
     asks += [partial(one.ask, _DATA) for one in unknown]
-    with _Often(*asks):
+    with closing(wire), _Often(*asks):
         subprocess.run(
             (*within(grey.namespace), "ip", "address", "add", "10.0.0.77/24", "dev", "eth0"),
             check=True,
@@ -421,6 +430,7 @@ TOGETHER: Final = (
                 "ImdsproxyTokensMissing",
                 "ImdsproxyReadsWithoutToken",
                 "ImdsproxyMacMismatch",
+                "ImdsproxyForgedClaims",
                 "ImdsproxyMissesOverLimit",
                 "ImdsproxyUnknownGuests",
             ),

@@ -1,6 +1,7 @@
 """A guest that takes its neighbour's address: it says so by ARP and ND all the time, listens to the wire, and asks."""
 
 import contextlib
+import json
 import socket
 import struct
 import time
@@ -11,12 +12,15 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Final, Self
 
 from support.guest import Background, Guest, Lost, inside
-from support.lab import batch
+from support.lab import batch, ip
 
 _ETH_P_ALL: Final = 3
 _BROADCAST: Final = b"\xff" * 6
 _ALL_NODES: Final = bytes.fromhex("333300000001")
 _PAUSE_S: Final = 0.0005
+
+FIN, SYN, RST, ACK = 1, 2, 4, 16
+"""Flags of TCP."""
 
 
 def _mac(text: str) -> bytes:
@@ -31,32 +35,76 @@ def _checksum(data: bytes) -> bytes:
     return struct.pack("!H", ~total & 0xFFFF)
 
 
-def _arp(mac: bytes, address: bytes, target: bytes, *, answer: bool) -> bytes:
+def _arp(
+    mac: bytes, address: bytes, target: bytes, *, answer: bool, to: bytes = _BROADCAST
+) -> bytes:
     head = struct.pack("!HHBBH", 1, 0x0800, 6, 4, 2 if answer else 1)
-    return _BROADCAST + mac + b"\x08\x06" + head + mac + address + bytes(6) + target
+    return to + mac + b"\x08\x06" + head + mac + address + bytes(6) + target
 
 
-def _neighbour_advertisement(mac: bytes, address: bytes) -> bytes:
+def _neighbour_advertisement(mac: bytes, address: bytes, *, to: bytes = _ALL_NODES) -> bytes:
     # Unsolicited, with the flag that overrides what is known (RFC 4861 §4.4).
     body = b"\x88\0\0\0" + struct.pack("!I", 0x20000000) + address + b"\x02\x01" + mac
-    target = IPv6Address("ff02::1").packed
-    pseudo = address + target + struct.pack("!II", len(body), 58)
-    body = body[:2] + _checksum(pseudo + body) + body[4:]
-    head = struct.pack("!IHBB", 6 << 28, len(body), 58, 255) + address + target
-    return _ALL_NODES + mac + b"\x86\xdd" + head + body
+    ends = address, IPv6Address("ff02::1").packed
+    return to + mac + _packet6(ends, 58, body, 2)
 
 
-def syn_frame(
-    *, mac: str, to: bytes, source: str, ports: tuple[int, int], tags: bytes = b""
+def _packet6(ends: tuple[bytes, bytes], protocol: int, body: bytes, at: int) -> bytes:
+    """What follows the MACs in a frame of IPv6 with these addresses; its body has the checksum `at`."""
+    pseudo = b"".join(ends) + struct.pack("!II", len(body), protocol)
+    body = body[:at] + _checksum(pseudo + body) + body[at + 2 :]
+    head = struct.pack("!IHBB", 6 << 28, len(body), protocol, 255)
+    return b"\x86\xdd" + head + b"".join(ends) + body
+
+
+def claim_frame(mac: str, address: str, to: bytes) -> bytes:
+    """An answer by ARP or ND that nobody has asked for: the address is at this MAC."""
+    packed = ip_address(address).packed
+    if ":" in address:
+        return _neighbour_advertisement(_mac(mac), packed, to=to)
+    return _arp(_mac(mac), packed, socket.inet_aton("169.254.169.254"), answer=True, to=to)
+
+
+def tcp_frame(
+    *,
+    mac: str,
+    to: bytes,
+    source: str,
+    ports: tuple[int, int],
+    flags: int,
+    numbers: tuple[int, int] = (1, 0),
+    tags: bytes = b"",
 ) -> bytes:
-    """A frame with a TCP SYN to the metadata address, VLAN tags and all."""
-    sender, target = socket.inet_aton(source), socket.inet_aton("169.254.169.254")
-    tcp = struct.pack("!HHIIBBHHH", *ports, 1, 0, 5 << 4, 2, 65000, 0, 0)
+    """A frame with a TCP segment to the metadata address, VLAN tags and all.
+
+    Args:
+        numbers: Of sequence and acknowledgement.
+    """
+    sender = ip_address(source).packed
+    tcp = struct.pack("!HHIIBBHHH", *ports, *numbers, 5 << 4, flags, 65000, 0, 0)
+    if ":" in source:
+        target = IPv6Address("fe80::a9fe:a9fe").packed
+        return to + _mac(mac) + tags + _packet6((sender, target), 6, tcp, 16)
+    target = socket.inet_aton("169.254.169.254")
     pseudo = sender + target + struct.pack("!BBH", 0, 6, len(tcp))
     tcp = tcp[:16] + _checksum(pseudo + tcp) + tcp[18:]
     head = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 40, 1, 0, 64, 6, 0, sender, target)
     head = head[:10] + _checksum(head) + head[12:]
     return to + _mac(mac) + tags + b"\x08\x00" + head + tcp
+
+
+def syn_frame(
+    *, mac: str, to: bytes, source: str, ports: tuple[int, int], tags: bytes = b""
+) -> bytes:
+    """The same with a SYN."""
+    return tcp_frame(mac=mac, to=to, source=source, ports=ports, flags=SYN, tags=tags)
+
+
+def mac_of_service(guest: Guest, to: str) -> bytes:
+    """Where a guest sends what is for the metadata address."""
+    shown = ip("-j", "-n", guest.namespace, "neigh", "show", to, "dev", guest.device)
+    (entry,) = json.loads(shown)
+    return _mac(entry["lladdr"])
 
 
 def open_wire(

@@ -241,6 +241,10 @@ async def explain(
     found.add(*(f"its listener is not as it should be: {reason}" for reason in wrong))
     if identity.checks_macs(inventory, network):
         found.pair = await _explain_pair(lookup, key, found)
+        await controller.forged_claims.refresh()
+        if claimants := ", ".join(controller.forged_claims.claimants(key)):
+            claimed = f"claimed by {claimants} by ARP or ND in the last ten minutes"
+            found.add(f"it was {claimed}; the MAC above gets its answers all the same")
     if owner.at != key:
         found.add(f"router {network} leads to network {owner.at[0]}")
     if isinstance(owner.known, identity.Found):

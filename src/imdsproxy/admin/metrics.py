@@ -57,6 +57,7 @@ class Metrics(Exposed, prefix="imdsproxy_"):
         """Read HAProxy's counters once."""
         await self.one.nova_watch.refresh()
         await self.one.counting.refresh()
+        await self.one.forged_claims.refresh()
         haproxy = self.one.haproxy
         if (worker := haproxy.worker) is None:
             return
@@ -258,6 +259,10 @@ class Metrics(Exposed, prefix="imdsproxy_"):
         """Requests that got 403 because the address goes with another MAC, by network as above."""
         found = self.one.resolver.mismatched.items()
         return self._by_network({str(network): count for network, count in found})
+
+    def forged_claims(self) -> Annotated[By, "counter", "network"]:
+        """Packets of ARP and ND that claim an address whose record has another MAC, by network as above."""
+        return self._by_network(self.one.forged_claims.counts)
 
     def metadata_no_token(self) -> Annotated[By, "counter", "network"]:
         """Reads of EC2's tree, or of one that requires tokens, without a session token and not refused for it, by

@@ -1,6 +1,7 @@
 """The state of the controller and of what it looks after: readiness, and everything that `status` reports."""
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
@@ -117,6 +118,9 @@ class MacsReport:
         learned: Addresses that guests have by their MAC alone.
         mismatches: Requests with an address of one and the MAC of another since the controller started, by network;
             the twenty with the most.
+        forged_claims: Packets of ARP and ND that say of an address with a pair that it is at another MAC, since the
+            network's filter was created, by network; the twenty with the most. They harm nobody.
+        claimed: The addresses of which that was said in the last ten minutes, and by which MACs; the first twenty.
     """
 
     gates: int = 0
@@ -124,6 +128,8 @@ class MacsReport:
     pairs: int = 0
     learned: int = 0
     mismatches: Mapping[str, int] = field(default_factory=dict)
+    forged_claims: Mapping[str, int] = field(default_factory=dict)
+    claimed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +267,7 @@ async def report_status(controller: Controller) -> StatusReport:
     inventory, listeners, records = controller.inventory, controller.listeners, controller.records
     companion, plan = controller.companion, listeners.report
     await controller.nova_watch.refresh()
+    await controller.forged_claims.refresh()
     return StatusReport(
         version=__version__,
         controller=os.getpid(),
@@ -350,12 +357,15 @@ def report_fleet(controller: Controller) -> FleetReport | None:
 def report_macs(controller: Controller) -> MacsReport:
     """What is made of guests' MACs."""
     filters, learned = controller.mac_filters, controller.records.learned.values()
+    claims = controller.forged_claims
     return MacsReport(
         gates=len(filters.plan.filters),
         refused=len(filters.refused),
         pairs=filters.pair_count,
         learned=sum(entry.mac is not None for entry in learned),
         mismatches=dict(controller.resolver.mismatched.most_common(_SHOWN)),
+        forged_claims=dict((+Counter(claims.counts)).most_common(_SHOWN)),
+        claimed=claims.lines()[:_SHOWN],
     )
 
 

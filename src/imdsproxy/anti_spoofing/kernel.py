@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +19,15 @@ from imdsproxy.errors import DataplaneError, HostRefused, Ignoring, host_refused
 from imdsproxy.host.files import Journal
 from imdsproxy.host.namespaces import NamespaceMissing, NamespaceThread
 from imdsproxy.host.netlink import correct_neighbours
-from imdsproxy.host.nftables import INET, NETDEV, Batch, NetfilterSocket, commit, ensure_table
+from imdsproxy.host.nftables import (
+    INET,
+    NETDEV,
+    Batch,
+    Element,
+    NetfilterSocket,
+    commit,
+    ensure_table,
+)
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.host.sockets import SOCK_DIAG, end_connections, list_connections, try_bind
 
@@ -33,6 +42,22 @@ HopPlace: TypeAlias = NamespaceRef | None
 
 FilterChange: TypeAlias = tuple[MacFilter, PairMap, PairMap]
 """A filter, the pairs in it, and those that are to be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claims:
+    """What guests have said by ARP or ND of addresses whose pair has another MAC.
+
+    Attributes:
+        count: How often, since the filter was created.
+        macs: Who has said it in the last ten minutes, by address.
+    """
+
+    count: int
+    macs: Mapping[IpAddress, tuple[MacAddress, ...]]
+
+
+_NO_CLAIMS: Final = Claims(0, MappingProxyType({}))
 
 _NO_PAIRS: Final[PairMap] = MappingProxyType({})
 _CLOSERS: Final = 32
@@ -230,7 +255,7 @@ class KernelMacFilters(KernelTables):
 
         def bind() -> bool:
             batch, flow = Batch(one.table), rules.flow_of(address, port)
-            batch.add_value(f"told{address.version}", flow, rules.packed_mac(mac))
+            batch.add_elements(f"told{address.version}", [(flow, rules.packed_mac(mac))])
             with Ignoring(errno.EEXIST, errno.EBUSY):
                 commit(batch)
                 return True
@@ -254,6 +279,26 @@ class KernelMacFilters(KernelTables):
         with contextlib.suppress(TableGone):
             found = await self._change(one, ask)
         return None if found is None else MacAddress(found.hex(":"))
+
+    async def read_claims(
+        self, filters: Iterable[MacFilter], before: Mapping[NetworkId, Claims]
+    ) -> dict[NetworkId, Claims | DataplaneError]:
+        """Read the counters of forged claims.
+
+        Args:
+            filters: Of which networks.
+            before: What was read before: where nothing was claimed since, and nobody then, no more is read.
+        """
+        return await self.attempt(
+            {
+                one.network: (
+                    one.namespace,
+                    f"count forged claims in network {one.network}",
+                    partial(_read_claims, one.table, before.get(one.network, _NO_CLAIMS)),
+                )
+                for one in filters
+            }
+        )
 
     async def _change(self, one: MacFilter, work: Callable[[], T]) -> T:
         def change() -> T:
@@ -342,7 +387,7 @@ def _fill(
         with NetlinkSocket(SOCK_DIAG) as diagnosis:
             for connection in list_connections(diagnosis, METADATA_PORT):
                 flow = rules.flow_of(connection.peer, connection.port)
-                batch.add_elements(f"open{connection.peer.version}", [flow])
+                batch.add_elements(f"begun{connection.peer.version}", [(flow,)])
     for name, keys in _elements(gone).items():
         # Adding them first: the kernel refuses to remove an element that is not there.
         batch.add_elements(name, keys)
@@ -362,6 +407,20 @@ def _fill(
                 correct_neighbours(route, index, macs)
 
 
+def _read_claims(table: str, before: Claims) -> Claims:
+    with NetfilterSocket() as channel:
+        count = channel.counted(table, rules.CLAIMS)
+        if count is None or (count == before.count and not before.macs):
+            # A filter that is gone is created again soon.
+            return before
+        macs: dict[IpAddress, tuple[MacAddress, ...]] = {}
+        for name in rules.CLAIMED:
+            for key in channel.elements(table, name):
+                address, mac = rules.pair_of(name, key)
+                macs[address] = (*macs.get(address, ()), mac)
+    return Claims(count, macs)
+
+
 def _release(table: str) -> None:
     """In the namespace of the calling thread."""
     batch = Batch(table)
@@ -376,9 +435,9 @@ def _release(table: str) -> None:
     commit(batch)
 
 
-def _elements(pairs: PairMap) -> dict[str, list[bytes]]:
-    sets: dict[str, list[bytes]] = {}
+def _elements(pairs: PairMap) -> dict[str, list[Element]]:
+    sets: dict[str, list[Element]] = {}
     for address, mac in pairs.items():
-        name, key = rules.element_of(address, mac)
-        sets.setdefault(name, []).append(key)
+        for name, element in rules.elements_of(address, mac):
+            sets.setdefault(name, []).append(element)
     return sets

@@ -13,7 +13,13 @@ from typing import Final, TypeVar
 
 import structlog
 
-from imdsproxy.anti_spoofing.kernel import KernelMacFilters, TableGone, TableJournal, name_of
+from imdsproxy.anti_spoofing.kernel import (
+    Claims,
+    KernelMacFilters,
+    TableGone,
+    TableJournal,
+    name_of,
+)
 from imdsproxy.anti_spoofing.plan import (
     ANY_MAC,
     MacFilter,
@@ -398,6 +404,13 @@ class MacFilters:
         kernel = self.kernel
         bound = await self._try(network, lambda one: kernel.bind_answers(one, address, port, mac))
         return bool(bound)
+
+    async def read_claims(
+        self, before: Mapping[NetworkId, Claims]
+    ) -> Mapping[NetworkId, Claims | DataplaneError]:
+        """Read what guests have claimed of addresses whose pair has another MAC; see `KernelMacFilters`."""
+        full = [one for name, one in self._open.items() if name in self._full]
+        return await self.kernel.read_claims(full, before)
 
     async def _try(self, network: NetworkId, work: Callable[[MacFilter], Awaitable[T]]) -> T | None:
         """Change a network's filter; `None` where it has none."""

@@ -1,44 +1,67 @@
 """The tables of MAC filters and hop limits in nf_tables, rule by rule.
 
-In nft(8)'s syntax, for IPv4 (and the same for IPv6), where M is the metadata address. A MAC filter:
+In nft(8)'s syntax, for IPv4 (and the same for IPv6), where M is the metadata address. `FLOW` is `ip saddr . tcp sport`
+on the way in and `ip daddr . tcp dport` on the way out; SYN is `tcp flags & (fin|syn|rst|ack) == syn`. A MAC filter:
 
     chain ingress                                 # hook ingress, the filter's devices
       ether type vlan, outer vlan id 0 → drop     # would be unpacked behind our back
       ip daddr M jump in4
+      ether type arp jump claim4
     chain in4
       ip frag-off & 0x3fff != 0 drop              # ports must be where we look for them
       tcp dport 254 drop                          # only the filter itself leads there
       tcp dport != 80 return
       ip saddr . ether saddr @good4 goto pass4
-      ip saddr @free4 goto pass4
-      tcp flags & (fin|syn|rst|ack) == syn delete @from4 { ip saddr . tcp sport : ether saddr }
-      tcp flags & (fin|syn|rst|ack) == syn update @from4 { ip saddr . tcp sport : ether saddr }
-      update @open4 { ip saddr . tcp sport }      # began unverified, stays unverified
+      ip saddr @free4 goto free4
+      FLOW @begun4 ip saddr @macs4 drop           # another MAC has the address
+      tcp flags & rst FLOW . ether saddr @open4 delete @from4, delete @open4 return
+      SYN FLOW . ether saddr @open4 update @from4, update @open4 return
+      FLOW . ether saddr @open4 update @from4, update @open4 return
+      FLOW @from4 drop                            # another MAC began the connection
+      SYN update @from4 { FLOW : ether saddr }, update @open4 { FLOW . ether saddr } return
+      ip saddr @macs4 drop                        # another MAC has the address: nothing but a SYN may come
+    chain free4
+      FLOW @from4 update @from4 goto pass4
+      SYN update @from4 { FLOW : ether saddr }
+      goto pass4
     chain pass4
-      tcp flags & (fin|syn|rst|ack) == syn delete @open4 { ip saddr . tcp sport }
-      ip saddr . tcp sport @open4 return
+      SYN delete @open4 { FLOW . ether saddr }, delete @begun4 { FLOW }
+      FLOW . ether saddr @open4 update @from4, update @open4 return  # began unverified, stays unverified
+      FLOW @begun4 update @begun4 return          # began before the filter was there
       tcp dport set 254
     chain egress                                  # hook egress
       ip saddr M jump out4
     chain out4
       tcp sport 254 goto back4
       tcp sport != 80 return
-      ether daddr set ip daddr . tcp dport map @from4
-      ip dscp != 0x2f return                      # a refusal: any MAC may have it
+      ip dscp 0x2f goto mark4
+      ether daddr set FLOW map @from4 return      # a refusal: any MAC may have it
+      goto rest4
+    chain rest4
+      FLOW @begun4 ether daddr set ip daddr map @macs4 return
+      ip daddr @macs4 drop
+    chain mark4
+      ether daddr set FLOW map @from4
       ip daddr @free4 return
-      ether daddr set ip daddr . tcp dport map @told4 return
+      ether daddr set FLOW map @told4 return
       drop
     chain back4
-      ip daddr . ether daddr @good4 tcp sport set 80 return
+      ether daddr set ip daddr map @macs4 tcp sport set 80 return
+      ether daddr set FLOW map @from4
       ip daddr @free4 tcp sport set 80 return
       drop
+    chain claim4                                  # ARP; of IPv6 NS, NA, RS and RA that carry a MAC
+      arp saddr ip @macs4 arp saddr ip . arp saddr ether != @good4 counter claims, update @claims4
 
 There is no connection tracking: each packet is checked by itself, and a packet that lost its pair arrives at port 80,
-where the kernel knows no such connection and resets it. Answers are checked because of ARP: a guest that claims a
-neighbour's address would get the neighbour's answers otherwise.
+where the kernel knows no such connection and resets it.
 
-Connections that began unverified are answered to the MAC that they came from: the neighbour table may still have the
-guest that had the address before, and only an answer makes the kernel learn the new one.
+**Answers go to the MAC of the pair, or to the MAC that the connection came from**, whatever the neighbour table has: a
+guest that claims a neighbour's address by ARP or ND gets none of its answers, and keeps none from it. The neighbour
+table may also still have the guest that had the address before, and only an answer makes the kernel learn the new one.
+
+**A connection belongs to the MAC of its SYN.** Verified ones have their pair. Of the others `from` has the MAC, `open`
+has connection and MAC; packets of other MACs are dropped. `from` outlives `open` by a second.
 
 The rule that turns DSCPs into hop limits (`core.wire`), for IPv6 into its hop limit:
 
@@ -53,7 +76,7 @@ The rule that turns DSCPs into hop limits (`core.wire`), for IPv6 into its hop l
 
 import socket
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from ipaddress import ip_address
 from typing import Final
@@ -63,35 +86,67 @@ from imdsproxy.core.hoststate import Family
 from imdsproxy.core.model import METADATA_PORT, IpAddress, MacAddress
 from imdsproxy.core.wire import ANSWER_DSCP, REDIRECTED_PORT, VERIFIED_PORT
 from imdsproxy.host import nftables as nft
-from imdsproxy.host.nftables import LINK, NETWORK, TRANSPORT, Batch, Change
+from imdsproxy.host.nftables import LINK, NETWORK, TRANSPORT, Batch, Change, Element
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 """In each table's comment: a table of another format is replaced."""
 
 SETS: Final = tuple(f"{what}{family.value}" for family in Family for what in ("good", "free"))
 """The sets that hold pairs."""
 
-_OPEN_MS: Final = 600_000
-_FROM_MS: Final = 30_000
+CLAIMS: Final = "claims"
+"""The counter of claims to an address whose pair has another MAC."""
+
+CLAIMED: Final = tuple(f"claims{family.value}" for family in Family)
+"""The sets of the last such claims."""
+
+_BEGUN_MS: Final = 600_000
+_OPEN_MS: Final = 60_000
+"""Longer than HAProxy keeps an idle connection."""
+
+_SYN_MS: Final = 10_000
+"""The same for a connection that has only begun."""
+
+_SECOND_MS: Final = 1_000
 _TOLD_MS: Final = 120_000
-_FLOWS: Final = 8192
+_CLAIMED_MS: Final = 600_000
+_FLOWS: Final = 2048
+"""Memory of the kernel is taken for all of them, whether they are there or not: 0.7 MB a network."""
+
+_MORE_FLOWS: Final = 3000
+_CLAIMANTS: Final = 256
 
 _TCP: Final = bytes((socket.IPPROTO_TCP,))
+_ICMP6: Final = bytes((socket.IPPROTO_ICMPV6,))
 _GUESTS: Final = struct.pack(">H", METADATA_PORT)
 _REDIRECTED: Final = struct.pack(">H", REDIRECTED_PORT)
 _VERIFIED: Final = struct.pack(">H", VERIFIED_PORT)
 _VLANS: Final = (b"\x81\x00", b"\x88\xa8")
 _FRAGMENT_HEADER: Final = 44
 _SPORT, _DPORT, _FLAGS, _CHECKSUM = 0, 2, 13, 16
+_SCRATCH: Final = 12
+"""A register for a value that is not needed."""
+
+_ARP: Final = b"\x08\x06"
+_ARP_MAC, _ARP_ADDRESS = 8, 14
+_SOURCE6, _ND_TARGET = 8, 8
+_ND_OPTIONS: Final = (
+    (133, 8, None),
+    (134, 16, None),
+    (135, 24, None),
+    (136, 24, _ND_TARGET),
+)
+"""Types of ICMPv6 that say a MAC, where their options begin, and the address that the MAC is of: in the message, or its
+source."""
 _DADDR_MAC, _SADDR_MAC, _VLAN_ID = 0, 6, 14
 _MAC_BYTES: Final = 6
 _ETHER, _SERVICE = 9, 13
 _BEFORE_OTHERS, _AFTER_OTHERS = -400, 400
 
 _IS_TCP: Final = nft.meta(nft.L4_PROTOCOL) + nft.compare(_TCP)
-_BEGINS: Final = (
-    _IS_TCP + nft.payload(TRANSPORT, _FLAGS, 1) + nft.bitwise(b"\x17") + nft.compare(b"\x02")
-)
+_TCP_FLAGS: Final = _IS_TCP + nft.payload(TRANSPORT, _FLAGS, 1)
+_BEGINS: Final = _TCP_FLAGS + nft.bitwise(b"\x17") + nft.compare(b"\x02")
+_RESETS: Final = _TCP_FLAGS + nft.bitwise(b"\x04") + nft.compare(b"\x04")
 _DROP: Final = nft.verdict(nft.DROP)
 _RETURN: Final = nft.verdict(nft.RETURN)
 
@@ -109,6 +164,7 @@ class Layout:
         checksum: Where the header's is, if it has one.
         fragment: Goes on only with a packet that may be a fragment.
         word: Makes the two bytes at `limit`, with the DSCP as the limit.
+        claims: Goes on only with a packet that may say which MAC an address has.
     """
 
     def __init__(self, family: Family) -> None:
@@ -127,11 +183,14 @@ class Layout:
             # The kernel updates a checksum for two bytes at least; the second one, the protocol, is TCP.
             dscp = nft.payload(NETWORK, 1, 1) + nft.shift_right(2)
             self.word = dscp + nft.bitwise(b"\x3f\x00", b"\x00" + _TCP)
+            self.claims = nft.meta(nft.PROTOCOL) + nft.compare(_ARP)
         else:
             self.fragment = nft.present6(_FRAGMENT_HEADER)
             shifted = nft.swap_bytes() + nft.shift_right(6) + nft.swap_bytes()
             dscp = nft.payload(NETWORK, 0, 2) + shifted
             self.word = dscp + nft.bitwise(b"\x00\x3f", _TCP + b"\x00")
+            self.claims = nft.meta(nft.PROTOCOL) + nft.compare(self.ethertype)
+            self.claims += nft.meta(nft.L4_PROTOCOL) + nft.compare(_ICMP6)
 
     @property
     def is_tcp(self) -> bytes:
@@ -164,52 +223,113 @@ def _filter_rules() -> tuple[Change, ...]:
     for ethertype in _VLANS:
         tagged = nft.meta(nft.PROTOCOL) + nft.compare(ethertype) + nft.payload(LINK, _VLAN_ID, 2)
         batch.make_rule("ingress", tagged, nft.bitwise(b"\x0f\xff"), nft.compare(b"\0\0"), _DROP)
+    batch.make_counter(CLAIMS)
     for layout in LAYOUTS:
         _make_sets(batch, layout)
-        for chain in ("pass", "in", "back", "out"):
+        for chain in ("pass", "free", "in", "back", "rest", "mark", "out", "claim"):
             batch.make_chain(layout.name(chain))
         is_ours = nft.meta(nft.PROTOCOL) + nft.compare(layout.ethertype)
         metadata = nft.compare(layout.metadata)
         inward = nft.verdict(nft.JUMP, layout.name("in"))
         outward = nft.verdict(nft.JUMP, layout.name("out"))
+        claims = nft.verdict(nft.JUMP, layout.name("claim"))
         batch.make_rule("ingress", is_ours, layout.load(layout.target), metadata, inward)
+        batch.make_rule("ingress", layout.claims, claims)
         batch.make_rule("egress", is_ours, layout.load(layout.source), metadata, outward)
         _inward(batch, layout)
         _outward(batch, layout)
+    _count_claims(batch)
     return tuple(batch.changes)
 
 
 def _make_sets(batch: Batch, layout: Layout) -> None:
     address, name, length = layout.kind, layout.name, len(layout.metadata)
     flow = ((address, _SERVICE), length + 4)
-    mac = (_ETHER, _MAC_BYTES)
+    own = ((address, _SERVICE, _ETHER), length + 12)
+    mac, outlives = (_ETHER, _MAC_BYTES), _OPEN_MS + _SECOND_MS
     batch.make_set(name("good"), (address, _ETHER), length + 8)
+    batch.make_set(name("macs"), (address,), length, value=mac)
     batch.make_set(name("free"), (address,), length)
-    batch.make_set(name("open"), *flow, size=_FLOWS, timeout_ms=_OPEN_MS, dynamic=True)
-    batch.make_set(name("from"), *flow, size=_FLOWS, timeout_ms=_FROM_MS, dynamic=True, value=mac)
+    batch.make_set(name("begun"), *flow, size=_FLOWS, timeout_ms=_BEGUN_MS, dynamic=True)
+    batch.make_set(name("from"), *flow, size=_FLOWS, timeout_ms=outlives, dynamic=True, value=mac)
+    # With room for more: what has its MAC in `from` is in both.
+    batch.make_set(name("open"), *own, size=_MORE_FLOWS, timeout_ms=_OPEN_MS, dynamic=True)
     batch.make_set(name("told"), *flow, size=_FLOWS, timeout_ms=_TOLD_MS, value=mac)
+    pair = (address, _ETHER), length + 8
+    batch.make_set(name("claims"), *pair, size=_CLAIMANTS, timeout_ms=_CLAIMED_MS, dynamic=True)
+
+
+class _Flow:
+    """A connection of a packet, in the registers: its address and port, and behind them a MAC.
+
+    So it is a key of `from` and `begun` as well as of `open`.
+
+    Attributes:
+        load: Loads it all.
+        value: The register of the MAC.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._name, words = layout.name, len(layout.metadata) // 4
+        self.value = words + 1
+        self.load = layout.load(layout.source) + nft.payload(TRANSPORT, _SPORT, 2, into=words)
+        self.load += nft.payload(LINK, _SADDR_MAC, _MAC_BYTES, into=self.value)
+
+    def keep(self, *, timeout_ms: int = _OPEN_MS) -> bytes:
+        """Have it belong to the MAC, or go on to."""
+        name, value = self._name, self.value
+        whose = nft.remember(name("from"), value=value, timeout_ms=timeout_ms + _SECOND_MS)
+        return whose + nft.remember(name("open"), timeout_ms=timeout_ms)
+
+    def forget(self) -> bytes:
+        """Have it belong to no MAC."""
+        whose = nft.remember(self._name("from"), value=self.value, delete=True)
+        return whose + nft.remember(self._name("open"), delete=True)
+
+
+def _is_in(name: str) -> bytes:
+    """Go on only where a map has the key.
+
+    Linux before 6.4 has no lookup in a map without its value, and nft(8) would not list one whose value is not used.
+    """
+    any_mac = nft.compare(bytes(_MAC_BYTES), differs=True, register=_SCRATCH)
+    return nft.lookup(name, into=_SCRATCH) + any_mac
 
 
 def _inward(batch: Batch, layout: Layout) -> None:
     name, words = layout.name, len(layout.metadata) // 4
     source = layout.load(layout.source)
     pair = source + nft.payload(LINK, _SADDR_MAC, _MAC_BYTES, into=words)
-    flow = source + nft.payload(TRANSPORT, _SPORT, 2, into=words)
     port = _IS_TCP + nft.payload(TRANSPORT, _DPORT, 2)
+    flow = _Flow(layout)
+    begins, own = _BEGINS + flow.load, _IS_TCP + flow.load + nft.lookup(name("open"))
+    taken = source + _is_in(name("macs"))
+    whose = _IS_TCP + flow.load + _is_in(name("from"))
+    begun = _IS_TCP + flow.load + nft.lookup(name("begun"))
     passed = nft.verdict(nft.GOTO, name("pass"))
-    sender = flow + nft.payload(LINK, _SADDR_MAC, _MAC_BYTES, into=words + 1)
     for chain, *rule in (
         ("in", layout.fragment, _DROP),
         ("in", port, nft.compare(_VERIFIED), _DROP),
         ("in", port, nft.compare(_GUESTS, differs=True), _RETURN),
         ("in", pair, nft.lookup(name("good")), passed),
-        ("in", source, nft.lookup(name("free")), passed),
-        # An update alone would leave the MAC of an earlier connection.
-        ("in", _BEGINS, sender, nft.remember(name("from"), value=words + 1, delete=True)),
-        ("in", _BEGINS, sender, nft.remember(name("from"), value=words + 1)),
-        ("in", _IS_TCP, flow, nft.remember(name("open"))),
-        ("pass", _BEGINS, flow, nft.remember(name("open"), delete=True)),
-        ("pass", _IS_TCP, flow, nft.lookup(name("open")), _RETURN),
+        ("in", source, nft.lookup(name("free")), nft.verdict(nft.GOTO, name("free"))),
+        ("in", begun, taken, _DROP),
+        ("in", _RESETS, own, flow.forget(), _RETURN),
+        ("in", _BEGINS, own, flow.keep(timeout_ms=_SYN_MS), _RETURN),
+        ("in", own, flow.keep(), _RETURN),
+        ("in", whose, _DROP),
+        ("in", begins, flow.keep(timeout_ms=_SYN_MS), _RETURN),
+        ("in", taken, _DROP),
+        # The first MAC stays.
+        ("free", whose, nft.remember(name("from"), value=flow.value), passed),
+        ("free", begins, nft.remember(name("from"), value=flow.value)),
+        ("free", passed),
+        ("pass", begins, nft.remember(name("open"), delete=True)),
+        ("pass", begins, nft.remember(name("begun"), delete=True)),
+        # Where there is no room in `from` it has to return all the same.
+        ("pass", own, flow.keep()),
+        ("pass", own, _RETURN),
+        ("pass", begun, nft.remember(name("begun")), _RETURN),
         ("pass", _IS_TCP, nft.rewrite(_DPORT, _VERIFIED, checksum=_CHECKSUM)),
     ):
         batch.make_rule(name(chain), *rule)
@@ -218,36 +338,66 @@ def _inward(batch: Batch, layout: Layout) -> None:
 def _outward(batch: Batch, layout: Layout) -> None:
     name, words = layout.name, len(layout.metadata) // 4
     target = layout.load(layout.target)
-    pair = target + nft.payload(LINK, _DADDR_MAC, _MAC_BYTES, into=words)
-    flow = target + nft.payload(TRANSPORT, _DPORT, 2, into=words)
+    flow = _IS_TCP + target + nft.payload(TRANSPORT, _DPORT, 2, into=words)
     port = _IS_TCP + nft.payload(TRANSPORT, _SPORT, 2)
     dscp = nft.payload(NETWORK, 0, 2) + nft.bitwise(layout.dscp)
     marked = struct.pack(">H", ANSWER_DSCP << layout.bits)
     to = nft.store(LINK, _DADDR_MAC, _MAC_BYTES, register=words + 1)
+    to_sender = flow + nft.lookup(name("from"), into=words + 1) + to
+    to_owner = target + nft.lookup(name("macs"), into=words + 1) + to
     answer = nft.rewrite(_SPORT, _GUESTS, checksum=_CHECKSUM) + _RETURN
     for chain, *rule in (
         ("out", port, nft.compare(_VERIFIED), nft.verdict(nft.GOTO, name("back"))),
         ("out", port, nft.compare(_GUESTS, differs=True), _RETURN),
-        ("out", _IS_TCP, flow, nft.lookup(name("from"), into=words + 1), to),
-        ("out", dscp, nft.compare(marked, differs=True), _RETURN),
-        ("out", target, nft.lookup(name("free")), _RETURN),
-        ("out", _IS_TCP, flow, nft.lookup(name("told"), into=words + 1), to, _RETURN),
-        ("out", _IS_TCP, _DROP),
-        ("back", pair, nft.lookup(name("good")), answer),
+        ("out", _IS_TCP, dscp, nft.compare(marked), nft.verdict(nft.GOTO, name("mark"))),
+        ("out", to_sender, _RETURN),
+        ("out", _IS_TCP, nft.verdict(nft.GOTO, name("rest"))),
+        ("rest", flow, nft.lookup(name("begun")), to_owner, _RETURN),
+        ("rest", target, _is_in(name("macs")), _DROP),
+        ("mark", to_sender),
+        ("mark", target, nft.lookup(name("free")), _RETURN),
+        ("mark", flow, nft.lookup(name("told"), into=words + 1), to, _RETURN),
+        ("mark", _DROP),
+        ("back", to_owner, answer),
+        ("back", to_sender),
         ("back", target, nft.lookup(name("free")), answer),
         ("back", _DROP),
     ):
         batch.make_rule(name(chain), *rule)
 
 
+def _count_claims(batch: Batch) -> None:
+    four, six = LAYOUTS
+    arp = nft.payload(NETWORK, _ARP_ADDRESS, len(four.metadata))
+    _count_claim(batch, four, arp, nft.payload(NETWORK, _ARP_MAC, _MAC_BYTES, into=1))
+    for kind, options, target in _ND_OPTIONS:
+        # Of the source or of the target: the option's type.
+        option = bytes((1 if target is None else 2,))
+        is_it = nft.payload(TRANSPORT, 0, 1) + nft.compare(bytes((kind,)))
+        is_it += nft.payload(TRANSPORT, options, 1) + nft.compare(option)
+        length = len(six.metadata)
+        address = six.load(six.source)
+        if target is not None:
+            address = nft.payload(TRANSPORT, target, length)
+        mac = nft.payload(TRANSPORT, options + 2, _MAC_BYTES, into=length // 4)
+        _count_claim(batch, six, is_it + address, mac)
+
+
+def _count_claim(batch: Batch, layout: Layout, address: bytes, mac: bytes) -> None:
+    name = layout.name
+    taken = address + _is_in(name("macs"))
+    forged = mac + nft.lookup(name("good"), absent=True)
+    batch.make_rule(name("claim"), taken, forged, nft.count(CLAIMS), nft.remember(name("claims")))
+
+
 def pass_by_new(batch: Batch) -> None:
     """From now on, have connections that begin go on as unverified ones do."""
     for layout in LAYOUTS:
-        flow = layout.load(layout.source) + nft.payload(
-            TRANSPORT, _SPORT, 2, into=len(layout.metadata) // 4
-        )
-        noted = nft.remember(layout.name("open"))
-        batch.insert_rule(layout.name("pass"), _BEGINS, flow, noted, _RETURN)
+        flow, chain = _Flow(layout), layout.name("pass")
+        batch.insert_rule(chain, _BEGINS, _RETURN)
+        batch.insert_rule(chain, _BEGINS, flow.load, flow.keep())
+        # What another process answers is not ours to direct.
+        batch.insert_rule(layout.name("rest"), _RETURN)
 
 
 def keep_only(batch: Batch, flows: Mapping[Family, Sequence[bytes]]) -> None:
@@ -257,7 +407,7 @@ def keep_only(batch: Batch, flows: Mapping[Family, Sequence[bytes]]) -> None:
         kind = (layout.kind, _SERVICE)
         flow = layout.load(layout.source) + nft.payload(TRANSPORT, _SPORT, 2, into=words)
         batch.make_set(kept, kind, len(layout.metadata) + 4)
-        batch.add_elements(kept, flows.get(layout.family, ()))
+        batch.add_elements(kept, [(one,) for one in flows.get(layout.family, ())])
         redirected = nft.rewrite(_DPORT, _VERIFIED, checksum=_CHECKSUM)
         chain = layout.name("pass")
         batch.insert_rule(chain, _RETURN)
@@ -299,15 +449,21 @@ def _make_limit_chain(batch: Batch, layout: Layout) -> bytes:
     return nft.verdict(nft.JUMP, chain)
 
 
-def element_of(address: IpAddress, mac: MacAddress) -> tuple[str, bytes]:
-    """The set that a pair is in, and its key there."""
+def elements_of(address: IpAddress, mac: MacAddress) -> Iterator[tuple[str, Element]]:
+    """What a pair is in the sets: the name of each, and its element there.
+
+    The set that lets its packets through is the last one: by then its answers know the way.
+    """
     if mac == ANY_MAC:
-        return f"free{address.version}", address.packed
-    return f"good{address.version}", address.packed + packed_mac(mac) + b"\0\0"
+        yield f"free{address.version}", (address.packed,)
+        return
+    packed = packed_mac(mac)
+    yield f"macs{address.version}", (address.packed, packed)
+    yield f"good{address.version}", (address.packed + packed + b"\0\0",)
 
 
 def pair_of(name: str, key: bytes) -> tuple[IpAddress, MacAddress]:
-    """The reverse."""
+    """The address and MAC of a set's key."""
     length = 4 if name.endswith("4") else 16
     address = ip_address(key[:length])
     if name.startswith("free"):
@@ -316,7 +472,7 @@ def pair_of(name: str, key: bytes) -> tuple[IpAddress, MacAddress]:
 
 
 def flow_of(address: IpAddress, port: int) -> bytes:
-    """A connection as the key of `open`."""
+    """A connection as a key of `begun`, `from` and `told`."""
     return address.packed + struct.pack(">Hxx", port)
 
 

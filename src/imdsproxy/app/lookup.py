@@ -320,6 +320,11 @@ class Lookup:
             self._review(key, mac)
 
     def _review(self, key: AddressKey, mac: MacAddress | None) -> None:
+        granted = self.mac_filters.granted(key)
+        if mac is not None and granted not in (None, ANY_MAC) and self.mac_filters.is_up(key[0]):
+            # Another guest that claims the address ends nothing of its owner's. Its first request comes unverified, and
+            # is looked up by the MAC that it came from.
+            mac = granted
         instance = None if mac is None else self._known_by(key, mac)
         if instance is None:
             self.records.forget(key)

@@ -222,6 +222,9 @@ def _macs(macs: Shape) -> Iterator[str]:
             yield f"[red]cannot be checked in {macs['refused']}[/]"
         if most := ", ".join(f"{name} {count}" for name, count in macs["mismatches"].items()):
             yield f"[yellow]refused for another MAC[/]: {most}"
+        if most := ", ".join(f"{name} {count}" for name, count in macs["forged_claims"].items()):
+            yield f"[yellow]addresses claimed by other MACs[/]: {most}"
+        yield from first_lines(macs["claimed"])
 
 
 def _show_problems(output: Output, report: Shape) -> None:

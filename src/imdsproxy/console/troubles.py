@@ -8,6 +8,9 @@ _CLAIM_HINT: Final = "take the claim out of all records but one, or make the rec
 _MISMATCH_HINT: Final = (
     "a guest uses an address that another's record has, or its record has an old MAC: compare them"
 )
+_FORGED_HINT: Final = (
+    "the owner is served all the same; `imdsproxy status` has the MACs that claim it"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,9 @@ def _networks(status: Mapping[str, Any]) -> Iterator[Trouble]:
     for network, count in status["macs"]["mismatches"].items():
         what = f"{count} requests with an address of one and the MAC of another"
         yield Trouble("warn", network, what, _MISMATCH_HINT, "network")
+    for network, count in status["macs"]["forged_claims"].items():
+        what = f"{count} claims by ARP or ND to an address that another MAC has"
+        yield Trouble("warn", network, what, _FORGED_HINT, "network")
     for one in status["busiest"]:
         if one["limited"]:
             what = f"asks for more than its limits: {one['requests']} requests, {one['connections']} connections"

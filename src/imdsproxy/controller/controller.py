@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
+from imdsproxy.anti_spoofing.claims import ForgedClaims
 from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.app.audit import KEPT_WORKERS, Audit
@@ -188,6 +189,7 @@ class Controller:
             self.sources.look_up,
             self._is_followed,
         )
+        self.forged_claims = ForgedClaims(self.mac_filters, clock)
         self.resolver = Resolver(
             self.lookup.look, lambda: holder.settings.resolver, clock.monotonic
         )

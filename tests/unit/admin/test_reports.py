@@ -57,7 +57,11 @@ async def test_every_part_is_in_the_report() -> None:
         "documents": ((1, 2, 3), "", True),
         "last_plan": (7.0, 3, ("networks changed",), ("red: no device",), 0.002),
         "unix_listener": ("/run/agent", True, "0644", 1, 2, "", 2, "agent (pid 7)"),
-        "macs": (3, 4, 2, 1, {"red": 3}),
+        "macs": (
+            *(3, 4, 2, 1, {"red": 3}),
+            {"red": 7},
+            ("10.0.0.5 in network red by 52:54:00:00:00:09",),
+        ),
         "audit": ("all", "/x", 40, 4, "/x: disk full"),
         "fleet": (
             "https://hub1:7443",
@@ -284,6 +288,7 @@ unix_listener_denied_total 2.0
 unix_listener_taken_over_total 2.0
 mac_mismatches_total{{network="red"}} 3.0
 mac_mismatches_total{{network="blue"}} 0.0
+forged_claims_total{{network="red"}} 7.0
 nova_endpoint_failures_total{{endpoint="192.0.2.1:8775",endpoint_set="default"}} 4.0
 nova_endpoint_up{{endpoint="192.0.2.2:8775",endpoint_set="default"}} 0.0
 nova_refused_total{{endpoint_set="default"}} 6.0

@@ -12,6 +12,8 @@ from typing import Any, Final
 import pytest
 
 from imdsproxy.admin.guests import Explanation, explain
+from imdsproxy.anti_spoofing.claims import ForgedClaims
+from imdsproxy.anti_spoofing.kernel import Claims
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.anti_spoofing.plan import LEARNED_PER_MAC, plan_pair
 from imdsproxy.app.lookup import Lookup
@@ -92,6 +94,9 @@ class _Filters(MacFilters):
     async def sender(self, key: AddressKey, port: int) -> MacAddress | None:
         del key
         return self.senders.get(port)
+
+    async def read_claims(self, before: Mapping[NetworkId, Claims]) -> Mapping[NetworkId, Claims]:
+        return before
 
     async def bind_answers(self, key: AddressKey, port: int, mac: MacAddress) -> bool:
         self.bound.append((key, port, mac))
@@ -197,6 +202,7 @@ class Rig:
             ),
             haproxy=SimpleNamespace(worker=None, layout=None),
             policy_store=SimpleNamespace(is_of_fleet=lambda _: False),
+            forged_claims=ForgedClaims(self.filters, self.clock),
         )
         return await explain(controller, key)
 
@@ -335,9 +341,15 @@ async def test_what_the_kernel_reports_needs_no_second_look_and_is_followed() ->
     asked, rig.clock.time = rig.asked, 1e9
     await rig.lookup.review()
     assert (rig.asked, rig.records.learned[_ASKED].instance) == (asked, "web")
+    # Whoever claims it ends nothing of the owner's: what counts is the MAC that requests come from.
+    rig.mac = _OTHER
     rig.lookup.on_neighbour(_ASKED, _OTHER)
+    await rig.lookup.review(everything=True)
+    assert rig.records.learned == {_ASKED: Learned(InstanceId("web"), math.inf, mac=_MAC)}
+    await rig.look(port=2)
     assert rig.records.learned == {_ASKED: Learned(InstanceId("db"), math.inf, mac=_OTHER)}
-    # Changes were lost: all are asked for.
+    rig.filters.up = False
+    rig.mac = _MAC
     await rig.lookup.review(everything=True)
     assert rig.records.learned[_ASKED].instance == "web"
     # Of an address that was not learned a change is of no account.

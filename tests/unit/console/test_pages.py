@@ -118,6 +118,7 @@ async def test_where_nothing_is_wrong_there_is_no_problem() -> None:
         "listeners.degraded": tuple,
         "nova_watch.endpoints": (),
         "resolver.mismatched": Counter(),
+        "forged_claims.counts": {},
     }
     assert await _troubles(**HEALTHY, **usual) == []
 

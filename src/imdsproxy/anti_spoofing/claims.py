@@ -1,0 +1,75 @@
+"""Forged claims: guests that say by ARP or ND that an address is at their MAC, while its pair has another.
+
+They change nothing for the owner (`anti_spoofing.rules`); they are counted so that operators learn of them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+import structlog
+
+from imdsproxy.anti_spoofing.kernel import Claims
+from imdsproxy.anti_spoofing.mac_filters import MacFilters
+from imdsproxy.core.model import MacAddress, NetworkId
+from imdsproxy.core.observation import AddressKey
+from imdsproxy.errors import DataplaneError
+from imdsproxy.host.clock import Clock
+
+_FRESH_S: Final = 1.0
+"""For so long counters are not read again: of a thousand networks that takes a tenth of a second."""
+
+
+@dataclass(slots=True)
+class ForgedClaims:
+    """Counts of forged claims, read from the MAC filters when an operator or Prometheus asks.
+
+    Attributes:
+        by_network: Of each network with a MAC filter.
+    """
+
+    filters: MacFilters
+    clock: Clock
+    by_network: Mapping[NetworkId, Claims] = field(default_factory=dict)
+    _read_at: float | None = None
+
+    async def refresh(self) -> None:
+        """Read the counters, unless that was done a moment ago."""
+        now = self.clock.monotonic()
+        if self._read_at is not None and now - self._read_at < _FRESH_S:
+            return
+        self._read_at = now
+        found: dict[NetworkId, Claims] = {}
+        for network, claims in (await self.filters.read_claims(self.by_network)).items():
+            if isinstance(claims, DataplaneError):
+                structlog.get_logger().warning(
+                    "forged claims not counted", network=network, reason=claims.message
+                )
+            else:
+                found[network] = claims
+        self.by_network = found
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Claims since each filter was created, by network."""
+        return {str(name): claims.count for name, claims in self.by_network.items()}
+
+    def claimants(self, key: AddressKey) -> tuple[MacAddress, ...]:
+        """MACs that have claimed an address in the last ten minutes, without its pair's of now."""
+        claims = self.by_network.get(key[0])
+        found = () if claims is None else claims.macs.get(key[1], ())
+        return tuple(mac for mac in found if mac != self.filters.granted(key))
+
+    def lines(self) -> tuple[str, ...]:
+        """A line for each address that was claimed in the last ten minutes."""
+        keys = [
+            (network, address)
+            for network, claims in self.by_network.items()
+            for address in claims.macs
+        ]
+        found = ((key, self.claimants(key)) for key in keys)
+        return tuple(
+            f"{address} in network {network} by {', '.join(macs)}"
+            for (network, address), macs in found
+            if macs
+        )
