@@ -224,7 +224,8 @@ def test_the_same_guest_reads_all_of_it_where_nobody_checks(world: World) -> Non
         heard = bytes(impostor.heard)
     assert tries.bodies == {secret}
     assert secret in heard
-    until(lambda: table(world, "red") == "", what="no table")
+    # It stays for half a minute while connections of before have not ended.
+    until(lambda: table(world, "red") == "", within_s=40, what="no table")
     world.daemon.put([network])
     until(lambda: table(world, "red"), what="the filter")
     is_itself_again(world.red, "red-5")
