@@ -344,6 +344,29 @@ async def test_a_client_goes_from_a_member_without_leader_to_one_with(
             assert (await etcd.read(f"{below}a")).kvs[0].value == b"1"
 
 
+async def test_an_etcd_without_quorum_is_called_that_with_what_mends_it(
+    cluster: EtcdLab, below: str
+) -> None:
+    async with opened(cluster, timeout_s=3.0) as etcd:
+        await etcd.read(below)
+        errors: list[str] = []
+
+        async def is_called() -> bool:
+            with pytest.raises(EtcdUnavailable) as caught:
+                await etcd.read(below)
+            errors.append(f"{caught.value.message} {caught.value.hint}")
+            return "no quorum: 1 of 3 members answer" in errors[-1]
+
+        with cluster.killed(*cluster.members[1:]):
+            async with asyncio.timeout(60 * patience()):
+                while not await is_called():
+                    pass
+            assert "start the other members" in errors[-1]
+            members = [one for one in await etcd.status() if isinstance(one, MemberSilent)]
+            assert [one.leaderless for one in members].count(True) == 1
+        await persist(etcd, {f"{below}a": b""})
+
+
 async def test_a_write_without_an_answer_is_unknown(cluster: EtcdLab, below: str) -> None:
     async with opened(cluster, 1, timeout_s=1.0) as etcd:
         await etcd.read(below)

@@ -54,8 +54,8 @@ class _Fleet:
     guest: Guest
     capture: pytest.CaptureFixture[str]
 
-    def __call__(self, *words: str, hub: int = 0) -> Ran:
-        certificate = str(self.world.directory / "anna.pem")
+    def __call__(self, *words: str, hub: int = 0, name: str = "anna") -> Ran:
+        certificate = str(self.world.directory / f"{name}.pem")
         options = "--fleet", self.world.urls[hub], "--fleet-certificate", certificate
         with self.world.etcd.entered():
             return run_main(self.capture, *options, *words)
@@ -139,6 +139,9 @@ def test_a_fleet_goes_on_with_garbage_at_every_kind_of_key_and_names_each(fleet:
     shown = fleet("instance", "show", "web")
     assert shown.status != 66
     assert "not readable in etcd" in shown.err
+    # Nor is it a revocation: the operator learns that nothing is known, and gets nothing.
+    denied = fleet("instance", "list", name="gone")
+    assert (denied.status, "is not readable in etcd" in denied.err) == (77, True), denied
     # What cannot be read is no reason to accept anything.
     assert fleet("fleet", "accept-restore").status == 64
     _mend(fleet)

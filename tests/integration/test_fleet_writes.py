@@ -279,6 +279,20 @@ def test_what_a_guest_gets_is_asked_of_its_host(hub: Hub) -> None:
     assert found == {"verdict": "found", "host": "b"}
     with pytest.raises(NotFound):
         hub.client.get("/v1/explain", {"network": "blue", "address": "10.9.9.9"})
+    # A captured host may answer anything.
+    odd: object
+    for odd in ([1, 2], "text", 7, {"a": "\ud800"}, {"a": float("inf")}, [[[]]]):
+        host.answers |= dict.fromkeys(
+            ("/v1/explain", "/v1/watch", "/v1/instances/asked/explain"), odd
+        )
+        for route, query in (
+            ("/v1/explain", {"network": "blue", "address": "10.0.2.2"}),
+            ("/v1/watch", {"instance": "asked"}),
+            ("/v1/instances/asked/explain", {}),
+        ):
+            with pytest.raises(SourceUnavailable, match="host b answered what no imdsproxy"):
+                hub.client.get(route, query)
+    assert hub.client.get("/v1/instances/asked")["record"]["id"] == "asked"
     hub.disconnect("b")
     with pytest.raises(SourceUnavailable):
         hub.client.get("/v1/explain", {"network": "blue", "address": "10.0.2.2"})

@@ -5,7 +5,8 @@ import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from hypothesis import example, given
@@ -53,10 +54,13 @@ from imdsproxy.errors import ImdsproxyError
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub import plan_writes
 from imdsproxy.hub.envelope import make_envelope, parse_envelope
+from imdsproxy.hub.metrics import HubMetrics
+from imdsproxy.hub.operations import Operations
 from imdsproxy.hub.peers import Peers
 from imdsproxy.hub.scopes import read_scope
 from imdsproxy.hub.state import Change, FleetState
 from imdsproxy.hub.streams import Streams
+from imdsproxy.hub.sweep import Sweep
 from imdsproxy.hub.token_keys import TokenKeyRing
 from imdsproxy.hub.views import Views, Wanted
 from imdsproxy.sources.fleet.known import FleetKnown
@@ -133,6 +137,13 @@ _GARBAGE = st.lists(
 )
 
 
+class _Writes:
+    """An etcd that takes every write."""
+
+    async def commit(self, *_: object) -> None:
+        await asyncio.sleep(0)
+
+
 @dataclass(frozen=True, slots=True)
 class _Looks:
     """Everything that a hub does with its copy, and operators and hosts with what the hub says."""
@@ -141,7 +152,13 @@ class _Looks:
 
     def all(self) -> None:
         state = self.state
-        for look in (self._of_hubs, self._of_operators, self._of_hosts, self._of_writers):
+        for look in (
+            self._of_hubs,
+            self._of_monitoring,
+            self._of_operators,
+            self._of_hosts,
+            self._of_writers,
+        ):
             look()
         shown = {layout.plain(key): why for key, why in state.problems.items()}
         json.dumps(shown, ensure_ascii=False).encode()
@@ -156,6 +173,23 @@ class _Looks:
         state.blobs()
         with contextlib.suppress(Unreadable):
             state.sealing()
+
+    def _of_monitoring(self) -> None:
+        state, clock = self.state, Clock()
+        streams, peers = Streams(state, clock, lambda *_: True), Peers(state, "hub-1", clock)
+        unused = cast("Any", None)
+        operations = Operations(unused, state, streams, unused, peers, clock)
+        assert all(one.host for one in operations._hosts({}))
+        assert operations._renewing() == []
+        ring = TokenKeyRing(state, _ENVELOPE)
+        parts = {"state": state, "streams": streams, "token_keys": ring, "background": None}
+        metrics = HubMetrics(cast("Any", SimpleNamespace(**parts)), peers, 0.0)
+        for read in (
+            metrics.hosts, metrics.placed_instances, metrics.restore_suspected, metrics.writes_stopped,
+            metrics.refused_values, metrics.token_keys_unreadable, metrics.connected_hosts,
+        ):  # fmt: skip
+            read()
+        asyncio.run(Sweep(cast("Any", _Writes()), state, clock).forget_removals())
 
     def _of_operators(self) -> None:
         state = self.state

@@ -93,6 +93,8 @@ async def admit(operations: Operations, headers: Mapping[str, str]) -> Caller:
         )
     if known and not admits_operator(identity, None if revoked is None else revoked[0]):
         raise AccessDenied(f"the certificate of {identity.name} is revoked")
+    if identity.role is Role.HOST and (why := operations.unready()) is not None:
+        raise SourceUnavailable(f"this hub serves no host: {why}", hint="ask another hub")
     if identity.role is Role.HOST and not operations.streams.admits(
         HostId(identity.name), identity.serial
     ):

@@ -28,7 +28,7 @@ from imdsproxy.hub.etcd_messages import (
     MemberStatus,
 )
 from imdsproxy.hub.gateway import Failed, Gateway, failing
-from imdsproxy.hub.members import Members
+from imdsproxy.hub.members import START_MEMBERS, Members
 
 T = TypeVar("T")
 
@@ -81,10 +81,15 @@ class Changes:
 
 @dataclass(frozen=True, slots=True)
 class MemberSilent:
-    """A member that does not answer."""
+    """A member that does not answer what was asked.
+
+    Attributes:
+        leaderless: It says that it knows no leader.
+    """
 
     url: str
     reason: str
+    leaderless: bool = False
 
 
 class Compacted(Exception):
@@ -251,13 +256,13 @@ class Etcd:
                 raise EtcdFull(_FULL) from failed
             if failed.fault.kind in _RIGHTS and self._gateway.drop_token(token):
                 # A member may know an older state of users and rights: the next attempt logs in anew.
-                self._members.fail(url, str(failed))
+                self._members.fail(url, str(failed), answers=messages.is_leaderless(failed.fault))
             else:
                 self._give_up(url, failed)
             if failed.behind:
                 # A member may lag behind the others; whether all of them do, a read shows.
                 await self.read(prefix)
-            raise EtcdUnavailable(f"{url}: {failed}") from failed
+            raise self._outage(f"{url}: {failed}") from failed
 
     async def _watch(
         self, url: str, prefix: str, start_revision: int
@@ -355,7 +360,7 @@ class Etcd:
         """The member to ask, after its pause."""
         url, pause_s = self._members.choose()
         if self._clock.monotonic() + pause_s >= deadline:
-            raise EtcdUnavailable(f"etcd does not answer: {self._members.failures}")
+            raise self._outage(self._members.failures)
         await asyncio.sleep(pause_s)
         return url
 
@@ -376,9 +381,15 @@ class Etcd:
                 hint = "check the user, its password and its role in etcd"
                 raise EtcdUnavailable(f"etcd refuses it: {reason}", hint=hint) from failed
             case Kind.OUTAGE:
-                self._members.fail(url, str(failed))
+                self._members.fail(url, str(failed), answers=messages.is_leaderless(failed.fault))
         if write and not failed.fault.certain:
             raise WriteUnknown(f"etcd has not confirmed the write: {reason}") from failed
+
+    def _outage(self, reason: str) -> EtcdUnavailable:
+        lost = self._members.lost_quorum
+        if lost is None:
+            return EtcdUnavailable(f"etcd does not answer: {reason}")
+        return EtcdUnavailable(f"etcd has {lost} ({reason})", hint=START_MEMBERS)
 
     async def _is_full(self, url: str) -> bool:
         status = await self._status(url)
@@ -392,7 +403,7 @@ class Etcd:
             if not status.quota and url not in self._quotas:
                 self._quotas[url] = await self._gateway.quota(url)
         except Failed as failed:
-            return MemberSilent(url, str(failed))
+            return MemberSilent(url, str(failed), messages.is_leaderless(failed.fault))
         return replace(status, quota=status.quota or self._quotas[url])
 
 

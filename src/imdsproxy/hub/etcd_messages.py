@@ -292,6 +292,11 @@ def parse_fault(answer: Json) -> Fault:
     return _fault(code if isinstance(code, int) else 0, message)
 
 
+def is_leaderless(fault: Fault) -> bool:
+    """Whether a member says that it has no quorum: it knows no leader, or none has confirmed a request in time."""
+    return "no leader" in fault.message or "etcdserver: request timed out" in fault.message
+
+
 def parse_watch(line: Json) -> WatchMessage:
     """One line of a watch; raises `Garbled`."""
     if "error" in line:

@@ -138,8 +138,21 @@ class InForce:
         answers = await self.peers.ask_all(APPLIED_PATH, {}, CONNECT_S)
         found = {host: {**one, "hub": self.peers.name} for host, one in self.report().items()}
         for name, answer in answers.items():
-            for host, one in answer.items():
-                known = found.get(HostId(host))
+            for host, one in _parse_report(answer).items():
+                known = found.get(host)
                 if known is None or one["acknowledged"] > known["acknowledged"]:
-                    found[HostId(host)] = {**one, "hub": name}
+                    found[host] = {**one, "hub": name}
         return found, answers.keys()
+
+
+def _parse_report(answer: Mapping[str, Any]) -> dict[HostId, dict[str, Any]]:
+    """As `InForce.report` of another hub, which may be of another version: what is none of it is not known."""
+    found: dict[HostId, dict[str, Any]] = {}
+    for host, one in answer.items():
+        match one:
+            case {"acknowledged": int(acknowledged), "failed": dict(failed)}:
+                words = {str(item): str(why) for item, why in failed.items()}
+                found[HostId(host)] = {**one, "acknowledged": acknowledged, "failed": words}
+            case _:
+                pass
+    return found

@@ -20,6 +20,18 @@ class _Member:
     backoff: Backoff = field(default_factory=lambda: Backoff(_FIRST_S, _LONGEST_S))
     rests_until: float = 0.0
     failure: str = ""
+    answers: bool = True
+
+
+START_MEMBERS: Final = (
+    "start the other members: etcd needs more than half; `etcdctl endpoint status --cluster`"
+)
+
+
+def spell_outage(answering: int, of: int) -> str:
+    """Say that etcd has no leader, though some members answer."""
+    what = "no leader" if answering > of // 2 else "no quorum"
+    return f"{what}: {answering} of {of} members answer"
 
 
 class Members:
@@ -45,6 +57,14 @@ class Members:
         """What was last wrong with each that fails, in words."""
         return "; ".join(f"{one.url}: {one.failure}" for one in self._members if one.failure)
 
+    @property
+    def lost_quorum(self) -> str | None:
+        """Why no member can answer, where one says that it knows no leader; `None` where one may, or none answers."""
+        answering = [one for one in self._members if one.answers]
+        if not answering or not all(one.failure for one in answering):
+            return None
+        return spell_outage(len(answering), len(self._members))
+
     def choose(self) -> tuple[str, float]:
         """The member to ask, and in how many seconds: the one before while it answers."""
         now = self._clock.monotonic()
@@ -52,13 +72,19 @@ class Members:
         best = min(self._members, key=lambda one: max(one.rests_until, now))
         return best.url, max(0.0, best.rests_until - now)
 
-    def fail(self, url: str, reason: str) -> None:
-        """It has not answered as it should: others come first, and it rests for longer each time."""
+    def fail(self, url: str, reason: str, *, answers: bool = False) -> None:
+        """Let a member rest that has not answered as it should, for longer each time: others come first.
+
+        Args:
+            url: Of the member.
+            reason: In words.
+            answers: The member says that it knows no leader.
+        """
         member = self._find(url)
         # Where others fail as well, it is asked again after its pause.
         self._members.remove(member)
         self._members.append(member)
-        member.failure = reason
+        member.failure, member.answers = reason, answers
         pause = member.backoff.fail() * self._random.uniform(0.5, 1.0)
         member.rests_until = self._clock.monotonic() + pause
 
@@ -66,7 +92,7 @@ class Members:
         """It has answered."""
         member = self._find(url)
         member.backoff.succeed()
-        member.rests_until, member.failure = 0.0, ""
+        member.rests_until, member.failure, member.answers = 0.0, "", True
 
     def _find(self, url: str) -> _Member:
         return next(one for one in self._members if one.url == url)

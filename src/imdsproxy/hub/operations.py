@@ -24,6 +24,7 @@ from imdsproxy.hub.etcd import Compacted, Etcd, MemberSilent
 from imdsproxy.hub.etcd_messages import MemberStatus, prefix_end
 from imdsproxy.hub.imports import Import
 from imdsproxy.hub.in_force import COMING, NOT_CONNECTED, InForce, Reported
+from imdsproxy.hub.members import START_MEMBERS, spell_outage
 from imdsproxy.hub.peers import Peers
 from imdsproxy.hub.state import FleetState
 from imdsproxy.hub.streams import Streams
@@ -113,7 +114,7 @@ class FleetStatus:
         authority_ends: When the certificate of the CA that signs ends, Unix time; no other is good for longer.
         problems: By key of etcd, values that another program wrote; by `host NAME`, that a host had other items than
             are placed on it; by `loop NAME`, that a part of the hub failed and was started again; by `hub NAME`, why
-            this hub serves no host.
+            this hub serves no host; by `etcd`, that it has no quorum.
         token_keys: Why the newest keys of session tokens cannot be read; those before them stay in force.
         imports: Unfinished ones: how many records of how many. None is known while etcd is away.
         etcd: Its members: `url`, `leads`, size and quota of the database in bytes, and `problems` in words.
@@ -308,6 +309,7 @@ class Operations:
                 **{f"host {host}": why for host, why in self.streams.differing().items()},
                 **{f"loop {name}": why for name, why in self.loop_failures().items()},
                 **({} if unready is None else {f"hub {self.peers.name}": unready}),
+                **({} if (lost := _lost_quorum(members)) is None else {"etcd": lost}),
             },
             token_keys=None if self.token_keys is None else self.token_keys.problem,
             imports=[{"done": one.done, "of": one.of, "at": one.at} for one in imports],
@@ -366,6 +368,14 @@ class Operations:
             return None
         answer = await self.streams.ask(host, path, _ASK_S, method)
         return {"status": answer.status, "body": answer.body}
+
+
+def _lost_quorum(members: Collection[MemberStatus | MemberSilent]) -> str | None:
+    """Why nothing is read or written, where members answer and none of them knows a leader."""
+    answering = [one for one in members if isinstance(one, MemberStatus) or one.leaderless]
+    if not answering or any(isinstance(one, MemberStatus) and one.leader for one in answering):
+        return None
+    return f"{spell_outage(len(answering), len(members))}; {START_MEMBERS}"
 
 
 def _member(member: MemberStatus | MemberSilent) -> dict[str, Any]:

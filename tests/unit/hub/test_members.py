@@ -65,3 +65,22 @@ def test_a_member_that_has_rested_is_asked_again(clock: HandClock) -> None:
     made.fail(URLS[0], "it is down")
     clock.time += 0.05
     assert made.choose() == (URLS[0], 0.0)
+
+
+def test_a_lost_quorum_is_called_that_once_each_member_was_asked(clock: HandClock) -> None:
+    made, called = members(clock), list[str | None]()
+    made.fail(URLS[0], "etcdserver: no leader", answers=True)
+    made.fail(URLS[1], "connection refused")
+    # The third may know a leader.
+    called.append(made.lost_quorum)
+    made.fail(URLS[2], "connection refused")
+    called.append(made.lost_quorum)
+    made.fail(URLS[1], "etcdserver: request timed out", answers=True)
+    called.append(made.lost_quorum)
+    made.succeed(URLS[1])
+    called.append(made.lost_quorum)
+    for url in URLS:
+        made.fail(url, "connection refused")
+    called.append(made.lost_quorum)
+    quorum, leader = "no quorum: 1 of 3 members answer", "no leader: 2 of 3 members answer"
+    assert called == [None, quorum, leader, None, None]

@@ -9,8 +9,9 @@ from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.members import HostState, StoredHost, render_host
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.authority import make_authority
+from imdsproxy.hub.etcd import MemberSilent
 from imdsproxy.hub.etcd_messages import Header, MemberStatus
-from imdsproxy.hub.operations import Operations, _member
+from imdsproxy.hub.operations import Operations, _lost_quorum, _member
 from imdsproxy.hub.peers import Peers
 from imdsproxy.hub.state import Change, FleetState
 from imdsproxy.hub.streams import Streams
@@ -35,6 +36,17 @@ def test_a_member_that_is_soon_full_is_a_problem() -> None:
     (problem,) = _member(replace(STATUS, db_size=71))["problems"]
     assert problem == "its database has 71% of its quota: compact and defragment it"
     assert _member(replace(STATUS, db_size=71, quota=0))["problems"] == []
+
+
+def test_a_fleet_whose_etcd_has_no_quorum_says_so_and_what_to_do() -> None:
+    alone = replace(STATUS, leader=0, problems=("etcdserver: no leader",))
+    silent = MemberSilent("https://b:2378", "connection refused")
+    lost = _lost_quorum([replace(silent, leaderless=True), silent, silent])
+    assert lost is not None
+    assert lost.startswith("no quorum: 1 of 3 members answer; start the other members")
+    assert str(_lost_quorum([alone, alone, silent])).startswith("no leader: 2 of 3 members answer")
+    assert _lost_quorum([alone, STATUS, silent]) is None
+    assert _lost_quorum([silent]) is None
 
 
 def test_a_members_alarm_is_a_problem() -> None:

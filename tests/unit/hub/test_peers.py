@@ -3,10 +3,12 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
 from imdsproxy.core.fleet import layout
+from imdsproxy.core.fleet.stream import CONNECT_S
 from imdsproxy.hub import peers as module
 from imdsproxy.hub.peers import Peers
 from imdsproxy.hub.state import Change, FleetState
@@ -77,3 +79,23 @@ async def test_a_hub_that_answers_is_asked_once_a_second_whether_it_runs() -> No
         for _ in range(3):
             assert await peers.ask_all("/fleet/applied", {}, _LONG_S) == {"good": {}}
     assert asked == ["/fleet/alive", *["/fleet/applied"] * 3]
+
+
+@pytest.mark.parametrize("answer", [b"[1, 2]", b"7", b"no JSON", b"null"])
+async def test_a_hub_that_answers_what_is_no_object_does_not_answer(answer: bytes) -> None:
+    async with _hub(answer) as (odd, _), _peers(odd=odd) as peers:
+        assert await peers.ask_all("/fleet/applied", {}, CONNECT_S) == {}
+
+
+async def test_a_hub_whose_own_certificate_cannot_be_used_goes_on_without_the_others(
+    tmp_path: Path,
+) -> None:
+    async with _hub(b"{}") as (other, _):
+        state = FleetState()
+        value = layout.encode({"url": other})
+        state.apply(1, [Change(f"{layout.HUBS}other", value, 1)])
+        for name in ("missing", "empty"):
+            (tmp_path / "empty").write_bytes(b"")
+            files = tmp_path / name, tmp_path / name
+            peers = Peers(state, "this", HandClock(), files)
+            assert await peers.ask_all("/fleet/applied", {}, CONNECT_S) == {}
