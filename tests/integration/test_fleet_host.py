@@ -1,11 +1,12 @@
 """A host of a fleet: what a hub sends is what guests read, and stays so when hubs go."""
 
 import contextlib
+import shutil
 import socket
 import sqlite3
 import ssl
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +26,7 @@ from imdsproxy.host.certificates import (
 from imdsproxy.hub.authority import Authority, make_authority, parse_request
 from imdsproxy.hub.enrolment import Certified
 from imdsproxy.sources.fleet.client import HostFiles
+from imdsproxy.sources.fleet.kept import KeptItems
 from support.daemon import Daemon, instance, user_data_of
 from support.fleet_hub import HOST, FleetHub
 from support.guest import Guest, inside, take_token, with_token
@@ -150,6 +152,32 @@ def test_a_host_serves_what_its_hub_sends_and_the_same_without_one(
     assert world.other.ask(_TARGET).status == 404
 
 
+def test_user_data_that_is_damaged_on_disk_is_served_to_nobody_and_comes_again_from_a_hub(
+    world: FleetWorld,
+) -> None:
+    daemon, hub = world.daemon, world.hub
+    until(lambda: world.guest.ask(_TARGET).body == user_data_of("red-5"), what="user data")
+    daemon.stop()
+    hub.away()
+    with contextlib.closing(sqlite3.connect(daemon.state / "fleet.sqlite")) as connection:
+        assert connection.execute("UPDATE user_data SET data = ?", (b"forged",)).rowcount
+        connection.commit()
+    # What was made of it is made again.
+    shutil.rmtree(daemon.state / "documents")
+    (daemon.state / "compiled.sqlite").unlink()
+    daemon.start(ready=False)
+
+    def problems() -> str:
+        return str(world.source()["problems"])
+
+    until(lambda: "not as it was written" in problems(), what="the problem", within_s=20)
+    answer = world.guest.ask(_TARGET)
+    assert answer.is_to_come_again
+    hub.back()
+    until(lambda: world.guest.ask(_TARGET).body == user_data_of("red-5"), what="user data")
+    until(lambda: "not as it was written" not in problems(), what="the end of the problem")
+
+
 _FIRST, _SECOND = (TokenKey(letter * 32) for letter in (b"f", b"g"))
 
 
@@ -219,9 +247,10 @@ def test_what_no_hub_has_vouched_for_too_long_gets_neither_documents_nor_tokens(
     daemon.stop()
     hub.away()
     # As after an hour without a hub.
-    with contextlib.closing(sqlite3.connect(daemon.state / "fleet.sqlite")) as kept:
-        kept.execute("UPDATE position SET at = at - 3700, up_s = up_s - 3700")
-        kept.commit()
+    with contextlib.closing(KeptItems(daemon.state / "fleet.sqlite")) as kept:
+        kept.open()
+        assert kept.vouched is not None
+        kept.note(replace(kept.vouched, at=kept.vouched.at - 3700, up_s=kept.vouched.up_s - 3700))
     daemon.start(ready=False)
     until(world.source, what="a source without hubs", within_s=20)
     until(lambda: daemon.explain("red", "10.0.0.5")["installed"] == "!", what="the map's value")

@@ -8,7 +8,7 @@ from pathlib import Path
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.model import Instance, InstanceId, Network
 from imdsproxy.core.timing import Backoff
-from imdsproxy.errors import Problem
+from imdsproxy.errors import Problem, SourceUnavailable
 from imdsproxy.sources.fleet.client import HubClient
 from imdsproxy.sources.fleet.leaving import LeavingNetworks
 from imdsproxy.sources.fleet.source import FleetSource
@@ -23,9 +23,15 @@ def fleet_source(path: Path, *hubs: FleetHub) -> FleetSource:
 
 def source_of(path: Path, *urls: str) -> FleetSource:
     """As `fleet_source`, of hubs by their URLs."""
+
+    def hubs() -> tuple[str, ...]:
+        if not urls:
+            raise SourceUnavailable("no hub is named")
+        return urls
+
     return FleetSource(
         HubClient(None, 10.0),
-        lambda: urls,
+        hubs,
         path,
         random=lambda: 0.0,
         backoff=Backoff(0.02, 0.2),

@@ -27,6 +27,13 @@ class WholeRecords:
         """End what it has started."""
 
 
+async def until(holds: Callable[[], object]) -> None:
+    """Wait for something that no observation announces."""
+    async with asyncio.timeout(DEADLINE_S * patience()):
+        while not holds():
+            await asyncio.sleep(0.01)
+
+
 class Heard:
     """Everything that a source has reported, folded into an inventory."""
 

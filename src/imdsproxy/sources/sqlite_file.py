@@ -39,9 +39,19 @@ _PRAGMAS: Final = (
 )
 
 
+_REFILL: Final = (
+    "put a copy from a backup there, or what `sqlite3 {name} .recover` saves, or nothing; start it, and add what is"
+    " missing with `imdsproxy instance add --file`"
+)
+
+
 @contextmanager
-def store_failures(path: Path) -> Iterator[None]:
+def store_failures(path: Path, *, refill: str = _REFILL) -> Iterator[None]:
     """Turn what goes wrong with the store at `path` into a `SourceError`.
+
+    Args:
+        path: The file.
+        refill: How a damaged file gets its content again, once it was moved aside; `{name}` is the file's.
 
     Raises:
         SourceCorrupt: The file is damaged, or no SQLite database.
@@ -50,7 +60,7 @@ def store_failures(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        raise _sqlite_failure(path, error) from error
+        raise _sqlite_failure(path, error, refill) from error
     except OSError as error:
         raise SourceUnavailable(
             f"the store {path} cannot be used: {error.strerror or error}",
@@ -72,16 +82,15 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
         raise
 
 
-def _sqlite_failure(path: Path, error: sqlite3.Error) -> SourceError:
+def _sqlite_failure(path: Path, error: sqlite3.Error, refill: str) -> SourceError:
     # The low byte is the kind; the rest of an extended code says more than anybody can act on.
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
     if code in _DAMAGED:
         return SourceCorrupt(
             f"the store {path} is damaged ({error}); guests are served what is known, nothing is"
             " deleted",
-            hint=f"stop imdsproxy; move {path}, {path.name}-wal and {path.name}-shm aside; put a copy"
-            f" from a backup there, or what `sqlite3 {path.name} .recover` saves, or nothing; start"
-            " it, and add what is missing with `imdsproxy instance add --file`",
+            hint=f"stop imdsproxy; move {path}, {path.name}-wal and {path.name}-shm aside; "
+            + refill.format(name=path.name),
         )
     hint = _HINTS.get(code, "see the message; nothing has been changed")
     return SourceUnavailable(

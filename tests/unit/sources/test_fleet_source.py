@@ -38,7 +38,7 @@ from support.fleet_backing import fleet_source
 from support.fleet_hub import FLEET, HOST, FleetHub, FleetStore
 from support.patience import patience
 from support.record_builders import instance, key, network
-from support.source_runs import DEADLINE_S, Heard, running
+from support.source_runs import DEADLINE_S, Heard, running, until
 
 N1: Final = network("n1")
 A: Final = instance("a", "10.0.0.5", text="of a")
@@ -68,13 +68,6 @@ def hubs() -> Iterator[Callable[..., FleetHub]]:
 @pytest.fixture
 def kept(tmp_path: Path) -> Path:
     return tmp_path / "fleet.sqlite"
-
-
-async def until(holds: Callable[[], object]) -> None:
-    """Wait for something that no observation announces."""
-    async with asyncio.timeout(DEADLINE_S * patience()):
-        while not holds():
-            await asyncio.sleep(0.01)
 
 
 async def refusal(hub: FleetHub, revision: int) -> str:
@@ -283,9 +276,10 @@ async def test_how_long_no_hub_has_vouched_is_known_after_a_restart_and_a_reboot
     passed_s, wall_s, boots, expired = later
     await fill(hubs(), kept, A)
     source, machine = fleet_source(kept), _Machine()
-    with contextlib.closing(sqlite3.connect(kept)) as connection:
-        connection.execute("UPDATE position SET boot = '0'")
-        connection.commit()
+    with contextlib.closing(KeptItems(kept)) as items:
+        items.open()
+        assert items.vouched is not None
+        items.note(replace(items.vouched, boot="0"))
     machine.passed_s, machine.wall_s, machine.boots = passed_s, wall_s, boots
     source.clock, source.serve_s = machine, 60.0
     async with running(source) as heard:
@@ -686,6 +680,8 @@ async def test_a_damaged_copy_is_reported_and_used_once_it_is_mended(
     async with running(fleet_source(kept, hub)) as heard:
         assert not heard.last.in_sync
         assert "damaged" in reasons(heard)
+        assert "the hub sends everything again" in reasons(heard)
+        assert "instance add" not in reasons(heard)
         _replace(kept, whole)
         await heard.until(lambda each: each.last.in_sync)
         assert names(heard) == {"a": "a"}

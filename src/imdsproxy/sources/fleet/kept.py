@@ -1,6 +1,7 @@
 """The copy of a host's items on its disk: written before anything of it is in force, and served without a hub.
 
-It may not be deleted as a cache may: it is also what keeps a host from going back in time.
+It may not be deleted as a cache may: it is also what keeps a host from going back in time. Whatever is read of it is
+compared with a digest, and what was deleted is overwritten.
 """
 
 from __future__ import annotations
@@ -8,13 +9,14 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from hashlib import sha256 as sha256_of
 from pathlib import Path
 from threading import Lock
 from typing import Final
 
+from imdsproxy.core.fleet.layout import UserData
 from imdsproxy.core.fleet.stream import ItemKey
 from imdsproxy.core.model import InstanceId, StoredBytes, digest_of
 from imdsproxy.errors import SourceCorrupt, SourceUnavailable
@@ -23,7 +25,13 @@ from imdsproxy.sources.fleet.known import Item, Position
 from imdsproxy.sources.sqlite_file import open_store, store_failures, transaction
 
 _SCHEMA: Final = """
-CREATE TABLE items (key TEXT PRIMARY KEY NOT NULL, revision INTEGER NOT NULL, value TEXT NOT NULL) STRICT;
+CREATE TABLE items (
+    key TEXT PRIMARY KEY NOT NULL,
+    revision INTEGER NOT NULL,
+    value TEXT NOT NULL,
+    key_digest TEXT NOT NULL,
+    digest TEXT NOT NULL
+) STRICT;
 CREATE TABLE user_data (
     sha256 TEXT PRIMARY KEY NOT NULL,
     digest TEXT NOT NULL,
@@ -37,14 +45,30 @@ CREATE TABLE position (
     revision INTEGER NOT NULL,
     at REAL,
     boot TEXT,
-    up_s REAL
+    up_s REAL,
+    digest TEXT NOT NULL
 ) STRICT
 """
+_REFILL: Final = "start it while a hub can be reached: the hub sends everything again"
 _UNUSED: Final = """
 DELETE FROM user_data WHERE sha256 NOT IN (
     SELECT json_extract(value, '$.user_data.sha256') FROM items WHERE json_extract(value, '$.user_data') IS NOT NULL
 ) AND sha256 NOT IN (SELECT value FROM json_each(?)) RETURNING sha256
 """
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What the file has.
+
+    Attributes:
+        items: Those that are as they were written.
+        damaged: The keys of the others, and whether the key itself is as it was written.
+    """
+
+    position: Position
+    items: Mapping[ItemKey, Item]
+    damaged: Mapping[ItemKey, bool] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
@@ -61,37 +85,43 @@ class KeptItems:
     _reader: sqlite3.Connection | None = None
     _reading: Lock = field(default_factory=Lock)
     _stored: dict[str, tuple[int, str]] = field(default_factory=dict)
+    _damaged: set[str] = field(default_factory=set)
+    _has_deleted: bool = True
 
-    def open(self) -> tuple[Position, dict[ItemKey, Item]]:
+    def open(self) -> Kept:
         """Everything in the file; it is made where there is none.
 
         Raises:
             SourceError: It cannot be used.
         """
-        with store_failures(self.path):
+        with self._failures():
             self._connection = open_store(self.path, (_SCHEMA,))
+            self._connection.execute("PRAGMA secure_delete = ON").fetchall()
             # An acknowledged revision outlives a power cut, and so does what a guest has read.
             self._connection.execute("PRAGMA synchronous = FULL")
             execute = self._connection.execute
             uri = f"{self.path.as_uri()}?mode=ro"
             self._reader = sqlite3.connect(uri, uri=True, check_same_thread=False)
             row = execute(
-                "SELECT fleet, incarnation, revision, at, boot, up_s FROM position"
+                "SELECT fleet, incarnation, revision, at, boot, up_s, digest FROM position"
             ).fetchone()
+            if row is not None and row[6] != _digest(*row[:6]):
+                raise SourceCorrupt(
+                    f"{self.path} does not have the revision that was written",
+                    hint=f"stop imdsproxy; move the file aside; {_REFILL}",
+                )
             position = Position() if row is None else Position(*row[:3])
-            self.vouched = None if row is None or row[3] is None else Moment(*row[3:])
+            self.vouched = None if row is None or row[3] is None else Moment(*row[3:6])
             rows = execute("SELECT sha256, digest, length FROM user_data")
             self._stored = {sha256: (length, digest) for sha256, digest, length in rows}
-            try:
-                return position, {
-                    key: (revision, dict(json.loads(value)))
-                    for key, revision, value in execute("SELECT key, revision, value FROM items")
-                }
-            except (ValueError, TypeError, RecursionError) as error:
-                raise SourceCorrupt(
-                    f"{self.path} has an item that is no JSON object",
-                    hint="move the file away while a hub is reachable, and restart imdsproxy",
-                ) from error
+            items: dict[ItemKey, Item] = {}
+            damaged: dict[ItemKey, bool] = {}
+            for key, revision, value, key_digest, digest in execute("SELECT * FROM items"):
+                if digest == _digest(key, revision, value):
+                    items[key] = revision, json.loads(value)
+                else:
+                    damaged[key] = key_digest == _digest(key)
+            return Kept(position, items, damaged)
 
     def close(self) -> None:
         """Close the file."""
@@ -115,10 +145,16 @@ class KeptItems:
             SourceError: It cannot be stored.
         """
         sha256, digest = sha256_of(data).hexdigest(), digest_of(data)
-        with store_failures(self.path), closing(self._open().cursor()) as cursor:
+        with self._failures(), closing(self._open().cursor()) as cursor:
             insert = "INSERT OR REPLACE INTO user_data VALUES (?, ?, ?, ?)"
             cursor.execute(insert, (sha256, digest, len(data), data))
         self._stored[sha256] = len(data), digest
+        self._damaged.discard(sha256)
+
+    def damaged_user_data(self) -> frozenset[UserData]:
+        """User data that was found to be damaged when it was read, and has not come again."""
+        found = ((sha256, self._stored.get(sha256)) for sha256 in tuple(self._damaged))
+        return frozenset(UserData(sha256, one[0]) for sha256, one in found if one is not None)
 
     def keep(
         self,
@@ -138,55 +174,85 @@ class KeptItems:
         Raises:
             SourceError: It cannot be stored.
         """
-        with store_failures(self.path), transaction(connection := self._open()):
+        with self._failures(), transaction(connection := self._open()):
             for key, item in items.items():
                 if item is None:
                     connection.execute("DELETE FROM items WHERE key = ?", (key,))
+                    self._has_deleted = True
                     continue
                 revision, value = item
-                insert = "INSERT OR REPLACE INTO items VALUES (?, ?, ?)"
-                text = json.dumps(value, separators=(",", ":"))
-                connection.execute(insert, (key, revision, text))
+                _put(connection, key, revision, json.dumps(value, separators=(",", ":")))
             for key in renumbered:
-                connection.execute("UPDATE items SET revision = 0 WHERE key = ?", (key,))
-            connection.execute(
-                "INSERT OR REPLACE INTO position VALUES (1, ?, ?, ?, ?, ?, ?)",
-                (position.fleet, position.incarnation, position.revision, *_row_of(vouched)),
-            )
+                query = "SELECT value FROM items WHERE key = ?"
+                for (text,) in connection.execute(query, (key,)).fetchall():
+                    _put(connection, key, 0, text)
+            row = position.fleet, position.incarnation, position.revision, *_row_of(vouched)
+            insert = "INSERT OR REPLACE INTO position VALUES (1, ?, ?, ?, ?, ?, ?, ?)"
+            connection.execute(insert, (*row, _digest(*row)))
         self.vouched = vouched
 
     def note(self, vouched: Moment) -> None:
         """Have the file say that what it has was still so."""
-        with store_failures(self.path):
-            update = "UPDATE position SET at = ?, boot = ?, up_s = ?"
-            self._open().execute(update, _row_of(vouched))
+        with self._failures(), transaction(connection := self._open()):
+            query = "SELECT fleet, incarnation, revision FROM position"
+            for at in connection.execute(query).fetchall():
+                row = *at, *_row_of(vouched)
+                update = "UPDATE position SET at = ?, boot = ?, up_s = ?, digest = ?"
+                connection.execute(update, (*row[3:], _digest(*row)))
         self.vouched = vouched
 
     def sweep(self, needed: Collection[str] = ()) -> None:
-        """Delete user data that no item names any more; `needed`, by SHA-256, has come before its item."""
-        with store_failures(self.path):
-            for (sha256,) in self._open().execute(_UNUSED, [json.dumps([*needed])]).fetchall():
+        """Delete user data that no item names any more, and the last copies of all that was deleted.
+
+        Args:
+            needed: User data, by SHA-256, that has come before its item.
+        """
+        with self._failures():
+            connection = self._open()
+            for (sha256,) in connection.execute(_UNUSED, [json.dumps([*needed])]).fetchall():
                 self._stored.pop(sha256, None)
+                self._damaged.discard(sha256)
+                self._has_deleted = True
+            if self._has_deleted:
+                # The log has what it replaced in the file, and goes on having it until other pages replace that.
+                busy = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+                self._has_deleted = bool(busy)
 
     def fetch(self, sha256: str) -> bytes:
-        """User data.
+        """User data, as it was written.
 
         Raises:
-            SourceError: It is not here, or cannot be read.
+            SourceError: It is not here, is damaged, or cannot be read.
         """
-        with self._reading, store_failures(self.path):
-            row = None
-            if self._reader is not None:
-                query = "SELECT data FROM user_data WHERE sha256 = ?"
-                row = self._reader.execute(query, (sha256,)).fetchone()
-        if row is None:
-            raise SourceUnavailable(f"{self.path} has no user data {sha256}")
+        with self._reading, self._failures():
+            if self._reader is None:
+                raise SourceUnavailable(f"{self.path} is not open")
+            query = "SELECT data FROM user_data WHERE sha256 = ?"
+            row = self._reader.execute(query, (sha256,)).fetchone()
+        if row is None or sha256_of(row[0]).hexdigest() != sha256:
+            self._damaged.add(sha256)
+            raise SourceCorrupt(
+                f"user data {sha256} in {self.path} is not as it was written",
+                hint="while a hub can be reached it is asked for again; look at the disk",
+            )
         return bytes(row[0])
+
+    def _failures(self) -> AbstractContextManager[None]:
+        return store_failures(self.path, refill=_REFILL)
 
     def _open(self) -> sqlite3.Connection:
         if self._connection is None:
             raise SourceUnavailable(f"{self.path} is not open")
         return self._connection
+
+
+def _put(connection: sqlite3.Connection, key: ItemKey, revision: int, text: str) -> None:
+    insert = "INSERT OR REPLACE INTO items VALUES (?, ?, ?, ?, ?)"
+    connection.execute(insert, (key, revision, text, _digest(key), _digest(key, revision, text)))
+
+
+def _digest(*parts: object) -> str:
+    return digest_of(json.dumps(parts).encode())
 
 
 def _row_of(moment: Moment | None) -> tuple[float, str, float] | tuple[None, None, None]:

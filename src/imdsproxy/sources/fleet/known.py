@@ -34,6 +34,8 @@ UserDataOf: TypeAlias = Callable[[InstanceId, str], "StoredBytes | None"]
 """User data by the instance and its SHA-256; `None` where this host does not have it."""
 
 _RECORDS: Final = {"network": "networks", "instance": "instances"}
+_OF_HOST: Final = "policy/host"
+_NOTHING_DAMAGED: Final[Mapping[ItemKey, bool]] = {}
 _SHA256: Final = re.compile("[0-9a-f]{64}")
 _REPAIR: Final = "another program changed it in etcd: write the whole record again"
 _ACCEPT: Final = "compare the fleet with its backup, then `imdsproxy fleet accept-restore`"
@@ -174,14 +176,36 @@ class FleetKnown:
 
     # What changes it
 
-    def load(self, position: Position, items: Mapping[ItemKey, Item]) -> None:
-        """Take what was in force before a restart; what this version cannot read is asked for again."""
+    def load(
+        self,
+        position: Position,
+        items: Mapping[ItemKey, Item],
+        damaged: Mapping[ItemKey, bool] = _NOTHING_DAMAGED,
+    ) -> None:
+        """Take what was in force before a restart; the rest is asked for again.
+
+        An instance is not taken without each item that limits who reads it.
+
+        Args:
+            position: How far this host was.
+            items: What it had.
+            damaged: Items of which the copy on disk is damaged, and whether their keys are not.
+        """
         self.position = position
-        for key, (revision, value) in sorted(items.items()):
+        missing: set[ItemKey | None] = set()
+        for key, is_whole in damaged.items():
+            self._refuse(key, 0, "its copy on disk is damaged")
+            missing.add(_limit(key) if is_whole else None)
+        limits_first = sorted(items.items(), key=lambda one: (one[0].startswith("instance/"), one))
+        for key, (revision, value) in limits_first:
+            if missing & _limits_of(key, value):
+                self._refuse(key, revision, "what limits it cannot be read")
+                continue
             try:
                 self._load_item(key, revision, value)
             except _Unreadable as error:
                 self._refuse(key, revision, str(error))
+                missing.add(_limit(key))
             else:
                 self.items[key] = revision
 
@@ -237,7 +261,7 @@ class FleetKnown:
         others = False
         if whole:
             self.held.clear()
-            self._forget_refused(batch)
+            self._forget_refused(batch, stored)
         for key in (*batch.remove, *(batch.held if newer else ())):
             others |= self._remove(key)
             stored[key] = None
@@ -300,11 +324,12 @@ class FleetKnown:
             return False
         return self._others.pop(key, None) is not None
 
-    def _forget_refused(self, batch: Batch) -> None:
+    def _forget_refused(self, batch: Batch, stored: dict[ItemKey, Item | None]) -> None:
         """Forget what was refused and is gone: the hub would have sent it again."""
         for key in {*self._refused, *self._waiting, *self._lacking}.difference(batch.put):
             if key not in self.items:
                 self._remove(key)
+                stored[key] = None
                 continue
             for mapping in (self._refused, self._waiting, self._lacking):
                 cast("dict[ItemKey, object]", mapping).pop(key, None)
@@ -361,6 +386,23 @@ def _user_data_of(key: ItemKey, value: Json) -> tuple[InstanceId, UserData | Non
             return InstanceId(name), UserData(sha256, size)
         case _:
             return InstanceId(name), None
+
+
+def _limit(key: ItemKey) -> ItemKey:
+    """An item as `_limits_of` has it: a host gets one policy of a host, its own."""
+    return _OF_HOST if key.startswith(f"{_OF_HOST}/") else key
+
+
+def _limits_of(key: ItemKey, value: Json) -> set[ItemKey | None]:
+    """The items that limit who reads an instance, `None` for one of unknown key; nothing for other items."""
+    kind, _, name = key.partition("/")
+    record = value.get("record")
+    if kind != "instance" or not isinstance(record, dict):
+        return set()
+    ports = record.get("ports")
+    owned = [record, *(ports if isinstance(ports, list) else ())]
+    projects = {f"policy/project/{one.get('project')}" for one in owned if isinstance(one, dict)}
+    return {None, f"guard/{name}", f"keys/{name}", "policy/fleet", _OF_HOST, *projects}
 
 
 def merge(before: Batch | None, batch: Batch) -> Batch:

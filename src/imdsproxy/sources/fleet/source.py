@@ -258,11 +258,11 @@ class FleetSource:
             self._thread.shutdown(wait=False)
 
     async def _load(self, publish: Publish) -> None:
-        position, items = await self._on_disk(publish, self.kept.open)
+        kept = await self._on_disk(publish, self.kept.open)
         self._vouched = self.kept.vouched
-        if position.fleet is None:
+        if kept.position.fleet is None:
             return
-        await self._in_thread(lambda: self.known.load(position, items))
+        await self._in_thread(lambda: self.known.load(kept.position, kept.items, kept.damaged))
         self.take_policies(self.known.policies())
         await self._report(publish, self.known.everything())
 
@@ -272,6 +272,9 @@ class FleetSource:
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
             now = self.clock.monotonic()
+            if self.kept.damaged_user_data() - self._missing:
+                async with self._publishing:
+                    self._note_lacking()
             await self._report(publish, self.leaving.due(now))
             if self._complete and self._vouched is not None and now - noted > _NOTE_EVERY_S:
                 noted = now
@@ -296,6 +299,7 @@ class FleetSource:
             self._certificate_problem,
             None if in_sync else self._hub_problem,
             self._skew(),
+            *(_damaged_problem(self.path, data) for data in self.kept.damaged_user_data()),
         )
         async with self._publishing:
             problems = (*(one for one in found if one is not None), *self.known.problems())
@@ -485,10 +489,8 @@ class FleetSource:
                 async with asyncio.timeout(pause_s):
                     await self._lacks_more.wait()
             self._lacks_more.clear()
-            async with self._publishing:
-                wanted = self.known.missing_user_data()
             if self._stream is not None:
-                await self._fetcher.fetch(self._stream, wanted)
+                await self._fetcher.fetch(self._stream, self._missing)
             async with self._publishing:
                 self._note_lacking()
             if self._missing:
@@ -500,10 +502,11 @@ class FleetSource:
 
     def _note_lacking(self) -> None:
         """Look, with the lock, which user data is missing and why."""
-        missing = self.known.missing_user_data()
+        lacking, damaged = self.known.missing_user_data(), self.kept.damaged_user_data()
+        missing = lacking | damaged
         self._fetcher.forget(missing)
         self.known.explain_lacking(self._fetcher.reasons())
-        self._awaits = not all(map(self._fetcher.is_refused, missing))
+        self._awaits = not all(map(self._fetcher.is_refused, lacking))
         if missing - self._missing:
             self._lacks_more.set()
         self._missing = missing
@@ -603,6 +606,15 @@ class FleetSource:
 
     async def _in_thread(self, work: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+def _damaged_problem(path: Path, data: UserData) -> Problem:
+    return Problem(
+        "user_data",
+        f"user data {data.sha256} is not as it was written: it is asked for again",
+        "look at the disk and at the kernel's log",
+        str(path),
+    )
 
 
 def _problem_of(where: str, error: ImdsproxyError) -> Problem:
