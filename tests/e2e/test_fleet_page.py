@@ -48,6 +48,8 @@ def test_a_fleet_is_made_operated_and_restored_as_the_page_says(tmp_path: Path) 
         _check_removed(fleet)
         with _nothing_lost(fleet):
             fleet.follow("## Upgrade")
+        fleet.follow("## Remove a hub")
+        assert "hub2" not in _status(fleet)
         assert fleet.ran == [one.block.line for one in placed_blocks(_title())]
         assert fleet.replaced == fleet.words.keys()
 
@@ -188,6 +190,8 @@ _AWAY: Final[Mapping[str, Callable[[FleetMachines], None]]] = {
 
 
 def _take_away(fleet: FleetMachines) -> None:
+    fleet.follow("## When something is away", 0)
+    until(lambda: _hosts(fleet).count("connected") == len(HOSTS), within_s=30, what="both connect")
     for cause in _AWAY.values():
         cause(fleet)
 

@@ -109,6 +109,7 @@ _SERIES: Final[Mapping[str, Mapping[str, str]]] = {
         'up{job="imdsproxy-hub",instance="b"}': "0x130",
     },
     "HubDown": {'up{job="imdsproxy-hub"}': _OFF},
+    "HubAbsent": {"imdsproxy_hub_absent_hubs": _ON},
     "HubNotFollowing": {"imdsproxy_hub_ready": _OFF},
     "HubsApart": {"imdsproxy_hub_silent_hubs": _ON},
     "EtcdMemberDown": {

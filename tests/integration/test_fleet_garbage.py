@@ -40,6 +40,7 @@ _DAMAGED = {
     host_key(HostId("odd")): b'{"state": "enrolled"}',
     operator_key("gone"): b"garbage",
     f"{layout.HUBS}hubx": b"{}",
+    f"{layout.KNOWN_HUBS}hubx": b"[7]",
     layout.import_key("broken"): b'{"done": "x"}',
     f"{layout.PREFIX}other/kind": b"{}",
     f"{layout.INSTANCES}no/id": b"{}",

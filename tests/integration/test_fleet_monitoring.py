@@ -125,7 +125,7 @@ def test_a_fleets_dashboard_has_data_and_each_fault_of_the_fleet_fires_its_alert
         *("FleetAuthorityEnds", "HubCertificateEnds", "OperatorCertificateEnds"),
         *("FleetHostsAbsent", "FleetHostsBehind", "FleetFailing", "FleetValuesRefused"),
         *("FleetTokenKeysUnreadable", "FleetRestoreSuspected", "EtcdMemberDown"),
-        *("HubDown", "HubsApart"),
+        *("HubDown", "HubsApart", "HubAbsent"),
     )
     second.end(signal.SIGKILL)
     web = layout.instance_key(InstanceId("web"))

@@ -37,6 +37,7 @@ from imdsproxy.core.fleet.values import (
     Beat,
     HubPlace,
     Journal,
+    KnownHub,
     SealedKeys,
     Sealing,
     parse_journal,
@@ -44,6 +45,7 @@ from imdsproxy.core.fleet.values import (
     render_beat,
     render_hub,
     render_journal,
+    render_known_hub,
     render_sealed_keys,
     render_sealing,
 )
@@ -88,6 +90,7 @@ _GOOD: dict[str, bytes] = {
     host_key(A): render_host(StoredHost(HostState.ENROLLED, ("1",), None, 0, "0f")),
     operator_key("anna"): render_operator(StoredOperator(9)),
     f"{layout.HUBS}hub-2": render_hub(HubPlace("https://10.0.0.1:8469")),
+    f"{layout.KNOWN_HUBS}hub-2": render_known_hub(KnownHub("https://10.0.0.1:8469", 9)),
 }
 _ODD_KEYS = (
     f"{layout.PREFIX}key/other", f"{layout.PREFIX}new/kind", layout.PREFIX, layout.INSTANCES,
@@ -98,7 +101,7 @@ _FIELDS = st.sampled_from(
     ["fleet", "incarnation", "format", "count", "hub", "why", "hosts", "refuses", "key", "sha256",
      "sealed", "record", "ports", "network", "project", "user_data", "size", "request", "removed_at",
      "left", "epoch", "reopened_at", "state", "serials", "token_sha256", "expires_at", "trusts",
-     "revoked_at", "url", "done", "of", "at", "id", "name", "listener"]
+     "revoked_at", "url", "absent_since", "done", "of", "at", "id", "name", "listener"]
 )  # fmt: skip
 _SCALARS = (
     st.none() | st.booleans() | st.floats() | st.integers()

@@ -12,7 +12,7 @@ from typing import Annotated, Final
 import typer
 
 from imdsproxy.cli import options
-from imdsproxy.cli.options import argument, flag
+from imdsproxy.cli.options import NO, NOT_IN_FORCE, argument, flag
 from imdsproxy.cli.output import Output, Shape, clean, clean_all, spell_count, spell_time
 from imdsproxy.cli.record_io import show_written
 from imdsproxy.core.fleet.identity import (
@@ -249,19 +249,34 @@ def _read_invitation() -> str:
 
 @fleet_app.command("status")
 @options.fleet_command
-def status(run: options.Invocation) -> None:
+def status(
+    run: options.Invocation,
+    *,
+    check: Annotated[
+        bool,
+        flag(
+            "--check",
+            "Exit 1 while no change can be made, 75 while a hub, a host, a member of etcd or a value has a problem.",
+        ),
+    ] = False,
+) -> None:
     """The fleet at one moment: hubs, hosts that are absent or behind, and why nothing is written where that is so."""
-    run.output.answer(run.hubs().get("/fleet/status"), _show_status)
+    report = run.hubs().get("/fleet/status")
+    run.output.answer(report, _show_status)
+    readiness = report["readiness"]
+    if check and not readiness["ready"]:
+        raise typer.Exit(NO)
+    if check and readiness["degraded"]:
+        raise typer.Exit(NOT_IN_FORCE)
 
 
 def _show_status(output: Output, shape: Shape) -> None:
-    hubs = (
-        f"{one['name']}{'' if one['answers'] else ' [red]does not answer[/]'}"
-        for one in clean_all(shape["hubs"])
-    )
+    hubs = map(_hub, clean_all(shape["hubs"]))
     unfinished = (f"{one['done']:,} of {one['of']:,} records" for one in shape["imports"])
+    reasons = "\n".join(f"[red]{clean(one)}[/]" for one in shape["readiness"]["reasons"])
     facts = {
         "fleet": f"{clean(shape['fleet'])}, incarnation {shape['incarnation']}",
+        "no changes": reasons or None,
         "revision": str(shape["revision"]),
         "hubs": "\n".join(hubs),
         "etcd": _etcd(shape["etcd"]),
@@ -286,6 +301,13 @@ def _show_status(output: Output, shape: Shape) -> None:
         output.styled(
             "[dim]hint:[/] if etcd was restored on purpose: imdsproxy fleet accept-restore"
         )
+
+
+def _hub(hub: Shape) -> str:
+    if hub["absent"]:
+        since = "" if hub["absent_since"] is None else f" since {spell_time(hub['absent_since'])}"
+        return f"{hub['name']} [red]absent{since}[/]"
+    return f"{hub['name']}{'' if hub['answers'] else ' [red]does not answer[/]'}"
 
 
 def _authority(ends: float | None) -> str | None:

@@ -23,6 +23,8 @@ from imdsproxy.errors import ConfigError
 from imdsproxy.host.certificates import parse_certificate
 from imdsproxy.hub.etcd_messages import MemberStatus
 from imdsproxy.hub.in_force import APPLIED_PATH
+from imdsproxy.hub.known_hubs import absent_hubs
+from imdsproxy.hub.replica import SILENT_S
 
 if TYPE_CHECKING:
     from imdsproxy.hub.etcd import MemberSilent
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
     from imdsproxy.hub.peers import Peers
 
 _LOOK_EVERY_S: Final = 10.0
-_SILENT_S: Final = 30.0
-"""So long after its last sign etcd is taken for gone: a beat is due every five seconds."""
 
 
 @dataclass(eq=False)
@@ -88,7 +88,7 @@ class HubMetrics(Exposed, prefix="imdsproxy_hub_"):
         if replica.failure is not None:
             reason = f"etcd is not followed: {replica.failure.reason}"
             return Readiness(ready=False, reasons=(reason,))
-        if replica.age_s() > _SILENT_S:
+        if replica.age_s() > SILENT_S:
             return Readiness(ready=False, reasons=(f"etcd is silent for {replica.age_s():.0f} s",))
         return Readiness(ready=True)
 
@@ -166,6 +166,10 @@ class HubMetrics(Exposed, prefix="imdsproxy_hub_"):
         or of its disk or memory. The hub's log and `imdsproxy fleet status` name it.
         """
         return self.hub.streams.differed
+
+    def absent_hubs(self) -> Gauge:
+        """Hubs that have ended and were not revoked; `imdsproxy fleet status` names them."""
+        return len(absent_hubs(self.hub.state))
 
     def silent_hubs(self) -> Gauge:
         """Other hubs that follow etcd and do not answer this one; of their hosts nothing is known here."""

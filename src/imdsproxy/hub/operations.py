@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote, urlencode
 
-from imdsproxy.admin.answers import Written
+from imdsproxy.admin.answers import Readiness, Written
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.layout import HostId
 from imdsproxy.core.fleet.members import HostState, host_key, operator_key
@@ -24,10 +24,13 @@ from imdsproxy.hub.etcd import Compacted, Etcd, MemberSilent
 from imdsproxy.hub.etcd_messages import MemberStatus, prefix_end
 from imdsproxy.hub.imports import Import
 from imdsproxy.hub.in_force import COMING, NOT_CONNECTED, InForce, Reported
+from imdsproxy.hub.known_hubs import list_hubs
 from imdsproxy.hub.members import START_MEMBERS, spell_outage
 from imdsproxy.hub.peers import Peers
+from imdsproxy.hub.replica import SILENT_S
 from imdsproxy.hub.state import FleetState
 from imdsproxy.hub.streams import Streams
+from imdsproxy.hub.verdict import judge_fleet
 from imdsproxy.hub.writes import Done, Writes
 
 if TYPE_CHECKING:
@@ -104,8 +107,9 @@ class FleetStatus:
     Attributes:
         incarnation: One more each time that a restored backup was accepted.
         revision: Up to which this hub knows etcd.
-        suspect: Why etcd may be restored from a backup; then nothing is written, unless a single host says so.
-        hubs: Every hub, with its URL, and whether it answers this one.
+        suspect: Why etcd may be restored from a backup.
+        writes_stopped: Nothing is written because of that; not where a single host says so.
+        hubs: Every hub, with its URL, whether it answers this one, and since when it is absent, Unix time.
         hosts: How many are enrolled.
         connected: How many of them are connected to a hub.
         behind: Connected ones on which something is not in force.
@@ -118,12 +122,14 @@ class FleetStatus:
         token_keys: Why the newest keys of session tokens cannot be read; those before them stay in force.
         imports: Unfinished ones: how many records of how many. None is known while etcd is away.
         etcd: Its members: `url`, `leads`, size and quota of the database in bytes, and `problems` in words.
+        readiness: Whether changes can be made, and what is degraded: what `fleet status --check` goes by.
     """
 
     fleet: str
     incarnation: int
     revision: int
     suspect: str | None
+    writes_stopped: bool
     hubs: list[dict[str, Any]]
     networks: int
     instances: int
@@ -137,6 +143,7 @@ class FleetStatus:
     token_keys: str | None
     imports: list[dict[str, Any]]
     etcd: list[dict[str, Any]]
+    readiness: Readiness = field(default_factory=lambda: Readiness(ready=True))
 
 
 @dataclass(slots=True)
@@ -207,7 +214,8 @@ class Operations:
 
     def holder_of(self, name: str) -> str | None:
         """Return who has a name that no host may have, in words; `None` if it is free."""
-        if name == self.peers.name or self.state.value(layout.HUBS + name) is not None:
+        places = (f"{prefix}{name}" for prefix in (layout.HUBS, layout.KNOWN_HUBS))
+        if name == self.peers.name or any(self.state.stored(one) is not None for one in places):
             return "a hub"
         if name in self.operators:
             return "an operator"
@@ -282,18 +290,13 @@ class Operations:
         enrolled = [one for one in self._hosts(reported) if one.state == HostState.ENROLLED]
         suspicion, urls = read_suspicion(state.value), self.peers.urls()
         unready = self.unready()
-        return FleetStatus(
+        status = FleetStatus(
             fleet=state.meta.fleet,
             incarnation=state.meta.incarnation,
             revision=state.revision,
             suspect=None if suspicion is None else _spell(suspicion),
-            hubs=[
-                {"name": self.peers.name, "url": None, "answers": True},
-                *(
-                    {"name": name, "url": url, "answers": name in answering}
-                    for name, url in sorted(urls.items())
-                ),
-            ],
+            writes_stopped=suspicion is not None and suspicion.refuses,
+            hubs=list_hubs(state, self.peers.name, urls, frozenset(answering)),
             networks=state.count_records(layout.NETWORKS),
             instances=state.count_records(layout.INSTANCES),
             hosts=len(enrolled),
@@ -315,6 +318,10 @@ class Operations:
             imports=[{"done": one.done, "of": one.of, "at": one.at} for one in imports],
             etcd=[_member(one) for one in members],
         )
+        age_s = self.streams.age_s()
+        reasons = [] if unready is None else [unready]
+        reasons += [f"this hub has no answer of etcd for {age_s:.0f} s"] if age_s > SILENT_S else []
+        return replace(status, readiness=judge_fleet(status, members, reasons))
 
     def _renewing(self) -> list[str]:
         if self.authority is None:

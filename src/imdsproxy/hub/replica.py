@@ -35,11 +35,15 @@ from imdsproxy.host.clock import Clock
 from imdsproxy.host.process import garbage_left
 from imdsproxy.hub.etcd import Behind, Committed, Compacted, Conflict, Etcd, Snapshot
 from imdsproxy.hub.etcd_messages import Deleted, KeyValue, absent, prefix_end, unchanged
+from imdsproxy.hub.known_hubs import keep_hub_records
 from imdsproxy.hub.state import Change, FleetState
 from imdsproxy.hub.streams import Streams
 
 BEAT_S: Final = 5.0
 LEASE_S: Final = 15
+SILENT_S: Final = 30.0
+"""So long after its last answer etcd is taken for gone: a beat is due every five seconds."""
+
 COMPARE_S: Final = 600.0
 AT_ONCE: Final = 500
 """Keys that are folded in before the event loop, which has hosts waiting, does other work: 10 ms."""
@@ -349,6 +353,7 @@ class Replica:
                         await self._say_where(lease)
                     if self.clock.monotonic() - self._beat_seen > BEAT_S:
                         await self._beat_once()
+                    await keep_hub_records(self.etcd, self.state, self.name, self.url, self.clock)
                 except EtcdUnavailable as error:
                     # `run` reports it: the watch is silent then.
                     _log.debug("beat not written", reason=error.message)

@@ -671,8 +671,8 @@ def _doubt_meta(now: Meta, before: Meta) -> str | None:
 
 
 def _may_go(key: str, value: bytes) -> bool:
-    """Whether hubs themselves delete a key: what says where a hub is, and removals that are old."""
-    if key.startswith(layout.HUBS) or key == layout.SUSPECT:
+    """Whether hubs or operators delete a key: what says where a hub is, and removals that are old."""
+    if key.startswith((layout.HUBS, layout.KNOWN_HUBS)) or key == layout.SUSPECT:
         return True
     return key.startswith(_SWEPT) and layout.removal_time(value) is not None
 

@@ -47,6 +47,10 @@ TOKEN_KEYS: Final = f"{PREFIX}key/tokens"
 HOSTS: Final = f"{PREFIX}host/"
 CERTIFICATES: Final = f"{PREFIX}cert/"
 HUBS: Final = f"{PREFIX}live/"
+"""Followed by the name of a hub that runs; with a lease."""
+
+KNOWN_HUBS: Final = f"{PREFIX}hub/"
+"""Followed by the name of a hub, whether it runs or not."""
 
 CHUNK_BYTES: Final = 256 * 1024
 """Of user data in one key: a request to etcd has at most 1.5 MiB."""

@@ -51,6 +51,19 @@ class HubPlace:
 
 
 @dataclass(frozen=True, slots=True)
+class KnownHub:
+    """Value of a key below `layout.KNOWN_HUBS`.
+
+    Attributes:
+        url: By which others reached the hub last.
+        absent_since: When another hub noticed that it had ended, Unix time; `None` while it runs.
+    """
+
+    url: str
+    absent_since: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Sealing:
     """Value of `layout.ENVELOPE`: the key with which hubs seal secrets.
 
@@ -87,7 +100,7 @@ class Journal:
 
 
 Value: TypeAlias = (
-    Meta | Suspicion | Grant | Beat | HubPlace | Sealing | SealedKeys | StoredPolicy | StoredInstance
+    Meta | Suspicion | Grant | Beat | HubPlace | KnownHub | Sealing | SealedKeys | StoredPolicy | StoredInstance
     | StoredNetwork | OperatorOverride | StoredHost | StoredOperator
 )  # fmt: skip
 
@@ -137,10 +150,30 @@ def render_hub(place: HubPlace) -> bytes:
 def parse_hub(value: bytes) -> HubPlace:
     """Parse the value of a hub's key; raises `Unreadable`."""
     match decode(value):
-        case {"url": str(url)} if len(url) <= _MOST_URL and _URL.fullmatch(url):
+        case {"url": str(url)} if _is_url(url):
             return HubPlace(url)
         case _:
             raise Unreadable("`url` is none of a hub")
+
+
+def render_known_hub(hub: KnownHub) -> bytes:
+    """Render the record of a hub."""
+    return encode({"url": hub.url, "absent_since": hub.absent_since})
+
+
+def parse_known_hub(value: bytes) -> KnownHub:
+    """Parse the record of a hub; raises `Unreadable`."""
+    match decode(value):
+        case {"url": str(url), "absent_since": since} if _is_url(url) and (
+            since is None or is_number(since)
+        ):
+            return KnownHub(url, since)
+        case _:
+            raise Unreadable("it does not say `url` and `absent_since`")
+
+
+def _is_url(url: str) -> bool:
+    return len(url) <= _MOST_URL and _URL.fullmatch(url) is not None
 
 
 def render_sealing(sealing: Sealing) -> bytes:
@@ -218,4 +251,5 @@ _BELOW: Final[dict[str, Callable[[bytes], Value]]] = {
     layout.HOSTS: parse_host,
     layout.CERTIFICATES: parse_operator,
     layout.HUBS: parse_hub,
+    layout.KNOWN_HUBS: parse_known_hub,
 }
