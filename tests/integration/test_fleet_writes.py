@@ -33,6 +33,7 @@ from support.etcd_lab import EtcdLab, etcd_lab
 from support.hand_clock import HandClock
 from support.hub_api import Hub, open_hub
 from support.lab import until
+from support.versions import ADDED, LATER, NEWER
 
 pytestmark = pytest.mark.root
 
@@ -393,3 +394,28 @@ def test_a_removal_is_forgotten_after_thirty_days_and_no_restore_is_suspected(hu
     hub.run(sweep.forget_removals())
     until(lambda: hub.state.value(key) is None, what="a removal that is forgotten")
     assert not hub.state.lost
+
+
+def test_a_limit_is_not_written_where_a_host_is_too_old_to_observe_it(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub.operations.writes, "schema", NEWER)
+    ask = hub.client.request
+    hub.enrol("older", "newer", "away")
+    hub.connect("older")
+    hub.connect("newer", level=2)
+    for host in ("newer", "away"):
+        ask("PATCH", f"/v1/policies/host/{host}", body={LATER: 1})
+    with pytest.raises(SourceRefused) as refused:
+        ask("PATCH", "/v1/policies/host/older", body={LATER: 1})
+    (problem,) = refused.value.problems
+    assert problem.reason == "host older is too old for what policy/host/older says"
+    # What nothing is open without is written, and the older host gets the rest.
+    ask("PATCH", "/v1/policies/host/older", body={ADDED: 7})
+    ask("PATCH", "/v1/policies/project/later", body={LATER: 1})
+    ask("POST", "/v1/instances", body=instance("later", "10.0.78.1", "newer", project="later"))
+    with pytest.raises(SourceRefused) as refused:
+        ask("POST", "/v1/instances/later/move", body={"to": "older"})
+    (problem,) = refused.value.problems
+    assert problem.reason == "host older is too old for what policy/project/later says"
+    ask("DELETE", "/v1/instances/later")

@@ -76,6 +76,7 @@ class HostOfFleet:
         has: Its items.
         answers: What its admin API answers, by path.
         failed: What it says of items.
+        level: Of the records that it reads.
     """
 
     name: str
@@ -83,6 +84,7 @@ class HostOfFleet:
     has: dict[str, Any] = field(default_factory=dict)
     answers: dict[str, Any] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    level: int = 1
     asked: list[str] = field(default_factory=list)
 
     async def run(self) -> None:
@@ -98,7 +100,7 @@ class HostOfFleet:
         writer.write("\r\n".join([*lines, "", ""]).encode())
         try:
             assert b" 101 " in await reader.readuntil(b"\r\n\r\n")
-            writer.write(render_line(Hello()))
+            writer.write(render_line(Hello(level=self.level)))
             while line := await reader.readline():
                 match parse_from_hub(line):
                     case Batch() as batch:
@@ -150,9 +152,9 @@ class Hub:
         for host in hosts:
             self.run(self.etcd.commit((), {host_key(HostId(host)): value}))
 
-    def connect(self, host: str) -> HostOfFleet:
+    def connect(self, host: str, *, level: int = 1) -> HostOfFleet:
         """A host that is enrolled connects."""
-        one = HostOfFleet(host, self.directory / "stream.sock")
+        one = HostOfFleet(host, self.directory / "stream.sock", level=level)
 
         async def connect() -> None:
             async with asyncio.timeout(20):
@@ -207,6 +209,7 @@ def open_hub(lab: EtcdLab, name: str = "hub-1") -> Iterator[Hub]:
         streams = Streams(state, clock, lambda host, serial: admits(state, host, serial))
         writes = Writes(etcd, state, ENVELOPE, clock)
         operations = Operations(etcd, state, streams, writes, Peers(state, name, clock), clock)
+        writes.levels = operations.in_force.levels
         meta = layout.render_meta(layout.Meta(str(uuid.UUID(int=7))))
         if not (await etcd.read(layout.META)).kvs:
             await etcd.commit((), {layout.META: meta})

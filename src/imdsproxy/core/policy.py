@@ -60,6 +60,8 @@ class Rule:
         kind: `bool`, `TokenMode`, `int` (within `bounds`), or `tuple` for path rules.
         help: The first sentence is all that `--help` shows.
         part: Where the policy word has it; `None` where parts of the word are computed from it.
+        since: As `core.records.schema.Key.since`.
+        limits: As `Key.limits`: a host that ignored the rule would serve what it is to refuse.
     """
 
     name: str
@@ -67,6 +69,8 @@ class Rule:
     help: str
     bounds: tuple[int, int] | None = None
     part: Part | None = None
+    since: int = 1
+    limits: bool = True
 
 
 def _rule(default: object, text: str, **more: Any) -> Any:  # noqa: ANN401 - as dataclasses.field: it takes the type it stands beside

@@ -42,6 +42,7 @@ def build_api(hub: Hub) -> FastAPI:
     operations = Operations(
         hub.etcd, hub.state, hub.streams, writes, peers_of(hub), hub.clock, replica.complete
     )
+    writes.levels = operations.in_force.levels
     operations.token_keys, operations.unready = hub.token_keys, hub.unready
     operations.authority, operations.loop_failures = hub.authority, hub.background.failures
     app = operators_app(operations)

@@ -125,9 +125,20 @@ class InForce:
     def report(self) -> dict[HostId, dict[str, Any]]:
         """Each host of this hub: what it has acknowledged, and what failed there."""
         return {
-            host: {"acknowledged": one.acked, "failed": dict(one.failed), "serial": one.serial}
+            host: {
+                "acknowledged": one.acked,
+                "failed": dict(one.failed),
+                "serial": one.serial,
+                "level": one.level,
+            }
             for host, one in self.streams.hosts.items()
         }
+
+    async def levels(self) -> Mapping[HostId, int]:
+        """The level of records that each connected host reads; of one that another hub does not say it, the first."""
+        reported = await self.report_all()
+        levels = {host: one.get("level", 1) for host, one in reported.items()}
+        return {host: one if isinstance(one, int) else 1 for host, one in levels.items()}
 
     async def report_all(self) -> Reported:
         """The same of all hubs; each with the name of its hub."""

@@ -38,8 +38,10 @@ from imdsproxy.core.fleet.stream import (
     render_line,
 )
 from imdsproxy.core.fleet.suspicion import Evidence
+from imdsproxy.core.records.levels import SCHEMA, Schema
 from imdsproxy.errors import SourceUnavailable
 from imdsproxy.host.clock import Clock
+from imdsproxy.hub.levels import fit_item
 from imdsproxy.hub.state import FleetState
 
 _BACKLOG: Final = 4096
@@ -99,6 +101,7 @@ class Streams:
         suspect: Called with evidence that etcd was restored from a backup: a host has what etcd lacks.
         age_s: Seconds since etcd was heard.
         unready: Why no host may be served by this hub.
+        schema: What this hub knows of records.
 
     Attributes:
         hosts: Streams of hosts that are connected to this hub: they have said hello.
@@ -111,6 +114,7 @@ class Streams:
     suspect: Callable[[Evidence], object] = lambda _: None
     age_s: Callable[[], float] = lambda: 0.0
     unready: Callable[[], str | None] = lambda: None
+    schema: Schema = SCHEMA
     hosts: dict[HostId, HostStream] = field(default_factory=dict)
     differed: int = 0
     _differing: dict[HostId, tuple[float, str]] = field(default_factory=dict)
@@ -333,6 +337,7 @@ class HostStream(asyncio.Protocol):
         "failed",
         "greeted",
         "host",
+        "level",
         "serial",
         "turn",
     )
@@ -352,6 +357,7 @@ class HostStream(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self.host, self.serial = HostId(""), ""
         self.greeted, self.acked = False, 0
+        self.level = 1
         self.failed: Mapping[ItemKey, str] = {}
 
     # asyncio.Protocol
@@ -527,6 +533,7 @@ class HostStream(asyncio.Protocol):
         if before is not None:
             before.leave(ByeCode.REPLACED)
         streams.add(self)
+        self.level = hello.level
         self.greeted, self._unread = True, streams.state.unread_instances(found.batch.unreadable)
         self._plan(None)
         _log.info("host joined", host=self.host, revision=hello.revision)
@@ -539,7 +546,7 @@ class HostStream(asyncio.Protocol):
         piece: dict[ItemKey, tuple[int, Any]] = {}
         size = 0
         for item, (revision, value) in batch.put.items():
-            piece[item] = revision, value
+            piece[item] = revision, fit_item(self._streams.schema, item, value, self.level)
             size += self._streams.state.size(item)
             if size > _BATCH_BYTES:
                 part = Batch(batch.revision, batch.fleet, batch.incarnation, piece, more=True)

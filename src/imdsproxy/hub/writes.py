@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ from imdsproxy.core.model import InstanceId, Network, NetworkId
 from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.core.records import PlacedInstance
 from imdsproxy.core.records.grant import Grant
+from imdsproxy.core.records.levels import SCHEMA, Schema
 from imdsproxy.errors import (
     AdminError,
     NotFound,
@@ -37,6 +38,7 @@ from imdsproxy.hub import plan_writes
 from imdsproxy.hub.envelope import Envelope
 from imdsproxy.hub.etcd import Committed, Etcd
 from imdsproxy.hub.etcd_messages import Compare, KeyValue, prefix_end
+from imdsproxy.hub.levels import plan_levels, refuse_older
 from imdsproxy.hub.plan_writes import InstancePut, Terms, Transaction
 from imdsproxy.hub.shared_listeners import refuse_shared
 from imdsproxy.hub.state import FleetState
@@ -118,6 +120,10 @@ class Fresh:
         return changed
 
 
+async def _no_levels() -> Mapping[HostId, int]:
+    return {}
+
+
 @dataclass(slots=True)
 class Writes:
     """Writes to a fleet's etcd.
@@ -128,6 +134,8 @@ class Writes:
         envelope: What seals user data.
         clock: Unix time.
         user_data_kib: The largest user data of an instance.
+        schema: What this hub knows of records.
+        levels: The level of records that connected hosts read.
     """
 
     etcd: Etcd
@@ -135,6 +143,8 @@ class Writes:
     envelope: Envelope
     clock: Clock
     user_data_kib: int = 1024
+    schema: Schema = SCHEMA
+    levels: Callable[[], Awaitable[Mapping[HostId, int]]] = _no_levels
 
     def terms(
         self,
@@ -303,12 +313,7 @@ class Writes:
                 raise
             if not (planned.puts or planned.deletes):
                 return Done(planned.revision, planned.hosts, planned.scope)
-            refuse_shared(self.state, planned)
-            if not planned.fits:
-                raise TooMuch(
-                    "this is too much for one write",
-                    hint="etcd takes some forty addresses of an instance, and 1 MiB, at once",
-                )
+            await self._refuse(planned)
             known, incarnation = self.state.revision, self.state.meta.incarnation
             try:
                 answer = await self.etcd.commit(planned.compares, planned.puts, planned.deletes)
@@ -325,6 +330,17 @@ class Writes:
             view.take(planned.compares, answer.kvs)
             _refuse_swept(view, planned.compares)
         raise SourceUnavailable("others write the same records all the time", hint="try again")
+
+    async def _refuse(self, planned: Transaction) -> None:
+        """Raise where hosts could not do what is planned, or etcd does not take it."""
+        refuse_shared(self.state, planned)
+        if needed := plan_levels(self.state, planned, self.schema):
+            refuse_older(needed, await self.levels())
+        if not planned.fits:
+            raise TooMuch(
+                "this is too much for one write",
+                hint="etcd takes some forty addresses of an instance, and 1 MiB, at once",
+            )
 
     async def revoke_tokens(self, instance: InstanceId, terms: Terms) -> tuple[Done, int]:
         """Revoke the tokens that an instance has now; raises as `put`, and `NotFound`.

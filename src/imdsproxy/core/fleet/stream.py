@@ -87,6 +87,7 @@ class Hello:
         incarnation: The highest that it has seen.
         revision: The highest that it has applied; 0 for none.
         items: The revision of each item that it has.
+        level: The level of records that it reads (`core.records.levels`).
     """
 
     fleet: str | None = None
@@ -94,6 +95,7 @@ class Hello:
     revision: int = 0
     items: Mapping[ItemKey, int] = field(default_factory=dict)
     format: int = FORMAT
+    level: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +199,7 @@ def render_line(message: FromHost | FromHub) -> bytes:
                     "incarnation": message.incarnation,
                     "revision": message.revision,
                     "items": dict(message.items),
+                    "level": message.level,
                 }
             }
         case Ack():
@@ -255,6 +258,7 @@ def parse_from_host(line: bytes) -> FromHost:
                 _number(rest.get("revision", 0)),
                 {_item(key): _number(one) for key, one in items.items()},
                 _number(form),
+                _number(rest.get("level", 1)),
             )
         case {"ack": revision, **rest}:
             why = {_item(key): _text(one) for key, one in _object(rest, "failed").items()}

@@ -54,7 +54,7 @@ _RULE_KINDS: Final[dict[type[object], Kind]] = {
 
 def _key(rule: Rule) -> Key:
     kind = _RULE_KINDS[rule.kind] if rule.bounds is None else values.number_between(*rule.bounds)
-    return Key(rule.name, kind, rule.help)
+    return Key(rule.name, kind, rule.help, since=rule.since, limits=rule.limits)
 
 
 POLICY: Final = Table(

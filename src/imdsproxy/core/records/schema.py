@@ -273,6 +273,8 @@ class Key:
         attribute: The dataclass's, where it has another name.
         required: It must be there.
         only_in_files: The admin API does not take it, and no record is shown with it.
+        since: The level of records that it came with (`core.records.levels`).
+        limits: A host of a fleet that does not know the key may not ignore it.
     """
 
     name: str
@@ -281,6 +283,8 @@ class Key:
     attribute: str = ""
     required: bool = False
     only_in_files: bool = False
+    since: int = 1
+    limits: bool = True
 
     @property
     def field(self) -> str:

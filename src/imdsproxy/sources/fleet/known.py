@@ -21,8 +21,8 @@ from imdsproxy.core.model import Instance, InstanceId, StoredBytes
 from imdsproxy.core.observation import Observation
 from imdsproxy.core.packed import PackedInstance
 from imdsproxy.core.policy import NO_RULES, FleetRules, OperatorOverride
-from imdsproxy.core.records import Path, Refused, parse_listed
-from imdsproxy.core.records.network import POLICY
+from imdsproxy.core.records import Path, Refused
+from imdsproxy.core.records.levels import SCHEMA, Schema
 from imdsproxy.core.tokens import KEY_BYTES, TokenKey
 from imdsproxy.errors import Problem
 from imdsproxy.sources.in_force import Entry, InForce
@@ -76,8 +76,8 @@ class _Unreadable(ValueError):
     """An item's value is not what hubs send."""
 
 
-class _NoUserData(_Unreadable):
-    """This host does not have the user data of an instance yet."""
+class _Later(_Unreadable):
+    """An instance that this host takes once it has its user data, or can read what limits it."""
 
 
 @dataclass(slots=True)
@@ -86,6 +86,7 @@ class FleetKnown:
 
     Args:
         user_data: Where user data is.
+        schema: What this version knows of records.
 
     Attributes:
         items: The revision of each that is in force.
@@ -93,6 +94,7 @@ class FleetKnown:
     """
 
     user_data: UserDataOf
+    schema: Schema = SCHEMA
     position: Position = field(default_factory=Position)
     items: dict[ItemKey, int] = field(default_factory=dict)
     held: dict[ItemKey, str] = field(default_factory=dict)
@@ -114,7 +116,8 @@ class FleetKnown:
     def hello(self) -> Hello:
         """What this host has."""
         at = self.position
-        return Hello(at.fleet, at.incarnation, at.revision, dict(self.items))
+        items, level = dict(self.items), self.schema.level
+        return Hello(at.fleet, at.incarnation, at.revision, items, level=level)
 
     def digest(self, without: Collection[ItemKey]) -> str:
         """`digest_items` of what is in force, without some."""
@@ -196,8 +199,7 @@ class FleetKnown:
         for key, is_whole in damaged.items():
             self._refuse(key, 0, "its copy on disk is damaged")
             missing.add(_limit(key) if is_whole else None)
-        limits_first = sorted(items.items(), key=lambda one: (one[0].startswith("instance/"), one))
-        for key, (revision, value) in limits_first:
+        for key, (revision, value) in sorted(items.items(), key=_limits_first):
             if missing & _limits_of(key, value):
                 self._refuse(key, revision, "what limits it cannot be read")
                 continue
@@ -212,7 +214,7 @@ class FleetKnown:
     def _load_item(self, key: ItemKey, revision: int, value: Json) -> None:
         kind = key.partition("/")[0]
         if kind not in _RECORDS:
-            self._others[key] = _parse_other(kind, value, None)
+            self._others[key] = self._parse_other(kind, value, None)
             return
         entry = self._entry(key, revision, value)
         if entry.problems:
@@ -240,11 +242,12 @@ class FleetKnown:
                 self._refuse(key, revision, reasons[data.sha256])
 
     def supplied(self) -> Batch:
-        """The items whose user data has come since they were refused for the lack of it."""
+        """The items that were refused for the lack of what has come since."""
         put: dict[ItemKey, Item] = {}
         for key, (revision, value) in self._lacking.items():
             owner, data = _user_data_of(key, value)
-            if data and self.user_data(owner, data.sha256) is not None:
+            lacks_data = data is not None and self.user_data(owner, data.sha256) is None
+            if not (lacks_data or self._lacks_limit(key, value)):
                 put[key] = revision, value
         at = self.position
         return Batch(at.revision, at.fleet or "", at.incarnation, put)
@@ -265,7 +268,7 @@ class FleetKnown:
         for key in (*batch.remove, *(batch.held if newer else ())):
             others |= self._remove(key)
             stored[key] = None
-        for key, (revision, value) in batch.put.items():
+        for key, (revision, value) in sorted(batch.put.items(), key=_limits_first):
             known = self.items.get(key, -1)
             self.held.pop(key, None)
             if revision < known and not newer:
@@ -297,15 +300,17 @@ class FleetKnown:
         kind, _, _ = key.partition("/")
         try:
             if kind in _RECORDS:
+                if self._lacks_limit(key, value):
+                    raise _Later("what limits it cannot be read")
                 entry = self._entry(key, revision, value)
                 self._kinds[_RECORDS[kind]].replace_file(key, [entry])
                 self._waiting[key] = revision, value
                 return False
             before = self._others.get(key)
-            found = _parse_other(kind, value, before)
+            found = self._parse_other(kind, value, before)
         except _Unreadable as error:
             self._refuse(key, revision, str(error))
-            if isinstance(error, _NoUserData):
+            if isinstance(error, _Later):
                 self._lacking[key] = revision, value
             return False
         self._others[key], self.items[key] = found, revision
@@ -314,6 +319,16 @@ class FleetKnown:
             value = {"epoch": found.epoch, "reopened_at": found.reopened_at}
         stored[key] = revision, value
         return found != before
+
+    def _parse_other(self, kind: str, value: Json, before: object) -> object:
+        return _parse_other(self.schema, kind, value, before)
+
+    def _lacks_limit(self, key: ItemKey, value: Json) -> bool:
+        """Whether no version of an item that limits an instance can be read."""
+        if not self._refused:
+            return False
+        refused = {_limit(one) for one in self._refused if one not in self.items}
+        return bool(refused and refused & _limits_of(key, value))
 
     def _remove(self, key: ItemKey) -> bool:
         kind = key.partition("/")[0]
@@ -358,7 +373,7 @@ class FleetKnown:
         unknown = sorted(value.keys() - {"record", "user_data"})
         if unknown:
             raise _Unreadable(f"this version does not know {', '.join(unknown)}")
-        found = parse_listed((_RECORDS[kind], name), value.get("record"))
+        found = self.schema.tables[kind].read(value.get("record"), (_RECORDS[kind], name))
         if not isinstance(found, Refused) and found.id != name:
             found = Refused((Problem("id", f"it is the record of {found.id}"),))
         if isinstance(found, Refused):
@@ -373,7 +388,7 @@ class FleetKnown:
                 raise _Unreadable("`user_data` does not say `sha256` and `size`")
             stored = self.user_data(found.id, data.sha256)
             if stored is None:
-                raise _NoUserData("its user data is on its way")
+                raise _Later("its user data is on its way")
             found = replace(found, user_data=stored)
         return Entry(name, key, revision, record=PackedInstance.of(found))
 
@@ -386,6 +401,10 @@ def _user_data_of(key: ItemKey, value: Json) -> tuple[InstanceId, UserData | Non
             return InstanceId(name), UserData(sha256, size)
         case _:
             return InstanceId(name), None
+
+
+def _limits_first(item: tuple[ItemKey, Item]) -> tuple[bool, ItemKey]:
+    return item[0].startswith("instance/"), item[0]
 
 
 def _limit(key: ItemKey) -> ItemKey:
@@ -425,10 +444,10 @@ def merge(before: Batch | None, batch: Batch) -> Batch:
     )
 
 
-def _parse_other(kind: str, value: Json, before: object) -> object:
+def _parse_other(schema: Schema, kind: str, value: Json, before: object) -> object:
     match kind, value:
         case "policy", _:
-            rules = POLICY.read(value)
+            rules = schema.tables[kind].read(value)
             if isinstance(rules, Refused):
                 raise _Unreadable("; ".join(map(str, rules.problems)))
             return rules
