@@ -75,6 +75,16 @@ class Chaos:
         self.random = random.Random(self.seed)  # noqa: S311 - it is to come out the same again
 
     @property
+    def instances(self) -> tuple[str, ...]:
+        """The instances of all guests."""
+        return tuple(_GUESTS)
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """Their networks."""
+        return NETWORKS
+
+    @property
     def client(self) -> FleetClient:
         """An operator's."""
         if self._client is None:

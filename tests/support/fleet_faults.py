@@ -10,14 +10,18 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeAlias
 
+from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.layout import HostId, StoredInstance, instance_key, render_instance
-from imdsproxy.core.model import InstanceId
-from imdsproxy.errors import EtcdFull
+from imdsproxy.core.fleet.members import host_key, operator_key
+from imdsproxy.core.model import InstanceId, NetworkId
+from imdsproxy.errors import EtcdFull, ImdsproxyError
+from imdsproxy.hub.etcd import Etcd
+from imdsproxy.hub.etcd_messages import KeyValue, unchanged
 from support.daemon import alive
 from support.etcd_lab import EtcdLab
 from support.fleet_history import Outcome
@@ -245,6 +249,63 @@ def _has_room(etcd: EtcdLab) -> bool:
     return all(json.loads(one)[0]["Status"]["dbSize"] < _EMPTY_BYTES for one in answers)
 
 
+_GARBAGE: Final = (b"garbage", b"[]", b"\xff\xfe", b"7")
+_DAMAGED: Final = 4
+"""Keys at a time."""
+
+
+@contextlib.contextmanager
+def _damaged(chaos: Chaos) -> Iterator[None]:
+    """Another program writes garbage to some keys of any kind, and an operator puts back what was there."""
+    world, host = chaos.world, chaos.a_host()
+    everything = (
+        *(layout.META, layout.BEAT, layout.SUSPECT, layout.ENVELOPE, layout.TOKEN_KEYS),
+        *(instance_key(InstanceId(name)) for name in chaos.instances),
+        *(layout.guard_key(InstanceId(name)) for name in chaos.instances),
+        *(layout.network_key(NetworkId(name)) for name in chaos.networks),
+        *(f"{layout.POLICIES}fleet", f"{layout.POLICIES}host/{host.name}", layout.grant_key("p")),
+        *(host_key(host.name), host_key(HostId("odd")), operator_key("nobody")),
+        *(layout.HUBS + chaos.a_hub().name, f"{layout.HUBS}odd", layout.import_key("odd")),
+        *(f"{layout.PREFIX}other/kind", f"{layout.INSTANCES}no/id"),
+    )
+    keys = chaos.random.sample(everything, _DAMAGED)
+    before = {key: _read(chaos, key) for key in keys}
+    written = world.write({key: chaos.random.choice(_GARBAGE) for key in keys})
+    chaos.note(f"  {', '.join(keys)}")
+    if chaos.random.random() < _RESTARTS:
+        # It has no good value of before.
+        with _hub_killed(chaos):
+            pass
+    until(lambda: _names_all(chaos, keys, written), within_s=60, what="each key in the status")
+    yield
+    for key, found in before.items():
+        world.ask(lambda etcd, key=key, found=found: _put_back(etcd, key, written, found))  # type: ignore[misc]  # a default
+
+
+def _read(chaos: Chaos, key: str) -> KeyValue | None:
+    found = chaos.world.ask(lambda etcd: etcd.read(key)).kvs
+    return found[0] if found else None
+
+
+def _names_all(chaos: Chaos, keys: Sequence[str], written: int) -> bool:
+    """Whether the status names each key that still has the garbage: operators and hubs write over some."""
+    with contextlib.suppress(ImdsproxyError):
+        problems = chaos.request("GET", "/fleet/status")["problems"]
+        missing = [one for one in keys if one not in problems]
+        return all(
+            (now := _read(chaos, one)) is None or now.mod_revision != written for one in missing
+        )
+    return False
+
+
+async def _put_back(etcd: Etcd, key: str, written: int, before: KeyValue | None) -> None:
+    still = [unchanged(key, written)]
+    if before is None:
+        await etcd.commit(still, {}, [key])
+    else:
+        await etcd.commit(still, {key: before.value})
+
+
 def _is_written(chaos: Chaos, since: float) -> bool:
     known = {Outcome.APPLIED, Outcome.STORED}
     return any(one.sent > since and one.outcome in known for one in chaos.history.writes[-50:])
@@ -285,6 +346,7 @@ FAULTS: Final[dict[str, Fault]] = {
     "a hub's clock is stepped": _hub_clock_stepped,
     "etcd is compacted and defragmented": _compacted,
     "etcd is full": _full,
+    "another program writes garbage to etcd": _damaged,
     "etcd is restored": _restored(),
     "etcd is restored with newer revisions": _restored(
         "--bump-revision=1000000", "--mark-compacted"
