@@ -1,14 +1,22 @@
 """Guests known by their MACs, and guests that take another's address, through real namespaces and a real HAProxy."""
 
+import os
+import signal
 import socket
 import subprocess
 import time
+from functools import partial
+from pathlib import Path
 from typing import Any, Final
+from unittest import mock
 
 import pytest
 
+from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.model import NetworkId
+from imdsproxy.dataplane.records import RecordApplier
+from imdsproxy.errors import ImdsproxyError
 from support.daemon import instance, user_data_of
 from support.guest import IPV4, IPV6, Connection, Guest, Lost, inside
 from support.impostor import Impostor
@@ -278,6 +286,64 @@ def test_without_a_controller_known_guests_go_on_and_impostors_do_not(world: Wor
     reads(bare, "bare")
     assert macs(world)["learned"] == 1
     world.all_right()
+
+
+def _die_after(owner: type, name: str, armed: Path) -> None:
+    """Have a process kill itself after its next call of a coroutine method, once a file is there."""
+    do = getattr(owner, name)
+
+    async def do_and_die(*words: object) -> object:
+        result = await do(*words)
+        die_if_armed()
+        return result
+
+    def die_if_armed() -> None:
+        if armed.exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    mock.patch.object(owner, name, do_and_die).start()
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(MacFilters, "withdraw"), (RecordApplier, "apply"), (MacFilters, "grant")],
+)
+def test_a_controller_killed_while_a_guest_s_mac_changes_leaves_the_guest_served(
+    world: World, owner: type, name: str
+) -> None:
+    armed = world.daemon.directory / "armed"
+    world.daemon.put(instances=[instance("red-5", "red", mac="fa:16:3e:99:99:97")])
+    assert world.red.ask(_TARGET).status == 403
+    world.daemon.kill_controller()
+    world.daemon.start(before=partial(_die_after, owner, name, armed))
+    armed.touch()
+    with pytest.raises(ImdsproxyError):
+        world.daemon.put(instances=[instance("red-5", "red")])
+    # Nobody but the kernel and HAProxy is there.
+    reads(world.red, "red-5")
+    armed.unlink()
+    world.daemon.kill_controller()
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(MacFilters, "withdraw"), (RecordApplier, "apply"), (MacFilters, "grant")],
+)
+def test_a_start_after_a_kill_while_an_address_moves_serves_its_new_owner(
+    world: World, owner: type, name: str
+) -> None:
+    armed, other = world.daemon.directory / "armed", "fa:16:3e:99:99:96"
+    world.daemon.put(instances=[instance("red-5", "red", mac=other)])
+    world.daemon.kill_controller()
+    world.daemon.start(before=partial(_die_after, owner, name, armed))
+    armed.touch()
+    moved = instance("mover", "red", 9, mac=other)
+    with pytest.raises(ImdsproxyError):
+        world.daemon.put(instances=[{**moved, "id": "red-5"}, instance("heir", "red", 5)])
+    armed.unlink()
+    world.daemon.kill_controller()
+    world.daemon.start()
+    reads(world.red, "heir")
 
 
 def test_who_flushes_all_tables_does_not_let_anybody_in(world: World) -> None:

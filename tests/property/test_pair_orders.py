@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from ipaddress import ip_address
 from types import SimpleNamespace
 from typing import Any, TypeAlias
@@ -34,7 +34,7 @@ from imdsproxy.core.model import (
     NetworkId,
     Port,
 )
-from imdsproxy.core.observation import Observation
+from imdsproxy.core.observation import AddressKey, Observation
 from imdsproxy.core.plan import record_key
 from imdsproxy.host.clock import Clock
 from support.fake_mac_filters import FakeMacFilters, MemoryJournal, no_hop_limits
@@ -58,11 +58,17 @@ class Noting(MacFilters):
     """What a round of the record loop wants: the inventory may say something newer by now."""
 
     planned: Pairs
+    on_staying: Callable[[AddressKey, MacAddress | None, MacAddress | None], None]
 
-    async def withdraw(self, pairs: Pairs) -> None:
+    async def withdraw(self, pairs: Pairs, staying: Collection[AddressKey] = ()) -> None:
         before = {key: self.granted(key) for key in self.keys()}
         self.planned = {**before, **pairs}
-        await super().withdraw(pairs)
+        # The exchange waits for its turn: until then both MACs are the instance's.
+        for key in staying:
+            self.on_staying(key, before.get(key), pairs[key])
+        await super().withdraw(pairs, staying)
+        for key in staying:
+            self.on_staying(key, pairs[key], pairs[key])
 
 
 class World:
@@ -72,10 +78,12 @@ class World:
 
     def __init__(self) -> None:
         self.map: dict[str, str] = {}
-        self.owners: dict[str, tuple[str, MacAddress | None]] = {}
+        self.owners: dict[str, tuple[str, set[MacAddress | None]]] = {}
         self.inventory = Inventory(["s"])
         self.kernel = FakeMacFilters(watch=self.look)
         self.filters = Noting(self.kernel, self.inventory, Naming(), MemoryJournal(), Clock())
+        self.filters.on_staying = self.stay
+        self.staying: dict[str, str] = {}
         # The parts that are used: of what is on disk, nothing.
         applier: Any = SimpleNamespace(apply=self.apply, state=MapState(base=self.map))
         nothing: Any = MagicMock(directory="/nonexistent")
@@ -93,9 +101,17 @@ class World:
             TokenKeys(nothing),
         )
 
+    def stay(self, key: AddressKey, *macs: MacAddress | None) -> None:
+        """The instance that has the address may have each of these MACs from now on."""
+        name = record_key(key)
+        self.staying[name] = self.owners[name][0]
+        self.owners[name] = self.staying[name], {*macs}
+
     async def apply(self, wanted: Mapping[str, str | None]) -> int:
+        staying, self.staying = self.staying, {}
         for key, value in wanted.items():
             await asyncio.sleep(0)
+            assert key not in staying or str(value).startswith(f"{staying[key]}|")
             if value is None:
                 self.map.pop(key, None)
             else:
@@ -103,7 +119,7 @@ class World:
                 address = ip_address(key.partition("/")[2])
                 self.owners[key] = (
                     value.partition("|")[0],
-                    self.filters.planned.get((_NET, address)),
+                    {self.filters.planned.get((_NET, address))},
                 )
             self.look()
         return len(wanted)
@@ -117,7 +133,7 @@ class World:
                     continue
                 owner, expected = self.owners[key]
                 assert value.startswith(f"{owner}|")
-                assert mac == expected or expected in (ANY_MAC, None), (key, mac, owner, expected)
+                assert {mac, ANY_MAC, None} & expected, (key, mac, owner, expected)
 
     async def say(self, ports: Mapping[str, Port], *, checked: bool) -> None:
         network = Network(_NET, NamespaceListener("ns"), mac_check=checked)

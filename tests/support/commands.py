@@ -101,18 +101,35 @@ class Forked:
 
 
 def start_controller(
-    config: Path, *, environment: Mapping[str, str], log: Path, namespace: Path | None
+    config: Path,
+    *,
+    environment: Mapping[str, str],
+    log: Path,
+    namespace: Path | None,
+    before: Callable[[], None] | None = None,
 ) -> Forked:
-    """Start a controller, whose command line is another's: its working directory is where its settings are."""
+    """Start a controller, whose command line is another's: its working directory is where its settings are.
+
+    Args:
+        config: Its settings.
+        environment: All of its environment.
+        log: Where it writes.
+        namespace: Where it runs.
+        before: Done in its process first.
+    """
     process = _CONTEXT.Process(
-        target=_be_controller, args=(config, environment, log, namespace), daemon=True
+        target=_be_controller, args=(config, environment, log, namespace, before), daemon=True
     )
     process.start()
     return Forked(process)
 
 
 def _be_controller(
-    config: Path, environment: Mapping[str, str], log: Path, namespace: Path | None
+    config: Path,
+    environment: Mapping[str, str],
+    log: Path,
+    namespace: Path | None,
+    before: Callable[[], None] | None,
 ) -> None:
     os.setsid()
     os.chdir(config.parent)
@@ -120,7 +137,8 @@ def _be_controller(
         with namespace.open("rb") as opened:
             entered = ctypes.CDLL(None).setns(opened.fileno(), _CLONE_NEWNET)
         assert entered == 0, namespace
-    _run(("--config", str(config), "run"), environment, (Path(os.devnull), log, log))
+    files = (Path(os.devnull), log, log)
+    _run(("--config", str(config), "run"), environment, files, before)
 
 
 def _run(

@@ -167,21 +167,28 @@ class Daemon:
 
     # Life
 
-    def start(self, *, ready: bool = True) -> Daemon:
-        """Start a controller and wait until it says that all is in force."""
-        self.process = self._started()
+    def start(self, *, ready: bool = True, before: Callable[[], None] | None = None) -> Daemon:
+        """Start a controller and wait until it says that all is in force; `before` is done in its process first."""
+        self.process = self._started(before)
         until(self._answers, within_s=_START_S, what="the daemon's answer")
         if ready:
             self.wait_ready()
         return self
 
-    def _started(self) -> subprocess.Popen[bytes] | Forked:
+    def _started(
+        self, before: Callable[[], None] | None = None
+    ) -> subprocess.Popen[bytes] | Forked:
         environment = self._environment()
         if self.program == _PROGRAM and not self.environment:
             namespace = NETNS / self.lab.host if self.in_lab else None
             return start_controller(
-                self.config, environment=environment, log=self.log, namespace=namespace
+                self.config,
+                environment=environment,
+                log=self.log,
+                namespace=namespace,
+                before=before,
             )
+        assert before is None
         # What changes how an interpreter starts has one of its own.
         where = within(self.lab.host) if self.in_lab else ()
         with self.log.open("ab") as log:

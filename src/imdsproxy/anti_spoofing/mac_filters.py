@@ -321,17 +321,23 @@ class MacFilters:
             if granted.get(address) != mac or (network, address) in self._lingering
         }
 
-    async def withdraw(self, pairs: Pairs) -> None:
+    async def withdraw(self, pairs: Pairs, staying: Collection[AddressKey] = ()) -> None:
         """Withdraw pairs of addresses that have another MAC in `pairs`.
 
         An address without an owner keeps its pair for a moment, so that open connections get an answer instead of being
         cut; HAProxy's map has nothing for it.
+
+        Args:
+            pairs: By address; `None` for an address without an owner.
+            staying: Addresses whose instance has them already. Their new pairs come at once, each in the place of the
+                old one: a controller that is killed before `grant` would leave the guest without one.
 
         Raises:
             HostRefused: The kernel refuses.
         """
         async with self._lock:
             gone: list[AddressKey] = []
+            exchanged: dict[AddressKey, MacAddress] = {}
             for network, some in _by_network(pairs.items()).items():
                 granted = self._granted.get(network, {})
                 for address, mac in some.items():
@@ -341,9 +347,15 @@ class MacFilters:
                     elif mac is None:
                         until = self.clock.monotonic() + _LINGER_S
                         self._lingering.setdefault((network, address), until)
+                    elif (network, address) in staying:
+                        self._lingering.pop((network, address), None)
+                        exchanged[network, address] = mac
                     else:
                         gone.append((network, address))
             await self._withdraw(gone)
+            for network, come in _by_network(exchanged.items()).items():
+                granted = self._granted.get(network, {})
+                await self._change(network, granted, {one: granted[one] for one in come}, come)
 
     async def expire(self) -> None:
         """Withdraw the pairs of addresses that have had no owner for a while, and remove filters that are idle.

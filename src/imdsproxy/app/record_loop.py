@@ -31,7 +31,7 @@ from imdsproxy.core.path_rules import PathRules
 from imdsproxy.core.plan import RecordPlanner, parse_record_key, record_key
 from imdsproxy.core.policy import PolicyBook
 from imdsproxy.core.timing import Backoff, Durations, Progress
-from imdsproxy.core.wire import MapRecord
+from imdsproxy.core.wire import MapRecord, parse_map_value
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import DataplaneError, Problem
 from imdsproxy.host.clock import Clock
@@ -362,7 +362,7 @@ class RecordLoop:
         await self.sets.ensure(plan.sets, sweep=sweeping)
         await self.keys.ensure(self.applier)
         # The present owner of an address is not let through any more when it becomes another's.
-        await self.mac_filters.withdraw(plan.pairs)
+        await self.mac_filters.withdraw(plan.pairs, self._staying(plan))
         await self.applier.apply(plan.wanted)
         await self.mac_filters.grant(plan.pairs)
         if sweeping or self._swept:
@@ -378,6 +378,23 @@ class RecordLoop:
             self.compiler.index.close()
         self.hop_limits.commit(plan.armed, complete=self._swept)
         self.on_applied(None if full else keys)
+
+    def _staying(self, plan: _RoundPlan) -> frozenset[AddressKey]:
+        """Addresses whose record in force is of the instance that is to have them."""
+
+        def instance_of(value: str | None) -> InstanceId | None:
+            record = None if value is None else parse_map_value(value)
+            return None if record is None else record.instance
+
+        staying = set[AddressKey]()
+        for key in (key for key, mac in plan.pairs.items() if mac is not None):
+            name = record_key(key)
+            value = self.applier.state.lookup(name)
+            before = instance_of(value)
+            # A full round plans no record that is in force already.
+            if before is not None and before == instance_of(plan.wanted.get(name, value)):
+                staying.add(key)
+        return frozenset(staying)
 
     def _is_of_fleet(self, instance: InstanceId) -> bool:
         return FLEET in self.inventory.sources_of_instance(instance)

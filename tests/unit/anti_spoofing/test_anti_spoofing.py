@@ -265,6 +265,18 @@ async def test_a_kernel_that_refuses_leaves_no_guest_verified_and_is_reported(ri
     assert rig.filters.is_up(_N1)
 
 
+async def test_another_mac_of_the_same_instance_takes_the_old_ones_place_at_once(rig: Rig) -> None:
+    await rig.up()
+    await rig.filters.withdraw(_one(None))
+    await rig.filters.withdraw(_one(_OTHER), staying={_KEY})
+    rig.clock.time += 31
+    await rig.filters.expire()
+    assert rig.kernel.tables == {_N1: {_KEY[1]: _OTHER}}
+    assert rig.filters.granted(_KEY) == _OTHER
+    await rig.filters.withdraw(_one(_MAC))
+    assert rig.kernel.tables == {_N1: {}}
+
+
 async def test_a_filter_that_was_removed_is_created_again_with_its_pairs(rig: Rig) -> None:
     await rig.up()
     rig.kernel.lose(_N1)
