@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 
@@ -137,3 +138,25 @@ def test_a_hub_that_hangs_costs_seconds_and_one_that_was_killed_stays_listed(
         what="no hub that is absent",
     )
     assert fleet("instance", "set", "web", "--hostname", "web").status == 0
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_a_member_of_etcd_that_hangs_costs_a_change_seconds(fleet: _Fleet, number: int) -> None:
+    def change(name: str, hub: HubProcess) -> float:
+        began = time.monotonic()
+        done = fleet("instance", "set", "web", "--hostname", name, hubs=(hub,))
+        assert done.status == 0, done
+        return time.monotonic() - began
+
+    with fleet.world.etcd.paused(fleet.world.etcd.members[number]):
+        took = [change(f"web-{hub.name}", hub) for hub in fleet.world.hubs]
+        again = [change("web", hub) for hub in fleet.world.hubs]
+    assert max(took) < 4 + _SOON_S * patience(), took
+    assert max(again) < _SOON_S * patience()
+    until(partial(_is_followed_by_all, fleet), within_s=30, what="all members")
+
+
+def _is_followed_by_all(fleet: _Fleet) -> bool:
+    return all(
+        fleet("fleet", "status", "--check", hubs=(hub,)).status == 0 for hub in fleet.world.hubs
+    )

@@ -32,7 +32,7 @@ from imdsproxy.hub.members import START_MEMBERS, Members
 
 T = TypeVar("T")
 
-_READ_S: Final = 2.0
+_ANSWER_S: Final = 2.0
 """How long a member has for an answer before the next one is asked."""
 
 _PAGE_BYTES: Final = 512 * 1024
@@ -121,6 +121,9 @@ class Etcd:
         random: Order of the members, and jitter of pauses.
         timeout_s: How long all members together have for an answer.
         silence_s: After so long without an event a watch is taken for broken. Something must be written that often.
+
+    Attributes:
+        doubted: Set when the member whose changes are followed does not answer another request: its watch may hang.
     """
 
     def __init__(
@@ -140,6 +143,8 @@ class Etcd:
         self._clock, self._timeout_s, self._silence_s = clock, timeout_s, silence_s
         self._newest = Header(0, 0)
         self._quotas: dict[str, int] = {}
+        self._followed = ""
+        self.doubted = asyncio.Event()
 
     async def close(self) -> None:
         """End all connections; those that wait for an answer fail."""
@@ -246,6 +251,7 @@ class Etcd:
         """
         url = await self._choose(self._clock.monotonic() + self._timeout_s)
         token = self._gateway.token
+        self._followed = url
         try:
             async with contextlib.aclosing(self._watch(url, prefix, start_revision)) as watch:
                 async for changes in watch:
@@ -263,6 +269,10 @@ class Etcd:
                 # A member may lag behind the others; whether all of them do, a read shows.
                 await self.read(prefix)
             raise self._outage(f"{url}: {failed}") from failed
+
+    def leave(self, reason: str) -> None:
+        """Let the member whose changes were followed rest, because its watch is not sound."""
+        self._members.fail(self._followed, reason)
 
     async def _watch(
         self, url: str, prefix: str, start_revision: int
@@ -318,12 +328,14 @@ class Etcd:
             url = await self._choose(deadline)
             token = self._gateway.token
             left_s = max(0.0, deadline - self._clock.monotonic())
-            timeout_s = left_s if write else min(left_s, _READ_S)
+            timeout_s = min(left_s, _ANSWER_S)
             try:
                 parsed = await self._ask_one(
                     url, path, body, parse, linear=linear, timeout_s=timeout_s
                 )
             except Failed as failed:
+                if failed.fault.kind is Kind.OUTAGE and url == self._followed:
+                    self.doubted.set()
                 if failed.fault.kind in _RIGHTS and not logged_in_anew:
                     logged_in_anew = True
                     if self._gateway.drop_token(token):
@@ -398,7 +410,7 @@ class Etcd:
     async def _status(self, url: str) -> MemberStatus | MemberSilent:
         try:
             with failing():
-                answer = await self._gateway.ask(url, "/v3/maintenance/status", {}, _READ_S)
+                answer = await self._gateway.ask(url, "/v3/maintenance/status", {}, _ANSWER_S)
                 status = messages.parse_status(url, answer)
             if not status.quota and url not in self._quotas:
                 self._quotas[url] = await self._gateway.quota(url)

@@ -162,6 +162,7 @@ def build_hub(settings: HubSettings, clock: Clock) -> Hub:
     name = settings.name or names.name
     replica = Replica(etcd, state, streams, name, url, clock, SystemRandom())
     streams.suspect, streams.age_s = replica.suspect, replica.age_s
+    streams.expect = replica.expect
     hub = Hub(
         settings=settings,
         files=files,
@@ -239,6 +240,7 @@ async def run_hub(
             loops: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
                 "beat": replica.beat,
                 "comparison": replica.compare,
+                "watch": replica.prove_watch,
                 "sweep": Sweep(hub.etcd, hub.state, clock).run,
                 "suspicions": replica.note_suspicions,
                 "first token key": partial(make_first_key, writes),

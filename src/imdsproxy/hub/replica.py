@@ -49,6 +49,9 @@ AT_ONCE: Final = 500
 """Keys that are folded in before the event loop, which has hosts waiting, does other work: 10 ms."""
 
 _AGAIN_S: Final = 1.0
+_LATE_S: Final = 1.0
+"""So long the watch may take to show what is written."""
+
 _MOST_PENDING: Final = 1000
 """Claims that wait to be written: more witnesses would change nothing."""
 
@@ -92,6 +95,8 @@ class Replica:
     _incarnation: int = 0
     _beat_seen: float = 0.0
     _doubtful: bool = False
+    _expected: int = 0
+    _limit: asyncio.Timeout | None = None
     _evidence: dict[HostId | None, tuple[Evidence, int]] = field(default_factory=dict)
     _noticed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -115,7 +120,10 @@ class Replica:
                 # What came last comes again: unless etcd has another history, which has revisions of the same numbers.
                 expected = self._last
                 begin = self._at if expected else self._at + 1
-                async with aclosing(self.etcd.follow(layout.PREFIX, begin)) as following:
+                async with (
+                    asyncio.timeout(None) as self._limit,
+                    aclosing(self.etcd.follow(layout.PREFIX, begin)) as following,
+                ):
                     async for changes in following:
                         backoff.succeed()
                         if reading := not expected.issubset(changes.events):
@@ -130,6 +138,8 @@ class Replica:
                             one for one in changes.events if one.mod_revision == self._at
                         )
                         self._fold(changes.revision, folded)
+            except TimeoutError:
+                self.etcd.leave("its watch does not show what is written")
             except Compacted:
                 reading = True
             except Behind as error:
@@ -375,7 +385,8 @@ class Replica:
             # It ends by itself, after `LEASE_S`.
             _log.info("lease not ended", reason=str(error))
 
-    async def _beat_once(self) -> None:
+    async def _beat_once(self) -> int:
+        """Write a beat, unless another hub does; its revision."""
         found, stored = self.state.value(layout.BEAT), self.state.stored(layout.BEAT)
         count = 0 if found is None else parse_beat(found[0]).count
         # What another program wrote there is written over: without beats all watches are silent.
@@ -385,6 +396,37 @@ class Replica:
         if isinstance(done, Conflict) and any(one.mod_revision < revision for one in done.kvs):
             # Otherwise it is by another hub, and comes by the watch. What is older, no watch would say.
             self._doubtful = True
+        if isinstance(done, Committed):
+            return done.revision
+        return max((one.mod_revision for one in done.kvs), default=0)
+
+    def expect(self, revision: int) -> None:
+        """Look whether the watch hangs, if it does not show a revision within `_LATE_S`."""
+        self._expected = max(self._expected, revision)
+        asyncio.get_running_loop().call_later(_LATE_S, self._look_for_expected)
+
+    def _look_for_expected(self) -> None:
+        if self.state.revision < self._expected:
+            self.etcd.doubted.set()
+
+    async def prove_watch(self) -> None:
+        """Leave a member whose watch does not show a beat that etcd has; until cancelled.
+
+        A member that hangs takes connections, and would be followed until it was silent for as long as two beats take.
+        """
+        while True:
+            await self.etcd.doubted.wait()
+            self.etcd.doubted.clear()
+            self._expected = 0
+            try:
+                beat = await self._beat_once()
+            except EtcdUnavailable as error:
+                _log.debug("watch not proven", reason=error.message)
+                continue
+            await asyncio.sleep(_LATE_S)
+            if self.state.revision < beat and self._limit is not None:
+                _log.warning("watch shows nothing", expected=beat, revision=self.state.revision)
+                self._limit.reschedule(asyncio.get_running_loop().time())
 
     async def compare(self) -> None:
         """Compare with all of etcd now and then: a watch does not show what a restore has changed; until cancelled.

@@ -100,6 +100,7 @@ class Streams:
         admits: Whether a host's certificate of this serial number is good now.
         suspect: Called with evidence that etcd was restored from a backup: a host has what etcd lacks.
         age_s: Seconds since etcd was heard.
+        expect: Called with a revision that is waited for and that this hub has not received.
         unready: Why no host may be served by this hub.
         schema: What this hub knows of records.
 
@@ -113,6 +114,7 @@ class Streams:
     admits: Callable[[HostId, str], bool]
     suspect: Callable[[Evidence], object] = lambda _: None
     age_s: Callable[[], float] = lambda: 0.0
+    expect: Callable[[int], object] = lambda _revision: None
     unready: Callable[[], str | None] = lambda: None
     schema: Schema = SCHEMA
     hosts: dict[HostId, HostStream] = field(default_factory=dict)
@@ -270,6 +272,8 @@ class Streams:
         Returns:
             Those on which it is not yet, and why.
         """
+        if self.state.revision < revision:
+            self.expect(revision)
         wait = _Wait(revision, set(self._pending(hosts, revision, items)), items)
         for host in wait.hosts:
             self._waits.setdefault(host, []).append(wait)

@@ -320,3 +320,40 @@ async def test_a_hub_that_was_away_notices_another_history_whose_revisions_have_
         assert begun[:2] == [51, 52]
         assert replica.state.value(key) == (_HOST, 52)
         assert bool(replica.state.lost) is not same
+
+
+async def test_a_member_whose_watch_does_not_show_what_is_waited_for_is_left_for_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_LATE_S", 0.05)
+    store, watches = _Store(), list[str]()
+
+    def hang(path: str, body: Json) -> Answer:
+        if not path.endswith("watch"):
+            return store.handle(path, body)
+        watches.append("hung")
+        return lines(watched(store.revision, created=True))
+
+    def go_on(path: str, body: Json) -> Answer:
+        if not path.endswith("watch"):
+            return store.handle(path, body)
+        watches.append("sound")
+        beat, at = store.values[layout.BEAT]
+        return lines(
+            watched(store.revision, created=True), watched(at, put(layout.BEAT, at, beat.decode()))
+        )
+
+    clock, state = Clock(), FleetState()
+    streams = Streams(state, clock, lambda *_: True)
+    async with client_of(hang, go_on, silence_s=3600.0) as (etcd, _):
+        replica = Replica(etcd, state, streams, "hub-1", "https://hub", clock, Random(1))  # noqa: S311
+        streams.expect = replica.expect
+        async with background(replica.run()), background(replica.prove_watch()):
+            await replica.complete.wait()
+            await until(lambda: watches)
+            # Nobody waits for what this hub does not have.
+            await streams.wait([], state.revision, 0)
+            assert layout.BEAT not in store.values
+            await streams.wait([], state.revision + 1, 0)
+            await until(lambda: state.value(layout.BEAT) is not None)
+    assert watches == ["hung", "sound"]
