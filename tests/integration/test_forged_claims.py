@@ -148,7 +148,7 @@ def _forged(thief: Guest, victim: Guest, port: int, to: str) -> list[bytes]:
 def _each_forgery(
     thief: Guest, victim: Guest, to: str
 ) -> Iterator[tuple[bytes, Reply | Lost | None]]:
-    """For each forged segment what the victim is answered after it on the connection; at first before any."""
+    """For each forged segment what the victim is answered after it on the connection."""
     thief.ask(_TARGET, to=to)
     with open_wire(thief.namespace, thief.device, timeout_s=1) as wire:
         for number in range(len(_forged(thief, victim, 0, to))):
@@ -157,9 +157,12 @@ def _each_forgery(
                 frame = _forged(thief, victim, port, to)[number]
                 wire.send(frame)
                 try:
-                    yield frame, kept.request(_TARGET)
-                    wire.send(frame)
-                    yield frame, kept.request(_TARGET)
+                    reply = kept.request(_TARGET)
+                    yield frame, reply
+                    # An unknown guest's connection ends with its answer.
+                    if not reply.closes:
+                        wire.send(frame)
+                        yield frame, kept.request(_TARGET)
                 except Lost as error:
                     yield frame, error
 
@@ -186,7 +189,26 @@ def test_no_forged_segment_touches_a_connection_that_is_not_verified(world: Worl
     wrong = []
     forgeries = _each_forgery(thief, victim, to)
     for number, (frame, reply) in enumerate(forgeries):
-        # The connection begins unverified: of each two answers the first is the first of its connection.
         if isinstance(reply, Lost) or reply is None or reply.status != 404:
             wrong.append((number, frame[-20:].hex(), reply))
     assert wrong == []
+
+
+@pytest.mark.parametrize("network", ["blue", "grey"])
+@_FAMILIES
+def test_a_guest_that_claims_the_metadata_address_gets_no_request_of_its_neighbours(
+    world: World, network: str, to: str
+) -> None:
+    victim, thief = world.guests[network], world.lab.guest(network, 66)
+    assert victim.ask(_TARGET, to=to).status == 200
+    frame = claim_frame(thief.mac, to, bytes.fromhex(victim.mac.replace(":", "")))
+    with open_wire(thief.namespace, thief.device, timeout_s=1) as wire:
+
+        def is_believed() -> bool:
+            wire.send(frame)
+            return mac_of_service(victim, to).hex(":") == thief.mac
+
+        until(is_believed, what="the victim's belief")
+        for _ in range(5):
+            assert is_believed()
+            assert own(victim, victim.ask(_TARGET, to=to, timeout_s=2)) is None

@@ -13,9 +13,15 @@ from typing import Any, Final
 
 import pytest
 
-from imdsproxy.anti_spoofing.host_rules import observe_bridge, read_rules
-from imdsproxy.core.model import Dialect, InterfaceListener
+from imdsproxy.anti_spoofing.host_rules import (
+    GuestBridge,
+    GuestBridges,
+    observe_guests,
+    read_rules,
+)
+from imdsproxy.core.model import BridgeListener, Dialect, InterfaceListener, NamespaceListener
 from imdsproxy.core.snippets import Target
+from imdsproxy.host.namespaces import NamespaceDirectory
 from support.daemon import Daemon
 from support.dhcp_client import take_lease
 from support.guest import inside
@@ -366,20 +372,48 @@ def test_flags_of_ports_are_seen(lab: HostLab) -> None:
     names = {name: lab.link_name(f"{name}o") for name in "xyz"}
     lab.run("/usr/sbin/bridge", "link", "set", "dev", names["x"], "learning", "off")
     lab.run("/usr/sbin/bridge", "link", "set", "dev", names["y"], "locked", "on")
-    assert observe_bridge(bridge, "", lab.naming) == {
-        names["x"]: "learning off",
-        names["y"]: "locked",
-        names["z"]: "",
-    }
+    lab.run("/usr/sbin/bridge", "link", "set", "dev", names["y"], "isolated", "on")
+
+    def seen(rules: str = "") -> GuestBridge:
+        listener = BridgeListener(bridge)
+        found = observe_guests(listener, lab.naming, NamespaceDirectory(), lambda _: rules)
+        assert (found.missing, len(found.bridges)) == ("", 1)
+        return found.bridges[0]
+
+    macs = {names["x"]: "learning off", names["y"]: "locked", names["z"]: ""}
+    assert seen() == GuestBridge(bridge, macs)
     rules = f'table bridge x {{ iifname "{names["z"]}" ether saddr != 02:00:00:00:00:01 drop }}'
-    found = observe_bridge(bridge, rules, lab.naming)
-    assert found is not None
-    assert found[names["z"]] == "a rule"
+    assert seen(rules).macs[names["z"]] == "a rule"
 
 
 def test_what_is_no_bridge_has_no_ports(lab: HostLab) -> None:
-    assert observe_bridge(lab.device("d"), "", lab.naming) is None
-    assert observe_bridge("none", "", lab.naming) is None
+    directory = NamespaceDirectory()
+    for name, missing in ((lab.device("d"), ""), ("none", "device none")):
+        found = observe_guests(InterfaceListener(name), lab.naming, directory, str)
+        assert found == GuestBridges(missing=missing)
+    found = observe_guests(NamespaceListener("none"), lab.naming, directory, str)
+    assert found == GuestBridges(missing="namespace none")
+
+
+def test_the_bridge_behind_a_namespaces_device_is_seen_and_who_may_pose_on_it(
+    lab: HostLab,
+) -> None:
+    bridge, place = lab.bridge("b"), lab.namespace("place")
+    for number, name in enumerate("xyz"):
+        lab.guest(name, bridge, f"10.0.0.{number + 5}/24")
+    x, y, z = (lab.link_name(f"{name}o") for name in "xyz")
+    outer = lab.link_name("po")
+    lab.ip(
+        *("link", "add", outer, "master", bridge, "type", "veth"),
+        *("peer", "name", "eth0", "netns", place),
+    )
+    lab.run("/usr/sbin/bridge", "link", "set", "dev", y, "isolated", "on")
+    rules = f'table bridge x {{ iifname "{z}" arp saddr ip != 10.0.0.7 drop }}'
+    found = observe_guests(
+        NamespaceListener(place), lab.naming, NamespaceDirectory(), lambda _: rules
+    )
+    (seen,) = found.bridges
+    assert (seen.name, set(seen.macs), seen.posing) == (bridge, {x, y, z}, (x,))
 
 
 def test_rules_are_read_where_there_is_somebody_to_list_them() -> None:
@@ -387,12 +421,19 @@ def test_rules_are_read_where_there_is_somebody_to_list_them() -> None:
 
 
 def test_check_warns_of_each_bridge_until_there_is_a_rule(world: World) -> None:
-    kernel, blue, grey = _findings(world.daemon, "macs")
+    world.lab.guest("red", 66)
+    kernel, *found = _findings(world.daemon, "macs")
     assert (kernel["ok"], kernel["warning"]) == (True, False)
-    for finding in (blue, grey):
+    for finding in found:
         assert finding["warning"], finding
         assert "anti-spoofing" in finding["hint"]
-    assert "bridge blue" in blue["text"]
+    inside = [f"br0 in namespace {world.lab.name(name)}" for name in ("green", "red", "red")]
+    names = [one["text"].removeprefix("bridge ").partition(":")[0] for one in found]
+    assert names == ["blue", *inside, "grey"]
+    # Where the host leads guests to the service, none can pose as it.
+    posing = [name for name, one in zip(names, found, strict=True) if "place" in one["text"]]
+    assert posing == inside[-1:]
+    blue = found[0]
     # The cable of the listener itself is nobody's port.
     assert world.lab.prefix not in blue["text"]
     port = blue["text"].split("guests on ")[1].split()[0]
@@ -404,7 +445,7 @@ def test_check_warns_of_each_bridge_until_there_is_a_rule(world: World) -> None:
     ):
         run(*within(world.lab.host), "nft", words)
     try:
-        _, blue, grey = _findings(world.daemon, "macs")
+        _, blue, *_, grey = _findings(world.daemon, "macs")
         assert (blue["warning"], grey["warning"]) == (False, True)
         assert f"{port} (a rule)" in blue["text"]
     finally:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Final, Self
 
+from imdsproxy.core.addresses import link_local_of
+from imdsproxy.core.model import MacAddress
 from support.guest import Background, Guest, Lost, inside
 from support.lab import batch, ip
 
@@ -45,7 +47,8 @@ def _arp(
 def _neighbour_advertisement(mac: bytes, address: bytes, *, to: bytes = _ALL_NODES) -> bytes:
     # Unsolicited, with the flag that overrides what is known (RFC 4861 §4.4).
     body = b"\x88\0\0\0" + struct.pack("!I", 0x20000000) + address + b"\x02\x01" + mac
-    ends = address, IPv6Address("ff02::1").packed
+    # Its own address, as one sends that is not to be noticed.
+    ends = link_local_of(MacAddress(mac.hex(":"))).packed, IPv6Address("ff02::1").packed
     return to + mac + _packet6(ends, 58, body, 2)
 
 

@@ -1,10 +1,11 @@
 """What the host does to guests' packets beside our own tables, and whether its kernel can filter by MAC. Read only."""
 
 import asyncio
+import contextlib
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from ipaddress import IPv4Address
@@ -13,8 +14,21 @@ from typing import Final
 
 from imdsproxy.anti_spoofing.rules import fill_mac_filter
 from imdsproxy.core.hostnames import Naming
-from imdsproxy.host.namespaces import unshare_network
-from imdsproxy.host.netlink import find_link, port_guards, route_device
+from imdsproxy.core.hoststate import ObservedDevice
+from imdsproxy.core.model import BridgeListener, Listener, NamespaceListener
+from imdsproxy.host.namespaces import (
+    NamespaceDirectory,
+    NamespaceMissing,
+    NamespaceThread,
+    unshare_network,
+)
+from imdsproxy.host.netlink import (
+    bridge_ports,
+    find_link,
+    list_links,
+    route_device,
+    veth_ends,
+)
 from imdsproxy.host.nftables import Batch, commit
 from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.host.process import run_program
@@ -31,38 +45,136 @@ _HOOKS: Final = frozenset({"input", "forward"})
 _BRIDGED: Final = Path("/proc/sys/net/bridge/bridge-nf-call-iptables")
 _TABLE: Final = re.compile(r"(?m)^(?=table )")
 _SOURCE: Final = re.compile(r"ether saddr|arp saddr ether|@ll,48,48|-s ")
+_ANSWERER: Final = re.compile(r"arp saddr ip|--arp-ip-src")
 
 
-def observe_bridge(bridge: str, rules: str, naming: Naming) -> dict[str, str] | None:
-    """What keeps the guest on each port of a bridge to its MAC; `None` where there is no such bridge.
+@dataclass(frozen=True, slots=True)
+class GuestBridge:
+    """A bridge that guests are on.
+
+    Attributes:
+        name: Its own, and where it is.
+        macs: By the port's name, words for what keeps the guest on it to its MAC; empty where nothing was seen.
+        posing: Ports whose guest may answer ARP and ND in the metadata service's place.
+    """
+
+    name: str
+    macs: Mapping[str, str]
+    posing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GuestBridges:
+    """What the guests of a network are plugged into.
+
+    Attributes:
+        bridges: As far as they are to be seen.
+        missing: The device or namespace that is not there, in the network namespace of who looks.
+    """
+
+    bridges: tuple[GuestBridge, ...] = ()
+    missing: str = ""
+
+
+def observe_guests(
+    listener: Listener,
+    naming: Naming,
+    directory: NamespaceDirectory,
+    read: Callable[[str | None], str],
+) -> GuestBridges:
+    """The bridges that a network's guests are on: of this namespace, and behind a namespace's devices.
 
     Args:
-        bridge: Its name.
-        rules: Of `read_rules`.
+        listener: The network's.
         naming: How our own ports are named.
-
-    Returns:
-        Words by the port's name; empty where nothing was seen.
+        directory: Of namespaces.
+        read: Lists the rules (`read_rules`) of the namespace that the calling thread is in. It gets its name, or `None`
+            for that of this process.
 
     Raises:
         OSError: The kernel refuses.
+        HostRefused: The kernel refuses, or a program hangs.
     """
-    with NetlinkSocket() as channel:
-        device = find_link(channel, bridge)
-        if device is None or device.kind != "bridge":
-            return None
-        guards = sorted(port_guards(channel, device.index), key=lambda one: one[0].name)
-    return {
-        port.name: guard or rules_for(port.name, rules)
-        for port, guard in guards
-        if port.kind in _GUEST_KINDS and not naming.is_link(port.name)
-    }
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(_observe_guests, listener, naming, directory, read).result()
 
 
-def rules_for(port: str, rules: str) -> str:
-    """Words for a rule that names a port beside a source MAC; empty where none does."""
+def _observe_guests(
+    listener: Listener,
+    naming: Naming,
+    directory: NamespaceDirectory,
+    read: Callable[[str | None], str],
+) -> GuestBridges:
+    if not isinstance(listener, NamespaceListener):
+        name = listener.bridge if isinstance(listener, BridgeListener) else listener.device
+        with NetlinkSocket() as channel:
+            device = find_link(channel, name)
+            if device is None:
+                return GuestBridges(missing=f"device {name}")
+            # Nobody else gets what guests send for the metadata address (`listeners.nft_scripts`).
+            seen = _observe_bridge(channel, device, naming, read, led=True)
+            return GuestBridges(tuple(filter(None, [seen])))
+    namespace, found = listener.namespace, list[GuestBridge | None]()
+    with (
+        contextlib.closing(NamespaceThread(directory)) as thread,
+        contextlib.suppress(NamespaceMissing),
+    ):
+        with thread.inside(namespace), NetlinkSocket() as channel:
+            there, far = list_links(channel), veth_ends(channel)
+            found += [
+                _observe_bridge(channel, one, naming, read, namespace=namespace) for one in there
+            ]
+        with NetlinkSocket() as channel:
+            ends = veth_ends(channel)
+            here = {one.index: one for one in list_links(channel)}
+            # The index alone may be that of another device.
+            ports = [here[peer] for own, peer in far.items() if ends.get(peer) == own]
+            own_ports = frozenset(one.name for one in ports)
+            masters = dict.fromkeys(one.master for one in ports if one.master in here)
+            found += [
+                _observe_bridge(channel, here[one], naming, read, own=own_ports) for one in masters
+            ]
+        return GuestBridges(tuple(filter(None, found)))
+    return GuestBridges(missing=f"namespace {namespace}")
+
+
+def _observe_bridge(
+    channel: NetlinkSocket,
+    device: ObservedDevice,
+    naming: Naming,
+    read: Callable[[str | None], str],
+    *,
+    namespace: str | None = None,
+    own: Collection[str] = (),
+    led: bool = False,
+) -> GuestBridge | None:
+    """`None` for what is no bridge. Where guests are `led`, none can pose as the metadata service.
+
+    No guest is on the ports that are the service's `own`.
+    """
+    if device.kind != "bridge":
+        return None
+    ports = sorted(bridge_ports(channel, device.index), key=lambda one: one.device.name)
+    guests = [
+        one
+        for one in ports
+        if one.device.kind in _GUEST_KINDS
+        and one.device.name not in own
+        and not naming.is_link(one.device.name)
+    ]
+    rules = read(namespace) if guests else ""
+    macs = {one.device.name: one.learns or rules_for(one.device.name, rules) for one in guests}
+    names = [one.device.name for one in guests if not one.isolated]
+    posing = [name for name in names if not rules_for(name, rules, _ANSWERER)]
+    where = "" if namespace is None else f" in namespace {namespace}"
+    # One guest has no neighbour.
+    return GuestBridge(device.name + where, macs, () if led or len(guests) < 2 else tuple(posing))  # noqa: PLR2004
+
+
+def rules_for(port: str, rules: str, what: re.Pattern[str] = _SOURCE) -> str:
+    """Words for a rule that names a port beside a source MAC, or something else; empty where none does."""
     name = re.compile(rf"(?<![\w.-]){re.escape(port)}(?![\w.-])")
-    found = any(name.search(one) and _SOURCE.search(one) for one in _TABLE.split(rules))
+    found = any(name.search(one) and what.search(one) for one in _TABLE.split(rules))
     return "a rule" if found else ""
 
 

@@ -30,10 +30,17 @@ _IFADDR: Final = struct.Struct("=BBBBI")
 _RTMSG: Final = struct.Struct("=BBBBBBBBI")
 _NDMSG: Final = struct.Struct("=BxxxiHBB")
 
-_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_MASTER, _IFLA_LINKINFO = 1, 3, 4, 10, 18
+_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINK, _IFLA_MASTER, _IFLA_LINKINFO = (
+    1,
+    3,
+    4,
+    5,
+    10,
+    18,
+)
 _IFLA_IFALIAS, _IFLA_NET_NS_FD, _IFLA_EXT_MASK = 20, 28, 29
 _INFO_KIND, _INFO_DATA, _INFO_SLAVE_DATA, _VETH_PEER = 1, 2, 5, 1
-_BRPORT_LEARNING, _BRPORT_LOCKED = 8, 39
+_BRPORT_LEARNING, _BRPORT_ISOLATED, _BRPORT_LOCKED = 8, 33, 39
 _SKIP_STATISTICS, _IFF_UP = 8, 1
 
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS, _IFA_PROTO = 1, 2, 8, 11
@@ -122,9 +129,23 @@ def list_links_near(channel: nl.NetlinkSocket, names: Collection[str]) -> list[O
     return [*found, *ports, *(one for one in masters if one is not None)]
 
 
-def port_guards(channel: nl.NetlinkSocket, index: int) -> list[tuple[ObservedDevice, str]]:
-    """Each port of a bridge, and in words the flag by which the bridge learns no MAC there; empty for none."""
-    guards: list[tuple[ObservedDevice, str]] = []
+@dataclass(frozen=True, slots=True)
+class BridgePort:
+    """A port of a bridge.
+
+    Attributes:
+        learns: In words the flag by which the bridge learns no MAC there; empty where it learns.
+        isolated: It reaches no other isolated port.
+    """
+
+    device: ObservedDevice
+    learns: str
+    isolated: bool
+
+
+def bridge_ports(channel: nl.NetlinkSocket, index: int) -> list[BridgePort]:
+    """Each port of a bridge, with what keeps the guest on it to its MAC and from others."""
+    ports: list[BridgePort] = []
     for message in channel.dump(RTM_GETLINK, _ask_link(master=index)):
         port = parse_link(message)
         if port.master != index:
@@ -132,8 +153,20 @@ def port_guards(channel: nl.NetlinkSocket, index: int) -> list[tuple[ObservedDev
         info = nl.parse_attributes(message, _IFINFO.size).get(_IFLA_LINKINFO, b"")
         flags = nl.parse_attributes(nl.parse_attributes(info).get(_INFO_SLAVE_DATA, b""))
         learns = "" if nl.number(flags.get(_BRPORT_LEARNING, b"\1")) else "learning off"
-        guards.append((port, "locked" if nl.number(flags.get(_BRPORT_LOCKED)) else learns))
-    return guards
+        word = "locked" if nl.number(flags.get(_BRPORT_LOCKED)) else learns
+        ports.append(BridgePort(port, word, bool(nl.number(flags.get(_BRPORT_ISOLATED)))))
+    return ports
+
+
+def veth_ends(channel: nl.NetlinkSocket) -> dict[int, int]:
+    """Of each veth the index of its other end, which may be in another namespace."""
+    messages = channel.dump(RTM_GETLINK, _ask_link())
+    found = ((parse_link(one), nl.parse_attributes(one, _IFINFO.size)) for one in messages)
+    return {
+        device.index: nl.number(attributes.get(_IFLA_LINK))
+        for device, attributes in found
+        if device.kind == "veth"
+    }
 
 
 def parse_address(payload: bytes, names: dict[int, str]) -> ObservedAddress | None:

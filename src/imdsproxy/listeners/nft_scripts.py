@@ -5,10 +5,11 @@ another device. It is to answer for the metadata address on the devices of inter
 
 Diversions: a guest sends a packet for 169.254.169.254 to its default gateway unless it has a route. The gateway may be
 another machine, or this host, which must not take the address where it is a guest of a cloud itself. So on each port of
-a bridge that has a listener the kernel replaces the destination MAC of such frames by that of the listener's veth,
-before the bridge forwards them. Answers to ARP or ND do not matter any more: several hosts on one LAN may each have the
-address, and so may an impostor. Frames that a guest sends *from* the metadata address are dropped where the port is a
-guest's (tap, veth); a NIC may lead to a cloud that has that address too, for this host.
+a bridge that has a listener the kernel replaces the destination MAC of such frames before the bridge forwards them:
+by that of the listener's veth, or by the bridge's own where the bridge is an interface listener's device. Answers to
+ARP or ND do not matter any more: several hosts on one LAN may each have the address, and so may an impostor. Frames
+that a guest sends *from* the metadata address are dropped where the port is a guest's (tap, veth); a NIC may lead to a
+cloud that has that address too, for this host.
 
 With br_netfilter, as Docker loads it, bridged packets pass the host's NAT too: libvirt's rule would replace a guest's
 address by the host's. It spares what connection tracking does not see.
@@ -46,38 +47,46 @@ def render_diversions(
 ) -> str:
     """A script that replaces our table of family `bridge` at once.
 
-    It is about each bridge that has our veth and another port; without one the table is only removed.
+    It is about each bridge that has our veth, or that is an interface listener's device, and another port; without one
+    the table is only removed.
     """
     on_bridges: dict[int, list[ObservedDevice]] = {}
     for device in observed.root.devices.values():
         on_bridges.setdefault(device.master, []).append(device)
-    bridges = {
-        naming.link(one.id): (naming.namespace(one.id), one.listener.bridge)
-        for one in networks.values()
-        if isinstance(one.listener, BridgeListener)
-    }
     links: list[str] = []
-    macs: dict[str, str] = {}
+    cables: dict[str, str] = {}
+    inward: dict[str, str] = {}
     guests: set[str] = set()
-    for link, (namespace, name) in sorted(bridges.items()):
-        inside, bridge = observed.namespaces.get(namespace), observed.root.devices.get(name)
-        veth = inside.devices.get(naming.inner_device) if inside is not None else None
-        given = () if bridge is None else on_bridges.get(bridge.index, ())
+    for network in sorted(networks.values(), key=lambda one: one.id):
+        led = _led_to(network, observed, naming)
+        if led is None:
+            continue
+        bridge, mac, link = led
+        given = on_bridges.get(bridge.index, ())
         ports = [one for one in given if one.name != link and _NAME.fullmatch(one.name)]
-        if veth is not None and veth.mac and ports:
+        if ports and link is not None:
             links.append(link)
-            macs |= {one.name: veth.mac for one in ports}
-            guests |= {one.name for one in ports if one.kind in _GUEST_KINDS}
-    cables = [f"{_quoted(port)} : {macs[port]}" for port in sorted(macs)]
+        macs = inward if link is None else cables
+        macs |= {one.name: mac for one in ports}
+        guests |= {one.name for one in ports if one.kind in _GUEST_KINDS}
+    # Where a bridge has both, a veth gets what is sent.
+    inward = {name: mac for name, mac in inward.items() if name not in cables}
+    ports_of_all = sorted({*cables, *inward})
     body = [
-        f"  map cables {{ type ifname : ether_addr; {_elements(cables)} }}",
-        f"  set ports {{ type ifname; {_elements(map(_quoted, sorted(macs)))} }}",
+        f"  map cables {{ type ifname : ether_addr; {_map_elements(cables)} }}",
+        f"  map inward {{ type ifname : ether_addr; {_map_elements(inward)} }}",
+        f"  set ports {{ type ifname; {_elements(map(_quoted, ports_of_all))} }}",
         f"  set guests {{ type ifname; {_elements(map(_quoted, sorted(guests)))} }}",
         f"  set links {{ type ifname; {_elements(map(_quoted, links))} }}",
         "  chain arriving {",
         "    type filter hook prerouting priority -300; policy accept;",
         *(f"    iifname @guests {family} saddr {address} drop" for family, address in _ADDRESSES),
         *(f"    {one} ether daddr set iifname map @cables notrack" for one in _WANTED),
+        # The bridge has looked at the MAC already: for another one than its own the host would drop the packet.
+        *(
+            f"    {one} ether daddr set iifname map @inward meta pkttype set host"
+            for one in _WANTED
+        ),
         *(f"    iifname @links {family} saddr {address} notrack" for family, address in _ADDRESSES),
         "  }",
         # A bridge that has not met our MAC yet sends the frame to every port.
@@ -86,7 +95,26 @@ def render_diversions(
         *(f"    iifname @ports oifname != @links {one} drop" for one in _WANTED),
         "  }",
     ]
-    return _replace_table("bridge", naming.prefix, body if links else [])
+    return _replace_table("bridge", naming.prefix, body if ports_of_all else [])
+
+
+def _led_to(
+    network: Network, observed: ObservedHost, naming: Naming
+) -> tuple[ObservedDevice, str, str | None] | None:
+    """A network's bridge, the MAC that its guests' requests are for, and our veth on it; `None` without a bridge."""
+    listener, root = network.listener, observed.root.devices
+    if isinstance(listener, InterfaceListener):
+        device = root.get(listener.device)
+        bridged = device is not None and device.kind == "bridge" and bool(device.mac)
+        return (device, device.mac, None) if device is not None and bridged else None
+    if not isinstance(listener, BridgeListener):
+        return None
+    inside = observed.namespaces.get(naming.namespace(network.id))
+    veth = inside.devices.get(naming.inner_device) if inside is not None else None
+    bridge = root.get(listener.bridge)
+    if bridge is None or veth is None or not veth.mac:
+        return None
+    return bridge, veth.mac, naming.link(network.id)
 
 
 def render_arp_guard(table: str, networks: Iterable[Network]) -> str:
@@ -118,6 +146,10 @@ def _replace_table(family: str, table: str, body: list[str]) -> str:
 
 def _quoted(name: str) -> str:
     return f'"{name}"'
+
+
+def _map_elements(macs: Mapping[str, str]) -> str:
+    return _elements(f"{_quoted(port)} : {macs[port]}" for port in sorted(macs))
 
 
 def _elements(words: Iterable[str]) -> str:

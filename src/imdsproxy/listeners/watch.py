@@ -246,12 +246,13 @@ class HostWatch:
     ) -> object:
         place = place_of(network, self.host.naming)
         seen = host.namespaces.get(place.namespace or "")
-        bridge = host.root.devices.get(place.bridge[0]) if place.bridge is not None else None
+        names = place.host_devices if place.bridge is None else place.bridge[:1]
+        bridges = [host.root.devices[name] for name in names if name in host.root.devices]
         # MAC filters are on all devices of a namespace, redirections on all ports of a bridge.
         return (
             tuple(plan_network(network, host, self.host.naming)),
             None if seen is None else seen.devices,
-            None if bridge is None else ports.get(bridge.index),
+            [ports.get(bridge.index) for bridge in bridges],
         )
 
 

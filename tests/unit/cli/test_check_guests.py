@@ -11,6 +11,8 @@ import pytest
 from imdsproxy.anti_spoofing import host_rules
 from imdsproxy.anti_spoofing.host_rules import (
     DroppingChain,
+    GuestBridge,
+    GuestBridges,
     parse_dropping_chains,
     passes_forward_chain,
     rules_for,
@@ -95,18 +97,28 @@ def test_ports_are_looked_at_of_networks_that_check_macs_alone(
     monkeypatch.setattr("os.geteuid", lambda: 0)
     monkeypatch.setattr(host_rules, "try_mac_filter", lambda: "")
     monkeypatch.setattr(host_rules, "read_rules", lambda: "")
-    monkeypatch.setattr(host_rules, "observe_bridge", lambda name, *_: {f"{name}-port": ""})
+
+    def observe(listener: Listener, *_: object) -> GuestBridges:
+        match listener:
+            case BridgeListener(name) | InterfaceListener(name):
+                return GuestBridges((GuestBridge(name, {f"{name}-port": ""}),))
+            case NamespaceListener(name):
+                return GuestBridges(missing="namespace missing" if name == "missing" else "")
+
+    monkeypatch.setattr(host_rules, "observe_guests", observe)
     on = subject()
     vars(on)["networks"] = [
         Network(NetworkId("a"), BridgeListener("virbr0")),
         Network(NetworkId("b"), InterfaceListener("br1")),
         Network(NetworkId("c"), NamespaceListener("ns")),
         Network(NetworkId("d"), BridgeListener("br2"), mac_check=False),
+        Network(NetworkId("e"), NamespaceListener("missing")),
     ]
     _, *found = check_macs(on)
-    assert [one.warning for one in found] == [True, True]
-    for port, one in zip(("br1-port", "virbr0-port"), found, strict=True):
-        assert port in one.text
+    assert [one.warning for one in found] == [True, True, True, False]
+    words = ("network e: namespace missing", "br1-port", "virbr0-port", "networks c: ")
+    for word, one in zip(words, found, strict=True):
+        assert word in one.text
 
 
 @pytest.mark.parametrize(

@@ -598,4 +598,14 @@ def test_without_a_namespace_a_mac_and_a_port_the_table_is_only_removed() -> Non
     assert _diversions(_GUEST, mac="") == _REMOVED
     # A name that nft would read.
     assert _diversions(replace(_GUEST, name='a"*')) == _REMOVED
-    assert _diversions(_GUEST, listener=InterfaceListener("br0")) == _REMOVED
+    # What is no bridge has no ports.
+    assert _diversions(_GUEST, listener=InterfaceListener("tap0")) == _REMOVED
+
+
+def test_frames_of_every_port_of_an_interface_listeners_bridge_go_to_the_bridge() -> None:
+    bridge = replace(BRIDGE, mac=_MAC)
+    seen = _root(bridge, replace(_GUEST, master=bridge.index))
+    script = render_diversions(_blue(InterfaceListener("br0")), seen, NAMING)
+    assert f'map inward {{ type ifname : ether_addr; elements = {{ "tap0" : {_MAC} }} }}' in script
+    assert 'set guests { type ifname; elements = { "tap0" } }' in script
+    assert "map cables { type ifname : ether_addr;  }" in script

@@ -4,11 +4,12 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from ipaddress import IPv4Address, IPv4Network
 from typing import Final
 
 from imdsproxy.anti_spoofing import host_rules
-from imdsproxy.anti_spoofing.host_rules import DroppingChain
+from imdsproxy.anti_spoofing.host_rules import DroppingChain, GuestBridge
 from imdsproxy.app.policy_store import read_overrides
 from imdsproxy.app.token_keys import read_token_keys
 from imdsproxy.cli.checks import Finding, Subject, found, refused
@@ -23,6 +24,7 @@ from imdsproxy.core.records import Records
 from imdsproxy.core.token_report import USER_DATA, OpenUserData, open_trees, open_user_data
 from imdsproxy.core.wire import VERIFIED_PORT
 from imdsproxy.errors import ImdsproxyError, SourceUnavailable
+from imdsproxy.host.namespaces import NamespaceDirectory
 
 _TREES: Final = {"/openstack": "openstack_tokens", "/nocloud": "nocloud_tokens"}
 _NAMES: Final = {"/latest": "EC2's tree", "/openstack": "/openstack", "/nocloud": "/nocloud"}
@@ -68,19 +70,36 @@ def check_macs(on: Subject) -> list[Finding]:
         return []
     refusal = host_rules.try_mac_filter()
     findings = [found("kernel-lacks" if refusal else "kernel", refusal=refusal)]
-    listeners = [network.listener for network in on.networks if network.mac_check]
-    bridges = {one.bridge for one in listeners if isinstance(one, BridgeListener)}
-    bridges |= {one.device for one in listeners if isinstance(one, InterfaceListener)}
-    if bridges:
-        rules, naming = host_rules.read_rules(), Naming(on.settings.host.name_prefix)
-        for bridge in sorted(bridges):
-            ports = host_rules.observe_bridge(bridge, rules, naming) or {}
-            if unguarded := [port for port, guard in ports.items() if not guard]:
-                findings.append(found("bridge-open", bridge=bridge, ports=", ".join(unguarded)))
-            elif ports:
-                guarded = ", ".join(f"{port} ({guard})" for port, guard in ports.items())
-                findings.append(found("bridge", bridge=bridge, ports=guarded))
+    naming = Naming(on.settings.host.name_prefix)
+    directory = NamespaceDirectory(on.settings.paths.netns_dir)
+    read = cache(lambda _: host_rules.read_rules())
+    unseen: list[str] = []
+    bridges: dict[str, GuestBridge] = {}
+    for network in on.networks:
+        if not network.mac_check:
+            continue
+        seen = host_rules.observe_guests(network.listener, naming, directory, read)
+        bridges |= {one.name: one for one in seen.bridges}
+        if seen.missing:
+            findings.append(found("guests-missing", network=network.id, place=seen.missing))
+        elif not seen.bridges:
+            unseen.append(network.id)
+    findings += [one for name in sorted(bridges) for one in _of_bridge(bridges[name])]
+    if unseen:
+        shown = ", ".join(unseen[:_SHOWN])
+        more = f" and {len(unseen) - _SHOWN} more" if len(unseen) > _SHOWN else ""
+        findings.append(found("guests-unseen", networks=shown + more))
     return findings
+
+
+def _of_bridge(bridge: GuestBridge) -> Iterator[Finding]:
+    if unguarded := [port for port, guard in bridge.macs.items() if not guard]:
+        yield found("bridge-open", bridge=bridge.name, ports=", ".join(unguarded))
+    elif bridge.macs:
+        guarded = ", ".join(f"{port} ({guard})" for port, guard in bridge.macs.items())
+        yield found("bridge", bridge=bridge.name, ports=guarded)
+    if bridge.posing:
+        yield found("bridge-poses", bridge=bridge.name, ports=", ".join(bridge.posing))
 
 
 def check_paths(on: Subject) -> list[Finding]:
