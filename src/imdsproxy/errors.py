@@ -231,7 +231,7 @@ class RecordConflict(SourceRefused):
 
 
 class RestoreSuspected(SourceRefused):
-    """A host has what the fleet's etcd lacks: it may be restored from a backup, and nothing is written."""
+    """A hub or two hosts have what the fleet's etcd lacks: it may be restored from a backup, and nothing is written."""
 
     remedy = (
         "Look at `imdsproxy fleet status`. If etcd was restored on purpose: `imdsproxy fleet "

@@ -66,6 +66,7 @@ from imdsproxy.hub.sweep import Sweep
 from imdsproxy.hub.token_keys import TokenKeyRing
 from imdsproxy.hub.views import Views, Wanted
 from imdsproxy.sources.fleet.known import FleetKnown
+from support.restores import restores_of
 
 A = HostId("a")
 WEB, BLUE = InstanceId("web"), NetworkId("blue")
@@ -181,7 +182,9 @@ class _Looks:
         state, clock = self.state, Clock()
         streams, peers = Streams(state, clock, lambda *_: True), Peers(state, "hub-1", clock)
         unused = cast("Any", None)
-        operations = Operations(unused, state, streams, unused, peers, clock)
+        operations = Operations(
+            unused, state, streams, unused, peers, restores_of(unused, state, clock), clock
+        )
         assert all(one.host for one in operations._hosts({}))
         assert operations._renewing() == []
         ring = TokenKeyRing(state, _ENVELOPE)
@@ -270,6 +273,7 @@ def _apply(state: FleetState, revision: int, written: list[tuple[str, bytes]]) -
 @example(written=[(host_key(A), b'{"state": "unreadable"}')], afresh=True)
 @example(written=[(f"{layout.HOSTS}\udcff", b"{}")], afresh=True)
 @example(written=[(f"{layout.PREFIX}key/other", b"{}")], afresh=False)
+@example(written=[(f"{layout.POLICIES}fleet", b'{"removed_at": []}')], afresh=False)
 def test_a_hub_goes_on_with_whatever_another_program_writes(
     written: list[tuple[str, bytes]], *, afresh: bool
 ) -> None:

@@ -21,14 +21,19 @@ from pathlib import Path
 from typing import Any, Final, TextIO
 
 from imdsproxy.admin_client import FleetClient
+from imdsproxy.core.fleet.identity import parse_invitation
+from imdsproxy.core.fleet.layout import guard_key, parse_guard
+from imdsproxy.core.model import InstanceId
 from imdsproxy.errors import (
     AdminError,
     AdminUnavailable,
     ImdsproxyError,
+    NotFound,
     SourceUnavailable,
 )
 from support.fleet_faults import FAULTS
 from support.fleet_history import Answer, History, Outcome, Write
+from support.fleet_member import Member
 from support.fleet_world import FleetHost, FleetWorld, HubProcess, fleet_world
 from support.guest import Guest, Lost
 from support.lab import until
@@ -41,6 +46,10 @@ _ANSWER_S: Final = 3.0
 _READ_PAUSE_S: Final = 0.02
 _WRITE_PAUSE_S: Final = 0.2
 _LINES: Final = 60
+_SPARES: Final = 3
+_WATCHED: Final = "i1"
+"""The instance whose tokens are revoked."""
+
 ETCD_FLAGS: Final = ("--quota-backend-bytes=16777216",)
 """So that it is full soon."""
 
@@ -62,6 +71,8 @@ class Chaos:
     faults: Counter[str] = field(default_factory=Counter)
     backup: Path | None = None
     unfounded: list[str] = field(default_factory=list)
+    revoked: list[Member] = field(default_factory=list)
+    epoch: int = 0
     random: random.Random = field(init=False)
     _guests: dict[tuple[str, str], Guest] = field(default_factory=dict)
     _places: dict[str, frozenset[str]] = field(default_factory=dict)
@@ -216,8 +227,7 @@ class Chaos:
         time.sleep(rest)
         if self.is_suspected():
             # A fault that restores has accepted it already: no other one looks like it.
-            self.unfounded.append(f"after {name!r} a restored backup is suspected")
-            self.note(f"  {self.unfounded[-1]}")
+            self.complain(f"after {name!r} a restored backup is suspected")
             self.accept_restore()
 
     def settle(self) -> None:
@@ -247,6 +257,40 @@ class Chaos:
             what="the restored state on every host",
         )
         self.history.resets[-1] = begun, time.monotonic()
+
+    # What no restore may take back
+
+    def join_spare(self) -> Member:
+        """A host that joins, to be revoked."""
+        name = f"spare-{len(self.revoked)}-{self.random.randrange(1_000_000)}"
+        word = self.request("POST", "/fleet/invitations", {"host": name})["invitation"]
+        return Member.joined(self.world, parse_invitation(word))
+
+    def revoke(self, spare: Member) -> None:
+        """Revoke a host, and an instance's tokens."""
+        self.request("POST", "/fleet/revoked-hosts", {"name": spare.name})
+        self.revoked = [*self.revoked[-_SPARES:], spare]
+        with contextlib.suppress(NotFound):
+            revoked = self.request("POST", f"/v1/instances/{_WATCHED}/revoke-tokens")
+            self.epoch = revoked["epoch"]
+
+    def check_revoked(self, when: str) -> None:
+        """Note what a hub takes that was revoked, and an epoch that went back."""
+        for hub in self.world.hubs:
+            for spare in self.revoked:
+                if spare.is_admitted(hub.url):
+                    self.complain(f"{when} {hub.name} admits {spare.name}, which was revoked")
+        key = guard_key(InstanceId(_WATCHED))
+        found = self.world.ask(lambda etcd: etcd.read(key)).kvs
+        epoch = parse_guard(found[0].value).epoch if found else 0
+        # Before the acceptance the hubs have just begun to put it back.
+        if epoch < self.epoch and "acceptance" in when:
+            self.complain(f"{when} the epoch is {epoch}, and it was {self.epoch}")
+
+    def complain(self, what: str) -> None:
+        """Note what may not be."""
+        self.unfounded.append(what)
+        self.note(f"  {what}")
 
     def _in_force_everywhere(self, revision: int) -> bool:
         with contextlib.suppress(ImdsproxyError):

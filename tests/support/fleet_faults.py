@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.layout import HostId, StoredInstance, instance_key, render_instance
 from imdsproxy.core.fleet.members import host_key, operator_key
+from imdsproxy.core.fleet.stream import Bye, Hello
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.errors import EtcdFull, ImdsproxyError
 from imdsproxy.hub.etcd import Etcd
@@ -25,6 +26,7 @@ from imdsproxy.hub.etcd_messages import KeyValue, unchanged
 from support.daemon import alive
 from support.etcd_lab import EtcdLab
 from support.fleet_history import Outcome
+from support.fleet_member import Member
 from support.fleet_world import FleetHost
 from support.lab import run, until, within
 from support.wall_clock import NOTICED_S, WallClock
@@ -311,22 +313,59 @@ def _is_written(chaos: Chaos, since: float) -> bool:
     return any(one.sent > since and one.outcome in known for one in chaos.history.writes[-50:])
 
 
-def _restored(*options: str) -> Fault:
+def _restored(*options: str, times: int = 1, hubs_down: bool = False) -> Fault:
+    """Restore etcd from a backup, and accept that.
+
+    Args:
+        options: Of `etcdutl snapshot restore`.
+        times: How often, always from the same backup.
+        hubs_down: Hubs are down during the restore, and started once more before the acceptance: none remembers
+            anything but what its journal has.
+    """
+
     @contextlib.contextmanager
     def fault(chaos: Chaos) -> Iterator[None]:
         etcd = chaos.world.etcd
+        # The backup has it as a member, unless an older one is used.
+        revoked = chaos.join_spare()
         if chaos.backup is None or chaos.random.random() < _FRESH:
             chaos.backup = Path(tempfile.mkdtemp(dir=chaos.world.directory), "backup")
             etcd.ctl("snapshot", "save", str(chaos.backup))
         saved = time.monotonic()
         yield
-        # Where nothing is lost, nothing is to be suspected.
-        until(lambda: _is_written(chaos, saved), within_s=60, what="a write after the backup")
-        etcd.restore(chaos.backup, *options)
-        until(chaos.is_suspected, within_s=30, what="a suspicion")
-        chaos.accept_restore()
+        chaos.revoke(revoked)
+        for _ in range(times):
+            # Where nothing is lost, nothing is to be suspected.
+            until(lambda: _is_written(chaos, saved), within_s=60, what="a write after the backup")  # noqa: B023
+            with _hubs_restarted(chaos) if hubs_down else contextlib.nullcontext():
+                etcd.restore(chaos.backup, *options)
+            chaos.check_revoked("after a restore")
+            until(chaos.is_suspected, within_s=30, what="a suspicion")
+            if hubs_down:
+                with _hubs_restarted(chaos):
+                    pass
+                chaos.check_revoked("once hubs were started again")
+            chaos.accept_restore()
+            chaos.check_revoked("after the acceptance")
+            saved = time.monotonic()
 
     return fault
+
+
+@contextlib.contextmanager
+def _restore_claimed(chaos: Chaos) -> Iterator[None]:
+    """One host claims alone that etcd was restored, in one of two ways: operators go on."""
+    host, status = chaos.a_host(), chaos.request("GET", "/fleet/status")
+    later = chaos.random.random() < 0.5
+    incarnation = status["incarnation"] + (chaos.random.randint(1, 500) if later else 0)
+    hello = Hello(status["fleet"], incarnation, 2**60, {})
+    said = Member.of_host(chaos.world, host).say(chaos.a_hub().url, hello)
+    assert isinstance(said, Bye), said
+    until(chaos.is_suspected, within_s=30, what="the claim")
+    claimed = time.monotonic()
+    yield
+    until(lambda: _is_written(chaos, claimed), within_s=60, what="a write in spite of the claim")
+    chaos.accept_restore()
 
 
 FAULTS: Final[dict[str, Fault]] = {
@@ -351,4 +390,10 @@ FAULTS: Final[dict[str, Fault]] = {
     "etcd is restored with newer revisions": _restored(
         "--bump-revision=1000000", "--mark-compacted"
     ),
+    "etcd is restored three times": _restored(times=3),
+    "etcd is restored while hubs are down": _restored(hubs_down=True),
+    "etcd is restored with newer revisions while hubs are down": _restored(
+        "--bump-revision=1000000", "--mark-compacted", hubs_down=True
+    ),
+    "a host claims a restore": _restore_claimed,
 }

@@ -46,6 +46,7 @@ from imdsproxy.hub.streams import Streams
 from imdsproxy.hub.writes import Writes
 from support.host_front import pass_on
 from support.patience import patience
+from support.restores import restores_of
 
 _T = TypeVar("_T")
 
@@ -325,7 +326,8 @@ class FleetHub:
         etcd, clock = cast("Etcd", self.store), Clock()
         writes = Writes(etcd, self.state, ENVELOPE, clock)
         peers = Peers(self.state, "hub", clock)
-        return Operations(etcd, self.state, self.streams, writes, peers, clock)
+        restores = restores_of(etcd, self.state, clock)
+        return Operations(etcd, self.state, self.streams, writes, peers, restores, clock)
 
 
 def _give(writer: asyncio.StreamWriter, status: str, body: bytes) -> None:

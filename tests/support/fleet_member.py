@@ -27,7 +27,7 @@ from imdsproxy.core.fleet.stream import (
 from imdsproxy.host.certificates import make_key, render_certificate, render_key
 from imdsproxy.sources.fleet.client import HostFiles, HubClient
 from imdsproxy.sources.fleet.membership import join, renew_if_due
-from support.fleet_world import FleetWorld
+from support.fleet_world import FleetHost, FleetWorld
 from support.patience import patience
 
 _UPGRADE = f"Connection: Upgrade\r\nUpgrade: {UPGRADE}\r\n\r\n"
@@ -69,6 +69,12 @@ class Member:
         stored = StoredHost(HostState.ENROLLED, (spell_serial(signed.serial_number),))
         world.write({host_key(HostId(name)): render_host(stored)})
         return cls(world, name, files)
+
+    @classmethod
+    def of_host(cls, world: FleetWorld, host: FleetHost) -> Member:
+        """The machine of a host that has a daemon, as one who has captured it."""
+        hubs, authority = host.daemon.directory / "hubs", world.files.ca_certificate
+        return cls(world, host.name, HostFiles(hubs, host.certificate, host.key, authority))
 
     @contextlib.contextmanager
     def connected(self, url: str) -> Iterator[ssl.SSLSocket]:

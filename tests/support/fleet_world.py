@@ -188,6 +188,7 @@ class FleetWorld:
             "hub": {
                 "directory": str(place),
                 "runtime_dir": str(self.directory / f"{name}.run"),
+                "state_dir": str(self.directory / f"{name}.state"),
                 "listen": [f"{address}:{PORT}"],
                 "metrics_listen": f"{address}:{METRICS_PORT}",
                 "etcd": etcd,

@@ -6,14 +6,13 @@ import asyncio
 import contextlib
 import tempfile
 import threading
-import uuid
 from collections.abc import Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from typing import Any, TypeVar
 
 from imdsproxy.admin_client import AdminClient
-from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.layout import HostId
 from imdsproxy.core.fleet.members import (
     HostState,
@@ -38,10 +37,12 @@ from imdsproxy.host.servers import open_unix_socket
 from imdsproxy.hub.api import operators_app
 from imdsproxy.hub.envelope import make_envelope, parse_envelope
 from imdsproxy.hub.etcd import Etcd
-from imdsproxy.hub.etcd_messages import KeyValue, prefix_end
+from imdsproxy.hub.journal import FILE, Journal
 from imdsproxy.hub.operations import Operations
 from imdsproxy.hub.peers import Peers
-from imdsproxy.hub.state import Change, FleetState
+from imdsproxy.hub.replica import Replica
+from imdsproxy.hub.restores import Restores
+from imdsproxy.hub.state import FleetState
 from imdsproxy.hub.streams import Streams
 from imdsproxy.hub.writes import Writes
 from imdsproxy.serving.http import serve
@@ -88,6 +89,11 @@ class HostOfFleet:
     asked: list[str] = field(default_factory=list)
 
     async def run(self) -> None:
+        """Follow the hub, again where it has ended the stream, as after an acceptance."""
+        while True:
+            await self._follow()
+
+    async def _follow(self) -> None:
         reader, writer = await asyncio.open_unix_connection(str(self.socket), limit=2**26)
         lines = [
             f"GET {STREAM_PATH} HTTP/1.1",
@@ -183,20 +189,6 @@ def admits(state: FleetState, host: HostId, serial: str) -> bool:
     return admits_host(state.host(host), serial)
 
 
-async def _follow(etcd: Etcd, state: FleetState, streams: Streams, ready: asyncio.Event) -> None:
-    snapshot = await etcd.read(layout.PREFIX, prefix_end(layout.PREFIX))
-    state.apply(
-        snapshot.revision, [Change(one.key, one.value, one.mod_revision) for one in snapshot.kvs]
-    )
-    ready.set()
-    async for changes in etcd.follow(layout.PREFIX, snapshot.revision + 1):
-        folded = [
-            Change(one.key, one.value if isinstance(one, KeyValue) else None, one.mod_revision)
-            for one in changes.events
-        ]
-        streams.deliver(state.apply(changes.revision, folded))
-
-
 @contextlib.contextmanager
 def open_hub(lab: EtcdLab, name: str = "hub-1") -> Iterator[Hub]:
     """A hub in a thread of its own, in the namespace from which etcd is reached."""
@@ -207,12 +199,18 @@ def open_hub(lab: EtcdLab, name: str = "hub-1") -> Iterator[Hub]:
     async def serve_hub() -> None:
         etcd, state, clock = lab.client(), FleetState(), Clock()
         streams = Streams(state, clock, lambda host, serial: admits(state, host, serial))
-        writes = Writes(etcd, state, ENVELOPE, clock)
-        operations = Operations(etcd, state, streams, writes, Peers(state, name, clock), clock)
+        journal = Journal(directory / FILE)
+        state.remember(await journal.open())
+        restores = Restores(etcd, state, name, journal, clock)
+        random = Random(7)  # noqa: S311
+        replica = Replica(etcd, state, streams, name, "https://hub", clock, random, restores)
+        streams.suspect, streams.raise_guards = restores.suspect, restores.raise_guards
+        writes = Writes(etcd, state, ENVELOPE, clock, keep=journal.keep)
+        peers = Peers(state, name, clock)
+        operations = Operations(
+            etcd, state, streams, writes, peers, restores, clock, replica.complete
+        )
         writes.levels = operations.in_force.levels
-        meta = layout.render_meta(layout.Meta(str(uuid.UUID(int=7))))
-        if not (await etcd.read(layout.META)).kvs:
-            await etcd.commit((), {layout.META: meta})
         hub = Hub(name, directory, etcd, state, streams, operations, asyncio.get_running_loop())
         sockets = [
             open_unix_socket(directory / f"{one}.sock", mode=0o600) for one in ("api", "stream")
@@ -220,7 +218,9 @@ def open_hub(lab: EtcdLab, name: str = "hub-1") -> Iterator[Hub]:
         tasks = [
             asyncio.ensure_future(one)
             for one in (
-                _follow(etcd, state, streams, operations.complete),
+                replica.run(),
+                restores.run(),
+                journal.run(),
                 streams.run(sockets[1]),
                 serve(operators_app(operations), sockets[0]),
             )
@@ -232,6 +232,7 @@ def open_hub(lab: EtcdLab, name: str = "hub-1") -> Iterator[Hub]:
         for task in [*tasks, *hub._hosts.values()]:
             task.cancel()
         await asyncio.gather(*tasks, *hub._hosts.values(), return_exceptions=True)
+        await journal.close()
         await etcd.close()
 
     def run() -> None:

@@ -23,7 +23,13 @@ from imdsproxy.core.fleet.identity import (
     Role,
     parse_invitation,
 )
-from imdsproxy.errors import ConfigUnreadable, RequestRefused, SourceCorrupt, optional_library
+from imdsproxy.errors import (
+    AlreadyExists,
+    ConfigUnreadable,
+    RequestRefused,
+    SourceCorrupt,
+    optional_library,
+)
 
 _DIRECTORY: Final = Path("/etc/imdsproxy/fleet")
 _SHOWN: Final = 5
@@ -53,6 +59,21 @@ Addresses = Annotated[
     ),
 ]
 HubName = Annotated[str, flag("--name NAME", "The hub's name in the fleet.")]
+
+
+_on_hub = partial(options.command, shared=("as_json", "config"))
+"""As `options.command`; it reads the settings of the hub on this machine, and asks nobody."""
+
+
+def _refuse_host(run: options.Invocation, name: str) -> None:
+    """Refuse a host's name to a hub or an operator, as far as the journal of the hub on this machine has the host."""
+    from imdsproxy.hub.journal import FILE, find_host  # noqa: PLC0415 - `--help` need not load it
+
+    if find_host(run.settings.hub.state_dir / FILE, name):
+        raise AlreadyExists(
+            f"{name} is the name of a host of the fleet",
+            hint="hubs, hosts and operators share one space of names: choose another",
+        )
 
 
 @fleet_app.command("init")
@@ -94,7 +115,7 @@ def init(
 
 
 @fleet_app.command("hub-certificate")
-@options.json_command
+@_on_hub
 def hub_certificate(
     run: options.Invocation,
     *,
@@ -109,6 +130,7 @@ def hub_certificate(
     with optional_library("cryptography", LIBRARY_HINT):
         from imdsproxy.hub import files  # noqa: PLC0415 - `--help` need not load it
 
+    _refuse_host(run, name)
     hub = files.HubNames(name, tuple(address))
     files.add_hub(files.FleetFiles(directory), output, hub, _now())
     run.output.answer(
@@ -118,7 +140,7 @@ def hub_certificate(
 
 
 @fleet_app.command("operator")
-@options.json_command
+@_on_hub
 def operator(
     run: options.Invocation,
     name: Annotated[str, argument("NAME", "The operator's name; a new one for each certificate.")],
@@ -146,6 +168,7 @@ def operator(
         raise RequestRefused(
             f"{role} is no role of operators", hint=f"one of {', '.join(sorted(OPERATOR_ROLES))}"
         )
+    _refuse_host(run, name)
     authority = files.FleetFiles(directory).load_authority()
     pem = files.make_operator_pem(authority, name, role, project, _now())
     path = output or Path(f"{name}.pem")
@@ -294,12 +317,17 @@ def _show_status(output: Output, shape: Shape) -> None:
         "token keys": None
         if shape["token_keys"] is None
         else f"[red]{clean(shape['token_keys'])}[/]",
+        "put back": "\n".join(
+            f"{clean(whose)} {clean(what)}" for whose, what in shape["regained"].items()
+        )
+        or None,
         "suspect": None if shape["suspect"] is None else f"[red]{clean(shape['suspect'])}[/]",
     }
     output.facts(facts)
     if shape["suspect"] is not None:
         output.styled(
-            "[dim]hint:[/] if etcd was restored on purpose: imdsproxy fleet accept-restore"
+            "[dim]hint:[/] if etcd was restored: compare, then `imdsproxy fleet accept-restore`. If one host alone "
+            "claims that and is captured: `imdsproxy fleet revoke HOST`"
         )
 
 
@@ -385,7 +413,10 @@ def wait(
 @fleet_app.command("accept-restore")
 @options.fleet_command
 def accept_restore(run: options.Invocation) -> None:
-    """Take what etcd has as the truth, after it was restored from a backup: hosts remove what it lacks."""
+    """Accept what etcd has as the truth after a restore: hosts remove what it lacks.
+
+    Memberships, revocations and operator overrides that etcd had lost stay in force; the answer names them.
+    """
     answer = run.hubs().request("POST", "/fleet/accept-restore")
     show_written(run.output, "the restored store is accepted", answer)
 

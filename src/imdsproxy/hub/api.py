@@ -38,16 +38,27 @@ ROUTERS: Final = (
 def build_api(hub: Hub) -> FastAPI:
     """The application of a hub."""
     replica = hub.replica
-    writes = Writes(hub.etcd, hub.state, hub.envelope, hub.clock, hub.settings.user_data_kib)
+    restores = replica.restores
+    keep, largest = restores.journal.keep, hub.settings.user_data_kib
+    writes = Writes(hub.etcd, hub.state, hub.envelope, hub.clock, largest, keep=keep)
     operations = Operations(
-        hub.etcd, hub.state, hub.streams, writes, peers_of(hub), hub.clock, replica.complete
+        hub.etcd,
+        hub.state,
+        hub.streams,
+        writes,
+        peers_of(hub),
+        restores,
+        hub.clock,
+        replica.complete,
     )
     writes.levels = operations.in_force.levels
     operations.token_keys, operations.unready = hub.token_keys, hub.unready
     operations.authority, operations.loop_failures = hub.authority, hub.background.failures
     app = operators_app(operations)
     app.state.hub = hub
-    app.state.enrolment = Enrolment(hub.etcd, hub.authority, hub.clock, operations.holder_of)
+    app.state.enrolment = Enrolment(
+        hub.etcd, hub.authority, hub.clock, operations.holder_of, hub.state.value, keep
+    )
     return app
 
 

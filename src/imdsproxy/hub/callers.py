@@ -100,7 +100,7 @@ async def admit(operations: Operations, headers: Mapping[str, str]) -> Caller:
     ):
         raise AccessDenied(f"the certificate of host {identity.name} is not good any more")
     if identity.role in OPERATOR_ROLES:
-        operations.operators.add(identity.name)
+        operations.restores.journal.note_name(identity.name, "an operator")
     return Caller(identity)
 
 

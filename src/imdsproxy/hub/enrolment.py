@@ -8,18 +8,21 @@ import asyncio
 import math
 import secrets
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
 import structlog
 
 from imdsproxy.core.fleet.identity import Identity, Invitation, spell_serial
-from imdsproxy.core.fleet.layout import HostId
+from imdsproxy.core.fleet.lasting import join_values
+from imdsproxy.core.fleet.layout import HostId, Unreadable, View
 from imdsproxy.core.fleet.members import (
     StoredHost,
     StoredOperator,
     host_key,
     operator_key,
+    parse_host,
     plan_enrolment,
     plan_invitation,
     plan_renewal,
@@ -33,7 +36,8 @@ from imdsproxy.host.certificates import render_certificate
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.authority import Authority, parse_request
 from imdsproxy.hub.etcd import Committed, Etcd
-from imdsproxy.hub.etcd_messages import unchanged
+from imdsproxy.hub.etcd_messages import KeyValue, unchanged
+from imdsproxy.hub.journal import Keep, keep_nothing
 
 INVITATION_S: Final = 24 * 3600
 _TOKEN_BYTES: Final = 32
@@ -60,12 +64,16 @@ class Enrolment:
         authority: What signs.
         clock: Unix time.
         holder: Returns who has a name that is not a host's, in words; hubs, operators and hosts share one space.
+        known: What this hub knows of a key, which etcd may have lost.
+        keep: Returns once values are in this hub's journal, before who wrote them is answered.
     """
 
     etcd: Etcd
     authority: Authority
     clock: Clock
     holder: Callable[[str], str | None] = lambda _: None
+    known: View = lambda _: None
+    keep: Keep = keep_nothing
 
     async def invite(
         self, host: HostId, urls: Sequence[str], life_s: float = INVITATION_S
@@ -148,6 +156,7 @@ class Enrolment:
         """Accept no certificate of an operator's or hub's name any more; the revision from which on it is so."""
         value = render_operator(StoredOperator(int(self.clock.now().timestamp())))
         done = await self.etcd.commit((), {operator_key(name): value})
+        await self.keep({operator_key(name): value})
         _log.warning("operator revoked", name=name)
         return done.revision
 
@@ -160,23 +169,34 @@ class Enrolment:
             )
 
     async def _write(self, host: HostId, plan: Callable[[StoredHost | None], StoredHost]) -> int:
-        key, wanted = host_key(host), None
+        key, written = host_key(host), b""
         for attempt in range(_ATTEMPTS):
             found = (await self.etcd.read(key)).kvs
-            stored = read_host(found[0].value, found[0].mod_revision) if found else None
-            if found and stored == wanted:
-                # Written, though etcd did not confirm it.
+            if found and found[0].value == written:
+                # Though etcd did not confirm it.
+                await self.keep({key: written})
                 return found[0].mod_revision
-            wanted = plan(stored)
+            written = render_host(plan(self._newest(key, found[0] if found else None)))
             before = unchanged(key, found[0].mod_revision if found else 0)
             try:
-                done = await self.etcd.commit([before], {key: render_host(wanted)})
+                done = await self.etcd.commit([before], {key: written})
             except WriteUnknown:
                 done = None
             if isinstance(done, Committed):
+                await self.keep({key: written})
                 return done.revision
             await asyncio.sleep(_PAUSE_S * 2**attempt)
         raise SourceUnavailable(f"host {host} could not be written", hint="try again")
+
+    def _newest(self, key: str, found: KeyValue | None) -> StoredHost | None:
+        """Return a host as etcd has it, or as this hub knows it, if etcd's value is older or unreadable."""
+        known = self.known(key)
+        if known is None:
+            return None if found is None else read_host(found.value, found.mod_revision)
+        if found is not None:
+            with suppress(Unreadable):
+                return parse_host(join_values(key, known[0], found.value))
+        return parse_host(known[0])
 
     def _certified(self, certificate: bytes) -> Certified:
         return Certified(certificate.decode(), self.authority.trusted.decode())

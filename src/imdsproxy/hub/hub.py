@@ -7,7 +7,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -50,8 +50,10 @@ from imdsproxy.hub.files import (
 )
 from imdsproxy.hub.front import Front, FrontSpec, fitting_maxconn
 from imdsproxy.hub.gateway import open_tls
+from imdsproxy.hub.journal import FILE, Journal
 from imdsproxy.hub.metrics import HubMetrics
 from imdsproxy.hub.replica import Replica
+from imdsproxy.hub.restores import Restores
 from imdsproxy.hub.settings import EtcdSettings, HubSettings
 from imdsproxy.hub.state import FleetState
 from imdsproxy.hub.streams import Streams
@@ -160,8 +162,11 @@ def build_hub(settings: HubSettings, clock: Clock) -> Hub:
     streams = Streams(state, clock, is_admitted)
     etcd = open_etcd(settings.etcd, clock)
     name = settings.name or names.name
-    replica = Replica(etcd, state, streams, name, url, clock, SystemRandom())
-    streams.suspect, streams.age_s = replica.suspect, replica.age_s
+    journal = Journal(settings.state_dir / FILE)
+    restores = Restores(etcd, state, name, journal, clock)
+    replica = Replica(etcd, state, streams, name, url, clock, SystemRandom(), restores)
+    streams.suspect, streams.age_s = restores.suspect, replica.age_s
+    streams.raise_guards = restores.raise_guards
     streams.expect = replica.expect
     hub = Hub(
         settings=settings,
@@ -219,6 +224,7 @@ async def run_hub(
         loop.add_signal_handler(number, ended.set)
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(hub.etcd.close)
+        journal = await stack.enter_async_context(_remembering(hub))
         health = None
         if (listen := settings.hub.metrics_listen) is not None:
             sock = open_tcp_socket(listen.host, listen.port)
@@ -242,7 +248,8 @@ async def run_hub(
                 "comparison": replica.compare,
                 "watch": replica.prove_watch,
                 "sweep": Sweep(hub.etcd, hub.state, clock).run,
-                "suspicions": replica.note_suspicions,
+                "suspicions": replica.restores.run,
+                "journal": journal.run,
                 "first token key": partial(make_first_key, writes),
             }
             tasks += [group.create_task(keep(name, one), name=name) for name, one in loops.items()]
@@ -274,6 +281,17 @@ async def run_hub(
             task.cancel()
 
 
+@contextlib.asynccontextmanager
+async def _remembering(hub: Hub) -> AsyncIterator[Journal]:
+    """Have what the journal remembers in force before etcd is read, and the journal written until the end."""
+    journal = hub.replica.restores.journal
+    hub.state.remember(await journal.open())
+    try:
+        yield journal
+    finally:
+        await journal.close()
+
+
 async def _first_read(hub: Hub, ended: asyncio.Event) -> None:
     """Wait until all of etcd was read."""
     waits = {asyncio.ensure_future(one.wait()) for one in (hub.replica.complete, ended)}
@@ -287,7 +305,8 @@ async def _first_read(hub: Hub, ended: asyncio.Event) -> None:
             if not done and (failure := hub.replica.failure) is not None:
                 raise SourceUnavailable(
                     f"etcd was not read in {_FIRST_READ_S:g} s: {failure.reason}",
-                    hint="hub.etcd.endpoints names its members: `etcdctl endpoint health`",
+                    hint=failure.hint
+                    or "hub.etcd.endpoints names its members: `etcdctl endpoint health`",
                 )
     finally:
         for one in waits:

@@ -28,6 +28,7 @@ from imdsproxy.hub.known_hubs import list_hubs
 from imdsproxy.hub.members import START_MEMBERS, spell_outage
 from imdsproxy.hub.peers import Peers
 from imdsproxy.hub.replica import SILENT_S
+from imdsproxy.hub.restores import Restores
 from imdsproxy.hub.state import FleetState
 from imdsproxy.hub.streams import Streams
 from imdsproxy.hub.verdict import judge_fleet
@@ -116,6 +117,7 @@ class FleetStatus:
         absent: Enrolled ones that are not connected, by name.
         renewing: Enrolled ones that have no certificate yet since the fleet's CAs were changed.
         authority_ends: When the certificate of the CA that signs ends, Unix time; no other is good for longer.
+        regained: What etcd had lost and hubs put back, by whose it is: memberships, revocations, overrides.
         problems: By key of etcd, values that another program wrote; by `host NAME`, that a host had other items than
             are placed on it; by `loop NAME`, that a part of the hub failed and was started again; by `hub NAME`, why
             this hub serves no host; by `etcd`, that it has no quorum.
@@ -139,6 +141,7 @@ class FleetStatus:
     absent: list[str]
     renewing: list[str]
     authority_ends: float | None
+    regained: dict[str, str]
     problems: dict[str, str]
     token_keys: str | None
     imports: list[dict[str, Any]]
@@ -156,12 +159,12 @@ class Operations:
         streams: The hosts of this hub.
         writes: What changes records.
         peers: The other hubs.
+        restores: What is done about an etcd that lacks what was there.
         clock: The time.
         complete: Set while the copy has everything.
         token_keys: This hub's keys of session tokens, where it has certificates and so an envelope.
         authority: The fleet's CA, where this hub has certificates.
         loop_failures: See `Background.failures`.
-        operators: Names of operators that this hub admitted.
         unready: See `Hub.unready`.
     """
 
@@ -170,6 +173,7 @@ class Operations:
     streams: Streams
     writes: Writes
     peers: Peers
+    restores: Restores
     clock: Clock
     complete: asyncio.Event = field(default_factory=asyncio.Event)
     token_keys: TokenKeyRing | None = None
@@ -177,7 +181,6 @@ class Operations:
     loop_failures: Callable[[], Mapping[str, str]] = dict
     unready: Callable[[], str | None] = lambda: None
     imports: dict[str, tuple[Import, asyncio.Task[FleetWritten]]] = field(default_factory=dict)
-    operators: set[str] = field(default_factory=set)
 
     def begin(self, one: Import) -> str:
         """Begin an import, unless it is under way; its name."""
@@ -217,10 +220,9 @@ class Operations:
         places = (f"{prefix}{name}" for prefix in (layout.HUBS, layout.KNOWN_HUBS))
         if name == self.peers.name or any(self.state.stored(one) is not None for one in places):
             return "a hub"
-        if name in self.operators:
-            return "an operator"
-        revoked = self.state.value(operator_key(name)) is not None
-        return "a hub or operator that was revoked" if revoked else None
+        if self.state.value(operator_key(name)) is not None:
+            return "a hub or operator that was revoked"
+        return self.restores.journal.names.get(name)
 
     async def confirm(
         self, done: Done, items: Collection[ItemKey] | None, **counts: int
@@ -307,7 +309,9 @@ class Operations:
             authority_ends=None
             if self.authority is None
             else self.authority.certificate.not_valid_after_utc.timestamp(),
+            regained={} if suspicion is None else dict(suspicion.regained),
             problems={
+                **self._own_problems(),
                 **{layout.plain(key): why for key, why in (state.problems | damaged).items()},
                 **{f"host {host}": why for host, why in self.streams.differing().items()},
                 **{f"loop {name}": why for name, why in self.loop_failures().items()},
@@ -322,6 +326,16 @@ class Operations:
         reasons = [] if unready is None else [unready]
         reasons += [f"this hub has no answer of etcd for {age_s:.0f} s"] if age_s > SILENT_S else []
         return replace(status, readiness=judge_fleet(status, members, reasons))
+
+    def _own_problems(self) -> dict[str, str]:
+        found, name = {}, self.peers.name
+        if (problem := self.restores.journal.problem) is not None:
+            found["journal"] = f"hub {name} cannot write it: {problem}"
+        if HostId(name) in self.state.enrolled():
+            found[f"hub {name}"] = (
+                "a host has its name, too: revoke the host, and enrol it under another name"
+            )
+        return found
 
     def _renewing(self) -> list[str]:
         if self.authority is None:

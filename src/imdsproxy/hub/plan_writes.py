@@ -14,6 +14,7 @@ from typing import Any, Final, TypeVar
 
 from imdsproxy.core.claims import claim_places
 from imdsproxy.core.fleet import layout
+from imdsproxy.core.fleet.lasting import EPOCHS
 from imdsproxy.core.fleet.layout import HostId, Meta, StoredInstance, StoredNetwork, UserData, View
 from imdsproxy.core.fleet.members import HostState, host_key, read_host
 from imdsproxy.core.fleet.suspicion import MOST_AHEAD, Suspicion, read_suspicion
@@ -51,9 +52,6 @@ MOST_OPERATIONS: Final = 128
 
 MOST_BYTES: Final = 1024 * 1024
 """Of the values of one transaction; etcd takes 1.5 MiB (`--max-request-bytes`)."""
-
-_EPOCHS: Final = 2**40
-"""More than etcd has revisions between two restores, and so more than an instance's tokens are revoked."""
 
 _SHOWN: Final = 5
 _T = TypeVar("_T")
@@ -203,7 +201,7 @@ def claims_of(instance: Instance) -> dict[str, AddressKey | None]:
 
 def next_epoch(epoch: int, incarnation: int) -> int:
     """An epoch that no host has had: a backup that was restored may have lost revocations that hosts remember."""
-    return max(epoch, (incarnation - 1) * _EPOCHS) + 1
+    return max(epoch, (incarnation - 1) * EPOCHS) + 1
 
 
 def refuse_suspect(view: View) -> Compare:

@@ -1,7 +1,7 @@
 """A hub's copy of what etcd has: read once, then followed; what etcd loses is noticed, and stays here.
 
-A hub writes three keys for itself: a beat every few seconds, by which every watch shows that it is alive, where the hub
-is, and why a restored backup is suspected.
+A hub writes two keys for itself: a beat every few seconds, by which every watch shows that it is alive, and where the
+hub is. What it writes about a restored backup is in `restores`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 from typing import Final
 from uuid import UUID
@@ -17,26 +18,21 @@ from uuid import UUID
 import structlog
 
 from imdsproxy.core.fleet import layout
+from imdsproxy.core.fleet.lasting import LASTING
 from imdsproxy.core.fleet.layout import HostId, Meta
-from imdsproxy.core.fleet.members import StoredHost
 from imdsproxy.core.fleet.stream import ItemKey
-from imdsproxy.core.fleet.suspicion import (
-    Claim,
-    Evidence,
-    Suspicion,
-    member_in,
-    parse_suspicion,
-    render_suspicion,
-)
+from imdsproxy.core.fleet.suspicion import Evidence
 from imdsproxy.core.fleet.values import Beat, HubPlace, parse_beat, render_beat, render_hub
 from imdsproxy.core.timing import Backoff
-from imdsproxy.errors import EtcdUnavailable, Problem, SourceCorrupt, SourceRefused
+from imdsproxy.errors import EtcdUnavailable, Problem, SourceCorrupt
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.process import garbage_left
 from imdsproxy.hub.etcd import Behind, Committed, Compacted, Conflict, Etcd, Snapshot
 from imdsproxy.hub.etcd_messages import Deleted, KeyValue, absent, prefix_end, unchanged
+from imdsproxy.hub.journal import Position
 from imdsproxy.hub.known_hubs import keep_hub_records
-from imdsproxy.hub.state import Change, FleetState
+from imdsproxy.hub.restores import Restores
+from imdsproxy.hub.state import Change, FleetState, change_of
 from imdsproxy.hub.streams import Streams
 
 BEAT_S: Final = 5.0
@@ -48,15 +44,14 @@ COMPARE_S: Final = 600.0
 AT_ONCE: Final = 500
 """Keys that are folded in before the event loop, which has hosts waiting, does other work: 10 ms."""
 
-_AGAIN_S: Final = 1.0
 _LATE_S: Final = 1.0
 """So long the watch may take to show what is written."""
 
-_MOST_PENDING: Final = 1000
-"""Claims that wait to be written: more witnesses would change nothing."""
+_MOST_BEHIND: Final = 1000
+"""Beats of which a hub's journal may not know: it is written every five seconds."""
 
 _LEAVE_S: Final = 2.0
-_REVIEWED: Final = (layout.BEAT, layout.HOSTS)
+_REVIEWED: Final = (layout.BEAT, layout.HUBS, *LASTING)
 
 _log = structlog.get_logger()
 
@@ -73,6 +68,7 @@ class Replica:
         url: How others reach it.
         clock: The time.
         random: Jitter, and the fleet's UUID where there is none yet.
+        restores: What is done about an etcd that lacks what was there.
 
     Attributes:
         complete: Set while the copy has everything.
@@ -87,6 +83,7 @@ class Replica:
     url: str
     clock: Clock
     random: Random
+    restores: Restores
     complete: asyncio.Event = field(default_factory=asyncio.Event)
     failure: Problem | None = None
     heard: float = 0.0
@@ -97,8 +94,9 @@ class Replica:
     _doubtful: bool = False
     _expected: int = 0
     _limit: asyncio.Timeout | None = None
-    _evidence: dict[HostId | None, tuple[Evidence, int]] = field(default_factory=dict)
-    _noticed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.restores.fold = partial(self._fold, 0)
 
     def age_s(self) -> float:
         """Seconds since etcd was heard."""
@@ -129,7 +127,7 @@ class Replica:
                         if reading := not expected.issubset(changes.events):
                             break
                         expected = frozenset()
-                        folded = [_change(one) for one in changes.events]
+                        folded = [change_of(one) for one in changes.events]
                         # All else of another incarnation is to be seen with it.
                         if reading := self._doubtful or self._begins_anew(folded):
                             break
@@ -143,7 +141,7 @@ class Replica:
             except Compacted:
                 reading = True
             except Behind as error:
-                self.suspect(Evidence(error.message))
+                self.restores.suspect(Evidence(error.message))
                 self.etcd.accept_older()
                 reading = True
             except EtcdUnavailable as error:
@@ -160,13 +158,13 @@ class Replica:
     async def _read(self) -> None:
         """Read all keys; found the fleet if etcd is empty and this hub knows none."""
         snapshot = await self.etcd.read(layout.PREFIX, prefix_end(layout.PREFIX))
-        known = self.state.meta
+        known = self.restores.known()
         if not known.fleet and not snapshot.kvs:
             await self._found_fleet()
             snapshot = await self.etcd.read(layout.PREFIX, prefix_end(layout.PREFIX))
         found = next((one for one in snapshot.kvs if one.key == layout.META), None)
         # A fleet whose own key is deleted is the one that this hub knows.
-        meta_now = known if found is None else _meta_of(_change(found), known)
+        meta_now = known if found is None else _meta_of(change_of(found), known)
         # Where it cannot be read, this hub says so, and serves no host until it is mended.
         if found is None and not meta_now.fleet:
             raise SourceCorrupt(
@@ -174,7 +172,7 @@ class Replica:
                 hint=f"restore etcd from a backup; or put {layout.META} back, which a running hub knows",
             )
         if known.fleet not in {"", meta_now.fleet}:
-            self._refuse_fleet(meta_now.fleet)
+            self._refuse_fleet(known.fleet, meta_now.fleet)
         self._doubtful = False
         self._at, count = snapshot.revision, len(snapshot.kvs)
         if meta_now.format != layout.FORMAT:
@@ -182,11 +180,20 @@ class Replica:
                 f"etcd has a fleet of format {meta_now.format}, and this hub knows {layout.FORMAT}",
                 hint="upgrade this hub",
             )
-        before, self._incarnation = self._incarnation, meta_now.incarnation
+        if found is None or _readable(found):
+            # An unreadable beat is none that went back.
+            beats = self._beats_in(snapshot)
+            at = Position(meta_now.fleet, meta_now.incarnation, snapshot.revision, beats)
+            self.restores.look_back(at)
+        before = self._incarnation or self.restores.journal.position.incarnation
+        self._incarnation = self.restores.incarnation = meta_now.incarnation
+        if not self.state.meta.fleet:
+            # Until the fleet's own key is folded in: what has no incarnation, no host takes for an acceptance.
+            self.state.meta = known
         if meta_now.incarnation > before:
             # The first, or an operator accepted a restored backup: all that was held back is let go.
-            fresh = FleetState(self.state.keys_of, self.state.keys_problem)
-            await self._replace(fresh, snapshot.revision, snapshot.kvs)
+            draft = self.state.successor()
+            await self._replace(draft, snapshot.revision, snapshot.kvs, accepted=True)
         else:
             await self._fold_all(snapshot)
             if meta_now.incarnation < before:
@@ -194,18 +201,26 @@ class Replica:
         self.complete.set()
         _log.info("etcd read", revision=snapshot.revision, keys=count)
 
+    def _beats_in(self, snapshot: Snapshot) -> int:
+        for one in snapshot.kvs:
+            if one.key == layout.BEAT:
+                with suppress(layout.Unreadable):
+                    return parse_beat(one.value).count
+                return self.restores.journal.position.beats
+        return 0
+
     async def _found_fleet(self) -> None:
         fleet = UUID(int=self.random.getrandbits(128), version=4)
         meta = layout.render_meta(Meta(str(fleet)))
         await self.etcd.commit([absent(layout.META)], {layout.META: meta})
 
-    def _refuse_fleet(self, fleet: str) -> None:
+    def _refuse_fleet(self, known: str, found: str) -> None:
         """Take over nothing of another fleet: the hosts of this one would refuse it, and lose their hub."""
-        self.state.lost[layout.META] = f"of another fleet, {fleet}"
-        self.suspect(Evidence(f"etcd has another fleet, {fleet}"))
+        self.state.lost[layout.META] = f"of another fleet, {found}"
         raise EtcdUnavailable(
-            f"etcd has fleet {fleet}, and this hub is of fleet {self.state.meta.fleet}",
-            hint="restore etcd from a backup of this fleet",
+            f"etcd has fleet {found}, and this hub is of fleet {known}",
+            hint="hub.etcd.endpoints names etcd: restore a backup of this hub's fleet there. A hub begins with another "
+            f"fleet once {self.restores.journal.path} is moved away",
         )
 
     async def _fold_all(self, snapshot: Snapshot) -> None:
@@ -214,7 +229,8 @@ class Replica:
         if len(changes) <= AT_ONCE:
             self._fold(snapshot.revision, changes)
         else:
-            await self._replace(self.state.copy(), snapshot.revision, changes)
+            draft = self.state.copy()
+            await self._replace(draft, snapshot.revision, changes, accepted=False)
 
     async def _differing(self, snapshot: Snapshot, newest: int) -> list[Change]:
         """What folding a snapshot in would change of values that are not newer than `newest`; it is used up."""
@@ -226,7 +242,12 @@ class Replica:
         return differing + [one for one in gone if self.state.differs(one, newest)]
 
     async def _replace(
-        self, draft: FleetState, revision: int, changes: list[KeyValue] | list[Change]
+        self,
+        draft: FleetState,
+        revision: int,
+        changes: list[KeyValue] | list[Change],
+        *,
+        accepted: bool,
     ) -> None:
         """Fold changes into a copy in slices, and have it take the place of the state at once."""
         touched: dict[HostId, set[ItemKey]] = {}
@@ -236,20 +257,33 @@ class Replica:
                 for host, items in draft.apply(revision, part).items():
                     touched.setdefault(host, set()).update(items)
                 keys += (one.key for one in part if one.key.startswith(_REVIEWED))
-            accepted = draft.meta.incarnation > self.state.meta.incarnation
             self.state.become(draft)
         if accepted:
             # Before waits look again: what hosts acknowledged until now says nothing of what was written since.
             self.streams.renew_all()
-        self._take(touched, (*keys, *draft.unreadable, *draft.lost))
+        keys += [*draft.unreadable, *draft.lost, *draft.ahead]
+        self._take(touched, keys, accepted=accepted)
 
     def _fold(self, revision: int, changes: Sequence[Change]) -> None:
         touched = self.state.apply(revision, changes)
         self._take(touched, [one.key for one in changes])
 
-    def _take(self, touched: Mapping[HostId, set[ItemKey]], keys: Sequence[str]) -> None:
-        """See to what has changed."""
+    def _take(
+        self,
+        touched: Mapping[HostId, set[ItemKey]],
+        keys: Sequence[str],
+        *,
+        accepted: bool = False,
+    ) -> None:
+        """Process changed keys.
+
+        Args:
+            touched: As of `FleetState.apply`.
+            keys: All that may be others.
+            accepted: An operator has accepted what etcd has, so nothing that it lacks is suspicious.
+        """
         self.heard, self.failure = self.clock.monotonic(), None
+        self.restores.review(keys, accepted=accepted)
         for key in keys:
             if key == layout.BEAT:
                 self._beat_seen = self.heard
@@ -261,91 +295,14 @@ class Replica:
                     reason=unread.why,
                 )
         # The first, however many keys there are: each would be a read of etcd.
-        lost = next((key for key in keys if key in self.state.lost), None)
+        lost = min((key for key in keys if key in self.state.lost), key=_weight, default=None)
         if lost is not None:
-            self.suspect(Evidence(f"{lost} is {self.state.lost[lost]}"))
+            self.restores.suspect(Evidence(f"{lost} is {self.state.lost[lost]}"))
         self.streams.deliver(touched)
         of_hosts = (key for key in keys if key.startswith(layout.HOSTS))
         self.streams.review(HostId(key.removeprefix(layout.HOSTS)) for key in of_hosts)
 
     # What hubs write for themselves
-
-    def suspect(self, evidence: Evidence) -> None:
-        """Have the evidence of a restore written."""
-        # One for each host, its last: a host may say hello as often as it likes.
-        if evidence.host in self._evidence or len(self._evidence) < _MOST_PENDING:
-            plain = replace(evidence, why=layout.plain(evidence.why))
-            self._evidence[evidence.host] = plain, self._incarnation
-            self._noticed.set()
-
-    async def note_suspicions(self) -> None:
-        """Write why a restored backup is suspected, for every hub; until cancelled."""
-        while True:
-            while not self._evidence:
-                self._noticed.clear()
-                await self._noticed.wait()
-            host = next(iter(self._evidence))
-            await self._note_at_last(*self._evidence.pop(host))
-
-    async def _note_at_last(self, evidence: Evidence, incarnation: int) -> None:
-        noted = False
-        while not noted:
-            try:
-                noted = await self._note(evidence, incarnation)
-            except (EtcdUnavailable, Compacted) as error:
-                _log.warning("suspicion not written yet", reason=str(error))
-                await asyncio.sleep(_AGAIN_S)
-            except SourceRefused as error:
-                # Another attempt would be refused as well.
-                _log.error("suspicion not written", host=evidence.host, reason=error.message)
-                return
-
-    async def _note(self, evidence: Evidence, incarnation: int) -> bool:
-        """Write evidence beside what is written already.
-
-        Args:
-            evidence: What was noticed.
-            incarnation: Of what was compared with etcd.
-
-        Returns:
-            Whether it is written, or need not be.
-        """
-        found, meta = await self.etcd.read(layout.SUSPECT), await self.etcd.read(layout.META)
-        meta_now = None
-        for one in meta.kvs:
-            with suppress(layout.Unreadable):
-                meta_now = layout.parse_meta(one.value)
-        if evidence.is_refuted(found.revision, meta_now):
-            return True
-        # What another hub noticed earlier an operator may have accepted by now.
-        if meta_now is not None and meta_now.incarnation > incarnation > 0:
-            return True
-        at, before = 0, None
-        for one in found.kvs:
-            at = one.mod_revision
-            with suppress(layout.Unreadable):
-                before = parse_suspicion(one.value).of_members(self._member)
-        now = self._add(evidence, before or Suspicion(evidence.why))
-        if now is None or now == before:
-            return True
-        who = self.name if evidence.host is None else evidence.host
-        _log.error("a restored backup is suspected", claimed_by=who, reason=evidence.why)
-        same = [unchanged(layout.SUSPECT, at)]
-        same += [unchanged(layout.META, one.mod_revision) for one in meta.kvs]
-        done = await self.etcd.commit(same, {layout.SUSPECT: render_suspicion(now)})
-        return isinstance(done, Committed)
-
-    def _add(self, evidence: Evidence, before: Suspicion) -> Suspicion | None:
-        """Return the suspicion with the evidence; `None` where no claim counts."""
-        if evidence.host is None:
-            return before.add_hub(self.name, max(evidence.incarnation, self._incarnation))
-        member = self._member(evidence.host)
-        revocations = 0 if member is None else member.revocations
-        claim = Claim(evidence.incarnation, revocations)
-        return before.add_host(evidence.host, claim).of_members(self._member)
-
-    def _member(self, host: HostId) -> StoredHost | None:
-        return member_in(self.state.value, host)
 
     async def beat(self) -> None:
         """Write the beat where no other hub does, and where this hub is; until cancelled: then it is there no more."""
@@ -391,6 +348,9 @@ class Replica:
         count = 0 if found is None else parse_beat(found[0]).count
         # What another program wrote there is written over: without beats all watches are silent.
         revision = 0 if stored is None else stored[1]
+        if found is None and stored is not None:
+            # Above what the journal of any hub has.
+            count = self.restores.journal.position.beats + _MOST_BEHIND
         value = render_beat(Beat(count + 1, self.name))
         done = await self.etcd.commit([unchanged(layout.BEAT, revision)], {layout.BEAT: value})
         if isinstance(done, Conflict) and any(one.mod_revision < revision for one in done.kvs):
@@ -448,17 +408,23 @@ class Replica:
                 self._doubtful = True
 
 
-def _change(event: KeyValue | Deleted) -> Change:
-    if isinstance(event, Deleted):
-        return Change(event.key, None, event.mod_revision)
-    return Change(event.key, event.value, event.mod_revision, event.create_revision, event.version)
-
-
 def _meta_of(change: Change, known: Meta) -> Meta:
     """The fleet as a value of `META` says it; `known` where that is not readable."""
     with suppress(layout.Unreadable):
         return known if change.value is None else layout.parse_meta(change.value)
     return known
+
+
+def _readable(meta: KeyValue) -> bool:
+    with suppress(layout.Unreadable):
+        layout.parse_meta(meta.value)
+        return True
+    return False
+
+
+def _weight(key: str) -> tuple[bool, bool, str]:
+    """Sort what is lost: the fleet, its records, and last what hubs write for themselves."""
+    return key != layout.META, key == layout.BEAT, key
 
 
 async def _slices(of: list[KeyValue] | list[Change]) -> AsyncIterator[list[Change]]:
@@ -467,6 +433,6 @@ async def _slices(of: list[KeyValue] | list[Change]) -> AsyncIterator[list[Chang
     Backwards, so that token keys come before the instances that each of them touches.
     """
     while of:
-        yield [one if isinstance(one, Change) else _change(one) for one in of[-AT_ONCE:]]
+        yield [one if isinstance(one, Change) else change_of(one) for one in of[-AT_ONCE:]]
         del of[-AT_ONCE:]
         await asyncio.sleep(0)

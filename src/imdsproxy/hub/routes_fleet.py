@@ -2,7 +2,7 @@
 
 import uuid
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Final
 
 from fastapi import APIRouter, Depends
 from pydantic import BaseModel, ConfigDict, Field
@@ -30,6 +30,8 @@ from imdsproxy.hub.reseal import Resealed, reseal
 from imdsproxy.hub.writes import Done
 
 fleet = APIRouter()
+
+_SETTLE_S: Final = 5.0
 
 
 class WaitBody(BaseModel):
@@ -122,20 +124,15 @@ async def wait(body: WaitBody, operations: Uses, caller: Reader) -> FleetWritten
 
 @fleet.post("/accept-restore")
 async def accept_restore(operations: Uses, _: FleetOperator) -> FleetWritten:
-    """Take what etcd has as the truth, after it was restored from a backup: hosts let go of what it lacks.
+    """Accept what etcd has as the truth after a restore: hosts remove what it lacks.
 
-    Warns of hosts that this hub knows to be revoked, and of which etcd has an older state.
+    Memberships, revocations and operator overrides that etcd had lost stay in force; the warnings name them.
     """
-    state = operations.state
-    enrolled = state.enrolled()
-    older = (key.removeprefix(layout.HOSTS) for key in state.lost if key.startswith(layout.HOSTS))
-    warnings = tuple(
-        f"host {host} may be a member again, as in the backup; if it was revoked since: imdsproxy fleet revoke {host}"
-        for host in sorted(older)
-        if host not in enrolled
-    )
-    revision = await operations.writes.accept_restore()
-    done = Done(revision, frozenset(state.enrolled()))
+    # What is put back before the acceptance, hosts get with it.
+    await operations.restores.settle(_SETTLE_S)
+    revision, regained = await operations.writes.accept_restore()
+    done = Done(revision, frozenset(operations.state.enrolled()))
+    warnings = tuple(f"{whose} {what}" for whose, what in regained.items())
     return replace(await operations.confirm(done, None), warnings=warnings)
 
 

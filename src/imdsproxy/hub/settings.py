@@ -116,6 +116,11 @@ class HubSettings(Section):
     runtime_dir: AbsolutePath = setting(Path("/run/imdsproxy-hub"), Change.RESTART)
     """Sockets between HAProxy and the hub."""
 
+    state_dir: AbsolutePath = setting(Path("/var/lib/imdsproxy-hub"), Change.RESTART)
+    """The hub's journal: memberships, revocations and operator overrides, which a restored backup of etcd does not take
+    back.
+    """
+
     user_data_kib: int = setting(1024, Change.RESTART, ge=16, le=16_384)
     """The largest user data of an instance. It is in etcd, which is slow with large values."""
 

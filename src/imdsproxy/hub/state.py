@@ -12,6 +12,7 @@ from sys import intern
 from typing import Any, Final, TypeAlias
 
 from imdsproxy.core.fleet import layout
+from imdsproxy.core.fleet.lasting import EPOCHS, LASTING, is_lasting, join_overrides, join_values
 from imdsproxy.core.fleet.layout import (
     ANYWHERE,
     HostId,
@@ -23,7 +24,7 @@ from imdsproxy.core.fleet.layout import (
 )
 from imdsproxy.core.fleet.members import HostState, StoredHost, host_key, parse_host, read_host
 from imdsproxy.core.fleet.stream import Batch, Bye, ByeCode, Hello, ItemKey, digest_items
-from imdsproxy.core.fleet.suspicion import MOST_AHEAD
+from imdsproxy.core.fleet.suspicion import MOST_AHEAD, read_suspicion
 from imdsproxy.core.fleet.values import (
     SealedKeys,
     Sealing,
@@ -35,6 +36,7 @@ from imdsproxy.core.fleet.values import (
 from imdsproxy.core.model import InstanceId, Network, NetworkId
 from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.core.records import parse_network
+from imdsproxy.hub.etcd_messages import Deleted, KeyValue
 from imdsproxy.listeners.plan import place_of
 
 Item: TypeAlias = tuple[int, Json]
@@ -51,6 +53,9 @@ _KINDS: Final[Mapping[str, str]] = {
     "policy": layout.POLICIES,
 }
 _SWEPT: Final = (layout.INSTANCES, layout.NETWORKS, layout.POLICIES)
+_DAY_S: Final = 86_400
+"""No clock of an honest host's hub was further ahead when a boot was reopened."""
+
 _OF_INSTANCE: Final = ("instance", "guard", "keys")
 _NEEDED: Final = ("network/", "policy/")
 """Items that hosts have because of instances."""
@@ -69,6 +74,13 @@ class Change:
     mod_revision: int
     create_revision: int = 0
     version: int = 0
+
+
+def change_of(event: KeyValue | Deleted) -> Change:
+    """Return the change that an event of a watch, or a key that was read, is."""
+    if isinstance(event, Deleted):
+        return Change(event.key, None, event.mod_revision)
+    return Change(event.key, event.value, event.mod_revision, event.create_revision, event.version)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +144,9 @@ class FleetState:
     Attributes:
         unreadable: By key, values that another program wrote.
         lost: By key, those that were deleted, or are older than before, as after a restore: what was before counts.
+        ahead: Lasting keys (`core.fleet.lasting`) of which etcd has an older value or none: the newest counts. Each
+            with the revision of etcd's value, 0 for none.
+        doubted: This hub has noticed a restore that no operator has accepted.
         removed: Keys of records that were removed; they stay in etcd for a while, so that hosts learn of it.
     """
 
@@ -141,6 +156,8 @@ class FleetState:
     meta: Meta = field(default_factory=lambda: Meta(""))
     unreadable: dict[str, Unread] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
+    ahead: dict[str, int] = field(default_factory=dict)
+    doubted: bool = False
     removed: set[str] = field(default_factory=set)
     _entries: dict[str, dict[str, _Entry]] = field(default_factory=dict)
     _placements: dict[InstanceId, _Placement] = field(default_factory=dict)
@@ -164,6 +181,7 @@ class FleetState:
             self,
             unreadable=dict(self.unreadable),
             lost=dict(self.lost),
+            ahead=dict(self.ahead),
             removed=set(self.removed),
             _entries={kind: dict(entries) for kind, entries in self._entries.items()},
             _placements=dict(self._placements),
@@ -172,6 +190,20 @@ class FleetState:
             _listeners=dict(self._listeners),
             _sharing={where: set(networks) for where, networks in self._sharing.items()},
         )
+
+    def successor(self) -> FleetState:
+        """Return a state for all that etcd has after an acceptance: only lasting values stay."""
+        next_state = FleetState(self.keys_of, self.keys_problem)
+        next_state.remember(
+            {key: entry.value for kind in LASTING for key, entry in self._kin(kind).items()}
+        )
+        return next_state
+
+    def remember(self, values: Mapping[str, bytes]) -> None:
+        """Take over lasting values from before a restart or an acceptance, which etcd may have lost."""
+        for key, value in values.items():
+            self._kin(key)[key] = _Entry(value, 0)
+            self.ahead[key] = 0
 
     def become(self, other: FleetState) -> None:
         """Have all that the other one has, which is not used any more."""
@@ -209,7 +241,9 @@ class FleetState:
         before = entries.get(key)
         if change.value is None:
             self.unreadable.pop(key, None)
-            if before is None or _may_go(key, before.value):
+            if before is not None and is_lasting(key):
+                self.ahead[key] = 0
+            elif before is None or _may_go(key, before.value):
                 entries.pop(key, None)
                 self.removed.discard(key)
                 if key.startswith(layout.INSTANCES):
@@ -217,15 +251,21 @@ class FleetState:
             else:
                 self.lost[key] = f"deleted at revision {change.mod_revision} by another program"
             return
-        if before == _Entry(change.value, change.mod_revision):
+        if before == _Entry(change.value, change.mod_revision) and key not in self.ahead:
             self.unreadable.pop(key, None)
             return
         try:
             found = parse_value(key, change.value)
+            removed = key.startswith(_SWEPT) and layout.removal_time(change.value) is not None
         except Unreadable as error:
             self.unreadable[key] = Unread(change.value, change.mod_revision, str(error))
+            # Not lost: an operator writes over it.
+            self.ahead.pop(key, None)
             return
         self.unreadable.pop(key, None)
+        if before is not None and is_lasting(key):
+            self._join(change, change.value, before, touched)
+            return
         why = None if before is None else _doubt_entry(key, before, change)
         if why is not None:
             self.lost[key] = why
@@ -233,10 +273,49 @@ class FleetState:
         self._fold(key, found, touched)
         self.lost.pop(key, None)
         entries[key] = _Entry(change.value, change.mod_revision, change.version)
-        if key.startswith(_SWEPT) and layout.removal_time(change.value) is not None:
+        if removed:
             self.removed.add(key)
         else:
             self.removed.discard(key)
+
+    def _join(
+        self, change: Change, value: bytes, before: _Entry, touched: dict[HostId, set[ItemKey]]
+    ) -> None:
+        """Fold in etcd's value of a lasting key, as far as it is newer."""
+        key, joined = change.key, join_values(change.key, before.value, value)
+        # Hosts refuse a guard of a lower revision than their own.
+        revision = max(change.mod_revision, before.mod_revision)
+        if joined != value:
+            self.ahead[key] = change.mod_revision
+        else:
+            self.ahead.pop(key, None)
+            if joined != before.value:
+                revision = change.mod_revision
+        if joined != before.value:
+            self._fold(key, parse_value(key, joined), touched)
+        self._kin(key)[key] = _Entry(joined, revision, change.version)
+
+    def raise_guards(
+        self, host: HostId, guards: Mapping[InstanceId, OperatorOverride], now: float
+    ) -> list[str]:
+        """Join guards that a host has in force; return the keys of those that etcd has lost.
+
+        A host may be captured, so it has a say about its own instances only, and none that makes numbers overflow.
+        """
+        raised: list[str] = []
+        epochs, latest = (self.meta.incarnation + MOST_AHEAD) * EPOCHS, int(now) + _DAY_S
+        for instance in sorted(guards.keys() & self._placed.get(host, set())):
+            key, guard = layout.guard_key(instance), guards[instance]
+            entry = self._kin(key).get(key)
+            before = OperatorOverride() if entry is None else layout.parse_guard(entry.value)
+            joined = join_overrides(before, guard)
+            if joined == before or joined.epoch > epochs or joined.reopened_at > latest:
+                continue
+            revision = 0 if entry is None else entry.mod_revision
+            self.ahead.setdefault(key, revision)
+            self._kin(key)[key] = _Entry(layout.render_guard(joined), revision)
+            raised.append(key)
+        return raised
 
     def _kin(self, key: str) -> dict[str, _Entry]:
         """The entries of a key's kind."""
@@ -409,6 +488,8 @@ class FleetState:
         if (refused := self._refuse(hello)) is not None:
             return refused
         have, accepts = hello.items, self.meta.incarnation > hello.incarnation
+        # Of a restored etcd, until that is accepted: what the host gave up since the backup does not come back.
+        known_to = hello.revision if self.is_doubted() and not accepts else -1
         wanted = self.items_for(host)
         put: dict[ItemKey, Item] = {}
         held: dict[ItemKey, str] = {}
@@ -418,6 +499,8 @@ class FleetState:
             if known is not None and (why := _doubt(revision, known)) is not None:
                 reason = self.unread(item)
                 (held if reason is None else unread)[item] = reason or why
+            elif known is None and revision is not None and revision <= known_to:
+                continue
             # A restored store gives revisions again.
             elif (revision != known or accepts) and (found := self.item(item)) is not None:
                 put[item] = found
@@ -435,12 +518,15 @@ class FleetState:
             put |= {item: found for item, found in older if found is not None}
             removed += [item for item in held if item not in put]
             held = {}
-        suspicious = None
-        if held:
-            item, why = next(iter(held.items()))
-            suspicious = f"{host} has {item} of revision {have[item]}: {why}"
+        first = next(iter(held), None)
+        suspicious = first and f"{host} has {first} of revision {have[first]}: {held[first]}"
         batch = replace(self._batch(put, removed, held), unreadable=unread)
         return Difference(batch, suspicious)
+
+    def is_doubted(self) -> bool:
+        """Whether etcd was restored, as far as hubs know, and no operator has accepted that."""
+        suspicion = None if self.doubted else read_suspicion(self.value)
+        return self.doubted or (suspicion is not None and suspicion.refuses)
 
     def unread(self, item: ItemKey) -> str | None:
         """Why what etcd has of an item cannot be read; `None` where it can, or where etcd has none."""

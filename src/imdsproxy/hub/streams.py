@@ -38,6 +38,8 @@ from imdsproxy.core.fleet.stream import (
     render_line,
 )
 from imdsproxy.core.fleet.suspicion import Evidence
+from imdsproxy.core.model import InstanceId
+from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.core.records.levels import SCHEMA, Schema
 from imdsproxy.errors import SourceUnavailable
 from imdsproxy.host.clock import Clock
@@ -99,6 +101,7 @@ class Streams:
         clock: Monotonic, and Unix time for pings.
         admits: Whether a host's certificate of this serial number is good now.
         suspect: Called with evidence that etcd was restored from a backup: a host has what etcd lacks.
+        raise_guards: Called with a host and the guards that the host has in force.
         age_s: Seconds since etcd was heard.
         expect: Called with a revision that is waited for and that this hub has not received.
         unready: Why no host may be served by this hub.
@@ -113,6 +116,9 @@ class Streams:
     clock: Clock
     admits: Callable[[HostId, str], bool]
     suspect: Callable[[Evidence], object] = lambda _: None
+    raise_guards: Callable[[HostId, Mapping[InstanceId, OperatorOverride]], object] = (
+        lambda _host, _guards: None
+    )
     age_s: Callable[[], float] = lambda: 0.0
     expect: Callable[[int], object] = lambda _revision: None
     unready: Callable[[], str | None] = lambda: None
@@ -509,6 +515,8 @@ class HostStream(asyncio.Protocol):
     def _compare(self, digest: str) -> None:
         """Have the host say hello again if it has other items than are placed on it."""
         streams = self._streams
+        if streams.state.is_doubted():
+            return
         if digest == streams.state.digest(self.host, self.failed):
             streams.note_differing(self.host, None)
             return
@@ -525,6 +533,8 @@ class HostStream(asyncio.Protocol):
         if (unready := streams.unready()) is not None:
             self.leave(ByeCode.STOPPING, unready)
             return
+        if hello.fleet == streams.state.meta.fleet:
+            streams.raise_guards(self.host, hello.guards)
         found = streams.state.compare(self.host, hello)
         if isinstance(found, Bye):
             if (evidence := _evidence_of(self.host, hello, found.code)) is not None:

@@ -15,7 +15,9 @@ from typing import Any, Final
 import structlog
 
 from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import HostId, StoredInstance, UserData, View
+from imdsproxy.core.fleet.lasting import join_overrides
+from imdsproxy.core.fleet.layout import HostId, StoredInstance, UserData, View, parse_guard
+from imdsproxy.core.fleet.suspicion import read_suspicion
 from imdsproxy.core.model import InstanceId, Network, NetworkId
 from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.core.records import PlacedInstance
@@ -38,6 +40,7 @@ from imdsproxy.hub import plan_writes
 from imdsproxy.hub.envelope import Envelope
 from imdsproxy.hub.etcd import Committed, Etcd
 from imdsproxy.hub.etcd_messages import Compare, KeyValue, prefix_end
+from imdsproxy.hub.journal import Keep, keep_nothing
 from imdsproxy.hub.levels import plan_levels, refuse_older
 from imdsproxy.hub.plan_writes import InstancePut, Terms, Transaction
 from imdsproxy.hub.shared_listeners import refuse_shared
@@ -136,6 +139,7 @@ class Writes:
         user_data_kib: The largest user data of an instance.
         schema: What this hub knows of records.
         levels: The level of records that connected hosts read.
+        keep: Returns once values are in this hub's journal, before who wrote them is answered.
     """
 
     etcd: Etcd
@@ -145,6 +149,7 @@ class Writes:
     user_data_kib: int = 1024
     schema: Schema = SCHEMA
     levels: Callable[[], Awaitable[Mapping[HostId, int]]] = _no_levels
+    keep: Keep = keep_nothing
 
     def terms(
         self,
@@ -365,14 +370,22 @@ class Writes:
         change: Callable[[OperatorOverride], OperatorOverride],
         terms: Terms,
     ) -> tuple[Done, int]:
-        epoch = 0
+        epoch, key = 0, layout.guard_key(instance)
+        planned = Transaction()
+
+        def raised(old: OperatorOverride) -> OperatorOverride:
+            # After a restore etcd may have an older one than this hub.
+            known = self.state.value(key)
+            return change(old if known is None else join_overrides(old, parse_guard(known[0])))
 
         def plan(view: View) -> Transaction:
-            nonlocal epoch
-            planned, epoch = plan_writes.plan_guard(view, instance, change, terms)
+            nonlocal epoch, planned
+            planned, epoch = plan_writes.plan_guard(view, instance, raised, terms)
             return planned
 
-        return await self.write(plan), epoch
+        done = await self.write(plan)
+        await self.keep(planned.puts)
+        return done, epoch
 
     async def put_policy(
         self, place: str, change: Callable[[Mapping[str, Any]], Mapping[str, Any]], terms: Terms
@@ -393,12 +406,23 @@ class Writes:
         """Change what a project's operators may use; raises as `put`, and what `change` raises."""
         return await self.write(lambda view: plan_writes.plan_grant(view, project, change, terms))
 
-    async def accept_restore(self) -> int:
-        """Take what etcd has as the truth, though hosts had newer; the revision with which it is so, here too."""
-        known = self.state.meta
-        done = await self.write(lambda view: plan_writes.plan_acceptance(view, known))
+    async def accept_restore(self) -> tuple[int, Mapping[str, str]]:
+        """Take what etcd has as the truth, though hosts had newer.
+
+        Returns:
+            The revision with which it is so, here too, and `Suspicion.regained`.
+        """
+        known, regained = self.state.meta, dict[str, str]()
+
+        def plan(view: View) -> Transaction:
+            planned = plan_writes.plan_acceptance(view, known)
+            suspicion = read_suspicion(view)
+            regained.update({} if suspicion is None else suspicion.regained)
+            return planned
+
+        done = await self.write(plan)
         await self._follow_acceptance(known.incarnation)
-        return done.revision
+        return done.revision, regained
 
     async def _follow_acceptance(self, known: int) -> None:
         """Wait until this hub's copy has an incarnation after `known`: acknowledgements from before it say nothing."""

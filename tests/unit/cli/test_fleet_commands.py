@@ -1,5 +1,6 @@
 """`imdsproxy fleet`: the files that it makes, and what it refuses."""
 
+import asyncio
 import shlex
 import ssl
 from datetime import UTC, datetime, timedelta
@@ -10,6 +11,8 @@ from cryptography import x509
 
 from imdsproxy.cli.main import EXAMPLES, build_program, iterate_commands
 from imdsproxy.core.fleet.identity import Role
+from imdsproxy.core.fleet.layout import HostId
+from imdsproxy.core.fleet.members import host_key
 from imdsproxy.errors import ConfigInvalid
 from imdsproxy.host.certificates import fingerprint, parse_certificate, render_certificate
 from imdsproxy.hub.authority import HUB_LIFE, make_authority
@@ -19,6 +22,7 @@ from imdsproxy.hub.files import (
     read_hub_names,
     refuse_shared_authority,
 )
+from imdsproxy.hub.journal import FILE, Journal
 from support.cli import Ran, run_main
 
 
@@ -114,6 +118,29 @@ def test_an_operator_gets_one_file_with_all_that_tls_needs(fleet: _Fleet, tmp_pa
     ):
         assert fleet("operator", *words).status == status, words
     assert not (tmp_path / "x.pem").exists()
+
+
+def test_neither_an_operator_nor_a_hub_gets_the_name_of_a_host_that_the_hubs_journal_has(
+    fleet: _Fleet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def write() -> None:
+        journal = Journal(tmp_path / "state" / FILE)
+        await journal.open()
+        await journal.keep({host_key(HostId("host-1")): b"{}"})
+        await journal.close()
+
+    fleet.init()
+    asyncio.run(write())
+    config = tmp_path / "imdsproxy.yaml"
+    config.write_text(f"hub:\n  state_dir: {tmp_path / 'state'}\n")
+    where = ("--directory", str(fleet.files.directory), "--output", str(tmp_path / "new"))
+    hub = ("hub-certificate", "--address", "hub2.example.net", "--name")
+    for words in (("operator", "host-1"), (*hub, "host-1")):
+        ran = run_main(capsys, "--config", str(config), "fleet", *words, *where)
+        assert ran.status == 73, ran
+        assert "host-1 is the name of a host" in ran.err
+    assert not (tmp_path / "new").exists()
+    assert run_main(capsys, "--config", str(config), "fleet", *hub, "hub-2", *where).status == 0
 
 
 def test_a_directory_that_is_no_fleets_or_whose_key_others_can_read_is_refused(

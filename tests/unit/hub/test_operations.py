@@ -17,6 +17,7 @@ from imdsproxy.hub.state import Change, FleetState
 from imdsproxy.hub.streams import Streams
 from imdsproxy.hub.writes import Writes
 from support.fake_etcd import answer, client_of, header
+from support.restores import restores_of
 
 STATUS = MemberStatus(
     "https://a:2378",
@@ -61,7 +62,13 @@ async def test_a_hub_reports_the_fleet_while_no_member_answers() -> None:
         streams = Streams(state, clock, lambda *_: True)
         unused = cast("Writes", None)
         report = await Operations(
-            etcd, state, streams, unused, Peers(state, "hub-1", clock), clock
+            etcd,
+            state,
+            streams,
+            unused,
+            Peers(state, "hub-1", clock),
+            restores_of(etcd, state, clock),
+            clock,
         ).report()
     assert report.etcd == [
         {"url": members[0].url, "problems": ["does not answer: etcdserver: stopped"]}
@@ -99,7 +106,9 @@ async def test_a_hub_asks_each_other_one_once_for_the_state_of_the_fleet() -> No
         state.apply(1, hosts)
         streams, peers = Streams(state, clock, lambda *_: True), _Asked(state, "hub-1", clock)
         unused = cast("Writes", None)
-        report = await Operations(etcd, state, streams, unused, peers, clock).report()
+        report = await Operations(
+            etcd, state, streams, unused, peers, restores_of(etcd, state, clock), clock
+        ).report()
     assert peers.asked == ["https://hub2/fleet/applied", "https://hub3/fleet/applied"]
     assert [one["answers"] for one in report.hubs] == [True, True, False]
     assert (report.hosts, report.connected, report.absent) == (2, 1, ["a"])
@@ -120,7 +129,15 @@ async def test_hosts_that_have_no_certificate_since_the_cas_were_changed_are_nam
         state, clock = FleetState(), Clock()
         state.apply(1, hosts)
         streams, peers = Streams(state, clock, lambda *_: True), Peers(state, "hub-1", clock)
-        one = Operations(etcd, state, streams, cast("Writes", None), peers, clock)
+        one = Operations(
+            etcd,
+            state,
+            streams,
+            cast("Writes", None),
+            peers,
+            restores_of(etcd, state, clock),
+            clock,
+        )
         one.authority = authority
         report = await one.report()
     assert report.renewing == ["b"]

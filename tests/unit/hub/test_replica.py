@@ -29,6 +29,7 @@ from support.fake_etcd import (
     text,
     watched,
 )
+from support.restores import restores_of
 from support.tasks import background, until
 
 _HOST = render_host(StoredHost(HostState.ENROLLED, ("1",)))
@@ -54,7 +55,16 @@ async def test_a_hub_whose_address_was_not_written_writes_it_again(
     async with client_of(handle) as (etcd, _):
         state, clock = FleetState(), Clock()
         streams = Streams(state, clock, lambda *_: True)
-        replica = Replica(etcd, state, streams, "hub-1", "https://hub", clock, Random(1))  # noqa: S311
+        replica = Replica(
+            etcd,
+            state,
+            streams,
+            "hub-1",
+            "https://hub",
+            clock,
+            Random(1),  # noqa: S311
+            restores_of(etcd, state, clock),
+        )
         replica.complete.set()
         async with background(replica.beat()):
             await until(lambda: len(places) > 1)
@@ -101,7 +111,16 @@ async def _replica_of(
     state.apply(1, [Change(f"{layout.HOSTS}{name}", _HOST, 1) for name in hosts])
     streams = Streams(state, clock, lambda *_: True)
     async with client_of(handle or store.handle) as (etcd, _):
-        yield Replica(etcd, state, streams, "hub-1", "https://hub", clock, Random(1))  # noqa: S311
+        yield Replica(
+            etcd,
+            state,
+            streams,
+            "hub-1",
+            "https://hub",
+            clock,
+            Random(1),  # noqa: S311
+            restores_of(etcd, state, clock),
+        )
 
 
 @pytest.mark.parametrize(
@@ -135,14 +154,14 @@ async def test_writes_are_refused_when_a_hub_or_two_hosts_notice_a_restore(
         replica.state.apply(1, [Change(*one, 1) for one in others.items()])
         for host, revision in noticed:
             evidence = Evidence("why", HostId(host) if host else None, revision)
-            assert await replica._note(evidence, 1)
+            assert await replica.restores._note(evidence, 1)
     assert (store.suspicion and store.suspicion.refuses) is refuses
 
 
 async def test_the_only_host_of_a_fleet_does_not_stop_writes() -> None:
     store = _Store()
     async with _replica_of(store, "a") as replica:
-        assert await replica._note(Evidence("why", HostId("a")), 1)
+        assert await replica.restores._note(Evidence("why", HostId("a")), 1)
     assert store.suspicion is not None
     assert not store.suspicion.refuses
 
@@ -153,7 +172,7 @@ async def test_a_host_that_has_seen_a_later_incarnation_is_evidence_unless_etcd_
 ) -> None:
     store = _Store(incarnation=etcd, revision=50)
     async with _replica_of(store) as replica:
-        assert await replica._note(Evidence("why", HostId("a"), incarnation=3), etcd)
+        assert await replica.restores._note(Evidence("why", HostId("a"), incarnation=3), etcd)
     assert (store.suspicion is not None) is counts
     assert store.suspicion is None or store.suspicion.incarnation == 3
 
@@ -169,10 +188,10 @@ async def test_a_suspicion_that_etcd_refuses_is_dropped_and_those_after_it_are_w
 
     refused: list[Json] = []
     async with _replica_of(store, "abc", handle) as replica:
-        replica.suspect(Evidence("it has what etcd lacks", HostId("c")))
-        async with background(replica.note_suspicions()):
+        replica.restores.suspect(Evidence("it has what etcd lacks", HostId("c")))
+        async with background(replica.restores.run()):
             await until(lambda: refused)
-            replica.suspect(Evidence("x" * 2_000_000, HostId("a")))
+            replica.restores.suspect(Evidence("x" * 2_000_000, HostId("a")))
             await until(lambda: store.suspicion)
     assert store.suspicion is not None
     assert store.suspicion.hosts.keys() == {"a"}
@@ -182,10 +201,10 @@ async def test_a_suspicion_that_etcd_refuses_is_dropped_and_those_after_it_are_w
 async def test_a_host_that_says_hello_again_and_again_has_one_suspicion_that_waits() -> None:
     async with _replica_of(_Store()) as replica:
         for number in range(5000):
-            replica.suspect(Evidence(f"{number}", HostId("a")))
-            replica.suspect(Evidence("why", HostId(f"h{number}")))
-        assert replica._evidence[HostId("a")][0].why == "4999"
-        assert len(replica._evidence) <= 1000
+            replica.restores.suspect(Evidence(f"{number}", HostId("a")))
+            replica.restores.suspect(Evidence("why", HostId(f"h{number}")))
+        assert replica.restores._evidence[HostId("a")][0].why == "4999"
+        assert len(replica.restores._evidence) <= 1000
 
 
 @pytest.mark.parametrize("value", [b"{}", b"\xff", b'{"hosts": [7]}'])
@@ -193,7 +212,7 @@ async def test_a_suspicion_that_another_program_wrote_is_written_over(value: byt
     store = _Store()
     store.values[layout.SUSPECT] = value, 3
     async with _replica_of(store) as replica:
-        assert await replica._note(Evidence("why", HostId("a")), 1)
+        assert await replica.restores._note(Evidence("why", HostId("a")), 1)
     assert store.suspicion == Suspicion("why", {}, {HostId("a"): Claim(0)})
 
 
@@ -207,7 +226,16 @@ async def test_a_hub_that_ends_takes_back_where_it_is() -> None:
     async with client_of(handle) as (etcd, _):
         state, clock = FleetState(), Clock()
         streams = Streams(state, clock, lambda *_: True)
-        replica = Replica(etcd, state, streams, "hub-1", "https://hub", clock, Random(1))  # noqa: S311
+        replica = Replica(
+            etcd,
+            state,
+            streams,
+            "hub-1",
+            "https://hub",
+            clock,
+            Random(1),  # noqa: S311
+            restores_of(etcd, state, clock),
+        )
         replica.complete.set()
         async with background(replica.beat()):
             await until(lambda: sum(path == "txn" for path, _ in asked) > 1)
@@ -220,12 +248,12 @@ async def test_what_an_operator_has_accepted_meanwhile_is_not_suspected_again(
 ) -> None:
     store = _Store(incarnation=2)
     async with _replica_of(store) as replica:
-        assert await replica._note(Evidence("why"), seen)
+        assert await replica.restores._note(Evidence("why"), seen)
     assert (store.suspicion is not None) is suspected
 
 
 async def test_a_hub_that_reads_an_accepted_restore_all_at_once_keeps_nothing_of_before() -> None:
-    store, older, gone = _Store(), f"{layout.HOSTS}older", f"{layout.HOSTS}gone"
+    store, older, gone = _Store(), f"{layout.POLICIES}project/a", f"{layout.POLICIES}project/b"
     store.values |= {older: (_HOST, 40), gone: (_HOST, 41)}
     async with _replica_of(store, "") as replica:
         await replica._read()
@@ -243,7 +271,7 @@ async def test_a_hub_that_reads_an_accepted_restore_all_at_once_keeps_nothing_of
 
 
 async def test_a_backup_from_before_the_last_acceptance_is_no_acceptance() -> None:
-    store, key = _Store(incarnation=2), f"{layout.HOSTS}a"
+    store, key = _Store(incarnation=2), f"{layout.POLICIES}project/a"
     store.values[key] = _HOST, 40
     async with _replica_of(store, "") as replica:
         await replica._read()
@@ -255,7 +283,7 @@ async def test_a_backup_from_before_the_last_acceptance_is_no_acceptance() -> No
 
 
 async def test_a_hub_founds_no_fleet_in_an_etcd_that_was_emptied_under_it() -> None:
-    store, key = _Store(), f"{layout.HOSTS}a"
+    store, key = _Store(), f"{layout.POLICIES}project/a"
     store.values[key] = _HOST, 40
     async with _replica_of(store, "") as replica:
         await replica._read()
@@ -264,7 +292,7 @@ async def test_a_hub_founds_no_fleet_in_an_etcd_that_was_emptied_under_it() -> N
         assert not store.values
         assert replica.state.lost.keys() == {layout.META, key}
         assert replica.state.meta.fleet == "f"
-        assert replica._evidence
+        assert replica.restores._evidence
 
 
 async def test_a_hub_that_knows_no_fleet_founds_one_only_where_etcd_has_nothing_at_all() -> None:
@@ -290,15 +318,15 @@ async def test_a_hub_takes_over_nothing_of_another_fleet() -> None:
         assert replica.state.meta.fleet == "f"
         assert replica.state.value(key) is not None
         assert replica.state.value(f"{layout.HOSTS}other") is None
-        assert replica._evidence
+        assert replica.state.lost == {layout.META: "of another fleet, g"}
 
 
 @pytest.mark.parametrize("same", [True, False])
 async def test_a_hub_that_was_away_notices_another_history_whose_revisions_have_the_same_numbers(
     *, same: bool
 ) -> None:
-    store, key = _Store(revision=50), f"{layout.HOSTS}a"
-    other = f"{layout.HOSTS}b"
+    store, key = _Store(revision=50), f"{layout.POLICIES}project/a"
+    other = f"{layout.POLICIES}project/b"
     begun: list[int] = []
 
     def handle(path: str, body: Json) -> Answer:
@@ -316,7 +344,7 @@ async def test_a_hub_that_was_away_notices_another_history_whose_revisions_have_
 
     async with _replica_of(store, "", handle) as replica, background(replica.run()):
         await until(lambda: replica.state.revision == 53)
-        await until(lambda: same or len(replica._evidence) == 1)
+        await until(lambda: same or len(replica.restores._evidence) == 1)
         assert begun[:2] == [51, 52]
         assert replica.state.value(key) == (_HOST, 52)
         assert bool(replica.state.lost) is not same
@@ -346,7 +374,8 @@ async def test_a_member_whose_watch_does_not_show_what_is_waited_for_is_left_for
     clock, state = Clock(), FleetState()
     streams = Streams(state, clock, lambda *_: True)
     async with client_of(hang, go_on, silence_s=3600.0) as (etcd, _):
-        replica = Replica(etcd, state, streams, "hub-1", "https://hub", clock, Random(1))  # noqa: S311
+        random, restores = Random(1), restores_of(etcd, state, clock)  # noqa: S311
+        replica = Replica(etcd, state, streams, "hub-1", "https://hub", clock, random, restores)
         streams.expect = replica.expect
         async with background(replica.run()), background(replica.prove_watch()):
             await replica.complete.wait()

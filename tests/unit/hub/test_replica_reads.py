@@ -17,6 +17,7 @@ from imdsproxy.hub.etcd_messages import KeyValue
 from imdsproxy.hub.replica import Replica
 from imdsproxy.hub.state import Change, FleetState
 from imdsproxy.hub.streams import HostStream, Streams
+from support.restores import restores_of
 from support.tasks import background, until
 
 
@@ -55,7 +56,16 @@ class _Etcd:
     def replica(self) -> Replica:
         state, clock = FleetState(), Clock()
         streams = Streams(state, clock, lambda *_: True)
-        return Replica(cast("Etcd", self), state, streams, "hub-1", "https://hub", clock, Random(1))  # noqa: S311
+        return Replica(
+            cast("Etcd", self),
+            state,
+            streams,
+            "hub-1",
+            "https://hub",
+            clock,
+            Random(1),  # noqa: S311
+            restores_of(cast("Etcd", self), state, clock),
+        )
 
 
 def _meta(revision: int, incarnation: int = 1) -> KeyValue:
@@ -141,7 +151,7 @@ async def test_what_changes_while_a_hub_compares_is_not_taken_for_a_restored_bac
         async with background(replica.compare()):
             await until(lambda: etcd.reads > 10)
         await until(lambda: replica.state.revision == etcd.revision)
-    assert not replica._evidence
+    assert not replica.restores._evidence
     assert not replica.state.lost
 
 
@@ -158,7 +168,7 @@ async def test_what_a_watch_has_not_shown_is_found_by_comparison(
         await until(lambda: replica._doubtful)
         etcd.write(KeyValue(layout.BEAT, b'{"count":1}', 6, 6))
         await until(lambda: replica.state.lost)
-        assert "i1" in replica._evidence[None][0].why
+        assert "i1" in replica.restores._evidence[None][0].why
         assert _revisions(replica.state) == {2, 4, 5}
 
 

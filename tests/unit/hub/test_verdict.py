@@ -15,6 +15,7 @@ _HUB = {"name": "hub-1", "url": None, "answers": True, "absent": False, "absent_
 _WELL = FleetStatus(
     fleet="f", incarnation=1, revision=9, suspect=None, writes_stopped=False, hubs=[_HUB],
     networks=1, instances=1, hosts=3, connected=3, behind=[], absent=[], renewing=[],
+    regained={},
     authority_ends=None, problems={}, token_keys=None, imports=[], etcd=[],
 )  # fmt: skip
 _UP = MemberStatus("m", 1, "3.5", 1, 1, 100, (), 1, Header(9, 1))

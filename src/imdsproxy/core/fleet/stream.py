@@ -16,6 +16,8 @@ from hashlib import blake2b
 from typing import Any, Final, TypeAlias, cast
 
 from imdsproxy.core.fleet.layout import ID_SHAPE, MOST_NUMBER, Json, is_number, plain
+from imdsproxy.core.model import InstanceId
+from imdsproxy.core.policy import OperatorOverride
 
 STREAM_PATH: Final = "/fleet/stream"
 BLOB_PATH: Final = "/fleet/blob/"
@@ -88,6 +90,7 @@ class Hello:
         revision: The highest that it has applied; 0 for none.
         items: The revision of each item that it has.
         level: The level of records that it reads (`core.records.levels`).
+        guards: What operators did about its instances, as in force there: a restored etcd may have lost it.
     """
 
     fleet: str | None = None
@@ -96,6 +99,7 @@ class Hello:
     items: Mapping[ItemKey, int] = field(default_factory=dict)
     format: int = FORMAT
     level: int = 1
+    guards: Mapping[InstanceId, OperatorOverride] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +204,10 @@ def render_line(message: FromHost | FromHub) -> bytes:
                     "revision": message.revision,
                     "items": dict(message.items),
                     "level": message.level,
+                    "guards": {
+                        instance: [guard.epoch, guard.reopened_at]
+                        for instance, guard in message.guards.items()
+                    },
                 }
             }
         case Ack():
@@ -259,6 +267,7 @@ def parse_from_host(line: bytes) -> FromHost:
                 {_item(key): _number(one) for key, one in items.items()},
                 _number(form),
                 _number(rest.get("level", 1)),
+                _guards(_object(cast("Json", rest), "guards")),
             )
         case {"ack": revision, **rest}:
             why = {_item(key): _text(one) for key, one in _object(rest, "failed").items()}
@@ -272,6 +281,19 @@ def parse_from_host(line: bytes) -> FromHost:
             return Answer(_number(number), status, body)
         case _:
             raise Broken("a host sends `hello`, `ack` or `answer`")
+
+
+def _guards(shape: Json) -> dict[InstanceId, OperatorOverride]:
+    guards: dict[InstanceId, OperatorOverride] = {}
+    for instance, guard in shape.items():
+        _item(f"guard/{instance}")
+        match guard:
+            case [epoch, reopened_at]:
+                override = OperatorOverride(_number(epoch), _number(reopened_at))
+                guards[InstanceId(instance)] = override
+            case _:
+                raise Broken("a guard is two numbers")
+    return guards
 
 
 def parse_from_hub(line: bytes) -> FromHub:

@@ -31,6 +31,9 @@ WITNESSES: Final = 2
 MOST_CLAIMS: Final = 16
 """Claims of hosts that are kept: more than two change nothing."""
 
+MOST_REGAINED: Final = 500
+"""Lines of what was put back into etcd; the logs of hubs have all of them."""
+
 MOST_AHEAD: Final = 1000
 """Acceptances of which a host may know and the fleet not: more than any series of restores loses."""
 
@@ -44,12 +47,14 @@ class Evidence:
         host: The host that claims that; `None` for a hub's own evidence.
         revision: The host has it, so etcd is older if it has not; 0 if `why` is enough.
         incarnation: The same, of the fleet's incarnation.
+        regained: What is put back into etcd, by whose it is (`lasting.describe_regained`).
     """
 
     why: str
     host: HostId | None = None
     revision: int = 0
     incarnation: int = 0
+    regained: Mapping[str, str] = field(default_factory=dict)
 
     def is_refuted(self, revision: int, meta: Meta | None) -> bool:
         """Whether etcd has, at this revision, what the host has."""
@@ -79,11 +84,13 @@ class Suspicion:
         why: The first evidence.
         hubs: Hubs that noticed a restore, each with the highest incarnation that the hub has seen.
         hosts: Claims of hosts.
+        regained: What hubs put back into etcd, by whose it is; the first of very many.
     """
 
     why: str
     hubs: Mapping[str, int] = field(default_factory=dict)
     hosts: Mapping[HostId, Claim] = field(default_factory=dict)
+    regained: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def refuses(self) -> bool:
@@ -105,6 +112,11 @@ class Suspicion:
         """Return the suspicion with a host's claim; of very many, those with the highest incarnations stay."""
         claims = sorted({**self.hosts, host: claim}.items(), key=lambda item: -item[1].incarnation)
         return replace(self, hosts=dict(sorted(claims[:MOST_CLAIMS])))
+
+    def regain(self, regained: Mapping[str, str]) -> Suspicion:
+        """Return the suspicion with what was put back, too."""
+        everything = sorted({**self.regained, **regained}.items())
+        return replace(self, regained=dict(everything[:MOST_REGAINED]))
 
     def of_members(self, member: Callable[[HostId], StoredHost | None]) -> Suspicion | None:
         """Return the suspicion without claims of hosts that are no longer members; `None` if no claim is left."""
@@ -142,18 +154,25 @@ def render_suspicion(suspicion: Suspicion) -> bytes:
     """Return the value of `SUSPECT`."""
     claims = {host: [one.incarnation, one.revocations] for host, one in suspicion.hosts.items()}
     why = plain(suspicion.why)
-    return encode({"why": why, "hubs": dict(suspicion.hubs), "hosts": claims})
+    shape = {"why": why, "hubs": dict(suspicion.hubs), "hosts": claims}
+    return encode({**shape, "regained": dict(suspicion.regained)})
 
 
 def parse_suspicion(value: bytes) -> Suspicion:
     """Reverse `render_suspicion`; raises `Unreadable`."""
     match decode(value):
-        case {"why": str(why), "hubs": dict(hubs), "hosts": dict(hosts)} if all(
-            is_id(name) and is_number(one) for name, one in hubs.items()
+        case {
+            "why": str(why),
+            "hubs": dict(hubs),
+            "hosts": dict(hosts),
+            "regained": dict(regained),
+        } if all(is_id(name) and is_number(one) for name, one in hubs.items()) and all(
+            isinstance(one, str) for one in regained.values()
         ):
-            return Suspicion(plain(why), hubs, _parse_claims(hosts))
+            words = {plain(whose): plain(what) for whose, what in regained.items()}
+            return Suspicion(plain(why), hubs, _parse_claims(hosts), words)
         case _:
-            raise Unreadable("it does not say `why`, `hubs` and `hosts`")
+            raise Unreadable("it does not say `why`, `hubs`, `hosts` and `regained`")
 
 
 def _parse_claims(shape: Json) -> dict[HostId, Claim]:

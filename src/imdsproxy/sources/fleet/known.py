@@ -116,8 +116,13 @@ class FleetKnown:
     def hello(self) -> Hello:
         """What this host has."""
         at = self.position
+        guards = {
+            InstanceId(key.partition("/")[2]): guard
+            for key, guard in self._others.items()
+            if isinstance(guard, OperatorOverride)
+        }
         items, level = dict(self.items), self.schema.level
-        return Hello(at.fleet, at.incarnation, at.revision, items, level=level)
+        return Hello(at.fleet, at.incarnation, at.revision, items, level=level, guards=guards)
 
     def digest(self, without: Collection[ItemKey]) -> str:
         """`digest_items` of what is in force, without some."""

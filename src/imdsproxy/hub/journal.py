@@ -1,0 +1,233 @@
+"""Journal of a hub on its own disk: what outlives an etcd that is restored from a backup.
+
+It has the lasting values of the fleet (`core.fleet.lasting`), how far etcd was, and the names of hubs and operators.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Final, TypeAlias, TypeVar
+
+import structlog
+
+from imdsproxy.core.fleet.layout import HOSTS
+from imdsproxy.errors import ConfigInvalid, SourceError
+from imdsproxy.sources.sqlite_file import open_store, store_failures, transaction
+
+FILE: Final = "journal.sqlite"
+
+_SCHEMA: Final = """
+CREATE TABLE lasting (key TEXT PRIMARY KEY NOT NULL, value BLOB NOT NULL) STRICT;
+CREATE TABLE names (name TEXT PRIMARY KEY NOT NULL, holder TEXT NOT NULL) STRICT;
+CREATE TABLE position (
+    one INTEGER PRIMARY KEY CHECK (one = 1),
+    fleet TEXT NOT NULL,
+    incarnation INTEGER NOT NULL,
+    revision INTEGER NOT NULL,
+    beats INTEGER NOT NULL
+) STRICT
+"""
+_NOTE_EVERY_S: Final = 5.0
+_AGAIN_S: Final = 5.0
+
+Keep: TypeAlias = Callable[[Mapping[str, bytes]], Awaitable[None]]
+"""Returns once lasting values are on the disk."""
+
+_T = TypeVar("_T")
+
+_log = structlog.get_logger()
+
+
+async def keep_nothing(_: Mapping[str, bytes]) -> None:
+    """Be the `Keep` of a part that has no journal."""
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """How far a hub has followed its fleet.
+
+    Attributes:
+        fleet: The fleet's UUID; empty before the first.
+        incarnation: The highest that the hub has seen.
+        revision: The highest of that incarnation.
+        beats: How often hubs had written that they are alive.
+    """
+
+    fleet: str = ""
+    incarnation: int = 0
+    revision: int = 0
+    beats: int = 0
+
+    def advance(self, other: Position) -> Position:
+        """Return the further one of two positions: a restored etcd takes neither back."""
+        if other.incarnation < self.incarnation:
+            return self
+        if other.incarnation > self.incarnation:
+            return other
+        revision, beats = max(self.revision, other.revision), max(self.beats, other.beats)
+        return Position(other.fleet, other.incarnation, revision, beats)
+
+    def lacks(self, found: Position) -> str | None:
+        """Return why an etcd at `found` is older than this position; `None` if it need not be."""
+        if found.incarnation < self.incarnation:
+            return f"etcd has incarnation {found.incarnation} of the fleet, and this hub has seen {self.incarnation}"
+        if found.incarnation > self.incarnation:
+            return None
+        if found.revision < self.revision:
+            return f"etcd is at revision {found.revision}, and this hub has seen {self.revision}"
+        if found.beats < self.beats:
+            return f"etcd has beat {found.beats}, and this hub has seen {self.beats}"
+        return None
+
+
+@dataclass(slots=True, eq=False)
+class Journal:
+    """The journal at `path`.
+
+    Attributes:
+        position: The furthest of the fleet.
+        names: Holders of names that no host may have, in words, by name.
+        problem: Why the file cannot be written.
+    """
+
+    path: Path
+    position: Position = Position()
+    names: dict[str, str] = field(default_factory=dict)
+    problem: str | None = None
+    _values: dict[str, bytes] = field(default_factory=dict)
+    _hashes: dict[str, int] = field(default_factory=dict)
+    _new_names: dict[str, str] = field(default_factory=dict)
+    _written: Position = Position()
+    _connection: sqlite3.Connection | None = None
+    _thread: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="imdsproxy-journal")
+    )
+    _writing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def open(self) -> dict[str, bytes]:
+        """Open or make the file; return its lasting values.
+
+        Raises:
+            ConfigInvalid: The file cannot be used.
+        """
+        try:
+            return await self._in_thread(self._open)
+        except SourceError as error:
+            raise ConfigInvalid(
+                f"the journal of this hub cannot be used: {error.message}",
+                hint=f"look at {self.path.parent}. A hub that begins without its journal goes by etcd and by the "
+                "journals of other hubs: move the file away if it is damaged",
+            ) from error
+
+    def _open(self) -> dict[str, bytes]:
+        with store_failures(self.path):
+            self._connection = open_store(self.path, (_SCHEMA,))
+            # An operator who was answered relies on it, whatever becomes of the machine.
+            self._connection.execute("PRAGMA synchronous = FULL")
+            execute = self._connection.execute
+            row = execute("SELECT fleet, incarnation, revision, beats FROM position").fetchone()
+            if row is not None:
+                self.position = self._written = Position(*row)
+            self.names = dict(execute("SELECT name, holder FROM names").fetchall())
+            found = dict(execute("SELECT key, value FROM lasting").fetchall())
+        self._hashes = {key: hash(value) for key, value in found.items()}
+        return found
+
+    async def close(self) -> None:
+        """Write what is not written yet, and close the file."""
+        try:
+            await self.flush()
+        finally:
+            connection, self._connection = self._connection, None
+            if connection is not None:
+                await self._in_thread(connection.close)
+            self._thread.shutdown(wait=False)
+
+    def advance(self, position: Position) -> None:
+        """Note how far etcd is; written with the next values, or soon."""
+        self.position = self.position.advance(position)
+
+    def note(self, values: Mapping[str, bytes]) -> None:
+        """Have lasting values written soon."""
+        for key, value in values.items():
+            # At each start all of them come, and hardly one is another than here.
+            if self._hashes.get(key) != hash(value):
+                self._hashes[key], self._values[key] = hash(value), value
+                self._changed.set()
+
+    def note_name(self, name: str, holder: str) -> None:
+        """Have it written soon that a name is a hub's or an operator's."""
+        if self.names.get(name) != holder:
+            self.names[name] = self._new_names[name] = holder
+            self._changed.set()
+
+    async def keep(self, values: Mapping[str, bytes]) -> None:
+        """Return once the values are on the disk; a failure is logged and reported, and the values stay pending."""
+        self.note(values)
+        await self.flush()
+
+    async def run(self) -> None:
+        """Write what was noted, until cancelled."""
+        while True:
+            try:
+                async with asyncio.timeout(_NOTE_EVERY_S):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+            await self.flush()
+            if self.problem is not None:
+                await asyncio.sleep(_AGAIN_S)
+
+    async def flush(self) -> None:
+        """Write what was noted."""
+        async with self._writing:
+            self._changed.clear()
+            values, names, position = self._values, self._new_names, self.position
+            if not (values or names) and position == self._written:
+                return
+            self._values, self._new_names = {}, {}
+            try:
+                await self._in_thread(partial(self._write, values, names, position))
+            except SourceError as error:
+                # What was noted meanwhile is newer.
+                self._values, self._new_names = values | self._values, names | self._new_names
+                if self.problem is None:
+                    _log.error("journal not written", error=error.message, hint=error.hint)
+                self.problem = error.message
+                return
+            self._written, self.problem = position, None
+
+    def _write(
+        self, values: Mapping[str, bytes], names: Mapping[str, str], position: Position
+    ) -> None:
+        connection = self._connection
+        if connection is None:
+            return
+        with store_failures(self.path), transaction(connection):
+            connection.executemany("INSERT OR REPLACE INTO lasting VALUES (?, ?)", values.items())
+            connection.executemany("INSERT OR REPLACE INTO names VALUES (?, ?)", names.items())
+            row = position.fleet, position.incarnation, position.revision, position.beats
+            connection.execute("INSERT OR REPLACE INTO position VALUES (1, ?, ?, ?, ?)", row)
+
+    async def _in_thread(self, work: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+def find_host(path: Path, name: str) -> bool:
+    """Whether the journal at `path`, if there is one, has a host of a name; for commands on a hub's machine."""
+    if not path.exists():
+        return False
+    with (
+        store_failures(path),
+        closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection,
+    ):
+        query = "SELECT 1 FROM lasting WHERE key = ?"
+        return connection.execute(query, (HOSTS + name,)).fetchone() is not None

@@ -1,0 +1,13 @@
+"""What a hub does about restores, with a journal that nothing has opened: it keeps its values in memory."""
+
+from pathlib import Path
+
+from imdsproxy.host.clock import Clock
+from imdsproxy.hub.etcd import Etcd
+from imdsproxy.hub.journal import Journal
+from imdsproxy.hub.restores import Restores
+from imdsproxy.hub.state import FleetState
+
+
+def restores_of(etcd: Etcd, state: FleetState, clock: Clock, name: str = "hub-1") -> Restores:
+    return Restores(etcd, state, name, Journal(Path("journal.sqlite")), clock)

@@ -1,0 +1,94 @@
+"""What etcd may not forget has an order of its own: any two values have a join, whatever history they are of."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imdsproxy.core.fleet.lasting import describe_regained, join_values
+from imdsproxy.core.fleet.layout import GUARDS, HostId, Unreadable, parse_guard, render_guard
+from imdsproxy.core.fleet.members import (
+    HostState,
+    StoredHost,
+    StoredOperator,
+    host_key,
+    operator_key,
+    parse_host,
+    render_host,
+    render_operator,
+)
+from imdsproxy.core.policy import OperatorOverride
+
+HOST, GUARD = host_key(HostId("a")), f"{GUARDS}web"
+_SMALL = st.integers(0, 3)
+_HOSTS = st.builds(
+    StoredHost,
+    st.sampled_from([HostState.INVITED, HostState.ENROLLED, HostState.REVOKED]),
+    revocations=_SMALL,
+    version=_SMALL,
+).map(render_host)
+_GUARDS = st.builds(OperatorOverride, _SMALL, _SMALL).map(render_guard)
+
+
+def _rank(value: bytes) -> tuple[int, int, bool]:
+    stored = parse_host(value)
+    return stored.revocations, stored.version, stored.state is HostState.REVOKED
+
+
+@given(_HOSTS, _HOSTS)
+def test_of_two_values_of_a_host_the_one_with_more_revocations_counts_then_the_later_one(
+    one: bytes, other: bytes
+) -> None:
+    joined = join_values(HOST, one, other)
+    assert joined in {one, other}
+    assert _rank(joined) == max(_rank(one), _rank(other))
+    assert _rank(join_values(HOST, other, one)) == _rank(joined)
+
+
+@given(_GUARDS, _GUARDS, _GUARDS)
+def test_guards_only_grow_in_whatever_order_they_come(one: bytes, two: bytes, three: bytes) -> None:
+    joined = join_values(GUARD, join_values(GUARD, one, two), three)
+    again = join_values(GUARD, three, join_values(GUARD, two, one))
+    assert parse_guard(joined) == parse_guard(again)
+    for value in (one, two, three):
+        assert parse_guard(joined).epoch >= parse_guard(value).epoch
+        assert parse_guard(joined).reopened_at >= parse_guard(value).reopened_at
+        assert join_values(GUARD, value, joined) == joined
+
+
+def test_a_revoked_host_stays_revoked_though_a_restored_backup_renewed_it_often() -> None:
+    revoked = render_host(StoredHost(HostState.REVOKED, revocations=1, version=6))
+    renewed = render_host(StoredHost(HostState.ENROLLED, ("1", "2"), version=99))
+    assert join_values(HOST, revoked, renewed) == revoked
+    joined = render_host(StoredHost(HostState.ENROLLED, ("3",), revocations=1, version=8))
+    assert join_values(HOST, revoked, joined) == joined
+
+
+@pytest.mark.parametrize("key", [HOST, GUARD, operator_key("anna")])
+def test_what_cannot_be_read_is_no_newer_value(key: str) -> None:
+    known = {
+        HOST: render_host(StoredHost(HostState.ENROLLED)),
+        GUARD: render_guard(OperatorOverride(1, 1)),
+    }.get(key, render_operator(StoredOperator(5)))
+    for value in (b"", b"[]", b"{}", b"\xff"):
+        with pytest.raises(Unreadable):
+            join_values(key, known, value)
+
+
+def test_operators_read_what_was_put_back() -> None:
+    said = [
+        describe_regained(key, value, absent=absent)
+        for key, value, absent in (
+            (HOST, render_host(StoredHost(HostState.REVOKED)), False),
+            (HOST, render_host(StoredHost(HostState.ENROLLED)), False),
+            (HOST, render_host(StoredHost(HostState.ENROLLED)), True),
+            (operator_key("anna"), render_operator(StoredOperator(5)), True),
+            (GUARD, render_guard(OperatorOverride(1, 0)), True),
+        )
+    ]
+    assert said == [
+        ("host a", "stays revoked"),
+        ("host a", "keeps the certificate that it got after the backup"),
+        ("host a", "stays a member, though it joined after the backup"),
+        ("operator anna", "stays revoked"),
+        ("instance web", "tokens that were revoked, or the boot that was reopened, stay so"),
+    ]
