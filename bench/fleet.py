@@ -88,6 +88,8 @@ class HubProcess:
                 # Of two hubs in one place only one can have the port that is so by default.
                 "metrics_listen": None,
                 "directory": str(files),
+                "user": None,
+                "haproxy_user": None,
                 "runtime_dir": str(directory / "run"),
                 "etcd": {"endpoints": list(endpoints)},
             },

@@ -238,7 +238,7 @@ async def test_the_end_of_a_front_is_noticed_with_its_reason(
     (child,) = find_processes("haproxy", {str(tmp_path / "front.cfg")})
     child.kill(signal.SIGKILL)
     async with asyncio.timeout(10 * patience()):
-        assert "-9" in await ending
+        assert "137" in await ending
     child.close()
     await front.stop()
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from support.systemd_daemon import (
     serves,
     wait_served,
 )
+from support.systemd_machine import Machine
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 
@@ -346,6 +348,32 @@ def test_the_end_of_the_controllers_whole_control_group_loses_no_request_and_no_
         assert len(numbers()) == asked
 
 
+def _check_accounts_of_hub(machine: Machine) -> None:
+    """The hub and its HAProxy have accounts of their own and no rights; only the hub's reads the fleet's keys."""
+    group = f"/sys/fs/cgroup{machine.run('systemctl', 'show', '--property=ControlGroup', '--value', HUB).strip()}"
+    script = f"""
+        for pid in $(cat {group}/cgroup.procs); do
+            echo "$(cat /proc/$pid/comm) $(stat --format=%U /proc/$pid) $(sed -n 's/^CapEff:.//p' /proc/$pid/status)"
+        done
+    """
+    rights = "0" * 16
+    found = {tuple(line.split()) for line in machine.run("sh", "-c", script).splitlines()}
+    assert {(one[1], one[2]) for one in found if one[0] == "haproxy"} == {
+        ("imdsproxy-front", rights)
+    }
+    main = machine.main_pid(HUB)
+    status = machine.run("cat", f"/proc/{main}/status")
+    uid = machine.run("id", "--user", "imdsproxy-hub").strip()
+    assert re.search(rf"^Uid:\s{uid}\s{uid}\s{uid}\s{uid}$", status, re.MULTILINE), status
+    assert all(f"Cap{kind}:\t{rights}" in status for kind in ("Prm", "Eff", "Amb")), status
+    for account, expected in (("imdsproxy-hub", 0), ("imdsproxy-front", 1), ("haproxy", 1)):
+        for key in ("ca.key", "envelope.key", "hub.pem"):
+            read = ("setpriv", f"--reuid={account}", f"--regid={account}", "--clear-groups", "cat")
+            assert (machine.attempt(*read, f"/etc/imdsproxy/fleet/{key}")[0] != 0) == bool(expected)
+    listed = machine.run("ls", "/run/imdsproxy-hub/front")
+    assert listed.split() == ["ca.crt", "haproxy.cfg", "hub.pem"]
+
+
 def test_a_hub_runs_as_its_unit_and_comes_back_with_its_haproxy(daemon: UnitDaemon) -> None:
     machine, url = daemon.machine, "https://127.0.0.1:8469"
     daemon.configure("hub: {listen: ['127.0.0.1:8469']}\n")
@@ -355,9 +383,25 @@ def test_a_hub_runs_as_its_unit_and_comes_back_with_its_haproxy(daemon: UnitDaem
         machine.run("imdsproxy", "fleet", "init", "--name", "hub1", "--address", "127.0.0.1")
         machine.run("systemctl", "start", HUB)
         assert "hub1" in machine.run("imdsproxy", "--fleet", url, "fleet", "status")
+        _check_accounts_of_hub(machine)
+        # What root changes in the fleet's directory the hub can read, and it renews its certificate there.
+        for step in ("begin", "switch"):
+            machine.run("imdsproxy", "fleet", "rotate-ca", step)
+        machine.run("imdsproxy", "fleet", "envelope-key")
+        certificate = machine.root / "etc/imdsproxy/fleet/hub.pem"
+        of_old_ca = certificate.read_bytes()
+        machine.run("systemctl", "restart", HUB)
+        until(lambda: certificate.read_bytes() != of_old_ca, what="a certificate of the new CA")
+        assert "hub1" in machine.run("imdsproxy", "--fleet", url, "fleet", "status")
         before = machine.main_pid(HUB)
         # With its HAProxy it ends, and says why; systemd starts both again.
-        machine.run("pkill", "--signal", "KILL", "--full", "imdsproxy-hub/haproxy.cfg")
+        machine.run(
+            "pkill",
+            "--signal",
+            "KILL",
+            "--full",
+            "haproxy -db -f /run/imdsproxy-hub/front/haproxy.cfg",
+        )
         wait_other(daemon, HUB, before)
         daemon.wait_active(HUB)
         assert "hub1" in machine.run("imdsproxy", "--fleet", url, "fleet", "status")

@@ -187,6 +187,8 @@ class FleetWorld:
         settings = {
             "hub": {
                 "directory": str(place),
+                "user": None,
+                "haproxy_user": None,
                 "runtime_dir": str(self.directory / f"{name}.run"),
                 "state_dir": str(self.directory / f"{name}.state"),
                 "listen": [f"{address}:{PORT}"],

@@ -36,13 +36,18 @@ class HaproxyProgram:
     features: frozenset[str]
 
 
+def locate_program(binary: str) -> str:
+    """Return the path of a program of the settings, which may be a name."""
+    return shutil.which(binary, path=_SEARCH_PATH) or binary
+
+
 async def read_program(binary: str) -> HaproxyProgram:
     """Ask the program what it is.
 
     Raises:
         HaproxyMissing: There is none, it hangs, is older than 3.0, or was built without namespaces.
     """
-    path = shutil.which(binary, path=_SEARCH_PATH) or binary
+    path = locate_program(binary)
     try:
         _, text = await process.run_program(path, "-vv", deadline_s=_ASK_S, errors=False)
     except OSError as error:

@@ -4,7 +4,7 @@ import grp
 import os
 import pwd
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
@@ -23,13 +23,13 @@ class Account:
     user: int
     group: int
 
-    def assume(self) -> None:
-        """Become this account, for good; supplementary groups go too.
+    def assume(self, groups: Sequence[int] = ()) -> None:
+        """Become this account for good, in these supplementary groups and no others.
 
         Raises:
             OSError: The kernel refuses.
         """
-        os.setgroups([])
+        os.setgroups(groups)
         os.setresgid(self.group, self.group, self.group)
         os.setresuid(self.user, self.user, self.user)
 
@@ -82,6 +82,13 @@ def find_account(user: str | None, group: str | None) -> Account | None:
         instead = "name another in documents.group (null is the user's own)"
         gid = _look_up("group", group, instead, grp.getgrnam).gr_gid
     return Account(uid, gid)
+
+
+def account_of(name: str, setting: str) -> Account:
+    """Return the account that a setting names; raises as `find_account`."""
+    instead = f"name another in {setting} (null keeps the present account)"
+    entry = _look_up("user", name, instead, pwd.getpwnam)
+    return Account(entry.pw_uid, entry.pw_gid)
 
 
 def _look_up(kind: str, word: str, instead: str, look: Callable[[str], T]) -> T:

@@ -312,16 +312,20 @@ def _has_open(pid: str, path: Path) -> bool:
     return False
 
 
-def read_secret(path: Path) -> bytes:
+def read_secret(path: Path, *, owner: int | None = None) -> bytes:
     """The secret in `path`, without the newline at its end.
+
+    Args:
+        path: The file.
+        owner: A user that may own the file, beside root and this process's.
 
     Raises:
         SecretUnreadable: There is no such file, it is empty, too big, not a regular file, belongs
-            to another user than root or this process's, or others may read or write it.
+            to another user than these, or others may read or write it.
     """
     try:
         with opened(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY) as file:
-            _check_secret(path, os.fstat(file))
+            _check_secret(path, os.fstat(file), owner)
             data = os.read(file, MAX_SECRET_BYTES + 1)
     except OSError as error:
         raise SecretUnreadable(
@@ -334,7 +338,7 @@ def read_secret(path: Path) -> bytes:
     return secret
 
 
-def _check_secret(path: Path, status: os.stat_result) -> None:
+def _check_secret(path: Path, status: os.stat_result, trusted: int | None) -> None:
     mode, owner, size = stat.S_IMODE(status.st_mode), status.st_uid, status.st_size
     for refused, reason, hint in (
         (not stat.S_ISREG(status.st_mode), "is not a regular file", ""),
@@ -343,7 +347,7 @@ def _check_secret(path: Path, status: os.stat_result) -> None:
             f"has mode {mode:04o}: every user of this host can use it",
             f"chmod o-rwx {path}",
         ),
-        (owner not in (0, os.geteuid()), f"belongs to user {owner}", f"chown root {path}"),
+        (owner not in (0, os.geteuid(), trusted), f"belongs to user {owner}", f"chown root {path}"),
         (size > MAX_SECRET_BYTES, f"has {size} bytes", f"a secret has at most {MAX_SECRET_BYTES}"),
     ):
         if refused:

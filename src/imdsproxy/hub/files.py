@@ -1,5 +1,6 @@
 """The files of a fleet on a hub: `fleet init` makes them, a hub reads them, and renews its own certificate."""
 
+import os
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -8,7 +9,12 @@ from typing import Final
 from cryptography import x509
 
 from imdsproxy.core.fleet.identity import Role
-from imdsproxy.errors import AlreadyExists, ConfigInvalid, ConfigUnreadable, RequestRefused
+from imdsproxy.errors import (
+    AlreadyExists,
+    ConfigInvalid,
+    ConfigUnreadable,
+    RequestRefused,
+)
 from imdsproxy.host.certificates import (
     make_key,
     parse_certificate,
@@ -17,7 +23,11 @@ from imdsproxy.host.certificates import (
     render_key,
     renewal_due,
 )
-from imdsproxy.host.files import ensure_directory, read_secret, write_atomic
+from imdsproxy.host.files import (
+    ensure_directory,
+    read_secret,
+    write_atomic,
+)
 from imdsproxy.hub.authority import Authority, make_authority, parse_authority, parse_key
 from imdsproxy.hub.envelope import Envelope, add_key, make_envelope, parse_envelope
 
@@ -63,6 +73,26 @@ class FleetFiles:
         """The certificate of the first operator, for commands on this hub."""
         return self.directory / "operator.pem"
 
+    @property
+    def of_hub(self) -> tuple[Path, ...]:
+        """Every file that a hub needs."""
+        return (self.ca_certificate, self.ca_key, self.next_key, self.envelope_key, self.hub)
+
+    def read(self, path: Path) -> bytes:
+        """Read one of the secrets, which may belong to the owner of the directory; raises as `read_secret`."""
+        owner = self.directory.stat().st_uid if self.directory.exists() else None
+        return read_secret(path, owner=owner)
+
+    def write(self, path: Path, data: bytes, *, mode: int = _SECRET) -> None:
+        """Write one of the files; root gives it to the owner of the directory, which may be the hub's account.
+
+        Raises:
+            HostRefused: The file cannot be written.
+        """
+        status = self.directory.stat()
+        owner = (status.st_uid, status.st_gid) if os.geteuid() == 0 else None
+        write_atomic(path, data, mode=mode, owner=owner, durable=True)
+
     def load_authority(self) -> Authority:
         """The CA.
 
@@ -72,15 +102,15 @@ class FleetFiles:
             SecretUnreadable: The key cannot be read, or others may.
         """
         certificate = _read(self.ca_certificate)
-        return parse_authority(certificate, read_secret(self.ca_key), str(self.ca_certificate))
+        return parse_authority(certificate, self.read(self.ca_key), str(self.ca_certificate))
 
     def load_envelope(self) -> Envelope:
         """The keys that seal; `SecretUnreadable` where they cannot be read, or others may."""
-        return parse_envelope(read_secret(self.envelope_key), str(self.envelope_key))
+        return parse_envelope(self.read(self.envelope_key), str(self.envelope_key))
 
     def load_hub(self) -> x509.Certificate:
         """This hub's certificate; raises as `load_authority`."""
-        return parse_certificate(read_secret(self.hub), str(self.hub))
+        return parse_certificate(self.read(self.hub), str(self.hub))
 
 
 def refuse_shared_authority(authority: Authority, etcd_ca: Path) -> None:
@@ -146,7 +176,7 @@ def make_renewed_hub(files: FleetFiles, authority: Authority, now: datetime) -> 
 
 def write_hub(files: FleetFiles, pem: bytes) -> None:
     """Write this hub's certificate with its key; `HostRefused` where that cannot be done."""
-    write_atomic(files.hub, pem, mode=_SECRET, durable=True)
+    files.write(files.hub, pem, mode=_SECRET)
 
 
 def init_fleet(files: FleetFiles, given: Authority | None, hub: HubNames, now: datetime) -> str:
@@ -192,7 +222,7 @@ def add_hub(files: FleetFiles, output: Path, hub: HubNames, now: datetime) -> No
     """
     if output.exists():
         raise AlreadyExists(f"{output} is there already", hint="--output names another directory")
-    authority, envelope = files.load_authority(), read_secret(files.envelope_key)
+    authority, envelope = files.load_authority(), files.read(files.envelope_key)
     parse_envelope(envelope, str(files.envelope_key))
     pem = make_hub_pem(authority, hub, now)
     _write_hub(FleetFiles(output), authority, envelope + b"\n", pem)
@@ -205,8 +235,8 @@ def add_envelope_key(files: FleetFiles) -> str:
         HostRefused: The file cannot be written.
         SecretUnreadable: It cannot be read, or others may.
     """
-    text, name = add_key(read_secret(files.envelope_key), str(files.envelope_key))
-    write_atomic(files.envelope_key, text, mode=_SECRET, durable=True)
+    text, name = add_key(files.read(files.envelope_key), str(files.envelope_key))
+    files.write(files.envelope_key, text, mode=_SECRET)
     return name
 
 
@@ -238,10 +268,10 @@ def write_secret(path: Path, pem: bytes) -> None:
 def _write_hub(files: FleetFiles, authority: Authority, envelope: bytes, pem: bytes) -> None:
     ensure_directory(files.directory, mode=0o700)
     # The CA certificate is last: with it the fleet is there.
-    write_atomic(files.ca_key, render_key(authority.key), mode=_SECRET, durable=True)
-    write_atomic(files.envelope_key, envelope, mode=_SECRET, durable=True)
-    write_atomic(files.hub, pem, mode=_SECRET, durable=True)
-    write_atomic(files.ca_certificate, authority.trusted, mode=_OPEN, durable=True)
+    files.write(files.ca_key, render_key(authority.key), mode=_SECRET)
+    files.write(files.envelope_key, envelope, mode=_SECRET)
+    files.write(files.hub, pem, mode=_SECRET)
+    files.write(files.ca_certificate, authority.trusted, mode=_OPEN)
 
 
 def begin_rotation(files: FleetFiles, now: datetime) -> None:
@@ -258,9 +288,9 @@ def begin_rotation(files: FleetFiles, now: datetime) -> None:
             hint="`imdsproxy fleet rotate-ca switch`, or `finish`",
         )
     made = make_authority(f"imdsproxy fleet {now:%Y-%m-%d}", now)
-    write_atomic(files.next_key, render_key(made.key), mode=_SECRET, durable=True)
+    files.write(files.next_key, render_key(made.key), mode=_SECRET)
     both = replace(present, others=(made.certificate,))
-    write_atomic(files.ca_certificate, both.trusted, mode=_OPEN, durable=True)
+    files.write(files.ca_certificate, both.trusted, mode=_OPEN)
 
 
 def switch_rotation(files: FleetFiles, now: datetime) -> None:
@@ -277,15 +307,15 @@ def switch_rotation(files: FleetFiles, now: datetime) -> None:
             "there is no CA that could take over",
             hint="`imdsproxy fleet rotate-ca begin` makes one",
         )
-    key, known = read_secret(files.next_key), _read(files.ca_certificate)
+    key, known = files.read(files.next_key), _read(files.ca_certificate)
     old, new = parse_certificates(known, str(files.ca_certificate))
     if parse_key(key, files.next_key.name).public_key() == old.public_key():
         old, new = new, old  # it was broken off
     authority = replace(
         parse_authority(render_certificate(new), key, str(files.ca_certificate)), others=(old,)
     )
-    write_atomic(files.ca_certificate, authority.trusted, mode=_OPEN, durable=True)
-    write_atomic(files.ca_key, render_key(authority.key), mode=_SECRET, durable=True)
+    files.write(files.ca_certificate, authority.trusted, mode=_OPEN)
+    files.write(files.ca_key, render_key(authority.key), mode=_SECRET)
     if files.operator.exists():
         pem = make_operator_pem(authority, FIRST_OPERATOR, Role.OPERATOR, None, now)
         write_atomic(files.operator, pem, mode=_SECRET, durable=True)
@@ -300,7 +330,7 @@ def finish_rotation(files: FleetFiles) -> None:
             "no CA was replaced", hint="`imdsproxy fleet rotate-ca begin`, then `switch`"
         )
     alone = replace(present, others=())
-    write_atomic(files.ca_certificate, alone.trusted, mode=_OPEN, durable=True)
+    files.write(files.ca_certificate, alone.trusted, mode=_OPEN)
 
 
 def _read(path: Path) -> bytes:

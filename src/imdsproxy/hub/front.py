@@ -1,6 +1,6 @@
 """HAProxy in front of a hub: it ends TLS, verifies certificates, and says in headers whose they are.
 
-A child of the hub's process, in front of two sockets: of streams, and of all else (`front.cfg`). A renewed certificate
+A process of its own account, in front of two sockets: of streams, and of all else (`front.cfg`). A renewed certificate
 is put in place by a command, so that no stream ends. It ends with the hub, also when that is killed.
 """
 
@@ -24,7 +24,9 @@ from imdsproxy.core.wire import RETRY_AFTER_S
 from imdsproxy.dataplane.master import exchange
 from imdsproxy.errors import ConfigRejected, HaproxyMissing, HostRefused, RuntimeUnavailable
 from imdsproxy.host import process
-from imdsproxy.host.files import write_atomic
+from imdsproxy.host.files import remove_file, write_atomic
+from imdsproxy.hub.accounts import Accounts
+from imdsproxy.hub.front_process import FrontProcess
 
 MAX_CONNECTIONS: Final = 40_000
 """Of 10,000 hosts two each, which is what hosts may have of all: `SHARE_OF_HOSTS`."""
@@ -85,6 +87,7 @@ _STOP_S: Final = 5.0
 _POLL_S: Final = 0.02
 _LINES: Final = 40
 _OWN_DESCRIPTORS: Final = 200
+_FREE_PORTS: Final = 1024
 _NO_ADDRESS: Final = ("Address already in use", "Cannot assign requested address")
 _LOG_EVERY_S: Final = 10.0
 LOGGED: Final = 100
@@ -213,13 +216,30 @@ class Front:
         program: HAProxy's path.
         spec: What it does.
         config: Where its configuration is written.
+        accounts: The hub's, and HAProxy's.
+
+    Attributes:
+        program: HAProxy's path.
     """
 
-    def __init__(self, program: str, spec: FrontSpec, config: Path) -> None:
-        self._program, self._spec, self._config = program, spec, config
-        self._child: asyncio.subprocess.Process | None = None
+    def __init__(
+        self, program: str, spec: FrontSpec, config: Path, accounts: Accounts | None = None
+    ) -> None:
+        self.program, self._spec, self._config = program, spec, config
+        self._accounts = accounts or Accounts()
+        self._process: FrontProcess | None = None
         self._reading: asyncio.Task[None] | None = None
         self._last: deque[str] = deque(maxlen=_LINES)
+
+    def prepare(self) -> None:
+        """Make HAProxy's process while this one may still give it an account; `start` does it where that is not needed.
+
+        Raises:
+            HaproxyMissing: A program cannot be run.
+        """
+        command = (self.program, "-db", "-f", str(self._config))
+        low = any(int(one.rpartition(":")[2]) < _FREE_PORTS for one in self._spec.listen)
+        self._process = FrontProcess(command, self._accounts.haproxy, low_port=low)
 
     async def start(self) -> None:
         """Check the configuration, start, and wait until connections are taken.
@@ -230,34 +250,39 @@ class Front:
             HostRefused: An address is in use or not there, the file cannot be written, or a check does not end.
             RuntimeUnavailable: It doesn't come up in time.
         """
-        write_atomic(self._config, render_front(self._spec).encode(), mode=0o600)
-        arguments = (self._program, "-f", str(self._config))
+        if self._process is None:
+            self.prepare()
+        assert self._process is not None  # noqa: S101 - it was prepared
+        front, text = self._process, render_front(self._spec).encode()
         try:
-            status, words = await process.run_program(*arguments, "-c", deadline_s=_CHECK_S)
-            if status != 0:
-                raise ConfigRejected(f"HAProxy refuses {self._config}: {parse_failure(words)}")
-            # The signal comes when the thread that starts it ends: it is the main one.
-            self._child = await asyncio.create_subprocess_exec(
-                *("setpriv", "--pdeathsig", "KILL", *arguments, "-db"),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.DEVNULL,
-                stderr=asyncio.subprocess.PIPE,
-            )
-        except OSError as error:
-            raise HaproxyMissing(
-                f"cannot run {error.filename or self._program}: {error.strerror}"
-            ) from error
-        self._reading = asyncio.create_task(self._read(self._child))
-        try:
+            write_atomic(self._config, text, mode=0o640, owner=self._accounts.shared)
+            await self._check()
+            # That of a HAProxy before may still answer.
+            remove_file(self._spec.control, "remove the socket of a HAProxy before")
+            self._reading = asyncio.create_task(self._read(await front.begin()))
             async with asyncio.timeout(_START_S):
-                await self._wait_until_up(self._child)
+                await self._wait_until_up(front)
         except TimeoutError as error:
             await self.stop()
             raise RuntimeUnavailable(f"HAProxy did not come up within {_START_S:g} s") from error
+        except BaseException:
+            await self.stop()
+            raise
 
-    async def _wait_until_up(self, child: asyncio.subprocess.Process) -> None:
+    async def _check(self) -> None:
+        words = (self.program, "-f", str(self._config), "-c")
+        try:
+            status, printed = await process.run_program(*words, deadline_s=_CHECK_S)
+        except OSError as error:
+            raise HaproxyMissing(
+                f"cannot run {error.filename or self.program}: {error.strerror}"
+            ) from error
+        if status != 0:
+            raise ConfigRejected(f"HAProxy refuses {self._config}: {parse_failure(printed)}")
+
+    async def _wait_until_up(self, process: FrontProcess) -> None:
         while True:
-            if child.returncode is not None:
+            if process.is_over():
                 words = await self.wait()
                 if any(one in words for one in _NO_ADDRESS):
                     raise HostRefused(
@@ -266,16 +291,14 @@ class Front:
                     )
                 raise ConfigRejected(f"HAProxy did not start: {words}")
             with contextlib.suppress(RuntimeUnavailable):
-                # A socket of one that ended before is another process's.
-                if f"Pid: {child.pid}\n" in await self._send("show info"):
-                    return
+                await self._send("show info")
+                return
             await asyncio.sleep(_POLL_S)
 
-    async def _read(self, child: asyncio.subprocess.Process) -> None:
-        assert child.stderr is not None  # noqa: S101 - it is a pipe
+    async def _read(self, words: asyncio.StreamReader) -> None:
         loop = asyncio.get_running_loop()
         until, left, more = 0.0, 0, 0
-        while line := (await child.stderr.readline()).decode("utf-8", "replace").strip():
+        while line := (await words.readline()).decode("utf-8", "replace").strip():
             self._last.append(line)
             if line.startswith(_SERIOUS):
                 _log.error("HAProxy in front of the hub", haproxy=line)
@@ -292,9 +315,9 @@ class Front:
 
     async def wait(self) -> str:
         """Wait until it has ended; why it did."""
-        if self._child is None or self._reading is None:
+        if self._process is None or self._reading is None:
             return "it was not started"
-        status = await self._child.wait()
+        status = await self._process.wait()
         await self._reading
         words = parse_failure("\n".join(self._last))[-2000:] or "it wrote nothing"
         return f"exit status {status}: {words}"
@@ -324,15 +347,7 @@ class Front:
 
     async def stop(self) -> None:
         """End it, with all connections."""
-        if self._child is None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            self._child.terminate()
-        try:
-            async with asyncio.timeout(_STOP_S):
-                await self._child.wait()
-        except TimeoutError:
-            self._child.kill()
-            await self._child.wait()
+        if self._process is not None:
+            await self._process.stop()
         if self._reading is not None:
             await self._reading

@@ -6,6 +6,7 @@ import gc
 import os
 import resource
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
@@ -21,20 +22,22 @@ from imdsproxy.config.schema import Settings
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.layout import HostId
 from imdsproxy.core.fleet.members import admits_host
-from imdsproxy.dataplane.launch import read_program
+from imdsproxy.dataplane.launch import locate_program, read_program
 from imdsproxy.errors import (
     ImdsproxyError,
     RuntimeUnavailable,
     SourceCorrupt,
     SourceUnavailable,
     first_expected,
+    refusing,
 )
 from imdsproxy.host.clock import Clock
-from imdsproxy.host.files import ensure_directory, read_secret
+from imdsproxy.host.files import read_secret
 from imdsproxy.host.logs import open_logging
 from imdsproxy.host.notify import Heartbeat, ServiceNotifier, is_journal
 from imdsproxy.host.process import freeze_garbage, leave_no_dumps, raise_descriptor_limit
 from imdsproxy.host.servers import open_tcp_socket, open_unix_socket
+from imdsproxy.hub.accounts import Accounts, Places, fill_places, find_accounts, give_places
 from imdsproxy.hub.api import build_api, peers_of
 from imdsproxy.hub.authority import Authority
 from imdsproxy.hub.background import Background
@@ -187,9 +190,50 @@ def build_hub(settings: HubSettings, clock: Clock) -> Hub:
     return hub
 
 
-async def run_hub(
-    settings: Settings, haproxy: str, environment: Mapping[str, str], clock: Clock
-) -> None:
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Parts of a hub that root makes: it reads secrets, has low ports, and gives HAProxy's process an account."""
+
+    hub: Hub
+    places: Places
+    accounts: Accounts
+    front: Front
+    metrics: socket.socket | None
+
+
+def prepare(settings: Settings, haproxy: str, clock: Clock) -> Prepared:
+    """Make what may need root, and take the hub's account.
+
+    Raises:
+        ConfigError: A file of the fleet cannot be used.
+        DataplaneError: There is no such account, a directory cannot be made, or HAProxy cannot be run.
+        SourceUnavailable: As `open_etcd`.
+    """
+    accounts = find_accounts(settings.hub)
+    places = give_places(settings.hub, accounts)
+    hub = build_hub(settings.hub, clock)
+    listen = settings.hub.metrics_listen
+    metrics = None if listen is None else open_tcp_socket(listen.host, listen.port)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    spec = FrontSpec(
+        settings.hub.listen,
+        places.certificate,
+        places.authority,
+        stream_socket=places.stream_socket,
+        api_socket=places.api_socket,
+        control=places.control,
+        maxconn=fitting_maxconn(-1 if limit == resource.RLIM_INFINITY else limit),
+        # A TLS handshake takes a millisecond, and thousands of hosts come at once when another hub ends.
+        nbthread=min(_THREADS, len(os.sched_getaffinity(0))),
+    )
+    front = Front(locate_program(haproxy), spec, places.config, accounts)
+    front.prepare()
+    with refusing("take the hub's account"):
+        accounts.assume()
+    return Prepared(hub, places, accounts, front, metrics)
+
+
+async def run_hub(prepared: Prepared, environment: Mapping[str, str], clock: Clock) -> None:
     """Serve until stopped.
 
     Raises:
@@ -197,27 +241,14 @@ async def run_hub(
         DataplaneError: HAProxy does not start, or has ended.
         SourceUnavailable: etcd did not answer at the start.
     """
-    hub = build_hub(settings.hub, clock)
+    hub, places, front = prepared.hub, prepared.places, prepared.front
     notifier = ServiceNotifier(environment.get("NOTIFY_SOCKET", ""))
-    program = await read_program(haproxy)
-    runtime = settings.hub.runtime_dir
-    ensure_directory(runtime, mode=0o700)
-    stream_socket = open_unix_socket(runtime / "stream.sock", mode=0o600)
-    api_socket = open_unix_socket(runtime / "api.sock", mode=0o600)
+    await read_program(front.program)
+    owner = prepared.accounts.shared
+    fill_places(places, hub.files, prepared.accounts)
+    stream_socket = open_unix_socket(places.stream_socket, mode=0o660, owner=owner)
+    api_socket = open_unix_socket(places.api_socket, mode=0o660, owner=owner)
     heartbeat = Heartbeat(notifier, environment, clock.monotonic)
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    spec = FrontSpec(
-        settings.hub.listen,
-        hub.files.hub,
-        hub.files.ca_certificate,
-        stream_socket=runtime / "stream.sock",
-        api_socket=runtime / "api.sock",
-        control=runtime / "haproxy.sock",
-        maxconn=fitting_maxconn(-1 if limit == resource.RLIM_INFINITY else limit),
-        # A TLS handshake takes a millisecond, and thousands of hosts come at once when another hub ends.
-        nbthread=min(_THREADS, len(os.sched_getaffinity(0))),
-    )
-    front = Front(program.path, spec, runtime / "haproxy.cfg")
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -226,9 +257,8 @@ async def run_hub(
         stack.push_async_callback(hub.etcd.close)
         journal = await stack.enter_async_context(_remembering(hub))
         health = None
-        if (listen := settings.hub.metrics_listen) is not None:
-            sock = open_tcp_socket(listen.host, listen.port)
-            server = HealthServer(sock, alive=heartbeat.alive, who="the hub")
+        if prepared.metrics is not None:
+            server = HealthServer(prepared.metrics, alive=heartbeat.alive, who="the hub")
             health = stack.enter_context(server)
         group = await stack.enter_async_context(asyncio.TaskGroup())
         replica, keep = hub.replica, hub.background.keep
@@ -377,7 +407,8 @@ def run(settings: Settings, environment: Mapping[str, str]) -> None:
     raise_descriptor_limit()
     leave_no_dumps()
     try:
-        asyncio.run(run_hub(settings, settings.haproxy.binary, environment, clock))
+        prepared = prepare(settings, settings.haproxy.binary, clock)
+        asyncio.run(run_hub(prepared, environment, clock))
     except BaseExceptionGroup as group:
         first = first_expected(group)
         if first is None:

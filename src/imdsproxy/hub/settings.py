@@ -5,6 +5,7 @@ from typing import Annotated, Final
 
 from imdsproxy.config.section import (
     AbsolutePath,
+    AccountName,
     Change,
     Endpoint,
     HostEndpoint,
@@ -114,7 +115,15 @@ class HubSettings(Section):
     """What `fleet init` made: the authority, this hub's certificate, the key that seals user data in etcd. Secret."""
 
     runtime_dir: AbsolutePath = setting(Path("/run/imdsproxy-hub"), Change.RESTART)
-    """Sockets between HAProxy and the hub."""
+    """Sockets between HAProxy and the hub, and what HAProxy reads."""
+
+    user: AccountName | None = setting("imdsproxy-hub", Change.RESTART)
+    """Account that the hub takes when root starts it. `hub.directory` and the fleet's files in it become its own. Null
+    keeps the present account.
+    """
+
+    haproxy_user: AccountName | None = setting("imdsproxy-front", Change.RESTART)
+    """Account of the hub's HAProxy, which then cannot read the fleet's keys. Null takes that of `hub.user`."""
 
     state_dir: AbsolutePath = setting(Path("/var/lib/imdsproxy-hub"), Change.RESTART)
     """The hub's journal: memberships, revocations and operator overrides, which a restored backup of etcd does not take
