@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from cryptography.x509 import Certificate
 
 from imdsproxy.core.fleet.identity import AUTHORITY_PATH, ENROL_PATH, RENEW_PATH, Invitation
+from imdsproxy.core.fleet.stream import CONNECT_S
 from imdsproxy.errors import (
     AccessDenied,
     AlreadyExists,
@@ -143,10 +144,13 @@ def _exchange(
 ) -> tuple[int, bytes]:
     place = urlsplit(url)
     connection = http.client.HTTPSConnection(
-        place.hostname or "", place.port, context=context, timeout=_TIMEOUT_S
+        place.hostname or "", place.port, context=context, timeout=CONNECT_S
     )
     headers = {} if body is None else {"content-type": "application/json"}
     with _refusing(url), contextlib.closing(connection):
+        connection.connect()
+        # A hub may be busy; one whose machine hangs takes no connection.
+        connection.sock.settimeout(_TIMEOUT_S)
         connection.request(method, path, body, headers)
         answer = connection.getresponse()
         return answer.status, answer.read(_MAX_ANSWER)
