@@ -297,7 +297,7 @@ async def _write_records(controller: Controller) -> None:
     # Records of a source that is not in sync yet are served on as they were.
     before: dict[str, str | None] = {}
     if not controller.inventory.in_sync and applier.load():
-        before.update(applier.state.effective())
+        before.update(controller.records.keep_of_last_run(applier.state.effective()))
         controller.hop_limits.restrict(before)
     records = await controller.records.compile_all()
     if before:

@@ -31,7 +31,7 @@ from imdsproxy.core.path_rules import PathRules
 from imdsproxy.core.plan import RecordPlanner, parse_record_key, record_key
 from imdsproxy.core.policy import PolicyBook
 from imdsproxy.core.timing import Backoff, Durations, Progress
-from imdsproxy.core.wire import MapRecord, parse_map_value
+from imdsproxy.core.wire import MAP_CONFLICT, MapRecord, parse_map_value
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import DataplaneError, Problem
 from imdsproxy.host.clock import Clock
@@ -122,7 +122,11 @@ class RecordLoop:
 
     def observe(self, observation: Observation) -> int:
         """Take in what a source saw; the ticket says when it is in force."""
+        expired = self.inventory.has_expired
         affected = self.inventory.observe(observation)
+        if self.inventory.has_expired != expired:
+            # Also what HAProxy knows from before a restart.
+            self._work.everything = True
         if self._work.everything:
             if self._work.addresses:
                 self._work.addresses -= affected.addresses
@@ -359,6 +363,8 @@ class RecordLoop:
         plan = await self._plan_round(parts, full=full)
         if sweeping:
             await self._plan_sweep(plan)
+        if full and self.inventory.has_expired:
+            await self._plan_expired(plan)
         await self.sets.ensure(plan.sets, sweep=sweeping)
         await self.keys.ensure(self.applier)
         # The present owner of an address is not let through any more when it becomes another's.
@@ -430,6 +436,21 @@ class RecordLoop:
         async for names in self._parts(chain(state.base, state.overlay)):
             gone = (one for one in names if is_gone(parse_record_key(one)))
             plan.wanted.update(state.differing(dict.fromkeys(gone)))
+
+    async def _plan_expired(self, plan: _RoundPlan) -> None:
+        """Withhold addresses that HAProxy knows and nothing here any more: learned before a restart."""
+        async for part in self._parts(tuple(self.applier.state.effective().items())):
+            plan.wanted.update(
+                (name, MAP_CONFLICT) for name, value in part if self._is_expired(value)
+            )
+
+    def _is_expired(self, value: str) -> bool:
+        record = parse_map_value(value)
+        return record is not None and self.inventory.expired(record.instance) is not None
+
+    def keep_of_last_run(self, values: Mapping[str, str]) -> dict[str, str]:
+        """Records of the last run that are served on, although their sources are not in sync yet."""
+        return {key: value for key, value in values.items() if not self._is_expired(value)}
 
     async def _compile_rest(self, compiling: Compiling) -> None:
         rest = tuple(compiling.left)

@@ -113,6 +113,11 @@ class Inventory:
         """Whose address it is; a `Conflict` where that is contested, `None` if no record claims it."""
         return self._judge(key, self._addresses.owner(key))
 
+    @property
+    def has_expired(self) -> bool:
+        """Whether any source has expired."""
+        return self._expired
+
     def expired(self, instance: InstanceId) -> Expired | None:
         """Whether all sources of an instance have expired."""
         if not self._expired:

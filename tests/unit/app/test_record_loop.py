@@ -258,6 +258,25 @@ async def test_a_learned_address_follows_its_instance_and_goes_with_it(
     assert rig.loop.learned == {}
 
 
+async def test_every_address_of_an_instance_whose_source_has_expired_is_withheld_also_one_of_before_a_restart(
+    rig: Rig,
+) -> None:
+    web, other = _instance("web", "10.0.0.5"), _instance("db", "10.0.0.6")
+    await rig.say(web)
+    await rig.say(other, source="b")
+    key = (_RED, IPv6Address("fe80::1234"))
+    await rig.loop.tickets.wait(rig.loop.learn(key, Learned(web.id, 0)))
+    # As a controller that was started again: HAProxy knows more than it does.
+    rig.loop.learned.clear()
+    addresses = ("10.0.0.5", "fe80::1234")
+    expired = Observation("a", in_sync=False, expired=True)
+    await rig.loop.tickets.wait(rig.loop.observe(expired))
+    assert [rig.told(one) for one in (*addresses, "10.0.0.6")] == ["!", "!", _value(other)]
+    assert rig.loop.keep_of_last_run({"x": _value(web), "y": _value(other)}) == {"y": _value(other)}
+    await rig.loop.tickets.wait(rig.loop.observe(Observation("a")))
+    assert [rig.told(one) for one in addresses] == [_value(web), None]
+
+
 async def test_a_start_compiles_only_what_is_not_on_disk_as_it_should_be(tmp_path: Path) -> None:
     web, db = _instance("web", "10.0.0.5"), _instance("db", "10.0.0.6")
     other = replace(db, hostname="other")
