@@ -176,7 +176,8 @@ def operator(
     run.output.answer(
         {"file": str(path), "name": name, "role": role, "project": project},
         f"{path} is {name}'s certificate with its key, for the role {role}: "
-        "`imdsproxy --fleet URL --fleet-certificate FILE`.",
+        "`imdsproxy --fleet URL --fleet-certificate FILE`."
+        + ("" if project is None else f"\nIt may use what `imdsproxy grant show {project}` shows."),
     )
 
 

@@ -127,6 +127,10 @@ class Views:
 
     def known(self, instance: InstanceId) -> tuple[StoredInstance, int] | None:
         """An instance and its revision; `None` where there is none that the operator may know."""
+        needs = self.state.placement(instance)[1]
+        # Others' records are not parsed: that takes the longer the larger a record is.
+        if self.scope is not None and _policy_of(self.scope) not in needs:
+            return None
         return read_owned(self.state.value, instance, self.scope)
 
     def _known_network(self, network: NetworkId) -> tuple[StoredNetwork, int] | None:

@@ -101,6 +101,7 @@ def test_an_operator_gets_one_file_with_all_that_tls_needs(fleet: _Fleet, tmp_pa
     fleet.init()
     path = tmp_path / "anna.pem"
     made = fleet("operator", "anna", "--role", "mover", "--project", "p-1", "-o", str(path))
+    assert "`imdsproxy grant show p-1`" in made.words
     assert made.status == 0, made
     assert oct(path.stat().st_mode)[-3:] == "600"
     context = ssl.create_default_context(cafile=str(path))
