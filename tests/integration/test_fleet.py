@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import socket
 import ssl
@@ -10,19 +11,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any, Final
 
 import pytest
 
 from imdsproxy.admin_client import FleetClient
+from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.identity import Role, parse_invitation
 from imdsproxy.core.fleet.layout import HostId
 from imdsproxy.core.fleet.members import HostState, StoredHost, host_key, render_host
 from imdsproxy.core.fleet.stream import STREAM_PATH, UPGRADE, Hello, render_line
+from imdsproxy.core.model import InstanceId
 from imdsproxy.sources.fleet.client import HostFiles, HubClient
 from imdsproxy.sources.fleet.membership import join, renew_if_due
 from support.cli import Ran, run_main
 from support.daemon import instance
-from support.fleet_world import FleetWorld, fleet_world
+from support.fleet_world import FleetHost, FleetWorld, fleet_world
 from support.guest import Guest, Load, Lost, Reply, take_token, with_token
 from support.lab import until
 from support.patience import patience
@@ -359,3 +363,69 @@ def test_an_import_goes_on_by_another_hub_where_its_hub_is_killed(world: FleetWo
         world.write({host_key(name): render_host(StoredHost(HostState.REVOKED))})
     assert (written["networks"], written["instances"], len(tries)) == (1, 200, 2)
     assert len(found) == 200
+
+
+_PASSWORD: Final = "/openstack/latest/password"
+
+
+def _passwords(host: FleetHost) -> dict[str, bytes]:
+    return {one.name: one.read_bytes() for one in (host.daemon.state / "passwords").iterdir()}
+
+
+def test_a_posted_password_moves_with_its_instance_and_unreadable_user_data_delays_nothing(
+    world: FleetWorld,
+) -> None:
+    first, second = (world.add_host(name, networks=("pink",)) for name in ("p", "q"))
+    away = render_host(StoredHost(HostState.ENROLLED, ("1",)))
+    world.write({host_key(HostId("stays-away")): away})
+    here, there = first.lab.guest("pink"), second.lab.guest("pink")
+    hub = FleetClient(world.operator("paul"), urls=tuple(world.urls))
+    port = {"network": "pink", "addresses": [here.addresses[0]]}
+
+    def ask(method: str, path: str, body: object = None) -> Any:  # noqa: ANN401 - JSON
+        with world.etcd.entered():
+            return hub.request(method, path, body=body)
+
+    def shown() -> str:
+        with world.etcd.entered():
+            return str(hub.get("/v1/instances/moves/password")["password"]["text"])
+
+    until(lambda: {"p", "q"} <= _hosts(world, hub), within_s=20, what="the hosts are connected")
+    ask("POST", "/v1/networks", {"id": "pink", "listener": {"bridge": "pink"}})
+    ask("POST", "/v1/instances", {"id": "moves", "name": "moves", "ports": [port], "hosts": ["p"]})
+    assert here.ask(_PASSWORD, method="POST", body=b"sealed-by-its-key").status == 200
+    assert shown() == "sealed-by-its-key"
+    # Both hosts have it while it moves, and then the new one alone.
+    key = layout.password_key(InstanceId("moves"))
+    until(lambda: world.ask(lambda etcd: etcd.read(key)).kvs, within_s=20, what="it in etcd")
+    assert ask("POST", "/v1/instances/moves/move", {"to": "q"})["applied"]
+    assert [one.ask(_PASSWORD).body for one in (here, there)] == [b"sealed-by-its-key"] * 2
+    assert there.ask(_PASSWORD, method="POST", body=b"another").status == 409
+    ask("POST", "/v1/instances/moves/move", {"to": "q", "finish": True})
+    until(lambda: _passwords(first) == {}, within_s=20, what="nothing of it on the old host")
+    assert _passwords(second) == {"moves": b"sealed-by-its-key"}
+    assert shown() == there.ask(_PASSWORD).text == "sealed-by-its-key"
+    # Another program changes the user data of an instance before its host gets it.
+    spoiled = {
+        "id": "spoiled",
+        "name": "s",
+        "ports": [{"network": "pink"}],
+        "user_data": "#!/bin/sh",
+    }
+    ask("POST", "/v1/instances", {**spoiled, "hosts": ["stays-away"]})
+    chunk = layout.blob_key(hashlib.sha256(b"#!/bin/sh").hexdigest(), 0)
+    world.write({chunk: b"changed"})
+    moved = ask("POST", "/v1/instances/spoiled/move", {"to": "q"})
+    assert "user-data-unreadable" in str(moved["pending"])
+    for _ in range(3):
+        revoked = ask("POST", "/v1/instances/moves/revoke-tokens")
+        assert revoked["applied"], revoked
+    assert second.source["in_sync"]
+    ask("DELETE", "/v1/instances/spoiled")
+    ask("DELETE", "/v1/instances/moves")
+    until(lambda: _passwords(second) == {}, within_s=20, what="nothing of it anywhere")
+
+
+def _hosts(world: FleetWorld, hub: FleetClient) -> set[str]:
+    with world.etcd.entered():
+        return _connected(hub)

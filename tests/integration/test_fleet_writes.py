@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -416,3 +418,53 @@ def test_a_limit_is_not_written_where_a_host_is_too_old_to_observe_it(
     (problem,) = refused.value.problems
     assert problem.reason == "host older is too old for what policy/project/later says"
     ask("DELETE", "/v1/instances/later")
+
+
+def _posted(hub: Hub, host: str, instance: str, password: bytes) -> None:
+    body = {"instance": instance, "password": base64.b64encode(password).decode()}
+    replace(hub.client, role="host", name=host).request("POST", "/fleet/password", body=body)
+
+
+def test_a_posted_password_is_sealed_in_etcd_on_each_host_of_its_instance_and_gone_with_it(
+    hub: Hub,
+) -> None:
+    ask = hub.client.request
+    hub.enrol("from", "to", "captured")
+    first, then, captured = (hub.connect(one) for one in ("from", "to", "captured"))
+    ask("POST", "/v1/instances", body=instance("posts", "10.0.79.1", "from"))
+    key, item = layout.password_key(InstanceId("posts")), "password/posts"
+    with pytest.raises(NotFound):
+        _posted(hub, "captured", "posts", b"forged")
+    _posted(hub, "from", "posts", b"secret-of-a-guest")
+    # Sent again, as after a lost answer.
+    _posted(hub, "from", "posts", b"secret-of-a-guest")
+    with pytest.raises(AlreadyExists):
+        _posted(hub, "from", "posts", b"another")
+    shown = hub.client.get("/v1/instances/posts/password")
+    assert shown == {"instance": "posts", "password": {"text": "secret-of-a-guest"}}
+
+    def stored() -> bytes:
+        return hub.run(hub.etcd.read(key)).kvs[0].value
+
+    assert b"secret" not in stored()
+    assert base64.b64encode(b"secret-of-a-guest") not in stored()
+    ask("POST", "/v1/instances/posts/move", body={"to": "to"})
+    wanted = {"password": base64.b64encode(b"secret-of-a-guest").decode()}
+    until(lambda: first.has.get(item) == then.has.get(item) == wanted)
+    ask("POST", "/v1/instances/posts/move", body={"to": "to", "finish": True})
+    until(lambda: item not in first.has)
+    with pytest.raises(NotFound):
+        _posted(hub, "from", "posts", b"forged")
+    ask("DELETE", "/v1/instances/posts/password")
+    until(lambda: then.has.get(item) == {"password": None})
+    _posted(hub, "to", "posts", b"second")
+    assert hub.client.get("/v1/instances/posts/password")["password"] == {"text": "second"}
+    ask("DELETE", "/v1/instances/posts")
+    assert json.loads(stored())["sealed"] is None
+    until(lambda: item not in then.has)
+    assert not any(name.startswith("password/") for name in captured.has)
+    # Under the same id there is another guest.
+    ask("POST", "/v1/instances", body=instance("posts", "10.0.79.1", "to"))
+    with pytest.raises(NotFound):
+        hub.client.get("/v1/instances/posts/password")
+    ask("DELETE", "/v1/instances/posts")

@@ -40,12 +40,14 @@ from imdsproxy.core.fleet.values import (
     KnownHub,
     SealedKeys,
     Sealing,
+    StoredPassword,
     parse_journal,
     parse_value,
     render_beat,
     render_hub,
     render_journal,
     render_known_hub,
+    render_password,
     render_sealed_keys,
     render_sealing,
 )
@@ -85,6 +87,7 @@ _GOOD: dict[str, bytes] = {
     layout.network_key(BLUE): layout.render_network(
         StoredNetwork({"id": "blue", "listener": {"bridge": "blue"}}, "r")
     ),
+    layout.password_key(WEB): render_password(StoredPassword(b"1\0sealed", "r")),
     layout.guard_key(WEB): layout.render_guard(OperatorOverride(3, 9)),
     f"{layout.POLICIES}fleet": layout.encode({"tokens": "required"}),
     f"{layout.POLICIES}project/p": layout.encode({}),
@@ -270,6 +273,7 @@ def _apply(state: FleetState, revision: int, written: list[tuple[str, bytes]]) -
 @example(written=[(layout.instance_key(WEB), _instance({"ports": [{"network": {}}]}))], afresh=True)
 @example(written=[(layout.instance_key(WEB), _instance({"project": []}))], afresh=True)
 @example(written=[(layout.instance_key(WEB), _instance({"ports": [7]}))], afresh=False)
+@example(written=[(f"{layout.POLICIES}fleet", b'{"removed_at": []}')], afresh=False)
 @example(written=[(host_key(A), b'{"state": "unreadable"}')], afresh=True)
 @example(written=[(f"{layout.HOSTS}\udcff", b"{}")], afresh=True)
 @example(written=[(f"{layout.PREFIX}key/other", b"{}")], afresh=False)

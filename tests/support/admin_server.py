@@ -291,6 +291,7 @@ async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous gen
         sources=SimpleNamespace(all=sources, writable=store, look_up=None, fleet=None),
         policy_store=policy_store,
         passwords=passwords,
+        fleet_passwords=None,
         companion=SimpleNamespace(needed=True),
         watching=watching,
         forged_claims=ForgedClaims(mac_filters, clock),

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
+from functools import partial
 from hashlib import sha256 as sha256_of
 from pathlib import Path
 from ssl import SSLContext
@@ -39,6 +40,7 @@ from imdsproxy.hub.envelope import make_envelope, parse_envelope
 from imdsproxy.hub.etcd import Etcd, Snapshot
 from imdsproxy.hub.etcd_messages import KeyValue
 from imdsproxy.hub.operations import Operations
+from imdsproxy.hub.passwords import password_item
 from imdsproxy.hub.peers import Peers
 from imdsproxy.hub.routes_fleet import show_blob
 from imdsproxy.hub.state import Change, FleetState, Item
@@ -141,6 +143,7 @@ class FleetHub:
     ) -> None:
         self.store = store or FleetStore()
         self.state, self.age_s, self.skew_s = FleetState(self.store.keys_of), 0.0, 0.0
+        self.state.open_password = partial(password_item, ENVELOPE)
         self.certify: Callable[[str], Certified] = lambda _: Certified("", "")
         self.blob_requests: list[str] = []
         self.refuses = False

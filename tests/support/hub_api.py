@@ -8,6 +8,7 @@ import tempfile
 import threading
 from collections.abc import Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
@@ -39,6 +40,7 @@ from imdsproxy.hub.envelope import make_envelope, parse_envelope
 from imdsproxy.hub.etcd import Etcd
 from imdsproxy.hub.journal import FILE, Journal
 from imdsproxy.hub.operations import Operations
+from imdsproxy.hub.passwords import password_item
 from imdsproxy.hub.peers import Peers
 from imdsproxy.hub.replica import Replica
 from imdsproxy.hub.restores import Restores
@@ -60,9 +62,11 @@ class HubClient(AdminClient):
     role: str = "operator"
     scope: str | None = None
     key: str | None = None
+    name: str = ""
 
     def _ask(self, method: str, target: str, raw: bytes | None, headers: Mapping[str, str]) -> Any:  # noqa: ANN401 - JSON
-        said = {"role": self.role, "name": f"{self.role}-1", "serial": SERIAL}
+        name = self.name or f"{self.role}-1"
+        said = {"role": self.role, "name": name, "serial": SERIAL}
         said |= {} if self.scope is None else {"scope": self.scope}
         named = {f"x-imdsproxy-{key}": value for key, value in said.items()}
         named |= {} if self.key is None else {"idempotency-key": self.key}
@@ -198,6 +202,7 @@ def open_hub(lab: EtcdLab, name: str = "hub-1") -> Iterator[Hub]:
 
     async def serve_hub() -> None:
         etcd, state, clock = lab.client(), FleetState(), Clock()
+        state.open_password = partial(password_item, ENVELOPE)
         streams = Streams(state, clock, lambda host, serial: admits(state, host, serial))
         journal = Journal(directory / FILE)
         state.remember(await journal.open())

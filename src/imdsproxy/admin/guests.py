@@ -159,8 +159,15 @@ async def read_password(controller: Controller, instance: model.InstanceId) -> b
 
 
 async def clear_password(controller: Controller, instance: model.InstanceId) -> bool:
-    """Remove it, so that the guest can post another; `False` where there is none. Raises as `read_password`."""
+    """Remove it, so that the guest can post another; `False` where there is none.
+
+    Raises:
+        NotFound: There is no such instance.
+        SourceRefused: The fleet has the password, and each host of the instance.
+    """
     _refuse_unknown(controller.inventory, instance)
+    if controller.fleet_passwords is not None:
+        return await controller.fleet_passwords.forget(instance)
     return await asyncio.to_thread(controller.passwords.remove, instance)
 
 

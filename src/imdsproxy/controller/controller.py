@@ -58,6 +58,7 @@ from imdsproxy.serving.store import DiskFiles, PasswordStore
 from imdsproxy.unix_listener.listener import UnixListener
 
 if TYPE_CHECKING:
+    from imdsproxy.app.fleet_passwords import FleetPasswords
     from imdsproxy.serving.resolver_app import Forward
     from imdsproxy.sources.fleet.source import FleetSource
 
@@ -196,8 +197,8 @@ class Controller:
         self.audit = Audit(lambda: holder.settings.audit, self._keep_worker)
         ovn = self.sources.ovn
         self.ovn = None if ovn is None else OvnHost(ovn, host.thread, host.naming)
-        if self.sources.fleet is not None:
-            _serve_hubs(self, self.sources.fleet)
+        fleet = self.sources.fleet
+        self.fleet_passwords = None if fleet is None else _serve_hubs(self, fleet)
         self.counting = TokenCounting(
             self.haproxy, clock, lambda: holder.settings.tokens.one_in, layout.token_counts
         )
@@ -322,6 +323,7 @@ class Controller:
             self.policy_store.keys.run(self.records.applier),
             self._review(),
             *(() if self.ovn is None else self.ovn.work()),
+            *(() if self.fleet_passwords is None else (self.fleet_passwords.run(),)),
         )
 
     def _learned_key(self, change: NeighbourChange) -> AddressKey | None:
@@ -381,13 +383,18 @@ class Controller:
             await self.lookup.review()
 
 
-def _serve_hubs(controller: Controller, source: FleetSource) -> None:
+def _serve_hubs(controller: Controller, source: FleetSource) -> FleetPasswords:
     # Most hosts are of no fleet, and do without what this needs.
+    from imdsproxy.app.fleet_passwords import FleetPasswords  # noqa: PLC0415 - see above
     from imdsproxy.controller.fleet import FleetHost  # noqa: PLC0415 - see above
 
     host = FleetHost(controller)
     source.confirm, source.answer = host.confirm, host.answer
     source.take_policies = controller.take_fleet
+    group = controller.records.compiler.files.group
+    passwords = FleetPasswords(controller.passwords, group, source.send_password)
+    source.take_passwords = passwords.take
+    return passwords
 
 
 def _owner_of(inventory: Inventory, network: str, address: str) -> str | None:

@@ -55,6 +55,7 @@ from imdsproxy.hub.front import Front, FrontSpec, fitting_maxconn
 from imdsproxy.hub.gateway import open_tls
 from imdsproxy.hub.journal import FILE, Journal
 from imdsproxy.hub.metrics import HubMetrics
+from imdsproxy.hub.passwords import password_item
 from imdsproxy.hub.replica import Replica
 from imdsproxy.hub.restores import Restores
 from imdsproxy.hub.settings import EtcdSettings, HubSettings
@@ -157,6 +158,7 @@ def build_hub(settings: HubSettings, clock: Clock) -> Hub:
     state = FleetState()
     envelope = replace(envelope, chosen=state.sealing)
     token_keys = TokenKeyRing(state, envelope)
+    state.open_password = partial(password_item, envelope)
     state.keys_of, state.keys_problem = token_keys.item_of, lambda: token_keys.problem
 
     def is_admitted(host: HostId, serial: str) -> bool:

@@ -26,6 +26,7 @@ from imdsproxy.hub.imports import Import
 from imdsproxy.hub.in_force import COMING, NOT_CONNECTED, InForce, Reported
 from imdsproxy.hub.known_hubs import list_hubs
 from imdsproxy.hub.members import START_MEMBERS, spell_outage
+from imdsproxy.hub.passwords import Passwords
 from imdsproxy.hub.peers import Peers
 from imdsproxy.hub.replica import SILENT_S
 from imdsproxy.hub.restores import Restores
@@ -203,6 +204,11 @@ class Operations:
             if scope in {None, one.terms.scope}
             for step in one.progress.steps
         ]
+
+    @property
+    def passwords(self) -> Passwords:
+        """What guests posted."""
+        return Passwords(self.writes)
 
     @property
     def in_force(self) -> InForce:

@@ -18,7 +18,13 @@ from imdsproxy.core.fleet.lasting import EPOCHS
 from imdsproxy.core.fleet.layout import HostId, Meta, StoredInstance, StoredNetwork, UserData, View
 from imdsproxy.core.fleet.members import HostState, host_key, read_host
 from imdsproxy.core.fleet.suspicion import MOST_AHEAD, Suspicion, read_suspicion
-from imdsproxy.core.fleet.values import parse_grant, parse_policy
+from imdsproxy.core.fleet.values import (
+    StoredPassword,
+    is_cleared,
+    parse_grant,
+    parse_policy,
+    render_password,
+)
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
 from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.policy import OperatorOverride
@@ -309,6 +315,11 @@ def plan_removal(view: View, instance: InstanceId, terms: Terms) -> Transaction:
     draft.puts[key] = layout.render_instance(
         StoredInstance((), project, request=terms.request, removed_at=terms.now, left=left)
     )
+    password = layout.password_key(instance)
+    # Also where there is none: a host may write one at the same moment.
+    draft.hold(password)
+    if (posted := view(password)) is not None and not is_cleared(posted[0]):
+        draft.puts[password] = render_password(StoredPassword(None, terms.request, terms.now))
     return draft.finish()
 
 

@@ -16,10 +16,11 @@ from imdsproxy.core.fleet.layout import View
 from imdsproxy.core.fleet.stream import CONNECT_S
 from imdsproxy.core.fleet.values import Sealing, render_sealing
 from imdsproxy.errors import RequestRefused, SourceCorrupt, SourceUnavailable
-from imdsproxy.hub.envelope import name_of
+from imdsproxy.hub.envelope import Envelope, name_of
 from imdsproxy.hub.etcd import Committed
 from imdsproxy.hub.etcd_messages import prefix_end, unchanged
 from imdsproxy.hub.operations import Operations
+from imdsproxy.hub.passwords import reseal_password
 from imdsproxy.hub.plan_writes import Transaction, refuse_suspect
 from imdsproxy.hub.token_keys import PLACE, open_keys, seal_keys, sealed_keys
 
@@ -76,13 +77,16 @@ async def reseal(operations: Operations, after: str) -> Resealed:
         names = ", ".join(behind) or operations.peers.name
         raise SourceUnavailable(f"another key seals yet at {names}", hint="try again")
     changed = int(await _reseal_token_keys(operations, key, unreadable))
-    found = await operations.etcd.read(layout.BLOBS, prefix_end(layout.BLOBS), keys_only=True)
-    keys = sorted(one.key for one in found.kvs)
+    sealed = [
+        await operations.etcd.read(prefix, prefix_end(prefix), keys_only=True)
+        for prefix in (layout.PASSWORDS, layout.BLOBS)
+    ]
+    keys = sorted(one.key for found in sealed for one in found.kvs)
     left = [one for one in keys if one > after]
     until = operations.clock.monotonic() + _PART_S
     while left and operations.clock.monotonic() < until:
         part, left = left[:_AT_ONCE], left[_AT_ONCE:]
-        parts = (_reseal_chunk(operations, one, key, unreadable) for one in part)
+        parts = (_reseal_value(operations, one, key, unreadable) for one in part)
         done = await asyncio.gather(*parts)
         changed, after = changed + sum(done), part[-1]
     _log.info("sealed anew", key=key, done=len(keys) - len(left), of=len(keys))
@@ -149,19 +153,25 @@ async def _reseal_token_keys(operations: Operations, key: str, unreadable: list[
     return changed
 
 
-async def _reseal_chunk(
+async def _reseal_value(
     operations: Operations, place: str, key: str, unreadable: list[str]
 ) -> bool:
     """Whether it was sealed with another key; one that goes meanwhile, or is written anew, needs it no more."""
     etcd, envelope = operations.etcd, operations.writes.envelope
+    anew = reseal_password if place.startswith(layout.PASSWORDS) else _reseal_chunk
     for one in (await etcd.read(place)).kvs:
         try:
-            opened = envelope.open(place, one.value)
-        except SourceCorrupt:
+            value = anew(envelope, place, one.value, key)
+        except (SourceCorrupt, layout.Unreadable):
             unreadable.append(place)
             continue
-        if name_of(one.value) != key:
-            sealed = envelope.seal(place, opened)
-            done = await etcd.commit([unchanged(place, one.mod_revision)], {place: sealed})
+        if value is not None:
+            done = await etcd.commit([unchanged(place, one.mod_revision)], {place: value})
             return isinstance(done, Committed)
     return False
+
+
+def _reseal_chunk(envelope: Envelope, place: str, value: bytes, key: str) -> bytes | None:
+    """As `reseal_password`, of a part of user data."""
+    opened = envelope.open(place, value)
+    return None if name_of(value) == key else envelope.seal(place, opened)

@@ -1,5 +1,6 @@
 """The routes below `/fleet`: its hosts and hubs, what is in force where, and what hubs ask each other."""
 
+import base64
 import uuid
 from dataclasses import replace
 from typing import Annotated, Final
@@ -8,12 +9,14 @@ from fastapi import APIRouter, Depends
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
+from imdsproxy.admin.answers import Written
+from imdsproxy.core.documents.respond import PASSWORD_LIMIT
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.identity import Role
 from imdsproxy.core.fleet.layout import HostId
 from imdsproxy.core.fleet.stream import ALIVE_PATH
 from imdsproxy.core.model import InstanceId
-from imdsproxy.errors import NotFound
+from imdsproxy.errors import NotFound, RequestRefused
 from imdsproxy.hub.callers import (
     Admits,
     Caller,
@@ -81,6 +84,15 @@ class LeaveBody(BaseModel):
 
     instance: str = Field(max_length=255, description="Its id.")
     cancel: bool = Field(default=False, description="Its guest was to come here, and has not.")
+
+
+class PasswordPost(BaseModel):
+    """What the guest of an instance posted to a host."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    instance: str = Field(max_length=255, description="Its id.")
+    password: str = Field(max_length=2 * PASSWORD_LIMIT, description="In base64.")
 
 
 class LeftShape(BaseModel):
@@ -195,6 +207,22 @@ async def leave(body: LeaveBody, operations: Uses, caller: OfHost) -> LeftShape:
     terms = operations.writes.terms(uuid.uuid4().hex)
     await operations.writes.write(lambda view: plan_hosts(view, instance, choose, terms))
     return LeftShape(left=host not in remaining)
+
+
+@fleet.post("/password", include_in_schema=False)
+async def keep_password(body: PasswordPost, operations: Uses, caller: OfHost) -> Written:
+    """For hosts: the guest of an instance on it has posted a password, which is wherever the instance is."""
+    host, instance = HostId(caller.identity.name), InstanceId(body.instance)
+    if instance not in operations.state.instances_on(host):
+        raise no_such("instance", instance)
+    try:
+        password = base64.b64decode(body.password, validate=True)
+    except ValueError:
+        password = b""
+    if not 0 < len(password) <= PASSWORD_LIMIT:
+        raise RequestRefused(f"a password has 1 to {PASSWORD_LIMIT} bytes")
+    await operations.passwords.keep(instance, host, password)
+    return Written(instances=1)
 
 
 @fleet.get("/blob/{sha256}", include_in_schema=False)

@@ -132,9 +132,15 @@ async def explain_instance(
 
 @guests.get("/instances/{instance}/password")
 async def show_password(instance: InstanceOf, operations: Uses, caller: Operator) -> JSONResponse:
-    """The password that its guest posted, from the first of its hosts that has it."""
-    problem: Exception = plan_writes.no_such("instance", instance)
-    for host in caller.views(operations).stored(instance)[0].hosts:
+    """The password that its guest posted: the fleet's, or of the first host whose hub has not stored it yet."""
+    hosts = caller.views(operations).stored(instance)[0].hosts
+    try:
+        found = bodies.DocumentBody.of(operations.passwords.read(instance))
+        body = bodies.PasswordBody(instance=instance, password=found)
+        return JSONResponse(body.model_dump(exclude_unset=True))
+    except NotFound as error:
+        problem: Exception = error
+    for host in hosts:
         route = path_on_host("instances", instance, "password")
         try:
             return JSONResponse(_body(host, await operations.ask_host(host, route, {})))
@@ -145,16 +151,27 @@ async def show_password(instance: InstanceOf, operations: Uses, caller: Operator
 
 @guests.delete("/instances/{instance}/password")
 async def clear_password(instance: InstanceOf, operations: Uses, caller: Operator) -> Written:
-    """Have each of its hosts forget that password, so that the guest can post another."""
+    """Have the fleet and each of its hosts forget that password, so that the guest can post another."""
     problem: NotFound | None = None
-    cleared = False
-    for host in caller.views(operations).stored(instance)[0].hosts:
+    hosts = caller.views(operations).stored(instance)[0].hosts
+    done, cleared = await operations.passwords.clear(instance, operations.writes.terms(""))
+    if cleared:
+        await operations.in_force.wait(done.hosts, done.revision, {f"password/{instance}"})
+    # A host whose hub has not stored it yet has another one.
+    for host in hosts:
         route = path_on_host("instances", instance, "password")
         try:
             _body(host, await operations.ask_host(host, route, {}, "DELETE"))
             cleared = True
         except NotFound as error:
             problem = error
+        except SourceUnavailable:
+            if not cleared:
+                raise
+    # What a host was sending meanwhile.
+    cleared = (await operations.passwords.clear(instance, operations.writes.terms("")))[
+        1
+    ] or cleared
     if problem is not None and not cleared:
         raise problem
     return Written(instances=1)

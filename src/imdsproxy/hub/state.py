@@ -28,8 +28,10 @@ from imdsproxy.core.fleet.suspicion import MOST_AHEAD, read_suspicion
 from imdsproxy.core.fleet.values import (
     SealedKeys,
     Sealing,
+    StoredPassword,
     StoredPolicy,
     Value,
+    parse_password,
     parse_sealing,
     parse_value,
 )
@@ -50,13 +52,14 @@ _KINDS: Final[Mapping[str, str]] = {
     "network": layout.NETWORKS,
     "instance": layout.INSTANCES,
     "guard": layout.GUARDS,
+    "password": layout.PASSWORDS,
     "policy": layout.POLICIES,
 }
-_SWEPT: Final = (layout.INSTANCES, layout.NETWORKS, layout.POLICIES)
+_SWEPT: Final = (layout.INSTANCES, layout.NETWORKS, layout.POLICIES, layout.PASSWORDS)
 _DAY_S: Final = 86_400
 """No clock of an honest host's hub was further ahead when a boot was reopened."""
 
-_OF_INSTANCE: Final = ("instance", "guard", "keys")
+_OF_INSTANCE: Final = ("instance", "guard", "keys", "password")
 _NEEDED: Final = ("network/", "policy/")
 """Items that hosts have because of instances."""
 
@@ -140,6 +143,7 @@ class FleetState:
     Args:
         keys_of: See `InstanceKeys`.
         keys_problem: Why the newest token keys cannot be read.
+        open_password: Gives a password as hosts get it, of its key and what is sealed; `None` where it does not open.
 
     Attributes:
         unreadable: By key, values that another program wrote.
@@ -152,6 +156,7 @@ class FleetState:
 
     keys_of: InstanceKeys = lambda _: None
     keys_problem: Callable[[], str | None] = lambda: None
+    open_password: Callable[[str, bytes], str | None] = lambda _key, _sealed: None
     revision: int = 0
     meta: Meta = field(default_factory=lambda: Meta(""))
     unreadable: dict[str, Unread] = field(default_factory=dict)
@@ -193,7 +198,7 @@ class FleetState:
 
     def successor(self) -> FleetState:
         """Return a state for all that etcd has after an acceptance: only lasting values stay."""
-        next_state = FleetState(self.keys_of, self.keys_problem)
+        next_state = FleetState(self.keys_of, self.keys_problem, self.open_password)
         next_state.remember(
             {key: entry.value for kind in LASTING for key, entry in self._kin(kind).items()}
         )
@@ -331,6 +336,8 @@ class FleetState:
             case StoredNetwork():
                 self._listen(NetworkId(key.removeprefix(layout.NETWORKS)), found)
                 self._touch(f"network/{key.removeprefix(layout.NETWORKS)}", touched)
+            case StoredPassword():
+                self._touch(f"password/{key.removeprefix(layout.PASSWORDS)}", touched)
             case OperatorOverride():
                 self._touch(f"guard/{key.removeprefix(layout.GUARDS)}", touched)
             case StoredPolicy():
@@ -417,12 +424,22 @@ class FleetState:
         entry = self._entry(item)
         if entry is None:
             return None
+        if kind == "password":
+            return self._password(layout.PASSWORDS + rest, entry)
         value = layout.decode(entry.value)
         if kind == "instance":
             value = {key: value[key] for key in ("record", "user_data")}
         elif kind == "network":
             value = {"record": value["record"]}
         return entry.mod_revision, value
+
+    def _password(self, key: str, entry: _Entry) -> Item | None:
+        """`None` where it does not open."""
+        sealed = parse_password(entry.value).sealed
+        opened = None if sealed is None else self.open_password(key, sealed)
+        if sealed is not None and opened is None:
+            return None
+        return entry.mod_revision, {"password": opened}
 
     def _entry(self, item: ItemKey) -> _Entry | None:
         kind, _, rest = item.partition("/")
@@ -433,7 +450,7 @@ class FleetState:
 
     def _revision_of(self, item: ItemKey) -> int | None:
         """As the first of `item`."""
-        if item.startswith("keys/"):
+        if item.startswith(("keys/", "password/")):
             found = self.item(item)
             return None if found is None else found[0]
         entry = self._entry(item)
@@ -534,6 +551,8 @@ class FleetState:
         if kind == "keys":
             return self.keys_problem()
         found = self.unreadable.get(_KINDS[kind] + rest)
+        if found is None and kind == "password" and self._entry(item) and not self.item(item):
+            return "no key of this hub opens it"
         return None if found is None else found.why
 
     def unread_instances(self, items: Iterable[ItemKey]) -> frozenset[ItemKey]:
@@ -547,7 +566,7 @@ class FleetState:
     ) -> str | None:
         """Why an item that no readable instance brings to a host stays there, because of what cannot be read."""
         kind, _, rest = item.partition("/")
-        if kind in {"guard", "keys"}:
+        if kind in {"guard", "keys", "password"}:
             return unread.get(f"instance/{rest}")
         if kind == "instance":
             return None if doubt is None else self.unread(item)
@@ -577,7 +596,7 @@ class FleetState:
         To a host that asks for what it never had, the answer is the same whether there is such an instance or not.
         """
         kind, _, rest = item.partition("/")
-        if kind in {"guard", "keys"}:
+        if kind in {"guard", "keys", "password"}:
             return held.get(f"instance/{rest}")
         if kind == "instance":
             left = self._placements.get(InstanceId(rest), _NOWHERE).left
@@ -719,7 +738,7 @@ class FleetState:
 
 
 def _own_items(instance: InstanceId) -> tuple[ItemKey, ...]:
-    return f"instance/{instance}", f"guard/{instance}", f"keys/{instance}"
+    return tuple(f"{kind}/{instance}" for kind in _OF_INSTANCE)
 
 
 def needs_of(record: Mapping[str, Any]) -> tuple[ItemKey, ...]:

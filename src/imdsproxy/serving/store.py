@@ -99,6 +99,41 @@ class PasswordStore:
             files.sync_directory(self.directory)
         return kept
 
+    def replace(self, instance_id: InstanceId, password: bytes, group: int | None) -> None:
+        """Have exactly this password, whatever there was.
+
+        Args:
+            instance_id: Whose.
+            password: All of it.
+            group: The group id that may read it (the document server's); `None` for this process's.
+
+        Raises:
+            HostRefused: The file system is full or read-only; what was there before still is.
+            PrivilegeMissing: This process may not write there.
+        """
+        # Written beside the directory: in it the document server could have made another file of the name.
+        new = self.directory.with_name(f".password-{instance_id}.new")
+        owner = None if group is None else (-1, group)
+        files.write_atomic(new, password, mode=_FILE_MODE, owner=owner, durable=True)
+        with refusing(f"keep the password of {instance_id}", denied=_PERMISSION_HINT):
+            new.replace(self._path(instance_id))
+        files.sync_directory(self.directory)
+
+    def instances(self) -> frozenset[InstanceId]:
+        """Every instance that has a password here; raises as `read`."""
+        with refusing("list the passwords", denied=_PERMISSION_HINT), suppress(FileNotFoundError):
+            return frozenset(InstanceId(path.name) for path in self.directory.iterdir())
+        return frozenset()
+
+    def changed_at(self) -> int:
+        """When a password came or went last, in nanoseconds; 0 before the directory is made; raises as `read`."""
+        with (
+            refusing("look at the passwords", denied=_PERMISSION_HINT),
+            suppress(FileNotFoundError),
+        ):
+            return self.directory.stat().st_mtime_ns
+        return 0
+
     def remove(self, instance_id: InstanceId) -> bool:
         """Forget the instance's password; `False` when it has none.
 

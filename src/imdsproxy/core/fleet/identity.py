@@ -16,6 +16,7 @@ from imdsproxy.core.model import ID_PATTERN
 ENROL_PATH: Final = "/fleet/enrol"
 RENEW_PATH: Final = "/fleet/renew"
 LEAVE_PATH: Final = "/fleet/leave"
+PASSWORD_PATH: Final = "/fleet/password"  # noqa: S105 - a path
 AUTHORITY_PATH: Final = "/fleet/ca"
 """The fleet's CA certificate in PEM: a client compares it with the fingerprint that it has."""
 

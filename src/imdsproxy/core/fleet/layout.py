@@ -41,6 +41,9 @@ GRANTS: Final = f"{PREFIX}grant/"
 """Followed by a project; what its operators may use, as `core.records.grant.GRANT` has it."""
 
 GUARDS: Final = f"{PREFIX}guard/"
+PASSWORDS: Final = f"{PREFIX}pass/"
+"""Followed by an instance: the password that its guest posted, sealed."""
+
 TOKEN_KEYS: Final = f"{PREFIX}key/tokens"
 """All keys of session tokens in one value, so that they change together."""
 
@@ -199,6 +202,11 @@ def port_claim(network: NetworkId, instance: InstanceId) -> str:
 def grant_key(project: str) -> str:
     """Of what a project's operators may use."""
     return f"{GRANTS}{project}"
+
+
+def password_key(instance: InstanceId) -> str:
+    """Of the password that an instance's guest posted."""
+    return f"{PASSWORDS}{instance}"
 
 
 def guard_key(instance: InstanceId) -> str:

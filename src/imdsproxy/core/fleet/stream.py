@@ -41,11 +41,11 @@ CONNECT_S: Final = 2.0
 """A hub has so long for a connection, and to show that it runs, before another hub is asked."""
 
 ItemKey: TypeAlias = str
-"""`network/ID`, `instance/ID`, `guard/ID`, `keys/ID` (of an instance), `policy/fleet`, `policy/host/ID`,
-`policy/project/ID`."""
+"""`network/ID`, `instance/ID`, `policy/fleet`, `policy/host/ID`, `policy/project/ID`; of an instance `guard/ID`,
+`keys/ID` and `password/ID`."""
 
 _ITEM_KEY: Final = re.compile(
-    f"(?:network|instance|guard|keys)/{ID_SHAPE}|policy/(?:fleet|(?:host|project)/{ID_SHAPE})"
+    f"(?:network|instance|guard|keys|password)/{ID_SHAPE}|policy/(?:fleet|(?:host|project)/{ID_SHAPE})"
 )
 _DIGEST: Final = re.compile("[0-9a-f]{32}|")
 _STATUSES: Final = range(100, 600)

@@ -84,6 +84,21 @@ class SealedKeys:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredPassword:
+    """Value of a key below `layout.PASSWORDS`.
+
+    Attributes:
+        sealed: What the hubs' envelope opens; `None` once it was cleared, or the instance removed.
+        request: As `StoredInstance.request`.
+        removed_at: Unix time of that.
+    """
+
+    sealed: bytes | None
+    request: str = ""
+    removed_at: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class StoredPolicy:
     """Value of a key below `layout.POLICIES`. Hosts check the rules: a newer hub may know more of them."""
 
@@ -101,7 +116,7 @@ class Journal:
 
 Value: TypeAlias = (
     Meta | Suspicion | Grant | Beat | HubPlace | KnownHub | Sealing | SealedKeys | StoredPolicy | StoredInstance
-    | StoredNetwork | OperatorOverride | StoredHost | StoredOperator
+    | StoredNetwork | StoredPassword | OperatorOverride | StoredHost | StoredOperator
 )  # fmt: skip
 
 
@@ -207,8 +222,39 @@ def parse_sealed_keys(value: bytes) -> SealedKeys:
             raise Unreadable("it does not say `sealed`")
 
 
+def render_password(stored: StoredPassword) -> bytes:
+    """Render the value of a password's key."""
+    sealed = None if stored.sealed is None else base64.b64encode(stored.sealed).decode()
+    return encode({"sealed": sealed, "request": stored.request, "removed_at": stored.removed_at})
+
+
+def parse_password(value: bytes) -> StoredPassword:
+    """Parse the value of a password's key; raises `Unreadable`. It is not opened."""
+    match decode(value):
+        case {"sealed": None, "request": str(request), "removed_at": removed_at} if is_number(
+            removed_at
+        ):
+            return StoredPassword(None, request, removed_at)
+        case {"sealed": str(sealed), "request": str(request), "removed_at": None}:
+            try:
+                return StoredPassword(base64.b64decode(sealed, validate=True), request)
+            except ValueError as error:
+                raise Unreadable("`sealed` is no base64") from error
+        case _:
+            raise Unreadable("it does not say `sealed`, `request` and `removed_at`")
+
+
+def is_cleared(value: bytes) -> bool:
+    """Whether a password was cleared, or removed with its instance; not where the value cannot be read."""
+    try:
+        return parse_password(value).sealed is None
+    except Unreadable:
+        return False
+
+
 def parse_policy(value: bytes) -> StoredPolicy:
     """Parse the rules of a scope; raises `Unreadable`."""
+    layout.removal_time(value)
     return StoredPolicy(decode(value))
 
 
@@ -246,6 +292,7 @@ _BELOW: Final[dict[str, Callable[[bytes], Value]]] = {
     layout.INSTANCES: layout.parse_instance,
     layout.NETWORKS: layout.parse_network,
     layout.GUARDS: layout.parse_guard,
+    layout.PASSWORDS: parse_password,
     layout.POLICIES: parse_policy,
     layout.GRANTS: parse_grant,
     layout.HOSTS: parse_host,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import ssl
@@ -15,6 +16,7 @@ from urllib.parse import urlsplit
 
 import httpcore
 
+from imdsproxy.core.fleet.identity import PASSWORD_PATH
 from imdsproxy.core.fleet.stream import (
     BLOB_PATH,
     CONNECT_S,
@@ -27,8 +29,10 @@ from imdsproxy.core.fleet.stream import (
     parse_from_hub,
     render_line,
 )
+from imdsproxy.core.model import InstanceId
 from imdsproxy.errors import (
     AccessDenied,
+    AlreadyExists,
     NotFound,
     SourceError,
     SourceRefused,
@@ -40,7 +44,9 @@ from imdsproxy.sources.settings import FleetSourceSettings
 _HTTPS_PORT: Final = 443
 _JOIN: Final = "join the fleet: `imdsproxy fleet join`, with what `imdsproxy fleet enrol` printed"
 _MOST_OF_ANSWER: Final = 1024 * 1024
-_REFUSALS: Final = frozenset({AccessDenied.code, NotFound.code, UserDataUnreadable.code})
+_REFUSALS: Final = frozenset(
+    {AccessDenied.code, AlreadyExists.code, NotFound.code, UserDataUnreadable.code}
+)
 """Codes of answers that another attempt changes only once somebody has acted."""
 
 _SHOWN: Final = 500
@@ -175,10 +181,26 @@ class HubStream:
             self._pool, "GET", f"{self.hub}{BLOB_PATH}{sha256}", self._timeout_s, most=most
         )
         if status != 200:  # noqa: PLR2004 - HTTP's
-            raise _refusal_of(self.hub, status, data)
+            raise _refusal_of(self.hub, "give its user data", status, data)
         if len(data) != size or sha256_of(data).hexdigest() != sha256:
             raise SourceUnavailable(f"{self.hub} gives other user data than {sha256}")
         return data
+
+    async def give_password(self, instance: InstanceId, password: bytes) -> None:
+        """Give the hub a password that the guest of an instance posted on this host.
+
+        Raises:
+            SourceRefused: The instance is not on this host, or it has another password.
+            SourceUnavailable: The hub, or its etcd, does not answer now.
+        """
+        body = {"instance": instance, "password": base64.b64encode(password).decode()}
+        headers: dict[bytes | str, bytes | str] = {"content-type": "application/json"}
+        url, raw = f"{self.hub}{PASSWORD_PATH}", json.dumps(body).encode()
+        status, answer = await _ask(
+            self._pool, "POST", url, self._timeout_s, body=raw, headers=headers
+        )
+        if status != 200:  # noqa: PLR2004 - HTTP's
+            raise _refusal_of(self.hub, "keep the password", status, answer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,15 +270,15 @@ class HubClient:
         return self.identity.context() if self.identity and hub.startswith("https:") else None
 
 
-def _refusal_of(hub: str, status: int, body: bytes) -> SourceError:
-    """Why a hub does not give user data: its answer is a problem with a code, or another program's."""
+def _refusal_of(hub: str, what: str, status: int, body: bytes) -> SourceError:
+    """Why a hub does not do something: its answer is a problem with a code, or another program's."""
     try:
         found = json.loads(body)
         code, message = str(found["code"]), str(found["message"])[:_SHOWN]
     except (ValueError, TypeError, KeyError, RecursionError):
-        return SourceUnavailable(f"{hub} answers {status} for user data")
+        return SourceUnavailable(f"{hub} does not {what}: it answers {status}")
     kind = SourceRefused if code in _REFUSALS else SourceUnavailable
-    return kind(f"{hub} does not give its user data ({code}): {message}")
+    return kind(f"{hub} does not {what} ({code}): {message}")
 
 
 async def _ask(

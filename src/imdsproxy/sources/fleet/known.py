@@ -15,6 +15,7 @@ from typing import Any, Final, TypeAlias, cast
 
 from imdsproxy.core.claims import claim_places
 from imdsproxy.core.fleet.layout import Json, UserData
+from imdsproxy.core.fleet.passwords import CLEARED
 from imdsproxy.core.fleet.policies import FleetPolicies
 from imdsproxy.core.fleet.stream import Batch, Hello, ItemKey, digest_items
 from imdsproxy.core.model import Instance, InstanceId, StoredBytes
@@ -134,7 +135,7 @@ class FleetKnown:
 
     def policies(self) -> FleetPolicies:
         """What the other items say."""
-        others: dict[str, dict[str, Any]] = {"guard": {}, "keys": {}, "policy": {}}
+        others: dict[str, dict[str, Any]] = {"guard": {}, "keys": {}, "password": {}, "policy": {}}
         for key, value in self._others.items():
             kind, _, name = key.partition("/")
             others[kind][name] = value
@@ -153,6 +154,11 @@ class FleetKnown:
             others["guard"],
             {InstanceId(name): one for name, one in others["keys"].items()},
         )
+
+    def passwords(self) -> dict[InstanceId, bytes | None]:
+        """The password of each instance here, as `core.fleet.passwords.plan_password` has what the fleet has."""
+        names = (key.partition("/")[2] for key in self.items if key.startswith("instance/"))
+        return {InstanceId(name): self._others.get(f"password/{name}") for name in names}
 
     def failed(self) -> dict[ItemKey, str]:
         """Why items are refused, whose version before, if any, stays in force."""
@@ -460,20 +466,28 @@ def _parse_other(schema: Schema, kind: str, value: Json, before: object) -> obje
             # Neither ever goes back, whatever backup a fleet was restored from.
             known = before if isinstance(before, OperatorOverride) else OperatorOverride()
             return OperatorOverride(max(epoch, known.epoch), max(reopened_at, known.reopened_at))
+        case "password", {"password": None}:
+            return CLEARED
+        case "password", {"password": str(password)}:
+            return _decode(password, "a password")
         case "keys", {"current": str(current), "keys": dict(keys)}:
             return _parse_keys(current, keys)
         case _:
             raise _Unreadable(f"this version cannot read such an item of kind {kind}")
 
 
+def _decode(text: str, what: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except binascii.Error:
+        # Its cause would show a part of the secret.
+        raise _Unreadable(f"{what} is no base64") from None
+
+
 def _parse_keys(current: str, keys: Mapping[str, object]) -> tuple[TokenKey, ...]:
     found: dict[str, TokenKey] = {}
     for kid, text in keys.items():
-        try:
-            secret = base64.b64decode(str(text), validate=True)
-        except binascii.Error:
-            # Its cause would show a part of the secret.
-            raise _Unreadable("a key is no base64") from None
+        secret = _decode(str(text), "a key")
         if len(secret) != KEY_BYTES:
             raise _Unreadable(f"a key is not {KEY_BYTES} bytes long")
         found[kid] = TokenKey(secret)

@@ -34,6 +34,7 @@ from imdsproxy.core.fleet.stream import (
     ItemKey,
     Ping,
 )
+from imdsproxy.core.model import InstanceId
 from imdsproxy.core.observation import Observation, StrandedPort
 from imdsproxy.core.timing import Backoff
 from imdsproxy.errors import ImdsproxyError, Problem, SourceError, SourceUnavailable
@@ -55,6 +56,9 @@ force, and why."""
 
 Renew: TypeAlias = Callable[[], Awaitable[float | None]]
 """Renews this host's certificate, where it is time, and says when the one that is there ends, in Unix time."""
+
+TakePasswords: TypeAlias = Callable[[Mapping[InstanceId, bytes | None]], Awaitable[None]]
+"""Has passwords of guests where the document server reads them; see `core.fleet.passwords`."""
 
 AnswerTo: TypeAlias = Callable[[Ask], Awaitable[tuple[int, Any]]]
 """Status and body of a GET of the admin API."""
@@ -109,6 +113,10 @@ async def _confirm_nothing(
     return {}
 
 
+async def _take_nothing(_: Mapping[InstanceId, bytes | None]) -> None:
+    pass
+
+
 async def _renew_nothing() -> float | None:
     return None
 
@@ -134,6 +142,7 @@ class FleetSource:
         leaving: Networks whose last instance has gone.
 
     Attributes:
+        take_passwords: Called with the passwords of all instances here, before the disk has a change of them.
         take_policies: Called with policies and token keys before the records that came with them are published.
         confirm: See `Confirm`.
         answer: What hubs may ask this host.
@@ -157,6 +166,7 @@ class FleetSource:
     backoff: Backoff = field(default_factory=lambda: Backoff(0.5, 30.0))
     fetching: Backoff = field(default_factory=lambda: Backoff(0.5, 30.0))
     leaving: LeavingNetworks = field(default_factory=lambda: LeavingNetworks(_STAY_S))
+    take_passwords: TakePasswords = _take_nothing
     take_policies: Callable[[FleetPolicies], object] = lambda _: None
     confirm: Confirm = _confirm_nothing
     answer: AnswerTo = _answer_nothing
@@ -264,6 +274,7 @@ class FleetSource:
             return
         await self._in_thread(lambda: self.known.load(kept.position, kept.items, kept.damaged))
         self.take_policies(self.known.policies())
+        await self.take_passwords(self.known.passwords())
         await self._report(publish, self.known.everything())
 
     async def _look(self, publish: Publish) -> None:
@@ -511,6 +522,12 @@ class FleetSource:
             self._lacks_more.set()
         self._missing = missing
 
+    async def send_password(self, instance: InstanceId, password: bytes) -> None:
+        """Give a hub the password that a guest posted; raises as `HubStream.give_password`."""
+        if self._stream is None:
+            raise SourceUnavailable("no hub is followed")
+        await self._stream.give_password(instance, password)
+
     async def _keep_user_data(self, data: bytes) -> None:
         await self._in_thread(partial(self.kept.keep_user_data, data))
 
@@ -525,6 +542,9 @@ class FleetSource:
                 return
             applied = await self._in_thread(lambda: known.apply(batch, whole=whole))
             self._note_lacking()
+            passwords = known.passwords()
+        # One that was cleared is gone before the disk says so: what is there after a death in between was posted since.
+        await self.take_passwords(passwords)
         complete = self._complete or (whole and stream is self._stream)
         vouched = self._newest() if complete else self._vouched
         keep = partial(

@@ -1,0 +1,130 @@
+"""Has the passwords of a fleet's guests on each of their hosts, and sends hubs those that guests post here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+import structlog
+
+from imdsproxy.core.fleet.passwords import Forget, Keep, Send, plan_password
+from imdsproxy.core.model import InstanceId
+from imdsproxy.core.timing import Backoff
+from imdsproxy.errors import ImdsproxyError, SourceRefused
+from imdsproxy.serving.store import PasswordStore
+
+_LOOK_EVERY_S: Final = 1.0
+
+_log = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class FleetPasswords:
+    """Keeps the files and the fleet equal.
+
+    Args:
+        store: Where the document server keeps what guests post.
+        group: The group id that may read the files; `None` for this process's.
+        send: Gives a password to a hub; raises `SourceRefused` where the fleet takes none, or has another.
+        backoff: Pauses after a hub could not be reached, or the disk refused.
+    """
+
+    store: PasswordStore
+    group: int | None
+    send: Callable[[InstanceId, bytes], Awaitable[None]]
+    backoff: Backoff = field(default_factory=lambda: Backoff(_LOOK_EVERY_S, 30.0))
+    _fleet: Mapping[InstanceId, bytes | None] = field(default_factory=dict, repr=False)
+    _before: dict[InstanceId, bytes | None] = field(default_factory=dict, repr=False)
+    _refused: dict[InstanceId, bytes] = field(default_factory=dict, repr=False)
+    _seen: int | None = None
+    _sending: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def forget(self, instance: InstanceId) -> bool:
+        """Forget a password that no hub has yet; `False` where there is none.
+
+        Raises:
+            SourceRefused: The fleet has it, and so has each host of the instance.
+            HostRefused: As `PasswordStore.remove`.
+        """
+        # One that is on its way to a hub is there before this answers: who asked clears it there then.
+        async with self._sending:
+            if self._fleet.get(instance):
+                raise SourceRefused(
+                    f"the password of instance {instance} is a fleet's: it is on each of its hosts",
+                    hint="the same command with --fleet URL, where a hub is",
+                )
+            return await asyncio.to_thread(self.store.remove, instance)
+
+    async def take(self, fleet: Mapping[InstanceId, bytes | None]) -> None:
+        """Put in the files what the fleet has of each instance on this host."""
+        before, self._fleet = self._fleet, dict(fleet)
+        self._before = {one: self._before.get(one) or before.get(one) for one in fleet}
+        changed = [one for one, password in fleet.items() if before.get(one) != password]
+        self._refused = {one: self._refused[one] for one in self._refused.keys() & fleet.keys()}
+        for instance in changed:
+            self._refused.pop(instance, None)
+        self._seen = None
+        for instance in changed:
+            try:
+                await self._settle(instance, sends=False)
+            except ImdsproxyError as error:
+                _log.error("password not kept", instance=instance, error=error.message)
+
+    async def run(self) -> None:
+        """Look for what guests post, until cancelled."""
+        while True:
+            try:
+                await self.look()
+            except ImdsproxyError as error:
+                _log.warning("passwords not sent", code=error.code, error=error.message)
+                await asyncio.sleep(self.backoff.fail())
+            else:
+                self.backoff.succeed()
+                await asyncio.sleep(_LOOK_EVERY_S)
+
+    async def look(self) -> None:
+        """Do what is to be done about each file.
+
+        Raises:
+            ImdsproxyError: No hub is reached, or the disk refuses.
+        """
+        seen = await asyncio.to_thread(self.store.changed_at)
+        if seen == self._seen:
+            return
+        here = await asyncio.to_thread(self.store.instances)
+        for instance in (*self._fleet,):
+            if instance in here or self._fleet.get(instance):
+                await self._settle(instance, sends=True)
+        self._seen = seen
+
+    async def _settle(self, instance: InstanceId, *, sends: bool) -> None:
+        local = await asyncio.to_thread(self.store.read, instance)
+        if instance not in self._fleet:
+            return
+        match plan_password(local, self._fleet[instance], self._before.get(instance)):
+            case Keep(password):
+                await asyncio.to_thread(self.store.replace, instance, password, self.group)
+                self._before[instance] = password
+            case Forget():
+                await asyncio.to_thread(self.store.remove, instance)
+                self._before[instance] = None
+            case Send(password) if sends and self._refused.get(instance) != password:
+                async with self._sending:
+                    if await asyncio.to_thread(self.store.read, instance) == password:
+                        await self._send(instance, password)
+            case _:
+                pass
+
+    async def _send(self, instance: InstanceId, password: bytes) -> None:
+        try:
+            await self.send(instance, password)
+        except SourceRefused as error:
+            # It has gone to another host, or its guest has posted there; the fleet's comes by itself.
+            self._refused[instance] = password
+            _log.warning("password refused", instance=instance, error=error.message)
+        else:
+            self._before[instance] = password
+            self._refused[instance] = password
+            _log.info("password sent", instance=instance)
