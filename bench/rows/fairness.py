@@ -33,10 +33,17 @@ from imdsproxy.config.policy import LimitsSettings
 __all__ = ["ROWS", "measure_fairness"]
 
 _COSTS: Final = ("limits", "limits-close", "limits-signed")
-_FLOODS: Final = ("flood-cached", "flood-query", "flood-404", "flood-idle", "flood-addresses")
+_UNCACHED: Final = ("flood-encoded", "flood-misses")
+"""Floods of the document server: what is read beside them comes from it too."""
+
+_FLOODS: Final = (
+    *("flood-cached", "flood-query", "flood-404", "flood-idle", "flood-addresses"),
+    *_UNCACHED,
+)
 ROWS: Final = (*_COSTS, *_FLOODS)
 
 _LEAF: Final = "/latest/meta-data/instance-id"
+_SEEDED: Final = "/openstack/latest/meta_data.json"
 _URL: Final = "http://169.254.169.254"
 _OFF: Final = {"enabled": False}
 _DEFAULTS: Final = LimitsSettings().model_dump(include={"requests_per_s", "burst", "connections"})
@@ -55,7 +62,19 @@ request = function()
   return wrk.format(nil, wrk.path .. "?" .. number)
 end
 """
+_ENCODED: Final = """
+local tail = string.rep("%61", 3990)
+local number = 0
+request = function()
+  number = number + 1
+  return wrk.format(nil, "/latest/meta-data/" .. number .. tail)
+end
+"""
+_MISSES: Final = _ENCODED.replace("3990", "300")
+_ENCODING: Final = 150
 _WHAT: Final = {
+    "flood-encoded": f"{_ENCODING} connections that ask for escaped paths of 12 kB, another each time",
+    "flood-misses": f"{_ENCODING} connections that ask for escaped paths of 0.9 kB, another each time",
     "flood-cached": f"{CONNECTIONS} connections that read one document without end",
     "flood-query": f"{CONNECTIONS} connections with another query each time",
     "flood-404": f"{CONNECTIONS} connections that ask for what there is not",
@@ -164,7 +183,9 @@ def _floods(bench: Bench, keys: list[str]) -> Iterator[Row]:
     left = iter(names)
     bench.lab.grow(len(names))
     daemon = Daemon(bench.directory / "floods", {"limits": _DEFAULTS})
-    (bench.directory / "query.lua").write_text(_QUERY)
+    scripts = {"flood-query": _QUERY, "flood-encoded": _ENCODED, "flood-misses": _MISSES}
+    for key, script in scripts.items():
+        (bench.directory / f"{key}.lua").write_text(script)
     seen = {key: _Seen() for key in keys}
     before = os.sched_getaffinity(0)
     with _serving(
@@ -177,9 +198,10 @@ def _floods(bench: Bench, keys: list[str]) -> Iterator[Row]:
             for _ in range(rounds):
                 for key in keys:
                     one = Guest(bench.lab, next(left))
-                    alone = _milliseconds(one, seconds)
+                    path = _SEEDED if key in _UNCACHED else _LEAF
+                    alone = _milliseconds(one, seconds, path)
                     with _flood(bench, key, next(left), seconds):
-                        during = _milliseconds(one, seconds)
+                        during = _milliseconds(one, seconds, path)
                     seen[key].alone.append(percentile(alone, 99))
                     seen[key].during.append(percentile(during, 99))
                     seen[key].p50s.append(median(during))
@@ -214,10 +236,10 @@ def _command(bench: Bench, key: str, network: str, seconds: float) -> list[str]:
         rates = [str(_ADDRESSES_PER_S), str(CONNECTIONS)]
         return [*python, "bench.flood", network, str(seconds), *rates]
     path = "/latest/meta-data/no-such-thing" if key == "flood-404" else _LEAF
-    command = wrk_command(network, f"{_URL}{path}", Load(CONNECTIONS, seconds, bench.cpus[1]))
-    if key == "flood-query":
-        return [*command[:-1], "-s", str(bench.directory / "query.lua"), command[-1]]
-    return command
+    connections = _ENCODING if key in _UNCACHED else CONNECTIONS
+    command = wrk_command(network, f"{_URL}{path}", Load(connections, seconds, bench.cpus[1]))
+    script = bench.directory / f"{key}.lua"
+    return [*command[:-1], "-s", str(script), command[-1]] if script.exists() else command
 
 
 def _row(key: str, seen: _Seen, seconds: float) -> Row:
@@ -240,6 +262,6 @@ def _row(key: str, seen: _Seen, seconds: float) -> Row:
     )
 
 
-def _milliseconds(one: Guest, seconds: float) -> list[float]:
-    found = measure_latency(one, _LEAF, seconds, pause_s=_PAUSE_S)
+def _milliseconds(one: Guest, seconds: float, path: str) -> list[float]:
+    found = measure_latency(one, path, seconds, pause_s=_PAUSE_S)
     return [sample * 1000 for sample in found]

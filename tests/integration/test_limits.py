@@ -17,11 +17,11 @@ import pytest
 from imdsproxy.config.policy import LimitsSettings
 from imdsproxy.core.haproxy.limits import COUNTERS, POLICY_COUNTERS
 from imdsproxy.core.haproxy.model import Limits
-from imdsproxy.core.policy import Policy
+from imdsproxy.core.policy import Policy, TokenMode
 from support.access_table import META, USER_DATA
 from support.daemon import instance
 from support.guest import IPV4, IPV6, Connection, Guest, Lost
-from support.haproxy_alone import WAYS, Alone, open_alone
+from support.haproxy_alone import WAYS, Alone, Document, open_alone
 from support.lab import until
 from support.patience import patience
 from support.world import World, open_world
@@ -87,6 +87,41 @@ def test_beyond_its_burst_an_instance_gets_503_by_every_way_and_its_neighbour_no
     # A new limit is in force at once.
     alone.have(Policy(requests_per_s=5000, burst=5000))
     assert _statuses(alone, 3) == {200}
+
+
+@pytest.mark.parametrize("policy", [Policy(), Policy(tokens=TokenMode.REQUIRED)])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_a_path_that_no_document_has_the_length_of_never_reaches_the_document_server(
+    alone: Alone, policy: Policy, method: str
+) -> None:
+    alone.have(policy)
+    for path, way in zip(("/latest/" + "%61" * 4000, "/%61" * 3000), WAYS, strict=False):
+        alone.documents.heads = []
+        began = time.monotonic()
+        status = alone.ask(path, way=way, method=method).status
+        if not alone.nova:
+            # As late as what is refused over a limit.
+            assert (status, time.monotonic() - began > 0.8) == (404, True)
+            assert alone.documents.heads == []
+        elif policy == Policy():
+            # Nova has paths of its own.
+            assert status == 200
+
+
+def test_an_instance_s_misses_have_a_share_and_its_neighbour_notices_nothing(alone: Alone) -> None:
+    if alone.nova:
+        # It is Nova that is asked, and counts for itself.
+        return
+    alone.documents.document = Document(status="404 Not Found", lifetime=False)
+    alone.have(Policy(requests_per_s=5000, burst=5000))
+    found = [alone.ask(f"/latest/{number}") for number in range(25)]
+    assert [one.status for one in found[:20]] == [404] * 20
+    assert all(one.is_limited for one in found[20:])
+    alone.documents.heads = []
+    assert alone.ask("/latest/more").is_limited
+    assert alone.documents.heads == []
+    assert alone.ask("/latest/more", "green").status == 404
+    alone.documents.document = Document()
 
 
 @pytest.mark.slow

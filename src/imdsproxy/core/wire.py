@@ -12,6 +12,11 @@ from imdsproxy.core.model import InstanceId
 from imdsproxy.core.path_rules import PathRules
 from imdsproxy.core.policy_word import HOP_LIMIT, POLICY_WORD, word_of
 
+LONGEST_PATH: Final = 1024
+"""Bytes of a path; no document has a longer one, also where each of its bytes is escaped. HAProxy answers 404 to
+longer ones, and so does the document server.
+"""
+
 VERIFIED_PORT: Final = 254
 """Requests that passed the kernel's MAC filter arrive here. Reserved by IANA, and below what rpc clients bind."""
 

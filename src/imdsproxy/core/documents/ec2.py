@@ -62,8 +62,8 @@ _LETTERED_ZONE: Final = re.compile(r"(.*\d)-?[a-z]")
 _BLOCK_DEVICES: Final = directory({"ami": "vda", "root": "/dev/vda"})
 """Where virtio disks are; Nova has its name from the hypervisor (`nova/block_device.py`, `instance_block_mapping`)."""
 
-TAG_KEY: Final = re.compile(r"(?!(?:\.{1,2}|_index)\Z)[A-Za-z0-9+\-=.,_:@]+")
-"""EC2 permits letters, digits and `+-=.,_:@` in a key, and not `.`, `..` or `_index`."""
+TAG_KEY: Final = re.compile(r"(?!(?:\.{1,2}|_index)\Z)[A-Za-z0-9+\-=.,_:@]{1,128}")
+"""EC2 permits up to 128 letters, digits and `+-=.,_:@` in a key, and not `.`, `..` or `_index`."""
 
 
 def is_listed_tag(name: str) -> bool:
@@ -184,7 +184,7 @@ _SHOWN: Final = 20
 _KEY_HINT: Final = "names in documents have no blanks, = or /, and each is there once"
 _UNLISTED_HINT: Final = "clients take a name with = for an ssh key"
 _TAG_HINT: Final = (
-    "keys there have letters, digits and +-=.,_:@ only, and are not `.`, `..` or `_index`"
+    "keys there have up to 128 letters, digits and +-=.,_:@, and are not `.`, `..` or `_index`"
 )
 
 

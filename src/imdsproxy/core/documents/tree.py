@@ -20,6 +20,7 @@ from urllib.parse import unquote_to_bytes
 
 from imdsproxy.core.compiled import Blob, DocumentAddress, DocumentPort, DocumentRecord
 from imdsproxy.core.model import free_name
+from imdsproxy.core.wire import LONGEST_PATH
 
 TEXT: Final = b"text/plain; charset=utf-8"
 JSON: Final = b"application/json"
@@ -29,6 +30,9 @@ JsonValue: TypeAlias = "str | int | bool | list[JsonValue] | dict[str, JsonValue
 
 ANYWHERE: Final = ("0.0.0.0", "::")  # noqa: S104 - a route's destination, not a bind
 """By `is_ipv6`."""
+
+_DEEPEST: Final = 64
+"""Slashes in a path; those that programs double, and dot segments, are among them."""
 
 _UNLISTABLE: Final = re.compile(r"[=/\s\x00-\x1f\x7f]+")
 _VENDOR_MEMBER: Final = "cloud-init"
@@ -122,7 +126,11 @@ def parse_path(path: bytes) -> tuple[str, ...] | int:
     400 for a percent sign that begins no escape (RFC 3986 §2.1), 404 for a path that leads out of its tree.
     Slashes collapse, also at the end, and escapes are undone. Dot segments are resolved (RFC 3986 §5.2.4)
     as far as the first name, which they never take away: it says whose tree this is, and rules are made for it.
+
+    A path that is longer or deeper than any document's is 404 before that: who asks pays as little as it costs.
     """
+    if len(path) > LONGEST_PATH or path.count(b"/") > _DEEPEST:
+        return 404
     if b"%" not in path and b"/." not in path:
         return tuple(filter(None, path.decode("utf-8", "surrogateescape").split("/")))
     if _BROKEN_ESCAPE.search(path):

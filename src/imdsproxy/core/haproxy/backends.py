@@ -8,6 +8,7 @@ from typing import Final
 from imdsproxy.core.haproxy.model import DataplaneSpec
 from imdsproxy.core.haproxy.nova import AGAIN_SERVERS, RETRIES, longest_s, loopback_names
 from imdsproxy.core.haproxy.text import Block, Text, Value, blocks_of, read_template
+from imdsproxy.core.wire import LONGEST_PATH
 
 _BLOCKS: Final = blocks_of(read_template("backends"))
 
@@ -26,6 +27,7 @@ def names_of_backends(spec: DataplaneSpec) -> dict[str, Value]:
     nexts = [one["name"] for one in (*workers[1:], *workers[:1])]
     return {
         "resolver_s": math.ceil(held_s + longest_s(spec.nova_times) if spec.nova else held_s),
+        "longest_path": LONGEST_PATH,
         "documents_turn": "proc.documents_turn" if workers else None,
         "document_workers": len(workers),
         "retries": RETRIES,

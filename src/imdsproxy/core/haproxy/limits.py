@@ -29,6 +29,11 @@ POLICY_COUNTERS: Final = f"{COUNTERS}-by-policy"
 _RESERVED: Final = 8
 """One in so many of a bind's connections is for guests that are known."""
 
+_MISSES: Final = 20
+"""One in so many of an instance's requests may lead to no document."""
+
+_FEWEST_MISSES: Final = 20
+
 _LONGEST_WINDOW_S: Final = 3600
 
 MOST_SHOWN: Final = 10
@@ -89,12 +94,22 @@ def names_of_limits(limits: Limits) -> dict[str, Value]:
         "window_s": window_s,
         "kept_s": 2 * window_s + 60,
         "requests_in_window": most_in_window(limits.requests_per_s, limits.burst),
+        "misses_in_window": misses_in_window(most_in_window(limits.requests_per_s, limits.burst)),
     }
 
 
 def most_in_window(requests_per_s: int, burst: int) -> int:
     """Requests in the time over which is counted."""
     return min(burst, requests_per_s * _window_s(requests_per_s, burst))
+
+
+def misses_in_window(requests: int) -> int:
+    """Requests in that time that may lead to no document; cloud-init's whole crawl has a handful.
+
+    Args:
+        requests: The most in that time.
+    """
+    return max(_FEWEST_MISSES, requests // _MISSES)
 
 
 def _window_s(requests_per_s: int, burst: int) -> int:
@@ -120,6 +135,7 @@ def busiest(usual: str, own: str, *, requests: int, connections: int, now: float
         theirs = limited.get(key)
         asked = (counted if theirs is None else theirs).get("gpc0_rate", 0)
         over = asked >= requests if theirs is None else _is_late(theirs, now)
+        over = over or counted.get("gpc1_rate", 0) >= misses_in_window(requests)
         open_now = counted.get("conn_cur", 0)
         if key.startswith(_NETWORK):
             found.append(Asker(None, key.removeprefix(_NETWORK), asked, open_now, limited=False))
@@ -160,6 +176,8 @@ def read_usage(
         asked, most, most_s = theirs.get("gpc1_rate", 0), policy.burst, _BURST_S
     open_now, most_open = counted.get("conn_cur", 0), policy.connections or connections
     limited = asked >= most or open_now > most_open or _is_late(theirs, now)
+    usual_most = most_in_window(requests_per_s, burst)
+    limited = limited or counted.get("gpc1_rate", 0) >= misses_in_window(usual_most)
     return Usage(asked, most, most_s, open_now, most_open, limited)
 
 
