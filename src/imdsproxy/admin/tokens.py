@@ -99,7 +99,7 @@ async def rotate_keys(controller: Controller) -> KeyRotation:
 
 
 async def _override(
-    controller: Controller, instance: InstanceId, change: Callable[[InstanceId], OperatorOverride]
+    controller: Controller, instance: InstanceId, change: Callable[..., OperatorOverride]
 ) -> GuardChange:
     records, inventory = controller.records, controller.inventory
     overridden = instance in controller.policy_store.overrides
@@ -112,8 +112,10 @@ async def _override(
             f"instance {instance} is a fleet's: its tokens and its boot are the same on each of the fleet's hosts",
             hint="the same command with --fleet URL, where a hub is",
         )
+    # Sources may report while the file is written.
+    here = frozenset(inventory.instances) if inventory.in_sync else None
     async with controller.overriding:
-        override = await asyncio.to_thread(change, instance)
+        override = await asyncio.to_thread(change, instance, here=here)
     keys = records.addresses_of(instance)
     for key in keys:
         records.touch(key)

@@ -4,7 +4,7 @@ What operators did is on disk before it counts, and outlives every restart.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,15 +16,16 @@ from imdsproxy.core.fleet.policies import FleetPolicies, join_guards
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.policy import OperatorOverride, PolicyBook
+from imdsproxy.core.retired import Overrides, parse_retired
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.files import write_atomic
 
-_FORMAT: Final = 1
+_FORMAT: Final = 2
 _write: Final = partial(write_atomic, mode=0o600, durable=True)
 
 
-def read_overrides(path: Path) -> Mapping[str, OperatorOverride]:
-    """What the file says, by instance; without a file nothing was done.
+def read_overrides(path: Path) -> Overrides:
+    """What the file says; without a file nothing was done.
 
     Raises:
         HostRefused: It cannot be read, or is damaged.
@@ -32,7 +33,7 @@ def read_overrides(path: Path) -> Mapping[str, OperatorOverride]:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        return {}
+        return Overrides()
     except OSError as error:
         raise HostRefused(f"cannot read {path}: {error.strerror}") from error
     try:
@@ -45,12 +46,13 @@ def read_overrides(path: Path) -> Mapping[str, OperatorOverride]:
         ) from error
 
 
-def _parse(text: str) -> dict[str, OperatorOverride]:
+def _parse(text: str) -> Overrides:
     head = cast("dict[str, object]", json.loads(text))
     if head["format"] != _FORMAT:
         raise ValueError(f"it is of format {head['format']}, not {_FORMAT}")
     instances = cast("dict[str, list[object]]", head["instances"])
-    return {name: _override(name, *numbers) for name, numbers in instances.items()}
+    listed = {name: _override(name, *numbers) for name, numbers in instances.items()}
+    return Overrides(listed, parse_retired(head["retired"]))
 
 
 def _override(name: str, epoch: object, reopened_at: object) -> OperatorOverride:
@@ -89,34 +91,54 @@ class PolicyStore:
     """
 
     keys: TokenKeys
-    overrides: Mapping[str, OperatorOverride] = field(default_factory=dict)
+    overrides: Overrides = field(default_factory=Overrides)
     fleet: FleetPolicies = field(default_factory=FleetPolicies)
     _book: PolicyBook = field(default_factory=PolicyBook)
     _in_force: PolicyBook = field(default_factory=PolicyBook)
     _made_of: tuple[object, ...] = ()
 
-    def revoke(self, instance: InstanceId) -> OperatorOverride:
+    def revoke(self, instance: InstanceId, here: Collection[str] | None = None) -> OperatorOverride:
         """Revoke the instance's tokens.
+
+        Args:
+            instance: Whose.
+            here: Every instance that sources report; `None` where one of them has not reported everything.
 
         Raises:
             HostRefused: The file system refuses; nothing has changed.
         """
         override = self.overrides.get(instance, OperatorOverride())
-        return self._keep(instance, replace(override, epoch=override.epoch + 1))
+        return self._keep(instance, replace(override, epoch=override.epoch + 1), here)
 
-    def reopen(self, instance: InstanceId, now: int) -> OperatorOverride:
+    def reopen(
+        self, instance: InstanceId, now: int, here: Collection[str] | None = None
+    ) -> OperatorOverride:
         """Have it boot anew, from `now` (Unix time) on.
+
+        Args:
+            instance: Which.
+            now: When.
+            here: As for `revoke`.
 
         Raises:
             HostRefused: As `revoke`.
         """
         override = self.overrides.get(instance, OperatorOverride())
-        return self._keep(instance, replace(override, reopened_at=now))
+        return self._keep(instance, replace(override, reopened_at=now), here)
 
-    def _keep(self, instance: InstanceId, override: OperatorOverride) -> OperatorOverride:
-        overrides = {**self.overrides, instance: override}
-        shown = {name: [one.epoch, one.reopened_at] for name, one in sorted(overrides.items())}
-        text = json.dumps({"format": _FORMAT, "instances": shown}, indent=1)
+    def _keep(
+        self, instance: InstanceId, override: OperatorOverride, here: Collection[str] | None
+    ) -> OperatorOverride:
+        overrides = self.overrides.replace(instance, override)
+        if here is not None:
+            overrides = overrides.retire({*here, instance})
+        listed = sorted(overrides.listed.items())
+        content = {
+            "format": _FORMAT,
+            "instances": {name: [one.epoch, one.reopened_at] for name, one in listed},
+            "retired": overrides.retired.render(),
+        }
+        text = json.dumps(content, indent=1)
         # A revocation that a power cut takes back would make tokens good again.
         _write(self.keys.layout.guards, text.encode())
         self.overrides = overrides
@@ -131,9 +153,12 @@ class PolicyStore:
         book, before = self.book(), self.fleet
         self.fleet, self.keys.of_instances = fleet, fleet.keys
         in_force = self.book()
+        retired = {
+            name for name in before.keys.keys() ^ fleet.keys.keys() if name in self.overrides
+        }
         changed = {
             instance
-            for instance in {*before.guards, *fleet.guards, *self.overrides}
+            for instance in {*before.guards, *fleet.guards, *self.overrides, *retired}
             if book.override(instance) != in_force.override(instance)
         }
         return FleetChange(

@@ -204,7 +204,7 @@ class OperatorOverride:
 
 
 # Of each record that is planned, one of each would be made.
-_UNTOUCHED: Final = OperatorOverride()
+UNTOUCHED: Final = OperatorOverride()
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,7 +289,7 @@ class PolicyBook:
 
     def override(self, instance: str) -> OperatorOverride:
         """What an operator did about an instance, or nothing."""
-        return self.overrides.get(instance, _UNTOUCHED)
+        return self.overrides.get(instance, UNTOUCHED)
 
     def word(self, place: PolicyPlace, created_at: int | None) -> tuple[str, PathRules]:
         """The word of `render_policy_word`, and the path rules that it refers to."""

@@ -324,7 +324,7 @@ def test_two_at_once_are_two_epochs(server: AdminServer) -> None:
     with ThreadPoolExecutor(2) as both:
         done = list(both.map(lambda _: _act(server)["epoch"], range(2)))
     assert sorted(done) == [1, 2]
-    assert server.policy_store.overrides == {WEB: OperatorOverride(2)}
+    assert dict(server.policy_store.overrides) == {WEB: OperatorOverride(2)}
 
 
 @pytest.mark.parametrize("what", ["revoke-tokens", "reopen"])

@@ -15,6 +15,7 @@ from imdsproxy.config.schema import Settings
 from imdsproxy.core.fleet.policies import FleetPolicies
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.policy import FleetRules, OperatorOverride, PolicyBook, PolicyRules, TokenMode
+from imdsproxy.core.retired import Overrides
 from imdsproxy.core.tokens import TokenKey, parse_token_keys, render_key_map, render_token_keys
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.records import RecordApplier, write_table
@@ -42,12 +43,39 @@ def test_what_operators_did_outlives_a_restart_and_what_cannot_be_written_has_no
         store.revoke(_WEB)
     with full_disk(), pytest.raises(HostRefused, match="No space"):
         store.reopen(_WEB, 1)
-    expected = {_WEB: OperatorOverride(1, 1_700_000_000)}
+    expected = Overrides({_WEB: OperatorOverride(1, 1_700_000_000)})
     assert store.overrides == _open(tmp_path).overrides == expected
 
 
-def _text(instances: object, version: object = 1) -> bytes:
-    return json.dumps({"format": version, "instances": instances}).encode()
+def test_the_file_of_a_host_whose_instances_come_and_go_does_not_grow(tmp_path: Path) -> None:
+    store = _open(tmp_path)
+    store.overrides = Overrides({f"gone-{number}": OperatorOverride(1) for number in range(5_000)})
+    store.revoke(_WEB, here={_WEB, "other"})
+    assert (tmp_path / "guards.json").stat().st_size < 20_000
+    assert _open(tmp_path).overrides == store.overrides
+    assert store.book().override(_WEB) == OperatorOverride(1)
+    # A token of any epoch that it had stays bad.
+    assert store.book().override("gone-7").epoch > 1
+    # Before all sources have reported, nobody is gone.
+    store.overrides = Overrides({f"late-{number}": OperatorOverride(1) for number in range(5_000)})
+    store.revoke(_WEB, here=None)
+    assert len(store.overrides) == 5_001
+
+
+def test_a_retired_instance_of_a_fleet_has_the_fleets_epoch(tmp_path: Path) -> None:
+    store = _open(tmp_path)
+    store.overrides = Overrides({f"gone-{number}": OperatorOverride(1) for number in range(1_001)})
+    store.revoke(_WEB, here=())
+    keys = {InstanceId("gone-7"): (TokenKey(b"f" * 32),)}
+    change = store.take_fleet(FleetPolicies(keys=keys))
+    assert change.guards == {"gone-7"}
+    assert store.book().override("gone-7").epoch == 0
+    assert store.take_fleet(FleetPolicies()).guards == {"gone-7"}
+    assert store.book().override("gone-7").epoch > 1
+
+
+def _text(instances: object, version: object = 2, retired: object = (0, "")) -> bytes:
+    return json.dumps({"format": version, "instances": instances, "retired": retired}).encode()
 
 
 @pytest.mark.parametrize(
@@ -57,7 +85,11 @@ def _text(instances: object, version: object = 1) -> bytes:
         b"\xff\xfe\x00",
         b"[]",
         b"{}",
-        _text({}, 2),
+        _text({}, 1),
+        _text({}, retired=None),
+        _text({}, retired=[-1, ""]),
+        _text({}, retired=[1, "AAAA"]),
+        _text({}, retired=[1, "?"]),
         _text([]),
         _text({"web": 1}),
         _text({"web": [1]}),

@@ -26,6 +26,7 @@ from imdsproxy.core.policy import (
     rule_set_of,
 )
 from imdsproxy.core.policy_report import DEFAULT_ORIGIN, decide_read, report_policy
+from imdsproxy.core.retired import Overrides
 from imdsproxy.core.tokens import TokenKey
 from support.access_table import READS, Read
 
@@ -176,7 +177,7 @@ def test_each_revocation_of_a_fleet_ends_the_tokens_of_before_whatever_this_host
     keys = {InstanceId("web"): _KEYS} if keyed else {}
 
     def in_force(one: OperatorOverride) -> OperatorOverride:
-        own = {"web": ours, "other": ours}
+        own = Overrides({"web": ours, "other": ours})
         joined = join_guards(own, FleetPolicies(guards={"web": one}, keys=keys))
         assert joined["other"] == ours
         return joined["web"]
@@ -193,7 +194,8 @@ def test_what_this_host_revoked_before_an_instance_came_to_a_fleet_is_none_of_it
     None
 ):
     fleet = FleetPolicies(keys={InstanceId("web"): _KEYS})
-    assert join_guards({"web": OperatorOverride(3, 7)}, fleet) == {"web": OperatorOverride(0, 7)}
+    own = Overrides({"web": OperatorOverride(3, 7)})
+    assert join_guards(own, fleet) == Overrides({"web": OperatorOverride(0, 7)})
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from imdsproxy.core.observation import SourceName
-from imdsproxy.core.policy import FleetRules, OperatorOverride
+from imdsproxy.core.policy import UNTOUCHED, FleetRules, OperatorOverride
+from imdsproxy.core.retired import Overrides
 from imdsproxy.core.tokens import InstanceKeys
 
 FLEET: Final[SourceName] = "fleet"
 """The source of records that a fleet places on this host."""
-
-_UNTOUCHED: Final = OperatorOverride()
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,18 +29,16 @@ class FleetPolicies:
     keys: InstanceKeys = field(default_factory=dict, repr=False)
 
 
-def join_guards(
-    own: Mapping[str, OperatorOverride], fleet: FleetPolicies
-) -> dict[str, OperatorOverride]:
+def join_guards(own: Overrides, fleet: FleetPolicies) -> Overrides:
     """What is in force of what this host's operators and the fleet's did about instances.
 
     A boot begins when it was opened last. The epoch of an instance with keys of the fleet is the fleet's alone: a
     maximum would hide the fleet's next revocation where this host counted further, and what was revoked here were
     tokens by this host's keys, which are not believed for it. Without such keys each revocation counts.
     """
-    joined = dict(own)
-    for instance in {*fleet.guards, *(own.keys() & fleet.keys.keys())}:
-        theirs, ours = fleet.guards.get(instance, _UNTOUCHED), own.get(instance, _UNTOUCHED)
+    joined = dict(own.listed)
+    for instance in {*fleet.guards, *(name for name in fleet.keys if name in own)}:
+        theirs, ours = fleet.guards.get(instance, UNTOUCHED), own.get(instance, UNTOUCHED)
         epoch = theirs.epoch if instance in fleet.keys else theirs.epoch + ours.epoch
         joined[instance] = OperatorOverride(epoch, max(theirs.reopened_at, ours.reopened_at))
-    return joined
+    return Overrides(joined, own.retired)
