@@ -1,5 +1,6 @@
 """Each capability that the container is granted is needed: all of them are enough, and without one something breaks."""
 
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import pytest
 
 from support.container import CAPABILITIES
 from support.daemon import Daemon, instance
+from support.demonstration import REPOSITORY
 from support.guest import Guest
 from support.lab import Lab, ip, until
 from support.world import own_name, reads_own
@@ -83,6 +85,13 @@ def host() -> Iterator[Host]:
 
 def test_the_capabilities_of_the_container_are_enough(host: Host) -> None:
     assert host.run(CAPABILITIES) is None
+
+
+def test_no_unit_has_a_capability_that_the_container_does_without() -> None:
+    for name in ("imdsproxy", "imdsproxy-haproxy", "imdsproxy-documents"):
+        text = (REPOSITORY / f"packaging/systemd/{name}.service").read_text()
+        (granted,) = re.findall(r"^CapabilityBoundingSet=(.+)$", text, re.MULTILINE)
+        assert set(granted.split()) <= CAPABILITIES, name
 
 
 @pytest.mark.parametrize("missing", sorted(CAPABILITIES))

@@ -409,3 +409,17 @@ def test_a_hub_runs_as_its_unit_and_comes_back_with_its_haproxy(daemon: UnitDaem
     finally:
         machine.run("systemctl", "stop", HUB, "etcd-here")
         machine.run("rm", "--recursive", "/etc/imdsproxy/fleet", "/var/lib/etcd-here")
+
+
+def test_the_controller_does_not_start_on_a_hub_that_is_no_host(daemon: UnitDaemon) -> None:
+    machine, membership = daemon.machine, "/var/lib/imdsproxy/fleet/host.pem"
+    machine.write("/etc/imdsproxy/fleet/hub.pem", "")
+    try:
+        # As an upgrade does.
+        machine.run("systemctl", "restart", CONTROLLER)
+        assert machine.unit(CONTROLLER, "ActiveState") == "inactive"
+        machine.write(membership, "")
+        machine.run("systemctl", "restart", CONTROLLER)
+        assert machine.unit(CONTROLLER, "ActiveState") == "active"
+    finally:
+        machine.run("rm", "--force", "--recursive", "/etc/imdsproxy/fleet", membership)
