@@ -311,6 +311,7 @@ def test_lists_have_what_the_project_has_and_of_shared_networks_its_own_part(
 
 
 def test_waiting_is_for_the_projects_own_hosts_and_records(fleet: ScopedFleet) -> None:
+    fleet.hub.disconnect("a")
     host = fleet.hub.connect("a")
     host.failed = {
         "instance/red-web": "red is in the way",
@@ -341,6 +342,7 @@ def test_waiting_is_for_the_projects_own_hosts_and_records(fleet: ScopedFleet) -
 def test_an_explanation_that_is_about_others_too_says_no_more_than_the_answer(
     fleet: ScopedFleet,
 ) -> None:
+    fleet.hub.disconnect("a")
     host = fleet.hub.connect("a")
     own = {"network": "shopnet", "address": "10.0.0.5", "verdict": "found", "answer": 200}
     own |= {"instance": "shop-web", "why": ["it is"], "claimants": [], "policy": {"x": "y"}}

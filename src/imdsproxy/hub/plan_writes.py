@@ -296,6 +296,7 @@ def plan_put(
 def plan_removal(view: View, instance: InstanceId, terms: Terms) -> Transaction:
     """Remove an instance, and free its addresses; raises as `plan_put`, and `NotFound`."""
     refuse_suspect(view)
+    view = _only_own(view, terms.scope)
     draft = _Draft(view, terms)
     key, known = layout.instance_key(instance), _owned_or_unread(view, instance, terms)
     project: dict[str, Any] = {}
@@ -340,6 +341,7 @@ def plan_network_removal(
         RevisionOutdated: As `plan_put`, as the rest.
     """
     refuse_suspect(view)
+    view = _only_own(view, terms.scope)
     draft = _Draft(view, terms)
     key, known = layout.network_key(network), _owned_network(view, network, terms)
     project: dict[str, Any] = {}
@@ -387,6 +389,7 @@ def plan_hosts(
         ImdsproxyError: As `plan_put`, and what `choose` raises.
     """
     refuse_suspect(view)
+    view = _only_own(view, terms.scope)
     known = read_owned(view, instance, terms.scope)
     if known is None:
         raise no_such("instance", instance)
@@ -420,6 +423,7 @@ def plan_guard(
         ImdsproxyError: As `plan_put`, and `NotFound`.
     """
     refuse_suspect(view)
+    view = _only_own(view, terms.scope)
     key, known = layout.guard_key(instance), _owned_or_unread(view, instance, terms)
     found, there = view(key), layout.instance_key(instance)
     gone = _last_record(view, there, layout.parse_instance) or {}
@@ -851,12 +855,30 @@ def read_owned(
         SourceCorrupt: The record cannot be read. Whose project it is of is not known, so only an operator of all learns
             of it.
     """
+    view = _only_own(view, project)
     if project is not None and is_unread(
         view, layout.instance_key(instance), layout.parse_instance
     ):
         return None
     known = read_instance(view, instance)
     return known if known is not None and in_scope(known[0].record, project) else None
+
+
+def _only_own(view: View, project: str | None) -> View:
+    """A view without records of other projects.
+
+    They are not parsed: that takes the longer the larger a record is, and would show that there is one.
+    """
+    if project is None:
+        return view
+    word = layout.encode({"project": project})[1:-1]
+
+    def look(key: str) -> tuple[bytes, int] | None:
+        found = view(key)
+        is_record = key.startswith((layout.INSTANCES, layout.NETWORKS))
+        return None if found is not None and is_record and word not in found[0] else found
+
+    return look
 
 
 def _owned_or_unread(

@@ -74,10 +74,10 @@ class Views:
         else:
             keys = sorted(map(layout.instance_key, self.state.instances_on(wanted.host)))
         async for key in in_turns(keys):
-            found = self.state.value(key)
+            instance = InstanceId(key.removeprefix(layout.INSTANCES))
+            found = self.state.value(key) if self._may_know(instance) else None
             if found is None or word not in found[0]:
                 continue
-            instance = InstanceId(key.removeprefix(layout.INSTANCES))
             known = self.known(instance)
             if known is None:
                 continue
@@ -96,19 +96,26 @@ class Views:
         """
         if self._known_network(NetworkId(text)) is not None:
             return NetworkId(text)
-        return NetworkId(self._find(text, layout.NETWORKS, self._network_name))
+        networks = self.state.keys(layout.NETWORKS)
+        return NetworkId(self._find(text, layout.NETWORKS, networks, self._network_name))
 
     def find_instance(self, text: str) -> InstanceId:
         """The same for instances."""
         if self.known(InstanceId(text)) is not None:
             return InstanceId(text)
-        return InstanceId(self._find(text, layout.INSTANCES, self._instance_name))
+        keys = self.state.keys(layout.INSTANCES)
+        own = (
+            one for one in keys if self._may_know(InstanceId(one.removeprefix(layout.INSTANCES)))
+        )
+        return InstanceId(self._find(text, layout.INSTANCES, own, self._instance_name))
 
-    def _find(self, text: str, prefix: str, name_of: Callable[[str], object]) -> str:
+    def _find(
+        self, text: str, prefix: str, keys: Iterable[str], name_of: Callable[[str], object]
+    ) -> str:
         # Most values are not parsed: a fleet has hundreds of thousands.
         word = layout.encode({"name": text})[1:-1]
         found = []
-        for key in self.state.keys(prefix):
+        for key in keys:
             value = self.state.value(key)
             if value is not None and word in value[0] and name_of(key.removeprefix(prefix)) == text:
                 found.append(key.removeprefix(prefix))
@@ -127,11 +134,14 @@ class Views:
 
     def known(self, instance: InstanceId) -> tuple[StoredInstance, int] | None:
         """An instance and its revision; `None` where there is none that the operator may know."""
-        needs = self.state.placement(instance)[1]
-        # Others' records are not parsed: that takes the longer the larger a record is.
-        if self.scope is not None and _policy_of(self.scope) not in needs:
+        if not self._may_know(instance):
             return None
         return read_owned(self.state.value, instance, self.scope)
+
+    def _may_know(self, instance: InstanceId) -> bool:
+        """Whether an instance may be the operator's; others' records are not looked into, however large they are."""
+        needs = self.state.placement(instance)[1]
+        return self.scope is None or _policy_of(self.scope) in needs
 
     def _known_network(self, network: NetworkId) -> tuple[StoredNetwork, int] | None:
         """The same of a network."""

@@ -110,10 +110,16 @@ class Fresh:
         limit, changed = asyncio.Semaphore(_READS_AT_ONCE), False
 
         async def read(key: str) -> bool:
-            async with limit:
-                kvs = (await etcd.read(key)).kvs
-            found = (kvs[0].value, kvs[0].mod_revision) if kvs else None
             before = self.read[key] if key in self.read else self.asked.get(key)
+            async with limit:
+                # A large value that is known takes no longer than an absent one.
+                kvs = (await etcd.read(key, keys_only=before is not None)).kvs
+                if before is not None and kvs:
+                    if kvs[0].mod_revision == before[1]:
+                        self.read[key] = before
+                        return False
+                    kvs = (await etcd.read(key)).kvs
+            found = (kvs[0].value, kvs[0].mod_revision) if kvs else None
             self.read[key] = found
             return found != before
 

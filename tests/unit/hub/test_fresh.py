@@ -1,6 +1,7 @@
 """What a write is planned of, while the hub's copy goes on."""
 
 import asyncio
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from imdsproxy.core.fleet import layout
@@ -12,9 +13,13 @@ from imdsproxy.hub.state import Change, FleetState
 from imdsproxy.hub.writes import Fresh, Writes
 
 
+@dataclass
 class _Store:
-    async def read(self, key: str) -> Snapshot:
-        return Snapshot(2, [KeyValue(key, b'{"state":"enrolled"}', 2, 2)])
+    sent: list[bytes] = field(default_factory=list)
+
+    async def read(self, key: str, *, keys_only: bool = False) -> Snapshot:
+        self.sent.append(b"" if keys_only else b'{"state":"enrolled"}')
+        return Snapshot(2, [KeyValue(key, self.sent[-1], 2, 2)])
 
 
 async def test_what_came_into_the_copy_after_the_plan_counts_as_another_than_was_planned_of() -> (
@@ -26,6 +31,20 @@ async def test_what_came_into_the_copy_after_the_plan_counts_as_another_than_was
     state.apply(2, [Change(key, b'{"state":"enrolled"}', 2)])
     assert await view.refresh(cast("Etcd", _Store()))
     assert view(key) == (b'{"state":"enrolled"}', 2)
+
+
+async def test_a_value_that_is_known_is_not_read_again_before_it_has_changed() -> None:
+    state, key, store = FleetState(), "/imds/1/host/a", _Store()
+    for revision, is_known in ((2, True), (1, False)):
+        value = b'{"state":"enrolled"}' if is_known else b'{"state":"revoked"}'
+        state = FleetState()
+        state.apply(revision, [Change(key, value, revision)])
+        view = Fresh(state)
+        assert view(key) == (value, revision)
+        store.sent.clear()
+        assert await view.refresh(cast("Etcd", store)) is not is_known
+        assert view(key) == (b'{"state":"enrolled"}', 2)
+        assert any(store.sent) is not is_known
 
 
 class _Restored:

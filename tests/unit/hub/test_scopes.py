@@ -17,7 +17,7 @@ from imdsproxy.core.model import InstanceId, Network, NetworkId
 from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.core.records import PlacedInstance, Refused, parse_network, parse_placed
 from imdsproxy.core.records.grant import GRANT, Grant
-from imdsproxy.errors import ImdsproxyError, SourceCorrupt
+from imdsproxy.errors import ImdsproxyError, NotFound, SourceCorrupt
 from imdsproxy.hub.plan_writes import (
     InstancePut,
     Terms,
@@ -32,6 +32,8 @@ from imdsproxy.hub.plan_writes import (
     record_of,
 )
 from imdsproxy.hub.scopes import read_grant
+from imdsproxy.hub.state import Change, FleetState
+from imdsproxy.hub.views import Views
 
 _Keys: TypeAlias = dict[str, tuple[bytes, int]]
 
@@ -263,6 +265,30 @@ def test_no_write_of_a_projects_operator_changes_what_others_have_or_uses_what_w
             continue  # refused, or no record at all
         _check(keys, planned, grant)
         _commit(keys, planned)
+
+
+@pytest.mark.parametrize(
+    "write", [("remove", "red-web", None), ("move", "red-web", ["a"]), ("guard", "red-web", None)]
+)
+def test_a_record_of_another_project_is_not_looked_into_however_large_it_is(
+    write: tuple[str, Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys, parsed = _fleet(), list[bytes]()
+
+    def parse(value: bytes) -> layout.StoredInstance:
+        parsed.append(value)
+        raise AssertionError
+
+    monkeypatch.setattr(layout, "parse_instance", parse)
+    with pytest.raises(NotFound):
+        _plan(keys, write, Terms("r", now=1, scope="shop"))
+    state = FleetState()
+    monkeypatch.undo()
+    state.apply(9, [Change(key, value, number) for key, (value, number) in keys.items()])
+    monkeypatch.setattr(layout, "parse_instance", parse)
+    assert Views(state, "shop").find_instance("red-web") == "red-web"
+    assert Views(state, "shop").known(InstanceId("red-web")) is None
+    assert parsed == []
 
 
 def test_a_grant_is_read_as_it_was_written_and_garbage_gives_nothing() -> None:
