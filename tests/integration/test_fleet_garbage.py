@@ -39,6 +39,7 @@ _DAMAGED = {
     layout.grant_key("shop"): b'{"hosts": 7}',
     host_key(HostId("odd")): b'{"state": "enrolled"}',
     operator_key("gone"): b"garbage",
+    operator_key("vague"): b"garbage",
     f"{layout.HUBS}hubx": b"{}",
     f"{layout.KNOWN_HUBS}hubx": b"[7]",
     layout.import_key("broken"): b'{"done": "x"}',
@@ -73,7 +74,7 @@ class _Fleet:
 def opened() -> Iterator[tuple[FleetWorld, FleetHost, Guest]]:
     with fleet_world() as world:
         world.operator("anna")
-        world.operator("gone")
+        world.operator("vague")
         host = world.add_host("a", networks=("blue", "green"))
         yield world, host, host.lab.guest("blue")
 
@@ -96,7 +97,8 @@ def _port(fleet: _Fleet) -> tuple[str, ...]:
 
 
 def _has_problems(fleet: _Fleet, hub: int, keys: AbstractSet[str]) -> bool:
-    return fleet.problems(hub).keys() - _MENDED_BY_HUBS == keys
+    found = fleet.problems(hub)
+    return found.keys() - _MENDED_BY_HUBS == keys
 
 
 def _restart(hub: HubProcess) -> None:
@@ -108,22 +110,17 @@ def test_a_fleet_goes_on_with_garbage_at_every_kind_of_key_and_names_each(fleet:
     world = fleet.world
     token = take_token(fleet.guest)
     fleet("policy", "set", "fleet", "--sealed", "on")
-    world.write(_DAMAGED)
-    # The second has good versions of before, the first starts afresh.
+    (meta,) = world.ask(lambda etcd: etcd.read(layout.META)).kvs
+    world.write({**_DAMAGED, layout.META: b"garbage"})
+    # The second has good values of before, the first finds them in etcd's history.
     _restart(world.hubs[0])
     until(lambda: _is_followed(fleet), within_s=30, what="a hub that the host follows")
     for hub in (0, 1):
-        wanted = _DAMAGED.keys() - _MENDED_BY_HUBS
+        wanted = {layout.META, *_DAMAGED} - _MENDED_BY_HUBS
         until(partial(_has_problems, fleet, hub, wanted), within_s=20, what="each key")
         status = fleet("fleet", "status", "--json", hub=hub).json
         assert status["suspect"] is None, status
-    # Hosts keep what cannot be read, whichever hub they follow.
-    for other in (1, 0):
-        world.hubs[other].end()
-        until(lambda: _is_followed(fleet), within_s=30, what="the other hub")
-        assert fleet.name() == "web"
-        assert fleet.guest.ask(_HOSTNAME, headers=with_token(token)).status == 200
-        world.hubs[other].start()
+    _check_each_hub(fleet, token)
     # All else is written and in force.
     assert fleet("network", "add", "green", "--bridge", "green").status == 0
     mail = fleet.host.lab.guest("green")
@@ -137,15 +134,24 @@ def test_a_fleet_goes_on_with_garbage_at_every_kind_of_key_and_names_each(fleet:
     ):  # fmt: skip
         ran = fleet(*words)
         assert ran.status == 0, (words, ran)
-    shown = fleet("instance", "show", "web")
-    assert shown.status != 66
-    assert "not readable in etcd" in shown.err
+    assert fleet("instance", "show", "web").status == 0
+    world.write({layout.META: meta.value})
     # Nor is it a revocation: the operator learns that nothing is known, and gets nothing.
-    denied = fleet("instance", "list", name="gone")
+    denied = fleet("instance", "list", name="vague")
     assert (denied.status, "is not readable in etcd" in denied.err) == (77, True), denied
     # What cannot be read is no reason to accept anything.
     assert fleet("fleet", "accept-restore").status == 64
     _mend(fleet)
+
+
+def _check_each_hub(fleet: _Fleet, token: str) -> None:
+    """Whichever hub the host follows, its guest gets what it got before."""
+    for other in reversed(fleet.world.hubs):
+        other.end()
+        until(lambda: _is_followed(fleet), within_s=30, what="the other hub")
+        assert fleet.name() == "web"
+        assert fleet.guest.ask(_HOSTNAME, headers=with_token(token)).status == 200
+        other.start()
 
 
 def _is_followed(fleet: _Fleet) -> bool:
@@ -155,10 +161,17 @@ def _is_followed(fleet: _Fleet) -> bool:
 def test_what_cannot_be_read_is_revoked_removed_and_written_over(fleet: _Fleet) -> None:
     world = fleet.world
     token = take_token(fleet.guest)
-    world.write(_DAMAGED)
+    written = world.write(_DAMAGED)
+    # No history is left, and no hub that has good values of before.
+    world.etcd.ctl("compact", str(written))
     for hub in world.hubs:
         _restart(hub)
     until(lambda: _is_followed(fleet), within_s=30, what="a hub that the host follows")
+    assert fleet("fleet", "status", "--json").json["suspect"] is None
+    _check_each_hub(fleet, token)
+    shown = fleet("instance", "show", "web")
+    assert shown.status != 66
+    assert "not readable in etcd" in shown.err
     assert fleet("token", "revoke", "web").status == 75
     _mend(fleet)
     assert fleet("instance", "set", "web", "--hostname", "mended").status == 0
@@ -183,7 +196,8 @@ def _mend(fleet: _Fleet) -> None:
     assert fleet("grant", "clear", "shop").status == 0
     assert fleet.name() == "web"
     left = {
-        layout.SUSPECT, f"{layout.HUBS}hubx", layout.import_key("broken"),
+        layout.SUSPECT, f"{layout.HUBS}hubx", f"{layout.KNOWN_HUBS}hubx",
+        layout.import_key("broken"), operator_key("vague"),
         f"{layout.PREFIX}other/kind", f"{layout.INSTANCES}no/id",
     }  # fmt: skip
     for hub in (0, 1):

@@ -20,6 +20,7 @@ from imdsproxy.errors import (
     AccessDenied,
     AlreadyExists,
     EtcdUnavailable,
+    ImdsproxyError,
     NotFound,
     RequestRefused,
     RestoreSuspected,
@@ -468,3 +469,18 @@ def test_a_posted_password_is_sealed_in_etcd_on_each_host_of_its_instance_and_go
     with pytest.raises(NotFound):
         hub.client.get("/v1/instances/posts/password")
     ask("DELETE", "/v1/instances/posts")
+
+
+def test_user_data_that_another_program_damaged_is_whole_when_it_is_written_again(hub: Hub) -> None:
+    data = "payload" * 70_000
+    body = instance("payload", "10.0.2.77", "a", user_data=data)
+    hub.client.request("PUT", "/v1/instances/payload", body=body)
+    sha256 = hashlib.sha256(data.encode()).hexdigest()
+    keys = [layout.blob_key(sha256, number) for number in (0, 1, 7)]
+    for damage in ({keys[0]: b"garbage"}, {keys[1]: b""}, {keys[2]: b"one more"}):
+        hub.run(hub.etcd.commit((), damage))
+        with pytest.raises(ImdsproxyError):
+            hub.client.get("/v1/instances/payload")
+        hub.client.request("PUT", "/v1/instances/payload", body=body)
+        shown = hub.client.get("/v1/instances/payload")["record"]["user_data"]
+        assert shown == data

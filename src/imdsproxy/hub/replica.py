@@ -22,7 +22,14 @@ from imdsproxy.core.fleet.lasting import LASTING
 from imdsproxy.core.fleet.layout import HostId, Meta
 from imdsproxy.core.fleet.stream import ItemKey
 from imdsproxy.core.fleet.suspicion import Evidence
-from imdsproxy.core.fleet.values import Beat, HubPlace, parse_beat, render_beat, render_hub
+from imdsproxy.core.fleet.values import (
+    Beat,
+    HubPlace,
+    parse_beat,
+    parse_value,
+    render_beat,
+    render_hub,
+)
 from imdsproxy.core.timing import Backoff
 from imdsproxy.errors import EtcdUnavailable, Problem, SourceCorrupt
 from imdsproxy.host.clock import Clock
@@ -49,6 +56,10 @@ _LATE_S: Final = 1.0
 
 _MOST_BEHIND: Final = 1000
 """Beats of which a hub's journal may not know: it is written every five seconds."""
+
+_MOST_RECOVERED: Final = 100
+_VERSIONS: Final = 5
+"""Versions of an unreadable key that are looked at."""
 
 _LEAVE_S: Final = 2.0
 _REVIEWED: Final = (layout.BEAT, layout.HUBS, *LASTING)
@@ -165,6 +176,9 @@ class Replica:
         found = next((one for one in snapshot.kvs if one.key == layout.META), None)
         # A fleet whose own key is deleted is the one that this hub knows.
         meta_now = known if found is None else _meta_of(change_of(found), known)
+        if found is not None and not meta_now.fleet:
+            older = await self._last_good(layout.META, found.mod_revision)
+            meta_now = known if older is None else _meta_of(older, known)
         # Where it cannot be read, this hub says so, and serves no host until it is mended.
         if found is None and not meta_now.fleet:
             raise SourceCorrupt(
@@ -198,6 +212,7 @@ class Replica:
             await self._fold_all(snapshot)
             if meta_now.incarnation < before:
                 self.streams.renew_all()
+        await self._recover()
         self.complete.set()
         _log.info("etcd read", revision=snapshot.revision, keys=count)
 
@@ -208,6 +223,32 @@ class Replica:
                     return parse_beat(one.value).count
                 return self.restores.journal.position.beats
         return 0
+
+    async def _recover(self) -> None:
+        """Look in etcd's history for the last good values of keys that cannot be read, where this hub has none."""
+        unread = [one for one in self.state.unreadable.items() if self.state.value(one[0]) is None]
+        for key, now in unread[:_MOST_RECOVERED]:
+            older = await self._last_good(key, now.mod_revision)
+            if older is not None:
+                garbage = Change(key, now.value, now.mod_revision)
+                self.streams.deliver(self.state.apply(self.state.revision, [older, garbage]))
+                _log.info("last good value found", key=key, revision=older.mod_revision)
+
+    async def _last_good(self, key: str, revision: int) -> Change | None:
+        """The last value of a key before a revision, if it is readable and etcd still has it."""
+        for _ in range(_VERSIONS):
+            try:
+                kvs = (await self.etcd.read(key, revision=revision - 1)).kvs
+            except Compacted:
+                return None
+            if not kvs:
+                return None
+            (found,) = kvs
+            with suppress(layout.Unreadable):
+                parse_value(key, found.value)
+                return change_of(found)
+            revision = found.mod_revision
+        return None
 
     async def _found_fleet(self) -> None:
         fleet = UUID(int=self.random.getrandbits(128), version=4)

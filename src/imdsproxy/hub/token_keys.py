@@ -138,7 +138,7 @@ class TokenKeyRing:
 
     def keys(self) -> FleetKeys | None:
         """The newest that can be read."""
-        found = self.state.stored(PLACE)
+        found = self.state.value(PLACE)
         if found is not None and found != self._looked_at:
             self._looked_at = found
             try:
@@ -153,7 +153,8 @@ class TokenKeyRing:
     def problem(self) -> str | None:
         """Why the newest ones cannot be read; those before them are in force."""
         self.keys()
-        return self._problem
+        unread = self.state.unreadable.get(PLACE)
+        return self._problem if unread is None else f"{PLACE} is not what hubs write: {unread.why}"
 
     def item_of(self, instance: InstanceId) -> Item | None:
         """As `FleetKeys.item_of`, with the revision of the keys that it is made of; `None` while there are no keys."""

@@ -50,6 +50,9 @@ _ATTEMPTS: Final = 5
 _READS_AT_ONCE: Final = 16
 _LOOK_S, _LOOKS = 0.05, 200
 _KIB: Final = 1024
+_MOST_WHOLE: Final = 1000
+"""User data that is known to be whole, by the revisions of its chunks."""
+
 
 _log = structlog.get_logger()
 
@@ -156,6 +159,7 @@ class Writes:
     schema: Schema = SCHEMA
     levels: Callable[[], Awaitable[Mapping[HostId, int]]] = _no_levels
     keep: Keep = keep_nothing
+    _whole: set[frozenset[tuple[str, int]]] = field(default_factory=set)
 
     def terms(
         self,
@@ -440,20 +444,38 @@ class Writes:
     # User data
 
     async def store_blob(self, data: bytes) -> tuple[UserData, int]:
-        """Put user data into etcd, unless it is there; where it is, and the revision of its first chunk."""
+        """Put user data into etcd, unless it is there and readable.
+
+        Returns:
+            Where it is, and the revision of its first chunk.
+        """
         found = UserData(hashlib.sha256(data).hexdigest(), len(data))
-        first = layout.blob_key(found.sha256, 0)
-        there = (await self.etcd.read(first)).kvs
-        if there:
-            return found, there[0].mod_revision
-        revision = 0
+        prefix, first = f"{layout.BLOBS}{found.sha256}/", layout.blob_key(found.sha256, 0)
+        there = (await self.etcd.read(prefix, prefix_end(prefix), keys_only=True)).kvs
+        chunks = {one.key: one.mod_revision for one in there}
+        if first in chunks and await self._is_whole(found, frozenset(chunks.items())):
+            return found, chunks[first]
+        keys = [layout.blob_key(found.sha256, number) for number in range(_chunks(found))]
+        others, revision = [key for key in chunks if key not in keys], 0
         # The first is the last one that is written: with it all of them are there.
-        for number in reversed(range(_chunks(found))):
+        for number, key in reversed([*enumerate(keys)]):
             begin = number * layout.CHUNK_BYTES
-            key = layout.blob_key(found.sha256, number)
             sealed = self.envelope.seal(key, data[begin : begin + layout.CHUNK_BYTES])
-            revision = (await self.etcd.commit((), {key: sealed})).revision
+            deletes = others if key == first else ()
+            revision = (await self.etcd.commit((), {key: sealed}, deletes)).revision
         return found, revision
+
+    async def _is_whole(self, found: UserData, chunks: frozenset[tuple[str, int]]) -> bool:
+        """Whether user data is as it was written: another program may have changed a chunk."""
+        if chunks not in self._whole:
+            try:
+                await self.read_blob(found)
+            except (NotFound, UserDataUnreadable):
+                return False
+            if len(self._whole) >= _MOST_WHOLE:
+                self._whole.clear()
+            self._whole.add(chunks)
+        return True
 
     async def read_blob(self, found: UserData) -> bytes:
         """User data that is in etcd.

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from random import Random
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ from imdsproxy.core.fleet.layout import HostId, Meta, StoredInstance
 from imdsproxy.core.model import InstanceId
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub import replica as module
-from imdsproxy.hub.etcd import Changes, Etcd, Snapshot
+from imdsproxy.hub.etcd import Changes, Compacted, Etcd, Snapshot
 from imdsproxy.hub.etcd_messages import KeyValue
 from imdsproxy.hub.replica import Replica
 from imdsproxy.hub.state import Change, FleetState
@@ -28,13 +29,20 @@ class _Etcd:
         self.kvs = list(kvs)
         self.changes: asyncio.Queue[Changes] = asyncio.Queue()
         self.on_read: Callable[[], object] = lambda: None
-        self.reads = 0
+        self.reads = self.compacted = 0
+        self.older: list[KeyValue] = []
 
     @property
     def revision(self) -> int:
         return max(one.mod_revision for one in self.kvs)
 
-    async def read(self, *_range: str) -> Snapshot:
+    async def read(self, *_range: str, revision: int = 0) -> Snapshot:
+        if revision:
+            if revision < self.compacted:
+                raise Compacted
+            history = [one for one in self.older if one.key == _range[0]]
+            found = [one for one in history if one.mod_revision <= revision]
+            return Snapshot(self.revision, found[-1:])
         self.reads += 1
         snapshot = Snapshot(self.revision, list(self.kvs))
         self.on_read()
@@ -189,3 +197,27 @@ async def test_an_accepted_backup_is_seen_with_its_incarnation_and_not_before() 
         await until(lambda: replica.state.meta.incarnation == 2)
         look()
     assert seen == [(1, 2), (2, 1)]
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+async def test_a_hub_that_starts_afresh_finds_the_last_good_values_in_etcds_history(
+    *, compacted: bool
+) -> None:
+    good = [_meta(3), _instance(1, 4)]
+    garbage = [KeyValue(one.key, b"garbage", number, 1) for number, one in enumerate(good, 8)]
+    etcd = _Etcd(*garbage, _instance(2, 6))
+    # Written over twice.
+    etcd.older = [*good, *(replace(one, mod_revision=5) for one in garbage)]
+    etcd.compacted = 20 if compacted else 0
+    replica = etcd.replica()
+    await replica._read()
+    assert replica.state.unreadable.keys() == {one.key for one in good}
+    kept = None if compacted else (good[1].value, 4)
+    assert replica.state.value(good[1].key) == kept
+    assert replica.state.meta.fleet == ("" if compacted else "a-fleet")
+    assert not replica.restores._evidence
+    # Nothing is lost where it is mended.
+    mended = _instance(1, 10)
+    replica.state.apply(10, [Change(mended.key, mended.value, 10)])
+    assert replica.state.value(mended.key) == (mended.value, 10)
+    assert not replica.state.lost
