@@ -12,6 +12,8 @@ import pytest
 
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.identity import Role
+from imdsproxy.core.fleet.values import parse_password
+from imdsproxy.core.model import InstanceId
 from imdsproxy.hub.envelope import name_of
 from imdsproxy.hub.etcd_messages import prefix_end
 from imdsproxy.hub.files import FleetFiles
@@ -181,12 +183,22 @@ def _is_there(fleet: _Fleet, hub: HubProcess) -> bool:
     return bool(fleet.world.ask(lambda etcd: etcd.read(layout.HUBS + hub.name)).kvs)
 
 
+def _password(fleet: _Fleet) -> bytes | None:
+    """The sealed password of `web`."""
+    key = layout.password_key(InstanceId("web"))
+    found = fleet.world.ask(lambda etcd: etcd.read(key)).kvs
+    return parse_password(found[0].value).sealed if found else None
+
+
 def _sealing(fleet: _Fleet) -> set[str]:
     """Names of the keys that open what is sealed in etcd."""
     blobs = fleet.world.ask(lambda etcd: etcd.read(layout.BLOBS, prefix_end(layout.BLOBS))).kvs
     keys = fleet.world.ask(lambda etcd: etcd.read(PLACE)).kvs
     assert (len(blobs), len(keys)) == (2, 1)
-    return {name_of(one.value) for one in blobs} | {name_of(sealed_keys(keys[0].value))}
+    password = _password(fleet)
+    assert password is not None
+    sealed = sealed_keys(keys[0].value), password
+    return {name_of(one.value) for one in blobs} | set(map(name_of, sealed))
 
 
 def test_hubs_that_are_stopped_go_at_once_and_secrets_are_sealed_anew_once_each_has_the_next_key(
@@ -196,6 +208,8 @@ def test_hubs_that_are_stopped_go_at_once_and_secrets_are_sealed_anew_once_each_
     data = os.urandom(layout.CHUNK_BYTES).hex()
     (tmp_path / "data").write_text(data)
     assert fleet("instance", "set", "web", "--user-data", str(tmp_path / "data")).status == 0
+    assert fleet.guest.ask(_PASSWORD, method="POST", body=b"c2VhbGVk").status == 200
+    until(lambda: _password(fleet), within_s=20, what="the password in etcd")
     assert _sealing(fleet) == {"1"}
     made = run_main(fleet.capture, "fleet", "envelope-key", "-d", str(files[0].directory), "--json")
     assert (made.status, made.json["key"]) == (0, "2")
@@ -211,7 +225,7 @@ def test_hubs_that_are_stopped_go_at_once_and_secrets_are_sealed_anew_once_each_
             files[1].envelope_key.write_bytes(files[0].envelope_key.read_bytes())
     done = fleet("fleet", "reseal", hub=1)
     assert done.status == 0, done
-    assert "all secrets in etcd are sealed with the key 2, 3 of them since now" in done.words
+    assert "all secrets in etcd are sealed with the key 2, 4 of them since now" in done.words
     assert _sealing(fleet) == {"2"}
     again = fleet("fleet", "reseal", "--json")
     assert again.json == {"key": "2", "changed": 0}
@@ -222,6 +236,9 @@ def test_hubs_that_are_stopped_go_at_once_and_secrets_are_sealed_anew_once_each_
     assert fleet("instance", "show", "web", "--json").json["record"]["user_data"] == data
     assert fleet("token", "revoke", "web").status == 0
     assert fleet.guest.ask("/latest/user-data").text == data
+    assert fleet("instance", "password", "web").out.strip() == "c2VhbGVk"
+    assert fleet("instance", "password", "web", "--clear").status == 0
+    assert fleet.guest.ask(_PASSWORD).body == b""
 
 
 def test_a_projects_operator_serves_no_guest_of_another_project_and_keeps_no_owner_out(

@@ -10,9 +10,22 @@ from imdsproxy.core.fleet.stream import Batch, Broken, parse_from_hub
 from imdsproxy.sources.fleet.known import FleetKnown, Position
 
 _NUMBERS = st.integers(-1, 9) | st.just(2.5)
-_WORDS = st.sampled_from(["", "a", "instance/a", "network/n", "guard/a", "keys/a", "policy/fleet"])
+_WORDS = st.sampled_from(
+    ["", "a", "instance/a", "network/n", "guard/a", "keys/a", "password/a", "policy/fleet"]
+)
 _KNOWN_KEYS = st.sampled_from(
-    ["record", "user_data", "sha256", "size", "epoch", "reopened_at", "current", "keys", "tokens"]
+    [
+        "record",
+        "user_data",
+        "sha256",
+        "size",
+        "epoch",
+        "reopened_at",
+        "current",
+        "keys",
+        "password",
+        "tokens",
+    ]
 )
 _JSON = st.recursive(
     st.none() | st.booleans() | _NUMBERS | _WORDS,
@@ -60,4 +73,5 @@ def test_an_item_is_in_force_or_refused_and_never_of_an_older_revision(
         assert known.items.get(key, -1) >= revision or key in refused
     assert {key for key, item in applied.stored.items() if item is not None} <= known.items.keys()
     known.policies()
+    assert all(one is None or isinstance(one, bytes) for one in known.passwords().values())
     known.problems()

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.layout import HostId, Json, Meta, StoredInstance, StoredNetwork
 from imdsproxy.core.fleet.stream import Batch, Bye, ByeCode, Hello, ItemKey, digest_items
+from imdsproxy.core.fleet.values import StoredPassword, render_password
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.hub.state import Change, Difference, FleetState
 
@@ -333,6 +334,30 @@ def test_a_digest_is_that_of_what_a_host_gets_and_of_nothing_else() -> None:
 _HAS = {
     "instance/web": 3, "guard/web": 4, "keys/web": 5, "network/blue": 2, "policy/project/of-web": 2,
 }  # fmt: skip
+
+
+def test_a_password_reaches_the_hosts_of_its_instance_and_stays_where_this_hub_cannot_open_it() -> (
+    None
+):
+    state = fleet(network("blue", 2), instance("web", 3, A), instance("db", 4, B))
+    state.open_password = lambda _, sealed: None if sealed == b"other" else sealed.decode()
+    key, item = layout.password_key(WEB), "password/web"
+    posted = Change(key, render_password(StoredPassword(b"secret")), 5)
+    assert state.apply(5, [posted]) == {A: {item}}
+    assert everything_of(state, A)[item] == (5, {"password": "secret"})
+    assert item not in everything_of(state, B)
+    has = {one: revision for one, (revision, _) in everything_of(state, A).items()}
+    state.apply(6, [Change(key, render_password(StoredPassword(b"other")), 6)])
+    assert item not in everything_of(state, A)
+    found = compare(state, has, 5)
+    assert set(found.unreadable) == {item}
+    assert (found.remove, found.held) == ((), {})
+    # Cleared, and then gone with its instance.
+    state.apply(7, [Change(key, render_password(StoredPassword(None, "", 9)), 7)])
+    assert everything_of(state, A)[item] == (7, {"password": None})
+    assert key in state.removed
+    state.apply(8, [instance("web", 8, B)])
+    assert item in compare(state, has | {item: 7}, 7).remove
 
 
 def garbage(key: str, revision: int) -> Change:

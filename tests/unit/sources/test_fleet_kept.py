@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import sqlite3
 from collections.abc import Iterator
@@ -12,12 +13,13 @@ from typing import Final
 import pytest
 
 from imdsproxy.core.fleet import layout
+from imdsproxy.core.fleet.values import StoredPassword, render_password
 from imdsproxy.core.tokens import TokenKey
 from imdsproxy.core.tokens import instance_key as token_key_of
 from imdsproxy.errors import SourceCorrupt
 from imdsproxy.sources.fleet import source as source_module
 from support.fleet_backing import fleet_source
-from support.fleet_hub import HOST, FleetHub
+from support.fleet_hub import ENVELOPE, HOST, FleetHub
 from support.record_builders import instance, network
 from support.source_runs import running, until
 
@@ -122,14 +124,23 @@ def _holds(kept: Path, *secrets: bytes) -> list[bytes]:
 async def test_the_files_hold_nothing_of_an_instance_that_left(hub: FleetHub, kept: Path) -> None:
     large, small = b"large-user-data." * 20_000, b"small-user-data"
     own = token_key_of(_KEY, "a").text.encode()
-    async with running(fleet_source(kept, hub)) as heard:
+    source = fleet_source(kept, hub)
+    async with running(source) as heard:
         for data in (large, small):
             hub.put([], [replace(A, user_data=data, hostname="name-of-a")])
             await heard.until(
                 lambda each, data=data: each.inventory.instances[A.id].user_data == data  # type: ignore[misc]
             )
-        assert _holds(kept, b"small-user-data", b"name-of-a", own)
+        password = base64.b64encode(b"posted-by-a")
+        key = layout.password_key(A.id)
+        sealed = ENVELOPE.seal(key, b"posted-by-a")
+        hub.write({key: render_password(StoredPassword(sealed))})
+        await until(lambda: source.known.passwords()[A.id] == b"posted-by-a")
+        assert len(_holds(kept, b"small-user-data", b"name-of-a", own, password)) == 4
+        # What is cleared is gone, though the instance is there.
+        hub.write({key: render_password(StoredPassword(None, "", 1))})
+        await until(lambda: not _holds(kept, password))
         hub.remove_instance("a")
         await heard.until(lambda each: A.id not in each.inventory.instances)
-        secrets = b"large-user-data.", b"small-user-data", b"name-of-a", own
+        secrets = b"large-user-data.", b"small-user-data", b"name-of-a", own, password
         await until(lambda: not _holds(kept, *secrets))

@@ -49,6 +49,9 @@ CREATE TABLE position (
     digest TEXT NOT NULL
 ) STRICT
 """
+_SECRET: Final = ("keys/", "password/")
+"""Items of which an old value is a secret, too."""
+
 _REFILL: Final = "start it while a hub can be reached: the hub sends everything again"
 _UNUSED: Final = """
 DELETE FROM user_data WHERE sha256 NOT IN (
@@ -181,6 +184,7 @@ class KeptItems:
                     self._has_deleted = True
                     continue
                 revision, value = item
+                self._has_deleted = self._has_deleted or key.startswith(_SECRET)
                 _put(connection, key, revision, json.dumps(value, separators=(",", ":")))
             for key in renumbered:
                 query = "SELECT value FROM items WHERE key = ?"
