@@ -120,8 +120,8 @@ class FleetStatus:
         authority_ends: When the certificate of the CA that signs ends, Unix time; no other is good for longer.
         regained: What etcd had lost and hubs put back, by whose it is: memberships, revocations, overrides.
         problems: By key of etcd, values that another program wrote; by `host NAME`, that a host had other items than
-            are placed on it; by `loop NAME`, that a part of the hub failed and was started again; by `hub NAME`, why
-            this hub serves no host; by `etcd`, that it has no quorum.
+            are placed on it, or shows a certificate that is not good any more; by `loop NAME`, that a part of the hub
+            failed and was started again; by `hub NAME`, why this hub serves no host; by `etcd`, that it has no quorum.
         token_keys: Why the newest keys of session tokens cannot be read; those before them stay in force.
         imports: Unfinished ones: how many records of how many. None is known while etcd is away.
         etcd: Its members: `url`, `leads`, size and quota of the database in bytes, and `problems` in words.
@@ -319,6 +319,7 @@ class Operations:
             problems={
                 **self._own_problems(),
                 **{layout.plain(key): why for key, why in (state.problems | damaged).items()},
+                **{f"host {host}": why for host, why in self.streams.refused().items()},
                 **{f"host {host}": why for host, why in self.streams.differing().items()},
                 **{f"loop {name}": why for name, why in self.loop_failures().items()},
                 **({} if unready is None else {f"hub {self.peers.name}": unready}),

@@ -17,6 +17,7 @@ import structlog
 
 from imdsproxy.core.fleet.identity import Role, read_identity
 from imdsproxy.core.fleet.layout import HostId
+from imdsproxy.core.fleet.members import HostState
 from imdsproxy.core.fleet.stream import (
     MAX_LINE,
     PING_S,
@@ -126,6 +127,7 @@ class Streams:
     hosts: dict[HostId, HostStream] = field(default_factory=dict)
     differed: int = 0
     _differing: dict[HostId, tuple[float, str]] = field(default_factory=dict)
+    _refused: dict[HostId, tuple[float, str]] = field(default_factory=dict)
     _waits: dict[HostId, list[_Wait]] = field(default_factory=dict)
     _delivered: int = 0
     _unsent: deque[HostStream] = field(default_factory=deque)
@@ -155,6 +157,7 @@ class Streams:
 
     def open(self, stream: HostStream) -> None:
         """Note a stream of an admitted host, which has not said hello yet; it keeps its turn of being pinged."""
+        self._refused.pop(stream.host, None)
         opened = self._opened.setdefault(stream.host, {})
         waiting = [one for one in opened if not one.greeted]
         if len(waiting) >= WAITING:
@@ -248,6 +251,22 @@ class Streams:
         """
         since = self.clock.monotonic() - _SHOWN_S
         return {host: why for host, (at, why) in self._differing.items() if at > since}
+
+    def note_refused(self, host: HostId, serial: str) -> None:
+        """Note that a member shows a certificate that is not good: replaced, or renewed since a backup."""
+        member = self.state.host(host)
+        if member is not None and member.state is HostState.ENROLLED:
+            self._refused[host] = self.clock.monotonic(), serial
+
+    def refused(self) -> dict[HostId, str]:
+        """Return members that were refused within the last hour and were not admitted here since, with the reason."""
+        since = self.clock.monotonic() - _SHOWN_S
+        return {
+            host: f"its certificate {serial} is not good: it was replaced, or etcd has lost that it was renewed; "
+            f"`imdsproxy fleet enrol {host}` has it join again"
+            for host, (at, serial) in self._refused.items()
+            if at > since
+        }
 
     def lacks(
         self, host: HostId, revision: int, items: Collection[ItemKey] | None = None
@@ -471,6 +490,7 @@ class HostStream(asyncio.Protocol):
             self._refuse(b"503 Service Unavailable")
             return False
         if not self._streams.admits(HostId(who.name), who.serial):
+            self._streams.note_refused(HostId(who.name), who.serial)
             self._refuse(b"403 Forbidden")
             return False
         self.host, self.serial = HostId(who.name), who.serial

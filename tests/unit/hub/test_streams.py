@@ -14,6 +14,7 @@ import pytest
 
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.layout import HostId, Meta, StoredInstance
+from imdsproxy.core.fleet.members import HostState, StoredHost, render_host
 from imdsproxy.core.fleet.stream import (
     MAX_LINE,
     PING_S,
@@ -435,6 +436,26 @@ async def test_a_host_that_has_seen_a_later_incarnation_is_told_so_and_one_that_
     liar = await world.join("b", hello=Hello("f", 10**9, 1, {}))
     assert (await liar.next(Bye)).code is ByeCode.FORMAT
     assert len(world.evidence) == 1
+
+
+async def test_a_member_whose_certificate_is_not_good_any_more_is_named_until_it_is_admitted(
+    world: World,
+) -> None:
+    member = render_host(StoredHost(HostState.ENROLLED, ("2",)))
+    world.commit(Change(f"{layout.HOSTS}a", member, 2))
+    world.revoked.add("1")
+    for name in ("a", "stranger"):
+        answer, _ = await world.head(
+            "Upgrade: imdsproxy-fleet",
+            "X-Imdsproxy-Role: host",
+            f"X-Imdsproxy-Name: {name}",
+            "X-Imdsproxy-Serial: 1",
+        )
+        assert b"403" in answer
+    assert world.streams.refused().keys() == {A}
+    assert "its certificate 1 is not good" in world.streams.refused()[A]
+    await world.join("a", serial="2")
+    assert not world.streams.refused()
 
 
 async def test_a_host_that_has_what_etcd_lacks_keeps_it_and_the_store_is_doubted(
