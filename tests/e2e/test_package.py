@@ -1,5 +1,6 @@
 """The Debian package: what is in it, and its life in a machine, from its installation to its purge."""
 
+import json
 import re
 import subprocess
 from collections.abc import Iterator
@@ -8,9 +9,10 @@ from typing import Final
 
 import pytest
 
+from imdsproxy.cli.takeover.stand_in import STAND_IN, render_stand_in
 from support.demonstration import REPOSITORY
 from support.guest import Load
-from support.lab import run
+from support.lab import run, until
 from support.packaged_daemon import PackagedDaemon, machine_with_dependencies
 from support.packages import RECOMMENDED, Packages, build_packages
 from support.prometheus import alerts
@@ -196,8 +198,16 @@ def test_removed_it_ends_everything_and_keeps_settings_and_state(
     daemon.put({"green": {"bridge": "br-green"}}, [guest])
     wait_served(guest)
 
+    # As after `takeover dhcp`, with an agent that this command starts.
+    taken = {"dhcp": {"start": "touch /run/agent-is-started", "files": [], "owner": [0, 0]}}
+    daemon.machine.write(f"{_STATE}/takeover.json", json.dumps(taken, indent=2))
+    daemon.machine.write(f"{_SETTINGS}/conf.d/dhcp.yaml", "log: {level: info}\n")
+
     daemon.apt("remove", "imdsproxy")
 
+    daemon.machine.run("rm", "/run/agent-is-started")
+    for gone in (f"{_STATE}/takeover.json", f"{_SETTINGS}/conf.d/dhcp.yaml"):
+        assert daemon.machine.attempt("ls", gone)[0] != 0
     assert processes(daemon.machine) == []
     assert set(daemon.active().values()) == {"inactive"}
     assert "imds" not in daemon.machine.run("ip", "netns", "list")
@@ -208,17 +218,33 @@ def test_removed_it_ends_everything_and_keeps_settings_and_state(
     wait_served(*daemon.guests, guest)
 
 
+def _stand_in(machine: Machine) -> tuple[str, str]:
+    """The program that `takeover dhcp` leaves, and a configuration that an agent starts it with."""
+    path, configuration = "/usr/local/sbin/haproxy", "/run/ns-metadata-proxy/net.conf"
+    machine.write(path, render_stand_in("/usr/sbin/haproxy"))
+    machine.run("chmod", "755", path)
+    machine.write(configuration, "pidfile /run/net.pid\nbind 169.254.169.254:80\n")
+    taken = {"dhcp": {"stop": "", "start": "", "files": [], "owner": [0, 0], "stand_in": path}}
+    machine.write(f"{_STATE}/takeover.json", json.dumps(taken, indent=2))
+    return path, configuration
+
+
 def test_removal_ends_everything_also_when_settings_are_broken_and_purge_leaves_nothing(
     daemon: PackagedDaemon,
 ) -> None:
     daemon.machine.write(f"{_SETTINGS}/conf.d/broken.yaml", "nonsense: 1\n")
     daemon.machine.write(f"{_SETTINGS}/records/one.yaml", "instances: []\n")
     daemon.machine.run("systemctl", "stop", CONTROLLER)
+    stand_in, configuration = _stand_in(daemon.machine)
+    daemon.machine.run(stand_in, "-f", configuration)
+    until(lambda: STAND_IN in "".join(processes(daemon.machine)), what="the stand-in")
 
     said = daemon.machine.run("dpkg", "--remove", "imdsproxy")
 
+    assert "handback dhcp" in said
+    assert daemon.machine.attempt("ls", stand_in)[0] != 0
     assert "its units are ended" in said
-    assert processes(daemon.machine) == []
+    until(lambda: processes(daemon.machine) == [], what="the end of the stand-in")
 
     daemon.apt("purge", "imdsproxy")
 

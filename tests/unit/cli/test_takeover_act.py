@@ -43,12 +43,23 @@ def test_how_an_agent_is_started_is_known_until_it_has_been_given_its_place_back
 ) -> None:
     remember(tmp_path, "ovn", Seen(commands=Commands("docker stop x", "docker start x")))
     remember(tmp_path, "l3", Seen(commands=Commands("a", "b"), files=("l3_agent.ini",)))
-    inside = Seen(files=("/proc/7/root/etc/dhcp_agent.ini",), reach=Reach("/proc/7/root", 42435))
+    inside = Seen(
+        files=("/proc/7/root/etc/dhcp_agent.ini",),
+        reach=Reach("/proc/7/root", 42435),
+        haproxy=("/usr/sbin/haproxy", "/proc/7/root/usr/local/sbin/haproxy"),
+    )
     remember(tmp_path, "dhcp", inside)
-    known = {"stop": "docker stop x", "start": "docker start x", "files": [], "owner": [0, 0]}
+    known = {
+        "stop": "docker stop x",
+        "start": "docker start x",
+        "files": [],
+        "owner": [0, 0],
+        "stand_in": "",
+    }
     assert recall(tmp_path)["ovn"] == known
     assert recall(tmp_path)["l3"]["files"] == ["l3_agent.ini"]
     assert recall(tmp_path)["dhcp"]["files"] == []
+    assert recall(tmp_path)["dhcp"]["stand_in"] == ""
     remember(tmp_path, "dhcp", None)
     remember(tmp_path, "ovn", None)
     assert recall(tmp_path).keys() == {"l3"}

@@ -240,6 +240,8 @@ def remember(state: Path, kind: str, seen: Seen | None) -> None:
             "start": commands.start,
             "files": files,
             "owner": owner,
+            # For the removal of the package.
+            "stand_in": "" if seen.haproxy[1].startswith("/proc/") else seen.haproxy[1],
         }
     if known:
         write_atomic(state / _REMEMBERED, json.dumps(known, indent=2).encode(), mode=0o600)
