@@ -10,7 +10,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeAlias
@@ -21,7 +21,7 @@ from imdsproxy.core.fleet.members import host_key, operator_key
 from imdsproxy.core.fleet.stream import Bye, Hello
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.errors import EtcdFull, ImdsproxyError
-from imdsproxy.hub.etcd import Etcd
+from imdsproxy.hub.etcd import Committed, Etcd
 from imdsproxy.hub.etcd_messages import KeyValue, unchanged
 from support.daemon import alive
 from support.etcd_lab import EtcdLab
@@ -264,15 +264,17 @@ def _damaged(chaos: Chaos) -> Iterator[None]:
         *(layout.META, layout.BEAT, layout.SUSPECT, layout.ENVELOPE, layout.TOKEN_KEYS),
         *(instance_key(InstanceId(name)) for name in chaos.instances),
         *(layout.guard_key(InstanceId(name)) for name in chaos.instances),
+        *(layout.password_key(InstanceId(name)) for name in chaos.instances),
         *(layout.network_key(NetworkId(name)) for name in chaos.networks),
         *(f"{layout.POLICIES}fleet", f"{layout.POLICIES}host/{host.name}", layout.grant_key("p")),
         *(host_key(host.name), host_key(HostId("odd")), operator_key("nobody")),
         *(layout.HUBS + chaos.a_hub().name, f"{layout.HUBS}odd", layout.import_key("odd")),
+        *(layout.KNOWN_HUBS + chaos.a_hub().name, f"{layout.KNOWN_HUBS}odd"),
         *(f"{layout.PREFIX}other/kind", f"{layout.INSTANCES}no/id"),
     )
     keys = chaos.random.sample(everything, _DAMAGED)
-    before = {key: _read(chaos, key) for key in keys}
-    written = world.write({key: chaos.random.choice(_GARBAGE) for key in keys})
+    garbage = {key: chaos.random.choice(_GARBAGE) for key in keys}
+    before, written = world.ask(lambda etcd: _write_over(etcd, garbage))
     chaos.note(f"  {', '.join(keys)}")
     if chaos.random.random() < _RESTARTS:
         # It has no good value of before.
@@ -282,6 +284,21 @@ def _damaged(chaos: Chaos) -> Iterator[None]:
     yield
     for key, found in before.items():
         world.ask(lambda etcd, key=key, found=found: _put_back(etcd, key, written, found))  # type: ignore[misc]  # a default
+
+
+async def _write_over(
+    etcd: Etcd, garbage: Mapping[str, bytes]
+) -> tuple[dict[str, KeyValue | None], int]:
+    """Write garbage over what is there; that, and the revision. Nobody writes between: it is what is put back."""
+    while True:
+        found = {key: (await etcd.read(key)).kvs for key in garbage}
+        before = {key: kvs[0] if kvs else None for key, kvs in found.items()}
+        same = [
+            unchanged(key, 0 if one is None else one.mod_revision) for key, one in before.items()
+        ]
+        done = await etcd.commit(same, garbage)
+        if isinstance(done, Committed):
+            return before, done.revision
 
 
 def _read(chaos: Chaos, key: str) -> KeyValue | None:
