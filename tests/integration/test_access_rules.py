@@ -217,7 +217,8 @@ _TOKEN_REQUESTS: Final = (
     (Policy(), "PUT", TOKEN, (), 400),
     (Policy(), "PUT", TOKEN, _LIFETIME * 2, 400),
     (Policy(), "PUT", TOKEN, ("Content-Length: 0", *_LIFETIME), 200),
-    (Policy(), "PUT", f"/ec2/{TOKEN}/", _LIFETIME, 200),
+    (Policy(), "PUT", f"/{TOKEN}/", _LIFETIME, 200),
+    *((Policy(), "PUT", f"{root}{TOKEN}", _LIFETIME, 403) for root in ("/ec2", "//./%65c2/")),
     (Policy(), "PUT", "/2021-01-03/api/token", _LIFETIME, 403),
     # There is none for what came through a proxy.
     *(

@@ -113,7 +113,8 @@ _ROWS: Final[tuple[tuple[Policy, Sequence[str], Mapping[str, str]], ...]] = (
         "401 200 tokens": f"/ /ec2 /nonsense {_HOSTNAME} {_SPELT}",
         "200 200": f"{META} {NOCLOUD}",
         "400 400 path": _HIDDEN,
-        "405 405 tokens": f"{TOKEN} /{TOKEN} /ec2{TOKEN}/", "404 404 tokens": "/2021-01-03/api/token"}),
+        "405 405 tokens": f"{TOKEN} /{TOKEN} {TOKEN}/",
+        "404 404 tokens": f"/2021-01-03/api/token /ec2{TOKEN} //%65c2/.{TOKEN}/"}),
     (Policy(hop_limit=1), _OLD, {"400 400 path": _HIDDEN, "200 200": _SPELT}),
     (Policy(), ("with revoked tokens",), {"400 400 path": _HIDDEN, "200 200": _SPELT}),
     (_LOCKED_STACK, _AFTER, {

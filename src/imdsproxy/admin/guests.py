@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from http import HTTPStatus
 from typing import Final, assert_never
 
 from imdsproxy.admin.bodies import DocumentBody, DocumentView
@@ -15,6 +16,7 @@ from imdsproxy.controller.controller import Controller
 from imdsproxy.core import identity, model
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.observation import AddressKey, Claimant, Expired, SourceName
+from imdsproxy.core.path_rules import PathRules
 from imdsproxy.core.plan import policy_place, record_key
 from imdsproxy.core.policy_report import Decided, PolicyInForce, decide_read, report_policy
 from imdsproxy.core.wire import HEADER_LOGGED, MISMATCH_TEXT, NovaRecord, hide_signatures
@@ -96,6 +98,7 @@ class Explanation:
         verdict: `found`, `unknown`, `mismatch`, `conflict`, `expired`, `no-network` or `not-served`.
         answer: The HTTP status a document of an enabled dialect has: 200, 403, 404 or 503; `None` where the
             request is sent to Nova, which decides.
+        token_paths: Paths of documents that are 401 now without a session token, one of each tree.
         why: The steps that led there, one sentence each, in order.
         how: `address`, `eui64`, `neighbour` or `router` where an instance was found.
         installed: The value in HAProxy's map, as its worker has it; `None` when it has none or
@@ -112,6 +115,7 @@ class Explanation:
     address: model.IpAddress
     verdict: str
     answer: int | None
+    token_paths: tuple[str, ...] = ()
     why: tuple[str, ...] = ()
     instance: model.InstanceId | None = None
     instance_name: str | None = None
@@ -241,9 +245,9 @@ async def explain(
     """
     network, lookup, listeners = key[0], controller.lookup, controller.listeners
     if not _may_know(lookup, network):
-        return Explanation(*key, "no-network", 404, (f"no source reports network {network}",))
+        return Explanation(*key, "no-network", 404, why=(f"no source reports network {network}",))
     owner, inventory = await _owner(lookup, key), lookup.inventory
-    found = Explanation(*key, "found", None, (_origin(inventory, listeners, network),))
+    found = Explanation(*key, "found", None, why=(_origin(inventory, listeners, network),))
     wrong = [one.reason for one in listeners.degraded() if one.network == network]
     found.add(*(f"its listener is not as it should be: {reason}" for reason in wrong))
     if identity.checks_macs(inventory, network):
@@ -369,8 +373,8 @@ def _explain_found(
     rules = report_policy(folded, book.override(instance.id), instance.created_at, now)
     of_fleet = controller.policy_store.is_of_fleet(instance.id)
     found.rules = replace(rules, of_fleet=of_fleet)
+    paths = folded.policy.paths
     if path is not None:
-        paths = folded.policy.paths
         decide = partial(decide_read, found.rules.word, now, path, paths=paths)
         found.decision = PathDecision(path, decide(token=False), decide(token=True))
     if instance.upstream is model.Upstream.EMBEDDED:
@@ -392,10 +396,21 @@ def _explain_found(
         found.answer = 503
     if not folded.policy.endpoint:
         found.answer = 403
+    found.token_paths = tuple(
+        one
+        for dialect, one in _COMMON.items()
+        if dialect in instance.dialects or instance.upstream is model.Upstream.NOVA
+        if _needs_token(found.rules.word, now, one, paths)
+    )
     found.instance, found.instance_name = instance.id, instance.name
     found.source = ", ".join(lookup.inventory.sources_of_instance(instance.id))
     found.how = (known.how if at == key else identity.How.ROUTER).value
     found.revision = records.compiler.revisions.get(instance.id)
+
+
+def _needs_token(word: str, now: int, path: str, paths: PathRules) -> bool:
+    without = decide_read(word, now, path, token=False, paths=paths)
+    return without.status == HTTPStatus.UNAUTHORIZED
 
 
 async def _explain_pair(lookup: Lookup, key: AddressKey, found: Explanation) -> PairReport:

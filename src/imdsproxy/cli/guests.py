@@ -121,16 +121,11 @@ def _is_served(explained: Shape) -> bool:
 
 
 def _explanation(shape: Shape) -> Iterator[tuple[str, str]]:
-    colour = "green" if shape["verdict"] == _FOUND else "red"
-    outcome = f"its documents are answered {shape['answer']}"
-    if shape["answer"] is None:
-        outcome = "its requests are sent to Nova"
-    elif shape["verdict"] == "not-served":
-        outcome = "no listener serves it"
     yield "guest", f"{shape['address']} in network {shape['network']}"
     if "host" in shape:  # a fleet's
         yield "host", shape["host"]
-    yield "verdict", f"[{colour}]{shape['verdict']}[/], {outcome}"
+    colour = "green" if shape["verdict"] == _FOUND else "red"
+    yield "verdict", f"[{colour}]{shape['verdict']}[/], {_outcome(shape)}"
     if (probe := shape["probe"]) is not None:
         colour = "red" if probe["status"] >= HTTPStatus.BAD_REQUEST else "green"
         yield "probe", f"GET {probe['path']}: [{colour}]{spell_status(probe['status'])}[/]"
@@ -148,6 +143,18 @@ def _explanation(shape: Shape) -> Iterator[tuple[str, str]]:
         yield "policy", f"to GET {decision['path']}:\n{without}\n{given}"
     if steps := [f"{number}. {step}" for number, step in enumerate(shape["why"], 1)]:
         yield "why", "\n".join(steps)
+
+
+def _outcome(shape: Shape) -> str:
+    if shape["verdict"] == "not-served":
+        return "no listener serves it"
+    outcome = f"its documents are answered {shape['answer']}"
+    if shape["answer"] is None:
+        outcome = "its requests are sent to Nova"
+    paths = shape["token_paths"]
+    be = "is" if len(paths) == 1 else "are"
+    without = f"; without a session token {' and '.join(paths)} {be} 401"
+    return outcome + (without if paths else "")
 
 
 def _identity(shape: Shape) -> Iterator[tuple[str, str]]:

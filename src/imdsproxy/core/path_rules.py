@@ -69,12 +69,22 @@ def undo_spelling(path: bytes) -> bytes | None:
 
     HAProxy does the same (`core/haproxy/access_rules.cfg`), and a test holds the two together.
     """
+    spelled = _spell_out(path)
+    return None if spelled is None else _EC2.sub(b"", spelled)
+
+
+def is_below_ec2(path: bytes) -> bool:
+    """Whether a path is below `/ec2`, where Nova has a second way to EC2's tree."""
+    return (_spell_out(path) or b"").startswith(b"/ec2/")
+
+
+def _spell_out(path: bytes) -> bytes | None:
     if not _ODD.search(path):
         return path
     if any(found[1] is None for found in _ESCAPE.finditer(path)):
         return None
     plain = _ESCAPE.sub(lambda found: bytes([int(found[1], 16)]), path)
-    return _EC2.sub(b"", _SLASHES.sub(b"/", plain))
+    return _SLASHES.sub(b"/", plain)
 
 
 def plain_path(undone: bytes) -> bytes:

@@ -142,14 +142,14 @@ def decide_read(word: str, now: int, target: str, *, token: bool, paths: PathRul
     if undone is None:
         return _PASSES
     if undone.endswith((b"/api/token", b"/api/token/")):
-        return _token_route(word, undone)
+        return _token_route(word, undone, below_ec2=path_rules.is_below_ec2(path))
     return _read(word, now, undone, paths, token=token) if word else _PASSES
 
 
-def _token_route(word: str, path: bytes) -> Decided:
+def _token_route(word: str, path: bytes, *, below_ec2: bool) -> Decided:
     if word and not policy_word.TOKEN_ROUTE.is_on(word):
         return Decided(404, "tokens", "no tokens are given")
-    if path.rstrip(b"/") != _TOKEN_ROUTE:
+    if below_ec2 or path.rstrip(b"/") != _TOKEN_ROUTE:
         return Decided(404, "tokens", "a token is had under /latest alone")
     return Decided(405, "tokens", "a token is had by PUT")
 

@@ -212,6 +212,9 @@ def _config(app: AsgiApp) -> Config:
         lifespan="off",
         interface="asgi3",
         log_config=None,
+        # Below that uvicorn writes a line for each request that is no proper HTTP: as many as a guest likes, who writes
+        # the trailers.
+        log_level="error",
         access_log=False,
         proxy_headers=False,
         server_header=False,

@@ -173,6 +173,17 @@ async def test_a_client_that_waits_for_100_continue_gets_it(tmp_path: Path) -> N
         assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200 OK")
 
 
+async def test_what_a_guest_sends_behind_a_body_writes_no_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    head = b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+    async with listening(tmp_path, answering()) as (_, connect):
+        reader, writer = await connect()
+        writer.write(head + b"1\r\na\r\n0\r\nContent-Length: 1\r\n\r\n")
+        await reader.read(10_000)
+    assert (caplog.text, *capfd.readouterr()) == ("", "", "")
+
+
 async def test_what_comes_behind_a_body_is_no_header(tmp_path: Path) -> None:
     """HAProxy says in headers who asks, and sends the guest's trailers on as they are."""
     seen: list[object] = []

@@ -38,6 +38,8 @@ def _constants(*modules: ModuleType) -> dict[str, Value]:
     return name_values({name: value for name, value in found if name.isupper()})
 
 
+_SPELLED_OUT: Final = r'path,url_dec,regsub("/(?:\.?/)*(?:\.$)?",/,g)'
+
 _VALUES: Final[dict[str, Value]] = {
     **_constants(wire, tokens, path_rules, policy, layout, counting),
     # Records, and the policy word before them.
@@ -51,7 +53,9 @@ _VALUES: Final[dict[str, Value]] = {
     "other_than_guest_headers": f"^(?!(?:{_GUEST_HEADERS})$)",
     "other_than_guest_and_token_headers": f"^(?!(?:{_GUEST_HEADERS}|{_TOKEN_HEADERS})$)",
     # The path without escapes, doubled slashes and dot segments that lead to the same place.
-    "canonical_path": r'path,url_dec,regsub("/(?:\.?/)*(?:\.$)?",/,g),regsub("^/ec2(?=/|$)","")',
+    "canonical_path": rf'{_SPELLED_OUT},regsub("^/ec2(?=/|$)","")',
+    "spelled_out": _SPELLED_OUT,
+    "below_ec2": Block("{ <spelled_out> -m beg /ec2/ }"),
     # All that a good token depends on, beside itself, its end and its key.
     "token_context": Text("var(txn.record),concat(|,txn.policy),concat(|,sess.network)"),
     # Of `KID.EXPIRY`, for whom a token is (`core.tokens`).
