@@ -190,6 +190,7 @@ _REFUSED: Final = frozenset(
         "POST /fleet/applied",
         "POST /fleet/ask",
         "POST /fleet/leave",
+        "POST /fleet/password",
         "GET /fleet/blob/{sha256}",
         "POST /fleet/enrol",
         "POST /fleet/renew",
