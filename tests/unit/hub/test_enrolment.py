@@ -12,12 +12,14 @@ from imdsproxy.core.fleet.identity import Identity, Role, spell_serial
 from imdsproxy.core.fleet.layout import HostId
 from imdsproxy.core.fleet.members import (
     HostState,
+    StoredHost,
     admits_host,
     admits_operator,
     host_key,
     operator_key,
     parse_host,
     read_host,
+    render_host,
 )
 from imdsproxy.errors import AccessDenied, NotFound, RequestRefused, SourceUnavailable, WriteUnknown
 from imdsproxy.host.certificates import make_key, parse_certificate, render_request
@@ -197,3 +199,29 @@ async def test_a_host_whose_value_another_program_wrote_is_revoked_or_invited_ag
     await store.commit((), {key: b"garbage"})
     with pytest.raises(AccessDenied):
         await enrolment.renew(Identity(Role.HOST, _HOST, "0A"), _request())
+
+
+async def test_a_host_is_renewed_and_revoked_as_the_hub_knows_it_where_etcd_has_an_older_value(
+    store: _Store, clock: HandClock
+) -> None:
+    kept: dict[str, bytes] = {}
+
+    async def keep(values: Mapping[str, bytes]) -> None:
+        kept.update(values)
+
+    key = host_key(_HOST)
+    older = render_host(StoredHost(HostState.ENROLLED, ("01",), version=2))
+    store.values[key] = KeyValue(key, older, 5, 5)
+    newer = StoredHost(HostState.ENROLLED, ("02", "03"), revocations=1, version=7)
+    known = {key: (render_host(newer), 9)}
+    authority = make_authority("fleet", clock.now())
+    enrolment = Enrolment(cast("Etcd", store), authority, clock, known=known.get, keep=keep)
+    with pytest.raises(AccessDenied):
+        await enrolment.renew(Identity(Role.HOST, _HOST, "01"), _request())
+    certified = await enrolment.renew(Identity(Role.HOST, _HOST, "03"), _request())
+    assert _admits(store, _serial(certified))
+    await enrolment.revoke(_HOST)
+    stored = parse_host(store.values[key].value)
+    assert (stored.state, stored.revocations, stored.version) == (HostState.REVOKED, 2, 9)
+    # Before an operator is answered the journal has it.
+    assert kept == {key: store.values[key].value}
