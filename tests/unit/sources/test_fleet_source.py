@@ -452,7 +452,7 @@ async def test_user_data_that_comes_late_delays_neither_a_revocation_nor_another
     hub, taken = hubs(), list[FleetPolicies]()
     hub.put([N1], [replace(A, user_data=None)])
     source = fleet_source(kept, hub)
-    source.take_policies = taken.append
+    source.take_policies, source.fetch_s = taken.append, 0.5
     async with running(source) as heard:
         hub.gives_blobs.clear()
         revoked = {layout.GUARDS + "a": b'{"epoch": 1, "reopened_at": 0}'}

@@ -68,9 +68,6 @@ _NOTE_EVERY_S: Final = 60.0
 _AGAIN_S: Final = 2.0
 """After so long, what was not in force is looked at again."""
 
-_FETCH_S: Final = 1.0
-"""So long changes wait for user data that came with them: an address that moves is never without an instance then."""
-
 _RENEW_EVERY_S: Final = 3600.0
 _GRACE_S: Final = 5.0
 """So long after a stream ended the source is in sync: hubs are restarted, and another one is there. Not after silence:
@@ -138,6 +135,8 @@ class FleetSource:
         clock: Monotonic, and Unix time.
         random: From 0 to 1: the order of hubs and the length of pauses.
         backoff: Pauses after no hub could be followed.
+        fetch_s: Seconds that changes wait for user data that came with them: an address that moves is never without an
+            instance then.
         fetching: Pauses after user data could not be fetched.
         leaving: Networks whose last instance has gone.
 
@@ -164,6 +163,7 @@ class FleetSource:
     clock: Clock = field(default_factory=Clock)
     random: Callable[[], float] = lambda: 0.5
     backoff: Backoff = field(default_factory=lambda: Backoff(0.5, 30.0))
+    fetch_s: float = 1.0
     fetching: Backoff = field(default_factory=lambda: Backoff(0.5, 30.0))
     leaving: LeavingNetworks = field(default_factory=lambda: LeavingNetworks(_STAY_S))
     take_passwords: TakePasswords = _take_nothing
@@ -480,7 +480,7 @@ class FleetSource:
                 whole, self._pending, self._whole = self._whole, None, False
                 # The rest is not delayed: what is on its way is refused until then.
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(_FETCH_S):
+                    async with asyncio.timeout(self.fetch_s):
                         await self._fetcher.fetch(stream, self.known.missing_user_data(batch))
                 await self._apply(publish, batch, stream, whole=whole)
             async with self._publishing:
