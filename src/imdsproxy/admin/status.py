@@ -119,8 +119,8 @@ class MacsReport:
         mismatches: Requests with an address of one and the MAC of another since the controller started, by network;
             the twenty with the most.
         forged_claims: Packets of ARP and ND that say of an address with a pair that it is at another MAC, since the
-            network's filter was created, by network; the twenty with the most. They harm nobody.
-        claimed: The addresses of which that was said in the last ten minutes, and by which MACs; the first twenty.
+            network's filter was created, by network; the twenty with the most. They harm no guest.
+        claimed: Addresses claimed in the last ten minutes, and the MACs that claimed them; the first twenty.
     """
 
     gates: int = 0

@@ -46,11 +46,11 @@ FilterChange: TypeAlias = tuple[MacFilter, PairMap, PairMap]
 
 @dataclass(frozen=True, slots=True)
 class Claims:
-    """What guests have said by ARP or ND of addresses whose pair has another MAC.
+    """Claims of guests, by ARP or ND, to addresses whose pair has another MAC.
 
     Attributes:
         count: How often, since the filter was created.
-        macs: Who has said it in the last ten minutes, by address.
+        macs: MACs that claimed an address in the last ten minutes, by address.
     """
 
     count: int
@@ -287,7 +287,7 @@ class KernelMacFilters(KernelTables):
 
         Args:
             filters: Of which networks.
-            before: What was read before: where nothing was claimed since, and nobody then, no more is read.
+            before: The claims read before. If no claim was counted since, and none was recent then, no more is read.
         """
         return await self.attempt(
             {

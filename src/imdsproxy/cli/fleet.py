@@ -62,7 +62,7 @@ HubName = Annotated[str, flag("--name NAME", "The hub's name in the fleet.")]
 
 
 _on_hub = partial(options.command, shared=("as_json", "config"))
-"""As `options.command`; it reads the settings of the hub on this machine, and asks nobody."""
+"""As `options.command`; it reads the settings of the hub on this machine, and asks no hub."""
 
 
 def _refuse_host(run: options.Invocation, name: str) -> None:

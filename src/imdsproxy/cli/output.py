@@ -104,13 +104,13 @@ class Output:
             instead: The option that answers yes, for programs.
 
         Raises:
-            RequestRefused: There is nobody to ask.
+            RequestRefused: There is no terminal to ask at.
         """
         from imdsproxy.errors import RequestRefused  # noqa: PLC0415 - as above
 
         if self.as_json or not (sys.stdin.isatty() and sys.stderr.isatty()):
             raise RequestRefused(
-                f"nobody can be asked here: {question}?",
+                f"there is no terminal to ask at: {question}?",
                 hint=f"give {instead} to go on without a question",
             )
         sys.stderr.write(f"{question}? [y/N] ")

@@ -1,4 +1,4 @@
-"""Files of another account: opened only if nobody but root and this account can change them, or the way to them."""
+"""Files of another account: opened only if no account but root and this one can change them, or a folder above them."""
 
 import contextlib
 import errno
@@ -87,7 +87,7 @@ def _reading(shown: Path) -> Iterator[None]:
 
 
 def _walk(stack: contextlib.ExitStack, path: Path, owner: Owner, root: Path) -> OwnedFile:
-    """Open each part of a path in the one before, so that nobody can exchange a part behind its check."""
+    """Open each part of a path in the one before, so that no process can exchange a part after its check."""
     base = stack.enter_context(opened(root, os.O_PATH | os.O_DIRECTORY))
     way = [(base, str(root))]
     _check(base, str(root), owner)

@@ -1,4 +1,4 @@
-"""Loops of a hub that outlive their own faults: one that raises what nobody expected is reported and started again."""
+"""Supervision of a hub's loops: report a loop that raises an unexpected exception, and start it again with backoff."""
 
 from __future__ import annotations
 

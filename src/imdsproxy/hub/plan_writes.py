@@ -951,7 +951,7 @@ def _last_record(
 
 
 def _project_alone(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What is kept of a record that is removed: nobody else may be taken for it."""
+    """Parts of a removed record that stay: no later instance may be taken for it."""
     return {key: record[key] for key in ("project",) if key in record}
 
 

@@ -109,7 +109,7 @@ class Streams:
         schema: What this hub knows of records.
 
     Attributes:
-        hosts: Streams of hosts that are connected to this hub: they have said hello.
+        hosts: Streams of connected hosts: each has sent its hello.
         differed: How often a host had other items than are placed on it.
     """
 
@@ -156,7 +156,7 @@ class Streams:
         return [stream for opened in self._opened.values() for stream in opened]
 
     def open(self, stream: HostStream) -> None:
-        """Note a stream of an admitted host, which has not said hello yet; it keeps its turn of being pinged."""
+        """Note a stream of an admitted host, which has not sent its hello yet; it keeps its turn of being pinged."""
         self._refused.pop(stream.host, None)
         opened = self._opened.setdefault(stream.host, {})
         waiting = [one for one in opened if not one.greeted]

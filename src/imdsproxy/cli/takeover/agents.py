@@ -142,7 +142,7 @@ def _group_of(pid: int) -> str:
 
 
 def _ids(pid: int) -> Mapping[str, tuple[int, ...]]:
-    """Users and groups of a process, real and effective first; ids that nobody has where the process has ended."""
+    """Users and groups of a process, real and effective first; ids of no account if the process has ended."""
     try:
         text = (PROC / str(pid) / "status").read_text(errors="replace")
     except OSError:

@@ -54,7 +54,7 @@ def _look_up(root: Path, directories: Sequence[str]) -> tuple[str, str]:
     for directory in directories:
         place = f"{base}{directory}/{_HAPROXY}"
         try:
-            # What is written or started from here on is root's: nobody else may exchange it.
+            # The takeover writes and starts files from here as root: no other account may exchange them.
             names = list_owned(Path(directory), (0, 0), root)
         except ConfigUnreadable:
             continue

@@ -47,7 +47,7 @@ _MOST_OF_ANSWER: Final = 1024 * 1024
 _REFUSALS: Final = frozenset(
     {AccessDenied.code, AlreadyExists.code, NotFound.code, UserDataUnreadable.code}
 )
-"""Codes of answers that another attempt changes only once somebody has acted."""
+"""Codes of answers that stay the same until an operator acts."""
 
 _SHOWN: Final = 500
 _OUT_OF_TIME: Final = (9, 10)

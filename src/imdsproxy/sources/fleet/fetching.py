@@ -39,7 +39,7 @@ class UserDataFetcher:
         }
 
     def is_refused(self, data: UserData) -> bool:
-        """Whether the last attempt failed for a reason that lasts until somebody acts."""
+        """Whether the last attempt failed for a reason that lasts until an operator acts."""
         return isinstance(self._failures.get(data.sha256), SourceRefused)
 
     def forget(self, needed: Iterable[UserData]) -> None:

@@ -3,7 +3,7 @@
 One task reads the stream, one brings what came into force, one acknowledges it: what comes meanwhile is taken
 together the next time. Another task fetches user data that was not to be had at once.
 
-`known` belongs to whoever has the lock: a thread changes it, and hubs are told of it.
+`known` belongs to the task that has the lock: a thread changes it, and hubs get a copy of it.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ _AGAIN_S: Final = 2.0
 _RENEW_EVERY_S: Final = 3600.0
 _GRACE_S: Final = 5.0
 """So long after a stream ended the source is in sync: hubs are restarted, and another one is there. Not after silence:
-nobody knows since when that hub was lost.
+no clock shows since when that hub was lost.
 """
 
 _STALE_S: Final = 15.0
@@ -538,7 +538,7 @@ class FleetSource:
         known = self.known
         async with self._publishing:
             if stream is not self._greeted:
-                # Another hub was told what is known without it, and brings it.
+                # Another hub got the state without this batch, and sends the batch again.
                 return
             applied = await self._in_thread(lambda: known.apply(batch, whole=whole))
             self._note_lacking()
