@@ -35,6 +35,7 @@ _DAMAGED = {
     layout.instance_key(_WEB): b'{"hosts": "a"}',
     layout.network_key(_BLUE): b"\xff\xfe",
     layout.guard_key(_WEB): b'{"epoch": true, "reopened_at": []}',
+    layout.password_key(_WEB): b'{"sealed": []}',
     f"{layout.POLICIES}fleet": b"[]",
     layout.grant_key("shop"): b'{"hosts": 7}',
     host_key(HostId("odd")): b'{"state": "enrolled"}',
@@ -188,11 +189,12 @@ def _mend(fleet: _Fleet) -> None:
     assert fleet("policy", "clear", "fleet").status == 0
     assert fleet("fleet", "reseal").status != 0
     assert fleet("token", "rotate").status == 0
-    assert fleet("fleet", "reseal").status == 0
     assert fleet("network", "add", "blue", "--bridge", "blue").status == 0
     written = fleet("instance", "add", "web", *_port(fleet), "--host", "a")
     assert written.status == 0, written
     assert fleet("token", "revoke", "web").status == 0
+    assert fleet("instance", "password", "web", "--clear").status == 0
+    assert fleet("fleet", "reseal").status == 0
     assert fleet("grant", "clear", "shop").status == 0
     assert fleet.name() == "web"
     left = {

@@ -107,8 +107,9 @@ class Passwords:
         )
 
     async def clear(self, instance: InstanceId, terms: Terms) -> tuple[Done, bool]:
-        """Forget a password; also whether there was one."""
-        there = self.sealed(instance) is not None
+        """Forget a password, also one that cannot be read; and return whether there was one."""
+        stored = self.writes.state.stored(layout.password_key(instance))
+        there = stored is not None and not is_cleared(stored[0])
         return await self.writes.write(lambda view: plan_clearing(view, instance, terms)), there
 
     def sealed(self, instance: InstanceId) -> bytes | None:
