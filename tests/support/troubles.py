@@ -189,11 +189,6 @@ TROUBLES: Final[Mapping[str, Trouble]] = {
     "no answer, and no route in the guest": Trouble(
         "ip -n guest-blue route delete 169.254.169.254/32 dev eth0", "web $meta", "000"
     ),
-    "no answer, for a guest that has another one's address of before": Trouble(
-        "ip -n net-blue neighbour replace 10.0.0.11 lladdr fa:16:3e:00:00:99 dev eth0 nud permanent",
-        "web $meta",
-        "000",
-    ),
     "no answer, and another program has the port": Trouble(
         """
         imdsproxy network set blue --namespace net-blau || true
