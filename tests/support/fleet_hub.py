@@ -57,6 +57,7 @@ FLEET: Final = "6d0f3f0e-6b5f-4d0c-9f0e-3b9c7f1f2a11"
 _CALLER: Final = Caller(Identity(Role.HOST, HOST, "1"))
 ENVELOPE: Final = parse_envelope(make_envelope(), "test")
 _WAIT_S: Final = 20.0
+_TURNS: Final = 10
 
 
 @dataclass(slots=True)
@@ -275,6 +276,9 @@ class FleetHub:
         async def end() -> None:
             if self._server is not None:
                 self._server.close()
+                # A connection that was just accepted is among `_connections` some turns of the loop later.
+                for _ in range(_TURNS):
+                    await asyncio.sleep(0)
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
