@@ -177,6 +177,24 @@ def test_one_certificate_of_a_host_has_few_connections_and_the_next_of_its_addre
     assert _served(few, stack, "127.0.0.50", other, _BLOB)
 
 
+def test_of_many_clients_of_one_prefix_some_are_admitted_however_often_they_come(
+    certificates: Certificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refused connection does not count, so hosts behind one NAT that try again and again come in one by one."""
+    monkeypatch.setattr(module, "CONNECTS", 5)
+    host = certificates.host("host-1")
+
+    def is_served() -> bool:
+        with contextlib.ExitStack() as short:
+            return _served(front, short, "127.0.0.60", host, _BLOB)
+
+    with open_front(tmp_path, certificates) as front:
+        until(lambda: not is_served(), what="the limit")
+        # Each of them tries far more often than the limit allows.
+        for _ in range(3):
+            until(is_served, within_s=20, what="a connection that is admitted")
+
+
 def test_one_certificate_of_a_host_connects_and_writes_only_so_often(
     certificates: Certificates,
     tmp_path: Path,

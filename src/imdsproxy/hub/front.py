@@ -40,7 +40,7 @@ UNVERIFIED_OF_MEMBERS: Final = 1024
 """The same for an address that has shown a certificate."""
 
 CONNECTS: Final = 3000
-"""New connections of a prefix in ten seconds: a thousand hosts, three times each."""
+"""New connections of a prefix that are admitted in ten seconds: a thousand hosts, three times each."""
 
 STRANGERS: Final = 64
 """Connections without a certificate, with TLS established, that one prefix may have."""
