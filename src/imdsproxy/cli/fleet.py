@@ -222,6 +222,8 @@ def revoke(
     hubs = run.hubs()
     done = hubs.request("POST", f"/fleet/revoked-{kind}", body={"name": name})
     left = "" if operator else " It serves its guests from its own copy until it is stopped."
+    if (why := done["not_journaled"]) is not None:
+        left += f" The hub cannot write its journal ({why}): until it can, a restored etcd may take this back."
     run.output.answer(done, f"{name} is revoked since revision {done['revision']}.{left}")
 
 

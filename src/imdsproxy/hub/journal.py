@@ -17,8 +17,10 @@ from typing import Final, TypeAlias, TypeVar
 
 import structlog
 
-from imdsproxy.core.fleet.layout import HOSTS
-from imdsproxy.errors import ConfigInvalid, SourceError
+from imdsproxy.core.fleet.lasting import is_lasting
+from imdsproxy.core.fleet.layout import HOSTS, Unreadable
+from imdsproxy.core.fleet.values import parse_value
+from imdsproxy.errors import ConfigInvalid, SourceError, SourceUnavailable
 from imdsproxy.sources.sqlite_file import open_store, store_failures, transaction
 
 FILE: Final = "journal.sqlite"
@@ -95,12 +97,14 @@ class Journal:
         position: The furthest of the fleet.
         names: Holders of names that no host may have, in words, by name.
         problem: Why the file cannot be written.
+        unreadable: By key, why a value of the file is not in force: the value is damaged, or of another version.
     """
 
     path: Path
     position: Position = Position()
     names: dict[str, str] = field(default_factory=dict)
     problem: str | None = None
+    unreadable: dict[str, str] = field(default_factory=dict)
     _values: dict[str, bytes] = field(default_factory=dict)
     _hashes: dict[str, int] = field(default_factory=dict)
     _new_names: dict[str, str] = field(default_factory=dict)
@@ -113,13 +117,16 @@ class Journal:
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def open(self) -> dict[str, bytes]:
-        """Open or make the file; return its lasting values.
+        """Open or make the file; return its lasting values that can be read.
 
         Raises:
-            ConfigInvalid: The file cannot be used.
+            ConfigInvalid: The file is damaged, or another program's.
+            SourceUnavailable: The file cannot be used now: the disk is full, read-only or fails, or the file is locked.
         """
         try:
             return await self._in_thread(self._open)
+        except SourceUnavailable:
+            raise
         except SourceError as error:
             raise ConfigInvalid(
                 f"the journal of this hub cannot be used: {error.message}",
@@ -138,8 +145,22 @@ class Journal:
                 self.position = self._written = Position(*row)
             self.names = dict(execute("SELECT name, holder FROM names").fetchall())
             found = dict(execute("SELECT key, value FROM lasting").fetchall())
-        self._hashes = {key: hash(value) for key, value in found.items()}
-        return found
+        readable = {key: value for key, value in found.items() if self._can_read(key, value)}
+        self._hashes = {key: hash(value) for key, value in readable.items()}
+        return readable
+
+    def _can_read(self, key: str, value: bytes) -> bool:
+        """Whether a value of the file is in force; the row of one that is not stays until etcd has a value."""
+        try:
+            parse_value(key, value)
+        except Unreadable as error:
+            self.unreadable[key] = str(error)
+        else:
+            if is_lasting(key):
+                return True
+            self.unreadable[key] = "no lasting value has such a key"
+        _log.error("journal's value not taken", key=key, reason=self.unreadable[key])
+        return False
 
     async def close(self) -> None:
         """Write what is not written yet, and close the file."""
@@ -194,15 +215,19 @@ class Journal:
             if not (values or names) and position == self._written:
                 return
             self._values, self._new_names = {}, {}
+            written = False
             try:
                 await self._in_thread(partial(self._write, values, names, position))
+                written = True
             except SourceError as error:
-                # What was noted meanwhile is newer.
-                self._values, self._new_names = values | self._values, names | self._new_names
                 if self.problem is None:
                     _log.error("journal not written", error=error.message, hint=error.hint)
                 self.problem = error.message
                 return
+            finally:
+                if not written:
+                    # Values that were noted meanwhile are newer.
+                    self._values, self._new_names = values | self._values, names | self._new_names
             self._written, self.problem = position, None
 
     def _write(

@@ -338,6 +338,8 @@ class Operations:
         found, name = {}, self.peers.name
         if (problem := self.restores.journal.problem) is not None:
             found["journal"] = f"hub {name} cannot write it: {problem}"
+        for key, why in self.restores.journal.unreadable.items():
+            found[f"journal of hub {name}, {key}"] = f"not readable: {why}"
         if HostId(name) in self.state.enrolled():
             found[f"hub {name}"] = (
                 "a host has its name, too: revoke the host, and enrol it under another name"

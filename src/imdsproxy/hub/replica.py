@@ -200,7 +200,7 @@ class Replica:
             at = Position(meta_now.fleet, meta_now.incarnation, snapshot.revision, beats)
             self.restores.look_back(at)
         before = self._incarnation or self.restores.journal.position.incarnation
-        self._incarnation = self.restores.incarnation = meta_now.incarnation
+        self._incarnation = meta_now.incarnation
         if not self.state.meta.fleet:
             # Until the fleet's own key is folded in: what has no incarnation, no host takes for an acceptance.
             self.state.meta = known
@@ -209,6 +209,7 @@ class Replica:
             draft = self.state.successor()
             await self._replace(draft, snapshot.revision, snapshot.kvs, accepted=True)
         else:
+            self.restores.incarnation = meta_now.incarnation
             await self._fold_all(snapshot)
             if meta_now.incarnation < before:
                 self.streams.renew_all()
@@ -298,7 +299,12 @@ class Replica:
                 for host, items in draft.apply(revision, part).items():
                     touched.setdefault(host, set()).update(items)
                 keys += (one.key for one in part if one.key.startswith(_REVIEWED))
+            # Hosts may have reported guards between two slices.
+            draft.regain(self.state)
+            draft.doubted |= self.state.doubted and not accepted
             self.state.become(draft)
+            # Only now: the revision of before an acceptance is not one of the new incarnation.
+            self.restores.incarnation = self._incarnation
         if accepted:
             # Before waits look again: what hosts acknowledged until now says nothing of what was written since.
             self.streams.renew_all()

@@ -70,10 +70,11 @@ class InvitationShape(BaseModel):
 
 
 class RevokedShape(BaseModel):
-    """From which revision on it is so."""
+    """From which revision on it is so, and why the hub's journal does not have it yet."""
 
     name: str
     revision: int
+    not_journaled: str | None = None
 
 
 @enrolment.post("/enrol")
@@ -103,14 +104,20 @@ async def invite(
 
 
 @enrolment.post("/revoked-hosts")
-async def revoke_host(body: RevokeBody, _: FleetOperator, enrolment: _Uses) -> RevokedShape:
+async def revoke_host(
+    body: RevokeBody, _: FleetOperator, enrolment: _Uses, operations: Uses
+) -> RevokedShape:
     """Accept a host no more: its stream is cut, its certificate and token are no longer good."""
     revision = await enrolment.revoke(HostId(body.name))
-    return RevokedShape(name=body.name, revision=revision)
+    problem = operations.restores.journal.problem
+    return RevokedShape(name=body.name, revision=revision, not_journaled=problem)
 
 
 @enrolment.post("/revoked-operators")
-async def revoke_operator(body: RevokeBody, _: FleetOperator, enrolment: _Uses) -> RevokedShape:
+async def revoke_operator(
+    body: RevokeBody, _: FleetOperator, enrolment: _Uses, operations: Uses
+) -> RevokedShape:
     """Accept no certificate of this name of an operator or hub any more, also none that is made later."""
     revision = await enrolment.revoke_operator(body.name)
-    return RevokedShape(name=body.name, revision=revision)
+    problem = operations.restores.journal.problem
+    return RevokedShape(name=body.name, revision=revision, not_journaled=problem)

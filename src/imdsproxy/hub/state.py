@@ -210,6 +210,17 @@ class FleetState:
             self._kin(key)[key] = _Entry(value, 0)
             self.ahead[key] = 0
 
+    def regain(self, other: FleetState) -> None:
+        """Join lasting values that the other state has got since this one was begun."""
+        for kind in LASTING:
+            for key, entry in other._kin(kind).items():
+                mine = self._kin(key).get(key)
+                joined = entry.value if mine is None else join_values(key, entry.value, mine.value)
+                if mine is None or joined != mine.value:
+                    revision = 0 if mine is None else mine.mod_revision
+                    self._kin(key)[key] = _Entry(joined, max(revision, entry.mod_revision))
+                    self.ahead.setdefault(key, revision)
+
     def become(self, other: FleetState) -> None:
         """Have all that the other one has, which is not used any more."""
         for one in fields(self):
@@ -296,7 +307,8 @@ class FleetState:
             self.ahead.pop(key, None)
             if joined != before.value:
                 revision = change.mod_revision
-        if joined != before.value:
+        # Hosts get a value again whose revision alone is another: digests compare revisions.
+        if (joined, revision) != (before.value, before.mod_revision):
             self._fold(key, parse_value(key, joined), touched)
         self._kin(key)[key] = _Entry(joined, revision, change.version)
 

@@ -1,5 +1,7 @@
 """What etcd may not forget has an order of its own: any two values have a join, whatever history they are of."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +15,10 @@ from imdsproxy.core.fleet.members import (
     host_key,
     operator_key,
     parse_host,
+    plan_enrolment,
+    plan_invitation,
+    plan_revocation,
+    read_host,
     render_host,
     render_operator,
 )
@@ -61,6 +67,26 @@ def test_a_revoked_host_stays_revoked_though_a_restored_backup_renewed_it_often(
     assert join_values(HOST, revoked, renewed) == revoked
     joined = render_host(StoredHost(HostState.ENROLLED, ("3",), revocations=1, version=8))
     assert join_values(HOST, revoked, joined) == joined
+
+
+def test_no_journal_brings_a_certificate_back_that_a_host_had_before_it_was_enrolled_again() -> (
+    None
+):
+    backup = StoredHost(HostState.ENROLLED, ("1",), version=2)
+    renewed = render_host(replace(backup, serials=("4", "5"), version=6))
+    invited = plan_invitation(backup, "token", 100)
+    enrolled = render_host(plan_enrolment(invited, "token", "9", 50))
+    assert join_values(HOST, renewed, enrolled) == enrolled
+    assert join_values(HOST, enrolled, renewed) == enrolled
+
+
+def test_a_count_that_could_not_grow_is_not_readable() -> None:
+    for field in ("revocations", "version"):
+        full = replace(StoredHost(HostState.ENROLLED, ("1",)), **{field: 2**63 - 1})
+        with pytest.raises(Unreadable):
+            parse_host(render_host(full))
+        revoked = plan_revocation(HostId("a"), read_host(render_host(full), 7))
+        assert parse_host(render_host(revoked)).state is HostState.REVOKED
 
 
 @pytest.mark.parametrize("key", [HOST, GUARD, operator_key("anna")])

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.core.fleet.layout import HOSTS
-from imdsproxy.errors import ConfigInvalid
+from imdsproxy.core.fleet.members import HostState, StoredHost, render_host
+from imdsproxy.errors import ConfigInvalid, SourceUnavailable
 from imdsproxy.hub.journal import FILE, Journal, Position, find_host
 from support.tasks import background, until
 
-A = f"{HOSTS}a"
+A, B = f"{HOSTS}a", f"{HOSTS}b"
+FIRST = render_host(StoredHost(HostState.ENROLLED, ("1",), version=1))
+SECOND = render_host(StoredHost(HostState.REVOKED, revocations=1, version=2))
 
 
 @pytest.fixture
@@ -31,10 +34,10 @@ async def test_what_is_kept_is_on_the_disk_before_it_returns(path: Path) -> None
     journal = Journal(path)
     assert await journal.open() == {}
     journal.advance(Position("f", 2, 50, 7))
-    await journal.keep({A: b"1"})
+    await journal.keep({A: FIRST})
     # As a process that is killed leaves it.
     values, again = await _reopened(path)
-    assert values == {A: b"1"}
+    assert values == {A: FIRST}
     assert again.position == Position("f", 2, 50, 7)
     await journal.close()
 
@@ -43,14 +46,14 @@ async def test_what_is_noted_is_written_soon(path: Path) -> None:
     journal = Journal(path)
     await journal.open()
     async with background(journal.run()):
-        journal.note({A: b"1"})
-        journal.note({A: b"2"})
+        journal.note({A: FIRST})
+        journal.note({A: SECOND})
         journal.note_name("anna", "an operator")
         await until(lambda: find_host(path, "a"))
     assert not find_host(path, "b")
     await journal.close()
     values, again = await _reopened(path)
-    assert values == {A: b"2"}
+    assert values == {A: SECOND}
     assert again.names == {"anna": "an operator"}
 
 
@@ -65,14 +68,56 @@ async def test_a_value_that_could_not_be_written_is_reported_and_written_later(p
         other.execute(
             "CREATE TRIGGER full BEFORE INSERT ON lasting BEGIN SELECT RAISE(FAIL, 'full'); END"
         )
-    await journal.keep({A: b"1"})
+    await journal.keep({A: FIRST})
     assert "full" in str(journal.problem)
     with closing(sqlite3.connect(path)) as other, other:
         other.execute("DROP TRIGGER full")
     await journal.flush()
     assert journal.problem is None
     await journal.close()
-    assert (await _reopened(path))[0] == {A: b"1"}
+    assert (await _reopened(path))[0] == {A: FIRST}
+
+
+async def test_a_value_that_cannot_be_read_is_reported_and_takes_no_other_with_it(
+    path: Path,
+) -> None:
+    journal = Journal(path)
+    await journal.open()
+    await journal.keep({A: FIRST})
+    await journal.close()
+    with closing(sqlite3.connect(path)) as other, other:
+        for key in (B, "/imds/1/inst/web"):
+            other.execute("INSERT INTO lasting VALUES (?, ?)", (key, b'{"old": 1}'))
+    journal = Journal(path)
+    assert await journal.open() == {A: FIRST}
+    assert journal.unreadable.keys() == {B, "/imds/1/inst/web"}
+    # The row stays until etcd has a value that can be read.
+    await journal.keep({B: SECOND})
+    await journal.close()
+    assert (await _reopened(path))[0] == {A: FIRST, B: SECOND}
+
+
+async def test_what_a_write_that_was_cancelled_had_is_written_with_the_next(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(path)
+    await journal.open()
+
+    def cancelled(*_: object) -> None:
+        raise asyncio.CancelledError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "_write", cancelled)
+        with pytest.raises(asyncio.CancelledError):
+            await journal.keep({A: FIRST})
+    await journal.close()
+    assert (await _reopened(path))[0] == {A: FIRST}
+
+
+def test_a_disk_that_fails_at_the_start_is_no_fault_of_the_settings(path: Path) -> None:
+    path.mkdir(parents=True)
+    with pytest.raises(SourceUnavailable):
+        asyncio.run(Journal(path).open())
 
 
 def test_a_damaged_journal_is_refused_and_says_what_to_do(path: Path) -> None:

@@ -93,6 +93,28 @@ def test_a_guard_that_is_put_back_at_a_lower_revision_reaches_hosts_with_the_acc
     assert after.item(f"guard/{WEB}") == (6, {"epoch": 7, "reopened_at": 0})
 
 
+def test_a_guard_that_is_put_back_comes_to_each_host_of_its_instance_with_its_new_revision() -> (
+    None
+):
+    state = _fleet(Change(GUARD, _guard(5), 8))
+    assert state.raise_guards(A, {WEB: OperatorOverride(7)}, NOW) == [GUARD]
+    assert state.apply(20, [Change(GUARD, _guard(7), 20)]) == {A: {f"guard/{WEB}"}}
+    assert state.item(f"guard/{WEB}") == (20, {"epoch": 7, "reopened_at": 0})
+
+
+def test_a_state_that_takes_the_place_of_another_has_what_that_learned_meanwhile() -> None:
+    state = _fleet(Change(GUARD, _guard(5), 8), Change(KEY, MEMBER, 7))
+    draft = state.successor()
+    draft.apply(9, [Change(GUARD, _guard(5), 8), Change(KEY, MEMBER, 7)])
+    assert not draft.ahead
+    state.raise_guards(A, {WEB: OperatorOverride(7)}, NOW)
+    state.apply(9, [Change(host_key(B), REVOKED, 9)])
+    draft.regain(state)
+    assert draft.value(GUARD) == (_guard(7), 8)
+    assert draft.value(KEY) == (MEMBER, 7)
+    assert draft.ahead == {GUARD: 8, host_key(B): 0}
+
+
 def test_a_host_raises_guards_of_its_own_instances_as_far_as_numbers_have_room() -> None:
     state = _fleet(Change(GUARD, _guard(5, 5), 8))
     for host, guard in (

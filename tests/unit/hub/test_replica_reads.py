@@ -11,6 +11,7 @@ import pytest
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.layout import HostId, Meta, StoredInstance
 from imdsproxy.core.model import InstanceId
+from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub import replica as module
 from imdsproxy.hub.etcd import Changes, Compacted, Etcd, Snapshot
@@ -140,6 +141,28 @@ async def test_no_acknowledgement_from_before_an_accepted_restore_counts_for_wha
     await asyncio.sleep(0)
     await replica._read()
     assert await waiting == {"b": "not connected"}
+
+
+async def test_a_guard_that_a_host_reports_while_an_acceptance_is_read_stays_and_the_journal_is_right(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "AT_ONCE", 1)
+    etcd = _Etcd(_meta(1), *(_instance(one, 900 + one) for one in range(9)))
+    replica = etcd.replica()
+    await replica._read()
+    # As a backup of before, which an operator has accepted.
+    etcd.kvs = [_meta(20, 2), *(_instance(one, 10 + one) for one in range(9))]
+    reading = asyncio.create_task(replica._read())
+    while replica._incarnation != 2:
+        await asyncio.sleep(0)
+    assert replica.state.meta.incarnation == 1
+    guard = OperatorOverride(7, 0)
+    replica.restores.raise_guards(HostId("a"), {InstanceId("i1"): guard})
+    await reading
+    found = replica.state.value(layout.guard_key(InstanceId("i1")))
+    assert found is not None
+    assert layout.parse_guard(found[0]) == guard
+    assert replica.restores.journal.position.revision == 20
 
 
 async def test_what_changes_while_a_hub_compares_is_not_taken_for_a_restored_backup(

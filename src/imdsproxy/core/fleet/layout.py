@@ -168,6 +168,11 @@ def is_number(value: object) -> bool:
     return type(value) is int and 0 <= value <= MOST_NUMBER
 
 
+def is_count(value: object) -> bool:
+    """Whether a JSON value is a number to which hubs add: far below `MOST_NUMBER`, so that no sum is unreadable."""
+    return is_number(value) and cast("int", value) <= MOST_NUMBER // 2
+
+
 def plain(text: str, most: int = MOST_TEXT) -> str:
     """Make a text of another machine fit to store and show: printable, one line, cut after `most` characters."""
     cut = text if len(text) <= most else f"{text[: most - 1]}…"

@@ -19,6 +19,7 @@ from imdsproxy.core.fleet.layout import (
     Unreadable,
     decode,
     encode,
+    is_count,
     is_number,
 )
 from imdsproxy.errors import AccessDenied, NotFound
@@ -49,7 +50,7 @@ class StoredHost:
         expires_at: When the token ends, Unix time.
         trusts: Which CAs it was given with its newest certificate, as hubs name all of them; empty where that was not
             noted.
-        revocations: How often the host was revoked.
+        revocations: How often the host was revoked, or enrolled again.
         version: How often the value was written. Of two values, the one with more revocations is newer, then the one
             with the higher version: etcd's revisions say nothing of that after a restore.
     """
@@ -113,7 +114,9 @@ def parse_host(value: bytes) -> StoredHost:
         } if (
             state in _STORED
             and all(isinstance(one, str) for one in serials)
-            and all(map(is_number, (expires, revocations, version)))
+            and is_number(expires)
+            and is_count(revocations)
+            and is_count(version)
         ):
             return StoredHost(
                 HostState(state), tuple(serials), token, expires, trusts, revocations, version
@@ -170,6 +173,8 @@ def plan_enrolment(
 ) -> StoredHost:
     """A host joins: the token is used up, and only the new certificate is good.
 
+    Certificates from before are revoked by that: a journal that has a later renewal of them does not bring them back.
+
     Raises:
         AccessDenied: The token is not the host's, was used, or has ended.
     """
@@ -183,6 +188,7 @@ def plan_enrolment(
         stored,
         state=HostState.ENROLLED,
         serials=(serial,),
+        revocations=stored.revocations + bool(stored.serials),
         token_sha256=None,
         expires_at=0,
         trusts=trusts,

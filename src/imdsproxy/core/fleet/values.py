@@ -22,6 +22,7 @@ from imdsproxy.core.fleet.layout import (
     Unreadable,
     decode,
     encode,
+    is_count,
     is_id,
     is_number,
 )
@@ -151,7 +152,7 @@ def render_beat(beat: Beat) -> bytes:
 def parse_beat(value: bytes) -> Beat:
     """Parse the value of `layout.BEAT`; raises `Unreadable`."""
     match decode(value):
-        case {"count": count, "hub": str(hub)} if is_number(count):
+        case {"count": count, "hub": str(hub)} if is_count(count):
             return Beat(count, hub)
         case _:
             raise Unreadable("it does not say `count` and `hub`")
