@@ -91,6 +91,7 @@ class HubProcess:
                 "user": None,
                 "haproxy_user": None,
                 "runtime_dir": str(directory / "run"),
+                "state_dir": str(directory / "state"),
                 "etcd": {"endpoints": list(endpoints)},
             },
             "log": {"level": "warning"},

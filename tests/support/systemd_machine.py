@@ -72,7 +72,7 @@ ln -sf /dev/null "$root/etc/systemd/system/epmd.socket"
 for unit in dev-hugepages dev-mqueue sys-kernel-debug sys-kernel-tracing sys-fs-fuse-connections; do
     ln -sf /dev/null "$root/etc/systemd/system/$unit.mount"
 done
-rm -rf "$root/etc/imdsproxy" "$root/var/lib/imdsproxy" "$root/var/log/journal"
+rm -rf "$root/etc/imdsproxy" "$root/var/lib/imdsproxy" "$root/var/lib/imdsproxy-hub" "$root/var/log/journal"
 printf "[Unit]\nRequires=basic.target\nAfter=basic.target\n" >"$root/etc/systemd/system/imdst.target"
 ip link set lo up
 cd "$root"

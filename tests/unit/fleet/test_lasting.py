@@ -81,8 +81,8 @@ def test_no_journal_brings_a_certificate_back_that_a_host_had_before_it_was_enro
 
 
 def test_a_count_that_could_not_grow_is_not_readable() -> None:
-    for field in ("revocations", "version"):
-        full = replace(StoredHost(HostState.ENROLLED, ("1",)), **{field: 2**63 - 1})
+    enrolled, most = StoredHost(HostState.ENROLLED, ("1",)), 2**63 - 1
+    for full in (replace(enrolled, revocations=most), replace(enrolled, version=most)):
         with pytest.raises(Unreadable):
             parse_host(render_host(full))
         revoked = plan_revocation(HostId("a"), read_host(render_host(full), 7))
