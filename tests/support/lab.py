@@ -314,7 +314,7 @@ class Lab:
 
     def forget_neighbours(self) -> None:
         """Have the networks forget which MAC has an address: a guest that took another's would have it for seconds."""
-        for place in {place for place, _ in self._places.values()}:
+        for place in {*self.made_by_daemon(), *(place for place, _ in self._places.values())}:
             ip("-n", place, "neigh", "flush", "all")
 
     @contextlib.contextmanager

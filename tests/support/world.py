@@ -18,7 +18,12 @@ from support.lab import Lab, LabState, RecordMapping, until
 RIGHT_WITHIN_S: Final = 1.0
 """How long what changed on the host may take to be right, or to be reported."""
 
-_DEFAULTS: Final = (Path("/run/imdsproxy"), Path("/var/lib/imdsproxy"), Path("/etc/imdsproxy"))
+_DEFAULTS: Final = (
+    Path("/run/imdsproxy"),
+    Path("/var/lib/imdsproxy"),
+    Path("/var/lib/imdsproxy-hub"),
+    Path("/etc/imdsproxy"),
+)
 
 
 def own_name(guest: Guest) -> str:
