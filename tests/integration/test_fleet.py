@@ -105,6 +105,29 @@ def _sign_anew(world: FleetWorld, *guests: Guest) -> None:
     assert reads() == {401}
 
 
+def test_no_token_is_good_any_more_once_its_instance_was_removed_though_the_id_comes_again(
+    world: FleetWorld,
+) -> None:
+    host = world.add_host("again", networks=("teal",))
+    guest, hub = host.lab.guest("teal"), FleetClient(world.operator("otto"), urls=tuple(world.urls))
+    port = {"network": "teal", "mac": guest.mac, "addresses": [guest.addresses[0]]}
+    record = {"id": "again", "name": "again", "ports": [port], "hosts": ["again"]}
+
+    def read(token: str) -> int:
+        return guest.ask("/latest/meta-data/hostname", headers=with_token(token)).status
+
+    with world.etcd.entered():
+        until(lambda: "again" in _connected(hub), within_s=20, what="the host is connected")
+        hub.request("POST", "/v1/networks", body={"id": "teal", "listener": {"bridge": "teal"}})
+        assert hub.request("POST", "/v1/instances", body=record)["applied"]
+    token = take_token(guest)
+    assert read(token) == 200
+    with world.etcd.entered():
+        assert hub.request("DELETE", "/v1/instances/again")["applied"]
+        assert hub.request("POST", "/v1/instances", body=record)["applied"]
+    assert (read(token), read(take_token(guest))) == (401, 200)
+
+
 def test_any_hub_answers_a_change_once_its_host_has_it_and_asks_that_host(
     world: FleetWorld,
 ) -> None:

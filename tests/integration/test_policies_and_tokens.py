@@ -227,6 +227,29 @@ def test_reopen_unseals_and_opens_what_is_locked_after_the_boot(world: World) ->
     assert (_read(world.red, USER_DATA), _read(green, USER_DATA)) == (200, 403)
 
 
+def test_no_token_is_good_any_more_once_its_instance_was_removed_though_the_id_comes_again(
+    world: World,
+) -> None:
+    record = next(one for one in world.instances if one["id"] == "red-5")
+    token = take_token(world.red)
+    with world.red.connect() as kept:
+        assert kept.request(_HOSTNAME, headers=with_token(token)).status == 200
+        world.daemon.remove_instance("red-5")
+        world.daemon.put(instances=[record])
+        assert kept.request(_HOSTNAME, headers=with_token(token)).status == 401
+    assert _read(world.red, _HOSTNAME, token) == 401
+    second = take_token(world.red)
+    # A change is no removal.
+    _instance_says(world, world.red, {"tokens": "required"})
+    assert _read(world.red, _HOSTNAME, second) == 200
+    world.daemon.remove_instance("red-5")
+    world.daemon.kill_controller()
+    world.daemon.start()
+    world.daemon.put(instances=[record])
+    assert [_read(world.red, _HOSTNAME, one) for one in (token, second)] == [401, 401]
+    assert _read(world.red, _HOSTNAME, take_token(world.red)) == 200
+
+
 def test_a_damaged_guard_file_stops_the_start_and_guests_are_served_on(world: World) -> None:
     old = take_token(world.red)
     _do(world, "token", "revoke", "red-5")

@@ -248,7 +248,7 @@ async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous gen
     clock, inventory = _StillClock(), Inventory(["sqlite", "file"])
     applier = RecordApplier(layout)
     keys = TokenKeys(layout)
-    policy_store = PolicyStore(keys)
+    policy_store = PolicyStore(keys, clock)
     keys.read(None)
     write_table(layout.token_keys_map, render_key_map(keys.keys), secret=True)
     applier.write_all({})

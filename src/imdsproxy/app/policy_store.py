@@ -17,15 +17,17 @@ from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.policy import OperatorOverride, PolicyBook
 from imdsproxy.core.retired import Overrides, parse_retired
+from imdsproxy.core.tokens import TTL_LIMIT_S
 from imdsproxy.errors import HostRefused
+from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import write_atomic
 
-_FORMAT: Final = 2
+_FORMAT: Final = 3
 _write: Final = partial(write_atomic, mode=0o600, durable=True)
 
 
-def read_overrides(path: Path) -> Overrides:
-    """What the file says; without a file nothing was done.
+def read_overrides(path: Path) -> tuple[Overrides, dict[str, int]]:
+    """Return what operators did, and when instances went (Unix time); without a file nothing was done.
 
     Raises:
         HostRefused: It cannot be read, or is damaged.
@@ -33,7 +35,7 @@ def read_overrides(path: Path) -> Overrides:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        return Overrides()
+        return Overrides(), {}
     except OSError as error:
         raise HostRefused(f"cannot read {path}: {error.strerror}") from error
     try:
@@ -46,13 +48,17 @@ def read_overrides(path: Path) -> Overrides:
         ) from error
 
 
-def _parse(text: str) -> Overrides:
+def _parse(text: str) -> tuple[Overrides, dict[str, int]]:
     head = cast("dict[str, object]", json.loads(text))
     if head["format"] != _FORMAT:
         raise ValueError(f"it is of format {head['format']}, not {_FORMAT}")
     instances = cast("dict[str, list[object]]", head["instances"])
     listed = {name: _override(name, *numbers) for name, numbers in instances.items()}
-    return Overrides(listed, parse_retired(head["retired"]))
+    departed = cast("dict[str, object]", head["departed"])
+    times = {name: at for name, at in departed.items() if type(at) is int}
+    if times != departed:
+        raise ValueError("an instance went at something else than a time")
+    return Overrides(listed, parse_retired(head["retired"])), times
 
 
 def _override(name: str, epoch: object, reopened_at: object) -> OperatorOverride:
@@ -88,11 +94,15 @@ class PolicyStore:
         overrides: What operators of this host did, by instance, also those that are gone: one that comes again under
             its id must not get its old tokens back.
         fleet: What `take_fleet` got last.
+        departed: When instances went, Unix time, as long as a token of theirs may be unexpired.
     """
 
     keys: TokenKeys
+    clock: Clock
     overrides: Overrides = field(default_factory=Overrides)
     fleet: FleetPolicies = field(default_factory=FleetPolicies)
+    departed: dict[str, int] = field(default_factory=dict)
+    _unsaved: bool = False
     _book: PolicyBook = field(default_factory=PolicyBook)
     _in_force: PolicyBook = field(default_factory=PolicyBook)
     _made_of: tuple[object, ...] = ()
@@ -126,23 +136,50 @@ class PolicyStore:
         override = self.overrides.get(instance, OperatorOverride())
         return self._keep(instance, replace(override, reopened_at=now), here)
 
+    def depart(self, instances: Collection[InstanceId]) -> None:
+        """Note instances that no source has any more; `save` has to follow."""
+        if instances:
+            now = int(self.clock.now().timestamp())
+            kept = {name: at for name, at in self.departed.items() if at > now - TTL_LIMIT_S}
+            self.departed = kept | dict.fromkeys(instances, now)
+            self._unsaved = True
+
+    def arrive(self, instances: Collection[InstanceId]) -> None:
+        """Have no token be good that one of these got under the same id before it went; `save` has to follow."""
+        for instance in self.departed.keys() & instances:
+            del self.departed[instance]
+            override = self.overrides.get(instance, OperatorOverride())
+            override = replace(override, epoch=override.epoch + 1)
+            self.overrides = self.overrides.replace(instance, override)
+            self._unsaved = True
+
+    def save(self) -> None:
+        """Write what `depart` and `arrive` noted; raises `HostRefused`."""
+        if self._unsaved:
+            self._write(self.overrides)
+
     def _keep(
         self, instance: InstanceId, override: OperatorOverride, here: Collection[str] | None
     ) -> OperatorOverride:
         overrides = self.overrides.replace(instance, override)
         if here is not None:
             overrides = overrides.retire({*here, instance})
+        self._write(overrides)
+        self.overrides = overrides
+        return override
+
+    def _write(self, overrides: Overrides) -> None:
         listed = sorted(overrides.listed.items())
         content = {
             "format": _FORMAT,
             "instances": {name: [one.epoch, one.reopened_at] for name, one in listed},
             "retired": overrides.retired.render(),
+            "departed": self.departed,
         }
         text = json.dumps(content, indent=1)
         # A revocation that a power cut takes back would make tokens good again.
         _write(self.keys.layout.guards, text.encode())
-        self.overrides = overrides
-        return override
+        self._unsaved = False
 
     def take_fleet(self, fleet: FleetPolicies) -> FleetChange:
         """Take over what the fleet says now, in place of all before; what the caller has to do about it.
@@ -195,7 +232,7 @@ class PolicyStore:
         """
         self.read(settings)
         # To go on without what cannot be read would make revoked tokens good again.
-        self.overrides = read_overrides(self.keys.layout.guards)
+        self.overrides, self.departed = read_overrides(self.keys.layout.guards)
         self.keys.load()
         self.keys.preload()
 

@@ -82,6 +82,9 @@ class RecordLoop:
     Args:
         on_networks: Called with networks that came, changed or went.
         on_applied: Called with addresses whose records are in force now; `None` stands for all of them.
+        on_gone: Called with instances that no source has any more.
+        on_here: Called with instances that changed or came, of sources whose ids may stand for another instance later.
+        save: Called before records are planned that need what these two noted; may raise `HostRefused`.
         routing: Where requests go whose documents Nova has, as of now; `resync` after it changed.
         policies: What settings and operators say of guests, as of now; `resync` after it changed.
         sets: Who has HAProxy know path rules.
@@ -107,6 +110,9 @@ class RecordLoop:
     keys: TokenKeys
     routing: Callable[[], NovaRouting] = NovaRouting
     policies: Callable[[], PolicyBook] = PolicyBook
+    on_gone: Callable[[Collection[InstanceId]], None] = lambda _: None
+    on_here: Callable[[Collection[InstanceId]], None] = lambda _: None
+    save: Callable[[], None] = lambda: None
     learned: dict[AddressKey, Learned] = field(default_factory=dict)
     tickets: Tickets = field(default_factory=Tickets)
     failure: Problem | None = None
@@ -127,6 +133,7 @@ class RecordLoop:
         if self.inventory.has_expired != expired:
             # Also what HAProxy knows from before a restart.
             self._work.everything = True
+        self._report(observation, affected)
         if self._work.everything:
             if self._work.addresses:
                 self._work.addresses -= affected.addresses
@@ -149,6 +156,12 @@ class RecordLoop:
         if not observation.more:
             self._wake.set()
         return ticket
+
+    def _report(self, observation: Observation, affected: Affected) -> None:
+        self.on_gone(affected.gone)
+        # Ids of Neutron's stand for one instance for ever, and of a fleet's instances hubs raise the epoch.
+        if not observation.defers and observation.source != FLEET:
+            self.on_here(affected.instances - affected.gone)
 
     def learn(self, key: AddressKey, learned: Learned) -> int:
         """Have HAProxy know an address that no record claims."""
@@ -257,6 +270,8 @@ class RecordLoop:
         self.keys.preload()
         packed.extend(sorted(values.items()))
         if whole:
+            # They went while no controller ran.
+            self.on_gone(compiling.lost)
             self._remove_all(compiling.unneeded)
             self._swept = True
         self.compiler.index.close()
@@ -340,6 +355,7 @@ class RecordLoop:
 
     async def _round(self, work: _Work) -> None:
         token_keys = self.keys.needed(self._is_of_fleet)
+        self.save()
         full = work.everything or (self.inventory.in_sync and not self._swept)
         if full:
             work.everything = True

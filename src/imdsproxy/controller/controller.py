@@ -120,7 +120,7 @@ class Controller:
         self.with_data_plane = False
         self.kept = kept_sockets(environment, KEPT_WORKERS, os.getpid())
         self.background: set[asyncio.Task[None]] = set()
-        self.policy_store = PolicyStore(TokenKeys(layout))
+        self.policy_store = PolicyStore(TokenKeys(layout), clock)
         self.policy_store.open(settings)
         applier = RecordApplier(layout)
         launcher = Launcher(program.path, build.unit_of(settings.haproxy), layout)
@@ -156,6 +156,9 @@ class Controller:
             self.policy_store.keys,
             lambda: nova.routing,
             self.policy_store.book,
+            self.policy_store.depart,
+            self.policy_store.arrive,
+            self.policy_store.save,
             progress=progress,
         )
         self.watching = Watching(self.haproxy, self._apply_watching, partial(_owner_of, inventory))

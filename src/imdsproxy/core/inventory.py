@@ -263,6 +263,7 @@ class Inventory:
                 change.instances.add(instance_id)
                 change.addresses |= self.addresses_of(instance_id)
         change.in_sync = self.in_sync != in_sync
+        change.gone = change.instances - self._instances.keys() - self._instance_conflicts.keys()
         return change
 
     def _report(self, source: SourceName) -> Report:

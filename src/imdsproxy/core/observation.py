@@ -90,12 +90,14 @@ class Affected:
         networks: Their listener, content or conflict.
         instances: Their documents: the instance itself, or a network that it has a port in.
         addresses: Who owns them, or the documents of who owns them.
+        gone: Instances that no source has any more.
         in_sync: `Inventory.in_sync` changed.
     """
 
     networks: set[NetworkId] = field(default_factory=set)
     instances: set[InstanceId] = field(default_factory=set)
     addresses: set[AddressKey] = field(default_factory=set)
+    gone: set[InstanceId] = field(default_factory=set)
     in_sync: bool = False
 
     def __bool__(self) -> bool:

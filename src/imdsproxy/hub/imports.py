@@ -149,7 +149,8 @@ def _parts(instances: Sequence[PlacedInstance]) -> Iterator[Sequence[PlacedInsta
     """Instances as many at a time as etcd takes in one transaction."""
     begin, operations, size = 0, 0, 0
     for number, one in enumerate(instances):
-        most = 1 + len(plan_writes.claims_of(one)) + len({port.network for port in one.ports})
+        # The record, and the guard of an instance that had its id before.
+        most = 2 + len(plan_writes.claims_of(one)) + len({port.network for port in one.ports})
         # A record's payload of its own is all that may be large.
         length = 1024 + len(one.vendor_data or b"") * 2
         if number > begin and (operations + most > _OPERATIONS or size + length > _BYTES):

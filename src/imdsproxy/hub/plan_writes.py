@@ -687,6 +687,7 @@ def _put_instance(
         with suppress(layout.Unreadable):
             left = layout.parse_instance(removed[0]).leaves(stored.hosts)
         stored = replace(stored, left=left)
+        _end_tokens(draft, put.record.id)
     draft.hold(key)
     if put.user_data is not None and put.chunk_revision:
         chunk = layout.blob_key(put.user_data.sha256, 0)
@@ -696,6 +697,16 @@ def _put_instance(
     draft.hosts.update(stored.hosts)
     if known is not None:
         draft.hosts.update(known[0].hosts)
+
+
+def _end_tokens(draft: _Draft, instance: InstanceId) -> None:
+    """Have no token of the instance that had the id before be good for the one that has it now."""
+    key = layout.guard_key(instance)
+    found = draft.view(key)
+    guard = OperatorOverride() if found is None else _read_guard(draft.view, found)
+    epoch = next_epoch(guard.epoch, _incarnation(draft.view))
+    draft.hold(key)
+    draft.puts[key] = layout.render_guard(replace(guard, epoch=epoch))
 
 
 def _stored(
@@ -932,12 +943,13 @@ def _read_guard(view: View, found: tuple[bytes, int]) -> OperatorOverride:
     try:
         return layout.parse_guard(found[0])
     except layout.Unreadable:
-        meta = view(layout.META)
-        incarnation = 1
-        if meta is not None:
-            incarnation = _readable(layout.parse_meta, meta[0], "the fleet").incarnation
         # Each revocation was a write: there were fewer than revisions.
-        return OperatorOverride(next_epoch(0, incarnation) + found[1])
+        return OperatorOverride(next_epoch(0, _incarnation(view)) + found[1])
+
+
+def _incarnation(view: View) -> int:
+    meta = view(layout.META)
+    return 1 if meta is None else _readable(layout.parse_meta, meta[0], "the fleet").incarnation
 
 
 def _last_record(

@@ -16,19 +16,26 @@ from imdsproxy.core.fleet.policies import FleetPolicies
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.policy import FleetRules, OperatorOverride, PolicyBook, PolicyRules, TokenMode
 from imdsproxy.core.retired import Overrides
-from imdsproxy.core.tokens import TokenKey, parse_token_keys, render_key_map, render_token_keys
+from imdsproxy.core.tokens import (
+    TTL_LIMIT_S,
+    TokenKey,
+    parse_token_keys,
+    render_key_map,
+    render_token_keys,
+)
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.records import RecordApplier, write_table
 from imdsproxy.errors import HostRefused, RuntimeUnavailable, SecretUnreadable
 from imdsproxy.host.files import write_atomic
 from support.full_disk import full_disk
+from support.hand_clock import HandClock
 from support.tasks import background, until
 
-_WEB = InstanceId("web")
+_WEB, _DB = InstanceId("web"), InstanceId("db")
 
 
-def _open(directory: Path) -> PolicyStore:
-    store = PolicyStore(TokenKeys(Layout(directory, directory)))
+def _open(directory: Path, clock: HandClock | None = None) -> PolicyStore:
+    store = PolicyStore(TokenKeys(Layout(directory, directory)), clock or HandClock())
     store.open(Settings())
     return store
 
@@ -45,6 +52,39 @@ def test_what_operators_did_outlives_a_restart_and_what_cannot_be_written_has_no
         store.reopen(_WEB, 1)
     expected = Overrides({_WEB: OperatorOverride(1, 1_700_000_000)})
     assert store.overrides == _open(tmp_path).overrides == expected
+
+
+def test_no_token_of_an_instance_that_went_is_good_for_one_that_comes_under_its_id(
+    tmp_path: Path,
+) -> None:
+    store = _open(tmp_path)
+    store.revoke(_WEB)
+    store.depart({_WEB, _DB})
+    with full_disk(), pytest.raises(HostRefused, match="No space"):
+        store.save()
+    store.save()
+    # No controller need run all the time between.
+    store = _open(tmp_path)
+    store.arrive({_WEB, InstanceId("new")})
+    assert store.book().override(_WEB) == OperatorOverride(2)
+    store.save()
+    store = _open(tmp_path)
+    assert store.departed.keys() == {_DB}
+    assert store.book().override(_WEB) == OperatorOverride(2)
+    assert store.book().override("new") == OperatorOverride(0)
+    # An instance that changes while it is here goes on with its tokens.
+    store.arrive({_WEB})
+    assert store.book().override(_WEB) == OperatorOverride(2)
+
+
+def test_an_instance_that_went_is_forgotten_once_its_last_token_has_ended(tmp_path: Path) -> None:
+    clock = HandClock(pace=1)
+    store = _open(tmp_path, clock)
+    store.depart({_WEB})
+    clock.time += TTL_LIMIT_S + 1
+    store.depart({_DB})
+    store.save()
+    assert _open(tmp_path, clock).departed.keys() == {_DB}
 
 
 def test_the_file_of_a_host_whose_instances_come_and_go_does_not_grow(tmp_path: Path) -> None:

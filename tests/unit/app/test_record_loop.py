@@ -425,6 +425,45 @@ async def test_a_fresh_start_looks_at_each_record_once_and_leaves_none_that_nobo
     await rig.haproxy.close()
 
 
+async def test_instances_that_went_are_reported_also_those_that_went_while_no_controller_ran(
+    tmp_path: Path,
+) -> None:
+    gone: list[str] = []
+    here: list[str] = []
+    rig = Rig(tmp_path)
+    rig.loop.on_gone, rig.loop.on_here = gone.extend, here.extend
+    rig.files.apply(_OLD, CompiledRecord("1", b"old"))
+    for source in ("a", "b"):
+        rig.report(_instance("web", "10.0.0.5"), source=source)
+    rig.applier.write_all(await rig.loop.compile_all())
+    assert (gone, set(here)) == (["old"], {"web"})
+    here.clear()
+    rig.report(source="a")
+    assert gone == ["old"]
+    rig.report(source="b")
+    assert (gone, here) == (["old", "web"], [])
+    here.clear()
+    # Neutron's ids stand for one instance for ever, and hubs see to a fleet's.
+    for source, defers in (("fleet", False), ("neutron", True)):
+        one = _instance(f"of-{source}", "10.0.0.6")
+        rig.loop.observe(Observation(source, instances={one.id: one}, defers=defers))
+    assert here == []
+
+
+async def test_no_record_is_in_force_before_it_is_saved_whose_tokens_have_ended(rig: Rig) -> None:
+    class Full:
+        def save(self) -> None:
+            raise HostRefused("No space left on device")
+
+    rig.loop.save = Full().save
+    ticket = rig.report(_instance("web", "10.0.0.5"))
+    await until(lambda: rig.loop.failure is not None)
+    assert rig.told("10.0.0.5") is None
+    rig.loop.save = lambda: None
+    await rig.loop.tickets.wait(ticket)
+    assert rig.told("10.0.0.5") is not None
+
+
 @pytest.mark.parametrize("reload", [False, True])
 async def test_a_resync_mends_what_somebody_changed_behind_our_back(
     rig: Rig,

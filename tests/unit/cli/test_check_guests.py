@@ -371,7 +371,9 @@ def test_a_damaged_file_of_overrides_is_found_before_the_start(tmp_path: Path) -
     on = subject({"paths": {"state_dir": str(tmp_path)}})
     path = on.layout.guards
     assert check_overrides(on) == []
-    path.write_text('{"format": 2, "instances": {"web": [1, 0]}, "retired": [0, ""]}')
+    path.write_text(
+        '{"format": 3, "instances": {"web": [1, 0]}, "retired": [0, ""], "departed": {}}'
+    )
     (fine,) = check_overrides(on)
     assert (fine.ok, fine.warning, "1 instance" in fine.text) == (True, False, True)
     path.write_text("{")

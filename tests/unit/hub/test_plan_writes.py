@@ -279,6 +279,20 @@ def test_a_record_that_cannot_be_read_is_written_over_by_an_operator_of_all_proj
     assert store.keys[claim][0] == b"mail"
 
 
+def test_no_token_of_an_instance_that_was_removed_is_good_for_one_that_comes_under_its_id() -> None:
+    def epoch() -> int:
+        found = store.keys.get(layout.guard_key(_WEB))
+        return 0 if found is None else layout.parse_guard(found[0]).epoch
+
+    store = _written(_blue(), ("web", []))
+    _written(store, ("web", []))
+    assert epoch() == 0
+    for expected in (1, 2):
+        assert store.commit(plan_removal(store.keys.get, _WEB, _ALL)) is None
+        _written(store, ("web", []))
+        assert epoch() == expected
+
+
 def test_a_record_that_cannot_be_read_is_removed() -> None:
     store = _damaged(_written(_blue(), ("web", [])), layout.instance_key(_WEB))
     with pytest.raises(NotFound):

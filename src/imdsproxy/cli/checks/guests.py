@@ -264,7 +264,7 @@ def check_token_keys(on: Subject) -> list[Finding]:
 def check_overrides(on: Subject) -> list[Finding]:
     """What operators did about instances can be read; `run` does not start where it cannot."""
     try:
-        overrides = read_overrides(on.layout.guards)
+        overrides, _ = read_overrides(on.layout.guards)
     except ImdsproxyError as error:
         return refused(error)
     number = spell_count(len(overrides), "instance")
