@@ -3,6 +3,8 @@
 How many are held, and for how long, is in tests/unit/serving/test_resolver.py.
 """
 
+import contextlib
+import itertools
 import os
 import signal
 import time
@@ -122,6 +124,45 @@ def test_a_guest_that_invents_addresses_slows_no_known_one_and_no_change(world: 
     assert load.report.lost == []
     assert flood.statuses.count(503) > 0
     assert flooded < max(3 * alone, 0.05 * patience())
+
+
+class _Misses(Background):
+    """Guests that ask for what there is not, under another path each time, as fast as they can."""
+
+    def __init__(self, *guests: Guest) -> None:
+        super().__init__(
+            *(partial(self._run, guest, number) for guest in guests for number in range(30))
+        )
+        self.statuses: list[int] = []
+
+    def _run(self, guest: Guest, number: int) -> None:
+        turns = itertools.count()
+        while not self._stop.is_set():
+            with contextlib.suppress(Lost), guest.connect(timeout_s=2) as connection:
+                while not self._stop.is_set():
+                    part = "%61" * 4000 if number % 2 else "meta-data/tags/instance"
+                    path = f"/latest/{part}/{number}-{next(turns)}"
+                    self.statuses.append(connection.request(path).status)
+
+
+@pytest.mark.alone
+def test_health_checks_of_the_document_server_outlive_guests_that_ask_for_what_there_is_not(
+    world: World,
+) -> None:
+    def downs() -> dict[str, str]:
+        rows = world.daemon.haproxy_rows()
+        return {row["svname"]: row["chkdown"] for row in rows if row["pxname"] == "documents"}
+
+    before = downs()
+    assert {"BACKEND", "documents-0", "documents-1"} <= before.keys()
+    with _Misses(*(world.guests[name] for name in ("green", "blue", "grey"))) as flood:
+        for answers in range(200, 4000, 200):
+            until(lambda: len(flood.statuses) > answers, within_s=20, what="a flood")  # noqa: B023
+            assert downs() == before
+            assert own(world.red, world.red.ask(_TARGET)) is None
+            world.daemon.wait_ready()
+    # The tests' limits are so wide that no share of misses protects the document server.
+    assert set(flood.statuses) == {404}
 
 
 @pytest.mark.slow
