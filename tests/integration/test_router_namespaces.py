@@ -141,6 +141,27 @@ def test_a_router_that_goes_is_forgotten_and_one_made_again_is_served(world: Rou
     until(lambda: world.daemon.status()["networks"] == len(routers.routers) - 1, what="no record")
 
 
+def test_explain_says_of_a_guest_behind_a_router_what_the_guest_gets(world: RouterWorld) -> None:
+    guest = world.guests["r1-g1"]
+
+    def outcome() -> str:
+        words = ("--network", guest.network, "--from", guest.addresses[0])
+        done = world.daemon.command("explain", *words)
+        assert done.status == 0, done
+        return done.out
+
+    assert "its documents are answered 200\n" in outcome()
+    world.daemon.put(instances=[{**record(guest), "policy": {"tokens": "required"}}])
+    try:
+        assert world.asks_as("r1-g1") == "401"
+        said = " ".join(outcome().split())
+        assert "its documents are answered 200; without a session token " in said
+        assert "/latest/meta-data/" in said.partition(" are 401")[0]
+    finally:
+        world.daemon.put(instances=[record(guest)])
+    world.wait("r1-g1")
+
+
 def test_only_redirected_requests_come_to_our_port(world: RouterWorld) -> None:
     routers, guest = world.routers, world.guests["r1-g1"]
     outside = replace(guest, namespace=routers.gateway("r1"), port=REDIRECTED_PORT)
