@@ -19,7 +19,7 @@ on the way in and `ip daddr . tcp dport` on the way out; SYN is `tcp flags & (fi
       FLOW . ether saddr @open4 update @from4, update @open4 return
       FLOW @from4 drop                            # another MAC began the connection
       SYN update @from4 { FLOW : ether saddr }, update @open4 { FLOW . ether saddr } return
-      ip saddr @macs4 drop                        # another MAC has the address: nothing but a SYN may come
+      meta l4proto tcp ip saddr @macs4 drop       # another MAC has the address: of TCP nothing but a SYN may come
     chain free4
       FLOW @from4 update @from4 goto pass4
       SYN update @from4 { FLOW : ether saddr }
@@ -88,7 +88,7 @@ from imdsproxy.core.wire import ANSWER_DSCP, REDIRECTED_PORT, VERIFIED_PORT
 from imdsproxy.host import nftables as nft
 from imdsproxy.host.nftables import LINK, NETWORK, TRANSPORT, Batch, Change, Element
 
-FORMAT: Final = 3
+FORMAT: Final = 4
 """In each table's comment: a table of another format is replaced."""
 
 SETS: Final = tuple(f"{what}{family.value}" for family in Family for what in ("good", "free"))
@@ -319,7 +319,8 @@ def _inward(batch: Batch, layout: Layout) -> None:
         ("in", own, flow.keep(), _RETURN),
         ("in", whose, _DROP),
         ("in", begins, flow.keep(timeout_ms=_SYN_MS), _RETURN),
-        ("in", taken, _DROP),
+        # No other protocol: without a guest's neighbour advertisement it would not even be refused.
+        ("in", _IS_TCP, taken, _DROP),
         # The first MAC stays.
         ("free", whose, nft.remember(name("from"), value=flow.value), passed),
         ("free", begins, nft.remember(name("from"), value=flow.value)),
