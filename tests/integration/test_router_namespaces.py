@@ -94,9 +94,9 @@ def test_no_request_leaves_a_router_however_early_its_guest_asks(world: RouterWo
         guest = routers.guest("r3", "r3-g1", 1, 5)
         world.guests["r3-g1"] = guest
         for to in (IPV4, IPV6):
-            with pytest.raises(Lost):
-                # Where HAProxy does not listen yet nothing answers; no other machine may.
-                guest.connect(to=to, timeout_s=0.01).request("/")
+            # Where HAProxy does not listen yet nothing answers; no other machine may.
+            with pytest.raises(Lost), guest.connect(to=to, timeout_s=0.01) as connection:
+                connection.request("/")
         world.daemon.put(instances=[record(guest)])
         world.wait("r3-g1")
         with pytest.raises(Lost, match="refused"):

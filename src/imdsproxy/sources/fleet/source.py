@@ -487,7 +487,7 @@ class FleetSource:
                 supplied = self.known.supplied()
             if supplied.put:
                 await self._apply(publish, supplied, self._greeted)
-            self._applying = False
+            self._applying, self._awaits = False, self._has_to_wait()
             # What is on its way into force needs what was there before until it is confirmed.
             if self._sweepable and not self._to_confirm.is_set():
                 await self._sweep()
@@ -517,10 +517,17 @@ class FleetSource:
         missing = lacking | damaged
         self._fetcher.forget(missing)
         self.known.explain_lacking(self._fetcher.reasons())
-        self._awaits = not all(map(self._fetcher.is_refused, lacking))
+        # Only records in force make an end to it: until then their guests must not count as unknown.
+        self._awaits = self._awaits or self._has_to_wait()
         if missing - self._missing:
             self._lacks_more.set()
         self._missing = missing
+
+    def _has_to_wait(self) -> bool:
+        """Return whether an item waits for user data, or for the round that brings it into force."""
+        lacking = self.known.missing_user_data()
+        refused = all(map(self._fetcher.is_refused, lacking))
+        return not refused or bool(self.known.supplied().put)
 
     async def send_password(self, instance: InstanceId, password: bytes) -> None:
         """Give a hub the password that a guest posted; raises as `HubStream.give_password`."""
@@ -558,6 +565,7 @@ class FleetSource:
             self.alone = False
             self._vouched = vouched
         delayed = self.leaving.delay(applied.records, self.clock.monotonic())
+        self._awaits = self._has_to_wait()
         await self._report(publish, delayed)
         self._published = known.position.revision
         self._unconfirmed.update(applied.stored)
