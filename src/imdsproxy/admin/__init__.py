@@ -1,1 +1,1 @@
-"""What operators and monitoring see: admin API, health, metrics."""
+"""Interfaces for operators and monitoring: admin API, health, metrics."""

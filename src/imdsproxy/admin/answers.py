@@ -1,4 +1,4 @@
-"""What answers say of networks that are not served, and of changes."""
+"""Values in several answers: networks that are not served, results of changes, readiness."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -13,8 +13,8 @@ class LeftOut:
 
     Attributes:
         code: Stable and kebab-case, as `namespace-missing`, `port-busy`, `foreign-listener`.
-        reason: What is wrong, with pid and program where another program is in the way.
-        hint: What the operator can do.
+        reason: The reason, with pid and program if another program is in the way.
+        hint: The operator's remedy.
     """
 
     network: NetworkId
@@ -24,18 +24,18 @@ class LeftOut:
 
     @classmethod
     def of(cls, one: endpoints.LeftOut) -> Self:
-        """As reports have it."""
+        """Convert the core's value."""
         family = "" if one.family is None else f"IPv{one.family.value}: "
         return cls(one.network, one.code.value, f"{family}{one.reason}", one.hint)
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What a change did: acknowledged once no worker of HAProxy answers with the old state.
+    """Result of a change, sent once no worker of HAProxy answers with the previous state.
 
     Attributes:
-        applied: HAProxy has it. Off: it is stored, and comes in force when `pending` is mended.
-        pending: Why it is not in force yet, as `namespace n1 is missing`.
+        applied: HAProxy has the change. If false, the change is stored and takes effect once `pending` is resolved.
+        pending: Why the change is not in force yet, as `namespace n1 is missing`.
         warnings: Names in the records that documents change or lack; twenty at most, then how many more.
     """
 
@@ -48,11 +48,11 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """Whether guests get what the sources say; of a hub, whether hosts get what etcd has.
+    """Whether guests get what the sources report; for a hub, whether hosts get the state of etcd.
 
     Attributes:
         reasons: Why not, a line each.
-        degraded: Networks that are configured and not served, then what is wrong and no guest notices; a line each.
+        degraded: Configured networks that are not served, then faults that guests do not notice; a line each.
     """
 
     ready: bool

@@ -1,7 +1,7 @@
 """The admin API: an ASGI application over the controller's parts, described by its own OpenAPI document.
 
-It is served on a unix socket only, whose mode and owner say who may use it. Every answer from 400
-up is one `ProblemBody` (RFC 9457).
+The API is served on a unix socket only, whose mode and owner decide who may use it. Every answer from 400 up is one
+`ProblemBody` (RFC 9457).
 """
 
 from fastapi import FastAPI
@@ -12,10 +12,10 @@ from imdsproxy.controller.controller import Controller
 
 
 def admin_app(controller: Controller | None) -> FastAPI:
-    """The application; `/openapi.json` describes it, `/v1/…` are its routes.
+    """Build the application; its routes are `/v1/…`, and `/openapi.json` describes it.
 
     Args:
-        controller: What its routes use; `None` where it is only described.
+        controller: The controller that its routes use; `None` only to describe the application.
     """
     app = new_app(
         "imdsproxy admin API", "Networks, instances and the state of one imdsproxy daemon."

@@ -1,7 +1,7 @@
-"""Bodies of the admin API: how they are read, and how OpenAPI describes them.
+"""Bodies of the admin API: readers, and models for OpenAPI.
 
-Records are read by `imdsproxy.core.records`, which reports every problem with its field; the models of records are
-made of its tables, and only describe them to clients.
+`imdsproxy.core.records` reads the records and reports every problem with its field. The models of records are made of
+its tables, and only describe records to clients.
 """
 
 import asyncio
@@ -28,10 +28,10 @@ from imdsproxy.core.records.schema import Key, Kind, Table
 from imdsproxy.errors import Problem, RequestRefused
 
 MAX_BODY: Final = 64 * 1024 * 1024
-"""Bytes of a request: 16 MiB of user-data in base64, twice, or some 100,000 plain instances."""
+"""Maximum size of a request in bytes: 16 MiB of user-data in base64, twice, or some 100,000 plain instances."""
 
 PASSWORD: Final = "password"  # noqa: S105 - a key of a patch
-"""What can be cleared beside the keys of an instance's record."""
+"""Key that a patch can clear although it is not in an instance's record."""
 
 _INLINE: Final = 64 * 1024
 _MOST_PROBLEMS: Final = 1000
@@ -45,7 +45,7 @@ class _Record(BaseModel):
 
 @cache
 def _model_of(table: Table[Any]) -> Any:  # noqa: ANN401 - a class that is made here
-    """A table of the core as a model, which only describes it to clients."""
+    """Build a model of one of the core's tables; the model only describes the table to clients."""
     fields = {key.name: _field(table, key) for key in table.keys if not key.only_in_files}
     return create_model(table.name, __base__=_Record, __doc__=table.help, **fields)
 
@@ -82,14 +82,14 @@ else:
 
 
 class DocumentBody(BaseModel):
-    """A document's bytes: `text` where they are UTF-8, else `base64`."""
+    """A document's bytes: `text` if they are UTF-8, else `base64`."""
 
     text: str | None = None
     base64: str | None = None
 
     @classmethod
     def of(cls, value: bytes) -> Self:
-        """Only one of the two is set."""
+        """Set `text` or `base64`, never both."""
         try:
             return cls(text=value.decode())
         except UnicodeDecodeError:
@@ -105,7 +105,7 @@ class DocumentView(BaseModel):
 
 
 class PasswordBody(_Record):
-    """A password that a guest posted: `text` where it is UTF-8, else `base64`."""
+    """A password that a guest posted: `text` if it is UTF-8, else `base64`."""
 
     instance: str
     password: DocumentBody
@@ -119,7 +119,7 @@ class RecordsBody(_Record):
 
 
 class NetworkView(_Record):
-    """A network, where it comes from, and whether it is served."""
+    """A network, its sources, and whether it is served."""
 
     record: NetworkRecord
     source: str
@@ -129,7 +129,7 @@ class NetworkView(_Record):
 
 
 class InstanceView(_Record):
-    """An instance, its ids, where it comes from, and what contests it."""
+    """An instance, its ids, its sources, and its conflicts."""
 
     record: InstanceRecord
     ec2_id: str
@@ -141,14 +141,14 @@ class InstanceView(_Record):
 
 
 class InstanceSummary(InstanceView):
-    """The same; the record is without payloads."""
+    """An instance as in `InstanceView`; the record is without payloads."""
 
     user_data_bytes: int
     vendor_data_bytes: int
 
 
 class InstancePage(_Record):
-    """Some of the instances that match."""
+    """One page of the matching instances."""
 
     found: int = Field(description="How many match, on all pages.")
     instances: list[InstanceSummary]
@@ -158,17 +158,17 @@ class InstancePage(_Record):
 
 
 def takes(model: type[BaseModel]) -> dict[str, Any]:
-    """A route's body for OpenAPI; the routes read and check it themselves."""
+    """Describe a route's body for OpenAPI; the routes read and check it themselves."""
     schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
     schema.pop("$defs", None)
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 class RecordResponse(JSONResponse):
-    """JSON in which records, and what else stands in reports, are still the core's values."""
+    """JSON answer whose content still has records and other values of the core."""
 
     def render(self, content: object) -> bytes:
-        """As UTF-8."""
+        """Encode the content as UTF-8."""
         return _render(content)
 
 
@@ -182,7 +182,7 @@ def _render_part(value: Any) -> object:  # noqa: ANN401 - a dataclass
 
 
 def stream_list(values: AsyncIterator[object]) -> StreamingResponse:
-    """A list as JSON, sent part by part as it is made, however long it is; values as of `RecordResponse`."""
+    """Send a list as JSON, part by part, however long it is; values as of `RecordResponse`."""
     return StreamingResponse(_render_list(values), media_type="application/json")
 
 
@@ -198,10 +198,10 @@ async def _render_list(values: AsyncIterator[object]) -> AsyncIterator[bytes]:
 
 
 async def read_json(request: Request) -> object:
-    """The request's body.
+    """Return the request's body.
 
     Raises:
-        RequestRefused: It is too large, no JSON, or has a key twice.
+        RequestRefused: The body is too large, not JSON, or has a key twice.
     """
     chunks: list[bytes] = []
     size = 0
@@ -211,7 +211,7 @@ async def read_json(request: Request) -> object:
             raise _refused("is too large", f"at most {MAX_BODY // 1024 // 1024} MiB")
         chunks.append(chunk)
     raw = b"".join(chunks)
-    # Large bodies are decoded in a thread: the loop has guests waiting in the resolver.
+    # Large bodies are decoded in a thread: guests in the resolver wait for the loop.
     return _decode(raw) if size <= _INLINE else await asyncio.to_thread(_decode, raw)
 
 
@@ -228,13 +228,13 @@ AfterPage: TypeAlias = Annotated[str | None, Query(description="`next` of the pa
 PageSize: TypeAlias = Annotated[
     int, Query(ge=1, le=matching.MOST, description="The most of a page.")
 ]
-"""What lists and searches of instances take, on a host and on a hub."""
+"""Parameters of lists and searches of instances, on a host and on a hub."""
 
 JsonBody: TypeAlias = Annotated[object, Depends(read_json)]
 
 
 def read_record(kind: str, parse: Callable[[object], _T | records.Refused], body: object) -> _T:
-    """The record of a body; `RequestRefused` with every field that is wrong."""
+    """Return the record of a body; raise `RequestRefused` with every wrong field."""
     parsed = parse(body)
     if isinstance(parsed, records.Refused):
         raise RequestRefused(f"the {kind} is not acceptable", problems=parsed.problems)
@@ -242,19 +242,19 @@ def read_record(kind: str, parse: Callable[[object], _T | records.Refused], body
 
 
 async def read_records(body: object, tables: records.Tables = records.TABLES) -> records.Records:
-    """The records of a bulk body; `RequestRefused` with every field of every record."""
+    """Return the records of a bulk body; raise `RequestRefused` with every wrong field of every record."""
     found = await asyncio.to_thread(records.parse_records, body, tables=tables)
     _refuse_bad(found.all_problems)
     return found
 
 
 async def read_lines(request: Request) -> tuple[list[Network], PackedInstances]:
-    """The records of a bulk body that has one a line: `{"network": {…}}` or `{"instance": {…}}`.
+    """Return the records of a bulk body with one record a line: `{"network": {…}}` or `{"instance": {…}}`.
 
-    Each is read as it comes, so the body may be of any length.
+    Each record is read as it comes, so the body may be of any length.
 
     Raises:
-        RequestRefused: With every field of every record that is wrong, the first thousand of them.
+        RequestRefused: Records are wrong; `problems` has every wrong field, up to a thousand.
     """
     networks: list[Network] = []
     instances = PackedInstances()
@@ -268,7 +268,7 @@ async def read_each_line(
     instances: MutableMapping[InstanceId, Instance],
     tables: records.Tables = records.TABLES,
 ) -> None:
-    """The same; each network is given to `take`, and each instance is put where it belongs."""
+    """Read a bulk body as `read_lines` does; give each network to `take`, and store each instance in `instances`."""
     problems: list[Problem] = []
     counts = {"network": 0, "instance": 0}
     async for raw in _lines(request):
@@ -311,7 +311,7 @@ async def _lines(request: Request) -> AsyncIterator[bytes]:
 
 
 def refuse_unlike(body: object, identity: str) -> dict[str, object]:
-    """The body with the id of its address in it; `RequestRefused` when it names another."""
+    """Return the body with the id of its URL; raise `RequestRefused` if the body has another id."""
     if not isinstance(body, dict):
         raise _refused("is no JSON object", "{…}")
     if body.get("id", identity) != identity:
@@ -323,12 +323,12 @@ def refuse_unlike(body: object, identity: str) -> dict[str, object]:
 
 
 def refuse_unclearable(patch: Mapping[str, object], record: Table[Any], *more: str) -> None:
-    """Refuse null for what no record of this kind can be without, and for what none has.
+    """Refuse null for required keys of this kind of record, and for unknown keys.
 
     Args:
-        patch: RFC 7396.
-        record: Which kind of record it changes.
-        more: What else can be cleared.
+        patch: A merge patch (RFC 7396).
+        record: The kind of record that the patch changes.
+        more: Other keys that can be cleared.
     """
     optional = [key.name for key in record.keys if not (key.required or key.only_in_files)]
     levels: list[tuple[str, Mapping[str, object], list[str]]] = [("", patch, [*optional, *more])]
@@ -349,7 +349,7 @@ def refuse_unclearable(patch: Mapping[str, object], record: Table[Any], *more: s
 
 
 def name_networks(body: object, find: Callable[[str], NetworkId]) -> object:
-    """An instance's body with the ids of the networks that its ports name by id or name."""
+    """Replace network names in an instance's ports by ids; return the body."""
     ports = body.get("ports") if isinstance(body, dict) else None
     for port in ports if isinstance(ports, list) else ():
         if isinstance(port, dict) and isinstance(port.get("network"), str):
@@ -358,7 +358,7 @@ def name_networks(body: object, find: Callable[[str], NetworkId]) -> object:
 
 
 def merge_patch(target: object, patch: object) -> object:
-    """RFC 7396: mappings are merged, null takes a key away, everything else replaces."""
+    """Apply a merge patch (RFC 7396): mappings are merged, null removes a key, everything else replaces."""
     if not isinstance(patch, dict):
         return patch
     merged = dict(target) if isinstance(target, dict) else {}

@@ -1,6 +1,6 @@
-"""How a process exposes what it counts to Prometheus: each metric is a method of an `Exposed`.
+"""Exposition of a process's figures to Prometheus: each metric is a method of an `Exposed`.
 
-The method's name is the metric's, its docstring the help, its return type the kind and the labels.
+The method's name is the metric's name, its docstring the help, its return type the kind and the labels.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _SUFFIXES: Final[Mapping[_Kind, tuple[str, ...]]] = {
     "histogram": ("_bucket", "_count", "_sum"),
 }
 
-# The kinds of metrics; `None` is no series.
+# The kinds of metrics; `None` gives no series.
 Gauge: TypeAlias = Annotated[float | None, "gauge"]
 Count: TypeAlias = Annotated[float | None, "counter"]
 Times: TypeAlias = Annotated[Durations | None, "histogram"]
 By: TypeAlias = Mapping[str, float] | Mapping[tuple[str, str], float] | None
-"""Values by their label, or by two."""
+"""Values by label, or by two labels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Metric:
     """One metric family.
 
     Attributes:
-        name: As exposed, but for the suffixes that follow from `kind`.
+        name: The exposed name without the suffixes that follow from `kind`.
     """
 
     name: str
@@ -51,11 +51,11 @@ class Metric:
 
     @property
     def exposed(self) -> str:
-        """The name that a query uses."""
+        """The names to use in a query."""
         return ", ".join(self.name + suffix for suffix in _SUFFIXES[self.kind])
 
     def collect(self, now: Exposed) -> metrics_core.Metric:
-        """The family with the values of now."""
+        """Return the family with its current values."""
         value, about = self.read(now), (self.name, self.help)
         if isinstance(value, Durations):
             within = value.within().items()
@@ -74,10 +74,10 @@ class Metric:
 
 
 class Exposed(Collector):
-    """Reads every metric when Prometheus asks for it; subclasses say by `prefix` how the names begin.
+    """Base class that reads every metric when Prometheus asks for it; a subclass's names begin with its `prefix`.
 
     Attributes:
-        metrics: All of them, in the order in which they are exposed.
+        metrics: All metrics, in the order in which they are exposed.
     """
 
     metrics: ClassVar[tuple[Metric, ...]] = ()
@@ -87,7 +87,7 @@ class Exposed(Collector):
 
     @abstractmethod
     def readiness(self) -> Readiness:
-        """As /readyz reports it."""
+        """Return the readiness that /readyz reports."""
 
     @cached_property
     def _registry(self) -> CollectorRegistry:
@@ -97,12 +97,12 @@ class Exposed(Collector):
         return registry
 
     def expose(self, accept: str) -> tuple[str, bytes]:
-        """Content type and text of all metrics, for the value of a request's `Accept`."""
+        """Return content type and text of all metrics, for the value of a request's `Accept`."""
         encode, content_type = choose_encoder(accept)
         return content_type, encode(self._registry)
 
     def collect(self) -> Iterator[metrics_core.Metric]:
-        """Every family with the values of now."""
+        """Return every family with its current values."""
         return (metric.collect(self) for metric in self.metrics)
 
 

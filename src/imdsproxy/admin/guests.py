@@ -1,4 +1,4 @@
-"""What operators ask about guests: whose an address is and why, what the guest gets, the password that it posted."""
+"""Operators' questions about guests: owner of an address with reasons, answers to the guest, posted password."""
 
 import asyncio
 import re
@@ -28,7 +28,7 @@ from imdsproxy.serving.resolver_app import CollectedAnswer, GuestRequest
 from imdsproxy.sources.api import LookUpUnavailable, PortAmbiguous, PortFound, PortMissing
 
 _UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-"""As Neutron writes the ids that it makes."""
+"""Form of the ids that Neutron generates."""
 
 _COMMON: Final[Mapping[model.Dialect, str]] = {
     model.Dialect.EC2: "/latest/meta-data/",
@@ -39,13 +39,13 @@ _COMMON: Final[Mapping[model.Dialect, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class PairReport:
-    """An address and its MAC, in a network that checks them.
+    """An address and its MAC, in a network that checks MACs.
 
     Attributes:
-        seen: The MAC that the neighbour table has.
-        expected: The one that the records want; `*` for any, `None` where no instance has the address.
-        granted: The one that the kernel lets through to HAProxy's quick answers.
-        gate: The kernel looks at MACs there; without that, guests with a MAC in their records get no answer.
+        seen: The MAC in the neighbour table.
+        expected: The MAC that the records require; `*` for any, `None` if no instance has the address.
+        granted: The MAC that the kernel lets through to HAProxy's quick answers.
+        gate: Whether the network has a MAC filter; without a filter, guests with a MAC in their records get no answer.
     """
 
     seen: model.MacAddress | None
@@ -59,7 +59,7 @@ class CardReport:
     """A NIC of the record.
 
     Attributes:
-        seen: The MACs that the neighbour table has for its addresses: those of the guest's real NICs.
+        seen: The MACs that the neighbour table has for the NIC's addresses, which the guest's real NICs sent.
     """
 
     network: model.NetworkId
@@ -69,12 +69,12 @@ class CardReport:
 
 @dataclass(frozen=True, slots=True)
 class PathDecision:
-    """What the policy says to a GET; whether there is such a document is another question.
+    """Decision of the policy on a GET, whether or not the document exists.
 
     Attributes:
-        path: As it was asked for.
-        without_token: Where the guest sends no session token.
-        with_token: Where it sends a good one.
+        path: The path as requested.
+        without_token: Decision if the guest sends no session token.
+        with_token: Decision if the guest sends a valid session token.
     """
 
     path: str
@@ -92,23 +92,23 @@ class Probe:
 
 @dataclass(slots=True)
 class Explanation:
-    """Who a guest is, why, and what it gets.
+    """Identity of a guest, the reasons for it, and the guest's answers.
 
     Attributes:
         verdict: `found`, `unknown`, `mismatch`, `conflict`, `expired`, `no-network` or `not-served`.
-        answer: The HTTP status a document of an enabled dialect has: 200, 403, 404 or 503; `None` where the
-            request is sent to Nova, which decides.
-        token_paths: Paths of documents that are 401 now without a session token, one of each tree.
-        why: The steps that led there, one sentence each, in order.
-        how: `address`, `eui64`, `neighbour` or `router` where an instance was found.
-        installed: The value in HAProxy's map, as its worker has it; `None` when it has none or
-            could not be asked.
-        policy: What applies to the guest's requests, as name and value (dialects, endpoint, hold).
-        pair: The address and its MAC; `None` where the network does not check them.
-        cards: The record's NICs, where an instance was found.
-        rules: What the guest may read and which scope sets it, where an instance was found.
-        decision: Of the policy, where it was asked for by a path and an instance was found.
-        probe: What a GET got, where one was asked for.
+        answer: The HTTP status of a document of an enabled dialect: 200, 403, 404 or 503; `None` if Nova answers the
+            request and decides.
+        token_paths: Paths of documents that get 401 now without a session token, one path of each tree.
+        why: The steps that led to the verdict, one sentence each, in order.
+        how: `address`, `eui64`, `neighbour` or `router` if an instance was found.
+        installed: The value in the map of HAProxy's worker; `None` if the map has no value or the worker does not
+            answer.
+        policy: Settings that apply to the guest's requests, by name (dialects, endpoint, hold).
+        pair: The address and its MAC; `None` if the network does not check MACs.
+        cards: The record's NICs, if an instance was found.
+        rules: The guest's read permissions and the scopes that set them, if an instance was found.
+        decision: The policy's decision, if a path was given and an instance was found.
+        probe: The result of the GET, if a probe was requested.
     """
 
     network: model.NetworkId
@@ -132,18 +132,18 @@ class Explanation:
     probe: Probe | None = None
 
     def add(self, *steps: str) -> None:
-        """Go on to explain why."""
+        """Append steps to `why`."""
         self.why += steps
 
 
 @dataclass(frozen=True, slots=True)
 class _Owner:
-    """Who has an address.
+    """Owner of an address.
 
     Attributes:
-        at: The address by which the records know the instance: behind a router it is in another network.
-        why: How a source that can be asked explains it, in place of the records.
-        denial: The answer, where that source decides it.
+        at: The address by which the records know the instance; behind a router, an address in another network.
+        why: The explanation of a source that was queried, in place of the records.
+        denial: The answer, if the queried source decides it.
     """
 
     known: identity.Identity
@@ -153,20 +153,20 @@ class _Owner:
 
 
 async def read_password(controller: Controller, instance: model.InstanceId) -> bytes | None:
-    """The password that the instance's guest posted, as it was posted; `None` where it has posted none.
+    """Return the password as the instance's guest posted it; `None` if the guest has posted none.
 
     Raises:
-        NotFound: There is no such instance.
+        NotFound: The instance does not exist.
     """
     _refuse_unknown(controller.inventory, instance)
     return await asyncio.to_thread(controller.passwords.read, instance)
 
 
 async def clear_password(controller: Controller, instance: model.InstanceId) -> bool:
-    """Remove it, so that the guest can post another; `False` where there is none.
+    """Remove the password, so that the guest can post another; return `False` if there is none.
 
     Raises:
-        NotFound: There is no such instance.
+        NotFound: The instance does not exist.
         SourceRefused: The fleet has the password, and each host of the instance.
     """
     _refuse_unknown(controller.inventory, instance)
@@ -183,12 +183,12 @@ def _refuse_unknown(inventory: Inventory, instance: model.InstanceId) -> None:
 async def get_document(
     controller: Controller, key: AddressKey, path: str, instance: model.InstanceId | None = None
 ) -> DocumentView:
-    """The answer that the guest at an address gets to `GET path` (with its query).
+    """Return the answer that the guest at an address gets to `GET path` (with its query).
 
-    Nothing is remembered of it; an unknown guest is answered as one is, without being held.
+    The request leaves no trace. An unknown guest gets the answer for unknown guests, without being held.
 
     Raises:
-        NotFound: There is no such network, or the address is not the `instance`'s.
+        NotFound: The network does not exist, or the address does not belong to `instance`.
     """
     lookup = controller.lookup
     if not _may_know(lookup, key[0]):
@@ -202,7 +202,7 @@ async def get_document(
             hint="try again: a change may be on its way",
         )
     if isinstance(owner.known, identity.Found):
-        # Its MAC need not be checked.
+        # An operator asks, so there is no MAC to check.
         outcome = lookup.known(owner.known.instance, key)
     else:
         outcome = owner.denial or identity.deny(owner.known, in_sync=lookup.inventory.in_sync)
@@ -224,10 +224,10 @@ def _may_know(lookup: Lookup, network: model.NetworkId) -> bool:
 
 
 def list_addresses(controller: Controller, instance: model.InstanceId) -> list[AddressKey]:
-    """What the instance is known by, for `explain`; `NotFound` where there is no such instance."""
+    """Return the addresses of the instance for `explain`; raise `NotFound` if the instance does not exist."""
     _refuse_unknown(controller.inventory, instance)
     keys = controller.records.addresses_of(instance)
-    # Made of its MAC: what few guests ask from, where they have another one.
+    # Few guests send requests from a link-local address, made of the MAC, if they have another address.
     chosen = {key for key in keys if not key[1].is_link_local} or keys
     return sorted(chosen, key=lambda key: (key[0], key[1].version, int(key[1])))
 
@@ -235,12 +235,12 @@ def list_addresses(controller: Controller, instance: model.InstanceId) -> list[A
 async def explain(
     controller: Controller, key: AddressKey, path: str | None = None, *, probe: bool = False
 ) -> Explanation:
-    """Who has an address in a network, or behind a router, and why; never raises for an unknown one.
+    """Explain which instance owns an address in a network, or behind a router; never raises for an unknown address.
 
     Args:
-        controller: Which is asked.
+        controller: The controller to query.
         key: The address.
-        path: Also what the policy says to a GET of it.
+        path: Also show the policy's decision on a GET of this path.
         probe: Also send a GET of `path`, or of a document that every instance has.
     """
     network, lookup, listeners = key[0], controller.lookup, controller.listeners
@@ -265,7 +265,7 @@ async def explain(
         _explain_denied(found, owner, owner.known, denial)
     served = networks_of(listeners.report.endpoints)
     if not (network in served if network in inventory.networks else listeners.unix.serving):
-        # No listener is there: the guest gets no answer, whatever it would be.
+        # Without a listener the guest gets no answer at all.
         found.verdict, found.answer = "not-served", 503
     if probe:
         asked = path or _common_path(inventory, found.instance)
@@ -276,7 +276,7 @@ async def explain(
 
 
 def _common_path(inventory: Inventory, instance: model.InstanceId | None) -> str:
-    """A document that every instance has which has any."""
+    """Return a document that each instance with documents has."""
     record = instance and inventory.instances.get(instance)
     dialects = record.dialects if record else frozenset(model.Dialect)
     return next((path for dialect, path in _COMMON.items() if dialect in dialects), "/")
@@ -294,17 +294,17 @@ def _origin(inventory: Inventory, listeners: ListenerLoop, network: model.Networ
 
 
 async def _owner(lookup: Lookup, key: AddressKey) -> _Owner:
-    """Who has the address by the records, else by the source that can be asked; found there, it is in force."""
+    """Return the owner by the records, else by the source that can be queried, whose answer is then put in force."""
     source, found = lookup.source, await lookup.identify(key)
     if source is None or not isinstance(found, identity.Unknown):
         return _Owner(found, key)
     declared = lookup.inventory.networks.get(key[0])
-    # Of an id that no record has, only a request says whether it is a router's.
+    # Only a request shows whether an id without a record is a router's.
     scopes = (model.Scope.NETWORK, model.Scope.ROUTER) if declared is None else (declared.scope,)
     for scope in scopes:
         match await lookup.ask(key, scope):
             case PortFound(network=network):
-                # Puts it in force, as a request would.
+                # The look-up puts the guest in force, as a request would.
                 await lookup.look(key, scope)
                 if scope is model.Scope.NETWORK:
                     return _Owner(await lookup.identify(key), key)
@@ -414,7 +414,7 @@ def _needs_token(word: str, now: int, path: str, paths: PathRules) -> bool:
 
 
 async def _explain_pair(lookup: Lookup, key: AddressKey, found: Explanation) -> PairReport:
-    """What MACs have to do with it, in a network that checks them."""
+    """Explain how MACs affect the answer, in a network that checks MACs."""
     filters = lookup.mac_filters
     neighbour, refusal = await lookup.last_seen(key)
     seen = neighbour if refusal is None else refusal.mac
@@ -447,7 +447,7 @@ async def _cards(lookup: Lookup, instance: model.InstanceId | None) -> tuple[Car
 
 
 async def _installed(controller: Controller, key: AddressKey) -> str | None:
-    """What the accepting worker's maps have for the address."""
+    """Return the address's value in the maps of the accepting worker."""
     haproxy, layout = controller.haproxy, controller.haproxy.layout
     if (worker := haproxy.worker) is None:
         return None

@@ -1,8 +1,8 @@
-"""`/livez`, `/readyz` and `/metrics`, on an address of the host that no guest reaches.
+"""Health server: `/livez`, `/readyz` and `/metrics`, on an address of the host that no guest reaches.
 
-Three questions, three answers: is the loop of the process alive; do guests get what the sources say;
-and how much of everything. Read-only, without authentication: nothing here is about a guest's
-documents. A thread answers: it does so from the beginning of a start, and when that loop is stuck.
+The three answer whether the process's event loop is alive, whether guests get what the sources report, and all figures.
+The server is read-only and needs no authentication: no answer has a guest's documents. A thread answers, so the server
+works from the beginning of a start, and while that loop is stuck.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _ROUTES: Final = ("/livez", "/readyz", "/metrics")
 _END: Final = b"\r\n\r\n"
-# No run of spaces is looked through twice: the interpreter, and so the controller, would stand still meanwhile.
+# The pattern scans no run of spaces twice, which would block the interpreter and the controller.
 _ACCEPT: Final = re.compile("^accept:(.*)", re.IGNORECASE | re.MULTILINE)
 _HEAD_S: Final = 5.0
 _HEAD_BYTES: Final = 16 * 1024
@@ -33,15 +33,15 @@ _REPORT_S: Final = 5.0
 
 
 class HealthServer:
-    """Answers in a thread of its own, as a context manager.
+    """Server in a thread of its own, as a context manager.
 
     Args:
         listener: A listening TCP socket; closed at the end.
-        alive: Whether the process's loop makes progress; called in the thread.
-        who: The process, in words.
+        alive: Returns whether the process's loop makes progress; called in the thread.
+        who: Name of the process in answers.
 
     Attributes:
-        reports: What the process's loop is asked for; unset while it starts.
+        reports: Metrics and readiness, read in the process's loop; unset while the process starts.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class HealthServer:
         server.close()
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        # A client that sends no request, or takes no answer, is disconnected.
+        # A client that sends no request, or does not read its answer, is disconnected.
         with suppress(TimeoutError, OSError, asyncio.IncompleteReadError):
             try:
                 async with asyncio.timeout(_HEAD_S):
@@ -93,7 +93,7 @@ class HealthServer:
         if not path:
             return _reply(HTTPStatus.BAD_REQUEST, {"code": "bad-request"})
         if method not in {"GET", "HEAD"}:
-            # RFC 9110 §15.5.6 wants the header.
+            # RFC 9110 §15.5.6 requires the header.
             refusal = {"code": "method-not-allowed", "allowed": ["GET", "HEAD"]}
             return _reply(HTTPStatus.METHOD_NOT_ALLOWED, refusal, header="Allow: GET, HEAD\r\n")
         if path not in _ROUTES:
@@ -114,7 +114,7 @@ class HealthServer:
         return _readiness(reason)
 
     async def _report(self, reports: Exposed, path: str, accept: str) -> bytes:
-        """Runs in the loop that is asked."""
+        """Read a report; runs in the process's loop."""
         if path == "/metrics":
             content_type, text = reports.expose(accept)
             return _reply(HTTPStatus.OK, text, content_type)

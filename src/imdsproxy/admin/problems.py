@@ -1,4 +1,4 @@
-"""Errors as the answers of an API of ours: one `ProblemBody` (RFC 9457) from 400 up, described by OpenAPI."""
+"""Errors as answers of imdsproxy's APIs: one `ProblemBody` (RFC 9457) from 400 up, described by OpenAPI."""
 
 from collections.abc import Sequence
 from typing import Any, Final
@@ -19,7 +19,7 @@ _CODES: Final = {404: "no-such-route", 405: "method-not-allowed"}
 
 
 class ProblemField(BaseModel):
-    """One thing wrong, and where."""
+    """A problem and its field."""
 
     model_config = ConfigDict(from_attributes=True)
 
@@ -31,7 +31,7 @@ class ProblemField(BaseModel):
 
 
 class ProblemBody(BaseModel):
-    """Every answer from 400 up."""
+    """Body of every answer from 400 up."""
 
     status: int
     code: str = Field(description="Stable and kebab-case; the reference lists them.")
@@ -44,14 +44,14 @@ ERRORS: Final[dict[int | str, dict[str, Any]]] = {
     status: {"description": "What is wrong, with the fields", "model": ProblemBody}
     for status in ("4XX", "5XX")
 }
-"""The answers of every route from 400 up, for `include_router`."""
+"""Answers of every route from 400 up, for `include_router`."""
 
 
 class _App(FastAPI):
-    """FastAPI, which describes errors under the type of the good answers; ours have their own."""
+    """FastAPI with the content type of errors: FastAPI itself describes them under the type of the good answers."""
 
     def openapi(self) -> dict[str, Any]:
-        """The OpenAPI document, made once."""
+        """Return the OpenAPI document, built once."""
         if self.openapi_schema is not None:
             return self.openapi_schema
         document = super().openapi()
@@ -64,12 +64,12 @@ class _App(FastAPI):
 
 
 def new_app(title: str, description: str) -> FastAPI:
-    """An application without routes; `/openapi.json` describes it."""
+    """Build an application without routes; `/openapi.json` describes it."""
     app = _App(
         title=title,
         version=__version__,
         description=description,
-        docs_url=None,  # their pages load scripts from elsewhere
+        docs_url=None,  # FastAPI's pages load scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,
@@ -98,14 +98,14 @@ async def _explain(request: Request, error: Exception) -> JSONResponse:
 
 
 def answer_for(error: ImdsproxyError) -> JSONResponse:
-    """The answer to a request that this error ended."""
+    """Return the answer to a request that this error ended."""
     return _answer(error.http_status, error.code, error.message, error.hint, error.problems)
 
 
 def _answer(
     status: int, code: str, message: str, hint: str = "", problems: Sequence[Problem] = ()
 ) -> JSONResponse:
-    """What is wrong; 503 says when to try again."""
+    """Render an error; 503 has a Retry-After."""
     fields = [ProblemField.model_validate(problem) for problem in problems]
     body = ProblemBody(status=status, code=code, message=message, hint=hint, problems=fields)
     headers = {"retry-after": str(RETRY_AFTER_S)} if status == _UNAVAILABLE else None

@@ -1,8 +1,8 @@
-"""Networks and instances: what is reported of them, and changes, stored and confirmed by every worker of HAProxy.
+"""Networks and instances: reports, and changes that every worker of HAProxy confirms.
 
 A report has the source of a record, and why guests do not get it. A change returns once no worker answers with the
-state before. It raises `SourceRefused` where no writable source is enabled or the record belongs to another source, and
-`SourceUnavailable` where the store does not answer.
+previous state. It raises `SourceRefused` if no writable source is enabled or the record belongs to another source, and
+`SourceUnavailable` if the store does not answer.
 """
 
 import asyncio
@@ -36,39 +36,39 @@ _Id = TypeVar("_Id", NetworkId, InstanceId)
 _SHOWN: Final = 5
 
 Report: TypeAlias = dict[str, Any]
-"""As the views in `bodies`, with the core's values in it (see `bodies.RecordResponse`)."""
+"""A view of `bodies` whose values are still the core's (see `bodies.RecordResponse`)."""
 
 
 def find_network(inventory: Inventory, text: str) -> NetworkId:
-    """The id of the network that has this id or name; the text itself where none has.
+    """Return the id of the network with this id or name; `text` itself if there is none.
 
     Raises:
-        RequestRefused: Several have the name.
+        RequestRefused: Several networks have the name.
     """
     network = NetworkId(text)
     return network if inventory.knows(network) else _find_id(network, inventory.networks)
 
 
 def find_instance(inventory: Inventory, text: str) -> InstanceId:
-    """The same for instances."""
+    """Return the id of the instance with this id or name, as `find_network` does for networks."""
     instance = InstanceId(text)
     known = inventory.sources_of_instance(instance)
     return instance if known else _find_id(instance, inventory.instances)
 
 
 def no_such(kind: str, subject: str, hint: str = "") -> NotFound:
-    """The error to raise where there is no network or instance of this id."""
+    """Return the error to raise if no network or instance has this id."""
     return NotFound(f"there is no {kind} {subject}", hint=hint or f"imdsproxy {kind} list")
 
 
 def report_networks(controller: Controller) -> list[Report]:
-    """Every network, by id, as `bodies.NetworkView`."""
+    """Report every network, by id, as `bodies.NetworkView`."""
     networks = controller.inventory.networks
     return _describe_networks(controller, [networks[one] for one in sorted(networks)])
 
 
 def report_network(controller: Controller, network: NetworkId) -> Report:
-    """One network; `NotFound` otherwise."""
+    """Report one network; raise `NotFound` if there is none."""
     found = controller.inventory.networks.get(network)
     if found is None:
         raise no_such("network", network)
@@ -77,7 +77,7 @@ def report_network(controller: Controller, network: NetworkId) -> Report:
 
 def _describe_networks(controller: Controller, networks: Sequence[Network]) -> list[Report]:
     inventory = controller.inventory
-    # Of several reasons the first.
+    # The first of several reasons wins.
     left_out = {one.network: LeftOut.of(one) for one in reversed(controller.listeners.degraded())}
     return [
         {
@@ -92,19 +92,19 @@ def _describe_networks(controller: Controller, networks: Sequence[Network]) -> l
 
 
 def list_ids(inventory: Inventory, network: NetworkId | None = None) -> list[InstanceId]:
-    """Of every instance, or of those with a port in `network`, in order; contested ones included."""
+    """List the ids of all instances, or of instances with a port in `network`, in order; contested ones included."""
     every = inventory.instances.keys() | inventory.contested_instances.keys()
     return sorted(every if network is None else inventory.instances_in(network))
 
 
 def find_record(inventory: Inventory, instance: InstanceId) -> Instance | None:
-    """The record of an instance, of a contested one the first version; `None` where it is gone."""
+    """Return the record of an instance, or the first version of a contested one; `None` if the instance is gone."""
     contested = inventory.contested_instances.get(instance)
     return inventory.instances.get(instance) if contested is None else contested[0]
 
 
 def report_instances(controller: Controller, instances: Iterable[InstanceId]) -> Iterator[Report]:
-    """These instances, as far as they are there when it is their turn, as `bodies.InstanceSummary`."""
+    """Report these instances as `bodies.InstanceSummary`, except instances that are gone when their turn comes."""
     found = (find_record(controller.inventory, one) for one in instances)
     return map(
         _summarise, _describe_instances(controller, (one for one in found if one is not None))
@@ -112,7 +112,7 @@ def report_instances(controller: Controller, instances: Iterable[InstanceId]) ->
 
 
 def report_instance(controller: Controller, instance: InstanceId) -> Report:
-    """One instance, as `bodies.InstanceView`; `NotFound` otherwise."""
+    """Report one instance as `bodies.InstanceView`; raise `NotFound` if there is none."""
     inventory = controller.inventory
     found = inventory.instances.get(instance)
     if found is None and instance in inventory.contested_instances:
@@ -157,7 +157,7 @@ def _list_reasons(
     unserved: Mapping[NetworkId, str],
     refused: Mapping[str, str],
 ) -> list[str]:
-    """Why guests do not get the record, or not its newest version."""
+    """List why guests do not get the record, or not its newest version."""
     records = controller.records
     failures = records.compiler.failures.get(instance.id), records.failure
     found = [one.reason for one in failures if one is not None]
@@ -192,10 +192,10 @@ def _complete(report: Report) -> Report:
 
 
 def _find_id(text: _Id, records: Mapping[_Id, Network] | Mapping[_Id, Instance]) -> _Id:
-    """The id of the record that has this name; the text itself where none has.
+    """Return the id of the record with this name; `text` itself if there is none.
 
     Raises:
-        RequestRefused: Several have the name.
+        RequestRefused: Several records have the name.
     """
     found = sorted(one for one, record in records.items() if record.name == text)
     if len(found) > 1:
@@ -212,17 +212,17 @@ async def put_records(
     create: bool = False,
     bulk: bool = False,
 ) -> Written:
-    """Store records, or replace them: all of them, or none.
+    """Add or replace records: all or none.
 
     Args:
-        controller: Whose records.
-        networks: The whole records.
-        instances: The same.
-        create: There must be none of these ids.
-        bulk: The field of a problem begins with the kind and number of its record.
+        controller: The controller of the records.
+        networks: Whole records.
+        instances: Whole records.
+        create: Refuse ids that exist.
+        bulk: Begin the field of a problem with the kind and number of its record.
 
     Raises:
-        AlreadyExists: With `create`, when there is one of an id.
+        AlreadyExists: An id exists, with `create`.
         RecordConflict: An address or a listener is taken (`problems` has the fields).
         SourceRefused: A network is unknown.
     """
@@ -259,7 +259,7 @@ async def remove_network(controller: Controller, network: NetworkId) -> Written:
     """Remove a network.
 
     Raises:
-        NotFound: There is none.
+        NotFound: The network does not exist.
         RecordConflict: Instances still have ports in it (`problems` names them).
     """
     _require(controller, "network", network)
@@ -268,7 +268,7 @@ async def remove_network(controller: Controller, network: NetworkId) -> Written:
 
 
 async def remove_instance(controller: Controller, instance: InstanceId) -> Written:
-    """Remove an instance; `NotFound` when there is none."""
+    """Remove an instance; raise `NotFound` if there is none."""
     _require(controller, "instance", instance)
     await _store(controller).remove_instance(instance)
     return await _in_force(controller, [], instances=1)
@@ -289,7 +289,7 @@ def _require(controller: Controller, kind: str, subject: str) -> None:
 def _refuse_foreign(
     controller: Controller, kind: str, subject: str, *, create: bool = False
 ) -> bool:
-    """Whether there is such a record, which is the store's."""
+    """Return whether the store has the record; refuse records of other sources, and existing ones with `create`."""
     inventory = controller.inventory
     if kind == "network":
         sources, article = inventory.sources_of_network(NetworkId(subject)), "a"
@@ -305,14 +305,14 @@ def _refuse_foreign(
 
 
 async def _refuse_shared(controller: Controller, networks: Sequence[Network], prefix: str) -> None:
-    """Refuse listeners that another network has, each with its field."""
+    """Refuse listeners that another network has, with the field of each."""
     if not networks:
         return
     known, host = controller.inventory.networks, controller.listeners.host
     every = {**known, **{one.id: one for one in networks}}
     shared = find_shared(every.values(), host.seen, known)
     if shared:
-        # A namespace that was seen may be gone, and its inode another's by now.
+        # The namespace of an earlier observation may be gone, and another may have its inode now.
         involved = [every[one] for one in shared.keys() | shared.values()]
         shared = find_shared(every.values(), await host.look_at(involved), known)
     problems = [
@@ -343,7 +343,7 @@ async def _in_force(
 
 
 async def _enumerated(instances: Iterable[Instance]) -> AsyncIterator[tuple[int, Instance]]:
-    """Instances with their numbers; between some of them the event loop does other work."""
+    """Yield instances with their numbers, and let the event loop do other work now and then."""
     for number, instance in enumerate(instances):
         if number % _AT_ONCE == _AT_ONCE - 1:
             await asyncio.sleep(0)

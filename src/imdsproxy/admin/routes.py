@@ -1,4 +1,4 @@
-"""The routes below `/v1`: records first read and checked, then handed to the parts of the controller behind them."""
+"""Routes below `/v1`: read and check records, then call the controller's parts."""
 
 import os
 from collections.abc import Collection
@@ -65,13 +65,13 @@ class _Order(BaseModel):
 
 
 class StopBody(_Order):
-    """What is to end."""
+    """Whether to stop the data plane too."""
 
     data_plane: bool = False
 
 
 class ReloadBody(_Order):
-    """What may go."""
+    """Losses of settings that the operator accepts."""
 
     allow_dropped: bool = Field(
         default=False,
@@ -81,13 +81,13 @@ class ReloadBody(_Order):
 
 
 class LetGoBody(_Order):
-    """Where another process is to listen."""
+    """Networks in which another process shall listen."""
 
     networks: list[str]
 
 
 class Stopping(BaseModel):
-    """Sent before it happens; `controller` is the pid to wait for."""
+    """Processes that will stop; the answer is sent first. `controller` is the pid to wait for."""
 
     stopping: list[str]
     controller: int
@@ -95,13 +95,13 @@ class Stopping(BaseModel):
 
 @router.get("/status")
 async def show_status(controller: _Uses) -> status.StatusReport:
-    """Everything at one moment."""
+    """Show the state of the daemon at one moment."""
     return await status.report_status(controller)
 
 
 @router.get("/progress")
 async def show_progress(controller: _Uses) -> list[Step]:
-    """Long work that is under way; for a client that waits for its answer."""
+    """List long work in progress, for a client that waits for its answer."""
     return list(controller.records.progress.steps)
 
 
@@ -113,7 +113,7 @@ async def explain(
     path: _Path = None,
     probe: _Probe = False,  # noqa: FBT002 - FastAPI passes it by name
 ) -> guests.Explanation:
-    """Who has this address in this network, why, from which source, and what it gets."""
+    """Show which instance owns this address in this network, why, by which source, and what it gets."""
     _refuse_relative(path)
     return await guests.explain(controller, (network, _ip(address)), path, probe=probe)
 
@@ -125,7 +125,7 @@ async def explain_instance(
     path: _Path = None,
     probe: _Probe = False,  # noqa: FBT002 - FastAPI passes it by name
 ) -> list[guests.Explanation]:
-    """The same of each address that the instance is known by."""
+    """Explain each address of the instance."""
     _refuse_relative(path)
     known = guests.list_addresses(controller, instance)
     return [await guests.explain(controller, key, path, probe=probe) for key in known]
@@ -141,7 +141,7 @@ async def get_document(
         str | None, Query(description="Refuse unless the address is this instance's.")
     ] = None,
 ) -> bodies.DocumentView:
-    """The answer that this guest gets to `GET path`."""
+    """Show the answer that the guest at this address gets to `GET path`."""
     _refuse_relative(path)
     owner = None if instance is None else InstanceId(instance)
     return await guests.get_document(controller, (network, _ip(address)), path, owner)
@@ -154,7 +154,7 @@ async def watch(
     network: Annotated[str | None, Query(description="Only of this network.")] = None,
     instance: Annotated[str | None, Query(description="Only of this instance.")] = None,
 ) -> WatchReport:
-    """What guests asked for and were answered since `cursor`; HAProxy tells while this is asked every few seconds."""
+    """Show guests' requests and answers since `cursor`. HAProxy reports them while a client polls every few seconds."""
     inventory = controller.inventory
     of_network = None if network is None else records.find_network(inventory, network)
     of_instance = None if instance is None else records.find_instance(inventory, instance)
@@ -170,7 +170,7 @@ async def token_report(
     network: Annotated[str | None, Query(description="A verdict on this network alone.")] = None,
     project: Annotated[str | None, Query(description="A verdict on this project alone.")] = None,
 ) -> TokenReport:
-    """Who still reads without session tokens, what required tokens leave open, and whether to require them."""
+    """Show which guests still read without session tokens, what requiring them leaves open, and the advice."""
     inventory, scope = controller.inventory, None
     if network is not None:
         scope = ("network", str(records.find_network(inventory, network)))
@@ -182,19 +182,19 @@ async def token_report(
 
 @router.get("/haproxy-configuration", response_class=PlainTextResponse)
 async def render(controller: _Uses) -> str:
-    """HAProxy's configuration as it would be written now; nothing is touched."""
+    """Render HAProxy's configuration as it would be written now, without writing it."""
     return controller.listeners.render()
 
 
 @router.post("/reload")
 async def reload(controller: _Uses, body: ReloadBody | None = None) -> SettingsReload:
-    """Read the settings again and take over what can be; a broken or emptied file changes nothing."""
+    """Reload the settings and apply all that need no restart. A broken or emptied file is refused."""
     return await reload_settings(controller, allow_dropped=body is not None and body.allow_dropped)
 
 
 @router.post("/let-go")
 async def let_go(body: LetGoBody, controller: _Uses) -> LetGoBody:
-    """Listen in these networks no more, until the controller starts again; connections that are open are answered."""
+    """Stop listening in these networks until the controller restarts; open connections are answered."""
     found = [records.find_network(controller.inventory, one) for one in body.networks]
     await controller.listeners.let_go(found)
     return body
@@ -202,7 +202,7 @@ async def let_go(body: LetGoBody, controller: _Uses) -> LetGoBody:
 
 @router.post("/stop", status_code=202)
 async def stop(body: StopBody, controller: _Uses) -> Stopping:
-    """End the controller, or with `data_plane` HAProxy and the document server too."""
+    """Stop the controller; with `data_plane` stop HAProxy and the document server too."""
     controller.end(data_plane=body.data_plane)
     ending = ["controller", *(["haproxy", "documents"] if body.data_plane else [])]
     return Stopping(stopping=ending, controller=os.getpid())
@@ -210,37 +210,37 @@ async def stop(body: StopBody, controller: _Uses) -> Stopping:
 
 @router.post("/instances/{instance}/revoke-tokens")
 async def revoke_tokens(instance: _Instance, controller: _Uses) -> tokens.GuardChange:
-    """Revoke the instance's tokens; new ones are valid."""
+    """Revoke the instance's tokens; tokens issued later are valid."""
     return await tokens.revoke_tokens(controller, instance)
 
 
 @router.post("/instances/{instance}/reopen")
 async def reopen_instance(instance: _Instance, controller: _Uses) -> tokens.GuardChange:
-    """Let the instance's boot begin now: what is locked after the boot is open until that is over again."""
+    """Let the instance's boot begin now: locked paths are open until the boot is over again."""
     return await tokens.reopen_boot(controller, instance)
 
 
 @router.post("/token-keys/rotate")
 async def rotate_token_keys(controller: _Uses) -> tokens.KeyRotation:
-    """Let a new key sign session tokens; existing tokens stay valid until they expire."""
+    """Sign session tokens with a new key; existing tokens stay valid until they expire."""
     return await tokens.rotate_keys(controller)
 
 
 @router.get("/networks", responses={200: {"model": list[bodies.NetworkView]}})
 async def list_networks(controller: _Uses) -> StreamingResponse:
-    """Every network, by id."""
+    """List networks by id."""
     return bodies.stream_list(in_turns(records.report_networks(controller)))
 
 
 @router.post("/networks", status_code=201, openapi_extra=bodies.takes(bodies.NetworkRecord))
 async def add_network(body: bodies.JsonBody, controller: _Uses) -> Written:
-    """Add a network; refused when there is one of this id."""
+    """Add a network; refused if the id exists."""
     return await records.put_records(controller, [_read_network(body)], [], create=True)
 
 
 @router.get("/networks/{network}", responses={200: {"model": bodies.NetworkView}})
 async def show_network(network: _Network, controller: _Uses) -> JSONResponse:
-    """One network."""
+    """Show a network."""
     return bodies.RecordResponse(records.report_network(controller, network))
 
 
@@ -253,7 +253,7 @@ async def put_network(network: str, body: bodies.JsonBody, controller: _Uses) ->
 
 @router.patch("/networks/{network}", openapi_extra=bodies.takes(bodies.NetworkRecord))
 async def patch_network(network: _Network, body: bodies.JsonBody, controller: _Uses) -> Written:
-    """Change some keys of a network (RFC 7396: null takes a key away)."""
+    """Change some keys of a network (RFC 7396: null removes a key)."""
     patch = bodies.refuse_unlike(body, network)
     bodies.refuse_unclearable(patch, NETWORK)
     async with controller.patching:
@@ -275,7 +275,7 @@ async def list_instances(
     network: bodies.InNetwork = None,
     project: bodies.OfProject = None,
 ) -> StreamingResponse:
-    """Every instance that matches, by id, without payloads; each as it is when it is sent."""
+    """List matching instances by id, without payloads; each instance as it is when it is sent."""
     inventory = controller.inventory
     chosen = None if network is None else records.find_network(inventory, network)
     found = await search.find_instances(inventory, text, chosen, project)
@@ -290,7 +290,7 @@ async def search_instances(
     after: bodies.AfterPage = None,
     limit: bodies.PageSize = 50,
 ) -> JSONResponse:
-    """Instances that match, by id, a page at a time, without payloads."""
+    """List matching instances by id, page by page, without payloads."""
     inventory = controller.inventory
     chosen = None if network is None else records.find_network(inventory, network)
     found = await search.find_instances(inventory, text, chosen)
@@ -301,13 +301,13 @@ async def search_instances(
 
 @router.post("/instances", status_code=201, openapi_extra=bodies.takes(bodies.InstanceRecord))
 async def add_instance(body: _InstanceBody, controller: _Uses) -> Written:
-    """Add an instance; refused when there is one of this id."""
+    """Add an instance; refused if the id exists."""
     return await records.put_records(controller, [], [_read_instance(body)], create=True)
 
 
 @router.get("/instances/{instance}", responses={200: {"model": bodies.InstanceView}})
 async def show_instance(instance: _Instance, controller: _Uses) -> JSONResponse:
-    """One instance, payloads included."""
+    """Show an instance with its payloads."""
     return bodies.RecordResponse(records.report_instance(controller, instance))
 
 
@@ -320,9 +320,9 @@ async def put_instance(instance: str, body: _InstanceBody, controller: _Uses) ->
 
 @router.patch("/instances/{instance}", openapi_extra=bodies.takes(bodies.InstanceRecord))
 async def patch_instance(instance: _Instance, body: _InstanceBody, controller: _Uses) -> Written:
-    """Change some keys of an instance (RFC 7396: null takes a key away, lists are replaced).
+    """Change some keys of an instance (RFC 7396: null removes a key, lists are replaced).
 
-    `password: null` forgets the password that its guest posted.
+    `password: null` forgets the password that the guest posted.
     """
     patch = bodies.refuse_unlike(body, instance)
     bodies.refuse_unclearable(patch, INSTANCE, bodies.PASSWORD)
@@ -332,7 +332,7 @@ async def patch_instance(instance: _Instance, body: _InstanceBody, controller: _
     async with controller.patching:
         known = render_record(records.report_instance(controller, instance)["record"])
         changed = _read_instance(bodies.merge_patch(known, patch))
-        # A password is no part of the record, which may be another source's.
+        # A password is not part of the record, which may belong to another source.
         written = Written(instances=1)
         if not (clears_password and patch.keys() == {"id"}):
             written = await records.put_records(controller, [], [changed])
@@ -343,7 +343,7 @@ async def patch_instance(instance: _Instance, body: _InstanceBody, controller: _
 
 @router.get("/instances/{instance}/password", response_model_exclude_unset=True)
 async def show_password(instance: _Instance, controller: _Uses) -> bodies.PasswordBody:
-    """The password that its guest posted, as it was posted: encrypted with the instance's key."""
+    """Show the password as the guest posted it: encrypted with the instance's key."""
     password = await guests.read_password(controller, instance)
     if password is None:
         raise _no_password(instance)
@@ -352,7 +352,7 @@ async def show_password(instance: _Instance, controller: _Uses) -> bodies.Passwo
 
 @router.delete("/instances/{instance}/password")
 async def clear_password(instance: _Instance, controller: _Uses) -> Written:
-    """Forget that password, so that the guest can post another."""
+    """Forget the posted password, so that the guest can post another."""
     if not await guests.clear_password(controller, instance):
         raise _no_password(instance)
     return Written(instances=1)
@@ -360,14 +360,14 @@ async def clear_password(instance: _Instance, controller: _Uses) -> Written:
 
 @router.get("/instances/{instance}/tokens")
 async def show_tokens(instance: _Instance, controller: _Uses) -> InstanceTokens:
-    """How it reads without session tokens, and whether they can be required of it."""
+    """Show how the instance reads without session tokens, and whether tokens can be required."""
     policies = controller.records.policies
     return await controller.counting.report_instance(controller.inventory, policies, instance)
 
 
 @router.get("/instances/{instance}/usage")
 async def show_usage(instance: _Instance, controller: _Uses) -> Usage | None:
-    """How much it asks for, and what its limits are; null where nothing is counted, or HAProxy cannot be asked."""
+    """Show the instance's requests and limits; null if limits are disabled or HAProxy does not answer."""
     return await usage.report_usage(controller, instance)
 
 
@@ -383,10 +383,11 @@ async def put_records(
     controller: _Uses,
     create: Annotated[bool, Query(description="Refuse ids that are there.")] = False,  # noqa: FBT002 - FastAPI passes it by name
 ) -> Written:
-    """Add or replace many networks and instances: all of them, or none.
+    """Add or replace many networks and instances: all or none.
 
-    A body of type `application/x-ndjson` has a record a line, `{"network": {…}}` or `{"instance": {…}}`, and may be of
-    any length. It is answered when all of it is in force, which may take minutes: `/v1/progress` says how far it is.
+    A body of type `application/x-ndjson` has one record a line, `{"network": {…}}` or `{"instance": {…}}`, and may be
+    of any length. The answer comes when all records are in force, which may take minutes: `/v1/progress` shows the
+    progress.
     """
     if request.headers.get("content-type") == "application/x-ndjson":
         networks, packed = await bodies.read_lines(request)

@@ -1,4 +1,4 @@
-"""Instances that match what an operator types."""
+"""Search of instances by an operator's words."""
 
 from collections.abc import Sequence
 
@@ -12,13 +12,13 @@ from imdsproxy.host.turns import in_turns
 async def find_instances(
     inventory: Inventory, text: str, network: NetworkId | None, project: str | None = None
 ) -> Sequence[InstanceId]:
-    """The ids of all that match, in order.
+    """Return the ids of all matching instances, in order.
 
     Args:
-        inventory: Where to look.
-        text: Words that each must be in an id, name, host name, project, MAC, address or tag, in any case.
-        network: Only instances with a port in it.
-        project: Only its instances.
+        inventory: The inventory to search.
+        text: Words that must each be in an id, name, host name, project, MAC, address or tag, in any case.
+        network: Only instances with a port in this network.
+        project: Only instances of this project.
     """
     every, matches = list_ids(inventory, network), matcher(text, project)
     if matches is None:

@@ -1,6 +1,6 @@
-"""The admin socket while the controller starts: each request is answered 503 `starting`, with how far the start is.
+"""The admin socket while the controller starts: answers each request with 503 `starting` and the progress.
 
-It loads none of the admin API's libraries: known guests do not wait for them.
+The module loads none of the admin API's libraries, so known guests do not wait for them.
 """
 
 import asyncio
@@ -23,13 +23,13 @@ _READ_SIZE: Final = 64 * 1024
 
 
 class StartingServer:
-    """Answers on the admin socket, as an asynchronous context manager, until `end`.
+    """Server on the admin socket until `end`, as an asynchronous context manager.
 
     Args:
-        listener: The listening socket. It stays open: who connects between two servers waits for the next.
+        listener: The listening socket. It stays open: a client that connects between two servers waits for the next.
 
     Attributes:
-        steps: What is under way.
+        steps: Returns the work in progress.
     """
 
     def __init__(self, listener: socket.socket) -> None:
@@ -38,7 +38,7 @@ class StartingServer:
         self._server: asyncio.Server | None = None
 
     async def __aenter__(self) -> Self:
-        # The server closes its socket at the end: it has its own descriptor of the same.
+        # The server closes its socket at the end, so it gets its own descriptor.
         own = self._listener.dup()
         self._server = await asyncio.start_server(self._converse, sock=own, limit=_HEAD_BYTES)
         return self
@@ -52,13 +52,13 @@ class StartingServer:
         await self.end()
 
     async def end(self) -> None:
-        """Accept no further connection; those that are there get their answer."""
+        """Stop accepting connections; existing connections get their answer."""
         if self._server is None:
             return
         server, self._server = self._server, None
         for accepting in server.sockets:
             asyncio.get_running_loop().remove_reader(accepting.fileno())
-        # asyncio loses a connection whose server is closed in the turn of the loop in which it was accepted.
+        # asyncio loses a connection if its server is closed in the same turn of the loop.
         await asyncio.sleep(0)
         server.close()
 
@@ -70,7 +70,7 @@ class StartingServer:
                 async with asyncio.timeout(_IDLE_S):
                     await reader.readuntil(b"\r\n\r\n")
                 writer.write(_render(self.steps()))
-                # A client that is still sending a body would be cut off, and not read the answer.
+                # Closing now would cut off a client that still sends a body, before it reads the answer.
                 while True:
                     async with asyncio.timeout(_IDLE_S):
                         if not await reader.read(_READ_SIZE):
@@ -80,7 +80,7 @@ class StartingServer:
 
 
 def _render(steps: Sequence[Step]) -> bytes:
-    """The answer, as `admin.problems.ProblemBody`, and the steps that are under way."""
+    """Render the answer, as `admin.problems.ProblemBody`, with the steps in progress."""
     error = Starting.at([asdict(step) for step in steps])
     body = {
         "status": error.http_status,

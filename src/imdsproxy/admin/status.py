@@ -1,4 +1,4 @@
-"""The state of the controller and of what it looks after: readiness, and everything that `status` reports."""
+"""State of the controller and its processes: readiness, and the whole report of `status`."""
 
 import os
 from collections import Counter
@@ -25,7 +25,7 @@ from imdsproxy.nova.upstream import NovaEndpointReport
 
 _SHOWN: Final = 20
 _WORTH_A_LOOK: Final = 10
-"""An instance that uses less than one part in so many of its limit is not listed: most of 10,000 guests do."""
+"""An instance that uses less than this fraction (1/10) of its limit is not listed: most of 10,000 guests use less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +33,9 @@ class SourceReport:
     """One source of records.
 
     Attributes:
-        in_sync: It has reported all its records.
-        stale_s: Seconds for which it has not answered, 0 while it does; its last records stay.
-        problems: Every record that it refuses now.
+        in_sync: The source has reported all its records.
+        stale_s: Seconds since the source stopped answering, 0 while it answers; its last records stay in force.
+        problems: Every record that the source refuses now.
     """
 
     name: SourceName
@@ -48,7 +48,7 @@ class SourceReport:
 
 @dataclass(frozen=True, slots=True)
 class HaproxyReport:
-    """The data plane; `None` where it is not known (not started, or not answering)."""
+    """The data plane; `None` for values that are unknown (HAProxy is not started or does not answer)."""
 
     version: str | None = None
     master: int | None = None
@@ -61,10 +61,10 @@ class HaproxyReport:
 
 @dataclass(frozen=True, slots=True)
 class DocumentsReport:
-    """The document server's processes: the parent first.
+    """The document server's processes, the parent first.
 
     Attributes:
-        needed: Off where the settings say so; then it does not run.
+        needed: False if the settings disable the document server; then it does not run.
     """
 
     pids: tuple[int, ...] = ()
@@ -74,16 +74,16 @@ class DocumentsReport:
 
 @dataclass(frozen=True, slots=True)
 class UnixListenerReport:
-    """The socket for Neutron's proxies, where it is enabled.
+    """The socket for Neutron's proxies, if it is enabled.
 
     Attributes:
         serving: HAProxy's socket is at the path.
-        mode: Of the socket, as `0644`; empty where it is left out.
+        mode: The socket's mode, as `0644`; empty if the socket is not served.
         user: Its owner's uid.
         group: Its group's gid.
-        problem: Why it is left out.
-        taken_over: How often the path was taken from a process that lives, since the controller started.
-        taken_from: The process, the last time; empty for none.
+        problem: Why the socket is not served.
+        taken_over: How often HAProxy took the path from a running process since the controller started.
+        taken_from: The process that had the path last; empty for none.
     """
 
     path: str
@@ -98,7 +98,7 @@ class UnixListenerReport:
 
 @dataclass(frozen=True, slots=True)
 class PlanReport:
-    """The last plan: what it did, why, and what of it failed (and is tried again)."""
+    """The last plan: its operations, its reasons, and its failures (which are retried)."""
 
     at: float
     operations: int
@@ -109,17 +109,17 @@ class PlanReport:
 
 @dataclass(frozen=True, slots=True)
 class MacsReport:
-    """What is made of guests' MACs.
+    """Guests' MACs and the filters that check them.
 
     Attributes:
-        gates: Networks where the kernel looks at them.
-        refused: Networks where it should, and cannot: guests with a MAC in their records get no answer there.
-        pairs: Addresses that are let through with a MAC, or with any.
-        learned: Addresses that guests have by their MAC alone.
-        mismatches: Requests with an address of one and the MAC of another since the controller started, by network;
-            the twenty with the most.
-        forged_claims: Packets of ARP and ND that say of an address with a pair that it is at another MAC, since the
-            network's filter was created, by network; the twenty with the most. They harm no guest.
+        gates: Networks with a MAC filter.
+        refused: Networks that should have a MAC filter and cannot: guests with a MAC in their records get no answer.
+        pairs: Addresses that a MAC filter lets through with one MAC, or with any.
+        learned: Addresses under which guests are known by their MAC alone.
+        mismatches: Requests from an instance's address with another MAC since the controller started, by network; the
+            twenty networks with most.
+        forged_claims: Packets of ARP and ND that claim a pair's address for another MAC since the network's filter was
+            created, by network; the twenty networks with most. They harm no guest.
         claimed: Addresses claimed in the last ten minutes, and the MACs that claimed them; the first twenty.
     """
 
@@ -152,19 +152,19 @@ class AuditReport:
 
 @dataclass(frozen=True, slots=True)
 class FleetReport:
-    """What this host has of its fleet.
+    """State of the fleet on this host.
 
     Attributes:
-        hub: URL of the one that is followed; empty for none.
-        age_s: Seconds since a hub that was followed knew the state of the fleet.
-        revision: All items up to it are in force, but for those in `failing`.
-        items: How many are in force.
-        held: Items that the fleet's store lacks, or has in an older version: they are served on.
-        failing: Why items are not in force in their newest version.
-        skew_s: By how much the hub's clock is ahead of this host's.
-        certificate_end: When this host's certificate ends, Unix time; `None` where another program renews it.
-        serves_for_s: Seconds for which instances are still served without a hub; 0 where guests get 503, `None` for
-            no end.
+        hub: URL of the hub that this host follows; empty for none.
+        age_s: Seconds since a followed hub last knew the state of the fleet.
+        revision: All items up to this revision are in force, except items in `failing`.
+        items: Number of items in force.
+        held: Items that are still served although the fleet's store lacks them or has an older version.
+        failing: Items whose newest version is not in force, with reasons.
+        skew_s: Seconds by which the hub's clock is ahead of this host's.
+        certificate_end: Unix time when this host's certificate ends; `None` if another program renews the certificate.
+        serves_for_s: Seconds for which instances are still served without a hub; 0 if guests get 503, `None` for no
+            limit.
     """
 
     hub: str
@@ -180,21 +180,21 @@ class FleetReport:
 
 @dataclass(frozen=True, slots=True)
 class StatusReport:
-    """Everything at one moment.
+    """State of the daemon at one moment.
 
     Attributes:
         started_at: Unix time of the controller's start, in seconds.
         serving: Networks that are served as configured.
-        problems: What is wrong and belongs to no source, network or instance.
-        unix_listener: `None` where it is off.
+        problems: Problems that belong to no source, network or instance.
+        unix_listener: `None` if the unix listener is disabled.
         warnings: Names in records that documents change or lack; twenty at most, then how many more.
-        foreign: Other programs that listen where guests of a network are answered, and get no request; twenty at most,
-            then how many more. Those that do get some are in `left_out`.
-        policy_for_nobody: Where settings speak of a network, project or instance that no source tells of.
-        busiest: Who is kept to its limits now, and then who asks for most; ten at most.
-        audit: `None` where there is none.
-        fleet: `None` on a host of no fleet.
-        progress: Long work that is under way.
+        foreign: Other programs that listen at a network's address and get no request; twenty at most, then how many
+            more. Programs that get requests are in `left_out`.
+        policy_for_nobody: Policy settings for a network, project or instance that no source reports.
+        busiest: Instances that are limited now, then the busiest others; ten at most.
+        audit: `None` if there is no audit log.
+        fleet: `None` if this host belongs to no fleet.
+        progress: Long work in progress.
     """
 
     version: str
@@ -226,7 +226,7 @@ class StatusReport:
 
 
 def report_readiness(controller: Controller) -> Readiness:
-    """In sync, last plan applied, a probe through HAProxy answered, and all networks served; else why not."""
+    """Return whether sources are in sync, the last plan is applied, HAProxy answers and all networks are served."""
     reports = controller.inventory.reports.items()
     reasons = [f"source {name} is not in sync" for name, one in reports if not one.in_sync]
     if controller.haproxy.processes is None:
@@ -241,7 +241,7 @@ def report_readiness(controller: Controller) -> Readiness:
 
 
 def _list_degraded(controller: Controller) -> list[str]:
-    """A line for each network that is not served, up to twenty; the others are counted."""
+    """Return a line for each of the first twenty networks that are not served, and the number of the others."""
     found = [LeftOut.of(one) for one in controller.listeners.degraded()]
     lines = [
         f"network {one.network}: {one.reason} ({one.code})" + (f"; {one.hint}" if one.hint else "")
@@ -252,7 +252,7 @@ def _list_degraded(controller: Controller) -> list[str]:
 
 
 def _list_idle(foreign: Iterable[Foreign]) -> tuple[str, ...]:
-    """A line for each program that listens beside HAProxy and gets no request."""
+    """Return a line for each program that listens beside HAProxy and gets no request."""
     found = dict.fromkeys(
         f"network {one.network}: {owners_of([one.socket])} listens on {one.socket.address} port {one.socket.port}"
         for one in foreign
@@ -263,7 +263,6 @@ def _list_idle(foreign: Iterable[Foreign]) -> tuple[str, ...]:
 
 
 async def report_status(controller: Controller) -> StatusReport:
-    """Everything at one moment."""
     inventory, listeners, records = controller.inventory, controller.listeners, controller.records
     companion, plan = controller.companion, listeners.report
     await controller.nova_watch.refresh()
@@ -305,7 +304,7 @@ async def report_status(controller: Controller) -> StatusReport:
 
 
 async def find_busiest(controller: Controller) -> tuple[limits.Asker, ...]:
-    """Instances that are limited now, as HAProxy's worker counts them; none while HAProxy cannot be asked."""
+    """Return the instances that are limited or busy now, by the worker's counters; none while HAProxy cannot answer."""
     allowed, haproxy = controller.holder.settings.limits, controller.haproxy
     if not allowed.enabled or (worker := haproxy.worker) is None:
         return ()
@@ -316,13 +315,13 @@ async def find_busiest(controller: Controller) -> tuple[limits.Asker, ...]:
         wanted = (
             f"data.gpc0_rate ge {max(1, most // _WORTH_A_LOOK)}",
             f"data.conn_cur ge {max(2, allowed.connections // _WORTH_A_LOOK)}",
-            # Limits of a policy may be as small as one likes.
+            # A policy's limits can be lower than these thresholds.
             *(f"key {key}" for key in limits.refused_lately(own, now)),
         )
         commands = (f"show table {limits.COUNTERS} {each}" for each in wanted)
         usual = [await haproxy.master.send(worker, command) for command in commands]
     except (DataplaneError, WorkerEnded):
-        # The watchdog handles that, and the same report has HAProxy's state.
+        # The watchdog handles the failure, and the same report shows HAProxy's state.
         return ()
     table, connections = "\n".join(usual), allowed.connections
     return tuple(limits.busiest(table, own, requests=most, connections=connections, now=now))
@@ -337,7 +336,7 @@ def _report_audit(controller: Controller) -> AuditReport | None:
 
 
 def report_fleet(controller: Controller) -> FleetReport | None:
-    """What this host has of its fleet; `None` where it is of none."""
+    """Return the state of the fleet on this host; `None` if this host belongs to no fleet."""
     source = controller.sources.fleet
     if source is None:
         return None
@@ -355,7 +354,6 @@ def report_fleet(controller: Controller) -> FleetReport | None:
 
 
 def report_macs(controller: Controller) -> MacsReport:
-    """What is made of guests' MACs."""
     filters, learned = controller.mac_filters, controller.records.learned.values()
     claims = controller.forged_claims
     return MacsReport(
@@ -370,13 +368,13 @@ def report_macs(controller: Controller) -> MacsReport:
 
 
 def _report_source(controller: Controller, name: str, report: Report) -> SourceReport:
-    """A source with the records that it refuses, and its ports in networks that no source has."""
+    """Report a source with its refused records, and its ports in networks that no source has."""
     sources = controller.sources
     source = next(each for each in sources.all if each.name == name)
     ports = [port for port in controller.inventory.stranded() if port.source == name]
     stranded = [source.explain_stranded(port) for port in ports]
     asked, fleet = sources.look_up, sources.fleet
-    # Others are in sync only while they can be read.
+    # Other sources are in sync only while they can be read.
     stale_s = asked.queries.stale_s if asked is not None and asked is source else 0.0
     if fleet is not None and fleet is source and not fleet.in_sync:
         stale_s = fleet.age_s
@@ -386,7 +384,7 @@ def _report_source(controller: Controller, name: str, report: Report) -> SourceR
 
 
 def report_unix_listener(controller: Controller) -> UnixListenerReport | None:
-    """The socket for Neutron's proxies; `None` where it is off."""
+    """Report the socket for Neutron's proxies; `None` if it is disabled."""
     unix = controller.listeners.unix
     settings, bind = unix.settings(), unix.bind
     if not settings.enabled:

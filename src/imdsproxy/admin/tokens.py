@@ -1,4 +1,4 @@
-"""What operators change about tokens and boots; a change is on disk first, and confirmed by every worker."""
+"""Operators' changes to tokens and boots. A change is first written to disk, then confirmed by every worker."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -21,14 +21,15 @@ _APPLY_DEADLINE_S: Final = 10.0
 
 @dataclass(frozen=True, slots=True)
 class GuardChange:
-    """What an operator did about one instance; it is on disk, and outlives every restart.
+    """An operator's change to one instance, stored on disk and kept over restarts.
 
     Attributes:
-        epoch: How often its tokens were revoked.
-        reopened_at: When its boot was opened again, Unix time; `None` for never.
-        applied: No worker of HAProxy goes by the state before. Off: it comes in force when `pending` is mended.
-        pending: Why it is not in force yet.
-        shared: Of a revocation, the file of keys that other hosts have too: none of them hears of it.
+        epoch: How often the instance's tokens were revoked.
+        reopened_at: Unix time when the boot was last reopened; `None` for never.
+        applied: No worker of HAProxy uses the previous state. If false, the change takes effect once `pending` is
+            resolved.
+        pending: Why the change is not in force yet.
+        shared: The key file that other hosts share, for a revocation: the other hosts do not learn of it.
     """
 
     instance: InstanceId
@@ -41,15 +42,15 @@ class GuardChange:
 
 @dataclass(frozen=True, slots=True)
 class KeyRotation:
-    """A fresh key signs tokens.
+    """A new key that signs tokens.
 
     Attributes:
-        kid: Its name, with which its tokens begin.
-        keys: How many keys are believed, with this one.
-        file: Where they are.
-        of_fleet: So many instances have keys of a fleet, and go on with those.
-        applied: Every worker of HAProxy knows it.
-        pending: Why not yet.
+        kid: The key's name, with which its tokens begin.
+        keys: Number of valid keys, with this one.
+        file: The file of the keys.
+        of_fleet: Number of instances that keep using keys of a fleet.
+        applied: Every worker of HAProxy has the key.
+        pending: Why some worker does not have it yet.
     """
 
     kid: str
@@ -61,12 +62,12 @@ class KeyRotation:
 
 
 async def revoke_tokens(controller: Controller, instance: InstanceId) -> GuardChange:
-    """Revoke the session tokens that the instance has now; fresh ones are good.
+    """Revoke the instance's current session tokens; tokens issued later are valid.
 
     Raises:
         NotFound: No source has the instance, and no operator ever changed anything about it.
-        SourceRefused: It is a fleet's: revoked here alone, they would be good again on the host that it moves to.
-        HostRefused: It cannot be written; nothing has changed.
+        SourceRefused: The instance is a fleet's: after a move to another host its old tokens would be valid again.
+        HostRefused: The file cannot be written; nothing has changed.
     """
     shared = controller.policy_store.keys.shared
     change = await _override(controller, instance, controller.policy_store.revoke)
@@ -74,20 +75,20 @@ async def revoke_tokens(controller: Controller, instance: InstanceId) -> GuardCh
 
 
 async def reopen_boot(controller: Controller, instance: InstanceId) -> GuardChange:
-    """Let its boot begin now: what is locked after it is open until it is over again. Raises as `revoke_tokens`."""
+    """Let the instance's boot begin now: locked paths are open until the boot is over. Raises as `revoke_tokens`."""
     now = int(controller.clock.now().timestamp())
     reopen = partial(controller.policy_store.reopen, now=now)
     return await _override(controller, instance, reopen)
 
 
 async def rotate_keys(controller: Controller) -> KeyRotation:
-    """Let a fresh key sign tokens; those of the two keys before it stay good as long as they would be.
+    """Sign tokens with a new key; tokens of the two keys before it stay valid until they expire.
 
-    It is the host's own: a fleet's instances have keys that its operators replace.
+    The key is this host's own: a fleet's instances have keys that the fleet's operators replace.
 
     Raises:
-        SecretUnreadable: The file of the keys cannot be used; nothing has changed.
-        HostRefused: It cannot be written; nothing has changed.
+        SecretUnreadable: The key file cannot be used; nothing has changed.
+        HostRefused: The key file cannot be written; nothing has changed.
     """
     keys = controller.policy_store.keys
     async with controller.overriding:
@@ -128,7 +129,7 @@ async def _override(
 
 
 def _was_in_force(records: RecordLoop, instance: InstanceId, keys: frozenset[AddressKey]) -> bool:
-    """Whether HAProxy has the instance at an address that no source tells of now."""
+    """Return whether HAProxy has the instance at an address that no source reports now."""
     made_anew = {record_key(key) for key in keys}
     entries = records.applier.state.entries()
     found = (parse_map_value(value) for key, value in entries if key not in made_anew)
@@ -136,7 +137,7 @@ def _was_in_force(records: RecordLoop, instance: InstanceId, keys: frozenset[Add
 
 
 async def _pending(controller: Controller, confirmation: Awaitable[object]) -> tuple[str, ...]:
-    """Why it is not in force yet."""
+    """Return why the change is not in force yet."""
     try:
         async with asyncio.timeout(_APPLY_DEADLINE_S):
             await confirmation

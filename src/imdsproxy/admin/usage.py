@@ -1,4 +1,4 @@
-"""How much an instance asks for, beside its limits."""
+"""Requests of an instance, and its limits."""
 
 from imdsproxy.admin.records import find_record, no_such
 from imdsproxy.controller.controller import Controller
@@ -11,12 +11,12 @@ from imdsproxy.errors import DataplaneError
 
 
 async def report_usage(controller: Controller, instance: InstanceId) -> Usage | None:
-    """Of HAProxy's worker that takes connections; `None` where limits are off, or it cannot be asked.
+    """Read the counters of the worker that takes connections; `None` if limits are disabled or HAProxy does not answer.
 
-    Limits of a policy are those in the network of the first port.
+    A policy's limits are those in the network of the first port.
 
     Raises:
-        NotFound: There is no such instance.
+        NotFound: The instance does not exist.
     """
     record = find_record(controller.inventory, instance)
     if record is None:
