@@ -1,8 +1,8 @@
-"""The settings in force, and what changed or lost ones mean.
+"""The settings in force, and the effect of changed or lost settings.
 
-Whether a change takes nothing, is live, or needs a reload of HAProxy or a restart stands beside each field of the
-schema; here it is only looked up. A write that fails, a full disk or a crash leaves an empty or shorter file. It is
-valid YAML, so only a comparison with the settings in force shows that something is missing.
+The schema notes for each field whether a change takes nothing, is live, or needs a reload of HAProxy or a restart; this
+module looks that up. A failed write, a full disk or a crash leaves an empty or shorter file. Such a file is valid YAML,
+so only a comparison with the settings in force shows that settings are missing.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,7 +18,7 @@ from imdsproxy.errors import ImdsproxyError, Problem, SettingsDropped
 
 @dataclass(frozen=True, slots=True)
 class SettingChange:
-    """One setting that a reload found changed; `change` is live, reload, restart or nothing."""
+    """A setting that a reload found changed; `change` is live, reload, restart or nothing."""
 
     path: str
     before: object
@@ -28,11 +28,11 @@ class SettingChange:
 
 @dataclass(frozen=True, slots=True)
 class SettingsReload:
-    """What `reload` did: which settings it took over, and for which a restart is needed.
+    """Result of a reload: the changed settings, and settings that need a restart.
 
     Attributes:
-        haproxy_reloaded: HAProxy answers by them.
-        pending: Why it does not yet, although it should.
+        haproxy_reloaded: HAProxy uses the new settings.
+        pending: Why HAProxy does not use them yet, although it should.
     """
 
     changes: tuple[SettingChange, ...] = ()
@@ -42,10 +42,10 @@ class SettingsReload:
 
 
 def diff_settings(before: Settings, after: Settings) -> tuple[SettingChange, ...]:
-    """Every setting that differs, in the schema's order.
+    """Return every setting that differs, in the schema's order.
 
-    A name that came or went in a mapping of sections (`nova.endpoint_sets.cell1`) is one change,
-    from or to `None`; within one that stayed, each of its settings is. Lists are compared whole.
+    A name that came or went in a mapping of sections (`nova.endpoint_sets.cell1`) is one change, from or to `None`. In
+    a name that stayed, each setting is a change of its own. Lists are compared whole.
     """
     old, new = before.model_dump(mode="json"), after.model_dump(mode="json")
     return tuple(_differences(all_settings(), (), old, new))
@@ -73,13 +73,13 @@ def refuse_dropped(before: Loaded | None, after: Loaded, *, allowed: bool = Fals
     """Accept new settings, or raise.
 
     Args:
-        before: In force; `None` at a start.
-        after: Read now.
-        allowed: The operator wants files and policies to go. A blank file is refused even so: it would be
-            refused at the next start.
+        before: The settings in force; `None` at a start.
+        after: The settings read now.
+        allowed: The operator accepts the loss of files and policies. A blank file is refused even so, because the next
+            start would refuse it.
 
     Raises:
-        SettingsDropped: `problems` has every file and policy that is missing.
+        SettingsDropped: Files or policies are missing; `problems` has each.
     """
     problems = [
         Problem("settings", "is blank", "restore it, write `{}`, or remove it", str(path))
@@ -120,7 +120,7 @@ def _policies(before: Loaded, after: Loaded) -> Iterator[Problem]:
 
 
 def _rules(value: object, place: str = "policy") -> dict[str, object]:
-    """Each policy rule that is set, by its path."""
+    """Return each policy rule that is set, by its path."""
     if not isinstance(value, Mapping):
         return {place: value}
     parts = (_rules(part, f"{place}.{name}") for name, part in value.items())
@@ -129,13 +129,13 @@ def _rules(value: object, place: str = "policy") -> dict[str, object]:
 
 @dataclass(slots=True)
 class SettingsHolder:
-    """What every part asks for settings that may change while it runs.
+    """Holder of the settings in force, which may change while the parts that read them run.
 
     Settings that need a restart are reported and change nothing until then: parts read them once.
 
     Attributes:
         taken: Called with settings that have come into force.
-        problems: Why the last reload was refused; empty once one succeeds.
+        problems: Why the last reload was refused; empty after a success.
     """
 
     loaded: Loaded
@@ -145,7 +145,7 @@ class SettingsHolder:
 
     @property
     def settings(self) -> Settings:
-        """Those in force."""
+        """Settings in force."""
         return self.loaded.settings
 
     def reload(
@@ -154,12 +154,13 @@ class SettingsHolder:
         """Read the files again.
 
         Args:
-            accept: Reads what the settings name, and takes it over, before they are in force themselves. Gives the
-                paths of settings whose files have other content than before.
+            accept: Reads and applies the files that the new settings name, before the settings come into force. Returns
+                the
+                paths of settings whose files have new content.
             allow_dropped: As `allowed` of `refuse_dropped`.
 
         Raises:
-            ImdsproxyError: They, or what they name, are not acceptable; the settings in force stay.
+            ImdsproxyError: The settings, or the files that they name, are not acceptable; the settings in force stay.
         """
         try:
             after = self.load()

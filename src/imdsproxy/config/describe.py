@@ -1,4 +1,4 @@
-"""What the settings are, in words: one tree of their JSON Schema, for samples, references, errors and differences."""
+"""Descriptions of the settings: one tree of their JSON Schema, for samples, references, errors and differences."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ Schema: TypeAlias = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One place of the schema: a setting, a section, or what a mapping or a list of either holds.
+    """One place of the schema: a setting, a section, or the members of a mapping or list.
 
     Attributes:
         path: `haproxy.maxconn`; inside mappings and lists as `nova.endpoint_sets.NAME.endpoints[N].url`.
-        schema: As the JSON Schema has it: with default, description, and whether it may be null.
+        schema: The JSON Schema, with default, description, and whether the value may be null.
         bare: The schema of a value that is not null, without references.
-        change: What changing it takes.
+        change: Effort to apply a change.
         fields: The parts of a section.
-        each: What stands at each name of a mapping or each position of a list.
+        each: The setting at each name of a mapping or each position of a list.
     """
 
     path: str
@@ -44,37 +44,37 @@ class Setting:
     each: Setting | None
 
     def __getitem__(self, step: str | int) -> Setting:
-        """What stands at a name or a position; `KeyError` where nothing may."""
+        """Return the setting at a name or a position; raise `KeyError` if there is none."""
         return self.fields[step] if self.each is None else self.each
 
     @property
     def holds_sections(self) -> bool:
-        """Itself, or by name or position."""
+        """Return whether this is a section, or a mapping or list of sections."""
         return bool(self.fields or (self.each and self.each.fields))
 
     @property
     def takes(self) -> str:
-        """What may be written, as `an integer from 0 to 4095, or null`."""
+        """Accepted values in words, as `an integer from 0 to 4095, or null`."""
         return _describe(self) + (", or null" if "anyOf" in self.schema else "")
 
     @property
     def description(self) -> str:
-        """What it is for."""
+        """Purpose of the setting."""
         return str(self.schema.get("description", ""))
 
     @property
     def variable(self) -> str:
-        """The environment variable that overrides it; inner settings have none."""
+        """The environment variable that overrides the setting; inner settings have none."""
         return "IMDSPROXY_" + self.path.upper().replace(".", "__")
 
     @property
     def inner(self) -> bool:
-        """It is inside a mapping's or a list's sections."""
+        """Return whether the setting is inside the sections of a mapping or a list."""
         return ".NAME." in self.path or "[N]." in self.path
 
 
 class Node(NamedTuple):
-    """One place of the settings in force, and its value as YAML and JSON write it."""
+    """One place of the settings in force, with its value for YAML and JSON."""
 
     place: tuple[str | int, ...]
     value: object
@@ -82,18 +82,18 @@ class Node(NamedTuple):
 
     @property
     def path(self) -> str:
-        """`nova.endpoint_sets.default.endpoints[0].url`."""
+        """Path, as `nova.endpoint_sets.default.endpoints[0].url`."""
         return join_place(self.place)
 
     @property
     def opens(self) -> bool:
-        """Its parts follow as nodes of their own."""
+        """Return whether the node's parts follow as nodes."""
         return bool(self.value) and self.setting.holds_sections
 
 
 @cache
 def root_schema() -> Schema:
-    """The JSON Schema of all settings."""
+    """Return the JSON Schema of all settings."""
     schema = json.dumps(Settings.model_json_schema())
     return cast("Schema", json.loads(schema, object_hook=_describe_on_one_line))
 
@@ -107,7 +107,7 @@ def _describe_on_one_line(schema: dict[str, Any]) -> dict[str, Any]:
 
 @cache
 def all_settings() -> Setting:
-    """The root, with everything below it."""
+    """Return the root, with all settings below it."""
     return _read_schema(root_schema())
 
 
@@ -133,7 +133,7 @@ def _read_schema(schema: Schema, path: str = "", change: Change = Change.RESTART
 
 
 def join_place(place: Place) -> str:
-    """`nova.endpoint_sets.default.endpoints[0].url`, as the lines of a YAML document are named."""
+    """Return the path as YAML documents' problems name it: `nova.endpoint_sets.default.endpoints[0].url`."""
     text = ""
     for step in place:
         text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
@@ -141,7 +141,7 @@ def join_place(place: Place) -> str:
 
 
 def find_setting(place: Place) -> Setting | None:
-    """What may be written at `place`; `None` where the settings have nothing."""
+    """Return the setting at `place`; `None` if there is none."""
     found = all_settings()
     try:
         for step in place:
@@ -152,7 +152,7 @@ def find_setting(place: Place) -> Setting | None:
 
 
 def iterate_settings(within: Setting | None = None) -> Iterator[Setting]:
-    """Every setting in the schema's order. For inner ones `NAME` and `N` stand for the key."""
+    """Yield every setting in the schema's order; in inner ones `NAME` and `N` stand for the key."""
     for setting in (within or all_settings()).fields.values():
         if not setting.fields:
             yield setting
@@ -164,12 +164,12 @@ def walk_values(
     within: Setting | None = None,
     place: tuple[str | int, ...] = (),
 ) -> Iterator[Node]:
-    """Every node of settings in force, in their order, an opening one before its parts.
+    """Yield every node of settings in force, in their order, each before its parts.
 
     Args:
-        values: What the settings, or those at `place`, dump in mode `json`.
-        within: What holds them; the root for `None`.
-        place: Where they are.
+        values: The settings, or the settings at `place`, dumped in mode `json`.
+        within: The setting that holds the values; `None` for the root.
+        place: The place of the values.
     """
     within = within or all_settings()
     for step, value in values.items() if isinstance(values, Mapping) else enumerate(values):
@@ -195,7 +195,7 @@ def _describe(setting: Setting) -> str:
         case {"type": "boolean"}:
             words = "true or false"
         case {"type": "integer" | "number" as kind, "minimum": low, "maximum": high}:
-            # pydantic 2.10 writes the whole bounds of numbers as 30.0.
+            # pydantic 2.10 writes whole bounds of numbers as 30.0.
             low, high = (int(one) if one == int(one) else one for one in (low, high))
             words = f"{'an integer' if kind == 'integer' else 'a number'} from {low} to {high}"
         case {"pattern": form} | {"format": form}:
@@ -208,13 +208,13 @@ def _describe(setting: Setting) -> str:
 
 
 def place_of(error: ErrorDetails) -> Place:
-    """What a pydantic error is about."""
+    """Return the place of a pydantic error."""
     place = error["loc"][:-1] if error["loc"][-1:] == ("[key]",) else error["loc"]
     return (*place, *error["ctx"]["field"]) if error["type"] == "cross" else place
 
 
 def explain_finding(error: ErrorDetails) -> Problem:
-    """One pydantic error in the operator's words; `field` is a path of the schema."""
+    """Describe a pydantic error for the operator; `field` is a path of the schema."""
     place = place_of(error)
     field, setting, around = join_place(place), find_setting(place), find_setting(place[:-1])
     if error["type"] == "cross":

@@ -1,4 +1,4 @@
-"""Where settings are: known without loading what checks them."""
+"""Paths of settings files, found without loading the schema."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,14 +12,14 @@ ENVIRONMENT_PREFIX: Final = "IMDSPROXY_"
 
 
 def find_files(config: Path | None, default: Path = DEFAULT_CONFIG) -> list[Path]:
-    """The file and those of `conf.d/` beside it, in the order in which they are merged.
+    """Return the file and the files of `conf.d/` beside it, in the order in which they are merged.
 
     Args:
-        config: The file that the operator named; `None` takes `default`, if it is there.
-        default: As above.
+        config: The file that the operator named; `None` for `default`, if that file exists.
+        default: The default file.
 
     Raises:
-        ConfigUnreadable: A directory cannot be looked into.
+        ConfigUnreadable: A directory cannot be read.
     """
     main = default if config is None else config
     try:
@@ -35,16 +35,16 @@ def find_files(config: Path | None, default: Path = DEFAULT_CONFIG) -> list[Path
 
 
 def unreadable(path: Path, error: OSError | UnicodeDecodeError) -> ConfigUnreadable:
-    """The error for a file that can't be read."""
+    """Build the error for a file that cannot be read."""
     reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
     hint = "give the right --config" if isinstance(error, FileNotFoundError) else ""
     return ConfigUnreadable(f"cannot read {path}: {reason}", hint=hint)
 
 
 def read_each(files: Iterable[Path], read: Callable[[Path], _T], field: str) -> list[_T]:
-    """What `read` makes of each file, or one error that names every file that cannot be used.
+    """Apply `read` to each file, or raise one error that names every file that cannot be used.
 
-    `field` is what a problem without one of its own is about.
+    `field` is the field of a problem without a field of its own.
     """
     done: list[_T] = []
     failures: list[ConfigError] = []

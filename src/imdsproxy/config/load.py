@@ -1,7 +1,7 @@
-"""Settings from one YAML file, the `conf.d/` beside it, and the environment; all problems at once.
+"""Loader of settings from one YAML file, the `conf.d/` beside it, and the environment; reports all problems at once.
 
-Later wins: defaults, the file, `conf.d/*.yaml` in the order of their names, environment. Mappings
-are merged key by key, everything else (lists too) is replaced.
+Later layers win: defaults, the file, `conf.d/*.yaml` in the order of their names, environment. Mappings are merged key
+by key, everything else (lists too) is replaced.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ _NULL: Final = "null"
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """What a file or an environment variable sets; all keys are texts."""
+    """Settings of a file or an environment variable; all keys are texts."""
 
     name: str
     values: Mapping[str, object]
@@ -45,13 +45,13 @@ class _Layer:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Settings, and where each came from.
+    """Settings, and the origin of each.
 
     Attributes:
-        layers: What was merged, in this order.
-        empty: Those of `files` that hold nothing but comments; one that holds `{}` is not empty.
-        blank: Those of `empty` without a single character but white space: a write failed, most likely. A device
-            (`/dev/null`) is none.
+        layers: Merged layers, in this order.
+        empty: Files without settings, only with comments; a file with `{}` is not empty.
+        blank: Empty files without any character but white space, most likely after a failed write. A device
+            (`/dev/null`) never counts as blank.
     """
 
     settings: Settings
@@ -61,7 +61,7 @@ class Loaded:
     blank: frozenset[Path] = frozenset()
 
     def origin(self, place: Place) -> str | None:
-        """`FILE:LINE`, or the variable, that the value at a place comes from; `None` for the default."""
+        """Return the `FILE:LINE`, or the variable, that set the value at a place; `None` for the default."""
         found = _find_origin(self.layers, place)
         return None if found is None else found[0] if found[1] is None else "{}:{}".format(*found)
 
@@ -72,13 +72,13 @@ def load_settings(
     """Read and check the settings.
 
     Args:
-        config: The file that the operator named; `None` takes `default`.
-        default: The file that is read when none was named; it may be missing.
-        environment: The process's variables; only `IMDSPROXY_*` are looked at.
+        config: The file that the operator named; `None` for `default`.
+        default: The file to read if none was named; it may be missing.
+        environment: The process's variables; only `IMDSPROXY_*` are read.
 
     Raises:
         ConfigUnreadable: A file is missing, unreadable or not YAML.
-        ConfigInvalid: `problems` has every breach of the schema and every unknown variable.
+        ConfigInvalid: `problems` has every violation of the schema and every unknown variable.
     """
     files = find_files(config, default)
     documents = read_each(files, lambda path: (path, _read(path)), "configuration")
@@ -121,34 +121,34 @@ def _read(path: Path) -> Decoded:
 
 
 def _with_text_keys(value: Any) -> Any:  # noqa: ANN401 - as it is written
-    # YAML has numbers as keys too; they are refused as unknown settings.
+    # YAML also allows numbers as keys; the schema refuses them as unknown settings.
     if not isinstance(value, dict):
         return value
     return {str(key): _with_text_keys(part) for key, part in value.items()}
 
 
 def _merge(old: Any, new: Any) -> Any:  # noqa: ANN401 - as above
-    """Mappings are merged key by key, everything else is replaced."""
+    """Merge mappings key by key, and replace everything else."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return new
     return {**old, **{key: _merge(old.get(key), part) for key, part in new.items()}}
 
 
 def _find_origin(layers: Sequence[_Layer], place: Place) -> tuple[str, int | None] | None:
-    """The file, or variable, and the line that set what is at a place; of a mapping, that began it."""
+    """Return the file, or variable, and the line that set the value at a place; for a mapping, where it begins."""
     origin = None
     for layer in reversed(layers):
         found = _values_on_the_way(layer.values, place)
         if len(found) == len(place):
             origin = layer.name, layer.line_of(tuple(place))
-        # Mappings are merged; anything else replaces what earlier layers have.
+        # Mappings are merged; any other value replaces values of earlier layers.
         if not all(isinstance(one, Mapping) for one in found):
             break
     return origin
 
 
 def _values_on_the_way(value: Any, place: Place) -> list[object]:  # noqa: ANN401 - as it is written
-    """What is at each step of a place, as far as there is something."""
+    """Return the values at each step of a place, up to the first missing one."""
     found: list[object] = []
     with contextlib.suppress(KeyError, IndexError, TypeError):
         for step in place:
@@ -158,9 +158,9 @@ def _values_on_the_way(value: Any, place: Place) -> list[object]:  # noqa: ANN40
 
 
 def _read_environment(environment: Mapping[str, str]) -> tuple[list[_Layer], list[Problem]]:
-    """The variables `IMDSPROXY_SECTION__FIELD`, the only ones that imdsproxy reads; what is wrong with them.
+    """Read the variables `IMDSPROXY_SECTION__FIELD`, the only ones for settings; return layers and problems.
 
-    A mapping or a list is written as JSON, or as the YAML that a file would have.
+    A mapping or a list is written as JSON, or as YAML like in a file.
     """
     layers: list[_Layer] = []
     problems: list[Problem] = []
@@ -177,7 +177,7 @@ def _read_environment(environment: Mapping[str, str]) -> tuple[list[_Layer], lis
         try:
             value = _read_variable(environment[name], name, setting.bare["type"])
         except ConfigError as error:
-            # A mapping or a list; it is one line, so its lines are of no use.
+            # The variable has a mapping or a list on one line, so line numbers are of no use.
             inside = [replace(one, line=None) for one in error.problems]
             problems += [replace(one, field=f"{setting.path}.{one.field}") for one in inside] or [
                 Problem(setting.path, error.message, f"takes {setting.takes}, as JSON", name)
@@ -194,7 +194,7 @@ def _read_variable(text: str, name: str, kind: str) -> Any:  # noqa: ANN401 - as
         return None
     if kind in {"object", "array"}:
         return parse_yaml(text, name).value
-    # What is no such thing is left as it is: the schema has the reason.
+    # A value of a wrong type stays as it is: the schema reports the reason.
     with contextlib.suppress(KeyError, ValidationError):
         return _SCALARS[kind].validate_python(text)
     return text
@@ -202,13 +202,13 @@ def _read_variable(text: str, name: str, kind: str) -> Any:  # noqa: ANN401 - as
 
 def _problems(error: ValidationError, layers: Sequence[_Layer]) -> Iterator[Problem]:
     details = error.errors()
-    # pydantic counts the items that it took: a list whose items are refused is not too short.
+    # pydantic counts only accepted items: a list whose items are refused is not too short.
     refused = {loc[:depth] for loc in (one["loc"] for one in details) for depth in range(len(loc))}
     for detail in details:
         if detail["type"] == "too_short" and detail["loc"] in refused:
             continue
         place = place_of(detail)
-        # Where it, or else the section around it, was written.
+        # The place where the value, or else the section around it, was written.
         around = (_find_origin(layers, place[:depth]) for depth in range(len(place), 0, -1))
         file, line = next(filter(None, around), (None, None))
         yield replace(explain_finding(detail), file=file, line=line)

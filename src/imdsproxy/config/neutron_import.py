@@ -1,4 +1,4 @@
-"""Settings out of Neutron's ini files: pure, from parsed options to the text of a settings file and a report."""
+"""Settings from Neutron's ini files. Pure: from parsed options to the text of a settings file and a report."""
 
 import difflib
 import re
@@ -19,16 +19,16 @@ from imdsproxy.errors import ConfigInvalid, Problem
 from imdsproxy.nova.settings import DEFAULT_SET, parse_nova_url
 
 _SECTIONS_OF_NOVA: Final = frozenset({"neutron", "api", "api_database", "compute", "libvirt"})
-"""Sections of nova.conf that no file of Neutron's has: both have `state_path`, `host`, `metadata_workers`."""
+"""Sections that only nova.conf has; Nova's and Neutron's files both have `state_path`, `host`, `metadata_workers`."""
 
 _BEFORE_THE_FRONT_S: Final = 2
-"""Neutron's defaults differ as much: its proxies wait 32 s, and a guest is answered in 30."""
+"""Difference of Neutron's own defaults: its proxies wait 32 s, and a guest is answered in 30."""
 
 _RESPONSE_S: Final = (1, 600)
-"""What `nova.response_timeout_s` takes."""
+"""Bounds of `nova.response_timeout_s`."""
 
 _OVNS_FILE: Final = re.compile(r"(^|[._-])ovn([._-]|$)")
-"""neutron_ovn_metadata_agent.ini, neutron_ovn_agent.ini, ovn_agent.ini."""
+"""Matches neutron_ovn_metadata_agent.ini, neutron_ovn_agent.ini, ovn_agent.ini."""
 
 _LIKE: Final = 0.85
 _OPTIONS: Final[Mapping[tuple[str, str], NeutronOption]] = {
@@ -58,7 +58,7 @@ _Files: TypeAlias = "Sequence[Sequence[IniOption]]"
 
 
 class _Read(NamedTuple):
-    """An option, where the one in force stands, and its value; `None` where no file has it, or it is refused."""
+    """An option, its occurrence that counts, and its value; `None` if no file has it, or the value is refused."""
 
     option: NeutronOption
     written: IniOption | None
@@ -75,17 +75,19 @@ class _Read(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """What is to be written, and what is to be reported.
+    """Settings file, secret file and report of an import.
 
     Attributes:
-        settings: As sections.
-        text: The settings file; it loads as it is, and with the first # off its last lines too.
-        secret: What goes into the secret file.
-        secret_from: Where it stands.
-        report: As JSON has it: `options` with what became of each; `overridden`, values without effect, each `by` the
-            one of the same option that was read later; `doubtful`, unknown options, which Neutron ignores too, each
-            with the known name that is `near`; `ovn`, what shows that the agent is OVN's, if it is: its database, or
-            any option of a file of its name; `others`, how many options are of no concern; `secret_file`, as given.
+        settings: Sections of settings.
+        text: The settings file; it also loads with the first # removed from its last lines.
+        secret: Content of the secret file.
+        secret_from: The option that has the secret.
+        report: Report for JSON: `options` with the translation of each; `overridden`, values without effect, each with
+            the later value of the same option in `by`; `doubtful`, unknown options, which Neutron ignores too, each
+                with
+            the known name in `near`; `ovn`, the evidence that the agent is OVN's, if any: its database, or any option
+                of
+            a file with its name; `others`, the number of irrelevant options; `secret_file`, as given.
     """
 
     settings: Mapping[str, Any]
@@ -103,18 +105,19 @@ def plan_import(
     server_name: str | None = None,
     behind_proxies: bool = True,
 ) -> Imported:
-    """Translate what Neutron's files say.
+    """Translate Neutron's files.
 
     Args:
-        files: What each file holds, in the order in which the agent was given them: later ones win. Nova's may be
+        files: Options of each file, in the order in which the agent reads the files: later files win. Nova's files may
+            be
             among them, and are recognised by their sections.
-        secret_file: Where the secret is to be.
-        agent_user: The account that Neutron's agents run as, which no file says.
-        server_name: The name in the certificate of a Nova that is given by address.
-        behind_proxies: Serve on the socket that the agents' proxies connect to, and ask Neutron.
+        secret_file: Path for the secret.
+        agent_user: The account of Neutron's agents, which no file names.
+        server_name: The name in the certificate of a Nova whose URL has an address.
+        behind_proxies: Serve on the socket to which the agents' proxies connect, and query Neutron.
 
     Raises:
-        ConfigInvalid: Values that Neutron would not take, or imdsproxy does not; all at once, with file and line.
+        ConfigInvalid: Neutron or imdsproxy would refuse values; `problems` has all, with file and line.
     """
     reading = _Reading(files)
     url = reading.url()
@@ -143,7 +146,7 @@ def plan_import(
 
 
 def render_report(imported: Imported, written: Collection[Path]) -> Iterator[str]:
-    """The report's lines for operators; `written` are the files that were written."""
+    """Render the report for operators, a line each; `written` are the files that were written."""
     report, at = imported.report, imported.secret_from
 
     def with_fate(fate: Fate) -> Iterator[str]:
@@ -190,7 +193,7 @@ def _place(where: Mapping[str, Any]) -> str:
 
 
 class _Reading:
-    """The files as their services read them, what is wrong with them, and the settings that they come to."""
+    """Files as their services read them, their problems, and the resulting settings."""
 
     def __init__(self, files: _Files) -> None:
         self._neutrons = [one for one in files if not _is_novas(one)]
@@ -203,11 +206,11 @@ class _Reading:
         self._read = {option: self._read_option(option) for option in NEUTRON_OPTIONS}
 
     def files_of(self, option: NeutronOption) -> _Files:
-        """Those that the option's service reads."""
+        """Return the files that the option's service reads."""
         return self._novas if option.whose == NOVA else self._neutrons
 
     def __getitem__(self, name: str | tuple[str, str]) -> _Read:
-        """An option of [DEFAULT], or of a section."""
+        """Return an option of [DEFAULT], or of a section."""
         return self._read[_OPTIONS[("DEFAULT", name) if isinstance(name, str) else name]]
 
     def _read_option(self, option: NeutronOption) -> _Read:
@@ -219,7 +222,7 @@ class _Reading:
         try:
             value = _expand(files, written)
         except ValueError as error:
-            # What is not taken over may refer to what the files of this host do not have.
+            # An option that is not taken over may refer to values that this host's files lack.
             if option.fate is not Fate.NONE:
                 self._refuse(absent, str(error), "write the value itself")
             return absent
@@ -237,7 +240,7 @@ class _Reading:
     def put(
         self, path: str, value: object, *options: _Read, otherwise: str = "Neutron's default"
     ) -> None:
-        """Set a setting, unless to `None`, with the options that it comes from, or the comment without any."""
+        """Set a setting, unless to `None`, and note the options it comes from, or else the comment."""
         if value is None:
             return
         *sections, name = path.split(".")
@@ -247,16 +250,16 @@ class _Reading:
         inside[name] = value
         written = self._origins[path] = [one.written for one in options if one.written]
         places = ", ".join(f"{one.file}:{one.line}" for one in written) or otherwise
-        # A file's name may hold anything, also the end of a line.
+        # The name of a file may hold any character, even a line end.
         self._comments[path] = "".join(one if one.isprintable() else "?" for one in places)
 
     def copy(self, *names: str) -> None:
-        """Set what options become to their values; an empty one is none."""
+        """Copy options' values to their settings; an empty value sets nothing."""
         for one in map(self.__getitem__, names):
             self.put(one.option.becomes, one.value or None, one)
 
     def render(self, *, asks_neutron: bool) -> str:
-        """The settings file."""
+        """Render the settings file."""
         lines = [_HEAD]
         for node, line in render_nodes(walk_values(self.settings)):
             if len(node.place) == 1:
@@ -269,23 +272,23 @@ class _Reading:
 
     @property
     def has_client(self) -> bool:
-        """Whether Neutron identifies itself to Nova with a certificate."""
+        """Return whether Neutron identifies itself to Nova with a certificate."""
         return all(self[name].value for name in _CLIENT)
 
     @property
     def ovn(self) -> IniOption | None:
-        """What shows that these are files of OVN's agent."""
+        """The option that shows that these are files of OVN's agent."""
         ours = [one for file in self._neutrons for one in file]
         asks = (one for one in ours if one.section == "ovn" and one.name.startswith("ovn_sb_"))
         named = (one for one in ours if _OVNS_FILE.search(Path(one.file).name))
         return next(asks, None) or next(named, None)
 
     def url(self) -> str:
-        """Nova's; empty where it is refused."""
+        """Return Nova's URL; empty if it is refused."""
         host = self["nova_metadata_host"]
         scheme, port = (self[f"nova_metadata_{one}"].or_default for one in ("protocol", "port"))
         name = host.option.default if host.value is None else host.value
-        # Neutron puts brackets around IPv6 addresses itself; before it did, operators wrote them.
+        # Neutron adds brackets to IPv6 addresses itself; before that, operators wrote the brackets.
         bracketed = f"[{name}]" if ":" in name and not name.startswith("[") else name
         try:
             return str(parse_nova_url(f"{scheme}://{bracketed}:{int(port)}"))
@@ -294,7 +297,7 @@ class _Reading:
             return ""
 
     def secret(self) -> tuple[str, IniOption] | None:
-        """The one that signs requests, and where it stands; `None` where it is refused."""
+        """Return the secret that signs requests, and its option; `None` if it is refused."""
         name = "metadata_proxy_shared_secret"
         ours, novas = self[name], self["neutron", name]
         found = ours if ours.value else novas
@@ -313,7 +316,7 @@ class _Reading:
         return found.value, found.written
 
     def breaches(self) -> Iterator[Problem]:
-        """What imdsproxy does not take of the settings, reported where Neutron's file says it."""
+        """Yield problems that imdsproxy has with the settings, reported at Neutron's file."""
         try:
             Settings.model_validate(self.settings)
         except ValidationError as error:
@@ -328,7 +331,7 @@ class _Reading:
                 yield finding
 
     def fates(self) -> Iterator[dict[str, Any]]:
-        """What becomes of each option that the files have."""
+        """Yield the translation of each option in the files."""
         for read in self._read.values():
             option, written = read.option, read.written
             if written is None:
@@ -345,7 +348,7 @@ class _Reading:
             yield {**_where(written), "fate": fate.value, "setting": becomes or None, "why": why}
 
     def overridden(self) -> Iterator[dict[str, Any]]:
-        """Values without effect, each with the one of the same option that was read later."""
+        """Yield values without effect, each with the later value of the same option."""
         for option, chosen, _ in self._read.values():
             files = self.files_of(option)
             for one in (one for file in files for one in file):
@@ -354,7 +357,7 @@ class _Reading:
                     yield {**_where(one), "by": _where(chosen)}
 
     def doubtful(self) -> Iterator[dict[str, Any]]:
-        """Unknown options, each with the known name that is like theirs."""
+        """Yield unknown options, each with a similar known name."""
         known = [name for section, name in _OPTIONS if section == "DEFAULT"]
         for one in self.each:
             name = one.name.replace("-", "_")
@@ -366,7 +369,7 @@ class _Reading:
 
 
 def _put_settings(reading: _Reading, url: str, secret_file: Path, server_name: str | None) -> None:
-    """What the files come to, in the order of the settings file."""
+    """Put the settings from the files, in the order of the settings file."""
     host, port, scheme = (reading[f"nova_metadata_{one}"] for one in ("host", "port", "protocol"))
     wait, insecure = (
         reading["metadata_haproxy", "timeout_server"],
@@ -406,7 +409,7 @@ def _put_unix_listener(reading: _Reading, agent_user: str) -> None:
 
 def _expand(files: _Files, written: IniOption) -> str:
     def look_up(name: str) -> str | None:
-        """What `$name` stands for in a value, as it is written or Neutron's default."""
+        """Return the value of `$name`, as written in the files, or Neutron's default."""
         group, dot, last = name.partition(".")
         named = [(group.lower(), last)] if dot else []
         for one in [*named, (written.section, name), ("DEFAULT", name)]:
@@ -422,7 +425,7 @@ def _expand(files: _Files, written: IniOption) -> str:
 
 
 def _expanded(files: _Files, written: IniOption) -> str:
-    """The value, as it is written where it refers to what is not there."""
+    """Expand the value; return it as written if it refers to a missing option."""
     try:
         return _expand(files, written)
     except ValueError:

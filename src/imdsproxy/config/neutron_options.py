@@ -1,4 +1,4 @@
-"""The options of Neutron's metadata path: what each takes, and what becomes of it (neutron_options.yaml)."""
+"""Options of Neutron's metadata path, with their accepted values and translations (neutron_options.yaml)."""
 
 import re
 from dataclasses import dataclass
@@ -23,11 +23,11 @@ _INTEGER: Final = re.compile(r"an integer from (\d+)(?: to (\d+)| on)")
 
 
 class Fate(StrEnum):
-    """What becomes of an option."""
+    """Outcome of an option's translation."""
 
     TAKEN = "taken over"
     BY_HAND = "by hand"
-    """imdsproxy needs it, and it cannot be translated."""
+    """imdsproxy needs the option, and cannot translate it."""
     NONE = "no equivalent"
 
 
@@ -36,15 +36,15 @@ class NeutronOption:
     """One option.
 
     Attributes:
-        whose: The service that reads it.
-        section: As its documentation writes it.
-        default: As its documentation writes it; empty for none.
+        whose: The service that reads the option.
+        section: Section, as in the service's documentation.
+        default: Default, as in the service's documentation; empty for none.
         takes: A key of `_PATTERNS`, `one of A, B`, `an integer from N on` or `an integer from N to M`.
         becomes: The setting of imdsproxy, if there is one.
-        unless: By hand, unless it has this value.
+        unless: Value with which the option needs no work by hand.
         why: Why it has no equivalent, or how it is taken over.
         deprecated: Its older names, `(section, name)`.
-        secret: Its value is never shown.
+        secret: True if its value is never shown.
     """
 
     whose: str
@@ -61,12 +61,12 @@ class NeutronOption:
 
     @property
     def names(self) -> tuple[tuple[str, str], ...]:
-        """Where it may stand in a parsed file, today's name first."""
+        """Names in a parsed file as `(section, name)`, the current name first."""
         every = ((self.section, self.name), *self.deprecated)
         return tuple((one if one == "DEFAULT" else one.lower(), name) for one, name in every)
 
     def accepts(self, value: str) -> bool:
-        """Whether Neutron starts with this value; an empty number counts as absent."""
+        """Return whether Neutron starts with this value; an empty number counts as absent."""
         if found := _INTEGER.fullmatch(self.takes):
             low, high = int(found[1]), int(found[2] or 10**18)
             digits = re.fullmatch(r"[-+]?[0-9]{1,18}", value, re.ASCII)
@@ -82,4 +82,4 @@ NEUTRON_OPTIONS: Final = TypeAdapter(tuple[NeutronOption, ...]).validate_python(
         Loader=yaml.CSafeLoader,
     )
 )
-"""Each option once."""
+"""All options, each once."""

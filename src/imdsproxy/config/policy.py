@@ -1,4 +1,4 @@
-"""What guests may read and how, how much they may ask for, and which of their requests are logged."""
+"""Settings about guests' permissions, tokens, limits and the audit log."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,7 +41,7 @@ _Paths = Annotated[
 
 
 def _field(rule: Rule) -> tuple[Any, Any]:
-    """A rule as pydantic's `create_model` takes it: its type and its field."""
+    """Return the type and the field of a rule, for pydantic's `create_model`."""
     if rule.kind is tuple:
         return _Paths | None, setting({}, Change.LIVE, description=rule.help)
     least, most = rule.bounds or (None, None)
@@ -58,10 +58,10 @@ else:
 
 
 class PolicyRulesSettings(_Rules):
-    """What one scope sets."""
+    """The rules of one scope."""
 
     def rules(self) -> PolicyRules:
-        """As the core has it."""
+        """Convert to the core's rules."""
         values = ((rule, getattr(self, rule.name)) for rule in RULES.values())
         rules = {rule.name: _of_core(rule, value) for rule, value in values if value is not None}
         return PolicyRules(**rules) if rules else NO_RULES
@@ -74,13 +74,13 @@ def _of_core(rule: Rule, value: Any) -> Any:  # noqa: ANN401 - as pydantic check
 
 
 class PolicySettings(Section):
-    """For each rule, the most specific scope wins: instance, project, network, host."""
+    """Policy rules by scope. For each rule, the most specific scope wins: instance, project, network, host."""
 
     host: PolicyRulesSettings = section(PolicyRulesSettings)
     """For every guest of this host."""
 
     networks: dict[Identifier, PolicyRulesSettings] = setting({}, Change.LIVE)
-    """Sections by a network's id, or by a router's where guests are reached by it."""
+    """Sections by a network's id, or by a router's id if guests are reached through the router."""
 
     projects: dict[Identifier, PolicyRulesSettings] = setting({}, Change.LIVE)
     """Sections by a project's id."""
@@ -89,7 +89,7 @@ class PolicySettings(Section):
     """Sections by an instance's id."""
 
     def book(self) -> PolicyBook:
-        """As the core has it, without what operators did."""
+        """Convert to the core's policies, without operators' overrides."""
         return PolicyBook(
             host=self.host.rules(),
             networks=_each(self.networks),
@@ -103,54 +103,55 @@ def _each(sections: Mapping[str, PolicyRulesSettings]) -> dict[str, PolicyRules]
 
 
 class TokensSettings(Section):
-    """Session tokens: their keys, and whether reads without them are counted."""
+    """Session tokens: their keys, and whether reads without tokens are counted."""
 
     count_reads: _Share = setting("sampled", Change.RELOAD)
-    """Count, for `imdsproxy token report`, who reads without a token where none is required: none, one read in 20 by
-    chance, or each. A sample costs HAProxy 1 to 5 % more instructions a request and finds a guest that reads a
-    hundred times; each costs 9 to 53 % more, and finds one that reads once. What is refused because a token is
-    required is counted always, each time.
+    """Which reads without a token, where none is required, are counted for `imdsproxy token report`: none, one read in
+    20 by chance, or each. `sampled` costs HAProxy 1 to 5 % more instructions a request and finds a guest that reads a
+    hundred times; `all` costs 9 to 53 % more, and finds a guest that reads once. Reads that are refused because a token
+    is required are always counted.
     """
 
     key_file: AbsolutePath | None = setting(None, Change.LIVE)
-    """File of the keys, one a line in base64, the one in force first; root's alone. Hosts that share it take each
-    other's tokens, so that one works after a migration. Null is `token-keys` in `paths.state_dir`, which is made at
-    the first start; another file has to be there. Read again at each reload.
+    """File of the keys, one a line in base64, the signing key first; only root may access the file. Hosts that share a
+    file accept each other's tokens, so that a token works after a migration. Null is `token-keys` in `paths.state_dir`,
+    which is created at the first start; any other file must exist. The file is read again at each reload.
     """
 
     @property
     def one_in(self) -> int:
-        """Of so many reads without a token one is counted; 0 for none."""
+        """Sampling rate: one read without a token in this many is counted; 0 for none."""
         return {"off": 0, "sampled": ONE_IN, "all": 1}[self.count_reads]
 
 
 def _number(rule: str, default: int) -> Any:  # noqa: ANN401 - as `setting`
-    """A limit with the bounds of a policy's rule."""
+    """Build a limit with the bounds of a policy's rule."""
     least, most = RULES[rule].bounds or (None, None)
     return setting(default, Change.RELOAD, ge=least, le=most)
 
 
 class LimitsSettings(Section):
-    """Of each instance, over IPv4 and IPv6 together; beyond, 503 with Retry-After. `policy` overrides them for some."""
+    """Limits of each instance, over IPv4 and IPv6 together; beyond, 503 with Retry-After. `policy` overrides them."""
 
     enabled: bool = setting(True, Change.RELOAD)
-    """Count what each instance asks for, and refuse what is beyond. Without it limits in `policy` do nothing."""
+    """Count and limit each instance's requests. If disabled, limits in `policy` have no effect either."""
 
     requests_per_s: int = _number("requests_per_s", 100)
-    """Requests a second on average. Only answered ones count, so being refused lengthens nothing."""
+    """Requests a second on average. Only answered requests count, so refused requests do not prolong the refusal."""
 
     burst: int = _number("burst", 4000)
-    """Requests at once: a boot asks for much. cloud-init's whole crawl is 150; this is twenty and some. Counted over
-    the time that so many take at `requests_per_s`, 40 seconds as it is here.
+    """Requests at once, for boots: cloud-init's whole crawl has 150 requests, so the default allows more than twenty
+    crawls. Requests are counted over the time that this many take at `requests_per_s`: 40 seconds with the defaults.
     """
 
     connections: int = _number("connections", 160)
-    """Connections at once; behind the unix listener, requests. More than `haproxy.maxconn_per_network` can not be
-    had. The first 32 beyond are answered 503, further ones are closed.
+    """Connections at once; behind the unix listener, requests. The most is `haproxy.maxconn_per_network`. The first 32
+    connections beyond the limit get 503, further ones are closed.
     """
 
     body_kib: int = setting(1024, Change.RELOAD, ge=1, le=1024 * 1024)
-    """Longest body of a request that goes on to Nova, in KiB; beyond, 413. What we answer ourselves takes 64."""
+    """Longest body of a request that goes to Nova, in KiB; beyond, 413. For requests that imdsproxy answers itself, 64.
+    """
 
 
 def _destination(text: str) -> str:
@@ -163,22 +164,22 @@ class AuditSettings(Section):
     """The audit log: one JSON line for each request and its answer."""
 
     mode: _Share = setting("off", Change.RELOAD)
-    """Which requests have a line: none, one of `sample` by chance, or each. Off, because a line costs HAProxy 1 to 2
-    µs, which is up to a sixth of what a request does.
+    """Which requests have a line: none, one of `sample` by chance, or each. Off by default, because a line costs
+    HAProxy 1 to 2 µs, up to a sixth of a request.
     """
 
     sample: int = setting(100, Change.RELOAD, ge=2, le=1_000_000)
-    """With `sampled`: of how many requests one has a line."""
+    """With `sampled`: one request in this many has a line."""
 
     destination: Annotated[str, Field(min_length=1), AfterValidator(_destination)] = setting(
         "journal", Change.LIVE, examples=["journal", "/var/log/imdsproxy/audit.log"]
     )
-    """`journal`, where at most 300 lines a second are written because systemd's journal takes little more from one
-    service, or the absolute path of a file, mode 0640. The file may be renamed at any time (logrotate): a new one is
-    begun.
+    """`journal`, or the absolute path of a file, mode 0640. The journal gets at most 300 lines a second, because
+    systemd's journal accepts little more from one service. The file may be renamed at any time (logrotate): a new file
+    is then begun.
     """
 
     @property
     def one_in(self) -> int:
-        """Of so many requests one has a line; 0 where none has."""
+        """Sampling rate: one request in this many has a line; 0 for none."""
         return {"off": 0, "sampled": self.sample, "all": 1}[self.mode]

@@ -1,4 +1,4 @@
-"""Settings as text: what is in force, the JSON Schema, and a commented sample of all defaults."""
+"""Settings as text: the settings in force, the JSON Schema, and a commented sample of all defaults."""
 
 import json
 import textwrap
@@ -28,7 +28,7 @@ _SAMPLE_HEAD: Final = """\
 
 
 def render_settings(loaded: Loaded, *, with_origin: bool = False) -> str:
-    """The settings in force as YAML that loads back equal; with the origin of each as a comment."""
+    """Render the settings in force as YAML that loads back equal, optionally with each origin as a comment."""
     lines = []
     for node, line in render_nodes(walk_values(loaded.settings.model_dump(mode="json"))):
         if with_origin and not node.opens:
@@ -39,7 +39,7 @@ def render_settings(loaded: Loaded, *, with_origin: bool = False) -> str:
 
 
 def settings_by_origin(loaded: Loaded) -> dict[str, dict[str, object]]:
-    """`{path: {"value": …, "origin": …}}`, for programs; of mappings and lists also each part's."""
+    """Return `{path: {"value": …, "origin": …}}` for programs; also for each part of mappings and lists."""
     return {
         node.path: {"value": node.value, "origin": loaded.origin(node.place) or "default"}
         for node in walk_values(loaded.settings.model_dump(mode="json"))
@@ -48,14 +48,14 @@ def settings_by_origin(loaded: Loaded) -> dict[str, dict[str, object]]:
 
 
 def render_schema() -> str:
-    """The JSON Schema of the configuration file, for editors."""
+    """Return the JSON Schema of the configuration file, for editors."""
     about = {"$schema": DIALECT, "title": "imdsproxy settings"}
     schema = {name: value for name, value in root_schema().items() if name != "title"}
     return _render_json({**about, **schema})
 
 
 def render_records_schema() -> str:
-    """The JSON Schema of record files, for editors."""
+    """Return the JSON Schema of record files, for editors."""
     return _render_json(schema_of_records())
 
 
@@ -64,7 +64,7 @@ def _render_json(value: object) -> str:
 
 
 def render_sample() -> str:
-    """Every setting with its default and what it is for; loads back as the defaults."""
+    """Render every setting with its default and description; the sample loads back as the defaults."""
     lines = [_SAMPLE_HEAD]
     for node, line in render_nodes(walk_values(Settings().model_dump(mode="json"))):
         indent = " " * (len(line) - len(line.lstrip()))
@@ -76,12 +76,12 @@ def render_sample() -> str:
 
 
 def render_nodes(nodes: Iterable[Node]) -> Iterator[tuple[Node, str]]:
-    """Each node that has a line in YAML, with it."""
+    """Yield each node that has a line in YAML, with the line."""
     begins = False
     for node in nodes:
         last = node.place[-1]
         if isinstance(last, int):
-            begins = True  # an item has no line of its own: its first setting has the dash
+            begins = True  # An item has no line of its own: its first setting has the dash
             continue
         lead = "  " * (len(node.place) - 1)
         if begins:
@@ -92,7 +92,7 @@ def render_nodes(nodes: Iterable[Node]) -> Iterator[tuple[Node, str]]:
 
 
 def _words(setting: Setting, indent: str) -> Iterator[str]:
-    """What a setting is for, as comments."""
+    """Describe a setting in comment lines."""
     comment = f"{indent}# "
     for words in (setting.description, f"Takes {setting.takes}. {_CHANGE[setting.change]}"):
         yield from textwrap.wrap(
@@ -101,7 +101,7 @@ def _words(setting: Setting, indent: str) -> Iterator[str]:
 
 
 def _example(node: Node, indent: str) -> Iterator[str]:
-    """The schema's example of a mapping that is empty by default, as comments."""
+    """Render the schema's example of a mapping that is empty by default, as comments."""
     for example in node.setting.schema.get("examples", ())[:1]:
         section, name = map(str, node.place)
         filled = Settings.model_validate({section: {name: example}}, strict=False)
@@ -113,4 +113,4 @@ def _example(node: Node, indent: str) -> Iterator[str]:
             if one.place != node.place and not one.setting.fields:
                 yield from _words(one.setting, f"{indent}# {depth}")
             yield f"{indent}# {bare}"
-        yield ""  # or it would run into the next setting's words
+        yield ""  # Without the blank line, the example would run into the next setting's description

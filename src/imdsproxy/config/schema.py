@@ -1,8 +1,7 @@
-"""Every setting of imdsproxy: name, type, default, unit, reason, and what changing it takes.
+"""Schema of the settings of imdsproxy: name, type, default, unit, reason, and the effort to apply a change.
 
-The components get their own section and nothing more; `core` gets plain values. Secrets would be
-file names here, never values. The reference page, `config schema` and `config sample` are generated
-from this file, so its texts are what operators read.
+Each component gets only its own section; `core` gets plain values. A secret is the name of a file here, never a value.
+The reference page, `config schema` and `config sample` are generated from this file, so operators read its texts.
 """
 
 from pathlib import Path
@@ -46,37 +45,37 @@ NamePrefix = Annotated[
 
 
 class PathsSettings(Section):
-    """Where imdsproxy keeps its files."""
+    """Directories of imdsproxy's files."""
 
     runtime_dir: AbsolutePath = setting(Path("/run/imdsproxy"), Change.RESTART)
-    """Directory of HAProxy's configuration, maps and all sockets. On tmpfs, because all of it is made again from the
-    sources after a boot.
+    """Directory of HAProxy's configuration, maps and all sockets. It is on tmpfs, because imdsproxy builds all of it
+    again from the sources after a boot.
     """
 
     state_dir: AbsolutePath = setting(Path("/var/lib/imdsproxy"), Change.RESTART)
-    """Directory of what has to outlive a boot: the SQLite store, compiled records, guests' passwords."""
+    """Directory of data that outlives a boot: the SQLite store, compiled records, guests' passwords."""
 
     netns_dir: AbsolutePath = setting(Path("/run/netns"), Change.RESTART)
-    """Directory of the named network namespaces. iproute2 and HAProxy have this one built in; change it only for
+    """Directory of the named network namespaces. iproute2 and HAProxy have this path built in; change it only for
     tests.
     """
 
 
 class HaproxySettings(Section):
-    """The one HAProxy that answers every guest."""
+    """The HAProxy that answers every guest."""
 
     binary: str = setting("haproxy", Change.RESTART, min_length=1)
-    """Program to run, 3.0 or later: a name looked up in PATH, or an absolute path."""
+    """HAProxy's program, 3.0 or later: a name in PATH, or an absolute path."""
 
     user: AccountName = setting("haproxy", Change.RELOAD)
-    """Account of the worker once its sockets are bound. Debian's package makes this one."""
+    """Account of the worker once its sockets are bound. Debian's package creates `haproxy`."""
 
     group: AccountName = setting("haproxy", Change.RELOAD)
     """Group of the worker."""
 
     nbthread: int = setting(1, Change.RELOAD, ge=1, le=64)
-    """Threads of the worker. One answers more than 10,000 requests/s, was faster than two on two shared cores, and
-    leaves the others to guests.
+    """Threads of the worker. One thread answers more than 10,000 requests/s, was faster than two on two shared cores,
+    and leaves the other cores to guests.
     """
 
     maxconn_per_network: int = setting(200, Change.RELOAD, ge=1, le=100_000)
@@ -85,41 +84,39 @@ class HaproxySettings(Section):
     """
 
     maxconn: int = setting(0, Change.RESTART, ge=0, le=1_000_000)
-    """Connections in all; 0 computes it from the number of networks and the limit on open files. HAProxy takes it
-    when its master starts, so a new value waits for that: `imdsproxy stop --data-plane`, then start again.
+    """Connections in all; 0 computes the number from the number of networks and the limit on open files. HAProxy reads
+    the value only when its master starts: run `imdsproxy stop --data-plane`, then start again.
     """
 
     hard_stop_after_s: int = setting(30, Change.RELOAD, ge=1, le=3600)
-    """Seconds that an old worker may go on with its connections after a reload. HAProxy itself has no limit, and old
-    workers would pile up.
+    """Seconds that an old worker may keep its connections after a reload. HAProxy itself has no limit, so old workers
+    would pile up.
     """
 
     chroot: bool = setting(True, Change.RELOAD)
-    """Lock the worker into a directory that holds nothing but the sockets it connects to, so that a hole in it opens
-    nothing else.
-    """
+    """Lock the worker into a directory that holds only the sockets to which it connects, to contain an exploit."""
 
     supervisor: Supervisor = setting("auto", Change.RESTART)
-    """Who starts HAProxy and starts it again. `systemd` starts and reloads the unit, `spawn` makes it a process of
-    its own beside the controller, `auto` takes systemd where it is the init system and the unit is installed. Either
-    way it outlives the controller.
+    """Supervisor that starts and restarts HAProxy. `systemd` starts and reloads the unit, `spawn` starts a separate
+    process beside the controller, `auto` uses systemd if it is the init system and the unit is installed. HAProxy
+    always outlives the controller.
     """
 
     unit: UnitName = setting("imdsproxy-haproxy.service", Change.RESTART)
     """The systemd unit of HAProxy's master."""
 
     cache_mb: int = setting(64, Change.RELOAD, ge=0, le=4095)
-    """Megabytes of documents kept in HAProxy's memory; 0 switches the cache off. Enough for the boot documents of
-    some thousand instances; HAProxy takes at most 4095.
+    """Megabytes of documents kept in HAProxy's memory; 0 disables the cache. The default is enough for the boot
+    documents of some thousand instances; HAProxy allows at most 4095.
     """
 
     max_object_kib: int = setting(1024, Change.RELOAD, ge=1, le=65_536)
-    """KiB of the largest document that is cached, at most half the cache. Larger user-data is read once a boot and
-    would push everything else out.
+    """KiB of the largest cached document, at most half the cache. Larger user-data is read once a boot and would evict
+    everything else.
     """
 
     def model_post_init(self, _: object) -> None:
-        """The largest object is at most half of the cache."""
+        """Refuse an object size above half of the cache."""
         if self.cache_mb and self.max_object_kib * 2 > self.cache_mb * 1024:
             raise cross(
                 "max_object_kib",
@@ -129,51 +126,51 @@ class HaproxySettings(Section):
 
 
 class DocumentsSettings(Section):
-    """The document server: renders documents from compiled records, needs no other process."""
+    """The document server, which renders documents from compiled records and needs no other process."""
 
     enabled: bool = setting(True, Change.RESTART)
-    """Run it. Off in front of Nova alone, where it would be two fifths of all memory, for nothing; an instance whose
-    documents are ours is then reported as a problem, and its guests get 503.
+    """Run the document server. Disable it if Nova has all documents: the server would use two fifths of all memory for
+    nothing. Without the server, an instance with documents of imdsproxy is a problem, and its guests get 503.
     """
 
     workers: int = setting(2, Change.RESTART, ge=1, le=32)
-    """Processes. With two, one can die or be replaced without a guest noticing."""
+    """Worker processes. With two, one can die or be replaced without guests noticing."""
 
     user: AccountName | None = setting("haproxy", Change.RESTART)
-    """Account of the workers; null keeps the account of their parent (a systemd unit names it itself). HAProxy's own,
-    because it has to open their sockets and sees all their answers anyway.
+    """Account of the workers; null keeps the account of their parent (set by the systemd unit). HAProxy's account is
+    the default, because HAProxy has to open their sockets and sees all their answers anyway.
     """
 
     group: AccountName | None = setting("haproxy", Change.RESTART)
     """Group of the workers and of their sockets; null as for `user`."""
 
     supervisor: Supervisor = setting("auto", Change.RESTART)
-    """Who starts the document server and starts it again. `systemd` starts and reloads the unit, `spawn` makes it a
-    process of its own beside the controller, `auto` takes systemd where it is the init system and the unit is
-    installed. Either way it outlives the controller.
+    """Supervisor that starts and restarts the document server. `systemd` starts and reloads the unit, `spawn` starts a
+    separate process beside the controller, `auto` uses systemd if it is the init system and the unit is installed. The
+    document server always outlives the controller.
     """
 
     unit: UnitName = setting("imdsproxy-documents.service", Change.RESTART)
     """The systemd unit of the document server."""
 
     region: Identifier | None = setting(None, Change.LIVE)
-    """The value of `placement/region`. Null derives it from the instance's availability zone: `eu-west-1a` lies in
-    `eu-west-1`, and a zone that is not named after its region counts as one. botocore and the AWS CLI do not ask for
-    it: they take the zone without its last letter.
+    """Value of `placement/region`. Null derives the region from the instance's availability zone: `eu-west-1a` gives
+    `eu-west-1`, and a zone that is not named after its region is its own region. botocore and the AWS CLI do not read
+    this value: they use the zone without its last letter.
     """
 
 
 class ResolverSettings(Section):
-    """Requests of unknown addresses."""
+    """Requests from unknown addresses."""
 
     hold_s: float = setting(5.0, Change.RELOAD, ge=0, le=30)
-    """Seconds that a request of an unknown address is held while its record may still come (a guest can be faster
-    than its own announcement); 0 answers at once. Each address waits once: further requests get 404 at once, until a
-    source reports the address or it has asked for nothing for a minute.
+    """Seconds that a request from an unknown address is held while its record may still come (a guest can be faster
+    than its own announcement); 0 answers at once. Only the first request of an address waits: further requests get 404
+    at once, until a source reports the address or it has sent no request for a minute.
     """
 
     max_held_per_network: int = setting(32, Change.LIVE, ge=1, le=10_000)
-    """Requests held at once for one network; further ones get 503 at once. A guest that invents source addresses
+    """Requests held at once for one network; further requests get 503 at once. A guest that invents source addresses
     fills only its own network's share.
     """
 
@@ -181,12 +178,12 @@ class ResolverSettings(Section):
     """Requests held at once in all; each keeps a connection and some memory."""
 
     learned_ttl_s: int = setting(30, Change.LIVE, ge=1, le=3600)
-    """Seconds that an address learned from a network's neighbour table is believed. Short, because the next guest may
-    take it over.
+    """Seconds for which an address learned from a network's neighbour table is valid. The time is short, because
+    another guest may take over the address.
     """
 
     def model_post_init(self, _: object) -> None:
-        """The share of one network is at most the whole."""
+        """Refuse a share of one network above the total."""
         if self.max_held_per_network > self.max_held:
             raise cross(
                 "max_held_per_network",
@@ -207,42 +204,42 @@ Facility = Annotated[str, AfterValidator(_facility)]
 
 
 class NamespaceProxySettings(Section):
-    """Defaults of `imdsproxy namespace-proxy`, by the names of its options; its command line wins."""
+    """Defaults of `imdsproxy namespace-proxy`, named as its options; the command line wins."""
 
     state_path: AbsolutePath = setting(Path(DEFAULT_STATE_PATH), Change.NOTHING)
-    """Directory in which `ns-metadata-proxy` gets HAProxy's configurations."""
+    """Directory whose `ns-metadata-proxy` holds HAProxy's configurations."""
 
     metadata_port: int = setting(DEFAULT_PORT, Change.NOTHING, ge=1, le=MAX_PORT)
     """TCP port to listen on, at every address of the namespace."""
 
     metadata_proxy_socket: AbsolutePath | None = setting(None, Change.NOTHING)
-    """Unix socket that requests go to; null is `metadata_proxy` in the state path."""
+    """Unix socket that receives the requests; null is `metadata_proxy` in the state path."""
 
     metadata_proxy_user: AccountNameOrId | None = setting(None, Change.NOTHING)
-    """Account that HAProxy takes once it listens; null keeps the present one."""
+    """Account of HAProxy once it listens; null keeps the current account."""
 
     metadata_proxy_group: AccountNameOrId | None = setting(None, Change.NOTHING)
-    """Its group; null keeps the present one."""
+    """Group of HAProxy once it listens; null keeps the current group."""
 
     debug: bool = setting(False, Change.NOTHING)
-    """Have HAProxy log at the level debug instead of info."""
+    """Let HAProxy log at the level debug instead of info."""
 
     use_syslog: bool | None = setting(None, Change.NOTHING)
-    """Log requests to /dev/log; null does if it is there."""
+    """Log requests to /dev/log; null logs them if /dev/log exists."""
 
     syslog_log_facility: Facility = setting("LOG_LOCAL0", Change.NOTHING)
-    """Syslog's facility, by Neutron's or HAProxy's name."""
+    """Syslog facility, by Neutron's or HAProxy's name."""
 
 
 class AdminSettings(Section):
-    """The admin API, whose first client is the command line."""
+    """The admin API, used by the command line."""
 
     socket: AbsolutePath | None = setting(None, Change.RESTART)
     """Path of the unix socket; null is `admin.sock` in `paths.runtime_dir`."""
 
     mode: Mode = setting("0660", Change.RESTART)
-    """Permissions of the socket, in octal and quoted. Every account that can write to it can read and change every
-    instance's documents.
+    """Permissions of the socket, in octal and quoted. Every account that can write to the socket can read and change
+    every instance's documents.
     """
 
     user: AccountName | None = setting(None, Change.RESTART)
@@ -253,28 +250,28 @@ class AdminSettings(Section):
 
 
 class MetricsSettings(Section):
-    """Health and figures, on addresses of the host that no guest reaches."""
+    """Health and metrics, on addresses of the host that no guest reaches."""
 
     listen: HostEndpoint | None = setting(Endpoint("127.0.0.1", 9465), Change.RESTART)
-    """Address and port of `/livez`, `/readyz` and the controller's `/metrics`; null for none. Link-local and wildcard
-    addresses are refused: guests could read them.
+    """Address and port of `/livez`, `/readyz` and the controller's `/metrics`; null disables them. Link-local and
+    wildcard addresses are refused, because guests could reach them.
     """
 
     haproxy_listen: HostEndpoint | None = setting(Endpoint("127.0.0.1", 9466), Change.RELOAD)
-    """Address and port of HAProxy's own exporter; null for none. Same rule."""
+    """Address and port of HAProxy's own exporter; null disables it. Link-local and wildcard addresses are refused."""
 
     degraded: Literal["ready", "not-ready"] = setting("ready", Change.LIVE)
-    """What `/readyz` and `imdsproxy_ready` report while a network is configured and not served: `ready` (200, with
+    """State that `/readyz` and `imdsproxy_ready` report while a configured network is not served: `ready` (200, with
     the reasons under `degraded`), because the other networks are served, or `not-ready` (503).
     """
 
     network_series: int = setting(100, Change.LIVE, ge=0, le=10_000)
-    """Networks up to which the controller's `/metrics` has series for each one; with more there is one sum over all.
-    1,000 networks would be several thousand series for every host.
+    """Number of networks up to which the controller's `/metrics` has series for each network; with more networks there
+    is one sum over all. 1,000 networks would be several thousand series for every host.
     """
 
     def model_post_init(self, _: object) -> None:
-        """Each listens on a port of its own."""
+        """Refuse the same endpoint for both."""
         if self.listen is not None and self.listen == self.haproxy_listen:
             raise cross(
                 "haproxy_listen", f"{self.listen} is taken by metrics.listen", "another port"
@@ -282,16 +279,16 @@ class MetricsSettings(Section):
 
 
 class HostSettings(Section):
-    """What imdsproxy makes and watches on the host."""
+    """Objects that imdsproxy creates and watches on the host."""
 
     name_prefix: NamePrefix = setting("imds", Change.RESTART)
-    """Begin of the names of the namespaces and links that imdsproxy makes, and may sweep away. Two daemons on one
-    host need two. Short, because Linux allows a link 15 characters.
+    """Prefix of the names of the namespaces and links that imdsproxy creates, and may delete. Two daemons on one host
+    need different prefixes. Prefixes are short, because Linux allows a link name 15 characters.
     """
 
     audit_per_second: int = setting(20, Change.LIVE, ge=0, le=1000)
-    """Listeners a second that are compared with the kernel although no event asked for it; 0 for none. At 20, a
-    thousand are seen within a minute.
+    """Listeners a second that the controller compares with the kernel although no event asked for it; 0 for none. At
+    20, a thousand listeners are checked within a minute.
     """
 
 
@@ -299,17 +296,17 @@ class LogSettings(Section):
     """Messages of the controller and the document server on standard error."""
 
     level: Literal["debug", "info", "warning", "error"] = setting("info", Change.LIVE)
-    """Least important message that is written."""
+    """Lowest level that is logged."""
 
     format: Literal["auto", "json", "text"] = setting("auto", Change.LIVE)
-    """`auto` is text on a terminal and JSON lines elsewhere."""
+    """Format of messages; `auto` is text on a terminal and JSON lines elsewhere."""
 
 
 class Settings(Section):
     """All settings of one host."""
 
     paths: PathsSettings = section(PathsSettings)
-    """Where files are kept."""
+    """Directories of files."""
 
     haproxy: HaproxySettings = section(HaproxySettings)
     """The data plane."""
@@ -321,7 +318,7 @@ class Settings(Section):
     """Unknown addresses."""
 
     sources: SourcesSettings = section(SourcesSettings)
-    """Where records come from."""
+    """Sources of records."""
 
     nova: NovaSettings = section(NovaSettings)
     """The upstream `nova`."""
@@ -333,37 +330,37 @@ class Settings(Section):
     """Defaults of `imdsproxy namespace-proxy`."""
 
     limits: LimitsSettings = section(LimitsSettings)
-    """What one instance may ask for."""
+    """Limits of each instance."""
 
     policy: PolicySettings = section(PolicySettings)
-    """What guests may read, and how."""
+    """Guests' permissions."""
 
     tokens: TokensSettings = section(TokensSettings)
     """Keys of session tokens."""
 
     audit: AuditSettings = section(AuditSettings)
-    """A line for each request."""
+    """The audit log: a line for each request."""
 
     admin: AdminSettings = section(AdminSettings)
     """The admin API."""
 
     metrics: MetricsSettings = section(MetricsSettings)
-    """Health and figures."""
+    """Health and metrics."""
 
     host: HostSettings = section(HostSettings)
-    """What is made on the host."""
+    """Objects on the host."""
 
     hub: HubSettings = section(HubSettings)
-    """A hub of a fleet; only `imdsproxy hub` reads it."""
+    """A hub of a fleet; only `imdsproxy hub` reads this section."""
 
     operator: OperatorSettings = section(OperatorSettings)
-    """A machine from which a fleet is operated; the daemon does not read it."""
+    """A machine for operating a fleet; the daemon does not read this section."""
 
     log: LogSettings = section(LogSettings)
     """Messages."""
 
     def model_post_init(self, _: object) -> None:
-        """Ports of Neutron's need a Nova."""
+        """Refuse Neutron's ports without a Nova."""
         if self.sources.neutron.enabled and not self.nova.endpoint_sets:
             raise cross(
                 ("sources", "neutron", "enabled"),
@@ -373,10 +370,10 @@ class Settings(Section):
 
     @property
     def admin_socket(self) -> Path:
-        """The admin socket's path, default filled in."""
+        """Path of the admin socket, with the default applied."""
         return self.admin.socket or self.paths.runtime_dir / "admin.sock"
 
     @property
     def store_path(self) -> Path:
-        """The SQLite store's path, default filled in."""
+        """Path of the SQLite store, with the default applied."""
         return self.sources.sqlite.path or self.paths.state_dir / "store.sqlite"

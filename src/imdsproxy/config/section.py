@@ -1,4 +1,4 @@
-"""What a section of the settings is made of: fields with reasons, types that say what is wrong."""
+"""Building blocks of the settings' sections: fields with reasons, and types with messages for operators."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ _MAX_PORT: Final = 65535
 
 
 class Change(StrEnum):
-    """What a changed setting takes, from the least to the most."""
+    """Effort to apply a changed setting, from least to most."""
 
     NOTHING = "nothing"
-    """The new value is only looked at where it is used next: no running part keeps a copy."""
+    """No running part keeps a copy: the next use reads the new value."""
 
     LIVE = "live"
-    """The controller takes it over at once; no request is disturbed."""
+    """The controller applies the new value at once, without disturbing a request."""
 
     RELOAD = "reload"
     """HAProxy is reloaded without losing a request."""
 
     RESTART = "restart"
-    """The process concerned has to be started again; until then the old value stays in force."""
+    """The process concerned must be restarted; until then the old value stays in force."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +54,13 @@ class Endpoint:
 
 
 def parse_endpoint(text: str) -> Endpoint:
-    """Read `ADDRESS:PORT` or `[ADDRESS]:PORT`.
+    """Parse `ADDRESS:PORT` or `[ADDRESS]:PORT`.
 
-    Link-local addresses are the guests' (169.254.169.254 is one), a wildcard would answer on the
-    interfaces that listeners sit on: neither can keep operators' figures away from guests.
+    Link-local and wildcard addresses are refused, because guests could reach operators' figures there: link-local
+    addresses are the guests' own (as 169.254.169.254), and a wildcard also listens on the interfaces of listeners.
 
     Raises:
-        ValueError: What is wrong, in words for the operator.
+        ValueError: The text is not acceptable; the message is for the operator.
     """
     host, separator, port = text.rpartition(":")
     if not separator or not (port.isascii() and port.isdigit()):
@@ -90,7 +90,7 @@ def _absolute(path: Path) -> Path:
 
 
 def parsed_by(parse: Callable[[str], object]) -> BeforeValidator:
-    """For a setting that is written as one text; `parse` raises ValueError in words for the operator."""
+    """Build a validator for a setting written as one text; `parse` raises ValueError with a message for operators."""
     return BeforeValidator(lambda value: parse(value) if isinstance(value, str) else value)
 
 
@@ -99,21 +99,21 @@ FORMS: dict[str, str] = {
     "endpoint": "an address of the host and a port, as 127.0.0.1:9465 or [::1]:9465",
     "nova-url": "a URL that ends after the port, as http://192.0.2.10:8775 or https://[2001:db8::1]",
 }
-"""What a text takes, in words, by its pattern or format in the JSON Schema."""
+"""Accepted texts in words, by their pattern or format in the JSON Schema."""
 
 
 def form(pattern: str, words: str) -> Any:  # noqa: ANN401 - as pydantic's Field
-    """A text of this pattern, which `words` describe to an operator."""
+    """Build a text field with this pattern, and register `words` as its description for operators."""
     FORMS[pattern] = words
     return Field(pattern=pattern)
 
 
 _T = TypeVar("_T")
 Listed = Annotated[tuple[_T, ...], Strict(strict=False)]
-"""YAML and JSON have lists."""
+"""A tuple that is written as a list in YAML and JSON."""
 
 OffIsFalse = BeforeValidator(lambda value: "off" if value is False else value)
-"""For words of which one is `off`: without quotes it is false in YAML 1.1, and nothing else can be meant."""
+"""Validator for enumerations with the word `off`: unquoted, YAML 1.1 reads it as false, which has no other meaning."""
 
 AbsolutePath = Annotated[Path, Strict(strict=False), AfterValidator(_absolute)]
 HostEndpoint = Annotated[
@@ -143,22 +143,23 @@ UnitName = Annotated[
 
 
 def setting(default: object, change: Change, **limits: Any) -> Any:  # noqa: ANN401 - as pydantic's Field
-    """One field, which the docstring below it describes; its type is the one that it stands beside.
+    """Build one field. Its type stands beside it, and the docstring below it is its description.
 
-    The limits are pydantic's own, the first of its `examples` goes into the sample; a `description` is computed.
+    `limits` are pydantic's own. The first of `examples` goes into the sample; a computed `description` replaces the
+    docstring.
     """
     return Field(default=default, json_schema_extra={"change": change.value}, **limits)
 
 
 def section(model: type[Section]) -> Any:  # noqa: ANN401 - as above
-    """A section inside another, with its own defaults."""
+    """Build the field of a section inside another section, with its own defaults."""
     return Field(default_factory=model)
 
 
 class Section(BaseModel):
-    """What all sections share: frozen, no unknown keys, no silent conversions.
+    """Base of all sections: frozen, no unknown keys, no silent conversions.
 
-    What does not go together inside one, it refuses in `model_post_init`.
+    A section refuses inconsistent settings in `model_post_init`.
     """
 
     model_config = ConfigDict(
@@ -172,7 +173,7 @@ class Section(BaseModel):
 
 
 def cross(field: str | Sequence[str], reason: str, hint: str) -> PydanticCustomError:
-    """Two settings that do not go together, reported at the one that `field` names, or its steps lead to."""
+    """Build the error for two inconsistent settings, reported at the field or path `field`."""
     steps = (field,) if isinstance(field, str) else field
     return PydanticCustomError(
         "cross", "{reason}", {"field": steps, "reason": reason, "hint": hint}

@@ -1,9 +1,8 @@
-"""The one dialect of YAML, for settings and records: YAML 1.2's core schema, no duplicate keys, the line of each part.
+"""The YAML dialect of settings and records: YAML 1.2's core schema, no duplicate keys, and the line of each part.
 
-Plain words mean what they look like: `no` is text, `52:54:00:12:34:56` is text, `0123` is text.
-Only `true` and `false` are booleans, and only decimal, `0o` and `0x` numbers are numbers.
-`!!binary` gives bytes; other tags are refused. The merge key `<<` takes the keys of a mapping, or of several, that
-are not there (YAML 1.1's, kept because settings use it).
+Plain words are taken literally: `no` is text, `52:54:00:12:34:56` is text, `0123` is text. Only `true` and `false`
+are booleans, and only decimal, `0o` and `0x` numbers are numbers. `!!binary` gives bytes; other tags are refused. The
+merge key `<<` adds the missing keys from one or several mappings (a feature of YAML 1.1, kept because settings use it).
 """
 
 import base64
@@ -26,7 +25,7 @@ from imdsproxy.errors import ConfigInvalid, ConfigUnreadable, Problem
 _DEEPEST: Final = 100
 _TOO_DEEP: Final = f"is nested deeper than {_DEEPEST} levels"
 _ITEM: Final = 2
-"""How deep the items of the root's lists are."""
+"""Depth of the items of the root's lists."""
 
 _MAX_PROBLEMS: Final = 100
 _TAG: Final = "tag:yaml.org,2002:"
@@ -34,12 +33,12 @@ _STR: Final = f"{_TAG}str"
 
 Parts: TypeAlias = "dict[str, Tree] | list[Tree] | None"
 Tree: TypeAlias = tuple[int, Parts]
-"""Where a value begins (in a mapping, its key), as a line or a position, and the same of its parts."""
+"""Line or position of a value (in a mapping, of its key), and the same for its parts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Undecodable:
-    """Text that is not YAML or JSON at all, and where that shows (1-based line)."""
+    """Text that is neither YAML nor JSON, and the 1-based line of the error."""
 
     reason: str
     line: int | None = None
@@ -47,12 +46,12 @@ class Undecodable:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """Plain values, and what the decoder knows beside them.
+    """Plain values, their lines, and faults.
 
     Attributes:
         value: Mappings, lists, text, numbers, booleans, bytes, `None`.
         line_of: The 1-based line of a path, or of its nearest parent that exists.
-        faults: Keys that stood twice, tags that are not supported.
+        faults: Duplicate keys, unsupported tags.
     """
 
     value: object
@@ -61,11 +60,11 @@ class Decoded:
 
 
 Take: TypeAlias = "Callable[[Path, Decoded, float], None]"
-"""Takes an item of a list, its path, and how much of the text has been read, from 0 to 1."""
+"""Consumer of a list's items: gets the path, the item, and the share of the text that was read, from 0 to 1."""
 
 
 def find_part(tree: Tree, path: Path) -> int:
-    """Where the value at `path` begins, or its nearest parent that exists."""
+    """Return the start of the value at `path`, or of its nearest parent that exists."""
     found: Any = tree
     with contextlib.suppress(KeyError, IndexError, TypeError):
         for step in path:
@@ -76,13 +75,13 @@ def find_part(tree: Tree, path: Path) -> int:
 def decode_yaml(
     text: str, *, lists: Collection[str] = (), take: Take = lambda *_: None
 ) -> Decoded | Undecodable:
-    """The one YAML document in `text`; an empty one is `None`.
+    """Decode the YAML document in `text`; an empty document is `None`.
 
     Args:
         text: The document.
-        lists: Lists right under its root whose items go to `take` one by one, so that a large text needs little
-            memory. They are empty in what is returned, except where an alias may refer to the list itself.
-        take: Given each item as soon as it is read. What it got holds only if no `Undecodable` is returned.
+        lists: Keys of the root whose lists are given to `take` item by item, so that a large text needs little memory.
+            These lists are empty in the result, except where an alias may refer to the list itself.
+        take: Called with each item as soon as it is read. The items are valid only if no `Undecodable` is returned.
     """
     try:
         return _Loader(text, lists, take).read()
@@ -96,25 +95,26 @@ def decode_yaml(
         line = text.count("\n", 0, error.position) + 1
         return Undecodable(f"is not YAML: {error.reason}", line=line)
     except UnicodeEncodeError:
-        # A variable of the environment may hold bytes that are none.
+        # A variable of the environment may hold bytes that are not Unicode.
         return Undecodable("is not YAML: it is no Unicode text")
 
 
 class _TooMuchError(yaml.MarkedYAMLError):
-    """The text unfolds to more than anybody writes: nesting, or aliases of aliases."""
+    """The text unfolds to more than people write: nesting, or aliases of aliases."""
 
 
 class _Loader(Composer, CParser, BaseResolver):
-    """libyaml's parser, ten times as fast as the one in Python, and what its nodes are (YAML 1.2.2 §10.3.2).
+    """libyaml's parser, ten times as fast as the Python parser, with the tags of the core schema (YAML 1.2.2 §10.3.2).
 
-    It gives away the items of lists right under the root instead of keeping them. A list that has an anchor or a tag,
-    or stands there for the second time, is composed as usual. Nodes are composed in Python: libyaml before 0.2.6 has no
-    limit of its own, and composing in C ends the process where a text is nested too deeply.
+    The loader hands over the items of lists directly under the root instead of keeping them. A list with an anchor or a
+    tag, or with a repeated key, is composed as usual. Nodes are composed in Python: libyaml before 0.2.6 has no limit
+    of its own, and composing in C crashes the process if a text is nested too deeply.
 
     Attributes:
-        budget: How many nodes may still come. A text without aliases has fewer nodes than
-            characters; one whose aliases multiply (the billion laughs) runs out of it.
-        faults: What was wrong and went on.
+        budget: Number of nodes that may still come. A text without aliases has fewer nodes than characters; a text
+            whose
+            aliases multiply (the billion laughs) exhausts the budget.
+        faults: Faults that did not stop the decoder.
     """
 
     def __init__(self, text: str, lists: Collection[str], take: Take) -> None:
@@ -129,7 +129,7 @@ class _Loader(Composer, CParser, BaseResolver):
         self._given: str | None = None
 
     def read(self) -> Decoded:
-        """The one document."""
+        """Read the document."""
         node = self.get_single_node()
         if node is None:
             return Decoded(None, lambda _path: None)
@@ -216,7 +216,7 @@ class _Loader(Composer, CParser, BaseResolver):
         return {**merged, **mapping}, trees
 
     def _merge(self, value: object, path: Path) -> dict[object, object]:
-        """The keys of a mapping, or of a list of them, an earlier one's over a later one's."""
+        """Merge the keys of a mapping, or of a list of mappings, of which earlier ones win."""
         found = value if isinstance(value, list) else [value]
         if not all(isinstance(one, dict) for one in found):
             self.faults.append(Fault(path, "merges what is no mapping", "write the keys out"))
@@ -225,8 +225,8 @@ class _Loader(Composer, CParser, BaseResolver):
 
     def _decode_scalar(self, node: yaml.ScalarNode, path: Path) -> object:
         if node.tag == _STR:
-            # A copy: the node's own text lies among the nodes in memory, and would keep all the pages
-            # of a large file's tree from being given back (measured: 145 MB against 67 MB).
+            # Copy the text: the node's own text lies among the nodes in memory, and would keep all the pages of a large
+            # file's tree from being given back (measured: 145 MB against 67 MB).
             return f"{node.value} "[:-1]
         construct = _SCALARS.get(node.tag)
         if construct is None:
@@ -254,7 +254,7 @@ _SCALARS: Final[Mapping[str, Callable[[str], object]]] = {
 for _name, _pattern, _first in (
     ("null", r"(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
     ("bool", r"(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
-    # Leading zeros apart, and no number beyond reason: both stay text.
+    # Numbers with leading zeros and absurdly long numbers stay text.
     ("int", r"(?:[-+]?(?:0|[1-9][0-9]{0,100})|0o[0-7]{1,100}|0x[0-9a-fA-F]{1,100})$", None),
     (
         "float",
@@ -268,11 +268,11 @@ for _name, _pattern, _first in (
 
 
 def parse_yaml(text: str, file: str) -> Decoded:
-    """Parse one YAML (or JSON) document of settings; `file` is only named in what is raised.
+    """Parse one YAML (or JSON) document of settings; errors name it `file`.
 
     Raises:
-        ConfigUnreadable: It is not YAML; the message has the line.
-        ConfigInvalid: Keys stand twice or are no plain text, or a tag is unknown.
+        ConfigUnreadable: The document is not YAML; the message has the line.
+        ConfigInvalid: Keys are duplicate or not plain text, or a tag is unknown.
     """
     decoded = decode_yaml(text)
     if isinstance(decoded, Undecodable):
@@ -302,7 +302,7 @@ _PLAIN: Final = re.compile(r"(?!(?:null|true|false)$)[a-zA-Z/][a-zA-Z0-9/_.@-]*"
 
 
 def render_value(value: object, *, inside: bool = False) -> str:
-    """A default or a value as one would write it in YAML, on one line; `inside` brackets texts are in quotes."""
+    """Render a value as YAML on one line; `inside` brackets, texts are quoted."""
     if isinstance(value, Mapping):
         pairs = (
             f"{render_value(key)}: {render_value(one, inside=True)}" for key, one in value.items()
