@@ -1,4 +1,4 @@
-"""The client's side of the admin API: HTTP over a unix socket, or to a fleet's hub over TLS; errors as the daemon's."""
+"""Clients of the admin API: HTTP over a unix socket, or to a fleet's hub over TLS. Errors are the daemon's."""
 
 import contextlib
 import http.client
@@ -28,16 +28,16 @@ _UNIT_DIRECTORIES: Final = (
     "/usr/local/lib/systemd/system",
     "/usr/lib/systemd/system",
 )
-"""systemd.unit(5), of the system manager."""
+"""Directories of units of the system manager (systemd.unit(5))."""
 
 
 def path_to(*steps: str) -> str:
-    """A route, each step quoted: `path_to("networks", "blue")` is `/v1/networks/blue`."""
+    """Return a route, each step quoted: `path_to("networks", "blue")` is `/v1/networks/blue`."""
     return "/v1/" + "/".join(quote(step, safe="") for step in steps)
 
 
 def read_problem(shape: Mapping[str, Any]) -> errors.Problem:
-    """A problem in the daemon's JSON."""
+    """Read a problem from the daemon's JSON."""
     return errors.Problem(*(shape[key] for key in ("field", "reason", "hint", "file", "line")))
 
 
@@ -51,35 +51,35 @@ def _silently() -> Iterator[OnStarting]:
 
 @dataclass(frozen=True, slots=True)
 class AdminClient:
-    """Talks to one daemon. Each request has its own connection; it is sent again only while the daemon starts.
+    """Client of one daemon. Each request has its own connection, and is sent again only while the daemon starts.
 
     Attributes:
-        timeout_s: How long one answer may take, and a start show no progress.
-        waiting: Entered when the daemon turns out to be starting; what it gives is called now and then with how far
-            that is. `None` does not wait for the start.
+        timeout_s: Seconds for one answer, and for a start without progress.
+        waiting: Context to enter if the daemon is starting; the callable that it yields is called now and then with the
+            progress. `None` does not wait for the start.
     """
 
     socket: Path
     of_host: ClassVar[bool] = True
-    """Whether it is a host's daemon, and no fleet."""
+    """True if the client talks to a host's daemon, not to a fleet."""
 
     timeout_s: float = _TIMEOUT_S
     waiting: Callable[[], AbstractContextManager[OnStarting]] | None = _silently
 
     def get(self, path: str, query: Mapping[str, str] | None = None) -> Any:  # noqa: ANN401 - JSON
-        """The daemon's answer, decoded."""
+        """Send a GET and return the decoded answer."""
         return self.request("GET", path, query=query)
 
     def request(
         self, method: str, path: str, *, query: Mapping[str, str] | None = None, body: object = None
     ) -> Any:  # noqa: ANN401 - JSON
-        """One request and its decoded answer; text where the answer is no JSON.
+        """Send a request and return the decoded answer; text if the answer is not JSON.
 
         Raises:
             AdminUnavailable: No daemon answers on the socket, or not in time.
-            Starting: The daemon starts, and it takes too long.
-            PrivilegeMissing: The socket is not for this account.
-            ImdsproxyError: What the daemon refused, as the class that it raised.
+            Starting: The daemon is starting, and takes too long.
+            PrivilegeMissing: This account may not use the socket.
+            ImdsproxyError: The daemon refused the request; raised as the daemon's own class.
         """
         target = f"{path}?{urlencode(query)}" if query else path
         raw = None if body is None else json.dumps(body).encode()
@@ -92,7 +92,7 @@ class AdminClient:
             return _decoded(connection.getresponse())
 
     def _when_started(self, ask: Callable[[], Any]) -> Any:  # noqa: ANN401 - JSON
-        """The answer; again and again as long as the daemon starts, and that goes on."""
+        """Return the answer; ask again as long as the daemon's start makes progress."""
         before, deadline = "", 0.0
         with contextlib.ExitStack() as stack:
             note: OnStarting | None = None
@@ -115,23 +115,23 @@ class AdminClient:
         query: Mapping[str, str],
         on_wait: Callable[[Sequence[Mapping[str, Any]]], None],
     ) -> Any:  # noqa: ANN401 - JSON
-        """Store records, a line each; for as long as the daemon goes on answering what it is at.
+        """Store records, one a line; wait as long as the daemon reports its progress.
 
         Args:
-            lines: See the route `/v1/records`.
-            query: Of the request.
-            on_wait: Given `/v1/progress` now and then, and before that what a daemon does that is starting.
+            lines: Lines for the route `/v1/records`.
+            query: Query of the request.
+            on_wait: Called now and then with `/v1/progress`, and with the progress of a daemon that is still starting.
 
         Raises:
             ImdsproxyError: As `request`.
         """
         target = f"{path_to('records')}?{urlencode(query)}"
-        # Lines can be sent only once.
+        # The lines can be sent only once, so wait for the start first.
         replace(self, waiting=lambda: nullcontext(lambda error: on_wait(error.steps))).get(
             path_to("progress")
         )
         with self._connection() as connection:
-            # A body that is refused may be so before its end: then there is an answer nevertheless.
+            # The daemon may refuse a body before its end; its answer can be read nevertheless.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 connection.request("POST", target, lines, {"content-type": "application/x-ndjson"})
             while not select.select([connection.sock], [], [], _LOOK_EVERY_S)[0]:
@@ -142,7 +142,7 @@ class AdminClient:
     def _connection(self) -> Iterator[http.client.HTTPConnection]:
         connection = http.client.HTTPConnection("imdsproxy", timeout=self.timeout_s)
         try:
-            # HTTP/1.1 over a unix socket: a connection that has its socket does not look for the host.
+            # A connection that has its socket already does not look up the host.
             connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             connection.sock.settimeout(self.timeout_s)
             connection.sock.connect(str(self.socket))
@@ -177,7 +177,7 @@ def _start_command() -> str:
 
 
 def _decoded(response: http.client.HTTPResponse) -> Any:  # noqa: ANN401 - JSON
-    """The answer; an error is raised as the class that the daemon raised, so that it has the same exit status."""
+    """Decode the answer; raise an error as the class that the daemon raised, for the same exit status."""
     answer = response.read()
     is_json = response.headers.get_content_type().endswith("json")
     try:
@@ -206,14 +206,13 @@ def _decoded(response: http.client.HTTPResponse) -> Any:  # noqa: ANN401 - JSON
 
 @dataclass(frozen=True, slots=True)
 class FleetClient(AdminClient):
-    """Talks to the hubs of a fleet: to the first one that answers.
+    """Client of a fleet's hubs, which asks the first hub that answers.
 
-    A write has a name of its own, so that it is done once when another hub is asked because the first one's answer was
-    lost.
+    Each write has a unique name: if a hub's answer is lost, the next hub does not repeat a write that is done.
 
     Attributes:
         socket: The operator's certificate with its key, and the fleet's CA certificate, in one PEM file.
-        urls: Of hubs, `https://HOST:PORT`.
+        urls: URLs of hubs, `https://HOST:PORT`.
     """
 
     of_host: ClassVar[bool] = False
@@ -233,7 +232,7 @@ class FleetClient(AdminClient):
             except errors.RestoreSuspected as error:
                 if asked == [url] or method == "GET":
                     raise
-                # The hub before may have written it, and hosts may have got it before the restore.
+                # The previous hub may have written the record, and hosts may have received it before the restore.
                 raise errors.WriteUnknown(_joined(reasons).message, hint=error.hint) from error
         raise _joined(reasons)
 
@@ -243,9 +242,9 @@ class FleetClient(AdminClient):
         query: Mapping[str, str],
         on_wait: Callable[[Sequence[Mapping[str, Any]]], None],
     ) -> Any:  # noqa: ANN401 - JSON
-        """As `AdminClient.post_records`, to one hub; where it goes away, the next one goes on.
+        """Store records through one hub, as `AdminClient.post_records`; if that hub fails, continue with the next.
 
-        What one hub has stored, the next one knows. `lines` are gone through again for each.
+        The next hub knows all records that the failed hub has stored. `lines` are iterated again for each hub.
         """
         target = f"{path_to('records')}?{urlencode(query)}"
         context, reasons = self._context(), []
@@ -254,7 +253,7 @@ class FleetClient(AdminClient):
             try:
                 one.get(path_to("progress"))
                 with self._hub(url, context) as connection:
-                    # A body that is refused may be so before its end: then there is an answer nevertheless.
+                    # The hub may refuse a body before its end; its answer can be read nevertheless.
                     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                         headers = {"content-type": "application/x-ndjson"}
                         connection.request("POST", target, lines, headers)
@@ -287,7 +286,7 @@ class FleetClient(AdminClient):
             where.hostname or "", where.port, timeout=CONNECT_S, context=context
         )
         try:
-            # A hub that hangs behind its HAProxy takes connections; an answer may take long for good reasons.
+            # HAProxy accepts connections for a hub that hangs. A short probe finds that out; an answer may take long.
             connection.request("GET", ALIVE_PATH)
             _decoded(connection.getresponse())
             connection.timeout = self.timeout_s
@@ -295,7 +294,7 @@ class FleetClient(AdminClient):
                 connection.sock.settimeout(self.timeout_s)
             yield connection
         except ssl.SSLError as error:
-            # An alert is what the hub says of our certificate; the rest is what we say of its.
+            # An alert is the hub's verdict on our certificate; other errors are ours on the hub's certificate.
             alert = "ALERT" in (error.reason or "")
             if alert and any(one in error.reason for one in ("CERTIFICATE", "UNKNOWN_CA")):
                 raise errors.AccessDenied(
@@ -321,7 +320,7 @@ class FleetClient(AdminClient):
 
 
 def _joined(reasons: Sequence[errors.ImdsproxyError]) -> errors.ImdsproxyError:
-    """The error of the only hub, or one that says what is wrong with each."""
+    """Return the error of the only hub, or one error with the reasons of all hubs."""
     if len(reasons) == 1:
         return reasons[0]
     words = "; ".join(one.message for one in reasons)

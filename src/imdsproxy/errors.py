@@ -1,4 +1,4 @@
-"""Every exception that leaves a module of imdsproxy, by who must act.
+"""Exceptions of imdsproxy's modules, grouped by who must act.
 
     ImdsproxyError
     ├── ConfigError            the operator must change a file        exit 78
@@ -7,20 +7,20 @@
     │   ├── FileUntrusted          another user may change a file of another program
     │   ├── SettingsDropped        a settings file was emptied, or every policy is missing from it
     │   └── SecretUnreadable
-    ├── SourceError            a source must be mended             exit 69
+    ├── SourceError            a source needs repair              exit 69
     │   ├── SourceUnavailable      try again later
     │   │   ├── LibraryMissing         an optional library that a source or a command needs
-    │   │   └── EtcdUnavailable        of a fleet's hub: no member answers
+    │   │   └── EtcdUnavailable        a fleet's hub: no member answers
     │   │       ├── EtcdFull               nothing can be written
-    │   │       └── WriteUnknown           a write may be done or not
+    │   │       └── WriteUnknown           a write may have happened
     │   ├── SourceRefused          a record or a store was refused
     │   │   ├── RecordConflict         it conflicts with another record     exit 73
-    │   │   └── RestoreSuspected       of a fleet: etcd may be restored from a backup
+    │   │   └── RestoreSuspected       a fleet: etcd may be restored from a backup
     │   └── SourceCorrupt          the store's file is damaged
-    │       └── UserDataUnreadable     of a fleet: etcd has it, and no hub can read it
+    │       └── UserDataUnreadable     a fleet: etcd has the data, and no hub can read it
     ├── DataplaneError         HAProxy or the host refused             exit 70, 71 or 77
     │   ├── HaproxyMissing         not installed, or older than 3.0
-    │   ├── ConfigRejected         haproxy's own words
+    │   ├── ConfigRejected         the message is HAProxy's
     │   ├── ReloadFailed
     │   ├── CommandRefused         a Runtime API command
     │   ├── RuntimeUnavailable     its socket does not answer
@@ -29,15 +29,15 @@
     │   └── PrivilegeMissing
     └── AdminError             the caller of the admin API must act    exit 64, 66, 69, 73 or 77
         ├── AdminUnavailable       the daemon does not answer
-        │   └── Starting               it starts, and answers soon
+        │   └── Starting               the daemon starts, and answers soon
         ├── AccessDenied           the certificate or token does not allow it
         ├── NotFound
-        ├── AlreadyExists          what `add` should make is there
-        ├── RevisionOutdated       of a fleet: the record was changed meanwhile
+        ├── AlreadyExists          the id to add exists
+        ├── RevisionOutdated       a fleet: the record was changed meanwhile
         └── RequestRefused         carries the fields
 
-Each has a stable `code` (kebab-case: logs, metrics, admin API and the reference use it), the statuses with which
-commands and the admin API end, and may carry a hint. Library exceptions never leave their adapter; they are
+Each exception has a stable `code` (kebab-case: logs, metrics, admin API and the reference use it), an exit status for
+commands, a status for the admin API, and may carry a hint. Library exceptions never leave their adapter; they are
 chained with `raise … from`.
 """
 
@@ -57,12 +57,12 @@ class Problem:
     """One mistake in a file, record or setting.
 
     Attributes:
-        field: Where in the document, as `ports[0].addresses[1]` or `haproxy.maxconn`.
-        reason: What is wrong, in one sentence.
-        hint: What would be right, where that is known.
-        file: The file it came from, or `None` when it came another way.
+        field: Path in the document, as `ports[0].addresses[1]` or `haproxy.maxconn`.
+        reason: The mistake, in one sentence.
+        hint: The correct form, if it is known.
+        file: The file with the mistake; `None` if the document is not a file.
         line: 1-based, or `None`.
-        record: The id of the record that it is in, where it is known.
+        record: The id of the record with the mistake, if it is known.
     """
 
     field: str
@@ -82,7 +82,7 @@ class Problem:
 
 
 def quoted(value: str) -> str:
-    """The text in quotes on one line, cut where it is long: a value that a `Problem` names."""
+    """Quote a value for a `Problem`, on one line and cut if it is long."""
     shown = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}…"
     return json.dumps(shown, ensure_ascii=not shown.isprintable())
 
@@ -91,17 +91,17 @@ class ImdsproxyError(Exception):
     """Root of the tree; never raised itself."""
 
     code: ClassVar[str] = "error"
-    """Of a subclass its name in kebab-case, but for a final `Error`."""
+    """Name of the subclass in kebab-case, without a final `Error`."""
 
     exit_status: ClassVar[int] = 70
     http_status: ClassVar[int] = 500
-    """Of the admin API's answer; 503 where trying again can help."""
+    """Status of the admin API's answer; 503 if a retry can help."""
 
     remedy: ClassVar[str] = ""
-    """What the reference has an operator do; the hint of the moment is more exact."""
+    """The operator's remedy, for the reference; the hint of an error is more exact."""
 
     def __init_subclass__(cls) -> None:
-        # A module's own exception is for others one of the kind that it is made of.
+        # Other modules' subclasses keep the code of their parent class.
         if cls.__module__ == __name__:
             name = cls.__name__.removesuffix("Error")
             cls.code = re.sub("(?<=[a-z])(?=[A-Z])", "-", name).lower()
@@ -128,7 +128,7 @@ class ConfigError(ImdsproxyError):
 
 
 class ConfigInvalid(ConfigError):
-    """The configuration breaks the schema; `problems` has every breach."""
+    """The configuration violates the schema; `problems` has every violation."""
 
     remedy = (
         "Correct each field that is listed, as the reference of settings or records has it; then "
@@ -145,7 +145,7 @@ class ConfigUnreadable(ConfigError):
 
 
 class FileUntrusted(ConfigError):
-    """A user other than root and the program's own account may change another program's file, or the way to it."""
+    """A user other than root and the program's own account may change another program's file or its directories."""
 
     remedy = (
         "See who has changed the file. If the file is genuine, give it and its directories to root, "
@@ -154,7 +154,7 @@ class FileUntrusted(ConfigError):
 
 
 class SettingsDropped(ConfigError):
-    """A settings file is blank, was emptied or removed, or every policy is missing; `problems` says which."""
+    """A settings file is blank, was emptied or removed, or every policy is missing; `problems` has the details."""
 
     remedy = (
         "Restore the file. If the settings are meant to go: `imdsproxy reload --allow-dropped`, "
@@ -163,13 +163,13 @@ class SettingsDropped(ConfigError):
 
 
 class SecretUnreadable(ConfigError):
-    """A file that should hold a secret is missing, empty, or open to others."""
+    """A file for a secret is missing, empty, or open to others."""
 
     remedy = "Write the secret into the file, owned by root with mode 0600."
 
 
 class SourceError(ImdsproxyError):
-    """A source must be mended."""
+    """A source needs repair."""
 
     exit_status = 69
     remedy = "Mend the source that `imdsproxy status` names; known guests are served meanwhile."
@@ -192,7 +192,7 @@ class LibraryMissing(SourceUnavailable):
 
 
 class EtcdUnavailable(SourceUnavailable):
-    """No member of etcd answers as it should; what was known stays in force on the hosts."""
+    """No member of etcd answers as expected; hosts keep the last known state in force."""
 
     remedy = (
         "Wait: it is tried again with each member. If it lasts, look at etcd: `etcdctl endpoint "
@@ -201,7 +201,7 @@ class EtcdUnavailable(SourceUnavailable):
 
 
 class EtcdFull(EtcdUnavailable):
-    """etcd's database has reached its quota: it is read, and takes no writes."""
+    """etcd's database has reached its quota: reads work, writes fail."""
 
     remedy = (
         "`etcdctl compact` to a recent revision, `etcdctl defrag` member by member until `etcdctl endpoint status` "
@@ -211,27 +211,27 @@ class EtcdFull(EtcdUnavailable):
 
 
 class WriteUnknown(EtcdUnavailable):
-    """etcd has not confirmed a write: it may be done or not."""
+    """etcd has not confirmed a write, which may have happened."""
 
     remedy = "Read what was to be written, and write it again where it is missing."
 
 
 class SourceRefused(SourceError):
-    """The source refused what was asked of it; `problems` says which fields."""
+    """The source refused a request; `problems` has the fields."""
 
     http_status = 409
     remedy = "Correct the fields that are listed."
 
 
 class RecordConflict(SourceRefused):
-    """Another record has the address, listener or id, or needs what was to be removed or moved."""
+    """Another record has the address, listener or id, or needs the record that should be removed or moved."""
 
     exit_status = 73
     remedy = "Give one of the records another address, listener or id; or change the one that is in the way first."
 
 
 class RestoreSuspected(SourceRefused):
-    """A hub or two hosts have what the fleet's etcd lacks: it may be restored from a backup, and nothing is written."""
+    """A hub or two hosts have data that the fleet's etcd lacks: etcd may be restored from a backup, and writes stop."""
 
     remedy = (
         "Look at `imdsproxy fleet status`. If etcd was restored on purpose: `imdsproxy fleet "
@@ -272,7 +272,7 @@ class HaproxyMissing(DataplaneError):
 
 
 class ConfigRejected(DataplaneError):
-    """HAProxy refuses the configuration; the message holds its own words."""
+    """HAProxy refuses the configuration; the message is HAProxy's."""
 
     remedy = (
         "Known guests are served on. Undo the last change of settings; if nothing has "
@@ -281,7 +281,7 @@ class ConfigRejected(DataplaneError):
 
 
 class ReloadFailed(DataplaneError):
-    """The master could not start a new worker; the old one goes on."""
+    """The master could not start a new worker; the old worker continues."""
 
     http_status = 503
     remedy = (
@@ -291,7 +291,7 @@ class ReloadFailed(DataplaneError):
 
 
 class CommandRefused(DataplaneError):
-    """A Runtime API command was answered with an error."""
+    """HAProxy answered a Runtime API command with an error."""
 
     remedy = (
         "Wait: it is tried again. If `imdsproxy status` goes on naming it, report it with the "
@@ -330,7 +330,7 @@ class RecordCorrupt(DataplaneError):
 
 
 class PrivilegeMissing(DataplaneError):
-    """Root, or a capability, is needed."""
+    """The command needs root or a capability."""
 
     exit_status = 77
     remedy = (
@@ -357,15 +357,15 @@ class AdminUnavailable(AdminError):
 
 
 class Starting(AdminUnavailable):
-    """The daemon is starting, and answers once it has."""
+    """The daemon is starting, and answers afterwards."""
 
     remedy = "Wait; `imdsproxy status --wait` returns when it is ready, and shows how far it is."
     steps: Sequence[Mapping[str, Any]] = ()
-    """Long work that is under way, each `{what, done, of}`; `of` is 0 where that is not known."""
+    """Work in progress, each `{what, done, of}`; `of` is 0 if the total is unknown."""
 
     @classmethod
     def at(cls, steps: Sequence[Mapping[str, Any]]) -> Self:
-        """The error with these steps, and a message that names the first of them."""
+        """Build the error with these steps; its message names the first."""
         words = "the daemon is starting"
         if steps:
             what, done, of = (steps[0][key] for key in ("what", "done", "of"))
@@ -376,7 +376,7 @@ class Starting(AdminUnavailable):
 
 
 class AccessDenied(AdminError):
-    """A fleet's hub does not accept the certificate or the token, or not for this."""
+    """A fleet's hub does not accept the certificate or the token, or they do not allow the request."""
 
     exit_status = 77
     http_status = 403
@@ -387,7 +387,7 @@ class AccessDenied(AdminError):
 
 
 class NotFound(AdminError):
-    """No network, instance or address of that name."""
+    """No network, instance or address has that name."""
 
     exit_status = 66
     http_status = 404
@@ -395,7 +395,7 @@ class NotFound(AdminError):
 
 
 class AlreadyExists(AdminError):
-    """A network or instance of that id is there, and only a new one was to be made."""
+    """A network or instance of that id exists, and the request asked for a new record."""
 
     exit_status = 73
     http_status = 409
@@ -403,7 +403,7 @@ class AlreadyExists(AdminError):
 
 
 class RevisionOutdated(AdminError):
-    """A record of a fleet has another revision than the one that was to be changed."""
+    """The revision of a fleet's record is not the expected one."""
 
     exit_status = 73
     http_status = 409
@@ -411,7 +411,7 @@ class RevisionOutdated(AdminError):
 
 
 class RequestRefused(AdminError):
-    """The body of a request is not acceptable; `problems` says which fields."""
+    """The body of a request is not acceptable; `problems` has the fields."""
 
     http_status = 422
     remedy = "Correct the fields that are listed."
@@ -419,10 +419,10 @@ class RequestRefused(AdminError):
 
 @contextmanager
 def optional_library(name: str, hint: str) -> Iterator[None]:
-    """Import a library that need not be installed.
+    """Import an optional library.
 
     Raises:
-        LibraryMissing: It is not installed, or not for this Python.
+        LibraryMissing: The library is not installed, or not for this Python.
     """
     try:
         yield
@@ -453,9 +453,9 @@ _HINTS: Final = {
 def host_refused(
     action: str, error: OSError, *, hint: str = "", denied: str = ""
 ) -> HostRefused | PrivilegeMissing:
-    """The exception to raise for `error`, met while doing `action` ("create namespace blue").
+    """Build the exception to raise for `error` during `action` ("create namespace blue").
 
-    Without a `hint` one is chosen by the errno. EPERM and EACCES become `PrivilegeMissing`, with the hint `denied`.
+    Without a `hint`, the errno decides the hint. EPERM and EACCES become `PrivilegeMissing`, with the hint `denied`.
     """
     number = error.errno or 0
     name = errno.errorcode.get(number, "unknown error")
@@ -470,7 +470,7 @@ def host_refused(
 
 @contextmanager
 def refusing(action: str, *, hint: str = "", denied: str = "") -> Iterator[None]:
-    """Raise what the system refuses in the block as `host_refused`."""
+    """Raise an `OSError` of the block as `host_refused`."""
     try:
         yield
     except OSError as error:
@@ -478,7 +478,7 @@ def refusing(action: str, *, hint: str = "", denied: str = "") -> Iterator[None]
 
 
 class Ignoring:
-    """A context in which the system's errors of these numbers end the block and pass."""
+    """Context that suppresses `OSError`s with these numbers; the error ends the block."""
 
     def __init__(self, *numbers: int) -> None:
         self._numbers = numbers
@@ -490,7 +490,7 @@ class Ignoring:
 
 
 def first_expected(group: BaseExceptionGroup[BaseException]) -> ImdsproxyError | None:
-    """The failure of tasks that failed together: the first, the reason of the others; `None` if one is not ours."""
+    """Return the first of failures that tasks raised together, which caused the others; `None` if one is not ours."""
     expected, others = group.split(ImdsproxyError)
     if expected is None or others is not None:
         return None

@@ -48,7 +48,7 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """Whether guests get what the sources report; for a hub, whether hosts get the state of etcd.
+    """Readiness: guests get what the sources report; for a hub, hosts get the state of etcd.
 
     Attributes:
         reasons: Why not, a line each.

@@ -45,7 +45,7 @@ class PairReport:
         seen: The MAC in the neighbour table.
         expected: The MAC that the records require; `*` for any, `None` if no instance has the address.
         granted: The MAC that the kernel lets through to HAProxy's quick answers.
-        gate: Whether the network has a MAC filter; without a filter, guests with a MAC in their records get no answer.
+        gate: True if the network has a MAC filter; without a filter, guests with a MAC in their records get no answer.
     """
 
     seen: model.MacAddress | None

@@ -65,7 +65,7 @@ class _Order(BaseModel):
 
 
 class StopBody(_Order):
-    """Whether to stop the data plane too."""
+    """Option to stop the data plane too."""
 
     data_plane: bool = False
 
@@ -113,7 +113,7 @@ async def explain(
     path: _Path = None,
     probe: _Probe = False,  # noqa: FBT002 - FastAPI passes it by name
 ) -> guests.Explanation:
-    """Show which instance owns this address in this network, why, by which source, and what it gets."""
+    """Show which instance owns this address in this network, why, by which source, and with which answer."""
     _refuse_relative(path)
     return await guests.explain(controller, (network, _ip(address)), path, probe=probe)
 

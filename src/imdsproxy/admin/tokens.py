@@ -29,7 +29,7 @@ class GuardChange:
         applied: No worker of HAProxy uses the previous state. If false, the change takes effect once `pending` is
             resolved.
         pending: Why the change is not in force yet.
-        shared: The key file that other hosts share, for a revocation: the other hosts do not learn of it.
+        shared: For a revocation, the key file shared with other hosts, which the revocation does not reach.
     """
 
     instance: InstanceId
