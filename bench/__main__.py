@@ -1,4 +1,4 @@
-"""script/bench: measures imdsproxy, each figure beside a bare HAProxy or as a count."""
+"""Measure imdsproxy: each figure beside a bare HAProxy, or as a count."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _FLEET: Final = (
     "reload",
 )
 WITH_PEER: Final = (*agents.WITH_PEER, *replacing.WITH_PEER)
-"""Rows that need Neutron's own agents beside."""
+"""Rows that need Neutron's own agents for comparison."""
 
 GROUPS: Final = (
     _READS,
@@ -96,7 +96,7 @@ class Options:
 
 
 def parse_options(argv: Sequence[str]) -> Options:
-    """Read the command line; ends the process with 2 where it is wrong."""
+    """Read the command line; exit with 2 if it is wrong."""
     parser = argparse.ArgumentParser(prog="script/bench", description=__doc__, allow_abbrev=False)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="fewer of everything, in two minutes")
@@ -132,7 +132,7 @@ def parse_options(argv: Sequence[str]) -> Options:
 
 
 def exit_status(rows: Sequence[Row], wanted: frozenset[str], *, strict: bool) -> int:
-    """0 when all rows are there; 2 when one is not; with `strict`, 1 when a bar is missed."""
+    """Return 0 if all rows are there, 2 if one is missing; with `strict`, 1 if a bar is missed."""
     there = {row.key for row in rows if row.verdict is not Verdict.MISSING}
     if wanted - there:
         return _EXIT_MISSING
@@ -141,7 +141,7 @@ def exit_status(rows: Sequence[Row], wanted: frozenset[str], *, strict: bool) ->
 
 
 class InterruptError(Exception):
-    """A signal asked for the end."""
+    """A signal asked the program to end."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -150,12 +150,12 @@ class InterruptError(Exception):
 
 def _interrupt(number: int, _frame: FrameType | None) -> None:
     for other in _SIGNALS:
-        signal.signal(other, signal.SIG_IGN)  # once is enough: cleaning up is not interrupted
+        signal.signal(other, signal.SIG_IGN)  # another signal must not interrupt the cleanup
     raise InterruptError(number)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure; the exit status."""
+    """Measure; return the exit status."""
     options = parse_options(argv)
     console = Console(width=None if sys.stdout.isatty() else 150)
     for number in _SIGNALS:
@@ -186,7 +186,7 @@ def _measure(options: Options, console: Console) -> list[Row]:
 
     sweep(directory, lab)
     prepare(directory)
-    # As an installed package is: to compile changed modules again at each start takes longer than to import them.
+    # An installed package is compiled, too: compiling changed modules at each start takes longer than importing them.
     compileall.compile_dir(_REPOSITORY / "src", quiet=2)
     bench = Bench(directory, lab, options.scale, say)
     peer = None if options.peer is None else peer_at(options.peer, directory, say)
@@ -240,7 +240,7 @@ def _stages(
 
 
 def _run_stage(stage: _Stage, keys: list[str], say: Callable[[str], None]) -> list[Row]:
-    """The rows of a stage; those that it did not come to are told as not measured."""
+    """Return the rows of a stage, with missing rows as not measured."""
     rows: list[Row] = []
     reason = "the stage gave no such row"
     try:
@@ -291,7 +291,7 @@ def _fleet_steps(bench: Bench, daemon: Daemon, only: frozenset[str]) -> Iterator
 
 
 def _guarded(step: _Stage, daemon: Daemon, say: Callable[[str], None]) -> Iterator[Row]:
-    """One row that fails does not take the others with it."""
+    """Run a step; report its failure, so that it does not stop other rows."""
     try:
         yield from step()
     except (BenchError, OSError, subprocess.SubprocessError) as error:

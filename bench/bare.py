@@ -1,4 +1,4 @@
-"""The bare HAProxy that figures are held against: no maps, no rules, no cache."""
+"""The bare HAProxy to which figures are compared: no maps, no rules, no cache."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _EARLY_END_S: Final = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What both sides of a comparison share: threads, connections in all and of one bind."""
+    """Limits that both sides of a comparison share: threads, connections in all and of one bind."""
 
     nbthread: int
     maxconn: int
@@ -31,17 +31,17 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Bare:
-    """A running one; `config` is its configuration with long bodies cut short."""
+    """A running bare HAProxy; `config` is its configuration with long bodies shortened."""
 
     pid: int
     config: str
 
 
 def worker_limits(config: str) -> Limits:
-    """The limits in a configuration that imdsproxy made.
+    """Return the limits in a configuration from imdsproxy.
 
     Raises:
-        BenchError: They are not in it.
+        BenchError: The configuration has no such limits.
     """
     found: dict[str, int] = {}
     for line in config.splitlines():
@@ -57,14 +57,14 @@ def worker_limits(config: str) -> Limits:
 
 
 def answering(body_bytes: int, content_type: str = "text/plain; charset=utf-8") -> tuple[str, ...]:
-    """The rules of one that answers by itself."""
+    """Return the rules of a HAProxy that answers by itself."""
     return (
         f'http-request return status 200 content-type "{content_type}" string {"x" * body_bytes}',
     )
 
 
 def forwarding(server: str, headers: Sequence[tuple[str, str]] = ()) -> tuple[str, ...]:
-    """The rules of one that forwards over kept connections, adding these headers."""
+    """Return the rules of a HAProxy that forwards over kept connections, adding these headers."""
     return (
         *(f"http-request set-header {name} {value}" for name, value in headers),
         "http-reuse always",
@@ -73,7 +73,7 @@ def forwarding(server: str, headers: Sequence[tuple[str, str]] = ()) -> tuple[st
 
 
 def render_bare(limits: Limits, binds: Sequence[str], rules: Sequence[str]) -> str:
-    """The configuration, with the same time-outs and keep-alive as imdsproxy's."""
+    """Render the configuration, with the timeouts and keep-alive of imdsproxy's."""
     listening = [f"bind {bind} proto h1 maxconn {limits.maxconn_of_bind}" for bind in binds]
     lines = [
         "global",
@@ -98,7 +98,7 @@ def _sockets(pid: int) -> int:
     try:
         return sum(one.readlink().name.startswith("socket:") for one in descriptors.iterdir())
     except FileNotFoundError:
-        return 0  # it has ended, or a descriptor was closed just now: look again
+        return 0  # the process has ended, or a descriptor was just closed: the caller looks again
 
 
 def _shorten(body: re.Match[str]) -> str:
@@ -107,10 +107,10 @@ def _shorten(body: re.Match[str]) -> str:
 
 @contextlib.contextmanager
 def run_bare(binary: str, directory: Path, name: str, config: str) -> Iterator[Bare]:
-    """Run one for the time of the context.
+    """Run a bare HAProxy for the time of the context.
 
     Raises:
-        BenchError: It does not start.
+        BenchError: HAProxy does not start.
     """
     path = directory / f"{name}.cfg"
     path.write_text(config)

@@ -1,4 +1,4 @@
-"""What rows share: the directory, the networks, the daemon, how much is to be measured."""
+"""Shared context of the rows: the directory, the networks, the daemon, and the scale of the measurements."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ HAPROXY: Final = "/usr/sbin/haproxy"
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """How much is measured: all of it, enough to see roughly where rows are, or just that each can be measured.
+    """Scale of the measurements: the full one, a rough one, or the smallest that exercises each row.
 
     Attributes:
-        flood_s: How long a guest reads while another network is flooded.
-        many: Instances of the rows about very many records; half of them where they are in files.
-        settle_s: How long to wait before memory and idle time are read.
+        flood_s: Seconds that a guest reads while another network is flooded.
+        many: Instances of the rows about very many records; half as many in files.
+        settle_s: Seconds to wait before memory and idle time are read.
         replacing: Numbers of networks in front of Nova.
-        ovn_ports: Ports of an OVN cloud, from the smallest one on.
-        ovn_local: Those that are on the host.
-        ovn_events: Changes of a port.
+        ovn_ports: Numbers of ports of an OVN cloud, the smallest first.
+        ovn_local: Ports that are on the host.
+        ovn_events: Number of changes of a port.
         fleet_hosts: Simulated hosts of a fleet.
-        fleet_real: Complete ones.
-        fleet_instances: On each simulated host.
-        fleet_changes: Of one host each.
-        fleet_policies: Changes that reach all hosts.
-        warm_up: Load each side once more at first.
+        fleet_real: Complete hosts of a fleet.
+        fleet_instances: Instances on each simulated host.
+        fleet_changes: Number of changes that reach one host each.
+        fleet_policies: Number of changes that reach all hosts.
+        warm_up: Load each side once before its rounds.
     """
 
     networks: int
@@ -68,7 +68,7 @@ class Scale:
 
     @staticmethod
     def of(*, quick: bool = False, smallest: bool = False) -> Scale:
-        """The whole, the quick or the smallest one."""
+        """Return the full, the quick or the smallest scale."""
         if smallest:
             return Scale(
                 networks=10,
@@ -147,7 +147,7 @@ class Scale:
 
 @dataclass(slots=True)
 class Bench:
-    """Handed to every row."""
+    """Context that every row gets."""
 
     directory: Path
     lab: Lab
@@ -157,16 +157,16 @@ class Bench:
 
     @property
     def cpus(self) -> tuple[int, int]:
-        """The processor for HAProxy and the one for the load."""
+        """The processor for HAProxy and the processor for the load."""
         usable = sorted(os.sched_getaffinity(0))
         return usable[0], usable[-1]
 
     def network(self, name: str) -> dict[str, object]:
-        """The record of a network of the lab."""
+        """Return the record of a network of the lab."""
         return network(name)
 
     def fleet(self, daemon: Daemon, count: int) -> None:
-        """Have a daemon serve the first `count` networks, each with its first guest."""
+        """Store the first `count` networks in a daemon, each with its first guest, and wait until all are served."""
         names = [network_name(number) for number in range(count)]
         daemon.put(
             [self.network(name) for name in names],

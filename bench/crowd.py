@@ -1,4 +1,4 @@
-"""Many guests of a network that ask once, all at the same moment."""
+"""Many guests of a network that send one request each, at the same moment."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _RECEIVE: Final = 65536
 
 @dataclass(frozen=True, slots=True)
 class Crowd:
-    """What became of them.
+    """Outcome of a crowd.
 
     Attributes:
-        statuses: How often each, `broken` for a connection that ended without an answer.
-        seconds: How long each 200 took, from the moment when all began.
+        statuses: Counts by status, `broken` for a connection that ended without an answer.
+        seconds: Seconds of each 200, from the common start.
     """
 
     statuses: Mapping[str, int]
@@ -31,7 +31,7 @@ class Crowd:
 
     @property
     def share(self) -> float:
-        """Of those that were answered 200."""
+        """Share of guests that were answered 200."""
         return self.statuses.get("200", 0) / max(1, sum(self.statuses.values()))
 
 
@@ -44,15 +44,15 @@ def ask_at_once(
     port: int = 80,
     patience_s: float = 20.0,
 ) -> Crowd:
-    """One connection and one request from each address, closed by the answer.
+    """Send one request on a new connection from each address; the server closes after its answer.
 
     Args:
-        lab: Where the network is.
-        network: Its name.
-        addresses: One for each guest; may be the same.
-        path: What they ask for.
-        port: Of the metadata address.
-        patience_s: Who has no answer by then counts as broken.
+        lab: The lab with the network.
+        network: The network's name.
+        addresses: One address for each guest; addresses may repeat.
+        path: The requested path.
+        port: The port of the metadata address.
+        patience_s: Seconds after which a guest without an answer counts as broken.
     """
     request = f"GET {path} HTTP/1.1\r\nHost: 169.254.169.254\r\nConnection: close\r\n\r\n".encode()
     opened: list[socket.socket] = []
@@ -90,7 +90,7 @@ def ask_at_once(
 
 
 def _socket_of(key: selectors.SelectorKey) -> socket.socket:
-    """The socket that a selector tells of."""
+    """Return the socket of a selector's key."""
     assert isinstance(key.fileobj, socket.socket)  # noqa: S101 - for the type checker
     return key.fileobj
 
@@ -98,7 +98,7 @@ def _socket_of(key: selectors.SelectorKey) -> socket.socket:
 def _advance(
     one: socket.socket, events: int, request: bytes, selector: selectors.BaseSelector
 ) -> bytes | None:
-    """Go on with one: what it received, empty at its end, `None` when it has sent."""
+    """Continue one connection; return received bytes, empty at the end, or `None` after sending."""
     try:
         if events & selectors.EVENT_WRITE:
             one.send(request)

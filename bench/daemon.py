@@ -30,7 +30,7 @@ _STOP_S: Final = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """The pids of the daemon's three lives; no `documents` where the settings leave that one out."""
+    """The pids of the daemon's three parts; no `documents` if the settings disable the document server."""
 
     controller: int
     master: int
@@ -40,24 +40,25 @@ class Processes:
 
     @property
     def everything(self) -> tuple[int, ...]:
-        """All of them."""
+        """All pids."""
         return (self.controller, self.master, self.worker, *self.old_workers, *self.documents)
 
     @property
     def haproxy(self) -> tuple[int, ...]:
-        """HAProxy's."""
+        """HAProxy's pids."""
         return (self.master, self.worker, *self.old_workers)
 
 
 def render_settings(directory: Path, overrides: Mapping[str, Mapping[str, object]]) -> str:
-    """A settings file: its own directories, processes without systemd, no address of the host."""
+    """Render a settings file: own directories, processes without systemd, no address of the host."""
     settings: dict[str, dict[str, object]] = {
         "paths": {"runtime_dir": str(directory / "run"), "state_dir": str(directory / "state")},
         "haproxy": {"supervisor": "spawn"},
         "documents": {"supervisor": "spawn"},
         "metrics": {"listen": None, "haproxy_listen": None},
         "host": {"name_prefix": "imdsb"},
-        # Counted as by default, and never reached: wrk asks for in a second what one guest may in ten minutes.
+        # Requests are counted as by default, but the limit is out of reach: wrk sends in a second what a guest may in
+        # ten minutes.
         "limits": {"requests_per_s": 250_000, "burst": 10_000_000, "connections": 10_000},
     }
     for section, values in overrides.items():
@@ -83,11 +84,11 @@ class AdminConnection:
         self._http = _UnixHttp(path)
 
     def ask(self, method: str, path: str, body: object = None) -> dict[str, object]:
-        """One request; the decoded answer.
+        """Send a request; return the decoded answer.
 
         Raises:
             BenchError: The answer is an error.
-            OSError: Nobody answers.
+            OSError: No process answers.
         """
         raw = None if body is None else json.dumps(body).encode()
         headers = {} if raw is None else {"content-type": "application/json"}
@@ -100,17 +101,16 @@ class AdminConnection:
         return decoded
 
     def close(self) -> None:
-        """Close the connection."""
         self._http.close()
 
 
 class Daemon:
-    """One imdsproxy in a directory of its own, its runtime directory in memory as /run is.
+    """One imdsproxy in a directory of its own, with a runtime directory in memory like /run.
 
     Args:
-        directory: Made if need be.
+        directory: The directory; created if needed.
         overrides: Settings that differ, by section.
-        within: The words before the command, where it runs in a namespace.
+        within: Words before the command, to run in a namespace.
     """
 
     def __init__(
@@ -131,16 +131,16 @@ class Daemon:
 
     @property
     def runtime(self) -> Path:
-        """Its sockets, maps and HAProxy's configuration."""
+        """Directory of the daemon's sockets, maps and HAProxy configuration."""
         return self.directory / "run"
 
     @property
     def log(self) -> Path:
-        """What it says."""
+        """File of the daemon's output."""
         return self.directory / "daemon.log"
 
     def spawn(self) -> None:
-        """Start the controller; it is not waited for."""
+        """Start the controller without waiting for it."""
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [*self._within, *self.cli, "run"],
@@ -154,7 +154,7 @@ class Daemon:
         """Start the controller and wait until its admin API answers and HAProxy runs.
 
         Raises:
-            BenchError: It ended, or did not answer in time.
+            BenchError: The controller ended, or did not answer in time.
         """
         self.spawn()
         self.wait_ready(patience_s)
@@ -178,11 +178,11 @@ class Daemon:
         return True
 
     def admin(self) -> AdminConnection:
-        """A new connection to its admin API."""
+        """Open a connection to the admin API."""
         return AdminConnection(self.runtime / "admin.sock")
 
     def ask(self, method: str, path: str, body: object = None) -> dict[str, object]:
-        """One request on a connection of its own."""
+        """Send one request on a connection of its own."""
         with contextlib.closing(self.admin()) as connection:
             return connection.ask(method, path, body)
 
@@ -194,11 +194,11 @@ class Daemon:
         return self.ask("POST", "/v1/records", body)
 
     def status(self) -> dict[str, object]:
-        """What `imdsproxy status --json` is made of."""
+        """Return the report that `imdsproxy status --json` prints."""
         return self.ask("GET", "/v1/status")
 
     def processes(self) -> Processes:
-        """The pids, as the daemon tells them."""
+        """Return the pids that the daemon reports."""
         status = self.status()
         haproxy, documents = status["haproxy"], status["documents"]
         if not isinstance(haproxy, dict) or not isinstance(documents, dict):
@@ -216,10 +216,10 @@ class Daemon:
         )
 
     def wait_serving(self, networks: int, patience_s: float = 60) -> None:
-        """Wait until so many networks are listened on.
+        """Wait until this many networks are served.
 
         Raises:
-            BenchError: Not in time; the message says what is left out.
+            BenchError: Not in time; the message has the networks that are not served.
         """
         if not wait_until(lambda: self.status()["serving"] == networks, patience_s, every_s=0.05):
             status = self.status()
@@ -228,7 +228,7 @@ class Daemon:
             )
 
     def wait_in_sync(self, source: str, patience_s: float = 60) -> None:
-        """Wait until a source has everything.
+        """Wait until a source has reported all records.
 
         Raises:
             BenchError: Not in time.
@@ -244,7 +244,7 @@ class Daemon:
             raise BenchError(f"the source {source} is not in sync: {self.last_words()}")
 
     def wait_settled(self, patience_s: float = 60) -> Processes:
-        """Wait until no old worker drains; the processes then."""
+        """Wait until no old worker drains; return the processes."""
         found: list[Processes] = []
 
         def settled() -> bool:
@@ -255,25 +255,25 @@ class Daemon:
         return found[0]
 
     def kill_controller(self) -> None:
-        """SIGKILL, as an out-of-memory kill would."""
+        """Kill the controller with SIGKILL, as the kernel's out-of-memory killer would."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             self._process = None
 
     def stop_controller(self) -> None:
-        """End the controller as `systemctl stop` does; the data plane goes on."""
+        """Stop the controller as `systemctl stop` does; the data plane keeps running."""
         if self._process is not None:
             self._process.send_signal(signal.SIGTERM)
             self._process.wait(_STOP_S)
             self._process = None
 
     def replace_documents(self) -> None:
-        """Have the document server take up new code, as its unit's reload does (SIGHUP)."""
+        """Make the document server load new code, as its unit's reload does (SIGHUP)."""
         os.kill(self.processes().documents[0], signal.SIGHUP)
 
     def stop(self) -> None:
-        """End everything: asked first, then killed."""
+        """End everything: first ask, then kill."""
         with contextlib.suppress(OSError, BenchError):
             self.ask("POST", "/v1/stop", {"data_plane": True})
             if self._process is not None:
@@ -285,7 +285,7 @@ class Daemon:
         end_all(find_by_argument(self.directory))
 
     def empty_runtime(self) -> None:
-        """Remove what a reboot removes, once everything has ended."""
+        """Remove all that a reboot removes; call it after everything has ended."""
         for path in self.runtime.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -293,10 +293,10 @@ class Daemon:
                 path.unlink()
 
     def timed(self, condition: Callable[[], bool], patience_s: float, what: str) -> float:
-        """Seconds until the condition came true.
+        """Return the seconds until the condition came true.
 
         Raises:
-            BenchError: It did not in time.
+            BenchError: The condition did not come true in time.
         """
         began = time.perf_counter()
         if not wait_until(condition, patience_s, every_s=0.001):
@@ -304,6 +304,6 @@ class Daemon:
         return time.perf_counter() - began
 
     def last_words(self) -> str:
-        """The last lines of its log."""
+        """Return the last lines of the daemon's log."""
         text = self.log.read_text(errors="replace").strip() if self.log.exists() else ""
         return " / ".join(text.splitlines()[-3:]) or f"nothing in {self.log}"

@@ -1,4 +1,4 @@
-"""Three members of etcd on loopback: all share the machine's processors and its disk."""
+"""Three members of etcd on loopback, which share the machine's processors and disk."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _WRITERS: Final = 6
 
 
 def free_port() -> int:
-    """A port of loopback that no process listens on."""
+    """Return a port of loopback that no process listens on."""
     with socket() as one:
         one.bind(("127.0.0.1", 0))
         port: int = one.getsockname()[1]
@@ -37,7 +37,7 @@ class EtcdMembers:
     """Debian's etcd, without TLS.
 
     Args:
-        directory: Where the members keep their data.
+        directory: Directory of the members' data.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -86,16 +86,16 @@ class EtcdMembers:
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """Of the members."""
+        """Pids of the members."""
         return tuple(one.pid for one in self._processes)
 
     def open(self) -> Etcd:
-        """A client of all members; close it."""
+        """Return a client of all members; the caller closes it."""
         order = random.Random(1)  # noqa: S311 - no secret
         return Etcd(self.endpoints, random=order, clock=Clock(), timeout_s=30)
 
     def fill(self, pairs: Iterable[tuple[str, bytes]]) -> None:
-        """Write all of these, in many transactions."""
+        """Write all these pairs, in many transactions."""
         asyncio.run(self._fill(iter(pairs)))
 
     async def _fill(self, pairs: Iterator[tuple[str, bytes]]) -> None:
@@ -108,7 +108,6 @@ class EtcdMembers:
             await etcd.close()
 
     def stop(self) -> None:
-        """End the members."""
         end_all(self.pids)
         for one in self._processes:
             one.wait()

@@ -1,4 +1,4 @@
-"""What a measurement comes to, and how figures are made of samples."""
+"""Results of measurements, and statistics of samples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Bar", "Row", "Verdict", "judge", "median", "percentile"]
 
 
 class Verdict(Enum):
-    """What a figure means beside its bar."""
+    """Verdict on a figure beside its bar."""
 
     PASS = "pass"  # noqa: S105 - a word of the table
     SHORT = "falls short"
@@ -23,7 +23,7 @@ class Verdict(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """What a figure is to reach; `text` is how people read it."""
+    """Target for a figure; `text` is for people."""
 
     text: str
     at_least: float | None = None
@@ -35,11 +35,11 @@ class Row:
     """One line of the table.
 
     Attributes:
-        key: Its name for `--only` and in the JSON.
-        what: What was measured.
+        key: Name for `--only` and in the JSON.
+        what: Description of the measurement.
         figure: The outcome, for people.
-        value: The number that is compared with the bar; `None` where there is none.
-        how: How it was measured, with what a reader needs to judge it.
+        value: The number that is compared with the bar; `None` if there is none.
+        how: Method, with all that a reader needs to judge the figure.
         data: All numbers, for programs.
     """
 
@@ -54,7 +54,7 @@ class Row:
 
 
 def judge(value: float, bar: Bar | None, *, valid: bool = True) -> Verdict:
-    """The verdict on a value: `SHOWN` without a bar, `INVALID` where the measurement is not."""
+    """Judge a value: `SHOWN` without a bar, `INVALID` if the measurement is invalid."""
     if not valid or math.isnan(value):
         return Verdict.INVALID
     if bar is None:
@@ -65,12 +65,12 @@ def judge(value: float, bar: Bar | None, *, valid: bool = True) -> Verdict:
 
 
 def median(samples: Sequence[float]) -> float:
-    """The median; `nan` of nothing."""
+    """Return the median; `nan` without samples."""
     return statistics.median(samples) if samples else math.nan
 
 
 def percentile(samples: Sequence[float], percent: float) -> float:
-    """The smallest sample that at least `percent` of all do not exceed; `nan` of nothing."""
+    """Return the smallest sample that at least `percent` of all do not exceed; `nan` without samples."""
     if not samples:
         return math.nan
     ordered = sorted(samples)

@@ -1,4 +1,4 @@
-"""A whole fleet on this machine: etcd, two hubs, very many hosts, and some complete ones."""
+"""A whole fleet on this machine: etcd, two hubs, very many simulated hosts, and some complete hosts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ GUESTS: Final = 50
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What hubs and their HAProxys have used: seconds of processor time, and bytes."""
+    """Cost of hubs and their HAProxys: seconds of processor time, and bytes."""
 
     hub_s: float = 0
     haproxy_s: float = 0
@@ -60,21 +60,21 @@ class Cost:
         return Cost(*(one - two for one, two in zip(astuple(self), astuple(other), strict=True)))
 
     def per(self, number: float) -> Cost:
-        """Its share of so many."""
+        """Return the cost divided by a number."""
         return Cost(*(one / number for one in astuple(self)))
 
     def numbers(self) -> dict[str, float]:
-        """For the JSON."""
+        """Return the numbers for the JSON."""
         return asdict(self)
 
 
 class HubProcess:
-    """`imdsproxy hub`.
+    """A process of `imdsproxy hub`.
 
     Args:
-        directory: Its own.
-        files: Of the fleet, on this hub.
-        endpoints: Of etcd.
+        directory: The process's directory.
+        files: Directory of the fleet's files on this hub.
+        endpoints: Endpoints of etcd.
     """
 
     def __init__(self, directory: Path, files: Path, endpoints: Sequence[str]) -> None:
@@ -85,7 +85,7 @@ class HubProcess:
             "hub": {
                 "listen": [f"{_ADDRESS}:{self.port}"],
                 "url": self.url,
-                # Of two hubs in one place only one can have the port that is so by default.
+                # Two hubs on one machine cannot share the default port.
                 "metrics_listen": None,
                 "directory": str(files),
                 "user": None,
@@ -102,16 +102,16 @@ class HubProcess:
 
     @property
     def address(self) -> str:
-        """Where it listens."""
+        """Address and port of the hub."""
         return f"{_ADDRESS}:{self.port}"
 
     @property
     def url(self) -> str:
-        """The same for hosts and operators."""
+        """URL for hosts and operators."""
         return f"https://{self.address}"
 
     def spawn(self) -> float:
-        """Start it; when, by the monotonic clock."""
+        """Start the hub; return the time, by the monotonic clock."""
         command = [str(Path(sys.executable).parent / "imdsproxy"), "--config", str(self._config)]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -120,7 +120,7 @@ class HubProcess:
         return time.monotonic()
 
     def wait_ready(self) -> float:
-        """Wait until it takes connections, which is when it has read everything; when that was.
+        """Wait until the hub accepts connections, after it has read everything; return the time.
 
         Raises:
             BenchError: Not in time.
@@ -140,7 +140,7 @@ class HubProcess:
         return False
 
     def cost(self) -> Cost:
-        """What it has used until now, and its HAProxy."""
+        """Return the cost of the hub and its HAProxy until now."""
         assert self._process is not None  # noqa: S101 - it was started
         own = self._process.pid
         front = find_by_argument(self._directory) - {own}
@@ -148,12 +148,12 @@ class HubProcess:
         return Cost(cpu_seconds(own), haproxy_s, memory([own]).pss, memory(front).pss)
 
     def kill(self) -> None:
-        """End it and its HAProxy at once."""
+        """Kill the hub and its HAProxy."""
         if self._process is not None:
             end_all([self._process.pid, *find_by_argument(self._directory)])
             self._process.wait()
             self._process = None
-            # A process with threads is a zombie before the last of them has closed thousands of sockets.
+            # A process with threads is a zombie before its last thread has closed thousands of sockets.
             wait_until(lambda: not self._accepts(), _START_S)
 
 
@@ -173,11 +173,11 @@ class Crowd:
 
     @property
     def count(self) -> int:
-        """How many hosts there are."""
+        """Number of hosts."""
         return sum(spec.count for spec in self.specs)
 
     def report(self) -> dict[str, Any]:
-        """How many have everything, since when, and what was wrong, over all of them."""
+        """Return the number of synchronised hosts, the time of the last one, and all faults."""
         found = [self._ask(one, "report") for one in self._processes]
         return {
             "synced": sum(one["synced"] for one in found),
@@ -187,10 +187,10 @@ class Crowd:
         }
 
     def received(self, revision: int, count: int = 1) -> list[float]:
-        """When hosts got an item of this revision, by the monotonic clock.
+        """Return the times when hosts received an item of this revision, by the monotonic clock.
 
         Raises:
-            BenchError: Fewer than `count` got one in time.
+            BenchError: Fewer than `count` hosts received one in time.
         """
         found: list[float] = []
 
@@ -215,10 +215,10 @@ class Crowd:
         return json.loads(line)
 
     def wait_synced(self) -> dict[str, Any]:
-        """Wait until all have everything that is theirs.
+        """Wait until every host has all its items.
 
         Raises:
-            BenchError: Not in time, or a host got what is not its own.
+            BenchError: Not in time, or a host received a foreign item.
         """
         found: list[dict[str, Any]] = []
 
@@ -234,14 +234,13 @@ class Crowd:
         return found[0]
 
     def cpu_s(self) -> float:
-        """Processor time of all hosts."""
+        """Return the processor time of all hosts."""
         return sum(cpu_seconds(one.pid) for one in self._processes)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the processes."""
         end_all(one.pid for one in self._processes)
         for one in self._processes:
             one.communicate()
@@ -249,11 +248,11 @@ class Crowd:
 
 @dataclass(slots=True)
 class Fleet:
-    """A fleet that runs; hosts `0` to `hosts - 1` are simulated, those that follow are complete.
+    """A running fleet; hosts `0` to `hosts - 1` are simulated, later hosts are complete.
 
     Attributes:
-        instances: On each simulated host.
-        networks: Of those.
+        instances: Number of instances on each simulated host.
+        networks: Number of networks of simulated hosts.
         filled: Simulated hosts whose instances are in etcd.
     """
 
@@ -270,13 +269,13 @@ class Fleet:
 
     @property
     def certificates(self) -> Path:
-        """The hosts' certificates."""
+        """Directory of the hosts' certificates."""
         return self.directory / "certificates"
 
     def certify(self) -> Iterator[tuple[str, bytes]]:
-        """Make every host's certificate; what etcd is to have of it."""
+        """Create every host's certificate; yield the hosts' entries for etcd."""
         authority, now = self.files.load_authority(), datetime.now(UTC)
-        # One key for all: to make ten thousand takes longer, and changes nothing for a hub.
+        # All hosts share one key: ten thousand keys take longer, and make no difference for a hub.
         key = make_key()
         self.certificates.mkdir()
         (self.certificates / "ca.crt").write_bytes(self.files.ca_certificate.read_bytes())
@@ -290,18 +289,18 @@ class Fleet:
             yield host_key(name), render_host(StoredHost(HostState.ENROLLED, serials))
 
     def records(self, first: int, end: int) -> Iterator[tuple[str, bytes]]:
-        """Instances of hosts from `first` to before `end`."""
+        """Yield the instances of hosts from `first` to before `end`."""
         for host in range(first, end):
             for number in range(self.instances):
                 yield self.record(host, number)
 
     @property
     def size(self) -> int:
-        """Instances of simulated hosts."""
+        """Number of instances of simulated hosts."""
         return self.hosts * self.instances
 
     def grow(self, count: int) -> None:
-        """Have so many instances in etcd; those of hosts that do not exist are the first to be added."""
+        """Write instances to etcd until there are `count`; hosts of further instances do not exist."""
         first, end = self.filled, count // self.instances
         if end > first:
             self.bench.say(f"{count:,} instances into etcd")
@@ -309,7 +308,7 @@ class Fleet:
             self.filled = end
 
     def record(self, host: int, number: int) -> tuple[str, bytes]:
-        """An instance of a simulated host, as etcd has it."""
+        """Return an instance of a simulated host, as stored in etcd."""
         name = instance_name(host, number)
         address = f"10.{host // 65536}.{host // 256 % 256}.{host % 256}"
         ports = {network_of(host, number, self.networks): [address]}
@@ -317,7 +316,7 @@ class Fleet:
         return _instance(record, HostId(host_name(host)))
 
     def shared(self) -> Iterator[tuple[str, bytes]]:
-        """The networks of simulated hosts, and of each complete one its network and guests."""
+        """Yield the networks of simulated hosts, and the network and guests of each complete host."""
         for number in range(self.networks):
             yield _network(
                 {
@@ -332,18 +331,18 @@ class Fleet:
                 yield self.guest(number, one)
 
     def guest(self, number: int, one: int) -> tuple[str, bytes]:
-        """A guest of a complete host, as etcd has it."""
+        """Return a guest of a complete host, as stored in etcd."""
         host = HostId(host_name(self.hosts + number))
         record = guest_record(network_name(number), one)
         return _instance(record, host)
 
     def start_hubs(self) -> float:
-        """Start all hubs; seconds until all have read everything."""
+        """Start all hubs; return the seconds until all have read everything."""
         began = min([one.spawn() for one in self.hubs])
         return max([one.wait_ready() for one in self.hubs]) - began
 
     def cost(self) -> Cost:
-        """Of both hubs, until now."""
+        """Return the cost of both hubs until now."""
         return sum((one.cost() for one in self.hubs), Cost())
 
     def crowd(self, count: int) -> Crowd:
@@ -365,7 +364,7 @@ class Fleet:
         )
 
     def daemon(self, number: int) -> Daemon:
-        """A complete host, started; its network is a namespace of the lab."""
+        """Start a complete host, whose network is a namespace of the lab."""
         name = host_name(self.hosts + number)
         pem = str(self.certificates / f"{name}.pem")
         source: Mapping[str, object] = {
@@ -381,12 +380,12 @@ class Fleet:
 
 
 def guest_name(number: int, one: int) -> str:
-    """A guest of a complete host."""
+    """Return the name of a guest of a complete host."""
     return f"guest-{network_name(number)}-{one}"
 
 
 def guest_record(name: str, number: int) -> dict[str, object]:
-    """A guest of a complete host's network."""
+    """Return the record of a guest of a complete host's network."""
     ports = {name: [guest(number)]}
     return instance(f"guest-{name}-{number}", ports, with_user_data=False)
 
@@ -403,7 +402,7 @@ def _network(record: dict[str, object]) -> tuple[str, bytes]:
 
 @contextlib.contextmanager
 def open_fleet(bench: Bench) -> Iterator[Fleet]:
-    """Two hubs that run, and etcd with all records."""
+    """Open a fleet: two running hubs, and etcd with all records."""
     raise_open_files()
     hosts, real, instances = (
         bench.scale.fleet_hosts,
@@ -425,7 +424,7 @@ def open_fleet(bench: Bench) -> Iterator[Fleet]:
             hubs.append(HubProcess(directory / f"hub-{number}", place, etcd.endpoints))
         fleet = Fleet(bench, directory, files, etcd, hubs, hosts, real, instances, networks)
         bench.say(f"{hosts + real:,} certificates")
-        # First, as a hub makes a fleet: hubs refuse records without it.
+        # The metadata comes first, as when a hub creates a fleet: hubs refuse records without it.
         etcd.fill([(layout.META, layout.render_meta(Meta(str(uuid4()))))])
         etcd.fill(fleet.certify())
         etcd.fill(fleet.shared())

@@ -1,4 +1,4 @@
-"""A guest that invents source addresses: as a program, because it is to have an interpreter of its own.
+"""A guest that invents source addresses, as a program with an interpreter of its own.
 
 usage: python -m bench.flood NETWORK SECONDS CONNECTIONS_PER_S AT_ONCE
 """
@@ -33,7 +33,7 @@ class _Flood:
     counts: collections.Counter[str] = field(default_factory=collections.Counter)
 
     def begin(self) -> None:
-        """One more connection, from an address that nobody has."""
+        """Open one more connection, from an address without an owner."""
         self.number += 1
         connection = self.lab.socket(self.network)
         connection.setblocking(False)
@@ -49,7 +49,7 @@ class _Flood:
         self.selector.register(connection, selectors.EVENT_WRITE)
 
     def step(self, timeout_s: float) -> None:
-        """Go on with whatever can."""
+        """Continue all connections that are ready."""
         for key, _ in self.selector.select(timeout_s):
             connection = key.fileobj
             if isinstance(connection, socket.socket):
@@ -70,7 +70,7 @@ class _Flood:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Flood, then print what came back."""
+    """Flood, then print the counts of answers."""
     network, seconds, rate, at_once = argv[0], float(argv[1]), float(argv[2]), int(argv[3])
     flood = _Flood(Lab(), network)
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""A daemon in front of the stand-in for Nova, with a guest in each of so many networks."""
+"""A daemon in front of the stand-in for Nova, with a guest in each of several networks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _AT_ONCE: Final = 50
 
 
 def agent_socket(daemon: Daemon) -> Path:
-    """Where its listener `unix` is, when that is on."""
+    """Return the path of the daemon's listener `unix`."""
     return daemon.directory / "metadata_proxy"
 
 
@@ -32,17 +32,17 @@ def in_front(
     networks: int,
     overrides: Mapping[str, Mapping[str, object]] | None = None,
 ) -> Iterator[Daemon]:
-    """Have it for the time of the context; every guest has been answered as itself once.
+    """Run a daemon for the time of the context; every guest has been answered as itself once.
 
     Args:
-        bench: Where.
-        name: Of its directory.
-        port: Nova's, on 127.0.0.1.
-        networks: How many, from the first one on.
+        bench: The measurement's context.
+        name: Name of the daemon's directory.
+        port: Nova's port on 127.0.0.1.
+        networks: Number of networks, from the first on.
         overrides: Settings beside those for Nova.
 
     Raises:
-        BenchError: It does not come up, or a guest is not answered as itself.
+        BenchError: The daemon does not start, or a guest is not answered as itself.
     """
     bench.lab.grow(networks)
     directory = bench.directory / name
@@ -64,7 +64,7 @@ def in_front(
 
 
 def unanswered(bench: Bench, names: Sequence[str]) -> list[str]:
-    """Ask in all these networks, many at once; those whose guest is not answered by Nova as itself."""
+    """Send requests in all these networks, many at once; return networks whose guest Nova does not answer as itself."""
     left: list[str] = []
     for start in range(0, len(names), _AT_ONCE):
         asked = [Guest(bench.lab, name) for name in names[start : start + _AT_ONCE]]
@@ -81,9 +81,10 @@ def unanswered(bench: Bench, names: Sequence[str]) -> list[str]:
 
 
 def render_agents_proxy(network: str, port: int, socket: Path) -> str:
-    """The HAProxy that Neutron's agents start in a network's namespace, in its options and times.
+    """Render the configuration of the HAProxy that Neutron's agents start in a network's namespace.
 
-    They are those of neutron/agent/metadata/driver_base.py (Neutron 29), less the log and the account.
+    Options and timeouts are those of neutron/agent/metadata/driver_base.py (Neutron 29), without the log and the
+    account.
     """
     lines = [
         "global",

@@ -21,12 +21,12 @@ _HEAD_END: Final = b"\r\n\r\n"
 
 
 class Broken(BenchError):
-    """No whole answer came; the message says how it ended."""
+    """No whole answer came; the message has the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One answer, read to its last byte; `closes` when the connection is not to be used again."""
+    """An answer, read to its last byte; `closes` if the connection cannot be used again."""
 
     status: int
     body: bytes
@@ -34,10 +34,10 @@ class Answer:
 
 
 def parse_head(head: bytes) -> tuple[int, int, bool]:
-    """Status, Content-Length and whether the connection closes.
+    """Return status, Content-Length and whether the connection closes.
 
     Raises:
-        Broken: It is no head of an answer.
+        Broken: These bytes are not the head of an answer.
     """
     first, *lines = head.split(b"\r\n")
     try:
@@ -55,13 +55,13 @@ def parse_head(head: bytes) -> tuple[int, int, bool]:
 
 
 class Guest:
-    """One address of a network, on one kept connection that is opened again when it was closed.
+    """An address of a network, with one kept connection that is reopened after a close.
 
     Args:
-        lab: Where the networks are.
-        network: Its network.
-        address: Its own address.
-        timeout_s: How long to wait for an answer.
+        lab: The lab with the networks.
+        network: The guest's network.
+        address: The guest's address.
+        timeout_s: Seconds to wait for an answer.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Guest:
         self._socket: socket.socket | None = None
 
     def get(self, path: str) -> Answer:
-        """One request and its answer.
+        """Send a request and return its answer.
 
         Raises:
             Broken: The connection was refused, or ended before the answer did.
@@ -83,15 +83,15 @@ class Guest:
         return self.receive()
 
     def send(self, path: str, *, method: str = "GET", header: str = "") -> None:
-        """Send a request; its answer is to be received before the next one.
+        """Send a request; receive its answer before the next request.
 
         Args:
             path: The target.
-            method: How it is asked.
+            method: The method.
             header: One more line of the head.
 
         Raises:
-            Broken: The connection was refused, or is not there any more.
+            Broken: The connection was refused, or has ended.
         """
         more = f"{header}\r\n" if header else ""
         request = f"{method} {path} HTTP/1.1\r\nHost: 169.254.169.254\r\n{more}\r\n".encode()
@@ -104,7 +104,7 @@ class Guest:
             raise Broken(str(error)) from error
 
     def receive(self) -> Answer:
-        """The answer to what was sent.
+        """Return the answer to the request that was sent.
 
         Raises:
             Broken: The connection ended before the answer did.
@@ -124,7 +124,7 @@ class Guest:
         return answer
 
     def try_send(self, path: str) -> bool:
-        """Send a request; whether that went well."""
+        """Send a request; return whether the request was sent."""
         try:
             self.send(path)
         except Broken:
@@ -132,14 +132,14 @@ class Guest:
         return True
 
     def try_receive(self) -> Answer | None:
-        """The answer to what was sent; `None` instead of `Broken`."""
+        """Return the answer to the request that was sent; `None` instead of `Broken`."""
         try:
             return self.receive()
         except Broken:
             return None
 
     def try_get(self, path: str) -> Answer | None:
-        """The same; `None` instead of `Broken`."""
+        """Send a request and return its answer; `None` instead of `Broken`."""
         try:
             return self.get(path)
         except Broken:
@@ -175,7 +175,6 @@ class Guest:
         return Answer(status, body, closes)
 
     def close(self) -> None:
-        """Close the connection."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None
@@ -183,12 +182,12 @@ class Guest:
 
 @dataclass(slots=True)
 class LoadCount:
-    """What guests counted.
+    """Counts of guests.
 
     Attributes:
-        sent: Requests sent, or that could not be because the connection was refused.
-        answered: Whole answers that were 200 and had the expected body.
-        faults: What else came, with the seconds since the load's start; the first hundred.
+        sent: Requests sent, or not sent because the connection was refused.
+        answered: Whole answers with status 200 and the expected body.
+        faults: All other outcomes, with the seconds since the load's start; the first hundred.
     """
 
     sent: int = 0
@@ -203,12 +202,12 @@ class LoadCount:
 
 
 class SteadyLoad:
-    """Several guests asking one after the other, each as fast as it is answered, until stopped.
+    """Guests that each send request after request, as fast as they are answered, until stopped.
 
     Args:
-        guests: One thread each.
-        path: What they read.
-        expected: The body that each must get, `None` for any.
+        guests: Guests, each with a thread of its own.
+        path: The path to read.
+        expected: Returns the body that a guest must get; `None` accepts any body.
         fresh_every: Requests after which a guest opens a new connection.
         pause_s: Pause between two requests of a guest.
     """
@@ -244,7 +243,7 @@ class SteadyLoad:
         self.stop()
 
     def stop(self) -> LoadCount:
-        """End it, after the requests that are under way; the sum of all counts."""
+        """End the load after the requests in progress; return the sum of all counts."""
         self._stop.set()
         for thread in self._threads:
             thread.join()
@@ -290,7 +289,7 @@ def _ask(one: Guest, path: str, expected: bytes | None) -> str | None:
 def measure_latency(
     one: Guest, path: str, seconds: float, *, pause_s: float = 0.001
 ) -> list[float]:
-    """Seconds that each answer took, one request after the other with a pause between."""
+    """Return the seconds of each answer, with one request after the other and a pause between."""
     samples = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:

@@ -1,6 +1,6 @@
-"""Very many hosts of a fleet in one process, each with a connection and a certificate of its own.
+"""Very many hosts of a fleet in one process, each with its own connection and certificate.
 
-Each says what it has, checks that it gets exactly what is placed on it, and acknowledges at once.
+Each host reports its items, checks that it receives exactly the items placed on it, and acknowledges at once.
 
 usage: python -m bench.hosts SPECIFICATION     then `report`, `times REVISION` and `end`, a line each
 """
@@ -39,30 +39,30 @@ _PARTS_OF_AN_ADDRESS: Final = 250
 
 
 def host_name(number: int) -> str:
-    """A host's name, which is its certificate's."""
+    """Return a host's name, also the name in its certificate."""
     return f"host-{number}"
 
 
 def instance_name(host: int, number: int) -> str:
-    """An instance that is placed on a host."""
+    """Return the name of an instance placed on a host."""
     return f"i-{host}-{number}"
 
 
 def network_of(host: int, number: int, networks: int) -> str:
-    """The network of that instance."""
+    """Return the network of a host's instance."""
     return f"fleet-{(host * 7 + number) % networks}"
 
 
 @dataclass(frozen=True, slots=True)
 class HostsSpec:
-    """What a process of hosts is given, as JSON.
+    """Specification of a process of hosts, given as JSON.
 
     Attributes:
-        hubs: `ADDRESS:PORT` of each hub, or the path of a stream socket, to which it speaks as HAProxy would.
+        hubs: `ADDRESS:PORT` of each hub, or the path of a stream socket, on which hosts speak as HAProxy would.
         first: The number of the first host.
-        count: How many.
-        instances: Placed on each.
-        networks: How many the fleet has.
+        count: Number of hosts.
+        instances: Number of instances on each host.
+        networks: Number of networks of the fleet.
         certificates: Directory with `ca.crt` and `HOST.pem`; empty for stream sockets.
     """
 
@@ -74,13 +74,13 @@ class HostsSpec:
     certificates: str = ""
 
     def to_json(self) -> str:
-        """For the command line."""
+        """Render for the command line."""
         return json.dumps(asdict(self))
 
 
 @dataclass(slots=True)
 class _Crowd:
-    """What the hosts of this process share."""
+    """Shared state of the hosts of this process."""
 
     spec: HostsSpec
     slots: asyncio.Semaphore
@@ -88,7 +88,7 @@ class _Crowd:
     faults: list[str] = field(default_factory=list)
 
     def fault(self, text: str) -> None:
-        """What may not be."""
+        """Record a violation."""
         if len(self.faults) < _FAULTS:
             self.faults.append(text)
 
@@ -172,10 +172,9 @@ class _Host(asyncio.Protocol):
             raise
         await loop.create_connection(lambda: self, sock=sock)
 
-    # asyncio.Protocol
+    # Callbacks of asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Of asyncio."""
         assert isinstance(transport, asyncio.Transport)  # noqa: S101 - of a stream
         self._transport = transport
         if self._context is None:
@@ -185,13 +184,11 @@ class _Host(asyncio.Protocol):
             self._read_tls()
 
     def connection_lost(self, _: Exception | None) -> None:
-        """Of asyncio."""
         self._transport = None
         self._ready.set()
         self._gone.set()
 
     def data_received(self, data: bytes) -> None:
-        """Of asyncio."""
         now = time.monotonic()
         if self._tls is None:
             self._buffer += data
@@ -332,10 +329,10 @@ async def _run(spec: HostsSpec) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Be these hosts until standard input ends."""
+    """Simulate these hosts until standard input ends."""
     raise_open_files()
     asyncio.run(_run(HostsSpec(**json.loads(argv[0]))))
-    os._exit(0)  # what was opened ten thousand times is not closed one by one
+    os._exit(0)  # Closing ten thousand connections one by one would take too long.
 
 
 if __name__ == "__main__":

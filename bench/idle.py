@@ -1,4 +1,4 @@
-"""A guest that opens connections and asks for nothing, and each second opens those again that were closed.
+"""A guest that opens connections, sends nothing, and each second reopens connections that were closed.
 
 usage: python -m bench.idle NETWORK SECONDS CONNECTIONS
 """
@@ -29,7 +29,7 @@ def _open(lab: Lab, network: str, selector: selectors.BaseSelector) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Hold them, then print how many were opened."""
+    """Hold the connections, then print how many were opened."""
     network, seconds, wanted = argv[0], float(argv[1]), int(argv[2])
     lab, selector, opened = Lab(), selectors.DefaultSelector(), 0
     end = time.perf_counter() + seconds
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
             while len(selector.get_map()) < wanted:
                 _open(lab, network, selector)
                 opened += 1
-        # Whatever can be read of one that sends nothing is its end.
+        # A connection that sends nothing becomes readable only at its end.
         for key, _ in selector.select(max(0.0, due - now)):
             selector.unregister(key.fileobj)
             if isinstance(key.fileobj, socket.socket):

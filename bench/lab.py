@@ -1,7 +1,7 @@
-"""The networks: a namespace each, the metadata address and its guests' addresses on its loopback device.
+"""The networks: each a namespace with the metadata address and its guests' addresses on the loopback device.
 
-Guest and metadata service sit in one namespace, so nothing but HAProxy and the kernel's loopback is measured. Where
-the way from guest to host is to count, a guest is plugged in: a namespace of its own, behind a veth link.
+Guest and metadata service share a namespace, so only HAProxy and the kernel's loopback are measured. If the way from
+guest to host counts too, a guest is plugged in: in a namespace of its own, behind a veth link.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ __all__ = ["DEVICE", "GUESTS", "OVN_IDS", "PLUGGED", "PREFIX", "Lab", "guest", "
 
 PREFIX: Final = "imdsb-"
 OVN_IDS: Final = "be9c"
-"""What ids of OVN's networks begin with."""
+"""First characters of the ids of OVN's networks."""
 DEVICE: Final = "imdsb0"
 GUESTS: Final = IPv4Interface("10.0.0.0/16")
-"""All of it is local in every network, so a client can take any of its addresses."""
+"""The whole range is local in every network, so a client can use any address in it."""
 
 PLUGGED: Final = IPv4Interface("10.1.0.5/24")
-"""What a guest behind a link has, in every network."""
+"""Address of a guest behind a link, in every network."""
 
 _RTM_NEWLINK: Final = 16
 _RTM_NEWROUTE: Final = 24
@@ -44,20 +44,20 @@ _LOOPBACK: Final = 1
 
 
 def network_name(number: int) -> str:
-    """The name of a network, which is its namespace's too."""
+    """Return the name of a network and of its namespace."""
     return f"{PREFIX}{number}"
 
 
 def guest(number: int) -> str:
-    """The address of a guest; every network has the same ones."""
+    """Return the address of a guest; all networks have the same addresses."""
     return str(GUESTS.network[5 + number])
 
 
 class Lab:
-    """Makes the namespaces, opens sockets in them, and takes them away.
+    """Creator of namespaces and of sockets in them; also removes the namespaces.
 
     Attributes:
-        names: The namespaces that there are.
+        names: The existing namespaces.
     """
 
     def __init__(self, directory: Path = DEFAULT_DIRECTORY) -> None:
@@ -66,7 +66,7 @@ class Lab:
         self.names: list[str] = []
 
     def sweep(self) -> int:
-        """Remove every namespace of this prefix; how many there were."""
+        """Remove every namespace with the prefix; return their number."""
         left = [name for name in self._directory.names() if name.startswith(PREFIX)]
         for name in left:
             self._directory.delete(name)
@@ -74,23 +74,23 @@ class Lab:
         return len(left)
 
     def grow(self, count: int, *, ipv6: bool = True) -> None:
-        """Have `count` networks, the ones that are there included; those that are new with IPv6 or without."""
+        """Create networks until there are `count`; new networks have IPv6 unless disabled."""
         for number in range(len(self.names), count):
             self.add(network_name(number), ipv6=ipv6)
 
     def add(self, name: str, *, ipv6: bool = True) -> None:
-        """One more network, of any name with the prefix."""
+        """Create one more network, of any name with the prefix."""
         self._thread.create_now(name)
         with self._thread.inside(name):
             _furnish(ipv6=ipv6)
         self.names.append(name)
 
     def plug(self, name: str, mac: str = "") -> str:
-        """A guest of a network behind a veth link, plugged in unless it is; the namespace that is its own.
+        """Plug in a guest behind a veth link, unless there is one; return the guest's namespace.
 
         Args:
-            name: The network's.
-            mac: The guest's; by default, the kernel's choice.
+            name: The network's name.
+            mac: The guest's MAC; by default, the kernel's choice.
 
         Raises:
             subprocess.CalledProcessError: The link could not be made.
@@ -113,7 +113,7 @@ class Lab:
         return own
 
     def add_host(self, name: str) -> None:
-        """A namespace that is a host: nothing but its loopback device; one that was there is gone."""
+        """Create a namespace for a host, with only a loopback device; replace an existing one."""
         if name in self._directory.names():
             self._directory.delete(name)
         self._thread.create_now(name)
@@ -121,26 +121,26 @@ class Lab:
             set_link(channel, _LOOPBACK)
 
     def add_bridge(self, host: str, name: str) -> None:
-        """A bridge of a host.
+        """Create a bridge of a host.
 
         Raises:
-            subprocess.CalledProcessError: It could not be made.
+            subprocess.CalledProcessError: The bridge could not be made.
         """
         plain = "forward_delay 0 stp_state 0 mcast_snooping 0"
         _ip(host, f"link add {name} type bridge {plain}", f"link set {name} up")
 
     def plug_at(self, host: str, bridge: str, name: str, *, mac: str, lines: Sequence[str]) -> None:
-        """A guest on a bridge of a host.
+        """Create a guest on a bridge of a host.
 
         Args:
             host: The host's namespace.
             bridge: The bridge.
             name: The guest's namespace.
-            mac: The guest's, on `eth0`.
-            lines: Further ones of ip(8) in its namespace.
+            mac: The guest's MAC, on `eth0`.
+            lines: Further lines of ip(8) in its namespace.
 
         Raises:
-            subprocess.CalledProcessError: It could not be made.
+            subprocess.CalledProcessError: The guest could not be made.
         """
         self._thread.create_now(name)
         outer = f"g{name.removeprefix(host)}"
@@ -149,23 +149,23 @@ class Lab:
         _ip(name, "link set eth0 up", *lines)
 
     def join(self, host: str, bridge: str, device: str) -> bool:
-        """Have a device on a bridge of a host; whether it is there."""
+        """Attach a device to a bridge of a host; return whether the device exists."""
         with self._thread.inside(host), NetlinkSocket() as channel:
             link = find_link(channel, device)
         if link is None:
             return False
         if not link.master:
-            with contextlib.suppress(subprocess.CalledProcessError):  # it has gone again
+            with contextlib.suppress(subprocess.CalledProcessError):  # the device has gone again
                 _ip(host, f"link set {device} master {bridge}")
         return True
 
     def has(self, host: str, device: str) -> bool:
-        """Whether a host has a device."""
+        """Return whether a host has a device."""
         with self._thread.inside(host), NetlinkSocket() as channel:
             return find_link(channel, device) is not None
 
     def socket(self, name: str, kind: int = socket.SOCK_STREAM) -> socket.socket:
-        """An unconnected IPv4 socket of a network."""
+        """Return an unconnected IPv4 socket of a network."""
         with self._thread.inside(name):
             return socket.socket(socket.AF_INET, kind)
 
@@ -196,7 +196,7 @@ def _furnish(*, ipv6: bool) -> None:
 
 
 def _prefer_source(channel: NetlinkSocket, source: IPv4Address) -> None:
-    """Whoever asks the metadata address without choosing a source is the first guest."""
+    """Make the first guest the sender of requests to the metadata address that choose no source."""
     payload = _RTMSG.pack(socket.AF_INET, 32, 0, 0, _LOCAL, _KERNEL, _HOST, 2, 0)
     payload += pack_attributes(
         {_RTA_DST: METADATA_IPV4.packed, _RTA_OIF: _LOOPBACK, _RTA_PREFSRC: source.packed}
@@ -205,7 +205,7 @@ def _prefer_source(channel: NetlinkSocket, source: IPv4Address) -> None:
 
 
 def _add_device(channel: NetlinkSocket) -> None:
-    """A veth pair, both ends here: the kernel's smallest device that takes a link-local address."""
+    """Create a veth pair with both ends here: the kernel's smallest device with a link-local address."""
     kind = pack_attributes({3: DEVICE, 18: {1: "veth"}})
     channel.change(_RTM_NEWLINK, _IFINFO.pack(0, 0, 0, 1, 1) + kind, CREATE)
     link = find_link(channel, DEVICE)

@@ -1,7 +1,7 @@
-"""A stand-in for Neutron, as a program, since it is to have an interpreter of its own.
+"""A stand-in for Neutron, as a program with an interpreter of its own.
 
-It knows a port of every address in every network, and takes `DELAY_MS` for each answer. All ports of a network have
-one MAC: that of a guest that `plug_stranger` plugs in, whose addresses they are.
+The stand-in has a port for every address in every network, and takes `DELAY_MS` for each answer. All ports of a network
+have one MAC: that of the guest which `plug_stranger` plugs in, and which has their addresses.
 
 usage: python -m bench.neutron
 """
@@ -41,23 +41,23 @@ _REPOSITORY: Final = Path(__file__).resolve().parent.parent
 
 
 def mac_of(network: str) -> str:
-    """The MAC of a network's ports."""
+    """Return the MAC of a network's ports."""
     octets = sha256(network.encode()).digest()[:3]
     return ":".join(("fa", "16", "3e", *(f"{octet:02x}" for octet in octets)))
 
 
 def plug_stranger(lab: Lab, network: str) -> str:
-    """A guest of a network that only Neutron knows, behind a veth link; the namespace that is its own."""
+    """Plug in a guest that only Neutron knows, behind a veth link; return the guest's namespace."""
     return lab.plug(network, mac_of(network))
 
 
 def port_name(network: str, address: str) -> str:
-    """By which `identity` knows the instance of an address that only Neutron knows."""
+    """Return the name under which `identity` knows the instance of an address that only Neutron knows."""
     return f"{network}/{address}"
 
 
 def answer_ports(query: str) -> Mapping[str, object]:
-    """Neutron's answer to a list of ports, filtered by networks and addresses."""
+    """Return Neutron's answer to a list of ports, filtered by networks and addresses."""
     asked = parse_qs(query)
     prefix = "ip_address="
     addresses = [one.removeprefix(prefix) for one in asked.get("fixed_ips", ())]
@@ -93,21 +93,21 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Nothing."""
+        """Log nothing."""
 
 
 def neutron_settings(port: int) -> Mapping[str, Mapping[str, object]]:
-    """The settings of a daemon that asks it."""
+    """Return the settings of a daemon that queries the stand-in."""
     source = {"enabled": True, "endpoint": f"http://127.0.0.1:{port}"}
     return {"sources": {"neutron": source}}
 
 
 @contextlib.contextmanager
 def run_neutron() -> Iterator[int]:
-    """Run it for the time of the context; its port on 127.0.0.1.
+    """Run the stand-in for the time of the context; yield its port on 127.0.0.1.
 
     Raises:
-        BenchError: It does not start.
+        BenchError: The stand-in does not start.
     """
     process = subprocess.Popen(
         [sys.executable, "-m", "bench.neutron"], cwd=_REPOSITORY, stdout=subprocess.PIPE, text=True

@@ -1,4 +1,4 @@
-"""A stand-in for Nova that checks what it is sent, and the records of guests whose documents it has."""
+"""A stand-in for Nova that checks signatures, and the records of guests whose documents it has."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ _TENANTS: Final = 7
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Whom Nova takes a guest for: instance, project, and the signature that proves it."""
+    """A guest's identity for Nova: instance, project, and the signature that proves it."""
 
     instance: str
     project: str
     signature: str
 
     def headers(self, address: str) -> tuple[tuple[str, str], ...]:
-        """What a proxy sends to Nova."""
+        """Return the headers that a proxy sends to Nova."""
         return (
             ("x-instance-id", self.instance),
             ("x-tenant-id", self.project),
@@ -60,7 +60,7 @@ class Identity:
 
 
 def identity(network: str) -> Identity:
-    """The first guest of a network, as Nova knows it."""
+    """Return the identity of the first guest of a network."""
     instance = str(uuid.uuid5(_SPACE, network))
     project = uuid.uuid5(_SPACE, f"project-{sum(network.encode()) % _TENANTS}").hex
     signature = hmac.new(_SECRET.encode(), instance.encode(), hashlib.sha256).hexdigest()
@@ -68,7 +68,7 @@ def identity(network: str) -> Identity:
 
 
 def nova_guest(network: str) -> dict[str, object]:
-    """The record of the first guest of a network; its documents are Nova's."""
+    """Return the record of the first guest of a network; its documents are Nova's."""
     one = identity(network)
     return {
         "id": one.instance,
@@ -80,9 +80,9 @@ def nova_guest(network: str) -> dict[str, object]:
 
 
 def nova_settings(directory: Path, port: int) -> Mapping[str, Mapping[str, object]]:
-    """The settings of a daemon in front of the stand-in alone, as `config import` makes them of Neutron's.
+    """Return the settings of a daemon in front of the stand-in alone, as `config import` would from Neutron's files.
 
-    The secret's file is written.
+    The function writes the secret's file.
     """
     file = directory / "nova.secret"
     file.write_text(f"{_SECRET}\n")
@@ -93,7 +93,7 @@ def nova_settings(directory: Path, port: int) -> Mapping[str, Mapping[str, objec
 
 
 def names_itself(network: str, answer: Answer) -> bool:
-    """Whether a guest was answered 200 with its own instance's document."""
+    """Return whether a guest was answered 200 with its own instance's document."""
     if answer.status != 200:  # noqa: PLR2004 - HTTP's OK
         return False
     try:
@@ -105,11 +105,11 @@ def names_itself(network: str, answer: Answer) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Stub:
-    """A running one.
+    """A running stand-in.
 
     Attributes:
-        port: On 127.0.0.1; answers at once.
-        slow_port: Answers after `SLOW_MS`.
+        port: Port on 127.0.0.1 that answers at once.
+        slow_port: Port that answers after `SLOW_MS`.
     """
 
     pid: int
@@ -133,7 +133,7 @@ def _body() -> str:
 
 
 def render_stub(port: int, slow_port: int) -> str:
-    """HAProxy's configuration: 1.1 kB of `meta_data.json` for whoever signs, 403 for everybody else."""
+    """Render HAProxy's configuration: 1.1 kB of `meta_data.json` for signed requests, 403 for all others."""
     key = base64.b64encode(_SECRET.encode()).decode()
     answer = (
         f"http-request set-var(txn.right) req.hdr(x-instance-id),hmac(sha256,{key}),hex,lower",
@@ -174,10 +174,10 @@ def _free_ports() -> tuple[int, int]:
 
 @contextlib.contextmanager
 def run_stub(binary: str, directory: Path) -> Iterator[Stub]:
-    """Run it for the time of the context.
+    """Run the stand-in for the time of the context.
 
     Raises:
-        BenchError: It does not start, or lets an unsigned request through.
+        BenchError: The stand-in does not start, or accepts an unsigned request.
     """
     port, slow_port = _free_ports()
     with run_bare(binary, directory, "nova", render_stub(port, slow_port)) as running:

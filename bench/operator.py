@@ -1,4 +1,4 @@
-"""An operator of a fleet: a hub's API, on a kept connection with a certificate, as `imdsproxy --fleet` uses it."""
+"""An operator of a fleet, who uses a hub's API on a kept connection with a certificate, as `imdsproxy --fleet` does."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Written:
     """A change; times are of the monotonic clock.
 
     Attributes:
-        sent: When the request was sent.
-        answered: When the answer was there: it is in force on every host that it concerns.
+        sent: Time when the request was sent.
+        answered: Time of the answer, when the change was in force on every host that it concerns.
     """
 
     revision: int
@@ -35,7 +35,7 @@ class Written:
 
 
 class Operator:
-    """Asks the first hub; makes its certificate."""
+    """Client of the first hub; creates its own certificate."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._port = fleet.hubs[0].port
@@ -55,7 +55,6 @@ class Operator:
         self.close()
 
     def close(self) -> None:
-        """End the connection."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -76,13 +75,13 @@ class Operator:
         return Written(answer["revision"], sent, time.monotonic())
 
     def ask(self, method: str, path: str, body: object = None) -> Any:  # noqa: ANN401 - JSON
-        """One request; the decoded answer.
+        """Send a request; return the decoded answer.
 
         Raises:
-            BenchError: It is an error, or none comes.
+            BenchError: The answer is an error, or there is none.
         """
         if self._connection is None or time.monotonic() - self._used > _KEPT_S:
-            # The hub's HAProxy ends a connection on which nothing is asked for a minute.
+            # The hub's HAProxy closes a connection after a minute without requests.
             self.close()
             self._connection = HTTPSConnection(
                 "127.0.0.1", self._port, timeout=120, context=self._context

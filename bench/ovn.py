@@ -1,8 +1,8 @@
-"""A host of an OVN cloud, and who serves its metadata: imdsproxy alone, or Neutron's own OVN agent.
+"""A host of an OVN cloud, with metadata served by imdsproxy alone, or by Neutron's own OVN agent.
 
-Both have the same databases (`bench.southbound`), stand-in for Nova and guests. Guests and metadata
-port of a network are on a bridge, so that neither Open vSwitch nor OVN is measured. The agent is Neutron's, as
-pinned for tests from PyPI, with nothing of it replaced.
+Both use the same databases (`bench.southbound`), stand-in for Nova and guests. Guests and metadata port of a network
+are on a bridge, so that neither Open vSwitch nor OVN is measured. The agent is Neutron's from PyPI, in the version
+pinned for tests, and unmodified.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ _UNUSED: Final = 200
 _HOST: Final = f"{PREFIX}ovn-host"
 _ON_HOST: Final = (
     *("/usr/bin/nsenter", f"--net=/run/netns/{_HOST}", "--"),
-    # Both remove `ovnmeta-` namespaces that they do not need: they see none but their own.
+    # Both remove unneeded `ovnmeta-` namespaces, so each may see only its own.
     *("/usr/bin/unshare", "--mount", "--propagation", "private", "/bin/sh", "-ec"),
     *('mount -t tmpfs none /run/netns; exec "$@"', "sh"),
 )
-"""The words before a command on the host."""
+"""Words before a command that runs on the host."""
 
 _ROUTE: Final = "route add 169.254.169.254/32 via 10.0.0.2"
 _NOVA_PORT: Final = 8775
@@ -75,8 +75,8 @@ class OvnHost:
     """The databases, filled.
 
     Attributes:
-        cloud: Its ports.
-        rows: Who writes into the Southbound database.
+        cloud: Ports of the cloud.
+        rows: Writer of the Southbound database.
     """
 
     bench: Bench
@@ -89,32 +89,32 @@ class OvnHost:
 
     @property
     def networks(self) -> Sequence[SbNetwork]:
-        """Those that have ports here."""
+        """Networks that have ports on this host."""
         return sorted({port.network for port in self.cloud.local}, key=lambda one: one.number)
 
     @property
     def spare(self) -> SbPort:
-        """A port that no row has yet, and whose guest is there."""
+        """A port without a row, whose guest exists."""
         return SbPort(self.networks[0], _UNUSED)
 
     def guest(self, port: SbPort, *, timeout_s: float = 1) -> Guest:
-        """A port's guest."""
+        """Return a port's guest."""
         return Guest(self.bench.lab, place_of(port), port.address, timeout_s=timeout_s)
 
     def join(self, network: SbNetwork) -> bool:
-        """Bring a network's guests together with its metadata port; whether that is there."""
+        """Connect a network's guests with its metadata port; return whether the port exists."""
         return self.bench.lab.join(_HOST, _bridge(network), network.devices[0])
 
     def clear(self) -> None:
-        """Have the networks' namespaces gone, and with them their metadata ports."""
+        """Wait until the networks' namespaces and their metadata ports are gone."""
         lab = self.bench.lab
         devices = [network.devices[0] for network in self.networks]
-        # They end with the last process that has them.
+        # The devices vanish with the last process of their namespace.
         wait_until(lambda: not any(lab.has(_HOST, one) for one in devices), _END_S)
 
 
 def place_of(port: SbPort) -> str:
-    """The namespace of a port's guest."""
+    """Return the namespace of a port's guest."""
     return f"{_HOST}-{port.network.number}-{port.number}"
 
 
@@ -152,13 +152,13 @@ def _in_vswitchds_place(server: OvsdbServer) -> Iterator[None]:
 
 
 def names(port: SbPort, body: bytes, instance: str = "") -> bool:
-    """Whether a document is that of a port's instance, or of another that it was given to."""
+    """Return whether a document names the port's instance, or another instance that has the port now."""
     return f'"uuid": "{instance or port.instance}"'.encode() in body
 
 
 @contextlib.contextmanager
 def open_host(bench: Bench, ports: int, local: int) -> Iterator[OvnHost]:
-    """A host in a cloud of so many ports, `local` of which are on it; all of it is gone at the end."""
+    """Open a host in a cloud of this many ports, with `local` ports on the host; remove everything at the end."""
     directory = bench.directory / "ovn"
     directory.mkdir(exist_ok=True)
     cloud = plan_cloud(OVN_IDS, ports, local=local, networks=-(-local // _PER_NETWORK))
@@ -190,7 +190,7 @@ def open_host(bench: Bench, ports: int, local: int) -> Iterator[OvnHost]:
 
 
 def first_answers(host: OvnHost, ports: Iterable[SbPort], patience_s: float) -> float:
-    """Ask for all of these guests until each is answered as itself; seconds until the last one was.
+    """Send requests from all these guests until each is answered as itself; return the seconds until the last answer.
 
     Raises:
         BenchError: Not in time.
@@ -212,14 +212,14 @@ def first_answers(host: OvnHost, ports: Iterable[SbPort], patience_s: float) -> 
             guest.close()
         if not good:
             time.sleep(0.01)
-        # Those that wait do not keep others waiting.
+        # Guests that wait go to the end, so that they do not delay others.
         left = [port for port in (*left[_AT_ONCE:], *left[:_AT_ONCE]) if port not in good]
     return time.perf_counter() - began
 
 
 @contextlib.contextmanager
 def run_ours(host: OvnHost) -> Iterator[Daemon]:
-    """Have imdsproxy on that host, just started; all that it made is gone at the end."""
+    """Run imdsproxy on the host, just started; remove everything that it made at the end."""
     source = {"enabled": True, "open_vswitch": host.vswitch.remote}
     sources = {"sqlite": {"enabled": False}, "ovn": source}
     directory = host.directory / "ours"
@@ -247,7 +247,7 @@ def _settings_of_agent(host: OvnHost, directory: Path, helper: Path) -> str:
         f"ovsdb_connection = {host.vswitch.remote}",
         "[ovn]",
         f"ovn_sb_connection = {host.sb.remote}",
-        # Everything is root's already: nothing stands before its commands, as sudo would.
+        # Everything runs as root already, so no command such as sudo is needed.
         "[agent]",
         "root_helper =",
     ]
@@ -258,10 +258,10 @@ def _settings_of_agent(host: OvnHost, directory: Path, helper: Path) -> str:
 
 @contextlib.contextmanager
 def run_agent(host: OvnHost) -> Iterator[Path]:
-    """Neutron's agent on that host, just started; its directory, which all its processes name.
+    """Run Neutron's agent on the host, just started; yield its directory, which all its processes name.
 
     Raises:
-        BenchError: It cannot be installed.
+        BenchError: The agent cannot be installed.
     """
     directory = host.directory / "agent"
     (directory / "state").mkdir(parents=True, exist_ok=True)
@@ -272,7 +272,7 @@ def run_agent(host: OvnHost) -> Iterator[Path]:
         *_ON_HOST,
         *(str(programs / "neutron-ovn-metadata-agent"), "--config-file", str(config)),
     ]
-    # As an installed package is: compiled.
+    # An installed package is compiled, too.
     subprocess.run(
         [programs / "python", "-m", "compileall", "-q", programs.parent / "lib"], check=False
     )

@@ -1,7 +1,7 @@
-"""Neutron's own metadata agents, measured by a harness of their own that is given as a directory.
+"""Neutron's own metadata agents, measured by an external harness in a given directory.
 
-The directory has a `run.sh` that takes the options below and writes what it found as JSON. Nothing of it is
-imported, and nothing in it is needed unless figures beside Neutron's are wanted.
+The directory has a `run.sh` that takes the options below and writes its results as JSON. No code of the harness is
+imported, and the harness is only needed for figures beside Neutron's.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ __all__ = [
 ]
 
 AGENT: Final = "ovs_w2_bl"
-"""neutron-metadata-agent with two workers and its listen backlog mended: its best case."""
+"""neutron-metadata-agent with two workers and a repaired listen backlog: its best case."""
 
 OVN: Final = "ovn_w0_bl"
-"""The OVN agent at its default of workers, its listen backlog mended: its best case."""
+"""The OVN agent with its default number of workers and a repaired listen backlog: its best case."""
 
 AS_SHIPPED: Final = ("ovs_w1", "ovn_default")
 PORTS: Final = 1000
@@ -52,8 +52,8 @@ class Peer:
     """The harness.
 
     Attributes:
-        directory: Where its `run.sh` is.
-        out: Where results are written.
+        directory: Directory with `run.sh`.
+        out: Directory for results.
     """
 
     directory: Path
@@ -61,10 +61,10 @@ class Peer:
     say: Callable[[str], None]
 
     def run(self, options: Sequence[str]) -> Mapping[str, object]:
-        """Run some of its parts; all that it found.
+        """Run some parts of the harness; return all results.
 
         Raises:
-            BenchError: It failed.
+            BenchError: The harness failed.
         """
         result = self.out / "peer.json"
         result.unlink(missing_ok=True)
@@ -82,7 +82,7 @@ class Peer:
         return found
 
     def load(self, seconds: float, bursts: int) -> Mapping[str, object]:
-        """Both agents under load, a crowd of 256, a Nova that takes 20 ms, a Southbound database of 1,000 ports."""
+        """Measure both agents: load, a crowd of 256, a Nova that takes 20 ms, a Southbound database of 1,000 ports."""
         best = f"{AGENT},{OVN}"
         return self.run(
             [
@@ -95,7 +95,7 @@ class Peer:
         )
 
     def scale(self, networks: Sequence[int], runs: int) -> Mapping[str, object]:
-        """A proxy for each of so many networks: memory, and whole restarts."""
+        """Measure a proxy for each of this many networks: memory, and whole restarts."""
         return self.run(
             [
                 *("--skip", "correctness,load,real,burst,slow", "--calm-wait", "1"),
@@ -106,7 +106,7 @@ class Peer:
 
 @contextlib.contextmanager
 def running(argv: Sequence[str], output: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A process group of its own, asked to end when the context does: it cleans up after itself."""
+    """Run a process group; at the end of the context ask it to end, so that it cleans up after itself."""
     process = subprocess.Popen(
         argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
     )
@@ -120,10 +120,10 @@ def running(argv: Sequence[str], output: int) -> Iterator[subprocess.Popen[bytes
 
 
 def peer_at(directory: Path, out: Path, say: Callable[[str], None]) -> Peer:
-    """The harness in a directory.
+    """Return the harness in a directory.
 
     Raises:
-        BenchError: There is none.
+        BenchError: The directory has no harness.
     """
     if not (directory / "run.sh").is_file():
         raise BenchError(f"{directory} has no run.sh: it is no peer's harness")
@@ -146,19 +146,20 @@ def _number(found: object, *path: str) -> float:
 
 
 def parse_load(found: object, variant: str) -> float:
-    """Requests a second that a variant answered 2xx, on 64 kept connections."""
+    """Return the requests a second that a variant answered 2xx, on 64 kept connections."""
     return _number(found, "load", "cells", variant, "keepalive_c64", "ok_rps")
 
 
 def parse_slow(found: object, variant: str) -> float:
-    """The same, with a Nova that takes 20 ms."""
+    """Return the requests a second that a variant answered 2xx, with a Nova that takes 20 ms."""
     return _number(found, "slow_nova", "cells", variant, "keepalive_c64", "ok_rps")
 
 
 def parse_southbound(found: object) -> float:
-    """Requests a second of the OVN agent with a Southbound database of `PORTS` ports, nothing of it replaced.
+    """Return the requests a second of the unmodified OVN agent with a Southbound database of `PORTS` ports.
 
-    On one connection, which none is lost on; the agent serves one request at a time whatever their number.
+    Measured on one connection, which loses no request; the agent serves one request at a time on any number of
+    connections.
     """
     return _number(found, "ovn_real_ports", str(PORTS), "ok_rps")
 
@@ -171,20 +172,21 @@ class PeerBurst:
 
 
 def parse_burst(found: object) -> PeerBurst:
-    """What became of 256 guests that asked at once."""
+    """Return the shares of 256 guests that were answered when all asked at once."""
     variants = (*AS_SHIPPED, AGENT, OVN)
     return PeerBurst({one: _number(found, "burst", one, "n256", "ok_share") for one in variants})
 
 
 @dataclass(frozen=True, slots=True)
 class PeerScale:
-    """So many networks with a proxy each.
+    """This many networks with a proxy each.
 
     Attributes:
-        pss: Of the agent and all proxies, in bytes.
-        whole_s: Agent and proxies ended and started, until all answered; the fastest way of starting them.
-        whole_by_driver_s: The same by Neutron's own driver: its restart of all proxies, and the agent's alone.
-        proxies_s: Proxies alone, from their start on, the fastest way.
+        pss: Bytes of the agent and all proxies.
+        whole_s: Seconds to end and start agent and proxies until all answer, with the fastest way to start them.
+        whole_by_driver_s: The same by Neutron's own driver: its restart of all proxies, and the restart of the agent
+            alone.
+        proxies_s: Seconds from the start of the proxies alone, with the fastest way.
     """
 
     pss: int
@@ -194,7 +196,7 @@ class PeerScale:
 
 
 def parse_scale(found: object, networks: int) -> PeerScale:
-    """What so many networks cost."""
+    """Return the cost of this many networks."""
     place = ("scale", str(networks))
     ways = ("raw_spawn_width1", "raw_spawn_width2")
     kilobytes = _number(found, *place, "memory", "pss_kb_sum")

@@ -1,4 +1,4 @@
-"""The measurements' own directory, one run at a time, and what a killed run left."""
+"""The directory of the measurements: one run at a time, and removal of leftovers."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ __all__ = [
 ALTERNATIVE: Final = Path("/var/tmp/imdsbench")  # noqa: S108 - checked for its mark before use
 _MARK: Final = ".imdsbench"
 _LONGEST: Final = 60
-"""A socket's path has at most 107 bytes; HAProxy needs some of them for itself."""
+"""A socket's path has at most 107 bytes, of which HAProxy needs some."""
 
 
 class BenchError(Exception):
-    """Something that the measurements need did not come about; the message says what."""
+    """A precondition of the measurements failed; the message says which."""
 
 
 def choose(repository: Path) -> Path:
-    """`.bench` in the repository, or the alternative where the account of HAProxy cannot come there."""
+    """Return `.bench` in the repository, or the alternative if that path is too long or closed to HAProxy's account."""
     own = repository / ".bench"
     closed = any(
         parent.exists() and not parent.stat().st_mode & stat.S_IXOTH for parent in own.parents
@@ -48,10 +48,10 @@ def choose(repository: Path) -> Path:
 
 
 def prepare(directory: Path) -> None:
-    """Make the directory, empty.
+    """Create the directory, empty.
 
     Raises:
-        BenchError: It holds files that are none of ours.
+        BenchError: The directory has foreign files.
     """
     if directory.exists() and not (directory / _MARK).exists() and any(directory.iterdir()):
         raise BenchError(f"{directory} is not empty and not of these measurements")
@@ -62,12 +62,12 @@ def prepare(directory: Path) -> None:
 
 
 def sweep(directory: Path, lab: Lab) -> tuple[int, int]:
-    """End processes that run on the directory, remove its mounts and the networks.
+    """End processes that run on the directory, and remove its mounts and the networks.
 
-    A controller starts again what it watches, so processes are looked for more than once.
+    A controller restarts its processes, so the search is repeated.
 
     Returns:
-        How many processes and networks there were.
+        The numbers of processes and of networks.
     """
     ended: set[int] = set()
     for _ in range(5):
@@ -82,10 +82,10 @@ def sweep(directory: Path, lab: Lab) -> tuple[int, int]:
 
 
 def put_in_memory(directory: Path) -> None:
-    """Have a directory, made if need be, on a tmpfs of its own: what /run is on a host with an init.
+    """Mount a tmpfs on a directory, creating the directory if needed, like /run on a host with an init.
 
     Raises:
-        BenchError: It cannot be mounted.
+        BenchError: The tmpfs cannot be mounted.
     """
     directory.mkdir(exist_ok=True)
     done = subprocess.run(
@@ -99,20 +99,20 @@ def put_in_memory(directory: Path) -> None:
 
 
 def raise_open_files() -> int:
-    """Let this process and its children open as many files as they may; how many."""
+    """Raise the limit of open files of this process and its children to the maximum; return the limit."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard
 
 
 def mounts_below(directory: Path, mountinfo: str) -> list[Path]:
-    """The mount points inside a directory, the innermost first (proc(5), /proc/PID/mountinfo)."""
+    """Return the mount points inside a directory, the innermost first (proc(5), /proc/PID/mountinfo)."""
     points = [Path(line.split()[4].replace("\\040", " ")) for line in mountinfo.splitlines()]
     return [point for point in reversed(points) if point.is_relative_to(directory)]
 
 
 def clear(directory: Path) -> None:
-    """Remove the directory and everything in it; its mark last, so that a next run may go on with it."""
+    """Remove the directory, its mark last, so that a later run can finish an interrupted removal."""
     for one in directory.iterdir() if directory.exists() else ():
         if one.is_dir():
             shutil.rmtree(one, ignore_errors=True)
@@ -123,10 +123,10 @@ def clear(directory: Path) -> None:
 
 @contextlib.contextmanager
 def alone(patience_s: float = 0) -> Iterator[None]:
-    """Holds a lock that leaves no file and ends with the process.
+    """Hold a lock that leaves no file and ends with the process.
 
     Args:
-        patience_s: How long to wait for others.
+        patience_s: Seconds to wait for other runs.
 
     Raises:
         BenchError: Other measurements run on this machine.

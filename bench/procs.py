@@ -1,4 +1,4 @@
-"""Processes from outside: memory, processor time, where they run, and finding those of a directory."""
+"""Processes from outside: memory, processor time, processor affinity, and search by directory."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _POLL_S: Final = 0.005
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes: proportional set size (shared pages shared out), and resident set size."""
+    """Bytes: proportional set size (shared pages divided among processes), and resident set size."""
 
     pss: int
     rss: int
 
 
 def memory(pids: Iterable[int]) -> Memory:
-    """The sums over these processes; one that has ended counts nothing."""
+    """Return the sums over these processes; processes that have ended count nothing."""
     pss = rss = 0
     for pid in pids:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -48,10 +48,10 @@ def memory(pids: Iterable[int]) -> Memory:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Processor time that a process has used, user and system.
+    """Return the processor time that a process has used, user and system, in seconds.
 
-    Exact where the kernel tells it (schedstat, of the threads that there are), else in clock ticks of 10 ms, by
-    which a process that wakes often and shortly is charged too much or too little.
+    The value is exact if the kernel has schedstat (of the current threads), else in clock ticks of 10 ms. Ticks charge
+    too much or too little to a process that wakes often and briefly.
     """
     try:
         tasks = [one / "schedstat" for one in (_PROC / str(pid) / "task").iterdir()]
@@ -62,7 +62,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def pin(pid: int, cpus: Iterable[int]) -> None:
-    """Have all threads of a process run on these processors only."""
+    """Bind all threads of a process to these processors."""
     chosen = set(cpus) & os.sched_getaffinity(0)
     if not chosen:
         return
@@ -71,7 +71,7 @@ def pin(pid: int, cpus: Iterable[int]) -> None:
 
 
 def find_by_argument(path: Path) -> set[int]:
-    """The pids of processes whose command line names the directory or a file in it; never our own."""
+    """Return the pids of processes whose command line names the directory or a file in it, except our own."""
     wanted = os.fsencode(path)
     found = set()
     for entry in _PROC.iterdir():
@@ -85,7 +85,7 @@ def find_by_argument(path: Path) -> set[int]:
 
 
 def end_all(pids: Iterable[int], *, patience_s: float = 5.0) -> None:
-    """SIGKILL, and wait until they are gone."""
+    """Send SIGKILL, and wait until all have ended."""
     left = set(pids)
     for pid in left:
         with contextlib.suppress(ProcessLookupError):
@@ -104,7 +104,7 @@ def _alive(pid: int) -> bool:
 def wait_until(
     condition: Callable[[], bool], patience_s: float, *, every_s: float = _POLL_S
 ) -> bool:
-    """Ask again and again; whether the condition came true in time."""
+    """Poll the condition; return whether it came true in time."""
     deadline = time.monotonic() + patience_s
     while not condition():
         if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""Records of networks and guests, in the mapping that the admin API takes."""
+"""Records of networks and guests, as mappings for the admin API."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ USER_DATA_BYTES: Final = 4096
 
 
 def user_data(size: int = USER_DATA_BYTES) -> str:
-    """A shell script of exactly so many bytes."""
+    """Return a shell script of exactly this many bytes."""
     head = "#!/bin/sh\n"
     return head + "#" * (size - len(head) - 1) + "\n"
 
 
 def network(name: str) -> dict[str, object]:
-    """A network that is a namespace of its own name."""
+    """Return the record of a network whose listener is the namespace of the same name."""
     return {
         "id": name,
         "name": name,
@@ -35,13 +35,13 @@ def instance(
     with_user_data: bool = True,
     tag: str = "",
 ) -> dict[str, object]:
-    """A guest as clouds make them: a key, a tag, user-data.
+    """Return the record of a guest as clouds make it: a key, a tag, user-data.
 
     Args:
-        identity: Its id.
+        identity: The guest's id.
         ports: Addresses by network.
-        with_user_data: Whether it has 4 KiB of user-data.
-        tag: Something that changes its revision.
+        with_user_data: Whether the guest has 4 KiB of user-data.
+        tag: A tag that changes the revision.
     """
     record: dict[str, object] = {
         "id": identity,
@@ -64,5 +64,5 @@ def instance(
 
 
 def first_guest(name: str, *, with_user_data: bool = True) -> dict[str, object]:
-    """The guest at the first address of a network."""
+    """Return the record of the guest at the first address of a network."""
     return instance(f"guest-{name}", {name: [guest(0)]}, with_user_data=with_user_data)

@@ -1,4 +1,4 @@
-"""The table and the JSON."""
+"""The table and the JSON of all rows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _STYLES: Final = {
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """All rows for people."""
+    """Build the table for people."""
     made = Table(title="imdsproxy, measured", title_justify="left", show_lines=True)
     made.add_column("row", no_wrap=True)
     made.add_column("what and how", ratio=3)
@@ -41,7 +41,7 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def document(rows: Sequence[Row], machine: dict[str, object]) -> dict[str, object]:
-    """All rows for programs."""
+    """Build the document for programs."""
     return {
         "machine": machine,
         "rows": [
@@ -61,5 +61,5 @@ def document(rows: Sequence[Row], machine: dict[str, object]) -> dict[str, objec
 
 
 def write_json(path: Path, content: dict[str, object]) -> None:
-    """Write it, readable."""
+    """Write readable JSON."""
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""Sides of a comparison that are loaded in turn, so that whatever else the machine does touches both."""
+"""Sides of a comparison, loaded in turn, so that other activity of the machine affects both."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ CONNECTIONS: Final = 64
 
 @dataclass(slots=True)
 class Side:
-    """One of them.
+    """One side of a comparison.
 
     Attributes:
         pid: The HAProxy whose processor time is counted, pinned to one processor; `None` for a stub.
-        network: Where the load comes from.
+        network: The network from which the load comes.
     """
 
     url: str
@@ -51,11 +51,11 @@ class Side:
 
     @property
     def cost_us(self) -> float:
-        """Least processor time of HAProxy for a request, in µs: what else the machine does adds to it."""
+        """Least processor time of HAProxy for a request, in µs: other activity of the machine only adds to it."""
         return min(self.costs)
 
     def numbers(self) -> dict[str, object]:
-        """For the JSON."""
+        """Return the numbers for the JSON."""
         return {
             "url": self.url,
             "requests_per_s": [round(one) for one in self.rates],
@@ -68,14 +68,13 @@ class Side:
 
 
 def load_in_turn(bench: Bench, sides: Sequence[Side], seconds: float, *, rounds: int = 0) -> None:
-    """Load one after the other, again and again: HAProxy on one processor, wrk on the other.
+    """Load the sides one after the other, in rounds: HAProxy on one processor, wrk on the other.
 
     Args:
-        bench: Says which processors, and how often.
-        sides: In this order.
-        seconds: Of each load.
-        rounds: Instead of what the scale says, unless 0. One more comes first, that does not count, unless the
-            scale leaves it out.
+        bench: The context, with processors and scale.
+        sides: Sides, in the order of loading.
+        seconds: Duration of each load.
+        rounds: Number of rounds; 0 takes the scale's number. A warm-up round comes first, unless the scale disables it.
     """
     haproxy_cpu, load_cpu = bench.cpus
     for one in sides:
@@ -103,10 +102,10 @@ def load_in_turn(bench: Bench, sides: Sequence[Side], seconds: float, *, rounds:
 
 
 def without_errors(*sides: Side) -> None:
-    """Answers that are errors come fast: a figure with them says nothing.
+    """Refuse failed requests: errors are answered fast, so a figure with errors means nothing.
 
     Raises:
-        BenchError: There were such.
+        BenchError: Requests failed.
     """
     for one in sides:
         if one.errors:
@@ -114,12 +113,12 @@ def without_errors(*sides: Side) -> None:
 
 
 def rate_ratio(ours: Side, other: Side) -> float:
-    """Of the rates; the median over the rounds, since what happened in one of them touched both sides alike."""
+    """Return the ratio of the rates: the median over the rounds, since a disturbance affects both sides of a round."""
     return median([one / two for one, two in zip(ours.rates, other.rates, strict=True)])
 
 
 def _cost_ratio(ours: Side, other: Side) -> float:
-    """The same by HAProxy's processor time for a request."""
+    """Return the ratio of HAProxy's processor time for a request."""
     return other.cost_us / ours.cost_us
 
 
@@ -134,17 +133,17 @@ def compare(
     beside: str = "off",
     more: Mapping[str, object] | None = None,
 ) -> Row:
-    """What one side reaches of the other, as a row: judged by the rate, and told by processor time as well.
+    """Build a row that compares two sides: the rate decides the verdict, and the processor time is shown too.
 
     Args:
-        key: The row's.
-        ours: Judged.
-        other: What it is beside.
-        what: What was done.
-        how: How it was measured.
-        bar: Of the rates.
-        beside: What the JSON calls the other side.
-        more: What the JSON has beside the numbers.
+        key: The row's key.
+        ours: The side that is judged.
+        other: The side for comparison.
+        what: Description of the requests.
+        how: Description of the method.
+        bar: Bar for the ratio of the rates.
+        beside: Name of the other side in the JSON.
+        more: Further entries of the JSON.
     """
     ratio, by_cost = rate_ratio(ours, other), _cost_ratio(ours, other)
     return Row(

@@ -1,8 +1,8 @@
-"""OVN's databases without OVN: real servers, and rows written into them as northd and ovn-controller write them.
+"""OVN's databases without OVN: real servers, with rows as northd and ovn-controller write them.
 
-What a metadata service sees is the same, and 20,000 ports are there in seconds. Tests use it too.
+A metadata service sees no difference, and 20,000 ports take seconds. Tests use this module too.
 
-Sources: RFC 7047 for the protocol, ovn-sb(5) for the rows, and for what is in `external_ids` Neutron's driver
+Sources: RFC 7047 for the protocol, ovn-sb(5) for the rows, and Neutron's driver for `external_ids`
 (neutron/plugins/ml2/drivers/ovn/mech_driver/ovsdb/ovn_client.py).
 """
 
@@ -37,7 +37,7 @@ __all__ = [
 
 CHASSIS: Final = "imdst-chassis"
 HOST: Final = "imdst-host"
-"""This host as Nova and Neutron call it."""
+"""Name of this host in Nova and Neutron."""
 
 MTU: Final = 1442
 _SCHEMAS: Final[Mapping[str, str]] = {
@@ -55,7 +55,7 @@ _T = TypeVar("_T")
 
 
 class OvsdbClient:
-    """A connection to a server's unix socket, one request after the other."""
+    """Connection to a server's unix socket, for one request at a time."""
 
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
@@ -68,11 +68,10 @@ class OvsdbClient:
         self._decoder = json.JSONDecoder()
 
     def close(self) -> None:
-        """Close it."""
         self._socket.close()
 
     def transact(self, database: str, *operations: Operation) -> list[Mapping[str, Any]]:
-        """One transaction; the result of each operation.
+        """Run one transaction; return the result of each operation.
 
         Raises:
             BenchError: The server refuses, or the connection ends.
@@ -101,7 +100,7 @@ class OvsdbClient:
                 self._text = self._text[end:].lstrip()
                 found: dict[str, Any] = message
                 return found
-            # A part of a long answer is not looked at before its end may have come.
+            # Decode a long answer only when its end may have come.
             while more := self._socket.recv(1 << 20):
                 self._text += more.decode()
                 if self._text.endswith("}"):
@@ -115,12 +114,12 @@ class OvsdbServer:
     """An ovsdb-server with one database in a file.
 
     Args:
-        directory: Where its files are.
+        directory: Directory of its files.
         database: The schema's name.
-        name: Of its files, without suffix.
-        remotes: Where it listens beside its unix socket, as `ptcp:6642:127.0.0.1`.
-        options: Further ones.
-        within: The words before the command, for another namespace.
+        name: Name of its files, without suffix.
+        remotes: Further addresses beside the unix socket, as `ptcp:6642:127.0.0.1`.
+        options: Further options.
+        within: Words before the command, for another namespace.
     """
 
     directory: Path
@@ -133,21 +132,21 @@ class OvsdbServer:
 
     @property
     def path(self) -> Path:
-        """Its unix socket."""
+        """Path of the unix socket."""
         return self.directory / f"{self.name}.sock"
 
     @property
     def remote(self) -> str:
-        """As clients name it."""
+        """Name of the unix socket for clients."""
         return f"unix:{self.path}"
 
     @property
     def file(self) -> Path:
-        """The database."""
+        """File of the database."""
         return self.directory / f"{self.name}.db"
 
     def create(self) -> OvsdbServer:
-        """Have a database without rows; one that was there is gone."""
+        """Create a database without rows; replace an existing one."""
         self.file.unlink(missing_ok=True)
         subprocess.run(
             ["/usr/bin/ovsdb-tool", "create", str(self.file), _SCHEMAS[self.database]], check=True
@@ -155,7 +154,7 @@ class OvsdbServer:
         return self
 
     def create_member(self, address: str, *, of: str | None = None) -> OvsdbServer:
-        """Have a member of a cluster instead: the first one, or one that joins `of`."""
+        """Create a member of a cluster instead: the first member, or one that joins `of`."""
         how: tuple[str, ...] = ("create-cluster", str(self.file), _SCHEMAS[self.database], address)
         if of is not None:
             how = ("join-cluster", str(self.file), self.database, address, of)
@@ -163,10 +162,10 @@ class OvsdbServer:
         return self
 
     def start(self) -> OvsdbServer:
-        """Start it, and wait until it listens.
+        """Start the server, and wait until it listens.
 
         Raises:
-            BenchError: It does not.
+            BenchError: The server does not start.
         """
         self.path.unlink(missing_ok=True)
         self.process = subprocess.Popen(
@@ -197,14 +196,14 @@ class OvsdbServer:
         return True
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill the server."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
             self.process = None
 
     def client(self) -> OvsdbClient:
-        """A new connection."""
+        """Open a connection."""
         return OvsdbClient(self.path)
 
 
@@ -213,7 +212,7 @@ class SbNetwork:
     """A network, with a metadata port at 10.0.0.2.
 
     Attributes:
-        token: Four characters that names on this machine begin with.
+        token: Four characters at the beginning of the id, and so of names on this machine.
     """
 
     number: int
@@ -221,67 +220,67 @@ class SbNetwork:
 
     @property
     def id(self) -> str:
-        """In Neutron."""
+        """Id in Neutron."""
         return f"{self.token}{self.number:04x}-0000-4000-8000-000000000002"
 
     @property
     def namespace(self) -> str:
-        """Where its metadata service is."""
+        """Namespace of the network's metadata service."""
         return f"ovnmeta-{self.id}"
 
     @property
     def devices(self) -> tuple[str, str]:
-        """Of the metadata port: on the integration bridge, and in the namespace."""
+        """Devices of the metadata port: on the integration bridge, and in the namespace."""
         return f"tap{self.id[:10]}0", f"tap{self.id[:10]}1"
 
     @property
     def project(self) -> str:
-        """Whose it is."""
+        """Id of the network's project."""
         return f"{self.number + 1:032x}"
 
     @property
     def metadata_port(self) -> str:
-        """The logical port."""
+        """Logical port of the metadata service."""
         return str(uuid.uuid5(_SPACE, f"{self.id}-metadata"))
 
     @property
     def metadata_mac(self) -> str:
-        """Its MAC."""
+        """MAC of the metadata port."""
         return f"fa:16:3f:00:{self.number >> 8:02x}:{self.number & 255:02x}"
 
 
 @dataclass(frozen=True, slots=True)
 class SbPort:
-    """A port of an instance, the `number`th of its network."""
+    """A port of an instance, port `number` of its network."""
 
     network: SbNetwork
     number: int
 
     @property
     def id(self) -> str:
-        """The logical port."""
+        """Logical port."""
         return str(uuid.uuid5(_SPACE, f"{self.network.id}-{self.number}"))
 
     @property
     def instance(self) -> str:
-        """Whose it is."""
+        """Id of the port's instance."""
         return str(uuid.uuid5(_SPACE, f"{self.network.id}-{self.number}-instance"))
 
     @property
     def mac(self) -> str:
-        """The MAC; other networks have the same ones."""
+        """MAC; other networks repeat it."""
         return f"fa:16:3e:00:{self.number >> 8:02x}:{self.number & 255:02x}"
 
     @property
     def address(self) -> str:
-        """The address; other networks have the same ones."""
+        """Address; other networks repeat it."""
         number = self.number + 10
         return f"10.0.{number >> 8}.{number & 255}"
 
 
 @dataclass(frozen=True, slots=True)
 class OvnCloud:
-    """Which ports there are, and which of them are on this host."""
+    """Ports of a cloud, on this host and elsewhere."""
 
     networks: Sequence[SbNetwork]
     local: Sequence[SbPort]
@@ -291,7 +290,7 @@ class OvnCloud:
 def plan_cloud(
     token: str, ports: int, *, local: int, networks: int, per_network: int = 50
 ) -> OvnCloud:
-    """So many ports, of which `local` are spread over the first `networks` networks."""
+    """Plan a cloud of this many ports, with `local` ports on this host, spread over the first `networks` networks."""
     made = [SbNetwork(number, token) for number in range(max(networks, -(-ports // per_network)))]
     own = [SbPort(made[number % networks], number // networks) for number in range(local)]
     first = -(-local // networks)
@@ -303,7 +302,7 @@ def plan_cloud(
 
 @dataclass(slots=True)
 class Southbound:
-    """Writes rows; each call is a transaction or more."""
+    """Writer of rows; each call is one transaction or more."""
 
     client: OvsdbClient
     chassis: dict[str, str] = field(default_factory=dict)
@@ -312,12 +311,12 @@ class Southbound:
     encaps: int = 0
 
     def begin(self) -> None:
-        """The row that every database has, and this host's chassis."""
+        """Write the row that every database has, and this host's chassis."""
         self._do({"op": "insert", "table": "SB_Global", "row": {}})
         self.add_chassis(CHASSIS, HOST)
 
     def add_chassis(self, name: str, host: str) -> None:
-        """What ovn-controller writes when it starts."""
+        """Write the rows that ovn-controller writes when it starts."""
         self.encaps += 1
         address = f"127.1.{self.encaps >> 8}.{self.encaps & 255}"
         encap = {"type": "geneve", "ip": address, "chassis_name": name}
@@ -331,7 +330,7 @@ class Southbound:
         self.chassis[name] = found[1]["uuid"][1]
 
     def remove_chassis(self, name: str) -> None:
-        """What ovn-controller does when Debian's unit stops it: every binding goes with the row."""
+        """Delete the rows that ovn-controller deletes when Debian's unit stops it: bindings vanish with the chassis."""
         where = [["name", "==", name]]
         self._do(
             {"op": "delete", "table": "Chassis", "where": where},
@@ -340,7 +339,7 @@ class Southbound:
         del self.chassis[name]
 
     def fill(self, cloud: OvnCloud) -> None:
-        """All of a cloud: this host's ports bound here, every 50 others to a chassis of their own."""
+        """Write a whole cloud: this host's ports are bound here, each 50 others to a chassis of their own."""
         self.add_networks(cloud.networks)
         self.add_ports((port, CHASSIS, HOST) for port in cloud.local)
         hosts = range(-(-len(cloud.foreign) // _PER_CHASSIS))
@@ -350,7 +349,7 @@ class Southbound:
         self.add_ports((port, *name) for port, name in zip(cloud.foreign, names, strict=False))
 
     def add_networks(self, networks: Iterable[SbNetwork]) -> None:
-        """Datapaths, and their metadata ports."""
+        """Write datapaths, and their metadata ports."""
         for some in _pieces(networks):
             found = self._do(
                 *(
@@ -385,7 +384,7 @@ class Southbound:
                 self.datapaths[one.id] = row["uuid"][1]
 
     def add_ports(self, ports: Iterable[tuple[SbPort, str, str]]) -> None:
-        """Ports, each with the chassis that has bound it (empty for none), and the host that it is meant for."""
+        """Write ports, each with the chassis that has bound it (empty for none) and the requested host."""
         for some in _pieces(ports):
             found = self._do(
                 *(
@@ -412,15 +411,15 @@ class Southbound:
                 self.ports[port.id] = row["uuid"][1]
 
     def add_port(self, port: SbPort, chassis: str = CHASSIS, host: str = HOST) -> None:
-        """One of them."""
+        """Write one port."""
         self.add_ports([(port, chassis, host)])
 
     def remove_port(self, port: SbPort) -> None:
-        """Have its row gone."""
+        """Delete a port's row."""
         self._do({"op": "delete", "table": "Port_Binding", "where": self._is(port)})
 
     def bind(self, port: SbPort, chassis: str, *, additional: Sequence[str] = ()) -> None:
-        """Have a port bound to a chassis, or to none."""
+        """Bind a port to a chassis, or to none."""
         row = {
             "chassis": self._reference(chassis),
             "additional_chassis": ["set", [["uuid", self.chassis[one]] for one in additional]],
@@ -443,7 +442,7 @@ class Southbound:
         )
 
     def _is(self, port: SbPort) -> Sequence[object]:
-        # As ovn-controller does it: the server looks at all rows for any other condition.
+        # ovn-controller selects rows by UUID as well: for any other condition the server scans all rows.
         return [["_uuid", "==", ["uuid", self.ports[port.id]]]]
 
     def _reference(self, chassis: str) -> Sequence[object]:
@@ -454,7 +453,7 @@ class Southbound:
 
 
 def add_chassis_to_vswitch(client: OvsdbClient, southbound: str) -> None:
-    """Have Open vSwitch's database as on a hypervisor where ovn-controller runs."""
+    """Fill Open vSwitch's database as on a hypervisor where ovn-controller runs."""
     ids = {"system-id": CHASSIS, "hostname": HOST, "ovn-remote": southbound, "ovn-bridge": "br-int"}
     row = {"external_ids": _map(ids), "bridges": ["named-uuid", "bridge"]}
     client.transact(

@@ -1,4 +1,4 @@
-"""wrk: run in a network, its report read."""
+"""wrk, run in a network, and its report."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SECONDS: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0}
 
 @dataclass(frozen=True, slots=True)
 class WrkReport:
-    """What wrk counted.
+    """Report of wrk.
 
     Attributes:
         errors: Socket errors of all kinds, and answers that were neither 2xx nor 3xx.
@@ -45,7 +45,7 @@ class Load:
     """Kept connections, each with one request after the other.
 
     Attributes:
-        cpu: The processor that wrk runs on; `None` for any.
+        cpu: The processor on which wrk runs; `None` for any.
     """
 
     connections: int = 64
@@ -55,7 +55,7 @@ class Load:
 
 
 def parse_wrk(text: str) -> WrkReport | None:
-    """The report of wrk with `--latency`; `None` where it is none."""
+    """Parse the report of wrk with `--latency`; `None` if the text is not a report."""
     done = _DONE.search(text)
     if done is None:
         return None
@@ -71,12 +71,12 @@ def parse_wrk(text: str) -> WrkReport | None:
 
 
 def wrk_command(namespace: str, url: str, load: Load) -> list[str]:
-    """The argv: one thread, in the namespace, on the processor."""
+    """Return the argv: one thread, in the namespace, on the processor."""
     argv = ["nsenter", f"--net=/run/netns/{namespace}", "--"]
     if load.cpu is not None:
         argv += ["taskset", "-c", str(load.cpu)]
     if load.seconds < 1:
-        # It takes whole seconds, and tells what it has by then when it is interrupted.
+        # wrk takes only whole seconds, but prints its report when it is interrupted.
         argv += ["timeout", "--signal=INT", f"{load.seconds:g}"]
     argv += [
         "wrk",
@@ -91,10 +91,10 @@ def wrk_command(namespace: str, url: str, load: Load) -> list[str]:
 
 
 def run_wrk(namespace: str, url: str, load: Load, *, wrap: Sequence[str] = ()) -> WrkReport:
-    """Run it to its end.
+    """Run wrk to its end.
 
     Raises:
-        BenchError: It gave no report.
+        BenchError: wrk gave no report.
     """
     done = subprocess.run(
         [*wrap, *wrk_command(namespace, url, load)],

@@ -1,1 +1,1 @@
-"""One module for each group of rows that share a set-up."""
+"""One module for each group of rows with a common set-up."""

@@ -1,4 +1,4 @@
-"""How soon a guest is answered after its record, or its network, was added."""
+"""Time from adding a record, or a network, to the guest's first answer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _PATIENCE_S = 10.0
 
 
 def measure_additions(bench: Bench, daemon: Daemon, wanted: Callable[[str], bool]) -> Iterator[Row]:
-    """The rows `add-instance` and `add-network`."""
+    """Measure the rows `add-instance` and `add-network`."""
     with closing(daemon.admin()) as admin:
         if wanted("add-instance"):
             with _processor_time(daemon) as spent:
@@ -43,7 +43,7 @@ def measure_additions(bench: Bench, daemon: Daemon, wanted: Callable[[str], bool
 
 @contextlib.contextmanager
 def _processor_time(daemon: Daemon) -> Iterator[list[float]]:
-    """Seconds of the controller's own processor time, which other load on the machine hardly changes."""
+    """Measure the controller's own processor time in seconds, which other load on the machine hardly changes."""
     controller = daemon.processes().controller
     before = cpu_seconds(controller)
     spent: list[float] = []
@@ -62,7 +62,7 @@ def _with_cost(row: Row, spent_s: float, count: int) -> Row:
 
 @dataclass(slots=True)
 class _Poll:
-    """A guest that asks until it is answered 200."""
+    """A guest that sends requests until it is answered 200."""
 
     guest: Guest
     every_s: float
@@ -86,10 +86,10 @@ class _Poll:
         self.guest.close()
 
     def wait(self) -> float:
-        """When it was answered.
+        """Return the time of the answer.
 
         Raises:
-            BenchError: It never was.
+            BenchError: The guest was not answered.
         """
         self.thread.join()
         if not self.answered:

@@ -1,4 +1,4 @@
-"""In front of Nova beside Neutron's own agents: throughput, a crowd, and behind the proxies that Neutron starts."""
+"""imdsproxy in front of Nova beside Neutron's own agents: throughput, a crowd, and a run behind Neutron's proxies."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ _HOW: Final = (
 
 @dataclass(slots=True)
 class _Rounds:
-    """What each round gave, in requests a second."""
+    """Results of the rounds, in requests a second."""
 
     direct: list[float] = field(default_factory=list)
     unix: list[float] = field(default_factory=list)
@@ -67,7 +67,7 @@ class _Rounds:
 
 
 def measure_agents(bench: Bench, wanted: Callable[[str], bool], peer: Peer | None) -> Iterator[Row]:
-    """The rows `nova-burst` and `nova-unix`, and with a peer `peer-agent` … `peer-burst`."""
+    """Measure the rows `nova-burst` and `nova-unix`, and with a peer `peer-agent` … `peer-burst`."""
     beside = peer if any(wanted(key) for key in WITH_PEER) else None
     rounds = _Rounds()
     with run_stub(bench.binary, bench.directory) as stub:
@@ -87,7 +87,7 @@ def measure_agents(bench: Bench, wanted: Callable[[str], bool], peer: Peer | Non
 
 
 def _settle_crowd(daemon: Daemon) -> None:
-    """Have a record for each guest of the crowd; the first one is there."""
+    """Store a record for each guest of the crowd, except the first, which has one."""
     name = network_name(0)
     guests = []
     for number in range(1, _CROWD):

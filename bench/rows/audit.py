@@ -1,4 +1,4 @@
-"""What the audit log costs a guest behind a veth link: the shortest document, and one signed and sent to Nova."""
+"""The cost of the audit log for a guest behind a veth link: the shortest document, and a document from Nova."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _URL: Final = f"http://169.254.169.254{_PATH}"
 _AGENT: Final = "User-Agent: Cloud-Init/24.4.1"
 _BAR: Final = Bar("≥ 0.9 x", at_least=0.9)
 _LEAST: Final = 0.01
-"""Where more lines than this were left out, the rest cost less than they say."""
+"""Share of lines without room from which a row is invalid: the remaining lines would seem too cheap."""
 
 _MORE_ROUNDS: Final = 2
-"""Times as many as other rows have: the bar is near 1, and lines are written beside the load."""
+"""Factor for the number of rounds: the bar is near 1, and lines are written during the load."""
 
 
 def measure_audit(bench: Bench, wanted: Callable[[str], bool]) -> Iterator[Row]:
-    """All rows: daemons that differ in nothing but `audit.mode`, a network each."""
+    """Measure all rows: daemons that differ only in `audit.mode`, each with a network."""
     if any(map(wanted, _EMBEDDED)):
         yield from _embedded(bench, wanted)
     if wanted("audit-signed"):

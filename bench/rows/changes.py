@@ -1,4 +1,4 @@
-"""Something that reloads HAProxy again and again: a network that comes and goes."""
+"""Continuous reloads of HAProxy, caused by a network that comes and goes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAME = f"{PREFIX}flip"
 
 
 def reload_count(daemon: Daemon) -> int:
-    """How often HAProxy has been started or reloaded, as the daemon counts."""
+    """Return the number of starts and reloads of HAProxy, as the daemon counts them."""
     haproxy = daemon.status()["haproxy"]
     if not isinstance(haproxy, dict):
         raise BenchError("status is not understood")
@@ -29,11 +29,11 @@ def reload_count(daemon: Daemon) -> int:
 
 
 class Reloads:
-    """One network added and removed in turn; each change is one reload.
+    """A network added and removed in turn; each change is one reload.
 
     Args:
-        lab: Where its namespace is made.
-        admin: A connection of its own.
+        lab: The lab for the network's namespace.
+        admin: A connection for this object alone.
     """
 
     def __init__(self, lab: Lab, admin: AdminConnection) -> None:
@@ -43,7 +43,7 @@ class Reloads:
             lab.add(NAME)
 
     def once(self) -> None:
-        """Order one reload, and wait for it."""
+        """Cause one reload, and wait for it."""
         if self._there:
             self._admin.ask("DELETE", f"/v1/networks/{NAME}")
         else:
@@ -51,14 +51,14 @@ class Reloads:
         self._there = not self._there
 
     def end(self) -> None:
-        """Leave no network behind."""
+        """Remove the network."""
         if self._there:
             self.once()
 
 
 @dataclass(slots=True)
 class Running:
-    """Reloads that go on in a thread of their own."""
+    """Reloads in progress in a thread of their own."""
 
     count: int = 0
     failed: list[str] = field(default_factory=list)
@@ -66,7 +66,7 @@ class Running:
 
 @contextlib.contextmanager
 def reloading(lab: Lab, daemon: Daemon, every_s: float) -> Iterator[Running]:
-    """Reload again and again for the time of the context."""
+    """Reload continuously for the time of the context."""
     running = Running()
     stop = threading.Event()
 

@@ -1,4 +1,4 @@
-"""What limits cost who keeps to them, and what a guest notices of one that does not."""
+"""The cost of limits for guests that keep to them, and the effect of a flooding guest on another guest."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = ["ROWS", "measure_fairness"]
 
 _COSTS: Final = ("limits", "limits-close", "limits-signed")
 _UNCACHED: Final = ("flood-encoded", "flood-misses")
-"""Floods of the document server: what is read beside them comes from it too."""
+"""Floods of the document server, which also serves the guest that reads beside them."""
 
 _FLOODS: Final = (
     *("flood-cached", "flood-query", "flood-404", "flood-idle", "flood-addresses"),
@@ -50,7 +50,7 @@ _DEFAULTS: Final = LimitsSettings().model_dump(include={"requests_per_s", "burst
 _IDLE: Final = 1000
 _ADDRESSES_PER_S: Final = 2000
 _PAUSE_S: Final = 0.002
-"""So that the guest stays within its own limits."""
+"""Pause with which the guest stays within its own limits."""
 
 _FACTOR: Final = 2.0
 _ENOUGH_MS: Final = 2.0
@@ -84,7 +84,7 @@ _WHAT: Final = {
 
 
 def measure_fairness(bench: Bench, wanted: Callable[[str], bool]) -> Iterator[Row]:
-    """All rows of limits."""
+    """Measure all rows of limits."""
     if wanted("limits") or wanted("limits-close"):
         yield from _embedded(bench, wanted)
     if wanted("limits-signed"):
@@ -98,7 +98,7 @@ def measure_fairness(bench: Bench, wanted: Callable[[str], bool]) -> Iterator[Ro
 def _serving(
     daemon: Daemon, networks: list[dict[str, object]], guests: list[dict[str, object]]
 ) -> Iterator[int]:
-    """The worker of a daemon that serves these."""
+    """Run a daemon that serves these networks and guests; yield its worker."""
     try:
         daemon.start()
         daemon.put(networks, guests)
@@ -169,7 +169,7 @@ def _cost(bench: Bench, key: str, what: str, ours: Side, other: Side) -> Row:
 
 @dataclass(slots=True)
 class _Seen:
-    """What the other guest noticed in each round, in ms."""
+    """Latencies of the other guest in each round, in ms."""
 
     alone: list[float] = field(default_factory=list)
     during: list[float] = field(default_factory=list)
@@ -177,7 +177,7 @@ class _Seen:
 
 
 def _floods(bench: Bench, keys: list[str]) -> Iterator[Row]:
-    """Each flood comes from a network of its own, and so within limits at first; so does each that reads beside it."""
+    """Measure the floods. Each flood, and each guest that reads beside it, has its own network with unused limits."""
     rounds, seconds = bench.scale.rounds, min(3.0, bench.scale.flood_s)
     names = [network_name(number) for number in range(2 * rounds * len(keys))]
     left = iter(names)
@@ -192,7 +192,8 @@ def _floods(bench: Bench, keys: list[str]) -> Iterator[Row]:
         daemon, [bench.network(name) for name in names], [first_guest(name) for name in names]
     ) as worker:
         try:
-            # The guest and HAProxy on one processor, who floods on the other: what the guest notices is HAProxy's.
+            # The guest and HAProxy share one processor, and the flood has the other, so all effects on the guest are
+            # HAProxy's.
             pin(worker, {bench.cpus[0]})
             os.sched_setaffinity(0, {bench.cpus[0]})
             for _ in range(rounds):
@@ -213,14 +214,14 @@ def _floods(bench: Bench, keys: list[str]) -> Iterator[Row]:
 
 @contextlib.contextmanager
 def _flood(bench: Bench, key: str, network: str, seconds: float) -> Iterator[None]:
-    """One that goes on for longer than the context."""
+    """Run a flood that lasts longer than the context."""
     argv = _command(bench, key, network, seconds + 5)
     pinned = ["taskset", "-c", str(bench.cpus[1]), *argv]
     flood = subprocess.Popen(
         pinned, cwd=_REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        # Python's start is no part of a flood.
+        # Python's start is not part of a flood.
         time.sleep(0.5 if key in ("flood-idle", "flood-addresses") else 0)
         yield
     finally:

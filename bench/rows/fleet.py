@@ -1,4 +1,4 @@
-"""A fleet: how soon changes arrive, what they and its hosts cost a hub, and what a loss of all hubs does."""
+"""A fleet: time until changes arrive, cost of changes and hosts for a hub, and the effect of losing all hubs."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ _GUEST_BAR: Final = Bar("p50 ≤ 50 ms, p99 ≤ 200 ms", at_most=200.0)
 _MEMORY_BAR: Final = Bar("≤ 10 MB", at_most=10.0)
 _STORM_BAR: Final = Bar("0 guests notice", at_most=0.0)
 _FEW: Final = 10
-"""For `fleet-guest`, one host in so many is connected."""
+"""One host in this many is connected for `fleet-guest`."""
 
 _STEP: Final = 7919
-"""A prime, so that changes go over the hosts of all processes."""
+"""A prime, which spreads changes over the hosts of all processes."""
 
 _PATH: Final = "/latest/meta-data/tags/instance/role"
 _OK: Final = 200
@@ -52,7 +52,7 @@ _SHARED: Final = (
 
 
 def measure_fleet(bench: Bench, wanted: Callable[[str], bool]) -> Iterator[Row]:
-    """All rows, in one fleet."""
+    """Measure all rows, in one fleet."""
     with open_fleet(bench) as fleet, contextlib.ExitStack() as stack:
         operator = stack.enter_context(Operator(fleet))
         real = [fleet.daemon(number) for number in range(fleet.real)]
@@ -72,7 +72,7 @@ def measure_fleet(bench: Bench, wanted: Callable[[str], bool]) -> Iterator[Row]:
                 made = _with_all(fleet, operator, real)
                 yield from (row for row in made if wanted(row.key))
             except BenchError as error:
-                # What comes after it is measured all the same.
+                # A failure must not stop the rows after this group.
                 bench.say(f"failed: {error}")
         for daemon in real:
             daemon.stop()
@@ -81,7 +81,7 @@ def measure_fleet(bench: Bench, wanted: Callable[[str], bool]) -> Iterator[Row]:
 
 
 def _memory_of_a_host(fleet: Fleet, of_fleet: Daemon) -> Row:
-    """The controller of a complete host, beside one that has the same records in its own store."""
+    """Measure the controller of a complete host, beside one with the same records in its own store."""
     bench = fleet.bench
     bench.say(f"a host with {GUESTS} instances of the fleet, and one with them in its store")
     name = network_name(fleet.real)
@@ -92,7 +92,7 @@ def _memory_of_a_host(fleet: Fleet, of_fleet: Daemon) -> Row:
         alone.put([network(name)], [guest_record(name, one) for one in range(GUESTS)])
         sizes = []
         for daemon in (of_fleet, alone):
-            # As after a reboot of the host.
+            # The restart corresponds to a reboot of the host.
             daemon.stop()
             daemon.start()
             daemon.wait_serving(1)
@@ -115,7 +115,7 @@ def _memory_of_a_host(fleet: Fleet, of_fleet: Daemon) -> Row:
 
 
 def _guest_row(fleet: Fleet, operator: Operator, connected: int) -> Row:
-    """Change a guest of a complete host, and ask until the new value is answered."""
+    """Change a guest of a complete host, and poll until the new value is answered."""
     asking = [Guest(fleet.bench.lab, network_name(one)) for one in range(fleet.real)]
     taken: list[float] = []
     answered: list[float] = []
@@ -246,7 +246,7 @@ def _policy_row(fleet: Fleet, operator: Operator, crowd: Crowd) -> Row:
 
 
 def _storm_row(fleet: Fleet, crowd: Crowd, real: Sequence[Daemon]) -> Row:
-    """End both hubs as a loss of power would, start them, and wait for every host; guests read meanwhile."""
+    """End both hubs as a loss of power would, start them, and wait for every host, while guests read."""
     guests = [Guest(fleet.bench.lab, network_name(one), guest(1)) for one in range(len(real))]
     with SteadyLoad(guests, _PATH, pause_s=_PAUSE_S) as load:
         began = time.monotonic()
@@ -279,7 +279,7 @@ def _storm_row(fleet: Fleet, crowd: Crowd, real: Sequence[Daemon]) -> Row:
 
 
 def _start_row(fleet: Fleet) -> Row:
-    """Start a hub with what is stored, and with twice as many more."""
+    """Start a hub with the stored instances, and with three times as many."""
     steps = []
     hub = fleet.hubs[0]
     for count in (fleet.size, 3 * fleet.size):

@@ -1,4 +1,4 @@
-"""One network flooded with requests of addresses that nobody has, and a known guest in another one."""
+"""One network flooded with requests from addresses without an owner, and a known guest in another network."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
 
 def measure_flood(bench: Bench, daemon: Daemon) -> Row:
-    """The row `flood`."""
+    """Measure the row `flood`."""
     seconds = bench.scale.flood_s
     known = Guest(bench.lab, network_name(1))
     alone = _milliseconds(known, seconds)
@@ -88,7 +88,7 @@ def measure_flood(bench: Bench, daemon: Daemon) -> Row:
 
 
 def _used(processes: Processes) -> tuple[float, float]:
-    """Processor time of controller and HAProxy."""
+    """Return the processor time of controller and HAProxy."""
     return cpu_seconds(processes.controller), cpu_seconds(processes.worker)
 
 

@@ -1,4 +1,4 @@
-"""In front of Nova: signed requests beside a bare HAProxy that forwards to the same stand-in."""
+"""imdsproxy in front of Nova: signed requests beside a bare HAProxy that forwards to the same stand-in."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _CLOSE: Final = ("Connection: close",)
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """A row: how the guests ask, and which Nova."""
+    """A row: the guests' requests, and the kind of Nova."""
 
     key: str
     what: str
@@ -58,7 +58,7 @@ _KINDS: Final = (
 
 
 def measure_forwarding(bench: Bench, wanted: Callable[[str], bool]) -> Iterator[Row]:
-    """The rows `nova-signed`, `nova-signed-close` and `nova-slow`."""
+    """Measure the rows `nova-signed`, `nova-signed-close` and `nova-slow`."""
     bench.lab.grow(1)
     with run_stub(bench.binary, bench.directory) as stub:
         pin(stub.pid, {bench.cpus[1]})
@@ -103,7 +103,7 @@ class _Stage:
     bare: Bare
 
     def measure(self, kind: _Kind) -> Row:
-        """One row."""
+        """Measure one row."""
         scale = self.bench.scale
         ours = Side(f"http://169.254.169.254{PATH}", self.worker, kind.headers)
         other = Side(f"http://169.254.169.254:{_BARE_PORT}{PATH}", self.bare.pid, kind.headers)

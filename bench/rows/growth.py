@@ -1,4 +1,4 @@
-"""Memory and start by the number of networks, beside one HAProxy process each."""
+"""Memory and start by the number of networks, beside one HAProxy process for each network."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _OK = 200
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A daemon that was started with so many networks."""
+    """A daemon that was started with this many networks."""
 
     networks: int
     first_s: tuple[float, ...]
@@ -40,11 +40,11 @@ class _Step:
 
     @property
     def total_pss(self) -> int:
-        """Of all processes, in bytes."""
+        """Bytes of all processes."""
         return self.haproxy.pss + self.documents.pss + self.controller.pss
 
     def numbers(self) -> dict[str, object]:
-        """For the JSON."""
+        """Return the numbers for the JSON."""
         return {
             "networks": self.networks,
             "first_answer_s": [round(one, 3) for one in self.first_s],
@@ -68,7 +68,7 @@ class _OneEach:
 
 
 def measure_growth(bench: Bench, wanted: Callable[[str], bool]) -> Iterator[Row]:
-    """The rows `memory` and `start`."""
+    """Measure the rows `memory` and `start`."""
     counts = sorted({1, min(100, bench.scale.networks), bench.scale.networks})
     daemon = Daemon(bench.directory / "growth")
     try:
@@ -106,7 +106,7 @@ def _step(bench: Bench, daemon: Daemon, count: int) -> _Step:
 
 
 def _timed_start(bench: Bench, daemon: Daemon, count: int) -> tuple[float, float]:
-    """Seconds from `imdsproxy run` to the first answer and to the last network's."""
+    """Return the seconds from `imdsproxy run` to the first answer and to the last network's."""
     waiting = [network_name(number) for number in range(count)]
     began = time.perf_counter()
     daemon.spawn()
@@ -123,7 +123,7 @@ def _timed_start(bench: Bench, daemon: Daemon, count: int) -> tuple[float, float
 
 
 def _unanswered(bench: Bench, names: list[str]) -> list[str]:
-    """Ask in all these networks, many at once; those without a 200."""
+    """Send requests in all these networks, many at once; return the networks without a 200."""
     left: list[str] = []
     for start in range(0, len(names), _AT_ONCE):
         asked = [Guest(bench.lab, name) for name in names[start : start + _AT_ONCE]]
@@ -168,7 +168,7 @@ def _one_process_each(bench: Bench) -> _OneEach:
 
 
 def _one_for_all(bench: Bench) -> float:
-    """Seconds until one bare HAProxy answers in all networks: the same, in one process."""
+    """Return the seconds until one bare HAProxy answers in all networks."""
     limits = Limits(nbthread=1, maxconn=4096, maxconn_of_bind=200)
     names = [network_name(number) for number in range(bench.scale.networks)]
     file = bench.directory / "all.cfg"

@@ -1,4 +1,4 @@
-"""Requests lost while something is reloaded, killed or replaced, and how soon HAProxy is back."""
+"""Requests lost during reloads, kills and upgrades, and the time until HAProxy is back."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _OK = 200
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """A load, and HAProxy's master before and after it."""
+    """A load, and whether HAProxy's master stayed the same."""
 
     count: LoadCount
     seconds: float
@@ -40,7 +40,7 @@ class _Outcome:
 
 @contextlib.contextmanager
 def _under_load(bench: Bench, daemon: Daemon) -> Iterator[list[_Outcome]]:
-    """Guests that read all the time, half of them a document that only the document server has."""
+    """Run guests that read continuously, half of them a document that only the document server has."""
     master = daemon.processes().master
     outcome: list[_Outcome] = []
     guests = [Guest(bench.lab, network_name(number)) for number in range(_GUESTS)]
@@ -63,7 +63,7 @@ def _under_load(bench: Bench, daemon: Daemon) -> Iterator[list[_Outcome]]:
 
 
 def measure_losses(bench: Bench, daemon: Daemon, wanted: Callable[[str], bool]) -> Iterator[Row]:
-    """The rows `lost-reloads`, `lost-kill` and `lost-upgrade`."""
+    """Measure the rows `lost-reloads`, `lost-kill` and `lost-upgrade`."""
     if wanted("lost-reloads"):
         yield _reloads(bench, daemon)
     if wanted("lost-kill"):
@@ -160,7 +160,7 @@ def _upgrade(daemon: Daemon) -> None:
 
 
 def measure_recovery(bench: Bench, daemon: Daemon) -> Row:
-    """The row `recovery`: HAProxy's master is killed."""
+    """Measure the row `recovery`: HAProxy's master is killed."""
     samples = [_kill_haproxy(bench, daemon, number) for number in range(bench.scale.kills)]
     value = max(samples)
     return Row(
@@ -176,14 +176,14 @@ def measure_recovery(bench: Bench, daemon: Daemon) -> Row:
 
 
 def _kill_haproxy(bench: Bench, daemon: Daemon, number: int) -> float:
-    """Milliseconds without service."""
+    """Return the milliseconds without service."""
     master = daemon.wait_settled().master
     one = Guest(bench.lab, network_name(number))
     if (answer := one.try_get(_CACHED)) is None or answer.status != _OK:
         raise BenchError("HAProxy does not answer before it is killed")
     began = time.perf_counter()
     os.kill(master, signal.SIGKILL)
-    # Its worker ends a moment after it, and may not be taken for the next one.
+    # The old worker ends a moment after the master, and must not be taken for the new one.
     wait_until(lambda: one.try_get(_CACHED) is None, 1, every_s=0)
     _wait_for_answer(one)
     took = (time.perf_counter() - began) * 1000

@@ -1,4 +1,4 @@
-"""Very many records: a start with all of them in the store, and what the controller needs at rest."""
+"""Very many records: a start with all of them in the store, and the controller's memory at rest."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ _HEAD: Final = 4096
 
 
 def measure_many(bench: Bench, wanted: Callable[[str], bool]) -> Iterator[Row]:
-    """All rows."""
+    """Measure all rows."""
     bench.say(f"{bench.scale.many_networks:,} networks")
-    # A listener each, not two: HAProxy needs 10,000 descriptors for so many networks, and some hosts give it 20,000.
+    # Each network has one listener, not two: HAProxy then needs 10,000 descriptors, and some hosts allow only 20,000.
     bench.lab.grow(bench.scale.many_networks, ipv6=False)
     if wanted("many-start") or wanted("many-store"):
         yield from _of_store(bench, wanted)
@@ -54,7 +54,7 @@ def measure_many(bench: Bench, wanted: Callable[[str], bool]) -> Iterator[Row]:
 def _records(
     bench: Bench, count: int
 ) -> tuple[list[dict[str, object]], Iterator[dict[str, object]]]:
-    """Networks, and as many instances in turn; the first one of each network is who asks."""
+    """Return networks and instances, spread over the networks; each network's first instance sends the requests."""
     names = [network_name(number) for number in range(bench.scale.many_networks)]
     networks = [{**network(name), "mac_check": False} for name in names]
     return networks, (_instance(names, number) for number in range(count))
@@ -98,7 +98,7 @@ def _fill(bench: Bench, daemon: Daemon) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Started:
-    """A start: seconds until the last network answered, and what the controller needed for it."""
+    """A start: seconds until the last network answered, and the controller's processor time and memory."""
 
     seconds: float
     processor_s: float
@@ -140,12 +140,12 @@ def _start_row(bench: Bench, starts: Sequence[_Started]) -> Row:
 
 
 def timed_start(bench: Bench, daemon: Daemon, count: int) -> float:
-    """Seconds from `imdsproxy run` until a guest in each network has its answer.
+    """Return the seconds from `imdsproxy run` until a guest in each network has its answer.
 
-    Their sockets are made before: to make one in another namespace takes longer than to ask.
+    The sockets are created before, because a socket in another namespace takes longer than a request.
 
     Raises:
-        BenchError: Not all of them answer.
+        BenchError: Some networks do not answer.
     """
     names = [network_name(number) for number in range(count)]
     sockets = [bench.lab.socket(name) for name in names]
@@ -160,7 +160,7 @@ def timed_start(bench: Bench, daemon: Daemon, count: int) -> float:
             daemon.timed(partial(_connects, one), _PATIENCE_S, "a start")
             one.sendall(_REQUEST)
             statuses.add(one.recv(_HEAD)[: len(_GOOD)])
-            # HAProxy has not so many connections as there are networks.
+            # HAProxy allows fewer connections than there are networks.
             one.close()
         took = time.perf_counter() - began
     finally:
@@ -225,6 +225,6 @@ def _wait_for_rest(bench: Bench, controller: int) -> None:
 
 
 def _peak(pid: int) -> float:
-    """The most memory that a process has had, in MB (proc_pid_status(5), VmHWM)."""
+    """Return the peak memory of a process, in MB (proc_pid_status(5), VmHWM)."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(one.split()[1]) / 1000 for one in lines if one.startswith("VmHWM:"))

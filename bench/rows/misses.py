@@ -24,7 +24,7 @@ _OK: Final = 200
 
 
 def measure_misses(bench: Bench) -> Iterator[Row]:
-    """The row `nova-misses`."""
+    """Measure the row `nova-misses`."""
     with run_stub(bench.binary, bench.directory) as stub, run_neutron() as neutron:
         settings = neutron_settings(neutron)
         with in_front(bench, "misses", stub.port, _NETWORKS, settings):
@@ -63,7 +63,7 @@ def _misses(bench: Bench) -> Row:
 
 
 def _asked(one: Guest, network: str) -> float:
-    """Milliseconds until it was answered as itself."""
+    """Return the milliseconds until the guest was answered as itself."""
     began = time.perf_counter()
     answer = one.get(PATH)
     took = (time.perf_counter() - began) * 1000

@@ -1,4 +1,4 @@
-"""Addresses that move from one instance to another: whether anybody is told the old one afterwards."""
+"""Addresses that move from one instance to another, and stale answers afterwards."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ _OK = 200
 
 
 def is_stale(owner: int, acknowledged: int, begun: int, owners: int) -> bool:
-    """Whether an answer names an owner that the address no longer had when it was asked for.
+    """Return whether an answer names an owner that had lost the address before the request.
 
     Args:
-        owner: Who the answer says it is.
+        owner: The owner that the answer names.
         acknowledged: Number of the last move that was acknowledged before the request.
         begun: Number of the last move that had begun when the answer was there.
-        owners: After move `n` the address is that of owner `n % owners`.
+        owners: Number of owners; after move `n` owner `n % owners` has the address.
     """
     return owner not in {number % owners for number in range(acknowledged, begun + 1)}
 
 
 @dataclass(slots=True)
 class _Moving:
-    """One address of one network, and what its guest was told."""
+    """One address of one network, and the answers to its guest."""
 
     network: str
     acknowledged: int = 0
@@ -65,7 +65,7 @@ class _Moving:
 
 
 def measure_moves(bench: Bench, daemon: Daemon) -> Row:
-    """The row `stale`."""
+    """Measure the row `stale`."""
     moving = [_Moving(network_name(number)) for number in range(_ADDRESSES)]
     daemon.put(
         instances=[

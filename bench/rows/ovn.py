@@ -1,4 +1,4 @@
-"""On a host of an OVN cloud, beside Neutron's own OVN agent: requests, memory, start, changes."""
+"""A host of an OVN cloud, beside Neutron's own OVN agent: requests, memory, start, changes."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ _MIB: Final = 2**20
 
 @dataclass(frozen=True, slots=True)
 class _Side:
-    """What one of both gave.
+    """Results of one side.
 
     Attributes:
         rate: Requests a second.
         pss: Bytes of all processes.
-        brain: Bytes of the one that knows the ports: the controller, or the agent.
-        start_s: Until the last local port was answered as itself.
-        changes_ms: From a transaction to the first answer.
+        brain: Bytes of the process that knows the ports: the controller, or the agent.
+        start_s: Seconds until the last local port was answered as itself.
+        changes_ms: Milliseconds from a transaction to the first answer.
     """
 
     rate: float
@@ -53,7 +53,7 @@ class _Side:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """Both, in a cloud of so many ports."""
+    """Results of both sides, in a cloud of this many ports."""
 
     ports: int
     ours: _Side
@@ -61,7 +61,7 @@ class _Step:
 
 
 def measure_ovn(bench: Bench, wanted: Callable[[str], bool]) -> Iterator[Row]:
-    """The rows `ovn-…`."""
+    """Measure the rows `ovn-…`."""
     scale = bench.scale
     steps = []
     for ports in scale.ovn_ports:
@@ -89,7 +89,7 @@ def _measure_ours(host: OvnHost) -> _Side:
 def _measure_agent(host: OvnHost) -> _Side:
     with run_agent(host) as directory:
         start_s = first_answers(host, host.cloud.local, _PATIENCE_S)
-        # It serves one request after the other, and refuses most of what 64 connections send.
+        # The agent serves one request after the other, and refuses most requests of 64 connections.
         rate = _loaded(host, 1).rate
         time.sleep(host.bench.scale.settle_s)
         each = {pid: memory([pid]).pss for pid in find_by_argument(directory)}
@@ -108,7 +108,7 @@ def _loaded(host: OvnHost, connections: int) -> WrkReport:
 
 
 def _changes(host: OvnHost, count: int) -> tuple[float, ...]:
-    """Write a port's row, or another instance on it, and ask until that is answered; milliseconds."""
+    """Change a port or its instance, and poll until the guest is answered so; return milliseconds for each change."""
     port, taken = host.spare, []
     for number in range(count):
         instance = f"instance-{number}"

@@ -1,4 +1,4 @@
-"""Documents read over kept connections: repeated ones, first ones, and one that is never cached."""
+"""Documents read over kept connections: repeated reads, first reads, and a document that is never cached."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["measure_reads"]
 
 _LEAF = "/latest/meta-data/instance-id"
 _DATED_LEAF = "/2009-04-04/meta-data/instance-id"
-"""HAProxy keeps none of these beside its cache, so that it can be asked past it."""
+"""Path that HAProxy does not keep in its map of short documents: `Cache-Control: no-cache` then bypasses HAProxy."""
 _USER_DATA = "/latest/user-data"
 _META_DATA = "/openstack/latest/meta_data.json"
 _BARE_PORT = 8080
@@ -40,7 +40,7 @@ _NOT_CACHED = ("Cache-Control: no-cache",)
 
 @dataclass(slots=True)
 class _Stage:
-    """One network, one guest, the daemon and what it is held against."""
+    """One network, one guest, the daemon and the limits for bare HAProxys."""
 
     bench: Bench
     daemon: Daemon
@@ -48,12 +48,12 @@ class _Stage:
     limits: Limits
 
     def url(self, path: str, port: int = 80) -> str:
-        """Of the metadata address."""
+        """Return a URL of the metadata address."""
         return f"http://169.254.169.254:{port}{path}"
 
     @contextlib.contextmanager
     def bare(self, name: str, port: int, rules: Sequence[str]) -> Iterator[Bare]:
-        """A bare HAProxy in the network."""
+        """Run a bare HAProxy in the network."""
         bind = f"169.254.169.254:{port} namespace {network_name(0)}"
         config = render_bare(self.limits, [bind], rules)
         with run_bare(self.bench.binary, self.bench.directory, name, config) as running:
@@ -61,7 +61,7 @@ class _Stage:
 
 
 def measure_reads(bench: Bench, wanted: Callable[[str], bool]) -> Iterator[Row]:
-    """The rows `reads-leaf`, `reads-user-data`, `first-reads` and `meta-data`."""
+    """Measure the rows `reads-leaf`, `reads-user-data`, `first-reads` and `meta-data`."""
     name = network_name(0)
     bench.lab.grow(1)
     daemon = Daemon(bench.directory / "reads")
@@ -125,7 +125,7 @@ def _repeated(stage: _Stage, key: str, path: str, size: int) -> Row:
 
 
 def _through(stage: _Stage, key: str, path: str, size: int, headers: tuple[str, ...]) -> Row:
-    """Reads that go to the document server, beside a bare forwarding HAProxy before a stub."""
+    """Measure reads that go to the document server, beside a bare HAProxy that forwards to a stub."""
     with (
         stage.bare(f"{key}-stub", _STUB_PORT, answering(size)) as stub,
         stage.bare(

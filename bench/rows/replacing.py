@@ -36,11 +36,11 @@ _PATIENCE_S: Final = 60.0
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A daemon in front of Nova with so many networks.
+    """A daemon in front of Nova with this many networks.
 
     Attributes:
-        whole_s: Both processes asked to end and started again, until the last network answered.
-        haproxy_s: HAProxy killed, until the last network answered.
+        whole_s: Seconds from the request to end both processes, over their restart, to the last network's answer.
+        haproxy_s: Seconds from the kill of HAProxy to the last network's answer.
         pss: Bytes, by process.
     """
 
@@ -51,17 +51,17 @@ class _Step:
 
     @property
     def total(self) -> int:
-        """Bytes of all of them."""
+        """Bytes of all processes."""
         return sum(self.pss.values())
 
     def with_times_of(self, other: _Step) -> _Step:
-        """The same with the times of both."""
+        """Return this step with the times of both."""
         return replace(
             self, whole_s=self.whole_s + other.whole_s, haproxy_s=self.haproxy_s + other.haproxy_s
         )
 
     def numbers(self) -> dict[str, object]:
-        """For the JSON."""
+        """Return the numbers for the JSON."""
         return {
             "networks": self.networks,
             "whole_restart_s": [round(one, 3) for one in self.whole_s],
@@ -73,7 +73,7 @@ class _Step:
 def measure_replacing(
     bench: Bench, wanted: Callable[[str], bool], peer: Peer | None
 ) -> Iterator[Row]:
-    """The rows `nova-memory` and `nova-restart`, and with a peer `peer-memory-…`, `peer-restart` and `peer-cold`."""
+    """Measure the rows `nova-memory` and `nova-restart`, and with a peer the rows `peer-…`."""
     with run_stub(bench.binary, bench.directory) as stub, run_neutron() as neutron:
         steps = [_step(bench, stub.port, neutron, count) for count in bench.scale.replacing]
         theirs: dict[int, PeerScale] = {}
@@ -81,7 +81,7 @@ def measure_replacing(
             bench.say("the peer with a proxy for each network")
             found = peer.scale(bench.scale.replacing, bench.scale.starts)
             theirs = {count: parse_scale(found, count) for count in bench.scale.replacing}
-            # Theirs take minutes: whatever else the machine does by then, ours have to bear as well.
+            # The peer's measurement takes minutes. A second measurement of ours bears the same changes of the machine.
             again = _step(bench, stub.port, neutron, bench.scale.replacing[-1], name="again")
             steps[-1] = steps[-1].with_times_of(again)
     rows = [_memory_row(steps), _restart_row(steps[-1])]
@@ -109,7 +109,7 @@ def _step(bench: Bench, port: int, neutron: int, count: int, *, name: str = "rep
 
 
 def _miss(bench: Bench) -> None:
-    """Have Neutron asked, so that what this needs is in memory too."""
+    """Cause a query to Neutron, so that memory includes the needs of queries."""
     one = Guest(bench.lab, plug_stranger(bench.lab, network_name(0)), str(PLUGGED.ip))
     answer = one.get(PATH)
     one.close()
@@ -125,7 +125,7 @@ def _pss(processes: Processes) -> dict[str, int]:
 
 
 def _whole(bench: Bench, daemon: Daemon, names: Sequence[str]) -> float:
-    """Seconds from asking HAProxy and the controller to end until the last network answers."""
+    """Return the seconds from asking HAProxy and the controller to end until the last network answers."""
     began = time.perf_counter()
     daemon.stop()
     daemon.spawn()
@@ -136,11 +136,11 @@ def _whole(bench: Bench, daemon: Daemon, names: Sequence[str]) -> float:
 
 
 def _haproxy(bench: Bench, daemon: Daemon, names: Sequence[str]) -> float:
-    """Seconds from the end of HAProxy, by SIGKILL, until the last network answers."""
+    """Return the seconds from SIGKILL for HAProxy until the last network answers."""
     processes = daemon.wait_settled()
     began = time.perf_counter()
     os.kill(processes.master, signal.SIGKILL)
-    # Its worker ends a moment after it, and may not be taken for the next one.
+    # The old worker ends a moment after the master, and must not be taken for the new one.
     wait_until(lambda: bool(unanswered(bench, names[:1])), 1, every_s=0)
     _wait_for_all(bench, names)
     took = time.perf_counter() - began

@@ -1,4 +1,4 @@
-"""Many instances: the controller at rest, a reload with all their records, and the cold cache after it."""
+"""Many instances: the controller at rest, a reload with all their records, and the cold cache after the reload."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _OK = 200
 
 
 def measure_scale(bench: Bench, daemon: Daemon, wanted: Callable[[str], bool]) -> Iterator[Row]:
-    """The rows `controller` and `reload`."""
+    """Measure the rows `controller` and `reload`."""
     seconds = _store(bench, daemon, addresses=1)
     if wanted("controller"):
         yield _controller(bench, daemon, seconds)
@@ -43,7 +43,7 @@ def _addresses(bench: Bench, number: int, each: int) -> list[str]:
 
 
 def _store(bench: Bench, daemon: Daemon, *, addresses: int) -> float:
-    """Store all instances with so many addresses each; the seconds that it took."""
+    """Store all instances with this many addresses each; return the seconds."""
     bench.say(f"{bench.scale.instances:,} instances with {addresses} addresses each")
     began = time.perf_counter()
     for start in range(0, bench.scale.instances, _BATCH):
@@ -67,7 +67,7 @@ def _store(bench: Bench, daemon: Daemon, *, addresses: int) -> float:
 
 def _controller(bench: Bench, daemon: Daemon, stored_s: float) -> Row:
     processes = daemon.wait_settled()
-    time.sleep(bench.scale.settle_s)  # what follows a change has come to rest
+    time.sleep(bench.scale.settle_s)  # all work after a change has ended
     grown = memory([processes.controller])
     percent = _idle_percent(processes, bench.scale.idle_s)
     daemon.stop_controller()

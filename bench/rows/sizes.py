@@ -1,4 +1,4 @@
-"""What a host needs for so many guests: memory by process, processor time at rest and for a boot, room on the disk."""
+"""Needs of a host by its number of guests: memory by process, processor time at rest and for a boot, disk space."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ _BESIDE: Final = (
     "/openstack/latest/meta_data.json",
     "/openstack/latest/user_data",
 )
-"""What a boot reads beside EC2's tree."""
+"""Documents that a boot reads beside EC2's tree."""
 
 
 def measure_sizes(bench: Bench, wanted: Callable[[str], bool]) -> Iterator[Row]:
-    """A row for each number of guests."""
+    """Measure a row for each number of guests."""
     for key, guests in _GUESTS.items():
         if wanted(key):
             yield _size(bench, key, min(guests, bench.scale.instances))
@@ -50,7 +50,7 @@ def _size(bench: Bench, key: str, guests: int) -> Row:
     try:
         daemon.start()
         _fill(daemon, guests, networks)
-        # As after a reboot of the host: what adding them has taken is not what they need.
+        # The restart, as after a reboot of the host, excludes the memory that adding the guests took.
         daemon.stop()
         daemon.start(_PATIENCE_S)
         daemon.wait_serving(networks, _PATIENCE_S)
@@ -111,7 +111,7 @@ def _fill(daemon: Daemon, guests: int, networks: int) -> None:
 
 
 def _boots(bench: Bench, processes: Processes, count: int, networks: int) -> tuple[int, float]:
-    """Boot so many guests one after the other: the requests and the processor time of one."""
+    """Boot this many guests one after the other; return the requests and the processor time of one boot."""
     before = _spent(processes)
     requests = sum(_boot(bench, number, networks) for number in range(count))
     return requests // count, (_spent(processes) - before) / count
@@ -135,7 +135,7 @@ def _boot(bench: Bench, number: int, networks: int) -> int:
 
 
 def _entries(lines: Sequence[str]) -> Iterator[str]:
-    """What a listing of EC2's names; a key is listed as `0=NAME`."""
+    """Yield the names in a listing of EC2's tree; a key is listed as `0=NAME`."""
     for line in lines:
         number, equals, _ = line.partition("=")
         yield f"{number}/" if equals else line

@@ -1,4 +1,4 @@
-"""What session tokens cost: the same document read with one that is required, and where there are none."""
+"""The cost of session tokens: one document read with a required token, with optional tokens, and without tokens."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _OK: Final = 200
 
 
 def measure_tokens(bench: Bench, wanted: Callable[[str], bool]) -> Iterator[Row]:
-    """Both rows: three networks of one daemon, with tokens off, required, and the default."""
+    """Measure both rows: three networks of one daemon, with tokens off, required, and the default."""
     names = [network_name(number) for number in range(3)]
     bench.lab.grow(len(names))
     off, required, default = names
