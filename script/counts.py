@@ -16,7 +16,7 @@ _SCOPES = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def docstring_lines(tree: ast.Module) -> Iterator[int]:
-    """The numbers of lines that bare strings at module, class or function level take."""
+    """Yield the numbers of lines that bare strings at module, class or function level take."""
     for scope in ast.walk(tree):
         for node in scope.body if isinstance(scope, _SCOPES) else ():
             value = node.value if isinstance(node, ast.Expr) else None
@@ -25,14 +25,14 @@ def docstring_lines(tree: ast.Module) -> Iterator[int]:
 
 
 def code_lines(text: str) -> int:
-    """How many lines of a module are code."""
+    """Count a module's lines of code."""
     ignored = set(docstring_lines(ast.parse(text)))
     numbered = enumerate((line.strip() for line in text.splitlines()), 1)
     return sum(bool(line) and line[0] != "#" and number not in ignored for number, line in numbered)
 
 
 def rows(text: str) -> int:
-    """How many lines of a template or table are no comment."""
+    """Count the lines of a template or table that are not comments."""
     return sum(bool(line.strip()) and line.lstrip()[0] != "#" for line in text.splitlines())
 
 

@@ -1,4 +1,4 @@
-"""Write what is made of the code: pages to docs/reference, manual pages and completions to packaging.
+"""Generate files from the code: pages for docs/reference, manual pages and completions for packaging.
 
 Usage: `.venv/bin/python script/docgen.py [REFERENCE [PACKAGING]]`.
 """
@@ -41,7 +41,7 @@ from imdsproxy.hub.metrics import HubMetrics
 _TEXTS: Final[Mapping[str, Any]] = tomllib.loads(
     Path(__file__).with_name("docgen_texts.toml").read_text("utf-8")
 )
-"""Introductions of pages, and what exit statuses mean."""
+"""Introductions of pages, and meanings of exit statuses."""
 
 _RULES: Final = Path(__file__).resolve().parents[1] / "packaging/prometheus"
 _MADE: Final = "Made by `script/docgen.py`; edit the code instead."
@@ -56,7 +56,7 @@ _FILES: Final = (
 
 
 def render_settings_page() -> str:
-    """docs/reference/settings.md."""
+    """Render docs/reference/settings.md."""
     lines = _head("Settings", _TEXTS["settings"])
     for name, field in Settings.model_fields.items():
         lines += ["", f"## {name}", "", field.description or "", ""]
@@ -93,7 +93,7 @@ def _default(setting: Setting, lead: str = "") -> str:
 
 
 def render_cli_page() -> str:
-    """docs/reference/cli.md."""
+    """Render docs/reference/cli.md."""
     lines = [*_head("Command line", _TEXTS["command_line"]), "", "## Exit statuses", ""]
     lines += _table(("status", "meaning"), _STATUSES)
     for path, command in iterate_commands(build_program(), "imdsproxy"):
@@ -107,7 +107,7 @@ def render_cli_page() -> str:
 
 
 def _parameters(command: Any) -> list[tuple[str, str]]:  # noqa: ANN401 - typer keeps its command classes private
-    """Options and arguments as they are written, `--config, -c FILE`, and what they are."""
+    """Return options and arguments as written, `--config, -c FILE`, with their meanings."""
     rows = []
     for parameter in command.params:
         names = [name for name in parameter.opts if name.startswith("-")]
@@ -120,7 +120,7 @@ def _parameters(command: Any) -> list[tuple[str, str]]:  # noqa: ANN401 - typer 
 
 
 def render_metrics_page() -> str:
-    """docs/reference/metrics.md."""
+    """Render docs/reference/metrics.md."""
     introduction = _TEXTS["metrics"].format(network_sum=NETWORK_SUM)
     lines = [*_head("Metrics", introduction), "", *_metrics_table(Metrics)]
     return _page(
@@ -142,7 +142,7 @@ def _metrics_table(of: type[Exposed]) -> list[str]:
 
 
 def render_alerts_page() -> str:
-    """docs/reference/alerts.md."""
+    """Render docs/reference/alerts.md."""
     lines = _head("Alerts", _TEXTS["alerts"])
     for file in sorted(_RULES.glob("*.rules.yml")):
         groups = yaml.safe_load(file.read_text())["groups"]
@@ -158,7 +158,7 @@ def render_alerts_page() -> str:
 
 
 def render_errors_page() -> str:
-    """docs/reference/errors.md."""
+    """Render docs/reference/errors.md."""
     kinds = sorted(KINDS, key=lambda kind: kind.__name__)
     rows = [
         (
@@ -189,12 +189,12 @@ def render_errors_page() -> str:
 
 
 def render_admin_api_page() -> str:
-    """docs/reference/admin-api.md."""
+    """Render docs/reference/admin-api.md."""
     return _api_page("Admin API", _TEXTS["admin_api"], admin_app(None), {})
 
 
 def render_hub_api_page() -> str:
-    """docs/reference/hub-api.md."""
+    """Render docs/reference/hub-api.md."""
     who = {
         (prefix + route.path_format, method.lower()): _who_may(route)
         for router, prefix in ROUTERS
@@ -206,7 +206,7 @@ def render_hub_api_page() -> str:
 
 
 def _api_page(title: str, text: str, app: FastAPI, who: Mapping[tuple[str, str], str]) -> str:
-    """Every route, with who may use it where that differs, and every shape."""
+    """Render every route, with its permitted roles if they differ, and every shape."""
     document = app.openapi()
     lines = _head(title, text)
     for path, operations in document["paths"].items():
@@ -234,7 +234,7 @@ def _api_page(title: str, text: str, app: FastAPI, who: Mapping[tuple[str, str],
 
 
 def _who_may(route: APIRoute) -> str:
-    """Whose certificate a route of a hub takes."""
+    """Return the certificates that a route of a hub accepts, in words."""
     found = [one for one in _dependencies(route.dependant) if isinstance(one, Admits)]
     if not found:
         return "For all, also without a certificate."
@@ -285,7 +285,7 @@ def _shape(schema: Mapping[str, Any]) -> str:
 
 
 def render_neutron_page() -> str:
-    """docs/reference/neutron-options.md."""
+    """Render docs/reference/neutron-options.md."""
     rows = [
         (
             option.whose,
@@ -307,7 +307,7 @@ def render_neutron_page() -> str:
 
 
 def render_records_page() -> str:
-    """docs/reference/records.md: `docgen_records.md`, with a table of each record's fields in it."""
+    """Render docs/reference/records.md: `docgen_records.md` with a table of each record's fields."""
     definitions = schema_of_records()["$defs"]
     text = Path(__file__).with_name("docgen_records.md").read_text("utf-8")
     for name, definition in definitions.items():
@@ -330,7 +330,7 @@ def _default_of_field(schema: Mapping[str, Any]) -> str:
 
 
 def _takes(schema: Mapping[str, Any]) -> str:
-    """What a field of a record takes, in words."""
+    """Return the accepted values of a record's field, in words."""
     match schema:
         case {"enum": enum}:
             words = " or ".join(f"`{one}`" for one in enum if isinstance(one, str))
@@ -373,7 +373,7 @@ def _one_line(text: str | None) -> str:
 
 
 def render_program_manual() -> str:
-    """imdsproxy(1)."""
+    """Render imdsproxy(1)."""
     root = build_program()
     synopsis = ["[\\fIOPTION\\fR...]", "\\fICOMMAND\\fR [\\fIARGUMENT\\fR...]"]
     lines = _manual_head(
@@ -392,7 +392,7 @@ def render_program_manual() -> str:
 
 
 def render_settings_manual() -> str:
-    """imdsproxy.yaml(5)."""
+    """Render imdsproxy.yaml(5)."""
     lines = _manual_head("imdsproxy.yaml", 5, "settings of imdsproxy")
     lines += [".SH DESCRIPTION", *_paragraphs(*_TEXTS["settings"].split("\n\n")), ".SH SETTINGS"]
     settings = sorted(iterate_settings(), key=lambda setting: setting.inner)
@@ -406,7 +406,7 @@ def render_settings_manual() -> str:
 
 
 def render_namespace_proxy_manual() -> str:
-    """neutron-ns-metadata-proxy(1)."""
+    """Render neutron-ns-metadata-proxy(1)."""
     name = "neutron-ns-metadata-proxy"
     parser = run_parser(name)
     options = [
@@ -446,7 +446,7 @@ def _paragraphs(*texts: str) -> list[str]:
 
 
 def _text(text: str | None) -> str:
-    """Text as roff has it: `code` is bold, and nothing in it is a command."""
+    """Escape a text for roff, with `code` in bold and no commands."""
     escaped = _one_line(text).replace("\\", "\\e").replace("-", "\\-").replace("'", "\\(aq")
     marked = re.sub(r"`([^`]+)`", r"\\fB\1\\fR", escaped).replace("`", "\\(ga")
     return f"\\&{marked}" if marked.startswith((".", "\\(aq")) else marked
@@ -477,7 +477,7 @@ MANUALS: Final[Mapping[str, Callable[[], str]]] = {
 
 
 def write_all(reference: Path, packaging: Path) -> None:
-    """Write every page, every manual page, every shell's script of completions, and the JSON Schemas."""
+    """Write every page, every manual page, the completions of every shell, and the JSON Schemas."""
     written = {reference / name: render() for name, render in PAGES.items()}
     written |= {packaging / "man" / name: render() for name, render in MANUALS.items()}
     for shell in SHELLS:

@@ -1,6 +1,6 @@
-"""Write the picture of a guest's request, light and dark, to docs/images: made of the text in `PICTURE`.
+"""Write the picture of a guest's request, light and dark, to docs/images, from the text in `PICTURE`.
 
-Run it after a change; with an argument it writes to that directory instead of docs/images.
+Run the script after a change; an argument replaces the directory docs/images.
 """
 
 import sys
@@ -53,8 +53,9 @@ arrow haproxy controller 258 who is it?
 arrow controller haproxy 284 records
 arrow controller neutron 267 asks
 """
-"""`title`, `desc`, then `zone LEFT TOP WIDTH HEIGHT TITLE`, `box NAME LEFT TOP WIDTH HEIGHT TITLE`, and
-`arrow FROM TO HEIGHT LABEL`. A line that is indented or empty goes on with what is above it. Sizes are in pixels."""
+"""`title`, `desc`, then `zone LEFT TOP WIDTH HEIGHT TITLE`, `box NAME LEFT TOP WIDTH HEIGHT TITLE`, and `arrow FROM TO
+HEIGHT LABEL`. An indented or empty line continues the statement above. Sizes are in pixels.
+"""
 
 COLOURS: Final[Mapping[str, Mapping[str, str]]] = {
     "light": {"back": "#ffffff", "zone": "#f2f4f8", "box": "#ffffff", "edge": "#8a94a6"}
@@ -78,7 +79,7 @@ class Box:
 
 
 def render(picture: str, colours: Mapping[str, str]) -> str:
-    """The picture as SVG, with a colour for each of the words in `COLOURS`."""
+    """Render the picture as SVG, with a colour for each of the words in `COLOURS`."""
     boxes: dict[str, Box] = {}
     drawn: list[str] = []
     for kind, first, *more in _statements(picture):
@@ -102,13 +103,13 @@ def render(picture: str, colours: Mapping[str, str]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
         f'aria-labelledby="title desc" font-family="system-ui, sans-serif">'
     )
-    # A reader may have chosen the other colours for the page.
+    # The page may have colours for the other theme, which the reader chose.
     back = _rectangle(Box(0, 0, *_SIZE), colours["back"], "none", radius=12)
     return "\n".join([head, back, *drawn, "</svg>", ""])
 
 
 def _statements(picture: str) -> Iterator[list[str]]:
-    """Of each its first word, the rest of its line, and the lines that go on with it."""
+    """Yield for each statement its first word, the rest of its line, and its continuation lines."""
     statements: list[list[str]] = []
     for line in picture.splitlines():
         if line and not line.startswith(" "):
@@ -135,7 +136,7 @@ def _box(box: Box, colours: Mapping[str, str]) -> Iterator[str]:
 def _arrow(
     ends: tuple[Box, Box], height: int, label: str, colours: Mapping[str, str]
 ) -> Iterator[str]:
-    """From the one box to the other, with its label above the line."""
+    """Draw an arrow from the first box to the second, with its label above the line."""
     start, end = ends
     if start.left < end.left:
         tail, tip, step = start.left + start.width, end.left, -7

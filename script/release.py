@@ -1,4 +1,4 @@
-"""Make a release; `script/release` installs what this needs and runs it. See docs/how-to/release.md."""
+"""Make a release; `script/release` installs the tools and runs this module. See docs/how-to/release.md."""
 
 import argparse
 import datetime as dt
@@ -20,23 +20,23 @@ _INIT: Final = Path("src/imdsproxy/__init__.py")
 _CHANGELOG: Final = Path("CHANGELOG.md")
 _VENDORED: Final = Path("src/imdsproxy/console/static/vendor/README.md")
 _SIGNED_AS: Final = "imdsproxy-release"
-"""The namespace of signatures: one made for another purpose does not verify."""
+"""The namespace of signatures: a signature for another purpose does not verify."""
 _UNRELEASED: Final = "unreleased"
 _HEADING: Final = re.compile(r"^## (\S+) \((.+)\)$", re.MULTILINE)
 _VERSION: Final = re.compile(r'^__version__ = "(.*)"$', re.MULTILINE)
 
 
 class Refused(Exception):
-    """A release cannot be made of this; the message says why, and what to do."""
+    """A release is not possible; the message has the reason and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A version's part of the changelog.
+    """A version's section of the changelog.
 
     Attributes:
-        date: When it was released, or `unreleased`.
-        text: What it says, without the heading.
+        date: Date of the release, or `unreleased`.
+        text: Text without the heading.
     """
 
     version: str
@@ -45,9 +45,9 @@ class Section:
 
 
 def parse_changelog(changelog: str) -> list[Section]:
-    """Its sections, the newest first."""
+    """Return the sections of a changelog, the newest first."""
     found = list(_HEADING.finditer(changelog))
-    # Each heading gives version and date between the texts before and behind it.
+    # Each heading splits off version and date between the texts before and after it.
     texts = _HEADING.split(changelog)[3::3]
     return [
         Section(one[1], one[2], text.strip() + "\n") for one, text in zip(found, texts, strict=True)
@@ -55,10 +55,10 @@ def parse_changelog(changelog: str) -> list[Section]:
 
 
 def plan_prepare(changelog: str, init: str, version: str, date: str) -> tuple[str, str]:
-    """Changelog and `__init__.py` of a version that is released on a date.
+    """Return changelog and `__init__.py` for a version that is released on a date.
 
     Raises:
-        Refused: The changelog's first section is not this version's, or it is released already.
+        Refused: The changelog's first section is not this version's, or the version is released already.
     """
     if not re.fullmatch(r"\d+\.\d+\.\d+", version):
         raise Refused(f"{version!r} is no version: give three numbers, as 1.2.0")
@@ -84,10 +84,10 @@ def plan_prepare(changelog: str, init: str, version: str, date: str) -> tuple[st
 
 
 def check_release(changelog: str, init: str, version: str) -> Section:
-    """The section of a version that is ready to be built.
+    """Return the section of a version that is ready to be built.
 
     Raises:
-        Refused: The sources are of another version, or `prepare` was not run for it.
+        Refused: The sources are of another version, or `prepare` was not run for this version.
     """
     own = _VERSION.search(init)
     if own is None or own[1] != version:
@@ -105,10 +105,10 @@ def check_release(changelog: str, init: str, version: str) -> Section:
 
 
 def add_vendored(bill: str, readme: str) -> str:
-    """A bill of materials with the npm package that a README of vendored files describes.
+    """Return a bill of materials with the npm package that a README of vendored files describes.
 
     Raises:
-        Refused: It names no package with its licence and hash.
+        Refused: The README names no package with its licence and hash.
     """
     package = re.search(r"npm package `(\S+)` ([\d.]+\d)", readme)
     digest = re.search(r"SHA-256 \| `([0-9a-f]{64})`", readme)
@@ -145,14 +145,14 @@ def prepare(version: str, date: str) -> None:
 
 
 def build(version: str, key: Path | None, output: Path, tools: Path) -> None:
-    """Make all files of a release in a directory that is not there yet."""
+    """Make all files of a release in a directory that must not exist yet."""
     _need_clean_tree()
     section = check_release(_read(_CHANGELOG), _read(_INIT), version)
     if output.exists():
         raise Refused(f"{output} exists: remove it, or give another --output")
     if key is not None:
         _need_key(key)
-    # Whatever the clock, the commit and the directory are.
+    # The date of the release replaces the clock, so that builds are equal.
     epoch = int(dt.datetime.fromisoformat(f"{section.date}T00:00:00+00:00").timestamp())
     environment = {
         **os.environ,
@@ -183,7 +183,7 @@ def build(version: str, key: Path | None, output: Path, tools: Path) -> None:
 def _make_all(
     work: Path, made: Path, version: str, tools: Path, environment: dict[str, str]
 ) -> None:
-    """All but checksums: of the source archive, which is made of what the commit has, all else."""
+    """Make all files except checksums: first the source archive from the commit, then all others from the archive."""
     name = f"imdsproxy-{version}"
     exported = work / "exported"
     exported.mkdir()
@@ -216,7 +216,7 @@ def _make_all(
 
 
 def _checksums(directory: Path) -> str:
-    """As `sha256sum` writes them."""
+    """Return checksums in the format of `sha256sum`."""
     paths = sorted(directory.iterdir())
     return "".join(f"{hashlib.sha256(one.read_bytes()).hexdigest()}  {one.name}\n" for one in paths)
 
@@ -262,7 +262,7 @@ def _read(path: Path) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="script/release", description="Make a release.")
     parser.add_argument("--tools", type=Path, required=True, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", required=True)
