@@ -77,7 +77,7 @@ class PolicySettings(Section):
     """Policy rules by scope. For each rule, the most specific scope wins: instance, project, network, host."""
 
     host: PolicyRulesSettings = section(PolicyRulesSettings)
-    """For every guest of this host."""
+    """Rules for every guest of this host."""
 
     networks: dict[Identifier, PolicyRulesSettings] = setting({}, Change.LIVE)
     """Sections by a network's id, or by a router's id if guests are reached through the router."""
@@ -106,7 +106,7 @@ class TokensSettings(Section):
     """Session tokens: their keys, and whether reads without tokens are counted."""
 
     count_reads: _Share = setting("sampled", Change.RELOAD)
-    """Which reads without a token, where none is required, are counted for `imdsproxy token report`: none, one read in
+    """Reads without a token, where none is required, that are counted for `imdsproxy token report`: none, one read in
     20 by chance, or each. `sampled` costs HAProxy 1 to 5 % more instructions a request and finds a guest that reads a
     hundred times; `all` costs 9 to 53 % more, and finds a guest that reads once. Reads that are refused because a token
     is required are always counted.
@@ -164,12 +164,12 @@ class AuditSettings(Section):
     """The audit log: one JSON line for each request and its answer."""
 
     mode: _Share = setting("off", Change.RELOAD)
-    """Which requests have a line: none, one of `sample` by chance, or each. Off by default, because a line costs
+    """Requests that have a line: none, one of `sample` by chance, or each. Off by default, because a line costs
     HAProxy 1 to 2 µs, up to a sixth of a request.
     """
 
     sample: int = setting(100, Change.RELOAD, ge=2, le=1_000_000)
-    """With `sampled`: one request in this many has a line."""
+    """Sampling rate of `sampled`: one request in this many has a line."""
 
     destination: Annotated[str, Field(min_length=1), AfterValidator(_destination)] = setting(
         "journal", Change.LIVE, examples=["journal", "/var/log/imdsproxy/audit.log"]

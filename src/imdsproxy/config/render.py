@@ -81,7 +81,7 @@ def render_nodes(nodes: Iterable[Node]) -> Iterator[tuple[Node, str]]:
     for node in nodes:
         last = node.place[-1]
         if isinstance(last, int):
-            begins = True  # An item has no line of its own: its first setting has the dash
+            begins = True  # an item has no line of its own: its first setting has the dash
             continue
         lead = "  " * (len(node.place) - 1)
         if begins:
@@ -113,4 +113,4 @@ def _example(node: Node, indent: str) -> Iterator[str]:
             if one.place != node.place and not one.setting.fields:
                 yield from _words(one.setting, f"{indent}# {depth}")
             yield f"{indent}# {bare}"
-        yield ""  # Without the blank line, the example would run into the next setting's description
+        yield ""  # without the blank line, the example would run into the next setting's description

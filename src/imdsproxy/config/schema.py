@@ -222,7 +222,7 @@ class NamespaceProxySettings(Section):
     """Group of HAProxy once it listens; null keeps the current group."""
 
     debug: bool = setting(False, Change.NOTHING)
-    """Let HAProxy log at the level debug instead of info."""
+    """Log level debug instead of info for HAProxy."""
 
     use_syslog: bool | None = setting(None, Change.NOTHING)
     """Log requests to /dev/log; null logs them if /dev/log exists."""
