@@ -395,7 +395,7 @@ class NotFound(AdminError):
 
 
 class AlreadyExists(AdminError):
-    """A network or instance of that id exists, and the request asked for a new record."""
+    """A network or instance with this id exists already, and the request asked for a new record."""
 
     exit_status = 73
     http_status = 409

@@ -216,7 +216,7 @@ async def revoke_tokens(instance: _Instance, controller: _Uses) -> tokens.GuardC
 
 @router.post("/instances/{instance}/reopen")
 async def reopen_instance(instance: _Instance, controller: _Uses) -> tokens.GuardChange:
-    """Let the instance's boot begin now: locked paths are open until the boot is over again."""
+    """Begin the instance's boot again: access that ends with the boot is open until the new boot is over."""
     return await tokens.reopen_boot(controller, instance)
 
 

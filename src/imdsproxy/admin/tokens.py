@@ -75,7 +75,7 @@ async def revoke_tokens(controller: Controller, instance: InstanceId) -> GuardCh
 
 
 async def reopen_boot(controller: Controller, instance: InstanceId) -> GuardChange:
-    """Let the instance's boot begin now: locked paths are open until the boot is over. Raises as `revoke_tokens`."""
+    """Begin the boot again: access that ends with the boot is open until it is over. Raises as `revoke_tokens`."""
     now = int(controller.clock.now().timestamp())
     reopen = partial(controller.policy_store.reopen, now=now)
     return await _override(controller, instance, reopen)
