@@ -35,7 +35,7 @@ class Written:
 
     Attributes:
         applied: HAProxy has the change. If false, the change is stored and takes effect once `pending` is resolved.
-        pending: Why the change is not in force yet, as `namespace n1 is missing`.
+        pending: Reasons why the change is not in force yet, as `namespace n1 is missing`.
         warnings: Names in the records that documents change or lack; twenty at most, then how many more.
     """
 
@@ -51,7 +51,7 @@ class Readiness:
     """Readiness: guests get what the sources report; for a hub, hosts get the state of etcd.
 
     Attributes:
-        reasons: Why not, a line each.
+        reasons: Reasons for not being ready, a line each.
         degraded: Configured networks that are not served, then faults that guests do not notice; a line each.
     """
 

@@ -59,7 +59,7 @@ class CardReport:
     """A NIC of the record.
 
     Attributes:
-        seen: The MACs that the neighbour table has for the NIC's addresses, which the guest's real NICs sent.
+        seen: The MACs in the neighbour table for the NIC's addresses: the MACs of the guest's real NICs.
     """
 
     network: model.NetworkId

@@ -81,7 +81,7 @@ class UnixListenerReport:
         mode: The socket's mode, as `0644`; empty if the socket is not served.
         user: Its owner's uid.
         group: Its group's gid.
-        problem: Why the socket is not served.
+        problem: Reason if the socket is not served.
         taken_over: How often HAProxy took the path from a running process since the controller started.
         taken_from: The process that had the path last; empty for none.
     """
@@ -140,7 +140,7 @@ class AuditReport:
         mode: `sampled` or `all`.
         written: Lines since the controller started.
         left_out: Requests without a line since then, because HAProxy's ring or the journal had no room.
-        problem: Why no lines are written now.
+        problem: Reason if no lines are written now.
     """
 
     mode: str

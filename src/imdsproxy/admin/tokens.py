@@ -28,7 +28,7 @@ class GuardChange:
         reopened_at: Unix time when the boot was last reopened; `None` for never.
         applied: No worker of HAProxy uses the previous state. If false, the change takes effect once `pending` is
             resolved.
-        pending: Why the change is not in force yet.
+        pending: Reasons why the change is not in force yet.
         shared: For a revocation, the key file shared with other hosts, which the revocation does not reach.
     """
 
@@ -50,7 +50,7 @@ class KeyRotation:
         file: The file of the keys.
         of_fleet: Number of instances that keep using keys of a fleet.
         applied: Every worker of HAProxy has the key.
-        pending: Why some worker does not have it yet.
+        pending: Reasons why some worker does not have the key yet.
     """
 
     kid: str

@@ -32,7 +32,7 @@ class SettingsReload:
 
     Attributes:
         haproxy_reloaded: HAProxy uses the new settings.
-        pending: Why HAProxy does not use them yet, although it should.
+        pending: Reasons why HAProxy does not use them yet, although it should.
     """
 
     changes: tuple[SettingChange, ...] = ()
@@ -135,7 +135,7 @@ class SettingsHolder:
 
     Attributes:
         taken: Called with settings that have come into force.
-        problems: Why the last reload was refused; empty after a success.
+        problems: Problems for which the last reload was refused; empty after a success.
     """
 
     loaded: Loaded
@@ -155,8 +155,7 @@ class SettingsHolder:
 
         Args:
             accept: Reads and applies the files that the new settings name, before the settings come into force. Returns
-                the
-                paths of settings whose files have new content.
+                the paths of settings whose files have new content.
             allow_dropped: As `allowed` of `refuse_dropped`.
 
         Raises:

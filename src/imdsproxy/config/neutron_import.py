@@ -84,10 +84,8 @@ class Imported:
         secret_from: The option that has the secret.
         report: Report for JSON: `options` with the translation of each; `overridden`, values without effect, each with
             the later value of the same option in `by`; `doubtful`, unknown options, which Neutron ignores too, each
-                with
-            the known name in `near`; `ovn`, the evidence that the agent is OVN's, if any: its database, or any option
-                of
-            a file with its name; `others`, the number of irrelevant options; `secret_file`, as given.
+            with the known name in `near`; `ovn`, the evidence that the agent is OVN's, if any: its database, or any
+            option of a file with its name; `others`, the number of irrelevant options; `secret_file`, as given.
     """
 
     settings: Mapping[str, Any]
@@ -109,8 +107,7 @@ def plan_import(
 
     Args:
         files: Options of each file, in the order in which the agent reads the files: later files win. Nova's files may
-            be
-            among them, and are recognised by their sections.
+            be among them, and are recognised by their sections.
         secret_file: Path for the secret.
         agent_user: The account of Neutron's agents, which no file names.
         server_name: The name in the certificate of a Nova whose URL has an address.

@@ -42,7 +42,7 @@ class NeutronOption:
         takes: A key of `_PATTERNS`, `one of A, B`, `an integer from N on` or `an integer from N to M`.
         becomes: The setting of imdsproxy, if there is one.
         unless: Value with which the option needs no work by hand.
-        why: Why it has no equivalent, or how it is taken over.
+        why: Reason for the missing equivalent, or description of the translation.
         deprecated: Its older names, `(section, name)`.
         secret: True if its value is never shown.
     """

@@ -112,8 +112,7 @@ class _Loader(Composer, CParser, BaseResolver):
 
     Attributes:
         budget: Number of nodes that may still come. A text without aliases has fewer nodes than characters; a text
-            whose
-            aliases multiply (the billion laughs) exhausts the budget.
+            whose aliases multiply (the billion laughs) exhausts the budget.
         faults: Faults that did not stop the decoder.
     """
 
