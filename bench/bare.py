@@ -1,4 +1,4 @@
-"""The bare HAProxy to which figures are compared: no maps, no rules, no cache."""
+"""The bare HAProxy with which figures are compared: no maps, no rules, no cache."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def forwarding(server: str, headers: Sequence[tuple[str, str]] = ()) -> tuple[st
 
 
 def render_bare(limits: Limits, binds: Sequence[str], rules: Sequence[str]) -> str:
-    """Render the configuration, with the timeouts and keep-alive of imdsproxy's."""
+    """Render the configuration, with imdsproxy's timeouts and keep-alive."""
     listening = [f"bind {bind} proto h1 maxconn {limits.maxconn_of_bind}" for bind in binds]
     lines = [
         "global",

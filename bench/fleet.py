@@ -300,7 +300,7 @@ class Fleet:
         return self.hosts * self.instances
 
     def grow(self, count: int) -> None:
-        """Write instances to etcd until there are `count`; hosts of further instances do not exist."""
+        """Write instances to etcd until there are `count`; beyond `size` they belong to hosts that do not exist."""
         first, end = self.filled, count // self.instances
         if end > first:
             self.bench.say(f"{count:,} instances into etcd")

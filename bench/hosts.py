@@ -332,7 +332,7 @@ def main(argv: Sequence[str]) -> int:
     """Simulate these hosts until standard input ends."""
     raise_open_files()
     asyncio.run(_run(HostsSpec(**json.loads(argv[0]))))
-    os._exit(0)  # Closing ten thousand connections one by one would take too long.
+    os._exit(0)  # closing ten thousand connections one by one would take too long
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ _LONGEST: Final = 60
 
 
 class BenchError(Exception):
-    """A precondition of the measurements failed; the message says which."""
+    """A precondition of the measurements failed; the message has the reason."""
 
 
 def choose(repository: Path) -> Path:

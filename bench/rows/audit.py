@@ -32,7 +32,7 @@ _URL: Final = f"http://169.254.169.254{_PATH}"
 _AGENT: Final = "User-Agent: Cloud-Init/24.4.1"
 _BAR: Final = Bar("≥ 0.9 x", at_least=0.9)
 _LEAST: Final = 0.01
-"""Share of lines without room from which a row is invalid: the remaining lines would seem too cheap."""
+"""Share of requests without a line from which a row is invalid: the remaining lines would seem too cheap."""
 
 _MORE_ROUNDS: Final = 2
 """Factor for the number of rounds: the bar is near 1, and lines are written during the load."""

@@ -27,7 +27,7 @@ __all__ = ["measure_reads"]
 
 _LEAF = "/latest/meta-data/instance-id"
 _DATED_LEAF = "/2009-04-04/meta-data/instance-id"
-"""Path that HAProxy does not keep in its map of short documents: `Cache-Control: no-cache` then bypasses HAProxy."""
+"""Path that HAProxy keeps only in its cache, which `no-cache` bypasses, and not in its map of short documents."""
 _USER_DATA = "/latest/user-data"
 _META_DATA = "/openstack/latest/meta_data.json"
 _BARE_PORT = 8080

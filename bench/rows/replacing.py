@@ -81,7 +81,7 @@ def measure_replacing(
             bench.say("the peer with a proxy for each network")
             found = peer.scale(bench.scale.replacing, bench.scale.starts)
             theirs = {count: parse_scale(found, count) for count in bench.scale.replacing}
-            # The peer's measurement takes minutes. A second measurement of ours bears the same changes of the machine.
+            # The peer takes minutes. A second measurement of imdsproxy then sees the same changes of the machine.
             again = _step(bench, stub.port, neutron, bench.scale.replacing[-1], name="again")
             steps[-1] = steps[-1].with_times_of(again)
     rows = [_memory_row(steps), _restart_row(steps[-1])]
