@@ -1,1 +1,1 @@
-"""What hubs, hosts and etcd say to each other: keys and values of the store, and lines of a host's stream."""
+"""Formats that hubs, hosts and etcd exchange: keys and values of the store, and lines of a host's stream."""

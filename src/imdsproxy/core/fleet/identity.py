@@ -1,4 +1,4 @@
-"""Who speaks to a hub: roles, the headers in which HAProxy names them, and the string with which a host joins."""
+"""Identity of a hub's client: roles, the headers in which HAProxy names the client, and a host's invitation."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ RENEW_PATH: Final = "/fleet/renew"
 LEAVE_PATH: Final = "/fleet/leave"
 PASSWORD_PATH: Final = "/fleet/password"  # noqa: S105 - a path
 AUTHORITY_PATH: Final = "/fleet/ca"
-"""The fleet's CA certificate in PEM: a client compares it with the fingerprint that it has."""
+"""The fleet's CA certificate in PEM: a client compares it with its fingerprint."""
 
 HEADER_ROLE: Final = "x-imdsproxy-role"
 HEADER_NAME: Final = "x-imdsproxy-name"
 HEADER_SERIAL: Final = "x-imdsproxy-serial"
 HEADER_SCOPE: Final = "x-imdsproxy-scope"
 HEADER_PEER: Final = "x-imdsproxy-peer"
-"""The client's address; all others are of its verified certificate. HAProxy removes what a client sends under these
-names."""
+"""Address of the client; the other headers come from its verified certificate. HAProxy removes headers with these names
+from a client's request.
+"""
 
 LIBRARY_HINT: Final = "apt install python3-cryptography, or pip install 'imdsproxy[fleet]'"
-"""Where the library that makes keys and certificates is missing."""
+"""Hint if the library for keys and certificates is missing."""
 
 SHORTEST_INVITATION_S: Final = 60
 LONGEST_INVITATION_S: Final = 30 * 24 * 3600
-"""Bounds of the time for which an invitation is good."""
+"""Bounds of an invitation's lifetime."""
 
 _NAME: Final = re.compile(ID_PATTERN)
 _PREFIX: Final = "imdsproxy-join-1."
@@ -41,7 +42,7 @@ _FINGERPRINT: Final = re.compile("[0-9a-f]{64}")
 
 
 class Role(StrEnum):
-    """What a certificate is for: its OU."""
+    """Role of a certificate: its OU."""
 
     HUB = "hub"
     HOST = "host"
@@ -60,12 +61,12 @@ OPERATOR_ROLES: Final = frozenset({Role.OPERATOR, Role.MOVER, Role.READER})
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Whose certificate HAProxy has verified.
+    """Subject of a certificate that HAProxy has verified.
 
     Attributes:
-        name: The certificate's CN: of a host or hub its id.
-        serial: The certificate's number, two hexadecimal digits in upper case for each byte.
-        scope: The project that an operator is limited to, the certificate's O; `None` for all.
+        name: CN of the certificate: for a host or hub its id.
+        serial: Serial number of the certificate, two hexadecimal digits in upper case for each byte.
+        scope: O of the certificate: the project to which an operator is limited; `None` for all.
     """
 
     role: Role
@@ -75,7 +76,7 @@ class Identity:
 
 
 def read_identity(headers: Mapping[str, str]) -> Identity | None:
-    """Who sent a request, by the headers that HAProxy set; `None` without a certificate."""
+    """Return the identity in the headers that HAProxy set; `None` without a certificate."""
     role = headers.get(HEADER_ROLE)
     if role is None:
         return None
@@ -84,19 +85,19 @@ def read_identity(headers: Mapping[str, str]) -> Identity | None:
 
 
 def spell_serial(number: int) -> str:
-    """A certificate's number as `Identity.serial` has it."""
+    """Return a certificate's serial number in the form of `Identity.serial`."""
     return number.to_bytes((number.bit_length() + 7) // 8).hex().upper()
 
 
 @dataclass(frozen=True, slots=True)
 class Invitation:
-    """What a host needs to join, which is one string for an operator.
+    """Data with which a host joins; operators see it as one string.
 
     Attributes:
-        host: Its name in the fleet.
-        urls: Of hubs, `https://HOST:PORT`.
+        host: Name of the host in the fleet.
+        urls: URLs of hubs, `https://HOST:PORT`.
         fingerprint: SHA-256 of the CA certificate (DER), hexadecimal in lower case.
-        token: Good once. A secret.
+        token: One-time token. A secret.
     """
 
     host: HostId
@@ -109,17 +110,17 @@ class Invitation:
 
 
 def render_invitation(invitation: Invitation) -> str:
-    """The string, one word."""
+    """Render the invitation as one word."""
     shape = [invitation.host, list(invitation.urls), invitation.fingerprint, invitation.token]
     text = json.dumps(shape, separators=(",", ":")).encode()
     return _PREFIX + base64.urlsafe_b64encode(text).rstrip(b"=").decode()
 
 
 def parse_invitation(text: str) -> Invitation:
-    """The reverse of `render_invitation`.
+    """Parse the result of `render_invitation`.
 
     Raises:
-        ValueError: It is no such string; the message does not repeat it.
+        ValueError: The text is not an invitation; the message does not repeat the text.
     """
     word = text.strip()
     if not word.startswith(_PREFIX):
@@ -128,7 +129,7 @@ def parse_invitation(text: str) -> Invitation:
         encoded = word.removeprefix(_PREFIX).encode("ascii")
         found = json.loads(base64.b64decode(encoded + b"=" * (-len(encoded) % 4), b"-_"))
     except (ValueError, RecursionError):
-        # Its cause would show a part of the secret.
+        # The cause would show a part of the secret.
         raise ValueError("it is incomplete") from None
     match found:
         case [str(host), list(urls), str(fingerprint), str(token)] if (

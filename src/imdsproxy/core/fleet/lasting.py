@@ -1,7 +1,7 @@
-"""Values of a fleet that etcd may not forget: memberships of hosts, revocations of operators, and guards. Pure.
+"""Fleet values that must survive a restore of etcd: host memberships, operator revocations and overrides. Pure.
 
-Each of these keys has an order in which its value only grows. After a restore etcd's revisions say nothing of what is
-newer; this order does. So two values of a key, of whatever history of etcd, always have one join.
+Each of these keys has an order in which its value only grows. After a restore, etcd's revisions do not show which value
+is newer; this order does. So any two values of a key have exactly one join, even from different histories of etcd.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from imdsproxy.core.fleet.members import HostState, StoredHost, parse_host, pars
 from imdsproxy.core.policy import OperatorOverride
 
 LASTING: Final = (HOSTS, CERTIFICATES, GUARDS)
-"""How their keys begin."""
+"""Prefixes of keys whose values must survive a restore."""
 
 EPOCHS: Final = 2**40
-"""Epochs of an instance in one incarnation: more than etcd has revisions between two acceptances."""
+"""Epochs of an instance in one incarnation: more than the revisions of etcd between two acceptances."""
 
 
 def is_lasting(key: str) -> bool:
-    """Whether a key is one of these."""
+    """Return whether a key begins with one of `LASTING`."""
     return key.startswith(LASTING)
 
 
 def join_values(key: str, known: bytes, found: bytes) -> bytes:
-    """Return the join of two values of a key: `found` itself if nothing of it is older.
+    """Return the join of two values of a key: `found` itself if no part of it is older.
 
     Raises:
-        Unreadable: `found` is not what hubs write.
+        Unreadable: Another program than a hub wrote `found`.
     """
     if key.startswith(HOSTS):
         newer = _order(parse_host(found)) >= _order(parse_host(known))
@@ -36,14 +36,14 @@ def join_values(key: str, known: bytes, found: bytes) -> bytes:
     if key.startswith(GUARDS):
         before, after = parse_guard(known), parse_guard(found)
         joined = join_overrides(before, after)
-        # An equal value stays byte for byte, so that hubs agree on what etcd has to have.
+        # An equal value stays byte for byte, so that hubs agree on the value that etcd must have.
         return found if joined == after else known if joined == before else render_guard(joined)
     parse_operator(found)
     return found
 
 
 def join_overrides(one: OperatorOverride, other: OperatorOverride) -> OperatorOverride:
-    """Return the join of two guards: neither a revocation nor a reopening is taken back."""
+    """Return the join of two overrides: it reverts neither a revocation nor a reopening."""
     return OperatorOverride(max(one.epoch, other.epoch), max(one.reopened_at, other.reopened_at))
 
 
@@ -52,11 +52,11 @@ def _order(stored: StoredHost) -> tuple[int, int, bool]:
 
 
 def describe_regained(key: str, value: bytes, *, absent: bool) -> tuple[str, str]:
-    """Return whose value etcd had lost, and what the value says, for operators.
+    """Return the owner of a value that etcd had lost, and the value's meaning, for operators.
 
     Args:
-        key: One of these.
-        value: What hubs put back.
+        key: Key of the value.
+        value: Value that hubs restored.
         absent: Whether etcd had no value at all.
     """
     if key.startswith(GUARDS):

@@ -1,7 +1,7 @@
-"""Where records of a fleet are in etcd, and how their values are written.
+"""Keys of a fleet's records in etcd, and the encoding of their values.
 
-Everything below `PREFIX` is followed by every hub. What is large or only compared (user data, claims) is elsewhere.
-A record is never deleted: its removal is written, so that a key that is absent never means one that was removed.
+Every hub watches all keys below `PREFIX`. Large values (user data), and values that are only compared (claims), have
+other prefixes. A hub never deletes a record: it writes the removal, so that an absent key never means a removed record.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from imdsproxy.core.model import ID_PATTERN, InstanceId, IpAddress, NetworkId
 from imdsproxy.core.policy import OperatorOverride
 
 HostId = NewType("HostId", str)
-"""A host's name in the fleet, as `model.ID_PATTERN`; the common name of its certificate."""
+"""Name of a host in the fleet, as `model.ID_PATTERN`; the common name of its certificate."""
 
 PREFIX: Final = "/imds/1/"
 BLOBS: Final = "/imds/blob/"
@@ -30,19 +30,19 @@ SUSPECT: Final = f"{PREFIX}suspect"
 """Claims that etcd was restored from a backup (`core.fleet.suspicion`)."""
 
 ENVELOPE: Final = f"{PREFIX}envelope"
-"""Which of their keys hubs seal secrets with; without it the first in their file."""
+"""Names the key with which hubs seal secrets; if absent, hubs use the first key in their file."""
 
 NETWORKS: Final = f"{PREFIX}net/"
 INSTANCES: Final = f"{PREFIX}inst/"
 POLICIES: Final = f"{PREFIX}pol/"
-"""Followed by `fleet`, `host/ID` or `project/ID`; rules as `core.records.network.POLICY` has them."""
+"""Prefix of `fleet`, `host/ID` or `project/ID`; rules as `core.records.network.POLICY` encodes them."""
 
 GRANTS: Final = f"{PREFIX}grant/"
-"""Followed by a project; what its operators may use, as `core.records.grant.GRANT` has it."""
+"""Prefix of a project: resources that its operators may use, as `core.records.grant.GRANT` encodes them."""
 
 GUARDS: Final = f"{PREFIX}guard/"
 PASSWORDS: Final = f"{PREFIX}pass/"
-"""Followed by an instance: the password that its guest posted, sealed."""
+"""Prefix of an instance: the sealed password that its guest posted."""
 
 TOKEN_KEYS: Final = f"{PREFIX}key/tokens"
 """All keys of session tokens in one value, so that they change together."""
@@ -50,20 +50,20 @@ TOKEN_KEYS: Final = f"{PREFIX}key/tokens"
 HOSTS: Final = f"{PREFIX}host/"
 CERTIFICATES: Final = f"{PREFIX}cert/"
 HUBS: Final = f"{PREFIX}live/"
-"""Followed by the name of a hub that runs; with a lease."""
+"""Prefix of the name of a running hub; each key has a lease."""
 
 KNOWN_HUBS: Final = f"{PREFIX}hub/"
-"""Followed by the name of a hub, whether it runs or not."""
+"""Prefix of the name of a hub, running or not."""
 
 CHUNK_BYTES: Final = 256 * 1024
-"""Of user data in one key: a request to etcd has at most 1.5 MiB."""
+"""Bytes of user data in one key: a request to etcd has at most 1.5 MiB."""
 
 MOST_LEFT: Final = 32
 ANYWHERE: Final = HostId("*")
-"""In `StoredInstance.left`: the record before could not be read, so any host may have had the instance."""
+"""In `StoredInstance.left`: the previous record was unreadable, so any host may have had the instance."""
 
 FORMAT: Final = 1
-"""Raise it when values mean something else: a hub that does not know it refuses to start."""
+"""Raise it when values change their meaning: a hub refuses to start with a format that it does not know."""
 
 ID_SHAPE: Final = ID_PATTERN.removeprefix("^").removesuffix("$")
 """`ID_PATTERN` as a part of a longer expression."""
@@ -72,14 +72,14 @@ MOST_NUMBER: Final = 2**63 - 1
 """Largest number that etcd, SQLite and HAProxy take."""
 
 MOST_TEXT: Final = 1000
-"""Characters of a text that a machine of the fleet reports."""
+"""Maximum characters of a text that a machine of the fleet reports."""
 
 _ID: Final = re.compile(ID_PATTERN)
 
 Json: TypeAlias = dict[str, Any]
 
 View: TypeAlias = Callable[[str], tuple[bytes, int] | None]
-"""A key's value and the revision that wrote it; `None` for an absent key. Claims may be unknown."""
+"""Lookup of a key's value and the revision that wrote it; `None` for an absent key. Claims may be unknown."""
 
 
 SHA256: Final = re.compile("[0-9a-f]{64}")
@@ -87,16 +87,16 @@ SHA256: Final = re.compile("[0-9a-f]{64}")
 
 
 class Unreadable(ValueError):
-    """A value is not what hubs write: another program wrote it. It is never taken for one that is absent."""
+    """Value that another program than a hub wrote. Hubs never treat it as absent."""
 
 
 @dataclass(frozen=True, slots=True)
 class Meta:
-    """The fleet.
+    """Identity of the fleet.
 
     Attributes:
-        fleet: A UUID, made with the fleet.
-        incarnation: One more each time that an operator accepts a restored backup.
+        fleet: UUID, made with the fleet.
+        incarnation: Number that an operator raises by accepting a restored backup.
     """
 
     fleet: str
@@ -106,10 +106,10 @@ class Meta:
 
 @dataclass(frozen=True, slots=True)
 class UserData:
-    """Where an instance's user data is.
+    """Reference to an instance's user data.
 
     Attributes:
-        sha256: Of the bytes, hexadecimal; names the chunks.
+        sha256: Digest of the bytes, hexadecimal; part of the chunks' keys.
         size: In bytes.
     """
 
@@ -119,15 +119,15 @@ class UserData:
 
 @dataclass(frozen=True, slots=True)
 class StoredInstance:
-    """An instance as it is stored.
+    """Instance as etcd stores it.
 
     Attributes:
-        hosts: Where it is served; two while it moves, none when it was removed.
-        record: As `core.records.render_record`, without `user_data`; when it was removed only its `project`.
-        request: Names the write, so that one whose answer was lost is recognised.
+        hosts: Hosts that serve the instance: two during a move, none after a removal.
+        record: Output of `core.records.render_record`, without `user_data`; after a removal only the `project`.
+        request: Id of the write; a hub recognises by it a write whose answer was lost.
         removed_at: Unix time of the removal.
-        left: Hosts where it was before, the last `MOST_LEFT`: they may be answered that it went. To another host that
-            asks for it nothing is answered of it.
+        left: Hosts that had the instance before, the last `MOST_LEFT`. Only these hosts may learn that the instance was
+            removed; other hosts get no answer about it.
     """
 
     hosts: tuple[HostId, ...]
@@ -138,17 +138,17 @@ class StoredInstance:
     left: tuple[HostId, ...] = ()
 
     def leaves(self, hosts: Collection[HostId]) -> tuple[HostId, ...]:
-        """`left` of what places it on these hosts."""
+        """Return the `left` of a record that places the instance on these hosts."""
         before = dict.fromkeys((*self.left, *self.hosts))
         return tuple(one for one in before if one not in hosts)[-MOST_LEFT:]
 
 
 @dataclass(frozen=True, slots=True)
 class StoredNetwork:
-    """A network as it is stored.
+    """Network as etcd stores it.
 
     Attributes:
-        record: As `core.records.render_record`; when it was removed only its `project`.
+        record: Output of `core.records.render_record`; after a removal only the `project`.
         request: As `StoredInstance.request`.
         removed_at: Unix time of the removal.
     """
@@ -159,17 +159,17 @@ class StoredNetwork:
 
 
 def is_id(text: str) -> bool:
-    """Whether a text may be the id of a host or a project."""
+    """Return whether a text may be the id of a host or a project."""
     return _ID.fullmatch(text) is not None
 
 
 def is_number(value: object) -> bool:
-    """Whether a JSON value is a whole number from 0 to `MOST_NUMBER`."""
+    """Return whether a JSON value is a whole number from 0 to `MOST_NUMBER`."""
     return type(value) is int and 0 <= value <= MOST_NUMBER
 
 
 def is_count(value: object) -> bool:
-    """Whether a JSON value is a number to which hubs add: far below `MOST_NUMBER`, so that no sum is unreadable."""
+    """Return whether a JSON value is a counter: far below `MOST_NUMBER`, so that no sum exceeds it."""
     return is_number(value) and cast("int", value) <= MOST_NUMBER // 2
 
 
@@ -180,67 +180,64 @@ def plain(text: str, most: int = MOST_TEXT) -> str:
 
 
 def network_key(network: NetworkId) -> str:
-    """Of a network's record."""
     return f"{NETWORKS}{network}"
 
 
 def instance_key(instance: InstanceId) -> str:
-    """Of an instance's record."""
     return f"{INSTANCES}{instance}"
 
 
 def claims_in(network: NetworkId) -> str:
-    """What the claims of a network begin with; while there is one, the network cannot be removed."""
+    """Return the prefix of a network's claims; while a claim exists, the network cannot be removed."""
     return f"{CLAIMS}{network}/"
 
 
 def address_claim(network: NetworkId, address: IpAddress) -> str:
-    """Whose value is the instance that has the address there; a MAC is claimed as its link-local address."""
+    """Return the key whose value is the owner of an address; a MAC is claimed as its link-local address."""
     return f"{CLAIMS}{network}/addr/{address}"
 
 
 def port_claim(network: NetworkId, instance: InstanceId) -> str:
-    """Of an instance with a port there that has neither MAC nor address."""
+    """Return the key that claims a network for an instance's port without MAC and address."""
     return f"{CLAIMS}{network}/port/{instance}"
 
 
 def grant_key(project: str) -> str:
-    """Of what a project's operators may use."""
+    """Return the key of a project's grant."""
     return f"{GRANTS}{project}"
 
 
 def password_key(instance: InstanceId) -> str:
-    """Of the password that an instance's guest posted."""
+    """Return the key of the password that an instance's guest posted."""
     return f"{PASSWORDS}{instance}"
 
 
 def guard_key(instance: InstanceId) -> str:
-    """Of what operators did about an instance."""
+    """Return the key of an instance's operator override."""
     return f"{GUARDS}{instance}"
 
 
 def import_key(request: str) -> str:
-    """Of an import that is under way, or was broken off."""
+    """Return the key of an unfinished import."""
     return f"{IMPORTS}{request}"
 
 
 def blob_key(sha256: str, number: int) -> str:
-    """Of one chunk of user data."""
+    """Return the key of one chunk of user data."""
     return f"{BLOBS}{sha256}/{number:02}"
 
 
 def blob_use_key(sha256: str) -> str:
-    """Written with each record that begins to have this user data, so that no hub removes it at the same time."""
+    """Return the key that each record starting to use this user data also writes: no hub removes the data meanwhile."""
     return f"{BLOB_USES}{sha256}"
 
 
 def encode(value: Json) -> bytes:
-    """A value as it is written."""
     return json.dumps(value, separators=(",", ":"), sort_keys=True).encode()
 
 
 def decode(value: bytes) -> Json:
-    """The reverse of `encode`; `Unreadable` where it is no JSON object."""
+    """Parse a value as a JSON object; raises `Unreadable`."""
     try:
         found = json.loads(value.decode())
     except (ValueError, RecursionError) as error:
@@ -251,12 +248,12 @@ def decode(value: bytes) -> Json:
 
 
 def render_meta(meta: Meta) -> bytes:
-    """The value of `META`."""
+    """Render the value of `META`."""
     return encode({"fleet": meta.fleet, "incarnation": meta.incarnation, "format": meta.format})
 
 
 def parse_meta(value: bytes) -> Meta:
-    """The reverse of `render_meta`; raises `Unreadable`."""
+    """Parse the value of `META`; raises `Unreadable`."""
     match decode(value):
         case {"fleet": str(fleet), "incarnation": incarnation, "format": form} if (
             is_id(fleet) and is_number(incarnation) and is_number(form)
@@ -267,7 +264,7 @@ def parse_meta(value: bytes) -> Meta:
 
 
 def render_instance(stored: StoredInstance) -> bytes:
-    """The value of an instance's key."""
+    """Render the value of an instance's key."""
     data = stored.user_data
     return encode(
         {
@@ -282,7 +279,7 @@ def render_instance(stored: StoredInstance) -> bytes:
 
 
 def parse_instance(value: bytes) -> StoredInstance:
-    """The reverse of `render_instance`; raises `Unreadable`. The record itself is not checked."""
+    """Parse the value of an instance's key, without checking the record; raises `Unreadable`."""
     found = decode(value)
     data, record = found.get("user_data"), _record(found)
     ports = record.get("ports", [])
@@ -299,25 +296,25 @@ def parse_instance(value: bytes) -> StoredInstance:
 
 
 def render_network(stored: StoredNetwork) -> bytes:
-    """The value of a network's key."""
+    """Render the value of a network's key."""
     return encode(
         {"record": stored.record, "request": stored.request, "removed_at": stored.removed_at}
     )
 
 
 def parse_network(value: bytes) -> StoredNetwork:
-    """The reverse of `render_network`; raises `Unreadable`. The record itself is not checked."""
+    """Parse the value of a network's key, without checking the record; raises `Unreadable`."""
     found = decode(value)
     return StoredNetwork(_record(found), _request(found), _removed(found))
 
 
 def render_guard(override: OperatorOverride) -> bytes:
-    """The value of a guard's key."""
+    """Render the value of an override's key."""
     return encode({"epoch": override.epoch, "reopened_at": override.reopened_at})
 
 
 def parse_guard(value: bytes) -> OperatorOverride:
-    """The reverse of `render_guard`; raises `Unreadable`."""
+    """Parse the value of an override's key; raises `Unreadable`."""
     match decode(value):
         case {"epoch": epoch, "reopened_at": at} if is_number(epoch) and is_number(at):
             return OperatorOverride(epoch, at)
@@ -326,15 +323,15 @@ def parse_guard(value: bytes) -> OperatorOverride:
 
 
 def removal_time(value: bytes) -> int | None:
-    """When a record was removed, Unix time; `None` where it was not."""
-    # Of hundreds of thousands next to none is one.
+    """Return the removal time of a record, Unix time; `None` if it was not removed."""
+    # Almost none of hundreds of thousands of records is a removal: avoid decoding.
     if b'"removed_at":null' in value or b'"removed_at"' not in value:
         return None
     return _removed(decode(value))
 
 
 def parse_claim(value: bytes) -> InstanceId:
-    """Parse who holds a claim; raises `Unreadable`."""
+    """Parse the owner of a claim; raises `Unreadable`."""
     holder = value.decode(errors="replace")
     if not is_id(holder):
         raise Unreadable("it names no instance")

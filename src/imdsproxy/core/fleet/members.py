@@ -1,6 +1,6 @@
-"""Which hosts and operators a fleet accepts, as it is in etcd; what becomes of it when one joins, renews or is revoked.
+"""Hosts and operators that a fleet admits, as stored in etcd: plans for enrolment, renewal and revocation.
 
-Pure: a hub writes the new value where the old one is still there.
+Pure: a hub writes the planned value only if the old value is unchanged.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _AGAIN: Final = "`imdsproxy fleet enrol HOST` makes a new one"
 
 
 class HostState(StrEnum):
-    """Where a host is on its way."""
+    """State of a host's membership."""
 
     INVITED = "invited"
     ENROLLED = "enrolled"
     REVOKED = "revoked"
     UNREADABLE = "unreadable"
-    """Never stored: another program wrote the host's value. The host is not admitted, and may be invited or revoked."""
+    """Never stored: another program wrote the host's value. The host is refused; operators may invite or revoke it."""
 
 
 _STORED: Final = frozenset(HostState) - {HostState.UNREADABLE}
@@ -42,17 +42,16 @@ _STORED: Final = frozenset(HostState) - {HostState.UNREADABLE}
 
 @dataclass(frozen=True, slots=True)
 class StoredHost:
-    """A host as it is stored.
+    """Host as etcd stores it.
 
     Attributes:
-        serials: Of the certificates that are good: the host's, and while it renews that, the next one.
-        token_sha256: Of the one-time token, hexadecimal, until it is used.
-        expires_at: When the token ends, Unix time.
-        trusts: Which CAs it was given with its newest certificate, as hubs name all of them; empty where that was not
-            noted.
-        revocations: How often the host was revoked, or enrolled again.
-        version: How often the value was written. Of two values, the one with more revocations is newer, then the one
-            with the higher version: etcd's revisions say nothing of that after a restore.
+        serials: Serial numbers of the valid certificates: the host's, and during a renewal also the next one's.
+        token_sha256: Digest of the one-time token, hexadecimal; `None` after its use.
+        expires_at: End of the token, Unix time.
+        trusts: CAs that the host received with its newest certificate, as hubs name them together; empty if unknown.
+        revocations: Number of revocations and new enrolments.
+        version: Number of writes of the value. The value with more revocations is newer, then the value with the higher
+            version: after a restore etcd's revisions do not show this order.
     """
 
     state: HostState
@@ -66,7 +65,7 @@ class StoredHost:
 
 @dataclass(frozen=True, slots=True)
 class StoredOperator:
-    """An operator, or a hub, whose certificates are not good any more; others have no value.
+    """Operator or hub whose certificates are revoked; others have no value.
 
     Attributes:
         revoked_at: Unix time.
@@ -76,17 +75,17 @@ class StoredOperator:
 
 
 def host_key(host: HostId) -> str:
-    """Of `StoredHost`."""
+    """Return the key of a `StoredHost`."""
     return f"{HOSTS}{host}"
 
 
 def operator_key(name: str) -> str:
-    """Of `StoredOperator`."""
+    """Return the key of a `StoredOperator`."""
     return f"{CERTIFICATES}{name}"
 
 
 def render_host(stored: StoredHost) -> bytes:
-    """The value of a host's key."""
+    """Render the value of a host's key."""
     return encode(
         {
             "state": stored.state.value,
@@ -101,7 +100,7 @@ def render_host(stored: StoredHost) -> bytes:
 
 
 def parse_host(value: bytes) -> StoredHost:
-    """The reverse of `render_host`; raises `Unreadable`."""
+    """Parse the value of a host's key; raises `Unreadable`."""
     match decode(value):
         case {
             "state": str(state),
@@ -128,8 +127,8 @@ def parse_host(value: bytes) -> StoredHost:
 def read_host(value: bytes, revision: int) -> StoredHost:
     """Parse the value of a host's key that was written at a revision.
 
-    One that cannot be read is a host in the state `UNREADABLE`. It was revoked and written no more often than etcd has
-    revisions, so whatever is written over it is newer than all that was known of the host.
+    An unreadable value gives a host in the state `UNREADABLE`. etcd's revision is an upper bound of the revocations and
+    writes, so the next write is newer than every earlier value.
     """
     try:
         return parse_host(value)
@@ -138,7 +137,7 @@ def read_host(value: bytes, revision: int) -> StoredHost:
 
 
 def render_operator(stored: StoredOperator) -> bytes:
-    """The value of an operator's key."""
+    """Render the value of an operator's key."""
     return encode({"revoked_at": stored.revoked_at})
 
 
@@ -152,12 +151,12 @@ def parse_operator(value: bytes) -> StoredOperator:
 
 
 def hash_token(token: str) -> str:
-    """As `StoredHost.token_sha256`."""
+    """Return a token's `StoredHost.token_sha256`."""
     return sha256(token.encode()).hexdigest()
 
 
 def plan_invitation(stored: StoredHost | None, token: str, expires_at: int) -> StoredHost:
-    """A new token, in the place of one before; a host that is enrolled goes on until it joins with it."""
+    """Replace the token of a host. An enrolled host stays enrolled until it joins with the new token."""
     before = stored or StoredHost(HostState.INVITED)
     enrolled = before.state is HostState.ENROLLED
     return _next(
@@ -171,14 +170,14 @@ def plan_invitation(stored: StoredHost | None, token: str, expires_at: int) -> S
 def plan_enrolment(
     stored: StoredHost | None, token: str, serial: str, now: float, trusts: str = ""
 ) -> StoredHost:
-    """A host joins: the token is used up, and only the new certificate is good.
+    """Enrol a host: use up its token and accept only its new certificate.
 
-    Certificates from before are revoked by that: a journal that has a later renewal of them does not bring them back.
+    This revokes earlier certificates: a later renewal in a journal does not restore them.
 
     Raises:
-        AccessDenied: The token is not the host's, was used, or has ended.
+        AccessDenied: The token is not the host's, was used, or has expired.
     """
-    # Compared also where there is none, so that the time shows nothing.
+    # Compare even without a stored token, so that the response time reveals nothing.
     wanted = "" if stored is None or stored.token_sha256 is None else stored.token_sha256
     if not hmac.compare_digest(wanted.encode(), hash_token(token).encode()):
         raise AccessDenied("the token is not this host's, or was used already", hint=_AGAIN)
@@ -198,10 +197,10 @@ def plan_enrolment(
 def plan_renewal(
     stored: StoredHost | None, presented: str, serial: str, trusts: str = ""
 ) -> StoredHost:
-    """A host renews its certificate: the one that it has shown stays good beside the new one, and no other.
+    """Renew a host's certificate: only the presented and the new certificate are valid afterwards.
 
     Raises:
-        AccessDenied: The certificate that it has shown is not good.
+        AccessDenied: The presented certificate is revoked or replaced.
     """
     if stored is None or not admits_host(stored, presented):
         raise AccessDenied("this certificate is revoked, or another has replaced it", hint=_AGAIN)
@@ -209,7 +208,7 @@ def plan_renewal(
 
 
 def plan_revocation(host: HostId, stored: StoredHost | None) -> StoredHost:
-    """No certificate and no token of the host is good any more; `NotFound` where the fleet has none of that name."""
+    """Revoke all certificates and the token of a host; raises `NotFound` if the fleet has no such host."""
     if stored is None:
         raise NotFound(f"the fleet has no host {host}", hint="imdsproxy fleet hosts")
     return StoredHost(
@@ -222,17 +221,17 @@ def _next(stored: StoredHost, **changes: Any) -> StoredHost:  # noqa: ANN401 - a
 
 
 def admits_host(stored: StoredHost | None, serial: str) -> bool:
-    """Whether a host's verified certificate of that number is good now."""
+    """Return whether a host's verified certificate with this serial number is valid now."""
     if stored is None or stored.state is not HostState.ENROLLED:
         return False
     return serial in stored.serials
 
 
 def admits_operator(identity: Identity, revoked: bytes | None) -> bool:
-    """Whether the verified certificate of an operator or a hub is good now.
+    """Return whether the verified certificate of an operator or a hub is valid now.
 
     Args:
-        identity: Whose it is.
-        revoked: The value of `operator_key`; `None` where there is none.
+        identity: Subject of the certificate.
+        revoked: Value of `operator_key`; `None` if absent.
     """
     return revoked is None and (identity.role in OPERATOR_ROLES or identity.role is Role.HUB)

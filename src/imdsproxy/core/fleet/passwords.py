@@ -1,4 +1,4 @@
-"""A guest's password on a host of a fleet: what the host does about its own file, given what the fleet has. Pure."""
+"""A guest's password on a fleet host: plan for the host's file, given the fleet's value. Pure."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 CLEARED: Final = b""
-"""An operator has cleared the password. No guest posts an empty one."""
+"""Value of a password that an operator has cleared. No guest posts an empty password."""
 
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """Have the fleet's password in the file."""
+    """Write the fleet's password to the file."""
 
     password: bytes
 
@@ -23,7 +23,7 @@ class Forget:
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send the file's password to a hub: the guest has posted it here."""
+    """Send the file's password to a hub: the guest has posted it on this host."""
 
     password: bytes
 
@@ -32,16 +32,16 @@ PasswordStep: TypeAlias = Keep | Forget | Send | None
 
 
 def plan_password(local: bytes | None, fleet: bytes | None, before: bytes | None) -> PasswordStep:
-    """What is to be done.
+    """Return the next step for the host's file, or `None`.
 
     Args:
-        local: What the file has; `None` where there is none.
-        fleet: What the fleet has: a password, `CLEARED`, or `None` for nothing.
-        before: What the fleet had when this host last looked, or what this host has sent since.
+        local: Password in the file; `None` without a file.
+        fleet: Value of the fleet: a password, `CLEARED`, or `None`.
+        before: Value of the fleet when this host last checked, or the password that this host has sent since.
     """
     if fleet:
         return None if local == fleet else Keep(fleet)
     if local is None:
         return None
-    # Another one was posted since: the guest may, once the password before is cleared.
+    # A local password that differs from the cleared one is new: the guest may post again after the clearing.
     return Forget() if fleet == CLEARED and local == before else Send(local)

@@ -1,4 +1,4 @@
-"""What a host does with what its fleet says of guests: rules, guards, and keys of session tokens."""
+"""The fleet's rules, operator overrides and session token keys, as a host applies them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from imdsproxy.core.retired import Overrides
 from imdsproxy.core.tokens import InstanceKeys
 
 FLEET: Final[SourceName] = "fleet"
-"""The source of records that a fleet places on this host."""
+"""Source of the records that a fleet places on this host."""
 
 
 @dataclass(frozen=True, slots=True)
 class FleetPolicies:
-    """All that a fleet says of guests of this host.
+    """Fleet's policies for guests of this host.
 
     Attributes:
-        guards: What the fleet's operators did about single instances.
-        keys: Of each instance of the fleet that is here (`core.tokens.instance_key`), the one in force first.
+        guards: Overrides of the fleet's operators by instance.
+        keys: Token keys of each fleet instance on this host (`core.tokens.instance_key`), the key in force first.
     """
 
     rules: FleetRules = field(default_factory=FleetRules)
@@ -30,11 +30,11 @@ class FleetPolicies:
 
 
 def join_guards(own: Overrides, fleet: FleetPolicies) -> Overrides:
-    """What is in force of what this host's operators and the fleet's did about instances.
+    """Merge the overrides of this host's operators and of the fleet's.
 
-    A boot begins when it was opened last. The epoch of an instance with keys of the fleet is the fleet's alone: a
-    maximum would hide the fleet's next revocation where this host counted further, and what was revoked here were
-    tokens by this host's keys, which are not believed for it. Without such keys each revocation counts.
+    The later reopening starts the boot. If an instance has keys of the fleet, only the fleet's epoch counts. A maximum
+    would hide the fleet's next revocation if this host's epoch were higher, and a revocation on this host concerns
+    tokens signed by this host's keys, which are not valid for the instance. Without such keys, both epochs are added.
     """
     joined = dict(own.listed)
     for instance in {*fleet.guards, *(name for name in fleet.keys if name in own)}:

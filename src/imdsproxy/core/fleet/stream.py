@@ -1,7 +1,7 @@
-"""Lines of a host's stream: one JSON object each, both ways, after `101 Switching Protocols`.
+"""Lines of a host's stream: one JSON object each, in both directions, after `101 Switching Protocols`.
 
-A host says hello with what it has, gets what differs, then each change. It acknowledges a revision when all up to it is
-in force. It gets nothing but what is placed on it.
+A host sends hello with its items, then receives the difference, then each change. It acknowledges a revision when
+everything up to the revision is in force. It receives only items that are placed on it.
 """
 
 from __future__ import annotations
@@ -21,28 +21,29 @@ from imdsproxy.core.policy import OperatorOverride
 
 STREAM_PATH: Final = "/fleet/stream"
 BLOB_PATH: Final = "/fleet/blob/"
-"""Followed by the SHA-256 of user data: the bytes, for hosts that have an instance with it."""
+"""Prefix of the SHA-256 of user data; returns the bytes to hosts of an instance that has the user data."""
 
 ALIVE_PATH: Final = "/fleet/alive"
-"""Answered at once by a hub that runs, also while it has not read etcd."""
+"""Answered at once by a running hub, even before it has read etcd."""
 
 UPGRADE: Final = "imdsproxy-fleet"
 FORMAT: Final = 1
 MAX_LINE: Final = 4 * 1024 * 1024
-"""Bytes; a longer line ends the stream."""
+"""In bytes; a longer line ends the stream."""
 
 PING_S: Final = 5.0
-"""A hub pings each of its hosts so often, and a host answers each ping."""
+"""Interval at which a hub pings each of its hosts. The host answers each ping."""
 
 SILENCE_S: Final = 15.0
-"""After so long without a line, host and hub take each other for lost: two pings were not answered."""
+"""After this time without a line, host and hub regard each other as lost: two pings are unanswered."""
 
 CONNECT_S: Final = 2.0
-"""A hub has so long for a connection, and to show that it runs, before another hub is asked."""
+"""Time for a hub to accept a connection and answer that it runs; then the host tries another hub."""
 
 ItemKey: TypeAlias = str
-"""`network/ID`, `instance/ID`, `policy/fleet`, `policy/host/ID`, `policy/project/ID`; of an instance `guard/ID`,
-`keys/ID` and `password/ID`."""
+"""`network/ID`, `instance/ID`, `policy/fleet`, `policy/host/ID`, `policy/project/ID`; for an instance also `guard/ID`,
+`keys/ID` and `password/ID`.
+"""
 
 _ITEM_KEY: Final = re.compile(
     f"(?:network|instance|guard|keys|password)/{ID_SHAPE}|policy/(?:fleet|(?:host|project)/{ID_SHAPE})"
@@ -52,17 +53,17 @@ _STATUSES: Final = range(100, 600)
 
 
 class Broken(ValueError):
-    """A line is not what the other side may send."""
+    """Line that the other side must not send."""
 
 
 class ByeCode(StrEnum):
-    """Why a hub ends a stream."""
+    """Reason for which a hub ends a stream."""
 
     BEHIND = "behind"
-    """The hub has not yet what the host has: another hub may."""
+    """The hub does not yet have the host's revision: another hub may have it."""
 
     AHEAD = "ahead"
-    """The host has seen a later incarnation of the fleet: etcd was restored to before it."""
+    """The host has seen a later incarnation of the fleet: etcd was restored from an earlier backup."""
 
     REVOKED = "revoked"
     REPLACED = "replaced"
@@ -72,25 +73,25 @@ class ByeCode(StrEnum):
     """The host did not read for too long."""
 
     FORMAT = "format"
-    """The host speaks another format."""
+    """The host uses another format."""
 
     OTHER_FLEET = "other-fleet"
     STOPPING = "stopping"
     DIFFERS = "differs"
-    """The host has other items than the fleet places on it: it shows what it has, and gets the difference."""
+    """The host's items differ from the fleet's: it sends its items in a new hello and receives the difference."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """What a host has.
+    """Items and state of a host.
 
     Attributes:
-        fleet: The fleet's UUID; `None` for a host that has nothing.
-        incarnation: The highest that it has seen.
-        revision: The highest that it has applied; 0 for none.
-        items: The revision of each item that it has.
-        level: The level of records that it reads (`core.records.levels`).
-        guards: What operators did about its instances, as in force there: a restored etcd may have lost it.
+        fleet: UUID of the fleet; `None` for a host without items.
+        incarnation: Highest incarnation that the host has seen.
+        revision: Highest revision that the host has applied; 0 for none.
+        items: Revision of each of the host's items.
+        level: Level of records that the host reads (`core.records.levels`).
+        guards: Operator overrides in force on the host: a restored etcd may have lost them.
     """
 
     fleet: str | None = None
@@ -104,10 +105,10 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Ack:
-    """Everything up to `revision` is in force, except what failed, with the reasons.
+    """Acknowledgement that everything up to `revision` is in force, except failed items, with the reasons.
 
     Attributes:
-        digest: Now and then, `digest_items` of all that the host has without what failed; else empty.
+        digest: From time to time, `digest_items` of all of the host's items except failed ones; else empty.
     """
 
     revision: int
@@ -117,7 +118,7 @@ class Ack:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the host's admin API answers to `Ask`."""
+    """Answer of the host's admin API to an `Ask`."""
 
     number: int
     status: int
@@ -129,15 +130,15 @@ class Batch:
     """Changes that are applied together.
 
     Attributes:
-        revision: Everything up to it is known with this batch.
-        put: By item, its revision and value.
-        remove: Items that are not here any more: the hub has the record, and it says so.
-        held: Items that the host has and the hub cannot vouch for, and why: they stay.
-        unreadable: Items that the host has and whose values in etcd cannot be read, and why: they stay, also where
+        revision: Revision up to which the host has all changes after this batch.
+        put: Revision and value by item.
+        remove: Items that the host must remove, because the record in the hub says so.
+        held: Items of the host that the hub cannot confirm, with the reasons: they stay.
+        unreadable: Items of the host whose values in etcd are unreadable, with the reasons: they stay even if
             `incarnation` is higher.
-        more: Another batch belongs to these changes.
-        fleet: The fleet's UUID.
-        incarnation: Where it is higher than the host's, what is held is removed and older values are taken.
+        more: Whether another batch belongs to these changes.
+        fleet: UUID of the fleet.
+        incarnation: If it is higher than the host's, the host removes held items and accepts older values.
     """
 
     revision: int
@@ -152,12 +153,12 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Ping:
-    """The hub is there; a host answers with its last acknowledgement.
+    """Sign of life of the hub; the host answers with its last acknowledgement.
 
     Attributes:
-        revision: The highest that it knows.
-        time: Its clock, Unix time.
-        age_s: Seconds since it last heard from etcd.
+        revision: Highest revision that the hub knows.
+        time: The hub's clock, Unix time.
+        age_s: Seconds since the hub last received data from etcd.
     """
 
     revision: int
@@ -167,7 +168,7 @@ class Ping:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A request to the host's admin API, without a body; which ones a host answers, it decides itself."""
+    """Request to the host's admin API, without a body; the host decides which requests it answers."""
 
     number: int
     path: str
@@ -187,13 +188,13 @@ FromHub: TypeAlias = Batch | Ping | Ask | Bye
 
 
 def digest_items(items: Mapping[ItemKey, int]) -> str:
-    """Which items there are, and of which revisions, in any order, as a few characters."""
+    """Return an order-independent digest of items and their revisions."""
     lines = sorted(f"{item} {revision}" for item, revision in items.items())
     return blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
 
 
 def render_line(message: FromHost | FromHub) -> bytes:
-    """A line, with its end."""
+    """Render a line, with its end."""
     match message:
         case Hello():
             shape: Json = {
@@ -250,10 +251,11 @@ def _render_batch(batch: Batch) -> Json:
 
 
 def parse_from_host(line: bytes) -> FromHost:
-    """Parse a line that a host sent: numbers have 64 bits, texts are short, and each item's name may be one.
+    """Parse a line of a host; numbers have at most 64 bits, texts are short, and item names are valid.
 
     Raises:
-        Broken: The line is none of a host. A host may be captured, so nothing behind this trusts more than this checks.
+        Broken: A host must not send this line. A host may be compromised, so the hub relies only on what this function
+            checks.
     """
     match _decode(line):
         case {"hello": {"format": form, "incarnation": incarnation, **rest}}:
@@ -297,7 +299,7 @@ def _guards(shape: Json) -> dict[InstanceId, OperatorOverride]:
 
 
 def parse_from_hub(line: bytes) -> FromHub:
-    """Parse a line that a hub sent; raises `Broken`."""
+    """Parse a line of a hub; raises `Broken`."""
     match _decode(line):
         case {"batch": {"revision": revision, **rest}}:
             return _parse_batch(_number(revision), cast("Json", rest))

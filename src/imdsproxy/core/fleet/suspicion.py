@@ -1,7 +1,7 @@
-"""Suspicion that etcd was restored from a backup: claims of hubs and hosts, and whether they stop writes. Pure.
+"""Suspicion that etcd was restored from a backup: claims of hubs and hosts, and the decision to stop writes. Pure.
 
-A hub's claim stops writes. A single host may be captured, so it takes two hosts; and a host's claim counts only for as
-long as that membership lasts.
+A hub's claim stops writes. A single host may be compromised, so two hosts must agree. A host's claim counts only while
+the host's membership lasts.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from imdsproxy.core.fleet.layout import (
 from imdsproxy.core.fleet.members import HostState, StoredHost, host_key, parse_host
 
 WITNESSES: Final = 2
-"""Hosts that have to agree before writes stop."""
+"""Number of hosts that must agree before writes stop."""
 
 MOST_CLAIMS: Final = 16
-"""Claims of hosts that are kept: more than two change nothing."""
+"""Maximum number of stored host claims: more than two have no effect."""
 
 MOST_REGAINED: Final = 500
-"""Lines of what was put back into etcd; the logs of hubs have all of them."""
+"""Maximum number of stored lines on restored values; the hubs' logs have all of them."""
 
 MOST_AHEAD: Final = 1000
-"""Acceptances of which a host may know and the fleet not: more than any series of restores loses."""
+"""Maximum lead of a host's incarnation over the fleet's: more than any series of restores loses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +43,11 @@ class Evidence:
     """Evidence that etcd was restored from a backup.
 
     Attributes:
-        why: What etcd lacks.
-        host: The host that claims that; `None` for a hub's own evidence.
-        revision: The host has it, so etcd is older if it has not; 0 if `why` is enough.
-        incarnation: The same, of the fleet's incarnation.
-        regained: What is put back into etcd, by whose it is (`lasting.describe_regained`).
+        why: Data that etcd lacks.
+        host: Host that claims this; `None` for a hub's own evidence.
+        revision: Revision that the host has: etcd is older if it lacks the revision; 0 if `why` is enough.
+        incarnation: Incarnation that the host has: etcd is older if it lacks the incarnation; 0 if `why` is enough.
+        regained: Values that hubs restore in etcd, by their owner (`lasting.describe_regained`).
     """
 
     why: str
@@ -57,7 +57,7 @@ class Evidence:
     regained: Mapping[str, str] = field(default_factory=dict)
 
     def is_refuted(self, revision: int, meta: Meta | None) -> bool:
-        """Whether etcd has, at this revision, what the host has."""
+        """Return whether etcd has the host's data at this revision."""
         if meta is None or meta.incarnation < self.incarnation:
             return False
         return 0 < self.revision <= revision or self.incarnation > 0
@@ -68,8 +68,8 @@ class Claim:
     """Claim of one host.
 
     Attributes:
-        incarnation: The highest that the host has seen.
-        revocations: As `StoredHost.revocations` was at the time of the claim.
+        incarnation: Highest incarnation that the host has seen.
+        revocations: Value of `StoredHost.revocations` at the time of the claim.
     """
 
     incarnation: int
@@ -81,10 +81,10 @@ class Suspicion:
     """All claims that etcd was restored.
 
     Attributes:
-        why: The first evidence.
+        why: First evidence.
         hubs: Hubs that noticed a restore, each with the highest incarnation that the hub has seen.
         hosts: Claims of hosts.
-        regained: What hubs put back into etcd, by whose it is; the first of very many.
+        regained: Values that hubs restored in etcd, by their owner; only the first `MOST_REGAINED`.
     """
 
     why: str
@@ -94,7 +94,7 @@ class Suspicion:
 
     @property
     def refuses(self) -> bool:
-        """Whether nothing may be written."""
+        """Whether all writes are refused."""
         return bool(self.hubs) or len(self.hosts) >= WITNESSES
 
     @property
@@ -109,12 +109,12 @@ class Suspicion:
         return replace(self, hubs={**self.hubs, hub: highest})
 
     def add_host(self, host: HostId, claim: Claim) -> Suspicion:
-        """Return the suspicion with a host's claim; of very many, those with the highest incarnations stay."""
+        """Return the suspicion with a host's claim; of too many claims, those with the highest incarnations stay."""
         claims = sorted({**self.hosts, host: claim}.items(), key=lambda item: -item[1].incarnation)
         return replace(self, hosts=dict(sorted(claims[:MOST_CLAIMS])))
 
     def regain(self, regained: Mapping[str, str]) -> Suspicion:
-        """Return the suspicion with what was put back, too."""
+        """Return the suspicion with more restored values."""
         everything = sorted({**self.regained, **regained}.items())
         return replace(self, regained=dict(everything[:MOST_REGAINED]))
 
@@ -134,7 +134,7 @@ class Suspicion:
 
 
 def member_in(view: View, host: HostId) -> StoredHost | None:
-    """Return a host as the view has it; `None` for one that is absent or unreadable."""
+    """Return a host from the view; `None` if it is absent or unreadable."""
     found = view(host_key(host))
     try:
         return None if found is None else parse_host(found[0])
@@ -143,7 +143,7 @@ def member_in(view: View, host: HostId) -> StoredHost | None:
 
 
 def read_suspicion(view: View) -> Suspicion | None:
-    """Return the suspicion as it counts now; `None` if there is none. Raises `Unreadable`."""
+    """Return the suspicion with its valid claims; `None` if there is none. Raises `Unreadable`."""
     found = view(SUSPECT)
     if found is None:
         return None
@@ -151,7 +151,7 @@ def read_suspicion(view: View) -> Suspicion | None:
 
 
 def render_suspicion(suspicion: Suspicion) -> bytes:
-    """Return the value of `SUSPECT`."""
+    """Render the value of `SUSPECT`."""
     claims = {host: [one.incarnation, one.revocations] for host, one in suspicion.hosts.items()}
     why = plain(suspicion.why)
     shape = {"why": why, "hubs": dict(suspicion.hubs), "hosts": claims}
@@ -159,7 +159,7 @@ def render_suspicion(suspicion: Suspicion) -> bytes:
 
 
 def parse_suspicion(value: bytes) -> Suspicion:
-    """Reverse `render_suspicion`; raises `Unreadable`."""
+    """Parse the value of `SUSPECT`; raises `Unreadable`."""
     match decode(value):
         case {
             "why": str(why),

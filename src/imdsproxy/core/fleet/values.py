@@ -1,7 +1,7 @@
-"""Schema of all that hubs follow in etcd: each kind of key has one parser, and a value that fits none is `Unreadable`.
+"""Schema of all values that hubs watch in etcd: each kind of key has one parser, and other values are `Unreadable`.
 
-Another program can write to etcd, a disk can change bytes, and a newer hub may know more. So nothing behind this module
-asks again whether a value has a field, or of which type.
+Another program can write to etcd, a disk can change bytes, and a newer hub may have other values. Code that uses this
+module therefore relies on its checks of fields and types.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _MOST_URL: Final = 300
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """Value of `layout.BEAT`: how often hubs have written it, and which hub did last."""
+    """Value of `layout.BEAT`: the number of writes by hubs, and the hub of the last write."""
 
     count: int
     hub: str
@@ -46,7 +46,7 @@ class Beat:
 
 @dataclass(frozen=True, slots=True)
 class HubPlace:
-    """Value of a key below `layout.HUBS`: the URL by which others reach the hub."""
+    """Value of a key below `layout.HUBS`: the URL at which others reach the hub."""
 
     url: str
 
@@ -56,8 +56,8 @@ class KnownHub:
     """Value of a key below `layout.KNOWN_HUBS`.
 
     Attributes:
-        url: By which others reached the hub last.
-        absent_since: When another hub noticed that it had ended, Unix time; `None` while it runs.
+        url: Last URL at which others reached the hub.
+        absent_since: Time at which another hub noticed the end of the hub, Unix time; `None` while it runs.
     """
 
     url: str
@@ -69,8 +69,8 @@ class Sealing:
     """Value of `layout.ENVELOPE`: the key with which hubs seal secrets.
 
     Attributes:
-        key: Its name.
-        sha256: Its fingerprint, by which a hub sees that it has the same key under this name.
+        key: Name of the key.
+        sha256: Fingerprint of the key; a hub compares it with its own key of this name.
     """
 
     key: str
@@ -79,7 +79,7 @@ class Sealing:
 
 @dataclass(frozen=True, slots=True)
 class SealedKeys:
-    """Value of `layout.TOKEN_KEYS`: what the hubs' envelope opens."""
+    """Value of `layout.TOKEN_KEYS`: data that the hubs' envelope opens."""
 
     sealed: bytes
 
@@ -89,9 +89,9 @@ class StoredPassword:
     """Value of a key below `layout.PASSWORDS`.
 
     Attributes:
-        sealed: What the hubs' envelope opens; `None` once it was cleared, or the instance removed.
+        sealed: Password that the hubs' envelope opens; `None` after a clearing, or the removal of the instance.
         request: As `StoredInstance.request`.
-        removed_at: Unix time of that.
+        removed_at: Time of the clearing or removal, Unix time.
     """
 
     sealed: bytes | None
@@ -108,7 +108,7 @@ class StoredPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Journal:
-    """Value of a key below `layout.IMPORTS`: how many records of an import are stored, and when it began."""
+    """Value of a key below `layout.IMPORTS`: the number of stored records of an import, and its start."""
 
     done: int
     of: int
@@ -212,7 +212,7 @@ def render_sealed_keys(keys: SealedKeys) -> bytes:
 
 
 def parse_sealed_keys(value: bytes) -> SealedKeys:
-    """Parse the value of `layout.TOKEN_KEYS`; raises `Unreadable`. It is not opened."""
+    """Parse the value of `layout.TOKEN_KEYS` without opening it; raises `Unreadable`."""
     match decode(value):
         case {"sealed": str(sealed)}:
             try:
@@ -230,7 +230,7 @@ def render_password(stored: StoredPassword) -> bytes:
 
 
 def parse_password(value: bytes) -> StoredPassword:
-    """Parse the value of a password's key; raises `Unreadable`. It is not opened."""
+    """Parse the value of a password's key without opening it; raises `Unreadable`."""
     match decode(value):
         case {"sealed": None, "request": str(request), "removed_at": removed_at} if is_number(
             removed_at
@@ -246,7 +246,7 @@ def parse_password(value: bytes) -> StoredPassword:
 
 
 def is_cleared(value: bytes) -> bool:
-    """Whether a password was cleared, or removed with its instance; not where the value cannot be read."""
+    """Return whether a password was cleared, or removed with its instance; false if the value is unreadable."""
     try:
         return parse_password(value).sealed is None
     except Unreadable:
@@ -260,7 +260,7 @@ def parse_policy(value: bytes) -> StoredPolicy:
 
 
 def parse_grant(value: bytes) -> Grant:
-    """Parse what a fleet gives a project; raises `Unreadable`."""
+    """Parse the grant of a project; raises `Unreadable`."""
     grant = GRANT.read(decode(value))
     if isinstance(grant, Refused):
         raise Unreadable("; ".join(map(str, grant.problems)))

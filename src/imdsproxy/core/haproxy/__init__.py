@@ -1,1 +1,1 @@
-"""HAProxy's configuration as typed values, and their text."""
+"""HAProxy's configuration as typed values, and as text."""

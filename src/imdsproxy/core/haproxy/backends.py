@@ -1,4 +1,4 @@
-"""The backends behind a frontend, the document server and the resolver, and the documents that HAProxy keeps."""
+"""Backends behind a frontend: the document server, the resolver, and the documents in HAProxy's memory."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,12 +13,12 @@ from imdsproxy.core.wire import LONGEST_PATH
 _BLOCKS: Final = blocks_of(read_template("backends"))
 
 _BEYOND_HOLD_S: Final = 3
-"""How much longer than a request may be held HAProxy waits for the resolver."""
+"""Extra seconds for which HAProxy waits for the resolver, beyond the maximum hold of a request."""
 
 
 def names_of_backends(spec: DataplaneSpec) -> dict[str, Value]:
-    """What `backends.cfg` names beside what every template may."""
-    # The resolver holds a request at first; then it may have to wait for Nova as long as HAProxy itself would.
+    """Return the names that `backends.cfg` uses in addition to the common ones."""
+    # The resolver holds a request first. Then it may wait for Nova as long as HAProxy itself would.
     held_s = spec.limits.hold_s + _BEYOND_HOLD_S
     workers: list[dict[str, Value]] = [
         {"index": str(index), "name": f"documents-{index}", "socket": f"unix@{path}"}

@@ -1,7 +1,7 @@
-"""The whole configuration of a `DataplaneSpec`.
+"""Complete configuration of a `DataplaneSpec`.
 
-The order inside a frontend is the order of evaluation; rules that cost time stand behind `cache-use`, where repeated
-reads never come.
+The order inside a frontend is the order of evaluation. Expensive rules stand behind `cache-use`, which answers repeated
+reads.
 """
 
 from collections.abc import Iterator
@@ -27,11 +27,11 @@ from imdsproxy.core.haproxy.text import (
 )
 
 _SHORT_PER_MB: Final = 256
-"""Short documents for each MiB of the cache: with its key an entry is below 1 kB."""
+"""Short documents per MiB of the cache: an entry with its key is below 1 kB."""
 
 
 def render_config(spec: DataplaneSpec) -> str:
-    """The configuration file's text: the same for the same spec, whatever the order of its binds.
+    """Render the configuration file: equal for equal specs, whatever the order of their binds.
 
     Raises:
         UnquotableWord: A name or path holds a control character.
@@ -48,7 +48,10 @@ def _sections(spec: DataplaneSpec, values: dict[str, Value]) -> Iterator[str]:
 
 
 def _values(spec: DataplaneSpec) -> dict[str, Value]:
-    """What templates may name beside `CONSTANTS`: the fields of `Limits`, the paths, and what is made of the rest."""
+    """Return the names for templates in addition to `CONSTANTS`.
+
+    These are the fields of `Limits`, the paths, and values derived from the other fields.
+    """
     sizes = spec.limits
     namespaces = count_namespaces((*spec.binds, *spec.unverified))
     by_chance = f"{{ rand({spec.count_reads}) 0 }}" if spec.count_reads > 1 else ""
@@ -63,11 +66,11 @@ def _values(spec: DataplaneSpec) -> dict[str, Value]:
         | {
             "nova": bool(spec.nova),
             "fleet": spec.fleet,
-            # `find_whose_keys` has set it, or nothing.
+            # `find_whose_keys` sets the variable only for instances with keys of their own.
             "whose_keys": Text(",concat(,txn.whose_keys)" if spec.fleet else ""),
             "cache": sizes.cache_mb > 0,
             "counts_reads": spec.count_reads > 0,
-            # In front of Nova most requests have nothing to do with documents of ours.
+            # With Nova, most requests are not for our documents.
             "keeps_short": sizes.cache_mb > 0 and not spec.nova,
             "short_slots": sizes.cache_mb * _SHORT_PER_MB,
             "largest_cached": min(sizes.max_object_bytes, sizes.cache_mb * 1024 * 1024 // 2),
@@ -75,9 +78,9 @@ def _values(spec: DataplaneSpec) -> dict[str, Value]:
             "chroot": spec.paths.chroot,
             "user": option("user", spec.user),
             "group": option("group", spec.group),
-            # `policy_share` has something to count of a request.
+            # Excludes requests that `policy_share` counts.
             "without_own_limits": Text(f"!{CONSTANTS['has_own_limits']}" if sizes.fair else ""),
-            # Of reads without a token one in so many is counted, and chance has chosen this one.
+            # The random choice of the reads without a token that are counted.
             "by_chance": Text(by_chance),
             "unless_by_chance": Text(f"!{by_chance}" if spec.count_reads else ""),
             "unless_checked": Text(f"!{CONSTANTS['needs_check']}"),

@@ -1,11 +1,12 @@
-"""Who reads without session tokens, counted by HAProxy: its rules, its tables, and what they say read into values.
+"""Counts of reads without session tokens, made by HAProxy: names of its tables, and parsers of their entries.
 
-Counted are reads of EC2's tree, and of any tree that requires tokens, by guests that HAProxy knows: those that are
-refused for it each, of the others one in so many by chance. That one goes by a backend of its own, so that the rest
-pay for no more than the throw (ADR 33). It counts for as many as it stands for.
+HAProxy counts reads of EC2's tree, and of any tree that requires tokens, by guests that it knows. It counts every
+refused read, and a random sample of the others: one in so many. A sampled read passes through a backend of its own, so
+that the other reads cost only the random choice (ADR 33). A sampled read counts as many times as the reads it
+represents.
 
-What a guest chooses, path and client, is cut and encoded before it becomes a key, and a guest is looked at so closely
-64 times an hour: it costs half of counting, and none drives the others out of the table.
+HAProxy cuts and encodes path and client, which a guest chooses, before they become a key. It examines a guest that
+closely only 64 times an hour: this is half of the cost of counting, and no guest may displace the others' entries.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ GUESTS_TABLE: Final = "without-token"
 READERS_TABLE: Final = "without-token-readers"
 
 ONE_IN: Final = 20
-"""Of so many reads one is counted where a sample is enough: of a boot, which is 100 reads, with 99.4 %."""
+"""Divisor of the sample: it finds a boot, which has 100 reads, with a probability of 99.4 %."""
 
-# The counters of an entry. A read that was chosen by chance stands for `ONE_IN`, so that sums stay right when settings
-# change; HAProxy 3.0 could add that at once, but takes no `sc-add-gpc` for a number above 2 of what it tracks.
+# The counters of an entry. A sampled read always counts as `ONE_IN` reads, so that sums stay right if settings change.
+# HAProxy 3.0 cannot add `ONE_IN` at once: its `sc-add-gpc` refuses tracking numbers above 2.
 _ONE_BY_ONE, _BY_CHANCE, _REFUSED = range(3)
 READS_KEPT_S: Final = 7 * 86_400
 
@@ -34,15 +35,15 @@ _ODD: Final = re.compile(rb"[^\w/.+:;#()-]")
 
 @dataclass(frozen=True, slots=True)
 class CountedRow:
-    """What one worker has counted of one guest, or of one client of a guest, since the entry was made.
+    """Counts of one worker for one guest, or for one client program of a guest, since the entry was made.
 
     Attributes:
-        key: Network and instance; of a client also the first three segments of the path, without the first slash, and
+        key: Network and instance; for a client also the first three segments of the path, without the first slash, and
             its User-Agent, cut.
-        reads: Of a guest those without a token that were not refused for it; where one in so many is counted, an
-            estimate. Of a client how often it was looked at closely.
-        refused: Because a token is required; of a client, so many of its reads.
-        age_s: Seconds since the last of them.
+        reads: For a guest, reads without a token that were not refused; an estimate if only a sample is counted. For a
+            client, closely examined requests.
+        refused: Reads refused because a token is required; for a client, part of `reads`.
+        age_s: Seconds since the last of these reads.
     """
 
     key: tuple[str, ...]
@@ -51,19 +52,19 @@ class CountedRow:
     age_s: float
 
     def plus(self, other: CountedRow) -> CountedRow:
-        """Both, for one key."""
+        """Return the sum of both rows of one key."""
         age_s = min(self.age_s, other.age_s)
         reads, refused = self.reads + other.reads, self.refused + other.refused
         return CountedRow(self.key, reads, refused, age_s)
 
 
 def read_counter(one_in: int) -> int:
-    """The counter of an entry that a read goes to, where one in so many is counted."""
+    """Return the counter of an entry for a read, at a sampling rate."""
     return _ONE_BY_ONE if one_in == 1 else _BY_CHANCE
 
 
 def parse_guests(text: str) -> list[CountedRow]:
-    """The answer of `show table` of `GUESTS_TABLE`; lines that are none are left out."""
+    """Parse the answer of `show table` for `GUESTS_TABLE`; skip invalid lines."""
     return [
         CountedRow(names, one_by_one + ONE_IN * by_chance, refused, age_s)
         for names, (one_by_one, by_chance, refused), age_s in _entries(text, 2)
@@ -71,7 +72,7 @@ def parse_guests(text: str) -> list[CountedRow]:
 
 
 def parse_readers(text: str) -> list[CountedRow]:
-    """The answer of `show table` of `READERS_TABLE`; lines that are none are left out."""
+    """Parse the answer of `show table` for `READERS_TABLE`; skip invalid lines."""
     return [
         CountedRow((*names[:2], *map(_harmless, names[2:])), sum(counts), counts[_REFUSED], age_s)
         for names, counts, age_s in _entries(text, 4)
@@ -79,14 +80,14 @@ def parse_readers(text: str) -> list[CountedRow]:
 
 
 def _harmless(encoded: str) -> str:
-    """No terminal and no JSON sees anything else than these letters."""
+    """Decode text and replace all characters that are unsafe in a terminal or in JSON."""
     return _ODD.sub(b"_", unquote_to_bytes(encoded)).decode("ascii")
 
 
 def _entries(
     text: str, parts: int
 ) -> Iterator[tuple[tuple[str, ...], tuple[int, int, int], float]]:
-    """The parts of each key; reads counted one by one, by chance, and refused; the age in seconds."""
+    """Yield the parts of each key; the reads counted singly, by sample, and refused; the age in seconds."""
     for key, numbers in parse_table(text):
         names = tuple(key.split("|"))
         if len(names) == parts and "exp" in numbers:

@@ -1,4 +1,4 @@
-"""Where guests come in, who they are, and whose answer they get: the rules that every request goes through."""
+"""Frontends: binds, identification of guests, and the rules that every request passes."""
 
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -11,7 +11,7 @@ from imdsproxy.core.haproxy.text import Text, Value, name_values, option, quote
 from imdsproxy.core.model import ID_PATTERN, IpAddress
 
 AGENTS: Final = "agents"
-"""The frontend's name and the bind's."""
+"""Name of the frontend and of its bind."""
 
 _EVERY_IPV6: Final = IPv6Address(0)
 _OCTET: Final = "(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
@@ -25,7 +25,7 @@ _IPV6: Final = f"^[0-9A-Fa-f:]+(?:{_QUAD})?$"
 
 
 def names_of_frontends(spec: DataplaneSpec) -> dict[str, Value]:
-    """What `frontends.cfg` names beside what every template may."""
+    """Return the names that `frontends.cfg` uses in addition to the common ones."""
     bind = spec.unix or UnixBind("", "", 0, 0)
     return {
         "guests": bool(spec.binds),
@@ -51,7 +51,7 @@ def _host(address: IpAddress) -> str:
 
 
 def _bind_lines(binds: Iterable[Bind], spec: DataplaneSpec) -> Text:
-    # Not by a template: there may be 20,000, and each is a few microseconds of every change of a network.
+    # Without a template: there may be 20,000 binds, and each costs a few microseconds at every change of a network.
     end = f"proto h1 maxconn {spec.limits.maxconn_per_network}"
     return Text("\n".join(f"{_bind(bind)} {end}" for bind in sorted(binds, key=_bind_order)))
 
@@ -59,7 +59,7 @@ def _bind_lines(binds: Iterable[Bind], spec: DataplaneSpec) -> Text:
 def _bind(bind: Bind) -> str:
     device, namespace = option("interface", bind.device), option("namespace", bind.namespace)
     start = f"bind {_host(bind.address)}:{bind.port} name {quote(bind.network)}"
-    # Without it the one for every IPv6 address would take those of IPv4 too.
+    # Without `v6only` the IPv6 wildcard would also accept IPv4 connections.
     only = "v6only" if bind.address == _EVERY_IPV6 else ""
     return " ".join(filter(None, (start, only, device, namespace)))
 

@@ -1,13 +1,14 @@
-"""Fairness: how much one instance may ask for, over IPv4 and IPv6 and all its ports together.
+"""Fairness: limits on one instance's requests and connections, over IPv4, IPv6 and all of its ports together.
 
-Connections are counted from the moment that they are taken, requests when they are let pass: being refused lengthens
-nothing. The counters are in one table by instance. Guests that are not known yet are counted together, by network:
-an address can be invented, a network cannot.
+A connection counts from its accept, a request when HAProxy lets it pass: refused requests do not extend the refusal.
+One table has the counters by instance. Unknown guests share one counter per network, because a guest can invent an
+address and cannot invent a network.
 
-A connection looks its instance up once, so that requests on it cost no search of the table. Where rules do not know
-the connection's guest (the unix listener, what the resolver hands in) each request looks it up.
+HAProxy looks up the instance once per connection, so that further requests on the connection need no search of the
+table. If rules do not know the connection's guest (the unix listener, requests from the resolver), HAProxy looks up the
+guest for each request.
 
-The tables are read into values for reports, at the end.
+The functions at the end parse the tables for reports.
 """
 
 import math
@@ -21,42 +22,42 @@ from imdsproxy.core.haproxy.text import Value
 from imdsproxy.core.policy import Policy
 
 COUNTERS: Final = "fairness"
-"""The table's name, and that of the peers that carry it over a reload."""
+"""Name of the table, and of the peers section that carries it over a reload."""
 
 POLICY_COUNTERS: Final = f"{COUNTERS}-by-policy"
-"""The table of those whose policy has limits of their own: few, and counted in another way."""
+"""Table of instances whose policy has its own limits: few, and with other counters."""
 
 _RESERVED: Final = 8
-"""One in so many of a bind's connections is for guests that are known."""
+"""Divisor of a bind's connections that gives the share reserved for known guests."""
 
 _MISSES: Final = 20
-"""One in so many of an instance's requests may lead to no document."""
+"""Divisor of an instance's requests that gives the share that may lead to no document."""
 
 _FEWEST_MISSES: Final = 20
 
 _LONGEST_WINDOW_S: Final = 3600
 
 MOST_SHOWN: Final = 10
-"""Instances in a report."""
+"""Maximum number of instances in a report."""
 
 _NETWORK: Final = "/"
-"""How the key of a network's unknown guests begins."""
+"""Prefix of the key of a network's unknown guests."""
 
 _LATELY_S: Final = 10
 _BURST_S: Final = 10
-"""A policy's burst may come in so many seconds."""
+"""Seconds over which a policy's burst is counted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Asker:
-    """The requests of one instance, or of a network's unknown guests.
+    """Requests of one instance, or of a network's unknown guests.
 
     Attributes:
         instance: `None` for unknown guests of `network`.
-        network: `None` for an instance, which may be in several.
-        requests: That were let pass, in the time over which is counted.
-        connections: Open now; of one behind the unix listener, requests.
-        limited: Some of what it asks for is refused, or was in the last seconds.
+        network: `None` for an instance, which may be in several networks.
+        requests: Number of requests that passed in the counting window.
+        connections: Open connections; behind the unix listener, open requests.
+        limited: Whether HAProxy refuses some of its requests, or did so in the last seconds.
     """
 
     instance: str | None
@@ -68,13 +69,13 @@ class Asker:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What one instance asks for, beside what it may.
+    """Requests and connections of one instance, with its limits.
 
     Attributes:
-        requests: That were let pass in the last `window_s` seconds.
-        most_requests: The most in that time; more are refused.
-        connections: Open now.
-        limited: Some of what it asks for is refused, or was in the last seconds.
+        requests: Number of requests that passed in the last `window_s` seconds.
+        most_requests: Maximum number of requests in that window; HAProxy refuses more.
+        connections: Open connections.
+        limited: Whether HAProxy refuses some of its requests, or did so in the last seconds.
     """
 
     requests: int
@@ -86,7 +87,7 @@ class Usage:
 
 
 def names_of_limits(limits: Limits) -> dict[str, Value]:
-    """What the templates of this module name, beside the fields of `Limits`."""
+    """Return the names that the templates of this module use, in addition to the fields of `Limits`."""
     most = limits.maxconn_per_network
     window_s = _window_s(limits.requests_per_s, limits.burst)
     return {
@@ -99,35 +100,35 @@ def names_of_limits(limits: Limits) -> dict[str, Value]:
 
 
 def most_in_window(requests_per_s: int, burst: int) -> int:
-    """Requests in the time over which is counted."""
+    """Return the maximum number of requests in the counting window."""
     return min(burst, requests_per_s * _window_s(requests_per_s, burst))
 
 
 def misses_in_window(requests: int) -> int:
-    """Requests in that time that may lead to no document; cloud-init's whole crawl has a handful.
+    """Return how many requests in the window may lead to no document; cloud-init's whole crawl makes a handful.
 
     Args:
-        requests: The most in that time.
+        requests: Maximum number of requests in the window.
     """
     return max(_FEWEST_MISSES, requests // _MISSES)
 
 
 def _window_s(requests_per_s: int, burst: int) -> int:
-    """Seconds over which requests are counted: as long as a burst takes at the usual rate.
+    """Return the counting window in seconds: the time that a burst takes at the usual rate.
 
-    So one counter keeps both: in such a time come no more than a burst, and on average no more than the rate.
+    One counter thus enforces both limits: the window admits no more than a burst, and on average no more than the rate.
     """
     return min(_LONGEST_WINDOW_S, math.ceil(burst / requests_per_s))
 
 
 def busiest(usual: str, own: str, *, requests: int, connections: int, now: float) -> list[Asker]:
-    """Those that are limited, and then those closest to their limit; ten of them.
+    """Return the ten busiest instances: first those that are limited, then those closest to their limit.
 
     Args:
-        usual: The table of all instances, as `show table` prints it.
-        own: The same of the table of instances whose policy has limits.
-        requests: The settings' limit in the time over which is counted.
-        connections: The same of connections.
+        usual: Table of all instances, as `show table` prints it.
+        own: Table of the instances whose policy has limits, as `show table` prints it.
+        requests: The settings' maximum number of requests in the counting window.
+        connections: The settings' maximum number of connections.
         now: Unix time.
     """
     limited, found = dict(parse_table(own)), []
@@ -155,15 +156,15 @@ def read_usage(
     connections: int,
     now: float,
 ) -> Usage:
-    """One instance's counters beside its limits.
+    """Parse one instance's counters and add its limits.
 
     Args:
-        usual: Its entry of the table of all instances, as `show table` prints it.
-        own: The same of the table of instances whose policy has limits.
-        requests_per_s: Of the settings, as the next and `connections`.
-        burst: Requests at once.
-        policy: The instance's, whose limits win.
-        connections: Open at once.
+        usual: Entry of the instance in the table of all instances, as `show table` prints it.
+        own: Entry of the instance in the table of instances whose policy has limits.
+        requests_per_s: The settings' limit.
+        burst: The settings' limit.
+        policy: Policy of the instance; its limits override the settings'.
+        connections: The settings' limit.
         now: Unix time.
     """
     counted = next((one for _, one in parse_table(usual)), {})
@@ -182,7 +183,7 @@ def read_usage(
 
 
 def refused_lately(own: str, now: float) -> list[str]:
-    """Instances whose policy has limits, and that were refused in the last seconds; ten at most.
+    """Return at most ten instances that HAProxy refused in the last seconds because of their policy's limits.
 
     Args:
         own: As of `busiest`.

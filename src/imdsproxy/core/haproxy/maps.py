@@ -1,9 +1,9 @@
-"""The records as HAProxy holds them: a large base map, and a small overlay that is looked up first.
+"""Records in HAProxy's maps: a large base map, and a small overlay that HAProxy looks up first.
 
-A change must be on disk before it is acknowledged, since a worker that starts by itself reads the files; and
-no single change may rewrite tens of megabytes. So changes go to the overlay (with a tombstone for what
-went), and when that has grown it is folded into a new base. Both carry a generation, which shows whether
-a worker's base is the one that our overlay belongs to.
+A change must be on disk before it is acknowledged, because a worker that starts by itself reads the files. No single
+change may rewrite tens of megabytes. Therefore changes go to the overlay (with a tombstone for removed keys), and a
+grown overlay is merged into a new base. Both maps have a generation, which shows whether a worker's base belongs to our
+overlay.
 """
 
 import zlib
@@ -18,7 +18,7 @@ from typing import Final
 from imdsproxy.core.wire import MAP_TOMBSTONE
 
 COMPACT_ABOVE: Final = 1024
-"""Entries of the overlay beyond which it is folded into the base."""
+"""Entries of the overlay above which it is merged into the base."""
 
 GENERATION_KEY: Final = "@generation"
 """No network id begins with `@`, so no record can have this key."""
@@ -28,9 +28,9 @@ _BLOCK: Final = 256
 
 
 class PackedMap(Mapping[str, str]):
-    """A map's entries in a tenth of the memory: in order of their keys, in compressed blocks.
+    """Map entries in a tenth of the memory: ordered by key, in compressed blocks.
 
-    The block that was looked into last is kept open, so going through keys in their order is quick.
+    The last used block stays open, so that iteration in key order is fast.
     """
 
     __slots__ = ("_blocks", "_count", "_firsts", "_open")
@@ -43,11 +43,11 @@ class PackedMap(Mapping[str, str]):
         self.extend(entries)
 
     def extend(self, entries: Iterable[tuple[str, str]]) -> None:
-        """Add entries that come in the order of their keys, and after all that are there."""
+        """Add entries that are in key order and follow all present entries."""
         rest = iter(entries)
         while block := list(islice(rest, _BLOCK)):
             text = "\n".join(f"{key} {value}" for key, value in block)
-            # A copy: the key itself would hold on to the memory of all that was made along with it.
+            # A copy: the key itself would keep alive the memory that was allocated along with it.
             self._firsts.append(text[: text.index(" ")])
             self._blocks.append(zlib.compress(text.encode(), 1))
             self._count += len(block)
@@ -71,22 +71,22 @@ class PackedMap(Mapping[str, str]):
             lines = zlib.decompress(self._blocks[index]).decode().split("\n")
             entries = (line.partition(" ") for line in lines)
             block = {key: value for key, _, value in entries}
-            # Another thread may look into another block meanwhile.
+            # Assigned in one step, because another thread may open another block meanwhile.
             self._open = index, block
         return block
 
 
 @dataclass(frozen=True, slots=True)
 class MapChanges:
-    """What to do to the entries of a map, in this order.
+    """Changes of a map's entries, in the order of their application.
 
-    What takes away or changes comes before what only gives: when an address moves, there is a moment at which no
-    instance has it, and none at which two have it.
+    Removals and changes come before additions: while an address moves, for a moment no instance has it, and never do
+    two.
 
     Attributes:
-        changed: New values of keys that are there, and tombstones, of which a key may not be there yet.
-        removed: Keys that go.
-        added: Keys that come.
+        changed: New values of present keys, and tombstones, also for keys that are not present yet.
+        removed: Keys to delete.
+        added: Keys to add, with their values.
     """
 
     changed: tuple[tuple[str, str], ...] = ()
@@ -99,45 +99,45 @@ class MapChanges:
 
 @dataclass(slots=True)
 class MapState:
-    """The two maps' content, as it is on disk; every worker mirrors it."""
+    """Content of the two maps on disk; every worker has a copy."""
 
     generation: str = "0"
     base: Mapping[str, str] = field(default_factory=dict)
     overlay: dict[str, str] = field(default_factory=dict)
 
     def lookup(self, key: str) -> str | None:
-        """What a request with this key finds; `None` for nothing or a tombstone."""
+        """Return the value that a request with this key gets; `None` for no entry or a tombstone."""
         value = self.overlay.get(key)
         if value is None:
             value = self.base.get(key)
         return None if value == MAP_TOMBSTONE else value
 
     def entries(self) -> Iterator[tuple[str, str]]:
-        """Base and overlay folded into one, tombstones gone, in the order of keys."""
+        """Yield base and overlay merged, without tombstones, in key order."""
         base = (entry for entry in self.base.items() if entry[0] not in self.overlay)
         overlay = sorted(entry for entry in self.overlay.items() if entry[1] != MAP_TOMBSTONE)
         return merge(base if isinstance(self.base, PackedMap) else sorted(base), overlay)
 
     def effective(self) -> dict[str, str]:
-        """`entries` as a mapping."""
+        """Return `entries` as a mapping."""
         return dict(self.entries())
 
     def differing(self, wanted: Mapping[str, str | None]) -> dict[str, str | None]:
-        """What of `wanted` a request would not find so."""
+        """Return the entries of `wanted` whose lookup gives another value."""
         return {key: wanted[key] for key in sorted(wanted) if self.lookup(key) != wanted[key]}
 
     def overlay_changes(self, wanted: Mapping[str, str | None]) -> MapChanges:
-        """What the overlay needs so that each key of `wanted` has its value (`None`: is gone)."""
+        """Return the overlay's changes that give each key of `wanted` its value (`None`: removed)."""
         target = self.differing(wanted)
         for key, value in target.items():
             if value is None and key in self.base:
-                # Where the base has nothing to hide the overlay's entry itself goes.
+                # Only a key in the base needs a tombstone; otherwise the overlay's entry is deleted.
                 target[key] = MAP_TOMBSTONE
         return plan_changes(self.overlay, target)
 
 
 def plan_changes(present: Mapping[str, str], wanted: Mapping[str, str | None]) -> MapChanges:
-    """The changes that turn `present` into one that agrees with `wanted` on `wanted`'s keys."""
+    """Return the changes after which `present` agrees with `wanted` on `wanted`'s keys."""
     changed: list[tuple[str, str]] = []
     tombstones: list[tuple[str, str]] = []
     removed: list[str] = []
@@ -156,9 +156,9 @@ def plan_changes(present: Mapping[str, str], wanted: Mapping[str, str | None]) -
 
 
 def plan_table_changes(before: dict[str, str], after: Mapping[str, str]) -> MapChanges:
-    """The changes of a table whose entries refer to others before them: `added`, then `changed`, then `removed`.
+    """Return the changes of a table whose entries refer to earlier ones: apply `added`, then `changed`, then `removed`.
 
-    So what an entry refers to is there before it, and goes after it.
+    Thus an entry is present before others refer to it, and is removed after them.
     """
     changed = tuple((key, one) for key, one in after.items() if before.get(key, one) != one)
     removed = tuple(key for key in reversed(before) if key not in after)
@@ -167,8 +167,8 @@ def plan_table_changes(before: dict[str, str], after: Mapping[str, str]) -> MapC
 
 
 def render_map(entries: Mapping[str, str], generation: str) -> str:
-    """A map file: the generation first, then one `KEY VALUE` a line, in the order given."""
-    # One text after the other: of hundreds of thousands of entries a list would be three times as much.
+    """Render a map file: the generation first, then one `KEY VALUE` per line, in the given order."""
+    # Written entry by entry: a list of hundreds of thousands of entries would take three times the memory.
     text = StringIO()
     text.write(f"{GENERATION_KEY} {generation}\n")
     text.writelines(f"{key} {value}\n" for key, value in entries.items())
@@ -176,7 +176,7 @@ def render_map(entries: Mapping[str, str], generation: str) -> str:
 
 
 def parse_map(text: str) -> tuple[str | None, dict[str, str]]:
-    """The generation (or `None` where the file has none) and the entries; lines without a value are left out."""
+    """Return the generation (`None` if the file has none) and the entries; lines without a value are skipped."""
     entries: dict[str, str] = {}
     for key, value in _entries(text.splitlines()):
         entries.setdefault(key, value)
@@ -184,8 +184,8 @@ def parse_map(text: str) -> tuple[str | None, dict[str, str]]:
 
 
 def parse_base_map(lines: Iterable[str]) -> tuple[str | None, PackedMap]:
-    """`parse_map` for a file without doubles that may have hundreds of thousands of entries."""
-    # A blank comes before whatever a key consists of, so lines in order are keys in order.
+    """Parse a map file without duplicates that may have hundreds of thousands of entries."""
+    # A blank sorts before every character of a key, so sorted lines have sorted keys.
     ordered = sorted(lines)
     generation = next((value for key, value in _entries(ordered) if key == GENERATION_KEY), None)
     return generation, PackedMap(one for one in _entries(ordered) if one[0] != GENERATION_KEY)
@@ -199,7 +199,7 @@ def _entries(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def split_payload(entries: Iterable[tuple[str, str]], limit: int) -> list[str]:
-    """The entries as Runtime API payloads of at most `limit` bytes each (one entry is never split)."""
+    """Split entries into Runtime API payloads of at most `limit` bytes; an entry is never split."""
     payloads: list[str] = []
     payload = ""
     for key, value in entries:

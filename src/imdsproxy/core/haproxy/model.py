@@ -1,7 +1,7 @@
-"""What imdsproxy wants of HAProxy, as values, before any of it is text.
+"""Configuration of HAProxy as values, before it is rendered as text.
 
-`DataplaneSpec` is everything that shapes the configuration file: where to bind, which processes stand
-behind, how large things may grow. Records are not in it: they live in maps and change without a reload.
+`DataplaneSpec` holds everything that determines the configuration file: binds, the processes behind HAProxy, and sizes.
+Records are not in it: they are in maps and change without a reload.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,22 +11,22 @@ from typing import Final, Literal
 from imdsproxy.core.model import IpAddress, NetworkId
 
 CHECKED: Final = ".checked"
-"""How a backend's name ends that checks a request (`access_rules.cfg`) before it does what the other one does."""
+"""Suffix of a backend that checks a request (`access_rules.cfg`) and otherwise equals the backend without it."""
 
 SAMPLED: Final = ".sampled"
-"""How a backend's name ends that counts a read (`counting`) before it does what the other one does."""
+"""Suffix of a backend that counts a read (`counting`) and otherwise equals the backend without it."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Bind:
-    """One listening socket for one network.
+    """Listening socket for one network.
 
     Attributes:
-        network: Becomes the bind's `name`, which is what identifies the network in every request.
-        address: The metadata address of either family, or the one for every address.
+        network: Becomes the bind's `name`, which identifies the network in every request.
+        address: Metadata address of either family, or the family's wildcard.
         port: TCP port, 80 for guests that are not redirected.
         device: `SO_BINDTODEVICE`; needed for link-local IPv6, since a `%DEV` scope is refused.
-        namespace: The name that HAProxy resolves below `/var/run/netns`, or `None` for the host's own.
+        namespace: Name that HAProxy resolves below `/var/run/netns`, or `None` for the host's own.
     """
 
     network: NetworkId
@@ -38,14 +38,15 @@ class Bind:
 
 @dataclass(frozen=True, slots=True)
 class Paths:
-    """Files and sockets that the configuration names, as the reading process sees them.
+    """Files and sockets in the configuration, as paths of the process that opens them.
 
-    What is in the worker's root directory is looked up by the worker inside it, everything else before it enters.
+    The worker opens the paths in its root directory after `chroot`, all others before it.
 
     Attributes:
-        named: By the names that templates have for them, which are those of `dataplane.layout`.
-        documents: The sockets of the document server's workers.
-        chroot: The worker's root directory is `jail`, which has its sockets, those of HAProxy to itself among them.
+        named: Paths by their names in templates, which are the names in `dataplane.layout`.
+        documents: Sockets of the document server's workers.
+        chroot: Whether the worker's root directory is `jail`, which holds its sockets, including those from HAProxy to
+            itself.
     """
 
     named: Mapping[str, str]
@@ -54,7 +55,7 @@ class Paths:
 
 
 def count_namespaces(binds: Iterable[Bind]) -> int:
-    """How many network namespaces HAProxy holds open for its binds."""
+    """Return the number of network namespaces that HAProxy holds open for its binds."""
     return len({bind.namespace for bind in binds if bind.namespace is not None})
 
 
@@ -67,14 +68,15 @@ class Limits:
         maxconn_per_network: Connections of each bind, so that one network cannot use up the others'.
         cache_mb: Size of the document cache in MiB (at most 4095).
         max_object_bytes: Largest document that is cached.
-        hold_s: How long the resolver may hold a request, in seconds.
+        hold_s: Maximum time for which the resolver may hold a request, in seconds.
         misses_per_second: Unknown addresses per network and second that may reach Python.
-        hard_stop_after_s: How long an old worker may go on serving open connections.
-        fair: Count what each instance asks for; without, the next three are of no account.
-        requests_per_s: Of one instance, on average; this and the next two are defaults that a policy overrides.
+        hard_stop_after_s: Time after which an old worker closes its remaining connections, in seconds.
+        fair: Whether to count the requests of each instance; if false, the next three limits have no effect.
+        requests_per_s: Requests of one instance, on average; this limit and the next two are defaults that a policy
+            overrides.
         burst: Requests of one instance at once.
-        connections: Of one instance at once; behind the unix listener, requests.
-        body_bytes: Longest body that goes on to Nova.
+        connections: Connections of one instance at once; behind the unix listener, requests.
+        body_bytes: Longest body that HAProxy forwards to Nova.
     """
 
     nbthread: int = 1
@@ -94,10 +96,10 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class NovaServer:
-    """One address of one of Nova's metadata APIs.
+    """Address of one of Nova's metadata APIs.
 
     Attributes:
-        slot: Which of a record's signatures it takes: 0 for the secret in force, 1 for the next one.
+        slot: Index of the record's signature for it: 0 for the secret in force, 1 for the next secret.
     """
 
     address: IpAddress
@@ -106,26 +108,26 @@ class NovaServer:
 
     @property
     def authority(self) -> str:
-        """Where it listens: `10.0.0.5:8775`, `[2001:db8::5]:8775`."""
+        """Host and port: `10.0.0.5:8775`, `[2001:db8::5]:8775`."""
         host = f"[{self.address}]" if self.address.version == 6 else str(self.address)  # noqa: PLR2004 - IP version
         return f"{host}:{self.port}"
 
     @property
     def name(self) -> str:
-        """As HAProxy's counters name it: `10.0.0.5:8775`, `2001:db8::5-8775`; a name may hold no bracket."""
+        """Name in HAProxy's counters: `10.0.0.5:8775`, `2001:db8::5-8775`; a name may hold no bracket."""
         return f"{self.address}{'-' if self.address.version == 6 else ':'}{self.port}"  # noqa: PLR2004 - IP version
 
 
 @dataclass(frozen=True, slots=True)
 class NovaTls:
-    """How https endpoints are spoken to.
+    """TLS settings for https endpoints.
 
     Attributes:
-        name: For SNI, and what their certificate must be for.
+        name: Server name for SNI and for the verification of certificates.
         ca: File of the authorities, or `@system-ca`.
         client: File of our certificate and its key.
-        contents: Stands for what is in these files. HAProxy reads them when it loads, so other contents under
-            the same names are another configuration.
+        contents: Digest of these files' contents. HAProxy reads the files when it loads, so changed contents under the
+            same names are another configuration.
     """
 
     name: str
@@ -137,13 +139,14 @@ class NovaTls:
 
 @dataclass(frozen=True, slots=True)
 class NovaBackend:
-    """An endpoint set as HAProxy knows it.
+    """Endpoint set in HAProxy's configuration.
 
     Attributes:
-        name: The set's; it begins the records that are sent there.
-        servers: None while no endpoint's name can be resolved: guests get 503.
-        host: The Host header that Nova gets.
-        loopback: Reach endpoints through HAProxy itself also where no need is left: an earlier worker may still do so.
+        name: Name of the set; the records of its instances begin with it.
+        servers: Empty while no endpoint's name resolves: guests get 503.
+        host: Host header for Nova.
+        loopback: Whether to keep the loopback through HAProxy itself although it is not needed: an earlier worker may
+            still use it.
     """
 
     name: str
@@ -158,7 +161,7 @@ class NovaTimes:
     """Deadlines of requests to Nova, in seconds.
 
     Attributes:
-        check: How an endpoint is found to be up: by a connection, by `GET /`, or by failed requests only.
+        check: Health check of an endpoint: a connection, `GET /`, or failed requests only.
     """
 
     connect_s: float = 2.0
@@ -172,9 +175,9 @@ class UnixBind:
     """The listener `unix`: Neutron's agent protocol on a socket.
 
     Attributes:
-        mode: Of the socket, as `0644`.
-        user: Its owner's uid.
-        group: Its group's gid.
+        mode: Mode of the socket, as `0644`.
+        user: Uid of its owner.
+        group: Gid of its group.
     """
 
     path: str
@@ -186,15 +189,17 @@ class UnixBind:
 
 @dataclass(frozen=True, slots=True)
 class DataplaneSpec:
-    """Everything that the configuration file is a function of.
+    """Complete input of the configuration file.
 
     Attributes:
-        binds: Where guests are identified by their address: where MACs are not checked, or behind a MAC filter.
-        unverified: Where the resolver is asked about each request (`anti_spoofing.plan`).
-        watched: A client of the admin API watches requests.
-        count_reads: Of so many reads without a token, where none is required, one is counted; 0 for none.
-        audit: Of so many requests one has a line in the audit log; 0 for none.
-        fleet: Instances of a fleet may be here, which have token keys of their own.
+        binds: Binds whose guests are identified by their address: MACs are not checked there, or a MAC filter checks
+            them.
+        unverified: Binds whose requests all go to the resolver (`anti_spoofing.plan`).
+        watched: Whether a client of the admin API watches requests.
+        count_reads: Sampling rate of reads without a token where none is required: one in so many is counted; 0 for
+            none.
+        audit: Sampling rate of the audit log: one in so many requests has a line; 0 for none.
+        fleet: Whether instances of a fleet, which have token keys of their own, may be on this host.
     """
 
     binds: tuple[Bind, ...]

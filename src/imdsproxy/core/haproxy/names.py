@@ -1,6 +1,6 @@
-"""What templates of every configuration may name: conditions of requests, and values.
+"""Names for templates of every configuration: conditions of requests, and values.
 
-The places of fields in records and in the policy word are here and nowhere else in these rules.
+Templates use these names; they do not contain the places of fields in records and in the policy word.
 """
 
 from types import ModuleType
@@ -27,10 +27,10 @@ _METHODS: Final = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
 _GUEST_HEADERS: Final = (
     "accept|content-length|content-type|host|if-[a-z-]+|range|transfer-encoding|user-agent"
 )
-"""What of a guest's headers goes on, as a pattern of lower-case names; all else is deleted."""
+"""Guest's headers that HAProxy forwards, as a pattern of lower-case names; HAProxy deletes all others."""
 
 _TOKEN_HEADERS: Final = f"{tokens.TOKEN_HEADER}|{tokens.TTL_HEADER}"
-"""What goes on to our own processes beside; Nova has nothing to do with tokens."""
+"""Headers that HAProxy also forwards to our own processes; Nova does not use tokens."""
 
 
 def _constants(*modules: ModuleType) -> dict[str, Value]:
@@ -56,9 +56,9 @@ _VALUES: Final[dict[str, Value]] = {
     "canonical_path": rf'{_SPELLED_OUT},regsub("^/ec2(?=/|$)","")',
     "spelled_out": _SPELLED_OUT,
     "below_ec2": Block("{ <spelled_out> -m beg /ec2/ }"),
-    # All that a good token depends on, beside itself, its end and its key.
+    # Everything on which a token's validity depends, beside the token, its expiry and its key.
     "token_context": Text("var(txn.record),concat(|,txn.policy),concat(|,sess.network)"),
-    # Of `KID.EXPIRY`, for whom a token is (`core.tokens`).
+    # MAC of `KID.EXPIRY` and the token's owner (`core.tokens`).
     "mac": Text(
         "concat(|,sess.network),concat(|,txn.instance),concat(|,txn.epoch),hmac(sha256,txn.key),ub64enc"
     ),
@@ -77,7 +77,10 @@ _VALUES: Final[dict[str, Value]] = {
 
 
 def _policy() -> dict[str, Value]:
-    """`policy_epoch` for the part `EPOCH` of the policy word, `policy_sealed_on` and `_off` for the letter `SEALED`."""
+    """Return the names for the parts of the policy word.
+
+    `policy_epoch` for the part `EPOCH`, `policy_sealed_on` and `policy_sealed_off` for the letter `SEALED`.
+    """
     names: dict[str, Value] = {}
     for name, part in vars(layout).items():
         if isinstance(part, Letter | Field):
@@ -90,7 +93,7 @@ def _policy() -> dict[str, Value]:
 
 
 def _conditions() -> dict[str, Value]:
-    """Written into rules as anonymous conditions, `{ … }`."""
+    """Return the conditions as anonymous ones, `{ … }`, which rules contain directly."""
     acls = (line.split(maxsplit=2) for line in fill(read_template("conditions"), _VALUES))
     return {name: Text(f"{{ {condition} }}") for _, name, condition in acls}
 
@@ -111,4 +114,4 @@ CONSTANTS: Final[dict[str, Value]] = {
     **_policy(),
     **_conditions(),
 }
-"""What is the same in every configuration: the blocks of all templates, conditions and other values."""
+"""Names that are equal in every configuration: the blocks of all templates, conditions and other values."""

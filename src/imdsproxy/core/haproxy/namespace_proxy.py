@@ -1,8 +1,8 @@
-"""The configuration of one network's own proxy, in its namespace: what an agent of Neutron spawns for each.
+"""Configuration of one network's own proxy in its namespace: Neutron's agents start one for each network.
 
-Its guests' requests go to one unix socket, with the network's or the router's id and the guest's address as
-headers, which is all that the listener there knows of them. Unless a comment gives a reason it is as Neutron's own
-(`neutron/agent/metadata/driver_base.py`): a transparent proxy with the same times, limits and log.
+The proxy sends its guests' requests to one unix socket, with the id of the network or router and the guest's address as
+headers. The listener there knows nothing else about them. Unless a comment gives a reason, the configuration equals
+Neutron's own (`neutron/agent/metadata/driver_base.py`): a transparent proxy with the same times, limits and log.
 """
 
 import re
@@ -20,7 +20,7 @@ MAX_PORT: Final = 65535
 _UUID: Final = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}", re.IGNORECASE | re.ASCII)
 _PORT: Final = re.compile(r"[0-9]{1,5}", re.ASCII)
 
-# Those below that need a reason:
+# Reasons for some of the headers below:
 # - connection: a receiver that obeys RFC 9110 section 7.6.1 would take named headers out of the request again.
 # - upgrade: an answer 101 makes a tunnel, in which a guest would speak to the socket without these rules.
 # - x-imdsproxy-.*: between imdsproxy's own processes.
@@ -35,25 +35,25 @@ _FACILITIES: Final = (
     "local0 local1 local2 local3 local4 local5 local6 local7"
 )
 FACILITIES: Final = frozenset(_FACILITIES.split())
-"""The names that HAProxy has for the facilities of syslog (configuration manual, `log`)."""
+"""HAProxy's names of syslog facilities (configuration manual, `log`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class NamespaceProxySpec:
-    """Everything that the file is a function of.
+    """Complete input of the configuration file.
 
     Attributes:
-        header: What names the guests' network, or the router that their networks are on, to the agent behind the
-            socket.
-        uuid: Of that network or router.
-        upstream: Absolute path of the unix socket that requests go to.
+        header: Name of the header that gives the agent behind the socket the id of the guests' network, or of their
+            networks' router.
+        uuid: Id of that network or router.
+        upstream: Absolute path of the unix socket for requests.
         port: TCP port, at every address of the namespace.
-        dual_stack: Listen for IPv6 too.
-        user: Name of the account that HAProxy takes once it listens; `None` keeps the one it is started by.
-        group: The same of the group.
-        syslog: Socket that requests are logged to; `None` for no log.
-        facility: Syslog's, by HAProxy's name.
-        debug: Log at the level debug instead of info.
+        dual_stack: Whether to listen for IPv6 too.
+        user: Account for HAProxy after its binds; `None` keeps the account that starts it.
+        group: Group for HAProxy after its binds; `None` keeps the group that starts it.
+        syslog: Socket for the request log; `None` for no log.
+        facility: Syslog facility, by HAProxy's name.
+        debug: Whether to log at the level debug instead of info.
     """
 
     header: str
@@ -69,7 +69,7 @@ class NamespaceProxySpec:
 
 
 def render_namespace_proxy(spec: NamespaceProxySpec) -> str:
-    """The file's text.
+    """Render the configuration file.
 
     Raises:
         UnquotableWord: A path or name holds a control character.
@@ -85,10 +85,10 @@ def render_namespace_proxy(spec: NamespaceProxySpec) -> str:
 
 
 def parse_resource(network_id: str | None, router_id: str | None) -> tuple[str, str]:
-    """Whose proxy it is: the header that names the network or the router, and its uuid.
+    """Return the header that names the proxy's network or router, and its uuid.
 
     Raises:
-        RequestRefused: Both ids are there, or none, or the one is no UUID.
+        RequestRefused: Both ids are given, or none, or the id is not a UUID.
     """
     if network_id is not None and router_id is not None:
         raise RequestRefused(
@@ -106,10 +106,11 @@ def parse_resource(network_id: str | None, router_id: str | None) -> tuple[str, 
 
 
 def parse_uuid(text: str) -> str:
-    """The id as it is written: agents look for exactly that in the command line.
+    """Check an id and return it unchanged: agents search the command line for exactly this text.
 
     Raises:
-        RequestRefused: It is no UUID in its usual form, and so may hold what a path or a header must not.
+        RequestRefused: The id is not a UUID in its usual form, and may hold characters that a path or header must not
+            have.
     """
     if _UUID.fullmatch(text) is None:
         raise RequestRefused(
@@ -119,10 +120,10 @@ def parse_uuid(text: str) -> str:
 
 
 def parse_port(text: str | int) -> int:
-    """A TCP port.
+    """Parse a TCP port.
 
     Raises:
-        RequestRefused: It is none.
+        RequestRefused: The text is not a port.
     """
     digits = str(text)
     if _PORT.fullmatch(digits) is None or not 0 < int(digits) <= MAX_PORT:
@@ -133,13 +134,13 @@ def parse_port(text: str | int) -> int:
 
 
 def parse_facility(text: str) -> str:
-    """HAProxy's name of a syslog facility; `LOG_LOCAL3`, as Neutron has it, is `local3`.
+    """Return HAProxy's name of a syslog facility; Neutron's `LOG_LOCAL3` is `local3`.
 
     Raises:
-        RequestRefused: HAProxy has none of that name.
+        RequestRefused: HAProxy has no such facility.
     """
     name = text.lower().removeprefix("log_")
-    # POSIX has a second name for one of them, which HAProxy has not.
+    # `authpriv` is another name of `auth2`, which HAProxy does not know.
     name = {"authpriv": "auth2"}.get(name, name)
     if name not in FACILITIES:
         raise RequestRefused(

@@ -1,13 +1,13 @@
-"""The upstream `nova` in HAProxy's rules: sections that send a signed request and nothing else.
+"""The upstream `nova` in HAProxy's rules: sections that send only signed requests.
 
-Of a guest's request Nova gets method, path, query, body and the allow-listed headers, each as it was, and four
-headers that we set out of the record. Two backends stand for each endpoint set: what may be asked twice shares
-connections, and is asked again when an endpoint fails, by a loopback through HAProxy itself (ADR 53); everything else
-is sent once, over a connection of its own, since a shared one may close just then and there is no way to know whether
-it had arrived.
+Nova gets method, path, query, body and the allow-listed headers of a guest's request unchanged, and four headers that
+HAProxy sets from the record. Each endpoint set has two backends. Requests that may be repeated share connections, and a
+loopback through HAProxy itself repeats them if an endpoint fails (ADR 53). HAProxy sends all other requests once, each
+over a connection of its own: a shared connection may close just then, and HAProxy could not know whether the request
+had arrived.
 
-Endpoints of one set that have different secrets, as while these are replaced, are reached by another
-loopback: which signature is right depends on the endpoint, and rules run before one is chosen.
+If endpoints of one set have different secrets, as during a replacement, requests pass through another loopback: the
+signature depends on the endpoint, and rules run before HAProxy selects one.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from imdsproxy.core.wire import MAP_NOVA
 
 _LOOPBACK_SOCKET: Final = re.compile(r"\bhop-[0-9a-f]{16}\.sock\b")
 _BLOCKS: Final = text.blocks_of(text.read_template("nova"))
-# Now: by the time that a set is given its next secret, an upgrade may have put another one there.
+# Read at the start: when a set gets its next secret, an upgrade may have replaced the template file.
 _LOOPBACK: Final = text.read_template("nova_loopback")
 _AGAIN: Final = text.read_template("nova_again")
 AGAIN_SERVERS: Final = ("again-1", "again-2")
@@ -30,28 +30,28 @@ _SIGNATURE: Final = 64
 
 RETRIES: Final = 2
 _CHECK_S: Final = 3.0
-"""A Nova whose workers are all busy answers late; one that takes longer twice in a row would keep guests waiting."""
+"""A Nova whose workers are all busy answers late; if it takes longer twice in a row, it would keep guests waiting."""
 _BEYOND_LOOPBACK_S: Final = 1.0
-"""How much longer a request may take that goes through the loopback: that one's own time is over first."""
+"""Extra timeout of a request through the loopback, so that the loopback's own timeout expires first."""
 
 
 def refused_counter(endpoint_set: str) -> str:
-    """The variable of HAProxy that counts how often the set's Nova answered 403: it refuses our signature."""
+    """Return the HAProxy variable that counts 403 answers of the set's Nova, which refuses our signature."""
     return f"proc.nova_refused_{endpoint_set.replace('-', '_')}"
 
 
 def loopback_sockets(config: str) -> frozenset[str]:
-    """The file names of HAProxy's sockets to itself that a configuration binds or connects to."""
+    """Return the file names of the loopback sockets in a configuration."""
     return frozenset(_LOOPBACK_SOCKET.findall(config))
 
 
 def longest_s(times: model.NovaTimes) -> float:
-    """After how many seconds HAProxy has either Nova's answer or one of its own."""
+    """Return the seconds after which HAProxy has Nova's answer or its own error."""
     return (RETRIES + 1) * times.connect_s + times.response_s + _BEYOND_LOOPBACK_S
 
 
 def set_of_server(backend: str, server: str) -> str | None:
-    """The endpoint set that a server of HAProxy's counters is an endpoint of; `None` for any other server."""
+    """Return the endpoint set of a server in HAProxy's counters; `None` for any other server."""
     nova, _, name = backend.partition(".")
     for ending in (model.SAMPLED, model.CHECKED, ".once", ".again"):
         name = name.removesuffix(ending)
@@ -59,7 +59,10 @@ def set_of_server(backend: str, server: str) -> str | None:
 
 
 def names_of_nova(spec: model.DataplaneSpec) -> dict[str, text.Value]:
-    """What `use_nova` names, and the counters for `global`: they begin at 0, so they can be read before a count."""
+    """Return the names for `use_nova`, and the counters for `global`.
+
+    The counters begin at 0, so that they are readable before the first count.
+    """
     names = [_names(backend, spec.nova_times) for backend in spec.nova]
     return {
         "nova_counters": text.Block("set-var <refused> int(0)\nset-var <turn> int(0)", names),
@@ -69,7 +72,7 @@ def names_of_nova(spec: model.DataplaneSpec) -> dict[str, text.Value]:
 
 
 def nova_backends(spec: model.DataplaneSpec, values: dict[str, text.Value]) -> Iterator[str]:
-    """The backends of each endpoint set, by checks and repetition, and the loopback of a set with two secrets."""
+    """Yield each endpoint set's backends, by checks and repetition, and the loopback of a set with two secrets."""
     kinds = [(kind, once) for kind in ("", model.CHECKED) for once in (False, True)]
     if spec.count_reads:
         kinds.append((model.SAMPLED, False))
@@ -110,7 +113,7 @@ def nova_backends(spec: model.DataplaneSpec, values: dict[str, text.Value]) -> I
             "servers": replace(_BLOCKS["servers"], rows=servers),
         }
         yield from text.fill_sections(_AGAIN, named | own)
-        # One that is not used is there for workers that still have the configuration before: the sockets are the same.
+        # An unused loopback serves workers that still have the previous configuration: the sockets are the same.
         for server in servers if mixed or backend.loopback else ():
             own = {**server, "http_check": mixed and by_http}
             own |= {} if mixed else {"checks": text.Text(""), "check_sni": text.Text("")}
@@ -174,8 +177,8 @@ def _server_names(
 def loopback_names(
     spec: model.DataplaneSpec, purpose: str, prefix: str = ""
 ) -> dict[str, text.Value]:
-    """A socket of HAProxy to itself: where it is bound, and where the worker finds it."""
-    # HAProxy takes paths of 97 characters, and set and address alone may have 65.
+    """Return a loopback socket of HAProxy: the path of its bind, and the path for the worker."""
+    # A hash, because HAProxy takes paths of 97 characters, and set and address alone may have 65.
     name = f"hop-{hashlib.sha256(purpose.encode()).hexdigest()[:16]}.sock"
     jail = spec.paths.named["jail"]
     return {

@@ -1,21 +1,21 @@
-"""One line a request, in HAProxy's rules: who asked what, and what became of it; and the lines read into values.
+"""Request log: rules that make HAProxy log one line per request, and parsers of the lines.
 
-A frontend has one log-format, for the audit log and for `imdsproxy watch`. HAProxy writes the line, as JSON, into a
-ring in its own memory. That of the audit log it sends on to the controller (`app.audit`). It never waits: it drops
-lines that find no room in the ring, and reports how many. A worker that is being replaced sends on no ring. The few
-requests that it still answers it logs by datagrams.
+A frontend has one log-format, for the audit log and for `imdsproxy watch`. HAProxy writes each line as JSON into a ring
+in its own memory, and sends the audit log's lines on to the controller (`app.audit`). HAProxy never waits: it drops
+lines that do not fit into the ring, and reports their number. A worker that is being replaced sends on no ring. It logs
+its few remaining requests by datagrams.
 
-A line has no query, no header but `User-Agent`, no body, no token, and of a record the instance alone. All that a line
-of the audit log has of the request is HAProxy's copy of the request line, made before any rule, so that no rule has to
-keep it.
+A line has no query, no header but `User-Agent`, no body and no token. Of the record it has only the instance. The audit
+log takes all request data from HAProxy's copy of the request line, which HAProxy makes before any rule, so that no rule
+has to store it.
 
-HAProxy escapes what would end a JSON string. Guests may send other bytes that JSON does not take, control characters
-and what is not UTF-8, and a session token where none belongs, in a path or in `User-Agent`. To look for those costs
-HAProxy as much as the rest of a line, and `read_audit` next to nothing.
+HAProxy escapes characters that would end a JSON string. Guests may send bytes that JSON forbids (control characters,
+bytes that are not UTF-8), and a session token in a path or in `User-Agent`. A search for them would cost HAProxy as
+much as the rest of the line. `read_audit` does it almost for free.
 
-Lines to watch are read out of a ring of their own (`app.watching`). Their rules are in the configuration only while a
-client watches: a switch that they looked at would cost every request a twentieth of its time, and they themselves a
-sixth (measured on documents out of the cache).
+`imdsproxy watch` reads its lines from a second ring (`app.watching`). The configuration has the rules for that ring
+only while a client watches. A switch in the rules would add a twentieth to every request's time, and the rules
+themselves a sixth (measured on cached documents).
 """
 
 import json
@@ -31,8 +31,9 @@ from imdsproxy.core.haproxy.text import Text, Value
 from imdsproxy.core.tokens import TTL_LIMIT_S
 
 AUDIT_LONGEST: Final = 4096
-"""Bytes of a line. HAProxy's copy of a request line has 1,024, of which escapes can make twice as many; of
-`User-Agent` 200 are kept, which can become 1,200. So a line is never cut off."""
+"""Maximum bytes of a line, so that no line is cut. HAProxy's copy of a request line has 1,024, which escapes at most
+double; `User-Agent` keeps 200, which can become 1,200.
+"""
 
 WATCH_RING: Final = "watched"
 _CHECKS: Final = '"token":"%[var(txn.auth,no)]","refused":"%[var(txn.refused)]",'
@@ -50,8 +51,8 @@ _LEFT_OUT: Final = re.compile(rb"(\d+) events? dropped")
 
 
 def names_of_log(spec: DataplaneSpec) -> dict[str, Value]:
-    """What the templates of this module name."""
-    # While requests are watched they have other lines as well, so that silence is no way to drop some.
+    """Return the names that the templates of this module use."""
+    # While a client watches, every request needs a line in the watch ring: silencing requests would drop that line too.
     sampled = spec.audit > 1 and spec.watched
     return {
         "watched": spec.watched,
@@ -60,7 +61,7 @@ def names_of_log(spec: DataplaneSpec) -> dict[str, Value]:
         "log_path": Text("capture.req.uri,field(1,?)" if spec.audit else "var(txn.watched)"),
         "log_checks": Text(_CHECKS if spec.audit else ""),
         "log_agent": Text(',"agent":%{+json}[capture.req.hdr(0)]' if spec.audit else ""),
-        # Of a record `INSTANCE|REVISION` the first, of `@SET|SIGNATURE|INSTANCE|PROJECT` the third.
+        # The instance is the first field of `INSTANCE|REVISION`, and the third of `@SET|SIGNATURE|INSTANCE|PROJECT`.
         "log_of_nova": Text('regsub("^@[^|]*.[^|]*.",),' if spec.nova else ""),
         "sample": Text(f"sample 1:{spec.audit}" if sampled else ""),
         "logs_all": spec.audit == 1 or sampled,
@@ -71,7 +72,7 @@ def names_of_log(spec: DataplaneSpec) -> dict[str, Value]:
 
 
 class AnsweredBy(StrEnum):
-    """Who gave the answer."""
+    """Component that gave the answer."""
 
     CACHE = "cache"
     DOCUMENTS = "documents"
@@ -79,21 +80,21 @@ class AnsweredBy(StrEnum):
     RESOLVER = "resolver"
     CONFLICT = "conflict"
     HAPROXY = "haproxy"
-    """Itself: a refusal, or nothing was there to answer."""
+    """HAProxy itself: a refusal, or no server was available."""
 
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """One request that was answered.
+    """Answered request.
 
     Attributes:
-        number: HAProxy's own, which no two requests of one worker share.
-        at: When it was answered, Unix time.
-        network: Empty where HAProxy refused the request before it looked.
-        instance: `None` where HAProxy's maps had none: then the resolver answered.
-        method: Empty where the request was no HTTP.
-        path: Without the query.
-        milliseconds: From its first byte to the end of the answer.
+        number: HAProxy's number of the request, unique within one worker.
+        at: Time of the answer, Unix time.
+        network: Empty if HAProxy refused the request before it determined the network.
+        instance: `None` if HAProxy's maps had no instance: then the resolver answered.
+        method: Empty if the request was not HTTP.
+        path: Path without the query.
+        milliseconds: Time from the first byte of the request to the end of the answer.
     """
 
     number: int
@@ -110,12 +111,12 @@ class Watched:
 
 @dataclass(frozen=True, slots=True)
 class WatchReport:
-    """What guests were answered since the question before.
+    """Requests answered since the client's previous call.
 
     Attributes:
-        cursor: To be given at the next question.
+        cursor: Value for the next call.
         requests: Oldest first.
-        missed: There were so many that some are not among them.
+        missed: Whether some requests are missing because there were too many.
     """
 
     cursor: int
@@ -125,11 +126,11 @@ class WatchReport:
 
 @dataclass(frozen=True, slots=True)
 class AuditLines:
-    """Whole lines, each of them JSON.
+    """Whole lines, each valid JSON.
 
     Attributes:
-        requests: How many of them are of a request.
-        left_out: How many requests HAProxy had no room for.
+        requests: Number of lines for requests.
+        left_out: Number of requests for which HAProxy had no room.
     """
 
     text: bytes
@@ -138,16 +139,18 @@ class AuditLines:
 
 
 def read_audit(read: bytes, now: float) -> AuditLines:
-    """The lines of requests, valid and without tokens; of HAProxy's own messages, how many are missing.
+    """Return the lines of requests, made valid and without tokens, and the number of dropped lines.
+
+    HAProxy reports dropped lines by messages of its own.
 
     Args:
         read: Whole lines.
-        now: Unix time, for the lines that stand for what is missing.
+        now: Unix time, for the lines that replace dropped ones.
     """
     if any(begin in read for begin in _begins_of_expiries(now)):
         read = _TOKEN.sub(_NO_TOKEN, read)
     count = read.count(b"}\n")
-    # The many: a loop over lines would cost the controller ten times as much.
+    # The usual case: a loop over lines would take the controller ten times as long.
     if (
         read.startswith(b"{")
         and read.endswith(b"}\n")
@@ -161,7 +164,7 @@ def read_audit(read: bytes, now: float) -> AuditLines:
         if line.startswith(b"{"):
             requests += 1
             lines.append(_valid(line))
-        # Else a message of HAProxy's own: `Proxy guests stopped`.
+        # Other lines are HAProxy's own messages, such as `Proxy guests stopped`.
         elif (dropped := _LEFT_OUT.search(line)) is not None:
             left_out += int(dropped[1])
             lines.append(left_out_line(int(dropped[1]), now))
@@ -169,12 +172,12 @@ def read_audit(read: bytes, now: float) -> AuditLines:
 
 
 def left_out_line(count: int, now: float) -> bytes:
-    """What stands for `count` lines that are not there, without its line end."""
+    """Return the line that stands for `count` dropped lines, without its line end."""
     return b'{"time":%.3f,"left_out":%d}' % (now, count)
 
 
 def _begins_of_expiries(now: float) -> set[bytes]:
-    """What every token that is still good has in its middle: to find that is ten times as fast as to match."""
+    """Return the prefixes of every valid token's expiry: searching for them is ten times as fast as the regex."""
     return {b".%d" % (int(second) // _ROUGHLY_S) for second in (now, now + TTL_LIMIT_S)}
 
 
@@ -184,7 +187,7 @@ def _valid(line: bytes) -> bytes:
 
 
 def parse_events(text: str) -> list[Watched]:
-    """The answer of `show events WATCH_RING`, oldest first, without the lines of others (a proxy has stopped)."""
+    """Parse the answer of `show events WATCH_RING`, oldest first, without HAProxy's own messages."""
     found = (_parse(line) for line in text.splitlines() if line.startswith("{"))
     return [one for one in found if one is not None]
 
@@ -220,7 +223,7 @@ def _instance(word: str) -> str | None:
 
 
 def _answered_by(backend: str, server: str, status: int) -> AnsweredBy:
-    # A frontend itself gives nothing else but the short documents that are kept beside the cache.
+    # With status 200, a frontend itself answers only with the short documents that are kept beside the cache.
     if server == _CACHE or (backend in _FRONTENDS and status == HTTPStatus.OK):
         return AnsweredBy.CACHE
     if backend.startswith(AnsweredBy.NOVA):

@@ -1,4 +1,4 @@
-"""HAProxy's answers on its sockets, read into values.
+"""Parsers for HAProxy's answers on its sockets.
 
 Source: HAProxy management guide, sections 9.3 "Unix Socket commands" and 9.4 "Master CLI".
 """
@@ -22,7 +22,7 @@ _NUMBER: Final = re.compile(r"[0-9]{1,18}")
 
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """What `show proc` names: the master, the worker that accepts, and those that drain."""
+    """Processes in `show proc`: the master, the worker that accepts, and workers that drain."""
 
     master: int
     worker: int | None
@@ -36,13 +36,13 @@ class Processes:
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """All of them, the master first."""
+        """All processes, the master first."""
         return (self.master, *self.workers)
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A worker's connections now, the most that it may have, and how often one more had to wait."""
+    """Current connections of a worker, its maximum, and how often connections had to wait because of the maximum."""
 
     connections: int
     most: int
@@ -51,14 +51,14 @@ class Load:
 
 @dataclass(slots=True)
 class WorkerTotals(Generic[_Key]):
-    """Adds up counters that begin at 0 with each worker of HAProxy."""
+    """Sums of counters that begin at 0 with each worker of HAProxy."""
 
     totals: Counter[_Key] = field(default_factory=Counter)
     _worker: int | None = None
     _before: dict[_Key, int] = field(default_factory=dict)
 
     def add(self, worker: int, now: Mapping[_Key, int]) -> Counter[_Key]:
-        """Take in one worker's counters; by how much each has grown."""
+        """Add one worker's counters; return the increase of each."""
         before = self._before if worker == self._worker else {}
         grown = Counter({key: count - before.get(key, 0) for key, count in now.items()})
         self._worker, self._before = worker, {**before, **now}
@@ -67,10 +67,10 @@ class WorkerTotals(Generic[_Key]):
 
 
 def parse_processes(text: str) -> Processes | None:
-    """The answer of `show proc`; `None` where no master is named in it.
+    """Parse the answer of `show proc`; `None` if it names no master.
 
-    The table has a header per kind (`# workers`, `# old workers`); a line is
-    `PID TYPE RELOADS UPTIME VERSION`. A worker in the first part that was reloaded away is drained too.
+    The table has a header per kind (`# workers`, `# old workers`); a line is `PID TYPE RELOADS UPTIME VERSION`. A
+    worker in the first part drains too if a reload has replaced it.
     """
     master, reloads = None, 0
     current: list[int] = []
@@ -90,19 +90,19 @@ def parse_processes(text: str) -> Processes | None:
 
 
 def parse_reload(text: str) -> str | None:
-    """The log of a `reload` that failed, of the master's answer: `Success=0|1`, a ruler, the log; `None` of another."""
+    """Return the log of a failed `reload` in the master's answer (`Success=0|1`, a ruler, the log), else `None`."""
     head, _, log = text.partition("\n--\n")
     return None if head.strip() == "Success=1" else log.strip()
 
 
 def parse_version(text: str) -> tuple[int, int, str] | None:
-    """Branch and rest of the version in the first line of `haproxy -v`: 3, 0 and `11-1+deb13u2`."""
+    """Parse the first line of `haproxy -v` into branch and rest of the version: 3, 0 and `11-1+deb13u2`."""
     match = _VERSION.search(text)
     return None if match is None else (int(match[1]), int(match[2]), match[3] or "")
 
 
 def parse_features(text: str) -> frozenset[str]:
-    """The features that `haproxy -vv` lists as built in (`+NS` gives `NS`)."""
+    """Return the features that `haproxy -vv` lists as built in (`+NS` gives `NS`)."""
     for line in text.splitlines():
         if line.startswith("Feature list"):
             return frozenset(word[1:] for word in line.split() if word.startswith("+"))
@@ -110,7 +110,7 @@ def parse_features(text: str) -> frozenset[str]:
 
 
 def parse_load(text: str) -> Load | None:
-    """The answer of `show info` (`CurrConns`, `Maxconn`, `MaxconnReached`); `None` where one of them is missing."""
+    """Parse the answer of `show info` (`CurrConns`, `Maxconn`, `MaxconnReached`); `None` if a value is missing."""
     found = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
     numbers = [found.get(name, "") for name in ("CurrConns", "Maxconn", "MaxconnReached")]
     if not all(map(_NUMBER.fullmatch, numbers)):
@@ -119,12 +119,12 @@ def parse_load(text: str) -> Load | None:
 
 
 def parse_stat(text: str, columns: Collection[str] | None = None) -> list[dict[str, str]]:
-    """The CSV of `show stat`: one mapping a line, by the header's names; cells hold no commas.
+    """Parse the CSV of `show stat`: one mapping per line, by the header's names; cells hold no commas.
 
     Args:
         text: HAProxy's answer.
-        columns: The only ones to take, where they are there: a line has a hundred, and a thousand networks
-            have two thousand lines. `None`: all.
+        columns: Columns to return, as far as they exist; `None` for all. A line has a hundred columns, and a thousand
+            networks have two thousand lines.
     """
     lines = [line for line in text.splitlines() if line]
     if not lines or not lines[0].startswith("#"):
@@ -136,20 +136,20 @@ def parse_stat(text: str, columns: Collection[str] | None = None) -> list[dict[s
 
 
 def parse_count(row: Mapping[str, str], column: str) -> int:
-    """A counter in a line of `show stat`; 0 where the line has none."""
+    """Return a counter in a line of `show stat`; 0 if the line lacks it."""
     text = row.get(column, "")
     return int(text) if text.isdigit() else 0
 
 
 def parse_failure(output: str) -> str:
-    """Why HAProxy failed, in one line: its alerts, each once, or all of its output where there are none."""
+    """Return in one line why HAProxy failed: its alerts, each once, or all of its output if there are no alerts."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     alerts = [found[1] for line in lines if (found := _ALERT.fullmatch(line)) is not None]
     return "; ".join(dict.fromkeys(alerts or lines))
 
 
 def parse_table(text: str) -> Iterator[tuple[str, dict[str, int]]]:
-    """The answer of `show table`: each key, with its counters and `exp`, the milliseconds until it is forgotten."""
+    """Parse the answer of `show table`: each key, with its counters and `exp`, the milliseconds until its expiry."""
     for line in text.splitlines():
         found = _ENTRY.match(line)
         if found is not None:

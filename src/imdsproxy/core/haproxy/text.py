@@ -1,15 +1,15 @@
-"""HAProxy's configuration as text: rules as HAProxy's manual has them, and `<name>` where a value goes (ADR 45).
+"""Template language for HAProxy's configuration: rules as in HAProxy's manual, with `<name>` for a value (ADR 45).
 
-A template, in a file `.cfg` of its own, holds one rule a line. These things are added to HAProxy's language:
+A template, in a file `.cfg` of its own, holds one rule a line. It extends HAProxy's language:
 
-- `<name>` stands for a value. A string is quoted, so it is no value inside quotes; a `Text` is written as it is. An
-  empty one takes the space before it with it, and an `if` that has no condition left goes too.
-- `[flag]` or `[!flag]` before a line: the line is there if the value of that name is true, or false. A line that names
-  a value of `None` isn't there either.
+- `<name>` stands for a value. A string is quoted, so it must not stand inside quotes; a `Text` is written unchanged. An
+  empty value also removes the space before it, and an `if` without a remaining condition.
+- `[flag]` or `[!flag]` before a line: the line is written if the value of that name is true, or false. A line that
+  names a value of `None` is not written either.
 - A line that is indented further than the first one continues the line before.
-- `#` begins a comment, which isn't written.
-- A section with `:` behind its name is a block: its lines are written where another template names it, `<name>`, or
-  `<name(value)>` where the block has an `<argument>`.
+- `#` begins a comment, which is not written.
+- A section whose name ends with `:` is a block: its lines are written where another template names the block, `<name>`,
+  or `<name(value)>` if the block has an `<argument>`.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class UnquotableWord(ValueError):
 
 @cache
 def read_template(name: str) -> str:
-    """The template in `NAME.cfg` beside this module."""
+    """Return the template in `NAME.cfg` beside this module."""
     return (pkgutil.get_data(__package__, f"{name}.cfg") or b"").decode()
 
 
 def quote(word: str) -> str:
-    """One word of a configuration line, in strong quotes if a character of it needs them.
+    """Quote one word of a configuration line, with strong quotes if a character needs them.
 
     Source: HAProxy configuration manual, section 2.2 "Quoting and escaping".
 
@@ -60,22 +60,22 @@ def quote(word: str) -> str:
 
 
 class Text(str):
-    """A part of a line, or lines, as HAProxy reads them."""
+    """Part of a line, or lines, in HAProxy's syntax."""
 
     __slots__ = ()
 
 
 def option(keyword: str, text: str | None) -> Text:
-    """A keyword and its word; neither is written where the word is `None`."""
+    """Return a keyword and its word; empty if the word is `None`."""
     return Text("" if text is None else f"{keyword} {quote(text)}")
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Lines of a template that others name; `<argument>` in it is the value in parentheses behind its name.
+    """Lines of a template that other templates name; `<argument>` in it is the value in parentheses after the name.
 
     Attributes:
-        rows: The lines are written once for each of these, which have values of their own.
+        rows: Values by which the lines are written, once for each row.
     """
 
     template: str
@@ -83,11 +83,11 @@ class Block:
 
 
 Value: TypeAlias = str | Block | int | None
-"""A string that is no `Text` is quoted where it is written: a name, path, pattern or anything else that is one word."""
+"""A string that is not a `Text` is quoted when written: a name, path, pattern or other single word."""
 
 
 def name_values(values: Mapping[str, object], prefix: str = "") -> dict[str, Value]:
-    """Numbers and texts by their names in lower letters: `header_network` for `HEADER_NETWORK`."""
+    """Return numbers and texts by their names in lower case: `header_network` for `HEADER_NETWORK`."""
     return {
         f"{prefix}{name.lower()}": value
         for name, value in values.items()
@@ -97,7 +97,7 @@ def name_values(values: Mapping[str, object], prefix: str = "") -> dict[str, Val
 
 @lru_cache(maxsize=512)
 def _parse(template: str) -> list[tuple[list[tuple[str, str]], list[str]]]:
-    """Each line's flags, and its parts: text, then a space or nothing, a name, its argument, text, and so on."""
+    """Return each line's flags, and its parts: text, then a space or nothing, a name, its argument, text, and so on."""
     rules = [one for one in template.splitlines() if one.strip() and one.lstrip()[0] != "#"]
     lines = _LINE.findall(re.sub(r"\n +", " ", dedent("\n".join(rules))))
     return [(_FLAG.findall(flags), _NAME.split(rest)) for flags, *_, rest in lines]
@@ -105,13 +105,13 @@ def _parse(template: str) -> list[tuple[list[tuple[str, str]], list[str]]]:
 
 @lru_cache(maxsize=64)
 def split_sections(text: str) -> Mapping[str, str]:
-    """What is below each line that isn't indented: the header of a section, or `NAME:` of a block."""
+    """Return the lines below each header, a line without indent: of a section, or `NAME:` of a block."""
     _, *parts = _HEADER.split(text)
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
 def blocks_of(*texts: str) -> dict[str, Block]:
-    """The blocks of texts, by their names."""
+    """Return the blocks of texts, by their names."""
     return {
         header.removesuffix(":"): Block(template)
         for text in texts
@@ -121,12 +121,12 @@ def blocks_of(*texts: str) -> dict[str, Block]:
 
 
 def fill(template: str, values: Mapping[str, Value]) -> list[str]:
-    """The lines of a template.
+    """Return the lines of a template.
 
     Raises:
         UnquotableWord: A value holds a control character.
-        KeyError: A template names a value that isn't there.
-        TypeError: A value is none that can be written.
+        KeyError: A template names a value that does not exist.
+        TypeError: A value has a type that cannot be written.
     """
     lines: list[str] = []
     for flags, parts in _parse(template):
@@ -136,7 +136,7 @@ def fill(template: str, values: Mapping[str, Value]) -> list[str]:
 
 
 def fill_sections(text: str, values: Mapping[str, Value]) -> Iterator[str]:
-    """The sections of a text, without its blocks (`split_sections`) and those whose header isn't written."""
+    """Yield the sections of a text, without its blocks (`split_sections`) and sections whose header is not written."""
     for header, template in split_sections(text).items():
         head = [] if header.endswith(":") else fill(header, values)
         if head:
@@ -168,7 +168,7 @@ def _write(name: str, value: object) -> str:
 
 
 def render(sections: Iterable[str]) -> str:
-    """A whole file, its first line a banner with the hash of the rest."""
+    """Render a whole file; its first line is a banner with the hash of the rest."""
     body = "\n".join(f"{section}\n" for section in sections)
     digest = hashlib.blake2b(body.encode(), digest_size=8).hexdigest()
     return f"{BANNER} {digest}\n\n{body}"
