@@ -1,7 +1,7 @@
-"""A doctor for metadata servers: asks as the known clients do, and reports which of them would fail, and why.
+"""Doctor for metadata servers: sends the requests of known clients and reports the clients that would fail, and why.
 
-`crawl` asks by a function that fetches. `checks_documents.examine` checks the answers, wherever they come from. What it
-may find stands in findings.toml.
+`crawl` sends the requests through a fetch function. `checks_documents.examine` checks the answers, whatever their
+origin. findings.toml has all possible findings.
 """
 
 import tomllib
@@ -13,28 +13,28 @@ from typing import Any, Final
 
 
 class Severity(StrEnum):
-    """How bad it is, the worst first."""
+    """Severity of a finding, the worst first."""
 
     ERROR = "error"
-    """Some client comes up wrong, or not at all."""
+    """A client boots with a wrong configuration, or not at all."""
 
     WARNING = "warning"
-    """Some client is slow, or lacks something."""
+    """A client is slow, or lacks a feature."""
 
     NOTE = "note"
-    """Good to know."""
+    """Information."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing.
+    """Fault or note about a metadata server.
 
     Attributes:
         code: Stable, in kebab-case.
-        what: What was seen, in a sentence.
-        change: What to do about it.
-        clients: Those that it breaks; found by testing them.
-        paths: Where it was seen.
+        what: Observation, in a sentence.
+        change: Correction.
+        clients: Clients that it breaks; known from tests with them.
+        paths: Paths where it was observed.
     """
 
     code: str
@@ -58,15 +58,15 @@ def found(
     case: str = "",
     **values: Any,  # noqa: ANN401 - what a text shows
 ) -> Finding:
-    """A finding with the texts of its code.
+    """Return a finding with the texts of its code.
 
     Args:
-        code: In findings.toml.
-        paths: Where it was seen.
-        severity: In the place of the code's own.
-        clients: The same.
-        case: Which of the code's `cases` it is: what that has stands in the place of the code's own.
-        values: What stands in braces in the texts.
+        code: Code in findings.toml.
+        paths: Paths where it was observed.
+        severity: Severity that replaces the code's.
+        clients: Clients that replace the code's.
+        case: Name in the code's `cases`; its texts replace the code's.
+        values: Values for the braces in the texts.
     """
     text = TEXTS[code] | TEXTS[code].get("cases", {}).get(case, {})
     return Finding(
@@ -80,17 +80,17 @@ def found(
 
 
 def seen(code: str, paths: Iterable[str], **values: Any) -> Iterator[Finding]:  # noqa: ANN401 - as above
-    """A finding, if there is a path where it was seen."""
+    """Yield a finding if there are any paths."""
     if where := tuple(paths):
         yield found(code, *where, **values)
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A NIC of the record, as the host knows it.
+    """NIC of the record.
 
     Attributes:
-        seen: The MACs that have answered for its addresses in its network.
+        seen: MACs that have answered for its addresses in its network.
     """
 
     network: str
@@ -100,20 +100,20 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What is known of the guest itself.
+    """Known facts about the guest.
 
     Attributes:
-        cards: Of the record, where the daemon was asked.
-        macs: Of its NICs, in lower case; `None` where they are not known.
-        dmi: Names below /sys/class/dmi/id and their values; `None` where they are not known.
-        dmi_complete: All of it may be read; the serial number is for root alone.
-        sources: What cloud-init's own `ds-identify` has found on this boot; `None` where it has not run.
-        kernel: Its kernel command line (of process 1 in a container).
-        environment: Of process 1.
-        container: It is one.
-        instance: The record's id, where the daemon knows it.
-        verdict: On the identity of the guest, where the daemon was asked (`imdsproxy explain`).
-        why: The verdict's reasons.
+        cards: NICs of the record, if the daemon was asked.
+        macs: MACs of the guest's NICs, in lower case; `None` if unknown.
+        dmi: Names below /sys/class/dmi/id and their values; `None` if unknown.
+        dmi_complete: Whether all of DMI was readable; only root may read the serial number.
+        sources: Data sources that cloud-init's `ds-identify` found on this boot; `None` if it did not run.
+        kernel: Kernel command line (in a container, that of process 1).
+        environment: Environment of process 1.
+        container: Whether the guest is a container.
+        instance: Id of the record, if the daemon knows it.
+        verdict: Verdict on the guest's identity, if the daemon was asked (`imdsproxy explain`).
+        why: Reasons of the verdict.
     """
 
     macs: frozenset[str] | None = None

@@ -1,4 +1,4 @@
-"""The documents of each dialect, and whether a guest asks for them: cloud-init's `ds-identify`."""
+"""Checks of each dialect's documents, and of cloud-init's `ds-identify`, by which a guest asks for them or not."""
 
 import base64
 import binascii
@@ -30,14 +30,14 @@ _ID: Final = re.compile(r"""^(?:instance-id|"instance-id"|'instance-id')\s*:\s*\
 _GZIP: Final = b"\x1f\x8b"
 _HEAD: Final = 4096
 _HEADERS: Final = tuple(one.encode() for one in TEXTS["user-data-header"]["known"])
-"""How user-data begins that cloud-init, Ignition or cloudbase-init act upon, in lower case."""
+"""First bytes of user-data that cloud-init, Ignition or cloudbase-init process, in lower case."""
 
 _Object: TypeAlias = Mapping[str, Any]
 _Objects: TypeAlias = list[_Object]
 
 
 def examine(crawl: Crawl, around: Surroundings) -> tuple[Finding, ...]:
-    """Everything that is found, the worst first."""
+    """Return all findings, the worst first."""
     if {answer.status for answer in crawl.asked.values()} - {0} == {HTTPStatus.FORBIDDEN}:
         why = "; ".join(around.why)
         if around.verdict == "mismatch":
@@ -58,7 +58,7 @@ def examine(crawl: Crawl, around: Surroundings) -> tuple[Finding, ...]:
 
 
 def asked_by(around: Surroundings) -> frozenset[Dialect]:
-    """Whose documents cloud-init asks for on such a machine, without a seed and without configuration."""
+    """Return the dialects for which cloud-init asks on such a machine, without a seed and without configuration."""
     words = (word.partition("=") for word in around.kernel.split())
     named = [value.partition(";")[0] for key, equals, value in words if equals and key in _DS_KEYS]
     names = named[-1:] or around.sources
@@ -84,7 +84,7 @@ def asked_by(around: Surroundings) -> frozenset[Dialect]:
 
 
 def check_gate(crawl: Crawl, around: Surroundings) -> Iterator[Finding]:
-    """What is served against what the guest would ask for."""
+    """Compare the served dialects with those for which the guest would ask."""
     command = _HOST_COMMAND.format(around.instance or "INSTANCE")
     if not crawl.served:
         if not crawl.given_up and any(answer.status for answer in crawl.asked.values()):
@@ -107,7 +107,7 @@ def check_gate(crawl: Crawl, around: Surroundings) -> Iterator[Finding]:
 
 
 def check_openstack(crawl: Crawl) -> Iterator[Finding]:
-    """The listing, meta_data.json, the other files, the files that it names, and the password."""
+    """Check the listing, meta_data.json, the other files, the files named in it, and the password."""
     listing = crawl.answer("/openstack")
     status = listing.status
     if status == HTTPStatus.SERVICE_UNAVAILABLE:
@@ -153,7 +153,7 @@ def _meta_data(crawl: Crawl, path: str) -> Iterator[Finding]:
 
 
 def check_network_data(crawl: Crawl, around: Surroundings) -> Iterator[Finding]:
-    """network_data.json against itself, and the MACs in all dialects against the NICs that are there."""
+    """Check network_data.json for consistency, and the MACs in all dialects against the guest's NICs."""
     path = f"/openstack/{crawl.version}/network_data.json"
     document = crawl.answer(path).json
     links = _objects(document, "links")
@@ -167,7 +167,7 @@ def check_network_data(crawl: Crawl, around: Surroundings) -> Iterator[Finding]:
 
 
 def _objects(document: object, name: str) -> _Objects:
-    """The objects in the list that a document has by this name."""
+    """Return the objects in a document's list of this name."""
     value = document.get(name) if isinstance(document, Mapping) else None
     return [one for one in value if isinstance(one, Mapping)] if isinstance(value, list) else []
 
@@ -188,7 +188,7 @@ def _links(document: _Object, links: _Objects, nics: _Objects, path: str) -> Ite
 
 
 def _name(value: object) -> object:
-    """A value of JSON that should be a name; of a list or an object, which cannot be compared by hash, what it is."""
+    """Return a JSON value that should be a name; for a list or an object, which have no hash, return its type."""
     return f"({type(value).__name__})" if isinstance(value, list | dict) else value
 
 
@@ -210,7 +210,7 @@ def _guest_macs(crawl: Crawl, nics: _Objects, macs: frozenset[str], path: str) -
 
 
 def _host_macs(around: Surroundings, path: str) -> Iterator[Finding]:
-    """What the host knows of the record's NICs, where the guest's are not known."""
+    """Check the record's NICs by the host's data, for use if the guest's are unknown."""
     answering = any(card.mac in card.seen for card in around.cards)
     for card in around.cards:
         nic: dict[str, Any] = {"mac": card.mac, "network": card.network}
@@ -222,7 +222,7 @@ def _host_macs(around: Surroundings, path: str) -> Iterator[Finding]:
 
 
 def check_nocloud(crawl: Crawl) -> Iterator[Finding]:
-    """All four files are there, and meta-data has an instance id."""
+    """Check that all four files exist, and that meta-data has an instance id."""
     if Dialect.NOCLOUD not in crawl.served:
         return
     gone = crawl.missing(f"/nocloud/{name}" for name in NOCLOUD_FILES)
@@ -233,7 +233,7 @@ def check_nocloud(crawl: Crawl) -> Iterator[Finding]:
 
 
 def check_user_data(crawl: Crawl) -> Iterator[Finding]:
-    """Whether a client knows what to do with the first user-data of any dialect."""
+    """Check that a client can process the first user-data of any dialect."""
     for path in (
         f"/openstack/{crawl.version}/user_data",
         f"{crawl.base}/user-data",
@@ -243,7 +243,7 @@ def check_user_data(crawl: Crawl) -> Iterator[Finding]:
         if answer.body:
             yield from _content(answer.body, path)
             return
-        # NoCloud's has to be there, even if it is empty.
+        # NoCloud's user-data must exist, even if it is empty.
         if answer.ok and not path.startswith("/nocloud/"):
             yield found("user-data-empty", path)
 
@@ -261,7 +261,7 @@ def _content(body: bytes, path: str) -> Iterator[Finding]:
 
 
 def is_known(data: bytes) -> bool:
-    """Whether a client acts upon user-data that begins so."""
+    """Return whether a client processes user-data with this beginning."""
     head = data[:_HEAD].lstrip().lower()
     return head.startswith(_HEADERS) or b"mime-version:" in head
 

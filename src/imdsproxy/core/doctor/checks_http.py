@@ -1,4 +1,4 @@
-"""How answers come, EC2's listings, and session tokens: what every client depends on."""
+"""Checks on which every client depends: transport of answers, EC2's listings, and session tokens."""
 
 import re
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ _KEYS: Final = "/public-keys/"
 
 
 def check_transport(crawl: Crawl) -> Iterator[Finding]:
-    """Whether answers come at all, in time, whole, and in a form that every client reads."""
+    """Check that answers arrive, in time, whole, and in a form that every client reads."""
     yield from _unanswered(crawl)
     yield from _slow(crawl)
     old = crawl.where(lambda one: one.version == _HTTP_1_0)
@@ -74,7 +74,7 @@ def _slow(crawl: Crawl) -> Iterator[Finding]:
 
 
 def check_listings(crawl: Crawl) -> Iterator[Finding]:
-    """The EC2 tree: what it lists, what is behind the names, and the other ways to write their paths."""
+    """Check the EC2 tree: its listings, the documents behind the names, and other spellings of their paths."""
     if crawl.base is None:
         return
     children = [child for children in crawl.listed.values() for child in children]
@@ -150,7 +150,7 @@ def _versions(crawl: Crawl) -> Iterator[Finding]:
 
 
 def check_tokens(crawl: Crawl) -> Iterator[Finding]:
-    """Session tokens (IMDSv2), and answers that make a client believe in another cloud."""
+    """Check session tokens (IMDSv2), and answers by which a client would detect another cloud."""
     answer = crawl.asked.get(TOKEN, Answer())
     if answer.ok:
         yield from _granted(answer)

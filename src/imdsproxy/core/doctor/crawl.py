@@ -1,4 +1,4 @@
-"""What the doctor asks: as the known clients do, each path once, and not for ever; and what it is answered."""
+"""Requests of the doctor, like those of known clients, each sent once and bounded in number; and their answers."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,7 +14,7 @@ CLOUD_INIT_OPENSTACK: Final = (
     "2012-08-10", "2013-04-04", "2013-10-17", "2015-10-15",
     "2016-06-30", "2016-10-06", "2017-02-22", "2018-08-27",
 )  # fmt: skip
-"""The versions that cloud-init knows (`cloudinit/sources/helpers/openstack.py`), oldest first."""
+"""Versions that cloud-init knows (`cloudinit/sources/helpers/openstack.py`), oldest first."""
 
 _OPENSTACK: Final = """
     {version}/meta_data.json {version}/user_data {version}/network_data.json
@@ -28,13 +28,13 @@ _EC2: Final = """
     /2009-04-04/user-data {base}/user-data {base}/user-data/ {base}/meta-data {base}//meta-data/instance-id
     {base}/dynamic/instance-identity {base}/meta-data/instance-id/x
 """
-"""Beside what is listed: cloud-init's versions, those of EC2's look-alikes, and other ways to write a path."""
+"""Paths beside the listed ones: versions of cloud-init and of EC2's look-alikes, and other spellings."""
 
 NOCLOUD_FILES: Final = ("network-config", "meta-data", "user-data", "vendor-data")
-"""In the order in which cloud-init reads them."""
+"""NoCloud's files, in the order in which cloud-init reads them."""
 
 ODD_LEAF: Final = "/meta-data/instance-id/x"
-"""Below a leaf: Nova answers 500 there."""
+"""Path below a leaf: Nova answers it with 500."""
 
 _OK: Final = 200
 REFUSED: Final = (401, 403)
@@ -42,7 +42,7 @@ REFUSED: Final = (401, 403)
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One request without a body."""
+    """Request without a body."""
 
     path: str
     method: str = "GET"
@@ -51,16 +51,16 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer as it came; with the status 0 none did, or the question was not asked.
+    """Answer of the server; with status 0 there was none, or the request was not sent.
 
     Attributes:
-        headers: With lower-case names; of several with one name the first.
-        first_byte_s: Seconds from the request to the answer's first byte; 0 where it was not measured.
-        until_close: Its end is that of the connection: it has no length and is not chunked.
-        version: Of HTTP: 10 or 11.
-        cut: The body is shorter than its length says.
-        why: Why no answer came, in one line.
-        timed_out: The server took the request and did not answer.
+        headers: Headers with lower-case names; of several with one name the first.
+        first_byte_s: Seconds from the request to the answer's first byte; 0 if not measured.
+        until_close: Whether the body ends with the connection: it has no length and is not chunked.
+        version: HTTP version: 10 or 11.
+        cut: Whether the body is shorter than its length.
+        why: Reason of a missing answer, in one line.
+        timed_out: Whether the server accepted the request and did not answer.
     """
 
     status: int = 0
@@ -75,17 +75,16 @@ class Answer:
 
     @property
     def ok(self) -> bool:
-        """Whether it is 200."""
         return self.status == _OK
 
     @property
     def text(self) -> str:
-        """The body as text, whatever it is."""
+        """Body as text, with replacements for bytes that are not UTF-8."""
         return self.body.decode("utf-8", "replace")
 
     @property
     def json(self) -> object:
-        """The body of a 200 read as JSON; `None` where it is none, or null."""
+        """Body of a 200 parsed as JSON; `None` if it is not JSON, or null."""
         try:
             return json.loads(self.body) if self.ok else None
         except (ValueError, RecursionError):
@@ -93,10 +92,10 @@ class Answer:
 
 
 TOKEN: Final = Ask(TOKEN_PATH, "PUT", ((TTL_HEADER, "21600"),))
-"""As curl and awscrt ask: a PUT with neither a body nor a length."""
+"""Token request of curl and awscrt: a PUT with neither a body nor a length."""
 
 GOOGLE: Final = Ask("/", headers=(("metadata-flavor", "Google"),))
-"""google-auth's question whether this is Google's cloud."""
+"""Request by which google-auth detects Google's cloud."""
 
 _OTHERS: Final = (
     Ask("/computeMetadata/v1/instance/id", headers=(("metadata-flavor", "Google"),)),
@@ -111,18 +110,18 @@ _PATIENCE: Final = 3
 
 @dataclass(slots=True)
 class Crawl:
-    """Every question and its answer.
+    """Requests and their answers.
 
     Attributes:
-        fetch: Asks one question.
-        direct: It is asked over HTTP; else the daemon computes its answers, and there is nothing of
-            times, framing, tokens and headers.
-        asked: Each question once, in order.
-        base: What the EC2 documents lie below, as `/latest`; `None` where there are none.
-        version: Of the OpenStack documents that cloud-init takes; `None` where there are none.
-        listed: Leaves and directories by the listing that names them, as full paths.
-        given_up: Why it ended early; empty when it did not.
-        token: The header that EC2's questions carry; empty where they need none.
+        fetch: Sends one request.
+        direct: Whether requests go over HTTP. If false, the daemon computes the answers, without times, framing, tokens
+            and headers.
+        asked: Requests in order, each once.
+        base: Root of the EC2 documents, as `/latest`; `None` if there are none.
+        version: Version of the OpenStack documents that cloud-init takes; `None` if there are none.
+        listed: Leaves and directories as full paths, by the listing that names them.
+        given_up: Reason of an early end; empty if there was none.
+        token: Header of EC2's requests with a token; empty if they need none.
     """
 
     fetch: Callable[[Ask], Answer]
@@ -135,32 +134,32 @@ class Crawl:
     token: tuple[tuple[str, str], ...] = ()
 
     def answer(self, path: str) -> Answer:
-        """The answer to a GET, with a token where it was asked with one only."""
+        """Return the answer to a GET without a token, or else to the same GET with a token."""
         plain = self.asked.get(Ask(path))
         return plain or self.asked.get(Ask(path, headers=self.token), _NONE)
 
     def good(self, path: str) -> Answer:
-        """The answer for a path, if it is 200; else none."""
+        """Return the answer for a path if it is 200, else an empty answer."""
         answer = self.answer(path)
         return answer if answer.ok else _NONE
 
     def where(
         self, fault: Callable[[Answer], bool], paths: Iterable[str] | None = None
     ) -> dict[str, Answer]:
-        """The paths, of these or of all, whose answer has a fault."""
+        """Return the paths, of the given or of all, whose answer has a fault."""
         answers = [(ask.path, answer) for ask, answer in self.asked.items()]
         if paths is not None:
             answers = [(path, self.answer(path)) for path in paths]
         return {path: answer for path, answer in answers if answer.status and fault(answer)}
 
     def missing(self, paths: Iterable[str]) -> dict[str, str]:
-        """The paths whose answer is not 200, each with its status in brackets."""
+        """Return the paths whose answer is not 200, each with its status in brackets."""
         gone = self.where(lambda one: not one.ok, paths)
         return {path: f"{path} ({answer.status})" for path, answer in gone.items()}
 
     @property
     def served(self) -> list[Dialect]:
-        """The dialects whose documents are there."""
+        """Dialects that have documents."""
         places = {
             Dialect.EC2: self.base,
             Dialect.OPENSTACK: self.version,
@@ -169,30 +168,30 @@ class Crawl:
         return [one for one in Dialect if places[one]]
 
     def ask(self, ask: Ask) -> Answer:
-        """Ask a question, unless it was asked or the server given up; its answer."""
+        """Send a request, unless it was sent before or the crawl has given up; return its answer."""
         if not self.given_up and ask not in self.asked:
             if len(self.asked) >= _MOST:
                 self.given_up = f"more than {_MOST} questions"
                 return _NONE
             self.asked[ask] = answer = self.fetch(ask)
-            # A server that is not there need not be asked six hundred times.
+            # Give up after a few requests without an answer, instead of waiting for six hundred timeouts.
             last = list(islice(reversed(self.asked.values()), _PATIENCE))
             if len(last) == _PATIENCE and not any(one.status for one in last):
                 self.given_up = answer.why
         return _NONE if self.given_up else self.asked[ask]
 
     def get(self, *paths: str, token: bool = False) -> Answer:
-        """Ask for paths one after the other, with a token if EC2's need one; the last one's answer."""
+        """Send requests for paths in turn, with a token if EC2's tree needs one; return the last answer."""
         headers = self.token if token else ()
         return [self.ask(Ask(path, headers=headers)) for path in paths][-1]
 
 
 def crawl(fetch: Callable[[Ask], Answer], *, direct: bool) -> Crawl:
-    """Ask everything.
+    """Send all requests.
 
     Args:
-        fetch: Asks one question.
-        direct: Also what only a server can be asked: tokens, headers, other clouds.
+        fetch: Sends one request.
+        direct: Whether to send also the requests that need a server: tokens, headers, other clouds.
     """
     found = Crawl(fetch, direct)
     found.get("/")
@@ -222,7 +221,7 @@ def _openstack(found: Crawl) -> None:
 
 
 def _ec2(found: Crawl) -> None:
-    """Find the tree, and whether it takes a token to see it; then everything below it."""
+    """Find the tree, with a token if it requires one, and request everything below it."""
     for version in ("latest", "2009-04-04"):
         path = f"/{version}/meta-data/"
         listing, token = found.get(path), found.asked.get(TOKEN, _NONE)
@@ -242,7 +241,7 @@ def _ec2(found: Crawl) -> None:
 
 
 def _list(found: Crawl, directory: str, depth: int) -> None:
-    """A directory and everything below it, as os-collect-config reads it."""
+    """Request a directory and everything below it, as os-collect-config does."""
     listing = found.get(directory, token=True)
     if not listing.ok or depth > _DEEPEST:
         return
@@ -250,7 +249,7 @@ def _list(found: Crawl, directory: str, depth: int) -> None:
     for child in found.listed[directory]:
         if not child.endswith("/"):
             found.get(child, token=True)
-        # No credentials are read for a check.
+        # The doctor reads no credentials.
         elif not child.endswith("/iam/"):
             _list(found, child, depth + 1)
 

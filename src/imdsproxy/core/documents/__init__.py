@@ -1,1 +1,1 @@
-"""What a guest reads: one module per dialect, and the tree that they share."""
+"""Documents for guests: one module per dialect, and their common tree."""

@@ -1,12 +1,12 @@
 """The EC2 dialect: `/`, `/VERSION/meta-data/…`, `/VERSION/user-data`, `/VERSION/dynamic/…`.
 
-Categories and the version that brought each are those of AWS's "Instance metadata categories" page; a dated
-version has what it had there. What this service cannot say truthfully is neither listed nor served: public
-addresses, further block devices, IAM, services, and the identity document, which cannot be signed here and would make
-agents report that they run at Amazon. `dynamic/instance-identity` is there, empty, because cloud-init on a guest
-with Amazon's DMI asks for it and spends minutes on its absence.
+Categories, and the version that introduced each, come from AWS's "Instance metadata categories" page. A dated version
+has the categories of that time. Data that imdsproxy does not truly know is neither listed nor served: public addresses,
+further block devices, IAM, services, and the identity document. imdsproxy cannot sign that document, and agents with it
+would report that they run at Amazon. `dynamic/instance-identity` exists and is empty, because cloud-init on a guest
+with Amazon's DMI asks for it and spends minutes if it is missing.
 
-Names in a record that these documents change or lack give warnings.
+If a name in a record is changed or missing in these documents, the operator gets a warning.
 """
 
 import re
@@ -51,26 +51,26 @@ VERSIONS: Final = (
     "2022-09-24",
     "latest",
 )
-"""As real EC2 lists them, oldest first. `latest` is the greatest as a text, too."""
+"""Versions as real EC2 lists them, oldest first. `latest` is also the greatest as a text."""
 
 _NO_IMAGE: Final = "ami-00000000"
-"""No record knows of images, and every EC2 client expects an `ami-id`."""
+"""Placeholder: records have no images, and every EC2 client expects an `ami-id`."""
 
 _LETTERED_ZONE: Final = re.compile(r"(.*\d)-?[a-z]")
-"""A region and a letter, as `eu-west-1a` (EC2) and `europe-west4-a` (GCE)."""
+"""Region and letter, as `eu-west-1a` (EC2) and `europe-west4-a` (GCE)."""
 
 _BLOCK_DEVICES: Final = directory({"ami": "vda", "root": "/dev/vda"})
-"""Where virtio disks are; Nova has its name from the hypervisor (`nova/block_device.py`, `instance_block_mapping`)."""
+"""Names of virtio disks; Nova asks the hypervisor (`nova/block_device.py`, `instance_block_mapping`)."""
 
 TAG_KEY: Final = re.compile(r"(?!(?:\.{1,2}|_index)\Z)[A-Za-z0-9+\-=.,_:@]{1,128}")
-"""EC2 permits up to 128 letters, digits and `+-=.,_:@` in a key, and not `.`, `..` or `_index`."""
+"""EC2 permits up to 128 letters, digits and `+-=.,_:@` in a key, but not `.`, `..` or `_index`."""
 
 
 def is_listed_tag(name: str) -> bool:
-    """A permitted tag with `=` in its key can be read and is not listed.
+    """Return whether a permitted tag is listed: a tag with `=` in its key is readable and not listed.
 
-    In any listing crawlers take `a=b` for an entry of `public-keys`: os-collect-config asks for `a/`, cloud-init
-    (where `a` is a number) for `a/openssh-key`, and on the 404 both drop everything that they have read.
+    In any listing, crawlers take `a=b` for an entry of `public-keys`: os-collect-config asks for `a/`, cloud-init (if
+    `a` is a number) for `a/openssh-key`. On the 404 both drop everything that they have read.
     """
     return "=" not in name
 
@@ -100,7 +100,7 @@ def _placement(record: DocumentRecord, version: str) -> Node | None:
 
 
 def _region_of(zone: str | None) -> str | None:
-    """A zone that is not named after its region counts as a region of its own."""
+    """Return the region of a zone; a zone that is not named after a region counts as its own region."""
     match = None if zone is None else _LETTERED_ZONE.fullmatch(zone)
     return zone if match is None else match[1]
 
@@ -162,7 +162,7 @@ _CATEGORIES: Final[tree.Rows] = (
 )
 
 CATEGORIES: Final = tuple(name for _, name, _ in _CATEGORIES)
-"""All that `meta-data` can have."""
+"""All possible categories of `meta-data`."""
 
 
 def _meta_data(record: DocumentRecord, version: str) -> Node:
@@ -178,7 +178,7 @@ FILES: Final[tree.Rows] = (
 
 _SINCE: Final = {since for since, _, _ in (*_CATEGORIES, *FILES)} | {_REGION_SINCE}
 GENERATIONS: Final = {version: max(one for one in _SINCE if one <= version) for version in VERSIONS}
-"""By each version, the oldest one with the same documents."""
+"""Oldest version with the same documents, by version."""
 
 _SHOWN: Final = 20
 _KEY_HINT: Final = "names in documents have no blanks, = or /, and each is there once"
@@ -189,7 +189,7 @@ _TAG_HINT: Final = (
 
 
 def warn_of_names(instance: Instance) -> tuple[Problem, ...]:
-    """A warning for each ssh key that guests see under another name, and each tag that EC2's documents lack."""
+    """Return a warning for each ssh key that guests see under another name, and each tag that EC2's documents lack."""
     if instance.upstream is Upstream.NOVA:
         return ()
     keys = tuple([key.name for key in instance.ssh_keys])
@@ -209,7 +209,7 @@ def warn_of_names(instance: Instance) -> tuple[Problem, ...]:
 
 
 def list_warnings(warnings: Iterable[Problem]) -> tuple[str, ...]:
-    """A line for each, up to twenty; the others are counted."""
+    """Return one line per warning, at most twenty, and a line with the number of the others."""
     found = list(warnings)
     more = len(found) - _SHOWN
     lines = [str(one) for one in found[:_SHOWN]]

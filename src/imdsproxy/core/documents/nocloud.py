@@ -1,6 +1,6 @@
 """The NoCloud dialect: the four files that cloud-init reads below `http://169.254.169.254/nocloud/`.
 
-All four are always there, if need be empty: a 404 on an optional one costs a boot ten seconds.
+All four always exist, empty if there is no data: a 404 on an optional file delays the boot by ten seconds.
 """
 
 import json
@@ -12,14 +12,14 @@ from imdsproxy.core.documents import tree
 from imdsproxy.core.documents.tree import JsonValue, Node
 
 NOCLOUD_ROOT: Final = "nocloud"
-"""The first name of the tree's paths."""
+"""First name in the paths of the tree."""
 
 _YAML: Final = b"text/yaml; charset=utf-8"
 _PLAIN: Final = re.compile(r"[a-z][a-z-]*")
 _UNPRINTABLE: Final = re.compile(
     r"[^\t\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]"
 )
-"""All but YAML 1.2 §5.1's printable characters less the line ends and the byte order mark."""
+"""Characters that YAML 1.2 §5.1 calls not printable, and line ends and the byte order mark."""
 
 
 def _make_meta_data(record: DocumentRecord, _version: str) -> Node:
@@ -35,10 +35,10 @@ def _make_meta_data(record: DocumentRecord, _version: str) -> Node:
 
 
 def _make_network_config(record: DocumentRecord, _version: str) -> Node:
-    """Version 2, matched by MAC; empty when no port has one.
+    """Build version 2, matched by MAC; empty if no port has a MAC.
 
-    There is no `set-name`: the guest keeps the names it has. A further port's default route gives way to the
-    first one's by its metric.
+    The document has no `set-name`: the guest keeps its device names. By its metric, a further port's default route
+    yields to the first port's.
     """
     ethernets: dict[str, JsonValue] = {
         f"interface{number}": _ethernet(port, mac, metric=100 * (number + 1))
@@ -78,13 +78,13 @@ FILES: Final[tree.Rows] = (
     ),
     ("", "network-config", _make_network_config),
 )
-"""Everything below `/nocloud`; there are no versions."""
+"""Everything below `/nocloud`, which has no versions."""
 
 
 def render_yaml(document: dict[str, JsonValue]) -> bytes:
-    """A mapping as YAML, one line for each member, no newline at the end.
+    """Render a mapping as YAML, one line for each member, without a final newline.
 
-    Values are JSON (which YAML includes), with the characters escaped that YAML does not allow as they are.
+    Values are JSON, a subset of YAML; characters that YAML forbids are escaped.
     """
     return "\n".join(
         f"{key if _PLAIN.fullmatch(key) else _flow(key)}: {_flow(value)}"

@@ -23,7 +23,7 @@ VERSIONS: Final = (
     "2025-04-04",
     "latest",
 )
-"""Oldest first. `latest` is the greatest as a text, too."""
+"""Versions, oldest first. `latest` is also the greatest as a text."""
 
 _FOLSOM, _GRIZZLY, _HAVANA, _LIBERTY, _NEWTON_ONE, _NEWTON_TWO, *_ = VERSIONS
 _VICTORIA: Final = VERSIONS[-3]
@@ -54,10 +54,10 @@ def _make_meta_data(record: DocumentRecord, version: str) -> Node:
 
 
 def _make_network_data(record: DocumentRecord, _version: str) -> Node | None:
-    """As Nova makes it (`nova/virt/netutils.py`), one network for each address.
+    """Build network_data.json as Nova does (`nova/virt/netutils.py`), one network for each address.
 
-    `None` when there is nothing to match a NIC by: no document lets cloud-init fall back to DHCP, an empty one
-    makes it configure nothing.
+    `None` if there is no MAC to match a NIC: without the document cloud-init falls back to DHCP, while an empty
+    document makes it configure nothing.
     """
     ports = list(tree.ports_with_mac(record))
     links: list[JsonValue] = [
@@ -87,10 +87,10 @@ def _make_network_data(record: DocumentRecord, _version: str) -> Node | None:
 
 
 def _describe_networks(port: DocumentPort) -> Iterator[dict[str, JsonValue]]:
-    """A port without addresses is configured by DHCP.
+    """Yield the networks of a port; a port without addresses uses DHCP.
 
-    One with an address in no known subnet too, or by the router's advertisements: without a prefix length it cannot be
-    set.
+    An address outside all known subnets is configured by DHCP or router advertisements too, because its prefix length
+    is unknown.
     """
     asked: set[bool] = set()
     routed: set[bool] = set()
@@ -138,7 +138,7 @@ FILES: Final[tree.Rows] = (
     (_GRIZZLY, "password", lambda *_: Node(b"", kind=tree.Kind.POSTED)),
     (_HAVANA, "vendor_data.json", lambda record, _: tree.json_document(_vendor(record))),
     (_LIBERTY, "network_data.json", _make_network_data),
-    # Under `static`, where Nova has it too, cloud-init does not run it a second time.
+    # Under `static`, as in Nova, so that cloud-init does not run it a second time.
     (
         _NEWTON_TWO,
         "vendor_data2.json",

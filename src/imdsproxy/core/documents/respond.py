@@ -1,4 +1,4 @@
-"""From a request and a record to the answer: pure, whatever server carries it."""
+"""Answer to a request for a record's documents. Pure: independent of the HTTP server."""
 
 from base64 import b64encode
 from collections.abc import Callable, Collection, Mapping
@@ -11,24 +11,24 @@ from imdsproxy.core.model import Dialect
 from imdsproxy.core.wire import RETRY_AFTER_S
 
 SEED_LENGTH: Final = 512
-"""Bytes of `random_seed`, as Nova gives them."""
+"""Bytes of `random_seed`, as in Nova."""
 
 PASSWORD_LIMIT: Final = 1020
-"""Bytes of a posted password, as Nova takes them (four pieces of 255)."""
+"""Maximum bytes of a posted password, as in Nova (four pieces of 255)."""
 
 Header: TypeAlias = tuple[bytes, bytes]
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What goes out.
+    """Answer to a request.
 
     Attributes:
-        headers: With lower-case names; Content-Length is among them, also for HEAD.
-        body: The bytes, or where they lie in the record's content.
-        cacheable: The same request gets the same answer as long as the record's revision is the same.
-        new_password: What is to be kept, once and for all, as this instance's password before the answer
-            is sent; who finds that there is one already answers 409 instead.
+        headers: Headers with lower-case names, Content-Length included, also for HEAD.
+        body: Bytes, or their place in the record's content.
+        cacheable: Whether the same request gets the same answer while the record's revision is the same.
+        new_password: Password to store for this instance, once and for all, before the server sends the answer. If the
+            instance already has one, the server answers 409 instead.
     """
 
     status: int
@@ -39,12 +39,12 @@ class Answer:
 
 
 def refusal(status: int, *headers: Header, text: str = "") -> Answer:
-    """An answer without a document.
+    """Return an answer without a document.
 
     Args:
-        status: Its status.
-        headers: Beside those of the body.
-        text: One line for people; without it there is no body.
+        status: HTTP status.
+        headers: Headers in addition to those of the body.
+        text: One line for people; without it the answer has no body.
     """
     kind = ((b"content-type", b"text/plain"),) if text else ()
     body = text.encode("ascii")
@@ -52,23 +52,23 @@ def refusal(status: int, *headers: Header, text: str = "") -> Answer:
 
 
 def retry_later() -> Answer:
-    """503 that makes a client come again: what it asked for is there, but cannot be had now."""
+    """Return a 503 that makes the client retry: the document exists and is unavailable now."""
     return refusal(503, (b"retry-after", b"%d" % RETRY_AFTER_S))
 
 
 _Documents: TypeAlias = "tuple[Dialect, Mapping[str, str], tree.Rows]"
-"""A dialect, for each of its versions one that has the same documents, and all documents."""
+"""Dialect, a version with equal documents for each of its versions, and all documents."""
 
 _EC2: Final[_Documents] = (Dialect.EC2, ec2.GENERATIONS, ec2.FILES)
 _OTHERS: Final[Mapping[str, _Documents]] = {
     nocloud.NOCLOUD_ROOT: (Dialect.NOCLOUD, {"": ""}, nocloud.FILES),
     "openstack": (Dialect.OPENSTACK, {one: one for one in openstack.VERSIONS}, openstack.FILES),
 }
-"""By the first name of their paths; where that is another one, it is a version of EC2's."""
+"""Dialects by the first name of their paths; any other first name is a version of EC2's."""
 
 
 class DocumentTree:
-    """The documents of one record; what is costly to make is made when first asked for, and kept."""
+    """Documents of one record. Costly documents are built at the first request and kept."""
 
     __slots__ = ("_built", "_root", "record")
 
@@ -78,7 +78,7 @@ class DocumentTree:
         self._root = _root(record["dialects"])
 
     def find(self, names: tuple[str, ...]) -> tree.Node | None:
-        """What a path's names lead to; `None` when there is nothing."""
+        """Return the node at a path; `None` if there is none."""
         if not names:
             return self._root
         dialect, versions, files = _OTHERS.get(names[0], _EC2)
@@ -86,7 +86,7 @@ class DocumentTree:
             return None
         below = names if dialect is Dialect.EC2 else names[1:]
         if dialect is Dialect.NOCLOUD:
-            # Its paths have no version.
+            # NoCloud's paths have no version.
             below = ("", *below)
         if not below:
             return tree.Node(tree.listing(openstack.VERSIONS))
@@ -101,7 +101,7 @@ class DocumentTree:
 
 
 def _root(dialects: Collection[str]) -> tree.Node | None:
-    """What `/` says: EC2's versions, as EC2 and Nova have it; without EC2, the roots that there are."""
+    """Return the listing of `/`: EC2's versions, as in EC2 and Nova; without EC2, the roots of the other dialects."""
     if Dialect.EC2 in dialects:
         return tree.Node(tree.listing(ec2.VERSIONS))
     names = [f"{root}/" for root, (dialect, *_) in _OTHERS.items() if dialect in dialects]
@@ -117,18 +117,18 @@ def respond(
     random_seed: Callable[[], bytes],
     password: Callable[[], bytes | None],
 ) -> Answer:
-    """Answer one request of the guest whose documents these are.
+    """Answer one request of the guest that owns these documents.
 
-    A path that leads nowhere is 404 whatever the method (a token request among them, whose body clients use
-    as a token if there is one): errors have no body. Nothing is ever redirected.
+    A path without a document gets 404 with any method, and errors have no body: clients use the body of a token
+    request's answer as a token. No answer is a redirect.
 
     Args:
-        method: What the guest asks.
-        path: As it came, without the query (which no document looks at).
-        body: Of the request.
-        documents: All of the guest's.
-        random_seed: Gives `SEED_LENGTH` fresh bytes; called only where they are needed.
-        password: Gives the instance's password as it is now; called only where it is needed.
+        method: HTTP method.
+        path: Path as received, without the query, which no document uses.
+        body: Body of the request.
+        documents: All documents of the guest.
+        random_seed: Returns `SEED_LENGTH` fresh bytes; called only if needed.
+        password: Returns the instance's present password; called only if needed.
     """
     names = tree.parse_path(path)
     if isinstance(names, int):
@@ -168,7 +168,7 @@ _OF_NOVA: Final = (
     "public-ipv4",
     "ramdisk-id",
 )
-"""`nova/api/metadata/base.py`, `get_ec2_metadata`: what ours have not."""
+"""Categories of `nova/api/metadata/base.py`, `get_ec2_metadata`, that our documents lack."""
 
 _WITH_MORE_BENEATH: Final = (
     *(f"latest/meta-data/{name}/" for name in (*ec2.CATEGORIES, *_OF_NOVA)),
@@ -184,6 +184,6 @@ _SERVED: Final = (
 
 
 def can_be_served(path: str) -> bool:
-    """Whether there can be a document at a plain path (`core.path_rules`), or beneath it."""
+    """Return whether a document may exist at a plain path (`core.path_rules`), or below it."""
     plain = "".join(f"{name}/" for name in filter(None, path.split("/")))
     return plain.startswith(_WITH_MORE_BENEATH) or any(one.startswith(plain) for one in _SERVED)

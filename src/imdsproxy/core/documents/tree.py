@@ -1,10 +1,10 @@
-"""What the dialects share: the tree of documents, how a path leads through it, ports, keys and vendor data.
+"""Common parts of the dialects: document tree, path lookup, ports, keys and vendor data.
 
-A dialect is rows of documents (`Rows`), from which `make_directory` makes what one of its versions has.
+A dialect is rows of documents (`Rows`). `make_directory` builds the documents of one of its versions from them.
 
-An operator's vendor data that is a JSON object is OpenStack's `vendor_data.json` as it is; what cloud-init is to run
-is its `cloud-init` member (a text, or a list of them). Anything else is text for cloud-init itself
-(`#cloud-config`, a script, …). So the same is run in every dialect, once.
+If an operator's vendor data is a JSON object, OpenStack's `vendor_data.json` is that object, and cloud-init runs its
+`cloud-init` member (a text, or a list of texts). All other vendor data is text for cloud-init (`#cloud-config`, a
+script, …). So every dialect runs the same data, once.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ BINARY: Final = b"application/octet-stream"
 JsonValue: TypeAlias = "str | int | bool | list[JsonValue] | dict[str, JsonValue] | None"
 
 ANYWHERE: Final = ("0.0.0.0", "::")  # noqa: S104 - a route's destination, not a bind
-"""By `is_ipv6`."""
+"""Default destinations, indexed by `is_ipv6`."""
 
 _DEEPEST: Final = 64
-"""Slashes in a path; those that programs double, and dot segments, are among them."""
+"""Maximum number of slashes in a path, with those that clients double and dot segments."""
 
 _UNLISTABLE: Final = re.compile(r"[=/\s\x00-\x1f\x7f]+")
 _VENDOR_MEMBER: Final = "cloud-init"
@@ -40,7 +40,7 @@ _BROKEN_ESCAPE: Final = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 
 
 class Kind(Enum):
-    """What every answer of a document has."""
+    """Property that all answers of a document share."""
 
     FIXED = "the same, as long as the record does not change"
     SEEDED = "a JSON object to which fresh `random_seed` is added"
@@ -49,12 +49,12 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A document, or a directory.
+    """Document or directory.
 
     Attributes:
-        body: The bytes, or where they lie in the record's content. Of a directory the text that lists it, which may
-            differ from its children's names: `public-keys` lists `0=name` for the child `0`.
-        children: Of a directory, by the name that a path gives them.
+        body: Bytes, or their place in the record's content. The body of a directory is its listing, which may differ
+            from its children's names: `public-keys` lists `0=name` for the child `0`.
+        children: Children of a directory, by their name in a path.
     """
 
     body: bytes | Blob
@@ -64,24 +64,24 @@ class Node:
 
 
 Content: TypeAlias = "Node | str | None"
-"""A document, its text, or none; an empty text is none."""
+"""Document, its text, or nothing; an empty text is nothing."""
 
 Rows: TypeAlias = "tuple[tuple[str, str, Callable[[DocumentRecord, str], Content]], ...]"
-"""The version that brought a document, its name, and what makes it for a record and a version."""
+"""First version with the document, its name, and the function that builds it for a record and a version."""
 
 
 def encode_text(text: str) -> bytes:
-    """UTF-8, with a question mark for half a surrogate pair, which has no form in it."""
+    """Encode text in UTF-8, with a question mark for a lone surrogate, which UTF-8 cannot encode."""
     return text.encode("utf-8", "replace")
 
 
 def listing(names: Iterable[str]) -> bytes:
-    """Names as EC2 lists them: joined by LF, none after the last (clients take it for a name)."""
+    """Join names as EC2 does: with LF, none after the last name (clients would take it for a name)."""
     return encode_text("\n".join(names))
 
 
 def directory(children: Mapping[str, Content]) -> Node:
-    """A directory that lists the children that there are in name order, directories among them with a slash."""
+    """Return a directory that lists its existing children in name order, directories with a slash."""
     present = _nodes(children)
     names = (
         f"{name}/" if child.children is not None else name
@@ -91,13 +91,13 @@ def directory(children: Mapping[str, Content]) -> Node:
 
 
 def make_documents(rows: Rows, record: DocumentRecord, version: str) -> dict[str, Node]:
-    """What the version has for the record; of two rows with one name the later one counts."""
+    """Return the version's documents of the record; of two rows with one name, the later one counts."""
     made = {name: make(record, version) for since, name, make in rows if since <= version}
     return _nodes(made)
 
 
 def make_directory(rows: Rows, record: DocumentRecord, version: str) -> Node:
-    """The same in a directory that lists plain names in the order of the rows, as EC2 and Nova do there."""
+    """Return the version's directory, which lists plain names in the order of the rows, as EC2 and Nova do."""
     children = make_documents(rows, record, version)
     return Node(listing(children), children=children)
 
@@ -111,23 +111,22 @@ def _nodes(contents: Mapping[str, Content]) -> dict[str, Node]:
 
 
 def user_data(record: DocumentRecord, _version: str) -> Node | None:
-    """The record's own, byte for byte."""
+    """Return the record's user-data, byte for byte."""
     return None if record["user_data"] is None else Node(record["user_data"], BINARY)
 
 
 def json_document(value: JsonValue, kind: Kind = Kind.FIXED) -> Node:
-    """A document in JSON."""
     return Node(json.dumps(value).encode("ascii"), JSON, kind=kind)
 
 
 def parse_path(path: bytes) -> tuple[str, ...] | int:
-    """A request's path as names, or the status of the answer to one that has none.
+    """Split a request's path into names, or return the status of an answer to an invalid path.
 
-    400 for a percent sign that begins no escape (RFC 3986 §2.1), 404 for a path that leads out of its tree.
-    Slashes collapse, also at the end, and escapes are undone. Dot segments are resolved (RFC 3986 §5.2.4)
-    as far as the first name, which they never take away: it says whose tree this is, and rules are made for it.
+    400 for a percent sign that begins no escape (RFC 3986 §2.1), 404 for a path that leaves its tree. Repeated and
+    trailing slashes collapse, and escapes are decoded. Dot segments are resolved (RFC 3986 §5.2.4) but never remove the
+    first name: it selects the tree, to which rules apply.
 
-    A path that is longer or deeper than any document's is 404 before that: who asks pays as little as it costs.
+    A path that is longer or deeper than any document's gets 404 before any of this, so that it costs little.
     """
     if len(path) > LONGEST_PATH or path.count(b"/") > _DEEPEST:
         return 404
@@ -150,7 +149,7 @@ def parse_path(path: bytes) -> tuple[str, ...] | int:
 
 
 def find_node(root: Node, names: Iterable[str]) -> Node | None:
-    """What lies at the end of the names below `root`; `None` when nothing does."""
+    """Return the node at the names below `root`; `None` if there is none."""
     node: Node | None = root
     for name in names:
         node = None if node is None or node.children is None else node.children.get(name)
@@ -158,15 +157,14 @@ def find_node(root: Node, names: Iterable[str]) -> Node | None:
 
 
 def is_ipv6(address: DocumentAddress) -> bool:
-    """Of the two families."""
     return ":" in address["ip"]
 
 
 def ports_with_mac(record: DocumentRecord) -> Iterator[tuple[int, DocumentPort, str]]:
-    """The ports that have a MAC of their own, with their number and the MAC.
+    """Yield the ports that have a MAC of their own, with their number and the MAC.
 
-    Guests configure only these: cloud-init matches by the MAC, and gives up the whole data source on an OpenStack link
-    that it cannot match.
+    Guests configure only these ports: cloud-init matches by MAC, and drops the whole data source if it cannot match an
+    OpenStack link.
     """
     seen: set[str] = set()
     for number, port in enumerate(record["ports"]):
@@ -178,10 +176,10 @@ def ports_with_mac(record: DocumentRecord) -> Iterator[tuple[int, DocumentPort, 
 
 @lru_cache(1024)
 def unique_names(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Names of ssh keys fit for a listing, each once and in the order given. Many instances have the same ones.
+    """Return names of ssh keys for a listing, each once and in the given order.
 
-    Afterburn and cloudbase-init split `0=name` at every `=`, and a slash at the end makes a directory of it;
-    of two keys with one name cloud-init keeps the last.
+    Afterburn and cloudbase-init split `0=name` at every `=`, and a trailing slash makes a name a directory. If two keys
+    have one name, cloud-init keeps the last. Cached, because many instances have the same names.
     """
     taken: dict[str, None] = {}
     for index, name in enumerate(names):
@@ -191,16 +189,15 @@ def unique_names(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def named_keys(record: DocumentRecord) -> dict[str, str]:
-    """The record's ssh keys, by the names that documents have for them."""
+    """Return the record's ssh keys, by their names in documents."""
     names = unique_names(tuple(name for name, _ in record["ssh_keys"]))
     return dict(zip(names, (key.strip() for _, key in record["ssh_keys"]), strict=True))
 
 
 def vendor_object(data: bytes | None) -> dict[str, JsonValue]:
-    """What `vendor_data.json` says; an empty object when there is none, as Nova has it.
+    """Return the content of `vendor_data.json`; an empty object if there is no vendor data, as in Nova.
 
-    Data that is not text (a compressed archive) has no form in JSON that cloud-init reads, and is
-    left out.
+    Data that is not text (a compressed archive) has no JSON form that cloud-init reads, and is omitted.
     """
     if not data:
         return {}
@@ -214,7 +211,7 @@ def vendor_object(data: bytes | None) -> dict[str, JsonValue]:
 
 
 def vendor_text(data: bytes | None) -> bytes:
-    """What NoCloud's `vendor-data` says; empty when there is nothing to run."""
+    """Return the content of NoCloud's `vendor-data`; empty if there is nothing to run."""
     if not data:
         return b""
     parsed = _parse_object(data)

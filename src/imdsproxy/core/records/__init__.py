@@ -1,10 +1,10 @@
-"""Records as people write them: mappings in, networks and instances out, and the reverse.
+"""Records in the form that people write: mappings parsed into networks and instances, and rendered back.
 
-A record is a mapping as YAML or JSON gives it. `parse_records` reads a whole document (`networks:`
-and `instances:` lists), `parse_network` and `parse_instance` one record each; all are strict and
-report every problem of a record at once. `render_record` gives the mapping back, fit for JSON.
+A record is a mapping from the YAML or JSON decoder. `parse_records` reads a whole document (`networks:` and
+`instances:` lists), `parse_network` and `parse_instance` one record each. All are strict and report every problem of a
+record at once. `render_record` returns the mapping again, fit for JSON.
 
-What keys there are, and what each takes, is in the tables `NETWORK`, `INSTANCE` and `POLICY`.
+The tables `NETWORK`, `INSTANCE` and `POLICY` define the keys and their values.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from imdsproxy.core.records.schema import Fault, Field, Findings, Json, Path, Re
 from imdsproxy.errors import Problem
 
 Tables: TypeAlias = Mapping[str, Table[Network] | Table[Instance] | Table[PlacedInstance]]
-"""Of a document's lists, by their names."""
+"""Tables of a document's lists, by the lists' names."""
 
 TABLES: Final[Tables] = {"networks": NETWORK, "instances": INSTANCE}
 PLACED_TABLES: Final[Tables] = {"networks": NETWORK, "instances": PLACED}
-"""Of a fleet's records."""
+"""Tables of a fleet's records."""
 
 LISTS: Final = tuple(TABLES)
 
 
 @dataclass(frozen=True, slots=True)
 class Records:
-    """What a document holds.
+    """Content of a document.
 
     Attributes:
-        found: Each record in its list's order, networks first, with its path, as `("instances", 3)`.
-        problems: What is wrong with the document itself; then it has no records.
+        found: Records in the order of their lists, networks first, with their paths, as `("instances", 3)`.
+        problems: Problems of the document itself; the document then has no records.
     """
 
     found: tuple[tuple[Path, Network | Instance | Refused], ...] = ()
@@ -45,7 +45,7 @@ class Records:
     def of(
         cls, found: Iterable[tuple[Path, Network | Instance | Refused]], problems: Sequence[Problem]
     ) -> Records:
-        """Records as they were read, unless there are problems of the document itself."""
+        """Return the records, unless the document itself has problems."""
         if problems:
             return cls(problems=tuple(problems))
         # Stable, and `networks` comes after `instances` in the alphabet.
@@ -53,17 +53,17 @@ class Records:
 
     @property
     def networks(self) -> list[Network]:
-        """The good ones."""
+        """Networks without problems."""
         return [one for _, one in self.found if isinstance(one, Network)]
 
     @property
     def instances(self) -> list[Instance]:
-        """The good ones."""
+        """Instances without problems."""
         return [one for _, one in self.found if isinstance(one, Instance)]
 
     @property
     def all_problems(self) -> tuple[Problem, ...]:
-        """Those of the document and of every record."""
+        """Problems of the document and of all records."""
         refused = (one for _, one in self.found if isinstance(one, Refused))
         return (*self.problems, *(problem for one in refused for problem in one.problems))
 
@@ -80,14 +80,14 @@ def parse_listed(
     faults: Iterable[Fault] = (),
     tables: Tables = TABLES,
 ) -> Network | Instance | Refused:
-    """One record of a document, as `Table.read` gives it; `path` is its list and its place there: `("networks", 3)`."""
+    """Parse one record of a document by `Table.read`; `path` is its list and its index, `("networks", 3)`."""
     return tables[str(path[0])].read(record, path, findings, faults)
 
 
 def render_record(record: Network | Instance) -> dict[str, Json]:
-    """The mapping of either, fit for JSON, which `parse_network` and `parse_instance` take back unchanged.
+    """Render a network or instance as a mapping for JSON; `parse_network` and `parse_instance` parse it back unchanged.
 
-    What has its default is not in it. User data that is no UTF-8 becomes `{"base64": …}`.
+    The mapping omits defaults. User data that is not UTF-8 becomes `{"base64": …}`.
     """
     return NETWORK.render(record) if isinstance(record, Network) else INSTANCE.render(record)
 
@@ -95,16 +95,15 @@ def render_record(record: Network | Instance) -> dict[str, Json]:
 def parse_each(
     document: object, findings: Findings, faults: Iterable[Fault] = (), tables: Tables = TABLES
 ) -> Iterator[tuple[Path, Network | Instance | Refused, float]]:
-    """Each record of a document `{networks: [...], instances: [...]}`, and the share of its list that is parsed.
+    """Yield each record of a document `{networks: [...], instances: [...]}`, and the parsed share of its list.
 
-    Duplicate ids and addresses are not looked for: what is in force is the caller's to know.
+    Duplicate ids and addresses are not checked: only the caller knows which records are in force.
 
     Args:
-        document: The mapping, as YAML or JSON gives it; `None` for an empty file.
-        findings: Where problems of the document itself are noted. With one, none of its records counts.
-        faults: What the decoder found; one inside a record refuses that record, another the
-            document.
-        tables: What the records may have.
+        document: Mapping from the YAML or JSON decoder; `None` for an empty file.
+        findings: Receives problems of the document itself. With such a problem, none of its records counts.
+        faults: Faults of the decoder; a fault inside a record refuses that record, any other fault the document.
+        tables: Tables of the lists.
     """
     by_record: dict[Path, list[Fault]] = {}
     for fault in faults:
@@ -131,7 +130,7 @@ def parse_records(
     faults: Iterable[Fault] = (),
     tables: Tables = TABLES,
 ) -> Records:
-    """Every record of a document; arguments as of `parse_each`."""
+    """Parse all records of a document; arguments as of `parse_each`."""
     findings = findings or Findings()
     found = [(path, record) for path, record, _ in parse_each(document, findings, faults, tables)]
     return Records.of(found, findings.problems)

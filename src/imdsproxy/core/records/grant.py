@@ -1,4 +1,4 @@
-"""What a fleet gives a project: hosts, listeners and addresses that operators limited to the project may use."""
+"""Schema of a grant: hosts, listeners and addresses that operators limited to a project may use."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _HOST: Final = re.compile(rf"\*|{ID_PATTERN}")
 
 @dataclass(frozen=True, slots=True)
 class SharedRange:
-    """Addresses of a shared network: one without a project."""
+    """Addresses of a shared network, which is a network without a project."""
 
     network: NetworkId
     cidr: IpNetwork
@@ -34,12 +34,12 @@ class SharedRange:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Everything that a fleet gives a project; empty unless an operator of all projects wrote more.
+    """Grant of a fleet to a project; empty unless an operator of all projects has written one.
 
     Attributes:
         hosts: Hosts on which the project's operators may place instances; `EVERY_HOST` for all.
-        listeners: Listeners of networks that they may make.
-        addresses: Addresses that their instances may have in shared networks.
+        listeners: Listeners of networks that the operators may make.
+        addresses: Addresses that the project's instances may have in shared networks.
     """
 
     hosts: tuple[str, ...] = ()
@@ -47,19 +47,19 @@ class Grant:
     addresses: tuple[SharedRange, ...] = ()
 
     def has_host(self, host: str) -> bool:
-        """Whether instances of the project may be placed on a host."""
+        """Return whether instances of the project may be placed on a host."""
         return EVERY_HOST in self.hosts or host in self.hosts
 
     def has_listener(self, listener: Listener) -> bool:
-        """Whether networks of the project may have a listener."""
+        """Return whether networks of the project may have a listener."""
         return any(_covers(one, listener) for one in self.listeners)
 
     def has_network(self, network: str) -> bool:
-        """Whether the project has any addresses in a shared network."""
+        """Return whether the project has any addresses in a shared network."""
         return any(one.network == network for one in self.addresses)
 
     def has_address(self, network: str, address: IpAddress) -> bool:
-        """Whether instances of the project may have an address in a shared network."""
+        """Return whether instances of the project may have an address in a shared network."""
         return any(one.network == network and address in one.cidr for one in self.addresses)
 
 
@@ -74,7 +74,7 @@ def _covers(granted: Listener, listener: Listener) -> bool:
 
 
 def spell_listener(listener: Listener) -> str:
-    """A listener in the words of a record, as `bridge br0`."""
+    """Return a listener in the words of a record, as `bridge br0`."""
     match listener:
         case NamespaceListener(namespace, device):
             return f"namespace {namespace}" if device is None else f"device {device} in {namespace}"

@@ -1,4 +1,4 @@
-"""An instance's record."""
+"""Schema of an instance's record."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -103,10 +103,10 @@ def _parse_bare_key(field: Field) -> SshKey:
 
 
 def _parse_ssh_keys(field: Field) -> tuple[SshKey, ...]:
-    """The keys in their order, each under a name of its own.
+    """Return the keys in their order, each with a unique name.
 
-    A key given as a bare line is named by its comment (`key-N` without one; `-2`, `-3` … is added
-    to a name that is taken).
+    A key given as a bare line is named by its comment (`key-N` without one; if the name is taken, `-2`, `-3` … is
+    added).
     """
     found: list[tuple[int, SshKey]] = []
     named: set[str] = set()
@@ -177,7 +177,7 @@ def _render_dialects(dialects: frozenset[Dialect]) -> dict[str, Json]:
 
 
 _OF_NOVA: Final = ("id", "name", "hostname", "project", "ports", "upstream", "policy", "created_at")
-"""What a record may have beside Nova, which has all else of its instances itself."""
+"""Keys of a record with `upstream: nova`; Nova has all other data of its instances."""
 
 
 def _check_instance(entries: Mapping[str, Field], record: dict[str, Any]) -> None:
@@ -294,10 +294,10 @@ INSTANCE: Final = Table(
 
 @dataclass(frozen=True, slots=True)
 class PlacedInstance(Instance):
-    """An instance of a fleet.
+    """Instance of a fleet.
 
     Attributes:
-        hosts: Where it is served; two while it moves.
+        hosts: Hosts that serve the instance; two during a move.
     """
 
     hosts: tuple[str, ...] = ()

@@ -1,7 +1,7 @@
-"""The JSON Schema of record files, made of the tables of records: for editors, and checks in other programs.
+"""JSON Schema of record files, derived from the tables of records: for editors, and checks in other programs.
 
-It accepts every file that `parse_records` accepts. It cannot say what spans several values (that two ports have the
-same address) or what needs arithmetic (that a MAC is a multicast one).
+It accepts every file that `parse_records` accepts. It cannot express conditions on several values (two ports with the
+same address) or arithmetic (a multicast MAC).
 """
 
 from collections.abc import Mapping
@@ -11,13 +11,13 @@ from imdsproxy.core.records import TABLES
 from imdsproxy.core.records.schema import Json, Key, Kind, Table
 
 DIALECT: Final = "http://json-schema.org/draft-07/schema#"
-"""The one that yaml-language-server, and so most editors, understand best."""
+"""Dialect that yaml-language-server, and so most editors, support best."""
 
 _DEFINITIONS: Final = "$defs"
 
 
 def schema_of_records() -> dict[str, Any]:
-    """The schema of a document `{networks: [...], instances: [...]}`."""
+    """Return the schema of a document `{networks: [...], instances: [...]}`."""
     definitions: dict[str, Json] = {}
     for table in TABLES.values():
         _define(table, definitions)
@@ -39,12 +39,12 @@ def schema_of_records() -> dict[str, Any]:
 def _define(
     table: Table[Any], definitions: dict[str, Json], siblings: tuple[str, ...] = ()
 ) -> None:
-    """Add a table, and those that its keys hold, to the definitions.
+    """Add a table, and the tables of its keys, to the definitions.
 
     Args:
-        table: The mapping.
-        definitions: By the table's name.
-        siblings: Keys of the tables of which one may stand in this one's place; they may be there, and null.
+        table: Table of the mapping.
+        definitions: Definitions by the table's name.
+        siblings: Keys of alternative tables; they may be present with null.
     """
     if table.name in definitions:
         return
@@ -100,7 +100,7 @@ def _reference(table: Table[Any]) -> dict[str, Json]:
 
 
 def _or_null(schema: dict[str, Json]) -> dict[str, Json]:
-    """The same or null, which is the same as no key."""
+    """Return the schema extended by null, which is the same as no key."""
     match schema:
         case {"enum": [*words]}:
             others = {name: value for name, value in schema.items() if name != "type"}

@@ -1,7 +1,7 @@
-"""What a host of an older version gets of a newer record: each key has the level of records with which it came. Pure.
+"""Levels of records: each key has the level that introduced it, so that older hosts can read newer records. Pure.
 
-A host says which level it reads. A hub leaves out a later key that only adds something, and refuses to write a later
-key that limits something where a host that has to observe the limit is older.
+A host reports the level that it reads. A hub omits a later key that only adds a feature. It refuses to write a later
+key that limits something if a host that must observe the limit has a lower level.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ _Drops: TypeAlias = Callable[[Key], bool]
 
 @dataclass(frozen=True)
 class Schema:
-    """The tables of one version.
+    """Tables of one version.
 
     Attributes:
-        tables: By kind of item.
+        tables: Tables by kind of item.
     """
 
     tables: Mapping[str, Table[Any]]
 
     @cached_property
     def level(self) -> int:
-        """The highest level of a key."""
+        """Highest level of any key."""
         keys = (key for table in self.tables.values() for key in _every_key(table))
         return max((key.since for key in keys), default=1)
 
     def needed(self, kind: str, record: Any) -> int:  # noqa: ANN401 - JSON
-        """The level that a host has to read, to observe all that a record says."""
+        """Return the level that a host must read to observe all limits in a record."""
         if kind not in self.tables:
             return 1
         return max((key.since for key in _used(self.tables[kind], record) if key.limits), default=1)
 
     def fit(self, kind: str, record: Any, level: int) -> Any:  # noqa: ANN401 - JSON
-        """A record without what came after a level and only adds something."""
+        """Return a record without keys above a level that only add a feature."""
         if kind not in self.tables or level >= self.level:
             return record
         return _fit(self.tables[kind], record, lambda key: key.since > level and not key.limits)
@@ -89,4 +89,4 @@ def _fit(table: Table[Any], record: object, drops: _Drops) -> object:
 
 
 SCHEMA: Final = Schema({"network": NETWORK, "instance": INSTANCE, "policy": POLICY})
-"""Of this version."""
+"""Schema of this version."""

@@ -1,4 +1,4 @@
-"""A network's record, and the policy that records of networks and instances have."""
+"""Schema of a network's record, and of the policy in records of networks and instances."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -31,7 +31,7 @@ def _parse_paths(field: Field) -> path_rules.PathRules | None:
 
 
 def _parse_word(field: Field) -> path_rules.PathWord:
-    """What is said of the path that the entry is for."""
+    """Parse the word of a path rule, and check the rule's path."""
     fault = path_rules.find_path_fault(str(field.path[-1]))
     if fault is not None:
         raise field.error(*fault)

@@ -1,6 +1,6 @@
-"""What a record is made of: keys, each with what it takes. Parser, renderer and JSON Schema are derived from it.
+"""Record schema: tables, their keys and value kinds. Parser, renderer and JSON Schema are derived from it.
 
-A decoded document is read field by field, and everything that is wrong with it is gathered.
+The parser reads a decoded document field by field and collects all of its problems.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from imdsproxy.core.model import ID_PATTERN
 from imdsproxy.errors import Problem, quoted
 
 Json: TypeAlias = "str | int | float | bool | list[Json] | dict[str, Json] | None"
-"""What JSON can carry."""
+"""Any JSON value."""
 
 Path: TypeAlias = tuple[str | int, ...]
-"""Where in a document: keys of mappings and indexes of lists, from the document's root."""
+"""Place in a document: keys of mappings and indexes of lists, from the document's root."""
 
 LineOf: TypeAlias = Callable[[Path], int | None]
-"""The 1-based line where a path's value stands, or that of its nearest known parent."""
+"""Lookup of the 1-based line of a path's value, or of its nearest known parent."""
 
 ReadFile: TypeAlias = "Callable[[Field], bytes]"
-"""Reads the file that a field names; raises a `Fault`."""
+"""Reader of the file that a field names; raises a `Fault`."""
 
 MAX_TEXT: Final = 255
 
 MAX_PAYLOAD: Final = 16 * 1024 * 1024
-"""The most bytes of user data, and of vendor data, of one instance."""
+"""Maximum bytes of one instance's user data, and of its vendor data."""
 
 _MOST_BITS: Final = 60
 _T = TypeVar("_T")
@@ -44,13 +44,13 @@ _UNPRINTABLE: Final = re.compile(rf"[{CONTROL}\ud800-\udfff]")
 
 @dataclass(slots=True, eq=False)
 class Fault(Exception):
-    """Something wrong at a path; decoders report so what their values do not show any more.
+    """Problem at a path. Decoders also report by it problems that the decoded value no longer shows.
 
     Attributes:
-        path: Where.
-        reason: What, in one sentence.
-        hint: What would be right.
-        line: Where exactly, if not where `path` begins.
+        path: Place in the document.
+        reason: Problem, in one sentence.
+        hint: Correct form.
+        line: Exact line, if it is not the line of `path`.
     """
 
     path: Path
@@ -61,11 +61,11 @@ class Fault(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A record that is not accepted.
+    """Record that is refused.
 
     Attributes:
-        problems: Everything wrong with it, in its own order.
-        id: Its id, as far as that could be read.
+        problems: All problems, in the record's own order.
+        id: Id of the record, if it could be read.
     """
 
     problems: tuple[Problem, ...]
@@ -73,7 +73,7 @@ class Refused:
 
 
 def render_path(path: Path) -> str:
-    """The path as operators read it: `instances[3].ports[0].addresses[1]`."""
+    """Render a path for operators: `instances[3].ports[0].addresses[1]`."""
     text = ""
     for step in path:
         if isinstance(step, int):
@@ -87,12 +87,12 @@ def render_path(path: Path) -> str:
 
 @dataclass(slots=True)
 class Findings:
-    """The problems of one record, as they are found, and what its fields are read with.
+    """Problems of one record, and the helpers that read its fields.
 
     Attributes:
-        file: The file it comes from, for the problems.
-        line_of: Where its parts stand in that file.
-        read_file: Reads what `user_data_file` names; without it the key is refused.
+        file: File of the record, for the problems.
+        line_of: Lines of the record's parts in that file.
+        read_file: Reads the file of `user_data_file`; without it the key is refused.
     """
 
     file: str | None = None
@@ -101,7 +101,7 @@ class Findings:
     problems: list[Problem] = field(default_factory=list)
 
     def add(self, fault: Fault) -> None:
-        """Note a problem, with file and line, which is looked up only now: most records have none."""
+        """Add a problem with file and line. The line is looked up only here: most records have no problem."""
         line = fault.line
         if line is None and self.line_of is not None:
             line = self.line_of(fault.path)
@@ -111,22 +111,22 @@ class Findings:
 
 @dataclass(slots=True)  # not frozen: that triples the time to make one, and they never leave here
 class Field:
-    """A value and where it stands. Its readers raise a `Fault` where the value is not acceptable."""
+    """Value and its path. The readers raise a `Fault` if the value is not acceptable."""
 
     value: Any
     path: Path
     findings: Findings
 
     def error(self, reason: str, hint: str = "") -> Fault:
-        """What is wrong with this field."""
+        """Return a fault at this field's path."""
         return Fault(self.path, reason, hint)
 
     def refuse(self, reason: str, hint: str = "") -> None:
-        """Note a problem of this field, and go on."""
+        """Add a problem of this field without raising."""
         self.findings.add(self.error(reason, hint))
 
     def read(self, parse: Callable[[Field], _T]) -> _T | None:
-        """What `parse` makes of it; `None` once its problem is noted."""
+        """Return the result of `parse`; on a fault, add its problem and return `None`."""
         try:
             return parse(self)
         except Fault as fault:
@@ -134,17 +134,16 @@ class Field:
             return None
 
     def child(self, step: str | int, value: object) -> Field:
-        """A part of this field's value."""
         return Field(value, (*self.path, step), self.findings)
 
     def mapping(
         self, known: Collection[str] | None = None, required: Collection[str] = ()
     ) -> dict[str, Field]:
-        """The entries of a mapping, without those that are null; a problem is noted for each unknown or missing key.
+        """Return the entries of a mapping that are not null; add a problem for each unknown or missing key.
 
         Args:
-            known: The keys that may be there; `None` for any text.
-            required: Those of them that must.
+            known: Keys that are allowed; `None` for any text.
+            required: Keys that must be present.
         """
         if not isinstance(self.value, Mapping):
             raise self.error(f"expected a mapping (key: value), found {_kind(self.value)}")
@@ -162,13 +161,12 @@ class Field:
         return entries
 
     def items(self) -> list[Field]:
-        """The items of a list."""
+        """Return the items of a list."""
         if not isinstance(self.value, list | tuple):
             raise self.error(f"expected a list, found {_kind(self.value)}", "write [a, b] or - a")
         return [self.child(index, item) for index, item in enumerate(self.value)]
 
     def any_text(self) -> str:
-        """Any text."""
         if isinstance(self.value, str):
             return self.value
         hint = "put it in quotes" if isinstance(self.value, bool | int | float) else ""
@@ -176,7 +174,7 @@ class Field:
         raise self.error(f"expected text, found {_kind(self.value)}", hint)
 
     def text(self, *, longest: int = MAX_TEXT) -> str:
-        """Text of one line, not empty, that a header, a log or a listing may carry."""
+        """Return one line of text, not empty, that is safe in a header, a log or a listing."""
         value = self.any_text()
         if not value:
             raise self.error("is empty", "leave it out, or write something")
@@ -192,21 +190,21 @@ class Field:
         return value
 
     def matched(self, pattern: re.Pattern[str], wanted: str) -> str:
-        """Text that `pattern` matches as a whole; `wanted` says in words what that is."""
+        """Return text that `pattern` matches as a whole; `wanted` describes the pattern in words."""
         value = self.any_text()
         if pattern.fullmatch(value) is None:
             raise self.error(f"{quoted(value)} is not acceptable", wanted)
         return value
 
     def one_of(self, words: Sequence[str]) -> str:
-        """One of these words."""
+        """Return text that equals one of the words."""
         value = self.any_text()
         if value not in words:
             raise self.error(f"{quoted(value)} is not acceptable", f"one of {', '.join(words)}")
         return value
 
     def whole_number(self, lowest: int, highest: int) -> int:
-        """A whole number within bounds."""
+        """Return a whole number within bounds."""
         value = self.value
         if isinstance(value, bool) or not isinstance(value, int):
             found = f"expected a whole number, found {_kind(value)}"
@@ -216,7 +214,6 @@ class Field:
         return value
 
     def boolean(self) -> bool:
-        """True or false."""
         if isinstance(self.value, bool):
             return self.value
         found = f"expected true or false, found {_kind(self.value)}"
@@ -241,21 +238,21 @@ def _kind(value: object) -> str:
 
 
 def nearest(key: str, known: Collection[str]) -> str:
-    """A hint for a key that is none of the known ones."""
+    """Return a hint for an unknown key: the closest known key, or all known keys."""
     near = difflib.get_close_matches(key, known, n=1)
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What a value may be.
+    """Type of a value: parser, renderer and JSON Schema.
 
     Attributes:
-        parse: Gives the core's value, or `None` once its problems are noted; or raises a `Fault`.
-        schema: As JSON Schema; `None` where `tables` are all of it.
-        render: From the core's value to JSON.
-        tables: The mappings that it may be.
-        item: What each item of a list may be.
+        parse: Returns the core's value, or `None` after adding its problems; may raise a `Fault`.
+        schema: JSON Schema of the value; `None` if `tables` define it completely.
+        render: Converts the core's value to JSON.
+        tables: Mappings that the value may be.
+        item: Kind of a list's items.
     """
 
     parse: Callable[[Field], Any]
@@ -267,14 +264,14 @@ class Kind:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One key of a mapping. A null is the same as no key.
+    """Key of a mapping. A null is the same as no key.
 
     Attributes:
-        attribute: The dataclass's, where it has another name.
-        required: It must be there.
-        only_in_files: The admin API does not take it, and no record is shown with it.
-        since: The level of records that it came with (`core.records.levels`).
-        limits: A host of a fleet that does not know the key may not ignore it.
+        attribute: Name of the dataclass's attribute, if it differs.
+        required: Whether the key must be present.
+        only_in_files: Whether only files may have the key: the admin API refuses it, and no shown record has it.
+        since: Level of records that introduced the key (`core.records.levels`).
+        limits: Whether a fleet host that does not know the key must not ignore it.
     """
 
     name: str
@@ -288,23 +285,23 @@ class Key:
 
     @property
     def field(self) -> str:
-        """The name in the dataclass."""
+        """Name of the dataclass's attribute."""
         return self.attribute or self.name
 
     @property
     def summary(self) -> str:
-        """The first sentence of `help`, which is all that `--help` shows."""
+        """First sentence of `help`; `--help` shows only this sentence."""
         return self.help.partition(". ")[0].removesuffix(".") + "."
 
 
 class Table(Generic[_T]):
-    """A mapping with known keys.
+    """Mapping with known keys.
 
     Attributes:
-        name: In the OpenAPI document.
-        help: What it is, in one sentence.
-        names: Of all keys, in their order.
-        required: Of the keys that must be there.
+        name: Name in the OpenAPI document.
+        help: Description, in one sentence.
+        names: Names of all keys, in their order.
+        required: Names of the required keys.
     """
 
     def __init__(
@@ -318,12 +315,12 @@ class Table(Generic[_T]):
         """Describe a mapping.
 
         Args:
-            name: As of the class.
-            of: Makes the value, given the parsed values of those keys that are there: most often a dataclass. Its
-                defaults are those of the keys.
-            help_text: What it is.
-            keys: In the order in which problems are reported and records are shown.
-            check: Refuses what does not go together, and may change values.
+            name: Name in the OpenAPI document.
+            of: Makes the value from the parsed values of the present keys: most often a dataclass. Its defaults are the
+                defaults of the keys.
+            help_text: Description, in one sentence.
+            keys: Keys, in the order in which problems are reported and records are shown.
+            check: Refuses values that contradict each other; may change values.
         """
         self.name = name
         self.help = help_text
@@ -336,7 +333,7 @@ class Table(Generic[_T]):
         self._defaults = {one.name: one.default for one in parameters if one.default != one.empty}
 
     def default(self, key: Key) -> Any:  # noqa: ANN401 - as the dataclass has it
-        """What a missing key stands for; `None` where that is nothing."""
+        """Return the default of a missing key; `None` if it has no default."""
         return self._defaults.get(key.field)
 
     def read(
@@ -346,13 +343,13 @@ class Table(Generic[_T]):
         findings: Findings | None = None,
         faults: Iterable[Fault] = (),
     ) -> _T | Refused:
-        """The value of a record, or everything that is wrong with it.
+        """Return the value of a record, or all of its problems.
 
         Args:
-            record: The mapping, as YAML or JSON gives it.
-            path: Where it stands in its document.
-            findings: Without problems yet.
-            faults: Those that the decoder found inside this record.
+            record: Mapping that the YAML or JSON decoder returned.
+            path: Place of the record in its document.
+            findings: Findings without problems.
+            faults: Problems that the decoder found inside this record.
         """
         findings = findings or Findings()
         for fault in faults:
@@ -365,11 +362,11 @@ class Table(Generic[_T]):
         return parsed
 
     def parse(self, field: Field) -> _T | None:
-        """The value of a mapping."""
+        """Parse a mapping."""
         return self.build(field.mapping(self.names, self.required))
 
     def build(self, entries: Mapping[str, Field]) -> _T | None:
-        """The value of a mapping's entries, which are known keys."""
+        """Parse a mapping's entries; all of their keys are known."""
         values: dict[str, Any] = {}
         for key in self.keys:
             if key.name in entries:
@@ -382,7 +379,7 @@ class Table(Generic[_T]):
         return self._make(**values)
 
     def render(self, value: _T) -> dict[str, Json]:
-        """The value's mapping, without what is its default."""
+        """Return the value's mapping, without values that equal their defaults."""
         return {
             key.name: key.kind.render(found)
             for key in self.keys
@@ -391,24 +388,24 @@ class Table(Generic[_T]):
 
     @property
     def kind(self) -> Kind:
-        """For a key that holds such a mapping."""
+        """Kind of a key that holds such a mapping."""
         return Kind(self.parse, render=self.render, tables=(self,))
 
 
 def list_of(
     kind: Kind, check: Callable[[Sequence[tuple[Field, Any]]], None] = lambda _items: None
 ) -> Kind:
-    """A list.
+    """Return the kind of a list.
 
     Args:
-        kind: Of each item.
-        check: Refuses what does not go together; given the items that are good, and where they stand.
+        kind: Kind of each item.
+        check: Refuses items that contradict each other; receives the valid items with their fields.
     """
 
     def parse(field: Field) -> tuple[Any, ...]:
         items = [(item, item.read(kind.parse)) for item in field.items()]
         check([one for one in items if one[1] is not None])
-        # One that is refused is `None`, so that the others keep their places: the record is refused anyway.
+        # A refused item stays as `None`, so that the others keep their indexes; the record is refused anyway.
         return tuple(value for _, value in items)
 
     return Kind(parse, render=lambda items: [kind.render(one) for one in items], item=kind)

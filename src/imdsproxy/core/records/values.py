@@ -1,4 +1,4 @@
-"""The values of records: ids, addresses, MACs, names of devices, points in time, user data and vendor data."""
+"""Values of records: ids, addresses, MACs, device names, points in time, user data and vendor data."""
 
 import base64
 import json
@@ -41,25 +41,25 @@ _BROADCAST: Final = IPv4Address("255.255.255.255")
 
 
 def choice_of(words: type[StrEnum]) -> Kind:
-    """One of some words."""
+    """Return the kind of a word from an enumeration."""
     listed = [word.value for word in words]
     schema: dict[str, Json] = {"type": "string", "enum": [*listed]}
     return Kind(lambda field: words(field.one_of(listed)), schema, lambda word: str(word.value))
 
 
 def number_between(lowest: int, highest: int) -> Kind:
-    """A whole number within bounds."""
+    """Return the kind of a whole number within bounds."""
     schema: dict[str, Json] = {"type": "integer", "minimum": lowest, "maximum": highest}
     return Kind(lambda field: field.whole_number(lowest, highest), schema)
 
 
 def _matching(pattern: str, wanted: str, *, shared: bool = False) -> Kind:
-    """Text that a pattern matches as a whole.
+    """Return the kind of text that a pattern matches as a whole.
 
     Args:
-        pattern: Also that of JSON Schema.
-        wanted: What it is, in words.
-        shared: The same text stands in many records: one string for all of them.
+        pattern: Regular expression, valid also in JSON Schema.
+        wanted: Description of the text.
+        shared: Whether many records have the same text: they then share one string.
     """
     compiled = re.compile(pattern)
 
@@ -74,7 +74,7 @@ SWITCH: Final = Kind(Field.boolean, {"type": "boolean"})
 
 
 def one_line(longest: int) -> dict[str, Json]:
-    """The JSON Schema of what `Field.text` takes."""
+    """Return the JSON Schema of text that `Field.text` accepts."""
     return {
         "type": "string",
         "minLength": 1,
@@ -84,9 +84,9 @@ def one_line(longest: int) -> dict[str, Json]:
 
 
 def entries(names: str, value: Json) -> dict[str, Json]:
-    """The JSON Schema of what `Field.mapping` takes: values by names of a pattern.
+    """Return the JSON Schema of a mapping that `Field.mapping` accepts: values by names that match a pattern.
 
-    An entry that is null is omitted without a look at its name.
+    A null entry is ignored, whatever its name.
     """
     return {
         "type": "object",
@@ -100,19 +100,19 @@ INSTANCE_ID: Final = _matching(model.ID_PATTERN, _ID_WANTED)
 NETWORK_ID: Final = _matching(model.ID_PATTERN, _ID_WANTED, shared=True)
 HOST_ID: Final = NETWORK_ID
 PROJECT_ID: Final = NETWORK_ID
-"""A project's id as Keystone makes it: it is a header's value and a part of a map's."""
+"""Project id in Keystone's form: a header's value and a part of a map's value."""
 
 NAMESPACE: Final = _matching(
     NAMESPACE_PATTERN, "a name in /run/netns: 1 to 128 of A-Z a-z 0-9 . _ @ : + -"
 )
-"""The name of a file in `/run/netns` that is a plain word of HAProxy's configuration."""
+"""Name of a file in `/run/netns` that needs no quotes in HAProxy's configuration."""
 
 DEVICE: Final = _matching(DEVICE_PATTERN, "a device's name: 1 to 15 of A-Z a-z 0-9 . _ @ + = -")
-"""A network device's name, at most 15 bytes (Linux IFNAMSIZ)."""
+"""Name of a network device, at most 15 bytes (Linux IFNAMSIZ)."""
 
 
 def parse_mac(field: Field) -> model.MacAddress:
-    """A unicast MAC, in either spelling (`:` or `-`, any case)."""
+    """Parse a unicast MAC, in either spelling (`:` or `-`, any case)."""
     text = field.matched(_MAC, 'six hexadecimal octets: "52:54:00:12:34:56"')
     mac = text.lower().replace("-", ":")
     if int(mac[:2], 16) & 1:
@@ -125,7 +125,7 @@ def parse_mac(field: Field) -> model.MacAddress:
 
 
 def parse_address(field: Field) -> model.IpAddress:
-    """A unicast IPv4 or IPv6 address without scope: a gateway, a name server."""
+    """Parse a unicast IPv4 or IPv6 address without scope: a gateway, a name server."""
     text = field.any_text()
     try:
         address = ip_address(text)
@@ -139,7 +139,7 @@ def parse_address(field: Field) -> model.IpAddress:
 
 
 def _faults(address: model.IpAddress) -> Iterator[tuple[bool, str, str]]:
-    """Whether it is something that no host has, what, and what would be right."""
+    """Yield whether the address has a fault that no host's address has, the fault, and the correction."""
     yield address.is_unspecified, "the unspecified address", ""
     yield address.is_loopback, "a loopback address", "no packet from it ever reaches a listener"
     yield address.is_multicast, "a multicast address", "no guest sends from it"
@@ -154,7 +154,7 @@ def _faults(address: model.IpAddress) -> Iterator[tuple[bool, str, str]]:
 
 
 def parse_guest_address(field: Field) -> model.IpAddress:
-    """An address that a guest may have."""
+    """Parse an address that a guest may have."""
     address = parse_address(field)
     if address in (model.METADATA_IPV4, model.METADATA_IPV6):
         raise field.error(f"{address} is the metadata service's own address", "the guest's address")
@@ -162,7 +162,7 @@ def parse_guest_address(field: Field) -> model.IpAddress:
 
 
 def parse_cidr(field: Field) -> model.IpNetwork:
-    """A range of addresses with its prefix length and no host bits."""
+    """Parse a range of addresses with its prefix length and no host bits."""
     text = field.any_text()
     first, _, prefix = text.partition("/")
     try:
@@ -180,7 +180,7 @@ def parse_cidr(field: Field) -> model.IpNetwork:
 
 
 def hostname_of(name: str, otherwise: str) -> str:
-    """The host name that an instance without one gets: its name, other characters as `-`."""
+    """Return the default host name of an instance: its name, with `-` for other characters."""
     words = _NOT_IN_HOSTNAME.sub("-", name)
     labels = (label.strip("-")[:63].strip("-") for label in words.split("."))
     hostname = ".".join(label for label in labels if label)
@@ -200,10 +200,10 @@ _MOMENT_WANTED: Final = 'Unix time, or a time with its zone: "2026-11-26T12:00:0
 
 
 def unix_time_of(text: str) -> int | None:
-    """The whole seconds of Unix time, rounded down, of a time as RFC 3339 writes it.
+    """Convert an RFC 3339 time to whole seconds of Unix time, rounded down.
 
     Returns:
-        `None` where it is no such text, is no time that there is, or is not of 1970 to 2286.
+        `None` if the text has another form, or is no time from 1970 to 2286.
     """
     match = _MOMENT_TEXT.fullmatch(text)
     if match is None:
@@ -217,7 +217,7 @@ def unix_time_of(text: str) -> int | None:
 
 
 def parse_moment(field: Field) -> int:
-    """A point in time as Unix time: a number, or text (`unix_time_of`)."""
+    """Parse a point in time as Unix time: a number, or text (`unix_time_of`)."""
     if not isinstance(field.value, str):
         return field.whole_number(0, LAST_SECOND)
     seconds = unix_time_of(field.value)
@@ -238,7 +238,7 @@ HOSTNAME: Final = Kind(
     lambda field: field.matched(_HOSTNAME, "labels of letters, digits and -, joined by dots"),
     {"type": "string", "maxLength": _LONGEST_HOSTNAME, "pattern": f"^{_LABELS}$"},
 )
-"""A host name (RFC 1123, underscores let pass), at most 253 characters."""
+"""Host name (RFC 1123, with underscores allowed), at most 253 characters."""
 
 MOMENT: Final = Kind(
     parse_moment,
@@ -319,7 +319,7 @@ def _encode(field: Field, payload: str | bytes) -> bytes:
 
 
 def _check_json(field: Field, depth: int = 0) -> None:
-    """Find what JSON cannot carry: keys that are no text, bytes, NaN, and what is nested too deep."""
+    """Report values that JSON cannot hold (keys that are not text, bytes, NaN), and too deep nesting."""
     value = field.value
     check = partial(_check_json, depth=depth + 1)
     if depth > _DEEPEST:
@@ -341,7 +341,7 @@ def _check_json(field: Field, depth: int = 0) -> None:
 
 
 def render_payload(payload: bytes | model.StoredBytes) -> Json:
-    """User data as text, or `{"base64": …}` where it is no UTF-8; stored bytes are fetched now."""
+    """Render user data as text, or `{"base64": …}` if it is not UTF-8; loads stored bytes."""
     raw = bytes(payload)
     try:
         return raw.decode()

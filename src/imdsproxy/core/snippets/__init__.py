@@ -1,9 +1,9 @@
-"""What a hypervisor must show a guest so that it asks for metadata, and how 169.254.169.254 is reached.
+"""Hypervisor snippets that make a stock image ask for metadata, and the route to 169.254.169.254.
 
-cloud-init runs `ds-identify` before anything else and stays off unless the machine looks like a cloud. What it
-looks at is SMBIOS, or for containers the environment and the command line of process 1. `snippets.toml` has what must
-be seen for a dialect, `plan_route` how 169.254.169.254 is reached; `render_snippet` writes both as QEMU, libvirt,
-Proxmox VE or Incus take them.
+cloud-init runs `ds-identify` first, and stays off unless the machine looks like a cloud. `ds-identify` checks SMBIOS,
+or in containers the environment and the command line of process 1. `snippets.toml` has the values it needs for each
+dialect, and `plan_route` plans the route to 169.254.169.254. `render_snippet` writes both for QEMU, libvirt, Proxmox VE
+or Incus.
 """
 
 import re
@@ -22,7 +22,7 @@ from imdsproxy.core.model import METADATA_IPV4, Dialect, Instance, Network, Netw
 
 
 class Target(StrEnum):
-    """The hypervisor that a snippet is for."""
+    """Hypervisor of a snippet."""
 
     QEMU = "qemu"
     LIBVIRT = "libvirt"
@@ -32,7 +32,7 @@ class Target(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class DetectionHints:
-    """What a guest must see of itself; `snippets.toml` says what the fields are."""
+    """Values that a guest must see of itself; `snippets.toml` explains the fields."""
 
     asks: str
     system: Mapping[str, str]
@@ -46,7 +46,7 @@ _TABLES: Final = tomllib.loads(
 )
 HINTS: Final = {Dialect(name): DetectionHints(**one) for name, one in _TABLES["hints"].items()}
 _PLACES: Final = _TABLES["places"]
-"""Where the parts of a snippet go: texts of all hypervisors, and by hypervisor."""
+"""Places of a snippet's parts: texts for all hypervisors, and by hypervisor."""
 
 _IMDS_WORDS: Final = (
     "systemd.imds=1 systemd.imds.network=unlocked systemd.imds.vendor=imdsproxy "
@@ -56,24 +56,24 @@ _IMDS_WORDS: Final = (
     "systemd.imds.key.ssh_key=/meta-data/public-keys/0/openssh-key "
     "systemd.imds.key.userdata=/user-data"
 )
-"""The kernel command line by which systemd-imdsd (systemd 261) finds the EC2 documents.
+"""Kernel command line that tells systemd-imdsd (systemd 261) where the EC2 documents are.
 
-Its hwdb knows neither OpenStack nor a plain KVM guest. Without `unlocked` it keeps every other program of the guest
-away from the address, cloud-init among them. No token is asked for: there are none.
+Its hwdb knows neither OpenStack nor a plain KVM guest. Without `unlocked`, systemd-imdsd blocks the address for all
+other programs of the guest, cloud-init included. No token is configured: there are none.
 """
 
 _EXTRA_KEY: Final = "io.systemd.stub.kernel-cmdline-extra"
 _EXTRA: Final = f"{_EXTRA_KEY}={_IMDS_WORDS}"
-"""An SMBIOS OEM string (type 11) that systemd-stub adds to the kernel command line of a unified image."""
+"""SMBIOS OEM string (type 11) that systemd-stub adds to the kernel command line of a unified image."""
 
 _AMAZON: Final = re.compile(r"ec2.*|[0-9a-f]*2[0-9a-f]ec", re.IGNORECASE)
 
 
 def choose_dialect(target: Target, dialects: Collection[Dialect]) -> Dialect | None:
-    """The best of those that the record has; `None` when it has none.
+    """Return the best of the record's dialects; `None` if it has none.
 
-    OpenStack's is asked by cloud-init, cloudbase-init, Ignition and most others. Images for Incus seed a NoCloud
-    directory by themselves, and a guest with that takes NoCloud first: there only NoCloud's own address helps.
+    cloud-init, cloudbase-init, Ignition and most other clients ask for OpenStack's. Images for Incus contain a NoCloud
+    directory, and guests then try NoCloud first: there only NoCloud's own address helps.
     """
     first = (Dialect.OPENSTACK, Dialect.NOCLOUD)
     order = (*(reversed(first) if target is Target.INCUS else first), Dialect.EC2)
@@ -81,19 +81,19 @@ def choose_dialect(target: Target, dialects: Collection[Dialect]) -> Dialect | N
 
 
 def looks_like_amazon(uuid: str) -> bool:
-    """Whether cloud-init takes a machine with this SMBIOS UUID for one of Amazon's, in either byte order."""
+    """Return whether cloud-init takes this SMBIOS UUID for one of Amazon's, in either byte order."""
     return _AMAZON.fullmatch(uuid.partition("-")[0]) is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """How the guests of a network reach 169.254.169.254.
+    """Route of a network's guests to 169.254.169.254.
 
     Attributes:
-        device: The host's device that guests are attached to, `None` where the network is a foreign namespace.
-        advice: What is to be done, for people, with `{announce}` for how the hypervisor announces a route.
-        announced: DHCP option 121 as dnsmasq writes it, pairs of destination and gateway, 0.0.0.0 for on-link; empty
-            where nothing is to be announced.
+        device: Host device to which guests are attached, `None` if the network is a foreign namespace.
+        advice: Instruction for people, with `{announce}` in place of the hypervisor's way to announce a route.
+        announced: DHCP option 121 in dnsmasq's form, pairs of destination and gateway, 0.0.0.0 for on-link; empty if no
+            announcement is needed.
     """
 
     device: str | None
@@ -102,11 +102,11 @@ class Route:
 
 
 def plan_route(network: Network, host_has: Callable[[model.IpAddress], bool]) -> Route:
-    """How the guests of a network reach 169.254.169.254.
+    """Plan the route of a network's guests to 169.254.169.254.
 
     Args:
-        network: The network's record; its first IPv4 subnet's gateway counts.
-        host_has: Whether an address is one of the host's own.
+        network: Record of the network; the gateway of its first IPv4 subnet counts.
+        host_has: Returns whether the host has an address.
     """
     subnet = next(
         (one for one in network.subnets if one.cidr.version == METADATA_IPV4.version), None
@@ -120,7 +120,7 @@ def plan_route(network: Network, host_has: Callable[[model.IpAddress], bool]) ->
             )
             return Route(None, advice)
         case model.BridgeListener(device):
-            # `listeners.nft_scripts` leads there what is for the gateway, whichever host that is.
+            # `listeners.nft_scripts` redirects guests' packets to the gateway, on whichever host the gateway is.
             answered, unless = via is not None, "guests have a gateway"
         case model.InterfaceListener(device):
             answered, unless = via is not None and host_has(via), "the guests' gateway is this host"
@@ -143,12 +143,12 @@ _Routes: TypeAlias = dict[NetworkId, Route]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Lines that belong to one place.
+    """Lines for one place.
 
     Attributes:
         kind: `SMBIOS`, `container`, `NIC`, `route`, `systemd-imdsd`, or `note` (which has no text).
-        place: Where they go, a line or more.
-        text: The lines as they are to be pasted; empty when there is nothing to do.
+        place: Place of the lines, described in a line or more.
+        text: Lines to paste; empty if there is nothing to do.
     """
 
     kind: str
@@ -157,20 +157,20 @@ class Part:
 
 
 def _quote(text: str) -> str:
-    """For a shell, and as readable as may be: text with single quotes in double ones."""
+    """Quote for a shell as readably as possible: double quotes around text with single quotes."""
     if "'" in text and not set(text) & set('"$`\\!'):
         return f'"{text}"'
     return shlex.quote(text)
 
 
 def _smbios(kind: int, fields: Mapping[str, str]) -> str:
-    """QEMU's option (qemu(1)); no value may hold a comma."""
+    """Return QEMU's option (qemu(1)); no value may hold a comma."""
     values = (f"{name}={value}" for name, value in fields.items())
     return f"-smbios {_quote(','.join((f'type={kind}', *values)))}"
 
 
 def _shown_uuid(instance: Instance) -> dict[str, str]:
-    """The UUID to show; none where cloud-init would take it for Amazon's."""
+    """Return the UUID for SMBIOS; nothing if cloud-init would take it for Amazon's."""
     return {} if looks_like_amazon(instance.uuid) else {"uuid": instance.uuid}
 
 
@@ -190,12 +190,12 @@ def _card(place: str, port: model.Port, text: str) -> Part:
 def _routes(
     routes: _Routes, place: str = _PLACES["route"], announce: str = "dhcp-option=121,{routes}"
 ) -> Iterator[Part]:
-    """How the guests of each network reach 169.254.169.254.
+    """Yield the routes of all networks to 169.254.169.254.
 
     Args:
-        routes: By network.
-        place: How the hypervisor announces a route, for people.
-        announce: The same as it is to be pasted, with `{device}` and `{routes}`.
+        routes: Routes by network.
+        place: The hypervisor's way to announce a route, for people.
+        announce: Lines to paste for that, with `{device}` and `{routes}`.
     """
     for network, route in reversed(routes.items()):
         text = announce.format(device=_quote(route.device or ""), routes=route.announced)
@@ -204,13 +204,13 @@ def _routes(
 
 
 def _imds(instance: Instance, text: str, place: str = _PLACES["imds"]) -> Iterator[Part]:
-    """For systemd-imdsd, where there are the documents that it reads: the EC2 ones."""
+    """Yield the part for systemd-imdsd if the instance has the documents that it reads, those of EC2."""
     if Dialect.EC2 in instance.served:
         yield Part("systemd-imdsd", place, text)
 
 
 def _qemu(instance: Instance, hints: DetectionHints, routes: _Routes) -> Iterator[Part]:
-    """Arguments of qemu-system-* (`-smbios` in qemu(1))."""
+    """Yield arguments of qemu-system-* (`-smbios` in qemu(1))."""
     places = _PLACES["qemu"]
     smbios = _smbios(1, {**hints.system, **_shown_uuid(instance)})
     yield Part("SMBIOS", places["smbios"].format(hints=hints), smbios)
@@ -227,7 +227,7 @@ def _qemu(instance: Instance, hints: DetectionHints, routes: _Routes) -> Iterato
 
 
 def _libvirt(instance: Instance, hints: DetectionHints, routes: _Routes) -> Iterator[Part]:
-    """Pieces of XML (https://libvirt.org/formatdomain.html#smbios-system-information, formatnetwork.html)."""
+    """Yield XML elements (https://libvirt.org/formatdomain.html#smbios-system-information, formatnetwork.html)."""
     places, strings = _PLACES["libvirt"], ""
     place = places["smbios"].format(name=instance.name, hints=hints)
     if Dialect.EC2 in instance.served:
@@ -259,7 +259,7 @@ def _libvirt(instance: Instance, hints: DetectionHints, routes: _Routes) -> Iter
 
 
 def _proxmox(instance: Instance, hints: DetectionHints, routes: _Routes) -> Iterator[Part]:
-    """`qm set` (smbios1 in qm.conf(5); its values are base64, and it replaces the whole entry)."""
+    """Yield `qm set` commands (smbios1 in qm.conf(5): base64 values, and each call replaces the whole entry)."""
     fields = [f"{name}={b64encode(text.encode()).decode()}" for name, text in hints.system.items()]
     fields += [f"uuid={uuid}" for uuid in _shown_uuid(instance).values()]
     smbios = f"qm set VMID --smbios1 {_quote(','.join(('base64=1', *fields)))}"
@@ -274,7 +274,10 @@ def _proxmox(instance: Instance, hints: DetectionHints, routes: _Routes) -> Iter
 
 
 def _incus(instance: Instance, hints: DetectionHints, routes: _Routes) -> Iterator[Part]:
-    """Virtual machines by `raw.qemu`, containers by process 1 (their DMI is the host's, and not looked at)."""
+    """Yield `raw.qemu` for virtual machines, and settings of process 1 for containers.
+
+    A container's DMI is the host's, and cloud-init does not check it.
+    """
     places, name = _PLACES["incus"], _quote(instance.name)
     smbios = f"incus config set {name} raw.qemu {_quote(_smbios(1, hints.system))}"
     yield Part("SMBIOS", places["smbios"].format(hints=hints), smbios)
@@ -309,15 +312,15 @@ def render_snippet(
     dialect: Dialect,
     host_has: Callable[[model.IpAddress], bool],
 ) -> list[Part]:
-    """Everything that makes the guest ask for the documents of `dialect`, which its record must have.
+    """Return all parts that make the guest ask for the documents of `dialect`.
 
     Args:
-        instance: Its name is taken for what the hypervisor calls the guest. cloud-init compares its UUID with SMBIOS,
-            and then does not ask again at each boot.
-        networks: Those of its ports.
-        target: The hypervisor.
+        instance: Instance with this dialect. Its name must be the hypervisor's name of the guest. If SMBIOS has its
+            UUID, cloud-init does not ask again at each boot.
+        networks: Networks of the instance's ports.
+        target: Hypervisor.
         dialect: See `choose_dialect`.
-        host_has: Whether an address is one of the host's own.
+        host_has: Returns whether the host has an address.
     """
     routes = {
         port.network: plan_route(networks[port.network], host_has)
@@ -327,7 +330,7 @@ def render_snippet(
 
 
 def render_text(target: Target, parts: Iterable[Part]) -> str:
-    """The snippet for people: each part under a comment that says where it goes."""
+    """Render the snippet for people: each part under a comment that names its place."""
     blocks = []
     for part in parts:
         comment = _comment(f"{part.kind}: {part.place}", xml=target is Target.LIBVIRT)
@@ -339,6 +342,6 @@ def _comment(text: str, *, xml: bool) -> str:
     lines = textwrap.wrap(text, _WIDTH, break_long_words=False, break_on_hyphens=False)
     if not xml:
         return "\n".join(f"# {line}" for line in lines)
-    # Two hyphens end an XML comment's right to be one.
+    # An XML comment must not contain two hyphens.
     safe = [line.replace("--", "- -") for line in lines]
     return "<!-- " + "\n     ".join(safe) + " -->"
